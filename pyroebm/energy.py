@@ -1,0 +1,306 @@
+"""The energy: one noun for the whole library, its algebra, and the one place that differentiates in x."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import constraints
+from torch.distributions.constraints import Constraint
+
+from pyroebm.supports import draw_initial, is_discrete, same_support
+
+if TYPE_CHECKING:  # views import this module; its methods import them when called
+    from pyroebm.views import Conditioned, PotentialFn, Unnormalized
+
+__all__ = ["Energy", "Sum", "Tempered", "value_and_grad", "score"]
+
+
+class Energy(nn.Module):
+    r"""An unnormalised density :math:`p(x) = e^{-E(x)} / Z`.
+
+    A subclass writes :meth:`forward` and names the shape of one event; everything else is a view of it. Hopfield (1982) and
+    LeCun et al., "A Tutorial on Energy-Based Learning" (2006), use the same sign: low energy is likely.
+
+    Args:
+        event_shape: shape of one event; ``()`` is a scalar variable. A class attribute of the same name serves too.
+        support: constraint of one event (default ``constraints.real``); a class attribute of the same name serves too.
+
+    Attributes:
+        log_z: :math:`\log Z` in nats where it is exactly known, else None.
+
+    Example:
+        >>> import torch
+        >>> from pyroebm import Energy
+        >>> class DoubleWell(Energy):
+        ...     event_shape = ()
+        ...
+        ...     def forward(self, x):
+        ...         return x**4 - 4 * x**2 + x
+        >>> DoubleWell()(torch.tensor([-1.0, 0.0, 1.0]))
+        tensor([-4.,  0., -2.])
+    """
+
+    event_shape: torch.Size = torch.Size()
+    support: Constraint = constraints.real
+    log_z: float | None = None
+    _anchor: Tensor
+
+    def __init__(self, event_shape: Sequence[int] | None = None, support: Constraint | None = None) -> None:
+        super().__init__()
+        self.event_shape = torch.Size(type(self).event_shape if event_shape is None else event_shape)
+        if support is not None:
+            self.support = support
+        # An energy without parameters still has a dtype and a device: those of this empty buffer, which .to() moves.
+        self.register_buffer("_anchor", torch.empty(0), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Energies of a batch of events: ``(*batch, *event) -> (*batch)``, in nats."""
+        raise NotImplementedError(f"{type(self).__name__} must define forward(x): (*batch, *event_shape) -> (*batch)")
+
+    def __call__(self, x: Tensor) -> Tensor:  # every evaluation passes here: a broadcast mistake is caught where it is made
+        batch = self.batch_shape(x)
+        values: Tensor = super().__call__(x)
+        if values.shape != batch:
+            raise ValueError(
+                f"{type(self).__name__}.forward must return one energy per event: for x of shape {tuple(x.shape)} with"
+                f" event_shape {tuple(self.event_shape)} the result must have shape {tuple(batch)}, but it has shape"
+                f" {tuple(values.shape)}" + ("; drop the last dimension with .squeeze(-1)" if values.shape == (*batch, 1) else "")
+            )
+        return values
+
+    def batch_shape(self, x: Tensor) -> torch.Size:
+        """The batch shape of ``x``; ValueError unless its last dimensions are ``event_shape``."""
+        cut = x.dim() - len(self.event_shape)
+        if cut < 0 or tuple(x.shape[cut:]) != tuple(self.event_shape):
+            raise ValueError(
+                f"x must have shape (*batch, *event_shape) with event_shape {tuple(self.event_shape)}"
+                f" ({type(self).__name__}), got shape {tuple(x.shape)}"
+            )
+        return x.shape[:cut]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating-point type of the parameters and buffers (torch's default for an energy without any)."""
+        return self._reference().dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the parameters and buffers."""
+        return self._reference().device
+
+    def _reference(self) -> Tensor:
+        for tensor in itertools.chain(self.parameters(), self.buffers()):
+            if tensor.is_floating_point() and tensor.numel() > 0:
+                return tensor
+        return self._anchor
+
+    def check_states(self, x: Tensor, name: str = "x") -> None:
+        """Raise ValueError unless ``x`` has the shape, dtype and device of a batch of this energy's events."""
+        self.batch_shape(x)
+        for what, theirs, ours in (("dtype", x.dtype, self.dtype), ("device", x.device, self.device)):
+            if theirs != ours:
+                raise ValueError(
+                    f"{name} must have the {what} of the energy: {type(self).__name__} has {what} {ours}, {name} has"
+                    f" {theirs}; convert one of them with .to({ours if what == 'dtype' else repr(str(ours))})"
+                )
+
+    def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """``n`` legal starting states of finite energy, shape ``(n, *event_shape)``.
+
+        Raises:
+            ValueError: if ``n`` < 1, if the support has no default, or if no finite energy is found in 100 tries.
+        """
+        if n < 1:
+            raise ValueError(f"n must be at least 1, got n={n}")
+        draw = lambda k: draw_initial(self.support, (k, *self.event_shape), generator, self.dtype, self.device)  # noqa: E731
+        states = draw(n)
+        for _ in range(100):
+            with torch.no_grad():
+                bad = ~torch.isfinite(self(states))
+            if not bad.any():
+                return states
+            states[bad] = draw(int(bad.sum()))
+        raise ValueError(
+            f"{type(self).__name__}.initial found no state of finite energy for {int(bad.sum())} of n={n} rows in 100 tries;"
+            " override initial(n, generator) with states inside the domain"
+        )
+
+    def log_ratio(self, x1: Tensor, x2: Tensor) -> Tensor:
+        r""":math:`\log p(x_1) - \log p(x_2) = E(x_2) - E(x_1)`, which needs no :math:`Z`. Shape: the common batch shape."""
+        return self(x2) - self(x1)
+
+    def potential_fn(self, site: str = "x") -> PotentialFn:
+        """The potential that ``pyro.infer.NUTS`` and ``HMC`` take: a dict of one tensor to a scalar."""
+        from pyroebm.views import PotentialFn
+
+        return PotentialFn(self, site)
+
+    def condition(self, observed: Tensor, mask: Tensor) -> Conditioned:
+        """Clamp the entries of an event where ``mask`` is True to those of ``observed``; an energy over the rest."""
+        from pyroebm.views import Conditioned
+
+        return Conditioned(self, observed, mask)
+
+    @staticmethod
+    def from_unnormalized(
+        g: Callable[[Tensor], Tensor], link: str = "exp", event_shape: Sequence[int] = (), support: Constraint = constraints.real
+    ) -> Unnormalized:
+        """The energy of the density proportional to ``link(g(x))``; see :class:`pyroebm.views.Unnormalized`."""
+        from pyroebm.views import Unnormalized
+
+        return Unnormalized(g, link, event_shape, support)
+
+    def __add__(self, other: Energy) -> Sum:
+        if not isinstance(other, Energy):
+            return NotImplemented
+        return Sum(self, other)
+
+    def __mul__(self, beta: float) -> Tempered:
+        return Tempered(self, beta)
+
+    def __rmul__(self, beta: float) -> Tempered:
+        return Tempered(self, beta)
+
+    def __truediv__(self, temperature: float) -> Tempered:
+        return Tempered(self, 1.0 / temperature)
+
+
+class Sum(Energy):
+    r"""Product of experts :math:`p(x) \propto \prod_k p_k(x)`, so :math:`E = \sum_k E_k` (Hinton, 2002).
+
+    Args:
+        parts: energies of one event shape and one support.
+
+    Raises:
+        ValueError: if there are no parts, or if their event shapes or supports differ.
+
+    Example:
+        >>> from pyroebm.targets import Gaussian
+        >>> e = Gaussian(torch.zeros(2)) + Gaussian(torch.ones(2))
+        >>> e(torch.ones(3, 2))
+        tensor([1., 1., 1.])
+    """
+
+    def __init__(self, *parts: Energy) -> None:
+        if not parts:
+            raise ValueError("parts must hold at least one Energy, got none")
+        first = parts[0]
+        for part in parts[1:]:
+            if tuple(part.event_shape) != tuple(first.event_shape) or not same_support(part.support, first.support):
+                raise ValueError(
+                    "the parts of a Sum must share one event_shape and one support, got"
+                    f" {[(tuple(p.event_shape), str(p.support)) for p in parts]}"
+                )
+        super().__init__(first.event_shape, first.support)
+        self.parts = nn.ModuleList(parts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([part(x) for part in self.parts]).sum(0)
+
+    def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        part = self.parts[0]  # one part may know its domain better than the support does
+        assert isinstance(part, Energy)
+        states = part.initial(n, generator)
+        with torch.no_grad():
+            return states if torch.isfinite(self(states)).all() else super().initial(n, generator)
+
+
+class Tempered(Energy):
+    r"""The density at inverse temperature :math:`\beta`: :math:`p_\beta(x) \propto e^{-\beta E(x)}`.
+
+    Args:
+        energy: the energy :math:`E`.
+        beta: inverse temperature :math:`\beta > 0`, no unit.
+
+    Raises:
+        ValueError: if ``beta`` is not a positive finite number.
+
+    Example:
+        >>> from pyroebm.targets import DoubleWell
+        >>> (0.5 * DoubleWell())(torch.tensor([1.0]))
+        tensor([-1.])
+    """
+
+    def __init__(self, energy: Energy, beta: float) -> None:
+        if not (isinstance(beta, int | float | Tensor) and 0.0 < float(beta) < math.inf):
+            raise ValueError(f"beta must be a positive finite number, got beta={beta!r}")
+        super().__init__(energy.event_shape, energy.support)
+        self.energy, self.beta = energy, float(beta)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.beta * self.energy(x)
+
+    def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        return self.energy.initial(n, generator)
+
+    def extra_repr(self) -> str:
+        return f"beta={self.beta:g}"
+
+
+def _energies_with_grad(energy: Energy, x: Tensor) -> Tensor:
+    if is_discrete(energy.support):
+        raise ValueError(f"{type(energy).__name__} has the discrete support {energy.support}: it has no gradient in x")
+    values = energy(x)
+    if not values.requires_grad:
+        raise ValueError(
+            f"{type(energy).__name__}.forward(x) does not depend on x through autograd (a .detach(), .item() or NumPy call on"
+            " the way?); a constant energy is written 0 * x"
+        )
+    return values
+
+
+def value_and_grad(energy: Energy, x: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Energies and their gradients in x, both detached; no parameter receives a gradient.
+
+    Args:
+        energy: an energy of continuous support.
+        x: states, shape ``(*batch, *event)``, of the energy's dtype and device.
+
+    Returns:
+        :math:`E(x)` of shape ``(*batch)`` and :math:`\nabla_x E(x)` of shape ``(*batch, *event)``.
+
+    Raises:
+        ValueError: naming both shapes unless ``energy(x).shape`` is the batch shape; naming both dtypes or devices on a
+            mismatch; if the support is discrete; if the energy is cut off from ``x``.
+
+    Example:
+        >>> from pyroebm.targets import DoubleWell
+        >>> value_and_grad(DoubleWell(), torch.tensor([1.0]))
+        (tensor([-2.]), tensor([-3.]))
+    """
+    energy.check_states(x)
+    with torch.enable_grad():
+        x = x.detach().requires_grad_(True)
+        values = _energies_with_grad(energy, x)
+        (grad,) = torch.autograd.grad(values.sum(), x)
+    return values.detach(), grad
+
+
+def score(energy: Energy, x: Tensor) -> Tensor:
+    r"""The score :math:`\nabla_x \log p(x) = -\nabla_x E(x)` (Hyvärinen, 2005), with its graph kept for training.
+
+    Args:
+        energy: an energy of continuous support.
+        x: states, shape ``(*batch, *event)``; a tensor that requires no gradient is copied first.
+
+    Returns:
+        the score, shape ``(*batch, *event)``, differentiable in the parameters and in ``x``.
+
+    Raises:
+        ValueError: as :func:`value_and_grad`.
+
+    Example:
+        >>> from pyroebm.targets import DoubleWell
+        >>> score(DoubleWell(), torch.tensor([1.0])).detach()
+        tensor([3.])
+    """
+    energy.check_states(x)
+    with torch.enable_grad():
+        x = x if x.requires_grad else x.detach().requires_grad_(True)
+        (grad,) = torch.autograd.grad(_energies_with_grad(energy, x).sum(), x, create_graph=True)
+    return -grad

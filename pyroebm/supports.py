@@ -1,0 +1,119 @@
+"""Where one event lives: the supports of energies, their transforms and their starting states.
+
+Supports are :mod:`torch.distributions.constraints`; :data:`spin` is the one that torch lacks. An elementwise constraint
+holds for every entry of an event, so ``real`` serves events of any shape.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.distributions import Transform, biject_to, constraints
+from torch.distributions.constraints import Constraint
+
+__all__ = ["spin", "base_constraint", "is_discrete", "is_real", "same_support", "draw_initial", "unconstraining"]
+
+
+class _Spin(Constraint):
+    """Each entry is -1 or +1."""
+
+    is_discrete = True
+    event_dim = 0
+
+    def check(self, value: Tensor) -> Tensor:
+        return (value == 1) | (value == -1)
+
+
+spin = _Spin()
+
+
+def base_constraint(support: Constraint) -> Constraint:
+    """The constraint under any ``constraints.independent`` wrappers."""
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return support
+
+
+def is_discrete(support: Constraint) -> bool:
+    """Whether events are discrete, so that no gradient in x exists."""
+    return bool(base_constraint(support).is_discrete)
+
+
+def is_real(support: Constraint) -> bool:
+    """Whether events fill all of R^d, so that no transform is needed."""
+    return isinstance(base_constraint(support), type(constraints.real))
+
+
+def same_support(a: Constraint, b: Constraint) -> bool:
+    """Whether two constraints describe the same set (torch compares instances, not sets)."""
+    a, b = base_constraint(a), base_constraint(b)
+    if type(a) is not type(b) or vars(a).keys() != vars(b).keys():
+        return False
+    return all(bool(torch.as_tensor(x == y).all()) for x, y in zip(vars(a).values(), vars(b).values(), strict=True))
+
+
+def unconstraining(support: Constraint) -> Transform:
+    """The bijection from R^d onto the support (``biject_to``).
+
+    Raises:
+        ValueError: if the support is discrete, or if no bijection is registered for it.
+    """
+    if is_discrete(support):
+        raise ValueError(
+            f"support={support} is discrete: it has no unconstrained coordinates and no gradient in x; use a sampler for"
+            " discrete states (Gibbs) or a continuous relaxation"
+        )
+    try:
+        return biject_to(base_constraint(support))
+    except NotImplementedError:
+        raise ValueError(
+            f"support={support} has no bijection from R^d registered with torch.distributions.biject_to; register one, or"
+            " give the energy support=constraints.real and return +inf outside the domain"
+        ) from None
+
+
+def draw_initial(
+    support: Constraint, shape: Sequence[int], generator: torch.Generator | None, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Legal starting states of a given ``shape`` (batch and event together).
+
+    Continuous supports: uniform on (-2, 2) in unconstrained coordinates, as Stan and Pyro start. Discrete ones: fair coins,
+    fair spins, uniform categories.
+    """
+    shape = torch.Size(shape)
+    base = base_constraint(support)
+
+    def uniform(size: Sequence[int]) -> Tensor:
+        where = device if generator is None else generator.device
+        return torch.rand(tuple(size), generator=generator, dtype=dtype, device=where).to(device)
+
+    if isinstance(base, type(constraints.boolean)):
+        return (uniform(shape) < 0.5).to(dtype)
+    if isinstance(base, _Spin):
+        return torch.where(uniform(shape) < 0.5, -1.0, 1.0).to(dtype)
+    if isinstance(base, type(constraints.one_hot)):
+        index = (uniform(shape[:-1]) * shape[-1]).long().clamp(max=shape[-1] - 1)
+        return torch.nn.functional.one_hot(index, shape[-1]).to(dtype)
+    if isinstance(base, constraints.integer_interval):
+        low, high = base.lower_bound, base.upper_bound
+        return (low + torch.floor(uniform(shape) * (high - low + 1))).clamp(max=high).to(dtype)
+    if base.is_discrete:
+        raise ValueError(
+            f"support={support} has no default starting states; override initial(n, generator) in the energy, returning"
+            f" a tensor of shape (n, *event_shape)"
+        )
+    transform = unconstraining(base)
+    return transform(4.0 * uniform(transform.inverse_shape(shape)) - 2.0)
+
+
+def event_sum(values: Tensor, dims: int) -> Tensor:
+    """Sum the last ``dims`` dimensions (none of them when ``dims`` is 0, where torch would sum all)."""
+    return values.flatten(-dims).sum(-1) if dims > 0 else values
+
+
+def event_numel(event_shape: Sequence[int]) -> int:
+    """Number of entries of one event; 1 for a scalar variable."""
+    return math.prod(event_shape)

@@ -1,0 +1,199 @@
+"""Views of an energy: on part of an event, from an unnormalised density, in unconstrained coordinates, as Pyro's potential."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import constraints
+from torch.distributions.constraints import Constraint
+
+from pyroebm.energy import Energy
+from pyroebm.supports import event_sum, is_real, unconstraining
+
+__all__ = ["Conditioned", "Unnormalized", "Unconstrained", "PotentialFn"]
+
+
+class Conditioned(Energy):
+    r"""The conditional :math:`p(x_{free} \mid x_{obs}) \propto e^{-E(x_{free}, x_{obs})}` of an energy.
+
+    Args:
+        energy: the energy over whole events.
+        observed: values of the clamped entries, shape ``event_shape`` (entries outside the mask are ignored).
+        mask: True where an entry is clamped, shape ``event_shape``.
+
+    Raises:
+        ValueError: if a shape differs from ``event_shape``, if nothing is left free, or if the support couples entries.
+
+    Example:
+        >>> from pyroebm.targets import Gaussian
+        >>> e = Gaussian(torch.zeros(2)).condition(torch.tensor([3.0, 0.0]), torch.tensor([True, False]))
+        >>> e.event_shape, e(torch.zeros(1, 1))
+        (torch.Size([1]), tensor([4.5000]))
+    """
+
+    observed: Tensor
+    mask: Tensor
+
+    def __init__(self, energy: Energy, observed: Tensor, mask: Tensor) -> None:
+        shape = tuple(energy.event_shape)
+        if tuple(observed.shape) != shape or tuple(mask.shape) != shape or mask.dtype != torch.bool:
+            raise ValueError(
+                f"observed and mask (boolean) must have shape {shape}, the event_shape, got shapes {tuple(observed.shape)}"
+                f" and {tuple(mask.shape)}, mask of dtype {mask.dtype}"
+            )
+        if bool(mask.all()):
+            raise ValueError(f"mask must leave at least one entry free, got all {mask.numel()} clamped")
+        if energy.support.event_dim and not isinstance(energy.support, constraints.independent):
+            raise ValueError(f"support={energy.support} couples the entries of an event: they cannot be clamped one by one")
+        super().__init__((int((~mask).sum()),), energy.support)
+        self.energy = energy
+        self.register_buffer("observed", observed.to(energy.dtype).detach().clone())
+        self.register_buffer("mask", mask.clone())
+
+    def complete(self, x: Tensor) -> Tensor:
+        """Whole events from free entries: ``(*batch, n_free) -> (*batch, *event_shape)`` of the inner energy."""
+        whole = self.observed.expand(*self.batch_shape(x), *self.observed.shape)
+        return whole.masked_scatter(~self.mask.expand(whole.shape), x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.energy(self.complete(x))
+
+
+def _log_softplus(g: Tensor) -> Tensor:
+    # log softplus(g) = log log(1 + e^g); softplus underflows far on the left, where log softplus(g) = g - e^g / 2 + ...
+    left = g < -15.0
+    return torch.where(left, g - 0.5 * torch.exp(g.clamp(max=0.0)), torch.log(nn.functional.softplus(g.clamp(min=-15.0))))
+
+
+LINKS: dict[str, Callable[[Tensor], Tensor]] = {
+    "exp": lambda g: g,
+    "square": lambda g: 2.0 * torch.log(torch.abs(g)),
+    "abs": lambda g: torch.log(torch.abs(g)),
+    "softplus": _log_softplus,
+}
+
+
+class Unnormalized(Energy):
+    r"""The energy :math:`E(x) = -\log h(g(x))` of a density proportional to a non-negative :math:`h(g(x))`.
+
+    Args:
+        g: function (or module) of a batch, ``(*batch, *event) -> (*batch)``, any real value.
+        link: :math:`h`, one of ``exp`` (:math:`E = -g`), ``square`` (:math:`g^2`), ``abs`` (:math:`|g|`) or ``softplus``
+            (:math:`\log(1 + e^g)`). Where :math:`h = 0` the energy is :math:`+\infty`.
+        event_shape: shape of one event.
+        support: constraint of one event.
+
+    Raises:
+        ValueError: if ``link`` is none of the four.
+
+    Example:
+        >>> from pyroebm import Energy
+        >>> e = Energy.from_unnormalized(lambda x: -x**2 / 2)
+        >>> e(torch.tensor([2.0]))
+        tensor([2.])
+    """
+
+    def __init__(
+        self,
+        g: Callable[[Tensor], Tensor],
+        link: str = "exp",
+        event_shape: Sequence[int] = (),
+        support: Constraint = constraints.real,
+    ) -> None:
+        if link not in LINKS:
+            raise ValueError(f"link must be one of {sorted(LINKS)}, got link={link!r}")
+        super().__init__(event_shape, support)
+        self.g, self.link = g, link
+
+    def forward(self, x: Tensor) -> Tensor:
+        return -LINKS[self.link](self.g(x))
+
+    def extra_repr(self) -> str:
+        return f"link={self.link!r}"
+
+
+class Unconstrained(Energy):
+    r"""An energy on :math:`R^d` through the bijection :math:`x = T(u)` of its support.
+
+    .. math:: E_u(u) = E(T(u)) - \log |\det \partial T / \partial u|
+
+    The partition function is unchanged. Kernels see energies in these coordinates only.
+
+    Args:
+        energy: an energy of continuous support.
+
+    Raises:
+        ValueError: if the support is discrete or no bijection is known.
+
+    Example:
+        >>> from pyroebm.targets import Exponential
+        >>> Unconstrained(Exponential())(torch.zeros(1))
+        tensor([1.])
+    """
+
+    def __init__(self, energy: Energy) -> None:
+        transform = unconstraining(energy.support)
+        super().__init__(transform.inverse_shape(torch.Size(energy.event_shape)))
+        self.energy, self.transform = energy, transform
+        self.log_z = energy.log_z
+
+    def forward(self, u: Tensor) -> Tensor:
+        if is_real(self.energy.support):
+            return self.energy(u)
+        x = self.transform(u)
+        log_det = self.transform.log_abs_det_jacobian(u, x)
+        return self.energy(x) - event_sum(log_det, len(self.event_shape) - self.transform.domain.event_dim)
+
+    def constrain(self, u: Tensor) -> Tensor:
+        """States of the original energy: ``(*batch, *unconstrained) -> (*batch, *event)``."""
+        return u if is_real(self.energy.support) else self.transform(u)
+
+    def unconstrain(self, x: Tensor) -> Tensor:
+        """The inverse of :meth:`constrain`."""
+        return x if is_real(self.energy.support) else self.transform.inv(x)
+
+    def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        return self.unconstrain(self.energy.initial(n, generator))
+
+
+class PotentialFn:
+    """An energy as the ``potential_fn`` of Pyro's kernels: ``{site: u} -> scalar`` in unconstrained coordinates.
+
+    The log-Jacobian of a constrained support is inside, once; ``transforms`` only maps the draws back.
+
+    Args:
+        energy: the energy of one event.
+        site: name of the latent variable in Pyro's dicts.
+
+    Attributes:
+        transforms: what ``pyro.infer.MCMC(transforms=...)`` takes, so that draws come back constrained.
+
+    Example:
+        >>> from pyroebm.targets import DoubleWell
+        >>> potential = DoubleWell().potential_fn()
+        >>> potential({"x": torch.tensor(1.0)})
+        tensor(-2.)
+    """
+
+    def __init__(self, energy: Energy, site: str = "x") -> None:
+        self.unconstrained, self.site = Unconstrained(energy), site
+        self.transforms = {} if is_real(energy.support) else {site: self.unconstrained.transform.inv}
+
+    def __call__(self, params: dict[str, Any]) -> Tensor:
+        if set(params) != {self.site}:
+            raise ValueError(f"the potential takes one site named {self.site!r}, got sites {sorted(params)}")
+        u = params[self.site]
+        if tuple(u.shape) != tuple(self.unconstrained.event_shape):
+            raise ValueError(
+                f"params[{self.site!r}] must be one event in unconstrained coordinates, shape"
+                f" {tuple(self.unconstrained.event_shape)}, got shape {tuple(u.shape)}"
+            )
+        return self.unconstrained(u.unsqueeze(0)).squeeze(0)
+
+    def initial_params(self, num_chains: int = 1, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """Starting values for ``pyro.infer.MCMC``: one event for one chain, a leading chain axis for more."""
+        u = self.unconstrained.initial(num_chains, generator)
+        return {self.site: u[0] if num_chains == 1 else u}
