@@ -1,9 +1,30 @@
-"""Energy-based models on Pyro."""
+"""Energy-based models on Pyro: define an energy, sample it, fit flows to it, see whether it mixed."""
 
 from pyroebm.energy import Energy, Sum, Tempered, score, value_and_grad
+from pyroebm.kernels import HMC, MALA, NUTS, ULA, Info, Kernel, State
+from pyroebm.kernels.adaptation import WindowAdaptation
+from pyroebm.mcmc import MCMC
 from pyroebm.supports import spin
 from pyroebm.views import Unconstrained
 
 __version__ = "0.1.0"
 
-__all__ = ["Energy", "Sum", "Tempered", "Unconstrained", "score", "spin", "value_and_grad", "__version__"]
+__all__ = [
+    "HMC",
+    "MALA",
+    "MCMC",
+    "NUTS",
+    "ULA",
+    "Energy",
+    "Info",
+    "Kernel",
+    "State",
+    "Sum",
+    "Tempered",
+    "Unconstrained",
+    "WindowAdaptation",
+    "__version__",
+    "score",
+    "spin",
+    "value_and_grad",
+]

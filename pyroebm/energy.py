@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from pyroebm.supports import draw_initial, is_discrete, same_support
 if TYPE_CHECKING:  # views import this module; its methods import them when called
     from pyroebm.views import Conditioned, PotentialFn, Unnormalized
 
-__all__ = ["Energy", "Sum", "Tempered", "value_and_grad", "score"]
+__all__ = ["Energy", "Sum", "Tempered", "value_and_grad", "unchecked_value_and_grad", "score"]
 
 
 class Energy(nn.Module):
@@ -32,6 +32,7 @@ class Energy(nn.Module):
 
     Attributes:
         log_z: :math:`\log Z` in nats where it is exactly known, else None.
+        has_exact_draws: whether :meth:`sample` draws, or raises.
 
     Example:
         >>> import torch
@@ -48,6 +49,7 @@ class Energy(nn.Module):
     event_shape: torch.Size = torch.Size()
     support: Constraint = constraints.real
     log_z: float | None = None
+    has_exact_draws: bool = False
     _anchor: Tensor
 
     def __init__(self, event_shape: Sequence[int] | None = None, support: Constraint | None = None) -> None:
@@ -94,10 +96,13 @@ class Energy(nn.Module):
         return self._reference().device
 
     def _reference(self) -> Tensor:
+        anchor = self._anchor
         for tensor in itertools.chain(self.parameters(), self.buffers()):
-            if tensor.is_floating_point() and tensor.numel() > 0:
-                return tensor
-        return self._anchor
+            if tensor.is_floating_point():
+                if tensor.numel() > 0:
+                    return tensor
+                anchor = tensor  # a view of an energy without tensors takes after the innermost energy, not after itself
+        return anchor
 
     def check_states(self, x: Tensor, name: str = "x") -> None:
         """Raise ValueError unless ``x`` has the shape, dtype and device of a batch of this energy's events."""
@@ -128,6 +133,16 @@ class Energy(nn.Module):
         raise ValueError(
             f"{type(self).__name__}.initial found no state of finite energy for {int(bad.sum())} of n={n} rows in 100 tries;"
             " override initial(n, generator) with states inside the domain"
+        )
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """``n`` exact independent draws, shape ``(n, *event_shape)``, where the energy has them (``has_exact_draws``).
+
+        Raises:
+            NotImplementedError: if it has none; never returns something that is not a draw.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} has no exact draws; sample it with pyroebm.MCMC, whose chains start from initial(n)"
         )
 
     def log_ratio(self, x1: Tensor, x2: Tensor) -> Tensor:
@@ -203,9 +218,7 @@ class Sum(Energy):
         return torch.stack([part(x) for part in self.parts]).sum(0)
 
     def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        part = self.parts[0]  # one part may know its domain better than the support does
-        assert isinstance(part, Energy)
-        states = part.initial(n, generator)
+        states = cast(Energy, self.parts[0]).initial(n, generator)  # a part may know its domain better than the support does
         with torch.no_grad():
             return states if torch.isfinite(self(states)).all() else super().initial(n, generator)
 
@@ -274,6 +287,11 @@ def value_and_grad(energy: Energy, x: Tensor) -> tuple[Tensor, Tensor]:
         (tensor([-2.]), tensor([-3.]))
     """
     energy.check_states(x)
+    return unchecked_value_and_grad(energy, x)
+
+
+def unchecked_value_and_grad(energy: Energy, x: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`value_and_grad` for inner loops, whose states passed the front door once: dtype and device are not compared."""
     with torch.enable_grad():
         x = x.detach().requires_grad_(True)
         values = _energies_with_grad(energy, x)

@@ -1,0 +1,223 @@
+"""What the draws say: ArviZ's statistics, its data structure, masses of modes, and a verdict in plain words."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["arviz", "r_hat", "ess_bulk", "ess_tail", "mcse_mean", "bfmi", "to_arviz", "mode_masses", "Verdict", "verdict"]
+
+
+@functools.cache
+def arviz() -> Any:
+    """ArviZ, imported on first use (it takes seconds) without the announcement that its 0.23 line prints."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"\s*ArviZ is undergoing", category=FutureWarning)
+        return importlib.import_module("arviz")
+
+
+def _array(draws: Tensor | np.ndarray, name: str = "draws") -> np.ndarray:
+    array = draws.detach().cpu().numpy() if isinstance(draws, Tensor) else np.asarray(draws)
+    if array.ndim < 2:
+        raise ValueError(f"{name} must have shape (chains, draws, *event), got shape {array.shape}")
+    return array
+
+
+def _statistic(name: str, draws: Tensor | np.ndarray, **options: Any) -> np.ndarray:
+    array = _array(draws)
+    if np.issubdtype(array.dtype, np.bool_):
+        array = array.astype(np.float64)
+    compute = getattr(arviz(), name)
+    flat = array.reshape(*array.shape[:2], -1)
+    with warnings.catch_warnings():  # a constant entry has no R-hat: NaN says so, NumPy's division warning adds nothing
+        warnings.simplefilter("ignore", RuntimeWarning)
+        values = [float(compute(np.ascontiguousarray(flat[..., k]), **options)) for k in range(flat.shape[-1])]
+    return np.asarray(values).reshape(array.shape[2:])
+
+
+def r_hat(draws: Tensor | np.ndarray) -> np.ndarray:
+    r"""Rank-normalised split :math:`\hat R` (Vehtari et al., 2021), by ArviZ.
+
+    Args:
+        draws: shape ``(chains, draws, *event)``, at least two chains and four draws.
+
+    Returns:
+        one value for each entry of an event, shape ``event``; near 1 is good, above 1.01 is not.
+
+    Example:
+        >>> bool(r_hat(torch.randn(4, 500, generator=torch.Generator().manual_seed(0))) < 1.01)
+        True
+    """
+    return _statistic("rhat", draws)
+
+
+def ess_bulk(draws: Tensor | np.ndarray) -> np.ndarray:
+    """Bulk effective sample size (Vehtari et al., 2021), by ArviZ; arguments and shape as :func:`r_hat`.
+
+    Example:
+        >>> bool(ess_bulk(torch.randn(4, 500, generator=torch.Generator().manual_seed(0))) > 1500)
+        True
+    """
+    return _statistic("ess", draws, method="bulk")
+
+
+def ess_tail(draws: Tensor | np.ndarray) -> np.ndarray:
+    """Tail effective sample size (Vehtari et al., 2021), by ArviZ; arguments and shape as :func:`r_hat`.
+
+    Example:
+        >>> bool(ess_tail(torch.randn(4, 500, generator=torch.Generator().manual_seed(0))) > 1000)
+        True
+    """
+    return _statistic("ess", draws, method="tail")
+
+
+def mcse_mean(draws: Tensor | np.ndarray) -> np.ndarray:
+    """Monte Carlo standard error of the mean (Vehtari et al., 2021), by ArviZ; arguments and shape as :func:`r_hat`.
+
+    Example:
+        >>> bool(mcse_mean(torch.randn(4, 2500, generator=torch.Generator().manual_seed(0))) < 0.02)
+        True
+    """
+    return _statistic("mcse", draws, method="mean")
+
+
+def bfmi(energy: Tensor | np.ndarray) -> np.ndarray:
+    """Bayesian fraction of missing information (Betancourt, 2016) of each chain, by ArviZ, from Hamiltonians ``(chains, draws)``.
+
+    Example:
+        >>> bfmi(torch.randn(2, 500, generator=torch.Generator().manual_seed(0))).shape
+        (2,)
+    """
+    array = _array(energy, "energy")
+    return np.asarray(arviz().bfmi(array))
+
+
+def to_arviz(
+    posterior: Mapping[str, Tensor],
+    sample_stats: Mapping[str, Tensor] | None = None,
+    warmup_posterior: Mapping[str, Tensor] | None = None,
+    warmup_sample_stats: Mapping[str, Tensor] | None = None,
+    attrs: Mapping[str, Any] | None = None,
+) -> Any:
+    """Draws and statistics in ArviZ's own structure: InferenceData on its 0.x line, DataTree from 1.0 on.
+
+    Args:
+        posterior: draws of each site, shape ``(chains, draws, *event)``.
+        sample_stats: statistics, shape ``(chains, draws)``.
+        warmup_posterior, warmup_sample_stats: the same for the warm-up.
+        attrs: facts of the run, strings and numbers.
+
+    Example:
+        >>> data = to_arviz({"x": torch.zeros(2, 10, 3)}, {"lp": torch.zeros(2, 10)})
+        >>> data.posterior["x"].shape, data.sample_stats["lp"].shape
+        ((2, 10, 3), (2, 10))
+    """
+    groups = {
+        "posterior": posterior,
+        "sample_stats": sample_stats,
+        "warmup_posterior": warmup_posterior,
+        "warmup_sample_stats": warmup_sample_stats,
+    }
+    arrays = {name: {k: _array(v, k) for k, v in group.items()} for name, group in groups.items() if group}
+    az, facts = arviz(), {"inference_library": "pyroebm", **(attrs or {})}
+    if int(az.__version__.split(".")[0]) >= 1:
+        data = az.from_dict(arrays)
+        data.attrs.update(facts)
+        return data
+    data = az.from_dict(**arrays, save_warmup=True)
+    data.attrs.update(facts)
+    return data
+
+
+def mode_masses(modes: Tensor, num_modes: int) -> tuple[np.ndarray, np.ndarray]:
+    """The share of draws in each mode, with standard errors that know of autocorrelation.
+
+    Args:
+        modes: index of the mode of each draw, integers of shape ``(chains, draws)``.
+        num_modes: number of modes known; one without a draw has mass 0 and standard error NaN, for nothing was measured.
+
+    Returns:
+        masses and standard errors, both ``(num_modes,)``.
+
+    Example:
+        >>> mode_masses(torch.tensor([[0, 1, 0, 1], [1, 0, 0, 1]]), 3)[0]
+        array([0.5, 0.5, 0. ])
+    """
+    inside = torch.nn.functional.one_hot(modes.long(), num_modes).double()
+    masses = inside.mean((0, 1)).numpy()
+    errors = mcse_mean(inside)
+    errors[(masses == 0.0) | (masses == 1.0)] = np.nan
+    return masses, errors
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """Whether a run can be trusted, and why not.
+
+    Args:
+        mixed: True if nothing was found wrong.
+        r_hat, ess_bulk, ess_tail: the worst over all entries.
+        min_bfmi: the worst over chains; NaN where no Hamiltonian was kept.
+        divergences: number of diverging draws.
+        problems: a sentence for each thing that is wrong, with what to try.
+
+    Example:
+        >>> print(Verdict(True, 1.001, 5000.0, 4000.0, 0.9, 0, ()))
+        Mixed: R-hat 1.001, bulk ESS 5000, tail ESS 4000, no divergences.
+    """
+
+    mixed: bool
+    r_hat: float
+    ess_bulk: float
+    ess_tail: float
+    min_bfmi: float
+    divergences: int
+    problems: tuple[str, ...]
+
+    def __str__(self) -> str:
+        facts = f"R-hat {self.r_hat:.3f}, bulk ESS {self.ess_bulk:.0f}, tail ESS {self.ess_tail:.0f}, " + (
+            f"{self.divergences} divergences" if self.divergences else "no divergences"
+        )
+        return f"Mixed: {facts}." if self.mixed else f"Not mixed: {facts}. " + " ".join(self.problems)
+
+
+def verdict(draws: Tensor, stats: Mapping[str, Tensor], max_r_hat: float = 1.01, min_ess: float = 400.0) -> Verdict:
+    r"""Judge a run by R-hat, effective sample size, BFMI and divergences (thresholds of Vehtari et al., 2021, and Stan).
+
+    Agreement between chains is all that this can see: a mode that no chain has visited leaves no trace in it.
+
+    Args:
+        draws: shape ``(chains, draws, *event)``.
+        stats: ``energy`` and ``diverging`` of shape ``(chains, draws)``, as :class:`pyroebm.MCMC` keeps them.
+        max_r_hat: worst :math:`\hat R` to accept.
+        min_ess: least bulk and tail effective sample size to accept.
+
+    Example:
+        >>> x = torch.randn(4, 500, generator=torch.Generator().manual_seed(0))
+        >>> verdict(x, {"diverging": torch.zeros(4, 500, dtype=torch.bool)}).mixed
+        True
+    """
+    chains, count = draws.shape[:2]
+    problems = []
+    worst_r_hat, bulk, tail = (float(np.max(r_hat(draws))), float(np.min(ess_bulk(draws))), float(np.min(ess_tail(draws))))
+    if chains < 2:
+        problems.append("One chain alone cannot show that it mixed; run at least 4.")
+    elif not worst_r_hat < max_r_hat:
+        problems.append(f"R-hat should be below {max_r_hat}: the chains disagree; draw more, or temper between modes.")
+    if not (bulk >= min_ess and tail >= min_ess):
+        problems.append(f"The effective sample size should be at least {min_ess:.0f}; draw more.")
+    diverging = int(stats["diverging"].sum())
+    if diverging:
+        problems.append(f"{diverging} of {chains * count} draws diverged: lower the step size, or reparametrise.")
+    least_bfmi = float(np.min(bfmi(stats["energy"]))) if "energy" in stats else float("nan")
+    if least_bfmi < 0.3:
+        problems.append(f"BFMI {least_bfmi:.2f} is below 0.3: momenta explore the energies slowly; reparametrise heavy tails.")
+    return Verdict(not problems, worst_r_hat, bulk, tail, least_bfmi, diverging, tuple(problems))

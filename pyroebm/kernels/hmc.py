@@ -1,0 +1,58 @@
+"""Hamiltonian Monte Carlo with a jittered trajectory length."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import torch
+
+from pyroebm.energy import Energy
+from pyroebm.kernels.base import Info, Kernel, State, column, diagonal, rows, uniform_like
+from pyroebm.kernels.hamiltonian import metropolis_trajectory
+
+__all__ = ["HMC"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class HMC(Kernel):
+    r"""Hamiltonian Monte Carlo (Duane et al., 1987; Neal, 2011): exact.
+
+    Each chain follows ``num_steps`` leapfrog steps of size :math:`\epsilon (1 + \text{jitter}\, u)`, u uniform on (-1, 1) and
+    drawn afresh for each chain and step, so that its length is jittered: a fixed length resonates with some period of the
+    target. All chains take the same number of steps, so none waits.
+
+    Args:
+        step_size: :math:`\epsilon`; warm-up aims at an acceptance rate of 0.8.
+        inverse_mass: diagonal of :math:`M^{-1}`, shape of one event; None is the identity.
+        num_steps: leapfrog steps of one trajectory, at least 1.
+        jitter: relative half-width of the length, in [0, 1).
+
+    Raises:
+        ValueError: if a setting is out of its range.
+
+    Example:
+        >>> from pyroebm.targets import DoubleWell
+        >>> kernel, energy = HMC(step_size=0.2, num_steps=5), DoubleWell()
+        >>> state, info = kernel.step(energy, kernel.init(energy, energy.initial(8)))
+        >>> info.n_steps.tolist()
+        [5, 5, 5, 5, 5, 5, 5, 5]
+    """
+
+    num_steps: int = 10
+    jitter: float = 0.3
+
+    target_acceptance: ClassVar[float | None] = 0.8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_steps < 1:
+            raise ValueError(f"HMC: num_steps must be at least 1, got num_steps={self.num_steps}")
+        if not 0.0 <= self.jitter < 1.0:
+            raise ValueError(f"HMC: jitter must be in [0, 1), got jitter={self.jitter}")
+
+    def step(self, energy: Energy, state: State, generator: torch.Generator | None = None) -> tuple[State, Info]:
+        q = rows(state.x)
+        eps = column(self.step_size, q)
+        eps = eps * (1.0 + self.jitter * (2.0 * uniform_like(eps, generator) - 1.0))
+        return metropolis_trajectory(energy, state, eps, diagonal(self.inverse_mass, q), self.num_steps, generator)

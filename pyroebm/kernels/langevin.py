@@ -1,0 +1,106 @@
+"""Langevin kernels: unadjusted (biased by its step) and Metropolis-adjusted (exact)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import ClassVar
+
+import torch
+
+from pyroebm.energy import Energy
+from pyroebm.kernels.base import (
+    Info,
+    Kernel,
+    State,
+    choose,
+    column,
+    diagonal,
+    normal_like,
+    row_value_and_grad,
+    rows,
+    state_of_rows,
+)
+from pyroebm.kernels.hamiltonian import metropolis_trajectory
+
+__all__ = ["ULA", "MALA"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ULA(Kernel):
+    r"""Unadjusted Langevin algorithm (Parisi, 1981; Roberts and Tweedie, 1996). **Not exact**: its bias grows with the step.
+
+    .. math:: x' = x - \frac{\epsilon^2}{2} M^{-1} \nabla E(x) + \epsilon \sqrt{T M^{-1}}\, n, \qquad n \sim N(0, I)
+
+    On N(0, 1) with T = 1 it leaves the variance :math:`1 / (1 - \epsilon^2 / 4)` and not 1. A proposal with a non-finite energy
+    or gradient is refused and counted as diverging; every other is taken.
+
+    Args:
+        step_size: :math:`\epsilon`, the standard deviation of the noise at T = 1; the drift is :math:`\epsilon^2 / 2`.
+        inverse_mass: preconditioner :math:`M^{-1}`, diagonal, shape of one event; None is the identity.
+        temperature: :math:`T > 0`; the chain samples (near) :math:`e^{-E/T}`.
+
+    Raises:
+        ValueError: if a setting is not positive and finite.
+
+    Example:
+        >>> from pyroebm.targets import DoubleWell
+        >>> kernel, energy = ULA(step_size=0.1), DoubleWell()
+        >>> state = kernel.init(energy, energy.initial(8))
+        >>> state, info = kernel.step(energy, state, torch.Generator().manual_seed(0))
+        >>> state.x.shape, info.accepted.all()
+        (torch.Size([8]), tensor(True))
+    """
+
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0.0 < self.temperature < math.inf:
+            raise ValueError(f"ULA: temperature must be positive and finite, got temperature={self.temperature}")
+
+    def step(self, energy: Energy, state: State, generator: torch.Generator | None = None) -> tuple[State, Info]:
+        q, grad = rows(state.x), rows(state.grad)
+        eps, scale = column(self.step_size, q), diagonal(self.inverse_mass, q)
+        noise = normal_like(q, generator) * (self.temperature * scale).sqrt()
+        q = q - 0.5 * eps**2 * scale * grad + eps * noise
+        values, grad = row_value_and_grad(energy, q)
+        finite = torch.isfinite(values) & torch.isfinite(grad).all(1)
+        state = choose(finite, state_of_rows(energy, q, values, grad), state)
+        return state, Info(
+            acceptance_rate=finite.to(q.dtype),
+            accepted=finite,
+            diverging=~finite,
+            energy=state.energy,
+            n_steps=torch.ones_like(finite, dtype=torch.long),
+            step_size=eps.squeeze(1),
+        )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class MALA(Kernel):
+    r"""Metropolis-adjusted Langevin algorithm (Besag, 1994; Roberts and Tweedie, 1996): exact.
+
+    The proposal is that of :class:`ULA` at T = 1, accepted by the Metropolis-Hastings ratio. It is the same as one leapfrog step
+    of HMC with a fresh momentum (Neal, 2011), and is computed so: the ratio is then :math:`e^{H_0 - H_1}`.
+
+    Args:
+        step_size: :math:`\epsilon`; warm-up aims at an acceptance rate of 0.574 (Roberts and Rosenthal, 1998).
+        inverse_mass: preconditioner :math:`M^{-1}`, diagonal, shape of one event; None is the identity.
+
+    Raises:
+        ValueError: if a setting is not positive and finite.
+
+    Example:
+        >>> from pyroebm.targets import DoubleWell
+        >>> kernel, energy = MALA(step_size=0.3), DoubleWell()
+        >>> state, info = kernel.step(energy, kernel.init(energy, energy.initial(8)))
+        >>> state.energy.shape
+        torch.Size([8])
+    """
+
+    target_acceptance: ClassVar[float | None] = 0.574
+
+    def step(self, energy: Energy, state: State, generator: torch.Generator | None = None) -> tuple[State, Info]:
+        q = rows(state.x)
+        return metropolis_trajectory(energy, state, column(self.step_size, q), diagonal(self.inverse_mass, q), 1, generator)

@@ -1,0 +1,286 @@
+"""Many chains at once: warm up, draw, keep everything, go on."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from pyro.infer.mcmc.api import AbstractMCMC
+from pyro.infer.mcmc.util import select_samples
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from pyroebm import diagnostics
+from pyroebm.energy import Energy
+from pyroebm.kernels.adaptation import WindowAdaptation
+from pyroebm.kernels.base import Kernel, State
+from pyroebm.record import Record, merged
+from pyroebm.views import Unconstrained
+
+__all__ = ["MCMC"]
+
+DEFAULT_ADAPTATION = WindowAdaptation()
+
+
+class MCMC(AbstractMCMC):
+    """Sample an energy with many chains in one process. The chains are the batch axis of every tensor.
+
+    Args:
+        kernel: a kernel of :mod:`pyroebm.kernels`.
+        num_samples: draws to keep of each chain.
+        warmup_steps: steps of warm-up, in which step size and metric are adapted.
+        num_chains: number of chains.
+        seed: seed of every random number of the run; None takes a fresh one, kept in ``.seed``. No global generator is used.
+        thinning: keep one draw in so many steps; divergences and gradient counts of the others are kept with it.
+        adaptation: how to adapt; None leaves the kernel as it is.
+        save_warmup: whether to keep the draws of the warm-up too.
+        progress: show a progress bar; None shows one on a terminal.
+        site: name of the variable in the results.
+
+    Attributes:
+        kernel: the kernel as adapted.
+        interrupted: True if Ctrl-C ended the run early; what was drawn is there.
+
+    Raises:
+        ValueError: if a count is too small or an argument has the wrong kind.
+
+    Example:
+        >>> from pyroebm import MCMC, NUTS
+        >>> from pyroebm.targets import DoubleWell
+        >>> mcmc = MCMC(NUTS(), num_samples=100, warmup_steps=100, num_chains=16, seed=0)
+        >>> mcmc.run(DoubleWell())
+        >>> mcmc.get_samples(group_by_chain=True)["x"].shape
+        torch.Size([16, 100])
+    """
+
+    kernel: Kernel
+    num_chains: int
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        num_samples: int,
+        warmup_steps: int = 500,
+        num_chains: int = 1,
+        *,
+        seed: int | None = None,
+        thinning: int = 1,
+        adaptation: WindowAdaptation | None = DEFAULT_ADAPTATION,
+        save_warmup: bool = True,
+        progress: bool | None = None,
+        site: str = "x",
+    ) -> None:
+        if not isinstance(kernel, Kernel):
+            raise ValueError(
+                f"kernel must be one of pyroebm.kernels, got {type(kernel).__name__}; Pyro's own kernels go into pyro.infer.MCMC"
+                " with energy.potential_fn()"
+            )
+        least_allowed = {"num_samples": 1, "warmup_steps": 0, "num_chains": 1, "thinning": 1}
+        for name, value in zip(least_allowed, (num_samples, warmup_steps, num_chains, thinning), strict=True):
+            if not isinstance(value, int) or value < least_allowed[name]:
+                raise ValueError(f"{name} must be an integer of at least {least_allowed[name]}, got {name}={value!r}")
+        super().__init__(kernel, num_chains, {})
+        self.start_kernel, self.num_samples, self.warmup_steps, self.thinning = kernel, num_samples, warmup_steps, thinning
+        self.seed = int(np.random.SeedSequence(seed).entropy)  # type: ignore[arg-type]
+        self.adaptation, self.save_warmup, self.progress, self.site = adaptation, save_warmup, progress, site
+        self.interrupted = False
+        self._record: Record | None = None
+        self._warmup: Record | None = None
+
+    def run(self, energy: Energy, initial: Tensor | None = None) -> None:
+        """Warm up and draw.
+
+        Args:
+            energy: the energy to sample; a constrained support is sampled in unconstrained coordinates.
+            initial: starting states ``(num_chains, *event)`` in the energy's own (constrained) space; None takes
+                ``energy.initial``.
+
+        Raises:
+            ValueError: if ``energy`` is no Energy or its support is discrete, or if ``initial`` does not fit it or holds a
+                state of non-finite energy.
+        """
+        self._bind(energy)
+        self.interrupted, self.kernel = False, self.start_kernel
+        with _eval_mode(energy):
+            if initial is None:
+                initial = energy.initial(self.num_chains, self._generator)
+            energy.check_states(initial, "initial")
+            if len(initial) != self.num_chains:
+                raise ValueError(
+                    f"initial must hold one state for each of num_chains={self.num_chains}, got shape {tuple(initial.shape)}"
+                )
+            self._state = self.kernel.init(self._target, self._target.unconstrain(initial))
+            self._record = Record(self.num_samples, self._state)
+            self._warmup = Record(self.warmup_steps if self.save_warmup else 0, self._state)
+            with self._keeping("warm-up"):
+                self._warm_up(self._warmup)
+            if not self.interrupted:
+                with self._keeping("sampling"):
+                    self._draw(self._record, self.num_samples)
+
+    def run_more(self, num_samples: int) -> None:
+        """Draw ``num_samples`` more from where the chains stand: the same as one longer run.
+
+        Raises:
+            ValueError: if there is no finished warm-up to go on from, or ``num_samples`` < 1.
+        """
+        if self._record is None or (self.interrupted and self._record.count == 0):
+            raise ValueError("run_more goes on from a run that finished its warm-up: call run(energy) first")
+        if num_samples < 1:
+            raise ValueError(f"num_samples must be at least 1, got num_samples={num_samples}")
+        self.interrupted = False
+        self._record.grow(num_samples)
+        with _eval_mode(self._target), self._keeping("sampling"):
+            self._draw(self._record, num_samples)
+
+    def _bind(self, energy: Energy) -> None:
+        if not isinstance(energy, Energy):
+            raise ValueError(
+                f"energy must be a pyroebm.Energy, got {type(energy).__name__}; wrap a log-density with"
+                " Energy.from_unnormalized(log_density, event_shape=...)"
+            )
+        self._target = Unconstrained(energy)
+        words = np.random.SeedSequence(self.seed).generate_state(1, np.uint64)
+        self._generator = torch.Generator(energy.device).manual_seed(int(words[0]) % 2**63)
+
+    def _warm_up(self, record: Record) -> None:
+        plan = self.adaptation
+        if plan is not None and self.warmup_steps > 0:
+            self.kernel, memory = plan.start(self.kernel, self._target, self._state, self._generator)
+        for _ in self._bar(self.warmup_steps, "warm-up"):
+            self._state, info = self.kernel.step(self._target, self._state, self._generator)
+            if self.save_warmup:
+                record.append(self._state, info)
+            if plan is not None:
+                self.kernel, memory = plan.update(
+                    self.kernel, self._target, self._state, info, memory, self.warmup_steps, self._generator
+                )
+
+    def _draw(self, record: Record, num_samples: int) -> None:
+        for _ in self._bar(num_samples, "sample"):
+            infos = []
+            for _ in range(self.thinning):
+                self._state, info = self.kernel.step(self._target, self._state, self._generator)
+                infos.append(info)
+            record.append(self._state, merged(infos))
+
+    def _bar(self, steps: int, label: str) -> Any:
+        disable = None if self.progress is None else not self.progress
+        return tqdm(range(steps), desc=f"{label} ({self.num_chains} chains)", disable=disable)
+
+    @contextlib.contextmanager
+    def _keeping(self, phase: str) -> Iterator[None]:
+        try:
+            yield
+        except KeyboardInterrupt:
+            self.interrupted = True
+            kept = self._record.count if self._record is not None else 0
+            warnings.warn(f"interrupted during {phase}: {kept} draws of each chain were kept", RuntimeWarning, stacklevel=4)
+
+    def _kept(self) -> Record:
+        if self._record is None:
+            raise ValueError("nothing was drawn yet: call run(energy) first")
+        if self._record.count == 0:
+            raise ValueError(
+                "the run ended before its first draw (see get_samples(warmup=True) for the warm-up): run(energy) again"
+            )
+        return self._record
+
+    def get_samples(
+        self, num_samples: int | None = None, group_by_chain: bool = False, warmup: bool = False
+    ) -> dict[str, Tensor]:
+        """Draws in the energy's own space.
+
+        Args:
+            num_samples: so many, drawn again with replacement (as in Pyro); None gives all.
+            group_by_chain: keep the chain axis: ``(chains, draws, *event)``, else ``(chains * draws, *event)``.
+            warmup: the warm-up's draws instead.
+        """
+        record = self._warmup if warmup and self._warmup is not None else self._kept()
+        draws = self._target.constrain(record.draws())
+        samples: dict[str, Tensor] = select_samples({self.site: draws}, num_samples, group_by_chain)
+        return samples
+
+    def get_stats(self, warmup: bool = False) -> dict[str, Tensor]:
+        """Statistics of each draw, ``(chains, draws)``: ``lp``, ``energy`` (the Hamiltonian), ``acceptance_rate``, ..."""
+        return (self._warmup if warmup and self._warmup is not None else self._kept()).stats()
+
+    def to_arviz(self) -> Any:
+        """Draws and statistics, warm-up included, as ArviZ's InferenceData (DataTree from ArviZ 1.0 on)."""
+        warm = self._warmup is not None and self._warmup.count > 0
+        return diagnostics.to_arviz(
+            self.get_samples(group_by_chain=True),
+            self.get_stats(),
+            self.get_samples(group_by_chain=True, warmup=True) if warm else None,
+            self.get_stats(warmup=True) if warm else None,
+            {"kernel": type(self.kernel).__name__, "seed": str(self.seed), "thinning": self.thinning},
+        )
+
+    def summary(self, **options: Any) -> Any:
+        """ArviZ's summary table (a DataFrame) of the draws; options go to ``arviz.summary``."""
+        return diagnostics.arviz().summary(self.to_arviz(), **options)
+
+    def verdict(self, max_r_hat: float = 1.01, min_ess: float = 400.0) -> diagnostics.Verdict:
+        """Whether the chains mixed, in plain words; see :func:`pyroebm.diagnostics.verdict`."""
+        return diagnostics.verdict(self._kept().draws(), self.get_stats(), max_r_hat, min_ess)
+
+    def diagnostics(self) -> dict[str, Any]:
+        """As Pyro's: effective sample size and R-hat of each site, divergences and acceptance rates of each chain."""
+        draws, stats = self.get_samples(group_by_chain=True)[self.site], self.get_stats()
+        chains = [f"chain {c}" for c in range(self.num_chains)]
+        return {
+            self.site: {
+                "n_eff": torch.as_tensor(diagnostics.ess_bulk(draws)),
+                "r_hat": torch.as_tensor(diagnostics.r_hat(draws)),
+            },
+            "divergences": {name: row.nonzero().flatten().tolist() for name, row in zip(chains, stats["diverging"], strict=True)},
+            "acceptance rate": {name: float(row.mean()) for name, row in zip(chains, stats["acceptance_rate"], strict=True)},
+        }
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything that ``run_more`` needs, and every draw, as tensors alone (safetensors can hold it)."""
+        record = self._kept()
+        parts = {f"state.{k}": v for k, v in self._state._asdict().items()} | {f"stats.{k}": v for k, v in record.stats().items()}
+        parts |= {
+            "x": record.draws(),
+            "rng": self._generator.get_state(),
+            "step_size": torch.as_tensor(self.kernel.step_size, dtype=torch.float64),
+        }
+        if self.kernel.inverse_mass is not None:
+            parts["inverse_mass"] = self.kernel.inverse_mass
+        return {name: value.detach().clone().contiguous() for name, value in parts.items()}
+
+    def load_state_dict(self, state: dict[str, Tensor], energy: Energy) -> None:
+        """Stand where a run of the same settings stood, so that ``run_more`` goes on as it would have.
+
+        Raises:
+            ValueError: if the state holds another number of chains or another event shape.
+        """
+        self._bind(energy)
+        self._target.check_states(state["x"], "state['x']")
+        if len(state["x"]) != self.num_chains:
+            raise ValueError(f"the state must hold num_chains={self.num_chains} chains, got {len(state['x'])}")
+        self._state = State(*(state[f"state.{k}"].clone() for k in State._fields))
+        self._generator.set_state(state["rng"])
+        step_size = state["step_size"]
+        self.kernel = self.start_kernel.replace(
+            step_size=step_size if step_size.dim() else float(step_size), inverse_mass=state.get("inverse_mass")
+        )
+        self._record, self._warmup, self.interrupted = Record(0, self._state), Record(0, self._state), False
+        self._record.load(state["x"], {k.removeprefix("stats."): v for k, v in state.items() if k.startswith("stats.")})
+
+
+@contextlib.contextmanager
+def _eval_mode(energy: Energy) -> Iterator[None]:
+    """Sample in eval mode (dropout off), and give every module its own mode back."""
+    modes = [(module, module.training) for module in energy.modules()]
+    energy.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -1,0 +1,63 @@
+"""Draws and statistics of all chains, preallocated."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyroebm.kernels.base import Info, State
+
+__all__ = ["Record", "merged"]
+
+
+class Record:
+    """Preallocated draws and statistics of all chains; only the first ``count`` draws are filled.
+
+    Args:
+        size: draws to make room for.
+        state: a state, for shapes and types.
+    """
+
+    def __init__(self, size: int, state: State) -> None:
+        self.count = 0
+        self.x = state.x.new_empty((len(state.x), size, *state.x.shape[1:]))
+        self._stats: dict[str, Tensor] = {}
+
+    def append(self, state: State, info: Info) -> None:
+        """Keep one draw of every chain."""
+        facts = {"lp": -state.energy} | {k: v for k, v in info._asdict().items() if v is not None and k != "accepted"}
+        for name, value in facts.items():
+            if name not in self._stats:
+                self._stats[name] = value.new_empty((self.x.shape[0], self.x.shape[1]))
+            self._stats[name][:, self.count] = value
+        self.x[:, self.count] = state.x
+        self.count += 1  # last: an interrupt before this line loses the draw in hand and no other
+
+    def draws(self) -> Tensor:
+        """Unconstrained draws, ``(chains, count, *event)``."""
+        return self.x[:, : self.count]
+
+    def stats(self) -> dict[str, Tensor]:
+        """Statistics, each ``(chains, count)``."""
+        return {name: value[:, : self.count] for name, value in self._stats.items()}
+
+    def grow(self, size: int) -> None:
+        """Make room for ``size`` more draws after those kept."""
+        extend = lambda t: torch.cat([t[:, : self.count], t.new_empty((t.shape[0], size, *t.shape[2:]))], 1)  # noqa: E731
+        self.x, self._stats = extend(self.x), {name: extend(value) for name, value in self._stats.items()}
+
+    def load(self, x: Tensor, stats: dict[str, Tensor]) -> None:
+        """Take over draws kept elsewhere."""
+        self.x, self._stats, self.count = x.clone(), {k: v.clone() for k, v in stats.items()}, x.shape[1]
+
+
+def merged(infos: list[Info]) -> Info:
+    """One report for the steps between two kept draws: counts add up, rates are averaged, the rest is the last one's."""
+    last = infos[-1]
+    if len(infos) == 1:
+        return last
+    return last._replace(
+        acceptance_rate=torch.stack([i.acceptance_rate for i in infos]).mean(0),
+        diverging=torch.stack([i.diverging for i in infos]).any(0),
+        n_steps=torch.stack([i.n_steps for i in infos]).sum(0),
+    )

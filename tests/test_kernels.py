@@ -1,0 +1,438 @@
+"""Every kernel against one contract; the exact ones must leave exact draws unchanged, and broken ones must be caught."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from checks import within_se
+from scipy import stats
+from torch import Tensor
+
+from pyroebm import HMC, MALA, NUTS, ULA, Energy, Kernel
+from pyroebm.kernels import hamiltonian, langevin, nuts
+from pyroebm.kernels.adaptation import DualAveraging, PooledVariance, WindowAdaptation, windows
+from pyroebm.kernels.base import rows
+from pyroebm.kernels.hamiltonian import draw_momentum, kinetic, leapfrog
+from pyroebm.kernels.nuts import _slots
+from pyroebm.targets import DoubleWell, Exponential, Gaussian, GaussianMixture, HalfDisc
+
+#: One line for a kernel: every test below that takes ``kernel`` runs on it.
+KERNELS: dict[str, Callable[[], Kernel]] = {
+    "ula": lambda: ULA(step_size=0.2),
+    "mala": lambda: MALA(step_size=0.6),
+    "hmc": lambda: HMC(step_size=0.3, num_steps=5),
+    "nuts": lambda: NUTS(step_size=0.5),
+    "mala-metric": lambda: MALA(step_size=0.8, inverse_mass=torch.tensor(0.5)),
+    "hmc-metric": lambda: HMC(step_size=0.4, num_steps=4, inverse_mass=torch.tensor(0.5)),
+    "nuts-metric": lambda: NUTS(step_size=0.6, inverse_mass=torch.tensor(0.5)),
+}
+EXACT = [name for name in KERNELS if not name.startswith("ula")]
+EVENTS = [(), (3,), (2, 3, 4)]
+
+
+def build(name: str, event: tuple[int, ...] = ()) -> Kernel:
+    kernel = KERNELS[name]()
+    if kernel.inverse_mass is not None:
+        kernel = kernel.replace(inverse_mass=kernel.inverse_mass.expand(event).clone())
+    return kernel
+
+
+class Normal(Energy):
+    def forward(self, x: Tensor) -> Tensor:
+        return 0.5 * (x**2).reshape(*self.batch_shape(x), -1).sum(-1)
+
+
+class Fragile(Energy):
+    """A standard normal that is NaN beyond 1.5: sampled as a truncated normal, if NaN rows are refused."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 0.5 * x**2 + 0.0 * torch.sqrt(1.5 - x.abs())
+
+
+def run(kernel: Kernel, energy: Energy, x: Tensor, steps: int, seed: int = 12345) -> Tensor:
+    """Positions after ``steps`` steps from ``x``. The seed must not be the one that ``x`` was drawn with."""
+    generator, state = torch.Generator().manual_seed(seed), kernel.init(energy, x)
+    for _ in range(steps):
+        state, _ = kernel.step(energy, state, generator)
+    return state.x
+
+
+# The contract of every kernel
+
+
+@pytest.mark.parametrize("event", EVENTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", KERNELS)
+def test_step_keeps_shapes_and_types(name: str, dtype: torch.dtype, event: tuple[int, ...]) -> None:
+    energy = Normal(event).to(dtype)
+    kernel, generator = build(name, event), torch.Generator().manual_seed(0)
+    state = kernel.init(energy, energy.initial(6, generator))
+    new, info = kernel.step(energy, state, generator)
+    assert new.x.shape == (6, *event)
+    assert new.x.dtype == dtype
+    assert new.grad.shape == new.x.shape
+    for field, value in info._asdict().items():
+        assert value is None or value.shape == (6,), field
+    torch.testing.assert_close(new.energy, energy(new.x))
+    torch.testing.assert_close(new.grad, new.x)
+    assert info.accepted.dtype == info.diverging.dtype == torch.bool
+    assert not new.x.requires_grad
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_same_seed_same_step_and_no_global_randomness(name: str) -> None:
+    energy = DoubleWell().double()
+    x = energy.initial(16, torch.Generator().manual_seed(1))
+    before = torch.get_rng_state()
+    a, b, c = (run(build(name), energy, x, 5, seed) for seed in (3, 3, 4))
+    assert torch.equal(a, b)
+    assert not torch.equal(a, c)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_rows_are_independent(name: str) -> None:
+    """Changing where one chain starts changes no other chain, however long its trajectories get."""
+    energy = Gaussian(torch.zeros(2, dtype=torch.float64), torch.tensor([[2.0, 0.6], [0.6, 1.0]], dtype=torch.float64))
+    x = torch.randn(8, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    moved = x.clone()
+    moved[3] = torch.tensor([30.0, -40.0])
+    kernel = build(name, (2,))
+    a, b = run(kernel, energy, x, 6), run(kernel, energy, moved, 6)
+    others = torch.arange(8) != 3
+    torch.testing.assert_close(a[others], b[others], rtol=0, atol=1e-12)
+    assert not torch.allclose(a[3], b[3])
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_nan_rejects_its_row_counts_it_and_touches_no_other(name: str) -> None:
+    kernel = KERNELS[name]().replace(step_size=1.0)
+    x = torch.linspace(-1.4, 1.4, 64, dtype=torch.float64)
+    state, info = kernel.step(Fragile().double(), kernel.init(Fragile().double(), x), torch.Generator().manual_seed(0))
+    assert torch.isfinite(state.x).all()
+    assert torch.isfinite(state.grad).all()
+    assert torch.isfinite(info.acceptance_rate).all()
+    assert info.diverging.any()
+    clean, _ = kernel.step(Normal().double(), kernel.init(Normal().double(), x), torch.Generator().manual_seed(0))
+    untouched = ~info.diverging
+    torch.testing.assert_close(state.x[untouched], clean.x[untouched])
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_bad_starts_are_refused_at_the_front_door(name: str) -> None:
+    kernel, energy = KERNELS[name](), DoubleWell().double()
+    with pytest.raises(ValueError, match=r"1 of 3 rows of x are not, the first is row 1"):
+        kernel.init(energy, torch.tensor([0.0, torch.nan, 1.0], dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"float64.*float32"):
+        kernel.init(energy, torch.zeros(3))
+    with pytest.raises(ValueError, match=r"\(chains, \*event_shape\)"):
+        kernel.init(energy, torch.zeros(2, 3, dtype=torch.float64))
+    with pytest.raises(ValueError, match="unconstrained coordinates"):
+        kernel.init(Exponential(), torch.ones(3))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ULA(step_size=0.0), "step_size must be positive and finite, got step_size=0.0"),
+        (lambda: MALA(step_size=math.nan), "step_size must be positive"),
+        (lambda: HMC(inverse_mass=torch.tensor([1.0, -1.0])), "inverse_mass must be positive"),
+        (lambda: ULA(temperature=0.0), "temperature must be positive and finite, got temperature=0.0"),
+        (lambda: HMC(num_steps=0), "num_steps must be at least 1, got num_steps=0"),
+        (lambda: HMC(jitter=1.0), r"jitter must be in \[0, 1\), got jitter=1.0"),
+        (lambda: NUTS(max_tree_depth=0), "max_tree_depth must be from 1 to 20, got max_tree_depth=0"),
+    ],
+)
+def test_bad_settings_are_refused(make: Callable[[], Kernel], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_step_sizes_can_differ_by_chain_and_wrong_counts_are_refused() -> None:
+    energy, x = Normal().double(), torch.zeros(3, dtype=torch.float64)
+    _, info = ULA(step_size=torch.tensor([0.1, 0.2, 0.3])).step(energy, ULA().init(energy, x))
+    torch.testing.assert_close(info.step_size, torch.tensor([0.1, 0.2, 0.3]).double(), atol=1e-7, rtol=0)
+    with pytest.raises(ValueError, match="one for each of 3 chains"):
+        ULA(step_size=torch.tensor([0.1, 0.2])).step(energy, ULA().init(energy, x))
+    with pytest.raises(ValueError, match="inverse_mass must have 1 entries"):
+        MALA(inverse_mass=torch.ones(2)).step(energy, MALA().init(energy, x))
+
+
+# The integrator
+
+
+def test_leapfrog_is_of_second_order_reversible_and_volume_preserving() -> None:
+    energy = DoubleWell().double()
+    q = torch.tensor([[-1.6], [0.4], [1.2]], dtype=torch.float64)
+    p = torch.tensor([[0.7], [-1.1], [0.3]], dtype=torch.float64)
+    scale = torch.tensor([0.7], dtype=torch.float64)
+
+    def flow(q: Tensor, p: Tensor, eps: float, steps: int) -> tuple[Tensor, Tensor, Tensor]:
+        grad = rows(torch.func.grad(lambda x: energy(x).sum())(q.squeeze(1)))
+        q, p, values, _ = leapfrog(energy, q, p, grad, torch.full((3, 1), eps, dtype=torch.float64), scale, steps)
+        return q, p, values
+
+    h0 = energy(q.squeeze(1)) + kinetic(p, scale)
+    sizes = np.array([0.04, 0.02, 0.01, 0.005])
+    errors = []
+    for eps in sizes:
+        q1, p1, values = flow(q, p, eps, round(0.4 / eps))
+        errors.append(float((values + kinetic(p1, scale) - h0).abs().max()))
+    order = np.polyfit(np.log(sizes), np.log(errors), 1)[0]
+    assert 1.9 < order < 2.1, f"energy error falls with order {order}"
+
+    q1, p1, _ = flow(q, p, 0.05, 20)
+    q2, p2, _ = flow(q1, -p1, 0.05, 20)
+    torch.testing.assert_close(q2, q)
+    torch.testing.assert_close(-p2, p)
+
+    def one(z: Tensor) -> Tensor:  # differentiable copy of the map, for its Jacobian
+        q, p, eps = z[:1], z[1:], 0.05
+        grad = lambda x: 4 * x**3 - 8 * x + 1  # noqa: E731
+        p = p - 0.5 * eps * grad(q)
+        q = q + eps * scale * p
+        return torch.cat([q, p - 0.5 * eps * grad(q)])
+
+    z = torch.cat([q[0], p[0]])
+    torch.testing.assert_close(one(z), torch.cat([t[0] for t in flow(q, p, 0.05, 1)[:2]]))
+    torch.testing.assert_close(torch.linalg.det(torch.func.jacrev(one)(z)), torch.tensor(1.0, dtype=torch.float64))
+
+
+# Stationarity: exact kernels leave exact draws as they are
+
+
+def assert_unchanged(kernel: Kernel, energy: Energy, chains: int = 20_000, steps: int = 4, seed: int = 7) -> None:
+    """Moments within modes and the whole distribution, after a few steps from exact draws, against fresh exact draws."""
+    generator = torch.Generator().manual_seed(seed)
+    x = energy.sample(chains, generator)
+    after = run(kernel, energy, x, steps, seed + 1)
+    fresh = energy.sample(4 * chains, generator)
+    for mode in range(2):  # central moments: those about 0 hardly feel the width of a well
+        a, b = (t[(t > 0.126) == bool(mode)] - fresh[(fresh > 0.126) == bool(mode)].mean() for t in (after, fresh))
+        for power in (1, 2, 4):
+            f, g = a**power, b**power
+            within_se(f.mean(), g.mean(), math.sqrt(f.var() / len(f) + g.var() / len(g)), what=f"moment {power} in mode {mode}")
+    share = (fresh > 0.126).double().mean()
+    within_se((after > 0.126).double().mean(), share, math.sqrt(share * (1 - share) * (1 / chains + 0.25 / chains)), what="mass")
+    assert stats.ks_2samp(after.numpy(), fresh.numpy()).pvalue > 1e-6
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_exact_draws_stay_exact(name: str) -> None:
+    assert_unchanged(KERNELS[name](), DoubleWell().double())
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_a_bounded_domain_is_sampled_without_a_trace_of_its_edge(name: str) -> None:
+    """The half-disc: elsewhere 3.6 to 10 % of the draws come out exactly 0 where NaN states are replaced."""
+    energy, chains = HalfDisc().double(), 20_000
+    x = energy.sample(chains, torch.Generator().manual_seed(0))
+    after = run(KERNELS[name](), energy, x, 6)
+    assert (after.abs() <= 1).all()
+    assert int((after == 0).sum()) == 0
+    fresh = energy.sample(4 * chains, torch.Generator().manual_seed(1))
+    assert stats.ks_2samp(after.numpy(), fresh.numpy()).pvalue > 1e-6
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_an_anisotropic_gaussian_is_left_unchanged(name: str) -> None:
+    cov = torch.tensor([[2.0, 0.6], [0.6, 1.0]], dtype=torch.float64)
+    energy = Gaussian(torch.zeros(2, dtype=torch.float64), cov)
+    after = run(build(name, (2,)), energy, energy.sample(40_000, torch.Generator().manual_seed(0)), 5)
+    for i, j in ((0, 0), (0, 1), (1, 1)):
+        product = after[:, i] * after[:, j]
+        within_se(product.mean(), cov[i, j], product.std() / math.sqrt(len(product)), what=f"cov[{i},{j}]")
+        fourth = cov[i, i] * cov[j, j] + 2 * cov[i, j] ** 2
+        within_se((product**2).mean(), fourth, (product**2).std() / math.sqrt(len(product)), what=f"fourth[{i},{j}]")
+
+
+@pytest.mark.parametrize("step_size", [math.sqrt(0.2), 1.0])
+def test_ula_has_the_bias_that_theory_gives(step_size: float) -> None:
+    """x - eps x + sqrt(2 eps) n with eps = step_size^2 / 2: variance 1 / (1 - eps / 2); 1.052632 at eps = .1, 1.333 at .5."""
+    truth = 1.0 / (1.0 - step_size**2 / 4.0)
+    x = torch.randn(100_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * math.sqrt(truth)
+    after = run(ULA(step_size=step_size), Normal().double(), x, 10)
+    within_se((after**2).mean(), truth, (after**2).std() / math.sqrt(len(after)))
+
+
+def test_ula_samples_at_its_temperature() -> None:
+    truth = 3.0 / (1.0 - 0.2**2 / 4.0)
+    x = torch.randn(50_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * math.sqrt(truth)
+    after = run(ULA(step_size=0.2, temperature=3.0), Normal().double(), x, 10)
+    within_se((after**2).mean(), truth, (after**2).std() / math.sqrt(len(after)))
+
+
+@pytest.mark.parametrize("name", ["mala", "hmc", "nuts"])
+def test_chains_forget_where_they_started(name: str) -> None:
+    """Stationarity alone would pass a kernel that never moves."""
+    energy = GaussianMixture(torch.tensor([[-1.0], [1.0]], dtype=torch.float64), scale=0.8)
+    after = run(KERNELS[name](), energy, torch.full((4_000, 1), 4.0, dtype=torch.float64), 60)
+    within_se(after.mean(), 0.0, after.std() / math.sqrt(len(after)))
+    within_se((after**2).mean(), 1.64, (after**2).std() / math.sqrt(len(after)))
+
+
+# Mutants: each is a plausible mistake, and the stationarity test must see it
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class NoMetropolis(MALA):
+    def step(self, energy, state, generator=None):  # type: ignore[no-untyped-def]
+        return ULA(self.step_size).step(energy, state, generator)
+
+
+class Hot(Energy):
+    """Temperature 3 % off."""
+
+    def __init__(self, energy: Energy) -> None:
+        super().__init__(energy.event_shape)
+        self.energy = energy
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.energy(x) / 1.03
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        return self.energy.sample(n, generator)
+
+
+def test_mutants_no_metropolis_and_wrong_temperature_are_caught() -> None:
+    with pytest.raises(AssertionError):
+        assert_unchanged(NoMetropolis(step_size=0.6), DoubleWell().double())
+    with pytest.raises(AssertionError):
+        assert_unchanged(NUTS(step_size=0.5), Hot(DoubleWell().double()), chains=200_000, steps=3)
+
+
+@pytest.mark.parametrize("name", ["mala", "hmc", "nuts"])
+def test_mutant_wrong_noise_scale_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def loud(q: Tensor, inverse_mass: Tensor, generator: torch.Generator | None) -> Tensor:
+        return 1.1 * draw_momentum(q, inverse_mass, generator)
+
+    monkeypatch.setattr(nuts, "draw_momentum", loud)
+    monkeypatch.setattr(hamiltonian, "draw_momentum", loud)
+    with pytest.raises(AssertionError):
+        assert_unchanged(KERNELS[name](), DoubleWell().double())
+
+
+def test_mutant_ula_with_half_the_drift_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = langevin.diagonal
+    monkeypatch.setattr(langevin, "diagonal", lambda inverse_mass, like: 0.9 * real(inverse_mass, like))
+    with pytest.raises(AssertionError):
+        test_ula_has_the_bias_that_theory_gives(1.0)
+
+
+def test_mutant_momentum_without_the_metric_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    flat = lambda q, inverse_mass, generator: draw_momentum(q, torch.ones_like(inverse_mass), generator)  # noqa: E731
+    monkeypatch.setattr(nuts, "draw_momentum", flat)
+    with pytest.raises(AssertionError):
+        assert_unchanged(KERNELS["nuts-metric"](), DoubleWell().double())
+
+
+def test_mutant_nuts_that_always_takes_the_newer_half_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nuts, "uniform_like", lambda x, generator: torch.zeros_like(x))
+    with pytest.raises(AssertionError):
+        assert_unchanged(NUTS(step_size=0.5), DoubleWell().double())
+
+
+# NUTS and its bookkeeping
+
+
+def test_slots_close_every_balanced_subtree_once() -> None:
+    """By brute force: at leaf i, the balanced subtrees that end there begin at i + 1 - 2^k wherever 2^k divides i + 1."""
+    stored: dict[int, int] = {}
+    for leaf in range(256):
+        low, high = _slots(leaf)
+        if leaf % 2 == 0:
+            stored[high] = leaf
+            continue
+        begins = [leaf + 1 - 2**k for k in range(1, 9) if (leaf + 1) % 2**k == 0 and leaf + 1 - 2**k >= 0]
+        assert [stored[slot] for slot in range(high, low - 1, -1)] == begins
+
+
+def test_nuts_reports_its_tree_and_stops_at_its_depth() -> None:
+    energy = Normal((2,)).double()
+    kernel = NUTS(step_size=0.01, max_tree_depth=4)
+    _, info = kernel.step(energy, kernel.init(energy, torch.ones(5, 2, dtype=torch.float64)))
+    assert info.tree_depth is not None
+    assert (info.tree_depth == 4).all()
+    assert (info.n_steps == 15).all()
+
+
+def test_jitter_breaks_the_resonance_of_a_fixed_length() -> None:
+    """On N(0, 1) a trajectory of length 2 pi comes back to where it began."""
+    x = torch.full((2000,), 2.0, dtype=torch.float64)
+    period = 2 * math.pi
+    stuck = run(HMC(step_size=period / 200, num_steps=200, jitter=0.0), Normal().double(), x, 3)
+    free = run(HMC(step_size=period / 200, num_steps=200, jitter=0.9), Normal().double(), x, 6)
+    assert float(stuck.std()) < 0.01
+    within_se(free.mean(), 0.0, free.std() / math.sqrt(len(free)))
+
+
+# Adaptation
+
+
+def test_dual_averaging_finds_the_step_of_a_known_curve() -> None:
+    tuning = DualAveraging.start(5.0)
+    for _ in range(2000):
+        tuning = tuning.update(math.exp(-math.exp(tuning.log_step)), target=0.8)
+    assert abs(math.exp(tuning.log_average) / -math.log(0.8) - 1) < 0.02
+    with pytest.raises(ValueError, match=r"acceptance must be a number in \[0, 1\], got nan"):
+        tuning.update(math.nan, 0.8)
+
+
+def test_pooled_variance_equals_that_of_all_rows() -> None:
+    x = torch.randn(5, 7, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 1e3
+    pooled = PooledVariance.start(x[0])
+    for part in x:
+        pooled = pooled.update(part)
+    expected = x.reshape(-1, 3).var(0) * 35 / 40 + 1e-3 * 5 / 40
+    torch.testing.assert_close(pooled.variance(), expected)
+
+
+@pytest.mark.parametrize("steps", [0, 19, 20, 60, 149, 150, 151, 200, 1000, 1001])
+def test_windows_are_disjoint_and_inside(steps: int) -> None:
+    found = windows(steps)
+    assert all(0 <= start < stop <= steps for start, stop in found)
+    assert all(a[1] == b[0] for a, b in itertools.pairwise(found))
+    assert bool(found) == (steps >= 20)
+
+
+@pytest.mark.parametrize("name", ["mala", "hmc", "nuts"])
+def test_warm_up_reaches_its_target_and_learns_the_scales(name: str) -> None:
+    scales = torch.tensor([0.1, 1.0, 10.0], dtype=torch.float64)
+    energy = Gaussian(torch.zeros(3, dtype=torch.float64), torch.diag(scales**2))
+    kernel, plan, generator = KERNELS[name](), WindowAdaptation(final=150), torch.Generator().manual_seed(0)
+    state = kernel.init(energy, energy.sample(32, generator))
+    kernel, memory = plan.start(kernel, energy, state, generator)
+    for _ in range(300):
+        state, info = kernel.step(energy, state, generator)
+        kernel, memory = plan.update(kernel, energy, state, info, memory, 300, generator)
+    assert kernel.inverse_mass is not None
+    assert (kernel.inverse_mass.sqrt() / scales - 1).abs().max() < 0.25
+    rates = []
+    for _ in range(100):
+        state, info = kernel.step(energy, state, generator)
+        rates.append(info.acceptance_rate.mean())
+    assert kernel.target_acceptance is not None
+    assert abs(float(torch.stack(rates).mean()) - kernel.target_acceptance) < 0.08
+
+
+def test_a_nan_in_warm_up_freezes_no_chain() -> None:
+    kernel, plan, generator = NUTS(), WindowAdaptation(), torch.Generator().manual_seed(0)
+    energy = Fragile().double()
+    state = kernel.init(energy, torch.linspace(-1.4, 1.4, 32, dtype=torch.float64))
+    kernel, memory = plan.start(kernel, energy, state, generator)
+    diverged = 0
+    for _ in range(200):
+        state, info = kernel.step(energy, state, generator)
+        diverged += int(info.diverging.sum())
+        kernel, memory = plan.update(kernel, energy, state, info, memory, 200, generator)
+    assert diverged > 0
+    assert 0.01 < float(kernel.step_size) < 10
+    before = state.x
+    state, info = kernel.step(energy, state, generator)
+    assert float((state.x != before).double().mean()) > 0.5
