@@ -4,12 +4,16 @@ from pyroebm.energy import Energy, Sum, Tempered, score, value_and_grad
 from pyroebm.kernels import HMC, MALA, NUTS, ULA, Info, Kernel, State
 from pyroebm.kernels.adaptation import WindowAdaptation
 from pyroebm.mcmc import MCMC
+from pyroebm.ppl import Boltzmann, PyroKernel, initial_states
 from pyroebm.supports import spin
 from pyroebm.views import Unconstrained
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Boltzmann",
+    "PyroKernel",
+    "initial_states",
     "HMC",
     "MALA",
     "MCMC",

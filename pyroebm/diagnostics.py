@@ -24,6 +24,10 @@ def arviz() -> Any:
         return importlib.import_module("arviz")
 
 
+def _is_new_line() -> bool:
+    return int(arviz().__version__.split(".")[0]) >= 1
+
+
 def _array(draws: Tensor | np.ndarray, name: str = "draws") -> np.ndarray:
     array = draws.detach().cpu().numpy() if isinstance(draws, Tensor) else np.asarray(draws)
     if array.ndim < 2:
@@ -76,7 +80,7 @@ def ess_tail(draws: Tensor | np.ndarray) -> np.ndarray:
         >>> bool(ess_tail(torch.randn(4, 500, generator=torch.Generator().manual_seed(0))) > 1000)
         True
     """
-    return _statistic("ess", draws, method="tail")
+    return _statistic("ess", draws, method="tail", prob=(0.05, 0.95))
 
 
 def mcse_mean(draws: Tensor | np.ndarray) -> np.ndarray:
@@ -127,13 +131,11 @@ def to_arviz(
         "warmup_sample_stats": warmup_sample_stats,
     }
     arrays = {name: {k: _array(v, k) for k, v in group.items()} for name, group in groups.items() if group}
-    az, facts = arviz(), {"inference_library": "pyroebm", **(attrs or {})}
-    if int(az.__version__.split(".")[0]) >= 1:
-        data = az.from_dict(arrays)
-        data.attrs.update(facts)
-        return data
-    data = az.from_dict(**arrays, save_warmup=True)
-    data.attrs.update(facts)
+    with warnings.catch_warnings():  # many short chains are what this library is for
+        warnings.filterwarnings("ignore", message="More chains|Found chain dimension", category=UserWarning)
+        build = arviz().from_dict
+        data = build(arrays, save_warmup=True) if _is_new_line() else build(**arrays, save_warmup=True)
+    data.attrs.update({"inference_library": "pyroebm", **(attrs or {})})
     return data
 
 

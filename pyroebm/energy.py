@@ -105,7 +105,7 @@ class Energy(nn.Module):
         return anchor
 
     def check_states(self, x: Tensor, name: str = "x") -> None:
-        """Raise ValueError unless ``x`` has the shape, dtype and device of a batch of this energy's events."""
+        """ValueError unless ``x`` has the shape, dtype and device of a batch of this energy's events."""
         self.batch_shape(x)
         for what, theirs, ours in (("dtype", x.dtype, self.dtype), ("device", x.device, self.device)):
             if theirs != ours:
@@ -175,6 +175,9 @@ class Energy(nn.Module):
             return NotImplemented
         return Sum(self, other)
 
+    def __radd__(self, other: int) -> Energy:  # sum([e1, e2]) begins at 0
+        return self if isinstance(other, int) and other == 0 else NotImplemented
+
     def __mul__(self, beta: float) -> Tempered:
         return Tempered(self, beta)
 
@@ -182,7 +185,7 @@ class Energy(nn.Module):
         return Tempered(self, beta)
 
     def __truediv__(self, temperature: float) -> Tempered:
-        return Tempered(self, 1.0 / temperature)
+        return Tempered(self, 1.0 / temperature if temperature else math.inf)
 
 
 class Sum(Energy):
@@ -240,8 +243,9 @@ class Tempered(Energy):
     """
 
     def __init__(self, energy: Energy, beta: float) -> None:
-        if not (isinstance(beta, int | float | Tensor) and 0.0 < float(beta) < math.inf):
-            raise ValueError(f"beta must be a positive finite number, got beta={beta!r}")
+        learned = isinstance(beta, Tensor) and beta.requires_grad  # float() would drop its gradient in silence
+        if learned or not (isinstance(beta, int | float | Tensor) and 0.0 < float(beta) < math.inf):
+            raise ValueError(f"beta must be a positive finite number without gradient, got beta={beta!r}")
         super().__init__(energy.event_shape, energy.support)
         self.energy, self.beta = energy, float(beta)
 
@@ -255,16 +259,20 @@ class Tempered(Energy):
         return f"beta={self.beta:g}"
 
 
-def _energies_with_grad(energy: Energy, x: Tensor) -> Tensor:
+def _grad(energy: Energy, x: Tensor, create_graph: bool) -> tuple[Tensor, Tensor]:
     if is_discrete(energy.support):
         raise ValueError(f"{type(energy).__name__} has the discrete support {energy.support}: it has no gradient in x")
     values = energy(x)
-    if not values.requires_grad:
+    # Rows are independent, so the gradient of the sum is the gradient of each.
+    grads = (
+        torch.autograd.grad(values.sum(), x, create_graph=create_graph, allow_unused=True) if values.requires_grad else (None,)
+    )
+    if grads[0] is None:
         raise ValueError(
             f"{type(energy).__name__}.forward(x) does not depend on x through autograd (a .detach(), .item() or NumPy call on"
             " the way?); a constant energy is written 0 * x"
         )
-    return values
+    return values, grads[0]
 
 
 def value_and_grad(energy: Energy, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -292,10 +300,9 @@ def value_and_grad(energy: Energy, x: Tensor) -> tuple[Tensor, Tensor]:
 
 def unchecked_value_and_grad(energy: Energy, x: Tensor) -> tuple[Tensor, Tensor]:
     """:func:`value_and_grad` for inner loops, whose states passed the front door once: dtype and device are not compared."""
-    with torch.enable_grad():
-        x = x.detach().requires_grad_(True)
-        values = _energies_with_grad(energy, x)
-        (grad,) = torch.autograd.grad(values.sum(), x)
+    with torch.inference_mode(False), torch.enable_grad():
+        x = (x.clone() if x.is_inference() else x.detach()).requires_grad_(True)
+        values, grad = _grad(energy, x, create_graph=False)
     return values.detach(), grad
 
 
@@ -318,7 +325,6 @@ def score(energy: Energy, x: Tensor) -> Tensor:
         tensor([3.])
     """
     energy.check_states(x)
-    with torch.enable_grad():
-        x = x if x.requires_grad else x.detach().requires_grad_(True)
-        (grad,) = torch.autograd.grad(_energies_with_grad(energy, x).sum(), x, create_graph=True)
-    return -grad
+    with torch.inference_mode(False), torch.enable_grad():
+        x = x if x.requires_grad else (x.clone() if x.is_inference() else x.detach()).requires_grad_(True)
+        return -_grad(energy, x, create_graph=True)[1]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pyro.distributions import TorchDistribution
@@ -53,6 +53,7 @@ class Boltzmann(TorchDistribution):
         (True, -1.0323)
     """
 
+    arg_constraints: ClassVar[dict[str, Constraint]] = {}
     has_rsample = False
 
     def __init__(self, energy: Energy, log_z: float | Tensor | None = None, validate_args: bool | None = None) -> None:

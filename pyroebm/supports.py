@@ -52,7 +52,7 @@ def same_support(a: Constraint, b: Constraint) -> bool:
     a, b = base_constraint(a), base_constraint(b)
     if type(a) is not type(b) or vars(a).keys() != vars(b).keys():
         return False
-    return all(bool(torch.as_tensor(x == y).all()) for x, y in zip(vars(a).values(), vars(b).values(), strict=True))
+    return all(torch.equal(torch.as_tensor(vars(a)[name]), torch.as_tensor(vars(b)[name])) for name in vars(a))
 
 
 def unconstraining(support: Constraint) -> Transform:
@@ -106,7 +106,7 @@ def draw_initial(
             f" a tensor of shape (n, *event_shape)"
         )
     transform = unconstraining(base)
-    return transform(4.0 * uniform(transform.inverse_shape(shape)) - 2.0)
+    return transform(4.0 * uniform(transform.inverse_shape(shape)) - 2.0).to(dtype)
 
 
 def event_sum(values: Tensor, dims: int) -> Tensor:

@@ -11,7 +11,7 @@ from torch.distributions import constraints
 from torch.distributions.constraints import Constraint
 
 from pyroebm.energy import Energy
-from pyroebm.supports import event_sum, is_real, unconstraining
+from pyroebm.supports import base_constraint, event_sum, is_real, unconstraining
 
 __all__ = ["Conditioned", "Unnormalized", "Unconstrained", "PotentialFn"]
 
@@ -46,12 +46,16 @@ class Conditioned(Energy):
             )
         if bool(mask.all()):
             raise ValueError(f"mask must leave at least one entry free, got all {mask.numel()} clamped")
-        if energy.support.event_dim and not isinstance(energy.support, constraints.independent):
-            raise ValueError(f"support={energy.support} couples the entries of an event: they cannot be clamped one by one")
-        super().__init__((int((~mask).sum()),), energy.support)
+        support = base_constraint(energy.support)
+        if support.event_dim or any(isinstance(bound, Tensor) and bound.dim() for bound in vars(support).values()):
+            raise ValueError(
+                f"support={energy.support} couples the entries of an event, or bounds each differently: they cannot be clamped"
+                " one by one"
+            )
+        super().__init__((int((~mask).sum()),), support)
         self.energy = energy
-        self.register_buffer("observed", observed.to(energy.dtype).detach().clone())
-        self.register_buffer("mask", mask.clone())
+        self.register_buffer("observed", observed.detach().to(energy.device, energy.dtype, copy=True))
+        self.register_buffer("mask", mask.to(energy.device, copy=True))
 
     def complete(self, x: Tensor) -> Tensor:
         """Whole events from free entries: ``(*batch, n_free) -> (*batch, *event_shape)`` of the inner energy."""
@@ -60,6 +64,11 @@ class Conditioned(Energy):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.energy(self.complete(x))
+
+    def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        states = self.energy.initial(n, generator)[:, ~self.mask]  # the inner energy knows its domain best
+        with torch.no_grad():
+            return states if torch.isfinite(self(states)).all() else super().initial(n, generator)
 
 
 def _log_softplus(g: Tensor) -> Tensor:
@@ -120,7 +129,8 @@ class Unconstrained(Energy):
 
     .. math:: E_u(u) = E(T(u)) - \log |\det \partial T / \partial u|
 
-    The partition function is unchanged. Kernels see energies in these coordinates only.
+    The partition function is unchanged. Kernels see energies in these coordinates only. Where the transform underflows (in
+    float32 ``exp(u)`` is 0 below u = -104) the energy is as the inner one has it at the edge; kernels refuse what is not finite.
 
     Args:
         energy: an energy of continuous support.
@@ -138,7 +148,19 @@ class Unconstrained(Energy):
         transform = unconstraining(energy.support)
         super().__init__(transform.inverse_shape(torch.Size(energy.event_shape)))
         self.energy, self.transform = energy, transform
-        self.log_z = energy.log_z
+
+    @property
+    def log_z(self) -> float | None:  # type: ignore[override]
+        """That of the inner energy: a change of variables leaves it."""
+        return self.energy.log_z
+
+    @property
+    def has_exact_draws(self) -> bool:  # type: ignore[override]
+        """Whether the inner energy can be sampled exactly."""
+        return self.energy.has_exact_draws
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        return self.unconstrain(self.energy.sample(n, generator))
 
     def forward(self, u: Tensor) -> Tensor:
         if is_real(self.energy.support):

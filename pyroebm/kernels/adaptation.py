@@ -26,7 +26,7 @@ class DualAveraging(NamedTuple):
         log_step: :math:`\log\epsilon_t`, what to use next.
         log_average: the weighted average of the iterates, what to use in the end.
         error: :math:`\bar H_t`.
-        count: t.
+        steps: t.
 
     Example:
         >>> tuning = DualAveraging.start(0.1)
@@ -38,7 +38,7 @@ class DualAveraging(NamedTuple):
     log_step: float
     log_average: float
     error: float = 0.0
-    count: int = 0
+    steps: int = 0
 
     @classmethod
     def start(cls, step_size: float) -> DualAveraging:
@@ -51,24 +51,24 @@ class DualAveraging(NamedTuple):
         """One observation of the acceptance rate. A value that is no number in [0, 1] is refused: it would freeze every chain."""
         if not 0.0 <= acceptance <= 1.0:
             raise ValueError(f"acceptance must be a number in [0, 1], got {acceptance}")
-        count = self.count + 1
-        weight = 1.0 / (count + t0)
+        steps = self.steps + 1
+        weight = 1.0 / (steps + t0)
         error = (1.0 - weight) * self.error + weight * (target - acceptance)
-        log_step = self.mu - math.sqrt(count) / gamma * error
-        decay = count**-kappa
-        return DualAveraging(self.mu, log_step, decay * log_step + (1.0 - decay) * self.log_average, error, count)
+        log_step = self.mu - math.sqrt(steps) / gamma * error
+        decay = steps**-kappa
+        return DualAveraging(self.mu, log_step, decay * log_step + (1.0 - decay) * self.log_average, error, steps)
 
 
 class PooledVariance(NamedTuple):
     """Marginal variances of the draws of all chains together, merged batch by batch (Chan, Golub and LeVeque, 1983).
 
     Args:
-        count: draws so far.
+        draws: draws so far.
         mean: running mean, shape ``(dim,)``.
         squares: sum of squared deviations, shape ``(dim,)``.
     """
 
-    count: int
+    draws: int
     mean: Tensor
     squares: Tensor
 
@@ -79,25 +79,28 @@ class PooledVariance(NamedTuple):
 
     def update(self, q: Tensor) -> PooledVariance:
         """Add rows ``(chains, dim)``."""
-        n, total = len(q), self.count + len(q)
+        n, total = len(q), self.draws + len(q)
         mean = q.mean(0)
         delta = mean - self.mean
-        squares = self.squares + ((q - mean) ** 2).sum(0) + delta**2 * (self.count * n / total)
+        squares = self.squares + ((q - mean) ** 2).sum(0) + delta**2 * (self.draws * n / total)
         return PooledVariance(total, self.mean + delta * (n / total), squares)
 
     def variance(self) -> Tensor:
         """The variances, shrunk towards 1e-3 as if five more draws had said so (Stan's rule)."""
-        if self.count < 2:
+        if self.draws < 2:
             return torch.ones_like(self.mean)
-        return (self.squares / (self.count - 1)) * (self.count / (self.count + 5.0)) + 1e-3 * (5.0 / (self.count + 5.0))
+        return (self.squares / (self.draws - 1)) * (self.draws / (self.draws + 5.0)) + 1e-3 * (5.0 / (self.draws + 5.0))
 
 
-def windows(steps: int, initial: int = 75, first: int = 25, final: int = 50) -> list[tuple[int, int]]:
-    """Half-open windows ``[start, stop)`` in which a metric is learned: doubling, between two buffers (Stan's schedule).
+def windows(steps: int, initial: int = 15, first: int = 15, final: int = 50) -> list[tuple[int, int]]:
+    """Half-open windows ``[start, stop)`` in which a metric is learned: doubling, between two buffers.
+
+    Stan's schedule, but the first window comes early: with the draws of many chains pooled, a rough metric is soon worth more
+    than a long wait on the identity, where one step of NUTS may need hundreds of gradients.
 
     Example:
         >>> windows(1000)
-        [(75, 100), (100, 150), (150, 250), (250, 450), (450, 950)]
+        [(15, 30), (30, 60), (60, 120), (120, 240), (240, 480), (480, 950)]
     """
     if steps < 20:
         return []
@@ -164,8 +167,8 @@ class WindowAdaptation:
 
     target_acceptance: float | None = None
     metric: bool = True
-    initial: int = 75
-    first: int = 25
+    initial: int = 15
+    first: int = 15
     final: int = 50
 
     def __post_init__(self) -> None:
@@ -211,5 +214,5 @@ class WindowAdaptation:
                 PooledVariance.start(rows(state.x)),
             )
         if step + 1 == steps:
-            kernel = kernel.replace(step_size=math.exp(tuning.log_average if tuning.count else tuning.log_step))
+            kernel = kernel.replace(step_size=math.exp(tuning.log_average if tuning.steps else tuning.log_step))
         return kernel, Warmup(tuning, pooled, step + 1)

@@ -16,7 +16,7 @@ MAX_ENERGY_ERROR = 1000.0
 
 def kinetic(p: Tensor, inverse_mass: Tensor) -> Tensor:
     r""":math:`K(p) = \frac12 p^\top M^{-1} p` of each row."""
-    return 0.5 * (p * p * inverse_mass).sum(1)
+    return 0.5 * torch.linalg.vecdot(p, p * inverse_mass)
 
 
 def draw_momentum(q: Tensor, inverse_mass: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -61,8 +61,9 @@ def metropolis_trajectory(
     start = state.energy + kinetic(p, inverse_mass)
     q, p, values, grad = leapfrog(energy, q, p, rows(state.grad), step_size, inverse_mass, num_steps)
     end = values + kinetic(p, inverse_mass)
-    # A row that met a NaN, an infinite energy or a NaN gradient has no valid end point: its probability is 0, others' untouched.
-    error = torch.where(torch.isfinite(end) & torch.isfinite(grad).all(1), end - start, torch.inf)
+    # A row that met a NaN or an infinity in its energy or its gradient (which is in the momentum) has no valid end point: its
+    # probability is 0, and no other row knows.
+    error = torch.where(torch.isfinite(end), end - start, torch.inf)
     probability = torch.exp(-error).clamp(max=1.0)
     accepted = uniform_like(probability, generator) < probability
     info = Info(

@@ -45,7 +45,7 @@ def _is_turning(p_a: Tensor, p_b: Tensor, momentum_sum: Tensor, inverse_mass: Te
     a trajectory of few leaves looks longer than it is. Symmetric in the ends, so the direction of time does not matter.
     """
     way = inverse_mass * (momentum_sum - 0.5 * (p_a + p_b))
-    return ((p_a * way).sum(1) <= 0) | ((p_b * way).sum(1) <= 0)
+    return torch.minimum(torch.linalg.vecdot(p_a, way), torch.linalg.vecdot(p_b, way)) <= 0
 
 
 def _slots(leaf: int) -> tuple[int, int]:
@@ -156,22 +156,21 @@ class _Subtree:
         self.n_steps, self.acceptance = torch.zeros_like(h0, dtype=torch.long), torch.zeros_like(h0)
 
     def grow(self, start: _Point, running: Tensor, leaves: int) -> _Subtree:
-        point, nothing = start, torch.full_like(self.h0, -torch.inf)
-        tree = _Tree(start.q, self.h0, start.grad, self.h0, nothing, torch.zeros_like(start.p))
-        stored: dict[int, tuple[Tensor, Tensor]] = {}
+        tree = _Tree(start.q, self.h0, start.grad, self.h0, torch.full_like(self.h0, -torch.inf), torch.zeros_like(start.p))
+        point, stored = start, dict[int, tuple[Tensor, Tensor]]()
+        log_uniform = uniform_like(self.h0.expand(leaves, -1), self.rng).log()
         for leaf in range(leaves):
             q, p, values, grad = leapfrog(self.energy, *point, self.signed_eps, self.scale)
-            hamiltonian = values + kinetic(p, self.scale)
-            finite = torch.isfinite(hamiltonian) & torch.isfinite(grad).all(1)
-            error = torch.where(finite, hamiltonian - self.h0, torch.inf)
+            hamiltonian = values + kinetic(p, self.scale)  # a non-finite gradient is in the momentum, and so in here
+            error = torch.where(torch.isfinite(hamiltonian), hamiltonian - self.h0, torch.inf)
             self.n_steps += running
-            self.acceptance += torch.where(running, torch.exp(-error).clamp(max=1.0), 0.0)
+            self.acceptance += torch.exp(-error).clamp(max=1.0) * running
             self.diverged |= running & (error > MAX_ENERGY_ERROR)
             running = running & ~self.diverged
             # A row that stopped stands still on its last valid point: its energy is evaluated, but never at a NaN.
             point = _Point(*_where(running, (q, p, grad), point))
             log_weight = torch.logaddexp(tree.log_weight, -error)
-            take = running & (uniform_like(error, self.rng).log() < -error - log_weight)
+            take = running & (log_uniform[leaf] < -error - log_weight)
             proposal = _where(take, (q, values, grad, hamiltonian), tree[:4])
             tree = _Tree._make([*proposal, log_weight, tree.momentum_sum + point.p])
             low, high = _slots(leaf)

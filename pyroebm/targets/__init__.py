@@ -1,0 +1,31 @@
+"""Energies that know their truth (log Z, moments, mode weights, exact draws) or say None."""
+
+from pyroebm.targets.base import Target
+from pyroebm.targets.curved import Banana, Funnel, Ring, Rosenbrock
+from pyroebm.targets.discrete import BernoulliProduct, CategoricalOneHot, SpinProduct
+from pyroebm.targets.exponential import Beta, Dirichlet, Exponential, ExponentialFamily, Gamma, LogNormal
+from pyroebm.targets.normals import Gaussian, GaussianMixture, scales_gaussian
+from pyroebm.targets.wells import DoubleWell, HalfDisc, ManyWell
+
+__all__ = [
+    "Banana",
+    "BernoulliProduct",
+    "Beta",
+    "CategoricalOneHot",
+    "Dirichlet",
+    "DoubleWell",
+    "Exponential",
+    "ExponentialFamily",
+    "Funnel",
+    "Gamma",
+    "Gaussian",
+    "GaussianMixture",
+    "HalfDisc",
+    "LogNormal",
+    "ManyWell",
+    "Ring",
+    "Rosenbrock",
+    "SpinProduct",
+    "Target",
+    "scales_gaussian",
+]

@@ -1,0 +1,250 @@
+"""What targets share: the promise of :class:`Target`, checked arguments, and one inverse-CDF and one rejection sampler."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from scipy.integrate import quad
+from torch import Tensor
+from torch.distributions.constraints import Constraint
+
+from pyroebm.energy import Energy
+
+__all__ = ["LOG_TWO_PI", "TabulatedLaw", "Target", "as_floats", "check_each", "check_positive", "rejection"]
+
+LOG_TWO_PI = math.log(2.0 * math.pi)
+
+
+class Target(Energy):
+    r"""An energy that knows its truth, or says None: samplers and estimators are judged against it.
+
+    A subclass gives :meth:`forward`; of ``_log_z()``, :attr:`mean`, :attr:`variance` and :attr:`mode_weights` what is exactly
+    known; and ``_draw(n, generator)`` where independent draws can be made. Truth is computed from parameters when it is asked
+    for, so it follows ``load_state_dict`` and ``.to()``.
+
+    Args:
+        event_shape: shape of one event; a class attribute of the same name serves too.
+        support: constraint of one event (default real).
+        dtype: floating-point type of its numbers; None for torch's default.
+
+    Raises:
+        ValueError: if ``dtype`` is no floating-point type.
+
+    Example:
+        >>> import torch
+        >>> class Flat(Target):
+        ...     def forward(self, x):
+        ...         return 0 * x
+        >>> Flat().log_z is None, Flat().has_exact_draws
+        (True, False)
+    """
+
+    def __init__(
+        self,
+        event_shape: Sequence[int] | None = None,
+        support: Constraint | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(event_shape, support)
+        if dtype is not None:
+            if not dtype.is_floating_point:
+                raise ValueError(f"dtype must be a floating-point type, got dtype={dtype}")
+            self.to(dtype)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.has_exact_draws = cls._draw is not Target._draw or cls.sample is not Target.sample
+
+    @property
+    def log_z(self) -> float | None:  # type: ignore[override]  # a truth is read, never set
+        r""":math:`\log Z` in nats, computed in float64; None where unknown."""
+        return self._log_z()
+
+    def _log_z(self) -> float | None:
+        return None
+
+    @property
+    def mean(self) -> Tensor | None:
+        """Mean of each entry, shape ``event_shape``; None where unknown or infinite."""
+        return None
+
+    @property
+    def variance(self) -> Tensor | None:
+        """Variance of each entry, shape ``event_shape``; None where unknown or infinite."""
+        return None
+
+    @property
+    def mode_weights(self) -> Tensor | None:
+        """Probability of each mode, shape ``(k,)``; None where modes are not known."""
+        return None
+
+    def mode_of(self, x: Tensor) -> Tensor:
+        """Index into :attr:`mode_weights` of the mode of each state: ``(*batch, *event) -> (*batch)``, int64."""
+        raise NotImplementedError(
+            f"{type(self).__name__} does not say which mode a state belongs to: its mode_weights is None; a subclass that knows"
+            " overrides mode_weights and mode_of(x)"
+        )
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """``n`` independent exact draws, shape ``(n, *event_shape)``, detached, of the target's dtype and device.
+
+        The noise is drawn in float64 on the generator's device, so draws of one seed agree across dtypes up to rounding.
+
+        Args:
+            n: number of draws, at least 1.
+            generator: source of randomness; None for torch's global one.
+
+        Raises:
+            ValueError: if ``n`` < 1.
+            NotImplementedError: if the target has no exact draws.
+        """
+        if n < 1:
+            raise ValueError(f"n must be at least 1, got n={n}")
+        with torch.no_grad():
+            return self._draw(n, generator).to(self.dtype)
+
+    def _draw(self, n: int, generator: torch.Generator | None) -> Tensor:
+        raise NotImplementedError(
+            f"{type(self).__name__} has no exact draws: run an MCMC kernel from initial(n, generator), or override"
+            " _draw(n, generator) in a subclass"
+        )
+
+    def _uniform(self, shape: Sequence[int], generator: torch.Generator | None) -> Tensor:
+        where = self.device if generator is None else generator.device
+        return torch.rand(tuple(shape), generator=generator, dtype=torch.float64, device=where).to(self.device)
+
+    def _normal(self, shape: Sequence[int], generator: torch.Generator | None) -> Tensor:
+        where = self.device if generator is None else generator.device
+        return torch.randn(tuple(shape), generator=generator, dtype=torch.float64, device=where).to(self.device)
+
+    def _number(self, value: Any) -> Tensor:
+        return torch.as_tensor(value, dtype=self.dtype, device=self.device)
+
+    def _within_two_deviations(self, n: int, generator: torch.Generator | None) -> Tensor:
+        # overdispersed starts for targets whose scale is not 1: uniform within two standard deviations of the mean
+        if n < 1:
+            raise ValueError(f"n must be at least 1, got n={n}")
+        if self.mean is None or self.variance is None:
+            raise NotImplementedError(f"{type(self).__name__} does not know its mean and variance")
+        return self.mean + self.variance.sqrt() * (4.0 * self._uniform((n, *self.event_shape), generator) - 2.0).to(self.dtype)
+
+
+def as_floats(dtype: torch.dtype | None, **values: Any) -> list[Tensor]:
+    """Detached copies of numbers, arrays or tensors in one dtype and on one device: as asked, else those of the first tensor.
+
+    Raises:
+        ValueError: naming the argument, if a value is not finite or if ``dtype`` is no floating-point type.
+    """
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"dtype must be a floating-point type, got dtype={dtype}")
+    tensors = {k: v if isinstance(v, Tensor) else torch.as_tensor(v, dtype=torch.float64) for k, v in values.items()}
+    given = next((t for t in values.values() if isinstance(t, Tensor) and t.is_floating_point()), torch.empty(0))
+    check_each("finite", torch.isfinite, **tensors)
+    return [t.detach().to(given.device, dtype or given.dtype, copy=True).contiguous() for t in tensors.values()]
+
+
+def check_each(rule: str, holds: Callable[[Tensor], Tensor], **values: Tensor | float) -> None:
+    """Raise ValueError, naming the argument and up to five offending entries, unless the rule holds for every entry."""
+    for name, value in values.items():
+        tensor = torch.as_tensor(value)
+        if not (good := holds(tensor)).all():
+            raise ValueError(f"{name} must be {rule}, got {name} with the entries {tensor[~good].flatten()[:5].tolist()}")
+
+
+def check_positive(**values: Tensor | float) -> None:
+    """Raise ValueError, as :func:`check_each`, unless every entry is positive and finite."""
+    check_each("positive and finite", lambda t: (t > 0) & torch.isfinite(t), **values)
+
+
+def rejection(n: int, propose: Callable[[int], tuple[Tensor, Tensor]], uniform: Callable[[Sequence[int]], Tensor]) -> Tensor:
+    """``n`` exact draws by rejection (von Neumann, 1951).
+
+    Args:
+        n: number of draws.
+        propose: ``k`` to ``k`` independent proposals ``(k, *event)`` and their log acceptance probabilities ``(k,)``, at most 0.
+        uniform: shape to uniform numbers in [0, 1).
+    """
+    kept: list[Tensor] = []
+    while (missing := n - sum(map(len, kept))) > 0:
+        states, log_accept = propose(2 * missing + 16)
+        kept.append(states[uniform((len(states),)).log() < log_accept])
+    return torch.cat(kept)[:n]
+
+
+class TabulatedLaw:
+    r"""A one-dimensional law :math:`e^{-U(x)} / Z` without heavy tails: truth by quadrature, draws by inverse CDF.
+
+    The density is taken as piecewise linear between 65,537 nodes and inverted exactly within a cell; for the polynomials here
+    its divergence from the law is below what float64 draws can show. Nothing is computed before it is asked for.
+
+    Args:
+        potential: :math:`U`, of floats and tensors alike.
+        low, high: an interval that holds all but a negligible part of the mass.
+        split: point between the left and the right well.
+
+    Example:
+        >>> law = TabulatedLaw(lambda x: x * x / 2, -12.0, 12.0, split=0.0)
+        >>> round(law.log_z, 9), round(law.variance, 9), round(law.right_mass, 9)
+        (0.918938533, 1.0, 0.5)
+        >>> law.quantile(torch.tensor([0.975], dtype=torch.float64))
+        tensor([1.9600], dtype=torch.float64)
+    """
+
+    nodes = 65_537
+
+    def __init__(self, potential: Callable[[Any], Any], low: float, high: float, split: float) -> None:
+        self.potential, self.low, self.high, self.split = potential, low, high, split
+
+    @cached_property
+    def _table(self) -> tuple[Tensor, Tensor, Tensor, float]:
+        x = torch.linspace(self.low, self.high, self.nodes, dtype=torch.float64)
+        u = self.potential(x)
+        floor = float(u.min())
+        density = torch.exp(floor - u)
+        cdf = torch.cat([density.new_zeros(1), (density[1:] + density[:-1]).cumsum(0)])
+        return x, density, cdf / cdf[-1], floor
+
+    def _integral(self, f: Callable[[float], float], low: float, high: float) -> float:
+        floor = self._table[-1]
+        return quad(lambda x: f(x) * math.exp(floor - self.potential(x)), low, high, epsabs=1e-13, epsrel=1e-12, limit=200)[0]
+
+    def _whole(self, f: Callable[[float], float]) -> float:
+        return self._integral(f, self.low, self.split) + self._integral(f, self.split, self.high)
+
+    @cached_property
+    def _mass(self) -> float:
+        return self._whole(lambda x: 1.0)
+
+    @cached_property
+    def log_z(self) -> float:
+        """Log of the integral of the density."""
+        return math.log(self._mass) - self._table[-1]
+
+    @cached_property
+    def mean(self) -> float:
+        """Mean."""
+        return self._whole(lambda x: x) / self._mass
+
+    @cached_property
+    def variance(self) -> float:
+        """Variance."""
+        return self._whole(lambda x: (x - self.mean) ** 2) / self._mass
+
+    @cached_property
+    def right_mass(self) -> float:
+        """Probability of a state right of the split."""
+        return self._integral(lambda x: 1.0, self.split, self.high) / self._mass
+
+    def quantile(self, u: Tensor) -> Tensor:
+        """Inverse of the distribution function, elementwise, for float64 ``u`` in [0, 1)."""
+        x, density, cdf = (t.to(u.device) for t in self._table[:3])
+        right = torch.searchsorted(cdf, u, right=True).clamp(1, self.nodes - 1)
+        left = right - 1
+        p, q = density[left], density[right]
+        share = (u - cdf[left]) / (cdf[right] - cdf[left])  # of the cell's mass; its density is linear, so solve a quadratic
+        step = share * (p + q) / (p + torch.sqrt(p * p + share * (q * q - p * p)))
+        return x[left] + step * (x[right] - x[left])

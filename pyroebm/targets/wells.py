@@ -1,0 +1,198 @@
+"""Wells and a wall: the double well, many of them, and a density that is cut off."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from typing import ClassVar
+
+import torch
+from scipy.integrate import quad
+from scipy.optimize import brentq
+from scipy.special import iv, modstruve
+from torch import Tensor
+
+from pyroebm.targets.base import LOG_TWO_PI, TabulatedLaw, Target, rejection
+
+__all__ = ["DoubleWell", "HalfDisc", "ManyWell"]
+
+
+class DoubleWell(Target):
+    r"""The tilted double well :math:`U(x) = x^4 - 4 x^2 + x`: 93.4 % of the mass left of the barrier, 6.6 % right of it.
+
+    Args:
+        dtype: floating-point type; None for torch's default.
+
+    Attributes:
+        barrier: the local maximum of :math:`U` near 0.126.
+        right_mass: :math:`P(x > \mathrm{barrier})`.
+
+    Raises:
+        ValueError: if ``dtype`` is no floating-point type.
+
+    Example:
+        >>> e = DoubleWell(dtype=torch.float64)
+        >>> round(e.log_z, 9), e.mode_weights
+        (5.032284009, tensor([0.9335, 0.0665], dtype=torch.float64))
+        >>> e.mode_of(torch.tensor([-1.4, 1.3]))
+        tensor([0, 1])
+    """
+
+    event_shape = torch.Size()
+    barrier: ClassVar[float] = brentq(lambda x: 4.0 * x**3 - 8.0 * x + 1.0, 0.0, 0.5, xtol=1e-15)
+    law: ClassVar[TabulatedLaw] = TabulatedLaw(lambda x: x * x * (x * x - 4.0) + x, -4.0, 4.0, split=barrier)
+
+    def __init__(self, dtype: torch.dtype | None = None) -> None:
+        super().__init__(dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.law.potential(x)
+
+    def _log_z(self) -> float:
+        return self.law.log_z
+
+    @property
+    def mean(self) -> Tensor:
+        return self._number(self.law.mean)
+
+    @property
+    def variance(self) -> Tensor:
+        return self._number(self.law.variance)
+
+    @property
+    def right_mass(self) -> float:
+        return self.law.right_mass
+
+    @property
+    def mode_weights(self) -> Tensor:
+        return self._number([1.0 - self.right_mass, self.right_mass])
+
+    def mode_of(self, x: Tensor) -> Tensor:
+        self.batch_shape(x)
+        return (x > self.barrier).long()
+
+    def _draw(self, n: int, generator: torch.Generator | None) -> Tensor:
+        return self.law.quantile(self._uniform((n,), generator))
+
+
+class ManyWell(Target):
+    r"""Independent pairs of a tilted double well and a normal (Noé et al., 2019; Midgley et al., 2023); 2^16 wells by default.
+
+    .. math:: E(x) = \sum_i a_i^4 - 6 a_i^2 - \tfrac12 a_i + \tfrac12 b_i^2, \qquad x = (a_1, b_1, a_2, b_2, \dots)
+
+    The well of a state is read off the signs of its :math:`a_i`: bit i of :meth:`mode_of` is :math:`a_i > 0`. The weights are
+    given up to 16 pairs; beyond, they are the products of :attr:`left_mass` and its complement, too many to list.
+
+    Args:
+        pairs: number of pairs, half the number of dimensions.
+        dtype: floating-point type; None for torch's default.
+
+    Raises:
+        ValueError: if ``pairs`` < 1.
+
+    Example:
+        >>> e = ManyWell(pairs=16)
+        >>> round(e.log_z, 6), round(e.left_mass, 6)
+        (164.695675, 0.155693)
+    """
+
+    law: ClassVar[TabulatedLaw] = TabulatedLaw(lambda a: a * (a * (a * a - 6.0) - 0.5), -5.0, 5.0, split=0.0)
+
+    def __init__(self, pairs: int = 16, dtype: torch.dtype | None = None) -> None:
+        if pairs < 1:
+            raise ValueError(f"pairs must be at least 1, got pairs={pairs}")
+        super().__init__((2 * pairs,), dtype=dtype)
+        self.pairs = pairs
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.law.potential(x[..., ::2]) + 0.5 * x[..., 1::2].square()).sum(-1)
+
+    def _log_z(self) -> float:
+        return self.pairs * (self.law.log_z + 0.5 * LOG_TWO_PI)
+
+    @property
+    def left_mass(self) -> float:
+        """P(a < 0) of one pair."""
+        return 1.0 - self.law.right_mass
+
+    @property
+    def mean(self) -> Tensor:
+        return self._number([self.law.mean, 0.0] * self.pairs)
+
+    @property
+    def variance(self) -> Tensor:
+        return self._number([self.law.variance, 1.0] * self.pairs)
+
+    @property
+    def mode_weights(self) -> Tensor | None:
+        if self.pairs > 16:
+            return None
+        weights = torch.ones(1, dtype=torch.float64)
+        for _ in range(self.pairs):
+            weights = torch.cat([weights * self.left_mass, weights * self.law.right_mass])
+        return self._number(weights)
+
+    def mode_of(self, x: Tensor) -> Tensor:
+        if self.pairs > 16:
+            return super().mode_of(x)
+        self.batch_shape(x)
+        return ((x[..., ::2] > 0).long() << torch.arange(self.pairs, device=x.device)).sum(-1)
+
+    def _draw(self, n: int, generator: torch.Generator | None) -> Tensor:
+        a = self.law.quantile(self._uniform((n, self.pairs), generator))
+        return torch.stack([a, self._normal((n, self.pairs), generator)], -1).flatten(1)
+
+
+class HalfDisc(Target):
+    r"""The energy :math:`E(x) = -2 \sqrt{1 - x^2}` on :math:`|x| < 1`, :math:`+\infty` outside: a density cut off where it is 1.
+
+    .. math:: Z = \pi \bigl(I_1(2) + L_1(2)\bigr) + 2
+
+    with I the modified Bessel and L the modified Struve function. Its support is the whole line, so that kernels meet the wall:
+    a correct one rejects there. :meth:`initial` draws inside.
+
+    Args:
+        dtype: floating-point type; None for torch's default.
+
+    Raises:
+        ValueError: if ``dtype`` is no floating-point type.
+
+    Example:
+        >>> e = HalfDisc()
+        >>> e(torch.tensor([0.0, 0.6, 1.0])), round(e.log_z, 6)
+        (tensor([-2.0000, -1.6000,     inf]), 2.347707)
+    """
+
+    event_shape = torch.Size()
+
+    def __init__(self, dtype: torch.dtype | None = None) -> None:
+        super().__init__(dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        outside = x.abs() >= 1.0  # a NaN is not outside: it stays NaN
+        inside = torch.where(outside, 0.0, x)  # so that no row outside sends a NaN back through the root
+        return torch.where(outside, math.inf, -2.0 * torch.sqrt((1.0 - inside) * (1.0 + inside)))
+
+    def _log_z(self) -> float:
+        return math.log(math.pi * (iv(1, 2.0) + modstruve(1, 2.0)) + 2.0)
+
+    @property
+    def mean(self) -> Tensor:
+        return self._number(0.0)
+
+    @property
+    def variance(self) -> Tensor:
+        return self._number(_half_disc_square() / math.exp(self._log_z()))
+
+    def _draw(self, n: int, generator: torch.Generator | None) -> Tensor:
+        def propose(k: int) -> tuple[Tensor, Tensor]:
+            x = (2.0 * self._uniform((k,), generator) - 1.0).to(self.dtype)  # rounded first: 1.0 is outside
+            return x, -self(x) - 2.0
+
+        return rejection(n, propose, lambda shape: self._uniform(shape, generator))
+
+
+@cache
+def _half_disc_square() -> float:  # the integral of x^2 exp(-E), with x = sin t
+    square = lambda t: math.sin(t) ** 2 * math.cos(t) * math.exp(2.0 * math.cos(t))  # noqa: E731
+    return quad(square, -math.pi / 2, math.pi / 2, epsabs=1e-13, epsrel=1e-12)[0]
