@@ -23,8 +23,8 @@ __all__ = ["Energy", "Sum", "Tempered", "value_and_grad", "unchecked_value_and_g
 class Energy(nn.Module):
     r"""An unnormalised density :math:`p(x) = e^{-E(x)} / Z`.
 
-    A subclass writes :meth:`forward` and names the shape of one event; everything else is a view of it. Hopfield (1982) and
-    LeCun et al., "A Tutorial on Energy-Based Learning" (2006), use the same sign: low energy is likely.
+    A subclass writes :meth:`forward` and names the shape of one event; everything else is a view of it (LeCun et al., "A
+    Tutorial on Energy-Based Learning", 2006).
 
     Args:
         event_shape: shape of one event; ``()`` is a scalar variable. A class attribute of the same name serves too.
@@ -118,11 +118,14 @@ class Energy(nn.Module):
         """``n`` legal starting states of finite energy, shape ``(n, *event_shape)``.
 
         Raises:
-            ValueError: if ``n`` < 1, if the support has no default, or if no finite energy is found in 100 tries.
+            ValueError: if ``n`` < 1, the support has no default, or no finite energy is found in 100 tries.
         """
         if n < 1:
             raise ValueError(f"n must be at least 1, got n={n}")
-        draw = lambda k: draw_initial(self.support, (k, *self.event_shape), generator, self.dtype, self.device)  # noqa: E731
+
+        def draw(count: int) -> Tensor:
+            return draw_initial(self.support, (count, *self.event_shape), generator, self.dtype, self.device)
+
         states = draw(n)
         for _ in range(100):
             with torch.no_grad():
@@ -141,9 +144,7 @@ class Energy(nn.Module):
         Raises:
             NotImplementedError: if it has none; never returns something that is not a draw.
         """
-        raise NotImplementedError(
-            f"{type(self).__name__} has no exact draws; sample it with pyroebm.MCMC, whose chains start from initial(n)"
-        )
+        raise NotImplementedError(f"{type(self).__name__} has no exact draws; sample it with MCMC, from initial(n)")
 
     def log_ratio(self, x1: Tensor, x2: Tensor) -> Tensor:
         r""":math:`\log p(x_1) - \log p(x_2) = E(x_2) - E(x_1)`, which needs no :math:`Z`. Shape: the common batch shape."""
@@ -181,8 +182,7 @@ class Energy(nn.Module):
     def __mul__(self, beta: float) -> Tempered:
         return Tempered(self, beta)
 
-    def __rmul__(self, beta: float) -> Tempered:
-        return Tempered(self, beta)
+    __rmul__ = __mul__
 
     def __truediv__(self, temperature: float) -> Tempered:
         return Tempered(self, 1.0 / temperature if temperature else math.inf)
@@ -299,7 +299,7 @@ def value_and_grad(energy: Energy, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def unchecked_value_and_grad(energy: Energy, x: Tensor) -> tuple[Tensor, Tensor]:
-    """:func:`value_and_grad` for inner loops, whose states passed the front door once: dtype and device are not compared."""
+    """:func:`value_and_grad` for inner loops, whose states passed the front door once."""
     with torch.inference_mode(False), torch.enable_grad():
         x = (x.clone() if x.is_inference() else x.detach()).requires_grad_(True)
         values, grad = _grad(energy, x, create_graph=False)

@@ -12,7 +12,7 @@ import torch
 from pyro.infer.mcmc.api import AbstractMCMC
 from pyro.infer.mcmc.util import select_samples
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from pyroebm import diagnostics
 from pyroebm.energy import Energy

@@ -100,7 +100,7 @@ def windows(steps: int, initial: int = 15, first: int = 15, final: int = 50) -> 
 
     Example:
         >>> windows(1000)
-        [(15, 30), (30, 60), (60, 120), (120, 240), (240, 480), (480, 950)]
+        [(15, 30), (30, 60), (60, 120), (120, 240), (240, 950)]
     """
     if steps < 20:
         return []

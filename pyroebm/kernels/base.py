@@ -16,7 +16,14 @@ __all__ = ["State", "Info", "Kernel"]
 
 
 class State(NamedTuple):
-    """What the next step needs. Row i of each field belongs to chain i alone."""
+    """What the next step needs. Row i of each field belongs to chain i alone.
+
+    Example:
+        >>> from pyroebm.kernels import MALA
+        >>> from pyroebm.targets import DoubleWell
+        >>> MALA().init(DoubleWell(), torch.tensor([1.0, -1.0]))
+        State(x=tensor([ 1., -1.]), energy=tensor([-2., -4.]), grad=tensor([-3.,  5.]))
+    """
 
     x: Tensor  #: positions, shape ``(chains, *event)``
     energy: Tensor  #: :math:`E(x)`, shape ``(chains,)``, finite
@@ -24,7 +31,12 @@ class State(NamedTuple):
 
 
 class Info(NamedTuple):
-    """What a person wants to know of one step; every field has shape ``(chains,)``."""
+    """What a person wants to know of one step; every field has shape ``(chains,)``.
+
+    Example:
+        >>> Info._fields
+        ('acceptance_rate', 'accepted', 'diverging', 'energy', 'n_steps', 'step_size', 'tree_depth')
+    """
 
     acceptance_rate: Tensor  #: mean Metropolis probability of what was proposed, in [0, 1]
     accepted: Tensor  #: whether the chain moved
@@ -46,6 +58,11 @@ class Kernel(abc.ABC):
 
     Raises:
         ValueError: if a step size or an inverse mass is not positive and finite.
+
+    Example:
+        >>> from pyroebm.kernels import MALA
+        >>> MALA().replace(step_size=0.2)
+        MALA(step_size=0.2, inverse_mass=None)
     """
 
     step_size: float | Tensor = 0.1

@@ -1,0 +1,22 @@
+"""Normalised stand-ins for the density of an energy, and importance sampling with them."""
+
+from pyroebm.flows.coupling import AdditiveCoupling
+from pyroebm.flows.extended import Extended
+from pyroebm.flows.flow import Flow
+from pyroebm.flows.importance import ImportanceResult, importance_sample
+from pyroebm.flows.linear import PLULinear, Shift
+from pyroebm.flows.networks import ConditionalGaussian
+from pyroebm.flows.nice import NICE, RedundantNICE
+
+__all__ = [
+    "AdditiveCoupling",
+    "ConditionalGaussian",
+    "Extended",
+    "Flow",
+    "ImportanceResult",
+    "NICE",
+    "PLULinear",
+    "RedundantNICE",
+    "Shift",
+    "importance_sample",
+]

@@ -1,0 +1,92 @@
+"""Additive coupling, the volume-preserving layer of NICE."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from pyro.distributions import TransformModule
+from torch import Tensor, nn
+from torch.distributions import constraints
+
+from pyroebm.flows.networks import mlp
+
+__all__ = ["AdditiveCoupling"]
+
+
+class AdditiveCoupling(TransformModule):
+    r"""One additive coupling layer (Dinh, Krueger and Bengio, "NICE: Non-linear Independent Components Estimation", 2014).
+
+    One part of z passes through and decides by how much the other is moved:
+
+    .. math:: x_a = z_a, \qquad x_b = z_b + m(z_a), \qquad \log|\det \partial x / \partial z| = 0.
+
+    Nothing is cached: the inverse is always computed, with the parameters as they are then.
+
+    Args:
+        dim: D, entries of z and of x, at least 2.
+        net: the conditioner m, any module ``(*batch, |a|) -> (*batch, |b|)``; by default an MLP whose last layer is zero.
+        flip: False (default): a is the first ``dim // 2`` entries and b the rest; True: a is the rest. Layers alternate.
+        hidden: widths of the default conditioner's hidden layers.
+        activation: ``"silu"`` or ``"tanh"``, of the default conditioner.
+        dtype: of the default conditioner's parameters.
+        generator: source of the default conditioner's initial hidden weights.
+
+    Raises:
+        ValueError: if ``dim`` < 2; when called, if the last dimension is not ``dim`` or if m(z_a) has not the shape and
+            dtype of z_b.
+
+    Example:
+        >>> layer = AdditiveCoupling(2, net=nn.Identity())
+        >>> layer(torch.tensor([[1.0, 10.0]]))
+        tensor([[ 1., 11.]])
+        >>> layer.inv(torch.tensor([[1.0, 11.0]]))
+        tensor([[ 1., 10.]])
+    """
+
+    domain = constraints.real_vector
+    codomain = constraints.real_vector
+    bijective = True
+
+    def __init__(
+        self,
+        dim: int,
+        net: nn.Module | None = None,
+        *,
+        flip: bool = False,
+        hidden: Sequence[int] = (64, 64),
+        activation: str = "silu",
+        dtype: torch.dtype | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        if dim < 2:
+            raise ValueError(f"dim must be at least 2, for one entry to move another, got dim={dim}")
+        super().__init__()
+        self.dim, self.flip = dim, flip
+        self.cut = dim // 2
+        passing, moved = (dim - self.cut, self.cut) if flip else (self.cut, dim - self.cut)
+        self.net = mlp(passing, moved, hidden, activation=activation, dtype=dtype, generator=generator) if net is None else net
+
+    def _couple(self, z: Tensor, sign: int) -> Tensor:
+        if z.dim() < 1 or z.shape[-1] != self.dim:
+            raise ValueError(f"the input must have shape (*batch, dim) with dim={self.dim}, got shape {tuple(z.shape)}")
+        first, rest = z.split((self.cut, self.dim - self.cut), dim=-1)
+        passing, moved = (rest, first) if self.flip else (first, rest)
+        shift = self.net(passing)
+        if shift.shape != moved.shape or shift.dtype != moved.dtype:
+            raise ValueError(
+                f"net must map {tuple(passing.shape)} to the shape and dtype of the part it moves, {tuple(moved.shape)} and"
+                f" {moved.dtype}, but it gave {tuple(shift.shape)} and {shift.dtype}"
+            )
+        moved = moved + shift if sign > 0 else moved - shift
+        return torch.cat((moved, passing) if self.flip else (passing, moved), dim=-1)
+
+    def _call(self, z: Tensor) -> Tensor:
+        return self._couple(z, 1)
+
+    def _inverse(self, x: Tensor) -> Tensor:
+        return self._couple(x, -1)
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        """Zero for every event: ``(*batch, D), (*batch, D) -> (*batch)``."""
+        return x.new_zeros(x.shape[:-1])

@@ -1,0 +1,214 @@
+"""Importance sampling with a flow, or any Pyro distribution, as the proposal."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+
+from pyroebm.energy import Energy
+from pyroebm.flows.flow import Flow
+from pyroebm.flows.networks import seeded_generator
+
+__all__ = ["ImportanceResult", "importance_sample"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ImportanceResult:
+    r"""Weighted draws for :math:`p(x) = e^{-U(x)} / C`, from :func:`importance_sample`.
+
+    None of these numbers sees a mode that no draw came near: a proposal inside one of two modes can have a healthy ESS and
+    Pareto k with a ``log_z`` that is too small by many standard errors.
+
+    Attributes:
+        x: the draws, shape ``(n, *event)``.
+        log_weights: unnormalised log weights in nats, float64, shape ``(n,)``; :math:`-\infty` where :math:`U = \infty`.
+        log_z: log of the mean weight, an estimate of log C; the mean weight itself is unbiased for C.
+        log_z_se: its standard error, :math:`\mathrm{sd}(w) / (\bar w \sqrt n)` (delta method).
+        ess: effective sample size :math:`(\sum w)^2 / \sum w^2` (Kong, 1992).
+        pareto_k: shape of the weights' tail (Vehtari, Simpson, Gelman, Yao and Gabry, "Pareto Smoothed Importance Sampling",
+            2024), by ArviZ; above 0.7 the estimates cannot be trusted. ``inf`` where fewer than five weights make the tail,
+            ``-inf`` where all weights are equal and there is none.
+    """
+
+    x: Tensor
+    log_weights: Tensor
+    log_z: float
+    log_z_se: float
+    ess: float
+    pareto_k: float
+
+    @property
+    def ess_fraction(self) -> float:
+        """``ess / n``, in [0, 1]."""
+        return self.ess / len(self.log_weights)
+
+    @property
+    def weights(self) -> Tensor:
+        """Normalised weights, float64, shape ``(n,)``."""
+        return self.log_weights.softmax(0)
+
+    def expectation(self, f: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        r"""Self-normalised estimate of :math:`E_p[f(x)]` and its standard error.
+
+        .. math:: \hat\mu = \sum_i \bar w_i f(x_i), \qquad
+            \mathrm{se}^2 = \sum_i \bar w_i^2 (f(x_i) - \hat\mu)^2, \qquad \bar w_i = w_i / \textstyle\sum_j w_j.
+
+        Args:
+            f: function of the draws, ``(n, *event) -> (n, *shape)``. Draws of weight 0 count for nothing, whatever f is there.
+
+        Returns:
+            value and standard error, float64, both of shape ``shape``.
+
+        Raises:
+            ValueError: if f does not give one value for each draw.
+        """
+        values = f(self.x).to(torch.float64)
+        if values.dim() < 1 or len(values) != len(self.x):
+            raise ValueError(f"f must map {len(self.x)} draws to as many values, got shape {tuple(values.shape)}")
+        kept = self.weights > 0
+        values, weights = values[kept], self.weights[kept].reshape(-1, *[1] * (values.dim() - 1))
+        mean = (weights * values).sum(0)
+        return mean, (weights * (values - mean)).square().sum(0).sqrt()
+
+    def resample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """``n`` independent draws from the weighted ones, shape ``(n, *event)``: nearly from p where ``ess`` is large.
+
+        Raises:
+            ValueError: if ``n`` < 1.
+        """
+        if n < 1:
+            raise ValueError(f"n must be at least 1, got n={n}")
+        where = self.x.device if generator is None else generator.device
+        uniform = torch.rand(n, generator=generator, dtype=torch.float64, device=where).to(self.x.device)
+        total = self.weights.cumsum(0)
+        # a uniform number above the rounded total would fall behind the last draw of positive weight
+        index = torch.searchsorted(total, uniform * total[-1], right=True)
+        return self.x[index.clamp(max=int(self.weights.nonzero()[-1]))]
+
+
+def importance_sample(
+    proposal: Flow | Distribution,
+    energy: Energy,
+    n: int = 100_000,
+    *,
+    seed: int = 0,
+    generator: torch.Generator | None = None,
+    batch_size: int = 65_536,
+) -> ImportanceResult:
+    r"""Draw x from a proposal and weigh it for :math:`p(x) = e^{-U(x)} / C`.
+
+    A flow with redundant latents is weighed on (x, y) together, which keeps the mean weight unbiased for C whatever M and
+    :math:`\Sigma` are:
+
+    .. math:: w = \frac{e^{-U(x)} N(y \mid M(x), \Sigma(x))}{q(x, y)}
+        = \frac{e^{-U(x)} N(y \mid M(x), \Sigma(x)) |\det S|}{N(z \mid 0, I)}
+
+    Args:
+        proposal: a flow for the energy, or a Pyro distribution of the energy's event shape. The latter draws from torch's
+            global generator, which is seeded for it and put back.
+        energy: U.
+        n: number of draws.
+        seed: of a generator on the proposal's device.
+        generator: in place of ``seed``.
+        batch_size: draws evaluated at once.
+
+    Returns:
+        draws, weights and what they say; gradients are not kept.
+
+    Raises:
+        ValueError: if ``n`` or ``batch_size`` < 1, or if shapes, dtypes or devices do not fit.
+        FloatingPointError: if a log weight is NaN or +inf (with their numbers), or if every weight is 0.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> from pyroebm.targets import Gaussian
+        >>> result = importance_sample(dist.Normal(0.0, 1.5), Gaussian(0.0), 10_000)
+        >>> abs(result.log_z - 0.5 * math.log(2 * math.pi)) < 5 * result.log_z_se
+        True
+    """
+    for name, value in (("n", n), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {name}={value}")
+    if generator is None:
+        generator = seeded_generator(seed, proposal.device if isinstance(proposal, Flow) else energy.device)
+    draw = _flow_weights(proposal, energy) if isinstance(proposal, Flow) else _distribution_weights(proposal, energy)
+    sizes = [batch_size] * (n // batch_size) + [n % batch_size] * (n % batch_size > 0)
+    with torch.no_grad():
+        parts = [draw(size, generator) for size in sizes]
+    return _summary(torch.cat([x for x, _ in parts]), torch.cat([log_w for _, log_w in parts]).double())
+
+
+_Draw = Callable[[int, torch.Generator], tuple[Tensor, Tensor]]
+
+
+def _flow_weights(flow: Flow, energy: Energy) -> _Draw:
+    target = flow.extend(energy)
+
+    def draw(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        xy, log_q = flow.push(flow.draw_noise(n, generator))
+        return target.split(xy)[0], -target(xy) - log_q
+
+    return draw
+
+
+def _distribution_weights(proposal: Distribution, energy: Energy) -> _Draw:
+    if proposal.batch_shape or proposal.event_shape != energy.event_shape:
+        raise ValueError(
+            f"proposal must have batch_shape () and the energy's event_shape {tuple(energy.event_shape)}, got batch_shape"
+            f" {tuple(proposal.batch_shape)} and event_shape {tuple(proposal.event_shape)}; a flow goes in itself, not called"
+        )
+
+    def draw(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        seed = int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device))
+        with torch.random.fork_rng([energy.device] if energy.device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            x = proposal.sample((n,))
+        energy.check_states(x, "the proposal's draw")
+        return x, -energy(x) - proposal.log_prob(x)
+
+    return draw
+
+
+def _summary(x: Tensor, log_weights: Tensor) -> ImportanceResult:
+    n = len(log_weights)
+    nan, infinite = int(log_weights.isnan().sum()), int((log_weights == math.inf).sum())
+    if nan or infinite:
+        raise FloatingPointError(
+            f"of n={n} log weights {nan} are NaN and {infinite} are +inf: the energy or the proposal's density"
+            " is not finite there"
+        )
+    if bool((log_weights == -math.inf).all()):
+        raise FloatingPointError(f"all n={n} weights are 0: no draw of the proposal lies where the energy is finite")
+    ratio = (log_weights - log_weights.max()).exp()
+    mean = float(ratio.mean())
+    spread = float(ratio.std(correction=1)) if n > 1 else math.nan
+    return ImportanceResult(
+        x=x,
+        log_weights=log_weights,
+        log_z=float(log_weights.max()) + math.log(mean),
+        log_z_se=spread / (mean * math.sqrt(n)),
+        ess=float(ratio.sum()) ** 2 / float(ratio.square().sum()),
+        pareto_k=_pareto_k(log_weights.cpu().numpy()),
+    )
+
+
+def _pareto_k(log_weights: np.ndarray) -> float:
+    if np.ptp(log_weights) < 1e-12:
+        return -math.inf
+    try:  # ArviZ 1.x keeps its array functions here
+        smooth: Any = importlib.import_module("arviz_stats.base").array_stats.psislw
+    except ModuleNotFoundError:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=r"\s*ArviZ is undergoing", category=FutureWarning)
+            smooth = importlib.import_module("arviz").psislw
+    with np.errstate(over="ignore", invalid="ignore"):  # the tail's fit compares likelihoods further apart than float64 holds
+        return float(smooth(log_weights.copy())[1])

@@ -1,0 +1,133 @@
+"""The linear layers of NICE: an invertible matrix by its PLU factors, and a shift."""
+
+from __future__ import annotations
+
+import torch
+from pyro.distributions import TransformModule
+from torch import Tensor, nn
+from torch.distributions import constraints
+
+__all__ = ["PLULinear", "Shift"]
+
+
+def _check_event(z: Tensor, dim: int) -> None:
+    if z.dim() < 1 or z.shape[-1] != dim:
+        raise ValueError(f"the input must have shape (*batch, dim) with dim={dim}, got shape {tuple(z.shape)}")
+
+
+class PLULinear(TransformModule):
+    r"""An invertible matrix :math:`x = S z` with :math:`S = P L U` (Kingma and Dhariwal, "Glow", 2018).
+
+    P is a fixed permutation, L unit lower triangular, U upper triangular with diagonal :math:`s_i e^{u_i}`, the signs s
+    fixed. S stays invertible whatever the parameters are, and
+
+    .. math:: \log|\det S| = \sum_i u_i.
+
+    Args:
+        matrix: initial S, shape ``(D, D)``, floating point; P and s are those of its pivoted PLU factorisation.
+
+    Raises:
+        ValueError: if ``matrix`` is not square, not floating point, or singular.
+
+    Example:
+        >>> S = torch.tensor([[0.0, 2.0], [1.0, 0.0]])
+        >>> layer = PLULinear(S)
+        >>> layer(torch.tensor([1.0, 3.0])).detach()
+        tensor([6., 1.])
+        >>> layer.log_abs_det().detach()
+        tensor(0.6931)
+    """
+
+    domain = constraints.real_vector
+    codomain = constraints.real_vector
+    bijective = True
+
+    order: Tensor
+    signs: Tensor
+
+    def __init__(self, matrix: Tensor) -> None:
+        if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1] or not matrix.is_floating_point():
+            raise ValueError(
+                f"matrix must be square and of floating point, got shape {tuple(matrix.shape)} and dtype {matrix.dtype}"
+            )
+        permutation, lower, upper = torch.linalg.lu(matrix.detach())
+        diagonal = upper.diagonal()
+        if not bool((diagonal != 0).all() & torch.isfinite(diagonal).all()):
+            raise ValueError(f"matrix must be invertible, got the diagonal {diagonal.tolist()} in the U of its PLU factors")
+        super().__init__()
+        self.dim = matrix.shape[0]
+        self.register_buffer("order", permutation.argmax(dim=1))  # (P v)_i = v[order_i]
+        self.register_buffer("signs", diagonal.sign())
+        self.log_diagonal = nn.Parameter(diagonal.abs().log())
+        self.below = nn.Parameter(lower.tril(-1))
+        self.above = nn.Parameter(upper.triu(1))
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """L and U, each ``(D, D)``."""
+        lower = self.below.tril(-1) + torch.eye(self.dim, dtype=self.below.dtype, device=self.below.device)
+        return lower, self.above.triu(1) + torch.diag(self.signs * self.log_diagonal.exp())
+
+    def matrix(self) -> Tensor:
+        """S, shape ``(D, D)``."""
+        lower, upper = self.factors()
+        return (lower @ upper)[self.order]
+
+    def log_abs_det(self) -> Tensor:
+        r""":math:`\log|\det S|`, a scalar."""
+        return self.log_diagonal.sum()
+
+    def _call(self, z: Tensor) -> Tensor:
+        _check_event(z, self.dim)
+        return z @ self.matrix().T
+
+    def _inverse(self, x: Tensor) -> Tensor:
+        _check_event(x, self.dim)
+        lower, upper = self.factors()
+        columns = x[..., self.order.argsort()].reshape(-1, self.dim).T
+        columns = torch.linalg.solve_triangular(lower, columns, upper=False, unitriangular=True)
+        return torch.linalg.solve_triangular(upper, columns, upper=True).T.reshape(x.shape)
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        """The same for every event: ``(*batch, D), (*batch, D) -> (*batch)``."""
+        return self.log_abs_det().expand(x.shape[:-1])
+
+
+class Shift(TransformModule):
+    r"""A learned translation :math:`x = z + c`, with :math:`\log|\det \partial x/\partial z| = 0`.
+
+    NICE (Dinh, Krueger and Bengio, 2014) is centred without it: additive coupling of one dimension, and S, move no mean.
+
+    Args:
+        offset: initial c, shape ``(D,)``, floating point.
+
+    Raises:
+        ValueError: if ``offset`` is not a vector of floating point.
+
+    Example:
+        >>> Shift(torch.tensor([1.0, -1.0]))(torch.zeros(2)).detach()
+        tensor([ 1., -1.])
+    """
+
+    domain = constraints.real_vector
+    codomain = constraints.real_vector
+    bijective = True
+
+    def __init__(self, offset: Tensor) -> None:
+        if offset.dim() != 1 or not offset.is_floating_point():
+            raise ValueError(
+                f"offset must be a vector of floating point, got shape {tuple(offset.shape)} and dtype {offset.dtype}"
+            )
+        super().__init__()
+        self.offset = nn.Parameter(offset.detach().clone())
+
+    def _call(self, z: Tensor) -> Tensor:
+        _check_event(z, len(self.offset))
+        return z + self.offset
+
+    def _inverse(self, x: Tensor) -> Tensor:
+        _check_event(x, len(self.offset))
+        return x - self.offset
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        """Zero for every event: ``(*batch, D), (*batch, D) -> (*batch)``."""
+        return x.new_zeros(x.shape[:-1])

@@ -1,0 +1,157 @@
+"""The networks inside the flows: an MLP, its Gaussian head for y given x, and the seeding of both."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+
+__all__ = ["ConditionalGaussian", "call_detached", "mlp", "seeded_generator"]
+
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"silu": nn.SiLU, "tanh": nn.Tanh}
+LOG_2PI = math.log(2.0 * math.pi)
+
+
+def seeded_generator(seed: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A new generator whose stream is spread from ``seed`` by ``numpy.random.SeedSequence``; torch's global one is untouched."""
+    words = np.random.SeedSequence(seed).generate_state(1, np.uint64)
+    return torch.Generator(device).manual_seed(int(words[0]) % 2**63)
+
+
+def call_detached(module: nn.Module, *args: Tensor) -> Tensor:
+    """``module(*args)`` with every parameter held constant: gradients reach ``args`` only."""
+    return torch.func.functional_call(module, {name: p.detach() for name, p in module.named_parameters()}, args)
+
+
+def mlp(
+    in_features: int,
+    out_features: int,
+    hidden: Sequence[int],
+    *,
+    activation: str = "silu",
+    dtype: torch.dtype | None = None,
+    generator: torch.Generator | None = None,
+) -> nn.Sequential:
+    r"""A multi-layer perceptron whose last layer is zero, so that it starts as the zero function.
+
+    Args:
+        in_features: width of the input.
+        out_features: width of the output.
+        hidden: widths of the hidden layers, at least one.
+        activation: ``"silu"`` or ``"tanh"``.
+        dtype: of the parameters (default torch's).
+        generator: source of the initial hidden weights, of variance 1 / fan-in (LeCun et al., "Efficient BackProp", 1998):
+            torch's own are a third of that, too smooth for the few inputs of a small flow.
+
+    Raises:
+        ValueError: if ``hidden`` is empty or not positive, or if ``activation`` is unknown.
+
+    Example:
+        >>> mlp(2, 3, (8,))(torch.ones(4, 2)).shape
+        torch.Size([4, 3])
+    """
+    if not hidden or min(hidden) < 1:
+        raise ValueError(f"hidden must hold at least one positive width, got hidden={tuple(hidden)}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {sorted(ACTIVATIONS)}, got activation={activation!r}")
+    widths = [in_features, *hidden, out_features]
+    linear: list[nn.Linear] = []
+    for fan_in, fan_out in itertools.pairwise(widths):
+        # skip_init: nn.Linear's own initialisation would consume torch's global random stream
+        layer = nn.utils.skip_init(nn.Linear, fan_in, fan_out, dtype=dtype)
+        bound = math.sqrt(3.0 / fan_in)
+        nn.init.uniform_(layer.weight, -bound, bound, generator=generator)
+        nn.init.uniform_(layer.bias, -bound, bound, generator=generator)
+        linear.append(layer)
+    nn.init.zeros_(linear[-1].weight)
+    nn.init.zeros_(linear[-1].bias)
+    activate = ACTIVATIONS[activation]
+    return nn.Sequential(linear[0], *itertools.chain.from_iterable((activate(), layer) for layer in linear[1:]))
+
+
+class ConditionalGaussian(nn.Module):
+    r"""A learned Gaussian :math:`N(y \mid M(x), \Sigma(x))` with full covariance.
+
+    One network gives :math:`M(x)` and the inverse Cholesky factor :math:`W(x) = L(x)^{-1}` of :math:`\Sigma = L L^\top`,
+    lower triangular with diagonal :math:`e^{w(x)} > 0`, so the density needs no solve:
+
+    .. math:: \log N(y \mid M, \Sigma) = \sum_i w_i - \tfrac12 |W (y - M)|^2 - \tfrac{k}{2} \log 2\pi,
+        \qquad \log\det\Sigma = -2 \sum_i w_i.
+
+    It starts as the standard normal, whatever x is.
+
+    Args:
+        dim: d, entries of x.
+        extra: k = D - d, entries of y.
+        hidden: widths of the network's hidden layers.
+        activation: ``"silu"`` or ``"tanh"``.
+        dtype: of the parameters.
+        generator: source of the initial hidden weights.
+
+    Raises:
+        ValueError: if ``dim`` or ``extra`` is below 1.
+
+    Example:
+        >>> conditional = ConditionalGaussian(dim=1, extra=2)
+        >>> conditional.log_prob(torch.zeros(3, 2), torch.ones(3, 1)).detach()
+        tensor([-1.8379, -1.8379, -1.8379])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        extra: int,
+        hidden: Sequence[int] = (64, 64),
+        *,
+        activation: str = "silu",
+        dtype: torch.dtype | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        if dim < 1 or extra < 1:
+            raise ValueError(f"dim and extra must be at least 1, got dim={dim}, extra={extra}")
+        super().__init__()
+        self.dim, self.extra = dim, extra
+        outputs = 2 * extra + extra * (extra - 1) // 2
+        self.net = mlp(dim, outputs, hidden, activation=activation, dtype=dtype, generator=generator)
+
+    def parts(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """M ``(*batch, k)``, w ``(*batch, k)`` and the strictly lower part of W ``(*batch, k, k)`` at x ``(*batch, d)``."""
+        if x.dim() < 1 or x.shape[-1] != self.dim:
+            raise ValueError(f"x must have shape (*batch, dim) with dim={self.dim}, got shape {tuple(x.shape)}")
+        k = self.extra
+        out = self.net(x)
+        below = out.new_zeros(*out.shape[:-1], k, k)
+        if k > 1:
+            row, column = torch.tril_indices(k, k, offset=-1, device=out.device)
+            below[..., row, column] = out[..., 2 * k :]
+        return out[..., :k], out[..., k : 2 * k], below
+
+    def forward(self, x: Tensor) -> dist.MultivariateNormal:
+        """The Pyro distribution of y at x ``(*batch, d)``: batch shape ``batch``, event shape ``(k,)``."""
+        mean, log_diagonal, below = self.parts(x)
+        whitening = below + torch.diag_embed(log_diagonal.exp())
+        identity = torch.eye(self.extra, dtype=x.dtype, device=x.device).expand_as(whitening)
+        return dist.MultivariateNormal(mean, scale_tril=torch.linalg.solve_triangular(whitening, identity, upper=False))
+
+    def log_prob(self, y: Tensor, x: Tensor) -> Tensor:
+        r""":math:`\log N(y \mid M(x), \Sigma(x))` of y ``(*batch, k)`` at x ``(*batch, d)``: ``(*batch)``, in nats."""
+        if y.shape != (*x.shape[:-1], self.extra):
+            raise ValueError(
+                f"y must have shape {(*x.shape[:-1], self.extra)} to go with x of shape {tuple(x.shape)}, got {tuple(y.shape)}"
+            )
+        mean, log_diagonal, below = self.parts(x)
+        white = log_diagonal.exp() * (y - mean)
+        if self.extra > 1:
+            white = white + (below @ (y - mean).unsqueeze(-1)).squeeze(-1)
+        return (log_diagonal - 0.5 * white**2).sum(-1) - 0.5 * self.extra * LOG_2PI
+
+    def sample(self, x: Tensor, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
+        """``num_samples`` reparameterised draws of y at each x: ``(*batch, d) -> (num_samples, *batch, k)``."""
+        conditional = self(x)
+        noise = torch.randn((num_samples, *x.shape[:-1], self.extra), dtype=x.dtype, device=x.device, generator=generator)
+        return conditional.loc + (conditional.scale_tril @ noise.unsqueeze(-1)).squeeze(-1)

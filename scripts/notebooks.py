@@ -1,0 +1,64 @@
+"""Run the notebooks: `python scripts/notebooks.py [NAME ...]` writes notebooks/NAME.ipynb from NAME.py, with fresh outputs.
+
+A notebook is a percent script (`# %%` before each cell). Each runs in a kernel and an empty folder of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import jupytext
+import nbformat
+from nbclient import NotebookClient
+from nbformat import NotebookNode
+
+FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
+ENVIRONMENT = {
+    "MPLBACKEND": "module://matplotlib_inline.backend_inline",  # a reader sees the figures inline
+    "PYTHONWARNINGS": "ignore:IProgress not found",  # tqdm's, on Pyro's import, where there are no widgets
+}
+
+
+def read(script: Path) -> NotebookNode:
+    """The notebook of a percent script, not run. Cells get ids that stay the same from run to run."""
+    notebook: NotebookNode = jupytext.read(script)
+    notebook.nbformat, notebook.nbformat_minor = 4, 5
+    for number, cell in enumerate(notebook.cells):
+        cell["id"] = f"cell-{number}"
+    return notebook
+
+
+def execute(script: Path, folder: Path) -> NotebookNode:
+    """Run a script's cells in a fresh kernel whose working directory is ``folder``; any error raises."""
+    notebook = read(script)
+    client = NotebookClient(
+        notebook,
+        timeout=600,
+        kernel_name="python3",
+        record_timing=False,
+        resources={"metadata": {"path": str(folder)}},
+        extra_arguments=["--log-level=ERROR"],  # else it warns that it listens on the loopback interface
+    )
+    client.execute(env=os.environ | ENVIRONMENT)
+    return notebook
+
+
+def main(*names: str) -> int:
+    """Run the named notebooks, or all of them, and write each."""
+    os.environ.setdefault("JUPYTER_PLATFORM_DIRS", "1")
+    scripts = [FOLDER / f"{name}.py" for name in names] or sorted(FOLDER.glob("[0-9]*.py"))
+    for script in scripts:
+        began = time.perf_counter()
+        with tempfile.TemporaryDirectory() as folder:
+            notebook = execute(script, Path(folder))
+        nbformat.write(notebook, script.with_suffix(".ipynb"))
+        print(f"{script.stem}: {len(notebook.cells)} cells in {time.perf_counter() - began:.0f} s", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -1,0 +1,71 @@
+"""Policy for every test: one thread, no display, no traces left behind.
+
+Tests say `dtype=torch.float64` where they mean it, or take the fixture `float64`; a test that is about float32 says so. What a
+test leaves changed (torch's default dtype or threads, gradient mode) fails it, because the next test would see it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before the first import of torch; notebook kernels inherit it
+
+import matplotlib as mpl
+import pyro
+import pytest
+import torch
+
+mpl.use("Agg")
+torch.set_num_threads(1)
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def _globals() -> dict[str, Any]:
+    return {
+        "torch.get_default_dtype()": torch.get_default_dtype(),
+        "torch.get_num_threads()": torch.get_num_threads(),
+        "torch.is_grad_enabled()": torch.is_grad_enabled(),
+    }
+
+
+@pytest.fixture(autouse=True)
+def _no_traces() -> Iterator[None]:
+    """An empty Pyro parameter store before and after, no figure left open, torch's globals as they were."""
+    pyro.clear_param_store()
+    before = _globals()
+    yield
+    pyro.clear_param_store()
+    if "matplotlib.pyplot" in sys.modules:
+        import matplotlib.pyplot as plt
+
+        plt.close("all")
+    after = _globals()
+    torch.set_default_dtype(before["torch.get_default_dtype()"])
+    torch.set_num_threads(before["torch.get_num_threads()"])
+    torch.set_grad_enabled(before["torch.is_grad_enabled()"])
+    changed = [f"{name} was {before[name]}, is {after[name]}" for name in before if after[name] != before[name]]
+    if changed:
+        pytest.fail("the test left changed: " + "; ".join(changed), pytrace=False)
+
+
+@pytest.fixture
+def float64(_no_traces: None) -> Iterator[torch.dtype]:
+    """torch's default dtype is float64 within the test."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield torch.float64
+    torch.set_default_dtype(before)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of larger data sets that may lie beside the checkout; a test that needs it is skipped where it is absent."""
+    folder = ROOT.parent / "shared"
+    if not folder.is_dir():
+        pytest.skip(f"no folder {folder}: the data of this test is not part of the project")
+    return folder

@@ -1,0 +1,121 @@
+"""The package as others meet it: its version, its public names, its marker, its pages; and this suite's own tools."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import inspect
+import math
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+from checks import mean_and_se, within_se
+
+import pyroebm
+
+ROOT = Path(__file__).resolve().parents[1]
+PUBLIC = sorted(set(pyroebm.__all__) - {"__version__"})
+SKIPPED_FOLDERS = {".venv", "build", "demo", "dist", "runs", ".pytest_cache"}
+PAGES = sorted(p for p in ROOT.rglob("*.md") if not SKIPPED_FOLDERS & set(p.relative_to(ROOT).parts))
+
+
+def test_version_is_the_metadata_s() -> None:
+    assert pyroebm.__version__ == importlib.metadata.version("pyroebm")
+
+
+def test_version_has_a_changelog_entry() -> None:
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert f"## [{pyroebm.__version__}]" in text
+
+
+def test_all_has_no_duplicates() -> None:
+    assert len(pyroebm.__all__) == len(set(pyroebm.__all__))
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_name_is_documented(name: str) -> None:
+    """A public class or function has its own docstring with an example that the doctests run."""
+    thing = getattr(pyroebm, name)
+    if not (inspect.isclass(thing) or inspect.isroutine(thing)):
+        return
+    own = vars(thing).get("__doc__") if inspect.isclass(thing) else thing.__doc__  # an inherited docstring is not its own
+    assert own, f"{name} has no docstring"
+    assert "Example:" in own, f"{name}'s docstring has no Example:"
+    assert ">>> " in own, f"{name}'s docstring has no doctest"
+
+
+def test_type_marker_is_shipped() -> None:
+    assert (Path(pyroebm.__file__).parent / "py.typed").exists()
+
+
+def test_constraints_pin_every_dependency() -> None:
+    """A name in pyproject.toml without a pin would be fetched in whatever version is newest, PyTorch's CUDA build first."""
+    pins = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
+    assert [pin for pin in pins if not re.fullmatch(r"[\w.-]+==[\w.!]+", pin)] == []
+    pinned = {re.sub(r"[-_.]+", "-", pin.split("==")[0]).lower() for pin in pins}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = [r for extra, names in project["optional-dependencies"].items() if extra != "docs" for r in names]
+    needed = {re.split(r"[\s\[<>=!~;(]", r)[0] for r in project["dependencies"] + extras}
+    assert {re.sub(r"[-_.]+", "-", name).lower() for name in needed} - pinned == set()
+
+
+def _slugs(text: str) -> set[str]:
+    """The anchors that a page's headings get."""
+    headings = re.findall(r"^#{1,6}\s+(.+?)\s*$", re.sub(r"```.*?```", "", text, flags=re.S), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def broken_links(page: Path) -> list[str]:
+    """Relative links and images of a Markdown page that lead nowhere."""
+    text = page.read_text(encoding="utf-8")
+    prose = re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.S)
+    found = re.findall(r"\]\(\s*<?([^)\s>]+)>?(?:\s+\"[^\"]*\")?\s*\)", prose) + re.findall(r"(?:src|href)=\"([^\"]+)\"", prose)
+    broken = []
+    for link in found:
+        if re.match(r"[a-z][a-z0-9+.-]*:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        anchors = _slugs(target.read_text(encoding="utf-8")) if target.suffix == ".md" and target.exists() else set()
+        if not target.exists() or (anchor and target.suffix == ".md" and anchor not in anchors):
+            broken.append(link)
+    return broken
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_links_resolve(page: Path) -> None:
+    assert broken_links(page) == []
+
+
+def test_link_checker_catches(tmp_path: Path) -> None:
+    page = tmp_path / "a.md"
+    page.write_text("# One two\n[a](b.md) [b](#one-two) [c](#three) `[d](e.md)` ![f](g.png) [h](mailto:x@y.z) [i](a.md)\n")
+    assert broken_links(page) == ["b.md", "#three", "g.png"]
+
+
+def test_within_se() -> None:
+    within_se(torch.tensor([1.0, 2.0]), [1.04, 2.0], 0.01)
+    within_se(1.0, 1.0, 1e-12)
+    for estimate, truth, se in [
+        (math.nan, 0.0, 1.0),
+        (0.0, math.nan, 1.0),
+        (0.0, 0.0, math.nan),
+        (0.0, 0.0, 0.0),
+        (0.0, 0.0, math.inf),
+        (math.inf, math.inf, 1.0),
+        (0.6, 0.0, 0.1),
+        ([0.0, math.nan], [0.0, 0.0], 1.0),
+        ([0.0, 0.0], [[0.0], [0.0]], 1.0),
+        ([], [], 1.0),
+    ]:
+        with pytest.raises(AssertionError):
+            within_se(estimate, truth, se)
+    with pytest.raises(AssertionError, match=r"estimate\[1\] nan is not within 5 standard errors of 0"):
+        within_se([9.0, math.nan], [0.0, 0.0], 1.0)
+
+
+def test_mean_and_se() -> None:
+    mean, se = mean_and_se(torch.tensor([[0.0, 1.0], [2.0, 1.0]]))
+    assert (mean.tolist(), se.tolist()) == ([1.0, 1.0], [1.0, 0.0])
