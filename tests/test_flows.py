@@ -462,6 +462,7 @@ def test_marginal_by_grid_integrates_to_one_and_bounds_are_below_it() -> None:
     flow = build("redundant_1_2", scale=0.05)
     x, step = grid_1d(points=401)
     log_q = flow.log_prob_x(x.unsqueeze(-1))
+    assert flow.log_prob_x(x[:0].unsqueeze(-1)).shape == (0,)
     assert abs(float(log_q.exp().sum() * step) - 1.0) < 1e-6
     few = torch.linspace(-2.0, 2.0, 5, dtype=F64).unsqueeze(-1)
     truth, repeats = flow.log_prob_x(few), few.expand(2000, 5, 1)

@@ -20,8 +20,7 @@ from torch import Tensor, nn
 
 from pyroebm import Boltzmann, Energy
 from pyroebm.flows import NICE, ConditionalGaussian, Flow, PLULinear, RedundantNICE, importance_sample
-from pyroebm.flows.flow import _LogDensity
-from pyroebm.flows.networks import call_detached
+from pyroebm.flows.networks import frozen
 from pyroebm.objectives import ReverseKL, evaluate_j, fit_flow, flow_guide, flow_model, select_total_dim
 from pyroebm.targets import DoubleWell, Gaussian
 
@@ -109,13 +108,14 @@ def check_stl_has_no_noise_at_the_optimum(flow: Flow) -> Energy:
 # The value
 
 
-@pytest.mark.parametrize(("dim", "total_dim"), [(1, 1), (1, 2), (2, 2)])
-@pytest.mark.parametrize("target", ["gaussian", "double_well"])
-def test_j_r_is_the_written_formula(dim: int, total_dim: int, target: str) -> None:
-    if target == "double_well" and dim > 1:
-        pytest.skip("the double well has one dimension")
-    energy = DoubleWell(dtype=F64) if target == "double_well" else Gaussian([0.5, -1.0][:dim], scale=0.7, dtype=F64)
-    check_j_r(redundant(dim, total_dim), energy)
+@pytest.mark.parametrize("total_dim", [1, 2])
+@pytest.mark.parametrize("energy", [DoubleWell(dtype=F64), Gaussian([0.5], scale=0.7, dtype=F64)], ids=["wells", "gaussian"])
+def test_j_r_is_the_written_formula(total_dim: int, energy: Energy) -> None:
+    check_j_r(redundant(1, total_dim), energy)
+
+
+def test_j_of_two_dimensions_is_the_written_formula() -> None:
+    check_j_r(redundant(2, 2), Gaussian([0.5, -1.0], scale=0.7, dtype=F64))
 
 
 @pytest.mark.parametrize("dim", [1, 3])
@@ -209,7 +209,7 @@ AT_OPTIMUM: dict[str, Callable[[], Flow]] = {
 def test_stl_has_no_noise_at_the_optimum_and_the_total_gradient_has(name: str) -> None:
     flow = AT_OPTIMUM[name]()
     energy = check_stl_has_no_noise_at_the_optimum(flow)
-    total = gradient(flow, energy, ReverseKL(), noise(64, flow.total_dim))
+    total = gradient(flow, energy, ReverseKL(gradient="total"), noise(64, flow.total_dim))
     assert float(total.abs().max()) > 1e-2
 
 
@@ -341,7 +341,7 @@ def test_loop_may_be_left_and_options_are_heard() -> None:
 
     def objective(*args: object, **options: object) -> tuple[Tensor, dict[str, Tensor]]:
         seen.append(options)
-        return ReverseKL(gradient="stl")(*args, **options)  # type: ignore[arg-type]
+        return ReverseKL(gradient="total")(*args, **options)  # type: ignore[arg-type]
 
     generator = torch.Generator().manual_seed(0)
     before = [p.detach().clone() for p in flow.parameters()]
@@ -429,7 +429,7 @@ def test_fit_of_a_gaussian_finds_it() -> None:
     energy = Gaussian([0.5, -0.5], covariance=[[1.0, 0.6], [0.6, 0.8]], dtype=F64)
     flow = NICE(2, couplings=2, hidden=(8,), dtype=F64)
     start = evaluate_j(flow, energy, 5000)[0]
-    run(flow, energy, objective=ReverseKL(gradient="stl"), steps=400, num_samples=64, lr=0.02)
+    run(flow, energy, objective=ReverseKL(), steps=400, num_samples=64, lr=0.02)
     value, se = evaluate_j(flow, energy, 5000)
     assert start > 0.3
     assert -5 * se <= value < 1e-3
@@ -453,7 +453,7 @@ def test_in_one_dimension_nice_is_a_gaussian_and_reaches_the_best_one(shift: boo
 
 
 def test_redundant_latents_find_both_wells_in_a_short_run() -> None:
-    """An eighth of the default steps: already far below what any Gaussian reaches, with the right well at its weight."""
+    """A sixth of the default steps: already far below what any Gaussian reaches, with the right well at its weight."""
     energy, flow = DoubleWell(), RedundantNICE(1, 2)
     run(flow, energy, steps=500, lr=5e-3)
     j_r, se = evaluate_j(flow, energy)
@@ -558,7 +558,8 @@ def test_mutant_stl_without_detached_parameters_is_caught() -> None:
 
 class _NotCopied(Flow):
     def path_log_prob(self, xy: Tensor) -> Tensor:
-        return call_detached(_LogDensity(self), xy)
+        with frozen(self):
+            return self.log_prob(xy)
 
 
 def test_mutant_stl_through_a_cached_inverse_is_caught() -> None:

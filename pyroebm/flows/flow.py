@@ -15,7 +15,7 @@ from torch.distributions import Transform
 
 from pyroebm.energy import Energy
 from pyroebm.flows.extended import Extended
-from pyroebm.flows.networks import LOG_2PI, ConditionalGaussian, call_detached, seeded_generator
+from pyroebm.flows.networks import LOG_2PI, ConditionalGaussian, frozen, seeded_generator, standard_normal
 
 __all__ = ["Flow"]
 
@@ -96,23 +96,30 @@ class Flow(nn.Module):
 
     def draw_noise(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """``n`` draws of z, shape ``(n, D)``."""
-        return torch.randn(n, self.total_dim, generator=generator, dtype=self.dtype, device=self.device)
+        return standard_normal((n, self.total_dim), generator, self.dtype, self.device)
 
     def push(self, z: Tensor) -> tuple[Tensor, Tensor]:
         r"""(x, y) and :math:`\log q(x, y)` of z, without any inverse: ``(*batch, D) -> (*batch, D), (*batch)``."""
         self._check(z, "z", self.total_dim)
-        log_q = -0.5 * (z.square().sum(-1) + self.total_dim * LOG_2PI)
+        log_q = self._log_normal(z)
         for transform in self.transform.parts:
             image = transform(z)
             log_q = log_q - transform.log_abs_det_jacobian(z, image)
             z = image
         return z, log_q
 
+    def _log_normal(self, z: Tensor) -> Tensor:
+        return -0.5 * (z.square().sum(-1) + self.total_dim * LOG_2PI)
+
     def log_prob(self, xy: Tensor) -> Tensor:
         r""":math:`\log q(x, y)`, through the inverse: ``(*batch, D) -> (*batch)``."""
         self._check(xy, "xy", self.total_dim)
-        log_q: Tensor = self().log_prob(xy)
-        return log_q
+        log_det: Tensor | float = 0.0
+        for transform in reversed(self.transform.parts):
+            z = transform.inv(xy)
+            log_det = log_det + transform.log_abs_det_jacobian(z, xy)
+            xy = z
+        return self._log_normal(xy) - log_det
 
     def path_log_prob(self, xy: Tensor) -> Tensor:
         r""":math:`\log q(x, y)` with the parameters held constant: its gradient flows through (x, y) only.
@@ -121,7 +128,8 @@ class Flow(nn.Module):
         all the noise of the gradient once q is the target ("sticking the landing", Roeder, Wu and Duvenaud, 2017).
         """
         # a copy: transforms that cache would hand back z with the graph that rsample left, parameters and all
-        return call_detached(_LogDensity(self), xy.clone())
+        with frozen(self):
+            return self.log_prob(xy.clone())
 
     def extend(self, energy: Energy) -> Extended:
         r"""The energy over (x, y) to fit this flow to: :math:`U(x) - \log N(y \mid M(x), \Sigma(x))`.
@@ -197,7 +205,7 @@ class Flow(nn.Module):
         def log_joint(grid: Tensor) -> Tensor:  # (points,) -> (points, rows), a few thousand evaluations at a time
             columns = grid[:, None, None].expand(-1, len(flat), 1)
             rows = flat.expand(len(grid), *flat.shape)
-            parts = [self.log_prob(part) for part in torch.cat((rows, columns), dim=-1).split(max(1, 65536 // len(flat)))]
+            parts = [self.log_prob(part) for part in torch.cat((rows, columns), dim=-1).split(max(1, 65536 // max(1, len(flat))))]
             return torch.cat(parts)
 
         return _log_integral(log_joint, y.min(), y.max()).reshape(x.shape[:-1])
@@ -210,15 +218,6 @@ class Flow(nn.Module):
                 f"{name} must have the flow's dtype and device, {self.dtype} and {self.device}, got {value.dtype} and"
                 f" {value.device}"
             )
-
-
-class _LogDensity(nn.Module):  # the form in which call_detached takes a method
-    def __init__(self, flow: Flow) -> None:
-        super().__init__()
-        self.flow = flow
-
-    def forward(self, xy: Tensor) -> Tensor:
-        return self.flow.log_prob(xy)
 
 
 class _PathDerivative(dist.TransformedDistribution):

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ConditionalGaussian", "call_detached", "mlp", "seeded_generator"]
+__all__ = ["ConditionalGaussian", "frozen", "mlp", "seeded_generator", "standard_normal"]
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"silu": nn.SiLU, "tanh": nn.Tanh}
 LOG_2PI = math.log(2.0 * math.pi)
@@ -23,9 +24,23 @@ def seeded_generator(seed: int, device: torch.device | str = "cpu") -> torch.Gen
     return torch.Generator(device).manual_seed(int(words[0]) % 2**63)
 
 
-def call_detached(module: nn.Module, *args: Tensor) -> Tensor:
-    """``module(*args)`` with every parameter held constant: gradients reach ``args`` only."""
-    return torch.func.functional_call(module, {name: p.detach() for name, p in module.named_parameters()}, args)
+def standard_normal(shape: Sequence[int], generator: torch.Generator | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Normal noise on ``device``, drawn where the generator lives."""
+    where = device if generator is None else generator.device
+    return torch.randn(*shape, generator=generator, dtype=dtype, device=where).to(device)
+
+
+@contextlib.contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Within it the module's parameters are constants: what is computed gets no gradient in them, nor do they from it."""
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def mlp(
@@ -153,5 +168,5 @@ class ConditionalGaussian(nn.Module):
     def sample(self, x: Tensor, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
         """``num_samples`` reparameterised draws of y at each x: ``(*batch, d) -> (num_samples, *batch, k)``."""
         conditional = self(x)
-        noise = torch.randn((num_samples, *x.shape[:-1], self.extra), dtype=x.dtype, device=x.device, generator=generator)
+        noise = standard_normal((num_samples, *x.shape[:-1], self.extra), generator, x.dtype, x.device)
         return conditional.loc + (conditional.scale_tril @ noise.unsqueeze(-1)).squeeze(-1)

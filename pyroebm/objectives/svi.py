@@ -11,7 +11,7 @@ from torch.distributions import constraints
 
 from pyroebm.energy import Energy
 from pyroebm.flows.flow import Flow
-from pyroebm.flows.networks import call_detached
+from pyroebm.flows.networks import frozen
 
 __all__ = ["flow_guide", "flow_model"]
 
@@ -46,7 +46,8 @@ def flow_model(flow: Flow, energy: Energy) -> Callable[[], None]:
     def model() -> None:
         pyro.module("flow", flow)
         x = pyro.sample("x", dist.ImproperUniform(support, (), energy.event_shape))
-        pyro.factor("energy", -call_detached(energy, x))
+        with frozen(energy):
+            pyro.factor("energy", -energy(x))
         if flow.conditional is not None:
             pyro.sample("y", flow.conditional(target.vectors(x)))
 
