@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from pyro.infer.mcmc.api import AbstractMCMC
 from pyro.infer.mcmc.util import select_samples
@@ -18,6 +17,7 @@ from pyroebm import diagnostics
 from pyroebm.energy import Energy
 from pyroebm.kernels.adaptation import WindowAdaptation
 from pyroebm.kernels.base import Kernel, State
+from pyroebm.randomness import fresh_seed, seeded_generator
 from pyroebm.record import Record, merged
 from pyroebm.views import Unconstrained
 
@@ -85,7 +85,7 @@ class MCMC(AbstractMCMC):
                 raise ValueError(f"{name} must be an integer of at least {least_allowed[name]}, got {name}={value!r}")
         super().__init__(kernel, num_chains, {})
         self.start_kernel, self.num_samples, self.warmup_steps, self.thinning = kernel, num_samples, warmup_steps, thinning
-        self.seed = int(np.random.SeedSequence(seed).entropy)  # type: ignore[arg-type]
+        self.seed = fresh_seed(seed)
         self.adaptation, self.save_warmup, self.progress, self.site = adaptation, save_warmup, progress, site
         self.interrupted = False
         self._record: Record | None = None
@@ -144,8 +144,7 @@ class MCMC(AbstractMCMC):
                 " Energy.from_unnormalized(log_density, event_shape=...)"
             )
         self._target = Unconstrained(energy)
-        words = np.random.SeedSequence(self.seed).generate_state(1, np.uint64)
-        self._generator = torch.Generator(energy.device).manual_seed(int(words[0]) % 2**63)
+        self._generator = seeded_generator(self.seed, energy.device)
 
     def _warm_up(self, record: Record) -> None:
         plan = self.adaptation

@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.distributions import Transform, biject_to, constraints
 from torch.distributions.constraints import Constraint
 
+from pyroebm.randomness import uniform
+
 __all__ = ["spin", "base_constraint", "is_discrete", "is_real", "same_support", "draw_initial", "unconstraining"]
 
 
@@ -86,27 +88,26 @@ def draw_initial(
     shape = torch.Size(shape)
     base = base_constraint(support)
 
-    def uniform(size: Sequence[int]) -> Tensor:
-        where = device if generator is None else generator.device
-        return torch.rand(tuple(size), generator=generator, dtype=dtype, device=where).to(device)
+    def noise(size: Sequence[int]) -> Tensor:
+        return uniform(size, generator, dtype, device)
 
     if isinstance(base, type(constraints.boolean)):
-        return (uniform(shape) < 0.5).to(dtype)
+        return (noise(shape) < 0.5).to(dtype)
     if isinstance(base, _Spin):
-        return torch.where(uniform(shape) < 0.5, -1.0, 1.0).to(dtype)
+        return torch.where(noise(shape) < 0.5, -1.0, 1.0).to(dtype)
     if isinstance(base, type(constraints.one_hot)):
-        index = (uniform(shape[:-1]) * shape[-1]).long().clamp(max=shape[-1] - 1)
+        index = (noise(shape[:-1]) * shape[-1]).long().clamp(max=shape[-1] - 1)
         return torch.nn.functional.one_hot(index, shape[-1]).to(dtype)
     if isinstance(base, constraints.integer_interval):
         low, high = base.lower_bound, base.upper_bound
-        return (low + torch.floor(uniform(shape) * (high - low + 1))).clamp(max=high).to(dtype)
+        return (low + torch.floor(noise(shape) * (high - low + 1))).clamp(max=high).to(dtype)
     if base.is_discrete:
         raise ValueError(
             f"support={support} has no default starting states; override initial(n, generator) in the energy, returning"
             f" a tensor of shape (n, *event_shape)"
         )
     transform = unconstraining(base)
-    return transform(4.0 * uniform(transform.inverse_shape(shape)) - 2.0).to(dtype)
+    return transform(4.0 * noise(transform.inverse_shape(shape)) - 2.0).to(dtype)
 
 
 def event_sum(values: Tensor, dims: int) -> Tensor:

@@ -23,8 +23,9 @@ from torch.distributions.transforms import AffineTransform, IndependentTransform
 from pyroebm import Energy
 from pyroebm.flows import NICE, AdditiveCoupling, ConditionalGaussian, Extended, Flow, PLULinear, RedundantNICE, Shift
 from pyroebm.flows.flow import _log_integral
-from pyroebm.flows.networks import mlp, seeded_generator
+from pyroebm.flows.networks import mlp
 from pyroebm.objectives import ReverseKL
+from pyroebm.randomness import seeded_generator
 from pyroebm.targets import DoubleWell, Exponential, Gaussian
 
 F64 = torch.float64

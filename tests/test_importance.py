@@ -15,7 +15,7 @@ from torch import Tensor
 from pyroebm import Energy
 from pyroebm.flows import NICE, ImportanceResult, RedundantNICE, importance_sample
 from pyroebm.flows.importance import _summary
-from pyroebm.flows.networks import seeded_generator
+from pyroebm.randomness import seeded_generator
 from pyroebm.targets import DoubleWell, Exponential, Gaussian
 
 F64 = torch.float64

@@ -14,9 +14,10 @@ PACKAGE = ROOT / "pyroebm"
 # From the bottom up. A row's groups do not import each other; the modules within one group (words of one string) may.
 # `pyroebm` is the package's own __init__. The same picture stands in docs/architecture.md.
 LAYERS: tuple[tuple[str, ...], ...] = (
+    ("randomness", "diagnostics"),
     ("supports",),
     ("energy views",),
-    ("targets", "energies", "kernels", "flows", "datasets", "diagnostics"),
+    ("targets", "energies", "kernels", "flows", "datasets"),
     ("objectives", "partition", "mcmc record", "ppl"),
     ("infer", "plotting", "training", "distributed", "zoo"),
     ("pyroebm",),

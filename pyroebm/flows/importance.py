@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import math
-import warnings
 from collections.abc import Callable
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from pyroebm.diagnostics import pareto_k
 from pyroebm.energy import Energy
 from pyroebm.flows.flow import Flow
-from pyroebm.flows.networks import seeded_generator
+from pyroebm.randomness import seeded_generator
 
 __all__ = ["ImportanceResult", "importance_sample"]
 
@@ -197,18 +194,5 @@ def _summary(x: Tensor, log_weights: Tensor) -> ImportanceResult:
         log_z=float(log_weights.max()) + math.log(mean),
         log_z_se=spread / (mean * math.sqrt(n)),
         ess=float(ratio.sum()) ** 2 / float(ratio.square().sum()),
-        pareto_k=_pareto_k(log_weights.cpu().numpy()),
+        pareto_k=pareto_k(log_weights),
     )
-
-
-def _pareto_k(log_weights: np.ndarray) -> float:
-    if np.ptp(log_weights) < 1e-12:
-        return -math.inf
-    try:  # ArviZ 1.x keeps its array functions here
-        smooth: Any = importlib.import_module("arviz_stats.base").array_stats.psislw
-    except ModuleNotFoundError:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=r"\s*ArviZ is undergoing", category=FutureWarning)
-            smooth = importlib.import_module("arviz").psislw
-    with np.errstate(over="ignore", invalid="ignore"):  # the tail's fit compares likelihoods further apart than float64 holds
-        return float(smooth(log_weights.copy())[1])

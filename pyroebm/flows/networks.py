@@ -1,4 +1,4 @@
-"""The networks inside the flows: an MLP, its Gaussian head for y given x, and the seeding of both."""
+"""The networks inside the flows: an MLP, and its Gaussian head for y given x."""
 
 from __future__ import annotations
 
@@ -7,27 +7,16 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 
-import numpy as np
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ConditionalGaussian", "frozen", "mlp", "seeded_generator", "standard_normal"]
+from pyroebm.randomness import standard_normal
+
+__all__ = ["ConditionalGaussian", "frozen", "mlp"]
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"silu": nn.SiLU, "tanh": nn.Tanh}
 LOG_2PI = math.log(2.0 * math.pi)
-
-
-def seeded_generator(seed: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """A new generator whose stream is spread from ``seed`` by ``numpy.random.SeedSequence``; torch's global one is untouched."""
-    words = np.random.SeedSequence(seed).generate_state(1, np.uint64)
-    return torch.Generator(device).manual_seed(int(words[0]) % 2**63)
-
-
-def standard_normal(shape: Sequence[int], generator: torch.Generator | None, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Normal noise on ``device``, drawn where the generator lives."""
-    where = device if generator is None else generator.device
-    return torch.randn(*shape, generator=generator, dtype=dtype, device=where).to(device)
 
 
 @contextlib.contextmanager

@@ -15,7 +15,8 @@ from torch import Tensor
 from pyroebm.flows.coupling import AdditiveCoupling
 from pyroebm.flows.flow import Flow
 from pyroebm.flows.linear import PLULinear, Shift
-from pyroebm.flows.networks import LOG_2PI, ConditionalGaussian, seeded_generator
+from pyroebm.flows.networks import LOG_2PI, ConditionalGaussian
+from pyroebm.randomness import seeded_generator
 
 __all__ = ["NICE", "RedundantNICE"]
 

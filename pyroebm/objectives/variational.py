@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from pyroebm.energy import Energy
 from pyroebm.flows.flow import Flow
-from pyroebm.flows.networks import seeded_generator
+from pyroebm.randomness import seeded_generator
 
 __all__ = ["ReverseKL", "evaluate_j", "fit_flow"]
 

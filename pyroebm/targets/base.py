@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributions.constraints import Constraint
 
 from pyroebm.energy import Energy
+from pyroebm.randomness import standard_normal, uniform
 
 __all__ = ["LOG_TWO_PI", "TabulatedLaw", "Target", "as_floats", "check_each", "check_positive", "rejection"]
 
@@ -114,12 +115,10 @@ class Target(Energy):
         )
 
     def _uniform(self, shape: Sequence[int], generator: torch.Generator | None) -> Tensor:
-        where = self.device if generator is None else generator.device
-        return torch.rand(tuple(shape), generator=generator, dtype=torch.float64, device=where).to(self.device)
+        return uniform(shape, generator, torch.float64, self.device)
 
     def _normal(self, shape: Sequence[int], generator: torch.Generator | None) -> Tensor:
-        where = self.device if generator is None else generator.device
-        return torch.randn(tuple(shape), generator=generator, dtype=torch.float64, device=where).to(self.device)
+        return standard_normal(shape, generator, torch.float64, self.device)
 
     def _number(self, value: Any) -> Tensor:
         return torch.as_tensor(value, dtype=self.dtype, device=self.device)

@@ -1,0 +1,34 @@
+"""The one choke point of randomness: explicit generators, seeds spread by NumPy's SeedSequence, noise drawn where they live."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["fresh_seed", "seeded_generator", "standard_normal", "uniform"]
+
+
+def fresh_seed(seed: int | None) -> int:
+    """``seed``, or one from the operating system in place of None: written down, it repeats the run."""
+    return int(np.random.SeedSequence(seed).entropy)  # type: ignore[arg-type]
+
+
+def seeded_generator(seed: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A new generator whose stream is spread from ``seed`` by ``numpy.random.SeedSequence``; torch's global one is untouched."""
+    words = np.random.SeedSequence(seed).generate_state(1, np.uint64)
+    return torch.Generator(device).manual_seed(int(words[0]) % 2**63)
+
+
+def standard_normal(shape: Sequence[int], generator: torch.Generator | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Normal noise on ``device``, drawn where the generator lives (None: torch's global one)."""
+    where = device if generator is None else generator.device
+    return torch.randn(tuple(shape), generator=generator, dtype=dtype, device=where).to(device)
+
+
+def uniform(shape: Sequence[int], generator: torch.Generator | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Noise uniform on [0, 1) on ``device``, drawn where the generator lives (None: torch's global one)."""
+    where = device if generator is None else generator.device
+    return torch.rand(tuple(shape), generator=generator, dtype=dtype, device=where).to(device)
