@@ -186,11 +186,8 @@ def run_demo(out: Path, seed: int = 0, quick: bool = False, progress: bool | Non
         draws[total_dim] = (x, result)
         by_dim[total_dim] = (facts, _weighted_facts(result, seconds + time.perf_counter() - began))
     bounds = {1: report["nice"]["j"]} | {d: facts["j_r"] for d, (facts, _) in by_dim.items()}
-    report["redundant_nice"] = by_dim[2][0] | {
-        "total_dim": 2,
-        "d_3": by_dim[3][0],
-        "smallest_bound_at": min(bounds, key=bounds.__getitem__),
-    }
+    best = min(bounds, key=bounds.__getitem__)
+    report["redundant_nice"] = by_dim[2][0] | {"total_dim": 2, "d_3": by_dim[3][0], "total_dim_of_smallest_j_r": best}
     report["redundant_nice_weighted"] = by_dim[2][1] | {"total_dim": 2, "d_3": by_dim[3][1]}
     for facts in report.values():
         # A missed mode is said, whatever a method's own figures of merit are: far too little mass, and not by chance.

@@ -57,8 +57,10 @@ def draw_figures(out: Path, energy: DoubleWell, report: Facts, mcmc: MCMC, x: Te
     for ax in axes[:2]:
         ax.set_ylim(-7.2, 3.0)
     masses = {LABELS[name]: (facts["right_mass"], facts["right_mass_se"] or float("nan")) for name, facts in report.items()}
-    plotting.plot_mode_masses({k: v for k, v in masses.items() if k != "truth"}, energy.right_mass, "P(x > 0.126)", axes[2])
-    axes[2].set_title("(c) mass of the right well, two standard errors")
+    plotting.plot_mode_masses(
+        {k: v for k, v in masses.items() if k != "truth"}, energy.right_mass, "P(x > 0.126) +- 2 standard errors", axes[2]
+    )
+    axes[2].set_title("(c) mass of the right well")
     fig.savefig(out / "double_well.png", dpi=150)
     plt.close(fig)
 
