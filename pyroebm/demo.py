@@ -117,7 +117,7 @@ def flow_facts(flow: Flow, energy: DoubleWell, n: int, seed: int, seconds: float
         "mean": float(x.mean()),
         "var": float(x.var()),
         "right_mass": mass,
-        "right_mass_se": math.sqrt(mass * (1.0 - mass) / n),
+        "right_mass_se": math.sqrt(max(mass * (1.0 - mass), 1.0 / n) / n),  # none seen in n: a mass of 1 / n is not excluded
         name: value,
         f"{name}_se": error,
         "seconds": seconds,
@@ -157,7 +157,7 @@ def run_demo(out: Path, seed: int = 0, quick: bool = False, progress: bool | Non
     out.mkdir(parents=True, exist_ok=True)
     energy = DoubleWell().double()
     seeds = [int(s) for s in np.random.SeedSequence(seed).generate_state(5)]
-    chains, most, pyro_draws, steps, n = (16, 300, 100, 300, 5_000) if quick else (64, 30_000, 2_000, 3_000, 100_000)
+    chains, most, pyro_draws, steps, n = (16, 300, 100, 300, 5_000) if quick else (64, 30_000, 4_000, 3_000, 100_000)
     truth: Facts = {
         "mean": float(energy.mean),
         "var": float(energy.variance),

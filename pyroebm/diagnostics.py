@@ -225,7 +225,9 @@ class Verdict:
         return f"Mixed: {facts}." if self.mixed else f"Not mixed: {facts}. " + " ".join(self.problems)
 
 
-def verdict(draws: Tensor, stats: Mapping[str, Tensor], max_r_hat: float = 1.01, min_ess: float = 400.0) -> Verdict:
+def verdict(
+    draws: Tensor, stats: Mapping[str, Tensor], max_r_hat: float = 1.01, min_ess: float = 400.0, exact: bool = True
+) -> Verdict:
     r"""Judge a run by R-hat, effective sample size, BFMI and divergences (thresholds of Vehtari et al., 2021, and Stan).
 
     Agreement between chains is all that this can see: a mode that no chain has visited leaves no trace in it.
@@ -235,6 +237,7 @@ def verdict(draws: Tensor, stats: Mapping[str, Tensor], max_r_hat: float = 1.01,
         stats: ``energy`` and ``diverging`` of shape ``(chains, draws)``, as :class:`pyroebm.MCMC` keeps them.
         max_r_hat: worst :math:`\hat R` to accept.
         min_ess: least bulk and tail effective sample size to accept.
+        exact: whether the kernel leaves the target unchanged; agreement of chains cannot see a bias that all share.
 
     Example:
         >>> x = torch.randn(4, 500, generator=torch.Generator().manual_seed(0))
@@ -246,6 +249,8 @@ def verdict(draws: Tensor, stats: Mapping[str, Tensor], max_r_hat: float = 1.01,
     worst_r_hat, bulk, tail = (float(np.max(r_hat(draws))), float(np.min(ess_bulk(draws))), float(np.min(ess_tail(draws))))
     if chains < 2:
         problems.append("One chain alone cannot show that it mixed; run at least 4.")
+    elif not np.isfinite(worst_r_hat):
+        problems.append("R-hat is not defined: too few draws, or an entry that never moved.")
     elif not worst_r_hat < max_r_hat:
         problems.append(f"R-hat should be below {max_r_hat}: the chains disagree; draw more, or temper between modes.")
     if not (bulk >= min_ess and tail >= min_ess):
@@ -253,7 +258,12 @@ def verdict(draws: Tensor, stats: Mapping[str, Tensor], max_r_hat: float = 1.01,
     diverging = int(stats["diverging"].sum())
     if diverging:
         problems.append(f"{diverging} of {chains * count} draws diverged: lower the step size, or reparametrise.")
-    least_bfmi = float(np.min(bfmi(stats["energy"]))) if "energy" in stats else float("nan")
+    if "acceptance_rate" in stats and (rate := float(stats["acceptance_rate"].double().mean())) < 0.2:
+        problems.append(f"The mean acceptance rate is {rate:.2g}: the step size is too large; lower it, or warm up longer.")
+    if not exact:
+        problems.append("The kernel is not exact: its bias grows with its step size, and no agreement between chains shows it.")
+    has_momentum = exact and "energy" in stats
+    least_bfmi = float(np.min(bfmi(stats["energy"]))) if has_momentum else float("nan")
     if least_bfmi < 0.3:
         problems.append(f"BFMI {least_bfmi:.2f} is below 0.3: momenta explore the energies slowly; reparametrise heavy tails.")
     return Verdict(not problems, worst_r_hat, bulk, tail, least_bfmi, diverging, tuple(problems))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -54,9 +55,13 @@ class Energy(nn.Module):
 
     def __init__(self, event_shape: Sequence[int] | None = None, support: Constraint | None = None) -> None:
         super().__init__()
-        self.event_shape = torch.Size(type(self).event_shape if event_shape is None else event_shape)
-        if support is not None:
-            self.support = support
+        shape = type(self).event_shape if event_shape is None else event_shape
+        if not isinstance(shape, Sequence):
+            raise ValueError(f"event_shape must be a tuple of sizes, () for a scalar variable, got event_shape={shape!r}")
+        self.event_shape = torch.Size(shape)
+        self.support = type(self).support if support is None else support
+        if not isinstance(self.support, Constraint):
+            raise ValueError(f"support must be a torch.distributions constraint, got support={self.support!r}")
         # An energy without parameters still has a dtype and a device: those of this empty buffer, which .to() moves.
         self.register_buffer("_anchor", torch.empty(0), persistent=False)
 
@@ -66,7 +71,10 @@ class Energy(nn.Module):
 
     def __call__(self, x: Tensor) -> Tensor:  # every evaluation passes here: a broadcast mistake is caught where it is made
         batch = self.batch_shape(x)
+        self._reference()
         values: Tensor = super().__call__(x)
+        if not isinstance(values, Tensor):
+            raise ValueError(f"{type(self).__name__}.forward must return a tensor of energies, got {type(values).__name__}")
         if values.shape != batch:
             raise ValueError(
                 f"{type(self).__name__}.forward must return one energy per event: for x of shape {tuple(x.shape)} with"
@@ -96,6 +104,8 @@ class Energy(nn.Module):
         return self._reference().device
 
     def _reference(self) -> Tensor:
+        if "_anchor" not in vars(self).get("_buffers", {}):
+            raise ValueError(f"{type(self).__name__}.__init__ must call super().__init__() before anything else")
         anchor = self._anchor
         for tensor in itertools.chain(self.parameters(), self.buffers()):
             if tensor.is_floating_point():
@@ -214,6 +224,8 @@ class Sum(Energy):
                     "the parts of a Sum must share one event_shape and one support, got"
                     f" {[(tuple(p.event_shape), str(p.support)) for p in parts]}"
                 )
+        if len({part.dtype for part in parts}) > 1:
+            raise ValueError(f"the parts of a Sum must share one dtype, got {[part.dtype for part in parts]}")
         super().__init__(first.event_shape, first.support)
         self.parts = nn.ModuleList(parts)
 
@@ -244,10 +256,11 @@ class Tempered(Energy):
 
     def __init__(self, energy: Energy, beta: float) -> None:
         learned = isinstance(beta, Tensor) and beta.requires_grad  # float() would drop its gradient in silence
-        if learned or not (isinstance(beta, int | float | Tensor) and 0.0 < float(beta) < math.inf):
+        if learned or not (isinstance(beta, Real | Tensor) and 0.0 < float(beta) < math.inf):
             raise ValueError(f"beta must be a positive finite number without gradient, got beta={beta!r}")
         super().__init__(energy.event_shape, energy.support)
-        self.energy, self.beta = energy, float(beta)
+        self.energy: Energy = energy
+        self.beta: float = float(beta)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.beta * self.energy(x)
@@ -259,17 +272,28 @@ class Tempered(Energy):
         return f"beta={self.beta:g}"
 
 
+def check_energy(energy: object) -> None:
+    """ValueError unless ``energy`` is an Energy."""
+    if not isinstance(energy, Energy):
+        raise ValueError(
+            f"energy must be a pyroebm.Energy, got {type(energy).__name__}; wrap a log-density with"
+            " Energy.from_unnormalized(log_density, event_shape=...)"
+        )
+
+
 def _grad(energy: Energy, x: Tensor, create_graph: bool) -> tuple[Tensor, Tensor]:
     if is_discrete(energy.support):
         raise ValueError(f"{type(energy).__name__} has the discrete support {energy.support}: it has no gradient in x")
-    values = energy(x)
+    name, values = type(getattr(energy, "energy", energy)).__name__, energy(x)
+    if values.dtype != x.dtype:
+        raise ValueError(f"{name}.forward must return the dtype of x, {x.dtype}, got {values.dtype}: convert with energy.to()")
     # Rows are independent, so the gradient of the sum is the gradient of each.
     grads = (
         torch.autograd.grad(values.sum(), x, create_graph=create_graph, allow_unused=True) if values.requires_grad else (None,)
     )
     if grads[0] is None:
         raise ValueError(
-            f"{type(energy).__name__}.forward(x) does not depend on x through autograd (a .detach(), .item() or NumPy call on"
+            f"{name}.forward(x) does not depend on x through autograd (a .detach(), .item() or NumPy call on"
             " the way?); a constant energy is written 0 * x"
         )
     return values, grads[0]

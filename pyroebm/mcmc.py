@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import json
 import warnings
 from collections.abc import Iterator
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -14,12 +17,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pyroebm import diagnostics
-from pyroebm.energy import Energy
+from pyroebm.energy import Energy, check_energy
 from pyroebm.kernels.adaptation import WindowAdaptation
-from pyroebm.kernels.base import Kernel, State
+from pyroebm.kernels.base import Kernel, State, check_kernel
 from pyroebm.randomness import fresh_seed, seeded_generator
 from pyroebm.record import Record, merged
-from pyroebm.views import Unconstrained
+from pyroebm.supports import inside
+from pyroebm.views import Unconstrained, eval_mode
 
 __all__ = ["MCMC"]
 
@@ -74,15 +78,11 @@ class MCMC(AbstractMCMC):
         progress: bool | None = None,
         site: str = "x",
     ) -> None:
-        if not isinstance(kernel, Kernel):
-            raise ValueError(
-                f"kernel must be one of pyroebm.kernels, got {type(kernel).__name__}; Pyro's own kernels go into pyro.infer.MCMC"
-                " with energy.potential_fn()"
-            )
-        least_allowed = {"num_samples": 1, "warmup_steps": 0, "num_chains": 1, "thinning": 1}
-        for name, value in zip(least_allowed, (num_samples, warmup_steps, num_chains, thinning), strict=True):
-            if not isinstance(value, int) or value < least_allowed[name]:
-                raise ValueError(f"{name} must be an integer of at least {least_allowed[name]}, got {name}={value!r}")
+        check_kernel(kernel)
+        _check_counts({"num_samples": 1, "num_chains": 1, "thinning": 1}, num_samples, num_chains, thinning)
+        _check_counts({"warmup_steps": 0}, warmup_steps)
+        if adaptation is not None and not isinstance(adaptation, WindowAdaptation):
+            raise ValueError(f"adaptation must be a WindowAdaptation or None, got adaptation={adaptation!r}")
         super().__init__(kernel, num_chains, {})
         self.start_kernel, self.num_samples, self.warmup_steps, self.thinning = kernel, num_samples, warmup_steps, thinning
         self.seed = fresh_seed(seed)
@@ -103,19 +103,17 @@ class MCMC(AbstractMCMC):
             ValueError: if ``energy`` is no Energy or its support is discrete, or if ``initial`` does not fit it or holds a
                 state of non-finite energy.
         """
-        self._bind(energy)
-        self.interrupted, self.kernel = False, self.start_kernel
-        with _eval_mode(energy):
+        target, generator = self._bound(energy)
+        with eval_mode(energy):
             if initial is None:
-                initial = energy.initial(self.num_chains, self._generator)
-            energy.check_states(initial, "initial")
-            if len(initial) != self.num_chains:
-                raise ValueError(
-                    f"initial must hold one state for each of num_chains={self.num_chains}, got shape {tuple(initial.shape)}"
-                )
-            self._state = self.kernel.init(self._target, self._target.unconstrain(initial))
-            self._record = Record(self.num_samples, self._state)
-            self._warmup = Record(self.warmup_steps if self.save_warmup else 0, self._state)
+                initial = energy.initial(self.num_chains, generator)
+            self._check_initial(energy, initial)
+            state = self.start_kernel.init(target, target.unconstrain(initial))
+            # Only now is the run before this one let go: whatever was refused above has left it as it was.
+            self._target, self._generator, self._state, self.kernel = target, generator, state, self.start_kernel
+            self._record = Record(self.num_samples, state)
+            self._warmup = Record(self.warmup_steps if self.save_warmup else 0, state)
+            self.interrupted = False
             with self._keeping("warm-up"):
                 self._warm_up(self._warmup)
             if not self.interrupted:
@@ -125,26 +123,38 @@ class MCMC(AbstractMCMC):
     def run_more(self, num_samples: int) -> None:
         """Draw ``num_samples`` more from where the chains stand: the same as one longer run.
 
+        Energies and gradients are taken anew there, so an energy that was trained in between is sampled as it now is. (A run
+        interrupted within a thinning interval begins that interval again.)
+
         Raises:
             ValueError: if there is no finished warm-up to go on from, or ``num_samples`` < 1.
         """
         if self._record is None or (self.interrupted and self._record.count == 0):
             raise ValueError("run_more goes on from a run that finished its warm-up: call run(energy) first")
-        if num_samples < 1:
-            raise ValueError(f"num_samples must be at least 1, got num_samples={num_samples}")
-        self.interrupted = False
-        self._record.grow(num_samples)
-        with _eval_mode(self._target), self._keeping("sampling"):
-            self._draw(self._record, num_samples)
+        _check_counts({"num_samples": 1}, num_samples)
+        with eval_mode(self._target):
+            self._state = self.kernel.init(self._target, self._state.x)
+            self.interrupted = False
+            self._record.grow(num_samples)
+            with self._keeping("sampling"):
+                self._draw(self._record, num_samples)
 
-    def _bind(self, energy: Energy) -> None:
-        if not isinstance(energy, Energy):
+    def _bound(self, energy: Energy) -> tuple[Unconstrained, torch.Generator]:
+        check_energy(energy)
+        return Unconstrained(energy), seeded_generator(self.seed, energy.device)
+
+    def _check_initial(self, energy: Energy, initial: Tensor) -> None:
+        if not isinstance(initial, Tensor) or initial.dim() != 1 + len(energy.event_shape) or len(initial) != self.num_chains:
+            shape = tuple(initial.shape) if isinstance(initial, Tensor) else type(initial).__name__
+            raise ValueError(f"initial must hold one state for each of num_chains={self.num_chains}, got shape {shape}")
+        energy.check_states(initial, "initial")
+        legal = inside(energy.support, initial, len(energy.event_shape))
+        if not bool(legal.all()):
+            row = int((~legal).nonzero()[0])
             raise ValueError(
-                f"energy must be a pyroebm.Energy, got {type(energy).__name__}; wrap a log-density with"
-                " Energy.from_unnormalized(log_density, event_shape=...)"
+                f"initial must lie in support={energy.support}: {int((~legal).sum())} of {len(initial)} rows do not, the first"
+                f" is row {row} with {initial[row].tolist()}"
             )
-        self._target = Unconstrained(energy)
-        self._generator = seeded_generator(self.seed, energy.device)
 
     def _warm_up(self, record: Record) -> None:
         plan = self.adaptation
@@ -195,7 +205,7 @@ class MCMC(AbstractMCMC):
         """Draws in the energy's own space.
 
         Args:
-            num_samples: so many, drawn again with replacement (as in Pyro); None gives all.
+            num_samples: so many, drawn again with replacement by torch's global generator (as in Pyro); None gives all.
             group_by_chain: keep the chain axis: ``(chains, draws, *event)``, else ``(chains * draws, *event)``.
             warmup: the warm-up's draws instead.
         """
@@ -225,7 +235,7 @@ class MCMC(AbstractMCMC):
 
     def verdict(self, max_r_hat: float = 1.01, min_ess: float = 400.0) -> diagnostics.Verdict:
         """Whether the chains mixed, in plain words; see :func:`pyroebm.diagnostics.verdict`."""
-        return diagnostics.verdict(self._kept().draws(), self.get_stats(), max_r_hat, min_ess)
+        return diagnostics.verdict(self._kept().draws(), self.get_stats(), max_r_hat, min_ess, self.kernel.exact)
 
     def diagnostics(self) -> dict[str, Any]:
         """As Pyro's: effective sample size and R-hat of each site, divergences and acceptance rates of each chain."""
@@ -240,15 +250,18 @@ class MCMC(AbstractMCMC):
             "acceptance rate": {name: float(row.mean()) for name, row in zip(chains, stats["acceptance_rate"], strict=True)},
         }
 
+    def _settings(self) -> dict[str, Any]:
+        plain = {f.name: getattr(self.kernel, f.name) for f in dataclasses.fields(self.kernel)}
+        plain = {name: value for name, value in plain.items() if name not in ("step_size", "inverse_mass")}
+        return {"kernel": type(self.kernel).__name__, **plain, "num_chains": self.num_chains, "thinning": self.thinning}
+
     def state_dict(self) -> dict[str, Tensor]:
         """Everything that ``run_more`` needs, and every draw, as tensors alone (safetensors can hold it)."""
-        record = self._kept()
+        record, written = self._kept(), json.dumps(self._settings() | {"seed": self.seed}).encode()
         parts = {f"state.{k}": v for k, v in self._state._asdict().items()} | {f"stats.{k}": v for k, v in record.stats().items()}
-        parts |= {
-            "x": record.draws(),
-            "rng": self._generator.get_state(),
-            "step_size": torch.as_tensor(self.kernel.step_size, dtype=torch.float64),
-        }
+        parts |= {"x": record.draws(), "rng": self._generator.get_state()}
+        parts["settings"] = torch.tensor(list(written), dtype=torch.uint8)
+        parts["step_size"] = torch.as_tensor(self.kernel.step_size, dtype=torch.float64)
         if self.kernel.inverse_mass is not None:
             parts["inverse_mass"] = self.kernel.inverse_mass
         return {name: value.detach().clone().contiguous() for name, value in parts.items()}
@@ -257,29 +270,31 @@ class MCMC(AbstractMCMC):
         """Stand where a run of the same settings stood, so that ``run_more`` goes on as it would have.
 
         Raises:
-            ValueError: if the state holds another number of chains or another event shape.
+            ValueError: if the state is of other settings (kernel, chains, thinning), or of another energy.
         """
-        self._bind(energy)
-        self._target.check_states(state["x"], "state['x']")
-        if len(state["x"]) != self.num_chains:
-            raise ValueError(f"the state must hold num_chains={self.num_chains} chains, got {len(state['x'])}")
-        self._state = State(*(state[f"state.{k}"].clone() for k in State._fields))
-        self._generator.set_state(state["rng"])
+        if not {"settings", "x", "rng", "step_size", *(f"state.{k}" for k in State._fields)} <= set(state):
+            raise ValueError(f"state must come from MCMC.state_dict(), got keys {sorted(state)}")
+        settings = json.loads(bytes(state["settings"].tolist()))
+        seed = settings.pop("seed")
+        if settings != self._settings():
+            raise ValueError(f"the state must be of the settings of this run, {self._settings()}, got {settings}")
+        target, generator = self._bound(energy)
+        energy.check_states(target.constrain(state["x"]), "state['x']")
+        at = State(*(state[f"state.{k}"].clone() for k in State._fields))
+        with eval_mode(energy), torch.no_grad():
+            if not torch.allclose(target(at.x), at.energy):
+                raise ValueError("the state must be of the energy given: its energies differ from those kept with the draws")
+        generator.set_state(state["rng"])
         step_size = state["step_size"]
         self.kernel = self.start_kernel.replace(
             step_size=step_size if step_size.dim() else float(step_size), inverse_mass=state.get("inverse_mass")
         )
-        self._record, self._warmup, self.interrupted = Record(0, self._state), Record(0, self._state), False
+        self._target, self._generator, self._state, self.seed, self.interrupted = target, generator, at, seed, False
+        self._record, self._warmup = Record(0, at), Record(0, at)
         self._record.load(state["x"], {k.removeprefix("stats."): v for k, v in state.items() if k.startswith("stats.")})
 
 
-@contextlib.contextmanager
-def _eval_mode(energy: Energy) -> Iterator[None]:
-    """Sample in eval mode (dropout off), and give every module its own mode back."""
-    modes = [(module, module.training) for module in energy.modules()]
-    energy.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
+def _check_counts(least: dict[str, int], *values: int) -> None:
+    for (name, bound), value in zip(least.items(), values, strict=True):
+        if not isinstance(value, Integral) or isinstance(value, bool) or value < bound:
+            raise ValueError(f"{name} must be an integer of at least {bound}, got {name}={value!r}")

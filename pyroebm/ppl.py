@@ -10,18 +10,20 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
-from pyro.distributions import TorchDistribution
+from pyro.distributions import MaskedDistribution, TorchDistribution
+from pyro.distributions.torch import Independent
+from pyro.distributions.torch_distribution import ExpandedDistribution
 from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import constraints
 from torch.distributions.constraints import Constraint
 
-from pyroebm.energy import Energy
+from pyroebm.energy import Energy, check_energy
 from pyroebm.kernels.adaptation import WindowAdaptation
-from pyroebm.kernels.base import Kernel
+from pyroebm.kernels.base import Kernel, check_kernel
 from pyroebm.supports import event_numel
-from pyroebm.views import Unconstrained
+from pyroebm.views import Unconstrained, eval_mode
 
 __all__ = ["Boltzmann", "PyroKernel", "initial_states"]
 
@@ -34,7 +36,9 @@ class Boltzmann(TorchDistribution):
     inference on a model then starts from ``energy.initial``, see :func:`initial_states`.
 
     An energy with trainable or latent parameters needs :math:`\log Z` as a tensor that depends on them: without it the gradient
-    of ``log_prob`` in the parameters would lack that of :math:`\log Z` (a doubly intractable model), so it is refused.
+    of ``log_prob`` in the parameters would lack that of :math:`\log Z` (a doubly intractable model), so it is refused. What is
+    seen is autograd's graph: inference that takes no gradients (importance sampling, random walks) over parameters of an energy
+    cannot be told apart, and neither can a ``log_z`` that depends on other parameters than the energy's.
 
     Args:
         energy: the energy E.
@@ -57,8 +61,13 @@ class Boltzmann(TorchDistribution):
     has_rsample = False
 
     def __init__(self, energy: Energy, log_z: float | Tensor | None = None, validate_args: bool | None = None) -> None:
+        check_energy(energy)
         self.energy = energy
         self.log_z = energy.log_z if log_z is None else log_z
+        if self.log_z is not None:
+            number = torch.as_tensor(self.log_z).detach()
+            if number.dim() != 0 or not bool(torch.isfinite(number)):
+                raise ValueError(f"log_z must be one finite number, got log_z={log_z}")
         if any(parameter.requires_grad for parameter in energy.parameters()):
             self._refuse_unless_log_z_carries_gradients()
         super().__init__(torch.Size(), torch.Size(energy.event_shape), validate_args=validate_args)
@@ -105,6 +114,11 @@ class Boltzmann(TorchDistribution):
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         shape = torch.Size(sample_shape) + self.batch_shape
+        if not self.energy.has_exact_draws:
+            raise NotImplementedError(
+                f"{type(self.energy).__name__} has no exact draws. To run NUTS, HMC or a guide on a model with it, let Pyro start"
+                " from energy.initial: NUTS(pyroebm.initial_states(model)). To draw from the energy alone, use pyroebm.MCMC"
+            )
         return self.energy.sample(event_numel(shape)).reshape(shape + self.event_shape)
 
     def initial(self) -> Tensor:
@@ -115,7 +129,7 @@ class Boltzmann(TorchDistribution):
 class _InitialStates(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         fn = msg["fn"]
-        while hasattr(fn, "base_dist"):
+        while isinstance(fn, Independent | MaskedDistribution | ExpandedDistribution):
             fn = fn.base_dist
         if isinstance(fn, Boltzmann) and msg["value"] is None and not fn.energy.has_exact_draws:
             msg["value"] = fn.initial()
@@ -174,6 +188,8 @@ class PyroKernel(MCMCKernel):
         site: str = "x",
         adaptation: WindowAdaptation | None = WindowAdaptation(),  # noqa: B008
     ) -> None:
+        check_kernel(kernel)
+        check_energy(energy)
         self.start_kernel, self.site, self.adaptation = kernel, site, adaptation
         self.target = Unconstrained(energy)
         self.transforms = energy.potential_fn(site).transforms
@@ -185,9 +201,10 @@ class PyroKernel(MCMCKernel):
         device = self.target.device
         self._generator = torch.Generator(device).manual_seed(int(torch.randint(2**63 - 1, ())))
         u = self.target.initial(1, self._generator) if self._initial is None else self._initial.unsqueeze(0)
-        self._state = self.kernel.init(self.target, u)
-        if self.adaptation is not None and warmup_steps > 0:
-            self.kernel, self._memory = self.adaptation.start(self.kernel, self.target, self._state, self._generator)
+        with eval_mode(self.target):
+            self._state = self.kernel.init(self.target, u)
+            if self.adaptation is not None and warmup_steps > 0:
+                self.kernel, self._memory = self.adaptation.start(self.kernel, self.target, self._state, self._generator)
 
     def cleanup(self) -> None:
         self._initial = None
@@ -203,7 +220,8 @@ class PyroKernel(MCMCKernel):
     def sample(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
         if not torch.equal(params[self.site], self._state.x[0]):  # the caller moved the chain
             self._state = self.kernel.init(self.target, params[self.site].detach().unsqueeze(0))
-        self._state, info = self.kernel.step(self.target, self._state, self._generator)
+        with eval_mode(self.target):
+            self._state, info = self.kernel.step(self.target, self._state, self._generator)
         if self._step < self.warmup_steps:
             if self.adaptation is not None:
                 self.kernel, self._memory = self.adaptation.update(

@@ -16,7 +16,7 @@ from torch.distributions.constraints import Constraint
 
 from pyroebm.randomness import uniform
 
-__all__ = ["spin", "base_constraint", "is_discrete", "is_real", "same_support", "draw_initial", "unconstraining"]
+__all__ = ["spin", "base_constraint", "is_discrete", "is_real", "same_support", "draw_initial", "inside", "unconstraining"]
 
 
 class _Spin(Constraint):
@@ -55,6 +55,14 @@ def same_support(a: Constraint, b: Constraint) -> bool:
     if type(a) is not type(b) or vars(a).keys() != vars(b).keys():
         return False
     return all(torch.equal(torch.as_tensor(vars(a)[name]), torch.as_tensor(vars(b)[name])) for name in vars(a))
+
+
+def inside(support: Constraint, x: Tensor, event_dims: int) -> Tensor:
+    """Whether each event lies in the support: ``(*batch, *event) -> (*batch)``, boolean. A NaN lies in none."""
+    base = base_constraint(support)
+    fits = base.check(x) & torch.isfinite(x if base.event_dim == 0 else event_sum(x, base.event_dim))
+    missing = event_dims - base.event_dim
+    return fits.flatten(-missing).all(-1) if missing > 0 else fits
 
 
 def unconstraining(support: Constraint) -> Transform:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.distributions.constraints import Constraint
 from pyroebm.energy import Energy
 from pyroebm.supports import base_constraint, event_sum, is_real, unconstraining
 
-__all__ = ["Conditioned", "Unnormalized", "Unconstrained", "PotentialFn"]
+__all__ = ["Conditioned", "Unnormalized", "Unconstrained", "PotentialFn", "eval_mode"]
 
 
 class Conditioned(Energy):
@@ -52,6 +53,8 @@ class Conditioned(Energy):
                 f"support={energy.support} couples the entries of an event, or bounds each differently: they cannot be clamped"
                 " one by one"
             )
+        if not bool(support.check(observed)[mask].all()) or not bool(torch.isfinite(observed[mask]).all()):
+            raise ValueError(f"observed must lie in support={energy.support} where it is clamped, got {observed[mask].tolist()}")
         super().__init__((int((~mask).sum()),), support)
         self.energy = energy
         self.register_buffer("observed", observed.detach().to(energy.device, energy.dtype, copy=True))
@@ -122,6 +125,18 @@ class Unnormalized(Energy):
 
     def extra_repr(self) -> str:
         return f"link={self.link!r}"
+
+
+@contextlib.contextmanager
+def eval_mode(energy: Energy) -> Iterator[None]:
+    """Use an energy in eval mode (dropout off), and give every module its own mode back."""
+    modes = [(module, module.training) for module in energy.modules()]
+    energy.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 class Unconstrained(Energy):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before the first import of torch; notebook kernels inherit it
@@ -21,8 +20,6 @@ import torch
 
 mpl.use("Agg")
 torch.set_num_threads(1)
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def _globals() -> dict[str, Any]:
@@ -60,12 +57,3 @@ def float64(_no_traces: None) -> Iterator[torch.dtype]:
     torch.set_default_dtype(torch.float64)
     yield torch.float64
     torch.set_default_dtype(before)
-
-
-@pytest.fixture(scope="session")
-def shared() -> Path:
-    """The folder of larger data sets that may lie beside the checkout; a test that needs it is skipped where it is absent."""
-    folder = ROOT.parent / "shared"
-    if not folder.is_dir():
-        pytest.skip(f"no folder {folder}: the data of this test is not part of the project")
-    return folder

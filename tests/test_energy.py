@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from scipy.integrate import quad
@@ -622,3 +623,50 @@ def test_unconstrained_draws_exactly_where_its_energy_does() -> None:
     free = Unconstrained(Exponential(1.0))
     assert free.has_exact_draws
     torch.testing.assert_close(free.sample(5, seeded()), Exponential(1.0).sample(5, seeded()).log())
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Quadratic(2), r"event_shape must be a tuple of sizes.*got event_shape=2"),
+        (lambda: Quadratic((), "positive"), "support must be a torch.distributions constraint, got support='positive'"),
+        (lambda: Yields(1.5)(torch.zeros(3)), "must return a tensor of energies, got float"),
+        (lambda: Yields(np.zeros(3))(torch.zeros(3)), "must return a tensor of energies, got ndarray"),
+        (lambda: Forgetful().device, r"Forgetful.__init__ must call super\(\).__init__\(\)"),
+        (
+            lambda: value_and_grad(Wide().float(), torch.zeros(3).float()),
+            "Wide.forward must return the dtype of x, torch.float32, got torch.float64",
+        ),
+        (lambda: Gaussian(torch.zeros(2)).float() + Gaussian(torch.zeros(2)).double(), "parts of a Sum must share one dtype"),
+        (
+            lambda: Gaussian(torch.zeros(2)).condition(torch.tensor([math.nan, 0.0]), torch.tensor([True, False])),
+            r"observed must lie in support=.* got \[nan\]",
+        ),
+    ],
+)
+def test_slips_at_the_front_door_are_named(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+class Yields(Energy):
+    def __init__(self, what: object) -> None:
+        super().__init__()
+        self.what = what
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.what  # type: ignore[return-value]
+
+
+class Forgetful(Energy):
+    def __init__(self) -> None:
+        pass
+
+
+class Wide(Energy):
+    def forward(self, x: Tensor) -> Tensor:
+        return (x * torch.ones((), dtype=torch.float64)).double() ** 2
+
+
+def test_numpy_temperatures_are_numbers() -> None:
+    torch.testing.assert_close((Gaussian(torch.zeros(2)) / np.float32(2))(torch.ones(1, 2)), torch.tensor([0.5]))

@@ -11,8 +11,9 @@ import pytest
 import torch
 from checks import mean_and_se, within_se
 from torch import Tensor
+from torch.distributions import constraints
 
-from pyroebm import Energy
+from pyroebm import Boltzmann, Energy
 from pyroebm.flows import NICE, ImportanceResult, RedundantNICE, importance_sample
 from pyroebm.flows.importance import _summary
 from pyroebm.randomness import seeded_generator
@@ -284,3 +285,36 @@ def test_single_precision_is_weighed_in_double() -> None:
     assert result.x.dtype == torch.float32
     assert result.log_weights.dtype == result.weights.dtype == F64
     assert float(result.weights.sum()) == pytest.approx(1.0, abs=1e-12)
+
+
+def test_draws_outside_the_support_weigh_nothing() -> None:
+    """An energy is finite where its formula is, also outside its support."""
+    result = importance_sample(dist.Normal(0.0, 1.5), Exponential(1.0), 100_000)
+    within_se(result.log_z, 0.0, result.log_z_se)
+    mean, error = result.expectation(lambda x: x)
+    within_se(mean, 1.0, error)
+    square = Energy.from_unnormalized(lambda x: -x.sum(-1), event_shape=(2,), support=constraints.unit_interval)
+    result = importance_sample(dist.Normal(torch.zeros(2), 1.0).to_event(1), square, 100_000)
+    within_se(result.log_z, 2 * math.log(1 - math.exp(-1)), result.log_z_se)
+
+
+def test_weights_are_of_the_energy_in_eval_mode() -> None:
+    class Dropped(Energy):
+        def __init__(self) -> None:
+            super().__init__()
+            self.drop = torch.nn.Dropout(0.5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 0.5 * self.drop(x) ** 2
+
+    energy = Dropped().train()
+    result = importance_sample(dist.Normal(0.0, 1.5), energy, 50_000)
+    within_se(result.log_z, 0.5 * math.log(2 * math.pi), result.log_z_se)
+    assert energy.training
+    assert energy.drop.training
+
+
+def test_an_unnormalised_proposal_is_refused() -> None:
+    proposal = Boltzmann(Energy.from_unnormalized(lambda x: -(x**4)))
+    with pytest.raises(ValueError, match="proposal must be normalised"):
+        importance_sample(proposal, Exponential(1.0), 10)

@@ -20,7 +20,7 @@ from pyroebm.kernels.adaptation import DualAveraging, PooledVariance, WindowAdap
 from pyroebm.kernels.base import rows
 from pyroebm.kernels.hamiltonian import draw_momentum, kinetic, leapfrog
 from pyroebm.kernels.nuts import _slots
-from pyroebm.targets import DoubleWell, Exponential, Gaussian, GaussianMixture, HalfDisc
+from pyroebm.targets import DoubleWell, Exponential, Gaussian, GaussianMixture, HalfDisc, scales_gaussian
 
 #: One line for a kernel: every test below that takes ``kernel`` runs on it.
 KERNELS: dict[str, Callable[[], Kernel]] = {
@@ -353,6 +353,59 @@ def test_slots_close_every_balanced_subtree_once() -> None:
         assert [stored[slot] for slot in range(high, low - 1, -1)] == begins
 
 
+def test_a_turn_is_seen_by_the_way_between_the_ends() -> None:
+    """By numbers: momenta (1, 0), (-.6, 0), (.1, 1) add up to (.5, 1), but the ends are (-.05, .5) apart: a turn."""
+    a, middle, b = (torch.tensor([v], dtype=torch.float64) for v in ([1.0, 0.0], [-0.6, 0.0], [0.1, 1.0]))
+    flat = torch.ones(2, dtype=torch.float64)
+    assert nuts._is_turning(a, b, a + middle + b, flat).tolist() == [True]
+    assert nuts._is_turning(b, a, a + middle + b, flat).tolist() == [True]
+    assert nuts._is_turning(a, b, a + 0.5 * middle + b, flat).tolist() == [False]
+    tilted = torch.tensor([1.0, 0.01], dtype=torch.float64)  # a light second coordinate no longer outweighs the first
+    c, d = (torch.tensor([v], dtype=torch.float64) for v in ([1.0, 1.0], [-0.5, 1.0]))
+    assert nuts._is_turning(c, d, c + d, flat).tolist() == [False]
+    assert nuts._is_turning(c, d, c + d, tilted).tolist() == [True]
+
+
+@pytest.mark.parametrize("name", ["mala", "hmc", "nuts"])
+def test_the_metric_is_a_change_of_scale(name: str) -> None:
+    """Coordinates of scale s with inverse mass s^2 move exactly as those of scale 1 with the identity."""
+    scale = torch.tensor([0.01, 1.0, 50.0], dtype=torch.float64)
+    narrow = Gaussian(torch.zeros(3, dtype=torch.float64), torch.diag(scale**2))
+    x = torch.randn(50, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    plain = run(KERNELS[name](), Gaussian(torch.zeros(3, dtype=torch.float64)), x, 5)
+    scaled = run(KERNELS[name]().replace(inverse_mass=scale**2), narrow, x * scale, 5)
+    torch.testing.assert_close(scaled / scale, plain)
+
+
+@pytest.mark.parametrize("name", ["mala", "hmc", "nuts"])
+def test_the_reported_hamiltonian_is_that_of_the_state_kept(name: str) -> None:
+    """In equilibrium the momentum that comes with the kept state is normal too: kinetic energy d / 2 on average."""
+    energy = Gaussian(torch.zeros(3, dtype=torch.float64))
+    kernel, generator = KERNELS[name]().replace(step_size=1.3), torch.Generator().manual_seed(5)
+    state = kernel.init(energy, energy.sample(50_000, generator))
+    new, info = kernel.step(energy, state, generator)
+    assert float((~info.accepted).double().mean()) > 0.05, "some rejections are needed to tell"
+    kinetic_energy = info.energy - new.energy
+    assert (kinetic_energy >= 0).all()
+    within_se(kinetic_energy.mean(), 1.5, kinetic_energy.std() / math.sqrt(len(kinetic_energy)))
+
+
+@pytest.mark.parametrize("name", ["mala", "hmc", "nuts"])
+def test_an_error_above_a_thousand_nats_diverges_and_a_smaller_one_does_not(name: str) -> None:
+    class Stiff(Energy):
+        def forward(self, x: Tensor) -> Tensor:
+            return 0.5 * self.stiffness * x**2
+
+    energy = Stiff().double()
+    kernel = (NUTS(max_tree_depth=1) if name == "nuts" else HMC(num_steps=1, jitter=0.0)).replace(step_size=1.0)
+    kernel = MALA(step_size=1.0) if name == "mala" else kernel
+    for stiffness, expected in ((12.0, False), (1e4, True)):
+        energy.stiffness = stiffness
+        _, info = kernel.step(energy, kernel.init(energy, torch.ones(64, dtype=torch.float64)), torch.Generator().manual_seed(0))
+        assert float(info.acceptance_rate.median()) < 1e-4  # errors of 10 to 1,000 nats are refused, and that is all
+        assert bool(info.diverging.double().mean() > 0.9) == expected
+
+
 def test_nuts_reports_its_tree_and_stops_at_its_depth() -> None:
     energy = Normal((2,)).double()
     kernel = NUTS(step_size=0.01, max_tree_depth=4)
@@ -393,12 +446,45 @@ def test_pooled_variance_equals_that_of_all_rows() -> None:
     torch.testing.assert_close(pooled.variance(), expected)
 
 
-@pytest.mark.parametrize("steps", [0, 19, 20, 60, 149, 150, 151, 200, 1000, 1001])
+@pytest.mark.parametrize("steps", [0, 19, 20, 59, 60, 79, 80, 149, 150, 151, 200, 1000, 1001])
 def test_windows_are_disjoint_and_inside(steps: int) -> None:
     found = windows(steps)
     assert all(0 <= start < stop <= steps for start, stop in found)
     assert all(a[1] == b[0] for a, b in itertools.pairwise(found))
-    assert bool(found) == (steps >= 20)
+    assert bool(found) == (steps >= 60)
+    assert not found or steps - found[-1][1] >= 30  # room for a new step size after the last metric
+
+
+@pytest.mark.parametrize("steps", [20, 25, 30, 60, 80])
+def test_a_short_warm_up_leaves_a_step_size_that_moves(steps: int) -> None:
+    """Dual averaging begins by overshooting: cut short there, it once left an acceptance rate of 1e-18."""
+    energy, plan, generator = scales_gaussian(dtype=torch.float64), WindowAdaptation(), torch.Generator().manual_seed(0)
+    state = NUTS().init(energy, energy.initial(16, generator))
+    kernel, memory = plan.start(NUTS(max_tree_depth=6), energy, state, generator)
+    for _ in range(steps):
+        state, info = kernel.step(energy, state, generator)
+        kernel, memory = plan.update(kernel, energy, state, info, memory, steps, generator)
+    rates = []
+    for _ in range(10):
+        state, info = kernel.step(energy, state, generator)
+        rates.append(info.acceptance_rate.mean())
+    assert 0.4 < float(torch.stack(rates).mean()) <= 1.0
+
+
+def test_a_new_metric_starts_the_step_size_anew() -> None:
+    energy, plan, generator = Normal((2,)).double(), WindowAdaptation(), torch.Generator().manual_seed(0)
+    kernel: Kernel = MALA()
+    state = kernel.init(energy, energy.initial(8, generator))
+    kernel, memory = plan.start(kernel, energy, state, generator)
+    counts = []
+    for _ in range(100):
+        state, info = kernel.step(energy, state, generator)
+        kernel, memory = plan.update(kernel, energy, state, info, memory, 100, generator)
+        assert memory.tuning is not None
+        counts.append(memory.tuning.steps)
+    ends = [stop for _, stop in windows(100)]
+    assert [step + 1 for step, count in enumerate(counts) if count == 0] == ends
+    assert memory.pooled.draws == 0
 
 
 @pytest.mark.parametrize("name", ["mala", "hmc", "nuts"])

@@ -25,7 +25,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 )
 PLACE = {name: (level, group) for level, row in enumerate(LAYERS) for group in row for name in group.split()}
 OUTSIDE = ("models", "benchmarks", "notebooks", "tests", "scripts")  # they run from a checkout: nothing here needs them
-MAX_LINES = 340
+MAX_LINES = 360
 
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 SCRIPTS = sorted(path for folder in ("models", "benchmarks", "notebooks", "scripts") for path in (ROOT / folder).rglob("*.py"))

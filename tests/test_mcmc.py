@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from pyroebm import HMC, MALA, MCMC, NUTS, ULA, Energy, WindowAdaptation
 from pyroebm.diagnostics import Verdict, bfmi, ess_bulk, mcse_mean, mode_masses, r_hat, to_arviz, verdict
-from pyroebm.targets import BernoulliProduct, Dirichlet, DoubleWell, Exponential, Gaussian, GaussianMixture, scales_gaussian
+from pyroebm.targets import BernoulliProduct, Beta, Dirichlet, DoubleWell, Exponential, Gaussian, GaussianMixture, scales_gaussian
 
 
 def sampled(energy: Energy, num_samples: int = 200, warmup_steps: int = 100, num_chains: int = 8, **options: object) -> MCMC:
@@ -121,8 +122,15 @@ def test_run_more_equals_one_longer_run_and_a_saved_run_goes_on_the_same(tmp_pat
     other.run_more(20)
     assert torch.equal(other.get_samples(group_by_chain=True)["x"], long)
     assert other.to_arviz().posterior["x"].shape == (8, 60)
-    with pytest.raises(ValueError, match="num_chains=3 chains, got 8"):
-        MCMC(NUTS(), 1, num_chains=3).load_state_dict(short.state_dict(), energy)
+    assert other.seed == short.seed
+    state = short.state_dict()
+    for stranger in (MCMC(NUTS(), 1, num_chains=3), MCMC(MALA(), 1, num_chains=8), MCMC(NUTS(), 1, num_chains=8, thinning=2)):
+        with pytest.raises(ValueError, match="must be of the settings of this run"):
+            stranger.load_state_dict(state, energy)
+    with pytest.raises(ValueError, match="must be of the energy given"):
+        MCMC(NUTS(), 1, num_chains=8).load_state_dict(state, 2.0 * energy)
+    with pytest.raises(ValueError, match=r"must come from MCMC\.state_dict\(\)"):
+        MCMC(NUTS(), 1, num_chains=8).load_state_dict({}, energy)
 
 
 def test_thinning_keeps_every_kth_draw_and_the_counts_of_the_rest() -> None:
@@ -133,6 +141,7 @@ def test_thinning_keeps_every_kth_draw_and_the_counts_of_the_rest() -> None:
     assert torch.equal(b["n_steps"], a["n_steps"].reshape(8, 20, 3).sum(-1))
     assert torch.equal(b["diverging"], a["diverging"].reshape(8, 20, 3).any(-1))
     assert torch.equal(b["lp"], a["lp"][:, 2::3])
+    torch.testing.assert_close(b["acceptance_rate"], a["acceptance_rate"].reshape(8, 20, 3).mean(-1))
 
 
 def test_ctrl_c_keeps_what_was_drawn() -> None:
@@ -192,12 +201,80 @@ def test_bad_energies_and_starts() -> None:
         mcmc.run(DoubleWell(), torch.zeros(3))
     with pytest.raises(ValueError, match=r"initial must have the dtype of the energy: .*float32.*float64"):
         mcmc.run(DoubleWell(), torch.zeros(4, dtype=torch.float64))
-    with pytest.raises(ValueError, match="rows of x are not, the first is row 2"):
+    with pytest.raises(
+        ValueError, match=r"initial must lie in support=Real\(\): 2 of 4 rows do not, the first is row 2 with nan"
+    ):
         mcmc.run(DoubleWell(), torch.tensor([0.0, 1.0, math.nan, math.inf]))
     with pytest.raises(ValueError, match="nothing was drawn yet"):
         MCMC(NUTS(), 10).get_samples()
     with pytest.raises(ValueError, match="call run"):
         MCMC(NUTS(), 10).run_more(3)
+
+
+def test_illegal_starts_are_refused_and_not_moved() -> None:
+    with pytest.raises(ValueError, match=r"initial must lie in support=.*1 of 2 rows do not, the first is row 0 with 5\.0"):
+        MCMC(NUTS(), 10, 10, 2).run(Beta(2.0, 2.0), torch.tensor([5.0, 0.5]))
+    with pytest.raises(ValueError, match="the first is row 1"):
+        MCMC(NUTS(), 10, 10, 2).run(Dirichlet(torch.ones(3)), torch.tensor([[0.2, 0.3, 0.5], [1.0, 1.0, 1.0]]))
+
+
+def test_a_refused_run_leaves_the_one_before_as_it_was() -> None:
+    mcmc = sampled(Exponential(), 20, 20)
+    before = mcmc.get_samples()["x"].clone()
+    with pytest.raises(ValueError, match="must lie in"):
+        mcmc.run(DoubleWell(), torch.full((8,), math.nan))
+    assert torch.equal(mcmc.get_samples()["x"], before)
+    mcmc.run_more(5)
+    assert mcmc.get_samples(group_by_chain=True)["x"].shape == (8, 25)
+    again = sampled(Exponential(), 25, 20)
+    assert torch.equal(mcmc.get_samples()["x"], again.get_samples()["x"])
+
+
+def test_run_more_samples_the_energy_as_it_now_is() -> None:
+    class Lifted(Energy):
+        def __init__(self) -> None:
+            super().__init__()
+            self.height = nn.Parameter(torch.tensor(0.0))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return 0.5 * x**2 + self.height
+
+    energy = Lifted()
+    mcmc = MCMC(MALA(), 20, 50, 8, seed=0)
+    mcmc.run(energy)
+    with torch.no_grad():
+        energy.height += 30.0  # the same density: a state that remembered its old energy would never move again
+    mcmc.run_more(20)
+    assert float(mcmc.get_stats()["acceptance_rate"][:, 20:].mean()) > 0.3
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: MCMC(NUTS, 5), r"write NUTS\(\) in place of NUTS"),
+        (lambda: MCMC(NUTS(), 5, adaptation=True), "adaptation must be a WindowAdaptation or None"),
+        (lambda: sampled(DoubleWell(), 5, 5).run_more(2.5), "num_samples must be an integer of at least 1, got num_samples=2.5"),
+        (lambda: MCMC(NUTS(), True), "num_samples must be an integer"),
+        (lambda: MCMC(NUTS(), 5, num_chains=2).run(DoubleWell(), [0.0, 1.0]), "initial must hold one state .* got shape list"),
+        (lambda: MCMC(NUTS(), 5, num_chains=2).run(DoubleWell(), torch.tensor(0.0)), r"got shape \(\)"),
+    ],
+)
+def test_slips_of_a_first_hour_are_named(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_numpy_integers_are_integers() -> None:
+    assert sampled(DoubleWell(), np.int64(5), np.int64(5)).get_samples()["x"].shape == (40,)  # type: ignore[arg-type]
+
+
+def test_the_verdict_says_that_an_inexact_kernel_is_inexact() -> None:
+    mcmc = MCMC(ULA(1.8), 1000, 100, 16, seed=0)
+    mcmc.run(Gaussian(torch.zeros(2)))
+    assert float(mcmc.get_samples()["x"].var()) > 4  # the truth is 1, and all chains agree on it
+    assert not mcmc.verdict().mixed
+    assert "not exact" in str(mcmc.verdict())
+    assert "BFMI" not in str(mcmc.verdict())
 
 
 def test_the_broadcast_mistake_names_both_shapes() -> None:
@@ -275,6 +352,30 @@ def test_verdict_sees_chains_that_disagree_short_runs_and_divergences() -> None:
     slow = {**calm, "energy": noise.cumsum(1)}
     assert "BFMI" in str(verdict(noise, slow))
     assert isinstance(verdict(noise, calm), Verdict)
+
+
+def test_the_verdict_is_of_the_worst_entry_and_its_thresholds_are_the_fields() -> None:
+    x = torch.randn(4, 1000, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    calm = {"diverging": torch.zeros(4, 1000, dtype=torch.bool)}
+    assert verdict(x, calm).mixed
+    sticky = x.clone()
+    sticky[..., 1] = x[:, :50, 1].repeat_interleave(20, 1)
+    judged = verdict(sticky, calm)
+    assert judged.ess_bulk == float(ess_bulk(sticky).min()) < 400
+    assert judged.r_hat == float(r_hat(sticky).max())
+    slightly = x + 0.22 * torch.arange(4.0).reshape(4, 1, 1) * torch.tensor([0.0, 1.0])  # R-hat between 1.01 and 1.1
+    assert 1.02 < float(r_hat(slightly).max()) < 1.09
+    assert "R-hat should be below 1.01" in str(verdict(slightly, calm))
+    assert "not defined" in str(verdict(x[:, :3], {k: v[:, :3] for k, v in calm.items()}))
+    for rate, expected in ((0.1, True), (0.5, False)):
+        said = str(verdict(x, {**calm, "acceptance_rate": torch.full((4, 1000), rate)}))
+        assert ("acceptance rate is 0.1" in said) == expected
+    # energies of a first-order autoregression have BFMI 2 (1 - phi)
+    for phi, expected in ((0.93, False), (0.7, True)):
+        energy, noise = torch.zeros(4, 1000, dtype=torch.float64), x[..., 0]
+        for t in range(1, 1000):
+            energy[:, t] = phi * energy[:, t - 1] + noise[:, t]
+        assert ("BFMI" not in str(verdict(x, {**calm, "energy": energy}))) == expected
 
 
 def test_statistics_keep_the_event_shape_and_know_autocorrelation() -> None:

@@ -96,6 +96,30 @@ def test_shapes_and_support_as_a_distribution(energy: Energy) -> None:
     assert p.expand((7,)).log_prob(x[0, 0, 0]).shape == (7,)
 
 
+def test_bad_distributions_and_kernels_are_refused() -> None:
+    for log_z in (torch.zeros(3), math.nan):
+        with pytest.raises(ValueError, match="log_z must be one finite number"):
+            Boltzmann(DoubleWell(), log_z)
+    with pytest.raises(ValueError, match=r"energy must be a pyroebm\.Energy, got function"):
+        Boltzmann(lambda x: x)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"energy must be a pyroebm\.Energy"):
+        PyroKernel(NUTS(), lambda x: x)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"write NUTS\(\)"):
+        PyroKernel(NUTS, DoubleWell())  # type: ignore[arg-type]
+    with pytest.raises(NotImplementedError, match="initial_states"):
+        Boltzmann(Energy.from_unnormalized(lambda x: -(x**4))).sample()
+
+
+def test_starting_states_pass_through_plates_and_masks_but_not_through_transforms() -> None:
+    quartic = Boltzmann(Energy.from_unnormalized(lambda x: -(x**4)))
+    wrapped = [quartic.expand((2, 3)).to_event(2), quartic.mask(True), quartic.expand((4,))]
+    for p in wrapped:
+        assert initial_states(lambda p=p: pyro.sample("x", p))().shape == p.shape()
+    pushed = dist.TransformedDistribution(quartic, [dist.transforms.ExpTransform()])
+    with pytest.raises(NotImplementedError):
+        initial_states(lambda: pyro.sample("x", pushed))()
+
+
 def quartic_model(y: Tensor) -> None:
     """A latent with a quartic energy, seen through noise."""
     x = pyro.sample("x", Boltzmann(Energy.from_unnormalized(lambda x: -(x**4))))
@@ -180,9 +204,9 @@ def test_pyro_kernel_contract() -> None:
     for _ in range(8):
         params = kernel.sample(params)
         json.dumps(kernel.logging())
+    assert kernel.diagnostics()["divergences"] == []
     moved = kernel.sample({"x": torch.full((2, 3), 50.0)})  # the caller's position is where the next step starts
     assert float(moved["x"].abs().max()) > 5
-    assert kernel.diagnostics()["divergences"] == []
 
     draws = []
     for seed in (2, 2, 3):

@@ -14,6 +14,8 @@ from pyroebm.diagnostics import pareto_k
 from pyroebm.energy import Energy
 from pyroebm.flows.flow import Flow
 from pyroebm.randomness import seeded_generator
+from pyroebm.supports import inside
+from pyroebm.views import eval_mode
 
 __all__ = ["ImportanceResult", "importance_sample"]
 
@@ -139,7 +141,7 @@ def importance_sample(
         generator = seeded_generator(seed, proposal.device if isinstance(proposal, Flow) else energy.device)
     draw = _flow_weights(proposal, energy) if isinstance(proposal, Flow) else _distribution_weights(proposal, energy)
     sizes = [batch_size] * (n // batch_size) + [n % batch_size] * (n % batch_size > 0)
-    with torch.no_grad():
+    with torch.no_grad(), eval_mode(energy):
         parts = [draw(size, generator) for size in sizes]
     return _summary(torch.cat([x for x, _ in parts]), torch.cat([log_w for _, log_w in parts]).double())
 
@@ -158,6 +160,8 @@ def _flow_weights(flow: Flow, energy: Energy) -> _Draw:
 
 
 def _distribution_weights(proposal: Distribution, energy: Energy) -> _Draw:
+    if not getattr(proposal, "normalized", True):
+        raise ValueError(f"proposal must be normalised: {type(proposal).__name__} does not know its log Z")
     if proposal.batch_shape or proposal.event_shape != energy.event_shape:
         raise ValueError(
             f"proposal must have batch_shape () and the energy's event_shape {tuple(energy.event_shape)}, got batch_shape"
@@ -170,7 +174,10 @@ def _distribution_weights(proposal: Distribution, energy: Energy) -> _Draw:
             torch.manual_seed(seed)
             x = proposal.sample((n,))
         energy.check_states(x, "the proposal's draw")
-        return x, -energy(x) - proposal.log_prob(x)
+        legal = inside(energy.support, x, len(energy.event_shape))
+        log_weights = torch.full((n,), -torch.inf, dtype=energy.dtype, device=energy.device)
+        log_weights[legal] = -energy(x[legal]) - proposal.log_prob(x)[legal]
+        return x, log_weights
 
     return draw
 

@@ -45,6 +45,10 @@ class DualAveraging(NamedTuple):
         """Begin at ``step_size``, drawn towards ten times that: large steps are cheap to try."""
         return cls(math.log(10.0 * step_size), math.log(step_size), math.log(step_size))
 
+    def settled(self) -> float:
+        """Logarithm of the step size to keep: the average, or the start where too few steps came to mean anything."""
+        return self.log_average if self.steps >= 15 else self.mu - math.log(10.0)
+
     def update(
         self, acceptance: float, target: float, gamma: float = 0.05, t0: float = 10.0, kappa: float = 0.75
     ) -> DualAveraging:
@@ -102,10 +106,10 @@ def windows(steps: int, initial: int = 15, first: int = 15, final: int = 50) -> 
         >>> windows(1000)
         [(15, 30), (30, 60), (60, 120), (120, 240), (240, 950)]
     """
-    if steps < 20:
+    if steps < 60:  # a new metric needs a new step size, and that needs some tens of steps: too short for both
         return []
     if initial + first + final > steps:
-        initial, final = int(0.15 * steps), int(0.1 * steps)
+        initial, final = int(0.15 * steps), int(0.5 * steps)
         first = steps - initial - final
     found, start, size = [], initial, first
     while start < steps - final:
@@ -214,5 +218,5 @@ class WindowAdaptation:
                 PooledVariance.start(rows(state.x)),
             )
         if step + 1 == steps:
-            kernel = kernel.replace(step_size=math.exp(tuning.log_average if tuning.steps else tuning.log_step))
+            kernel = kernel.replace(step_size=math.exp(tuning.settled()))
         return kernel, Warmup(tuning, pooled, step + 1)

@@ -70,6 +70,8 @@ class Kernel(abc.ABC):
 
     #: acceptance rate that warm-up aims at; None for a kernel that accepts everything and so cannot be tuned by it.
     target_acceptance: ClassVar[float | None] = None
+    #: whether the target is left unchanged; False is said in the verdict of every run.
+    exact: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name in ("step_size", "inverse_mass"):
@@ -114,6 +116,17 @@ class Kernel(abc.ABC):
     @abc.abstractmethod
     def step(self, energy: Energy, state: State, generator: torch.Generator | None = None) -> tuple[State, Info]:
         """One transition of every chain. ``generator`` is on the device of the states; None is torch's global one."""
+
+
+def check_kernel(kernel: object) -> None:
+    """ValueError unless ``kernel`` is one of ours."""
+    if isinstance(kernel, type) and issubclass(kernel, Kernel):
+        raise ValueError(f"kernel must be an instance: write {kernel.__name__}() in place of {kernel.__name__}")
+    if not isinstance(kernel, Kernel):
+        raise ValueError(
+            f"kernel must be one of pyroebm.kernels, got {type(kernel).__name__}; Pyro's own kernels go into pyro.infer.MCMC"
+            " with energy.potential_fn()"
+        )
 
 
 def rows(x: Tensor) -> Tensor:

@@ -54,6 +54,8 @@ class ULA(Kernel):
 
     temperature: float = 1.0
 
+    exact: ClassVar[bool] = False
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0.0 < self.temperature < math.inf:

@@ -11,12 +11,14 @@ from tqdm import tqdm
 
 from pyroebm.energy import Energy
 from pyroebm.flows.flow import Flow
+from pyroebm.objectives.base import Objective
 from pyroebm.randomness import seeded_generator
+from pyroebm.views import eval_mode
 
 __all__ = ["ReverseKL", "evaluate_j", "fit_flow"]
 
 
-class ReverseKL(nn.Module):
+class ReverseKL(Objective):
     r"""The bound :math:`J_R \ge KL(q(x) \| p) \ge 0` of a flow on the divergence of its x from :math:`p(x) = e^{-U(x)} / C`.
 
     .. math::
@@ -191,7 +193,8 @@ def fit_flow(
             for group, most in zip(chosen.param_groups, top, strict=True):
                 group["lr"] = most * fall
             chosen.zero_grad()
-            loss, seen = objective(flow, energy, num_samples=num_samples, beta=beta, generator=generator)
+            with eval_mode(energy):
+                loss, seen = objective(flow, energy, num_samples=num_samples, beta=beta, generator=generator)
             loss.backward(inputs=parameters)
             norm = float(nn.utils.clip_grad_norm_(parameters, clip))
             value, facts = float(loss.detach()), {name: float(fact) for name, fact in seen.items()}
@@ -258,6 +261,7 @@ def evaluate_j(
     parts = []
     for start in range(0, num_samples, batch_size):
         z = flow.draw_noise(min(batch_size, num_samples - start), generator)
-        parts.append(objective.terms(flow, energy, z)[0].double())
+        with eval_mode(energy):
+            parts.append(objective.terms(flow, energy, z)[0].double())
     terms = torch.cat(parts)
     return float(terms.mean()) + log_z, float(terms.std()) / math.sqrt(num_samples)
