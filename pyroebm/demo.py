@@ -157,7 +157,7 @@ def run_demo(out: Path, seed: int = 0, quick: bool = False, progress: bool | Non
     out.mkdir(parents=True, exist_ok=True)
     energy = DoubleWell().double()
     seeds = [int(s) for s in np.random.SeedSequence(seed).generate_state(5)]
-    chains, most, pyro_draws, steps, n = (16, 300, 100, 300, 5_000) if quick else (64, 30_000, 4_000, 3_000, 100_000)
+    chains, most, pyro_draws, steps, n = (16, 300, 100, 300, 5_000) if quick else (64, 30_000, 2_500, 2_000, 100_000)
     truth: Facts = {
         "mean": float(energy.mean),
         "var": float(energy.variance),
@@ -173,7 +173,7 @@ def run_demo(out: Path, seed: int = 0, quick: bool = False, progress: bool | Non
 
     print("NICE with D = 1: one dimension leaves nothing to couple, so this is a Gaussian with a learned shift ...")
     nice = NICE(dim=1, dtype=torch.float64, seed=seeds[2])
-    _, report["nice"] = flow_facts(nice, energy, n, seeds[3], fit(nice, energy, steps, seeds[2], progress), "j")
+    _, report["nice"] = flow_facts(nice, energy, n, seeds[3], fit(nice, energy, 2 * steps, seeds[2], progress), "j")
 
     draws, by_dim = {}, {}
     for total_dim in (2, 3):
