@@ -189,7 +189,7 @@ def run_demo(out: Path, seed: int = 0, quick: bool = False, progress: bool | Non
     best = min(bounds, key=bounds.__getitem__)
     report["redundant_nice"] = by_dim[2][0] | {"total_dim": 2, "d_3": by_dim[3][0], "total_dim_of_smallest_j_r": best}
     report["redundant_nice_weighted"] = by_dim[2][1] | {"total_dim": 2, "d_3": by_dim[3][1]}
-    for facts in report.values():
+    for facts in [*report.values(), *(part for pair in by_dim.values() for part in pair)]:
         # A missed mode is said, whatever a method's own figures of merit are: far too little mass, and not by chance.
         short = truth["right_mass"] - facts["right_mass"]
         facts["missed_modes"] = ["right"] if short > 0.5 * truth["right_mass"] and short > 5 * facts["right_mass_se"] else []

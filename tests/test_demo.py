@@ -38,6 +38,8 @@ def test_the_quick_demo_writes_all_it_promises(
     assert {"ess_bulk", "r_hat", "seconds", "at_1000_draws"} <= set(report["nuts"])
     assert {"ess_bulk", "r_hat", "seconds"} <= set(report["pyro_nuts"])
     assert {"log_z", "log_z_se", "ess_fraction", "pareto_k", "seconds"} <= set(report["redundant_nice_weighted"])
+    assert all("missed_modes" in facts for facts in report.values())
+    assert all("missed_modes" in report[name]["d_3"] for name in METHODS[4:])
     assert "j" in report["nice"]
     assert "j_r" in report["redundant_nice"]
     assert math.isclose(report["truth"]["right_mass"], RIGHT_MASS, abs_tol=1e-8)
