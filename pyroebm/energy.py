@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.distributions.constraints import Constraint
 
+from pyroebm.front_door import check_declaration, check_same, check_values
 from pyroebm.supports import draw_initial, is_discrete, same_support
 
 if TYPE_CHECKING:  # views import this module; its methods import them when called
@@ -56,12 +57,9 @@ class Energy(nn.Module):
     def __init__(self, event_shape: Sequence[int] | None = None, support: Constraint | None = None) -> None:
         super().__init__()
         shape = type(self).event_shape if event_shape is None else event_shape
-        if not isinstance(shape, Sequence):
-            raise ValueError(f"event_shape must be a tuple of sizes, () for a scalar variable, got event_shape={shape!r}")
-        self.event_shape = torch.Size(shape)
         self.support = type(self).support if support is None else support
-        if not isinstance(self.support, Constraint):
-            raise ValueError(f"support must be a torch.distributions constraint, got support={self.support!r}")
+        check_declaration(shape, self.support)
+        self.event_shape = torch.Size(shape)
         # An energy without parameters still has a dtype and a device: those of this empty buffer, which .to() moves.
         self.register_buffer("_anchor", torch.empty(0), persistent=False)
 
@@ -73,14 +71,7 @@ class Energy(nn.Module):
         batch = self.batch_shape(x)
         self._reference()
         values: Tensor = super().__call__(x)
-        if not isinstance(values, Tensor):
-            raise ValueError(f"{type(self).__name__}.forward must return a tensor of energies, got {type(values).__name__}")
-        if values.shape != batch:
-            raise ValueError(
-                f"{type(self).__name__}.forward must return one energy per event: for x of shape {tuple(x.shape)} with"
-                f" event_shape {tuple(self.event_shape)} the result must have shape {tuple(batch)}, but it has shape"
-                f" {tuple(values.shape)}" + ("; drop the last dimension with .squeeze(-1)" if values.shape == (*batch, 1) else "")
-            )
+        check_values(type(self).__name__, values, x, self.event_shape, batch)
         return values
 
     def batch_shape(self, x: Tensor) -> torch.Size:
@@ -117,12 +108,8 @@ class Energy(nn.Module):
     def check_states(self, x: Tensor, name: str = "x") -> None:
         """ValueError unless ``x`` has the shape, dtype and device of a batch of this energy's events."""
         self.batch_shape(x)
-        for what, theirs, ours in (("dtype", x.dtype, self.dtype), ("device", x.device, self.device)):
-            if theirs != ours:
-                raise ValueError(
-                    f"{name} must have the {what} of the energy: {type(self).__name__} has {what} {ours}, {name} has"
-                    f" {theirs}; convert one of them with .to({ours if what == 'dtype' else repr(str(ours))})"
-                )
+        check_same(type(self).__name__, "dtype", self.dtype, name, x.dtype)
+        check_same(type(self).__name__, "device", self.device, name, x.device)
 
     def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """``n`` legal starting states of finite energy, shape ``(n, *event_shape)``.

@@ -46,7 +46,8 @@ class Boltzmann(TorchDistribution):
         validate_args: as in Pyro's distributions.
 
     Raises:
-        ValueError: if the energy has trainable or latent parameters and ``log_z`` carries no gradient.
+        ValueError: if the energy has trainable or latent parameters and ``log_z`` carries no gradient; if
+            ``log_z`` is not one finite number.
         NotImplementedError: from ``sample`` if the energy has no exact draws.
 
     Example:
@@ -200,8 +201,8 @@ class PyroKernel(MCMCKernel):
         self._acceptance, self._divergences = 0.0, list[int]()
         device = self.target.device
         self._generator = torch.Generator(device).manual_seed(int(torch.randint(2**63 - 1, ())))
-        u = self.target.initial(1, self._generator) if self._initial is None else self._initial.unsqueeze(0)
         with eval_mode(self.target):
+            u = self.target.initial(1, self._generator) if self._initial is None else self._initial.unsqueeze(0)
             self._state = self.kernel.init(self.target, u)
             if self.adaptation is not None and warmup_steps > 0:
                 self.kernel, self._memory = self.adaptation.start(self.kernel, self.target, self._state, self._generator)
@@ -218,10 +219,13 @@ class PyroKernel(MCMCKernel):
         self._initial = params[self.site].detach()
 
     def sample(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
+        with eval_mode(self.target):  # the adaptation looks at the energy too
+            return self._sample(params)
+
+    def _sample(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
         if not torch.equal(params[self.site], self._state.x[0]):  # the caller moved the chain
             self._state = self.kernel.init(self.target, params[self.site].detach().unsqueeze(0))
-        with eval_mode(self.target):
-            self._state, info = self.kernel.step(self.target, self._state, self._generator)
+        self._state, info = self.kernel.step(self.target, self._state, self._generator)
         if self._step < self.warmup_steps:
             if self.adaptation is not None:
                 self.kernel, self._memory = self.adaptation.update(

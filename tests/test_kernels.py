@@ -455,7 +455,7 @@ def test_windows_are_disjoint_and_inside(steps: int) -> None:
     assert not found or steps - found[-1][1] >= 30  # room for a new step size after the last metric
 
 
-@pytest.mark.parametrize("steps", [20, 25, 30, 60, 80])
+@pytest.mark.parametrize("steps", [1, 5, 20, 25, 30, 60, 80])
 def test_a_short_warm_up_leaves_a_step_size_that_moves(steps: int) -> None:
     """Dual averaging begins by overshooting: cut short there, it once left an acceptance rate of 1e-18."""
     energy, plan, generator = scales_gaussian(dtype=torch.float64), WindowAdaptation(), torch.Generator().manual_seed(0)

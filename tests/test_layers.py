@@ -14,7 +14,7 @@ PACKAGE = ROOT / "pyroebm"
 # From the bottom up. A row's groups do not import each other; the modules within one group (words of one string) may.
 # `pyroebm` is the package's own __init__. The same picture stands in docs/architecture.md.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("randomness", "diagnostics"),
+    ("randomness", "diagnostics", "front_door"),
     ("supports",),
     ("energy views",),
     ("targets", "energies", "kernels", "flows", "datasets"),
@@ -25,7 +25,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 )
 PLACE = {name: (level, group) for level, row in enumerate(LAYERS) for group in row for name in group.split()}
 OUTSIDE = ("models", "benchmarks", "notebooks", "tests", "scripts")  # they run from a checkout: nothing here needs them
-MAX_LINES = 360
+MAX_LINES = 320
 
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 SCRIPTS = sorted(path for folder in ("models", "benchmarks", "notebooks", "scripts") for path in (ROOT / folder).rglob("*.py"))

@@ -195,6 +195,28 @@ def test_our_kernels_run_inside_pyros_mcmc(kernel: object) -> None:
     assert set(mcmc.diagnostics()) == {"rate", "divergences", "acceptance rate"}
 
 
+def test_pyro_kernel_uses_the_energy_in_eval_mode_throughout() -> None:
+    class Watched(Energy):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: set[bool] = set()
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen.add(self.training)
+            return 0.5 * x**2
+
+    energy = Watched().train()
+    pyro.set_rng_seed(0)
+    kernel = PyroKernel(MALA(), energy)
+    kernel.setup(80)  # long enough for a metric window, whose end looks for a step size
+    params = kernel.initial_params
+    for _ in range(85):
+        params = kernel.sample(params)
+    kernel.sample({"x": torch.tensor(0.5)})
+    assert energy.seen == {False}
+    assert energy.training
+
+
 def test_pyro_kernel_contract() -> None:
     kernel = PyroKernel(NUTS(), Gaussian(torch.zeros(2, 3)))
     pyro.set_rng_seed(1)

@@ -45,10 +45,6 @@ class DualAveraging(NamedTuple):
         """Begin at ``step_size``, drawn towards ten times that: large steps are cheap to try."""
         return cls(math.log(10.0 * step_size), math.log(step_size), math.log(step_size))
 
-    def settled(self) -> float:
-        """Logarithm of the step size to keep: the average, or the start where too few steps came to mean anything."""
-        return self.log_average if self.steps >= 15 else self.mu - math.log(10.0)
-
     def update(
         self, acceptance: float, target: float, gamma: float = 0.05, t0: float = 10.0, kappa: float = 0.75
     ) -> DualAveraging:
@@ -218,5 +214,8 @@ class WindowAdaptation:
                 PooledVariance.start(rows(state.x)),
             )
         if step + 1 == steps:
-            kernel = kernel.replace(step_size=math.exp(tuning.settled()))
+            # Dual averaging begins by overshooting: an average of a few steps is worth less than a look at where the chains are.
+            few = tuning.steps < 15
+            size = 0.5 * find_step_size(kernel, energy, state, generator) if few else math.exp(tuning.log_average)
+            kernel = kernel.replace(step_size=size)
         return kernel, Warmup(tuning, pooled, step + 1)

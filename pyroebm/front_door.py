@@ -1,0 +1,40 @@
+"""Errors at the front door of an energy: each states the rule, then the values seen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.distributions.constraints import Constraint
+
+__all__ = ["check_declaration", "check_same", "check_values"]
+
+
+def check_declaration(event_shape: object, support: object) -> None:
+    """ValueError unless ``event_shape`` is a sequence of sizes and ``support`` a constraint."""
+    if not isinstance(event_shape, Sequence) or isinstance(event_shape, str):
+        raise ValueError(f"event_shape must be a tuple of sizes, () for a scalar variable, got event_shape={event_shape!r}")
+    if not isinstance(support, Constraint):
+        raise ValueError(f"support must be a torch.distributions constraint, got support={support!r}")
+
+
+def check_values(name: str, values: object, x: Tensor, event_shape: Sequence[int], batch: torch.Size) -> None:
+    """ValueError, naming both shapes, unless ``values`` holds one energy for each event of ``x``."""
+    if not isinstance(values, Tensor):
+        raise ValueError(f"{name}.forward must return a tensor of energies, got {type(values).__name__}")
+    if values.shape != batch:
+        hint = "; drop the last dimension with .squeeze(-1)" if values.shape == (*batch, 1) else ""
+        raise ValueError(
+            f"{name}.forward must return one energy per event: for x of shape {tuple(x.shape)} with event_shape"
+            f" {tuple(event_shape)} the result must have shape {tuple(batch)}, but it has shape {tuple(values.shape)}{hint}"
+        )
+
+
+def check_same(name: str, what: str, ours: object, argument: str, theirs: object) -> None:
+    """ValueError, naming both, unless an argument's dtype or device is the energy's."""
+    if theirs != ours:
+        raise ValueError(
+            f"{argument} must have the {what} of the energy: {name} has {what} {ours}, {argument} has {theirs}; convert one of"
+            f" them with .to({ours if what == 'dtype' else repr(str(ours))})"
+        )
