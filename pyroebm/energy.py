@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.distributions.constraints import Constraint
 
-from pyroebm.front_door import check_declaration, check_same, check_values
-from pyroebm.supports import draw_initial, is_discrete, same_support
+from pyroebm.front_door import check_declaration, check_kind, check_same, check_shape, check_values
+from pyroebm.supports import draw_initial, is_discrete, same_support, search_finite
 
 if TYPE_CHECKING:  # views import this module; its methods import them when called
     from pyroebm.views import Conditioned, PotentialFn, Unnormalized
@@ -76,13 +76,7 @@ class Energy(nn.Module):
 
     def batch_shape(self, x: Tensor) -> torch.Size:
         """The batch shape of ``x``; ValueError unless its last dimensions are ``event_shape``."""
-        cut = x.dim() - len(self.event_shape)
-        if cut < 0 or tuple(x.shape[cut:]) != tuple(self.event_shape):
-            raise ValueError(
-                f"x must have shape (*batch, *event_shape) with event_shape {tuple(self.event_shape)}"
-                f" ({type(self).__name__}), got shape {tuple(x.shape)}"
-            )
-        return x.shape[:cut]
+        return check_shape(type(self).__name__, x, self.event_shape)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -117,23 +111,11 @@ class Energy(nn.Module):
         Raises:
             ValueError: if ``n`` < 1, the support has no default, or no finite energy is found in 100 tries.
         """
-        if n < 1:
-            raise ValueError(f"n must be at least 1, got n={n}")
 
         def draw(count: int) -> Tensor:
             return draw_initial(self.support, (count, *self.event_shape), generator, self.dtype, self.device)
 
-        states = draw(n)
-        for _ in range(100):
-            with torch.no_grad():
-                bad = ~torch.isfinite(self(states))
-            if not bad.any():
-                return states
-            states[bad] = draw(int(bad.sum()))
-        raise ValueError(
-            f"{type(self).__name__}.initial found no state of finite energy for {int(bad.sum())} of n={n} rows in 100 tries;"
-            " override initial(n, generator) with states inside the domain"
-        )
+        return search_finite(type(self).__name__, draw, self, n)
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """``n`` exact independent draws, shape ``(n, *event_shape)``, where the energy has them (``has_exact_draws``).
@@ -261,11 +243,7 @@ class Tempered(Energy):
 
 def check_energy(energy: object) -> None:
     """ValueError unless ``energy`` is an Energy."""
-    if not isinstance(energy, Energy):
-        raise ValueError(
-            f"energy must be a pyroebm.Energy, got {type(energy).__name__}; wrap a log-density with"
-            " Energy.from_unnormalized(log_density, event_shape=...)"
-        )
+    check_kind(energy, Energy)
 
 
 def _grad(energy: Energy, x: Tensor, create_graph: bool) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributions.constraints import Constraint
 
-__all__ = ["check_declaration", "check_same", "check_values"]
+__all__ = ["check_declaration", "check_kind", "check_same", "check_shape", "check_values"]
 
 
 def check_declaration(event_shape: object, support: object) -> None:
@@ -17,6 +17,16 @@ def check_declaration(event_shape: object, support: object) -> None:
         raise ValueError(f"event_shape must be a tuple of sizes, () for a scalar variable, got event_shape={event_shape!r}")
     if not isinstance(support, Constraint):
         raise ValueError(f"support must be a torch.distributions constraint, got support={support!r}")
+
+
+def check_shape(name: str, x: Tensor, event_shape: torch.Size) -> torch.Size:
+    """The batch shape of ``x``; ValueError unless its last dimensions are ``event_shape``."""
+    cut = x.dim() - len(event_shape)
+    if cut < 0 or tuple(x.shape[cut:]) != tuple(event_shape):
+        raise ValueError(
+            f"x must have shape (*batch, *event_shape) with event_shape {tuple(event_shape)} ({name}), got shape {tuple(x.shape)}"
+        )
+    return x.shape[:cut]
 
 
 def check_values(name: str, values: object, x: Tensor, event_shape: Sequence[int], batch: torch.Size) -> None:
@@ -37,4 +47,13 @@ def check_same(name: str, what: str, ours: object, argument: str, theirs: object
         raise ValueError(
             f"{argument} must have the {what} of the energy: {name} has {what} {ours}, {argument} has {theirs}; convert one of"
             f" them with .to({ours if what == 'dtype' else repr(str(ours))})"
+        )
+
+
+def check_kind(energy: object, kind: type) -> None:
+    """ValueError unless ``energy`` is an instance of ``kind``, the Energy class."""
+    if not isinstance(energy, kind):
+        raise ValueError(
+            f"energy must be a pyroebm.Energy, got {type(energy).__name__}; wrap a log-density with"
+            " Energy.from_unnormalized(log_density, event_shape=...)"
         )

@@ -7,7 +7,7 @@ holds for every entry of an event, so ``real`` serves events of any shape.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -16,7 +16,17 @@ from torch.distributions.constraints import Constraint
 
 from pyroebm.randomness import uniform
 
-__all__ = ["spin", "base_constraint", "is_discrete", "is_real", "same_support", "draw_initial", "inside", "unconstraining"]
+__all__ = [
+    "spin",
+    "base_constraint",
+    "is_discrete",
+    "is_real",
+    "same_support",
+    "draw_initial",
+    "inside",
+    "search_finite",
+    "unconstraining",
+]
 
 
 class _Spin(Constraint):
@@ -116,6 +126,25 @@ def draw_initial(
         )
     transform = unconstraining(base)
     return transform(4.0 * noise(transform.inverse_shape(shape)) - 2.0).to(dtype)
+
+
+def search_finite(
+    name: str, draw: Callable[[int], Tensor], energy: Callable[[Tensor], Tensor], n: int, tries: int = 100
+) -> Tensor:
+    """``n`` states from ``draw(count)`` at which ``energy`` is finite: the rows where it is not are drawn again."""
+    if n < 1:
+        raise ValueError(f"n must be at least 1, got n={n}")
+    states = draw(n)
+    for _ in range(tries):
+        with torch.no_grad():
+            bad = ~torch.isfinite(energy(states))
+        if not bad.any():
+            return states
+        states[bad] = draw(int(bad.sum()))
+    raise ValueError(
+        f"{name}.initial found no state of finite energy for {int(bad.sum())} of n={n} rows in {tries} tries;"
+        " override initial(n, generator) with states inside the domain"
+    )
 
 
 def event_sum(values: Tensor, dims: int) -> Tensor:
