@@ -5,6 +5,7 @@ from pyroebm.kernels import HMC, MALA, NUTS, ULA, Info, Kernel, State
 from pyroebm.kernels.adaptation import WindowAdaptation
 from pyroebm.mcmc import MCMC
 from pyroebm.ppl import Boltzmann, PyroKernel, initial_states
+from pyroebm.store import open_run
 from pyroebm.supports import spin
 from pyroebm.views import Unconstrained
 
@@ -28,6 +29,7 @@ __all__ = [
     "Unconstrained",
     "WindowAdaptation",
     "__version__",
+    "open_run",
     "score",
     "spin",
     "value_and_grad",

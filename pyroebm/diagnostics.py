@@ -21,6 +21,7 @@ __all__ = [
     "mcse_mean",
     "bfmi",
     "to_arviz",
+    "from_datasets",
     "mode_masses",
     "pareto_k",
     "Verdict",
@@ -170,6 +171,13 @@ def to_arviz(
         build = arviz().from_dict
         data = build(arrays, save_warmup=True) if _is_new_line() else build(**arrays, save_warmup=True)
     data.attrs.update({"inference_library": "pyroebm", **(attrs or {})})
+    return data
+
+
+def from_datasets(groups: Mapping[str, Any], attrs: Mapping[str, Any]) -> Any:
+    """ArviZ's structure as :func:`to_arviz` gives it, of xarray Datasets by the name of their group."""
+    data = importlib.import_module("xarray").DataTree.from_dict(groups) if _is_new_line() else arviz().InferenceData(**groups)
+    data.attrs.update({"inference_library": "pyroebm", **attrs})
     return data
 
 

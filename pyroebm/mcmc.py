@@ -2,35 +2,43 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import json
+import sys
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable
 from numbers import Integral
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pyro.infer.mcmc.api import AbstractMCMC
-from pyro.infer.mcmc.util import select_samples
 from torch import Tensor
 from tqdm import tqdm
 
-from pyroebm import diagnostics
+from pyroebm.block import Block, Layout, Plan, check_initial
 from pyroebm.energy import Energy, check_energy
 from pyroebm.kernels.adaptation import Adaptation, resolve
 from pyroebm.kernels.base import Kernel, check_kernel
-from pyroebm.kernels.metric import metric_from
 from pyroebm.randomness import fresh_seed, seeded_generator
-from pyroebm.record import Record, flatten, merged, unflatten
-from pyroebm.supports import inside
+from pyroebm.record import bytes_per_draw
+from pyroebm.results import Results
+from pyroebm.serial import from_text, to_text
+from pyroebm.store import Store
+from pyroebm.supports import event_numel
 from pyroebm.views import Unconstrained, eval_mode
 
 __all__ = ["MCMC"]
 
+#: Bytes of draws that a run which streams to a folder holds in memory, all blocks together.
+BUFFER = 2**28
+#: Bytes of draws from which on a run says beforehand what it will take.
+LARGE = 2**30
 
-class MCMC(AbstractMCMC):
+
+class MCMC(Results):
     """Sample an energy with many chains in one process. The chains are the batch axis of every tensor.
+
+    Chains come in blocks, each with its own random numbers and its own adaptation: the draws of a chain do not depend on how
+    many blocks there are beside its own, nor on which process runs them.
 
     Args:
         kernel: a kernel of :mod:`pyroebm.kernels`.
@@ -41,11 +49,12 @@ class MCMC(AbstractMCMC):
         thinning: keep one draw in so many steps; divergences and gradient counts of the others are kept with it.
         adaptation: how to adapt: the kernel's own way, or a :class:`pyroebm.WindowAdaptation`; None leaves it as it is.
         save_warmup: whether to keep the draws of the warm-up too.
-        progress: show a progress bar; None shows one on a terminal.
+        progress: show a progress bar; None shows one on a terminal (that of rank 0).
         site: name of the variable in the results.
+        chain_batch_size: chains of one block. More of them share one step's overhead, and one adaptation.
+        ranks: number of this process and of all, which share the blocks; see :func:`pyroebm.distributed.ranks`.
 
     Attributes:
-        kernel: the kernel as adapted.
         interrupted: True if Ctrl-C ended the run early; what was drawn is there.
 
     Raises:
@@ -60,9 +69,6 @@ class MCMC(AbstractMCMC):
         torch.Size([16, 100])
     """
 
-    kernel: Kernel[Any]
-    num_chains: int
-
     def __init__(
         self,
         kernel: Kernel[Any],
@@ -76,227 +82,215 @@ class MCMC(AbstractMCMC):
         save_warmup: bool = True,
         progress: bool | None = None,
         site: str = "x",
+        chain_batch_size: int = 64,
+        ranks: tuple[int, int] = (0, 1),
     ) -> None:
         check_kernel(kernel)
         _check_counts({"num_samples": 1, "num_chains": 1, "thinning": 1}, num_samples, num_chains, thinning)
-        _check_counts({"warmup_steps": 0}, warmup_steps)
-        super().__init__(kernel, num_chains, {})
-        self.start_kernel, self.num_samples, self.warmup_steps, self.thinning = kernel, num_samples, warmup_steps, thinning
-        self.seed = fresh_seed(seed)
-        self.adaptation = resolve(kernel, adaptation)
-        self.save_warmup, self.progress, self.site = save_warmup, progress, site
-        self.interrupted = False
-        self._record: Record | None = None
-        self._warmup: Record | None = None
+        _check_counts({"warmup_steps": 0, "chain_batch_size": 1}, warmup_steps, chain_batch_size)
+        self.layout = Layout(num_chains, chain_batch_size, ranks)
+        if ranks[1] > 1 and seed is None:
+            raise ValueError("seed must be given, the same for all, where several ranks share a run; got seed=None")
+        self.plan = Plan(kernel, resolve(kernel, adaptation), warmup_steps, thinning, save_warmup)
+        self.num_samples, self.num_chains, self.seed = num_samples, num_chains, fresh_seed(seed)
+        self.progress, self.site, self.transforms = progress, site, {}
+        self.interrupted, self._goal = False, 0
+        self._blocks: list[Block] = []
+        self._store: Store | None = None
 
-    def run(self, energy: Energy, initial: Tensor | None = None) -> None:
+    @property
+    def kernel(self) -> Kernel[Any]:
+        """The kernel as adapted by the first block; before a run the one that was given."""
+        return self._blocks[0].kernel if self._blocks else self.plan.kernel
+
+    @property
+    def kernels(self) -> list[Kernel[Any]]:
+        """The kernel of each block, as adapted."""
+        return [block.kernel for block in self._blocks]
+
+    def run(
+        self,
+        energy: Energy,
+        initial: Tensor | None = None,
+        *,
+        store: str | Path | None = None,
+        checkpoint_every: float = 60.0,
+    ) -> None:
         """Warm up and draw.
 
         Args:
             energy: the energy to sample; a constrained support is sampled in unconstrained coordinates.
             initial: starting states ``(num_chains, *event)`` in the energy's own (constrained) space; None takes
                 ``energy.initial``.
+            store: a folder to stream the draws to, for runs larger than memory or longer than a machine stays up:
+                :func:`pyroebm.open_run` opens it, :meth:`resume` goes on from it. None keeps the draws in memory.
+            checkpoint_every: seconds after which draws and states are written to the folder again.
 
         Raises:
-            ValueError: if ``energy`` is no Energy or its support is discrete, or if ``initial`` does not fit it or holds a
-                state of non-finite energy.
+            ValueError: if ``energy`` is no Energy or its support is discrete, if ``initial`` does not fit it or holds a
+                state of non-finite energy, or if ``store`` holds a run already.
         """
-        target, generator = self._bound(energy)
+        target = self._bound(energy)
+        folder = None if store is None else Store(store, self._named)
         with eval_mode(energy):
-            if initial is None:
-                initial = energy.initial(self.num_chains, generator)
-            self._check_initial(energy, initial)
-            state = self.start_kernel.init(target, target.unconstrain(initial), generator)
-            # Only now is the run before this one let go: whatever was refused above has left it as it was.
-            self._target, self._generator, self._state, self.kernel = target, generator, state, self.start_kernel
-            self._record = Record(self.num_samples, state)
-            self._warmup = Record(self.warmup_steps if self.save_warmup else 0, state)
-            self.interrupted = False
-            with self._keeping("warm-up"):
-                self._warm_up(self._warmup)
-            if not self.interrupted:
-                with self._keeping("sampling"):
-                    self._draw(self._record, self.num_samples)
+            if initial is not None:
+                check_initial(energy, initial, self.num_chains)
+            blocks = []
+            for number in self.layout.blocks:
+                chains, generator = self.layout.chains(number), seeded_generator(self.seed, energy.device, number)
+                x = energy.initial(len(chains), generator) if initial is None else initial[chains.start : chains.stop]
+                blocks.append(self._block(number, target, target.unconstrain(x), generator, folder))
+        if folder is not None:
+            folder.begin(self.layout, self._facts())
+        # Only now is the run before this one let go: whatever was refused above has left it as it was.
+        self._target, self._blocks, self._store = target, blocks, folder
+        self._announce()
+        self._advance(self.num_samples, checkpoint_every)
 
-    def run_more(self, num_samples: int) -> None:
+    def run_more(self, num_samples: int, *, checkpoint_every: float = 60.0) -> None:
         """Draw ``num_samples`` more from where the chains stand: the same as one longer run.
 
-        Energies and gradients are taken anew there, so an energy that was trained in between is sampled as it now is. (A run
-        interrupted within a thinning interval begins that interval again.)
+        Energies and gradients are taken anew there, so an energy that was trained in between is sampled as it now is.
 
         Raises:
             ValueError: if there is no finished warm-up to go on from, or ``num_samples`` < 1.
         """
-        if self._record is None or (self.interrupted and self._record.count == 0):
-            raise ValueError("run_more goes on from a run that finished its warm-up: call run(energy) first")
+        if not self._blocks or any(block.warm_left for block in self._blocks):
+            raise ValueError("run_more goes on from a run that finished its warm-up: call run(energy) first, or resume()")
         _check_counts({"num_samples": 1}, num_samples)
         with eval_mode(self._target):
-            self._state = self.kernel.refresh(self._target, self._state)
-            self.interrupted = False
-            self._record.grow(num_samples)
-            with self._keeping("sampling"):
-                self._draw(self._record, num_samples)
+            for block in self._blocks:
+                block.refresh()
+        self._advance(min(block.record.count for block in self._blocks) + num_samples, checkpoint_every)
 
-    def _bound(self, energy: Energy) -> tuple[Unconstrained, torch.Generator]:
-        check_energy(energy)
-        return Unconstrained(energy, keep_discrete=self.start_kernel.discrete), seeded_generator(self.seed, energy.device)
-
-    def _check_initial(self, energy: Energy, initial: Tensor) -> None:
-        if not isinstance(initial, Tensor) or initial.dim() != 1 + len(energy.event_shape) or len(initial) != self.num_chains:
-            shape = tuple(initial.shape) if isinstance(initial, Tensor) else type(initial).__name__
-            raise ValueError(f"initial must hold one state for each of num_chains={self.num_chains}, got shape {shape}")
-        energy.check_states(initial, "initial")
-        legal = inside(energy.support, initial, len(energy.event_shape))
-        if not bool(legal.all()):
-            row = int((~legal).nonzero()[0])
-            raise ValueError(
-                f"initial must lie in support={energy.support}: {int((~legal).sum())} of {len(initial)} rows do not, the first"
-                f" is row {row} with {initial[row].tolist()}"
-            )
-
-    def _warm_up(self, record: Record) -> None:
-        plan = self.adaptation
-        if plan is not None and self.warmup_steps > 0:
-            self.kernel, memory = plan.start(self.kernel, self._target, self._state, self._generator)
-        for _ in self._bar(self.warmup_steps, "warm-up"):
-            if plan is None:
-                self._state, info = self.kernel.step(self._target, self._state, self._generator)
-            else:
-                self.kernel, self._state, info, memory = plan.step(
-                    self.kernel, self._target, self._state, memory, self.warmup_steps, self._generator
-                )
-            if self.save_warmup:
-                record.append(self._state, info)
-
-    def _draw(self, record: Record, num_samples: int) -> None:
-        for _ in self._bar(num_samples, "sample"):
-            infos = []
-            for _ in range(self.thinning):
-                self._state, info = self.kernel.step(self._target, self._state, self._generator)
-                infos.append(info)
-            record.append(self._state, merged(infos))
-
-    def _bar(self, steps: int, label: str) -> Any:
-        disable = None if self.progress is None else not self.progress
-        return tqdm(range(steps), desc=f"{label} ({self.num_chains} chains)", disable=disable)
-
-    @contextlib.contextmanager
-    def _keeping(self, phase: str) -> Iterator[None]:
-        try:
-            yield
-        except KeyboardInterrupt:
-            self.interrupted = True
-            kept = self._record.count if self._record is not None else 0
-            warnings.warn(f"interrupted during {phase}: {kept} draws of each chain were kept", RuntimeWarning, stacklevel=4)
-
-    def _kept(self) -> Record:
-        if self._record is None:
-            raise ValueError("nothing was drawn yet: call run(energy) first")
-        if self._record.count == 0:
-            raise ValueError(
-                "the run ended before its first draw (see get_samples(warmup=True) for the warm-up): run(energy) again"
-            )
-        return self._record
-
-    def get_samples(
-        self, num_samples: int | None = None, group_by_chain: bool = False, warmup: bool = False
-    ) -> dict[str, Tensor]:
-        """Draws in the energy's own space.
+    def resume(self, energy: Energy | None = None, store: str | Path | None = None, *, checkpoint_every: float = 60.0) -> None:
+        """Finish a run that was broken off: the draws are those of one that was not, bit for bit on one machine.
 
         Args:
-            num_samples: so many, drawn again with replacement by torch's global generator (as in Pyro); None gives all.
-            group_by_chain: keep the chain axis: ``(chains, draws, *event)``, else ``(chains * draws, *event)``.
-            warmup: the warm-up's draws instead.
+            energy: the energy of the run, and
+            store: the folder it streamed to. Without them, the run in memory goes on (after Ctrl-C or :meth:`load_state_dict`).
+            checkpoint_every: as in :meth:`run`.
+
+        Raises:
+            ValueError: if there is no run to go on from, or if that in the folder is of other settings or of another energy.
         """
-        record = self._warmup if warmup and self._warmup is not None else self._kept()
-        draws = self._target.constrain(record.draws())
-        samples: dict[str, Tensor] = select_samples({self.site: draws}, num_samples, group_by_chain)
-        return samples
-
-    def get_stats(self, warmup: bool = False) -> dict[str, Tensor]:
-        """Statistics of each draw, ``(chains, draws)``: ``lp``, ``energy`` (the Hamiltonian), ``acceptance_rate``, ..."""
-        return (self._warmup if warmup and self._warmup is not None else self._kept()).stats()
-
-    def to_arviz(self) -> Any:
-        """Draws and statistics, warm-up included, as ArviZ's InferenceData (DataTree from ArviZ 1.0 on)."""
-        warm = self._warmup is not None and self._warmup.count > 0
-        return diagnostics.to_arviz(
-            self.get_samples(group_by_chain=True),
-            self.get_stats(),
-            self.get_samples(group_by_chain=True, warmup=True) if warm else None,
-            self.get_stats(warmup=True) if warm else None,
-            {"kernel": type(self.kernel).__name__, "seed": str(self.seed), "thinning": self.thinning},
-        )
-
-    def summary(self, **options: Any) -> Any:
-        """ArviZ's summary table (a DataFrame) of the draws; options go to ``arviz.summary``."""
-        return diagnostics.arviz().summary(self.to_arviz(), **options)
-
-    def verdict(self, max_r_hat: float = 1.01, min_ess: float = 400.0) -> diagnostics.Verdict:
-        """Whether the chains mixed, in plain words; see :func:`pyroebm.diagnostics.verdict`."""
-        return diagnostics.verdict(self._kept().draws(), self.get_stats(), max_r_hat, min_ess, self.kernel)
-
-    def diagnostics(self) -> dict[str, Any]:
-        """As Pyro's: effective sample size and R-hat of each site, divergences and acceptance rates of each chain."""
-        draws, stats = self.get_samples(group_by_chain=True)[self.site], self.get_stats()
-        chains = [f"chain {c}" for c in range(self.num_chains)]
-        return {
-            self.site: {
-                "n_eff": torch.as_tensor(diagnostics.ess_bulk(draws)),
-                "r_hat": torch.as_tensor(diagnostics.r_hat(draws)),
-            },
-            "divergences": {name: row.nonzero().flatten().tolist() for name, row in zip(chains, stats["diverging"], strict=True)},
-            "acceptance rate": {name: float(row.mean()) for name, row in zip(chains, stats["acceptance_rate"], strict=True)},
-        }
-
-    def _settings(self) -> dict[str, Any]:
-        plain = {f.name: getattr(self.start_kernel, f.name) for f in dataclasses.fields(self.start_kernel)}
-        learned = ("step_size", "inverse_mass")
-        plain = {k: v if isinstance(v, int | float | str) else repr(v) for k, v in plain.items() if k not in learned}
-        return {"kernel": type(self.kernel).__name__, **plain, "num_chains": self.num_chains, "thinning": self.thinning}
+        if (energy is None) != (store is None):
+            raise ValueError(f"resume takes energy and store, or neither, got energy={energy} and store={store!r}")
+        if energy is not None and store is not None:
+            folder = Store(store, self._named)
+            states = {number: folder.load(number) for number in self.layout.blocks}
+            self._load({f"{n}.{k}": v for n, state in states.items() for k, v in state.items()}, energy, folder)
+        if not self._blocks:
+            raise ValueError("there is nothing to resume: call run(energy) or load_state_dict(state, energy) first")
+        self._advance(max(self._goal, self.num_samples), checkpoint_every)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything that ``run_more`` needs, and every draw, as tensors alone (safetensors can hold it)."""
-        record = self._kept()
-        parts = {f"state.{k}": v for k, v in flatten(self._state).items()} | {f"stats.{k}": v for k, v in record.stats().items()}
-        parts |= {"x": record.draws(), "rng": self._generator.get_state()}
-        metric = getattr(self.kernel, "inverse_mass", None)
-        written = self._settings() | {"seed": self.seed, "metric": type(metric).__name__}
-        parts["settings"] = torch.tensor(list(json.dumps(written).encode()), dtype=torch.uint8)
-        if hasattr(self.kernel, "step_size"):
-            parts["step_size"] = torch.as_tensor(self.kernel.step_size, dtype=torch.float64)
-        if metric is not None:
-            parts |= {f"metric.{k}": v for k, v in (flatten(metric) if isinstance(metric, tuple) else {"0": metric}).items()}
-        return {name: value.detach().clone().contiguous() for name, value in parts.items()}
+        """Everything that :meth:`resume` and :meth:`run_more` need, and every draw, as tensors alone (safetensors can hold it).
+
+        Raises:
+            ValueError: if there was no run.
+        """
+        self._records(warmup=True)
+        states = {number: self._state_of(block) for number, block in zip(self.layout.blocks, self._blocks, strict=True)}
+        return {f"{number}.{name}": value for number, state in states.items() for name, value in state.items()}
 
     def load_state_dict(self, state: dict[str, Tensor], energy: Energy) -> None:
-        """Stand where a run of the same settings stood, so that ``run_more`` goes on as it would have.
+        """Stand where a run of the same settings stood, in its warm-up or after, so that it can go on as it would have.
 
         Raises:
             ValueError: if the state is of other settings (kernel, chains, thinning), or of another energy.
         """
-        if not {"settings", "x", "rng", "state.x", "state.energy"} <= set(state):
-            raise ValueError(f"state must come from MCMC.state_dict(), got keys {sorted(state)}")
-        settings = json.loads(bytes(state["settings"].tolist()))
-        seed, metric = settings.pop("seed"), settings.pop("metric")
-        if settings != self._settings():
-            raise ValueError(f"the state must be of the settings of this run, {self._settings()}, got {settings}")
-        target, generator = self._bound(energy)
-        energy.check_states(target.constrain(state["x"]), "state['x']")
-        parts = lambda prefix: {k.removeprefix(prefix): v.clone() for k, v in state.items() if k.startswith(prefix)}  # noqa: E731
-        with eval_mode(energy):
-            at = unflatten(self.start_kernel.init(target, state["state.x"], generator), parts("state."))
-            if not torch.allclose(self.start_kernel.refresh(target, at).energy, at.energy):
-                raise ValueError("the state must be of the energy given: its energies differ from those kept with the draws")
-        generator.set_state(state["rng"])
-        learned: dict[str, Any] = {}
-        if "step_size" in state:
-            learned["step_size"] = state["step_size"] if state["step_size"].dim() else float(state["step_size"])
-            learned["inverse_mass"] = metric_from(metric, parts("metric."))
-        self.kernel = self.start_kernel.replace(**learned)
-        self._target, self._generator, self._state, self.seed, self.interrupted = target, generator, at, seed, False
-        self._record, self._warmup = Record(0, at), Record(0, at)
-        self._record.load(state["x"], parts("stats."))
+        self._load(state, energy, None)
+
+    def _load(self, state: dict[str, Tensor], energy: Energy, store: Store | None) -> None:
+        needed = {f"{n}.{name}" for n in self.layout.blocks for name in ("settings", "said", "rng", "state.x", "state.energy")}
+        if not needed <= set(state):
+            raise ValueError(f"state must come from MCMC.state_dict(), with {sorted(needed)}, got keys {sorted(state)}")
+        target = self._bound(energy)
+        blocks = []
+        for number in self.layout.blocks:
+            own = {k.removeprefix(f"{number}."): v for k, v in state.items() if k.startswith(f"{number}.")}
+            saved = from_text(own["settings"].cpu())
+            seed, settings = saved.pop("seed"), self._settings(saved["warm_left"])
+            if saved != settings:
+                raise ValueError(f"the state must be of the settings of this run, {settings}, got {saved}")
+            with eval_mode(energy):
+                x, generator = own["state.x"].to(energy.device), seeded_generator(self.seed, energy.device)
+                block = self._block(number, target, x, generator, store)
+                if not torch.allclose(block.state.energy, own["state.energy"].to(energy.device)):
+                    raise ValueError("the state must be of the energy given: its energies differ from those kept with the draws")
+                block.load_state_dict(own)
+            blocks.append(block)
+        self._target, self._blocks, self._store, self.seed = target, blocks, store, seed
+        self._goal, self.interrupted = 0, False
+
+    def _settings(self, warm_left: int) -> dict[str, Any]:
+        return self.plan.settings(warm_left) | {"num_chains": self.num_chains, "chain_batch_size": self.layout.size}
+
+    def _state_of(self, block: Block, draws: bool = True) -> dict[str, Tensor]:
+        settings = self._settings(block.warm_left) | {"seed": self.seed}
+        return block.state_dict(draws) | {"settings": to_text(settings)}
+
+    def _bound(self, energy: Energy) -> Unconstrained:
+        check_energy(energy)
+        return Unconstrained(energy, keep_discrete=self.plan.kernel.discrete)
+
+    def _block(self, number: int, target: Unconstrained, start: Tensor, generator: torch.Generator, store: Store | None) -> Block:
+        if store is None:
+            return Block(self.plan, target, start, generator)
+        room = BUFFER // (len(self.layout.blocks) * len(start) * bytes_per_draw(event_numel(target.event_shape), target.dtype))
+        return Block(self.plan, target, start, generator, store.parts(number, self.layout.chains(number).start), max(1, room))
+
+    def _announce(self) -> None:
+        draws = self.num_samples + self.plan.warmup_steps * self.plan.save_warmup
+        chains = sum(len(block.state.x) for block in self._blocks)
+        size = draws * chains * bytes_per_draw(event_numel(self._target.event_shape), self._target.dtype)
+        if size > LARGE:
+            where = "in memory; run(energy, store=folder) streams them to files" if self._store is None else "on disk"
+            said = f"{draws} draws of {chains} chains will take {size / 2**30:.1f} GiB {where}; thinning=k divides that by k"
+            tqdm.write(said, file=sys.stderr)
+
+    def _advance(self, goal: int, checkpoint_every: float) -> None:
+        """Finish the warm-up, then draw until every chain has ``goal`` draws."""
+        self.interrupted, self._goal, phase = False, goal, "warm-up"
+        try:
+            with eval_mode(self._target):
+                for block in self._blocks:
+                    block.make_room(goal)
+                self._save()
+                self._take_turns("warm-up", Block.warm_up, lambda block: block.warm_left, checkpoint_every)
+                phase = "sampling"
+                self._take_turns("sample", Block.draw, lambda block: goal - block.record.count, checkpoint_every)
+        except KeyboardInterrupt:
+            self.interrupted = True
+            kept = min(block.record.count for block in self._blocks)
+            warnings.warn(f"interrupted during {phase}: {kept} draws of each chain were kept", RuntimeWarning, stacklevel=3)
+        finally:
+            self._save()
+
+    def _take_turns(
+        self, label: str, step: Callable[[Block], None], left: Callable[[Block], int], checkpoint_every: float
+    ) -> None:
+        """One step of each block in turn, so that an interrupt finds all of them equally far."""
+        behind = [block for block in self._blocks if left(block) > 0]
+        disable = self.layout.ranks[0] > 0 or None if self.progress is None else not self.progress
+        saved = time.monotonic()
+        with tqdm(total=sum(map(left, behind)), desc=f"{label} ({self.num_chains} chains)", disable=disable) as bar:
+            while behind:
+                for block in behind:
+                    step(block)
+                    bar.update()
+                if time.monotonic() - saved >= checkpoint_every:
+                    self._save()
+                    saved = time.monotonic()
+                behind = [block for block in behind if left(block) > 0]
+
+    def _save(self) -> None:
+        if self._store is not None:
+            for number, block in zip(self.layout.blocks, self._blocks, strict=True):
+                block.warmup.spill()
+                block.record.spill()
+                self._store.save(number, self._state_of(block, draws=False))
 
 
 def _check_counts(least: dict[str, int], *values: int) -> None:

@@ -16,9 +16,12 @@ def fresh_seed(seed: int | None) -> int:
     return int(np.random.SeedSequence(seed).entropy)  # type: ignore[arg-type]
 
 
-def seeded_generator(seed: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """A new generator whose stream is spread from ``seed`` by ``numpy.random.SeedSequence``; torch's global one is untouched."""
-    words = np.random.SeedSequence(seed).generate_state(1, np.uint64)
+def seeded_generator(seed: int, device: torch.device | str = "cpu", spawned: int | None = None) -> torch.Generator:
+    """A new generator whose stream is spread from ``seed`` by ``numpy.random.SeedSequence``; torch's global one is untouched.
+
+    ``spawned`` takes the child of that number in place of ``seed`` itself: as many independent streams as there are numbers.
+    """
+    words = np.random.SeedSequence(seed, spawn_key=() if spawned is None else (spawned,)).generate_state(1, np.uint64)
     return torch.Generator(device).manual_seed(int(words[0]) % 2**63)
 
 

@@ -1,58 +1,97 @@
-"""Draws and statistics of all chains, preallocated."""
+"""Draws and statistics of one block of chains: preallocated in memory, or a buffer before a file."""
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from pyroebm.kernels.base import AnyState, Info
 
-__all__ = ["Record", "flatten", "merged", "unflatten"]
+__all__ = ["Part", "Record", "bytes_per_draw", "merged"]
 
-T = TypeVar("T", bound=tuple[Any, ...])
+
+class Part(Protocol):
+    """Where a record writes its draws when its room is full; :class:`pyroebm.store.Part` is a folder of files."""
+
+    def write(self, start: int, x: Tensor, stats: dict[str, Tensor]) -> None:
+        """Keep the draws from number ``start`` on."""
+
+    def read(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """All draws kept and their statistics, in order."""
+
+    def cut(self, count: int) -> None:
+        """Forget the draws after the first ``count``."""
 
 
 class Record:
-    """Preallocated draws and statistics of all chains; only the first ``count`` draws are filled.
+    """Draws and statistics of all chains of a block; of the room only the first ``filled`` draws are there.
 
     Args:
-        size: draws to make room for.
         state: a state, for shapes and types.
+        room: draws to make room for.
+        part: where full rooms go, so that memory stays bounded; None keeps all draws in memory.
     """
 
-    def __init__(self, size: int, state: AnyState) -> None:
-        self.count = 0
-        self.x = state.x.new_empty((len(state.x), size, *state.x.shape[1:]))
+    def __init__(self, state: AnyState, room: int = 0, part: Part | None = None) -> None:
+        self.part = part
+        self.spilled = self.filled = 0
+        self.x = state.x.new_empty((len(state.x), room, *state.x.shape[1:]))
         self._stats: dict[str, Tensor] = {}
 
-    def append(self, state: AnyState, info: Info) -> None:
-        """Keep one draw of every chain."""
+    @property
+    def count(self) -> int:
+        """Draws of each chain."""
+        return self.spilled + self.filled
+
+    def write(self, state: AnyState, info: Info) -> None:
+        """Put one draw of every chain after those filled. It is there when the caller raises ``filled``."""
+        if self.part is not None and self.filled == self.x.shape[1]:
+            self.spill()
         facts = {"lp": -state.energy} | {k: v for k, v in info._asdict().items() if v is not None and k != "accepted"}
         for name, value in facts.items():
             if name not in self._stats:
                 self._stats[name] = value.new_empty((self.x.shape[0], self.x.shape[1]))
-            self._stats[name][:, self.count] = value
-        self.x[:, self.count] = state.x
-        self.count += 1  # last: an interrupt before this line loses the draw in hand and no other
+            self._stats[name][:, self.filled] = value
+        self.x[:, self.filled] = state.x
+
+    def spill(self) -> None:
+        """Write what is filled to the part."""
+        if self.part is not None and self.filled:
+            self.part.write(self.spilled, *self._in_memory())
+            self.spilled, self.filled = self.count, 0
+
+    def _in_memory(self) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.x[:, : self.filled], {name: value[:, : self.filled] for name, value in self._stats.items()}
 
     def draws(self) -> Tensor:
-        """Unconstrained draws, ``(chains, count, *event)``."""
-        return self.x[:, : self.count]
+        """Unconstrained draws, ``(chains, count, *event)``; read from the part where they went there."""
+        x, _ = self._in_memory()
+        return torch.cat([self.part.read()[0].to(x), x], 1) if self.part is not None and self.spilled else x
 
     def stats(self) -> dict[str, Tensor]:
         """Statistics, each ``(chains, count)``."""
-        return {name: value[:, : self.count] for name, value in self._stats.items()}
+        _, stats = self._in_memory()
+        if self.part is None or not self.spilled:
+            return stats
+        there = {name: value.to(self.x.device) for name, value in self.part.read()[1].items()}
+        return {name: torch.cat([value, stats[name]], 1) if name in stats else value for name, value in there.items()}
 
-    def grow(self, size: int) -> None:
-        """Make room for ``size`` more draws after those kept."""
-        extend = lambda t: torch.cat([t[:, : self.count], t.new_empty((t.shape[0], size, *t.shape[2:]))], 1)  # noqa: E731
-        self.x, self._stats = extend(self.x), {name: extend(value) for name, value in self._stats.items()}
+    def make_room(self, count: int) -> None:
+        """Make room in memory for ``count`` draws in all; a part needs none."""
+        if self.part is None and (more := count - self.x.shape[1]) > 0:
+            extend = lambda t: torch.cat([t, t.new_empty((t.shape[0], more, *t.shape[2:]))], 1)  # noqa: E731
+            self.x, self._stats = extend(self.x), {name: extend(value) for name, value in self._stats.items()}
 
     def load(self, x: Tensor, stats: dict[str, Tensor]) -> None:
         """Take over draws kept elsewhere."""
-        self.x, self._stats, self.count = x.clone(), {k: v.clone() for k, v in stats.items()}, x.shape[1]
+        self.x, self._stats, self.filled = x.clone(), {k: v.clone() for k, v in stats.items()}, x.shape[1]
+
+
+def bytes_per_draw(numel: int, dtype: torch.dtype) -> int:
+    """Memory of one draw of one chain: ``numel`` entries, four statistics of the same type, two counts and a flag."""
+    return (numel + 4) * dtype.itemsize + 17
 
 
 def merged(infos: list[Info]) -> Info:
@@ -65,21 +104,3 @@ def merged(infos: list[Info]) -> Info:
         diverging=torch.stack([i.diverging for i in infos]).any(0),
         n_steps=torch.stack([i.n_steps for i in infos]).sum(0),
     )
-
-
-def flatten(state: Any) -> dict[str, Tensor]:
-    """A NamedTuple of tensors, or of such NamedTuples, as one dict: ``inner.x`` is the ``x`` of the field ``inner``."""
-    found: dict[str, Tensor] = {}
-    for name, value in state._asdict().items():
-        found |= {f"{name}.{k}": v for k, v in flatten(value).items()} if isinstance(value, tuple) else {name: value}
-    return found
-
-
-def unflatten(like: T, parts: dict[str, Tensor]) -> T:
-    """The inverse of :func:`flatten`, with the structure of ``like``; ValueError if a part is missing."""
-    if missing := set(flatten(like)) - set(parts):
-        raise ValueError(f"the state must hold {sorted(flatten(like))}, got none of {sorted(missing)}")
-    inner = lambda name: {k.removeprefix(f"{name}."): v for k, v in parts.items() if k.startswith(f"{name}.")}  # noqa: E731
-    fields = like._asdict().items()  # type: ignore[attr-defined]
-    new = {name: unflatten(value, inner(name)) if isinstance(value, tuple) else parts[name] for name, value in fields}
-    return type(like)(**new)

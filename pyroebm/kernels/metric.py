@@ -122,9 +122,3 @@ def metric_tensors(inverse_mass: Tensor | Metric | None) -> tuple[Tensor, ...]:
     if inverse_mass is None:
         return ()
     return (inverse_mass,) if isinstance(inverse_mass, Tensor) else tuple(inverse_mass)
-
-
-def metric_from(name: str, parts: dict[str, Tensor]) -> Tensor | Metric | None:
-    """A setting from the name of its type and its tensors, as a checkpoint keeps them."""
-    kinds: dict[str, type[Metric]] = {kind.__name__: kind for kind in (Diagonal, Dense, LowRank)}
-    return kinds[name](**parts) if name in kinds else parts.get("0")

@@ -1,0 +1,215 @@
+"""A block: the chains that share a generator and an adaptation, and all that they need to go on."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyroebm.energy import Energy
+from pyroebm.kernels.adaptation import Adaptation
+from pyroebm.kernels.base import Kernel
+from pyroebm.record import Part, Record, merged
+from pyroebm.serial import from_text, pack, to_text, unpack
+from pyroebm.supports import inside
+
+__all__ = ["Block", "Layout", "Plan", "check_initial"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How chains make blocks, and which blocks are whose. The same chains are in a block whatever the number of ranks.
+
+    Args:
+        num_chains: chains of the run.
+        size: chains of one block; the last one has what is left.
+        ranks: number of this process and of all.
+
+    Raises:
+        ValueError: if the ranks are not as they must be, or if one of them would have no block.
+
+    Example:
+        >>> layout = Layout(200, 64, (1, 2))
+        >>> {number: layout.chains(number) for number in layout.blocks}
+        {2: range(128, 192), 3: range(192, 200)}
+    """
+
+    num_chains: int
+    size: int = 64
+    ranks: tuple[int, int] = (0, 1)
+
+    def __post_init__(self) -> None:
+        (rank, world), count = self.ranks, self._count()
+        if not 0 <= rank < world or world > count:
+            raise ValueError(
+                f"ranks must be (rank, world) with 0 <= rank < world <= {count}, the number of blocks that {self.num_chains}"
+                f" chains make with chain_batch_size={self.size}; got ranks={self.ranks}"
+            )
+
+    def _count(self) -> int:
+        return -(-self.num_chains // self.size)
+
+    @property
+    def blocks(self) -> range:
+        """The numbers of this rank's blocks: in one piece, and as many as the others have or one more."""
+        (rank, world), count = self.ranks, self._count()
+        return range(rank * count // world, (rank + 1) * count // world)
+
+    def chains(self, block: int) -> range:
+        """The numbers of the chains of a block."""
+        return range(self.num_chains)[block * self.size : (block + 1) * self.size]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What all blocks of a run have in common.
+
+    Args:
+        kernel: the kernel before it is adapted.
+        adaptation: how warm-up adapts it; None leaves it as it is.
+        warmup_steps: steps of warm-up.
+        thinning: steps from one kept draw to the next.
+        save_warmup: whether to keep the draws of the warm-up.
+    """
+
+    kernel: Kernel[Any]
+    adaptation: Adaptation | None
+    warmup_steps: int
+    thinning: int
+    save_warmup: bool
+
+    def settings(self, warm_left: int) -> dict[str, Any]:
+        """What two runs must have in common, with ``warm_left`` steps of warm-up to go, for one to go on as the other would."""
+        learned = ("step_size", "inverse_mass")
+        plain = {f.name: getattr(self.kernel, f.name) for f in dataclasses.fields(self.kernel) if f.name not in learned}
+        plain = {k: v if isinstance(v, int | float | str) else repr(v) for k, v in plain.items()}
+        warming = {"warmup_steps": self.warmup_steps, "adaptation": repr(self.adaptation)} if warm_left else {}
+        return {"kernel": type(self.kernel).__name__, **plain, "thinning": self.thinning, "warm_left": warm_left, **warming}
+
+
+class Block:
+    """Chains that are warmed up and drawn together. What happens in one block depends on no other.
+
+    A step is whole or has not been: one that Ctrl-C breaks off gives its random numbers back, and is the same when it is taken
+    again.
+
+    Args:
+        plan: what all blocks of the run have in common.
+        target: the energy that the kernel sees, in unconstrained coordinates.
+        start: starting states in these coordinates, ``(chains, *event)``.
+        generator: the source of every random number of the block, on the device of the states.
+        parts: where the draws of the warm-up and those after it go when their room is full; None keeps them in memory.
+        room: draws to hold in memory before they go to a part.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        target: Energy,
+        start: Tensor,
+        generator: torch.Generator,
+        parts: tuple[Part, Part] | None = None,
+        room: int = 0,
+    ) -> None:
+        self.plan, self.target, self.generator = plan, target, generator
+        self.kernel, self.state = plan.kernel, plan.kernel.init(target, start, generator)
+        self.memory: Any = None  #: of the adaptation
+        self.warm_left = plan.warmup_steps  #: steps of warm-up to go
+        warm_part, part = parts or (None, None)
+        self.warmup = Record(self.state, room, warm_part)
+        self.record = Record(self.state, room, part)
+
+    def warm_up(self) -> None:
+        """One step of the warm-up."""
+        plan, before = self.plan, self.generator.get_state()
+        try:
+            kernel, memory = self.kernel, self.memory
+            if plan.adaptation is None:
+                state, info = kernel.step(self.target, self.state, self.generator)
+            else:
+                if self.warm_left == plan.warmup_steps:
+                    kernel, memory = plan.adaptation.start(kernel, self.target, self.state, self.generator)
+                kernel, state, info, memory = plan.adaptation.step(
+                    kernel, self.target, self.state, memory, plan.warmup_steps, self.generator
+                )
+            if plan.save_warmup:
+                self.warmup.write(state, info)
+        except BaseException:
+            self.generator.set_state(before)
+            raise
+        # Assignments alone, from here on: Python looks for Ctrl-C at calls, so that it finds a step done or not begun.
+        self.kernel, self.state, self.memory = kernel, state, memory
+        self.warm_left -= 1
+        self.warmup.filled += plan.save_warmup
+
+    def draw(self) -> None:
+        """One kept draw of every chain."""
+        before = self.generator.get_state()
+        try:
+            state, infos = self.state, []
+            for _ in range(self.plan.thinning):
+                state, info = self.kernel.step(self.target, state, self.generator)
+                infos.append(info)
+            self.record.write(state, merged(infos))
+        except BaseException:
+            self.generator.set_state(before)
+            raise
+        self.state = state
+        self.record.filled += 1
+
+    def make_room(self, count: int) -> None:
+        """Make room for the rest of the warm-up and for ``count`` draws in all."""
+        self.warmup.make_room(self.warmup.count + self.warm_left * self.plan.save_warmup)
+        self.record.make_room(count)
+
+    def refresh(self) -> None:
+        """Take the energies anew: the target may have been trained since."""
+        self.state = self.kernel.refresh(self.target, self.state)
+
+    def state_dict(self, draws: bool = True) -> dict[str, Tensor]:
+        """All that the block needs to go on, as tensors; ``draws``: and every draw."""
+        tensors: dict[str, Tensor] = {"rng": self.generator.get_state()}
+        said = {name: pack(getattr(self, name), name, tensors) for name in ("state", "kernel")}
+        said |= {"memory": pack(self.memory, "memory", tensors) if self.warm_left else None, "warm_left": self.warm_left}
+        for name, record in (("warmup", self.warmup), ("draws", self.record)):
+            said[f"{name}_count"] = record.count
+            if draws and record.count:
+                tensors |= {f"{name}.x": record.draws()} | {f"{name}.stats.{k}": v for k, v in record.stats().items()}
+        tensors["said"] = to_text(said)
+        return {name: value.detach().clone().contiguous() for name, value in tensors.items()}
+
+    def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
+        """Stand where the block stood whose state it is; draws that the state lacks are those of the parts."""
+        said = from_text(tensors["said"].cpu())
+        tensors = {k: v if k == "rng" else v.to(self.target.device) for k, v in tensors.items()}
+        self.state = unpack(said["state"], self.state, tensors)
+        self.kernel = unpack(said["kernel"], self.plan.kernel, tensors)
+        self.warm_left, self.memory = said["warm_left"], None
+        if said["memory"] is not None and self.plan.adaptation is not None:
+            _, like = self.plan.adaptation.start(self.plan.kernel, self.target, self.state, self.generator)
+            self.memory = unpack(said["memory"], like, tensors)
+        self.generator.set_state(tensors["rng"].cpu())
+        for name, record in (("warmup", self.warmup), ("draws", self.record)):
+            stats = {k.removeprefix(f"{name}.stats."): v for k, v in tensors.items() if k.startswith(f"{name}.stats.")}
+            if record.part is not None:
+                record.part.cut(said[f"{name}_count"])
+                record.spilled = said[f"{name}_count"]
+            elif f"{name}.x" in tensors:
+                record.load(tensors[f"{name}.x"], stats)
+
+
+def check_initial(energy: Energy, initial: Tensor, num_chains: int) -> None:
+    """ValueError unless ``initial`` holds a state of the energy's support for each chain."""
+    if not isinstance(initial, Tensor) or initial.dim() != 1 + len(energy.event_shape) or len(initial) != num_chains:
+        shape = tuple(initial.shape) if isinstance(initial, Tensor) else type(initial).__name__
+        raise ValueError(f"initial must hold one state for each of num_chains={num_chains}, got shape {shape}")
+    energy.check_states(initial, "initial")
+    legal = inside(energy.support, initial, len(energy.event_shape))
+    if not bool(legal.all()):
+        row = int((~legal).nonzero()[0])
+        raise ValueError(
+            f"initial must lie in support={energy.support}: {int((~legal).sum())} of {len(initial)} rows do not, the first"
+            f" is row {row} with {initial[row].tolist()}"
+        )

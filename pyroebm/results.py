@@ -1,0 +1,110 @@
+"""What can be asked of a run: its draws, their statistics, ArviZ's tables and a verdict."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pyro.infer.mcmc.api import AbstractMCMC
+from pyro.infer.mcmc.util import select_samples
+from torch import Tensor
+
+from pyroebm import diagnostics
+from pyroebm.block import Block, Layout, Plan
+from pyroebm.record import Record
+from pyroebm.views import Unconstrained
+
+__all__ = ["Results"]
+
+
+class Results(AbstractMCMC):
+    """The half of :class:`pyroebm.MCMC` that looks at a run; chains are in order over the blocks.
+
+    Where blocks have been drawn to different lengths (a run that was interrupted), results are of the draws that all have.
+    """
+
+    num_chains: int
+    seed: int
+    site: str
+    plan: Plan
+    layout: Layout
+    _blocks: list[Block]
+    _target: Unconstrained
+
+    def _named(self, x: Tensor) -> dict[str, Tensor]:
+        """Unconstrained draws as the variables that results show."""
+        return {self.site: self._target.constrain(x)}
+
+    def _records(self, warmup: bool = False) -> list[Record]:
+        if not self._blocks:
+            raise ValueError("nothing was drawn yet: call run(energy) first")
+        if not warmup and min(block.record.count for block in self._blocks) == 0:
+            raise ValueError(
+                "the run ended before its first draw (its warm-up is in get_samples(warmup=True)): resume() or run(energy) again"
+            )
+        return [block.warmup if warmup else block.record for block in self._blocks]
+
+    def _draws(self, warmup: bool = False) -> Tensor:
+        records = self._records(warmup)
+        common = min(record.count for record in records)
+        return torch.cat([record.draws()[:, :common] for record in records])
+
+    def get_samples(
+        self, num_samples: int | None = None, group_by_chain: bool = False, warmup: bool = False
+    ) -> dict[str, Tensor]:
+        """Draws in the energy's own space.
+
+        Args:
+            num_samples: so many, drawn again with replacement by torch's global generator (as in Pyro); None gives all.
+            group_by_chain: keep the chain axis: ``(chains, draws, *event)``, else ``(chains * draws, *event)``.
+            warmup: the warm-up's draws instead.
+        """
+        samples: dict[str, Tensor] = select_samples(self._named(self._draws(warmup)), num_samples, group_by_chain)
+        return samples
+
+    def get_stats(self, warmup: bool = False) -> dict[str, Tensor]:
+        """Statistics of each draw, ``(chains, draws)``: ``lp``, ``energy`` (the Hamiltonian), ``acceptance_rate``, ..."""
+        records = self._records(warmup)
+        common = min(record.count for record in records)
+        stats = [record.stats() for record in records]
+        return {name: torch.cat([each[name][:, :common] for each in stats]) for name in stats[0]}
+
+    def to_arviz(self) -> Any:
+        """Draws and statistics, warm-up included, as ArviZ's InferenceData (DataTree from ArviZ 1.0 on)."""
+        samples, stats = self.get_samples(group_by_chain=True), self.get_stats()
+        warm = all(record.count for record in self._records(warmup=True))
+        return diagnostics.to_arviz(
+            samples,
+            stats,
+            self.get_samples(group_by_chain=True, warmup=True) if warm else None,
+            self.get_stats(warmup=True) if warm else None,
+            self._facts(),
+        )
+
+    def _facts(self) -> dict[str, Any]:
+        facts = {"kernel": type(self.plan.kernel).__name__, "seed": str(self.seed), "thinning": self.plan.thinning}
+        return facts | {"num_chains": self.num_chains, "chain_batch_size": self.layout.size}
+
+    def summary(self, **options: Any) -> Any:
+        """ArviZ's summary table (a DataFrame) of the draws; options go to ``arviz.summary``."""
+        return diagnostics.arviz().summary(self.to_arviz(), **options)
+
+    def verdict(self, max_r_hat: float = 1.01, min_ess: float = 400.0) -> diagnostics.Verdict:
+        """Whether the chains mixed, in plain words; see :func:`pyroebm.diagnostics.verdict`."""
+        return diagnostics.verdict(self._draws(), self.get_stats(), max_r_hat, min_ess, self.kernel)
+
+    def diagnostics(self) -> dict[str, Any]:
+        """As Pyro's: effective sample size and R-hat of each site, divergences and acceptance rates of each chain."""
+        samples, stats = self.get_samples(group_by_chain=True), self.get_stats()
+        chains = [f"chain {c}" for c in range(len(stats["diverging"]))]
+        return {
+            **{
+                site: {
+                    "n_eff": torch.as_tensor(diagnostics.ess_bulk(draws)),
+                    "r_hat": torch.as_tensor(diagnostics.r_hat(draws)),
+                }
+                for site, draws in samples.items()
+            },
+            "divergences": {name: row.nonzero().flatten().tolist() for name, row in zip(chains, stats["diverging"], strict=True)},
+            "acceptance rate": {name: float(row.mean()) for name, row in zip(chains, stats["acceptance_rate"], strict=True)},
+        }

@@ -1,0 +1,113 @@
+"""Settings, states and memories as tensors and one text, so that a checkpoint needs no pickle."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["from_text", "pack", "to_text", "unpack"]
+
+
+def to_text(value: Any) -> Tensor:
+    """JSON as bytes in a tensor, for files that hold tensors alone."""
+    return torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8)
+
+
+def from_text(text: Tensor) -> Any:
+    """The inverse of :func:`to_text`."""
+    return json.loads(bytes(text.tolist()))
+
+
+def pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """What JSON can say of a value; its tensors go into ``tensors`` under dotted names that begin with ``name``.
+
+    NamedTuples and dataclasses (kernels) are taken apart field by field. What is neither, nor a number, text, tuple or dict (an
+    energy, a function) is a setting that the reader brings along.
+
+    Example:
+        >>> tensors = {}
+        >>> pack((1.5, torch.zeros(2)), "pair", tensors)
+        {'tuple': [1.5, {'tensor': 'pair.1'}]}
+        >>> tensors
+        {'pair.1': tensor([0., 0.])}
+    """
+    if isinstance(value, Tensor):
+        tensors[name] = value.detach().clone().contiguous()
+        return {"tensor": name}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if (fields := _fields(value)) is not None:
+        return {"type": type(value).__name__, "fields": {k: pack(v, f"{name}.{k}", tensors) for k, v in fields.items()}}
+    if isinstance(value, tuple | list):
+        return {type(value).__name__: [pack(v, f"{name}.{i}", tensors) for i, v in enumerate(value)]}
+    if isinstance(value, dict):
+        return {"dict": {k: pack(v, f"{name}.{k}", tensors) for k, v in value.items()}}
+    return {"setting": name}
+
+
+def unpack(said: Any, like: Any, tensors: dict[str, Tensor]) -> Any:
+    """The inverse of :func:`pack`. ``like`` is a value of the same make: it has the settings, and names the types.
+
+    Raises:
+        ValueError: if a tensor is missing, or a type is none of those that ``like`` or its annotations mention.
+    """
+    return _unpack(said, like, tensors, _types_of(like, {}))
+
+
+def _unpack(said: Any, like: Any, tensors: dict[str, Tensor], known: dict[str, type]) -> Any:
+    if not isinstance(said, dict):
+        return said
+    if "tensor" in said:
+        if said["tensor"] not in tensors:
+            raise ValueError(f"the state must hold {said['tensor']}, got {sorted(tensors)}")
+        return tensors[said["tensor"]].clone()
+    if "type" in said:
+        if said["type"] not in known:
+            raise ValueError(f"the state holds a {said['type']}, but a {type(like).__name__} is made of {sorted(known)}")
+        own = (_fields(like) or {}) if type(like).__name__ == said["type"] else {}
+        return known[said["type"]](**{k: _unpack(v, own.get(k), tensors, known) for k, v in said["fields"].items()})
+    if "dict" in said:
+        own = like if isinstance(like, dict) else {}
+        return {k: _unpack(v, own.get(k), tensors, known) for k, v in said["dict"].items()}
+    if "setting" in said:
+        return like
+    kind, parts = next(iter(said.items()))
+    likes = like if isinstance(like, tuple | list) and len(like) == len(parts) else [None] * len(parts)
+    return {"tuple": tuple, "list": list}[kind](_unpack(v, o, tensors, known) for v, o in zip(parts, likes, strict=True))
+
+
+def _fields(value: Any) -> dict[str, Any] | None:
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return dict(zip(value._fields, value, strict=True))
+    if dataclasses.is_dataclass(value):
+        return {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
+    return None
+
+
+def _types_of(value: Any, known: dict[str, type]) -> dict[str, type]:
+    """Types with fields in a value and in its annotations (a field that is None now may be a metric by the time it is saved)."""
+    fields = _fields(value)
+    parts = fields.values() if fields is not None else value if isinstance(value, tuple | list) else ()
+    if fields is not None:
+        _types_in(type(value), known)
+    for part in value.values() if isinstance(value, dict) else parts:
+        _types_of(part, known)
+    return known
+
+
+def _types_in(annotation: Any, known: dict[str, type]) -> None:
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is not None:
+        for part in typing.get_args(annotation):
+            _types_in(part, known)
+    elif isinstance(annotation, type) and (hasattr(annotation, "_fields") or dataclasses.is_dataclass(annotation)):
+        if annotation.__name__ in known:
+            return
+        known[annotation.__name__] = annotation
+        for part in typing.get_type_hints(annotation).values():
+            _types_in(part, known)

@@ -1,0 +1,305 @@
+"""Long runs: blocks, checkpoints in files, draws that stream, several processes. Stopped and resumed equals uninterrupted."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import ROOT
+from safetensors.torch import load_file, save_file
+from test_kernels import KERNELS, build
+from torch import Tensor
+
+from pyroebm import HMC, MALA, MCMC, NUTS, Energy, distributed, open_run
+from pyroebm import mcmc as driver
+from pyroebm.block import Layout
+from pyroebm.kernels.base import Kernel
+from pyroebm.serial import from_text, pack, to_text, unpack
+from pyroebm.targets import DoubleWell, Exponential
+
+
+class Stops(Energy):
+    """A normal of two dimensions and unequal scales; evaluation number ``at`` does what it is told to."""
+
+    def __init__(self, at: int = -1, act: Callable[[], None] | None = None) -> None:
+        super().__init__((2,))
+        self.calls, self.at, self.act = 0, at, act
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        if self.calls == self.at:
+            self.act() if self.act else signal.raise_signal(signal.SIGINT)
+        return 0.5 * (x**2 * torch.tensor([1.0, 4.0], dtype=x.dtype)).sum(-1)
+
+
+def driven(kernel: Kernel, chains: int = 7, **options: object) -> MCMC:
+    """Blocks of 3, 3 and 1 chains; a warm-up long enough for a metric."""
+    settings = {"num_samples": 6, "warmup_steps": 62, "seed": 5, "chain_batch_size": 3, "thinning": 2, **options}
+    return MCMC(kernel, num_chains=chains, **settings)  # type: ignore[arg-type]
+
+
+def assert_same(a: MCMC, b: MCMC) -> None:
+    """Every draw and every statistic, warm-up included, bit for bit."""
+    for warmup in (False, True):
+        left, right = ({**m.get_samples(group_by_chain=True, warmup=warmup), **m.get_stats(warmup)} for m in (a, b))
+        assert set(left) == set(right)
+        for name, value in left.items():
+            assert torch.equal(value, right[name]), (name, warmup)
+
+
+# Blocks
+
+
+def test_a_chain_does_not_depend_on_the_blocks_beside_its_own() -> None:
+    few, many = driven(NUTS(), 3), driven(NUTS(), 7)
+    few.run(Stops())
+    many.run(Stops())
+    a, b = (m.get_samples(group_by_chain=True)["x"] for m in (few, many))
+    assert b.shape == (7, 6, 2)
+    assert torch.equal(a, b[:3])
+    assert not torch.equal(b[:3], b[3:6])
+    assert len({float(kernel.step_size) for kernel in many.kernels}) == 3  # type: ignore[attr-defined]
+    assert many.kernel is many.kernels[0]
+
+
+def test_starting_states_are_dealt_to_their_chains() -> None:
+    x = torch.arange(14.0, dtype=torch.float64).reshape(7, 2) / 10
+    mcmc = driven(MALA(1e-9), adaptation=None, warmup_steps=0)
+    mcmc.run(Stops().double(), x)
+    torch.testing.assert_close(mcmc.get_samples(group_by_chain=True)["x"][:, 0], x, atol=1e-6, rtol=0)
+
+
+def test_ctrl_c_finds_the_blocks_equally_far_and_nothing_is_lost() -> None:
+    whole = driven(MALA(0.5), adaptation=None, warmup_steps=0)
+    whole.run(Stops())
+    for at in range(30, 36):  # anywhere within a draw, in any block
+        mcmc = driven(MALA(0.5), adaptation=None, warmup_steps=0)
+        with pytest.warns(RuntimeWarning, match="interrupted during sampling: [34] draws of each chain"):
+            mcmc.run(Stops(at))
+        counts = [block.record.count for block in mcmc._blocks]
+        assert max(counts) - min(counts) <= 1
+        assert mcmc.get_samples(group_by_chain=True)["x"].shape == (7, min(counts), 2)
+        mcmc.resume()
+        assert_same(mcmc, whole)
+
+
+def test_the_layout_gives_every_block_to_one_rank() -> None:
+    for chains, world in ((640, 3), (129, 3), (64, 1)):
+        layouts = [Layout(chains, 64, (rank, world)) for rank in range(world)]
+        assert [chain for layout in layouts for block in layout.blocks for chain in layout.chains(block)] == list(range(chains))
+        sizes = [len(layout.blocks) for layout in layouts]
+        assert max(sizes) - min(sizes) <= 1
+    for ranks in ((1, 1), (-1, 2), (0, 4), (0, 0)):
+        with pytest.raises(ValueError, match=r"ranks must be \(rank, world\)"):
+            Layout(130, 64, ranks)
+    with pytest.raises(ValueError, match="seed must be given"):
+        MCMC(NUTS(), 5, num_chains=128, ranks=(0, 2))
+    with pytest.raises(ValueError, match="chain_batch_size must be an integer of at least 1"):
+        MCMC(NUTS(), 5, chain_batch_size=0)
+
+
+# Stopped and resumed equals uninterrupted
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_stopped_saved_and_resumed_equals_uninterrupted(name: str, tmp_path: Path) -> None:
+    """Ctrl-C at some evaluation of the warm-up or of the sampling, all that is known to a file, and on in another object."""
+    whole, counted = driven(build(name, (2,))), Stops().double()
+    marks: list[int] = []
+    whole._take_turns = lambda *a: (MCMC._take_turns(whole, *a), marks.append(counted.calls))[0]  # type: ignore[method-assign]
+    whole.run(counted)
+    warm, total = marks
+    for at in (warm // 3, warm - 5, (warm + total) // 2):
+        broken = driven(build(name, (2,)))
+        with pytest.warns(RuntimeWarning, match="interrupted during"):
+            broken.run(Stops(at).double())
+        save_file(broken.state_dict(), tmp_path / "state.safetensors")
+        other = driven(build(name, (2,)), seed=99)
+        other.load_state_dict(load_file(tmp_path / "state.safetensors"), Stops().double())
+        other.resume()
+        assert_same(other, whole)
+
+
+def test_a_state_in_the_midst_of_warm_up_needs_the_same_warm_up() -> None:
+    broken = driven(HMC())
+    with pytest.warns(RuntimeWarning, match="interrupted during warm-up"):
+        broken.run(Stops(100))
+    with pytest.raises(ValueError, match="must be of the settings of this run"):
+        driven(HMC(), warmup_steps=63).load_state_dict(broken.state_dict(), Stops())
+    with pytest.raises(ValueError, match="finished its warm-up"):
+        broken.run_more(3)
+    with pytest.raises(ValueError, match="nothing to resume"):
+        driven(HMC()).resume()
+    with pytest.raises(ValueError, match="energy and store, or neither"):
+        driven(HMC()).resume(Stops())
+
+
+def test_what_is_packed_comes_back_as_it_was_and_strangers_are_refused() -> None:
+    tensors: dict[str, Tensor] = {}
+    value = {
+        "kernel": NUTS(step_size=0.3, inverse_mass=torch.ones(2)),
+        "list": [1, 2.5, None, True, "a"],
+        "pair": (torch.zeros(1), ()),
+    }
+    said = json.loads(json.dumps(pack(value, "v", tensors)))
+    back = unpack(said, {"kernel": NUTS()}, tensors)
+    assert back["list"] == value["list"]
+    assert isinstance(back["pair"], tuple)
+    assert back["kernel"].step_size == 0.3
+    assert torch.equal(back["kernel"].inverse_mass, torch.ones(2))
+    assert from_text(to_text(said)) == said
+    with pytest.raises(ValueError, match="holds a NUTS, but a HMC is made of"):
+        unpack(pack(NUTS(), "k", {}), HMC(), {})
+    with pytest.raises(ValueError, match=r"must hold k\.inverse_mass"):
+        unpack(pack(NUTS(inverse_mass=torch.ones(2)), "k", {}), NUTS(), {})
+
+
+# Streaming
+
+
+def test_a_run_that_streams_is_the_run_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(driver, "BUFFER", 3 * 3 * 57 * 4)  # room for four draws of a block of three
+    energy = Exponential(2.0).double()
+    memory, stored = driven(NUTS(), warmup_steps=10), driven(NUTS(), warmup_steps=10)
+    memory.run(energy)
+    stored.run(energy, store=tmp_path)
+    assert {block.record.x.shape[1] for block in stored._blocks} == {4, 12}  # memory is bounded whatever the length
+    assert_same(memory, stored)
+    assert str(memory.verdict()) == str(stored.verdict())
+    a, b = memory.to_arviz(), open_run(tmp_path)
+    for group in ("posterior", "sample_stats", "warmup_posterior", "warmup_sample_stats"):
+        assert set(a[group].data_vars) == set(b[group].data_vars)
+        for name in a[group].data_vars:
+            np.testing.assert_array_equal(a[group][name].values, b[group][name].values)
+    assert b.posterior.chain.values.tolist() == list(range(7))
+    np.testing.assert_allclose(np.log(b.posterior["x"]), b.unconstrained_posterior["x"], rtol=1e-12, atol=1e-14)
+    assert b.attrs["inference_library"] == "pyroebm"
+    thin = open_run(tmp_path, thinning=3)
+    assert thin.posterior.draw.values.tolist() == [2, 5]
+    np.testing.assert_array_equal(thin.posterior["x"], a.posterior["x"][:, 2::3])
+    for mcmc in (memory, stored):
+        mcmc.run_more(3)
+    assert_same(memory, stored)
+    assert open_run(tmp_path).posterior["x"].shape == (7, 9)
+    later = driven(NUTS(), warmup_steps=10)
+    later.resume(energy, tmp_path)
+    assert_same(later, memory)
+
+
+def test_a_folder_says_what_it_holds_and_what_it_lacks(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds no run"):
+        open_run(tmp_path)
+    with pytest.raises(ValueError, match="holds no state of block 0"):
+        driven(MALA()).resume(Stops(), tmp_path)
+    half = driven(MALA(), warmup_steps=0, ranks=(0, 2))
+    half.run(Stops(), store=tmp_path)
+    with pytest.raises(ValueError, match=r"draws of blocks 0 to 2, got none of \[1, 2\]"):
+        open_run(tmp_path)
+    for again in (half, driven(MALA(), seed=6, ranks=(1, 2))):
+        with pytest.raises(ValueError, match="holds a run already"):
+            again.run(Stops(), store=tmp_path)
+    with pytest.raises(ValueError, match="thinning must be"):
+        open_run(tmp_path, thinning=0)
+
+
+def test_a_write_that_is_broken_off_loses_nothing_that_was_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def short() -> MCMC:
+        return driven(MALA(0.5), 4, warmup_steps=0, num_samples=3)
+
+    whole = short()
+    whole.run(Stops())
+    replace = os.replace
+    for broken_at in (2, 5, 6, 10, 13):
+        folder, calls = tmp_path / str(broken_at), 0
+
+        def dies(source: Path, target: Path, at: int = broken_at) -> None:
+            nonlocal calls
+            calls += 1
+            if calls >= at:
+                raise OSError("the machine went down")
+            replace(source, target)
+
+        monkeypatch.setattr(os, "replace", dies)
+        with pytest.raises(OSError, match="went down"):
+            short().run(Stops(), store=folder, checkpoint_every=0)
+        monkeypatch.setattr(os, "replace", replace)
+        again = short()
+        if broken_at == 2:  # before the last block's first state was there
+            with pytest.raises(ValueError, match="holds no state of block"):
+                again.resume(Stops(), folder)
+            continue
+        again.resume(Stops(), folder)
+        assert_same(again, whole)
+
+
+def test_a_large_run_says_beforehand_what_it_takes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    driven(MALA(), warmup_steps=0).run(Stops())
+    assert "GiB" not in capsys.readouterr().err
+    monkeypatch.setattr(driver, "LARGE", 6 * 7 * 41 - 1)  # six draws of seven chains of 2 + 4 numbers and 17 bytes
+    driven(MALA(), warmup_steps=0).run(Stops())
+    assert "6 draws of 7 chains will take 0.0 GiB in memory; run(energy, store=folder)" in capsys.readouterr().err
+
+
+# Processes
+
+KILLED = """
+    import os, signal, sys
+    sys.path.insert(0, "tests")
+    from test_long_runs import Stops, driven, NUTS
+    energy = Stops(int(sys.argv[2]), lambda: os.kill(os.getpid(), signal.SIGKILL))
+    driven(NUTS(), 4).run(energy, store=sys.argv[1], checkpoint_every=0.2)
+"""
+RANK = """
+    import sys
+    import torch.distributed as dist
+    sys.path.insert(0, "tests")
+    from pyroebm import distributed
+    from test_long_runs import Stops, driven, NUTS
+    dist.init_process_group("gloo", init_method="file://" + sys.argv[1] + ".rendezvous", rank=int(sys.argv[2]), world_size=2)
+    driven(NUTS(), ranks=distributed.ranks()).run(Stops(), store=sys.argv[1])
+    dist.barrier()
+    dist.destroy_process_group()
+"""
+
+
+def start(script: str, *arguments: str) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen([sys.executable, "-c", textwrap.dedent(script), *arguments], cwd=ROOT, env=environment)
+
+
+def test_a_killed_process_loses_no_draw_that_was_written(tmp_path: Path) -> None:
+    whole, counted = driven(NUTS(), 4), Stops()
+    whole.run(counted)
+    process = start(KILLED, str(tmp_path), str(counted.calls - 4))
+    assert process.wait(120) == -signal.SIGKILL
+    assert len(list(tmp_path.glob("block00000-warmup-*.nc"))) > 1
+    again = driven(NUTS(), 4)
+    again.resume(Stops(), tmp_path)
+    assert_same(again, whole)
+
+
+def test_two_processes_draw_what_one_does(tmp_path: Path) -> None:
+    whole = driven(NUTS())
+    whole.run(Stops())
+    processes = [start(RANK, str(tmp_path / "run"), str(rank)) for rank in range(2)]
+    assert [process.wait(120) for process in processes] == [0, 0]
+    np.testing.assert_array_equal(open_run(tmp_path / "run").posterior["x"], whole.get_samples(group_by_chain=True)["x"])
+
+
+def test_ranks_are_those_of_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert distributed.ranks() == (0, 1)
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert distributed.ranks() == (2, 3)
+    mcmc = MCMC(MALA(), 5, 0, num_chains=5, seed=0, chain_batch_size=2, ranks=distributed.ranks())
+    mcmc.run(DoubleWell())
+    assert mcmc.get_samples(group_by_chain=True)["x"].shape == (1, 5)
