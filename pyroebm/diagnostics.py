@@ -212,6 +212,7 @@ class Verdict:
         min_bfmi: the worst over chains; NaN where no Hamiltonian was kept.
         divergences: number of diverging draws.
         problems: a sentence for each thing that is wrong, with what to try.
+        stein_z: how far the draws are from fitting the gradient of the energy, in standard errors; NaN where nobody looked.
 
     Example:
         >>> print(Verdict(True, 1.001, 5000.0, 4000.0, 0.9, 0, ()))
@@ -225,6 +226,7 @@ class Verdict:
     min_bfmi: float
     divergences: int
     problems: tuple[str, ...]
+    stein_z: float = float("nan")
 
     def __str__(self) -> str:
         facts = f"R-hat {self.r_hat:.3f}, bulk ESS {self.ess_bulk:.0f}, tail ESS {self.ess_tail:.0f}, " + (
@@ -243,7 +245,12 @@ class KernelFacts(Protocol):
 
 
 def verdict(
-    draws: Tensor, stats: Mapping[str, Tensor], max_r_hat: float = 1.01, min_ess: float = 400.0, kernel: KernelFacts | None = None
+    draws: Tensor,
+    stats: Mapping[str, Tensor],
+    max_r_hat: float = 1.01,
+    min_ess: float = 400.0,
+    kernel: KernelFacts | None = None,
+    stein_z: float = float("nan"),
 ) -> Verdict:
     r"""Judge a run by R-hat, effective sample size, BFMI and divergences (thresholds of Vehtari et al., 2021, and Stan).
 
@@ -256,6 +263,7 @@ def verdict(
         min_ess: least bulk and tail effective sample size to accept.
         kernel: what made the draws: whether it is exact (agreement of chains cannot see a bias that all share) and whether its
             ``energy`` is a Hamiltonian; None is an exact kernel with momenta.
+        stein_z: what :func:`pyroebm.stein.stein_z` found; above 5 is too much.
 
     Example:
         >>> x = torch.randn(4, 500, generator=torch.Generator().manual_seed(0))
@@ -284,4 +292,10 @@ def verdict(
     least_bfmi = float(np.min(bfmi(stats["energy"]))) if has_momentum else float("nan")
     if least_bfmi < 0.3:
         problems.append(f"BFMI {least_bfmi:.2f} is below 0.3: momenta explore the energies slowly; reparametrise heavy tails.")
-    return Verdict(not problems, worst_r_hat, bulk, tail, least_bfmi, diverging, tuple(problems))
+    if stein_z > 5.0:
+        problems.append(
+            f"The Stein residual is {stein_z:.1f} standard errors: the draws do not fit the gradient of the energy (a bias of the"
+            " kernel, chains that have not settled, or an energy that jumps); lower the step size, take an exact kernel, or warm"
+            " up longer."
+        )
+    return Verdict(not problems, worst_r_hat, bulk, tail, least_bfmi, diverging, tuple(problems), stein_z)

@@ -12,7 +12,8 @@ from torch import Tensor
 from pyroebm import diagnostics
 from pyroebm.block import Block, Layout, Plan
 from pyroebm.record import Record
-from pyroebm.views import Unconstrained
+from pyroebm.stein import stein_residual
+from pyroebm.views import Unconstrained, eval_mode
 
 __all__ = ["Results"]
 
@@ -91,7 +92,10 @@ class Results(AbstractMCMC):
 
     def verdict(self, max_r_hat: float = 1.01, min_ess: float = 400.0) -> diagnostics.Verdict:
         """Whether the chains mixed, in plain words; see :func:`pyroebm.diagnostics.verdict`."""
-        return diagnostics.verdict(self._draws(), self.get_stats(), max_r_hat, min_ess, self.kernel)
+        draws, kernel = self._draws(), self.plan.kernel
+        with eval_mode(self._target):
+            residual = float("nan") if kernel.discrete else stein_residual(self._target, draws)
+        return diagnostics.verdict(draws, self.get_stats(), max_r_hat, min_ess, kernel, residual)
 
     def diagnostics(self) -> dict[str, Any]:
         """As Pyro's: effective sample size and R-hat of each site, divergences and acceptance rates of each chain."""

@@ -1,0 +1,88 @@
+"""Stein residuals: exact draws pass, biased ones and those at a wrong temperature do not."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from pyroebm import MCMC, NUTS, ULA, Energy
+from pyroebm.stein import stein_residual, stein_z
+from pyroebm.targets import DoubleWell, Exponential, Funnel, Gaussian, HalfDisc
+from pyroebm.views import Unconstrained
+
+
+def grouped(energy: Energy, chains: int = 16, draws: int = 2000) -> Tensor:
+    x = energy.sample(chains * draws, torch.Generator().manual_seed(3))
+    return x.reshape(chains, draws, *energy.event_shape)
+
+
+def ten_dimensions() -> Energy:
+    scales = torch.logspace(-1, 1, 10, dtype=torch.float64)
+    return Gaussian(50.0 * scales, torch.diag(scales**2))
+
+
+@pytest.mark.parametrize(
+    "energy",
+    [DoubleWell().double(), ten_dimensions(), Unconstrained(Exponential(2.0).double()), Funnel().double()],
+    ids=["double well", "normal far from 0", "exponential", "funnel"],
+)
+def test_exact_draws_pass(energy: Energy) -> None:
+    assert stein_residual(energy, grouped(energy)) < 4
+
+
+def test_it_is_the_worst_z_of_the_three_identities() -> None:
+    x = torch.randn(1, 400, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for s, f in ((-x + 0.7, -x + 0.7), (-1.4 * x, 1 - 1.4 * (x - x.mean()) * x)):
+        assert abs(stein_z(x, s) / float(f.mean().abs() / (f.std() / 20)) - 1) < 0.2  # independent draws: the plain error
+
+
+def test_a_temperature_3_percent_off_fails() -> None:
+    """No entry alone shows it with so many draws; all together do."""
+    energy = ten_dimensions()
+    x = grouped(energy)
+    mean = 50.0 * energy.variance.sqrt()
+    assert stein_residual(energy, mean + math.sqrt(1.03) * (x - mean)) > 5
+    assert stein_residual(energy, mean + math.sqrt(0.97) * (x - mean)) > 5
+
+
+def test_a_shift_of_a_tenth_of_a_deviation_fails() -> None:
+    energy = ten_dimensions()
+    shift = torch.zeros(10, dtype=torch.float64)
+    shift[4] = 0.1 * energy.variance[4].sqrt()
+    assert stein_residual(energy, grouped(energy) + shift) > 5
+
+
+def test_the_verdict_names_the_bias_of_langevin_at_a_large_step_and_clears_nuts() -> None:
+    energy = Gaussian(torch.zeros(2, dtype=torch.float64))
+    for kernel, biased in ((ULA(1.0), True), (NUTS(), False)):
+        mcmc = MCMC(kernel, 1000, 200, 16, seed=0)
+        mcmc.run(energy)
+        judged = mcmc.verdict()
+        assert (judged.stein_z > 5) == biased
+        assert ("do not fit the gradient" in str(judged)) == biased
+        assert judged.mixed != biased
+
+
+def test_an_edge_or_a_missing_gradient_is_said_by_nan() -> None:
+    class Cut(Energy):
+        def forward(self, x: Tensor) -> Tensor:
+            return 0.5 * x.detach() ** 2
+
+    assert math.isnan(stein_residual(HalfDisc().double(), grouped(HalfDisc().double())))
+    assert math.isnan(stein_residual(Cut(), torch.randn(2, 50, generator=torch.Generator().manual_seed(0))))
+
+
+def test_gradients_are_taken_at_a_part_of_many_draws() -> None:
+    class Counts(Energy):
+        rows = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.rows += len(x) * x.requires_grad
+            return 0.5 * x**2
+
+    energy = Counts()
+    assert stein_residual(energy, torch.randn(4, 1000, generator=torch.Generator().manual_seed(0)), most=1000) < 5
+    assert energy.rows == 4 * 250 + 1
