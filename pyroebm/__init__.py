@@ -6,6 +6,7 @@ from pyroebm.kernels.adaptation import WindowAdaptation
 from pyroebm.mcmc import MCMC
 from pyroebm.ppl import Boltzmann, PyroKernel, initial_states
 from pyroebm.store import open_run
+from pyroebm.streaming import StreamingMoments
 from pyroebm.supports import spin
 from pyroebm.views import Unconstrained
 
@@ -24,6 +25,7 @@ __all__ = [
     "Info",
     "Kernel",
     "State",
+    "StreamingMoments",
     "Sum",
     "Tempered",
     "Unconstrained",

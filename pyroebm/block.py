@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,9 +11,10 @@ from torch import Tensor
 
 from pyroebm.energy import Energy
 from pyroebm.kernels.adaptation import Adaptation
-from pyroebm.kernels.base import Kernel
+from pyroebm.kernels.base import AnyState, Info, Kernel
 from pyroebm.record import Part, Record, merged
 from pyroebm.serial import from_text, pack, to_text, unpack
+from pyroebm.streaming import StreamingMoments
 from pyroebm.supports import inside
 
 __all__ = ["Block", "Layout", "Plan", "check_initial"]
@@ -102,6 +104,7 @@ class Block:
         generator: the source of every random number of the block, on the device of the states.
         parts: where the draws of the warm-up and those after it go when their room is full; None keeps them in memory.
         room: draws to hold in memory before they go to a part.
+        named: states as the variables whose moments are kept, and no draw; None keeps the draws.
     """
 
     def __init__(
@@ -112,6 +115,7 @@ class Block:
         generator: torch.Generator,
         parts: tuple[Part, Part] | None = None,
         room: int = 0,
+        named: Callable[[Tensor], dict[str, Tensor]] | None = None,
     ) -> None:
         self.plan, self.target, self.generator = plan, target, generator
         self.kernel, self.state = plan.kernel, plan.kernel.init(target, start, generator)
@@ -120,6 +124,8 @@ class Block:
         warm_part, part = parts or (None, None)
         self.warmup = Record(self.state, room, warm_part)
         self.record = Record(self.state, room, part)
+        self.count = 0  #: draws of each chain
+        self.named, self.moments = named, dict[str, StreamingMoments]()
 
     def warm_up(self) -> None:
         """One step of the warm-up."""
@@ -152,17 +158,28 @@ class Block:
             for _ in range(self.plan.thinning):
                 state, info = self.kernel.step(self.target, state, self.generator)
                 infos.append(info)
-            self.record.write(state, merged(infos))
+            moments = self.moments
+            if self.named is None:
+                self.record.write(state, merged(infos))
+            else:
+                moments = self._observed(self.named(state.x), state, merged(infos))
         except BaseException:
             self.generator.set_state(before)
             raise
-        self.state = state
-        self.record.filled += 1
+        self.state, self.moments = state, moments
+        self.count += 1
+        self.record.filled += self.named is None
+
+    def _observed(self, variables: dict[str, Tensor], state: AnyState, info: Info) -> dict[str, StreamingMoments]:
+        stats = {name: getattr(info, name) for name in ("acceptance_rate", "diverging", "n_steps")}
+        seen = {name: value.double() for name, value in {**variables, "lp": -state.energy, **stats}.items()}
+        return {name: (self.moments.get(name) or StreamingMoments.start(value)).update(value) for name, value in seen.items()}
 
     def make_room(self, count: int) -> None:
         """Make room for the rest of the warm-up and for ``count`` draws in all."""
         self.warmup.make_room(self.warmup.count + self.warm_left * self.plan.save_warmup)
-        self.record.make_room(count)
+        if self.named is None:
+            self.record.make_room(count)
 
     def refresh(self) -> None:
         """Take the energies anew: the target may have been trained since."""
@@ -171,8 +188,8 @@ class Block:
     def state_dict(self, draws: bool = True) -> dict[str, Tensor]:
         """All that the block needs to go on, as tensors; ``draws``: and every draw."""
         tensors: dict[str, Tensor] = {"rng": self.generator.get_state()}
-        said = {name: pack(getattr(self, name), name, tensors) for name in ("state", "kernel")}
-        said |= {"memory": pack(self.memory, "memory", tensors) if self.warm_left else None, "warm_left": self.warm_left}
+        said = {name: pack(getattr(self, name), name, tensors) for name in ("state", "kernel", "moments", "warm_left", "count")}
+        said |= {"memory": pack(self.memory, "memory", tensors) if self.warm_left else None}
         for name, record in (("warmup", self.warmup), ("draws", self.record)):
             said[f"{name}_count"] = record.count
             if draws and record.count:
@@ -186,7 +203,8 @@ class Block:
         tensors = {k: v if k == "rng" else v.to(self.target.device) for k, v in tensors.items()}
         self.state = unpack(said["state"], self.state, tensors)
         self.kernel = unpack(said["kernel"], self.plan.kernel, tensors)
-        self.warm_left, self.memory = said["warm_left"], None
+        self.moments = unpack(said["moments"], {"": StreamingMoments.start(self.state.x)}, tensors)
+        self.warm_left, self.count, self.memory = said["warm_left"], said["count"], None
         if said["memory"] is not None and self.plan.adaptation is not None:
             _, like = self.plan.adaptation.start(self.plan.kernel, self.target, self.state, self.generator)
             self.memory = unpack(said["memory"], like, tensors)

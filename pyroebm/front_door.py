@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -57,3 +58,10 @@ def check_kind(energy: object, kind: type) -> None:
             f"energy must be a pyroebm.Energy, got {type(energy).__name__}; wrap a log-density with"
             " Energy.from_unnormalized(log_density, event_shape=...)"
         )
+
+
+def check_counts(least: dict[str, int], *values: int) -> None:
+    """ValueError unless each value is an integer of at least what ``least`` says under its name."""
+    for (name, bound), value in zip(least.items(), values, strict=True):
+        if not isinstance(value, Integral) or isinstance(value, bool) or value < bound:
+            raise ValueError(f"{name} must be an integer of at least {bound}, got {name}={value!r}")

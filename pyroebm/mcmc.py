@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import sys
+import functools
 import time
 import warnings
 from collections.abc import Callable
-from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,22 +15,20 @@ from tqdm import tqdm
 
 from pyroebm.block import Block, Layout, Plan, check_initial
 from pyroebm.energy import Energy, check_energy
+from pyroebm.front_door import check_counts
 from pyroebm.kernels.adaptation import Adaptation, resolve
 from pyroebm.kernels.base import Kernel, check_kernel
 from pyroebm.randomness import fresh_seed, seeded_generator
-from pyroebm.record import bytes_per_draw
-from pyroebm.results import Results
+from pyroebm.record import announce, bytes_per_draw
+from pyroebm.results import Results, named
 from pyroebm.serial import from_text, to_text
 from pyroebm.store import Store
-from pyroebm.supports import event_numel
 from pyroebm.views import Unconstrained, eval_mode
 
 __all__ = ["MCMC"]
 
 #: Bytes of draws that a run which streams to a folder holds in memory, all blocks together.
 BUFFER = 2**28
-#: Bytes of draws from which on a run says beforehand what it will take.
-LARGE = 2**30
 
 
 class MCMC(Results):
@@ -49,10 +46,12 @@ class MCMC(Results):
         thinning: keep one draw in so many steps; divergences and gradient counts of the others are kept with it.
         adaptation: how to adapt: the kernel's own way, or a :class:`pyroebm.WindowAdaptation`; None leaves it as it is.
         save_warmup: whether to keep the draws of the warm-up too.
+        keep: ``"draws"``, or ``"moments"``: means and variances of each chain in place of any draw, see :meth:`get_moments`.
         progress: show a progress bar; None shows one on a terminal (that of rank 0).
         site: name of the variable in the results.
         chain_batch_size: chains of one block. More of them share one step's overhead, and one adaptation.
         ranks: number of this process and of all, which share the blocks; see :func:`pyroebm.distributed.ranks`.
+            Results in memory are of this process's chains.
 
     Attributes:
         interrupted: True if Ctrl-C ended the run early; what was drawn is there.
@@ -80,20 +79,23 @@ class MCMC(Results):
         thinning: int = 1,
         adaptation: Adaptation | Literal["default"] | None = "default",
         save_warmup: bool = True,
+        keep: Literal["draws", "moments"] = "draws",
         progress: bool | None = None,
         site: str = "x",
         chain_batch_size: int = 64,
         ranks: tuple[int, int] = (0, 1),
     ) -> None:
         check_kernel(kernel)
-        _check_counts({"num_samples": 1, "num_chains": 1, "thinning": 1}, num_samples, num_chains, thinning)
-        _check_counts({"warmup_steps": 0, "chain_batch_size": 1}, warmup_steps, chain_batch_size)
+        check_counts({"num_samples": 1, "num_chains": 1, "thinning": 1}, num_samples, num_chains, thinning)
+        check_counts({"warmup_steps": 0, "chain_batch_size": 1}, warmup_steps, chain_batch_size)
         self.layout = Layout(num_chains, chain_batch_size, ranks)
         if ranks[1] > 1 and seed is None:
             raise ValueError("seed must be given, the same for all, where several ranks share a run; got seed=None")
-        self.plan = Plan(kernel, resolve(kernel, adaptation), warmup_steps, thinning, save_warmup)
+        if keep not in ("draws", "moments"):
+            raise ValueError(f'keep must be "draws" or "moments", got keep={keep!r}')
+        self.plan = Plan(kernel, resolve(kernel, adaptation), warmup_steps, thinning, save_warmup and keep == "draws")
         self.num_samples, self.num_chains, self.seed = num_samples, num_chains, fresh_seed(seed)
-        self.progress, self.site, self.transforms = progress, site, {}
+        self.keep, self.progress, self.site, self.transforms = keep, progress, site, {}
         self.interrupted, self._goal = False, 0
         self._blocks: list[Block] = []
         self._store: Store | None = None
@@ -131,7 +133,7 @@ class MCMC(Results):
                 state of non-finite energy, or if ``store`` holds a run already.
         """
         target = self._bound(energy)
-        folder = None if store is None else Store(store, self._named)
+        folder = None if store is None else Store(store, functools.partial(named, target, self.site))
         with eval_mode(energy):
             if initial is not None:
                 check_initial(energy, initial, self.num_chains)
@@ -144,7 +146,9 @@ class MCMC(Results):
             folder.begin(self.layout, self._facts())
         # Only now is the run before this one let go: whatever was refused above has left it as it was.
         self._target, self._blocks, self._store = target, blocks, folder
-        self._announce()
+        if self.keep == "draws":
+            draws = self.num_samples + self.plan.warmup_steps * self.plan.save_warmup
+            announce(draws, sum(len(block.state.x) for block in blocks), target, folder is not None)
         self._advance(self.num_samples, checkpoint_every)
 
     def run_more(self, num_samples: int, *, checkpoint_every: float = 60.0) -> None:
@@ -157,11 +161,11 @@ class MCMC(Results):
         """
         if not self._blocks or any(block.warm_left for block in self._blocks):
             raise ValueError("run_more goes on from a run that finished its warm-up: call run(energy) first, or resume()")
-        _check_counts({"num_samples": 1}, num_samples)
+        check_counts({"num_samples": 1}, num_samples)
         with eval_mode(self._target):
             for block in self._blocks:
                 block.refresh()
-        self._advance(min(block.record.count for block in self._blocks) + num_samples, checkpoint_every)
+        self._advance(min(block.count for block in self._blocks) + num_samples, checkpoint_every)
 
     def resume(self, energy: Energy | None = None, store: str | Path | None = None, *, checkpoint_every: float = 60.0) -> None:
         """Finish a run that was broken off: the draws are those of one that was not, bit for bit on one machine.
@@ -177,9 +181,10 @@ class MCMC(Results):
         if (energy is None) != (store is None):
             raise ValueError(f"resume takes energy and store, or neither, got energy={energy} and store={store!r}")
         if energy is not None and store is not None:
-            folder = Store(store, self._named)
+            target = self._bound(energy)
+            folder = Store(store, functools.partial(named, target, self.site))
             states = {number: folder.load(number) for number in self.layout.blocks}
-            self._load({f"{n}.{k}": v for n, state in states.items() for k, v in state.items()}, energy, folder)
+            self._load({f"{n}.{k}": v for n, state in states.items() for k, v in state.items()}, target, folder)
         if not self._blocks:
             raise ValueError("there is nothing to resume: call run(energy) or load_state_dict(state, energy) first")
         self._advance(max(self._goal, self.num_samples), checkpoint_every)
@@ -190,7 +195,8 @@ class MCMC(Results):
         Raises:
             ValueError: if there was no run.
         """
-        self._records(warmup=True)
+        if not self._blocks:
+            raise ValueError("nothing was drawn yet: call run(energy) first")
         states = {number: self._state_of(block) for number, block in zip(self.layout.blocks, self._blocks, strict=True)}
         return {f"{number}.{name}": value for number, state in states.items() for name, value in state.items()}
 
@@ -200,13 +206,12 @@ class MCMC(Results):
         Raises:
             ValueError: if the state is of other settings (kernel, chains, thinning), or of another energy.
         """
-        self._load(state, energy, None)
+        self._load(state, self._bound(energy), None)
 
-    def _load(self, state: dict[str, Tensor], energy: Energy, store: Store | None) -> None:
+    def _load(self, state: dict[str, Tensor], target: Unconstrained, store: Store | None) -> None:
         needed = {f"{n}.{name}" for n in self.layout.blocks for name in ("settings", "said", "rng", "state.x", "state.energy")}
         if not needed <= set(state):
             raise ValueError(f"state must come from MCMC.state_dict(), with {sorted(needed)}, got keys {sorted(state)}")
-        target = self._bound(energy)
         blocks = []
         for number in self.layout.blocks:
             own = {k.removeprefix(f"{number}."): v for k, v in state.items() if k.startswith(f"{number}.")}
@@ -214,10 +219,10 @@ class MCMC(Results):
             seed, settings = saved.pop("seed"), self._settings(saved["warm_left"])
             if saved != settings:
                 raise ValueError(f"the state must be of the settings of this run, {settings}, got {saved}")
-            with eval_mode(energy):
-                x, generator = own["state.x"].to(energy.device), seeded_generator(self.seed, energy.device)
+            with eval_mode(target):
+                x, generator = own["state.x"].to(target.device), seeded_generator(self.seed, target.device)
                 block = self._block(number, target, x, generator, store)
-                if not torch.allclose(block.state.energy, own["state.energy"].to(energy.device)):
+                if not torch.allclose(block.state.energy, own["state.energy"].to(target.device)):
                     raise ValueError("the state must be of the energy given: its energies differ from those kept with the draws")
                 block.load_state_dict(own)
             blocks.append(block)
@@ -225,7 +230,11 @@ class MCMC(Results):
         self._goal, self.interrupted = 0, False
 
     def _settings(self, warm_left: int) -> dict[str, Any]:
-        return self.plan.settings(warm_left) | {"num_chains": self.num_chains, "chain_batch_size": self.layout.size}
+        return self.plan.settings(warm_left) | {
+            "num_chains": self.num_chains,
+            "chain_batch_size": self.layout.size,
+            "keep": self.keep,
+        }
 
     def _state_of(self, block: Block, draws: bool = True) -> dict[str, Tensor]:
         settings = self._settings(block.warm_left) | {"seed": self.seed}
@@ -236,19 +245,12 @@ class MCMC(Results):
         return Unconstrained(energy, keep_discrete=self.plan.kernel.discrete)
 
     def _block(self, number: int, target: Unconstrained, start: Tensor, generator: torch.Generator, store: Store | None) -> Block:
+        if self.keep == "moments":
+            return Block(self.plan, target, start, generator, named=functools.partial(named, target, self.site))
         if store is None:
             return Block(self.plan, target, start, generator)
-        room = BUFFER // (len(self.layout.blocks) * len(start) * bytes_per_draw(event_numel(target.event_shape), target.dtype))
+        room = BUFFER // (len(self.layout.blocks) * len(start) * bytes_per_draw(target))
         return Block(self.plan, target, start, generator, store.parts(number, self.layout.chains(number).start), max(1, room))
-
-    def _announce(self) -> None:
-        draws = self.num_samples + self.plan.warmup_steps * self.plan.save_warmup
-        chains = sum(len(block.state.x) for block in self._blocks)
-        size = draws * chains * bytes_per_draw(event_numel(self._target.event_shape), self._target.dtype)
-        if size > LARGE:
-            where = "in memory; run(energy, store=folder) streams them to files" if self._store is None else "on disk"
-            said = f"{draws} draws of {chains} chains will take {size / 2**30:.1f} GiB {where}; thinning=k divides that by k"
-            tqdm.write(said, file=sys.stderr)
 
     def _advance(self, goal: int, checkpoint_every: float) -> None:
         """Finish the warm-up, then draw until every chain has ``goal`` draws."""
@@ -260,10 +262,10 @@ class MCMC(Results):
                 self._save()
                 self._take_turns("warm-up", Block.warm_up, lambda block: block.warm_left, checkpoint_every)
                 phase = "sampling"
-                self._take_turns("sample", Block.draw, lambda block: goal - block.record.count, checkpoint_every)
+                self._take_turns("sample", Block.draw, lambda block: goal - block.count, checkpoint_every)
         except KeyboardInterrupt:
             self.interrupted = True
-            kept = min(block.record.count for block in self._blocks)
+            kept = min(block.count for block in self._blocks)
             warnings.warn(f"interrupted during {phase}: {kept} draws of each chain were kept", RuntimeWarning, stacklevel=3)
         finally:
             self._save()
@@ -291,9 +293,3 @@ class MCMC(Results):
                 block.warmup.spill()
                 block.record.spill()
                 self._store.save(number, self._state_of(block, draws=False))
-
-
-def _check_counts(least: dict[str, int], *values: int) -> None:
-    for (name, bound), value in zip(least.items(), values, strict=True):
-        if not isinstance(value, Integral) or isinstance(value, bool) or value < bound:
-            raise ValueError(f"{name} must be an integer of at least {bound}, got {name}={value!r}")

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Protocol
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
+from pyroebm.energy import Energy
 from pyroebm.kernels.base import AnyState, Info
+from pyroebm.supports import event_numel
 
-__all__ = ["Part", "Record", "bytes_per_draw", "merged"]
+__all__ = ["Part", "Record", "announce", "bytes_per_draw", "merged"]
+
+#: Bytes of draws from which on a run says beforehand what it will take.
+LARGE = 2**30
 
 
 class Part(Protocol):
@@ -89,9 +96,18 @@ class Record:
         self.x, self._stats, self.filled = x.clone(), {k: v.clone() for k, v in stats.items()}, x.shape[1]
 
 
-def bytes_per_draw(numel: int, dtype: torch.dtype) -> int:
-    """Memory of one draw of one chain: ``numel`` entries, four statistics of the same type, two counts and a flag."""
-    return (numel + 4) * dtype.itemsize + 17
+def bytes_per_draw(target: Energy) -> int:
+    """Memory of one draw of one chain: the state, four statistics of its type, two counts and a flag."""
+    return (event_numel(target.event_shape) + 4) * target.dtype.itemsize + 17
+
+
+def announce(draws: int, chains: int, target: Energy, streams: bool) -> None:
+    """Say on stderr, before a run of more than :data:`LARGE`, what it will take and what to do about it."""
+    size = draws * chains * bytes_per_draw(target)
+    if size > LARGE:
+        where = "on disk" if streams else 'in memory; run(energy, store=folder) streams them to files, keep="moments" keeps none'
+        said = f"{draws} draws of {chains} chains will take {size / 2**30:.1f} GiB {where}; thinning=k divides that by k"
+        tqdm.write(said, file=sys.stderr)
 
 
 def merged(infos: list[Info]) -> Info:

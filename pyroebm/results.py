@@ -13,9 +13,15 @@ from pyroebm import diagnostics
 from pyroebm.block import Block, Layout, Plan
 from pyroebm.record import Record
 from pyroebm.stein import stein_residual
+from pyroebm.streaming import StreamingMoments
 from pyroebm.views import Unconstrained, eval_mode
 
-__all__ = ["Results"]
+__all__ = ["Results", "named"]
+
+
+def named(target: Unconstrained, site: str, x: Tensor) -> dict[str, Tensor]:
+    """Unconstrained states ``(*batch, *event)`` as the variables that results show."""
+    return {site: target.constrain(x)}
 
 
 class Results(AbstractMCMC):
@@ -27,19 +33,18 @@ class Results(AbstractMCMC):
     num_chains: int
     seed: int
     site: str
+    keep: str
     plan: Plan
     layout: Layout
     _blocks: list[Block]
     _target: Unconstrained
 
-    def _named(self, x: Tensor) -> dict[str, Tensor]:
-        """Unconstrained draws as the variables that results show."""
-        return {self.site: self._target.constrain(x)}
-
     def _records(self, warmup: bool = False) -> list[Record]:
         if not self._blocks:
             raise ValueError("nothing was drawn yet: call run(energy) first")
-        if not warmup and min(block.record.count for block in self._blocks) == 0:
+        if self.keep == "moments":
+            raise ValueError('keep="moments" keeps no draws: get_moments() has their means, variances and R-hat')
+        if not warmup and min(block.count for block in self._blocks) == 0:
             raise ValueError(
                 "the run ended before its first draw (its warm-up is in get_samples(warmup=True)): resume() or run(energy) again"
             )
@@ -60,7 +65,8 @@ class Results(AbstractMCMC):
             group_by_chain: keep the chain axis: ``(chains, draws, *event)``, else ``(chains * draws, *event)``.
             warmup: the warm-up's draws instead.
         """
-        samples: dict[str, Tensor] = select_samples(self._named(self._draws(warmup)), num_samples, group_by_chain)
+        draws = named(self._target, self.site, self._draws(warmup))
+        samples: dict[str, Tensor] = select_samples(draws, num_samples, group_by_chain)
         return samples
 
     def get_stats(self, warmup: bool = False) -> dict[str, Tensor]:
@@ -69,6 +75,17 @@ class Results(AbstractMCMC):
         common = min(record.count for record in records)
         stats = [record.stats() for record in records]
         return {name: torch.cat([each[name][:, :common] for each in stats]) for name in stats[0]}
+
+    def get_moments(self) -> dict[str, StreamingMoments]:
+        """Means, variances, R-hat and nested R-hat of each variable and statistic, of a run with ``keep="moments"``.
+
+        Raises:
+            ValueError: if nothing was drawn, or if the run keeps its draws.
+        """
+        kept = [block.moments for block in self._blocks]
+        if not kept or not all(kept):
+            raise ValueError(f'get_moments is for runs with keep="moments" that have draws, got keep={self.keep!r}')
+        return {name: StreamingMoments.joined([each[name] for each in kept]) for name in kept[0]}
 
     def to_arviz(self) -> Any:
         """Draws and statistics, warm-up included, as ArviZ's InferenceData (DataTree from ArviZ 1.0 on)."""

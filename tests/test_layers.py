@@ -18,7 +18,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("supports",),
     ("energy views",),
     ("targets", "energies", "kernels", "flows", "datasets"),
-    ("objectives", "partition", "mcmc block record results serial stein store", "ppl"),
+    ("objectives", "partition", "mcmc block record results serial stein store streaming", "ppl"),
     ("infer", "plotting", "training", "distributed", "zoo"),
     ("pyroebm",),
     ("demo demo_report cli __main__",),

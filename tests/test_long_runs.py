@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from test_kernels import KERNELS, build
 from torch import Tensor
 
-from pyroebm import HMC, MALA, MCMC, NUTS, Energy, distributed, open_run
+from pyroebm import HMC, MALA, MCMC, NUTS, Energy, distributed, open_run, record
 from pyroebm import mcmc as driver
 from pyroebm.block import Layout
 from pyroebm.kernels.base import Kernel
@@ -126,6 +126,26 @@ def test_stopped_saved_and_resumed_equals_uninterrupted(name: str, tmp_path: Pat
         other = driven(build(name, (2,)), seed=99)
         other.load_state_dict(load_file(tmp_path / "state.safetensors"), Stops().double())
         other.resume()
+        assert_same(other, whole)
+
+
+@pytest.mark.parametrize("forgotten", ["rng", "memory", "kernel"])
+def test_mutants_that_forget_a_part_of_the_state_are_caught(forgotten: str) -> None:
+    whole, broken, other, early = driven(HMC()), driven(HMC()), driven(HMC()), driven(HMC())
+    whole.run(Stops())
+    for mcmc, at in ((broken, 500), (early, 200)):
+        with pytest.warns(RuntimeWarning, match="interrupted during warm-up"):
+            mcmc.run(Stops(at))
+    state, older = broken.state_dict(), early.state_dict()
+    if forgotten == "rng":
+        state["0.rng"] = older["0.rng"]
+    else:
+        said, old = from_text(state["0.said"]), from_text(older["0.said"])
+        state["0.said"] = to_text(said | {forgotten: old[forgotten]})
+        state |= {k: v for k, v in older.items() if k.startswith(f"0.{forgotten}")}
+    other.load_state_dict(state, Stops())
+    other.resume()
+    with pytest.raises(AssertionError):
         assert_same(other, whole)
 
 
@@ -244,7 +264,7 @@ def test_a_write_that_is_broken_off_loses_nothing_that_was_kept(tmp_path: Path, 
 def test_a_large_run_says_beforehand_what_it_takes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     driven(MALA(), warmup_steps=0).run(Stops())
     assert "GiB" not in capsys.readouterr().err
-    monkeypatch.setattr(driver, "LARGE", 6 * 7 * 41 - 1)  # six draws of seven chains of 2 + 4 numbers and 17 bytes
+    monkeypatch.setattr(record, "LARGE", 6 * 7 * 41 - 1)  # six draws of seven chains of 2 + 4 numbers and 17 bytes
     driven(MALA(), warmup_steps=0).run(Stops())
     assert "6 draws of 7 chains will take 0.0 GiB in memory; run(energy, store=folder)" in capsys.readouterr().err
 
