@@ -155,7 +155,8 @@ class PooledRows(NamedTuple):
         found = [fit for fit in fits if fit is not None]
         if not found:
             return None
-        return LowRank(*(part.to(self.draws) for part in min(found, key=lambda metric: _divergence(metric, x, g))))
+        best = LowRank(*(part.to(self.draws) for part in min(found, key=lambda metric: _divergence(metric, x, g))))
+        return best if all(bool(torch.isfinite(part).all()) for part in best) else None
 
 
 def _fit(x: Tensor, g: Tensor, scale: Tensor, rank: int) -> LowRank | None:
