@@ -196,6 +196,13 @@ def test_rows_that_tell_nothing_give_no_metric(empty: Callable[[Tensor], Any]) -
         assert found is None or bool(torch.isfinite(matrix(found, 3)).all())
 
 
+def test_few_rows_give_a_scale_and_no_directions() -> None:
+    x, g = rows_of(stiff(), 7)
+    metric = PooledRows.start(x, rank=5).update(x, g).metric()
+    assert metric is not None
+    assert metric.vectors.shape == (20, 0)
+
+
 # Dual averaging and windows
 
 
@@ -310,7 +317,7 @@ def test_each_chain_reaches_its_own_target(name: str) -> None:
     energy = TwoWidths().double()
     x = torch.tensor([-100.0] * 8 + [100.0] * 8, dtype=double)
     plan = WindowAdaptation(metric=None, step_size="per_chain")
-    start = NUTS(max_tree_depth=4) if name == "nuts" else KERNELS[name]()
+    start = NUTS(max_tree_depth=3) if name == "nuts" else KERNELS[name]()
     kernel, state, _ = warmed(plan, start, energy, x, 200)
     assert kernel.step_size.shape == (16,)
     target = kernel.target_acceptance
