@@ -84,8 +84,8 @@ class Plan:
 
     def settings(self, warm_left: int) -> dict[str, Any]:
         """What two runs must have in common, with ``warm_left`` steps of warm-up to go, for one to go on as the other would."""
-        learned = ("step_size", "inverse_mass")
-        plain = {f.name: getattr(self.kernel, f.name) for f in dataclasses.fields(self.kernel) if f.name not in learned}
+        names = [field.name for field in dataclasses.fields(self.kernel) if field.name not in self.kernel.learned]
+        plain = {name: getattr(self.kernel, name) for name in names}
         plain = {k: v if isinstance(v, int | float | str) else repr(v) for k, v in plain.items()}
         warming = {"warmup_steps": self.warmup_steps, "adaptation": repr(self.adaptation)} if warm_left else {}
         return {"kernel": type(self.kernel).__name__, **plain, "thinning": self.thinning, "warm_left": warm_left, **warming}
@@ -118,6 +118,7 @@ class Block:
         named: Callable[[Tensor], dict[str, Tensor]] | None = None,
     ) -> None:
         self.plan, self.target, self.generator = plan, target, generator
+        self.moving = target  #: what the kernel's steps are taken on: the target, or its compiled view
         self.kernel, self.state = plan.kernel, plan.kernel.init(target, start, generator)
         self.memory: Any = None  #: of the adaptation
         self.warm_left = plan.warmup_steps  #: steps of warm-up to go
@@ -133,12 +134,12 @@ class Block:
         try:
             kernel, memory = self.kernel, self.memory
             if plan.adaptation is None:
-                state, info = kernel.step(self.target, self.state, self.generator)
+                state, info = kernel.step(self.moving, self.state, self.generator)
             else:
                 if self.warm_left == plan.warmup_steps:
-                    kernel, memory = plan.adaptation.start(kernel, self.target, self.state, self.generator)
+                    kernel, memory = plan.adaptation.start(kernel, self.moving, self.state, self.generator)
                 kernel, state, info, memory = plan.adaptation.step(
-                    kernel, self.target, self.state, memory, plan.warmup_steps, self.generator
+                    kernel, self.moving, self.state, memory, plan.warmup_steps, self.generator
                 )
             if plan.save_warmup:
                 self.warmup.write(state, info)
@@ -156,7 +157,7 @@ class Block:
         try:
             state, infos = self.state, []
             for _ in range(self.plan.thinning):
-                state, info = self.kernel.step(self.target, state, self.generator)
+                state, info = self.kernel.step(self.moving, state, self.generator)
                 infos.append(info)
             moments = self.moments
             if self.named is None:

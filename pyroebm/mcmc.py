@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pyroebm.block import Block, Layout, Plan, check_initial
+from pyroebm.compiled import choose_compiled, is_compiled
 from pyroebm.energy import Energy, check_energy
 from pyroebm.front_door import check_counts
 from pyroebm.kernels.adaptation import Adaptation, resolve
@@ -44,6 +45,9 @@ class MCMC(Results):
         num_chains: number of chains.
         seed: seed of every random number of the run; None takes a fresh one, kept in ``.seed``. No global generator is used.
         thinning: keep one draw in so many steps; divergences and gradient counts of the others are kept with it.
+        compile: whether the kernel's inner loops become compiled blocks: True, False, or "auto", which compiles where the steps
+            planned for one block repay the half minute that it may take. Draws are the same up to rounding. ``.compiled`` tells
+            the choice.
         adaptation: how to adapt: the kernel's own way, or a :class:`pyroebm.WindowAdaptation`; None leaves it as it is.
         save_warmup: whether to keep the draws of the warm-up too.
         keep: ``"draws"``, or ``"moments"``: means and variances of each chain in place of any draw, see :meth:`get_moments`.
@@ -78,6 +82,7 @@ class MCMC(Results):
         seed: int | None = None,
         thinning: int = 1,
         adaptation: Adaptation | Literal["default"] | None = "default",
+        compile: bool | Literal["auto"] = "auto",
         save_warmup: bool = True,
         keep: Literal["draws", "moments"] = "draws",
         progress: bool | None = None,
@@ -96,7 +101,7 @@ class MCMC(Results):
         self.plan = Plan(kernel, resolve(kernel, adaptation), warmup_steps, thinning, save_warmup and keep == "draws")
         self.num_samples, self.num_chains, self.seed = num_samples, num_chains, fresh_seed(seed)
         self.keep, self.progress, self.site, self.transforms = keep, progress, site, {}
-        self.interrupted, self._goal = False, 0
+        self.compile, self.interrupted, self._goal = compile, False, 0
         self._blocks: list[Block] = []
         self._store: Store | None = None
 
@@ -109,6 +114,11 @@ class MCMC(Results):
     def kernels(self) -> list[Kernel[Any]]:
         """The kernel of each block, as adapted."""
         return [block.kernel for block in self._blocks]
+
+    @property
+    def compiled(self) -> bool | None:
+        """Whether the last run used compiled blocks; None before the first."""
+        return is_compiled(self._blocks[0].moving) if self._blocks else None
 
     def run(
         self,
@@ -142,6 +152,7 @@ class MCMC(Results):
                 chains, generator = self.layout.chains(number), seeded_generator(self.seed, energy.device, number)
                 x = energy.initial(len(chains), generator) if initial is None else initial[chains.start : chains.stop]
                 blocks.append(self._block(number, target, target.unconstrain(x), generator, folder))
+        self._compile(target, blocks, self.num_samples)
         if folder is not None:
             folder.begin(self.layout, self._facts())
         # Only now is the run before this one let go: whatever was refused above has left it as it was.
@@ -162,10 +173,12 @@ class MCMC(Results):
         if not self._blocks or any(block.warm_left for block in self._blocks):
             raise ValueError("run_more goes on from a run that finished its warm-up: call run(energy) first, or resume()")
         check_counts({"num_samples": 1}, num_samples)
+        goal = min(block.count for block in self._blocks) + num_samples
+        self._compile(self._target, self._blocks, goal)
         with eval_mode(self._target):
             for block in self._blocks:
                 block.refresh()
-        self._advance(min(block.count for block in self._blocks) + num_samples, checkpoint_every)
+        self._advance(goal, checkpoint_every)
 
     def resume(self, energy: Energy | None = None, store: str | Path | None = None, *, checkpoint_every: float = 60.0) -> None:
         """Finish a run that was broken off: the draws are those of one that was not, bit for bit on one machine.
@@ -226,6 +239,7 @@ class MCMC(Results):
                     raise ValueError("the state must be of the energy given: its energies differ from those kept with the draws")
                 block.load_state_dict(own)
             blocks.append(block)
+        self._compile(target, blocks, self.num_samples)
         self._target, self._blocks, self._store, self.seed = target, blocks, store, seed
         self._goal, self.interrupted = 0, False
 
@@ -243,6 +257,14 @@ class MCMC(Results):
     def _bound(self, energy: Energy) -> Unconstrained:
         check_energy(energy)
         return Unconstrained(energy, keep_discrete=self.plan.kernel.discrete)
+
+    def _compile(self, target: Unconstrained, blocks: list[Block], goal: int) -> None:
+        """Choose what the kernels move on. What decides is the same whatever blocks are here and whatever is done already."""
+        chains, steps = len(self.layout.chains(0)), self.plan.warmup_steps + goal * self.plan.thinning
+        with eval_mode(target):
+            moving = choose_compiled(target, self.compile, self.plan.kernel, chains, steps)
+        for block in blocks:
+            block.moving = moving
 
     def _block(self, number: int, target: Unconstrained, start: Tensor, generator: torch.Generator, store: Store | None) -> Block:
         if self.keep == "moments":

@@ -24,6 +24,11 @@ def named(target: Unconstrained, site: str, x: Tensor) -> dict[str, Tensor]:
     return {site: target.constrain(x)}
 
 
+def _joined(states: list[Any]) -> Any:
+    parts = ([getattr(state, name) for state in states] for name in states[0]._fields)
+    return type(states[0])(*(torch.cat(part) if isinstance(part[0], Tensor) else _joined(part) for part in parts))
+
+
 class Results(AbstractMCMC):
     """The half of :class:`pyroebm.MCMC` that looks at a run; chains are in order over the blocks.
 
@@ -38,6 +43,17 @@ class Results(AbstractMCMC):
     layout: Layout
     _blocks: list[Block]
     _target: Unconstrained
+
+    @property
+    def state(self) -> Any:
+        """Where the chains stand: the states of all blocks as one.
+
+        Raises:
+            ValueError: if there was no run.
+        """
+        if not self._blocks:
+            raise ValueError("nothing was drawn yet: call run(energy) first")
+        return _joined([block.state for block in self._blocks])
 
     def _records(self, warmup: bool = False) -> list[Record]:
         if not self._blocks:

@@ -69,6 +69,8 @@ def test_a_chain_does_not_depend_on_the_blocks_beside_its_own() -> None:
     assert not torch.equal(b[:3], b[3:6])
     assert len({float(kernel.step_size) for kernel in many.kernels}) == 3  # type: ignore[attr-defined]
     assert many.kernel is many.kernels[0]
+    assert many.state.grad.shape == (7, 2)
+    assert torch.equal(many.state.x, b[:, -1])
 
 
 def test_starting_states_are_dealt_to_their_chains() -> None:

@@ -82,6 +82,11 @@ class Kernel(abc.ABC, Generic[S]):
     has_momentum: ClassVar[bool] = False
     #: whether it moves on discrete supports, and not in unconstrained coordinates.
     discrete: ClassVar[bool] = False
+    #: settings that warm-up may change, which a checkpoint keeps.
+    learned: ClassVar[tuple[str, ...]] = ()
+
+    #: gradient evaluations that one step may be expected to take, for planning.
+    expected_gradients: ClassVar[float] = 1.0
 
     def replace(self, **changes: object) -> Self:
         """A new kernel with some settings changed."""
@@ -145,6 +150,7 @@ class ContinuousKernel(Kernel[S]):
         True
     """
 
+    learned: ClassVar[tuple[str, ...]] = ("step_size", "inverse_mass")
     step_size: float | Tensor = 0.1
     inverse_mass: Tensor | Metric | None = None
 
