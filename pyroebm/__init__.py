@@ -1,7 +1,19 @@
 """Energy-based models on Pyro: define an energy, sample it, fit flows to it, see whether it mixed."""
 
 from pyroebm.energy import Energy, Sum, Tempered, score, value_and_grad
-from pyroebm.kernels import HMC, MALA, NUTS, ULA, Info, Kernel, State
+from pyroebm.kernels import (
+    HMC,
+    MALA,
+    NUTS,
+    ULA,
+    Barker,
+    Info,
+    Kernel,
+    MetropolisUnderdamped,
+    RandomWalk,
+    State,
+    UnderdampedLangevin,
+)
 from pyroebm.kernels.adaptation import WindowAdaptation
 from pyroebm.mcmc import MCMC
 from pyroebm.ppl import Boltzmann, PyroKernel, initial_states
@@ -11,14 +23,18 @@ from pyroebm.views import Unconstrained
 __version__ = "0.1.0"
 
 __all__ = [
+    "Barker",
     "Boltzmann",
     "PyroKernel",
     "initial_states",
     "HMC",
     "MALA",
     "MCMC",
+    "MetropolisUnderdamped",
     "NUTS",
+    "RandomWalk",
     "ULA",
+    "UnderdampedLangevin",
     "Energy",
     "Info",
     "Kernel",

@@ -1,12 +1,16 @@
 """Markov kernels on rows: each file one algorithm, each kernel a frozen set of settings with ``init`` and ``step``."""
 
+from pyroebm.kernels.barker import Barker
 from pyroebm.kernels.base import ContinuousKernel, GradientKernel, Info, Kernel, State
 from pyroebm.kernels.hmc import HMC
 from pyroebm.kernels.langevin import MALA, ULA
 from pyroebm.kernels.metric import Dense, Diagonal, LowRank
 from pyroebm.kernels.nuts import NUTS
+from pyroebm.kernels.random_walk import RandomWalk
+from pyroebm.kernels.underdamped import MetropolisUnderdamped, UnderdampedLangevin
 
 __all__ = [
+    "Barker",
     "ContinuousKernel",
     "Dense",
     "Diagonal",
@@ -16,7 +20,10 @@ __all__ = [
     "Kernel",
     "LowRank",
     "MALA",
+    "MetropolisUnderdamped",
     "NUTS",
+    "RandomWalk",
     "State",
     "ULA",
+    "UnderdampedLangevin",
 ]

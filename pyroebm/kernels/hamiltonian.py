@@ -6,14 +6,16 @@ whatever the metric is. In these coordinates the mass is the identity.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from pyroebm.energy import Energy
-from pyroebm.kernels.base import Info, State, choose, normal_like, row_value_and_grad, rows, state_of_rows, uniform_like
+from pyroebm.kernels.base import Info, S, State, choose, normal_like, row_value_and_grad, rows, state_of_rows, uniform_like
 from pyroebm.kernels.metric import Metric
 
-__all__ = ["MAX_ENERGY_ERROR", "kinetic", "draw_momentum", "leapfrog", "metropolis_trajectory"]
+__all__ = ["MAX_ENERGY_ERROR", "kinetic", "draw_momentum", "leapfrog", "metropolis", "metropolis_trajectory"]
 
 #: An energy error above this many nats counts as a divergence (Betancourt, 2017; the value Stan uses).
 MAX_ENERGY_ERROR = 1000.0
@@ -56,26 +58,50 @@ def leapfrog(
     return q, p, values, grad
 
 
-def metropolis_trajectory(
-    energy: Energy, state: State, step_size: Tensor, metric: Metric, num_steps: int, generator: torch.Generator | None
-) -> tuple[State, Info]:
-    r"""Draw a momentum, follow ``num_steps`` leapfrog steps, accept with :math:`\min(1, e^{H_0 - H_1})`; row by row."""
-    q = rows(state.x)
-    p = draw_momentum(q, generator)
-    start = state.energy + kinetic(p)
-    q, p, values, grad = leapfrog(energy, q, p, rows(state.grad), step_size, metric, num_steps)
-    end = values + kinetic(p)
-    # A row that met a NaN or an infinity in its energy or its gradient (which is in the momentum) has no valid end point: its
-    # probability is 0, and no other row knows.
-    error = torch.where(torch.isfinite(end), end - start, torch.inf)
+def metropolis(
+    old: S, new: S, error: Tensor, step_size: Tensor, num_steps: int, generator: torch.Generator | None
+) -> tuple[S, Info]:
+    r"""Take the new state with probability :math:`\min(1, e^{-\Delta})`, else keep the old one; row by row.
+
+    Args:
+        old, new: states.
+        error: :math:`\Delta`, the change of :math:`-\log` of the joint density, or of the Metropolis-Hastings ratio, shape
+            ``(chains,)``. Where it is not finite the row has no valid new state: its probability is 0, and no other row knows.
+        step_size: for the report, shape ``(chains, 1)``.
+        num_steps: gradient evaluations, for the report.
+        generator: source of the uniform numbers.
+    """
+    error = torch.where(torch.isfinite(error), error, torch.inf)
     probability = torch.exp(-error).clamp(max=1.0)
     accepted = uniform_like(probability, generator) < probability
-    info = Info(
+    state = choose(accepted, new, old)
+    return state, Info(
         acceptance_rate=probability,
         accepted=accepted,
         diverging=error > MAX_ENERGY_ERROR,
-        energy=torch.where(accepted, end, start),
+        energy=state.energy,
         n_steps=torch.full_like(accepted, num_steps, dtype=torch.long),
         step_size=step_size.squeeze(1),
     )
-    return choose(accepted, state_of_rows(energy, q, values, grad), state), info
+
+
+class Trajectory(NamedTuple):
+    """Where a trajectory began and ended: positions and whitened momenta, each ``(chains, dim)``."""
+
+    q0: Tensor
+    p0: Tensor
+    q1: Tensor
+    p1: Tensor
+
+
+def metropolis_trajectory(
+    energy: Energy, state: State, step_size: Tensor, metric: Metric, num_steps: int, generator: torch.Generator | None
+) -> tuple[State, Info, Trajectory]:
+    r"""Draw a momentum, follow ``num_steps`` leapfrog steps, accept with :math:`\min(1, e^{H_0 - H_1})`; row by row."""
+    q0 = rows(state.x)
+    p0 = draw_momentum(q0, generator)
+    start = state.energy + kinetic(p0)
+    q1, p1, values, grad = leapfrog(energy, q0, p0, rows(state.grad), step_size, metric, num_steps)
+    end = values + kinetic(p1)  # a gradient that is not finite is in the momentum, and so in here
+    state, info = metropolis(state, state_of_rows(energy, q1, values, grad), end - start, step_size, num_steps, generator)
+    return state, info._replace(energy=torch.where(info.accepted, end, start)), Trajectory(q0, p0, q1, p1)
