@@ -4,9 +4,12 @@ from pyroebm.energy import Energy, Sum, Tempered, score, value_and_grad
 from pyroebm.kernels import (
     HMC,
     MALA,
+    MCLMC,
     NUTS,
     ULA,
+    AdjustedMCLMC,
     Barker,
+    ChEES,
     Info,
     Kernel,
     MetropolisUnderdamped,
@@ -23,12 +26,15 @@ from pyroebm.views import Unconstrained
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdjustedMCLMC",
     "Barker",
+    "ChEES",
     "Boltzmann",
     "PyroKernel",
     "initial_states",
     "HMC",
     "MALA",
+    "MCLMC",
     "MCMC",
     "MetropolisUnderdamped",
     "NUTS",

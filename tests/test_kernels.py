@@ -14,7 +14,21 @@ from checks import within_se
 from scipy import stats
 from torch import Tensor
 
-from pyroebm import HMC, MALA, NUTS, ULA, Barker, Energy, Kernel, MetropolisUnderdamped, RandomWalk, UnderdampedLangevin
+from pyroebm import (
+    HMC,
+    MALA,
+    MCLMC,
+    NUTS,
+    ULA,
+    AdjustedMCLMC,
+    Barker,
+    ChEES,
+    Energy,
+    Kernel,
+    MetropolisUnderdamped,
+    RandomWalk,
+    UnderdampedLangevin,
+)
 from pyroebm.kernels import hamiltonian, nuts
 from pyroebm.kernels.adaptation import DualAveraging, PooledVariance, WindowAdaptation, windows
 from pyroebm.kernels.base import rows
@@ -37,6 +51,11 @@ KERNELS: dict[str, Callable[[], Kernel]] = {
     "barker-metric": lambda: Barker(step_size=0.7, inverse_mass=torch.tensor(0.5)),
     "underdamped": lambda: UnderdampedLangevin(step_size=0.2),
     "metropolis-underdamped": lambda: MetropolisUnderdamped(step_size=0.3),
+    "mclmc": lambda: MCLMC(step_size=0.3),
+    "adjusted-mclmc": lambda: AdjustedMCLMC(step_size=0.3),
+    "adjusted-mclmc-metric": lambda: AdjustedMCLMC(step_size=0.4, inverse_mass=torch.tensor(0.5)),
+    "chees": lambda: ChEES(step_size=0.3, trajectory_length=2.0),
+    "chees-metric": lambda: ChEES(step_size=0.4, trajectory_length=2.0, inverse_mass=torch.tensor(0.5)),
     "metropolis-underdamped-metric": lambda: MetropolisUnderdamped(step_size=0.4, inverse_mass=torch.tensor(0.5)),
 }
 EXACT = [name for name in KERNELS if KERNELS[name]().exact]

@@ -84,6 +84,8 @@ class Kernel(abc.ABC, Generic[S]):
     discrete: ClassVar[bool] = False
     #: entries that an event must have at least: dynamics at constant speed need a direction to turn to.
     least_dim: ClassVar[int] = 1
+    #: settings that warm-up may change, which a checkpoint keeps.
+    learned: ClassVar[tuple[str, ...]] = ()
 
     def replace(self, **changes: object) -> Self:
         """A new kernel with some settings changed."""
@@ -152,6 +154,7 @@ class ContinuousKernel(Kernel[S]):
         True
     """
 
+    learned: ClassVar[tuple[str, ...]] = ("step_size", "inverse_mass")
     step_size: float | Tensor = 0.1
     inverse_mass: Tensor | Metric | None = None
 

@@ -6,6 +6,7 @@ whatever the metric is. In these coordinates the mass is the identity.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -15,10 +16,22 @@ from pyroebm.energy import Energy
 from pyroebm.kernels.base import Info, S, State, choose, normal_like, row_value_and_grad, rows, state_of_rows, uniform_like
 from pyroebm.kernels.metric import Metric
 
-__all__ = ["MAX_ENERGY_ERROR", "kinetic", "draw_momentum", "leapfrog", "metropolis", "metropolis_trajectory"]
+__all__ = [
+    "MAX_ENERGY_ERROR",
+    "MAX_STEPS",
+    "draw_momentum",
+    "jittered_steps",
+    "kinetic",
+    "leapfrog",
+    "metropolis",
+    "metropolis_trajectory",
+]
 
 #: An energy error above this many nats counts as a divergence (Betancourt, 2017; the value Stan uses).
 MAX_ENERGY_ERROR = 1000.0
+
+#: No trajectory of jittered length has more leapfrog steps.
+MAX_STEPS = 1000
 
 
 def kinetic(p: Tensor) -> Tensor:
@@ -56,6 +69,12 @@ def leapfrog(
         values, grad = row_value_and_grad(energy, q)
         p = p - (step_size if step + 1 < num_steps else half) * metric.transpose(grad)
     return q, p, values, grad
+
+
+def jittered_steps(length: float, step_size: Tensor, generator: torch.Generator | None) -> int:
+    r""":math:`\lceil h \ell / \epsilon \rceil` leapfrog steps, h uniform on (0, 1), the same for all chains."""
+    h = uniform_like(step_size[:1], generator)
+    return max(1, min(math.ceil(float(h * length / step_size.mean())), MAX_STEPS))
 
 
 def metropolis(
