@@ -15,10 +15,12 @@ from pyroebm.kernels import (
     MetropolisUnderdamped,
     RandomWalk,
     State,
+    StochasticGradientLangevin,
     UnderdampedLangevin,
 )
 from pyroebm.kernels.adaptation import WindowAdaptation
 from pyroebm.mcmc import MCMC
+from pyroebm.minibatch import MinibatchEnergy
 from pyroebm.ppl import Boltzmann, PyroKernel, initial_states
 from pyroebm.supports import spin
 from pyroebm.views import Unconstrained
@@ -37,6 +39,7 @@ __all__ = [
     "MCLMC",
     "MCMC",
     "MetropolisUnderdamped",
+    "MinibatchEnergy",
     "NUTS",
     "RandomWalk",
     "ULA",
@@ -45,6 +48,7 @@ __all__ = [
     "Info",
     "Kernel",
     "State",
+    "StochasticGradientLangevin",
     "Sum",
     "Tempered",
     "Unconstrained",

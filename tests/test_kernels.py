@@ -27,6 +27,7 @@ from pyroebm import (
     Kernel,
     MetropolisUnderdamped,
     RandomWalk,
+    StochasticGradientLangevin,
     UnderdampedLangevin,
 )
 from pyroebm.kernels import hamiltonian, nuts
@@ -51,6 +52,7 @@ KERNELS: dict[str, Callable[[], Kernel]] = {
     "barker-metric": lambda: Barker(step_size=0.7, inverse_mass=torch.tensor(0.5)),
     "underdamped": lambda: UnderdampedLangevin(step_size=0.2),
     "metropolis-underdamped": lambda: MetropolisUnderdamped(step_size=0.3),
+    "sgld": lambda: StochasticGradientLangevin(step_size=0.2, decay=0.5),
     "mclmc": lambda: MCLMC(step_size=0.3),
     "adjusted-mclmc": lambda: AdjustedMCLMC(step_size=0.3),
     "adjusted-mclmc-metric": lambda: AdjustedMCLMC(step_size=0.4, inverse_mass=torch.tensor(0.5)),

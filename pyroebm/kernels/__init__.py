@@ -9,6 +9,7 @@ from pyroebm.kernels.metric import Dense, Diagonal, LowRank
 from pyroebm.kernels.microcanonical import MCLMC, AdjustedMCLMC, EnergyVarianceAdaptation
 from pyroebm.kernels.nuts import NUTS
 from pyroebm.kernels.random_walk import RandomWalk
+from pyroebm.kernels.stochastic import StochasticGradientLangevin
 from pyroebm.kernels.underdamped import MetropolisUnderdamped, UnderdampedLangevin
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "NUTS",
     "RandomWalk",
     "State",
+    "StochasticGradientLangevin",
     "ULA",
     "UnderdampedLangevin",
 ]
