@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyroebm.energy import Energy
 from pyroebm.kernels.base import ContinuousKernel, Info, choose, column, normal_like, row_value_and_grad, rows, start_state
-from pyroebm.kernels.hamiltonian import kinetic, leapfrog, metropolis
+from pyroebm.kernels.hamiltonian import MAX_ENERGY_ERROR, kinetic, leapfrog, metropolis
 from pyroebm.kernels.metric import metric_of
 
 __all__ = ["MetropolisUnderdamped", "MomentumState", "UnderdampedLangevin"]
@@ -75,8 +75,8 @@ class UnderdampedLangevin(_Underdamped):
 
     split into half a kick (B), half a drift (A), the whole friction (O), half a drift and half a kick. One gradient a step. The
     bias of the positions is of second order in :math:`\epsilon`, and none at all on a normal law: N(0, 1) keeps its variance 1
-    for every :math:`\epsilon < 2`, while the momenta have :math:`1 - \epsilon^2 / 4`. A step that meets a non-finite energy or
-    gradient is refused: the row stays, counts as diverging and turns round.
+    for every :math:`\epsilon < 2`, while the momenta have :math:`1 - \epsilon^2 / 4`. A step that meets a non-finite number, or
+    gains 1,000 nats, is refused: the row stays, counts as diverging and turns round.
 
     Args:
         step_size: :math:`\epsilon`.
@@ -117,15 +117,17 @@ class UnderdampedLangevin(_Underdamped):
         q = q + 0.5 * eps * metric.apply(p)
         values, grad = row_value_and_grad(energy, q)
         p = p - 0.5 * eps * metric.transpose(grad)
-        finite = torch.isfinite(values) & torch.isfinite(grad).all(1)
+        # A step beyond the stability limit of a steep wall stays finite for a while: its energy error tells.
+        error = values + kinetic(p) - state.energy - kinetic(state.momentum)
+        sound = (error < MAX_ENERGY_ERROR) & torch.isfinite(error) & torch.isfinite(grad).all(1)
         turned = state._replace(momentum=-state.momentum)
-        state = choose(finite, momentum_state(state, q, values, grad, p), turned)
+        state = choose(sound, momentum_state(state, q, values, grad, p), turned)
         return state, Info(
-            acceptance_rate=finite.to(q.dtype),
-            accepted=finite,
-            diverging=~finite,
+            acceptance_rate=sound.to(q.dtype),
+            accepted=sound,
+            diverging=~sound,
             energy=state.energy + kinetic(state.momentum),
-            n_steps=torch.ones_like(finite, dtype=torch.long),
+            n_steps=torch.ones_like(sound, dtype=torch.long),
             step_size=eps.squeeze(1),
         )
 
