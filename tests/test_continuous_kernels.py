@@ -1,4 +1,4 @@
-"""Random walk, Barker, underdamped, microcanonical, ChEES and stochastic-gradient kernels: what is their own, and their mutants."""
+"""Random walk, Barker, underdamped, microcanonical, ChEES and stochastic-gradient kernels: their own tests and mutants."""
 
 from __future__ import annotations
 
@@ -22,8 +22,6 @@ from pyroebm import (
     Barker,
     ChEES,
     Energy,
-    Kernel,
-    MetropolisUnderdamped,
     MinibatchEnergy,
     RandomWalk,
     StochasticGradientLangevin,
@@ -104,7 +102,8 @@ def test_the_funnel_stays_normal_in_whitened_coordinates(name: str) -> None:
 @pytest.mark.parametrize("name", EXACT)
 def test_chains_forget_where_they_started(name: str) -> None:
     means = torch.tensor([[-1.0, 0.0], [1.0, 0.0]], dtype=torch.float64)
-    x = run(KERNELS[name](), GaussianMixture(means, scale=0.8), torch.full((4_000, 2), 3.0, dtype=torch.float64), 300)
+    start = torch.full((4_000, 2), 3.0, dtype=torch.float64)
+    x = run(KERNELS[name](), GaussianMixture(means, scale=0.8), start, 60 if name in ("adjusted-mclmc", "chees") else 300)
     mean, se = mean_and_se(x)
     within_se(mean, np.zeros(2), se)
     square, se = mean_and_se(x**2)
@@ -216,7 +215,7 @@ def baoab_law(eps: float) -> float:
     y' = 2 z - y - eps^2 E'(z) / 2 where the next momentum is drawn: y is a Markov chain whose density is that of z at the
     solution of 2 z - eps^2 E'(z) / 2 = y + y', divided by the derivative of the left side.
     """
-    y = np.linspace(-7.0, 7.0, 1401)
+    y = np.linspace(-7.0, 7.0, 561)
     z = np.linspace(-9.0, 9.0, 20_001)
     left = 2 * z - 0.5 * eps**2 * (z - 3 * np.sin(3 * z))
     assert (np.diff(left) > 0).all()
@@ -333,19 +332,21 @@ def test_mclmc_warms_up_to_its_energy_error_and_learns_the_scales() -> None:
 # ChEES
 
 
-def best_length(seed: int = 0) -> float:
-    """T plus half a step, as learned on N(0, I) at a small step."""
+def best_length(seed: int) -> float:
+    """T plus half a step (the rounding up), as learned on N(0, I) at a small step."""
     energy = Gaussian(torch.zeros(5, dtype=torch.float64))
     plan = ChEESAdaptation(WindowAdaptation(target_acceptance=0.99, metric=False))
-    mcmc = MCMC(ChEES(), num_samples=1, warmup_steps=500, num_chains=128, seed=seed, adaptation=plan, progress=False)
+    mcmc = MCMC(ChEES(), num_samples=1, warmup_steps=400, num_chains=64, seed=seed, adaptation=plan, progress=False)
     mcmc.run(energy)
     kernel: Any = mcmc.kernel
     return kernel.trajectory_length + 0.5 * kernel.step_size
 
 
 def assert_best_length() -> None:
-    """E sin^2(h T) over h is largest where tan 2T = 2T: at T = 2.2467, by hand, for the criterion is d sin^2 t."""
-    assert abs(best_length() / 2.2467 - 1) < 0.08
+    """The criterion is d sin^2 t, by hand. Its mean over t in (0, T) is largest where tan 2T = 2T, at T = 2.2467."""
+    mean, se = mean_and_se([best_length(seed) for seed in range(4)])
+    within_se(mean, 2.2467, se)
+    assert float(se) < 0.1, "the length must be learned well, for the test to say something"
 
 
 def test_chees_learns_the_length_that_theory_gives() -> None:
@@ -421,7 +422,7 @@ def assert_sgld_theory() -> None:
     truth = (2 * e + e**2 * noise) / (1 - (1 - e * precision) ** 2)
     mean = float(energy.data.sum()) / precision
     kernel, generator = StochasticGradientLangevin(step_size=eps), torch.Generator().manual_seed(2)
-    state, kept = kernel.init(energy, torch.full((50, 1), mean, dtype=torch.float64)), []
+    state, kept = kernel.init(energy, torch.full((16, 1), mean, dtype=torch.float64)), []
     for step in range(4200):
         state, _ = kernel.step(energy, state, generator)
         if step >= 200:
@@ -431,7 +432,9 @@ def assert_sgld_theory() -> None:
         blocks = ((draws - mean) ** power).reshape(40, -1).mean(1)
         within_se(blocks.mean(), expected, blocks.std() / math.sqrt(40), what=f"moment {power}")
     exact = 1 / precision
-    assert float(((draws - mean) ** 2).mean()) > 1.5 * exact, "the noise of the gradient must be felt, for the test to say something"
+    assert float(((draws - mean) ** 2).mean()) > 1.5 * exact, (
+        "the noise of the gradient must be felt, for the test to say something"
+    )
 
 
 def test_sgld_has_the_mean_and_the_variance_that_theory_gives() -> None:
@@ -457,7 +460,9 @@ def test_the_step_decays_by_the_schedule() -> None:
 def test_a_constrained_posterior_is_sampled_from_minibatches() -> None:
     data = torch.full((20,), 0.5)
     energy = MinibatchEnergy(Exponential(), lambda rate, d: (rate.unsqueeze(-1) * d - rate.unsqueeze(-1).log()).sum(-1), data, 5)
-    mcmc = MCMC(StochasticGradientLangevin(step_size=0.1), num_samples=300, warmup_steps=50, num_chains=50, seed=0, progress=False)
+    mcmc = MCMC(
+        StochasticGradientLangevin(step_size=0.1), num_samples=300, warmup_steps=50, num_chains=50, seed=0, progress=False
+    )
     mcmc.run(energy)
     assert abs(float(mcmc.get_samples()["x"].mean()) - 21 / 11) < 0.1  # the posterior is Gamma(21, 11)
 
@@ -486,18 +491,21 @@ def test_mutant_rejection_that_goes_straight_on_is_caught(monkeypatch: pytest.Mo
         assert_unchanged(KERNELS["metropolis-underdamped"](), DoubleWell().double())
 
 
-@pytest.mark.parametrize("name", ["metropolis-underdamped", "underdamped"])
-def test_mutant_refreshment_with_the_wrong_noise_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "check",
+    [
+        lambda: assert_unchanged(KERNELS["metropolis-underdamped"](), DoubleWell().double()),
+        lambda: test_baoab_has_no_bias_in_the_positions_of_an_oscillator(0.5, 1.0, 1.0),
+    ],
+)
+def test_mutant_refreshment_with_the_wrong_noise_is_caught(check: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(p: Tensor, time: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
         keep = torch.exp(-time)
         return keep * p + torch.sqrt(temperature * (1 - keep)) * torch.randn(p.shape, generator=generator, dtype=p.dtype)
 
     monkeypatch.setattr(underdamped, "partial_refreshment", wrong)
     with pytest.raises(AssertionError):
-        if name == "underdamped":
-            test_baoab_has_no_bias_in_the_positions_of_an_oscillator(0.5, 1.0, 1.0)
-        else:
-            assert_unchanged(KERNELS[name](), DoubleWell().double())
+        check()
 
 
 def test_mutant_microcanonical_step_without_its_jacobian_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,11 +104,11 @@ class ChEESAdaptation:
 
     Example:
         >>> ChEESAdaptation().learning_rate
-        0.05
+        0.025
     """
 
     window: WindowAdaptation = dataclasses.field(default_factory=WindowAdaptation)
-    learning_rate: float = 0.05
+    learning_rate: float = 0.025
 
     def __post_init__(self) -> None:
         if not 0.0 < self.learning_rate < math.inf:
@@ -152,7 +152,7 @@ class ChEESAdaptation:
         updates, square = memory.updates + 1, decay * memory.square + (1.0 - decay) * slope**2
         scale = math.sqrt(square / (1.0 - decay**updates))
         log_length = memory.log_length + (self.learning_rate * slope / scale if scale > 0.0 else 0.0)
-        weight = updates**-0.5
+        weight = updates**-0.75
         average = weight * log_length + (1.0 - weight) * memory.log_average
         return ChEESMemory(memory.warmup, log_length, average, square, updates)
 
