@@ -1,9 +1,26 @@
 """Energy-based models on Pyro: define an energy, sample it, fit flows to it, see whether it mixed."""
 
 from pyroebm.energy import Energy, Sum, Tempered, score, value_and_grad
-from pyroebm.kernels import HMC, MALA, NUTS, ULA, Info, Kernel, State
+from pyroebm.kernels import (
+    HMC,
+    MALA,
+    MCLMC,
+    NUTS,
+    ULA,
+    AdjustedMCLMC,
+    Barker,
+    ChEES,
+    Info,
+    Kernel,
+    MetropolisUnderdamped,
+    RandomWalk,
+    State,
+    StochasticGradientLangevin,
+    UnderdampedLangevin,
+)
 from pyroebm.kernels.adaptation import WindowAdaptation
 from pyroebm.mcmc import MCMC
+from pyroebm.minibatch import MinibatchEnergy
 from pyroebm.ppl import Boltzmann, PyroKernel, initial_states
 from pyroebm.supports import spin
 from pyroebm.views import Unconstrained
@@ -11,18 +28,27 @@ from pyroebm.views import Unconstrained
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdjustedMCLMC",
+    "Barker",
+    "ChEES",
     "Boltzmann",
     "PyroKernel",
     "initial_states",
     "HMC",
     "MALA",
+    "MCLMC",
     "MCMC",
+    "MetropolisUnderdamped",
+    "MinibatchEnergy",
     "NUTS",
+    "RandomWalk",
     "ULA",
+    "UnderdampedLangevin",
     "Energy",
     "Info",
     "Kernel",
     "State",
+    "StochasticGradientLangevin",
     "Sum",
     "Tempered",
     "Unconstrained",

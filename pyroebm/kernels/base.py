@@ -82,6 +82,10 @@ class Kernel(abc.ABC, Generic[S]):
     has_momentum: ClassVar[bool] = False
     #: whether it moves on discrete supports, and not in unconstrained coordinates.
     discrete: ClassVar[bool] = False
+    #: entries that an event must have at least: dynamics at constant speed need a direction to turn to.
+    least_dim: ClassVar[int] = 1
+    #: settings that warm-up may change, which a checkpoint keeps.
+    learned: ClassVar[tuple[str, ...]] = ()
 
     #: gradient evaluations that one step may be expected to take, for planning.
     expected_gradients: ClassVar[float] = 1.0
@@ -127,6 +131,11 @@ class Kernel(abc.ABC, Generic[S]):
             raise ValueError(
                 f"x must have shape (chains, *event_shape) with event_shape {tuple(energy.event_shape)}, got {tuple(x.shape)}"
             )
+        if energy.event_shape.numel() < self.least_dim:
+            raise ValueError(
+                f"{type(self).__name__} needs events of at least {self.least_dim} entries, but {type(energy).__name__} has"
+                f" event_shape {tuple(energy.event_shape)}"
+            )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -148,6 +157,7 @@ class ContinuousKernel(Kernel[S]):
         True
     """
 
+    learned: ClassVar[tuple[str, ...]] = ("step_size", "inverse_mass")
     step_size: float | Tensor = 0.1
     inverse_mass: Tensor | Metric | None = None
 
