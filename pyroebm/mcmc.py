@@ -89,6 +89,12 @@ class MCMC(AbstractMCMC):
         self._record: Record | None = None
         self._warmup: Record | None = None
 
+    @property
+    def state(self) -> Any:
+        """Where the chains stand: the state of the kernel."""
+        self._kept()
+        return self._state
+
     def run(self, energy: Energy, initial: Tensor | None = None) -> None:
         """Warm up and draw.
 
@@ -251,7 +257,7 @@ class MCMC(AbstractMCMC):
 
     def _settings(self) -> dict[str, Any]:
         plain = {f.name: getattr(self.start_kernel, f.name) for f in dataclasses.fields(self.start_kernel)}
-        learned = ("step_size", "inverse_mass")
+        learned = ("step_size", "inverse_mass", *self.start_kernel.learned)
         plain = {k: v if isinstance(v, int | float | str) else repr(v) for k, v in plain.items() if k not in learned}
         return {"kernel": type(self.kernel).__name__, **plain, "num_chains": self.num_chains, "thinning": self.thinning}
 
@@ -260,6 +266,7 @@ class MCMC(AbstractMCMC):
         record = self._kept()
         parts = {f"state.{k}": v for k, v in flatten(self._state).items()} | {f"stats.{k}": v for k, v in record.stats().items()}
         parts |= {"x": record.draws(), "rng": self._generator.get_state()}
+        parts |= {f"learned.{name}": getattr(self.kernel, name) for name in self.kernel.learned}
         metric = getattr(self.kernel, "inverse_mass", None)
         written = self._settings() | {"seed": self.seed, "metric": type(metric).__name__}
         parts["settings"] = torch.tensor(list(json.dumps(written).encode()), dtype=torch.uint8)
@@ -289,7 +296,7 @@ class MCMC(AbstractMCMC):
             if not torch.allclose(self.start_kernel.refresh(target, at).energy, at.energy):
                 raise ValueError("the state must be of the energy given: its energies differ from those kept with the draws")
         generator.set_state(state["rng"])
-        learned: dict[str, Any] = {}
+        learned: dict[str, Any] = dict(parts("learned."))
         if "step_size" in state:
             learned["step_size"] = state["step_size"] if state["step_size"].dim() else float(state["step_size"])
             learned["inverse_mass"] = metric_from(metric, parts("metric."))

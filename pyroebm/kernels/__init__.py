@@ -2,9 +2,11 @@
 
 from pyroebm.kernels.base import ContinuousKernel, GradientKernel, Info, Kernel, State
 from pyroebm.kernels.hmc import HMC
+from pyroebm.kernels.ladder import LadderAdaptation
 from pyroebm.kernels.langevin import MALA, ULA
 from pyroebm.kernels.metric import Dense, Diagonal, LowRank
 from pyroebm.kernels.nuts import NUTS
+from pyroebm.kernels.tempering import ParallelTempering, TemperedState, TemperingReport
 
 __all__ = [
     "ContinuousKernel",
@@ -14,9 +16,13 @@ __all__ = [
     "HMC",
     "Info",
     "Kernel",
+    "LadderAdaptation",
     "LowRank",
     "MALA",
     "NUTS",
+    "ParallelTempering",
     "State",
+    "TemperedState",
+    "TemperingReport",
     "ULA",
 ]

@@ -82,6 +82,8 @@ class Kernel(abc.ABC, Generic[S]):
     has_momentum: ClassVar[bool] = False
     #: whether it moves on discrete supports, and not in unconstrained coordinates.
     discrete: ClassVar[bool] = False
+    #: settings of its own, tensors, that warm-up changes beside ``step_size`` and ``inverse_mass``: a checkpoint keeps them.
+    learned: ClassVar[tuple[str, ...]] = ()
 
     def replace(self, **changes: object) -> Self:
         """A new kernel with some settings changed."""
