@@ -4,7 +4,9 @@ from pyroebm.energy import Energy, Sum, Tempered, score, value_and_grad
 from pyroebm.kernels import HMC, MALA, NUTS, ULA, Info, Kernel, ParallelTempering, State
 from pyroebm.kernels.adaptation import WindowAdaptation
 from pyroebm.mcmc import MCMC
+from pyroebm.paths import DistributionEnergy, Path
 from pyroebm.ppl import Boltzmann, PyroKernel, initial_states
+from pyroebm.smc import SMCResult, tempered_smc
 from pyroebm.supports import spin
 from pyroebm.views import Unconstrained
 
@@ -19,10 +21,13 @@ __all__ = [
     "MCMC",
     "NUTS",
     "ULA",
+    "DistributionEnergy",
     "Energy",
     "Info",
     "Kernel",
     "ParallelTempering",
+    "Path",
+    "SMCResult",
     "State",
     "Sum",
     "Tempered",
@@ -31,5 +36,6 @@ __all__ = [
     "__version__",
     "score",
     "spin",
+    "tempered_smc",
     "value_and_grad",
 ]

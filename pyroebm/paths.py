@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from pyroebm.energy import Energy
-from pyroebm.supports import same_support
+from pyroebm.randomness import seeded_generator
+from pyroebm.supports import inside, same_support
 from pyroebm.views import Unconstrained
 
 __all__ = ["DistributionEnergy", "Path", "in_the_coordinates_of"]
@@ -82,7 +83,7 @@ def _check_reference(energy: Energy, reference: Energy) -> None:
 
 
 class DistributionEnergy(Energy):
-    r"""The energy :math:`-\log q` of a normalised distribution: :math:`\log Z = 0`, with its exact draws.
+    r"""The energy :math:`-\log q` of a normalised distribution: its draws are exact, and :math:`\log Z = 0`.
 
     Args:
         distribution: of Pyro or torch, with an empty batch shape. It draws from torch's global generator, which is seeded for
@@ -111,9 +112,14 @@ class DistributionEnergy(Energy):
         super().__init__(distribution.event_shape, distribution.support)
         self.distribution = distribution
         self.to(dtype or torch.get_default_dtype())
+        self._legal = self.sample(1, seeded_generator(0))[0]
 
     def forward(self, x: Tensor) -> Tensor:
-        return -self.distribution.log_prob(x)
+        legal = inside(self.support, x, len(self.event_shape))
+        # torch's distributions raise for a whole batch if one event is outside, or NaN
+        where = legal.reshape(*legal.shape, *[1] * len(self.event_shape))
+        values = -self.distribution.log_prob(torch.where(where, x, self._legal))
+        return torch.where(legal, values, torch.inf)
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         where = self.device if generator is None else generator.device
