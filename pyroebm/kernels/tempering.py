@@ -240,7 +240,7 @@ class ParallelTempering(Kernel[TemperedState]):
 
 def swap_probability(betas: Tensor, slope: Tensor) -> Tensor:
     r""":math:`\min(1, e^{(\beta_k - \beta_l)(s_k - s_l)})` of neighbours k, l = k + 1: ``(chains, R) -> (chains, R - 1)``."""
-    return torch.exp(-betas.diff(dim=1) * -slope.diff(dim=1)).clamp(max=1.0)
+    return torch.exp(betas.diff(dim=1) * slope.diff(dim=1)).clamp(max=1.0)
 
 
 def swapped_order(swapped: Tensor) -> Tensor:
