@@ -113,6 +113,7 @@ class DistributionEnergy(Energy):
         self.distribution = distribution
         self.to(dtype or torch.get_default_dtype())
         self._legal = self.sample(1, seeded_generator(0))[0]
+        self.to(self._legal.device)
 
     def forward(self, x: Tensor) -> Tensor:
         legal = inside(self.support, x, len(self.event_shape))
@@ -124,7 +125,8 @@ class DistributionEnergy(Energy):
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         where = self.device if generator is None else generator.device
         seed = int(torch.randint(2**63 - 1, (), generator=generator, device=where))
-        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []), torch.no_grad():
+        seeded = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+        with torch.random.fork_rng(seeded), torch.no_grad():
             torch.manual_seed(seed)
             return self.distribution.sample((n,)).to(self.dtype)
 

@@ -37,6 +37,14 @@ class SMCResult:
         step_sizes: of the kernel at each level, shape ``(L,)``; NaN where it has none.
         ess: effective sample size of an island at each level before resampling, mean over islands, shape ``(L,)``.
         acceptance: mean acceptance rate of the moves at each level, shape ``(L,)``.
+
+    Example:
+        >>> from pyroebm import MALA
+        >>> from pyroebm.targets import Gaussian
+        >>> result = tempered_smc(Gaussian(torch.ones(2)), Gaussian(torch.zeros(2), scale=2.0), MALA(), 128)
+        >>> mean, se = result.expectation(lambda x: x)
+        >>> bool(((mean - 1.0).abs() < 5 * se).all()), result.kind
+        (True, 'estimate')
     """
 
     x: Tensor

@@ -37,7 +37,8 @@ class TemperingReport(NamedTuple):
     r"""What the swaps say, all chains together; from :meth:`ParallelTempering.report`.
 
     With efficient swaps a round trip takes :math:`2 + 2 \Lambda` steps of a chain at best, however many temperatures there are
-    (Syed et al., 2022): more chains in parallel then help, more temperatures do not.
+    (Syed et al., 2022). A ladder of about :math:`2 \Lambda + 1` temperatures comes near to that; more of them cost more than they
+    give.
     """
 
     betas: Tensor  #: the ladder, shape ``(R,)``
