@@ -257,7 +257,7 @@ class MCMC(AbstractMCMC):
 
     def _settings(self) -> dict[str, Any]:
         plain = {f.name: getattr(self.start_kernel, f.name) for f in dataclasses.fields(self.start_kernel)}
-        learned = ("step_size", "inverse_mass", *self.start_kernel.learned)
+        learned = self.start_kernel.learned
         plain = {k: v if isinstance(v, int | float | str) else repr(v) for k, v in plain.items() if k not in learned}
         return {"kernel": type(self.kernel).__name__, **plain, "num_chains": self.num_chains, "thinning": self.thinning}
 
@@ -266,12 +266,11 @@ class MCMC(AbstractMCMC):
         record = self._kept()
         parts = {f"state.{k}": v for k, v in flatten(self._state).items()} | {f"stats.{k}": v for k, v in record.stats().items()}
         parts |= {"x": record.draws(), "rng": self._generator.get_state()}
-        parts |= {f"learned.{name}": getattr(self.kernel, name) for name in self.kernel.learned}
         metric = getattr(self.kernel, "inverse_mass", None)
         written = self._settings() | {"seed": self.seed, "metric": type(metric).__name__}
         parts["settings"] = torch.tensor(list(json.dumps(written).encode()), dtype=torch.uint8)
-        if hasattr(self.kernel, "step_size"):
-            parts["step_size"] = torch.as_tensor(self.kernel.step_size, dtype=torch.float64)
+        numbers = [name for name in self.kernel.learned if name != "inverse_mass"]
+        parts |= {name: torch.as_tensor(getattr(self.kernel, name), dtype=torch.float64) for name in numbers}
         if metric is not None:
             parts |= {f"metric.{k}": v for k, v in (flatten(metric) if isinstance(metric, tuple) else {"0": metric}).items()}
         return {name: value.detach().clone().contiguous() for name, value in parts.items()}
@@ -296,10 +295,12 @@ class MCMC(AbstractMCMC):
             if not torch.allclose(self.start_kernel.refresh(target, at).energy, at.energy):
                 raise ValueError("the state must be of the energy given: its energies differ from those kept with the draws")
         generator.set_state(state["rng"])
-        learned: dict[str, Any] = dict(parts("learned."))
-        if "step_size" in state:
-            learned["step_size"] = state["step_size"] if state["step_size"].dim() else float(state["step_size"])
-            learned["inverse_mass"] = metric_from(metric, parts("metric."))
+        learned: dict[str, Any] = {}
+        for name in self.start_kernel.learned:
+            if name == "inverse_mass":
+                learned[name] = metric_from(metric, parts("metric."))
+            else:
+                learned[name] = state[name] if state[name].dim() else float(state[name])
         self.kernel = self.start_kernel.replace(**learned)
         self._target, self._generator, self._state, self.seed, self.interrupted = target, generator, at, seed, False
         self._record, self._warmup = Record(0, at), Record(0, at)

@@ -82,7 +82,7 @@ class Kernel(abc.ABC, Generic[S]):
     has_momentum: ClassVar[bool] = False
     #: whether it moves on discrete supports, and not in unconstrained coordinates.
     discrete: ClassVar[bool] = False
-    #: settings of its own, tensors, that warm-up changes beside ``step_size`` and ``inverse_mass``: a checkpoint keeps them.
+    #: settings that warm-up may change, which a checkpoint keeps.
     learned: ClassVar[tuple[str, ...]] = ()
 
     def replace(self, **changes: object) -> Self:
@@ -147,6 +147,7 @@ class ContinuousKernel(Kernel[S]):
         True
     """
 
+    learned: ClassVar[tuple[str, ...]] = ("step_size", "inverse_mass")
     step_size: float | Tensor = 0.1
     inverse_mass: Tensor | Metric | None = None
 

@@ -106,7 +106,7 @@ class LadderAdaptation:
         if any(memory.step + 1 == end for _, end in rounds):
             betas, place = respaced(kernel.betas, 1.0 - kernel.report(state).swap_rates)
             if tunings:
-                sizes = _sizes(np.interp(place, np.arange(len(place)), [t.log_average for t in tunings]))
+                sizes = _sizes(np.interp(place, np.arange(len(place)), [float(t.log_average) for t in tunings]))
                 kernel, tunings = kernel.replace(step_size=sizes), _tunings(sizes)
             kernel = kernel.replace(betas=betas)
             state = kernel.refresh(energy, state)

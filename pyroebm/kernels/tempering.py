@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple, Self, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -90,8 +90,6 @@ class ParallelTempering(Kernel[TemperedState]):
     betas: Tensor
     reference: Energy | None = None
 
-    learned: ClassVar[tuple[str, ...]] = ("betas",)
-
     def __post_init__(self) -> None:
         check_kernel(self.kernel)
         betas = torch.as_tensor(self.betas, dtype=torch.float64)
@@ -113,6 +111,11 @@ class ParallelTempering(Kernel[TemperedState]):
     def discrete(self) -> bool:  # type: ignore[override]
         """Whether the inner kernel moves on discrete supports."""
         return self.kernel.discrete
+
+    @property
+    def learned(self) -> tuple[str, ...]:  # type: ignore[override]
+        """The ladder, and what warm-up learns of the inner kernel."""
+        return (*(name for name in ("step_size", "inverse_mass") if name in self.kernel.learned), "betas")
 
     @property
     def step_size(self) -> float | Tensor:
@@ -197,14 +200,11 @@ class ParallelTempering(Kernel[TemperedState]):
             slopes=state.slopes + slope,
         )
         moved = slice(None) if path.reference is None else slice(-1)  # a replica that is drawn afresh cannot diverge
-        info = Info(
-            acceptance_rate=inner_info.acceptance_rate[:, 0],
+        info: Info = _each(inner_info, lambda field: field[:, 0])._replace(
             accepted=inner_info.accepted[:, 0] | swapped[:, 0],
             diverging=inner_info.diverging[:, moved].any(1),
             energy=new.energy,
             n_steps=inner_info.n_steps.sum(1) + rungs,  # the energies taken anew after the swap cost a gradient each
-            step_size=inner_info.step_size[:, 0],
-            tree_depth=None if inner_info.tree_depth is None else inner_info.tree_depth[:, 0],
         )
         return new, info, inner_info
 
