@@ -13,6 +13,7 @@ from pyroebm.kernels import (
     Info,
     Kernel,
     MetropolisUnderdamped,
+    ParallelTempering,
     RandomWalk,
     State,
     StochasticGradientLangevin,
@@ -21,7 +22,9 @@ from pyroebm.kernels import (
 from pyroebm.kernels.adaptation import WindowAdaptation
 from pyroebm.mcmc import MCMC
 from pyroebm.minibatch import MinibatchEnergy
+from pyroebm.paths import DistributionEnergy, Path
 from pyroebm.ppl import Boltzmann, PyroKernel, initial_states
+from pyroebm.smc import SMCResult, tempered_smc
 from pyroebm.supports import spin
 from pyroebm.views import Unconstrained
 
@@ -44,9 +47,13 @@ __all__ = [
     "RandomWalk",
     "ULA",
     "UnderdampedLangevin",
+    "DistributionEnergy",
     "Energy",
     "Info",
     "Kernel",
+    "ParallelTempering",
+    "Path",
+    "SMCResult",
     "State",
     "StochasticGradientLangevin",
     "Sum",
@@ -56,5 +63,6 @@ __all__ = [
     "__version__",
     "score",
     "spin",
+    "tempered_smc",
     "value_and_grad",
 ]

@@ -7,7 +7,6 @@ import dataclasses
 import json
 import warnings
 from collections.abc import Iterator
-from numbers import Integral
 from typing import Any, Literal
 
 import torch
@@ -19,6 +18,7 @@ from tqdm import tqdm
 from pyroebm import diagnostics
 from pyroebm.compiled import choose_compiled, is_compiled
 from pyroebm.energy import Energy, check_energy
+from pyroebm.front_door import check_counts
 from pyroebm.kernels.adaptation import Adaptation, resolve
 from pyroebm.kernels.base import Kernel, check_kernel
 from pyroebm.kernels.metric import metric_from
@@ -83,8 +83,8 @@ class MCMC(AbstractMCMC):
         site: str = "x",
     ) -> None:
         check_kernel(kernel)
-        _check_counts({"num_samples": 1, "num_chains": 1, "thinning": 1}, num_samples, num_chains, thinning)
-        _check_counts({"warmup_steps": 0}, warmup_steps)
+        check_counts({"num_samples": 1, "num_chains": 1, "thinning": 1}, num_samples, num_chains, thinning)
+        check_counts({"warmup_steps": 0}, warmup_steps)
         super().__init__(kernel, num_chains, {})
         self.start_kernel, self.num_samples, self.warmup_steps, self.thinning = kernel, num_samples, warmup_steps, thinning
         self.seed = fresh_seed(seed)
@@ -98,6 +98,12 @@ class MCMC(AbstractMCMC):
     def compiled(self) -> bool | None:
         """Whether the last run used compiled blocks; None before the first."""
         return is_compiled(self._moving) if "_moving" in vars(self) else None
+
+    @property
+    def state(self) -> Any:
+        """Where the chains stand: the state of the kernel."""
+        self._kept()
+        return self._state
 
     def run(self, energy: Energy, initial: Tensor | None = None) -> None:
         """Warm up and draw.
@@ -142,7 +148,7 @@ class MCMC(AbstractMCMC):
         """
         if self._record is None or (self.interrupted and self._record.count == 0):
             raise ValueError("run_more goes on from a run that finished its warm-up: call run(energy) first")
-        _check_counts({"num_samples": 1}, num_samples)
+        check_counts({"num_samples": 1}, num_samples)
         with eval_mode(self._target):
             self._moving = choose_compiled(self._target, self.compile, self.kernel, self.num_chains, num_samples * self.thinning)
             self._state = self.kernel.refresh(self._target, self._state)
@@ -313,9 +319,3 @@ class MCMC(AbstractMCMC):
         self._target, self._generator, self._state, self.seed, self.interrupted = target, generator, at, seed, False
         self._record, self._warmup = Record(0, at), Record(0, at)
         self._record.load(state["x"], parts("stats."))
-
-
-def _check_counts(least: dict[str, int], *values: int) -> None:
-    for (name, bound), value in zip(least.items(), values, strict=True):
-        if not isinstance(value, Integral) or isinstance(value, bool) or value < bound:
-            raise ValueError(f"{name} must be an integer of at least {bound}, got {name}={value!r}")

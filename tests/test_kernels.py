@@ -25,6 +25,7 @@ from pyroebm import (
     Energy,
     Kernel,
     MetropolisUnderdamped,
+    ParallelTempering,
     RandomWalk,
     StochasticGradientLangevin,
     UnderdampedLangevin,
@@ -34,6 +35,7 @@ from pyroebm.kernels.base import rows
 from pyroebm.kernels.hamiltonian import draw_momentum, kinetic, leapfrog
 from pyroebm.kernels.metric import Dense, Diagonal, LowRank, Metric
 from pyroebm.kernels.nuts import _slots
+from pyroebm.record import flatten
 from pyroebm.targets import DoubleWell, Exponential, Gaussian, GaussianMixture, HalfDisc
 
 #: For an event of one entry: inverse mass 0.5.
@@ -47,6 +49,7 @@ KERNELS: dict[str, Callable[[], Kernel]] = {
     "nuts": lambda: NUTS(step_size=0.5),
     "mala-metric": lambda: MALA(step_size=0.8, inverse_mass=torch.tensor(0.5)),
     "hmc-metric": lambda: HMC(step_size=0.4, num_steps=4, inverse_mass=torch.tensor(0.5)),
+    "tempering": lambda: ParallelTempering(HMC(step_size=0.3, num_steps=3), betas=[1.0, 0.5, 0.2]),
     "nuts-metric": lambda: NUTS(step_size=0.6, inverse_mass=torch.tensor(0.5)),
     "nuts-dense": lambda: NUTS(step_size=0.6, inverse_mass=Dense(torch.tensor([[0.7]]))),
     "hmc-low-rank": lambda: HMC(step_size=0.4, num_steps=4, inverse_mass=NARROW),
@@ -63,7 +66,8 @@ KERNELS: dict[str, Callable[[], Kernel]] = {
     "chees-metric": lambda: ChEES(step_size=0.4, trajectory_length=2.0, inverse_mass=torch.tensor(0.5)),
     "metropolis-underdamped-metric": lambda: MetropolisUnderdamped(step_size=0.4, inverse_mass=torch.tensor(0.5)),
 }
-EXACT = [name for name in KERNELS if KERNELS[name]().exact]
+#: Tempering starts from draws at all temperatures: see test_tempering.py.
+EXACT = [name for name in KERNELS if KERNELS[name]().exact and name != "tempering"]
 EVENTS = [(), (3,), (2, 3, 4)]
 
 
@@ -193,7 +197,7 @@ def test_a_nan_rejects_its_row_counts_it_and_touches_no_other(name: str) -> None
         return kernel.step(energy, kernel.init(energy, x, generator), generator)
 
     state, info = step(fragile)
-    assert all(torch.isfinite(part).all() for part in state)
+    assert all(torch.isfinite(part).all() for part in flatten(state).values())
     assert torch.isfinite(info.acceptance_rate).all()
     assert info.diverging.any()
     clean, _ = step(Normal(fragile.event_shape).double())

@@ -16,9 +16,9 @@ PACKAGE = ROOT / "pyroebm"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("randomness", "diagnostics", "front_door"),
     ("supports",),
-    ("energy views compiled minibatch",),
+    ("energy views compiled minibatch paths",),
     ("targets", "energies", "kernels", "flows", "datasets"),
-    ("objectives", "partition", "mcmc record", "ppl"),
+    ("objectives", "partition smc", "mcmc record", "ppl"),
     ("infer", "plotting", "training", "distributed", "zoo"),
     ("pyroebm",),
     ("demo demo_report cli __main__",),
