@@ -126,8 +126,8 @@ class MCMC(AbstractMCMC):
             steps = self.warmup_steps + self.num_samples * self.thinning
             moving = choose_compiled(target, self.compile, self.start_kernel, self.num_chains, steps)
             # Only now is the run before this one let go: whatever was refused above has left it as it was.
-            self._moving = moving
-            self._target, self._generator, self._state, self.kernel = target, generator, state, self.start_kernel
+            self._target, self._moving, self._generator = target, moving, generator
+            self._state, self.kernel = state, self.start_kernel
             self._record = Record(self.num_samples, state)
             self._warmup = Record(self.warmup_steps if self.save_warmup else 0, state)
             self.interrupted = False
@@ -213,9 +213,7 @@ class MCMC(AbstractMCMC):
         if self._record is None:
             raise ValueError("nothing was drawn yet: call run(energy) first")
         if self._record.count == 0:
-            raise ValueError(
-                "the run ended before its first draw (see get_samples(warmup=True) for the warm-up): run(energy) again"
-            )
+            raise ValueError("the run ended before its first draw (the warm-up is get_samples(warmup=True)): run(energy) again")
         return self._record
 
     def get_samples(
