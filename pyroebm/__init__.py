@@ -4,6 +4,7 @@ from pyroebm.energy import Energy, Sum, Tempered, score, value_and_grad
 from pyroebm.kernels import HMC, MALA, NUTS, ULA, Info, Kernel, State
 from pyroebm.kernels.adaptation import WindowAdaptation
 from pyroebm.mcmc import MCMC
+from pyroebm.model_energy import ModelEnergy
 from pyroebm.ppl import Boltzmann, PyroKernel, initial_states
 from pyroebm.supports import spin
 from pyroebm.views import Unconstrained
@@ -22,6 +23,7 @@ __all__ = [
     "Energy",
     "Info",
     "Kernel",
+    "ModelEnergy",
     "State",
     "Sum",
     "Tempered",

@@ -18,7 +18,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("supports",),
     ("energy views",),
     ("targets", "energies", "kernels", "flows", "datasets"),
-    ("objectives", "partition", "mcmc record", "ppl"),
+    ("objectives", "partition", "mcmc record", "ppl model_energy rowwise"),
     ("infer", "plotting", "training", "distributed", "zoo"),
     ("pyroebm",),
     ("demo demo_report cli __main__",),
