@@ -30,15 +30,17 @@ TRIES = 100
 class _Substitute(Messenger):
     """Latents at given places: a site's own bijection, at the support that it has there, and the log-Jacobian, once."""
 
-    def __init__(self, given: Mapping[str, Tensor], inverse: bool = False) -> None:
+    def __init__(self, given: Mapping[str, Tensor], plates: Mapping[str, list[int]], inverse: bool) -> None:
         super().__init__()
-        self.given, self.inverse = given, inverse
+        self.given, self.plates, self.inverse = given, plates, inverse
         self.images: dict[str, Tensor] = {}
         self.transforms: dict[str, Transform] = {}
         self.log_det: Tensor | float = 0.0
 
     def _pyro_sample(self, msg: Any) -> None:
         name = msg["name"]
+        if name in self.plates:
+            msg["value"] = self.plates[name]
         if name not in self.given:
             return
         transform = self.transforms[name] = biject_to(msg["fn"].support)
@@ -123,6 +125,9 @@ class ModelEnergy(RowwiseEnergy):
         super().__init__({name: biject_to(s["fn"].support).inv(s["value"]).shape for name, s in latents.items()}, like)
         self.model, self.args, self.kwargs = model, args, kwargs
         self.sites = {name: site["value"].shape for name, site in latents.items()}
+        # A sequential plate reads its indices one by one, which a capture does not allow: it gets them as integers.
+        frames = {frame for node in trace.nodes.values() for frame in node.get("cond_indep_stack", ()) if not frame.vectorized}
+        self._plates = {frame.name: list(range(frame.size)) for frame in frames}
         self._params = [name for name, node in trace.nodes.items() if node["type"] == "param"]
         rows = 2.0 * uniform((2, *self.event_shape), seeded_generator(0), self.dtype, self.device) - 1.0
         self._transforms = self._fixed_transforms(rows)
@@ -137,7 +142,7 @@ class ModelEnergy(RowwiseEnergy):
         return first if same else None
 
     def _run(self, given: Mapping[str, Tensor], inverse: bool = False) -> tuple[poutine.Trace, _Substitute]:
-        with pyro.validation_enabled(False), poutine.block(), _Substitute(given, inverse) as places, _Detached():
+        with pyro.validation_enabled(False), poutine.block(), _Substitute(given, self._plates, inverse) as places, _Detached():
             trace = poutine.trace(self.model).get_trace(*self.args, **self.kwargs)
         return trace, places
 
