@@ -7,7 +7,7 @@ import functools
 import importlib
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -225,8 +225,17 @@ class Verdict:
         return f"Mixed: {facts}." if self.mixed else f"Not mixed: {facts}. " + " ".join(self.problems)
 
 
+class KernelFacts(Protocol):
+    """What a verdict asks of a kernel."""
+
+    @property
+    def exact(self) -> bool: ...
+    @property
+    def has_momentum(self) -> bool: ...
+
+
 def verdict(
-    draws: Tensor, stats: Mapping[str, Tensor], max_r_hat: float = 1.01, min_ess: float = 400.0, exact: bool = True
+    draws: Tensor, stats: Mapping[str, Tensor], max_r_hat: float = 1.01, min_ess: float = 400.0, kernel: KernelFacts | None = None
 ) -> Verdict:
     r"""Judge a run by R-hat, effective sample size, BFMI and divergences (thresholds of Vehtari et al., 2021, and Stan).
 
@@ -237,7 +246,8 @@ def verdict(
         stats: ``energy`` and ``diverging`` of shape ``(chains, draws)``, as :class:`pyroebm.MCMC` keeps them.
         max_r_hat: worst :math:`\hat R` to accept.
         min_ess: least bulk and tail effective sample size to accept.
-        exact: whether the kernel leaves the target unchanged; agreement of chains cannot see a bias that all share.
+        kernel: what made the draws: whether it is exact (agreement of chains cannot see a bias that all share) and whether its
+            ``energy`` is a Hamiltonian; None is an exact kernel with momenta.
 
     Example:
         >>> x = torch.randn(4, 500, generator=torch.Generator().manual_seed(0))
@@ -260,9 +270,9 @@ def verdict(
         problems.append(f"{diverging} of {chains * count} draws diverged: lower the step size, or reparametrise.")
     if "acceptance_rate" in stats and (rate := float(stats["acceptance_rate"].double().mean())) < 0.2:
         problems.append(f"The mean acceptance rate is {rate:.2g}: the step size is too large; lower it, or warm up longer.")
-    if not exact:
+    if kernel is not None and not kernel.exact:
         problems.append("The kernel is not exact: its bias grows with its step size, and no agreement between chains shows it.")
-    has_momentum = exact and "energy" in stats
+    has_momentum = (kernel is None or kernel.has_momentum) and "energy" in stats
     least_bfmi = float(np.min(bfmi(stats["energy"]))) if has_momentum else float("nan")
     if least_bfmi < 0.3:
         problems.append(f"BFMI {least_bfmi:.2f} is below 0.3: momenta explore the energies slowly; reparametrise heavy tails.")

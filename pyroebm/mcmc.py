@@ -8,7 +8,7 @@ import json
 import warnings
 from collections.abc import Iterator
 from numbers import Integral
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pyro.infer.mcmc.api import AbstractMCMC
@@ -18,16 +18,15 @@ from tqdm import tqdm
 
 from pyroebm import diagnostics
 from pyroebm.energy import Energy, check_energy
-from pyroebm.kernels.adaptation import WindowAdaptation
-from pyroebm.kernels.base import Kernel, State, check_kernel
+from pyroebm.kernels.adaptation import Adaptation, resolve
+from pyroebm.kernels.base import Kernel, check_kernel
+from pyroebm.kernels.metric import metric_from
 from pyroebm.randomness import fresh_seed, seeded_generator
-from pyroebm.record import Record, merged
+from pyroebm.record import Record, flatten, merged, unflatten
 from pyroebm.supports import inside
 from pyroebm.views import Unconstrained, eval_mode
 
 __all__ = ["MCMC"]
-
-DEFAULT_ADAPTATION = WindowAdaptation()
 
 
 class MCMC(AbstractMCMC):
@@ -40,7 +39,7 @@ class MCMC(AbstractMCMC):
         num_chains: number of chains.
         seed: seed of every random number of the run; None takes a fresh one, kept in ``.seed``. No global generator is used.
         thinning: keep one draw in so many steps; divergences and gradient counts of the others are kept with it.
-        adaptation: how to adapt; None leaves the kernel as it is.
+        adaptation: how to adapt: the kernel's own way, or a :class:`pyroebm.WindowAdaptation`; None leaves it as it is.
         save_warmup: whether to keep the draws of the warm-up too.
         progress: show a progress bar; None shows one on a terminal.
         site: name of the variable in the results.
@@ -61,19 +60,19 @@ class MCMC(AbstractMCMC):
         torch.Size([16, 100])
     """
 
-    kernel: Kernel
+    kernel: Kernel[Any]
     num_chains: int
 
     def __init__(
         self,
-        kernel: Kernel,
+        kernel: Kernel[Any],
         num_samples: int,
         warmup_steps: int = 500,
         num_chains: int = 1,
         *,
         seed: int | None = None,
         thinning: int = 1,
-        adaptation: WindowAdaptation | None = DEFAULT_ADAPTATION,
+        adaptation: Adaptation | Literal["default"] | None = "default",
         save_warmup: bool = True,
         progress: bool | None = None,
         site: str = "x",
@@ -81,12 +80,11 @@ class MCMC(AbstractMCMC):
         check_kernel(kernel)
         _check_counts({"num_samples": 1, "num_chains": 1, "thinning": 1}, num_samples, num_chains, thinning)
         _check_counts({"warmup_steps": 0}, warmup_steps)
-        if adaptation is not None and not isinstance(adaptation, WindowAdaptation):
-            raise ValueError(f"adaptation must be a WindowAdaptation or None, got adaptation={adaptation!r}")
         super().__init__(kernel, num_chains, {})
         self.start_kernel, self.num_samples, self.warmup_steps, self.thinning = kernel, num_samples, warmup_steps, thinning
         self.seed = fresh_seed(seed)
-        self.adaptation, self.save_warmup, self.progress, self.site = adaptation, save_warmup, progress, site
+        self.adaptation = resolve(kernel, adaptation)
+        self.save_warmup, self.progress, self.site = save_warmup, progress, site
         self.interrupted = False
         self._record: Record | None = None
         self._warmup: Record | None = None
@@ -108,7 +106,7 @@ class MCMC(AbstractMCMC):
             if initial is None:
                 initial = energy.initial(self.num_chains, generator)
             self._check_initial(energy, initial)
-            state = self.start_kernel.init(target, target.unconstrain(initial))
+            state = self.start_kernel.init(target, target.unconstrain(initial), generator)
             # Only now is the run before this one let go: whatever was refused above has left it as it was.
             self._target, self._generator, self._state, self.kernel = target, generator, state, self.start_kernel
             self._record = Record(self.num_samples, state)
@@ -133,7 +131,7 @@ class MCMC(AbstractMCMC):
             raise ValueError("run_more goes on from a run that finished its warm-up: call run(energy) first")
         _check_counts({"num_samples": 1}, num_samples)
         with eval_mode(self._target):
-            self._state = self.kernel.init(self._target, self._state.x)
+            self._state = self.kernel.refresh(self._target, self._state)
             self.interrupted = False
             self._record.grow(num_samples)
             with self._keeping("sampling"):
@@ -141,7 +139,7 @@ class MCMC(AbstractMCMC):
 
     def _bound(self, energy: Energy) -> tuple[Unconstrained, torch.Generator]:
         check_energy(energy)
-        return Unconstrained(energy), seeded_generator(self.seed, energy.device)
+        return Unconstrained(energy, keep_discrete=self.start_kernel.discrete), seeded_generator(self.seed, energy.device)
 
     def _check_initial(self, energy: Energy, initial: Tensor) -> None:
         if not isinstance(initial, Tensor) or initial.dim() != 1 + len(energy.event_shape) or len(initial) != self.num_chains:
@@ -161,13 +159,14 @@ class MCMC(AbstractMCMC):
         if plan is not None and self.warmup_steps > 0:
             self.kernel, memory = plan.start(self.kernel, self._target, self._state, self._generator)
         for _ in self._bar(self.warmup_steps, "warm-up"):
-            self._state, info = self.kernel.step(self._target, self._state, self._generator)
+            if plan is None:
+                self._state, info = self.kernel.step(self._target, self._state, self._generator)
+            else:
+                self.kernel, self._state, info, memory = plan.step(
+                    self.kernel, self._target, self._state, memory, self.warmup_steps, self._generator
+                )
             if self.save_warmup:
                 record.append(self._state, info)
-            if plan is not None:
-                self.kernel, memory = plan.update(
-                    self.kernel, self._target, self._state, info, memory, self.warmup_steps, self._generator
-                )
 
     def _draw(self, record: Record, num_samples: int) -> None:
         for _ in self._bar(num_samples, "sample"):
@@ -235,7 +234,7 @@ class MCMC(AbstractMCMC):
 
     def verdict(self, max_r_hat: float = 1.01, min_ess: float = 400.0) -> diagnostics.Verdict:
         """Whether the chains mixed, in plain words; see :func:`pyroebm.diagnostics.verdict`."""
-        return diagnostics.verdict(self._kept().draws(), self.get_stats(), max_r_hat, min_ess, self.kernel.exact)
+        return diagnostics.verdict(self._kept().draws(), self.get_stats(), max_r_hat, min_ess, self.kernel)
 
     def diagnostics(self) -> dict[str, Any]:
         """As Pyro's: effective sample size and R-hat of each site, divergences and acceptance rates of each chain."""
@@ -254,19 +253,23 @@ class MCMC(AbstractMCMC):
         }
 
     def _settings(self) -> dict[str, Any]:
-        plain = {f.name: getattr(self.kernel, f.name) for f in dataclasses.fields(self.kernel)}
-        plain = {name: value for name, value in plain.items() if name not in ("step_size", "inverse_mass")}
+        plain = {f.name: getattr(self.start_kernel, f.name) for f in dataclasses.fields(self.start_kernel)}
+        learned = ("step_size", "inverse_mass")
+        plain = {k: v if isinstance(v, int | float | str) else repr(v) for k, v in plain.items() if k not in learned}
         return {"kernel": type(self.kernel).__name__, **plain, "num_chains": self.num_chains, "thinning": self.thinning}
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything that ``run_more`` needs, and every draw, as tensors alone (safetensors can hold it)."""
-        record, written = self._kept(), json.dumps(self._settings() | {"seed": self.seed}).encode()
-        parts = {f"state.{k}": v for k, v in self._state._asdict().items()} | {f"stats.{k}": v for k, v in record.stats().items()}
+        record = self._kept()
+        parts = {f"state.{k}": v for k, v in flatten(self._state).items()} | {f"stats.{k}": v for k, v in record.stats().items()}
         parts |= {"x": record.draws(), "rng": self._generator.get_state()}
-        parts["settings"] = torch.tensor(list(written), dtype=torch.uint8)
-        parts["step_size"] = torch.as_tensor(self.kernel.step_size, dtype=torch.float64)
-        if self.kernel.inverse_mass is not None:
-            parts["inverse_mass"] = self.kernel.inverse_mass
+        metric = getattr(self.kernel, "inverse_mass", None)
+        written = self._settings() | {"seed": self.seed, "metric": type(metric).__name__}
+        parts["settings"] = torch.tensor(list(json.dumps(written).encode()), dtype=torch.uint8)
+        if hasattr(self.kernel, "step_size"):
+            parts["step_size"] = torch.as_tensor(self.kernel.step_size, dtype=torch.float64)
+        if metric is not None:
+            parts |= {f"metric.{k}": v for k, v in (flatten(metric) if isinstance(metric, tuple) else {"0": metric}).items()}
         return {name: value.detach().clone().contiguous() for name, value in parts.items()}
 
     def load_state_dict(self, state: dict[str, Tensor], energy: Energy) -> None:
@@ -275,26 +278,28 @@ class MCMC(AbstractMCMC):
         Raises:
             ValueError: if the state is of other settings (kernel, chains, thinning), or of another energy.
         """
-        if not {"settings", "x", "rng", "step_size", *(f"state.{k}" for k in State._fields)} <= set(state):
+        if not {"settings", "x", "rng", "state.x", "state.energy"} <= set(state):
             raise ValueError(f"state must come from MCMC.state_dict(), got keys {sorted(state)}")
         settings = json.loads(bytes(state["settings"].tolist()))
-        seed = settings.pop("seed")
+        seed, metric = settings.pop("seed"), settings.pop("metric")
         if settings != self._settings():
             raise ValueError(f"the state must be of the settings of this run, {self._settings()}, got {settings}")
         target, generator = self._bound(energy)
         energy.check_states(target.constrain(state["x"]), "state['x']")
-        at = State(*(state[f"state.{k}"].clone() for k in State._fields))
-        with eval_mode(energy), torch.no_grad():
-            if not torch.allclose(target(at.x), at.energy):
+        parts = lambda prefix: {k.removeprefix(prefix): v.clone() for k, v in state.items() if k.startswith(prefix)}  # noqa: E731
+        with eval_mode(energy):
+            at = unflatten(self.start_kernel.init(target, state["state.x"], generator), parts("state."))
+            if not torch.allclose(self.start_kernel.refresh(target, at).energy, at.energy):
                 raise ValueError("the state must be of the energy given: its energies differ from those kept with the draws")
         generator.set_state(state["rng"])
-        step_size = state["step_size"]
-        self.kernel = self.start_kernel.replace(
-            step_size=step_size if step_size.dim() else float(step_size), inverse_mass=state.get("inverse_mass")
-        )
+        learned: dict[str, Any] = {}
+        if "step_size" in state:
+            learned["step_size"] = state["step_size"] if state["step_size"].dim() else float(state["step_size"])
+            learned["inverse_mass"] = metric_from(metric, parts("metric."))
+        self.kernel = self.start_kernel.replace(**learned)
         self._target, self._generator, self._state, self.seed, self.interrupted = target, generator, at, seed, False
         self._record, self._warmup = Record(0, at), Record(0, at)
-        self._record.load(state["x"], {k.removeprefix("stats."): v for k, v in state.items() if k.startswith("stats.")})
+        self._record.load(state["x"], parts("stats."))
 
 
 def _check_counts(least: dict[str, int], *values: int) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from pyro.distributions import MaskedDistribution, TorchDistribution
@@ -20,7 +20,7 @@ from torch.distributions import constraints
 from torch.distributions.constraints import Constraint
 
 from pyroebm.energy import Energy, check_energy
-from pyroebm.kernels.adaptation import WindowAdaptation
+from pyroebm.kernels.adaptation import Adaptation, resolve
 from pyroebm.kernels.base import Kernel, check_kernel
 from pyroebm.supports import event_numel
 from pyroebm.views import Unconstrained, eval_mode
@@ -184,16 +184,16 @@ class PyroKernel(MCMCKernel):
 
     def __init__(
         self,
-        kernel: Kernel,
+        kernel: Kernel[Any],
         energy: Energy,
         site: str = "x",
-        adaptation: WindowAdaptation | None = WindowAdaptation(),  # noqa: B008
+        adaptation: Adaptation | Literal["default"] | None = "default",
     ) -> None:
         check_kernel(kernel)
         check_energy(energy)
-        self.start_kernel, self.site, self.adaptation = kernel, site, adaptation
-        self.target = Unconstrained(energy)
-        self.transforms = energy.potential_fn(site).transforms
+        self.start_kernel, self.site, self.adaptation = kernel, site, resolve(kernel, adaptation)
+        self.target = Unconstrained(energy, keep_discrete=kernel.discrete)
+        self.transforms = {} if kernel.discrete else energy.potential_fn(site).transforms
         self._initial: Tensor | None = None
 
     def setup(self, warmup_steps: int, *args: Any, **kwargs: Any) -> None:
@@ -203,7 +203,7 @@ class PyroKernel(MCMCKernel):
         self._generator = torch.Generator(device).manual_seed(int(torch.randint(2**63 - 1, ())))
         with eval_mode(self.target):
             u = self.target.initial(1, self._generator) if self._initial is None else self._initial.unsqueeze(0)
-            self._state = self.kernel.init(self.target, u)
+            self._state = self.kernel.init(self.target, u, self._generator)
             if self.adaptation is not None and warmup_steps > 0:
                 self.kernel, self._memory = self.adaptation.start(self.kernel, self.target, self._state, self._generator)
 
@@ -224,14 +224,14 @@ class PyroKernel(MCMCKernel):
 
     def _sample(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
         if not torch.equal(params[self.site], self._state.x[0]):  # the caller moved the chain
-            self._state = self.kernel.init(self.target, params[self.site].detach().unsqueeze(0))
-        self._state, info = self.kernel.step(self.target, self._state, self._generator)
-        if self._step < self.warmup_steps:
-            if self.adaptation is not None:
-                self.kernel, self._memory = self.adaptation.update(
-                    self.kernel, self.target, self._state, info, self._memory, self.warmup_steps, self._generator
-                )
+            self._state = self.kernel.init(self.target, params[self.site].detach().unsqueeze(0), self._generator)
+        if self._step < self.warmup_steps and self.adaptation is not None:
+            self.kernel, self._state, info, self._memory = self.adaptation.step(
+                self.kernel, self.target, self._state, self._memory, self.warmup_steps, self._generator
+            )
         else:
+            self._state, info = self.kernel.step(self.target, self._state, self._generator)
+        if self._step >= self.warmup_steps:
             self._acceptance += float(info.acceptance_rate)
             if bool(info.diverging):
                 self._divergences.append(self._step - self.warmup_steps)
@@ -242,8 +242,10 @@ class PyroKernel(MCMCKernel):
         return self._acceptance / max(self._step - self.warmup_steps, 1)
 
     def logging(self) -> OrderedDict[str, str]:
-        step_size = float(torch.as_tensor(self.kernel.step_size).mean())
-        return OrderedDict([("step size", f"{step_size:.2e}"), ("acc. prob", f"{self._acceptance_rate():.3f}")])
+        facts = OrderedDict([("acc. prob", f"{self._acceptance_rate():.3f}")])
+        if (size := getattr(self.kernel, "step_size", None)) is not None:
+            facts["step size"] = f"{float(torch.as_tensor(size).mean()):.2e}"
+        return facts
 
     def diagnostics(self) -> dict[str, Any]:
         return {"divergences": self._divergences, "acceptance rate": self._acceptance_rate()}

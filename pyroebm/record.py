@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any, TypeVar
+
 import torch
 from torch import Tensor
 
-from pyroebm.kernels.base import Info, State
+from pyroebm.kernels.base import AnyState, Info
 
-__all__ = ["Record", "merged"]
+__all__ = ["Record", "flatten", "merged", "unflatten"]
+
+T = TypeVar("T", bound=tuple[Any, ...])
 
 
 class Record:
@@ -18,12 +22,12 @@ class Record:
         state: a state, for shapes and types.
     """
 
-    def __init__(self, size: int, state: State) -> None:
+    def __init__(self, size: int, state: AnyState) -> None:
         self.count = 0
         self.x = state.x.new_empty((len(state.x), size, *state.x.shape[1:]))
         self._stats: dict[str, Tensor] = {}
 
-    def append(self, state: State, info: Info) -> None:
+    def append(self, state: AnyState, info: Info) -> None:
         """Keep one draw of every chain."""
         facts = {"lp": -state.energy} | {k: v for k, v in info._asdict().items() if v is not None and k != "accepted"}
         for name, value in facts.items():
@@ -61,3 +65,21 @@ def merged(infos: list[Info]) -> Info:
         diverging=torch.stack([i.diverging for i in infos]).any(0),
         n_steps=torch.stack([i.n_steps for i in infos]).sum(0),
     )
+
+
+def flatten(state: Any) -> dict[str, Tensor]:
+    """A NamedTuple of tensors, or of such NamedTuples, as one dict: ``inner.x`` is the ``x`` of the field ``inner``."""
+    found: dict[str, Tensor] = {}
+    for name, value in state._asdict().items():
+        found |= {f"{name}.{k}": v for k, v in flatten(value).items()} if isinstance(value, tuple) else {name: value}
+    return found
+
+
+def unflatten(like: T, parts: dict[str, Tensor]) -> T:
+    """The inverse of :func:`flatten`, with the structure of ``like``; ValueError if a part is missing."""
+    if missing := set(flatten(like)) - set(parts):
+        raise ValueError(f"the state must hold {sorted(flatten(like))}, got none of {sorted(missing)}")
+    inner = lambda name: {k.removeprefix(f"{name}."): v for k, v in parts.items() if k.startswith(f"{name}.")}  # noqa: E731
+    fields = like._asdict().items()  # type: ignore[attr-defined]
+    new = {name: unflatten(value, inner(name)) if isinstance(value, tuple) else parts[name] for name, value in fields}
+    return type(like)(**new)

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.distributions.constraints import Constraint
+from torch.distributions.transforms import identity_transform
 
 from pyroebm.energy import Energy
-from pyroebm.supports import base_constraint, event_sum, is_real, unconstraining
+from pyroebm.supports import base_constraint, event_sum, is_discrete, is_real, unconstraining
 
 __all__ = ["Conditioned", "Unnormalized", "Unconstrained", "PotentialFn", "eval_mode"]
 
@@ -149,9 +150,10 @@ class Unconstrained(Energy):
 
     Args:
         energy: an energy of continuous support.
+        keep_discrete: let an energy of discrete support through as it is, for kernels that move on it.
 
     Raises:
-        ValueError: if the support is discrete or no bijection is known.
+        ValueError: if the support is discrete (and not kept) or no bijection is known.
 
     Example:
         >>> from pyroebm.targets import Exponential
@@ -159,10 +161,11 @@ class Unconstrained(Energy):
         tensor([1.])
     """
 
-    def __init__(self, energy: Energy) -> None:
-        transform = unconstraining(energy.support)
-        super().__init__(transform.inverse_shape(torch.Size(energy.event_shape)))
-        self.energy, self.transform = energy, transform
+    def __init__(self, energy: Energy, keep_discrete: bool = False) -> None:
+        kept = keep_discrete and is_discrete(energy.support)
+        transform = identity_transform if kept else unconstraining(energy.support)
+        super().__init__(transform.inverse_shape(torch.Size(energy.event_shape)), energy.support if kept else None)
+        self.energy, self.transform, self._as_is = energy, transform, kept or is_real(energy.support)
 
     @property
     def log_z(self) -> float | None:  # type: ignore[override]
@@ -178,7 +181,7 @@ class Unconstrained(Energy):
         return self.unconstrain(self.energy.sample(n, generator))
 
     def forward(self, u: Tensor) -> Tensor:
-        if is_real(self.energy.support):
+        if self._as_is:
             return self.energy(u)
         x = self.transform(u)
         log_det = self.transform.log_abs_det_jacobian(u, x)
@@ -186,11 +189,11 @@ class Unconstrained(Energy):
 
     def constrain(self, u: Tensor) -> Tensor:
         """States of the original energy: ``(*batch, *unconstrained) -> (*batch, *event)``."""
-        return u if is_real(self.energy.support) else self.transform(u)
+        return u if self._as_is else self.transform(u)
 
     def unconstrain(self, x: Tensor) -> Tensor:
         """The inverse of :meth:`constrain`."""
-        return x if is_real(self.energy.support) else self.transform.inv(x)
+        return x if self._as_is else self.transform.inv(x)
 
     def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         return self.unconstrain(self.energy.initial(n, generator))

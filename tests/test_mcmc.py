@@ -252,7 +252,10 @@ def test_run_more_samples_the_energy_as_it_now_is() -> None:
     ("make", "message"),
     [
         (lambda: MCMC(NUTS, 5), r"write NUTS\(\) in place of NUTS"),
-        (lambda: MCMC(NUTS(), 5, adaptation=True), "adaptation must be a WindowAdaptation or None"),
+        (
+            lambda: MCMC(NUTS(), 5, adaptation=True),
+            r"adaptation must be a WindowAdaptation\(\) or the like of it, or None, got adaptation=True",
+        ),
         (lambda: sampled(DoubleWell(), 5, 5).run_more(2.5), "num_samples must be an integer of at least 1, got num_samples=2.5"),
         (lambda: MCMC(NUTS(), True), "num_samples must be an integer"),
         (lambda: MCMC(NUTS(), 5, num_chains=2).run(DoubleWell(), [0.0, 1.0]), "initial must hold one state .* got shape list"),

@@ -1,8 +1,22 @@
 """Markov kernels on rows: each file one algorithm, each kernel a frozen set of settings with ``init`` and ``step``."""
 
-from pyroebm.kernels.base import Info, Kernel, State
+from pyroebm.kernels.base import ContinuousKernel, GradientKernel, Info, Kernel, State
 from pyroebm.kernels.hmc import HMC
 from pyroebm.kernels.langevin import MALA, ULA
+from pyroebm.kernels.metric import Dense, Diagonal, LowRank
 from pyroebm.kernels.nuts import NUTS
 
-__all__ = ["HMC", "Info", "Kernel", "MALA", "NUTS", "State", "ULA"]
+__all__ = [
+    "ContinuousKernel",
+    "Dense",
+    "Diagonal",
+    "GradientKernel",
+    "HMC",
+    "Info",
+    "Kernel",
+    "LowRank",
+    "MALA",
+    "NUTS",
+    "State",
+    "ULA",
+]

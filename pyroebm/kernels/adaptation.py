@@ -4,15 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from pyroebm.energy import Energy
-from pyroebm.kernels.base import Info, Kernel, State, rows
+from pyroebm.kernels.base import AnyState, Info, Kernel, rows
 
-__all__ = ["DualAveraging", "PooledVariance", "WindowAdaptation", "Warmup", "find_step_size", "windows"]
+__all__ = ["Adaptation", "DualAveraging", "PooledVariance", "WindowAdaptation", "Warmup", "find_step_size", "windows"]
+
+
+class Adaptation(Protocol):
+    """What warm-up asks of an adaptation. ``memory`` is its own state between two steps, a NamedTuple."""
+
+    def start(
+        self, kernel: Kernel[Any], energy: Energy, state: Any, generator: torch.Generator | None = None
+    ) -> tuple[Kernel[Any], Any]:
+        """A kernel to begin with, and the memory."""
+
+    def step(
+        self, kernel: Kernel[Any], energy: Energy, state: Any, memory: Any, steps: int, generator: torch.Generator | None = None
+    ) -> tuple[Kernel[Any], Any, Info, Any]:
+        """One step of a warm-up of ``steps``: the kernel for the next step, the state, the report and the memory."""
 
 
 class DualAveraging(NamedTuple):
@@ -117,10 +131,10 @@ def windows(steps: int, initial: int = 15, first: int = 15, final: int = 50) -> 
     return found
 
 
-def find_step_size(kernel: Kernel, energy: Energy, state: State, generator: torch.Generator | None) -> float:
+def find_step_size(kernel: Kernel[Any], energy: Energy, state: AnyState, generator: torch.Generator | None) -> float:
     """A step size to start from: double or halve until the mean acceptance of one step crosses one half (heuristic of NUTS)."""
-    probe: Kernel = kernel.replace(max_tree_depth=1) if hasattr(kernel, "max_tree_depth") else kernel
-    size = float(torch.as_tensor(kernel.step_size).mean())
+    probe: Kernel[Any] = kernel.replace(max_tree_depth=1) if hasattr(kernel, "max_tree_depth") else kernel
+    size = float(torch.as_tensor(getattr(kernel, "step_size")).mean())  # noqa: B009
     direction = 0
     for _ in range(50):
         _, info = probe.replace(step_size=size).step(energy, state, generator)
@@ -159,8 +173,7 @@ class WindowAdaptation:
         >>> state = HMC().init(energy, energy.initial(16, generator))
         >>> kernel, warmup = plan.start(HMC(), energy, state, generator)
         >>> for _ in range(100):
-        ...     state, info = kernel.step(energy, state, generator)
-        ...     kernel, warmup = plan.update(kernel, energy, state, info, warmup, 100, generator)
+        ...     kernel, state, info, warmup = plan.step(kernel, energy, state, warmup, 100, generator)
         >>> kernel.inverse_mass.shape
         torch.Size([3])
     """
@@ -176,8 +189,8 @@ class WindowAdaptation:
             raise ValueError(f"target_acceptance must be in (0, 1), got target_acceptance={self.target_acceptance}")
 
     def start(
-        self, kernel: Kernel, energy: Energy, state: State, generator: torch.Generator | None = None
-    ) -> tuple[Kernel, Warmup]:
+        self, kernel: Kernel[Any], energy: Energy, state: AnyState, generator: torch.Generator | None = None
+    ) -> tuple[Kernel[Any], Warmup]:
         """A kernel with a first guess of the step size, and the adaptation's state."""
         pooled = PooledVariance.start(rows(state.x))
         if kernel.target_acceptance is None:
@@ -185,16 +198,30 @@ class WindowAdaptation:
         size = find_step_size(kernel, energy, state, generator)
         return kernel.replace(step_size=size), Warmup(DualAveraging.start(size), pooled, 0)
 
+    def step(
+        self,
+        kernel: Kernel[Any],
+        energy: Energy,
+        state: Any,
+        memory: Warmup,
+        steps: int,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Kernel[Any], Any, Info, Warmup]:
+        """One step of the kernel, and what is learned from it."""
+        state, info = kernel.step(energy, state, generator)
+        kernel, memory = self.update(kernel, energy, state, info, memory, steps, generator)
+        return kernel, state, info, memory
+
     def update(
         self,
-        kernel: Kernel,
+        kernel: Kernel[Any],
         energy: Energy,
-        state: State,
+        state: AnyState,
         info: Info,
         warmup: Warmup,
         steps: int,
         generator: torch.Generator | None = None,
-    ) -> tuple[Kernel, Warmup]:
+    ) -> tuple[Kernel[Any], Warmup]:
         """The kernel for the next step, after step number ``warmup.step`` of ``steps``; the last one fixes the average."""
         tuning, pooled, step = warmup
         if tuning is None or kernel.target_acceptance is None:
@@ -219,3 +246,13 @@ class WindowAdaptation:
             size = 0.5 * find_step_size(kernel, energy, state, generator) if few else math.exp(tuning.log_average)
             kernel = kernel.replace(step_size=size)
         return kernel, Warmup(tuning, pooled, step + 1)
+
+
+def resolve(kernel: Kernel[Any], adaptation: Adaptation | Literal["default"] | None) -> Adaptation | None:
+    """What ``adaptation`` means for a kernel: "default" is the kernel's own way, or a :class:`WindowAdaptation`."""
+    if adaptation == "default":
+        chosen: Adaptation = kernel.own_adaptation() or WindowAdaptation()
+        return chosen
+    if adaptation is not None and (isinstance(adaptation, type | str) or not hasattr(adaptation, "start")):
+        raise ValueError(f"adaptation must be a WindowAdaptation() or the like of it, or None, got adaptation={adaptation!r}")
+    return adaptation

@@ -4,19 +4,33 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from typing import ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, Generic, NamedTuple, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
 
 from pyroebm.energy import Energy, unchecked_value_and_grad, value_and_grad
-from pyroebm.supports import is_real
+from pyroebm.kernels.metric import Metric, metric_tensors
+from pyroebm.randomness import standard_normal, uniform
+from pyroebm.supports import is_discrete, is_real
 
-__all__ = ["State", "Info", "Kernel"]
+__all__ = ["State", "Info", "Kernel", "ContinuousKernel", "AnyState"]
+
+
+class AnyState(Protocol):
+    """What every state has: a NamedTuple of tensors (or of such states), row i for chain i, with these two in it."""
+
+    @property
+    def x(self) -> Tensor: ...
+    @property
+    def energy(self) -> Tensor: ...
+
+
+S = TypeVar("S", bound=AnyState)
 
 
 class State(NamedTuple):
-    """What the next step needs. Row i of each field belongs to chain i alone.
+    """What the next step of a gradient-based kernel needs. Row i of each field belongs to chain i alone.
 
     Example:
         >>> from pyroebm.kernels import MALA
@@ -27,7 +41,7 @@ class State(NamedTuple):
 
     x: Tensor  #: positions, shape ``(chains, *event)``
     energy: Tensor  #: :math:`E(x)`, shape ``(chains,)``, finite
-    grad: Tensor  #: :math:`\nabla E(x)`, shape ``(chains, *event)``
+    grad: Tensor  #: :math:`\nabla E(x)`, shape ``(chains, *event)``, finite
 
 
 class Info(NamedTuple):
@@ -48,16 +62,11 @@ class Info(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Kernel(abc.ABC):
-    r"""A transition of many chains at once: settings only, no adaptation state and no random numbers inside.
+class Kernel(abc.ABC, Generic[S]):
+    """A transition of many chains at once: settings only, no adaptation state and no random numbers inside.
 
-    Args:
-        step_size: :math:`\epsilon > 0`, a number for all chains or a tensor of shape ``(chains,)``.
-        inverse_mass: diagonal of the inverse mass matrix :math:`M^{-1}`, shape of one event or flat ``(dim,)``; None is the
-            identity. Near the marginal variances of the target is best.
-
-    Raises:
-        ValueError: if a step size or an inverse mass is not positive and finite.
+    A subclass is a frozen dataclass with :meth:`init` and :meth:`step`; what its next step needs is its own NamedTuple of
+    tensors, with ``x`` and ``energy`` among them.
 
     Example:
         >>> from pyroebm.kernels import MALA
@@ -65,57 +74,112 @@ class Kernel(abc.ABC):
         MALA(step_size=0.2, inverse_mass=None)
     """
 
-    step_size: float | Tensor = 0.1
-    inverse_mass: Tensor | None = None
-
     #: acceptance rate that warm-up aims at; None for a kernel that accepts everything and so cannot be tuned by it.
     target_acceptance: ClassVar[float | None] = None
     #: whether the target is left unchanged; False is said in the verdict of every run.
     exact: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        for name in ("step_size", "inverse_mass"):
-            value = getattr(self, name)
-            if value is None:
-                continue
-            tensor = torch.as_tensor(value)
-            if not bool((torch.isfinite(tensor) & (tensor > 0)).all()):
-                raise ValueError(f"{type(self).__name__}: {name} must be positive and finite, got {name}={value}")
+    #: whether ``Info.energy`` is a Hamiltonian with a momentum in it, of which BFMI says something.
+    has_momentum: ClassVar[bool] = False
+    #: whether it moves on discrete supports, and not in unconstrained coordinates.
+    discrete: ClassVar[bool] = False
 
     def replace(self, **changes: object) -> Self:
         """A new kernel with some settings changed."""
-        return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
+        return dataclasses.replace(self, **changes)
 
-    def init(self, energy: Energy, x: Tensor) -> State:
-        """The state at ``x`` of shape ``(chains, *event)``.
+    @abc.abstractmethod
+    def init(self, energy: Energy, x: Tensor, generator: torch.Generator | None = None) -> S:
+        """The state at ``x`` of shape ``(chains, *event)``; ``generator`` is for kernels that begin with a random momentum.
 
         Raises:
-            ValueError: if the support is not real (wrap the energy in :class:`pyroebm.Unconstrained`), if shape, dtype or
-                device do not fit, or if a start has a non-finite energy or gradient.
+            ValueError: if the support is not one the kernel moves on, if shape, dtype or device do not fit, or if a start is
+                not finite.
         """
-        if not is_real(energy.support):
+
+    @abc.abstractmethod
+    def step(self, energy: Energy, state: S, generator: torch.Generator | None = None) -> tuple[S, Info]:
+        """One transition of every chain. ``generator`` is on the device of the states; None is torch's global one."""
+
+    def refresh(self, energy: Energy, state: S) -> S:
+        """The same positions (and momenta) under an energy that may have been trained since: its values taken anew."""
+        old: Any = state
+        fresh = self.init(energy, state.x)
+        new: S = old._replace(**{name: getattr(fresh, name) for name in ("energy", "grad") if hasattr(old, name)})
+        return new
+
+    def own_adaptation(self) -> Any:
+        """An adaptation of its own, in place of :class:`pyroebm.WindowAdaptation`; None where that one serves."""
+        return None
+
+    def check_start(self, energy: Energy, x: Tensor) -> None:
+        """ValueError unless ``x`` is a batch ``(chains, *event)`` of an energy on whose support this kernel moves."""
+        if self.discrete != is_discrete(energy.support) or not (self.discrete or is_real(energy.support)):
+            where = "on discrete supports" if self.discrete else "in unconstrained coordinates"
+            hint = "" if self.discrete or is_discrete(energy.support) else "; wrap it: Unconstrained(energy) (MCMC.run does)"
             raise ValueError(
-                f"{type(self).__name__} moves in unconstrained coordinates, but {type(energy).__name__} has"
-                f" support={energy.support}; wrap it: Unconstrained(energy) (MCMC.run does)"
+                f"{type(self).__name__} moves {where}, but {type(energy).__name__} has support={energy.support}{hint}"
             )
         energy.check_states(x)
         if len(energy.batch_shape(x)) != 1:
             raise ValueError(
                 f"x must have shape (chains, *event_shape) with event_shape {tuple(energy.event_shape)}, got {tuple(x.shape)}"
             )
-        values, grad = value_and_grad(energy, x)
-        bad = ~(torch.isfinite(values) & torch.isfinite(grad.reshape(len(x), -1)).all(1))
-        if bool(bad.any()):
-            row = int(bad.nonzero()[0])
-            raise ValueError(
-                f"chains must start where energy and gradient are finite: {int(bad.sum())} of {len(x)} rows of x are not, the"
-                f" first is row {row} with x={x[row].tolist()} and energy {float(values[row])}; start from energy.initial(n)"
-            )
-        return State(x.detach(), values, grad)
 
-    @abc.abstractmethod
-    def step(self, energy: Energy, state: State, generator: torch.Generator | None = None) -> tuple[State, Info]:
-        """One transition of every chain. ``generator`` is on the device of the states; None is torch's global one."""
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ContinuousKernel(Kernel[S]):
+    r"""A kernel on :math:`R^d` with a step size and a metric.
+
+    Args:
+        step_size: :math:`\epsilon > 0`, a number for all chains or a tensor of shape ``(chains,)``.
+        inverse_mass: inverse mass matrix :math:`M^{-1}`, best near the covariance of the target: a tensor is its diagonal (shape
+            of one event, or flat), a :class:`pyroebm.kernels.Dense` or :class:`pyroebm.kernels.LowRank` is more; None is the
+            identity.
+
+    Raises:
+        ValueError: if a step size or an inverse mass is not positive and finite.
+
+    Example:
+        >>> from pyroebm.kernels import HMC
+        >>> isinstance(HMC(), ContinuousKernel)
+        True
+    """
+
+    step_size: float | Tensor = 0.1
+    inverse_mass: Tensor | Metric | None = None
+
+    def __post_init__(self) -> None:
+        diagonal = self.inverse_mass if isinstance(self.inverse_mass, Tensor) else None
+        for name, value in (("step_size", self.step_size), ("inverse_mass", diagonal)):
+            if value is None:
+                continue
+            tensor = torch.as_tensor(value)
+            if not bool((torch.isfinite(tensor) & (tensor > 0)).all()):
+                raise ValueError(f"{type(self).__name__}: {name} must be positive and finite, got {name}={value}")
+        if not all(bool(torch.isfinite(part).all()) for part in metric_tensors(self.inverse_mass)):
+            raise ValueError(f"{type(self).__name__}: inverse_mass must be finite, got inverse_mass={self.inverse_mass}")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class GradientKernel(ContinuousKernel[State]):
+    """A :class:`ContinuousKernel` whose next step needs position, energy and gradient, and nothing else."""
+
+    def init(self, energy: Energy, x: Tensor, generator: torch.Generator | None = None) -> State:
+        self.check_start(energy, x)
+        return start_state(energy, x)
+
+
+def start_state(energy: Energy, x: Tensor) -> State:
+    """Energies and gradients at starting states; ValueError, with the row, unless all of them are finite."""
+    values, grad = value_and_grad(energy, x)
+    bad = ~(torch.isfinite(values) & torch.isfinite(grad.reshape(len(x), -1)).all(1))
+    if bool(bad.any()):
+        row = int(bad.nonzero()[0])
+        raise ValueError(
+            f"chains must start where energy and gradient are finite: {int(bad.sum())} of {len(x)} rows of x are not, the"
+            f" first is row {row} with x={x[row].tolist()} and energy {float(values[row])}; start from energy.initial(n)"
+        )
+    return State(x.detach(), values, grad)
 
 
 def check_kernel(kernel: object) -> None:
@@ -154,30 +218,20 @@ def column(value: float | Tensor, like: Tensor) -> Tensor:
     return tensor.reshape(-1, 1).expand(len(like), 1)
 
 
-def diagonal(inverse_mass: Tensor | None, like: Tensor) -> Tensor:
-    """The diagonal of the inverse mass matrix, ``(dim,)``, for rows ``(chains, dim)``."""
-    if inverse_mass is None:
-        return torch.ones(like.shape[1], dtype=like.dtype, device=like.device)
-    if inverse_mass.numel() != like.shape[1]:
-        raise ValueError(
-            f"inverse_mass must have {like.shape[1]} entries, one for each of the event, got shape {tuple(inverse_mass.shape)}"
-        )
-    return inverse_mass.reshape(-1).to(like)
-
-
 def normal_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
     """Standard normal noise shaped as ``x``."""
-    return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+    return standard_normal(x.shape, generator, x.dtype, x.device)
 
 
 def uniform_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
     """Uniform noise on [0, 1) shaped as ``x``."""
-    return torch.rand(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+    return uniform(x.shape, generator, x.dtype, x.device)
 
 
-def choose(condition: Tensor, new: State, old: State) -> State:
+def choose(condition: Tensor, new: S, old: S) -> S:
     """Row by row: the new state where ``condition`` (chains,) holds. ``where`` and not arithmetic, so that no NaN leaks."""
-    wide = condition.reshape(-1, *[1] * (new.x.dim() - 1))
-    return State(
-        torch.where(wide, new.x, old.x), torch.where(condition, new.energy, old.energy), torch.where(wide, new.grad, old.grad)
-    )
+    pick = lambda a, b: torch.where(condition.reshape(-1, *[1] * (a.dim() - 1)), a, b)  # noqa: E731
+    fields: Any = zip(new, old, strict=True)  # type: ignore[call-overload]
+    kind: Any = type(new)
+    chosen: S = kind._make(pick(a, b) for a, b in fields)
+    return chosen

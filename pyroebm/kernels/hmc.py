@@ -8,14 +8,15 @@ from typing import ClassVar
 import torch
 
 from pyroebm.energy import Energy
-from pyroebm.kernels.base import Info, Kernel, State, column, diagonal, rows, uniform_like
+from pyroebm.kernels.base import GradientKernel, Info, State, column, rows, uniform_like
 from pyroebm.kernels.hamiltonian import metropolis_trajectory
+from pyroebm.kernels.metric import metric_of
 
 __all__ = ["HMC"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class HMC(Kernel):
+class HMC(GradientKernel):
     r"""Hamiltonian Monte Carlo (Duane et al., 1987; Neal, 2011): exact.
 
     Each chain follows ``num_steps`` leapfrog steps of size :math:`\epsilon (1 + \text{jitter}\, u)`, u uniform on (-1, 1) and
@@ -24,7 +25,7 @@ class HMC(Kernel):
 
     Args:
         step_size: :math:`\epsilon`; warm-up aims at an acceptance rate of 0.8.
-        inverse_mass: diagonal of :math:`M^{-1}`, shape of one event; None is the identity.
+        inverse_mass: :math:`M^{-1}`: a tensor is its diagonal, shape of one event, or a metric; None is the identity.
         num_steps: leapfrog steps of one trajectory, at least 1.
         jitter: relative half-width of the length, in [0, 1).
 
@@ -43,6 +44,7 @@ class HMC(Kernel):
     jitter: float = 0.3
 
     target_acceptance: ClassVar[float | None] = 0.8
+    has_momentum: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -55,4 +57,4 @@ class HMC(Kernel):
         q = rows(state.x)
         eps = column(self.step_size, q)
         eps = eps * (1.0 + self.jitter * (2.0 * uniform_like(eps, generator) - 1.0))
-        return metropolis_trajectory(energy, state, eps, diagonal(self.inverse_mass, q), self.num_steps, generator)
+        return metropolis_trajectory(energy, state, eps, metric_of(self.inverse_mass, q), self.num_steps, generator)

@@ -10,24 +10,24 @@ import torch
 
 from pyroebm.energy import Energy
 from pyroebm.kernels.base import (
+    GradientKernel,
     Info,
-    Kernel,
     State,
     choose,
     column,
-    diagonal,
     normal_like,
     row_value_and_grad,
     rows,
     state_of_rows,
 )
 from pyroebm.kernels.hamiltonian import metropolis_trajectory
+from pyroebm.kernels.metric import metric_of
 
 __all__ = ["ULA", "MALA"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class ULA(Kernel):
+class ULA(GradientKernel):
     r"""Unadjusted Langevin algorithm (Parisi, 1981; Roberts and Tweedie, 1996). **Not exact**: its bias grows with the step.
 
     .. math:: x' = x - \frac{\epsilon^2}{2} M^{-1} \nabla E(x) + \epsilon \sqrt{T M^{-1}}\, n, \qquad n \sim N(0, I)
@@ -37,7 +37,7 @@ class ULA(Kernel):
 
     Args:
         step_size: :math:`\epsilon`, the standard deviation of the noise at T = 1; the drift is :math:`\epsilon^2 / 2`.
-        inverse_mass: preconditioner :math:`M^{-1}`, diagonal, shape of one event; None is the identity.
+        inverse_mass: preconditioner :math:`M^{-1}`: a tensor is its diagonal, or a metric; None is the identity.
         temperature: :math:`T > 0`; the chain samples (near) :math:`e^{-E/T}`.
 
     Raises:
@@ -63,9 +63,9 @@ class ULA(Kernel):
 
     def step(self, energy: Energy, state: State, generator: torch.Generator | None = None) -> tuple[State, Info]:
         q, grad = rows(state.x), rows(state.grad)
-        eps, scale = column(self.step_size, q), diagonal(self.inverse_mass, q)
-        noise = normal_like(q, generator) * (self.temperature * scale).sqrt()
-        q = q - 0.5 * eps**2 * scale * grad + eps * noise
+        eps, metric = column(self.step_size, q), metric_of(self.inverse_mass, q)
+        noise = math.sqrt(self.temperature) * normal_like(q, generator)
+        q = q + metric.apply(eps * noise - 0.5 * eps**2 * metric.transpose(grad))
         values, grad = row_value_and_grad(energy, q)
         finite = torch.isfinite(values) & torch.isfinite(grad).all(1)
         state = choose(finite, state_of_rows(energy, q, values, grad), state)
@@ -80,7 +80,7 @@ class ULA(Kernel):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class MALA(Kernel):
+class MALA(GradientKernel):
     r"""Metropolis-adjusted Langevin algorithm (Besag, 1994; Roberts and Tweedie, 1996): exact.
 
     The proposal is that of :class:`ULA` at T = 1, accepted by the Metropolis-Hastings ratio. It is the same as one leapfrog step
@@ -88,7 +88,7 @@ class MALA(Kernel):
 
     Args:
         step_size: :math:`\epsilon`; warm-up aims at an acceptance rate of 0.574 (Roberts and Rosenthal, 1998).
-        inverse_mass: preconditioner :math:`M^{-1}`, diagonal, shape of one event; None is the identity.
+        inverse_mass: preconditioner :math:`M^{-1}`: a tensor is its diagonal, or a metric; None is the identity.
 
     Raises:
         ValueError: if a setting is not positive and finite.
@@ -102,7 +102,8 @@ class MALA(Kernel):
     """
 
     target_acceptance: ClassVar[float | None] = 0.574
+    has_momentum: ClassVar[bool] = True
 
     def step(self, energy: Energy, state: State, generator: torch.Generator | None = None) -> tuple[State, Info]:
         q = rows(state.x)
-        return metropolis_trajectory(energy, state, column(self.step_size, q), diagonal(self.inverse_mass, q), 1, generator)
+        return metropolis_trajectory(energy, state, column(self.step_size, q), metric_of(self.inverse_mass, q), 1, generator)

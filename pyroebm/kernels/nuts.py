@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from pyroebm.energy import Energy
-from pyroebm.kernels.base import Info, Kernel, State, column, diagonal, rows, state_of_rows, uniform_like
+from pyroebm.kernels.base import GradientKernel, Info, State, column, rows, state_of_rows, uniform_like
 from pyroebm.kernels.hamiltonian import MAX_ENERGY_ERROR, draw_momentum, kinetic, leapfrog
+from pyroebm.kernels.metric import Metric, metric_of
 
 __all__ = ["NUTS"]
 
@@ -38,13 +39,14 @@ def _where(rows_: Tensor, new: tuple[Tensor, ...], old: tuple[Tensor, ...]) -> l
     return [torch.where(rows_.unsqueeze(1) if a.dim() == 2 else rows_, a, b) for a, b in zip(new, old, strict=True)]
 
 
-def _is_turning(p_a: Tensor, p_b: Tensor, momentum_sum: Tensor, inverse_mass: Tensor) -> Tensor:
+def _is_turning(p_a: Tensor, p_b: Tensor, momentum_sum: Tensor) -> Tensor:
     """Whether the ends of a trajectory move towards each other.
 
     The sum of momenta less half of both ends is the trapezoidal rule for the distance between the ends: without the correction
-    a trajectory of few leaves looks longer than it is. Symmetric in the ends, so the direction of time does not matter.
+    a trajectory of few leaves looks longer than it is. Symmetric in the ends, so the direction of time does not matter. Momenta
+    are whitened, and so is the way.
     """
-    way = inverse_mass * (momentum_sum - 0.5 * (p_a + p_b))
+    way = momentum_sum - 0.5 * (p_a + p_b)
     return torch.minimum(torch.linalg.vecdot(p_a, way), torch.linalg.vecdot(p_b, way)) <= 0
 
 
@@ -59,7 +61,7 @@ def _slots(leaf: int) -> tuple[int, int]:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class NUTS(Kernel):
+class NUTS(GradientKernel):
     r"""Multinomial no-U-turn sampler (Hoffman and Gelman, 2014; Betancourt, 2017): exact.
 
     A trajectory doubles forwards or backwards in time until its ends approach each other; the next state is drawn from its leaves
@@ -70,7 +72,7 @@ class NUTS(Kernel):
 
     Args:
         step_size: :math:`\epsilon`; warm-up aims at an acceptance rate of 0.8.
-        inverse_mass: diagonal of :math:`M^{-1}`, shape of one event; None is the identity.
+        inverse_mass: :math:`M^{-1}`: a tensor is its diagonal, shape of one event, or a metric; None is the identity.
         max_tree_depth: most doublings, 1 to 20: at most :math:`2^{depth} - 1` leapfrog steps.
 
     Raises:
@@ -88,6 +90,7 @@ class NUTS(Kernel):
     max_tree_depth: int = 10
 
     target_acceptance: ClassVar[float | None] = 0.8
+    has_momentum: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -97,9 +100,9 @@ class NUTS(Kernel):
     def step(self, energy: Energy, state: State, generator: torch.Generator | None = None) -> tuple[State, Info]:
         q, grad = rows(state.x), rows(state.grad)
         rng = _spawn(generator, q.device)
-        eps, scale = column(self.step_size, q), diagonal(self.inverse_mass, q)
-        p = draw_momentum(q, scale, rng)
-        h0 = state.energy + kinetic(p, scale)
+        eps, metric = column(self.step_size, q), metric_of(self.inverse_mass, q)
+        p = draw_momentum(q, rng)
+        h0 = state.energy + kinetic(p)
         left = right = _Point(q, p, grad)
         tree = _Tree(q, state.energy, grad, h0, torch.zeros_like(h0), p)
         growing = torch.ones_like(h0, dtype=torch.bool)
@@ -114,7 +117,7 @@ class NUTS(Kernel):
             depth += growing
             end = _Point(*_where(forwards, right, left))
             signed = torch.where(forwards.unsqueeze(1), eps, -eps)
-            run = _Subtree(energy, h0, scale, signed, rng).grow(end, growing, 2**level)
+            run = _Subtree(energy, h0, metric, signed, rng).grow(end, growing, 2**level)
             diverging |= run.diverged
             n_steps += run.n_steps
             acceptance += run.acceptance
@@ -128,7 +131,7 @@ class NUTS(Kernel):
             tree = _Tree._make([*proposal, log_weight, momentum_sum])
             right = _Point(*_where(whole & forwards, run.end, right))
             left = _Point(*_where(whole & ~forwards, run.end, left))
-            growing = whole & ~_is_turning(left.p, right.p, momentum_sum, scale)
+            growing = whole & ~_is_turning(left.p, right.p, momentum_sum)
 
         info = Info(
             acceptance_rate=acceptance / n_steps,
@@ -150,8 +153,8 @@ def _spawn(generator: torch.Generator | None, device: torch.device) -> torch.Gen
 class _Subtree:
     """One doubling: ``leaves`` leapfrog steps from one end, checked for turns of every balanced subtree within."""
 
-    def __init__(self, energy: Energy, h0: Tensor, scale: Tensor, signed_eps: Tensor, rng: torch.Generator) -> None:
-        self.energy, self.h0, self.scale, self.signed_eps, self.rng = energy, h0, scale, signed_eps, rng
+    def __init__(self, energy: Energy, h0: Tensor, metric: Metric, signed_eps: Tensor, rng: torch.Generator) -> None:
+        self.energy, self.h0, self.metric, self.signed_eps, self.rng = energy, h0, metric, signed_eps, rng
         self.turned, self.diverged = torch.zeros_like(h0, dtype=torch.bool), torch.zeros_like(h0, dtype=torch.bool)
         self.n_steps, self.acceptance = torch.zeros_like(h0, dtype=torch.long), torch.zeros_like(h0)
 
@@ -160,8 +163,8 @@ class _Subtree:
         point, stored = start, dict[int, tuple[Tensor, Tensor]]()
         log_uniform = uniform_like(self.h0.expand(leaves, -1), self.rng).log()
         for leaf in range(leaves):
-            q, p, values, grad = leapfrog(self.energy, *point, self.signed_eps, self.scale)
-            hamiltonian = values + kinetic(p, self.scale)  # a non-finite gradient is in the momentum, and so in here
+            q, p, values, grad = leapfrog(self.energy, *point, self.signed_eps, self.metric)
+            hamiltonian = values + kinetic(p)  # a non-finite gradient is in the momentum, and so in here
             error = torch.where(torch.isfinite(hamiltonian), hamiltonian - self.h0, torch.inf)
             self.n_steps += running
             self.acceptance += torch.exp(-error).clamp(max=1.0) * running
@@ -178,7 +181,7 @@ class _Subtree:
                 stored[high] = (point.p, tree.momentum_sum)
             for slot in range(high, low - 1, -1) if leaf % 2 else ():
                 p_first, sum_first = stored[slot]
-                self.turned |= running & _is_turning(p_first, point.p, tree.momentum_sum - sum_first + p_first, self.scale)
+                self.turned |= running & _is_turning(p_first, point.p, tree.momentum_sum - sum_first + p_first)
             running = running & ~self.turned
             if leaf + 1 < leaves and not bool(running.any()):
                 break

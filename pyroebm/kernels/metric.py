@@ -1,0 +1,130 @@
+r"""Metrics: linear maps A with :math:`A A^\top = M^{-1}`, with which a kernel's mass is the identity."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+__all__ = ["Dense", "Diagonal", "LowRank", "Metric", "metric_of"]
+
+
+class Diagonal(NamedTuple):
+    r""":math:`M^{-1} = \operatorname{diag}(s)^2`.
+
+    Args:
+        scale: s, standard deviations of the target, shape ``(dim,)``.
+
+    Example:
+        >>> Diagonal(torch.tensor([2.0, 3.0])).apply(torch.ones(1, 2))
+        tensor([[2., 3.]])
+    """
+
+    scale: Tensor
+
+    def apply(self, v: Tensor) -> Tensor:
+        """A v for rows ``(chains, dim)``: from whitened coordinates to those of the energy."""
+        return v * self.scale
+
+    def transpose(self, g: Tensor) -> Tensor:
+        r""":math:`A^\top g` for rows ``(chains, dim)``: the gradient in whitened coordinates."""
+        return g * self.scale
+
+
+class Dense(NamedTuple):
+    r""":math:`M^{-1} = L L^\top`.
+
+    Args:
+        factor: L, lower triangular, shape ``(dim, dim)``.
+
+    Example:
+        >>> Dense.of_covariance(torch.tensor([[4.0, 0.0], [0.0, 9.0]])).apply(torch.ones(1, 2))
+        tensor([[2., 3.]])
+    """
+
+    factor: Tensor
+
+    @classmethod
+    def of_covariance(cls, covariance: Tensor) -> Dense:
+        """The metric whose inverse mass is ``covariance``, shape ``(dim, dim)``; ValueError unless positive definite."""
+        if covariance.dim() != 2 or covariance.shape[0] != covariance.shape[1]:
+            raise ValueError(f"covariance must have shape (dim, dim), got shape {tuple(covariance.shape)}")
+        factor, info = torch.linalg.cholesky_ex(covariance)
+        if int(info) != 0 or not bool(torch.isfinite(factor).all()):
+            raise ValueError("covariance must be positive definite and finite, got one that has no Cholesky factor")
+        return cls(factor)
+
+    def apply(self, v: Tensor) -> Tensor:
+        """L v for rows ``(chains, dim)``."""
+        return v @ self.factor.mT
+
+    def transpose(self, g: Tensor) -> Tensor:
+        r""":math:`L^\top g` for rows ``(chains, dim)``."""
+        return g @ self.factor
+
+
+class LowRank(NamedTuple):
+    r"""A diagonal, stretched along a few directions.
+
+    .. math:: A = \operatorname{diag}(s) (I + U (\operatorname{diag}(\lambda)^{1/2} - I) U^\top)
+
+    Args:
+        scale: s, shape ``(dim,)``.
+        vectors: orthonormal columns U, shape ``(dim, rank)``.
+        values: variances :math:`\lambda > 0` along them after scaling, shape ``(rank,)``.
+
+    Example:
+        >>> LowRank(torch.ones(2), torch.tensor([[1.0], [0.0]]), torch.tensor([9.0])).apply(torch.ones(1, 2))
+        tensor([[3., 1.]])
+    """
+
+    scale: Tensor
+    vectors: Tensor
+    values: Tensor
+
+    def _stretch(self, v: Tensor) -> Tensor:
+        return v + ((v @ self.vectors) * (self.values.sqrt() - 1.0)) @ self.vectors.mT
+
+    def apply(self, v: Tensor) -> Tensor:
+        """A v for rows ``(chains, dim)``."""
+        return self._stretch(v) * self.scale
+
+    def transpose(self, g: Tensor) -> Tensor:
+        r""":math:`A^\top g` for rows ``(chains, dim)``."""
+        return self._stretch(g * self.scale)
+
+
+Metric: TypeAlias = Diagonal | Dense | LowRank
+
+
+def metric_of(inverse_mass: Tensor | Metric | None, like: Tensor) -> Metric:
+    """The metric of a kernel's ``inverse_mass`` for rows ``(chains, dim)``; None is the identity, a tensor the diagonal."""
+    dim = like.shape[1]
+    if inverse_mass is None:
+        return Diagonal(torch.ones(dim, dtype=like.dtype, device=like.device))
+    if isinstance(inverse_mass, Tensor):
+        if inverse_mass.numel() != dim:
+            raise ValueError(
+                f"inverse_mass must have {dim} entries, one for each of the event (a full matrix is written"
+                f" Dense.of_covariance(matrix)), got shape {tuple(inverse_mass.shape)}"
+            )
+        return Diagonal(inverse_mass.reshape(-1).to(like).sqrt())
+    if inverse_mass[0].shape[0] != dim:
+        raise ValueError(
+            f"inverse_mass must be a metric over {dim} entries, those of the event, got one over {inverse_mass[0].shape[0]}"
+        )
+    return inverse_mass
+
+
+def metric_tensors(inverse_mass: Tensor | Metric | None) -> tuple[Tensor, ...]:
+    """The tensors of a setting, for checks."""
+    if inverse_mass is None:
+        return ()
+    return (inverse_mass,) if isinstance(inverse_mass, Tensor) else tuple(inverse_mass)
+
+
+def metric_from(name: str, parts: dict[str, Tensor]) -> Tensor | Metric | None:
+    """A setting from the name of its type and its tensors, as a checkpoint keeps them."""
+    kinds: dict[str, type[Metric]] = {kind.__name__: kind for kind in (Diagonal, Dense, LowRank)}
+    return kinds[name](**parts) if name in kinds else parts.get("0")
