@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("float64")
 
 
 def draws_of(
-    kernel: NUTS | HMC, *args: Any, chains: int = 32, warmup: int = 80, samples: int = 100, seed: int = 0, **options: Any
+    kernel: NUTS | HMC, *args: Any, chains: int = 96, warmup: int = 60, samples: int = 40, seed: int = 0, **options: Any
 ):
     pyro.set_rng_seed(seed)
     mcmc = MCMC(kernel, samples, warmup, num_chains=chains, disable_progbar=True, **options)
@@ -76,7 +76,7 @@ def test_gaussian_chains(kernel: type[NUTS | HMC], dim: int, length: int, num_ob
     torch.testing.assert_close(1 / variance, torch.tensor(tabulated[1]), atol=0.006, rtol=1e-3)
     settings = {"trajectory_length": 2.0} if kernel is HMC else {}
     data = torch.ones(min(num_obs, 10), dim)
-    mcmc = draws_of(kernel(gaussian_chain, **settings), data, length, num_obs / len(data), chains=16, samples=100)
+    mcmc = draws_of(kernel(gaussian_chain, **settings), data, length, num_obs / len(data))
     samples = mcmc.get_samples(group_by_chain=True)
     for i in range(length):
         x = samples[f"z{i + 1}"]
@@ -239,8 +239,6 @@ def test_hmc_has_the_steps_that_were_asked_for(settings: dict[str, Any]) -> None
         assert kernel.step_size != kernel.start_step_size
     else:
         assert (mcmc.get_stats()["step_size"] == 0.3).all()
-    first, second = mcmc.get_samples(), draws_of(kernel, *args).get_samples()  # a second run is the first again
-    torch.testing.assert_close(second, first, rtol=0.0, atol=0.0)
 
 
 def gamma_potential(jacobian: float) -> Callable[[dict[str, Tensor]], Tensor]:
@@ -252,9 +250,9 @@ def gamma_potential(jacobian: float) -> Callable[[dict[str, Tensor]], Tensor]:
 
 @pytest.mark.parametrize("jacobian", [1.0, 0.0, 2.0])
 def test_a_potential_is_sampled_and_transforms_map_its_draws_back(jacobian: float) -> None:
-    start = {"y": torch.zeros(16, 2), "u": torch.zeros(16)}
+    start = {"y": torch.zeros(96, 2), "u": torch.zeros(96)}
     kernel = NUTS(potential_fn=gamma_potential(jacobian), transforms={"u": ExpTransform().inv})
-    mcmc = draws_of(kernel, initial_params=start, chains=16)
+    mcmc = draws_of(kernel, initial_params=start)
     truth = {"u": (2.0, 6.0), "y": (torch.full((2,), 2.0), torch.full((2,), 7.0))}
     assert list(mcmc.get_samples()) == ["y", "u"]
     if jacobian == 1.0:
@@ -284,7 +282,7 @@ def two_sites() -> None:
 
 
 def test_sites_to_save_may_come_in_any_order() -> None:
-    mcmc = draws_of(NUTS(two_sites), save_params=["b", "a"], chains=4, samples=50)
+    mcmc = draws_of(NUTS(two_sites), save_params=["b", "a"], chains=10, samples=20)
     samples = mcmc.get_samples()
     assert list(samples) == ["b", "a"]
     assert samples["a"].shape == (200, 2)
@@ -342,7 +340,8 @@ def test_a_hook_is_called_after_each_step(chains: int) -> None:
 
 
 def test_pyros_seed_decides_the_run() -> None:
-    runs = [draws_of(NUTS(two_sites), chains=2, samples=5, warmup=5, seed=seed).get_samples()["b"] for seed in (0, 0, 1)]
+    kernel = NUTS(two_sites)  # what a run adapts is not where the next one starts
+    runs = [draws_of(kernel, chains=2, samples=5, warmup=5, seed=seed).get_samples()["b"] for seed in (0, 0, 1)]
     assert torch.equal(runs[0], runs[1])
     assert not torch.equal(runs[0], runs[2])
     again = MCMC(NUTS(two_sites), 5, 5, num_chains=2, disable_progbar=True)
@@ -351,7 +350,7 @@ def test_pyros_seed_decides_the_run() -> None:
 
 
 def test_results_are_read_as_in_pyro(capsys: pytest.CaptureFixture[str]) -> None:
-    mcmc = draws_of(NUTS(normal_gamma), normal_gamma_case()[0][0], chains=4, samples=40)
+    mcmc = draws_of(NUTS(normal_gamma), normal_gamma_case()[0][0], chains=4)
     assert mcmc.get_samples(group_by_chain=True)["mean"].shape == (4, 40)
     assert mcmc.get_samples(7)["mean"].shape == (7,)
     mcmc.summary(prob=0.8)
@@ -367,10 +366,9 @@ def test_results_are_read_as_in_pyro(capsys: pytest.CaptureFixture[str]) -> None
     assert data.posterior["precision"].shape == (4, 40)
     assert {"lp", "energy", "diverging", "acceptance_rate", "n_steps", "tree_depth"} <= set(data.sample_stats.data_vars)
     assert mcmc.verdict(max_r_hat=2.0, min_ess=1.0).mixed
-    predicted = Predictive(normal_gamma, mcmc.get_samples())(torch.zeros(5))
-    assert "y" not in predicted or predicted["y"].shape == (160, 5)
-    fresh = Predictive(two_sites, draws_of(NUTS(two_sites), chains=2, samples=5, warmup=5, save_params=["b"]).get_samples())()
-    assert fresh["a"].shape == (10, 1, 2) or fresh["a"].shape == (10, 2)
+    predicted = Predictive(normal_gamma, mcmc.get_samples(), return_sites=["y", "mean"])(torch.zeros(5))
+    assert predicted["y"].shape == (160, 5)
+    torch.testing.assert_close(predicted["mean"].flatten(), mcmc.get_samples()["mean"])
 
 
 def test_one_chain_without_warm_up_given_has_as_many_steps_as_samples() -> None:

@@ -477,7 +477,7 @@ def test_an_energy_inside_a_model_is_sampled_too() -> None:
 
 def test_a_latent_below_a_latent_has_its_moments() -> None:
     """top ~ Gamma(2, 1) and below ~ Uniform(0, top): below is Exponential(1)."""
-    mcmc = MCMC(NUTS(), num_samples=200, warmup_steps=100, num_chains=32, seed=11)
+    mcmc = MCMC(NUTS(), num_samples=100, warmup_steps=60, num_chains=64, seed=11)
     mcmc.run(ModelEnergy(nested_support))
     below = mcmc.get_samples(group_by_chain=True)["below"]
     for draws, truth in ((below, 1.0), (below**2, 2.0), ((below < 1.0).double(), 0.6321205588)):
@@ -498,7 +498,7 @@ def eight_schools(y: Tensor, sigma: Tensor) -> None:
 
 def test_eight_schools_agrees_with_the_reference() -> None:
     """posteriordb's reference draws of eight_schools_noncentered; its standard errors are at most 0.056."""
-    mcmc = MCMC(NUTS(), num_samples=400, warmup_steps=200, num_chains=64, seed=4)
+    mcmc = MCMC(NUTS(), num_samples=200, warmup_steps=120, num_chains=64, seed=4)
     mcmc.run(ModelEnergy(eight_schools, torch.tensor(EFFECT), torch.tensor(SIGMA)))
     draws = mcmc.get_samples(group_by_chain=True)
     theta = draws["mu"][..., None] + draws["tau"][..., None] * draws["z"]
