@@ -22,6 +22,7 @@ from pyroebm.kernels import (
 from pyroebm.kernels.adaptation import WindowAdaptation
 from pyroebm.mcmc import MCMC
 from pyroebm.minibatch import MinibatchEnergy
+from pyroebm.model_energy import ModelEnergy
 from pyroebm.paths import DistributionEnergy, Path
 from pyroebm.ppl import Boltzmann, PyroKernel, initial_states
 from pyroebm.smc import SMCResult, tempered_smc
@@ -51,6 +52,7 @@ __all__ = [
     "Energy",
     "Info",
     "Kernel",
+    "ModelEnergy",
     "ParallelTempering",
     "Path",
     "SMCResult",

@@ -227,8 +227,8 @@ class MCMC(AbstractMCMC):
             warmup: the warm-up's draws instead.
         """
         record = self._warmup if warmup and self._warmup is not None else self._kept()
-        draws = self._target.constrain(record.draws())
-        samples: dict[str, Tensor] = select_samples({self.site: draws}, num_samples, group_by_chain)
+        draws = self._target.energy.named(self._target.constrain(record.draws()), self.site)
+        samples: dict[str, Tensor] = select_samples(draws, num_samples, group_by_chain)
         return samples
 
     def get_stats(self, warmup: bool = False) -> dict[str, Tensor]:
@@ -256,13 +256,13 @@ class MCMC(AbstractMCMC):
 
     def diagnostics(self) -> dict[str, Any]:
         """As Pyro's: effective sample size and R-hat of each site, divergences and acceptance rates of each chain."""
-        draws, stats = self.get_samples(group_by_chain=True)[self.site], self.get_stats()
+        samples, stats = self.get_samples(group_by_chain=True), self.get_stats()
         chains = [f"chain {c}" for c in range(self.num_chains)]
-        return {
-            self.site: {
-                "n_eff": torch.as_tensor(diagnostics.ess_bulk(draws)),
-                "r_hat": torch.as_tensor(diagnostics.r_hat(draws)),
-            },
+        table = {
+            site: {"n_eff": torch.as_tensor(diagnostics.ess_bulk(x)), "r_hat": torch.as_tensor(diagnostics.r_hat(x))}
+            for site, x in samples.items()
+        }
+        return table | {
             "divergences": {name: row.nonzero().flatten().tolist() for name, row in zip(chains, stats["diverging"], strict=True)},
             "acceptance rate": {name: float(row.mean()) for name, row in zip(chains, stats["acceptance_rate"], strict=True)},
         }

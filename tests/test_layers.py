@@ -18,7 +18,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("supports",),
     ("energy views compiled minibatch paths",),
     ("targets", "energies", "kernels", "flows", "datasets"),
-    ("objectives", "partition smc", "mcmc record", "ppl"),
+    ("objectives", "partition smc", "mcmc record", "ppl model_energy rowwise"),
     ("infer", "plotting", "training", "distributed", "zoo"),
     ("pyroebm",),
     ("demo demo_report cli __main__",),
