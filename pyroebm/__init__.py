@@ -1,10 +1,31 @@
 """Energy-based models on Pyro: define an energy, sample it, fit flows to it, see whether it mixed."""
 
 from pyroebm.energy import Energy, Sum, Tempered, score, value_and_grad
-from pyroebm.kernels import HMC, MALA, NUTS, ULA, Info, Kernel, State
+from pyroebm.kernels import (
+    HMC,
+    MALA,
+    MCLMC,
+    NUTS,
+    ULA,
+    AdjustedMCLMC,
+    Barker,
+    ChEES,
+    Info,
+    Kernel,
+    MetropolisUnderdamped,
+    ParallelTempering,
+    RandomWalk,
+    State,
+    StochasticGradientLangevin,
+    UnderdampedLangevin,
+)
 from pyroebm.kernels.adaptation import WindowAdaptation
 from pyroebm.mcmc import MCMC
+from pyroebm.minibatch import MinibatchEnergy
+from pyroebm.model_energy import ModelEnergy
+from pyroebm.paths import DistributionEnergy, Path
 from pyroebm.ppl import Boltzmann, PyroKernel, initial_states
+from pyroebm.smc import SMCResult, tempered_smc
 from pyroebm.store import open_run
 from pyroebm.streaming import StreamingMoments
 from pyroebm.supports import spin
@@ -13,19 +34,33 @@ from pyroebm.views import Unconstrained
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdjustedMCLMC",
+    "Barker",
+    "ChEES",
     "Boltzmann",
     "PyroKernel",
     "initial_states",
     "HMC",
     "MALA",
+    "MCLMC",
     "MCMC",
+    "MetropolisUnderdamped",
+    "MinibatchEnergy",
     "NUTS",
+    "RandomWalk",
     "ULA",
+    "UnderdampedLangevin",
+    "DistributionEnergy",
     "Energy",
     "Info",
     "Kernel",
+    "ModelEnergy",
+    "ParallelTempering",
+    "Path",
+    "SMCResult",
     "State",
     "StreamingMoments",
+    "StochasticGradientLangevin",
     "Sum",
     "Tempered",
     "Unconstrained",
@@ -34,5 +69,6 @@ __all__ = [
     "open_run",
     "score",
     "spin",
+    "tempered_smc",
     "value_and_grad",
 ]

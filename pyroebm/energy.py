@@ -37,11 +37,7 @@ class Energy(nn.Module):
         has_exact_draws: whether :meth:`sample` draws, or raises.
 
     Example:
-        >>> import torch
-        >>> from pyroebm import Energy
         >>> class DoubleWell(Energy):
-        ...     event_shape = ()
-        ...
         ...     def forward(self, x):
         ...         return x**4 - 4 * x**2 + x
         >>> DoubleWell()(torch.tensor([-1.0, 0.0, 1.0]))
@@ -134,6 +130,10 @@ class Energy(nn.Module):
         from pyroebm.views import PotentialFn
 
         return PotentialFn(self, site)
+
+    def named(self, x: Tensor, site: str = "x") -> dict[str, Tensor]:
+        """States as the variables that results show, each ``(*batch, *shape)``: here one, called ``site``."""
+        return {site: x}
 
     def condition(self, observed: Tensor, mask: Tensor) -> Conditioned:
         """Clamp the entries of an event where ``mask`` is True to those of ``observed``; an energy over the rest."""

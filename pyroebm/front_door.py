@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributions.constraints import Constraint
 
-__all__ = ["check_declaration", "check_kind", "check_same", "check_shape", "check_values"]
+__all__ = ["check_counts", "check_declaration", "check_kind", "check_same", "check_shape", "check_values"]
 
 
 def check_declaration(event_shape: object, support: object) -> None:
@@ -61,7 +61,7 @@ def check_kind(energy: object, kind: type) -> None:
 
 
 def check_counts(least: dict[str, int], *values: int) -> None:
-    """ValueError unless each value is an integer of at least what ``least`` says under its name."""
+    """ValueError unless each value, in the order of the names, is an integer of at least the number named with it."""
     for (name, bound), value in zip(least.items(), values, strict=True):
         if not isinstance(value, Integral) or isinstance(value, bool) or value < bound:
             raise ValueError(f"{name} must be an integer of at least {bound}, got {name}={value!r}")

@@ -235,9 +235,9 @@ class MCMC(Results):
             with eval_mode(target):
                 x, generator = own["state.x"].to(target.device), seeded_generator(self.seed, target.device)
                 block = self._block(number, target, x, generator, store)
-                if not torch.allclose(block.state.energy, own["state.energy"].to(target.device)):
-                    raise ValueError("the state must be of the energy given: its energies differ from those kept with the draws")
                 block.load_state_dict(own)
+                if not torch.allclose(block.kernel.refresh(target, block.state).energy, block.state.energy):
+                    raise ValueError("the state must be of the energy given: its energies differ from those kept with the draws")
             blocks.append(block)
         self._compile(target, blocks, self.num_samples)
         self._target, self._blocks, self._store, self.seed = target, blocks, store, seed
@@ -276,15 +276,15 @@ class MCMC(Results):
 
     def _advance(self, goal: int, checkpoint_every: float) -> None:
         """Finish the warm-up, then draw until every chain has ``goal`` draws."""
-        self.interrupted, self._goal, phase = False, goal, "warm-up"
+        self.interrupted, self._goal, self._every, phase = False, goal, checkpoint_every, "warm-up"
         try:
             with eval_mode(self._target):
                 for block in self._blocks:
                     block.make_room(goal)
                 self._save()
-                self._take_turns("warm-up", Block.warm_up, lambda block: block.warm_left, checkpoint_every)
+                self._take_turns("warm-up", Block.warm_up, lambda block: block.warm_left)
                 phase = "sampling"
-                self._take_turns("sample", Block.draw, lambda block: goal - block.count, checkpoint_every)
+                self._take_turns("sample", Block.draw, lambda block: goal - block.count)
         except KeyboardInterrupt:
             self.interrupted = True
             kept = min(block.count for block in self._blocks)
@@ -292,24 +292,25 @@ class MCMC(Results):
         finally:
             self._save()
 
-    def _take_turns(
-        self, label: str, step: Callable[[Block], None], left: Callable[[Block], int], checkpoint_every: float
-    ) -> None:
+    def _take_turns(self, label: str, step: Callable[[Block], None], left: Callable[[Block], int]) -> None:
         """One step of each block in turn, so that an interrupt finds all of them equally far."""
-        behind = [block for block in self._blocks if left(block) > 0]
+        behind, turn = [block for block in self._blocks if left(block) > 0], 0
         disable = self.layout.ranks[0] > 0 or None if self.progress is None else not self.progress
-        saved = time.monotonic()
         with tqdm(total=sum(map(left, behind)), desc=f"{label} ({self.num_chains} chains)", disable=disable) as bar:
             while behind:
                 for block in behind:
                     step(block)
                     bar.update()
-                if time.monotonic() - saved >= checkpoint_every:
-                    self._save()
-                    saved = time.monotonic()
-                behind = [block for block in behind if left(block) > 0]
+                self._after_turn(label, turn)
+                behind, turn = [block for block in behind if left(block) > 0], turn + 1
+
+    def _after_turn(self, label: str, turn: int) -> None:
+        """What is done between turns: ``label`` is ``"warm-up"`` or ``"sample"``, and ``turn`` counts from 0 in each."""
+        if time.monotonic() - self._saved >= self._every:
+            self._save()
 
     def _save(self) -> None:
+        self._saved = time.monotonic()
         if self._store is not None:
             for number, block in zip(self.layout.blocks, self._blocks, strict=True):
                 block.warmup.spill()

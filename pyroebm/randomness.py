@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["fresh_seed", "seeded_generator", "standard_normal", "uniform"]
+__all__ = ["fresh_seed", "seeded_generator", "standard_normal", "subset", "uniform"]
 
 
 def fresh_seed(seed: int | None) -> int:
@@ -35,3 +35,9 @@ def uniform(shape: Sequence[int], generator: torch.Generator | None, dtype: torc
     """Noise uniform on [0, 1) on ``device``, drawn where the generator lives (None: torch's global one)."""
     where = device if generator is None else generator.device
     return torch.rand(tuple(shape), generator=generator, dtype=dtype, device=where).to(device)
+
+
+def subset(total: int, size: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
+    """``size`` different numbers below ``total``, each such set equally likely, drawn where the generator lives."""
+    where = device if generator is None else generator.device
+    return torch.randperm(total, generator=generator, device=where)[:size].to(device)

@@ -21,7 +21,7 @@ __all__ = ["Results", "named"]
 
 def named(target: Unconstrained, site: str, x: Tensor) -> dict[str, Tensor]:
     """Unconstrained states ``(*batch, *event)`` as the variables that results show."""
-    return {site: target.constrain(x)}
+    return target.energy.named(target.constrain(x), site)
 
 
 def _joined(states: list[Any]) -> Any:

@@ -16,9 +16,9 @@ PACKAGE = ROOT / "pyroebm"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("randomness", "diagnostics", "front_door"),
     ("supports",),
-    ("energy views compiled",),
+    ("energy views compiled minibatch paths",),
     ("targets", "energies", "kernels", "flows", "datasets"),
-    ("objectives", "partition", "mcmc block record results serial stein store streaming", "ppl"),
+    ("objectives", "partition smc", "mcmc block record results serial stein store streaming", "ppl model_energy rowwise"),
     ("infer", "plotting", "training", "distributed", "zoo"),
     ("pyroebm",),
     ("demo demo_report cli __main__",),

@@ -1,22 +1,44 @@
 """Markov kernels on rows: each file one algorithm, each kernel a frozen set of settings with ``init`` and ``step``."""
 
+from pyroebm.kernels.barker import Barker
 from pyroebm.kernels.base import ContinuousKernel, GradientKernel, Info, Kernel, State
+from pyroebm.kernels.ensemble import ChEES, ChEESAdaptation
 from pyroebm.kernels.hmc import HMC
+from pyroebm.kernels.ladder import LadderAdaptation
 from pyroebm.kernels.langevin import MALA, ULA
 from pyroebm.kernels.metric import Dense, Diagonal, LowRank
+from pyroebm.kernels.microcanonical import MCLMC, AdjustedMCLMC, EnergyVarianceAdaptation
 from pyroebm.kernels.nuts import NUTS
+from pyroebm.kernels.random_walk import RandomWalk
+from pyroebm.kernels.stochastic import StochasticGradientLangevin
+from pyroebm.kernels.tempering import ParallelTempering, TemperedState, TemperingReport
+from pyroebm.kernels.underdamped import MetropolisUnderdamped, UnderdampedLangevin
 
 __all__ = [
+    "AdjustedMCLMC",
+    "Barker",
+    "ChEES",
+    "ChEESAdaptation",
     "ContinuousKernel",
     "Dense",
     "Diagonal",
     "GradientKernel",
+    "EnergyVarianceAdaptation",
     "HMC",
     "Info",
     "Kernel",
+    "LadderAdaptation",
     "LowRank",
     "MALA",
+    "MCLMC",
+    "MetropolisUnderdamped",
     "NUTS",
+    "ParallelTempering",
+    "RandomWalk",
     "State",
+    "StochasticGradientLangevin",
+    "TemperedState",
+    "TemperingReport",
     "ULA",
+    "UnderdampedLangevin",
 ]

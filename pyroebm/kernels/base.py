@@ -82,6 +82,8 @@ class Kernel(abc.ABC, Generic[S]):
     has_momentum: ClassVar[bool] = False
     #: whether it moves on discrete supports, and not in unconstrained coordinates.
     discrete: ClassVar[bool] = False
+    #: entries that an event must have at least: dynamics at constant speed need a direction to turn to.
+    least_dim: ClassVar[int] = 1
     #: settings that warm-up may change, which a checkpoint keeps.
     learned: ClassVar[tuple[str, ...]] = ()
 
@@ -128,6 +130,11 @@ class Kernel(abc.ABC, Generic[S]):
         if len(energy.batch_shape(x)) != 1:
             raise ValueError(
                 f"x must have shape (chains, *event_shape) with event_shape {tuple(energy.event_shape)}, got {tuple(x.shape)}"
+            )
+        if energy.event_shape.numel() < self.least_dim:
+            raise ValueError(
+                f"{type(self).__name__} needs events of at least {self.least_dim} entries, but {type(energy).__name__} has"
+                f" event_shape {tuple(energy.event_shape)}"
             )
 
 

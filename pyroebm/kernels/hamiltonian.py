@@ -6,18 +6,34 @@ whatever the metric is. In these coordinates the mass is the identity.
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from pyroebm.compiled import fused, is_compiled
 from pyroebm.energy import Energy
-from pyroebm.kernels.base import Info, State, choose, normal_like, row_value_and_grad, rows, state_of_rows, uniform_like
+from pyroebm.kernels.base import Info, S, State, choose, normal_like, row_value_and_grad, rows, state_of_rows, uniform_like
 from pyroebm.kernels.metric import Metric
 
-__all__ = ["MAX_ENERGY_ERROR", "kinetic", "draw_momentum", "leapfrog", "metropolis_trajectory", "trajectory"]
+__all__ = [
+    "MAX_ENERGY_ERROR",
+    "MAX_STEPS",
+    "draw_momentum",
+    "jittered_steps",
+    "kinetic",
+    "leapfrog",
+    "metropolis",
+    "metropolis_trajectory",
+    "trajectory",
+]
 
 #: An energy error above this many nats counts as a divergence (Betancourt, 2017; the value Stan uses).
 MAX_ENERGY_ERROR = 1000.0
+
+#: No trajectory of jittered length has more leapfrog steps.
+MAX_STEPS = 1000
 
 
 def kinetic(p: Tensor) -> Tensor:
@@ -74,9 +90,51 @@ def _leapfrogs(
     return leapfrog(energy, q, p, grad, step_size, kind(*metric), num_steps)
 
 
+def jittered_steps(length: float, step_size: Tensor, generator: torch.Generator | None) -> int:
+    r""":math:`\lceil h \ell / \epsilon \rceil` leapfrog steps, h uniform on (0, 1), the same for all chains."""
+    h = uniform_like(step_size[:1], generator)
+    return max(1, min(math.ceil(float(h * length / step_size.mean())), MAX_STEPS))
+
+
+def metropolis(
+    old: S, new: S, error: Tensor, step_size: Tensor, num_steps: int, generator: torch.Generator | None
+) -> tuple[S, Info]:
+    r"""Take the new state with probability :math:`\min(1, e^{-\Delta})`, else keep the old one; row by row.
+
+    Args:
+        old, new: states.
+        error: :math:`\Delta`, the change of :math:`-\log` of the joint density, or of the Metropolis-Hastings ratio, shape
+            ``(chains,)``. Where it is not finite the row has no valid new state: its probability is 0, and no other row knows.
+        step_size: for the report, shape ``(chains, 1)``.
+        num_steps: gradient evaluations, for the report.
+        generator: source of the uniform numbers.
+    """
+    error = torch.where(torch.isfinite(error), error, torch.inf)
+    probability = torch.exp(-error).clamp(max=1.0)
+    accepted = uniform_like(probability, generator) < probability
+    state = choose(accepted, new, old)
+    return state, Info(
+        acceptance_rate=probability,
+        accepted=accepted,
+        diverging=error > MAX_ENERGY_ERROR,
+        energy=state.energy,
+        n_steps=torch.full_like(accepted, num_steps, dtype=torch.long),
+        step_size=step_size.squeeze(1),
+    )
+
+
+class Trajectory(NamedTuple):
+    """Where a trajectory began and ended: positions and whitened momenta, each ``(chains, dim)``."""
+
+    q0: Tensor
+    p0: Tensor
+    q1: Tensor
+    p1: Tensor
+
+
 def metropolis_trajectory(
     energy: Energy, state: State, step_size: Tensor, metric: Metric, num_steps: int, generator: torch.Generator | None
-) -> tuple[State, Info]:
+) -> tuple[State, Info, Trajectory]:
     r"""Draw a momentum, follow ``num_steps`` leapfrog steps, accept with :math:`\min(1, e^{H_0 - H_1})`; row by row."""
     q, grad = rows(state.x), rows(state.grad)
     p = draw_momentum(q, generator)
@@ -91,7 +149,7 @@ def metropolis_trajectory(
         n_steps=torch.full_like(out[4], num_steps, dtype=torch.long),
         step_size=step_size.squeeze(1),
     )
-    return state_of_rows(energy, *out[:3]), info
+    return state_of_rows(energy, *out[:3]), info, Trajectory(q, p, end[0], end[1])
 
 
 def _accept(

@@ -58,4 +58,5 @@ class HMC(GradientKernel):
         q = rows(state.x)
         eps = column(self.step_size, q)
         eps = eps * (1.0 + self.jitter * (2.0 * uniform_like(eps, generator) - 1.0))
-        return metropolis_trajectory(energy, state, eps, metric_of(self.inverse_mass, q), self.num_steps, generator)
+        metric = metric_of(self.inverse_mass, q)
+        return metropolis_trajectory(energy, state, eps, metric, self.num_steps, generator)[:2]

@@ -106,4 +106,5 @@ class MALA(GradientKernel):
 
     def step(self, energy: Energy, state: State, generator: torch.Generator | None = None) -> tuple[State, Info]:
         q = rows(state.x)
-        return metropolis_trajectory(energy, state, column(self.step_size, q), metric_of(self.inverse_mass, q), 1, generator)
+        metric = metric_of(self.inverse_mass, q)
+        return metropolis_trajectory(energy, state, column(self.step_size, q), metric, 1, generator)[:2]

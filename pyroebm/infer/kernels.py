@@ -1,0 +1,192 @@
+"""HMC and NUTS with Pyro's arguments: settings, and how they become our kernels."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import torch
+from pyro.infer.autoguide.initialization import init_to_uniform
+from torch import Tensor
+
+from pyroebm import kernels
+from pyroebm.energy import Energy
+from pyroebm.kernels.adaptation import WindowAdaptation
+from pyroebm.kernels.base import Info, Kernel, State
+
+__all__ = ["HMC", "NUTS", "Settings"]
+
+#: Most leapfrog steps of one trajectory of a given length, however small the step size is while it adapts.
+MAX_STEPS = 1024
+
+
+class _FixedStep(WindowAdaptation):
+    """A warm-up that learns the metric and leaves the step size alone."""
+
+    def start(self, kernel: Any, energy: Energy, state: Any, generator: Any = None) -> Any:
+        started, memory = super().start(kernel, energy, state, generator)
+        return started.replace(step_size=kernel.step_size), memory
+
+    def step(self, kernel: Any, energy: Energy, state: Any, memory: Any, steps: int, generator: Any = None) -> Any:
+        adapted, state, info, memory = super().step(kernel, energy, state, memory, steps, generator)
+        return adapted.replace(step_size=kernel.step_size), state, info, memory
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Trajectory(kernels.HMC):
+    """HMC whose number of steps follows the step size: a trajectory of about one length."""
+
+    length: float = 2.0 * math.pi
+
+    def step(self, energy: Energy, state: State, generator: torch.Generator | None = None) -> tuple[State, Info]:
+        size = float(torch.as_tensor(self.step_size).mean())
+        steps = max(1, min(MAX_STEPS, int(self.length / size)))
+        return kernels.HMC(self.step_size, self.inverse_mass, steps, self.jitter).step(energy, state, generator)
+
+
+class Settings(abc.ABC):
+    """What HMC and NUTS share: a model or a potential, and how to adapt."""
+
+    def __init__(
+        self,
+        model: Callable[..., Any] | None,
+        potential_fn: Callable[..., Tensor] | None,
+        step_size: float,
+        adapt: tuple[bool, bool],
+        full_mass: bool,
+        transforms: Mapping[str, Any] | None,
+        target_accept_prob: float,
+        init_strategy: Callable[..., Any],
+    ) -> None:
+        if (model is None) == (potential_fn is None):
+            raise ValueError(f"give either model or potential_fn, got model={model!r} and potential_fn={potential_fn!r}")
+        self.model, self.potential_fn, self.transforms, self.init_strategy = model, potential_fn, transforms, init_strategy
+        self.step_size = self.start_step_size = step_size
+        step, mass = adapt
+        kind = WindowAdaptation if step else _FixedStep
+        metric: Literal["dense", "diagonal"] | None = ("dense" if full_mass else "diagonal") if mass else None
+        self.adaptation = kind(target_accept_prob, metric=metric) if step or mass else None
+
+    @abc.abstractmethod
+    def build(self) -> Kernel[Any]:
+        """Our kernel with these settings."""
+
+
+class NUTS(Settings):
+    """The no-U-turn sampler with the arguments of ``pyro.infer.NUTS`` (Hoffman and Gelman, 2014; Betancourt, 2017).
+
+    Args:
+        model: a Pyro model; or
+        potential_fn: a function of a dict of unconstrained tensors of one chain, to a scalar.
+        step_size: where the step size starts, or stays.
+        adapt_step_size, adapt_mass_matrix: what the warm-up learns.
+        full_mass: whether the mass matrix is dense.
+        use_multinomial_sampling: ignored: the draw from a trajectory is multinomial.
+        transforms: map each constrained site to the unconstrained space. With ``potential_fn`` they are used on the draws
+            alone, and the potential has the log-Jacobian in it; with ``model`` they say in which coordinates
+            ``initial_params`` are (the sampler has its own).
+        max_plate_nesting, jit_compile, jit_options, ignore_jit_warnings: ignored.
+        target_accept_prob: acceptance rate that the step size is adapted to.
+        max_tree_depth: most doublings of a trajectory.
+        init_strategy: one of Pyro's, for a model without ``initial_params``.
+
+    Raises:
+        ValueError: unless exactly one of ``model`` and ``potential_fn`` is given; if a setting is out of its range.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> def model():
+        ...     pyro.sample("x", dist.Normal(0.0, 1.0))
+        >>> NUTS(model, max_tree_depth=5).build().max_tree_depth
+        5
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any] | None = None,
+        potential_fn: Callable[..., Tensor] | None = None,
+        step_size: float = 1.0,
+        adapt_step_size: bool = True,
+        adapt_mass_matrix: bool = True,
+        full_mass: bool = False,
+        use_multinomial_sampling: bool = True,
+        transforms: Mapping[str, Any] | None = None,
+        max_plate_nesting: int | None = None,
+        jit_compile: bool = False,
+        jit_options: Mapping[str, Any] | None = None,
+        ignore_jit_warnings: bool = False,
+        target_accept_prob: float = 0.8,
+        max_tree_depth: int = 10,
+        init_strategy: Callable[..., Any] = init_to_uniform,
+    ) -> None:
+        adapt = (adapt_step_size, adapt_mass_matrix)
+        super().__init__(model, potential_fn, step_size, adapt, full_mass, transforms, target_accept_prob, init_strategy)
+        self.max_tree_depth = max_tree_depth
+        self.build()  # refuses what is out of range here, and not in run
+
+    def build(self) -> kernels.NUTS:
+        return kernels.NUTS(self.start_step_size, max_tree_depth=self.max_tree_depth)
+
+
+class HMC(Settings):
+    r"""Hamiltonian Monte Carlo with the arguments of ``pyro.infer.HMC`` (Duane et al., 1987; Neal, 2011).
+
+    With ``num_steps`` every trajectory has so many leapfrog steps, whatever the step size becomes. Else it has
+    ``int(trajectory_length / step_size)``, at least 1 and at most 1024, and the length is jittered by up to 30 % from one
+    trajectory to the next: the default :math:`2 \pi` is the period of a standard normal, and a chain that follows it exactly
+    comes back to where it was.
+
+    Args:
+        trajectory_length: length of a trajectory; None is :math:`2 \pi`.
+        num_steps: leapfrog steps of a trajectory; goes before ``trajectory_length``.
+        min_stepsize, max_stepsize: ignored.
+        model, potential_fn, step_size, adapt_step_size, adapt_mass_matrix, full_mass, transforms, max_plate_nesting,
+            jit_compile, jit_options, ignore_jit_warnings, target_accept_prob, init_strategy: as for :class:`NUTS`.
+
+    Raises:
+        ValueError: as :class:`NUTS`.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> def model():
+        ...     pyro.sample("x", dist.Normal(0.0, 1.0))
+        >>> HMC(model, step_size=0.5, num_steps=4).build()
+        HMC(step_size=0.5, inverse_mass=None, num_steps=4, jitter=0.0)
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any] | None = None,
+        potential_fn: Callable[..., Tensor] | None = None,
+        step_size: float = 1.0,
+        trajectory_length: float | None = None,
+        num_steps: int | None = None,
+        adapt_step_size: bool = True,
+        adapt_mass_matrix: bool = True,
+        full_mass: bool = False,
+        transforms: Mapping[str, Any] | None = None,
+        max_plate_nesting: int | None = None,
+        jit_compile: bool = False,
+        jit_options: Mapping[str, Any] | None = None,
+        ignore_jit_warnings: bool = False,
+        target_accept_prob: float = 0.8,
+        init_strategy: Callable[..., Any] = init_to_uniform,
+        *,
+        min_stepsize: float = 1e-10,
+        max_stepsize: float = 1e10,
+    ) -> None:
+        adapt = (adapt_step_size, adapt_mass_matrix)
+        super().__init__(model, potential_fn, step_size, adapt, full_mass, transforms, target_accept_prob, init_strategy)
+        self.num_steps = num_steps
+        self.trajectory_length = 2.0 * math.pi if trajectory_length is None else trajectory_length
+        if not 0.0 < self.trajectory_length < math.inf:
+            raise ValueError(f"trajectory_length must be positive and finite, got trajectory_length={trajectory_length}")
+        self.build()
+
+    def build(self) -> kernels.HMC:
+        if self.num_steps is not None:
+            return kernels.HMC(self.start_step_size, num_steps=self.num_steps, jitter=0.0)
+        return _Trajectory(self.start_step_size, length=self.trajectory_length)

@@ -1,0 +1,288 @@
+"""Parallel tempering around any kernel: replicas at a ladder of temperatures, with non-reversible swaps."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple, Self, TypeVar
+
+import torch
+from torch import Tensor
+
+from pyroebm.energy import Energy
+from pyroebm.kernels.base import Info, Kernel, check_kernel, uniform_like
+from pyroebm.kernels.ladder import LadderAdaptation
+from pyroebm.paths import Path, in_the_coordinates_of
+
+__all__ = ["ParallelTempering", "TemperedState", "TemperingReport"]
+
+T = TypeVar("T")
+
+
+class TemperedState(NamedTuple):
+    """The replicas of every chain and what they have done since the warm-up. R is the number of temperatures, coldest first."""
+
+    x: Tensor  #: positions of the cold replica, shape ``(chains, *event)``
+    energy: Tensor  #: :math:`U(x)` there, shape ``(chains,)``
+    inner: Any  #: state of the inner kernel, each field ``(chains, R, ...)``; its energies are those of the path
+    replica: Tensor  #: which replica is at each temperature, shape ``(chains, R)``
+    heading: Tensor  #: whether it was last at the cold end (1), the hot end after that (2), or neither yet (0), ``(chains, R)``
+    round_trips: Tensor  #: trips cold to hot to cold that were finished, shape ``(chains,)``
+    steps: Tensor  #: steps taken; pairs (0, 1), (2, 3), ... swap where it is even, the others where it is odd, ``(chains,)``
+    swaps: Tensor  #: sums over steps of the swap probability of each neighbouring pair, float64, shape ``(chains, R - 1)``
+    slopes: Tensor  #: sums over steps of :math:`U - V` at each temperature, float64, shape ``(chains, R)``
+
+
+class TemperingReport(NamedTuple):
+    r"""What the swaps say, all chains together; from :meth:`ParallelTempering.report`.
+
+    With efficient swaps a round trip takes :math:`2 + 2 \Lambda` steps of a chain at best, however many temperatures there are
+    (Syed et al., 2022). A ladder of about :math:`2 \Lambda + 1` temperatures comes near to that; more of them cost more than they
+    give.
+    """
+
+    betas: Tensor  #: the ladder, shape ``(R,)``
+    swap_rates: Tensor  #: mean swap probability of neighbours, shape ``(R - 1,)``
+    barrier: float  #: global communication barrier :math:`\Lambda`, the sum of rejection rates
+    round_trips: Tensor  #: of each chain, shape ``(chains,)``
+    round_trip_rate: float  #: round trips of a chain in one step, to compare with :math:`1 / (2 + 2 \Lambda)`
+    mean_slopes: Tensor  #: mean :math:`U - V` at each temperature, shape ``(chains, R)``: what thermodynamic integration sums
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ParallelTempering(Kernel[TemperedState]):
+    r"""Replicas of each chain at inverse temperatures :math:`1 = \beta_0 > \dots > \beta_{R-1}`, which swap their states.
+
+    .. math:: p_k(x) \propto e^{-(1 - \beta_k) V(x) - \beta_k U(x)}, \qquad
+        \alpha(k, l) = \min\bigl(1, e^{(\beta_k - \beta_l) ((U - V)(x_k) - (U - V)(x_l))}\bigr)
+
+    Each step moves every replica with the inner kernel, all rows of all chains at once, and then swaps neighbours: even pairs in
+    even steps, odd pairs in odd ones. This order is not reversible, and carries replicas through the ladder in straight runs
+    (Geyer, 1991; Okabe et al., 2001; Syed, Bouchard-Côté, Deligiannidis and Doucet, "Non-reversible parallel tempering", 2022).
+    Without a reference, V = 0. With one, the hottest replica is drawn from it afresh in every step. The draws are those of the
+    replica at :math:`\beta = 1`; ``Info`` speaks of it, except that ``diverging`` and ``n_steps`` take in all replicas.
+
+    Warm-up is :class:`pyroebm.kernels.LadderAdaptation`: a step size for each temperature, and temperatures of equal swap rates.
+
+    Args:
+        kernel: the inner kernel, of any kind; its ``step_size`` may be one number, or one for each temperature, shape ``(R,)``.
+        betas: :math:`\beta_k`, decreasing from 1: to a small positive number, or to 0 with a reference.
+        reference: V, an energy with exact draws, on the space of the energy that is sampled.
+
+    Raises:
+        ValueError: if the ladder is not one, or if the reference has no exact draws.
+
+    Example:
+        >>> from pyroebm import HMC, MCMC
+        >>> from pyroebm.targets import GaussianMixture
+        >>> energy = GaussianMixture([[-5.0], [5.0]], weights=[0.8, 0.2])
+        >>> kernel = ParallelTempering(HMC(num_steps=5), betas=[1.0, 0.5, 0.2, 0.1, 0.03])
+        >>> mcmc = MCMC(kernel, num_samples=200, warmup_steps=200, num_chains=64, seed=0)
+        >>> mcmc.run(energy)
+        >>> round(float((mcmc.get_samples()["x"] < 0).double().mean()), 1)
+        0.8
+        >>> report = mcmc.kernel.report(mcmc.state)
+        >>> bool((report.swap_rates > 0.3).all()), int(report.round_trips.sum()) > 64
+        (True, True)
+    """
+
+    kernel: Kernel[Any]
+    betas: Tensor
+    reference: Energy | None = None
+
+    def __post_init__(self) -> None:
+        check_kernel(self.kernel)
+        betas = torch.as_tensor(self.betas, dtype=torch.float64)
+        object.__setattr__(self, "betas", betas)
+        if betas.dim() != 1 or len(betas) < 2 or not bool((betas[:-1] > betas[1:]).all()) or betas[0] != 1.0:
+            raise ValueError(f"betas must decrease from 1, with at least two of them, got betas={betas.tolist()}")
+        if not (betas[-1] > 0.0 if self.reference is None else betas[-1] == 0.0):
+            rule = "end above 0, for e^0 has no draws" if self.reference is None else "end at 0, where the reference is"
+            raise ValueError(f"betas must {rule}, got betas={betas.tolist()}")
+        if self.reference is not None and not self.reference.has_exact_draws:
+            raise ValueError(f"reference must have exact draws, but {type(self.reference).__name__} has none")
+
+    @property
+    def exact(self) -> bool:  # type: ignore[override]  # as the kernel inside
+        """Whether the inner kernel leaves its target unchanged."""
+        return self.kernel.exact
+
+    @property
+    def discrete(self) -> bool:  # type: ignore[override]
+        """Whether the inner kernel moves on discrete supports."""
+        return self.kernel.discrete
+
+    @property
+    def learned(self) -> tuple[str, ...]:  # type: ignore[override]
+        """The ladder, and what warm-up learns of the inner kernel."""
+        return (*(name for name in ("step_size", "inverse_mass") if name in self.kernel.learned), "betas")
+
+    @property
+    def step_size(self) -> float | Tensor:
+        """That of the inner kernel, one for each temperature after warm-up; AttributeError where it has none."""
+        size: float | Tensor = getattr(self.kernel, "step_size")  # noqa: B009
+        return size
+
+    @property
+    def inverse_mass(self) -> Any:
+        """That of the inner kernel, shared by all temperatures; None where it has none."""
+        return getattr(self.kernel, "inverse_mass", None)
+
+    def replace(self, **changes: Any) -> Self:
+        """A new kernel with some settings changed; ``step_size`` and ``inverse_mass`` are those of the inner kernel."""
+        inner = {name: changes.pop(name) for name in ("step_size", "inverse_mass") if name in changes}
+        if inner:
+            changes["kernel"] = changes.get("kernel", self.kernel).replace(**inner)
+        return super().replace(**changes)
+
+    def own_adaptation(self) -> LadderAdaptation:
+        """Step sizes and temperatures, tuned together."""
+        return LadderAdaptation()
+
+    def path(self, energy: Energy, chains: int) -> Path:
+        """The energy of all replicas as rows ``chains * R``, those of one chain side by side."""
+        reference = None if self.reference is None else in_the_coordinates_of(energy, self.reference)
+        return Path(energy, self.betas.repeat(chains), reference)
+
+    def init(self, energy: Energy, x: Tensor, generator: torch.Generator | None = None) -> TemperedState:
+        self.kernel.init(energy, x, generator)  # the front door: what it refuses, it counts in rows of the caller
+        chains, rungs = len(x), len(self.betas)
+        inner = self.kernel.init(self.path(energy, chains), x.repeat_interleave(rungs, 0), generator)
+        replica = torch.arange(rungs, device=x.device).repeat(chains, 1)
+        count = replica.new_zeros(chains)
+        state = TemperedState(
+            x=x.detach(),
+            energy=inner.energy,
+            inner=by_chain(inner, chains),
+            replica=replica,
+            heading=(replica == 0).long(),
+            round_trips=count,
+            steps=count,
+            swaps=torch.zeros(chains, rungs - 1, dtype=torch.float64, device=x.device),
+            slopes=torch.zeros(chains, rungs, dtype=torch.float64, device=x.device),
+        )
+        return state._replace(energy=state.inner.energy[:, 0])
+
+    def step(self, energy: Energy, state: TemperedState, generator: torch.Generator | None = None) -> tuple[TemperedState, Info]:
+        state, info, _ = self.transition(energy, state, generator)
+        return state, info
+
+    def transition(
+        self, energy: Energy, state: TemperedState, generator: torch.Generator | None = None
+    ) -> tuple[TemperedState, Info, Info]:
+        """:meth:`step`, with the inner kernel's report besides: each field ``(chains, R)``, before the swaps."""
+        chains, rungs = state.replica.shape
+        path = self.path(energy, chains)
+        rows, row_info = self._for_rows(chains).step(path, by_row(state.inner), generator)
+        inner, inner_info = by_chain(rows, chains), by_chain(row_info, chains)
+        if path.reference is None:
+            slope = inner.energy / path.betas.reshape(chains, rungs)
+        else:
+            inner = inner._replace(x=_with_fresh_reference(path, path.reference, inner.x, generator))
+            slope = path.slope(by_row(inner).x).reshape(chains, rungs)
+
+        probability = swap_probability(path.betas.reshape(chains, rungs), slope)
+        turn = torch.arange(rungs - 1, device=slope.device) % 2 == state.steps.unsqueeze(1) % 2
+        swapped = turn & (uniform_like(probability, generator) < probability)
+        order = swapped_order(swapped)
+        # The positions move; what the inner state knows of the energy is of the old temperature, and is taken anew.
+        inner = by_chain(self.kernel.refresh(path, by_row(taken(inner, order))), chains)
+        heading, returned = headings(state.heading.gather(1, order))
+        new = TemperedState(
+            x=inner.x[:, 0],
+            energy=inner.energy[:, 0],
+            inner=inner,
+            replica=state.replica.gather(1, order),
+            heading=heading,
+            round_trips=state.round_trips + returned,
+            steps=state.steps + 1,
+            swaps=state.swaps + probability,
+            slopes=state.slopes + slope,
+        )
+        moved = slice(None) if path.reference is None else slice(-1)  # a replica that is drawn afresh cannot diverge
+        info: Info = _each(inner_info, lambda field: field[:, 0])._replace(
+            accepted=inner_info.accepted[:, 0] | swapped[:, 0],
+            diverging=inner_info.diverging[:, moved].any(1),
+            energy=new.energy,
+            n_steps=inner_info.n_steps.sum(1) + rungs,  # the energies taken anew after the swap cost a gradient each
+        )
+        return new, info, inner_info
+
+    def refresh(self, energy: Energy, state: TemperedState) -> TemperedState:
+        chains = len(state.x)
+        inner = by_chain(self.kernel.refresh(self.path(energy, chains), by_row(state.inner)), chains)
+        return state._replace(energy=inner.energy[:, 0], inner=inner)
+
+    def restart(self, state: TemperedState) -> TemperedState:
+        """The same replicas with nothing counted yet."""
+        names = ("round_trips", "steps", "swaps", "slopes")
+        return state._replace(**{name: torch.zeros_like(getattr(state, name)) for name in names})
+
+    def report(self, state: TemperedState) -> TemperingReport:
+        """Swap rates, round trips and mean energies of the steps since the warm-up; ValueError if there were none."""
+        steps = state.steps.sum()
+        if int(steps) == 0:
+            raise ValueError("report needs a state that took at least one step since the warm-up, got one that took 0")
+        rates = state.swaps.sum(0) / steps
+        return TemperingReport(
+            betas=self.betas,
+            swap_rates=rates,
+            barrier=float((1.0 - rates).sum()),
+            round_trips=state.round_trips,
+            round_trip_rate=float(state.round_trips.sum() / steps),
+            mean_slopes=state.slopes / state.steps.unsqueeze(1),
+        )
+
+    def _for_rows(self, chains: int) -> Kernel[Any]:
+        size = getattr(self.kernel, "step_size", None)
+        each = isinstance(size, Tensor) and size.dim() == 1
+        return self.kernel.replace(step_size=size.repeat(chains)) if isinstance(size, Tensor) and each else self.kernel
+
+
+def swap_probability(betas: Tensor, slope: Tensor) -> Tensor:
+    r""":math:`\min(1, e^{(\beta_k - \beta_l)(s_k - s_l)})` of neighbours k, l = k + 1: ``(chains, R) -> (chains, R - 1)``."""
+    return torch.exp(betas.diff(dim=1) * slope.diff(dim=1)).clamp(max=1.0)
+
+
+def swapped_order(swapped: Tensor) -> Tensor:
+    """Where each temperature takes its replica from, ``(chains, R)``, if the pairs ``(chains, R - 1)`` swap; none overlap."""
+    up = torch.nn.functional.pad(swapped.long(), (0, 1))
+    return torch.arange(up.shape[1], device=up.device) + up - up.roll(1, 1)
+
+
+def headings(heading: Tensor) -> tuple[Tensor, Tensor]:
+    """Labels of the replicas where they stand now, and whether the one at the cold end has come back from the hot end."""
+    returned = heading[:, 0] == 2
+    heading = heading.clone()
+    heading[:, 0] = 1
+    heading[:, -1] = torch.where(heading[:, -1] == 1, 2, heading[:, -1])
+    return heading, returned
+
+
+def taken(state: T, order: Tensor) -> T:
+    """Every field ``(chains, R, ...)`` of a state in a new order ``(chains, R)`` of its replicas."""
+    chain = torch.arange(len(order), device=order.device).unsqueeze(1)
+    return _each(state, lambda field: field[chain, order])
+
+
+def by_chain(state: T, chains: int) -> T:
+    """Rows ``chains * R`` as ``(chains, R)``, in every field."""
+    return _each(state, lambda field: field.reshape(chains, -1, *field.shape[1:]))
+
+
+def by_row(state: T) -> T:
+    """The inverse of :func:`by_chain`."""
+    return _each(state, lambda field: field.flatten(0, 1))
+
+
+def _each(state: Any, f: Callable[[Tensor], Tensor]) -> Any:
+    fields = (_each(value, f) if isinstance(value, tuple) else value if value is None else f(value) for value in state)
+    return type(state)._make(fields)
+
+
+def _with_fresh_reference(path: Path, reference: Energy, x: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Positions ``(chains, R, *event)`` with the last replica drawn from the reference, unless the energy is infinite there."""
+    draws = reference.sample(len(x), generator)
+    with torch.no_grad():
+        inside = torch.isfinite(path.energy(draws)).reshape(-1, *[1] * (draws.dim() - 1))
+    return torch.cat([x[:, :-1], torch.where(inside, draws, x[:, -1]).unsqueeze(1)], 1)
