@@ -13,7 +13,8 @@ import torch
 from benchmarks.suite.cases import CASES
 from benchmarks.suite.in_torch import energy
 from benchmarks.suite.measure import Job, Row, row
-from pyroebm import MCMC, NUTS, Energy
+from benchmarks.suite.with_pyroebm import clocked_run
+from pyroebm import Energy
 from pyroebm.energy import unchecked_value_and_grad
 from pyroebm.targets import scales_gaussian
 
@@ -65,13 +66,10 @@ def gradient_rows(job: Job) -> list[Row]:
 def _leapfrog_row(job: Job, dim: int, chains: int) -> Row:
     target, values = scales_gaussian(dim, dtype=torch.float64), []
     for seed in range(job.repeats + 1):
-        mcmc = MCMC(NUTS(), 1, job.num_warmup, chains, seed=seed, save_warmup=False, progress=False, **job.options)
-        mcmc.run(target, target.sample(chains, torch.Generator().manual_seed(1000 + seed)))
-        begin = time.perf_counter()
-        mcmc.run_more(job.num_samples)
-        seconds = time.perf_counter() - begin
-        values.append(seconds / float(mcmc.get_stats()["n_steps"][:, 1:].sum()) * 1e6)
-    # The first may have compiled something that the warm-up did not.
+        starts = target.sample(chains, torch.Generator().manual_seed(1000 + seed))
+        _, _, seconds, gradients = clocked_run(job, target, chains, starts, seed)
+        values.append(seconds / gradients * 1e6)
+    # The first may have compiled what its warm-up did not need.
     return row(job.case, job.library, "leapfrog_us", values[1:], job.settings(job.repeats) | {"chains": chains, "dim": dim})
 
 

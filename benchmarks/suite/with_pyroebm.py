@@ -4,33 +4,49 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 import pyroebm
 from benchmarks.suite.cases import Case
 from benchmarks.suite.in_torch import energy
 from benchmarks.suite.measure import Job, Run
+from pyroebm import MCMC, Energy
 
 COMPILES = True
 
 
+class _Clocked(MCMC):
+    """An MCMC that looks at the clock between its two phases."""
+
+    def _draw(self, *arguments: Any) -> None:
+        self.warm = time.perf_counter()
+        super()._draw(*arguments)
+
+
+def clocked_run(job: Job, energy: Energy, chains: int, starts: Tensor, seed: int) -> tuple[MCMC, float, float, int]:
+    """A run as ``job`` asks, the seconds of its two phases, and the gradients that its draws took."""
+    kernel = getattr(pyroebm, job.method if job.chains else "NUTS")()
+    mcmc = _Clocked(
+        kernel, job.num_samples, job.num_warmup, chains, seed=seed, save_warmup=False, progress=False, **job.options
+    )
+    begin = time.perf_counter()
+    mcmc.run(energy, starts)
+    end = time.perf_counter()
+    return mcmc, mcmc.warm - begin, end - mcmc.warm, int(mcmc.get_stats()["n_steps"].sum())
+
+
 def sampler(job: Job, case: Case) -> Callable[[int], Run]:
     """From a seed to a run; ``job.options`` go to :class:`pyroebm.MCMC`."""
-    target, kernel = energy(case.name), getattr(pyroebm, job.method)
+    target = energy(case.name)
 
     def run(seed: int) -> Run:
-        # run_more draws from where run ended: one draw goes to the warm-up's time, and the clock can stop in between.
-        mcmc = pyroebm.MCMC(kernel(), 1, job.num_warmup, job.chains, seed=seed, save_warmup=False, progress=False, **job.options)
         starts = torch.as_tensor(case.starts(job.chains, seed))
-        begin = time.perf_counter()
-        mcmc.run(target, starts)
-        warm = time.perf_counter()
-        mcmc.run_more(job.num_samples)
-        end = time.perf_counter()
-        samples = mcmc.get_samples(group_by_chain=True)
-        draws = case.join({site: np.asarray(draws)[:, 1:] for site, draws in samples.items()})
-        return Run(draws, warm - begin, end - warm, int(mcmc.get_stats()["n_steps"][:, 1:].sum()))
+        mcmc, warmup, sampling, gradients = clocked_run(job, target, job.chains, starts, seed)
+        samples = {site: np.asarray(draws) for site, draws in mcmc.get_samples(group_by_chain=True).items()}
+        return Run(case.join(samples), warmup, sampling, gradients)
 
     return run
