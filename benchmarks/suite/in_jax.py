@@ -76,5 +76,7 @@ def model(name: str) -> tuple[Callable[..., None], tuple[np.ndarray, ...]]:
         with numpyro.plate("data", len(y)):
             numpyro.sample("obs", dist.Bernoulli(logits=x @ beta), obs=y)
 
-    function, data = {"eight_schools": (eight_schools, cases.eight_schools_data), "logistic": (logistic, cases.logistic_data)}[name]
+    function, data = {"eight_schools": (eight_schools, cases.eight_schools_data), "logistic": (logistic, cases.logistic_data)}[
+        name
+    ]
     return function, data()

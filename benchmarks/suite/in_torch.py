@@ -49,7 +49,9 @@ def logistic(x: Tensor, y: Tensor) -> None:
 
 def model(name: str) -> tuple[Callable[..., None], tuple[Tensor, ...]]:
     """A case as a Pyro model and its arguments."""
-    function, data = {"eight_schools": (eight_schools, cases.eight_schools_data), "logistic": (logistic, cases.logistic_data)}[name]
+    function, data = {"eight_schools": (eight_schools, cases.eight_schools_data), "logistic": (logistic, cases.logistic_data)}[
+        name
+    ]
     return function, tuple(torch.as_tensor(array) for array in data())
 
 

@@ -15,6 +15,7 @@ from benchmarks.suite.in_torch import energy
 from benchmarks.suite.measure import Job, Row, row
 from benchmarks.suite.with_pyroebm import clocked_run
 from pyroebm import Energy
+from pyroebm.compiled import Compiled, fused
 from pyroebm.energy import unchecked_value_and_grad
 from pyroebm.targets import scales_gaussian
 
@@ -37,16 +38,8 @@ def _microseconds(call: Callable[[], Any], repeats: int, seconds: float) -> list
     return found
 
 
-def compiled_value_and_grad(target: Energy, x: torch.Tensor) -> Callable[[torch.Tensor], Any]:
-    """Energies and gradients as one compiled graph, of which autograd's part is captured beforehand."""
-    from torch.fx.experimental.proxy_tensor import make_fx
-
-    def summed(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        values = target(x)
-        return values.sum(), values
-
-    graph = make_fx(torch.func.grad(summed, has_aux=True))(x)
-    return torch.compile(graph, fullgraph=True)
+def _gradient(energy: Energy, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return unchecked_value_and_grad(energy, x)
 
 
 def gradient_rows(job: Job) -> list[Row]:
@@ -54,10 +47,9 @@ def gradient_rows(job: Job) -> list[Row]:
     target, rows = energy(job.case), []
     for chains in (1, 256):
         x = torch.as_tensor(CASES[job.case].starts(chains, 0))
-        compiled = compiled_value_and_grad(target, x)
-        torch.testing.assert_close(compiled(x)[0], unchecked_value_and_grad(target, x)[1])
-        for mode, call in (("eager", lambda x=x: unchecked_value_and_grad(target, x)), ("compiled", lambda x=x, f=compiled: f(x))):
-            values = _microseconds(call, job.repeats, job.budget / 1000)
+        for mode, view in (("eager", target), ("compiled", Compiled(target))):
+            torch.testing.assert_close(fused(_gradient, view, x), unchecked_value_and_grad(target, x))
+            values = _microseconds(lambda view=view, x=x: fused(_gradient, view, x), job.repeats, job.budget / 1000)
             settings = job.settings(job.repeats) | {"chains": chains, "mode": mode}
             rows.append(row(job.case, job.library, "gradient_us", values, settings))
     return rows

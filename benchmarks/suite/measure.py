@@ -13,7 +13,7 @@ import numpy as np
 from benchmarks.suite.cases import Case
 from pyroebm import diagnostics
 
-__all__ = ["Job", "Run", "Row", "job_rows", "row", "sampler_rows", "time_runs"]
+__all__ = ["Job", "Run", "Row", "row", "sampler_rows", "time_runs"]
 
 Row = dict[str, Any]
 

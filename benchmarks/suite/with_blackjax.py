@@ -40,9 +40,7 @@ def _nuts(job: Job, density: Callable[[Array], Array]) -> tuple[Callable, Callab
 
 
 def _chees(job: Job, density: Callable[[Array], Array]) -> tuple[Callable, Callable]:
-    adaptation = blackjax.chees_adaptation(
-        density, job.chains, adaptation_info_fn=_discard, mass_matrix_estimation="diagonal"
-    )
+    adaptation = blackjax.chees_adaptation(density, job.chains, adaptation_info_fn=_discard, mass_matrix_estimation="diagonal")
     functions: dict[str, Callable] = {}  # parameters that are functions cannot leave a compiled block; they depend on no data
 
     def warm_up(key: Array, starts: Array) -> tuple[Any, Any]:

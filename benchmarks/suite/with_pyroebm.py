@@ -30,9 +30,7 @@ class _Clocked(MCMC):
 def clocked_run(job: Job, energy: Energy, chains: int, starts: Tensor, seed: int) -> tuple[MCMC, float, float, int]:
     """A run as ``job`` asks, the seconds of its two phases, and the gradients that its draws took."""
     kernel = getattr(pyroebm, job.method if job.chains else "NUTS")()
-    mcmc = _Clocked(
-        kernel, job.num_samples, job.num_warmup, chains, seed=seed, save_warmup=False, progress=False, **job.options
-    )
+    mcmc = _Clocked(kernel, job.num_samples, job.num_warmup, chains, seed=seed, save_warmup=False, progress=False, **job.options)
     begin = time.perf_counter()
     mcmc.run(energy, starts)
     end = time.perf_counter()

@@ -39,7 +39,11 @@ def rows_of(job: Job) -> list[Row]:
     if job.method in ("gradient", "chains curve", "dimension curve"):
         from benchmarks.suite import limits
 
-        measure = {"gradient": limits.gradient_rows, "chains curve": limits.chains_curve, "dimension curve": limits.dimension_curve}
+        measure = {
+            "gradient": limits.gradient_rows,
+            "chains curve": limits.chains_curve,
+            "dimension curve": limits.dimension_curve,
+        }
         return measure[job.method](job)
     case, adapter = CASES[job.case], importlib.import_module(f"benchmarks.suite.with_{job.library}")
     runs, compile_seconds = time_runs(adapter.sampler(job, case), job.repeats, job.budget, adapter.COMPILES)
