@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 
 from benchmarks.suite.cases import CASES
@@ -72,4 +71,4 @@ def chains_curve(job: Job) -> list[Row]:
 
 def dimension_curve(job: Job) -> list[Row]:
     """The same for 64 chains, in 10 to 1,000 dimensions."""
-    return [_leapfrog_row(job, dim, 64) for dim in np.array([10, 32, 100, 316, 1000]).tolist()]
+    return [_leapfrog_row(job, dim, 64) for dim in (10, 32, 100, 316, 1000)]
