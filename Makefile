@@ -46,7 +46,7 @@ wheel-check: .venv/.installed-dev ## Build the wheel, install it in a clean envi
 	$(BIN)/python scripts/wheel_check.py
 
 benchmark: .venv/.installed-dev ## Run the benchmarks: all, or NAME=name; ARGS=--quick for a short run
-	@set -e; for script in benchmarks/$(if $(NAME),$(NAME),[a-z]*).py; do \
+	@set -e; for script in $(if $(NAME),benchmarks/$(NAME).py,$(filter-out %/tables.py,$(wildcard benchmarks/[a-z]*.py))); do \
 	  test -e "$$script" || { echo "no $$script"; exit 1; }; \
 	  module="benchmarks.$$(basename "$$script" .py)"; \
 	  echo "$(BIN)/python -m $$module $(ARGS)"; $(BIN)/python -m "$$module" $(ARGS); \

@@ -1,0 +1,123 @@
+"""Effective draws a second and a gradient: pyroebm, Pyro, NumPyro and BlackJAX on the same densities, each on one core.
+
+    python -m benchmarks.samplers [--quick] [--only LIBRARY] [--case CASE] [--out DIR] [--repeats N] [--budget SECONDS]
+
+Each library meets each case in a process of its own. The rows go to DIR/samplers.json, in place of earlier ones of the same
+library and case; a library that is not installed, or fails, is named, and has no rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.suite.cases import CASES
+from benchmarks.suite.measure import Job, Row
+from benchmarks.suite.worker import ENVIRONMENT
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+QUICK_RESULTS = ROOT / "build" / "benchmarks"
+
+# Library, sampler, chains, and what the library alone is told.
+SAMPLERS: tuple[tuple[str, str, int, dict[str, Any]], ...] = (
+    ("pyroebm", "NUTS", 1, {"compile": True}),
+    ("pyroebm", "NUTS", 256, {"compile": True}),
+    ("pyroebm", "ChEES", 256, {"compile": True}),
+    ("pyro", "NUTS", 1, {}),
+    ("numpyro", "NUTS", 1, {}),
+    ("numpyro", "NUTS", 256, {"chain_method": "vectorized"}),
+    ("blackjax", "NUTS", 256, {}),
+    ("blackjax", "ChEES", 256, {"mass_matrix_estimation": "diagonal"}),
+)
+CURVES = ("chains curve", "dimension curve")
+LIBRARIES = tuple(dict.fromkeys(library for library, *_ in SAMPLERS))
+
+
+def plan(quick: bool, only: str | None, case: str | None, repeats: int, budget: float) -> list[Job]:
+    """The jobs asked for, cases in order."""
+    warmup, samples = (50, 50) if quick else (500, 1000)
+    repeats, budget = (1, 1.0) if quick else (repeats, budget)
+    jobs = [
+        Job(name, library, method, chains, warmup, samples, repeats, budget, options)
+        for name in CASES
+        for library, method, chains, options in SAMPLERS
+    ]
+    jobs += [Job(name, "pyroebm", "gradient", 0, 0, 0, repeats, budget, {}) for name in CASES]
+    short = (20, 20) if quick else (150, 100)
+    jobs += [Job(name, "pyroebm", name, 0, *short, repeats, budget, {"compile": True}) for name in CURVES]
+    return [job for job in jobs if only in (None, job.library) and case in (None, job.case)]
+
+
+def work(job: Job) -> tuple[list[Row], str | None]:
+    """Rows of a job done in its own process, or none and what went wrong."""
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = Path(folder, "job.json"), Path(folder, "rows.json")
+        source.write_text(json.dumps(dataclasses.asdict(job)), encoding="utf-8")
+        command = [sys.executable, "-m", "benchmarks.suite.worker", str(source), str(target)]
+        done = subprocess.run(command, cwd=ROOT, env=os.environ | ENVIRONMENT, capture_output=True, text=True)
+        if done.returncode:
+            return [], (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+        return json.loads(target.read_text(encoding="utf-8")), None
+
+
+def _measured(row: Row) -> tuple[str, str, str]:
+    return row["case"], row["library"], row["settings"]["method"]
+
+
+def merge(old: list[Row], new: list[Row]) -> list[Row]:
+    """New rows in place of the old ones of the same library, method and number of chains on the same case."""
+    replaced = {(*_measured(r), r["settings"]["chains"]) for r in new}
+    return [r for r in old if (*_measured(r), r["settings"]["chains"]) not in replaced] + new
+
+
+def write(path: Path, rows: list[Row]) -> None:
+    """Merge rows into a JSON file, a row a line."""
+    old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = ",\n".join(json.dumps(row, allow_nan=False) for row in merge(old, rows))
+    path.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.samplers", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help=f"tiny runs, once, to {QUICK_RESULTS.relative_to(ROOT)}: no timings")
+    parser.add_argument("--only", choices=LIBRARIES, help="this library alone")
+    parser.add_argument("--case", choices=[*CASES, *CURVES], help="this case alone")
+    parser.add_argument("--out", type=Path, help=f"folder of samplers.json (default {RESULTS.relative_to(ROOT)})")
+    parser.add_argument("--repeats", type=int, default=5, help="most runs to take the median of (default 5)")
+    parser.add_argument("--budget", type=float, default=600.0, help="seconds of a sampler on a case (default 600)")
+    options = parser.parse_args()
+    path = (options.out or (QUICK_RESULTS if options.quick else RESULTS)) / "samplers.json"
+    missing = {name for name in LIBRARIES if importlib.util.find_spec(name) is None}
+    failures = 0
+    for job in plan(options.quick, options.only, options.case, options.repeats, options.budget):
+        label = f"{job.case}: {job.library} {job.method}" + (f", {job.chains} chains" if job.chains else "")
+        if job.library in missing:
+            print(f"{label}: missing, no row (pip install -c benchmarks/constraints.txt -e '.[bench]')", flush=True)
+            continue
+        began = time.perf_counter()
+        rows, problem = work(job)
+        if problem is not None:
+            failures += 1
+            print(f"{label}: FAILED, no row: {problem}", flush=True)
+            continue
+        write(path, rows)
+        found = {row["metric"]: row["value"] for row in rows}
+        facts = [f"{m} {found[m]:.4g}" for m in ("ess_per_second", "worst_z") if found.get(m) is not None]
+        print(f"{label}: " + ", ".join([*facts, f"{time.perf_counter() - began:.0f} s in all"]), flush=True)
+    print(f"written to {path}" + (f"; {failures} failed" if failures else ""))
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,50 @@
+"""pyroebm: the kernel's defaults, all chains in one process."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import pyroebm
+from benchmarks.suite.cases import Case
+from benchmarks.suite.in_torch import energy
+from benchmarks.suite.measure import Job, Run
+from pyroebm import MCMC, Energy
+
+COMPILES = True
+
+
+class _Clocked(MCMC):
+    """An MCMC that looks at the clock between its two phases."""
+
+    def _draw(self, *arguments: Any) -> None:
+        self.warm = time.perf_counter()
+        super()._draw(*arguments)
+
+
+def clocked_run(job: Job, energy: Energy, chains: int, starts: Tensor, seed: int) -> tuple[MCMC, float, float, int]:
+    """A run as ``job`` asks, the seconds of its two phases, and the gradients that its draws took."""
+    kernel = getattr(pyroebm, job.method if job.chains else "NUTS")()
+    mcmc = _Clocked(kernel, job.num_samples, job.num_warmup, chains, seed=seed, save_warmup=False, progress=False, **job.options)
+    begin = time.perf_counter()
+    mcmc.run(energy, starts)
+    end = time.perf_counter()
+    return mcmc, mcmc.warm - begin, end - mcmc.warm, int(mcmc.get_stats()["n_steps"].sum())
+
+
+def sampler(job: Job, case: Case) -> Callable[[int], Run]:
+    """From a seed to a run; ``job.options`` go to :class:`pyroebm.MCMC`."""
+    target = energy(case.name)
+
+    def run(seed: int) -> Run:
+        starts = torch.as_tensor(case.starts(job.chains, seed))
+        mcmc, warmup, sampling, gradients = clocked_run(job, target, job.chains, starts, seed)
+        samples = {site: np.asarray(draws) for site, draws in mcmc.get_samples(group_by_chain=True).items()}
+        return Run(case.join(samples), warmup, sampling, gradients)
+
+    return run

@@ -1,0 +1,143 @@
+"""The tables of docs/benchmarks.md, from the JSON files of benchmarks/results.
+
+    python -m benchmarks.tables [--results DIR] [--page FILE]
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`, where NAME is a case of benchmarks/samplers.py, `gradients` or
+a curve; what stood there before goes. A table without rows says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+
+from benchmarks.suite.cases import CASES
+from benchmarks.suite.measure import Row
+
+__all__ = ["fill", "read_rows"]
+
+ROOT = Path(__file__).resolve().parents[1]
+SLOT = re.compile(r"(<!-- table: (?P<name>[\w ]+) -->\n).*?(<!-- end -->)", flags=re.S)
+NOTHING = "Not measured yet.\n"
+
+#: Columns of a case's table: heading, metric, whether its spread is shown.
+COLUMNS = (
+    ("ESS/s", "ess_per_second", True),
+    ("with warm-up", "ess_per_second_with_warmup", True),
+    ("with compiling", "ess_per_second_with_compile", False),
+    ("ESS/gradient", "ess_per_gradient", False),
+    ("compile s", "compile_seconds", False),
+    ("worst z", "worst_z", False),
+)
+
+
+def read_rows(folder: Path) -> list[Row]:
+    """Rows of every JSON file in a folder."""
+    return [row for path in sorted(folder.glob("*.json")) for row in json.loads(path.read_text(encoding="utf-8"))]
+
+
+def number(value: float | None) -> str:
+    """Three figures, thousands apart; a dash for what was not measured."""
+    if value is None:
+        return "-"
+    if abs(value) >= 100:
+        return f"{float(f'{value:.3g}'):,.0f}"
+    return f"{value:#.3g}".rstrip(".")
+
+
+def table(headings: list[str], body: list[list[str]]) -> str:
+    """A Markdown table, its first column to the left."""
+    lines = [headings, ["---"] + ["---:"] * (len(headings) - 1), *body]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def _with_spread(row: Row | None, shown: bool) -> str:
+    if row is None or row["value"] is None:
+        return "-"
+    low, high = row["spread"]
+    return number(row["value"]) + (f" ({number(low)} to {number(high)})" if shown and high > low else "")
+
+
+def case_table(case: str, rows: list[Row]) -> str:
+    """One line a sampler, its number of chains beside it; the ratio is to NumPyro's NUTS with as many chains."""
+    found: dict[tuple[str, str, str, int], dict[str, Row]] = {}
+    for row in rows:
+        if row["case"] == case and row["metric"] != "gradient_us":
+            key = (row["library"], row["version"], row["settings"]["method"], row["settings"]["chains"])
+            found.setdefault(key, {})[row["metric"]] = row
+    if not found:
+        return NOTHING
+    rivals = {
+        chains: metrics["ess_per_second"]["value"]
+        for (library, _, method, chains), metrics in found.items()
+        if (library, method) == ("numpyro", "NUTS")
+    }
+    body = []
+    for (library, version, method, chains), metrics in sorted(found.items(), key=lambda item: (item[0][3], item[0])):
+        own, rival = metrics["ess_per_second"]["value"], rivals.get(chains)
+        ratio = number(own / rival) if own and rival else "-"
+        settings = metrics["ess_per_second"]["settings"]
+        cells = [_with_spread(metrics.get(metric), shown) for _, metric, shown in COLUMNS]
+        body.append([f"{library} {version} {method}", str(chains), cells[0], ratio, *cells[1:], str(settings["repeats"])])
+    headings = [heading for heading, *_ in COLUMNS]
+    return table(["sampler", "chains", headings[0], "x NumPyro", *headings[1:], "runs"], body)
+
+
+def gradients_table(rows: list[Row]) -> str:
+    """Microseconds of a bare gradient, a line a case."""
+    found = {
+        (row["case"], row["settings"]["mode"], row["settings"]["chains"]): row for row in rows if row["metric"] == "gradient_us"
+    }
+    columns = [(mode, chains) for chains in (1, 256) for mode in ("eager", "compiled")]
+    body = [
+        [CASES[case].title, *(_with_spread(found.get((case, *column)), True) for column in columns)]
+        for case in CASES
+        if any(key[0] == case for key in found)
+    ]
+    return table(["case", *(f"{mode}, {chains} chains" for mode, chains in columns)], body) if body else NOTHING
+
+
+def curve_table(name: str, rows: list[Row]) -> str:
+    """Microseconds of a leapfrog step of one chain, a line a point."""
+    found = sorted(
+        (row["settings"]["chains"], row["settings"]["dim"], _with_spread(row, True)) for row in rows if row["case"] == name
+    )
+    return table(["chains", "dimensions", "us"], [[str(c), str(d), text] for c, d, text in found]) if found else NOTHING
+
+
+def fill(page: str, rows: list[Row]) -> str:
+    """The page with every table made anew.
+
+    Raises:
+        ValueError: if a marker names no table.
+    """
+
+    def made(slot: re.Match[str]) -> str:
+        name = slot["name"]
+        if name in CASES:
+            text = case_table(name, rows)
+        elif name.endswith(" curve"):
+            text = curve_table(name, rows)
+        elif name == "gradients":
+            text = gradients_table(rows)
+        else:
+            raise ValueError(f"a marker must name a case, a curve or `gradients`, got `{name}`")
+        return f"{slot[1]}\n{text}\n{slot[3]}"
+
+    return SLOT.sub(made, page)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tables", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="folder of JSON files")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "benchmarks.md", help="Markdown file with markers")
+    options = parser.parse_args()
+    page = options.page.read_text(encoding="utf-8")
+    options.page.write_text(fill(page, read_rows(options.results)), encoding="utf-8")
+    print(f"wrote {options.page}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,191 @@
+"""The benchmarks' own machinery: cases that say the truth, rows of one schema, tables made from them. No peer is needed."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import samplers, tables
+from benchmarks.suite import cases
+from benchmarks.suite.measure import Job, Row, Run, sampler_rows, time_runs
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+KEYS = ["case", "library", "version", "metric", "value", "spread", "settings"]
+METRICS = {"ess_per_second", "ess_per_second_with_warmup", "ess_per_second_with_compile", "ess_per_gradient", "worst_z"}
+JOB = Job("net", "numpyro", "NUTS", 4, 50, 200, 3, 10.0, {})
+
+
+def exact_run(seed: int, shift: float = 0.0) -> Run:
+    """A run whose draws are independent ones of the 50-d normal, and whose clock is made up."""
+    draws = np.random.default_rng(seed).standard_normal((4, 200, 50)) * cases.SCALES
+    return Run(draws + shift * cases.SCALES, warmup_seconds=1.0, sampling_seconds=2.0, gradients=8000)
+
+
+def check_rows(rows: list[Row]) -> None:
+    for row in rows:
+        assert list(row) == KEYS
+        assert isinstance(row["settings"]["chains"], int)
+        assert row["settings"]["repeats"] >= 1
+        if row["value"] is not None:
+            low, high = row["spread"]
+            assert low <= row["value"] <= high
+    assert json.loads(json.dumps(rows, allow_nan=False)) == rows
+
+
+def test_modules_import_without_peers() -> None:
+    """In a process that cannot import a peer, all that the command line needs is there."""
+    code = (
+        "import sys\n"
+        "sys.modules.update(dict.fromkeys(['jax', 'numpyro', 'blackjax', 'optax']))\n"
+        "import benchmarks.samplers, benchmarks.tables, benchmarks.suite.worker\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_missing_peer_has_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(samplers.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(sys, "argv", ["samplers", "--quick", "--only", "numpyro", "--out", str(tmp_path)])
+    assert samplers.main() == 0
+    assert "missing, no row" in capsys.readouterr().out
+    assert not (tmp_path / "samplers.json").exists()
+
+
+def test_rows_of_a_run() -> None:
+    rows = sampler_rows(JOB, cases.CASES["normal"], [exact_run(1), exact_run(2), exact_run(3)], 4.0)
+    check_rows(rows)
+    found = {row["metric"]: row["value"] for row in rows}
+    assert set(found) >= METRICS
+    assert found["ess_per_second"] == pytest.approx(3 * found["ess_per_second_with_warmup"] / 2)
+    assert found["ess_per_second"] == pytest.approx(7 * found["ess_per_second_with_compile"] / 2)
+    assert found["ess_per_gradient"] == pytest.approx(found["min_ess"] / 8000)
+    assert found["gradients_per_draw"] == 10.0
+    assert found["compile_seconds"] == 4.0
+
+
+def test_worst_z_tells_right_from_wrong() -> None:
+    """Exact draws pass; a mean that is off by a quarter of a standard deviation does not."""
+
+    def worst(shift: float) -> float:
+        rows = sampler_rows(JOB, cases.CASES["normal"], [exact_run(1, shift)], None)
+        return next(row["value"] for row in rows if row["metric"] == "worst_z")
+
+    assert worst(0.0) < 5.0
+    assert worst(0.25) > 5.0
+
+
+def test_first_call_is_compiling_and_budget_ends_runs() -> None:
+    seeds = []
+
+    def run(seed: int) -> Run:
+        seeds.append(seed)
+        return exact_run(seed) if seed else Run(np.zeros((1, 1, 1)), 10.0, 2.0, 1)
+
+    runs, compiling = time_runs(run, repeats=3, budget=100.0, compiles=True)
+    assert (seeds, len(runs), compiling) == ([0, 1, 2, 3], 3, 9.0)
+    assert len(time_runs(run, repeats=3, budget=0.0, compiles=True)[0]) == 1
+    assert time_runs(run, repeats=1, budget=0.0, compiles=False)[1] is None
+
+
+def test_eight_schools_truth_is_the_published_one() -> None:
+    """Reference draws of posteriordb: means of mu, tau, theta_1 and theta_8, and their Monte Carlo standard errors."""
+    truth = cases.eight_schools_truth()[[0, 1, 2, 9]]
+    assert np.all(np.abs(truth - [4.4105, 3.6021, 6.1505, 4.8840]) < 5 * np.array([0.033, 0.032, 0.056, 0.05]))
+
+
+def test_net_energy_in_numpy_is_the_one_in_torch() -> None:
+    from benchmarks.suite.in_torch import energy
+
+    x = cases.CASES["net"].starts(16, seed=5)
+    np.testing.assert_allclose(energy("net")(torch.as_tensor(x)).numpy(), cases.net_energy(x), rtol=1e-12)
+
+
+def test_densities_in_jax_are_those_in_torch() -> None:
+    """Up to a constant: differences of energies between states agree."""
+    jax = pytest.importorskip("jax")
+    from benchmarks.suite import in_jax
+    from benchmarks.suite.in_torch import energy
+
+    jax.config.update("jax_enable_x64", True)
+    for name in ("normal", "funnel", "net"):
+        x = cases.CASES[name].starts(8, seed=6)
+        ours, theirs = energy(name)(torch.as_tensor(x)).numpy(), -np.asarray(jax.vmap(in_jax.log_density(name))(x))
+        np.testing.assert_allclose(ours - ours[0], theirs - theirs[0], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", cases.CASES)
+def test_coordinates_go_to_sites_and_back(name: str) -> None:
+    case = cases.CASES[name]
+    draws = np.random.default_rng(0).uniform(0.1, 1.0, (2, 3, case.dim))
+    np.testing.assert_array_equal(case.join(case.split(draws)), draws)
+    assert case.quantities(draws).shape == (2, 3, len(case.truth()))
+
+
+def test_later_rows_replace_earlier_ones(tmp_path: Path) -> None:
+    def rows(chains: int, value: float, metric: str = "min_ess") -> list[Row]:
+        settings = {"method": "NUTS", "chains": chains, "repeats": 1}
+        return [dict(zip(KEYS, ("net", "numpyro", "1", metric, value, [value, value], settings), strict=True))]
+
+    path = tmp_path / "new" / "samplers.json"
+    samplers.write(path, rows(1, 1.0) + rows(256, 2.0) + rows(256, 3.0, "worst_z"))
+    samplers.write(path, rows(256, 4.0))
+    assert json.loads(path.read_text()) == rows(1, 1.0) + rows(256, 4.0)
+
+
+def test_quick_asks_for_everything_once_and_little() -> None:
+    jobs = samplers.plan(True, None, None, 5, 600.0)
+    assert {job.case for job in jobs} == {*cases.CASES, *samplers.CURVES}
+    assert all(job.repeats == 1 and job.num_samples <= 50 for job in jobs)
+    assert {job.library for job in samplers.plan(False, "pyro", "net", 5, 600.0)} == {"pyro"}
+
+
+def gradient_row(chains: int, mode: str, value: float) -> Row:
+    settings = {"method": "gradient", "chains": chains, "mode": mode, "repeats": 1}
+    return dict(zip(KEYS, ("normal", "pyroebm", "1", "gradient_us", value, [value, value], settings), strict=True))
+
+
+def test_tables_are_filled_from_rows() -> None:
+    fast = Job("normal", "pyroebm", "NUTS", 4, 50, 200, 1, 10.0, {})
+    slow = Run(exact_run(1).draws, 1.0, 20.0, 8000)
+    rows = sampler_rows(JOB, cases.CASES["normal"], [slow], 1.0) + sampler_rows(fast, cases.CASES["normal"], [exact_run(1)], None)
+    rows = [row | {"case": "normal", "version": "1.2"} for row in rows] + [gradient_row(256, "eager", 123456.0)]
+    names = ["normal", "net", "gradients", "chains curve"]
+    page = "Words.\n" + "".join(f"<!-- table: {name} -->\nold\n<!-- end -->\nBetween.\n" for name in names)
+    filled = tables.fill(page, rows)
+    assert "old" not in filled
+    assert filled.count("Between.") == len(names)
+    assert filled.count("Not measured yet.") == 2  # the net and the curve
+    ours = next(line for line in filled.splitlines() if line.startswith("| pyroebm 1.2 NUTS"))
+    assert [cell.strip() for cell in ours.split("|")][2:5:2] == ["4", "10.0"]  # chains, and ten times NumPyro
+    assert "123,000" in filled
+    assert tables.fill(filled, rows) == filled
+    with pytest.raises(ValueError, match="`nothing`"):
+        tables.fill("<!-- table: nothing -->\n<!-- end -->\n", rows)
+
+
+def test_docs_page_is_what_the_results_make() -> None:
+    page, rows = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8"), tables.read_rows(RESULTS)
+    check_rows(rows)
+    assert tables.fill(page, rows) == page, "run: python -m benchmarks.tables"
+    slots = {match["name"] for match in tables.SLOT.finditer(page)}
+    assert slots == {*cases.CASES, "gradients", *samplers.CURVES}
+
+
+def test_constraints_pin_the_peers() -> None:
+    pins = (ROOT / "benchmarks" / "constraints.txt").read_text(encoding="utf-8")
+    for library in ("jax", "numpyro", "blackjax", "pyro-ppl", "torch"):
+        assert re.search(rf"^{library}==[\w.]+$", pins, flags=re.M), library
+
+
+def test_every_sampler_has_an_adapter() -> None:
+    for library in samplers.LIBRARIES:
+        assert importlib.util.find_spec(f"benchmarks.suite.with_{library}") is not None
