@@ -81,8 +81,8 @@ class Results(AbstractMCMC):
             group_by_chain: keep the chain axis: ``(chains, draws, *event)``, else ``(chains * draws, *event)``.
             warmup: the warm-up's draws instead.
         """
-        draws = named(self._target, self.site, self._draws(warmup))
-        samples: dict[str, Tensor] = select_samples(draws, num_samples, group_by_chain)
+        draws = self._draws(warmup)
+        samples: dict[str, Tensor] = select_samples(named(self._target, self.site, draws), num_samples, group_by_chain)
         return samples
 
     def get_stats(self, warmup: bool = False) -> dict[str, Tensor]:

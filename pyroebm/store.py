@@ -7,16 +7,18 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import xarray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pyroebm.block import Layout
 from pyroebm.diagnostics import from_datasets
+
+if TYPE_CHECKING:  # half a second that only runs with files wait for
+    import xarray
 
 __all__ = ["Part", "Store", "open_run"]
 
@@ -94,6 +96,8 @@ class Part:
 
     def write(self, start: int, x: Tensor, stats: dict[str, Tensor]) -> None:
         """Write draws ``(chains, draws, *event)`` from number ``start`` on."""
+        import xarray
+
         named = self.store.named(x)
         groups: dict[str, dict[str, Tensor]] = {_group("posterior", self.phase): named, _group("sample_stats", self.phase): stats}
         if not any(value is x for value in named.values()):  # what the kernel saw; the same draws where nothing is transformed
@@ -174,6 +178,8 @@ def _files(folder: Path, block: int, phase: str) -> list[tuple[int, Path]]:
 def _joined(files: list[tuple[int, Path]], group: str, thinning: int = 1) -> Any:
     """A group of all files as one dataset in memory, or None where there is none. Each file is read lazily: what is thinned out
     is never in memory."""
+    import xarray
+
     found = []
     for start, path in files:
         try:
@@ -185,10 +191,14 @@ def _joined(files: list[tuple[int, Path]], group: str, thinning: int = 1) -> Any
 
 
 def _concat(parts: list[Any], dim: str) -> Any:
+    import xarray
+
     return xarray.concat(parts, dim, data_vars="all", coords="minimal", compat="override", join="override")
 
 
 def _dataset(variables: dict[str, Tensor], chains: np.ndarray, draws: np.ndarray) -> xarray.Dataset:
+    import xarray
+
     shaped = {}
     for name, value in variables.items():
         dims = ("chain", "draw", *(f"{name}_dim_{i}" for i in range(value.dim() - 2)))

@@ -16,6 +16,7 @@ import torch
 from benchmarks import samplers, tables
 from benchmarks.suite import cases
 from benchmarks.suite.measure import Job, Row, Run, sampler_rows, time_runs
+from pyroebm import Energy
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -94,6 +95,29 @@ def test_first_call_is_compiling_and_budget_ends_runs() -> None:
     assert (seeds, len(runs), compiling) == ([0, 1, 2, 3], 3, 9.0)
     assert len(time_runs(run, repeats=3, budget=0.0, compiles=True)[0]) == 1
     assert time_runs(run, repeats=1, budget=0.0, compiles=False)[1] is None
+
+
+@pytest.mark.parametrize(("options", "blocks"), [({}, 1), ({"chain_batch_size": 2}, 3)])
+def test_our_two_phases_are_told_apart(options: dict[str, int], blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a clock that counts evaluations: MALA takes one for each step of a block, and its starts some beforehand."""
+    from benchmarks.suite import with_pyroebm
+
+    class Counts(Energy):
+        calls = 0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            return 0.5 * x**2
+
+    energy = Counts()
+    monkeypatch.setattr(with_pyroebm.time, "perf_counter", lambda: energy.calls)
+    job = Job("normal", "pyroebm", "MALA", 6, 20, 30, 1, 10.0, options)
+    mcmc, warmup, sampling, gradients = with_pyroebm.clocked_run(job, energy, 6, torch.linspace(-1, 1, 6), seed=1)
+    assert len(mcmc.kernels) == blocks
+    assert sampling == 30 * blocks
+    assert warmup + sampling == energy.calls
+    assert warmup > 20 * blocks
+    assert gradients == 6 * 30
 
 
 def test_eight_schools_truth_is_the_published_one() -> None:
