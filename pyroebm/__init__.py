@@ -1,7 +1,7 @@
 """Energy-based models on Pyro: define an energy, sample it, fit flows to it, see whether it mixed."""
 
 from pyroebm.energy import Energy, Sum, Tempered, score, value_and_grad
-from pyroebm.kernels import HMC, MALA, NUTS, ULA, Info, Kernel, State
+from pyroebm.kernels import DMALA, DULA, HMC, MALA, NUTS, ULA, BlockGibbs, Gibbs, GibbsWithGradients, Info, Kernel, State
 from pyroebm.kernels.adaptation import WindowAdaptation
 from pyroebm.mcmc import MCMC
 from pyroebm.ppl import Boltzmann, PyroKernel, initial_states
@@ -14,6 +14,11 @@ __all__ = [
     "Boltzmann",
     "PyroKernel",
     "initial_states",
+    "BlockGibbs",
+    "DMALA",
+    "DULA",
+    "Gibbs",
+    "GibbsWithGradients",
     "HMC",
     "MALA",
     "MCMC",

@@ -93,13 +93,13 @@ class MCMC(AbstractMCMC):
         """Warm up and draw.
 
         Args:
-            energy: the energy to sample; a constrained support is sampled in unconstrained coordinates.
+            energy: the energy to sample; a constrained support is sampled in unconstrained coordinates, a discrete one as it is.
             initial: starting states ``(num_chains, *event)`` in the energy's own (constrained) space; None takes
                 ``energy.initial``.
 
         Raises:
-            ValueError: if ``energy`` is no Energy or its support is discrete, or if ``initial`` does not fit it or holds a
-                state of non-finite energy.
+            ValueError: if ``energy`` is no Energy or its support is not one that the kernel moves on, or if ``initial`` does not
+                fit it or holds a state of non-finite energy.
         """
         target, generator = self._bound(energy)
         with eval_mode(energy):
@@ -292,6 +292,7 @@ class MCMC(AbstractMCMC):
         learned: dict[str, Any] = {}
         if "step_size" in state:
             learned["step_size"] = state["step_size"] if state["step_size"].dim() else float(state["step_size"])
+        if hasattr(self.start_kernel, "inverse_mass"):
             learned["inverse_mass"] = metric_from(metric, parts("metric."))
         self.kernel = self.start_kernel.replace(**learned)
         self._target, self._generator, self._state, self.seed, self.interrupted = target, generator, at, seed, False

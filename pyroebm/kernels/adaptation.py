@@ -229,7 +229,8 @@ class WindowAdaptation:
         target = kernel.target_acceptance if self.target_acceptance is None else self.target_acceptance
         tuning = tuning.update(float(info.acceptance_rate.mean()), target)
         kernel = kernel.replace(step_size=math.exp(tuning.log_step))
-        plan = windows(steps, self.initial, self.first, self.final) if self.metric else []
+        learns = self.metric and hasattr(kernel, "inverse_mass")  # a discrete kernel has a step size and no metric
+        plan = windows(steps, self.initial, self.first, self.final) if learns else []
         if any(start <= step < stop for start, stop in plan):
             pooled = pooled.update(rows(state.x))
         if any(step + 1 == stop for _, stop in plan):
