@@ -68,7 +68,7 @@ class DualAveraging(NamedTuple):
         steps = self.steps + 1
         weight = 1.0 / (steps + t0)
         error = (1.0 - weight) * self.error + weight * (target - acceptance)
-        log_step = self.mu - math.sqrt(steps) / gamma * error
+        log_step = min(self.mu - math.sqrt(steps) / gamma * error, 60.0)  # where every step is accepted, it must not overflow
         decay = steps**-kappa
         return DualAveraging(self.mu, log_step, decay * log_step + (1.0 - decay) * self.log_average, error, steps)
 

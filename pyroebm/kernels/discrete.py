@@ -70,8 +70,8 @@ class DULA(RelaxedKernel):
     .. math:: q_i(v \mid x) \propto \exp\Bigl(-\tfrac12 \nabla E(x)_i \cdot (v - x_i) - \frac{|v - x_i|^2}{2 \epsilon^2}\Bigr)
 
     This is the Langevin proposal of step :math:`\epsilon`, a normal law, restricted to the support; the paper's :math:`\alpha`
-    is :math:`\epsilon^2`. The energy must accept real numbers (:class:`pyroebm.views.Relaxed`). A proposal with a non-finite energy
-    or gradient is refused and counts as diverging; every other is taken.
+    is :math:`\epsilon^2`. The energy must accept real numbers (:class:`pyroebm.views.Relaxed`). A proposal with a non-finite
+    energy or gradient is refused and counts as diverging; every other is taken.
 
     Args:
         step_size: :math:`\epsilon > 0`, a number or one for each chain; a flip has a distance of 1 on bits, 2 on spins,

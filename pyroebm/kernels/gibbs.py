@@ -198,7 +198,7 @@ class BlockGibbs(DiscreteKernel[PointState]):
 
 
 def conditional_logits(energy: Energy, x: Tensor, site: Tensor, values: Tensor) -> Tensor:
-    """Log-probabilities ``(chains, K)``, unnormalised, of the values of one site of each row of ``x`` ``(chains, sites, width)``."""
+    """Log-probabilities ``(chains, K)``, unnormalised, of one site's values in each row of ``x`` ``(chains, sites, width)``."""
     candidates = x.unsqueeze(1).repeat(1, len(values), 1, 1)
     candidates[torch.arange(len(x), device=x.device), :, site] = values
     return -energy(candidates.reshape(-1, *energy.event_shape)).reshape(len(x), len(values))
