@@ -49,15 +49,17 @@ class GibbsWithGradients(RelaxedKernel):
 
     def step(self, energy: Energy, state: State, generator: torch.Generator | None = None) -> tuple[State, Info]:
         values, x, row = values_of(energy, state.x), rows(state.x), torch.arange(len(state.x), device=state.x.device)
-        forward, own = change_logits(x, rows(state.grad), values)
-        index = draw_index(forward, uniform_like(state.energy, generator))
-        site, value = index // len(values), index % len(values)
+        forward = change_logits(x, rows(state.grad), values)
+        index = draw_index(forward.exp(), uniform_like(state.energy, generator))
         proposal = to_sites(x, values).clone()
-        proposal[row, site] = values[value]
+        sites = proposal.shape[1]
+        site = index % sites
+        own = squared_distances(proposal[row, site].unsqueeze(1), values).argmin(1).squeeze(1)
+        proposal[row, site] = values[index // sites]
         q = rows(proposal)
         new = state_of_rows(energy, q, *row_value_and_grad(Relaxed(author(energy)), q))
-        backward, _ = change_logits(q, rows(new.grad), values)
-        log_q = backward[row, site * len(values) + own[row, site]] - forward[row, index]
+        backward = change_logits(q, rows(new.grad), values)
+        log_q = backward[row, own * sites + site] - forward[row, index]
         return metropolis(state, new, log_q, generator)
 
 
@@ -115,19 +117,19 @@ class DULA(RelaxedKernel):
         r"""The proposal x', and :math:`\log q(x \mid x') - \log q(x' \mid x)` of each row."""
         values, x = values_of(energy, state.x), rows(state.x)
         forward, own = self._site_logits(x, rows(state.grad), values)
-        index = draw_index(forward, uniform_like(forward[..., 0], generator))
+        index = draw_index(forward.exp(), uniform_like(forward[:, 0], generator))
         q = rows(values[index])
         new = state_of_rows(energy, q, *row_value_and_grad(Relaxed(author(energy)), q))
         backward, _ = self._site_logits(q, rows(new.grad), values)
-        log_q = (backward.gather(2, own.unsqueeze(2)) - forward.gather(2, index.unsqueeze(2))).sum((1, 2))
-        return new, log_q
+        back = torch.where(own, backward, 0.0).sum((1, 2))
+        return new, back - forward.gather(1, index.unsqueeze(1)).sum((1, 2))
 
     def _site_logits(self, q: Tensor, grad: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probabilities of the values of each site, ``(chains, sites, K)``, and the index of each site's own value."""
+        """Log-probabilities of the values of each site, ``(chains, K, sites)``, and which of them is its own value."""
         squared = squared_distances(to_sites(q, values), values)
         spread = 2.0 * column(self.step_size, q).unsqueeze(2) ** 2
-        logits = -0.5 * to_sites(grad, values) @ values.mT - squared / spread
-        return torch.log_softmax(logits, -1), squared.argmin(-1)
+        logits = -0.5 * values @ to_sites(grad, values).mT - squared / spread
+        return torch.log_softmax(logits, 1), squared == 0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -162,12 +164,11 @@ class DMALA(DULA):
         return new, info._replace(step_size=size)
 
 
-def change_logits(q: Tensor, grad: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities ``(chains, sites * K)`` of changing one site to another value, and the own value of each site."""
+def change_logits(q: Tensor, grad: Tensor, values: Tensor) -> Tensor:
+    """Log-probabilities ``(chains, K * sites)`` of changing one site to another value, the values in the order of ``values``."""
     x, g = to_sites(q, values), to_sites(grad, values)
-    squared = squared_distances(x, values)
-    gain = 0.5 * ((g * x).sum(-1, keepdim=True) - g @ values.mT)
-    return torch.log_softmax(rows(gain.masked_fill(squared == 0, -torch.inf)), -1), squared.argmin(-1)
+    gain = 0.5 * ((g * x).sum(2).unsqueeze(1) - values @ g.mT)
+    return torch.log_softmax(rows(gain.masked_fill(squared_distances(x, values) == 0, -torch.inf)), 1)
 
 
 def is_finite(state: State) -> Tensor:

@@ -138,7 +138,7 @@ class Gibbs(DiscreteKernel[PointState]):
             for site, u in zip(order.unbind(1), noise.unbind(1), strict=True):
                 logits = local(energy, x, site, values)
                 legal = (logits < torch.inf).all(1) & (logits > -torch.inf).any(1)
-                drawn = values[draw_index(logits, u)]
+                drawn = values[draw_index(torch.softmax(logits, 1), u)]
                 x[row, site] = torch.where(legal.unsqueeze(1), drawn, x[row, site])
                 refused += ~legal
             return swept(energy, state, x, refused, order.shape[1])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from pyroebm.energy import Energy
@@ -55,11 +54,11 @@ def to_sites(x: Tensor, values: Tensor) -> Tensor:
 
 
 def squared_distances(x: Tensor, values: Tensor) -> Tensor:
-    """Squared distances of sites ``(chains, sites, width)`` to the values: ``(chains, sites, K)``; exactly 0 at a site's own."""
-    return (x**2).sum(-1, keepdim=True) - 2.0 * x @ values.mT + (values**2).sum(-1)
+    """Squared distances of sites ``(chains, sites, width)`` to the values: ``(chains, K, sites)``; exactly 0 at a site's own."""
+    return (x**2).sum(2).unsqueeze(1) - 2.0 * values @ x.mT + (values**2).sum(1, keepdim=True)
 
 
-def draw_index(logits: Tensor, noise: Tensor) -> Tensor:
-    """Categories drawn by inverse CDF: ``logits (..., K)`` and uniform ``noise (...)`` to indices; one of logit -inf never."""
-    cdf = torch.softmax(logits, -1).cumsum(-1)
-    return (noise.unsqueeze(-1) * cdf[..., -1:] >= cdf[..., :-1]).sum(-1)
+def draw_index(p: Tensor, noise: Tensor) -> Tensor:
+    """Categories along dimension 1 by inverse CDF: ``p (chains, K, ...)``, uniform ``noise (chains, ...)``."""
+    cdf = p.cumsum(1)  # scaled by its own end, so that a category of probability 0 is never drawn, the last one neither
+    return (noise.unsqueeze(1) * cdf[:, -1:] >= cdf[:, :-1]).sum(1)
