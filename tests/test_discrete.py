@@ -278,6 +278,21 @@ def test_distributions_draw_from_the_generator_and_leave_the_global_one() -> Non
     assert torch.equal(before, torch.get_rng_state())
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", DISCRETE)
+def test_kernels_step_on_a_device(name: str) -> None:
+    energy = Ising((4, 4), 0.3).to("cuda")
+    a, b = (run_on_cuda(DISCRETE[name](), energy) for _ in range(2))
+    assert a.device.type == "cuda"
+    assert torch.equal(a, b)
+
+
+def run_on_cuda(kernel: Kernel[Any], energy: Energy) -> Tensor:
+    generator = torch.Generator("cuda").manual_seed(0)
+    state = kernel.init(energy, energy.initial(8, generator))
+    return kernel.step(energy, state, generator)[0].x
+
+
 def test_draw_index_follows_its_probabilities_and_never_an_impossible_one() -> None:
     p = torch.tensor([0.0, 0.1, 0.0, 0.6, 0.3, 0.0], dtype=torch.float64)
     noise = torch.linspace(0, 1 - 2**-24, 100_001, dtype=torch.float64)
