@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pyroebm import diagnostics
+from pyroebm.compiled import choose_compiled, is_compiled
 from pyroebm.energy import Energy, check_energy
 from pyroebm.kernels.adaptation import Adaptation, resolve
 from pyroebm.kernels.base import Kernel, check_kernel
@@ -39,6 +40,8 @@ class MCMC(AbstractMCMC):
         num_chains: number of chains.
         seed: seed of every random number of the run; None takes a fresh one, kept in ``.seed``. No global generator is used.
         thinning: keep one draw in so many steps; divergences and gradient counts of the others are kept with it.
+        compile: whether the kernel's inner loops become compiled blocks: True, False, or "auto", which compiles where the steps
+            planned repay the half minute that it may take. Draws are the same up to rounding. ``.compiled`` tells the choice.
         adaptation: how to adapt: the kernel's own way, or a :class:`pyroebm.WindowAdaptation`; None leaves it as it is.
         save_warmup: whether to keep the draws of the warm-up too.
         progress: show a progress bar; None shows one on a terminal.
@@ -62,6 +65,7 @@ class MCMC(AbstractMCMC):
 
     kernel: Kernel[Any]
     num_chains: int
+    _moving: Energy
 
     def __init__(
         self,
@@ -73,6 +77,7 @@ class MCMC(AbstractMCMC):
         seed: int | None = None,
         thinning: int = 1,
         adaptation: Adaptation | Literal["default"] | None = "default",
+        compile: bool | Literal["auto"] = "auto",
         save_warmup: bool = True,
         progress: bool | None = None,
         site: str = "x",
@@ -84,10 +89,15 @@ class MCMC(AbstractMCMC):
         self.start_kernel, self.num_samples, self.warmup_steps, self.thinning = kernel, num_samples, warmup_steps, thinning
         self.seed = fresh_seed(seed)
         self.adaptation = resolve(kernel, adaptation)
-        self.save_warmup, self.progress, self.site = save_warmup, progress, site
+        self.compile, self.save_warmup, self.progress, self.site = compile, save_warmup, progress, site
         self.interrupted = False
         self._record: Record | None = None
         self._warmup: Record | None = None
+
+    @property
+    def compiled(self) -> bool | None:
+        """Whether the last run used compiled blocks; None before the first."""
+        return is_compiled(self._moving) if "_moving" in vars(self) else None
 
     def run(self, energy: Energy, initial: Tensor | None = None) -> None:
         """Warm up and draw.
@@ -107,7 +117,10 @@ class MCMC(AbstractMCMC):
                 initial = energy.initial(self.num_chains, generator)
             self._check_initial(energy, initial)
             state = self.start_kernel.init(target, target.unconstrain(initial), generator)
+            steps = self.warmup_steps + self.num_samples * self.thinning
+            moving = choose_compiled(target, self.compile, self.start_kernel, self.num_chains, steps)
             # Only now is the run before this one let go: whatever was refused above has left it as it was.
+            self._moving = moving
             self._target, self._generator, self._state, self.kernel = target, generator, state, self.start_kernel
             self._record = Record(self.num_samples, state)
             self._warmup = Record(self.warmup_steps if self.save_warmup else 0, state)
@@ -131,6 +144,7 @@ class MCMC(AbstractMCMC):
             raise ValueError("run_more goes on from a run that finished its warm-up: call run(energy) first")
         _check_counts({"num_samples": 1}, num_samples)
         with eval_mode(self._target):
+            self._moving = choose_compiled(self._target, self.compile, self.kernel, self.num_chains, num_samples * self.thinning)
             self._state = self.kernel.refresh(self._target, self._state)
             self.interrupted = False
             self._record.grow(num_samples)
@@ -157,13 +171,13 @@ class MCMC(AbstractMCMC):
     def _warm_up(self, record: Record) -> None:
         plan = self.adaptation
         if plan is not None and self.warmup_steps > 0:
-            self.kernel, memory = plan.start(self.kernel, self._target, self._state, self._generator)
+            self.kernel, memory = plan.start(self.kernel, self._moving, self._state, self._generator)
         for _ in self._bar(self.warmup_steps, "warm-up"):
             if plan is None:
-                self._state, info = self.kernel.step(self._target, self._state, self._generator)
+                self._state, info = self.kernel.step(self._moving, self._state, self._generator)
             else:
                 self.kernel, self._state, info, memory = plan.step(
-                    self.kernel, self._target, self._state, memory, self.warmup_steps, self._generator
+                    self.kernel, self._moving, self._state, memory, self.warmup_steps, self._generator
                 )
             if self.save_warmup:
                 record.append(self._state, info)
@@ -172,7 +186,7 @@ class MCMC(AbstractMCMC):
         for _ in self._bar(num_samples, "sample"):
             infos = []
             for _ in range(self.thinning):
-                self._state, info = self.kernel.step(self._target, self._state, self._generator)
+                self._state, info = self.kernel.step(self._moving, self._state, self._generator)
                 infos.append(info)
             record.append(self._state, merged(infos))
 

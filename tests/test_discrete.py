@@ -541,17 +541,18 @@ def test_ising_moments_are_those_of_all_states(kernel: Kernel[Any], steps: int) 
 
 
 def test_dmala_warms_up_to_its_target_without_a_metric() -> None:
+    """From hot starts, where steps of every size are accepted: a search by doubling once began at 1e14."""
     energy, generator = Ising((6, 6), 0.3, dtype=torch.float64), torch.Generator().manual_seed(0)
     plan, kernel = WindowAdaptation(), DMALA(step_size=0.1)
     state = kernel.init(energy, energy.initial(32, generator))
     kernel, memory = plan.start(kernel, energy, state, generator)
-    for _ in range(400):
-        kernel, state, _, memory = plan.step(kernel, energy, state, memory, 400, generator)
+    for _ in range(200):
+        kernel, state, _, memory = plan.step(kernel, energy, state, memory, 200, generator)
     rates = []
     for _ in range(100):
         state, info = kernel.step(energy, state, generator)
         rates.append(info.acceptance_rate.mean())
-    assert abs(float(torch.stack(rates).mean()) - 0.574) < 0.08
+    assert abs(float(torch.stack(rates).mean()) - 0.574) < 0.05
 
 
 def test_a_flat_energy_lets_the_step_size_grow_and_nothing_breaks() -> None:

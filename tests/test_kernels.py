@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Callable
 
@@ -16,12 +15,14 @@ from torch import Tensor
 
 from pyroebm import HMC, MALA, NUTS, ULA, Energy, Kernel
 from pyroebm.kernels import hamiltonian, nuts
-from pyroebm.kernels.adaptation import DualAveraging, PooledVariance, WindowAdaptation, windows
 from pyroebm.kernels.base import rows
 from pyroebm.kernels.hamiltonian import draw_momentum, kinetic, leapfrog
-from pyroebm.kernels.metric import Diagonal
+from pyroebm.kernels.metric import Dense, Diagonal, LowRank, Metric
 from pyroebm.kernels.nuts import _slots
-from pyroebm.targets import DoubleWell, Exponential, Gaussian, GaussianMixture, HalfDisc, scales_gaussian
+from pyroebm.targets import DoubleWell, Exponential, Gaussian, GaussianMixture, HalfDisc
+
+#: For an event of one entry: inverse mass 0.5.
+NARROW = LowRank(torch.tensor([0.5]), torch.tensor([[1.0]]), torch.tensor([2.0]))
 
 #: One line for a kernel: every test below that takes ``kernel`` runs on it.
 KERNELS: dict[str, Callable[[], Kernel]] = {
@@ -32,16 +33,29 @@ KERNELS: dict[str, Callable[[], Kernel]] = {
     "mala-metric": lambda: MALA(step_size=0.8, inverse_mass=torch.tensor(0.5)),
     "hmc-metric": lambda: HMC(step_size=0.4, num_steps=4, inverse_mass=torch.tensor(0.5)),
     "nuts-metric": lambda: NUTS(step_size=0.6, inverse_mass=torch.tensor(0.5)),
+    "nuts-dense": lambda: NUTS(step_size=0.6, inverse_mass=Dense(torch.tensor([[0.7]]))),
+    "hmc-low-rank": lambda: HMC(step_size=0.4, num_steps=4, inverse_mass=NARROW),
 }
 EXACT = [name for name in KERNELS if not name.startswith("ula")]
 EVENTS = [(), (3,), (2, 3, 4)]
 
 
+def widened(metric: Tensor | Metric | None, event: tuple[int, ...]) -> Tensor | Metric | None:
+    """A metric of the table, written for one entry, for an event of many: dense ones correlate all of them."""
+    dim = math.prod(event)
+    match metric:
+        case Tensor():
+            return metric.expand(event).clone()
+        case Dense(factor):
+            return Dense(factor * (torch.eye(dim) + 0.3 * torch.ones(dim, dim).tril(-1)))
+        case LowRank(scale, vectors, values):
+            return LowRank(scale.expand(dim), vectors.expand(dim, 1) / math.sqrt(dim), values)
+    return metric
+
+
 def build(name: str, event: tuple[int, ...] = ()) -> Kernel:
     kernel = KERNELS[name]()
-    if kernel.inverse_mass is not None:
-        kernel = kernel.replace(inverse_mass=kernel.inverse_mass.expand(event).clone())
-    return kernel
+    return kernel.replace(inverse_mass=widened(kernel.inverse_mass, event))
 
 
 class Normal(Energy):
@@ -418,102 +432,3 @@ def test_jitter_breaks_the_resonance_of_a_fixed_length() -> None:
     free = run(HMC(step_size=period / 200, num_steps=200, jitter=0.9), Normal().double(), x, 6)
     assert float(stuck.std()) < 0.01
     within_se(free.mean(), 0.0, free.std() / math.sqrt(len(free)))
-
-
-# Adaptation
-
-
-def test_dual_averaging_finds_the_step_of_a_known_curve() -> None:
-    tuning = DualAveraging.start(5.0)
-    for _ in range(2000):
-        tuning = tuning.update(math.exp(-math.exp(tuning.log_step)), target=0.8)
-    assert abs(math.exp(tuning.log_average) / -math.log(0.8) - 1) < 0.02
-    with pytest.raises(ValueError, match=r"acceptance must be a number in \[0, 1\], got nan"):
-        tuning.update(math.nan, 0.8)
-
-
-def test_pooled_variance_equals_that_of_all_rows() -> None:
-    x = torch.randn(5, 7, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 1e3
-    pooled = PooledVariance.start(x[0])
-    for part in x:
-        pooled = pooled.update(part)
-    expected = x.reshape(-1, 3).var(0) * 35 / 40 + 1e-3 * 5 / 40
-    torch.testing.assert_close(pooled.variance(), expected)
-
-
-@pytest.mark.parametrize("steps", [0, 19, 20, 59, 60, 79, 80, 149, 150, 151, 200, 1000, 1001])
-def test_windows_are_disjoint_and_inside(steps: int) -> None:
-    found = windows(steps)
-    assert all(0 <= start < stop <= steps for start, stop in found)
-    assert all(a[1] == b[0] for a, b in itertools.pairwise(found))
-    assert bool(found) == (steps >= 60)
-    assert not found or steps - found[-1][1] >= 30  # room for a new step size after the last metric
-
-
-@pytest.mark.parametrize("steps", [1, 5, 20, 25, 30, 60, 80])
-def test_a_short_warm_up_leaves_a_step_size_that_moves(steps: int) -> None:
-    """Dual averaging begins by overshooting: cut short there, it once left an acceptance rate of 1e-18."""
-    energy, plan, generator = scales_gaussian(dtype=torch.float64), WindowAdaptation(), torch.Generator().manual_seed(0)
-    state = NUTS().init(energy, energy.initial(16, generator))
-    kernel, memory = plan.start(NUTS(max_tree_depth=6), energy, state, generator)
-    for _ in range(steps):
-        state, info = kernel.step(energy, state, generator)
-        kernel, memory = plan.update(kernel, energy, state, info, memory, steps, generator)
-    rates = []
-    for _ in range(10):
-        state, info = kernel.step(energy, state, generator)
-        rates.append(info.acceptance_rate.mean())
-    assert 0.4 < float(torch.stack(rates).mean()) <= 1.0
-
-
-def test_a_new_metric_starts_the_step_size_anew() -> None:
-    energy, plan, generator = Normal((2,)).double(), WindowAdaptation(), torch.Generator().manual_seed(0)
-    kernel: Kernel = MALA()
-    state = kernel.init(energy, energy.initial(8, generator))
-    kernel, memory = plan.start(kernel, energy, state, generator)
-    counts = []
-    for _ in range(100):
-        state, info = kernel.step(energy, state, generator)
-        kernel, memory = plan.update(kernel, energy, state, info, memory, 100, generator)
-        assert memory.tuning is not None
-        counts.append(memory.tuning.steps)
-    ends = [stop for _, stop in windows(100)]
-    assert [step + 1 for step, count in enumerate(counts) if count == 0] == ends
-    assert memory.pooled.draws == 0
-
-
-@pytest.mark.parametrize("name", ["mala", "hmc", "nuts"])
-def test_warm_up_reaches_its_target_and_learns_the_scales(name: str) -> None:
-    scales = torch.tensor([0.1, 1.0, 10.0], dtype=torch.float64)
-    energy = Gaussian(torch.zeros(3, dtype=torch.float64), torch.diag(scales**2))
-    kernel, plan, generator = KERNELS[name](), WindowAdaptation(final=150), torch.Generator().manual_seed(0)
-    state = kernel.init(energy, energy.sample(32, generator))
-    kernel, memory = plan.start(kernel, energy, state, generator)
-    for _ in range(300):
-        state, info = kernel.step(energy, state, generator)
-        kernel, memory = plan.update(kernel, energy, state, info, memory, 300, generator)
-    assert kernel.inverse_mass is not None
-    assert (kernel.inverse_mass.sqrt() / scales - 1).abs().max() < 0.25
-    rates = []
-    for _ in range(100):
-        state, info = kernel.step(energy, state, generator)
-        rates.append(info.acceptance_rate.mean())
-    assert kernel.target_acceptance is not None
-    assert abs(float(torch.stack(rates).mean()) - kernel.target_acceptance) < 0.08
-
-
-def test_a_nan_in_warm_up_freezes_no_chain() -> None:
-    kernel, plan, generator = NUTS(), WindowAdaptation(), torch.Generator().manual_seed(0)
-    energy = Fragile().double()
-    state = kernel.init(energy, torch.linspace(-1.4, 1.4, 32, dtype=torch.float64))
-    kernel, memory = plan.start(kernel, energy, state, generator)
-    diverged = 0
-    for _ in range(200):
-        state, info = kernel.step(energy, state, generator)
-        diverged += int(info.diverging.sum())
-        kernel, memory = plan.update(kernel, energy, state, info, memory, 200, generator)
-    assert diverged > 0
-    assert 0.01 < float(kernel.step_size) < 10
-    before = state.x
-    state, info = kernel.step(energy, state, generator)
-    assert float((state.x != before).double().mean()) > 0.5

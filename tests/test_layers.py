@@ -16,7 +16,7 @@ PACKAGE = ROOT / "pyroebm"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("randomness", "diagnostics", "front_door"),
     ("supports",),
-    ("energy views",),
+    ("energy views compiled",),
     ("targets", "energies", "kernels", "flows", "datasets"),
     ("objectives", "partition", "mcmc record", "ppl"),
     ("infer", "plotting", "training", "distributed", "zoo"),

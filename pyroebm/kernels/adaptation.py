@@ -1,9 +1,8 @@
-"""Warm-up: dual averaging of the step size and a pooled diagonal metric, in windows. Adaptation returns a new kernel."""
+"""Warm-up: a step size and a metric, learned in windows. Adaptation returns a new kernel."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -11,8 +10,12 @@ from torch import Tensor
 
 from pyroebm.energy import Energy
 from pyroebm.kernels.base import AnyState, Info, Kernel, rows
+from pyroebm.kernels.covariance import PooledCovariance, PooledRows, PooledVariance
+from pyroebm.kernels.step_size import DualAveraging, find_step_size
 
-__all__ = ["Adaptation", "DualAveraging", "PooledVariance", "WindowAdaptation", "Warmup", "find_step_size", "windows"]
+__all__ = ["Adaptation", "WindowAdaptation", "Warmup", "windows"]
+
+METRICS = ("diagonal", "dense", "low_rank")
 
 
 class Adaptation(Protocol):
@@ -27,83 +30,6 @@ class Adaptation(Protocol):
         self, kernel: Kernel[Any], energy: Energy, state: Any, memory: Any, steps: int, generator: torch.Generator | None = None
     ) -> tuple[Kernel[Any], Any, Info, Any]:
         """One step of a warm-up of ``steps``: the kernel for the next step, the state, the report and the memory."""
-
-
-class DualAveraging(NamedTuple):
-    r"""Nesterov's dual averaging of :math:`\log\epsilon` (Hoffman and Gelman, 2014, section 3.2), as an immutable value.
-
-    .. math:: \bar H_t = (1 - \tfrac{1}{t + t_0}) \bar H_{t-1} + \tfrac{1}{t + t_0} (\delta - \alpha_t), \quad
-        \log\epsilon_t = \mu - \tfrac{\sqrt t}{\gamma} \bar H_t
-
-    Args:
-        mu: :math:`\mu`, where :math:`\log\epsilon` is drawn to.
-        log_step: :math:`\log\epsilon_t`, what to use next.
-        log_average: the weighted average of the iterates, what to use in the end.
-        error: :math:`\bar H_t`.
-        steps: t.
-
-    Example:
-        >>> tuning = DualAveraging.start(0.1)
-        >>> tuning.update(1.0, target=0.8).log_step > tuning.log_step
-        True
-    """
-
-    mu: float
-    log_step: float
-    log_average: float
-    error: float = 0.0
-    steps: int = 0
-
-    @classmethod
-    def start(cls, step_size: float) -> DualAveraging:
-        """Begin at ``step_size``, drawn towards ten times that: large steps are cheap to try."""
-        return cls(math.log(10.0 * step_size), math.log(step_size), math.log(step_size))
-
-    def update(
-        self, acceptance: float, target: float, gamma: float = 0.05, t0: float = 10.0, kappa: float = 0.75
-    ) -> DualAveraging:
-        """One observation of the acceptance rate. A value that is no number in [0, 1] is refused: it would freeze every chain."""
-        if not 0.0 <= acceptance <= 1.0:
-            raise ValueError(f"acceptance must be a number in [0, 1], got {acceptance}")
-        steps = self.steps + 1
-        weight = 1.0 / (steps + t0)
-        error = (1.0 - weight) * self.error + weight * (target - acceptance)
-        log_step = min(self.mu - math.sqrt(steps) / gamma * error, 60.0)  # where every step is accepted, it must not overflow
-        decay = steps**-kappa
-        return DualAveraging(self.mu, log_step, decay * log_step + (1.0 - decay) * self.log_average, error, steps)
-
-
-class PooledVariance(NamedTuple):
-    """Marginal variances of the draws of all chains together, merged batch by batch (Chan, Golub and LeVeque, 1983).
-
-    Args:
-        draws: draws so far.
-        mean: running mean, shape ``(dim,)``.
-        squares: sum of squared deviations, shape ``(dim,)``.
-    """
-
-    draws: int
-    mean: Tensor
-    squares: Tensor
-
-    @classmethod
-    def start(cls, like: Tensor) -> PooledVariance:
-        """Empty, for rows shaped as ``like`` ``(chains, dim)``."""
-        return cls(0, torch.zeros_like(like[0]), torch.zeros_like(like[0]))
-
-    def update(self, q: Tensor) -> PooledVariance:
-        """Add rows ``(chains, dim)``."""
-        n, total = len(q), self.draws + len(q)
-        mean = q.mean(0)
-        delta = mean - self.mean
-        squares = self.squares + ((q - mean) ** 2).sum(0) + delta**2 * (self.draws * n / total)
-        return PooledVariance(total, self.mean + delta * (n / total), squares)
-
-    def variance(self) -> Tensor:
-        """The variances, shrunk towards 1e-3 as if five more draws had said so (Stan's rule)."""
-        if self.draws < 2:
-            return torch.ones_like(self.mean)
-        return (self.squares / (self.draws - 1)) * (self.draws / (self.draws + 5.0)) + 1e-3 * (5.0 / (self.draws + 5.0))
 
 
 def windows(steps: int, initial: int = 15, first: int = 15, final: int = 50) -> list[tuple[int, int]]:
@@ -131,39 +57,31 @@ def windows(steps: int, initial: int = 15, first: int = 15, final: int = 50) -> 
     return found
 
 
-def find_step_size(kernel: Kernel[Any], energy: Energy, state: AnyState, generator: torch.Generator | None) -> float:
-    """A step size to start from: double or halve until the mean acceptance of one step crosses one half (heuristic of NUTS)."""
-    probe: Kernel[Any] = kernel.replace(max_tree_depth=1) if hasattr(kernel, "max_tree_depth") else kernel
-    size = float(torch.as_tensor(getattr(kernel, "step_size")).mean())  # noqa: B009
-    direction = 0
-    for _ in range(50):
-        _, info = probe.replace(step_size=size).step(energy, state, generator)
-        wanted = 1 if float(info.acceptance_rate.mean()) > 0.5 else -1
-        if direction and wanted != direction:
-            break
-        direction, size = wanted, size * 2.0**wanted
-    return size
-
-
 class Warmup(NamedTuple):
-    """The adaptation's own state between two steps."""
+    """The adaptation's own state between two steps: numbers, tensors and NamedTuples of them; None where nothing is learned."""
 
     tuning: DualAveraging | None
-    pooled: PooledVariance
+    pooled: PooledVariance | PooledCovariance | PooledRows | None
     step: int
 
 
 @dataclasses.dataclass(frozen=True)
 class WindowAdaptation:
-    """Step size and diagonal metric, one of each for all chains, learned in windows as in Stan (Carpenter et al., 2017).
+    """Step size and metric learned in windows as in Stan (Carpenter et al., 2017), from all chains together.
 
     Draws of all chains are pooled, so many chains learn a metric in few steps. A row that met a NaN reports acceptance 0 and
-    stays where it was, so nothing non-finite reaches the adaptation.
+    stays where it was, so nothing non-finite reaches the adaptation; a window that does not determine a metric keeps the old one.
 
     Args:
         target_acceptance: acceptance rate to aim at; None takes the kernel's own.
-        metric: whether to learn the diagonal metric.
+        metric: what to learn for ``inverse_mass``: "diagonal", the variances; "dense", the covariance; "low_rank", from draws and
+            gradients, a diagonal stretched along a few directions; None leaves it as it is. A kernel without one learns none.
+        step_size: "pooled", one for all chains, or "per_chain", one for each.
         initial, first, final: lengths of the first buffer, of the first window and of the last buffer.
+        rank: for "low_rank", leading directions to take of the draws, and as many of the gradients.
+
+    Raises:
+        ValueError: if a setting is not one of these; if "low_rank" is asked of a kernel whose states have no gradient.
 
     Example:
         >>> from pyroebm.kernels import HMC
@@ -179,23 +97,31 @@ class WindowAdaptation:
     """
 
     target_acceptance: float | None = None
-    metric: bool = True
+    metric: Literal["diagonal", "dense", "low_rank"] | None = "diagonal"
+    step_size: Literal["pooled", "per_chain"] = "pooled"
     initial: int = 15
     first: int = 15
     final: int = 50
+    rank: int = 32
 
     def __post_init__(self) -> None:
         if self.target_acceptance is not None and not 0.0 < self.target_acceptance < 1.0:
             raise ValueError(f"target_acceptance must be in (0, 1), got target_acceptance={self.target_acceptance}")
+        if self.metric not in (*METRICS, None, False):
+            raise ValueError(f"metric must be one of {', '.join(map(repr, METRICS))}, or None, got metric={self.metric!r}")
+        if self.step_size not in ("pooled", "per_chain"):
+            raise ValueError(f"step_size must be 'pooled' or 'per_chain', got step_size={self.step_size!r}")
+        if self.rank < 1:
+            raise ValueError(f"rank must be at least 1, got rank={self.rank}")
 
     def start(
         self, kernel: Kernel[Any], energy: Energy, state: AnyState, generator: torch.Generator | None = None
     ) -> tuple[Kernel[Any], Warmup]:
         """A kernel with a first guess of the step size, and the adaptation's state."""
-        pooled = PooledVariance.start(rows(state.x))
         if kernel.target_acceptance is None:
-            return kernel, Warmup(None, pooled, 0)
-        size = find_step_size(kernel, energy, state, generator)
+            return kernel, Warmup(None, None, 0)
+        pooled = self._empty(kernel, state)
+        size = self._first_guess(kernel, energy, state, generator)
         return kernel.replace(step_size=size), Warmup(DualAveraging.start(size), pooled, 0)
 
     def step(
@@ -227,26 +153,43 @@ class WindowAdaptation:
         if tuning is None or kernel.target_acceptance is None:
             return kernel, warmup._replace(step=step + 1)
         target = kernel.target_acceptance if self.target_acceptance is None else self.target_acceptance
-        tuning = tuning.update(float(info.acceptance_rate.mean()), target)
-        kernel = kernel.replace(step_size=math.exp(tuning.log_step))
-        learns = self.metric and hasattr(kernel, "inverse_mass")  # a discrete kernel has a step size and no metric
-        plan = windows(steps, self.initial, self.first, self.final) if learns else []
-        if any(start <= step < stop for start, stop in plan):
-            pooled = pooled.update(rows(state.x))
-        if any(step + 1 == stop for _, stop in plan):
-            kernel = kernel.replace(inverse_mass=pooled.variance())
-            size = find_step_size(kernel, energy, state, generator)
-            kernel, tuning, pooled = (
-                kernel.replace(step_size=size),
-                DualAveraging.start(size),
-                PooledVariance.start(rows(state.x)),
-            )
+        rates = info.acceptance_rate
+        tuning = tuning.update(rates.double() if self.step_size == "per_chain" else float(rates.mean()), target)
+        kernel = kernel.replace(step_size=tuning.step_size)
+        if pooled is not None:
+            plan = windows(steps, self.initial, self.first, self.final)
+            if any(start <= step < stop for start, stop in plan):
+                grad: Any = rows(state.grad) if hasattr(state, "grad") else None
+                pooled = pooled.update(rows(state.x), grad)
+            if any(step + 1 == stop for _, stop in plan):
+                learned = pooled.metric()
+                kernel = kernel if learned is None else kernel.replace(inverse_mass=learned)
+                size = self._first_guess(kernel, energy, state, generator)
+                kernel, tuning, pooled = kernel.replace(step_size=size), DualAveraging.start(size), self._empty(kernel, state)
         if step + 1 == steps:
             # Dual averaging begins by overshooting: an average of a few steps is worth less than a look at where the chains are.
             few = tuning.steps < 15
-            size = 0.5 * find_step_size(kernel, energy, state, generator) if few else math.exp(tuning.log_average)
+            size = 0.5 * self._first_guess(kernel, energy, state, generator) if few else tuning.average
             kernel = kernel.replace(step_size=size)
         return kernel, Warmup(tuning, pooled, step + 1)
+
+    def _first_guess(
+        self, kernel: Kernel[Any], energy: Energy, state: AnyState, generator: torch.Generator | None
+    ) -> float | Tensor:
+        return find_step_size(kernel, energy, state, generator, per_chain=self.step_size == "per_chain")
+
+    def _empty(self, kernel: Kernel[Any], state: AnyState) -> PooledVariance | PooledCovariance | PooledRows | None:
+        if not self.metric or not hasattr(kernel, "inverse_mass"):
+            return None
+        q = rows(state.x)
+        if self.metric != "low_rank":
+            return PooledVariance.start(q) if self.metric == "diagonal" else PooledCovariance.start(q)
+        if not hasattr(state, "grad"):
+            raise ValueError(
+                f"metric='low_rank' is learned from gradients, and the states of {type(kernel).__name__} have none:"
+                " choose 'diagonal' or 'dense'"
+            )
+        return PooledRows.start(q, self.rank)
 
 
 def resolve(kernel: Kernel[Any], adaptation: Adaptation | Literal["default"] | None) -> Adaptation | None:

@@ -83,6 +83,9 @@ class Kernel(abc.ABC, Generic[S]):
     #: whether it moves on discrete supports, and not in unconstrained coordinates.
     discrete: ClassVar[bool] = False
 
+    #: gradient evaluations that one step may be expected to take, for planning.
+    expected_gradients: ClassVar[float] = 1.0
+
     def replace(self, **changes: object) -> Self:
         """A new kernel with some settings changed."""
         return dataclasses.replace(self, **changes)

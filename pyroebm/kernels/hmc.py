@@ -45,6 +45,7 @@ class HMC(GradientKernel):
 
     target_acceptance: ClassVar[float | None] = 0.8
     has_momentum: ClassVar[bool] = True
+    expected_gradients: ClassVar[float] = 10.0
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -114,7 +114,7 @@ def metric_of(inverse_mass: Tensor | Metric | None, like: Tensor) -> Metric:
         raise ValueError(
             f"inverse_mass must be a metric over {dim} entries, those of the event, got one over {inverse_mass[0].shape[0]}"
         )
-    return inverse_mass
+    return type(inverse_mass)(*(part.to(like) for part in inverse_mass))
 
 
 def metric_tensors(inverse_mass: Tensor | Metric | None) -> tuple[Tensor, ...]:

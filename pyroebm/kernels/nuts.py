@@ -8,12 +8,16 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from pyroebm.compiled import fused, is_compiled
 from pyroebm.energy import Energy
 from pyroebm.kernels.base import GradientKernel, Info, State, column, rows, state_of_rows, uniform_like
 from pyroebm.kernels.hamiltonian import MAX_ENERGY_ERROR, draw_momentum, kinetic, leapfrog
 from pyroebm.kernels.metric import Metric, metric_of
 
 __all__ = ["NUTS"]
+
+#: Leapfrog steps in one compiled block; an eager one is a single step, so that no row waits longer than it must.
+LEAVES = 4
 
 
 class _Point(NamedTuple):
@@ -33,6 +37,16 @@ class _Tree(NamedTuple):
     hamiltonian: Tensor
     log_weight: Tensor  # log sum exp(H0 - H) over the leaves
     momentum_sum: Tensor
+
+
+class _Counts(NamedTuple):
+    """Which rows go on, and what is counted of each, ``(chains,)``."""
+
+    running: Tensor
+    turned: Tensor
+    diverged: Tensor
+    n_steps: Tensor
+    acceptance: Tensor
 
 
 def _where(rows_: Tensor, new: tuple[Tensor, ...], old: tuple[Tensor, ...]) -> list[Tensor]:
@@ -91,6 +105,7 @@ class NUTS(GradientKernel):
 
     target_acceptance: ClassVar[float | None] = 0.8
     has_momentum: ClassVar[bool] = True
+    expected_gradients: ClassVar[float] = 10.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -113,25 +128,18 @@ class NUTS(GradientKernel):
         for level in range(self.max_tree_depth):
             if not bool(growing.any()):
                 break
-            forwards = uniform_like(h0, rng) < 0.5
-            depth += growing
-            end = _Point(*_where(forwards, right, left))
-            signed = torch.where(forwards.unsqueeze(1), eps, -eps)
-            run = _Subtree(energy, h0, metric, signed, rng).grow(end, growing, 2**level)
-            diverging |= run.diverged
-            n_steps += run.n_steps
-            acceptance += run.acceptance
-            whole = growing & ~run.diverged & ~run.turned
-            # Biased progressive draw between the halves: min(1, w_new / w_old).
-            take = whole & (uniform_like(h0, rng).log() < run.tree.log_weight - tree.log_weight)
-            accepted |= take
-            proposal = _where(take, run.tree[:4], tree[:4])
-            log_weight = torch.where(whole, torch.logaddexp(tree.log_weight, run.tree.log_weight), tree.log_weight)
-            momentum_sum = torch.where(whole.unsqueeze(1), tree.momentum_sum + run.tree.momentum_sum, tree.momentum_sum)
-            tree = _Tree._make([*proposal, log_weight, momentum_sum])
-            right = _Point(*_where(whole & forwards, run.end, right))
-            left = _Point(*_where(whole & ~forwards, run.end, left))
-            growing = whole & ~_is_turning(left.p, right.p, momentum_sum)
+            noise = uniform_like(h0.expand(2, -1), rng)
+            log_uniform = uniform_like(h0.expand(2**level, -1), rng).log()
+            *point, signed, zeros, unlikely = fused(_open, energy, noise[0], eps, h0, *left, *right)
+            half = _Tree(point[0], h0, point[2], h0, unlikely, zeros)
+            none = torch.zeros_like(growing)
+            counts = _Counts(growing, none, none, n_steps, acceptance)
+            end, half, counts = _grow(energy, metric, h0, signed, log_uniform, _Point(*point), half, counts)
+            n_steps, acceptance = counts.n_steps, counts.acceptance
+            out = fused(_merge, energy, noise, growing, *counts[1:3], *end, *half, *tree, *left, *right)
+            left, right, tree = _Point(*out[:3]), _Point(*out[3:6]), _Tree(*out[6:12])
+            depth, diverging, accepted = depth + growing, diverging | counts.diverged, accepted | out[12]
+            growing = out[13]
 
         info = Info(
             acceptance_rate=acceptance / n_steps,
@@ -150,40 +158,95 @@ def _spawn(generator: torch.Generator | None, device: torch.device) -> torch.Gen
     return torch.Generator(device).manual_seed(seed)
 
 
-class _Subtree:
-    """One doubling: ``leaves`` leapfrog steps from one end, checked for turns of every balanced subtree within."""
+def _open(energy: Energy, uniform: Tensor, eps: Tensor, h0: Tensor, *ends: Tensor) -> tuple[Tensor, ...]:
+    """The end from which a doubling goes on, its step, and an empty half: momentum sum 0, log weight minus infinity."""
+    forwards = uniform < 0.5
+    left, right = ends[:3], ends[3:]
+    signed = torch.where(forwards.unsqueeze(1), eps, -eps)
+    return (*_where(forwards, right, left), signed, torch.zeros_like(left[0]), torch.full_like(h0, -torch.inf))
 
-    def __init__(self, energy: Energy, h0: Tensor, metric: Metric, signed_eps: Tensor, rng: torch.Generator) -> None:
-        self.energy, self.h0, self.metric, self.signed_eps, self.rng = energy, h0, metric, signed_eps, rng
-        self.turned, self.diverged = torch.zeros_like(h0, dtype=torch.bool), torch.zeros_like(h0, dtype=torch.bool)
-        self.n_steps, self.acceptance = torch.zeros_like(h0, dtype=torch.long), torch.zeros_like(h0)
 
-    def grow(self, start: _Point, running: Tensor, leaves: int) -> _Subtree:
-        tree = _Tree(start.q, self.h0, start.grad, self.h0, torch.full_like(self.h0, -torch.inf), torch.zeros_like(start.p))
-        point, stored = start, dict[int, tuple[Tensor, Tensor]]()
-        log_uniform = uniform_like(self.h0.expand(leaves, -1), self.rng).log()
-        for leaf in range(leaves):
-            q, p, values, grad = leapfrog(self.energy, *point, self.signed_eps, self.metric)
-            hamiltonian = values + kinetic(p)  # a non-finite gradient is in the momentum, and so in here
-            error = torch.where(torch.isfinite(hamiltonian), hamiltonian - self.h0, torch.inf)
-            self.n_steps += running
-            self.acceptance += torch.exp(-error).clamp(max=1.0) * running
-            self.diverged |= running & (error > MAX_ENERGY_ERROR)
-            running = running & ~self.diverged
-            # A row that stopped stands still on its last valid point: its energy is evaluated, but never at a NaN.
-            point = _Point(*_where(running, (q, p, grad), point))
-            log_weight = torch.logaddexp(tree.log_weight, -error)
-            take = running & (log_uniform[leaf] < -error - log_weight)
-            proposal = _where(take, (q, values, grad, hamiltonian), tree[:4])
-            tree = _Tree._make([*proposal, log_weight, tree.momentum_sum + point.p])
-            low, high = _slots(leaf)
-            if leaf % 2 == 0:
-                stored[high] = (point.p, tree.momentum_sum)
-            for slot in range(high, low - 1, -1) if leaf % 2 else ():
-                p_first, sum_first = stored[slot]
-                self.turned |= running & _is_turning(p_first, point.p, tree.momentum_sum - sum_first + p_first)
-            running = running & ~self.turned
-            if leaf + 1 < leaves and not bool(running.any()):
-                break
-        self.tree, self.end = tree, point
-        return self
+def _grow(
+    energy: Energy,
+    metric: Metric,
+    h0: Tensor,
+    signed: Tensor,
+    log_uniform: Tensor,
+    point: _Point,
+    tree: _Tree,
+    counts: _Counts,
+) -> tuple[_Point, _Tree, _Counts]:
+    """One doubling from one end, in blocks of leaves; blocks are the leaves of a tree of their own, checked like it."""
+    leaves = len(log_uniform)
+    size = LEAVES if is_compiled(energy) and leaves >= LEAVES else 1
+    stored: dict[int, tuple[Tensor, Tensor]] = {}
+    for block in range(leaves // size):
+        noise = log_uniform[block * size : (block + 1) * size]
+        out = fused(_leaves, energy, noise, h0, signed, *point, *tree, *counts, *metric, kind=type(metric), size=size)
+        point, tree, counts = _Point(*out[:3]), _Tree(*out[3:9]), _Counts(*out[9:14])
+        low, high = _slots(block)
+        if block % 2 == 0:
+            stored[high] = (out[14], out[15])
+            continue
+        for slot in range(high, low - 1, -1):
+            turned = fused(_check, energy, *stored[slot], point.p, tree.momentum_sum, counts.running, counts.turned)[0]
+            counts = counts._replace(turned=turned)
+        counts = counts._replace(running=counts.running & ~counts.turned)
+        if block + 1 < leaves // size and not bool(counts.running.any()):
+            break
+    return point, tree, counts
+
+
+def _leaves(
+    energy: Energy, log_uniform: Tensor, h0: Tensor, signed: Tensor, *tensors: Tensor, kind: type[Metric], size: int
+) -> tuple[Tensor, ...]:
+    """``size`` leaves of a doubling, checked for turns of every balanced subtree within; with it, what its first leaf stores."""
+    point, tree, counts, metric = _Point(*tensors[:3]), _Tree(*tensors[3:9]), _Counts(*tensors[9:14]), kind(*tensors[14:])
+    running, turned, diverged, n_steps, acceptance = counts
+    stored: dict[int, tuple[Tensor, Tensor]] = {}
+    for leaf in range(size):
+        q, p, values, grad = leapfrog(energy, *point, signed, metric)
+        hamiltonian = values + kinetic(p)  # a non-finite gradient is in the momentum, and so in here
+        error = torch.where(torch.isfinite(hamiltonian), hamiltonian - h0, torch.inf)
+        n_steps = n_steps + running
+        acceptance = acceptance + torch.exp(-error).clamp(max=1.0) * running
+        diverged = diverged | (running & (error > MAX_ENERGY_ERROR))
+        running = running & ~diverged
+        # A row that stopped stands still on its last valid point: its energy is evaluated, but never at a NaN.
+        point = _Point(*_where(running, (q, p, grad), point))
+        log_weight = torch.logaddexp(tree.log_weight, -error)
+        take = running & (log_uniform[leaf] < -error - log_weight)
+        proposal = _where(take, (q, values, grad, hamiltonian), tree[:4])
+        tree = _Tree._make([*proposal, log_weight, tree.momentum_sum + point.p])
+        low, high = _slots(leaf)
+        if leaf % 2 == 0:
+            stored[high] = (point.p, tree.momentum_sum)
+            continue
+        for slot in range(high, low - 1, -1):
+            (turned,) = _check(energy, *stored[slot], point.p, tree.momentum_sum, running, turned)
+        running = running & ~turned
+    return (*point, *tree, running, turned, diverged, n_steps, acceptance, *stored[0])
+
+
+def _check(
+    energy: Energy, p_first: Tensor, sum_first: Tensor, p: Tensor, total: Tensor, running: Tensor, turned: Tensor
+) -> tuple[Tensor]:
+    """Mark the rows whose subtree from a stored first leaf to the last one turns."""
+    return (turned | (running & _is_turning(p_first, p, total - sum_first + p_first)),)
+
+
+def _merge(
+    energy: Energy, noise: Tensor, growing: Tensor, turned: Tensor, diverged: Tensor, *tensors: Tensor
+) -> tuple[Tensor, ...]:
+    """Join a doubling to its trajectory: biased progressive draw between the halves, min(1, w_new / w_old), and a last check."""
+    end, half, tree = _Point(*tensors[:3]), _Tree(*tensors[3:9]), _Tree(*tensors[9:15])
+    left, right = _Point(*tensors[15:18]), _Point(*tensors[18:21])
+    whole, forwards = growing & ~diverged & ~turned, noise[0] < 0.5
+    take = whole & (noise[1].log() < half.log_weight - tree.log_weight)
+    proposal = _where(take, half[:4], tree[:4])
+    log_weight = torch.where(whole, torch.logaddexp(tree.log_weight, half.log_weight), tree.log_weight)
+    momentum_sum = torch.where(whole.unsqueeze(1), tree.momentum_sum + half.momentum_sum, tree.momentum_sum)
+    right = _Point(*_where(whole & forwards, end, right))
+    left = _Point(*_where(whole & ~forwards, end, left))
+    growing = whole & ~_is_turning(left.p, right.p, momentum_sum)
+    return (*left, *right, *proposal, log_weight, momentum_sum, take, growing)

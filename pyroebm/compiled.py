@@ -1,0 +1,185 @@
+"""Compiled blocks: the inner loops of kernels as graphs with the energy inlined, for TorchInductor."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from collections.abc import Callable, Hashable
+from typing import Any, Literal, Protocol
+
+import torch
+import torch._inductor
+from torch import Tensor
+from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from pyroebm.energy import Energy, unchecked_value_and_grad
+
+__all__ = ["Compiled", "choose_compiled", "fused", "is_compiled"]
+
+#: A pure function of an energy and tensors, with static settings; what it returns is a tuple of tensors.
+Block = Callable[..., tuple[Tensor, ...]]
+
+#: Compiled graphs of this process. Their constants are inputs, so equal code on equal shapes is the same function.
+_graphs: dict[Hashable, Callable[..., tuple[Tensor, ...]]] = {}
+_MAX_GRAPHS = 256
+
+#: What compiling the blocks of a kernel takes with cold caches, and what one eager leapfrog step takes beyond a compiled one.
+_COMPILE_SECONDS = 30.0
+_SECONDS_PER_STEP = 250e-6
+_SECONDS_PER_ENTRY = 15e-9
+
+
+class Compiled(Energy):
+    """An energy whose kernels run their inner loops as compiled blocks; its values are those of the energy.
+
+    Each block is traced once for each shape with :func:`torch.fx.experimental.proxy_tensor.make_fx`, the energy's own operations
+    and gradients in it, and handed to TorchInductor. Parameters and other tensors that the energy holds are inputs of
+    the graph, so that training them in place is seen; what Python decided while tracing (attributes, branches) is not looked at
+    again, so a view like this one is made anew for each run.
+
+    Args:
+        energy: an energy of continuous support whose forward is made of torch operations alone, without random numbers.
+
+    Example:
+        >>> from pyroebm.targets import DoubleWell
+        >>> Compiled(DoubleWell())(torch.tensor([1.0]))
+        tensor([-2.])
+    """
+
+    def __init__(self, energy: Energy) -> None:
+        super().__init__(energy.event_shape, energy.support)
+        self.energy = energy
+        self._blocks: dict[Hashable, tuple[Callable[..., tuple[Tensor, ...]], tuple[Tensor, ...]]] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.energy(x)
+
+    def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        return self.energy.initial(n, generator)
+
+    def run(self, block: Block, tensors: tuple[Tensor, ...], static: dict[str, Any]) -> tuple[Tensor, ...]:
+        """``block(energy, *tensors, **static)`` as one compiled call."""
+        key = (block, *static.items(), *[(t.shape, t.dtype) for t in tensors])
+        if key not in self._blocks:
+            self._blocks[key] = _compile(lambda *t: block(self.energy, *t, **static), tensors)
+        call, constants = self._blocks[key]
+        return call(*[t.contiguous() for t in tensors], *constants)
+
+
+def _compile(
+    function: Callable[..., tuple[Tensor, ...]], tensors: tuple[Tensor, ...]
+) -> tuple[Callable[..., tuple[Tensor, ...]], tuple[Tensor, ...]]:
+    examples = _copies(tensors)
+    graph = make_fx(function)(*examples)
+    if random := [str(n.target) for n in graph.graph.nodes if torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ())]:
+        raise ValueError(f"an energy that is compiled must draw no random numbers, got {random[0]} in its forward")
+    constants = _lift_constants(graph)
+    key = (graph.code, *[(t.shape, t.stride(), t.dtype, t.device) for t in (*examples, *constants)])
+    if key not in _graphs:
+        if len(_graphs) >= _MAX_GRAPHS:
+            _graphs.pop(next(iter(_graphs)))
+        # The graph is made of plain operations, so the compiler needs no look at Python, nor guards at every call.
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # torch's own modules warn of each other when first imported
+            _graphs[key] = torch._inductor.compile(graph, [*examples, *constants])
+    return _graphs[key], constants
+
+
+def _copies(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Of each input one: a tensor that comes twice would be traced as one input, and need not come twice the next time."""
+    return tuple(t.detach().clone(memory_format=torch.contiguous_format) for t in tensors)
+
+
+def _lift_constants(graph: GraphModule) -> tuple[Tensor, ...]:
+    """Make every tensor that a graph holds an input after the others, and return those tensors in order."""
+    nodes = [node for node in graph.graph.nodes if node.op == "get_attr"]
+    last = [node for node in graph.graph.nodes if node.op == "placeholder"][-1]
+    inputs: dict[str, Any] = {}
+    for node in nodes:
+        if node.target not in inputs:
+            with graph.graph.inserting_after(last):
+                last = inputs[node.target] = graph.graph.placeholder(f"held_{len(inputs)}")
+        node.replace_all_uses_with(inputs[node.target])
+        graph.graph.erase_node(node)
+    held = tuple(getattr(graph, name).detach() for name in inputs)
+    for name in inputs:
+        delattr(graph, name)
+    graph.recompile()
+    return held
+
+
+def is_compiled(energy: Energy) -> bool:
+    """Whether blocks of this energy are compiled, so that larger ones are worth more."""
+    return isinstance(energy, Compiled)
+
+
+def fused(block: Block, energy: Energy, *tensors: Tensor, **static: Any) -> tuple[Tensor, ...]:
+    """``block(energy, *tensors, **static)``: as one compiled block for a :class:`Compiled` energy, as it is for another.
+
+    Args:
+        block: a function at the top of a module, pure and without random numbers (noise is an argument).
+        energy: the energy.
+        tensors: everything that changes from call to call.
+        static: settings of which each combination is a graph of its own.
+
+    Example:
+        >>> from pyroebm.targets import DoubleWell
+        >>> def square(energy, x, times):
+        ...     return (times * energy(x) ** 2,)
+        >>> fused(square, DoubleWell(), torch.tensor([1.0]), times=2)
+        (tensor([8.]),)
+    """
+    if isinstance(energy, Compiled):
+        return energy.run(block, tensors, static)
+    return block(energy, *tensors, **static)
+
+
+class _Planned(Protocol):
+    """What a choice asks of a kernel."""
+
+    @property
+    def expected_gradients(self) -> float: ...
+    @property
+    def discrete(self) -> bool: ...
+
+
+def choose_compiled(energy: Energy, compile: bool | Literal["auto"], kernel: _Planned, chains: int, steps: int) -> Energy:
+    """The energy, compiled if that was asked for, or if the work ahead repays it.
+
+    Args:
+        energy: what the kernel moves on.
+        compile: True, False, or "auto": from the number of entries of a state and the steps that are planned, never from
+            timings, so that the choice is the same everywhere.
+        kernel: the kernel, which knows about how many gradients one of its steps takes.
+        chains: number of chains.
+        steps: steps planned for each chain.
+
+    Raises:
+        ValueError: if ``compile`` is none of the three.
+        RuntimeError: if ``compile`` is True and there is no C++ compiler or the energy cannot be traced, with the reason.
+    """
+    if compile not in (True, False, "auto"):
+        raise ValueError(f'compile must be True, False or "auto", got compile={compile!r}')
+    if compile is False or kernel.discrete:
+        return energy
+    entries = chains * max(1, energy.event_shape.numel())
+    saved = steps * kernel.expected_gradients * (_SECONDS_PER_STEP + _SECONDS_PER_ENTRY * entries)
+    if compile == "auto" and saved < 2.0 * _COMPILE_SECONDS:
+        return energy
+    try:
+        if energy.device.type == "cpu" and not any(shutil.which(name) for name in ("g++", "clang++", "c++", "cl")):
+            raise RuntimeError("no C++ compiler was found")
+        compiled = Compiled(energy)
+        compiled.run(_probe, (energy.initial(2, torch.Generator(energy.device).manual_seed(0)),), {})
+    except Exception as error:  # tracing and compiling fail in as many ways as there are energies
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        if compile is True:
+            raise RuntimeError(f"{type(energy).__name__} cannot be compiled ({reason}); use compile=False") from error
+        warnings.warn(f"{type(energy).__name__} cannot be compiled and runs as it is ({reason})", RuntimeWarning, stacklevel=3)
+        return energy
+    return compiled
+
+
+def _probe(energy: Energy, x: Tensor) -> tuple[Tensor, ...]:
+    return unchecked_value_and_grad(energy, x)
