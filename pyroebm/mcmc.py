@@ -109,13 +109,13 @@ class MCMC(AbstractMCMC):
         """Warm up and draw.
 
         Args:
-            energy: the energy to sample; a constrained support is sampled in unconstrained coordinates.
+            energy: the energy to sample; a constrained support is sampled in unconstrained coordinates, a discrete one as it is.
             initial: starting states ``(num_chains, *event)`` in the energy's own (constrained) space; None takes
                 ``energy.initial``.
 
         Raises:
-            ValueError: if ``energy`` is no Energy or its support is discrete, or if ``initial`` does not fit it or holds a
-                state of non-finite energy.
+            ValueError: if ``energy`` is no Energy or its support is not one that the kernel moves on, or if ``initial`` does not
+                fit it or holds a state of non-finite energy.
         """
         target, generator = self._bound(energy)
         with eval_mode(energy):
@@ -248,7 +248,7 @@ class MCMC(AbstractMCMC):
 
     def summary(self, **options: Any) -> Any:
         """ArviZ's summary table (a DataFrame) of the draws; options go to ``arviz.summary``."""
-        return diagnostics.arviz().summary(self.to_arviz(), **options)
+        return diagnostics.summary(self.to_arviz(), **options)
 
     def verdict(self, max_r_hat: float = 1.01, min_ess: float = 400.0) -> diagnostics.Verdict:
         """Whether the chains mixed, in plain words; see :func:`pyroebm.diagnostics.verdict`."""
