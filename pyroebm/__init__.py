@@ -2,6 +2,8 @@
 
 from pyroebm.energy import Energy, Sum, Tempered, score, value_and_grad
 from pyroebm.kernels import (
+    DMALA,
+    DULA,
     HMC,
     MALA,
     MCLMC,
@@ -9,7 +11,10 @@ from pyroebm.kernels import (
     ULA,
     AdjustedMCLMC,
     Barker,
+    BlockGibbs,
     ChEES,
+    Gibbs,
+    GibbsWithGradients,
     Info,
     Kernel,
     MetropolisUnderdamped,
@@ -40,6 +45,11 @@ __all__ = [
     "Boltzmann",
     "PyroKernel",
     "initial_states",
+    "BlockGibbs",
+    "DMALA",
+    "DULA",
+    "Gibbs",
+    "GibbsWithGradients",
     "HMC",
     "MALA",
     "MCLMC",

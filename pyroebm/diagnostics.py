@@ -20,6 +20,7 @@ __all__ = [
     "ess_tail",
     "mcse_mean",
     "bfmi",
+    "summary",
     "to_arviz",
     "from_datasets",
     "mode_masses",
@@ -179,6 +180,18 @@ def from_datasets(groups: Mapping[str, Any], attrs: Mapping[str, Any]) -> Any:
     data = importlib.import_module("xarray").DataTree.from_dict(groups) if _is_new_line() else arviz().InferenceData(**groups)
     data.attrs.update({"inference_library": "pyroebm", **attrs})
     return data
+
+
+def summary(data: Any, **options: Any) -> Any:
+    """ArviZ's summary table of what :func:`to_arviz` gives; an entry that never moved has R-hat NaN, without a warning.
+
+    Example:
+        >>> len(summary(to_arviz({"x": torch.randn(4, 100, 3, generator=torch.Generator().manual_seed(0))})))
+        3
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        return arviz().summary(data, **options)
 
 
 def mode_masses(modes: Tensor, num_modes: int) -> tuple[np.ndarray, np.ndarray]:

@@ -131,7 +131,7 @@ class MCMC(Results):
         """Warm up and draw.
 
         Args:
-            energy: the energy to sample; a constrained support is sampled in unconstrained coordinates.
+            energy: the energy to sample; a constrained support is sampled in unconstrained coordinates, a discrete one as it is.
             initial: starting states ``(num_chains, *event)`` in the energy's own (constrained) space; None takes
                 ``energy.initial``.
             store: a folder to stream the draws to, for runs larger than memory or longer than a machine stays up:
@@ -139,8 +139,8 @@ class MCMC(Results):
             checkpoint_every: seconds after which draws and states are written to the folder again.
 
         Raises:
-            ValueError: if ``energy`` is no Energy or its support is discrete, if ``initial`` does not fit it or holds a
-                state of non-finite energy, or if ``store`` holds a run already.
+            ValueError: if ``energy`` is no Energy or its support is not one that the kernel moves on, if ``initial`` does not
+                fit it or holds a state of non-finite energy, or if ``store`` holds a run already.
         """
         target = self._bound(energy)
         folder = None if store is None else Store(store, functools.partial(named, target, self.site))

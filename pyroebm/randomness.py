@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["fresh_seed", "seeded_generator", "standard_normal", "subset", "uniform"]
+__all__ = ["drawing_from", "fresh_seed", "seeded_generator", "standard_normal", "subset", "uniform"]
 
 
 def fresh_seed(seed: int | None) -> int:
@@ -41,3 +42,26 @@ def subset(total: int, size: int, generator: torch.Generator | None, device: tor
     """``size`` different numbers below ``total``, each such set equally likely, drawn where the generator lives."""
     where = device if generator is None else generator.device
     return torch.randperm(total, generator=generator, device=where)[:size].to(device)
+
+
+@contextlib.contextmanager
+def drawing_from(generator: torch.Generator | None) -> Iterator[None]:
+    """For :mod:`torch.distributions`, which take no generator: inside, torch's global one continues the stream of ``generator``.
+
+    Outside it is as before; None leaves it alone.
+    """
+    if generator is None:
+        yield
+        return
+    cuda = generator.device.type == "cuda"
+    outer = torch.cuda.get_rng_state(generator.device) if cuda else torch.get_rng_state()
+
+    def put(state: Tensor) -> None:
+        torch.cuda.set_rng_state(state, generator.device) if cuda else torch.set_rng_state(state)
+
+    put(generator.get_state())
+    try:
+        yield
+    finally:
+        generator.set_state(torch.cuda.get_rng_state(generator.device) if cuda else torch.get_rng_state())
+        put(outer)

@@ -121,7 +121,7 @@ class Results(AbstractMCMC):
 
     def summary(self, **options: Any) -> Any:
         """ArviZ's summary table (a DataFrame) of the draws; options go to ``arviz.summary``."""
-        return diagnostics.arviz().summary(self.to_arviz(), **options)
+        return diagnostics.summary(self.to_arviz(), **options)
 
     def verdict(self, max_r_hat: float = 1.01, min_ess: float = 400.0) -> diagnostics.Verdict:
         """Whether the chains mixed, in plain words; see :func:`pyroebm.diagnostics.verdict`."""

@@ -25,6 +25,7 @@ __all__ = [
     "draw_initial",
     "inside",
     "search_finite",
+    "site_values",
     "unconstraining",
 ]
 
@@ -73,6 +74,35 @@ def inside(support: Constraint, x: Tensor, event_dims: int) -> Tensor:
     fits = base.check(x) & torch.isfinite(x if base.event_dim == 0 else event_sum(x, base.event_dim))
     missing = event_dims - base.event_dim
     return fits.flatten(-missing).all(-1) if missing > 0 else fits
+
+
+def site_values(support: Constraint, event_shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The K values that one site of a discrete event may take, ``(K, width)``: a flat event is sites of ``width`` entries each.
+
+    Bits, spins and integers are sites of width 1, a one-hot row of K entries is one site of width K.
+
+    Raises:
+        ValueError: if the support is none of these, has no last value, or leaves a site fewer than two values.
+    """
+    base = base_constraint(support)
+    if isinstance(base, type(constraints.one_hot)):
+        values = torch.eye(event_shape[-1], dtype=dtype, device=device)
+    elif isinstance(base, type(constraints.boolean)):
+        values = torch.tensor([[0.0], [1.0]], dtype=dtype, device=device)
+    elif isinstance(base, _Spin):
+        values = torch.tensor([[-1.0], [1.0]], dtype=dtype, device=device)
+    elif isinstance(base, constraints.integer_interval) and not isinstance(base.lower_bound, Tensor):
+        values = torch.arange(base.lower_bound, base.upper_bound + 1, dtype=dtype, device=device).unsqueeze(1)
+    else:
+        raise ValueError(
+            f"support={support} has no table of the values of one site: it must be boolean, spin, one_hot or an integer interval"
+            " of the same bounds for every entry"
+        )
+    if len(values) < 2:
+        raise ValueError(
+            f"a site must have at least two values, but support={support} with event_shape {tuple(event_shape)} has one"
+        )
+    return values
 
 
 def unconstraining(support: Constraint) -> Transform:

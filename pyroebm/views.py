@@ -15,7 +15,7 @@ from torch.distributions.transforms import identity_transform
 from pyroebm.energy import Energy
 from pyroebm.supports import base_constraint, event_sum, is_discrete, is_real, unconstraining
 
-__all__ = ["Conditioned", "Unnormalized", "Unconstrained", "PotentialFn", "eval_mode"]
+__all__ = ["Conditioned", "Unnormalized", "Relaxed", "Unconstrained", "PotentialFn", "eval_mode"]
 
 
 class Conditioned(Energy):
@@ -138,6 +138,34 @@ def eval_mode(energy: Energy) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+class Relaxed(Energy):
+    r"""The energy of a discrete support continued to real numbers, as its :meth:`forward` continues it: it has a gradient in x.
+
+    The gradient :math:`\nabla E(x)` predicts the change of energy of every single-site move from x,
+    :math:`E(x') - E(x) \approx \nabla E(x) \cdot (x' - x)` (Grathwohl et al., 2021); kernels that follow it stay on the discrete
+    support. It is no density of its own, and its energies between the discrete states mean nothing.
+
+    Args:
+        energy: an energy whose ``forward`` accepts real numbers, and reaches them through autograd.
+
+    Example:
+        >>> from pyroebm import value_and_grad
+        >>> from pyroebm.targets import BernoulliProduct
+        >>> value_and_grad(Relaxed(BernoulliProduct([1.0, 2.0])), torch.tensor([[1.0, 0.0]]))
+        (tensor([-1.]), tensor([[-1., -2.]]))
+    """
+
+    def __init__(self, energy: Energy) -> None:
+        super().__init__(energy.event_shape, constraints.real)
+        self.energy = energy
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.energy(x)
+
+    def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        return self.energy.initial(n, generator)
 
 
 class Unconstrained(Energy):

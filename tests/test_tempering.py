@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import pytest
@@ -13,7 +13,24 @@ from checks import within_se
 from scipy import stats
 from torch import Tensor
 
-from pyroebm import HMC, MALA, MCMC, NUTS, ULA, DistributionEnergy, Energy, Info, Kernel, ParallelTempering, Path, spin
+from pyroebm import (
+    DMALA,
+    HMC,
+    MALA,
+    MCMC,
+    NUTS,
+    ULA,
+    DistributionEnergy,
+    Energy,
+    Gibbs,
+    GibbsWithGradients,
+    Info,
+    Kernel,
+    ParallelTempering,
+    Path,
+    spin,
+)
+from pyroebm.energies import Ising
 from pyroebm.kernels import GradientKernel, LadderAdaptation, TemperedState, hamiltonian, tempering
 from pyroebm.kernels.base import column
 from pyroebm.kernels.ladder import respaced
@@ -317,6 +334,20 @@ def test_discrete_kernels_and_states_of_their_own_kind() -> None:
     state = mcmc.state
     first = torch.arange(200).unsqueeze(1) * 3
     assert torch.equal(state.inner.age, first + state.replica), "every field of the inner state moves with its replica"
+
+
+@pytest.mark.parametrize("inner", [Gibbs(), GibbsWithGradients(), DMALA(1.0)], ids=lambda k: type(k).__name__)
+def test_the_discrete_kernels_of_the_library_inside(inner: Kernel[Any]) -> None:
+    """Two wells of an Ising ring that one chain leaves once in thousands of sweeps: its law by all states."""
+    energy = Ising((6,), coupling=1.5, field=0.02)
+    states = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0], dtype=torch.float64)] * 6)
+    truth = torch.softmax(-energy(states), 0)
+    mcmc = MCMC(ParallelTempering(inner, [1.0, 0.6, 0.3]), 300, 100, 200, seed=0, save_warmup=False, progress=False)
+    mcmc.run(energy)
+    x = mcmc.get_samples(group_by_chain=True)["x"]
+    seen = (x.unsqueeze(2) == states).all(-1).double().mean(1)
+    common = truth > 1e-3
+    within_se(seen.mean(0)[common], truth[common], seen.std(0)[common] / math.sqrt(200))
 
 
 def test_an_inexact_kernel_inside_is_said() -> None:

@@ -2,7 +2,9 @@
 
 from pyroebm.kernels.barker import Barker
 from pyroebm.kernels.base import ContinuousKernel, GradientKernel, Info, Kernel, State
+from pyroebm.kernels.discrete import DMALA, DULA, GibbsWithGradients
 from pyroebm.kernels.ensemble import ChEES, ChEESAdaptation
+from pyroebm.kernels.gibbs import BlockGibbs, Gibbs
 from pyroebm.kernels.hmc import HMC
 from pyroebm.kernels.ladder import LadderAdaptation
 from pyroebm.kernels.langevin import MALA, ULA
@@ -19,9 +21,14 @@ __all__ = [
     "Barker",
     "ChEES",
     "ChEESAdaptation",
+    "BlockGibbs",
     "ContinuousKernel",
+    "DMALA",
+    "DULA",
     "Dense",
     "Diagonal",
+    "Gibbs",
+    "GibbsWithGradients",
     "GradientKernel",
     "EnergyVarianceAdaptation",
     "HMC",

@@ -56,8 +56,8 @@ class Info(NamedTuple):
     accepted: Tensor  #: whether the chain moved
     diverging: Tensor  #: energy error above the threshold, or a non-finite number: the row was rejected
     energy: Tensor  #: Hamiltonian of the new state (the energy itself where there is no momentum)
-    n_steps: Tensor  #: gradient evaluations
-    step_size: Tensor  #: step size used
+    n_steps: Tensor  #: gradient evaluations (of Gibbs kernels: sites or blocks drawn)
+    step_size: Tensor | None = None  #: step size used, where there is one
     tree_depth: Tensor | None = None  #: doublings of the trajectory (NUTS only)
 
 

@@ -181,5 +181,5 @@ def _slope(kernel: ChEES, info: Info, trajectory: Trajectory) -> Tensor:
     before, after = q0 - q0.mean(0), q1 - (weight * q1).sum(0) / total
     change = ((after**2 - before**2) / variance).sum(1)
     along = (after * metric.apply(p1) / variance).sum(1)
-    time = info.n_steps.to(q0.dtype) * info.step_size
+    time = info.n_steps.to(q0.dtype) * column(kernel.step_size, q0).squeeze(1)
     return (weight.squeeze(1) * time * change * along).sum() / total

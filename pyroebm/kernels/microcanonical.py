@@ -226,7 +226,7 @@ class EnergyVarianceAdaptation:
         """One step of the kernel, and what is learned from it."""
         state, info, error = kernel.step_with_error(energy, state, generator)
         pooled, step, errors, ratio = memory
-        size = float(info.step_size.mean())
+        size = float(torch.as_tensor(kernel.step_size).mean())
         if float(info.accepted.double().mean()) < 0.5:
             errors, new = 0, 0.5 * size
         else:

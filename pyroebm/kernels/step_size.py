@@ -22,7 +22,8 @@ def _log(value: float | Tensor) -> float | Tensor:
 
 
 def _exp(value: float | Tensor) -> float | Tensor:
-    return value.exp() if isinstance(value, Tensor) else math.exp(value)
+    # Where every step is accepted, its logarithm grows without end: the step itself must overflow in no floating-point type.
+    return value.clamp(max=60.0).exp() if isinstance(value, Tensor) else math.exp(min(value, 60.0))
 
 
 class DualAveraging(NamedTuple):
@@ -95,7 +96,7 @@ def find_step_size(
     """A step size to start from: double or halve until the acceptance of one step crosses one half (heuristic of NUTS).
 
     Args:
-        kernel: a kernel with a step size; its own is where the search begins.
+        kernel: a kernel with a step size; its own is where the search begins, and ends on a discrete support.
         energy, state: where the chains stand.
         generator: source of randomness; None is torch's global one.
         per_chain: look at each chain alone, at the mean of ``PROBES`` steps, since one step of one chain says little; else one
@@ -108,7 +109,8 @@ def find_step_size(
     size = torch.as_tensor(getattr(kernel, "step_size"), dtype=torch.float64, device=state.energy.device)  # noqa: B009
     size = size.expand(len(state.energy)) if per_chain else size.mean()
     last, settled = torch.zeros_like(size), torch.zeros_like(size, dtype=torch.bool)
-    for _ in range(50):
+    # On a discrete support the distances between values set the scale, and far from equilibrium steps of any size are accepted.
+    for _ in range(0 if kernel.discrete else 50):
         probe = probe.replace(step_size=size)
         seen = [probe.step(energy, state, generator)[1].acceptance_rate for _ in range(PROBES if per_chain else 1)]
         rate = torch.stack(seen).mean(0) if per_chain else seen[0].mean()
