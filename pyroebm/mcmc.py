@@ -236,7 +236,8 @@ class MCMC(Results):
                 x, generator = own["state.x"].to(target.device), seeded_generator(self.seed, target.device)
                 block = self._block(number, target, x, generator, store)
                 block.load_state_dict(own)
-                if not torch.allclose(block.kernel.refresh(target, block.state).energy, block.state.energy):
+                energies = block.kernel.refresh(target, block.state).energy
+                if not torch.allclose(energies, block.state.energy, rtol=1e-4, atol=1e-4):  # compiled ones may differ a little
                     raise ValueError("the state must be of the energy given: its energies differ from those kept with the draws")
             blocks.append(block)
         self._compile(target, blocks, self.num_samples)

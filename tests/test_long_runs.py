@@ -12,14 +12,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from helpers import ROOT
 from safetensors.torch import load_file, save_file
+from test_discrete import DISCRETE
+from test_discrete import build as discrete_energy
 from test_kernels import KERNELS, build
 from torch import Tensor
 
-from pyroebm import HMC, MALA, MCMC, NUTS, Energy, distributed, open_run, record
+from pyroebm import HMC, MALA, MCMC, NUTS, Energy, ModelEnergy, distributed, open_run, record
 from pyroebm import mcmc as driver
 from pyroebm.block import Layout
 from pyroebm.kernels.base import Kernel
@@ -112,23 +116,76 @@ def test_the_layout_gives_every_block_to_one_rank() -> None:
 # Stopped and resumed equals uninterrupted
 
 
-@pytest.mark.parametrize("name", KERNELS)
-def test_stopped_saved_and_resumed_equals_uninterrupted(name: str, tmp_path: Path) -> None:
+def assert_resumes(kernel: Kernel, energy: Callable[[], Energy], folder: Path) -> None:
     """Ctrl-C at some evaluation of the warm-up or of the sampling, all that is known to a file, and on in another object."""
-    whole, counted = driven(build(name, (2,)), 8), Stops().double()
     marks: list[int] = []
-    whole._take_turns = lambda *a: (MCMC._take_turns(whole, *a), marks.append(counted.calls))[0]  # type: ignore[method-assign]
+
+    def watched(at: int = -1) -> tuple[Energy, list[None]]:
+        made, calls = energy(), list[None]()
+
+        def look(*_: object) -> None:
+            calls.append(None)
+            if len(calls) == at:
+                signal.raise_signal(signal.SIGINT)
+
+        made.register_forward_pre_hook(look)
+        return made, calls
+
+    counted, calls = watched()
+
+    whole = driven(kernel, 5)
+    whole._take_turns = lambda *a: (MCMC._take_turns(whole, *a), marks.append(len(calls)))[0]  # type: ignore[method-assign]
     whole.run(counted)
     warm, total = marks
     for at in (warm // 3, warm - 5, (warm + total) // 2):
-        broken = driven(build(name, (2,)), 8)
+        broken = driven(kernel, 5)
         with pytest.warns(RuntimeWarning, match="interrupted during"):
-            broken.run(Stops(at).double())
-        save_file(broken.state_dict(), tmp_path / "state.safetensors")
-        other = driven(build(name, (2,)), 8, seed=99)
-        other.load_state_dict(load_file(tmp_path / "state.safetensors"), Stops().double())
+            broken.run(watched(at)[0])
+        save_file(broken.state_dict(), folder / "state.safetensors")
+        other = driven(kernel, 5, seed=99)
+        other.load_state_dict(load_file(folder / "state.safetensors"), energy())
         other.resume()
         assert_same(other, whole)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_stopped_saved_and_resumed_equals_uninterrupted(name: str, tmp_path: Path) -> None:
+    assert_resumes(build(name, (2,)), lambda: Stops().double(), tmp_path)
+
+
+@pytest.mark.parametrize("name", DISCRETE)
+def test_discrete_kernels_resume_as_if_uninterrupted(name: str, tmp_path: Path) -> None:
+    assert_resumes(DISCRETE[name](), lambda: discrete_energy(name, "bits"), tmp_path)
+
+
+def test_each_block_tunes_a_ladder_of_its_own() -> None:
+    mcmc = driven(build("tempering", (2,)), 6)
+    mcmc.run(Stops().double())
+    first, second = (kernel.betas for kernel in mcmc.kernels)  # type: ignore[attr-defined]
+    assert not torch.equal(first, second)
+    assert mcmc.state.replica.shape == (6, 3)
+    assert torch.equal(mcmc.state.inner.x[:, 0], mcmc.state.x)
+
+
+class Ends(MCMC):
+    """Ctrl-C after turn 40 of the warm-up."""
+
+    def _after_turn(self, label: str, turn: int) -> None:
+        super()._after_turn(label, turn)
+        if label == "warm-up" and turn == 40:
+            raise KeyboardInterrupt
+
+
+def test_a_compiled_run_resumes_from_its_folder_as_if_uninterrupted(tmp_path: Path) -> None:
+    energy = DoubleWell()
+    settings = {"warmup_steps": 62, "num_chains": 6, "chain_batch_size": 3, "compile": True}
+    whole, broken, again = MCMC(HMC(), 6, seed=5, **settings), Ends(HMC(), 6, seed=5, **settings), MCMC(HMC(), 6, **settings)
+    whole.run(energy)
+    with pytest.warns(RuntimeWarning, match="interrupted during warm-up"):
+        broken.run(energy, store=tmp_path)
+    again.resume(energy, tmp_path)
+    assert again.compiled
+    assert_same(again, whole)
 
 
 @pytest.mark.parametrize("forgotten", ["rng", "memory", "kernel"])
@@ -215,6 +272,24 @@ def test_a_run_that_streams_is_the_run_in_memory(tmp_path: Path, monkeypatch: py
     later = driven(NUTS(), warmup_steps=10)
     later.resume(energy, tmp_path)
     assert_same(later, memory)
+
+
+def test_the_sites_of_a_model_stream_under_their_names(tmp_path: Path) -> None:
+    def model() -> None:
+        scale = pyro.sample("scale", dist.HalfNormal(1.0))
+        pyro.sample("x", dist.Normal(0.0, scale).expand([3]).to_event(1))
+
+    energy = ModelEnergy(model)
+    whole, stored, later = (driven(NUTS(), 4, warmup_steps=10) for _ in range(3))
+    whole.run(energy)
+    stored.run(energy, store=tmp_path)
+    later.resume(energy, tmp_path)
+    assert_same(later, whole)
+    a, b = whole.to_arviz().posterior, open_run(tmp_path).posterior
+    assert set(b.data_vars) == {"scale", "x"}
+    for site in b.data_vars:
+        assert a[site].dims == b[site].dims
+        np.testing.assert_array_equal(a[site].values, b[site].values)
 
 
 def test_a_folder_says_what_it_holds_and_what_it_lacks(tmp_path: Path) -> None:
