@@ -7,6 +7,7 @@ test leaves changed (torch's default dtype or threads, gradient mode) fails it, 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -20,6 +21,8 @@ import torch
 
 mpl.use("Agg")
 torch.set_num_threads(1)
+# A shell's background job ignores Ctrl-C, and its children with it; tests of interrupted runs must not depend on that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _globals() -> dict[str, Any]:
