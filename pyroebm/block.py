@@ -26,7 +26,8 @@ class Layout:
 
     Args:
         num_chains: chains of the run.
-        size: chains of one block; the last one has what is left.
+        size: chains of one block. The last block has what is left; a single chain left over joins the block before it, for what
+            is learned across chains (:class:`pyroebm.ChEES`) needs two.
         ranks: number of this process and of all.
 
     Raises:
@@ -51,7 +52,8 @@ class Layout:
             )
 
     def _count(self) -> int:
-        return -(-self.num_chains // self.size)
+        whole, left = divmod(self.num_chains, self.size)
+        return max(1, whole + (left > 1))
 
     @property
     def blocks(self) -> range:
@@ -61,7 +63,8 @@ class Layout:
 
     def chains(self, block: int) -> range:
         """The numbers of the chains of a block."""
-        return range(self.num_chains)[block * self.size : (block + 1) * self.size]
+        stop = self.num_chains if block + 1 == self._count() else (block + 1) * self.size
+        return range(block * self.size, stop)
 
 
 @dataclasses.dataclass(frozen=True)

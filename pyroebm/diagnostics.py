@@ -298,7 +298,10 @@ def verdict(
     if diverging:
         problems.append(f"{diverging} of {chains * count} draws diverged: lower the step size, or reparametrise.")
     if "acceptance_rate" in stats and (rate := float(stats["acceptance_rate"].double().mean())) < 0.2:
-        problems.append(f"The mean acceptance rate is {rate:.2g}: the step size is too large; lower it, or warm up longer.")
+        way_out = "the step size is too large; lower it, or warm up longer"
+        if "step_size" not in stats:
+            way_out = "the kernel hardly moves, and has no step size to lower; take another one, or temper"
+        problems.append(f"The mean acceptance rate is {rate:.2g}: {way_out}.")
     if kernel is not None and not kernel.exact:
         problems.append("The kernel is not exact: its bias grows with its step size, and no agreement between chains shows it.")
     has_momentum = (kernel is None or kernel.has_momentum) and "energy" in stats

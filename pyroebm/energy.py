@@ -151,9 +151,7 @@ class Energy(nn.Module):
         return Unnormalized(g, link, event_shape, support)
 
     def __add__(self, other: Energy) -> Sum:
-        if not isinstance(other, Energy):
-            return NotImplemented
-        return Sum(self, other)
+        return Sum(self, other) if isinstance(other, Energy) else NotImplemented
 
     def __radd__(self, other: int) -> Energy:  # sum([e1, e2]) begins at 0
         return self if isinstance(other, int) and other == 0 else NotImplemented
@@ -236,6 +234,9 @@ class Tempered(Energy):
 
     def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         return self.energy.initial(n, generator)
+
+    def named(self, x: Tensor, site: str = "x") -> dict[str, Tensor]:
+        return self.energy.named(x, site)
 
     def extra_repr(self) -> str:
         return f"beta={self.beta:g}"

@@ -157,9 +157,6 @@ class MCMC(Results):
             folder.begin(self.layout, self._facts())
         # Only now is the run before this one let go: whatever was refused above has left it as it was.
         self._target, self._blocks, self._store = target, blocks, folder
-        if self.keep == "draws":
-            draws = self.num_samples + self.plan.warmup_steps * self.plan.save_warmup
-            announce(draws, sum(len(block.state.x) for block in blocks), target, folder is not None)
         self._advance(self.num_samples, checkpoint_every)
 
     def run_more(self, num_samples: int, *, checkpoint_every: float = 60.0) -> None:
@@ -278,6 +275,9 @@ class MCMC(Results):
     def _advance(self, goal: int, checkpoint_every: float) -> None:
         """Finish the warm-up, then draw until every chain has ``goal`` draws."""
         self.interrupted, self._goal, self._every, phase = False, goal, checkpoint_every, "warm-up"
+        if self.keep == "draws":
+            draws, chains = goal + self.plan.warmup_steps * self.plan.save_warmup, sum(len(b.state.x) for b in self._blocks)
+            announce(draws, chains, self._target, self._store is not None)
         try:
             with eval_mode(self._target):
                 for block in self._blocks:

@@ -8,6 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from pyroebm.compiled import Compiled
 from pyroebm.energy import Energy, Sum, Tempered
 from pyroebm.randomness import subset
 from pyroebm.supports import is_discrete
@@ -74,7 +75,7 @@ class MinibatchEnergy(Energy):
 def subsample(energy: Energy, generator: torch.Generator | None = None) -> Energy:
     """An energy of which ``energy`` is the expectation: that of a random minibatch wherever it has one, else itself.
 
-    Looks into sums, tempered energies and unconstrained coordinates.
+    Looks into sums, tempered energies, unconstrained coordinates and compiled views.
 
     Example:
         >>> from pyroebm.targets import DoubleWell
@@ -86,6 +87,8 @@ def subsample(energy: Energy, generator: torch.Generator | None = None) -> Energ
         return energy.subsample(generator)
     if isinstance(energy, Unconstrained) and not is_discrete(energy.support):
         return Unconstrained(subsample(energy.energy, generator))
+    if isinstance(energy, Compiled):
+        return subsample(energy.energy, generator)
     if isinstance(energy, Tempered):
         return Tempered(subsample(energy.energy, generator), energy.beta)
     if isinstance(energy, Sum):

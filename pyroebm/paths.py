@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from pyroebm.compiled import Compiled
 from pyroebm.energy import Energy
 from pyroebm.randomness import seeded_generator
 from pyroebm.supports import inside, same_support
@@ -133,6 +134,7 @@ class DistributionEnergy(Energy):
 
 def in_the_coordinates_of(energy: Energy, reference: Energy) -> Energy:
     """The reference as an energy beside ``energy``: in unconstrained coordinates where that one is."""
+    energy = energy.energy if isinstance(energy, Compiled) else energy
     if not isinstance(energy, Unconstrained) or isinstance(reference, Unconstrained):
         return reference
     return Unconstrained(reference, keep_discrete=True)

@@ -56,7 +56,7 @@ class Store:
                 f"store={str(self.folder)!r} holds a run already: go on with resume(energy, store=...), or name a new folder"
             )
         self.facts = facts
-        with _written_whole(self.folder / ABOUT) as path:
+        with _written_whole(self.folder / ABOUT, f".{layout.ranks[0]}") as path:  # other ranks may be writing the same
             path.write_text(json.dumps(facts))
 
     def parts(self, block: int, first_chain: int) -> tuple[Part, Part]:
@@ -185,8 +185,12 @@ def _joined(files: list[tuple[int, Path]], group: str, thinning: int = 1) -> Any
         try:
             with xarray.open_dataset(path, group=group, engine="h5netcdf") as data:
                 found.append(data.isel(draw=slice((thinning - 1 - start) % thinning, None, thinning)).load())
-        except OSError:  # no such group
-            return None
+        except OSError as error:  # no such group
+            if "unconstrained" in group:  # which is only there where it differs from what is shown
+                return None
+            raise ValueError(
+                f"{path} cannot be read, or lacks the group {group!r}: no part of a run written by this library"
+            ) from error
     return _concat(found, "draw") if found else None
 
 
@@ -207,8 +211,8 @@ def _dataset(variables: dict[str, Tensor], chains: np.ndarray, draws: np.ndarray
 
 
 @contextlib.contextmanager
-def _written_whole(path: Path) -> Iterator[Path]:
-    temporary = path.with_name(path.name + ".part")
+def _written_whole(path: Path, by: str = "") -> Iterator[Path]:
+    temporary = path.with_name(f"{path.name}{by}.part")
     try:
         yield temporary
         os.replace(temporary, path)

@@ -29,6 +29,7 @@ from pyroebm import (
     UnderdampedLangevin,
     WindowAdaptation,
 )
+from pyroebm.compiled import Compiled
 from pyroebm.energy import value_and_grad
 from pyroebm.kernels import (
     ChEESAdaptation,
@@ -406,7 +407,8 @@ def test_minibatches_are_found_inside_other_views() -> None:
     energy, x = posterior(2), torch.tensor([[0.3]], dtype=torch.float64)
     part = energy.subsample(torch.Generator().manual_seed(0))(x)
     extra = Gaussian(torch.zeros(1, dtype=torch.float64))
-    for view, value in ((0.5 * energy, 0.5 * part), (energy + extra, part + extra(x)), (Unconstrained(energy), part)):
+    views = [(0.5 * energy, 0.5 * part), (energy + extra, part + extra(x))]
+    for view, value in (*views, (Unconstrained(energy), part), (Compiled(Unconstrained(energy)), part)):
         torch.testing.assert_close(subsample(view, torch.Generator().manual_seed(0))(x), value)
     with pytest.raises(ValueError, match="batch_size must be from 1 to the 6 rows of data, got batch_size=7"):
         posterior(7)
@@ -446,6 +448,18 @@ def test_sgld_at_a_small_step_samples_the_posterior() -> None:
     draws = run(StochasticGradientLangevin(step_size=0.03), energy, torch.zeros(4000, 1, dtype=torch.float64), 200)[:, 0]
     square, se = mean_and_se((draws - float(energy.data.sum()) / 51) ** 2)
     within_se(square, 1 / 51 / (1 - 51 * 0.03**2 / 4), se)
+
+
+def test_a_step_to_infinity_is_refused_where_the_energy_is_finite_too() -> None:
+    class Cliff(Energy):  # its gradient at 0 is infinite, and its energy at minus infinity is not
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.atan(x) + torch.sqrt(x.clamp(min=0.0))
+
+    energy, kernel = Cliff().double(), StochasticGradientLangevin(step_size=0.1)
+    state = kernel.init(energy, torch.ones(2, dtype=torch.float64))
+    state, info = kernel.step(energy, state._replace(x=torch.tensor([0.0, 2.0], dtype=torch.float64)))
+    assert info.diverging.tolist() == [True, False]
+    assert torch.isfinite(state.x).all()
 
 
 def test_the_step_decays_by_the_schedule() -> None:

@@ -23,11 +23,12 @@ from test_discrete import build as discrete_energy
 from test_kernels import KERNELS, build
 from torch import Tensor
 
-from pyroebm import HMC, MALA, MCMC, NUTS, Energy, ModelEnergy, distributed, open_run, record
+from pyroebm import HMC, MALA, MCMC, NUTS, ChEES, Energy, ModelEnergy, distributed, open_run, record
 from pyroebm import mcmc as driver
 from pyroebm.block import Layout
 from pyroebm.kernels.base import Kernel
 from pyroebm.serial import from_text, pack, to_text, unpack
+from pyroebm.store import Store
 from pyroebm.targets import DoubleWell, Exponential
 
 
@@ -45,8 +46,8 @@ class Stops(Energy):
         return 0.5 * (x**2 * torch.tensor([1.0, 4.0], dtype=x.dtype)).sum(-1)
 
 
-def driven(kernel: Kernel, chains: int = 7, **options: object) -> MCMC:
-    """Blocks of 3, 3 and 1 chains; a warm-up long enough for a metric."""
+def driven(kernel: Kernel, chains: int = 8, **options: object) -> MCMC:
+    """Blocks of 3, 3 and 2 chains; a warm-up long enough for a metric."""
     settings = {"num_samples": 6, "warmup_steps": 62, "seed": 5, "chain_batch_size": 3, "thinning": 2, **options}
     return MCMC(kernel, num_chains=chains, **settings)  # type: ignore[arg-type]
 
@@ -64,21 +65,21 @@ def assert_same(a: MCMC, b: MCMC) -> None:
 
 
 def test_a_chain_does_not_depend_on_the_blocks_beside_its_own() -> None:
-    few, many = driven(NUTS(), 3), driven(NUTS(), 7)
+    few, many = driven(NUTS(), 3), driven(NUTS(), 8)
     few.run(Stops())
     many.run(Stops())
     a, b = (m.get_samples(group_by_chain=True)["x"] for m in (few, many))
-    assert b.shape == (7, 6, 2)
+    assert b.shape == (8, 6, 2)
     assert torch.equal(a, b[:3])
     assert not torch.equal(b[:3], b[3:6])
     assert len({float(kernel.step_size) for kernel in many.kernels}) == 3  # type: ignore[attr-defined]
     assert many.kernel is many.kernels[0]
-    assert many.state.grad.shape == (7, 2)
+    assert many.state.grad.shape == (8, 2)
     assert torch.equal(many.state.x, b[:, -1])
 
 
 def test_starting_states_are_dealt_to_their_chains() -> None:
-    x = torch.arange(14.0, dtype=torch.float64).reshape(7, 2) / 10
+    x = torch.arange(16.0, dtype=torch.float64).reshape(8, 2) / 10
     mcmc = driven(MALA(1e-9), adaptation=None, warmup_steps=0)
     mcmc.run(Stops().double(), x)
     torch.testing.assert_close(mcmc.get_samples(group_by_chain=True)["x"][:, 0], x, atol=1e-6, rtol=0)
@@ -93,17 +94,21 @@ def test_ctrl_c_finds_the_blocks_equally_far_and_nothing_is_lost() -> None:
             mcmc.run(Stops(at))
         counts = [block.record.count for block in mcmc._blocks]
         assert max(counts) - min(counts) <= 1
-        assert mcmc.get_samples(group_by_chain=True)["x"].shape == (7, min(counts), 2)
+        assert mcmc.get_samples(group_by_chain=True)["x"].shape == (8, min(counts), 2)
         mcmc.resume()
         assert_same(mcmc, whole)
 
 
 def test_the_layout_gives_every_block_to_one_rank() -> None:
-    for chains, world in ((640, 3), (129, 3), (64, 1)):
+    for chains, world in ((640, 3), (130, 3), (64, 1)):
         layouts = [Layout(chains, 64, (rank, world)) for rank in range(world)]
         assert [chain for layout in layouts for block in layout.blocks for chain in layout.chains(block)] == list(range(chains))
         sizes = [len(layout.blocks) for layout in layouts]
         assert max(sizes) - min(sizes) <= 1
+    for chains, blocks in ((1, [1]), (64, [64]), (65, [65]), (66, [64, 2]), (129, [64, 65])):  # none of one chain beside others
+        layout = Layout(chains)
+        assert [len(layout.chains(block)) for block in layout.blocks] == blocks
+    assert [len(Layout(3, 1).chains(block)) for block in Layout(3, 1).blocks] == [1, 1, 1]
     for ranks in ((1, 1), (-1, 2), (0, 4), (0, 0)):
         with pytest.raises(ValueError, match=r"ranks must be \(rank, world\)"):
             Layout(130, 64, ranks)
@@ -111,6 +116,12 @@ def test_the_layout_gives_every_block_to_one_rank() -> None:
         MCMC(NUTS(), 5, num_chains=128, ranks=(0, 2))
     with pytest.raises(ValueError, match="chain_batch_size must be an integer of at least 1"):
         MCMC(NUTS(), 5, chain_batch_size=0)
+
+
+def test_a_chain_left_over_is_warmed_up_with_others() -> None:
+    mcmc = MCMC(ChEES(), 2, 5, num_chains=9, seed=0, chain_batch_size=4, progress=False)
+    mcmc.run(Stops())
+    assert [len(block.state.x) for block in mcmc._blocks] == [4, 5]
 
 
 # Stopped and resumed equals uninterrupted
@@ -251,7 +262,7 @@ def test_a_run_that_streams_is_the_run_in_memory(tmp_path: Path, monkeypatch: py
     memory, stored = driven(NUTS(), warmup_steps=10), driven(NUTS(), warmup_steps=10)
     memory.run(energy)
     stored.run(energy, store=tmp_path)
-    assert {block.record.x.shape[1] for block in stored._blocks} == {4, 12}  # memory is bounded whatever the length
+    assert {block.record.x.shape[1] for block in stored._blocks} == {4, 6}  # memory is bounded whatever the length
     assert_same(memory, stored)
     assert str(memory.verdict()) == str(stored.verdict())
     a, b = memory.to_arviz(), open_run(tmp_path)
@@ -259,7 +270,7 @@ def test_a_run_that_streams_is_the_run_in_memory(tmp_path: Path, monkeypatch: py
         assert set(a[group].data_vars) == set(b[group].data_vars)
         for name in a[group].data_vars:
             np.testing.assert_array_equal(a[group][name].values, b[group][name].values)
-    assert b.posterior.chain.values.tolist() == list(range(7))
+    assert b.posterior.chain.values.tolist() == list(range(8))
     np.testing.assert_allclose(np.log(b.posterior["x"]), b.unconstrained_posterior["x"], rtol=1e-12, atol=1e-14)
     assert b.attrs["inference_library"] == "pyroebm"
     thin = open_run(tmp_path, thinning=3)
@@ -268,7 +279,7 @@ def test_a_run_that_streams_is_the_run_in_memory(tmp_path: Path, monkeypatch: py
     for mcmc in (memory, stored):
         mcmc.run_more(3)
     assert_same(memory, stored)
-    assert open_run(tmp_path).posterior["x"].shape == (7, 9)
+    assert open_run(tmp_path).posterior["x"].shape == (8, 9)
     later = driven(NUTS(), warmup_steps=10)
     later.resume(energy, tmp_path)
     assert_same(later, memory)
@@ -308,9 +319,33 @@ def test_a_folder_says_what_it_holds_and_what_it_lacks(tmp_path: Path) -> None:
         open_run(tmp_path, thinning=0)
 
 
+def test_ranks_may_begin_at_one_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = Store(tmp_path, dict), Store(tmp_path, dict)
+    replace, seen = os.replace, list[str]()
+
+    def meanwhile(source: Path, target: Path) -> None:
+        seen.append(source.name)
+        if len(seen) == 1:
+            second.begin(Layout(128, 64, (1, 2)), {"num_chains": 128})
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", meanwhile)
+    first.begin(Layout(128, 64, (0, 2)), {"num_chains": 128})
+    assert len(set(seen)) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_a_part_that_cannot_be_read_is_named_and_not_left_out(tmp_path: Path) -> None:
+    driven(MALA(0.5), warmup_steps=0).run(Stops(), store=tmp_path)
+    part = next(tmp_path.glob("block00001-draws-*.nc"))
+    part.write_bytes(part.read_bytes()[:500])
+    with pytest.raises(ValueError, match=r"block00001-draws-000000000.nc cannot be read, or lacks the group 'posterior'"):
+        open_run(tmp_path)
+
+
 def test_a_write_that_is_broken_off_loses_nothing_that_was_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def short() -> MCMC:
-        return driven(MALA(0.5), 4, warmup_steps=0, num_samples=3)
+        return driven(MALA(0.5), 5, warmup_steps=0, num_samples=3)
 
     whole = short()
     whole.run(Stops())
@@ -341,9 +376,12 @@ def test_a_write_that_is_broken_off_loses_nothing_that_was_kept(tmp_path: Path, 
 def test_a_large_run_says_beforehand_what_it_takes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     driven(MALA(), warmup_steps=0).run(Stops())
     assert "GiB" not in capsys.readouterr().err
-    monkeypatch.setattr(record, "LARGE", 6 * 7 * 41 - 1)  # six draws of seven chains of 2 + 4 numbers and 17 bytes
-    driven(MALA(), warmup_steps=0).run(Stops())
-    assert "6 draws of 7 chains will take 0.0 GiB in memory; run(energy, store=folder)" in capsys.readouterr().err
+    monkeypatch.setattr(record, "LARGE", 6 * 8 * 41 - 1)  # six draws of eight chains of 2 + 4 numbers and 17 bytes
+    mcmc = driven(MALA(), warmup_steps=0)
+    mcmc.run(Stops())
+    assert "6 draws of 8 chains will take 0.0 GiB in memory; run(energy, store=folder)" in capsys.readouterr().err
+    mcmc.run_more(3)
+    assert "9 draws of 8 chains will take" in capsys.readouterr().err
 
 
 # Processes
@@ -402,6 +440,6 @@ def test_ranks_are_those_of_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "2")
     monkeypatch.setenv("WORLD_SIZE", "3")
     assert distributed.ranks() == (2, 3)
-    mcmc = MCMC(MALA(), 5, 0, num_chains=5, seed=0, chain_batch_size=2, ranks=distributed.ranks())
+    mcmc = MCMC(MALA(), 5, 0, num_chains=6, seed=0, chain_batch_size=2, ranks=distributed.ranks())
     mcmc.run(DoubleWell())
-    assert mcmc.get_samples(group_by_chain=True)["x"].shape == (1, 5)
+    assert mcmc.get_samples(group_by_chain=True)["x"].shape == (2, 5)

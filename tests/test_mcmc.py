@@ -13,7 +13,7 @@ from checks import within_se
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pyroebm import HMC, MALA, MCMC, NUTS, ULA, Energy, WindowAdaptation
+from pyroebm import HMC, MALA, MCMC, NUTS, ULA, Energy, ParallelTempering, WindowAdaptation
 from pyroebm.diagnostics import Verdict, bfmi, ess_bulk, mcse_mean, mode_masses, r_hat, to_arviz, verdict
 from pyroebm.targets import BernoulliProduct, Beta, Dirichlet, DoubleWell, Exponential, Gaussian, GaussianMixture, scales_gaussian
 
@@ -253,6 +253,14 @@ def test_run_more_samples_the_energy_as_it_now_is() -> None:
     [
         (lambda: MCMC(NUTS, 5), r"write NUTS\(\) in place of NUTS"),
         (
+            lambda: MCMC(ULA(), 5, adaptation=WindowAdaptation(0.6)),
+            "by its acceptance rate, and ULA has none to aim at: leave adaptation out",
+        ),
+        (
+            lambda: MCMC(ParallelTempering(MALA(), [1.0, 0.5]), 5, adaptation=WindowAdaptation()),
+            'ParallelTempering has none to aim at: "default" is its own LadderAdaptation',
+        ),
+        (
             lambda: MCMC(NUTS(), 5, adaptation=True),
             r"adaptation must be a WindowAdaptation\(\) or the like of it, or None, got adaptation=True",
         ),
@@ -371,8 +379,10 @@ def test_the_verdict_is_of_the_worst_entry_and_its_thresholds_are_the_fields() -
     assert "R-hat should be below 1.01" in str(verdict(slightly, calm))
     assert "not defined" in str(verdict(x[:, :3], {k: v[:, :3] for k, v in calm.items()}))
     for rate, expected in ((0.1, True), (0.5, False)):
-        said = str(verdict(x, {**calm, "acceptance_rate": torch.full((4, 1000), rate)}))
-        assert ("acceptance rate is 0.1" in said) == expected
+        seen = {**calm, "acceptance_rate": torch.full((4, 1000), rate)}
+        assert ("acceptance rate is 0.1: the kernel hardly moves, and has no step size" in str(verdict(x, seen))) == expected
+        seen["step_size"] = torch.ones(4, 1000)
+        assert ("acceptance rate is 0.1: the step size is too large" in str(verdict(x, seen))) == expected
     # energies of a first-order autoregression have BFMI 2 (1 - phi)
     for phi, expected in ((0.93, False), (0.7, True)):
         energy, noise = torch.zeros(4, 1000, dtype=torch.float64), x[..., 0]

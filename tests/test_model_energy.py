@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from torch.distributions import biject_to, constraints
 from torch.fx.experimental.proxy_tensor import make_fx
 
+import pyroebm.infer
 from pyroebm import MCMC, NUTS, Boltzmann, ModelEnergy, value_and_grad
+from pyroebm.compiled import choose_compiled
 from pyroebm.diagnostics import mcse_mean
 from pyroebm.energy import Energy
 from pyroebm.rowwise import MAX_GRAPHS
@@ -494,6 +496,56 @@ def eight_schools(y: Tensor, sigma: Tensor) -> None:
     with pyro.plate("schools", 8):
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
         pyro.sample("y", dist.Normal(mu + tau * z, sigma), obs=y)
+
+
+def test_compiled_blocks_draw_the_posterior_that_eager_ones_draw() -> None:
+    energy = ModelEnergy(eight_schools, torch.tensor(EFFECT), torch.tensor(SIGMA))
+    runs = [MCMC(NUTS(0.3, max_tree_depth=1), 3, 0, 4, seed=0, compile=compile) for compile in (False, True)]
+    for mcmc in runs:
+        mcmc.run(energy)
+    assert [mcmc.compiled for mcmc in runs] == [False, True]
+    for site, draws in runs[0].get_samples().items():
+        torch.testing.assert_close(runs[1].get_samples()[site], draws, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore:the model 'branching':RuntimeWarning")
+def test_a_model_that_cannot_be_compiled_says_why_and_runs_as_it_is() -> None:
+    energy = ModelEnergy(branching)
+    with pytest.raises(RuntimeError, match=r"cannot be compiled \(RuntimeError: .*control flow.*; use compile=False"):
+        MCMC(NUTS(), 5, 5, 4, compile=True).run(energy)
+    with pytest.warns(RuntimeWarning, match=r"ModelEnergy cannot be compiled and runs as it is \(RuntimeError: .*control flow"):
+        assert choose_compiled(energy, "auto", NUTS(), 64, 10**7) is energy
+
+
+def checked(y: Tensor, validate: bool | None) -> None:
+    scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0, validate_args=validate))
+    pyro.sample("y", dist.Normal(0.0, scale).expand([3]).to_event(1), obs=y)
+
+
+def test_pyros_validation_is_of_the_first_run_and_stops_no_chain() -> None:
+    with pyro.validation_enabled(True):
+        energy = ModelEnergy(checked, torch.ones(3), None)
+        assert energy.batching == "graph"
+        assert energy(torch.tensor([[0.0], [-800.0]])).isfinite().tolist() == [True, False]  # a scale of 0 is one row's affair
+        mcmc = MCMC(NUTS(), 20, 20, 4, seed=0)
+        mcmc.run(energy, torch.full((4, 1), -3.0))
+        ours = pyroebm.infer.MCMC(pyroebm.infer.NUTS(checked), 5, 5, num_chains=2, disable_progbar=True, disable_validation=False)
+        ours.run(torch.ones(3), None)
+        with pytest.raises(ValueError, match=r"at site 'y':\nExpected value argument .* to be within the support"):
+            ModelEnergy(
+                lambda y: pyro.sample("y", dist.Bernoulli(pyro.sample("p", dist.Beta(1.0, 1.0))), obs=y), torch.tensor(2.0)
+            )
+    with pytest.warns(RuntimeWarning, match=r"the model 'checked' has validate_args=True at the sites \['scale'\]: one chain"):
+        told = ModelEnergy(checked, torch.ones(3), True)
+    torch.testing.assert_close(told(torch.zeros(2, 1)), energy(torch.zeros(2, 1)))
+
+
+def test_a_tempered_model_keeps_its_sites() -> None:
+    energy = 0.5 * ModelEnergy(checked, torch.ones(3), None)
+    mcmc = MCMC(NUTS(), 5, 5, 2, seed=0)
+    mcmc.run(energy)
+    assert set(mcmc.get_samples()) == {"scale"}
+    assert (mcmc.get_samples()["scale"] > 0).all()
 
 
 def test_eight_schools_agrees_with_the_reference() -> None:

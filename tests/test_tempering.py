@@ -28,8 +28,10 @@ from pyroebm import (
     Kernel,
     ParallelTempering,
     Path,
+    Unconstrained,
     spin,
 )
+from pyroebm.compiled import Compiled
 from pyroebm.energies import Ising
 from pyroebm.kernels import GradientKernel, LadderAdaptation, TemperedState, hamiltonian, tempering
 from pyroebm.kernels.base import column
@@ -380,6 +382,27 @@ def test_a_nan_in_one_replica_touches_no_other_chain() -> None:
     assert torch.isfinite(states[0].swaps).all()
     torch.testing.assert_close(states[0].inner.x[~touched], states[1].inner.x[~touched])
     assert not torch.allclose(states[0].inner.x[touched], states[1].inner.x[touched])
+
+
+def test_reference_draws_where_the_gradient_is_not_finite_are_not_taken() -> None:
+    class Torn(Energy):
+        def forward(self, x: Tensor) -> Tensor:  # finite below -1, and its gradient a NaN there
+            return 0.5 * x**2 + torch.where(x > -1.0, 0.0 * torch.sqrt(x + 1.0), 0.0)
+
+    energy, generator = Torn().double(), torch.Generator().manual_seed(0)
+    kernel = ParallelTempering(MALA(0.5), [1.0, 0.5, 0.0], Gaussian(torch.tensor(0.0, dtype=torch.float64), scale=2.0))
+    state = kernel.init(energy, torch.zeros(200, dtype=torch.float64), generator)
+    for _ in range(3):
+        state, _ = kernel.step(energy, state, generator)
+    assert float(state.inner.x.min()) > -1.0
+    assert float(state.inner.x[:, -1].std()) > 1.0
+
+
+def test_a_reference_finds_its_coordinates_behind_a_compiled_view() -> None:
+    energy = Unconstrained(Exponential(dtype=torch.float64))
+    kernel = ParallelTempering(MALA(), [1.0, 0.0], Exponential(0.5, dtype=torch.float64))
+    x = energy.initial(4)
+    torch.testing.assert_close(kernel.path(Compiled(energy), 2)(x), kernel.path(energy, 2)(x))
 
 
 def test_reference_draws_where_the_energy_is_infinite_are_not_taken() -> None:

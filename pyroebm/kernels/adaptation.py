@@ -199,4 +199,10 @@ def resolve(kernel: Kernel[Any], adaptation: Adaptation | Literal["default"] | N
         return chosen
     if adaptation is not None and (isinstance(adaptation, type | str) or not hasattr(adaptation, "start")):
         raise ValueError(f"adaptation must be a WindowAdaptation() or the like of it, or None, got adaptation={adaptation!r}")
+    if isinstance(adaptation, WindowAdaptation) and kernel.target_acceptance is None:
+        own = kernel.own_adaptation()
+        way_out = "leave adaptation out" if own is None else f'"default" is its own {type(own).__name__}'
+        raise ValueError(
+            f"WindowAdaptation tunes a kernel by its acceptance rate, and {type(kernel).__name__} has none to aim at: {way_out}"
+        )
     return adaptation

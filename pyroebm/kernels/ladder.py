@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -102,11 +103,11 @@ class LadderAdaptation:
             target = kernel.kernel.target_acceptance if self.target_acceptance is None else self.target_acceptance
             rates = inner.acceptance_rate.double().mean(0).tolist()
             tunings = tuple(t.update(rate, float(target or 0.0)) for t, rate in zip(tunings, rates, strict=True))
-            kernel = kernel.replace(step_size=_sizes([t.log_step for t in tunings]))
+            kernel = kernel.replace(step_size=_sizes(t.step_size for t in tunings))
         if any(memory.step + 1 == end for _, end in rounds):
             betas, place = respaced(kernel.betas, 1.0 - kernel.report(state).swap_rates)
             if tunings:
-                sizes = _sizes(np.interp(place, np.arange(len(place)), [float(t.log_average) for t in tunings]))
+                sizes = torch.as_tensor(np.exp(np.interp(place, np.arange(len(place)), [float(t.log_average) for t in tunings])))
                 kernel, tunings = kernel.replace(step_size=sizes), _tunings(sizes)
             kernel = kernel.replace(betas=betas)
             state = kernel.refresh(energy, state)
@@ -115,7 +116,7 @@ class LadderAdaptation:
                 # dual averaging begins by overshooting: an average of a few steps is worth less than a look at the replicas
                 few = tunings[0].steps < 15
                 found = 0.5 * find_step_sizes(kernel, energy, state, generator) if few else None
-                kernel = kernel.replace(step_size=_sizes([t.log_average for t in tunings]) if found is None else found)
+                kernel = kernel.replace(step_size=_sizes(t.average for t in tunings) if found is None else found)
             state = kernel.restart(state)
         return kernel, state, info, LadderMemory(tunings, memory.step + 1)
 
@@ -163,8 +164,8 @@ def find_step_sizes(kernel: ParallelTempering, energy: Energy, state: TemperedSt
     return sizes
 
 
-def _sizes(logs: Any) -> Tensor:
-    return torch.as_tensor(np.exp(np.asarray(logs, dtype=np.float64)))
+def _sizes(sizes: Iterable[float | Tensor]) -> Tensor:
+    return torch.tensor([float(size) for size in sizes], dtype=torch.float64)
 
 
 def _tunings(sizes: Tensor) -> tuple[DualAveraging, ...]:

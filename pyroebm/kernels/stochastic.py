@@ -93,7 +93,7 @@ class StochasticGradientLangevin(ContinuousKernel[CountedState]):
         x = q.reshape(state.x.shape)
         with torch.no_grad():
             values = part(x)
-        finite = torch.isfinite(values)
+        finite = torch.isfinite(values) & torch.isfinite(q).all(1)  # an infinite gradient may lead to where the energy is flat
         state = choose(finite, CountedState(x, values, state.steps), state)
         return state._replace(steps=state.steps + 1), Info(
             acceptance_rate=finite.to(q.dtype),

@@ -9,10 +9,11 @@ from typing import Any, NamedTuple, Self, TypeVar
 import torch
 from torch import Tensor
 
-from pyroebm.energy import Energy
+from pyroebm.energy import Energy, unchecked_value_and_grad
 from pyroebm.kernels.base import Info, Kernel, check_kernel, uniform_like
 from pyroebm.kernels.ladder import LadderAdaptation
 from pyroebm.paths import Path, in_the_coordinates_of
+from pyroebm.supports import is_discrete
 
 __all__ = ["ParallelTempering", "TemperedState", "TemperingReport"]
 
@@ -67,7 +68,8 @@ class ParallelTempering(Kernel[TemperedState]):
     Args:
         kernel: the inner kernel, of any kind; its ``step_size`` may be one number, or one for each temperature, shape ``(R,)``.
         betas: :math:`\beta_k`, decreasing from 1: to a small positive number, or to 0 with a reference.
-        reference: V, an energy with exact draws, on the space of the energy that is sampled.
+        reference: V, an energy with exact draws, on the space of the energy that is sampled and as wide as that or wider: where V
+            is infinite no replica goes.
 
     Raises:
         ValueError: if the ladder is not one, or if the reference has no exact draws.
@@ -178,7 +180,7 @@ class ParallelTempering(Kernel[TemperedState]):
         if path.reference is None:
             slope = inner.energy / path.betas.reshape(chains, rungs)
         else:
-            inner = inner._replace(x=_with_fresh_reference(path, path.reference, inner.x, generator))
+            inner = inner._replace(x=_with_fresh_reference(path, path.reference, inner, generator))
             slope = path.slope(by_row(inner).x).reshape(chains, rungs)
 
         probability = swap_probability(path.betas.reshape(chains, rungs), slope)
@@ -280,9 +282,17 @@ def _each(state: Any, f: Callable[[Tensor], Tensor]) -> Any:
     return type(state)._make(fields)
 
 
-def _with_fresh_reference(path: Path, reference: Energy, x: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Positions ``(chains, R, *event)`` with the last replica drawn from the reference, unless the energy is infinite there."""
-    draws = reference.sample(len(x), generator)
-    with torch.no_grad():
-        inside = torch.isfinite(path.energy(draws)).reshape(-1, *[1] * (draws.dim() - 1))
-    return torch.cat([x[:, :-1], torch.where(inside, draws, x[:, -1]).unsqueeze(1)], 1)
+def _with_fresh_reference(path: Path, reference: Energy, inner: Any, generator: torch.Generator | None) -> Tensor:
+    """Positions ``(chains, R, *event)`` of an inner state with the last replica drawn from the reference.
+
+    Not where the energy is not finite, nor its gradient if the kernel follows it: there the last replica stays.
+    """
+    draws = reference.sample(len(inner.x), generator)
+    if hasattr(inner, "grad") and not is_discrete(path.support):
+        values, grad = unchecked_value_and_grad(path.energy, draws)
+        finite = torch.isfinite(values) & torch.isfinite(grad.reshape(len(draws), -1)).all(1)
+    else:
+        with torch.no_grad():
+            finite = torch.isfinite(path.energy(draws))
+    inside = finite.reshape(-1, *[1] * (draws.dim() - 1))
+    return torch.cat([inner.x[:, :-1], torch.where(inside, draws, inner.x[:, -1]).unsqueeze(1)], 1)
