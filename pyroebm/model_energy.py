@@ -149,8 +149,8 @@ class ModelEnergy(RowwiseEnergy):
         if checked := [name for name, site in trace.nodes.items() if site["type"] == "sample" and _is_checked(site["fn"])]:
             warnings.warn(
                 f"{self._name()} has validate_args=True at the sites {checked}: one chain that leaves their range will end the"
-                " run with an error; without it the chain is refused and counted. Leave validate_args out: pyro.enable_validation()"
-                " checks the first run of the model",
+                " run with an error; without it the chain is refused and counted. Leave validate_args out:"
+                " pyro.enable_validation() checks the first run of the model",
                 RuntimeWarning,
                 stacklevel=3,
             )
