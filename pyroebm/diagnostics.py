@@ -209,7 +209,7 @@ def mode_masses(modes: Tensor, num_modes: int) -> tuple[np.ndarray, np.ndarray]:
         array([0.5, 0.5, 0. ])
     """
     inside = torch.nn.functional.one_hot(modes.long(), num_modes).double()
-    masses = inside.mean((0, 1)).numpy()
+    masses = inside.mean((0, 1)).cpu().numpy()
     errors = mcse_mean(inside)
     errors[(masses == 0.0) | (masses == 1.0)] = np.nan
     return masses, errors

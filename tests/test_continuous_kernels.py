@@ -224,6 +224,18 @@ def test_baoab_has_the_bias_that_quadrature_gives() -> None:
     within_se(mean, baoab_law(0.5), se)
 
 
+def test_the_heat_of_the_bath_is_no_energy_error() -> None:
+    kernel, generator = UnderdampedLangevin(0.3, temperature=1e4), torch.Generator().manual_seed(1)
+    energy, x = Normal((10,)).double(), 100.0 * normal(2000, 10)
+    state, moments = kernel.init(energy, x, generator), []
+    for _ in range(10):
+        state, info = kernel.step(energy, state, generator)
+        assert not info.diverging.any()
+        moments.append((state.x**2).mean(1))
+    mean, se = mean_and_se(torch.stack(moments).mean(0))
+    within_se(mean, 1e4, se)
+
+
 def test_baoab_beyond_its_stability_refuses_and_says_so() -> None:
     energy, kernel, generator = DoubleWell().double(), UnderdampedLangevin(step_size=1.0), torch.Generator().manual_seed(0)
     state, diverged = kernel.init(energy, torch.ones(64, dtype=torch.float64), generator), 0

@@ -76,7 +76,7 @@ class UnderdampedLangevin(_Underdamped):
     split into half a kick (B), half a drift (A), the whole friction (O), half a drift and half a kick. One gradient a step. The
     bias of the positions is of second order in :math:`\epsilon`, and none at all on a normal law: N(0, 1) keeps its variance 1
     for every :math:`\epsilon < 2`, while the momenta have :math:`1 - \epsilon^2 / 4`. A step that meets a non-finite number, or
-    gains 1,000 nats, is refused: the row stays, counts as diverging and turns round.
+    whose kicks and drifts gain 1,000 T, is refused: the row stays, counts as diverging and turns round.
 
     Args:
         step_size: :math:`\epsilon`.
@@ -113,12 +113,13 @@ class UnderdampedLangevin(_Underdamped):
         eps, metric = column(self.step_size, q), metric_of(self.inverse_mass, q)
         p = state.momentum - 0.5 * eps * metric.transpose(rows(state.grad))
         q = q + 0.5 * eps * metric.apply(p)
-        p = partial_refreshment(p, self.friction * eps, self.temperature, generator)
+        refreshed = partial_refreshment(p, self.friction * eps, self.temperature, generator)
+        heat, p = kinetic(refreshed) - kinetic(p), refreshed
         q = q + 0.5 * eps * metric.apply(p)
         values, grad = row_value_and_grad(energy, q)
         p = p - 0.5 * eps * metric.transpose(grad)
-        # A step beyond the stability limit of a steep wall stays finite for a while: its energy error tells.
-        error = values + kinetic(p) - state.energy - kinetic(state.momentum)
+        # A step beyond the stability limit of a steep wall stays finite for a while: its energy error tells. Heat is none.
+        error = (values + kinetic(p) - state.energy - kinetic(state.momentum) - heat) / self.temperature
         sound = (error < MAX_ENERGY_ERROR) & torch.isfinite(error) & torch.isfinite(grad).all(1)
         turned = state._replace(momentum=-state.momentum)
         state = choose(sound, momentum_state(state, q, values, grad, p), turned)
