@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
@@ -20,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from pyroebm.energy import unchecked_value_and_grad
 from pyroebm.ppl import initial_states
 from pyroebm.randomness import seeded_generator, uniform
-from pyroebm.rowwise import RowwiseEnergy
+from pyroebm.rowwise import RowsFailAlone, RowwiseEnergy
 from pyroebm.supports import is_discrete
 
 __all__ = ["ModelEnergy"]
@@ -132,7 +131,6 @@ class ModelEnergy(RowwiseEnergy):
         self._params = [name for name, node in trace.nodes.items() if node["type"] == "param"]
         rows = 2.0 * uniform((2, *self.event_shape), seeded_generator(0), self.dtype, self.device) - 1.0
         self._transforms = self._fixed_transforms(rows)
-        self._warn_of_checks(rows[0])
         self.batch_by(rows)
 
     def _fixed_transforms(self, rows: Tensor) -> dict[str, Transform] | None:
@@ -142,18 +140,6 @@ class ModelEnergy(RowwiseEnergy):
             parts = self.split(rows[0])
             same = all(torch.equal(first[name](u), second[name](u)) for name, u in parts.items())
         return first if same else None
-
-    def _warn_of_checks(self, row: Tensor) -> None:
-        with torch.no_grad():
-            trace = self._run(self.split(row))[0]
-        if checked := [name for name, site in trace.nodes.items() if site["type"] == "sample" and _is_checked(site["fn"])]:
-            warnings.warn(
-                f"{self._name()} has validate_args=True at the sites {checked}: one chain that leaves their range will end the"
-                " run with an error; without it the chain is refused and counted. Leave validate_args out:"
-                " pyro.enable_validation() checks the first run of the model",
-                RuntimeWarning,
-                stacklevel=3,
-            )
 
     def _run(self, given: Mapping[str, Tensor], inverse: bool = False) -> tuple[poutine.Trace, _Substitute]:
         with pyro.validation_enabled(False), poutine.block(), _Substitute(given, self._plates, inverse) as places, _Detached():
@@ -257,7 +243,7 @@ class ModelEnergy(RowwiseEnergy):
 
     def _why(self, u: Tensor, value: float, grad: Tensor) -> str:
         """What is not finite there, in words."""
-        with torch.no_grad(), pyro.validation_enabled(False):
+        with torch.no_grad(), pyro.validation_enabled(False), RowsFailAlone():
             trace, places = self._run(self.split(u))
             trace.compute_log_prob()
         at, nodes = {name: image.tolist() for name, image in places.images.items()}, cast(dict[str, Any], trace.nodes)
@@ -292,11 +278,6 @@ def _latents(trace: poutine.Trace) -> Iterator[Any]:
                     " own enumeration (pyro.infer.TraceEnum_ELBO, or pyro.infer.MCMC), then infer_discrete for its values"
                 )
             yield site
-
-
-def _is_checked(fn: Any) -> bool:
-    """Whether a distribution checks its values whatever Pyro's global setting, which is off where the density is taken."""
-    return bool(vars(fn).get("_validate_args", False)) or (hasattr(fn, "base_dist") and _is_checked(fn.base_dist))
 
 
 @contextlib.contextmanager

@@ -5,20 +5,21 @@ from __future__ import annotations
 import abc
 import itertools
 import warnings
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
 from torch._C._functorch import peek_interpreter_stack
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from pyroebm.energy import Energy, unchecked_value_and_grad
 from pyroebm.supports import event_numel
 from pyroebm.views import eval_mode
 
-__all__ = ["RowwiseEnergy"]
+__all__ = ["RowsFailAlone", "RowwiseEnergy"]
 
 #: Graphs kept at a time: one for each batch shape, type and device.
 MAX_GRAPHS = 8
@@ -27,6 +28,44 @@ MAX_GRAPHS = 8
 def _inside_a_transform() -> bool:
     """Whether somebody else traces or transforms this call (make_fx, vmap, grad, torch.compile)."""
     return torch.compiler.is_compiling() or peek_interpreter_stack() is not None or _get_current_dispatch_mode() is not None
+
+
+def _cholesky(a: Tensor, upper: bool = False) -> Tensor:
+    factor, info = torch.linalg.cholesky_ex(a, upper=upper)
+    return torch.where((info == 0)[..., None, None], factor, torch.nan)
+
+
+def _inverse(a: Tensor) -> Tensor:
+    inverse, info = torch.linalg.inv_ex(a)
+    return torch.where((info == 0)[..., None, None], inverse, torch.nan)
+
+
+def _solve(a: Tensor, b: Tensor, *, left: bool = True) -> Tensor:
+    solution, info = torch.linalg.solve_ex(a, b, left=left)
+    is_vector = b.dim() == 1 or b.shape == a.shape[:-1]
+    return torch.where((info == 0)[(..., None) if is_vector else (..., None, None)], solution, torch.nan)
+
+
+class RowsFailAlone(TorchFunctionMode):
+    """Inside, what would raise for a whole batch because of one row is NaN in that row: a factorisation that does not exist.
+
+    The checks that a distribution with ``validate_args=True`` makes of a batch are passed: its density is not finite where its
+    arguments are out of their range.
+    """
+
+    STAND_INS: ClassVar[dict[Any, Callable[..., Any]]] = {
+        torch.linalg.cholesky: _cholesky,
+        torch.cholesky: _cholesky,
+        Tensor.cholesky: _cholesky,
+        torch.linalg.inv: _inverse,
+        torch.inverse: _inverse,
+        Tensor.inverse: _inverse,
+        torch.linalg.solve: _solve,
+        torch._is_all_true: lambda valid: True,
+    }
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self.STAND_INS.get(func, func)(*args, **(kwargs or {}))
 
 
 def _version(tensor: Tensor) -> tuple[int, int]:
@@ -122,7 +161,8 @@ class RowwiseEnergy(Energy):
     def forward(self, u: Tensor) -> Tensor:
         rows = u.reshape(-1, *self.event_shape)
         if self.batching == "loop":
-            values = torch.stack([self.row_energy(row) for row in rows])
+            with RowsFailAlone():
+                values = torch.stack([self.row_energy(row) for row in rows])
         elif self.batching == "vmap" or _inside_a_transform():
             values = self._vmapped(rows)
         else:
@@ -130,7 +170,8 @@ class RowwiseEnergy(Energy):
         return values.reshape(u.shape[:-1])
 
     def _vmapped(self, rows: Tensor) -> Tensor:
-        values: Tensor = torch.func.vmap(self.row_energy)(rows)
+        with RowsFailAlone():
+            values: Tensor = torch.func.vmap(self.row_energy)(rows)
         return values
 
     def _graph(self, rows: Tensor) -> fx.GraphModule:

@@ -535,9 +535,55 @@ def test_pyros_validation_is_of_the_first_run_and_stops_no_chain() -> None:
             ModelEnergy(
                 lambda y: pyro.sample("y", dist.Bernoulli(pyro.sample("p", dist.Beta(1.0, 1.0))), obs=y), torch.tensor(2.0)
             )
-    with pytest.warns(RuntimeWarning, match=r"the model 'checked' has validate_args=True at the sites \['scale'\]: one chain"):
-        told = ModelEnergy(checked, torch.ones(3), True)
+    told = ModelEnergy(checked, torch.ones(3), True)
+    assert told.batching == "graph"
     torch.testing.assert_close(told(torch.zeros(2, 1)), energy(torch.zeros(2, 1)))
+    assert told(torch.tensor([[0.0], [-800.0]])).isfinite().tolist() == [True, False]
+
+
+def matrix() -> Tensor:
+    return torch.tensor([[2.0, 1.0], [1.0, 2.0]])
+
+
+def singular(solver: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """A matrix that is positive definite above -2, and 0 below."""
+    x = pyro.sample("x", dist.Normal(0.0, 1.0))
+    pyro.factor("f", solver(matrix() * (x + 2.0).clamp(min=0.0), torch.ones(2)).sum())
+
+
+#: What is taken of a matrix, and its sum where the matrix is ``scale`` times ``matrix()``.
+SOLVERS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Callable[[float], float]]] = {
+    "cholesky": (lambda a, b: torch.linalg.cholesky(a), lambda s: s**0.5 * float(torch.linalg.cholesky(matrix()).sum())),
+    "inverse": (lambda a, b: torch.inverse(a), lambda s: 2 / (3 * s)),
+    "solve a vector": (torch.linalg.solve, lambda s: 2 / (3 * s)),
+    "solve a matrix": (lambda a, b: torch.linalg.solve(a, b[:, None]), lambda s: 2 / (3 * s)),
+    "normal": (
+        lambda a, b: dist.MultivariateNormal(torch.zeros(2), a).log_prob(b),
+        lambda s: float(dist.MultivariateNormal(torch.zeros(2), s * matrix()).log_prob(torch.ones(2))),
+    ),
+}
+
+
+@pytest.mark.parametrize("way", ["graph", "vmap", "loop"])
+@pytest.mark.parametrize("name", SOLVERS)
+def test_a_matrix_that_is_singular_in_one_row_is_that_rows_affair(name: str, way: str) -> None:
+    solver, truth = SOLVERS[name]
+    energy = ModelEnergy(singular, solver)
+    assert energy.batching == "graph"
+    energy.batching = way
+    values, grad = value_and_grad(energy, torch.tensor([[-1.0], [-3.0], [-1.5]]))
+    assert values.isfinite().tolist() == [True, False, True]
+    assert grad[[0, 2]].isfinite().all()
+    for value, scale in ((values[0], 1.0), (values[2], 0.5)):
+        torch.testing.assert_close(value, -dist.Normal(0.0, 1.0).log_prob(torch.tensor(scale - 2.0)) - truth(scale))
+
+
+def test_a_gaussian_process_survives_a_covariance_without_a_factor() -> None:
+    energy = ModelEnergy(gaussian_process, torch.linspace(0, 3, 10), data(10))
+    mcmc = MCMC(NUTS(), 30, 50, 16, seed=0)
+    mcmc.run(energy)
+    assert int(mcmc.get_stats(warmup=True)["diverging"].sum()) > 0
+    assert torch.isfinite(mcmc.get_stats()["energy"]).all()
 
 
 def test_a_tempered_model_keeps_its_sites() -> None:
