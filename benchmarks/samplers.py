@@ -1,6 +1,6 @@
 """Effective draws a second and a gradient: pyroebm, Pyro, NumPyro and BlackJAX on the same densities, each on one core.
 
-    python -m benchmarks.samplers [--quick] [--only LIBRARY] [--case CASE] [--chains N] [--out DIR] [--repeats N] [--budget SECONDS]
+    python -m benchmarks.samplers [--quick] [--only LIBRARY] [--case CASE] [--chains N] [--out DIR] [--repeats N] [--budget S]
 
 Each library meets each case in a process of its own. The rows go to DIR/samplers.json, in place of earlier ones of the same
 library and case; a library that is not installed, or fails, is named, and has no rows.
