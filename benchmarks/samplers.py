@@ -1,6 +1,6 @@
 """Effective draws a second and a gradient: pyroebm, Pyro, NumPyro and BlackJAX on the same densities, each on one core.
 
-    python -m benchmarks.samplers [--quick] [--only LIBRARY] [--case CASE] [--out DIR] [--repeats N] [--budget SECONDS]
+    python -m benchmarks.samplers [--quick] [--only LIBRARY] [--case CASE] [--chains N] [--out DIR] [--repeats N] [--budget S]
 
 Each library meets each case in a process of its own. The rows go to DIR/samplers.json, in place of earlier ones of the same
 library and case; a library that is not installed, or fails, is named, and has no rows.
@@ -43,7 +43,7 @@ CURVES = ("chains curve", "dimension curve")
 LIBRARIES = tuple(dict.fromkeys(library for library, *_ in SAMPLERS))
 
 
-def plan(quick: bool, only: str | None, case: str | None, repeats: int, budget: float) -> list[Job]:
+def plan(quick: bool, only: str | None, case: str | None, repeats: int, budget: float, chains: int | None = None) -> list[Job]:
     """The jobs asked for, cases in order."""
     warmup, samples = (50, 50) if quick else (500, 1000)
     repeats, budget = (1, 1.0) if quick else (repeats, budget)
@@ -55,7 +55,7 @@ def plan(quick: bool, only: str | None, case: str | None, repeats: int, budget: 
     jobs += [Job(name, "pyroebm", "gradient", 0, 0, 0, repeats, budget, {}) for name in CASES]
     short = (20, 20) if quick else (150, 100)
     jobs += [Job(name, "pyroebm", name, 0, *short, repeats, budget, {"compile": True}) for name in CURVES]
-    return [job for job in jobs if only in (None, job.library) and case in (None, job.case)]
+    return [j for j in jobs if only in (None, j.library) and case in (None, j.case) and chains in (None, j.chains)]
 
 
 def work(job: Job) -> tuple[list[Row], str | None]:
@@ -93,6 +93,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help=f"tiny runs, once, to {QUICK_RESULTS.relative_to(ROOT)}: no timings")
     parser.add_argument("--only", choices=LIBRARIES, help="this library alone")
     parser.add_argument("--case", choices=[*CASES, *CURVES], help="this case alone")
+    parser.add_argument("--chains", type=int, help="samplers of this number of chains alone")
     parser.add_argument("--out", type=Path, help=f"folder of samplers.json (default {RESULTS.relative_to(ROOT)})")
     parser.add_argument("--repeats", type=int, default=5, help="most runs to take the median of (default 5)")
     parser.add_argument("--budget", type=float, default=600.0, help="seconds of a sampler on a case (default 600)")
@@ -100,7 +101,7 @@ def main() -> int:
     path = (options.out or (QUICK_RESULTS if options.quick else RESULTS)) / "samplers.json"
     missing = {name for name in LIBRARIES if importlib.util.find_spec(name) is None}
     failures = 0
-    for job in plan(options.quick, options.only, options.case, options.repeats, options.budget):
+    for job in plan(options.quick, options.only, options.case, options.repeats, options.budget, options.chains):
         label = f"{job.case}: {job.library} {job.method}" + (f", {job.chains} chains" if job.chains else "")
         if job.library in missing:
             print(f"{label}: missing, no row (pip install -c benchmarks/constraints.txt -e '.[bench]')", flush=True)

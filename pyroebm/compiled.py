@@ -20,9 +20,16 @@ __all__ = ["Compiled", "choose_compiled", "fused", "is_compiled"]
 #: A pure function of an energy and tensors, with static settings; what it returns is a tuple of tensors.
 Block = Callable[..., tuple[Tensor, ...]]
 
-#: Compiled graphs of this process. Their constants are inputs, so equal code on equal shapes is the same function.
-_graphs: dict[Hashable, Callable[..., tuple[Tensor, ...]]] = {}
+_Call = Callable[..., tuple[Tensor, ...]]
+
+#: Compiled blocks of this process: by block, settings, shapes, and the code of the energy's graphs, whose constants are inputs.
+_graphs: dict[Hashable, _Call] = {}
+#: The batch shapes that a block asks the energy about.
+_shapes: dict[Hashable, tuple[torch.Size, ...]] = {}
 _MAX_GRAPHS = 256
+
+#: Events are short, and rows longer than a vector register leave more of it empty: 256 bits beat 512 on most of them.
+_OPTIONS: dict[str, Any] = {"cpp.simdlen": 256} if torch.backends.cpu.get_cpu_capability() == "AVX512" else {}
 
 #: What compiling the blocks of a kernel takes with cold caches, and what one eager leapfrog step takes beyond a compiled one.
 _COMPILE_SECONDS = 30.0
@@ -33,10 +40,11 @@ _SECONDS_PER_ENTRY = 15e-9
 class Compiled(Energy):
     """An energy whose kernels run their inner loops as compiled blocks; its values are those of the energy.
 
-    Each block is traced once for each shape with :func:`torch.fx.experimental.proxy_tensor.make_fx`, the energy's own operations
-    and gradients in it, and handed to TorchInductor. Parameters and other tensors that the energy holds are inputs of
-    the graph, so that training them in place is seen; what Python decided while tracing (attributes, branches) is not looked at
-    again, so a view like this one is made anew for each run.
+    Value and gradient of the energy are traced for each batch shape with :func:`torch.fx.experimental.proxy_tensor.make_fx`, the
+    operations of its own with those of the block around them, and TorchInductor compiles the whole. Parameters and other tensors
+    that the energy holds are inputs of the graph, so that training them in place is seen; what Python decided while tracing
+    (attributes, branches) is not looked at again, so a view like this one is made anew for each run. A block that was compiled
+    for an energy of the same operations is not compiled again.
 
     Args:
         energy: an energy of continuous support whose forward is made of torch operations alone, without random numbers.
@@ -50,7 +58,8 @@ class Compiled(Energy):
     def __init__(self, energy: Energy) -> None:
         super().__init__(energy.event_shape, energy.support)
         self.energy = energy
-        self._blocks: dict[Hashable, tuple[Callable[..., tuple[Tensor, ...]], tuple[Tensor, ...]]] = {}
+        self._calls: dict[Hashable, tuple[_Call, tuple[Tensor, ...]]] = {}
+        self._gradients: dict[torch.Size, tuple[GraphModule, tuple[Tensor, ...]]] = {}
 
     def forward(self, x: Tensor) -> Tensor:
         return self.energy(x)
@@ -60,30 +69,108 @@ class Compiled(Energy):
 
     def run(self, block: Block, tensors: tuple[Tensor, ...], static: dict[str, Any]) -> tuple[Tensor, ...]:
         """``block(energy, *tensors, **static)`` as one compiled call."""
-        key = (block, *static.items(), *[(t.shape, t.dtype) for t in tensors])
-        if key not in self._blocks:
-            self._blocks[key] = _compile(lambda *t: block(self.energy, *t, **static), tensors)
-        call, constants = self._blocks[key]
+        key = (block, *static.items(), *map(_kind, tensors))
+        if key not in self._calls:
+            self._calls[key] = self._compile(key, block, tensors, static)
+        call, constants = self._calls[key]
         return call(*[t.contiguous() for t in tensors], *constants)
 
+    def _compile(
+        self, key: Hashable, block: Block, tensors: tuple[Tensor, ...], static: dict[str, Any]
+    ) -> tuple[_Call, tuple[Tensor, ...]]:
+        examples = _copies(tensors)
+        shapes = _shapes.get((key, self.event_shape))
+        if shapes is None:
+            seen = _Seen(self.energy)
+            block(seen, *examples, **static)
+            shapes = _shapes[key, self.event_shape] = tuple(dict.fromkeys(seen.shapes))
+        gradients = [self._gradient(shape) for shape in shapes]
+        constants = tuple(c for _, held in gradients for c in held)
+        known = (key, self.event_shape, *[graph.code for graph, _ in gradients], *map(_kind, constants))
+        if known not in _graphs:
+            if len(_graphs) >= _MAX_GRAPHS:
+                _graphs.pop(next(iter(_graphs)))
 
-def _compile(
-    function: Callable[..., tuple[Tensor, ...]], tensors: tuple[Tensor, ...]
-) -> tuple[Callable[..., tuple[Tensor, ...]], tuple[Tensor, ...]]:
-    examples = _copies(tensors)
+            def function(*inputs: Tensor) -> tuple[Tensor, ...]:
+                held, replayed = list(inputs[len(examples) :]), {}
+                for shape, (graph, constants) in zip(shapes, gradients, strict=True):
+                    replayed[shape] = graph, [held.pop(0) for _ in constants]
+                return block(_Replayed(self.energy, replayed), *inputs[: len(examples)], **static)
+
+            _graphs[known] = _built(function, (*examples, *_copies(constants)))
+        return _graphs[known], constants
+
+    def _gradient(self, shape: torch.Size) -> tuple[GraphModule, tuple[Tensor, ...]]:
+        """The graph of value and gradient of a batch, and the tensors that the energy holds: its inputs after x."""
+        if shape not in self._gradients:
+            rows = shape[: len(shape) - len(self.event_shape)].numel()
+            x = self.energy.initial(rows, torch.Generator(self.energy.device).manual_seed(0)).reshape(shape)
+            graph = make_fx(lambda x: unchecked_value_and_grad(self.energy, x))(x)
+            drawn = [
+                str(n.target) for n in graph.graph.nodes if torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ())
+            ]
+            if drawn:
+                raise ValueError(f"an energy that is compiled must draw no random numbers, got {drawn[0]} in its forward")
+            graph.graph.eliminate_dead_code()
+            self._gradients[shape] = graph, _lift_constants(graph)
+        return self._gradients[shape]
+
+
+class _Seen(Energy):
+    """An energy that remembers which batch shapes it was asked about."""
+
+    def __init__(self, energy: Energy) -> None:
+        super().__init__(energy.event_shape, energy.support)
+        self.energy = energy
+        self.shapes: list[torch.Size] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.shapes.append(x.shape)
+        return self.energy(x)
+
+
+class _Replayed(Energy):
+    """An energy as graphs of its value and gradient, one for each batch shape, with the tensors they hold."""
+
+    def __init__(self, energy: Energy, graphs: dict[torch.Size, tuple[GraphModule, list[Tensor]]]) -> None:
+        super().__init__(energy.event_shape, energy.support)
+        self.graphs = graphs
+
+    def forward(self, x: Tensor) -> Tensor:
+        graph, constants = self.graphs[x.shape]
+        values: Tensor = _Replay.apply(x, graph, constants)
+        return values
+
+
+class _Replay(torch.autograd.Function):
+    """The value, with the gradient that came with it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, graph: GraphModule, constants: list[Tensor]) -> Tensor:
+        values, grad = graph(x, *constants)
+        ctx.save_for_backward(grad)
+        result: Tensor = values
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *out: Tensor) -> tuple[Tensor, None, None]:
+        (grad,) = ctx.saved_tensors
+        return out[0].reshape(*out[0].shape, *[1] * (grad.dim() - out[0].dim())) * grad, None, None
+
+
+def _built(function: Callable[..., tuple[Tensor, ...]], examples: tuple[Tensor, ...]) -> _Call:
     graph = make_fx(function)(*examples)
-    if random := [str(n.target) for n in graph.graph.nodes if torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ())]:
-        raise ValueError(f"an energy that is compiled must draw no random numbers, got {random[0]} in its forward")
-    constants = _lift_constants(graph)
-    key = (graph.code, *[(t.shape, t.stride(), t.dtype, t.device) for t in (*examples, *constants)])
-    if key not in _graphs:
-        if len(_graphs) >= _MAX_GRAPHS:
-            _graphs.pop(next(iter(_graphs)))
-        # The graph is made of plain operations, so the compiler needs no look at Python, nor guards at every call.
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # torch's own modules warn of each other when first imported
-            _graphs[key] = torch._inductor.compile(graph, [*examples, *constants])
-    return _graphs[key], constants
+    graph.graph.eliminate_dead_code()
+    held = _lift_constants(graph)  # numbers that the block itself made into tensors
+    # The graph is made of plain operations, so the compiler needs no look at Python, nor guards at every call.
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch's own modules warn of each other when first imported
+        compiled = torch._inductor.compile(graph, [*examples, *held], options=_OPTIONS)
+    return (lambda *inputs: compiled(*inputs, *held)) if held else compiled
+
+
+def _kind(tensor: Tensor) -> Hashable:
+    return tensor.shape, tensor.dtype, tensor.device
 
 
 def _copies(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

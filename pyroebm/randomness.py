@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -10,6 +11,9 @@ import torch
 from torch import Tensor
 
 __all__ = ["drawing_from", "fresh_seed", "seeded_generator", "standard_normal", "subset", "uniform"]
+
+#: Normal numbers from which on the transform of Box and Muller (1958) is worth its few operations.
+MANY = 1024
 
 
 def fresh_seed(seed: int | None) -> int:
@@ -28,8 +32,14 @@ def seeded_generator(seed: int, device: torch.device | str = "cpu", spawned: int
 
 def standard_normal(shape: Sequence[int], generator: torch.Generator | None, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Normal noise on ``device``, drawn where the generator lives (None: torch's global one)."""
-    where = device if generator is None else generator.device
-    return torch.randn(tuple(shape), generator=generator, dtype=dtype, device=where).to(device)
+    where, shape = device if generator is None else generator.device, tuple(shape)
+    count = math.prod(shape)
+    if where.type != "cpu" or dtype != torch.float64 or count < MANY:
+        return torch.randn(shape, generator=generator, dtype=dtype, device=where).to(device)
+    # What torch.randn does too, number by number; whole tensors take a third of its time.
+    u = torch.rand((2, (count + 1) // 2), generator=generator, dtype=dtype, device=where)
+    radius, angle = torch.log1p(-u[0]).mul_(-2.0).sqrt_(), u[1].mul_(2.0 * math.pi)
+    return torch.cat([radius * torch.cos(angle), radius * torch.sin(angle)])[:count].reshape(shape).to(device)
 
 
 def uniform(shape: Sequence[int], generator: torch.Generator | None, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -44,7 +44,7 @@ class Record:
     def __init__(self, state: AnyState, room: int = 0, part: Part | None = None) -> None:
         self.part = part
         self.spilled = self.filled = 0
-        self.x = state.x.new_empty((len(state.x), room, *state.x.shape[1:]))
+        self.x = state.x.new_empty((room, *state.x.shape))  # draw by draw, as they are written: what is read is transposed
         self._stats: dict[str, Tensor] = {}
 
     @property
@@ -54,14 +54,14 @@ class Record:
 
     def write(self, state: AnyState, info: Info) -> None:
         """Put one draw of every chain after those filled. It is there when the caller raises ``filled``."""
-        if self.part is not None and self.filled == self.x.shape[1]:
+        if self.part is not None and self.filled == len(self.x):
             self.spill()
         facts = {"lp": -state.energy} | {k: v for k, v in info._asdict().items() if v is not None and k != "accepted"}
         for name, value in facts.items():
             if name not in self._stats:
-                self._stats[name] = value.new_empty((self.x.shape[0], self.x.shape[1]))
-            self._stats[name][:, self.filled] = value
-        self.x[:, self.filled] = state.x
+                self._stats[name] = value.new_empty((len(self.x), len(value)))
+            self._stats[name][self.filled] = value
+        self.x[self.filled] = state.x
 
     def spill(self) -> None:
         """Write what is filled to the part."""
@@ -70,7 +70,7 @@ class Record:
             self.spilled, self.filled = self.count, 0
 
     def _in_memory(self) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.x[:, : self.filled], {name: value[:, : self.filled] for name, value in self._stats.items()}
+        return self.x[: self.filled].transpose(0, 1), {n: v[: self.filled].transpose(0, 1) for n, v in self._stats.items()}
 
     def draws(self) -> Tensor:
         """Unconstrained draws, ``(chains, count, *event)``; read from the part where they went there."""
@@ -87,13 +87,14 @@ class Record:
 
     def make_room(self, count: int) -> None:
         """Make room in memory for ``count`` draws in all; a part needs none."""
-        if self.part is None and (more := count - self.x.shape[1]) > 0:
-            extend = lambda t: torch.cat([t, t.new_empty((t.shape[0], more, *t.shape[2:]))], 1)  # noqa: E731
+        if self.part is None and (more := count - len(self.x)) > 0:
+            extend = lambda t: torch.cat([t, t.new_empty((more, *t.shape[1:]))])  # noqa: E731
             self.x, self._stats = extend(self.x), {name: extend(value) for name, value in self._stats.items()}
 
     def load(self, x: Tensor, stats: dict[str, Tensor]) -> None:
         """Take over draws kept elsewhere."""
-        self.x, self._stats, self.filled = x.clone(), {k: v.clone() for k, v in stats.items()}, x.shape[1]
+        self.x, self.filled = x.transpose(0, 1).contiguous(), x.shape[1]
+        self._stats = {name: value.transpose(0, 1).contiguous() for name, value in stats.items()}
 
 
 def bytes_per_draw(target: Energy) -> int:

@@ -473,8 +473,7 @@ def test_marginal_by_grid_integrates_to_one_and_bounds_are_below_it() -> None:
     for value in (one, many):  # the mean of the ratio is q(x) whatever K is
         mean, se = mean_and_se(value.exp())
         within_se(mean, truth.exp(), se)
-    assert bool((one.mean(0) < many.mean(0)).all())
-    assert bool((many.mean(0) < truth).all())
+    assert one.mean() < many.mean() < truth.mean()  # of their logarithms
 
 
 def test_marginal_bound_where_two_latents_are_redundant() -> None:

@@ -262,7 +262,7 @@ def test_a_run_that_streams_is_the_run_in_memory(tmp_path: Path, monkeypatch: py
     memory, stored = driven(NUTS(), warmup_steps=10), driven(NUTS(), warmup_steps=10)
     memory.run(energy)
     stored.run(energy, store=tmp_path)
-    assert {block.record.x.shape[1] for block in stored._blocks} == {4, 6}  # memory is bounded whatever the length
+    assert {len(block.record.x) for block in stored._blocks} == {4, 6}  # memory is bounded whatever the length
     assert_same(memory, stored)
     assert str(memory.verdict()) == str(stored.verdict())
     a, b = memory.to_arviz(), open_run(tmp_path)

@@ -26,7 +26,6 @@ __all__ = [
     "leapfrog",
     "metropolis",
     "metropolis_trajectory",
-    "trajectory",
 ]
 
 #: An energy error above this many nats counts as a divergence (Betancourt, 2017; the value Stan uses).
@@ -34,6 +33,9 @@ MAX_ENERGY_ERROR = 1000.0
 
 #: No trajectory of jittered length has more leapfrog steps.
 MAX_STEPS = 1000
+
+#: Leapfrog steps in one compiled block.
+MAX_BLOCK = 4
 
 
 def kinetic(p: Tensor) -> Tensor:
@@ -71,23 +73,6 @@ def leapfrog(
         values, grad = row_value_and_grad(energy, q)
         p = p - (step_size if step + 1 < num_steps else half) * metric.transpose(grad)
     return q, p, values, grad
-
-
-def trajectory(
-    energy: Energy, q: Tensor, p: Tensor, grad: Tensor, step_size: Tensor, metric: Metric, num_steps: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """:func:`leapfrog`, for a compiled energy in blocks of four steps and of one, so that any length needs two graphs."""
-    if not is_compiled(energy):
-        return leapfrog(energy, q, p, grad, step_size, metric, num_steps)
-    for size in (4,) * (num_steps // 4) + (1,) * (num_steps % 4):
-        q, p, values, grad = fused(_leapfrogs, energy, q, p, grad, step_size, *metric, kind=type(metric), num_steps=size)
-    return q, p, values, grad
-
-
-def _leapfrogs(
-    energy: Energy, q: Tensor, p: Tensor, grad: Tensor, step_size: Tensor, *metric: Tensor, kind: type[Metric], num_steps: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return leapfrog(energy, q, p, grad, step_size, kind(*metric), num_steps)
 
 
 def jittered_steps(length: float, step_size: Tensor, generator: torch.Generator | None) -> int:
@@ -139,23 +124,45 @@ def metropolis_trajectory(
     q, grad = rows(state.x), rows(state.grad)
     p = draw_momentum(q, generator)
     uniform = uniform_like(state.energy, generator)
-    end = trajectory(energy, q, p, grad, step_size, metric, num_steps)
-    out = fused(_accept, energy, uniform, p, q, state.energy, grad, *end)
+    total, kind, start = num_steps, type(metric), (p, q, state.energy, grad)
+    point: tuple[Tensor, ...] = (q, p, grad)
+    most = MAX_BLOCK if is_compiled(energy) else num_steps
+    while num_steps > most:  # blocks of one length, and a last one of that or less: few graphs for any number of steps
+        point = fused(_leapfrogs, energy, *point, step_size, *metric, kind=kind, num_steps=most)
+        num_steps -= most
+    out = fused(_finish, energy, uniform, *start, *point, step_size, *metric, kind=kind, num_steps=num_steps)
     info = Info(
         acceptance_rate=out[3],
         accepted=out[4],
         diverging=out[5],
         energy=out[6],
-        n_steps=torch.full_like(out[4], num_steps, dtype=torch.long),
+        n_steps=torch.full_like(out[4], total, dtype=torch.long),
         step_size=step_size.squeeze(1),
     )
-    return state_of_rows(energy, *out[:3]), info, Trajectory(q, p, end[0], end[1])
+    return state_of_rows(energy, *out[:3]), info, Trajectory(q, p, out[7], out[8])
 
 
-def _accept(
-    energy: Energy, uniform: Tensor, p_old: Tensor, q_old: Tensor, old: Tensor, grad_old: Tensor, *end: Tensor
+def _leapfrogs(
+    energy: Energy, q: Tensor, p: Tensor, grad: Tensor, step_size: Tensor, *metric: Tensor, kind: type[Metric], num_steps: int
 ) -> tuple[Tensor, ...]:
-    q, p, values, grad = end
+    q, p, _, grad = leapfrog(energy, q, p, grad, step_size, kind(*metric), num_steps)
+    return q, p, grad
+
+
+def _finish(
+    energy: Energy,
+    uniform: Tensor,
+    p_old: Tensor,
+    q_old: Tensor,
+    old: Tensor,
+    grad_old: Tensor,
+    *tensors: Tensor,
+    kind: type[Metric],
+    num_steps: int,
+) -> tuple[Tensor, ...]:
+    """The last leapfrog steps, and whether what they reach is accepted."""
+    q, p, grad, step_size, *metric = tensors
+    q, p, values, grad = leapfrog(energy, q, p, grad, step_size, kind(*metric), num_steps)
     start, stop = old + kinetic(p_old), values + kinetic(p)
     # A row that met a NaN or an infinity in its energy or its gradient (which is in the momentum) has no valid end point: its
     # probability is 0, and no other row knows.
@@ -163,4 +170,4 @@ def _accept(
     probability = torch.exp(-error).clamp(max=1.0)
     accepted = uniform < probability
     kept = choose(accepted, State(q, values, grad), State(q_old, old, grad_old))
-    return (*kept, probability, accepted, error > MAX_ENERGY_ERROR, torch.where(accepted, stop, start))
+    return (*kept, probability, accepted, error > MAX_ENERGY_ERROR, torch.where(accepted, stop, start), q, p)

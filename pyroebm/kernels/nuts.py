@@ -16,8 +16,11 @@ from pyroebm.kernels.metric import Metric, metric_of
 
 __all__ = ["NUTS"]
 
-#: Leapfrog steps in one compiled block; an eager one is a single step, so that no row waits longer than it must.
+#: Leapfrog steps in one block, after which it is asked whether any row goes on. A doubling of no more is one block.
 LEAVES = 4
+
+#: Doublings in the first block of a compiled energy: every tree begins small. Their random numbers are drawn together.
+TRUNK = 3
 
 
 class _Point(NamedTuple):
@@ -39,14 +42,45 @@ class _Tree(NamedTuple):
     momentum_sum: Tensor
 
 
-class _Counts(NamedTuple):
-    """Which rows go on, and what is counted of each, ``(chains,)``."""
+class _Half(NamedTuple):
+    """What a doubling adds: its last leaf, what it gathered, which rows go on, and counts of each row, ``(chains,)``."""
 
+    end: _Point
+    tree: _Tree
     running: Tensor
     turned: Tensor
     diverged: Tensor
     n_steps: Tensor
     acceptance: Tensor
+
+    @classmethod
+    def of(cls, tensors: tuple[Tensor, ...]) -> _Half:
+        return cls(_Point(*tensors[:3]), _Tree(*tensors[3:9]), *tensors[9:14])
+
+    def flat(self) -> tuple[Tensor, ...]:
+        return (*self.end, *self.tree, *self[2:])
+
+
+class _Trajectory(NamedTuple):
+    """The end reached last and the step that led there, the other end, what lies between, and a report of each row."""
+
+    front: _Point
+    back: _Point
+    tree: _Tree
+    step: Tensor  # (chains, 1), negative backwards in time
+    growing: Tensor
+    diverging: Tensor
+    accepted: Tensor
+    depth: Tensor
+    n_steps: Tensor
+    acceptance: Tensor
+
+    @classmethod
+    def of(cls, tensors: tuple[Tensor, ...]) -> _Trajectory:
+        return cls(_Point(*tensors[:3]), _Point(*tensors[3:6]), _Tree(*tensors[6:12]), *tensors[12:19])
+
+    def flat(self) -> tuple[Tensor, ...]:
+        return (*self.front, *self.back, *self.tree, *self[3:])
 
 
 def _where(rows_: Tensor, new: tuple[Tensor, ...], old: tuple[Tensor, ...]) -> list[Tensor]:
@@ -116,41 +150,27 @@ class NUTS(GradientKernel):
         q, grad = rows(state.x), rows(state.grad)
         rng = _spawn(generator, q.device)
         eps, metric = column(self.step_size, q), metric_of(self.inverse_mass, q)
-        p = draw_momentum(q, rng)
-        h0 = state.energy + kinetic(p)
-        left = right = _Point(q, p, grad)
-        tree = _Tree(q, state.energy, grad, h0, torch.zeros_like(h0), p)
-        growing = torch.ones_like(h0, dtype=torch.bool)
-        diverging, accepted = torch.zeros_like(growing), torch.zeros_like(growing)
-        depth, n_steps = torch.zeros_like(h0, dtype=torch.long), torch.zeros_like(h0, dtype=torch.long)
-        acceptance = torch.zeros_like(h0)
-
-        for level in range(self.max_tree_depth):
-            if not bool(growing.any()):
-                break
-            noise = uniform_like(h0.expand(2, -1), rng)
-            log_uniform = uniform_like(h0.expand(2**level, -1), rng).log()
-            *point, signed, zeros, unlikely = fused(_open, energy, noise[0], eps, h0, *left, *right)
-            half = _Tree(point[0], h0, point[2], h0, unlikely, zeros)
-            none = torch.zeros_like(growing)
-            counts = _Counts(growing, none, none, n_steps, acceptance)
-            end, half, counts = _grow(energy, metric, h0, signed, log_uniform, _Point(*point), half, counts)
-            n_steps, acceptance = counts.n_steps, counts.acceptance
-            out = fused(_merge, energy, noise, growing, *counts[1:3], *end, *half, *tree, *left, *right)
-            left, right, tree = _Point(*out[:3]), _Point(*out[3:6]), _Tree(*out[6:12])
-            depth, diverging, accepted = depth + growing, diverging | counts.diverged, accepted | out[12]
-            growing = out[13]
-
+        trunk = min(TRUNK, self.max_tree_depth)
+        p, early = draw_momentum(q, rng), uniform_like(state.energy.expand(_first_row(trunk), -1), rng)
+        level = trunk if is_compiled(energy) else 0
+        start = (eps, q, p, state.energy, grad)
+        h0, *out = fused(_trunk, energy, early, *start, *metric, kind=type(metric), levels=level)
+        way = _Trajectory.of(tuple(out))
+        while level < self.max_tree_depth and bool(way.growing.any()):
+            first, size = _first_row(level), 2**level + 2
+            noise = early[first : first + size] if level < trunk else uniform_like(h0.expand(size, -1), rng)
+            way = _double(energy, metric, h0, noise, way)
+            level += 1
         info = Info(
-            acceptance_rate=acceptance / n_steps,
-            accepted=accepted,
-            diverging=diverging,
-            energy=tree.hamiltonian,
-            n_steps=n_steps,
+            acceptance_rate=way.acceptance / way.n_steps,
+            accepted=way.accepted,
+            diverging=way.diverging,
+            energy=way.tree.hamiltonian,
+            n_steps=way.n_steps,
             step_size=eps.squeeze(1),
-            tree_depth=depth,
+            tree_depth=way.depth,
         )
-        return state_of_rows(energy, tree.q, tree.energy, tree.grad), info
+        return state_of_rows(energy, way.tree.q, way.tree.energy, way.tree.grad), info
 
 
 def _spawn(generator: torch.Generator | None, device: torch.device) -> torch.Generator:
@@ -158,62 +178,86 @@ def _spawn(generator: torch.Generator | None, device: torch.device) -> torch.Gen
     return torch.Generator(device).manual_seed(seed)
 
 
-def _open(energy: Energy, uniform: Tensor, eps: Tensor, h0: Tensor, *ends: Tensor) -> tuple[Tensor, ...]:
-    """The end from which a doubling goes on, its step, and an empty half: momentum sum 0, log weight minus infinity."""
-    forwards = uniform < 0.5
-    left, right = ends[:3], ends[3:]
-    signed = torch.where(forwards.unsqueeze(1), eps, -eps)
-    return (*_where(forwards, right, left), signed, torch.zeros_like(left[0]), torch.full_like(h0, -torch.inf))
+def _first_row(level: int) -> int:
+    """Where the noise of a doubling begins, after that of those before: 2 rows, and one for each leaf."""
+    return 2**level - 1 + 2 * level
 
 
-def _grow(
-    energy: Energy,
-    metric: Metric,
-    h0: Tensor,
-    signed: Tensor,
-    log_uniform: Tensor,
-    point: _Point,
-    tree: _Tree,
-    counts: _Counts,
-) -> tuple[_Point, _Tree, _Counts]:
-    """One doubling from one end, in blocks of leaves; blocks are the leaves of a tree of their own, checked like it."""
-    leaves = len(log_uniform)
-    size = LEAVES if is_compiled(energy) and leaves >= LEAVES else 1
+def _trunk(energy: Energy, noise: Tensor, *tensors: Tensor, kind: type[Metric], levels: int) -> tuple[Tensor, ...]:
+    """The Hamiltonian at the start, and the trajectory after the first doublings."""
+    (eps, q, p, values, grad), metric = tensors[:5], tensors[5:]
+    h0, point = values + kinetic(p), _Point(q, p, grad)
+    zero, none = torch.zeros_like(h0), torch.zeros_like(h0, dtype=torch.bool)
+    tree, count = _Tree(q, values, grad, h0, zero, p), none.long()
+    out = _Trajectory(point, point, tree, eps, ~none, none, none, count, count, zero).flat()
+    for level in range(levels):
+        rows_ = noise[_first_row(level) : _first_row(level + 1)]
+        out = _doubling(energy, h0, rows_, *out, *metric, kind=kind)
+    return (h0, *out)
+
+
+def _double(energy: Energy, metric: Metric, h0: Tensor, noise: Tensor, way: _Trajectory) -> _Trajectory:
+    """One doubling, in blocks of leaves; blocks are the leaves of a tree of their own, checked like it."""
+    kind, blocks = type(metric), (len(noise) - 2) // LEAVES
+    if blocks <= 1:
+        return _Trajectory.of(fused(_doubling, energy, h0, noise, *way.flat(), *metric, kind=kind))
+    step, *out = fused(_open, energy, h0, noise[0], *way.flat())
+    way, half = _Trajectory.of(tuple(out)), _Half.of(tuple(out[19:]))
     stored: dict[int, tuple[Tensor, Tensor]] = {}
-    for block in range(leaves // size):
-        noise = log_uniform[block * size : (block + 1) * size]
-        out = fused(_leaves, energy, noise, h0, signed, *point, *tree, *counts, *metric, kind=type(metric), size=size)
-        point, tree, counts = _Point(*out[:3]), _Tree(*out[3:9]), _Counts(*out[9:14])
+    for block in range(blocks):
+        uniform = noise[2 + block * LEAVES :][:LEAVES]
+        *out, p_first, sum_first = fused(_leaves, energy, uniform, h0, step, *half.flat(), *metric, kind=kind)
+        half = _Half.of(tuple(out))
         low, high = _slots(block)
         if block % 2 == 0:
-            stored[high] = (out[14], out[15])
+            stored[high] = (p_first, sum_first)
             continue
         for slot in range(high, low - 1, -1):
-            turned = fused(_check, energy, *stored[slot], point.p, tree.momentum_sum, counts.running, counts.turned)[0]
-            counts = counts._replace(turned=turned)
-        counts = counts._replace(running=counts.running & ~counts.turned)
-        if block + 1 < leaves // size and not bool(counts.running.any()):
+            (turned,) = fused(_check, energy, *stored[slot], half.end.p, half.tree.momentum_sum, half.running, half.turned)
+            half = half._replace(turned=turned)
+        half = half._replace(running=half.running & ~half.turned)
+        if block + 1 < blocks and not bool(half.running.any()):
             break
-    return point, tree, counts
+    return _Trajectory.of(fused(_merge, energy, noise[1], *half.flat(), *way.flat()))
+
+
+def _doubling(energy: Energy, h0: Tensor, noise: Tensor, *tensors: Tensor, kind: type[Metric]) -> tuple[Tensor, ...]:
+    """A doubling of few leaves."""
+    way, metric = tensors[:19], tensors[19:]
+    step, *out = _open(energy, h0, noise[0], *way)
+    half = _leaves(energy, noise[2:], h0, step, *out[19:], *metric, kind=kind)[:14]
+    return _merge(energy, noise[1], *half, *out[:19])
+
+
+def _open(energy: Energy, h0: Tensor, uniform: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Go on from the front or turn round, with equal chances: the step, the trajectory, and a half that is empty as yet."""
+    way, on = _Trajectory.of(tensors), uniform < 0.5
+    front, back = _Point(*_where(on, way.front, way.back)), _Point(*_where(on, way.back, way.front))
+    step = torch.where(on.unsqueeze(1), way.step, -way.step)
+    tree = _Tree(front.q, h0, front.grad, h0, torch.full_like(h0, -torch.inf), torch.zeros_like(front.p))
+    none = torch.zeros_like(way.growing)
+    half = _Half(front, tree, way.growing, none, none, way.n_steps, way.acceptance)
+    return (step, *way._replace(front=front, back=back, step=step).flat(), *half.flat())
 
 
 def _leaves(
-    energy: Energy, log_uniform: Tensor, h0: Tensor, signed: Tensor, *tensors: Tensor, kind: type[Metric], size: int
+    energy: Energy, uniform: Tensor, h0: Tensor, step: Tensor, *tensors: Tensor, kind: type[Metric]
 ) -> tuple[Tensor, ...]:
-    """``size`` leaves of a doubling, checked for turns of every balanced subtree within; with it, what its first leaf stores."""
-    point, tree, counts, metric = _Point(*tensors[:3]), _Tree(*tensors[3:9]), _Counts(*tensors[9:14]), kind(*tensors[14:])
-    running, turned, diverged, n_steps, acceptance = counts
+    """Leaves of a doubling, checked for turns of every balanced subtree within; with it, what the first leaf stores."""
+    (point, tree, running, turned, diverged, n_steps, acceptance), metric = _Half.of(tensors), kind(*tensors[14:])
+    log_uniform = uniform.log()
     stored: dict[int, tuple[Tensor, Tensor]] = {}
-    for leaf in range(size):
-        q, p, values, grad = leapfrog(energy, *point, signed, metric)
+    for leaf in range(len(uniform)):
+        q, p, values, grad = leapfrog(energy, *point, step, metric)
         hamiltonian = values + kinetic(p)  # a non-finite gradient is in the momentum, and so in here
         error = torch.where(torch.isfinite(hamiltonian), hamiltonian - h0, torch.inf)
         n_steps = n_steps + running
         acceptance = acceptance + torch.exp(-error).clamp(max=1.0) * running
         diverged = diverged | (running & (error > MAX_ENERGY_ERROR))
         running = running & ~diverged
-        # A row that stopped stands still on its last valid point: its energy is evaluated, but never at a NaN.
-        point = _Point(*_where(running, (q, p, grad), point))
+        # A row that stopped goes on unseen: to hold it, each leaf would wait for the sums over the one before. But no energy is
+        # asked about a NaN or an infinity (of which alone a - a is not 0): such an entry stays as it was.
+        point = _Point._make(torch.where(a - a == 0.0, a, b) for a, b in zip((q, p, grad), point, strict=True))
         log_weight = torch.logaddexp(tree.log_weight, -error)
         take = running & (log_uniform[leaf] < -error - log_weight)
         proposal = _where(take, (q, values, grad, hamiltonian), tree[:4])
@@ -225,7 +269,7 @@ def _leaves(
         for slot in range(high, low - 1, -1):
             (turned,) = _check(energy, *stored[slot], point.p, tree.momentum_sum, running, turned)
         running = running & ~turned
-    return (*point, *tree, running, turned, diverged, n_steps, acceptance, *stored[0])
+    return (*_Half(point, tree, running, turned, diverged, n_steps, acceptance).flat(), *stored[0])
 
 
 def _check(
@@ -235,18 +279,23 @@ def _check(
     return (turned | (running & _is_turning(p_first, p, total - sum_first + p_first)),)
 
 
-def _merge(
-    energy: Energy, noise: Tensor, growing: Tensor, turned: Tensor, diverged: Tensor, *tensors: Tensor
-) -> tuple[Tensor, ...]:
+def _merge(energy: Energy, uniform: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
     """Join a doubling to its trajectory: biased progressive draw between the halves, min(1, w_new / w_old), and a last check."""
-    end, half, tree = _Point(*tensors[:3]), _Tree(*tensors[3:9]), _Tree(*tensors[9:15])
-    left, right = _Point(*tensors[15:18]), _Point(*tensors[18:21])
-    whole, forwards = growing & ~diverged & ~turned, noise[0] < 0.5
-    take = whole & (noise[1].log() < half.log_weight - tree.log_weight)
-    proposal = _where(take, half[:4], tree[:4])
-    log_weight = torch.where(whole, torch.logaddexp(tree.log_weight, half.log_weight), tree.log_weight)
-    momentum_sum = torch.where(whole.unsqueeze(1), tree.momentum_sum + half.momentum_sum, tree.momentum_sum)
-    right = _Point(*_where(whole & forwards, end, right))
-    left = _Point(*_where(whole & ~forwards, end, left))
-    growing = whole & ~_is_turning(left.p, right.p, momentum_sum)
-    return (*left, *right, *proposal, log_weight, momentum_sum, take, growing)
+    half, way = _Half.of(tensors[:14]), _Trajectory.of(tensors[14:])
+    whole = way.growing & ~half.diverged & ~half.turned
+    take = whole & (uniform.log() < half.tree.log_weight - way.tree.log_weight)
+    proposal = _where(take, half.tree[:4], way.tree[:4])
+    log_weight = torch.where(whole, torch.logaddexp(way.tree.log_weight, half.tree.log_weight), way.tree.log_weight)
+    momentum_sum = way.tree.momentum_sum + half.tree.momentum_sum
+    return _Trajectory(
+        half.end,
+        way.back,
+        _Tree._make([*proposal, log_weight, momentum_sum]),
+        way.step,
+        whole & ~_is_turning(half.end.p, way.back.p, momentum_sum),
+        way.diverging | half.diverged,
+        way.accepted | take,
+        way.depth + way.growing,
+        half.n_steps,
+        half.acceptance,
+    ).flat()
