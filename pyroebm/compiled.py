@@ -48,6 +48,10 @@ class Compiled(Energy):
 
     Args:
         energy: an energy of continuous support whose forward is made of torch operations alone, without random numbers.
+        must: a block that cannot be compiled raises; else it warns, with the reason, and runs as it is.
+
+    Raises:
+        RuntimeError: if a block cannot be compiled and ``must`` is True.
 
     Example:
         >>> from pyroebm.targets import DoubleWell
@@ -55,9 +59,9 @@ class Compiled(Energy):
         tensor([-2.])
     """
 
-    def __init__(self, energy: Energy) -> None:
+    def __init__(self, energy: Energy, must: bool = True) -> None:
         super().__init__(energy.event_shape, energy.support)
-        self.energy = energy
+        self.energy, self.must = energy, must
         self._calls: dict[Hashable, tuple[_Call, tuple[Tensor, ...]]] = {}
         self._gradients: dict[torch.Size, tuple[GraphModule, tuple[Tensor, ...]]] = {}
 
@@ -71,7 +75,14 @@ class Compiled(Energy):
         """``block(energy, *tensors, **static)`` as one compiled call."""
         key = (block, *static.items(), *map(_kind, tensors))
         if key not in self._calls:
-            self._calls[key] = self._compile(key, block, tensors, static)
+            try:
+                self._calls[key] = self._compile(key, block, tensors, static)
+            except Exception as error:  # tracing and compiling fail in as many ways as there are energies and machines
+                said = f"{type(self.energy).__name__} cannot be compiled ({_reason(error)})"
+                if self.must:
+                    raise RuntimeError(f"{said}; use compile=False") from error
+                warnings.warn(f"{said} and runs as it is", RuntimeWarning, stacklevel=4)
+                self._calls[key] = (lambda *inputs: block(self.energy, *inputs, **static)), ()
         call, constants = self._calls[key]
         return call(*[t.contiguous() for t in tensors], *constants)
 
@@ -254,18 +265,22 @@ def choose_compiled(energy: Energy, compile: bool | Literal["auto"], kernel: _Pl
     saved = steps * kernel.expected_gradients * (_SECONDS_PER_STEP + _SECONDS_PER_ENTRY * entries)
     if compile == "auto" and saved < 2.0 * _COMPILE_SECONDS:
         return energy
+    compiled = Compiled(energy)
     try:
         if energy.device.type == "cpu" and not any(shutil.which(name) for name in ("g++", "clang++", "c++", "cl")):
-            raise RuntimeError("no C++ compiler was found")
-        compiled = Compiled(energy)
+            raise RuntimeError(f"{type(energy).__name__} cannot be compiled (no C++ compiler was found); use compile=False")
         compiled.run(_probe, (energy.initial(2, torch.Generator(energy.device).manual_seed(0)),), {})
-    except Exception as error:  # tracing and compiling fail in as many ways as there are energies
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+    except RuntimeError as error:
         if compile is True:
-            raise RuntimeError(f"{type(energy).__name__} cannot be compiled ({reason}); use compile=False") from error
-        warnings.warn(f"{type(energy).__name__} cannot be compiled and runs as it is ({reason})", RuntimeWarning, stacklevel=3)
+            raise
+        warnings.warn(f"{str(error).removesuffix('; use compile=False')} and runs as it is", RuntimeWarning, stacklevel=3)
         return energy
+    compiled.must = compile is True  # a later block may fail where this one did not: a run that was not told to compile goes on
     return compiled
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
 
 
 def _probe(energy: Energy, x: Tensor) -> tuple[Tensor, ...]:

@@ -126,8 +126,26 @@ def test_what_cannot_be_compiled_says_so_and_runs_as_it_is(energy: Energy, reaso
     with pytest.raises(RuntimeError, match=f"{type(energy).__name__} cannot be compiled .*{reason}"):
         choose_compiled(energy, True, NUTS(), 4, 10)
     monkeypatch.setattr(pyroebm.compiled, "_COMPILE_SECONDS", 0.0)
-    with pytest.warns(RuntimeWarning, match="cannot be compiled and runs as it is"):
+    with pytest.warns(RuntimeWarning, match=r"cannot be compiled \(.*\) and runs as it is"):
         assert choose_compiled(energy, "auto", NUTS(), 4, 10) is energy
+
+
+def test_a_later_block_that_fails_stops_no_run_that_was_not_told_to_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    energy, kernel = DoubleWell().double(), MALA(step_size=0.2)
+    monkeypatch.setattr(pyroebm.compiled, "_COMPILE_SECONDS", 0.0)
+    view = choose_compiled(energy, "auto", kernel, 4, 10)
+    assert isinstance(view, Compiled)
+
+    def broken(*arguments: Any, **settings: Any) -> None:
+        raise ImportError("file too short")
+
+    monkeypatch.setattr(pyroebm.compiled, "_built", broken)
+    x = energy.initial(4, torch.Generator().manual_seed(0))
+    with pytest.warns(RuntimeWarning, match="DoubleWell cannot be compiled .ImportError: file too short. and runs as it is"):
+        draws = run(kernel, view, x, 3)
+    torch.testing.assert_close(draws, run(kernel, energy, x, 3))
+    with pytest.raises(RuntimeError, match="file too short"):
+        run(kernel, Compiled(energy), x, 3)
 
 
 def test_without_a_compiler_it_runs_as_it_is_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
