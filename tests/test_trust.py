@@ -28,8 +28,11 @@ from pyroebm.targets.curved import _Bent
 Statistic = tuple[str, Tensor, Any]
 
 
-def powers(z: Tensor, truths: dict[int, Any]) -> list[Statistic]:
-    return [(f"moment {power}", z**power, truth) for power, truth in truths.items()]
+def standard(z: Tensor) -> list[Statistic]:
+    """What is known of standard normal numbers; a share, as a few that went astray would hide in the error of a moment."""
+    ones = np.ones(z.shape[1:])
+    powers = [(f"moment {power}", z**power, truth * ones) for power, truth in ((1, 0.0), (2, 1.0), (4, 3.0))]
+    return [*powers, ("share within a deviation", (z.abs() < 1.0).double(), math.erf(math.sqrt(0.5)) * ones)]
 
 
 def moments(energy: Any, x: Tensor) -> list[Statistic]:
@@ -40,12 +43,11 @@ def bent(energy: _Bent, x: Tensor) -> list[Statistic]:
     """With them, moments of the distance to the bend: a bias across it hardly shows in the variance along it."""
     bend, shift = energy.curve
     z = (x[:, 1] - bend * x[:, 0] ** 2 - shift) / math.sqrt(energy.noise)
-    return [*moments(energy, x), *powers(z, {1: 0.0, 2: 1.0, 4: 3.0})]
+    return [*moments(energy, x), *standard(z)]
 
 
 def normal_moments(energy: Funnel, x: Tensor) -> list[Statistic]:
-    ones = np.ones(energy.event_shape)
-    return powers(energy.whiten(x), {1: 0 * ones, 2: ones, 4: 3 * ones})
+    return standard(energy.whiten(x))
 
 
 def masses(energy: GaussianMixture, x: Tensor) -> list[Statistic]:
@@ -86,7 +88,7 @@ def test_exact_draws_keep_their_moments(name: str, target: str) -> None:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_mutant_without_metropolis_is_caught_on_every_target(target: str) -> None:
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError), np.errstate(all="ignore"):  # in a steep valley it goes to where squares overflow
         assert_kept(ULA(step_size=0.8), target)
 
 
