@@ -122,8 +122,8 @@ class ChEESAdaptation:
             raise ValueError(f"ChEESAdaptation learns the trajectory length of ChEES, got {type(kernel).__name__}")
         if len(state.x) < 2:
             raise ValueError(
-                f"ChEESAdaptation learns across chains and needs at least 2, got {len(state.x)}: take more chains (so that the"
-                " last block of MCMC has two as well, num_chains modulo chain_batch_size), or NUTS"
+                f"ChEESAdaptation learns across chains and needs at least 2, got {len(state.x)}: take more chains, in blocks"
+                " (chain_batch_size) of two or more, or NUTS"
             )
         short, warmup = self.window.start(_shortest(kernel), energy, state, generator)
         log_length = math.log(kernel.trajectory_length)
