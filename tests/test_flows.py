@@ -466,14 +466,15 @@ def test_marginal_by_grid_integrates_to_one_and_bounds_are_below_it() -> None:
     assert flow.log_prob_x(x[:0].unsqueeze(-1)).shape == (0,)
     assert abs(float(log_q.exp().sum() * step) - 1.0) < 1e-6
     few = torch.linspace(-2.0, 2.0, 5, dtype=F64).unsqueeze(-1)
-    truth, repeats = flow.log_prob_x(few), few.expand(2000, 5, 1)
+    truth, repeats = flow.log_prob_x(few), few.expand(20_000, 5, 1)
     generator = seeded_generator(3)
     with torch.no_grad():
         one, many = (flow.log_prob_x(repeats, k, "bound", generator) for k in (1, 32))
     for value in (one, many):  # the mean of the ratio is q(x) whatever K is
         mean, se = mean_and_se(value.exp())
         within_se(mean, truth.exp(), se)
-    assert one.mean() < many.mean() < truth.mean()  # of their logarithms
+    assert bool((one.mean(0) < many.mean(0)).all())
+    assert bool((many.mean(0) < truth).all())
 
 
 def test_marginal_bound_where_two_latents_are_redundant() -> None:
