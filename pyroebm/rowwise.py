@@ -197,7 +197,7 @@ class RowwiseEnergy(Energy):
         with eval_mode(self):
             self.batching = "loop"
             expected, again = unchecked_value_and_grad(self, rows), self(rows)
-            if not torch.equal(torch.nan_to_num(expected[0]), torch.nan_to_num(again.detach())):
+            if not torch.allclose(expected[0], again.detach(), rtol=0.0, atol=0.0, equal_nan=True):
                 raise ValueError(
                     f"{type(self).__name__} must be a function of its variables, but gave {expected[0].tolist()} and then"
                     f" {again.tolist()} for the same rows: a random number that is no sample site enters it"
