@@ -135,7 +135,9 @@ def test_net_energy_in_numpy_is_the_one_in_torch() -> None:
 
 def test_densities_in_jax_are_those_in_torch() -> None:
     """Up to a constant: differences of energies between states agree."""
-    jax = pytest.importorskip("jax")
+    jax = pytest.importorskip(
+        "jax", reason="JAX comes with the peers alone: pip install -c benchmarks/constraints.txt -e .[bench]"
+    )
     from benchmarks.suite import in_jax
     from benchmarks.suite.in_torch import energy
 
