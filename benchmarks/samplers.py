@@ -33,6 +33,8 @@ SAMPLERS: tuple[tuple[str, str, int, dict[str, Any]], ...] = (
     ("pyroebm", "NUTS", 1, {"compile": True}),
     ("pyroebm", "NUTS", 256, {"compile": True}),
     ("pyroebm", "ChEES", 256, {"compile": True}),
+    # Four leapfrog steps whatever the case: about half a period of a normal density at an acceptance rate of 0.8.
+    ("pyroebm", "HMC", 256, {"compile": True, "kernel": {"num_steps": 4}}),
     ("pyro", "NUTS", 1, {}),
     ("numpyro", "NUTS", 1, {}),
     ("numpyro", "NUTS", 256, {"chain_method": "vectorized"}),

@@ -80,7 +80,8 @@ def case_table(case: str, rows: list[Row]) -> str:
         ratio = number(own / rival) if own and rival else "-"
         settings = metrics["ess_per_second"]["settings"]
         cells = [_with_spread(metrics.get(metric), shown) for _, metric, shown in COLUMNS]
-        body.append([f"{library} {version} {method}", str(chains), cells[0], ratio, *cells[1:], str(settings["repeats"])])
+        told = "".join(f" {name}={value}" for name, value in settings.get("kernel", {}).items())
+        body.append([f"{library} {version} {method}{told}", str(chains), cells[0], ratio, *cells[1:], str(settings["repeats"])])
     headings = [heading for heading, *_ in COLUMNS]
     return table(["sampler", "chains", headings[0], "x NumPyro", *headings[1:], "runs"], body)
 

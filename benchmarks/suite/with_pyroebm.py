@@ -1,4 +1,4 @@
-"""pyroebm: the kernel's defaults, all chains in one process."""
+"""pyroebm: the kernel's defaults but for what `job.options["kernel"]` sets, all chains in one process."""
 
 from __future__ import annotations
 
@@ -30,8 +30,9 @@ class _Clocked(MCMC):
 def clocked_run(job: Job, energy: Energy, chains: int, starts: Tensor, seed: int) -> tuple[MCMC, float, float, int]:
     """A run as ``job`` asks, in one block unless it says otherwise, the seconds of its two phases, and the gradients that its
     draws took."""
-    kernel = getattr(pyroebm, job.method if job.chains else "NUTS")()
-    options = {"seed": seed, "chain_batch_size": chains, "save_warmup": False, "progress": False, **job.options}
+    asked = dict(job.options)
+    kernel = getattr(pyroebm, job.method if job.chains else "NUTS")(**asked.pop("kernel", {}))
+    options = {"seed": seed, "chain_batch_size": chains, "save_warmup": False, "progress": False, **asked}
     mcmc = _Clocked(kernel, job.num_samples, job.num_warmup, chains, **options)
     begin = time.perf_counter()
     mcmc.run(energy, starts)
@@ -41,7 +42,7 @@ def clocked_run(job: Job, energy: Energy, chains: int, starts: Tensor, seed: int
 
 
 def sampler(job: Job, case: Case) -> Callable[[int], Run]:
-    """From a seed to a run; ``job.options`` go to :class:`pyroebm.MCMC`."""
+    """From a seed to a run; ``job.options`` go to :class:`pyroebm.MCMC`, its "kernel" to the kernel."""
     target = energy(case.name)
 
     def run(seed: int) -> Run:
