@@ -1,0 +1,42 @@
+"""Every state of a small discrete event, in batches: sums over all of them are exact."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+__all__ = ["BATCH", "all_bits", "bit_batches", "bits_of"]
+
+#: States of one batch.
+BATCH = 1 << 14
+
+
+def all_bits(n: int, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Tensor:
+    r"""All :math:`2^n` rows of n bits, shape ``(2**n, n)``, counted up with the first bit the highest.
+
+    Example:
+        >>> all_bits(2)
+        tensor([[0., 0.],
+                [0., 1.],
+                [1., 0.],
+                [1., 1.]])
+    """
+    return _rows(0, 1 << n, n, dtype, device)
+
+
+def bit_batches(n: int, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Iterator[Tensor]:
+    """The rows of :func:`all_bits` in batches of at most ``BATCH``: memory does not grow with their number."""
+    for start in range(0, 1 << n, BATCH):
+        yield _rows(start, min(start + BATCH, 1 << n), n, dtype, device)
+
+
+def bits_of(number: Tensor, n: int, dtype: torch.dtype) -> Tensor:
+    """The rows of :func:`all_bits` with these numbers: ``(k,)`` to ``(k, n)``."""
+    shift = torch.arange(n - 1, -1, -1, device=number.device)
+    return ((number.unsqueeze(1) >> shift) & 1).to(dtype)
+
+
+def _rows(start: int, stop: int, n: int, dtype: torch.dtype | None, device: torch.device | str) -> Tensor:
+    return bits_of(torch.arange(start, stop, device=device), n, torch.get_default_dtype() if dtype is None else dtype)

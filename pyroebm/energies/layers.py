@@ -1,0 +1,188 @@
+"""Layers of units in natural parameters: what the restricted, the Gaussian and the deep Boltzmann machines have in common.
+
+Every unit is tied to the layers beside its own and to nothing else, so the units of a layer are independent given those; and so
+are all even layers given all odd ones. Sums over every second layer have closed forms.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from pyro.distributions import Bernoulli, Normal
+from torch import Tensor
+from torch.distributions import Distribution
+from torch.nn.functional import softplus
+
+from pyroebm.energies.enumeration import bit_batches, bits_of
+from pyroebm.randomness import standard_normal, uniform
+
+__all__ = ["Layers"]
+
+
+class Layers(NamedTuple):
+    r"""Layers :math:`x_0, \ldots, x_L` with the energy
+
+    .. math:: E(x) = C + \tfrac12 \sum_i \Lambda_i x_{0i}^2 - \sum_l b_l \cdot x_l - \sum_l x_l^\top W_l\, x_{l+1}
+
+    linear in all its parameters. Units are bits, those of layer 0 real numbers where there is a precision (Welling, Rosen-Zvi and
+    Hinton, "Exponential Family Harmoniums", 2005).
+
+    Attributes:
+        weights: :math:`W_l`, shape ``(n_l, n_{l+1})``.
+        biases: :math:`b_l`, shape ``(n_l,)``, one more than weights.
+        precision: :math:`\Lambda > 0` of a Gaussian layer 0, shape ``(n_0,)``; None for bits.
+        offset: C, shape ``()``.
+
+    Example:
+        >>> layers = Layers((torch.ones(2, 1),), (torch.zeros(2), torch.zeros(1)))
+        >>> layers.energy([torch.tensor([1.0, 1.0]), torch.tensor([1.0])])
+        tensor(-2.)
+        >>> layers.free_energy([torch.tensor([1.0, 1.0]), None])  # -log(1 + e^2)
+        tensor(-2.1269)
+    """
+
+    weights: tuple[Tensor, ...]
+    biases: tuple[Tensor, ...]
+    precision: Tensor | None = None
+    offset: Tensor | float = 0.0
+
+    @property
+    def sizes(self) -> list[int]:
+        """Units of each layer."""
+        return [len(bias) for bias in self.biases]
+
+    def split(self, x: Tensor) -> list[Tensor]:
+        """``(*batch, units)`` as one tensor for each layer."""
+        return list(x.split(self.sizes, -1))
+
+    def field(self, layer: int, x: Sequence[Tensor | None]) -> Tensor:
+        r"""What a layer feels from its neighbours, :math:`b_l + x_{l-1} W_{l-1} + x_{l+1} W_l^\top`; other entries of ``x`` may
+        be None."""
+        total = self.biases[layer]
+        for weight, neighbour in self._beside(layer, x):
+            total = (
+                torch.addmm(total, neighbour, weight) if neighbour.dim() == 2 and total.dim() == 1 else total + neighbour @ weight
+            )
+        return total
+
+    def _beside(self, layer: int, x: Sequence[Tensor | None]) -> list[tuple[Tensor, Tensor]]:
+        found = []
+        if layer > 0:
+            found.append((self.weights[layer - 1], x[layer - 1]))
+        if layer + 1 < len(self.biases):
+            found.append((self.weights[layer].mT, x[layer + 1]))
+        if any(neighbour is None for _, neighbour in found):
+            raise ValueError(f"layer {layer} needs the layers beside it, got None for one of them")
+        return [(weight, neighbour) for weight, neighbour in found if neighbour is not None]
+
+    def is_gaussian(self, layer: int) -> bool:
+        """Whether the units of a layer are real numbers."""
+        return layer == 0 and self.precision is not None
+
+    def log_normaliser(self, layer: int, field: Tensor) -> Tensor:
+        r""":math:`\log \sum_x e^{x f}`, or :math:`\log \int e^{x f - \Lambda x^2 / 2}`, summed over the units: ``(*batch, n_l)`` to
+        ``(*batch)``."""
+        if not self.is_gaussian(layer):
+            return softplus(field).sum(-1)
+        precision = self._precision()
+        return 0.5 * (field**2 / precision + math.log(2.0 * math.pi) - precision.log()).sum(-1)
+
+    def mean(self, layer: int, field: Tensor) -> Tensor:
+        """Expected units given their field."""
+        return field / self._precision() if self.is_gaussian(layer) else torch.sigmoid(field)
+
+    def law(self, layer: int, field: Tensor) -> Distribution:
+        """The units of a layer given their field, as a Pyro distribution with one event a row."""
+        if not self.is_gaussian(layer):
+            return Bernoulli(logits=field, validate_args=False).to_event(1)
+        precision = self._precision()
+        return Normal(field / precision, precision.rsqrt().expand_as(field), validate_args=False).to_event(1)
+
+    def draw(self, layer: int, field: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """One draw of the units of a layer given their field."""
+        if self.is_gaussian(layer):
+            noise = standard_normal(field.shape, generator, field.dtype, field.device)
+            return field / self._precision() + self._precision().rsqrt() * noise
+        return (uniform(field.shape, generator, field.dtype, field.device) < torch.sigmoid(field)).to(field.dtype)
+
+    def energy(self, x: Sequence[Tensor]) -> Tensor:
+        """E of all layers: a sequence of ``(*batch, n_l)`` to ``(*batch)``."""
+        total = self._own(x)
+        for below, weight, above in zip(x[:-1], self.weights, x[1:], strict=True):
+            total = total - ((below @ weight) * above).sum(-1)
+        return total
+
+    def free_energy(self, x: Sequence[Tensor | None]) -> Tensor:
+        r"""The energy of some layers with the others summed out, :math:`-\log \sum e^{-E}`.
+
+        Args:
+            x: ``(*batch, n_l)`` for each layer kept, None for those summed out; no two of the latter may be neighbours.
+        """
+        total = self._own(x)
+        for layer, kept in enumerate(x):
+            if kept is None:
+                total = total - self.log_normaliser(layer, self.field(layer, x))
+            elif layer + 1 < len(x) and x[layer + 1] is not None:
+                total = total - ((kept @ self.weights[layer]) * x[layer + 1]).sum(-1)
+        return total
+
+    def _own(self, x: Sequence[Tensor | None]) -> Tensor:
+        """The terms of each kept layer alone."""
+        total = torch.as_tensor(self.offset, dtype=self.biases[0].dtype, device=self.biases[0].device)
+        for layer, kept in enumerate(x):
+            if kept is not None:
+                total = total - kept @ self.biases[layer]
+                if self.is_gaussian(layer):
+                    total = total + 0.5 * kept**2 @ self._precision()
+        return total
+
+    def sides(self) -> tuple[list[int], list[int]]:
+        """The even and the odd layers: each side is independent given the other."""
+        every = range(len(self.biases))
+        return [layer for layer in every if layer % 2 == 0], [layer for layer in every if layer % 2 == 1]
+
+    def smaller_side(self) -> list[int]:
+        """The side that is enumerated: bits only, and fewer of them."""
+        even, odd = self.sides()
+        if self.precision is not None:
+            return odd
+        return min(even, odd, key=lambda side: sum(self.sizes[layer] for layer in side))
+
+    def place(self, bits: Tensor, side: Sequence[int]) -> list[Tensor | None]:
+        """The layers of one side out of ``(*batch, their units)``, None for the other side."""
+        parts = iter(bits.split([self.sizes[layer] for layer in side], -1))
+        return [next(parts) if layer in side else None for layer in range(len(self.biases))]
+
+    def log_partition(self) -> Tensor:
+        r""":math:`\log Z` by a sum over every state of the smaller side; differentiable, shape ``()``."""
+        side = self.smaller_side()
+        count = sum(self.sizes[layer] for layer in side)
+        batches = bit_batches(count, self.biases[0].dtype, self.biases[0].device)
+        return torch.stack([torch.logsumexp(-self.free_energy(self.place(bits, side)), 0) for bits in batches]).logsumexp(0)
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> list[Tensor]:
+        """``n`` exact independent draws of all layers, by inverse CDF over every state of the smaller side."""
+        side, bias = self.smaller_side(), self.biases[0]
+        count = sum(self.sizes[layer] for layer in side)
+        batches = bit_batches(count, bias.dtype, bias.device)
+        log_p = torch.cat([-self.free_energy(self.place(bits, side)) for bits in batches]).double()
+        cdf = log_p.softmax(0).cumsum(0)
+        index = torch.searchsorted(cdf, uniform((n,), generator, torch.float64, bias.device) * cdf[-1], right=True)
+        drawn = self.place(bits_of(index, count, bias.dtype), side)
+        return [self.draw(layer, self.field(layer, drawn), generator) if x is None else x for layer, x in enumerate(drawn)]
+
+    def mix(self, other: Layers, beta: float | Tensor) -> Layers:
+        r"""The layers on the way to ``other``: :math:`(1 - \beta) E + \beta E'` is the energy of mixed parameters."""
+        precision = None if self.precision is None else torch.lerp(self.precision, other._precision(), beta)
+        between = [torch.lerp(a, b, beta) for a, b in zip(self.weights + self.biases, other.weights + other.biases, strict=True)]
+        count = len(self.weights)
+        offset = (1.0 - beta) * self.offset + beta * other.offset
+        return Layers(tuple(between[:count]), tuple(between[count:]), precision, offset)
+
+    def _precision(self) -> Tensor:
+        if self.precision is None:
+            raise ValueError("layer 0 is made of bits and has no precision")
+        return self.precision

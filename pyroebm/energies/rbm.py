@@ -1,0 +1,187 @@
+"""Restricted Boltzmann machines: binary and Gaussian visible units. Their energies are free energies of what is seen."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution, constraints
+
+from pyroebm.energies.layered import LayeredMachine, check_sizes, parameter
+from pyroebm.energies.layers import Layers
+
+__all__ = ["BernoulliRBM", "GaussianRBM", "RBM"]
+
+
+class RBM(LayeredMachine):
+    """What both restricted Boltzmann machines share: a visible and a hidden layer.
+
+    Example:
+        >>> issubclass(BernoulliRBM, RBM), issubclass(GaussianRBM, RBM)
+        (True, True)
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers().free_energy([x, None])
+
+    def marginal(self) -> RBM:
+        """Itself: the hidden units are summed out."""
+        return self
+
+    def hidden_given(self, visible: Tensor) -> Distribution:
+        """:math:`p(h | v)`: independent bits, batch shape that of ``visible``."""
+        layers = self.layers()
+        return layers.law(1, layers.field(1, [visible, None]))
+
+    def visible_given(self, hidden: Tensor) -> Distribution:
+        """:math:`p(v | h)`: independent units, batch shape that of ``hidden``."""
+        layers = self.layers()
+        return layers.law(0, layers.field(0, [None, hidden]))
+
+    def log_likelihood(self, x: Tensor, log_z: float | Tensor | None = None) -> Tensor:
+        r""":math:`\log p(v) = -F(v) - \log Z`, shape of the batch.
+
+        Args:
+            x: visible states, shape ``(*batch, num_visible)``.
+            log_z: :math:`\log Z`; None enumerates the smaller layer (:meth:`log_partition`).
+        """
+        return -self(x) - (self.log_partition() if log_z is None else log_z)
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        return self.draw_layers(n, generator)[0]
+
+
+class BernoulliRBM(RBM):
+    r"""Restricted Boltzmann machine of bits (Smolensky, 1986; Hinton, 2002).
+
+    .. math:: E(v, h) = -v^\top W h - b \cdot v - c \cdot h, \qquad F(v) = -b \cdot v - \sum_j \log(1 + e^{c_j + (v^\top W)_j})
+
+    As an energy it is F, over visible units; :meth:`joint` is E. With few units in one layer, log Z, likelihoods and draws are
+    exact.
+
+    Args:
+        num_visible: units of v.
+        num_hidden: units of h.
+        weight: W, shape ``(num_visible, num_hidden)``; None draws normal numbers of standard deviation 0.01 (Hinton, 2012).
+        visible_bias: b, shape ``(num_visible,)``; None is 0.
+        hidden_bias: c, shape ``(num_hidden,)``; None is 0.
+        dtype: floating-point type; None for torch's default.
+
+    Raises:
+        ValueError: if a size is below 1, or a parameter has another shape or is not finite.
+
+    Example:
+        >>> rbm = BernoulliRBM(4, 3, weight=torch.ones(4, 3))
+        >>> rbm.hidden_given(torch.ones(2, 4)).mean[0].detach()
+        tensor([0.9820, 0.9820, 0.9820])
+        >>> round(float(rbm.log_likelihood(torch.ones(4))), 4)
+        -0.1898
+    """
+
+    def __init__(
+        self,
+        num_visible: int,
+        num_hidden: int,
+        *,
+        weight: Tensor | None = None,
+        visible_bias: Tensor | None = None,
+        hidden_bias: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        check_sizes("BernoulliRBM", num_visible=num_visible, num_hidden=num_hidden)
+        super().__init__((num_visible,), constraints.boolean)
+        self.weight = parameter("weight", weight, (num_visible, num_hidden), 0.01, dtype)
+        self.visible_bias = parameter("visible_bias", visible_bias, (num_visible,), 0.0, dtype)
+        self.hidden_bias = parameter("hidden_bias", hidden_bias, (num_hidden,), 0.0, dtype)
+
+    def layers(self) -> Layers:
+        return Layers((self.weight,), (self.visible_bias, self.hidden_bias))
+
+    @torch.no_grad()
+    def fit_visible(self, data: Tensor, pseudocount: float = 1.0) -> None:
+        r"""Set the visible biases to :math:`\log p_i / (1 - p_i)` of the data's frequencies (Hinton, 2012), and W and c aside this
+        is the independent model.
+
+        Args:
+            data: bits, shape ``(n, num_visible)``.
+            pseudocount: counts added to zeros and to ones each, so that no bias is infinite.
+        """
+        ones = data.double().sum(0) + pseudocount
+        self.visible_bias.copy_(torch.logit(ones / (len(data) + 2.0 * pseudocount)))
+
+
+class GaussianRBM(RBM):
+    r"""Restricted Boltzmann machine with real visible units and hidden bits, and learned variances.
+
+    In the convention ``"hinton"`` (Hinton and Salakhutdinov, 2006) and in that of ``"cho"`` (Cho, Ilin and Raiko, 2011)
+
+    .. math:: E_H(v, h) = \sum_i \frac{(v_i - b_i)^2}{2 \sigma_i^2} - \sum_{ij} \frac{v_i}{\sigma_i} W_{ij} h_j - c \cdot h, \qquad
+        E_C(v, h) = \sum_i \frac{(v_i - b_i)^2}{2 \sigma_i^2} - \sum_{ij} \frac{v_i}{\sigma_i^2} W_{ij} h_j - c \cdot h
+
+    so :math:`v_i | h` is normal with variance :math:`\sigma_i^2` and mean :math:`b_i + \sigma_i (W h)_i` or :math:`b_i + (W h)_i`.
+    As an energy it is the free energy of v, a mixture of :math:`2^{n_h}` normals of one covariance; :meth:`joint` is E. With few
+    hidden units, log Z, likelihoods and draws are exact.
+
+    Args:
+        num_visible: units of v.
+        num_hidden: units of h.
+        convention: ``"hinton"`` or ``"cho"``.
+        weight: W, shape ``(num_visible, num_hidden)``; None draws normal numbers of standard deviation 0.01.
+        visible_bias: b, shape ``(num_visible,)``, in the unit of v; None is 0.
+        hidden_bias: c, shape ``(num_hidden,)``; None is 0.
+        log_sigma: :math:`\log \sigma`, shape ``(num_visible,)``; None is 0.
+        dtype: floating-point type; None for torch's default.
+
+    Raises:
+        ValueError: if a size is below 1, the convention is neither, or a parameter has another shape or is not finite.
+
+    Example:
+        >>> rbm = GaussianRBM(2, 1, weight=torch.tensor([[2.0], [0.0]]))
+        >>> rbm.visible_given(torch.ones(1)).mean.detach()
+        tensor([2., 0.])
+        >>> rbm.sample(3).shape, round(rbm.log_z, 4)  # log(2 pi (1 + e^2))
+        (torch.Size([3, 2]), 3.9648)
+    """
+
+    def __init__(
+        self,
+        num_visible: int,
+        num_hidden: int,
+        *,
+        convention: Literal["hinton", "cho"] = "hinton",
+        weight: Tensor | None = None,
+        visible_bias: Tensor | None = None,
+        hidden_bias: Tensor | None = None,
+        log_sigma: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        check_sizes("GaussianRBM", num_visible=num_visible, num_hidden=num_hidden)
+        if convention not in ("hinton", "cho"):
+            raise ValueError(f'GaussianRBM: convention must be "hinton" or "cho", got convention={convention!r}')
+        super().__init__((num_visible,), constraints.real)
+        self.convention = convention
+        self.weight = parameter("weight", weight, (num_visible, num_hidden), 0.01, dtype)
+        self.visible_bias = parameter("visible_bias", visible_bias, (num_visible,), 0.0, dtype)
+        self.hidden_bias = parameter("hidden_bias", hidden_bias, (num_hidden,), 0.0, dtype)
+        self.log_sigma = parameter("log_sigma", log_sigma, (num_visible,), 0.0, dtype)
+
+    def layers(self) -> Layers:
+        precision = torch.exp(-2.0 * self.log_sigma)
+        scale = precision if self.convention == "cho" else torch.exp(-self.log_sigma)
+        offset = 0.5 * (precision * self.visible_bias**2).sum()
+        return Layers((self.weight * scale.unsqueeze(1),), (self.visible_bias * precision, self.hidden_bias), precision, offset)
+
+    @torch.no_grad()
+    def fit_visible(self, data: Tensor) -> None:
+        """Set b and sigma to the data's means and standard deviations, shape ``(n, num_visible)``; ValueError if one is 0."""
+        deviation = data.double().std(0)
+        if not bool((deviation > 0.0).all()):
+            raise ValueError(
+                f"data must vary in every column, but columns {(~(deviation > 0)).nonzero().flatten().tolist()} do not"
+            )
+        self.visible_bias.copy_(data.double().mean(0))
+        self.log_sigma.copy_(deviation.log())
+
+    def extra_repr(self) -> str:
+        return f"convention={self.convention!r}"
