@@ -118,8 +118,8 @@ class LayeredEnergy(LayeredMachine):
             ValueError: where the sum over the hidden units has no closed form.
         """
         raise ValueError(
-            f"the hidden units of {type(self).__name__} lie in {len(self.blocks) - 1} layers that depend on each other, so the sum"
-            " over them has no closed form: work with joint(), bound the likelihood (variational_bound), or estimate it"
+            f"the hidden units of {type(self).__name__} lie in {len(self.blocks) - 1} layers that depend on each other:"
+            " the sum over them has no closed form; work with joint(), bound the likelihood (variational_bound), or estimate it"
         )
 
     def forward(self, x: Tensor) -> Tensor:

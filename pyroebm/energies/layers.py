@@ -83,8 +83,7 @@ class Layers(NamedTuple):
         return layer == 0 and self.precision is not None
 
     def log_normaliser(self, layer: int, field: Tensor) -> Tensor:
-        r""":math:`\log \sum_x e^{x f}`, or :math:`\log \int e^{x f - \Lambda x^2 / 2}`, summed over the units: ``(*batch, n_l)`` to
-        ``(*batch)``."""
+        r""":math:`\log \sum_x e^{x f}`, or :math:`\log \int e^{x f - \Lambda x^2 / 2}`, summed over units; ``(*batch)``."""
         if not self.is_gaussian(layer):
             return softplus(field).sum(-1)
         precision = self._precision()
@@ -123,10 +122,11 @@ class Layers(NamedTuple):
         """
         total = self._own(x)
         for layer, kept in enumerate(x):
+            above = x[layer + 1] if layer + 1 < len(x) else None
             if kept is None:
                 total = total - self.log_normaliser(layer, self.field(layer, x))
-            elif layer + 1 < len(x) and x[layer + 1] is not None:
-                total = total - ((kept @ self.weights[layer]) * x[layer + 1]).sum(-1)
+            elif above is not None:
+                total = total - ((kept @ self.weights[layer]) * above).sum(-1)
         return total
 
     def _own(self, x: Sequence[Tensor | None]) -> Tensor:

@@ -75,8 +75,8 @@ class BernoulliRBM(RBM):
         >>> rbm = BernoulliRBM(4, 3, weight=torch.ones(4, 3))
         >>> rbm.hidden_given(torch.ones(2, 4)).mean[0].detach()
         tensor([0.9820, 0.9820, 0.9820])
-        >>> round(float(rbm.log_likelihood(torch.ones(4))), 4)
-        -0.1898
+        >>> round(float(rbm.log_likelihood(torch.ones(4)).detach()), 4)
+        -0.2151
     """
 
     def __init__(
@@ -100,8 +100,9 @@ class BernoulliRBM(RBM):
 
     @torch.no_grad()
     def fit_visible(self, data: Tensor, pseudocount: float = 1.0) -> None:
-        r"""Set the visible biases to :math:`\log p_i / (1 - p_i)` of the data's frequencies (Hinton, 2012), and W and c aside this
-        is the independent model.
+        r"""Set the visible biases to :math:`\log p_i / (1 - p_i)` of the data's frequencies (Hinton, 2012).
+
+        With W = 0 this is the best model of independent units.
 
         Args:
             data: bits, shape ``(n, num_visible)``.
@@ -114,14 +115,12 @@ class BernoulliRBM(RBM):
 class GaussianRBM(RBM):
     r"""Restricted Boltzmann machine with real visible units and hidden bits, and learned variances.
 
-    In the convention ``"hinton"`` (Hinton and Salakhutdinov, 2006) and in that of ``"cho"`` (Cho, Ilin and Raiko, 2011)
+    .. math:: E(v, h) = \sum_i \frac{(v_i - b_i)^2}{2 \sigma_i^2} - \sum_{ij} \frac{v_i}{s_i} W_{ij} h_j - c \cdot h
 
-    .. math:: E_H(v, h) = \sum_i \frac{(v_i - b_i)^2}{2 \sigma_i^2} - \sum_{ij} \frac{v_i}{\sigma_i} W_{ij} h_j - c \cdot h, \qquad
-        E_C(v, h) = \sum_i \frac{(v_i - b_i)^2}{2 \sigma_i^2} - \sum_{ij} \frac{v_i}{\sigma_i^2} W_{ij} h_j - c \cdot h
-
-    so :math:`v_i | h` is normal with variance :math:`\sigma_i^2` and mean :math:`b_i + \sigma_i (W h)_i` or :math:`b_i + (W h)_i`.
-    As an energy it is the free energy of v, a mixture of :math:`2^{n_h}` normals of one covariance; :meth:`joint` is E. With few
-    hidden units, log Z, likelihoods and draws are exact.
+    with :math:`s = \sigma` in the convention ``"hinton"`` (Hinton and Salakhutdinov, 2006) and :math:`s = \sigma^2` in that of
+    ``"cho"`` (Cho, Ilin and Raiko, 2011): :math:`v_i | h` is normal of variance :math:`\sigma_i^2` and mean
+    :math:`b_i + \sigma_i (W h)_i` or :math:`b_i + (W h)_i`. As an energy it is the free energy of v, a mixture of
+    :math:`2^{n_h}` normals of one covariance; :meth:`joint` is E. With few hidden units, log Z, likelihoods and draws are exact.
 
     Args:
         num_visible: units of v.
