@@ -7,7 +7,7 @@ are all even layers given all odd ones. Sums over every second layer have closed
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -114,17 +114,18 @@ class Layers(NamedTuple):
             total = total - ((below @ weight) * above).sum(-1)
         return total
 
-    def free_energy(self, x: Sequence[Tensor | None]) -> Tensor:
+    def free_energy(self, x: Sequence[Tensor | None], fields: Mapping[int, Tensor] | None = None) -> Tensor:
         r"""The energy of some layers with the others summed out, :math:`-\log \sum e^{-E}`.
 
         Args:
             x: ``(*batch, n_l)`` for each layer kept, None for those summed out; no two of the latter may be neighbours.
+            fields: of the layers summed out, where they are at hand.
         """
         total = self._own(x)
         for layer, kept in enumerate(x):
             above = x[layer + 1] if layer + 1 < len(x) else None
             if kept is None:
-                total = total - self.log_normaliser(layer, self.field(layer, x))
+                total = total - self.log_normaliser(layer, self.field(layer, x) if fields is None else fields[layer])
             elif above is not None:
                 total = total - ((kept @ self.weights[layer]) * above).sum(-1)
         return total

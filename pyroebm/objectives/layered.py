@@ -1,0 +1,144 @@
+"""What the objectives do with layers: mean fields of the hidden ones, Gibbs sweeps between the even and the odd, at one
+temperature or at several."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pyroebm.energies.layers import Layers
+from pyroebm.randomness import uniform
+
+__all__ = ["Kept", "Ladder", "draw_even", "draw_odd", "mean_field", "odd_fields", "visible"]
+
+#: Sweeps after which a mean field is taken as it is, and the change of a unit below which it stands still.
+MAX_SWEEPS, STILL = 100, 1e-6
+
+#: A tensor for each layer that is there, None for the others.
+Kept = Sequence[Tensor | None]
+
+
+def visible(layers: Layers, batch: Tensor, name: str) -> Tensor:
+    """``batch``, if it has rows of visible units; else ValueError."""
+    bias = layers.biases[0]
+    if batch.dim() != 2 or batch.shape[1] != len(bias) or batch.dtype != bias.dtype or batch.device != bias.device:
+        raise ValueError(
+            f"batch must be rows of visible units of {name}, shape (n, {len(bias)}), {bias.dtype}, on {bias.device}, got shape"
+            f" {tuple(batch.shape)}, {batch.dtype}, on {batch.device}"
+        )
+    return batch
+
+
+def odd_fields(layers: Layers, x: Kept) -> dict[int, Tensor]:
+    """What each odd layer feels from the even ones."""
+    return {layer: layers.field(layer, x) for layer in layers.sides()[1]}
+
+
+def draw_even(layers: Layers, x: Kept, generator: torch.Generator | None) -> list[Tensor | None]:
+    """The even layers drawn given the odd ones; None in place of the latter."""
+    even = layers.sides()[0]
+    return [layers.draw(layer, layers.field(layer, x), generator) if layer in even else None for layer in range(len(x))]
+
+
+def draw_odd(layers: Layers, fields: dict[int, Tensor], generator: torch.Generator | None) -> list[Tensor | None]:
+    """The odd layers drawn from their fields; None in place of the even ones."""
+    return [layers.draw(layer, fields[layer], generator) if layer in fields else None for layer in range(len(layers.biases))]
+
+
+def _parts(x: Kept) -> list[Tensor]:
+    """The layers that are there."""
+    return [layer for layer in x if layer is not None]
+
+
+def _rows_of(x: Kept, rows: Tensor) -> list[Tensor | None]:
+    """Some rows of each layer."""
+    return [None if layer is None else layer[rows] for layer in x]
+
+
+@torch.no_grad()
+def mean_field(layers: Layers, seen: Tensor | None, start: Kept | None = None) -> list[Tensor | None]:
+    r"""Even layers of the factorised law :math:`q` that is nearest to the model in :math:`KL(q \| p)`, row by row.
+
+    The odd layers' means follow from the even ones' in closed form, and the other way round; taking turns never loses ground,
+    where all layers at once may oscillate.
+
+    Args:
+        layers: the model.
+        seen: visible units to be held fixed ``(n, n_0)``; with one hidden layer the answer is then exact. None holds none.
+        start: even layers to begin at; None takes one half for each hidden unit.
+
+    Returns:
+        means of the even layers (``seen`` first where it is given), None for the odd ones.
+    """
+    even, odd = layers.sides()
+    if start is None and seen is not None:
+        start = [seen if layer == 0 else seen.new_full((len(seen), size), 0.5) for layer, size in enumerate(layers.sizes)]
+    x: list[Tensor | None] = [None if start is None or layer in odd else start[layer] for layer in range(len(layers.sizes))]
+    free = [layer for layer in even if layer > 0 or seen is None]
+    for _ in range(MAX_SWEEPS if free else 0):
+        for layer in odd:
+            x[layer] = layers.mean(layer, layers.field(layer, x))
+        change = 0.0
+        for layer in free:
+            new, old = layers.mean(layer, layers.field(layer, x)), x[layer]
+            change = math.inf if old is None else max(change, float((new - old).abs().max()))
+            x[layer] = new
+        if change < STILL:
+            break
+    return [None if layer in odd else kept for layer, kept in enumerate(x)]
+
+
+class Ladder:
+    r"""Replicas of a layered machine at inverse temperatures :math:`1 = \beta_1 > \ldots > \beta_R`, the first n rows at 1.
+
+    Args:
+        betas: the temperatures.
+        chains: n, replicas of each.
+
+    Raises:
+        ValueError: unless they fall from 1 to a positive number.
+    """
+
+    def __init__(self, betas: Sequence[float], chains: int) -> None:
+        self.chains, self.betas = chains, tuple(float(beta) for beta in betas)
+        pairs = zip(self.betas, self.betas[1:], strict=False)
+        if len(self.betas) < 2 or self.betas[0] != 1.0 or not all(a > b > 0.0 for a, b in pairs):
+            raise ValueError(f"betas must fall from 1 to a positive number, such as (1.0, 0.75, 0.5), got betas={tuple(betas)}")
+
+    def column(self, like: Tensor) -> Tensor:
+        """The temperature of each row, shape ``(R n, 1)``."""
+        betas = torch.tensor(self.betas, dtype=like.dtype, device=like.device)
+        return betas.repeat_interleave(self.chains).unsqueeze(1)
+
+    def sweep(self, layers: Layers, odd: Kept, generator: torch.Generator | None) -> tuple[list[Tensor | None], Tensor]:
+        """All layers after a Gibbs sweep at each temperature and one round of swaps; and the mean rate at which they swapped."""
+        beta = self.column(layers.biases[0])
+        hot = layers if layers.precision is None else layers._replace(precision=beta * layers.precision)
+        x: list[Tensor | None] = list(odd)
+        for side in layers.sides():
+            drawn = {layer: hot.draw(layer, beta * layers.field(layer, x), generator) for layer in side}
+            x = [drawn.get(layer, kept) for layer, kept in enumerate(x)]
+        order, rate = self.swaps(layers.energy(_parts(x)), generator)
+        return _rows_of(x, order), rate
+
+    def swaps(self, energies: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        r"""Which row each row's state comes from, and the mean acceptance rate of the swaps of neighbours,
+        :math:`\min(1, e^{(\beta_k - \beta_l)(E_k - E_l)})`; even pairs, then odd ones."""
+        energy = energies.reshape(len(self.betas), self.chains)
+        order, rates = torch.arange(len(energies), device=energies.device).reshape(energy.shape), []
+        for first in (0, 1):
+            for k in range(first, len(self.betas) - 1, 2):
+                log_ratio = (self.betas[k] - self.betas[k + 1]) * (energy[k] - energy[k + 1])
+                rates.append(log_ratio.exp().clamp(max=1.0))
+                swap = uniform((self.chains,), generator, energy.dtype, energy.device) < rates[-1]
+                energy, order = _exchanged(energy, k, swap), _exchanged(order, k, swap)
+        return order.flatten(), torch.stack(rates).mean()
+
+
+def _exchanged(x: Tensor, k: int, swap: Tensor) -> Tensor:
+    new = x.clone()
+    new[k], new[k + 1] = torch.where(swap, x[k + 1], x[k]), torch.where(swap, x[k], x[k + 1])
+    return new

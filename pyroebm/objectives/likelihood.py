@@ -1,0 +1,168 @@
+"""Objectives without a Markov chain: exact likelihood, pseudo-likelihood, and the likelihood with log Z in mean field."""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from pyroebm.energies.layered import LayeredMachine
+from pyroebm.energies.layers import Layers
+from pyroebm.energy import Energy
+from pyroebm.kernels.sites import squared_distances, to_sites, values_of
+from pyroebm.objectives.base import Objective
+from pyroebm.objectives.layered import Kept, mean_field, visible
+from pyroebm.randomness import uniform
+from pyroebm.supports import is_discrete
+
+__all__ = ["ExactLikelihood", "HasLogPartition", "MeanFieldLikelihood", "Pseudolikelihood"]
+
+Facts = dict[str, Tensor]
+
+
+@runtime_checkable
+class HasLogPartition(Protocol):
+    r"""An energy that computes :math:`\log Z` with its graph, shape ``()``.
+
+    Example:
+        >>> from pyroebm.energies import BernoulliRBM
+        >>> isinstance(BernoulliRBM(4, 3), HasLogPartition)
+        True
+    """
+
+    def log_partition(self) -> Tensor: ...
+
+
+class ExactLikelihood(Objective):
+    r"""Minus the mean log-likelihood itself, where log Z can be computed.
+
+    .. math:: L = \frac1n \sum_i E(x_i) + \log Z
+
+    Raises:
+        ValueError: if the energy has no ``log_partition()``, or too many units for it.
+
+    Example:
+        >>> from pyroebm.energies import BernoulliRBM
+        >>> loss, facts = ExactLikelihood()(BernoulliRBM(4, 3, weight=torch.zeros(4, 3)), torch.ones(5, 4))
+        >>> round(float(loss), 4)  # 4 log 2
+        2.7726
+    """
+
+    def forward(self, energy: Energy, batch: Tensor, *, generator: torch.Generator | None = None) -> tuple[Tensor, Facts]:
+        """The loss and its facts: ``energy_data``, ``log_z``, ``log_likelihood`` (a mean over the batch)."""
+        if not isinstance(energy, HasLogPartition):
+            raise ValueError(
+                f"ExactLikelihood needs an energy with log_partition(), but {type(energy).__name__} has none: a Markov chain does"
+                " without it (ContrastiveDivergence, PersistentCD)"
+            )
+        data, log_z = energy(batch).mean(), energy.log_partition()
+        loss = data + log_z
+        return loss, {"energy_data": data.detach(), "log_z": log_z.detach(), "log_likelihood": -loss.detach()}
+
+
+class Pseudolikelihood(Objective):
+    r"""Minus the mean log-pseudolikelihood (Besag, 1975): each site given all others. It needs neither log Z nor a chain.
+
+    .. math:: L = -\frac1n \sum_i \sum_s \log p(x_{is} \mid x_{i, -s})
+        = \frac1n \sum_i \sum_s \log\Big(1 + \sum_{x_s' \ne x_{is}} e^{E(x_i) - E(x_s', x_{i, -s})}\Big)
+
+    It is consistent, and can improve while the likelihood falls. Any discrete support will do. One call evaluates the energy at
+    n x sites x (K - 1) neighbours.
+
+    Args:
+        sites: number of sites to look at in each row, drawn at random without replacement; their sum is scaled up to all
+            sites, which leaves value and gradient unbiased. None looks at all.
+
+    Raises:
+        ValueError: if the support is not discrete, or ``sites`` is not from 1 to the number of sites.
+
+    Example:
+        >>> from pyroebm.energies import BernoulliRBM
+        >>> loss, facts = Pseudolikelihood()(BernoulliRBM(4, 3, weight=torch.zeros(4, 3)), torch.ones(5, 4))
+        >>> round(float(loss), 4)  # 4 log 2
+        2.7726
+    """
+
+    def __init__(self, sites: int | None = None) -> None:
+        super().__init__()
+        if sites is not None and (isinstance(sites, bool) or not isinstance(sites, int) or sites < 1):
+            raise ValueError(f"sites must be a whole number of at least 1, or None for all, got sites={sites!r}")
+        self.sites = sites
+
+    def forward(self, energy: Energy, batch: Tensor, *, generator: torch.Generator | None = None) -> tuple[Tensor, Facts]:
+        """The loss and its facts: ``energy_data`` and ``pseudo_log_likelihood`` (a mean over the batch)."""
+        energy.check_states(batch, "batch")
+        if not is_discrete(energy.support):
+            raise ValueError(f"Pseudolikelihood is for discrete supports, but {type(energy).__name__} has {energy.support}")
+        values = values_of(energy, batch)
+        x = to_sites(batch, values)
+        chosen = self._sites(x[..., 0], generator)
+        own = squared_distances(x, values).argmin(1)  # the number of each site's value, (n, sites)
+        others = (own.gather(1, chosen).unsqueeze(2) + torch.arange(1, len(values), device=x.device)) % len(values)
+        count = chosen.shape[1]
+        around = x[:, None, None].repeat(1, count, len(values) - 1, 1, 1)
+        row, place = torch.arange(len(x), device=x.device)[:, None], torch.arange(count, device=x.device)
+        around[row, place, :, chosen] = values[others]
+        data = energy(batch)
+        ratios = data[:, None, None] - energy(around.reshape(*around.shape[:3], *energy.event_shape))
+        terms = torch.cat([torch.zeros_like(ratios[..., :1]), ratios], 2).logsumexp(2)
+        loss = x.shape[1] / count * terms.sum(1).mean()
+        return loss, {"energy_data": data.detach().mean(), "pseudo_log_likelihood": -loss.detach()}
+
+    def _sites(self, like: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Numbers of the sites to look at in each row, ``(n, sites)``."""
+        if self.sites is None:
+            return torch.arange(like.shape[1], device=like.device).expand(like.shape)
+        if self.sites > like.shape[1]:
+            raise ValueError(f"sites must be at most the {like.shape[1]} sites of an event, got sites={self.sites}")
+        return uniform(like.shape, generator, like.dtype, like.device).argsort(1)[:, : self.sites]
+
+
+class MeanFieldLikelihood(Objective):
+    r"""The likelihood of a machine of layers with its log Z in naive mean field (Peterson and Anderson, 1987). **Biased.**
+
+    .. math:: L = \frac1n \sum_i F(x_i) + \max_q \big(-E_q[E] + H(q)\big) \le -\frac1n \sum_i \log p(x_i)
+
+    with q a product over units. The maximum is sought by alternating updates from each row of the batch, and the best is kept.
+    A single q stands in for all modes, and it pushes the likelihood's bound the wrong way: L lies below what it stands for, and
+    may fall while that rises. It is near the truth for small weights.
+
+    Raises:
+        ValueError: if the energy is no machine of layers, or a batch does not fit it.
+
+    Example:
+        >>> from pyroebm.energies import BernoulliRBM
+        >>> loss, facts = MeanFieldLikelihood()(BernoulliRBM(4, 3, weight=torch.zeros(4, 3)), torch.ones(5, 4))
+        >>> round(float(loss), 4)  # 4 log 2: exact without weights
+        2.7726
+    """
+
+    def forward(self, energy: Energy, batch: Tensor, *, generator: torch.Generator | None = None) -> tuple[Tensor, Facts]:
+        """The loss and its facts: ``energy_data``, ``log_z_bound`` (a lower one)."""
+        if not isinstance(energy, LayeredMachine):
+            raise ValueError(f"MeanFieldLikelihood is for machines of layers, got {type(energy).__name__}")
+        layers = energy.layers()
+        data = mean_field(layers, visible(layers, batch, type(energy).__name__))
+        free = free_energy_of(layers, mean_field(layers, None, data))
+        best = free[free.detach().argmin()]
+        positive = free_energy_of(layers, data, seen=True).mean()
+        loss = positive - best
+        return loss, {"energy_data": positive.detach(), "log_z_bound": -best.detach()}
+
+
+def free_energy_of(layers: Layers, even: Kept, seen: bool = False) -> Tensor:
+    r""":math:`E_q[E] - H(q)` of rows of means of the even layers, the odd ones at their best; ``(n,)``, with its graph.
+
+    Where layer 0 is ``seen`` it is no mean, and has no entropy.
+    """
+    free = layers.free_energy(even)
+    for layer, mean in enumerate(even):
+        if mean is None or (seen and layer == 0):
+            continue
+        if layer == 0 and layers.precision is not None:  # the variance of q is that of the layer given the others
+            free = free + 0.5 * (layers.precision / (2.0 * math.pi)).log().sum()
+        else:
+            free = free + (torch.xlogy(mean, mean) + torch.xlogy(1.0 - mean, 1.0 - mean)).sum(-1)
+    return free
