@@ -20,7 +20,7 @@ from pyroebm.diagnostics import from_datasets
 if TYPE_CHECKING:  # half a second that only runs with files wait for
     import xarray
 
-__all__ = ["Part", "Store", "open_run"]
+__all__ = ["Part", "Store", "open_run", "written_whole"]
 
 PHASES = ("warmup", "draws")
 ABOUT = "run.json"
@@ -56,7 +56,7 @@ class Store:
                 f"store={str(self.folder)!r} holds a run already: go on with resume(energy, store=...), or name a new folder"
             )
         self.facts = facts
-        with _written_whole(self.folder / ABOUT, f".{layout.ranks[0]}") as path:  # other ranks may be writing the same
+        with written_whole(self.folder / ABOUT, f".{layout.ranks[0]}") as path:  # other ranks may be writing the same
             path.write_text(json.dumps(facts))
 
     def parts(self, block: int, first_chain: int) -> tuple[Part, Part]:
@@ -66,7 +66,7 @@ class Store:
 
     def save(self, block: int, state: dict[str, Tensor]) -> None:
         """Keep where a block stands."""
-        with _written_whole(self._state(block)) as path:
+        with written_whole(self._state(block)) as path:
             save_file(state, path)
 
     def load(self, block: int) -> dict[str, Tensor]:
@@ -104,7 +104,7 @@ class Part:
             groups[_group("unconstrained_posterior", self.phase)] = {"x": x}
         chains, draws = self.first_chain + np.arange(x.shape[0]), start + np.arange(x.shape[1])
         path = self.store.folder / f"block{self.block:05}-{self.phase}-{start:09}.nc"
-        with _written_whole(path) as temporary:
+        with written_whole(path) as temporary:
             xarray.Dataset(attrs=self.store.facts).to_netcdf(temporary, engine="h5netcdf")
             for name, variables in groups.items():
                 _dataset(variables, chains, draws).to_netcdf(temporary, mode="a", group=name, engine="h5netcdf")
@@ -211,7 +211,8 @@ def _dataset(variables: dict[str, Tensor], chains: np.ndarray, draws: np.ndarray
 
 
 @contextlib.contextmanager
-def _written_whole(path: Path, by: str = "") -> Iterator[Path]:
+def written_whole(path: Path, by: str = "") -> Iterator[Path]:
+    """A file beside ``path`` to write to, moved there at the end: killed at any moment, a process leaves the old or the new."""
     temporary = path.with_name(f"{path.name}{by}.part")
     try:
         yield temporary

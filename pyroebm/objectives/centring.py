@@ -119,8 +119,8 @@ class Sparsity(nn.Module):
     Example:
         >>> from pyroebm.energies import BernoulliRBM
         >>> rbm = BernoulliRBM(4, 3, weight=torch.zeros(4, 3))
-        >>> round(float(Sparsity(target=0.1, cost=1.0)(rbm, torch.ones(5, 4))), 4)  # 3 (0.5 - 0.1)^2
-        0.48
+        >>> Sparsity(target=0.1, cost=1.0)(rbm, torch.ones(5, 4)).detach()  # 3 (0.5 - 0.1)^2
+        tensor(0.4800)
     """
 
     def __init__(self, target: float, cost: float) -> None:
@@ -135,9 +135,14 @@ class Sparsity(nn.Module):
             raise ValueError(f"Sparsity is for machines of layers, got {type(energy).__name__}")
         layers = energy.layers()
         x = mean_field(layers, visible(layers, batch, type(energy).__name__))
-        x = [layers.mean(k, layers.field(k, x)) if kept is None else kept for k, kept in enumerate(x)]
-        hidden = [layers.mean(k, layers.field(k, x)).mean(0) for k in range(1, len(x))]
-        return self.cost * sum(((self.target - mean) ** 2).sum() for mean in hidden)
+        hidden: list[Tensor | None] = [None] * len(x)
+        for side, beside in zip(
+            reversed(layers.sides()), (x, hidden), strict=True
+        ):  # the odd from the even, then these from them
+            for layer in side:
+                hidden[layer] = layers.mean(layer, layers.field(layer, beside)) if layer else None
+        gaps = [self.target - mean.mean(0) for mean in hidden if mean is not None]
+        return self.cost * torch.cat(gaps).square().sum()
 
 
 def _trained_layers(energy: Energy) -> Layers:
@@ -147,8 +152,8 @@ def _trained_layers(energy: Energy) -> Layers:
     own = [*layers.weights, *layers.biases]
     if not all(tensor.is_leaf and tensor.requires_grad for tensor in own) or layers.precision is not None:
         raise ValueError(
-            f"centring transforms the gradients of weights and biases, but those of {type(energy).__name__} are functions of other"
-            " parameters, or frozen; a Gaussian machine is centred by centring its data (and by fit_visible)"
+            f"centring transforms gradients of weights and biases, but in {type(energy).__name__} these are frozen or functions"
+            " of other parameters; a Gaussian machine is centred by centring its data (and by fit_visible)"
         )
     return layers
 
