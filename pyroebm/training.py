@@ -69,8 +69,8 @@ class Batches:
             self._epoch, self._order = epoch, order
         chosen = self._order[number * self.batch_size : (number + 1) * self.batch_size]
         if isinstance(self.data, tuple):
-            return tuple(part[chosen.to(part.device)] for part in self.data)
-        return self.data[chosen.to(self.data.device)]
+            return tuple(part.index_select(0, chosen.to(part.device)) for part in self.data)
+        return self.data.index_select(0, chosen.to(self.data.device))
 
 
 def parameter_groups(modules: Iterable[nn.Module], weight_decay: float) -> list[dict[str, Any]]:
@@ -88,6 +88,10 @@ def parameter_groups(modules: Iterable[nn.Module], weight_decay: float) -> list[
 
 def _adam(groups: list[dict[str, Any]]) -> Optimizer:
     return torch.optim.Adam(groups, lr=1e-3, fused=True)
+
+
+def _norm(parameters: list[nn.Parameter]) -> Tensor:
+    return torch.stack([torch.linalg.vector_norm(p.grad) for p in parameters if p.grad is not None]).norm()
 
 
 def fit(
@@ -178,7 +182,6 @@ def fit(
     chosen = _adam(groups) if optimizer is None else optimizer(groups)
     plan = None if schedule is None else schedule(chosen)
     generator = seeded_generator(seed, energy.device)
-    clip = math.inf if max_grad_norm is None else max_grad_norm
     names = {name: type(part).__name__ for name, part in (given | {"optimizer": chosen, "schedule": plan}).items()}
     settings = names | {"rows": batches.rows, "batch_size": batch_size, "seed": seed}
     kept = None if checkpoint is None else Checkpoint(checkpoint, modules, chosen, plan, generator, settings)
@@ -198,7 +201,7 @@ def fit(
         loss.backward(inputs=parameters)
         if transform is not None:
             transform(energy, batch, seen)
-        norm = float(nn.utils.clip_grad_norm_(parameters, clip))
+        norm = float(_norm(parameters) if max_grad_norm is None else nn.utils.clip_grad_norm_(parameters, max_grad_norm))
         value, facts = float(loss.detach()), {name: float(fact) for name, fact in seen.items() if fact.dim() == 0}
         facts |= {"grad_norm": norm, "lr": float(chosen.param_groups[0]["lr"])}
         if not (math.isfinite(value) and math.isfinite(norm)):

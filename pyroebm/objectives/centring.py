@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from pyroebm.energies.layered import LayeredMachine
 from pyroebm.energies.layers import Layers
 from pyroebm.energy import Energy
-from pyroebm.objectives.contrastive import data_means
 from pyroebm.objectives.layered import mean_field, odd_fields, visible
 
 __all__ = ["Centring", "Sparsity"]
@@ -77,7 +76,7 @@ class Centring(nn.Module):
         steps = [bias.clone() for bias in biases]
         for k, weight in enumerate(layers.weights):
             below, above, gradient = offsets[k], offsets[k + 1], _gradient(weight)
-            gradient.addr_(biases[k], above, alpha=-1.0).addr_(below, biases[k + 1], alpha=-1.0)
+            gradient.addmm_(torch.stack([biases[k], below], 1), torch.stack([above, biases[k + 1]]), alpha=-1.0)
             steps[k] -= gradient @ above
             steps[k + 1] -= below @ gradient
         for bias, step in zip(biases, steps, strict=True):
@@ -86,7 +85,9 @@ class Centring(nn.Module):
     def _move(self, layers: Layers, batch: Tensor, facts: Mapping[str, Tensor]) -> None:
         if "mean_0" not in facts:
             even = mean_field(layers, visible(layers, batch, "the energy"))
-            facts = data_means(layers, even, odd_fields(layers, even))
+            hidden = odd_fields(layers, even)
+            means = [layers.mean(k, hidden[k]) if kept is None else kept for k, kept in enumerate(even)]
+            facts = {f"mean_{k}": mean.mean(0) for k, mean in enumerate(means)}
         for layer in range(len(layers.biases)):
             mean, name = facts[f"mean_{layer}"], f"offset_{layer}"
             if layer < self.count:

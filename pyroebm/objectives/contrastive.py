@@ -17,7 +17,7 @@ from pyroebm.kernels.base import Kernel, check_kernel
 from pyroebm.kernels.gibbs import BlockGibbs, Gibbs, HasBlocks
 from pyroebm.kernels.langevin import MALA
 from pyroebm.objectives.base import Objective
-from pyroebm.objectives.layered import Kept, Ladder, draw_even, draw_odd, mean_field, odd_fields, visible
+from pyroebm.objectives.layered import Kept, Ladder, contrast, draw_even, draw_odd, mean_field, odd_fields, visible
 from pyroebm.supports import is_discrete
 from pyroebm.views import Unconstrained, eval_mode
 
@@ -69,14 +69,15 @@ class ContrastiveDivergence(Objective):
             end, rate = advance(energy, self.kernel, batch, self.k, generator)
             return _difference(energy(batch), energy(end), {"acceptance_rate": rate})
         layers = energy.layers()
-        data = mean_field(layers, visible(layers, batch, type(energy).__name__))
-        fields = odd_fields(layers, data)
         with torch.no_grad():
-            x: Kept = draw_odd(layers, fields, generator)
-            for sweep in range(self.k):
-                x = draw_odd(layers, odd_fields(layers, x), generator) if sweep else x
-                x = draw_even(layers, x, generator)
-        return _difference(layers.free_energy(data, fields), layers.free_energy(x), data_means(layers, data, fields))
+            data = mean_field(layers, visible(layers, batch, type(energy).__name__))
+            fields = odd_fields(layers, data)
+            reached = fields
+            for _ in range(self.k):
+                even = draw_even(layers, draw_odd(layers, reached, generator), generator)
+                reached = odd_fields(layers, even)
+        both = {k: torch.cat([field, reached[k]]) for k, field in fields.items()}
+        return contrast(layers, stacked(data, even), both, len(batch))
 
 
 class PersistentCD(Objective):
@@ -136,7 +137,7 @@ class PersistentCD(Objective):
             raise ValueError(f"betas are for sweeps of layers, but {type(energy).__name__} is no machine of layers")
         chains = energy.initial(self.num_chains, generator) if self.chains is None else self.chains
         x, rate = advance(energy, self.kernel, chains, self.k, generator)
-        self._keep(x)
+        self.chains = x
         return _difference(energy(batch), energy(x), {"acceptance_rate": rate})
 
     def _sweep_layers(self, energy: LayeredMachine, batch: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Facts]:
@@ -151,14 +152,12 @@ class PersistentCD(Objective):
                     continue
                 x = draw_odd(layers, odd_fields(layers, x), generator) if sweep else x
                 x = draw_even(layers, x, generator)
-        even = [None if a is None or b is None else torch.cat([a, b[: self.num_chains]]) for a, b in zip(data, x, strict=True)]
-        fields = odd_fields(layers, even)  # of data and chains in one product each
-        energies = layers.free_energy(even, fields)
-        with torch.no_grad():
+            even = stacked(data, [None if layer is None else layer[: self.num_chains] for layer in x])
+            fields = odd_fields(layers, even)  # of data and chains in one product each
             odd = draw_odd(layers, {k: f[n:] for k, f in fields.items()}, generator) if self.ladder is None else x
-            self._keep(torch.cat([layer for k, layer in enumerate(odd) if layer is not None and k % 2], 1))
-        means = data_means(layers, data, {k: f[:n] for k, f in fields.items()})
-        return _difference(energies[:n], energies[n:], facts | means)
+            self.chains = joined([odd[layer] for layer in layers.sides()[1]])
+        loss, seen = contrast(layers, even, fields, n)
+        return loss, facts | seen
 
     def _odd(self, energy: LayeredMachine, layers: Layers, generator: torch.Generator | None) -> Kept:
         """The odd layers of all chains; at first from the field of the even ones in ``energy.initial``."""
@@ -168,13 +167,6 @@ class PersistentCD(Objective):
         first = energy.initial(replicas * self.num_chains, generator)
         even: Kept = layers.split(first) if isinstance(energy, LayeredEnergy) else [first, None]
         return draw_odd(layers, odd_fields(layers, even), generator)
-
-    @torch.no_grad()
-    def _keep(self, chains: Tensor) -> None:
-        if self.chains is None:
-            self.chains = chains.clone()
-        else:
-            self.chains.copy_(chains)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         if f"{prefix}chains" in state_dict:  # a buffer that is None takes no state
@@ -205,12 +197,15 @@ def default_kernel(energy: Energy) -> Kernel[Any]:
     return BlockGibbs() if isinstance(energy, HasBlocks) else Gibbs()
 
 
-@torch.no_grad()
-def data_means(layers: Layers, even: Sequence[Tensor | None], fields: Mapping[int, Tensor]) -> Facts:
-    """Mean units of each layer under the data, named ``mean_0``, ``mean_1``, ..."""
-    means = {k: x.mean(0) for k, x in enumerate(even) if x is not None}
-    means |= {k: layers.mean(k, field).mean(0) for k, field in fields.items()}
-    return {f"mean_{k}": means[k] for k in sorted(means)}
+def joined(layers: Kept) -> Tensor:
+    """Layers side by side; one alone is not copied."""
+    there = [layer for layer in layers if layer is not None]
+    return there[0] if len(there) == 1 else torch.cat(there, 1)
+
+
+def stacked(data: Kept, chains: Kept) -> list[Tensor | None]:
+    """Rows of data above rows of chains, layer by layer."""
+    return [None if a is None or b is None else torch.cat([a, b]) for a, b in zip(data, chains, strict=True)]
 
 
 def _difference(data: Tensor, model: Tensor, facts: Facts) -> tuple[Tensor, Facts]:

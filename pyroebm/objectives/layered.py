@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -12,7 +14,7 @@ from torch import Tensor
 from pyroebm.energies.layers import Layers
 from pyroebm.randomness import uniform
 
-__all__ = ["Kept", "Ladder", "draw_even", "draw_odd", "mean_field", "odd_fields", "visible"]
+__all__ = ["Contrast", "Kept", "Ladder", "contrast", "draw_even", "draw_odd", "mean_field", "odd_fields", "visible"]
 
 #: Sweeps after which a mean field is taken as it is, and the change of a unit below which it stands still.
 MAX_SWEEPS, STILL = 100, 1e-6
@@ -51,6 +53,51 @@ def draw_odd(layers: Layers, fields: dict[int, Tensor], generator: torch.Generat
 def _parts(x: Kept) -> list[Tensor]:
     """The layers that are there."""
     return [layer for layer in x if layer is not None]
+
+
+class Contrast(torch.autograd.Function):
+    """A difference of mean energies, with its gradient in the layers' parameters straight from the rows' statistics.
+
+    The energy is linear in these, so autograd through the energy would find the same, in twice the passes over the units.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, signs: Tensor, count: int, *tensors: Tensor) -> Tensor:
+        """``signs`` ``(rows,)`` weigh the rows in minus the difference; ``tensors`` are ``count`` layers (rows, or means of rows),
+        then weights, biases, and the precision where there is one."""
+        ctx.save_for_backward(signs, *tensors[:count])
+        ctx.gaussian = len(tensors) == 3 * count
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        signs, *x = ctx.saved_tensors
+        signs = grads[0] * signs
+        signed = [signs.unsqueeze(1) * layer if k % 2 else layer for k, layer in enumerate(x)]  # of two neighbours, one
+        weights = [below.mT @ above for below, above in pairwise(signed)]
+        biases = [layer.mT @ signs for layer in x]
+        precision = [-0.5 * (x[0] ** 2).mT @ signs] if ctx.gaussian else []
+        return None, None, None, *[None] * len(x), *weights, *biases, *precision
+
+
+def contrast(layers: Layers, even: Kept, fields: dict[int, Tensor], n: int) -> tuple[Tensor, dict[str, Tensor]]:
+    r""":math:`\frac1n \sum F - \frac1m \sum F` of the first n rows and of the m others, and facts.
+
+    Args:
+        layers: the model; the gradient is in its tensors.
+        even: rows of the even layers, or of their means; None for the odd ones, which are summed out.
+        fields: of the odd layers.
+        n: rows of data.
+    """
+    with torch.no_grad():
+        x = [layers.mean(k, fields[k]) if kept is None else kept for k, kept in enumerate(even)]
+        free = layers.free_energy(even, fields)
+        data, model = free[:n].mean(), free[n:].mean()
+        signs = torch.cat([free.new_full((n,), -1.0 / n), free.new_full((len(free) - n,), 1.0 / (len(free) - n))])
+        facts = {"energy_data": data, "energy_model": model, "energy_gap": data - model}
+        facts |= {f"mean_{k}": layer[:n].mean(0) for k, layer in enumerate(x)}
+    own = [*layers.weights, *layers.biases, *([] if layers.precision is None else [layers.precision])]
+    return cast(Tensor, Contrast.apply(facts["energy_gap"], signs, len(x), *x, *own)), facts
 
 
 def _rows_of(x: Kept, rows: Tensor) -> list[Tensor | None]:
@@ -104,8 +151,7 @@ class Ladder:
 
     def __init__(self, betas: Sequence[float], chains: int) -> None:
         self.chains, self.betas = chains, tuple(float(beta) for beta in betas)
-        pairs = zip(self.betas, self.betas[1:], strict=False)
-        if len(self.betas) < 2 or self.betas[0] != 1.0 or not all(a > b > 0.0 for a, b in pairs):
+        if len(self.betas) < 2 or self.betas[0] != 1.0 or not all(a > b > 0.0 for a, b in pairwise(self.betas)):
             raise ValueError(f"betas must fall from 1 to a positive number, such as (1.0, 0.75, 0.5), got betas={tuple(betas)}")
 
     def column(self, like: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ class ExactLikelihood(Objective):
     Example:
         >>> from pyroebm.energies import BernoulliRBM
         >>> loss, facts = ExactLikelihood()(BernoulliRBM(4, 3, weight=torch.zeros(4, 3)), torch.ones(5, 4))
-        >>> round(float(loss), 4)  # 4 log 2
+        >>> round(float(loss.detach()), 4)  # 4 log 2
         2.7726
     """
 
@@ -81,7 +81,7 @@ class Pseudolikelihood(Objective):
     Example:
         >>> from pyroebm.energies import BernoulliRBM
         >>> loss, facts = Pseudolikelihood()(BernoulliRBM(4, 3, weight=torch.zeros(4, 3)), torch.ones(5, 4))
-        >>> round(float(loss), 4)  # 4 log 2
+        >>> round(float(loss.detach()), 4)  # 4 log 2
         2.7726
     """
 
@@ -135,7 +135,7 @@ class MeanFieldLikelihood(Objective):
     Example:
         >>> from pyroebm.energies import BernoulliRBM
         >>> loss, facts = MeanFieldLikelihood()(BernoulliRBM(4, 3, weight=torch.zeros(4, 3)), torch.ones(5, 4))
-        >>> round(float(loss), 4)  # 4 log 2: exact without weights
+        >>> round(float(loss.detach()), 4)  # 4 log 2: exact without weights
         2.7726
     """
 
