@@ -17,7 +17,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("randomness", "diagnostics", "front_door"),
     ("supports",),
     ("energy views compiled minibatch paths",),
-    ("targets", "energies", "kernels", "flows", "datasets"),
+    ("targets", "energies", "kernels", "flows", "datasets readers"),
     ("objectives", "partition smc", "mcmc block record results serial stein store streaming", "ppl model_energy rowwise"),
     ("infer", "plotting", "training checkpoint", "distributed", "zoo"),
     ("pyroebm",),

@@ -63,7 +63,7 @@ class Contrast(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, signs: Tensor, count: int, *tensors: Tensor) -> Tensor:
-        """``signs`` ``(rows,)`` weigh the rows in minus the difference; ``tensors`` are ``count`` layers (rows, or means of rows),
+        """``signs`` ``(rows,)`` weigh rows in minus the difference; ``tensors`` are ``count`` layers (rows, or means of rows),
         then weights, biases, and the precision where there is one."""
         ctx.save_for_backward(signs, *tensors[:count])
         ctx.gaussian = len(tensors) == 3 * count
