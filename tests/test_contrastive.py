@@ -153,7 +153,7 @@ def expected_cd(rbm: BernoulliRBM, data: Tensor, k: int) -> Tensor:
 def check_cd(objective: nn.Module, k: int) -> None:
     rbm, noise = oracle_rbm(), generator(17 + k)
     rows = DATA.repeat(50, 1)
-    draws = torch.stack([flat_grad(rbm, objective(rbm, rows, generator=noise)[0]) for _ in range(300)])
+    draws = torch.stack([flat_grad(rbm, objective(rbm, rows, generator=noise)[0]) for _ in range(200)])
     within_se(*(mean_and_se(draws)[0], expected_cd(rbm, DATA, k)), mean_and_se(draws)[1], what=f"the gradient of CD-{k}")
 
 
@@ -162,7 +162,7 @@ def check_pcd(
 ) -> None:
     """With the energy frozen, the mean gradient of persistent chains is the exact one."""
     means = []
-    for run in range(16):
+    for run in range(12):
         objective, noise = make(), generator(100 + run)
         for _ in range(burn):
             objective(energy, data, generator=noise)
@@ -238,9 +238,9 @@ def test_cd_has_its_enumerated_gradient(k: int) -> None:
 
 
 def test_cd_tends_to_the_exact_gradient() -> None:
-    rbm = oracle_rbm()
+    rbm = oracle_rbm(scale=3.0)
     truth = exact_rbm(rbm, DATA)
-    distances = [float((expected_cd(rbm, DATA, k) - truth).norm()) for k in (1, 2, 5, 20, 80, 320)]
+    distances = [float((expected_cd(rbm, DATA, k) - truth).norm()) for k in (1, 2, 5, 20, 80)]
     assert distances == sorted(distances, reverse=True), distances
     assert distances[-1] < 1e-6, distances
 

@@ -1,0 +1,315 @@
+"""The training loop: what it reaches, what it logs, what it refuses; interrupted and resumed bit for bit; mutants."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from pyroebm import Energy, training
+from pyroebm.datasets import bars_and_stripes
+from pyroebm.energies import BernoulliRBM
+from pyroebm.objectives import Centring, ContrastiveDivergence, ExactLikelihood, PersistentCD, Pseudolikelihood, Sparsity
+from pyroebm.training import Batches, fit, parameter_groups
+
+F64 = torch.float64
+SGD = functools.partial(torch.optim.SGD, lr=0.05, momentum=0.5, fused=True)
+DATA = bars_and_stripes(2, dtype=F64)
+
+
+def rbm(hidden: int = 3, seed: int = 0) -> BernoulliRBM:
+    noise = torch.Generator().manual_seed(seed)
+    return BernoulliRBM(4, hidden, weight=0.1 * torch.randn(4, hidden, dtype=F64, generator=noise), dtype=F64)
+
+
+class Bowl(Energy):
+    """A continuous energy of a small network."""
+
+    def __init__(self) -> None:
+        super().__init__((2,))
+        noise = torch.Generator().manual_seed(1)
+        self.inner = nn.Parameter(0.3 * torch.randn(2, 8, dtype=F64, generator=noise))
+        self.outer = nn.Parameter(0.3 * torch.randn(8, dtype=F64, generator=noise))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 0.5 * (x**2).sum(-1) + torch.tanh(x @ self.inner) @ self.outer
+
+
+class Exploding(nn.Module):
+    """A loss that is not finite at its fourth call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, energy: Energy, batch: Tensor, *, generator: Any = None) -> tuple[Tensor, dict[str, Tensor]]:
+        self.calls += 1
+        loss = energy(batch).mean() * (math.nan if self.calls == 4 else 1.0)
+        return loss, {"calls": torch.tensor(float(self.calls))}
+
+
+def last(steps: Any) -> tuple[int, float, dict[str, float]]:
+    return list(steps)[-1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What it does
+
+
+@pytest.mark.parametrize("centred", [False, True])
+def test_exact_training_reaches_the_ceiling(centred: bool) -> None:
+    """Bars and stripes: the mean log-likelihood comes within .02 nats of the entropy of the data."""
+    machine = rbm(hidden=6)
+    steps = fit(
+        machine,
+        ExactLikelihood(),
+        DATA,
+        steps=1500,
+        batch_size=8,
+        optimizer=functools.partial(torch.optim.SGD, lr=0.5, momentum=0.9),
+        transform=Centring() if centred else None,
+    )
+    _, loss, facts = last(steps)
+    assert loss == pytest.approx(1.732868, abs=0.02)
+    assert loss > 1.732867
+    assert facts["log_likelihood"] == -loss
+
+
+def test_pcd_training_raises_the_likelihood() -> None:
+    machine = rbm(hidden=6)
+    before = float(machine.log_likelihood(DATA).mean().detach())
+    last(fit(machine, PersistentCD(50), DATA, steps=2000, batch_size=8, optimizer=SGD, transform=Centring()))
+    assert float(machine.log_likelihood(DATA).mean().detach()) > max(-1.95, before + 0.5)
+
+
+def test_data_energy_falls_against_the_rest() -> None:
+    energy = Bowl()
+    data = torch.randn(64, 2, dtype=F64, generator=torch.Generator().manual_seed(3)) + torch.tensor([2.0, 0.0])
+    far = -data
+    before = float((energy(data).mean() - energy(far).mean()).detach())
+    last(fit(energy, ContrastiveDivergence(k=5), data, epochs=20, batch_size=16))
+    assert float((energy(data).mean() - energy(far).mean()).detach()) < before - 0.1
+
+
+def test_facts_and_order() -> None:
+    machine, seen = rbm(), []
+    plan = functools.partial(torch.optim.lr_scheduler.StepLR, step_size=2, gamma=0.5)
+    options = {"optimizer": SGD, "schedule": plan, "penalties": [Sparsity(0.1, 1.0)]}
+    for step, loss, facts in fit(machine, ContrastiveDivergence(), DATA, epochs=2, batch_size=3, **options):
+        seen.append((step, facts["lr"]))
+        assert loss == pytest.approx(facts["energy_gap"] + facts["penalty"])
+        assert set(facts) == {"energy_data", "energy_model", "energy_gap", "penalty", "grad_norm", "lr"}
+    assert seen == [(0, 0.05), (1, 0.05), (2, 0.025), (3, 0.025), (4, 0.0125), (5, 0.0125)]
+
+
+def test_each_epoch_has_every_row_once() -> None:
+    batches = Batches((torch.arange(10), torch.arange(10) * 2), batch_size=4, seed=3)
+    epochs = [[batches(3 * epoch + k) for k in range(3)] for epoch in range(2)]
+    orders = [torch.cat([x for x, _ in epoch]) for epoch in epochs]
+    assert all(torch.equal(2 * x, y) for epoch in epochs for x, y in epoch)
+    assert all(order.sort().values.tolist() == list(range(10)) for order in orders)
+    assert not torch.equal(*orders)
+    assert torch.equal(batches(1)[0], epochs[0][1][0]), "a batch depends on its step alone"
+
+
+def test_clipping_and_learned_objectives() -> None:
+    class Scaled(ContrastiveDivergence):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones((), dtype=F64))
+
+        def forward(self, energy: Energy, batch: Tensor, *, generator: Any = None) -> tuple[Tensor, dict[str, Tensor]]:
+            loss, facts = super().forward(energy, batch, generator=generator)
+            return loss + self.scale**2, facts
+
+    machine, objective = rbm(), Scaled()
+    start = [p.detach().clone() for p in (*machine.parameters(), *objective.parameters())]
+    _, _, facts = last(
+        fit(machine, objective, DATA, steps=1, optimizer=functools.partial(torch.optim.SGD, lr=1.0), max_grad_norm=0.01)
+    )
+    moved = torch.cat([(p - q).flatten() for p, q in zip((*machine.parameters(), *objective.parameters()), start, strict=True)])
+    assert float(moved.detach().norm()) == pytest.approx(0.01, rel=1e-3)
+    assert float(objective.scale.detach()) < 1.0
+    assert facts["grad_norm"] > 1.0, "the norm is the one before clipping"
+
+
+def check_decay() -> None:
+    """Without a gradient, weights decay by the rate and biases stay."""
+    machine = rbm()
+    with torch.no_grad():
+        machine.visible_bias += 1.0
+
+    def nothing(energy: Energy, batch: Tensor, *, generator: Any = None) -> tuple[Tensor, dict[str, Tensor]]:
+        return 0.0 * sum(p.sum() for p in energy.parameters()), {}
+
+    weight = machine.weight.detach().clone()
+    last(fit(machine, nothing, DATA, steps=1, weight_decay=0.1, optimizer=functools.partial(torch.optim.SGD, lr=0.5)))
+    torch.testing.assert_close(machine.weight.detach(), 0.95 * weight)
+    torch.testing.assert_close(machine.visible_bias.detach(), torch.ones(4, dtype=F64))
+
+
+def test_weights_decay_and_biases_do_not() -> None:
+    check_decay()
+
+
+def test_decay_of_biases_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    def all_alike(modules: Any, weight_decay: float) -> list[dict[str, Any]]:
+        return [group | {"weight_decay": weight_decay} for group in parameter_groups(modules, weight_decay)]
+
+    monkeypatch.setattr(training, "parameter_groups", all_alike)
+    with pytest.raises(AssertionError):
+        check_decay()
+
+
+def test_global_generator_is_left_alone() -> None:
+    before = torch.get_rng_state()
+    last(fit(rbm(), PersistentCD(5), DATA, steps=3))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_seed_repeats_a_run() -> None:
+    ends = []
+    for seed in (0, 0, 1):
+        machine = rbm()
+        last(fit(machine, PersistentCD(5), DATA, steps=5, batch_size=3, seed=seed))
+        ends.append(machine.weight.detach())
+    assert torch.equal(ends[0], ends[1])
+    assert not torch.equal(ends[0], ends[2])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Guards
+
+
+def test_a_loss_that_is_not_finite_raises_with_the_facts() -> None:
+    machine, losses = rbm(), []
+    steps = fit(machine, Exploding(), DATA, steps=10, optimizer=SGD)
+    with pytest.raises(FloatingPointError, match=r"at step 3 the loss is nan.*'calls': 4") as error:
+        for _, loss, _ in steps:
+            losses.append(loss)
+            kept = machine.weight.detach().clone()
+    assert len(losses) == 3
+    assert torch.equal(machine.weight.detach(), kept), str(error)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({}, "either steps or epochs"),
+        ({"steps": 1, "epochs": 1}, "either steps or epochs"),
+        ({"steps": 0}, "steps must be"),
+        ({"steps": 1, "batch_size": 0}, "batch_size must be"),
+        ({"steps": 1, "resume": True}, "give checkpoint"),
+        ({"steps": 1, "data": DATA[:0]}, "must have rows"),
+        ({"steps": 1, "data": [1.0]}, "tensor of rows"),
+        ({"steps": 1, "energy": nn.Linear(1, 1)}, "must be a pyroebm.Energy"),
+        ({"steps": 1, "energy": rbm().requires_grad_(False)}, "nothing to train"),
+    ],
+)
+def test_bad_input_is_refused_at_the_call(options: dict[str, Any], said: str) -> None:
+    arguments = {"energy": rbm(), "objective": ContrastiveDivergence(), "data": DATA} | options
+    with pytest.raises(ValueError, match=said):
+        fit(**arguments)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def everything(
+    machine: Energy, path: Path | None, steps: int, objective: Any = None, **options: Any
+) -> tuple[Any, dict[str, Any]]:
+    """A run with all that has a state: chains at two temperatures, momentum, schedule, offsets, average."""
+    parts: dict[str, Any] = {
+        "objective": PersistentCD(6, betas=(1.0, 0.5)) if objective is None else objective,
+        "transform": Centring(rate=0.1) if isinstance(machine, BernoulliRBM) else None,
+        "average": AveragedModel(machine, multi_avg_fn=get_ema_multi_avg_fn(0.9)),
+    }
+    plan = functools.partial(torch.optim.lr_scheduler.ExponentialLR, gamma=0.95)
+    run = fit(
+        machine, data=DATA[:, : machine.event_shape[0]], steps=steps, batch_size=3, schedule=plan, checkpoint=path, seed=5,
+        **parts, **options,
+    )  # fmt: skip
+    return run, parts
+
+
+def end(run: Any, machine: Energy, parts: dict[str, Any]) -> dict[str, Tensor]:
+    facts = [(step, loss, *sorted(facts.items())) for step, loss, facts in run]
+    states = {f"{k}.{n}": v for k, part in parts.items() if part is not None for n, v in part.state_dict().items()}
+    return states | dict(machine.state_dict()) | {"last": torch.tensor([facts[-1][0], facts[-1][1]], dtype=F64)}
+
+
+def check_resumed(tmp_path: Path, make: Callable[[], Energy], **options: Any) -> None:
+    whole = make()
+    truth = end(*_with(whole, everything(whole, None, 17, **options)))
+    first = make()
+    run, _ = everything(first, tmp_path / "run.safetensors", 17, **options)
+    for step, _, _ in run:
+        if step == 7:  # in the middle of an epoch
+            break
+    run.close()
+    second = make()
+    with torch.no_grad():
+        for parameter in second.parameters():
+            parameter.zero_()  # all that counts comes from the file
+    found = end(*_with(second, everything(second, tmp_path / "run.safetensors", 17, resume=True, **options)))
+    assert set(found) == set(truth)
+    for name, value in truth.items():
+        assert torch.equal(found[name], value), f"{name} differs after an interruption"
+
+
+def _with(machine: Energy, made: tuple[Any, dict[str, Any]]) -> tuple[Any, Energy, dict[str, Any]]:
+    return made[0], machine, made[1]
+
+
+@pytest.mark.parametrize("optimizer", [SGD, None], ids=["momentum", "adam"])
+def test_interrupted_and_resumed_is_uninterrupted(tmp_path: Path, optimizer: Any) -> None:
+    check_resumed(tmp_path, rbm, optimizer=optimizer)
+
+
+@pytest.mark.parametrize("objective", [PersistentCD, ContrastiveDivergence], ids=["pcd", "cd"])
+def test_neural_energies_resume_too(tmp_path: Path, objective: Callable[[], Any]) -> None:
+    check_resumed(tmp_path, Bowl, objective=objective())
+
+
+def test_a_forgotten_generator_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load = training.Checkpoint.load
+
+    def forgetful(self: training.Checkpoint) -> int:
+        step = load(self)
+        self.generator.manual_seed(0)
+        return step
+
+    monkeypatch.setattr(training.Checkpoint, "load", forgetful)
+    with pytest.raises(AssertionError, match="differs after an interruption"):
+        check_resumed(tmp_path, rbm)
+
+
+def test_an_error_within_a_step_is_not_saved(tmp_path: Path) -> None:
+    path = tmp_path / "run.safetensors"
+    run = fit(rbm(), Exploding(), DATA, steps=10, checkpoint=path, checkpoint_every=1e9)
+    with pytest.raises(FloatingPointError):
+        list(run)
+    assert not path.exists()
+
+
+def test_checkpoints_at_the_front_door(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "run.safetensors"
+    options: dict[str, Any] = {"checkpoint": path, "batch_size": 4}
+    last(fit(rbm(), ContrastiveDivergence(), DATA, steps=2, resume=True, **options))  # nothing there yet: it begins
+    assert not list(path.parent.glob("*.part"))
+    with pytest.raises(ValueError, match="holds a training"):
+        fit(rbm(), ContrastiveDivergence(), DATA, steps=4, **options)
+    with pytest.raises(ValueError, match="settings of this training"):
+        fit(rbm(), Pseudolikelihood(), DATA, steps=4, resume=True, **options)
+    assert [step for step, _, _ in fit(rbm(), ContrastiveDivergence(), DATA, steps=4, resume=True, **options)] == [2, 3]
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match="must be a file that fit wrote"):
+        fit(rbm(), ContrastiveDivergence(), DATA, steps=6, resume=True, **options)
