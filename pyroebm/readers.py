@@ -146,9 +146,10 @@ def read_idx(path: Path) -> np.ndarray:
 
 def _from_npz(path: Path) -> dict[str, np.ndarray]:
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise ValueError("it holds one array")
+        file = np.load(path, allow_pickle=False)
+        if not isinstance(file, np.lib.npyio.NpzFile):
+            raise ValueError("it holds one array")
+        with file:
             names = {part: next((name for name in choices if name in file.files), None) for part, choices in NPZ.items()}
             there, found = file.files, {part: file[name] for part, name in names.items() if name is not None}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
