@@ -76,11 +76,15 @@ class Batches:
 def parameter_groups(modules: Iterable[nn.Module], weight_decay: float) -> list[dict[str, Any]]:
     """What is to be trained, in two groups: weights, which decay, and biases and scales (of one dimension or none), which do not.
 
+    Without decay it is one group, and what the optimizer does about it is its own affair.
+
     Example:
         >>> [len(group["params"]) for group in parameter_groups([nn.Linear(2, 3)], weight_decay=1e-4)]
         [1, 1]
     """
     trained = [p for module in modules for p in module.parameters() if p.requires_grad]
+    if not weight_decay:
+        return [{"params": trained}] if trained else []
     weights, others = [p for p in trained if p.dim() > 1], [p for p in trained if p.dim() <= 1]
     groups = [{"params": weights, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
@@ -130,7 +134,8 @@ def fit(
         optimizer: from groups of parameters to an optimizer, such as ``functools.partial(torch.optim.SGD, lr=0.01,
             momentum=0.5)``; None is ``Adam(lr=1e-3)``. With ``fused=True`` a step is a good deal faster.
         schedule: from the optimizer to one of ``torch.optim.lr_scheduler``, which takes a step after each of ours.
-        weight_decay: of tensors of two or more dimensions, as the optimizer understands it; biases do not decay.
+        weight_decay: of tensors of two or more dimensions, as the optimizer understands it; biases do not decay. 0 leaves the
+            matter to the optimizer.
         max_grad_norm: clip the gradient's norm to this; None does not.
         penalties: each called as ``penalty(energy, batch)`` and added to the loss, for example
             :class:`~pyroebm.objectives.Sparsity`.

@@ -163,7 +163,7 @@ def test_weights_decay_and_biases_do_not() -> None:
 
 def test_decay_of_biases_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     def all_alike(modules: Any, weight_decay: float) -> list[dict[str, Any]]:
-        return [group | {"weight_decay": weight_decay} for group in parameter_groups(modules, weight_decay)]
+        return [group | {"weight_decay": 0.1} for group in parameter_groups(modules, weight_decay)]
 
     monkeypatch.setattr(training, "parameter_groups", all_alike)
     with pytest.raises(AssertionError):
