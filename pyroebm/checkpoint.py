@@ -82,9 +82,10 @@ class Checkpoint:
             raise ValueError(f"checkpoint={str(self.path)!r} must be a file that fit wrote, whole, got {error}") from error
         if said["settings"] != self.settings:
             raise ValueError(f"the checkpoint must be of the settings of this training, {self.settings}, got {said['settings']}")
+        device = self.generator.device  # chains are made anew where they are loaded
         for name, module in self.modules.items():
             start = f"module.{name}."
-            module.load_state_dict({k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)})
+            module.load_state_dict({k.removeprefix(start): v.to(device) for k, v in tensors.items() if k.startswith(start)})
         like = {"optimizer": self.optimizer.state_dict(), "schedule": self._schedule()}
         states = unpack(said["states"], like, tensors)
         # JSON has no keys but text; an optimizer numbers its parameters.
