@@ -105,7 +105,8 @@ class Layers(NamedTuple):
         if self.is_gaussian(layer):
             noise = standard_normal(field.shape, generator, field.dtype, field.device)
             return field / self._precision() + self._precision().rsqrt() * noise
-        return (uniform(field.shape, generator, field.dtype, field.device) < torch.sigmoid(field)).to(field.dtype)
+        # in place: the comparison and its conversion would else take half as long as the noise
+        return uniform(field.shape, generator, field.dtype, field.device).lt_(torch.sigmoid(field.detach()))
 
     def energy(self, x: Sequence[Tensor]) -> Tensor:
         """E of all layers: a sequence of ``(*batch, n_l)`` to ``(*batch)``."""
