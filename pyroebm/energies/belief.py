@@ -189,7 +189,7 @@ class DeepBeliefNetwork(nn.Module):
         wide = [size for size in self.sizes[1:-1] if size > MAX_ENUMERATED]
         if wide:
             raise ValueError(
-                f"log p(v) sums over all states of hidden layers of sizes {self.sizes[1:-1]}, and 2^{MAX_ENUMERATED} are the most:"
+                f"log p(v) sums over all states of hidden layers {self.sizes[1:-1]}, and 2^{MAX_ENUMERATED} are the most:"
                 " bound it (variational_bound) or estimate it (importance_log_likelihood)"
             )
         if len(self.rbms) == 1:
