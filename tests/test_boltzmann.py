@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch.distributions import constraints
 
 from pyroebm import MCMC, BlockGibbs, Boltzmann, Energy, Gibbs
 from pyroebm.completion import complete
+from pyroebm.discriminative import Classifier
 from pyroebm.energies import (
     BernoulliRBM,
     BoltzmannMachine,
@@ -22,6 +24,8 @@ from pyroebm.energies import (
     GaussianRBM,
     Ising,
     Layers,
+    TiedRBM,
+    compose,
 )
 from pyroebm.energies.enumeration import all_bits
 from pyroebm.energies.layered import LayeredMachine
@@ -357,6 +361,49 @@ def test_a_tied_start_leaves_the_likelihood() -> None:
         net.grow(4)
     with pytest.raises(NotImplementedError, match="joint"):
         net(visible)
+
+
+def test_copies_of_layers_are_an_rbm_of_tied_weights() -> None:
+    rbm = oracle_rbm().requires_grad_(False)
+    v, h = all_bits(4, F64)[[3, 9]], all_bits(3, F64)[[1, 6]]
+    for copies in ((1, 1), (2, 1), (1, 2), (2, 2)):
+        tied = TiedRBM(rbm, copies)
+        x = torch.cat([v] * copies[0] + [h] * copies[1], 1)
+        torch.testing.assert_close(tied.joint()(x), copies[0] * copies[1] * rbm.joint()(torch.cat([v, h], 1)))
+        torch.testing.assert_close(tied.repeat(v), x[:, : 4 * copies[0]])
+
+
+@pytest.mark.parametrize("first", [oracle_rbm, lambda: gaussian("hinton")])
+def test_a_composed_machine_feels_half_of_each_neighbour(first: Callable[[], Any]) -> None:
+    bottom = first().requires_grad_(False)
+    top = BernoulliRBM(3, 2, weight=normal(3, 2, seed=8), visible_bias=normal(3, seed=9), dtype=F64).requires_grad_(False)
+    machine = compose([bottom, top]).requires_grad_(False)
+    x = machine.initial(4, torch.Generator().manual_seed(0))
+    v, h1, h2 = machine.layers().split(x)
+    below, above = TiedRBM(bottom, (2, 1)), TiedRBM(top, (1, 2))
+    from_below = below.layers().field(1, [below.repeat(v), None])
+    from_above = above.layers().field(0, [None, torch.cat([h2, h2], 1)])
+    torch.testing.assert_close(machine.layers().field(1, [v, h1, h2]), 0.5 * (from_below + from_above))
+    torch.testing.assert_close(machine.layers().field(0, [v, h1, h2]), below.layers().field(0, [None, h1])[:, : v.shape[1]])
+    with pytest.raises(ValueError, match="2 visible units"):
+        compose([bottom, BernoulliRBM(2, 2)])
+
+
+@pytest.mark.parametrize("sizes", [[4, 3, 2], [3, 4, 2, 3]])
+def test_a_classifier_starts_as_its_machine(sizes: list[int]) -> None:
+    """Its last hidden layer is that of mean field, or of the recognition pass."""
+    machine, net, v = deep(sizes).requires_grad_(False), network(sizes), all_bits(sizes[0], F64)
+    found: list[Tensor] = []
+    for model in (machine, net):
+        classifier = Classifier(model, 3, mean_field_steps=2000)
+        classifier.readout.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0].detach()))
+        assert classifier(v).shape == (len(v), 3)
+        assert 0.0 <= classifier.error(v, torch.zeros(len(v), dtype=torch.long)) <= 1.0
+    torch.testing.assert_close(found[0], machine.mean_field(v, 2000, 1e-12)[-1], atol=1e-5, rtol=0.0)
+    rbm = net.top
+    torch.testing.assert_close(found[2], torch.sigmoid(net.means_up(v) @ rbm.weight + rbm.hidden_bias))
+    with pytest.raises(ValueError, match="num_classes=1"):
+        Classifier(net, 1)
 
 
 #: What can be completed, and the number of its visible units.

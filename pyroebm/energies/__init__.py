@@ -6,6 +6,7 @@ from pyroebm.energies.deep import DeepBoltzmannMachine
 from pyroebm.energies.lattice import Ising, Potts
 from pyroebm.energies.layers import Layers
 from pyroebm.energies.rbm import BernoulliRBM, GaussianRBM
+from pyroebm.energies.tied import TiedRBM, compose
 
 __all__ = [
     "BernoulliRBM",
@@ -16,4 +17,6 @@ __all__ = [
     "Ising",
     "Layers",
     "Potts",
+    "TiedRBM",
+    "compose",
 ]

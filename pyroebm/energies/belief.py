@@ -61,14 +61,15 @@ class DeepBeliefNetwork(nn.Module):
     @property
     def sizes(self) -> list[int]:
         """Units of each layer."""
-        return [len(self._rbm(0).visible_bias), *(len(self._rbm(k).hidden_bias) for k in range(len(self.rbms)))]
+        return [len(self.rbm(0).visible_bias), *(len(self.rbm(k).hidden_bias) for k in range(len(self.rbms)))]
 
     @property
     def top(self) -> BernoulliRBM:
         """The undirected layer, an energy over the layer below it."""
-        return self._rbm(-1)
+        return self.rbm(-1)
 
-    def _rbm(self, k: int) -> BernoulliRBM:
+    def rbm(self, k: int) -> BernoulliRBM:
+        """Layer k from below; -1 is the top."""
         rbm = self.rbms[k]
         if not isinstance(rbm, BernoulliRBM):
             raise ValueError(f"rbms[{k}] must be a BernoulliRBM, got {type(rbm).__name__}")
@@ -99,7 +100,7 @@ class DeepBeliefNetwork(nn.Module):
         """Draws of the hidden layers below the top's, bottom up by the recognition laws: ``layers`` of them (None: all)."""
         states = [visible]
         for k in range(len(self.rbms) - 1 if layers is None else layers):
-            parts = self._rbm(k).layers()
+            parts = self.rbm(k).layers()
             states.append(parts.draw(1, parts.field(1, [states[-1], None]), generator))
         return states[1:]
 
@@ -107,13 +108,13 @@ class DeepBeliefNetwork(nn.Module):
         """Recognition means of the top's visible layer, bottom up: the data that the top is trained on, as probabilities."""
         mean = visible
         for k in range(len(self.rbms) - 1):
-            mean = torch.sigmoid(mean @ self._rbm(k).weight + self._rbm(k).hidden_bias)
+            mean = torch.sigmoid(mean @ self.rbm(k).weight + self.rbm(k).hidden_bias)
         return mean
 
     def down(self, hidden: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """A draw of the visible units given the top's visible layer, one pass down."""
         for k in range(len(self.rbms) - 2, -1, -1):
-            parts = self._rbm(k).layers()
+            parts = self.rbm(k).layers()
             hidden = parts.draw(0, parts.field(0, [None, hidden]), generator)
         return hidden
 
@@ -136,7 +137,7 @@ class DeepBeliefNetwork(nn.Module):
         r""":math:`\log p^*(v, h) - \log q(h \mid v)` of draws of q, shape ``(num_samples, *batch)``; log Z is left out."""
         below, total = visible.expand(num_samples, *visible.shape), torch.zeros((), dtype=visible.dtype, device=visible.device)
         for k in range(len(self.rbms) - 1):
-            rbm = self._rbm(k)
+            rbm = self.rbm(k)
             parts = rbm.layers()
             field = parts.field(1, [below, None])
             above = parts.draw(1, field, generator)
@@ -197,7 +198,7 @@ class DeepBeliefNetwork(nn.Module):
         log_p = -self.top(all_bits(self.sizes[-2], visible.dtype, visible.device))
         for k in range(len(self.rbms) - 2, -1, -1):
             above = all_bits(self.sizes[k + 1], visible.dtype, visible.device)
-            field = self._rbm(k).layers().field(0, [None, above])
+            field = self.rbm(k).layers().field(0, [None, above])
             below = visible if k == 0 else all_bits(self.sizes[k], visible.dtype, visible.device)
             conditional = below @ field.mT - softplus(field).sum(-1)  # (*batch, states above)
             log_p = torch.logsumexp(conditional + log_p, -1)
@@ -247,7 +248,7 @@ class BeliefJoint(Energy):
         parts = x.split(self.network.sizes, -1)
         total = self.network.top.layers().energy(parts[-2:])
         for k in range(len(parts) - 2):
-            total = total - _log_bits(parts[k], self.network._rbm(k).layers().field(0, [None, parts[k + 1]]))
+            total = total - _log_bits(parts[k], self.network.rbm(k).layers().field(0, [None, parts[k + 1]]))
         return total
 
     @property

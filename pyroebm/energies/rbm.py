@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
 from pyroebm.energies.layered import LayeredMachine, check_sizes, parameter
@@ -21,6 +21,10 @@ class RBM(LayeredMachine):
         >>> issubclass(BernoulliRBM, RBM), issubclass(GaussianRBM, RBM)
         (True, True)
     """
+
+    weight: nn.Parameter
+    visible_bias: nn.Parameter
+    hidden_bias: nn.Parameter
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers().free_energy([x, None])
