@@ -29,6 +29,10 @@ class RBM(LayeredMachine):
     def forward(self, x: Tensor) -> Tensor:
         return self.layers().free_energy([x, None])
 
+    def fit_visible(self, data: Tensor) -> None:
+        """Set what the visible units are without hidden ones from data, shape ``(n, num_visible)``."""
+        raise NotImplementedError(f"{type(self).__name__} must define fit_visible(data)")
+
     def marginal(self) -> RBM:
         """Itself: the hidden units are summed out."""
         return self
