@@ -5,17 +5,30 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pyro.distributions as dist
 import pytest
 import torch
 from checks import mean_and_se, within_se
 from torch import Tensor
+from tqdm import tqdm
 
-from pyroebm import HMC, MALA, MCMC, ULA, BlockGibbs, Energy, Gibbs, partition, spin
-from pyroebm.energies import BernoulliRBM, GaussianRBM, Ising, Layers, Potts
+from pyroebm import HMC, MALA, MCMC, ULA, BlockGibbs, Energy, Gibbs, Path, partition, spin
+from pyroebm.energies import (
+    BernoulliRBM,
+    BoltzmannMachine,
+    DeepBeliefNetwork,
+    DeepBoltzmannMachine,
+    GaussianRBM,
+    Ising,
+    Layers,
+    Potts,
+)
 from pyroebm.energies.enumeration import all_bits
-from pyroebm.energies.layered import LayeredEnergy
+from pyroebm.energies.layered import LayeredEnergy, LayeredMachine
+from pyroebm.kernels.gibbs import conditional_logits, offered_logits
+from pyroebm.kernels.sites import to_sites
 from pyroebm.partition import Bracket, LayeredPath, LayerGibbs, LogZ, annealing, bridging, estimators, layered, walk
 from pyroebm.partition.bases import IndependentLayers
 from pyroebm.partition.result import from_weights
@@ -69,6 +82,21 @@ def data_of(energy: Energy) -> Tensor:
     if isinstance(energy, GaussianRBM):
         return 1.5 * torch.randn(200, 2, generator=generator, dtype=F64) + 1.0
     return (torch.rand(200, 4, generator=generator) < torch.tensor([0.8, 0.2, 0.6, 0.2])).double()
+
+
+def randomised(machine: Any, seed: int = 11) -> Any:
+    """The machine with normal numbers for parameters."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in machine.parameters():
+            parameter.copy_(0.8 * torch.randn(parameter.shape, generator=generator, dtype=F64))
+    return machine
+
+
+def boltzmann() -> BoltzmannMachine:
+    """Nine spins, three of them hidden, each tied to each."""
+    weight = 0.5 * torch.randn(9, 9, generator=torch.Generator().manual_seed(12), dtype=F64).triu(1)
+    return BoltzmannMachine(6, 3, units="spins", weight=weight + weight.mT, dtype=F64)
 
 
 class Spins(Energy):
@@ -145,11 +173,6 @@ def test_quadrature_says_where_it_is_not_exact() -> None:
 # Every estimator, within three standard errors
 
 
-def truth_of(energy: Energy) -> float:
-    """By enumeration, or what a target knows of itself."""
-    return partition.exact(energy).value
-
-
 ISING = Ising((3, 3), 0.4406868, dtype=F64)
 RUNS: dict[str, tuple[Energy, Callable[[Energy], LogZ], float]] = {}
 
@@ -205,10 +228,25 @@ run(
     DoubleWell(dtype=F64),
     lambda e: partition.bridge(e, base=Gaussian(torch.tensor(0.0, dtype=F64), scale=2.0)),
 )
-run("TI RBM", rbm(), lambda e: partition.thermodynamic_integration(e, base(e), num_temperatures=8, num_samples=300))
-run("TI GRBM", grbm(), lambda e: partition.thermodynamic_integration(e, base(e), num_temperatures=16, num_samples=300))
-run("TI deep", deep(), lambda e: partition.thermodynamic_integration(e, num_temperatures=16, num_samples=300))
+run("TI RBM", rbm(), lambda e: partition.thermodynamic_integration(e, base(e), num_temperatures=8, num_samples=150))
+run("TI GRBM", grbm(), lambda e: partition.thermodynamic_integration(e, base(e), num_temperatures=16, num_samples=150))
+run("TI deep", deep(), lambda e: partition.thermodynamic_integration(e, num_temperatures=16, num_samples=150))
 run("TI Ising", ISING, lambda e: partition.thermodynamic_integration(e, num_temperatures=10, num_samples=100, warmup_steps=60))
+run(
+    "TI double well",
+    DoubleWell(dtype=F64),
+    lambda e: partition.thermodynamic_integration(e, Gaussian(torch.tensor(0.0, dtype=F64), scale=1.5), None, 12, 100, 100),
+)
+run("AIS Boltzmann machine", boltzmann(), lambda e: partition.ais(e, betas=60), 0.3)
+run("AIS DBM", randomised(DeepBoltzmannMachine((4, 3, 2), dtype=F64)), lambda e: partition.ais(e, betas=100))
+run("AIS DBM of four layers", randomised(DeepBoltzmannMachine((3, 4, 3, 2), dtype=F64)), lambda e: partition.ais(e, betas=100))
+run(
+    "AIS Gaussian DBM",
+    randomised(DeepBoltzmannMachine((2, 3, 2), visible="gaussian", dtype=F64)),
+    lambda e: partition.ais(e, betas=100),
+)
+run("reverse DBM", randomised(DeepBoltzmannMachine((4, 3, 2), dtype=F64)), lambda e: partition.reverse_ais(e, betas=100))
+run("AIS DBN", randomised(DeepBeliefNetwork((3, 3, 2), dtype=F64)).joint(), lambda e: partition.ais(e, betas=60), 0.3)
 run(
     "importance",
     DoubleWell(dtype=F64),
@@ -221,7 +259,7 @@ def test_all_agree_with_the_exact_value(name: str) -> None:
     energy, estimate, most = RUNS[name]
     result = estimate(energy)
     assert result.standard_error < most
-    within_se(result.value, truth_of(energy), result.standard_error, k=3.0, what=f"log Z ({result})")
+    within_se(result.value, partition.exact(energy).value, result.standard_error, k=3.0, what=f"log Z ({result})")
 
 
 def test_bridge_counts_what_the_draws_of_a_chain_are_worth() -> None:
@@ -316,7 +354,7 @@ BIASED: dict[str, tuple[Energy, Callable[[Energy], LogZ]]] = {
 
 def unbiased(name: str) -> Tensor:
     energy, estimate = BIASED[name]
-    found = ratio(estimate(energy), truth_of(energy))
+    found = ratio(estimate(energy), partition.exact(energy).value)
     mean, se = mean_and_se(found)
     within_se(mean, 1.0, se, what=f"Z over its truth ({name})")
     return found
@@ -519,15 +557,35 @@ def test_base_rates_are_those_of_the_data() -> None:
 
 
 @pytest.mark.parametrize("machine", [rbm(), rbm().joint(), grbm(), grbm().joint(), deep(), deep(True)])
-def test_independent_layers_are_a_density_with_its_draws(machine: Energy) -> None:
-    energy = IndependentLayers(partition.base_rates(machine), machine)
-    draws = energy.sample(4000, torch.Generator().manual_seed(1))
-    assert draws.shape == (4000, *machine.event_shape)
-    mean, se = mean_and_se((machine.log_ratio(draws[:1], draws) * 0 + energy(draws)))
-    entropy = float(mean) + energy.log_z
-    assert math.isfinite(entropy)
+def test_independent_layers_are_a_density_with_its_draws(machine: LayeredMachine) -> None:
+    energy = IndependentLayers(partition.base_rates(machine), machine)  # type: ignore[arg-type]
+    assert energy.sample(7, torch.Generator().manual_seed(1)).shape == (7, *machine.event_shape)
     result = partition.bridge(machine, base=energy)
     within_se(result.value, partition.exact(machine).value, result.standard_error)
+
+
+def test_a_path_by_sites_has_the_logits_of_its_energies() -> None:
+    """The path offers what both ends offer; without it Gibbs takes the energies, and draws the same."""
+    start = partition.base_rates(ISING, ISING.initial(50, torch.Generator().manual_seed(1)))
+    path = Path(ISING, torch.tensor([0.0, 0.3, 1.0]), start)
+    x, site = ISING.initial(3, torch.Generator().manual_seed(2)), torch.tensor([0, 4, 8])
+    spins = torch.tensor([[-1.0], [1.0]], dtype=F64)
+    offered = offered_logits(path, to_sites(x, spins), site, spins).log_softmax(1)
+    torch.testing.assert_close(offered, conditional_logits(path, to_sites(x, spins), site, spins).log_softmax(1))
+    assert not hasattr(Path(ISING, 0.5, ISING * 0.5), "site_logits")
+
+
+def test_bars_are_off_where_nobody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+
+    def watched(**settings: object) -> object:
+        asked.append((settings["disable"], settings["total"]))
+        return tqdm(**settings)
+
+    monkeypatch.setattr(walk, "tqdm", watched)
+    for progress in (None, True, False):
+        partition.ais(rbm(), betas=5, progress=progress)
+    assert asked == [(None, 5), (False, 5), (True, 5)]  # None: tqdm looks whether it writes to a terminal
 
 
 def test_same_seed_same_weights() -> None:

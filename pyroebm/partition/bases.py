@@ -56,6 +56,10 @@ class IndependentSites(Energy):
         sites = x.reshape(*batch, len(self.log_p), 1, -1)
         return -((sites == self.values).all(-1) * self.log_p).flatten(len(batch)).sum(-1)
 
+    def site_logits(self, x: Tensor, site: Tensor) -> Tensor:
+        """The log-probabilities of one site of each row, ``(chains, K)``: what the Gibbs kernels ask for."""
+        return self.log_p[site]
+
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         cdf = self.log_p.double().softmax(1).cumsum(1)
         noise = uniform((n, len(cdf), 1), generator, torch.float64, self.device)
