@@ -237,6 +237,11 @@ run(
     DoubleWell(dtype=F64),
     lambda e: partition.thermodynamic_integration(e, Gaussian(torch.tensor(0.0, dtype=F64), scale=1.5), None, 12, 100, 100),
 )
+run(
+    "importance RBM",
+    rbm(),
+    lambda e: partition.importance(e, dist.Bernoulli(torch.full((4,), 0.5, dtype=F64)).to_event(1), 5_000),
+)
 run("AIS Boltzmann machine", boltzmann(), lambda e: partition.ais(e, betas=60), 0.3)
 run("AIS DBM", randomised(DeepBoltzmannMachine((4, 3, 2), dtype=F64)), lambda e: partition.ais(e, betas=100))
 run("AIS DBM of four layers", randomised(DeepBoltzmannMachine((3, 4, 3, 2), dtype=F64)), lambda e: partition.ais(e, betas=100))
@@ -532,6 +537,8 @@ def test_a_schedule_evens_out_the_increments() -> None:
         )
         spread[name] = float(speed.std() / speed.mean())
     assert spread["tuned"] < 0.7 * spread["even"], spread
+    halves = partition.schedule(HalfDisc(dtype=F64), 5, Gaussian(torch.tensor(0.0, dtype=F64)), MALA(0.5), pilot=10)
+    assert len(halves) == 6  # draws outside of the disc are left out
     result = partition.ais(strong, betas=betas)
     within_se(result.value, partition.exact(strong).value, result.standard_error, k=3.0)
 

@@ -210,6 +210,7 @@ def schedule(
 
     Raises:
         ValueError: as :func:`ais`.
+        FloatingPointError: if the weights have no finite spread.
 
     Example:
         >>> from pyroebm.energies import BernoulliRBM
@@ -217,13 +218,20 @@ def schedule(
         >>> schedule(rbm, 4).diff().argmin()  # half-way the units begin to hold together
         tensor(1)
     """
-    check_counts({"num_temperatures": 1, "pilot": 1}, num_temperatures, pilot)
+    check_counts({"num_temperatures": 1, "pilot": 1, "num_chains": 2}, num_temperatures, pilot, num_chains)
     steps, generator = _front_door(energy, kernel, pilot, num_chains), seeded_generator(seed, energy.device)
     with eval_mode(energy), torch.no_grad():
         path: Any = _path(energy, base, kernel, generator)
-        layered = isinstance(path, LayeredPath)
-        state = path.draw_base(num_chains, generator) if layered else path.reference.sample(num_chains, generator)
+        if isinstance(path, LayeredPath):
+            state: Any = path.draw_base(num_chains, generator)
+        else:
+            state = path.reference.sample(num_chains, generator)
+            state = state[path.alive(state, *steps[:2])]
         speed = [float(term.std()) for term in increments(path, state, steps, generator, progress)]
+    if not np.isfinite(speed).all():
+        raise FloatingPointError(
+            "the weights of the short run have no finite spread: an energy is not finite, or one chain is left"
+        )
     # a stretch without any spread still gets a temperature now and then
     length = np.concatenate([[0.0], np.cumsum(np.maximum(speed, 1e-2 * max(max(speed), 1e-12)))])
     betas = torch.as_tensor(np.interp(np.linspace(0.0, length[-1], num_temperatures + 1), length, steps))

@@ -62,6 +62,7 @@ class LayeredPath:
         self.base, self.target = _detached(base), _detached(target)
         self.kept, self.summed = sorted(target.sides(), key=lambda side: sum(target.sizes[layer] for layer in side))
         self.log_z = log_z_of_independent(self.base)
+        self.offset = float(self.target.offset) - float(self.base.offset)
         ends = self.target.precision, self.base.precision
         self.curvature = None if ends[0] is None or ends[1] is None else ends[0] - ends[1]
 
@@ -77,7 +78,7 @@ class LayeredPath:
     def log_weight(self, walkers: Walkers, beta: float, then: float) -> Tensor:
         r""":math:`\log w_\beta^{\beta'}` in float64, shape ``(rows,)``. Units are subtracted before they are summed."""
         now, later = _on_the_way(self.base, self.target, beta), _on_the_way(self.base, self.target, then)
-        total: Any = float(now.offset) - float(later.offset)
+        total: Any = (beta - then) * self.offset
         for layer, field in walkers.fields.items():
             bias = self.base.biases[layer]
             before, after = torch.lerp(bias, field, beta), torch.lerp(bias, field, then)

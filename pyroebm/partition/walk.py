@@ -59,17 +59,22 @@ class KernelPath:
         moved: Tensor = state.x
         return moved
 
-    def total_weight(self, x: Tensor, betas: Sequence[float], generator: torch.Generator | None, progress: bool | None) -> Tensor:
-        """:func:`total_weight` of rows that may begin where the other end has no density: weight 0, and nothing to move.
+    def alive(self, x: Tensor, beta: float, then: float) -> Tensor:
+        """Which rows do not begin where the other end has no density: those have weight 0 from the start, and cannot be moved.
 
         Raises:
-            FloatingPointError: if an energy is NaN or -inf at a start.
+            FloatingPointError: if an energy is NaN or -inf.
         """
-        first = self.log_weight(x, betas[0], betas[1])
+        first = self.log_weight(x, beta, then)
         wrong = int((first.isnan() | (first == math.inf)).sum())
         if wrong:
             raise FloatingPointError(f"an energy is NaN or -inf at {wrong} of {len(x)} draws that the walk starts from")
-        log_weights, alive = first.clone(), first > -math.inf
+        return first > -math.inf
+
+    def total_weight(self, x: Tensor, betas: Sequence[float], generator: torch.Generator | None, progress: bool | None) -> Tensor:
+        """:func:`total_weight` of all rows, alive or not."""
+        alive = self.alive(x, *betas[:2])
+        log_weights = torch.full((len(x),), -math.inf, dtype=torch.float64, device=x.device)
         if bool(alive.any()):
             log_weights[alive] = total_weight(self, x[alive], betas, generator, progress)
         return log_weights
