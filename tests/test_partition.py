@@ -195,6 +195,13 @@ run("AIS GRBM by HMC", grbm(), lambda e: partition.ais(e, Gaussian(torch.zeros(2
 run("AIS deep", deep(), lambda e: partition.ais(e, betas=200))
 run("AIS deep Gaussian", deep(True), lambda e: partition.ais(e, betas=200))
 run("AIS Ising", ISING, lambda e: partition.ais(e, betas=60), 0.2)
+for side, coupling, steps in ((4, 0.2, 30), (4, 0.4406868, 100), (8, 0.2, 40), (8, 0.4406868, 80)):
+    run(
+        f"AIS Ising {side}, {coupling}",
+        Ising((side, side), coupling, dtype=F64),
+        lambda e, n=steps: partition.ais(e, betas=n),
+        0.4,
+    )
 run("AIS Ising in order", Ising((3, 3), 0.6, dtype=F64), lambda e: partition.ais(e, betas=60), 0.4)
 run(
     "AIS double well", DoubleWell(dtype=F64), lambda e: partition.ais(e, dist.Normal(torch.tensor(0.0, dtype=F64), 2.0), betas=60)
@@ -370,6 +377,19 @@ def test_weights_are_unbiased_and_logs_on_their_side(name: str) -> None:
     side = 1.0 if "reverse" in name else -1.0
     mean, se = mean_and_se(-side * unbiased(name).log())  # log Z by each chain, less its truth
     assert side * mean > 5 * se, f"Jensen's gap must be seen on its side: {mean} +- {se}"
+
+
+def test_standard_errors_are_the_spread_of_repeated_runs() -> None:
+    repeats, strong = 120, randomised(BernoulliRBM(5, 4, dtype=F64))
+    brackets = [partition.bracket(strong, betas=6, num_chains=200, seed=seed) for seed in range(repeats)]
+    for part in ("forward", "reverse", "combined"):
+        found = torch.tensor([[getattr(b, part).value, getattr(b, part).standard_error] for b in brackets], dtype=F64)
+        said, spread = found[:, 1].square().mean().sqrt(), found[:, 0].std()
+        within_se(said / spread, 1.0, 1.0 / math.sqrt(2 * (repeats - 1)), what=f"standard error of {part} over its truth")
+    truth = partition.exact(strong).value
+    within_se(found[:, 0].mean(), truth, spread / math.sqrt(repeats), what="the acceptance ratio's mean")
+    widths = torch.tensor([b.width for b in brackets], dtype=F64)
+    assert widths.mean() > 5 * widths.std() / math.sqrt(repeats)
 
 
 def test_start_may_be_visible_or_of_all_units() -> None:
