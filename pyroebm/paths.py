@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +32,9 @@ class Path(Energy):
             ``(rows, ..., *event)``.
         reference: :math:`V`, of the same event shape, support and dtype.
 
+    Attributes:
+        site_logits: as :class:`pyroebm.kernels.gibbs.HasSiteLogits` has it, where both ends do; else there is no such attribute.
+
     Raises:
         ValueError: if a beta is outside [0, 1], or if the reference does not fit the energy.
 
@@ -53,6 +57,11 @@ class Path(Energy):
         if reference is not None:
             _check_reference(energy, reference)
         self.energy, self.reference, self.betas = energy, reference, at
+        ends: list[Any] = [
+            end.energy if isinstance(end, Unconstrained) else end for end in (energy, reference) if end is not None
+        ]
+        if all(hasattr(end, "site_logits") for end in ends):
+            self._offers, self.site_logits = [end.site_logits for end in ends], self._site_logits
 
     def forward(self, x: Tensor) -> Tensor:
         beta = self._beside(x)
@@ -65,6 +74,12 @@ class Path(Energy):
 
     def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         return self.energy.initial(n, generator)
+
+    def _site_logits(self, x: Tensor, site: Tensor) -> Tensor:
+        """What :class:`pyroebm.kernels.gibbs.HasSiteLogits` asks for, where both ends have it."""
+        beta = self._beside(x).unsqueeze(-1)
+        target, *reference = (offer(x, site) for offer in self._offers)
+        return beta * target + (1.0 - beta) * reference[0] if reference else beta * target
 
     def _beside(self, x: Tensor) -> Tensor:
         batch = self.batch_shape(x)

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from scipy.stats import rankdata
 from torch import Tensor
 
-__all__ = ["plot_energy_levels", "plot_mode_masses", "plot_potential", "plot_rank", "plot_trace"]
+__all__ = ["plot_energy_levels", "plot_images", "plot_mode_masses", "plot_potential", "plot_rank", "plot_trace"]
 
 TRUTH, ESTIMATE = "black", "tab:red"
 
@@ -172,4 +172,48 @@ def plot_energy_levels(energy: Tensor | np.ndarray, bins: int = 60, ax: Axes | N
         ax.stairs(np.histogram(values, edges, density=True)[0], edges, color=color, lw=1.5, label=label)
     ax.set(xlabel="Hamiltonian - mean", ylabel="density")
     ax.legend(frameon=False)
+    return ax
+
+
+def plot_images(
+    images: Tensor | np.ndarray,
+    shape: tuple[int, int],
+    columns: int | None = None,
+    limits: tuple[float, float] | None = (0.0, 1.0),
+    ax: Axes | None = None,
+) -> Axes:
+    """Images side by side on a grid: data, samples, receptive fields, completions.
+
+    Args:
+        images: shape ``(n, pixels)``.
+        shape: height and width of one, in pixels.
+        columns: images of one row; None makes the grid about square.
+        limits: values that are black and white; None scales each image by its own largest absolute value, 0 in the middle, as
+            receptive fields want it.
+        ax: axes to draw on.
+
+    Raises:
+        ValueError: if ``images`` has other than height times width pixels.
+
+    Example:
+        >>> plot_images(torch.rand(10, 6), (2, 3)).get_title()
+        ''
+    """
+    ax, rows = _axes(ax), _array(images)
+    height, width = shape
+    if rows.ndim != 2 or rows.shape[1] != height * width or not len(rows):
+        raise ValueError(f"images must have shape (n, {height * width}) for shape={shape}, got {rows.shape}")
+    columns = int(np.ceil(np.sqrt(len(rows)))) if columns is None else columns
+    if limits is None:
+        largest = np.abs(rows).max(1, keepdims=True)
+        rows, limits = rows / np.where(largest > 0.0, largest, 1.0), (-1.0, 1.0)
+    lines = -(-len(rows) // columns)
+    canvas = np.full((lines * (height + 1) - 1, columns * (width + 1) - 1), np.nan)
+    for k, image in enumerate(rows):
+        top, left = k // columns * (height + 1), k % columns * (width + 1)
+        canvas[top : top + height, left : left + width] = image.reshape(height, width)
+    ax.set_facecolor("lightsteelblue")  # what shows between the images
+    ax.imshow(canvas, cmap="gray", vmin=limits[0], vmax=limits[1], interpolation="nearest")
+    ax.set_xticks([])
+    ax.set_yticks([])
     return ax

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,7 +66,15 @@ def same_support(a: Constraint, b: Constraint) -> bool:
     a, b = base_constraint(a), base_constraint(b)
     if type(a) is not type(b) or vars(a).keys() != vars(b).keys():
         return False
-    return all(torch.equal(torch.as_tensor(vars(a)[name]), torch.as_tensor(vars(b)[name])) for name in vars(a))
+    return all(_same_setting(vars(a)[name], vars(b)[name]) for name in vars(a))
+
+
+def _same_setting(a: Any, b: Any) -> bool:
+    if isinstance(a, Constraint):
+        return isinstance(b, Constraint) and same_support(a, b)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(_same_setting, a, b))
+    return torch.equal(torch.as_tensor(a), torch.as_tensor(b))
 
 
 def inside(support: Constraint, x: Tensor, event_dims: int) -> Tensor:
@@ -139,6 +148,10 @@ def draw_initial(
     def noise(size: Sequence[int]) -> Tensor:
         return uniform(size, generator, dtype, device)
 
+    if isinstance(base, constraints.cat):
+        shapes = [[*shape[:-1], length] for length in base.lengths]
+        parts = [draw_initial(part, s, generator, dtype, device) for part, s in zip(base.cseq, shapes, strict=True)]
+        return torch.cat(parts, -1)
     if isinstance(base, type(constraints.boolean)):
         return (noise(shape) < 0.5).to(dtype)
     if isinstance(base, _Spin):

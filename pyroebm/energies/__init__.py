@@ -1,7 +1,22 @@
 """Energies of the systems that the field works with."""
 
+from pyroebm.energies.belief import DeepBeliefNetwork
+from pyroebm.energies.boltzmann import BoltzmannMachine
+from pyroebm.energies.deep import DeepBoltzmannMachine
 from pyroebm.energies.lattice import Ising, Potts
 from pyroebm.energies.layers import Layers
 from pyroebm.energies.rbm import BernoulliRBM, GaussianRBM
+from pyroebm.energies.tied import TiedRBM, compose
 
-__all__ = ["BernoulliRBM", "GaussianRBM", "Ising", "Layers", "Potts"]
+__all__ = [
+    "BernoulliRBM",
+    "BoltzmannMachine",
+    "DeepBeliefNetwork",
+    "DeepBoltzmannMachine",
+    "GaussianRBM",
+    "Ising",
+    "Layers",
+    "Potts",
+    "TiedRBM",
+    "compose",
+]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
 from pyroebm.energies.layered import LayeredMachine, check_sizes, parameter
@@ -22,8 +22,16 @@ class RBM(LayeredMachine):
         (True, True)
     """
 
+    weight: nn.Parameter
+    visible_bias: nn.Parameter
+    hidden_bias: nn.Parameter
+
     def forward(self, x: Tensor) -> Tensor:
         return self.layers().free_energy([x, None])
+
+    def fit_visible(self, data: Tensor) -> None:
+        """Set what the visible units are without hidden ones from data, shape ``(n, num_visible)``."""
+        raise NotImplementedError(f"{type(self).__name__} must define fit_visible(data)")
 
     def marginal(self) -> RBM:
         """Itself: the hidden units are summed out."""

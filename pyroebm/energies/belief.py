@@ -1,0 +1,262 @@
+"""The deep belief network: a restricted Boltzmann machine on top, sigmoid layers below it. A distribution, not an energy."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import constraints
+from torch.nn.functional import logsigmoid, softplus
+
+from pyroebm.energies.enumeration import all_bits
+from pyroebm.energies.layered import check_sizes, layer_names
+from pyroebm.energies.rbm import BernoulliRBM
+from pyroebm.energy import Energy
+
+__all__ = ["BeliefJoint", "DeepBeliefNetwork"]
+
+#: Units of one hidden layer that :meth:`DeepBeliefNetwork.log_likelihood` enumerates.
+MAX_ENUMERATED = 14
+
+
+class DeepBeliefNetwork(nn.Module):
+    r"""Deep belief network (Hinton, Osindero and Teh, 2006) of bits.
+
+    .. math:: p(v, h_1, \ldots, h_L) = p(v \mid h_1) \cdots p(h_{L-2} \mid h_{L-1})\, p(h_{L-1}, h_L), \qquad
+        p(h_{l-1} = 1 \mid h_l) = \sigma(W_l h_l + b_l)
+
+    It is no :class:`pyroebm.Energy` of v: :math:`p(v)` sums over all hidden states and has no closed form, not even unnormalised.
+    Its ``top`` is one, and so is :meth:`joint`, the energy over all units, whose log Z is that of the top. Each layer is kept as
+    the RBM that it was trained as: W and the visible bias b go down, W and the hidden bias make the recognition law
+    :math:`q(h_l \mid h_{l-1}) = \sigma(W^\top h_{l-1} + c)`.
+
+    Args:
+        sizes: units of each layer, the visible one first; at least two (a single RBM).
+        dtype: floating-point type; None for torch's default.
+
+    Attributes:
+        rbms: the layers from below, the last of them ``top``.
+
+    Raises:
+        ValueError: if there are fewer than two layers or a size is below 1.
+
+    Example:
+        >>> network = DeepBeliefNetwork([4, 3])
+        >>> network.grow(4)  # the tied start: the transposed weights of the layer below
+        >>> v = torch.tensor([[1.0, 0.0, 1.0, 0.0]])
+        >>> torch.allclose(network.log_likelihood(v), network.rbms[0].log_likelihood(v), atol=1e-5)
+        True
+    """
+
+    def __init__(self, sizes: Sequence[int], *, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        if len(sizes) < 2:
+            raise ValueError(f"sizes must name two layers or more, got sizes={list(sizes)}")
+        check_sizes("DeepBeliefNetwork", **{f"sizes[{k}]": size for k, size in enumerate(sizes)})
+        self.rbms = nn.ModuleList([BernoulliRBM(a, b, dtype=dtype) for a, b in itertools.pairwise(sizes)])
+
+    @property
+    def sizes(self) -> list[int]:
+        """Units of each layer."""
+        return [len(self.rbm(0).visible_bias), *(len(self.rbm(k).hidden_bias) for k in range(len(self.rbms)))]
+
+    @property
+    def top(self) -> BernoulliRBM:
+        """The undirected layer, an energy over the layer below it."""
+        return self.rbm(-1)
+
+    def rbm(self, k: int) -> BernoulliRBM:
+        """Layer k from below; -1 is the top."""
+        rbm = self.rbms[k]
+        if not isinstance(rbm, BernoulliRBM):
+            raise ValueError(f"rbms[{k}] must be a BernoulliRBM, got {type(rbm).__name__}")
+        return rbm
+
+    def grow(self, num_hidden: int, tied: bool = True) -> None:
+        r"""Put a new RBM on top.
+
+        Args:
+            num_hidden: its hidden units.
+            tied: start it from the transposed weights and swapped biases of the one below, which leaves the likelihood as it is
+                (Hinton, Osindero and Teh, 2006); its hidden units are then as many as the visible ones of that.
+
+        Raises:
+            ValueError: if a tied start has another number of units.
+        """
+        below = self.top
+        visible, hidden = below.weight.shape
+        if tied and num_hidden != visible:
+            raise ValueError(
+                f"a tied start needs num_hidden={visible}, the units below the top layer, got num_hidden={num_hidden}"
+            )
+        start = {"weight": below.weight.mT, "hidden_bias": below.visible_bias} if tied else {}
+        fresh = BernoulliRBM(hidden, num_hidden, visible_bias=below.hidden_bias, dtype=below.dtype, **start)
+        self.rbms.append(fresh.to(below.device))
+
+    def up(self, visible: Tensor, layers: int | None = None, generator: torch.Generator | None = None) -> list[Tensor]:
+        """Draws of the hidden layers below the top's, bottom up by the recognition laws: ``layers`` of them (None: all)."""
+        states = [visible]
+        for k in range(len(self.rbms) - 1 if layers is None else layers):
+            parts = self.rbm(k).layers()
+            states.append(parts.draw(1, parts.field(1, [states[-1], None]), generator))
+        return states[1:]
+
+    def means_up(self, visible: Tensor) -> Tensor:
+        """Recognition means of the top's visible layer, bottom up: the data that the top is trained on, as probabilities."""
+        mean = visible
+        for k in range(len(self.rbms) - 1):
+            mean = torch.sigmoid(mean @ self.rbm(k).weight + self.rbm(k).hidden_bias)
+        return mean
+
+    def down(self, hidden: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """A draw of the visible units given the top's visible layer, one pass down."""
+        for k in range(len(self.rbms) - 2, -1, -1):
+            parts = self.rbm(k).layers()
+            hidden = parts.draw(0, parts.field(0, [None, hidden]), generator)
+        return hidden
+
+    def sample(self, n: int, generator: torch.Generator | None = None, gibbs_steps: int = 1000) -> Tensor:
+        """``n`` draws of v: of the top, and one pass down.
+
+        Exact where the top can be enumerated, else after ``gibbs_steps`` of Gibbs sampling in it, from its visible biases.
+        """
+        with torch.no_grad():
+            if self.top.has_exact_draws:
+                return self.down(self.top.sample(n, generator), generator)
+            layers = self.top.layers()
+            state = layers.draw(0, self.top.visible_bias.expand(n, -1), generator)
+            for _ in range(gibbs_steps):
+                hidden = layers.draw(1, layers.field(1, [state, None]), generator)
+                state = layers.draw(0, layers.field(0, [None, hidden]), generator)
+            return self.down(state, generator)
+
+    def log_weights(self, visible: Tensor, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
+        r""":math:`\log p^*(v, h) - \log q(h \mid v)` of draws of q, shape ``(num_samples, *batch)``; log Z is left out."""
+        below, total = visible.expand(num_samples, *visible.shape), torch.zeros((), dtype=visible.dtype, device=visible.device)
+        for k in range(len(self.rbms) - 1):
+            rbm = self.rbm(k)
+            parts = rbm.layers()
+            field = parts.field(1, [below, None])
+            above = parts.draw(1, field, generator)
+            total = total + _log_bits(below, parts.field(0, [None, above])) - _log_bits(above, field)
+            below = above
+        return total - self.top(below)
+
+    def variational_bound(
+        self,
+        visible: Tensor,
+        log_z: float | Tensor | None = None,
+        num_samples: int = 100,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        r""":math:`\log p(v) \ge E_q[\log p^*(v, h) - \log q(h \mid v)] - \log Z`, the mean over draws of q; shape of the batch.
+
+        Args:
+            visible: v, shape ``(*batch, num_visible)``.
+            log_z: of the top; None enumerates its smaller layer.
+            num_samples: draws of q for each row; the estimate of the bound is unbiased for any.
+            generator: source of the draws.
+        """
+        return self.log_weights(visible, num_samples, generator).mean(0) - self._top_log_z(log_z)
+
+    def importance_log_likelihood(
+        self,
+        visible: Tensor,
+        log_z: float | Tensor | None = None,
+        num_samples: int = 1000,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        r""":math:`\log \frac1K \sum_k p(v, h_k) / q(h_k \mid v)`, with :math:`h_k \sim q`; shape of the batch.
+
+        Low on average, between the bound and :math:`\log p(v)`, and nearer to the latter the larger K is (Burda, Grosse and
+        Salakhutdinov, 2016). Arguments as for :meth:`variational_bound`.
+        """
+        weights = self.log_weights(visible, num_samples, generator)
+        return weights.logsumexp(0) - math.log(num_samples) - self._top_log_z(log_z)
+
+    def log_likelihood(self, visible: Tensor, log_z: float | Tensor | None = None) -> Tensor:
+        r""":math:`\log p(v)` by sums over every state of each hidden layer below the top's; shape of the batch.
+
+        Args:
+            visible: v, shape ``(*batch, num_visible)``.
+            log_z: of the top; None enumerates its smaller layer.
+
+        Raises:
+            ValueError: if such a layer has more than 14 units.
+        """
+        wide = [size for size in self.sizes[1:-1] if size > MAX_ENUMERATED]
+        if wide:
+            raise ValueError(
+                f"log p(v) sums over all states of hidden layers {self.sizes[1:-1]}, and 2^{MAX_ENUMERATED} are the most:"
+                " bound it (variational_bound) or estimate it (importance_log_likelihood)"
+            )
+        if len(self.rbms) == 1:
+            return -self.top(visible) - self._top_log_z(log_z)
+        log_p = -self.top(all_bits(self.sizes[-2], visible.dtype, visible.device))
+        for k in range(len(self.rbms) - 2, -1, -1):
+            above = all_bits(self.sizes[k + 1], visible.dtype, visible.device)
+            field = self.rbm(k).layers().field(0, [None, above])
+            below = visible if k == 0 else all_bits(self.sizes[k], visible.dtype, visible.device)
+            conditional = below @ field.mT - softplus(field).sum(-1)  # (*batch, states above)
+            log_p = torch.logsumexp(conditional + log_p, -1)
+        return log_p - self._top_log_z(log_z)
+
+    def _top_log_z(self, log_z: float | Tensor | None) -> float | Tensor:
+        return self.top.log_partition() if log_z is None else log_z
+
+    def joint(self) -> BeliefJoint:
+        """The energy over all units, which shares the parameters."""
+        return BeliefJoint(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Refused: a deep belief network has no energy of v."""
+        raise NotImplementedError(
+            "a DeepBeliefNetwork is no energy of its visible units, whose probability sums over all hidden states; use joint(),"
+            " top, variational_bound or importance_log_likelihood"
+        )
+
+
+class BeliefJoint(Energy):
+    r"""All units of a deep belief network, :math:`E = -\sum_l \log p(h_{l-1} \mid h_l) + E_{top}(h_{L-1}, h_L)`.
+
+    Its log Z is that of the top. Given the layers above and below, the units of a directed layer depend on each other (they
+    explain each other away), so there are no blocks: :class:`pyroebm.Gibbs` draws one unit at a time.
+
+    Args:
+        network: whose parameters are shared.
+
+    Attributes:
+        spans: where each layer lies in the event, by name.
+
+    Example:
+        >>> BeliefJoint(DeepBeliefNetwork([4, 3, 2])).spans
+        {'visible': slice(0, 4, None), 'hidden1': slice(4, 7, None), 'hidden2': slice(7, 9, None)}
+    """
+
+    def __init__(self, network: DeepBeliefNetwork) -> None:
+        sizes = network.sizes
+        super().__init__((sum(sizes),), constraints.boolean)
+        self.network = network
+        ends = [sum(sizes[: k + 1]) for k in range(len(sizes))]
+        spans = [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
+        self.spans = dict(zip(layer_names(len(sizes)), spans, strict=True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = x.split(self.network.sizes, -1)
+        total = self.network.top.layers().energy(parts[-2:])
+        for k in range(len(parts) - 2):
+            total = total - _log_bits(parts[k], self.network.rbm(k).layers().field(0, [None, parts[k + 1]]))
+        return total
+
+    @property
+    def log_z(self) -> float | None:  # type: ignore[override]  # a truth is read, never set
+        """That of the top."""
+        return self.network.top.log_z
+
+
+def _log_bits(x: Tensor, field: Tensor) -> Tensor:
+    r""":math:`\sum_i \log p(x_i)` of bits with logits ``field``; x may be real, as gradients of it ask."""
+    return (x * logsigmoid(field) + (1.0 - x) * logsigmoid(-field)).sum(-1)

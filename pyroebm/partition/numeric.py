@@ -1,0 +1,231 @@
+"""log Z without chance: by a sum over all states, or by quadrature in one and two dimensions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyroebm.energies.enumeration import BATCH
+from pyroebm.energies.layered import LayeredMachine
+from pyroebm.energies.layers import Layers
+from pyroebm.energy import Energy, check_energy
+from pyroebm.partition.result import LogZ
+from pyroebm.randomness import seeded_generator
+from pyroebm.supports import is_discrete, site_values
+from pyroebm.views import Unconstrained, eval_mode
+
+__all__ = ["exact", "quadrature"]
+
+#: Gauss-Legendre nodes in one panel.
+NODES = 16
+#: Nats below the peak at which a density has ended.
+DEPTH = 50.0
+
+
+def exact(energy: Energy, max_units: float = 24) -> LogZ:
+    r""":math:`\log Z` as the energy knows it, or by a sum over every state of a discrete energy, in float64.
+
+    .. math:: Z = \sum_x e^{-E(x)}
+
+    A machine made of layers (RBM, GRBM, DBM) is summed over the smaller of its two sides, the other being summed in closed form.
+
+    Args:
+        energy: of any discrete support with a table of site values, made of layers, or with a known ``log_z``.
+        max_units: bits to enumerate at most, :math:`\log_2` of the number of states; each one more doubles the time.
+
+    Raises:
+        ValueError: if there are more states, or if the energy is continuous and knows no ``log_z``.
+        FloatingPointError: if an energy is NaN or -inf.
+
+    Example:
+        >>> from pyroebm.energies import Ising
+        >>> print(exact(Ising((3, 3), coupling=0.2) * 1.0))
+        log Z = 6.6697 +- 0 (sum over 2^9 states; exact: no bias)
+    """
+    check_energy(energy)
+    with torch.no_grad(), eval_mode(energy):
+        if isinstance(energy, LayeredMachine):
+            layers = energy.layers()
+            units = sum(layers.sizes[layer] for layer in layers.smaller_side())
+            _check_units(energy, units, max_units)
+            return _exact(float(in_double(layers).log_partition()), f"sum over 2^{units} states of one side")
+        if energy.log_z is not None:
+            return _exact(energy.log_z, "known")
+        if not is_discrete(energy.support):
+            raise ValueError(
+                f"exact needs a discrete energy or one that knows its log_z, but {type(energy).__name__} has support"
+                f" {energy.support}: see quadrature, or ais"
+            )
+        values = site_values(energy.support, energy.event_shape, energy.dtype, energy.device)
+        sites = energy.event_shape.numel() // values.shape[1]
+        bits = sites * math.log2(len(values))
+        _check_units(energy, bits, max_units)
+        total = torch.tensor(-math.inf, dtype=torch.float64, device=energy.device)
+        for states in _every_state(values, sites):
+            minus = -energy(states.reshape(-1, *energy.event_shape)).double()
+            wrong = int((minus.isnan() | (minus == math.inf)).sum())
+            if wrong:
+                raise FloatingPointError(f"{type(energy).__name__} is NaN or -inf at {wrong} of {len(minus)} states")
+            total = torch.logaddexp(total, minus.logsumexp(0))
+    return _exact(float(total), f"sum over 2^{bits:.4g} states")
+
+
+def _exact(value: float, method: str) -> LogZ:
+    return LogZ(value, 0.0, "exact", method)
+
+
+def _check_units(energy: Energy, units: float, max_units: float) -> None:
+    if units > max_units:
+        raise ValueError(
+            f"log Z of {type(energy).__name__} needs a sum over 2^{units:.4g} states, more than max_units={max_units} allows:"
+            " estimate it (ais)"
+        )
+
+
+def _every_state(values: Tensor, sites: int) -> Iterator[Tensor]:
+    """All states as ``(batch, sites, width)``, counted up with the first site the highest; memory does not grow with them."""
+    count = len(values) ** sites
+    power = torch.tensor([len(values) ** k for k in reversed(range(sites))], device=values.device)
+    for first in range(0, count, BATCH):
+        number = torch.arange(first, min(first + BATCH, count), device=values.device)
+        yield values[number.unsqueeze(1) // power % len(values)]
+
+
+def in_double(layers: Layers) -> Layers:
+    """The same layers in float64."""
+    precision = None if layers.precision is None else layers.precision.double()
+    offset = torch.as_tensor(layers.offset, dtype=torch.float64)
+    return Layers(tuple(w.double() for w in layers.weights), tuple(b.double() for b in layers.biases), precision, offset)
+
+
+def quadrature(
+    energy: Energy,
+    bounds: Sequence[tuple[float, float]] | None = None,
+    *,
+    tolerance: float = 1e-8,
+    max_panels: int | None = None,
+) -> LogZ:
+    r""":math:`\log \int e^{-E(x)} dx` in one or two dimensions, by Gauss-Legendre rules in equal panels that are halved.
+
+    Panels are halved until the value changes by less than ``tolerance``; that change is the error given. A float32 energy limits
+    it. Constrained supports are integrated in unconstrained coordinates.
+
+    Args:
+        energy: continuous, of one or two unconstrained entries.
+        bounds: ``(low, high)`` of each entry in unconstrained coordinates, which are those of the energy where the support is
+            real; nothing outside counts. None finds a box beyond which the density is below :math:`e^{-50}` of its peak; a peak
+            far from ``energy.initial`` and narrow beside that distance may escape it.
+        tolerance: change of log Z in nats at which to stop.
+        max_panels: of one dimension, a power of two; None is 4,096 for one dimension and 64 for two.
+
+    Returns:
+        kind "exact" where the tolerance was reached, else "estimate".
+
+    Raises:
+        ValueError: if the energy is discrete or has more dimensions, the bounds do not fit, or no box is found.
+        FloatingPointError: if an energy is NaN or -inf, or the density is 0 everywhere.
+
+    Example:
+        >>> from pyroebm.targets import DoubleWell
+        >>> print(quadrature(DoubleWell(dtype=torch.float64)).value)  # doctest: +ELLIPSIS
+        5.03228400...
+    """
+    check_energy(energy)
+    target = Unconstrained(energy)
+    dim = target.event_shape.numel()
+    if dim not in (1, 2):
+        raise ValueError(f"quadrature needs one or two unconstrained entries, but {type(energy).__name__} has {dim}")
+    with torch.no_grad(), eval_mode(energy):
+        box = _find_box(target, dim) if bounds is None else _checked(bounds, dim)
+        limit, panels = (4096 if dim == 1 else 64) if max_panels is None else max_panels, 2
+        value, change = _panels(target, box, 1), math.inf
+        while change > tolerance and panels <= limit:
+            finer = _panels(target, box, panels)
+            value, change, panels = finer, abs(finer - value), 2 * panels
+    if not math.isfinite(value):
+        raise FloatingPointError(f"the density of {type(energy).__name__} is 0 everywhere in the box {box}")
+    return LogZ(value, change, "exact" if change <= tolerance else "estimate", f"quadrature in {dim}-D")
+
+
+Box = list[tuple[float, float]]
+
+
+def _checked(bounds: Sequence[tuple[float, float]], dim: int) -> Box:
+    box = [(float(low), float(high)) for low, high in bounds]
+    if len(box) != dim or not all(low < high and math.isfinite(low) and math.isfinite(high) for low, high in box):
+        raise ValueError(f"bounds must be {dim} finite pairs (low, high) with low < high, got bounds={bounds}")
+    return box
+
+
+def _log_density(target: Energy, axes: Sequence[Tensor]) -> Iterator[tuple[Tensor, slice]]:
+    """Log densities, float64, over the grid of the axes, in pieces of the first axis."""
+    rows = max(1, BATCH * 4 // math.prod(len(axis) for axis in axes[1:]))
+    for first in range(0, len(axes[0]), rows):
+        piece = slice(first, first + rows)
+        grid = torch.stack(torch.meshgrid(axes[0][piece], *axes[1:], indexing="ij"), -1)
+        states = grid.reshape(-1, *target.event_shape).to(target.dtype)
+        values = -target(states).double().reshape(grid.shape[:-1])
+        wrong = int((values.isnan() | (values == math.inf)).sum())
+        if wrong:
+            raise FloatingPointError(f"the energy is NaN or -inf at {wrong} of {values.numel()} nodes of the grid")
+        yield values, piece
+
+
+def _panels(target: Energy, box: Box, panels: int) -> float:
+    """log of the integral over a box with that many panels on each axis."""
+    node, weight = (torch.as_tensor(part, device=target.device) for part in np.polynomial.legendre.leggauss(NODES))
+    axes, weights = [], []
+    for low, high in box:
+        half = 0.5 * (high - low) / panels
+        centre = low + half * (2.0 * torch.arange(panels, dtype=torch.float64, device=target.device) + 1.0)
+        axes.append((centre.unsqueeze(1) + half * node).flatten())
+        weights.append((half * weight).log().repeat(panels))
+    total = torch.tensor(-math.inf, dtype=torch.float64, device=target.device)
+    for values, piece in _log_density(target, axes):
+        values = values + weights[0][piece].reshape(-1, *[1] * (len(box) - 1))
+        if len(box) == 2:
+            values = values + weights[1]
+        total = torch.logaddexp(total, values.flatten().logsumexp(0))
+    return float(total)
+
+
+def _find_box(target: Energy, dim: int) -> Box:
+    """A box outside of which the density is negligible: grown where it is not yet, then shrunk to where it lives."""
+    start = target.initial(256, seeded_generator(0, target.device)).double().reshape(256, dim)
+    middle, reach = start.mean(0), (start.amax(0) - start.amin(0)).clamp(min=1.0)
+    box = [(float(m - r), float(m + r)) for m, r in zip(middle, reach, strict=True)]
+    for _ in range(64):
+        alive = _alive(target, box)
+        grown = [
+            (low - (high - low) * bool(a[0]), high + (high - low) * bool(a[-1]))
+            for (low, high), a in zip(box, alive, strict=True)
+        ]
+        if grown == box:
+            break
+        box = grown
+    else:
+        raise ValueError(
+            f"no box holds the density: its tails are heavy, or it cannot be normalised; give bounds (reached {box})"
+        )
+    for _ in range(2):
+        shrunk = []
+        for (low, high), a in zip(box, _alive(target, box), strict=True):
+            cell, where = (high - low) / (len(a) - 1), a.nonzero().flatten()
+            shrunk.append((max(low, low + cell * (int(where[0]) - 1)), min(high, low + cell * (int(where[-1]) + 1))))
+        box = shrunk
+    return box
+
+
+def _alive(target: Energy, box: Box) -> list[Tensor]:
+    """For each axis, at which of its grid points the density is not negligible anywhere across."""
+    count = 1025 if len(box) == 1 else 129
+    axes = [torch.linspace(low, high, count, dtype=torch.float64, device=target.device) for low, high in box]
+    values = torch.cat([values for values, _ in _log_density(target, axes)])
+    if bool((values == -math.inf).all()):
+        raise FloatingPointError(f"the density is 0 at every point of a grid over {box}; give bounds")
+    alive = values > values.max() - DEPTH
+    return [alive] if len(box) == 1 else [alive.any(1), alive.any(0)]
