@@ -19,7 +19,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("energy views compiled minibatch paths",),
     ("targets", "energies", "kernels", "flows", "datasets readers"),
     ("objectives", "partition smc", "mcmc block record results serial stein store streaming", "ppl model_energy rowwise"),
-    ("infer", "completion", "discriminative", "pretraining", "plotting", "training checkpoint", "distributed", "zoo"),
+    ("infer", "completion", "pretraining", "plotting", "training checkpoint discriminative", "distributed", "zoo"),
     ("pyroebm",),
     ("demo demo_report cli __main__",),
 )

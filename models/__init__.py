@@ -1,0 +1,1 @@
+"""Recipes: one runnable file for each system. `python -m models.NAME --help`."""

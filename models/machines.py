@@ -1,0 +1,168 @@
+"""What the recipes of Boltzmann machines share: data, persistent training with a record of likelihoods, brackets, figures."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from matplotlib.axes import Axes
+from torch import Tensor
+from torch.optim.lr_scheduler import LinearLR
+
+from models.recipe import Recipe
+from pyroebm.completion import complete
+from pyroebm.datasets import digits
+from pyroebm.discriminative import Classifier, fine_tune
+from pyroebm.energies import BernoulliRBM, DeepBeliefNetwork, DeepBoltzmannMachine
+from pyroebm.energies.layered import LayeredMachine
+from pyroebm.objectives import Centring, PersistentCD
+from pyroebm.partition import Bracket, base_rates, bracket
+from pyroebm.plotting import plot_images
+from pyroebm.readers import load_binary
+from pyroebm.training import fit
+
+__all__ = ["Images", "floor", "gibbs", "in_double", "load_images", "machine_bracket", "plot_completions", "train_pcd"]
+
+M = TypeVar("M", bound=torch.nn.Module)
+
+
+class Images:
+    """Training and test images of bits, in float32, which training is done in.
+
+    Args:
+        train, test: bits, shape ``(n, pixels)``.
+        train_labels, test_labels: classes, shape ``(n,)``.
+        binarisation: how pixels became bits: nats cannot be compared across ways.
+    """
+
+    def __init__(self, train: Tensor, test: Tensor, train_labels: Tensor, test_labels: Tensor, binarisation: str) -> None:
+        self.train, self.test, self.binarisation = train.float(), test.float(), binarisation
+        self.train_labels, self.test_labels = train_labels.long(), test_labels.long()
+        side = math.isqrt(train.shape[1])
+        self.shape = (side, side)
+
+    def inverted(self) -> Images:
+        """Ones and zeros swapped."""
+        return Images(1.0 - self.train, 1.0 - self.test, self.train_labels, self.test_labels, f"{self.binarisation}, inverted")
+
+    def fewer(self, n: int) -> Images:
+        """The first n of each, for a quick look."""
+        return Images(self.train[:n], self.test[:n], self.train_labels[:n], self.test_labels[:n], self.binarisation)
+
+
+def load_images(path: Path | None) -> Images:
+    """scikit-learn's digits, or what is at a path."""
+    data = digits() if path is None else load_binary(path)
+    return Images(data.train, data.test, data.train_labels, data.test_labels, data.binarisation)
+
+
+def in_double(machine: M) -> M:
+    """A copy in float64, without gradients: likelihoods are computed in it."""
+    return copy.deepcopy(machine).double().requires_grad_(False)
+
+
+def floor(images: Images) -> Tensor:
+    """Test log-likelihoods of independent bits with the training frequencies: a machine below their mean has a bug."""
+    independent = BernoulliRBM(images.train.shape[1], 1, weight=torch.zeros(images.train.shape[1], 1), dtype=torch.float64)
+    independent.fit_visible(images.train.double())
+    return independent.requires_grad_(False).log_likelihood(images.test.double())
+
+
+def gibbs(machine: LayeredMachine, visible: Tensor, sweeps: int, seed: int) -> list[Tensor]:
+    """All layers after sweeps of Gibbs sampling from visible states; the hidden ones start from fair coins."""
+    generator, layers = torch.Generator().manual_seed(seed), machine.layers()
+    with torch.no_grad():
+        x = [
+            visible,
+            *(torch.full_like(visible[:, :1], 0.5).expand(-1, size).bernoulli(generator=generator) for size in layers.sizes[1:]),
+        ]
+        for _ in range(sweeps):
+            for side in reversed(layers.sides()):
+                for layer in side:
+                    x[layer] = layers.draw(layer, layers.field(layer, x), generator)
+    return x
+
+
+def train_pcd(
+    machine: LayeredMachine,
+    data: Tensor,
+    epochs: int,
+    learning_rate: float,
+    *,
+    centred: bool = True,
+    decay: bool = False,
+    batch_size: int = 100,
+    chains: int = 100,
+    k: int = 1,
+    checkpoint: Path | None = None,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> Iterator[int]:
+    """Persistent contrastive divergence by plain gradient steps; yields the number of epochs that are done.
+
+    Args:
+        decay: whether the rate falls linearly to a hundredth, which takes the noise of the chains out of the parameters.
+    """
+    steps = math.ceil(len(data) / batch_size)
+    schedule = functools.partial(LinearLR, start_factor=1.0, end_factor=0.01, total_iters=epochs * steps) if decay else None
+    loop = fit(
+        machine, PersistentCD(num_chains=chains, k=k), data, epochs=epochs, batch_size=batch_size,
+        optimizer=functools.partial(torch.optim.SGD, lr=learning_rate), schedule=schedule,
+        transform=Centring() if centred else None, checkpoint=checkpoint, resume=checkpoint is not None, seed=seed,
+        progress=progress,
+    )  # fmt: skip
+    for step, _, _ in loop:
+        if (step + 1) % steps == 0:
+            yield (step + 1) // steps
+
+
+def machine_bracket(
+    machine: LayeredMachine, data: Tensor, temperatures: int, chains: int, sweeps: int, seed: int, progress: bool | None
+) -> Bracket:
+    """AIS and reverse AIS of a machine in float64, from the base rates of the data; the latter starts from Gibbs chains, which
+    begin at training images."""
+    start = torch.cat(gibbs(machine, data[:chains].to(machine.dtype), sweeps, seed + 1), 1)
+    joint = machine.joint()
+    return bracket(
+        joint,
+        start,
+        base_rates(joint, data.to(machine.dtype)),
+        betas=temperatures,
+        num_chains=chains,
+        seed=seed,
+        progress=progress,
+    )
+
+
+def plot_completions(model: LayeredMachine, images: Images, n: int, steps: int, seed: int, ax: Axes) -> Axes:
+    """Test images, their upper halves, and what the model draws for the lower ones, in three rows."""
+    whole = images.test[:n].to(next(iter(model.parameters())).dtype)
+    known = torch.zeros(images.shape, dtype=torch.bool)
+    known[: images.shape[0] // 2] = True
+    drawn = complete(model, whole, known.flatten(), steps=steps, seed=seed, progress=False)
+    rows = torch.cat([whole, torch.where(known.flatten(), whole, 0.5), drawn])
+    return plot_images(rows, images.shape, columns=n, ax=ax)
+
+
+def every(epochs: int, points: int) -> Callable[[int], bool]:
+    """Whether an epoch is one of about ``points`` to look at: the last one always is."""
+    stride = max(1, epochs // points)
+    return lambda epoch: epoch % stride == 0 or epoch == epochs
+
+
+def classify(
+    recipe: Recipe, model: DeepBeliefNetwork | DeepBoltzmannMachine, images: Images, epochs: int, progress: bool | None
+) -> list[float]:
+    """Fine-tune a classifier that starts from the model; the test error after each epoch, and before the first."""
+    classifier = Classifier(model, int(images.train_labels.max()) + 1)
+    curve = [classifier.error(images.test, images.test_labels)]
+    for _ in fine_tune(classifier, images.train, images.train_labels, epochs, seed=recipe.seed, progress=progress):
+        curve.append(classifier.error(images.test, images.test_labels))
+    spread = math.sqrt(curve[-1] * (1.0 - curve[-1]) / len(images.test))
+    recipe.add("fine-tuned: test error", curve[-1], spread, "exact", f"{len(images.test)} test images")
+    return curve

@@ -1,0 +1,85 @@
+"""What every recipe shares: metrics that a machine can read, figures, and a table of both."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import matplotlib
+
+matplotlib.use("Agg")  # recipes run without a display
+
+import matplotlib.pyplot as plt
+import torch
+import tyro
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from pyroebm.partition import LogZ
+
+__all__ = ["Kind", "Recipe", "run"]
+
+#: What a number is: known to rounding, of random error, or on average below or above the truth.
+Kind = Literal["exact", "estimate", "lower", "upper"]
+
+
+class Recipe:
+    """The record of one run: its metrics go to ``metrics.json`` at the end, its figures beside it.
+
+    Args:
+        name: of the recipe.
+        out: folder to write to.
+        seed: of the run.
+        config: every other setting.
+    """
+
+    def __init__(self, name: str, out: Path | None, seed: int, **config: Any) -> None:
+        self.name, self.seed, self.config = name, seed, config
+        self.out = Path("runs", name) if out is None else out
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.metrics: dict[str, dict[str, Any]] = {}
+        self._began = time.perf_counter()
+        torch.manual_seed(seed)
+
+    def add(
+        self, key: str, value: float | Tensor, error: float | Tensor | None = None, kind: Kind = "estimate", note: str = ""
+    ) -> float:
+        """Keep and print a number, its standard error (None: it has none) and what it is."""
+        number = float(torch.as_tensor(value).detach())
+        spread = None if error is None else float(torch.as_tensor(error).detach())
+        if not math.isfinite(number):
+            raise FloatingPointError(f"{self.name}: {key} is {number}")
+        self.metrics[key] = {"value": number, "error": spread, "kind": kind} | ({"note": note} if note else {})
+        error_text = "" if spread is None else f" +- {spread:.2g}"
+        print(f"{key:<44} {number:.5g}{error_text}  ({kind})" + (f"  {note}" if note else ""), flush=True)
+        return number
+
+    def add_mean(self, key: str, values: Tensor, kind: Kind = "estimate", note: str = "") -> float:
+        """The mean of independent values, with its standard error over them."""
+        return self.add(key, values.double().mean(), values.double().std() / math.sqrt(len(values)), kind, note)
+
+    def add_log_z(self, key: str, estimate: LogZ) -> float:
+        """An estimate of log Z as it comes."""
+        return self.add(key, estimate.value, estimate.standard_error, estimate.kind)
+
+    def figure(self, name: str, fig: Figure) -> None:
+        """Save a figure as ``NAME.png``."""
+        fig.savefig(self.out / f"{name}.png", dpi=120)
+        plt.close(fig)
+
+    def write(self) -> None:
+        """Write ``metrics.json``."""
+        seconds = round(time.perf_counter() - self._began, 2)
+        facts = {"name": self.name, "seed": self.seed, "seconds": seconds, "config": self.config, "metrics": self.metrics}
+        (self.out / "metrics.json").write_text(json.dumps(facts, indent=2, allow_nan=False, default=str) + "\n", encoding="utf-8")
+        print(f"{self.name}: {seconds:.0f} s, written to {self.out}/metrics.json")
+
+
+def run(main: Callable[..., None]) -> None:
+    """Call a recipe's main with what stands on the command line."""
+    torch.set_default_dtype(torch.float64)
+    tyro.cli(main)
