@@ -112,7 +112,7 @@ def train_pcd(
     schedule = functools.partial(LinearLR, start_factor=1.0, end_factor=0.01, total_iters=epochs * steps) if decay else None
     loop = fit(
         machine, PersistentCD(num_chains=chains, k=k), data, epochs=epochs, batch_size=batch_size,
-        optimizer=functools.partial(torch.optim.SGD, lr=learning_rate), schedule=schedule,
+        optimizer=functools.partial(torch.optim.SGD, lr=learning_rate, fused=True), schedule=schedule,
         transform=Centring() if centred else None, checkpoint=checkpoint, resume=checkpoint is not None, seed=seed,
         progress=progress,
     )  # fmt: skip
