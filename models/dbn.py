@@ -67,7 +67,7 @@ def main(
     images = load_images(data)
     sizes = sizes or ((100, 64) if data is None else (500, 784))
     epochs, learning_rate = epochs or (400 if data is None else 50), learning_rate or (0.05 if data is None else 0.01)
-    fine_epochs = 30
+    fine_epochs = 100 if data is None else 30
     if quick:
         images, epochs, temperatures, samples, fine_epochs = images.fewer(200), 2, 100, 10, 1
     recipe = Recipe(

@@ -69,7 +69,7 @@ def in_double(machine: M) -> M:
 def floor(images: Images) -> Tensor:
     """Test log-likelihoods of independent bits with the training frequencies: a machine below their mean has a bug."""
     independent = BernoulliRBM(images.train.shape[1], 1, weight=torch.zeros(images.train.shape[1], 1), dtype=torch.float64)
-    independent.fit_visible(images.train.double())
+    independent.fit_visible(images.train.double(), pseudocount=0.1)
     return independent.requires_grad_(False).log_likelihood(images.test.double())
 
 
