@@ -124,19 +124,16 @@ def train_pcd(
 def machine_bracket(
     machine: LayeredMachine, data: Tensor, temperatures: int, chains: int, sweeps: int, seed: int, progress: bool | None
 ) -> Bracket:
-    """AIS and reverse AIS of a machine in float64, from the base rates of the data; the latter starts from Gibbs chains, which
-    begin at training images."""
-    start = torch.cat(gibbs(machine, data[:chains].to(machine.dtype), sweeps, seed + 1), 1)
-    joint = machine.joint()
-    return bracket(
-        joint,
-        start,
-        base_rates(joint, data.to(machine.dtype)),
-        betas=temperatures,
-        num_chains=chains,
-        seed=seed,
-        progress=progress,
-    )
+    """AIS and reverse AIS of a machine in float64, from the base rates of the data.
+
+    The latter starts from Gibbs chains, of which half begin at training images and half at draws of the base: what either of
+    them finds and the other does not would show in the reverse.
+    """
+    rates = data.to(machine.dtype).mean(0).expand(chains - chains // 2, -1)
+    seeds = torch.cat([data[: chains // 2].to(machine.dtype), rates.bernoulli(generator=torch.Generator().manual_seed(seed))])
+    start, joint = torch.cat(gibbs(machine, seeds, sweeps, seed + 1), 1), machine.joint()
+    base = base_rates(joint, data.to(machine.dtype))
+    return bracket(joint, start, base, betas=temperatures, num_chains=chains, seed=seed, progress=progress)
 
 
 def plot_completions(model: LayeredMachine, images: Images, n: int, steps: int, seed: int, ax: Axes) -> Axes:
