@@ -2,8 +2,8 @@
 
     python -m benchmarks.tables [--results DIR] [--page FILE]
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`, where NAME is a case of benchmarks/samplers.py, `gradients` or
-a curve; what stood there before goes. A table without rows says so.
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`, where NAME is a case of benchmarks/samplers.py or
+benchmarks/boltzmann.py, `gradients` or a curve; what stood there before goes. A table without rows says so.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ __all__ = ["fill", "read_rows"]
 ROOT = Path(__file__).resolve().parents[1]
 SLOT = re.compile(r"(<!-- table: (?P<name>[\w ]+) -->\n).*?(<!-- end -->)", flags=re.S)
 NOTHING = "Not measured yet.\n"
+
+#: Cases of benchmarks/boltzmann.py.
+MACHINE_CASES = ("pcd", "ais")
 
 #: Columns of a case's table: heading, metric, whether its spread is shown.
 COLUMNS = (
@@ -108,6 +111,24 @@ def curve_table(name: str, rows: list[Row]) -> str:
     return table(["chains", "dimensions", "us"], [[str(c), str(d), text] for c, d, text in found]) if found else NOTHING
 
 
+def milliseconds_table(case: str, rows: list[Row]) -> str:
+    """A line a contestant, and its speed as a share of the matrix products', which come first."""
+    found = [row for row in rows if row["case"] == case and row["metric"] == "milliseconds"]
+    if not found:
+        return NOTHING
+    limit = next(row["value"] for row in found if row["library"] == "torch")
+    body = [
+        [
+            f"{row['library']} {row['version']}: {row['settings']['method']}",
+            row["settings"]["dtype"],
+            _with_spread(row, True),
+            f"{limit / row['value']:.0%}",
+        ]
+        for row in found
+    ]
+    return table(["", "dtype", "ms", "of the products' speed"], body)
+
+
 def fill(page: str, rows: list[Row]) -> str:
     """The page with every table made anew.
 
@@ -121,6 +142,8 @@ def fill(page: str, rows: list[Row]) -> str:
             text = case_table(name, rows)
         elif name.endswith(" curve"):
             text = curve_table(name, rows)
+        elif name in MACHINE_CASES:
+            text = milliseconds_table(name, rows)
         elif name == "gradients":
             text = gradients_table(rows)
         else:

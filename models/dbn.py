@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
-from models.machines import Images, classify, floor, in_double, load_images, machine_bracket, train_pcd
+from models.machines import Images, classify, floor, in_double, load_images, machine_bracket, plot_completions, train_pcd
 from models.recipe import Recipe, run
 from pyroebm.energies import DeepBeliefNetwork
 from pyroebm.energies.layered import LayeredMachine
@@ -84,13 +84,18 @@ def main(
     judge(recipe, network, images, temperatures, samples, progress)
     curve = classify(recipe, network, images, fine_epochs, progress)
 
-    fig, axes = plt.subplots(1, 3, figsize=(13, 4.4), layout="constrained")
+    fig, grid = plt.subplots(2, 2, figsize=(10, 10), layout="constrained")
+    axes = grid.flatten()
     first = network.rbm(0)
     plot_images(first.weight.detach().mT[:100], images.shape, limits=None, ax=axes[0]).set_title("receptive fields, layer 1")
     drawn = network.sample(64, torch.Generator().manual_seed(seed), gibbs_steps=50 if quick else 2000)
     plot_images(drawn, images.shape, ax=axes[1]).set_title("draws: Gibbs in the top, one pass down")
     axes[2].plot(range(len(curve)), curve, marker=".")
     axes[2].set(xlabel="epoch of fine-tuning", ylabel="test error", title="classifier started from the network", ylim=(0, None))
+    if data is None:  # one unit at a time: minutes at 784 pixels
+        plot_completions(network, images, 12, 5 if quick else 100, seed, axes[3]).set_title(
+            "test images, what is known, completions"
+        )
     recipe.figure("dbn", fig)
     recipe.write()
 

@@ -136,7 +136,7 @@ def machine_bracket(
     return bracket(joint, start, base, betas=temperatures, num_chains=chains, seed=seed, progress=progress)
 
 
-def plot_completions(model: LayeredMachine, images: Images, n: int, steps: int, seed: int, ax: Axes) -> Axes:
+def plot_completions(model: LayeredMachine | DeepBeliefNetwork, images: Images, n: int, steps: int, seed: int, ax: Axes) -> Axes:
     """Test images, their upper halves, and what the model draws for the lower ones, in three rows."""
     whole = images.test[:n].to(next(iter(model.parameters())).dtype)
     known = torch.zeros(images.shape, dtype=torch.bool)
