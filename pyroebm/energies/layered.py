@@ -85,12 +85,16 @@ class LayeredMachine(Energy):
         with torch.no_grad():
             return self.layers().sample(n, generator)
 
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        return self.draw_layers(n, generator)[0]
+
 
 class LayeredEnergy(LayeredMachine):
     """An energy over all layers side by side in one flat event, with the layers as blocks for :class:`pyroebm.BlockGibbs`.
 
     Attributes:
         blocks: where each layer lies in the event, by name: ``visible``, then ``hidden`` or ``hidden1``, ``hidden2``, ...
+        num_visible: units of the visible layer.
 
     Example:
         >>> from pyroebm.energies import BernoulliRBM
@@ -106,7 +110,7 @@ class LayeredEnergy(LayeredMachine):
         super().__init__((units,), layered_support(sizes, gaussian))
         ends = [sum(sizes[: k + 1]) for k in range(len(sizes))]
         spans = [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
-        self.blocks = dict(zip(layer_names(len(sizes)), spans, strict=True))
+        self.blocks, self.num_visible = dict(zip(layer_names(len(sizes)), spans, strict=True)), sizes[0]
 
     def joint(self) -> LayeredEnergy:
         return self

@@ -56,9 +56,6 @@ class RBM(LayeredMachine):
         """
         return -self(x) - (self.log_partition() if log_z is None else log_z)
 
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        return self.draw_layers(n, generator)[0]
-
 
 class BernoulliRBM(RBM):
     r"""Restricted Boltzmann machine of bits (Smolensky, 1986; Hinton, 2002).
