@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,7 +30,7 @@ from pyroebm.objectives import (
     Sparsity,
 )
 from pyroebm.objectives import contrastive as contrastive_module
-from pyroebm.objectives.layered import Ladder
+from pyroebm.objectives.layered import Ladder, mean_field
 from pyroebm.randomness import uniform
 from pyroebm.supports import spin
 from pyroebm.targets import Gaussian
@@ -343,6 +344,31 @@ def test_chains_are_part_of_the_state() -> None:
         assert torch.equal(objective.chains, other.chains)
 
 
+@pytest.mark.parametrize("options", [{}, {"betas": (1.0, 0.5)}, {"kernel": Gibbs()}], ids=["layers", "betas", "kernel"])
+def test_chains_of_another_machine_or_number_are_refused(options: dict[str, Any]) -> None:
+    objective, other = PersistentCD(num_chains=7, **options), PersistentCD(num_chains=9, **options)
+    objective(oracle_rbm(), DATA, generator=generator(0))
+    other.load_state_dict(objective.state_dict())
+    wide = BernoulliRBM(5, 4, dtype=F64)
+    for chains, machine, batch in (
+        (other, oracle_rbm(), DATA),
+        (objective, wide, torch.ones(3, 5, dtype=F64)),
+        (objective, oracle_rbm().float(), DATA.float()),
+    ):
+        with pytest.raises(ValueError, match="chains must have shape"):
+            chains(machine, batch)
+
+
+def test_a_mean_field_row_does_not_depend_on_the_others() -> None:
+    layers, rows = Deep(scale=3.0).layers(), torch.eye(3, dtype=F64)
+    broken = torch.cat([torch.full((1, 3), math.nan, dtype=F64), rows])
+    alone, beside = (mean_field(layers, seen)[2] for seen in (rows, broken))
+    assert alone is not None
+    assert beside is not None
+    torch.testing.assert_close(beside[1:], alone)
+    assert bool(beside[0].isnan().all())
+
+
 def test_tempering_swaps() -> None:
     check_swaps(Ladder((1.0, 0.6, 0.2, 0.1), 1))
     _, facts = PersistentCD(num_chains=5, betas=(1.0, 0.5))(oracle_rbm(), DATA)
@@ -506,6 +532,8 @@ def test_sparsity_is_the_written_penalty() -> None:
         (lambda: PersistentCD(betas=(1.0, 0.5))(Spins(), BITS), "no machine of layers"),
         (lambda: ContrastiveDivergence()(oracle_rbm(), DATA[:, :3]), "visible units"),
         (lambda: ContrastiveDivergence()(oracle_rbm(), DATA.float()), "visible units"),
+        (lambda: ContrastiveDivergence()(oracle_rbm(), DATA[:0]), "n at least 1"),
+        (lambda: PersistentCD()(oracle_rbm(), DATA[:0]), "n at least 1"),
         (lambda: ExactLikelihood()(Spins(), BITS), "has none"),
         (lambda: Pseudolikelihood(0), "sites must be"),
         (lambda: Pseudolikelihood(5)(oracle_rbm(), DATA), "at most the 4 sites"),

@@ -320,6 +320,8 @@ def test_a_result_says_what_it_is() -> None:
     assert both.forward.log_weights.shape == (20,)
     assert f"ESS {both.forward.ess:.4g} of 20" in str(both.forward)
     assert "high on average" in both.reverse.bias
+    one = partition.bracket(rbm(), betas=10, num_chains=1)
+    assert all(math.isnan(result.standard_error) for result in (one.forward, one.reverse, one.combined))
     with pytest.raises(ValueError, match=r"kind must be one of .* got kind='bound'"):
         LogZ(0.0, 0.0, "bound", "a guess")  # type: ignore[arg-type]
 

@@ -218,8 +218,9 @@ class DeepBeliefNetwork(nn.Module):
 class BeliefJoint(Energy):
     r"""All units of a deep belief network, :math:`E = -\sum_l \log p(h_{l-1} \mid h_l) + E_{top}(h_{L-1}, h_L)`.
 
-    Its log Z is that of the top, its draws are the top's with one pass down. Given the layers above and below, the units of a directed layer depend on each other (they
-    explain each other away), so there are no blocks: :class:`pyroebm.Gibbs` draws one unit at a time.
+    Its log Z is that of the top, its draws are the top's with one pass down. Given the layers above and below, the units of a
+    directed layer depend on each other (they explain each other away), so there are no blocks: :class:`pyroebm.Gibbs` draws one
+    unit at a time.
 
     Args:
         network: whose parameters are shared.

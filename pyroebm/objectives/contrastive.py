@@ -136,6 +136,7 @@ class PersistentCD(Objective):
         if self.ladder is not None:
             raise ValueError(f"betas are for sweeps of layers, but {type(energy).__name__} is no machine of layers")
         chains = energy.initial(self.num_chains, generator) if self.chains is None else self.chains
+        self._check_chains(energy, chains, (self.num_chains, *energy.event_shape))
         x, rate = advance(energy, self.kernel, chains, self.k, generator)
         self.chains = x
         return _difference(energy(batch), energy(x), {"acceptance_rate": rate})
@@ -163,10 +164,20 @@ class PersistentCD(Objective):
         """The odd layers of all chains; at first from the field of the even ones in ``energy.initial``."""
         replicas = 1 if self.ladder is None else len(self.ladder.betas)
         if self.chains is not None:
+            units = sum(layers.sizes[layer] for layer in layers.sides()[1])
+            self._check_chains(energy, self.chains, (replicas * self.num_chains, units))
             return layers.place(self.chains, layers.sides()[1])
         first = energy.initial(replicas * self.num_chains, generator)
         even: Kept = layers.split(first) if isinstance(energy, LayeredEnergy) else [first, None]
         return draw_odd(layers, odd_fields(layers, even), generator)
+
+    def _check_chains(self, energy: Energy, chains: Tensor, shape: tuple[int, ...]) -> None:
+        if tuple(chains.shape) != shape or chains.dtype != energy.dtype or chains.device != energy.device:
+            raise ValueError(
+                f"chains must have shape {shape}, {energy.dtype}, on {energy.device} for {type(energy).__name__} and these"
+                f" settings, got {tuple(chains.shape)}, {chains.dtype}, on {chains.device}: they are of another machine or"
+                " objective. Set chains = None to start anew"
+            )
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         if f"{prefix}chains" in state_dict:  # a buffer that is None takes no state
