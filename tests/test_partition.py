@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections.abc import Callable
@@ -140,6 +141,16 @@ def test_exact_layers_are_summed_over_all_states() -> None:
 
 
 def test_exact_is_in_float64_whatever_the_energy_is() -> None:
+    """The parameters are rounded, the sum over their states is not: that of the same parameters in float64 is the same number."""
+    weight = torch.randn(16, 16, generator=torch.Generator().manual_seed(0)).triu(1)
+    dense = BoltzmannMachine(
+        16, weight=weight + weight.mT, bias=3.0 * torch.randn(16, generator=torch.Generator().manual_seed(1))
+    )
+    for machine in (rbm(torch.float32), dense):
+        double = copy.deepcopy(machine).double()
+        truth = float(torch.logsumexp(-double(all_bits(double.event_shape[0], F64)), 0).detach())
+        for found in (partition.exact(machine).value, machine.log_z):
+            assert math.isclose(found, truth, rel_tol=1e-13)
     assert math.isclose(partition.exact(rbm(torch.float32)).value, RBM_LOG_Z, abs_tol=1e-6)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -41,7 +43,7 @@ class BoltzmannMachine(Energy):
         dtype: floating-point type; None for torch's default.
 
     Attributes:
-        log_z: by enumeration, up to about 20 units; None above.
+        log_z: by enumeration in float64, up to about 20 units; None above.
 
     Raises:
         ValueError: if a size is out of range, ``units`` is neither, or W or b has another shape, is not finite, or W is not
@@ -132,7 +134,7 @@ class BoltzmannMachine(Energy):
                 f"log Z of {n} units needs a sum over 2^{n} states, more than max_units={max_units} allows: estimate it"
                 " (pyroebm.partition)"
             )
-        return torch.stack([torch.logsumexp(-self(x), 0) for x in self._batches(n)]).logsumexp(0)
+        return torch.stack([torch.logsumexp(-self(x), 0) for x in self._states(n)]).logsumexp(0)
 
     def log_likelihood(self, x: Tensor, log_z: float | Tensor | None = None) -> Tensor:
         r""":math:`\log p(v)`, hidden units summed out, shape of the batch.
@@ -153,7 +155,7 @@ class BoltzmannMachine(Energy):
         if not self._is_small:
             return None
         with torch.no_grad():
-            return float(self.log_partition())
+            return float(copy.deepcopy(self).double().log_partition())
 
     @property
     def has_exact_draws(self) -> bool:  # type: ignore[override]
@@ -164,7 +166,7 @@ class BoltzmannMachine(Energy):
         if not self._is_small:
             return super().sample(n, generator)
         with torch.no_grad():
-            log_p = torch.cat([-self(x) for x in self._batches(self.event_shape[0])]).double()
+            log_p = torch.cat([-self(x) for x in self._states(self.event_shape[0])]).double()
         cdf = log_p.softmax(0).cumsum(0)
         index = torch.searchsorted(cdf, uniform((n,), generator, torch.float64, self.device) * cdf[-1], right=True)
         return self._values(bits_of(index, self.event_shape[0], self.dtype))
@@ -172,8 +174,9 @@ class BoltzmannMachine(Energy):
     def _values(self, bits: Tensor) -> Tensor:
         return bits if self.units == "bits" else 2.0 * bits - 1.0
 
-    def _batches(self, n: int) -> list[Tensor]:
-        return [self._values(bits) for bits in bit_batches(n, self.dtype, self.device)]
+    def _states(self, n: int) -> Iterator[Tensor]:
+        """Every state of n units, in batches that do not stay in memory."""
+        return map(self._values, bit_batches(n, self.dtype, self.device))
 
     def extra_repr(self) -> str:
         return f"units={self.units!r}, num_visible={self.num_visible}, num_hidden={self.num_hidden}"
@@ -197,7 +200,7 @@ class Marginal(Energy):
 
     def forward(self, x: Tensor) -> Tensor:
         parts = []
-        for hidden in self.machine._batches(self.machine.num_hidden):
+        for hidden in self.machine._states(self.machine.num_hidden):
             shape = (*x.shape[:-1], len(hidden))
             whole = torch.cat([x.unsqueeze(-2).expand(*shape, -1), hidden.expand(*shape, -1)], -1)
             parts.append(torch.logsumexp(-self.machine(whole), -1))

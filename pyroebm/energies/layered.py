@@ -24,7 +24,8 @@ class LayeredMachine(Energy):
     A subclass writes :meth:`layers`, whose tensors carry gradients of its parameters.
 
     Attributes:
-        log_z: by enumeration where that takes less than a second or so, else None; :meth:`log_partition` computes it anyway.
+        log_z: by enumeration in float64 where that takes less than a second or so, else None; :meth:`log_partition` computes it
+            anyway.
 
     Example:
         >>> from pyroebm.energies import BernoulliRBM
@@ -71,7 +72,7 @@ class LayeredMachine(Energy):
         if not self._is_small:
             return None
         with torch.no_grad():
-            return float(self.layers().log_partition())
+            return float(self.layers().double().log_partition())
 
     @property
     def has_exact_draws(self) -> bool:  # type: ignore[override]

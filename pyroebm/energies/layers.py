@@ -184,6 +184,12 @@ class Layers(NamedTuple):
         offset = (1.0 - beta) * self.offset + beta * other.offset
         return Layers(tuple(between[:count]), tuple(between[count:]), precision, offset)
 
+    def double(self) -> Layers:
+        """The same layers in float64: sums over all states are done in it."""
+        precision = None if self.precision is None else self.precision.double()
+        offset = torch.as_tensor(self.offset, dtype=torch.float64, device=self.biases[0].device)
+        return Layers(tuple(w.double() for w in self.weights), tuple(b.double() for b in self.biases), precision, offset)
+
     def _precision(self) -> Tensor:
         if self.precision is None:
             raise ValueError("layer 0 is made of bits and has no precision")
