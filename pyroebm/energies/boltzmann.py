@@ -15,6 +15,7 @@ from pyroebm.energies.enumeration import bit_batches, bits_of
 from pyroebm.energies.layered import MAX_WORK, check_sizes, parameter
 from pyroebm.energies.spins import SpinBernoulli
 from pyroebm.energy import Energy
+from pyroebm.front_door import check_shape
 from pyroebm.randomness import uniform
 from pyroebm.supports import spin
 
@@ -118,6 +119,49 @@ class BoltzmannMachine(Energy):
                 f" 2^{MAX_SUMMED} are the most: sample the joint, or take an RBM, whose sum has a closed form"
             )
         return Marginal(self) if self.num_hidden else self
+
+    @torch.no_grad()
+    def mean_field(self, visible: Tensor, max_steps: int = 100, tolerance: float = 1e-6) -> Tensor:
+        r"""Means :math:`\mu` of a factorial q near to :math:`p(h \mid v)` in :math:`KL(q \| p)`, shape ``(*batch, num_hidden)``.
+
+        .. math:: \mu \leftarrow \tfrac12 \mu + \tfrac12 \sigma(f_h(v, \mu))
+
+        with tanh for spins (Peterson and Anderson, 1987). All units move at once, half-way, since full steps can oscillate.
+
+        Args:
+            visible: v, shape ``(*batch, num_visible)``.
+            max_steps: most updates.
+            tolerance: they end when no mean moves by more.
+        """
+        check_shape(type(self).__name__, visible, torch.Size([self.num_visible]))
+        bits = self.units == "bits"
+        means = visible.new_full((*visible.shape[:-1], self.num_hidden), 0.5 if bits else 0.0)
+        for _ in range(max_steps):
+            field = self.field(torch.cat([visible, means], -1))[..., self.num_visible :]
+            step = 0.5 * ((field.sigmoid() if bits else field.tanh()) - means)
+            means = means + step
+            if not bool((step.abs() > tolerance).any()):
+                break
+        return means
+
+    def variational_free_energy(self, visible: Tensor, max_steps: int = 100, tolerance: float = 1e-6) -> Tensor:
+        r""":math:`E_q[E(v, h)] - H(q) \ge F(v)`, q from :meth:`mean_field`; shape of the batch.
+
+        The means are constants of the gradient: at the fixed point their own is 0. :math:`-F(v) - \log Z` is
+        :math:`\log p(v)`, so with log Z it bounds the likelihood (:meth:`variational_bound`).
+        """
+        means = self.mean_field(visible, max_steps, tolerance)
+        on = means if self.units == "bits" else 0.5 * (1.0 + means)
+        return self(torch.cat([visible, means], -1)) - Bernoulli(on, validate_args=False).entropy().sum(-1)
+
+    def variational_bound(self, visible: Tensor, log_z: float | Tensor | None = None) -> Tensor:
+        r""":math:`\log p(v) \ge -E_q[E(v, h)] + H(q) - \log Z`, shape of the batch.
+
+        Args:
+            visible: v, shape ``(*batch, num_visible)``.
+            log_z: :math:`\log Z`; None sums over all states (:meth:`log_partition`).
+        """
+        return -self.variational_free_energy(visible) - (self.log_partition() if log_z is None else log_z)
 
     def log_partition(self, max_units: int = 24) -> Tensor:
         r""":math:`\log Z` by a sum over all states; differentiable, shape ``()``.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -21,9 +21,22 @@ from pyroebm.objectives.layered import Kept, Ladder, contrast, draw_even, draw_o
 from pyroebm.supports import is_discrete
 from pyroebm.views import Unconstrained, eval_mode
 
-__all__ = ["ContrastiveDivergence", "PersistentCD"]
+__all__ = ["ContrastiveDivergence", "HasMeanField", "PersistentCD"]
 
 Facts = dict[str, Tensor]
+
+
+@runtime_checkable
+class HasMeanField(Protocol):
+    """An energy over visible and hidden units that bounds the free energy of the visible ones.
+
+    Example:
+        >>> from pyroebm.energies import BoltzmannMachine
+        >>> isinstance(BoltzmannMachine(4, 3), HasMeanField)
+        True
+    """
+
+    def variational_free_energy(self, visible: Tensor) -> Tensor: ...
 
 
 class ContrastiveDivergence(Objective):
@@ -87,7 +100,9 @@ class PersistentCD(Objective):
 
     with :math:`\tilde x_j` the state of chain j after k more steps, held fixed. With a frozen energy the chains converge, and
     :math:`\nabla L` is then an unbiased estimate of :math:`-\nabla \log p`. Layers are treated as in
-    :class:`ContrastiveDivergence`; a step of PCD-1 takes five products with a matrix of weights, four of them in pairs.
+    :class:`ContrastiveDivergence`; a step of PCD-1 takes five products with a matrix of weights, four of them in pairs. So are
+    the hidden units of a :class:`~pyroebm.energies.BoltzmannMachine` where ``batch`` has its visible ones alone: the data's take
+    the mean field, the chains' are drawn (Salakhutdinov, 2008).
 
     With ``betas`` the machine has replicas at lower inverse temperatures, whose states are swapped after each sweep with
     probability :math:`\min(1, e^{(\beta_k - \beta_l)(E_k - E_l)})` (Desjardins et al., 2010; Cho, Raiko and Ilin, 2010): chains
@@ -139,7 +154,9 @@ class PersistentCD(Objective):
         self._check_chains(energy, chains, (self.num_chains, *energy.event_shape))
         x, rate = advance(energy, self.kernel, chains, self.k, generator)
         self.chains = x
-        return _difference(energy(batch), energy(x), {"acceptance_rate": rate})
+        seen_only = isinstance(energy, HasMeanField) and batch.shape[1:] != energy.event_shape
+        data = energy.variational_free_energy(batch) if seen_only else energy(batch)  # type: ignore[operator]
+        return _difference(data, energy(x), {"acceptance_rate": rate})
 
     def _sweep_layers(self, energy: LayeredMachine, batch: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Facts]:
         layers, n = energy.layers(), len(batch)
