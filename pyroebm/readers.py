@@ -70,7 +70,11 @@ def load_binary(path: str | Path, threshold: float | None = 127, *, seed: int = 
     if not path.exists():
         raise ValueError(f"there is nothing at {str(path)!r}. {HELP}")
     arrays = _from_folder(path) if path.is_dir() else _from_npz(path)
-    train, test = (torch.from_numpy(arrays[part].reshape(len(arrays[part]), -1)) for part in ("train", "test"))
+    for part, array in arrays.items():
+        if array.dtype.kind not in "buif" or not array.size:
+            raise ValueError(f"{str(path)!r}: {part} must hold numbers, got shape {array.shape} of {array.dtype}. {HELP}")
+    images = [x if x.dtype == np.uint8 else x.astype(np.float32) for x in (arrays["train"], arrays["test"])]
+    train, test = (torch.from_numpy(part.reshape(len(part), -1)) for part in images)
     if train.shape[1] != test.shape[1]:
         raise ValueError(f"{str(path)!r}: training images have {train.shape[1]} pixels, test images {test.shape[1]}")
     labels = [torch.from_numpy(arrays[f"{part}_labels"].astype(np.int64)).flatten() for part in ("train", "test")]

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from checks import within_se
@@ -564,6 +565,12 @@ def test_bad_machines_are_refused() -> None:
         BernoulliRBM(4, 3, weight=torch.zeros(3, 4))
     with pytest.raises(ValueError, match="weight must be finite"):
         BernoulliRBM(1, 1, weight=torch.tensor([[math.nan]]))
+    for data in (torch.full((3, 4), math.nan), torch.full((3, 4), 2.0), torch.zeros(0, 4), torch.zeros(3, 5)):
+        with pytest.raises(ValueError, match="data must"):
+            BernoulliRBM(4, 3).fit_visible(data)
+    with pytest.raises(ValueError, match="n at least 2"):
+        GaussianRBM(4, 3).fit_visible(torch.zeros(1, 4))
+    assert DeepBoltzmannMachine(list(np.array([4, 3, 2]))).event_shape == (9,)
     with pytest.raises(ValueError, match="convention='other'"):
         GaussianRBM(2, 2, convention="other")
     with pytest.raises(ValueError, match="symmetric"):

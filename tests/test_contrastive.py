@@ -590,6 +590,8 @@ def test_sparsity_is_the_written_penalty() -> None:
         (lambda: Pseudolikelihood(0), "sites must be"),
         (lambda: Pseudolikelihood(5)(oracle_rbm(), DATA), "at most the 4 sites"),
         (lambda: Pseudolikelihood()(Gaussian(torch.zeros(2, dtype=F64)), DATA[:, :2]), "discrete"),
+        (lambda: Pseudolikelihood()(oracle_rbm(), 0.5 * DATA), "batch must hold states"),
+        (lambda: Pseudolikelihood()(oracle_rbm(), math.nan * DATA), "batch must hold states"),
         (lambda: MeanFieldLikelihood()(Spins(), BITS), "machines of layers"),
         (lambda: Centring(2.0), "rate must be"),
         (lambda: Centring()(Spins(), BITS, {}), "machines of layers"),

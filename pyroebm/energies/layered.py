@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
@@ -186,7 +187,7 @@ def layer_names(count: int) -> list[str]:
 def check_sizes(name: str, **sizes: int) -> None:
     """ValueError unless every layer has a unit."""
     for argument, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        if isinstance(size, bool) or not isinstance(size, Integral) or size < 1:
             raise ValueError(f"{name}: {argument} must be a whole number of at least 1, got {argument}={size!r}")
 
 

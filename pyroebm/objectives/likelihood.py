@@ -94,7 +94,7 @@ class Pseudolikelihood(Objective):
             sites, which leaves value and gradient unbiased. None looks at all.
 
     Raises:
-        ValueError: if the support is not discrete, or ``sites`` is not from 1 to the number of sites.
+        ValueError: if the support is not discrete, a row is not in it, or ``sites`` is not from 1 to the number of sites.
 
     Example:
         >>> from pyroebm.energies import BernoulliRBM
@@ -117,7 +117,9 @@ class Pseudolikelihood(Objective):
         values = values_of(energy, batch)
         x = to_sites(batch, values)
         chosen = self._sites(x[..., 0], generator)
-        own = squared_distances(x, values).argmin(1)  # the number of each site's value, (n, sites)
+        distances, own = squared_distances(x, values).min(1)  # the number of each site's value, (n, sites)
+        if not bool((distances == 0.0).all()):
+            raise ValueError(f"batch must hold states of {type(energy).__name__}, support {energy.support}, got other values")
         others = (own.gather(1, chosen).unsqueeze(2) + torch.arange(1, len(values), device=x.device)) % len(values)
         count = chosen.shape[1]
         around = x[:, None, None].repeat(1, count, len(values) - 1, 1, 1)
