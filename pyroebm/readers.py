@@ -78,9 +78,9 @@ def load_binary(path: str | Path, threshold: float | None = 127, *, seed: int = 
     if train.shape[1] != test.shape[1]:
         raise ValueError(f"{str(path)!r}: training images have {train.shape[1]} pixels, test images {test.shape[1]}")
     labels = [torch.from_numpy(arrays[f"{part}_labels"].astype(np.int64)).flatten() for part in ("train", "test")]
-    for images, their, part in zip((train, test), labels, ("training", "test"), strict=True):
-        if len(images) != len(their):
-            raise ValueError(f"{str(path)!r}: {len(images)} {part} images have {len(their)} labels")
+    for pixels, their, part in zip((train, test), labels, ("training", "test"), strict=True):
+        if len(pixels) != len(their):
+            raise ValueError(f"{str(path)!r}: {len(pixels)} {part} images have {len(their)} labels")
     bits, how = _binarise([train, test], threshold, seed)
     dtype = torch.get_default_dtype() if dtype is None else dtype
     return Split(bits[0].to(dtype), bits[1].to(dtype), labels[0], labels[1], how)

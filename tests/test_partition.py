@@ -736,6 +736,8 @@ LARGE = BernoulliRBM(40, 30, dtype=F64)
         (lambda: partition.smc(WELL, Gaussian(torch.tensor(0.0, dtype=F64)), ULA()), "ULA is not exact"),
         (lambda: partition.base_rates(rbm(), torch.zeros(3, 5)), r"visible units of shape \(n, 4\)"),
         (lambda: partition.base_rates(Ising((3, 3)), torch.zeros(3, 5)), r"data must have shape \(n, \*\(3, 3\)\)"),
+        (lambda: partition.base_rates(rbm(), torch.full((3, 4), 2.0)), "from 0 to 1"),
+        (lambda: partition.base_rates(boltzmann(), torch.zeros(3, 9)), "data must lie in support"),
         (lambda: partition.base_rates(grbm(), torch.ones(3, 2)), "vary in every column"),
         (
             lambda: LayerGibbs().step(rbm().joint(), LayerGibbs().init(rbm().joint(), rbm().joint().initial(1))),
@@ -746,3 +748,13 @@ LARGE = BernoulliRBM(40, 30, dtype=F64)
 def test_bad_arguments_are_refused(call: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("make", [rbm, boltzmann, lambda: DeepBoltzmannMachine([4, 3, 2])])
+def test_a_machine_that_is_no_law_has_no_value_and_no_draws(make: Callable[[], Any]) -> None:
+    machine = make()
+    with torch.no_grad():
+        next(iter(machine.parameters())).fill_(math.nan)
+    for call in (lambda: partition.exact(machine), lambda: machine.sample(3)):
+        with pytest.raises(FloatingPointError, match="not finite"):
+            call()

@@ -11,12 +11,11 @@ from pyro.distributions import Bernoulli
 from torch import Tensor
 from torch.distributions import Distribution, constraints
 
-from pyroebm.energies.enumeration import bit_batches, bits_of
+from pyroebm.energies.enumeration import bit_batches, bits_of, draw_numbers
 from pyroebm.energies.layered import MAX_WORK, check_sizes, parameter
 from pyroebm.energies.spins import SpinBernoulli
 from pyroebm.energy import Energy
 from pyroebm.front_door import check_shape
-from pyroebm.randomness import uniform
 from pyroebm.supports import spin
 
 __all__ = ["BoltzmannMachine", "Marginal"]
@@ -210,10 +209,8 @@ class BoltzmannMachine(Energy):
         if not self._is_small:
             return super().sample(n, generator)
         with torch.no_grad():
-            log_p = torch.cat([-self(x) for x in self._states(self.event_shape[0])]).double()
-        cdf = log_p.softmax(0).cumsum(0)
-        index = torch.searchsorted(cdf, uniform((n,), generator, torch.float64, self.device) * cdf[-1], right=True)
-        return self._values(bits_of(index, self.event_shape[0], self.dtype))
+            log_p = torch.cat([-self(x) for x in self._states(self.event_shape[0])])
+        return self._values(bits_of(draw_numbers(log_p, n, generator), self.event_shape[0], self.dtype))
 
     def _values(self, bits: Tensor) -> Tensor:
         return bits if self.units == "bits" else 2.0 * bits - 1.0

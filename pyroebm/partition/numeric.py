@@ -38,7 +38,7 @@ def exact(energy: Energy, max_units: float = 24) -> LogZ:
 
     Raises:
         ValueError: if there are more states, or if the energy is continuous and knows no ``log_z``.
-        FloatingPointError: if an energy is NaN or -inf.
+        FloatingPointError: if an energy is NaN or -inf, or all are +inf.
 
     Example:
         >>> from pyroebm.energies import Ising
@@ -74,6 +74,8 @@ def exact(energy: Energy, max_units: float = 24) -> LogZ:
 
 
 def _exact(value: float, method: str) -> LogZ:
+    if not math.isfinite(value):
+        raise FloatingPointError(f"log Z is {value} ({method}): an energy is not finite")
     return LogZ(value, 0.0, "exact", method)
 
 
