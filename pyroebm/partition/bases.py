@@ -152,8 +152,8 @@ def base_rates(energy: Energy, data: Tensor | None = None, pseudocount: float = 
         :class:`pyroebm.energies.Layers` for a layered machine, else an energy with exact draws.
 
     Raises:
-        ValueError: if the data's shape or values do not fit, or a real column does not vary; for real energies without data, since
-            no law on them is uniform; if the support is constrained.
+        ValueError: if the data's shape or values do not fit, or a real column does not vary; for real energies without data,
+            since no law on them is uniform; if the support is constrained.
 
     Example:
         >>> from pyroebm.energies import BernoulliRBM
