@@ -85,7 +85,11 @@ class Checkpoint:
         device = self.generator.device  # chains are made anew where they are loaded
         for name, module in self.modules.items():
             start = f"module.{name}."
-            module.load_state_dict({k.removeprefix(start): v.to(device) for k, v in tensors.items() if k.startswith(start)})
+            state = {k.removeprefix(start): v.to(device) for k, v in tensors.items() if k.startswith(start)}
+            try:
+                module.load_state_dict(state)
+            except RuntimeError as error:
+                raise ValueError(f"checkpoint={str(self.path)!r} is of another {name} than this: {error}") from error
         like = {"optimizer": self.optimizer.state_dict(), "schedule": self._schedule()}
         states = unpack(said["states"], like, tensors)
         # JSON has no keys but text; an optimizer numbers its parameters.

@@ -21,7 +21,7 @@ __all__ = ["Clamped", "HasJoint", "complete"]
 
 @runtime_checkable
 class HasJoint(Protocol):
-    """What has an energy over all its units, in which the visible ones come first.
+    """What has an energy over all its units, in which the visible ones, ``num_visible`` of them, come first.
 
     Example:
         >>> from pyroebm.energies import BernoulliRBM
@@ -109,7 +109,8 @@ def complete(
     Args:
         model: an energy, or what has ``joint()``: a Boltzmann machine of any kind, a deep belief network. Hidden units are
             sampled along.
-        observed: examples, shape ``(n, *visible)``; entries that are not known may hold anything of the support.
+        observed: examples, shape ``(n, *visible)``, n at least 1; entries that are not known may hold anything. Examples of all
+            units will do too.
         known: True where an entry is known, shape ``(n, *visible)`` or ``visible``.
         steps: steps of each chain; the result is its last state.
         kernel: None takes block Gibbs where the energy has layers, single-site Gibbs on other discrete ones, and else NUTS, which
@@ -153,16 +154,16 @@ def complete(
 
 def _over_all_units(energy: Energy, model: Any, observed: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
     """Observed values and mask over every entry of the energy's events: entries that are not visible are not known."""
-    known = torch.as_tensor(known)
-    if (
-        known.dtype != torch.bool
-        or observed.dim() < 1
-        or tuple(known.shape)
-        not in (
-            tuple(observed.shape),
-            tuple(observed.shape[1:]),
+    known, events = torch.as_tensor(known), {tuple(energy.event_shape)}
+    if isinstance(model, HasJoint):
+        joint: Any = energy
+        events.add((joint.num_visible,))
+    if observed.dim() < 1 or not len(observed) or tuple(observed.shape[1:]) not in events:
+        shapes = " or ".join(f"(n, {', '.join(map(str, event))})" for event in sorted(events))
+        raise ValueError(
+            f"observed must have shape {shapes}, n at least 1, for {type(model).__name__}, got {tuple(observed.shape)}"
         )
-    ):
+    if known.dtype != torch.bool or tuple(known.shape) not in (tuple(observed.shape), tuple(observed.shape[1:])):
         raise ValueError(
             f"known must be boolean, of the shape of observed {tuple(observed.shape)} or of one example, got shape"
             f" {tuple(known.shape)} and dtype {known.dtype}"
@@ -170,10 +171,6 @@ def _over_all_units(energy: Energy, model: Any, observed: Tensor, known: Tensor)
     known = known.expand(observed.shape)
     entries, visible = energy.event_shape.numel(), observed[0].numel()
     flat = observed.to(energy.device, energy.dtype).flatten(1)
-    if isinstance(model, Energy) and model is not energy:
-        model.check_states(flat.reshape(len(flat), *model.event_shape), "observed")
-    if visible > entries:
-        raise ValueError(f"observed has {visible} entries an example, but {type(energy).__name__} has {entries}")
     filler = energy.initial(len(flat), torch.Generator(energy.device).manual_seed(0)).flatten(1)
     mask = torch.zeros(len(flat), entries, dtype=torch.bool, device=energy.device)
     mask[:, :visible] = known.flatten(1)

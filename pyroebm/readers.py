@@ -70,13 +70,17 @@ def load_binary(path: str | Path, threshold: float | None = 127, *, seed: int = 
     if not path.exists():
         raise ValueError(f"there is nothing at {str(path)!r}. {HELP}")
     arrays = _from_folder(path) if path.is_dir() else _from_npz(path)
-    train, test = (torch.from_numpy(arrays[part].reshape(len(arrays[part]), -1)) for part in ("train", "test"))
+    for part, array in arrays.items():
+        if array.dtype.kind not in "buif" or not array.size:
+            raise ValueError(f"{str(path)!r}: {part} must hold numbers, got shape {array.shape} of {array.dtype}. {HELP}")
+    images = [x if x.dtype == np.uint8 else x.astype(np.float32) for x in (arrays["train"], arrays["test"])]
+    train, test = (torch.from_numpy(part.reshape(len(part), -1)) for part in images)
     if train.shape[1] != test.shape[1]:
         raise ValueError(f"{str(path)!r}: training images have {train.shape[1]} pixels, test images {test.shape[1]}")
     labels = [torch.from_numpy(arrays[f"{part}_labels"].astype(np.int64)).flatten() for part in ("train", "test")]
-    for images, their, part in zip((train, test), labels, ("training", "test"), strict=True):
-        if len(images) != len(their):
-            raise ValueError(f"{str(path)!r}: {len(images)} {part} images have {len(their)} labels")
+    for pixels, their, part in zip((train, test), labels, ("training", "test"), strict=True):
+        if len(pixels) != len(their):
+            raise ValueError(f"{str(path)!r}: {len(pixels)} {part} images have {len(their)} labels")
     bits, how = _binarise([train, test], threshold, seed)
     dtype = torch.get_default_dtype() if dtype is None else dtype
     return Split(bits[0].to(dtype), bits[1].to(dtype), labels[0], labels[1], how)

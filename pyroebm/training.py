@@ -146,6 +146,7 @@ def fit(
             state, the objective's buffers (its chains), the average, the offsets of ``transform``, the generator.
         checkpoint_every: seconds after which it is written again; also at the end, and where your loop breaks off.
         resume: go on from ``checkpoint`` where there is one, bit for bit as if it had not been interrupted (on one machine).
+            The optimizer's and the schedule's settings, such as the learning rate, are then those of the checkpoint.
         seed: of the order of the data and of the generator that the objective draws from; torch's global one is not used.
         progress: True, False, or None: a bar on terminals only.
 

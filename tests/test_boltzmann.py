@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from checks import within_se
@@ -339,7 +340,14 @@ def test_belief_network_against_all_states(sizes: list[int]) -> None:
     assert joint.log_z == pytest.approx(float(torch.logsumexp(-energies.flatten(), 0)), abs=1e-10)
     draws = net.sample(20_000, torch.Generator().manual_seed(1))
     within_se(draws.mean(0), (truth.exp().unsqueeze(1) * visible).sum(0), draws.std(0) / math.sqrt(len(draws)))
+    whole, p = joint.sample(20_000, torch.Generator().manual_seed(3)), torch.softmax(-energies.flatten(), 0)
+    moments = torch.einsum("s,si,sj->ij", p, *[all_bits(sum(sizes), F64)] * 2)  # of every pair of units
+    within_se(whole.mT @ whole / len(whole), moments, (moments * (1.0 - moments) / len(whole)).sqrt())
     if len(sizes) > 2:
+        with pytest.raises(ValueError, match=r"event_shape \(\d,\)"):
+            net.variational_bound(torch.zeros(2, 7, dtype=F64))
+        with pytest.raises(ValueError, match="num_samples"):
+            net.importance_log_likelihood(visible, num_samples=0)
         generator = torch.Generator().manual_seed(2)
         weights = net.log_weights(visible, 20_000, generator) - net.top.log_partition()
         ratio = (weights - truth).exp()  # p(v, h) / q(h | v) is unbiased for p(v)
@@ -371,6 +379,8 @@ def test_copies_of_layers_are_an_rbm_of_tied_weights() -> None:
         x = torch.cat([v] * copies[0] + [h] * copies[1], 1)
         torch.testing.assert_close(tied.joint()(x), copies[0] * copies[1] * rbm.joint()(torch.cat([v, h], 1)))
         torch.testing.assert_close(tied.repeat(v), x[:, : 4 * copies[0]])
+    assert TiedRBM(rbm, (2, 1)).has_exact_draws
+    assert TiedRBM(rbm, (2, 1)).sample(5).shape == (5, 8)
 
 
 @pytest.mark.parametrize("first", [oracle_rbm, lambda: gaussian("hinton")])
@@ -434,6 +444,19 @@ def test_completions_have_the_conditional_law(name: str) -> None:
         fits = (values[:, 0] == first[0]) & (values[:, 2] == first[1])
         truth = (p[fits].unsqueeze(1) * values[fits]).sum(0)[~known] / p[fits].sum()
         within_se(rows[:, ~known].mean(0), truth, rows[:, ~known].std(0) / math.sqrt(n))
+
+
+@pytest.mark.parametrize("name", COMPLETED)
+def test_completions_of_misshapen_examples_are_refused(name: str) -> None:
+    """A machine whose events have more units than are seen must not take some hidden ones for visible, or the other way round."""
+    model, shape = COMPLETED[name]().requires_grad_(False), (2, 2) if name == "ising" else (4,)
+    for wrong in ((2, *shape[1:], 3), (0, *shape), (4,), ()):
+        observed = torch.zeros(wrong, dtype=F64)
+        with pytest.raises(ValueError, match="observed must have shape"):
+            complete(model, observed, torch.zeros(wrong, dtype=torch.bool), steps=2, progress=False)
+    given = torch.full((2, *shape), math.nan, dtype=F64)  # of what is not known anything will do
+    done = complete(model, given, torch.zeros(shape, dtype=torch.bool), steps=2, progress=False)
+    assert bool(done.isfinite().all())
 
 
 def test_a_gaussian_machine_is_completed_too() -> None:
@@ -542,6 +565,12 @@ def test_bad_machines_are_refused() -> None:
         BernoulliRBM(4, 3, weight=torch.zeros(3, 4))
     with pytest.raises(ValueError, match="weight must be finite"):
         BernoulliRBM(1, 1, weight=torch.tensor([[math.nan]]))
+    for data in (torch.full((3, 4), math.nan), torch.full((3, 4), 2.0), torch.zeros(0, 4), torch.zeros(3, 5)):
+        with pytest.raises(ValueError, match="data must"):
+            BernoulliRBM(4, 3).fit_visible(data)
+    with pytest.raises(ValueError, match="n at least 2"):
+        GaussianRBM(4, 3).fit_visible(torch.zeros(1, 4))
+    assert DeepBoltzmannMachine(list(np.array([4, 3, 2]))).event_shape == (9,)
     with pytest.raises(ValueError, match="convention='other'"):
         GaussianRBM(2, 2, convention="other")
     with pytest.raises(ValueError, match="symmetric"):

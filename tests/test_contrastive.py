@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyroebm import Energy
-from pyroebm.energies import BernoulliRBM, GaussianRBM, Layers
+from pyroebm.energies import BernoulliRBM, BoltzmannMachine, DeepBoltzmannMachine, GaussianRBM, Layers
+from pyroebm.energies.enumeration import all_bits
 from pyroebm.energies.layered import LayeredEnergy, LayeredMachine
 from pyroebm.kernels import MALA, Gibbs
 from pyroebm.kernels.base import Info
@@ -29,7 +31,7 @@ from pyroebm.objectives import (
     Sparsity,
 )
 from pyroebm.objectives import contrastive as contrastive_module
-from pyroebm.objectives.layered import Ladder
+from pyroebm.objectives.layered import Ladder, mean_field
 from pyroebm.randomness import uniform
 from pyroebm.supports import spin
 from pyroebm.targets import Gaussian
@@ -303,6 +305,57 @@ def test_pcd_of_a_deep_machine(betas: tuple[float, ...] | None) -> None:
     check_pcd(lambda: PersistentCD(num_chains=100, betas=betas), deep, data, truth)
 
 
+def dense(units: str, hidden: int = 3) -> BoltzmannMachine:
+    n = 3 + hidden
+    weight = 0.8 * torch.randn(n, n, generator=generator(5), dtype=F64).triu(1)
+    bias = 0.5 * torch.randn(n, generator=generator(6), dtype=F64)
+    return BoltzmannMachine(3, hidden, units=units, weight=weight + weight.mT, bias=bias, dtype=F64)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("units", ["bits", "spins"])
+def test_pcd_of_hidden_units_tied_to_each_other(units: str) -> None:
+    """The positive phase in mean field, the negative one drawn: the gradient of the bound, by enumeration."""
+    machine, low = dense(units), 0.0 if units == "bits" else -1.0
+    seen, hidden = (all_bits(3, F64) * (1.0 - low) + low for _ in range(2))
+    means = machine.mean_field(seen)
+    assert bool((machine.variational_bound(seen) < machine.log_likelihood(seen)).all())
+
+    # E_q[E] - H(q) of the written q, state by state; and no factorial q nearby is better
+    def bound(mu: Tensor) -> Tensor:
+        q = (mu - low) / (1.0 - low)
+        p = torch.where(hidden > 0.5, q.unsqueeze(1), 1.0 - q.unsqueeze(1)).prod(-1)
+        energies = machine(torch.cat([seen.repeat_interleave(8, 0), hidden.repeat(8, 1)], 1)).reshape(8, 8).detach()
+        return (p * (energies + p.log())).sum(1)
+
+    torch.testing.assert_close(machine.variational_free_energy(seen).detach(), bound(means))
+    for step in 1e-3 * torch.cat([torch.eye(3, dtype=F64), -torch.eye(3, dtype=F64)]):
+        assert bool((bound(means + step) > bound(means)).all())
+
+    truth = flat_grad(machine, machine.variational_free_energy(seen).mean() + machine.log_partition())
+    grads, objective = [], PersistentCD(num_chains=500)
+    for step in range(40):
+        loss, facts = objective(machine, seen, generator=generator(100 + step))
+        grads.append(flat_grad(machine, loss))
+    assert objective.chains is not None
+    assert objective.chains.shape == (500, 6)
+    found = torch.stack(grads[10:])
+    scatter = found.std(0) * math.sqrt(3.0 / len(found))  # steps of a chain are not independent: three count for one
+    within_se(found.mean(0)[scatter > 0], truth[scatter > 0], scatter[scatter > 0])
+    assert float(facts["energy_data"]) == pytest.approx(float(machine.variational_free_energy(seen).mean().detach()))
+    with pytest.raises(ValueError, match=r"event_shape \(3,\)"):
+        objective(machine, seen[:, :2])
+
+
+def test_exact_likelihood_of_visible_units() -> None:
+    """Of machines that are energies over all units: the free energy of what is seen is summed out of them."""
+    for machine in (dense("spins"), DeepBoltzmannMachine([3, 2, 2], dtype=F64)):
+        seen = 2.0 * BITS[:5, :3] - 1.0 if isinstance(machine, BoltzmannMachine) else BITS[:5, :3]
+        loss, facts = ExactLikelihood()(machine, seen)
+        torch.testing.assert_close(loss, -machine.log_likelihood(seen).mean())
+        assert bool((flat_grad(machine, loss).abs() > 0).any())
+        assert float(facts["log_z"]) == pytest.approx(machine.log_z)
+
+
 def test_pcd_of_spins_by_the_default_kernel() -> None:
     energy, every = Spins(), states([-1.0, 1.0], 4)
     data = every[[0, 3, 9, 15]]
@@ -341,6 +394,31 @@ def test_chains_are_part_of_the_state() -> None:
         assert objective.chains is not None
         assert other.chains is not None
         assert torch.equal(objective.chains, other.chains)
+
+
+@pytest.mark.parametrize("options", [{}, {"betas": (1.0, 0.5)}, {"kernel": Gibbs()}], ids=["layers", "betas", "kernel"])
+def test_chains_of_another_machine_or_number_are_refused(options: dict[str, Any]) -> None:
+    objective, other = PersistentCD(num_chains=7, **options), PersistentCD(num_chains=9, **options)
+    objective(oracle_rbm(), DATA, generator=generator(0))
+    other.load_state_dict(objective.state_dict())
+    wide = BernoulliRBM(5, 4, dtype=F64)
+    for chains, machine, batch in (
+        (other, oracle_rbm(), DATA),
+        (objective, wide, torch.ones(3, 5, dtype=F64)),
+        (objective, oracle_rbm().float(), DATA.float()),
+    ):
+        with pytest.raises(ValueError, match="chains must have shape"):
+            chains(machine, batch)
+
+
+def test_a_mean_field_row_does_not_depend_on_the_others() -> None:
+    layers, rows = Deep(scale=3.0).layers(), torch.eye(3, dtype=F64)
+    broken = torch.cat([torch.full((1, 3), math.nan, dtype=F64), rows])
+    alone, beside = (mean_field(layers, seen)[2] for seen in (rows, broken))
+    assert alone is not None
+    assert beside is not None
+    torch.testing.assert_close(beside[1:], alone)
+    assert bool(beside[0].isnan().all())
 
 
 def test_tempering_swaps() -> None:
@@ -506,10 +584,14 @@ def test_sparsity_is_the_written_penalty() -> None:
         (lambda: PersistentCD(betas=(1.0, 0.5))(Spins(), BITS), "no machine of layers"),
         (lambda: ContrastiveDivergence()(oracle_rbm(), DATA[:, :3]), "visible units"),
         (lambda: ContrastiveDivergence()(oracle_rbm(), DATA.float()), "visible units"),
+        (lambda: ContrastiveDivergence()(oracle_rbm(), DATA[:0]), "n at least 1"),
+        (lambda: PersistentCD()(oracle_rbm(), DATA[:0]), "n at least 1"),
         (lambda: ExactLikelihood()(Spins(), BITS), "has none"),
         (lambda: Pseudolikelihood(0), "sites must be"),
         (lambda: Pseudolikelihood(5)(oracle_rbm(), DATA), "at most the 4 sites"),
         (lambda: Pseudolikelihood()(Gaussian(torch.zeros(2, dtype=F64)), DATA[:, :2]), "discrete"),
+        (lambda: Pseudolikelihood()(oracle_rbm(), 0.5 * DATA), "batch must hold states"),
+        (lambda: Pseudolikelihood()(oracle_rbm(), math.nan * DATA), "batch must hold states"),
         (lambda: MeanFieldLikelihood()(Spins(), BITS), "machines of layers"),
         (lambda: Centring(2.0), "rate must be"),
         (lambda: Centring()(Spins(), BITS, {}), "machines of layers"),
@@ -633,3 +715,25 @@ def test_statistics_of_mismatched_layers_are_caught(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(contrastive_module, "contrast", wrong)
     with pytest.raises(AssertionError, match="standard errors"):
         check_cd(ContrastiveDivergence(1), 1)
+
+
+def _half_fields(self: BoltzmannMachine, visible: Tensor, max_steps: int = 100, tolerance: float = 1e-6) -> Tensor:
+    means = visible.new_zeros((len(visible), self.num_hidden))
+    for _ in range(max_steps):
+        means = 0.5 * (means + torch.tanh(0.5 * self.field(torch.cat([visible, means], 1))[:, self.num_visible :]))
+    return means
+
+
+def test_a_mean_field_of_the_wrong_scale_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BoltzmannMachine, "mean_field", _half_fields)
+    with pytest.raises(AssertionError):
+        test_pcd_of_hidden_units_tied_to_each_other("spins")
+
+
+def test_a_positive_phase_of_units_at_rest_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    def at_rest(self: BoltzmannMachine, visible: Tensor) -> Tensor:
+        return self(torch.cat([visible, visible.new_zeros((len(visible), self.num_hidden))], 1))
+
+    monkeypatch.setattr(BoltzmannMachine, "variational_free_energy", at_rest)
+    with pytest.raises(AssertionError):
+        test_pcd_of_hidden_units_tied_to_each_other("bits")

@@ -130,6 +130,13 @@ def test_sampled_pixels_have_their_grey_levels_as_means(tmp_path: Path) -> None:
     assert not torch.equal(data.train, data.test)
 
 
+def test_grey_levels_of_any_type_of_number(tmp_path: Path) -> None:
+    for dtype in (np.uint8, np.uint16, np.int64, np.float16):
+        levels, labels = np.array([[0, 200]], dtype=dtype), np.zeros(1, dtype=dtype)
+        np.savez(tmp_path / "grey.npz", x_train=levels, x_test=levels, y_train=labels, y_test=labels)
+        assert load_binary(tmp_path / "grey.npz").train.tolist() == [[0.0, 1.0]]
+
+
 def test_bits_are_taken_as_they_are(tmp_path: Path) -> None:
     bits, labels = np.array([[0, 1], [1, 1]], dtype=np.uint8), np.array([3, 4])
     names = {"train": bits, "valid": bits[:1], "test": bits}
@@ -208,6 +215,16 @@ def half_npz(folder: Path) -> Path:
     return folder / "a.npz"
 
 
+def empty_npz(folder: Path) -> Path:
+    np.savez(folder / "a.npz", x_train=np.zeros((0, 2)), x_test=np.ones((1, 2)), y_train=np.zeros(0), y_test=np.zeros(1))
+    return folder / "a.npz"
+
+
+def words_npz(folder: Path) -> Path:
+    np.savez(folder / "a.npz", x_train=np.array([["a", "b"]]), x_test=np.ones((1, 2)), y_train=np.zeros(1), y_test=np.zeros(1))
+    return folder / "a.npz"
+
+
 def pickled_npz(folder: Path) -> Path:
     np.savez(folder / "a.npz", x_train=np.array([{"a": 1}], dtype=object))
     return folder / "a.npz"
@@ -237,6 +254,8 @@ def negative(folder: Path) -> Path:
         (text_npz, "cannot be read as .npz"),
         (half_npz, "must hold one of .*x_test"),
         (pickled_npz, "cannot be read as .npz"),
+        (empty_npz, "train must hold numbers"),
+        (words_npz, "train must hold numbers"),
         (one_array, "holds one array"),
         (negative, "grey levels from 0 to 255"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections.abc import Callable
@@ -140,6 +141,16 @@ def test_exact_layers_are_summed_over_all_states() -> None:
 
 
 def test_exact_is_in_float64_whatever_the_energy_is() -> None:
+    """The parameters are rounded, the sum over their states is not: that of the same parameters in float64 is the same number."""
+    weight = torch.randn(16, 16, generator=torch.Generator().manual_seed(0)).triu(1)
+    dense = BoltzmannMachine(
+        16, weight=weight + weight.mT, bias=3.0 * torch.randn(16, generator=torch.Generator().manual_seed(1))
+    )
+    for machine in (rbm(torch.float32), dense):
+        double = copy.deepcopy(machine).double()
+        truth = float(torch.logsumexp(-double(all_bits(double.event_shape[0], F64)), 0).detach())
+        for found in (partition.exact(machine).value, machine.log_z):
+            assert math.isclose(found, truth, rel_tol=1e-13)
     assert math.isclose(partition.exact(rbm(torch.float32)).value, RBM_LOG_Z, abs_tol=1e-6)
 
 
@@ -320,6 +331,8 @@ def test_a_result_says_what_it_is() -> None:
     assert both.forward.log_weights.shape == (20,)
     assert f"ESS {both.forward.ess:.4g} of 20" in str(both.forward)
     assert "high on average" in both.reverse.bias
+    one = partition.bracket(rbm(), betas=10, num_chains=1)
+    assert all(math.isnan(result.standard_error) for result in (one.forward, one.reverse, one.combined))
     with pytest.raises(ValueError, match=r"kind must be one of .* got kind='bound'"):
         LogZ(0.0, 0.0, "bound", "a guess")  # type: ignore[arg-type]
 
@@ -707,6 +720,9 @@ LARGE = BernoulliRBM(40, 30, dtype=F64)
         (lambda: partition.reverse_ais(rbm(), torch.zeros(3, 5, dtype=F64)), r"start must have shape \(n, 4\) or \(n, 7\)"),
         (lambda: partition.reverse_ais(deep(), torch.zeros(3, 4, dtype=F64)), r"start must have shape \(n, 10\)"),
         (lambda: partition.reverse_ais(rbm(), torch.zeros(3, 4)), "start must be torch.float64"),
+        (lambda: partition.reverse_ais(rbm(), torch.full((3, 4), math.nan, dtype=F64)), "start must hold states"),
+        (lambda: partition.reverse_ais(rbm(), torch.full((3, 7), 0.5, dtype=F64)), "start must hold states"),
+        (lambda: partition.reverse_ais(grbm(), torch.full((3, 5), 0.5, dtype=F64)), "start must hold states"),
         (lambda: partition.exact(LARGE), r"sum over 2\^30 states, more than max_units=24"),
         (lambda: partition.exact(Ising((5, 5)) * 1.0), r"sum over 2\^25 states"),
         (lambda: partition.exact(WELL * 0.5), "exact needs a discrete energy"),
@@ -720,6 +736,8 @@ LARGE = BernoulliRBM(40, 30, dtype=F64)
         (lambda: partition.smc(WELL, Gaussian(torch.tensor(0.0, dtype=F64)), ULA()), "ULA is not exact"),
         (lambda: partition.base_rates(rbm(), torch.zeros(3, 5)), r"visible units of shape \(n, 4\)"),
         (lambda: partition.base_rates(Ising((3, 3)), torch.zeros(3, 5)), r"data must have shape \(n, \*\(3, 3\)\)"),
+        (lambda: partition.base_rates(rbm(), torch.full((3, 4), 2.0)), "from 0 to 1"),
+        (lambda: partition.base_rates(boltzmann(), torch.zeros(3, 9)), "data must lie in support"),
         (lambda: partition.base_rates(grbm(), torch.ones(3, 2)), "vary in every column"),
         (
             lambda: LayerGibbs().step(rbm().joint(), LayerGibbs().init(rbm().joint(), rbm().joint().initial(1))),
@@ -730,3 +748,13 @@ LARGE = BernoulliRBM(40, 30, dtype=F64)
 def test_bad_arguments_are_refused(call: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("make", [rbm, boltzmann, lambda: DeepBoltzmannMachine([4, 3, 2])])
+def test_a_machine_that_is_no_law_has_no_value_and_no_draws(make: Callable[[], Any]) -> None:
+    machine = make()
+    with torch.no_grad():
+        next(iter(machine.parameters())).fill_(math.nan)
+    for call in (lambda: partition.exact(machine), lambda: machine.sample(3)):
+        with pytest.raises(FloatingPointError, match="not finite"):
+            call()

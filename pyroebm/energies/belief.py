@@ -15,6 +15,7 @@ from pyroebm.energies.enumeration import all_bits
 from pyroebm.energies.layered import check_sizes, layer_names
 from pyroebm.energies.rbm import BernoulliRBM
 from pyroebm.energy import Energy
+from pyroebm.front_door import check_counts, check_shape
 
 __all__ = ["BeliefJoint", "DeepBeliefNetwork"]
 
@@ -96,14 +97,6 @@ class DeepBeliefNetwork(nn.Module):
         fresh = BernoulliRBM(hidden, num_hidden, visible_bias=below.hidden_bias, dtype=below.dtype, **start)
         self.rbms.append(fresh.to(below.device))
 
-    def up(self, visible: Tensor, layers: int | None = None, generator: torch.Generator | None = None) -> list[Tensor]:
-        """Draws of the hidden layers below the top's, bottom up by the recognition laws: ``layers`` of them (None: all)."""
-        states = [visible]
-        for k in range(len(self.rbms) - 1 if layers is None else layers):
-            parts = self.rbm(k).layers()
-            states.append(parts.draw(1, parts.field(1, [states[-1], None]), generator))
-        return states[1:]
-
     def means_up(self, visible: Tensor) -> Tensor:
         """Recognition means of the top's visible layer, bottom up: the data that the top is trained on, as probabilities."""
         mean = visible
@@ -111,12 +104,13 @@ class DeepBeliefNetwork(nn.Module):
             mean = torch.sigmoid(mean @ self.rbm(k).weight + self.rbm(k).hidden_bias)
         return mean
 
-    def down(self, hidden: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """A draw of the visible units given the top's visible layer, one pass down."""
+    def down(self, hidden: Tensor, generator: torch.Generator | None = None) -> list[Tensor]:
+        """Draws of the layers given the top's visible layer, by the generative laws: the visible one first, ``hidden`` last."""
+        states = [hidden]
         for k in range(len(self.rbms) - 2, -1, -1):
             parts = self.rbm(k).layers()
-            hidden = parts.draw(0, parts.field(0, [None, hidden]), generator)
-        return hidden
+            states.insert(0, parts.draw(0, parts.field(0, [None, states[0]]), generator))
+        return states
 
     def sample(self, n: int, generator: torch.Generator | None = None, gibbs_steps: int = 1000) -> Tensor:
         """``n`` draws of v: of the top, and one pass down.
@@ -125,16 +119,18 @@ class DeepBeliefNetwork(nn.Module):
         """
         with torch.no_grad():
             if self.top.has_exact_draws:
-                return self.down(self.top.sample(n, generator), generator)
+                return self.down(self.top.sample(n, generator), generator)[0]
             layers = self.top.layers()
             state = layers.draw(0, self.top.visible_bias.expand(n, -1), generator)
             for _ in range(gibbs_steps):
                 hidden = layers.draw(1, layers.field(1, [state, None]), generator)
                 state = layers.draw(0, layers.field(0, [None, hidden]), generator)
-            return self.down(state, generator)
+            return self.down(state, generator)[0]
 
     def log_weights(self, visible: Tensor, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
         r""":math:`\log p^*(v, h) - \log q(h \mid v)` of draws of q, shape ``(num_samples, *batch)``; log Z is left out."""
+        check_shape(type(self).__name__, visible, torch.Size(self.sizes[:1]))
+        check_counts({"num_samples": 1}, num_samples)
         below, total = visible.expand(num_samples, *visible.shape), torch.zeros((), dtype=visible.dtype, device=visible.device)
         for k in range(len(self.rbms) - 1):
             rbm = self.rbm(k)
@@ -222,14 +218,16 @@ class DeepBeliefNetwork(nn.Module):
 class BeliefJoint(Energy):
     r"""All units of a deep belief network, :math:`E = -\sum_l \log p(h_{l-1} \mid h_l) + E_{top}(h_{L-1}, h_L)`.
 
-    Its log Z is that of the top. Given the layers above and below, the units of a directed layer depend on each other (they
-    explain each other away), so there are no blocks: :class:`pyroebm.Gibbs` draws one unit at a time.
+    Its log Z is that of the top, its draws are the top's with one pass down. Given the layers above and below, the units of a
+    directed layer depend on each other (they explain each other away), so there are no blocks: :class:`pyroebm.Gibbs` draws one
+    unit at a time.
 
     Args:
         network: whose parameters are shared.
 
     Attributes:
         spans: where each layer lies in the event, by name.
+        num_visible: units of the visible layer.
 
     Example:
         >>> BeliefJoint(DeepBeliefNetwork([4, 3, 2])).spans
@@ -242,7 +240,7 @@ class BeliefJoint(Energy):
         self.network = network
         ends = [sum(sizes[: k + 1]) for k in range(len(sizes))]
         spans = [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
-        self.spans = dict(zip(layer_names(len(sizes)), spans, strict=True))
+        self.spans, self.num_visible = dict(zip(layer_names(len(sizes)), spans, strict=True)), sizes[0]
 
     def forward(self, x: Tensor) -> Tensor:
         parts = x.split(self.network.sizes, -1)
@@ -255,6 +253,16 @@ class BeliefJoint(Energy):
     def log_z(self) -> float | None:  # type: ignore[override]  # a truth is read, never set
         """That of the top."""
         return self.network.top.log_z
+
+    @property
+    def has_exact_draws(self) -> bool:  # type: ignore[override]
+        """Where the top has them."""
+        return self.network.top.has_exact_draws
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        with torch.no_grad():
+            top = self.network.top.draw_layers(n, generator)
+            return torch.cat([*self.network.down(top[0], generator), *top[1:]], -1)
 
 
 def _log_bits(x: Tensor, field: Tensor) -> Tensor:

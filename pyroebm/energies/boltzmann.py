@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -9,11 +11,11 @@ from pyro.distributions import Bernoulli
 from torch import Tensor
 from torch.distributions import Distribution, constraints
 
-from pyroebm.energies.enumeration import bit_batches, bits_of
+from pyroebm.energies.enumeration import bit_batches, bits_of, draw_numbers
 from pyroebm.energies.layered import MAX_WORK, check_sizes, parameter
 from pyroebm.energies.spins import SpinBernoulli
 from pyroebm.energy import Energy
-from pyroebm.randomness import uniform
+from pyroebm.front_door import check_shape
 from pyroebm.supports import spin
 
 __all__ = ["BoltzmannMachine", "Marginal"]
@@ -41,7 +43,7 @@ class BoltzmannMachine(Energy):
         dtype: floating-point type; None for torch's default.
 
     Attributes:
-        log_z: by enumeration, up to about 20 units; None above.
+        log_z: by enumeration in float64, up to about 20 units; None above.
 
     Raises:
         ValueError: if a size is out of range, ``units`` is neither, or W or b has another shape, is not finite, or W is not
@@ -117,6 +119,49 @@ class BoltzmannMachine(Energy):
             )
         return Marginal(self) if self.num_hidden else self
 
+    @torch.no_grad()
+    def mean_field(self, visible: Tensor, max_steps: int = 100, tolerance: float = 1e-6) -> Tensor:
+        r"""Means :math:`\mu` of a factorial q near to :math:`p(h \mid v)` in :math:`KL(q \| p)`, shape ``(*batch, num_hidden)``.
+
+        .. math:: \mu \leftarrow \tfrac12 \mu + \tfrac12 \sigma(f_h(v, \mu))
+
+        with tanh for spins (Peterson and Anderson, 1987). All units move at once, half-way, since full steps can oscillate.
+
+        Args:
+            visible: v, shape ``(*batch, num_visible)``.
+            max_steps: most updates.
+            tolerance: they end when no mean moves by more.
+        """
+        check_shape(type(self).__name__, visible, torch.Size([self.num_visible]))
+        bits = self.units == "bits"
+        means = visible.new_full((*visible.shape[:-1], self.num_hidden), 0.5 if bits else 0.0)
+        for _ in range(max_steps):
+            field = self.field(torch.cat([visible, means], -1))[..., self.num_visible :]
+            step = 0.5 * ((field.sigmoid() if bits else field.tanh()) - means)
+            means = means + step
+            if not bool((step.abs() > tolerance).any()):
+                break
+        return means
+
+    def variational_free_energy(self, visible: Tensor, max_steps: int = 100, tolerance: float = 1e-6) -> Tensor:
+        r""":math:`E_q[E(v, h)] - H(q) \ge F(v)`, q from :meth:`mean_field`; shape of the batch.
+
+        The means are constants of the gradient: at the fixed point their own is 0. :math:`-F(v) - \log Z` is
+        :math:`\log p(v)`, so with log Z it bounds the likelihood (:meth:`variational_bound`).
+        """
+        means = self.mean_field(visible, max_steps, tolerance)
+        on = means if self.units == "bits" else 0.5 * (1.0 + means)
+        return self(torch.cat([visible, means], -1)) - Bernoulli(on, validate_args=False).entropy().sum(-1)
+
+    def variational_bound(self, visible: Tensor, log_z: float | Tensor | None = None) -> Tensor:
+        r""":math:`\log p(v) \ge -E_q[E(v, h)] + H(q) - \log Z`, shape of the batch.
+
+        Args:
+            visible: v, shape ``(*batch, num_visible)``.
+            log_z: :math:`\log Z`; None sums over all states (:meth:`log_partition`).
+        """
+        return -self.variational_free_energy(visible) - (self.log_partition() if log_z is None else log_z)
+
     def log_partition(self, max_units: int = 24) -> Tensor:
         r""":math:`\log Z` by a sum over all states; differentiable, shape ``()``.
 
@@ -132,7 +177,7 @@ class BoltzmannMachine(Energy):
                 f"log Z of {n} units needs a sum over 2^{n} states, more than max_units={max_units} allows: estimate it"
                 " (pyroebm.partition)"
             )
-        return torch.stack([torch.logsumexp(-self(x), 0) for x in self._batches(n)]).logsumexp(0)
+        return torch.stack([torch.logsumexp(-self(x), 0) for x in self._states(n)]).logsumexp(0)
 
     def log_likelihood(self, x: Tensor, log_z: float | Tensor | None = None) -> Tensor:
         r""":math:`\log p(v)`, hidden units summed out, shape of the batch.
@@ -153,7 +198,7 @@ class BoltzmannMachine(Energy):
         if not self._is_small:
             return None
         with torch.no_grad():
-            return float(self.log_partition())
+            return float(copy.deepcopy(self).double().log_partition())
 
     @property
     def has_exact_draws(self) -> bool:  # type: ignore[override]
@@ -164,16 +209,15 @@ class BoltzmannMachine(Energy):
         if not self._is_small:
             return super().sample(n, generator)
         with torch.no_grad():
-            log_p = torch.cat([-self(x) for x in self._batches(self.event_shape[0])]).double()
-        cdf = log_p.softmax(0).cumsum(0)
-        index = torch.searchsorted(cdf, uniform((n,), generator, torch.float64, self.device) * cdf[-1], right=True)
-        return self._values(bits_of(index, self.event_shape[0], self.dtype))
+            log_p = torch.cat([-self(x) for x in self._states(self.event_shape[0])])
+        return self._values(bits_of(draw_numbers(log_p, n, generator), self.event_shape[0], self.dtype))
 
     def _values(self, bits: Tensor) -> Tensor:
         return bits if self.units == "bits" else 2.0 * bits - 1.0
 
-    def _batches(self, n: int) -> list[Tensor]:
-        return [self._values(bits) for bits in bit_batches(n, self.dtype, self.device)]
+    def _states(self, n: int) -> Iterator[Tensor]:
+        """Every state of n units, in batches that do not stay in memory."""
+        return map(self._values, bit_batches(n, self.dtype, self.device))
 
     def extra_repr(self) -> str:
         return f"units={self.units!r}, num_visible={self.num_visible}, num_hidden={self.num_hidden}"
@@ -197,7 +241,7 @@ class Marginal(Energy):
 
     def forward(self, x: Tensor) -> Tensor:
         parts = []
-        for hidden in self.machine._batches(self.machine.num_hidden):
+        for hidden in self.machine._states(self.machine.num_hidden):
             shape = (*x.shape[:-1], len(hidden))
             whole = torch.cat([x.unsqueeze(-2).expand(*shape, -1), hidden.expand(*shape, -1)], -1)
             parts.append(torch.logsumexp(-self.machine(whole), -1))

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-__all__ = ["BATCH", "all_bits", "bit_batches", "bits_of"]
+from pyroebm.randomness import uniform
+
+__all__ = ["BATCH", "all_bits", "bit_batches", "bits_of", "draw_numbers"]
 
 #: States of one batch.
 BATCH = 1 << 14
@@ -36,6 +38,18 @@ def bits_of(number: Tensor, n: int, dtype: torch.dtype) -> Tensor:
     """The rows of :func:`all_bits` with these numbers: ``(k,)`` to ``(k, n)``."""
     shift = torch.arange(n - 1, -1, -1, device=number.device)
     return ((number.unsqueeze(1) >> shift) & 1).to(dtype)
+
+
+def draw_numbers(log_p: Tensor, n: int, generator: torch.Generator | None = None) -> Tensor:
+    """``n`` numbers of states ``(n,)``, by inverse CDF over unnormalised log-probabilities of all of them.
+
+    Raises:
+        FloatingPointError: if these are not finite: there is no such law.
+    """
+    cdf = log_p.double().softmax(0).cumsum(0)
+    if not bool(cdf[-1].isfinite()):
+        raise FloatingPointError(f"of {len(log_p)} states {int((~log_p.isfinite()).sum())} have an energy that is not finite")
+    return torch.searchsorted(cdf, uniform((n,), generator, torch.float64, cdf.device) * cdf[-1], right=True)
 
 
 def _rows(start: int, stop: int, n: int, dtype: torch.dtype | None, device: torch.device | str) -> Tensor:

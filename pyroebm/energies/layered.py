@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,8 @@ class LayeredMachine(Energy):
     A subclass writes :meth:`layers`, whose tensors carry gradients of its parameters.
 
     Attributes:
-        log_z: by enumeration where that takes less than a second or so, else None; :meth:`log_partition` computes it anyway.
+        log_z: by enumeration in float64 where that takes less than a second or so, else None; :meth:`log_partition` computes it
+            anyway.
 
     Example:
         >>> from pyroebm.energies import BernoulliRBM
@@ -71,7 +73,7 @@ class LayeredMachine(Energy):
         if not self._is_small:
             return None
         with torch.no_grad():
-            return float(self.layers().log_partition())
+            return float(self.layers().double().log_partition())
 
     @property
     def has_exact_draws(self) -> bool:  # type: ignore[override]
@@ -85,12 +87,16 @@ class LayeredMachine(Energy):
         with torch.no_grad():
             return self.layers().sample(n, generator)
 
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        return self.draw_layers(n, generator)[0]
+
 
 class LayeredEnergy(LayeredMachine):
     """An energy over all layers side by side in one flat event, with the layers as blocks for :class:`pyroebm.BlockGibbs`.
 
     Attributes:
         blocks: where each layer lies in the event, by name: ``visible``, then ``hidden`` or ``hidden1``, ``hidden2``, ...
+        num_visible: units of the visible layer.
 
     Example:
         >>> from pyroebm.energies import BernoulliRBM
@@ -106,7 +112,7 @@ class LayeredEnergy(LayeredMachine):
         super().__init__((units,), layered_support(sizes, gaussian))
         ends = [sum(sizes[: k + 1]) for k in range(len(sizes))]
         spans = [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
-        self.blocks = dict(zip(layer_names(len(sizes)), spans, strict=True))
+        self.blocks, self.num_visible = dict(zip(layer_names(len(sizes)), spans, strict=True)), sizes[0]
 
     def joint(self) -> LayeredEnergy:
         return self
@@ -181,7 +187,7 @@ def layer_names(count: int) -> list[str]:
 def check_sizes(name: str, **sizes: int) -> None:
     """ValueError unless every layer has a unit."""
     for argument, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        if isinstance(size, bool) or not isinstance(size, Integral) or size < 1:
             raise ValueError(f"{name}: {argument} must be a whole number of at least 1, got {argument}={size!r}")
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 from torch.nn.functional import softplus
 
-from pyroebm.energies.enumeration import bit_batches, bits_of
+from pyroebm.energies.enumeration import bit_batches, bits_of, draw_numbers
 from pyroebm.randomness import standard_normal, uniform
 
 __all__ = ["Layers"]
@@ -166,14 +166,13 @@ class Layers(NamedTuple):
         return torch.stack([torch.logsumexp(-self.free_energy(self.place(bits, side)), 0) for bits in batches]).logsumexp(0)
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> list[Tensor]:
-        """``n`` exact independent draws of all layers, by inverse CDF over every state of the smaller side."""
+        """``n`` exact independent draws of all layers, by inverse CDF over every state of the smaller side; FloatingPointError
+        where their energies are not finite."""
         side, bias = self.smaller_side(), self.biases[0]
         count = sum(self.sizes[layer] for layer in side)
         batches = bit_batches(count, bias.dtype, bias.device)
-        log_p = torch.cat([-self.free_energy(self.place(bits, side)) for bits in batches]).double()
-        cdf = log_p.softmax(0).cumsum(0)
-        index = torch.searchsorted(cdf, uniform((n,), generator, torch.float64, bias.device) * cdf[-1], right=True)
-        drawn = self.place(bits_of(index, count, bias.dtype), side)
+        log_p = torch.cat([-self.free_energy(self.place(bits, side)) for bits in batches])
+        drawn = self.place(bits_of(draw_numbers(log_p, n, generator), count, bias.dtype), side)
         return [self.draw(layer, self.field(layer, drawn), generator) if x is None else x for layer, x in enumerate(drawn)]
 
     def mix(self, other: Layers, beta: float | Tensor) -> Layers:
@@ -183,6 +182,12 @@ class Layers(NamedTuple):
         count = len(self.weights)
         offset = (1.0 - beta) * self.offset + beta * other.offset
         return Layers(tuple(between[:count]), tuple(between[count:]), precision, offset)
+
+    def double(self) -> Layers:
+        """The same layers in float64: sums over all states are done in it."""
+        precision = None if self.precision is None else self.precision.double()
+        offset = torch.as_tensor(self.offset, dtype=torch.float64, device=self.biases[0].device)
+        return Layers(tuple(w.double() for w in self.weights), tuple(b.double() for b in self.biases), precision, offset)
 
     def _precision(self) -> Tensor:
         if self.precision is None:

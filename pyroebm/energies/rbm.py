@@ -56,8 +56,11 @@ class RBM(LayeredMachine):
         """
         return -self(x) - (self.log_partition() if log_z is None else log_z)
 
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        return self.draw_layers(n, generator)[0]
+
+def check_rows(data: Tensor, width: int, least: int = 1) -> None:
+    """ValueError unless ``data`` has rows of that width."""
+    if data.dim() != 2 or data.shape[1] != width or len(data) < least:
+        raise ValueError(f"data must have shape (n, {width}), n at least {least}, got {tuple(data.shape)}")
 
 
 class BernoulliRBM(RBM):
@@ -115,7 +118,13 @@ class BernoulliRBM(RBM):
         Args:
             data: bits, shape ``(n, num_visible)``.
             pseudocount: counts added to zeros and to ones each, so that no bias is infinite.
+
+        Raises:
+            ValueError: if the data are no such rows, or not from 0 to 1.
         """
+        check_rows(data, self.event_shape[0])
+        if not bool(((data >= 0.0) & (data <= 1.0)).all()):
+            raise ValueError("data must be bits, or probabilities from 0 to 1, got other values")
         ones = data.double().sum(0) + pseudocount
         self.visible_bias.copy_(torch.logit(ones / (len(data) + 2.0 * pseudocount)))
 
@@ -182,6 +191,7 @@ class GaussianRBM(RBM):
     @torch.no_grad()
     def fit_visible(self, data: Tensor) -> None:
         """Set b and sigma to the data's means and standard deviations, shape ``(n, num_visible)``; ValueError if one is 0."""
+        check_rows(data, self.event_shape[0], least=2)
         deviation = data.double().std(0)
         if not bool((deviation > 0.0).all()):
             raise ValueError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -21,9 +21,22 @@ from pyroebm.objectives.layered import Kept, Ladder, contrast, draw_even, draw_o
 from pyroebm.supports import is_discrete
 from pyroebm.views import Unconstrained, eval_mode
 
-__all__ = ["ContrastiveDivergence", "PersistentCD"]
+__all__ = ["ContrastiveDivergence", "HasMeanField", "PersistentCD"]
 
 Facts = dict[str, Tensor]
+
+
+@runtime_checkable
+class HasMeanField(Protocol):
+    """An energy over visible and hidden units that bounds the free energy of the visible ones.
+
+    Example:
+        >>> from pyroebm.energies import BoltzmannMachine
+        >>> isinstance(BoltzmannMachine(4, 3), HasMeanField)
+        True
+    """
+
+    def variational_free_energy(self, visible: Tensor) -> Tensor: ...
 
 
 class ContrastiveDivergence(Objective):
@@ -87,7 +100,9 @@ class PersistentCD(Objective):
 
     with :math:`\tilde x_j` the state of chain j after k more steps, held fixed. With a frozen energy the chains converge, and
     :math:`\nabla L` is then an unbiased estimate of :math:`-\nabla \log p`. Layers are treated as in
-    :class:`ContrastiveDivergence`; a step of PCD-1 takes five products with a matrix of weights, four of them in pairs.
+    :class:`ContrastiveDivergence`; a step of PCD-1 takes five products with a matrix of weights, four of them in pairs. So are
+    the hidden units of a :class:`~pyroebm.energies.BoltzmannMachine` where ``batch`` has its visible ones alone: the data's take
+    the mean field, the chains' are drawn (Salakhutdinov, 2008).
 
     With ``betas`` the machine has replicas at lower inverse temperatures, whose states are swapped after each sweep with
     probability :math:`\min(1, e^{(\beta_k - \beta_l)(E_k - E_l)})` (Desjardins et al., 2010; Cho, Raiko and Ilin, 2010): chains
@@ -136,9 +151,12 @@ class PersistentCD(Objective):
         if self.ladder is not None:
             raise ValueError(f"betas are for sweeps of layers, but {type(energy).__name__} is no machine of layers")
         chains = energy.initial(self.num_chains, generator) if self.chains is None else self.chains
+        self._check_chains(energy, chains, (self.num_chains, *energy.event_shape))
         x, rate = advance(energy, self.kernel, chains, self.k, generator)
         self.chains = x
-        return _difference(energy(batch), energy(x), {"acceptance_rate": rate})
+        seen_only = isinstance(energy, HasMeanField) and batch.shape[1:] != energy.event_shape
+        data = energy.variational_free_energy(batch) if seen_only else energy(batch)  # type: ignore[operator]
+        return _difference(data, energy(x), {"acceptance_rate": rate})
 
     def _sweep_layers(self, energy: LayeredMachine, batch: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Facts]:
         layers, n = energy.layers(), len(batch)
@@ -163,10 +181,20 @@ class PersistentCD(Objective):
         """The odd layers of all chains; at first from the field of the even ones in ``energy.initial``."""
         replicas = 1 if self.ladder is None else len(self.ladder.betas)
         if self.chains is not None:
+            units = sum(layers.sizes[layer] for layer in layers.sides()[1])
+            self._check_chains(energy, self.chains, (replicas * self.num_chains, units))
             return layers.place(self.chains, layers.sides()[1])
         first = energy.initial(replicas * self.num_chains, generator)
         even: Kept = layers.split(first) if isinstance(energy, LayeredEnergy) else [first, None]
         return draw_odd(layers, odd_fields(layers, even), generator)
+
+    def _check_chains(self, energy: Energy, chains: Tensor, shape: tuple[int, ...]) -> None:
+        if tuple(chains.shape) != shape or chains.dtype != energy.dtype or chains.device != energy.device:
+            raise ValueError(
+                f"chains must have shape {shape}, {energy.dtype}, on {energy.device} for {type(energy).__name__} and these"
+                f" settings, got {tuple(chains.shape)}, {chains.dtype}, on {chains.device}: they are of another machine or"
+                " objective. Set chains = None to start anew"
+            )
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         if f"{prefix}chains" in state_dict:  # a buffer that is None takes no state

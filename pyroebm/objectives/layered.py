@@ -3,7 +3,6 @@ temperature or at several."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, cast
@@ -26,9 +25,16 @@ Kept = Sequence[Tensor | None]
 def visible(layers: Layers, batch: Tensor, name: str) -> Tensor:
     """``batch``, if it has rows of visible units; else ValueError."""
     bias = layers.biases[0]
-    if batch.dim() != 2 or batch.shape[1] != len(bias) or batch.dtype != bias.dtype or batch.device != bias.device:
+    if (
+        batch.dim() != 2
+        or not len(batch)
+        or batch.shape[1] != len(bias)
+        or batch.dtype != bias.dtype
+        or batch.device != bias.device
+    ):
         raise ValueError(
-            f"batch must be rows of visible units of {name}, shape (n, {len(bias)}), {bias.dtype}, on {bias.device}, got shape"
+            f"batch must be rows of visible units of {name}, shape (n, {len(bias)}), n at least 1, {bias.dtype}, on"
+            f" {bias.device}, got shape"
             f" {tuple(batch.shape)}, {batch.dtype}, on {batch.device}"
         )
     return batch
@@ -128,12 +134,13 @@ def mean_field(layers: Layers, seen: Tensor | None, start: Kept | None = None) -
     for _ in range(MAX_SWEEPS if free else 0):
         for layer in odd:
             x[layer] = layers.mean(layer, layers.field(layer, x))
-        change = 0.0
+        still = True
         for layer in free:
             new, old = layers.mean(layer, layers.field(layer, x)), x[layer]
-            change = math.inf if old is None else max(change, float((new - old).abs().max()))
+            # a row that is NaN stays so, and does not keep the others from moving on
+            still = still and old is not None and not bool(((new - old).abs() >= STILL).any())
             x[layer] = new
-        if change < STILL:
+        if still:
             break
     return [None if layer in odd else kept for layer, kept in enumerate(x)]
 

@@ -35,10 +35,26 @@ class HasLogPartition(Protocol):
     def log_partition(self) -> Tensor: ...
 
 
+@runtime_checkable
+class HasLogLikelihood(Protocol):
+    r"""An energy that computes :math:`\log p(v)` of its visible units with its graph, given :math:`\log Z`.
+
+    Example:
+        >>> from pyroebm.energies import DeepBoltzmannMachine
+        >>> isinstance(DeepBoltzmannMachine([4, 3, 2]), HasLogLikelihood)
+        True
+    """
+
+    def log_likelihood(self, x: Tensor, log_z: float | Tensor | None = None, /) -> Tensor: ...
+
+
 class ExactLikelihood(Objective):
     r"""Minus the mean log-likelihood itself, where log Z can be computed.
 
     .. math:: L = \frac1n \sum_i E(x_i) + \log Z
+
+    Where ``batch`` has the visible units alone of an energy over all of them (a deep Boltzmann machine, a dense one with hidden
+    units), F(v) of its ``log_likelihood`` stands for E.
 
     Raises:
         ValueError: if the energy has no ``log_partition()``, or too many units for it.
@@ -57,7 +73,9 @@ class ExactLikelihood(Objective):
                 f"ExactLikelihood needs an energy with log_partition(), but {type(energy).__name__} has none: a Markov chain does"
                 " without it (ContrastiveDivergence, PersistentCD)"
             )
-        data, log_z = energy(batch).mean(), energy.log_partition()
+        seen_only = isinstance(energy, HasLogLikelihood) and batch.shape[1:] != energy.event_shape
+        values = -energy.log_likelihood(batch, 0.0) if seen_only else energy(batch)  # type: ignore[operator]
+        data, log_z = values.mean(), energy.log_partition()
         loss = data + log_z
         return loss, {"energy_data": data.detach(), "log_z": log_z.detach(), "log_likelihood": -loss.detach()}
 
@@ -76,7 +94,7 @@ class Pseudolikelihood(Objective):
             sites, which leaves value and gradient unbiased. None looks at all.
 
     Raises:
-        ValueError: if the support is not discrete, or ``sites`` is not from 1 to the number of sites.
+        ValueError: if the support is not discrete, a row is not in it, or ``sites`` is not from 1 to the number of sites.
 
     Example:
         >>> from pyroebm.energies import BernoulliRBM
@@ -99,7 +117,9 @@ class Pseudolikelihood(Objective):
         values = values_of(energy, batch)
         x = to_sites(batch, values)
         chosen = self._sites(x[..., 0], generator)
-        own = squared_distances(x, values).argmin(1)  # the number of each site's value, (n, sites)
+        distances, own = squared_distances(x, values).min(1)  # the number of each site's value, (n, sites)
+        if not bool((distances == 0.0).all()):
+            raise ValueError(f"batch must hold states of {type(energy).__name__}, support {energy.support}, got other values")
         others = (own.gather(1, chosen).unsqueeze(2) + torch.arange(1, len(values), device=x.device)) % len(values)
         count = chosen.shape[1]
         around = x[:, None, None].repeat(1, count, len(values) - 1, 1, 1)
@@ -124,6 +144,8 @@ class MeanFieldLikelihood(Objective):
     r"""The likelihood of a machine of layers with its log Z in naive mean field (Peterson and Anderson, 1987). **Biased.**
 
     .. math:: L = \frac1n \sum_i F(x_i) + \max_q \big(-E_q[E] + H(q)\big) \le -\frac1n \sum_i \log p(x_i)
+
+    (of machines with more than one hidden layer F is an upper bound, by mean field too, and L lies on neither side)
 
     with q a product over units. The maximum is sought by alternating updates from each row of the batch, and the best is kept.
     A single q stands in for all modes, and it pushes the likelihood's bound the wrong way: L lies below what it stands for, and

@@ -272,6 +272,9 @@ def _enter(path: LayeredPath, energy: Energy, start: Tensor | None, n: int, gene
         raise ValueError(f"start must have shape {shapes} for {type(energy).__name__}, got {tuple(start.shape)}")
     if start.dtype != energy.dtype or start.device != energy.device:
         raise ValueError(f"start must be {energy.dtype} on {energy.device}, got {start.dtype} on {start.device}")
+    bits = start[:, visible:] if layers.precision is not None else start
+    if not bool(start.isfinite().all()) or not bool(((bits == 0.0) | (bits == 1.0)).all()):
+        raise ValueError(f"start must hold states of {type(energy).__name__}, bits or finite real numbers, got others")
     if start.shape[1] == units:
         return path.enter(layers.split(start))
     return path.enter([start, layers.draw(1, layers.field(1, [start, None]), generator)])

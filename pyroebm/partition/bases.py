@@ -152,8 +152,8 @@ def base_rates(energy: Energy, data: Tensor | None = None, pseudocount: float = 
         :class:`pyroebm.energies.Layers` for a layered machine, else an energy with exact draws.
 
     Raises:
-        ValueError: if the data's shape does not fit, or a real column does not vary; for real energies without data, since no
-            law on them is uniform; if the support is constrained.
+        ValueError: if the data's shape or values do not fit, or a real column does not vary; for real energies without data,
+            since no law on them is uniform; if the support is constrained.
 
     Example:
         >>> from pyroebm.energies import BernoulliRBM
@@ -168,8 +168,10 @@ def base_rates(energy: Energy, data: Tensor | None = None, pseudocount: float = 
         if data is None:
             return IndependentSites(energy)
         values = site_values(energy.support, energy.event_shape, data.dtype, data.device)
-        sites = data.reshape(len(data), -1, 1, values.shape[1])
-        return IndependentSites(energy, ((sites == values).all(-1).double().sum(0) + pseudocount).log())
+        own = (data.reshape(len(data), -1, 1, values.shape[1]) == values).all(-1)
+        if not bool(own.any(-1).all()):
+            raise ValueError(f"data must lie in support={energy.support}, got other values")
+        return IndependentSites(energy, (own.double().sum(0) + pseudocount).log())
     if data is None or not is_real(energy.support):
         raise ValueError(
             f"base must be given for {type(energy).__name__} with support {energy.support}: an energy with exact draws and a"
@@ -186,6 +188,8 @@ def _layers(target: Layers, data: Tensor | None, pseudocount: float) -> Layers:
         raise ValueError(f"data must be visible units of shape (n, {target.sizes[0]}), got {tuple(data.shape)}")
     if target.precision is None:
         if data is not None:
+            if not bool(((data >= 0.0) & (data <= 1.0)).all()):
+                raise ValueError("data must be bits, or probabilities from 0 to 1, got other values")
             ones = data.double().sum(0) + pseudocount
             biases[0] = torch.logit(ones / (len(data) + 2.0 * pseudocount)).to(biases[0])
         return Layers(weights, tuple(biases))

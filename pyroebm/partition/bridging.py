@@ -34,7 +34,7 @@ def acceptance_ratio(forward: LogZ, reverse: LogZ) -> LogZ:
     .. math:: \sum_i \sigma(w_i - r + \log \tfrac mn) = \sum_j \sigma(w'_j + r - \log \tfrac mn)
 
     with :math:`\log \hat Z = \log Z_0 + r`: of all combinations of the two it has the least asymptotic variance (Meng and Wong,
-    1996). Where the two do not overlap its standard error comes out of few weights, and is too small.
+    1996). Where the two do not overlap its standard error comes out of few weights, and is too small; of one walk it is NaN.
 
     Args:
         forward: of :func:`ais`.
@@ -135,5 +135,7 @@ def _bennett(ahead: Any, back: Any, effective: float) -> tuple[float, float]:
         raise FloatingPointError("the two densities do not meet at any draw: no ratio can be had of them")
     root = float(brentq(gap, both.min() + shift - 40.0, both.max() + shift + 40.0, xtol=1e-12))
     terms = ((log_expit(ahead - root + shift), len(ahead)), (log_expit(root - shift - back), effective))
+    if min(len(ahead), len(back)) < 2:
+        return root, math.nan  # one draw does not say how much it scatters
     variance = sum(math.expm1(logsumexp(2 * t) - 2 * logsumexp(t) + math.log(len(t))) / n for t, n in terms)
     return root, math.sqrt(variance)

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from pyroebm.energies.enumeration import BATCH
 from pyroebm.energies.layered import LayeredMachine
-from pyroebm.energies.layers import Layers
 from pyroebm.energy import Energy, check_energy
 from pyroebm.partition.result import LogZ
 from pyroebm.randomness import seeded_generator
@@ -39,7 +38,7 @@ def exact(energy: Energy, max_units: float = 24) -> LogZ:
 
     Raises:
         ValueError: if there are more states, or if the energy is continuous and knows no ``log_z``.
-        FloatingPointError: if an energy is NaN or -inf.
+        FloatingPointError: if an energy is NaN or -inf, or all are +inf.
 
     Example:
         >>> from pyroebm.energies import Ising
@@ -52,7 +51,7 @@ def exact(energy: Energy, max_units: float = 24) -> LogZ:
             layers = energy.layers()
             units = sum(layers.sizes[layer] for layer in layers.smaller_side())
             _check_units(energy, units, max_units)
-            return _exact(float(in_double(layers).log_partition()), f"sum over 2^{units} states of one side")
+            return _exact(float(layers.double().log_partition()), f"sum over 2^{units} states of one side")
         if energy.log_z is not None:
             return _exact(energy.log_z, "known")
         if not is_discrete(energy.support):
@@ -75,6 +74,8 @@ def exact(energy: Energy, max_units: float = 24) -> LogZ:
 
 
 def _exact(value: float, method: str) -> LogZ:
+    if not math.isfinite(value):
+        raise FloatingPointError(f"log Z is {value} ({method}): an energy is not finite")
     return LogZ(value, 0.0, "exact", method)
 
 
@@ -93,13 +94,6 @@ def _every_state(values: Tensor, sites: int) -> Iterator[Tensor]:
     for first in range(0, count, BATCH):
         number = torch.arange(first, min(first + BATCH, count), device=values.device)
         yield values[number.unsqueeze(1) // power % len(values)]
-
-
-def in_double(layers: Layers) -> Layers:
-    """The same layers in float64."""
-    precision = None if layers.precision is None else layers.precision.double()
-    offset = torch.as_tensor(layers.offset, dtype=torch.float64)
-    return Layers(tuple(w.double() for w in layers.weights), tuple(b.double() for b in layers.biases), precision, offset)
 
 
 def quadrature(
