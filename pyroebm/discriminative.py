@@ -74,7 +74,11 @@ class Classifier(nn.Module):
 
     @torch.no_grad()
     def error(self, visible: Tensor, labels: Tensor) -> float:
-        """The share of examples that are given another class than their label."""
+        """The share of examples that are given another class than their label; ValueError unless each has one label."""
+        if labels.shape != visible.shape[:-1]:
+            raise ValueError(
+                f"labels must have shape {tuple(visible.shape[:-1])}, one for each example, got {tuple(labels.shape)}"
+            )
         return float((self(visible).argmax(-1) != labels).double().mean())
 
 

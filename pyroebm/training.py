@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
@@ -187,9 +187,15 @@ def fit(
     parameters = list(itertools.chain.from_iterable(group["params"] for group in groups))
     chosen = _adam(groups) if optimizer is None else optimizer(groups)
     plan = None if schedule is None else schedule(chosen)
+    if isinstance(chosen, torch.optim.LBFGS) or isinstance(plan, ReduceLROnPlateau):
+        raise ValueError(
+            f"a step of {type(chosen).__name__} with {type(plan).__name__} needs the loss again: take an optimizer that steps on"
+            " gradients alone, and a schedule that counts steps"
+        )
     generator = seeded_generator(seed, energy.device)
     names = {name: type(part).__name__ for name, part in (given | {"optimizer": chosen, "schedule": plan}).items()}
-    settings = names | {"rows": batches.rows, "batch_size": batch_size, "seed": seed}
+    settings = names | {"rows": batches.rows, "batch_size": batch_size, "seed": seed, "dtype": str(energy.dtype)}
+    settings |= {f"objective.{k}": v for k, v in vars(objective).items() if k[0] != "_" and type(v) in (int, float, str)}
     kept = None if checkpoint is None else Checkpoint(checkpoint, modules, chosen, plan, generator, settings)
     done = 0
     if kept is not None and kept.exists:

@@ -412,6 +412,8 @@ def test_a_classifier_starts_as_its_machine(sizes: list[int]) -> None:
     torch.testing.assert_close(found[0], machine.mean_field(v, 2000, 1e-12)[-1], atol=1e-5, rtol=0.0)
     rbm = net.top
     torch.testing.assert_close(found[2], torch.sigmoid(net.means_up(v) @ rbm.weight + rbm.hidden_bias))
+    with pytest.raises(ValueError, match="labels must have shape"):
+        classifier.error(v, torch.zeros(len(v), 1, dtype=torch.long))
     with pytest.raises(ValueError, match="num_classes=1"):
         Classifier(net, 1)
 

@@ -213,6 +213,8 @@ def test_a_loss_that_is_not_finite_raises_with_the_facts() -> None:
         ({"steps": 1, "data": [1.0]}, "tensor of rows"),
         ({"steps": 1, "energy": nn.Linear(1, 1)}, "must be a pyroebm.Energy"),
         ({"steps": 1, "energy": rbm().requires_grad_(False)}, "nothing to train"),
+        ({"steps": 1, "optimizer": lambda groups: torch.optim.LBFGS(groups[0]["params"])}, "needs the loss again"),
+        ({"steps": 1, "schedule": torch.optim.lr_scheduler.ReduceLROnPlateau}, "needs the loss again"),
     ],
 )
 def test_bad_input_is_refused_at_the_call(options: dict[str, Any], said: str) -> None:
@@ -311,6 +313,8 @@ def test_checkpoints_at_the_front_door(tmp_path: Path) -> None:
         fit(rbm(), ContrastiveDivergence(), DATA, steps=4, **options)
     with pytest.raises(ValueError, match="settings of this training"):
         fit(rbm(), Pseudolikelihood(), DATA, steps=4, resume=True, **options)
+    with pytest.raises(ValueError, match="settings of this training"):
+        fit(rbm(), ContrastiveDivergence(k=2), DATA, steps=4, resume=True, **options)
     with pytest.raises(ValueError, match="of another energy"):
         fit(BernoulliRBM(DATA.shape[1], 7, dtype=DATA.dtype), ContrastiveDivergence(), DATA, steps=4, resume=True, **options)
     assert [step for step, _, _ in fit(rbm(), ContrastiveDivergence(), DATA, steps=4, resume=True, **options)] == [2, 3]

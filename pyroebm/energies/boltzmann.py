@@ -38,7 +38,8 @@ class BoltzmannMachine(Energy):
         num_hidden: units of h.
         units: ``"bits"`` in :math:`\{0, 1\}` or ``"spins"`` in :math:`\{-1, +1\}`.
         weight: W, shape ``(n, n)`` with n units in all, symmetric, its diagonal 0; None draws normal numbers of standard
-            deviation 0.01. It stays symmetric: its gradient is.
+            deviation 0.01. It stays symmetric, for its gradient is: half of
+            :math:`\langle x_i x_j \rangle` in each of the two places of a pair.
         bias: b, shape ``(n,)``; None is 0.
         dtype: floating-point type; None for torch's default.
 
