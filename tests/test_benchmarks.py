@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import samplers, tables
+from benchmarks import boltzmann, samplers, tables
 from benchmarks.suite import cases
 from benchmarks.suite.measure import Job, Row, Run, sampler_rows, time_runs
 from pyroebm import Energy
@@ -203,12 +203,23 @@ def test_docs_page_is_what_the_results_make() -> None:
     check_rows(rows)
     assert tables.fill(page, rows) == page, "run: python -m benchmarks.tables"
     slots = {match["name"] for match in tables.SLOT.finditer(page)}
-    assert slots == {*cases.CASES, "gradients", *samplers.CURVES}
+    assert slots == {*cases.CASES, "gradients", *samplers.CURVES, *tables.MACHINE_CASES}
+
+
+def test_machines_take_turns() -> None:
+    """Rows of one schema for what is installed: the bare products come first, and ours are there."""
+    rows = boltzmann.measure(steps=2, rounds=1, threads=torch.get_num_threads())
+    check_rows(rows)
+    for case in tables.MACHINE_CASES:
+        libraries = [row["library"] for row in rows if row["case"] == case]
+        assert libraries[0] == "torch"
+        assert "pyroebm" in libraries
+        assert "100%" in tables.milliseconds_table(case, rows)
 
 
 def test_constraints_pin_the_peers() -> None:
     pins = (ROOT / "benchmarks" / "constraints.txt").read_text(encoding="utf-8")
-    for library in ("jax", "numpyro", "blackjax", "pyro-ppl", "torch"):
+    for library in ("jax", "numpyro", "blackjax", "pyro-ppl", "torch", "rbms", "scikit-learn"):
         assert re.search(rf"^{library}==[\w.]+$", pins, flags=re.M), library
 
 
