@@ -8,7 +8,6 @@ from collections.abc import Callable, Hashable
 from typing import Any, Literal, Protocol
 
 import torch
-import torch._inductor
 from torch import Tensor
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -176,7 +175,9 @@ def _built(function: Callable[..., tuple[Tensor, ...]], examples: tuple[Tensor, 
     # The graph is made of plain operations, so the compiler needs no look at Python, nor guards at every call.
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # torch's own modules warn of each other when first imported
-        compiled = torch._inductor.compile(graph, [*examples, *held], options=_OPTIONS)
+        from torch._inductor import compile as inductor  # a second of imports, for those alone who compile
+
+        compiled = inductor(graph, [*examples, *held], options=_OPTIONS)
     return (lambda *inputs: compiled(*inputs, *held)) if held else compiled
 
 
