@@ -148,8 +148,8 @@ def draw_figure(recipe: Recipe, rbm: BernoulliRBM, images: Images, curves: list[
         epochs, low, high = (torch.tensor(column) for column in zip(*curve, strict=True))
         axes[1, 0].fill_between(epochs, low, high, alpha=0.3)
         axes[1, 0].plot(epochs, low, marker=".")
-    axes[1, 0].axhline(float(floor(images).mean()), color="black", linestyle=":", linewidth=0.8)
-    axes[1, 0].set(xlabel="epoch", ylabel="nats", title="test log-likelihood; dotted: independent bits")
+    title = f"test log-likelihood (independent bits: {float(floor(images).mean()):.2f})"
+    axes[1, 0].set(xlabel="epoch", ylabel="nats", title=title)
     plot_completions(rbm, images, 12, 500, recipe.seed, axes[1, 1]).set_title("test images, what is known, completions")
     recipe.figure("rbm", fig)
 
