@@ -212,6 +212,17 @@ def test_free_energies_sum_the_other_side_out(name: str) -> None:
         torch.testing.assert_close(layers.free_energy(kept), -torch.logsumexp(-energies, 1))
 
 
+def test_draws_of_bits_are_bits_and_of_nan_are_nan() -> None:
+    layers, field = oracle_rbm().layers(), torch.tensor([-math.inf, -1.0, math.nan, math.inf], dtype=F64).expand(20_000, 4)
+    drawn = layers.draw(0, field, torch.Generator().manual_seed(0))
+    assert not bool(torch.signbit(drawn[:, :2]).any())
+    assert bool((drawn[:, 0] == 0).all())
+    assert bool((drawn[:, 3] == 1).all())
+    assert bool(drawn[:, 2].isnan().all())
+    assert set(drawn[:, 1].tolist()) == {0.0, 1.0}
+    within_se(drawn[:, 1].mean(), 1 / (1 + math.e), drawn[:, 1].std() / math.sqrt(20_000))
+
+
 def test_mixed_layers_are_the_geometric_path() -> None:
     a, b = gaussian("hinton").layers(), gaussian("cho").layers()
     x = gaussian("cho").joint().initial(5, torch.Generator().manual_seed(0))

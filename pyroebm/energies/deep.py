@@ -103,20 +103,7 @@ class DeepBoltzmannMachine(LayeredEnergy):
             tolerance: sweeps end when no mean moves by more.
         """
         layers = self.layers()
-        means = [visible]
-        for weight, bias in zip(layers.weights[:-1], layers.biases[1:-1], strict=True):
-            means.append(torch.sigmoid(2.0 * means[-1] @ weight + bias))
-        means.append(torch.sigmoid(means[-1] @ layers.weights[-1] + layers.biases[-1]))
-        last = len(means) - 1
-        for _ in range(max_steps):
-            moved = torch.zeros((), dtype=visible.dtype, device=visible.device)
-            for layer in (*range(1, last + 1, 2), *range(2, last + 1, 2)):
-                new = torch.sigmoid(layers.field(layer, means))
-                moved = torch.maximum(moved, (new - means[layer]).abs().max())
-                means[layer] = new
-            if float(moved) <= tolerance:
-                break
-        return means[1:]
+        return layers.mean_field(layers.pass_up(visible), True, max_steps, tolerance)[1:]
 
     def variational_free_energy(self, visible: Tensor, max_steps: int = 100, tolerance: float = 1e-6) -> Tensor:
         r""":math:`E_q[E(v, h)] - H(q) \ge F(v)`, q from :meth:`mean_field`; shape of the batch.

@@ -105,8 +105,9 @@ class Layers(NamedTuple):
         if self.is_gaussian(layer):
             noise = standard_normal(field.shape, generator, field.dtype, field.device)
             return field / self._precision() + self._precision().rsqrt() * noise
-        # in place: the comparison and its conversion would else take half as long as the noise
-        return uniform(field.shape, generator, field.dtype, field.device).lt_(torch.sigmoid(field.detach()))
+        # 1 where the probability is above the noise, else 0, and NaN where it is NaN; in place, since passes over units cost
+        p = torch.sigmoid(field.detach())
+        return p.sub_(uniform(p.shape, generator, p.dtype, p.device)).ceil_().abs_()
 
     def energy(self, x: Sequence[Tensor]) -> Tensor:
         """E of all layers: a sequence of ``(*batch, n_l)`` to ``(*batch)``."""
@@ -174,6 +175,40 @@ class Layers(NamedTuple):
         log_p = torch.cat([-self.free_energy(self.place(bits, side)) for bits in batches])
         drawn = self.place(bits_of(draw_numbers(log_p, n, generator), count, bias.dtype), side)
         return [self.draw(layer, self.field(layer, drawn), generator) if x is None else x for layer, x in enumerate(drawn)]
+
+    def pass_up(self, visible: Tensor) -> list[Tensor]:
+        """A first guess of all layers' means given the visible ones: each from the one below, doubled in place of that above."""
+        means = [visible]
+        for layer in range(1, len(self.biases)):
+            doubled = 1.0 if layer + 1 == len(self.biases) else 2.0
+            means.append(torch.sigmoid(self.biases[layer] + doubled * means[-1] @ self.weights[layer - 1]))
+        return means
+
+    @torch.no_grad()
+    def mean_field(
+        self, start: Sequence[Tensor], held: bool = True, max_steps: int = 100, tolerance: float = 1e-6
+    ) -> list[Tensor]:
+        r"""Means of the factorised law q nearest to the model in :math:`KL(q \| p)`, row by row.
+
+        Each layer's means follow from those beside it, the odd ones and the even ones in turn, so that no update loses ground
+        (all layers at once may oscillate).
+
+        Args:
+            start: means to begin at, ``(*batch, n_l)`` for each layer: :meth:`pass_up`.
+            held: whether layer 0 stays as it is.
+            max_steps: most sweeps.
+            tolerance: sweeps end when no mean moves by more; a row that is NaN stays so, and keeps no other from moving on.
+        """
+        means, (even, odd) = list(start), self.sides()
+        for _ in range(max_steps):
+            still = True
+            for layer in (*odd, *(k for k in even if k > 0 or not held)):
+                new = self.mean(layer, self.field(layer, means))
+                still = still and not bool(((new - means[layer]).abs() > tolerance).any())
+                means[layer] = new
+            if still:
+                break
+        return means
 
     def mix(self, other: Layers, beta: float | Tensor) -> Layers:
         r"""The layers on the way to ``other``: :math:`(1 - \beta) E + \beta E'` is the energy of mixed parameters."""

@@ -15,9 +15,6 @@ from pyroebm.randomness import uniform
 
 __all__ = ["Contrast", "Kept", "Ladder", "contrast", "draw_even", "draw_odd", "mean_field", "odd_fields", "visible"]
 
-#: Sweeps after which a mean field is taken as it is, and the change of a unit below which it stands still.
-MAX_SWEEPS, STILL = 100, 1e-6
-
 #: A tensor for each layer that is there, None for the others.
 Kept = Sequence[Tensor | None]
 
@@ -113,36 +110,26 @@ def _rows_of(x: Kept, rows: Tensor) -> list[Tensor | None]:
 
 @torch.no_grad()
 def mean_field(layers: Layers, seen: Tensor | None, start: Kept | None = None) -> list[Tensor | None]:
-    r"""Even layers of the factorised law :math:`q` that is nearest to the model in :math:`KL(q \| p)`, row by row.
-
-    The odd layers' means follow from the even ones' in closed form, and the other way round; taking turns never loses ground,
-    where all layers at once may oscillate.
+    r"""Even layers of the factorised law that is nearest to the model (:meth:`pyroebm.energies.Layers.mean_field`).
 
     Args:
         layers: the model.
         seen: visible units to be held fixed ``(n, n_0)``; with one hidden layer the answer is then exact. None holds none.
-        start: even layers to begin at; None takes one half for each hidden unit.
+        start: even layers to begin at where none are held.
 
     Returns:
         means of the even layers (``seen`` first where it is given), None for the odd ones.
     """
-    even, odd = layers.sides()
-    if start is None and seen is not None:
-        start = [seen if layer == 0 else seen.new_full((len(seen), size), 0.5) for layer, size in enumerate(layers.sizes)]
-    x: list[Tensor | None] = [None if start is None or layer in odd else start[layer] for layer in range(len(layers.sizes))]
-    free = [layer for layer in even if layer > 0 or seen is None]
-    for _ in range(MAX_SWEEPS if free else 0):
-        for layer in odd:
-            x[layer] = layers.mean(layer, layers.field(layer, x))
-        still = True
-        for layer in free:
-            new, old = layers.mean(layer, layers.field(layer, x)), x[layer]
-            # a row that is NaN stays so, and does not keep the others from moving on
-            still = still and old is not None and not bool(((new - old).abs() >= STILL).any())
-            x[layer] = new
-        if still:
-            break
-    return [None if layer in odd else kept for layer, kept in enumerate(x)]
+    odd = layers.sides()[1]
+    if seen is not None and len(layers.biases) == 2:
+        return [seen, None]
+    if seen is not None:
+        means = layers.mean_field(layers.pass_up(seen))
+    else:
+        given = start or []
+        whole = [layers.mean(k, layers.field(k, given)) if layer is None else layer for k, layer in enumerate(given)]
+        means = layers.mean_field(whole, held=False)
+    return [None if layer in odd else kept for layer, kept in enumerate(means)]
 
 
 class Ladder:
