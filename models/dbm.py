@@ -116,7 +116,7 @@ def main(
     passed, low, high = (torch.tensor(column) for column in zip(*curve, strict=True))
     axes[1, 0].fill_between(passed, low, high, alpha=0.3)
     axes[1, 0].plot(passed, low, marker=".")
-    title = f"bound on the test log-likelihood, AIS to reverse AIS; test error {errors[-1]:.2%}"
+    title = f"bound, AIS to reverse AIS; test error {errors[-1]:.2%}"
     axes[1, 0].set(xlabel="epoch", ylabel="nats", title=title)
     plot_completions(machine, images, 12, 500, seed, axes[1, 1]).set_title("test images, what is known, completions")
     recipe.figure("dbm", fig)
