@@ -91,7 +91,8 @@ def main(
     drawn = network.sample(64, torch.Generator().manual_seed(seed), gibbs_steps=50 if quick else 2000)
     plot_images(drawn, images.shape, ax=axes[1]).set_title("draws: Gibbs in the top, one pass down")
     axes[2].plot(range(len(curve)), curve, marker=".")
-    axes[2].set(xlabel="epoch of fine-tuning", ylabel="test error", title="classifier started from the network", ylim=(0, None))
+    axes[2].set(xlabel="epoch of fine-tuning", ylabel="test error", title="classifier started from the network", yscale="log")
+    axes[3].set_visible(data is None)
     if data is None:  # one unit at a time: minutes at 784 pixels
         plot_completions(network, images, 12, 5 if quick else 100, seed, axes[3]).set_title(
             "test images, what is known, completions"
