@@ -1,4 +1,4 @@
-"""The Boltzmann machine of the lecture, bars and stripes, and parity: all likelihoods by enumeration. About 30 seconds.
+"""The Boltzmann machine of the lecture, bars and stripes, and parity: all likelihoods by enumeration. About a minute.
 
 python -m models.boltzmann_machine [--seed N] [--quick] [--out DIR]
 """

@@ -1,7 +1,7 @@
 """A deep Boltzmann machine on scikit-learn's digits, or on binary MNIST with --data: bounds, brackets, draws, test error.
 
-python -m models.dbm [--seed N] [--quick] [--out DIR]      # digits, 64-64-32: 4 minutes
-python -m models.dbm --data PATH [--epochs N]              # 784-500-1000: about a minute an epoch
+python -m models.dbm [--seed N] [--quick] [--out DIR]      # digits, 64-64-32: 1 minute
+python -m models.dbm --data PATH [--epochs N]              # 784-500-1000: half a minute an epoch
 """
 
 from __future__ import annotations

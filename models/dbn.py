@@ -1,7 +1,7 @@
 """A deep belief network on scikit-learn's digits, or on binary MNIST with --data: bounds, brackets, draws, test error.
 
-python -m models.dbn [--seed N] [--quick] [--out DIR]      # digits, 64-100-64: 3 minutes
-python -m models.dbn --data PATH                           # 784-500-784, the second layer from a tied start: half an hour
+python -m models.dbn [--seed N] [--quick] [--out DIR]      # digits, 64-100-64: 2 minutes
+python -m models.dbn --data PATH                           # 784-500-784, the second layer from a tied start: a quarter of an hour
 """
 
 from __future__ import annotations
