@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from models.recipe import Recipe, run
 from pyroebm.datasets import bars_and_stripes, parity
 from pyroebm.energies import BernoulliRBM, BoltzmannMachine
-from pyroebm.energies.enumeration import all_bits
+from pyroebm.enumeration import all_bits
 from pyroebm.objectives import ExactLikelihood
 from pyroebm.plotting import plot_images
 from pyroebm.training import fit

@@ -67,7 +67,10 @@ class Recipe:
         return self.add(key, estimate.value, estimate.standard_error, estimate.kind)
 
     def figure(self, name: str, fig: Figure) -> None:
-        """Save a figure as ``NAME.png``."""
+        """Save a figure as ``NAME.png``; ValueError if some of its axes are visible and empty."""
+        empty = [k for k, ax in enumerate(fig.axes) if ax.get_visible() and not ax.has_data()]
+        if empty:
+            raise ValueError(f"axes {', '.join(map(str, empty))} of figure {name!r} show nothing")
         fig.savefig(self.out / f"{name}.png", dpi=120)
         plt.close(fig)
 

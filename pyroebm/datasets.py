@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyroebm.enumeration import all_bits
 from pyroebm.front_door import check_counts
 from pyroebm.randomness import seeded_generator
 
@@ -58,7 +59,7 @@ def bars_and_stripes(n: int, dtype: torch.dtype | None = None) -> Tensor:
         (torch.Size([8, 4]), torch.Size([6, 4]))
     """
     _check_bits("n", n)
-    bits = _all_bits(n, dtype)
+    bits = all_bits(n, dtype)
     rows = bits.unsqueeze(2).expand(-1, n, n)
     return torch.cat([rows, rows.mT]).reshape(-1, n * n)
 
@@ -84,7 +85,7 @@ def parity(n: int, dtype: torch.dtype | None = None) -> Tensor:
                 [1., 1., 0.]])
     """
     _check_bits("n", n)
-    bits = _all_bits(n, dtype)
+    bits = all_bits(n, dtype)
     return bits[bits.sum(1) % 2 == 0]
 
 
@@ -191,12 +192,6 @@ def whitened(x: Tensor) -> Tensor:
     there = values > 1e-10 * values[-1]
     scales = torch.where(there, values, 1.0).rsqrt() * there
     return x @ (vectors * scales) @ vectors.mT
-
-
-def _all_bits(n: int, dtype: torch.dtype | None) -> Tensor:
-    shift = torch.arange(n - 1, -1, -1)
-    bits = (torch.arange(1 << n).unsqueeze(1) >> shift) & 1
-    return bits.to(torch.get_default_dtype() if dtype is None else dtype)
 
 
 def _check_bits(name: str, n: int) -> None:

@@ -66,7 +66,7 @@ def draw_figures(out: Path, energy: DoubleWell, report: Facts, mcmc: MCMC, x: Te
 
     draws, stats = mcmc.get_samples(group_by_chain=True)["x"], mcmc.get_stats()
     fig, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
-    plotting.plot_trace(draws[:, :1000], ax=axes[0]).set_title("three chains cross the barrier")
+    plotting.plot_trace(draws[:, :1000], ax=axes[0]).set_title("the first draws of three chains")
     plotting.plot_rank(draws, ax=axes[1]).set_title(f"ranks of {draws.shape[0]} chains, R-hat {report['nuts']['r_hat']:.4f}")
     plotting.plot_energy_levels(stats["energy"], ax=axes[2]).set_title(f"energies, least BFMI {report['nuts']['bfmi']:.2f}")
     fig.savefig(out / "mixing.png", dpi=150)

@@ -99,7 +99,7 @@ def plot_mode_masses(
         ax.axvline(truth, color=TRUTH, lw=1.5, zorder=0)
     ax.set_yticks(range(len(masses)), list(masses))
     ax.set_ylim(len(masses) - 0.4, -0.6)
-    ax.set_xlabel(label if truth is None else f"{label}; truth {truth:.4f}")
+    ax.set_xlabel(label if truth is None else f"{label}\ntruth {truth:.4f}")
     return ax
 
 

@@ -28,8 +28,10 @@ from pyroebm.energies import (
     TiedRBM,
     compose,
 )
-from pyroebm.energies.enumeration import all_bits
 from pyroebm.energies.layered import LayeredMachine
+from pyroebm.enumeration import all_bits
+from pyroebm.pretraining import pretrain_belief_network, pretrain_boltzmann_machine
+from pyroebm.supports import same_support
 
 F64 = torch.float64
 
@@ -408,6 +410,39 @@ def test_a_composed_machine_feels_half_of_each_neighbour(first: Callable[[], Any
     torch.testing.assert_close(machine.layers().field(0, [v, h1, h2]), below.layers().field(0, [None, h1])[:, : v.shape[1]])
     with pytest.raises(ValueError, match="2 visible units"):
         compose([bottom, BernoulliRBM(2, 2)])
+
+
+def test_pretraining_feeds_each_layer_what_those_below_make_of_the_data() -> None:
+    """A trainer that sets known parameters: the next layer's inputs are the means of the ones below, in both kinds of stack."""
+    data, seen = all_bits(4, F64), list[Tensor]()
+
+    def train(machine: LayeredMachine, inputs: Tensor) -> None:
+        seen.append(inputs)
+        with torch.no_grad():
+            for k, p in enumerate(machine.parameters()):
+                p.copy_(normal(*p.shape, seed=len(seen) + k))
+
+    net = pretrain_belief_network([4, 3, 4, 2], data, train).requires_grad_(False)
+    one = torch.sigmoid(data @ net.rbm(0).weight + net.rbm(0).hidden_bias)
+    two = torch.sigmoid(one @ net.rbm(1).weight + net.rbm(1).hidden_bias)
+    for found, truth in zip(seen, (data, one, two), strict=True):
+        torch.testing.assert_close(found, truth)
+
+    seen.clear()
+    machine = pretrain_boltzmann_machine([4, 3, 2, 3], data, train).requires_grad_(False)
+    w, first_bias = machine.weights[0], normal(3, seed=3)  # the hidden bias is the third parameter of the first RBM
+    first = torch.sigmoid(2.0 * (data @ w + first_bias))
+    torch.testing.assert_close(seen[0], torch.cat([data, data], 1))
+    torch.testing.assert_close(seen[1], torch.cat([first, first], 1))
+    second = torch.sigmoid(2.0 * (first @ machine.weights[1] + normal(2, seed=4)))
+    torch.testing.assert_close(seen[2], second)
+
+
+def test_supports_of_layers_are_compared_part_by_part() -> None:
+    a, b = gaussian("cho").joint().support, gaussian("hinton").joint().support
+    assert same_support(a, b)
+    assert not same_support(a, constraints.cat([constraints.boolean, constraints.real], dim=-1, lengths=[2, 3]))
+    assert not same_support(a, constraints.cat([constraints.real, constraints.boolean], dim=-1, lengths=[3, 2]))
 
 
 @pytest.mark.parametrize("sizes", [[4, 3, 2], [3, 4, 2, 3]])

@@ -15,8 +15,8 @@ from torch.distributions import constraints
 
 from pyroebm import Energy
 from pyroebm.energies import BernoulliRBM, BoltzmannMachine, DeepBoltzmannMachine, GaussianRBM, Layers
-from pyroebm.energies.enumeration import all_bits
 from pyroebm.energies.layered import LayeredEnergy, LayeredMachine
+from pyroebm.enumeration import all_bits
 from pyroebm.kernels import MALA, Gibbs
 from pyroebm.kernels.base import Info
 from pyroebm.kernels.gibbs import PointState, point_state

@@ -16,7 +16,7 @@ from checks import mean_and_se, within_se
 from torch import Tensor
 
 from pyroebm.datasets import LAPLACE_LOG_LIKELIHOOD, bars_and_stripes, digits, image_patches, laplace_mixture, parity
-from pyroebm.readers import FASHION_MNIST, load_binary, read_idx
+from pyroebm.readers import load_binary, read_idx
 
 F64 = torch.float64
 MNIST = os.environ.get("PYROEBM_MNIST")  # a file or folder of thresholded MNIST, for those who have it
@@ -156,12 +156,7 @@ def test_binary_mnist_has_its_floor() -> None:
     train = data.train.double().mean(0)
     p = (train * 60_000 + 1) / 60_002  # some pixels are never on
     test = data.test.double()
-    assert float((torch.xlogy(test, p) + torch.xlogy(1 - test, 1 - p)).sum(1).mean()) == pytest.approx(-205.85, abs=0.3)
-
-
-@pytest.mark.skipif(not FASHION_MNIST.exists(), reason="the package dataset-fashion-mnist is not installed")
-def test_debians_fashion_mnist() -> None:
-    assert load_binary(FASHION_MNIST).train.shape == (60_000, 784)
+    assert float((torch.xlogy(test, p) + torch.xlogy(1 - test, 1 - p)).sum(1).mean()) == pytest.approx(-205.85, abs=0.01)
 
 
 def damage_nothing(folder: Path) -> Path:

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "pyroebm"
 # `pyroebm` is the package's own __init__. The same picture stands in docs/architecture.md.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("randomness", "diagnostics", "front_door"),
-    ("supports",),
+    ("supports", "enumeration"),
     ("energy views compiled minibatch paths",),
     ("targets", "energies", "kernels", "flows", "datasets readers"),
     ("objectives", "partition smc", "mcmc block record results serial stein store streaming", "ppl model_energy rowwise"),

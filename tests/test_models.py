@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
 import tyro
@@ -43,8 +44,7 @@ def test_a_quick_run_writes_metrics_and_a_figure(name: str, tmp_path: Path) -> N
         assert {"value", "error", "kind"} <= set(metric), key
         assert metric["kind"] in KINDS, key
         assert isinstance(metric["value"], float), key
-    figure = image.imread(tmp_path / f"{name}.png")
-    assert figure.std() > 0.05  # something is drawn on it
+    assert image.imread(tmp_path / f"{name}.png").ndim == 3
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -72,6 +72,14 @@ def test_a_number_that_is_not_finite_is_no_metric(tmp_path: Path) -> None:
     recipe = Recipe("none", tmp_path, 0)
     with pytest.raises(FloatingPointError, match="loss is nan"):
         recipe.add("loss", float("nan"))
+
+
+def test_empty_axes_are_no_figure(tmp_path: Path) -> None:
+    fig, axes = plt.subplots(1, 2)
+    axes[0].plot([1, 2])
+    with pytest.raises(ValueError, match="axes 1 of figure 'half'"):
+        Recipe("none", tmp_path, 0).figure("half", fig)
+    plt.close(fig)
 
 
 def test_missing_data_is_named(tmp_path: Path) -> None:
@@ -106,4 +114,4 @@ def test_gaussian_machines_reach_their_numbers(tmp_path: Path) -> None:
 def test_digits_are_learned_by_a_restricted_machine(tmp_path: Path) -> None:
     """No published value exists: the reference is this suite's own, over seeds (docs/boltzmann_machines.md)."""
     found = run("rbm", tmp_path)["metrics"]["test log-likelihood over seeds"]
-    assert found["value"] == pytest.approx(-18.896, abs=0.1)
+    assert found["value"] == pytest.approx(-18.896, abs=5 * 0.016)  # the measured error over seeds

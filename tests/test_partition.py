@@ -26,8 +26,8 @@ from pyroebm.energies import (
     Layers,
     Potts,
 )
-from pyroebm.energies.enumeration import all_bits
 from pyroebm.energies.layered import LayeredEnergy, LayeredMachine
+from pyroebm.enumeration import all_bits
 from pyroebm.kernels.gibbs import conditional_logits, offered_logits
 from pyroebm.kernels.sites import to_sites
 from pyroebm.partition import Bracket, LayeredPath, LayerGibbs, LogZ, annealing, bridging, estimators, layered, walk

@@ -315,6 +315,8 @@ def test_checkpoints_at_the_front_door(tmp_path: Path) -> None:
         fit(rbm(), Pseudolikelihood(), DATA, steps=4, resume=True, **options)
     with pytest.raises(ValueError, match="settings of this training"):
         fit(rbm(), ContrastiveDivergence(k=2), DATA, steps=4, resume=True, **options)
+    with pytest.raises(ValueError, match="settings of this training"):
+        fit(rbm().float(), ContrastiveDivergence(), DATA.float(), steps=4, resume=True, **options)
     with pytest.raises(ValueError, match="of another energy"):
         fit(BernoulliRBM(DATA.shape[1], 7, dtype=DATA.dtype), ContrastiveDivergence(), DATA, steps=4, resume=True, **options)
     assert [step for step, _, _ in fit(rbm(), ContrastiveDivergence(), DATA, steps=4, resume=True, **options)] == [2, 3]

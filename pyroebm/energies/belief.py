@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.nn.functional import logsigmoid, softplus
 
-from pyroebm.energies.enumeration import all_bits
 from pyroebm.energies.layered import check_sizes, layer_names
 from pyroebm.energies.rbm import BernoulliRBM
 from pyroebm.energy import Energy
+from pyroebm.enumeration import all_bits
 from pyroebm.front_door import check_counts, check_shape
 
 __all__ = ["BeliefJoint", "DeepBeliefNetwork"]

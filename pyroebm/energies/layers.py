@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 from torch.nn.functional import softplus
 
-from pyroebm.energies.enumeration import bit_batches, bits_of, draw_numbers
+from pyroebm.enumeration import bit_batches, bits_of, draw_numbers
 from pyroebm.randomness import standard_normal, uniform
 
 __all__ = ["Layers"]

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyroebm.energies.enumeration import BATCH
 from pyroebm.energies.layered import LayeredMachine
 from pyroebm.energy import Energy, check_energy
+from pyroebm.enumeration import BATCH, state_batches
 from pyroebm.partition.result import LogZ
 from pyroebm.randomness import seeded_generator
 from pyroebm.supports import is_discrete, site_values
@@ -64,7 +64,7 @@ def exact(energy: Energy, max_units: float = 24) -> LogZ:
         bits = sites * math.log2(len(values))
         _check_units(energy, bits, max_units)
         total = torch.tensor(-math.inf, dtype=torch.float64, device=energy.device)
-        for states in _every_state(values, sites):
+        for states in state_batches(values, sites):
             minus = -energy(states.reshape(-1, *energy.event_shape)).double()
             wrong = int((minus.isnan() | (minus == math.inf)).sum())
             if wrong:
@@ -85,15 +85,6 @@ def _check_units(energy: Energy, units: float, max_units: float) -> None:
             f"log Z of {type(energy).__name__} needs a sum over 2^{units:.4g} states, more than max_units={max_units} allows:"
             " estimate it (ais)"
         )
-
-
-def _every_state(values: Tensor, sites: int) -> Iterator[Tensor]:
-    """All states as ``(batch, sites, width)``, counted up with the first site the highest; memory does not grow with them."""
-    count = len(values) ** sites
-    power = torch.tensor([len(values) ** k for k in reversed(range(sites))], device=values.device)
-    for first in range(0, count, BATCH):
-        number = torch.arange(first, min(first + BATCH, count), device=values.device)
-        yield values[number.unsqueeze(1) // power % len(values)]
 
 
 def quadrature(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyroebm.randomness import uniform
 
-__all__ = ["BATCH", "all_bits", "bit_batches", "bits_of", "draw_numbers"]
+__all__ = ["BATCH", "all_bits", "bit_batches", "bits_of", "draw_numbers", "state_batches"]
 
 #: States of one batch.
 BATCH = 1 << 14
@@ -32,6 +32,15 @@ def bit_batches(n: int, dtype: torch.dtype | None = None, device: torch.device |
     """The rows of :func:`all_bits` in batches of at most ``BATCH``: memory does not grow with their number."""
     for start in range(0, 1 << n, BATCH):
         yield _rows(start, min(start + BATCH, 1 << n), n, dtype, device)
+
+
+def state_batches(values: Tensor, sites: int) -> Iterator[Tensor]:
+    """All states of sites that take K values ``(K, width)``, in batches ``(n, sites, width)``, the first site highest."""
+    count = len(values) ** sites
+    power = torch.tensor([len(values) ** k for k in reversed(range(sites))], device=values.device)
+    for first in range(0, count, BATCH):
+        number = torch.arange(first, min(first + BATCH, count), device=values.device)
+        yield values[number.unsqueeze(1) // power % len(values)]
 
 
 def bits_of(number: Tensor, n: int, dtype: torch.dtype) -> Tensor:
