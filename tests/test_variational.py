@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from pyroebm import Boltzmann, Energy
 from pyroebm.flows import NICE, ConditionalGaussian, Flow, PLULinear, RedundantNICE, importance_sample
-from pyroebm.flows.networks import frozen
+from pyroebm.networks import frozen
 from pyroebm.objectives import ReverseKL, evaluate_j, fit_flow, flow_guide, flow_model, select_total_dim
 from pyroebm.targets import DoubleWell, Gaussian
 

@@ -9,7 +9,7 @@ from pyro.distributions import TransformModule
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from pyroebm.flows.networks import mlp
+from pyroebm.networks import mlp
 
 __all__ = ["AdditiveCoupling"]
 

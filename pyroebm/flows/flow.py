@@ -15,7 +15,8 @@ from torch.distributions import Transform
 
 from pyroebm.energy import Energy
 from pyroebm.flows.extended import Extended
-from pyroebm.flows.networks import LOG_2PI, ConditionalGaussian, frozen
+from pyroebm.flows.networks import LOG_2PI, ConditionalGaussian
+from pyroebm.networks import frozen
 from pyroebm.randomness import seeded_generator, standard_normal
 
 __all__ = ["Flow"]

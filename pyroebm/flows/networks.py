@@ -1,81 +1,20 @@
-"""The networks inside the flows: an MLP, and its Gaussian head for y given x."""
+"""The network of a redundant flow: a Gaussian of y given x."""
 
 from __future__ import annotations
 
-import contextlib
-import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from pyroebm.networks import mlp
 from pyroebm.randomness import standard_normal
 
-__all__ = ["ConditionalGaussian", "frozen", "mlp"]
+__all__ = ["ConditionalGaussian"]
 
-ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"silu": nn.SiLU, "tanh": nn.Tanh}
 LOG_2PI = math.log(2.0 * math.pi)
-
-
-@contextlib.contextmanager
-def frozen(module: nn.Module) -> Iterator[None]:
-    """Within it the module's parameters are constants: what is computed gets no gradient in them, nor do they from it."""
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
-
-
-def mlp(
-    in_features: int,
-    out_features: int,
-    hidden: Sequence[int],
-    *,
-    activation: str = "silu",
-    dtype: torch.dtype | None = None,
-    generator: torch.Generator | None = None,
-) -> nn.Sequential:
-    r"""A multi-layer perceptron whose last layer is zero, so that it starts as the zero function.
-
-    Args:
-        in_features: width of the input.
-        out_features: width of the output.
-        hidden: widths of the hidden layers, at least one.
-        activation: ``"silu"`` or ``"tanh"``.
-        dtype: of the parameters (default torch's).
-        generator: source of the initial hidden weights, of variance 1 / fan-in (LeCun et al., "Efficient BackProp", 1998):
-            torch's own are a third of that, too smooth for the few inputs of a small flow.
-
-    Raises:
-        ValueError: if ``hidden`` is empty or not positive, or if ``activation`` is unknown.
-
-    Example:
-        >>> mlp(2, 3, (8,))(torch.ones(4, 2)).shape
-        torch.Size([4, 3])
-    """
-    if not hidden or min(hidden) < 1:
-        raise ValueError(f"hidden must hold at least one positive width, got hidden={tuple(hidden)}")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {sorted(ACTIVATIONS)}, got activation={activation!r}")
-    widths = [in_features, *hidden, out_features]
-    linear: list[nn.Linear] = []
-    for fan_in, fan_out in itertools.pairwise(widths):
-        # skip_init: nn.Linear's own initialisation would consume torch's global random stream
-        layer = nn.utils.skip_init(nn.Linear, fan_in, fan_out, dtype=dtype)
-        bound = math.sqrt(3.0 / fan_in)
-        nn.init.uniform_(layer.weight, -bound, bound, generator=generator)
-        nn.init.uniform_(layer.bias, -bound, bound, generator=generator)
-        linear.append(layer)
-    nn.init.zeros_(linear[-1].weight)
-    nn.init.zeros_(linear[-1].bias)
-    activate = ACTIVATIONS[activation]
-    return nn.Sequential(linear[0], *itertools.chain.from_iterable((activate(), layer) for layer in linear[1:]))
 
 
 class ConditionalGaussian(nn.Module):

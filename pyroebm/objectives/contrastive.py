@@ -11,11 +11,11 @@ from torch import Tensor
 from pyroebm.energies.layered import LayeredEnergy, LayeredMachine
 from pyroebm.energies.layers import Layers
 from pyroebm.energy import Energy
-from pyroebm.flows.networks import frozen
 from pyroebm.front_door import check_counts
 from pyroebm.kernels.base import Kernel, check_kernel
 from pyroebm.kernels.gibbs import BlockGibbs, Gibbs, HasBlocks
 from pyroebm.kernels.langevin import MALA
+from pyroebm.networks import frozen
 from pyroebm.objectives.base import Objective
 from pyroebm.objectives.layered import Kept, Ladder, contrast, draw_even, draw_odd, mean_field, odd_fields, visible
 from pyroebm.supports import is_discrete

@@ -11,7 +11,7 @@ from torch.distributions import constraints
 
 from pyroebm.energy import Energy
 from pyroebm.flows.flow import Flow
-from pyroebm.flows.networks import frozen
+from pyroebm.networks import frozen
 
 __all__ = ["flow_guide", "flow_model"]
 

@@ -1,0 +1,153 @@
+"""Networks: what energies, flows and generators are built of, each started from a generator of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations
+
+__all__ = ["ACTIVATIONS", "convolutions", "frozen", "mlp"]
+
+#: ReLU is piecewise linear: energies made with it have no second derivative to speak of, and say so.
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "silu": nn.SiLU,
+    "tanh": nn.Tanh,
+    "gelu": nn.GELU,
+    "softplus": nn.Softplus,
+    "relu": nn.ReLU,
+}
+
+
+@contextlib.contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Within it the module's parameters are constants: what is computed gets no gradient in them, nor do they from it."""
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+def mlp(
+    in_features: int,
+    out_features: int,
+    hidden: Sequence[int],
+    *,
+    activation: str = "silu",
+    spectral_norm: bool = False,
+    zero_last: bool = True,
+    dtype: torch.dtype | None = None,
+    generator: torch.Generator | None = None,
+) -> nn.Sequential:
+    r"""A multi-layer perceptron whose last layer is zero, so that it starts as the zero function.
+
+    Args:
+        in_features: width of the input.
+        out_features: width of the output.
+        hidden: widths of the hidden layers, at least one.
+        activation: one of :data:`ACTIVATIONS`.
+        spectral_norm: divide each hidden weight by its largest singular value (Miyato et al., 2018).
+        zero_last: False starts the last layer as the others.
+        dtype: of the parameters (default torch's).
+        generator: source of the initial hidden weights, of variance 1 / fan-in (LeCun et al., "Efficient BackProp", 1998):
+            torch's own are a third of that, too smooth for the few inputs of a small net.
+
+    Raises:
+        ValueError: if ``hidden`` is empty or not positive, or if ``activation`` is unknown.
+
+    Example:
+        >>> mlp(2, 3, (8,))(torch.ones(4, 2)).shape
+        torch.Size([4, 3])
+    """
+    _check_hidden("hidden", hidden)
+    _check_activation(activation)
+    widths = [in_features, *hidden, out_features]
+    # skip_init: nn.Linear's own initialisation would consume torch's global random stream
+    linear = [nn.utils.skip_init(nn.Linear, a, b, dtype=dtype) for a, b in itertools.pairwise(widths)]
+    _start(linear, generator, zero_last)
+    if spectral_norm:
+        _bound(linear[:-1], generator)
+    activate = ACTIVATIONS[activation]
+    return nn.Sequential(linear[0], *itertools.chain.from_iterable((activate(), layer) for layer in linear[1:]))
+
+
+def convolutions(
+    event_shape: Sequence[int],
+    out_features: int,
+    channels: Sequence[int] = (32, 64, 128),
+    *,
+    activation: str = "silu",
+    spectral_norm: bool = False,
+    zero_last: bool = True,
+    dtype: torch.dtype | None = None,
+    generator: torch.Generator | None = None,
+) -> nn.Sequential:
+    r"""A convolutional network of images: 3 x 3 filters, the first layer at full size, each further one halving it; then linear.
+
+    Args:
+        event_shape: (colours, height, width) of an image.
+        out_features: width of the output.
+        channels: filters of each layer, at least one.
+        activation, spectral_norm, zero_last, dtype, generator: as in :func:`mlp`.
+
+    Raises:
+        ValueError: if ``event_shape`` has not three sizes, ``channels`` is empty or not positive, or ``activation`` is unknown.
+
+    Example:
+        >>> convolutions((1, 8, 8), 10, (4, 8))(torch.ones(5, 1, 8, 8)).shape
+        torch.Size([5, 10])
+    """
+    _check_hidden("channels", channels)
+    _check_activation(activation)
+    if len(event_shape) != 3:
+        raise ValueError(f"event_shape must be (colours, height, width), got event_shape={tuple(event_shape)}")
+    colours, height, width = event_shape
+    filters: list[nn.Module] = []
+    for k, (a, b) in enumerate(itertools.pairwise([colours, *channels])):
+        stride = 1 if k == 0 else 2
+        filters.append(nn.utils.skip_init(nn.Conv2d, a, b, 3, stride=stride, padding=1, dtype=dtype))
+        height, width = math.ceil(height / stride), math.ceil(width / stride)
+    head = nn.utils.skip_init(nn.Linear, channels[-1] * height * width, out_features, dtype=dtype)
+    _start([*filters, head], generator, zero_last)
+    if spectral_norm:
+        _bound(filters, generator)
+    activate = ACTIVATIONS[activation]
+    return nn.Sequential(*itertools.chain.from_iterable((layer, activate()) for layer in filters), nn.Flatten(), head)
+
+
+def _check_hidden(name: str, widths: Sequence[int]) -> None:
+    if not widths or min(widths) < 1:
+        raise ValueError(f"{name} must hold at least one positive width, got {name}={tuple(widths)}")
+
+
+def _check_activation(activation: str) -> None:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {sorted(ACTIVATIONS)}, got activation={activation!r}")
+
+
+def _start(layers: Sequence[nn.Module], generator: torch.Generator | None, zero_last: bool) -> None:
+    for layer in layers:
+        weight, *bias = layer.parameters()
+        bound = math.sqrt(3.0 / weight[0].numel())
+        for parameter in (weight, *bias):
+            nn.init.uniform_(parameter, -bound, bound, generator=generator)
+    if zero_last:
+        for parameter in layers[-1].parameters():
+            nn.init.zeros_(parameter)
+
+
+def _bound(layers: Sequence[nn.Module], generator: torch.Generator | None) -> None:
+    """Spectral norms; their power iteration starts from torch's global stream, which is put back."""
+    seed = torch.randint(2**62, (), generator=generator)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(seed))
+        for layer in layers:
+            parametrizations.spectral_norm(layer)
