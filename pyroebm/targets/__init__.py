@@ -4,7 +4,9 @@ from pyroebm.targets.base import Target
 from pyroebm.targets.curved import Banana, Funnel, Ring, Rosenbrock
 from pyroebm.targets.discrete import BernoulliProduct, CategoricalOneHot, SpinProduct
 from pyroebm.targets.exponential import Beta, Dirichlet, Exponential, ExponentialFamily, Gamma, LogNormal
+from pyroebm.targets.fields import Phi4
 from pyroebm.targets.normals import Gaussian, GaussianMixture, scales_gaussian
+from pyroebm.targets.particles import DW4, LennardJones, Particles
 from pyroebm.targets.wells import DoubleWell, HalfDisc, ManyWell
 
 __all__ = [
@@ -12,6 +14,7 @@ __all__ = [
     "BernoulliProduct",
     "Beta",
     "CategoricalOneHot",
+    "DW4",
     "Dirichlet",
     "DoubleWell",
     "Exponential",
@@ -21,8 +24,11 @@ __all__ = [
     "Gaussian",
     "GaussianMixture",
     "HalfDisc",
+    "LennardJones",
     "LogNormal",
     "ManyWell",
+    "Particles",
+    "Phi4",
     "Ring",
     "Rosenbrock",
     "SpinProduct",

@@ -1,0 +1,152 @@
+"""Particles without a centre: double-well and Lennard-Jones systems in coordinates where the centre of mass is fixed."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from pyroebm.targets.base import Target, check_positive
+
+__all__ = ["DW4", "LennardJones", "Particles"]
+
+
+class Particles(Target):
+    r"""n equal particles in k dimensions, energy a function of their distances, centre of mass at the origin.
+
+    An event is :math:`u \in R^{(n - 1) k}`, and the positions are :math:`x = B u` with B an orthonormal basis (Helmert's) of
+    the configurations of mean zero: densities are with respect to volume in that subspace, and no direction is flat
+    (Köhler, Klein and Noé, "Equivariant Flows", 2020). Of the truth only the mean is known, by symmetry: 0.
+
+    Args:
+        particles: n, at least 2.
+        space: k, at least 1.
+        dtype: floating-point type; None for torch's default.
+
+    Raises:
+        ValueError: if a number is out of its range.
+
+    Example:
+        >>> target = DW4()
+        >>> x = target.positions(torch.randn(5, 6))
+        >>> x.shape, bool(x.mean(1).abs().max() < 1e-6)
+        (torch.Size([5, 4, 2]), True)
+    """
+
+    basis: Tensor
+    ends: Tensor
+
+    def __init__(self, particles: int, space: int, dtype: torch.dtype | None = None) -> None:
+        if particles < 2 or space < 1:
+            raise ValueError(f"particles must be at least 2 and space at least 1, got particles={particles}, space={space}")
+        super().__init__(((particles - 1) * space,))
+        self.particles, self.space = particles, space
+        k = torch.arange(1, particles, dtype=torch.float64)
+        steps = torch.tril(torch.ones(particles - 1, particles, dtype=torch.float64)) - torch.diag_embed(k, offset=1)[:-1]
+        basis = (steps / torch.sqrt(k * (k + 1.0))[:, None]).T
+        self.register_buffer("basis", basis.to(torch.get_default_dtype() if dtype is None else dtype))
+        self.register_buffer("ends", torch.triu_indices(particles, particles, 1), persistent=False)
+
+    def positions(self, u: Tensor) -> Tensor:
+        """Positions of mean zero: ``(*batch, (n - 1) k) -> (*batch, n, k)``."""
+        return self.basis @ u.reshape(*self.batch_shape(u), self.particles - 1, self.space)
+
+    def coordinates(self, x: Tensor) -> Tensor:
+        """Coordinates of positions, their mean taken away: ``(*batch, n, k) -> (*batch, (n - 1) k)``."""
+        if x.shape[-2:] != (self.particles, self.space):
+            raise ValueError(f"x must have shape (*batch, {self.particles}, {self.space}), got shape {tuple(x.shape)}")
+        return (self.basis.mT @ x).flatten(-2)
+
+    def squared_distances(self, x: Tensor) -> Tensor:
+        """Of each pair once: ``(*batch, n, k) -> (*batch, n (n - 1) / 2)``."""
+        return (x[..., self.ends[0], :] - x[..., self.ends[1], :]).square().sum(-1)
+
+    @property
+    def mean(self) -> Tensor:
+        return self._number(torch.zeros(self.event_shape))
+
+    def _place(self, n: int, generator: torch.Generator | None, radius: float, apart: float) -> Tensor:
+        """Particles put one by one into a ball, each at the first of many random places that is clear of the others."""
+        if n < 1:
+            raise ValueError(f"n must be at least 1, got n={n}")
+        x = self._normal((n, 0, self.space), generator)
+        for _ in range(self.particles):
+            tries = self._normal((n, 256, self.space), generator)
+            depth = self._uniform((n, 256, 1), generator) ** (1.0 / self.space)
+            tries = radius * depth * tries / tries.norm(dim=-1, keepdim=True)
+            nearest = torch.cdist(tries, x).amin(-1) if x.shape[1] else torch.full(tries.shape[:2], math.inf).to(tries)
+            clear = nearest >= apart
+            chosen = torch.where(clear.any(1), clear.to(torch.int8).argmax(1), nearest.argmax(1))
+            x = torch.cat([x, tries[torch.arange(n), chosen].unsqueeze(1)], 1)
+        return self.coordinates(x.to(self.dtype))
+
+
+class DW4(Particles):
+    r"""Four particles in the plane with a double well for each distance (Köhler, Klein and Noé, 2020).
+
+    .. math:: E = \sum_{i<j} a (d_{ij} - d_0) + b (d_{ij} - d_0)^2 + c (d_{ij} - d_0)^4,
+        \qquad a = 0, \quad b = -4, \quad c = 0.9, \quad d_0 = 4
+
+    Each pair counts once, as in the paper's :math:`\frac{1}{2 \tau} \sum_{i,j}` at :math:`\tau = 1`.
+
+    Args:
+        dtype: floating-point type; None for torch's default.
+
+    Example:
+        >>> e = DW4()
+        >>> square = torch.tensor([[0.0, 0.0], [4.0, 0.0], [4.0, 4.0], [0.0, 4.0]])
+        >>> round(float(e(e.coordinates(square))), 4)  # four sides at d0, two diagonals
+        -8.3966
+    """
+
+    def __init__(self, dtype: torch.dtype | None = None) -> None:
+        super().__init__(4, 2, dtype)
+
+    def forward(self, u: Tensor) -> Tensor:
+        off = self.squared_distances(self.positions(u)).sqrt() - 4.0
+        return (off.square() * (0.9 * off.square() - 4.0)).sum(-1)
+
+    def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        return self._place(n, generator, radius=4.0, apart=1.5)
+
+
+class LennardJones(Particles):
+    r"""Particles in space that attract and repel, held together by a spring to their centre (Köhler, Klein and Noé, 2020).
+
+    .. math:: E = \epsilon \sum_{pairs} \big(r^{-12} - 2 r^{-6}\big) + \frac12 \sum_i |x_i - \bar x|^2
+
+    Two conventions are about, which differ by a factor of two in the first sum; name the one that you mean.
+
+    Args:
+        pairs: "once": over :math:`i < j`; or "twice": over all :math:`i \ne j`.
+        particles: 13, or 55 (or any).
+        epsilon: depth of a well, in units of kT.
+        dtype: floating-point type; None for torch's default.
+
+    Raises:
+        ValueError: if ``pairs`` is neither, or a number is out of its range.
+
+    Example:
+        >>> e = LennardJones("once", particles=2)
+        >>> round(float(e(e.coordinates(torch.tensor([[0.0, 0.0, 0.0], [1.0, 0.0, 0.0]])))), 6)  # -1 and two springs of 1/8
+        -0.75
+    """
+
+    def __init__(self, pairs: str, particles: int = 13, epsilon: float = 1.0, dtype: torch.dtype | None = None) -> None:
+        if pairs not in ("once", "twice"):
+            raise ValueError(f'pairs must be "once" or "twice", got pairs={pairs!r}')
+        check_positive(epsilon=epsilon)
+        super().__init__(particles, 3, dtype)
+        self.convention, self.epsilon = pairs, float(epsilon)
+
+    def forward(self, u: Tensor) -> Tensor:
+        sixth = self.squared_distances(self.positions(u)) ** -3
+        depth = self.epsilon * (2.0 if self.convention == "twice" else 1.0)
+        return depth * (sixth * (sixth - 2.0)).sum(-1) + 0.5 * u.square().sum(-1)
+
+    def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        return self._place(n, generator, radius=0.75 * self.particles ** (1.0 / 3.0), apart=0.85)
+
+    def extra_repr(self) -> str:
+        return f"pairs={self.convention!r}, epsilon={self.epsilon:g}"
