@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.distributions.transforms import identity_transform
 from pyroebm.energy import Energy
 from pyroebm.supports import base_constraint, event_sum, is_discrete, is_real, unconstraining
 
-__all__ = ["Conditioned", "Unnormalized", "Relaxed", "Unconstrained", "PotentialFn", "eval_mode"]
+__all__ = ["Compressed", "Conditioned", "is_compressed", "Unnormalized", "Relaxed", "Unconstrained", "PotentialFn", "eval_mode"]
 
 
 class Conditioned(Energy):
@@ -166,6 +167,47 @@ class Relaxed(Energy):
 
     def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         return self.energy.initial(n, generator)
+
+
+class Compressed(Energy):
+    r"""An energy whose heights are taken as their logarithm above a bound, so that a far start gives no huge gradient.
+
+    .. math:: E'(x) = E(x) \text{ below } h, \qquad h + \log(1 + E(x) - h) \text{ above}
+
+    The gradient keeps its direction. It is for training alone: a weight made of it would be wrong, and what makes weights
+    refuses it (:func:`pyroebm.flows.importance_sample`).
+
+    Args:
+        energy: the energy.
+        height: h, in nats.
+
+    Raises:
+        ValueError: if ``height`` is not finite.
+
+    Example:
+        >>> from pyroebm.targets import Gaussian
+        >>> Compressed(Gaussian(0.0), 10.0)(torch.tensor([2.0, 1000.0]))
+        tensor([ 2.0000, 23.1223])
+    """
+
+    def __init__(self, energy: Energy, height: float) -> None:
+        if not -math.inf < height < math.inf:
+            raise ValueError(f"height must be finite, got height={height}")
+        super().__init__(energy.event_shape, energy.support)
+        self.energy, self.height = energy, float(height)
+
+    def forward(self, x: Tensor) -> Tensor:
+        values = self.energy(x)
+        above = torch.log1p((values - self.height).clamp(min=0.0)) + self.height  # clamped: the branch not taken has a gradient
+        return torch.where(values > self.height, above, values)  # a NaN stays one
+
+    def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        return self.energy.initial(n, generator)
+
+
+def is_compressed(energy: Energy) -> bool:
+    """Whether an energy, or one that it is made of, is :class:`Compressed`: its values are no log density's."""
+    return any(isinstance(module, Compressed) for module in energy.modules())
 
 
 class Unconstrained(Energy):

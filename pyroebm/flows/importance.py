@@ -15,7 +15,7 @@ from pyroebm.energy import Energy
 from pyroebm.flows.flow import Flow
 from pyroebm.randomness import seeded_generator
 from pyroebm.supports import inside
-from pyroebm.views import eval_mode
+from pyroebm.views import eval_mode, is_compressed
 
 __all__ = ["ImportanceResult", "importance_sample"]
 
@@ -137,6 +137,8 @@ def importance_sample(
     for name, value in (("n", n), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {name}={value}")
+    if is_compressed(energy):
+        raise ValueError("energy must not be Compressed: its values are for gradients, and weights made of them are wrong")
     if generator is None:
         generator = seeded_generator(seed, proposal.device if isinstance(proposal, Flow) else energy.device)
     draw = _flow_weights(proposal, energy) if isinstance(proposal, Flow) else _distribution_weights(proposal, energy)
