@@ -23,6 +23,8 @@ from pyroebm import (
     Barker,
     ChEES,
     Energy,
+    IndependenceMetropolis,
+    Jumps,
     Kernel,
     MetropolisUnderdamped,
     ParallelTempering,
@@ -40,6 +42,24 @@ from pyroebm.targets import DoubleWell, Exponential, Gaussian, GaussianMixture, 
 
 #: For an event of one entry: inverse mass 0.5.
 NARROW = LowRank(torch.tensor([0.5]), torch.tensor([[1.0]]), torch.tensor([2.0]))
+
+
+class Wide:
+    """A proposal: independent entries, normal with mean .3 and deviation 1.5."""
+
+    def __init__(self, dim: int = 1) -> None:
+        self.dim = dim
+
+    def draw_noise(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        return torch.randn(n, self.dim, generator=generator)
+
+    def push(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        x = 0.3 + 1.5 * z
+        return x, self.log_prob(x)
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        return torch.distributions.Normal(0.3, 1.5, validate_args=False).log_prob(x).sum(-1)
+
 
 #: One line for a kernel: every test below that takes ``kernel`` runs on it.
 KERNELS: dict[str, Callable[[], Kernel]] = {
@@ -64,6 +84,8 @@ KERNELS: dict[str, Callable[[], Kernel]] = {
     "adjusted-mclmc-metric": lambda: AdjustedMCLMC(step_size=0.4, inverse_mass=torch.tensor(0.5)),
     "chees": lambda: ChEES(step_size=0.3, trajectory_length=2.0),
     "chees-metric": lambda: ChEES(step_size=0.4, trajectory_length=2.0, inverse_mass=torch.tensor(0.5)),
+    "independence": lambda: IndependenceMetropolis(Wide()),
+    "jumps": lambda: Jumps(HMC(step_size=0.3, num_steps=3), Wide(), every=2),
     "metropolis-underdamped-metric": lambda: MetropolisUnderdamped(step_size=0.4, inverse_mass=torch.tensor(0.5)),
 }
 #: Tempering starts from draws at all temperatures: see test_tempering.py.
@@ -86,6 +108,10 @@ def widened(metric: Tensor | Metric | None, event: tuple[int, ...]) -> Tensor | 
 
 def build(name: str, event: tuple[int, ...] = ()) -> Kernel:
     kernel = KERNELS[name]()
+    if hasattr(kernel, "proposal"):
+        kernel = kernel.replace(proposal=Wide(math.prod(event)))
+    if isinstance(kernel, IndependenceMetropolis):
+        return kernel
     return kernel.replace(inverse_mass=widened(kernel.inverse_mass, event))
 
 
@@ -183,13 +209,15 @@ def test_rows_are_independent(name: str) -> None:
     a, b = run(kernel, energy, x, 6), run(kernel, energy, moved, 6)
     others = torch.arange(8) != 3
     torch.testing.assert_close(a[others], b[others], rtol=0, atol=1e-12)
-    assert not torch.allclose(a[3], b[3])
+    if not hasattr(kernel, "proposal"):  # a jump forgets where it came from
+        assert not torch.allclose(a[3], b[3])
 
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_a_nan_rejects_its_row_counts_it_and_touches_no_other(name: str) -> None:
     fragile = fitted(name, Fragile().double())
-    kernel = build(name, fragile.event_shape).replace(step_size=1.0)
+    kernel = build(name, fragile.event_shape)
+    kernel = kernel.replace(step_size=1.0) if kernel.learned else kernel
     x = events(fragile, torch.linspace(-1.4, 1.4, 64, dtype=torch.float64))
 
     def step(energy: Energy) -> tuple:

@@ -6,6 +6,7 @@ from pyroebm.kernels.discrete import DMALA, DULA, GibbsWithGradients
 from pyroebm.kernels.ensemble import ChEES, ChEESAdaptation
 from pyroebm.kernels.gibbs import BlockGibbs, Gibbs
 from pyroebm.kernels.hmc import HMC
+from pyroebm.kernels.independence import IndependenceMetropolis, Jumps, Proposal
 from pyroebm.kernels.ladder import LadderAdaptation
 from pyroebm.kernels.langevin import MALA, ULA
 from pyroebm.kernels.metric import Dense, Diagonal, LowRank
@@ -17,6 +18,9 @@ from pyroebm.kernels.tempering import ParallelTempering, TemperedState, Temperin
 from pyroebm.kernels.underdamped import MetropolisUnderdamped, UnderdampedLangevin
 
 __all__ = [
+    "IndependenceMetropolis",
+    "Jumps",
+    "Proposal",
     "AdjustedMCLMC",
     "Barker",
     "ChEES",
