@@ -1,6 +1,7 @@
 """Normalised stand-ins for the density of an energy, and importance sampling with them."""
 
 from pyroebm.flows.coupling import AdditiveCoupling
+from pyroebm.flows.density import FlowEnergy
 from pyroebm.flows.extended import Extended
 from pyroebm.flows.flow import Flow
 from pyroebm.flows.importance import ImportanceResult, importance_sample
@@ -13,6 +14,7 @@ __all__ = [
     "ConditionalGaussian",
     "Extended",
     "Flow",
+    "FlowEnergy",
     "ImportanceResult",
     "NICE",
     "PLULinear",

@@ -1,6 +1,7 @@
 """Objectives: what turns an energy and draws into a loss."""
 
 from pyroebm.objectives.base import Objective
+from pyroebm.objectives.bootstrap import AlphaBootstrap
 from pyroebm.objectives.centring import Centring, Sparsity
 from pyroebm.objectives.contrastive import ContrastiveDivergence, PersistentCD
 from pyroebm.objectives.divergences import ForwardKL, LogVariance
@@ -10,6 +11,7 @@ from pyroebm.objectives.svi import flow_guide, flow_model
 from pyroebm.objectives.variational import ReverseKL, evaluate_j, fit_flow
 
 __all__ = [
+    "AlphaBootstrap",
     "Centring",
     "ContrastiveDivergence",
     "ExactLikelihood",
