@@ -8,6 +8,7 @@ from pyroebm.flows.importance import ImportanceResult, importance_sample
 from pyroebm.flows.linear import PLULinear, Shift
 from pyroebm.flows.networks import ConditionalGaussian
 from pyroebm.flows.nice import NICE, RedundantNICE
+from pyroebm.flows.report import FlowReport, judge_flow
 
 __all__ = [
     "AdditiveCoupling",
@@ -15,10 +16,12 @@ __all__ = [
     "Extended",
     "Flow",
     "FlowEnergy",
+    "FlowReport",
     "ImportanceResult",
     "NICE",
     "PLULinear",
     "RedundantNICE",
     "Shift",
     "importance_sample",
+    "judge_flow",
 ]

@@ -66,7 +66,8 @@ class Extended(Energy):
             return self.energy(x)
         return self.energy(x) - self.conditional.log_prob(y, xy[..., : self.dim])
 
-    def _complete(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
+    def complete(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Events of the energy with latents drawn for them: ``(n, *event) -> (n, D)``."""
         x = self.vectors(x)
         if self.conditional is None:
             return x
@@ -74,7 +75,7 @@ class Extended(Energy):
             return torch.cat((x, self.conditional.sample(x, 1, generator).squeeze(0)), dim=-1)
 
     def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        return self._complete(self.energy.initial(n, generator), generator)
+        return self.complete(self.energy.initial(n, generator), generator)
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        return self._complete(self.energy.sample(n, generator), generator)
+        return self.complete(self.energy.sample(n, generator), generator)

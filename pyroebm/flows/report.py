@@ -1,0 +1,219 @@
+"""What a flow is worth for its target, from both sides: reverse figures, and what they cannot see."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+from torch import Tensor
+
+from pyroebm.distances import Estimate, energy_distance, maximum_mean_discrepancy, mode_coverage_entropy
+from pyroebm.energy import Energy
+from pyroebm.flows.flow import Flow
+from pyroebm.flows.importance import ImportanceResult, importance_sample
+from pyroebm.front_door import check_counts
+from pyroebm.randomness import seeded_generator
+from pyroebm.views import eval_mode
+
+__all__ = ["FlowReport", "judge_flow"]
+
+#: A mode with less than this part of its weight among the flow's draws is called missing.
+MISSING = 0.1
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FlowReport:
+    r"""Figures of a flow q for a target p, from :func:`judge_flow`; log weights are :math:`-U(x) - \log q(x)`.
+
+    The reverse figures are means over the flow's own draws: none of them sees a mode without such draws. The forward ones are
+    over draws of the target, and None where there are none.
+
+    Attributes:
+        weighted: the importance sampling of ``n`` draws: log Z, effective sample size, Pareto k.
+        elbo: mean log weight over q, at most log Z; with redundant latents over (x, y).
+        marginal_ess: effective sample size of the weights of x alone, as a fraction; at least the extended one. Equal to it for
+            D = d; from a K-sample bound of q(x) where D - d > 1.
+        eubo: mean log weight over p, at least log Z.
+        forward_ess: effective sample size over p, as a fraction: 1 over the mean weight times the mean inverse weight.
+        energy_distance: between draws of q and of p (squared), and
+        discrepancy: the squared maximum mean discrepancy, without bias.
+        corrected_distance: the energy distance of draws resampled by weight.
+        mode_weights: true weights of the modes, where the target knows them,
+        mode_shares: of the flow's draws, and
+        weighted_shares: of the weighted draws, ``(k,)``.
+        coverage_entropy: that of ``mode_shares`` (:func:`pyroebm.distances.mode_coverage_entropy`).
+        missing: modes of which the flow draws less than a tenth of their weight.
+        log_z: the exact one, where it is known.
+        evaluations: of the target, spent on this report.
+        findings: in words, the worst first.
+    """
+
+    weighted: ImportanceResult
+    elbo: Estimate
+    marginal_ess: float
+    eubo: Estimate | None
+    forward_ess: float | None
+    energy_distance: Estimate | None
+    discrepancy: Estimate | None
+    corrected_distance: Estimate | None
+    mode_weights: Tensor | None
+    mode_shares: Tensor | None
+    weighted_shares: Tensor | None
+    coverage_entropy: float | None
+    missing: tuple[int, ...]
+    log_z: float | None
+    evaluations: int
+    findings: tuple[str, ...]
+
+    def __str__(self) -> str:
+        w = self.weighted
+        truth = "" if self.log_z is None else f" (exact {self.log_z:.5g})"
+        lines = [
+            f"log Z {w.log_z:.5f} +- {w.log_z_se:.2g}{truth}; ELBO {self.elbo}",
+            f"reverse ESS {w.ess_fraction:.4f} of n, of x alone {self.marginal_ess:.4f}; Pareto k {w.pareto_k:.2f}",
+        ]
+        if self.eubo is not None:
+            lines += [
+                f"forward ESS {self.forward_ess:.4f}; EUBO {self.eubo}",
+                f"energy distance {self.energy_distance}, after weighting {self.corrected_distance}",
+                f"discrepancy {self.discrepancy}",
+            ]
+        if self.coverage_entropy is not None:
+            lines.append(f"mode-coverage entropy {self.coverage_entropy:.4f}")
+        return "\n".join([*lines, f"{self.evaluations} evaluations of the target", *self.findings])
+
+
+def judge_flow(
+    flow: Flow,
+    energy: Energy,
+    n: int = 100_000,
+    draws: Tensor | None = None,
+    *,
+    num_distances: int = 2000,
+    num_marginal: int = 2000,
+    seed: int = 0,
+) -> FlowReport:
+    r"""Judge a flow by its own draws and by draws of the target.
+
+    Args:
+        flow: q.
+        energy: U. Its exact draws are taken where it has them, its ``mode_weights`` and ``log_z`` where it knows them.
+        n: draws of the flow, and of the target where it has exact ones.
+        draws: of the target, ``(m, *event)``, in place of exact ones: states of long chains, which must have mixed.
+        num_distances: draws of each law for the distances between them.
+        num_marginal: draws for the weights of x alone where there are redundant latents.
+        seed: of all draws.
+
+    Raises:
+        ValueError: if a number is below 40, or the flow or the draws do not fit the energy.
+
+    Example:
+        >>> from pyroebm.flows import NICE
+        >>> from pyroebm.targets import DoubleWell
+        >>> flow = NICE(1)
+        >>> with torch.no_grad():  # the best normal law within the left well
+        ...     _ = flow.linear.log_diagonal.fill_(math.log(0.245)), flow.transform.parts[-1].offset.fill_(-1.413)
+        >>> report = judge_flow(flow, DoubleWell(), n=1000)
+        >>> report.weighted.ess_fraction > 0.8, report.missing, report.forward_ess < 0.01
+        (True, (1,), True)
+    """
+    check_counts({"n": 40, "num_distances": 40, "num_marginal": 40}, n, num_distances, num_marginal)
+    generator = seeded_generator(seed, flow.device)
+    target = flow.extend(energy)
+    if draws is not None:
+        energy.check_states(draws, "draws")
+    weighted = importance_sample(flow, energy, n, generator=generator)
+    elbo = _mean(weighted.log_weights[torch.isfinite(weighted.log_weights)])
+    if not bool(torch.isfinite(weighted.log_weights).all()):
+        elbo = Estimate(-math.inf, math.nan)  # some of q is where p is not
+    marginal, evaluations = weighted.ess_fraction, n
+    with torch.no_grad(), eval_mode(energy):
+        if flow.conditional is not None:
+            x = weighted.x[:num_marginal]
+            log_q = flow.log_prob_x(target.vectors(x), generator=generator)
+            marginal = _ess_fraction(-energy(x).double() - log_q.double())
+            evaluations += len(x)
+        if draws is None and energy.has_exact_draws:
+            draws = energy.sample(n, generator)
+        log_forward = None
+        if draws is not None:
+            xy = target.complete(draws, generator)
+            log_forward = (-target(xy) - flow.log_prob(xy)).double()
+            evaluations += len(draws)
+    some = min(num_distances, n)
+    far = near = discrepancy = None
+    if draws is not None:
+        y = draws[torch.randperm(len(draws), generator=generator, device=generator.device)[:some].to(draws.device)]
+        far, discrepancy = energy_distance(weighted.x[:some], y), maximum_mean_discrepancy(weighted.x[:some], y)
+        near = energy_distance(weighted.resample(some, generator), y)
+    weights = getattr(energy, "mode_weights", None)
+    shares = corrected = entropy = None
+    missing: tuple[int, ...] = ()
+    if weights is not None:
+        modes = energy.mode_of(weighted.x)  # type: ignore[operator]
+        weights = weights.double().cpu()
+        shares = torch.bincount(modes.cpu(), minlength=len(weights)).double() / n
+        corrected = torch.bincount(modes.cpu(), weighted.weights.cpu(), minlength=len(weights))
+        entropy = mode_coverage_entropy(modes.cpu(), weights)
+        # of a mode too small to be seen among n draws nothing can be said
+        missing = tuple(int(k) for k in range(len(weights)) if shares[k] < MISSING * weights[k] and n * weights[k] > 30.0)
+    report = FlowReport(
+        weighted=weighted,
+        elbo=elbo,
+        marginal_ess=marginal,
+        eubo=None if log_forward is None else _mean(log_forward),
+        forward_ess=None if log_forward is None else _forward_ess(log_forward),
+        energy_distance=far,
+        discrepancy=discrepancy,
+        corrected_distance=near,
+        mode_weights=weights,
+        mode_shares=shares,
+        weighted_shares=corrected,
+        coverage_entropy=entropy,
+        missing=missing,
+        log_z=energy.log_z,
+        evaluations=evaluations,
+        findings=(),
+    )
+    return dataclasses.replace(report, findings=_findings(report))
+
+
+def _findings(report: FlowReport) -> tuple[str, ...]:
+    said, weighted = [], report.weighted
+    if report.missing and report.mode_weights is not None:
+        mass = float(report.mode_weights[list(report.missing)].sum())
+        said.append(
+            f"missing: {len(report.missing)} of {len(report.mode_weights)} modes, {100 * mass:.3g} % of the mass; weights cannot"
+            " bring back what is never drawn"
+        )
+    if report.log_z is not None and abs(weighted.log_z - report.log_z) > 5.0 * weighted.log_z_se:
+        off = (weighted.log_z - report.log_z) / weighted.log_z_se if weighted.log_z_se else math.inf
+        said.append(f"log Z is {off:+.3g} of its standard errors from the exact one")
+    if report.forward_ess is not None and report.forward_ess < 0.1 * weighted.ess_fraction:
+        said.append(
+            f"the forward ESS ({report.forward_ess:.2g}) is far below the reverse one ({weighted.ess_fraction:.2g}): there is"
+            " mass where the flow hardly draws"
+        )
+    if weighted.pareto_k > 0.7:
+        said.append(f"Pareto k {weighted.pareto_k:.2f} is above 0.7: a few weights decide, do not trust weighted means")
+    if report.eubo is None:
+        said.append("no draws of the target: none of these figures can see a mode that the flow has not found")
+    elif not said:
+        said.append("forward and reverse figures agree")
+    return tuple(said)
+
+
+def _mean(values: Tensor) -> Estimate:
+    return Estimate(float(values.mean()), float(values.std()) / math.sqrt(len(values)))
+
+
+def _ess_fraction(log_weights: Tensor) -> float:
+    ratio = (log_weights - log_weights.max()).exp()
+    return float(ratio.sum() ** 2 / ratio.square().sum()) / len(ratio)
+
+
+def _forward_ess(log_weights: Tensor) -> float:
+    """1 / (mean w mean 1/w) over draws of the target: there 1/E[w] is the reverse ESS, and E[1/w] its normaliser."""
+    n = len(log_weights)
+    return math.exp(2.0 * math.log(n) - float(log_weights.logsumexp(0)) - float((-log_weights).logsumexp(0)))
