@@ -1,6 +1,6 @@
 """Objectives: what turns an energy and draws into a loss."""
 
-from pyroebm.objectives.base import Objective
+from pyroebm.objectives.base import HasLosses, Objective
 from pyroebm.objectives.centring import Centring, Sparsity
 from pyroebm.objectives.contrastive import ContrastiveDivergence, PersistentCD
 from pyroebm.objectives.likelihood import ExactLikelihood, MeanFieldLikelihood, Pseudolikelihood
@@ -12,6 +12,7 @@ __all__ = [
     "Centring",
     "ContrastiveDivergence",
     "ExactLikelihood",
+    "HasLosses",
     "MeanFieldLikelihood",
     "Objective",
     "PersistentCD",
