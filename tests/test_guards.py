@@ -300,7 +300,7 @@ def test_tensorboard_is_written_or_named(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 CASES = {
-    "replay": "PersistentCD(8, 3, ULA(0.3))",
+    "replay": "PersistentCD(8, 3, ULA(0.3), buffer_size=40, restart=0.2)",
     "players": "Duel()",
     "rolled back": "Shaken((4, 14))",
 }

@@ -2,9 +2,12 @@
 
 from pyroebm.objectives.base import HasLosses, Objective
 from pyroebm.objectives.centring import Centring, Sparsity
-from pyroebm.objectives.contrastive import ContrastiveDivergence, PersistentCD
+from pyroebm.objectives.contrastive import ContrastiveDivergence
+from pyroebm.objectives.improved import ImprovedCD
 from pyroebm.objectives.likelihood import ExactLikelihood, MeanFieldLikelihood, Pseudolikelihood
+from pyroebm.objectives.persistent import PersistentCD
 from pyroebm.objectives.selection import TotalDimSelection, select_total_dim
+from pyroebm.objectives.short_run import ShortRun, langevin
 from pyroebm.objectives.svi import flow_guide, flow_model
 from pyroebm.objectives.variational import ReverseKL, evaluate_j, fit_flow
 
@@ -13,16 +16,19 @@ __all__ = [
     "ContrastiveDivergence",
     "ExactLikelihood",
     "HasLosses",
+    "ImprovedCD",
     "MeanFieldLikelihood",
     "Objective",
     "PersistentCD",
     "Pseudolikelihood",
     "ReverseKL",
+    "ShortRun",
     "Sparsity",
     "TotalDimSelection",
     "evaluate_j",
     "fit_flow",
     "flow_guide",
     "flow_model",
+    "langevin",
     "select_total_dim",
 ]
