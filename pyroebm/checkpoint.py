@@ -125,13 +125,13 @@ class Checkpoint:
         tensors = self.state.tensors() | {f"more.{name}": value for name, value in (more or {}).items()}
         data = safetensors.torch.save({name: value.contiguous() for name, value in tensors.items()})
         parts = gather_bytes(data, self.state.generator.device)
-        if connected_ranks()[0] > 0:
-            return
-        file = {f"rank{k}": torch.frombuffer(bytearray(part), dtype=torch.uint8) for k, part in enumerate(parts)}
-        file["said"] = to_text({"settings": self.settings, "step": step})
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with written_whole(self.path) as temporary:
-            safetensors.torch.save_file(file, temporary)
+        if connected_ranks()[0] == 0:
+            file = {f"rank{k}": torch.frombuffer(bytearray(part), dtype=torch.uint8) for k, part in enumerate(parts)}
+            file["said"] = to_text({"settings": self.settings, "step": step})
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with written_whole(self.path) as temporary:
+                safetensors.torch.save_file(file, temporary)
+        gather_bytes(b".", self.state.generator.device)  # no process goes on, perhaps to load it, before it is there
 
     def load(self) -> tuple[int, dict[str, Tensor]]:
         """Put the state back; the number of steps that were done, and what more was kept.

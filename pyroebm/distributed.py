@@ -88,7 +88,7 @@ def average_gradients(parameters: Sequence[nn.Parameter], facts: Mapping[str, Te
         own = [p for p in parameters if (p.dtype, p.device) == (dtype, device)]
         there = torch.tensor([p.grad is not None for p in own], dtype=dtype, device=device)
         flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in own])
-        *summed, there, total = _summed([weight * flat, there, flat.new_tensor([weight])])
+        *summed, there, total = _summed([weight * flat, there, flat.new_tensor(weight)])
         for p, grad, somewhere in zip(own, (summed[0] / total).split([p.numel() for p in own]), there > 0, strict=True):
             p.grad = grad.reshape(p.shape) if bool(somewhere) else None
     names = sorted(facts)
@@ -96,7 +96,7 @@ def average_gradients(parameters: Sequence[nn.Parameter], facts: Mapping[str, Te
         return {}
     device = facts[names[0]].device
     numbers = [weight * facts[name].to(device, torch.float64) for name in names]
-    *values, total = _summed([*numbers, torch.tensor([weight], dtype=torch.float64, device=device)])
+    *values, total = _summed([*numbers, torch.tensor(weight, dtype=torch.float64, device=device)])
     return {name: (value / total).to(facts[name].dtype) for name, value in zip(names, values, strict=True)}
 
 

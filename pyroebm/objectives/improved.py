@@ -122,8 +122,8 @@ def nearest_neighbour_entropy(x: Tensor) -> Tensor:
     .. math:: \hat H = \frac dn \sum_i \log \rho_i + \log(n - 1) + \log \frac{\pi^{d/2}}{\Gamma(d/2 + 1)} + \gamma
 
     with :math:`\rho_i` the distance of draw i from its nearest neighbour, and :math:`\gamma = 0.5772...` Euler's constant. Its
-    bias goes to 0 as n grows, slowly in many dimensions; in one or two, single draws of its gradient have no finite variance. Equal draws give minus
-    infinity.
+    bias goes to 0 as n grows, slowly in many dimensions; in one or two its gradient has no finite variance. Equal draws give
+    minus infinity.
 
     Args:
         x: draws ``(n, *event)``, n at least 2.
