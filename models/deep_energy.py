@@ -1,4 +1,4 @@
-"""A network as the density of handwritten digits, trained by persistent Langevin chains with replay. TODO
+"""A network as the density of handwritten digits, by replayed Langevin chains: log Z both ways, chains run on. A few minutes.
 
 python -m models.deep_energy [--seed N] [--quick] [--out DIR]
 """
@@ -64,7 +64,7 @@ def train(
     pixels: Pixels, steps: int, hidden: int, k: int, seed: int, progress: bool | None
 ) -> tuple[Energy, PersistentCD, float]:
     """Replayed chains that keep their Metropolis step, so that they sample the energy and nothing else; the running mean of the
-    parameters, the objective, and the number of steps a chain has taken."""
+    parameters, the objective, and the last energy gap."""
     energy = MLPEnergy((1, 8, 8), (hidden, hidden), scale=1.0, generator=seeded_generator(seed))
     objective = PersistentCD(100, k, MALA(0.4), buffer_size=500, restart=0.01)
     mean = AveragedModel(energy, multi_avg_fn=get_ema_multi_avg_fn(0.99))
@@ -145,7 +145,7 @@ def main(
     energy, objective, gap = train(pixels, steps, hidden, k, seed, progress)
     recipe.add("energy gap at the last step", gap)
     chains = torch.as_tensor(objective.chains)[:n]
-    age = min(k * steps * 100 // 500, k * 100)  # in steps: a chain starts anew at one of 100 turns
+    age = k * min(steps * 100 // 500, 100)  # a fifth of the chains go on at a step, and one of 100 of these starts anew
     old, way = stability(recipe, energy, chains, age, pixels.test)
     judge(recipe, energy, pixels, old, betas, progress)
 
