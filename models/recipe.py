@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +21,7 @@ import tyro
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from pyroebm.distributed import connected_ranks, process_group
 from pyroebm.partition import LogZ
 
 __all__ = ["Kind", "Recipe", "run"]
@@ -28,7 +31,8 @@ Kind = Literal["exact", "estimate", "lower", "upper"]
 
 
 class Recipe:
-    """The record of one run: its metrics go to ``metrics.json`` at the end, its figures beside it.
+    """The record of one run: its metrics go to ``metrics.json`` at the end, its figures beside it; of several processes, those of
+    the first.
 
     Args:
         name: of the recipe.
@@ -71,11 +75,14 @@ class Recipe:
         empty = [k for k, ax in enumerate(fig.axes) if ax.get_visible() and not ax.has_data()]
         if empty:
             raise ValueError(f"axes {', '.join(map(str, empty))} of figure {name!r} show nothing")
-        fig.savefig(self.out / f"{name}.png", dpi=120)
+        if connected_ranks()[0] == 0:
+            fig.savefig(self.out / f"{name}.png", dpi=120)
         plt.close(fig)
 
     def write(self) -> None:
         """Write ``metrics.json``."""
+        if connected_ranks()[0] > 0:
+            return
         seconds = round(time.perf_counter() - self._began, 2)
         facts = {"name": self.name, "seed": self.seed, "seconds": seconds, "config": self.config, "metrics": self.metrics}
         (self.out / "metrics.json").write_text(json.dumps(facts, indent=2, allow_nan=False, default=str) + "\n", encoding="utf-8")
@@ -83,6 +90,10 @@ class Recipe:
 
 
 def run(main: Callable[..., None]) -> None:
-    """Call a recipe's main with what stands on the command line."""
+    """Call a recipe's main with what stands on the command line; all processes of ``torchrun`` train together, and the first
+    speaks."""
     torch.set_default_dtype(torch.float64)
-    tyro.cli(main)
+    with process_group() as (rank, _), contextlib.ExitStack() as silent:
+        if rank > 0:
+            silent.enter_context(contextlib.redirect_stdout(silent.enter_context(open(os.devnull, "w"))))
+        tyro.cli(main)

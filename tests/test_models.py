@@ -111,6 +111,18 @@ def test_gaussian_machines_reach_their_numbers(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_network_learns_the_density_of_digits(tmp_path: Path) -> None:
+    """Better than a normal law and than any width of kernel, by an evidence both of whose ends agree; and chains stay."""
+    metrics = run("deep_energy", tmp_path)["metrics"]
+    found = {key: metric["value"] for key, metric in metrics.items()}
+    low, high = (metrics[f"log Z, {name}"] for name in ("AIS", "reverse AIS"))
+    assert abs(low["value"] - high["value"]) < 5 * (low["error"] + high["error"])
+    for baseline in ("Gaussian", "kernel density"):
+        assert found["network: test log-likelihood"] > found[f"{baseline}: test log-likelihood"]
+    assert abs(found["energy: drift"]) < 5 * metrics["energy: drift"]["error"]
+
+
+@pytest.mark.slow
 def test_digits_are_learned_by_a_restricted_machine(tmp_path: Path) -> None:
     """No published value exists: the reference is this suite's own, over seeds (docs/boltzmann_machines.md)."""
     found = run("rbm", tmp_path)["metrics"]["test log-likelihood over seeds"]

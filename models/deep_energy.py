@@ -1,0 +1,169 @@
+"""A network as the density of handwritten digits, by replayed Langevin chains: log Z both ways, chains run on. A few minutes.
+
+python -m models.deep_energy [--seed N] [--quick] [--out DIR]
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib.pyplot as plt
+import torch
+from torch import Tensor
+from torch.distributions import Independent, Normal
+from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from models.recipe import Recipe, run
+from pyroebm import HMC, MALA, Energy
+from pyroebm.datasets import digits
+from pyroebm.energies import MLPEnergy
+from pyroebm.guards import Guard
+from pyroebm.objectives import PersistentCD
+from pyroebm.objectives.contrastive import advance
+from pyroebm.partition import bracket
+from pyroebm.paths import DistributionEnergy
+from pyroebm.plotting import plot_images
+from pyroebm.randomness import seeded_generator
+from pyroebm.training import fit
+
+
+class Pixels(NamedTuple):
+    """Noised images in the coordinates in which the training images have mean 0 and covariance I; events (1, 8, 8)."""
+
+    train: Tensor
+    test: Tensor
+    mean: Tensor
+    root: Tensor  #: Cholesky factor of the covariance of the pixels
+
+    def images(self, z: Tensor) -> Tensor:
+        return self.mean + z.flatten(1) @ self.root.mT
+
+    @property
+    def log_jacobian(self) -> Tensor:
+        """log |dz / dx|, which a log-density of z takes to be one of pixels."""
+        return -self.root.diagonal().log().sum()
+
+
+def noised_digits(noise: float, copies: int, seed: int) -> Pixels:
+    """Grey levels from 0 to 1 with normal noise, several times for each training image, whitened by the training images."""
+    split, generator = digits(threshold=None), seeded_generator(seed)
+    x = split.train.repeat(copies, 1)
+    train, test = (part + noise * torch.randn(part.shape, generator=generator) for part in (x, split.test))
+    mean = split.train.mean(0)
+    covariance = torch.cov(split.train.mT, correction=0) + noise**2 * torch.eye(64)
+    root = torch.linalg.cholesky(covariance)
+    white = [torch.linalg.solve_triangular(root, (part - mean).mT, upper=False).mT.reshape(-1, 1, 8, 8) for part in (train, test)]
+    return Pixels(white[0], white[1], mean, root)
+
+
+def train(
+    pixels: Pixels, steps: int, hidden: int, k: int, seed: int, progress: bool | None
+) -> tuple[Energy, PersistentCD, float]:
+    """Replayed chains that keep their Metropolis step, so that they sample the energy and nothing else; the running mean of the
+    parameters, the objective, and the last energy gap."""
+    energy = MLPEnergy((1, 8, 8), (hidden, hidden), scale=1.0, generator=seeded_generator(seed))
+    objective = PersistentCD(100, k, MALA(0.4), buffer_size=500, restart=0.01)
+    mean = AveragedModel(energy, multi_avg_fn=get_ema_multi_avg_fn(0.99))
+    loop = fit(
+        energy, objective, pixels.train, steps=steps, batch_size=100, average=mean, seed=seed, progress=progress,
+        optimizer=functools.partial(torch.optim.Adam, lr=2e-3, fused=True), weight_decay=0.0,
+        schedule=functools.partial(CosineAnnealingLR, T_max=steps), guard=Guard(rollback=True, max_energy_gap=100.0),
+    )  # fmt: skip
+    gap = 0.0
+    for _, _, facts in loop:
+        gap = facts["energy_gap"]
+    return mean.module.requires_grad_(False).eval(), objective, gap
+
+
+def baselines(recipe: Recipe, pixels: Pixels) -> None:
+    """What a normal law of the same covariance gives the test images, and normal laws around each training image."""
+    gauss = pixels.log_jacobian - 0.5 * (pixels.test.flatten(1) ** 2).sum(1) - 32.0 * math.log(2.0 * math.pi)
+    recipe.add_mean("Gaussian: test log-likelihood", gauss, "exact", "+- is that of the test set")
+    centres, test = digits(threshold=None).train, pixels.images(pixels.test)
+    squares, found = torch.cdist(test, centres) ** 2, []
+    for width in torch.linspace(0.1, 0.4, 13).tolist():
+        values = torch.logsumexp(-0.5 * squares / width**2, 1) - math.log(len(centres))
+        found.append(values - 64.0 * math.log(width * math.sqrt(2.0 * math.pi)))
+    best = max(found, key=lambda values: float(values.mean()))
+    recipe.add_mean("kernel density: test log-likelihood", best, "exact", "the best of 13 widths, on the test images themselves")
+
+
+def judge(recipe: Recipe, energy: Energy, pixels: Pixels, states: Tensor, betas: int, progress: bool | None) -> None:
+    """log Z from the envelope, both ways, and what it makes of the test images."""
+    base = DistributionEnergy(Independent(Normal(torch.zeros(1, 8, 8), torch.ones(1, 8, 8)), 3))
+    found = bracket(energy, states, base, HMC(0.25, num_steps=4), betas, len(states), seed=recipe.seed, progress=progress)
+    for name, estimate in (("AIS", found.forward), ("reverse AIS", found.reverse), ("both", found.combined)):
+        recipe.add_log_z(f"log Z, {name}", estimate)
+    for name, part in (("train", pixels.train[:2000]), ("test", pixels.test)):
+        values = pixels.log_jacobian - energy(part) - found.combined.value
+        error = math.hypot(float(values.std()) / math.sqrt(len(values)), found.combined.standard_error)
+        recipe.add(f"network: {name} log-likelihood", values.mean(), error, note="by AIS both ways")
+
+
+def stability(recipe: Recipe, energy: Energy, chains: Tensor, age: int, data: Tensor) -> tuple[Tensor, list[tuple[int, float]]]:
+    """Chains of the buffer go on ten times as long as they have been going in training; mean energies on the way."""
+    x, generator, way = chains, seeded_generator(recipe.seed, spawned=1), []
+    for turn in range(11):
+        values = energy(x)
+        way.append((turn * age, float(values.mean())))
+        if turn == 0:
+            first = values
+        if turn < 10:
+            x, rate = advance(energy, MALA(0.4), x, age, generator)
+    recipe.add_mean("energy: test images", energy(data))
+    recipe.add_mean("energy: chains after training", first)
+    recipe.add_mean("energy: chains 10 times as old", values)
+    recipe.add("energy: drift", values.mean() - first.mean(), math.sqrt(float(values.var() + first.var()) / len(x)))
+    recipe.add("acceptance rate", rate)
+    return x, way
+
+
+def main(
+    steps: int = 3000, hidden: int = 128, k: int = 10, noise: float = 0.1, seed: int = 0, quick: bool = False,
+    out: Path | None = None, progress: bool | None = None,
+) -> None:  # fmt: skip
+    """Train, bracket log Z, run the chains on.
+
+    Args:
+        steps: of training.
+        hidden: units in each of two layers.
+        k: Langevin steps for each of training.
+        noise: standard deviation of what is added to grey levels from 0 to 1.
+        seed: of weights, noise and chains.
+        quick: a few steps only, to see that everything runs.
+        out: folder of metrics.json and the figure; runs/deep_energy without.
+        progress: show bars; on a terminal without.
+    """
+    steps, hidden, betas, n = (20, 32, 20, 20) if quick else (steps, hidden, 500, 100)
+    recipe = Recipe("deep_energy", out, seed, steps=steps, hidden=hidden, k=k, noise=noise, quick=quick)
+    pixels = noised_digits(noise, 2 if quick else 10, seed)
+    baselines(recipe, pixels)
+    energy, objective, gap = train(pixels, steps, hidden, k, seed, progress)
+    recipe.add("energy gap at the last step", gap)
+    chains = torch.as_tensor(objective.chains)[:n]
+    age = k * min(steps * 100 // 500, 100)  # a fifth of the chains go on at a step, and one of 100 of these starts anew
+    old, way = stability(recipe, energy, chains, age, pixels.test)
+    judge(recipe, energy, pixels, old, betas, progress)
+
+    fig, axes = plt.subplots(1, 4, figsize=(16, 4.2), layout="constrained")
+    options = {"bins": 40, "density": True, "histtype": "step"}
+    for name, x in (("training images", pixels.train[:2000]), ("test images", pixels.test), ("chains 10 times as old", old)):
+        axes[0].hist(energy(x).numpy(), label=name, **options)
+    axes[0].set(title="energies of data and of samples", xlabel="E")
+    axes[0].legend(loc="upper right", fontsize=8)
+    axes[1].plot(*zip(*way, strict=True), "o-", label="chains")
+    axes[1].axhline(float(energy(pixels.test).mean()), color="tab:orange", label="test images")
+    axes[1].set(title="chains run on", xlabel="steps after training", ylabel="mean energy")
+    axes[1].legend(fontsize=8)
+    for ax, x, title in ((axes[2], pixels.test, "test images, noised"), (axes[3], old, "samples")):
+        plot_images(pixels.images(x[: 64 if not quick else 16]), (8, 8), limits=(0.0, 1.0), ax=ax).set_title(title)
+    recipe.figure("deep_energy", fig)
+    recipe.write()
+
+
+if __name__ == "__main__":
+    run(main)
