@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
@@ -39,8 +41,11 @@ def curvatures(energy: Energy, x: Tensor, directions: Tensor) -> tuple[Tensor, T
         the gradient, shape ``(*batch, *event)``, and the curvatures, ``(M, *batch)``, differentiable in the parameters.
 
     Raises:
-        ValueError: as :func:`~pyroebm.energy.value_and_grad`; if ``directions`` do not fit; if the gradient of an energy on all of
-            R^d does not depend on x through autograd, so that every curvature is 0. (On x > 0 a linear energy is a density.)
+        ValueError: as :func:`~pyroebm.energy.value_and_grad`; if ``directions`` do not fit; if on all of R^d the gradient is cut
+            off from x. (On x > 0 a linear energy is a density.)
+
+    Warns:
+        UserWarning: of an energy on all of R^d whose curvatures are all exactly 0.
 
     Example:
         >>> from pyroebm.targets import DoubleWell
@@ -48,26 +53,34 @@ def curvatures(energy: Energy, x: Tensor, directions: Tensor) -> tuple[Tensor, T
         >>> gradient, curvature  # 4 x^3 - 8 x + 1 and 12 x^2 - 8
         (tensor([-3.], grad_fn=<NegBackward0>), tensor([[4.]], grad_fn=<StackBackward0>))
     """
-    batch = energy.batch_shape(x)
+    dims = x.dim() - len(energy.batch_shape(x))
     if directions.dim() != x.dim() + 1 or directions.shape[1:] != x.shape or not len(directions):
         raise ValueError(
             f"directions must have shape (M, *x.shape) with M >= 1, got {tuple(directions.shape)} for x {tuple(x.shape)}"
         )
     with torch.inference_mode(False), torch.enable_grad():
-        x = (x.clone() if x.is_inference() else x.detach()).requires_grad_(True)
-        gradient = -score(energy, x)
-        found = []
+        x, directions = (t.clone() if t.is_inference() else t.detach() for t in (x, directions))
+        gradient = -score(energy, x.requires_grad_(True))
+        found, reached = [], True
         for v in directions:
             product = None
             if gradient.requires_grad:
                 product = torch.autograd.grad(gradient, x, v, create_graph=True, allow_unused=True)[0]
-            if product is None:
-                if is_real(energy.support):
-                    raise ValueError(
-                        f"the gradient of {type(energy).__name__} does not depend on x through autograd, so its Laplacian would"
-                        " be 0: E is piecewise linear (ReLU), or its second derivative is cut off. Take smooth activations (SiLU,"
-                        " softplus, tanh), or DenoisingScoreMatching, which needs first derivatives alone"
-                    )
-                product = torch.zeros_like(x)
-            found.append(event_sum(product * v, x.dim() - len(batch)))
-        return gradient, torch.stack(found)
+            reached = product is not None
+            found.append(event_sum(torch.zeros_like(x) if product is None else product * v, dims))
+        values = torch.stack(found)
+    if is_real(energy.support) and not bool(values.any()):
+        _refuse(type(energy).__name__, reached)
+    return gradient, values
+
+
+def _refuse(name: str, reached: bool) -> None:
+    """ValueError where there is no second derivative; a warning where there is one, and it is 0 everywhere."""
+    why = (
+        f"every second derivative of {name} is exactly 0: score matching cannot see an energy that is piecewise linear (ReLU), or"
+        " whose gradient is cut off from x. Take smooth activations (SiLU, softplus, tanh), or DenoisingScoreMatching, which needs"
+        " first derivatives alone"
+    )
+    if not reached:
+        raise ValueError(why)
+    warnings.warn(f"{why}. (A network that starts as 0, without an envelope, gets over it.)", UserWarning, stacklevel=4)

@@ -74,11 +74,11 @@ class DenoisingScoreMatching(Objective):
         law, as in :class:`ScoreMatching`."""
         check_real(self, energy)
         energy.check_states(batch, "batch")
-        dims = len(energy.event_shape)
+        batch, dims = batch.detach(), len(energy.event_shape)
         sigma = self._levels(batch, dims, generator)
         z = standard_normal(batch.shape, generator, batch.dtype, batch.device)
-        gradient = -score(energy, batch.detach() + sigma * z)
-        rise = gradient + score(energy, batch.detach()) if self.control_variate else gradient
+        gradient = -score(energy, batch + sigma * z)
+        rise = gradient + score(energy, batch) if self.control_variate else gradient
         return matched(energy, batch, event_sum(gradient.square(), dims), event_sum(z * rise / sigma, dims))
 
     def _levels(self, batch: Tensor, dims: int, generator: torch.Generator | None) -> Tensor:

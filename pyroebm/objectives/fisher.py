@@ -40,7 +40,8 @@ def fisher_divergence(energy: Energy, truth: Energy | Score, x: Tensor) -> Diver
 
     .. math:: F = \tfrac12 E_{x \sim p} |\nabla \log p(x) + \nabla E(x)|^2
 
-    It is the excess of :class:`ScoreMatching`'s mean over its minimum. It does not see Z nor, where modes lie apart, their weights.
+    It is the excess of :class:`ScoreMatching`'s mean over its minimum. It does not see Z nor, where modes lie apart, their
+    weights.
 
     Args:
         energy: E.

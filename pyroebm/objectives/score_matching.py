@@ -74,9 +74,9 @@ class NonNegativeScoreMatching(Objective):
     .. math:: L = \frac1n \sum_i \sum_j \Big[ \tfrac12 (x_{ij} \, \partial_j E)^2 - 2 x_{ij} \, \partial_j E
         - x_{ij}^2 \, \partial_j^2 E \Big]
 
-    which is :math:`\tfrac12 E |x \odot (\nabla \log p_{data} - \nabla \log p)|^2` up to what depends on the data alone. The weight x
-    makes the terms at the edge vanish, where plain score matching is wrong unless the density does. It is plain score matching
-    of log x, up to the constant d / 2, and takes zeros too.
+    which is :math:`\tfrac12 E |x \odot (\nabla \log p_{data} - \nabla \log p)|^2` up to what depends on the data alone. The
+    weight x makes the terms at the edge vanish, where plain score matching is wrong unless the density does. It is plain score
+    matching of log x, up to the constant d / 2, and takes zeros too.
 
     Raises:
         ValueError: if the support is neither positive nor nonnegative.
@@ -95,7 +95,7 @@ class NonNegativeScoreMatching(Objective):
                 f"NonNegativeScoreMatching is for positive or nonnegative supports, but {type(energy).__name__} has"
                 f" {energy.support}: ScoreMatching is for real ones"
             )
-        dims = len(energy.event_shape)
+        batch, dims = batch.detach(), len(energy.event_shape)
         gradient, curved = curvatures(
             energy, batch, batch * unit_directions(batch, dims)
         )  # v = x_j e_j: x_j^2 times the diagonal

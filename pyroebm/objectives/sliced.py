@@ -29,8 +29,9 @@ class SlicedScoreMatching(Objective):
         \qquad E[v v^T] = I
 
     Its mean over v is :class:`ScoreMatching`'s loss, at M Hessian-vector products in place of d. With ``variance_reduced`` the
-    first term is its mean :math:`\tfrac12 |\nabla E|^2`; for that, and for both forms to be the same objective, v must not be
-    normalised: the sphere's radius is :math:`\sqrt d`.
+    first term is its mean :math:`\tfrac12 |\nabla E|^2`, which for normal v and H the Hessian takes
+    :math:`\tfrac12 |\nabla E|^4 - 2 \nabla E^T H \nabla E` off the variance: much away from the modes, less than nothing close to
+    them. Both are one objective because v is not normalised: the sphere's radius is :math:`\sqrt d`.
 
     With ``finite_difference`` the second derivative is a difference of energies, at an error of order :math:`\epsilon^2`
     (Pang et al., "Efficient Learning of Generative Models via Finite-Difference Score Matching", 2020):
@@ -79,7 +80,7 @@ class SlicedScoreMatching(Objective):
         :class:`ScoreMatching`."""
         check_real(self, energy)
         energy.check_states(batch, "batch")
-        dims = len(energy.event_shape)
+        batch, dims = batch.detach(), len(energy.event_shape)
         v = projections_like(batch, dims, self.projections, self.law, generator)
         if self.finite_difference is None:
             gradient, curved = curvatures(energy, batch, v)
