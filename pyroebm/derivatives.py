@@ -78,8 +78,8 @@ def _refuse(name: str, reached: bool) -> None:
     """ValueError where there is no second derivative; a warning where there is one, and it is 0 everywhere."""
     why = (
         f"every second derivative of {name} is exactly 0: score matching cannot see an energy that is piecewise linear (ReLU), or"
-        " whose gradient is cut off from x. Take smooth activations (SiLU, softplus, tanh), or DenoisingScoreMatching, which needs"
-        " first derivatives alone"
+        " whose gradient is cut off from x. Take smooth activations (SiLU, softplus, tanh), or"
+        " DenoisingScoreMatching, which needs first derivatives alone"
     )
     if not reached:
         raise ValueError(why)
