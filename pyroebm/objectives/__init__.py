@@ -4,12 +4,16 @@ from pyroebm.objectives.base import HasLosses, Objective
 from pyroebm.objectives.bootstrap import AlphaBootstrap
 from pyroebm.objectives.centring import Centring, Sparsity
 from pyroebm.objectives.contrastive import ContrastiveDivergence
+from pyroebm.objectives.denoising import DenoisingScoreMatching
 from pyroebm.objectives.divergences import ForwardKL, LogVariance
+from pyroebm.objectives.fisher import Divergence, fisher_divergence, sliced_fisher_divergence
 from pyroebm.objectives.improved import ImprovedCD
 from pyroebm.objectives.likelihood import ExactLikelihood, MeanFieldLikelihood, Pseudolikelihood
 from pyroebm.objectives.persistent import PersistentCD
+from pyroebm.objectives.score_matching import NonNegativeScoreMatching, ScoreMatching
 from pyroebm.objectives.selection import TotalDimSelection, select_total_dim
 from pyroebm.objectives.short_run import ShortRun, langevin
+from pyroebm.objectives.sliced import SlicedScoreMatching
 from pyroebm.objectives.svi import flow_guide, flow_model
 from pyroebm.objectives.variational import ReverseKL, evaluate_j, fit_flow
 
@@ -17,23 +21,30 @@ __all__ = [
     "AlphaBootstrap",
     "Centring",
     "ContrastiveDivergence",
-    "evaluate_j",
+    "DenoisingScoreMatching",
+    "Divergence",
     "ExactLikelihood",
-    "fit_flow",
-    "flow_guide",
-    "flow_model",
     "ForwardKL",
     "HasLosses",
     "ImprovedCD",
-    "langevin",
     "LogVariance",
     "MeanFieldLikelihood",
+    "NonNegativeScoreMatching",
     "Objective",
     "PersistentCD",
     "Pseudolikelihood",
     "ReverseKL",
-    "select_total_dim",
+    "ScoreMatching",
     "ShortRun",
+    "SlicedScoreMatching",
     "Sparsity",
     "TotalDimSelection",
+    "evaluate_j",
+    "fisher_divergence",
+    "fit_flow",
+    "flow_guide",
+    "flow_model",
+    "langevin",
+    "select_total_dim",
+    "sliced_fisher_divergence",
 ]
