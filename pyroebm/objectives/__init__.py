@@ -3,7 +3,8 @@
 from pyroebm.objectives.base import Objective
 from pyroebm.objectives.centring import Centring, Sparsity
 from pyroebm.objectives.contrastive import ContrastiveDivergence, PersistentCD
-from pyroebm.objectives.likelihood import ExactLikelihood, MeanFieldLikelihood, Pseudolikelihood
+from pyroebm.objectives.discrete import MinimumProbabilityFlow, Pseudolikelihood, RatioMatching
+from pyroebm.objectives.likelihood import ExactLikelihood, MeanFieldLikelihood
 from pyroebm.objectives.selection import TotalDimSelection, select_total_dim
 from pyroebm.objectives.svi import flow_guide, flow_model
 from pyroebm.objectives.variational import ReverseKL, evaluate_j, fit_flow
@@ -13,9 +14,11 @@ __all__ = [
     "ContrastiveDivergence",
     "ExactLikelihood",
     "MeanFieldLikelihood",
+    "MinimumProbabilityFlow",
     "Objective",
     "PersistentCD",
     "Pseudolikelihood",
+    "RatioMatching",
     "ReverseKL",
     "Sparsity",
     "TotalDimSelection",
