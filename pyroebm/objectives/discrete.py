@@ -59,15 +59,11 @@ class SiteObjective(Objective):
         pseudo = scale * _log_conditional(log_ratios.detach()).sum(1).mean()
         return loss, {"energy_data": data.detach().mean(), "pseudo_log_likelihood": pseudo}
 
-    def _neighbours(
-        self, energy: Energy, batch: Tensor, generator: torch.Generator | None
-    ) -> tuple[Tensor, Tensor, float]:
+    def _neighbours(self, energy: Energy, batch: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor, float]:
         """Energies of the rows, their excess over each neighbour's, and the number of sites for each that is looked at."""
         energy.check_states(batch, "batch")
         if not is_discrete(energy.support):
-            raise ValueError(
-                f"{type(self).__name__} is for discrete supports, but {type(energy).__name__} has {energy.support}"
-            )
+            raise ValueError(f"{type(self).__name__} is for discrete supports, but {type(energy).__name__} has {energy.support}")
         values = values_of(energy, batch)
         x = to_sites(batch, values)
         chosen = self._sites(x[..., 0], generator)
