@@ -190,9 +190,12 @@ class ConditionalNCE(Objective):
         energy.check_states(batch, "batch")
         if not is_real(energy.support):
             raise ValueError(f"ConditionalNCE perturbs real events, but {type(energy).__name__} has support {energy.support}")
-        scale, event = self.noise_scale.to(batch), tuple(energy.event_shape)
-        if torch.broadcast_shapes(scale.shape, event) != torch.Size(event):
-            raise ValueError(f"noise_scale must broadcast to the event_shape {event}, got shape {tuple(scale.shape)}")
+        event = tuple(energy.event_shape)
+        try:
+            scale = self.noise_scale.to(batch).broadcast_to(event)
+        except RuntimeError as error:
+            given = tuple(self.noise_scale.shape)
+            raise ValueError(f"noise_scale must broadcast to the event_shape {event}, got shape {given}") from error
         start = batch.repeat(self.num_negatives, *[1] * len(event))
         noise = standard_normal(start.shape, generator, batch.dtype, batch.device)
         return self.contrast(energy, batch, start + scale * noise)
