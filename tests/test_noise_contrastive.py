@@ -221,7 +221,7 @@ class Call(nn.Module):
         return loss
 
 
-def check_asymptotics(make: Callable[..., NoiseContrastive], nu: float, n: int = 400, fits: int = 500) -> None:
+def check_asymptotics(make: Callable[..., NoiseContrastive], nu: float, n: int = 400, fits: int = 300) -> None:
     """Noise = data = N(0, 1), log p = -lam x^2 / 2 + c: n var(lam) = 2 (1 + 1/nu), n var(c) = (1 + 1/nu) / 2."""
     m = round(nu * n)
     x, y = randn(fits, n, seed=1), randn(fits, m, seed=2)
@@ -374,7 +374,7 @@ def asymptotic_variance(width: float, nu: float = 1.0) -> float:
 def test_what_the_width_of_the_noise_does() -> None:
     """The error of the fits is that of theory: least a little beyond the data's width, growing slowly with wider noise and fast
     with narrower."""
-    n, fits, widths = 1000, 300, (0.75, 1.0, 1.5, 5.0)
+    n, fits, widths = 1000, 150, (0.75, 1.0, 1.5, 5.0)
     truths = {width: asymptotic_variance(width) for width in widths}
     assert truths[1.0] == pytest.approx(4.0)
     assert truths[1.5] < truths[1.0] < truths[0.75], truths
