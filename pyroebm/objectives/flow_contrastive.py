@@ -67,10 +67,11 @@ class FlowContrastive(Objective):
 
         Facts: those of :meth:`NoiseContrastive.contrast`, and ``flow_log_likelihood``, the mean of log q over the data.
         """
-        self._noise.log_prob(batch, energy)
+        self._noise.check(energy, batch)
         x = batch.reshape(len(batch), -1)
         flat, log_q_noise = self.flow.push(self.flow.draw_noise(len(x), generator))
         log_q_data, noise = self.flow.log_prob(x), flat.reshape(batch.shape)
+        self._noise.check_mass(log_q_data.detach(), batch)
 
         on_data, on_noise = energy(torch.cat([batch, noise.detach()])).split(len(x))
         log_p_data, log_p_noise = (-values - self.log_z for values in (on_data, on_noise))

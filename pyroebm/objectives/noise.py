@@ -97,21 +97,29 @@ class Noise:
         Raises:
             ValueError: if data or noise do not fit the energy, or the noise has no mass where a row of data is.
         """
-        energy.check_states(x, "batch")
-        if x.dim() != len(energy.event_shape) + 1 or len(x) < 1:
-            raise ValueError(f"batch must have at least one row, (n, *event_shape), got shape {tuple(x.shape)}")
-        self._check(energy)
+        self.check(energy, x)
         with torch.no_grad():
             log_q = self.law.log_prob(x.reshape(len(x), -1)) if isinstance(self.law, Flow) else -self.law(x) - self._log_z
+        self.check_mass(log_q, x)
+        return log_q
+
+    def check(self, energy: Energy, batch: Tensor) -> None:
+        """ValueError unless the batch holds rows of the energy's events, and the noise is a law of such."""
+        energy.check_states(batch, "batch")
+        if batch.dim() != len(energy.event_shape) + 1 or len(batch) < 1:
+            raise ValueError(f"batch must have at least one row, (n, *event_shape), got shape {tuple(batch.shape)}")
+        self._check(energy)
+
+    def check_mass(self, log_q: Tensor, batch: Tensor) -> None:
+        r"""ValueError unless :math:`\log q` of every row is finite."""
         bad = ~log_q.isfinite()
         if bool(bad.any()):
             row = int(bad.nonzero()[0])
             raise ValueError(
                 f"noise must have a finite log_prob where there are data, but {self.name} gives {float(log_q[row])} at"
-                f" {int(bad.sum())} of {len(x)} rows, the first is row {row} with {x[row].tolist()}: the data are not finite"
-                " there, or the noise has no mass"
+                f" {int(bad.sum())} of {len(batch)} rows, the first is row {row} with {batch[row].tolist()}: the data are not"
+                " finite there, or the noise has no mass"
             )
-        return log_q
 
     @property
     def _log_z(self) -> float:
