@@ -1,6 +1,7 @@
-"""Noise-contrastive estimation on five Gaussians whose density is known, and spins by their neighbours: exact divergences. NN minutes.
+"""Noise-contrastive estimation in the plane, objectives of neighbours on spins, by exact divergences. About 3 minutes.
 
-Within 0.00 nats ...
+Noise as wide as the data or wider brings NCE to within NN nats of the truth, where the same network by exact likelihood is NN
+away; noise of half the width leaves it NN away.
 
 python -m models.nce [--seed N] [--quick] [--out DIR]
 """
@@ -40,10 +41,10 @@ from pyroebm.randomness import seeded_generator
 from pyroebm.targets import GaussianMixture
 from pyroebm.training import Batches, fit
 
-#: Half the side of the square that all densities live in.
+#: Half the side of the square in which the truth lives.
 HALF = 7.0
-WIDTHS = (0.35, 0.6, 1.0, 2.0, 4.0)
-NUS = (0.25, 1.0, 4.0, 16.0)
+WIDTHS = (0.5, 0.7, 1.0, 2.0, 4.0)
+NUS = (1.0, 4.0, 16.0)
 
 
 def five_gaussians() -> GaussianMixture:
@@ -67,7 +68,7 @@ class Perceptron(MLPEnergy):
         self.fit_envelope(data, factor=1.5)
 
     def log_partition(self) -> Tensor:
-        nodes, area = grid(48)
+        nodes, area = grid(40)
         return (-self(nodes)).logsumexp(0) + math.log(area)
 
 
@@ -122,7 +123,7 @@ def judge(
 ) -> tuple[Tensor, float]:
     """Test NLL with log Z by quadrature, the divergence from the truth on a grid, the masses of the modes; log p on the grid."""
     target, (nodes, area) = five_gaussians(), grid(281)
-    exact = quadrature(energy, [(-HALF, HALF)] * 2, tolerance=1e-5)
+    exact = quadrature(energy, tolerance=1e-5)
     with torch.no_grad():
         recipe.add_mean(f"{name}: test NLL", energy(test) + exact.value, "exact", "+- is that of the test set")
         log_p, truth = -energy(nodes) - exact.value, -target(nodes)
@@ -144,7 +145,7 @@ def plane(recipe: Recipe, rows: int, steps: int, progress: bool | None) -> tuple
 
     began = time.perf_counter()
     flow = real_nvp(data)
-    train_flow(flow, data, steps // 2, seed)
+    train_flow(flow, data, steps, seed)
     recipe.add_mean("flow alone: test NLL", -flow.log_prob(test).detach(), "exact")
     recipe.add("flow alone: seconds", time.perf_counter() - began, note="wall time of the training")
     with torch.no_grad():
@@ -232,6 +233,8 @@ def figure(densities: dict[str, Tensor], divergences: dict[str, float], found: d
     for ax, label, values, key in sweeps:
         ax.loglog(values, [divergences[key.format(value)] for value in values], "o-")
         ax.axhline(floor, color="black", linewidth=0.8, linestyle=":", label="exact likelihood")
+        ax.set_xticks(values, [f"{value:g}" for value in values])
+        ax.minorticks_off()
         ax.set(xlabel=label, ylabel="KL from the truth, nats", title=f"NCE against {label}")
         ax.legend(fontsize=7)
     ax = axes[2, 3]
@@ -239,13 +242,13 @@ def figure(densities: dict[str, Tensor], divergences: dict[str, float], found: d
         ax.plot(values, [row] * len(values), "o", color="tab:gray", markersize=3)
         ax.plot(sum(values) / len(values), row, "|", color="tab:red", markersize=16)
     ax.set_yticks(range(len(found)), [name.replace(" ", "\n") for name in found], fontsize=7)
-    ax.set(xlabel="KL from the truth, nats", title="eight spins, one dot a data set")
+    ax.set(xlabel="KL from the truth, nats", title="eight spins, by data set", xscale="log")
     return fig
 
 
 def main(
     rows: int = 20_000,
-    steps: int = 2000,
+    steps: int = 1500,
     seed: int = 0,
     quick: bool = False,
     out: Path | None = None,
