@@ -127,3 +127,15 @@ def test_digits_are_learned_by_a_restricted_machine(tmp_path: Path) -> None:
     """No published value exists: the reference is this suite's own, over seeds (docs/boltzmann_machines.md)."""
     found = run("rbm", tmp_path)["metrics"]["test log-likelihood over seeds"]
     assert found["value"] == pytest.approx(-18.896, abs=5 * 0.016)  # the measured error over seeds
+
+
+@pytest.mark.slow
+def test_noise_contrast_reaches_its_numbers(tmp_path: Path) -> None:
+    """Exact divergences; the bounds are some twice what seed 0 found."""
+    found = {key: metric["value"] for key, metric in run("nce", tmp_path)["metrics"].items()}
+    kl = {key.removesuffix(": KL from the truth"): value for key, value in found.items() if key.endswith(": KL from the truth")}
+    for name in ("exact likelihood", "NCE, width 1, nu 1", "NCE, width 2, nu 1", "ranking, 4 negatives", "conditional, scale 2"):
+        assert 0.0 < kl[name] < 0.03, name
+    assert kl["NCE, width 0.5, nu 1"] > 10 * kl["NCE, width 0.7, nu 1"] > 20 * kl["NCE, width 2, nu 1"]
+    assert abs(found["NCE, width 1, nu 1: learned log Z less the true one"]) < 0.05
+    assert kl["spins, exact likelihood"] < kl["spins, pseudo-likelihood"] < kl["spins, ratio matching"]

@@ -5,10 +5,14 @@ from pyroebm.objectives.bootstrap import AlphaBootstrap
 from pyroebm.objectives.centring import Centring, Sparsity
 from pyroebm.objectives.contrastive import ContrastiveDivergence
 from pyroebm.objectives.denoising import DenoisingScoreMatching
+from pyroebm.objectives.discrete import MinimumProbabilityFlow, Pseudolikelihood, RatioMatching
 from pyroebm.objectives.divergences import ForwardKL, LogVariance
 from pyroebm.objectives.fisher import Divergence, fisher_divergence, sliced_fisher_divergence
+from pyroebm.objectives.flow_contrastive import FlowContrastive
 from pyroebm.objectives.improved import ImprovedCD
-from pyroebm.objectives.likelihood import ExactLikelihood, MeanFieldLikelihood, Pseudolikelihood
+from pyroebm.objectives.likelihood import ExactLikelihood, MeanFieldLikelihood
+from pyroebm.objectives.noise import gaussian_noise
+from pyroebm.objectives.noise_contrastive import ConditionalNCE, NoiseContrastive, RankingNCE
 from pyroebm.objectives.persistent import PersistentCD
 from pyroebm.objectives.score_matching import NonNegativeScoreMatching, ScoreMatching
 from pyroebm.objectives.selection import TotalDimSelection, select_total_dim
@@ -20,19 +24,25 @@ from pyroebm.objectives.variational import ReverseKL, evaluate_j, fit_flow
 __all__ = [
     "AlphaBootstrap",
     "Centring",
+    "ConditionalNCE",
     "ContrastiveDivergence",
     "DenoisingScoreMatching",
     "Divergence",
     "ExactLikelihood",
+    "FlowContrastive",
     "ForwardKL",
     "HasLosses",
     "ImprovedCD",
     "LogVariance",
     "MeanFieldLikelihood",
+    "MinimumProbabilityFlow",
+    "NoiseContrastive",
     "NonNegativeScoreMatching",
     "Objective",
     "PersistentCD",
     "Pseudolikelihood",
+    "RankingNCE",
+    "RatioMatching",
     "ReverseKL",
     "ScoreMatching",
     "ShortRun",
@@ -44,6 +54,7 @@ __all__ = [
     "fit_flow",
     "flow_guide",
     "flow_model",
+    "gaussian_noise",
     "langevin",
     "select_total_dim",
     "sliced_fisher_divergence",
