@@ -1,5 +1,6 @@
 """Objectives: what turns an energy and draws into a loss."""
 
+from pyroebm.objectives.adversarial import Adversarial, AdversarialFlow, DeepDirected
 from pyroebm.objectives.base import Objective
 from pyroebm.objectives.centring import Centring, Sparsity
 from pyroebm.objectives.contrastive import ContrastiveDivergence, PersistentCD
@@ -7,10 +8,15 @@ from pyroebm.objectives.likelihood import ExactLikelihood, MeanFieldLikelihood, 
 from pyroebm.objectives.selection import TotalDimSelection, select_total_dim
 from pyroebm.objectives.svi import flow_guide, flow_model
 from pyroebm.objectives.variational import ReverseKL, evaluate_j, fit_flow
+from pyroebm.objectives.vera import VERA
 
 __all__ = [
+    "VERA",
+    "Adversarial",
+    "AdversarialFlow",
     "Centring",
     "ContrastiveDivergence",
+    "DeepDirected",
     "ExactLikelihood",
     "MeanFieldLikelihood",
     "Objective",
