@@ -40,6 +40,7 @@ class Generator(nn.Module):
     """
 
     log_sigma: nn.Parameter | None
+    _anchor: Tensor
 
     def __init__(self, net: nn.Module, latent_dim: int, event_shape: Sequence[int], sigma: float | None = None) -> None:
         check_counts({"latent_dim": 1}, latent_dim)
@@ -54,14 +55,23 @@ class Generator(nn.Module):
         self.log_sigma = None if sigma is None else nn.Parameter(like.new_tensor(math.log(sigma)))
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Floating-point type of the parameters."""
+        return self._anchor.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the parameters."""
+        return self._anchor.device
+
+    @property
     def sigma(self) -> Tensor:
         """s, a scalar; 0 without noise."""
-        return self.get_buffer("_anchor").new_zeros(()) if self.log_sigma is None else self.log_sigma.exp()
+        return self._anchor.new_zeros(()) if self.log_sigma is None else self.log_sigma.exp()
 
     def draw_noise(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """``n`` draws of z, shape ``(n, latent_dim)``."""
-        like = self.get_buffer("_anchor")
-        return standard_normal((n, self.latent_dim), generator, like.dtype, like.device)
+        return standard_normal((n, self.latent_dim), generator, self.dtype, self.device)
 
     def forward(self, z: Tensor) -> Tensor:
         """g(z): ``(n, latent_dim) -> (n, *event)``."""

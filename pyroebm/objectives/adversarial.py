@@ -182,7 +182,7 @@ class DeepDirected(Adversarial):
 
     Args:
         model: the generator; see :class:`~pyroebm.generators.MLPGenerator` with ``batch_norm=True``.
-        num_samples, gradient_penalty: as in :class:`Adversarial`.
+        num_samples, gradient_penalty: as in :class:`Adversarial`; at least 2 draws.
 
     Raises:
         ValueError: as :class:`Adversarial`, and if the generator has no batch normalisation with scales, or does not fit the
@@ -204,6 +204,8 @@ class DeepDirected(Adversarial):
 
     def negative(self, energy: Energy, n: int, generator: torch.Generator | None) -> Negative:
         check_generator(self.model, energy)
+        if n < 2:
+            raise ValueError(f"batch normalisation takes at least 2 draws: give num_samples, got a batch of {n} rows")
         x, entropy = self.model.emit(self.model.draw_noise(n, generator), generator), batch_norm_entropy(self.model)
         return Negative({"generator": energy(x).mean() - entropy}, x, None, {"entropy_surrogate": entropy.detach()})
 
