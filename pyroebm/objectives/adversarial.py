@@ -19,7 +19,7 @@ from pyroebm.objectives.variational import ReverseKL
 from pyroebm.supports import event_sum, is_real
 from pyroebm.views import eval_mode
 
-__all__ = ["Adversarial", "AdversarialFlow", "DeepDirected", "Negative", "batch_norm_entropy", "check_generator"]
+__all__ = ["Adversarial", "AdversarialFlow", "DeepDirected", "Negative", "batch_norm_entropy", "check_generator", "trainable"]
 
 Facts = dict[str, Tensor]
 
@@ -86,7 +86,7 @@ class Adversarial(Objective):
 
     def trained(self, energy: Energy) -> Mapping[str, Sequence[nn.Parameter]]:
         """The parameters of each of the :meth:`losses`, by the same names."""
-        return {"energy": list(energy.parameters()), "generator": list(self.parameters())}
+        return {"energy": trainable(energy), "generator": trainable(self)}
 
     def losses(
         self, energy: Energy, batch: Tensor, *, generator: torch.Generator | None = None
@@ -128,6 +128,11 @@ class Adversarial(Objective):
         """The sum of the losses, and the facts of :meth:`losses`."""
         losses, facts = self.losses(energy, batch, generator=generator)
         return torch.stack(list(losses.values())).sum(), facts
+
+
+def trainable(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters that require a gradient."""
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
 def _mean(values: Tensor, weights: Tensor | None) -> Tensor:

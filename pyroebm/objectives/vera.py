@@ -13,7 +13,7 @@ from pyroebm.energy import Energy
 from pyroebm.front_door import check_counts
 from pyroebm.generators import Generator, batch_norms
 from pyroebm.networks import frozen
-from pyroebm.objectives.adversarial import Adversarial, Negative, check_generator
+from pyroebm.objectives.adversarial import Adversarial, Negative, check_generator, trainable
 from pyroebm.randomness import standard_normal
 from pyroebm.supports import event_sum
 
@@ -133,11 +133,7 @@ class VERA(Adversarial):
         self.log_eta = nn.Parameter(torch.full((model.latent_dim,), math.log(eta), dtype=model.dtype, device=model.device))
 
     def trained(self, energy: Energy) -> Mapping[str, Sequence[nn.Parameter]]:
-        return {
-            "energy": list(energy.parameters()),
-            "generator": list(self.model.parameters()),
-            "posterior": [self.log_eta],
-        }
+        return {"energy": trainable(energy), "generator": trainable(self.model), "posterior": [self.log_eta]}
 
     def negative(self, energy: Energy, n: int, generator: torch.Generator | None) -> Negative:
         check_generator(self.model, energy)
