@@ -69,7 +69,7 @@ class Judge:
     @torch.no_grad()
     def __call__(self, energy: Energy) -> dict[str, float]:
         """log Z, the mean log-likelihood under the true law, and the mass on the left."""
-        log_z, values = quadrature(energy, tolerance=1e-6).value, energy(self.grid)
+        log_z, values = quadrature(energy, tolerance=1e-5).value, energy(self.grid)
         left = torch.softmax(-values, 0)[self.grid[:, 0] < 0.0].sum()
         return {"log_z": log_z, "log_likelihood": -self.expected(values) - log_z, "left": float(left)}
 
@@ -127,7 +127,7 @@ def main(
         out: folder of metrics.json and the figure; runs/adversarial_flow without.
         progress: show bars; on a terminal without.
     """
-    steps, n, hidden, every = (20, 2_000, (16, 16), 10) if quick else (steps, 100_000, (64, 64), max(1, steps // 30))
+    steps, n, hidden, every = (20, 2_000, (16, 16), 10) if quick else (steps, 100_000, (64, 64), max(1, steps // 12))
     recipe = Recipe("adversarial_flow", out, seed, steps=steps, rate=rate, q_rate=q_rate, points=points, quick=quick)
     target = GaussianMixture(**TARGET)
     judge, data = Judge(target), target.sample(points, seeded_generator(seed))

@@ -115,3 +115,18 @@ def test_digits_are_learned_by_a_restricted_machine(tmp_path: Path) -> None:
     """No published value exists: the reference is this suite's own, over seeds (docs/boltzmann_machines.md)."""
     found = run("rbm", tmp_path)["metrics"]["test log-likelihood over seeds"]
     assert found["value"] == pytest.approx(-18.896, abs=5 * 0.016)  # the measured error over seeds
+
+
+@pytest.mark.slow
+def test_an_energy_is_learned_against_a_flow(tmp_path: Path) -> None:
+    """The bound is on its side of the exact likelihood; redundant latents learn what a map that keeps volumes cannot."""
+    metrics = run("adversarial_flow", tmp_path)["metrics"]
+    found = {key: metric["value"] for key, metric in metrics.items()}
+    for name in ("NICE, D = 2", "redundant, D = 4"):
+        error = metrics[f"{name}: J_R"]["error"]
+        assert found[f"{name}: J_R"] > 5 * error
+        assert found[f"{name}: bound on the log-likelihood"] > found[f"{name}: log-likelihood"] + 5 * error
+    below = {key.partition(":")[0]: value for key, value in found.items() if key.endswith("nats below the truth")}
+    assert 0.0 < below["redundant, D = 4"] < 0.06 < below["NICE, D = 2"]
+    assert below["batch norm"] > 1.0  # its entropy is none
+    assert abs(found["redundant, D = 4: share of the left mode"] - 0.9) < 0.07
