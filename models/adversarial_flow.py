@@ -1,6 +1,8 @@
 """An energy against a flow on two normal laws of weights .9 and .1: the bound beside the exact likelihood. About 2 minutes.
 
-Also against a generator with an estimated entropy and one with that of batch normalisation: which of them learn the weights.
+Against a redundant flow the energy ends .03 nats below the truth, with the bound above the exact value; a plain NICE leaves .4.
+Also against a generator with an estimated entropy, which learns the weights roughly, and one with that of batch normalisation,
+which sits on one mode.
 
 python -m models.adversarial_flow [--seed N] [--quick] [--out DIR]
 """
@@ -119,8 +121,8 @@ def main(
 
     Args:
         steps: of each game.
-        rate: step size of the energy.
-        q_rate: step size of what it plays against.
+        rate: step size of the energy against flows; a third of it against generators.
+        q_rate: step size of flows; three times of it for generators.
         points: of data.
         seed: of data, weights and games.
         quick: a few steps only, to see that everything runs.
@@ -132,13 +134,16 @@ def main(
     target = GaussianMixture(**TARGET)
     judge, data = Judge(target), target.sample(points, seeded_generator(seed))
     recipe.add("truth: log-likelihood", -judge.entropy, kind="exact")
-    rates = {"energy": rate, "generator": q_rate, "posterior": 10.0 * q_rate}
+    rates = {"energy": rate, "generator": q_rate}
+    # Against a generator the energy runs away, unless it moves more slowly yet.
+    slow = {"energy": rate / 3.0, "generator": 3.0 * q_rate, "posterior": 10.0 * q_rate}
     shown: dict[str, tuple[Tensor, Tensor, float]] = {}
     curve: list[tuple[int, float, float]] = []
     for name, make in opponents(hidden, seed).items():
         energy, objective = MLPEnergy((2,), hidden, scale=4.0, generator=seeded_generator(seed, spawned=4)), make()
         bounds: list[float] = []
-        for step, facts in play(energy, objective, data, rates, steps=steps, seed=seed, progress=progress):
+        speeds = rates if isinstance(objective, AdversarialFlow) else slow
+        for step, facts in play(energy, objective, data, speeds, steps=steps, seed=seed, progress=progress):
             bounds.append(facts.get("log_likelihood_bound", math.nan))
             if name == "redundant, D = 4" and (step + 1) % every == 0:
                 curve.append((step + 1, sum(bounds[-every:]) / every, judge(energy)["log_likelihood"]))

@@ -1,6 +1,7 @@
 """Deep directed models (Kim and Bengio, 2016): energy and generator on a mixture of known density and on digits. 2 minutes.
 
-The generator's entropy is that of its batch normalisation, which bounds nothing: the energy is judged by quadrature.
+The generator's entropy is that of its batch normalisation, which bounds nothing: the energy is judged by quadrature. On the
+mixture the generator ends on one mode of four and the energy 2 to 3 nats below the truth: this surrogate learns no weights.
 
 python -m models.deep_directed [--seed N] [--quick] [--out DIR]
 """
@@ -94,7 +95,7 @@ def images(recipe: Recipe, steps: int, width: int, progress: bool | None) -> tup
     return drawn + centre, energies[0], energies[1]
 
 
-def main(steps: int = 6000, seed: int = 0, quick: bool = False, out: Path | None = None, progress: bool | None = None) -> None:
+def main(steps: int = 1500, seed: int = 0, quick: bool = False, out: Path | None = None, progress: bool | None = None) -> None:
     """Train and judge on both data sets.
 
     Args:
