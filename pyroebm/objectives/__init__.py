@@ -1,5 +1,6 @@
 """Objectives: what turns an energy and draws into a loss."""
 
+from pyroebm.objectives.adversarial import Adversarial, AdversarialFlow, DeepDirected
 from pyroebm.objectives.base import HasLosses, Objective
 from pyroebm.objectives.bootstrap import AlphaBootstrap
 from pyroebm.objectives.centring import Centring, Sparsity
@@ -20,12 +21,16 @@ from pyroebm.objectives.short_run import ShortRun, langevin
 from pyroebm.objectives.sliced import SlicedScoreMatching
 from pyroebm.objectives.svi import flow_guide, flow_model
 from pyroebm.objectives.variational import ReverseKL, evaluate_j, fit_flow
+from pyroebm.objectives.vera import VERA
 
 __all__ = [
+    "Adversarial",
+    "AdversarialFlow",
     "AlphaBootstrap",
     "Centring",
     "ConditionalNCE",
     "ContrastiveDivergence",
+    "DeepDirected",
     "DenoisingScoreMatching",
     "Divergence",
     "ExactLikelihood",
@@ -49,6 +54,7 @@ __all__ = [
     "SlicedScoreMatching",
     "Sparsity",
     "TotalDimSelection",
+    "VERA",
     "evaluate_j",
     "fisher_divergence",
     "fit_flow",
