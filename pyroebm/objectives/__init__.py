@@ -3,6 +3,7 @@
 from pyroebm.objectives.base import Objective
 from pyroebm.objectives.centring import Centring, Sparsity
 from pyroebm.objectives.contrastive import ContrastiveDivergence, PersistentCD
+from pyroebm.objectives.hybrid import Hybrid
 from pyroebm.objectives.likelihood import ExactLikelihood, MeanFieldLikelihood, Pseudolikelihood
 from pyroebm.objectives.selection import TotalDimSelection, select_total_dim
 from pyroebm.objectives.svi import flow_guide, flow_model
@@ -12,6 +13,7 @@ __all__ = [
     "Centring",
     "ContrastiveDivergence",
     "ExactLikelihood",
+    "Hybrid",
     "MeanFieldLikelihood",
     "Objective",
     "PersistentCD",
