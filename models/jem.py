@@ -1,4 +1,4 @@
-"""A joint energy model of 8 x 8 digits: a classifier that is also a density, against the same net as a classifier. About 4 minutes.
+"""A joint energy model of 8 x 8 digits: a classifier that is also a density, against the same net as a classifier. 4 minutes.
 
 Both nets see the same pixels with the same noise, over several seeds: accuracy and calibration on the test set, how digits are
 told from what is none, and draws of each class, judged by the plain classifier.
@@ -106,7 +106,7 @@ def draws_of_classes(energy: ClassifierEnergy, labels: Tensor, steps: int, seed:
 
 
 def main(
-    seeds: int = 3, steps: int = 1000, hidden: int = 256, sweeps: int = 20, weight: float = 1.0, seed: int = 0,
+    seeds: int = 3, steps: int = 1000, hidden: int = 256, sweeps: int = 20, weight: float = 0.3, seed: int = 0,
     quick: bool = False, out: Path | None = None, progress: bool | None = None,
 ) -> None:  # fmt: skip
     """Train both nets over several seeds, and compare.
