@@ -96,7 +96,7 @@ def check_laws(energy: FeatureLatentEnergy) -> None:
 def check_gradient(energy: FeatureLatentEnergy) -> None:
     """E_{p(x, h)}[dE] - mean E_{p(h | x_i)}[dE], the model's term a sum over the grid, is the gradient of the likelihood."""
     data = torch.randn(9, *energy.event_shape, dtype=F64, generator=generator(4))
-    points, cell = grid(energy.event_shape)
+    points, _ = grid(energy.event_shape)
     with torch.no_grad():
         p = torch.softmax(-energy(points), 0)
     gradient = flat_grad(energy, p @ energy.expected_energy(points) - energy.expected_energy(data).mean())
@@ -210,7 +210,7 @@ def test_only_the_bits_have_a_closed_conditional() -> None:
     with pytest.raises(ValueError, match="block must be one of"):
         joint.conditional("middle", states)
     kernel = BlockGibbs()
-    with pytest.raises(ValueError, match="(?i)couples|discrete"):
+    with pytest.raises(ValueError, match=r"couples|discrete"):
         kernel.step(joint, kernel.init(joint, states), generator(0))
 
 

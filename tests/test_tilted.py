@@ -173,7 +173,7 @@ def test_base_and_tilt_are_both_parts() -> None:
 
 
 def test_bad_input_is_named() -> None:
-    with pytest.raises(ValueError, match="Tilted takes an Energy or a distribution, .* got int and Linear"):
+    with pytest.raises(ValueError, match=r"Tilted takes an Energy or a distribution, .* got int and Linear"):
         Tilted(3, nn.Linear(1, 1))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="got Gaussian and int"):
         Tilted(Gaussian(torch.zeros(2)), 3)  # type: ignore[arg-type]
