@@ -13,7 +13,6 @@ from collections import defaultdict
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
@@ -24,6 +23,7 @@ from pyroebm import HMC, MALA, MCMC, NUTS
 from pyroebm.energies import Tilted
 from pyroebm.networks import mlp
 from pyroebm.randomness import seeded_generator
+from pyroebm.targets import Gaussian
 
 SIGMA = 0.15
 ANGLES = 2.0 * math.pi * torch.arange(8) / 8
@@ -64,8 +64,7 @@ class GAN:
 
     def tilted(self) -> Tilted:
         """The law of latents that the discriminator makes of N(0, I) (Che et al., 2020)."""
-        prior = dist.Normal(torch.zeros(2), 1.0).to_event(1)
-        return Tilted(prior, Minus(nn.Sequential(self.generate, self.judge)))
+        return Tilted(Gaussian(torch.zeros(2)), Minus(nn.Sequential(self.generate, self.judge)))
 
     @staticmethod
     def _step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
@@ -130,7 +129,7 @@ def main(
     if quick:
         seeds, steps, finish = 1, 60, 30
     recipe = Recipe("tilting", out, seed, seeds=seeds, steps=steps, finish=finish, quick=quick)
-    n, chains = (500, 50) if quick else (4000, 500)
+    n, chains = (500, 50) if quick else (4000, 400)
     found = defaultdict[str, list[float]](list)
     for number in range(seed, seed + seeds):
         gan = GAN(number)

@@ -334,8 +334,8 @@ def test_what_does_not_fit_is_refused() -> None:
 
 
 class NoEnvelope(ClassifierEnergy):
-    def joint_energy(self, x: Tensor, y: Tensor) -> Tensor:
-        return super().joint_energy(x, y) - self.envelope(x)
+    def unchecked_joint_energy(self, x: Tensor, y: Tensor) -> Tensor:
+        return super().unchecked_joint_energy(x, y) - self.envelope(x)
 
 
 class BestClass(ClassifierEnergy):

@@ -82,6 +82,10 @@ class ClassifierEnergy(NeuralEnergy):
             ValueError: unless each y is a class, one for each event.
         """
         check_labels(y, self.batch_shape(x), self.num_classes)
+        return self.unchecked_joint_energy(x, y)
+
+    def unchecked_joint_energy(self, x: Tensor, y: Tensor) -> Tensor:
+        """:meth:`joint_energy` for inner loops, whose classes passed the front door once."""
         return self.envelope(x) - self.logits(x).gather(-1, y.unsqueeze(-1)).squeeze(-1)
 
     def given(self, y: int | Tensor) -> GivenClass:
@@ -122,7 +126,7 @@ class GivenClass(Energy):
         if self.y.dim() and batch[:1] != self.y.shape:
             raise ValueError(f"x must have one row for each of {len(self.y)} classes, got batch shape {tuple(batch)}")
         classes = self.y.reshape(-1, *[1] * (len(batch) - 1)) if self.y.dim() else self.y
-        return self.classifier.joint_energy(x, classes.expand(batch))
+        return self.classifier.unchecked_joint_energy(x, classes.expand(batch))
 
     def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         return self.classifier.initial(n, generator)
