@@ -115,3 +115,13 @@ def test_digits_are_learned_by_a_restricted_machine(tmp_path: Path) -> None:
     """No published value exists: the reference is this suite's own, over seeds (docs/boltzmann_machines.md)."""
     found = run("rbm", tmp_path)["metrics"]["test log-likelihood over seeds"]
     assert found["value"] == pytest.approx(-18.896, abs=5 * 0.016)  # the measured error over seeds
+
+
+@pytest.mark.slow
+def test_a_joint_energy_model_classifies_and_knows_digits(tmp_path: Path) -> None:
+    """The reference is this suite's own: .962 +- .002 of the joint model, .964 +- .002 of the plain classifier, over 3 seeds."""
+    found = run("jem", tmp_path)["metrics"]
+    joint, plain = (found[f"{name}: test accuracy"] for name in ("JEM", "classifier"))
+    assert joint["value"] > plain["value"] - 5 * max(joint["error"], plain["error"])
+    assert found["JEM: AUROC of -E(x), photographs"]["value"] > found["classifier: AUROC of logsumexp f, photographs"]["value"]
+    assert found["JEM: draws that the classifier agrees on"]["value"] > 0.8
