@@ -1,4 +1,4 @@
-"""Two concepts learned apart and multiplied, e1 + e2: the exact KL of the product, by 2-D quadrature. About 2 minutes.
+"""Two concepts learned apart and multiplied, e1 + e2: the exact KL of the product, by 2-D quadrature. A minute.
 
 One energy learns a ring, the other a slanted band. Their sum is an energy of the points on both, which neither net has seen: it
 is held to the product of the true laws, drawn from by NUTS, and cut by ``condition``.
@@ -86,7 +86,7 @@ def train(data: Tensor, hidden: int, steps: int, seed: int, progress: bool | Non
 
 
 def main(
-    seeds: int = 3, steps: int = 1500, hidden: int = 64, seed: int = 0, quick: bool = False, out: Path | None = None,
+    seeds: int = 3, steps: int = 800, hidden: int = 64, seed: int = 0, quick: bool = False, out: Path | None = None,
     progress: bool | None = None,
 ) -> None:  # fmt: skip
     """Train two energies over several seeds, multiply and judge them.
