@@ -134,7 +134,7 @@ class DistributionEnergy(Energy):
     def forward(self, x: Tensor) -> Tensor:
         legal = inside(self.support, x, len(self.event_shape))
         # torch's distributions raise for a whole batch if one event is outside, or NaN
-        where = legal.reshape(*legal.shape, *[1] * len(self.event_shape))
+        where = legal.reshape((*legal.shape, *[1] * len(self.event_shape)))
         values = -self.distribution.log_prob(torch.where(where, x, self._legal))
         return torch.where(legal, values, torch.inf)
 

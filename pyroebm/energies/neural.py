@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from pyroebm.energy import Energy
 from pyroebm.networks import convolutions, mlp
 from pyroebm.supports import base_constraint, event_sum, is_discrete, is_real
 
-__all__ = ["ConvEnergy", "MLPEnergy", "NeuralEnergy", "warn_of_network"]
+__all__ = ["ConvEnergy", "MLPEnergy", "NeuralEnergy", "row_values", "warn_of_network"]
 
 #: Modules whose output for one row depends on the others, and those without a second derivative.
 COUPLING = (nn.modules.batchnorm._BatchNorm,)
@@ -82,17 +82,14 @@ class NeuralEnergy(Energy):
             ) from error
 
     def forward(self, x: Tensor) -> Tensor:
-        dims = len(self.event_shape)
-        batch = x.shape[: x.dim() - dims]
-        values: Tensor = self.net(x.reshape(-1, *self.event_shape))
-        if values.dim() == 2 and values.shape[1] == 1:
-            values = values.squeeze(1)
-        if values.shape != (batch.numel(),):
-            raise ValueError(
-                f"net must map (n, *event_shape) to (n,) or (n, 1), got shape {tuple(values.shape)} for n = {batch.numel()}"
-            )
-        values = values.reshape(batch)
-        return values if self.scale is None else values + event_sum(0.5 * ((x - self.centre) / self.scale) ** 2, dims)
+        values = row_values(self.net, x, self.event_shape)
+        return values if self.scale is None else values + self.envelope(x)
+
+    def envelope(self, x: Tensor) -> Tensor:
+        """The quadratic term, ``(*batch, *event) -> (*batch)``; 0 without one."""
+        if self.scale is None:
+            return x.new_zeros(self.batch_shape(x))
+        return event_sum(0.5 * ((x - self.centre) / self.scale) ** 2, len(self.event_shape))
 
     def fit_envelope(self, data: Tensor, factor: float = 2.0) -> None:
         """Set m to the mean of the data and s to ``factor`` times their largest standard deviation, the same for all entries.
@@ -120,6 +117,20 @@ class NeuralEnergy(Energy):
         where = self.device if generator is None else generator.device
         noise = torch.randn((n, *self.event_shape), generator=generator, dtype=self.dtype, device=where).to(self.device)
         return self.centre + 0.5 * self.scale * noise
+
+
+def row_values(net: Callable[[Tensor], Tensor], x: Tensor, event_shape: Sequence[int]) -> Tensor:
+    """One number for each event of ``x``, ``(*batch, *event) -> (*batch)``, of a network of rows ``(n, *event) -> (n,)`` or
+    ``(n, 1)``; ValueError for any other shape."""
+    batch = x.shape[: x.dim() - len(event_shape)]
+    values = net(x.reshape(-1, *event_shape))
+    if values.dim() == 2 and values.shape[1] == 1:
+        values = values.squeeze(1)
+    if values.shape != (batch.numel(),):
+        raise ValueError(
+            f"net must map (n, *event_shape) to (n,) or (n, 1), got shape {tuple(values.shape)} for n = {batch.numel()}"
+        )
+    return values.reshape(batch)
 
 
 def warn_of_network(net: nn.Module, support: Constraint, scale: object) -> None:

@@ -10,6 +10,7 @@ from pyroebm.objectives.discrete import MinimumProbabilityFlow, Pseudolikelihood
 from pyroebm.objectives.divergences import ForwardKL, LogVariance
 from pyroebm.objectives.fisher import Divergence, fisher_divergence, sliced_fisher_divergence
 from pyroebm.objectives.flow_contrastive import FlowContrastive
+from pyroebm.objectives.hybrid import Hybrid
 from pyroebm.objectives.improved import ImprovedCD
 from pyroebm.objectives.likelihood import ExactLikelihood, MeanFieldLikelihood
 from pyroebm.objectives.noise import gaussian_noise
@@ -37,6 +38,7 @@ __all__ = [
     "FlowContrastive",
     "ForwardKL",
     "HasLosses",
+    "Hybrid",
     "ImprovedCD",
     "LogVariance",
     "MeanFieldLikelihood",
