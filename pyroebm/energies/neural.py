@@ -84,14 +84,15 @@ class NeuralEnergy(Energy):
     def forward(self, x: Tensor) -> Tensor:
         dims = len(self.event_shape)
         batch = x.shape[: x.dim() - dims]
-        values: Tensor = self.net(x.reshape(-1, *self.event_shape))
+        flat = len(batch) == 1  # as chains and batches come: each view that is spared is an operation less, there and back
+        values: Tensor = self.net(x if flat else x.reshape(-1, *self.event_shape))
         if values.dim() == 2 and values.shape[1] == 1:
             values = values.squeeze(1)
         if values.shape != (batch.numel(),):
             raise ValueError(
                 f"net must map (n, *event_shape) to (n,) or (n, 1), got shape {tuple(values.shape)} for n = {batch.numel()}"
             )
-        values = values.reshape(batch)
+        values = values if flat else values.reshape(batch)
         return values if self.scale is None else values + event_sum(0.5 * ((x - self.centre) / self.scale) ** 2, dims)
 
     def fit_envelope(self, data: Tensor, factor: float = 2.0) -> None:
