@@ -83,13 +83,17 @@ class CompiledKernel(Kernel[S]):
     def _view(self, energy: Energy, chains: int) -> Energy:
         """The energy compiled, or as it is: the view of last time, while energy and tensors are the same ones."""
         source = energy.energy if isinstance(energy, Unconstrained) else energy
-        tensors = [tensor.data_ptr() for tensor in itertools.chain(energy.parameters(), energy.buffers())]
-        seen = (source, energy.training, tensors)
+        seen = (source, energy.training, _held(energy))
         if self not in _views or _views[self][0] != seen:
             steps = self.planned_steps
             view = choose_compiled(energy, True if steps is None else "auto", self.kernel, chains, steps or 1)
             _views[self] = seen, view if is_compiled(view) else None
         return _views[self][1] or energy
+
+
+def _held(energy: Energy) -> list[int]:
+    """Where an energy holds its tensors: elsewhere, they are others."""
+    return [tensor.data_ptr() for tensor in itertools.chain(energy.parameters(), energy.buffers())]
 
 
 #: What each kernel last met, and its compiled view, if there is one.
