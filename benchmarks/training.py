@@ -2,9 +2,9 @@
 
     python -m benchmarks.training [--quick] [--threads N] [--out DIR]
 
-All libraries take turns in one process, on one core unless told otherwise, with the same weights, starts and batches in float32:
-milliseconds of 60 Langevin steps of 256 chains, of an update of persistent contrastive divergence with 20 of them (a batch of 256,
-Adam), and of 10 trajectories of 10 leapfrog steps; medians of rounds. A library that is not installed has no rows.
+All libraries take turns in one process, on one core unless told otherwise, with the same weights and starts in float32:
+milliseconds of 60 Langevin steps of 256 chains, of an update of persistent contrastive divergence with 20 of them (a batch of
+256, Adam), and of 10 trajectories of 10 leapfrog steps; medians of rounds. A library that is not installed has no rows.
 """
 
 from __future__ import annotations

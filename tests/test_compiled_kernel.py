@@ -136,7 +136,7 @@ def test_it_is_the_kernel_inside_to_whoever_asks() -> None:
         kernel.nothing  # noqa: B018
     with pytest.raises(ValueError, match="planned_steps must be an integer of at least 1, got planned_steps=0"):
         CompiledKernel(ULA(0.2), planned_steps=0)
-    with pytest.raises(ValueError, match="kernel must be one of pyroebm.kernels, got float"):
+    with pytest.raises(ValueError, match=r"kernel must be one of pyroebm\.kernels, got float"):
         CompiledKernel(0.2)  # type: ignore[arg-type]
 
 
