@@ -240,7 +240,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="of torch; set OMP_NUM_THREADS to the same")
     parser.add_argument("--out", type=Path, help=f"folder of training.json (default {RESULTS})")
     options = parser.parse_args()
-    rows = measure(*((1, 1) if options.quick else (5, 15)), options.threads)
+    rows = measure(*((1, 1) if options.quick else (3, 15)), options.threads)
     path = (options.out or (QUICK_RESULTS if options.quick else RESULTS)) / "training.json"
     write(path, rows)
     print(f"written to {path}")
