@@ -3,7 +3,7 @@
     python -m benchmarks.tables [--results DIR] [--page FILE]
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`, where NAME is a case of benchmarks/samplers.py or
-benchmarks/boltzmann.py, `gradients` or a curve; what stood there before goes. A table without rows says so.
+benchmarks/boltzmann.py, `training`, `gradients` or a curve; what stood there before goes. A table without rows says so.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ NOTHING = "Not measured yet.\n"
 
 #: Cases of benchmarks/boltzmann.py.
 MACHINE_CASES = ("pcd", "ais")
+
+#: Cases of benchmarks/training.py, which are one table.
+TRAINING_CASES = {"langevin": "60 Langevin steps", "pcd update": "update with 20 Langevin steps", "hmc": "10 x 10 leapfrog steps"}
 
 #: Columns of a case's table: heading, metric, whether its spread is shown.
 COLUMNS = (
@@ -129,6 +132,21 @@ def milliseconds_table(case: str, rows: list[Row]) -> str:
     return table(["", "dtype", "ms", "of the products' speed"], body)
 
 
+def training_table(rows: list[Row]) -> str:
+    """A line a contestant, case by case: time, speed as a share of the limit's, and what the first call took to compile."""
+    body = []
+    for case, title in TRAINING_CASES.items():
+        found = {(row["library"], row["settings"]["method"], row["metric"]): row for row in rows if row["case"] == case}
+        limit = next((row["value"] for key, row in found.items() if key[0] == "torch"), None)
+        for (library, method, metric), row in found.items():
+            if metric == "milliseconds":
+                compiling = found.get((library, method, "compile_seconds"))
+                name = f"{library} {row['version']}: {method}"
+                share = f"{limit / row['value']:.0%}" if limit else "-"
+                body.append([title, name, _with_spread(row, True), share, _with_spread(compiling, False)])
+    return table(["256 chains, float32", "", "ms", "of the limit's speed", "compile s"], body) if body else NOTHING
+
+
 def fill(page: str, rows: list[Row]) -> str:
     """The page with every table made anew.
 
@@ -144,6 +162,8 @@ def fill(page: str, rows: list[Row]) -> str:
             text = curve_table(name, rows)
         elif name in MACHINE_CASES:
             text = milliseconds_table(name, rows)
+        elif name == "training":
+            text = training_table(rows)
         elif name == "gradients":
             text = gradients_table(rows)
         else:

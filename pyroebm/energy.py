@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.distributions.constraints import Constraint
 
-from pyroebm.front_door import check_declaration, check_kind, check_same, check_shape, check_values
+from pyroebm.front_door import check_declaration, check_kind, check_same, check_shape, check_values, no_gradient
 from pyroebm.supports import draw_initial, is_discrete, same_support, search_finite
 
 if TYPE_CHECKING:  # views import this module; its methods import them when called
@@ -65,7 +65,7 @@ class Energy(nn.Module):
 
     def __call__(self, x: Tensor) -> Tensor:  # every evaluation passes here: a broadcast mistake is caught where it is made
         batch = self.batch_shape(x)
-        self._reference()
+        self._check_made()
         values: Tensor = super().__call__(x)
         check_values(type(self).__name__, values, x, self.event_shape, batch)
         return values
@@ -84,9 +84,12 @@ class Energy(nn.Module):
         """Device of the parameters and buffers."""
         return self._reference().device
 
-    def _reference(self) -> Tensor:
-        if "_anchor" not in vars(self).get("_buffers", {}):
+    def _check_made(self) -> None:
+        if "_anchor" not in vars(self).get("_buffers", ()):
             raise ValueError(f"{type(self).__name__}.__init__ must call super().__init__() before anything else")
+
+    def _reference(self) -> Tensor:
+        self._check_made()
         anchor = self._anchor
         for tensor in itertools.chain(self.parameters(), self.buffers()):
             if tensor.is_floating_point():
@@ -250,19 +253,12 @@ def check_energy(energy: object) -> None:
 def _grad(energy: Energy, x: Tensor, create_graph: bool) -> tuple[Tensor, Tensor]:
     if is_discrete(energy.support):
         raise ValueError(f"{type(energy).__name__} has the discrete support {energy.support}: it has no gradient in x")
-    name, values = type(getattr(energy, "energy", energy)).__name__, energy(x)
-    if values.dtype != x.dtype:
-        raise ValueError(f"{name}.forward must return the dtype of x, {x.dtype}, got {values.dtype}: convert with energy.to()")
-    # Rows are independent, so the gradient of the sum is the gradient of each.
-    grads = (
-        torch.autograd.grad(values.sum(), x, create_graph=create_graph, allow_unused=True) if values.requires_grad else (None,)
-    )
-    if grads[0] is None:
-        raise ValueError(
-            f"{name}.forward(x) does not depend on x through autograd (a .detach(), .item() or NumPy call on"
-            " the way?); a constant energy is written 0 * x"
-        )
-    return values, grads[0]
+    values, grads = energy(x), None
+    if values.requires_grad:  # rows are independent, so the gradient of their sum is the gradient of each
+        (grads,) = torch.autograd.grad(values, x, torch.ones_like(values), create_graph=create_graph, allow_unused=True)
+    if grads is None or values.dtype != x.dtype:
+        raise ValueError(no_gradient(type(getattr(energy, "energy", energy)).__name__, values, x))
+    return values, grads
 
 
 def value_and_grad(energy: Energy, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -290,7 +286,7 @@ def value_and_grad(energy: Energy, x: Tensor) -> tuple[Tensor, Tensor]:
 
 def unchecked_value_and_grad(energy: Energy, x: Tensor) -> tuple[Tensor, Tensor]:
     """:func:`value_and_grad` for inner loops, whose states passed the front door once."""
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.inference_mode(False) if torch.is_inference_mode_enabled() else torch.enable_grad():
         x = (x.clone() if x.is_inference() else x.detach()).requires_grad_(True)
         values, grad = _grad(energy, x, create_graph=False)
     return values.detach(), grad

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributions.constraints import Constraint
 
-__all__ = ["check_counts", "check_declaration", "check_kind", "check_same", "check_shape", "check_values"]
+__all__ = ["check_counts", "check_declaration", "check_kind", "check_same", "check_shape", "check_values", "no_gradient"]
 
 
 def check_declaration(event_shape: object, support: object) -> None:
@@ -40,6 +40,16 @@ def check_values(name: str, values: object, x: Tensor, event_shape: Sequence[int
             f"{name}.forward must return one energy per event: for x of shape {tuple(x.shape)} with event_shape"
             f" {tuple(event_shape)} the result must have shape {tuple(batch)}, but it has shape {tuple(values.shape)}{hint}"
         )
+
+
+def no_gradient(name: str, values: Tensor, x: Tensor) -> str:
+    """Why the energies ``values`` of ``x`` have no gradient."""
+    if values.dtype != x.dtype:
+        return f"{name}.forward must return the dtype of x, {x.dtype}, got {values.dtype}: convert with energy.to()"
+    return (
+        f"{name}.forward(x) does not depend on x through autograd (a .detach(), .item() or NumPy call on the way?); a constant"
+        " energy is written 0 * x"
+    )
 
 
 def check_same(name: str, what: str, ours: object, argument: str, theirs: object) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import boltzmann, samplers, tables
+from benchmarks import boltzmann, samplers, tables, training
 from benchmarks.suite import cases
 from benchmarks.suite.measure import Job, Row, Run, sampler_rows, time_runs
 from pyroebm import Energy
@@ -203,7 +203,7 @@ def test_docs_page_is_what_the_results_make() -> None:
     check_rows(rows)
     assert tables.fill(page, rows) == page, "run: python -m benchmarks.tables"
     slots = {match["name"] for match in tables.SLOT.finditer(page)}
-    assert slots == {*cases.CASES, "gradients", *samplers.CURVES, *tables.MACHINE_CASES}
+    assert slots == {*cases.CASES, "gradients", *samplers.CURVES, *tables.MACHINE_CASES, "training"}
 
 
 def test_machines_take_turns() -> None:
@@ -217,9 +217,34 @@ def test_machines_take_turns() -> None:
         assert "100%" in tables.milliseconds_table(case, rows)
 
 
+def test_training_takes_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of one schema for what is installed, the limit first in each case; compiling has a row of its own."""
+    monkeypatch.setattr(training, "CompiledKernel", lambda kernel: kernel)  # what compiles is tested elsewhere
+    rows = training.measure(calls=1, rounds=1, threads=torch.get_num_threads())
+    check_rows(rows)
+    for case in tables.TRAINING_CASES:
+        found = [row for row in rows if row["case"] == case]
+        assert [(row["library"], row["metric"]) for row in found][:4] == [
+            ("torch", "milliseconds"),
+            ("pyroebm", "milliseconds"),
+            ("pyroebm", "compile_seconds"),
+            ("pyroebm", "milliseconds"),
+        ]
+    filled = tables.training_table(rows)
+    assert filled.count("100%") >= len(tables.TRAINING_CASES)
+    assert filled.count("\n") == 2 + sum(row["metric"] == "milliseconds" for row in rows)
+    assert tables.training_table([]) == tables.NOTHING
+
+
+def test_limit_of_training_is_the_gradient() -> None:
+    layers, x = training.net(), training.starts(8).requires_grad_()
+    (expected,) = torch.autograd.grad(layers(x).sum(), x)
+    torch.testing.assert_close(training.bare(x.detach(), layers).detach(), expected)
+
+
 def test_constraints_pin_the_peers() -> None:
     pins = (ROOT / "benchmarks" / "constraints.txt").read_text(encoding="utf-8")
-    for library in ("jax", "numpyro", "blackjax", "pyro-ppl", "torch", "rbms", "scikit-learn"):
+    for library in ("jax", "numpyro", "blackjax", "pyro-ppl", "torch", "rbms", "scikit-learn", "torchebm", "ebmkit"):
         assert re.search(rf"^{library}==[\w.]+$", pins, flags=re.M), library
 
 

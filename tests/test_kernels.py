@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import types
 from collections.abc import Callable
 
 import numpy as np
@@ -32,10 +33,10 @@ from pyroebm import (
     StochasticGradientLangevin,
     UnderdampedLangevin,
 )
-from pyroebm.kernels import hamiltonian, nuts
+from pyroebm.kernels import hamiltonian, langevin, nuts
 from pyroebm.kernels.base import rows
 from pyroebm.kernels.hamiltonian import draw_momentum, kinetic, leapfrog
-from pyroebm.kernels.metric import Dense, Diagonal, LowRank, Metric
+from pyroebm.kernels.metric import Dense, Diagonal, Identity, LowRank, Metric
 from pyroebm.kernels.nuts import _slots
 from pyroebm.serial import pack
 from pyroebm.targets import DoubleWell, Exponential, Gaussian, GaussianMixture, HalfDisc
@@ -434,8 +435,43 @@ def test_mutant_wrong_noise_scale_is_caught(name: str, monkeypatch: pytest.Monke
         assert_unchanged(KERNELS[name](), DoubleWell().double())
 
 
+@pytest.mark.parametrize("name", KERNELS)
+def test_steps_are_as_many_calls_of_step(name: str) -> None:
+    kernel, energy = build(name, (2, 3)), Gaussian(torch.zeros(2, 3, dtype=torch.float64))
+    first = kernel.init(energy, energy.sample(6, torch.Generator().manual_seed(0)), torch.Generator().manual_seed(1))
+    state, rates, generator = first, [], torch.Generator().manual_seed(2)
+    for _ in range(5):
+        state, info = kernel.step(energy, state, generator)
+        rates.append(info.acceptance_rate)
+    reached, rate = kernel.steps(energy, first, 5, torch.Generator().manual_seed(2))
+    torch.testing.assert_close(reached, state, rtol=0.0, atol=0.0)
+    torch.testing.assert_close(rate, torch.stack(rates).mean(0))
+
+
+def test_langevin_steps_refuse_a_row_that_is_not_finite_and_no_other() -> None:
+    """A row that leaves the finite part stays where it was at that step, and goes on; one step at a time or eight at once."""
+    energy, kernel = Fragile().double(), ULA(step_size=1.0)
+    x = torch.linspace(-1.4, 1.4, 16, dtype=torch.float64)
+    state, rate = kernel.steps(energy, kernel.init(energy, x), 8, torch.Generator().manual_seed(0))
+    one, generator, taken = kernel.init(energy, x), torch.Generator().manual_seed(0), []
+    for _ in range(8):
+        one, info = kernel.step(energy, one, generator)
+        taken.append(info.accepted)
+    assert 0 < int((rate < 1).sum()) < 16
+    assert bool(torch.isfinite(state.energy).all() & torch.isfinite(state.x).all())
+    torch.testing.assert_close(state, one, rtol=0.0, atol=0.0)
+    assert torch.equal(rate, torch.stack(taken).double().mean(0))
+
+
+def test_mutant_glance_that_sees_nothing_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    blind = types.SimpleNamespace(sqrt=math.sqrt, inf=math.inf, isfinite=lambda value: True)
+    monkeypatch.setattr(langevin, "math", blind)
+    with pytest.raises(AssertionError):
+        test_langevin_steps_refuse_a_row_that_is_not_finite_and_no_other()
+
+
 def test_mutant_ula_with_half_the_drift_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Diagonal, "transpose", lambda self, g: 0.9 * g * self.scale)
+    monkeypatch.setattr(Identity, "transpose", lambda self, g: 0.9 * g)
     with pytest.raises(AssertionError):
         test_ula_has_the_bias_that_theory_gives(1.0)
 

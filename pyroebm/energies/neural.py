@@ -123,14 +123,15 @@ def row_values(net: Callable[[Tensor], Tensor], x: Tensor, event_shape: Sequence
     """One number for each event of ``x``, ``(*batch, *event) -> (*batch)``, of a network of rows ``(n, *event) -> (n,)`` or
     ``(n, 1)``; ValueError for any other shape."""
     batch = x.shape[: x.dim() - len(event_shape)]
-    values = net(x.reshape(-1, *event_shape))
+    flat = len(batch) == 1  # as chains and batches come: each view that is spared is an operation less, there and back
+    values = net(x if flat else x.reshape(-1, *event_shape))
     if values.dim() == 2 and values.shape[1] == 1:
         values = values.squeeze(1)
     if values.shape != (batch.numel(),):
         raise ValueError(
             f"net must map (n, *event_shape) to (n,) or (n, 1), got shape {tuple(values.shape)} for n = {batch.numel()}"
         )
-    return values.reshape(batch)
+    return values if flat else values.reshape(batch)
 
 
 def warn_of_network(net: nn.Module, support: Constraint, scale: object) -> None:

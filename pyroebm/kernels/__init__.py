@@ -2,6 +2,7 @@
 
 from pyroebm.kernels.barker import Barker
 from pyroebm.kernels.base import ContinuousKernel, GradientKernel, Info, Kernel, State
+from pyroebm.kernels.compiling import CompiledKernel
 from pyroebm.kernels.discrete import DMALA, DULA, GibbsWithGradients
 from pyroebm.kernels.ensemble import ChEES, ChEESAdaptation
 from pyroebm.kernels.gibbs import BlockGibbs, Gibbs
@@ -26,6 +27,7 @@ __all__ = [
     "ChEES",
     "ChEESAdaptation",
     "BlockGibbs",
+    "CompiledKernel",
     "ContinuousKernel",
     "DMALA",
     "DULA",

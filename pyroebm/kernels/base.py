@@ -107,6 +107,14 @@ class Kernel(abc.ABC, Generic[S]):
     def step(self, energy: Energy, state: S, generator: torch.Generator | None = None) -> tuple[S, Info]:
         """One transition of every chain. ``generator`` is on the device of the states; None is torch's global one."""
 
+    def steps(self, energy: Energy, state: S, num_steps: int, generator: torch.Generator | None = None) -> tuple[S, Tensor]:
+        """State after ``num_steps`` calls of :meth:`step`, and the mean ``acceptance_rate`` of each chain, ``(chains,)``."""
+        rates = []
+        for _ in range(num_steps):
+            state, info = self.step(energy, state, generator)
+            rates.append(info.acceptance_rate)
+        return state, torch.stack(rates).mean(0)
+
     def refresh(self, energy: Energy, state: S) -> S:
         """The same positions (and momenta) under an energy that may have been trained since: its values taken anew."""
         old: Any = state
@@ -213,6 +221,8 @@ def rows(x: Tensor) -> Tensor:
 
 def row_value_and_grad(energy: Energy, q: Tensor) -> tuple[Tensor, Tensor]:
     """:func:`pyroebm.value_and_grad` on rows ``(chains, dim)``."""
+    if len(energy.event_shape) == 1:  # rows are events: views that change nothing take their time as well
+        return unchecked_value_and_grad(energy, q)
     values, grad = unchecked_value_and_grad(energy, q.reshape(-1, *energy.event_shape))
     return values, rows(grad)
 

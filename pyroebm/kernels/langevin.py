@@ -7,7 +7,9 @@ import math
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
+from pyroebm.compiled import fused, is_compiled
 from pyroebm.energy import Energy
 from pyroebm.kernels.base import (
     GradientKernel,
@@ -20,8 +22,8 @@ from pyroebm.kernels.base import (
     rows,
     state_of_rows,
 )
-from pyroebm.kernels.hamiltonian import metropolis_trajectory
-from pyroebm.kernels.metric import metric_of
+from pyroebm.kernels.hamiltonian import MAX_BLOCK, metropolis_trajectory
+from pyroebm.kernels.metric import Metric, metric_of
 
 __all__ = ["ULA", "MALA"]
 
@@ -62,21 +64,63 @@ class ULA(GradientKernel):
             raise ValueError(f"ULA: temperature must be positive and finite, got temperature={self.temperature}")
 
     def step(self, energy: Energy, state: State, generator: torch.Generator | None = None) -> tuple[State, Info]:
+        state, taken = self._block(energy, state, 1, generator)
+        accepted = taken[0]
+        return state, Info(
+            acceptance_rate=accepted.to(state.x.dtype),
+            accepted=accepted,
+            diverging=~accepted,
+            energy=state.energy,
+            n_steps=torch.ones_like(accepted, dtype=torch.long),
+            step_size=column(self.step_size, state.energy).squeeze(1),
+        )
+
+    def steps(
+        self, energy: Energy, state: State, num_steps: int, generator: torch.Generator | None = None
+    ) -> tuple[State, Tensor]:
+        most = MAX_BLOCK if is_compiled(energy) else num_steps
+        taken = []
+        for done in range(0, num_steps, most):
+            state, some = self._block(energy, state, min(most, num_steps - done), generator)
+            taken.append(some)
+        return state, torch.cat(taken).to(state.x.dtype).mean(0)
+
+    def _block(self, energy: Energy, state: State, num_steps: int, generator: torch.Generator | None) -> tuple[State, Tensor]:
+        """States after some steps, and which proposals were taken, ``(num_steps, chains)``."""
         q, grad = rows(state.x), rows(state.grad)
         eps, metric = column(self.step_size, q), metric_of(self.inverse_mass, q)
-        noise = math.sqrt(self.temperature) * normal_like(q, generator)
-        q = q + metric.apply(eps * noise - 0.5 * eps**2 * metric.transpose(grad))
-        values, grad = row_value_and_grad(energy, q)
-        finite = torch.isfinite(values) & torch.isfinite(grad).all(1)
-        state = choose(finite, state_of_rows(energy, q, values, grad), state)
-        return state, Info(
-            acceptance_rate=finite.to(q.dtype),
-            accepted=finite,
-            diverging=~finite,
-            energy=state.energy,
-            n_steps=torch.ones_like(finite, dtype=torch.long),
-            step_size=eps.squeeze(1),
-        )
+        # Drawn step by step, so that many steps at once take the numbers that as many calls of step() would.
+        noise = math.sqrt(self.temperature) * torch.stack([normal_like(q, generator) for _ in range(num_steps)])
+        # One number tells whether all rows are finite, which is the rule; a graph cannot branch on it, nor should a GPU wait.
+        glance = q.device.type == "cpu" and not is_compiled(energy)
+        tensors = (q, state.energy, grad, eps, noise, *metric)
+        *reached, taken = fused(_langevin, energy, *tensors, kind=type(metric), glance=glance)
+        return state_of_rows(energy, *reached), taken
+
+
+def _langevin(
+    energy: Energy,
+    q: Tensor,
+    values: Tensor,
+    grad: Tensor,
+    step_size: Tensor,
+    noise: Tensor,
+    *metric: Tensor,
+    kind: type[Metric],
+    glance: bool,
+) -> tuple[Tensor, ...]:
+    """A step for each of ``noise``, ``(steps, chains, dim)``."""
+    root, pushes, drift = kind(*metric), step_size * noise, 0.5 * step_size**2
+    state, everyone, taken = State(q, values, grad), torch.ones_like(values, dtype=torch.bool), []
+    for push in pushes.unbind():
+        q = state.x + root.apply(push - drift * root.transpose(state.grad))
+        proposal, finite = State(q, *row_value_and_grad(energy, q)), everyone
+        if not (glance and math.isfinite(float(proposal.energy.sum() + proposal.grad.sum()))):
+            finite = torch.isfinite(proposal.energy) & torch.isfinite(proposal.grad).all(1)
+            proposal = choose(finite, proposal, state)
+        state = proposal
+        taken.append(finite)
+    return (*state, torch.stack(taken))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -7,7 +7,24 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-__all__ = ["Dense", "Diagonal", "LowRank", "Metric", "metric_of"]
+__all__ = ["Dense", "Diagonal", "Identity", "LowRank", "Metric", "metric_of"]
+
+
+class Identity(NamedTuple):
+    """:math:`M = I`: nothing is stretched, nor copied.
+
+    Example:
+        >>> Identity().apply(torch.ones(1, 2))
+        tensor([[1., 1.]])
+    """
+
+    def apply(self, v: Tensor) -> Tensor:
+        """The rows as they are."""
+        return v
+
+    def transpose(self, g: Tensor) -> Tensor:
+        """The rows as they are."""
+        return g
 
 
 class Diagonal(NamedTuple):
@@ -95,14 +112,14 @@ class LowRank(NamedTuple):
         return self._stretch(g * self.scale)
 
 
-Metric: TypeAlias = Diagonal | Dense | LowRank
+Metric: TypeAlias = Identity | Diagonal | Dense | LowRank
 
 
 def metric_of(inverse_mass: Tensor | Metric | None, like: Tensor) -> Metric:
     """The metric of a kernel's ``inverse_mass`` for rows ``(chains, dim)``; None is the identity, a tensor the diagonal."""
     dim = like.shape[1]
-    if inverse_mass is None:
-        return Diagonal(torch.ones(dim, dtype=like.dtype, device=like.device))
+    if inverse_mass is None or isinstance(inverse_mass, Identity):
+        return Identity()
     if isinstance(inverse_mass, Tensor):
         if inverse_mass.numel() != dim:
             raise ValueError(

@@ -21,7 +21,7 @@ from pyroebm.networks import frozen
 from pyroebm.objectives.base import Objective
 from pyroebm.objectives.layered import Kept, contrast, draw_even, draw_odd, mean_field, odd_fields, visible
 from pyroebm.randomness import drawing_from
-from pyroebm.supports import is_discrete
+from pyroebm.supports import is_discrete, is_real
 from pyroebm.views import Unconstrained, eval_mode
 
 __all__ = ["ContrastiveDivergence", "HasMeanField", "Initial"]
@@ -106,15 +106,12 @@ def advance(
 ) -> tuple[Tensor, Tensor]:
     """States ``(chains, *event)`` after k steps of a kernel, and its mean acceptance rate. The energy is in eval mode, and no
     parameter receives a gradient."""
-    target = Unconstrained(energy, keep_discrete=True)
     kernel = default_kernel(energy) if kernel is None else kernel
-    rates = []
+    view = Unconstrained(energy, keep_discrete=True)
+    target = energy if is_real(energy.support) else view  # a view that changes nothing takes its time at each gradient
     with eval_mode(energy), frozen(energy):
-        state = kernel.init(target, target.unconstrain(x), generator)
-        for _ in range(k):
-            state, info = kernel.step(target, state, generator)
-            rates.append(info.acceptance_rate.mean())
-        return target.constrain(state.x).detach(), torch.stack(rates).mean()
+        state, rate = kernel.steps(target, kernel.init(target, view.unconstrain(x), generator), k, generator)
+        return view.constrain(state.x).detach(), rate.mean()
 
 
 def default_kernel(energy: Energy) -> Kernel[Any]:
