@@ -4,7 +4,9 @@ from pyroebm.targets.base import Target
 from pyroebm.targets.curved import Banana, Funnel, Ring, Rosenbrock
 from pyroebm.targets.discrete import BernoulliProduct, CategoricalOneHot, SpinProduct
 from pyroebm.targets.exponential import Beta, Dirichlet, Exponential, ExponentialFamily, Gamma, LogNormal
+from pyroebm.targets.noisy_curves import NoisyCurves, TwoMoons, TwoSpirals
 from pyroebm.targets.normals import Gaussian, GaussianMixture, scales_gaussian
+from pyroebm.targets.toys import Checkerboard, Circles, Pinwheel, eight_gaussians
 from pyroebm.targets.wells import DoubleWell, HalfDisc, ManyWell
 
 __all__ = [
@@ -12,6 +14,8 @@ __all__ = [
     "BernoulliProduct",
     "Beta",
     "CategoricalOneHot",
+    "Checkerboard",
+    "Circles",
     "Dirichlet",
     "DoubleWell",
     "Exponential",
@@ -23,9 +27,14 @@ __all__ = [
     "HalfDisc",
     "LogNormal",
     "ManyWell",
+    "NoisyCurves",
+    "Pinwheel",
     "Ring",
     "Rosenbrock",
     "SpinProduct",
     "Target",
+    "TwoMoons",
+    "TwoSpirals",
+    "eight_gaussians",
     "scales_gaussian",
 ]
