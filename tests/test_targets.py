@@ -84,7 +84,7 @@ TARGETS: dict[str, Callable[..., Target]] = {
     "half_disc": HalfDisc,
     "two_moons": TwoMoons,
     "two_moons_wide": partial(TwoMoons, scale=2.0, shift=(-1.0, -0.2)),
-    "two_spirals": TwoSpirals,
+    "two_spirals": partial(TwoSpirals, noise=0.2),
     "circles": Circles,
     "rings": Circles.rings,
     "checkerboard": Checkerboard,
@@ -311,7 +311,7 @@ BOXES: dict[str, tuple[tuple[float, float, int], ...]] = {  # unconstrained coor
     "ring": ((-6.0, 6.0, 801), (-6.0, 6.0, 801)),
     "two_moons": ((-2.0, 3.0, 201), (-1.5, 2.0, 141)),
     "two_moons_wide": ((-4.5, 4.5, 201), (-3.5, 3.5, 141)),
-    "two_spirals": ((-4.6, 4.6, 141), (-4.6, 4.6, 141)),
+    "two_spirals": ((-5.4, 5.4, 109), (-5.4, 5.4, 109)),
     "checkerboard": ((-4.09, 4.11, 411), (-4.09, 4.11, 411)),  # the middles of cells of 0.02
     "gmm40": ((-55.0, 55.0, 401), (-55.0, 55.0, 401)),
     "grid25": ((-16.0, 16.0, 401), (-16.0, 16.0, 401)),

@@ -146,7 +146,7 @@ class TwoMoons(NoisyCurves):
             both = torch.stack([torch.stack([x, y], -1), torch.stack([1.0 - x, 0.5 - y], -1)])
             return scale * both + both.new_tensor(shift)
 
-        super().__init__(arcs, scale * noise, nodes=64 + math.ceil(10.0 / noise), dtype=dtype)
+        super().__init__(arcs, scale * noise, nodes=40 + math.ceil(8.0 / noise), dtype=dtype)
 
 
 class TwoSpirals(NoisyCurves):
@@ -173,4 +173,4 @@ class TwoSpirals(NoisyCurves):
             arm = torch.stack([-n * torch.cos(n), n * torch.sin(n)], -1) / 3.0
             return torch.stack([arm, -arm - 1.0 / 6.0])  # of the second the square lies on the other side
 
-        super().__init__(arms, noise, box=1.0 / 6.0, nodes=64 + math.ceil(28.0 / noise), dtype=dtype)
+        super().__init__(arms, noise, box=1.0 / 6.0, nodes=30 + math.ceil(26.0 / noise), dtype=dtype)
