@@ -11,9 +11,19 @@ from torch import Tensor
 
 from pyroebm.enumeration import all_bits
 from pyroebm.front_door import check_counts
-from pyroebm.randomness import seeded_generator
+from pyroebm.randomness import seeded_generator, uniform
 
-__all__ = ["LAPLACE_LOG_LIKELIHOOD", "Split", "bars_and_stripes", "digits", "image_patches", "laplace_mixture", "parity"]
+__all__ = [
+    "LAPLACE_LOG_LIKELIHOOD",
+    "Split",
+    "bars_and_stripes",
+    "dequantised",
+    "digits",
+    "image_patches",
+    "laplace_mixture",
+    "parity",
+    "quantised",
+]
 
 #: Mean log-likelihood, in nats, of the law of :func:`laplace_mixture` before its whitening is estimated: minus the entropy of two
 #: Laplace variables of unit variance, 2 (1 + log 2b) with b = 1 / sqrt(2), and |det| = 1. A Gaussian has -log(2 pi e) = -2.83788.
@@ -192,6 +202,52 @@ def whitened(x: Tensor) -> Tensor:
     there = values > 1e-10 * values[-1]
     scales = torch.where(there, values, 1.0).rsqrt() * there
     return x @ (vectors * scales) @ vectors.mT
+
+
+def dequantised(x: Tensor, levels: int, generator: torch.Generator | None = None) -> Tensor:
+    r"""Grey levels as a density sees them: spread evenly over their cells (Theis, van den Oord and Bethge, "A Note on the
+    Evaluation of Generative Models", 2016). On the levels themselves a density may grow without bound.
+
+    .. math:: y = (k + u) / K, \qquad x = k / (K - 1), \quad u \sim U[0, 1)
+
+    :func:`quantised` is the inverse. A density p of y is one of levels, the integral of p over a cell, and by Jensen's inequality
+
+    .. math:: \log P(k) \ge E_u[\log p(y)] - d \log K
+
+    Args:
+        x: levels from 0 to 1 in steps of 1 / (K - 1), as ``digits(threshold=None)`` has them with K = 17; any shape.
+        levels: K.
+        generator: source of u; fresh noise in each epoch is better than one of all.
+
+    Returns:
+        y in [0, 1), of the shape of x.
+
+    Raises:
+        ValueError: if ``levels`` < 2 or an entry is no level.
+
+    Example:
+        >>> y = dequantised(torch.tensor([0.0, 0.5, 1.0]), 3)
+        >>> (3 * y).floor(), quantised(y, 3)
+        (tensor([0., 1., 2.]), tensor([0.0000, 0.5000, 1.0000]))
+    """
+    check_counts({"levels": 2}, levels)
+    k = (x * (levels - 1)).round()
+    off = ~((x * (levels - 1) - k).abs() < 1e-3) | (k < 0) | (k > levels - 1)
+    if bool(off.any()):
+        raise ValueError(f"x must hold levels from 0 to 1 in steps of 1 / {levels - 1}, got {x[off].flatten()[:5].tolist()}")
+    return (k + uniform(x.shape, generator, x.dtype, x.device)) / levels
+
+
+def quantised(y: Tensor, levels: int) -> Tensor:
+    """The grey levels, from 0 to 1, in whose cells y lies: the inverse of :func:`dequantised`. What lies outside of [0, 1) takes
+    the first or the last level.
+
+    Example:
+        >>> quantised(torch.tensor([-0.1, 0.3, 0.4, 0.99]), 3)
+        tensor([0.0000, 0.0000, 0.5000, 1.0000])
+    """
+    check_counts({"levels": 2}, levels)
+    return (y * levels).floor().clamp(0, levels - 1) / (levels - 1)
 
 
 def _check_bits(name: str, n: int) -> None:

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "pyroebm"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("randomness", "diagnostics", "front_door", "networks"),
     ("supports", "enumeration"),
-    ("energy views compiled minibatch paths",),
+    ("energy derivatives views compiled minibatch paths",),
     ("targets", "energies", "kernels", "flows", "datasets readers"),
     ("objectives", "partition smc", "mcmc block record results serial stein store streaming", "ppl model_energy rowwise"),
     ("infer", "completion", "pretraining", "plotting", "training checkpoint discriminative", "distributed", "zoo"),

@@ -3,25 +3,36 @@
 from pyroebm.objectives.base import Objective
 from pyroebm.objectives.centring import Centring, Sparsity
 from pyroebm.objectives.contrastive import ContrastiveDivergence, PersistentCD
+from pyroebm.objectives.denoising import DenoisingScoreMatching
+from pyroebm.objectives.fisher import Divergence, fisher_divergence, sliced_fisher_divergence
 from pyroebm.objectives.likelihood import ExactLikelihood, MeanFieldLikelihood, Pseudolikelihood
+from pyroebm.objectives.score_matching import NonNegativeScoreMatching, ScoreMatching
 from pyroebm.objectives.selection import TotalDimSelection, select_total_dim
+from pyroebm.objectives.sliced import SlicedScoreMatching
 from pyroebm.objectives.svi import flow_guide, flow_model
 from pyroebm.objectives.variational import ReverseKL, evaluate_j, fit_flow
 
 __all__ = [
     "Centring",
     "ContrastiveDivergence",
+    "DenoisingScoreMatching",
+    "Divergence",
     "ExactLikelihood",
     "MeanFieldLikelihood",
+    "NonNegativeScoreMatching",
     "Objective",
     "PersistentCD",
     "Pseudolikelihood",
     "ReverseKL",
+    "ScoreMatching",
+    "SlicedScoreMatching",
     "Sparsity",
     "TotalDimSelection",
     "evaluate_j",
+    "fisher_divergence",
     "fit_flow",
     "flow_guide",
     "flow_model",
     "select_total_dim",
+    "sliced_fisher_divergence",
 ]

@@ -1,0 +1,120 @@
+"""Fisher divergences as measured quantities: how far an energy's gradient is from the truth's, where the truth is known."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyroebm.energy import Energy, value_and_grad
+from pyroebm.front_door import check_counts
+from pyroebm.objectives.sliced import check_law, projections_like
+from pyroebm.supports import event_sum
+from pyroebm.views import eval_mode
+
+__all__ = ["Divergence", "fisher_divergence", "sliced_fisher_divergence"]
+
+#: Rows of one evaluation.
+ROWS = 4096
+
+Score = Callable[[Tensor], Tensor]
+
+
+class Divergence(NamedTuple):
+    """A mean over rows and its standard error, both floats.
+
+    Example:
+        >>> Divergence(0.5, 0.1).value
+        0.5
+    """
+
+    value: float
+    standard_error: float
+
+
+def fisher_divergence(energy: Energy, truth: Energy | Score, x: Tensor) -> Divergence:
+    r"""The Fisher divergence of an energy from the law of some draws, of which the score is known.
+
+    .. math:: F = \tfrac12 E_{x \sim p} |\nabla \log p(x) + \nabla E(x)|^2
+
+    It is the excess of :class:`ScoreMatching`'s mean over its minimum. It does not see Z nor, where modes lie apart, their
+    weights.
+
+    Args:
+        energy: E.
+        truth: p as an energy, or its score, a function from ``(n, *event)`` to ``(n, *event)``.
+        x: independent draws of p, shape ``(n, *event)`` with n > 1.
+
+    Raises:
+        ValueError: if there are fewer than two rows, the truth's score has another shape, or as :func:`~pyroebm.value_and_grad`.
+
+    Example:
+        >>> from pyroebm.targets import Gaussian
+        >>> p, q = Gaussian(torch.zeros(2), scale=2.0), Gaussian(torch.ones(2), scale=2.0)
+        >>> round(fisher_divergence(q, p, p.sample(10)).value, 6)  # |(1/4, 1/4)|^2 / 2, everywhere
+        0.0625
+    """
+    return _mean(torch.cat([event_sum(gap.square(), gap.dim() - 1) for gap in _gaps(energy, truth, x)]))
+
+
+def sliced_fisher_divergence(
+    energy: Energy,
+    truth: Energy | Score,
+    x: Tensor,
+    projections: int = 1,
+    law: str = "normal",
+    generator: torch.Generator | None = None,
+) -> Divergence:
+    r"""The sliced Fisher divergence (Song et al., 2019), with directions of :math:`E[v v^T] = I`.
+
+    .. math:: F_v = \tfrac12 E_{x \sim p} E_v \big( v^T (\nabla \log p(x) + \nabla E(x)) \big)^2 = F
+
+    Its mean is :func:`fisher_divergence`, its variance is larger: it is the yardstick of sliced objectives.
+
+    Args:
+        energy, truth, x: as in :func:`fisher_divergence`.
+        projections: directions for each row.
+        law: of a direction, as in :class:`SlicedScoreMatching`.
+        generator: source of the directions.
+
+    Raises:
+        ValueError: as :func:`fisher_divergence`, and if ``projections`` < 1 or ``law`` is unknown.
+
+    Example:
+        >>> from pyroebm.targets import Gaussian
+        >>> p, q = Gaussian(torch.zeros(1), scale=2.0), Gaussian(torch.ones(1), scale=2.0)
+        >>> round(sliced_fisher_divergence(q, p, p.sample(10), law="rademacher").value, 6)  # signs are exact for one entry
+        0.03125
+    """
+    check_counts({"projections": 1}, projections)
+    check_law(law)
+    found = []
+    for gap in _gaps(energy, truth, x):
+        v = projections_like(gap, gap.dim() - 1, projections, law, generator)
+        found.append(event_sum(v * gap, gap.dim() - 1).square().mean(0))
+    return _mean(torch.cat(found))
+
+
+def _gaps(energy: Energy, truth: Energy | Score, x: Tensor) -> list[Tensor]:
+    """The difference of the two scores at each row."""
+    energy.check_states(x)
+    if x.dim() != len(energy.event_shape) + 1 or len(x) < 2:
+        raise ValueError(
+            f"x must be at least two rows of events of shape {tuple(energy.event_shape)}, got shape {tuple(x.shape)}"
+        )
+    found = []
+    with eval_mode(energy):
+        for rows in x.split(ROWS):
+            true = -value_and_grad(truth, rows)[1] if isinstance(truth, Energy) else truth(rows).detach()
+            if true.shape != rows.shape:
+                raise ValueError(f"truth must give a score of the shape of x, {tuple(rows.shape)}, got {tuple(true.shape)}")
+            found.append(true + value_and_grad(energy, rows)[1])
+    return found
+
+
+def _mean(squares: Tensor) -> Divergence:
+    halves = 0.5 * squares.double()
+    return Divergence(float(halves.mean()), float(halves.std()) / math.sqrt(len(halves)))
