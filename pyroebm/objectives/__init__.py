@@ -4,8 +4,12 @@ from pyroebm.objectives.base import Objective
 from pyroebm.objectives.centring import Centring, Sparsity
 from pyroebm.objectives.contrastive import ContrastiveDivergence, PersistentCD
 from pyroebm.objectives.denoising import DenoisingScoreMatching
+from pyroebm.objectives.discrete import MinimumProbabilityFlow, Pseudolikelihood, RatioMatching
 from pyroebm.objectives.fisher import Divergence, fisher_divergence, sliced_fisher_divergence
+from pyroebm.objectives.flow_contrastive import FlowContrastive
 from pyroebm.objectives.likelihood import ExactLikelihood, MeanFieldLikelihood, Pseudolikelihood
+from pyroebm.objectives.noise import gaussian_noise
+from pyroebm.objectives.noise_contrastive import ConditionalNCE, NoiseContrastive, RankingNCE
 from pyroebm.objectives.score_matching import NonNegativeScoreMatching, ScoreMatching
 from pyroebm.objectives.selection import TotalDimSelection, select_total_dim
 from pyroebm.objectives.sliced import SlicedScoreMatching
@@ -14,15 +18,21 @@ from pyroebm.objectives.variational import ReverseKL, evaluate_j, fit_flow
 
 __all__ = [
     "Centring",
+    "ConditionalNCE",
     "ContrastiveDivergence",
     "DenoisingScoreMatching",
     "Divergence",
     "ExactLikelihood",
+    "FlowContrastive",
     "MeanFieldLikelihood",
     "NonNegativeScoreMatching",
+    "MinimumProbabilityFlow",
+    "NoiseContrastive",
     "Objective",
     "PersistentCD",
     "Pseudolikelihood",
+    "RankingNCE",
+    "RatioMatching",
     "ReverseKL",
     "ScoreMatching",
     "SlicedScoreMatching",
@@ -33,6 +43,7 @@ __all__ = [
     "fit_flow",
     "flow_guide",
     "flow_model",
+    "gaussian_noise",
     "select_total_dim",
     "sliced_fisher_divergence",
 ]

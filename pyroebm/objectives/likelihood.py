@@ -1,4 +1,4 @@
-"""Objectives without a Markov chain: exact likelihood, pseudo-likelihood, and the likelihood with log Z in mean field."""
+"""Likelihoods without a Markov chain: the exact one, and the one with log Z in mean field."""
 
 from __future__ import annotations
 
@@ -11,13 +11,10 @@ from torch import Tensor
 from pyroebm.energies.layered import LayeredMachine
 from pyroebm.energies.layers import Layers
 from pyroebm.energy import Energy
-from pyroebm.kernels.sites import squared_distances, to_sites, values_of
 from pyroebm.objectives.base import Objective
 from pyroebm.objectives.layered import Kept, mean_field, visible
-from pyroebm.randomness import uniform
-from pyroebm.supports import is_discrete
 
-__all__ = ["ExactLikelihood", "HasLogPartition", "MeanFieldLikelihood", "Pseudolikelihood"]
+__all__ = ["ExactLikelihood", "HasLogPartition", "MeanFieldLikelihood"]
 
 Facts = dict[str, Tensor]
 
@@ -78,66 +75,6 @@ class ExactLikelihood(Objective):
         data, log_z = values.mean(), energy.log_partition()
         loss = data + log_z
         return loss, {"energy_data": data.detach(), "log_z": log_z.detach(), "log_likelihood": -loss.detach()}
-
-
-class Pseudolikelihood(Objective):
-    r"""Minus the mean log-pseudolikelihood (Besag, 1975): each site given all others. It needs neither log Z nor a chain.
-
-    .. math:: L = -\frac1n \sum_i \sum_s \log p(x_{is} \mid x_{i, -s})
-        = \frac1n \sum_i \sum_s \log\Big(1 + \sum_{x_s' \ne x_{is}} e^{E(x_i) - E(x_s', x_{i, -s})}\Big)
-
-    It is consistent, and can improve while the likelihood falls. Any discrete support will do. One call evaluates the energy at
-    n x sites x (K - 1) neighbours.
-
-    Args:
-        sites: number of sites to look at in each row, drawn at random without replacement; their sum is scaled up to all
-            sites, which leaves value and gradient unbiased. None looks at all.
-
-    Raises:
-        ValueError: if the support is not discrete, a row is not in it, or ``sites`` is not from 1 to the number of sites.
-
-    Example:
-        >>> from pyroebm.energies import BernoulliRBM
-        >>> loss, facts = Pseudolikelihood()(BernoulliRBM(4, 3, weight=torch.zeros(4, 3)), torch.ones(5, 4))
-        >>> round(float(loss.detach()), 4)  # 4 log 2
-        2.7726
-    """
-
-    def __init__(self, sites: int | None = None) -> None:
-        super().__init__()
-        if sites is not None and (isinstance(sites, bool) or not isinstance(sites, int) or sites < 1):
-            raise ValueError(f"sites must be a whole number of at least 1, or None for all, got sites={sites!r}")
-        self.sites = sites
-
-    def forward(self, energy: Energy, batch: Tensor, *, generator: torch.Generator | None = None) -> tuple[Tensor, Facts]:
-        """The loss and its facts: ``energy_data`` and ``pseudo_log_likelihood`` (a mean over the batch)."""
-        energy.check_states(batch, "batch")
-        if not is_discrete(energy.support):
-            raise ValueError(f"Pseudolikelihood is for discrete supports, but {type(energy).__name__} has {energy.support}")
-        values = values_of(energy, batch)
-        x = to_sites(batch, values)
-        chosen = self._sites(x[..., 0], generator)
-        distances, own = squared_distances(x, values).min(1)  # the number of each site's value, (n, sites)
-        if not bool((distances == 0.0).all()):
-            raise ValueError(f"batch must hold states of {type(energy).__name__}, support {energy.support}, got other values")
-        others = (own.gather(1, chosen).unsqueeze(2) + torch.arange(1, len(values), device=x.device)) % len(values)
-        count = chosen.shape[1]
-        around = x[:, None, None].repeat(1, count, len(values) - 1, 1, 1)
-        row, place = torch.arange(len(x), device=x.device)[:, None], torch.arange(count, device=x.device)
-        around[row, place, :, chosen] = values[others]
-        data = energy(batch)
-        ratios = data[:, None, None] - energy(around.reshape(*around.shape[:3], *energy.event_shape))
-        terms = torch.cat([torch.zeros_like(ratios[..., :1]), ratios], 2).logsumexp(2)
-        loss = x.shape[1] / count * terms.sum(1).mean()
-        return loss, {"energy_data": data.detach().mean(), "pseudo_log_likelihood": -loss.detach()}
-
-    def _sites(self, like: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Numbers of the sites to look at in each row, ``(n, sites)``."""
-        if self.sites is None:
-            return torch.arange(like.shape[1], device=like.device).expand(like.shape)
-        if self.sites > like.shape[1]:
-            raise ValueError(f"sites must be at most the {like.shape[1]} sites of an event, got sites={self.sites}")
-        return uniform(like.shape, generator, like.dtype, like.device).argsort(1)[:, : self.sites]
 
 
 class MeanFieldLikelihood(Objective):
