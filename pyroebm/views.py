@@ -129,10 +129,10 @@ class Unnormalized(Energy):
 
 
 @contextlib.contextmanager
-def eval_mode(energy: Energy) -> Iterator[None]:
-    """Use an energy in eval mode (dropout off), and give every module its own mode back."""
-    modes = [(module, module.training) for module in energy.modules()]
-    energy.eval()
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Use an energy or a generator in eval mode (dropout off), and give every module its own mode back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
     try:
         yield
     finally:

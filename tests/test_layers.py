@@ -17,7 +17,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("randomness", "diagnostics", "front_door", "networks"),
     ("supports", "enumeration"),
     ("energy derivatives views compiled minibatch paths",),
-    ("targets", "energies", "kernels", "flows", "datasets readers"),
+    ("targets", "energies", "kernels", "flows", "datasets readers", "generators"),
     ("objectives", "partition smc", "mcmc block record results serial stein store streaming", "ppl model_energy rowwise"),
     ("infer", "completion", "pretraining", "plotting", "training checkpoint discriminative", "distributed", "zoo"),
     ("pyroebm",),

@@ -6,6 +6,7 @@ from pyroebm.energies.deep import DeepBoltzmannMachine
 from pyroebm.energies.lattice import Ising, Potts
 from pyroebm.energies.layers import Layers
 from pyroebm.energies.neural import ConvEnergy, MLPEnergy, NeuralEnergy
+from pyroebm.energies.products import ProductOfExpertsEnergy
 from pyroebm.energies.rbm import BernoulliRBM, GaussianRBM
 from pyroebm.energies.tied import TiedRBM, compose
 
@@ -21,6 +22,7 @@ __all__ = [
     "MLPEnergy",
     "NeuralEnergy",
     "Potts",
+    "ProductOfExpertsEnergy",
     "TiedRBM",
     "compose",
 ]

@@ -1,5 +1,6 @@
 """Objectives: what turns an energy and draws into a loss."""
 
+from pyroebm.objectives.adversarial import Adversarial, AdversarialFlow, DeepDirected
 from pyroebm.objectives.base import Objective
 from pyroebm.objectives.centring import Centring, Sparsity
 from pyroebm.objectives.contrastive import ContrastiveDivergence, PersistentCD
@@ -7,7 +8,7 @@ from pyroebm.objectives.denoising import DenoisingScoreMatching
 from pyroebm.objectives.discrete import MinimumProbabilityFlow, Pseudolikelihood, RatioMatching
 from pyroebm.objectives.fisher import Divergence, fisher_divergence, sliced_fisher_divergence
 from pyroebm.objectives.flow_contrastive import FlowContrastive
-from pyroebm.objectives.likelihood import ExactLikelihood, MeanFieldLikelihood, Pseudolikelihood
+from pyroebm.objectives.likelihood import ExactLikelihood, MeanFieldLikelihood
 from pyroebm.objectives.noise import gaussian_noise
 from pyroebm.objectives.noise_contrastive import ConditionalNCE, NoiseContrastive, RankingNCE
 from pyroebm.objectives.score_matching import NonNegativeScoreMatching, ScoreMatching
@@ -15,13 +16,18 @@ from pyroebm.objectives.selection import TotalDimSelection, select_total_dim
 from pyroebm.objectives.sliced import SlicedScoreMatching
 from pyroebm.objectives.svi import flow_guide, flow_model
 from pyroebm.objectives.variational import ReverseKL, evaluate_j, fit_flow
+from pyroebm.objectives.vera import VERA
 
 __all__ = [
+    "VERA",
+    "Adversarial",
+    "AdversarialFlow",
     "Centring",
     "ConditionalNCE",
     "ContrastiveDivergence",
     "DenoisingScoreMatching",
     "Divergence",
+    "DeepDirected",
     "ExactLikelihood",
     "FlowContrastive",
     "MeanFieldLikelihood",

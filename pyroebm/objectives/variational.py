@@ -87,10 +87,7 @@ class ReverseKL(Objective):
         energy = energy if beta == 1.0 else beta * energy
         z = flow.draw_noise(num_samples, generator) if z is None else z
         terms, extended, xy = self.terms(flow, energy, z)
-        loss = terms.mean()
-        if self.gradient == "stl":
-            path = (extended + flow.path_log_prob(xy)).mean()
-            loss = path + (loss - path).detach()
+        loss = self.reduce(flow, terms, extended, xy)
         facts = {
             "j_r_minus_log_z": loss.detach(),
             "standard_error": terms.detach().std() / math.sqrt(len(terms)),
@@ -106,6 +103,13 @@ class ReverseKL(Objective):
         xy, log_q = flow.push(z)
         extended = flow.extend(energy)(xy)
         return extended + log_q if self.entropy == "sampled" else extended - flow.joint_entropy(), extended, xy
+
+    def reduce(self, flow: Flow, terms: Tensor, extended: Tensor, xy: Tensor) -> Tensor:
+        """The mean of :meth:`terms`, with the gradient that was asked for."""
+        if self.gradient == "total":
+            return terms.mean()
+        path = (extended + flow.path_log_prob(xy)).mean()
+        return path + (terms.mean() - path).detach()
 
 
 def _adam(parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.Optimizer:
