@@ -6,82 +6,65 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from pyroebm.distributed import connected_ranks, gather_bytes
 from pyroebm.serial import from_text, pack, to_text, unpack
 from pyroebm.store import written_whole
 
-__all__ = ["Checkpoint"]
+__all__ = ["Checkpoint", "TrainingState"]
 
 
-class Checkpoint:
-    """What :func:`pyroebm.training.fit` needs to go on, saved and loaded together.
+class TrainingState:
+    """All that moves in a training, as tensors and back.
 
     Args:
-        path: the file; its folder is made if it is not there.
         modules: by name; their ``state_dict`` is kept.
-        optimizer: and
-        schedule: keep their own states, and
+        optimizers: by name, and
+        schedules: keep their own states, and
         generator: its stream.
-        settings: what must be the same when a training goes on, as JSON can say it.
 
     Example:
-        >>> import tempfile
         >>> net = nn.Linear(2, 1)
         >>> optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     kept = Checkpoint(f"{folder}/net.safetensors", {"net": net}, optimizer, None, torch.Generator(), {"seed": 0})
-        ...     kept.save(7)
-        ...     kept.load()
-        7
+        >>> state = TrainingState({"net": net}, {"energy": optimizer}, {}, torch.Generator())
+        >>> kept = state.tensors()
+        >>> nn.init.zeros_(net.bias)
+        Parameter containing:
+        tensor([0.], requires_grad=True)
+        >>> state.restore(kept)
+        >>> bool(net.bias == 0)
+        False
     """
 
     def __init__(
         self,
-        path: str | Path,
         modules: Mapping[str, nn.Module],
-        optimizer: Optimizer,
-        schedule: LRScheduler | None,
+        optimizers: Mapping[str, Optimizer],
+        schedules: Mapping[str, LRScheduler],
         generator: torch.Generator,
-        settings: Mapping[str, Any],
     ) -> None:
-        self.path, self.modules, self.settings = Path(path), modules, dict(settings)
-        self.optimizer, self.schedule, self.generator = optimizer, schedule, generator
+        self.modules, self.optimizers, self.schedules, self.generator = modules, optimizers, schedules, generator
 
-    @property
-    def exists(self) -> bool:
-        """Whether something was saved there."""
-        return self.path.exists()
-
-    def save(self, step: int) -> None:
-        """Keep all states, and how many steps are done; the file is the old one or the new one, whole, at any moment."""
+    def tensors(self) -> dict[str, Tensor]:
+        """A copy of it all."""
         tensors: dict[str, Tensor] = {"generator": self.generator.get_state()}
-        said = pack({"optimizer": self.optimizer.state_dict(), "schedule": self._schedule()}, "states", tensors)
+        said = pack(self._dicts(), "states", tensors)
         for name, module in self.modules.items():
             tensors |= {f"module.{name}.{key}": value.detach().clone() for key, value in module.state_dict().items()}
-        tensors["said"] = to_text({"states": said, "settings": self.settings, "step": step})
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with written_whole(self.path) as temporary:
-            save_file({key: value.contiguous() for key, value in tensors.items()}, temporary)
+        return tensors | {"states": to_text(said)}
 
-    def load(self) -> int:
-        """Put all states back; the number of steps that were done.
+    def restore(self, tensors: Mapping[str, Tensor], *, learned_only: bool = False) -> None:
+        """Put it back; ``learned_only`` leaves the generator, the schedules and the optimizers' settings as they are now.
 
         Raises:
-            ValueError: if there is no such file, it is damaged or no checkpoint, or it is one of other settings or modules.
+            ValueError: if it is of other modules.
         """
-        try:
-            tensors = load_file(self.path)
-            said = from_text(tensors.pop("said"))
-        except (OSError, SafetensorError, KeyError) as error:
-            raise ValueError(f"checkpoint={str(self.path)!r} must be a file that fit wrote, whole, got {error}") from error
-        if said["settings"] != self.settings:
-            raise ValueError(f"the checkpoint must be of the settings of this training, {self.settings}, got {said['settings']}")
         device = self.generator.device  # chains are made anew where they are loaded
         for name, module in self.modules.items():
             start = f"module.{name}."
@@ -89,16 +72,85 @@ class Checkpoint:
             try:
                 module.load_state_dict(state)
             except RuntimeError as error:
-                raise ValueError(f"checkpoint={str(self.path)!r} is of another {name} than this: {error}") from error
-        like = {"optimizer": self.optimizer.state_dict(), "schedule": self._schedule()}
-        states = unpack(said["states"], like, tensors)
-        # JSON has no keys but text; an optimizer numbers its parameters.
-        states["optimizer"]["state"] = {int(k): v for k, v in states["optimizer"]["state"].items()}
-        self.optimizer.load_state_dict(states["optimizer"])
-        if self.schedule is not None:
-            self.schedule.load_state_dict(states["schedule"])
+                raise ValueError(f"the state is of another {name} than this: {error}") from error
+        states = unpack(from_text(tensors["states"]), self._dicts(), dict(tensors))
+        for key, optimizer in self.optimizers.items():
+            state = states["optimizers"][key]
+            # JSON has no keys but text; an optimizer numbers its parameters.
+            state["state"] = {int(k): v for k, v in state["state"].items()}
+            if learned_only:
+                state["param_groups"] = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict(state)
+        if learned_only:
+            return
+        for key, schedule in self.schedules.items():
+            schedule.load_state_dict(states["schedules"][key])
         self.generator.set_state(tensors["generator"])
-        return int(said["step"])
 
-    def _schedule(self) -> dict[str, Any] | None:
-        return None if self.schedule is None else self.schedule.state_dict()
+    def _dicts(self) -> dict[str, dict[str, Any]]:
+        parts: dict[str, Mapping[str, Any]] = {"optimizers": self.optimizers, "schedules": self.schedules}
+        return {name: {key: part.state_dict() for key, part in named.items()} for name, named in parts.items()}
+
+
+class Checkpoint:
+    """A file of what :func:`pyroebm.training.fit` needs to go on. Of several processes the first writes it, with a part for each.
+
+    Args:
+        path: the file; its folder is made if it is not there. All processes must see it.
+        state: what is kept.
+        settings: what must be the same when a training goes on, as JSON can say it.
+
+    Example:
+        >>> import tempfile
+        >>> net = nn.Linear(2, 1)
+        >>> state = TrainingState({"net": net}, {}, {}, torch.Generator())
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     kept = Checkpoint(f"{folder}/net.safetensors", state, {"seed": 0})
+        ...     kept.save(7, {"best": torch.tensor(0.5)})
+        ...     kept.load()
+        (7, {'best': tensor(0.5000)})
+    """
+
+    def __init__(self, path: str | Path, state: TrainingState, settings: Mapping[str, Any]) -> None:
+        self.path, self.state, self.settings = Path(path), state, dict(settings)
+
+    @property
+    def exists(self) -> bool:
+        """Whether something was saved there."""
+        return self.path.exists()
+
+    def save(self, step: int, more: Mapping[str, Tensor] | None = None) -> None:
+        """Keep the state, how many steps are done and what ``more`` there is; the file is the old one or the new one, whole, at
+        any moment."""
+        tensors = self.state.tensors() | {f"more.{name}": value for name, value in (more or {}).items()}
+        data = safetensors.torch.save({name: value.contiguous() for name, value in tensors.items()})
+        parts = gather_bytes(data, self.state.generator.device)
+        if connected_ranks()[0] > 0:
+            return
+        file = {f"rank{k}": torch.frombuffer(bytearray(part), dtype=torch.uint8) for k, part in enumerate(parts)}
+        file["said"] = to_text({"settings": self.settings, "step": step})
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with written_whole(self.path) as temporary:
+            safetensors.torch.save_file(file, temporary)
+
+    def load(self) -> tuple[int, dict[str, Tensor]]:
+        """Put the state back; the number of steps that were done, and what more was kept.
+
+        Raises:
+            ValueError: if there is no such file, it is damaged or no checkpoint, or it is one of other settings or modules.
+        """
+        try:
+            file = safetensors.torch.load_file(self.path)
+            said = from_text(file["said"])
+            same = said["settings"] == self.settings
+            tensors = safetensors.torch.load(file[f"rank{connected_ranks()[0]}"].numpy().tobytes()) if same else {}
+        except (OSError, SafetensorError, KeyError) as error:
+            raise ValueError(f"checkpoint={str(self.path)!r} must be a file that fit wrote, whole, got {error}") from error
+        if not same:
+            raise ValueError(f"the checkpoint must be of the settings of this training, {self.settings}, got {said['settings']}")
+        more = {k.removeprefix("more."): tensors.pop(k) for k in list(tensors) if k.startswith("more.")}
+        try:
+            self.state.restore(tensors)
+        except ValueError as error:
+            raise ValueError(f"checkpoint={str(self.path)!r} does not fit: {error}") from error
+        return int(said["step"]), more

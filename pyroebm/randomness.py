@@ -21,12 +21,16 @@ def fresh_seed(seed: int | None) -> int:
     return int(np.random.SeedSequence(seed).entropy)  # type: ignore[arg-type]
 
 
-def seeded_generator(seed: int, device: torch.device | str = "cpu", spawned: int | None = None) -> torch.Generator:
+def seeded_generator(
+    seed: int, device: torch.device | str = "cpu", spawned: int | tuple[int, ...] | None = None
+) -> torch.Generator:
     """A new generator whose stream is spread from ``seed`` by ``numpy.random.SeedSequence``; torch's global one is untouched.
 
-    ``spawned`` takes the child of that number in place of ``seed`` itself: as many independent streams as there are numbers.
+    ``spawned`` takes the child of that number in place of ``seed`` itself: as many independent streams as there are numbers. Of
+    a tuple of numbers it takes the child of the child.
     """
-    words = np.random.SeedSequence(seed, spawn_key=() if spawned is None else (spawned,)).generate_state(1, np.uint64)
+    key = () if spawned is None else (spawned,) if isinstance(spawned, int) else spawned
+    words = np.random.SeedSequence(seed, spawn_key=key).generate_state(1, np.uint64)
     return torch.Generator(device).manual_seed(int(words[0]) % 2**63)
 
 

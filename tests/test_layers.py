@@ -14,12 +14,12 @@ PACKAGE = ROOT / "pyroebm"
 # From the bottom up. A row's groups do not import each other; the modules within one group (words of one string) may.
 # `pyroebm` is the package's own __init__. The same picture stands in docs/architecture.md.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("randomness", "diagnostics", "front_door", "networks"),
+    ("randomness", "diagnostics", "front_door", "networks", "distributed"),
     ("supports", "enumeration"),
     ("energy derivatives views compiled minibatch paths",),
     ("targets", "energies", "kernels", "flows", "datasets readers", "generators"),
     ("objectives", "partition smc", "mcmc block record results serial stein store streaming", "ppl model_energy rowwise"),
-    ("infer", "completion", "pretraining", "plotting", "training checkpoint discriminative", "distributed", "zoo"),
+    ("infer", "completion", "pretraining", "plotting", "training batches guards training_log checkpoint discriminative", "zoo"),
     ("pyroebm",),
     ("demo demo_report cli __main__",),
 )

@@ -196,7 +196,7 @@ def test_a_loss_that_is_not_finite_raises_with_the_facts() -> None:
     steps = fit(machine, Exploding(), DATA, steps=10, optimizer=SGD)
     assert [next(steps)[0] for _ in range(3)] == [0, 1, 2]
     kept = machine.weight.detach().clone()
-    with pytest.raises(FloatingPointError, match=r"at step 3 the loss is nan.*'calls': 4"):
+    with pytest.raises(FloatingPointError, match=r"at step 3 loss is nan.*'calls': 4"):
         next(steps)
     assert torch.equal(machine.weight.detach(), kept)
 
@@ -286,9 +286,9 @@ def test_neural_energies_resume_too(tmp_path: Path, objective: Callable[[], Any]
 def test_a_forgotten_generator_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     load = training.Checkpoint.load
 
-    def forgetful(self: training.Checkpoint) -> int:
+    def forgetful(self: training.Checkpoint) -> Any:
         step = load(self)
-        self.generator.manual_seed(0)
+        self.state.generator.manual_seed(0)
         return step
 
     monkeypatch.setattr(training.Checkpoint, "load", forgetful)

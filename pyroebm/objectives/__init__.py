@@ -1,7 +1,7 @@
 """Objectives: what turns an energy and draws into a loss."""
 
 from pyroebm.objectives.adversarial import Adversarial, AdversarialFlow, DeepDirected
-from pyroebm.objectives.base import Objective
+from pyroebm.objectives.base import HasLosses, Objective
 from pyroebm.objectives.centring import Centring, Sparsity
 from pyroebm.objectives.contrastive import ContrastiveDivergence, PersistentCD
 from pyroebm.objectives.denoising import DenoisingScoreMatching
@@ -30,6 +30,7 @@ __all__ = [
     "DeepDirected",
     "ExactLikelihood",
     "FlowContrastive",
+    "HasLosses",
     "MeanFieldLikelihood",
     "NonNegativeScoreMatching",
     "MinimumProbabilityFlow",
