@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -86,7 +87,7 @@ class GridLikelihood(Objective):
         shift = torch.rand(2, 1, generator=generator, dtype=batch.dtype)
         x, y = (torch.arange(self.points, dtype=batch.dtype) + shift) * step - 0.5 * self.side
         data = energy(batch).mean()
-        log_z = torch.logsumexp(-energy(torch.cartesian_prod(x, y)), 0) + torch.tensor(step * step).log()
+        log_z = torch.logsumexp(-energy(torch.cartesian_prod(x, y)), 0) + 2.0 * math.log(step)
         return data + log_z, {"energy_data": data.detach(), "log_z": log_z.detach()}
 
 
@@ -110,7 +111,7 @@ class Line(NamedTuple):
 
 
 LINES = {
-    "likelihood": Line(lambda law, data: GridLikelihood(law.side, 48), 1500),
+    "likelihood": Line(lambda law, data: GridLikelihood(law.side, 64), 1500),
     "CD-10": Line(lambda law, data: ContrastiveDivergence(10, MALA(law.width)), 1500, 1e-3, 256, weighs=False),
     "PCD-10": Line(lambda law, data: PersistentCD(256, 10, MALA(law.width)), 1500, 1e-3, 256),
     "score": Line(lambda law, data: ScoreMatching(), 3000, weighs=False),

@@ -13,8 +13,20 @@ from checks import mean_and_se, within_se
 from sklearn.datasets import make_circles, make_moons
 from torch import Tensor
 
-from pyroebm import value_and_grad
-from pyroebm.targets import Checkerboard, Circles, NoisyCurves, Pinwheel, Target, TwoMoons, TwoSpirals, eight_gaussians
+from models import toy2d
+from pyroebm import Energy, value_and_grad
+from pyroebm.partition import expectation
+from pyroebm.targets import (
+    Checkerboard,
+    Circles,
+    GaussianMixture,
+    NoisyCurves,
+    Pinwheel,
+    Target,
+    TwoMoons,
+    TwoSpirals,
+    eight_gaussians,
+)
 
 F = torch.float64
 DRAWS = 100_000
@@ -259,3 +271,37 @@ def test_edges_of_the_board_belong_to_its_black_squares() -> None:
 def test_bad_arguments_are_named(build: Callable[[], Target], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         build()
+
+
+# What the recipe judges by
+
+
+def test_the_recipe_sees_divergences() -> None:
+    """Of eight normal laws and the same with noise: the blurred density is that of wider ones, and KL is 0 or a quadrature's."""
+    law = toy2d.LAWS["8 Gaussians"]
+    sight, narrow, noise = toy2d.Sight(law, 240), eight_gaussians(F), 0.2
+    wide = GaussianMixture(narrow.loc, scale=math.hypot(0.5 / 1.414, noise))
+    torch.testing.assert_close(sight.blurred(noise).flatten(), torch.exp(-wide(sight.x)), rtol=0.0, atol=1e-6)
+    assert float(sight.divergence(noise, -wide(sight.x))) == pytest.approx(0.0, abs=1e-6)
+    exact, _ = expectation(narrow, lambda x: wide(x) - narrow(x))
+    assert float(exact) > 0.01
+    assert float(sight.divergence(0.0, -wide(sight.x))) == pytest.approx(float(exact), abs=1e-6)
+
+
+def test_likelihood_on_a_grid_is_the_likelihood() -> None:
+    """Value and gradient in the width of a normal law, whose log Z is known; whatever the shift of the grid."""
+    scale = torch.tensor(1.2, dtype=F, requires_grad=True)
+
+    class Wide(Energy):
+        event_shape = torch.Size([2])
+
+        def forward(self, x: Tensor) -> Tensor:
+            return 0.5 * (x / scale).square().sum(-1)
+
+    x = torch.randn(50, 2, generator=torch.Generator().manual_seed(0), dtype=F)
+    for seed in range(3):
+        loss, _ = toy2d.GridLikelihood(20.0, 64)(Wide(), x, generator=torch.Generator().manual_seed(seed))
+        exact = Wide()(x).mean() + torch.log(2.0 * math.pi * scale**2)
+        found, truth = (torch.autograd.grad(value, scale)[0] for value in (loss, exact))
+        assert float(loss.detach()) == pytest.approx(float(exact.detach()), abs=1e-9)
+        assert float(found) == pytest.approx(float(truth), abs=1e-9)
