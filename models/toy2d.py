@@ -111,9 +111,9 @@ class Line(NamedTuple):
 
 
 LINES = {
-    "likelihood": Line(lambda law, data: GridLikelihood(law.side, 64), 1500),
+    "likelihood": Line(lambda law, data: GridLikelihood(law.side, 48), 1500, 1e-2),
     "CD-10": Line(lambda law, data: ContrastiveDivergence(10, MALA(law.width)), 1500, 1e-3, 256, weighs=False),
-    "PCD-10": Line(lambda law, data: PersistentCD(256, 10, MALA(law.width)), 1500, 1e-3, 256),
+    "PCD-10": Line(lambda law, data: PersistentCD(256, 10, MALA(1.5 * law.width)), 2000, 3e-3, 256),
     "score": Line(lambda law, data: ScoreMatching(), 3000, weighs=False),
     "sliced": Line(lambda law, data: SlicedScoreMatching(), 4000, weighs=False),
     "denoising": Line(lambda law, data: DenoisingScoreMatching(0.3 * law.width), 4000, noise=0.3, weighs=False),
