@@ -116,7 +116,7 @@ LINES = {
     "PCD-10": Line(lambda law, data: PersistentCD(256, 10, MALA(1.5 * law.width)), 2000, 3e-3, 256),
     "score": Line(lambda law, data: ScoreMatching(), 3000, weighs=False),
     "sliced": Line(lambda law, data: SlicedScoreMatching(), 4000, weighs=False),
-    "denoising": Line(lambda law, data: DenoisingScoreMatching(0.3 * law.width), 4000, noise=0.3, weighs=False),
+    "denoising": Line(lambda law, data: DenoisingScoreMatching(0.5 * law.width), 4000, noise=0.5, weighs=False),
     "NCE": Line(lambda law, data: NoiseContrastive(gaussian_noise(data, 1.2), nu=2.0), 3000),
     "ranking": Line(lambda law, data: RankingNCE(gaussian_noise(data, 1.2), 4), 2000),
     "conditional": Line(lambda law, data: ConditionalNCE(6.0 * law.width, 2), 3000),
