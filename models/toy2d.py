@@ -1,4 +1,4 @@
-"""Two-dimensional toys by every objective, judged by exact log Z: two moons within 0.05 nats of the truth. About 20 minutes.
+"""Two-dimensional toys by every objective, judged by exact log Z: two moons within 0.05 nats of the truth. About 35 minutes.
 
 python -m models.toy2d [--only NAME ...] [--seed N] [--quick] [--out DIR]
 """

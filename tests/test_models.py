@@ -115,3 +115,16 @@ def test_digits_are_learned_by_a_restricted_machine(tmp_path: Path) -> None:
     """No published value exists: the reference is this suite's own, over seeds (docs/boltzmann_machines.md)."""
     found = run("rbm", tmp_path)["metrics"]["test log-likelihood over seeds"]
     assert found["value"] == pytest.approx(-18.896, abs=5 * 0.016)  # the measured error over seeds
+
+
+@pytest.mark.slow
+def test_three_objectives_are_near_the_two_moons(tmp_path: Path) -> None:
+    found = run("toy2d", tmp_path, only=("moons", "likelihood", "NCE", "conditional"))["metrics"]
+    assert found["moons, oracle: entropy"]["value"] == pytest.approx(1.007585, abs=1e-6)
+    for name in ("likelihood", "NCE", "conditional"):
+        assert 0.0 < found[f"moons, {name}: KL"]["value"] < 0.05
+
+
+def test_toys_that_nobody_knows_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="only takes moons, .* got ..three moons"):
+        run("toy2d", tmp_path, only=("three moons",))
