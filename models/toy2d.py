@@ -214,7 +214,7 @@ def toys(recipe: Recipe, laws: Sequence[str], lines: Sequence[str], size: int, s
 def show(ax: plt.Axes, sight: Sight, density: Tensor, top: float, title: str, label: str) -> None:
     """A density as a picture."""
     half = float(-sight.axis[0])
-    picture = density.reshape(len(sight.axis), -1).mT
+    picture = density.reshape(len(sight.axis), -1).mT.numpy()
     ax.imshow(picture, origin="lower", extent=(-half, half, -half, half), vmin=0.0, vmax=top, cmap="magma")
     ax.set(xticks=[], yticks=[], xlabel=label)
     ax.set_title(title, fontsize=10)

@@ -126,5 +126,5 @@ def test_three_objectives_are_near_the_two_moons(tmp_path: Path) -> None:
 
 
 def test_toys_that_nobody_knows_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="only takes moons, .* got ..three moons"):
+    with pytest.raises(ValueError, match=r"only takes moons, .* got ..three moons"):
         run("toy2d", tmp_path, only=("three moons",))
