@@ -246,7 +246,7 @@ def main(
         only: names of data sets ("weights" among them) and of objectives; none of a kind means all of it.
         size: draws to train on; 4,000 others are for the test.
         seed: of data, weights and noise.
-        quick: a few steps of a few objectives on two data sets.
+        quick: a few steps of a few objectives on two laws.
         out: folder of metrics.json and the figure; runs/toy2d without.
         progress: show bars; on a terminal without.
     """
@@ -254,7 +254,7 @@ def main(
         raise ValueError(f"only takes {', '.join([*LAWS, 'weights', *LINES])}, got {unknown}")
     recipe = Recipe("toy2d", out, seed, only=only, size=size, quick=quick)
     sets, lines = [name for name in (*LAWS, "weights") if name in only], [name for name in LINES if name in only]
-    sets = sets or (["moons", "checkerboard"] if quick else [*LAWS, "weights"])
+    sets = sets or (["moons", "weights"] if quick else [*LAWS, "weights"])
     lines = lines or (["likelihood", "denoising", "NCE"] if quick else [*LINES])
     share = 0.01 if quick else 1.0
     if laws := [name for name in sets if name != "weights"]:
