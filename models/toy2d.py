@@ -63,7 +63,7 @@ LAWS = {
     "rings": Law(Circles.rings, 9.0, 0.08),
     "pinwheel": Law(Pinwheel, 11.0, 0.2),
 }
-PAIR = Law(functools.partial(GaussianMixture, [[-2.0, 0.0], [2.0, 0.0]], scale=0.5, weights=[0.9, 0.1]), 10.0, 0.5)
+PAIR = Law(functools.partial(GaussianMixture, [[-3.0, 0.0], [3.0, 0.0]], scale=0.5, weights=[0.9, 0.1]), 12.0, 0.5)
 
 
 class GridLikelihood(Objective):
@@ -229,7 +229,7 @@ def weights(recipe: Recipe, lines: Sequence[str], size: int, share: float, progr
     for label in lines:
         line = LINES[label]
         energy = train(line, PAIR, data, max(2, round(share * line.steps)), recipe.seed, progress)
-        mass, change = expectation(energy, lambda x: (x[:, 0] > 0).double(), [(-8.0, 8.0)] * 2, tolerance=1e-5)
+        mass, change = expectation(energy, lambda x: (x[:, 0] > 0).double(), [(-10.0, 10.0)] * 2, tolerance=1e-5)
         note = "" if line.weighs else "no claim: it sees the shape of each, not how much of it there is"
         masses[label] = (recipe.add(f"weights, {label}: the lighter", mass, change, "exact", note), float("nan"))
     ax = plot_mode_masses(masses, truth=0.1, label="mass of the lighter of two Gaussians")
