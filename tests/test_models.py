@@ -164,3 +164,16 @@ def test_a_joint_energy_model_classifies_and_knows_digits(tmp_path: Path) -> Non
     assert joint["value"] > plain["value"] - 5 * max(joint["error"], plain["error"])
     assert found["JEM: AUROC of -E(x), photographs"]["value"] > found["classifier: AUROC of logsumexp f, photographs"]["value"]
     assert found["JEM: draws that the classifier agrees on"]["value"] > 0.8
+
+
+@pytest.mark.slow
+def test_three_objectives_are_near_the_two_moons(tmp_path: Path) -> None:
+    found = run("toy2d", tmp_path, only=("moons", "likelihood", "NCE", "conditional"))["metrics"]
+    assert found["moons, oracle: entropy"]["value"] == pytest.approx(1.007585, abs=1e-6)
+    for name in ("likelihood", "NCE", "conditional"):
+        assert 0.0 < found[f"moons, {name}: KL"]["value"] < 0.05
+
+
+def test_toys_that_nobody_knows_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"only takes moons, .* got ..three moons"):
+        run("toy2d", tmp_path, only=("three moons",))

@@ -33,7 +33,7 @@ from pyroebm.kernels.sites import to_sites
 from pyroebm.partition import Bracket, LayeredPath, LayerGibbs, LogZ, annealing, bridging, estimators, layered, walk
 from pyroebm.partition.bases import IndependentLayers
 from pyroebm.partition.result import from_weights
-from pyroebm.targets import DoubleWell, Exponential, Gaussian, HalfDisc
+from pyroebm.targets import Checkerboard, DoubleWell, Exponential, Gaussian, GaussianMixture, HalfDisc
 
 F64 = torch.float64
 
@@ -179,6 +179,45 @@ def test_quadrature_says_where_it_is_not_exact() -> None:
     assert result.kind == "estimate"
     assert result.standard_error > 1e-8
     within_se(result.value, energy.log_z, result.standard_error)
+
+
+def test_expectations_by_quadrature() -> None:
+    """Moments, probabilities of regions and a divergence, against closed forms."""
+    law = Gaussian(torch.tensor([1.0, -2.0], dtype=F64), covariance=[[2.0, 0.6], [0.6, 1.0]])
+    moments, change = partition.expectation(law, lambda x: torch.cat([x, (x - law.mean) ** 2], 1))
+    torch.testing.assert_close(moments, torch.tensor([1.0, -2.0, 2.0, 1.0], dtype=F64), rtol=0.0, atol=1e-6)
+    assert change <= 1e-6
+    other = Gaussian(torch.zeros(2, dtype=F64))
+    kl, _ = partition.expectation(law, lambda x: other(x) + other.log_z - law(x) - law.log_z)
+    laws = [dist.MultivariateNormal(e.mean, e.covariance) for e in (law, other)]
+    assert float(kl) == pytest.approx(float(torch.distributions.kl_divergence(*laws)), abs=1e-8)
+    well = DoubleWell(dtype=F64)
+    right, change = partition.expectation(well, lambda x: (x > well.barrier).double())
+    assert change <= 1e-6
+    assert float(right) == pytest.approx(well.right_mass, abs=1e-5)
+    rate, _ = partition.expectation(Exponential(2.5, dtype=F64), lambda x: x)  # in the energy's own coordinates
+    assert float(rate) == pytest.approx(0.4, abs=1e-8)
+
+
+def test_weights_of_modes_by_quadrature() -> None:
+    law = GaussianMixture([[-2.0, 0.0], [2.0, 0.0]], scale=0.5, weights=[0.9, 0.1], dtype=F64)
+    found, change = partition.expectation(law, lambda x: torch.nn.functional.one_hot(law.mode_of(x), 2), tolerance=1e-4)
+    border = math.log(9.0) / 16.0
+    left, right = (0.5 * math.erfc(-(border + side) / math.sqrt(0.5)) for side in (2.0, -2.0))
+    assert change <= 1e-4
+    assert float(found.sum()) == pytest.approx(1.0, abs=1e-12)
+    assert float(found[0]) == pytest.approx(0.9 * left + 0.1 * right, abs=1e-4)
+
+
+def test_expectations_refuse_what_is_no_function() -> None:
+    law = Gaussian(torch.zeros(2, dtype=F64))
+    with pytest.raises(ValueError, match=r"function must map .* got shape \(\)"):
+        partition.expectation(law, lambda x: x.sum())
+    with pytest.raises(FloatingPointError, match="function is NaN"):
+        partition.expectation(law, lambda x: x[:, 0].log())
+    board = Checkerboard(F64)  # where the density is 0 the function is not asked
+    area, _ = partition.expectation(board, lambda x: torch.where(board(x) < math.inf, 1.0, math.nan), [(-4.0, 4.0)] * 2)
+    assert float(area) == pytest.approx(1.0, abs=1e-12)
 
 
 # Every estimator, within three standard errors

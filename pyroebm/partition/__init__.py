@@ -5,7 +5,7 @@ from pyroebm.partition.bases import IndependentLayers, IndependentSites, base_ra
 from pyroebm.partition.bridging import acceptance_ratio, bridge
 from pyroebm.partition.estimators import importance, smc, thermodynamic_integration
 from pyroebm.partition.layered import LayeredPath, LayerGibbs
-from pyroebm.partition.numeric import exact, quadrature
+from pyroebm.partition.numeric import exact, expectation, quadrature
 from pyroebm.partition.result import Bracket, LogZ
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "bracket",
     "bridge",
     "exact",
+    "expectation",
     "importance",
     "quadrature",
     "reverse_ais",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from pyroebm.randomness import seeded_generator
 from pyroebm.supports import is_discrete, site_values
 from pyroebm.views import Unconstrained, eval_mode
 
-__all__ = ["exact", "quadrature"]
+__all__ = ["exact", "expectation", "quadrature"]
 
 #: Gauss-Legendre nodes in one panel.
 NODES = 16
@@ -119,6 +119,55 @@ def quadrature(
         >>> print(quadrature(DoubleWell(dtype=torch.float64)).value)  # doctest: +ELLIPSIS
         5.03228400...
     """
+    value, _, change, dim = _integrate(energy, None, bounds, tolerance, max_panels)
+    return LogZ(value, change, "exact" if change <= tolerance else "estimate", f"quadrature in {dim}-D")
+
+
+def expectation(
+    energy: Energy,
+    function: Callable[[Tensor], Tensor],
+    bounds: Sequence[tuple[float, float]] | None = None,
+    *,
+    tolerance: float = 1e-6,
+    max_panels: int | None = None,
+) -> tuple[Tensor, float]:
+    r""":math:`E_p[f(x)] = \int f(x)\, e^{-E(x)} dx / Z` in one or two dimensions, by the panels of :func:`quadrature`.
+
+    Probabilities of regions are expectations of their indicators, which converge slowly where the density at their edges is not
+    small: look at the change.
+
+    Args:
+        energy: as for :func:`quadrature`.
+        function: f, of states ``(n, *event)`` to ``(n,)`` or ``(n, k)``; where the density is 0 it is not heeded.
+        bounds, tolerance, max_panels: as for :func:`quadrature`; the tolerance is that of each entry.
+
+    Returns:
+        the expectation, float64, a scalar or ``(k,)``; and its largest change when the panels were last halved, at most the
+        tolerance unless ``max_panels`` was met.
+
+    Raises:
+        ValueError: as :func:`quadrature`, and if f gives another shape.
+        FloatingPointError: as :func:`quadrature`, and if f is NaN or infinite where the density is not 0.
+
+    Example:
+        >>> from pyroebm.targets import DoubleWell
+        >>> well = DoubleWell(dtype=torch.float64)
+        >>> value, change = expectation(well, lambda x: torch.stack([x, x * x], -1))
+        >>> value
+        tensor([-1.2273,  2.0119], dtype=torch.float64)
+    """
+    _, mean, change, _ = _integrate(energy, function, bounds, tolerance, max_panels)
+    return mean, change
+
+
+def _integrate(
+    energy: Energy,
+    function: Callable[[Tensor], Tensor] | None,
+    bounds: Sequence[tuple[float, float]] | None,
+    tolerance: float,
+    max_panels: int | None,
+) -> tuple[float, Tensor, float, int]:
+    """log Z, the expectation of a function, how much the one asked for changed at last, and the dimensions."""
     check_energy(energy)
     target = Unconstrained(energy)
     dim = target.event_shape.numel()
@@ -127,13 +176,16 @@ def quadrature(
     with torch.no_grad(), eval_mode(energy):
         box = _find_box(target, dim) if bounds is None else _checked(bounds, dim)
         limit, panels = (4096 if dim == 1 else 64) if max_panels is None else max_panels, 2
-        value, change = _panels(target, box, 1), math.inf
+        value, mean = _panels(target, box, 1, function)
+        change = math.inf
         while change > tolerance and panels <= limit:
-            finer = _panels(target, box, panels)
-            value, change, panels = finer, abs(finer - value), 2 * panels
+            before, value_before = mean, value
+            value, mean = _panels(target, box, panels, function)
+            change = abs(value - value_before) if function is None else float((mean - before).abs().max())
+            panels *= 2
     if not math.isfinite(value):
         raise FloatingPointError(f"the density of {type(energy).__name__} is 0 everywhere in the box {box}")
-    return LogZ(value, change, "exact" if change <= tolerance else "estimate", f"quadrature in {dim}-D")
+    return value, mean, change, dim
 
 
 Box = list[tuple[float, float]]
@@ -146,8 +198,8 @@ def _checked(bounds: Sequence[tuple[float, float]], dim: int) -> Box:
     return box
 
 
-def _log_density(target: Energy, axes: Sequence[Tensor]) -> Iterator[tuple[Tensor, slice]]:
-    """Log densities, float64, over the grid of the axes, in pieces of the first axis."""
+def _log_density(target: Energy, axes: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor, slice]]:
+    """Log densities, float64, over the grid of the axes, and the states, in pieces of the first axis."""
     rows = max(1, BATCH * 4 // math.prod(len(axis) for axis in axes[1:]))
     for first in range(0, len(axes[0]), rows):
         piece = slice(first, first + rows)
@@ -157,11 +209,11 @@ def _log_density(target: Energy, axes: Sequence[Tensor]) -> Iterator[tuple[Tenso
         wrong = int((values.isnan() | (values == math.inf)).sum())
         if wrong:
             raise FloatingPointError(f"the energy is NaN or -inf at {wrong} of {values.numel()} nodes of the grid")
-        yield values, piece
+        yield values, states, piece
 
 
-def _panels(target: Energy, box: Box, panels: int) -> float:
-    """log of the integral over a box with that many panels on each axis."""
+def _panels(target: Unconstrained, box: Box, panels: int, function: Callable[[Tensor], Tensor] | None) -> tuple[float, Tensor]:
+    """log of the integral over a box with that many panels on each axis, and the expectation of a function."""
     node, weight = (torch.as_tensor(part, device=target.device) for part in np.polynomial.legendre.leggauss(NODES))
     axes, weights = [], []
     for low, high in box:
@@ -170,12 +222,31 @@ def _panels(target: Energy, box: Box, panels: int) -> float:
         axes.append((centre.unsqueeze(1) + half * node).flatten())
         weights.append((half * weight).log().repeat(panels))
     total = torch.tensor(-math.inf, dtype=torch.float64, device=target.device)
-    for values, piece in _log_density(target, axes):
+    mean = torch.zeros((), dtype=torch.float64, device=target.device)
+    for values, states, piece in _log_density(target, axes):
         values = values + weights[0][piece].reshape(-1, *[1] * (len(box) - 1))
         if len(box) == 2:
             values = values + weights[1]
-        total = torch.logaddexp(total, values.flatten().logsumexp(0))
-    return float(total)
+        values = values.flatten()
+        here = values.logsumexp(0)
+        both = torch.logaddexp(total, here)
+        if function is not None and bool(here > -math.inf):
+            mean = mean * (total - both).exp() + (here - both).exp() * _mean(
+                function, target.constrain(states), values.softmax(0)
+            )
+        total = both
+    return float(total), mean
+
+
+def _mean(function: Callable[[Tensor], Tensor], states: Tensor, weights: Tensor) -> Tensor:
+    found = function(states).double()
+    if found.dim() not in (1, 2) or len(found) != len(states):
+        raise ValueError(f"function must map (n, *event) to (n,) or (n, k), got shape {tuple(found.shape)} for n = {len(states)}")
+    there = weights > 0.0
+    result = weights[there] @ found[there]
+    if not bool(torch.isfinite(result).all()):
+        raise FloatingPointError("function is NaN or infinite where the density is not 0")
+    return result
 
 
 def _find_box(target: Energy, dim: int) -> Box:
@@ -209,7 +280,7 @@ def _alive(target: Energy, box: Box) -> list[Tensor]:
     """For each axis, at which of its grid points the density is not negligible anywhere across."""
     count = 1025 if len(box) == 1 else 129
     axes = [torch.linspace(low, high, count, dtype=torch.float64, device=target.device) for low, high in box]
-    values = torch.cat([values for values, _ in _log_density(target, axes)])
+    values = torch.cat([values for values, _, _ in _log_density(target, axes)])
     if bool((values == -math.inf).all()):
         raise FloatingPointError(f"the density is 0 at every point of a grid over {box}; give bounds")
     alive = values > values.max() - DEPTH

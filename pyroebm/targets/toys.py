@@ -1,0 +1,234 @@
+"""The two-dimensional toys on which deep energies are tried, each as the exact law of its well-known generator."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from pyroebm.front_door import check_counts
+from pyroebm.targets.base import LOG_TWO_PI, check_each, check_positive
+from pyroebm.targets.noisy_curves import Plane
+from pyroebm.targets.normals import GaussianMixture
+
+__all__ = ["Checkerboard", "Circles", "Pinwheel", "eight_gaussians"]
+
+
+class Circles(Plane):
+    r"""Concentric circles of radii :math:`R_k`, each as likely as the others, with normal noise; normalised.
+
+    .. math:: p(x) = \frac1K \sum_k \frac1{2 \pi \sigma^2} e^{-(|x| - R_k)^2 / 2 \sigma^2} \tilde I_0(|x| R_k / \sigma^2),
+        \qquad \tilde I_0(t) = e^{-t} I_0(t)
+
+    The defaults are the law of scikit-learn's ``make_circles(factor=0.5, noise=0.08)`` times 3 (Grathwohl et al., 2021).
+
+    Args:
+        radii: :math:`R_k > 0`.
+        noise: :math:`\sigma > 0`.
+        dtype: floating-point type; None for torch's default.
+
+    Raises:
+        ValueError: if a radius or ``noise`` is not positive.
+
+    Example:
+        >>> Circles().variance
+        tensor([2.8701, 2.8701])
+    """
+
+    def __init__(self, radii: Sequence[float] = (3.0, 1.5), noise: float = 0.24, dtype: torch.dtype | None = None) -> None:
+        check_positive(radii=torch.tensor(radii), noise=noise)
+        super().__init__(dtype=dtype)
+        self.radii, self.noise = tuple(map(float, radii)), float(noise)
+
+    @classmethod
+    def rings(cls, dtype: torch.dtype | None = None) -> Circles:
+        """Four rings of radii 3, 2.25, 1.5 and 0.75 with noise 0.08 (Grathwohl et al., 2019)."""
+        return cls((3.0, 2.25, 1.5, 0.75), 0.08, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        r = torch.linalg.vector_norm(x, dim=-1).unsqueeze(-1) / self.noise
+        radii = self._number(self.radii) / self.noise
+        parts = torch.special.i0e(r * radii).log() - 0.5 * (r - radii).square()
+        return LOG_TWO_PI + math.log(self.noise**2 * len(self.radii)) - torch.logsumexp(parts, -1)
+
+    @property
+    def mean(self) -> Tensor:
+        return self._number([0.0, 0.0])
+
+    @property
+    def variance(self) -> Tensor:
+        return self._number([0.5 * sum(r * r for r in self.radii) / len(self.radii) + self.noise**2] * 2)
+
+    def _draw(self, n: int, generator: torch.Generator | None) -> Tensor:
+        u, angle = self._uniform((2, n), generator)
+        radius = torch.tensor(self.radii, dtype=torch.float64, device=u.device)[(u * len(self.radii)).long()]
+        angle = 2.0 * math.pi * angle
+        return torch.stack([radius * angle.cos(), radius * angle.sin()], -1) + self.noise * self._normal((n, 2), generator)
+
+
+class Checkerboard(Plane):
+    r"""The uniform law on the black squares, of side 2, of a 4 x 4 board over :math:`[-4, 4]^2`: area 32; :math:`+\infty`
+    elsewhere.
+
+    Args:
+        dtype: floating-point type; None for torch's default.
+
+    Raises:
+        ValueError: if ``dtype`` is no floating-point type.
+
+    Example:
+        >>> Checkerboard()(torch.tensor([[1.0, 1.0], [1.0, 3.0], [3.0, 3.0]]))
+        tensor([3.4657,    inf, 3.4657])
+    """
+
+    def __init__(self, dtype: torch.dtype | None = None) -> None:
+        super().__init__(dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Squares are closed: a draw that is rounded to an edge stays in its own.
+        low, high = (0.5 * x).floor(), (0.5 * x).ceil() - 1.0
+        black = torch.zeros_like(x[..., 0], dtype=torch.bool)
+        for i in (low[..., 0], high[..., 0]):
+            for j in (low[..., 1], high[..., 1]):
+                inside = (torch.minimum(i, j) >= -2.0) & (torch.maximum(i, j) <= 1.0)
+                black = black | (inside & ((i + j) % 2.0 == 0.0))
+        zero = 0.0 * x.sum(-1)  # NaN where x is
+        return torch.where(black, zero + math.log(32.0), torch.where(zero.isnan(), zero, math.inf))
+
+    @property
+    def mean(self) -> Tensor:
+        return self._number([0.0, 0.0])
+
+    @property
+    def variance(self) -> Tensor:
+        return self._number([16.0 / 3.0] * 2)  # of each coordinate alone, which is uniform on [-4, 4]
+
+    def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        return self.sample(n, generator)
+
+    def _draw(self, n: int, generator: torch.Generator | None) -> Tensor:
+        x, y, row = self._uniform((3, n), generator)
+        x = 4.0 * x - 2.0
+        return 2.0 * torch.stack([x, y + x.floor() % 2.0 - 2.0 * (row < 0.5)], -1)
+
+
+class Pinwheel(Plane):
+    r"""The pinwheel of Johnson et al. (2016): a normal law on each of K arms, sheared by a turn that grows along the arm.
+
+    .. math:: f \sim N\big((1, 0), \operatorname{diag}(\sigma_r^2, \sigma_t^2)\big), \quad
+        x = s\, R(-\psi) f, \quad \psi = \frac{2 \pi k}K + \gamma e^{f_1}
+
+    with R a rotation. The density is a sum over all f from which x comes, :math:`\psi - \gamma e^{f_1(\psi)}` a multiple of
+    :math:`2 \pi / K` with :math:`f(\psi) = R(\psi) x / s`, of :math:`p(f) / (K s^2 |1 + \gamma e^{f_1} f_2|)`. Their number is K
+    but in the far tails. There the determinant passes through zero, and the density has poles: together they hold less than
+    :math:`10^{-8}` of the mass.
+
+    Args:
+        arms: K.
+        radial, tangential: :math:`\sigma_r, \sigma_t > 0`.
+        rate: :math:`\gamma`.
+        scale: :math:`s > 0`.
+        dtype: floating-point type; None for torch's default.
+
+    Raises:
+        ValueError: if a deviation or ``scale`` is not positive, ``rate`` is not finite, or ``arms`` is below 2.
+
+    Example:
+        >>> Pinwheel().variance
+        tensor([2.2000, 2.2000])
+    """
+
+    cells = 128  # of the angle, in which roots are looked for
+    candidates = 3  # more than the number of arms
+
+    def __init__(
+        self,
+        arms: int = 5,
+        radial: float = 0.3,
+        tangential: float = 0.1,
+        rate: float = 0.25,
+        scale: float = 2.0,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        check_counts({"arms": 2}, arms)
+        check_positive(radial=radial, tangential=tangential, scale=scale)
+        check_each("finite", torch.isfinite, rate=rate)
+        super().__init__(dtype=dtype)
+        self.arms, self.spread, self.rate, self.scale = arms, (radial, tangential), rate, scale
+
+    def _log_normal(self, f: tuple[Tensor, Tensor]) -> Tensor:
+        radial, tangential = self.spread
+        constant = LOG_TWO_PI + math.log(radial * tangential)
+        return -0.5 * ((f[0] - 1.0) / radial) ** 2 - 0.5 * (f[1] / tangential) ** 2 - constant
+
+    def forward(self, x: Tensor) -> Tensor:
+        u, v = (x / self.scale).unsqueeze(-1).unbind(-2)
+
+        def turned(angle: Tensor) -> tuple[Tensor, Tensor]:  # f(angle)
+            cos, sin = angle.cos(), angle.sin()
+            return u * cos - v * sin, u * sin + v * cos
+
+        def turns(angle: Tensor, f: tuple[Tensor, Tensor]) -> Tensor:  # a whole number of them at a root
+            return (angle - self.rate * f[0].exp()) * (self.arms / (2.0 * math.pi))
+
+        with torch.no_grad():
+            edges = torch.linspace(0.0, 2.0 * math.pi, self.cells + 1, dtype=x.dtype, device=x.device)
+            f = turned(edges)
+            level = turns(edges, f)
+            floors = level.floor()
+            crossed = floors[..., 1:] != floors[..., :-1]
+            likely = torch.where(crossed, self._log_normal(f)[..., 1:], -math.inf)
+            cell = likely.topk(self.arms + self.candidates, -1).indices
+            goal = torch.maximum(floors[..., 1:], floors[..., :-1]).gather(-1, cell)
+            low, width = edges[cell], 2.0 * math.pi / self.cells
+            below, above = level.gather(-1, cell), level.gather(-1, cell + 1)
+            angle = low + width * ((goal - below) / (above - below)).nan_to_num(0.5).clamp(0.0, 1.0)
+            found = crossed.gather(-1, cell)
+            for _ in range(4):
+                angle = torch.minimum(torch.maximum(self._newton(angle, goal, turned), low), low + width)
+        for _ in range(2):  # with the graph: a root's first and second derivatives in x
+            angle = self._newton(angle, goal, turned)
+        f = turned(angle)
+        log_det = self._slope(f).abs().log() + math.log(self.arms * self.scale**2)
+        terms = torch.where(found, self._log_normal(f) - log_det, -math.inf)
+        return -torch.logsumexp(terms, -1) + 0.0 * x.sum(-1)  # NaN where x is
+
+    def _slope(self, f: tuple[Tensor, Tensor]) -> Tensor:
+        return 1.0 + self.rate * f[0].exp() * f[1]
+
+    def _newton(self, angle: Tensor, goal: Tensor, turned: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Tensor:
+        f = turned(angle)
+        return angle - (angle - self.rate * f[0].exp() - goal * (2.0 * math.pi / self.arms)) / self._slope(f)
+
+    @property
+    def mean(self) -> Tensor:
+        return self._number([0.0, 0.0])
+
+    @property
+    def variance(self) -> Tensor:
+        return self._number([0.5 * self.scale**2 * (1.0 + self.spread[0] ** 2 + self.spread[1] ** 2)] * 2)
+
+    def _draw(self, n: int, generator: torch.Generator | None) -> Tensor:
+        first, second = self._normal((2, n), generator)
+        first, second = 1.0 + self.spread[0] * first, self.spread[1] * second
+        arm = (self._uniform((n,), generator) * self.arms).floor()
+        angle = 2.0 * math.pi / self.arms * arm + self.rate * first.exp()
+        cos, sin = angle.cos(), angle.sin()
+        return self.scale * torch.stack([first * cos + second * sin, second * cos - first * sin], -1)
+
+
+def eight_gaussians(dtype: torch.dtype | None = None) -> GaussianMixture:
+    """Eight equal normal laws on a circle, radius 4 and deviation 0.5, both over 1.414 (Grathwohl et al., 2019).
+
+    Args:
+        dtype: floating-point type; None for torch's default.
+
+    Example:
+        >>> eight_gaussians().mode_weights[0], len(eight_gaussians().loc)
+        (tensor(0.1250), 8)
+    """
+    angle = 0.25 * math.pi * torch.arange(8, dtype=torch.float64)
+    means = 4.0 / 1.414 * torch.stack([angle.cos(), angle.sin()], -1)
+    return GaussianMixture(means, scale=0.5 / 1.414, dtype=dtype or torch.get_default_dtype())
