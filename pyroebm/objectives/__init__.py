@@ -6,6 +6,7 @@ from pyroebm.objectives.contrastive import ContrastiveDivergence, PersistentCD
 from pyroebm.objectives.likelihood import ExactLikelihood, MeanFieldLikelihood, Pseudolikelihood
 from pyroebm.objectives.selection import TotalDimSelection, select_total_dim
 from pyroebm.objectives.svi import flow_guide, flow_model
+from pyroebm.objectives.symmetric import SymmetrizedKL
 from pyroebm.objectives.variational import ReverseKL, evaluate_j, fit_flow
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "Pseudolikelihood",
     "ReverseKL",
     "Sparsity",
+    "SymmetrizedKL",
     "TotalDimSelection",
     "evaluate_j",
     "fit_flow",
