@@ -1,6 +1,6 @@
 """Normalised stand-ins for the density of an energy, and importance sampling with them."""
 
-from pyroebm.flows.adapters import AutoregressiveFlow, ContinuousFlow, SplineFlow, ZukoTransform
+from pyroebm.flows.adapters import ZukoTransform
 from pyroebm.flows.affine import AffineCoupling, Loft
 from pyroebm.flows.base import Base, MixtureBase, StandardNormal, StudentBase
 from pyroebm.flows.bijection import Bijection
@@ -15,6 +15,7 @@ from pyroebm.flows.nice import NICE, RedundantNICE
 from pyroebm.flows.realnvp import RealNVP
 from pyroebm.flows.saving import load_flow
 from pyroebm.flows.symmetrized import Symmetrized
+from pyroebm.flows.zuko_flows import AutoregressiveFlow, ContinuousFlow, SplineFlow
 
 __all__ = [
     "AdditiveCoupling",

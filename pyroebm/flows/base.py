@@ -77,8 +77,8 @@ class MixtureBase(Base):
     r"""A mixture of K Gaussians: :math:`p(z) = \sum_k w_k N(z \mid \mu_k, \mathrm{diag}(\sigma_k^2))`.
 
     Means and scales are learned. A draw is :math:`\mu_k + \sigma_k \epsilon` with k drawn from the weights, a choice that carries
-    no gradient in w. Where w is learned too, the draw gets the missing part by implicit reparameterisation (Figurnov, Mohamed and Mnih, 2018) of the chain of
-    conditional distribution functions :math:`F_i(z_i \mid z_{<i})`, which a draw of z keeps constant:
+    no gradient in w. Where w is learned too, the draw gets the missing part by implicit reparameterisation (Figurnov, Mohamed and
+    Mnih, 2018): it moves such that the conditional distribution functions :math:`F_i(z_i \mid z_{<i})` stay what they are,
 
     .. math:: \frac{d z_i}{d w} = -\frac{1}{p(z_i \mid z_{<i})} \Big(\frac{\partial F_i}{\partial w}
         + \sum_{j<i} \frac{\partial F_i}{\partial z_j} \frac{d z_j}{d w}\Big)
@@ -173,8 +173,8 @@ class StudentBase(Base):
 
     .. math:: z_i = \epsilon_i \big/ \sqrt{\chi^2_{\nu_i} / \nu_i}, \qquad \nu_i = b + \mathrm{softplus}(r_i)
 
-    The gradient in :math:`\nu` is torch's implicit one of the gamma distribution. Tails that a smooth flow leaves as they are must
-    be right in the base (Jaini, Kobyzev, Yu and Brubaker, "Tails of Lipschitz triangular flows", 2020).
+    The gradient in :math:`\nu` is torch's implicit one of the gamma distribution. Tails that a smooth flow leaves as they are
+    must be right in the base (Jaini, Kobyzev, Yu and Brubaker, "Tails of Lipschitz triangular flows", 2020).
 
     Args:
         dim: D.
