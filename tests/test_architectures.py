@@ -81,7 +81,7 @@ def test_no_layer_stretches_by_more_than_the_clamp(soft: str) -> None:
     log_det = layer.with_log_det(10.0 * noise(200, 4))[1].detach()
     assert float(log_det.abs().max()) <= 2 * 0.7 + 1e-12
     assert float(log_det.abs().max()) > 0.7  # it is reached
-    gentle = AffineCoupling(2, nn.Linear(1, 2).double(), clamp=50.0, soft=soft)
+    gentle = AffineCoupling(2, nn.Linear(1, 2).double(), clamp=500.0, soft=soft)
     slope = 1.0 if soft == "tanh" else 2.0 / math.pi
     s = gentle.net(z := torch.zeros(1, dtype=F64))[0]
     torch.testing.assert_close(gentle.with_log_det(torch.cat((z, z)))[1], slope * s, rtol=1e-4, atol=0.0)
@@ -123,7 +123,7 @@ def test_loft_is_the_identity_inside_and_logarithmic_outside() -> None:
     torch.testing.assert_close(layer.with_log_det(z)[1], torch.tensor(-1.0, dtype=F64))
     assert bool(layer(torch.tensor([math.nan, 1.0, 1.0])).isnan()[0])
     wide = RealNVP(1, 0, loft=4.0, scale=50.0, dtype=F64)
-    assert float(wide.push(wide.draw_noise(1000, seeded_generator(0)))[0].abs().max()) < 4.0 + math.log(400.0)
+    assert float(wide.push(wide.draw_noise(1000, seeded_generator(0)))[0].detach().abs().max()) < 4.0 + math.log(400.0)
 
 
 def test_refusals_of_layers() -> None:
@@ -236,17 +236,19 @@ class _IgnoringEarlierEntries(MixtureBase):
 def test_mutants_of_the_mixture_are_caught(mutant: type[MixtureBase]) -> None:
     base = mixture()
     base.__class__ = mutant
-    with pytest.raises(AssertionError, match="standard errors"):
+    with pytest.raises(AssertionError, match="standard error"):
         check_draws_carry_the_gradient(base)
 
 
-@pytest.mark.parametrize("base", [mixture(), StudentBase(2, df=9.0, dtype=F64)], ids=["mixture", "student"])
-def test_draws_of_a_base_have_its_density(base: Any) -> None:
+@pytest.mark.parametrize(
+    ("base", "half"), [(mixture(), 9.0), (StudentBase(2, df=9.0, dtype=F64), 40.0)], ids=["mixture", "student"]
+)
+def test_draws_of_a_base_have_its_density(base: Any, half: float) -> None:
     z = base.draw(40_000, seeded_generator(1), F64, CPU).detach()
-    axis = torch.linspace(-60.0, 60.0, 2401, dtype=F64)
+    axis = torch.linspace(-half, half, 801, dtype=F64)
     grid = torch.cartesian_prod(axis, axis)
     density = base.log_prob(grid).exp().detach() * float(axis[1] - axis[0]) ** 2
-    for f in (lambda z: z, torch.square, lambda z: z[:, :1] * z[:, 1:], lambda z: (z < 0.3).double()):
+    for f in (lambda z: z, torch.square, lambda z: z[:, :1] * z[:, 1:], lambda z: (z - 0.3).tanh()):
         mean, se = mean_and_se(f(z))
         truth = (density.unsqueeze(-1) * f(grid)).sum(0)
         within_se(mean, truth, se)
@@ -261,9 +263,9 @@ def test_fixed_weights_and_degrees_stay_and_bases_refuse() -> None:
     assert not list(StudentBase(2, learn_df=False).parameters())
     torch.testing.assert_close(StudentBase(2, df=2.5, dtype=F64).df.detach(), torch.full((2,), 2.5, dtype=F64))
     torch.testing.assert_close(StudentBase(1, df=400.0, dtype=F64).df.detach(), torch.full((1,), 400.0, dtype=F64))
-    with pytest.raises(ValueError, match="least=2.0, df=1.5"):
+    with pytest.raises(ValueError, match=r"least=2\.0, df=1\.5"):
         StudentBase(2, df=1.5)
-    with pytest.raises(ValueError, match="components must be an integer of at least 1, got components=0"):
+    with pytest.raises(ValueError, match=r"components must be an integer of at least 1, got components=0"):
         MixtureBase(2, 0)
     with pytest.raises(ValueError, match="spread=-1"):
         MixtureBase(2, 2, spread=-1.0)
@@ -279,12 +281,12 @@ def test_a_student_base_reaches_a_heavy_tail_that_a_normal_one_does_not() -> Non
 
     energy = Heavy((1,)).double()
     found = {}
-    for name, base in (("normal", None), ("student", StudentBase(1, df=20.0, dtype=F64))):
+    for name, base in (("normal", None), ("student", StudentBase(1, df=8.0, dtype=F64))):
         flow = NICE(1, base=base, dtype=F64)
-        for _ in fit_flow(flow, energy, ReverseKL(), steps=300, num_samples=256, lr=3e-2, seed=1):
+        for _ in fit_flow(flow, energy, ReverseKL(), steps=150, num_samples=128, lr=5e-2, seed=1):
             pass
         found[name] = importance_sample(flow, energy, 20_000)
-    assert found["student"].pareto_k < 0.5 < found["normal"].pareto_k
+    assert found["student"].pareto_k < 0.7 < found["normal"].pareto_k
     within_se(found["student"].log_z, 0.0, found["student"].log_z_se)
 
 
@@ -304,8 +306,8 @@ GROUPS: dict[str, Tensor] = {
 groups = pytest.mark.parametrize("name", GROUPS)
 
 
-def two_dimensional(name: str, weights: str = "uniform") -> tuple[Symmetrized, RealNVP]:
-    inner = stirred(RealNVP(2, 2, (8,), dtype=F64), scale=0.5)
+def two_dimensional(name: str, weights: str = "uniform", scale: float = 0.5) -> tuple[Symmetrized, RealNVP]:
+    inner = stirred(RealNVP(2, 2, (8,), dtype=F64), scale=scale)
     flow = Symmetrized(inner, GROUPS[name], weights)
     if flow.logits is not None:
         with torch.no_grad():
@@ -370,7 +372,7 @@ def test_summed_terms_have_the_mean_of_pushed_ones_and_less_noise(weights: str) 
 
 
 def test_summed_terms_give_the_weights_their_gradient_and_pushes_none() -> None:
-    flow, _ = two_dimensional("all flips", "learned")
+    flow, _ = two_dimensional("all flips", "learned", scale=0.1)
     assert flow.logits is not None
     energy = Gaussian(torch.tensor([1.0, 0.5], dtype=F64), dtype=F64)
     axis = torch.linspace(-14.0, 14.0, 561, dtype=F64)
@@ -410,7 +412,7 @@ def test_learned_weights_find_unequal_masses() -> None:
     flow, energy = Symmetrized(NICE(1, dtype=F64), sign_flips(1), "learned"), TwoWells((1,)).double()
     for _ in fit_flow(flow, energy, SymmetrizedKL(), steps=400, num_samples=128, lr=3e-2):
         pass
-    assert abs(float(flow.log_weights().exp().max()) - 0.8) < 0.01
+    assert abs(float(flow.log_weights().detach().exp().max()) - 0.8) < 0.01
     assert importance_sample(flow, energy, 5000).ess_fraction > 0.99
 
 
@@ -584,7 +586,9 @@ def test_a_continuous_flow_learns_in_eval_mode_too() -> None:
 
 
 def test_refusals_of_zuko_flows(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match=r"atol and rtol must be at least 1.2e-06 in torch.float32, or the solver never ends"):
+    with pytest.raises(
+        ValueError, match=r"atol >= 1.2e-07 and rtol >= 1.2e-06 must hold in torch.float32, or the solver never ends"
+    ):
         ContinuousFlow(2, atol=1e-8)
     with pytest.raises(ValueError, match="bound must be positive and finite, got bound=0"):
         SplineFlow(2, bound=0.0)

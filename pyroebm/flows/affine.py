@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pyroebm.flows.bijection import Bijection, check_event
 from pyroebm.networks import mlp
 
-__all__ = ["AffineCoupling", "Loft", "coupling_mask"]
+__all__ = ["AffineCoupling", "Loft", "coupling_mask", "coupling_masks"]
 
 
 def coupling_mask(dim: int, mask: str | Sequence[bool] | Tensor) -> Tensor:
@@ -42,6 +42,28 @@ def coupling_mask(dim: int, mask: str | Sequence[bool] | Tensor) -> Tensor:
             f" {tuple(passing.shape)} and {int(passing.sum())} True"
         )
     return passing
+
+
+def coupling_masks(dim: int, mask: str, layers: int, generator: torch.Generator) -> list[Tensor]:
+    """Masks of layers in pairs, each pair moving every entry; for each pair but the first the entries are shuffled.
+
+    Without a shuffle the same entries would stand on the same side for ever, as in ``pyro``'s ``iterated(k, affine_coupling)``.
+    In one dimension there is nothing to couple, and no mask.
+
+    Args:
+        dim: D.
+        mask: of the first layer, as in :func:`coupling_mask`.
+        layers: how many.
+        generator: source of the shuffles.
+    """
+    if dim < 2:
+        return []
+    passing, masks = coupling_mask(dim, mask), []
+    for k in range(layers):
+        if k and k % 2 == 0 and dim > 2:
+            passing = passing[torch.randperm(dim, generator=generator)]
+        masks.append(passing if k % 2 == 0 else ~passing)
+    return masks
 
 
 class AffineCoupling(Bijection):

@@ -85,13 +85,15 @@ def generated_group(generators: Tensor) -> Tensor:
         4
     """
     _check_square(generators)
-    found = [torch.eye(generators.shape[-1], dtype=generators.dtype)]
-    for element in found:  # grows while it is read
-        for product in generators @ element:
-            if not (torch.stack(found) - product).abs().amax((1, 2)).lt(_tolerance(generators)).any():
-                found.append(product)
+    size = generators.shape[-1]
+    found = new = torch.eye(size, dtype=generators.dtype).unsqueeze(0)
+    while len(new):
+        products = (generators.unsqueeze(1) @ new).reshape(-1, size, size)
+        products = products[~_same(products, found).any(1)]
+        new = products[~_same(products, products).tril(-1).any(1)]
+        found = torch.cat((found, new))
         _check_size(len(found), "the group that these maps generate")
-    return torch.stack(found)
+    return found
 
 
 def multiplication_table(elements: Tensor) -> Tensor:
@@ -110,9 +112,9 @@ def multiplication_table(elements: Tensor) -> Tensor:
     """
     _check_square(elements)
     _check_size(len(elements), "a group")
-    flat, rows = elements.flatten(1), []
+    rows = []
     for element in elements:
-        near = torch.cdist((element @ elements).flatten(1), flat, p=torch.inf) < _tolerance(elements)
+        near = _same(element @ elements, elements)
         if not bool((near.sum(1) == 1).all()):
             raise ValueError(
                 f"group must hold every product of its elements, each once: of {len(elements)} elements one has products"
@@ -123,8 +125,9 @@ def multiplication_table(elements: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
-def _tolerance(elements: Tensor) -> float:
-    return 100.0 * torch.finfo(elements.dtype).eps ** 0.75 * max(1.0, float(elements.abs().max()))
+def _same(a: Tensor, b: Tensor) -> Tensor:
+    """Which of a are which of b, up to rounding: ``(A, d, d), (B, d, d) -> (A, B)``."""
+    return torch.cdist(a.flatten(1), b.flatten(1), p=torch.inf) < 100.0 * torch.finfo(a.dtype).eps ** 0.75
 
 
 def _check_square(elements: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""RealNVP for energies: soft-clamped affine couplings, permutations, a final affine layer and a logarithmic tail."""
+"""RealNVP for energies: soft-clamped affine couplings, a final affine layer and a logarithmic tail."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from pyroebm.flows.affine import AffineCoupling, Loft
+from pyroebm.flows.affine import AffineCoupling, Loft, coupling_masks
 from pyroebm.flows.base import Base
 from pyroebm.flows.flow import Flow
-from pyroebm.flows.linear import Permutation, PLULinear, Shift
+from pyroebm.flows.linear import PLULinear, Shift
 from pyroebm.flows.networks import ConditionalGaussian
 from pyroebm.front_door import check_counts
 from pyroebm.randomness import seeded_generator
@@ -23,15 +23,15 @@ class RealNVP(Flow):
 
     .. math:: (x, y) = \mathrm{LOFT}\big(S\, f_L \circ \dots \circ f_1(z) + c\big)
 
-    Layers come in pairs, each of which moves every entry; before every pair but the first the entries are shuffled by a fixed
-    random permutation, without which some would never meet. A fresh flow is the base itself.
+    Layers come in pairs, each of which moves every entry. For each pair but the first it is drawn anew which entries pass first,
+    without which some would never meet. A fresh flow is the base itself, scaled.
 
     Args:
         dim: d, entries of x.
         layers: L, of :class:`AffineCoupling`; none where D = 1, which has nothing to couple.
         hidden: widths of the conditioners' hidden layers.
         total_dim: D; None is d. Above it there are redundant latents, as in :class:`RedundantNICE`.
-        mask: ``"halves"`` or ``"alternating"``.
+        mask: ``"halves"`` or ``"alternating"``, of the first pair.
         clamp: largest log-scale of one layer, in nats.
         soft: ``"tanh"`` or ``"arctan"``, how it is clamped.
         loft: threshold of the tail layer :class:`Loft`; None has none.
@@ -39,7 +39,7 @@ class RealNVP(Flow):
         activation: one of :data:`pyroebm.networks.ACTIVATIONS`.
         base: density of z; None is the standard normal.
         dtype: of the parameters (default torch's).
-        seed: of the initial hidden weights and the permutations.
+        seed: of the initial hidden weights and of who is coupled to whom.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -77,10 +77,8 @@ class RealNVP(Flow):
         generator = seeded_generator(seed)
         net: dict[str, Any] = {"hidden": hidden, "activation": activation, "dtype": dtype, "generator": generator}
         parts: list[Any] = []
-        for k in range(layers if total > 1 else 0):
-            if k and k % 2 == 0 and total > 2:
-                parts.append(Permutation(torch.randperm(total, generator=generator).tolist()))
-            parts.append(AffineCoupling(total, mask=mask, flip=bool(k % 2), clamp=clamp, soft=soft, **net))
+        masks = coupling_masks(total, mask, layers, generator)
+        parts += [AffineCoupling(total, mask=passing, clamp=clamp, soft=soft, **net) for passing in masks]
         parts += [PLULinear(scale * torch.eye(total, dtype=dtype)), Shift(torch.zeros(total, dtype=dtype))]
         if loft is not None:
             parts.append(Loft(total, loft))

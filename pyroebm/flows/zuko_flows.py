@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from pyroebm.flows.adapters import installed_zuko, reversed_layer, zuko_layer
-from pyroebm.flows.affine import coupling_mask
+from pyroebm.flows.affine import coupling_masks
 from pyroebm.flows.base import Base
 from pyroebm.flows.flow import Flow
-from pyroebm.flows.linear import Permutation, PLULinear, Shift
+from pyroebm.flows.linear import PLULinear, Shift
 from pyroebm.front_door import check_counts
 from pyroebm.networks import ACTIVATIONS
 from pyroebm.randomness import seeded_generator
@@ -32,14 +32,6 @@ def _activation(name: str) -> Callable[[], nn.Module]:
     if name not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {sorted(ACTIVATIONS)}, got activation={name!r}")
     return ACTIVATIONS[name]
-
-
-def _shuffles(dim: int, layers: int, generator: torch.Generator) -> list[Permutation | None]:
-    """Before every second layer but the first a random order of the entries: two layers alone do not mix all of them."""
-    return [
-        Permutation(torch.randperm(dim, generator=generator).tolist()) if k and k % 2 == 0 and dim > 2 else None
-        for k in range(layers)
-    ]
 
 
 class SplineFlow(Flow):
@@ -62,7 +54,7 @@ class SplineFlow(Flow):
         activation: one of :data:`pyroebm.networks.ACTIVATIONS`.
         base: density of z; None is the standard normal.
         dtype: of the parameters (default torch's).
-        seed: of the initial weights and permutations.
+        seed: of the initial weights and of who is coupled to whom.
 
     Raises:
         ImportError: if zuko is not installed.
@@ -101,14 +93,13 @@ class SplineFlow(Flow):
         if dim > 1:
             common |= {"hidden_features": tuple(hidden), "activation": _activation(activation)}
         parts: list[Any] = []
-        for k, shuffle in enumerate(_shuffles(dim, layers, generator)):
-            parts += [] if shuffle is None else [shuffle]
+        masks = coupling_masks(dim, "halves", layers, generator)
+        for k in range(layers):
             if autoregressive:
                 order = torch.arange(dim) if k % 2 == 0 else torch.arange(dim).flip(0)
                 make, own = zuko.flows.autoregressive.MaskedAutoregressiveTransform, {"order": order}
             else:
-                make = zuko.flows.coupling.GeneralCouplingTransform
-                own = {"mask": coupling_mask(dim, "halves") != bool(k % 2)} if dim > 1 else {}
+                make, own = zuko.flows.coupling.GeneralCouplingTransform, {"mask": masks[k]} if dim > 1 else {}
             parts.append(zuko_layer(make, dim, generator, dtype, **common, **own))
         super().__init__(parts + _affine_end(dim, scale, dtype), dim, dim, base=base)
         self._config = {
@@ -224,10 +215,11 @@ class ContinuousFlow(Flow):
     ) -> None:
         check_counts({"dim": 1, "frequencies": 1}, dim, frequencies)
         dtype = torch.get_default_dtype() if dtype is None else dtype
-        least = 10.0 * torch.finfo(dtype).eps
-        if not min(atol, rtol) >= least:
+        least = torch.finfo(dtype).eps
+        if not (atol >= least and rtol >= 10.0 * least):
             raise ValueError(
-                f"atol and rtol must be at least {least:.1e} in {dtype}, or the solver never ends, got atol={atol}, rtol={rtol}"
+                f"atol >= {least:.1e} and rtol >= {10.0 * least:.1e} must hold in {dtype}, or the solver never ends, got"
+                f" atol={atol}, rtol={rtol}"
             )
         zuko = installed_zuko()
         options = {"freqs": frequencies, "atol": atol, "rtol": rtol, "hidden_features": tuple(hidden)}
