@@ -21,10 +21,32 @@ from torch.distributions import Transform, constraints
 from torch.distributions.transforms import AffineTransform, IndependentTransform
 
 from pyroebm import Energy
-from pyroebm.flows import NICE, AdditiveCoupling, ConditionalGaussian, Extended, Flow, PLULinear, RedundantNICE, Shift
+from pyroebm.flows import (
+    NICE,
+    AdditiveCoupling,
+    AffineCoupling,
+    AutoregressiveFlow,
+    ConditionalGaussian,
+    ContinuousFlow,
+    Extended,
+    Flow,
+    Loft,
+    MixtureBase,
+    Permutation,
+    PLULinear,
+    RealNVP,
+    RedundantNICE,
+    Shift,
+    SplineFlow,
+    StudentBase,
+    Symmetrized,
+    ZukoTransform,
+    load_flow,
+    sign_flips,
+)
 from pyroebm.flows.flow import _log_integral
 from pyroebm.networks import mlp
-from pyroebm.objectives import ReverseKL
+from pyroebm.objectives import ReverseKL, SymmetrizedKL
 from pyroebm.randomness import seeded_generator
 from pyroebm.targets import DoubleWell, Exponential, Gaussian
 
@@ -51,6 +73,28 @@ def affine_flow(dtype: torch.dtype = F64) -> Flow:
     return Flow(transforms, dim=2, total_dim=3, conditional=ConditionalGaussian(2, 1, (8,))).to(dtype)
 
 
+def continuous_flow(dim: int = 2, dtype: torch.dtype = F64, seed: int = 0) -> ContinuousFlow:
+    """About as exact as the dtype lets the solver be."""
+    tolerance = 1e-6 if dtype == F64 else 1e-4
+    return ContinuousFlow(dim, (4,), frequencies=1, atol=tolerance, rtol=tolerance, dtype=dtype, seed=seed)
+
+
+def symmetrized(weights: str = "uniform", dtype: torch.dtype = F64, seed: int = 0) -> Symmetrized:
+    return Symmetrized(RealNVP(2, 2, (8,), dtype=dtype, seed=seed), sign_flips(2), weights)
+
+
+def mixed(make: Callable[..., Flow], dtype: torch.dtype = F64, seed: int = 0, learn_weights: bool = True) -> Flow:
+    return make(base=MixtureBase(2, 3, learn_weights=learn_weights, dtype=dtype, seed=seed), dtype=dtype, seed=seed)
+
+
+def heavy(dtype: torch.dtype = F64, seed: int = 0) -> Flow:
+    return RealNVP(2, 2, (8,), base=StudentBase(2, dtype=dtype), dtype=dtype, seed=seed)
+
+
+def zuko_layer(flow: Flow) -> Transform:
+    return next(part for part in flow.transform.parts if isinstance(part, ZukoTransform))
+
+
 TRANSFORMS: dict[str, Callable[[], Transform]] = {
     "coupling2": partial(AdditiveCoupling, 2, hidden=(8,), dtype=F64),
     "coupling2_flip": partial(AdditiveCoupling, 2, hidden=(8, 8), flip=True, dtype=F64),
@@ -61,6 +105,19 @@ TRANSFORMS: dict[str, Callable[[], Transform]] = {
     "plu4": lambda: PLULinear(noise(4, 4)),
     "plu4_rotation": lambda: PLULinear(torch.linalg.qr(noise(4, 4))[0]),
     "shift": lambda: Shift(noise(3)),
+    "permutation": lambda: Permutation([2, 0, 3, 1]),
+    "affine2": partial(AffineCoupling, 2, hidden=(8,), dtype=F64),
+    "affine5_flip": partial(AffineCoupling, 5, hidden=(8,), flip=True, soft="arctan", dtype=F64),
+    "affine5_alternating": partial(AffineCoupling, 5, hidden=(8,), mask="alternating", clamp=0.5, dtype=F64),
+    "affine4_own_mask": partial(AffineCoupling, 4, mask=[True, False, True, True], hidden=(8,), dtype=F64),
+    "loft": partial(Loft, 3, threshold=0.5),
+    "spline1": lambda: zuko_layer(SplineFlow(1, 1, dtype=F64)),
+    "spline3": lambda: zuko_layer(SplineFlow(3, 1, (8,), bound=2.0, dtype=F64)),
+    "spline3_autoregressive": lambda: zuko_layer(SplineFlow(3, 1, (8,), autoregressive=True, dtype=F64)),
+    "autoregressive3": lambda: zuko_layer(AutoregressiveFlow(3, 1, (8,), dtype=F64)),
+    "autoregressive3_density": lambda: zuko_layer(AutoregressiveFlow(3, 1, (8,), fast="density", dtype=F64)),
+    "continuous2": lambda: zuko_layer(continuous_flow()),
+    "continuous1": lambda: zuko_layer(continuous_flow(1)),
 }
 
 FLOWS: dict[str, Callable[..., Flow]] = {
@@ -75,11 +132,29 @@ FLOWS: dict[str, Callable[..., Flow]] = {
     "redundant_3_4": partial(RedundantNICE, 3, 4, couplings=2, hidden=(8,)),
     "redundant_2_5": partial(RedundantNICE, 2, 5, hidden=(8,), shift=False),
     "pyro_affine": affine_flow,
+    "realnvp1": partial(RealNVP, 1),
+    "realnvp2": partial(RealNVP, 2, 4, (8,)),
+    "realnvp5_loft": partial(RealNVP, 5, 4, (8,), mask="alternating", soft="arctan", loft=3.0),
+    "realnvp_1_3": partial(RealNVP, 1, 4, (8,), total_dim=3),
+    "realnvp_mixture": partial(mixed, partial(RealNVP, 2, 2, (8,))),
+    "realnvp_student": heavy,
+    "nice_mixture": partial(mixed, partial(NICE, 2, 2, (8,)), learn_weights=False),
+    "redundant_mixture": partial(mixed, partial(RedundantNICE, 1, 2, 2, (8,))),
+    "spline1": partial(SplineFlow, 1, 2),
+    "spline2": partial(SplineFlow, 2, 2, (8,)),
+    "spline3_autoregressive": partial(SplineFlow, 3, 3, (8,), autoregressive=True),
+    "autoregressive3": partial(AutoregressiveFlow, 3, 2, (8,)),
+    "autoregressive2_density": partial(AutoregressiveFlow, 2, 2, (8,), fast="density"),
+    "continuous2": continuous_flow,
+    "symmetrized": symmetrized,
+    "symmetrized_learned": partial(symmetrized, "learned"),
 }
-NICES = [name for name in FLOWS if name != "pyro_affine"]
+NICES = [name for name in FLOWS if name.startswith(("nice", "redundant")) and "mixture" not in name]
+SAVED = [name for name in FLOWS if name != "pyro_affine"]
 
 flows = pytest.mark.parametrize("name", FLOWS)
 nices = pytest.mark.parametrize("name", NICES)
+saved = pytest.mark.parametrize("name", SAVED)
 transforms = pytest.mark.parametrize("name", TRANSFORMS)
 
 
@@ -87,14 +162,27 @@ def build(name: str, scale: float = 0.3) -> Flow:
     return stirred(FLOWS[name](dtype=F64), scale=scale)
 
 
+def base_noise(flow: Flow, n: int) -> Tensor:
+    """Draws of z, without a graph."""
+    return flow.draw_noise(n, seeded_generator(7)).detach()
+
+
+def close(name: str, exact: float) -> dict[str, float]:
+    """Tolerances: what is exact to rounding elsewhere is exact to the solver's tolerance in a continuous flow."""
+    value = 1e-4 if name.startswith("continuous") else exact
+    return {"rtol": value, "atol": value}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The checks. Each raises AssertionError; the mutants at the end show that it does.
 
 
-def check_log_det(transform: Callable[[Tensor], Tensor], log_det: Callable[[Tensor, Tensor], Tensor], z: Tensor) -> None:
+def check_log_det(
+    transform: Callable[[Tensor], Tensor], log_det: Callable[[Tensor, Tensor], Tensor], z: Tensor, tolerance: float = 1e-9
+) -> None:
     """A reported log-determinant against autograd's Jacobian, row by row."""
     jacobian = torch.stack([torch.autograd.functional.jacobian(transform, row) for row in z])
-    torch.testing.assert_close(log_det(z, transform(z)), torch.linalg.slogdet(jacobian).logabsdet, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(log_det(z, transform(z)), torch.linalg.slogdet(jacobian).logabsdet, rtol=tolerance, atol=tolerance)
 
 
 def grid_1d(half: float = 14.0, points: int = 2001) -> tuple[Tensor, float]:
@@ -118,15 +206,15 @@ def test_transform_round_trip(name: str) -> None:
     x = transform(z)
     assert x.shape == z.shape
     assert not torch.allclose(x, z)
-    torch.testing.assert_close(transform.inv(x.clone()), z, rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(transform(transform.inv(x.clone())), x, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(transform.inv(x.clone()), z, **close(name, 1e-10))
+    torch.testing.assert_close(transform(transform.inv(x.clone())), x, **close(name, 1e-10))
 
 
 @transforms
 def test_transform_log_det_is_autograd_s(name: str) -> None:
     transform = stirred(TRANSFORMS[name]())
     z = noise(5, getattr(transform, "dim", 3))
-    check_log_det(transform, transform.log_abs_det_jacobian, z)
+    check_log_det(transform, transform.log_abs_det_jacobian, z, close(name, 1e-9)["rtol"])
     assert transform.log_abs_det_jacobian(z, z).shape == (5,)
 
 
@@ -227,36 +315,41 @@ def test_other_refusals() -> None:
 @flows
 def test_density_is_that_of_the_pyro_distribution_and_of_its_draws(name: str) -> None:
     flow = build(name)
-    xy, log_q = flow.push(noise(50, flow.total_dim))
+    xy, log_q = flow.push(base_noise(flow, 50))
     assert xy.shape == (50, flow.total_dim)
     assert flow().event_shape == (flow.total_dim,)
-    torch.testing.assert_close(flow.log_prob(xy.clone()), log_q, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(flow().log_prob(xy.reshape(5, 10, -1)), log_q.reshape(5, 10), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(flow.log_prob(xy.clone()), log_q, **close(name, 1e-9))
+    torch.testing.assert_close(flow().log_prob(xy.reshape(5, 10, -1)), log_q.reshape(5, 10), **close(name, 1e-9))
     drawn = flow(stl=True).expand((4,)).rsample((3,))
     assert drawn.shape == (3, 4, flow.total_dim)
     assert drawn.requires_grad
+    assert not flow().sample((2,)).requires_grad
 
 
-@flows
+@pytest.mark.parametrize("name", [name for name in FLOWS if not name.startswith("symmetrized")])
 def test_density_of_the_flow_is_autograd_s(name: str) -> None:
     flow = build(name)
-    base = dist.Normal(torch.zeros(flow.total_dim, dtype=F64), 1.0).to_event(1)
-    check_log_det(lambda z: flow.push(z)[0], lambda z, _: base.log_prob(z) - flow.push(z)[1], noise(4, flow.total_dim))
+    at = base_noise(flow, 4)
+    check_log_det(lambda z: flow.push(z)[0], lambda z, _: flow.base.log_prob(z) - flow.push(z)[1], at, close(name, 1e-9)["rtol"])
 
 
-@pytest.mark.parametrize("name", ["nice1", "nice1_centred", "nice2", "nice2_tanh", "redundant_equal", "redundant_1_2"])
+@pytest.mark.parametrize("name", [name for name in FLOWS if FLOWS[name](dtype=F64).total_dim < 3])
 def test_density_integrates_to_one(name: str) -> None:
     flow = build(name, scale=0.15)
-    points, cell = grid_1d() if flow.total_dim == 1 else grid_2d()
+    coarse = name.startswith("continuous")
+    points, cell = grid_1d() if flow.total_dim == 1 else grid_2d(*((8.0, 81) if coarse else ()))
     with torch.no_grad():
         total = flow.log_prob(points.reshape(-1, flow.total_dim)).exp().sum() * cell
-    assert abs(float(total) - 1.0) < 1e-6
+    # splines have kinks, which a grid sees to second order only; heavy tails, and those that networks stretch, reach beyond it
+    rough = {"realnvp_student": 2e-3, "symmetrized_learned": 1e-3, "realnvp_mixture": 1e-4, "spline1": 1e-4, "spline2": 1e-4}
+    assert abs(float(total) - 1.0) < rough.get(name, 1e-6)
 
 
 @flows
 def test_every_parameter_gets_a_gradient(name: str) -> None:
     flow = build(name)
-    loss, _ = ReverseKL()(flow, Gaussian(torch.ones(flow.dim), dtype=F64), z=noise(64, flow.total_dim))
+    objective = SymmetrizedKL() if isinstance(flow, Symmetrized) else ReverseKL()
+    loss, _ = objective(flow, Gaussian(torch.ones(flow.dim), dtype=F64), 64, generator=seeded_generator(1))
     loss.backward()
     for parameter_name, parameter in flow.named_parameters():
         assert parameter.grad is not None, parameter_name
@@ -271,36 +364,41 @@ def test_every_parameter_gets_a_gradient(name: str) -> None:
 @flows
 def test_rows_do_not_see_each_other(name: str) -> None:
     flow = build(name)
-    z = noise(8, flow.total_dim)
+    z = base_noise(flow, 8)
     other = z.clone()
-    other[3] = 100.0
-    for before, after in zip(flow.push(z), flow.push(other), strict=True):
-        keep = torch.arange(8) != 3
-        torch.testing.assert_close(before[keep], after[keep], rtol=1e-13, atol=1e-13)
+    for wild in (100.0, math.nan):
+        if name.startswith("continuous") and math.isnan(wild):
+            continue  # the rows share the steps of the solver, which a NaN would stop
+        other[3] = wild
+        for before, after in zip(flow.push(z), flow.push(other), strict=True):
+            keep = torch.arange(8) != 3
+            torch.testing.assert_close(before[keep], after[keep], **close(name, 1e-12))
+    assert name.startswith("continuous") or bool(flow.push(other)[1][3].isnan())
 
 
-@nices
+@saved
 def test_dtypes(name: str) -> None:
     flow = FLOWS[name](dtype=torch.float32)
-    single = flow.push(noise(6, flow.total_dim).float())
+    single = flow.push(base_noise(flow, 6).float())
     assert [t.dtype for t in single] == [torch.float32] * 2
     assert flow.config()["dtype"] == "float32"  # type: ignore[attr-defined]
-    double = stirred(flow).double().push(noise(6, flow.total_dim))
+    double = stirred(flow).double().push(z := base_noise(flow.double(), 6))
     assert [t.dtype for t in double] == [F64] * 2
     assert flow.dtype == F64
     assert flow().rsample((2,)).dtype == F64
-    rounded = flow.float().push(noise(6, flow.total_dim).float())
-    torch.testing.assert_close(rounded[0].double(), double[0], rtol=1e-4, atol=1e-4)
+    rounded = flow.float().push(z.float())
+    torch.testing.assert_close(rounded[0].double(), double[0], rtol=1e-3, atol=1e-3)
     assert NICE(2).dtype == torch.get_default_dtype()
 
 
-@nices
+@saved
 def test_state_and_config_are_the_whole_flow(name: str, tmp_path: Path) -> None:
     flow, path = build(name), tmp_path / "flow.safetensors"
     flow.save(path)  # type: ignore[attr-defined]
     again = type(flow).load(path)  # type: ignore[attr-defined]
     assert again.config() == flow.config() == json.loads(json.dumps(flow.config()))  # type: ignore[attr-defined]
-    z = noise(9, flow.total_dim)
+    assert type(load_flow(path)) is type(flow)
+    z = base_noise(flow, 9)
     for a, b in zip(flow.push(z), again.push(z), strict=True):
         assert torch.equal(a, b)
     copied = copy.deepcopy(flow)
@@ -318,13 +416,14 @@ def test_load_refuses_another_class_or_another_file(tmp_path: Path) -> None:
         NICE.load(path)
 
 
-@nices
+@saved
 def test_seed_decides_and_the_global_generator_is_left_alone(name: str) -> None:
     before = torch.get_rng_state()
     a, b, c = (FLOWS[name](dtype=F64, seed=seed).state_dict() for seed in (3, 3, 4))
     assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(a[key], b[key]) for key in a)
-    assert all(torch.equal(a[key], c[key]) for key in a) == (not any("net.0" in key for key in a))
+    hidden = any(word in key for key in a for word in ("net.0", "hyper.0", "ode.0"))
+    assert all(torch.equal(a[key], c[key]) for key in a) == (not hidden)
 
 
 @nices
@@ -339,10 +438,11 @@ def test_fresh_flow_is_the_standard_normal(name: str) -> None:
 def test_checks_of_arguments(name: str) -> None:
     flow = build(name)
     for call in (flow.push, flow.log_prob, flow.path_log_prob):
-        with pytest.raises(ValueError, match=rf"must have shape \(\*batch, {flow.total_dim}\), got shape"):
-            call(noise(4, flow.total_dim + 1))
+        size = base_noise(flow, 1).shape[-1] if call == flow.push else flow.total_dim
+        with pytest.raises(ValueError, match=rf"must have shape \(\*batch, {size}\), got shape"):
+            call(noise(4, size + 1))
         with pytest.raises(ValueError, match=r"torch.float64 and cpu, got torch.float32"):
-            call(noise(4, flow.total_dim).float())
+            call(noise(4, size).float())
     with pytest.raises(ValueError, match="x must have shape"):
         flow.log_prob_x(noise(4))
 

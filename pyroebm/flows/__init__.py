@@ -1,27 +1,54 @@
 """Normalised stand-ins for the density of an energy, and importance sampling with them."""
 
+from pyroebm.flows.adapters import ZukoTransform
+from pyroebm.flows.affine import AffineCoupling, Loft
+from pyroebm.flows.base import Base, MixtureBase, StandardNormal, StudentBase
+from pyroebm.flows.bijection import Bijection
 from pyroebm.flows.coupling import AdditiveCoupling
 from pyroebm.flows.density import FlowEnergy
 from pyroebm.flows.extended import Extended
 from pyroebm.flows.flow import Flow
+from pyroebm.flows.groups import generated_group, permutations, sign_flips
 from pyroebm.flows.importance import ImportanceResult, importance_sample
-from pyroebm.flows.linear import PLULinear, Shift
+from pyroebm.flows.linear import Permutation, PLULinear, Shift
 from pyroebm.flows.networks import ConditionalGaussian
 from pyroebm.flows.nice import NICE, RedundantNICE
+from pyroebm.flows.realnvp import RealNVP
 from pyroebm.flows.report import FlowReport, judge_flow
+from pyroebm.flows.saving import load_flow
+from pyroebm.flows.symmetrized import Symmetrized
+from pyroebm.flows.zuko_flows import AutoregressiveFlow, ContinuousFlow, SplineFlow
 
 __all__ = [
     "AdditiveCoupling",
+    "AffineCoupling",
+    "AutoregressiveFlow",
+    "Base",
+    "Bijection",
     "ConditionalGaussian",
+    "ContinuousFlow",
     "Extended",
     "Flow",
     "FlowEnergy",
     "FlowReport",
     "ImportanceResult",
+    "Loft",
+    "MixtureBase",
     "NICE",
     "PLULinear",
+    "Permutation",
+    "RealNVP",
     "RedundantNICE",
     "Shift",
+    "SplineFlow",
+    "StandardNormal",
+    "StudentBase",
+    "Symmetrized",
+    "ZukoTransform",
+    "generated_group",
     "importance_sample",
     "judge_flow",
+    "load_flow",
+    "permutations",
+    "sign_flips",
 ]

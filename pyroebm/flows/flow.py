@@ -10,22 +10,25 @@ import pyro.distributions as dist
 import torch
 from pyro.distributions.score_parts import ScoreParts
 from pyro.distributions.torch_transform import ComposeTransformModule
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributions import Transform
 
 from pyroebm.energy import Energy
+from pyroebm.flows.base import Base, StandardNormal
+from pyroebm.flows.bijection import Bijection
 from pyroebm.flows.extended import Extended
-from pyroebm.flows.networks import LOG_2PI, ConditionalGaussian
+from pyroebm.flows.networks import ConditionalGaussian
+from pyroebm.flows.saving import Saved
 from pyroebm.networks import frozen
-from pyroebm.randomness import seeded_generator, standard_normal
+from pyroebm.randomness import seeded_generator
 
 __all__ = ["Flow"]
 
 
-class Flow(nn.Module):
-    r"""A normalised density :math:`q(x, y)` on :math:`R^D`: a standard normal z pushed through bijections.
+class Flow(Saved):
+    r"""A normalised density :math:`q(x, y)` on :math:`R^D`: a draw z of a base, pushed through bijections.
 
-    .. math:: \log q(x, y) = \log N(z \mid 0, I) - \log |\det \partial (x, y) / \partial z|
+    .. math:: \log q(x, y) = \log p(z) - \log |\det \partial (x, y) / \partial z|
 
     The first d entries are x, the variable of an energy. The rest, y, are redundant: a learned
     :math:`N(y \mid M(x), \Sigma(x))` stands for :math:`q(y \mid x)`. Calling the flow gives the Pyro distribution.
@@ -35,9 +38,11 @@ class Flow(nn.Module):
         dim: d.
         total_dim: D.
         conditional: the Gaussian of y given x, of ``D - d`` entries; None where D = d.
+        base: the density p of z; None is the standard normal.
 
     Raises:
-        ValueError: if 1 <= d <= D does not hold, if ``conditional`` does not fit them, or if a transform does not.
+        ValueError: if 1 <= d <= D does not hold, if ``conditional``, ``base`` or a transform does not fit them, or if their
+            parameters have several dtypes.
 
     Example:
         >>> from pyro.distributions.transforms import affine_coupling
@@ -49,7 +54,12 @@ class Flow(nn.Module):
     _anchor: Tensor
 
     def __init__(
-        self, transforms: Sequence[Transform], dim: int, total_dim: int, conditional: ConditionalGaussian | None = None
+        self,
+        transforms: Sequence[Transform],
+        dim: int,
+        total_dim: int,
+        conditional: ConditionalGaussian | None = None,
+        base: Base | None = None,
     ) -> None:
         if not 1 <= dim <= total_dim:
             raise ValueError(f"dim and total_dim must satisfy 1 <= dim <= total_dim, got dim={dim}, total_dim={total_dim}")
@@ -65,9 +75,16 @@ class Flow(nn.Module):
                     "transforms must be bijections of event dimension 1 (put an elementwise one in an IndependentTransform), got"
                     f" {type(transform).__name__} from {transform.domain} to {transform.codomain}"
                 )
+        for part in (base, *transforms):
+            if isinstance(part, (Base, Bijection)) and part.dim != total_dim:
+                raise ValueError(f"{type(part).__name__} must be of total_dim={total_dim} entries, got dim={part.dim}")
         super().__init__()
         self.dim, self.total_dim, self.conditional = dim, total_dim, conditional
         self.transform = ComposeTransformModule(list(transforms))
+        self.base = StandardNormal(total_dim) if base is None else base
+        dtypes = {p.dtype for p in self.parameters() if p.is_floating_point()}
+        if len(dtypes) > 1:
+            raise ValueError(f"the parts of a flow must have one dtype, got {sorted(map(str, dtypes))}; convert them with .to()")
         # an empty buffer knows the dtype and the device that .to() gave, without a walk over the parameters
         first = next((p for p in self.parameters() if p.is_floating_point()), torch.empty(0))
         self.register_buffer("_anchor", first.new_empty(0), persistent=False)
@@ -82,11 +99,7 @@ class Flow(nn.Module):
         """Device of the parameters."""
         return self._anchor.device
 
-    def _base(self) -> dist.Distribution:
-        zero = torch.zeros(self.total_dim, dtype=self.dtype, device=self.device)
-        return dist.Normal(zero, torch.ones_like(zero)).to_event(1)
-
-    def forward(self, stl: bool = False) -> dist.TransformedDistribution:
+    def forward(self, stl: bool = False) -> dist.Distribution:
         """The joint Pyro distribution over (x, y), event shape ``(D,)``.
 
         Args:
@@ -94,34 +107,37 @@ class Flow(nn.Module):
         """
         if stl:
             return _PathDerivative(self)
-        return dist.TransformedDistribution(self._base(), list(self.transform.parts))
+        return dist.TransformedDistribution(self.base.distribution(self.dtype, self.device), list(self.transform.parts))
 
     def draw_noise(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """``n`` draws of z, shape ``(n, D)``."""
-        return standard_normal((n, self.total_dim), generator, self.dtype, self.device)
+        """``n`` draws of z, shape ``(n, D)``, with gradients in the parameters of the base where it has any."""
+        return self.base.draw(n, generator, self.dtype, self.device)
 
     def push(self, z: Tensor) -> tuple[Tensor, Tensor]:
         r"""(x, y) and :math:`\log q(x, y)` of z, without any inverse: ``(*batch, D) -> (*batch, D), (*batch)``."""
         self._check(z, "z", self.total_dim)
-        log_q = self._log_normal(z)
+        log_q = self.base.log_prob(z)
         for transform in self.transform.parts:
-            image = transform(z)
-            log_q = log_q - transform.log_abs_det_jacobian(z, image)
-            z = image
+            if isinstance(transform, Bijection):
+                image, log_det = transform.with_log_det(z)
+            else:
+                image = transform(z)
+                log_det = transform.log_abs_det_jacobian(z, image)
+            z, log_q = image, log_q - log_det
         return z, log_q
-
-    def _log_normal(self, z: Tensor) -> Tensor:
-        return -0.5 * (z.square().sum(-1) + self.total_dim * LOG_2PI)
 
     def log_prob(self, xy: Tensor) -> Tensor:
         r""":math:`\log q(x, y)`, through the inverse: ``(*batch, D) -> (*batch)``."""
         self._check(xy, "xy", self.total_dim)
         log_det: Tensor | float = 0.0
         for transform in reversed(self.transform.parts):
-            z = transform.inv(xy)
-            log_det = log_det + transform.log_abs_det_jacobian(z, xy)
-            xy = z
-        return self._log_normal(xy) - log_det
+            if isinstance(transform, Bijection):
+                z, stretch = transform.inverse_with_log_det(xy)
+            else:
+                z = transform.inv(xy)
+                stretch = transform.log_abs_det_jacobian(z, xy)
+            xy, log_det = z, log_det + stretch
+        return self.base.log_prob(xy) - log_det
 
     def path_log_prob(self, xy: Tensor) -> Tensor:
         r""":math:`\log q(x, y)` with the parameters held constant: its gradient flows through (x, y) only.
@@ -227,7 +243,7 @@ class _PathDerivative(dist.TransformedDistribution):
 
     def __init__(self, flow: Flow) -> None:
         self.flow = flow
-        super().__init__(flow._base(), list(flow.transform.parts))
+        super().__init__(flow.base.distribution(flow.dtype, flow.device), list(flow.transform.parts))
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> Self:
         new = self.__new__(type(self)) if _instance is None else _instance

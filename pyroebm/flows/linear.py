@@ -1,18 +1,17 @@
-"""The linear layers of NICE: an invertible matrix by its PLU factors, and a shift."""
+"""Linear layers: an invertible matrix by its PLU factors, a shift, a permutation."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from pyro.distributions import TransformModule
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-__all__ = ["PLULinear", "Shift"]
+from pyroebm.flows.bijection import Bijection, check_event
 
-
-def _check_event(z: Tensor, dim: int) -> None:
-    if z.dim() < 1 or z.shape[-1] != dim:
-        raise ValueError(f"the input must have shape (*batch, dim) with dim={dim}, got shape {tuple(z.shape)}")
+__all__ = ["PLULinear", "Permutation", "Shift"]
 
 
 class PLULinear(TransformModule):
@@ -77,11 +76,11 @@ class PLULinear(TransformModule):
         return self.log_diagonal.sum()
 
     def _call(self, z: Tensor) -> Tensor:
-        _check_event(z, self.dim)
+        check_event(z, self.dim)
         return z @ self.matrix().T
 
     def _inverse(self, x: Tensor) -> Tensor:
-        _check_event(x, self.dim)
+        check_event(x, self.dim)
         lower, upper = self.factors()
         columns = x[..., self.order.argsort()].reshape(-1, self.dim).T
         columns = torch.linalg.solve_triangular(lower, columns, upper=False, unitriangular=True)
@@ -121,13 +120,47 @@ class Shift(TransformModule):
         self.offset = nn.Parameter(offset.detach().clone())
 
     def _call(self, z: Tensor) -> Tensor:
-        _check_event(z, len(self.offset))
+        check_event(z, len(self.offset))
         return z + self.offset
 
     def _inverse(self, x: Tensor) -> Tensor:
-        _check_event(x, len(self.offset))
+        check_event(x, len(self.offset))
         return x - self.offset
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         """Zero for every event: ``(*batch, D), (*batch, D) -> (*batch)``."""
         return x.new_zeros(x.shape[:-1])
+
+
+class Permutation(Bijection):
+    r"""A fixed reordering :math:`x_i = z_{\pi(i)}`, between couplings that would otherwise never mix some entries.
+
+    Args:
+        order: :math:`\pi`, a permutation of 0, ..., D - 1.
+
+    Raises:
+        ValueError: if ``order`` is no permutation.
+
+    Example:
+        >>> Permutation([2, 0, 1])(torch.tensor([10.0, 11.0, 12.0]))
+        tensor([12., 10., 11.])
+    """
+
+    order: Tensor
+    back: Tensor
+
+    def __init__(self, order: Sequence[int]) -> None:
+        if sorted(order) != list(range(len(order))):
+            raise ValueError(f"order must be a permutation of 0, ..., D - 1, got order={list(order)}")
+        super().__init__(len(order))
+        index = torch.tensor(list(order))
+        self.register_buffer("order", index, persistent=False)
+        self.register_buffer("back", index.argsort(), persistent=False)
+
+    def with_log_det(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        check_event(z, self.dim)
+        return z.index_select(-1, self.order), z.new_zeros(z.shape[:-1])
+
+    def inverse_with_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        check_event(x, self.dim)
+        return x.index_select(-1, self.back), x.new_zeros(x.shape[:-1])

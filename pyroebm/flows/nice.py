@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, Self
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from pyroebm.flows.base import Base, StandardNormal
 from pyroebm.flows.coupling import AdditiveCoupling
 from pyroebm.flows.flow import Flow
 from pyroebm.flows.linear import PLULinear, Shift
@@ -41,6 +38,7 @@ class RedundantNICE(Flow):
         hidden: widths of the hidden layers of every network.
         shift: learn c; without it c = 0.
         activation: ``"silu"`` or ``"tanh"``.
+        base: density of z; None is the standard normal.
         dtype: of the parameters (default torch's).
         seed: of the initial hidden weights; torch's global generator is not used.
 
@@ -63,6 +61,7 @@ class RedundantNICE(Flow):
         shift: bool = True,
         *,
         activation: str = "silu",
+        base: Base | None = None,
         dtype: torch.dtype | None = None,
         seed: int = 0,
     ) -> None:
@@ -84,7 +83,7 @@ class RedundantNICE(Flow):
             conditional = ConditionalGaussian(
                 dim, total_dim - dim, hidden, activation=activation, dtype=dtype, generator=generator
             )
-        super().__init__(layers, dim, total_dim, conditional)
+        super().__init__(layers, dim, total_dim, conditional, base)
         self._config = {
             "dim": dim,
             "total_dim": total_dim,
@@ -92,6 +91,7 @@ class RedundantNICE(Flow):
             "hidden": list(hidden),
             "shift": shift,
             "activation": activation,
+            "base": base,
             "seed": seed,
         }
 
@@ -105,7 +105,16 @@ class RedundantNICE(Flow):
         return self.linear.log_abs_det()
 
     def joint_entropy(self) -> Tensor:
-        r"""Entropy of (x, y) in nats: :math:`\log|\det S| + \tfrac D2 (1 + \log 2\pi)`, a scalar."""
+        r"""Entropy of (x, y) in nats: :math:`\log|\det S| + \tfrac D2 (1 + \log 2\pi)`, a scalar.
+
+        Raises:
+            NotImplementedError: for a base other than the standard normal.
+        """
+        if not isinstance(self.base, StandardNormal):
+            raise NotImplementedError(
+                f"the entropy has a closed form for the standard normal base alone, got {type(self.base).__name__}: average"
+                " -log_prob over draws"
+            )
         return self.log_abs_det() + 0.5 * self.total_dim * (1.0 + LOG_2PI)
 
     def entropy(self) -> Tensor:
@@ -121,44 +130,6 @@ class RedundantNICE(Flow):
             )
         return self.joint_entropy()
 
-    def config(self) -> dict[str, Any]:
-        """The constructor's arguments as JSON can hold them; with the state_dict it is the whole flow."""
-        return {**self._config, "dtype": str(self.dtype).removeprefix("torch.")}
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> Self:
-        """A fresh flow from what :meth:`config` gave."""
-        return cls(**{**config, "dtype": getattr(torch, config["dtype"])})
-
-    def save(self, path: str | Path) -> None:
-        """Write a safetensors file of the state_dict, with the class and :meth:`config` in its metadata.
-
-        Args:
-            path: the file, usually ``*.safetensors``; overwritten.
-        """
-        metadata = {"class": type(self).__name__, "config": json.dumps(self.config())}
-        save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, path, metadata)
-
-    @classmethod
-    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> Self:
-        """The flow that :meth:`save` wrote; no pickle is read.
-
-        Args:
-            path: the file.
-            device: where to.
-
-        Raises:
-            ValueError: if the file holds no flow, or one of another class.
-        """
-        with safe_open(path, "pt", device=str(device)) as file:
-            metadata = file.metadata() or {}
-            if metadata.get("class") != cls.__name__ or "config" not in metadata:
-                raise ValueError(f"{path} must hold a flow of class {cls.__name__}, its metadata name {metadata.get('class')!r}")
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
-        flow = cls.from_config(json.loads(metadata["config"])).to(device)
-        flow.load_state_dict(state)
-        return flow
-
 
 class NICE(RedundantNICE):
     r"""NICE for an energy: :math:`x = S F(z) + c`, the case D = d of :class:`RedundantNICE`, with the same methods.
@@ -173,6 +144,7 @@ class NICE(RedundantNICE):
         hidden: widths of their networks' hidden layers.
         shift: learn c; without it c = 0.
         activation: ``"silu"`` or ``"tanh"``.
+        base: density of z; None is the standard normal.
         dtype: of the parameters (default torch's).
         seed: of the initial hidden weights; torch's global generator is not used.
 
@@ -193,8 +165,9 @@ class NICE(RedundantNICE):
         shift: bool = True,
         *,
         activation: str = "silu",
+        base: Base | None = None,
         dtype: torch.dtype | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(dim, dim, couplings, hidden, shift, activation=activation, dtype=dtype, seed=seed)
+        super().__init__(dim, dim, couplings, hidden, shift, activation=activation, base=base, dtype=dtype, seed=seed)
         del self._config["total_dim"]

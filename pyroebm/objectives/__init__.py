@@ -21,6 +21,7 @@ from pyroebm.objectives.selection import TotalDimSelection, select_total_dim
 from pyroebm.objectives.short_run import ShortRun, langevin
 from pyroebm.objectives.sliced import SlicedScoreMatching
 from pyroebm.objectives.svi import flow_guide, flow_model
+from pyroebm.objectives.symmetric import SymmetrizedKL
 from pyroebm.objectives.variational import ReverseKL, evaluate_j, fit_flow
 from pyroebm.objectives.vera import VERA
 
@@ -55,6 +56,7 @@ __all__ = [
     "ShortRun",
     "SlicedScoreMatching",
     "Sparsity",
+    "SymmetrizedKL",
     "TotalDimSelection",
     "VERA",
     "evaluate_j",

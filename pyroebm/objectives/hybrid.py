@@ -11,7 +11,7 @@ from torch import Tensor
 from pyroebm.energies.classifier import ClassifierEnergy, check_labels
 from pyroebm.energy import Energy
 from pyroebm.objectives.base import Objective
-from pyroebm.objectives.contrastive import PersistentCD
+from pyroebm.objectives.persistent import PersistentCD
 
 __all__ = ["Hybrid", "Mode"]
 

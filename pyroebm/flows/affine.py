@@ -1,0 +1,200 @@
+"""Affine coupling with a soft-clamped scale, and the logarithmic tail that goes with it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from pyroebm.flows.bijection import Bijection, check_event
+from pyroebm.networks import mlp
+
+__all__ = ["AffineCoupling", "Loft", "coupling_mask", "coupling_masks"]
+
+
+def coupling_mask(dim: int, mask: str | Sequence[bool] | Tensor) -> Tensor:
+    """The entries that pass through a coupling, as booleans ``(D,)``.
+
+    Args:
+        dim: D.
+        mask: ``"halves"``: the first ``dim // 2``; ``"alternating"``: every second, from the second on; or D booleans.
+
+    Raises:
+        ValueError: if the mask has another size, is unknown, or lets all or nothing pass.
+
+    Example:
+        >>> coupling_mask(3, "alternating")
+        tensor([False,  True, False])
+    """
+    entries = torch.arange(dim)
+    if isinstance(mask, str):
+        known = {"halves": entries < dim // 2, "alternating": entries % 2 == 1}
+        if mask not in known:
+            raise ValueError(f"mask must be one of {sorted(known)} or dim={dim} booleans, got mask={mask!r}")
+        passing = known[mask]
+    else:
+        passing = torch.as_tensor(mask)
+    if passing.dtype != torch.bool or passing.shape != (dim,) or not 0 < int(passing.sum()) < dim:
+        raise ValueError(
+            f"mask must be dim={dim} booleans, some True (passing) and some False (moved), got dtype {passing.dtype}, shape"
+            f" {tuple(passing.shape)} and {int(passing.sum())} True"
+        )
+    return passing
+
+
+def coupling_masks(dim: int, mask: str, layers: int, generator: torch.Generator) -> list[Tensor]:
+    """Masks of layers in pairs, each pair moving every entry; for each pair but the first the entries are shuffled.
+
+    Without a shuffle the same entries would stand on the same side for ever, as in ``pyro``'s ``iterated(k, affine_coupling)``.
+    In one dimension there is nothing to couple, and no mask.
+
+    Args:
+        dim: D.
+        mask: of the first layer, as in :func:`coupling_mask`.
+        layers: how many.
+        generator: source of the shuffles.
+    """
+    if dim < 2:
+        return []
+    passing, masks = coupling_mask(dim, mask), []
+    for k in range(layers):
+        if k and k % 2 == 0 and dim > 2:
+            passing = passing[torch.randperm(dim, generator=generator)]
+        masks.append(passing if k % 2 == 0 else ~passing)
+    return masks
+
+
+class AffineCoupling(Bijection):
+    r"""One affine coupling layer (Dinh, Sohl-Dickstein and Bengio, "Density estimation using Real NVP", 2017).
+
+    One part of z passes through and decides by how much the other is scaled and moved:
+
+    .. math:: x_a = z_a, \qquad x_b = e^{r(z_a)} z_b + m(z_a), \qquad \log|\det \partial x/\partial z| = \sum_i r_i(z_a).
+
+    The log-scale is clamped softly, :math:`r = c \tanh(s / c)` or :math:`r = \tfrac{2c}{\pi} \arctan(s / c)` (Ardizzone et al.,
+    "Analyzing inverse problems with invertible neural networks", 2019): no layer stretches by more than :math:`e^c`.
+
+    Args:
+        dim: D, entries of z and of x, at least 2.
+        net: the conditioner, any module ``(*batch, |a|) -> (*batch, 2 |b|)`` that gives s, then m; by default an MLP whose last
+            layer is zero.
+        mask: which entries pass, as in :func:`coupling_mask`.
+        flip: exchange the two parts.
+        clamp: c > 0, in nats.
+        soft: ``"tanh"`` or ``"arctan"``.
+        hidden: widths of the default conditioner's hidden layers.
+        activation: of the default conditioner.
+        dtype: of the default conditioner's parameters.
+        generator: source of the default conditioner's initial hidden weights.
+
+    Raises:
+        ValueError: if ``dim`` < 2, ``clamp`` is not positive or an option unknown; when called, if the last dimension is not
+            ``dim`` or if the conditioner has not given two numbers of z's dtype for each moved entry.
+
+    Example:
+        >>> layer = AffineCoupling(2, net=nn.Linear(1, 2), clamp=1.0)
+        >>> with torch.no_grad():
+        ...     layer.net.weight.copy_(torch.tensor([[100.0], [0.0]])), layer.net.bias.fill_(0.0)
+        ...     layer(torch.tensor([1.0, 1.0]))  # the scale stays below e
+        (...)
+        tensor([1.0000, 2.7183])
+    """
+
+    passing: Tensor
+    moved: Tensor
+    back: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        net: nn.Module | None = None,
+        *,
+        mask: str | Sequence[bool] | Tensor = "halves",
+        flip: bool = False,
+        clamp: float = 2.0,
+        soft: str = "tanh",
+        hidden: Sequence[int] = (64, 64),
+        activation: str = "silu",
+        dtype: torch.dtype | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        if dim < 2:
+            raise ValueError(f"dim must be at least 2, for one entry to move another, got dim={dim}")
+        if not (clamp > 0.0 and math.isfinite(clamp)) or soft not in ("tanh", "arctan"):
+            raise ValueError(f"clamp must be positive and soft 'tanh' or 'arctan', got clamp={clamp}, soft={soft!r}")
+        super().__init__(dim)
+        self.clamp, self.soft = float(clamp), soft
+        passes = coupling_mask(dim, mask) != flip
+        passing, moved = passes.nonzero().squeeze(-1), (~passes).nonzero().squeeze(-1)
+        self.register_buffer("passing", passing, persistent=False)
+        self.register_buffer("moved", moved, persistent=False)
+        self.register_buffer("back", torch.cat((passing, moved)).argsort(), persistent=False)
+        sizes = (len(passing), 2 * len(moved))
+        self.net = mlp(*sizes, hidden, activation=activation, dtype=dtype, generator=generator) if net is None else net
+
+    def _parts(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """z_a, z_b, the clamped log-scale and the shift."""
+        check_event(z, self.dim)
+        passing, moved = z.index_select(-1, self.passing), z.index_select(-1, self.moved)
+        out, expected = self.net(passing), (*moved.shape[:-1], 2 * moved.shape[-1])
+        if out.shape != expected or out.dtype != z.dtype:
+            raise ValueError(
+                f"net must map {tuple(passing.shape)} to a scale and a shift of each moved entry, {expected} and {z.dtype}, but"
+                f" it gave {tuple(out.shape)} and {out.dtype}"
+            )
+        s, shift = out.chunk(2, dim=-1)
+        if self.soft == "tanh":
+            return passing, moved, self.clamp * torch.tanh(s / self.clamp), shift
+        return passing, moved, (2.0 * self.clamp / math.pi) * torch.atan(s / self.clamp), shift
+
+    def _join(self, passing: Tensor, moved: Tensor) -> Tensor:
+        return torch.cat((passing, moved), dim=-1).index_select(-1, self.back)
+
+    def with_log_det(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        passing, moved, log_scale, shift = self._parts(z)
+        return self._join(passing, moved * log_scale.exp() + shift), log_scale.sum(-1)
+
+    def inverse_with_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        passing, moved, log_scale, shift = self._parts(x)
+        return self._join(passing, (moved - shift) * (-log_scale).exp()), log_scale.sum(-1)
+
+
+class Loft(Bijection):
+    r"""Log soft extension (Andrade, "Stable training of normalizing flows for high-dimensional variational inference", 2024).
+
+    .. math:: x_i = \mathrm{sign}(z_i) \big(\log(\max(|z_i| - t, 0) + 1) + \min(|z_i|, t)\big), \qquad
+        \log|\det \partial x/\partial z| = -\sum_i \log(\max(|z_i| - t, 0) + 1)
+
+    The identity on :math:`[-t, t]`, logarithmic outside: as a last layer it keeps one wild draw of a young flow from deciding the
+    loss. It has no parameters. Its inverse grows like e to the power :math:`|x| - t`: densities far beyond t overflow, visibly.
+
+    Args:
+        dim: D.
+        threshold: t > 0, beyond the bulk of the target.
+
+    Raises:
+        ValueError: if ``dim`` < 1 or ``threshold`` is not positive.
+
+    Example:
+        >>> Loft(2, threshold=10.0)(torch.tensor([3.0, -1009.0]))
+        tensor([  3.0000, -16.9078])
+    """
+
+    def __init__(self, dim: int, threshold: float = 100.0) -> None:
+        if not (threshold > 0.0 and math.isfinite(threshold)):
+            raise ValueError(f"threshold must be positive and finite, got threshold={threshold}")
+        super().__init__(dim)
+        self.threshold = float(threshold)
+
+    def with_log_det(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        check_event(z, self.dim)
+        # clamped rather than masked: min and max hand a NaN on
+        beyond = (z.abs() - self.threshold).clamp(min=0.0).log1p()
+        return z.sign() * (beyond + z.abs().clamp(max=self.threshold)), -beyond.sum(-1)
+
+    def inverse_with_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        check_event(x, self.dim)
+        beyond = (x.abs() - self.threshold).clamp(min=0.0)
+        return x.sign() * (beyond.expm1() + x.abs().clamp(max=self.threshold)), -beyond.sum(-1)

@@ -1,0 +1,276 @@
+"""What a flow starts from: the standard normal, a mixture of Gaussians, Student's t."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions.score_parts import ScoreParts
+from torch import Tensor, nn
+from torch.distributions import constraints
+from torch.nn.functional import softplus
+
+from pyroebm.flows.networks import LOG_2PI
+from pyroebm.flows.saving import Saved
+from pyroebm.front_door import check_counts
+from pyroebm.randomness import drawing_from, seeded_generator, standard_normal, uniform
+
+__all__ = ["Base", "Drawn", "MixtureBase", "StandardNormal", "StudentBase"]
+
+
+class Base(Saved):
+    r"""A density of z on :math:`R^D` with reparameterised draws.
+
+    Subclasses write :meth:`draw` and :meth:`log_prob`.
+
+    Args:
+        dim: D.
+
+    Raises:
+        ValueError: if ``dim`` < 1.
+    """
+
+    def __init__(self, dim: int) -> None:
+        check_counts({"dim": 1}, dim)
+        super().__init__()
+        self.dim = dim
+
+    def draw(self, n: int, generator: torch.Generator | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """``n`` draws of z with gradients in the parameters, shape ``(n, D)``."""
+        raise NotImplementedError
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """Log-density in nats: ``(*batch, D) -> (*batch)``."""
+        raise NotImplementedError
+
+    def distribution(self, dtype: torch.dtype, device: torch.device) -> dist.Distribution:
+        """The Pyro distribution of z, event shape ``(D,)``."""
+        return Drawn(lambda n: self.draw(n, None, dtype, device), self.log_prob, self.dim)
+
+
+class StandardNormal(Base):
+    r"""The standard normal, which has no parameters: :math:`\log N(z \mid 0, I) = -\tfrac12 |z|^2 - \tfrac D2 \log 2\pi`.
+
+    Args:
+        dim: D.
+
+    Example:
+        >>> StandardNormal(2).log_prob(torch.zeros(2))
+        tensor(-1.8379)
+    """
+
+    def draw(self, n: int, generator: torch.Generator | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return standard_normal((n, self.dim), generator, dtype, device)
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        return -0.5 * (z.square().sum(-1) + self.dim * LOG_2PI)
+
+    def distribution(self, dtype: torch.dtype, device: torch.device) -> dist.Distribution:
+        zero = torch.zeros(self.dim, dtype=dtype, device=device)
+        return dist.Normal(zero, torch.ones_like(zero)).to_event(1)
+
+
+class MixtureBase(Base):
+    r"""A mixture of K Gaussians: :math:`p(z) = \sum_k w_k N(z \mid \mu_k, \mathrm{diag}(\sigma_k^2))`.
+
+    Means and scales are learned. A draw is :math:`\mu_k + \sigma_k \epsilon` with k drawn from the weights, a choice that carries
+    no gradient in w. Where w is learned too, the draw gets the missing part by implicit reparameterisation (Figurnov, Mohamed and
+    Mnih, 2018): it moves such that the conditional distribution functions :math:`F_i(z_i \mid z_{<i})` stay what they are,
+
+    .. math:: \frac{d z_i}{d w} = -\frac{1}{p(z_i \mid z_{<i})} \Big(\frac{\partial F_i}{\partial w}
+        + \sum_{j<i} \frac{\partial F_i}{\partial z_j} \frac{d z_j}{d w}\Big)
+
+    It is unbiased, but between components far apart p is small and the noise large: weights of separate modes are learned far
+    better from given points, by :meth:`log_prob` (forward KL, log-variance), than through draws. They are fixed unless asked for.
+
+    Args:
+        dim: D.
+        components: K.
+        spread: standard deviation of the initial means, in units of the initial scale 1.
+        learn_weights: learn w too; otherwise it is uniform.
+        dtype: of the parameters (default torch's).
+        seed: of the initial means.
+
+    Raises:
+        ValueError: if ``dim`` or ``components`` < 1, or ``spread`` is negative.
+
+    Example:
+        >>> base = MixtureBase(2, components=3)
+        >>> base.draw(5, None, torch.float32, torch.device("cpu")).shape, base.weights
+        (torch.Size([5, 2]), tensor([0.3333, 0.3333, 0.3333]))
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        components: int,
+        spread: float = 2.0,
+        learn_weights: bool = False,
+        *,
+        dtype: torch.dtype | None = None,
+        seed: int = 0,
+    ) -> None:
+        check_counts({"components": 1}, components)
+        if not spread >= 0.0:
+            raise ValueError(f"spread must not be negative, got spread={spread}")
+        super().__init__(dim)
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        start = standard_normal((components, dim), seeded_generator(seed), dtype, torch.device("cpu"))
+        self.loc = nn.Parameter(spread * start)
+        self.log_scale = nn.Parameter(torch.zeros(components, dim, dtype=dtype))
+        logits = torch.zeros(components, dtype=dtype)
+        self.logits: Tensor
+        if learn_weights:
+            self.logits = nn.Parameter(logits)
+        else:
+            self.register_buffer("logits", logits)
+        self._config = {
+            "dim": dim, "components": components, "spread": spread, "learn_weights": learn_weights, "seed": seed
+        }  # fmt: skip
+
+    @property
+    def weights(self) -> Tensor:
+        """w, shape ``(K,)``."""
+        return self.logits.softmax(0)
+
+    def draw(self, n: int, generator: torch.Generator | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+        u = uniform((n, 1), generator, dtype, device)
+        # the last sum may be rounded to below u
+        k = (u > self.weights.detach().cumsum(0)).sum(-1).clamp(max=len(self.logits) - 1)
+        z = self.loc[k] + self.log_scale[k].exp() * standard_normal((n, self.dim), generator, dtype, device)
+        if not self.logits.requires_grad:
+            return z
+        moved = self._moved_by_weights(z.detach())
+        return z + (moved - moved.detach())
+
+    def _moved_by_weights(self, z: Tensor) -> Tensor:
+        """z itself, with its derivative in the weights alone."""
+        loc, scale = self.loc.detach(), self.log_scale.detach().exp()
+        log_w = self.logits.log_softmax(0).expand(len(z), -1)  # of the components given the entries so far, not normalised
+        done: list[Tensor] = []
+        for i in range(self.dim):
+            below = (log_w.softmax(-1) * torch.special.ndtr((z[:, i : i + 1] - loc[:, i]) / scale[:, i])).sum(-1)
+            density = (log_w.detach().softmax(-1) * _log_normal(z[:, i : i + 1], loc[:, i], scale[:, i]).exp()).sum(-1)
+            entry = z[:, i] - (below - below.detach()) / density
+            log_w = log_w + _log_normal(entry.unsqueeze(-1), loc[:, i], scale[:, i])
+            done.append(entry)
+        return torch.stack(done, dim=-1)
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        parts = _log_normal(z.unsqueeze(-2), self.loc, self.log_scale.exp()).sum(-1)
+        return (self.logits.log_softmax(0) + parts).logsumexp(-1)
+
+
+def _log_normal(z: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
+    return -0.5 * (((z - loc) / scale).square() + LOG_2PI) - scale.log()
+
+
+class StudentBase(Base):
+    r"""Independent Student's t in each entry, :math:`t_{\nu_i}`, for targets whose tails are heavier than a Gaussian's.
+
+    .. math:: z_i = \epsilon_i \big/ \sqrt{\chi^2_{\nu_i} / \nu_i}, \qquad \nu_i = b + \mathrm{softplus}(r_i)
+
+    The gradient in :math:`\nu` is torch's implicit one of the gamma distribution. Tails that a smooth flow leaves as they are
+    must be right in the base (Jaini, Kobyzev, Yu and Brubaker, "Tails of Lipschitz triangular flows", 2020).
+
+    Args:
+        dim: D.
+        df: initial degrees of freedom of each entry.
+        learn_df: learn them; otherwise they stay.
+        least: b >= 0, below which they cannot fall: 2 keeps the variance finite.
+        dtype: of the parameters (default torch's).
+
+    Raises:
+        ValueError: if ``dim`` < 1 or if 0 <= ``least`` < ``df`` does not hold.
+
+    Example:
+        >>> StudentBase(2, df=4.0).df.detach()
+        tensor([4., 4.])
+    """
+
+    def __init__(
+        self, dim: int, df: float = 5.0, learn_df: bool = True, least: float = 2.0, *, dtype: torch.dtype | None = None
+    ) -> None:
+        if not 0.0 <= least < df < math.inf:
+            raise ValueError(f"0 <= least < df must hold, got least={least}, df={df}")
+        super().__init__(dim)
+        self.least = float(least)
+        # in double first: softplus and its inverse then agree to the last digit
+        above = torch.full((dim,), df - least, dtype=torch.float64)
+        raw = (above + (-(-above).expm1()).log()).to(torch.get_default_dtype() if dtype is None else dtype)
+        self.raw: Tensor
+        if learn_df:
+            self.raw = nn.Parameter(raw)
+        else:
+            self.register_buffer("raw", raw)
+        self._config = {"dim": dim, "df": df, "learn_df": learn_df, "least": least}
+
+    @property
+    def df(self) -> Tensor:
+        r""":math:`\nu`, shape ``(D,)``."""
+        return self.least + softplus(self.raw)
+
+    def _law(self) -> dist.StudentT:
+        return dist.StudentT(self.df, validate_args=False)
+
+    def draw(self, n: int, generator: torch.Generator | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+        with drawing_from(generator):
+            return self._law().rsample((n,))
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        return self._law().log_prob(z).sum(-1)
+
+
+class Drawn(dist.TorchDistribution):
+    """The Pyro distribution, over vectors, of a function that draws and one that scores.
+
+    Args:
+        draw: from n to draws ``(n, D)``, from torch's global generator.
+        score: the log-density, ``(*batch, D) -> (*batch)``.
+        dim: D.
+        path: the same log-density with constant parameters, for Pyro's ELBOs to take the path derivative alone.
+        has_rsample: False where a draw does not carry all gradients: Pyro then takes those of the score function.
+        batch_shape: of the distribution.
+    """
+
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
+    support = constraints.real_vector
+    has_rsample = True
+
+    def __init__(
+        self,
+        draw: Callable[[int], Tensor],
+        score: Callable[[Tensor], Tensor],
+        dim: int,
+        path: Callable[[Tensor], Tensor] | None = None,
+        has_rsample: bool = True,
+        batch_shape: Sequence[int] = (),
+    ) -> None:
+        self._made_of = (draw, score, dim, path, has_rsample)
+        self.has_rsample = has_rsample
+        super().__init__(torch.Size(batch_shape), torch.Size((dim,)), validate_args=False)
+
+    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> Drawn:
+        return Drawn(*self._made_of, batch_shape=batch_shape)
+
+    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        shape = self._extended_shape(torch.Size(sample_shape))
+        return self._made_of[0](math.prod(shape[:-1])).reshape(shape)
+
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        with torch.no_grad():
+            return self.rsample(sample_shape)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        log_p = self._made_of[1](value)
+        return log_p.expand(torch.broadcast_shapes(log_p.shape, self.batch_shape))
+
+    def score_parts(self, x: Tensor, *args: Any, **kwargs: Any) -> ScoreParts:
+        path = self._made_of[3]
+        if path is None or not self.has_rsample:
+            return super().score_parts(x, *args, **kwargs)
+        log_q = path(x)
+        return ScoreParts(log_prob=log_q, score_function=0, entropy_term=log_q)  # type: ignore[arg-type]  # Pyro's own zero

@@ -1,0 +1,58 @@
+"""What the layers of flows share: vectors in, vectors out, the log-determinant from the same evaluation, nothing cached."""
+
+from __future__ import annotations
+
+from pyro.distributions import TransformModule
+from torch import Tensor
+from torch.distributions import constraints
+
+__all__ = ["Bijection", "check_event"]
+
+
+def check_event(z: Tensor, dim: int) -> None:
+    """ValueError unless the last dimension of ``z`` is ``dim``."""
+    if z.dim() < 1 or z.shape[-1] != dim:
+        raise ValueError(f"the input must have shape (*batch, dim) with dim={dim}, got shape {tuple(z.shape)}")
+
+
+class Bijection(TransformModule):
+    r"""A learned bijection of :math:`R^D` that gives image and log-determinant together.
+
+    Subclasses write :meth:`with_log_det` and :meth:`inverse_with_log_det`; the methods of
+    :class:`torch.distributions.Transform` follow from these. A flow calls them directly and evaluates each network once. Nothing
+    is cached: after a step of the optimizer no image of the old parameters is left.
+
+    Args:
+        dim: D, entries of z and of x.
+
+    Raises:
+        ValueError: if ``dim`` < 1.
+    """
+
+    domain = constraints.real_vector
+    codomain = constraints.real_vector
+    bijective = True
+
+    def __init__(self, dim: int) -> None:
+        if dim < 1:
+            raise ValueError(f"dim must be at least 1, got dim={dim}")
+        super().__init__()
+        self.dim = dim
+
+    def with_log_det(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        r"""x and :math:`\log|\det \partial x/\partial z|`: ``(*batch, D) -> (*batch, D), (*batch)``."""
+        raise NotImplementedError
+
+    def inverse_with_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        r"""z and, again, :math:`\log|\det \partial x/\partial z|`: ``(*batch, D) -> (*batch, D), (*batch)``."""
+        raise NotImplementedError
+
+    def _call(self, z: Tensor) -> Tensor:
+        return self.with_log_det(z)[0]
+
+    def _inverse(self, x: Tensor) -> Tensor:
+        return self.inverse_with_log_det(x)[0]
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        """Evaluated anew at x: ``(*batch, D), (*batch, D) -> (*batch)``."""
+        return self.with_log_det(x)[1]

@@ -1,0 +1,90 @@
+"""RealNVP for energies: soft-clamped affine couplings, a final affine layer and a logarithmic tail."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from pyroebm.flows.affine import AffineCoupling, Loft, coupling_masks
+from pyroebm.flows.base import Base
+from pyroebm.flows.flow import Flow
+from pyroebm.flows.linear import PLULinear, Shift
+from pyroebm.flows.networks import ConditionalGaussian
+from pyroebm.front_door import check_counts
+from pyroebm.randomness import seeded_generator
+
+__all__ = ["RealNVP"]
+
+
+class RealNVP(Flow):
+    r"""Affine couplings for an energy (Dinh, Sohl-Dickstein and Bengio, "Density estimation using Real NVP", 2017).
+
+    .. math:: (x, y) = \mathrm{LOFT}\big(S\, f_L \circ \dots \circ f_1(z) + c\big)
+
+    Layers come in pairs, each of which moves every entry. For each pair but the first it is drawn anew which entries pass first,
+    without which some would never meet. A fresh flow is the base itself, scaled.
+
+    Args:
+        dim: d, entries of x.
+        layers: L, of :class:`AffineCoupling`; none where D = 1, which has nothing to couple.
+        hidden: widths of the conditioners' hidden layers.
+        total_dim: D; None is d. Above it there are redundant latents, as in :class:`RedundantNICE`.
+        mask: ``"halves"`` or ``"alternating"``, of the first pair.
+        clamp: largest log-scale of one layer, in nats.
+        soft: ``"tanh"`` or ``"arctan"``, how it is clamped.
+        loft: threshold of the tail layer :class:`Loft`; None has none.
+        scale: of the initial S.
+        activation: one of :data:`pyroebm.networks.ACTIVATIONS`.
+        base: density of z; None is the standard normal.
+        dtype: of the parameters (default torch's).
+        seed: of the initial hidden weights and of who is coupled to whom.
+
+    Raises:
+        ValueError: if an argument is out of range.
+
+    Example:
+        >>> flow = RealNVP(2, layers=4, hidden=(16,), loft=100.0)
+        >>> flow.log_prob(torch.zeros(2)).detach()
+        tensor(-1.8379)
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        layers: int = 6,
+        hidden: Sequence[int] = (64, 64),
+        total_dim: int | None = None,
+        mask: str = "halves",
+        clamp: float = 2.0,
+        soft: str = "tanh",
+        loft: float | None = None,
+        scale: float = 1.0,
+        *,
+        activation: str = "silu",
+        base: Base | None = None,
+        dtype: torch.dtype | None = None,
+        seed: int = 0,
+    ) -> None:
+        check_counts({"dim": 1, "layers": 0}, dim, layers)
+        total = dim if total_dim is None else total_dim
+        if total < dim:
+            raise ValueError(f"dim and total_dim must satisfy 1 <= dim <= total_dim, got dim={dim}, total_dim={total}")
+        if not scale > 0.0:
+            raise ValueError(f"scale must be positive, got scale={scale}")
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        generator = seeded_generator(seed)
+        net: dict[str, Any] = {"hidden": hidden, "activation": activation, "dtype": dtype, "generator": generator}
+        parts: list[Any] = []
+        masks = coupling_masks(total, mask, layers, generator)
+        parts += [AffineCoupling(total, mask=passing, clamp=clamp, soft=soft, **net) for passing in masks]
+        parts += [PLULinear(scale * torch.eye(total, dtype=dtype)), Shift(torch.zeros(total, dtype=dtype))]
+        if loft is not None:
+            parts.append(Loft(total, loft))
+        conditional = ConditionalGaussian(dim, total - dim, **net) if total > dim else None
+        super().__init__(parts, dim, total, conditional, base)
+        self._config = {
+            "dim": dim, "layers": layers, "hidden": list(hidden), "total_dim": total_dim, "mask": mask, "clamp": clamp,
+            "soft": soft, "loft": loft, "scale": scale, "activation": activation, "base": base, "seed": seed,
+        }  # fmt: skip
