@@ -90,7 +90,8 @@ def in_two_dimensions(recipe: Recipe, seeds: int, steps: int, quick: bool, progr
         chains = PersistentCD(400, k=1, kernel=HMC(step_size=0.15, num_steps=8))
         energy = train(data, chains, 16, 64, steps, 5e-3, number, progress)
         log_z = quadrature(energy, tolerance=1e-6).value
-        mcmc = MCMC(NUTS(), num_samples=50, warmup_steps=20 if quick else 200, num_chains=64, seed=number, progress=False)
+        samples, warm, num_chains = (10, 20, 16) if quick else (50, 200, 64)
+        mcmc = MCMC(NUTS(), num_samples=samples, warmup_steps=warm, num_chains=num_chains, seed=number, progress=False)
         mcmc.run(energy)
         draws = mcmc.get_samples(group_by_chain=True)["x"].reshape(-1, 2)
         early = train(data, PersistentCD(400, kernel=chains.kernel), 16, 64, steps // 20, 5e-3, number, progress)

@@ -225,7 +225,9 @@ def figure(densities: dict[str, Tensor], divergences: dict[str, float], found: d
         "flow alone", "NCE, flow trained along",
     ]  # fmt: skip
     for ax, name in zip(axes.flat, shown, strict=False):
-        ax.imshow(densities[name].exp().reshape(281, 281).mT, origin="lower", extent=(-HALF, HALF) * 2, vmax=0.25, cmap="magma")
+        ax.imshow(
+            densities[name].exp().reshape(281, 281).mT.numpy(), origin="lower", extent=(-HALF, HALF) * 2, vmax=0.25, cmap="magma"
+        )
         ax.set(title=name, xlim=(-4.5, 4.5), ylim=(-4.5, 4.5), xticks=[], yticks=[])
     floor = divergences["exact likelihood"]
     sweeps = [
@@ -239,7 +241,7 @@ def figure(densities: dict[str, Tensor], divergences: dict[str, float], found: d
         ax.minorticks_off()
         ax.set(xlabel=label, ylabel="KL from the truth, nats", title=f"NCE against {label}")
         ax.legend(fontsize=7)
-    axes[2, 2].set(yscale="linear", ylim=(0.0, None))
+    axes[2, 2].set(yscale="linear", ylim=(0.0, 1.2 * max(divergences[sweeps[1][3].format(nu)] for nu in NUS)))
     ax = axes[2, 3]
     for row, values in enumerate(found.values()):
         ax.plot(values, [row] * len(values), "o", color="tab:gray", markersize=3)
