@@ -219,7 +219,10 @@ def fit(
     names = {name: type(part).__name__ for name, part in given.items()}
     names |= {f"{key}.{k}": type(part).__name__ for key in players for k, part in vars(players[key]).items() if k != "parameters"}
     settings = names | {"rows": batches.rows, "batch_size": batch_size, "seed": seed, "dtype": str(energy.dtype)}
-    settings |= {f"objective.{k}": v for k, v in vars(objective).items() if k[0] != "_" and type(v) in (int, float, str)}
+    plain = {
+        k: v for k, v in vars(objective).items() if k[0] != "_" and k != "training" and type(v) in (int, float, str, bool, tuple)
+    }
+    settings |= {f"objective.{k}": repr(v) if type(v) is tuple else v for k, v in plain.items()}
     kept = None if checkpoint is None else Checkpoint(checkpoint, state, settings | {"ranks": ranks[1]})
     done = 0
     if kept is not None and kept.exists:

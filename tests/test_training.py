@@ -15,8 +15,16 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from pyroebm import Energy, training
 from pyroebm.datasets import bars_and_stripes
-from pyroebm.energies import BernoulliRBM
-from pyroebm.objectives import Centring, ContrastiveDivergence, ExactLikelihood, PersistentCD, Pseudolikelihood, Sparsity
+from pyroebm.energies import BernoulliRBM, MLPEnergy
+from pyroebm.objectives import (
+    Centring,
+    ContrastiveDivergence,
+    DenoisingScoreMatching,
+    ExactLikelihood,
+    PersistentCD,
+    Pseudolikelihood,
+    Sparsity,
+)
 from pyroebm.training import Batches, fit, parameter_groups
 
 F64 = torch.float64
@@ -320,6 +328,19 @@ def test_checkpoints_at_the_front_door(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="of another energy"):
         fit(BernoulliRBM(DATA.shape[1], 7, dtype=DATA.dtype), ContrastiveDivergence(), DATA, steps=4, resume=True, **options)
     assert [step for step, _, _ in fit(rbm(), ContrastiveDivergence(), DATA, steps=4, resume=True, **options)] == [2, 3]
+
+
+@pytest.mark.parametrize("changed", [{"sigma": (0.1, 0.3)}, {"control_variate": True}])
+def test_a_checkpoint_is_of_one_ladder_and_one_estimator(changed: dict[str, Any], tmp_path: Path) -> None:
+    """Settings that are tuples and truths count, as numbers and words do."""
+    energy = MLPEnergy((2,), hidden=(4,), dtype=torch.float64)
+    options: dict[str, Any] = {"checkpoint": tmp_path / "run.safetensors", "batch_size": 4}
+    data = torch.randn(8, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    given = {"sigma": (0.1, 0.2), "control_variate": False}
+    last(fit(energy, DenoisingScoreMatching(**given), data, steps=2, **options))
+    last(fit(energy, DenoisingScoreMatching(**given), data, steps=3, resume=True, **options))
+    with pytest.raises(ValueError, match="settings of this training"):
+        fit(energy, DenoisingScoreMatching(**given | changed), data, steps=4, resume=True, **options)
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(ValueError, match="must be a file that fit wrote"):
         fit(rbm(), ContrastiveDivergence(), DATA, steps=6, resume=True, **options)

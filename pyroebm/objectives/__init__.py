@@ -8,7 +8,7 @@ from pyroebm.objectives.contrastive import ContrastiveDivergence
 from pyroebm.objectives.denoising import DenoisingScoreMatching
 from pyroebm.objectives.discrete import MinimumProbabilityFlow, Pseudolikelihood, RatioMatching
 from pyroebm.objectives.divergences import ForwardKL, LogVariance
-from pyroebm.objectives.fisher import Divergence, fisher_divergence, sliced_fisher_divergence
+from pyroebm.objectives.fisher import fisher_divergence, sliced_fisher_divergence
 from pyroebm.objectives.flow_contrastive import FlowContrastive
 from pyroebm.objectives.hybrid import Hybrid
 from pyroebm.objectives.improved import ImprovedCD
@@ -34,7 +34,6 @@ __all__ = [
     "ContrastiveDivergence",
     "DeepDirected",
     "DenoisingScoreMatching",
-    "Divergence",
     "ExactLikelihood",
     "FlowContrastive",
     "ForwardKL",

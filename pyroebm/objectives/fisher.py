@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from pyroebm.distances import Estimate
 from pyroebm.energy import Energy, value_and_grad
 from pyroebm.front_door import check_counts
 from pyroebm.objectives.sliced import check_law, projections_like
 from pyroebm.supports import event_sum
 from pyroebm.views import eval_mode
 
-__all__ = ["Divergence", "fisher_divergence", "sliced_fisher_divergence"]
+__all__ = ["fisher_divergence", "sliced_fisher_divergence"]
 
 #: Rows of one evaluation.
 ROWS = 4096
@@ -23,19 +23,7 @@ ROWS = 4096
 Score = Callable[[Tensor], Tensor]
 
 
-class Divergence(NamedTuple):
-    """A mean over rows and its standard error, both floats.
-
-    Example:
-        >>> Divergence(0.5, 0.1).value
-        0.5
-    """
-
-    value: float
-    standard_error: float
-
-
-def fisher_divergence(energy: Energy, truth: Energy | Score, x: Tensor) -> Divergence:
+def fisher_divergence(energy: Energy, truth: Energy | Score, x: Tensor) -> Estimate:
     r"""The Fisher divergence of an energy from the law of some draws, of which the score is known.
 
     .. math:: F = \tfrac12 E_{x \sim p} |\nabla \log p(x) + \nabla E(x)|^2
@@ -67,7 +55,7 @@ def sliced_fisher_divergence(
     projections: int = 1,
     law: str = "normal",
     generator: torch.Generator | None = None,
-) -> Divergence:
+) -> Estimate:
     r"""The sliced Fisher divergence (Song et al., 2019), with directions of :math:`E[v v^T] = I`.
 
     .. math:: F_v = \tfrac12 E_{x \sim p} E_v \big( v^T (\nabla \log p(x) + \nabla E(x)) \big)^2 = F
@@ -115,6 +103,6 @@ def _gaps(energy: Energy, truth: Energy | Score, x: Tensor) -> list[Tensor]:
     return found
 
 
-def _mean(squares: Tensor) -> Divergence:
+def _mean(squares: Tensor) -> Estimate:
     halves = 0.5 * squares.double()
-    return Divergence(float(halves.mean()), float(halves.std()) / math.sqrt(len(halves)))
+    return Estimate(float(halves.mean()), float(halves.std()) / math.sqrt(len(halves)))
