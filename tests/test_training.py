@@ -329,6 +329,10 @@ def test_checkpoints_at_the_front_door(tmp_path: Path) -> None:
         fit(BernoulliRBM(DATA.shape[1], 7, dtype=DATA.dtype), ContrastiveDivergence(), DATA, steps=4, resume=True, **options)
     assert [step for step, _, _ in fit(rbm(), ContrastiveDivergence(), DATA, steps=4, resume=True, **options)] == [2, 3]
 
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match="must be a file that fit wrote"):
+        fit(rbm(), ContrastiveDivergence(), DATA, steps=6, resume=True, **options)
+
 
 @pytest.mark.parametrize("changed", [{"sigma": (0.1, 0.3)}, {"control_variate": True}])
 def test_a_checkpoint_is_of_one_ladder_and_one_estimator(changed: dict[str, Any], tmp_path: Path) -> None:
@@ -341,6 +345,3 @@ def test_a_checkpoint_is_of_one_ladder_and_one_estimator(changed: dict[str, Any]
     last(fit(energy, DenoisingScoreMatching(**given), data, steps=3, resume=True, **options))
     with pytest.raises(ValueError, match="settings of this training"):
         fit(energy, DenoisingScoreMatching(**given | changed), data, steps=4, resume=True, **options)
-    path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(ValueError, match="must be a file that fit wrote"):
-        fit(rbm(), ContrastiveDivergence(), DATA, steps=6, resume=True, **options)
