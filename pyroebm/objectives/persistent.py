@@ -123,7 +123,8 @@ class PersistentCD(Objective):
     def take(self, energy: Energy, generator: torch.Generator | None) -> tuple[Tensor | None, Tensor]:
         """Chains to go on with: their rows in the buffer (None: all), and their states, some of them new."""
         if self.chains is None:
-            self.chains = starts(energy, self.initial, self.buffer_size, generator)
+            # a copy: chains are written to in place, and a law of starts may hand out what it keeps
+            self.chains = starts(energy, self.initial, self.buffer_size, generator).clone()
         self._check_chains(energy, self.chains, (self.buffer_size, *energy.event_shape))
         whole = self.buffer_size == self.num_chains
         rows = None if whole else subset(self.buffer_size, self.num_chains, generator, energy.device)
