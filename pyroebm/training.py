@@ -17,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from pyroebm.batches import Batches, Data
-from pyroebm.checkpoint import Checkpoint, TrainingState
+from pyroebm.checkpoint import Checkpoint, TrainingState, settings_of
 from pyroebm.distributed import average_gradients, connected_ranks, same_start
 from pyroebm.energy import Energy, check_energy
 from pyroebm.front_door import check_counts
@@ -219,10 +219,7 @@ def fit(
     names = {name: type(part).__name__ for name, part in given.items()}
     names |= {f"{key}.{k}": type(part).__name__ for key in players for k, part in vars(players[key]).items() if k != "parameters"}
     settings = names | {"rows": batches.rows, "batch_size": batch_size, "seed": seed, "dtype": str(energy.dtype)}
-    plain = {
-        k: v for k, v in vars(objective).items() if k[0] != "_" and k != "training" and type(v) in (int, float, str, bool, tuple)
-    }
-    settings |= {f"objective.{k}": repr(v) if type(v) is tuple else v for k, v in plain.items()}
+    settings |= settings_of("objective", objective)
     kept = None if checkpoint is None else Checkpoint(checkpoint, state, settings | {"ranks": ranks[1]})
     done = 0
     if kept is not None and kept.exists:
