@@ -484,11 +484,22 @@ def test_chains_are_not_written_into_what_they_start_from() -> None:
     before, objective = kept.clone(), PersistentCD(5, 1, ULA(0.3), buffer_size=20, initial=lambda n, _: kept[:n])
     objective(Bowl(), torch.zeros(3, 2, dtype=F64), generator=generator(1))
     assert torch.equal(kept, before)
-    assert objective.chains is not None and not torch.equal(objective.chains, kept)
+    assert objective.chains is not None
+    assert not torch.equal(objective.chains, kept)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Front door
+
+
+@pytest.mark.parametrize(
+    "objective", [ContrastiveDivergence(1, ULA(0.1)), PersistentCD(10, 1, ULA(0.1)), ShortRun(1, ULA(0.1)), ImprovedCD(10, 1)]
+)
+def test_batches_are_looked_at_before_chains_move(objective: Objective) -> None:
+    for batch in (torch.zeros(3, 2), torch.zeros(3, 3, dtype=F64), torch.zeros(0, 2, dtype=F64), torch.zeros(3, 1, 2, dtype=F64)):
+        with pytest.raises(ValueError, match=r"batch must have|event_shape \(2,\)"):
+            objective(Bowl(), batch)
+    assert getattr(objective, "chains", None) is None
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from pyroebm.objectives.contrastive import (
     Initial,
     about,
     advance,
+    check_batch,
     check_chain,
     difference,
     joined,
@@ -115,6 +116,8 @@ class PersistentCD(Objective):
             return self._sweep_layers(energy, batch, generator)
         if self.ladder is not None:
             raise ValueError(f"betas are for sweeps of layers, but {type(energy).__name__} is no machine of layers")
+        if not (isinstance(energy, HasMeanField) and batch.shape[1:] != energy.event_shape):
+            check_batch(energy, batch)
         rows, x = self.take(energy, generator)
         x, rate = advance(energy, self.kernel, x, self.k, generator)
         self.put(rows, x)
