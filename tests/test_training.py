@@ -354,7 +354,7 @@ def test_a_checkpoint_is_of_one_kernel_and_of_the_objectives_inside(tmp_path: Pa
 
 def test_where_an_object_lies_in_memory_is_no_setting() -> None:
     class Proposal:
-        draw_noise = push = log_prob = None
+        draw_noise = push = log_prob = print
 
     said = [settings_of("o", PersistentCD(5, 1, IndependenceMetropolis(Proposal()))) for _ in range(2)]
     assert said[0] == said[1]
