@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -204,6 +205,13 @@ def fit(
         raise ValueError(f"give either steps or epochs, got steps={steps}, epochs={epochs}")
     check_counts({"steps" if epochs is None else "epochs": 1}, *(n for n in (steps, epochs) if n is not None))
     total = steps if steps is not None else (epochs or 0) * len(batches)
+    if max_grad_norm is not None and not max_grad_norm > 0.0:
+        raise ValueError(f"max_grad_norm must be positive, or None, got max_grad_norm={max_grad_norm}")
+    if not (0.0 <= weight_decay < math.inf and checkpoint_every >= 0.0):
+        raise ValueError(
+            f"weight_decay and checkpoint_every must not be negative, got weight_decay={weight_decay},"
+            f" checkpoint_every={checkpoint_every}"
+        )
     if resume and checkpoint is None:
         raise ValueError("resume=True goes on from a checkpoint: give checkpoint")
     given: dict[str, Any] = {"energy": energy, "objective": objective, "transform": transform, "average": average}

@@ -352,6 +352,15 @@ def test_a_checkpoint_is_of_one_kernel_and_of_the_objectives_inside(tmp_path: Pa
             run(k, size, 4, True)
 
 
+@pytest.mark.parametrize(
+    "wrong", [{"max_grad_norm": -1.0}, {"max_grad_norm": math.nan}, {"weight_decay": -0.1}, {"checkpoint_every": -1.0}]
+)
+def test_numbers_that_would_turn_a_step_around_are_refused(wrong: dict[str, Any]) -> None:
+    """A negative bound on the norm makes torch climb, and NaN fills the parameters behind the guard's back."""
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        fit(rbm(), ContrastiveDivergence(), DATA, steps=1, **wrong)
+
+
 def test_where_an_object_lies_in_memory_is_no_setting() -> None:
     class Proposal:
         draw_noise = push = log_prob = print
