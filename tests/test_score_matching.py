@@ -592,6 +592,7 @@ BAD: list[tuple[Callable[[], Any], str]] = [
         lambda: NonNegativeScoreMatching()(Exponential(2.0), torch.tensor([1.0, -0.5])),
         "batch must not be negative, got 1 entries",
     ),
+    (lambda: DenoisingScoreMatching(torch.tensor(-0.1)), "sigma and weights must be positive"),
     (lambda: NonNegativeScoreMatching()(Gaussian(0.0), torch.ones(3)), "for positive or nonnegative supports, but Gaussian"),
     (lambda: ScoreMatching()(Gaussian(torch.zeros(2)), torch.ones(3)), r"event_shape \(2,\)"),
     (lambda: SlicedScoreMatching()(Gaussian(torch.zeros(2)), torch.ones(3, 2, dtype=F64)), "batch must have the dtype"),
