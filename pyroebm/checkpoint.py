@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from pyroebm.distributed import connected_ranks, gather_bytes
+from pyroebm.kernels.base import Kernel
+from pyroebm.objectives.base import Objective
 from pyroebm.serial import from_text, pack, to_text, unpack
 from pyroebm.store import written_whole
 
-__all__ = ["Checkpoint", "TrainingState"]
+__all__ = ["Checkpoint", "TrainingState", "settings_of"]
 
 
 class TrainingState:
@@ -154,3 +157,26 @@ class Checkpoint:
         except ValueError as error:
             raise ValueError(f"checkpoint={str(self.path)!r} does not fit: {error}") from error
         return int(said["step"]), more
+
+
+def settings_of(name: str, objective: object) -> dict[str, Any]:
+    """Settings of an objective, and of objectives inside it, as JSON can say them: numbers, words, tuples, and kernels in words.
+
+    Example:
+        >>> from pyroebm.objectives import ContrastiveDivergence, Hybrid
+        >>> settings_of("objective", Hybrid(ContrastiveDivergence(k=5)))["objective.generative.k"]
+        5
+    """
+    modules = objective.named_modules(prefix=name) if isinstance(objective, nn.Module) else [(name, objective)]
+    found: dict[str, Any] = {}
+    for path, module in modules:
+        if module is not objective and not isinstance(module, Objective):
+            continue  # a network: its state says what it is
+        for key, value in vars(module).items():
+            if key[0] == "_" or key == "training":
+                continue
+            if type(value) in (int, float, str, bool):
+                found[f"{path}.{key}"] = value
+            elif isinstance(value, tuple | Kernel):
+                found[f"{path}.{key}"] = re.sub(r" at 0x[0-9a-f]+", "", repr(value))  # addresses are another's in each process
+    return found

@@ -148,6 +148,6 @@ def _bound(layers: Sequence[nn.Module], generator: torch.Generator | None) -> No
     """Spectral norms; their power iteration starts from torch's global stream, which is put back."""
     seed = torch.randint(2**62, (), generator=generator)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(seed))
+        torch.default_generator.manual_seed(int(seed))  # torch.manual_seed would seed every GPU as well
         for layer in layers:
             parametrizations.spectral_norm(layer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from pyroebm.batches import Batches, Data
-from pyroebm.checkpoint import Checkpoint, TrainingState
+from pyroebm.checkpoint import Checkpoint, TrainingState, settings_of
 from pyroebm.distributed import average_gradients, connected_ranks, same_start
 from pyroebm.energy import Energy, check_energy
 from pyroebm.front_door import check_counts
@@ -204,6 +205,13 @@ def fit(
         raise ValueError(f"give either steps or epochs, got steps={steps}, epochs={epochs}")
     check_counts({"steps" if epochs is None else "epochs": 1}, *(n for n in (steps, epochs) if n is not None))
     total = steps if steps is not None else (epochs or 0) * len(batches)
+    if max_grad_norm is not None and not max_grad_norm > 0.0:
+        raise ValueError(f"max_grad_norm must be positive, or None, got max_grad_norm={max_grad_norm}")
+    if not (0.0 <= weight_decay < math.inf and checkpoint_every >= 0.0):
+        raise ValueError(
+            f"weight_decay and checkpoint_every must not be negative, got weight_decay={weight_decay},"
+            f" checkpoint_every={checkpoint_every}"
+        )
     if resume and checkpoint is None:
         raise ValueError("resume=True goes on from a checkpoint: give checkpoint")
     given: dict[str, Any] = {"energy": energy, "objective": objective, "transform": transform, "average": average}
@@ -219,10 +227,7 @@ def fit(
     names = {name: type(part).__name__ for name, part in given.items()}
     names |= {f"{key}.{k}": type(part).__name__ for key in players for k, part in vars(players[key]).items() if k != "parameters"}
     settings = names | {"rows": batches.rows, "batch_size": batch_size, "seed": seed, "dtype": str(energy.dtype)}
-    plain = {
-        k: v for k, v in vars(objective).items() if k[0] != "_" and k != "training" and type(v) in (int, float, str, bool, tuple)
-    }
-    settings |= {f"objective.{k}": repr(v) if type(v) is tuple else v for k, v in plain.items()}
+    settings |= settings_of("objective", objective)
     kept = None if checkpoint is None else Checkpoint(checkpoint, state, settings | {"ranks": ranks[1]})
     done = 0
     if kept is not None and kept.exists:

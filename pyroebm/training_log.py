@@ -22,9 +22,10 @@ class TrainingLog:
         tensorboard: a folder for ``torch.utils.tensorboard``, or None.
         every: steps from one line to the next.
         done: steps that were done before. What is said of later ones is removed: they come again.
+        resume: go on in a file that is there.
 
     Raises:
-        ValueError: if ``every`` < 1, or the file exists and no step was done.
+        ValueError: if ``every`` < 1, or the file exists and ``resume`` is False.
         ModuleNotFoundError: if ``tensorboard`` is given and not installed.
 
     Example:

@@ -11,7 +11,7 @@ from pyro.distributions.transforms import affine_coupling
 from torch import Tensor, nn
 
 from pyroebm import Energy, value_and_grad
-from pyroebm.flows import NICE, Flow, RedundantNICE, importance_sample
+from pyroebm.flows import NICE, Flow, MixtureBase, RedundantNICE, importance_sample
 from pyroebm.objectives import ForwardKL, LogVariance, ReverseKL, fit_flow
 from pyroebm.targets import DoubleWell, Gaussian, GaussianMixture
 from pyroebm.views import Compressed, is_compressed
@@ -72,6 +72,14 @@ def test_path_gradients_have_the_mean_of_the_total_ones(make: object) -> None:
     moving = se > 1e-9
     assert int(moving.sum()) > 2
     within_se(path.mean(0)[moving], total.mean(0)[moving], se[moving])
+
+
+def test_path_gradients_reach_a_learned_base() -> None:
+    base = MixtureBase(2, 3, learn_weights=True, dtype=torch.float64)
+    flow, draws = stirred(NICE(2, couplings=1, hidden=(4,), base=base)), TARGET.sample(20_000, seeded())
+    total, path = (many(ForwardKL(draws, gradient=kind), flow, TARGET, 20, 1000) for kind in ("total", "path"))
+    se = (total.var(0) / 20 + path.var(0) / 20).sqrt()
+    within_se(path.mean(0), total.mean(0), se.clamp(min=1e-9))
 
 
 def test_path_gradients_have_no_noise_at_the_optimum() -> None:

@@ -303,7 +303,7 @@ class LiveProbabilities(FeatureLatentEnergy):
 class NoFeatures(FeatureLatentEnergy):
     def expected_energy(self, x: Tensor) -> Tensor:
         logits = self.hidden_logits(x)
-        return self.quadratic(x) - (torch.sigmoid(logits) * logits).sum(-1).detach()
+        return self.quadratic(x) - (torch.sigmoid(logits).detach() * (logits.detach() + 0.0 * logits)).sum(-1)
 
 
 @pytest.mark.parametrize("mutant", [SignInBits, HalfQuadratic, FreeEnergyWithoutBits, Softmax])
@@ -312,7 +312,7 @@ def test_broken_laws_are_caught(mutant: type[FeatureLatentEnergy]) -> None:
         check_laws(make(kind=mutant))
 
 
-@pytest.mark.parametrize("mutant", [SignInBits, HalfQuadratic, FreeEnergyWithoutBits, LiveProbabilities])
+@pytest.mark.parametrize("mutant", [SignInBits, HalfQuadratic, FreeEnergyWithoutBits, LiveProbabilities, NoFeatures])
 def test_broken_gradients_are_caught(mutant: Callable[..., FeatureLatentEnergy]) -> None:
     with pytest.raises(AssertionError):
         check_gradient(make(kind=mutant))  # type: ignore[arg-type]

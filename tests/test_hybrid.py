@@ -14,9 +14,10 @@ from torch.distributions import Categorical, MixtureSameFamily, MultivariateNorm
 
 from pyroebm import MCMC, NUTS, Energy
 from pyroebm.energies import ClassifierEnergy
+from pyroebm.flows import NICE
 from pyroebm.kernels import MALA
 from pyroebm.networks import convolutions, mlp
-from pyroebm.objectives import ContrastiveDivergence, Hybrid, Objective, PersistentCD
+from pyroebm.objectives import AdversarialFlow, ContrastiveDivergence, Hybrid, Objective, PersistentCD, SlicedScoreMatching
 from pyroebm.partition import quadrature
 from pyroebm.training import fit
 
@@ -218,6 +219,15 @@ def test_persistent_chains_have_the_exact_gradient(mode: str) -> None:
     check_sampled(lambda: Hybrid(PersistentCD(400, k=4, kernel=MALA(1.2)), mode=mode), mode, burn=15)  # type: ignore[arg-type]
 
 
+def test_differences_of_energies_keep_each_row_s_class() -> None:
+    energy, batch = deep_energy(), mixture_draws(6, 0)
+    exact, near = (
+        Hybrid(SlicedScoreMatching(3, finite_difference=step), mode="conditional")(energy, batch, generator=generator(0))[0]
+        for step in (None, 1e-4)
+    )
+    torch.testing.assert_close(near, exact, rtol=0.0, atol=1e-5)
+
+
 def test_chains_of_each_class_have_the_exact_gradient() -> None:
     check_sampled(lambda: Hybrid(ContrastiveDivergence(30, MALA(1.2)), mode="conditional"), "conditional", burn=0)
 
@@ -316,6 +326,7 @@ def test_what_does_not_fit_is_refused() -> None:
         ({"generative": 3}, "generative must be an Objective or None, got int"),
         ({"mode": "marginal"}, "give generative"),
         ({"mode": "conditional", "generative": PersistentCD()}, "cannot take PersistentCD"),
+        ({"mode": "conditional", "generative": AdversarialFlow(NICE(2))}, "one law for all classes"),
     ):
         with pytest.raises(ValueError, match=message):
             Hybrid(**arguments)  # type: ignore[arg-type]

@@ -146,6 +146,16 @@ def test_the_envelope_fits_data() -> None:
         MLPEnergy((2,), support=constraints.unit_interval, scale=None).fit_envelope(data)
 
 
+def test_spectral_norms_seed_no_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(seed: int) -> None:
+        raise AssertionError("the streams of all GPUs are seeded anew")
+
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", refuse)
+    before = torch.get_rng_state()
+    MLPEnergy((3,), (8, 8), spectral_norm=True, generator=seeded())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_spectral_norms_bound_the_layers() -> None:
     energy = MLPEnergy((3,), (16, 16), spectral_norm=True, generator=seeded()).train()
     x = torch.randn(4, 3, generator=seeded(1))

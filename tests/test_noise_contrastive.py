@@ -508,6 +508,17 @@ def test_losses_of_energy_and_flow_are_apart() -> None:
     check_losses_are_apart(FlowContrastive(nice(2), log_z=0.3))
 
 
+def test_the_sum_of_the_losses_has_each_one_s_gradients() -> None:
+    objective, energy, batch = FlowContrastive(nice(2), log_z=0.3), Bell((2,)), randn(20, 2)
+    losses, _ = objective.losses(energy, batch, generator=generator(3))
+    total, facts = objective(energy, batch, generator=generator(3))
+    torch.testing.assert_close(total, losses["energy"] + losses["flow"])
+    assert "flow_log_likelihood" in facts
+    for name, parameters in objective.trained(energy).items():
+        own = torch.autograd.grad(losses[name], parameters, retain_graph=True)
+        torch.testing.assert_close(torch.autograd.grad(total, parameters, retain_graph=True), own)
+
+
 def test_a_flow_trained_along_comes_to_the_data() -> None:
     """Noise far off at first: in the end the flow is near the data, and E + c near -log p."""
     data = 2.0 + 0.5 * randn(2000, 2)

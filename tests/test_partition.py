@@ -199,6 +199,20 @@ def test_expectations_by_quadrature() -> None:
     assert float(rate) == pytest.approx(0.4, abs=1e-8)
 
 
+@pytest.mark.parametrize("low", [0.1, 0.3, -0.05])
+def test_a_small_region_is_not_overlooked(low: float) -> None:
+    """The few nodes of the coarsest panels all miss it, twice: that is no convergence."""
+    law = Gaussian(torch.zeros(1, dtype=F64))
+    found, change = partition.expectation(law, lambda x: ((x > low) & (x < low + 0.1)).double().squeeze(1), tolerance=1e-4)
+    truth = 0.5 * (math.erf((low + 0.1) / math.sqrt(2.0)) - math.erf(low / math.sqrt(2.0)))
+    assert change <= 1e-4
+    assert float(found) == pytest.approx(truth, abs=1e-3)
+    plane = Gaussian(torch.zeros(2, dtype=F64))
+    found, _ = partition.expectation(plane, lambda x: ((x > low) & (x < low + 0.5)).all(1).double(), tolerance=1e-4)
+    side = 0.5 * (math.erf((low + 0.5) / math.sqrt(2.0)) - math.erf(low / math.sqrt(2.0)))
+    assert float(found) == pytest.approx(side**2, abs=3e-3)
+
+
 def test_weights_of_modes_by_quadrature() -> None:
     law = GaussianMixture([[-2.0, 0.0], [2.0, 0.0]], scale=0.5, weights=[0.9, 0.1], dtype=F64)
     found, change = partition.expectation(law, lambda x: torch.nn.functional.one_hot(law.mode_of(x), 2), tolerance=1e-4)

@@ -164,6 +164,12 @@ class Shift(ULA):
         return state._replace(x=state.x + 1.0), info
 
 
+def test_a_subclass_moves_by_its_own_step() -> None:
+    kernel, start = Shift(0.1), torch.zeros(4, 2, dtype=F64)
+    state, _ = kernel.steps(Bowl(), kernel.init(Bowl(), start), 3, generator(0))
+    assert torch.equal(state.x, start + 3.0)
+
+
 def check_buffer(make: Callable[..., PersistentCD]) -> None:
     """Frozen dynamics keep every chain; those that are moved are distinct, and written to where they came from."""
     energy, batch = Bowl(), torch.zeros(3, 2, dtype=F64)
@@ -473,8 +479,27 @@ def test_an_energy_that_is_not_frozen_is_caught(monkeypatch: pytest.MonkeyPatch)
         check_through()
 
 
+def test_chains_are_not_written_into_what_they_start_from() -> None:
+    kept = torch.randn(20, 2, dtype=F64, generator=generator(0))
+    before, objective = kept.clone(), PersistentCD(5, 1, ULA(0.3), buffer_size=20, initial=lambda n, _: kept[:n])
+    objective(Bowl(), torch.zeros(3, 2, dtype=F64), generator=generator(1))
+    assert torch.equal(kept, before)
+    assert objective.chains is not None
+    assert not torch.equal(objective.chains, kept)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Front door
+
+
+@pytest.mark.parametrize(
+    "objective", [ContrastiveDivergence(1, ULA(0.1)), PersistentCD(10, 1, ULA(0.1)), ShortRun(1, ULA(0.1)), ImprovedCD(10, 1)]
+)
+def test_batches_are_looked_at_before_chains_move(objective: Objective) -> None:
+    for batch in (torch.zeros(3, 2), torch.zeros(3, 3, dtype=F64), torch.zeros(0, 2, dtype=F64), torch.zeros(3, 1, 2, dtype=F64)):
+        with pytest.raises(ValueError, match=r"batch must have|event_shape \(2,\)"):
+            objective(Bowl(), batch)
+    assert getattr(objective, "chains", None) is None
 
 
 @pytest.mark.parametrize(

@@ -263,7 +263,7 @@ def test_edges_of_the_board_belong_to_its_black_squares() -> None:
         (lambda: NoisyCurves(lambda u: u, 1.0, nodes=0), "nodes must be an integer of at least 1"),
         (lambda: Circles((1.0, -1.0)), "radii must be positive"),
         (lambda: Circles(noise=0.0), "noise must be positive"),
-        (lambda: Pinwheel(arms=1), "arms must be an integer of at least 2"),
+        (lambda: Pinwheel(arms=2), "arms must be an integer of at least 3"),
         (lambda: Pinwheel(tangential=0.0), "tangential must be positive"),
         (lambda: Pinwheel(rate=math.inf), "rate must be finite"),
     ],

@@ -14,13 +14,16 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from pyroebm import Energy, training
+from pyroebm.checkpoint import settings_of
 from pyroebm.datasets import bars_and_stripes
-from pyroebm.energies import BernoulliRBM, MLPEnergy
+from pyroebm.energies import BernoulliRBM, ClassifierEnergy, MLPEnergy
+from pyroebm.kernels import ULA, IndependenceMetropolis
 from pyroebm.objectives import (
     Centring,
     ContrastiveDivergence,
     DenoisingScoreMatching,
     ExactLikelihood,
+    Hybrid,
     PersistentCD,
     Pseudolikelihood,
     Sparsity,
@@ -332,6 +335,39 @@ def test_checkpoints_at_the_front_door(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(ValueError, match="must be a file that fit wrote"):
         fit(rbm(), ContrastiveDivergence(), DATA, steps=6, resume=True, **options)
+
+
+def test_a_checkpoint_is_of_one_kernel_and_of_the_objectives_inside(tmp_path: Path) -> None:
+    data = (torch.randn(20, 2, generator=torch.Generator().manual_seed(0)), torch.arange(20) % 3)
+    options: dict[str, Any] = {"batch_size": 10, "checkpoint": tmp_path / "kept.safetensors", "progress": False}
+
+    def run(k: int, size: float, steps: int, resume: bool) -> None:
+        energy = ClassifierEnergy(torch.nn.Linear(2, 3), (2,), 3, scale=1.0)
+        last(fit(energy, Hybrid(ContrastiveDivergence(k, ULA(size))), data, steps=steps, resume=resume, **options))
+
+    run(2, 0.1, 2, False)
+    run(2, 0.1, 3, True)  # another kernel of the same settings
+    for k, size in ((3, 0.1), (2, 0.2)):
+        with pytest.raises(ValueError, match="settings of this training"):
+            run(k, size, 4, True)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"max_grad_norm": -1.0}, {"max_grad_norm": math.nan}, {"weight_decay": -0.1}, {"checkpoint_every": -1.0}]
+)
+def test_numbers_that_would_turn_a_step_around_are_refused(wrong: dict[str, Any]) -> None:
+    """A negative bound on the norm makes torch climb, and NaN fills the parameters behind the guard's back."""
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        fit(rbm(), ContrastiveDivergence(), DATA, steps=1, **wrong)
+
+
+def test_where_an_object_lies_in_memory_is_no_setting() -> None:
+    class Proposal:
+        draw_noise = push = log_prob = print
+
+    said = [settings_of("o", PersistentCD(5, 1, IndependenceMetropolis(Proposal()))) for _ in range(2)]
+    assert said[0] == said[1]
+    assert "IndependenceMetropolis" in said[0]["o.kernel"]
 
 
 @pytest.mark.parametrize("changed", [{"sigma": (0.1, 0.3)}, {"control_variate": True}])

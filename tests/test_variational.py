@@ -398,6 +398,7 @@ def test_a_loss_that_is_not_finite_can_be_skipped_and_counted() -> None:
         ({"num_samples": 0}, "num_samples=0"),
         ({"beta_start": 0.0}, r"0 < beta_start <= 1 and 0 <= warmup <= 1 must hold, got beta_start=0.0"),
         ({"warmup": 1.5}, r"warmup=1.5"),
+        ({"max_grad_norm": -1.0}, "max_grad_norm must be positive, or None, got max_grad_norm=-1.0"),
         ({"on_nonfinite": "ignore"}, "on_nonfinite must be 'raise' or 'skip', got on_nonfinite='ignore'"),
     ],
 )

@@ -78,7 +78,7 @@ class ULA(GradientKernel):
     def steps(
         self, energy: Energy, state: State, num_steps: int, generator: torch.Generator | None = None
     ) -> tuple[State, Tensor]:
-        if type(self).step is not ULA.step:  # a subclass with a step of its own takes that, many times
+        if type(self).step is not ULA.step:  # a subclass with a step of its own moves by that
             return super().steps(energy, state, num_steps, generator)
         most = MAX_BLOCK if is_compiled(energy) else num_steps
         taken = []

@@ -15,6 +15,7 @@ from pyroebm.front_door import check_counts
 from pyroebm.generators import Generator, batch_norms
 from pyroebm.networks import frozen
 from pyroebm.objectives.base import Objective
+from pyroebm.objectives.contrastive import check_batch
 from pyroebm.objectives.variational import ReverseKL
 from pyroebm.supports import event_sum, is_real
 from pyroebm.views import eval_mode
@@ -107,9 +108,7 @@ class Adversarial(Objective):
         Raises:
             ValueError: if the batch or q does not fit the energy.
         """
-        energy.check_states(batch, "batch")
-        if batch.dim() != len(energy.event_shape) + 1 or not len(batch):
-            raise ValueError(f"batch must have shape (n, *{tuple(energy.event_shape)}), n at least 1, got {tuple(batch.shape)}")
+        check_batch(energy, batch)
         with eval_mode(energy), frozen(energy):
             q = self.negative(energy, len(batch) if self.num_samples is None else self.num_samples, generator)
         data, model = energy(batch).mean(), _mean(energy(q.x.detach()), q.weights)

@@ -15,7 +15,8 @@ __all__ = ["HasLosses", "Objective"]
 
 class Objective(nn.Module):
     """Turns an energy, or a flow and an energy, into a loss. What it learns beside them is parameters, its chains are buffers.
-    Numbers, words and tuples among its attributes are settings: they stay as they are, and a checkpoint is of one set of them.
+    Numbers, words, tuples and kernels among its attributes are settings: they stay as they are, and a checkpoint is of one set of
+    them.
 
     A subclass writes ``forward``: objectives of energies take ``(energy, batch, *, generator=None)``, those of flows
     ``(flow, energy, ...)``; both return a scalar loss and detached facts. One with several players is :class:`HasLosses`.

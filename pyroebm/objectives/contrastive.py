@@ -85,6 +85,7 @@ class ContrastiveDivergence(Objective):
         """The loss and its facts: ``energy_data``, ``energy_model``, ``energy_gap``; the kernel's ``acceptance_rate``; and of
         layers ``mean_0``, ``mean_1``, ...: mean units of each under the data, which :class:`Centring` reads."""
         if self.kernel is not None or not isinstance(energy, LayeredMachine):
+            check_batch(energy, batch)
             end, rate = advance(energy, self.kernel, batch, self.k, generator)
             return difference(energy(batch), energy(end), about(self.kernel, rate), self.energy_penalty)
         if self.energy_penalty:
@@ -139,6 +140,13 @@ def check_chain(k: int, kernel: Kernel[Any] | None, energy_penalty: float) -> No
         check_kernel(kernel)
     if not 0.0 <= energy_penalty < math.inf:
         raise ValueError(f"energy_penalty must be at least 0 and finite, got energy_penalty={energy_penalty}")
+
+
+def check_batch(energy: Energy, batch: Tensor) -> None:
+    """ValueError unless the batch is at least one row of the energy's events."""
+    energy.check_states(batch, "batch")
+    if batch.dim() != len(energy.event_shape) + 1 or not len(batch):
+        raise ValueError(f"batch must have shape (n, *{tuple(energy.event_shape)}), n at least 1, got {tuple(batch.shape)}")
 
 
 def starts(energy: Energy, initial: Initial, n: int, generator: torch.Generator | None) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from numbers import Real
 
 import torch
 from torch import Tensor
@@ -60,7 +59,7 @@ class DenoisingScoreMatching(Objective):
         self, sigma: float | Sequence[float] = 0.1, weights: Sequence[float] | None = None, control_variate: bool = False
     ) -> None:
         super().__init__()
-        self.ladder = (float(sigma),) if isinstance(sigma, Real) else tuple(map(float, sigma))  # type: ignore[arg-type]
+        self.ladder = tuple(torch.as_tensor(sigma, dtype=torch.float64).flatten().tolist())
         given = (1.0,) * len(self.ladder) if weights is None else tuple(map(float, weights))
         if not self.ladder or not all(0.0 < value < math.inf for value in (*self.ladder, *given)):
             raise ValueError(f"sigma and weights must be positive and finite, got sigma={sigma!r}, weights={weights!r}")

@@ -115,6 +115,8 @@ class ForwardKL(Objective):
         with frozen(flow):  # log p pulled back to z, less the base's log density: the flow's map is a constant, z is not
             image, log_q = flow.push(z.clone())  # a copy: transforms that cache would give back x, parameters and all
             path = -(extended(image) + log_q).mean()
+        # a base that is learned has no path but its own density at z
+        path = path - flow.base.log_prob(z.detach()).mean()
         return path + (loss - path).detach()
 
 

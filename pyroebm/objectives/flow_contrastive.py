@@ -55,6 +55,11 @@ class FlowContrastive(Objective):
         self.flow = flow
         self.log_z = nn.Parameter(torch.tensor(float(log_z), dtype=flow.dtype, device=flow.device))
 
+    def forward(self, energy: Energy, batch: Tensor, *, generator: torch.Generator | None = None) -> tuple[Tensor, Facts]:
+        """The sum of the :meth:`losses`, whose gradient in each parameter is that of its own loss, and the facts."""
+        losses, facts = self.losses(energy, batch, generator=generator)
+        return torch.stack(list(losses.values())).sum(), facts
+
     def trained(self, energy: Energy) -> dict[str, Sequence[nn.Parameter]]:
         """The parameters that each of the losses is for."""
         both = {"energy": [*energy.parameters(), self.log_z], "flow": list(self.flow.parameters())}

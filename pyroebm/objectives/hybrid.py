@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyroebm.energies.classifier import ClassifierEnergy, check_labels
 from pyroebm.energy import Energy
-from pyroebm.objectives.base import Objective
+from pyroebm.objectives.base import HasLosses, Objective
 from pyroebm.objectives.persistent import PersistentCD
 
 __all__ = ["Hybrid", "Mode"]
@@ -47,7 +47,8 @@ class Hybrid(Objective):
     Raises:
         ValueError: if ``mode`` is none of these, ``weight`` not positive and finite, ``generative`` no objective or missing where
             there is nothing else; "conditional" with :class:`PersistentCD`, whose chains go on from batch to batch while the
-            classes of its rows change; the energy is no classifier; or the batch is no pair of events and classes.
+            classes of its rows change, or with an objective of several players, whose law knows no class; the energy is no
+            classifier; or the batch is no pair of events and classes.
 
     Example:
         >>> from pyroebm.energies import ClassifierEnergy
@@ -73,6 +74,11 @@ class Hybrid(Objective):
             raise ValueError(
                 "mode='conditional' cannot take PersistentCD: its chains go on from batch to batch, and the classes change. Start"
                 " from the data (ContrastiveDivergence), or take mode='joint' and draw from energy.given(y)"
+            )
+        if mode == "conditional" and isinstance(generative, HasLosses):
+            raise ValueError(
+                f"mode='conditional' cannot take {type(generative).__name__}: one law for all classes stands for none of them."
+                " Take mode='joint'"
             )
         self.generative, self.mode, self.weight = generative, mode, weight
 

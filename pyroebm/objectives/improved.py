@@ -12,7 +12,7 @@ from pyroebm.front_door import check_counts
 from pyroebm.kernels.base import column, normal_like, rows
 from pyroebm.kernels.langevin import ULA
 from pyroebm.networks import frozen
-from pyroebm.objectives.contrastive import Facts, Initial, about, advance, difference
+from pyroebm.objectives.contrastive import Facts, Initial, about, advance, check_batch, difference
 from pyroebm.objectives.persistent import PersistentCD
 from pyroebm.supports import is_real
 from pyroebm.views import eval_mode
@@ -89,6 +89,7 @@ class ImprovedCD(PersistentCD):
         """The loss and its facts: those of :class:`PersistentCD`, and ``entropy_model`` in nats."""
         if not is_real(energy.support):
             raise ValueError(f"ImprovedCD needs an energy over real numbers, {type(energy).__name__} has {energy.support}")
+        check_batch(energy, batch)
         taken, x = self.take(energy, generator)
         rate = torch.ones((), dtype=energy.dtype, device=energy.device)
         if self.k > self.through:

@@ -20,6 +20,7 @@ from pyroebm.objectives.contrastive import (
     Initial,
     about,
     advance,
+    check_batch,
     check_chain,
     difference,
     joined,
@@ -115,6 +116,8 @@ class PersistentCD(Objective):
             return self._sweep_layers(energy, batch, generator)
         if self.ladder is not None:
             raise ValueError(f"betas are for sweeps of layers, but {type(energy).__name__} is no machine of layers")
+        if not (isinstance(energy, HasMeanField) and batch.shape[1:] != energy.event_shape):
+            check_batch(energy, batch)
         rows, x = self.take(energy, generator)
         x, rate = advance(energy, self.kernel, x, self.k, generator)
         self.put(rows, x)
@@ -123,7 +126,8 @@ class PersistentCD(Objective):
     def take(self, energy: Energy, generator: torch.Generator | None) -> tuple[Tensor | None, Tensor]:
         """Chains to go on with: their rows in the buffer (None: all), and their states, some of them new."""
         if self.chains is None:
-            self.chains = starts(energy, self.initial, self.buffer_size, generator)
+            # a copy: chains are written to in place, and a law of starts may hand out what it keeps
+            self.chains = starts(energy, self.initial, self.buffer_size, generator).clone()
         self._check_chains(energy, self.chains, (self.buffer_size, *energy.event_shape))
         whole = self.buffer_size == self.num_chains
         rows = None if whole else subset(self.buffer_size, self.num_chains, generator, energy.device)

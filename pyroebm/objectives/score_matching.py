@@ -32,8 +32,8 @@ class ScoreMatching(Objective):
 
     .. math:: \tfrac12 \sigma^2 \, \frac1n \sum_i \sum_j \big(\partial_j^2 E(x_i)\big)^2
 
-    which is, to second order in :math:`\sigma` and without its entries off the diagonal, what noise on the data would do: it
-    keeps peaks of the density from growing on single examples and on the grid of quantised data.
+    which is what noise on the data would do if the score were linear over its width, without the Hessian's entries off the
+    diagonal: it keeps peaks of the density from growing on single examples and on the grid of quantised data.
 
     Args:
         noise: :math:`\sigma \ge 0`, the noise's standard deviation in units of x.
@@ -79,7 +79,7 @@ class NonNegativeScoreMatching(Objective):
     matching of log x, up to the constant d / 2, and takes zeros too.
 
     Raises:
-        ValueError: if the support is neither positive nor nonnegative.
+        ValueError: if the support is neither positive nor nonnegative, or an entry of the batch is negative.
 
     Example:
         >>> from pyroebm.targets import Exponential
@@ -96,9 +96,12 @@ class NonNegativeScoreMatching(Objective):
                 f" {energy.support}: ScoreMatching is for real ones"
             )
         batch, dims = batch.detach(), len(energy.event_shape)
-        gradient, curved = curvatures(
-            energy, batch, batch * unit_directions(batch, dims)
-        )  # v = x_j e_j: x_j^2 times the diagonal
+        if bool((batch < 0.0).any()):
+            raise ValueError(
+                f"batch must not be negative, got {int((batch < 0.0).sum())} entries that are, least {float(batch.min())}"
+            )
+        directions = batch * unit_directions(batch, dims)  # v = x_j e_j: x_j^2 times the diagonal
+        gradient, curved = curvatures(energy, batch, directions)
         slopes = batch * gradient
         loss = (event_sum(0.5 * slopes.square() - 2.0 * slopes, dims) - curved.sum(0)).mean()
         return loss, {"energy_data": mean_energy(energy, batch)}

@@ -13,7 +13,7 @@ from pyroebm.front_door import check_counts
 from pyroebm.kernels.base import Kernel
 from pyroebm.kernels.langevin import ULA
 from pyroebm.objectives.base import Objective
-from pyroebm.objectives.contrastive import Facts, Initial, about, advance, check_chain, difference, starts
+from pyroebm.objectives.contrastive import Facts, Initial, about, advance, check_batch, check_chain, difference, starts
 
 __all__ = ["ShortRun", "langevin"]
 
@@ -66,6 +66,7 @@ class ShortRun(Objective):
     def forward(self, energy: Energy, batch: Tensor, *, generator: torch.Generator | None = None) -> tuple[Tensor, Facts]:
         """The loss and its facts: ``energy_data``, ``energy_model``, ``energy_gap``, the kernel's ``acceptance_rate`` and, where
         it has one, ``temperature``."""
+        check_batch(energy, batch)
         n = len(batch) if self.num_chains is None else self.num_chains
         x, rate = advance(energy, self.kernel, starts(energy, self.initial, n, generator), self.k, generator)
         return difference(energy(batch), energy(x), about(self.kernel, rate), self.energy_penalty)

@@ -87,7 +87,9 @@ class SlicedScoreMatching(Objective):
             slopes = event_sum(gradient * v, dims)
         else:
             eps = self.finite_difference
-            ahead, here, behind = energy(batch + eps * v), energy(batch), energy(batch - eps * v)
+            # one direction at a time: rows stay rows, whatever else the energy knows of them
+            ahead, behind = (torch.stack([energy(batch + step * u) for u in v]) for step in (eps, -eps))
+            here = energy(batch)
             slopes, curved = (ahead - behind) / (2.0 * eps), (ahead + behind - 2.0 * here) / eps**2
             gradient = score(energy, batch) if self.variance_reduced else batch
         squared = event_sum(gradient.square(), dims) if self.variance_reduced else slopes.square().mean(0)

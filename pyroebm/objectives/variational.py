@@ -177,6 +177,8 @@ def fit_flow(
             raise ValueError(f"{name} must be at least 1, got {name}={value}")
     if not (0.0 < beta_start <= 1.0 and 0.0 <= warmup <= 1.0):
         raise ValueError(f"0 < beta_start <= 1 and 0 <= warmup <= 1 must hold, got beta_start={beta_start}, warmup={warmup}")
+    if max_grad_norm is not None and not max_grad_norm > 0.0:
+        raise ValueError(f"max_grad_norm must be positive, or None, got max_grad_norm={max_grad_norm}")
     if on_nonfinite not in ("raise", "skip"):
         raise ValueError(f"on_nonfinite must be 'raise' or 'skip', got on_nonfinite={on_nonfinite!r}")
     flow.extend(energy)

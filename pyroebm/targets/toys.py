@@ -133,7 +133,7 @@ class Pinwheel(Plane):
         dtype: floating-point type; None for torch's default.
 
     Raises:
-        ValueError: if a deviation or ``scale`` is not positive, ``rate`` is not finite, or ``arms`` is below 2.
+        ValueError: if a deviation or ``scale`` is not positive, ``rate`` is not finite, or ``arms`` is below 3.
 
     Example:
         >>> Pinwheel().variance
@@ -152,7 +152,7 @@ class Pinwheel(Plane):
         scale: float = 2.0,
         dtype: torch.dtype | None = None,
     ) -> None:
-        check_counts({"arms": 2}, arms)
+        check_counts({"arms": 3}, arms)  # of two arms x would have no equal variances
         check_positive(radial=radial, tangential=tangential, scale=scale)
         check_each("finite", torch.isfinite, rate=rate)
         super().__init__(dtype=dtype)
