@@ -26,6 +26,11 @@ class Estimate(NamedTuple):
     value: float
     standard_error: float
 
+    @classmethod
+    def of(cls, values: Tensor) -> Estimate:
+        """The mean of independent values ``(n,)`` and its standard error."""
+        return cls(float(values.mean()), float(values.std()) / math.sqrt(len(values)))
+
     def __str__(self) -> str:
         return f"{self.value:.4g} +- {self.standard_error:.2g}"
 

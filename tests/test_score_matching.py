@@ -676,10 +676,10 @@ MUTANTS: dict[str, tuple[Any, str, Any, Check]] = {
         lambda x, d: unit_directions(x, d) / x,
         lambda: check_non_negative((3,)),
     ),
-    "a divergence without its half": (fisher_module, "_mean", lambda s: MEAN(2.0 * s), check_fisher),
+    "a divergence without its half": (fisher_module, "_half", lambda s: MEAN(2.0 * s), check_fisher),
     "a divergence of the wrong sign": (fisher_module, "value_and_grad", lambda e, x: (None, GRAD(e, x)[1].abs()), check_fisher),
 }
-MEAN, GRAD = fisher_module._mean, fisher_module.value_and_grad
+MEAN, GRAD = fisher_module._half, fisher_module.value_and_grad
 
 
 def uniform_levels(objective: DenoisingScoreMatching, batch: Tensor, noise: torch.Generator) -> Tensor:

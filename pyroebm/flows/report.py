@@ -124,7 +124,7 @@ def judge_flow(
     if draws is not None:
         energy.check_states(draws, "draws")
     weighted = importance_sample(flow, energy, n, generator=generator)
-    elbo = _mean(weighted.log_weights[torch.isfinite(weighted.log_weights)])
+    elbo = Estimate.of(weighted.log_weights[torch.isfinite(weighted.log_weights)])
     if not bool(torch.isfinite(weighted.log_weights).all()):
         elbo = Estimate(-math.inf, math.nan)  # some of q is where p is not
     marginal, evaluations = weighted.ess_fraction, n
@@ -162,7 +162,7 @@ def judge_flow(
         weighted=weighted,
         elbo=elbo,
         marginal_ess=marginal,
-        eubo=None if log_forward is None else _mean(log_forward),
+        eubo=None if log_forward is None else Estimate.of(log_forward),
         forward_ess=None if log_forward is None else _forward_ess(log_forward),
         energy_distance=far,
         discrepancy=discrepancy,
@@ -202,10 +202,6 @@ def _findings(report: FlowReport) -> tuple[str, ...]:
     elif not said:
         said.append("forward and reverse figures agree")
     return tuple(said)
-
-
-def _mean(values: Tensor) -> Estimate:
-    return Estimate(float(values.mean()), float(values.std()) / math.sqrt(len(values)))
 
 
 def _ess_fraction(log_weights: Tensor) -> float:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyroebm.energy import Energy
+from pyroebm.enumeration import draw_numbers
 from pyroebm.flows.density import FlowEnergy
 from pyroebm.flows.flow import Flow
 from pyroebm.front_door import check_counts
@@ -18,7 +19,6 @@ from pyroebm.kernels.hmc import HMC
 from pyroebm.networks import frozen
 from pyroebm.objectives.base import Objective
 from pyroebm.paths import Path
-from pyroebm.randomness import uniform
 
 __all__ = ["AlphaBootstrap"]
 
@@ -133,9 +133,7 @@ class AlphaBootstrap(Objective):
             raise FloatingPointError("no annealed state has a finite weight: the flow lies where the energy is not finite")
         weights = torch.softmax(log_weights, 0)
         facts["ess_fraction"] = 1.0 / (weights.square().sum() * len(weights))
-        total = weights.cumsum(0)
-        u = uniform((num_samples,), generator, torch.float64, rows.device) * total[-1]
-        chosen = torch.searchsorted(total, u, right=True).clamp(max=len(rows) - 1)
+        chosen = draw_numbers(log_weights, num_samples, generator)
         now = flow.log_prob(rows[chosen])
         change = (log_q[chosen] - now.detach()).double()
         loss = -(change.exp().clamp(max=self.max_correction).to(now.dtype) * now).mean()
