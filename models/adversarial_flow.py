@@ -19,7 +19,6 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR
-from tqdm import tqdm
 
 from models.recipe import Recipe, run
 from pyroebm import Energy
@@ -30,7 +29,7 @@ from pyroebm.objectives import VERA, Adversarial, AdversarialFlow, DeepDirected,
 from pyroebm.partition import quadrature
 from pyroebm.randomness import seeded_generator
 from pyroebm.targets import GaussianMixture
-from pyroebm.training import Batches
+from pyroebm.training import fit
 
 TARGET = {"means": [[-2.0, 0.0], [2.0, 0.0]], "scale": 0.5, "weights": [0.9, 0.1]}
 
@@ -38,21 +37,14 @@ TARGET = {"means": [[-2.0, 0.0], [2.0, 0.0]], "scale": 0.5, "weights": [0.9, 0.1
 def play(
     energy: Energy, objective: Adversarial, data: Tensor, rates: dict[str, float], *, steps: int, batch_size: int = 256,
     seed: int = 0, progress: bool | None = None,
-) -> Iterator[tuple[int, dict[str, float]]]:  # fmt: skip
-    """One step of Adam for each loss, with rates that fall to 0: every gradient first, then every step."""
-    trained = objective.trained(energy)
-    optimizers = [torch.optim.Adam(trained[k], lr=rates[k], betas=(0.5, 0.999), fused=True) for k in trained]
-    plans = [CosineAnnealingLR(optimizer, steps) for optimizer in optimizers]
-    batches, noise = Batches(data, batch_size, seed), seeded_generator(seed, spawned=1)
-    for step in tqdm(range(steps), type(objective).__name__, disable=None if progress is None else not progress):
-        losses, facts = objective.losses(energy, batches(step), generator=noise)
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-        for name, loss in losses.items():
-            loss.backward(inputs=list(trained[name]))
-        for part in (*optimizers, *plans):
-            part.step()
-        yield step, {name: float(fact) for name, fact in facts.items()}
+) -> Iterator[tuple[int, float, dict[str, float]]]:  # fmt: skip
+    """`fit` with an Adam for each loss, whose rates fall to 0."""
+    adam = functools.partial(torch.optim.Adam, betas=(0.5, 0.999), fused=True)
+    return fit(
+        energy, objective, data, steps=steps, batch_size=batch_size, seed=seed, progress=progress,
+        optimizer={name: functools.partial(adam, lr=rate) for name, rate in rates.items()},
+        schedule=functools.partial(CosineAnnealingLR, T_max=steps),
+    )  # fmt: skip
 
 
 class Judge:
@@ -143,7 +135,7 @@ def main(
         energy, objective = MLPEnergy((2,), hidden, scale=4.0, generator=seeded_generator(seed, spawned=4)), make()
         bounds: list[float] = []
         speeds = rates if isinstance(objective, AdversarialFlow) else slow
-        for step, facts in play(energy, objective, data, speeds, steps=steps, seed=seed, progress=progress):
+        for step, _, facts in play(energy, objective, data, speeds, steps=steps, seed=seed, progress=progress):
             bounds.append(facts.get("log_likelihood_bound", math.nan))
             if name == "redundant, D = 4" and (step + 1) % every == 0:
                 curve.append((step + 1, sum(bounds[-every:]) / every, judge(energy)["log_likelihood"]))
