@@ -32,6 +32,8 @@ from pyroebm.targets import GaussianMixture
 from pyroebm.training import fit
 
 TARGET = {"means": [[-2.0, 0.0], [2.0, 0.0]], "scale": 0.5, "weights": [0.9, 0.1]}
+RATES = {"energy": 3e-4, "generator": 1e-3}
+GENERATOR_RATES = {"energy": 5e-4, "generator": 3e-3, "posterior": 1e-2}
 
 
 def play(
@@ -80,7 +82,7 @@ def opponents(hidden: tuple[int, int], seed: int) -> dict[str, Callable[[], Adve
     return {
         "NICE, D = 2": lambda: AdversarialFlow(NICE(2, hidden=hidden, seed=seed)),
         "redundant, D = 4": lambda: AdversarialFlow(RedundantNICE(2, 4, hidden=hidden, seed=seed)),
-        "VERA": lambda: VERA(MLPGenerator((2,), 2, hidden, sigma=0.3, generator=noise), eta=0.5, gradient_penalty=0.1),
+        "VERA": lambda: VERA(MLPGenerator((2,), 2, hidden, sigma=0.3, generator=noise), eta=0.5, gradient_penalty=0.01),
     }
 
 
@@ -111,14 +113,13 @@ def report(recipe: Recipe, name: str, energy: Energy, objective: Adversarial, ju
 
 
 def main(
-    steps: int = 1500, rate: float = 3e-4, points: int = 20_000, seed: int = 0, quick: bool = False,
+    steps: int = 1000, points: int = 20_000, seed: int = 0, quick: bool = False,
     out: Path | None = None, progress: bool | None = None,
 ) -> None:  # fmt: skip
     """Train one energy against each opponent.
 
     Args:
         steps: of each game.
-        rate: step size of the energy; three times of it for flows, ten for generators.
         points: of data.
         seed: of data, weights and games.
         quick: a few steps only, to see that everything runs.
@@ -126,7 +127,7 @@ def main(
         progress: show bars; on a terminal without.
     """
     steps, n, hidden, every = (20, 2_000, (16, 16), 10) if quick else (steps, 100_000, (64, 64), max(1, steps // 12))
-    recipe = Recipe("adversarial_flow", out, seed, steps=steps, rate=rate, points=points, quick=quick)
+    recipe = Recipe("adversarial_flow", out, seed, steps=steps, points=points, quick=quick)
     target = GaussianMixture(**TARGET)
     judge, data = Judge(target), target.sample(points, seeded_generator(seed))
     recipe.add("truth: log-likelihood", -judge.entropy, kind="exact")
@@ -134,8 +135,7 @@ def main(
     curves: dict[str, list[tuple[int, float, float]]] = {}
     for name, make in opponents(hidden, seed).items():
         energy, objective = MLPEnergy((2,), hidden, scale=4.0, generator=seeded_generator(seed, spawned=4)), make()
-        faster = {"generator": 3.0} if isinstance(objective, AdversarialFlow) else {"generator": 10.0, "posterior": 30.0}
-        rates = {"energy": rate} | {player: factor * rate for player, factor in faster.items()}
+        rates = RATES if isinstance(objective, AdversarialFlow) else GENERATOR_RATES
         bounds: list[float] = []
         curves[name] = []
         for step, _, facts in play(energy, objective, data, rates, steps=steps, seed=seed, progress=progress):

@@ -1,7 +1,9 @@
-"""Deep directed models (Kim and Bengio, 2016): energy and generator on a mixture of known density and on digits. 2 minutes.
+"""Deep directed models (Kim and Bengio, 2016): on four modes .07 nats below the truth, on digits a failure. About 1 to 2 minutes.
 
-The generator's entropy is that of its batch normalisation, which bounds nothing: the energy is judged by quadrature. On the
-mixture the generator ends on one mode of four and the energy 2 to 3 nats below the truth: this surrogate learns no weights.
+The generator's entropy is that of its batch normalisation. On hidden units it is no entropy of the draws: the generator loses
+modes, and the energy ends nats below the truth. On the outputs it is that of the normal law of their variances, and with fixed
+noise of nearly the modes' width it gets all four; against a redundant flow, whose entropy is true, the same energy ends .04 nats
+below. On digits the energy tells the test set from shuffled pixels (AUROC .75), but the generator's draws are no digits.
 
 python -m models.deep_directed [--seed N] [--quick] [--out DIR]
 """
