@@ -113,7 +113,7 @@ def report(recipe: Recipe, name: str, energy: Energy, objective: Adversarial, ju
 
 
 def main(
-    steps: int = 1000, points: int = 20_000, seed: int = 0, quick: bool = False,
+    steps: int = 800, points: int = 20_000, seed: int = 0, quick: bool = False,
     out: Path | None = None, progress: bool | None = None,
 ) -> None:  # fmt: skip
     """Train one energy against each opponent.

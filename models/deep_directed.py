@@ -55,8 +55,8 @@ def experts(entries: int, features: int, num_experts: int, sigma: float, seed: i
 def normalised(data: Tensor, latent_dim: int, width: int, sigma: float, seed: int) -> Generator:
     """A generator whose outputs are batch normalised, from the data's means and widths on.
 
-    Its entropy is then that of the normal law of its own variances, no less than the true one. Noise of a fixed scale is what
-    holds it off single points, where the two are far apart.
+    The entropy is then that of the normal law of the same variances as g(z), no less than that of g(z). Noise of a fixed scale
+    holds the draws off single points, where the two are far apart.
     """
     noise = seeded_generator(seed, spawned=2)
     norm = nn.BatchNorm1d(data.shape[1])
@@ -65,8 +65,8 @@ def normalised(data: Tensor, latent_dim: int, width: int, sigma: float, seed: in
         norm.bias.copy_(data.mean(0))
     net = nn.Sequential(mlp(latent_dim, data.shape[1], (width, width), zero_last=False, generator=noise), norm)
     model = Generator(net, latent_dim, data.shape[1:], sigma)
-    for parameter in [model.log_sigma] if model.log_sigma is not None else []:
-        parameter.requires_grad_(False)
+    if model.log_sigma is not None:
+        model.log_sigma.requires_grad_(False)  # the entropy does not see it: trained, it would vanish
     return model
 
 
