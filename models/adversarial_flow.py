@@ -1,8 +1,7 @@
-"""An energy against a flow on two normal laws of weights .9 and .1: the bound beside the exact likelihood. About 2 minutes.
+"""An energy against flows and a generator, on two normal laws of weights .9 and .1; bounds beside exact values. About 1 minute.
 
-Against a redundant flow the energy ends .03 nats below the truth, with the bound above the exact value; a plain NICE leaves .4.
-Also against a generator with an estimated entropy, which learns the weights roughly, and one with that of batch normalisation,
-which sits on one mode.
+After 800 steps against a redundant flow the energy is .12 nats below the truth, with the bound above the exact value; against a
+plain NICE 1.4 (seed 0). Against a generator with an estimated entropy (VERA) .07 to .11 after 600 steps (seeds 0, 1, 2).
 
 python -m models.adversarial_flow [--seed N] [--quick] [--out DIR]
 """

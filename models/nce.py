@@ -1,7 +1,7 @@
 """Noise-contrastive estimation in the plane, objectives of neighbours on spins, by exact divergences. About 3 minutes.
 
 Noise as wide as the data or wider brings NCE to .011 to .015 nats of the truth, ranking and conditional NCE to .008 to .012,
-where the same network by exact likelihood is .009 away; noise of half the data's width leaves it 10 nats away.
+where the same network by exact likelihood is .009 away; noise of half the data's width leaves it 10 nats away (seed 0).
 
 python -m models.nce [--seed N] [--quick] [--out DIR]
 """

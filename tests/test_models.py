@@ -153,7 +153,7 @@ def test_an_energy_is_learned_against_a_flow(tmp_path: Path) -> None:
         assert found[f"{name}: J_R"] > 5 * error
         assert found[f"{name}: bound on the log-likelihood"] > found[f"{name}: log-likelihood"] + 5 * error
     below = {key.partition(":")[0]: value for key, value in found.items() if key.endswith("nats below the truth")}
-    assert 0.0 < below["redundant, D = 4"] < 0.1 < below["NICE, D = 2"]
+    assert 0.0 < below["redundant, D = 4"] < 0.3 < 1.0 < below["NICE, D = 2"]
     assert 0.0 < below["VERA"] < 0.3
     assert abs(found["redundant, D = 4: share of the left mode"] - 0.9) < 0.07
 
