@@ -1,8 +1,7 @@
-"""An energy against a flow on two normal laws of weights .9 and .1: the bound beside the exact likelihood. About 2 minutes.
+"""An energy against flows and a generator, on two normal laws of weights .9 and .1; bounds beside exact values. About 1 minute.
 
-Against a redundant flow the energy ends .03 nats below the truth, with the bound above the exact value; a plain NICE leaves .4.
-Also against a generator with an estimated entropy, which learns the weights roughly, and one with that of batch normalisation,
-which sits on one mode.
+After 800 steps against a redundant flow the energy is .12 nats below the truth, with the bound above the exact value; against a
+plain NICE 1.4 (seed 0). Against a generator with an estimated entropy (VERA) .07 to .11 after 600 steps (seeds 0, 1, 2).
 
 python -m models.adversarial_flow [--seed N] [--quick] [--out DIR]
 """
@@ -19,40 +18,34 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR
-from tqdm import tqdm
 
 from models.recipe import Recipe, run
 from pyroebm import Energy
 from pyroebm.energies import MLPEnergy
 from pyroebm.flows import NICE, RedundantNICE
 from pyroebm.generators import MLPGenerator
-from pyroebm.objectives import VERA, Adversarial, AdversarialFlow, DeepDirected, evaluate_j
+from pyroebm.objectives import VERA, Adversarial, AdversarialFlow, evaluate_j
 from pyroebm.partition import quadrature
 from pyroebm.randomness import seeded_generator
 from pyroebm.targets import GaussianMixture
-from pyroebm.training import Batches
+from pyroebm.training import fit
 
 TARGET = {"means": [[-2.0, 0.0], [2.0, 0.0]], "scale": 0.5, "weights": [0.9, 0.1]}
+RATES = {"energy": 3e-4, "generator": 1e-3}
+GENERATOR_RATES = {"energy": 5e-4, "generator": 3e-3, "posterior": 1e-2}
 
 
 def play(
     energy: Energy, objective: Adversarial, data: Tensor, rates: dict[str, float], *, steps: int, batch_size: int = 256,
     seed: int = 0, progress: bool | None = None,
-) -> Iterator[tuple[int, dict[str, float]]]:  # fmt: skip
-    """One step of Adam for each loss, with rates that fall to 0: every gradient first, then every step."""
-    trained = objective.trained(energy)
-    optimizers = [torch.optim.Adam(trained[k], lr=rates[k], betas=(0.5, 0.999), fused=True) for k in trained]
-    plans = [CosineAnnealingLR(optimizer, steps) for optimizer in optimizers]
-    batches, noise = Batches(data, batch_size, seed), seeded_generator(seed, spawned=1)
-    for step in tqdm(range(steps), type(objective).__name__, disable=None if progress is None else not progress):
-        losses, facts = objective.losses(energy, batches(step), generator=noise)
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-        for name, loss in losses.items():
-            loss.backward(inputs=list(trained[name]))
-        for part in (*optimizers, *plans):
-            part.step()
-        yield step, {name: float(fact) for name, fact in facts.items()}
+) -> Iterator[tuple[int, float, dict[str, float]]]:  # fmt: skip
+    """`fit` with an Adam for each loss, whose rates fall to 0."""
+    adam = functools.partial(torch.optim.Adam, betas=(0.5, 0.999), fused=True)
+    return fit(
+        energy, objective, data, steps=steps, batch_size=batch_size, seed=seed, progress=progress,
+        optimizer={name: functools.partial(adam, lr=rate) for name, rate in rates.items()},
+        schedule=functools.partial(CosineAnnealingLR, T_max=steps),
+    )  # fmt: skip
 
 
 class Judge:
@@ -69,6 +62,12 @@ class Judge:
         return float((self.log_law.exp() * values).sum()) * self.cell
 
     @torch.no_grad()
+    def log_likelihood(self, energy: Energy) -> float:
+        """The mean under the true law, with log Z on the grid."""
+        values = energy(self.grid)
+        return -self.expected(values) - float((-values).logsumexp(0)) - math.log(self.cell)
+
+    @torch.no_grad()
     def __call__(self, energy: Energy) -> dict[str, float]:
         """log Z, the mean log-likelihood under the true law, and the mass on the left."""
         log_z, values = quadrature(energy, tolerance=1e-5).value, energy(self.grid)
@@ -77,13 +76,12 @@ class Judge:
 
 
 def opponents(hidden: tuple[int, int], seed: int) -> dict[str, Callable[[], Adversarial]]:
-    """What the energy is trained against."""
-    noise = functools.partial(seeded_generator, seed, spawned=2)
+    """What the energy is trained against. Against a generator it runs away, unless its slope at the data is held down."""
+    noise = seeded_generator(seed, spawned=2)
     return {
         "NICE, D = 2": lambda: AdversarialFlow(NICE(2, hidden=hidden, seed=seed)),
         "redundant, D = 4": lambda: AdversarialFlow(RedundantNICE(2, 4, hidden=hidden, seed=seed)),
-        "VERA": lambda: VERA(MLPGenerator((2,), 2, hidden, sigma=0.3, generator=noise()), eta=0.5),
-        "batch norm": lambda: DeepDirected(MLPGenerator((2,), 4, hidden, batch_norm=True, generator=noise())),
+        "VERA": lambda: VERA(MLPGenerator((2,), 2, hidden, sigma=0.3, generator=noise), eta=0.5, gradient_penalty=0.01),
     }
 
 
@@ -114,15 +112,13 @@ def report(recipe: Recipe, name: str, energy: Energy, objective: Adversarial, ju
 
 
 def main(
-    steps: int = 2000, rate: float = 3e-4, q_rate: float = 1e-3, points: int = 20_000, seed: int = 0, quick: bool = False,
+    steps: int = 800, points: int = 20_000, seed: int = 0, quick: bool = False,
     out: Path | None = None, progress: bool | None = None,
 ) -> None:  # fmt: skip
     """Train one energy against each opponent.
 
     Args:
         steps: of each game.
-        rate: step size of the energy against flows; a third of it against generators.
-        q_rate: step size of flows; three times of it for generators.
         points: of data.
         seed: of data, weights and games.
         quick: a few steps only, to see that everything runs.
@@ -130,23 +126,21 @@ def main(
         progress: show bars; on a terminal without.
     """
     steps, n, hidden, every = (20, 2_000, (16, 16), 10) if quick else (steps, 100_000, (64, 64), max(1, steps // 12))
-    recipe = Recipe("adversarial_flow", out, seed, steps=steps, rate=rate, q_rate=q_rate, points=points, quick=quick)
+    recipe = Recipe("adversarial_flow", out, seed, steps=steps, points=points, quick=quick)
     target = GaussianMixture(**TARGET)
     judge, data = Judge(target), target.sample(points, seeded_generator(seed))
     recipe.add("truth: log-likelihood", -judge.entropy, kind="exact")
-    rates = {"energy": rate, "generator": q_rate}
-    # Against a generator the energy runs away, unless it moves more slowly yet.
-    slow = {"energy": rate / 3.0, "generator": 3.0 * q_rate, "posterior": 10.0 * q_rate}
     shown: dict[str, tuple[Tensor, Tensor, float]] = {}
-    curve: list[tuple[int, float, float]] = []
+    curves: dict[str, list[tuple[int, float, float]]] = {}
     for name, make in opponents(hidden, seed).items():
         energy, objective = MLPEnergy((2,), hidden, scale=4.0, generator=seeded_generator(seed, spawned=4)), make()
+        rates = RATES if isinstance(objective, AdversarialFlow) else GENERATOR_RATES
         bounds: list[float] = []
-        speeds = rates if isinstance(objective, AdversarialFlow) else slow
-        for step, facts in play(energy, objective, data, speeds, steps=steps, seed=seed, progress=progress):
+        curves[name] = []
+        for step, _, facts in play(energy, objective, data, rates, steps=steps, seed=seed, progress=progress):
             bounds.append(facts.get("log_likelihood_bound", math.nan))
-            if name == "redundant, D = 4" and (step + 1) % every == 0:
-                curve.append((step + 1, sum(bounds[-every:]) / every, judge(energy)["log_likelihood"]))
+            if (step + 1) % every == 0:
+                curves[name].append((step + 1, sum(bounds[-every:]) / every, judge.log_likelihood(energy)))
         q, left = report(recipe, name, energy.requires_grad_(False), objective, judge, n)
         shown[name] = (energy(judge.grid), q, left)
 
@@ -158,18 +152,18 @@ def main(
         ax.plot(*drawn[:2000].mT, ".", markersize=1.5, color="tab:gray")
         ax.contour(judge.axis, judge.axis, density, levels=[0.001, 0.01, 0.05, 0.2, 0.5], colors="tab:red", linewidths=0.9)
         ax.set(title=f"{name}: {left:.3f} on the left", xlim=(-5, 5), ylim=(-4, 4), aspect="equal")
-    at, bound, exact = zip(*curve, strict=True)
-    last = axes.flat[-1]
-    last.plot(at, bound, label="the flow's bound, mean of the batches", color="tab:blue")
-    last.plot(at, exact, label="log-likelihood, exact", color="tab:red")
-    last.axhline(-judge.entropy, color="black", linewidth=0.8, label="truth")
-    last.set(
-        title="redundant, D = 4",
-        xlabel="step",
-        ylabel="nats",
-        ylim=(min(exact[len(exact) // 3 :]) - 0.1, max(bound[len(bound) // 3 :]) + 0.3),
-    )
-    last.legend(frameon=False)
+    bounded, exact = axes[1, 1], axes[1, 2]
+    for k, (name, curve) in enumerate(curves.items()):
+        at, bound, value = zip(*curve, strict=True)
+        exact.semilogy(at, [-judge.entropy - v for v in value], color=f"C{k}", label=name)
+        if not math.isnan(bound[-1]):
+            bounded.plot(at, value, color=f"C{k}", label=name)
+            bounded.plot(at, bound, color=f"C{k}", linestyle="--", label=f"{name}: bound")
+    bounded.axhline(-judge.entropy, color="black", linewidth=0.8, label="truth")
+    bounded.set(title="log-likelihood and the flow's bound", xlabel="step", ylabel="nats", ylim=(-judge.entropy - 1.5, None))
+    exact.set(title="log-likelihood below the truth", xlabel="step", ylabel="nats")
+    for ax in (bounded, exact):
+        ax.legend(frameon=False, fontsize=8)
     recipe.figure("adversarial_flow", fig)
     recipe.write()
 

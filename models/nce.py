@@ -1,7 +1,7 @@
 """Noise-contrastive estimation in the plane, objectives of neighbours on spins, by exact divergences. About 3 minutes.
 
 Noise as wide as the data or wider brings NCE to .011 to .015 nats of the truth, ranking and conditional NCE to .008 to .012,
-where the same network by exact likelihood is .009 away; noise of half the data's width leaves it 10 nats away.
+where the same network by exact likelihood is .009 away; noise of half the data's width leaves it 10 nats away (seed 0).
 
 python -m models.nce [--seed N] [--quick] [--out DIR]
 """
@@ -21,9 +21,10 @@ from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from models.recipe import Recipe, run
+from pyroebm import Energy
 from pyroebm.energies import BoltzmannMachine, MLPEnergy
 from pyroebm.enumeration import all_bits
-from pyroebm.flows import Flow
+from pyroebm.flows import Flow, FlowEnergy
 from pyroebm.objectives import (
     ConditionalNCE,
     ExactLikelihood,
@@ -39,7 +40,7 @@ from pyroebm.objectives import (
 from pyroebm.partition import quadrature
 from pyroebm.randomness import seeded_generator
 from pyroebm.targets import GaussianMixture
-from pyroebm.training import Batches, fit
+from pyroebm.training import fit
 
 #: Half the side of the square in which the truth lives.
 HALF = 7.0
@@ -80,42 +81,19 @@ def real_nvp(data: Tensor) -> Flow:
     return Flow([*parts, T.AffineTransform(data.mean(0), data.std(0), event_dim=1)], dim=2, total_dim=2)
 
 
-def train(energy: Perceptron, objective: Objective, data: Tensor, steps: int, seed: int, progress: bool | None) -> None:
-    """Adam with a rate that falls to 0."""
-    optimizer = functools.partial(torch.optim.Adam, lr=3e-3, fused=True)
-    schedule = functools.partial(CosineAnnealingLR, T_max=steps)
+def train(
+    energy: Energy, objective: Objective, data: Tensor, steps: int, seed: int, progress: bool | None,
+    rates: dict[str, float] | None = None,
+) -> None:  # fmt: skip
+    """Adam with a rate that falls to 0; the players of a game have one each."""
+    adam = functools.partial(torch.optim.Adam, lr=3e-3, fused=True)
     loop = fit(
-        energy, objective, data, steps=steps, batch_size=256, optimizer=optimizer, schedule=schedule, seed=seed,
-        progress=progress,
+        energy, objective, data, steps=steps, batch_size=256, seed=seed, progress=progress,
+        optimizer=adam if rates is None else {name: functools.partial(adam, lr=rate) for name, rate in rates.items()},
+        schedule=functools.partial(CosineAnnealingLR, T_max=steps),
     )  # fmt: skip
     for _ in loop:
         pass
-
-
-def train_flow(flow: Flow, data: Tensor, steps: int, seed: int) -> None:
-    """The flow alone, by maximum likelihood."""
-    batches, optimizer = Batches(data, 256, seed), torch.optim.Adam(flow.parameters(), lr=3e-3)
-    schedule = CosineAnnealingLR(optimizer, T_max=steps)
-    for step in range(steps):
-        optimizer.zero_grad()
-        (-flow.log_prob(batches(step)).mean()).backward()
-        optimizer.step()
-        schedule.step()
-
-
-def train_both(energy: Perceptron, objective: FlowContrastive, data: Tensor, steps: int, seed: int) -> None:
-    """Energy and flow in turn, each on its own loss."""
-    batches, generator = Batches(data, 256, seed), seeded_generator(seed)
-    trained = objective.trained(energy)
-    optimizers = {name: torch.optim.Adam(trained[name], lr=rate) for name, rate in (("energy", 3e-3), ("flow", 3e-4))}
-    schedules = [CosineAnnealingLR(optimizer, T_max=steps) for optimizer in optimizers.values()]
-    for step in range(steps):
-        losses, _ = objective.losses(energy, batches(step), generator=generator)
-        for name, optimizer in optimizers.items():
-            optimizer.zero_grad()
-            losses[name].backward(inputs=list(trained[name]))
-        for part in (*optimizers.values(), *schedules):
-            part.step()
 
 
 def judge(
@@ -147,7 +125,7 @@ def plane(recipe: Recipe, rows: int, steps: int, progress: bool | None) -> tuple
 
     began = time.perf_counter()
     flow = real_nvp(data)
-    train_flow(flow, data, steps, seed)
+    train(FlowEnergy(flow), ExactLikelihood(), data, steps, seed, progress)
     recipe.add_mean("flow alone: test NLL", -flow.log_prob(test).detach(), "exact")
     recipe.add("flow alone: seconds", time.perf_counter() - began, note="wall time of the training")
     with torch.no_grad():
@@ -169,7 +147,7 @@ def plane(recipe: Recipe, rows: int, steps: int, progress: bool | None) -> tuple
         densities[name], divergences[name] = judge(recipe, name, energy, log_z, test, time.perf_counter() - began)
 
     energy, game, began = Perceptron(data, seed), FlowContrastive(flow), time.perf_counter()
-    train_both(energy, game, data, steps, seed)
+    train(energy, game, data, steps, seed, progress, {"energy": 3e-3, "flow": 3e-4})
     name, seconds = "NCE, flow trained along", time.perf_counter() - began
     densities[name], divergences[name] = judge(recipe, name, energy, game.log_z.detach(), test, seconds)
     recipe.add_mean("flow trained along: test NLL", -flow.log_prob(test).detach(), "exact")

@@ -146,13 +146,15 @@ def test_digits_are_learned_by_a_restricted_machine(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_noise_contrast_reaches_its_numbers(tmp_path: Path) -> None:
-    """Exact divergences; the bounds are some twice what seed 0 found."""
-    found = {key: metric["value"] for key, metric in run("nce", tmp_path)["metrics"].items()}
+    """Exact divergences of shorter trainings; the bounds are five deviations over seeds 0 and 1 above their mean."""
+    found = {key: metric["value"] for key, metric in run("nce", tmp_path, steps=600)["metrics"].items()}
     kl = {key.removesuffix(": KL from the truth"): value for key, value in found.items() if key.endswith(": KL from the truth")}
-    for name in ("exact likelihood", "NCE, width 1, nu 1", "NCE, width 2, nu 1", "ranking, 4 negatives", "conditional, scale 2"):
-        assert 0.0 < kl[name] < 0.03, name
-    assert kl["NCE, width 0.5, nu 1"] > 10 * kl["NCE, width 0.7, nu 1"] > 20 * kl["NCE, width 2, nu 1"]
-    assert abs(found["NCE, width 1, nu 1: learned log Z less the true one"]) < 0.05
+    for name in ("exact likelihood", "ranking, 4 negatives", "conditional, scale 2"):
+        assert 0.0 < kl[name] < 0.028, name
+    for name in ("NCE, width 1, nu 1", "NCE, width 2, nu 1"):
+        assert 0.0 < kl[name] < 0.29, name
+    assert kl["NCE, width 0.5, nu 1"] > 2 * kl["NCE, width 0.7, nu 1"] > 4 * kl["NCE, width 2, nu 1"]
+    assert abs(found["NCE, width 1, nu 1: learned log Z less the true one"]) < 0.12
     assert kl["spins, exact likelihood"] < kl["spins, pseudo-likelihood"] < kl["spins, ratio matching"]
 
 
@@ -166,9 +168,20 @@ def test_an_energy_is_learned_against_a_flow(tmp_path: Path) -> None:
         assert found[f"{name}: J_R"] > 5 * error
         assert found[f"{name}: bound on the log-likelihood"] > found[f"{name}: log-likelihood"] + 5 * error
     below = {key.partition(":")[0]: value for key, value in found.items() if key.endswith("nats below the truth")}
-    assert 0.0 < below["redundant, D = 4"] < 0.06 < below["NICE, D = 2"]
-    assert below["batch norm"] > 1.0  # its entropy is none
+    assert 0.0 < below["redundant, D = 4"] < 0.3 < 1.0 < below["NICE, D = 2"]
+    assert 0.0 < below["VERA"] < 0.3
     assert abs(found["redundant, D = 4: share of the left mode"] - 0.9) < 0.07
+
+
+@pytest.mark.slow
+def test_an_entropy_of_outputs_keeps_the_modes_that_one_of_hidden_units_loses(tmp_path: Path) -> None:
+    found = {key: metric["value"] for key, metric in run("deep_directed", tmp_path)["metrics"].items()}
+    below = {key: found[f"mixture, {key}: nats below the truth"] for key in ("hidden units", "outputs", "flow")}
+    assert 0.0 < below["outputs"] < 0.3 < 1.0 < below["hidden units"]
+    assert 0.0 < below["flow"] < 0.2
+    for k, weight in enumerate((0.4, 0.3, 0.2, 0.1), 1):
+        assert abs(found[f"mixture, outputs: mode {k} of q"] - weight) < 0.05
+    assert found["digits: AUROC, test set against shuffled pixels"] > 0.6
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ class FlowEnergy(Energy):
     r"""The energy :math:`-\log q(x, y)` of a flow over its D entries, with exact draws and :math:`\log Z = 0`.
 
     As the base of annealed importance sampling it goes with ``flow.extend(energy)``: what the flow got nearly right is
-    corrected on the way.
+    corrected on the way. With :class:`~pyroebm.objectives.ExactLikelihood` ``fit`` trains the flow itself by maximum likelihood.
 
     Args:
         flow: q.
@@ -40,6 +40,10 @@ class FlowEnergy(Energy):
 
     def forward(self, xy: Tensor) -> Tensor:
         return -self.flow.log_prob(xy)
+
+    def log_partition(self) -> Tensor:
+        """0."""
+        return torch.zeros((), dtype=self.flow.dtype, device=self.flow.device)
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         with torch.no_grad():
