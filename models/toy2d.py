@@ -189,15 +189,16 @@ class Sight:
 def judge(recipe: Recipe, key: str, energy: Energy, line: Line, law: Law, sight: Sight, test: Tensor) -> Tensor:
     """Exact test NLL and divergences; the model's log density on the grid."""
     log_z = quadrature(energy, tolerance=1e-5)
-    kind = "exact" if log_z.kind == "exact" else "estimate"
     log_model = -energy(sight.x) - log_z.value
     nll, oracle = energy(test) + log_z.value, law.make()(test)
-    recipe.add_mean(f"{key}: test NLL", nll, kind)
-    recipe.add_mean(f"{key}: above the oracle", nll - oracle, kind, "on the same points")
-    recipe.add(f"{key}: KL", sight.divergence(0.0, log_model), kind=kind)
+    recipe.add_mean(f"{key}: test NLL", nll, log_z.kind)
+    recipe.add_mean(f"{key}: above the oracle", nll - oracle, log_z.kind, "on the same points")
+    recipe.add(f"{key}: KL", sight.divergence(0.0, log_model), kind=log_z.kind)
     if line.noise:
         sigma = line.noise * law.width
-        recipe.add(f"{key}: KL to the law it fits", sight.divergence(sigma, log_model), kind=kind, note=f"noise {sigma:.3g}")
+        recipe.add(
+            f"{key}: KL to the law it fits", sight.divergence(sigma, log_model), kind=log_z.kind, note=f"noise {sigma:.3g}"
+        )
     return log_model
 
 
