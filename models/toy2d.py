@@ -66,6 +66,8 @@ LAWS = {
 }
 PAIR = Law(functools.partial(GaussianMixture, [[-3.0, 0.0], [3.0, 0.0]], scale=0.5, weights=[0.9, 0.1]), 12.0, 0.5)
 
+TEST_SIZE = 20_000
+
 
 class GridLikelihood(Objective):
     r"""Maximum likelihood with :math:`\log Z` from a sum over a grid that is shifted at random in each step: the reference.
@@ -126,7 +128,7 @@ class Line(NamedTuple):
 LINES = {
     "likelihood": Line(lambda law, data: GridLikelihood(law.side, 48), 1500),
     "CD-10": Line(lambda law, data: ContrastiveDivergence(10, MALA(1.5 * law.width)), 1000, {"energy": 1e-3}, weighs=False),
-    "PCD-10": Line(lambda law, data: PersistentCD(256, 10, MALA(1.5 * law.width), restart=0.05), 1500),
+    "PCD-5": Line(lambda law, data: PersistentCD(256, 5, MALA(1.5 * law.width), restart=0.05), 3000, {"energy": 2e-2}),
     "PCD, jumps": Line(lambda law, data: PersistentCD(256, 1, jumps(law, data)), 3000, {"energy": 2e-2}),
     "score": Line(lambda law, data: ScoreMatching(), 1500, weighs=False),
     "sliced": Line(lambda law, data: SlicedScoreMatching(), 1500, weighs=False),
@@ -210,7 +212,7 @@ def toys(recipe: Recipe, plan: Mapping[str, Sequence[str]], size: int, share: fl
     )
     for row, name in enumerate(laws):
         law = LAWS[name]
-        draws = law.make().sample(size + 4000, torch.Generator().manual_seed(recipe.seed))
+        draws = law.make().sample(size + TEST_SIZE, torch.Generator().manual_seed(recipe.seed))
         data, test = draws[:size], draws[size:]
         sight = Sight(law, 240)
         recipe.add(f"{name}, oracle: entropy", -torch.xlogy(sight.density, sight.density).sum() * sight.area, kind="exact")
@@ -290,7 +292,7 @@ def main(
 
     Args:
         only: names of data sets ("weights" among them) and of objectives; none of a kind means all of it.
-        size: draws to train on; 4,000 others are for the test.
+        size: draws to train on; 20,000 others are for the test.
         seed: of data, weights and noise.
         quick: a few steps of a few objectives on two laws.
         out: folder of metrics.json and the figure; runs/toy2d without.
