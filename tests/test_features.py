@@ -303,7 +303,8 @@ class LiveProbabilities(FeatureLatentEnergy):
 class NoFeatures(FeatureLatentEnergy):
     def expected_energy(self, x: Tensor) -> Tensor:
         logits = self.hidden_logits(x)
-        return self.quadratic(x) - (torch.sigmoid(logits) * logits).sum(-1).detach()
+        detached = (self.features(x).detach() @ self.weight.mT - self.hidden_bias) * torch.sigmoid(logits).detach()
+        return self.quadratic(x) + detached.sum(-1) + 0.0 * sum(p.sum() for p in self.features.parameters())
 
 
 @pytest.mark.parametrize("mutant", [SignInBits, HalfQuadratic, FreeEnergyWithoutBits, Softmax])
@@ -312,7 +313,7 @@ def test_broken_laws_are_caught(mutant: type[FeatureLatentEnergy]) -> None:
         check_laws(make(kind=mutant))
 
 
-@pytest.mark.parametrize("mutant", [SignInBits, HalfQuadratic, FreeEnergyWithoutBits, LiveProbabilities])
+@pytest.mark.parametrize("mutant", [SignInBits, HalfQuadratic, FreeEnergyWithoutBits, LiveProbabilities, NoFeatures])
 def test_broken_gradients_are_caught(mutant: Callable[..., FeatureLatentEnergy]) -> None:
     with pytest.raises(AssertionError):
         check_gradient(make(kind=mutant))  # type: ignore[arg-type]
