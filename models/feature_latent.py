@@ -164,9 +164,9 @@ def on_digits(recipe: Recipe, steps: int, num_hidden: int, quick: bool, progress
 
     data, train_once, test = noised(split.train.repeat(20, 1)), noised(split.train), noised(split.test)
     white = Whitening(data)
-    chains = PersistentCD(100, k=1 if quick else 3, kernel=HMC(0.25, num_steps=6))
+    chains = PersistentCD(100, k=1 if quick else 2, kernel=HMC(0.15, num_steps=10))
     net = features(64, 128, 1.0, data.dtype, noise)
-    energy = train(white(data), chains, net, num_hidden, steps, 1e-3, recipe.seed, progress).requires_grad_(False)
+    energy = train(white(data), chains, net, num_hidden, steps, 3e-3, recipe.seed, progress).requires_grad_(False)
     base = Gaussian(torch.zeros_like(white.mean), covariance=0.5 * torch.eye(64, dtype=data.dtype))
     found = bracket(energy, chains.chains, base, betas=20 if quick else 300, num_chains=100, seed=recipe.seed, progress=False)
     recipe.add_mean("digits: log-likelihood of the normal law, test", white.log_likelihood(None, test, white.normal), "exact")
@@ -184,7 +184,7 @@ def on_digits(recipe: Recipe, steps: int, num_hidden: int, quick: bool, progress
 
 
 def main(
-    seeds: int = 3, steps: int = 1000, num_hidden: int = 64, digit_steps: int = 1000, seed: int = 0, quick: bool = False,
+    seeds: int = 3, steps: int = 1000, num_hidden: int = 64, digit_steps: int = 800, seed: int = 0, quick: bool = False,
     out: Path | None = None, progress: bool | None = None,
 ) -> None:  # fmt: skip
     """Train and judge on both data sets.

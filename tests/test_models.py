@@ -159,11 +159,10 @@ def test_an_energy_is_learned_against_a_flow(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_joint_energy_model_classifies_and_knows_digits(tmp_path: Path) -> None:
     """The reference is this suite's own: .962 +- .002 of the joint model, .964 +- .002 of the plain classifier, over 3 seeds."""
-    found = run("jem", tmp_path)["metrics"]
-    joint, plain = (found[f"{name}: test accuracy"] for name in ("JEM", "classifier"))
-    assert joint["value"] > plain["value"] - 5 * max(joint["error"], plain["error"])
-    assert found["JEM: AUROC of -E(x), photographs"]["value"] > found["classifier: AUROC of logsumexp f, photographs"]["value"]
-    assert found["JEM: draws that the classifier agrees on"]["value"] > 0.8
+    found = {key: metric["value"] for key, metric in run("jem", tmp_path, seeds=1)["metrics"].items()}
+    assert found["JEM: test accuracy"] > found["classifier: test accuracy"] - 0.025  # 5 errors of the difference of two runs
+    assert found["JEM: AUROC of -E(x), photographs"] > found["classifier: AUROC of logsumexp f, photographs"]
+    assert found["JEM: draws that the classifier agrees on"] > 0.8
 
 
 @pytest.mark.slow
