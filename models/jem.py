@@ -106,7 +106,7 @@ def draws_of_classes(energy: ClassifierEnergy, labels: Tensor, steps: int, seed:
 
 
 def main(
-    seeds: int = 3, steps: int = 1000, hidden: int = 256, sweeps: int = 20, weight: float = 0.3, validate: bool = False,
+    seeds: int = 3, steps: int = 1000, hidden: int = 256, sweeps: int = 20, weight: float = 0.1, validate: bool = False,
     seed: int = 0, quick: bool = False, out: Path | None = None, progress: bool | None = None,
 ) -> None:  # fmt: skip
     """Train both nets over several seeds, and compare.
