@@ -176,6 +176,16 @@ def test_bits_over_features_learn_the_two_moons(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_discriminator_mends_its_generator(tmp_path: Path) -> None:
+    """Measured over 3 seeds, with jumps: wrong mode weights .13 -> .04, good draws .84 -> .95."""
+    found = {key: metric["value"] for key, metric in run("tilting", tmp_path, seeds=1)["metrics"].items()}
+    wrong, good = "total variation of mode weights", "share within 3 sigma"
+    assert found[f"tilted, HMC and jumps: {wrong}"] < 0.7 * found[f"GAN: {wrong}"]
+    assert found[f"tilted, HMC and jumps: {good}"] > found[f"GAN: {good}"] + 0.05
+    assert abs(found[f"tilted, HMC and jumps: {good}"] - found[f"tilted, by a sum over latents: {good}"]) < 0.03
+
+
+@pytest.mark.slow
 def test_three_objectives_are_near_the_two_moons(tmp_path: Path) -> None:
     found = run("toy2d", tmp_path, only=("moons", "likelihood", "NCE", "conditional"))["metrics"]
     assert found["moons, oracle: entropy"]["value"] == pytest.approx(1.007585, abs=1e-6)
