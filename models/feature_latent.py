@@ -1,8 +1,9 @@
 """Bits over deep features: two moons 0.045 nats above the oracle by PCD, digits 5 nats above their normal law. About 4 minutes.
 
 E(x, h) = x'x + h'W f(x) - c'h - b'x. Data are whitened so that e^{-x'x} is their normal law, and the features start at 0:
-training starts from that law. On the moons the likelihood is exact by quadrature, and so is its gradient: it is held to the two expectations that training uses, by a sum
-over a grid and from NUTS draws. On digits log Z is bracketed by annealing, and the bits are judged as a code.
+training starts from that law. On the moons the likelihood is exact by quadrature, and so is its gradient: it is held to the two
+expectations that training uses, by a sum over a grid and from NUTS draws. On digits log Z is bracketed by annealing, and the
+bits are judged as a code.
 
 python -m models.feature_latent [--seed N] [--quick] [--out DIR]
 """

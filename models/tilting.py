@@ -1,4 +1,4 @@
-"""A GAN sampled through its discriminator, N(0, I) exp(d(G(z))): wrong weights of its modes fall to a third. About 8 minutes.
+"""A GAN sampled through its discriminator, N(0, I) exp(d(G(z))): wrong weights of its modes fall to a third. About 9 minutes.
 
 The data are eight normal laws on a ring, of unequal weights, so that every answer is known. Measured before and after: weights
 of the modes, the energy distance to fresh data, the share of draws within three standard deviations of a mode.
@@ -162,8 +162,8 @@ def main(
         ax.set(title=title, xlim=(-3, 3), ylim=(-3, 3), aspect="equal")
     axis = torch.linspace(-3.0, 3.0, 201)
     law = -tilted(torch.cartesian_prod(axis, axis)).reshape(201, 201).mT
-    axes[3].pcolormesh(axis, axis, (law - law.max()).exp(), rasterized=True)
-    axes[3].set(title="density of the latents", aspect="equal")
+    axes[3].pcolormesh(axis, axis, (law - law.max()).clamp(min=-8.0), rasterized=True)
+    axes[3].set(title="log-density of the latents, 8 nats", aspect="equal")
     recipe.figure("tilting", fig)
     recipe.write()
 
