@@ -209,9 +209,9 @@ def main(
     images, bits = on_digits(recipe, digit_steps, num_hidden, quick, progress)
 
     fig, axes = plt.subplots(1, 4, figsize=(16, 4), layout="constrained")
-    axes[0].pcolormesh(AXIS, AXIS, density, rasterized=True)
+    axes[0].pcolormesh(AXIS.numpy(), AXIS.numpy(), density.numpy(), rasterized=True)
     axes[0].set(title="exp(-F(x)) / Z, whitened moons", xlim=(-2, 2), ylim=(-2, 2), aspect="equal")
-    axes[1].plot(*draws[:3000].mT, ".", markersize=1.5)
+    axes[1].plot(*draws[:3000].mT.numpy(), ".", markersize=1.5)
     axes[1].set(title="draws (NUTS)", xlim=(-2, 2), ylim=(-2, 2), aspect="equal")
     plot_images(images[:64], (8, 8), ax=axes[2]).set_title("digits: persistent chains")
     axes[3].hist(bits.flatten().numpy(), bins=50)

@@ -158,11 +158,11 @@ def main(
     fig, axes = plt.subplots(1, 4, figsize=(15, 4), layout="constrained")
     shown = {"data": fresh, "GAN": draws["GAN"], "tilted by its discriminator": draws["tilted, HMC and jumps"]}
     for ax, (title, x) in zip(axes, shown.items(), strict=False):
-        ax.plot(*x[:2000].mT, ".", markersize=1.5)
+        ax.plot(*x[:2000].mT.numpy(), ".", markersize=1.5)
         ax.set(title=title, xlim=(-3, 3), ylim=(-3, 3), aspect="equal")
     axis = torch.linspace(-3.0, 3.0, 201)
     law = -tilted(torch.cartesian_prod(axis, axis)).reshape(201, 201).mT
-    axes[3].pcolormesh(axis, axis, (law - law.max()).clamp(min=-8.0), rasterized=True)
+    axes[3].pcolormesh(axis.numpy(), axis.numpy(), (law - law.max()).clamp(min=-8.0).numpy(), rasterized=True)
     axes[3].set(title="log-density of the latents, 8 nats", aspect="equal")
     recipe.figure("tilting", fig)
     recipe.write()
