@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from models.adversarial_flow import Judge, draws_of, play
 from models.recipe import Recipe, run
 from pyroebm.datasets import digits
+from pyroebm.distances import energy_distance
 from pyroebm.energies import ProductOfExpertsEnergy
 from pyroebm.flows import RedundantNICE
 from pyroebm.generators import Generator, MLPGenerator
@@ -35,15 +36,6 @@ from pyroebm.targets import GaussianMixture
 #: The energy moves slowly, and its slope at the data is held down: else it tilts away before the generator can follow.
 RATES, PENALTY = {"energy": 1e-4, "generator": 3e-3}, 0.1
 CORNERS, WEIGHTS = [[-2.0, -2.0], [-2.0, 2.0], [2.0, -2.0], [2.0, 2.0]], [0.4, 0.3, 0.2, 0.1]
-
-
-def energy_distance(x: Tensor, y: Tensor) -> float:
-    r""":math:`2 E|x - y| - E|x - x'| - E|y - y'|` (Székely and Rizzo, 2013), without bias: no point is paired with itself."""
-
-    def within(z: Tensor) -> float:
-        return float(torch.pdist(z).mean())
-
-    return 2.0 * float(torch.cdist(x, y).mean()) - within(x) - within(y)
 
 
 def experts(entries: int, features: int, num_experts: int, sigma: float, seed: int) -> ProductOfExpertsEnergy:
@@ -89,7 +81,7 @@ def mixture(recipe: Recipe, steps: int, width: int, progress: bool | None) -> tu
     judge = Judge(target)
     data, test = (target.sample(n, seeded_generator(recipe.seed, spawned=k)) for k, n in enumerate((20_000, 4_000)))
     recipe.add("mixture: truth, log-likelihood", -judge.entropy, kind="exact")
-    recipe.add("mixture: energy distance, data to test", energy_distance(data[:4_000], test), note="of two samples of one law")
+    recipe.add("mixture: energy distance, data to test", *energy_distance(data[:4_000], test), note="of two samples of one law")
     modes, shown = target.mode_of(judge.grid), {}
     law = torch.softmax(judge.log_law, 0)
     for name, make in opponents(data, width, recipe.seed).items():
@@ -105,7 +97,7 @@ def mixture(recipe: Recipe, steps: int, width: int, progress: bool | None) -> tu
             truth = f"truth {float(law[modes == k].sum()):.3f}"
             recipe.add(f"mixture, {name}: mode {k + 1} of the energy", float(p[modes == k].sum()), kind="exact", note=truth)
             recipe.add_mean(f"mixture, {name}: mode {k + 1} of q", (target.mode_of(drawn) == k).double())
-        recipe.add(f"mixture, {name}: energy distance, q to test", energy_distance(drawn, test))
+        recipe.add(f"mixture, {name}: energy distance, q to test", *energy_distance(drawn, test))
         shown[f"{name}: {below:.2f} nats below"] = (values, drawn)
     return judge, {"truth, and data": (-judge.log_law, data)} | shown
 
@@ -130,8 +122,8 @@ def images(recipe: Recipe, steps: int, width: int, progress: bool | None) -> tup
     for name in ("generator", "shuffled pixels"):
         above = (energies[name].unsqueeze(0) > energies["test set"].unsqueeze(1)).double().mean()
         recipe.add(f"digits: AUROC, test set against {name}", above)
-        recipe.add(f"digits: energy distance, {name} to test", energy_distance(images[name], test))
-    recipe.add("digits: energy distance, train to test", energy_distance(train, test), note="of two samples of one law")
+        recipe.add(f"digits: energy distance, {name} to test", *energy_distance(images[name], test))
+    recipe.add("digits: energy distance, train to test", *energy_distance(train, test), note="of two samples of one law")
     return drawn, energies
 
 

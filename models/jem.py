@@ -106,8 +106,8 @@ def draws_of_classes(energy: ClassifierEnergy, labels: Tensor, steps: int, seed:
 
 
 def main(
-    seeds: int = 3, steps: int = 1000, hidden: int = 256, sweeps: int = 20, weight: float = 0.3, seed: int = 0,
-    quick: bool = False, out: Path | None = None, progress: bool | None = None,
+    seeds: int = 3, steps: int = 1000, hidden: int = 256, sweeps: int = 20, weight: float = 0.1, validate: bool = False,
+    seed: int = 0, quick: bool = False, out: Path | None = None, progress: bool | None = None,
 ) -> None:  # fmt: skip
     """Train both nets over several seeds, and compare.
 
@@ -117,6 +117,7 @@ def main(
         hidden: units of each of the two hidden layers.
         sweeps: Langevin steps of the chains for each batch.
         weight: of -log p(x) beside -log p(y | x).
+        validate: train on four fifths of the training set and judge on the last, as the weight was chosen.
         seed: the first of the seeds.
         quick: a few steps only, to see that everything runs.
         out: folder of metrics.json and the figure; runs/jem without.
@@ -124,8 +125,13 @@ def main(
     """
     if quick:
         seeds, steps, sweeps = 2, 30, 5
-    recipe = Recipe("jem", out, seed, seeds=seeds, steps=steps, hidden=hidden, sweeps=sweeps, weight=weight, quick=quick)
+    recipe = Recipe(
+        "jem", out, seed, seeds=seeds, steps=steps, hidden=hidden, sweeps=sweeps, weight=weight, validate=validate, quick=quick
+    )
     split, spare = digits(threshold=None, dtype=torch.float32), seeded_generator(seed, spawned=1)
+    if validate:
+        (train_x, held_x), (train_y, held_y) = split.train.split([1150, 287]), split.train_labels.split([1150, 287])
+        split = split._replace(train=train_x, test=held_x, train_labels=train_y, test_labels=held_y)
     rows, labels = noised(split.train.repeat(20, 1), spare), split.train_labels.repeat(20)
     test, strangers = noised(split.test, spare), outliers(split.test, spare)
 

@@ -1,4 +1,4 @@
-"""A small GAN sampled through its discriminator: its latents from N(0, I) exp(d(G(z))) in place of N(0, I). About 3 minutes.
+"""A GAN sampled through its discriminator, N(0, I) exp(d(G(z))): wrong weights of its modes fall to a third. About 9 minutes.
 
 The data are eight normal laws on a ring, of unequal weights, so that every answer is known. Measured before and after: weights
 of the modes, the energy distance to fresh data, the share of draws within three standard deviations of a mode.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
@@ -19,8 +20,10 @@ from torch.nn.functional import softplus
 from tqdm import trange
 
 from models.recipe import Recipe, run
-from pyroebm import HMC, MALA, MCMC, NUTS
+from pyroebm import HMC, MALA, MCMC, NUTS, Jumps, Kernel
+from pyroebm.distances import energy_distance
 from pyroebm.energies import Tilted
+from pyroebm.flows import NICE
 from pyroebm.networks import mlp
 from pyroebm.randomness import seeded_generator
 from pyroebm.targets import Gaussian
@@ -29,6 +32,13 @@ SIGMA = 0.15
 ANGLES = 2.0 * math.pi * torch.arange(8) / 8
 CENTRES = 2.0 * torch.stack([ANGLES.cos(), ANGLES.sin()], 1)
 WEIGHTS = torch.tensor([0.2, 0.05, 0.2, 0.05, 0.2, 0.05, 0.2, 0.05])
+#: Local moves leave most chains in the mode that they start in; fresh latents of N(0, I), taken or not, move them between modes.
+KERNELS: dict[str, Kernel[Any]] = {
+    "MALA": MALA(),
+    "HMC": HMC(num_steps=8),
+    "NUTS": NUTS(),
+    "HMC and jumps": Jumps(HMC(num_steps=8), NICE(2, couplings=0, shift=False, dtype=torch.float64), every=5),
+}
 
 
 def data(n: int, generator: torch.Generator) -> Tensor:
@@ -84,13 +94,6 @@ class Minus(nn.Module):
         return -self.net(x)
 
 
-def energy_distance(x: Tensor, y: Tensor) -> float:
-    """2 E|X - Y| - E|X - X'| - E|Y - Y'| (Székely and Rizzo, 2013), without bias: pairs of one point with itself are left out."""
-    n, m = len(x), len(y)
-    within = torch.cdist(x, x).sum() / (n * (n - 1)) + torch.cdist(y, y).sum() / (m * (m - 1))
-    return float(2.0 * torch.cdist(x, y).mean() - within)
-
-
 def judged(x: Tensor, weight: Tensor | None = None) -> dict[str, float]:
     """Distance of the modes' weights from the truth, and the share near a mode; of weighted points where weights are given."""
     weight = torch.full((len(x),), 1.0 / len(x)) if weight is None else weight
@@ -136,14 +139,14 @@ def main(
         gan.train(steps, finish, progress)
         tilted, fresh = gan.tilted(), data(n, gan.noise)
         draws = {"data": data(n, gan.noise), "GAN": gan.generate(gan.latents(n))}
-        for name, kernel in {"MALA": MALA(), "HMC": HMC(num_steps=8), "NUTS": NUTS()}.items():
+        for name, kernel in KERNELS.items():
             mcmc = MCMC(
                 kernel, num_samples=n // chains, warmup_steps=20 if quick else 200, num_chains=chains, seed=number, progress=False
             )
             mcmc.run(tilted)
             draws[f"tilted, {name}"] = gan.generate(mcmc.get_samples(group_by_chain=True)["x"].reshape(-1, 2))
         for name, x in draws.items():
-            for key, value in (judged(x) | {"energy distance": energy_distance(x, fresh)}).items():
+            for key, value in (judged(x) | {"energy distance": energy_distance(x, fresh).value}).items():
                 found[f"{name}: {key}"].append(value)
         for name, law in (("GAN", None), ("tilted", tilted)):
             for key, value in on_a_grid(gan, law).items():
@@ -153,14 +156,14 @@ def main(
         recipe.add(key, sum(values) / seeds, spread, "estimate", f"over {seeds} seeds")
 
     fig, axes = plt.subplots(1, 4, figsize=(15, 4), layout="constrained")
-    shown = {"data": fresh, "GAN": draws["GAN"], "tilted by its discriminator": draws["tilted, NUTS"]}
+    shown = {"data": fresh, "GAN": draws["GAN"], "tilted by its discriminator": draws["tilted, HMC and jumps"]}
     for ax, (title, x) in zip(axes, shown.items(), strict=False):
-        ax.plot(*x[:2000].mT, ".", markersize=1.5)
+        ax.plot(*x[:2000].mT.numpy(), ".", markersize=1.5)
         ax.set(title=title, xlim=(-3, 3), ylim=(-3, 3), aspect="equal")
     axis = torch.linspace(-3.0, 3.0, 201)
     law = -tilted(torch.cartesian_prod(axis, axis)).reshape(201, 201).mT
-    axes[3].pcolormesh(axis, axis, (law - law.max()).exp(), rasterized=True)
-    axes[3].set(title="density of the latents", aspect="equal")
+    axes[3].pcolormesh(axis.numpy(), axis.numpy(), (law - law.max()).clamp(min=-8.0).numpy(), rasterized=True)
+    axes[3].set(title="log-density of the latents, 8 nats", aspect="equal")
     recipe.figure("tilting", fig)
     recipe.write()
 

@@ -303,7 +303,8 @@ class LiveProbabilities(FeatureLatentEnergy):
 class NoFeatures(FeatureLatentEnergy):
     def expected_energy(self, x: Tensor) -> Tensor:
         logits = self.hidden_logits(x)
-        return self.quadratic(x) - (torch.sigmoid(logits).detach() * (logits.detach() + 0.0 * logits)).sum(-1)
+        detached = (self.features(x).detach() @ self.weight.mT - self.hidden_bias) * torch.sigmoid(logits).detach()
+        return self.quadratic(x) + detached.sum(-1) + 0.0 * sum(p.sum() for p in self.features.parameters())
 
 
 @pytest.mark.parametrize("mutant", [SignInBits, HalfQuadratic, FreeEnergyWithoutBits, Softmax])

@@ -187,11 +187,30 @@ def test_an_entropy_of_outputs_keeps_the_modes_that_one_of_hidden_units_loses(tm
 @pytest.mark.slow
 def test_a_joint_energy_model_classifies_and_knows_digits(tmp_path: Path) -> None:
     """The reference is this suite's own: .962 +- .002 of the joint model, .964 +- .002 of the plain classifier, over 3 seeds."""
-    found = run("jem", tmp_path)["metrics"]
-    joint, plain = (found[f"{name}: test accuracy"] for name in ("JEM", "classifier"))
-    assert joint["value"] > plain["value"] - 5 * max(joint["error"], plain["error"])
-    assert found["JEM: AUROC of -E(x), photographs"]["value"] > found["classifier: AUROC of logsumexp f, photographs"]["value"]
-    assert found["JEM: draws that the classifier agrees on"]["value"] > 0.8
+    found = {key: metric["value"] for key, metric in run("jem", tmp_path, seeds=1)["metrics"].items()}
+    assert found["JEM: test accuracy"] > found["classifier: test accuracy"] - 0.025  # 5 errors of the difference of two runs
+    assert found["JEM: AUROC of -E(x), photographs"] > found["classifier: AUROC of logsumexp f, photographs"]
+    assert found["JEM: draws that the classifier agrees on"] > 0.8
+
+
+@pytest.mark.slow
+def test_bits_over_features_learn_the_two_moons(tmp_path: Path) -> None:
+    """By the exact likelihood and by persistent chains; the reference is this suite's own: 0.018 and 0.045 nats of the oracle."""
+    found = {key: metric["value"] for key, metric in run("feature_latent", tmp_path, seeds=1, digit_steps=20)["metrics"].items()}
+    assert 0.0 < found["moons, likelihood: above the oracle"] < 0.04
+    assert 0.0 < found["moons, PCD: above the oracle"] < 0.1
+    assert found["moons, gradient, by a sum: relative error"] < 1e-12
+    assert found["moons, gradient, by NUTS: cosine"] > 0.99
+
+
+@pytest.mark.slow
+def test_a_discriminator_mends_its_generator(tmp_path: Path) -> None:
+    """Measured over 3 seeds, with jumps: wrong mode weights .13 -> .04, good draws .84 -> .95."""
+    found = {key: metric["value"] for key, metric in run("tilting", tmp_path, seeds=1)["metrics"].items()}
+    wrong, good = "total variation of mode weights", "share within 3 sigma"
+    assert found[f"tilted, HMC and jumps: {wrong}"] < 0.7 * found[f"GAN: {wrong}"]
+    assert found[f"tilted, HMC and jumps: {good}"] > found[f"GAN: {good}"] + 0.05
+    assert abs(found[f"tilted, HMC and jumps: {good}"] - found[f"tilted, by a sum over latents: {good}"]) < 0.03
 
 
 @pytest.mark.slow
