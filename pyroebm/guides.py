@@ -44,7 +44,7 @@ class FlowGuide(AutoContinuous):
     Args:
         model: a Pyro model; rows of data may be subsampled if no latent is among them.
         flow: the flow, of as many x as the model has unconstrained entries; or what makes one of their number d, at the first
-            call. ``guide.flow`` is None until then.
+            call. There is no ``guide.flow`` until then.
         stl: let SVI leave the score out of the gradient ("sticking the landing", Roeder, Wu and Duvenaud, 2017).
 
     Raises:
@@ -71,12 +71,16 @@ class FlowGuide(AutoContinuous):
         (True, torch.Size([3]))
     """
 
+    flow: Flow
+
     def __init__(self, model: Callable[..., Any], flow: Flow | Callable[[int], Flow], stl: bool = False) -> None:
         super().__init__(initial_states(model), init_loc_fn=init_to_feasible)
         self._plain = (model,)  # in a tuple, so that a module's parameters stay the model's
-        self._make_flow = flow
-        self.flow = flow if isinstance(flow, Flow) else None
         self.stl = stl
+        if isinstance(flow, Flow):
+            self.flow = flow
+        else:
+            self._make_flow = flow
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         with drawing_from(seeded_generator(0)):
@@ -87,7 +91,7 @@ class FlowGuide(AutoContinuous):
         self._transforms: dict[str, Transform] = {}
         for name, site in prototype.iter_stochastic_nodes():
             self._transforms[name] = _fixed_transform(name, site, other, self._unconstrained_shapes[name])
-        if self.flow is None:
+        if "flow" not in self._modules:
             self.flow = self._make_flow(self.latent_dim)
         if self.flow.dim != self.latent_dim:
             sizes = {name: event_numel(shape) for name, shape in self._unconstrained_shapes.items()}
@@ -189,7 +193,7 @@ class FlowGuide(AutoContinuous):
         return {name: values[0] for name, values in self.quantiles([0.5]).items()}
 
 
-def _fixed_transform(name: str, site: Any, other: poutine.Trace, shape: torch.Size) -> Transform:
+def _fixed_transform(name: str, site: Any, other: Any, shape: torch.Size) -> Transform:
     """The bijection of a latent, if it is the same wherever the other latents are."""
     for frame in site["cond_indep_stack"]:
         if frame.full_size is not None and frame.size < frame.full_size:
