@@ -1,6 +1,7 @@
 """Energy-based models on Pyro: define an energy, sample it, fit flows to it, see whether it mixed."""
 
 from pyroebm.energy import Energy, Sum, Tempered, score, value_and_grad
+from pyroebm.guides import FlowGuide
 from pyroebm.kernels import (
     DMALA,
     DULA,
@@ -66,6 +67,7 @@ __all__ = [
     "UnderdampedLangevin",
     "DistributionEnergy",
     "Energy",
+    "FlowGuide",
     "Info",
     "Kernel",
     "ModelEnergy",

@@ -18,7 +18,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("supports", "enumeration"),
     ("energy derivatives views compiled minibatch paths",),
     ("targets", "energies", "kernels", "flows", "datasets readers", "generators"),
-    ("objectives", "partition smc", "mcmc block record results serial stein store streaming", "ppl model_energy rowwise"),
+    ("objectives", "partition smc", "mcmc block record results serial stein store streaming", "ppl model_energy rowwise guides"),
     ("infer", "completion", "pretraining", "plotting", "training batches guards training_log checkpoint discriminative", "zoo"),
     ("pyroebm",),
     ("demo demo_report cli __main__",),

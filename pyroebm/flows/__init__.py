@@ -17,6 +17,7 @@ from pyroebm.flows.realnvp import RealNVP
 from pyroebm.flows.report import FlowReport, judge_flow
 from pyroebm.flows.saving import load_flow
 from pyroebm.flows.symmetrized import Symmetrized
+from pyroebm.flows.transported import Transported
 from pyroebm.flows.zuko_flows import AutoregressiveFlow, ContinuousFlow, SplineFlow
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "StandardNormal",
     "StudentBase",
     "Symmetrized",
+    "Transported",
     "ZukoTransform",
     "generated_group",
     "importance_sample",
