@@ -11,7 +11,7 @@ import pytest
 import torch
 from checks import within_se
 from scipy import stats
-from test_kernels import EXACT, KERNELS
+from test_kernels import EXACT, build
 from torch import Tensor
 
 from pyroebm import (
@@ -262,7 +262,7 @@ def test_separated_modes_get_their_weights_where_plain_chains_keep_where_they_st
 @pytest.mark.parametrize("name", [n for n in EXACT if "-" not in n or n.endswith(("walk", "underdamped", "mclmc"))])
 def test_any_exact_kernel_can_be_tempered(name: str) -> None:
     energy = GaussianMixture(torch.tensor([[-3.0, 0.0], [3.0, 0.0]], dtype=torch.float64), weights=[0.8, 0.2])
-    mcmc = MCMC(ParallelTempering(KERNELS[name](), [1.0, 0.4, 0.15]), 300, 100, 32, seed=0, save_warmup=False)
+    mcmc = MCMC(ParallelTempering(build(name, (2,)), [1.0, 0.4, 0.15]), 300, 100, 32, seed=0, save_warmup=False)
     mcmc.run(energy, energy.loc.repeat(16, 1))
     mass, se = mass_of(mcmc, energy)
     assert se < 0.03

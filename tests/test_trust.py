@@ -202,7 +202,9 @@ SCHOOLS: dict[str, tuple[int, int]] = {
 
 
 def test_every_exact_kernel_is_in_the_table() -> None:
-    assert {type(KERNELS[name]()) for name in SCHOOLS} == {type(make()) for make in KERNELS.values() if make().exact}
+    kernels = [make() for make in KERNELS.values()]
+    # those that take a proposal are held to modes far apart in test_independence.py
+    assert {type(KERNELS[name]()) for name in SCHOOLS} == {type(k) for k in kernels if k.exact and not hasattr(k, "proposal")}
 
 
 @pytest.mark.parametrize("name", SCHOOLS)

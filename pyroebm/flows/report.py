@@ -197,6 +197,9 @@ def _findings(report: FlowReport) -> tuple[str, ...]:
         )
     if weighted.pareto_k > 0.7:
         said.append(f"Pareto k {weighted.pareto_k:.2f} is above 0.7: a few weights decide, do not trust weighted means")
+    if report.eubo is not None and report.eubo.value - report.elbo.value > 1.0:
+        gap = report.eubo.value - report.elbo.value
+        said.append(f"the flow is {gap:.3g} nats from its target (EUBO less ELBO, the sum of both divergences)")
     if report.eubo is None:
         said.append("no draws of the target: none of these figures can see a mode that the flow has not found")
     elif not said:
