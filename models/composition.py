@@ -138,7 +138,7 @@ def main(
     fig, axes = plt.subplots(2, 4, figsize=(14, 7), layout="constrained")
     for row, (which, laws) in enumerate({"true": truths, "learned": learned}.items()):
         for ax, (name, law) in zip(axes[row], laws.items(), strict=False):
-            ax.pcolormesh(AXIS, AXIS, log_density(law).exp().reshape(len(AXIS), -1).mT, rasterized=True)
+            ax.pcolormesh(AXIS.numpy(), AXIS.numpy(), log_density(law).exp().reshape(len(AXIS), -1).mT.numpy(), rasterized=True)
             ax.set(title=f"{name}, {which}", xlim=(-3, 3), ylim=(-3, 3), aspect="equal")
     axes[0, 3].plot(*x.reshape(-1, 2).mT, ".", markersize=1.5)
     axes[0, 3].set(title="draws of e1 + e2 (NUTS)", xlim=(-3, 3), ylim=(-3, 3), aspect="equal")

@@ -186,7 +186,7 @@ def draw(ax: Axes, energy: Energy, title: str) -> None:
     """The density over the plane."""
     axis = torch.linspace(-3.6, 3.6, 121)
     log_density = -energy(torch.cartesian_prod(axis, axis)).reshape(121, 121).mT
-    ax.pcolormesh(axis, axis, (log_density - log_density.max()).exp(), cmap="magma", shading="nearest")
+    ax.pcolormesh(axis.numpy(), axis.numpy(), (log_density - log_density.max()).exp().numpy(), cmap="magma", shading="nearest")
     ax.set_title(title, fontsize=9)
     ax.set(aspect="equal", xticks=[], yticks=[])
 
