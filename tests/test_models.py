@@ -127,8 +127,8 @@ def test_gaussian_machines_reach_their_numbers(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_network_learns_the_density_of_digits(tmp_path: Path) -> None:
-    """Nats above a normal law and above kernels, by an evidence both of whose ends agree; and chains stay. The references are this
-    suite's own: 12.57 +- .11 and 10.72 +- .25, mean and deviation over seeds 0, 1, 2."""
+    """Nats above a normal law and above kernels, by an evidence both of whose ends agree; and chains stay. The references are
+    this suite's own: 12.57 +- .11 and 10.72 +- .25, mean and deviation over seeds 0, 1, 2."""
     metrics = run("deep_energy", tmp_path)["metrics"]
     found = {key: metric["value"] for key, metric in metrics.items()}
     low, high = (metrics[f"log Z, {name}"] for name in ("AIS", "reverse AIS"))
