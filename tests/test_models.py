@@ -127,13 +127,15 @@ def test_gaussian_machines_reach_their_numbers(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_network_learns_the_density_of_digits(tmp_path: Path) -> None:
-    """Better than a normal law and than any width of kernel, by an evidence both of whose ends agree; and chains stay."""
+    """Nats above a normal law and above kernels, by an evidence both of whose ends agree; and chains stay. The references are
+    this suite's own: 12.57 +- .11 and 10.72 +- .25, mean and deviation over seeds 0, 1, 2."""
     metrics = run("deep_energy", tmp_path)["metrics"]
     found = {key: metric["value"] for key, metric in metrics.items()}
     low, high = (metrics[f"log Z, {name}"] for name in ("AIS", "reverse AIS"))
     assert abs(low["value"] - high["value"]) < 5 * (low["error"] + high["error"])
-    for baseline in ("Gaussian", "kernel density"):
-        assert found["network: test log-likelihood"] > found[f"{baseline}: test log-likelihood"]
+    for baseline, above, deviation in (("Gaussian", 12.57, 0.11), ("kernel density", 10.72, 0.25)):
+        gain = found["network: test log-likelihood"] - found[f"{baseline}: test log-likelihood"]
+        assert gain == pytest.approx(above, abs=5 * deviation), baseline
     assert abs(found["energy: drift"]) < 5 * metrics["energy: drift"]["error"]
 
 
