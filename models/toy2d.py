@@ -132,8 +132,8 @@ LOST = "as good as the law it plays against, which lost a mode"
 LINES = {
     "likelihood": Line(lambda law, data: GridLikelihood(law.side, 48), 1500),
     "CD-10": Line(lambda law, data: ContrastiveDivergence(10, MALA(1.5 * law.width)), 1000, {"energy": 1e-3}, blind=STAY),
-    "PCD-5": Line(
-        lambda law, data: PersistentCD(256, 5, MALA(1.5 * law.width), restart=0.05), 3000, {"energy": 2e-2}, blind=STAY
+    "PCD-10": Line(
+        lambda law, data: PersistentCD(256, 10, MALA(1.5 * law.width), restart=0.05), 2000, {"energy": 2e-3}, 0.0, blind=STAY
     ),
     "PCD, jumps": Line(lambda law, data: PersistentCD(256, 1, jumps(law, data)), 3000, {"energy": 2e-2}),
     "score": Line(lambda law, data: ScoreMatching(), 1500, blind=SCORE),
