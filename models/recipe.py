@@ -79,13 +79,18 @@ class Recipe:
             fig.savefig(self.out / f"{name}.png", dpi=120)
         plt.close(fig)
 
+    def text(self, name: str, content: str) -> None:
+        """Save a text as the file ``name``."""
+        if connected_ranks()[0] == 0:
+            (self.out / name).write_text(content, encoding="utf-8")
+
     def write(self) -> None:
         """Write ``metrics.json``."""
         if connected_ranks()[0] > 0:
             return
         seconds = round(time.perf_counter() - self._began, 2)
         facts = {"name": self.name, "seed": self.seed, "seconds": seconds, "config": self.config, "metrics": self.metrics}
-        (self.out / "metrics.json").write_text(json.dumps(facts, indent=2, allow_nan=False, default=str) + "\n", encoding="utf-8")
+        self.text("metrics.json", json.dumps(facts, indent=2, allow_nan=False, default=str) + "\n")
         print(f"{self.name}: {seconds:.0f} s, written to {self.out}/metrics.json")
 
 

@@ -289,7 +289,7 @@ def table(recipe: Recipe) -> None:
     rows = [["objective", *names], ["---"] * (len(names) + 1), ["oracle", *truths, "0.100"]]
     rows += [[label, *(cell(label, name) for name in names)] for label in LINES]
     text = "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
-    (recipe.out / "toy2d.md").write_text(text, encoding="utf-8")
+    recipe.text("toy2d.md", text)
 
 
 def main(
