@@ -1,4 +1,4 @@
-"""Bits over deep features: two moons 0.045 nats above the oracle by PCD, digits 5 nats above their normal law. About 4 minutes.
+"""Bits over deep features: two moons .04 nats from their law by PCD, digits 5 nats above a normal law. 1.5 minutes.
 
 E(x, h) = x'x + h'W f(x) - c'h - b'x. Data are whitened so that e^{-x'x} is their normal law, and the features start at 0:
 training starts from that law. On the moons the likelihood is exact by quadrature, and so is its gradient: it is held to the two
