@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from models.plane import GridLikelihood
 from models.recipe import Kind, Recipe, run
-from models.toy2d import GridLikelihood
 from pyroebm import HMC, MCMC, NUTS
 from pyroebm.datasets import digits
 from pyroebm.distances import energy_distance

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from models.plane import GridLikelihood
 from models.recipe import Kind, Recipe, run
 from pyroebm.energies import MLPEnergy
 from pyroebm.energy import Energy
@@ -67,31 +67,6 @@ LAWS = {
 PAIR = Law(functools.partial(GaussianMixture, [[-3.0, 0.0], [3.0, 0.0]], scale=0.5, weights=[0.9, 0.1]), 12.0, 0.5)
 
 TEST_SIZE = 20_000
-
-
-class GridLikelihood(Objective):
-    r"""Maximum likelihood with :math:`\log Z` from a sum over a grid that is shifted at random in each step: the reference.
-
-    .. math:: L = \frac1n \sum_i E(x_i) + \log \sum_g e^{-E(g)}\, \Delta
-
-    Args:
-        side: of the square about 0.
-        points: on an axis.
-    """
-
-    def __init__(self, side: float, points: int) -> None:
-        super().__init__()
-        self.side, self.points = side, points
-
-    def forward(
-        self, energy: Energy, batch: Tensor, *, generator: torch.Generator | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        step = self.side / self.points
-        shift = torch.rand(2, 1, generator=generator, dtype=batch.dtype)
-        x, y = (torch.arange(self.points, dtype=batch.dtype) + shift) * step - 0.5 * self.side
-        data = energy(batch).mean()
-        log_z = torch.logsumexp(-energy(torch.cartesian_prod(x, y)), 0) + 2.0 * math.log(step)
-        return data + log_z, {"energy_data": data.detach(), "log_z": log_z.detach()}
 
 
 def flow(data: Tensor, couplings: int) -> Flow:

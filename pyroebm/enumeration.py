@@ -50,7 +50,7 @@ def bits_of(number: Tensor, n: int, dtype: torch.dtype) -> Tensor:
 
 
 def draw_numbers(log_p: Tensor, n: int, generator: torch.Generator | None = None) -> Tensor:
-    """``n`` numbers of states ``(n,)``, by inverse CDF over unnormalised log-probabilities of all of them.
+    """``n`` numbers of states ``(n,)``, by inverse CDF over unnormalised log-probabilities of all of them; none of probability 0.
 
     Raises:
         FloatingPointError: if these are not finite: there is no such law.
@@ -58,6 +58,7 @@ def draw_numbers(log_p: Tensor, n: int, generator: torch.Generator | None = None
     cdf = log_p.double().softmax(0).cumsum(0)
     if not bool(cdf[-1].isfinite()):
         raise FloatingPointError(f"of {len(log_p)} states {int((~log_p.isfinite()).sum())} have an energy that is not finite")
+    # a number below 1 times the total stays below the total, so what is found has a probability above 0
     return torch.searchsorted(cdf, uniform((n,), generator, torch.float64, cdf.device) * cdf[-1], right=True)
 
 

@@ -79,7 +79,10 @@ def test_modes_are_counted_and_covered() -> None:
     even = judge_flow(normal_flow(0.0, 4.5, 2), energy, n=20_000)
     assert even.missing == ()
     assert even.coverage_entropy > 0.9
-    torch.testing.assert_close(even.weighted_shares, even.mode_weights, atol=0.1, rtol=0)
+    for k, weight in enumerate(even.mode_weights):  # each against the standard error of its own weighted mean
+        share, se = even.weighted.expectation(lambda x, k=k: (energy.mode_of(x) == k).double())
+        assert float(even.weighted_shares[k]) == pytest.approx(float(share), abs=1e-12)
+        within_se(share, weight, se)
     one = judge_flow(normal_flow(0.0, 0.55, 2), energy, n=2000)
     assert len(one.missing) == 8
     assert one.coverage_entropy < 0.01

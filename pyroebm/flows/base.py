@@ -40,11 +40,11 @@ class Base(Saved):
 
     def draw(self, n: int, generator: torch.Generator | None, dtype: torch.dtype, device: torch.device) -> Tensor:
         """``n`` draws of z with gradients in the parameters, shape ``(n, D)``."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define draw(n, generator, dtype, device) -> z")
 
     def log_prob(self, z: Tensor) -> Tensor:
         """Log-density in nats: ``(*batch, D) -> (*batch)``."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define log_prob(z)")
 
     def distribution(self, dtype: torch.dtype, device: torch.device) -> dist.Distribution:
         """The Pyro distribution of z, event shape ``(D,)``."""

@@ -41,11 +41,11 @@ class Bijection(TransformModule):
 
     def with_log_det(self, z: Tensor) -> tuple[Tensor, Tensor]:
         r"""x and :math:`\log|\det \partial x/\partial z|`: ``(*batch, D) -> (*batch, D), (*batch)``."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define with_log_det(z) -> (x, log_det)")
 
     def inverse_with_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
         r"""z and, again, :math:`\log|\det \partial x/\partial z|`: ``(*batch, D) -> (*batch, D), (*batch)``."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define inverse_with_log_det(x) -> (z, log_det)")
 
     def _call(self, z: Tensor) -> Tensor:
         return self.with_log_det(z)[0]

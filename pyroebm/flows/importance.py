@@ -12,6 +12,7 @@ from torch.distributions import Distribution
 
 from pyroebm.diagnostics import pareto_k
 from pyroebm.energy import Energy
+from pyroebm.enumeration import draw_numbers
 from pyroebm.flows.flow import Flow
 from pyroebm.randomness import seeded_generator
 from pyroebm.supports import inside
@@ -86,12 +87,7 @@ class ImportanceResult:
         """
         if n < 1:
             raise ValueError(f"n must be at least 1, got n={n}")
-        where = self.x.device if generator is None else generator.device
-        uniform = torch.rand(n, generator=generator, dtype=torch.float64, device=where).to(self.x.device)
-        total = self.weights.cumsum(0)
-        # a uniform number above the rounded total would fall behind the last draw of positive weight
-        index = torch.searchsorted(total, uniform * total[-1], right=True)
-        return self.x[index.clamp(max=int(self.weights.nonzero()[-1]))]
+        return self.x[draw_numbers(self.log_weights, n, generator)]
 
 
 def importance_sample(

@@ -184,7 +184,8 @@ class Pinwheel(Plane):
             goal = torch.maximum(floors[..., 1:], floors[..., :-1]).gather(-1, cell)
             low, width = edges[cell], 2.0 * math.pi / self.cells
             below, above = level.gather(-1, cell), level.gather(-1, cell + 1)
-            angle = low + width * ((goal - below) / (above - below)).nan_to_num(0.5).clamp(0.0, 1.0)
+            share = torch.where(above == below, 0.5, (goal - below) / (above - below))  # a flat cell: begin in its middle
+            angle = low + width * share.clamp(0.0, 1.0)
             found = crossed.gather(-1, cell)
             for _ in range(4):
                 angle = torch.minimum(torch.maximum(self._newton(angle, goal, turned), low), low + width)

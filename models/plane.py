@@ -1,0 +1,38 @@
+"""What the recipes of two-dimensional laws share: the likelihood with log Z from a grid."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from pyroebm.energy import Energy
+from pyroebm.objectives import Objective
+
+__all__ = ["GridLikelihood"]
+
+
+class GridLikelihood(Objective):
+    r"""Maximum likelihood with :math:`\log Z` from a sum over a grid that is shifted at random in each step: the reference.
+
+    .. math:: L = \frac1n \sum_i E(x_i) + \log \sum_g e^{-E(g)}\, \Delta
+
+    Args:
+        side: of the square about 0.
+        points: on an axis.
+    """
+
+    def __init__(self, side: float, points: int) -> None:
+        super().__init__()
+        self.side, self.points = side, points
+
+    def forward(
+        self, energy: Energy, batch: Tensor, *, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        step = self.side / self.points
+        shift = torch.rand(2, 1, generator=generator, dtype=batch.dtype)
+        x, y = (torch.arange(self.points, dtype=batch.dtype) + shift) * step - 0.5 * self.side
+        data = energy(batch).mean()
+        log_z = torch.logsumexp(-energy(torch.cartesian_prod(x, y)), 0) + 2.0 * math.log(step)
+        return data + log_z, {"energy_data": data.detach(), "log_z": log_z.detach()}
