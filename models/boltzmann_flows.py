@@ -1,0 +1,174 @@
+"""Flows fitted to Boltzmann densities, each judged from both sides: log Z, modes, effective sample sizes. About 60 minutes.
+
+Of each target of ``models.flow_cases``: error of log Z with its standard error, effective sample sizes of both directions, modes
+found, distances of draws, and what was spent on it. Three seeds; a table in Markdown is written beside the metrics.
+
+python -m models.boltzmann_flows [--only NAME ...] [--seeds K] [--quick] [--out DIR]
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+from matplotlib.axes import Axes
+from torch import Tensor
+from tqdm import tqdm
+
+from models.flow_cases import CASES, Case, Facts, Fitted
+from models.recipe import Recipe, run
+from pyroebm.flows import FlowReport, judge_flow
+from pyroebm.randomness import seeded_generator
+
+#: Columns of the table, and the fact that each shows.
+COLUMNS = {
+    "error of log Z": "error of log Z",
+    "ESS": "extended ESS",
+    "of x alone": "ESS of x alone",
+    "forward ESS": "forward ESS",
+    "EUBO - ELBO": "EUBO less ELBO",
+    "Pareto k": "Pareto k",
+    "coverage": "mode-coverage entropy",
+    "energy distance, weighted": "energy distance after weighting",
+    "evaluations": "evaluations to fit",
+    "minutes": "minutes to fit",
+}
+
+
+def facts_of(report: FlowReport, fitted: Fitted, case: Case) -> Facts:
+    """Numbers of one seed, with their standard errors."""
+    weighted = report.weighted
+    found: Facts = {"log Z": (weighted.log_z, weighted.log_z_se)}
+    if report.log_z is not None:
+        found["error of log Z"] = (weighted.log_z - report.log_z, weighted.log_z_se)
+    found |= {
+        "extended ESS": (weighted.ess_fraction, None),
+        "ESS of x alone": (report.marginal_ess, None),
+        "Pareto k": (weighted.pareto_k, None),
+        "ELBO": (report.elbo.value, report.elbo.standard_error),
+    }
+    if report.eubo is not None and report.forward_ess is not None:
+        found |= {
+            "forward ESS": (report.forward_ess, None),
+            "EUBO": (report.eubo.value, report.eubo.standard_error),
+            "EUBO less ELBO": (
+                report.eubo.value - report.elbo.value,
+                math.hypot(report.eubo.standard_error, report.elbo.standard_error),
+            ),
+        }
+    if report.coverage_entropy is not None:
+        found |= {"mode-coverage entropy": (report.coverage_entropy, None), "missing modes": (len(report.missing), None)}
+    for key, distance in (
+        ("energy distance", report.energy_distance),
+        ("energy distance after weighting", report.corrected_distance),
+        ("squared discrepancy", report.discrepancy),
+    ):
+        if distance is not None:
+            found[key] = (distance.value, distance.standard_error)
+    return found | case.facts(report, fitted.energy) | {
+        "evaluations to fit": (fitted.evaluations, None),
+        "evaluations to judge": (report.evaluations, None),
+        "minutes to fit": (fitted.seconds / 60.0, None),
+    }  # fmt: skip
+
+
+def cell(name: str, values: Sequence[tuple[float, float | None]]) -> str:
+    """A fact of all seeds: each where there is a standard error, else the lowest and the highest."""
+    numbers = [value for value, _ in values]
+    if name == "error of log Z":
+        return ", ".join(f"{value:+.2g} ± {error:.1g}" for value, error in values)
+    low, high = f"{min(numbers):.3g}", f"{max(numbers):.3g}"
+    return low if low == high else f"{low} to {high}"
+
+
+def table(found: dict[str, list[Facts]]) -> str:
+    """The rows of all targets, in Markdown; a dash where a target has no such fact."""
+    lines = ["| target, flow | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    for name, seeds in found.items():
+        cells = [cell(key, [facts[key] for facts in seeds]) if key in seeds[0] else "-" for key in COLUMNS.values()]
+        lines.append(f"| {CASES[name].title} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(ax: Axes, case: Case, report: FlowReport, truth: Tensor | None) -> None:
+    """What the case shows of the flow's draws, of the weighted ones, and of the target's."""
+    x = case.observable(report.weighted.x)
+    if x.dim() == 2:
+        ax.plot(*x[:2000].mT.numpy(), ".", markersize=1.5, label="flow")
+        if truth is not None:
+            ax.plot(*case.observable(truth)[:2000].mT.numpy(), ".", markersize=1.5, alpha=0.6, label="target")
+    else:
+        shown = x if truth is None else case.observable(truth)
+        low, high = (float(v) for v in torch.quantile(shown[:100_000].double(), torch.tensor([0.001, 0.999]).double()))
+        style = {"bins": 80, "range": (low, high), "density": True, "histtype": "step"}
+        ax.hist(x.numpy(), **style, label="flow")
+        ax.hist(x.numpy(), weights=report.weighted.weights.numpy(), **style, label="weighted")
+        if truth is not None:
+            ax.hist(case.observable(truth).numpy(), **style, color="black", linewidth=0.8, label="target")
+    ax.set(title=case.title, xlabel=case.label)
+    ax.title.set_fontsize(8)
+
+
+def main(
+    only: tuple[str, ...] = tuple(CASES), seeds: int = 3, n: int = 200_000, seed: int = 0, quick: bool = False,
+    out: Path | None = None, progress: bool | None = None,
+) -> None:  # fmt: skip
+    """Fit and judge the flows.
+
+    Args:
+        only: targets to run; all without.
+        seeds: fits of each.
+        n: draws by which a flow is judged.
+        seed: the first of the seeds.
+        quick: a few steps only, to see that everything runs.
+        out: folder of metrics.json, the table and the figure; runs/boltzmann_flows without.
+        progress: show a bar; on a terminal without.
+    """
+    if unknown := set(only) - set(CASES):
+        raise ValueError(f"only must be of {', '.join(CASES)}, got {', '.join(sorted(unknown))}")
+    if quick:
+        seeds, n = 1, 2000
+    recipe = Recipe("boltzmann_flows", out, seed, only=only, seeds=seeds, n=n, quick=quick)
+    wide = min(4, len(only))
+    fig, axes = plt.subplots(
+        -(-len(only) // wide), wide, figsize=(4 * wide, 3 * -(-len(only) // wide)), layout="constrained", squeeze=False
+    )
+    found: dict[str, list[Facts]] = {}
+    bar = tqdm(total=len(only) * seeds, desc="fits", disable=None if progress is None else not progress)
+    for ax, name in zip(axes.flat, only, strict=False):
+        case = CASES[name]
+        for number in range(seed, seed + seeds):
+            torch.manual_seed(number)
+            fitted = case.fit(number, quick)
+            report = judge_flow(fitted.flow, fitted.energy, n, draws=fitted.draws, num_distances=min(n, 4000), seed=number)
+            found.setdefault(name, []).append(facts_of(report, fitted, case))
+            if number == seed:
+                truth = fitted.draws
+                if truth is None and fitted.energy.has_exact_draws:
+                    truth = fitted.energy.sample(min(n, 100_000), seeded_generator(number))
+                draw(ax, case, report, truth)
+                print(f"\n{case.title}\n{report}", flush=True)
+            bar.update()
+        for key in found[name][0]:
+            values = [facts[key] for facts in found[name]]
+            numbers = torch.tensor([value for value, _ in values], dtype=torch.float64)
+            spread = numbers.std() if seeds > 1 else values[0][1]
+            note = (
+                "" if seeds == 1 else "seeds: " + ", ".join(f"{v:.5g}" + ("" if e is None else f" +- {e:.1g}") for v, e in values)
+            )
+            recipe.add(f"{name}: {key}", numbers.mean(), spread, "estimate", note)
+        recipe.text("table.md", table(found))
+    bar.close()
+    for ax in axes.flat[len(only) :]:
+        ax.set_visible(False)
+    axes.flat[0].legend(fontsize=8)
+    recipe.figure("boltzmann_flows", fig)
+    print(table(found))
+    recipe.write()
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,208 @@
+"""The targets of ``models.boltzmann_flows``: what each flow is, how it is fitted, and what is asked of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from pyroebm import HMC, MCMC, FlowGuide
+from pyroebm.energy import Energy
+from pyroebm.flows import NICE, AutoregressiveFlow, Flow, FlowReport, RealNVP, RedundantNICE, SplineFlow
+from pyroebm.objectives import ReverseKL, fit_flow
+from pyroebm.targets import DoubleWell, Funnel, ManyWell, Phi4
+
+__all__ = ["CASES", "Case", "Fitted", "Spent"]
+
+#: A fact beside those of the report: its value and its standard error.
+Facts = dict[str, tuple[float, float | None]]
+QUICK = {"steps": 5, "num_samples": 64}
+
+
+class Spent:
+    """Evaluations of an energy, rows counted one by one whether with their gradient or not, and seconds of processor time.
+
+    Args:
+        energy: whose evaluations are counted from now on.
+    """
+
+    def __init__(self, energy: Energy) -> None:
+        self.evaluations, self._began = 0, time.process_time()
+        energy.register_forward_hook(self._count)
+
+    def _count(self, module: Any, arguments: Any, values: Tensor) -> None:
+        self.evaluations += values.numel()
+
+    @property
+    def seconds(self) -> float:
+        return time.process_time() - self._began
+
+
+@dataclasses.dataclass(frozen=True)
+class Fitted:
+    """A flow, its target in float64, what the fit has spent, and draws of the target where there are no exact ones."""
+
+    flow: Flow
+    energy: Energy
+    evaluations: int
+    seconds: float
+    draws: Tensor | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A target of the table.
+
+    Args:
+        title: how the table names it, and with what it was fitted.
+        fit: from a seed, and whether the run is quick, to a fitted flow.
+        label: of the figure's axis, and
+        observable: what is drawn there, ``(n, *event) -> (n,)``, or ``(n, 2)``.
+        facts: what the report does not have, from it and the target.
+    """
+
+    title: str
+    fit: Callable[[int, bool], Fitted]
+    label: str
+    observable: Callable[[Tensor], Tensor]
+    facts: Callable[[FlowReport, Energy], Facts] = lambda report, energy: {}
+
+
+def train(
+    make: Callable[[torch.dtype], Energy],
+    flow: Flow,
+    stages: Sequence[Mapping[str, Any]],
+    seed: int,
+    quick: bool,
+    draws: Callable[[Energy, int, bool], Tensor] | None = None,
+) -> Fitted:
+    """Train a flow by one stage of ``fit_flow`` after another in its own dtype, and hand both over in float64."""
+    energy = make(flow.dtype)
+    spent = Spent(energy)
+    for stage in stages:
+        for _ in fit_flow(flow, energy, **{**stage, **(QUICK if quick else {})}, seed=seed, progress=False):
+            pass
+    evaluations, seconds = spent.evaluations, spent.seconds
+    exact = make(torch.float64)
+    return Fitted(flow.double(), exact, evaluations, seconds, None if draws is None else draws(exact, seed + 1000, quick))
+
+
+def double_well(seed: int, quick: bool) -> Fitted:
+    flow = RedundantNICE(1, 2, dtype=torch.float32, seed=seed)
+    return train(lambda dtype: DoubleWell(dtype=dtype), flow, [{"steps": 2000}], seed, quick)
+
+
+def right_mass(report: FlowReport, energy: Energy) -> Facts:
+    value, error = report.weighted.expectation(lambda x: (x > DoubleWell.barrier).double())
+    return {"error of the right mass": (float(value) - energy.right_mass, float(error))}  # type: ignore[arg-type, operator]
+
+
+def many_well(pairs: int, seed: int, quick: bool) -> Fitted:
+    flow = SplineFlow(2 * pairs, layers=4, hidden=(128,), dtype=torch.float32, seed=seed)
+    stage = {"objective": ReverseKL(gradient="total"), "steps": 2000, "num_samples": 256, "lr": 3e-3}
+    return train(lambda dtype: ManyWell(pairs, dtype=dtype), flow, [stage], seed, quick)
+
+
+def left_masses(report: FlowReport, energy: Energy) -> Facts:
+    """The mass of a < 0, over the pairs; and of the pair that is worst."""
+    left: Callable[[Tensor], Tensor] = lambda x: (x[:, ::2] < 0.0).double()  # noqa: E731
+    each, errors = report.weighted.expectation(left)
+    mean, error = report.weighted.expectation(lambda x: left(x).mean(1))
+    worst = int((each - energy.left_mass).abs().argmax())  # type: ignore[operator]
+    return {"P(a < 0)": (float(mean), float(error)), "P(a < 0), worst pair": (float(each[worst]), float(errors[worst]))}
+
+
+def funnel(seed: int, quick: bool) -> Fitted:
+    flow = AutoregressiveFlow(10, layers=2, hidden=(32, 32), dtype=torch.float32, seed=seed)
+    stage = {"steps": 2000, "num_samples": 256, "lr": 5e-3, "beta_start": 1.0}
+    return train(lambda dtype: Funnel(dtype=dtype), flow, [stage], seed, quick)
+
+
+def ring(seed: int, quick: bool) -> Fitted:
+    flow = SplineFlow(16, layers=2, hidden=(128, 128), autoregressive=True, dtype=torch.float32, seed=seed)
+    stage = {"objective": ReverseKL(gradient="total"), "steps": 2000, "num_samples": 256, "lr": 3e-3}
+    return train(lambda dtype: Phi4(16, dtype=dtype), flow, [stage], seed, quick, flipped_chains)
+
+
+def flipped_chains(energy: Energy, seed: int, quick: bool) -> Tensor:
+    """States of HMC, each with its sign drawn anew: the field and its negative have one energy."""
+    mcmc = MCMC(HMC(num_steps=8), 5 if quick else 50, 5 if quick else 300, 400, thinning=2, seed=seed, progress=False)
+    mcmc.run(energy)
+    x = mcmc.get_samples()["x"]
+    signs = torch.randint(2, (len(x), 1), generator=torch.Generator().manual_seed(seed))
+    return x * (2 * signs - 1)
+
+
+def free_field(seed: int, quick: bool) -> Fitted:
+    flow = NICE(16, couplings=0, dtype=torch.float64, seed=seed)
+    stage = {"steps": 3000, "num_samples": 128, "lr": 1e-2, "beta_start": 1.0}
+    return train(lambda dtype: Phi4(16, m2=1.0, lam=0.0, dtype=dtype), flow, [stage], seed, quick)
+
+
+EFFECTS, ERRORS = (28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0), (15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0)
+#: Of posteriordb's reference posterior, eight_schools-eight_schools_noncentered: means, and means of squares, of 10,000 draws.
+REFERENCE = {"mu": (4.4105, 30.403), "tau": (3.6021, 23.204), "theta 1": (6.1505, 69.363), "theta 8": (4.8840, 52.128)}
+
+
+def schools(effects: Tensor, errors: Tensor) -> None:
+    """Rubin's eight schools (1981), non-centred, with posteriordb's priors."""
+    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+    tau = pyro.sample("tau", dist.HalfCauchy(5.0))
+    with pyro.plate("schools", 8):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("effect", dist.Normal(mu + tau * z, errors), obs=effects)
+
+
+def eight_schools(make: Callable[[int], Flow], seed: int, quick: bool) -> Fitted:
+    guide = FlowGuide(schools, make(seed))
+    stage = {"steps": 1000, "num_samples": 256, "lr": 5e-3, "beta_start": 1.0}
+    energy = guide.energy(torch.tensor(EFFECTS).double(), torch.tensor(ERRORS).double())
+    return train(lambda dtype: energy, guide.flow, [stage], seed, quick)
+
+
+def moments(report: FlowReport, energy: Energy) -> Facts:
+    """Weighted means beside the reference's, each with both standard errors; and the largest deviation in units of them."""
+
+    def named(x: Tensor) -> Tensor:
+        sites = energy.constrain(x)  # type: ignore[operator]
+        theta = sites["mu"][:, None] + sites["tau"][:, None] * sites["z"]
+        return torch.stack([sites["mu"], sites["tau"], theta[:, 0], theta[:, 7]], 1)
+
+    powers = [report.weighted.expectation(lambda x, k=k: named(x) ** k) for k in (1, 2, 4)]  # type: ignore[misc]
+    (mean, error), (square, square_error), (fourth, _) = powers
+    theirs = torch.tensor(list(REFERENCE.values())).double()
+    first = ((square - mean**2) / 10_000 + error**2).sqrt()
+    second = ((fourth - square**2) / 10_000 + square_error**2).sqrt()
+    z = torch.cat([(mean - theirs[:, 0]) / first, (square - theirs[:, 1]) / second])
+    facts: Facts = {
+        f"E[{name}] less the reference": (float(mean[k] - theirs[k, 0]), float(first[k])) for k, name in enumerate(REFERENCE)
+    }
+    return facts | {"largest of eight moments' deviations, in standard errors": (float(z.abs().max()), None)}
+
+
+CASES: dict[str, Case] = {
+    "double-well": Case("double well, redundant NICE D = 2", double_well, "x", lambda x: x, right_mass),
+    "many-well-6": Case("Many-Well-6, splines", lambda s, q: many_well(3, s, q), "$a_1$", lambda x: x[:, 0], left_masses),
+    "many-well-32": Case("Many-Well-32, splines", lambda s, q: many_well(16, s, q), "$a_1$", lambda x: x[:, 0], left_masses),
+    "funnel": Case("funnel, variance 9, inverse autoregressive", funnel, r"$\theta$", lambda x: x[:, 0]),
+    "phi4": Case("phi^4 ring, L = 16, autoregressive splines", ring, "mean field", lambda x: x.mean(1)),
+    "free-field": Case("free field, L = 16, linear", free_field, "mean field", lambda x: x.mean(1)),
+    "schools": Case(
+        "eight schools, RealNVP",
+        lambda s, q: eight_schools(lambda seed: RealNVP(10, layers=4, hidden=(32,), dtype=torch.float64, seed=seed), s, q),
+        r"$\mu$", lambda x: x[:, 0], moments,
+    ),
+    "schools-redundant": Case(
+        "eight schools, redundant NICE D = 12",
+        lambda s, q: eight_schools(
+            lambda seed: RedundantNICE(10, 12, couplings=4, hidden=(32,), dtype=torch.float64, seed=seed), s, q
+        ),
+        r"$\mu$", lambda x: x[:, 0], moments,
+    ),
+}  # fmt: skip
