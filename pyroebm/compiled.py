@@ -14,7 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyroebm.energy import Energy, unchecked_value_and_grad
 
-__all__ = ["Compiled", "choose_compiled", "fused", "is_compiled"]
+__all__ = ["Compiled", "choose_compiled", "compiled_call", "fused", "is_compiled"]
 
 #: A pure function of an energy and tensors, with static settings; what it returns is a tuple of tensors.
 Block = Callable[..., tuple[Tensor, ...]]
@@ -107,7 +107,7 @@ class Compiled(Energy):
                     replayed[shape] = graph, [held.pop(0) for _ in constants]
                 return block(_Replayed(self.energy, replayed), *inputs[: len(examples)], **static)
 
-            _graphs[known] = _built(function, (*examples, *_copies(constants)))
+            _graphs[known] = compiled_call(function, (*examples, *_copies(constants)))
         return _graphs[known], constants
 
     def _gradient(self, shape: torch.Size) -> tuple[GraphModule, tuple[Tensor, ...]]:
@@ -168,13 +168,15 @@ class _Replay(torch.autograd.Function):
         return out[0].reshape(*out[0].shape, *[1] * (grad.dim() - out[0].dim())) * grad, None, None
 
 
-def _built(function: Callable[..., tuple[Tensor, ...]], examples: tuple[Tensor, ...]) -> _Call:
+def compiled_call(function: Callable[..., tuple[Tensor, ...]], examples: tuple[Tensor, ...]) -> _Call:
+    """A pure function of tensors as TorchInductor has it, traced on examples; tensors that it holds are inputs of the graph."""
     graph = make_fx(function)(*examples)
     graph.graph.eliminate_dead_code()
     held = _lift_constants(graph)  # numbers that the block itself made into tensors
     # The graph is made of plain operations, so the compiler needs no look at Python, nor guards at every call.
     with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # torch's own modules warn of each other when first imported
+        for category in (DeprecationWarning, FutureWarning):  # torch's own modules warn of each other
+            warnings.simplefilter("ignore", category)
         from torch._inductor import compile as inductor  # a second of imports, for those alone who compile
 
         compiled = inductor(graph, [*examples, *held], options=_OPTIONS)

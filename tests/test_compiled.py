@@ -139,7 +139,7 @@ def test_a_later_block_that_fails_stops_no_run_that_was_not_told_to_compile(monk
     def broken(*arguments: Any, **settings: Any) -> None:
         raise ImportError("file too short")
 
-    monkeypatch.setattr(pyroebm.compiled, "_built", broken)
+    monkeypatch.setattr(pyroebm.compiled, "compiled_call", broken)
     x = energy.initial(4, torch.Generator().manual_seed(0))
     with pytest.warns(RuntimeWarning, match="DoubleWell cannot be compiled .ImportError: file too short. and runs as it is"):
         draws = run(kernel, view, x, 3)

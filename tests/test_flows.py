@@ -435,6 +435,19 @@ def test_fresh_flow_is_the_standard_normal(name: str) -> None:
 
 
 @flows
+def test_path_in_one_pass_is_that_through_the_inverse(name: str) -> None:
+    flow = build(name, scale=0.1)
+    z, weights = base_noise(flow, 6), noise(6)
+    xy, log_q, path = flow.push_path(z)
+    expected = flow.path_log_prob(xy)
+    torch.testing.assert_close(path, log_q)
+    trained = list(flow.parameters())
+    found = torch.autograd.grad((weights * path).sum(), trained, retain_graph=True, materialize_grads=True)
+    there = torch.autograd.grad((weights * expected).sum(), trained, materialize_grads=True)
+    torch.testing.assert_close(found, there, **close(name, 1e-8))
+
+
+@flows
 def test_checks_of_arguments(name: str) -> None:
     flow = build(name)
     for call in (flow.push, flow.log_prob, flow.path_log_prob):

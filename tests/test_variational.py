@@ -19,7 +19,7 @@ from scipy.optimize import minimize
 from torch import Tensor, nn
 
 from pyroebm import Boltzmann, Energy
-from pyroebm.flows import NICE, ConditionalGaussian, Flow, PLULinear, RedundantNICE, importance_sample
+from pyroebm.flows import NICE, AdditiveCoupling, ConditionalGaussian, Flow, PLULinear, RedundantNICE, importance_sample
 from pyroebm.networks import frozen
 from pyroebm.objectives import ReverseKL, evaluate_j, fit_flow, flow_guide, flow_model, select_total_dim
 from pyroebm.targets import DoubleWell, Gaussian
@@ -547,8 +547,22 @@ def test_mutants_of_j_r_are_caught(mutant: type[nn.Module]) -> None:
 
 
 class _NotDetached(NICE):
-    def path_log_prob(self, xy: Tensor) -> Tensor:
-        return self.log_prob(xy)
+    def push_path(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        xy, log_q = self.push(z)
+        return xy, log_q, self.log_prob(xy)
+
+
+class _Uncarried(AdditiveCoupling):
+    def with_score(self, z: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return *self.with_log_det(z), score
+
+
+def test_mutant_stl_that_does_not_carry_the_score_is_caught() -> None:
+    flow = stirred(NICE(2, couplings=2, hidden=(8,), dtype=F64))
+    check_stl_has_no_noise_at_the_optimum(flow)
+    flow.transform.parts[0].__class__ = _Uncarried
+    with pytest.raises(AssertionError, match="the path derivative is not 0"):
+        check_stl_has_no_noise_at_the_optimum(flow)
 
 
 def test_mutant_stl_without_detached_parameters_is_caught() -> None:

@@ -160,6 +160,16 @@ class AffineCoupling(Bijection):
         passing, moved, log_scale, shift = self._parts(x)
         return self._join(passing, (moved - shift) * (-log_scale).exp()), log_scale.sum(-1)
 
+    def with_score(self, z: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        passing, moved, log_scale, shift = self._parts(z)
+        at_passing, at_moved = score.index_select(-1, self.passing), score.index_select(-1, self.moved)
+        with torch.no_grad():
+            shrunk = at_moved * (-log_scale).exp()
+            pulls = (at_moved * moved + 1.0, shrunk)
+        (pulled,) = torch.autograd.grad((log_scale, shift), passing, pulls, retain_graph=True, materialize_grads=True)
+        x = self._join(passing, moved * log_scale.exp() + shift)
+        return x, log_scale.sum(-1), self._join(at_passing - pulled, shrunk)
+
 
 class Loft(Bijection):
     r"""Log soft extension (Andrade, "Stable training of normalizing flows for high-dimensional variational inference", 2024).

@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from pyro.distributions import TransformModule
 from torch import Tensor, nn
-from torch.distributions import constraints
 
+from pyroebm.flows.bijection import Bijection, check_event
 from pyroebm.networks import mlp
 
 __all__ = ["AdditiveCoupling"]
 
 
-class AdditiveCoupling(TransformModule):
+class AdditiveCoupling(Bijection):
     r"""One additive coupling layer (Dinh, Krueger and Bengio, "NICE: Non-linear Independent Components Estimation", 2014).
 
     One part of z passes through and decides by how much the other is moved:
@@ -44,10 +43,6 @@ class AdditiveCoupling(TransformModule):
         tensor([[ 1., 10.]])
     """
 
-    domain = constraints.real_vector
-    codomain = constraints.real_vector
-    bijective = True
-
     def __init__(
         self,
         dim: int,
@@ -61,15 +56,15 @@ class AdditiveCoupling(TransformModule):
     ) -> None:
         if dim < 2:
             raise ValueError(f"dim must be at least 2, for one entry to move another, got dim={dim}")
-        super().__init__()
-        self.dim, self.flip = dim, flip
+        super().__init__(dim)
+        self.flip = flip
         self.cut = dim // 2
         passing, moved = (dim - self.cut, self.cut) if flip else (self.cut, dim - self.cut)
         self.net = mlp(passing, moved, hidden, activation=activation, dtype=dtype, generator=generator) if net is None else net
 
-    def _couple(self, z: Tensor, sign: int) -> Tensor:
-        if z.dim() < 1 or z.shape[-1] != self.dim:
-            raise ValueError(f"the input must have shape (*batch, dim) with dim={self.dim}, got shape {tuple(z.shape)}")
+    def _parts(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """z_a, z_b, and by how much z_b is moved."""
+        check_event(z, self.dim)
         first, rest = z.split((self.cut, self.dim - self.cut), dim=-1)
         passing, moved = (rest, first) if self.flip else (first, rest)
         shift = self.net(passing)
@@ -78,14 +73,25 @@ class AdditiveCoupling(TransformModule):
                 f"net must map {tuple(passing.shape)} to the shape and dtype of the part it moves, {tuple(moved.shape)} and"
                 f" {moved.dtype}, but it gave {tuple(shift.shape)} and {shift.dtype}"
             )
-        moved = moved + shift if sign > 0 else moved - shift
+        return passing, moved, shift
+
+    def _join(self, passing: Tensor, moved: Tensor) -> Tensor:
         return torch.cat((moved, passing) if self.flip else (passing, moved), dim=-1)
 
-    def _call(self, z: Tensor) -> Tensor:
-        return self._couple(z, 1)
+    def with_log_det(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        passing, moved, shift = self._parts(z)
+        return self._join(passing, moved + shift), z.new_zeros(z.shape[:-1])
 
-    def _inverse(self, x: Tensor) -> Tensor:
-        return self._couple(x, -1)
+    def inverse_with_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        passing, moved, shift = self._parts(x)
+        return self._join(passing, moved - shift), x.new_zeros(x.shape[:-1])
+
+    def with_score(self, z: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        passing, moved, shift = self._parts(z)
+        first, rest = score.split((self.cut, self.dim - self.cut), dim=-1)
+        at_passing, at_moved = (rest, first) if self.flip else (first, rest)
+        (pulled,) = torch.autograd.grad(shift, passing, at_moved, retain_graph=True, materialize_grads=True)
+        return self._join(passing, moved + shift), z.new_zeros(z.shape[:-1]), self._join(at_passing - pulled, at_moved)
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         """Zero for every event: ``(*batch, D), (*batch, D) -> (*batch)``."""

@@ -149,6 +149,24 @@ class Flow(Saved):
         with frozen(self):
             return self.log_prob(xy.clone())
 
+    def push_path(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """:meth:`push`, and :meth:`path_log_prob` of what it gives: of layers that are a :class:`Bijection` in one pass."""
+        layers = [layer for layer in self.transform.parts if isinstance(layer, Bijection)]
+        if len(layers) < len(self.transform.parts) or not torch.is_grad_enabled():
+            xy, log_q = self.push(z)
+            return xy, log_q, self.path_log_prob(xy)
+        self._check(z, "z", self.total_dim)
+        z = z if z.requires_grad else z.detach().requires_grad_()
+        log_q = self.base.log_prob(z)
+        with frozen(self.base):
+            there = z.detach().requires_grad_()
+            (score,) = torch.autograd.grad(self.base.log_prob(there).sum(), there)
+        for layer in layers:
+            z, log_det, score = layer.with_score(z, score)
+            log_q = log_q - log_det
+        # the value of log q, and its gradient in (x, y) alone
+        return z, log_q, log_q.detach() + (score * (z - z.detach())).sum(-1)
+
     def extend(self, energy: Energy) -> Extended:
         r"""The energy over (x, y) to fit this flow to: :math:`U(x) - \log N(y \mid M(x), \Sigma(x))`.
 

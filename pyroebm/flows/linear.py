@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from pyro.distributions import TransformModule
 from torch import Tensor, nn
-from torch.distributions import constraints
 
 from pyroebm.flows.bijection import Bijection, check_event
 
 __all__ = ["PLULinear", "Permutation", "Shift"]
 
 
-class PLULinear(TransformModule):
+class PLULinear(Bijection):
     r"""An invertible matrix :math:`x = S z` with :math:`S = P L U` (Kingma and Dhariwal, "Glow", 2018).
 
     P is a fixed permutation, L unit lower triangular, U upper triangular with diagonal :math:`s_i e^{u_i}`, the signs s
@@ -37,10 +35,6 @@ class PLULinear(TransformModule):
         tensor(0.6931)
     """
 
-    domain = constraints.real_vector
-    codomain = constraints.real_vector
-    bijective = True
-
     order: Tensor
     signs: Tensor
 
@@ -53,8 +47,7 @@ class PLULinear(TransformModule):
         diagonal = upper.diagonal()
         if not bool((diagonal != 0).all() & torch.isfinite(diagonal).all()):
             raise ValueError(f"matrix must be invertible, got the diagonal {diagonal.tolist()} in the U of its PLU factors")
-        super().__init__()
-        self.dim = matrix.shape[0]
+        super().__init__(matrix.shape[0])
         self.register_buffer("order", permutation.argmax(dim=1))  # (P v)_i = v[order_i]
         self.register_buffer("signs", diagonal.sign())
         self.log_diagonal = nn.Parameter(diagonal.abs().log())
@@ -75,23 +68,31 @@ class PLULinear(TransformModule):
         r""":math:`\log|\det S|`, a scalar."""
         return self.log_diagonal.sum()
 
-    def _call(self, z: Tensor) -> Tensor:
+    def with_log_det(self, z: Tensor) -> tuple[Tensor, Tensor]:
         check_event(z, self.dim)
-        return z @ self.matrix().T
+        return z @ self.matrix().T, self.log_abs_det().expand(z.shape[:-1])
 
-    def _inverse(self, x: Tensor) -> Tensor:
+    def inverse_with_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
         check_event(x, self.dim)
         lower, upper = self.factors()
         columns = x[..., self.order.argsort()].reshape(-1, self.dim).T
         columns = torch.linalg.solve_triangular(lower, columns, upper=False, unitriangular=True)
-        return torch.linalg.solve_triangular(upper, columns, upper=True).T.reshape(x.shape)
+        z = torch.linalg.solve_triangular(upper, columns, upper=True).T.reshape(x.shape)
+        return z, self.log_abs_det().expand(x.shape[:-1])
+
+    def with_score(self, z: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.no_grad():
+            lower, upper = self.factors()
+            columns = torch.linalg.solve_triangular(upper.T, score.T, upper=False)
+            columns = torch.linalg.solve_triangular(lower.T, columns, upper=True, unitriangular=True)
+        return *self.with_log_det(z), columns[self.order].T
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         """The same for every event: ``(*batch, D), (*batch, D) -> (*batch)``."""
         return self.log_abs_det().expand(x.shape[:-1])
 
 
-class Shift(TransformModule):
+class Shift(Bijection):
     r"""A learned translation :math:`x = z + c`, with :math:`\log|\det \partial x/\partial z| = 0`.
 
     NICE (Dinh, Krueger and Bengio, 2014) is centred without it: additive coupling of one dimension, and S, move no mean.
@@ -107,25 +108,24 @@ class Shift(TransformModule):
         tensor([ 1., -1.])
     """
 
-    domain = constraints.real_vector
-    codomain = constraints.real_vector
-    bijective = True
-
     def __init__(self, offset: Tensor) -> None:
         if offset.dim() != 1 or not offset.is_floating_point():
             raise ValueError(
                 f"offset must be a vector of floating point, got shape {tuple(offset.shape)} and dtype {offset.dtype}"
             )
-        super().__init__()
+        super().__init__(len(offset))
         self.offset = nn.Parameter(offset.detach().clone())
 
-    def _call(self, z: Tensor) -> Tensor:
-        check_event(z, len(self.offset))
-        return z + self.offset
+    def with_log_det(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        check_event(z, self.dim)
+        return z + self.offset, z.new_zeros(z.shape[:-1])
 
-    def _inverse(self, x: Tensor) -> Tensor:
-        check_event(x, len(self.offset))
-        return x - self.offset
+    def inverse_with_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        check_event(x, self.dim)
+        return x - self.offset, x.new_zeros(x.shape[:-1])
+
+    def with_score(self, z: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return *self.with_log_det(z), score
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         """Zero for every event: ``(*batch, D), (*batch, D) -> (*batch)``."""

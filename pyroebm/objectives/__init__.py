@@ -4,6 +4,7 @@ from pyroebm.objectives.adversarial import Adversarial, AdversarialFlow, DeepDir
 from pyroebm.objectives.base import HasLosses, Objective
 from pyroebm.objectives.bootstrap import AlphaBootstrap
 from pyroebm.objectives.centring import Centring, Sparsity
+from pyroebm.objectives.compiled_kl import CompiledKL
 from pyroebm.objectives.contrastive import ContrastiveDivergence
 from pyroebm.objectives.denoising import DenoisingScoreMatching
 from pyroebm.objectives.discrete import MinimumProbabilityFlow, Pseudolikelihood, RatioMatching
@@ -30,6 +31,7 @@ __all__ = [
     "AdversarialFlow",
     "AlphaBootstrap",
     "Centring",
+    "CompiledKL",
     "ConditionalNCE",
     "ContrastiveDivergence",
     "DeepDirected",

@@ -168,8 +168,7 @@ class AdversarialFlow(Adversarial):
         self.flow, self.reverse_kl = flow, ReverseKL(gradient=gradient)
 
     def negative(self, energy: Energy, n: int, generator: torch.Generator | None) -> Negative:
-        terms, extended, xy = self.reverse_kl.terms(self.flow, energy, self.flow.draw_noise(n, generator))
-        loss = self.reverse_kl.reduce(self.flow, terms, extended, xy)
+        loss, *_, xy = self.reverse_kl.estimate(self.flow, energy, self.flow.draw_noise(n, generator))
         return Negative({"generator": loss}, self.flow.extend(energy).split(xy)[0], None, {})
 
 

@@ -86,8 +86,7 @@ class ReverseKL(Objective):
             raise ValueError(f"num_samples must be at least 2, for a standard error, got num_samples={num_samples}")
         energy = energy if beta == 1.0 else beta * energy
         z = flow.draw_noise(num_samples, generator) if z is None else z
-        terms, extended, xy = self.terms(flow, energy, z)
-        loss = self.reduce(flow, terms, extended, xy)
+        loss, terms, extended, _ = self.estimate(flow, energy, z)
         facts = {
             "j_r_minus_log_z": loss.detach(),
             "standard_error": terms.detach().std() / math.sqrt(len(terms)),
@@ -101,19 +100,33 @@ class ReverseKL(Objective):
     def terms(self, flow: Flow, energy: Energy, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         r"""What is averaged over z ``(n, D)``: the summands of :math:`J_R - \log C`; the extended energies; and (x, y)."""
         xy, log_q = flow.push(z)
-        extended = flow.extend(energy)(xy)
-        return extended + log_q if self.entropy == "sampled" else extended - flow.joint_entropy(), extended, xy
+        return *self._terms(flow, energy, xy, log_q), xy
 
-    def reduce(self, flow: Flow, terms: Tensor, extended: Tensor, xy: Tensor) -> Tensor:
-        """The mean of :meth:`terms`, with the gradient that was asked for."""
+    def estimate(self, flow: Flow, energy: Energy, z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The mean of :meth:`terms`, with the gradient that was asked for, and then :meth:`terms`."""
         if self.gradient == "total":
-            return terms.mean()
-        path = (extended + flow.path_log_prob(xy)).mean()
-        return path + (terms.mean() - path).detach()
+            terms, extended, xy = self.terms(flow, energy, z)
+            return terms.mean(), terms, extended, xy
+        xy, log_q, path_log_q = flow.push_path(z)
+        terms, extended = self._terms(flow, energy, xy, log_q)
+        path = (extended + path_log_q).mean()
+        return path + (terms.mean() - path).detach(), terms, extended, xy
+
+    def _terms(self, flow: Flow, energy: Energy, xy: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+        extended = flow.extend(energy)(xy)
+        return extended + log_q if self.entropy == "sampled" else extended - flow.joint_entropy(), extended
 
 
 def _adam(parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.Optimizer:
     return torch.optim.Adam(parameters, lr=lr, fused=True)
+
+
+def _grad_norm(parameters: list[nn.Parameter], most: float | None) -> Tensor:
+    """The norm of the gradient, which is then clipped to ``most``."""
+    if most is not None:
+        return nn.utils.clip_grad_norm_(parameters, most)
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
 
 
 def fit_flow(
@@ -188,7 +201,6 @@ def fit_flow(
     objective = ReverseKL() if objective is None else objective
     chosen = _adam(parameters, lr) if optimizer is None else optimizer(parameters)
     generator = seeded_generator(seed, flow.device) if generator is None else generator
-    clip = math.inf if max_grad_norm is None else max_grad_norm
 
     def loop() -> Iterator[tuple[int, float, dict[str, float]]]:
         finite, skipped = [p.detach().clone() for p in parameters], 0
@@ -202,16 +214,12 @@ def fit_flow(
             with eval_mode(energy):
                 loss, seen = objective(flow, energy, num_samples=num_samples, beta=beta, generator=generator)
             loss.backward(inputs=parameters)
-            norm = float(nn.utils.clip_grad_norm_(parameters, clip))
+            norm = float(_grad_norm(parameters, max_grad_norm))
             value, facts = float(loss.detach()), {name: float(fact) for name, fact in seen.items()}
             facts |= {"beta": beta, "lr": top[0] * fall, "grad_norm": norm}
             ok = math.isfinite(value) and math.isfinite(norm)
             with torch.no_grad():
-                for parameter, kept in zip(parameters, finite, strict=True):
-                    if ok:
-                        kept.copy_(parameter)
-                    else:
-                        parameter.copy_(kept)
+                torch._foreach_copy_(*((finite, parameters) if ok else (parameters, finite)))
             if ok:
                 chosen.step()
             elif on_nonfinite == "raise":
