@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from pyroebm import Energy, value_and_grad
 from pyroebm.flows import NICE, Flow, MixtureBase, RedundantNICE, importance_sample
-from pyroebm.objectives import ForwardKL, LogVariance, ReverseKL, fit_flow
+from pyroebm.objectives import AlphaBootstrap, AnnealedReweighting, ForwardKL, LogVariance, Objective, ReverseKL, fit_flow
 from pyroebm.targets import DoubleWell, Gaussian, GaussianMixture
 from pyroebm.views import Compressed, is_compressed
 
@@ -48,6 +49,48 @@ TARGET = Gaussian([0.5, -0.5], covariance=[[1.0, 0.6], [0.6, 0.8]], dtype=torch.
 
 def linear(dim: int = 2) -> NICE:
     return NICE(dim, couplings=0)
+
+
+# What every objective of a flow does, from a constructor that is given draws of the target
+
+OBJECTIVES: dict[str, Callable[[Tensor], Objective]] = {
+    "reverse": lambda draws: ReverseKL(),
+    "reverse_total": lambda draws: ReverseKL(gradient="total", entropy="exact"),
+    "forward": lambda draws: ForwardKL(draws),
+    "log_variance": lambda draws: LogVariance(),
+    "log_variance_off_policy": lambda draws: LogVariance(draws),
+    "alpha_bootstrap": lambda draws: AlphaBootstrap(2, reuse=2),
+    "annealed_reweighting": lambda draws: AnnealedReweighting(buffer_size=200, reuse=2),
+}
+EVERY_OBJECTIVE = pytest.mark.parametrize("make", OBJECTIVES.values(), ids=OBJECTIVES)
+
+
+@EVERY_OBJECTIVE
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(), (2,), (1, 2, 2)])
+def test_every_objective_trains_on_events_of_any_shape(make: Callable[..., Objective], shape: tuple[int, ...], dtype) -> None:
+    energy = Gaussian(torch.ones(shape, dtype=dtype))
+    dim = math.prod(shape)
+    for flow in (NICE(dim, hidden=(4,), dtype=dtype), RedundantNICE(dim, dim + 1, hidden=(4,), dtype=dtype)):
+        loss, facts = make(energy.sample(50, seeded()))(flow, energy, num_samples=16, generator=seeded())
+        loss.backward()
+        assert loss.dtype == dtype
+        assert loss.shape == ()
+        assert float(flow.transform.parts[-1].offset.grad[0]) < 0.0  # descent moves the flow to its target
+        assert not any(fact.requires_grad for fact in facts.values())
+
+
+@EVERY_OBJECTIVE
+def test_every_objective_repeats_itself_and_goes_on_where_it_was_saved(make: Callable[..., Objective]) -> None:
+    draws, flow = TARGET.sample(50, seeded()), stirred(NICE(2, hidden=(4,)))
+
+    def losses(objective: Objective, seeds: range) -> list[float]:
+        return [float(objective(flow, TARGET, num_samples=16, generator=seeded(seed))[0].detach()) for seed in seeds]
+
+    one, two, saved = make(draws), make(draws), make(draws)
+    assert losses(one, range(3)) == losses(two, range(3))
+    saved.load_state_dict(one.state_dict())
+    assert losses(saved, range(3, 6)) == losses(one, range(3, 6)) != losses(two, range(6, 9))
 
 
 def test_the_best_linear_flow_on_draws_has_their_covariance() -> None:

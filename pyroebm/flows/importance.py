@@ -18,7 +18,7 @@ from pyroebm.randomness import seeded_generator
 from pyroebm.supports import inside
 from pyroebm.views import eval_mode, is_compressed
 
-__all__ = ["ImportanceResult", "importance_sample"]
+__all__ = ["ImportanceResult", "ess_fraction", "importance_sample"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -178,6 +178,12 @@ def _distribution_weights(proposal: Distribution, energy: Energy) -> _Draw:
         return x, log_weights
 
     return draw
+
+
+def ess_fraction(log_weights: Tensor) -> float:
+    """Effective sample size of weights, as a fraction of their number."""
+    ratio = (log_weights - log_weights.max()).exp()
+    return float(ratio.sum() ** 2 / ratio.square().sum()) / len(ratio)
 
 
 def _summary(x: Tensor, log_weights: Tensor) -> ImportanceResult:

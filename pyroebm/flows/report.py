@@ -11,7 +11,7 @@ from torch import Tensor
 from pyroebm.distances import Estimate, energy_distance, maximum_mean_discrepancy, mode_coverage_entropy
 from pyroebm.energy import Energy
 from pyroebm.flows.flow import Flow
-from pyroebm.flows.importance import ImportanceResult, importance_sample
+from pyroebm.flows.importance import ImportanceResult, ess_fraction, importance_sample
 from pyroebm.front_door import check_counts
 from pyroebm.randomness import seeded_generator
 from pyroebm.views import eval_mode
@@ -132,7 +132,7 @@ def judge_flow(
         if flow.conditional is not None:
             x = weighted.x[:num_marginal]
             log_q = flow.log_prob_x(target.vectors(x), generator=generator)
-            marginal = _ess_fraction(-energy(x).double() - log_q.double())
+            marginal = ess_fraction(-energy(x).double() - log_q.double())
             evaluations += len(x)
         if draws is None and energy.has_exact_draws:
             draws = energy.sample(n, generator)
@@ -205,11 +205,6 @@ def _findings(report: FlowReport) -> tuple[str, ...]:
     elif not said:
         said.append("forward and reverse figures agree")
     return tuple(said)
-
-
-def _ess_fraction(log_weights: Tensor) -> float:
-    ratio = (log_weights - log_weights.max()).exp()
-    return float(ratio.sum() ** 2 / ratio.square().sum()) / len(ratio)
 
 
 def _forward_ess(log_weights: Tensor) -> float:

@@ -17,6 +17,7 @@ from pyroebm.objectives.likelihood import ExactLikelihood, MeanFieldLikelihood
 from pyroebm.objectives.noise import gaussian_noise
 from pyroebm.objectives.noise_contrastive import ConditionalNCE, NoiseContrastive, RankingNCE
 from pyroebm.objectives.persistent import PersistentCD
+from pyroebm.objectives.reweighting import AnnealedReweighting
 from pyroebm.objectives.score_matching import NonNegativeScoreMatching, ScoreMatching
 from pyroebm.objectives.selection import TotalDimSelection, select_total_dim
 from pyroebm.objectives.short_run import ShortRun, langevin
@@ -30,6 +31,7 @@ __all__ = [
     "Adversarial",
     "AdversarialFlow",
     "AlphaBootstrap",
+    "AnnealedReweighting",
     "Centring",
     "CompiledKL",
     "ConditionalNCE",
