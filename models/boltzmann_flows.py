@@ -155,6 +155,9 @@ def main(
         for key in found[name][0]:
             values = [facts[key] for facts in found[name]]
             numbers = torch.tensor([value for value, _ in values], dtype=torch.float64)
+            if not bool(numbers.isfinite().all()):  # as Pareto k where all weights are equal
+                print(f"{name}: {key} is {numbers.tolist()}, no metric")
+                continue
             spread = numbers.std() if seeds > 1 else values[0][1]
             note = (
                 "" if seeds == 1 else "seeds: " + ", ".join(f"{v:.5g}" + ("" if e is None else f" +- {e:.1g}") for v, e in values)

@@ -15,8 +15,8 @@ from torch import Tensor
 from pyroebm import HMC, MCMC, FlowGuide
 from pyroebm.energy import Energy
 from pyroebm.flows import NICE, AutoregressiveFlow, Flow, FlowReport, RealNVP, RedundantNICE, SplineFlow
-from pyroebm.objectives import ReverseKL, fit_flow
-from pyroebm.targets import DoubleWell, Funnel, ManyWell, Phi4
+from pyroebm.objectives import AnnealedReweighting, ReverseKL, fit_flow
+from pyroebm.targets import DoubleWell, Funnel, GaussianMixture, ManyWell, Phi4
 
 __all__ = ["CASES", "Case", "Fitted", "Spent"]
 
@@ -118,6 +118,12 @@ def left_masses(report: FlowReport, energy: Energy) -> Facts:
     return {"P(a < 0)": (float(mean), float(error)), "P(a < 0), worst pair": (float(each[worst]), float(errors[worst]))}
 
 
+def mixture(make: Callable[..., GaussianMixture], scale: float, beta_start: float, seed: int, quick: bool) -> Fitted:
+    flow = SplineFlow(2, layers=4, hidden=(64, 64), bins=16, scale=scale, dtype=torch.float32, seed=seed)
+    stage = {"objective": AnnealedReweighting(), "steps": 600, "lr": 3e-3, "beta_start": beta_start}
+    return train(lambda dtype: make(dtype=dtype), flow, [stage], seed, quick)
+
+
 def funnel(seed: int, quick: bool) -> Fitted:
     flow = AutoregressiveFlow(10, layers=2, hidden=(32, 32), dtype=torch.float32, seed=seed)
     stage = {"steps": 2000, "num_samples": 256, "lr": 5e-3, "beta_start": 1.0}
@@ -190,6 +196,12 @@ CASES: dict[str, Case] = {
     "double-well": Case("double well, redundant NICE D = 2", double_well, "x", lambda x: x, right_mass),
     "many-well-6": Case("Many-Well-6, splines", lambda s, q: many_well(3, s, q), "$a_1$", lambda x: x[:, 0], left_masses),
     "many-well-32": Case("Many-Well-32, splines", lambda s, q: many_well(16, s, q), "$a_1$", lambda x: x[:, 0], left_masses),
+    "grid-9": Case(
+        "9 modes, splines", lambda s, q: mixture(GaussianMixture.grid, 1.5, 0.02, s, q), "x", lambda x: x
+    ),
+    "gmm40": Case(
+        "GMM40 (torch, seed 0), splines", lambda s, q: mixture(GaussianMixture.gmm40, 12.0, 0.01, s, q), "x", lambda x: x
+    ),
     "funnel": Case("funnel, variance 9, inverse autoregressive", funnel, r"$\theta$", lambda x: x[:, 0]),
     "phi4": Case("phi^4 ring, L = 16, autoregressive splines", ring, "mean field", lambda x: x.mean(1)),
     "free-field": Case("free field, L = 16, linear", free_field, "mean field", lambda x: x.mean(1)),

@@ -45,6 +45,12 @@ def test_figures_between_normal_laws() -> None:
     within_se(report.corrected_distance.value, 0.0, report.corrected_distance.standard_error)
 
 
+def test_a_flow_that_is_the_target_is_off_by_rounding_alone() -> None:
+    report = judge_flow(normal_flow(0.3, 0.7, 2), Gaussian(torch.full((2,), 0.3), scale=0.7), n=2000)
+    assert report.weighted.log_z_se < 1e-15
+    assert report.findings == ("forward and reverse figures agree",)
+
+
 def test_a_flow_inside_one_well_is_seen_through() -> None:
     """The trap: healthy reverse figures, a log Z that is wrong by many of its standard errors."""
     energy = DoubleWell()
