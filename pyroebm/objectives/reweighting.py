@@ -22,8 +22,8 @@ __all__ = ["AnnealedReweighting"]
 
 class AnnealedReweighting(Objective):
     r"""Forward KL on the flow's own draws, weighed at falling temperatures (Schopmans and Friederich, "Temperature-Annealed
-    Boltzmann Generators", 2025; reweighting between temperatures as in Dibak, Klein, Krämer and Noé, "Temperature Steerable
-    Flows and Boltzmann Generators", 2022).
+    Boltzmann Generators", 2025). Flows that take the temperature as an input are those of Dibak, Klein, Krämer and Noé
+    ("Temperature Steerable Flows and Boltzmann Generators", 2022).
 
     .. math:: L = -\sum_i \bar w_i \log q_\theta(x_i), \qquad w_i = e^{-\beta U(x_i)} / q(x_i), \qquad x_i \sim q
 
@@ -36,8 +36,9 @@ class AnnealedReweighting(Objective):
     ``beta_start`` at which the modes are one. While q does not yet carry the present temperature, it stays there, and the
     weights are tempered for the gradient: :math:`w^\lambda`, with the largest power that has ``least_ess``.
 
-    **The flow stands for the target once** ``reached_beta`` **and** ``tempering`` **are 1.** A flow too weak to have
-    ``least_ess`` at a temperature never goes below it: train longer, make it richer, or ask for less.
+    **The flow is fitted to the target itself only once** ``reached_beta`` **and** ``tempering`` **are 1.** A flow too weak to
+    have ``least_ess`` at a temperature never goes below it: train longer, make it richer, or ask for less. A mode that is lost
+    at the first temperature stays lost, and no fact here shows it.
 
     With redundant latents the weight is the extended one, and y is drawn anew for each batch.
 
