@@ -113,7 +113,7 @@ def draw(ax: Axes, case: Case, report: FlowReport, truth: Tensor | None) -> None
 
 
 def main(
-    only: tuple[str, ...] = tuple(CASES), seeds: int = 3, n: int = 200_000, seed: int = 0, quick: bool = False,
+    only: tuple[str, ...] = tuple(CASES), seeds: int = 3, n: int = 100_000, seed: int = 0, quick: bool = False,
     out: Path | None = None, progress: bool | None = None,
 ) -> None:  # fmt: skip
     """Fit and judge the flows.
