@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from models.flow_cases import CASES, Case, Facts, Fitted
 from models.recipe import Recipe, run
-from pyroebm.flows import FlowReport, judge_flow
+from pyroebm.flows import FlowReport
 from pyroebm.randomness import seeded_generator
 
 #: Columns of the table, and the fact that each shows.
@@ -38,7 +38,7 @@ COLUMNS = {
 }
 
 
-def facts_of(report: FlowReport, fitted: Fitted, case: Case) -> Facts:
+def facts_of(report: FlowReport, fitted: Fitted, more: Facts) -> Facts:
     """Numbers of one seed, with their standard errors."""
     weighted = report.weighted
     found: Facts = {"log Z": (weighted.log_z, weighted.log_z_se)}
@@ -68,7 +68,7 @@ def facts_of(report: FlowReport, fitted: Fitted, case: Case) -> Facts:
     ):
         if distance is not None:
             found[key] = (distance.value, distance.standard_error)
-    return found | case.facts(report, fitted.energy) | {
+    return found | more | {
         "evaluations to fit": (fitted.evaluations, None),
         "evaluations to judge": (report.evaluations, None),
         "minutes to fit": (fitted.seconds / 60.0, None),
@@ -143,8 +143,8 @@ def main(
         for number in range(seed, seed + seeds):
             torch.manual_seed(number)
             fitted = case.fit(number, quick)
-            report = judge_flow(fitted.flow, fitted.energy, n, draws=fitted.draws, num_distances=min(n, 4000), seed=number)
-            found.setdefault(name, []).append(facts_of(report, fitted, case))
+            report, more = case.judged(fitted, n, number, quick)
+            found.setdefault(name, []).append(facts_of(report, fitted, more))
             if number == seed:
                 truth = fitted.draws
                 if truth is None and fitted.energy.has_exact_draws:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,9 +13,10 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from models import particles
 from pyroebm import HMC, MCMC, FlowGuide
 from pyroebm.energy import Energy
-from pyroebm.flows import NICE, AutoregressiveFlow, Flow, FlowReport, RealNVP, RedundantNICE, SplineFlow
+from pyroebm.flows import NICE, AutoregressiveFlow, Flow, FlowReport, RealNVP, RedundantNICE, SplineFlow, judge_flow
 from pyroebm.objectives import AnnealedReweighting, ReverseKL, fit_flow
 from pyroebm.targets import DoubleWell, Funnel, GaussianMixture, ManyWell, Phi4
 
@@ -53,6 +55,7 @@ class Fitted:
     evaluations: int
     seconds: float
     draws: Tensor | None = None
+    particles: particles.Case | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +68,8 @@ class Case:
         label: of the figure's axis, and
         observable: what is drawn there, ``(n, *event) -> (n,)``, or ``(n, 2)``.
         facts: what the report does not have, from it and the target.
+        judge: in place of :func:`judge_flow`, from what was fitted, the number of draws, a seed and whether the run is quick, to
+            the report and to facts that it does not have.
     """
 
     title: str
@@ -72,6 +77,14 @@ class Case:
     label: str
     observable: Callable[[Tensor], Tensor]
     facts: Callable[[FlowReport, Energy], Facts] = lambda report, energy: {}
+    judge: Callable[[Fitted, int, int, bool], tuple[FlowReport, Facts]] | None = None
+
+    def judged(self, fitted: Fitted, n: int, seed: int, quick: bool) -> tuple[FlowReport, Facts]:
+        """The report on a flow, and facts beside it."""
+        if self.judge is not None:
+            return self.judge(fitted, n, seed, quick)
+        report = judge_flow(fitted.flow, fitted.energy, n, draws=fitted.draws, num_distances=min(n, 4000), seed=seed)
+        return report, self.facts(report, fitted.energy)
 
 
 def train(
@@ -192,6 +205,36 @@ def moments(report: FlowReport, energy: Energy) -> Facts:
     return facts | {"largest of eight moments' deviations, in standard errors": (float(z.abs().max()), None)}
 
 
+def system(name: str, seed: int, quick: bool) -> Fitted:
+    """Chains of a system of particles and a flow fitted to half of them; what they are judged by is the other half."""
+    done = particles.case(name, seed, quick)
+    return Fitted(done.flow, done.energy, done.evaluations, done.seconds, done.reference.half(1).flatten(0, 1), done)
+
+
+def against_chains(fitted: Fitted, n: int, seed: int, quick: bool) -> tuple[FlowReport, Facts]:
+    """The report, log Z by two other ways, and distances that no symmetry changes."""
+    if fitted.particles is None:
+        raise ValueError("fitted must be a system of particles")
+    found, chains = particles.judged(fitted.particles, seed + 1000, quick), fitted.particles.reference
+    return found.report, {
+        "log Z by bridge sampling": (found.bridge.value, found.bridge.standard_error),
+        "log Z by SMC": (found.smc.value, found.smc.standard_error),
+        "energy distance of pair distances": (found.distances.value, found.distances.standard_error),
+        "energy distance of pair distances after weighting": (
+            found.weighted_distances.value, found.weighted_distances.standard_error,
+        ),
+        "energy distance of pair distances between halves of the chains": (found.noise.value, found.noise.standard_error),
+        "largest R-hat of the chains": (max(chains.r_hat.values()), None),
+        "smallest ESS of the chains": (min(chains.ess.values()), None),
+        "Stein's identity of the chains less its degrees of freedom": (
+            chains.stein.value - fitted.flow.dim, chains.stein.standard_error,
+        ),
+        "largest error of the inverse": (found.inversion, None),
+        "largest change of log q by half the steps": (found.integration, None),
+        "evaluations to judge, with the other ways": (found.evaluations, None),
+    }  # fmt: skip
+
+
 CASES: dict[str, Case] = {
     "double-well": Case("double well, redundant NICE D = 2", double_well, "x", lambda x: x, right_mass),
     "many-well-6": Case("Many-Well-6, splines", lambda s, q: many_well(3, s, q), "$a_1$", lambda x: x[:, 0], left_masses),
@@ -205,6 +248,12 @@ CASES: dict[str, Case] = {
     "funnel": Case("funnel, variance 9, inverse autoregressive", funnel, r"$\theta$", lambda x: x[:, 0]),
     "phi4": Case("phi^4 ring, L = 16, autoregressive splines", ring, "mean field", lambda x: x.mean(1)),
     "free-field": Case("free field, L = 16, linear", free_field, "mean field", lambda x: x.mean(1)),
+    **{
+        name.replace(" ", "-").lower(): Case(
+            f"{name}, equivariant", functools.partial(system, name), "energy", known.make(), judge=against_chains
+        )
+        for name, known in particles.SYSTEMS.items()
+    },
     "schools": Case(
         "eight schools, RealNVP",
         lambda s, q: eight_schools(lambda seed: RealNVP(10, layers=4, hidden=(32,), dtype=torch.float64, seed=seed), s, q),

