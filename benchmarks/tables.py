@@ -2,8 +2,9 @@
 
     python -m benchmarks.tables [--results DIR] [--page FILE]
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`, where NAME is a case of benchmarks/samplers.py or
-benchmarks/boltzmann.py, `training`, `gradients` or a curve; what stood there before goes. A table without rows says so.
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`, where NAME is a case of benchmarks/samplers.py,
+benchmarks/boltzmann.py or benchmarks/flows.py, `training`, `gradients` or a curve; what stood there before goes. A table without
+rows says so.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ import re
 from pathlib import Path
 
 from benchmarks.suite.cases import CASES
+from benchmarks.suite.flow_cases import FLOW_CASES
 from benchmarks.suite.measure import Row
 
 __all__ = ["fill", "read_rows"]
 
 ROOT = Path(__file__).resolve().parents[1]
-SLOT = re.compile(r"(<!-- table: (?P<name>[\w ]+) -->\n).*?(<!-- end -->)", flags=re.S)
+SLOT = re.compile(r"(<!-- table: (?P<name>[\w -]+) -->\n).*?(<!-- end -->)", flags=re.S)
 NOTHING = "Not measured yet.\n"
 
 #: Cases of benchmarks/boltzmann.py.
@@ -27,6 +29,22 @@ MACHINE_CASES = ("pcd", "ais")
 
 #: Cases of benchmarks/training.py, which are one table.
 TRAINING_CASES = {"langevin": "60 Langevin steps", "pcd update": "update with 20 Langevin steps", "hmc": "10 x 10 leapfrog steps"}
+
+#: Cases of benchmarks/flows.py that are steps of training of the same additive couplings.
+NICE_CASES = ("nice 2", "nice 32")
+
+#: Columns of a fitted flow's table: heading, metric.
+FLOW_COLUMNS = (
+    ("error of log Z", "log_z_error"),
+    ("its s.e.", "log_z_se"),
+    ("ESS", "ess"),
+    ("forward ESS", "forward_ess"),
+    ("EUBO - log Z", "eubo_gap"),
+    ("coverage", "coverage_entropy"),
+    ("steps", "steps"),
+    ("evaluations", "evaluations"),
+    ("s", "seconds"),
+)
 
 #: Columns of a case's table: heading, metric, whether its spread is shown.
 COLUMNS = (
@@ -114,6 +132,38 @@ def curve_table(name: str, rows: list[Row]) -> str:
     return table(["chains", "dimensions", "us"], [[str(c), str(d), text] for c, d, text in found]) if found else NOTHING
 
 
+def flow_table(case: str, rows: list[Row]) -> str:
+    """A line a flow, with the numbers of :data:`FLOW_COLUMNS`; the spread of the error where there are several seeds."""
+    found: dict[tuple[str, str, str], dict[str, Row]] = {}
+    for row in rows:
+        if row["case"] == case:
+            found.setdefault((row["library"], row["version"], row["settings"]["method"]), {})[row["metric"]] = row
+    body = []
+    for (library, version, method), metrics in found.items():
+        cells = [_with_spread(metrics.get(metric), metric == "log_z_error") for _, metric in FLOW_COLUMNS]
+        body.append([f"{library} {version}: {method}", *cells])
+    return table(["", *(heading for heading, _ in FLOW_COLUMNS)], body) if body else NOTHING
+
+
+def nice_table(rows: list[Row]) -> str:
+    """A line a contestant: milliseconds of a step and its speed as a share of the limit's for each size; what compiling took."""
+    found: dict[tuple[str, str, str], dict[tuple[str, str], Row]] = {}
+    for row in rows:
+        if row["case"] in NICE_CASES:
+            key = (row["library"], row["version"], row["settings"]["method"])
+            found.setdefault(key, {})[row["case"], row["metric"]] = row
+    limits = {case: metrics[case, "milliseconds"]["value"] for metrics in list(found.values())[:1] for case in NICE_CASES}
+    body = []
+    for (library, version, method), metrics in found.items():
+        cells = [f"{library} {version}: {method}"]
+        for case in NICE_CASES:
+            own = metrics[case, "milliseconds"]
+            cells += [_with_spread(own, True), f"{limits[case] / own['value']:.0%}"]
+        body.append([*cells, _with_spread(metrics.get((NICE_CASES[0], "compile_seconds")), False)])
+    headings = [f"{unit}, D = {case.split()[1]}" for case in NICE_CASES for unit in ("ms", "of the limit's speed")]
+    return table(["batches of 512, float32", *headings, "compile s"], body) if body else NOTHING
+
+
 def milliseconds_table(case: str, rows: list[Row]) -> str:
     """A line a contestant, and its speed as a share of the matrix products', which come first."""
     found = [row for row in rows if row["case"] == case and row["metric"] == "milliseconds"]
@@ -162,6 +212,10 @@ def fill(page: str, rows: list[Row]) -> str:
             text = curve_table(name, rows)
         elif name in MACHINE_CASES:
             text = milliseconds_table(name, rows)
+        elif name in FLOW_CASES:
+            text = flow_table(name, rows)
+        elif name == "nice":
+            text = nice_table(rows)
         elif name == "training":
             text = training_table(rows)
         elif name == "gradients":

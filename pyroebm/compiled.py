@@ -168,7 +168,9 @@ class _Replay(torch.autograd.Function):
         return out[0].reshape(*out[0].shape, *[1] * (grad.dim() - out[0].dim())) * grad, None, None
 
 
-def compiled_call(function: Callable[..., tuple[Tensor, ...]], examples: tuple[Tensor, ...]) -> _Call:
+def compiled_call(
+    function: Callable[..., tuple[Tensor, ...]], examples: tuple[Tensor, ...], options: dict[str, Any] = _OPTIONS
+) -> _Call:
     """A pure function of tensors as TorchInductor has it, traced on examples; tensors that it holds are inputs of the graph."""
     graph = make_fx(function)(*examples)
     graph.graph.eliminate_dead_code()
@@ -179,7 +181,7 @@ def compiled_call(function: Callable[..., tuple[Tensor, ...]], examples: tuple[T
             warnings.simplefilter("ignore", category)
         from torch._inductor import compile as inductor  # a second of imports, for those alone who compile
 
-        compiled = inductor(graph, [*examples, *held], options=_OPTIONS)
+        compiled = inductor(graph, [*examples, *held], options=options)
     return (lambda *inputs: compiled(*inputs, *held)) if held else compiled
 
 

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import boltzmann, samplers, tables, training
-from benchmarks.suite import cases
+from benchmarks import boltzmann, flows, samplers, tables, training
+from benchmarks.suite import additive, cases, fitters
+from benchmarks.suite.flow_cases import FLOW_CASES, Counted, judge
 from benchmarks.suite.measure import Job, Row, Run, sampler_rows, time_runs
 from pyroebm import Energy
 
@@ -203,7 +204,7 @@ def test_docs_page_is_what_the_results_make() -> None:
     check_rows(rows)
     assert tables.fill(page, rows) == page, "run: python -m benchmarks.tables"
     slots = {match["name"] for match in tables.SLOT.finditer(page)}
-    assert slots == {*cases.CASES, "gradients", *samplers.CURVES, *tables.MACHINE_CASES, "training"}
+    assert slots == {*cases.CASES, "gradients", *samplers.CURVES, *tables.MACHINE_CASES, "training", "nice", *FLOW_CASES}
 
 
 def test_machines_take_turns() -> None:
@@ -242,9 +243,92 @@ def test_limit_of_training_is_the_gradient() -> None:
     torch.testing.assert_close(training.bare(x.detach(), layers).detach(), expected)
 
 
+@pytest.fixture
+def no_peers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the flows ours alone, and the limit."""
+    monkeypatch.setattr(flows.importlib.util, "find_spec", lambda name: name in ("torch", "pyroebm") or None)
+
+
+def test_couplings_take_turns(no_peers: None, capsys: pytest.CaptureFixture[str]) -> None:
+    """Rows of one schema for what is installed, the limit first in each size; a peer that is missing is named."""
+    rows = flows.measure_steps(calls=1, rounds=1, compiled=False)
+    check_rows(rows)
+    for case in tables.NICE_CASES:
+        assert [row["library"] for row in rows if row["case"] == case] == ["torch", "pyroebm", "pyroebm"]
+    assert "normflows AffineCouplingBlock, reverse_kld: missing, no row" in capsys.readouterr().out
+    assert tables.nice_table(rows).count("100%") >= len(tables.NICE_CASES)
+    assert tables.nice_table([]) == tables.NOTHING
+
+
+def test_limit_of_couplings_is_the_gradient() -> None:
+    net, x = additive._net(3, 2), torch.randn(5, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    layers = [(layer.weight, layer.bias) for layer in net if isinstance(layer, torch.nn.Linear)]
+    grad = torch.ones(5, 2)
+    expected = torch.autograd.grad(net(x).sum(), [x, *(p for pair in reversed(layers) for p in pair)])
+    with torch.no_grad():
+        at_x, at_weights = additive.bare(x, layers, grad)
+    torch.testing.assert_close([at_x, *at_weights], list(expected))
+
+
+@pytest.mark.parametrize("case", ["double well", "phi4"])
+def test_flows_are_fitted_and_judged(case: str, no_peers: None) -> None:
+    rows = flows.measure_fits(case, seconds=0.0, seeds=2, draws=100, warmup=2)
+    check_rows(rows)
+    assert {row["settings"]["method"] for row in rows} == {m for lib, m in fitters.FITTERS[case] if lib == "pyroebm"}
+    found = {row["metric"]: row["value"] for row in rows}
+    assert (found["steps"], found["evaluations"] % fitters.BATCH) == (2, 0)
+    assert tables.flow_table(case, rows).count("pyroebm") == len(rows) // len(found)
+    assert tables.flow_table(case, []) == tables.NOTHING
+
+
+def test_failure_of_a_flow_is_told(no_peers: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*given: object) -> None:
+        raise RuntimeError("no such thing")
+
+    monkeypatch.setitem(fitters.FITTERS, "grid", {("pyroebm", "broken"): fails})
+    (row,) = flows.measure_fits("grid", seconds=0.0, seeds=1, draws=100, warmup=1)
+    assert (row["value"], row["settings"]["failure"]) == (None, "RuntimeError: no such thing")
+
+
+@pytest.mark.parametrize("case", FLOW_CASES)
+def test_judge_knows_right_from_wrong(case: str) -> None:
+    """Draws of the target itself, weighed by its density, have no error; half of them in one place, unseen, have."""
+    energy = FLOW_CASES[case].make()
+    if not energy.has_exact_draws:
+        pytest.skip("no exact draws")
+
+    def draw(n: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return energy.sample(n, torch.Generator().manual_seed(1)).reshape(n, -1), torch.full((n,), energy.log_z)
+
+    found = judge(energy, draw, lambda x: torch.full((len(x),), energy.log_z), 2000)
+    assert found["log_z_error"] < 1e-5
+    assert (found["ess"], found["forward_ess"]) == pytest.approx((1.0, 1.0), abs=1e-5)
+    assert found["eubo_gap"] == pytest.approx(0.0, abs=1e-5)
+    lost = judge(energy, lambda n: (draw(n)[0], torch.full((n,), torch.nan)), lambda x: torch.full((len(x),), 1.0), 2000)
+    assert lost["log_z_error"] != lost["log_z_error"]
+
+
+def test_evaluations_are_counted() -> None:
+    counted = Counted(FLOW_CASES["double well"].make())
+    assert counted(torch.zeros(3, 5, 1)).shape == (3, 5)
+    assert counted.evaluations == 15
+
+
 def test_constraints_pin_the_peers() -> None:
     pins = (ROOT / "benchmarks" / "constraints.txt").read_text(encoding="utf-8")
-    for library in ("jax", "numpyro", "blackjax", "pyro-ppl", "torch", "rbms", "scikit-learn", "torchebm", "ebmkit"):
+    for library in (
+        "jax",
+        "numpyro",
+        "blackjax",
+        "pyro-ppl",
+        "torch",
+        "rbms",
+        "scikit-learn",
+        "torchebm",
+        "ebmkit",
+        "normflows",
+        "zuko",
+    ):
         assert re.search(rf"^{library}==[\w.]+$", pins, flags=re.M), library
 
 

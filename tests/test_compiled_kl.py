@@ -29,7 +29,7 @@ FLOWS: dict[str, Callable[[], tuple[Flow, Energy]]] = {
 }
 
 
-def traced(function: Callable[..., tuple[Tensor, ...]], examples: tuple[Tensor, ...]) -> Any:
+def traced(function: Callable[..., tuple[Tensor, ...]], examples: tuple[Tensor, ...], options: dict[str, Any]) -> Any:
     return make_fx(function)(*examples)
 
 
@@ -67,7 +67,7 @@ def test_numbers_are_those_of_the_eager_one(name: str, options: tuple[str, str],
 
 def test_one_graph_serves_a_fit_and_another_flow_gets_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
-    monkeypatch.setattr(module, "compiled_call", lambda *given: made.append(1) or traced(*given))
+    monkeypatch.setattr(module, "compiled_call", lambda *given, **told: made.append(1) or traced(*given, **told))
     objective = CompiledKL()
     for count in (1, 2):
         flow, energy = FLOWS["nice"]()
