@@ -13,12 +13,13 @@ from torch import Tensor
 
 from pyroebm.flows import EquivariantFlow, PairField, importance_sample
 from pyroebm.objectives import ForwardKL, ReverseKL, fit_flow, match_flow
-from pyroebm.randomness import seeded_generator
+from pyroebm.randomness import seeded_generator, standard_normal, uniform
 from pyroebm.supports import mean_free_basis
 from pyroebm.targets import DW4, Gaussian, LennardJones
 from pyroebm.targets.particles import Particles
 
 F64 = torch.float64
+CPU = torch.device("cpu")
 SHAPES = [(2, 1), (3, 2), (4, 2), (5, 3)]
 shapes = pytest.mark.parametrize(("particles", "space"), SHAPES)
 
@@ -247,9 +248,9 @@ def test_matching_solves_the_normal_equations_and_says_what_it_explains() -> Non
     explained = match_flow(flow, draws, num_pairs=700, ridge=1e-9, batch_size=300, seed=3)
     generator, residuals, targets, gradients = seeded_generator(3), [], [], []
     for n in (300, 300, 100):  # the same numbers, in the same order
-        chosen = (torch.rand(n, dtype=F64, generator=generator) * len(draws)).long()
-        u, z = draws[chosen], torch.randn(n, 6, dtype=F64, generator=generator)
-        t = torch.rand(n, dtype=F64, generator=generator)
+        chosen = (uniform((n,), generator, F64, CPU) * len(draws)).long()
+        u, z = draws[chosen], standard_normal((n, 6), generator, F64, CPU)
+        t = uniform((n,), generator, F64, CPU)
         features = flow.field.features((1.0 - t[:, None]) * z + t[:, None] * u, t)
         residual = (features * flow.field.weights.detach()).sum((-2, -1)) - (u - z)
         residuals.append(residual.square().sum())

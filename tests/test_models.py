@@ -19,7 +19,9 @@ from matplotlib import image
 from models.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
-RECIPES = sorted(p.stem for p in (ROOT / "models").glob("[a-z]*.py") if p.stem not in ("recipe", "machines", "plane"))
+RECIPES = sorted(
+    p.stem for p in (ROOT / "models").glob("[a-z]*.py") if p.stem not in ("recipe", "machines", "plane", "particles")
+)
 KINDS = {"exact", "estimate", "lower", "upper"}
 
 
