@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from checks import within_se
+from checks import mean_and_se, within_se
 from torch import Tensor
 
+from models import particles
 from pyroebm.flows import EquivariantFlow, PairField, importance_sample
 from pyroebm.objectives import ForwardKL, ReverseKL, fit_flow, match_flow
 from pyroebm.randomness import seeded_generator, standard_normal, uniform
@@ -412,3 +413,54 @@ def test_mutants_of_the_linear_map_and_of_matching_are_caught(monkeypatch: pytes
     flow = matched()
     with pytest.raises(AssertionError):
         check_matched(flow)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the recipe of particles is made of
+
+
+def test_moved_rows_keep_their_energy_and_have_the_uniform_law_of_turns() -> None:
+    energy = DW4(F64)
+    u = energy.initial(1, seeded_generator(0)).expand(20_000, -1)
+    images = particles.moved(energy, u, seeded_generator(1))
+    torch.testing.assert_close(energy(images), energy(u), rtol=1e-9, atol=1e-9)
+    x = energy.positions(images)
+    within_se(*_with_mean(x[:, 0], torch.zeros(2, dtype=F64)))  # any particle, any direction
+    second = x[:, 0].unsqueeze(2) * x[:, 0].unsqueeze(1)
+    expected = energy.positions(u[0]).square().sum() / 8.0 * torch.eye(2, dtype=F64)
+    within_se(*_with_mean(second, expected))
+    fourth = x[:, 0, 0] ** 4 - 3.0 * (x[:, 0, 0] * x[:, 0, 1]) ** 2  # of a direction: 3/8 and 1/8
+    within_se(*_with_mean(fourth, torch.zeros((), dtype=F64)))
+
+
+def _with_mean(values: Tensor, truth: Tensor) -> tuple[Any, Tensor, Any]:
+    mean, se = mean_and_se(values)
+    return mean, truth, se
+
+
+def test_rows_asked_of_an_energy_are_counted() -> None:
+    energy = DW4(F64)
+    with particles.counted(energy) as rows:
+        energy(noise(3, 5, 6))
+        (2.0 * energy)(noise(7, 6))
+    energy(noise(2, 6))
+    assert rows[0] == 22
+
+
+def test_a_case_is_judged_by_chains_that_it_has_not_seen() -> None:
+    done = particles.case("DW4", seed=1, quick=True)
+    found = done.reference
+    assert found.draws.shape == (20, 20, 6)
+    within_se(found.stein.value, 6.0, found.stein.standard_error)
+    assert max(found.r_hat.values()) < 1.2
+    assert done.evaluations > 20 * 5 * 11 * (20 + 20 * 5)  # chains, temperatures, gradients of a step, steps
+    assert set(done.flow.state_dict()) == set(done.matched.state_dict())
+    assert not torch.equal(done.flow.field.weights, done.matched.field.weights)
+    judgement = particles.judged(done, quick=True)
+    assert judgement.report.forward_ess is not None
+    for estimate in (judgement.bridge, judgement.smc):
+        difference = estimate.value - judgement.report.weighted.log_z
+        within_se(difference, 0.0, math.hypot(estimate.standard_error, judgement.report.weighted.log_z_se))
+    assert done.flow.steps == 20
+    with pytest.raises(KeyError, match="LJ55"):
+        particles.case("LJ55")
