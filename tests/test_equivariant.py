@@ -280,7 +280,7 @@ def test_two_particles_in_a_well_are_matched_refined_and_weighed() -> None:
     flow = EquivariantFlow(2, 3, cells=24, steps=20, dtype=F64)
     match_flow(flow, draws)
     before = importance_sample(flow, energy, 4000)
-    for _ in fit_flow(flow, energy, ForwardKL(draws), steps=60, num_samples=256, lr=1e-2, beta_start=1.0):
+    for _ in fit_flow(flow, energy, ForwardKL(draws), steps=40, num_samples=128, lr=1e-2, beta_start=1.0):
         pass
     after = importance_sample(flow, energy, 4000)
     assert after.ess_fraction > max(before.ess_fraction, 0.9)

@@ -97,7 +97,7 @@ class PairField(Bijection):
         in_time = _spread(at, cell, len(self.weights))
         cells = self.weights.shape[1] - 1
         cell = at_pairs.detach().long().clamp(0, cells)
-        in_space = _spread(at_pairs, cell, cells + 4)[..., :cells] * (at_pairs <= cells).unsqueeze(-1) / self.particles
+        in_space = _spread(at_pairs, cell, cells + 4)[..., :cells] / self.particles  # those from cells on are beyond the reach
         pairs = torch.einsum("rkp,rpm,pi->rikm", r, in_space, self.incidence).reshape(*u.shape, cells)
         return in_time[:, None, :, None] * torch.cat([u.unsqueeze(-1), pairs], -1)[:, :, None, :]
 
