@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -80,6 +81,7 @@ class Case:
     """A flow for a system, in float64, its integrator set to the steps of judging, and what it cost."""
 
     name: str
+    seed: int
     energy: Particles
     reference: Reference
     flow: EquivariantFlow
@@ -147,7 +149,7 @@ def reference(
         warmup_steps: before them.
     """
     energy, began = system.make(), time.process_time()
-    kernel = ParallelTempering(HMC(num_steps=10), torch.logspace(0.0, float(torch.tensor(system.hottest).log10()), system.rungs))
+    kernel = ParallelTempering(HMC(num_steps=10), torch.logspace(0.0, math.log10(system.hottest), system.rungs))
     mcmc = MCMC(
         kernel, num_samples, warmup_steps, num_chains, seed=seed, thinning=system.thinning, save_warmup=False, progress=False,
         compile=False, chain_batch_size=num_chains // 2,
@@ -210,20 +212,20 @@ def case(name: str, seed: int = 0, quick: bool = False) -> Case:
     found = reference(system, seed, 20, 20, 20) if quick else reference(system, seed)
     first, flow, losses = trained(system, found.half(0).flatten(0, 1), seed, quick)
     first.steps = flow.steps = 20 if quick else 60
-    return Case(name, system.make(), found, flow, first, losses, found.evaluations, time.process_time() - began)
+    return Case(name, seed, system.make(), found, flow, first, losses, found.evaluations, time.process_time() - began)
 
 
 @torch.no_grad()
-def judged(done: Case, seed: int = 1000, quick: bool = False, matched: bool = False) -> Judgement:
+def judged(done: Case, quick: bool = False, matched: bool = False) -> Judgement:
     """Judge a flow by its own draws and by the second half of the chains.
 
     Args:
-        done: a case.
-        seed: of the draws.
+        done: a case, whose seed gives that of the draws.
         quick: a few draws only.
         matched: judge the flow as it was after flow matching.
     """
-    began, energy, generator = time.process_time(), done.energy, seeded_generator(seed)
+    began, energy, seed = time.process_time(), done.energy, 1000 + done.seed
+    generator = seeded_generator(seed)
     flow = done.matched if matched else done.flow
     held = done.reference.half(1)
     fresh = moved(energy, held.flatten(0, 1)[torch.randperm(held.shape[0] * held.shape[1], generator=generator)], generator)
@@ -232,7 +234,7 @@ def judged(done: Case, seed: int = 1000, quick: bool = False, matched: bool = Fa
         report = judge_flow(flow, energy, n, fresh[:some], num_distances=some, seed=seed)
         between = bridge(energy, held[:, :: 2 if quick else 5], FlowEnergy(flow), generator=generator)
         start = Gaussian(torch.zeros(flow.dim, dtype=F64), scale=SYSTEMS[done.name].spread, dtype=F64)
-        walked = smc(energy, start, HMC(num_steps=5), 16 if quick else 128, islands=8, moves=3, generator=generator)
+        walked = smc(energy, start, HMC(num_steps=8), 16 if quick else 256, islands=8, generator=generator)
     far, near = distances(energy, fresh[:some]), distances(energy, report.weighted.x[:some])
     z = flow.draw_noise(200, generator)
     back = flow.transform.inv(flow.push(z)[0])
