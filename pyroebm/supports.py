@@ -25,6 +25,7 @@ __all__ = [
     "same_support",
     "draw_initial",
     "inside",
+    "mean_free_basis",
     "search_finite",
     "site_values",
     "unconstraining",
@@ -198,3 +199,21 @@ def event_sum(values: Tensor, dims: int) -> Tensor:
 def event_numel(event_shape: Sequence[int]) -> int:
     """Number of entries of one event; 1 for a scalar variable."""
     return math.prod(event_shape)
+
+
+def mean_free_basis(n: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Helmert's orthonormal basis of the vectors of n entries whose mean is 0, as columns, shape ``(n, n - 1)``.
+
+    Args:
+        n: at least 2.
+        dtype: floating-point type; None for torch's default.
+
+    Example:
+        >>> mean_free_basis(3)
+        tensor([[ 0.7071,  0.4082],
+                [-0.7071,  0.4082],
+                [ 0.0000, -0.8165]])
+    """
+    k = torch.arange(1, n, dtype=torch.float64)
+    steps = torch.tril(torch.ones(n - 1, n, dtype=torch.float64)) - torch.diag_embed(k, offset=1)[:-1]
+    return (steps / torch.sqrt(k * (k + 1.0))[:, None]).T.to(torch.get_default_dtype() if dtype is None else dtype)

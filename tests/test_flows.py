@@ -28,6 +28,7 @@ from pyroebm.flows import (
     AutoregressiveFlow,
     ConditionalGaussian,
     ContinuousFlow,
+    EquivariantFlow,
     Extended,
     Flow,
     Loft,
@@ -79,6 +80,11 @@ def continuous_flow(dim: int = 2, dtype: torch.dtype = F64, seed: int = 0) -> Co
     return ContinuousFlow(dim, (4,), frequencies=1, atol=tolerance, rtol=tolerance, dtype=dtype, seed=seed)
 
 
+def equivariant_flow(particles: int, space: int = 2, dtype: torch.dtype = F64, seed: int = 0) -> EquivariantFlow:
+    """No number of it is random: ``seed`` is for the table alone."""
+    return EquivariantFlow(particles, space, cells=6, stages=2, steps=16, dtype=dtype)
+
+
 def symmetrized(weights: str = "uniform", dtype: torch.dtype = F64, seed: int = 0) -> Symmetrized:
     return Symmetrized(RealNVP(2, 2, (8,), dtype=dtype, seed=seed), sign_flips(2), weights)
 
@@ -118,6 +124,7 @@ TRANSFORMS: dict[str, Callable[[], Transform]] = {
     "autoregressive3_density": lambda: zuko_layer(AutoregressiveFlow(3, 1, (8,), fast="density", dtype=F64)),
     "continuous2": lambda: zuko_layer(continuous_flow()),
     "continuous1": lambda: zuko_layer(continuous_flow(1)),
+    "equivariant6": lambda: equivariant_flow(4).field,
 }
 
 FLOWS: dict[str, Callable[..., Flow]] = {
@@ -146,6 +153,8 @@ FLOWS: dict[str, Callable[..., Flow]] = {
     "autoregressive3": partial(AutoregressiveFlow, 3, 2, (8,)),
     "autoregressive2_density": partial(AutoregressiveFlow, 2, 2, (8,), fast="density"),
     "continuous2": continuous_flow,
+    "equivariant1": partial(equivariant_flow, 2, 1),
+    "equivariant6": partial(equivariant_flow, 4),
     "symmetrized": symmetrized,
     "symmetrized_learned": partial(symmetrized, "learned"),
 }
@@ -169,7 +178,7 @@ def base_noise(flow: Flow, n: int) -> Tensor:
 
 def close(name: str, exact: float) -> dict[str, float]:
     """Tolerances: what is exact to rounding elsewhere is exact to the solver's tolerance in a continuous flow."""
-    value = 1e-4 if name.startswith("continuous") else exact
+    value = 1e-4 if name.startswith(("continuous", "equivariant")) else exact
     return {"rtol": value, "atol": value}
 
 

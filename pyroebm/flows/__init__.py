@@ -6,6 +6,7 @@ from pyroebm.flows.base import Base, MixtureBase, StandardNormal, StudentBase
 from pyroebm.flows.bijection import Bijection
 from pyroebm.flows.coupling import AdditiveCoupling
 from pyroebm.flows.density import FlowEnergy
+from pyroebm.flows.equivariant import EquivariantFlow, PairField
 from pyroebm.flows.extended import Extended
 from pyroebm.flows.flow import Flow
 from pyroebm.flows.groups import generated_group, permutations, sign_flips
@@ -28,6 +29,7 @@ __all__ = [
     "Bijection",
     "ConditionalGaussian",
     "ContinuousFlow",
+    "EquivariantFlow",
     "Extended",
     "Flow",
     "FlowEnergy",
@@ -37,6 +39,7 @@ __all__ = [
     "MixtureBase",
     "NICE",
     "PLULinear",
+    "PairField",
     "Permutation",
     "RealNVP",
     "RedundantNICE",

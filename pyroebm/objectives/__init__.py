@@ -11,6 +11,7 @@ from pyroebm.objectives.discrete import MinimumProbabilityFlow, Pseudolikelihood
 from pyroebm.objectives.divergences import ForwardKL, LogVariance
 from pyroebm.objectives.fisher import fisher_divergence, sliced_fisher_divergence
 from pyroebm.objectives.flow_contrastive import FlowContrastive
+from pyroebm.objectives.flow_matching import match_flow
 from pyroebm.objectives.hybrid import Hybrid
 from pyroebm.objectives.improved import ImprovedCD
 from pyroebm.objectives.likelihood import ExactLikelihood, MeanFieldLikelihood
@@ -69,6 +70,7 @@ __all__ = [
     "flow_model",
     "gaussian_noise",
     "langevin",
+    "match_flow",
     "select_total_dim",
     "sliced_fisher_divergence",
 ]

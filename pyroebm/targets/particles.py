@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from pyroebm.supports import mean_free_basis
 from pyroebm.targets.base import Target, check_positive
 
 __all__ = ["DW4", "LennardJones", "Particles"]
@@ -42,10 +43,7 @@ class Particles(Target):
             raise ValueError(f"particles must be at least 2 and space at least 1, got particles={particles}, space={space}")
         super().__init__(((particles - 1) * space,))
         self.particles, self.space = particles, space
-        k = torch.arange(1, particles, dtype=torch.float64)
-        steps = torch.tril(torch.ones(particles - 1, particles, dtype=torch.float64)) - torch.diag_embed(k, offset=1)[:-1]
-        basis = (steps / torch.sqrt(k * (k + 1.0))[:, None]).T
-        self.register_buffer("basis", basis.to(torch.get_default_dtype() if dtype is None else dtype))
+        self.register_buffer("basis", mean_free_basis(particles, dtype))
         self.register_buffer("ends", torch.triu_indices(particles, particles, 1), persistent=False)
 
     def positions(self, u: Tensor) -> Tensor:

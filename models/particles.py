@@ -1,0 +1,256 @@
+"""Systems of particles, long tempered chains of them, and a flow fitted to one half of the chains and judged by the other."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyroebm import HMC, MCMC
+from pyroebm.diagnostics import ess_bulk, r_hat
+from pyroebm.distances import Estimate, energy_distance
+from pyroebm.energy import Energy, value_and_grad
+from pyroebm.flows import EquivariantFlow, FlowEnergy, FlowReport, judge_flow
+from pyroebm.kernels import ParallelTempering
+from pyroebm.objectives import ForwardKL, fit_flow, match_flow
+from pyroebm.partition import LogZ, bridge, smc
+from pyroebm.randomness import seeded_generator, standard_normal, uniform
+from pyroebm.targets import DW4, Gaussian, LennardJones
+from pyroebm.targets.particles import Particles
+
+__all__ = ["SYSTEMS", "Case", "Judgement", "Reference", "System", "case", "counted", "judged", "moved", "reference", "trained"]
+
+F64 = torch.float64
+
+
+@dataclasses.dataclass(frozen=True)
+class System:
+    """A target with the settings of its chains and of its flow."""
+
+    make: Callable[[], Particles]
+    hottest: float  #: least inverse temperature of the chains
+    rungs: int  #: temperatures
+    thinning: int  #: steps of the chains from one draw to the next
+    flow: dict[str, Any]  #: of :class:`EquivariantFlow`
+    lr: float
+    batch: int
+    steps: int  #: of likelihood, after flow matching
+    spread: float  #: of the normal law from which SMC starts
+
+
+SYSTEMS: dict[str, System] = {
+    "DW4": System(lambda: DW4(F64), 0.1, 5, 5, {"reach": 12.0, "length": 2.0, "steps": 32}, 1e-2, 256, 600, 2.5),
+    "LJ13 once": System(
+        lambda: LennardJones("once", dtype=F64), 0.4, 5, 10, {"reach": 8.0, "cells": 40}, 4e-3, 128, 400, 1.0
+    ),
+    "LJ13 twice": System(
+        lambda: LennardJones("twice", dtype=F64), 0.3, 7, 10, {"reach": 8.0, "cells": 40}, 6e-3, 128, 400, 0.7
+    ),
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    r"""Draws of long tempered chains, and why to believe them.
+
+    Stein's identity, :math:`E[u \cdot \nabla U] = (n - 1) k`, holds for every law with density :math:`e^{-U} / Z`.
+    """
+
+    draws: Tensor  #: ``(chains, n, d)``; of the first half of the chains and of the second nothing is shared
+    r_hat: dict[str, float]  #: of the energy and of distances
+    ess: dict[str, float]  #: of the same, all chains together
+    stein: Estimate  #: of :math:`u \cdot \nabla U`, to be d
+    swap_rate: float  #: the least of two neighbours
+    evaluations: int
+    seconds: float  #: of one core
+
+    def half(self, which: int) -> Tensor:
+        """Draws of the first (0) or the second half (1) of the chains, ``(chains / 2, n, d)``."""
+        return self.draws.chunk(2)[which]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A flow for a system, in float64, its integrator set to the steps of judging, and what it cost."""
+
+    name: str
+    seed: int
+    energy: Particles
+    reference: Reference
+    flow: EquivariantFlow
+    matched: EquivariantFlow  #: as it was after flow matching
+    losses: list[float]  #: minus the mean log density of the batches, one for each step after that
+    evaluations: int  #: of the target: those of the chains, since nothing else asks for it
+    seconds: float  #: of one core: chains and training
+
+
+@dataclasses.dataclass(frozen=True)
+class Judgement:
+    """What a flow is worth; the distances are of draws of the flow to those of chains that it was not fitted to."""
+
+    report: FlowReport  #: distances in it are of coordinates u
+    distances: Estimate  #: energy distance of the sorted distances of pairs, which no symmetry changes
+    weighted_distances: Estimate  #: the same of draws resampled by weight
+    noise: Estimate  #: the same of the two halves of the chains: what sampling alone makes
+    bridge: LogZ  #: from the flow to the chains it was not fitted to
+    smc: LogZ  #: from a normal law, without the flow or the chains
+    integration: float  #: largest change of log q at the chains' draws if the integrator takes half of its steps
+    inversion: float  #: largest of |z - flow^-1(flow(z))|
+    evaluations: int
+    seconds: float
+
+
+@contextmanager
+def counted(energy: Energy) -> Iterator[list[int]]:
+    """Counts rows of which the energy is asked, within: ``with counted(energy) as rows: ...; rows[0]``."""
+    rows = [0]
+
+    def count(module: torch.nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        rows[0] += output.numel()
+
+    hook = energy.register_forward_hook(count)
+    try:
+        yield rows
+    finally:
+        hook.remove()
+
+
+def distances(energy: Particles, u: Tensor) -> Tensor:
+    """Sorted distances of all pairs: ``(*batch, d) -> (*batch, n (n - 1) / 2)``."""
+    return energy.squared_distances(energy.positions(u)).sqrt().sort(-1).values
+
+
+def moved(energy: Particles, u: Tensor, generator: torch.Generator) -> Tensor:
+    """Each row turned, or reflected, and renumbered at random: ``(rows, d) -> (rows, d)``."""
+    x = energy.positions(u)
+    order = uniform(x.shape[:2], generator, u.dtype, u.device).argsort(1)
+    turn = torch.linalg.qr(standard_normal((len(x), energy.space, energy.space), generator, u.dtype, u.device))
+    signs = turn.R.diagonal(dim1=1, dim2=2).sign().unsqueeze(1)  # without them the law of Q is not the uniform one
+    return energy.coordinates(x.gather(1, order.unsqueeze(-1).expand_as(x)) @ (turn.Q * signs))
+
+
+def reference(
+    system: System, seed: int = 0, num_chains: int = 128, num_samples: int = 50, warmup_steps: int = 250
+) -> Reference:  # fmt: skip
+    """Draws of many long chains, each with replicas at higher temperatures that it swaps with.
+
+    Args:
+        system: which.
+        seed: of all random numbers.
+        num_chains: an even number; each half has a warm-up and random numbers of its own.
+        num_samples: draws of each chain.
+        warmup_steps: before them.
+    """
+    energy, began = system.make(), time.process_time()
+    kernel = ParallelTempering(HMC(num_steps=10), torch.logspace(0.0, math.log10(system.hottest), system.rungs))
+    mcmc = MCMC(
+        kernel, num_samples, warmup_steps, num_chains, seed=seed, thinning=system.thinning, save_warmup=False, progress=False,
+        compile=False, chain_batch_size=num_chains // 2,
+    )  # fmt: skip
+    with counted(energy) as rows:
+        mcmc.run(energy)
+    u = mcmc.get_samples(group_by_chain=True)["x"]
+    values, grad = value_and_grad(energy, u.flatten(0, 1))
+    far = distances(energy, u)
+    seen = {
+        "energy": values.reshape(u.shape[:2]),
+        "mean distance": far.mean(-1),
+        "least distance": far[..., 0],
+        "largest distance": far[..., -1],
+    }
+    each = (u.flatten(0, 1) * grad).sum(-1).reshape(u.shape[:2])
+    return Reference(
+        draws=u,
+        r_hat={name: float(r_hat(value)) for name, value in seen.items()},
+        ess={name: float(ess_bulk(value)) for name, value in seen.items()},
+        stein=Estimate.of(each.mean(1)),  # chains are independent
+        swap_rate=float(mcmc.kernel.report(mcmc.state).swap_rates.min()),  # type: ignore[attr-defined]
+        evaluations=rows[0],
+        seconds=time.process_time() - began,
+    )
+
+
+def trained(
+    system: System, draws: Tensor, seed: int = 0, quick: bool = False
+) -> tuple[EquivariantFlow, EquivariantFlow, list[float]]:  # fmt: skip
+    """A flow matched to draws, one refined by their likelihood in float32, and the losses of that.
+
+    Args:
+        system: which.
+        draws: ``(n, d)``.
+        seed: of the order of the draws.
+        quick: a few steps only.
+    """
+    energy = system.make().float()
+    flow = EquivariantFlow(energy.particles, energy.space, dtype=F64, **system.flow)
+    match_flow(flow, draws, 2000 if quick else 20_000, seed=seed)
+    first = copy.deepcopy(flow)
+    flow.float()
+    steps, batch = (10, 64) if quick else (system.steps, system.batch)
+    settings: dict[str, Any] = {"lr": system.lr, "beta_start": 1.0, "max_grad_norm": 10.0, "on_nonfinite": "skip", "seed": seed}
+    fitting = fit_flow(flow, energy, ForwardKL(draws.float()), steps=steps, num_samples=batch, progress=False, **settings)
+    losses = [loss for _, loss, _ in fitting]
+    return first, flow.double(), losses
+
+
+def case(name: str, seed: int = 0, quick: bool = False) -> Case:
+    """Chains of a system and a flow fitted to the first half of them.
+
+    Args:
+        name: of :data:`SYSTEMS`.
+        seed: of everything.
+        quick: a few steps only.
+    """
+    system, began = SYSTEMS[name], time.process_time()
+    found = reference(system, seed, 20, 20, 20) if quick else reference(system, seed)
+    first, flow, losses = trained(system, found.half(0).flatten(0, 1), seed, quick)
+    first.steps = flow.steps = 20 if quick else 60
+    return Case(name, seed, system.make(), found, flow, first, losses, found.evaluations, time.process_time() - began)
+
+
+@torch.no_grad()
+def judged(done: Case, quick: bool = False, matched: bool = False) -> Judgement:
+    """Judge a flow by its own draws and by the second half of the chains.
+
+    Args:
+        done: a case, whose seed gives that of the draws.
+        quick: a few draws only.
+        matched: judge the flow as it was after flow matching.
+    """
+    began, energy, seed = time.process_time(), done.energy, 1000 + done.seed
+    generator = seeded_generator(seed)
+    flow = done.matched if matched else done.flow
+    held = done.reference.half(1)
+    fresh = moved(energy, held.flatten(0, 1)[torch.randperm(held.shape[0] * held.shape[1], generator=generator)], generator)
+    n, some = (200, 100) if quick else (10_000, 2000)
+    with counted(energy) as rows:
+        report = judge_flow(flow, energy, n, fresh[:some], num_distances=some, seed=seed)
+        between = bridge(energy, held[:, :: 2 if quick else 5], FlowEnergy(flow), generator=generator)
+        start = Gaussian(torch.zeros(flow.dim, dtype=F64), scale=SYSTEMS[done.name].spread, dtype=F64)
+        walked = smc(energy, start, HMC(num_steps=8), 16 if quick else 256, islands=8, generator=generator)
+    far, near = distances(energy, fresh[:some]), distances(energy, report.weighted.x[:some])
+    z = flow.draw_noise(200, generator)
+    back = flow.transform.inv(flow.push(z)[0])
+    log_q, fine = flow.log_prob(fresh[:200]), flow.steps
+    flow.steps = fine // 2
+    rough = flow.log_prob(fresh[:200])
+    flow.steps = fine
+    return Judgement(
+        report=report,
+        distances=energy_distance(near, far),
+        weighted_distances=energy_distance(distances(energy, report.weighted.resample(some, generator)), far),
+        noise=energy_distance(distances(energy, done.reference.half(0).flatten(0, 1)[:: len(fresh) // some or 1][:some]), far),
+        bridge=between,
+        smc=walked,
+        integration=float((log_q - rough).abs().max()),
+        inversion=float((back - z).abs().max()),
+        evaluations=rows[0],
+        seconds=time.process_time() - began,
+    )
