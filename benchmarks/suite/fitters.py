@@ -2,7 +2,7 @@
 
 All are given the same: batches of :data:`BATCH` draws, Adam whose step size falls to 0 along a half cosine, an inverse
 temperature that rises from 0.1 to 1 over the first 40 % of the steps, gradients clipped to a norm of 100, a scale for the initial
-draws. Steps that are not finite are skipped.
+draws. Steps that are not finite are skipped, but by Pyro's SVI, which knows no such thing.
 """
 
 from __future__ import annotations

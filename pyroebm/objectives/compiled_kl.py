@@ -51,7 +51,8 @@ class CompiledKL(ReverseKL):
             traced = _Traced(ReverseKL(self.entropy, self.gradient), flow, plain)
             inputs = (z, z.new_tensor(beta), *traced.trained)
             examples = [t.detach().clone().requires_grad_(t.requires_grad) for t in inputs]
-            self._known = key, traced, compiled_call(traced.gradients, tuple(examples))
+            # rows of hidden units fill the widest registers
+            self._known = key, traced, compiled_call(traced.gradients, tuple(examples), options={})
         _, traced, call = self._known
         loss, terms, extended, xy, *gradients = call(z.detach(), z.new_tensor(beta), *(p.detach() for p in traced.trained))
         # a base with parameters draws outside the graph, so that z has a gradient too
