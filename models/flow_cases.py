@@ -215,7 +215,7 @@ def against_chains(fitted: Fitted, n: int, seed: int, quick: bool) -> tuple[Flow
     """The report, log Z by two other ways, and distances that no symmetry changes."""
     if fitted.particles is None:
         raise ValueError("fitted must be a system of particles")
-    found, chains = particles.judged(fitted.particles, seed + 1000, quick), fitted.particles.reference
+    found, chains = particles.judged(fitted.particles, quick=quick), fitted.particles.reference
     return found.report, {
         "log Z by bridge sampling": (found.bridge.value, found.bridge.standard_error),
         "log Z by SMC": (found.smc.value, found.smc.standard_error),

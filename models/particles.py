@@ -190,7 +190,7 @@ def trained(
     """
     energy = system.make().float()
     flow = EquivariantFlow(energy.particles, energy.space, dtype=F64, **system.flow)
-    match_flow(flow, draws, 2000 if quick else 20_000, seed=seed)
+    match_flow(flow, draws, 500 if quick else 20_000, seed=seed)
     first = copy.deepcopy(flow)
     flow.float()
     steps, batch = (10, 64) if quick else (system.steps, system.batch)
@@ -209,9 +209,9 @@ def case(name: str, seed: int = 0, quick: bool = False) -> Case:
         quick: a few steps only.
     """
     system, began = SYSTEMS[name], time.process_time()
-    found = reference(system, seed, 20, 20, 20) if quick else reference(system, seed)
+    found = reference(system, seed, 8, 12, 8) if quick else reference(system, seed)
     first, flow, losses = trained(system, found.half(0).flatten(0, 1), seed, quick)
-    first.steps = flow.steps = 20 if quick else 60
+    first.steps = flow.steps = 10 if quick else 60
     return Case(name, seed, system.make(), found, flow, first, losses, found.evaluations, time.process_time() - began)
 
 
