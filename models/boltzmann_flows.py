@@ -71,17 +71,18 @@ def facts_of(report: FlowReport, fitted: Fitted, more: Facts) -> Facts:
     return found | more | {
         "evaluations to fit": (fitted.evaluations, None),
         "evaluations to judge": (report.evaluations, None),
+        "evaluations of chains to judge by": (fitted.draws_evaluations, None),
         "minutes to fit": (fitted.seconds / 60.0, None),
     }  # fmt: skip
 
 
 def cell(name: str, values: Sequence[tuple[float, float | None]]) -> str:
-    """A fact of all seeds: each where there is a standard error, else the lowest and the highest."""
-    numbers = [value for value, _ in values]
+    """A fact of all seeds: errors of log Z one by one, of others the lowest and the highest, with the largest standard error."""
     if name == "error of log Z":
         return ", ".join(f"{value:+.2g} ± {error:.1g}" for value, error in values)
-    low, high = f"{min(numbers):.3g}", f"{max(numbers):.3g}"
-    return low if low == high else f"{low} to {high}"
+    low, high = (f"{limit(value for value, _ in values):.3g}" for limit in (min, max))
+    worst = max((error for _, error in values if error is not None), default=None)
+    return (low if low == high else f"{low} to {high}") + ("" if worst is None else f" ± {worst:.1g}")
 
 
 def table(found: dict[str, list[Facts]]) -> str:
@@ -158,7 +159,7 @@ def main(
             if not bool(numbers.isfinite().all()):  # as Pareto k where all weights are equal
                 print(f"{name}: {key} is {numbers.tolist()}, no metric")
                 continue
-            spread = numbers.std() if seeds > 1 else values[0][1]
+            spread = numbers.std() / math.sqrt(seeds) if seeds > 1 else values[0][1]
             note = (
                 "" if seeds == 1 else "seeds: " + ", ".join(f"{v:.5g}" + ("" if e is None else f" +- {e:.1g}") for v, e in values)
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pyro
@@ -20,41 +20,23 @@ from pyroebm.flows import NICE, AutoregressiveFlow, Flow, FlowReport, RealNVP, R
 from pyroebm.objectives import AnnealedReweighting, ReverseKL, fit_flow
 from pyroebm.targets import DoubleWell, Funnel, GaussianMixture, ManyWell, Phi4
 
-__all__ = ["CASES", "Case", "Fitted", "Spent"]
+__all__ = ["CASES", "Case", "Fitted"]
 
 #: A fact beside those of the report: its value and its standard error.
 Facts = dict[str, tuple[float, float | None]]
 QUICK = {"steps": 5, "num_samples": 64}
 
 
-class Spent:
-    """Evaluations of an energy, rows counted one by one whether with their gradient or not, and seconds of processor time.
-
-    Args:
-        energy: whose evaluations are counted from now on.
-    """
-
-    def __init__(self, energy: Energy) -> None:
-        self.evaluations, self._began = 0, time.process_time()
-        energy.register_forward_hook(self._count)
-
-    def _count(self, module: Any, arguments: Any, values: Tensor) -> None:
-        self.evaluations += values.numel()
-
-    @property
-    def seconds(self) -> float:
-        return time.process_time() - self._began
-
-
 @dataclasses.dataclass(frozen=True)
 class Fitted:
-    """A flow, its target in float64, what the fit has spent, and draws of the target where there are no exact ones."""
+    """A flow, its target in float64, what the fit has spent, and draws of chains, and theirs, where there are no exact ones."""
 
     flow: Flow
     energy: Energy
     evaluations: int
     seconds: float
     draws: Tensor | None = None
+    draws_evaluations: int = 0
     particles: particles.Case | None = None
 
 
@@ -90,25 +72,25 @@ class Case:
 def train(
     make: Callable[[torch.dtype], Energy],
     flow: Flow,
-    stages: Sequence[Mapping[str, Any]],
     seed: int,
     quick: bool,
     draws: Callable[[Energy, int, bool], Tensor] | None = None,
+    **settings: Any,
 ) -> Fitted:
-    """Train a flow by one stage of ``fit_flow`` after another in its own dtype, and hand both over in float64."""
-    energy = make(flow.dtype)
-    spent = Spent(energy)
-    for stage in stages:
-        for _ in fit_flow(flow, energy, **{**stage, **(QUICK if quick else {})}, seed=seed, progress=False):
+    """Train a flow by ``fit_flow`` in its own dtype, and hand over both in float64."""
+    energy, began = make(flow.dtype), time.process_time()
+    with particles.counted(energy) as rows:
+        for _ in fit_flow(flow, energy, **{**settings, **(QUICK if quick else {})}, seed=seed, progress=False):
             pass
-    evaluations, seconds = spent.evaluations, spent.seconds
-    exact = make(torch.float64)
-    return Fitted(flow.double(), exact, evaluations, seconds, None if draws is None else draws(exact, seed + 1000, quick))
+    seconds, exact = time.process_time() - began, make(torch.float64)
+    with particles.counted(exact) as reference_rows:
+        reference = None if draws is None else draws(exact, seed + 1000, quick)
+    return Fitted(flow.double(), exact, rows[0], seconds, reference, reference_rows[0])
 
 
 def double_well(seed: int, quick: bool) -> Fitted:
     flow = RedundantNICE(1, 2, dtype=torch.float32, seed=seed)
-    return train(lambda dtype: DoubleWell(dtype=dtype), flow, [{"steps": 2000}], seed, quick)
+    return train(lambda dtype: DoubleWell(dtype=dtype), flow, seed, quick, steps=2000)
 
 
 def right_mass(report: FlowReport, energy: Energy) -> Facts:
@@ -118,8 +100,8 @@ def right_mass(report: FlowReport, energy: Energy) -> Facts:
 
 def many_well(pairs: int, seed: int, quick: bool) -> Fitted:
     flow = SplineFlow(2 * pairs, layers=4, hidden=(128,), dtype=torch.float32, seed=seed)
-    stage = {"objective": ReverseKL(gradient="total"), "steps": 2000, "num_samples": 256, "lr": 3e-3}
-    return train(lambda dtype: ManyWell(pairs, dtype=dtype), flow, [stage], seed, quick)
+    settings: dict[str, Any] = {"objective": ReverseKL(gradient="total"), "steps": 2000, "num_samples": 256, "lr": 3e-3}
+    return train(lambda dtype: ManyWell(pairs, dtype=dtype), flow, seed, quick, **settings)
 
 
 def left_masses(report: FlowReport, energy: Energy) -> Facts:
@@ -133,20 +115,20 @@ def left_masses(report: FlowReport, energy: Energy) -> Facts:
 
 def mixture(make: Callable[..., GaussianMixture], scale: float, beta_start: float, seed: int, quick: bool) -> Fitted:
     flow = SplineFlow(2, layers=4, hidden=(64, 64), bins=16, scale=scale, dtype=torch.float32, seed=seed)
-    stage = {"objective": AnnealedReweighting(), "steps": 600, "lr": 3e-3, "beta_start": beta_start}
-    return train(lambda dtype: make(dtype=dtype), flow, [stage], seed, quick)
+    settings: dict[str, Any] = {"objective": AnnealedReweighting(), "steps": 600, "lr": 3e-3, "beta_start": beta_start}
+    return train(lambda dtype: make(dtype=dtype), flow, seed, quick, **settings)
 
 
 def funnel(seed: int, quick: bool) -> Fitted:
     flow = AutoregressiveFlow(10, layers=2, hidden=(32, 32), dtype=torch.float32, seed=seed)
-    stage = {"steps": 2000, "num_samples": 256, "lr": 5e-3, "beta_start": 1.0}
-    return train(lambda dtype: Funnel(dtype=dtype), flow, [stage], seed, quick)
+    settings: dict[str, Any] = {"steps": 2000, "num_samples": 256, "lr": 5e-3, "beta_start": 1.0}
+    return train(lambda dtype: Funnel(dtype=dtype), flow, seed, quick, **settings)
 
 
 def ring(seed: int, quick: bool) -> Fitted:
     flow = SplineFlow(16, layers=2, hidden=(128, 128), autoregressive=True, dtype=torch.float32, seed=seed)
-    stage = {"objective": ReverseKL(gradient="total"), "steps": 2000, "num_samples": 256, "lr": 3e-3}
-    return train(lambda dtype: Phi4(16, dtype=dtype), flow, [stage], seed, quick, flipped_chains)
+    settings: dict[str, Any] = {"objective": ReverseKL(gradient="total"), "steps": 2000, "num_samples": 256, "lr": 3e-3}
+    return train(lambda dtype: Phi4(16, dtype=dtype), flow, seed, quick, flipped_chains, **settings)
 
 
 def flipped_chains(energy: Energy, seed: int, quick: bool) -> Tensor:
@@ -160,8 +142,8 @@ def flipped_chains(energy: Energy, seed: int, quick: bool) -> Tensor:
 
 def free_field(seed: int, quick: bool) -> Fitted:
     flow = NICE(16, couplings=0, dtype=torch.float64, seed=seed)
-    stage = {"steps": 3000, "num_samples": 128, "lr": 1e-2, "beta_start": 1.0}
-    return train(lambda dtype: Phi4(16, m2=1.0, lam=0.0, dtype=dtype), flow, [stage], seed, quick)
+    settings: dict[str, Any] = {"steps": 3000, "num_samples": 128, "lr": 1e-2, "beta_start": 1.0}
+    return train(lambda dtype: Phi4(16, m2=1.0, lam=0.0, dtype=dtype), flow, seed, quick, **settings)
 
 
 EFFECTS, ERRORS = (28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0), (15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0)
@@ -180,9 +162,9 @@ def schools(effects: Tensor, errors: Tensor) -> None:
 
 def eight_schools(make: Callable[[int], Flow], seed: int, quick: bool) -> Fitted:
     guide = FlowGuide(schools, make(seed))
-    stage = {"steps": 1000, "num_samples": 256, "lr": 5e-3, "beta_start": 1.0}
+    settings: dict[str, Any] = {"steps": 1000, "num_samples": 256, "lr": 5e-3, "beta_start": 1.0}
     energy = guide.energy(torch.tensor(EFFECTS).double(), torch.tensor(ERRORS).double())
-    return train(lambda dtype: energy, guide.flow, [stage], seed, quick)
+    return train(lambda dtype: energy, guide.flow, seed, quick, **settings)
 
 
 def moments(report: FlowReport, energy: Energy) -> Facts:
@@ -208,7 +190,7 @@ def moments(report: FlowReport, energy: Energy) -> Facts:
 def system(name: str, seed: int, quick: bool) -> Fitted:
     """Chains of a system of particles and a flow fitted to half of them; what they are judged by is the other half."""
     done = particles.case(name, seed, quick)
-    return Fitted(done.flow, done.energy, done.evaluations, done.seconds, done.reference.half(1).flatten(0, 1), done)
+    return Fitted(done.flow, done.energy, done.evaluations, done.seconds, done.reference.half(1).flatten(0, 1), particles=done)
 
 
 def against_chains(fitted: Fitted, n: int, seed: int, quick: bool) -> tuple[FlowReport, Facts]:

@@ -216,7 +216,7 @@ def case(name: str, seed: int = 0, quick: bool = False) -> Case:
 
 
 @torch.no_grad()
-def judged(done: Case, quick: bool = False, matched: bool = False) -> Judgement:
+def judged(done: Case, *, quick: bool = False, matched: bool = False) -> Judgement:
     """Judge a flow by its own draws and by the second half of the chains.
 
     Args:

@@ -16,7 +16,17 @@ from torch.distributions.transforms import identity_transform
 from pyroebm.energy import Energy
 from pyroebm.supports import base_constraint, event_sum, is_discrete, is_real, unconstraining
 
-__all__ = ["Compressed", "Conditioned", "is_compressed", "Unnormalized", "Relaxed", "Unconstrained", "PotentialFn", "eval_mode"]
+__all__ = [
+    "Compressed",
+    "Conditioned",
+    "check_weighable",
+    "is_compressed",
+    "Unnormalized",
+    "Relaxed",
+    "Unconstrained",
+    "PotentialFn",
+    "eval_mode",
+]
 
 
 class Conditioned(Energy):
@@ -208,6 +218,12 @@ class Compressed(Energy):
 def is_compressed(energy: Energy) -> bool:
     """Whether an energy, or one that it is made of, is :class:`Compressed`: its values are no log density's."""
     return any(isinstance(module, Compressed) for module in energy.modules())
+
+
+def check_weighable(energy: Energy) -> None:
+    """ValueError if the energy is :class:`Compressed`, for all that makes weights or log Z of its values."""
+    if is_compressed(energy):
+        raise ValueError("energy must not be Compressed: its values are for gradients, and weights made of them are wrong")
 
 
 class Unconstrained(Energy):

@@ -11,9 +11,19 @@ from checks import within_se
 from pyro.distributions.transforms import affine_coupling
 from torch import Tensor, nn
 
-from pyroebm import Energy, value_and_grad
+from pyroebm import HMC, Energy, IndependenceMetropolis, Jumps, value_and_grad
 from pyroebm.flows import NICE, Flow, MixtureBase, RedundantNICE, importance_sample
-from pyroebm.objectives import AlphaBootstrap, AnnealedReweighting, ForwardKL, LogVariance, Objective, ReverseKL, fit_flow
+from pyroebm.objectives import (
+    AlphaBootstrap,
+    AnnealedReweighting,
+    ForwardKL,
+    LogVariance,
+    Objective,
+    ReverseKL,
+    evaluate_j,
+    fit_flow,
+)
+from pyroebm.partition import ais, bridge, quadrature, smc
 from pyroebm.targets import DoubleWell, Gaussian, GaussianMixture
 from pyroebm.views import Compressed, is_compressed
 
@@ -264,3 +274,18 @@ def test_no_weight_is_made_of_a_compressed_energy() -> None:
     for hidden in (energy, 0.5 * energy):
         with pytest.raises(ValueError, match="must not be Compressed"):
             importance_sample(RedundantNICE(1, 2), hidden, 100)
+    flow, vector = NICE(2), Compressed(Gaussian(torch.zeros(2)), 3.0)
+    x, base = torch.zeros(4, 2), Gaussian(torch.zeros(2))
+    for made in (
+        lambda: ais(vector, base),
+        lambda: smc(vector, base),
+        lambda: bridge(vector, torch.zeros(10, 2), base),
+        lambda: quadrature(energy),
+        lambda: evaluate_j(flow, vector, 100, log_z=0.0),
+        lambda: IndependenceMetropolis(flow).init(vector, x),
+        lambda: Jumps(HMC(), flow).init(vector, x),
+        lambda: AlphaBootstrap()(flow, vector, 10),
+        lambda: AnnealedReweighting()(flow, vector, 10),
+    ):
+        with pytest.raises(ValueError, match="must not be Compressed"):
+            made()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyroebm import Energy
 from pyroebm.flows import NICE, Flow, RealNVP, RedundantNICE, importance_sample
-from pyroebm.objectives import AnnealedReweighting, ReverseKL, fit_flow
+from pyroebm.objectives import AlphaBootstrap, AnnealedReweighting, Objective, ReverseKL, fit_flow
 from pyroebm.targets import DoubleWell, Gaussian, GaussianMixture
 from pyroebm.views import Compressed
 
@@ -139,6 +139,42 @@ def test_temperature_and_tempering_against_closed_forms() -> None:
     assert float(facts["reached_beta"]) == 100.0  # it starts where it is told
     assert float(facts["tempering"]) == pytest.approx((farthest - 1.0) / 99.0, rel=0.03)
     assert float(facts["ess_fraction"]) == pytest.approx(math.sqrt(199.0) / 100.0, rel=0.05)
+
+
+def test_draws_of_weight_0_count_against_the_effective_sample_size() -> None:
+    """Where few draws are possible nothing is reached: their share is the bound of what any tempering has."""
+    flow, objective = NICE(1), AnnealedReweighting(0.3, 10_000)
+    _, facts = objective(flow, _Wall(1.0), num_samples=2, generator=seeded())
+    share = 0.5 * math.erfc(1.0 / math.sqrt(2.0))
+    assert float(facts["ess_fraction"]) == pytest.approx(share, rel=0.1)
+    assert float(facts["tempering"]) == 0.0
+    _, facts = AnnealedReweighting(0.1, 10_000)(flow, _Wall(1.0), num_samples=2, generator=seeded())
+    assert float(facts["tempering"]) == 1.0
+
+
+class _Wall(Energy):
+    """A normal law on one side of a wall."""
+
+    def __init__(self, wall: float) -> None:
+        super().__init__((1,))
+        self.wall = wall
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.squeeze(-1)
+        return torch.where(x > self.wall, 0.5 * x.square(), math.inf)
+
+
+@pytest.mark.parametrize("make", [AnnealedReweighting, AlphaBootstrap])
+def test_another_flow_or_energy_gets_draws_of_its_own(make: type[Objective]) -> None:
+    first, second, energies = NICE(2), NICE(2), [Gaussian(torch.full((2,), mean)) for mean in (5.0, -5.0)]
+    objective, asked = make(), [0]
+    energies[1].register_forward_hook(lambda module, inputs, values: asked.__setitem__(0, asked[0] + values.numel()))
+    objective(first, energies[0], num_samples=50, generator=seeded())
+    objective(second, energies[1], num_samples=50, generator=seeded())
+    assert asked[0] > 0
+    before = asked[0]
+    objective(second, energies[1], num_samples=50, generator=seeded())
+    assert asked[0] == before
 
 
 def test_the_temperature_is_bounded_by_the_call_and_stays_between_refreshes() -> None:

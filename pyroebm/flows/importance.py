@@ -16,7 +16,7 @@ from pyroebm.enumeration import draw_numbers
 from pyroebm.flows.flow import Flow
 from pyroebm.randomness import seeded_generator
 from pyroebm.supports import inside
-from pyroebm.views import eval_mode, is_compressed
+from pyroebm.views import check_weighable, eval_mode
 
 __all__ = ["ImportanceResult", "ess_fraction", "importance_sample"]
 
@@ -133,8 +133,7 @@ def importance_sample(
     for name, value in (("n", n), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {name}={value}")
-    if is_compressed(energy):
-        raise ValueError("energy must not be Compressed: its values are for gradients, and weights made of them are wrong")
+    check_weighable(energy)
     if generator is None:
         generator = seeded_generator(seed, proposal.device if isinstance(proposal, Flow) else energy.device)
     draw = _flow_weights(proposal, energy) if isinstance(proposal, Flow) else _distribution_weights(proposal, energy)

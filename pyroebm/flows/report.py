@@ -66,12 +66,18 @@ class FlowReport:
     evaluations: int
     findings: tuple[str, ...]
 
+    @property
+    def redundancy_gap(self) -> float:
+        """What the latents y cost: the effective sample size of x alone less the extended one, as fractions."""
+        return self.marginal_ess - self.weighted.ess_fraction
+
     def __str__(self) -> str:
         w = self.weighted
         truth = "" if self.log_z is None else f" (exact {self.log_z:.5g})"
         lines = [
             f"log Z {w.log_z:.5f} +- {w.log_z_se:.2g}{truth}; ELBO {self.elbo}",
-            f"reverse ESS {w.ess_fraction:.4f} of n, of x alone {self.marginal_ess:.4f}; Pareto k {w.pareto_k:.2f}",
+            f"reverse ESS {w.ess_fraction:.4f} of n, of x alone {self.marginal_ess:.4f} (gap {self.redundancy_gap:.4f});"
+            f" Pareto k {w.pareto_k:.2f}",
         ]
         if self.eubo is not None:
             lines += [

@@ -11,6 +11,7 @@ from torch import Tensor
 from pyroebm.energy import Energy
 from pyroebm.front_door import check_counts
 from pyroebm.kernels.base import Info, Kernel, check_kernel, choose, row_value_and_grad, rows, uniform_like
+from pyroebm.views import check_weighable
 
 __all__ = ["IndependenceMetropolis", "IndependenceState", "Jumps", "JumpsState", "Proposal"]
 
@@ -79,6 +80,7 @@ class IndependenceMetropolis(Kernel[IndependenceState]):
 
     def init(self, energy: Energy, x: Tensor, generator: torch.Generator | None = None) -> IndependenceState:
         self.check_start(energy, x)
+        check_weighable(energy)
         with torch.no_grad():
             state = IndependenceState(x.detach(), energy(x), self.proposal.log_prob(x.reshape(len(x), -1)))
         bad = ~(torch.isfinite(state.energy) & torch.isfinite(state.log_q))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +20,7 @@ from pyroebm.kernels.hmc import HMC
 from pyroebm.networks import frozen
 from pyroebm.objectives.base import Objective
 from pyroebm.paths import Path
+from pyroebm.views import check_weighable
 
 __all__ = ["AlphaBootstrap"]
 
@@ -43,8 +45,8 @@ class AlphaBootstrap(Objective):
     from annealed importance sampling: draws of q, moved by Hamiltonian steps along the geometric path, with their weights. They
     go into a buffer, from which batches are drawn in proportion to the weights, each corrected for what q has become since.
 
-    A batch at another ``beta`` empties the buffer: give :func:`fit_flow` ``beta_start=1``. With redundant latents
-    :math:`N(y \mid M(x), \Sigma(x))` is part of the target, and is not trained.
+    A batch at another ``beta``, or of another flow or energy, empties the buffer: give :func:`fit_flow` ``beta_start=1``. With
+    redundant latents :math:`N(y \mid M(x), \Sigma(x))` is part of the target, and is not trained.
 
     Args:
         temperatures: steps of :math:`\beta` from q to :math:`p^2 / q`; between each two the states are moved.
@@ -96,6 +98,7 @@ class AlphaBootstrap(Objective):
         self.register_buffer("beta", torch.ones((), dtype=torch.float64))
         for name in ("rows", "log_weights", "log_q"):
             self.register_buffer(name, None)
+        self._given: tuple[weakref.ref[Flow], weakref.ref[Energy]] | None = None  # whose the buffer is
 
     def forward(
         self,
@@ -116,14 +119,17 @@ class AlphaBootstrap(Objective):
             generator: source of all draws.
 
         Raises:
-            ValueError: if the flow does not fit the energy.
+            ValueError: if the flow does not fit the energy, or the energy is compressed.
             FloatingPointError: if no annealed state has a finite weight.
         """
         check_counts({"num_samples": 2}, num_samples)
+        check_weighable(energy)
         target = flow.extend(energy if beta == 1.0 else beta * energy)
         facts: dict[str, Tensor] = {}
-        if self.rows is not None and float(self.beta) != beta:
+        given = weakref.ref(flow), weakref.ref(energy)
+        if self.rows is not None and (float(self.beta) != beta or self._given not in (None, given)):
             self.rows = self.log_weights = self.log_q = None
+        self._given = given
         if self.rows is None or int(self.batches) % self.reuse == 0:
             facts["acceptance_rate"] = self._refill(flow, target, num_samples, generator)
             self.beta.fill_(beta)

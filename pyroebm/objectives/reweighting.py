@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,7 +16,7 @@ from pyroebm.flows.importance import ess_fraction
 from pyroebm.front_door import check_counts
 from pyroebm.objectives.base import Objective
 from pyroebm.objectives.divergences import ForwardKL
-from pyroebm.views import is_compressed
+from pyroebm.views import check_weighable
 
 __all__ = ["AnnealedReweighting"]
 
@@ -40,10 +41,10 @@ class AnnealedReweighting(Objective):
     have ``least_ess`` at a temperature never goes below it: train longer, make it richer, or ask for less. A mode that is lost
     at the first temperature stays lost, and no fact here shows it.
 
-    With redundant latents the weight is the extended one, and y is drawn anew for each batch.
+    With redundant latents the weight is the extended one, and y is drawn anew for each batch. Another flow or energy starts anew.
 
     Args:
-        least_ess: least effective sample size, as a fraction of the draws of weight above 0, in (0, 1).
+        least_ess: least effective sample size, as a fraction of the draws, in (0, 1).
         buffer_size: draws of q for each refresh, as many evaluations of the target.
         reuse: batches taken from each buffer.
 
@@ -78,6 +79,7 @@ class AnnealedReweighting(Objective):
         for name in ("reached_beta", "tempering", "ess_fraction"):
             self.register_buffer(name, torch.zeros((), dtype=torch.float64))
         self.register_module("fitted", None)
+        self._given: tuple[weakref.ref[Flow], weakref.ref[Energy]] | None = None  # whose the buffer is
 
     def forward(
         self,
@@ -103,7 +105,10 @@ class AnnealedReweighting(Objective):
             ValueError: if the flow does not fit the energy, or the energy is compressed.
             FloatingPointError: if a weight is NaN or infinite, or all are 0.
         """
-        fitted = self.fitted
+        given = weakref.ref(flow), weakref.ref(energy)
+        if self._given not in (None, given):
+            self.fitted = None  # draws of another flow, or weights of another energy
+        self._given, fitted = given, self.fitted
         if fitted is None or int(self.batches) % self.reuse == 0:
             fitted = self._refresh(flow, energy, beta, generator)
         self.batches += 1
@@ -113,8 +118,7 @@ class AnnealedReweighting(Objective):
 
     def _refresh(self, flow: Flow, energy: Energy, beta: float, generator: torch.Generator | None) -> ForwardKL:
         """Fill the buffer with draws of q as it is now, weighed at the lowest temperature that they carry."""
-        if is_compressed(energy):
-            raise ValueError("energy must not be Compressed: its values are for gradients, and weights made of them are wrong")
+        check_weighable(energy)
         x, energies, log_ratio = self._draw(flow, energy, generator)
         self.evaluations += self.buffer_size
 
@@ -123,10 +127,11 @@ class AnnealedReweighting(Objective):
 
         start = beta if self.fitted is None else min(float(self.reached_beta), beta)
         reached, power = start, 1.0
-        if ess_fraction(log_weights(start)) >= self.least_ess:
-            reached = _farthest(log_weights, start, beta, self.least_ess)
+        least = self.least_ess * self.buffer_size / len(x)  # of the draws of finite energy alone
+        if ess_fraction(log_weights(start)) >= least:
+            reached = _farthest(log_weights, start, beta, least)
         else:
-            power = _farthest(lambda power: power * log_weights(start), 0.0, 1.0, self.least_ess)
+            power = _farthest(lambda power: power * log_weights(start), 0.0, 1.0, least)
         self.fitted = ForwardKL(x, power * log_weights(reached))
         self.reached_beta.fill_(reached)
         self.tempering.fill_(power)
@@ -157,7 +162,7 @@ class AnnealedReweighting(Objective):
 
 
 def _farthest(log_weights: Callable[[float], Tensor], start: float, end: float, least: float) -> float:
-    """Bisection from ``start``, where the effective sample size is at least ``least``, to ``end`` or where it falls below it."""
+    """Bisection from ``start`` to ``end``, or to where the effective sample size falls below ``least``."""
     if ess_fraction(log_weights(end)) >= least:
         return end
     for _ in range(60):

@@ -13,7 +13,7 @@ from pyroebm.energy import Energy
 from pyroebm.flows.flow import Flow
 from pyroebm.objectives.base import Objective
 from pyroebm.randomness import seeded_generator
-from pyroebm.views import eval_mode
+from pyroebm.views import check_weighable, eval_mode
 
 __all__ = ["ReverseKL", "evaluate_j", "fit_flow"]
 
@@ -271,6 +271,7 @@ def evaluate_j(
         raise ValueError(f"log C of {type(energy).__name__} is not known: give log_z, or log_z=0.0 for J_R - log C")
     if min(num_samples, batch_size) < 2:
         raise ValueError(f"num_samples and batch_size must be at least 2, got {num_samples} and {batch_size}")
+    check_weighable(energy)
     generator, objective = seeded_generator(seed, flow.device), ReverseKL(entropy)
     parts = []
     for start in range(0, num_samples, batch_size):

@@ -15,6 +15,7 @@ from pyroebm.paths import DistributionEnergy
 from pyroebm.randomness import uniform
 from pyroebm.supports import is_discrete, is_real, site_values
 from pyroebm.targets import Gaussian
+from pyroebm.views import check_weighable
 
 __all__ = ["IndependentLayers", "IndependentSites", "base_energy", "base_rates"]
 
@@ -209,6 +210,7 @@ def _moments(data: Tensor) -> tuple[Tensor, Tensor]:
 
 def base_energy(energy: Energy, base: Layers | Energy | Distribution | None) -> Energy:
     """A base as an energy with exact draws and a known log Z, beside ``energy``; None takes :func:`base_rates`."""
+    check_weighable(energy)
     base = base_rates(energy) if base is None else base
     if isinstance(base, Layers):
         if not isinstance(energy, LayeredMachine):

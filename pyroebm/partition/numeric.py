@@ -15,7 +15,7 @@ from pyroebm.enumeration import BATCH, state_batches
 from pyroebm.partition.result import LogZ
 from pyroebm.randomness import seeded_generator
 from pyroebm.supports import is_discrete, site_values
-from pyroebm.views import Unconstrained, eval_mode
+from pyroebm.views import Unconstrained, check_weighable, eval_mode
 
 __all__ = ["exact", "expectation", "quadrature"]
 
@@ -172,6 +172,7 @@ def _integrate(
 ) -> tuple[float, Tensor, float, int]:
     """log Z, the expectation of a function, how much the one asked for changed at last, and the dimensions."""
     check_energy(energy)
+    check_weighable(energy)
     target = Unconstrained(energy)
     dim = target.event_shape.numel()
     if dim not in (1, 2):
