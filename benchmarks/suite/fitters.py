@@ -48,7 +48,7 @@ def ours(make: Callable[[int, float], Flow], objective: Callable[[], Any], energ
     begin = 1.0 if isinstance(trained, AlphaBootstrap) else 0.02 if isinstance(trained, AnnealedReweighting) else 0.1
     turns = fit_flow(
         flow, energy, trained, steps=steps, num_samples=BATCH, lr=LR, beta_start=begin, max_grad_norm=CLIP, on_nonfinite="skip",
-        progress=False,
+        progress=False, seed=torch.initial_seed(),
     )  # fmt: skip
 
     def draw(n: int) -> tuple[Tensor, Tensor]:
@@ -197,36 +197,39 @@ def with_pyro(what: str, energy: Counted, scale: float, steps: int) -> Training:
 
 
 def _couplings(dim: int, scale: float) -> Flow:
-    return RealNVP(dim, scale=scale)
+    return RealNVP(dim, scale=scale, seed=torch.initial_seed())
 
 
 def _autoregressive(dim: int, scale: float) -> Flow:
-    return AutoregressiveFlow(dim, layers=2, hidden=(32, 32), scale=scale)
+    return AutoregressiveFlow(dim, layers=2, hidden=(32, 32), scale=scale, seed=torch.initial_seed())
 
 
 def _splines(dim: int, scale: float) -> Flow:
-    return SplineFlow(dim, layers=4, scale=scale)
+    return SplineFlow(dim, layers=4, scale=scale, seed=torch.initial_seed())
 
 
 def _fine_splines(dim: int, scale: float) -> Flow:
-    return SplineFlow(dim, layers=min(dim, 2), bins=16, scale=scale, autoregressive=dim > 1)
+    return SplineFlow(dim, layers=min(dim, 2), bins=16, scale=scale, autoregressive=dim > 1, seed=torch.initial_seed())
 
 
 def _narrow_splines(dim: int, scale: float) -> Flow:
+    # so that the modes are within the bins, 5 on either side
     return SplineFlow(
         dim, layers=4, bins=16, scale=0.4 * scale
     )  # what is within reach of its bins, 5 on either side, is wide enough
 
 
 def _even(dim: int, scale: float) -> Flow:
-    return Symmetrized(RealNVP(dim, scale=scale), torch.stack([torch.eye(dim), -torch.eye(dim)]))
+    return Symmetrized(RealNVP(dim, scale=scale, seed=torch.initial_seed()), torch.stack([torch.eye(dim), -torch.eye(dim)]))
 
 
 # where a step of the path gradient costs twice that of the total one, or more, short trainings are better off without
 _total = functools.partial(ReverseKL, gradient="total")
 _OURS: dict[str, dict[str, Fitter]] = {
     "double well": {
-        "RedundantNICE, D = 2": functools.partial(ours, lambda dim, scale: RedundantNICE(dim, dim + 1), ReverseKL),
+        "RedundantNICE, D = 2": functools.partial(
+            ours, lambda dim, scale: RedundantNICE(dim, dim + 1, seed=torch.initial_seed()), ReverseKL
+        ),
         "SplineFlow, 16 bins": functools.partial(ours, _fine_splines, _total),
     },
     "many-well": {
