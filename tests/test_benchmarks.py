@@ -287,7 +287,7 @@ def test_failure_of_a_flow_is_told(no_peers: None, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setitem(fitters.FITTERS, "grid", {("pyroebm", "broken"): fails})
     (row,) = flows.measure_fits("grid", seconds=0.0, seeds=1, draws=100, warmup=1)
-    assert (row["value"], row["settings"]["failure"]) == (None, "RuntimeError: no such thing")
+    assert (row["value"], row["settings"]["failure"]) == (None, "seed 0: RuntimeError: no such thing")
 
 
 @pytest.mark.parametrize("case", FLOW_CASES)
@@ -295,7 +295,7 @@ def test_judge_knows_right_from_wrong(case: str) -> None:
     """Draws of the target itself, weighed by its density, have no error; half of them in one place, unseen, have."""
     energy = FLOW_CASES[case].make()
     if not energy.has_exact_draws:
-        pytest.skip("no exact draws")
+        pytest.skip(f"{case} has no exact draws, which this test starts from")
 
     def draw(n: int) -> tuple[torch.Tensor, torch.Tensor]:
         return energy.sample(n, torch.Generator().manual_seed(1)).reshape(n, -1), torch.full((n,), energy.log_z)
