@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import pyroebm.objectives.compiled_kl as module
 from pyroebm import Energy
-from pyroebm.flows import NICE, Flow, MixtureBase, RealNVP, RedundantNICE
+from pyroebm.flows import NICE, Flow, MixtureBase, RealNVP, RedundantNICE, SplineFlow, Symmetrized, sign_flips
 from pyroebm.objectives import CompiledKL, ReverseKL, fit_flow
 from pyroebm.randomness import seeded_generator
 from pyroebm.targets import DoubleWell, Gaussian
@@ -24,6 +24,15 @@ FLOWS: dict[str, Callable[[], tuple[Flow, Energy]]] = {
     "redundant": lambda: (RedundantNICE(1, 2, couplings=2, **SMALL), DoubleWell(dtype=F64)),
     "realnvp of a mixture": lambda: (
         RealNVP(2, layers=2, base=MixtureBase(2, 3, dtype=F64), **SMALL),
+        Gaussian([0.5, -1.0], scale=0.7, dtype=F64),
+    ),
+    "learned weights": lambda: (
+        RealNVP(2, layers=2, base=MixtureBase(2, 3, learn_weights=True, dtype=F64), **SMALL),
+        Gaussian([0.5, -1.0], scale=0.7, dtype=F64),
+    ),
+    "spline": lambda: (SplineFlow(2, 1, bins=4, **SMALL), Gaussian([0.5, -1.0], scale=0.7, dtype=F64)),
+    "symmetrized": lambda: (
+        Symmetrized(RealNVP(2, layers=2, **SMALL), sign_flips(2)),
         Gaussian([0.5, -1.0], scale=0.7, dtype=F64),
     ),
 }
@@ -76,6 +85,68 @@ def test_one_graph_serves_a_fit_and_another_flow_gets_its_own(monkeypatch: pytes
         eager = [loss for _, loss, _ in fit_flow(flow, energy, steps=5, num_samples=16, progress=False)]
         torch.testing.assert_close(losses, eager)
         assert len(made) == count
+
+
+class _Doubled(nn.Module):
+    """A conditioner that gives twice as much in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(1, 1, dtype=F64)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return (2.0 if self.training else 1.0) * self.linear(z)
+
+
+CHANGES: dict[str, Callable[[NICE, Gaussian], Any]] = {
+    "freezing": lambda flow, energy: flow.linear.requires_grad_(False),
+    "unfreezing": lambda flow, energy: flow.requires_grad_(True),
+    "another parameter": lambda flow, energy: setattr(flow.linear, "below", nn.Parameter(torch.ones(2, 2, dtype=F64))),
+    "another buffer": lambda flow, energy: setattr(energy, "loc", torch.ones(2, dtype=F64)),
+    "another layer": lambda flow, energy: setattr(flow.transform.parts[1], "net", nn.Linear(1, 1, dtype=F64)),
+    "evaluation": lambda flow, energy: flow.eval(),
+}
+
+
+def changing() -> tuple[NICE, Gaussian]:
+    flow = NICE(2, couplings=2, **SMALL)
+    flow.transform.parts[0].net = _Doubled()
+    flow.transform.parts[1].requires_grad_(False)
+    return flow, Gaussian([0.5, -1.0], scale=0.7, dtype=F64)
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_change_of_what_was_traced_is_seen(name: str, no_compiler: None) -> None:
+    objective, (flow, energy) = CompiledKL(), changing()
+    check_same_numbers(objective, flow, energy)
+    CHANGES[name](flow, energy)
+    check_same_numbers(objective, flow, energy)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_loss_without_gradients(context: Callable[[], Any], no_compiler: None) -> None:
+    flow, energy = FLOWS["nice"]()
+    with context():
+        ours, theirs = (one(flow, energy, 32, generator=seeded_generator(1))[0] for one in (CompiledKL(), ReverseKL()))
+    torch.testing.assert_close(ours, theirs)
+    assert not ours.requires_grad
+    objective = CompiledKL()
+    with context():
+        objective(flow, energy, 32)
+    check_same_numbers(objective, flow, energy)
+
+
+class _Branching(Energy):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.square().sum(-1) if float(x.detach().mean()) > 0.0 else x.abs().sum(-1)
+
+
+def test_what_cannot_be_traced_is_named(no_compiler: None) -> None:
+    flow = NICE(2, **SMALL)
+    with pytest.raises(RuntimeError, match=r"NICE with _Branching cannot be compiled; use ReverseKL\(\)"):
+        CompiledKL()(flow, _Branching((2,)).double())
+    with pytest.raises(ValueError, match="one dtype"):
+        CompiledKL()(flow, Gaussian([0.5, -1.0]))
 
 
 def test_mutant_with_a_temperature_of_its_own_is_caught(monkeypatch: pytest.MonkeyPatch, no_compiler: None) -> None:

@@ -454,6 +454,50 @@ def test_path_in_one_pass_is_that_through_the_inverse(name: str) -> None:
     found = torch.autograd.grad((weights * path).sum(), trained, retain_graph=True, materialize_grads=True)
     there = torch.autograd.grad((weights * expected).sum(), trained, materialize_grads=True)
     torch.testing.assert_close(found, there, **close(name, 1e-8))
+    in_two = flow.push_path(z.reshape(2, 3, -1))[2]
+    by_row = torch.stack([flow.push_path(row)[2] for row in z])
+    for other in (in_two.flatten(), by_row):
+        torch.testing.assert_close(other, path, **close(name, 1e-9))
+        again = torch.autograd.grad((weights * other).sum(), trained, materialize_grads=True)
+        torch.testing.assert_close(again, found, **close(name, 1e-8))
+
+
+class _Scaled(Flow):
+    """A flow with layers and, after them, a factor of its own."""
+
+    def push(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        xy, log_q = super().push(z)
+        return 2.0 * xy, log_q - self.dim * math.log(2.0)
+
+    def log_prob(self, xy: Tensor) -> Tensor:
+        return super().log_prob(xy / 2.0) - self.dim * math.log(2.0)
+
+
+def test_path_of_a_flow_with_a_push_of_its_own_is_of_that_push() -> None:
+    flow, z = stirred(_Scaled([AdditiveCoupling(2, hidden=(8,), dtype=F64)], 2, 2)), noise(4, 2)
+    xy, log_q, path = flow.push_path(z)
+    torch.testing.assert_close((xy, log_q, path), (*flow.push(z), flow.log_prob(xy)))
+
+
+class _Constant(nn.Module):
+    """A conditioner that looks at nothing and learns nothing."""
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("value", value)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.get_buffer("value").expand(*z.shape[:-1], -1)
+
+
+def test_path_through_constant_couplings() -> None:
+    layers = [Shift(noise(2)), AdditiveCoupling(2, _Constant(noise(1))), AffineCoupling(2, _Constant(noise(2)))]
+    flow = Flow(layers, 2, 2)
+    xy, _, path = flow.push_path(noise(4, 2))
+    found, expected = (
+        torch.autograd.grad(p.sum(), list(flow.parameters()), retain_graph=True) for p in (path, flow.path_log_prob(xy))
+    )
+    torch.testing.assert_close(found, expected)
 
 
 @flows

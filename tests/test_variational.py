@@ -414,6 +414,25 @@ def test_loop_refuses_what_does_not_fit() -> None:
         fit_flow(redundant().requires_grad_(False), DoubleWell(dtype=F64))
 
 
+class _Elsewhere(nn.Module):
+    """A loss of the objective's own parameter, or of nothing at all."""
+
+    def __init__(self, learned: bool) -> None:
+        super().__init__()
+        self.c = nn.Parameter(torch.ones((), dtype=F64), requires_grad=learned)
+
+    def forward(self, flow: Flow, energy: Energy, **options: object) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.c.square(), {}
+
+
+@pytest.mark.parametrize("learned", [True, False])
+@pytest.mark.parametrize("most", [None, 1.0])
+def test_loop_refuses_a_loss_that_does_not_reach_the_flow(learned: bool, most: float | None) -> None:
+    loop = fit_flow(redundant(), DoubleWell(dtype=F64), _Elsewhere(learned), max_grad_norm=most, progress=False)
+    with pytest.raises(ValueError, match="reaches no parameter of the flow"):
+        next(loop)
+
+
 def test_frozen_parameters_stay() -> None:
     flow = redundant()
     flow.linear.requires_grad_(False)

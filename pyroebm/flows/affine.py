@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from pyroebm.flows.bijection import Bijection, check_event
+from pyroebm.flows.bijection import Bijection, check_event, pulled_back
 from pyroebm.networks import mlp
 
 __all__ = ["AffineCoupling", "Loft", "coupling_mask", "coupling_masks"]
@@ -165,10 +165,10 @@ class AffineCoupling(Bijection):
         at_passing, at_moved = score.index_select(-1, self.passing), score.index_select(-1, self.moved)
         with torch.no_grad():
             shrunk = at_moved * (-log_scale).exp()
-            pulls = (at_moved * moved + 1.0, shrunk)
-        (pulled,) = torch.autograd.grad((log_scale, shift), passing, pulls, retain_graph=True, materialize_grads=True)
+            weights = (at_moved * moved + 1.0, shrunk)
         x = self._join(passing, moved * log_scale.exp() + shift)
-        return x, log_scale.sum(-1), self._join(at_passing - pulled, shrunk)
+        carried = self._join(at_passing - pulled_back(weights, (log_scale, shift), passing), shrunk)
+        return x, log_scale.sum(-1), carried
 
 
 class Loft(Bijection):

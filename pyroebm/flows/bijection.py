@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from pyro.distributions import TransformModule
 from torch import Tensor
@@ -9,13 +11,20 @@ from torch.distributions import constraints
 
 from pyroebm.networks import frozen
 
-__all__ = ["Bijection", "check_event"]
+__all__ = ["Bijection", "check_event", "pulled_back"]
 
 
 def check_event(z: Tensor, dim: int) -> None:
     """ValueError unless the last dimension of ``z`` is ``dim``."""
     if z.dim() < 1 or z.shape[-1] != dim:
         raise ValueError(f"the input must have shape (*batch, dim) with dim={dim}, got shape {tuple(z.shape)}")
+
+
+def pulled_back(weights: Sequence[Tensor], outputs: Sequence[Tensor], z: Tensor) -> Tensor:
+    """The gradient in ``z`` of the weighted sum of the outputs, whose graph is kept: 0 where they do not depend on it."""
+    if not any(output.requires_grad for output in outputs):
+        return torch.zeros_like(z)
+    return torch.autograd.grad(outputs, z, weights, retain_graph=True, materialize_grads=True)[0]
 
 
 class Bijection(TransformModule):
@@ -59,8 +68,8 @@ class Bijection(TransformModule):
         "Fast and unified path gradient estimators for normalizing flows", 2024). It is constant: no gradient flows through it.
 
         Args:
-            z: shape ``(n, D)``, requiring a gradient.
-            score: of the density of z, there: shape ``(n, D)``.
+            z: shape ``(*batch, D)``, requiring a gradient.
+            score: of the density of z, there: shape ``(*batch, D)``.
         """
         x, log_det = self.with_log_det(z)
         with frozen(self):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from pyroebm.flows.bijection import Bijection, check_event
+from pyroebm.flows.bijection import Bijection, check_event, pulled_back
 from pyroebm.networks import mlp
 
 __all__ = ["AdditiveCoupling"]
@@ -90,8 +90,8 @@ class AdditiveCoupling(Bijection):
         passing, moved, shift = self._parts(z)
         first, rest = score.split((self.cut, self.dim - self.cut), dim=-1)
         at_passing, at_moved = (rest, first) if self.flip else (first, rest)
-        (pulled,) = torch.autograd.grad(shift, passing, at_moved, retain_graph=True, materialize_grads=True)
-        return self._join(passing, moved + shift), z.new_zeros(z.shape[:-1]), self._join(at_passing - pulled, at_moved)
+        carried = self._join(at_passing - pulled_back([at_moved], [shift], passing), at_moved)
+        return self._join(passing, moved + shift), z.new_zeros(z.shape[:-1]), carried
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         """Zero for every event: ``(*batch, D), (*batch, D) -> (*batch)``."""

@@ -152,7 +152,8 @@ class Flow(Saved):
     def push_path(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """:meth:`push`, and :meth:`path_log_prob` of what it gives: of layers that are a :class:`Bijection` in one pass."""
         layers = [layer for layer in self.transform.parts if isinstance(layer, Bijection)]
-        if len(layers) < len(self.transform.parts) or not torch.is_grad_enabled():
+        own = type(self).push is not Flow.push or type(self).log_prob is not Flow.log_prob  # the layers are not all of it then
+        if own or len(layers) < len(self.transform.parts) or not torch.is_grad_enabled():
             xy, log_q = self.push(z)
             return xy, log_q, self.path_log_prob(xy)
         self._check(z, "z", self.total_dim)

@@ -83,9 +83,9 @@ class PLULinear(Bijection):
     def with_score(self, z: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         with torch.no_grad():
             lower, upper = self.factors()
-            columns = torch.linalg.solve_triangular(upper.T, score.T, upper=False)
+            columns = torch.linalg.solve_triangular(upper.T, score.reshape(-1, self.dim).T, upper=False)
             columns = torch.linalg.solve_triangular(lower.T, columns, upper=True, unitriangular=True)
-        return *self.with_log_det(z), columns[self.order].T
+        return *self.with_log_det(z), columns[self.order].T.reshape(score.shape)
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         """The same for every event: ``(*batch, D), (*batch, D) -> (*batch)``."""

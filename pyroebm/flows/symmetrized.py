@@ -104,11 +104,6 @@ class Symmetrized(Flow):
         g = (z[..., -1:] > log_pi.exp().cumsum(0)).sum(-1, keepdim=True).clamp(max=len(log_pi) - 1)
         return self._images(xy, self.elements[g]).squeeze(-2), self._log_density(xy, log_q, g, log_pi).squeeze(-1)
 
-    def push_path(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """:meth:`push`, and :meth:`path_log_prob` of what it gives."""
-        xy, log_q = self.push(z)
-        return xy, log_q, self.path_log_prob(xy)
-
     def log_prob(self, xy: Tensor) -> Tensor:
         r""":math:`\log q(x, y)`, through G inverses: ``(*batch, D) -> (*batch)``."""
         self._check(xy, "xy", self.total_dim)

@@ -123,9 +123,11 @@ def _adam(parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.Optimize
 
 def _grad_norm(parameters: list[nn.Parameter], most: float | None) -> Tensor:
     """The norm of the gradient, which is then clipped to ``most``."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if not gradients:
+        raise ValueError("the loss of objective reaches no parameter of the flow that requires a gradient: each has grad None")
     if most is not None:
         return nn.utils.clip_grad_norm_(parameters, most)
-    gradients = [p.grad for p in parameters if p.grad is not None]
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
 
 
@@ -172,7 +174,8 @@ def fit_flow(
         step, loss and facts: those of the objective, ``beta``, ``lr``, ``grad_norm`` and ``skipped`` (steps skipped so far).
 
     Raises:
-        ValueError: if an argument is out of range, or the flow does not fit the energy; at the call, not in the loop.
+        ValueError: if an argument is out of range, or the flow does not fit the energy; at the call, not in the loop. In the
+            loop, if the loss reaches no parameter of the flow.
         FloatingPointError: in the loop, if a loss or gradient is not finite, naming step and facts.
 
     Example:
@@ -213,7 +216,8 @@ def fit_flow(
             chosen.zero_grad()
             with eval_mode(energy):
                 loss, seen = objective(flow, energy, num_samples=num_samples, beta=beta, generator=generator)
-            loss.backward(inputs=parameters)
+            if loss.requires_grad:
+                loss.backward(inputs=parameters)
             norm = float(_grad_norm(parameters, max_grad_norm))
             value, facts = float(loss.detach()), {name: float(fact) for name, fact in seen.items()}
             facts |= {"beta": beta, "lr": top[0] * fall, "grad_norm": norm}
