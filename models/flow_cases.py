@@ -18,6 +18,7 @@ from pyroebm import HMC, MCMC, FlowGuide
 from pyroebm.energy import Energy
 from pyroebm.flows import NICE, AutoregressiveFlow, Flow, FlowReport, RealNVP, RedundantNICE, SplineFlow, judge_flow
 from pyroebm.objectives import AnnealedReweighting, ReverseKL, fit_flow
+from pyroebm.randomness import seeded_generator
 from pyroebm.targets import DoubleWell, Funnel, GaussianMixture, ManyWell, Phi4
 
 __all__ = ["CASES", "Case", "Fitted"]
@@ -98,15 +99,48 @@ def right_mass(report: FlowReport, energy: Energy) -> Facts:
     return {"error of the right mass": (float(value) - energy.right_mass, float(error))}  # type: ignore[arg-type, operator]
 
 
-def many_well(pairs: int, seed: int, quick: bool) -> Fitted:
+class TurnedManyWell(ManyWell):
+    """Many wells whose coordinates are turned by an orthogonal matrix drawn at random: x = R (a_1, b_1, ...)."""
+
+    turn: Tensor
+
+    def __init__(self, pairs: int, dtype: torch.dtype | None = None) -> None:
+        super().__init__(pairs, dtype)
+        noise = torch.randn(2 * pairs, 2 * pairs, dtype=torch.float64, generator=seeded_generator(0))
+        self.register_buffer("turn", torch.linalg.qr(noise).Q.to(self.dtype))
+
+    def straight(self, x: Tensor) -> Tensor:
+        """The coordinates of the wells."""
+        return x @ self.turn
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.straight(x))
+
+    def mode_of(self, x: Tensor) -> Tensor:
+        return super().mode_of(self.straight(x))
+
+    @property
+    def mean(self) -> Tensor:
+        return self.turn @ super().mean
+
+    @property
+    def variance(self) -> Tensor:
+        return self.turn.square() @ super().variance
+
+    def _draw(self, n: int, generator: torch.Generator | None) -> Tensor:
+        return super()._draw(n, generator) @ self.turn.T
+
+
+def many_well(kind: type[ManyWell], pairs: int, seed: int, quick: bool) -> Fitted:
     flow = SplineFlow(2 * pairs, layers=4, hidden=(128,), dtype=torch.float32, seed=seed)
     settings: dict[str, Any] = {"objective": ReverseKL(gradient="total"), "steps": 2000, "num_samples": 256, "lr": 3e-3}
-    return train(lambda dtype: ManyWell(pairs, dtype=dtype), flow, seed, quick, **settings)
+    return train(lambda dtype: kind(pairs, dtype=dtype), flow, seed, quick, **settings)
 
 
 def left_masses(report: FlowReport, energy: Energy) -> Facts:
     """The mass of a < 0, over the pairs; and of the pair that is worst."""
-    left: Callable[[Tensor], Tensor] = lambda x: (x[:, ::2] < 0.0).double()  # noqa: E731
+    straight = getattr(energy, "straight", lambda x: x)
+    left: Callable[[Tensor], Tensor] = lambda x: (straight(x)[:, ::2] < 0.0).double()  # noqa: E731
     each, errors = report.weighted.expectation(left)
     mean, error = report.weighted.expectation(lambda x: left(x).mean(1))
     worst = int((each - energy.left_mass).abs().argmax())  # type: ignore[operator]
@@ -219,8 +253,14 @@ def against_chains(fitted: Fitted, n: int, seed: int, quick: bool) -> tuple[Flow
 
 CASES: dict[str, Case] = {
     "double-well": Case("double well, redundant NICE D = 2", double_well, "x", lambda x: x, right_mass),
-    "many-well-6": Case("Many-Well-6, splines", lambda s, q: many_well(3, s, q), "$a_1$", lambda x: x[:, 0], left_masses),
-    "many-well-32": Case("Many-Well-32, splines", lambda s, q: many_well(16, s, q), "$a_1$", lambda x: x[:, 0], left_masses),
+    **{
+        name: Case(title, functools.partial(many_well, kind, pairs), label, lambda x: x[:, 0], left_masses)
+        for name, title, kind, pairs, label in (
+            ("many-well-6", "Many-Well-6, splines", ManyWell, 3, "$a_1$"),
+            ("many-well-6-turned", "Many-Well-6, turned, splines", TurnedManyWell, 3, "$x_1$"),
+            ("many-well-32", "Many-Well-32, splines", ManyWell, 16, "$a_1$"),
+        )
+    },
     "grid-9": Case(
         "9 modes, splines", lambda s, q: mixture(GaussianMixture.grid, 1.5, 0.02, s, q), "x", lambda x: x
     ),
