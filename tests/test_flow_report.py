@@ -62,6 +62,7 @@ def test_a_flow_inside_one_well_is_seen_through() -> None:
     assert report.eubo.value > energy.log_z + 1.0
     said = "\n".join(report.findings)
     assert "missing: 1 of 2 modes, 6.65 % of the mass" in said
+    assert "1: 0.0000, 0.0000 (0.0665)" in str(report)
     assert "standard errors from the exact one" in said
     assert "forward ESS" in said
     assert str(report).endswith(said)

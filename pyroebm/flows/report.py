@@ -85,8 +85,13 @@ class FlowReport:
                 f"energy distance {self.energy_distance}, after weighting {self.corrected_distance}",
                 f"discrepancy {self.discrepancy}",
             ]
-        if self.coverage_entropy is not None:
-            lines.append(f"mode-coverage entropy {self.coverage_entropy:.4f}")
+        if self.mode_weights is not None and self.mode_shares is not None and self.weighted_shares is not None:
+            apart = (self.weighted_shares - self.mode_weights).abs()
+            shown = range(len(apart)) if len(apart) <= 9 else [int(apart.argmax())]  # of many the one that is worst
+            lines.append(f"mode-coverage entropy {self.coverage_entropy:.4f}; mass of modes, drawn, weighted (true):")
+            lines += [
+                f"  {k}: {self.mode_shares[k]:.4f}, {self.weighted_shares[k]:.4f} ({self.mode_weights[k]:.4f})" for k in shown
+            ]
         return "\n".join([*lines, f"{self.evaluations} evaluations of the target", *self.findings])
 
 
