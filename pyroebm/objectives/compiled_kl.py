@@ -24,8 +24,9 @@ class CompiledKL(ReverseKL):
     thousand steps on. The graph reads the parameters and buffers of the flow and the energy, so that changing them in place is
     seen. It is made anew where one of them or a module is replaced, where what is trained changes, and between training and
     evaluation. What else Python decided while tracing (attributes, such as the ``steps`` of
-    :class:`~pyroebm.flows.EquivariantFlow`, and branches) is not looked at again, and hooks, such as counters of calls, do not
-    run. The gradient is that in the flow's parameters alone, and there are no second derivatives.
+    :class:`~pyroebm.flows.EquivariantFlow`, and branches) is not looked at again, nor another ``.data`` of a tensor that is not
+    trained, as ``energy.double()`` puts there; and hooks, such as counters of calls, do not run. The gradient is that in the
+    flow's parameters alone, and there are no second derivatives.
 
     Args:
         entropy, gradient: as in :class:`ReverseKL`.
@@ -43,9 +44,8 @@ class CompiledKL(ReverseKL):
 
     def __init__(self, entropy: str = "sampled", gradient: str = "stl") -> None:
         super().__init__(entropy, gradient)
-        self._known: tuple[tuple[Any, ...], list[Tensor], _Traced, Callable[..., tuple[Tensor, ...]]] | None = (
-            None  # the last graph
-        )
+        #: the last graph
+        self._known: tuple[tuple[Any, ...], list[Tensor], _Traced, Callable[..., tuple[Tensor, ...]]] | None = None
 
     def estimate(self, flow: Flow, energy: Energy, z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         beta, plain = (energy.beta, energy.energy) if isinstance(energy, Tempered) else (1.0, energy)
