@@ -20,7 +20,6 @@ __all__ = [
     "Compressed",
     "Conditioned",
     "check_weighable",
-    "is_compressed",
     "Unnormalized",
     "Relaxed",
     "Unconstrained",
@@ -215,14 +214,9 @@ class Compressed(Energy):
         return self.energy.initial(n, generator)
 
 
-def is_compressed(energy: Energy) -> bool:
-    """Whether an energy, or one that it is made of, is :class:`Compressed`: its values are no log density's."""
-    return any(isinstance(module, Compressed) for module in energy.modules())
-
-
 def check_weighable(energy: Energy) -> None:
-    """ValueError if the energy is :class:`Compressed`, for all that makes weights or log Z of its values."""
-    if is_compressed(energy):
+    """ValueError if an energy, or one that it is made of, is :class:`Compressed`: for what makes weights or log Z of its values."""
+    if any(isinstance(module, Compressed) for module in energy.modules()):
         raise ValueError("energy must not be Compressed: its values are for gradients, and weights made of them are wrong")
 
 

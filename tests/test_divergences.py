@@ -25,7 +25,7 @@ from pyroebm.objectives import (
 )
 from pyroebm.partition import ais, bridge, quadrature, smc
 from pyroebm.targets import DoubleWell, Gaussian, GaussianMixture
-from pyroebm.views import Compressed, is_compressed
+from pyroebm.views import Compressed, check_weighable
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -269,8 +269,7 @@ def test_compressed_above_its_height_alone() -> None:
 
 def test_no_weight_is_made_of_a_compressed_energy() -> None:
     energy = Compressed(DoubleWell(), 3.0)
-    assert is_compressed(0.5 * energy)
-    assert not is_compressed(DoubleWell())
+    check_weighable(DoubleWell())
     for hidden in (energy, 0.5 * energy):
         with pytest.raises(ValueError, match="must not be Compressed"):
             importance_sample(RedundantNICE(1, 2), hidden, 100)
