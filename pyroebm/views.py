@@ -215,7 +215,7 @@ class Compressed(Energy):
 
 
 def check_weighable(energy: Energy) -> None:
-    """ValueError if an energy, or one that it is made of, is :class:`Compressed`: for what makes weights or log Z of its values."""
+    """ValueError if an energy, or one that it is made of, is :class:`Compressed`: for what makes weights or log Z of values."""
     if any(isinstance(module, Compressed) for module in energy.modules()):
         raise ValueError("energy must not be Compressed: its values are for gradients, and weights made of them are wrong")
 
