@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from models import particles
+from models.recipe import counted
 from pyroebm import HMC, MCMC, FlowGuide
 from pyroebm.energy import Energy
 from pyroebm.flows import NICE, AutoregressiveFlow, Flow, FlowReport, RealNVP, RedundantNICE, SplineFlow, judge_flow
@@ -80,11 +81,11 @@ def train(
 ) -> Fitted:
     """Train a flow by ``fit_flow`` in its own dtype, and hand over both in float64."""
     energy, began = make(flow.dtype), time.process_time()
-    with particles.counted(energy) as rows:
+    with counted(energy) as rows:
         for _ in fit_flow(flow, energy, **{**settings, **(QUICK if quick else {})}, seed=seed, progress=False):
             pass
     seconds, exact = time.process_time() - began, make(torch.float64)
-    with particles.counted(exact) as reference_rows:
+    with counted(exact) as reference_rows:
         reference = None if draws is None else draws(exact, seed + 1000, quick)
     return Fitted(flow.double(), exact, rows[0], seconds, reference, reference_rows[0])
 

@@ -6,17 +6,17 @@ import copy
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from models.recipe import counted
 from pyroebm import HMC, MCMC
 from pyroebm.diagnostics import ess_bulk, r_hat
 from pyroebm.distances import Estimate, energy_distance
-from pyroebm.energy import Energy, value_and_grad
+from pyroebm.energy import value_and_grad
 from pyroebm.flows import EquivariantFlow, FlowEnergy, FlowReport, judge_flow
 from pyroebm.kernels import ParallelTempering
 from pyroebm.objectives import ForwardKL, fit_flow, match_flow
@@ -25,7 +25,7 @@ from pyroebm.randomness import seeded_generator, standard_normal, uniform
 from pyroebm.targets import DW4, Gaussian, LennardJones
 from pyroebm.targets.particles import Particles
 
-__all__ = ["SYSTEMS", "Case", "Judgement", "Reference", "System", "case", "counted", "judged", "moved", "reference", "trained"]
+__all__ = ["SYSTEMS", "Case", "Judgement", "Reference", "System", "case", "judged", "moved", "reference", "trained"]
 
 F64 = torch.float64
 
@@ -105,21 +105,6 @@ class Judgement:
     inversion: float  #: largest of |z - flow^-1(flow(z))|
     evaluations: int
     seconds: float
-
-
-@contextmanager
-def counted(energy: Energy) -> Iterator[list[int]]:
-    """Counts rows of which the energy is asked, within: ``with counted(energy) as rows: ...; rows[0]``."""
-    rows = [0]
-
-    def count(module: torch.nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        rows[0] += output.numel()
-
-    hook = energy.register_forward_hook(count)
-    try:
-        yield rows
-    finally:
-        hook.remove()
 
 
 def distances(energy: Particles, u: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,12 +19,13 @@ import matplotlib.pyplot as plt
 import torch
 import tyro
 from matplotlib.figure import Figure
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyroebm.distributed import connected_ranks, process_group
+from pyroebm.energy import Energy
 from pyroebm.partition import LogZ
 
-__all__ = ["Kind", "Recipe", "run"]
+__all__ = ["Kind", "Recipe", "counted", "run"]
 
 #: What a number is: known to rounding, of random error, or on average below or above the truth.
 Kind = Literal["exact", "estimate", "lower", "upper"]
@@ -92,6 +93,22 @@ class Recipe:
         facts = {"name": self.name, "seed": self.seed, "seconds": seconds, "config": self.config, "metrics": self.metrics}
         self.text("metrics.json", json.dumps(facts, indent=2, allow_nan=False, default=str) + "\n")
         print(f"{self.name}: {seconds:.0f} s, written to {self.out}/metrics.json")
+
+
+@contextlib.contextmanager
+def counted(energy: Energy) -> Iterator[list[int]]:
+    """Counts rows of which the energy is asked, within: ``with counted(energy) as rows: ...; rows[0]``. A row is one evaluation,
+    with its gradient or not; what a compiled graph computes is not seen."""
+    rows = [0]
+
+    def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        rows[0] += output.numel()
+
+    hook = energy.register_forward_hook(count)
+    try:
+        yield rows
+    finally:
+        hook.remove()
 
 
 def run(main: Callable[..., None]) -> None:

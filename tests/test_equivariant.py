@@ -12,6 +12,7 @@ from checks import mean_and_se, within_se
 from torch import Tensor
 
 from models import particles
+from models.recipe import counted
 from pyroebm.flows import EquivariantFlow, PairField, importance_sample
 from pyroebm.objectives import ForwardKL, ReverseKL, fit_flow, match_flow
 from pyroebm.randomness import seeded_generator, standard_normal, uniform
@@ -440,7 +441,7 @@ def _with_mean(values: Tensor, truth: Tensor) -> tuple[Any, Tensor, Any]:
 
 def test_rows_asked_of_an_energy_are_counted() -> None:
     energy = DW4(F64)
-    with particles.counted(energy) as rows:
+    with counted(energy) as rows:
         energy(noise(3, 5, 6))
         (2.0 * energy)(noise(7, 6))
     energy(noise(2, 6))

@@ -103,6 +103,8 @@ def test_redundant_latents_have_two_effective_sizes() -> None:
         flow.linear.below[1, 0] = 0.8  # y = .8 z1 + z2, x = z1: q(x) is the target itself
     report = judge_flow(flow, Gaussian(0.0), n=20_000)
     assert report.marginal_ess == pytest.approx(1.0, abs=1e-6)
+    assert report.redundancy_gap == pytest.approx(1.0 - report.weighted.ess_fraction, abs=1e-6)
+    assert f"(gap {report.redundancy_gap:.4f})" in str(report)
     assert report.weighted.ess_fraction < 0.8
     assert report.weighted.log_z == pytest.approx(0.5 * math.log(2 * math.pi), abs=5 * report.weighted.log_z_se)
 

@@ -15,9 +15,11 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 import tyro
+from checks import within_se
 from matplotlib import image
 
 from models.recipe import Recipe
+from pyroebm.targets import ManyWell
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted(
@@ -261,6 +263,31 @@ def test_particles_are_judged_as_the_run_is(monkeypatch: pytest.MonkeyPatch) -> 
         with pytest.raises(KeyboardInterrupt):
             flow_cases.against_chains(fitted, 1000, 0, quick)
     assert asked == [{"quick": False}, {"quick": True}]
+
+
+def test_wells_that_are_turned_are_the_same_wells() -> None:
+    from models.flow_cases import TurnedManyWell
+
+    turned, plain = TurnedManyWell(2, torch.float64), ManyWell(2, dtype=torch.float64)
+    assert turned.log_z == plain.log_z
+    x = turned.sample(20_000, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(turned(x), plain(turned.straight(x)))
+    assert torch.equal(turned.mode_of(x), plain.mode_of(turned.straight(x)))
+    torch.testing.assert_close(turned.straight(x) @ turned.straight(x).T, x @ x.T)
+    assert not torch.equal(turned.mode_of(x), plain.mode_of(x))
+    within_se(x.mean(0), turned.mean, (turned.variance / 20_000).sqrt())
+    square = (x - turned.mean).square()
+    within_se(square.mean(0), turned.variance, square.std(0) / 20_000**0.5)
+
+
+def test_the_table_of_flows_says_what_the_seeds_say() -> None:
+    from models.boltzmann_flows import COLUMNS, table
+
+    seeds = [{"error of log Z": (0.01, 0.002), "extended ESS": (0.5, None), "EUBO less ELBO": (1.0, 0.1)},
+             {"error of log Z": (-0.03, 0.004), "extended ESS": (0.25, None), "EUBO less ELBO": (3.0, 0.4)}]  # fmt: skip
+    row = table({"funnel": seeds}).splitlines()[2].split(" | ")
+    assert len(row) == len(COLUMNS) + 1
+    assert row[1:6] == ["+0.01 ± 0.002, -0.03 ± 0.004", "0.25 to 0.5", "-", "-", "1 to 3 ± 0.4"]
 
 
 def test_targets_that_nobody_knows_are_named(tmp_path: Path) -> None:

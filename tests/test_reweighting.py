@@ -142,26 +142,15 @@ def test_temperature_and_tempering_against_closed_forms() -> None:
 
 
 def test_draws_of_weight_0_count_against_the_effective_sample_size() -> None:
-    """Where few draws are possible nothing is reached: their share is the bound of what any tempering has."""
-    flow, objective = NICE(1), AnnealedReweighting(0.3, 10_000)
-    _, facts = objective(flow, _Wall(1.0), num_samples=2, generator=seeded())
-    share = 0.5 * math.erfc(1.0 / math.sqrt(2.0))
-    assert float(facts["ess_fraction"]) == pytest.approx(share, rel=0.1)
+    """Of N(2, 1) a share of 0.16 is below the wall, the bound of what any tempering has: nothing is reached."""
+    flow, energy, share = normal_flow(2.0, 1.0), Walled(math.inf), 0.5 * math.erfc(1.0 / math.sqrt(2.0))
+    objective = AnnealedReweighting(0.3, 10_000)
+    _, facts = objective(flow, energy, num_samples=2, generator=seeded())
     assert float(facts["tempering"]) == 0.0
-    _, facts = AnnealedReweighting(0.1, 10_000)(flow, _Wall(1.0), num_samples=2, generator=seeded())
-    assert float(facts["tempering"]) == 1.0
-
-
-class _Wall(Energy):
-    """A normal law on one side of a wall."""
-
-    def __init__(self, wall: float) -> None:
-        super().__init__((1,))
-        self.wall = wall
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.squeeze(-1)
-        return torch.where(x > self.wall, 0.5 * x.square(), math.inf)
+    assert objective.fitted is not None
+    within_se(len(objective.fitted.draws) / 10_000, share, math.sqrt(share * (1.0 - share) / 10_000))
+    _, facts = AnnealedReweighting(0.5 * share, 10_000)(flow, energy, num_samples=2, generator=seeded())
+    assert 0.0 < float(facts["tempering"]) < 1.0  # as far as half of the possible draws, not half of all
 
 
 @pytest.mark.parametrize("make", [AnnealedReweighting, AlphaBootstrap])
@@ -196,8 +185,9 @@ def test_a_linear_flow_becomes_the_gaussian_of_the_temperature(beta: float) -> N
     assert (facts["reached_beta"], facts["tempering"]) == (1.0, 1.0)
     assert facts["ess_fraction"] > 0.99
     matrix = flow.linear.matrix().detach()
-    # 16 batches of 500 from 4,096 draws, averaged over some refreshes: errors of 2 % each
-    torch.testing.assert_close(matrix @ matrix.T, covariance / beta, atol=0.1 / beta, rtol=0)
+    # its error over 12 seeds, at both temperatures in units of the variance at 1
+    error = torch.tensor([[0.019, 0.013], [0.013, 0.014]]) / beta
+    within_se(matrix @ matrix.T, covariance / beta, error)
 
 
 def test_a_flow_that_cannot_carry_the_target_says_at_which_temperature_it_stays() -> None:
@@ -212,7 +202,7 @@ def test_a_flow_that_cannot_carry_the_target_says_at_which_temperature_it_stays(
 
 
 def test_it_keeps_the_mode_that_the_reverse_divergence_leaves_out() -> None:
-    """From the same high temperature. Errors: the mass wanders by some hundredths in so short a run."""
+    """From the same high temperature. Over 8 seeds of so short a run the mass is .22, with a standard deviation of .016."""
     energy = GaussianMixture([[-6.0, 0.0], [6.0, 0.0]], scale=0.5, weights=[0.8, 0.2])
     mass = {}
     for name, objective in (("reverse", ReverseKL()), ("reweighted", AnnealedReweighting(buffer_size=2048))):
@@ -222,7 +212,7 @@ def test_it_keeps_the_mode_that_the_reverse_divergence_leaves_out() -> None:
         x = flow.push(flow.draw_noise(20_000, seeded(3)))[0].detach()
         mass[name] = float((energy.mode_of(x) == 1).double().mean())
     assert mass["reverse"] > 0.99  # all in the smaller of both
-    assert mass["reweighted"] == pytest.approx(0.2, abs=0.08)
+    within_se(mass["reweighted"], 0.2, 0.016)
 
 
 # The buffer
