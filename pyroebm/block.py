@@ -129,6 +129,7 @@ class Block:
         self.warmup = Record(self.state, room, warm_part)
         self.record = Record(self.state, room, part)
         self.count = 0  #: draws of each chain
+        self.moves = torch.zeros(len(start), dtype=torch.long, device=start.device)  #: of them, those in which the chain moved
         self.named, self.moments = named, dict[str, StreamingMoments]()
 
     def warm_up(self) -> None:
@@ -162,15 +163,16 @@ class Block:
             for _ in range(self.plan.thinning):
                 state, info = self.kernel.step(self.moving, state, self.generator)
                 infos.append(info)
-            moments = self.moments
+            info, moments = merged(infos), self.moments
             if self.named is None:
-                self.record.write(state, merged(infos))
+                self.record.write(state, info)
             else:
-                moments = self._observed(self.named(state.x), state, merged(infos))
+                moments = self._observed(self.named(state.x), state, info)
+            moves = self.moves + info.accepted
         except BaseException:
             self.generator.set_state(before)
             raise
-        self.state, self.moments = state, moments
+        self.state, self.moments, self.moves = state, moments, moves
         self.count += 1
         self.record.filled += self.named is None
 
@@ -192,7 +194,10 @@ class Block:
     def state_dict(self, draws: bool = True) -> dict[str, Tensor]:
         """All that the block needs to go on, as tensors; ``draws``: and every draw."""
         tensors: dict[str, Tensor] = {"rng": self.generator.get_state()}
-        said = {name: pack(getattr(self, name), name, tensors) for name in ("state", "kernel", "moments", "warm_left", "count")}
+        said = {
+            name: pack(getattr(self, name), name, tensors)
+            for name in ("state", "kernel", "moments", "warm_left", "count", "moves")
+        }
         said |= {"memory": pack(self.memory, "memory", tensors) if self.warm_left else None}
         for name, record in (("warmup", self.warmup), ("draws", self.record)):
             said[f"{name}_count"] = record.count
@@ -208,6 +213,7 @@ class Block:
         self.state = unpack(said["state"], self.state, tensors)
         self.kernel = unpack(said["kernel"], self.plan.kernel, tensors)
         self.moments = unpack(said["moments"], {"": StreamingMoments.start(self.state.x)}, tensors)
+        self.moves = unpack(said["moves"], self.moves, tensors)
         self.warm_left, self.count, self.memory = said["warm_left"], said["count"], None
         if said["memory"] is not None and self.plan.adaptation is not None:
             _, like = self.plan.adaptation.start(self.plan.kernel, self.target, self.state, self.generator)

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyroebm.stuck import describe_stuck, stuck_chains
+
 __all__ = [
     "arviz",
     "r_hat",
@@ -285,6 +287,9 @@ def verdict(
     """
     chains, count = draws.shape[:2]
     problems = []
+    moves = (draws[:, 1:] != draws[:, :-1]).unsqueeze(2).flatten(2).any(2).sum(1)
+    if stuck := stuck_chains(moves, count - 1):
+        problems.append(describe_stuck(stuck, chains, -stats["lp"][:, -1] if "lp" in stats else None))
     worst_r_hat, bulk, tail = (float(np.max(r_hat(draws))), float(np.min(ess_bulk(draws))), float(np.min(ess_tail(draws))))
     if chains < 2:
         problems.append("One chain alone cannot show that it mixed; run at least 4.")
@@ -295,8 +300,8 @@ def verdict(
     if not (bulk >= min_ess and tail >= min_ess):
         problems.append(f"The effective sample size should be at least {min_ess:.0f}; draw more.")
     diverging = int(stats["diverging"].sum())
-    if diverging:
-        problems.append(f"{diverging} of {chains * count} draws diverged: lower the step size, or reparametrise.")
+    if among := int(stats["diverging"][moves > 0].sum()):
+        problems.append(f"{among} of {chains * count} draws diverged: lower the step size, or reparametrise.")
     if "acceptance_rate" in stats and (rate := float(stats["acceptance_rate"].double().mean())) < 0.2:
         way_out = "the step size is too large; lower it, or warm up longer"
         if "step_size" not in stats:

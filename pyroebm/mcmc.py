@@ -19,6 +19,7 @@ from pyroebm.energy import Energy, check_energy
 from pyroebm.front_door import check_counts
 from pyroebm.kernels.adaptation import Adaptation, resolve
 from pyroebm.kernels.base import Kernel, check_kernel
+from pyroebm.kernels.starts import draw_starts
 from pyroebm.randomness import fresh_seed, seeded_generator
 from pyroebm.record import announce, bytes_per_draw
 from pyroebm.results import Results, named
@@ -133,7 +134,7 @@ class MCMC(Results):
         Args:
             energy: the energy to sample; a constrained support is sampled in unconstrained coordinates, a discrete one as it is.
             initial: starting states ``(num_chains, *event)`` in the energy's own (constrained) space; None takes
-                ``energy.initial``.
+                ``energy.initial``, for each chain the first candidate from which a trial leapfrog step is accepted.
             store: a folder to stream the draws to, for runs larger than memory or longer than a machine stays up:
                 :func:`pyroebm.open_run` opens it, :meth:`resume` goes on from it. None keeps the draws in memory.
             checkpoint_every: seconds after which draws and states are written to the folder again.
@@ -150,8 +151,12 @@ class MCMC(Results):
             blocks = []
             for number in self.layout.blocks:
                 chains, generator = self.layout.chains(number), seeded_generator(self.seed, energy.device, number)
-                x = energy.initial(len(chains), generator) if initial is None else initial[chains.start : chains.stop]
-                blocks.append(self._block(number, target, target.unconstrain(x), generator, folder))
+                if initial is None:
+                    draw = functools.partial(_candidates, target, generator)
+                    x = draw_starts(self.plan.kernel, target, draw, len(chains), generator, self.plan.adaptation is not None)
+                else:
+                    x = target.unconstrain(initial[chains.start : chains.stop])
+                blocks.append(self._block(number, target, x, generator, folder))
         self._compile(target, blocks, self.num_samples)
         if folder is not None:
             folder.begin(self.layout, self._facts())
@@ -286,6 +291,7 @@ class MCMC(Results):
                 self._take_turns("warm-up", Block.warm_up, lambda block: block.warm_left)
                 phase = "sampling"
                 self._take_turns("sample", Block.draw, lambda block: goal - block.count)
+            self._warn_of_stuck_chains(stacklevel=4)
         except KeyboardInterrupt:
             self.interrupted = True
             kept = min(block.count for block in self._blocks)
@@ -317,3 +323,7 @@ class MCMC(Results):
                 block.warmup.spill()
                 block.record.spill()
                 self._store.save(number, self._state_of(block, draws=False))
+
+
+def _candidates(target: Unconstrained, generator: torch.Generator, count: int) -> Tensor:
+    return target.unconstrain(target.energy.initial(count, generator))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from pyroebm.block import Block, Layout, Plan
 from pyroebm.record import Record
 from pyroebm.stein import stein_residual
 from pyroebm.streaming import StreamingMoments
+from pyroebm.stuck import describe_stuck, stuck_chains
 from pyroebm.views import Unconstrained, eval_mode
 
 __all__ = ["Results", "named"]
@@ -115,12 +117,23 @@ class Results(AbstractMCMC):
             self._facts(),
         )
 
+    def stuck_chains(self) -> list[int]:
+        """Numbers of the chains (of this process) that never moved after warm-up; see :func:`pyroebm.stuck.stuck_chains`."""
+        if not self._blocks:
+            raise ValueError("nothing was drawn yet: call run(energy) first")
+        return stuck_chains(torch.cat([block.moves for block in self._blocks]), min(block.count for block in self._blocks))
+
+    def _warn_of_stuck_chains(self, stacklevel: int) -> None:
+        if said := describe_stuck(self.stuck_chains(), len(self.state.energy), self.state.energy):
+            warnings.warn(said, RuntimeWarning, stacklevel=stacklevel)
+
     def _facts(self) -> dict[str, Any]:
         facts = {"kernel": type(self.plan.kernel).__name__, "seed": str(self.seed), "thinning": self.plan.thinning}
         return facts | {"num_chains": self.num_chains, "chain_batch_size": self.layout.size}
 
     def summary(self, **options: Any) -> Any:
-        """ArviZ's summary table (a DataFrame) of the draws; options go to ``arviz.summary``."""
+        """ArviZ's summary table (a DataFrame) of the draws; options go to ``arviz.summary``. Warns of chains that never moved."""
+        self._warn_of_stuck_chains(stacklevel=3)
         return diagnostics.summary(self.to_arviz(), **options)
 
     def verdict(self, max_r_hat: float = 1.01, min_ess: float = 400.0) -> diagnostics.Verdict:

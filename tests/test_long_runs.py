@@ -10,6 +10,7 @@ import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyro
@@ -33,7 +34,7 @@ from pyroebm.targets import DoubleWell, Exponential
 
 
 class Stops(Energy):
-    """A normal of two dimensions and unequal scales; evaluation number ``at`` does what it is told to."""
+    """A normal of two dimensions and unequal scales; evaluation number ``at`` of a run's steps does what it is told to."""
 
     def __init__(self, at: int = -1, act: Callable[[], None] | None = None) -> None:
         super().__init__((2,))
@@ -46,10 +47,19 @@ class Stops(Energy):
         return 0.5 * (x**2 * torch.tensor([1.0, 4.0], dtype=x.dtype)).sum(-1)
 
 
+class Counted(MCMC):
+    """Evaluations are counted from the first step on: starts may take any number of them."""
+
+    def _advance(self, *arguments: Any) -> None:
+        if isinstance(self._target.energy, Stops):
+            self._target.energy.calls = 0
+        super()._advance(*arguments)
+
+
 def driven(kernel: Kernel, chains: int = 8, **options: object) -> MCMC:
     """Blocks of 3, 3 and 2 chains; a warm-up long enough for a metric."""
     settings = {"num_samples": 6, "warmup_steps": 62, "seed": 5, "chain_batch_size": 3, "thinning": 2, **options}
-    return MCMC(kernel, num_chains=chains, **settings)  # type: ignore[arg-type]
+    return Counted(kernel, num_chains=chains, **settings)  # type: ignore[arg-type]
 
 
 def assert_same(a: MCMC, b: MCMC) -> None:
@@ -88,7 +98,7 @@ def test_starting_states_are_dealt_to_their_chains() -> None:
 def test_ctrl_c_finds_the_blocks_equally_far_and_nothing_is_lost() -> None:
     whole = driven(MALA(0.5), adaptation=None, warmup_steps=0)
     whole.run(Stops())
-    for at in range(30, 36):  # anywhere within a draw, in any block
+    for at in range(24, 30):  # anywhere within a draw, in any block
         mcmc = driven(MALA(0.5), adaptation=None, warmup_steps=0)
         with pytest.warns(RuntimeWarning, match="interrupted during sampling: [34] draws of each chain"):
             mcmc.run(Stops(at))

@@ -38,6 +38,10 @@ class Stops(Energy):
         return 0.5 * x**2
 
 
+#: Given starts are evaluated once, default ones as often as candidates are tried.
+START = torch.linspace(-1.0, 1.0, 4)
+
+
 @pytest.mark.parametrize("event", [(), (3,), (2, 3, 4)])
 @pytest.mark.parametrize("kernel", [ULA(0.3), MALA(), HMC(), NUTS()], ids=lambda k: type(k).__name__)
 def test_shapes_names_and_types(kernel: object, event: tuple[int, ...]) -> None:
@@ -147,22 +151,22 @@ def test_thinning_keeps_every_kth_draw_and_the_counts_of_the_rest() -> None:
 def test_ctrl_c_keeps_what_was_drawn() -> None:
     mcmc = MCMC(MALA(0.5), num_samples=100, warmup_steps=0, num_chains=4, seed=0)
     energy = Stops(at=40)
-    with pytest.warns(RuntimeWarning, match="interrupted during sampling: 37 draws of each chain were kept"):
-        mcmc.run(energy)
+    with pytest.warns(RuntimeWarning, match="interrupted during sampling: 38 draws of each chain were kept"):
+        mcmc.run(energy, START)
     assert mcmc.interrupted
-    whole = MCMC(MALA(0.5), num_samples=37, warmup_steps=0, num_chains=4, seed=0)
-    whole.run(Stops(at=-1))
+    whole = MCMC(MALA(0.5), num_samples=38, warmup_steps=0, num_chains=4, seed=0)
+    whole.run(Stops(at=-1), START)
     assert torch.equal(mcmc.get_samples()["x"], whole.get_samples()["x"])
     mcmc.run_more(5)
     assert not mcmc.interrupted
-    assert mcmc.to_arviz().posterior["x"].shape == (4, 42)
+    assert mcmc.to_arviz().posterior["x"].shape == (4, 43)
 
 
 def test_ctrl_c_in_warm_up_keeps_the_warm_up() -> None:
     mcmc = MCMC(MALA(0.5), num_samples=100, warmup_steps=50, num_chains=4, seed=0, adaptation=None)
     with pytest.warns(RuntimeWarning, match="interrupted during warm-up: 0 draws"):
-        mcmc.run(Stops(at=20))
-    assert mcmc.get_samples(group_by_chain=True, warmup=True)["x"].shape == (4, 17)
+        mcmc.run(Stops(at=20), START)
+    assert mcmc.get_samples(group_by_chain=True, warmup=True)["x"].shape == (4, 18)
     with pytest.raises(ValueError, match="before its first draw"):
         mcmc.get_samples()
     with pytest.raises(ValueError, match="finished its warm-up"):
@@ -172,8 +176,8 @@ def test_ctrl_c_in_warm_up_keeps_the_warm_up() -> None:
 def test_a_failing_energy_loses_no_draw() -> None:
     mcmc = MCMC(MALA(0.5), num_samples=100, warmup_steps=0, num_chains=4, seed=0)
     with pytest.raises(ArithmeticError):
-        mcmc.run(Stops(at=40, error=ArithmeticError))
-    assert mcmc.get_samples(group_by_chain=True)["x"].shape == (4, 37)
+        mcmc.run(Stops(at=40, error=ArithmeticError), START)
+    assert mcmc.get_samples(group_by_chain=True)["x"].shape == (4, 38)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from checks import within_se
 from safetensors.torch import load_file, save_file
-from test_long_runs import Stops
+from test_long_runs import Counted, Stops
 from torch import Tensor
 
 from pyroebm import MALA, MCMC, StreamingMoments
@@ -127,7 +127,7 @@ def test_a_run_that_keeps_moments_keeps_no_draw_and_has_the_same_ones(tmp_path: 
 
 def test_moments_are_resumed_too(tmp_path: Path) -> None:
     def lean() -> MCMC:
-        return MCMC(MALA(), 30, 20, num_chains=6, seed=0, chain_batch_size=4, keep="moments")
+        return Counted(MALA(), 30, 20, num_chains=6, seed=0, chain_batch_size=4, keep="moments")
 
     whole, broken, other = lean(), lean(), lean()
     whole.run(Stops())

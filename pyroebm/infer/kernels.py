@@ -41,6 +41,9 @@ class _Trajectory(kernels.HMC):
 
     length: float = 2.0 * math.pi
 
+    def probe(self) -> _Trajectory:
+        return self.replace(length=0.0)
+
     def step(self, energy: Energy, state: State, generator: torch.Generator | None = None) -> tuple[State, Info]:
         size = float(torch.as_tensor(self.step_size).mean())
         steps = max(1, min(MAX_STEPS, int(self.length / size)))

@@ -22,6 +22,7 @@ from pyroebm.kernels.base import ContinuousKernel
 from pyroebm.model_energy import ModelEnergy
 from pyroebm.randomness import seeded_generator
 from pyroebm.rowwise import RowwiseEnergy
+from pyroebm.stuck import describe_stuck
 
 __all__ = ["MCMC"]
 
@@ -172,10 +173,10 @@ class MCMC(AbstractMCMC):
             return PotentialEnergy(self.kernel.potential_fn, self.initial_params or {}, self.transforms or {})
         return ModelEnergy(self.kernel.model, *args, **kwargs)
 
-    def _initial(self, energy: RowwiseEnergy, generator: torch.Generator) -> Tensor:
+    def _initial(self, energy: RowwiseEnergy, generator: torch.Generator) -> Tensor | None:
         if isinstance(energy, ModelEnergy) and not self.initial_params:
             strategy = self.kernel.init_strategy
-            return energy.initial(self.num_chains, generator, None if strategy is init_to_uniform else strategy)
+            return None if strategy is init_to_uniform else energy.initial(self.num_chains, generator, strategy)
         given, known = self.initial_params or {}, self.transforms or {}
         if isinstance(energy, ModelEnergy) and known:
             own = energy.constrain(energy.join(given))
@@ -206,6 +207,8 @@ class MCMC(AbstractMCMC):
         divergences = int(self.get_stats()["diverging"].sum())
         print_summary(self._samples, prob=prob)
         print(f"Number of divergences: {divergences}")
+        if said := describe_stuck(self._finished().stuck_chains(), self.num_chains, self._finished().state.energy):
+            print(said)
 
     def to_arviz(self) -> Any:
         """Draws and statistics as ArviZ's InferenceData (DataTree from ArviZ 1.0 on)."""

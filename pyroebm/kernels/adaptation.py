@@ -11,11 +11,12 @@ from torch import Tensor
 from pyroebm.energy import Energy
 from pyroebm.kernels.base import AnyState, Info, Kernel, rows
 from pyroebm.kernels.covariance import PooledCovariance, PooledRows, PooledVariance
-from pyroebm.kernels.step_size import DualAveraging, find_step_size
+from pyroebm.kernels.step_size import DualAveraging, find_step_size, near_the_median, shared_mean
 
 __all__ = ["Adaptation", "WindowAdaptation", "Warmup", "windows"]
 
 METRICS = ("diagonal", "dense", "low_rank")
+STEP_SIZES = ("grouped", "per_chain", "pooled")
 
 
 class Adaptation(Protocol):
@@ -58,25 +59,36 @@ def windows(steps: int, initial: int = 15, first: int = 15, final: int = 50) -> 
 
 
 class Warmup(NamedTuple):
-    """The adaptation's own state between two steps: numbers, tensors and NamedTuples of them; None where nothing is learned."""
+    """The state of the adaptation between two steps: numbers, tensors and NamedTuples of them; None where nothing is learned."""
 
     tuning: DualAveraging | None
     pooled: PooledVariance | PooledCovariance | PooledRows | None
+    together: Tensor | None  #: which chains share one step size, ``(chains,)``
+    moved: Tensor | None  #: which chains moved in this window, ``(chains,)``
+    rates: Tensor | None  #: sum of the acceptance rates of each chain since the step sizes were set anew, ``(chains,)``
     step: int
 
 
 @dataclasses.dataclass(frozen=True)
 class WindowAdaptation:
-    """Step size and metric learned in windows as in Stan (Carpenter et al., 2017), from all chains together.
+    r"""Step sizes and a metric, learned in windows as in Stan (Carpenter et al., 2017) by dual averaging.
 
-    Draws of all chains are pooled, so many chains learn a metric in few steps. A row that met a NaN reports acceptance 0 and
-    stays where it was, so nothing non-finite reaches the adaptation; a window that does not determine a metric keeps the old one.
+    During the windows each chain has a step size of its own, so that a chain that starts in a steep region takes steps small
+    enough to leave it, whatever the others do. After the last window, the chains whose step sizes lie within a factor of 2 of the
+    median share one, tuned to their mean acceptance rate; the others keep their own, and so does a chain that this one leaves at
+    less than a quarter of the acceptance rate aimed at.
+
+    The metric is learned from the draws of all chains together, so many chains learn it in few steps. Chains that have not moved
+    since the window began are left out. A chain that meets a NaN reports acceptance 0 and stays where it was, so nothing
+    non-finite reaches the adaptation; a window that does not determine a metric keeps the old one.
 
     Args:
         target_acceptance: acceptance rate to aim at; None takes the kernel's own.
         metric: what to learn for ``inverse_mass``: "diagonal", the variances; "dense", the covariance; "low_rank", from draws and
             gradients, a diagonal stretched along a few directions; None leaves it as it is. A kernel without one learns none.
-        step_size: "pooled", one for all chains, or "per_chain", one for each.
+        step_size: "grouped", as above; "per_chain", one for each chain throughout; "pooled", one for all, tuned to the harmonic
+            mean of their acceptance rates, which is 0 if that of one chain is (Hoffman, Radul and Sountsov, 2021). Kernels on
+            discrete supports have one for all, tuned to the arithmetic mean.
         initial, first, final: lengths of the first buffer, of the first window and of the last buffer.
         rank: for "low_rank", leading directions to take of the draws, and as many of the gradients.
 
@@ -98,7 +110,7 @@ class WindowAdaptation:
 
     target_acceptance: float | None = None
     metric: Literal["diagonal", "dense", "low_rank"] | None = "diagonal"
-    step_size: Literal["pooled", "per_chain"] = "pooled"
+    step_size: Literal["grouped", "per_chain", "pooled"] = "grouped"
     initial: int = 15
     first: int = 15
     final: int = 50
@@ -109,8 +121,8 @@ class WindowAdaptation:
             raise ValueError(f"target_acceptance must be in (0, 1), got target_acceptance={self.target_acceptance}")
         if self.metric not in (*METRICS, None, False):
             raise ValueError(f"metric must be one of {', '.join(map(repr, METRICS))}, or None, got metric={self.metric!r}")
-        if self.step_size not in ("pooled", "per_chain"):
-            raise ValueError(f"step_size must be 'pooled' or 'per_chain', got step_size={self.step_size!r}")
+        if self.step_size not in STEP_SIZES:
+            raise ValueError(f"step_size must be one of {', '.join(map(repr, STEP_SIZES))}, got step_size={self.step_size!r}")
         if self.rank < 1:
             raise ValueError(f"rank must be at least 1, got rank={self.rank}")
 
@@ -119,10 +131,14 @@ class WindowAdaptation:
     ) -> tuple[Kernel[Any], Warmup]:
         """A kernel with a first guess of the step size, and the adaptation's state."""
         if kernel.target_acceptance is None:
-            return kernel, Warmup(None, None, 0)
+            return kernel, Warmup(None, None, None, None, None, 0)
         pooled = self._empty(kernel, state)
-        size = self._first_guess(kernel, energy, state, generator)
-        return kernel.replace(step_size=size), Warmup(DualAveraging.start(size), pooled, 0)
+        still = torch.zeros(len(state.energy), dtype=torch.bool, device=state.energy.device)
+        together = ~still if self._shares(kernel) else still
+        size = find_step_size(kernel, energy, state, generator, together)
+        return kernel.replace(step_size=size), Warmup(
+            DualAveraging.start(size), pooled, together, still, torch.zeros_like(state.energy, dtype=torch.float64), 0
+        )
 
     def step(
         self,
@@ -149,34 +165,55 @@ class WindowAdaptation:
         generator: torch.Generator | None = None,
     ) -> tuple[Kernel[Any], Warmup]:
         """The kernel for the next step, after step number ``warmup.step`` of ``steps``; the last one fixes the average."""
-        tuning, pooled, step = warmup
-        if tuning is None or kernel.target_acceptance is None:
+        tuning, pooled, together, moved, rates, step = warmup
+        if tuning is None or together is None or moved is None or rates is None or kernel.target_acceptance is None:
             return kernel, warmup._replace(step=step + 1)
         target = kernel.target_acceptance if self.target_acceptance is None else self.target_acceptance
-        rates = info.acceptance_rate
-        tuning = tuning.update(rates.double() if self.step_size == "per_chain" else float(rates.mean()), target)
+        rates = rates + info.acceptance_rate
+        tuning = tuning.update(self._rates(kernel, info.acceptance_rate.double(), together), target)
         kernel = kernel.replace(step_size=tuning.step_size)
-        if pooled is not None:
-            plan = windows(steps, self.initial, self.first, self.final)
-            if any(start <= step < stop for start, stop in plan):
-                grad: Any = rows(state.grad) if hasattr(state, "grad") else None
-                pooled = pooled.update(rows(state.x), grad)
-            if any(step + 1 == stop for _, stop in plan):
-                learned = pooled.metric()
+        plan = windows(steps, self.initial, self.first, self.final)
+        moved = moved | info.accepted
+        if pooled is not None and any(start <= step < stop for start, stop in plan):
+            grad: Any = rows(state.grad) if hasattr(state, "grad") else None
+            pooled = pooled.update(rows(state.x), grad, moved)
+        ends = [stop for _, stop in plan]
+        if step + 1 in ends:
+            moved = torch.zeros_like(moved)
+            if pooled is not None:
+                before = kernel.inverse_mass if isinstance(kernel.inverse_mass, Tensor) else None  # type: ignore[attr-defined]
+                learned = pooled.metric(before)
                 kernel = kernel if learned is None else kernel.replace(inverse_mass=learned)
-                size = self._first_guess(kernel, energy, state, generator)
-                kernel, tuning, pooled = kernel.replace(step_size=size), DualAveraging.start(size), self._empty(kernel, state)
+                pooled = self._empty(kernel, state)
+            if self.step_size == "grouped" and not kernel.discrete and step + 1 == ends[-1]:
+                together = near_the_median(torch.as_tensor(tuning.average))
+            if pooled is not None or self.step_size == "grouped":
+                size = find_step_size(kernel, energy, state, generator, together)
+                kernel, tuning, rates = kernel.replace(step_size=size), DualAveraging.start(size), torch.zeros_like(rates)
         if step + 1 == steps:
             # Dual averaging begins by overshooting: an average of a few steps is worth less than a look at where the chains are.
             few = tuning.steps < 15
-            size = 0.5 * self._first_guess(kernel, energy, state, generator) if few else tuning.average
-            kernel = kernel.replace(step_size=size)
-        return kernel, Warmup(tuning, pooled, step + 1)
+            size = 0.5 * find_step_size(kernel, energy, state, generator, together) if few else tuning.average
+            if self.step_size == "grouped" and not kernel.discrete:
+                together = together if ends else near_the_median(torch.as_tensor(size))
+                left_behind = together & (rates < 0.25 * target * tuning.steps)
+                if bool(left_behind.any()):
+                    together = together & ~left_behind
+                    guess = find_step_size(kernel, energy, state, generator, together)
+                    size = torch.where(left_behind, 0.5 * guess, size)
+            kernel = kernel.replace(step_size=_shared(size, together))
+        return kernel, Warmup(tuning, pooled, together, moved, rates, step + 1)
 
-    def _first_guess(
-        self, kernel: Kernel[Any], energy: Energy, state: AnyState, generator: torch.Generator | None
-    ) -> float | Tensor:
-        return find_step_size(kernel, energy, state, generator, per_chain=self.step_size == "per_chain")
+    def _shares(self, kernel: Kernel[Any]) -> bool:
+        """Whether all chains have one step size from the start."""
+        return self.step_size == "pooled" or kernel.discrete
+
+    def _rates(self, kernel: Kernel[Any], rates: Tensor, together: Tensor) -> float | Tensor:
+        """What dual averaging is told: a number where all chains share a step size, else a rate for each."""
+        if not bool(together.all()):
+            return shared_mean(rates, together)
+        harmonic = self.step_size == "pooled" and not kernel.discrete
+        return float(1.0 / (1.0 / rates).mean() if harmonic else rates.mean())
 
     def _empty(self, kernel: Kernel[Any], state: AnyState) -> PooledVariance | PooledCovariance | PooledRows | None:
         if not self.metric or not hasattr(kernel, "inverse_mass"):
@@ -190,6 +227,14 @@ class WindowAdaptation:
                 " choose 'diagonal' or 'dense'"
             )
         return PooledRows.start(q, self.rank)
+
+
+def _shared(sizes: float | Tensor, together: Tensor) -> float | Tensor:
+    """Step sizes ``(chains,)``, those of the chains in ``together`` as their geometric mean; a number if that is all of them."""
+    if not isinstance(sizes, Tensor):
+        return sizes
+    shared = shared_mean(sizes.log(), together).exp()
+    return float(shared[0]) if bool(together.all()) else shared
 
 
 def resolve(kernel: Kernel[Any], adaptation: Adaptation | Literal["default"] | None) -> Adaptation | None:

@@ -94,6 +94,10 @@ class Kernel(abc.ABC, Generic[S]):
         """A new kernel with some settings changed."""
         return dataclasses.replace(self, **changes)
 
+    def probe(self) -> Self:
+        """The kernel with the shortest trajectory, for a look at the step size."""
+        return self
+
     @abc.abstractmethod
     def init(self, energy: Energy, x: Tensor, generator: torch.Generator | None = None) -> S:
         """The state at ``x`` of shape ``(chains, *event)``; ``generator`` is for kernels that begin with a random momentum.

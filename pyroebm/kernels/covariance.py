@@ -49,17 +49,27 @@ class PooledVariance(NamedTuple):
         """Empty, for rows shaped as ``like`` ``(chains, dim)``."""
         return cls(0, torch.zeros_like(like[0]), torch.zeros_like(like[0]))
 
-    def update(self, q: Tensor, grad: Tensor | None = None) -> PooledVariance:
-        """Add rows ``(chains, dim)``."""
+    def update(self, q: Tensor, grad: Tensor | None = None, moved: Tensor | None = None) -> PooledVariance:
+        """Add rows ``(chains, dim)``, of the chains that ``moved`` (None: of all)."""
+        q = q if moved is None else q[moved]
+        if not len(q):
+            return self
         draws, mean, deviations, gap = _merged(self.draws, self.mean, q)
         return PooledVariance(draws, mean, self.squares + (deviations**2).sum(0) + gap**2)
 
-    def metric(self) -> Tensor | None:
-        """The variances, shrunk towards 1e-3 as if five more draws had said so (Stan's rule)."""
+    def metric(self, before: Tensor | None = None) -> Tensor | None:
+        r"""The variances, drawn towards those ``before`` (None: 1) as if five more draws had said so.
+
+        .. math:: \log v = \frac{n \log s^2 + 5 \log v_0}{n + 5}
+
+        The mean of logarithms has no unit, so that no scale is too small to be learned; a variance of 0 says nothing.
+        """
         if self.draws < 2:
             return None
-        variance = (self.squares / (self.draws - 1)) * (self.draws / (self.draws + 5.0)) + 1e-3 * (5.0 / (self.draws + 5.0))
-        return variance if bool(torch.isfinite(variance).all()) else None
+        old = torch.ones_like(self.squares) if before is None else before.reshape(-1).to(self.squares)
+        variance, weight = self.squares / (self.draws - 1), self.draws / (self.draws + 5.0)
+        learned = torch.where(variance > 0.0, variance.pow(weight) * old.pow(1.0 - weight), old)
+        return learned if bool((torch.isfinite(learned) & torch.isfinite(variance)).all()) else None
 
 
 class PooledCovariance(NamedTuple):
@@ -85,17 +95,22 @@ class PooledCovariance(NamedTuple):
         """Empty, for rows shaped as ``like`` ``(chains, dim)``."""
         return cls(0, torch.zeros_like(like[0]), like.new_zeros(like.shape[1], like.shape[1]))
 
-    def update(self, q: Tensor, grad: Tensor | None = None) -> PooledCovariance:
-        """Add rows ``(chains, dim)``."""
+    def update(self, q: Tensor, grad: Tensor | None = None, moved: Tensor | None = None) -> PooledCovariance:
+        """Add rows ``(chains, dim)``, of the chains that ``moved`` (None: of all)."""
+        q = q if moved is None else q[moved]
+        if not len(q):
+            return self
         draws, mean, deviations, gap = _merged(self.draws, self.mean, q)
         return PooledCovariance(draws, mean, self.squares + deviations.mT @ deviations + gap.outer(gap))
 
-    def metric(self) -> Dense | None:
-        """The covariance, shrunk towards 1e-3 times the identity as if five more draws had said so (Stan's rule)."""
+    def metric(self, before: object = None) -> Dense | None:
+        """The covariance, shrunk towards 1e-3 of its diagonal as if five more draws had said so (Stan's rule, without a unit)."""
         if self.draws < 2:
             return None
-        covariance = self.squares.double() / (self.draws - 1) * (self.draws / (self.draws + 5.0))
-        covariance.diagonal().add_(1e-3 * (5.0 / (self.draws + 5.0)))
+        covariance = self.squares.double() / (self.draws - 1)
+        variance = covariance.diagonal()
+        ridge = 1e-3 * torch.where(variance > 0.0, variance, 1.0)
+        covariance = (self.draws * covariance + 5.0 * ridge.diag()) / (self.draws + 5.0)
         factor, failed = torch.linalg.cholesky_ex(covariance)
         factor = factor.to(self.squares)
         return None if int(failed) or not bool(torch.isfinite(factor).all()) else Dense(factor)
@@ -134,18 +149,25 @@ class PooledRows(NamedTuple):
         """Empty, for rows shaped as ``like`` ``(chains, dim)``."""
         return cls(like.new_zeros(0, *like.shape), like.new_zeros(0, *like.shape), rank)
 
-    def update(self, q: Tensor, grad: Tensor) -> PooledRows:
-        """Add rows ``(chains, dim)`` if it is their turn; where there are too many, every other step is forgotten."""
+    def update(self, q: Tensor, grad: Tensor, moved: Tensor | None = None) -> PooledRows:
+        """Add rows ``(chains, dim)`` if it is their turn, of the chains that ``moved`` (None: of all).
+
+        Where there are too many, every other step is forgotten.
+        """
         draws, grads, every = self.draws, self.grads, self.every
+        if moved is not None:
+            q = torch.where(moved.unsqueeze(1), q, torch.nan)  # left out by metric(): a stack of steps has no ragged rows
         if self.steps % every == 0:
             draws, grads = torch.cat([draws, q.unsqueeze(0)]), torch.cat([grads, grad.unsqueeze(0)])
             if len(draws) > 2 and draws.shape[0] * draws.shape[1] > LIMIT:
                 draws, grads, every = draws[::2], grads[::2], 2 * every
         return PooledRows(draws, grads, self.rank, every, self.steps + 1)
 
-    def metric(self) -> LowRank | None:
+    def metric(self, before: object = None) -> LowRank | None:
         """The scale, and the directions along which it is not enough."""
         x, g = (rows.flatten(0, 1).double() for rows in (self.draws, self.grads))
+        there = ~torch.isnan(x).all(1)
+        x, g = x[there], g[there]
         if len(x) < 2:
             return None
         x, g = x - x.mean(0), g - g.mean(0)

@@ -55,6 +55,9 @@ class ChEES(GradientKernel):
         if not 0.0 < self.trajectory_length < math.inf:
             raise ValueError(f"ChEES: trajectory_length must be positive and finite, got {self.trajectory_length}")
 
+    def probe(self) -> ChEES:
+        return self.replace(trajectory_length=sys.float_info.min)
+
     def own_adaptation(self) -> ChEESAdaptation:
         return ChEESAdaptation()
 
@@ -107,7 +110,7 @@ class ChEESAdaptation:
         0.025
     """
 
-    window: WindowAdaptation = dataclasses.field(default_factory=WindowAdaptation)
+    window: WindowAdaptation = dataclasses.field(default_factory=lambda: WindowAdaptation(step_size="pooled"))
     learning_rate: float = 0.025
 
     def __post_init__(self) -> None:
@@ -125,7 +128,7 @@ class ChEESAdaptation:
                 f"ChEESAdaptation learns across chains and needs at least 2, got {len(state.x)}: take more chains, in blocks"
                 " (chain_batch_size) of two or more, or NUTS"
             )
-        short, warmup = self.window.start(_shortest(kernel), energy, state, generator)
+        short, warmup = self.window.start(kernel.probe(), energy, state, generator)
         log_length = math.log(kernel.trajectory_length)
         return _lengthened(short, kernel.trajectory_length), ChEESMemory(warmup, log_length, log_length)
 
@@ -141,7 +144,7 @@ class ChEESAdaptation:
         """One step of the kernel, and what is learned from it."""
         state, info, trajectory = kernel.step_with_trajectory(energy, state, generator)
         slope = float(_slope(kernel, info, trajectory))
-        short, warmup = self.window.update(_shortest(kernel), energy, state, info, memory.warmup, steps, generator)
+        short, warmup = self.window.update(kernel.probe(), energy, state, info, memory.warmup, steps, generator)
         memory = self._climb(memory._replace(warmup=warmup), slope)
         last = warmup.step == steps
         length = math.exp(memory.log_average if last else memory.log_length)
@@ -156,11 +159,6 @@ class ChEESAdaptation:
         weight = updates**-0.75
         average = weight * log_length + (1.0 - weight) * memory.log_average
         return ChEESMemory(memory.warmup, log_length, average, square, updates)
-
-
-def _shortest(kernel: ChEES) -> ChEES:
-    """For a look at the step size: one leapfrog step."""
-    return kernel.replace(trajectory_length=sys.float_info.min)
 
 
 def _lengthened(kernel: Kernel[Any], length: float) -> ChEES:

@@ -54,6 +54,9 @@ class HMC(GradientKernel):
         if not 0.0 <= self.jitter < 1.0:
             raise ValueError(f"HMC: jitter must be in [0, 1), got jitter={self.jitter}")
 
+    def probe(self) -> HMC:
+        return self.replace(num_steps=1)
+
     def step(self, energy: Energy, state: State, generator: torch.Generator | None = None) -> tuple[State, Info]:
         q = rows(state.x)
         eps = column(self.step_size, q)

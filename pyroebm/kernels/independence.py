@@ -131,7 +131,7 @@ class Jumps(Kernel[JumpsState]):
     r"""A few steps of a local kernel, then one independent proposal (Gabrié, Rotskoff and Vanden-Eijnden, 2022): exact.
 
     The local kernel explores a mode, the jumps move between modes with their weights. ``acceptance_rate`` and
-    ``diverging`` are the local kernel's, which warm-up tunes; ``accepted`` is whether the jump was taken.
+    ``diverging`` are the local kernel's, which warm-up tunes; ``accepted`` is whether the chain moved, by either.
 
     Args:
         kernel: the local kernel, one that warm-up tunes by its step size and metric (such as MALA or HMC).
@@ -204,6 +204,9 @@ class Jumps(Kernel[JumpsState]):
             changes["kernel"] = changes.get("kernel", self.kernel).replace(**inner)
         return super().replace(**changes)
 
+    def probe(self) -> Jumps:
+        return self.replace(kernel=self.kernel.probe(), every=1)
+
     def init(self, energy: Energy, x: Tensor, generator: torch.Generator | None = None) -> JumpsState:
         IndependenceMetropolis(self.proposal).init(energy, x)
         local = self.kernel.init(energy, x, generator)
@@ -224,7 +227,7 @@ class Jumps(Kernel[JumpsState]):
         local = choose(moved, self.kernel.init(energy, choose(moved, after, before).x, generator), local)
         return JumpsState(local.x, local.energy, local), infos[-1]._replace(
             acceptance_rate=torch.stack([info.acceptance_rate for info in infos]).mean(0),
-            accepted=moved,
+            accepted=moved | torch.stack([info.accepted for info in infos]).any(0),
             diverging=torch.stack([info.diverging for info in infos]).any(0) | jump.diverging | ~smooth,
             energy=local.energy,
             n_steps=torch.stack([info.n_steps for info in infos]).sum(0) + 3,

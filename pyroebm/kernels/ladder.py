@@ -149,7 +149,7 @@ def respaced(betas: Tensor, rejection: Tensor) -> tuple[Tensor, np.ndarray]:
 def find_step_sizes(kernel: ParallelTempering, energy: Energy, state: TemperedState, generator: torch.Generator | None) -> Tensor:
     """For each temperature, double or halve until the mean acceptance of one step crosses one half; shape ``(R,)``."""
     inner = kernel.kernel
-    probe = kernel.replace(kernel=inner.replace(max_tree_depth=1)) if hasattr(inner, "max_tree_depth") else kernel
+    probe = kernel.replace(kernel=inner.probe())
     sizes = torch.as_tensor(kernel.step_size, dtype=torch.float64).expand(len(kernel.betas)).clone()
     first: Tensor | None = None
     searching = torch.ones_like(sizes, dtype=torch.bool)

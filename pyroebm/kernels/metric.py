@@ -31,7 +31,7 @@ class Diagonal(NamedTuple):
     r""":math:`M^{-1} = \operatorname{diag}(s)^2`.
 
     Args:
-        scale: s, standard deviations of the target, shape ``(dim,)``.
+        scale: s, standard deviations of the target, shape ``(dim,)``, or ``(chains, dim)`` for each chain its own.
 
     Example:
         >>> Diagonal(torch.tensor([2.0, 3.0])).apply(torch.ones(1, 2))
@@ -127,9 +127,9 @@ def metric_of(inverse_mass: Tensor | Metric | None, like: Tensor) -> Metric:
                 f" Dense.of_covariance(matrix)), got shape {tuple(inverse_mass.shape)}"
             )
         return Diagonal(inverse_mass.reshape(-1).to(like).sqrt())
-    if inverse_mass[0].shape[0] != dim:
+    if inverse_mass[0].shape[-1] != dim:
         raise ValueError(
-            f"inverse_mass must be a metric over {dim} entries, those of the event, got one over {inverse_mass[0].shape[0]}"
+            f"inverse_mass must be a metric over {dim} entries, those of the event, got one over {inverse_mass[0].shape[-1]}"
         )
     return type(inverse_mass)(*(part.to(like) for part in inverse_mass))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -239,7 +240,8 @@ class EnergyVarianceAdaptation:
         if any(start <= step < stop for start, stop in plan):
             pooled = pooled.update(rows(state.x))
         if any(step + 1 == stop for _, stop in plan):
-            if (learned := pooled.metric()) is not None:
+            before = kernel.inverse_mass if isinstance(kernel.inverse_mass, Tensor) else None
+            if (learned := pooled.metric(before)) is not None:
                 kernel, errors = kernel.replace(inverse_mass=learned), 0
             pooled = PooledVariance.start(rows(state.x))
         return kernel, state, info, EnergyVarianceMemory(pooled, step + 1, errors, ratio)
@@ -278,6 +280,9 @@ class AdjustedMCLMC(GradientKernel):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_length(self, "trajectory_length", self.trajectory_length)
+
+    def probe(self) -> AdjustedMCLMC:
+        return self.replace(trajectory_length=sys.float_info.min)
 
     def step(self, energy: Energy, state: State, generator: torch.Generator | None = None) -> tuple[State, Info]:
         q = rows(state.x)

@@ -146,6 +146,9 @@ class NUTS(GradientKernel):
         if not 1 <= self.max_tree_depth <= 20:
             raise ValueError(f"NUTS: max_tree_depth must be from 1 to 20, got max_tree_depth={self.max_tree_depth}")
 
+    def probe(self) -> NUTS:
+        return self.replace(max_tree_depth=1)
+
     def step(self, energy: Energy, state: State, generator: torch.Generator | None = None) -> tuple[State, Info]:
         q, grad = rows(state.x), rows(state.grad)
         rng = _spawn(generator, q.device)

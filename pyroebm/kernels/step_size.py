@@ -11,7 +11,7 @@ from torch import Tensor
 from pyroebm.energy import Energy
 from pyroebm.kernels.base import AnyState, Kernel
 
-__all__ = ["DualAveraging", "find_step_size"]
+__all__ = ["DualAveraging", "find_step_size", "near_the_median", "shared_mean"]
 
 #: Steps, each with a fresh momentum, from which the acceptance rate of one chain alone is taken.
 PROBES = 8
@@ -90,33 +90,58 @@ class DualAveraging(NamedTuple):
         return _exp(self.log_average)
 
 
+def shared_mean(rates: Tensor, together: Tensor) -> Tensor:
+    """``rates`` (chains,) with those of the chains in ``together`` replaced by their mean."""
+    return torch.where(together, rates[together].mean() if bool(together.any()) else rates, rates)
+
+
+def near_the_median(sizes: Tensor) -> Tensor:
+    """Which step sizes ``(chains,)`` lie within a factor of 2 of their median.
+
+    Example:
+        >>> near_the_median(torch.tensor([0.1, 0.12, 0.15, 1e-6]))
+        tensor([ True,  True,  True, False])
+    """
+    log_sizes = sizes.log()
+    return (log_sizes - log_sizes.quantile(0.5)).abs() <= math.log(2.0)
+
+
 def find_step_size(
-    kernel: Kernel[Any], energy: Energy, state: AnyState, generator: torch.Generator | None = None, per_chain: bool = False
+    kernel: Kernel[Any],
+    energy: Energy,
+    state: AnyState,
+    generator: torch.Generator | None = None,
+    together: Tensor | None = None,
 ) -> float | Tensor:
     """A step size to start from: double or halve until the acceptance of one step crosses one half (heuristic of NUTS).
 
     Args:
         kernel: a kernel with a step size; its own is where the search begins, and ends on a discrete support.
-        energy, state: where the chains stand.
+        energy, state: where the chains are.
         generator: source of randomness; None is torch's global one.
-        per_chain: look at each chain alone, at the mean of ``PROBES`` steps, since one step of one chain says little; else one
-            step size from the mean over chains.
+        together: which chains share one step size, found from their mean acceptance, shape ``(chains,)``. Each of the others has
+            one of its own, found from ``PROBES`` steps, since one step of one chain says little. None: all share one.
 
     Returns:
-        a number, or a tensor ``(chains,)``.
+        a number if all chains share it, else a tensor ``(chains,)``.
     """
-    probe: Kernel[Any] = kernel.replace(max_tree_depth=1) if hasattr(kernel, "max_tree_depth") else kernel
+    probe: Kernel[Any] = kernel.probe()
     size = torch.as_tensor(getattr(kernel, "step_size"), dtype=torch.float64, device=state.energy.device)  # noqa: B009
-    size = size.expand(len(state.energy)) if per_chain else size.mean()
+    chains = len(state.energy)
+    if together is None or bool(together.all()):
+        size, together = size.mean(), torch.ones(chains, dtype=torch.bool, device=size.device)
+    else:
+        size = shared_mean(size.expand(chains), together)
     last, settled = torch.zeros_like(size), torch.zeros_like(size, dtype=torch.bool)
     # On a discrete support the distances between values set the scale, and far from equilibrium steps of any size are accepted.
     for _ in range(0 if kernel.discrete else 50):
         probe = probe.replace(step_size=size)
-        seen = [probe.step(energy, state, generator)[1].acceptance_rate for _ in range(PROBES if per_chain else 1)]
-        rate = torch.stack(seen).mean(0) if per_chain else seen[0].mean()
+        probes = 1 if size.dim() == 0 else PROBES
+        rates = torch.stack([probe.step(energy, state, generator)[1].acceptance_rate for _ in range(probes)]).mean(0)
+        rate = rates.mean() if size.dim() == 0 else shared_mean(rates, together)
         wanted = torch.where(rate > 0.5, 1.0, -1.0).to(size)
         settled |= last * wanted < 0
         if bool(settled.all()):
             break
         last, size = wanted, torch.where(settled, size, size * 2.0**wanted)
-    return size if per_chain else float(size)
+    return size if size.dim() else float(size)

@@ -1,0 +1,74 @@
+"""Starting states from which a chain can move."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyroebm.energy import Energy, value_and_grad
+from pyroebm.kernels.base import GradientKernel, Kernel, State, rows
+from pyroebm.kernels.hmc import HMC
+from pyroebm.kernels.step_size import find_step_size
+
+__all__ = ["draw_starts"]
+
+#: Candidates for the start of one chain; the last one is taken as it is.
+CANDIDATES = 20
+
+
+def draw_starts(
+    kernel: Kernel[Any],
+    energy: Energy,
+    draw: Callable[[int], Tensor],
+    n: int,
+    generator: torch.Generator | None = None,
+    adapts: bool = True,
+) -> Tensor:
+    """Draw a start for each chain: the first candidate from which a trial leapfrog step is accepted.
+
+    The step size of the trial is one for all chains, found from their mean acceptance, so that a candidate in a region much
+    steeper than those of the other chains is drawn anew. Nothing else is compared: the lowest energy, for one, would be in the
+    neck of a funnel. Candidates of kernels that follow no gradient are taken as they are.
+
+    Args:
+        kernel: the kernel that will move the chains.
+        energy: the energy in the coordinates of the kernel.
+        draw: gives so many candidates in these coordinates.
+        n: number of chains.
+        generator: source of randomness; None is torch's global one.
+        adapts: whether warm-up adapts the step size; else the trial takes the kernel's own.
+
+    Returns:
+        starting states, shape ``(n, *event)``.
+
+    Example:
+        >>> from pyroebm.kernels import NUTS
+        >>> from pyroebm.targets import DoubleWell
+        >>> energy = DoubleWell()
+        >>> draw_starts(NUTS(), energy, lambda count: 2.0 * torch.randn(count), 8).shape
+        torch.Size([8])
+    """
+    x = draw(n)
+    if not isinstance(kernel, GradientKernel) or kernel.target_acceptance is None:
+        return x
+    trial: Kernel[Any] = HMC(kernel.step_size, kernel.inverse_mass, num_steps=1, jitter=0.0)
+    settled = torch.zeros(n, dtype=torch.bool, device=x.device)
+    for candidate in range(CANDIDATES):
+        if candidate:
+            x = x.clone()
+            x[~settled] = draw(int((~settled).sum()))
+        values, grad = value_and_grad(energy, x)
+        finite = torch.isfinite(values) & torch.isfinite(rows(grad)).all(1)
+        if not bool(finite.any()):
+            continue
+        state = State(x[finite], values[finite], grad[finite])
+        if adapts:
+            trial, adapts = trial.replace(step_size=find_step_size(trial, energy, state, generator)), False
+        _, info = trial.step(energy, state, generator)
+        settled[finite] |= info.accepted
+        if bool(settled.all()):
+            break
+    return x

@@ -1,0 +1,73 @@
+"""Chains that never moved after warm-up: which they are, and what to say of them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["describe_stuck", "stuck_chains"]
+
+#: Least acceptance rate that a chain is supposed to have where no other chain tells one.
+LEAST_RATE = 0.1
+
+
+def stuck_chains(moves: Tensor, steps: int) -> list[int]:
+    """Numbers of the chains that never moved, if that is no chance.
+
+    With p the median share of steps in which the chains that moved did so, all of C chains move at least once in n steps but for
+    a probability of at most :math:`C (1 - p)^n`. Below .01 the chains that never moved are stuck.
+
+    Args:
+        moves: steps in which each chain moved, shape ``(chains,)``.
+        steps: n.
+
+    Example:
+        >>> stuck_chains(torch.tensor([80, 0, 75, 90]), 100)
+        [1]
+        >>> stuck_chains(torch.tensor([2, 0, 1, 2]), 3)
+        []
+    """
+    moving = moves[moves > 0].double() / max(steps, 1)
+    rate = max(float(moving.quantile(0.5)) if len(moving) else 0.0, LEAST_RATE)
+    if len(moves) * (1.0 - min(rate, 1.0)) ** steps >= 0.01:
+        return []
+    found: list[int] = (moves == 0).nonzero().flatten().tolist()
+    return found
+
+
+def describe_stuck(stuck: list[int], chains: int, energies: Tensor | None = None) -> str:
+    """Say which chains never moved, their energies beside the others', and what to do; an empty text if there is none.
+
+    Args:
+        stuck: numbers of chains, as :func:`stuck_chains` gives them.
+        chains: number of all chains.
+        energies: the energy of each chain where it is, shape ``(chains,)``; None says nothing of it.
+
+    Example:
+        >>> describe_stuck([1], 3, torch.tensor([2.0, 812.5, 3.5])).split(". ")[0]
+        'Chain 1 of 3 never moved after warm-up (energy 812; others 2 to 3.5)'
+    """
+    if not stuck:
+        return ""
+    if len(stuck) == chains:
+        where = f" (energy {_range(energies)})" if energies is not None else ""
+        return (
+            f"None of {chains} chains moved after warm-up{where}: every proposal was rejected. Start elsewhere (initial=), warm"
+            " up longer, lower the step size where it is fixed, or check the energy and its gradient."
+        )
+    where = ""
+    if energies is not None:
+        mask = torch.zeros(chains, dtype=torch.bool, device=energies.device)
+        mask[stuck] = True
+        where = f" (energy {_range(energies[mask])}; others {_range(energies[~mask])})"
+    chain, it, they = ("Chain", "it", "it") if len(stuck) == 1 else ("Chains", "them", "they")
+    listed = ", ".join(map(str, stuck[:10])) + (f" and {len(stuck) - 10} more" if len(stuck) > 10 else "")
+    return (
+        f"{chain} {listed} of {chains} never moved after warm-up{where}. Start {it} elsewhere (initial=, or another"
+        f" seed), warm up longer, or reparametrize the model where {they} started."
+    )
+
+
+def _range(values: Tensor) -> str:
+    low, high = f"{float(values.min()):.3g}", f"{float(values.max()):.3g}"
+    return low if low == high else f"{low} to {high}"
