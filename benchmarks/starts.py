@@ -266,6 +266,8 @@ CASES: dict[str, Case] = {
 #: Cases of benchmarks/samplers.py on which effective draws a gradient are compared, 64 chains each.
 EFFICIENCY = ("eight_schools", "logistic", "normal")
 
+NAMES = (*CASES, *(f"efficiency {name}" for name in EFFICIENCY))
+
 
 # All seeds in one batch
 
@@ -403,16 +405,16 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="5 seeds, written to another folder")
     parser.add_argument("--seeds", type=int, default=100, help="runs of each case")
     parser.add_argument("--rule", choices=RULES, action="append", help="one rule alone (may be repeated)")
-    parser.add_argument("--case", choices=[*CASES, *EFFICIENCY], action="append", help="one case alone (may be repeated)")
+    parser.add_argument("--case", choices=NAMES, action="append", help="one case alone (may be repeated)")
     parser.add_argument("--out", type=Path, default=None, help="folder of the JSON file")
     options = parser.parse_args()
     seeds = 5 if options.quick else options.seeds
     path = (options.out or (QUICK_RESULTS if options.quick else RESULTS)) / "starts.json"
     torch.set_num_threads(1)
     for rule in options.rule or RULES:
-        for name in options.case or [*CASES, *(f"efficiency {name}" for name in EFFICIENCY)]:
+        for name in options.case or NAMES:
             known = name.removeprefix("efficiency ")
-            rows = efficiency_rows(known, rule, min(seeds, 10)) if name not in CASES else case_rows(name, rule, seeds)
+            rows = case_rows(name, rule, seeds) if name in CASES else efficiency_rows(known, rule, min(seeds, 10))
             for each in rows:
                 each["version"] = __version__
             write(path, rows)

@@ -3,8 +3,8 @@
     python -m benchmarks.tables [--results DIR] [--page FILE]
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`, where NAME is a case of benchmarks/samplers.py,
-benchmarks/boltzmann.py or benchmarks/flows.py, `training`, `gradients` or a curve; what stood there before goes. A table without
-rows says so.
+benchmarks/boltzmann.py or benchmarks/flows.py, `training`, `starts`, `efficiency`, `gradients` or a curve; what stood there
+before goes. A table without rows says so.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import json
 import re
 from pathlib import Path
 
+from benchmarks.starts import CASES as STARTS_CASES
 from benchmarks.suite.cases import CASES
 from benchmarks.suite.flow_cases import FLOW_CASES
 from benchmarks.suite.measure import Row
@@ -197,6 +198,50 @@ def training_table(rows: list[Row]) -> str:
     return table(["256 chains, float32", "", "ms", "of the limit's speed", "compile s"], body) if body else NOTHING
 
 
+def starts_table(rows: list[Row]) -> str:
+    """A line a case and rule of benchmarks/starts.py: seeds that leave a chain behind, and the extremes over seeds and chains."""
+    found: dict[tuple[str, str], dict[str, Row]] = {}
+    for row in rows:
+        if row["case"].startswith("starts "):
+            found.setdefault((row["case"].removeprefix("starts "), row["settings"]["method"]), {})[row["metric"]] = row
+
+    def extreme(metrics: dict[str, Row], name: str, end: int) -> str:
+        return number(metrics[name]["spread"][end]) if name in metrics and metrics[name]["spread"] else "-"
+
+    body = []
+    for case in STARTS_CASES:
+        for method, metrics in ((method, metrics) for (known, method), metrics in found.items() if known == case):
+            counts = [f"{metrics[name]['value']:.0f}" for name in ("seeds_left_behind", "seeds_outside")]
+            cells = [*counts, extreme(metrics, "min_acceptance", 0), extreme(metrics, "max_acceptance", 1)]
+            cells += [
+                extreme(metrics, "r_hat", 1),
+                extreme(metrics, "worst_z", 1),
+                number(metrics["gradients_per_draw"]["value"]),
+            ]
+            body.append([STARTS_CASES[case].title, method, str(metrics["min_acceptance"]["settings"]["seeds"]), *cells])
+    headings = ["rule", "seeds", "leave a chain behind", "outside .4 to .98", "least acceptance", "largest", "largest R-hat"]
+    return table(["case", *headings, "largest z", "gradients a draw"], body) if body else NOTHING
+
+
+def efficiency_table(rows: list[Row]) -> str:
+    """Effective draws a gradient of each case, a column a rule of benchmarks/starts.py, with standard errors."""
+    found: dict[tuple[str, str], dict[str, float]] = {}
+    for row in rows:
+        if row["case"].startswith("efficiency "):
+            found.setdefault((row["case"].removeprefix("efficiency "), row["settings"]["method"]), {})[row["metric"]] = row[
+                "value"
+            ]
+    rules = list(dict.fromkeys(method for _, method in found))
+    body = []
+    for case in dict.fromkeys(case for case, _ in found):
+        cells = []
+        for rule in rules:
+            own = found.get((case, rule))
+            cells.append(f"{own['ess_per_gradient']:.4f} +- {own['standard_error']:.4f}" if own else "-")
+        body.append([CASES[case].title, *cells])
+    return table(["ESS a gradient, 64 chains", *rules], body) if body else NOTHING
+
+
 def fill(page: str, rows: list[Row]) -> str:
     """The page with every table made anew.
 
@@ -218,6 +263,10 @@ def fill(page: str, rows: list[Row]) -> str:
             text = nice_table(rows)
         elif name == "training":
             text = training_table(rows)
+        elif name == "starts":
+            text = starts_table(rows)
+        elif name == "efficiency":
+            text = efficiency_table(rows)
         elif name == "gradients":
             text = gradients_table(rows)
         else:

@@ -15,8 +15,8 @@ from pyroebm.kernels.step_size import find_step_size
 
 __all__ = ["draw_starts"]
 
-#: Candidates for the start of one chain; the last one is taken as it is.
-CANDIDATES = 20
+#: Candidates for the start of one chain; the last one of finite energy and gradient is taken as it is.
+CANDIDATES = 50
 
 
 def draw_starts(
@@ -54,21 +54,24 @@ def draw_starts(
     x = draw(n)
     if not isinstance(kernel, GradientKernel) or kernel.target_acceptance is None:
         return x
-    trial: Kernel[Any] = HMC(kernel.step_size, kernel.inverse_mass, num_steps=1, jitter=0.0)
-    settled = torch.zeros(n, dtype=torch.bool, device=x.device)
+    size = float(torch.as_tensor(kernel.step_size, dtype=torch.float64).mean())
+    trial: Kernel[Any] = HMC(size, kernel.inverse_mass, num_steps=1, jitter=0.0)
+    open_rows = torch.arange(n, device=x.device)
     for candidate in range(CANDIDATES):
-        if candidate:
-            x = x.clone()
-            x[~settled] = draw(int((~settled).sum()))
-        values, grad = value_and_grad(energy, x)
+        tried = x if candidate == 0 else draw(len(open_rows))
+        values, grad = value_and_grad(energy, tried)
         finite = torch.isfinite(values) & torch.isfinite(rows(grad)).all(1)
         if not bool(finite.any()):
             continue
-        state = State(x[finite], values[finite], grad[finite])
+        x = x.clone()
+        x[open_rows[finite]] = tried[finite]
+        state = State(tried[finite], values[finite], grad[finite])
         if adapts:
             trial, adapts = trial.replace(step_size=find_step_size(trial, energy, state, generator)), False
         _, info = trial.step(energy, state, generator)
-        settled[finite] |= info.accepted
-        if bool(settled.all()):
+        moved = torch.zeros_like(finite)
+        moved[finite] = info.accepted
+        open_rows = open_rows[~moved]
+        if not len(open_rows):
             break
     return x
