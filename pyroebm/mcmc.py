@@ -152,8 +152,7 @@ class MCMC(Results):
             for number in self.layout.blocks:
                 chains, generator = self.layout.chains(number), seeded_generator(self.seed, energy.device, number)
                 if initial is None:
-                    draw = functools.partial(_candidates, target, generator)
-                    x = draw_starts(self.plan.kernel, target, draw, len(chains), generator, self.plan.adaptation is not None)
+                    x = draw_starts(self.plan.kernel, target, len(chains), generator, self.plan.adaptation is not None)
                 else:
                     x = target.unconstrain(initial[chains.start : chains.stop])
                 blocks.append(self._block(number, target, x, generator, folder))
@@ -323,7 +322,3 @@ class MCMC(Results):
                 block.warmup.spill()
                 block.record.spill()
                 self._store.save(number, self._state_of(block, draws=False))
-
-
-def _candidates(target: Unconstrained, generator: torch.Generator, count: int) -> Tensor:
-    return target.unconstrain(target.energy.initial(count, generator))

@@ -22,6 +22,7 @@ from torch.distributions.constraints import Constraint
 from pyroebm.energy import Energy, check_energy
 from pyroebm.kernels.adaptation import Adaptation, resolve
 from pyroebm.kernels.base import Kernel, check_kernel
+from pyroebm.kernels.starts import draw_starts
 from pyroebm.supports import event_numel
 from pyroebm.views import Unconstrained, eval_mode
 
@@ -202,9 +203,13 @@ class PyroKernel(MCMCKernel):
         device = self.target.device
         self._generator = torch.Generator(device).manual_seed(int(torch.randint(2**63 - 1, ())))
         with eval_mode(self.target):
-            u = self.target.initial(1, self._generator) if self._initial is None else self._initial.unsqueeze(0)
+            adapts = self.adaptation is not None and warmup_steps > 0
+            if self._initial is None:
+                u = draw_starts(self.kernel, self.target, 1, self._generator, adapts)
+            else:
+                u = self._initial.unsqueeze(0)
             self._state = self.kernel.init(self.target, u, self._generator)
-            if self.adaptation is not None and warmup_steps > 0:
+            if self.adaptation is not None and adapts:
                 self.kernel, self._memory = self.adaptation.start(self.kernel, self.target, self._state, self._generator)
 
     def cleanup(self) -> None:

@@ -7,15 +7,16 @@ from torch import Tensor
 
 __all__ = ["describe_stuck", "stuck_chains"]
 
-#: Least acceptance rate that a chain is supposed to have where no other chain tells one.
+#: Acceptance rate that a chain is supposed to have at least.
 LEAST_RATE = 0.1
 
 
 def stuck_chains(moves: Tensor, steps: int) -> list[int]:
-    """Numbers of the chains that never moved, if that is no chance.
+    r"""Numbers of the chains that never moved, if that is no chance.
 
-    With p the median share of steps in which the chains that moved did so, all of C chains move at least once in n steps but for
-    a probability of at most :math:`C (1 - p)^n`. Below .01 the chains that never moved are stuck.
+    Where each step is accepted with probability 1/10 or more, all of C chains move at least once in n steps but for a
+    probability of at most :math:`C \, 0.9^n`. Once that is below .01, which takes 57 steps of 4 chains and 84 of 64, chains that
+    never moved are stuck.
 
     Args:
         moves: steps in which each chain moved, shape ``(chains,)``.
@@ -27,9 +28,7 @@ def stuck_chains(moves: Tensor, steps: int) -> list[int]:
         >>> stuck_chains(torch.tensor([2, 0, 1, 2]), 3)
         []
     """
-    moving = moves[moves > 0].double() / max(steps, 1)
-    rate = max(float(moving.quantile(0.5)) if len(moving) else 0.0, LEAST_RATE)
-    if len(moves) * (1.0 - min(rate, 1.0)) ** steps >= 0.01:
+    if len(moves) * (1.0 - LEAST_RATE) ** steps >= 0.01:
         return []
     found: list[int] = (moves == 0).nonzero().flatten().tolist()
     return found

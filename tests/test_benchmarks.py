@@ -205,7 +205,17 @@ def test_docs_page_is_what_the_results_make() -> None:
     check_rows(rows)
     assert tables.fill(page, rows) == page, "run: python -m benchmarks.tables"
     slots = {match["name"] for match in tables.SLOT.finditer(page)}
-    assert slots == {*cases.CASES, "gradients", *samplers.CURVES, *tables.MACHINE_CASES, "training", "nice", "starts", "efficiency", *FLOW_CASES}
+    assert slots == {
+        *cases.CASES,
+        "gradients",
+        *samplers.CURVES,
+        *tables.MACHINE_CASES,
+        "training",
+        "nice",
+        "starts",
+        "efficiency",
+        *FLOW_CASES,
+    }
 
 
 def test_machines_take_turns() -> None:

@@ -38,7 +38,7 @@ class Stops(Energy):
 
     def __init__(self, at: int = -1, act: Callable[[], None] | None = None) -> None:
         super().__init__((2,))
-        self.calls, self.at, self.act = 0, at, act
+        self.calls, self.at, self.act = -(10**9), at, act  # until a run begins
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1

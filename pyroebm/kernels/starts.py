@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,7 +21,6 @@ CANDIDATES = 50
 def draw_starts(
     kernel: Kernel[Any],
     energy: Energy,
-    draw: Callable[[int], Tensor],
     n: int,
     generator: torch.Generator | None = None,
     adapts: bool = True,
@@ -35,8 +33,7 @@ def draw_starts(
 
     Args:
         kernel: the kernel that will move the chains.
-        energy: the energy in the coordinates of the kernel.
-        draw: gives so many candidates in these coordinates.
+        energy: the energy in the coordinates of the kernel; its ``initial`` gives the candidates.
         n: number of chains.
         generator: source of randomness; None is torch's global one.
         adapts: whether warm-up adapts the step size; else the trial takes the kernel's own.
@@ -47,18 +44,17 @@ def draw_starts(
     Example:
         >>> from pyroebm.kernels import NUTS
         >>> from pyroebm.targets import DoubleWell
-        >>> energy = DoubleWell()
-        >>> draw_starts(NUTS(), energy, lambda count: 2.0 * torch.randn(count), 8).shape
+        >>> draw_starts(NUTS(), DoubleWell(), 8).shape
         torch.Size([8])
     """
-    x = draw(n)
+    x = energy.initial(n, generator)
     if not isinstance(kernel, GradientKernel) or kernel.target_acceptance is None:
         return x
     size = float(torch.as_tensor(kernel.step_size, dtype=torch.float64).mean())
     trial: Kernel[Any] = HMC(size, kernel.inverse_mass, num_steps=1, jitter=0.0)
     open_rows = torch.arange(n, device=x.device)
     for candidate in range(CANDIDATES):
-        tried = x if candidate == 0 else draw(len(open_rows))
+        tried = x if candidate == 0 else energy.initial(len(open_rows), generator)
         values, grad = value_and_grad(energy, tried)
         finite = torch.isfinite(values) & torch.isfinite(rows(grad)).all(1)
         if not bool(finite.any()):
