@@ -155,10 +155,10 @@ def assert_resumes(kernel: Kernel, energy: Callable[[], Energy], folder: Path) -
     counted, calls = watched()
 
     whole = driven(kernel, 5)
-    whole._take_turns = lambda *a: (MCMC._take_turns(whole, *a), marks.append(len(calls)))[0]  # type: ignore[method-assign]
+    whole._take_turns = lambda *a: marks.extend((len(calls), MCMC._take_turns(whole, *a), len(calls))[::2])  # type: ignore
     whole.run(counted)
-    warm, total = marks
-    for at in (warm // 3, warm - 5, (warm + total) // 2):
+    begun, warm, _, total = marks
+    for at in (begun + (warm - begun) // 3, warm - 5, (warm + total) // 2):
         broken = driven(kernel, 5)
         with pytest.warns(RuntimeWarning, match="interrupted during"):
             broken.run(watched(at)[0])
