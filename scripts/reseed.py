@@ -87,7 +87,7 @@ def main() -> int:
     os.chdir(ROOT)
     import arviz, matplotlib.pyplot, pyro, sklearn, torch  # noqa: E401, F401, I001  # nothing that draws at import
 
-    failures, messages = collections.Counter[str](), list[str]()
+    failures = collections.Counter[str]()
     with multiprocessing.get_context("fork").Pool(options.jobs, maxtasksperchild=1) as pool:
         runs = [pool.apply_async(run, (shift, arguments)) for shift in shifts]
         for done in runs:

@@ -27,8 +27,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--reseed", type=int, default=0, metavar="N", help="shift every seed of the tests; 0 leaves them as they are")
-    parser.addoption("--tenth", type=int, choices=range(10), metavar="K", help="run a tenth of the tests, the same on every machine")
+    parser.addoption("--reseed", type=int, default=0, metavar="N", help="shift every seed of the tests")
+    parser.addoption("--tenth", type=int, choices=range(10), metavar="K", help="run one tenth of the tests, by name")
 
 
 def pytest_configure(config: pytest.Config) -> None:
