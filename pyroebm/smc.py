@@ -31,7 +31,7 @@ class SMCResult:
         log_weights: log weights in nats, float64, shape ``(G * N,)``; their mean weight is the estimate of Z.
         log_z: log of the mean of the islands' estimates of Z.
         log_z_se: its standard error, from the spread of the islands (delta method); NaN for one island, ``inf`` where less than
-            half of them decide.
+            a quarter of them decide.
         kind: "lower" where Z is unbiased, so that ``log_z`` is low on average (Jensen): a run along the temperatures and step
             sizes of a ``pilot``. "estimate" where they were adapted to the particles: Z then has a bias of order 1 / (G N).
         island_log_z: log Z by each island, shape ``(G,)``.

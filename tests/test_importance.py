@@ -18,6 +18,7 @@ from pyroebm.flows import NICE, ImportanceResult, RedundantNICE, importance_samp
 from pyroebm.flows.importance import _summary
 from pyroebm.randomness import seeded_generator
 from pyroebm.targets import DoubleWell, Exponential, Gaussian
+from pyroebm.weights import log_mean
 
 F64 = torch.float64
 
@@ -52,6 +53,20 @@ def check_unbiased_and_calibrated(weigh: object, energy: Energy, repeats: int = 
     values = [r.expectation(lambda x: x) for r in results]
     scores = np.concatenate([((v - truth) / e).reshape(-1).numpy() for v, e in values])
     within_se(*_spread(scores), what="spread of E[x]")
+
+
+def test_there_is_no_error_bar_where_a_few_weights_decide() -> None:
+    """Of log-normal weights: with a deviation of 3 nats the delta method is off by more than 5 of its errors, again and again."""
+    noise = torch.randn(400, 1000, dtype=F64, generator=torch.Generator().manual_seed(0))
+    for deviation, honest in ((0.5, True), (3.0, False)):
+        found = [log_mean(deviation * row) for row in noise]
+        assert all(math.isfinite(each.standard_error) is honest for each in found)
+        errors = [math.sqrt((len(noise[0]) / each.ess - 1.0) / (len(noise[0]) - 1)) for each in found]
+        off = np.array([each.value - 0.5 * deviation**2 for each in found]) / errors
+        assert (np.abs(off) < 5.0).all() == honest
+        if honest:
+            assert [each.standard_error for each in found] == pytest.approx(errors)
+            within_se(*_spread(off))
 
 
 def _spread(scores: object) -> tuple[float, float, float]:

@@ -273,7 +273,8 @@ def test_wells_that_are_turned_are_the_same_wells() -> None:
     x = turned.sample(20_000, torch.Generator().manual_seed(0))
     torch.testing.assert_close(turned(x), plain(turned.straight(x)))
     assert torch.equal(turned.mode_of(x), plain.mode_of(turned.straight(x)))
-    torch.testing.assert_close(turned.straight(x) @ turned.straight(x).T, x @ x.T)
+    some = x[:100]
+    torch.testing.assert_close(turned.straight(some) @ turned.straight(some).T, some @ some.T)
     assert not torch.equal(turned.mode_of(x), plain.mode_of(x))
     within_se(x.mean(0), turned.mean, (turned.variance / 20_000).sqrt())
     square = (x - turned.mean).square()
