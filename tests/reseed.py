@@ -91,7 +91,7 @@ def _of_tests(thing: Any) -> Iterator[types.FunctionType]:
 @functools.cache
 def _own(function: types.FunctionType) -> tuple[frozenset[str], tuple[types.FunctionType, ...]]:
     """Names that a function uses, "<" for any comparison of order, and the functions of this folder among them."""
-    codes, names = [function.__code__], set[str]()
+    codes, names = [function.__code__], {function.__name__}
     for code in codes:
         codes += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
         for constant in code.co_consts:
@@ -116,18 +116,21 @@ def reached_names(functions: list[types.FunctionType]) -> set[str]:
     return names
 
 
-def is_statistical(function: Callable[..., Any], parameters: dict[str, Any]) -> bool:
-    """Whether a test compares with a standard error, or asks for an order of numbers that come from a seed."""
-    names = reached_names([found for thing in (function, *parameters.values()) for found in _of_tests(thing)])
-    return bool(names & MEASURED or ("<" in names and names & SEEDS))
+def is_statistical(function: Callable[..., Any], *parameters: Any) -> bool:
+    """Whether a test compares with a standard error, or asks for an order of numbers that come from a seed.
+
+    A test that writes files may ask for the order of anything; it must compare with a standard error.
+    """
+    names = reached_names([found for thing in (function, *parameters) for found in _of_tests(thing)])
+    return bool(names & MEASURED or ("<" in names and names & SEEDS and "tmp_path" not in names))
 
 
 def mark_statistical(items: list[pytest.Item]) -> None:
     """Mark them, but for those of minutes, of a GPU, and of compiled code, whose draws are those of the eager one."""
     for item in items:
         left_out = item.get_closest_marker("slow") or item.get_closest_marker("gpu") or item.path.stem in COMPILED
-        parameters = item.callspec.params if hasattr(item, "callspec") else {}
-        if isinstance(item, pytest.Function) and not left_out and is_statistical(item.function, parameters):
+        parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        if isinstance(item, pytest.Function) and not left_out and is_statistical(item.function, *parameters):
             item.add_marker("statistical")
 
 

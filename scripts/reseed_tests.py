@@ -1,8 +1,7 @@
-"""Run tests with shifted seeds and count the failures: `python scripts/reseed.py --shifts 1-20`.
+"""Run tests with shifted seeds and count the failures: `python scripts/reseed_tests.py --shifts 1-20`.
 
-Without tests it takes the statistical ones. A test that fails is asked again with a hundred shifts,
-`python scripts/reseed.py --shifts 1-100 tests/test_x.py::test_y`: two failures are a defect of the test's error bar or of the
-library. Each shift runs in a process of its own, forked after the slow imports.
+Without tests it takes the statistical ones. A test that fails is asked again, by its name and with `--shifts 1-100`: two failures
+are a defect, of the test's error bar or of the library. Each shift runs in a process of its own, forked after the slow imports.
 """
 
 from __future__ import annotations
@@ -75,11 +74,13 @@ def of_commit() -> tuple[int, int]:
 def main() -> int:
     """Print a line for each shift and each failure, then how often each test failed; 1 if one did."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("tests", nargs="*", help="files or node ids; the statistical tests without any")
+    parser.add_argument(
+        "tests", nargs="*", default=["tests"], help="folders or files, of which the statistical tests, or node ids"
+    )
     parser.add_argument("--shifts", default="", help="such as 1-20, or '3 8'; without them one shift and a tenth, of the commit")
     parser.add_argument("--jobs", type=int, default=1, help="shifts at the same time")
     options = parser.parse_args()
-    arguments = options.tests or ["tests", "-m", "statistical"]
+    arguments = options.tests if any("::" in name for name in options.tests) else [*options.tests, "-m", "statistical"]
     shifts = shifts_of(options.shifts)
     if not shifts:
         shift, tenth = of_commit()
