@@ -219,16 +219,20 @@ def test_ess_and_pareto_k_do_not_see_a_mode_that_no_draw_came_near(seed: int) ->
 
 
 def test_the_best_single_gaussian_for_the_double_well() -> None:
-    """KL .0966; its ESS is the healthier the fewer the draws. Its Pareto k warns, of the barrier's foot and not of the well."""
+    """KL .0966; its ESS is the healthier the fewer the draws. Its Pareto k warns, of the barrier's foot and not of the well.
+
+    Of a thousand draws in half of the runs at least: its weights are heavy-tailed, so that single runs say anything.
+    """
     energy, proposal = DoubleWell(dtype=F64), normal(-1.413, 0.245)
-    small = importance_sample(proposal, energy, 1000, seed=0)
-    assert small.ess_fraction > 0.9
-    assert small.pareto_k > 0.7
-    assert abs(small.log_z - 4.96) < 0.02
+    small = [importance_sample(proposal, energy, 1000, seed=seed) for seed in range(41)]
+    ess, k, log_z = (np.median([getattr(each, name) for each in small]) for name in ("ess_fraction", "pareto_k", "log_z"))
+    assert ess > 0.9
+    assert k > 0.7
+    assert abs(log_z - 4.96) < 0.02
     large = importance_sample(proposal, energy, 200_000, seed=0)
     kl, kl_se = mean_and_se(energy.log_z - large.log_weights)
     within_se(kl, 0.0966, np.hypot(kl_se, 5e-5))
-    assert large.ess_fraction < small.ess_fraction
+    assert large.ess_fraction < ess
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -255,9 +259,10 @@ def test_infinite_energy_is_a_weight_of_zero() -> None:
     assert bool((result.resample(100, seeded_generator(0)) >= 0).all())
 
 
-@pytest.mark.parametrize(("outside", "said"), [(math.nan, "4. are NaN and 0 are"), (-math.inf, r"0 are NaN and 4. are \+inf")])
+@pytest.mark.parametrize(("outside", "said"), [(math.nan, "{} are NaN and 0 are"), (-math.inf, r"0 are NaN and {} are \+inf")])
 def test_other_weights_that_are_not_finite_raise_with_their_number(outside: float, said: str) -> None:
-    with pytest.raises(FloatingPointError, match=f"of n=100 log weights {said}"):
+    negative = int((importance_sample(normal(0.0, 1.0), Gaussian(0.0, dtype=F64), 100, seed=1).x < 0.0).sum())
+    with pytest.raises(FloatingPointError, match=f"of n=100 log weights {said.format(negative)}"):
         importance_sample(normal(0.0, 1.0), Walled(0.0, outside).double(), 100, seed=1)
 
 
