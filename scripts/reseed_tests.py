@@ -74,9 +74,7 @@ def of_commit() -> tuple[int, int]:
 def main() -> int:
     """Print a line for each shift and each failure, then how often each test failed; 1 if one did."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument(
-        "tests", nargs="*", default=["tests"], help="folders or files, of which the statistical tests, or node ids"
-    )
+    parser.add_argument("tests", nargs="*", default=["tests"], help="files, of which the statistical tests, or node ids")
     parser.add_argument("--shifts", default="", help="such as 1-20, or '3 8'; without them one shift and a tenth, of the commit")
     parser.add_argument("--jobs", type=int, default=1, help="shifts at the same time")
     options = parser.parse_args()
@@ -85,6 +83,7 @@ def main() -> int:
     if not shifts:
         shift, tenth = of_commit()
         shifts, arguments = [shift], [*arguments, "--tenth", str(tenth)]
+        print(f"tenth {tenth}")
     os.chdir(ROOT)
     import arviz, matplotlib.pyplot, pyro, sklearn, torch  # noqa: E401, F401, I001  # nothing that draws at import
 
