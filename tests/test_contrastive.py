@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from checks import mean_and_se, within_se
+from reseed import problem_generator
 from torch import Tensor, nn
 from torch.distributions import constraints
 
@@ -308,8 +309,8 @@ def test_pcd_of_a_deep_machine(betas: tuple[float, ...] | None) -> None:
 def dense(units: str, hidden: int = 3) -> BoltzmannMachine:
     n = 3 + hidden
     scale = 0.8 if units == "bits" else 0.2  # four times as much means the same to spins
-    weight = scale * torch.randn(n, n, generator=generator(5), dtype=F64).triu(1)
-    bias = 0.5 * torch.randn(n, generator=generator(6), dtype=F64)
+    weight = scale * torch.randn(n, n, generator=problem_generator(5), dtype=F64).triu(1)
+    bias = 0.5 * torch.randn(n, generator=problem_generator(6), dtype=F64)
     return BoltzmannMachine(3, hidden, units=units, weight=weight + weight.mT, bias=bias, dtype=F64)  # type: ignore[arg-type]
 
 

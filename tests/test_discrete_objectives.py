@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from checks import mean_and_se, within_se
+from reseed import problem_generator
 from torch import Tensor, nn
 from torch.distributions import constraints
 
@@ -53,8 +54,8 @@ class Pairs(Energy):
     def __init__(self, event_shape: Sequence[int], support: Any, scale: float = 0.5) -> None:
         super().__init__(event_shape, support)
         n = math.prod(event_shape)
-        self.coupling = nn.Parameter(scale * randn(n * (n - 1) // 2, seed=4))
-        self.field = nn.Parameter(scale * randn(n, seed=5))
+        self.coupling = nn.Parameter(scale * torch.randn(n * (n - 1) // 2, generator=problem_generator(4), dtype=F64))
+        self.field = nn.Parameter(scale * torch.randn(n, generator=problem_generator(5), dtype=F64))
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.reshape(*self.batch_shape(x), -1)
@@ -271,7 +272,7 @@ def newton(energy: Energy, loss: Callable[[dict[str, Tensor], Tensor], Tensor], 
 def test_errors_beside_maximum_likelihood() -> None:
     """Replicated fits to 2,000 draws of three spins: all are centred on the truth, and none beats maximum likelihood, whose
     covariance is the inverse Fisher information."""
-    truth, states = Pairs((3,), spin, scale=0.25), every_state([-1.0, 1.0], (3,))  # every state is drawn: minima are finite
+    truth, states = Pairs((3,), spin), every_state([-1.0, 1.0], (3,))
     p, n, fits = law(truth, states), 2000, 400
     draws = torch.multinomial(p.expand(fits, -1), n, replacement=True, generator=generator(0))
     shares = torch.stack([(draws == k).sum(1) for k in range(len(states))], 1).to(F64) / n

@@ -15,6 +15,7 @@ import pytest
 import torch
 from checks import mean_and_se, within_se
 from pyro.distributions.transforms import affine_coupling
+from reseed import problem_generator
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributions import Transform, constraints
@@ -61,7 +62,7 @@ def noise(*shape: int, seed: int = 7) -> Tensor:
 
 def stirred(module: M, seed: int = 5, scale: float = 0.3) -> M:
     """The module with every parameter moved at random: away from the identity that fresh flows are."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = problem_generator(seed)
     with torch.no_grad():
         for parameter in module.parameters():
             parameter += scale * torch.randn(parameter.shape, dtype=F64, generator=generator).to(parameter.dtype)

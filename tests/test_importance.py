@@ -10,6 +10,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from checks import mean_and_se, within_se
+from reseed import problem_generator
 from torch import Tensor
 from torch.distributions import constraints
 
@@ -25,7 +26,7 @@ F64 = torch.float64
 
 def stirred_flow(dim: int = 1, total_dim: int = 2, scale: float = 0.1) -> RedundantNICE:
     flow = RedundantNICE(dim, total_dim, couplings=2, hidden=(8,), dtype=F64)
-    generator = torch.Generator().manual_seed(3)
+    generator = problem_generator(3)
     with torch.no_grad():
         for parameter in flow.parameters():
             parameter += scale * torch.randn(parameter.shape, dtype=F64, generator=generator)

@@ -17,7 +17,7 @@ import pytest
 import torch
 from checks import within_se
 from helpers import load_script
-from reseed import STRIDE, is_statistical, seeds_shifted, shifted, tenth_of
+from reseed import STRIDE, is_statistical, problem_generator, seeds_shifted, shifted, tenth_of
 
 from pyroebm.randomness import seeded_generator
 from pyroebm.targets import DoubleWell
@@ -84,6 +84,7 @@ def test_a_shifted_generator_is_one() -> None:
         for generator in (made, twin, torch.default_generator, made.clone_state()):
             assert isinstance(generator, torch.Generator)
         assert made.initial_seed() == shifted(7, 1) == 7 + STRIDE
+        assert problem_generator(7).initial_seed() == 7
         twin.set_state(made.get_state())
         assert torch.equal(torch.rand(3, generator=twin), torch.rand(3, generator=made))
         assert np.random.default_rng().random() != np.random.default_rng().random()  # None is no seed
