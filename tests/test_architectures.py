@@ -285,7 +285,7 @@ def test_a_student_base_reaches_a_heavy_tail_that_a_normal_one_does_not() -> Non
         flow = NICE(1, base=base, dtype=F64)
         for _ in fit_flow(flow, energy, ReverseKL(), steps=150, num_samples=128, lr=5e-2, seed=1):
             pass
-        found[name] = [importance_sample(flow, energy, 20_000, seed=seed) for seed in range(10)]
+        found[name] = [importance_sample(flow, energy, 20_000, seed=seed) for seed in range(20)]
     (normal, normal_se), (student, student_se) = (mean_and_se([each.pareto_k for each in found[name]]) for name in found)
     assert student + 5 * student_se < 0.7
     assert normal > student + 5 * math.hypot(normal_se, student_se)
@@ -350,7 +350,7 @@ def test_uniform_weights_are_invariant(name: str) -> None:
 
 
 def test_latents_stay_where_they_are_and_everything_else_works_on_a_symmetrised_flow() -> None:
-    inner = stirred(RedundantNICE(2, 3, 2, (8,), dtype=F64), scale=0.2)
+    inner = stirred(RedundantNICE(2, 3, 2, (8,), dtype=F64), scale=0.05)  # near the target: the weights have a variance
     flow = Symmetrized(inner, permutations(2))
     check_density_is_the_sum(flow, inner, noise(5, 3))
     energy = Gaussian(torch.zeros(2, dtype=F64), dtype=F64)

@@ -280,7 +280,7 @@ run("reverse deep Gaussian", deep(True), lambda e: partition.reverse_ais(e, beta
 run(
     "reverse double well",
     DoubleWell(dtype=F64),
-    lambda e: partition.reverse_ais(e, base=Gaussian(torch.tensor(0.0, dtype=F64), scale=2.0), betas=300),
+    lambda e: partition.reverse_ais(e, base=Gaussian(torch.tensor(0.0, dtype=F64), scale=2.0), betas=600),
 )
 run("both ways RBM", rbm(), lambda e: partition.bracket(e, betas=30).combined)
 run("both ways deep", deep(), lambda e: partition.bracket(e, betas=30).combined)
