@@ -182,7 +182,7 @@ def test_rows_are_independent(name: str, space: str) -> None:
 @pytest.mark.parametrize("name", DISCRETE)
 def test_a_nan_rejects_its_row_counts_it_and_touches_no_other(name: str, space: str) -> None:
     fragile, clean, kernel = Fragile(space), Bipartite(space), DISCRETE[name]()
-    x = fragile.initial(64, torch.Generator().manual_seed(1))
+    x = fragile.initial(1000, torch.Generator().manual_seed(1))
     state, info = kernel.step(fragile, kernel.init(fragile, x), torch.Generator().manual_seed(0))
     assert torch.isfinite(state.energy).all()
     assert torch.isfinite(info.acceptance_rate).all()

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from checks import mean_and_se, within_se
+from reseed import problem_generator
 from torch import Tensor
 
 from models import particles
@@ -33,7 +34,7 @@ def noise(*shape: int, seed: int = 7) -> Tensor:
 
 def stirred(flow: EquivariantFlow, seed: int = 5) -> EquivariantFlow:
     with torch.no_grad():
-        flow.field.weights += 0.5 * noise(*flow.field.weights.shape, seed=seed)
+        flow.field.weights += 0.5 * torch.randn(flow.field.weights.shape, dtype=F64, generator=problem_generator(seed))
     return flow
 
 

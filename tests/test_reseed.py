@@ -115,7 +115,7 @@ SHIFTED = {"Generator", "manual_seed", "default_rng"}
 ALLOWED = {
     "pyroebm/datasets.py": 1,  # scikit-learn's split of its digits, which the docstring names
     "pyroebm/networks.py": 1,  # seeded by a number drawn from a generator
-    "tests/test_toys.py": 3,  # two draw their seed from a generator; a mutant has its own
+    "tests/test_toys.py": 3,  # seeded by numbers drawn from a generator
 }
 
 
