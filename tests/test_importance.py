@@ -14,9 +14,10 @@ from reseed import problem_generator
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyroebm import Boltzmann, Energy
+from pyroebm import Boltzmann, Energy, weights
 from pyroebm.flows import NICE, ImportanceResult, RedundantNICE, importance_sample
 from pyroebm.flows.importance import _summary
+from pyroebm.partition.result import from_weights
 from pyroebm.randomness import seeded_generator
 from pyroebm.targets import DoubleWell, Exponential, Gaussian
 from pyroebm.weights import log_mean
@@ -68,6 +69,20 @@ def test_there_is_no_error_bar_where_a_few_weights_decide() -> None:
         if honest:
             assert [each.standard_error for each in found] == pytest.approx(errors)
             within_se(*_spread(off))
+
+
+def test_mutant_error_bars_of_a_few_weights_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "too_few", lambda ess, n: False)
+    with pytest.raises(AssertionError):
+        test_there_is_no_error_bar_where_a_few_weights_decide()
+
+
+def test_every_error_of_a_few_weights_is_infinite() -> None:
+    uneven = torch.linspace(0.0, 40.0, 100, dtype=F64)
+    result = _summary(torch.arange(100.0), uneven)
+    assert result.log_z_se == math.inf
+    assert float(result.expectation(lambda x: x)[1]) == math.inf
+    assert "+- inf (AIS" in str(from_weights(uneven, 0.0, "lower", "AIS"))
 
 
 def _spread(scores: object) -> tuple[float, float, float]:
