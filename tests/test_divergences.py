@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from checks import within_se
+from reseed import problem_generator
 from pyro.distributions.transforms import affine_coupling
 from torch import Tensor, nn
 
@@ -35,7 +36,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 
 def stirred(flow: Flow, scale: float = 0.2) -> Flow:
-    generator = seeded(5)
+    generator = problem_generator(5)
     with torch.no_grad():
         for parameter in flow.parameters():
             parameter += scale * torch.randn(parameter.shape, generator=generator)

@@ -586,7 +586,7 @@ def test_extended_energy_for_any_event_shape(shape: tuple[int, ...], extra: int)
 
 def test_extended_energy_keeps_the_partition_function_and_the_draws() -> None:
     energy = DoubleWell(dtype=F64)
-    extended = build("redundant_1_2").extend(energy)
+    extended = build("redundant_1_2", scale=0.1).extend(energy)  # which the grid holds
     points, cell = grid_2d(half=24.0, points=1201)
     with torch.no_grad():
         log_z = (-extended(points)).logsumexp(0) + math.log(cell)
