@@ -8,8 +8,8 @@ from collections.abc import Callable
 import pytest
 import torch
 from checks import within_se
-from reseed import problem_generator
 from pyro.distributions.transforms import affine_coupling
+from reseed import problem_generator
 from torch import Tensor, nn
 
 from pyroebm import HMC, Energy, IndependenceMetropolis, Jumps, value_and_grad
