@@ -480,7 +480,7 @@ def test_chains_obey_steins_identity_and_ways_to_log_z_agree() -> None:
     assert max(found.r_hat.values()) < 1.2
     flow = EquivariantFlow(4, 2, dtype=F64, **system.flow)
     match_flow(flow, found.half(0).flatten(0, 1), 8000, seed=1)
-    flow.steps = 60
+    flow.steps = 120
     judgement = particles.judged(particles.Case("DW4", 1, system.make(), found, flow, flow, [], 0, 0.0))
     assert judgement.integration < 0.5
     error = math.hypot(judgement.bridge.standard_error, judgement.smc.standard_error)
