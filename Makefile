@@ -3,6 +3,8 @@ PYTHON ?= python3
 JOBS ?= 2
 PYTEST_ARGS ?=
 NAME ?=
+SHIFTS ?= 1-20
+TESTS ?=
 ARGS ?=
 
 BIN := .venv/bin
@@ -12,13 +14,16 @@ TEST_ENV := OMP_NUM_THREADS=1 MPLBACKEND=Agg
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: demo test setup lint format types doctest readme notebooks wheel-check benchmark clean distclean help
+.PHONY: demo test reseed setup lint format types doctest readme notebooks wheel-check benchmark clean distclean help
 
 demo: .venv/.installed ## Install what is needed, run the demo, write its figures and report to demo/
 	$(BIN)/pyroebm demo --out demo
 
 test: .venv/.installed-dev ## Install what is needed, run the tests, the docstrings' and README's examples and the notebooks
 	$(PYTEST) -n $(JOBS) --dist worksteal --durations 10 $(PYTEST_ARGS)
+
+reseed: .venv/.installed-dev ## Run the statistical tests with other seeds, SHIFTS=1-20, and count failures; or TESTS=file::test
+	$(TEST_ENV) $(BIN)/python scripts/reseed_tests.py --jobs $(JOBS) --shifts "$(SHIFTS)" $(TESTS)
 
 setup: .venv/.installed-dev ## Install the package and everything a developer needs, nothing else
 

@@ -364,7 +364,7 @@ def case_rows(name: str, rule: str, seeds: int) -> list[Row]:
     """Rows of a case under a rule: the median over seeds, and the range."""
     case, began = CASES[name], time.perf_counter()
     found = judged(case, sampled(case.build(), case.chains, seeds, rule), seeds)
-    settings = {"method": f"NUTS, {rule}", "chains": case.chains, "seeds": seeds, "warmup": WARMUP, "draws": DRAWS}
+    settings = {"method": f"NUTS, {rule}", "chains": case.chains, "repeats": seeds, "warmup": WARMUP, "draws": DRAWS}
     rows = [row(f"starts {name}", "pyroebm", metric, values, settings) for metric, values in found.items()]
     outside = sum(low < 0.4 or high > 0.98 for low, high in zip(found["min_acceptance"], found["max_acceptance"], strict=True))
     rows.append(row(f"starts {name}", "pyroebm", "seeds_outside", [float(outside)], settings))
@@ -394,7 +394,7 @@ def efficiency_rows(name: str, rule: str, seeds: int, chains: int = 64) -> list[
     print(
         f"{name:20} {rule:20} ESS/gradient {np.mean(values):.4f} +- {error:.4f}, {time.perf_counter() - began:.0f} s", flush=True
     )
-    settings = {"method": f"NUTS, {rule}", "chains": chains, "seeds": seeds, "warmup": WARMUP, "draws": DRAWS}
+    settings = {"method": f"NUTS, {rule}", "chains": chains, "repeats": seeds, "warmup": WARMUP, "draws": DRAWS}
     mean = row(f"efficiency {name}", "pyroebm", "ess_per_gradient", values, settings) | {"value": float(np.mean(values))}
     return [mean, row(f"efficiency {name}", "pyroebm", "standard_error", [error], settings)]
 

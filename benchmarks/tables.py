@@ -218,7 +218,7 @@ def starts_table(rows: list[Row]) -> str:
                 extreme(metrics, "worst_z", 1),
                 number(metrics["gradients_per_draw"]["value"]),
             ]
-            body.append([STARTS_CASES[case].title, method, str(metrics["min_acceptance"]["settings"]["seeds"]), *cells])
+            body.append([STARTS_CASES[case].title, method, str(metrics["min_acceptance"]["settings"]["repeats"]), *cells])
     headings = ["rule", "seeds", "leave a chain behind", "outside .4 to .98", "least acceptance", "largest", "largest R-hat"]
     return table(["case", *headings, "largest z", "gradients a draw"], body) if body else NOTHING
 

@@ -147,7 +147,7 @@ def main(
             report, more = case.judged(fitted, n, number, quick)
             found.setdefault(name, []).append(facts_of(report, fitted, more))
             if number == seed:
-                truth = fitted.draws
+                truth = None if fitted.draws is None else fitted.draws.flatten(0, 1)
                 if truth is None and fitted.energy.has_exact_draws:
                     truth = fitted.energy.sample(min(n, 100_000), seeded_generator(number))
                 draw(ax, case, report, truth)

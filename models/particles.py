@@ -212,15 +212,16 @@ def judged(done: Case, *, quick: bool = False, matched: bool = False) -> Judgeme
     began, energy, seed = time.process_time(), done.energy, 1000 + done.seed
     generator = seeded_generator(seed)
     flow = done.matched if matched else done.flow
-    held = done.reference.half(1)
-    fresh = moved(energy, held.flatten(0, 1)[torch.randperm(held.shape[0] * held.shape[1], generator=generator)], generator)
     n, some = (200, 100) if quick else (10_000, 2000)
+    other, held = (done.reference.half(which) for which in (0, 1))
+    last = min(held.shape[1], -(-some // len(held)))  # draws of each chain
+    fresh = moved(energy, held[:, -last:].flatten(0, 1), generator)
     with counted(energy) as rows:
-        report = judge_flow(flow, energy, n, fresh[:some], num_distances=some, seed=seed)
+        report = judge_flow(flow, energy, n, fresh.reshape(len(held), last, -1), num_distances=some, seed=seed)
         between = bridge(energy, held[:, :: 2 if quick else 5], FlowEnergy(flow), generator=generator)
         start = Gaussian(torch.zeros(flow.dim, dtype=F64), scale=SYSTEMS[done.name].spread, dtype=F64)
         walked = smc(energy, start, HMC(num_steps=8), 16 if quick else 256, islands=8, generator=generator)
-    far, near = distances(energy, fresh[:some]), distances(energy, report.weighted.x[:some])
+    far, near = distances(energy, fresh), distances(energy, report.weighted.x[:some])
     z = flow.draw_noise(200, generator)
     back = flow.transform.inv(flow.push(z)[0])
     log_q, fine = flow.log_prob(fresh[:200]), flow.steps
@@ -231,7 +232,7 @@ def judged(done: Case, *, quick: bool = False, matched: bool = False) -> Judgeme
         report=report,
         distances=energy_distance(near, far),
         weighted_distances=energy_distance(distances(energy, report.weighted.resample(some, generator)), far),
-        noise=energy_distance(distances(energy, done.reference.half(0).flatten(0, 1)[:: len(fresh) // some or 1][:some]), far),
+        noise=energy_distance(distances(energy, other[:, -last:].flatten(0, 1)), far),
         bridge=between,
         smc=walked,
         integration=float((log_q - rough).abs().max()),

@@ -53,9 +53,9 @@ class Recipe:
     def add(
         self, key: str, value: float | Tensor, error: float | Tensor | None = None, kind: Kind = "estimate", note: str = ""
     ) -> float:
-        """Keep and print a number, its standard error (None: it has none) and what it is."""
+        """Keep and print a number, its standard error (None, or not finite: it has none) and what it is."""
         number = float(torch.as_tensor(value).detach())
-        spread = None if error is None else float(torch.as_tensor(error).detach())
+        spread = None if error is None or not math.isfinite(error) else float(torch.as_tensor(error).detach())
         if not math.isfinite(number):
             raise FloatingPointError(f"{self.name}: {key} is {number}")
         self.metrics[key] = {"value": number, "error": spread, "kind": kind} | ({"note": note} if note else {})

@@ -43,11 +43,11 @@ def energy_distance(x: Tensor, y: Tensor) -> Estimate:
     It is 0 for equal laws alone; no pair of a row with itself enters, so the estimate may be below 0 by its noise.
 
     Args:
-        x: independent draws, shape ``(n, *event)``, n at least 40.
-        y: independent draws of the other law, shape ``(m, *event)``.
+        x: independent draws, shape ``(n, *event)``, n at least 40; or those of chains, one chain after the other.
+        y: the same of the other law, shape ``(m, *event)``.
 
     Returns:
-        the estimate, in the unit of x, and its standard error by a jackknife of 20 groups of rows.
+        the estimate, in the unit of x, and its standard error by a jackknife of 20 groups of neighboring rows.
 
     Raises:
         ValueError: if there are fewer than 40 rows, the event shapes differ, or an entry is not finite.
@@ -70,8 +70,8 @@ def maximum_mean_discrepancy(x: Tensor, y: Tensor, bandwidth: float | None = Non
     With the pairs of a row with itself, which are left out here, it would have a floor of about 2 / n.
 
     Args:
-        x: independent draws, shape ``(n, *event)``, n at least 40.
-        y: independent draws of the other law, shape ``(m, *event)``.
+        x: independent draws, shape ``(n, *event)``, n at least 40; or those of chains, one chain after the other.
+        y: the same of the other law, shape ``(m, *event)``.
         bandwidth: h, in the unit of x; None takes :func:`median_distance` of both samples together.
 
     Raises:

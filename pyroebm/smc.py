@@ -17,6 +17,7 @@ from pyroebm.kernels.base import Kernel, check_kernel
 from pyroebm.paths import DistributionEnergy, Path
 from pyroebm.randomness import seeded_generator, uniform
 from pyroebm.views import Unconstrained, eval_mode
+from pyroebm.weights import effective, log_mean, too_few
 
 __all__ = ["SMCResult", "systematic", "tempered_smc"]
 
@@ -29,7 +30,8 @@ class SMCResult:
         x: the particles, shape ``(G * N, *event)``, those of one island side by side.
         log_weights: log weights in nats, float64, shape ``(G * N,)``; their mean weight is the estimate of Z.
         log_z: log of the mean of the islands' estimates of Z.
-        log_z_se: its standard error, from the spread of the islands (delta method); NaN for one island.
+        log_z_se: its standard error, from the spread of the islands (delta method); NaN for one island, ``inf`` where less than
+            a quarter of them decide.
         kind: "lower" where Z is unbiased, so that ``log_z`` is low on average (Jensen): a run along the temperatures and step
             sizes of a ``pilot``. "estimate" where they were adapted to the particles: Z then has a bias of order 1 / (G N).
         island_log_z: log Z by each island, shape ``(G,)``.
@@ -73,7 +75,9 @@ class SMCResult:
         sums = (weights * values.reshape(islands, weights.shape[1], -1)).sum(1)  # (G, prod shape)
         mean = sums.sum(0)
         error = (sums - weights.sum(1) * mean).square().sum(0).sqrt() * math.sqrt(islands / max(islands - 1, 1))
-        return mean.reshape(shape), (error if islands > 1 else torch.full_like(error, math.nan)).reshape(shape)
+        if islands < 2 or too_few(effective(self.island_log_z), islands):
+            error = torch.full_like(error, math.nan if islands < 2 else math.inf)
+        return mean.reshape(shape), error.reshape(shape)
 
 
 def tempered_smc(
@@ -243,13 +247,12 @@ class _Run:
 
     def result(self, x: Tensor, base_log_z: float, kind: str) -> SMCResult:
         islands = base_log_z + self.log_z
-        log_z = float(islands.logsumexp(0)) - math.log(len(islands))
-        each = (islands - log_z).exp()
+        found = log_mean(islands)
         return SMCResult(
             x=x,
             log_weights=(islands.unsqueeze(1) + self.log_weights + math.log(self.shape[1])).flatten(),
-            log_z=log_z,
-            log_z_se=float(each.std()) / math.sqrt(len(each)) if len(each) > 1 else math.nan,
+            log_z=found.value,
+            log_z_se=found.standard_error,
             kind=kind,
             island_log_z=islands,
             betas=torch.tensor(self.betas, dtype=torch.float64),

@@ -17,12 +17,32 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before the first import of torc
 import matplotlib as mpl
 import pyro
 import pytest
+import reseed
 import torch
 
 mpl.use("Agg")
 torch.set_num_threads(1)
 # A shell's background job ignores Ctrl-C, and its children with it; tests of interrupted runs must not depend on that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--reseed", type=int, default=0, metavar="N", help="shift every seed of the tests")
+    parser.addoption("--tenth", type=int, choices=range(10), metavar="K", help="run one tenth of the tests, by name")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    shift = reseed.seeds_shifted(config.getoption("reseed"))
+    shift.__enter__()  # from here on: test modules draw while they are imported
+    config.add_cleanup(lambda: shift.__exit__(None, None, None))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    reseed.mark_statistical(items)
+    tenth = config.getoption("tenth")
+    if tenth is not None:
+        config.hook.pytest_deselected(items=[item for item in items if reseed.tenth_of(item.nodeid) != tenth])
+        items[:] = [item for item in items if reseed.tenth_of(item.nodeid) == tenth]
 
 
 def _globals() -> dict[str, Any]:

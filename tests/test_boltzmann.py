@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from checks import within_se
+from reseed import problem_generator
 from torch import Tensor
 from torch.distributions import constraints
 
@@ -37,7 +38,7 @@ F64 = torch.float64
 
 
 def normal(*shape: int, seed: int, scale: float = 0.7) -> Tensor:
-    return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
+    return scale * torch.randn(*shape, generator=problem_generator(seed), dtype=F64)
 
 
 def oracle_rbm() -> BernoulliRBM:

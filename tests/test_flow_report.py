@@ -81,6 +81,22 @@ def test_draws_of_a_chain_take_the_place_of_exact_ones() -> None:
     assert report.evaluations == 800
 
 
+def test_errors_count_chains_and_not_their_draws() -> None:
+    """Chains that never move: 50 draws, each eight times over. The spread of repeated reports is what the errors say."""
+    noise, flow = torch.Generator().manual_seed(0), normal_flow(0.5, 1.2)
+    reports = []
+    for seed in range(30):
+        chains = torch.randn(50, 1, generator=noise).expand(50, 8)
+        mixed = chains.flatten()[torch.randperm(400, generator=noise)]
+        found = [judge_flow(flow, Gaussian(0.0), 400, draws, seed=seed) for draws in (chains, mixed)]
+        reports.append([(r.eubo, r.energy_distance, r.discrepancy) for r in found])
+    figures = torch.tensor(reports, dtype=torch.float64)  # (30, chains or draws, three figures, value or error)
+    ratio = figures[..., 1].square().mean(0) / figures[..., 0].var(0)
+    error = (2.0 / 29) ** 0.5  # of a variance of 30 normal numbers, relative to it
+    assert bool((ratio[0].log().abs() < 5 * error).all()), ratio
+    assert bool((ratio[1] < ratio[0] / 2.0).all()), ratio  # of distances the flow's own draws have a part
+
+
 def test_modes_are_counted_and_covered() -> None:
     energy = GaussianMixture.grid()
     even = judge_flow(normal_flow(0.0, 4.5, 2), energy, n=20_000)

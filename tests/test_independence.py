@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from checks import within_se
+from reseed import problem_generator
 from torch import Tensor
 
 from pyroebm import HMC, MALA, MCMC, ChEES, Energy, IndependenceMetropolis, Jumps, Kernel
@@ -87,7 +88,7 @@ def test_redundant_latents_move_on_the_extended_energy() -> None:
     flow = RedundantNICE(1, 2, seed=3)
     with torch.no_grad():
         for parameter in flow.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=seeded(4))
+            parameter += 0.1 * torch.randn(parameter.shape, generator=problem_generator(4))
     flow.requires_grad_(False)
     extended = flow.extend(energy)
     state = (kernel := Jumps(HMC(0.2, num_steps=4), flow, every=2)).init(extended, extended.sample(512, seeded(5)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -79,6 +80,12 @@ def test_a_number_that_is_not_finite_is_no_metric(tmp_path: Path) -> None:
     recipe = Recipe("none", tmp_path, 0)
     with pytest.raises(FloatingPointError, match="loss is nan"):
         recipe.add("loss", float("nan"))
+
+
+def test_an_error_that_is_infinite_is_none(tmp_path: Path) -> None:
+    recipe = Recipe("none", tmp_path, 0)
+    recipe.add("log Z", 1.0, math.inf)
+    assert recipe.metrics["log Z"]["error"] is None
 
 
 def test_empty_axes_are_no_figure(tmp_path: Path) -> None:
@@ -273,7 +280,8 @@ def test_wells_that_are_turned_are_the_same_wells() -> None:
     x = turned.sample(20_000, torch.Generator().manual_seed(0))
     torch.testing.assert_close(turned(x), plain(turned.straight(x)))
     assert torch.equal(turned.mode_of(x), plain.mode_of(turned.straight(x)))
-    torch.testing.assert_close(turned.straight(x) @ turned.straight(x).T, x @ x.T)
+    some = x[:100]
+    torch.testing.assert_close(turned.straight(some) @ turned.straight(some).T, some @ some.T)
     assert not torch.equal(turned.mode_of(x), plain.mode_of(x))
     within_se(x.mean(0), turned.mean, (turned.variance / 20_000).sqrt())
     square = (x - turned.mean).square()

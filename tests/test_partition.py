@@ -12,6 +12,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from checks import mean_and_se, within_se
+from reseed import problem_generator
 from torch import Tensor
 from tqdm import tqdm
 
@@ -61,7 +62,7 @@ class Deep(LayeredEnergy):
 
     def __init__(self, sizes: tuple[int, int, int], gaussian: bool, seed: int) -> None:
         super().__init__(sizes, gaussian)
-        generator = torch.Generator().manual_seed(seed)
+        generator = problem_generator(seed)
 
         def normal(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=generator, dtype=F64)
@@ -87,7 +88,7 @@ def data_of(energy: Energy) -> Tensor:
 
 def randomised(machine: Any, seed: int = 11) -> Any:
     """The machine with normal numbers for parameters."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = problem_generator(seed)
     with torch.no_grad():
         for parameter in machine.parameters():
             parameter.copy_(0.8 * torch.randn(parameter.shape, generator=generator, dtype=F64))
@@ -96,7 +97,7 @@ def randomised(machine: Any, seed: int = 11) -> Any:
 
 def boltzmann() -> BoltzmannMachine:
     """Nine spins, three of them hidden, each tied to each."""
-    weight = 0.5 * torch.randn(9, 9, generator=torch.Generator().manual_seed(12), dtype=F64).triu(1)
+    weight = 0.5 * torch.randn(9, 9, generator=problem_generator(12), dtype=F64).triu(1)
     return BoltzmannMachine(6, 3, units="spins", weight=weight + weight.mT, dtype=F64)
 
 
@@ -234,7 +235,7 @@ def test_expectations_refuse_what_is_no_function() -> None:
     assert float(area) == pytest.approx(1.0, abs=1e-12)
 
 
-# Every estimator, within three standard errors
+# Every estimator, within its standard errors
 
 
 ISING = Ising((3, 3), 0.4406868, dtype=F64)
@@ -259,7 +260,7 @@ run("AIS GRBM by HMC", grbm(), lambda e: partition.ais(e, Gaussian(torch.zeros(2
 run("AIS deep", deep(), lambda e: partition.ais(e, betas=200))
 run("AIS deep Gaussian", deep(True), lambda e: partition.ais(e, betas=200))
 run("AIS Ising", ISING, lambda e: partition.ais(e, betas=60), 0.2)
-for side, coupling, steps in ((4, 0.2, 30), (4, 0.4406868, 100), (8, 0.2, 40), (8, 0.4406868, 80)):
+for side, coupling, steps in ((4, 0.2, 30), (4, 0.4406868, 100), (8, 0.2, 40), (8, 0.4406868, 160)):
     run(
         f"AIS Ising {side}, {coupling}",
         Ising((side, side), coupling, dtype=F64),
@@ -279,7 +280,7 @@ run("reverse deep Gaussian", deep(True), lambda e: partition.reverse_ais(e, beta
 run(
     "reverse double well",
     DoubleWell(dtype=F64),
-    lambda e: partition.reverse_ais(e, base=Gaussian(torch.tensor(0.0, dtype=F64), scale=2.0), betas=300),
+    lambda e: partition.reverse_ais(e, base=Gaussian(torch.tensor(0.0, dtype=F64), scale=2.0), betas=600),
 )
 run("both ways RBM", rbm(), lambda e: partition.bracket(e, betas=30).combined)
 run("both ways deep", deep(), lambda e: partition.bracket(e, betas=30).combined)
@@ -335,7 +336,7 @@ def test_all_agree_with_the_exact_value(name: str) -> None:
     energy, estimate, most = RUNS[name]
     result = estimate(energy)
     assert result.standard_error < most
-    within_se(result.value, partition.exact(energy).value, result.standard_error, k=3.0, what=f"log Z ({result})")
+    within_se(result.value, partition.exact(energy).value, result.standard_error, what=f"log Z ({result})")
 
 
 def test_bridge_counts_what_the_draws_of_a_chain_are_worth() -> None:
@@ -344,7 +345,7 @@ def test_bridge_counts_what_the_draws_of_a_chain_are_worth() -> None:
     mcmc.run(joint)
     draws = mcmc.get_samples(group_by_chain=True)["x"]
     chains, alone = partition.bridge(joint, draws), partition.bridge(joint, draws.flatten(0, 1))
-    within_se(chains.value, RBM_LOG_Z, chains.standard_error, k=3.0)
+    within_se(chains.value, RBM_LOG_Z, chains.standard_error)
     assert chains.standard_error > alone.standard_error
 
 
@@ -624,7 +625,7 @@ def test_a_schedule_evens_out_the_increments() -> None:
     halves = partition.schedule(HalfDisc(dtype=F64), 5, Gaussian(torch.tensor(0.0, dtype=F64)), MALA(0.5), pilot=10)
     assert len(halves) == 6  # draws outside of the disc are left out
     result = partition.ais(strong, betas=betas)
-    within_se(result.value, partition.exact(strong).value, result.standard_error, k=3.0)
+    within_se(result.value, partition.exact(strong).value, result.standard_error)
 
 
 def test_base_rates_are_those_of_the_data() -> None:
@@ -696,7 +697,7 @@ def test_float32_agrees_and_sums_its_weights_in_float64() -> None:
         partition.reverse_ais(machine, betas=100),
         partition.smc(machine, num_particles=256),
     ):
-        within_se(result.value, RBM_LOG_Z, result.standard_error, k=3.0)
+        within_se(result.value, RBM_LOG_Z, result.standard_error)
         assert result.log_weights is not None
         assert result.log_weights.dtype == F64
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyroebm import Energy
 from pyroebm.flows import NICE, Flow, RealNVP, RedundantNICE, importance_sample
-from pyroebm.objectives import AlphaBootstrap, AnnealedReweighting, Objective, ReverseKL, fit_flow
+from pyroebm.objectives import AlphaBootstrap, AnnealedReweighting, Objective, fit_flow
 from pyroebm.targets import DoubleWell, Gaussian, GaussianMixture
 from pyroebm.views import Compressed
 
@@ -201,18 +201,15 @@ def test_a_flow_that_cannot_carry_the_target_says_at_which_temperature_it_stays(
     assert facts["ess_fraction"] < 0.4
 
 
-def test_it_keeps_the_mode_that_the_reverse_divergence_leaves_out() -> None:
-    """From the same high temperature. Over 8 seeds of so short a run the mass is .22, with a standard deviation of .016."""
+def test_it_keeps_a_small_mode() -> None:
+    """Over 10 seeds of so short a run the mass is .207, with a standard deviation of .019; by the reverse divergence, from the
+    same high temperature, it is anything from 0 to 1."""
     energy = GaussianMixture([[-6.0, 0.0], [6.0, 0.0]], scale=0.5, weights=[0.8, 0.2])
-    mass = {}
-    for name, objective in (("reverse", ReverseKL()), ("reweighted", AnnealedReweighting(buffer_size=2048))):
-        flow = RealNVP(2, layers=4, hidden=(32,), scale=3.0, seed=4)
-        for _ in fit_flow(flow, energy, objective, steps=300, num_samples=256, lr=5e-3, beta_start=0.02, seed=2):
-            pass
-        x = flow.push(flow.draw_noise(20_000, seeded(3)))[0].detach()
-        mass[name] = float((energy.mode_of(x) == 1).double().mean())
-    assert mass["reverse"] > 0.99  # all in the smaller of both
-    within_se(mass["reweighted"], 0.2, 0.016)
+    flow, objective = RealNVP(2, layers=4, hidden=(32,), scale=3.0, seed=4), AnnealedReweighting(buffer_size=2048)
+    for _ in fit_flow(flow, energy, objective, steps=300, num_samples=256, lr=5e-3, beta_start=0.02, seed=2):
+        pass
+    x = flow.push(flow.draw_noise(20_000, seeded(3)))[0].detach()
+    within_se(float((energy.mode_of(x) == 1).double().mean()), 0.2, 0.016)
 
 
 # The buffer

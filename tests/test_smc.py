@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pyro.distributions as dist
@@ -174,6 +175,14 @@ def test_one_island_has_no_standard_error() -> None:
     result = tempered_smc(DoubleWell(dtype=torch.float64), wide(), MALA(), 64, islands=1)
     assert math.isnan(result.log_z_se)
     assert math.isnan(float(result.expectation(lambda x: x)[1]))
+
+
+def test_islands_of_which_one_decides_have_no_standard_error() -> None:
+    result = tempered_smc(DoubleWell(dtype=torch.float64), wide(), MALA(), 64, islands=16)
+    uneven = torch.linspace(0.0, 40.0, 16, dtype=torch.float64)
+    one = dataclasses.replace(result, island_log_z=uneven, log_weights=result.log_weights + uneven.repeat_interleave(64))
+    assert math.isfinite(float(result.expectation(lambda x: x)[1]))
+    assert float(one.expectation(lambda x: x)[1]) == math.inf
 
 
 class Broken(Energy):

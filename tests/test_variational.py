@@ -15,6 +15,7 @@ import torch
 from checks import mean_and_se, within_se
 from pyro.distributions.transforms import affine_coupling
 from pyro.infer import SVI, Predictive, Trace_ELBO
+from reseed import problem_generator
 from scipy.optimize import minimize
 from torch import Tensor, nn
 
@@ -32,7 +33,7 @@ def noise(*shape: int, seed: int = 7) -> Tensor:
 
 
 def stirred(flow: Flow, scale: float = 0.15) -> Flow:
-    generator = torch.Generator().manual_seed(5)
+    generator = problem_generator(5)
     with torch.no_grad():
         for parameter in flow.parameters():
             parameter += scale * torch.randn(parameter.shape, dtype=F64, generator=generator)

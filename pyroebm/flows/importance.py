@@ -17,6 +17,7 @@ from pyroebm.flows.flow import Flow
 from pyroebm.randomness import seeded_generator
 from pyroebm.supports import inside
 from pyroebm.views import check_weighable, eval_mode
+from pyroebm.weights import effective, log_mean, too_few
 
 __all__ = ["ImportanceResult", "ess_fraction", "importance_sample"]
 
@@ -32,7 +33,8 @@ class ImportanceResult:
         x: the draws, shape ``(n, *event)``.
         log_weights: unnormalised log weights in nats, float64, shape ``(n,)``; :math:`-\infty` where :math:`U = \infty`.
         log_z: log of the mean weight, an estimate of log C; the mean weight itself is unbiased for C.
-        log_z_se: its standard error, :math:`\mathrm{sd}(w) / (\bar w \sqrt n)` (delta method).
+        log_z_se: its standard error, :math:`\mathrm{sd}(w) / (\bar w \sqrt n)` (delta method); ``inf`` where a few weights
+            decide: ``ess`` below 400 and below a quarter of n.
         ess: effective sample size :math:`(\sum w)^2 / \sum w^2` (Kong, 1992).
         pareto_k: shape of the weights' tail (Vehtari, Simpson, Gelman, Yao and Gabry, "Pareto Smoothed Importance Sampling",
             2024), by ArviZ; above 0.7 the estimates cannot be trusted. ``inf`` where fewer than five weights make the tail,
@@ -62,6 +64,8 @@ class ImportanceResult:
         .. math:: \hat\mu = \sum_i \bar w_i f(x_i), \qquad
             \mathrm{se}^2 = \sum_i \bar w_i^2 (f(x_i) - \hat\mu)^2, \qquad \bar w_i = w_i / \textstyle\sum_j w_j.
 
+        The error is infinite where that of ``log_z`` is.
+
         Args:
             f: function of the draws, ``(n, *event) -> (n, *shape)``. Draws of weight 0 count for nothing, whatever f is there.
 
@@ -77,7 +81,8 @@ class ImportanceResult:
         kept = self.weights > 0
         values, weights = values[kept], self.weights[kept].reshape(-1, *[1] * (values.dim() - 1))
         mean = (weights * values).sum(0)
-        return mean, (weights * (values - mean)).square().sum(0).sqrt()
+        error = (weights * (values - mean)).square().sum(0).sqrt()
+        return mean, torch.full_like(error, math.inf) if too_few(self.ess, len(self.x)) else error
 
     def resample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """``n`` independent draws from the weighted ones, shape ``(n, *event)``: nearly from p where ``ess`` is large.
@@ -181,8 +186,7 @@ def _distribution_weights(proposal: Distribution, energy: Energy) -> _Draw:
 
 def ess_fraction(log_weights: Tensor) -> float:
     """Effective sample size of weights, as a fraction of their number."""
-    ratio = (log_weights - log_weights.max()).exp()
-    return float(ratio.sum() ** 2 / ratio.square().sum()) / len(ratio)
+    return effective(log_weights) / len(log_weights)
 
 
 def _summary(x: Tensor, log_weights: Tensor) -> ImportanceResult:
@@ -195,14 +199,12 @@ def _summary(x: Tensor, log_weights: Tensor) -> ImportanceResult:
         )
     if bool((log_weights == -math.inf).all()):
         raise FloatingPointError(f"all n={n} weights are 0: no draw of the proposal lies where the energy is finite")
-    ratio = (log_weights - log_weights.max()).exp()
-    mean = float(ratio.mean())
-    spread = float(ratio.std(correction=1)) if n > 1 else math.nan
+    log_z, error, ess = log_mean(log_weights)
     return ImportanceResult(
         x=x,
         log_weights=log_weights,
-        log_z=float(log_weights.max()) + math.log(mean),
-        log_z_se=spread / (mean * math.sqrt(n)),
-        ess=float(ratio.sum()) ** 2 / float(ratio.square().sum()),
+        log_z=log_z,
+        log_z_se=error,
+        ess=ess,
         pareto_k=pareto_k(log_weights),
     )

@@ -111,7 +111,8 @@ def judge_flow(
         flow: q.
         energy: U. Its exact draws are taken where it has them, its ``mode_weights`` and ``log_z`` where it knows them.
         n: draws of the flow, and of the target where it has exact ones.
-        draws: of the target, ``(m, *event)``, in place of exact ones: states of long chains, which must have mixed.
+        draws: of the target in place of exact ones: independent ones ``(m, *event)``, or those of chains ``(chains, m, *event)``,
+            which must have mixed. Chains, not their draws, then count as independent in the errors of the EUBO and of distances.
         num_distances: draws of each law for the distances between them.
         num_marginal: draws for the weights of x alone where there are redundant latents.
         seed: of all draws.
@@ -132,8 +133,11 @@ def judge_flow(
     check_counts({"n": 40, "num_distances": 40, "num_marginal": 40}, n, num_distances, num_marginal)
     generator = seeded_generator(seed, flow.device)
     target = flow.extend(energy)
+    chains = None
     if draws is not None:
         energy.check_states(draws, "draws")
+        if draws.dim() == len(energy.event_shape) + 2:
+            chains, draws = len(draws), draws.flatten(0, 1)
     weighted = importance_sample(flow, energy, n, generator=generator)
     elbo = Estimate.of(weighted.log_weights[torch.isfinite(weighted.log_weights)])
     if not bool(torch.isfinite(weighted.log_weights).all()):
@@ -147,15 +151,17 @@ def judge_flow(
             evaluations += len(x)
         if draws is None and energy.has_exact_draws:
             draws = energy.sample(n, generator)
-        log_forward = None
+        log_forward = eubo = None
         if draws is not None:
             xy = target.complete(draws, generator)
             log_forward = (-target(xy) - flow.log_prob(xy)).double()
+            eubo = Estimate.of(log_forward if chains is None else log_forward.reshape(chains, -1).mean(1))
             evaluations += len(draws)
     some = min(num_distances, n)
     far = near = discrepancy = None
     if draws is not None:
-        y = draws[torch.randperm(len(draws), generator=generator, device=generator.device)[:some].to(draws.device)]
+        some_draws = torch.randperm(len(draws), generator=generator, device=generator.device)[:some]
+        y = draws[some_draws.sort().values.to(draws.device)]  # a chain's beside each other, for the groups of the jackknife
         far, discrepancy = energy_distance(weighted.x[:some], y), maximum_mean_discrepancy(weighted.x[:some], y)
         near = energy_distance(weighted.resample(some, generator), y)
     weights = getattr(energy, "mode_weights", None)
@@ -173,7 +179,7 @@ def judge_flow(
         weighted=weighted,
         elbo=elbo,
         marginal_ess=marginal,
-        eubo=None if log_forward is None else Estimate.of(log_forward),
+        eubo=eubo,
         forward_ess=None if log_forward is None else _forward_ess(log_forward),
         energy_distance=far,
         discrepancy=discrepancy,

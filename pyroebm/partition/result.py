@@ -8,6 +8,8 @@ from typing import Literal
 
 from torch import Tensor
 
+from pyroebm.weights import log_mean
+
 __all__ = ["Bracket", "Kind", "LogZ"]
 
 Kind = Literal["exact", "estimate", "lower", "upper"]
@@ -30,7 +32,8 @@ class LogZ:
 
     Attributes:
         value: :math:`\log Z`.
-        standard_error: its standard error; 0 where it is a sum over all states, the error of the rule for a quadrature.
+        standard_error: its standard error; 0 where it is a sum over all states, the error of the rule for a quadrature, ``inf``
+            where a few of the weights decide (:func:`pyroebm.weights.log_mean`).
         kind: "exact", "estimate", "lower" or "upper".
         method: how it was found, in words.
         ess: effective sample size :math:`(\sum w)^2 / \sum w^2` of the weights (Kong, 1992); None where there are none.
@@ -81,11 +84,8 @@ def from_weights(log_weights: Tensor, log_z: float, kind: Kind, method: str, sig
         raise FloatingPointError(f"{method}: of {n} log weights {nan} are NaN and {infinite} are +inf: an energy is not finite")
     if bool((log_weights == -math.inf).all()):
         raise FloatingPointError(f"{method}: all {n} weights are 0: the two densities do not meet at any draw")
-    ratio = (log_weights - log_weights.max()).exp()
-    mean = float(ratio.mean())
-    error = float(ratio.std()) / (mean * math.sqrt(n)) if n > 1 else math.nan
-    value = log_z + sign * (float(log_weights.max()) + math.log(mean))
-    return LogZ(value, error, kind, method, float(ratio.sum() ** 2 / ratio.square().sum()), log_weights)
+    found = log_mean(log_weights)
+    return LogZ(log_z + sign * found.value, found.standard_error, kind, method, found.ess, log_weights)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
