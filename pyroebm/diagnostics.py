@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyroebm.pareto import pareto_k
+
 __all__ = [
     "arviz",
     "r_hat",
@@ -57,7 +59,8 @@ def _statistic(name: str, draws: Tensor | np.ndarray, **options: Any) -> np.ndar
     flat = array.reshape(*array.shape[:2], -1)
     with warnings.catch_warnings():  # a constant entry has no R-hat: NaN says so, NumPy's division warning adds nothing
         warnings.simplefilter("ignore", RuntimeWarning)
-        values = [float(compute(np.ascontiguousarray(flat[..., k]), **options)) for k in range(flat.shape[-1])]
+        # `item`: beside numba, ArviZ 0.23 returns some of its numbers in an array of shape (1,)
+        values = [np.asarray(compute(np.ascontiguousarray(flat[..., k]), **options)).item() for k in range(flat.shape[-1])]
     return np.asarray(values).reshape(array.shape[2:])
 
 
@@ -116,28 +119,6 @@ def bfmi(energy: Tensor | np.ndarray) -> np.ndarray:
     """
     array = _array(energy, "energy")
     return np.asarray(arviz().bfmi(array))
-
-
-def pareto_k(log_weights: Tensor | np.ndarray) -> float:
-    """Shape of the tail of importance weights (Vehtari, Simpson, Gelman, Yao and Gabry, 2024), by ArviZ's PSIS.
-
-    Args:
-        log_weights: log weights, shape ``(n,)``.
-
-    Returns:
-        k; above 0.7 the estimates cannot be trusted. ``inf`` where fewer than five weights make the tail, ``-inf`` where all
-        weights are equal and there is none.
-
-    Example:
-        >>> pareto_k(torch.randn(1000, generator=torch.Generator().manual_seed(0)) * 0.1) < 0.5
-        True
-    """
-    logs = np.array(log_weights.detach().cpu().numpy() if isinstance(log_weights, Tensor) else log_weights, dtype=np.float64)
-    if np.ptp(logs) < 1e-12:
-        return -np.inf
-    smooth = importlib.import_module("arviz_stats.base").array_stats.psislw if _is_new_line() else arviz().psislw
-    with np.errstate(over="ignore", invalid="ignore"):  # the tail's fit compares likelihoods further apart than float64 holds
-        return float(smooth(logs)[1])
 
 
 def to_arviz(

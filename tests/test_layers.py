@@ -14,7 +14,7 @@ PACKAGE = ROOT / "pyroebm"
 # From the bottom up. A row's groups do not import each other; the modules within one group (words of one string) may.
 # `pyroebm` is the package's own __init__. The same picture stands in docs/architecture.md.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("randomness", "diagnostics", "front_door", "networks", "distances", "distributed"),
+    ("randomness", "diagnostics pareto", "front_door", "networks", "distances", "distributed"),
     ("supports", "enumeration"),
     ("energy derivatives views compiled minibatch paths",),
     ("targets", "energies", "kernels", "flows", "datasets readers", "generators"),
