@@ -6,12 +6,11 @@ import math
 
 import numpy as np
 import torch
-from torch import Tensor
 
 __all__ = ["pareto_k"]
 
 
-def pareto_k(log_weights: Tensor | np.ndarray) -> float:
+def pareto_k(log_weights: torch.Tensor | np.ndarray) -> float:
     r"""Shape of the tail of importance weights: a generalized Pareto distribution fitted to the largest of them.
 
     The tail is the largest :math:`\min(n / 5, 3 \sqrt n)` weights (Vehtari, Simpson, Gelman, Yao and Gabry, 2024); the fit is
@@ -29,7 +28,7 @@ def pareto_k(log_weights: Tensor | np.ndarray) -> float:
         >>> pareto_k(torch.randn(1000, generator=torch.Generator().manual_seed(0)) * 0.1) < 0.5
         True
     """
-    logs = np.array(log_weights.detach().cpu().numpy() if isinstance(log_weights, Tensor) else log_weights, dtype=np.float64)
+    logs = torch.as_tensor(log_weights, dtype=torch.float64).detach().cpu().numpy()
     if np.ptp(logs) < 1e-12:
         return -np.inf
     weights = np.sort(np.exp(logs - logs.max()))

@@ -72,7 +72,7 @@ def run_example(environment: Path, page: Path, empty: Path) -> str:
     """What the first Python block of a page prints, run by the environment's interpreter in a folder with nothing else in it."""
     example = next((b for b in python_blocks(page.read_text(encoding="utf-8")) if b.skip is None), None)
     if example is None:
-        raise RuntimeError(f"{page} has no Python block that runs: its first one is the example that the installed wheel must run")
+        raise RuntimeError(f"{page} has no Python block that runs: the installed wheel must run its first one")
     (empty / "example.py").write_text(example.source, encoding="utf-8")
     return run(environment / "bin" / "python", "example.py", cwd=empty)
 
