@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib.metadata
 import inspect
 import math
@@ -92,12 +93,14 @@ def imported(source: str, *, everywhere: bool) -> set[str]:
     return found
 
 
+distributions = functools.cache(importlib.metadata.packages_distributions)  # it reads the files of every package
+
+
 def undeclared(source: str, declared: set[str], *, everywhere: bool = True) -> set[str]:
     """Packages that a source imports and that are not among those declared. ``sys.path`` gives the scripts their neighbors."""
     ours = {"pyroebm", "models", *(p.stem for folder in ("tests", "scripts") for p in (ROOT / folder).glob("*.py"))}
     modules = imported(source, everywhere=everywhere) - set(sys.stdlib_module_names) - ours
-    distributions = importlib.metadata.packages_distributions()
-    return {name for name in modules if not _names(distributions.get(name, [name])) & declared}
+    return {name for name in modules if not _names(distributions().get(name, [name])) & declared}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "pyroebm").rglob("*.py")), ids=lambda p: p.relative_to(ROOT).as_posix())
