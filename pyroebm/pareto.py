@@ -28,11 +28,11 @@ def pareto_k(log_weights: torch.Tensor | np.ndarray) -> float:
         >>> pareto_k(torch.randn(1000, generator=torch.Generator().manual_seed(0)) * 0.1) < 0.5
         True
     """
-    logs = torch.as_tensor(log_weights, dtype=torch.float64).detach().cpu().numpy()
+    logs = np.asarray(log_weights.detach().cpu().numpy() if isinstance(log_weights, torch.Tensor) else log_weights, dtype=float)
     if np.ptp(logs) < 1e-12:
         return -np.inf
     weights = np.sort(np.exp(logs - logs.max()))
-    cutoff = max(weights[-math.ceil(min(len(logs) / 5, 3 * math.sqrt(len(logs)))) - 1], np.finfo(np.float64).tiny)
+    cutoff = max(weights[-math.ceil(min(len(logs) / 5, 3 * math.sqrt(len(logs)))) - 1], 1e-300)  # reciprocals must not overflow
     tail = weights[weights > cutoff] - cutoff
     n = len(tail)
     if n < 5:

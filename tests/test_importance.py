@@ -237,6 +237,14 @@ def test_pareto_k_where_there_is_no_tail() -> None:
     assert [pareto_k(few), pareto_k(normal_logs[:20]), pareto_k(np.minimum(normal_logs, 0.5))] == [math.inf] * 3
     assert [pareto_k(np.zeros(1000)), pareto_k(torch.full((5,), 3.0))] == [-math.inf] * 2
     assert pareto_k(np.append(normal_logs, np.nan)) == math.inf
+    assert pareto_k(np.append(np.linspace(-708.3, -707.3, 99), 0.0)) == math.inf  # all but one underflow beside the largest
+
+
+def test_pareto_k_takes_arrays_as_they_are() -> None:
+    logs = np.random.default_rng(0).normal(size=1000)
+    logs.setflags(write=False)
+    tensor = torch.tensor(logs, requires_grad=True)
+    assert pareto_k(logs) == pareto_k(logs[::-1]) == pareto_k(tensor) == pareto_k(tensor + 0.0) == pareto_k(logs.tolist())
 
 
 @pytest.mark.parametrize("seed", range(4))
