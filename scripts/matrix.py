@@ -82,6 +82,14 @@ def interpreters(version: str) -> Iterator[str]:
                 yield found
 
 
+def copy_files(folder: Path) -> None:
+    """The files of the checkout but for the package's, as they are when its wheel is built: the suite may run hours later."""
+    for name in filter(None, run("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", cwd=ROOT).split("\0")):
+        if not name.startswith("pyroebm/") and (ROOT / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+
+
 def stage_install(environment: Environment, wheel: Path) -> str:
     """A new virtual environment with the wheel, by its own pip."""
     shutil.rmtree(environment.folder, ignore_errors=True)
@@ -110,11 +118,7 @@ def stage_store(environment: Environment, wheel: Path) -> str:
 
 def stage_suite(environment: Environment, wheel: Path, *pytest_args: str) -> str:
     """The suite on the installed package: a copy of the checkout's files has it in the place of the sources."""
-    tree = environment.folder / "tree"
-    for name in filter(None, run("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", cwd=ROOT).split("\0")):
-        if not name.startswith("pyroebm/") and (ROOT / name).exists():
-            (tree / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, tree / name)
+    tree = shutil.copytree(FOLDER / "files", environment.folder / "tree")
     (package,) = environment.venv.glob("lib/python*/site-packages/pyroebm")
     (tree / "pyroebm").symlink_to(package)
     report = f"--junitxml={environment.folder / 'junit.xml'}"
@@ -177,9 +181,11 @@ def main(*arguments: str) -> int:
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="NAME", help=f"which of {', '.join(names)}")
     parser.add_argument("--pytest-args", default="", help="handed to pytest, for example '-n 2 --dist worksteal'")
     chosen = parser.parse_args(arguments)
-    shutil.rmtree(FOLDER / "dist", ignore_errors=True)
-    (FOLDER / "dist").mkdir(parents=True)
+    for name in ("dist", "files"):
+        shutil.rmtree(FOLDER / name, ignore_errors=True)
+        (FOLDER / name).mkdir(parents=True)
     wheel = build(FOLDER / "dist")
+    copy_files(FOLDER / "files")
     commit = run("git", "describe", "--always", "--dirty", cwd=ROOT).strip()
     kept = FOLDER / "results.json"
     results: dict[str, Result] = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}

@@ -77,6 +77,7 @@ def offline(matrix: types.ModuleType, tmp_path: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(matrix, "FOLDER", tmp_path)
     monkeypatch.setattr(matrix, "build", lambda folder: folder / "a.whl")
+    monkeypatch.setattr(matrix, "copy_files", lambda folder: None)
     monkeypatch.setattr(matrix, "run", lambda *command, cwd: "{}")
     monkeypatch.setattr(matrix, "interpreters", lambda version: iter([] if version == "3.13" else ["python"]))
     monkeypatch.setattr(matrix, "STAGES", {"install": installs, "store": fails})
