@@ -14,7 +14,7 @@ TEST_ENV := OMP_NUM_THREADS=1 MPLBACKEND=Agg
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: demo test reseed setup lint format types doctest readme notebooks wheel-check benchmark clean distclean help
+.PHONY: demo test reseed setup lint format types doctest readme notebooks wheel-check matrix benchmark clean distclean help
 
 demo: .venv/.installed ## Install what is needed, run the demo, write its figures and report to demo/
 	$(BIN)/pyroebm demo --out demo
@@ -49,6 +49,9 @@ notebooks: .venv/.installed-dev ## Run every notebooks/NN_name.py, or NAME=NN_na
 
 wheel-check: .venv/.installed-dev ## Build the wheel, install it in a clean environment, run the README's first example there
 	$(BIN)/python scripts/wheel_check.py
+
+matrix: .venv/.installed-dev ## Run the suite on the wheel with pinned, newest and lowest versions (gigabytes, hours), or ARGS="--only NAME"
+	$(BIN)/python scripts/matrix.py --pytest-args='-n $(JOBS) --dist worksteal $(PYTEST_ARGS)' $(ARGS)
 
 benchmark: .venv/.installed-dev ## Run the benchmarks: all, or NAME=name; ARGS=--quick for a short run
 	@set -e; for script in $(if $(NAME),benchmarks/$(NAME).py,$(filter-out %/tables.py,$(wildcard benchmarks/[a-z]*.py))); do \

@@ -78,8 +78,7 @@ print(mcmc.verdict())
 
 # %%
 data = mcmc.to_arviz()
-ax = plt.subplots(figsize=(6, 3), layout="constrained")[1]
-az.plot_rank(data.sel(chain=[0, 1, 2, 3]), var_names="x", ax=ax)
+az.plot_rank(data.sel(chain=[0, 1, 2, 3]), var_names="x");
 # %% [markdown]
 # The divergences are the quartic walls, where a step that suits the valleys is too long; asking warm-up for a higher acceptance rate makes
 # it shorter. For the rest the remedy is time: `run_more` goes on from where the chains stand, exactly as one longer run would have.
@@ -90,15 +89,13 @@ mcmc.run(energy)
 mcmc.run_more(9000)
 data = mcmc.to_arviz()
 print(mcmc.verdict())
-ax = plt.subplots(figsize=(6, 3), layout="constrained")[1]
-az.plot_rank(data.sel(chain=[0, 1, 2, 3]), var_names="x", ax=ax)
+az.plot_rank(data.sel(chain=[0, 1, 2, 3]), var_names="x");
 # %% [markdown]
 # ArviZ's energy plot compares the Hamiltonians that the chains visit with their changes from one draw to the next. If the changes were
 # much narrower, momenta would explore the energies slowly (the number in the legend is the BFMI; below 0.3 is bad).
 
 # %%
-ax = plt.subplots(figsize=(6, 3), layout="constrained")[1]
-az.plot_energy(data.sel(chain=range(8)), ax=ax)
+az.plot_energy(data.sel(chain=range(8)));
 # %% [markdown]
 # ## Is it right?
 #

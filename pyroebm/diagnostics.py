@@ -59,7 +59,8 @@ def _statistic(name: str, draws: Tensor | np.ndarray, **options: Any) -> np.ndar
     flat = array.reshape(*array.shape[:2], -1)
     with warnings.catch_warnings():  # a constant entry has no R-hat: NaN says so, NumPy's division warning adds nothing
         warnings.simplefilter("ignore", RuntimeWarning)
-        values = [float(compute(np.ascontiguousarray(flat[..., k]), **options)) for k in range(flat.shape[-1])]
+        # `item`: beside numba, ArviZ 0.23 returns some of its numbers in an array of shape (1,)
+        values = [np.asarray(compute(np.ascontiguousarray(flat[..., k]), **options)).item() for k in range(flat.shape[-1])]
     return np.asarray(values).reshape(array.shape[2:])
 
 
@@ -137,9 +138,16 @@ def pareto_k(log_weights: Tensor | np.ndarray) -> float:
     logs = np.array(log_weights.detach().cpu().numpy() if isinstance(log_weights, Tensor) else log_weights, dtype=np.float64)
     if np.ptp(logs) < 1e-12:
         return -np.inf
-    smooth = importlib.import_module("arviz_stats.base").array_stats.psislw if _is_new_line() else arviz().psislw
     with np.errstate(over="ignore", invalid="ignore"):  # the tail's fit compares likelihoods further apart than float64 holds
-        return float(smooth(logs)[1])
+        try:
+            if _is_new_line():  # it takes the negative of the log weights
+                data_array = importlib.import_module("xarray").DataArray
+                k = float(data_array(-logs, dims="sample").azstats.psislw(dim="sample")[1])
+            else:
+                k = float(arviz().psislw(logs)[1])
+        except (IndexError, ValueError):  # ArviZ 1.x, where there is no tail to fit
+            return np.inf
+    return np.inf if np.isnan(k) else k
 
 
 def to_arviz(

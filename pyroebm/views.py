@@ -87,8 +87,9 @@ class Conditioned(Energy):
 
 def _log_softplus(g: Tensor) -> Tensor:
     # log softplus(g) = log log(1 + e^g); softplus underflows far on the left, where log softplus(g) = g - e^g / 2 + ...
-    left = g < -15.0
-    return torch.where(left, g - 0.5 * torch.exp(g.clamp(max=0.0)), torch.log(nn.functional.softplus(g.clamp(min=-15.0))))
+    left = g < -15.0  # the branch not taken gets -15 by `where`: at its bound, `clamp` has gradient 1 or 0 by torch's version
+    series = g - 0.5 * torch.exp(torch.where(left, g, -15.0))
+    return torch.where(left, series, torch.log(nn.functional.softplus(torch.where(left, -15.0, g))))
 
 
 LINKS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import venv
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from readme_block import python_blocks
@@ -19,13 +20,22 @@ ROOT = Path(__file__).resolve().parents[1]
 WHERE = "import pathlib, pyroebm; print(pathlib.Path(pyroebm.__file__).resolve().parent)"
 
 
-def run(*command: str | Path, cwd: Path) -> str:
-    """Run a command with nothing of the checkout in its environment; its output, or SystemExit with it."""
+def run(*command: str | Path, cwd: Path, more: Mapping[str, str] | None = None) -> str:
+    """Run a command with nothing of the checkout in its environment; its output, or RuntimeError with it."""
     env = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV", "PYTHONHOME")}
-    done = subprocess.run([str(c) for c in command], cwd=cwd, env=env | {"MPLBACKEND": "Agg"}, text=True, capture_output=True)
+    env |= {"MPLBACKEND": "Agg", **(more or {})}
+    done = subprocess.run([str(c) for c in command], cwd=cwd, env=env, text=True, capture_output=True)
     if done.returncode:
-        raise SystemExit(f"{' '.join(map(str, command))} failed ({done.returncode}):\n{done.stdout}{done.stderr}")
+        raise RuntimeError(f"{' '.join(map(str, command))} failed ({done.returncode}):\n{done.stdout}{done.stderr}")
     return done.stdout
+
+
+def build(folder: Path) -> Path:
+    """The wheel, built in ``folder`` from the source distribution; RuntimeError if its contents are wrong."""
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, ROOT, cwd=folder)
+    (wheel,) = folder.glob("*.whl")
+    check_contents(wheel)
+    return wheel
 
 
 def check_contents(wheel: Path) -> None:
@@ -34,43 +44,57 @@ def check_contents(wheel: Path) -> None:
     tops = {name.split("/")[0] for name in names}
     strangers = sorted(top for top in tops if top != "pyroebm" and not top.endswith(".dist-info"))
     if strangers:
-        raise SystemExit(f"{wheel.name} would install {strangers} beside pyroebm")
+        raise RuntimeError(f"{wheel.name} would install {strangers} beside pyroebm")
     for wanted in ("pyroebm/__init__.py", "pyroebm/py.typed", "LICENSE", "entry_points.txt"):
         if not any(name.endswith(wanted) for name in names):
-            raise SystemExit(f"{wheel.name} lacks {wanted}")
+            raise RuntimeError(f"{wheel.name} lacks {wanted}")
     ours = {p.relative_to(ROOT).as_posix() for p in (ROOT / "pyroebm").rglob("*") if p.is_file() and "__pycache__" not in p.parts}
     if missing := sorted(ours - set(names)):
-        raise SystemExit(f"{wheel.name} lacks {missing}, which the checkout has")
+        raise RuntimeError(f"{wheel.name} lacks {missing}, which the checkout has")
+
+
+def install(environment: Path, *requirements: str | Path, more: Mapping[str, str] | None = None) -> None:
+    """Install into a virtual environment by its own pip."""
+    pip = (environment / "bin" / "python", "-m", "pip")
+    run(*pip, "install", "--quiet", "--disable-pip-version-check", "--no-input", *requirements, cwd=environment, more=more)
+
+
+def check_installed(environment: Path, empty: Path) -> None:
+    """The environment is consistent, pyroebm comes from it and not from the checkout, and its command starts."""
+    run(environment / "bin" / "python", "-m", "pip", "check", cwd=empty)
+    at = Path(run(environment / "bin" / "python", "-c", WHERE, cwd=empty).strip())
+    if not at.is_relative_to(environment.resolve()):
+        raise RuntimeError(f"pyroebm was imported from {at}, not from {environment}")
+    run(environment / "bin" / "pyroebm", "--help", cwd=empty)
+
+
+def run_example(environment: Path, page: Path, empty: Path) -> str:
+    """What the first Python block of a page prints, run by the environment's interpreter in a folder with nothing else in it."""
+    example = next((b for b in python_blocks(page.read_text(encoding="utf-8")) if b.skip is None), None)
+    if example is None:
+        raise RuntimeError(f"{page} has no Python block that runs: the installed wheel must run its first one")
+    (empty / "example.py").write_text(example.source, encoding="utf-8")
+    return run(environment / "bin" / "python", "example.py", cwd=empty)
 
 
 def main(page: str = str(ROOT / "README.md")) -> int:
-    """Do all of it; SystemExit with the reason where something is wrong."""
-    example = next((b for b in python_blocks(Path(page).read_text(encoding="utf-8")) if b.skip is None), None)
-    if example is None:
-        raise SystemExit(f"{page} has no Python block that runs: its first one is the example that the installed wheel must run")
-    with tempfile.TemporaryDirectory(prefix="wheel-check-") as name:
-        scratch = Path(name)
-        print("building the source distribution, and the wheel from it ...", flush=True)
-        run(sys.executable, "-m", "build", "--no-isolation", "--outdir", scratch / "dist", ROOT, cwd=scratch)
-        (wheel,) = (scratch / "dist").glob("*.whl")
-        check_contents(wheel)
-        print(f"installing {wheel.name} in a clean environment ...", flush=True)
-        venv.create(scratch / "venv", with_pip=True)
-        python = scratch / "venv" / "bin" / "python"
-        pip = (python, "-m", "pip", "--quiet", "--disable-pip-version-check", "--no-input")
-        run(*pip[:3], "install", *pip[3:], "-c", ROOT / "constraints.txt", wheel, cwd=scratch)
-        run(*pip[:3], "check", cwd=scratch)
-        empty = scratch / "empty"
-        empty.mkdir()
-        at = Path(run(python, "-c", WHERE, cwd=empty).strip())
-        if not at.is_relative_to((scratch / "venv").resolve()):
-            raise SystemExit(f"pyroebm was imported from {at}, not from the clean environment")
-        print(f"running the first example of {Path(page).name} (line {example.line}) in an empty folder ...", flush=True)
-        source = scratch / "example" / "example.py"
-        source.parent.mkdir()
-        source.write_text(example.source, encoding="utf-8")
-        print(run(python, source, cwd=empty), end="")
-        run(scratch / "venv" / "bin" / "pyroebm", "--help", cwd=empty)
+    """Do all of it; 1 with the reason where something is wrong."""
+    try:
+        with tempfile.TemporaryDirectory(prefix="wheel-check-") as name:
+            scratch = Path(name)
+            for folder in ("dist", "empty"):
+                (scratch / folder).mkdir()
+            print("building the source distribution, and the wheel from it ...", flush=True)
+            wheel = build(scratch / "dist")
+            print(f"installing {wheel.name} in a clean environment ...", flush=True)
+            venv.create(scratch / "venv", with_pip=True)
+            install(scratch / "venv", "-c", ROOT / "constraints.txt", wheel)
+            check_installed(scratch / "venv", scratch / "empty")
+            print(f"running the first example of {Path(page).name} in an empty folder ...", flush=True)
+            print(run_example(scratch / "venv", Path(page), scratch / "empty"), end="")
+    except RuntimeError as error:
+        print(error, file=sys.stderr)
+        return 1
     print(f"{wheel.name}: built, installed with the pins of constraints.txt, the example and `pyroebm --help` run")
     return 0
 

@@ -56,8 +56,9 @@ def mean_and_se(draws: Any, axis: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Mean of independent draws along an axis and its standard error. For draws of a chain divide by the ESS instead.
 
     Example:
-        >>> mean_and_se([1.0, 2.0, 3.0])
-        (np.float64(2.0), np.float64(0.5773502691896258))
+        >>> mean, se = mean_and_se([1.0, 2.0, 3.0])
+        >>> float(mean), float(se)
+        (2.0, 0.5773502691896258)
     """
     x = _array(draws)
     return x.mean(axis), x.std(axis, ddof=1) / np.sqrt(x.shape[axis])

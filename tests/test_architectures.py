@@ -127,6 +127,17 @@ def test_loft_is_the_identity_inside_and_logarithmic_outside() -> None:
     assert float(wide.push(wide.draw_noise(1000, seeded_generator(0)))[0].detach().abs().max()) < 4.0 + math.log(400.0)
 
 
+def test_loft_has_the_slope_of_its_identity_at_the_threshold() -> None:
+    """Both pieces meet there with slope 1, and the log-determinant leaves 0 with slope 0 on the side of the identity."""
+    z = torch.tensor([-2.0, 2.0, -3.0, 3.0], dtype=F64, requires_grad=True)
+    for there in (Loft(4, threshold=2.0).with_log_det, Loft(4, threshold=2.0).inverse_with_log_det):
+        x, log_det = there(z)
+        slopes = torch.autograd.grad(x.sum(), z, retain_graph=True)[0]
+        assert slopes[:2].tolist() == [1.0, 1.0]
+        assert float(slopes.log().sum()) == pytest.approx(2 * float(slopes[2].log()))
+        assert torch.autograd.grad(log_det, z)[0][:2].tolist() == [0.0, 0.0]
+
+
 def test_refusals_of_layers() -> None:
     with pytest.raises(ValueError, match=r"dim must be at least 2.*dim=1"):
         AffineCoupling(1)

@@ -445,9 +445,11 @@ def test_sgld_at_a_small_step_samples_the_posterior() -> None:
 def test_a_step_to_infinity_is_refused_where_the_energy_is_finite_too() -> None:
     class Cliff(Energy):  # its gradient at 0 is infinite, and its energy at minus infinity is not
         def forward(self, x: Tensor) -> Tensor:
-            return torch.atan(x) + torch.sqrt(x.clamp(min=0.0))
+            right = x >= 0.0
+            return torch.atan(x) + torch.where(right, torch.sqrt(torch.where(right, x, 1.0)), 0.0)
 
     energy, kernel = Cliff().double(), StochasticGradientLangevin(step_size=0.1)
+    assert value_and_grad(energy, torch.zeros(1, dtype=torch.float64))[1].tolist() == [math.inf]
     state = kernel.init(energy, torch.ones(2, dtype=torch.float64))
     state, info = kernel.step(energy, state._replace(x=torch.tensor([0.0, 2.0], dtype=torch.float64)))
     assert info.diverging.tolist() == [True, False]

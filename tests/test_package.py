@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
+import functools
 import importlib.metadata
 import inspect
 import math
 import re
+import sys
 import tomllib
 from pathlib import Path
 
@@ -50,6 +53,18 @@ def test_type_marker_is_shipped() -> None:
     assert (Path(pyroebm.__file__).parent / "py.typed").exists()
 
 
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+ENGINES = {"h5netcdf", "h5py"}  # xarray imports them, when a netCDF file is written or read
+
+
+def _names(requirements: list[str]) -> set[str]:
+    return {re.sub(r"[-_.]+", "-", re.split(r"[\s\[<>=!~;(]", r)[0]).lower() for r in requirements}
+
+
+RUNTIME = _names(PROJECT["dependencies"])
+EXTRAS = {extra: _names(names) for extra, names in PROJECT["optional-dependencies"].items()}
+
+
 def test_constraints_pin_every_dependency() -> None:
     """A name in pyproject.toml without a pin would be fetched in whatever version is newest, PyTorch's CUDA build first.
 
@@ -57,11 +72,75 @@ def test_constraints_pin_every_dependency() -> None:
     """
     pins = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
     assert [pin for pin in pins if not re.fullmatch(r"[\w.-]+==[\w.!]+", pin)] == []
-    pinned = {re.sub(r"[-_.]+", "-", pin.split("==")[0]).lower() for pin in pins}
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = [r for extra, names in project["optional-dependencies"].items() if extra not in ("docs", "bench") for r in names]
-    needed = {re.split(r"[\s\[<>=!~;(]", r)[0] for r in project["dependencies"] + extras}
-    assert {re.sub(r"[-_.]+", "-", name).lower() for name in needed} - pinned == set()
+    assert (RUNTIME | EXTRAS["flows"] | EXTRAS["dev"]) - _names(pins) == set()
+
+
+def imported(source: str, *, everywhere: bool) -> set[str]:
+    """Top-level names of the modules that a source imports; without ``everywhere``, those that its own import needs."""
+    tree = ast.parse(source)
+    found: set[str] = set()
+    waiting: list[ast.AST] = [tree]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found.add(node.module.split(".")[0])
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "importorskip")):
+            found |= {str(a.value).split(".")[0] for a in node.args[:1] if isinstance(a, ast.Constant)}
+        if everywhere or not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            waiting += ast.iter_child_nodes(node)
+    return found
+
+
+distributions = functools.cache(importlib.metadata.packages_distributions)  # it reads the files of every package
+
+
+def undeclared(source: str, declared: set[str], *, everywhere: bool = True) -> set[str]:
+    """Packages that a source imports and that are not among those declared. ``sys.path`` gives the scripts their neighbors."""
+    ours = {"pyroebm", "models", *(p.stem for folder in ("tests", "scripts") for p in (ROOT / folder).glob("*.py"))}
+    modules = imported(source, everywhere=everywhere) - set(sys.stdlib_module_names) - ours
+    return {name for name in modules if not _names(distributions().get(name, [name])) & declared}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "pyroebm").rglob("*.py")), ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_what_the_package_imports_is_declared(path: Path) -> None:
+    """`pip install pyroebm` is enough to import all of it; what an extra brings is imported where it is used."""
+    source = path.read_text(encoding="utf-8")
+    assert undeclared(source, RUNTIME, everywhere=False) == set()
+    assert undeclared(source, RUNTIME | EXTRAS["flows"]) == set()
+
+
+@pytest.mark.parametrize("folder", ["tests", "scripts", "notebooks", "models"])
+def test_what_a_developer_imports_is_declared(folder: str) -> None:
+    sources = [path.read_text(encoding="utf-8") for path in sorted((ROOT / folder).glob("*.py"))]
+    allowed = RUNTIME | EXTRAS["flows"] | EXTRAS["dev"] | (EXTRAS["bench"] | {"benchmarks"} if folder == "tests" else set())
+    assert set().union(*(undeclared(source, allowed) for source in sources)) == set()
+
+
+def test_what_is_declared_is_imported() -> None:
+    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "pyroebm").rglob("*.py")]
+    unused = {name for name in RUNTIME - ENGINES if not any(undeclared(source, RUNTIME - {name}) for source in sources)}
+    assert unused == set()
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("import pandas", {"pandas"}),
+        ("def f():\n    from pandas import read_csv", {"pandas"}),
+        ("if TYPE_CHECKING:\n    import pandas.core", {"pandas"}),
+        ("import importlib\nimportlib.import_module('arviz_stats.base')", {"arviz_stats"}),
+        ("import sklearn.datasets, torch, math\nfrom . import pandas\nfrom pyroebm import Energy", set()),
+    ],
+)
+def test_import_checker(source: str, found: set[str]) -> None:
+    assert undeclared(source, RUNTIME) == found
+
+
+def test_import_checker_tells_what_only_a_call_needs() -> None:
+    source = "def f():\n    import zuko\nclass A:\n    import pandas"
+    assert undeclared(source, RUNTIME, everywhere=False) == {"pandas"}
 
 
 def _slugs(text: str) -> set[str]:

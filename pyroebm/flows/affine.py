@@ -200,11 +200,19 @@ class Loft(Bijection):
 
     def with_log_det(self, z: Tensor) -> tuple[Tensor, Tensor]:
         check_event(z, self.dim)
-        # clamped rather than masked: min and max hand a NaN on
-        beyond = (z.abs() - self.threshold).clamp(min=0.0).log1p()
-        return z.sign() * (beyond + z.abs().clamp(max=self.threshold)), -beyond.sum(-1)
+        inside, beyond = self._split(z)
+        beyond = beyond.log1p()
+        return torch.where(inside, z, z.sign() * (self.threshold + beyond)), -beyond.sum(-1)
 
     def inverse_with_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
         check_event(x, self.dim)
-        beyond = (x.abs() - self.threshold).clamp(min=0.0)
-        return x.sign() * (beyond.expm1() + x.abs().clamp(max=self.threshold)), -beyond.sum(-1)
+        inside, beyond = self._split(x)
+        return torch.where(inside, x, x.sign() * (self.threshold + beyond.expm1())), -beyond.sum(-1)
+
+    def _split(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Which entries are in [-t, t], and by how much the others exceed t. A NaN is outside and stays one.
+
+        `where`, not `clamp`: the gradient of `clamp` at its bound is 1 up to torch 2.13, and 0 after it.
+        """
+        inside = z.abs() <= self.threshold
+        return inside, torch.where(inside, 0.0, z.abs() - self.threshold)

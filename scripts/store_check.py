@@ -1,0 +1,54 @@
+"""Kill a run that streams to a folder, resume it, read it back: `python scripts/store_check.py FOLDER`, with pyroebm installed.
+
+The draws must be those of a run in memory that was not interrupted, bit for bit, in the store and in a netCDF file.
+"""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from pyroebm import MALA, MCMC, open_run
+from pyroebm.diagnostics import arviz
+from pyroebm.targets import DoubleWell
+
+
+def sampler() -> MCMC:
+    """Two batches of chains, whose writes take turns."""
+    return MCMC(MALA(), num_samples=1000, warmup_steps=20, num_chains=6, seed=0, chain_batch_size=3)
+
+
+def main(folder: str, role: str = "parent") -> int:
+    """Do all of it; AssertionError where draws differ. As a child, begin the run that the parent kills."""
+    store = Path(folder) / "store"
+    if role == "child":
+        sampler().run(DoubleWell(), store=store, checkpoint_every=0.0)
+        return 0
+    with subprocess.Popen([sys.executable, __file__, folder, "child"]) as child:
+        while len(list(store.glob("*-draws-*.nc"))) < 4:
+            if child.poll() is not None:
+                raise RuntimeError(f"the run ended with {child.returncode} before it was killed")
+            time.sleep(0.01)
+        child.kill()
+    if child.returncode != -signal.SIGKILL:
+        raise RuntimeError(f"the run ended with {child.returncode} before it was killed")
+    killed_at = open_run(store).posterior.sizes["draw"]
+    resumed, whole = sampler(), sampler()
+    resumed.resume(DoubleWell(), store)
+    whole.run(DoubleWell())
+    truth = whole.get_samples(group_by_chain=True)["x"].numpy()
+    np.testing.assert_array_equal(open_run(store).posterior["x"].values, truth)
+    file = str(Path(folder) / "chains.nc")
+    whole.to_arviz().to_netcdf(file)
+    np.testing.assert_array_equal(arviz().from_netcdf(file).posterior["x"].values, truth)
+    print(f"killed after {killed_at} of {truth.shape[1]} draws, resumed, opened, written and read: the same draws")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
