@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from pyroebm.energy import Energy, value_and_grad
-from pyroebm.kernels.base import GradientKernel, Kernel, State, rows
+from pyroebm.kernels.base import GradientKernel, Kernel, State, choose, rows
 from pyroebm.kernels.hmc import HMC
 from pyroebm.kernels.step_size import find_step_size
 
 __all__ = ["draw_starts"]
 
-#: Candidates for the start of one chain; the last one of finite energy and gradient is taken as it is.
+#: Candidates for the start of one chain; the one after the last is taken as it is.
 CANDIDATES = 50
 
 
@@ -52,22 +52,21 @@ def draw_starts(
         return x
     size = float(torch.as_tensor(kernel.step_size, dtype=torch.float64).mean())
     trial: Kernel[Any] = HMC(size, kernel.inverse_mass, num_steps=1, jitter=0.0)
-    open_rows = torch.arange(n, device=x.device)
-    for candidate in range(CANDIDATES):
-        tried = x if candidate == 0 else energy.initial(len(open_rows), generator)
-        values, grad = value_and_grad(energy, tried)
+    waiting = torch.ones(n, dtype=torch.bool, device=x.device)
+    for _ in range(CANDIDATES):
+        # All rows are evaluated, since an energy may hold something of its own for each (a clamped value).
+        values, grad = value_and_grad(energy, x)
         finite = torch.isfinite(values) & torch.isfinite(rows(grad)).all(1)
-        if not bool(finite.any()):
-            continue
-        x = x.clone()
-        x[open_rows[finite]] = tried[finite]
-        state = State(tried[finite], values[finite], grad[finite])
-        if adapts:
-            trial, adapts = trial.replace(step_size=find_step_size(trial, energy, state, generator)), False
-        _, info = trial.step(energy, state, generator)
-        moved = torch.zeros_like(finite)
-        moved[finite] = info.accepted
-        open_rows = open_rows[~moved]
-        if not len(open_rows):
+        if bool(finite.any()):
+            zero = torch.zeros_like(x)
+            state = choose(finite, State(x, values, grad), State(x, torch.zeros_like(values), zero))
+            if adapts:
+                sizes = torch.as_tensor(find_step_size(trial, energy, state, generator, finite)).expand(n)
+                trial, adapts = trial.replace(step_size=float(sizes[finite][0])), False
+            _, info = trial.step(energy, state, generator)
+            waiting = waiting & ~(finite & info.accepted)
+        if not bool(waiting.any()):
             break
+        fresh = energy.initial(n, generator)
+        x = torch.where(waiting.reshape(-1, *[1] * (x.dim() - 1)), fresh, x)
     return x
