@@ -129,10 +129,10 @@ def test_moments_are_resumed_too(tmp_path: Path) -> None:
     def lean() -> MCMC:
         return Counted(MALA(), 30, 20, num_chains=6, seed=0, chain_batch_size=4, keep="moments")
 
-    whole, broken, other = lean(), lean(), lean()
-    whole.run(Stops())
+    whole, broken, other, counted = lean(), lean(), lean(), Stops()
+    whole.run(counted)
     with pytest.warns(RuntimeWarning, match="interrupted during sampling"):
-        broken.run(Stops(90), store=tmp_path / "run")
+        broken.run(Stops(counted.calls - 30), store=tmp_path / "run")
     save_file(broken.state_dict(), tmp_path / "state.safetensors")
     other.load_state_dict(load_file(tmp_path / "state.safetensors"), Stops())
     again = lean()

@@ -189,10 +189,10 @@ def test_the_quadrature_is_what_was_published_and_the_energy_is_the_models() -> 
 
 #: One line for a kernel: warm-up and draws that it needs.
 SCHOOLS: dict[str, tuple[int, int]] = {
-    "mala": (300, 1000),
+    "mala": (300, 4000),
     "hmc": (200, 300),
     "nuts": (150, 150),
-    "random-walk": (800, 4000),
+    "random-walk": (1600, 4000),
     "barker": (400, 2000),
     "metropolis-underdamped": (400, 1500),
     "adjusted-mclmc": (200, 400),
