@@ -220,7 +220,7 @@ def starts_table(rows: list[Row]) -> str:
             ]
             body.append([STARTS_CASES[case].title, method, str(metrics["min_acceptance"]["settings"]["repeats"]), *cells])
     headings = ["rule", "seeds", "leave a chain behind", "outside .4 to .98", "least acceptance", "largest", "largest R-hat"]
-    return table(["case", *headings, "largest z", "gradients a draw"], body) if body else NOTHING
+    return table(["case", *headings, "largest z of a seed", "z of all", "gradients a draw"], body) if body else NOTHING
 
 
 def efficiency_table(rows: list[Row]) -> str:
