@@ -5,6 +5,7 @@
 Each seed is a run with default starts, 500 steps of warm-up and 500 draws. Rules:
 
 - `grouped`, `per_chain`, `pooled`: those of `pyroebm.WindowAdaptation`;
+- `harmonic`: one step size for all, tuned to the harmonic mean of the acceptance rates;
 - `harmonic, then mean`: one step size for all, tuned to the harmonic mean of the acceptance rates in the first half of warm-up
   and to their arithmetic mean after it;
 - `mean`: one step size for all, tuned to the arithmetic mean of the acceptance rates.
@@ -39,7 +40,7 @@ from benchmarks.suite.cases import eight_schools_truth
 from benchmarks.suite.measure import Row, row
 from pyroebm import MCMC, NUTS, Energy, ModelEnergy, WindowAdaptation, __version__
 from pyroebm.diagnostics import ess_bulk, mcse_mean, r_hat
-from pyroebm.kernels.base import Info, Kernel, State
+from pyroebm.kernels.base import Info, State
 from pyroebm.kernels.metric import Diagonal
 from pyroebm.kernels.starts import draw_starts
 from pyroebm.randomness import seeded_generator
@@ -53,15 +54,22 @@ WARMUP = DRAWS = 500
 class _Mean(WindowAdaptation):
     """One step size for all chains, tuned to the arithmetic mean of their acceptance rates."""
 
-    def _rates(self, kernel: Kernel[Any], rates: Tensor, together: Tensor) -> float | Tensor:
+    def _rates(self, rates: Tensor, together: Tensor, overdue: Tensor) -> float | Tensor:
         return float(rates.mean())
 
 
-class _HarmonicThenMean(WindowAdaptation):
+class _Harmonic(WindowAdaptation):
+    """One step size for all chains, tuned to the harmonic mean of their acceptance rates (Hoffman, Radul and Sountsov, 2021)."""
+
+    def _rates(self, rates: Tensor, together: Tensor, overdue: Tensor) -> float | Tensor:
+        return float(1.0 / (1.0 / rates).mean())
+
+
+class _HarmonicThenMean(_Harmonic):
     """The harmonic mean in the first half of the warm-up, the arithmetic mean after it."""
 
     def update(self, kernel: Any, energy: Any, state: Any, info: Any, warmup: Any, steps: int, generator: Any = None) -> Any:
-        plan = self if 2 * warmup.step < steps else _Mean(step_size="pooled")
+        plan: WindowAdaptation = self if 2 * warmup.step < steps else _Mean(step_size="pooled")
         return WindowAdaptation.update(plan, kernel, energy, state, info, warmup, steps, generator)
 
 
@@ -69,6 +77,7 @@ RULES: dict[str, Callable[[], WindowAdaptation]] = {
     "grouped": WindowAdaptation,
     "per_chain": lambda: WindowAdaptation(step_size="per_chain"),
     "pooled": lambda: WindowAdaptation(step_size="pooled"),
+    "harmonic": lambda: _Harmonic(step_size="pooled"),
     "harmonic, then mean": lambda: _HarmonicThenMean(step_size="pooled"),
     "mean": lambda: _Mean(step_size="pooled"),
 }

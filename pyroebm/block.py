@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyroebm.energy import Energy
 from pyroebm.kernels.adaptation import Adaptation
-from pyroebm.kernels.base import AnyState, Info, Kernel
+from pyroebm.kernels.base import AnyState, Info, Kernel, rows
 from pyroebm.record import Part, Record, merged
 from pyroebm.serial import from_text, pack, to_text, unpack
 from pyroebm.streaming import StreamingMoments
@@ -168,7 +168,7 @@ class Block:
                 self.record.write(state, info)
             else:
                 moments = self._observed(self.named(state.x), state, info)
-            moves = self.moves + info.accepted
+            moves = self.moves + (rows(state.x) != rows(self.state.x)).any(1)
         except BaseException:
             self.generator.set_state(before)
             raise

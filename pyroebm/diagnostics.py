@@ -308,7 +308,9 @@ def verdict(
     if not (bulk >= min_ess and tail >= min_ess):
         problems.append(f"The effective sample size should be at least {min_ess:.0f}; draw more.")
     diverging = int(stats["diverging"].sum())
-    if among := int(stats["diverging"][moves > 0].sum()):
+    free = torch.ones(chains, dtype=torch.bool, device=draws.device)
+    free[stuck] = False
+    if among := int(stats["diverging"][free.to(stats["diverging"].device)].sum()):
         problems.append(f"{among} of {chains * count} draws diverged: lower the step size, or reparametrise.")
     if "acceptance_rate" in stats and (rate := float(stats["acceptance_rate"].double().mean())) < 0.2:
         way_out = "the step size is too large; lower it, or warm up longer"

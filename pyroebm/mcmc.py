@@ -152,7 +152,8 @@ class MCMC(Results):
             for number in self.layout.blocks:
                 chains, generator = self.layout.chains(number), seeded_generator(self.seed, energy.device, number)
                 if initial is None:
-                    x = draw_starts(self.plan.kernel, target, len(chains), generator, self.plan.adaptation is not None)
+                    adapts = self.plan.warmup_steps > 0 and getattr(self.plan.adaptation, "adapts_step_size", True)
+                    x = draw_starts(self.plan.kernel, target, len(chains), generator, adapts and self.plan.adaptation is not None)
                 else:
                     x = target.unconstrain(initial[chains.start : chains.stop])
                 blocks.append(self._block(number, target, x, generator, folder))

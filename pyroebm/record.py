@@ -118,7 +118,6 @@ def merged(infos: list[Info]) -> Info:
         return last
     return last._replace(
         acceptance_rate=torch.stack([i.acceptance_rate for i in infos]).mean(0),
-        accepted=torch.stack([i.accepted for i in infos]).any(0),
         diverging=torch.stack([i.diverging for i in infos]).any(0),
         n_steps=torch.stack([i.n_steps for i in infos]).sum(0),
     )

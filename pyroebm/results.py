@@ -121,10 +121,13 @@ class Results(AbstractMCMC):
         """Numbers of the chains (of this process) that never moved after warm-up; see :func:`pyroebm.stuck.stuck_chains`."""
         if not self._blocks:
             raise ValueError("nothing was drawn yet: call run(energy) first")
-        return stuck_chains(torch.cat([block.moves for block in self._blocks]), min(block.count for block in self._blocks))
+        moves, first = torch.cat([block.moves for block in self._blocks]), self.layout.chains(self.layout.blocks[0]).start
+        return [first + chain for chain in stuck_chains(moves, min(block.count for block in self._blocks))]
 
     def _warn_of_stuck_chains(self, stacklevel: int) -> None:
-        if said := describe_stuck(self.stuck_chains(), len(self.state.energy), self.state.energy):
+        energies, first = self.state.energy, self.layout.chains(self.layout.blocks[0]).start
+        stuck = [number - first for number in self.stuck_chains()]
+        if said := describe_stuck(stuck, len(energies), energies, first, self.num_chains):
             warnings.warn(said, RuntimeWarning, stacklevel=stacklevel)
 
     def _facts(self) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def too_few(ess: float, n: int) -> bool:
     than five standard errors off in 4 to 14 of 100 cases where it is so, else in 2 of 100 for 50 weights, 4 of 1,000 for 100,
     1 of 1,000 for 200 and less than 2 of 10,000 from 500 on.
     """
-    return ess < min(0.25 * n, ENOUGH)
+    return ess <= min(0.25 * n, ENOUGH)
 
 
 def log_mean(log_weights: Tensor) -> LogMean:

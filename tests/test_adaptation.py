@@ -410,7 +410,7 @@ def test_a_chain_that_starts_far_out_comes_home() -> None:
             return x**4 / 4
 
     class Mean(WindowAdaptation):
-        def _rates(self, kernel: Any, rates: Tensor, together: Tensor) -> float:
+        def _rates(self, rates: Tensor, together: Tensor, overdue: Tensor) -> float:
             return float(rates.mean())
 
     energy = Quartic().double()
@@ -422,6 +422,59 @@ def test_a_chain_that_starts_far_out_comes_home() -> None:
         assert float(acceptance(kernel, energy, state).min()) > 0.4
     _, state, _ = warmed(Mean(step_size="pooled"), NUTS(), energy, x, 100)
     assert float(state.x[0]) == 200.0
+
+
+def test_a_chain_that_the_shared_step_size_leaves_behind_gets_its_own() -> None:
+    """It is in the group when the last window ends, and falls into a narrow place after it."""
+    energy, plan, steps = TwoWidths().double(), WindowAdaptation(metric=None), 200
+    x = torch.full((8,), 100.0, dtype=double)
+    generator = torch.Generator().manual_seed(17)
+    state = MALA().init(energy, x)
+    kernel, memory = plan.start(MALA(), energy, state, generator)
+    for step in range(steps):
+        kernel, state, _, memory = plan.step(kernel, energy, state, memory, steps, generator)
+        if step == windows(steps)[-1][1]:
+            assert bool(memory.together[0])
+            state = kernel.init(energy, torch.cat([x.new_tensor([-100.0]), state.x[1:]]))
+    assert not bool(memory.together[0])
+    assert float(kernel.step_size[0] / kernel.step_size[1:].median()) < 0.1
+    assert float(acceptance(kernel, energy, state)[0]) > 0.2
+
+
+def test_a_chain_that_stands_still_in_a_window_is_left_out_of_it_whatever_it_did_before() -> None:
+    energy, plan = Normal((1,)).double(), WindowAdaptation()
+    state = MALA().init(energy, torch.zeros(3, 1, dtype=double))
+    _, info = MALA().step(energy, state, torch.Generator().manual_seed(0))
+    kernel, memory = plan.start(MALA(), energy, state, torch.Generator().manual_seed(0))
+    (begin, end), (_, next_end) = windows(200)[:2]
+    x, moving = torch.tensor([[0.0], [1.0], [1e6]], dtype=double), torch.tensor([True, True, True])
+    for step in range(next_end - 1):
+        noise = torch.randn(3, 1, dtype=double, generator=torch.Generator().manual_seed(step))
+        new = state._replace(x=torch.where(torch.tensor([[True], [True], [step < end]]), noise, x))
+        moved = moving if step < end else torch.tensor([True, True, False])
+        kernel, memory = plan.update(kernel, energy, new, info._replace(accepted=moved), memory, 200)
+    assert begin < end < next_end
+    assert float(memory.pooled.squares[0]) < 1e3  # 1e6 never entered
+
+
+def walled(size: float) -> Energy:
+    class Walled(Energy):
+        """A normal of ten dimensions that is NaN where an entry is beyond ``size``."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            return 0.5 * (x**2).sum(-1) + torch.where((x.abs() < size).all(-1), 0.0, torch.nan)
+
+    return Walled((10,)).double()
+
+
+def test_rejected_proposals_of_some_chains_do_not_shrink_the_step_size_of_all() -> None:
+    """Near a wall some chain of 64 is rejected outright in most steps, at any step size."""
+    from pyroebm import MCMC, ChEES
+
+    mcmc = MCMC(ChEES(), 50, 200, 64, seed=0, progress=False)
+    mcmc.run(walled(3.0), 0.5 * torch.randn(64, 10, dtype=double, generator=torch.Generator().manual_seed(0)))
+    assert float(torch.as_tensor(mcmc.kernel.step_size)) > 0.3
+    assert float(mcmc.get_stats()["n_steps"].double().mean()) < 20
 
 
 @pytest.mark.parametrize("chains", [1, 4])

@@ -351,8 +351,7 @@ def test_chees_samples_at_its_own_acceptance_and_needs_two_chains() -> None:
     mcmc.run(energy)
     x, kernel = mcmc.get_samples()["x"], mcmc.kernel
     assert isinstance(kernel, ChEES)
-    harmonic = 1.0 / (1.0 / mcmc.get_stats()["acceptance_rate"]).mean(0)  # over chains: what warm-up tunes
-    assert abs(float(harmonic.mean()) - 0.651) < 0.08
+    assert abs(float(mcmc.get_stats()["acceptance_rate"].mean()) - 0.651) < 0.08
     assert (x.var(0) / energy.variance - 1).abs().max() < 0.1
     with pytest.raises(ValueError, match="needs at least 2, got 1: take more"):
         MCMC(ChEES(), num_samples=1, num_chains=1, progress=False).run(energy)

@@ -123,6 +123,32 @@ def test_a_start_is_a_candidate_from_which_a_step_is_accepted() -> None:
     assert abs(float(inside) - 2 / 3) < 5 * math.sqrt(2 / 9 / 64)
 
 
+@pytest.mark.parametrize("adapts", [True, False])
+def test_the_trial_takes_the_step_size_that_the_chains_will_have(adapts: bool) -> None:
+    """A step of 1e-6 leaves the cliff, and is what the chains take where nothing adapts."""
+    energy = Cliff().double()
+    mcmc = MCMC(NUTS(1e-6), 1, 20 if adapts else 0, 64, seed=0)
+    mcmc.run(energy)
+    assert (len(energy.asked) > 1) == adapts
+    fixed = infer.kernels.NUTS(potential_fn=lambda params: params["x"].sum(), step_size=1e-6, adapt_step_size=False)
+    assert not fixed.adaptation.adapts_step_size
+
+
+def test_energies_may_hold_something_for_each_row() -> None:
+    class Centered(Energy):
+        event_shape = torch.Size((1,))
+
+        def forward(self, x: Tensor) -> Tensor:
+            own = torch.arange(8.0, dtype=double).unsqueeze(1)
+            return 0.5 * ((x - own) ** 2).sum(-1) + torch.where(x[:, 0] > 0, 0.0, torch.inf)
+
+        def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+            return torch.randn(n, 1, dtype=double, generator=generator)
+
+    x = draw_starts(NUTS(), Centered().double(), 8, torch.Generator().manual_seed(0))
+    assert float(x.min()) > 0.0
+
+
 def test_starts_are_rows_of_finite_energy_and_gradient() -> None:
     class Half(Energy):
         event_shape = torch.Size((1,))
@@ -189,6 +215,21 @@ def test_a_chain_that_never_moves_is_named_everywhere(tmp_path: Any) -> None:
     assert stuck_run(chain_batch_size=2, thinning=2).stuck_chains() == [1]
 
 
+def test_a_rank_names_its_chains_by_their_numbers_in_the_run() -> None:
+    x = torch.zeros(8, 2, dtype=double)
+    x[5, 0] = 100.0
+    mcmc = MCMC(NUTS(0.5), 100, 0, 8, seed=0, adaptation=None, chain_batch_size=4, ranks=(1, 2))
+    with pytest.warns(RuntimeWarning, match="Chain 5 of 8 never moved"):
+        mcmc.run(Wall().double(), x)
+    assert mcmc.stuck_chains() == [5]
+
+
+def test_divergences_of_chains_that_are_not_called_stuck_are_reported() -> None:
+    mcmc = MCMC(NUTS(50.0), 20, 0, 4, seed=0, adaptation=None)
+    mcmc.run(Wall().double() * 1e6)
+    assert any("80 of 80 draws diverged" in problem for problem in mcmc.verdict().problems)
+
+
 def test_pyros_summary_names_it(capsys: pytest.CaptureFixture[str]) -> None:
     def potential(params: dict[str, Tensor]) -> Tensor:
         return Wall().double()(params["x"])
@@ -214,7 +255,7 @@ def test_what_is_said_fits_one_several_and_all() -> None:
     energies = torch.arange(30.0)
     assert "Chains 0, 3 of 30 never moved after warm-up (energy 0 to 3; others 1 to 29)" in describe_stuck([0, 3], 30, energies)
     assert "0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 10 more of 30" in describe_stuck(list(range(20)), 30, energies)
-    assert describe_stuck([0, 1], 2, torch.ones(2)).startswith("None of 2 chains moved after warm-up (energy 1):")
+    assert describe_stuck([0, 1], 2, torch.ones(2)).startswith("None of 2 chains moved after warm-up (energy 1).")
     assert describe_stuck([], 3, torch.ones(3)) == ""
 
 

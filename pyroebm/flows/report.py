@@ -208,6 +208,10 @@ def _findings(report: FlowReport) -> tuple[str, ...]:
     if report.log_z is not None and abs(weighted.log_z - report.log_z) > 5.0 * weighted.log_z_se + rounding:
         off = (weighted.log_z - report.log_z) / weighted.log_z_se if weighted.log_z_se else math.inf
         said.append(f"log Z is {off:+.3g} of its standard errors from the exact one")
+    if math.isinf(weighted.log_z_se):
+        few, n = weighted.ess, len(weighted.log_weights)
+        told = "" if report.log_z is None else f", which is {weighted.log_z - report.log_z:+.3g} from the exact one"
+        said.append(f"a few weights decide (ESS {few:.0f} of {n}): log Z{told}, has no standard error")
     if report.forward_ess is not None and report.forward_ess < 0.1 * weighted.ess_fraction:
         said.append(
             f"the forward ESS ({report.forward_ess:.2g}) is far below the reverse one ({weighted.ess_fraction:.2g}): there is"

@@ -26,6 +26,8 @@ MAX_STEPS = 1024
 class _FixedStep(WindowAdaptation):
     """A warm-up that learns the metric and leaves the step size alone."""
 
+    adapts_step_size = False
+
     def start(self, kernel: Any, energy: Energy, state: Any, generator: Any = None) -> Any:
         started, memory = super().start(kernel, energy, state, generator)
         return started.replace(step_size=kernel.step_size), memory
@@ -45,7 +47,7 @@ class _Trajectory(kernels.HMC):
         return self.replace(length=0.0)
 
     def step(self, energy: Energy, state: State, generator: torch.Generator | None = None) -> tuple[State, Info]:
-        size = float(torch.as_tensor(self.step_size).mean())
+        size = float(torch.as_tensor(self.step_size).median())  # of chains: one of another scale changes nobody's length
         steps = max(1, min(MAX_STEPS, int(self.length / size)))
         return kernels.HMC(self.step_size, self.inverse_mass, steps, self.jitter).step(energy, state, generator)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -86,9 +86,9 @@ class WindowAdaptation:
         target_acceptance: acceptance rate to aim at; None takes the kernel's own.
         metric: what to learn for ``inverse_mass``: "diagonal", the variances; "dense", the covariance; "low_rank", from draws and
             gradients, a diagonal stretched along a few directions; None leaves it as it is. A kernel without one learns none.
-        step_size: "grouped", as above; "per_chain", one for each chain throughout; "pooled", one for all, tuned to the harmonic
-            mean of their acceptance rates, which is 0 if that of one chain is (Hoffman, Radul and Sountsov, 2021). Kernels on
-            discrete supports have one for all, tuned to the arithmetic mean.
+        step_size: "grouped", as above; "per_chain", one for each chain throughout; "pooled", one for all, tuned to their
+            mean acceptance rate, which until the last window ends counts as 0 while a chain has yet to move. Kernels on discrete
+            supports have one for all, tuned to the mean acceptance rate.
         initial, first, final: lengths of the first buffer, of the first window and of the last buffer.
         rank: for "low_rank", leading directions to take of the draws, and as many of the gradients.
 
@@ -107,6 +107,9 @@ class WindowAdaptation:
         >>> kernel.inverse_mass.shape
         torch.Size([3])
     """
+
+    #: whether warm-up changes the step size; :func:`pyroebm.kernels.starts.draw_starts` asks.
+    adapts_step_size: ClassVar[bool] = True
 
     target_acceptance: float | None = None
     metric: Literal["diagonal", "dense", "low_rank"] | None = "diagonal"
@@ -170,10 +173,13 @@ class WindowAdaptation:
             return kernel, warmup._replace(step=step + 1)
         target = kernel.target_acceptance if self.target_acceptance is None else self.target_acceptance
         rates = rates + info.acceptance_rate
-        tuning = tuning.update(self._rates(kernel, info.acceptance_rate.double(), together), target)
-        kernel = kernel.replace(step_size=tuning.step_size)
-        plan = windows(steps, self.initial, self.first, self.final)
         moved = moved | info.accepted
+        plan = windows(steps, self.initial, self.first, self.final)
+        # A chain that is accepted at the rate aimed at has moved in so many steps, but for a chance of 1e-4.
+        seen = step + 1 - max([stop for _, stop in plan if stop <= step], default=0)
+        overdue = (1.0 - target) ** seen < 1e-4 and (not plan or step < plan[-1][1])
+        tuning = tuning.update(self._rates(info.acceptance_rate.double(), together, ~moved & overdue), target)
+        kernel = kernel.replace(step_size=tuning.step_size)
         if pooled is not None and any(start <= step < stop for start, stop in plan):
             grad: Any = rows(state.grad) if hasattr(state, "grad") else None
             pooled = pooled.update(rows(state.x), grad, moved)
@@ -197,7 +203,7 @@ class WindowAdaptation:
             if self.step_size == "grouped" and not kernel.discrete:
                 together = together if ends else near_the_median(torch.as_tensor(size))
                 left_behind = together & (rates < 0.25 * target * tuning.steps)
-                if bool(left_behind.any()):
+                if not few and bool(left_behind.any()):
                     together = together & ~left_behind
                     guess = find_step_size(kernel, energy, state, generator, together)
                     size = torch.where(left_behind, 0.5 * guess, size)
@@ -208,12 +214,14 @@ class WindowAdaptation:
         """Whether all chains have one step size from the start."""
         return self.step_size == "pooled" or kernel.discrete
 
-    def _rates(self, kernel: Kernel[Any], rates: Tensor, together: Tensor) -> float | Tensor:
-        """What dual averaging is told: a number where all chains share a step size, else a rate for each."""
+    def _rates(self, rates: Tensor, together: Tensor, overdue: Tensor) -> float | Tensor:
+        """What dual averaging is told: a number where all chains share a step size, else a rate for each.
+
+        ``overdue`` are the chains that should have moved since the step sizes were set anew, and have not.
+        """
         if not bool(together.all()):
             return shared_mean(rates, together)
-        harmonic = self.step_size == "pooled" and not kernel.discrete
-        return float(1.0 / (1.0 / rates).mean() if harmonic else rates.mean())
+        return 0.0 if self.step_size == "pooled" and bool(overdue.any()) else float(rates.mean())
 
     def _empty(self, kernel: Kernel[Any], state: AnyState) -> PooledVariance | PooledCovariance | PooledRows | None:
         if not self.metric or not hasattr(kernel, "inverse_mass"):

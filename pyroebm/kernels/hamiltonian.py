@@ -76,9 +76,9 @@ def leapfrog(
 
 
 def jittered_steps(length: float, step_size: Tensor, generator: torch.Generator | None) -> int:
-    r""":math:`\lceil h \ell / \epsilon \rceil` leapfrog steps, h uniform on (0, 1), the same for all chains."""
+    r""":math:`\lceil h \ell / \epsilon \rceil` leapfrog steps, h uniform on (0, 1), :math:`\epsilon` the median over chains."""
     h = uniform_like(step_size[:1], generator)
-    return max(1, min(math.ceil(float(h * length / step_size.mean())), MAX_STEPS))
+    return max(1, min(math.ceil(float(h * length / step_size.median())), MAX_STEPS))
 
 
 def metropolis(

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from pyroebm.energy import Energy, value_and_grad
 from pyroebm.kernels.base import GradientKernel, Kernel, State, choose, rows
-from pyroebm.kernels.hmc import HMC
 from pyroebm.kernels.step_size import find_step_size
 
 __all__ = ["draw_starts"]
@@ -29,7 +28,8 @@ def draw_starts(
 
     The step size of the trial is one for all chains, found from their mean acceptance, so that a candidate in a region much
     steeper than those of the other chains is drawn anew. Nothing else is compared: the lowest energy, for one, would be in the
-    neck of a funnel. Candidates of kernels that follow no gradient are taken as they are.
+    neck of a funnel. Only kernels with the state of :class:`GradientKernel` (NUTS, HMC, MALA and their
+    like) try their starts; of others the first candidates are taken.
 
     Args:
         kernel: the kernel that will move the chains.
@@ -50,8 +50,7 @@ def draw_starts(
     x = energy.initial(n, generator)
     if not isinstance(kernel, GradientKernel) or kernel.target_acceptance is None:
         return x
-    size = float(torch.as_tensor(kernel.step_size, dtype=torch.float64).mean())
-    trial: Kernel[Any] = HMC(size, kernel.inverse_mass, num_steps=1, jitter=0.0)
+    trial: Kernel[Any] = kernel.probe()
     waiting = torch.ones(n, dtype=torch.bool, device=x.device)
     for _ in range(CANDIDATES):
         # All rows are evaluated, since an energy may hold something of its own for each (a clamped value).
@@ -61,8 +60,9 @@ def draw_starts(
             zero = torch.zeros_like(x)
             state = choose(finite, State(x, values, grad), State(x, torch.zeros_like(values), zero))
             if adapts:
-                sizes = torch.as_tensor(find_step_size(trial, energy, state, generator, finite)).expand(n)
-                trial, adapts = trial.replace(step_size=float(sizes[finite][0])), False
+                crossing = find_step_size(trial, energy, state, generator, counted=finite)
+                trial = trial.replace(step_size=0.5 * crossing)  # the search ends where most steps are rejected
+                adapts = False
             _, info = trial.step(energy, state, generator)
             waiting = waiting & ~(finite & info.accepted)
         if not bool(waiting.any()):

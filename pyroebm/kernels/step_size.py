@@ -112,6 +112,7 @@ def find_step_size(
     state: AnyState,
     generator: torch.Generator | None = None,
     together: Tensor | None = None,
+    counted: Tensor | None = None,
 ) -> float | Tensor:
     """A step size to start from: double or halve until the acceptance of one step crosses one half (heuristic of NUTS).
 
@@ -121,6 +122,7 @@ def find_step_size(
         generator: source of randomness; None is torch's global one.
         together: which chains share one step size, found from their mean acceptance, shape ``(chains,)``. Each of the others has
             one of its own, found from ``PROBES`` steps, since one step of one chain says little. None: all share one.
+        counted: whose acceptance counts where all share one, shape ``(chains,)``; None: that of all.
 
     Returns:
         a number if all chains share it, else a tensor ``(chains,)``.
@@ -138,7 +140,8 @@ def find_step_size(
         probe = probe.replace(step_size=size)
         probes = 1 if size.dim() == 0 else PROBES
         rates = torch.stack([probe.step(energy, state, generator)[1].acceptance_rate for _ in range(probes)]).mean(0)
-        rate = rates.mean() if size.dim() == 0 else shared_mean(rates, together)
+        shared = rates if counted is None else rates[counted]
+        rate = shared.mean() if size.dim() == 0 else shared_mean(rates, together)
         wanted = torch.where(rate > 0.5, 1.0, -1.0).to(size)
         settled |= last * wanted < 0
         if bool(settled.all()):
