@@ -213,11 +213,8 @@ def starts_table(rows: list[Row]) -> str:
         for method, metrics in ((method, metrics) for (known, method), metrics in found.items() if known == case):
             counts = [f"{metrics[name]['value']:.0f}" for name in ("seeds_left_behind", "seeds_outside")]
             cells = [*counts, extreme(metrics, "min_acceptance", 0), extreme(metrics, "max_acceptance", 1)]
-            cells += [
-                extreme(metrics, "r_hat", 1),
-                extreme(metrics, "worst_z", 1),
-                number(metrics["gradients_per_draw"]["value"]),
-            ]
+            cells += [extreme(metrics, name, 1) for name in ("r_hat", "worst_z", "z_of_all_seeds")]
+            cells.append(number(metrics["gradients_per_draw"]["value"]))
             body.append([STARTS_CASES[case].title, method, str(metrics["min_acceptance"]["settings"]["repeats"]), *cells])
     headings = ["rule", "seeds", "leave a chain behind", "outside .4 to .98", "least acceptance", "largest", "largest R-hat"]
     return table(["case", *headings, "largest z of a seed", "z of all", "gradients a draw"], body) if body else NOTHING

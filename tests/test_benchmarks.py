@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import boltzmann, flows, samplers, tables, training
+from benchmarks import boltzmann, flows, samplers, starts, tables, training
 from benchmarks.suite import additive, cases, fitters
 from benchmarks.suite.flow_cases import FLOW_CASES, Counted, judge
 from benchmarks.suite.measure import Job, Row, Run, sampler_rows, time_runs
@@ -351,3 +351,15 @@ def test_constraints_pin_the_peers() -> None:
 def test_every_sampler_has_an_adapter() -> None:
     for library in samplers.LIBRARIES:
         assert importlib.util.find_spec(f"benchmarks.suite.with_{library}") is not None
+
+
+def test_starts_are_counted_and_make_tables() -> None:
+    rows = starts.case_rows("double_well", "grouped", 2) + starts.efficiency_rows("normal", "mean", 2, chains=2)
+    for row in rows:
+        row["version"] = "1"
+    check_rows(rows)
+    for text in (tables.starts_table(rows), tables.efficiency_table(rows)):
+        widths = {line.count("|") for line in text.splitlines()}
+        assert len(widths) == 1
+        assert "NUTS, " in text
+    assert tables.starts_table([]) == tables.efficiency_table([]) == tables.NOTHING
