@@ -64,7 +64,7 @@ def describe_stuck(stuck: list[int], chains: int, energies: Tensor | None = None
     listed = ", ".join(str(first + chain_) for chain_ in stuck[:10]) + (f" and {len(stuck) - 10} more" if len(stuck) > 10 else "")
     return (
         f"{chain} {listed} of {total or chains} never moved after warm-up{where}. Start {it} elsewhere (initial=, or another"
-        f" seed), warm up longer, or reparametrize the model where {they} started."
+        f" seed), warm up longer, take another step size where it is fixed, or reparametrize the model where {they} started."
     )
 
 
