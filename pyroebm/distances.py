@@ -44,7 +44,7 @@ def energy_distance(x: Tensor, y: Tensor) -> Estimate:
 
     Args:
         x: independent draws, shape ``(n, *event)``, n at least 40; or those of chains, one chain after the other.
-        y: the same of the other law, shape ``(m, *event)``.
+        y: the same of the other distribution, shape ``(m, *event)``.
 
     Returns:
         the estimate, in the unit of x, and its standard error by a jackknife of 20 groups of neighboring rows.
@@ -71,7 +71,7 @@ def maximum_mean_discrepancy(x: Tensor, y: Tensor, bandwidth: float | None = Non
 
     Args:
         x: independent draws, shape ``(n, *event)``, n at least 40; or those of chains, one chain after the other.
-        y: the same of the other law, shape ``(m, *event)``.
+        y: the same of the other distribution, shape ``(m, *event)``.
         bandwidth: h, in the unit of x; None takes :func:`median_distance` of both samples together.
 
     Raises:

@@ -43,7 +43,7 @@ def log_mean(log_weights: Tensor) -> LogMean:
 
     .. math:: \mathrm{se} = \frac{\mathrm{sd}(w)}{\bar w \sqrt n}
 
-    The error is infinite where the effective sample size is below 400 and below a quarter of n, and NaN for one weight.
+    The error is infinite where the effective sample size is at most 400 and at most a quarter of n, and NaN for one weight.
 
     Args:
         log_weights: float64, shape ``(n,)``; ``-inf`` for a weight of 0, of which there may be some, but not all.

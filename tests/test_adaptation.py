@@ -15,9 +15,11 @@ from test_kernels import KERNELS, Fragile, Normal, run
 from torch import Tensor
 
 from pyroebm import HMC, MALA, NUTS, Energy, Kernel, WindowAdaptation, spin
+from pyroebm.infer.kernels import _Trajectory
 from pyroebm.kernels import Info, State, covariance
 from pyroebm.kernels.adaptation import Warmup, windows
 from pyroebm.kernels.covariance import LIMIT, PooledCovariance, PooledRows, PooledVariance
+from pyroebm.kernels.hamiltonian import jittered_steps
 from pyroebm.kernels.metric import Dense, LowRank, Metric, metric_of
 from pyroebm.kernels.step_size import DualAveraging, find_step_size
 from pyroebm.targets import Gaussian, scales_gaussian
@@ -455,6 +457,16 @@ def test_a_chain_that_stands_still_in_a_window_is_left_out_of_it_whatever_it_did
         kernel, memory = plan.update(kernel, energy, new, info._replace(accepted=moved), memory, 200)
     assert begin < end < next_end
     assert float(memory.pooled.squares[0]) < 1e3  # 1e6 never entered
+
+
+def test_a_chain_of_another_scale_changes_the_trajectories_of_no_other() -> None:
+    """Seven step sizes of .01 and one of 10: the number of steps is that of the seven."""
+    sizes, generator = torch.tensor([0.01] * 7 + [10.0], dtype=double), torch.Generator().manual_seed(0)
+    counts = [jittered_steps(1.0, sizes.unsqueeze(1), generator) for _ in range(20)]
+    assert 50 < max(counts) <= 100
+    energy, kernel = Normal((1,)).double(), _Trajectory(sizes, length=1.0)
+    _, info = kernel.step(energy, kernel.init(energy, torch.zeros(8, 1, dtype=double)), generator)
+    assert set(info.n_steps.tolist()) == {100}
 
 
 def walled(size: float) -> Energy:

@@ -34,7 +34,7 @@ class ImportanceResult:
         log_weights: unnormalised log weights in nats, float64, shape ``(n,)``; :math:`-\infty` where :math:`U = \infty`.
         log_z: log of the mean weight, an estimate of log C; the mean weight itself is unbiased for C.
         log_z_se: its standard error, :math:`\mathrm{sd}(w) / (\bar w \sqrt n)` (delta method); ``inf`` where a few weights
-            decide: ``ess`` below 400 and below a quarter of n.
+            decide: ``ess`` at most 400 and at most a quarter of n.
         ess: effective sample size :math:`(\sum w)^2 / \sum w^2` (Kong, 1992).
         pareto_k: shape of the weights' tail (Vehtari, Simpson, Gelman, Yao and Gabry, "Pareto Smoothed Importance Sampling",
             2024), by ArviZ; above 0.7 the estimates cannot be trusted. ``inf`` where fewer than five weights make the tail,

@@ -57,8 +57,8 @@ class _Hooked(mcmc.MCMC):
     after_step: Callable[[str, int], None] | None = None
 
     def step_size(self) -> float:
-        """The step size as it is now."""
-        return float(torch.as_tensor(cast(ContinuousKernel[Any], self.kernel).step_size).mean())
+        """The step size as it is now: the median over chains."""
+        return float(torch.as_tensor(cast(ContinuousKernel[Any], self.kernel).step_size).median())
 
     def _after_turn(self, label: str, turn: int) -> None:
         super()._after_turn(label, turn)

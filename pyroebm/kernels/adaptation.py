@@ -217,7 +217,7 @@ class WindowAdaptation:
     def _rates(self, rates: Tensor, together: Tensor, overdue: Tensor) -> float | Tensor:
         """What dual averaging is told: a number where all chains share a step size, else a rate for each.
 
-        ``overdue`` are the chains that should have moved since the step sizes were set anew, and have not.
+        ``overdue`` are the chains that should have moved since the window began, and have not.
         """
         if not bool(together.all()):
             return shared_mean(rates, together)

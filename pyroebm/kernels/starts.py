@@ -28,7 +28,7 @@ def draw_starts(
 
     The step size of the trial is one for all chains, found from their mean acceptance, so that a candidate in a region much
     steeper than those of the other chains is drawn anew. Nothing else is compared: the lowest energy, for one, would be in the
-    neck of a funnel. Only kernels with the state of :class:`GradientKernel` (NUTS, HMC, MALA and their
+    neck of a funnel. Only kernels that follow gradients without a momentum of their own (NUTS, HMC, MALA and their
     like) try their starts; of others the first candidates are taken.
 
     Args:
