@@ -91,15 +91,16 @@ def test_redundant_latents_move_on_the_extended_energy() -> None:
             parameter += 0.1 * torch.randn(parameter.shape, generator=problem_generator(4))
     flow.requires_grad_(False)
     extended = flow.extend(energy)
-    state = (kernel := Jumps(HMC(0.2, num_steps=4), flow, every=2)).init(extended, extended.sample(512, seeded(5)))
+    # A chain that no jump reaches keeps its well, so the means of chains are skewed: many chains, of few steps each
+    state = (kernel := Jumps(HMC(0.2, num_steps=4), flow, every=2)).init(extended, extended.sample(4096, seeded(5)))
     generator, seen = seeded(6), []
-    for _ in range(60):
+    for _ in range(20):
         state, _ = kernel.step(extended, state, generator)
         seen.append(state.x[:, 0])
     x = torch.stack(seen)
     for power, truth in ((1, energy.mean), (2, energy.variance + energy.mean**2)):
         moments = (x**power).mean(0)
-        within_se(moments.mean(), truth, moments.std() / 512**0.5)
+        within_se(moments.mean(), truth, moments.std() / 4096**0.5)
 
 
 def test_warm_up_tunes_the_local_kernel() -> None:

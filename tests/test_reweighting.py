@@ -202,14 +202,19 @@ def test_a_flow_that_cannot_carry_the_target_says_at_which_temperature_it_stays(
 
 
 def test_it_keeps_a_small_mode() -> None:
-    """Over 10 seeds of so short a run the mass is .207, with a standard deviation of .019; by the reverse divergence, from the
+    """Over 100 seeds of so short a run the mass is .203, with a standard deviation of .031; by the reverse divergence, from the
     same high temperature, it is anything from 0 to 1."""
     energy = GaussianMixture([[-6.0, 0.0], [6.0, 0.0]], scale=0.5, weights=[0.8, 0.2])
-    flow, objective = RealNVP(2, layers=4, hidden=(32,), scale=3.0, seed=4), AnnealedReweighting(buffer_size=2048)
-    for _ in fit_flow(flow, energy, objective, steps=300, num_samples=256, lr=5e-3, beta_start=0.02, seed=2):
-        pass
-    x = flow.push(flow.draw_noise(20_000, seeded(3)))[0].detach()
-    within_se(float((energy.mode_of(x) == 1).double().mean()), 0.2, 0.016)
+    masses = []
+    for seed in range(12):
+        flow, objective = RealNVP(2, layers=4, hidden=(32,), scale=3.0, seed=seed), AnnealedReweighting(buffer_size=2048)
+        for _ in fit_flow(flow, energy, objective, steps=300, num_samples=256, lr=5e-3, beta_start=0.02, seed=seed):
+            pass
+        x = flow.push(flow.draw_noise(20_000, seeded(seed)))[0].detach()
+        masses.append((energy.mode_of(x) == 1).double().mean())
+    mass = torch.stack(masses)
+    within_se(mass.mean(), 0.2, mass.std() / 12**0.5)
+    assert mass.std() < 0.07
 
 
 # The buffer
