@@ -542,17 +542,19 @@ def test_ising_moments_are_those_of_all_states(kernel: Kernel[Any], steps: int) 
 
 
 def test_dmala_warms_up_to_its_target_without_a_metric() -> None:
-    """From hot starts, where steps of every size are accepted: a search by doubling once began at 1e14."""
-    energy, generator = Ising((6, 6), 0.3, dtype=torch.float64), torch.Generator().manual_seed(0)
-    plan, kernel = WindowAdaptation(), DMALA(step_size=0.1)
-    state = kernel.init(energy, energy.initial(32, generator))
-    kernel, memory = plan.start(kernel, energy, state, generator)
-    for _ in range(200):
-        kernel, state, _, memory = plan.step(kernel, energy, state, memory, 200, generator)
-    rates = []
-    for _ in range(100):
-        state, info = kernel.step(energy, state, generator)
-        rates.append(info.acceptance_rate.mean())
+    """From hot starts, where steps of every size are accepted: a search by doubling once began at 1e14. Of 30 short warm-ups the
+    mean is .551, with a standard deviation of .016."""
+    energy, rates = Ising((6, 6), 0.3, dtype=torch.float64), []
+    for seed in range(8):
+        generator = torch.Generator().manual_seed(seed)
+        plan, kernel = WindowAdaptation(), DMALA(step_size=0.1)
+        state = kernel.init(energy, energy.initial(32, generator))
+        kernel, memory = plan.start(kernel, energy, state, generator)
+        for _ in range(200):
+            kernel, state, _, memory = plan.step(kernel, energy, state, memory, 200, generator)
+        for _ in range(100):
+            state, info = kernel.step(energy, state, generator)
+            rates.append(info.acceptance_rate.mean())
     assert abs(float(torch.stack(rates).mean()) - 0.574) < 0.05
 
 
