@@ -31,7 +31,7 @@ from benchmarks.samplers import QUICK_RESULTS, RESULTS, write
 from benchmarks.suite.measure import Row, row
 from pyroebm.energies import NeuralEnergy
 from pyroebm.kernels import HMC, ULA, CompiledKernel, Kernel
-from pyroebm.networks import mlp
+from pyroebm.nn import mlp
 from pyroebm.objectives import PersistentCD
 from pyroebm.objectives.contrastive import advance
 from pyroebm.training import fit

@@ -21,12 +21,12 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from models.recipe import Recipe, run
 from pyroebm import Energy
+from pyroebm.core.rng import seeded_generator
 from pyroebm.energies import MLPEnergy
 from pyroebm.flows import NICE, RedundantNICE
-from pyroebm.generators import MLPGenerator
+from pyroebm.nn import MLPGenerator
 from pyroebm.objectives import VERA, Adversarial, AdversarialFlow, evaluate_j
 from pyroebm.partition import quadrature
-from pyroebm.randomness import seeded_generator
 from pyroebm.targets import GaussianMixture
 from pyroebm.training import fit
 

@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from models.flow_cases import CASES, Case, Facts, Fitted
 from models.recipe import Recipe, run
+from pyroebm.core.rng import seeded_generator
 from pyroebm.flows import FlowReport
-from pyroebm.randomness import seeded_generator
 
 #: Columns of the table, and the fact that each shows.
 COLUMNS = {

@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from models.recipe import Recipe, run
-from pyroebm.datasets import bars_and_stripes, parity
+from pyroebm.core.enumeration import all_bits
+from pyroebm.data import bars_and_stripes, parity
+from pyroebm.diagnostics.plots import plot_images
 from pyroebm.energies import BernoulliRBM, BoltzmannMachine
-from pyroebm.enumeration import all_bits
 from pyroebm.objectives import ExactLikelihood
-from pyroebm.plotting import plot_images
 from pyroebm.training import fit
 
 

@@ -20,9 +20,10 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from models.recipe import Recipe, run
 from pyroebm import HMC, MCMC, NUTS, Energy
+from pyroebm.core import Conditioned
+from pyroebm.core.rng import seeded_generator
 from pyroebm.energies import MLPEnergy
 from pyroebm.objectives import PersistentCD
-from pyroebm.randomness import seeded_generator
 from pyroebm.targets import Gaussian
 from pyroebm.training import fit
 
@@ -119,7 +120,7 @@ def main(
         for name, truth in truths.items():
             found[f"{name}: KL(truth || learned)"].append(divergence(truth, learned[name]))
         found["product: KL(truth || ring alone)"].append(divergence(truths["product"], learned["ring"]))
-        cut = [laws["product"].condition(*clamped) for laws in (truths, learned)]
+        cut = [Conditioned(laws["product"], *clamped) for laws in (truths, learned)]
         found[f"product given x2 = {CUT}: KL(truth || learned)"].append(divergence(*cut, AXIS.unsqueeze(1)))
         draws, warm, chains = (20, 20, 16) if quick else (50, 200, 64)
         mcmc = MCMC(NUTS(), num_samples=draws, warmup_steps=warm, num_chains=chains, seed=number, progress=False)

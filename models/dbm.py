@@ -25,10 +25,10 @@ from models.machines import (
     train_pcd,
 )
 from models.recipe import Recipe, run
+from pyroebm.diagnostics.plots import plot_images
 from pyroebm.energies import DeepBoltzmannMachine
 from pyroebm.energies.layered import LayeredMachine
-from pyroebm.plotting import plot_images
-from pyroebm.pretraining import pretrain_boltzmann_machine
+from pyroebm.training import pretrain_boltzmann_machine
 
 #: Published for 784-500-1000 on MNIST: Salakhutdinov and Hinton (2009), as quoted in a re-implementation.
 PUBLISHED_BOUND = -84.62

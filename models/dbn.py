@@ -14,10 +14,10 @@ from torch import Tensor
 
 from models.machines import Images, classify, floor, in_double, load_images, machine_bracket, plot_completions, train_pcd
 from models.recipe import Recipe, run
+from pyroebm.diagnostics.plots import plot_images
 from pyroebm.energies import DeepBeliefNetwork
 from pyroebm.energies.layered import LayeredMachine
-from pyroebm.plotting import plot_images
-from pyroebm.pretraining import pretrain_belief_network
+from pyroebm.training import pretrain_belief_network
 
 
 def judge(

@@ -22,15 +22,14 @@ from torch import Tensor, nn
 
 from models.adversarial_flow import Judge, draws_of, play
 from models.recipe import Recipe, run
-from pyroebm.datasets import digits
-from pyroebm.distances import energy_distance
+from pyroebm.core.rng import seeded_generator
+from pyroebm.core.statistics import energy_distance
+from pyroebm.data import digits
+from pyroebm.diagnostics.plots import plot_images
 from pyroebm.energies import ProductOfExpertsEnergy
 from pyroebm.flows import RedundantNICE
-from pyroebm.generators import Generator, MLPGenerator
-from pyroebm.networks import mlp
+from pyroebm.nn import Generator, MLPGenerator, mlp
 from pyroebm.objectives import Adversarial, AdversarialFlow, DeepDirected
-from pyroebm.plotting import plot_images
-from pyroebm.randomness import seeded_generator
 from pyroebm.targets import GaussianMixture
 
 #: The energy moves slowly, and its slope at the data is held down: else it tilts away before the generator can follow.

@@ -22,16 +22,15 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from models.recipe import Recipe, run
 from pyroebm import HMC, MALA, Energy
-from pyroebm.datasets import digits
+from pyroebm.core import DistributionEnergy
+from pyroebm.core.rng import seeded_generator
+from pyroebm.data import digits
+from pyroebm.diagnostics.plots import plot_images
 from pyroebm.energies import MLPEnergy
-from pyroebm.guards import Guard
 from pyroebm.objectives import PersistentCD
 from pyroebm.objectives.contrastive import advance
 from pyroebm.partition import bracket
-from pyroebm.paths import DistributionEnergy
-from pyroebm.plotting import plot_images
-from pyroebm.randomness import seeded_generator
-from pyroebm.training import fit
+from pyroebm.training import Guard, fit
 
 
 class Pixels(NamedTuple):

@@ -26,14 +26,14 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from models.plane import GridLikelihood
 from models.recipe import Kind, Recipe, run
 from pyroebm import HMC, MCMC, NUTS
-from pyroebm.datasets import digits
-from pyroebm.distances import energy_distance
+from pyroebm.core.rng import seeded_generator
+from pyroebm.core.statistics import energy_distance
+from pyroebm.data import digits
+from pyroebm.diagnostics.plots import plot_images
 from pyroebm.energies import FeatureLatentEnergy
-from pyroebm.networks import mlp
+from pyroebm.nn import mlp
 from pyroebm.objectives import Objective, PersistentCD
 from pyroebm.partition import bracket, quadrature
-from pyroebm.plotting import plot_images
-from pyroebm.randomness import seeded_generator
 from pyroebm.targets import Gaussian, TwoMoons
 from pyroebm.training import fit
 

@@ -17,10 +17,10 @@ from torch import Tensor
 from models import particles
 from models.recipe import counted
 from pyroebm import HMC, MCMC, FlowGuide
-from pyroebm.energy import Energy
+from pyroebm.core import Energy
+from pyroebm.core.rng import seeded_generator
 from pyroebm.flows import NICE, AutoregressiveFlow, Flow, FlowReport, RealNVP, RedundantNICE, SplineFlow, judge_flow
 from pyroebm.objectives import AnnealedReweighting, ReverseKL, fit_flow
-from pyroebm.randomness import seeded_generator
 from pyroebm.targets import DoubleWell, Funnel, GaussianMixture, ManyWell, Phi4
 
 __all__ = ["CASES", "Case", "Fitted"]

@@ -15,10 +15,11 @@ from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from models.recipe import Recipe, run
-from pyroebm.datasets import LAPLACE_LOG_LIKELIHOOD, image_patches, laplace_mixture, whitened
+from pyroebm.data import LAPLACE_LOG_LIKELIHOOD, image_patches, laplace_mixture
+from pyroebm.data.datasets import whitened
+from pyroebm.diagnostics.plots import plot_images
 from pyroebm.energies import GaussianRBM
 from pyroebm.objectives import ContrastiveDivergence, ExactLikelihood, Objective, PersistentCD
-from pyroebm.plotting import plot_images
 from pyroebm.training import fit
 
 #: Mean log-likelihood of d whitened numbers under a normal law, for each of them.

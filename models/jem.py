@@ -23,13 +23,13 @@ from torch.nn.functional import one_hot
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from models.recipe import Recipe, run
-from pyroebm.datasets import digits, image_patches
+from pyroebm.core.rng import seeded_generator
+from pyroebm.data import digits, image_patches
+from pyroebm.diagnostics.plots import plot_images
 from pyroebm.energies import ClassifierEnergy
 from pyroebm.kernels import MALA
-from pyroebm.networks import mlp
+from pyroebm.nn import mlp
 from pyroebm.objectives import Hybrid, PersistentCD
-from pyroebm.plotting import plot_images
-from pyroebm.randomness import seeded_generator
 from pyroebm.training import fit
 
 #: Standard deviation of the noise on pixels between 0 and 1: without it many pixels are constant, and there is no density.

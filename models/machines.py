@@ -15,16 +15,13 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LinearLR
 
 from models.recipe import Recipe
-from pyroebm.completion import complete
-from pyroebm.datasets import digits
-from pyroebm.discriminative import Classifier, fine_tune
+from pyroebm.data import digits, load_binary
+from pyroebm.diagnostics.plots import plot_images
 from pyroebm.energies import BernoulliRBM, DeepBeliefNetwork, DeepBoltzmannMachine
 from pyroebm.energies.layered import LayeredMachine
 from pyroebm.objectives import Centring, PersistentCD
 from pyroebm.partition import Bracket, base_rates, bracket
-from pyroebm.plotting import plot_images
-from pyroebm.readers import load_binary
-from pyroebm.training import fit
+from pyroebm.training import Classifier, complete, fine_tune, fit
 
 __all__ = ["Images", "floor", "gibbs", "in_double", "load_images", "machine_bracket", "plot_completions", "train_pcd"]
 

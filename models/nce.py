@@ -22,8 +22,9 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from models.recipe import Recipe, run
 from pyroebm import Energy
+from pyroebm.core.enumeration import all_bits
+from pyroebm.core.rng import seeded_generator
 from pyroebm.energies import BoltzmannMachine, MLPEnergy
-from pyroebm.enumeration import all_bits
 from pyroebm.flows import Flow, FlowEnergy
 from pyroebm.objectives import (
     ConditionalNCE,
@@ -38,7 +39,6 @@ from pyroebm.objectives import (
     gaussian_noise,
 )
 from pyroebm.partition import quadrature
-from pyroebm.randomness import seeded_generator
 from pyroebm.targets import GaussianMixture
 from pyroebm.training import fit
 

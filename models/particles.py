@@ -14,16 +14,14 @@ from torch import Tensor
 
 from models.recipe import counted
 from pyroebm import HMC, MCMC
-from pyroebm.diagnostics import ess_bulk, r_hat
-from pyroebm.distances import Estimate, energy_distance
-from pyroebm.energy import value_and_grad
+from pyroebm.core import Estimate, value_and_grad
+from pyroebm.core.rng import seeded_generator, standard_normal, uniform
+from pyroebm.core.statistics import energy_distance, ess_bulk, r_hat
 from pyroebm.flows import EquivariantFlow, FlowEnergy, FlowReport, judge_flow
 from pyroebm.kernels import ParallelTempering
 from pyroebm.objectives import ForwardKL, fit_flow, match_flow
 from pyroebm.partition import LogZ, bridge, smc
-from pyroebm.randomness import seeded_generator, standard_normal, uniform
-from pyroebm.targets import DW4, Gaussian, LennardJones
-from pyroebm.targets.particles import Particles
+from pyroebm.targets import DW4, Gaussian, LennardJones, Particles
 
 __all__ = ["SYSTEMS", "Case", "Judgement", "Reference", "System", "case", "judged", "moved", "reference", "trained"]
 

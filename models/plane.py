@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from pyroebm.energy import Energy
+from pyroebm.core import Energy
 from pyroebm.objectives import Objective
 
 __all__ = ["GridLikelihood"]

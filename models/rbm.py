@@ -26,8 +26,8 @@ from models.machines import (
     train_pcd,
 )
 from models.recipe import Recipe, run
+from pyroebm.diagnostics.plots import plot_images
 from pyroebm.energies import BernoulliRBM
-from pyroebm.plotting import plot_images
 
 #: Hidden units up to which likelihoods are sums over all of their states.
 MAX_EXACT = 20

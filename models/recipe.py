@@ -21,9 +21,9 @@ import tyro
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from pyroebm.distributed import connected_ranks, process_group
-from pyroebm.energy import Energy
+from pyroebm.core import Energy
 from pyroebm.partition import LogZ
+from pyroebm.training import connected_ranks, process_group
 
 __all__ = ["Kind", "Recipe", "counted", "run"]
 

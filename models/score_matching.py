@@ -19,7 +19,8 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from models.recipe import Recipe, run
 from pyroebm import MALA, MCMC, Energy, score
-from pyroebm.datasets import dequantised, digits
+from pyroebm.data import dequantised, digits
+from pyroebm.diagnostics.plots import plot_images
 from pyroebm.energies import MLPEnergy
 from pyroebm.objectives import (
     DenoisingScoreMatching,
@@ -30,7 +31,6 @@ from pyroebm.objectives import (
     fisher_divergence,
 )
 from pyroebm.partition import quadrature
-from pyroebm.plotting import plot_images
 from pyroebm.targets import Gamma, Gaussian, GaussianMixture
 from pyroebm.training import fit
 

@@ -21,11 +21,11 @@ from tqdm import trange
 
 from models.recipe import Recipe, run
 from pyroebm import HMC, MALA, MCMC, NUTS, Jumps, Kernel
-from pyroebm.distances import energy_distance
+from pyroebm.core.rng import seeded_generator
+from pyroebm.core.statistics import energy_distance
 from pyroebm.energies import Tilted
 from pyroebm.flows import NICE
-from pyroebm.networks import mlp
-from pyroebm.randomness import seeded_generator
+from pyroebm.nn import mlp
 from pyroebm.targets import Gaussian
 
 SIGMA = 0.15

@@ -22,11 +22,12 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from models.plane import GridLikelihood
 from models.recipe import Kind, Recipe, run
+from pyroebm.core import Energy
+from pyroebm.diagnostics.plots import plot_mode_masses
 from pyroebm.energies import MLPEnergy
-from pyroebm.energy import Energy
 from pyroebm.flows import Flow
-from pyroebm.generators import MLPGenerator
 from pyroebm.kernels import MALA, Jumps
+from pyroebm.nn import MLPGenerator
 from pyroebm.objectives import (
     VERA,
     AdversarialFlow,
@@ -43,7 +44,6 @@ from pyroebm.objectives import (
     gaussian_noise,
 )
 from pyroebm.partition import expectation, quadrature
-from pyroebm.plotting import plot_mode_masses
 from pyroebm.targets import Checkerboard, Circles, GaussianMixture, Pinwheel, Target, TwoMoons, TwoSpirals, eight_gaussians
 from pyroebm.training import fit
 

@@ -28,7 +28,8 @@ import pyro.distributions as dist
 import torch
 
 from pyroebm import MCMC, NUTS, Boltzmann, Energy, WindowAdaptation, initial_states
-from pyroebm.diagnostics import arviz, mcse_mean
+from pyroebm.core import PotentialFn
+from pyroebm.core.statistics import arviz, mcse_mean
 from pyroebm.targets import DoubleWell as KnownDoubleWell
 
 az = arviz()  # ArviZ, without its announcement of the next release
@@ -111,12 +112,12 @@ assert abs(float(right.mean()) - truth.right_mass) < 5 * error
 # %% [markdown]
 # ## The same energy through Pyro's own NUTS
 #
-# `potential_fn` is what Pyro's kernels take: a dict of unconstrained values to a scalar. For a constrained support the Jacobian is
+# `PotentialFn` is what Pyro's kernels take: a dict of unconstrained values to a scalar. For a constrained support the Jacobian is
 # inside, and `transforms` maps the draws back.
 
 # %%
 pyro.set_rng_seed(0)
-potential = energy.potential_fn()
+potential = PotentialFn(energy)
 theirs = pyro.infer.MCMC(
     pyro.infer.NUTS(potential_fn=potential),
     num_samples=2000,

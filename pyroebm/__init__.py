@@ -1,7 +1,11 @@
 """Energy-based models on Pyro: define an energy, sample it, fit flows to it, see whether it mixed."""
 
-from pyroebm.energy import Energy, Sum, Tempered, score, value_and_grad
-from pyroebm.guides import FlowGuide
+from pyroebm.core.annealing_path import DistributionEnergy, Path
+from pyroebm.core.energy import Energy, Sum, Tempered, score, value_and_grad
+from pyroebm.core.minibatch import MinibatchEnergy
+from pyroebm.core.supports import spin
+from pyroebm.core.wrappers import Unconstrained
+from pyroebm.diagnostics.streaming import StreamingMoments
 from pyroebm.kernels import (
     DMALA,
     DULA,
@@ -27,17 +31,14 @@ from pyroebm.kernels import (
     StochasticGradientLangevin,
     UnderdampedLangevin,
 )
-from pyroebm.kernels.adaptation import WindowAdaptation
-from pyroebm.mcmc import MCMC
-from pyroebm.minibatch import MinibatchEnergy
-from pyroebm.model_energy import ModelEnergy
-from pyroebm.paths import DistributionEnergy, Path
-from pyroebm.ppl import Boltzmann, PyroKernel, initial_states
+from pyroebm.kernels.adaptation.windows import WindowAdaptation
+from pyroebm.mcmc.sampler import MCMC
+from pyroebm.mcmc.storage import open_run
+from pyroebm.ppl.distribution import Boltzmann, initial_states
+from pyroebm.ppl.guide import FlowGuide
+from pyroebm.ppl.kernel import PyroKernel
+from pyroebm.ppl.model import ModelEnergy
 from pyroebm.smc import SMCResult, tempered_smc
-from pyroebm.store import open_run
-from pyroebm.streaming import StreamingMoments
-from pyroebm.supports import spin
-from pyroebm.views import Unconstrained
 
 __version__ = "0.1.0"
 

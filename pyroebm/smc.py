@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyroebm.energy import Energy, check_energy
-from pyroebm.kernels.adaptation import find_step_size
+from pyroebm.core.annealing_path import DistributionEnergy, Path
+from pyroebm.core.energy import Energy, check_energy
+from pyroebm.core.rng import seeded_generator, uniform
+from pyroebm.core.statistics import effective, log_mean, too_few
+from pyroebm.core.wrappers import Unconstrained, eval_mode
+from pyroebm.kernels.adaptation.windows import find_step_size
 from pyroebm.kernels.base import Kernel, check_kernel
-from pyroebm.paths import DistributionEnergy, Path
-from pyroebm.randomness import seeded_generator, uniform
-from pyroebm.views import Unconstrained, eval_mode
-from pyroebm.weights import effective, log_mean, too_few
 
 __all__ = ["SMCResult", "systematic", "tempered_smc"]
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from pyroebm import MALA, MCMC, open_run
-from pyroebm.diagnostics import arviz
+from pyroebm.core.statistics import arviz
 from pyroebm.targets import DoubleWell
 
 

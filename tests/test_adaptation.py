@@ -16,12 +16,12 @@ from torch import Tensor
 
 from pyroebm import HMC, MALA, NUTS, Energy, Kernel, WindowAdaptation, spin
 from pyroebm.infer.kernels import _Trajectory
-from pyroebm.kernels import Info, State, covariance
-from pyroebm.kernels.adaptation import Warmup, windows
-from pyroebm.kernels.covariance import LIMIT, PooledCovariance, PooledRows, PooledVariance
+from pyroebm.kernels import Dense, Info, LowRank, State
+from pyroebm.kernels.adaptation import DualAveraging, covariance, find_step_size
+from pyroebm.kernels.adaptation.covariance import LIMIT, PooledCovariance, PooledRows, PooledVariance
+from pyroebm.kernels.adaptation.windows import Warmup, windows
 from pyroebm.kernels.hamiltonian import jittered_steps
-from pyroebm.kernels.metric import Dense, LowRank, Metric, metric_of
-from pyroebm.kernels.step_size import DualAveraging, find_step_size
+from pyroebm.kernels.metric import Metric, metric_of
 from pyroebm.targets import Gaussian, scales_gaussian
 
 double = torch.float64

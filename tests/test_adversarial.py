@@ -17,15 +17,14 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyroebm import Energy
+from pyroebm.core.rng import standard_normal
 from pyroebm.energies import MLPEnergy, ProductOfExpertsEnergy
 from pyroebm.flows import NICE, Flow, RedundantNICE
-from pyroebm.generators import Generator, MLPGenerator
-from pyroebm.networks import mlp
+from pyroebm.nn import Generator, MLPGenerator, mlp
 from pyroebm.objectives import VERA, Adversarial, AdversarialFlow, DeepDirected, adversarial
 from pyroebm.objectives.adversarial import Negative, batch_norm_entropy
 from pyroebm.objectives.vera import latent_score
 from pyroebm.partition import quadrature
-from pyroebm.randomness import standard_normal
 from pyroebm.targets import Beta, DoubleWell, Gaussian
 from pyroebm.training import fit
 

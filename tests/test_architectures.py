@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.distributions.transforms import ComposeTransform
 
 from pyroebm import Energy
+from pyroebm.core.rng import seeded_generator
 from pyroebm.flows import (
     NICE,
     AffineCoupling,
@@ -52,7 +53,6 @@ from pyroebm.flows import (
 from pyroebm.flows.affine import coupling_mask
 from pyroebm.flows.groups import multiplication_table
 from pyroebm.objectives import ReverseKL, SymmetrizedKL, fit_flow
-from pyroebm.randomness import seeded_generator
 from pyroebm.targets import Gaussian
 
 F64 = torch.float64

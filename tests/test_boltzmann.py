@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyroebm import MCMC, BlockGibbs, Boltzmann, Energy, Gibbs
-from pyroebm.completion import complete
-from pyroebm.discriminative import Classifier
+from pyroebm.core.enumeration import all_bits
+from pyroebm.core.supports import same_support
 from pyroebm.energies import (
     BernoulliRBM,
     BoltzmannMachine,
@@ -30,9 +30,7 @@ from pyroebm.energies import (
     compose,
 )
 from pyroebm.energies.layered import LayeredMachine
-from pyroebm.enumeration import all_bits
-from pyroebm.pretraining import pretrain_belief_network, pretrain_boltzmann_machine
-from pyroebm.supports import same_support
+from pyroebm.training import Classifier, complete, pretrain_belief_network, pretrain_boltzmann_machine
 
 F64 = torch.float64
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import shutil
 from typing import Any
 
+import pyroebm.compiled
 import pytest
 import torch
 from test_kernels import Fragile, build, run
 from torch import Tensor, nn
 
-import pyroebm.compiled
 from pyroebm import HMC, MALA, MCMC, NUTS, Energy, Kernel
-from pyroebm.compiled import Compiled, choose_compiled, fused
+from pyroebm.core.compilation import Compiled, choose_compiled, fused
 from pyroebm.targets import DoubleWell, Gaussian, scales_gaussian
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="compiled blocks need a C++ compiler, and none is here")
@@ -51,7 +51,7 @@ class Noisy(Energy):
 
 @pytest.fixture(autouse=True)
 def no_leftovers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pyroebm.compiled, "_graphs", {})
+    monkeypatch.setattr(pyroebm.core.compilation, "_graphs", {})
 
 
 @pytest.mark.parametrize("name", ["mala", "hmc", "nuts-metric"])
@@ -104,7 +104,7 @@ def test_two_energies_of_equal_code_share_a_graph_and_keep_their_own_numbers() -
     one, two = (Gaussian(torch.full((2,), mean, dtype=torch.float64)) for mean in (0.0, 5.0))
     x = torch.zeros(4, 2, dtype=torch.float64)
     a, b = (run(MALA(step_size=0.5), Compiled(energy), x, 2) for energy in (one, two))
-    assert len(pyroebm.compiled._graphs) == 1
+    assert len(pyroebm.core.compilation._graphs) == 1
     assert not torch.allclose(a, b)
     torch.testing.assert_close(b, run(MALA(step_size=0.5), two, x, 2))
 
@@ -125,21 +125,21 @@ def test_an_input_that_comes_twice_is_not_taken_for_one() -> None:
 def test_what_cannot_be_compiled_says_so_and_runs_as_it_is(energy: Energy, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RuntimeError, match=f"{type(energy).__name__} cannot be compiled .*{reason}"):
         choose_compiled(energy, True, NUTS(), 4, 10)
-    monkeypatch.setattr(pyroebm.compiled, "_COMPILE_SECONDS", 0.0)
+    monkeypatch.setattr(pyroebm.core.compilation, "_COMPILE_SECONDS", 0.0)
     with pytest.warns(RuntimeWarning, match=r"cannot be compiled \(.*\) and runs as it is"):
         assert choose_compiled(energy, "auto", NUTS(), 4, 10) is energy
 
 
 def test_a_later_block_that_fails_stops_no_run_that_was_not_told_to_compile(monkeypatch: pytest.MonkeyPatch) -> None:
     energy, kernel = DoubleWell().double(), MALA(step_size=0.2)
-    monkeypatch.setattr(pyroebm.compiled, "_COMPILE_SECONDS", 0.0)
+    monkeypatch.setattr(pyroebm.core.compilation, "_COMPILE_SECONDS", 0.0)
     view = choose_compiled(energy, "auto", kernel, 4, 10)
     assert isinstance(view, Compiled)
 
     def broken(*arguments: Any, **settings: Any) -> None:
         raise ImportError("file too short")
 
-    monkeypatch.setattr(pyroebm.compiled, "compiled_call", broken)
+    monkeypatch.setattr(pyroebm.core.compilation, "compiled_call", broken)
     x = energy.initial(4, torch.Generator().manual_seed(0))
     with pytest.warns(RuntimeWarning, match="DoubleWell cannot be compiled .ImportError: file too short. and runs as it is"):
         draws = run(kernel, view, x, 3)
@@ -185,12 +185,12 @@ def test_mcmc_compiled_draws_what_it_draws_without_and_tells_the_choice() -> Non
 
 
 def test_mutant_constants_baked_into_the_graph_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pyroebm.compiled, "_lift_constants", lambda graph: ())
+    monkeypatch.setattr(pyroebm.core.compilation, "_lift_constants", lambda graph: ())
     with pytest.raises(AssertionError):
         test_two_energies_of_equal_code_share_a_graph_and_keep_their_own_numbers()
 
 
 def test_mutant_inputs_traced_as_they_come_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pyroebm.compiled, "_copies", lambda tensors: tensors)
+    monkeypatch.setattr(pyroebm.core.compilation, "_copies", lambda tensors: tensors)
     with pytest.raises(AssertionError):
         test_an_input_that_comes_twice_is_not_taken_for_one()

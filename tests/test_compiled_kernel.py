@@ -6,15 +6,15 @@ import copy
 import shutil
 from typing import Any
 
+import pyroebm.compiled
 import pytest
 import torch
 from test_kernels import Fragile
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-import pyroebm.compiled
 from pyroebm import MALA, ULA, Energy
-from pyroebm.compiled import Compiled
+from pyroebm.core.compilation import Compiled
 from pyroebm.kernels import CompiledKernel, Gibbs, Kernel, compiling
 from pyroebm.objectives import ContrastiveDivergence, PersistentCD
 from pyroebm.objectives.contrastive import advance
@@ -85,9 +85,9 @@ def test_a_row_that_is_not_finite_in_a_block_of_steps_touches_no_other() -> None
 def test_training_with_compiled_chains_is_training(monkeypatch: pytest.MonkeyPatch) -> None:
     """Parameters change at each step, in place: the graph has them as inputs, and is made once."""
     made = []
-    built = pyroebm.compiled.compiled_call
-    monkeypatch.setattr(pyroebm.compiled, "_graphs", {})
-    monkeypatch.setattr(pyroebm.compiled, "compiled_call", lambda *args: made.append(1) or built(*args))
+    built = pyroebm.core.compilation.compiled_call
+    monkeypatch.setattr(pyroebm.core.compilation, "_graphs", {})
+    monkeypatch.setattr(pyroebm.core.compilation, "compiled_call", lambda *args: made.append(1) or built(*args))
     kernel = CompiledKernel(ULA(0.2))
     torch.testing.assert_close(trained(kernel), trained(ULA(0.2)), rtol=1e-7, atol=1e-7)
     assert len(made) == 3  # the probe, four steps and two

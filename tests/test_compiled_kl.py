@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pyroebm.objectives.compiled_kl as module
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-import pyroebm.objectives.compiled_kl as module
 from pyroebm import Energy
+from pyroebm.core.rng import seeded_generator
 from pyroebm.flows import NICE, Flow, MixtureBase, RealNVP, RedundantNICE, SplineFlow, Symmetrized, sign_flips
 from pyroebm.objectives import CompiledKL, ReverseKL, fit_flow
-from pyroebm.randomness import seeded_generator
 from pyroebm.targets import DoubleWell, Gaussian
 
 F64 = torch.float64

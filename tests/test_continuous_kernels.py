@@ -29,8 +29,9 @@ from pyroebm import (
     UnderdampedLangevin,
     WindowAdaptation,
 )
-from pyroebm.compiled import Compiled
-from pyroebm.energy import value_and_grad
+from pyroebm.core import value_and_grad
+from pyroebm.core.compilation import Compiled
+from pyroebm.core.minibatch import subsample
 from pyroebm.kernels import (
     ChEESAdaptation,
     Dense,
@@ -45,7 +46,6 @@ from pyroebm.kernels import (
 from pyroebm.kernels.hamiltonian import metropolis
 from pyroebm.kernels.metric import metric_of
 from pyroebm.kernels.microcanonical import isokinetic_leapfrog, turn
-from pyroebm.minibatch import subsample
 from pyroebm.targets import DoubleWell, Exponential, Gaussian, GaussianMixture, scales_gaussian
 
 MINE = ["random-walk", "barker", "underdamped", "metropolis-underdamped", "mclmc", "adjusted-mclmc", "chees", "sgld"]

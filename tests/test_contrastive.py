@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyroebm import Energy
+from pyroebm.core import spin
+from pyroebm.core.enumeration import all_bits
+from pyroebm.core.rng import uniform
 from pyroebm.energies import BernoulliRBM, BoltzmannMachine, DeepBoltzmannMachine, GaussianRBM, Layers
 from pyroebm.energies.layered import LayeredEnergy, LayeredMachine
-from pyroebm.enumeration import all_bits
-from pyroebm.kernels import MALA, Gibbs
-from pyroebm.kernels.base import Info
+from pyroebm.kernels import MALA, Gibbs, Info
 from pyroebm.kernels.gibbs import PointState, point_state
 from pyroebm.kernels.sites import DiscreteKernel
 from pyroebm.objectives import (
@@ -33,8 +34,6 @@ from pyroebm.objectives import (
 )
 from pyroebm.objectives import contrastive as contrastive_module
 from pyroebm.objectives.layered import Ladder, mean_field
-from pyroebm.randomness import uniform
-from pyroebm.supports import spin
 from pyroebm.targets import Gaussian
 
 F64 = torch.float64

@@ -15,8 +15,16 @@ import torch
 from checks import mean_and_se, within_se
 from torch import Tensor
 
-from pyroebm.datasets import LAPLACE_LOG_LIKELIHOOD, bars_and_stripes, digits, image_patches, laplace_mixture, parity
-from pyroebm.readers import load_binary, read_idx
+from pyroebm.data import (
+    LAPLACE_LOG_LIKELIHOOD,
+    bars_and_stripes,
+    digits,
+    image_patches,
+    laplace_mixture,
+    load_binary,
+    parity,
+    read_idx,
+)
 
 F64 = torch.float64
 MNIST = os.environ.get("PYROEBM_MNIST")  # a file or folder of thresholded MNIST, for those who have it

@@ -13,9 +13,9 @@ import torch
 from matplotlib import image
 
 from pyroebm.cli import main
-from pyroebm.demo import _forked_seed, run_demo
-from pyroebm.demo_report import conclusion, table
-from pyroebm.diagnostics import arviz
+from pyroebm.cli.demo import _forked_seed, run_demo
+from pyroebm.cli.demo_report import conclusion, table
+from pyroebm.core.statistics import arviz
 
 METHODS = ["truth", "nuts", "pyro_nuts", "nice", "redundant_nice", "redundant_nice_weighted"]
 RIGHT_MASS, LOG_Z = 0.06648268, 5.0322840086  # quadrature

@@ -19,16 +19,16 @@ from torch.distributions import Bernoulli, Distribution, Independent, constraint
 from torch.distributions.constraints import Constraint
 
 from pyroebm import DMALA, DULA, MCMC, NUTS, BlockGibbs, Energy, Gibbs, GibbsWithGradients, Kernel, PyroKernel, value_and_grad
+from pyroebm.core import Relaxed, spin
+from pyroebm.core.rng import drawing_from
+from pyroebm.core.supports import inside, site_values
 from pyroebm.energies import Ising, Potts
 from pyroebm.energies.spins import SpinBernoulli
 from pyroebm.kernels import discrete, gibbs
 from pyroebm.kernels.adaptation import WindowAdaptation
 from pyroebm.kernels.gibbs import HasBlocks, HasSiteLogits, PointState
 from pyroebm.kernels.sites import draw_index
-from pyroebm.randomness import drawing_from
-from pyroebm.supports import inside, site_values, spin
 from pyroebm.targets import BernoulliProduct, DoubleWell
-from pyroebm.views import Relaxed
 
 #: One line for a kernel: every test below that takes ``name`` runs on it.
 DISCRETE: dict[str, Callable[[], Kernel[Any]]] = {

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyroebm import Energy
+from pyroebm.core import spin
+from pyroebm.core.enumeration import all_bits
 from pyroebm.energies import BernoulliRBM, BoltzmannMachine
-from pyroebm.enumeration import all_bits
 from pyroebm.objectives import ExactLikelihood, MinimumProbabilityFlow, Objective, Pseudolikelihood, RatioMatching
 from pyroebm.objectives.discrete import SiteObjective
-from pyroebm.supports import spin
 from pyroebm.targets import Gaussian
 from pyroebm.training import fit
 

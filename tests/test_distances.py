@@ -10,7 +10,8 @@ import torch
 from checks import within_se
 from torch import Tensor
 
-from pyroebm.distances import Estimate, energy_distance, maximum_mean_discrepancy, median_distance, mode_coverage_entropy
+from pyroebm.core import Estimate
+from pyroebm.core.statistics import energy_distance, maximum_mean_discrepancy, median_distance, mode_coverage_entropy
 
 pytestmark = pytest.mark.usefixtures("float64")
 

@@ -16,13 +16,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pyroebm import distributed
 from pyroebm.energies import BernoulliRBM, MLPEnergy
-from pyroebm.guards import Guard
 from pyroebm.kernels import ULA
 from pyroebm.objectives import Centring, ExactLikelihood, PersistentCD
-from pyroebm.training import Batches, fit
-from pyroebm.training_log import read_log
+from pyroebm.training import Batches, Guard, distributed, fit, read_log
 
 F64 = torch.float64
 ROOT = Path(__file__).resolve().parents[1]

@@ -13,6 +13,8 @@ from reseed import problem_generator
 from torch import Tensor, nn
 
 from pyroebm import HMC, Energy, IndependenceMetropolis, Jumps, value_and_grad
+from pyroebm.core import Compressed
+from pyroebm.core.wrappers import check_weighable
 from pyroebm.flows import NICE, Flow, MixtureBase, RedundantNICE, importance_sample
 from pyroebm.objectives import (
     AlphaBootstrap,
@@ -26,7 +28,6 @@ from pyroebm.objectives import (
 )
 from pyroebm.partition import ais, bridge, quadrature, smc
 from pyroebm.targets import DoubleWell, Gaussian, GaussianMixture
-from pyroebm.views import Compressed, check_weighable
 
 pytestmark = pytest.mark.usefixtures("float64")
 

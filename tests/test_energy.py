@@ -17,9 +17,9 @@ from torch.distributions import constraints
 from torch.distributions.constraints import Constraint
 
 from pyroebm import Energy, Sum, Tempered, Unconstrained, score, spin, value_and_grad
-from pyroebm.supports import base_constraint, event_sum, is_discrete, is_real, same_support, unconstraining
+from pyroebm.core import Conditioned, PotentialFn, Unnormalized
+from pyroebm.core.supports import base_constraint, event_sum, is_discrete, is_real, same_support, unconstraining
 from pyroebm.targets import Beta, Dirichlet, DoubleWell, Exponential, Gamma, Gaussian, HalfDisc, LogNormal, SpinProduct
-from pyroebm.views import PotentialFn
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -246,7 +246,7 @@ def test_log_ratio_needs_no_z() -> None:
 )
 def test_links(link: str, h: Callable[[Tensor], Tensor]) -> None:
     net = nn.Linear(3, 1)
-    e = Energy.from_unnormalized(lambda x: net(x).squeeze(-1), link, event_shape=(3,))
+    e = Unnormalized(lambda x: net(x).squeeze(-1), link, event_shape=(3,))
     x = randn(20, 3)
     torch.testing.assert_close(torch.exp(-e(x)), h(net(x).squeeze(-1)))
     assert torch.isfinite(value_and_grad(e, x)[1]).all()
@@ -256,17 +256,17 @@ def test_links(link: str, h: Callable[[Tensor], Tensor]) -> None:
 
 def test_modules_in_links_are_registered() -> None:
     net = nn.Sequential(nn.Linear(3, 1), nn.Flatten(0))
-    e = Energy.from_unnormalized(net, "softplus", (3,), constraints.positive)
+    e = Unnormalized(net, "softplus", (3,), constraints.positive)
     assert len(list(e.parameters())) == 2
     assert e.support is constraints.positive
     with pytest.raises(ValueError, match=r"link must be one of \['abs', 'exp', 'softplus', 'square'\], got link='tanh'"):
-        Energy.from_unnormalized(net, "tanh")
+        Unnormalized(net, "tanh")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_softplus_is_accurate_far_out(dtype: torch.dtype) -> None:
     g = torch.tensor([-1e4, -700, -100, -40, -16, -15.000001, -15, -14.9, -5, 0, 5, 15, 40, 100, 1e4, 1e30], dtype=dtype)
-    e = Energy.from_unnormalized(lambda x: x, "softplus").to(dtype)
+    e = Unnormalized(lambda x: x, "softplus").to(dtype)
     values, grad = value_and_grad(e, g)
 
     def log_softplus(v: float) -> float:
@@ -283,7 +283,7 @@ def test_softplus_is_accurate_far_out(dtype: torch.dtype) -> None:
 
 def test_zero_density_is_infinite_energy() -> None:
     for link in ("square", "abs"):
-        assert Energy.from_unnormalized(lambda x: x, link)(torch.zeros(2)).tolist() == [math.inf, math.inf]
+        assert Unnormalized(lambda x: x, link)(torch.zeros(2)).tolist() == [math.inf, math.inf]
 
 
 # Conditioning
@@ -296,7 +296,7 @@ def test_conditioned_gaussian_is_the_conditional(event: tuple[int, ...], clamped
     mean, covariance, seen = randn(*event, seed=1), a @ a.T / d, randn(*event, seed=2)
     mask = torch.zeros(d, dtype=torch.bool)
     mask[list(clamped)] = True
-    e = Gaussian(mean, covariance=covariance).condition(seen, mask.reshape(event))
+    e = Conditioned(Gaussian(mean, covariance=covariance), seen, mask.reshape(event))
     free, x = ~mask, randn(6, d - len(clamped), seed=3)
     assert e.event_shape == (d - len(clamped),)
     cross = covariance[free][:, mask] @ torch.linalg.inv(covariance[mask][:, mask])
@@ -316,14 +316,14 @@ def test_conditioned_gaussian_is_the_conditional(event: tuple[int, ...], clamped
 def test_conditioning_is_checked() -> None:
     e, mask = Gaussian(torch.zeros(2)), torch.tensor([True, False])
     with pytest.raises(ValueError, match=r"must have shape \(2,\).*got shapes \(3,\) and \(2,\)"):
-        e.condition(torch.zeros(3), mask)
+        Conditioned(e, torch.zeros(3), mask)
     with pytest.raises(ValueError, match=r"mask of dtype torch.int64"):
-        e.condition(torch.zeros(2), torch.tensor([1, 0]))
+        Conditioned(e, torch.zeros(2), torch.tensor([1, 0]))
     with pytest.raises(ValueError, match="at least one entry free, got all 2 clamped"):
-        e.condition(torch.zeros(2), torch.tensor([True, True]))
+        Conditioned(e, torch.zeros(2), torch.tensor([True, True]))
     with pytest.raises(ValueError, match="couples the entries"):
-        Dirichlet([1.0, 1.0]).condition(torch.zeros(2), mask)
-    spins = SpinProduct([1.0, 2.0]).condition(torch.tensor([-1.0, 0.0]), mask)
+        Conditioned(Dirichlet([1.0, 1.0]), torch.zeros(2), mask)
+    spins = Conditioned(SpinProduct([1.0, 2.0]), torch.tensor([-1.0, 0.0]), mask)
     assert same_support(spins.support, spin)
     assert spins(torch.tensor([[1.0], [-1.0]])).tolist() == [-1.0, 3.0]
 
@@ -412,7 +412,7 @@ def test_rows_of_simplices_are_summed() -> None:
 
 def test_potential_is_the_unconstrained_energy() -> None:
     for e in (DoubleWell(), Gaussian(torch.zeros(2, 3)), Exponential([1.0, 2.0]), Dirichlet([1.0, 2.0, 3.0])):
-        potential = e.potential_fn()
+        potential = PotentialFn(e)
         assert isinstance(potential, PotentialFn)
         u = potential.initial_params(1, seeded())["x"]
         assert potential({"x": u}).shape == ()
@@ -420,15 +420,15 @@ def test_potential_is_the_unconstrained_energy() -> None:
         many = potential.initial_params(5, seeded())["x"]
         assert many.shape == (5, *u.shape)
         torch.testing.assert_close(many[0], potential.initial_params(5, seeded())["x"][0])
-    assert DoubleWell().potential_fn("theta").initial_params().keys() == {"theta"}
-    assert DoubleWell().potential_fn().transforms == {}
-    to_free = Exponential(1.0).potential_fn("r").transforms["r"]
+    assert PotentialFn(DoubleWell(), "theta").initial_params().keys() == {"theta"}
+    assert PotentialFn(DoubleWell()).transforms == {}
+    to_free = PotentialFn(Exponential(1.0), "r").transforms["r"]
     torch.testing.assert_close(to_free(torch.tensor(2.0)), torch.tensor(2.0).log())
     torch.testing.assert_close(to_free.inv(torch.tensor(0.0)), torch.tensor(1.0))
 
 
 def test_potential_refuses_other_dicts() -> None:
-    potential = Exponential([1.0, 2.0]).potential_fn()
+    potential = PotentialFn(Exponential([1.0, 2.0]))
     with pytest.raises(ValueError, match=r"one site named 'x', got sites \['y'\]"):
         potential({"y": torch.zeros(2)})
     with pytest.raises(ValueError, match=r"one site named 'x', got sites \['x', 'y'\]"):
@@ -436,7 +436,7 @@ def test_potential_refuses_other_dicts() -> None:
     with pytest.raises(ValueError, match=r"one event in unconstrained coordinates, shape \(2,\), got shape \(3, 2\)"):
         potential({"x": torch.zeros(3, 2)})
     with pytest.raises(ValueError, match="is discrete: it has no unconstrained coordinates"):
-        SpinProduct([0.0]).potential_fn()
+        PotentialFn(SpinProduct([0.0]))
 
 
 # Supports and starts
@@ -593,22 +593,22 @@ def test_starts_have_the_energys_dtype() -> None:
 def test_wrapped_couplings_cannot_be_clamped() -> None:
     e = Quadratic((2, 2), constraints.independent(constraints.simplex, 1))
     with pytest.raises(ValueError, match="couples the entries"):
-        e.condition(torch.zeros(2, 2), torch.tensor([[True, False], [False, False]]))
+        Conditioned(e, torch.zeros(2, 2), torch.tensor([[True, False], [False, False]]))
 
 
 def test_conditioning_refuses_bounds_that_differ_by_entry() -> None:
     e = Quadratic((2,), constraints.interval(torch.zeros(2), torch.tensor([1.0, 5.0])))
     with pytest.raises(ValueError, match="bounds each differently"):
-        e.condition(torch.zeros(2), torch.tensor([True, False]))
+        Conditioned(e, torch.zeros(2), torch.tensor([True, False]))
 
 
 def test_conditioning_follows_the_energys_device() -> None:
-    e = Gaussian(torch.zeros(2)).to("meta").condition(torch.zeros(2), torch.tensor([True, False]))
+    e = Conditioned(Gaussian(torch.zeros(2)).to("meta"), torch.zeros(2), torch.tensor([True, False]))
     assert e.observed.device.type == e.mask.device.type == "meta"
 
 
 def test_conditioned_starts_are_those_of_the_energy() -> None:
-    e = Gaussian([100.0, 100.0]).condition(torch.tensor([100.0, 0.0]), torch.tensor([True, False]))
+    e = Conditioned(Gaussian([100.0, 100.0]), torch.tensor([100.0, 0.0]), torch.tensor([True, False]))
     assert (e.initial(50, seeded()) > 90).all()
 
 
@@ -639,7 +639,7 @@ def test_unconstrained_draws_exactly_where_its_energy_does() -> None:
         ),
         (lambda: Gaussian(torch.zeros(2)).float() + Gaussian(torch.zeros(2)).double(), "parts of a Sum must share one dtype"),
         (
-            lambda: Gaussian(torch.zeros(2)).condition(torch.tensor([math.nan, 0.0]), torch.tensor([True, False])),
+            lambda: Conditioned(Gaussian(torch.zeros(2)), torch.tensor([math.nan, 0.0]), torch.tensor([True, False])),
             r"observed must lie in support=.* got \[nan\]",
         ),
     ],

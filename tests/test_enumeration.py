@@ -7,8 +7,8 @@ import torch
 from checks import within_se
 from torch import Tensor
 
-from pyroebm import enumeration
-from pyroebm.enumeration import draw_numbers
+from pyroebm.core import enumeration
+from pyroebm.core.enumeration import draw_numbers
 
 LOG_P = torch.tensor([-torch.inf, 0.3, -1.0, 2.0, -torch.inf, -torch.inf], dtype=torch.float64)
 

@@ -15,12 +15,11 @@ from torch import Tensor
 
 from models import particles
 from models.recipe import counted
+from pyroebm.core.rng import seeded_generator, standard_normal, uniform
+from pyroebm.core.supports import mean_free_basis
 from pyroebm.flows import EquivariantFlow, PairField, importance_sample
 from pyroebm.objectives import ForwardKL, ReverseKL, fit_flow, match_flow
-from pyroebm.randomness import seeded_generator, standard_normal, uniform
-from pyroebm.supports import mean_free_basis
-from pyroebm.targets import DW4, Gaussian, LennardJones
-from pyroebm.targets.particles import Particles
+from pyroebm.targets import DW4, Gaussian, LennardJones, Particles
 
 F64 = torch.float64
 CPU = torch.device("cpu")

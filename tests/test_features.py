@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pyroebm import MCMC, NUTS, BlockGibbs, Energy
 from pyroebm.energies import FeatureLatentEnergy, GaussianRBM
 from pyroebm.kernels import MALA
-from pyroebm.networks import mlp
+from pyroebm.nn import mlp
 from pyroebm.objectives import ContrastiveDivergence, Objective, PersistentCD
 from pyroebm.partition import quadrature
 from pyroebm.training import fit

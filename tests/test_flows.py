@@ -22,6 +22,7 @@ from torch.distributions import Transform, constraints
 from torch.distributions.transforms import AffineTransform, IndependentTransform
 
 from pyroebm import Energy
+from pyroebm.core.rng import seeded_generator
 from pyroebm.flows import (
     NICE,
     AdditiveCoupling,
@@ -47,9 +48,8 @@ from pyroebm.flows import (
     sign_flips,
 )
 from pyroebm.flows.flow import _log_integral
-from pyroebm.networks import mlp
+from pyroebm.nn import mlp
 from pyroebm.objectives import ReverseKL, SymmetrizedKL
-from pyroebm.randomness import seeded_generator
 from pyroebm.targets import DoubleWell, Exponential, Gaussian
 
 F64 = torch.float64

@@ -17,13 +17,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pyroebm import Energy, training
+from pyroebm import Energy
 from pyroebm.energies import MLPEnergy
-from pyroebm.guards import Guard
 from pyroebm.kernels import ULA
 from pyroebm.objectives import ContrastiveDivergence, HasLosses, Objective, PersistentCD
-from pyroebm.training import fit
-from pyroebm.training_log import TrainingLog, read_log
+from pyroebm.training import Guard, TrainingLog, fit, read_log
+from pyroebm.training import loop as training
 
 F64 = torch.float64
 ROOT = Path(__file__).resolve().parents[1]

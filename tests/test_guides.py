@@ -20,8 +20,8 @@ from test_variational import stirred
 from torch import Tensor, nn
 
 from pyroebm import MCMC, NUTS, FlowGuide
-from pyroebm.diagnostics import mcse_mean
-from pyroebm.energy import Energy
+from pyroebm.core import Energy
+from pyroebm.core.statistics import mcse_mean
 from pyroebm.flows import NICE, Flow, RealNVP, RedundantNICE, Transported, importance_sample, judge_flow
 from pyroebm.objectives import ForwardKL, ReverseKL, fit_flow
 

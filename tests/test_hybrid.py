@@ -16,7 +16,7 @@ from pyroebm import MCMC, NUTS, Energy
 from pyroebm.energies import ClassifierEnergy
 from pyroebm.flows import NICE
 from pyroebm.kernels import MALA
-from pyroebm.networks import convolutions, mlp
+from pyroebm.nn import convolutions, mlp
 from pyroebm.objectives import AdversarialFlow, ContrastiveDivergence, Hybrid, Objective, PersistentCD, SlicedScoreMatching
 from pyroebm.partition import quadrature
 from pyroebm.training import fit

@@ -16,14 +16,15 @@ from reseed import problem_generator
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyroebm import Boltzmann, Energy, weights
-from pyroebm.diagnostics import pareto_k
+from pyroebm import Boltzmann, Energy
+from pyroebm.core import Unnormalized
+from pyroebm.core import statistics as weights
+from pyroebm.core.rng import seeded_generator
+from pyroebm.core.statistics import log_mean, pareto_k
 from pyroebm.flows import NICE, ImportanceResult, RedundantNICE, importance_sample
 from pyroebm.flows.importance import _summary
 from pyroebm.partition.result import from_weights
-from pyroebm.randomness import seeded_generator
 from pyroebm.targets import DoubleWell, Exponential, Gaussian
-from pyroebm.weights import log_mean
 
 F64 = torch.float64
 
@@ -381,7 +382,7 @@ def test_draws_outside_the_support_weigh_nothing() -> None:
     within_se(result.log_z, 0.0, result.log_z_se)
     mean, error = result.expectation(lambda x: x)
     within_se(mean, 1.0, error)
-    square = Energy.from_unnormalized(lambda x: -x.sum(-1), event_shape=(2,), support=constraints.unit_interval)
+    square = Unnormalized(lambda x: -x.sum(-1), event_shape=(2,), support=constraints.unit_interval)
     result = importance_sample(dist.Normal(torch.zeros(2), 1.0).to_event(1), square, 100_000)
     within_se(result.log_z, 2 * math.log(1 - math.exp(-1)), result.log_z_se)
 
@@ -403,6 +404,6 @@ def test_weights_are_of_the_energy_in_eval_mode() -> None:
 
 
 def test_an_unnormalised_proposal_is_refused() -> None:
-    proposal = Boltzmann(Energy.from_unnormalized(lambda x: -(x**4)))
+    proposal = Boltzmann(Unnormalized(lambda x: -(x**4)))
     with pytest.raises(ValueError, match="proposal must be normalised"):
         importance_sample(proposal, Exponential(1.0), 10)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributions.transforms import ExpTransform
 
 import pyroebm
-from pyroebm.diagnostics import mcse_mean
+from pyroebm.core.statistics import mcse_mean
 from pyroebm.infer import HMC, MCMC, NUTS
 
 pytestmark = pytest.mark.usefixtures("float64")

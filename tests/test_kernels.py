@@ -33,12 +33,13 @@ from pyroebm import (
     StochasticGradientLangevin,
     UnderdampedLangevin,
 )
-from pyroebm.kernels import hamiltonian, langevin, nuts
+from pyroebm.core.serialization import pack
+from pyroebm.kernels import Dense, Diagonal, LowRank, hamiltonian, langevin
 from pyroebm.kernels.base import rows
 from pyroebm.kernels.hamiltonian import draw_momentum, kinetic, leapfrog
-from pyroebm.kernels.metric import Dense, Diagonal, Identity, LowRank, Metric
-from pyroebm.kernels.nuts import _slots
-from pyroebm.serial import pack
+from pyroebm.kernels.metric import Identity, Metric
+from pyroebm.kernels.nuts import lockstep as nuts
+from pyroebm.kernels.nuts.lockstep import _slots
 from pyroebm.targets import DoubleWell, Exponential, Gaussian, GaussianMixture, HalfDisc
 
 #: For an event of one entry: inverse mass 0.5.

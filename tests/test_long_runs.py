@@ -24,13 +24,15 @@ from test_discrete import build as discrete_energy
 from test_kernels import KERNELS, build
 from torch import Tensor
 
-from pyroebm import HMC, MALA, MCMC, NUTS, ChEES, Energy, ModelEnergy, distributed, open_run, record
-from pyroebm import mcmc as driver
-from pyroebm.block import Layout
-from pyroebm.kernels.base import Kernel
-from pyroebm.serial import from_text, pack, to_text, unpack
-from pyroebm.store import Store
+from pyroebm import HMC, MALA, MCMC, NUTS, ChEES, Energy, ModelEnergy, open_run
+from pyroebm.core.serialization import from_text, pack, to_text, unpack
+from pyroebm.kernels import Kernel
+from pyroebm.mcmc import chains as record
+from pyroebm.mcmc import sampler as driver
+from pyroebm.mcmc.chains import Layout
+from pyroebm.mcmc.storage import Store
 from pyroebm.targets import DoubleWell, Exponential
+from pyroebm.training import distributed
 
 
 class Stops(Energy):

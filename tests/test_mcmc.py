@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pyroebm import HMC, MALA, MCMC, NUTS, ULA, Energy, ParallelTempering, WindowAdaptation
-from pyroebm.diagnostics import Verdict, arviz, bfmi, ess_bulk, mcse_mean, mode_masses, r_hat, to_arviz, verdict
+from pyroebm.core.statistics import arviz, bfmi, ess_bulk, mcse_mean, r_hat
+from pyroebm.diagnostics import Verdict, mode_masses, to_arviz, verdict
 from pyroebm.targets import BernoulliProduct, Beta, Dirichlet, DoubleWell, Exponential, Gaussian, GaussianMixture, scales_gaussian
 
 

@@ -21,10 +21,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import pyroebm.infer
 from pyroebm import MCMC, NUTS, Boltzmann, ModelEnergy, value_and_grad
-from pyroebm.compiled import choose_compiled
-from pyroebm.diagnostics import mcse_mean
-from pyroebm.energy import Energy
-from pyroebm.rowwise import MAX_GRAPHS
+from pyroebm.core import Energy, PotentialFn, Unnormalized
+from pyroebm.core.compilation import choose_compiled
+from pyroebm.core.rowwise import MAX_GRAPHS
+from pyroebm.core.statistics import mcse_mean
 from pyroebm.targets import BernoulliProduct, DoubleWell
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -177,7 +177,7 @@ def test_density_is_that_of_the_trace(name: str) -> None:
     torch.testing.assert_close(energy(u).detach(), theirs, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(energy(u.reshape(2, 2, -1)).detach().flatten(), theirs, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(energy(u[0]).detach(), theirs[0], rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(energy.potential_fn()({"x": u[0]}).detach(), theirs[0], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(PotentialFn(energy)({"x": u[0]}).detach(), theirs[0], rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -472,7 +472,7 @@ def test_mcmc_gives_the_models_own_sites() -> None:
 
 def test_an_energy_inside_a_model_is_sampled_too() -> None:
     """A site that Pyro cannot draw from (see initial_states) is only asked for its density."""
-    energy = ModelEnergy(lambda: pyro.sample("x", Boltzmann(Energy.from_unnormalized(lambda x: -(x**4) + 4 * x**2 - x))))
+    energy = ModelEnergy(lambda: pyro.sample("x", Boltzmann(Unnormalized(lambda x: -(x**4) + 4 * x**2 - x))))
     u = points(energy, 5)
     torch.testing.assert_close(energy(u), DoubleWell().double()(u[:, 0]))
 

@@ -16,7 +16,7 @@ from torch.distributions import constraints
 
 from pyroebm import MCMC, NUTS, spin, value_and_grad
 from pyroebm.energies import ConvEnergy, MLPEnergy, NeuralEnergy
-from pyroebm.networks import ACTIVATIONS, convolutions, mlp
+from pyroebm.nn import ACTIVATIONS, convolutions, mlp
 from pyroebm.partition import quadrature
 
 pytestmark = pytest.mark.usefixtures("float64")

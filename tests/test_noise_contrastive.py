@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyroebm import Energy
+from pyroebm.core.supports import event_sum
 from pyroebm.energies import MLPEnergy
 from pyroebm.flows import NICE, Flow, RedundantNICE
 from pyroebm.objectives import (
@@ -27,7 +28,6 @@ from pyroebm.objectives import (
     noise_contrastive,
 )
 from pyroebm.objectives.noise import Noise
-from pyroebm.supports import event_sum
 from pyroebm.targets import Gaussian, GaussianMixture
 from pyroebm.training import fit
 

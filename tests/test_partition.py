@@ -17,6 +17,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pyroebm import HMC, MALA, MCMC, ULA, BlockGibbs, Energy, Gibbs, Path, partition, spin
+from pyroebm.core import Unnormalized
+from pyroebm.core.enumeration import all_bits
 from pyroebm.energies import (
     BernoulliRBM,
     BoltzmannMachine,
@@ -28,11 +30,20 @@ from pyroebm.energies import (
     Potts,
 )
 from pyroebm.energies.layered import LayeredEnergy, LayeredMachine
-from pyroebm.enumeration import all_bits
 from pyroebm.kernels.gibbs import conditional_logits, offered_logits
 from pyroebm.kernels.sites import to_sites
-from pyroebm.partition import Bracket, LayeredPath, LayerGibbs, LogZ, annealing, bridging, estimators, layered, walk
-from pyroebm.partition.bases import IndependentLayers
+from pyroebm.partition import (
+    Bracket,
+    IndependentLayers,
+    LayeredPath,
+    LayerGibbs,
+    LogZ,
+    annealing,
+    bridging,
+    estimators,
+    layered,
+    walk,
+)
 from pyroebm.partition.result import from_weights
 from pyroebm.targets import Checkerboard, DoubleWell, Exponential, Gaussian, GaussianMixture, HalfDisc
 
@@ -737,9 +748,9 @@ def test_weights_that_are_no_numbers_are_reported() -> None:
     with pytest.raises(FloatingPointError, match="NaN or -inf at 1 of 4 states"):
         partition.exact(HalfNan())
     with pytest.raises(ValueError, match="no box holds the density"):
-        partition.quadrature(Energy.from_unnormalized(lambda x: 0.0 * x))
+        partition.quadrature(Unnormalized(lambda x: 0.0 * x))
     with pytest.raises(FloatingPointError, match="0 everywhere in the box"):
-        partition.quadrature(Energy.from_unnormalized(lambda x: torch.where(x.abs() < 9.0, -torch.inf, -(x**2))), [(-1.0, 1.0)])
+        partition.quadrature(Unnormalized(lambda x: torch.where(x.abs() < 9.0, -torch.inf, -(x**2))), [(-1.0, 1.0)])
 
 
 class HalfNan(Energy):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from pyroebm import plotting
+from pyroebm.diagnostics import plots as plotting
 from pyroebm.targets import DoubleWell
 
 DRAWS = torch.randn(5, 400, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

@@ -16,12 +16,13 @@ from pyro.infer import NUTS as PyroNUTS
 from torch import Tensor, nn
 
 from pyroebm import HMC, MALA, NUTS, Boltzmann, Energy, PyroKernel, initial_states
-from pyroebm.diagnostics import mcse_mean
+from pyroebm.core import PotentialFn, Unnormalized
+from pyroebm.core.statistics import mcse_mean
 from pyroebm.targets import Dirichlet, DoubleWell, Exponential, Gaussian
 
 
 def through_pyro(kernel: object, energy: Energy, num_samples: int, warmup_steps: int) -> Tensor:
-    potential = energy.potential_fn()
+    potential = PotentialFn(energy)
     mcmc = PyroMCMC(
         kernel,
         num_samples=num_samples,
@@ -42,13 +43,13 @@ def through_pyro(kernel: object, energy: Energy, num_samples: int, warmup_steps:
 def test_pyros_kernels_sample_our_energies(kernel: type, energy: Energy) -> None:
     """Constrained supports too: a Jacobian that was missing, or there twice, would move the mean by many standard errors."""
     pyro.set_rng_seed(0)
-    x = through_pyro(kernel(potential_fn=energy.potential_fn()), energy, 500, 200)
+    x = through_pyro(kernel(potential_fn=PotentialFn(energy)), energy, 500, 200)
     assert energy.support.check(x).all()
     within_se(x.mean((0, 1)), energy.mean, mcse_mean(x))
 
 
 def test_a_potential_takes_one_site_of_one_event() -> None:
-    potential = DoubleWell().potential_fn("z")
+    potential = PotentialFn(DoubleWell(), "z")
     assert potential({"z": torch.tensor(1.0)}).shape == ()
     with pytest.raises(ValueError, match="one site named 'z'"):
         potential({"x": torch.tensor(1.0)})
@@ -65,10 +66,10 @@ def test_log_prob_is_normalised_where_log_z_is_known_or_given() -> None:
     known = Boltzmann(DoubleWell().double())
     assert known.normalized
     assert abs(float(torch.trapezoid(known.log_prob(x).exp(), x)) - 1) < 1e-9
-    free = Boltzmann(Energy.from_unnormalized(lambda x: -(x**4)))
+    free = Boltzmann(Unnormalized(lambda x: -(x**4)))
     assert not free.normalized
     torch.testing.assert_close(free.log_prob(x[::500].float()), -(x[::500].float() ** 4))
-    given = Boltzmann(Energy.from_unnormalized(lambda x: -(x**4)), log_z=math.log(2 * math.gamma(1.25)))
+    given = Boltzmann(Unnormalized(lambda x: -(x**4)), log_z=math.log(2 * math.gamma(1.25)))
     assert given.normalized
     assert abs(float(torch.trapezoid(given.log_prob(x.float()).exp(), x.float())) - 1) < 1e-5
 
@@ -78,7 +79,7 @@ def test_sample_is_exact_or_raises() -> None:
     x = Boltzmann(DoubleWell().double()).sample((50_000,))
     within_se(x.mean(), -1.2272600811, x.std() / math.sqrt(len(x)))
     with pytest.raises(NotImplementedError, match="no exact draws"):
-        Boltzmann(Energy.from_unnormalized(lambda x: -(x**4))).sample()
+        Boltzmann(Unnormalized(lambda x: -(x**4))).sample()
 
 
 @pytest.mark.parametrize(
@@ -107,11 +108,11 @@ def test_bad_distributions_and_kernels_are_refused() -> None:
     with pytest.raises(ValueError, match=r"write NUTS\(\)"):
         PyroKernel(NUTS, DoubleWell())  # type: ignore[arg-type]
     with pytest.raises(NotImplementedError, match="initial_states"):
-        Boltzmann(Energy.from_unnormalized(lambda x: -(x**4))).sample()
+        Boltzmann(Unnormalized(lambda x: -(x**4))).sample()
 
 
 def test_starting_states_pass_through_plates_and_masks_but_not_through_transforms() -> None:
-    quartic = Boltzmann(Energy.from_unnormalized(lambda x: -(x**4)))
+    quartic = Boltzmann(Unnormalized(lambda x: -(x**4)))
     wrapped = [quartic.expand((2, 3)).to_event(2), quartic.mask(True), quartic.expand((4,))]
     for p in wrapped:
         assert initial_states(lambda p=p: pyro.sample("x", p))().shape == p.shape()
@@ -122,7 +123,7 @@ def test_starting_states_pass_through_plates_and_masks_but_not_through_transform
 
 def quartic_model(y: Tensor) -> None:
     """A latent with a quartic energy, seen through noise."""
-    x = pyro.sample("x", Boltzmann(Energy.from_unnormalized(lambda x: -(x**4))))
+    x = pyro.sample("x", Boltzmann(Unnormalized(lambda x: -(x**4))))
     pyro.sample("y", dist.Normal(x, 0.5), obs=y)
 
 
@@ -181,7 +182,7 @@ def test_a_doubly_intractable_model_is_refused() -> None:
 
     def latent() -> None:
         beta = pyro.sample("beta", dist.Gamma(2.0, 2.0))
-        pyro.sample("x", Boltzmann(Energy.from_unnormalized(lambda x: -beta * x**4)), obs=torch.tensor(0.3))
+        pyro.sample("x", Boltzmann(Unnormalized(lambda x: -beta * x**4)), obs=torch.tensor(0.3))
 
     pyro.set_rng_seed(0)
     with pytest.raises(ValueError, match="silently wrong"):

@@ -19,7 +19,7 @@ from checks import within_se
 from helpers import load_script
 from reseed import STRIDE, is_statistical, problem_generator, seeds_shifted, shifted, tenth_of
 
-from pyroebm.randomness import seeded_generator
+from pyroebm.core.rng import seeded_generator
 from pyroebm.targets import DoubleWell
 
 ROOT = Path(__file__).resolve().parents[1]

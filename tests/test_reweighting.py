@@ -11,10 +11,10 @@ from checks import within_se
 from torch import Tensor
 
 from pyroebm import Energy
+from pyroebm.core import Compressed
 from pyroebm.flows import NICE, Flow, RealNVP, RedundantNICE, importance_sample
 from pyroebm.objectives import AlphaBootstrap, AnnealedReweighting, Objective, fit_flow
 from pyroebm.targets import DoubleWell, Gaussian, GaussianMixture
-from pyroebm.views import Compressed
 
 pytestmark = pytest.mark.usefixtures("float64")
 

@@ -18,8 +18,8 @@ from torch.distributions import constraints
 from torch.distributions.constraints import Constraint
 
 from pyroebm import Energy, Unconstrained
-from pyroebm.datasets import dequantised, digits, quantised
-from pyroebm.derivatives import curvatures, unit_directions
+from pyroebm.core import curvatures, unit_directions
+from pyroebm.data import dequantised, digits, quantised
 from pyroebm.energies import MLPEnergy
 from pyroebm.objectives import (
     DenoisingScoreMatching,

@@ -13,9 +13,8 @@ from torch import Tensor
 from benchmarks import starts
 from benchmarks.suite.cases import CASES as SAMPLER_CASES
 from pyroebm import HMC, MALA, MCMC, NUTS, Energy, RandomWalk, WindowAdaptation, infer
-from pyroebm.diagnostics import verdict
-from pyroebm.kernels.starts import draw_starts
-from pyroebm.stuck import describe_stuck, stuck_chains
+from pyroebm.diagnostics import describe_stuck, stuck_chains, verdict
+from pyroebm.kernels.adaptation import draw_starts
 from pyroebm.targets import DoubleWell, Exponential
 
 double = torch.float64

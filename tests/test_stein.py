@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from pyroebm import MCMC, NUTS, ULA, Energy
-from pyroebm.stein import stein_residual, stein_z
+from pyroebm.core import Unconstrained
+from pyroebm.diagnostics import stein_residual, stein_z
 from pyroebm.targets import DoubleWell, Exponential, Funnel, Gaussian, HalfDisc
-from pyroebm.views import Unconstrained
 
 
 def grouped(energy: Energy, chains: int = 16, draws: int = 2000) -> Tensor:

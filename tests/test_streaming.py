@@ -13,7 +13,7 @@ from test_long_runs import Counted, Stops
 from torch import Tensor
 
 from pyroebm import MALA, MCMC, StreamingMoments
-from pyroebm.diagnostics import arviz
+from pyroebm.core.statistics import arviz
 from pyroebm.targets import Exponential
 
 

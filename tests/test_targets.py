@@ -17,7 +17,7 @@ from torch import Tensor
 from torch import distributions as td
 
 from pyroebm import Unconstrained, value_and_grad
-from pyroebm.supports import base_constraint, is_discrete, is_real
+from pyroebm.core.supports import base_constraint, is_discrete, is_real
 from pyroebm.targets import (
     Banana,
     BernoulliProduct,

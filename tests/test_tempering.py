@@ -32,12 +32,11 @@ from pyroebm import (
     Unconstrained,
     spin,
 )
-from pyroebm.compiled import Compiled
+from pyroebm.core.compilation import Compiled
 from pyroebm.energies import Ising
 from pyroebm.kernels import GradientKernel, LadderAdaptation, TemperedState, hamiltonian, tempering
 from pyroebm.kernels.base import column
-from pyroebm.kernels.ladder import respaced
-from pyroebm.kernels.tempering import by_chain, by_row, swapped_order
+from pyroebm.kernels.tempering import by_chain, by_row, respaced, swapped_order
 from pyroebm.targets import DoubleWell, Exponential, Gaussian, GaussianMixture
 from pyroebm.targets.base import TabulatedLaw
 

@@ -15,7 +15,7 @@ from torch.distributions import constraints
 from pyroebm import MCMC, NUTS, Energy
 from pyroebm.energies import MLPEnergy, Tilted
 from pyroebm.kernels import HMC, MALA, Kernel
-from pyroebm.networks import convolutions, mlp
+from pyroebm.nn import convolutions, mlp
 from pyroebm.objectives import PersistentCD
 from pyroebm.partition import quadrature
 from pyroebm.targets import DoubleWell, Gaussian

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from pyroebm import Energy, training
-from pyroebm.checkpoint import settings_of
-from pyroebm.datasets import bars_and_stripes
+from pyroebm import Energy
+from pyroebm.data import bars_and_stripes
 from pyroebm.energies import BernoulliRBM, ClassifierEnergy, MLPEnergy
 from pyroebm.kernels import ULA, IndependenceMetropolis
 from pyroebm.objectives import (
@@ -28,7 +27,10 @@ from pyroebm.objectives import (
     Pseudolikelihood,
     Sparsity,
 )
-from pyroebm.training import Batches, fit, parameter_groups
+from pyroebm.training import Batches, fit
+from pyroebm.training import loop as training
+from pyroebm.training.checkpoint import settings_of
+from pyroebm.training.loop import parameter_groups
 
 F64 = torch.float64
 SGD = functools.partial(torch.optim.SGD, lr=0.05, momentum=0.5, fused=True)

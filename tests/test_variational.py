@@ -20,8 +20,9 @@ from scipy.optimize import minimize
 from torch import Tensor, nn
 
 from pyroebm import Boltzmann, Energy
+from pyroebm.core import Unnormalized
 from pyroebm.flows import NICE, AdditiveCoupling, ConditionalGaussian, Flow, PLULinear, RedundantNICE, importance_sample
-from pyroebm.networks import frozen
+from pyroebm.nn.mlp import frozen
 from pyroebm.objectives import ReverseKL, evaluate_j, fit_flow, flow_guide, flow_model, select_total_dim
 from pyroebm.targets import DoubleWell, Gaussian
 
@@ -165,7 +166,7 @@ def test_facts_and_what_is_not_guessed() -> None:
     torch.testing.assert_close(loss - cold, 0.5 * energy(xy[:, 0]).mean())
     assert "j_r" not in facts  # log C of a tempered energy is not known
     assert ReverseKL()(flow, energy, z=z, beta=0.5, log_z=1.5)[1]["j_r"] == cold.detach() + 1.5
-    unknown = Energy.from_unnormalized(lambda x: -(x**2), event_shape=()).double()
+    unknown = Unnormalized(lambda x: -(x**2), event_shape=()).double()
     assert "j_r" not in ReverseKL()(flow, unknown, z=z)[1]
     with pytest.raises(ValueError, match=r"log C of Unnormalized is not known.*log_z=0.0 for J_R - log C"):
         evaluate_j(flow, unknown)

@@ -14,8 +14,8 @@ from benchmarks.suite.in_torch import energy
 from benchmarks.suite.measure import Job, Row, row
 from benchmarks.suite.with_pyroebm import clocked_run
 from pyroebm import Energy
-from pyroebm.compiled import Compiled, fused
-from pyroebm.energy import unchecked_value_and_grad
+from pyroebm.core.compilation import Compiled, fused
+from pyroebm.core.energy import unchecked_value_and_grad
 from pyroebm.targets import scales_gaussian
 
 __all__ = ["chains_curve", "dimension_curve", "gradient_rows"]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.suite.cases import Case
-from pyroebm import diagnostics
+from pyroebm.diagnostics import convergence as diagnostics
 
 __all__ = ["Job", "Run", "Row", "row", "sampler_rows", "time_runs"]
 

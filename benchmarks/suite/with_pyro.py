@@ -15,6 +15,7 @@ from pyro.infer.mcmc import hmc, nuts
 from benchmarks.suite.cases import Case
 from benchmarks.suite.in_torch import energy, model
 from benchmarks.suite.measure import Job, Run
+from pyroebm.core import PotentialFn
 
 COMPILES = False
 
@@ -34,7 +35,7 @@ def sampler(job: Job, case: Case) -> Callable[[int], Run]:
     """From a seed to a run of one chain."""
     counter = _Counter()
     nuts.velocity_verlet = counter
-    potential = None if case.is_model else energy(case.name).potential_fn("x")
+    potential = None if case.is_model else PotentialFn(energy(case.name), "x")
 
     def run(seed: int) -> Run:
         pyro.set_rng_seed(seed)

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.nn.functional import logsigmoid, softplus
 
+from pyroebm.core._checks import check_counts, check_shape
+from pyroebm.core.energy import Energy
+from pyroebm.core.enumeration import all_bits
 from pyroebm.energies.layered import check_sizes, layer_names
 from pyroebm.energies.rbm import BernoulliRBM
-from pyroebm.energy import Energy
-from pyroebm.enumeration import all_bits
-from pyroebm.front_door import check_counts, check_shape
 
 __all__ = ["BeliefJoint", "DeepBeliefNetwork"]
 

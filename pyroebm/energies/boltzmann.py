@@ -11,12 +11,12 @@ from pyro.distributions import Bernoulli
 from torch import Tensor
 from torch.distributions import Distribution, constraints
 
+from pyroebm.core._checks import check_shape
+from pyroebm.core.energy import Energy
+from pyroebm.core.enumeration import bit_batches, bits_of, draw_numbers
+from pyroebm.core.supports import spin
 from pyroebm.energies.layered import MAX_WORK, check_sizes, parameter
 from pyroebm.energies.spins import SpinBernoulli
-from pyroebm.energy import Energy
-from pyroebm.enumeration import bit_batches, bits_of, draw_numbers
-from pyroebm.front_door import check_shape
-from pyroebm.supports import spin
 
 __all__ = ["BoltzmannMachine", "Marginal"]
 

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.distributions.constraints import Constraint
 
+from pyroebm.core._checks import check_counts
+from pyroebm.core.energy import Energy
 from pyroebm.energies.neural import NeuralEnergy
-from pyroebm.energy import Energy
-from pyroebm.front_door import check_counts
 
 __all__ = ["ClassifierEnergy", "GivenClass", "check_labels"]
 

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.distributions import Bernoulli, Distribution, Independent, constraints
 from torch.nn.functional import softplus
 
+from pyroebm.core._checks import check_counts
+from pyroebm.core.energy import Energy
+from pyroebm.core.rng import standard_normal, uniform
+from pyroebm.core.supports import event_sum
+from pyroebm.core.wrappers import eval_mode
 from pyroebm.energies.neural import warn_of_network
-from pyroebm.energy import Energy
-from pyroebm.front_door import check_counts
-from pyroebm.randomness import standard_normal, uniform
-from pyroebm.supports import event_sum
-from pyroebm.views import eval_mode
 
 __all__ = ["FeatureLatentEnergy", "FeatureLatentJoint"]
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.distributions import Distribution, constraints
 from torch.distributions.constraints import Constraint
 
+from pyroebm.core.energy import Energy
+from pyroebm.core.supports import site_values, spin
 from pyroebm.energies.spins import SpinBernoulli
-from pyroebm.energy import Energy
-from pyroebm.supports import site_values, spin
 
 __all__ = ["Ising", "Lattice", "Potts"]
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 from torch.distributions.constraints import Constraint
 
+from pyroebm.core.energy import Energy
 from pyroebm.energies.layers import Layers
-from pyroebm.energy import Energy
 
 __all__ = ["MAX_WORK", "Joint", "LayeredEnergy", "LayeredMachine", "check_sizes", "layer_names", "parameter"]
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.distributions import Distribution
 from torch.nn.functional import softplus
 
-from pyroebm.enumeration import bit_batches, bits_of, draw_numbers
-from pyroebm.randomness import standard_normal, uniform
+from pyroebm.core.enumeration import bit_batches, bits_of, draw_numbers
+from pyroebm.core.rng import standard_normal, uniform
 
 __all__ = ["Layers"]
 

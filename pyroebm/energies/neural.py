@@ -11,14 +11,16 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.distributions.constraints import Constraint
 
-from pyroebm.energy import Energy
-from pyroebm.networks import convolutions, mlp
-from pyroebm.supports import base_constraint, event_sum, is_discrete, is_real
+from pyroebm.core._torch_private import BatchNorm
+from pyroebm.core.energy import Energy
+from pyroebm.core.supports import base_constraint, event_sum, is_discrete, is_real
+from pyroebm.nn.conv import convolutions
+from pyroebm.nn.mlp import mlp
 
 __all__ = ["ConvEnergy", "MLPEnergy", "NeuralEnergy", "row_values", "warn_of_network"]
 
 #: Modules whose output for one row depends on the others, and those without a second derivative.
-COUPLING = (nn.modules.batchnorm._BatchNorm,)
+COUPLING = (BatchNorm,)
 PIECEWISE_LINEAR = (nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.ReLU6, nn.Hardtanh)
 
 

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from pyroebm.core._checks import check_counts
+from pyroebm.core.energy import Energy
+from pyroebm.core.rng import standard_normal
+from pyroebm.core.supports import event_sum
 from pyroebm.energies.neural import warn_of_network
-from pyroebm.energy import Energy
-from pyroebm.front_door import check_counts
-from pyroebm.randomness import standard_normal
-from pyroebm.supports import event_sum
 
 __all__ = ["ProductOfExpertsEnergy"]
 

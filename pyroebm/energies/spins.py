@@ -9,7 +9,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions.constraints import Constraint, real
 
-from pyroebm.supports import spin
+from pyroebm.core.supports import spin
 
 __all__ = ["SpinBernoulli"]
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from pyroebm.core.annealing_path import DistributionEnergy
+from pyroebm.core.energy import Energy
+from pyroebm.core.supports import search_finite
 from pyroebm.energies.neural import row_values
-from pyroebm.energy import Energy
-from pyroebm.paths import DistributionEnergy
-from pyroebm.supports import search_finite
 
 __all__ = ["Tilted"]
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyroebm.core.rng import drawing_from
 from pyroebm.flows.bijection import Bijection, check_event
-from pyroebm.randomness import drawing_from
 
 __all__ = ["ZukoTransform", "installed_zuko", "reversed_layer", "zuko_layer"]
 

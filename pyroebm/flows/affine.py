@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pyroebm.flows.bijection import Bijection, check_event, pulled_back
-from pyroebm.networks import mlp
+from pyroebm.nn.mlp import mlp
 
 __all__ = ["AffineCoupling", "Loft", "coupling_mask", "coupling_masks"]
 

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.nn.functional import softplus
 
+from pyroebm.core._checks import check_counts
+from pyroebm.core.rng import drawing_from, seeded_generator, standard_normal, uniform
 from pyroebm.flows.networks import LOG_2PI
 from pyroebm.flows.saving import Saved
-from pyroebm.front_door import check_counts
-from pyroebm.randomness import drawing_from, seeded_generator, standard_normal, uniform
 
 __all__ = ["Base", "Drawn", "MixtureBase", "StandardNormal", "StudentBase"]
 

@@ -9,7 +9,7 @@ from pyro.distributions import TransformModule
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyroebm.networks import frozen
+from pyroebm.nn.mlp import frozen
 
 __all__ = ["Bijection", "check_event", "pulled_back"]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pyroebm.flows.bijection import Bijection, check_event, pulled_back
-from pyroebm.networks import mlp
+from pyroebm.nn.mlp import mlp
 
 __all__ = ["AdditiveCoupling"]
 

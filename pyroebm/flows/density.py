@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyroebm.energy import Energy
+from pyroebm.core.energy import Energy
 from pyroebm.flows.flow import Flow
 
 __all__ = ["FlowEnergy"]

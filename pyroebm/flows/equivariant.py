@@ -8,10 +8,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from pyroebm.core._checks import check_counts
+from pyroebm.core.supports import mean_free_basis
 from pyroebm.flows.bijection import Bijection, check_event
 from pyroebm.flows.flow import Flow
-from pyroebm.front_door import check_counts
-from pyroebm.supports import mean_free_basis
 
 __all__ = ["EquivariantFlow", "PairField"]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyroebm.energy import Energy
+from pyroebm.core.energy import Energy
+from pyroebm.core.supports import event_numel, is_real
 from pyroebm.flows.networks import ConditionalGaussian
-from pyroebm.supports import event_numel, is_real
 
 __all__ = ["Extended"]
 

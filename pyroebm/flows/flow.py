@@ -13,14 +13,14 @@ from pyro.distributions.torch_transform import ComposeTransformModule
 from torch import Tensor
 from torch.distributions import Transform
 
-from pyroebm.energy import Energy
+from pyroebm.core.energy import Energy
+from pyroebm.core.rng import seeded_generator
 from pyroebm.flows.base import Base, StandardNormal
 from pyroebm.flows.bijection import Bijection
 from pyroebm.flows.extended import Extended
 from pyroebm.flows.networks import ConditionalGaussian
 from pyroebm.flows.saving import Saved
-from pyroebm.networks import frozen
-from pyroebm.randomness import seeded_generator
+from pyroebm.nn.mlp import frozen
 
 __all__ = ["Flow"]
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pyroebm.front_door import check_counts
+from pyroebm.core._checks import check_counts
 
 __all__ = ["generated_group", "multiplication_table", "permutations", "sign_flips"]
 

@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyroebm.diagnostics import pareto_k
-from pyroebm.energy import Energy
-from pyroebm.enumeration import draw_numbers
+from pyroebm.core.energy import Energy
+from pyroebm.core.enumeration import draw_numbers
+from pyroebm.core.rng import seeded_generator
+from pyroebm.core.statistics import effective, log_mean, pareto_k, too_few
+from pyroebm.core.supports import inside
+from pyroebm.core.wrappers import check_weighable, eval_mode
 from pyroebm.flows.flow import Flow
-from pyroebm.randomness import seeded_generator
-from pyroebm.supports import inside
-from pyroebm.views import check_weighable, eval_mode
-from pyroebm.weights import effective, log_mean, too_few
 
 __all__ = ["ImportanceResult", "ess_fraction", "importance_sample"]
 

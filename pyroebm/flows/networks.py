@@ -9,8 +9,8 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyroebm.networks import mlp
-from pyroebm.randomness import standard_normal
+from pyroebm.core.rng import standard_normal
+from pyroebm.nn.mlp import mlp
 
 __all__ = ["ConditionalGaussian"]
 

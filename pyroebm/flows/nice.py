@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyroebm.core.rng import seeded_generator
 from pyroebm.flows.base import Base, StandardNormal
 from pyroebm.flows.coupling import AdditiveCoupling
 from pyroebm.flows.flow import Flow
 from pyroebm.flows.linear import PLULinear, Shift
 from pyroebm.flows.networks import LOG_2PI, ConditionalGaussian
-from pyroebm.randomness import seeded_generator
 
 __all__ = ["NICE", "RedundantNICE"]
 

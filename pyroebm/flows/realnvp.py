@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
+from pyroebm.core._checks import check_counts
+from pyroebm.core.rng import seeded_generator
 from pyroebm.flows.affine import AffineCoupling, Loft, coupling_masks
 from pyroebm.flows.base import Base
 from pyroebm.flows.flow import Flow
 from pyroebm.flows.linear import PLULinear, Shift
 from pyroebm.flows.networks import ConditionalGaussian
-from pyroebm.front_door import check_counts
-from pyroebm.randomness import seeded_generator
 
 __all__ = ["RealNVP"]
 
@@ -36,7 +36,7 @@ class RealNVP(Flow):
         soft: ``"tanh"`` or ``"arctan"``, how it is clamped.
         loft: threshold of the tail layer :class:`Loft`; None has none.
         scale: of the initial S.
-        activation: one of :data:`pyroebm.networks.ACTIVATIONS`.
+        activation: one of :data:`pyroebm.nn.ACTIVATIONS`.
         base: density of z; None is the standard normal.
         dtype: of the parameters (default torch's).
         seed: of the initial hidden weights and of who is coupled to whom.

@@ -8,13 +8,13 @@ import math
 import torch
 from torch import Tensor
 
-from pyroebm.distances import Estimate, energy_distance, maximum_mean_discrepancy, mode_coverage_entropy
-from pyroebm.energy import Energy
+from pyroebm.core._checks import check_counts
+from pyroebm.core.energy import Energy
+from pyroebm.core.rng import seeded_generator
+from pyroebm.core.statistics import Estimate, energy_distance, maximum_mean_discrepancy, mode_coverage_entropy
+from pyroebm.core.wrappers import eval_mode
 from pyroebm.flows.flow import Flow
 from pyroebm.flows.importance import ImportanceResult, ess_fraction, importance_sample
-from pyroebm.front_door import check_counts
-from pyroebm.randomness import seeded_generator
-from pyroebm.views import eval_mode
 
 __all__ = ["FlowReport", "judge_flow"]
 
@@ -42,7 +42,7 @@ class FlowReport:
         mode_weights: true weights of the modes, where the target knows them,
         mode_shares: of the flow's draws, and
         weighted_shares: of the weighted draws, ``(k,)``.
-        coverage_entropy: that of ``mode_shares`` (:func:`pyroebm.distances.mode_coverage_entropy`).
+        coverage_entropy: that of ``mode_shares`` (:func:`pyroebm.core.statistics.mode_coverage_entropy`).
         missing: modes of which the flow draws less than a tenth of their weight.
         log_z: the exact one, where it is known.
         evaluations: of the target, spent on this report.

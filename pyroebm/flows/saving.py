@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, Self, cast
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
+
+from pyroebm.core.files import read_tensors, write_tensors
 
 __all__ = ["Saved", "load_flow"]
 
@@ -60,7 +60,7 @@ class Saved(nn.Module):
             path: the file, usually ``*.safetensors``; overwritten.
         """
         metadata = {"class": type(self).__name__, "config": json.dumps(self.config())}
-        save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, path, metadata)
+        write_tensors(path, self.state_dict(), metadata)
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> Self:
@@ -90,13 +90,11 @@ def load_flow(path: str | Path, device: torch.device | str = "cpu") -> Saved:
 
 
 def _load(path: str | Path, device: torch.device | str, expected: str | None) -> Saved:
-    with safe_open(path, "pt", device=str(device)) as file:
-        metadata = file.metadata() or {}
-        named = metadata.get("class")
-        wanted = sorted(_CLASSES) if expected is None else [expected]
-        if named not in wanted or "config" not in metadata:
-            raise ValueError(f"{path} must hold a flow of class {' or '.join(wanted)}, its metadata name {named!r}")
-        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
+    state, metadata = read_tensors(path, str(device))
+    named = metadata.get("class")
+    wanted = sorted(_CLASSES) if expected is None else [expected]
+    if named not in wanted or "config" not in metadata:
+        raise ValueError(f"{path} must hold a flow of class {' or '.join(wanted)}, its metadata name {named!r}")
     module = _CLASSES[named].from_config(json.loads(metadata["config"])).to(device)
     module.load_state_dict(state)
     return module

@@ -10,11 +10,11 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyroebm.energy import Energy
+from pyroebm.core.energy import Energy
+from pyroebm.core.rng import uniform
 from pyroebm.flows.base import Drawn
 from pyroebm.flows.flow import Flow
 from pyroebm.flows.groups import multiplication_table
-from pyroebm.randomness import uniform
 
 __all__ = ["Symmetrized"]
 

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from pyroebm.core._checks import check_counts
+from pyroebm.core.rng import seeded_generator
 from pyroebm.flows.adapters import installed_zuko, reversed_layer, zuko_layer
 from pyroebm.flows.affine import coupling_masks
 from pyroebm.flows.base import Base
 from pyroebm.flows.flow import Flow
 from pyroebm.flows.linear import PLULinear, Shift
-from pyroebm.front_door import check_counts
-from pyroebm.networks import ACTIVATIONS
-from pyroebm.randomness import seeded_generator
+from pyroebm.nn.mlp import ACTIVATIONS
 
 __all__ = ["AutoregressiveFlow", "ContinuousFlow", "SplineFlow"]
 
@@ -51,7 +51,7 @@ class SplineFlow(Flow):
         bound: B, in units of the base.
         scale: of the initial S.
         autoregressive: as zuko's NSF: each entry depends on all before it; the inverse then costs d evaluations, not one.
-        activation: one of :data:`pyroebm.networks.ACTIVATIONS`.
+        activation: one of :data:`pyroebm.nn.ACTIVATIONS`.
         base: density of z; None is the standard normal.
         dtype: of the parameters (default torch's).
         seed: of the initial weights and of who is coupled to whom.
@@ -121,7 +121,7 @@ class AutoregressiveFlow(Flow):
         hidden: widths of the networks' hidden layers.
         fast: ``"draw"`` or ``"density"``.
         scale: of the initial matrix of the final affine layer.
-        activation: one of :data:`pyroebm.networks.ACTIVATIONS`.
+        activation: one of :data:`pyroebm.nn.ACTIVATIONS`.
         base: density of z; None is the standard normal.
         dtype: of the parameters (default torch's).
         seed: of the initial weights.
@@ -185,7 +185,7 @@ class ContinuousFlow(Flow):
         atol: absolute tolerance of the solver.
         rtol: relative tolerance.
         scale: of the initial S.
-        activation: one of :data:`pyroebm.networks.ACTIVATIONS`; a smooth one.
+        activation: one of :data:`pyroebm.nn.ACTIVATIONS`; a smooth one.
         base: density of z; None is the standard normal.
         dtype: of the parameters (default torch's).
         seed: of the initial weights.

@@ -13,8 +13,8 @@ from pyro.infer.autoguide.initialization import init_to_uniform
 from torch import Tensor
 
 from pyroebm import kernels
-from pyroebm.energy import Energy
-from pyroebm.kernels.adaptation import WindowAdaptation
+from pyroebm.core.energy import Energy
+from pyroebm.kernels.adaptation.windows import WindowAdaptation
 from pyroebm.kernels.base import Info, Kernel, State
 
 __all__ = ["HMC", "NUTS", "Settings"]

@@ -15,14 +15,15 @@ from pyro.infer.mcmc.util import diagnostics as pyro_diagnostics
 from pyro.infer.mcmc.util import print_summary, select_samples
 from torch import Tensor
 
-from pyroebm import mcmc
-from pyroebm.diagnostics import Verdict, to_arviz
+from pyroebm.core.rng import seeded_generator
+from pyroebm.core.rowwise import RowwiseEnergy
+from pyroebm.diagnostics.arviz_data import to_arviz
+from pyroebm.diagnostics.convergence import Verdict
+from pyroebm.diagnostics.stuck import describe_stuck
 from pyroebm.infer.kernels import HMC, NUTS, Settings
 from pyroebm.kernels.base import ContinuousKernel
-from pyroebm.model_energy import ModelEnergy
-from pyroebm.randomness import seeded_generator
-from pyroebm.rowwise import RowwiseEnergy
-from pyroebm.stuck import describe_stuck
+from pyroebm.mcmc import sampler as mcmc
+from pyroebm.ppl.model import ModelEnergy
 
 __all__ = ["MCMC"]
 

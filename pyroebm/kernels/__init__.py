@@ -8,14 +8,13 @@ from pyroebm.kernels.ensemble import ChEES, ChEESAdaptation
 from pyroebm.kernels.gibbs import BlockGibbs, Gibbs
 from pyroebm.kernels.hmc import HMC
 from pyroebm.kernels.independence import IndependenceMetropolis, Jumps, Proposal
-from pyroebm.kernels.ladder import LadderAdaptation
 from pyroebm.kernels.langevin import MALA, ULA
 from pyroebm.kernels.metric import Dense, Diagonal, LowRank
 from pyroebm.kernels.microcanonical import MCLMC, AdjustedMCLMC, EnergyVarianceAdaptation
-from pyroebm.kernels.nuts import NUTS
+from pyroebm.kernels.nuts.lockstep import NUTS
 from pyroebm.kernels.random_walk import RandomWalk
 from pyroebm.kernels.stochastic import StochasticGradientLangevin
-from pyroebm.kernels.tempering import ParallelTempering, TemperedState, TemperingReport
+from pyroebm.kernels.tempering import LadderAdaptation, ParallelTempering, TemperedState, TemperingReport
 from pyroebm.kernels.underdamped import MetropolisUnderdamped, UnderdampedLangevin
 
 __all__ = [

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch.nn.functional import logsigmoid
 
-from pyroebm.energy import Energy
+from pyroebm.core.energy import Energy
 from pyroebm.kernels.base import (
     GradientKernel,
     Info,

@@ -9,10 +9,10 @@ from typing import Any, ClassVar, Generic, NamedTuple, Protocol, Self, TypeVar
 import torch
 from torch import Tensor
 
-from pyroebm.energy import Energy, unchecked_value_and_grad, value_and_grad
+from pyroebm.core.energy import Energy, unchecked_value_and_grad, value_and_grad
+from pyroebm.core.rng import standard_normal, uniform
+from pyroebm.core.supports import is_discrete, is_real
 from pyroebm.kernels.metric import Metric, metric_tensors
-from pyroebm.randomness import standard_normal, uniform
-from pyroebm.supports import is_discrete, is_real
 
 __all__ = ["State", "Info", "Kernel", "ContinuousKernel", "AnyState"]
 
@@ -214,7 +214,7 @@ def check_kernel(kernel: object) -> None:
     if not isinstance(kernel, Kernel):
         raise ValueError(
             f"kernel must be one of pyroebm.kernels, got {type(kernel).__name__}; Pyro's own kernels go into pyro.infer.MCMC"
-            " with energy.potential_fn()"
+            " with pyroebm.core.PotentialFn(energy)"
         )
 
 

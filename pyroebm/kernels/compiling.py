@@ -10,11 +10,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from pyroebm.compiled import choose_compiled, is_compiled
-from pyroebm.energy import Energy
-from pyroebm.front_door import check_counts
+from pyroebm.core._checks import check_counts
+from pyroebm.core.compilation import choose_compiled, is_compiled
+from pyroebm.core.energy import Energy
+from pyroebm.core.wrappers import Unconstrained
 from pyroebm.kernels.base import Info, Kernel, S, check_kernel
-from pyroebm.views import Unconstrained
 
 __all__ = ["CompiledKernel"]
 

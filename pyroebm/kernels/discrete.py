@@ -8,10 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from pyroebm.energy import Energy
+from pyroebm.core.energy import Energy
+from pyroebm.core.wrappers import Relaxed
 from pyroebm.kernels.base import Info, State, choose, column, row_value_and_grad, rows, start_state, state_of_rows, uniform_like
 from pyroebm.kernels.sites import DiscreteKernel, author, draw_index, squared_distances, to_sites, values_of
-from pyroebm.views import Relaxed
 
 __all__ = ["DMALA", "DULA", "GibbsWithGradients"]
 
@@ -36,7 +36,7 @@ class GibbsWithGradients(RelaxedKernel):
 
     the locally balanced proposal of Zanella (2020), and is accepted by the Metropolis-Hastings ratio, with the reverse proposal
     from the gradient at the new state. A step costs one gradient, whatever the number of sites. The energy must accept real
-    numbers (:class:`pyroebm.views.Relaxed`): a poor continuation makes it slow, never wrong.
+    numbers (:class:`pyroebm.core.Relaxed`): a poor continuation makes it slow, never wrong.
 
     Example:
         >>> from pyroebm.energies import Ising
@@ -72,7 +72,7 @@ class DULA(RelaxedKernel):
     .. math:: q_i(v \mid x) \propto \exp\Bigl(-\tfrac12 \nabla E(x)_i \cdot (v - x_i) - \frac{|v - x_i|^2}{2 \epsilon^2}\Bigr)
 
     This is the Langevin proposal of step :math:`\epsilon`, a normal law, restricted to the support; the paper's :math:`\alpha`
-    is :math:`\epsilon^2`. The energy must accept real numbers (:class:`pyroebm.views.Relaxed`). A proposal with a non-finite
+    is :math:`\epsilon^2`. The energy must accept real numbers (:class:`pyroebm.core.Relaxed`). A proposal with a non-finite
     energy or gradient is refused and counts as diverging; every other is taken.
 
     Args:

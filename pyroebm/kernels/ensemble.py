@@ -10,8 +10,8 @@ from typing import Any, ClassVar, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from pyroebm.energy import Energy
-from pyroebm.kernels.adaptation import Warmup, WindowAdaptation
+from pyroebm.core.energy import Energy
+from pyroebm.kernels.adaptation.windows import Warmup, WindowAdaptation
 from pyroebm.kernels.base import GradientKernel, Info, Kernel, State, column, rows
 from pyroebm.kernels.hamiltonian import Trajectory, jittered_steps, metropolis_trajectory
 from pyroebm.kernels.metric import metric_of

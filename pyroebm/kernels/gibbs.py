@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyroebm.energy import Energy
+from pyroebm.core.energy import Energy
+from pyroebm.core.rng import drawing_from
 from pyroebm.kernels.base import Info, choose, rows, uniform_like
 from pyroebm.kernels.sites import DiscreteKernel, author, draw_index, to_sites, values_of
-from pyroebm.randomness import drawing_from
 
 __all__ = ["BlockGibbs", "Gibbs", "HasBlocks", "HasSiteLogits", "PointState"]
 

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyroebm.compiled import fused, is_compiled
-from pyroebm.energy import Energy
+from pyroebm.core.compilation import fused, is_compiled
+from pyroebm.core.energy import Energy
 from pyroebm.kernels.base import Info, S, State, choose, normal_like, row_value_and_grad, rows, state_of_rows, uniform_like
 from pyroebm.kernels.metric import Metric
 

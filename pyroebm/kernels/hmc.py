@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from pyroebm.energy import Energy
+from pyroebm.core.energy import Energy
 from pyroebm.kernels.base import GradientKernel, Info, State, column, rows, uniform_like
 from pyroebm.kernels.hamiltonian import metropolis_trajectory
 from pyroebm.kernels.metric import metric_of

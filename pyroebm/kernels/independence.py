@@ -8,10 +8,10 @@ from typing import Any, ClassVar, NamedTuple, Protocol, Self, runtime_checkable
 import torch
 from torch import Tensor
 
-from pyroebm.energy import Energy
-from pyroebm.front_door import check_counts
+from pyroebm.core._checks import check_counts
+from pyroebm.core.energy import Energy
+from pyroebm.core.wrappers import check_weighable
 from pyroebm.kernels.base import Info, Kernel, check_kernel, choose, row_value_and_grad, rows, uniform_like
-from pyroebm.views import check_weighable
 
 __all__ = ["IndependenceMetropolis", "IndependenceState", "Jumps", "JumpsState", "Proposal"]
 

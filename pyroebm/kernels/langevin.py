@@ -9,19 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from pyroebm.compiled import fused, is_compiled
-from pyroebm.energy import Energy
-from pyroebm.kernels.base import (
-    GradientKernel,
-    Info,
-    State,
-    choose,
-    column,
-    normal_like,
-    row_value_and_grad,
-    rows,
-    state_of_rows,
-)
+from pyroebm.core.compilation import fused, is_compiled
+from pyroebm.core.energy import Energy
+from pyroebm.kernels.base import GradientKernel, Info, State, choose, column, normal_like, row_value_and_grad, rows, state_of_rows
 from pyroebm.kernels.hamiltonian import MAX_BLOCK, metropolis_trajectory
 from pyroebm.kernels.metric import Metric, metric_of
 

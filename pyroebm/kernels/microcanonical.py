@@ -11,19 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from pyroebm.energy import Energy
-from pyroebm.kernels.adaptation import PooledVariance, windows
-from pyroebm.kernels.base import (
-    GradientKernel,
-    Info,
-    State,
-    choose,
-    column,
-    normal_like,
-    row_value_and_grad,
-    rows,
-    state_of_rows,
-)
+from pyroebm.core.energy import Energy
+from pyroebm.kernels.adaptation.windows import PooledVariance, windows
+from pyroebm.kernels.base import GradientKernel, Info, State, choose, column, normal_like, row_value_and_grad, rows, state_of_rows
 from pyroebm.kernels.hamiltonian import jittered_steps, metropolis
 from pyroebm.kernels.metric import Metric, metric_of
 from pyroebm.kernels.underdamped import MomentumKernel, MomentumState, momentum_state

@@ -8,7 +8,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from pyroebm.energy import Energy
+from pyroebm.core.energy import Energy
 from pyroebm.kernels.base import ContinuousKernel, Info, column, normal_like, rows
 from pyroebm.kernels.hamiltonian import metropolis
 from pyroebm.kernels.metric import metric_of

@@ -7,10 +7,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from pyroebm.energy import Energy
+from pyroebm.core.energy import Energy
+from pyroebm.core.supports import inside, site_values
+from pyroebm.core.wrappers import Unconstrained
 from pyroebm.kernels.base import Kernel, S
-from pyroebm.supports import inside, site_values
-from pyroebm.views import Unconstrained
 
 __all__ = ["DiscreteKernel", "author", "draw_index", "squared_distances", "to_sites", "values_of"]
 

@@ -9,10 +9,10 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from pyroebm.energy import Energy
+from pyroebm.core.energy import Energy
+from pyroebm.core.minibatch import subsample
 from pyroebm.kernels.base import ContinuousKernel, Info, choose, column, normal_like, row_value_and_grad, rows, start_state
 from pyroebm.kernels.metric import metric_of
-from pyroebm.minibatch import subsample
 
 __all__ = ["CountedState", "StochasticGradientLangevin"]
 

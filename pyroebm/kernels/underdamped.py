@@ -9,7 +9,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from pyroebm.energy import Energy
+from pyroebm.core.energy import Energy
 from pyroebm.kernels.base import ContinuousKernel, Info, choose, column, normal_like, row_value_and_grad, rows, start_state
 from pyroebm.kernels.hamiltonian import MAX_ENERGY_ERROR, kinetic, leapfrog, metropolis
 from pyroebm.kernels.metric import metric_of

@@ -2,31 +2,31 @@
 
 from pyroebm.objectives.adversarial import Adversarial, AdversarialFlow, DeepDirected
 from pyroebm.objectives.base import HasLosses, Objective
-from pyroebm.objectives.bootstrap import AlphaBootstrap
 from pyroebm.objectives.centring import Centring, Sparsity
-from pyroebm.objectives.compiled_kl import CompiledKL
 from pyroebm.objectives.contrastive import ContrastiveDivergence
 from pyroebm.objectives.denoising import DenoisingScoreMatching
 from pyroebm.objectives.discrete import MinimumProbabilityFlow, Pseudolikelihood, RatioMatching
-from pyroebm.objectives.divergences import ForwardKL, LogVariance
 from pyroebm.objectives.fisher import fisher_divergence, sliced_fisher_divergence
 from pyroebm.objectives.flow_contrastive import FlowContrastive
-from pyroebm.objectives.flow_matching import match_flow
 from pyroebm.objectives.hybrid import Hybrid
 from pyroebm.objectives.improved import ImprovedCD
 from pyroebm.objectives.likelihood import ExactLikelihood, MeanFieldLikelihood
 from pyroebm.objectives.noise import gaussian_noise
 from pyroebm.objectives.noise_contrastive import ConditionalNCE, NoiseContrastive, RankingNCE
 from pyroebm.objectives.persistent import PersistentCD
-from pyroebm.objectives.reweighting import AnnealedReweighting
 from pyroebm.objectives.score_matching import NonNegativeScoreMatching, ScoreMatching
-from pyroebm.objectives.selection import TotalDimSelection, select_total_dim
 from pyroebm.objectives.short_run import ShortRun, langevin
 from pyroebm.objectives.sliced import SlicedScoreMatching
-from pyroebm.objectives.svi import flow_guide, flow_model
-from pyroebm.objectives.symmetric import SymmetrizedKL
-from pyroebm.objectives.variational import ReverseKL, evaluate_j, fit_flow
+from pyroebm.objectives.variational.bootstrap import AlphaBootstrap
+from pyroebm.objectives.variational.compiled_kl import CompiledKL
+from pyroebm.objectives.variational.divergences import ForwardKL, LogVariance
+from pyroebm.objectives.variational.flow_matching import match_flow
+from pyroebm.objectives.variational.reverse_kl import ReverseKL, evaluate_j, fit_flow
+from pyroebm.objectives.variational.reweighting import AnnealedReweighting
+from pyroebm.objectives.variational.selection import TotalDimSelection, select_total_dim
+from pyroebm.objectives.variational.symmetric import SymmetrizedKL
 from pyroebm.objectives.vera import VERA
+from pyroebm.ppl.svi import flow_guide, flow_model
 
 __all__ = [
     "Adversarial",

@@ -9,16 +9,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pyroebm.energy import Energy, score
+from pyroebm.core._checks import check_counts
+from pyroebm.core.energy import Energy, score
+from pyroebm.core.supports import event_sum, is_real
+from pyroebm.core.wrappers import eval_mode
 from pyroebm.flows.flow import Flow
-from pyroebm.front_door import check_counts
-from pyroebm.generators import Generator, batch_norms
-from pyroebm.networks import frozen
+from pyroebm.nn.generators import Generator, batch_norms
+from pyroebm.nn.mlp import frozen
 from pyroebm.objectives.base import Objective
 from pyroebm.objectives.contrastive import check_batch
-from pyroebm.objectives.variational import ReverseKL
-from pyroebm.supports import event_sum, is_real
-from pyroebm.views import eval_mode
+from pyroebm.objectives.variational.reverse_kl import ReverseKL
 
 __all__ = ["Adversarial", "AdversarialFlow", "DeepDirected", "Negative", "batch_norm_entropy", "check_generator", "trainable"]
 
@@ -184,7 +184,7 @@ class DeepDirected(Adversarial):
     likelihood. Batch normalisation couples the rows of q's draws.
 
     Args:
-        model: the generator; see :class:`~pyroebm.generators.MLPGenerator` with ``batch_norm=True``.
+        model: the generator; see :class:`~pyroebm.nn.MLPGenerator` with ``batch_norm=True``.
         num_samples, gradient_penalty: as in :class:`Adversarial`; at least 2 draws.
 
     Raises:
@@ -192,7 +192,7 @@ class DeepDirected(Adversarial):
             energy.
 
     Example:
-        >>> from pyroebm.generators import MLPGenerator
+        >>> from pyroebm.nn import MLPGenerator
         >>> from pyroebm.targets import Gaussian
         >>> model = MLPGenerator((2,), latent_dim=2, hidden=(8,), batch_norm=True)
         >>> losses, facts = DeepDirected(model).losses(Gaussian(torch.zeros(2)), torch.zeros(5, 2))

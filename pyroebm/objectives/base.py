@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from pyroebm.energy import Energy
+from pyroebm.core.energy import Energy
 
 __all__ = ["HasLosses", "Objective"]
 

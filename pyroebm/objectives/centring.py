@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from pyroebm.core.energy import Energy
 from pyroebm.energies.layered import LayeredMachine
 from pyroebm.energies.layers import Layers
-from pyroebm.energy import Energy
 from pyroebm.objectives.layered import mean_field, odd_fields, visible
 
 __all__ = ["Centring", "Sparsity"]

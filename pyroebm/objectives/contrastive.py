@@ -11,18 +11,18 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from pyroebm.core._checks import check_counts
+from pyroebm.core.energy import Energy
+from pyroebm.core.rng import drawing_from
+from pyroebm.core.supports import is_discrete, is_real
+from pyroebm.core.wrappers import Unconstrained, eval_mode
 from pyroebm.energies.layered import LayeredMachine
-from pyroebm.energy import Energy
-from pyroebm.front_door import check_counts
 from pyroebm.kernels.base import Kernel, check_kernel
 from pyroebm.kernels.gibbs import BlockGibbs, Gibbs, HasBlocks
 from pyroebm.kernels.langevin import MALA
-from pyroebm.networks import frozen
+from pyroebm.nn.mlp import frozen
 from pyroebm.objectives.base import Objective
 from pyroebm.objectives.layered import Kept, contrast, draw_even, draw_odd, mean_field, odd_fields, visible
-from pyroebm.randomness import drawing_from
-from pyroebm.supports import is_discrete, is_real
-from pyroebm.views import Unconstrained, eval_mode
 
 __all__ = ["ContrastiveDivergence", "HasMeanField", "Initial"]
 

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pyroebm.energy import Energy, score
+from pyroebm.core.energy import Energy, score
+from pyroebm.core.rng import standard_normal, uniform
+from pyroebm.core.supports import event_sum
 from pyroebm.objectives.base import Objective
 from pyroebm.objectives.score_matching import Facts, check_real, matched
-from pyroebm.randomness import standard_normal, uniform
-from pyroebm.supports import event_sum
 
 __all__ = ["DenoisingScoreMatching"]
 

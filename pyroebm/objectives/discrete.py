@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyroebm.energy import Energy
+from pyroebm.core.energy import Energy
+from pyroebm.core.rng import uniform
+from pyroebm.core.supports import is_discrete
 from pyroebm.kernels.sites import squared_distances, to_sites, values_of
 from pyroebm.objectives.base import Objective
-from pyroebm.randomness import uniform
-from pyroebm.supports import is_discrete
 
 __all__ = ["MinimumProbabilityFlow", "Pseudolikelihood", "RatioMatching", "SiteObjective"]
 

@@ -7,12 +7,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pyroebm.distances import Estimate
-from pyroebm.energy import Energy, value_and_grad
-from pyroebm.front_door import check_counts
+from pyroebm.core._checks import check_counts
+from pyroebm.core.energy import Energy, value_and_grad
+from pyroebm.core.statistics import Estimate
+from pyroebm.core.supports import event_sum
+from pyroebm.core.wrappers import eval_mode
 from pyroebm.objectives.sliced import check_law, projections_like
-from pyroebm.supports import event_sum
-from pyroebm.views import eval_mode
 
 __all__ = ["fisher_divergence", "sliced_fisher_divergence"]
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from pyroebm.energy import Energy
+from pyroebm.core.energy import Energy
 from pyroebm.flows import Flow
-from pyroebm.networks import frozen
+from pyroebm.nn.mlp import frozen
 from pyroebm.objectives.base import Objective
 from pyroebm.objectives.noise import Noise
 from pyroebm.objectives.noise_contrastive import classify

@@ -8,8 +8,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from pyroebm.core.energy import Energy
 from pyroebm.energies.classifier import ClassifierEnergy, check_labels
-from pyroebm.energy import Energy
 from pyroebm.objectives.base import HasLosses, Objective
 from pyroebm.objectives.persistent import PersistentCD
 

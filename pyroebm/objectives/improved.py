@@ -7,15 +7,15 @@ import math
 import torch
 from torch import Tensor
 
-from pyroebm.energy import Energy, score
-from pyroebm.front_door import check_counts
+from pyroebm.core._checks import check_counts
+from pyroebm.core.energy import Energy, score
+from pyroebm.core.supports import is_real
+from pyroebm.core.wrappers import eval_mode
 from pyroebm.kernels.base import column, normal_like, rows
 from pyroebm.kernels.langevin import ULA
-from pyroebm.networks import frozen
+from pyroebm.nn.mlp import frozen
 from pyroebm.objectives.contrastive import Facts, Initial, about, advance, check_batch, difference
 from pyroebm.objectives.persistent import PersistentCD
-from pyroebm.supports import is_real
-from pyroebm.views import eval_mode
 
 __all__ = ["ImprovedCD", "nearest_neighbour_entropy"]
 

@@ -10,8 +10,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from pyroebm.core.rng import uniform
 from pyroebm.energies.layers import Layers
-from pyroebm.randomness import uniform
 
 __all__ = ["Contrast", "Kept", "Ladder", "contrast", "draw_even", "draw_odd", "mean_field", "odd_fields", "visible"]
 

@@ -8,9 +8,9 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from pyroebm.core.energy import Energy
 from pyroebm.energies.layered import LayeredMachine
 from pyroebm.energies.layers import Layers
-from pyroebm.energy import Energy
 from pyroebm.objectives.base import Objective
 from pyroebm.objectives.layered import Kept, mean_field, visible
 

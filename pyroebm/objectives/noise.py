@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyroebm.energy import Energy
+from pyroebm.core._checks import check_same
+from pyroebm.core.annealing_path import DistributionEnergy
+from pyroebm.core.energy import Energy
+from pyroebm.core.rng import drawing_from, seeded_generator
+from pyroebm.core.supports import inside, is_real
 from pyroebm.flows import Flow
-from pyroebm.front_door import check_same
-from pyroebm.paths import DistributionEnergy
-from pyroebm.randomness import drawing_from, seeded_generator
-from pyroebm.supports import inside, is_real
 
 __all__ = ["Noise", "check_flow", "gaussian_noise"]
 

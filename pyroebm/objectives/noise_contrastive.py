@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.nn.functional import logsigmoid
 
-from pyroebm.energy import Energy
+from pyroebm.core._checks import check_counts
+from pyroebm.core.energy import Energy
+from pyroebm.core.rng import standard_normal
+from pyroebm.core.supports import is_real
 from pyroebm.flows import Flow
-from pyroebm.front_door import check_counts
 from pyroebm.objectives.base import Objective
 from pyroebm.objectives.noise import Noise
-from pyroebm.randomness import standard_normal
-from pyroebm.supports import is_real
 
 __all__ = ["ConditionalNCE", "NoiseContrastive", "RankingNCE", "classify"]
 

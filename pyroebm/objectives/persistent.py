@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyroebm.core._checks import check_counts
+from pyroebm.core.energy import Energy
+from pyroebm.core.rng import subset, uniform
 from pyroebm.energies.layered import LayeredEnergy, LayeredMachine
 from pyroebm.energies.layers import Layers
-from pyroebm.energy import Energy
-from pyroebm.front_door import check_counts
 from pyroebm.kernels.base import Kernel
 from pyroebm.objectives.base import Objective
 from pyroebm.objectives.contrastive import (
@@ -28,7 +29,6 @@ from pyroebm.objectives.contrastive import (
     starts,
 )
 from pyroebm.objectives.layered import Kept, Ladder, contrast, draw_even, draw_odd, mean_field, odd_fields, visible
-from pyroebm.randomness import subset, uniform
 
 __all__ = ["PersistentCD"]
 

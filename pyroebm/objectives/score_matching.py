@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyroebm.derivatives import curvatures, unit_directions
-from pyroebm.energy import Energy
+from pyroebm.core.derivatives import curvatures, unit_directions
+from pyroebm.core.energy import Energy
+from pyroebm.core.supports import event_sum, is_real, same_support
 from pyroebm.objectives.base import Objective
-from pyroebm.supports import event_sum, is_real, same_support
 
 __all__ = ["NonNegativeScoreMatching", "ScoreMatching"]
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyroebm.energy import Energy
-from pyroebm.front_door import check_counts
+from pyroebm.core._checks import check_counts
+from pyroebm.core.energy import Energy
 from pyroebm.kernels.base import Kernel
 from pyroebm.kernels.langevin import ULA
 from pyroebm.objectives.base import Objective

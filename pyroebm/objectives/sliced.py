@@ -8,13 +8,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pyroebm.derivatives import curvatures
-from pyroebm.energy import Energy, score
-from pyroebm.front_door import check_counts
+from pyroebm.core._checks import check_counts
+from pyroebm.core.derivatives import curvatures
+from pyroebm.core.energy import Energy, score
+from pyroebm.core.rng import standard_normal, uniform
+from pyroebm.core.supports import event_sum
 from pyroebm.objectives.base import Objective
 from pyroebm.objectives.score_matching import Facts, check_real, matched
-from pyroebm.randomness import standard_normal, uniform
-from pyroebm.supports import event_sum
 
 __all__ = ["LAWS", "SlicedScoreMatching", "projections_like"]
 

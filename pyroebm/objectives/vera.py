@@ -9,13 +9,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pyroebm.energy import Energy
-from pyroebm.front_door import check_counts
-from pyroebm.generators import Generator, batch_norms
-from pyroebm.networks import frozen
+from pyroebm.core._checks import check_counts
+from pyroebm.core.energy import Energy
+from pyroebm.core.rng import standard_normal
+from pyroebm.core.supports import event_sum
+from pyroebm.nn.generators import Generator, batch_norms
+from pyroebm.nn.mlp import frozen
 from pyroebm.objectives.adversarial import Adversarial, Negative, check_generator, trainable
-from pyroebm.randomness import standard_normal
-from pyroebm.supports import event_sum
 
 __all__ = ["VERA", "LatentScore", "latent_score"]
 
@@ -109,7 +109,7 @@ class VERA(Adversarial):
         ValueError: as :class:`Adversarial` and :func:`latent_score`, and if the generator does not fit the energy.
 
     Example:
-        >>> from pyroebm.generators import MLPGenerator
+        >>> from pyroebm.nn import MLPGenerator
         >>> from pyroebm.targets import Gaussian
         >>> objective = VERA(MLPGenerator((2,), latent_dim=3, sigma=0.1))
         >>> losses, facts = objective.losses(Gaussian(torch.zeros(2)), torch.zeros(5, 2))

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from pyroebm.core._checks import check_counts
+from pyroebm.core.energy import Energy, check_energy
+from pyroebm.core.rng import seeded_generator
+from pyroebm.core.wrappers import eval_mode
 from pyroebm.energies.layered import LayeredEnergy, LayeredMachine
 from pyroebm.energies.layers import Layers
-from pyroebm.energy import Energy, check_energy
-from pyroebm.front_door import check_counts
 from pyroebm.kernels import Kernel
 from pyroebm.kernels.base import check_kernel
 from pyroebm.partition.bases import base_energy, base_rates
@@ -20,9 +22,7 @@ from pyroebm.partition.bridging import acceptance_ratio
 from pyroebm.partition.layered import LayeredPath, Walkers
 from pyroebm.partition.result import Bracket, LogZ, from_weights
 from pyroebm.partition.walk import KernelPath, as_betas, default_kernel, increments, total_weight
-from pyroebm.randomness import seeded_generator
 from pyroebm.smc import tempered_smc
-from pyroebm.views import eval_mode
 
 __all__ = ["Base", "ais", "bracket", "reverse_ais", "schedule"]
 

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from pyroebm.core.annealing_path import DistributionEnergy
+from pyroebm.core.energy import Energy
+from pyroebm.core.rng import uniform
+from pyroebm.core.supports import is_discrete, is_real, site_values
+from pyroebm.core.wrappers import check_weighable
 from pyroebm.energies.layered import LayeredEnergy, LayeredMachine
 from pyroebm.energies.layers import Layers
-from pyroebm.energy import Energy
-from pyroebm.paths import DistributionEnergy
-from pyroebm.randomness import uniform
-from pyroebm.supports import is_discrete, is_real, site_values
 from pyroebm.targets import Gaussian
-from pyroebm.views import check_weighable
 
 __all__ = ["IndependentLayers", "IndependentSites", "base_energy", "base_rates"]
 

@@ -12,16 +12,16 @@ from scipy.special import expit, log_expit, logsumexp
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyroebm.diagnostics import ess_bulk
+from pyroebm.core._checks import check_counts
+from pyroebm.core.annealing_path import Path
+from pyroebm.core.energy import Energy, check_energy
+from pyroebm.core.rng import seeded_generator
+from pyroebm.core.statistics import ess_bulk
+from pyroebm.core.supports import is_discrete
+from pyroebm.core.wrappers import Unconstrained, eval_mode
 from pyroebm.energies.layers import Layers
-from pyroebm.energy import Energy, check_energy
-from pyroebm.front_door import check_counts
 from pyroebm.partition.bases import base_energy
 from pyroebm.partition.result import LogZ
-from pyroebm.paths import Path
-from pyroebm.randomness import seeded_generator
-from pyroebm.supports import is_discrete
-from pyroebm.views import Unconstrained, eval_mode
 
 __all__ = ["acceptance_ratio", "bridge"]
 

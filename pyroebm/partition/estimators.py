@@ -9,21 +9,21 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from pyroebm.core._checks import check_counts
+from pyroebm.core.energy import Energy, check_energy
+from pyroebm.core.rng import seeded_generator
+from pyroebm.core.wrappers import Unconstrained, eval_mode
 from pyroebm.energies.layered import LayeredMachine
 from pyroebm.energies.layers import Layers
-from pyroebm.energy import Energy, check_energy
 from pyroebm.flows.flow import Flow
 from pyroebm.flows.importance import importance_sample
-from pyroebm.front_door import check_counts
 from pyroebm.kernels import Kernel, ParallelTempering
 from pyroebm.kernels.base import check_kernel
 from pyroebm.partition.annealing import Base
 from pyroebm.partition.bases import base_energy
 from pyroebm.partition.result import Kind, LogZ
 from pyroebm.partition.walk import bar, default_kernel
-from pyroebm.randomness import seeded_generator
 from pyroebm.smc import SMCResult, tempered_smc
-from pyroebm.views import Unconstrained, eval_mode
 
 __all__ = ["importance", "smc", "thermodynamic_integration"]
 
@@ -167,7 +167,7 @@ def importance(
     seed: int = 0,
     generator: torch.Generator | None = None,
 ) -> LogZ:
-    """:func:`pyroebm.flows.importance.importance_sample` from any Pyro distribution, or a flow, as a :class:`LogZ`.
+    """:func:`pyroebm.flows.importance_sample` from any Pyro distribution, or a flow, as a :class:`LogZ`.
 
     Args:
         energy: discrete or continuous.
@@ -179,7 +179,7 @@ def importance(
         kind "lower": the mean weight is unbiased. The method's name has the Pareto k, above 0.7 of which nothing can be trusted.
 
     Raises:
-        ValueError, FloatingPointError: as :func:`pyroebm.flows.importance.importance_sample`.
+        ValueError, FloatingPointError: as :func:`pyroebm.flows.importance_sample`.
 
     Example:
         >>> import pyro.distributions as dist

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from pyroebm.core.annealing_path import Path
+from pyroebm.core.energy import Energy
 from pyroebm.energies.layered import LayeredMachine
 from pyroebm.energies.layers import Layers
-from pyroebm.energy import Energy
 from pyroebm.kernels.base import Info
 from pyroebm.kernels.gibbs import PointState, point_state, swept
 from pyroebm.kernels.sites import DiscreteKernel, author
 from pyroebm.partition.bases import IndependentLayers, check_base, draw_independent, log_z_of_independent
-from pyroebm.paths import Path
 
 __all__ = ["LayerGibbs", "LayeredPath", "Walkers"]
 

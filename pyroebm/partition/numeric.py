@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyroebm.core.energy import Energy, check_energy
+from pyroebm.core.enumeration import BATCH, state_batches
+from pyroebm.core.rng import seeded_generator
+from pyroebm.core.supports import is_discrete, site_values
+from pyroebm.core.wrappers import Unconstrained, check_weighable, eval_mode
 from pyroebm.energies.layered import LayeredMachine
-from pyroebm.energy import Energy, check_energy
-from pyroebm.enumeration import BATCH, state_batches
 from pyroebm.partition.result import LogZ
-from pyroebm.randomness import seeded_generator
-from pyroebm.supports import is_discrete, site_values
-from pyroebm.views import Unconstrained, check_weighable, eval_mode
 
 __all__ = ["exact", "expectation", "quadrature"]
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from pyroebm.weights import log_mean
+from pyroebm.core.statistics import log_mean
 
 __all__ = ["Bracket", "Kind", "LogZ"]
 
@@ -33,7 +33,7 @@ class LogZ:
     Attributes:
         value: :math:`\log Z`.
         standard_error: its standard error; 0 where it is a sum over all states, the error of the rule for a quadrature, ``inf``
-            where a few of the weights decide (:func:`pyroebm.weights.log_mean`).
+            where a few of the weights decide (:func:`pyroebm.core.statistics.log_mean`).
         kind: "exact", "estimate", "lower" or "upper".
         method: how it was found, in words.
         ess: effective sample size :math:`(\sum w)^2 / \sum w^2` of the weights (Kong, 1992); None where there are none.

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from pyroebm.core.annealing_path import Path
+from pyroebm.core.energy import Energy
+from pyroebm.core.supports import is_discrete
+from pyroebm.core.wrappers import Unconstrained
 from pyroebm.energies.layered import LayeredEnergy
-from pyroebm.energy import Energy
 from pyroebm.kernels import HMC, Gibbs, Kernel
 from pyroebm.partition.layered import LayerGibbs
-from pyroebm.paths import Path
 from pyroebm.smc import SMCResult
-from pyroebm.supports import is_discrete
-from pyroebm.views import Unconstrained
 
 __all__ = ["KernelPath", "as_betas", "bar", "default_kernel", "increments", "total_weight"]
 

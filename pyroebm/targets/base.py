@@ -12,8 +12,8 @@ from scipy.integrate import quad
 from torch import Tensor
 from torch.distributions.constraints import Constraint
 
-from pyroebm.energy import Energy
-from pyroebm.randomness import standard_normal, uniform
+from pyroebm.core.energy import Energy
+from pyroebm.core.rng import standard_normal, uniform
 
 __all__ = ["LOG_TWO_PI", "TabulatedLaw", "Target", "as_floats", "check_each", "check_positive", "rejection"]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyroebm.supports import spin
+from pyroebm.core.supports import spin
 from pyroebm.targets.exponential import ExponentialFamily, check_categories
 
 __all__ = ["BernoulliProduct", "CategoricalOneHot", "SpinProduct"]

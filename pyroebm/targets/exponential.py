@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.distributions import constraints
 from torch.distributions.constraints import Constraint
 
-from pyroebm.supports import event_sum
+from pyroebm.core._torch_private import standard_gamma
+from pyroebm.core.supports import event_sum
 from pyroebm.targets.base import Target, as_floats, check_positive
 
 __all__ = ["Beta", "Dirichlet", "Exponential", "ExponentialFamily", "Gamma", "LogNormal"]
@@ -70,7 +71,7 @@ class ExponentialFamily(Target):
         # logarithms of gamma draws, safe for small shapes, where the draws underflow: G(a) = G(a + 1) U^(1/a) in law
         where = self.device if generator is None else generator.device
         shapes = shape.double().to(where).expand(n, *shape.shape)
-        raised = torch._standard_gamma(shapes + 1.0, generator=generator).log().to(self.device)
+        raised = standard_gamma(shapes + 1.0, generator).log().to(self.device)
         return raised + torch.log1p(-self._uniform(shapes.shape, generator)) / shape.double()
 
     def _inside(self, x: Tensor, high: float = math.inf) -> Tensor:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyroebm.front_door import check_counts
+from pyroebm.core._checks import check_counts
 from pyroebm.targets.base import LOG_TWO_PI, Target, check_each, check_positive
 
 __all__ = ["NoisyCurves", "Plane", "TwoMoons", "TwoSpirals"]

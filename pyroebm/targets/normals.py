@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyroebm.supports import event_numel, event_sum
+from pyroebm.core.supports import event_numel, event_sum
 from pyroebm.targets.base import LOG_TWO_PI, Target, as_floats, check_positive
 
 __all__ = ["Gaussian", "GaussianMixture", "scales_gaussian"]

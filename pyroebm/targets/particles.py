@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from pyroebm.supports import mean_free_basis
+from pyroebm.core.supports import mean_free_basis
 from pyroebm.targets.base import Target, check_positive
 
 __all__ = ["DW4", "LennardJones", "Particles"]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from pyroebm.front_door import check_counts
+from pyroebm.core._checks import check_counts
 from pyroebm.targets.base import LOG_TWO_PI, check_each, check_positive
 from pyroebm.targets.noisy_curves import Plane
 from pyroebm.targets.normals import GaussianMixture

@@ -1,0 +1,77 @@
+"""Errors at the front door of an energy: each states the rule, then the values seen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from numbers import Integral
+
+import torch
+from torch import Tensor
+from torch.distributions.constraints import Constraint
+
+__all__ = ["check_counts", "check_declaration", "check_kind", "check_same", "check_shape", "check_values", "no_gradient"]
+
+
+def check_declaration(event_shape: object, support: object) -> None:
+    """ValueError unless ``event_shape`` is a sequence of sizes and ``support`` a constraint."""
+    if not isinstance(event_shape, Sequence) or isinstance(event_shape, str):
+        raise ValueError(f"event_shape must be a tuple of sizes, () for a scalar variable, got event_shape={event_shape!r}")
+    if not isinstance(support, Constraint):
+        raise ValueError(f"support must be a torch.distributions constraint, got support={support!r}")
+
+
+def check_shape(name: str, x: Tensor, event_shape: torch.Size) -> torch.Size:
+    """The batch shape of ``x``; ValueError unless its last dimensions are ``event_shape``."""
+    cut = x.dim() - len(event_shape)
+    if cut < 0 or tuple(x.shape[cut:]) != tuple(event_shape):
+        raise ValueError(
+            f"x must have shape (*batch, *event_shape) with event_shape {tuple(event_shape)} ({name}), got shape {tuple(x.shape)}"
+        )
+    return x.shape[:cut]
+
+
+def check_values(name: str, values: object, x: Tensor, event_shape: Sequence[int], batch: torch.Size) -> None:
+    """ValueError, naming both shapes, unless ``values`` holds one energy for each event of ``x``."""
+    if not isinstance(values, Tensor):
+        raise ValueError(f"{name}.forward must return a tensor of energies, got {type(values).__name__}")
+    if values.shape != batch:
+        hint = "; drop the last dimension with .squeeze(-1)" if values.shape == (*batch, 1) else ""
+        raise ValueError(
+            f"{name}.forward must return one energy per event: for x of shape {tuple(x.shape)} with event_shape"
+            f" {tuple(event_shape)} the result must have shape {tuple(batch)}, but it has shape {tuple(values.shape)}{hint}"
+        )
+
+
+def no_gradient(name: str, values: Tensor, x: Tensor) -> str:
+    """Why the energies ``values`` of ``x`` have no gradient."""
+    if values.dtype != x.dtype:
+        return f"{name}.forward must return the dtype of x, {x.dtype}, got {values.dtype}: convert with energy.to()"
+    return (
+        f"{name}.forward(x) does not depend on x through autograd (a .detach(), .item() or NumPy call on the way?); a constant"
+        " energy is written 0 * x"
+    )
+
+
+def check_same(name: str, what: str, ours: object, argument: str, theirs: object) -> None:
+    """ValueError, naming both, unless an argument's dtype or device is the energy's."""
+    if theirs != ours:
+        raise ValueError(
+            f"{argument} must have the {what} of the energy: {name} has {what} {ours}, {argument} has {theirs}; convert one of"
+            f" them with .to({ours if what == 'dtype' else repr(str(ours))})"
+        )
+
+
+def check_kind(energy: object, kind: type) -> None:
+    """ValueError unless ``energy`` is an instance of ``kind``, the Energy class."""
+    if not isinstance(energy, kind):
+        raise ValueError(
+            f"energy must be a pyroebm.Energy, got {type(energy).__name__}; wrap a log-density with"
+            " pyroebm.core.Unnormalized(log_density, event_shape=...)"
+        )
+
+
+def check_counts(least: dict[str, int], *values: int) -> None:
+    """ValueError unless each value, in the order of the names, is an integer of at least the number named with it."""
+    for (name, bound), value in zip(least.items(), values, strict=True):
+        if not isinstance(value, Integral) or isinstance(value, bool) or value < bound:
+            raise ValueError(f"{name} must be an integer of at least {bound}, got {name}={value!r}")

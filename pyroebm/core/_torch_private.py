@@ -1,0 +1,64 @@
+"""Every private part of torch that the package uses: a change of torch is mended here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+from torch._C._functorch import peek_interpreter_stack
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch.utils._pytree import tree_leaves
+
+__all__ = [
+    "BatchNorm",
+    "all_true",
+    "compile_graph",
+    "copy_each",
+    "is_being_traced",
+    "multiply_each",
+    "norm_of_each",
+    "standard_gamma",
+    "tree_leaves",
+]
+
+#: What batch normalisations of all dimensions have in common.
+BatchNorm = nn.modules.batchnorm._BatchNorm
+
+#: The function by which distributions ask whether all entries of a mask are true.
+all_true = torch._is_all_true
+
+
+def is_being_traced() -> bool:
+    """Whether tensors are those of a transform (``vmap``, ``grad``), of a dispatch mode, or of a compiler."""
+    return torch.compiler.is_compiling() or peek_interpreter_stack() is not None or _get_current_dispatch_mode() is not None
+
+
+def compile_graph(
+    graph: fx.GraphModule, examples: Sequence[Tensor], options: dict[str, Any]
+) -> Callable[..., tuple[Tensor, ...]]:
+    """A graph of plain operations as TorchInductor has it."""
+    from torch._inductor import compile as inductor  # a second of imports, for those alone who compile
+
+    return cast(Callable[..., tuple[Tensor, ...]], inductor(graph, list(examples), options=options))
+
+
+def standard_gamma(shapes: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Draws of gamma distributions of scale 1."""
+    return torch._standard_gamma(shapes, generator=generator)
+
+
+def copy_each(to: list[Tensor], source: list[Tensor]) -> None:
+    """Copy tensors in one call."""
+    torch._foreach_copy_(to, source)
+
+
+def multiply_each(tensors: list[Tensor] | tuple[Tensor, ...], by: Tensor) -> tuple[Tensor, ...]:
+    """Products with one number, in one call."""
+    return torch._foreach_mul(tensors, by)
+
+
+def norm_of_each(tensors: list[Tensor] | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Euclidean norms, in one call."""
+    return torch._foreach_norm(tensors)

@@ -1,0 +1,155 @@
+"""Paths between densities: from a flat or known one to the one that is wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+
+from pyroebm.core.compilation import Compiled
+from pyroebm.core.energy import Energy
+from pyroebm.core.rng import seeded_generator
+from pyroebm.core.supports import inside, same_support
+from pyroebm.core.wrappers import Unconstrained
+
+__all__ = ["DistributionEnergy", "Path", "in_the_coordinates_of"]
+
+
+class Path(Energy):
+    r"""The path of densities from a reference :math:`V` to an energy :math:`U`, each row at a point of its own.
+
+    .. math:: E_\beta(x) = (1 - \beta) V(x) + \beta U(x)
+
+    Without a reference, :math:`V = 0`: plain tempering. It is the geometric path of simulated tempering and annealed importance
+    sampling (Marinari and Parisi, 1992; Neal, 2001).
+
+    Args:
+        energy: :math:`U`.
+        betas: :math:`\beta` in [0, 1], no unit: a number, or one for each row, shape ``(rows,)``; ``x`` then has rows first,
+            ``(rows, ..., *event)``.
+        reference: :math:`V`, of the same event shape, support and dtype.
+
+    Attributes:
+        site_logits: as :class:`pyroebm.kernels.gibbs.HasSiteLogits` has it, where both ends do; else there is no such attribute.
+
+    Raises:
+        ValueError: if a beta is outside [0, 1], or if the reference does not fit the energy.
+
+    Example:
+        >>> from pyroebm.targets import DoubleWell, Gaussian
+        >>> path = Path(DoubleWell(), torch.tensor([1.0, 0.5, 0.0]), Gaussian(0.0))
+        >>> path(torch.ones(3))
+        tensor([-2.0000, -0.7500,  0.5000])
+        >>> path.slope(torch.ones(3))
+        tensor([-2.5000, -2.5000, -2.5000])
+    """
+
+    reference: Energy | None
+
+    def __init__(self, energy: Energy, betas: float | Sequence[float] | Tensor, reference: Energy | None = None) -> None:
+        at = torch.as_tensor(betas, dtype=energy.dtype, device=energy.device)
+        if at.dim() > 1 or not bool(((at >= 0.0) & (at <= 1.0)).all()):
+            raise ValueError(f"betas must be one number in [0, 1] or one for each row, got betas={betas}")
+        super().__init__(energy.event_shape, energy.support)
+        if reference is not None:
+            _check_reference(energy, reference)
+        self.energy, self.reference, self.betas = energy, reference, at
+        ends: list[Any] = [
+            end.energy if isinstance(end, Unconstrained) else end for end in (energy, reference) if end is not None
+        ]
+        if all(hasattr(end, "site_logits") for end in ends):
+            self._offers, self.site_logits = [end.site_logits for end in ends], self._site_logits
+
+    def forward(self, x: Tensor) -> Tensor:
+        beta = self._beside(x)
+        return beta * self.energy(x) if self.reference is None else beta * self.energy(x) + (1.0 - beta) * self.reference(x)
+
+    def slope(self, x: Tensor) -> Tensor:
+        r""":math:`\partial E_\beta / \partial \beta = U - V`, the same all along the path; detached, shape of the batch."""
+        with torch.no_grad():
+            return self.energy(x) if self.reference is None else self.energy(x) - self.reference(x)
+
+    def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        return self.energy.initial(n, generator)
+
+    def _site_logits(self, x: Tensor, site: Tensor) -> Tensor:
+        """What :class:`pyroebm.kernels.gibbs.HasSiteLogits` asks for, where both ends have it."""
+        beta = self._beside(x).unsqueeze(-1)
+        target, *reference = (offer(x, site) for offer in self._offers)
+        return beta * target + (1.0 - beta) * reference[0] if reference else beta * target
+
+    def _beside(self, x: Tensor) -> Tensor:
+        batch = self.batch_shape(x)
+        if self.betas.dim() == 0:
+            return self.betas
+        if batch[:1] != self.betas.shape:
+            raise ValueError(f"x must have one row for each of {len(self.betas)} betas, got batch shape {tuple(batch)}")
+        return self.betas.reshape(-1, *[1] * (len(batch) - 1))
+
+
+def _check_reference(energy: Energy, reference: Energy) -> None:
+    if not isinstance(reference, Energy):
+        raise ValueError(f"reference must be an Energy, got {type(reference).__name__}; a distribution is DistributionEnergy(it)")
+    ours, theirs = ((tuple(e.event_shape), str(e.support), str(e.dtype), str(e.device)) for e in (energy, reference))
+    if not same_support(energy.support, reference.support) or ours[0] != theirs[0] or ours[2:] != theirs[2:]:
+        raise ValueError(f"reference must have the event_shape, support, dtype and device of the energy, {ours}, got {theirs}")
+
+
+class DistributionEnergy(Energy):
+    r"""The energy :math:`-\log q` of a normalised distribution: its draws are exact, and :math:`\log Z = 0`.
+
+    Args:
+        distribution: of Pyro or torch, with an empty batch shape. It draws from torch's global generator, which is seeded for
+            it from the generator given, and put back.
+        dtype: floating-point type of its draws; None for torch's default.
+
+    Raises:
+        ValueError: if it has a batch shape, or says that it is not normalised.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> e = DistributionEnergy(dist.Normal(0.0, 1.0))
+        >>> e(torch.tensor([0.0])), e.log_z, e.sample(3).shape
+        (tensor([0.9189]), 0.0, torch.Size([3]))
+    """
+
+    log_z = 0.0
+    has_exact_draws = True
+
+    def __init__(self, distribution: Distribution, dtype: torch.dtype | None = None) -> None:
+        if distribution.batch_shape or not getattr(distribution, "normalized", True):
+            raise ValueError(
+                f"distribution must be normalised and have batch_shape (), got {type(distribution).__name__} with batch_shape"
+                f" {tuple(distribution.batch_shape)}; write .to_event() to make a batch an event"
+            )
+        super().__init__(distribution.event_shape, distribution.support)
+        self.distribution = distribution
+        self.to(dtype or torch.get_default_dtype())
+        self._legal = self.sample(1, seeded_generator(0))[0]
+        self.to(self._legal.device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        legal = inside(self.support, x, len(self.event_shape))
+        # torch's distributions raise for a whole batch if one event is outside, or NaN
+        where = legal.reshape((*legal.shape, *[1] * len(self.event_shape)))
+        values = -self.distribution.log_prob(torch.where(where, x, self._legal))
+        return torch.where(legal, values, torch.inf)
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        where = self.device if generator is None else generator.device
+        seed = int(torch.randint(2**63 - 1, (), generator=generator, device=where))
+        seeded = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+        with torch.random.fork_rng(seeded), torch.no_grad():
+            torch.manual_seed(seed)
+            return self.distribution.sample((n,)).to(self.dtype)
+
+
+def in_the_coordinates_of(energy: Energy, reference: Energy) -> Energy:
+    """The reference as an energy beside ``energy``: in unconstrained coordinates where that one is."""
+    energy = energy.energy if isinstance(energy, Compiled) else energy
+    if not isinstance(energy, Unconstrained) or isinstance(reference, Unconstrained):
+        return reference
+    return Unconstrained(reference, keep_discrete=True)

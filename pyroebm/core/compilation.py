@@ -1,0 +1,291 @@
+"""Compiled blocks: the inner loops of kernels as graphs with the energy inlined, for TorchInductor."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from collections.abc import Callable, Hashable
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from pyroebm.core._torch_private import compile_graph
+from pyroebm.core.energy import Energy, unchecked_value_and_grad
+
+__all__ = ["Compiled", "choose_compiled", "compiled_call", "fused", "is_compiled"]
+
+#: A pure function of an energy and tensors, with static settings; what it returns is a tuple of tensors.
+Block = Callable[..., tuple[Tensor, ...]]
+
+_Call = Callable[..., tuple[Tensor, ...]]
+
+#: Compiled blocks of this process: by block, settings, shapes, and the code of the energy's graphs, whose constants are inputs.
+_graphs: dict[Hashable, _Call] = {}
+#: The batch shapes that a block asks the energy about.
+_shapes: dict[Hashable, tuple[torch.Size, ...]] = {}
+_MAX_GRAPHS = 256
+
+#: Events are short, and rows longer than a vector register leave more of it empty: 256 bits beat 512 on most of them.
+_OPTIONS: dict[str, Any] = {"cpp.simdlen": 256} if torch.backends.cpu.get_cpu_capability() == "AVX512" else {}
+
+#: What compiling the blocks of a kernel takes with cold caches, and what one eager leapfrog step takes beyond a compiled one.
+_COMPILE_SECONDS = 30.0
+_SECONDS_PER_STEP = 250e-6
+_SECONDS_PER_ENTRY = 15e-9
+
+
+class Compiled(Energy):
+    """An energy whose kernels run their inner loops as compiled blocks; its values are those of the energy.
+
+    Value and gradient of the energy are traced for each batch shape with :func:`torch.fx.experimental.proxy_tensor.make_fx`, the
+    operations of its own with those of the block around them, and TorchInductor compiles the whole. Parameters and other tensors
+    that the energy holds are inputs of the graph, so that training them in place is seen; what Python decided while tracing
+    (attributes, branches) is not looked at again, so a view like this one is made anew for each run. A block that was compiled
+    for an energy of the same operations is not compiled again.
+
+    Args:
+        energy: an energy of continuous support whose forward is made of torch operations alone, without random numbers.
+        must: a block that cannot be compiled raises; else it warns, with the reason, and runs as it is.
+
+    Raises:
+        RuntimeError: if a block cannot be compiled and ``must`` is True.
+
+    Example:
+        >>> from pyroebm.targets import DoubleWell
+        >>> Compiled(DoubleWell())(torch.tensor([1.0]))
+        tensor([-2.])
+    """
+
+    def __init__(self, energy: Energy, must: bool = True) -> None:
+        super().__init__(energy.event_shape, energy.support)
+        self.energy, self.must = energy, must
+        self._calls: dict[Hashable, tuple[_Call, tuple[Tensor, ...]]] = {}
+        self._gradients: dict[torch.Size, tuple[GraphModule, tuple[Tensor, ...]]] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.energy(x)
+
+    def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        return self.energy.initial(n, generator)
+
+    def run(self, block: Block, tensors: tuple[Tensor, ...], static: dict[str, Any]) -> tuple[Tensor, ...]:
+        """``block(energy, *tensors, **static)`` as one compiled call."""
+        key = (block, *static.items(), *map(_kind, tensors))
+        if key not in self._calls:
+            try:
+                self._calls[key] = self._compile(key, block, tensors, static)
+            except Exception as error:  # tracing and compiling fail in as many ways as there are energies and machines
+                said = f"{type(self.energy).__name__} cannot be compiled ({_reason(error)})"
+                if self.must:
+                    raise RuntimeError(f"{said}; use compile=False") from error
+                warnings.warn(f"{said} and runs as it is", RuntimeWarning, stacklevel=4)
+                self._calls[key] = (lambda *inputs: block(self.energy, *inputs, **static)), ()
+        call, constants = self._calls[key]
+        return call(*[t.contiguous() for t in tensors], *constants)
+
+    def _compile(
+        self, key: Hashable, block: Block, tensors: tuple[Tensor, ...], static: dict[str, Any]
+    ) -> tuple[_Call, tuple[Tensor, ...]]:
+        examples = _copies(tensors)
+        shapes = _shapes.get((key, self.event_shape))
+        if shapes is None:
+            seen = _Seen(self.energy)
+            block(seen, *examples, **static)
+            shapes = _shapes[key, self.event_shape] = tuple(dict.fromkeys(seen.shapes))
+        gradients = [self._gradient(shape) for shape in shapes]
+        constants = tuple(c for _, held in gradients for c in held)
+        known = (key, self.event_shape, *[graph.code for graph, _ in gradients], *map(_kind, constants))
+        if known not in _graphs:
+            if len(_graphs) >= _MAX_GRAPHS:
+                _graphs.pop(next(iter(_graphs)))
+
+            def function(*inputs: Tensor) -> tuple[Tensor, ...]:
+                held, replayed = list(inputs[len(examples) :]), {}
+                for shape, (graph, constants) in zip(shapes, gradients, strict=True):
+                    replayed[shape] = graph, [held.pop(0) for _ in constants]
+                return block(_Replayed(self.energy, replayed), *inputs[: len(examples)], **static)
+
+            _graphs[known] = compiled_call(function, (*examples, *_copies(constants)))
+        return _graphs[known], constants
+
+    def _gradient(self, shape: torch.Size) -> tuple[GraphModule, tuple[Tensor, ...]]:
+        """The graph of value and gradient of a batch, and the tensors that the energy holds: its inputs after x."""
+        if shape not in self._gradients:
+            rows = shape[: len(shape) - len(self.event_shape)].numel()
+            x = self.energy.initial(rows, torch.Generator(self.energy.device).manual_seed(0)).reshape(shape)
+            graph = make_fx(lambda x: unchecked_value_and_grad(self.energy, x))(x)
+            drawn = [
+                str(n.target) for n in graph.graph.nodes if torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ())
+            ]
+            if drawn:
+                raise ValueError(f"an energy that is compiled must draw no random numbers, got {drawn[0]} in its forward")
+            graph.graph.eliminate_dead_code()
+            self._gradients[shape] = graph, _lift_constants(graph)
+        return self._gradients[shape]
+
+
+class _Seen(Energy):
+    """An energy that remembers which batch shapes it was asked about."""
+
+    def __init__(self, energy: Energy) -> None:
+        super().__init__(energy.event_shape, energy.support)
+        self.energy = energy
+        self.shapes: list[torch.Size] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.shapes.append(x.shape)
+        return self.energy(x)
+
+
+class _Replayed(Energy):
+    """An energy as graphs of its value and gradient, one for each batch shape, with the tensors they hold."""
+
+    def __init__(self, energy: Energy, graphs: dict[torch.Size, tuple[GraphModule, list[Tensor]]]) -> None:
+        super().__init__(energy.event_shape, energy.support)
+        self.graphs = graphs
+
+    def forward(self, x: Tensor) -> Tensor:
+        graph, constants = self.graphs[x.shape]
+        values: Tensor = _Replay.apply(x, graph, constants)
+        return values
+
+
+class _Replay(torch.autograd.Function):
+    """The value, with the gradient that came with it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, graph: GraphModule, constants: list[Tensor]) -> Tensor:
+        values, grad = graph(x, *constants)
+        ctx.save_for_backward(grad)
+        result: Tensor = values
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *out: Tensor) -> tuple[Tensor, None, None]:
+        (grad,) = ctx.saved_tensors
+        return out[0].reshape(*out[0].shape, *[1] * (grad.dim() - out[0].dim())) * grad, None, None
+
+
+def compiled_call(
+    function: Callable[..., tuple[Tensor, ...]], examples: tuple[Tensor, ...], options: dict[str, Any] = _OPTIONS
+) -> _Call:
+    """A pure function of tensors as TorchInductor has it, traced on examples; tensors that it holds are inputs of the graph."""
+    graph = make_fx(function)(*examples)
+    graph.graph.eliminate_dead_code()
+    held = _lift_constants(graph)  # numbers that the block itself made into tensors
+    # The graph is made of plain operations, so the compiler needs no look at Python, nor guards at every call.
+    with torch.no_grad(), warnings.catch_warnings():
+        for category in (DeprecationWarning, FutureWarning):  # torch's own modules warn of each other
+            warnings.simplefilter("ignore", category)
+        compiled = compile_graph(graph, [*examples, *held], options)
+    return (lambda *inputs: compiled(*inputs, *held)) if held else compiled
+
+
+def _kind(tensor: Tensor) -> Hashable:
+    return tensor.shape, tensor.dtype, tensor.device
+
+
+def _copies(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Of each input one: a tensor that comes twice would be traced as one input, and need not come twice the next time."""
+    return tuple(t.detach().clone(memory_format=torch.contiguous_format) for t in tensors)
+
+
+def _lift_constants(graph: GraphModule) -> tuple[Tensor, ...]:
+    """Make every tensor that a graph holds an input after the others, and return those tensors in order."""
+    nodes = [node for node in graph.graph.nodes if node.op == "get_attr"]
+    last = [node for node in graph.graph.nodes if node.op == "placeholder"][-1]
+    inputs: dict[str, Any] = {}
+    for node in nodes:
+        if node.target not in inputs:
+            with graph.graph.inserting_after(last):
+                last = inputs[node.target] = graph.graph.placeholder(f"held_{len(inputs)}")
+        node.replace_all_uses_with(inputs[node.target])
+        graph.graph.erase_node(node)
+    held = tuple(getattr(graph, name).detach() for name in inputs)
+    for name in inputs:
+        delattr(graph, name)
+    graph.recompile()
+    return held
+
+
+def is_compiled(energy: Energy) -> bool:
+    """Whether blocks of this energy are compiled, so that larger ones are worth more."""
+    return isinstance(energy, Compiled)
+
+
+def fused(block: Block, energy: Energy, *tensors: Tensor, **static: Any) -> tuple[Tensor, ...]:
+    """``block(energy, *tensors, **static)``: as one compiled block for a :class:`Compiled` energy, as it is for another.
+
+    Args:
+        block: a function at the top of a module, pure and without random numbers (noise is an argument).
+        energy: the energy.
+        tensors: everything that changes from call to call.
+        static: settings of which each combination is a graph of its own.
+
+    Example:
+        >>> from pyroebm.targets import DoubleWell
+        >>> def square(energy, x, times):
+        ...     return (times * energy(x) ** 2,)
+        >>> fused(square, DoubleWell(), torch.tensor([1.0]), times=2)
+        (tensor([8.]),)
+    """
+    if isinstance(energy, Compiled):
+        return energy.run(block, tensors, static)
+    return block(energy, *tensors, **static)
+
+
+class _Planned(Protocol):
+    """What a choice asks of a kernel."""
+
+    @property
+    def expected_gradients(self) -> float: ...
+    @property
+    def discrete(self) -> bool: ...
+
+
+def choose_compiled(energy: Energy, compile: bool | Literal["auto"], kernel: _Planned, chains: int, steps: int) -> Energy:
+    """The energy, compiled if that was asked for, or if the work ahead repays it.
+
+    Args:
+        energy: what the kernel moves on.
+        compile: True, False, or "auto": from the number of entries of a state and the steps that are planned, never from
+            timings, so that the choice is the same everywhere.
+        kernel: the kernel, which knows about how many gradients one of its steps takes.
+        chains: number of chains.
+        steps: steps planned for each chain.
+
+    Raises:
+        ValueError: if ``compile`` is none of the three.
+        RuntimeError: if ``compile`` is True and there is no C++ compiler or the energy cannot be traced, with the reason.
+    """
+    if compile not in (True, False, "auto"):
+        raise ValueError(f'compile must be True, False or "auto", got compile={compile!r}')
+    if compile is False or kernel.discrete:
+        return energy
+    entries = chains * max(1, energy.event_shape.numel())
+    saved = steps * kernel.expected_gradients * (_SECONDS_PER_STEP + _SECONDS_PER_ENTRY * entries)
+    if compile == "auto" and saved < 2.0 * _COMPILE_SECONDS:
+        return energy
+    compiled = Compiled(energy)
+    try:
+        if energy.device.type == "cpu" and not any(shutil.which(name) for name in ("g++", "clang++", "c++", "cl")):
+            raise RuntimeError(f"{type(energy).__name__} cannot be compiled (no C++ compiler was found); use compile=False")
+        compiled.run(_probe, (energy.initial(2, torch.Generator(energy.device).manual_seed(0)),), {})
+    except RuntimeError as error:
+        if compile is True:
+            raise
+        warnings.warn(f"{str(error).removesuffix('; use compile=False')} and runs as it is", RuntimeWarning, stacklevel=3)
+        return energy
+    compiled.must = compile is True  # a later block may fail where this one did not: a run that was not told to compile goes on
+    return compiled
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+
+
+def _probe(energy: Energy, x: Tensor) -> tuple[Tensor, ...]:
+    return unchecked_value_and_grad(energy, x)

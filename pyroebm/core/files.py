@@ -1,0 +1,176 @@
+"""Every file that the package reads or writes. What is written is there whole or not at all; nothing is unpickled."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import json
+import os
+from collections.abc import Container, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import safetensors.torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+if TYPE_CHECKING:  # half a second that only runs with files wait for
+    import xarray
+
+__all__ = [
+    "SafetensorError",
+    "append_line",
+    "from_bytes",
+    "read_arrays",
+    "read_bytes",
+    "read_group",
+    "read_json",
+    "read_tensors",
+    "read_text",
+    "to_bytes",
+    "write_figure",
+    "write_groups",
+    "write_json",
+    "write_tensors",
+    "write_text",
+    "written_whole",
+]
+
+
+@contextlib.contextmanager
+def written_whole(path: Path, by: str = "") -> Iterator[Path]:
+    """A file beside ``path`` to write to, moved there at the end: killed at any moment, a process leaves the old or the new.
+
+    Args:
+        path: the file.
+        by: the end of the temporary name, for processes that write the same file at once.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with written_whole(Path(folder, "a")) as temporary:
+        ...         size = temporary.write_text("draws")
+        ...     read_text(Path(folder, "a"))
+        'draws'
+    """
+    temporary = path.with_name(f"{path.name}{by}.part")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str, by: str = "") -> None:
+    """Write a text file in UTF-8."""
+    with written_whole(Path(path), by) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def read_text(path: str | Path) -> str:
+    """Read a text file in UTF-8."""
+    return Path(path).read_text(encoding="utf-8")
+
+
+def append_line(path: str | Path, line: str) -> None:
+    """Add a line to a text file. It is in the file when this returns."""
+    with Path(path).open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
+
+
+def write_json(path: str | Path, value: Any, by: str = "", indent: int | None = None) -> None:
+    """Write a value as JSON."""
+    write_text(path, json.dumps(value, indent=indent) + "\n", by)
+
+
+def read_json(path: str | Path) -> Any:
+    """Read a JSON file."""
+    return json.loads(read_text(path))
+
+
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write tensors, and text beside them, as a safetensors file.
+
+    Example:
+        >>> import tempfile
+        >>> import torch
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_tensors(f"{folder}/x.safetensors", {"x": torch.ones(2)}, {"class": "NICE"})
+        ...     read_tensors(f"{folder}/x.safetensors")
+        ({'x': tensor([1., 1.])}, {'class': 'NICE'})
+    """
+    with written_whole(Path(path)) as temporary:
+        safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+
+
+def read_tensors(path: str | Path, device: str = "cpu") -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read a safetensors file: its tensors and its text.
+
+    Raises:
+        OSError: if there is no such file.
+        SafetensorError: if it is damaged.
+    """
+    with safe_open(path, "pt", device=device) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118  (not a dict)
+
+
+def to_bytes(tensors: Mapping[str, Tensor]) -> bytes:
+    """The safetensors file of tensors as bytes, to send to another process."""
+    return safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()})
+
+
+def from_bytes(data: bytes) -> dict[str, Tensor]:
+    """The inverse of :func:`to_bytes`."""
+    return safetensors.torch.load(data)
+
+
+def read_bytes(path: Path) -> bytes:
+    """Read a file, unzipped if its name ends in ``.gz``.
+
+    Raises:
+        OSError, EOFError, zlib.error: if there is no such file, or it is damaged.
+    """
+    with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+        return file.read()
+
+
+def read_arrays(path: Path, names: Container[str]) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Read those of some arrays that an ``.npz`` file has, and the names of all that are in it; no pickle is loaded.
+
+    Raises:
+        OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error: if there is no such file, or it is damaged.
+    """
+    file = np.load(path, allow_pickle=False)
+    if not isinstance(file, np.lib.npyio.NpzFile):
+        raise ValueError("it holds one array")
+    with file:
+        return {name: file[name] for name in file.files if name in names}, list(file.files)
+
+
+def write_groups(path: Path, groups: Mapping[str, xarray.Dataset], attrs: Mapping[str, Any]) -> None:
+    """Write a netCDF file of xarray's Datasets, a group for each, with ``attrs`` at its root."""
+    import xarray
+
+    with written_whole(path) as temporary:
+        xarray.Dataset(attrs=dict(attrs)).to_netcdf(temporary, engine="h5netcdf")
+        for name, dataset in groups.items():
+            dataset.to_netcdf(temporary, mode="a", group=name, engine="h5netcdf")
+
+
+def read_group(path: Path, group: str, draws: slice = slice(None)) -> xarray.Dataset:
+    """Read one group of a netCDF file, of its dimension ``draw`` those of a slice: the others are never in memory.
+
+    Raises:
+        OSError: if there is no such file or group.
+    """
+    import xarray
+
+    with xarray.open_dataset(path, group=group, engine="h5netcdf") as data:
+        return data.isel(draw=draws).load()
+
+
+def write_figure(path: Path, figure: Any, dpi: int = 150) -> None:
+    """Write a matplotlib figure in the format that the file's name ends with."""
+    with written_whole(path) as temporary:
+        figure.savefig(temporary, dpi=dpi, format=path.suffix[1:])

@@ -1,0 +1,96 @@
+"""Energies that are sums over data, and their estimates from a minibatch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from pyroebm.core.compilation import Compiled
+from pyroebm.core.energy import Energy, Sum, Tempered
+from pyroebm.core.rng import subset
+from pyroebm.core.supports import is_discrete
+from pyroebm.core.wrappers import Unconstrained
+
+__all__ = ["MinibatchEnergy", "subsample"]
+
+
+class MinibatchEnergy(Energy):
+    r"""A posterior: a prior and a sum over N data, of which a minibatch of n gives an unbiased estimate.
+
+    .. math:: E(x) = E_0(x) + \sum_{i=1}^N \ell(x, d_i), \qquad \hat E(x) = E_0(x) + \frac{N}{n} \sum_{i \in B} \ell(x, d_i)
+
+    Args:
+        prior: the energy :math:`E_0` of the parameters x; its event shape and support are taken over.
+        loss: :math:`(x, d) \mapsto \sum_i \ell(x, d_i)`, minus the log-likelihood of data ``(n, ...)`` summed over them, shape
+            ``(*batch)`` for x of shape ``(*batch, *event)``.
+        data: all N data, shape ``(N, ...)``.
+        batch_size: n, from 1 to N.
+
+    Raises:
+        ValueError: if ``batch_size`` is not from 1 to N.
+
+    Example:
+        >>> from pyroebm.targets import Gaussian
+        >>> data = torch.tensor([1.0, 2.0, 3.0, 4.0])
+        >>> loss = lambda x, d: 0.5 * ((d - x) ** 2).sum(-1)
+        >>> energy = MinibatchEnergy(Gaussian(torch.zeros(1)), loss, data, batch_size=2)
+        >>> energy(torch.zeros(1, 1)), energy.subsample(torch.Generator().manual_seed(0)).size
+        (tensor([15.]), 2)
+    """
+
+    def __init__(self, prior: Energy, loss: Callable[[Tensor, Tensor], Tensor], data: Tensor, batch_size: int) -> None:
+        if not 1 <= batch_size <= len(data):
+            raise ValueError(f"batch_size must be from 1 to the {len(data)} rows of data, got batch_size={batch_size}")
+        super().__init__(prior.event_shape, prior.support)
+        self.prior, self.loss, self.batch_size = prior, loss, batch_size
+        self.register_buffer("data", data, persistent=False)
+        self.data: Tensor
+        self.total = len(data)
+
+    @property
+    def size(self) -> int:
+        """Number of data in sight: N, or n of a minibatch."""
+        return len(self.data)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.prior(x) + self.total / self.size * self.loss(x, self.data)
+
+    def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        return self.prior.initial(n, generator)
+
+    def on(self, rows: Tensor) -> MinibatchEnergy:
+        r""":math:`\hat E` on the data numbered ``rows``, shape ``(n,)``."""
+        part = MinibatchEnergy(self.prior, self.loss, self.data[rows], len(rows))
+        part.total = self.total
+        return part
+
+    def subsample(self, generator: torch.Generator | None = None) -> MinibatchEnergy:
+        r""":math:`\hat E` on ``batch_size`` data drawn without replacement, the same for all rows of x."""
+        return self.on(subset(self.size, self.batch_size, generator, self.data.device))
+
+
+def subsample(energy: Energy, generator: torch.Generator | None = None) -> Energy:
+    """An energy of which ``energy`` is the expectation: that of a random minibatch wherever it has one, else itself.
+
+    Looks into sums, tempered energies, unconstrained coordinates and compiled views.
+
+    Example:
+        >>> from pyroebm.targets import DoubleWell
+        >>> energy = DoubleWell()
+        >>> subsample(energy) is energy
+        True
+    """
+    if isinstance(energy, MinibatchEnergy):
+        return energy.subsample(generator)
+    if isinstance(energy, Unconstrained) and not is_discrete(energy.support):
+        return Unconstrained(subsample(energy.energy, generator))
+    if isinstance(energy, Compiled):
+        return subsample(energy.energy, generator)
+    if isinstance(energy, Tempered):
+        return Tempered(subsample(energy.energy, generator), energy.beta)
+    if isinstance(energy, Sum):
+        return Sum(*[subsample(cast(Energy, part), generator) for part in energy.parts])
+    return energy

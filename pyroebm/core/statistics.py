@@ -1,0 +1,366 @@
+"""Statistics of samples and weights: ArviZ's R-hat, ESS and PSIS, means of weights, distances between samples."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = [
+    "arviz",
+    "is_new_arviz",
+    "as_array",
+    "r_hat",
+    "ess_bulk",
+    "ess_tail",
+    "mcse_mean",
+    "bfmi",
+    "pareto_k",
+    "LogMean",
+    "effective",
+    "log_mean",
+    "too_few",
+    "Estimate",
+    "energy_distance",
+    "maximum_mean_discrepancy",
+    "median_distance",
+    "mode_coverage_entropy",
+]
+
+
+@functools.cache
+def arviz() -> Any:
+    """ArviZ, imported on first use (it takes seconds) without the announcement that its 0.23 line prints."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"\s*ArviZ is undergoing", category=FutureWarning)
+        return importlib.import_module("arviz")
+
+
+def is_new_arviz() -> bool:
+    return int(arviz().__version__.split(".")[0]) >= 1
+
+
+def as_array(draws: Tensor | np.ndarray, name: str = "draws") -> np.ndarray:
+    array = draws.detach().cpu().numpy() if isinstance(draws, Tensor) else np.asarray(draws)
+    if array.ndim < 2:
+        raise ValueError(f"{name} must have shape (chains, draws, *event), got shape {array.shape}")
+    return array
+
+
+def _statistic(name: str, draws: Tensor | np.ndarray, **options: Any) -> np.ndarray:
+    array = as_array(draws)
+    if np.issubdtype(array.dtype, np.bool_):
+        array = array.astype(np.float64)
+    compute = getattr(arviz(), name)
+    flat = array.reshape(*array.shape[:2], -1)
+    with warnings.catch_warnings():  # a constant entry has no R-hat: NaN says so, NumPy's division warning adds nothing
+        warnings.simplefilter("ignore", RuntimeWarning)
+        # `item`: beside numba, ArviZ 0.23 returns some of its numbers in an array of shape (1,)
+        values = [np.asarray(compute(np.ascontiguousarray(flat[..., k]), **options)).item() for k in range(flat.shape[-1])]
+    return np.asarray(values).reshape(array.shape[2:])
+
+
+def r_hat(draws: Tensor | np.ndarray) -> np.ndarray:
+    r"""Rank-normalised split :math:`\hat R` (Vehtari et al., 2021), by ArviZ.
+
+    Args:
+        draws: shape ``(chains, draws, *event)``, at least two chains and four draws.
+
+    Returns:
+        one value for each entry of an event, shape ``event``; near 1 is good, above 1.01 is not.
+
+    Example:
+        >>> bool(r_hat(torch.randn(4, 500, generator=torch.Generator().manual_seed(0))) < 1.01)
+        True
+    """
+    return _statistic("rhat", draws)
+
+
+def ess_bulk(draws: Tensor | np.ndarray) -> np.ndarray:
+    """Bulk effective sample size (Vehtari et al., 2021), by ArviZ; arguments and shape as :func:`r_hat`.
+
+    Example:
+        >>> bool(ess_bulk(torch.randn(4, 500, generator=torch.Generator().manual_seed(0))) > 1500)
+        True
+    """
+    return _statistic("ess", draws, method="bulk")
+
+
+def ess_tail(draws: Tensor | np.ndarray) -> np.ndarray:
+    """Tail effective sample size (Vehtari et al., 2021), by ArviZ; arguments and shape as :func:`r_hat`.
+
+    Example:
+        >>> bool(ess_tail(torch.randn(4, 500, generator=torch.Generator().manual_seed(0))) > 1000)
+        True
+    """
+    return _statistic("ess", draws, method="tail", prob=(0.05, 0.95))
+
+
+def mcse_mean(draws: Tensor | np.ndarray) -> np.ndarray:
+    """Monte Carlo standard error of the mean (Vehtari et al., 2021), by ArviZ; arguments and shape as :func:`r_hat`.
+
+    Example:
+        >>> bool(mcse_mean(torch.randn(4, 2500, generator=torch.Generator().manual_seed(0))) < 0.02)
+        True
+    """
+    return _statistic("mcse", draws, method="mean")
+
+
+def bfmi(energy: Tensor | np.ndarray) -> np.ndarray:
+    """Bayesian fraction of missing information (Betancourt, 2016) of each chain, by ArviZ, from Hamiltonians ``(chains, draws)``.
+
+    Example:
+        >>> bfmi(torch.randn(2, 500, generator=torch.Generator().manual_seed(0))).shape
+        (2,)
+    """
+    array = as_array(energy, "energy")
+    return np.asarray(arviz().bfmi(array))
+
+
+def pareto_k(log_weights: Tensor | np.ndarray) -> float:
+    """Shape of the tail of importance weights (Vehtari, Simpson, Gelman, Yao and Gabry, 2024), by ArviZ's PSIS.
+
+    Args:
+        log_weights: log weights, shape ``(n,)``.
+
+    Returns:
+        k; above 0.7 the estimates cannot be trusted. ``inf`` where fewer than five weights make the tail, ``-inf`` where all
+        weights are equal and there is none.
+
+    Example:
+        >>> pareto_k(torch.randn(1000, generator=torch.Generator().manual_seed(0)) * 0.1) < 0.5
+        True
+    """
+    logs = np.array(log_weights.detach().cpu().numpy() if isinstance(log_weights, Tensor) else log_weights, dtype=np.float64)
+    if np.ptp(logs) < 1e-12:
+        return -np.inf
+    with np.errstate(over="ignore", invalid="ignore"):  # the tail's fit compares likelihoods further apart than float64 holds
+        try:
+            if is_new_arviz():  # it takes the negative of the log weights
+                data_array = importlib.import_module("xarray").DataArray
+                k = float(data_array(-logs, dims="sample").azstats.psislw(dim="sample")[1])
+            else:
+                k = float(arviz().psislw(logs)[1])
+        except (IndexError, ValueError):  # ArviZ 1.x, where there is no tail to fit
+            return np.inf
+    return np.inf if np.isnan(k) else k
+
+
+#: Effective weights that are enough for a standard error, however many there are.
+ENOUGH = 400.0
+
+
+class LogMean(NamedTuple):
+    """The log of a mean of independent weights."""
+
+    value: float
+    standard_error: float
+    ess: float
+
+
+def effective(log_weights: Tensor) -> float:
+    r"""Effective sample size :math:`(\sum w)^2 / \sum w^2` of weights, of which one at least is not 0 (Kong, 1992)."""
+    ratio = (log_weights - log_weights.max()).exp()
+    return float(ratio.sum() ** 2 / ratio.square().sum())
+
+
+def too_few(ess: float, n: int) -> bool:
+    """Whether n weights are too unequal to show how much their mean scatters.
+
+    The largest weights then decide the mean, and larger ones have not been drawn yet, so that the mean is too small and its
+    standard error smaller still. Of 50 to 10,000 log-normal weights with deviations of 0.5 to 4 nats the log of the mean is more
+    than five standard errors off in 4 to 14 of 100 cases where it is so, else in 2 of 100 for 50 weights, 4 of 1,000 for 100,
+    1 of 1,000 for 200 and less than 2 of 10,000 from 500 on.
+    """
+    return ess <= min(0.25 * n, ENOUGH)
+
+
+def log_mean(log_weights: Tensor) -> LogMean:
+    r""":math:`\log \frac1n \sum_i w_i`, its standard error by the delta method, and the effective sample size.
+
+    .. math:: \mathrm{se} = \frac{\mathrm{sd}(w)}{\bar w \sqrt n}
+
+    The error is infinite where the effective sample size is at most 400 and at most a quarter of n, and NaN for one weight.
+
+    Args:
+        log_weights: float64, shape ``(n,)``; ``-inf`` for a weight of 0, of which there may be some, but not all.
+
+    Example:
+        >>> import torch
+        >>> found = log_mean(torch.linspace(0.0, 2.0, 100).double())
+        >>> print(f"{found.value:.3f} +- {found.standard_error:.3f}, {found.ess:.0f} of 100")
+        1.165 +- 0.057, 76 of 100
+        >>> log_mean(torch.linspace(0.0, 20.0, 100).double()).standard_error  # few of them decide
+        inf
+    """
+    n, most = len(log_weights), float(log_weights.max())
+    ratio = (log_weights - most).exp()
+    mean, ess = float(ratio.mean()), effective(log_weights)
+    error = math.nan if n < 2 else math.inf if too_few(ess, n) else float(ratio.std()) / (mean * math.sqrt(n))
+    return LogMean(most + math.log(mean), error, ess)
+
+
+#: Groups of the jackknife.
+GROUPS = 20
+
+
+class Estimate(NamedTuple):
+    """A number and its standard error.
+
+    Example:
+        >>> print(Estimate(1.0, 0.25))
+        1 +- 0.25
+    """
+
+    value: float
+    standard_error: float
+
+    @classmethod
+    def of(cls, values: Tensor) -> Estimate:
+        """The mean of independent values ``(n,)`` and its standard error."""
+        return cls(float(values.mean()), float(values.std()) / math.sqrt(len(values)))
+
+    def __str__(self) -> str:
+        return f"{self.value:.4g} +- {self.standard_error:.2g}"
+
+
+def energy_distance(x: Tensor, y: Tensor) -> Estimate:
+    r"""The squared energy distance (Székely and Rizzo, 2013), estimated without bias.
+
+    .. math:: D^2 = 2 E|X - Y| - E|X - X'| - E|Y - Y'| \ge 0
+
+    It is 0 for equal laws alone; no pair of a row with itself enters, so the estimate may be below 0 by its noise.
+
+    Args:
+        x: independent draws, shape ``(n, *event)``, n at least 40; or those of chains, one chain after the other.
+        y: the same of the other distribution, shape ``(m, *event)``.
+
+    Returns:
+        the estimate, in the unit of x, and its standard error by a jackknife of 20 groups of neighboring rows.
+
+    Raises:
+        ValueError: if there are fewer than 40 rows, the event shapes differ, or an entry is not finite.
+
+    Example:
+        >>> x = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+        >>> found = energy_distance(x[:500], x[500:])
+        >>> abs(found.value) < 5 * found.standard_error
+        True
+    """
+    x, y = _rows(x, y)
+    return _jackknife(x, y, torch.cdist, -1.0)
+
+
+def maximum_mean_discrepancy(x: Tensor, y: Tensor, bandwidth: float | None = None) -> Estimate:
+    r"""The squared maximum mean discrepancy with a Gaussian kernel (Gretton et al., 2012), estimated without bias.
+
+    .. math:: M^2 = E\,k(X, X') + E\,k(Y, Y') - 2 E\,k(X, Y), \qquad k(a, b) = e^{-|a - b|^2 / 2 h^2}
+
+    With the pairs of a row with itself, which are left out here, it would have a floor of about 2 / n.
+
+    Args:
+        x: independent draws, shape ``(n, *event)``, n at least 40; or those of chains, one chain after the other.
+        y: the same of the other distribution, shape ``(m, *event)``.
+        bandwidth: h, in the unit of x; None takes :func:`median_distance` of both samples together.
+
+    Raises:
+        ValueError: as :func:`energy_distance`, and if ``bandwidth`` is not positive.
+
+    Example:
+        >>> x = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+        >>> maximum_mean_discrepancy(x[:500], x[500:] + 1.0).value > 0.1
+        True
+    """
+    x, y = _rows(x, y)
+    h = median_distance(torch.cat([x[:2000], y[:2000]])) if bandwidth is None else bandwidth
+    if not 0.0 < h < math.inf:
+        raise ValueError(f"bandwidth must be positive and finite, got bandwidth={h}")
+    return _jackknife(x, y, lambda a, b: torch.exp(-0.5 * (torch.cdist(a, b) / h).square()), 1.0)
+
+
+def median_distance(x: Tensor) -> float:
+    """Median distance of two rows of a sample ``(n, *event)``.
+
+    Example:
+        >>> median_distance(torch.tensor([0.0, 1.0, 3.0]))
+        2.0
+    """
+    return float(torch.pdist(x.reshape(len(x), -1)).median())
+
+
+def mode_coverage_entropy(modes: Tensor, weights: Tensor) -> float:
+    r"""Entropy of the modes that a sample has found, as a fraction of that of the true weights (after Blessing et al., 2024).
+
+    .. math:: -\frac{1}{H(w)} \sum_k \hat w_k \log \hat w_k, \qquad H(w) = -\sum_k w_k \log w_k
+
+    For equal weights it is 1 only if each mode is found with its weight, and 0 if one mode has all; for unequal ones values
+    above 1 are possible, and say that small modes have too much.
+
+    Args:
+        modes: the mode of each draw, integers, shape ``(n,)``, as ``Target.mode_of`` gives them.
+        weights: true weights :math:`w_k`, shape ``(k,)``.
+
+    Raises:
+        ValueError: if a mode has no weight, or there are fewer than two modes.
+
+    Example:
+        >>> mode_coverage_entropy(torch.tensor([0, 0, 1, 1]), torch.tensor([0.5, 0.5]))
+        1.0
+    """
+    if weights.dim() != 1 or len(weights) < 2 or not bool((weights > 0).all()):
+        raise ValueError(f"weights must be at least two positive numbers, got shape {tuple(weights.shape)}")
+    if (
+        modes.dim() != 1
+        or not len(modes)
+        or modes.is_floating_point()
+        or not 0 <= int(modes.min()) <= int(modes.max()) < len(weights)
+    ):
+        raise ValueError(f"modes must be a vector of integers from 0 to {len(weights) - 1}, got shape {tuple(modes.shape)}")
+    found = torch.bincount(modes, minlength=len(weights)).double() / len(modes)
+    return float(torch.special.entr(found).sum() / torch.special.entr(weights.double() / weights.sum()).sum())
+
+
+def _rows(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    if x.shape[1:] != y.shape[1:] or min(len(x), len(y)) < 2 * GROUPS:
+        raise ValueError(
+            f"x and y must have one event shape and at least {2 * GROUPS} rows each, got {tuple(x.shape)}, {tuple(y.shape)}"
+        )
+    for name, rows in (("x", x), ("y", y)):
+        if not bool(torch.isfinite(rows).all()):
+            raise ValueError(f"{name} must be finite, got {int((~torch.isfinite(rows)).sum())} entries that are not")
+    return x.detach().double().reshape(len(x), -1), y.detach().double().reshape(len(y), -1)
+
+
+def _jackknife(x: Tensor, y: Tensor, kernel: Callable[[Tensor, Tensor], Tensor], sign: float) -> Estimate:
+    """``sign (mean k(X, X') + mean k(Y, Y') - 2 mean k(X, Y))``: over all rows, and with each group of them left out."""
+    parts = x.tensor_split(GROUPS), y.tensor_split(GROUPS)
+
+    def sums(a: int, b: int) -> tuple[Tensor, Tensor]:
+        """Sums of the kernel over pairs of different rows, group by group, and the numbers of those pairs."""
+        totals = torch.zeros(GROUPS, GROUPS, dtype=torch.float64)
+        for i, left in enumerate(parts[a]):
+            for j, right in enumerate(parts[b]):
+                if a == b and j < i:
+                    totals[i, j] = totals[j, i]
+                    continue
+                values = kernel(left, right)
+                totals[i, j] = values.sum() - (values.diagonal().sum() if a == b and i == j else 0.0)
+        sizes = [torch.tensor([len(part) for part in parts[k]], dtype=torch.float64) for k in (a, b)]
+        return totals, torch.outer(*sizes) - (torch.diag(sizes[0]) if a == b else 0.0)
+
+    blocks = [(sums(0, 0), 1.0), (sums(1, 1), 1.0), (sums(0, 1), -2.0)]
+
+    def value(kept: Tensor) -> float:
+        return sign * sum(w * float(t[kept][:, kept].sum() / n[kept][:, kept].sum()) for (t, n), w in blocks)
+
+    everything = torch.ones(GROUPS, dtype=torch.bool)
+    without = torch.tensor([value(everything & (torch.arange(GROUPS) != k)) for k in range(GROUPS)], dtype=torch.float64)
+    spread = (GROUPS - 1) / GROUPS * (without - without.mean()).square().sum()
+    return Estimate(value(everything), math.sqrt(float(spread)))

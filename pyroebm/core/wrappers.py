@@ -1,0 +1,319 @@
+"""Views of an energy: on part of an event, from an unnormalised density, in unconstrained coordinates, as Pyro's potential."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import constraints
+from torch.distributions.constraints import Constraint
+from torch.distributions.transforms import identity_transform
+
+from pyroebm.core.energy import Energy
+from pyroebm.core.supports import base_constraint, event_sum, is_discrete, is_real, unconstraining
+
+__all__ = [
+    "Compressed",
+    "Conditioned",
+    "check_weighable",
+    "Unnormalized",
+    "Relaxed",
+    "Unconstrained",
+    "PotentialFn",
+    "eval_mode",
+]
+
+
+class Conditioned(Energy):
+    r"""The conditional :math:`p(x_{free} \mid x_{obs}) \propto e^{-E(x_{free}, x_{obs})}` of an energy.
+
+    Args:
+        energy: the energy over whole events.
+        observed: values of the clamped entries, shape ``event_shape`` (entries outside the mask are ignored).
+        mask: True where an entry is clamped, shape ``event_shape``.
+
+    Raises:
+        ValueError: if a shape differs from ``event_shape``, if nothing is left free, or if the support couples entries.
+
+    Example:
+        >>> from pyroebm.targets import Gaussian
+        >>> e = Conditioned(Gaussian(torch.zeros(2)), torch.tensor([3.0, 0.0]), torch.tensor([True, False]))
+        >>> e.event_shape, e(torch.zeros(1, 1))
+        (torch.Size([1]), tensor([4.5000]))
+    """
+
+    observed: Tensor
+    mask: Tensor
+
+    def __init__(self, energy: Energy, observed: Tensor, mask: Tensor) -> None:
+        shape = tuple(energy.event_shape)
+        if tuple(observed.shape) != shape or tuple(mask.shape) != shape or mask.dtype != torch.bool:
+            raise ValueError(
+                f"observed and mask (boolean) must have shape {shape}, the event_shape, got shapes {tuple(observed.shape)}"
+                f" and {tuple(mask.shape)}, mask of dtype {mask.dtype}"
+            )
+        if bool(mask.all()):
+            raise ValueError(f"mask must leave at least one entry free, got all {mask.numel()} clamped")
+        support = base_constraint(energy.support)
+        if support.event_dim or any(isinstance(bound, Tensor) and bound.dim() for bound in vars(support).values()):
+            raise ValueError(
+                f"support={energy.support} couples the entries of an event, or bounds each differently: they cannot be clamped"
+                " one by one"
+            )
+        if not bool(support.check(observed)[mask].all()) or not bool(torch.isfinite(observed[mask]).all()):
+            raise ValueError(f"observed must lie in support={energy.support} where it is clamped, got {observed[mask].tolist()}")
+        super().__init__((int((~mask).sum()),), support)
+        self.energy = energy
+        self.register_buffer("observed", observed.detach().to(energy.device, energy.dtype, copy=True))
+        self.register_buffer("mask", mask.to(energy.device, copy=True))
+
+    def complete(self, x: Tensor) -> Tensor:
+        """Whole events from free entries: ``(*batch, n_free) -> (*batch, *event_shape)`` of the inner energy."""
+        whole = self.observed.expand(*self.batch_shape(x), *self.observed.shape)
+        return whole.masked_scatter(~self.mask.expand(whole.shape), x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.energy(self.complete(x))
+
+    def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        states = self.energy.initial(n, generator)[:, ~self.mask]  # the inner energy knows its domain best
+        with torch.no_grad():
+            return states if torch.isfinite(self(states)).all() else super().initial(n, generator)
+
+
+def _log_softplus(g: Tensor) -> Tensor:
+    # log softplus(g) = log log(1 + e^g); softplus underflows far on the left, where log softplus(g) = g - e^g / 2 + ...
+    left = g < -15.0  # the branch not taken gets -15 by `where`: at its bound, `clamp` has gradient 1 or 0 by torch's version
+    series = g - 0.5 * torch.exp(torch.where(left, g, -15.0))
+    return torch.where(left, series, torch.log(nn.functional.softplus(torch.where(left, -15.0, g))))
+
+
+LINKS: dict[str, Callable[[Tensor], Tensor]] = {
+    "exp": lambda g: g,
+    "square": lambda g: 2.0 * torch.log(torch.abs(g)),
+    "abs": lambda g: torch.log(torch.abs(g)),
+    "softplus": _log_softplus,
+}
+
+
+class Unnormalized(Energy):
+    r"""The energy :math:`E(x) = -\log h(g(x))` of a density proportional to a non-negative :math:`h(g(x))`.
+
+    Args:
+        g: function (or module) of a batch, ``(*batch, *event) -> (*batch)``, any real value.
+        link: :math:`h`, one of ``exp`` (:math:`E = -g`), ``square`` (:math:`g^2`), ``abs`` (:math:`|g|`) or ``softplus``
+            (:math:`\log(1 + e^g)`). Where :math:`h = 0` the energy is :math:`+\infty`.
+        event_shape: shape of one event.
+        support: constraint of one event.
+
+    Raises:
+        ValueError: if ``link`` is none of the four.
+
+    Example:
+        >>> e = Unnormalized(lambda x: -x**2 / 2)
+        >>> e(torch.tensor([2.0]))
+        tensor([2.])
+    """
+
+    def __init__(
+        self,
+        g: Callable[[Tensor], Tensor],
+        link: str = "exp",
+        event_shape: Sequence[int] = (),
+        support: Constraint = constraints.real,
+    ) -> None:
+        if link not in LINKS:
+            raise ValueError(f"link must be one of {sorted(LINKS)}, got link={link!r}")
+        super().__init__(event_shape, support)
+        self.g, self.link = g, link
+
+    def forward(self, x: Tensor) -> Tensor:
+        return -LINKS[self.link](self.g(x))
+
+    def extra_repr(self) -> str:
+        return f"link={self.link!r}"
+
+
+@contextlib.contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Use an energy or a generator in eval mode (dropout off), and give every module its own mode back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+class Relaxed(Energy):
+    r"""The energy of a discrete support continued to real numbers, as its :meth:`forward` continues it: it has a gradient in x.
+
+    The gradient :math:`\nabla E(x)` predicts the change of energy of every single-site move from x,
+    :math:`E(x') - E(x) \approx \nabla E(x) \cdot (x' - x)` (Grathwohl et al., 2021); kernels that follow it stay on the discrete
+    support. It is no density of its own, and its energies between the discrete states mean nothing.
+
+    Args:
+        energy: an energy whose ``forward`` accepts real numbers, and reaches them through autograd.
+
+    Example:
+        >>> from pyroebm import value_and_grad
+        >>> from pyroebm.targets import BernoulliProduct
+        >>> value_and_grad(Relaxed(BernoulliProduct([1.0, 2.0])), torch.tensor([[1.0, 0.0]]))
+        (tensor([-1.]), tensor([[-1., -2.]]))
+    """
+
+    def __init__(self, energy: Energy) -> None:
+        super().__init__(energy.event_shape, constraints.real)
+        self.energy = energy
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.energy(x)
+
+    def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        return self.energy.initial(n, generator)
+
+
+class Compressed(Energy):
+    r"""An energy whose heights are taken as their logarithm above a bound, so that a far start gives no huge gradient.
+
+    .. math:: E'(x) = E(x) \text{ below } h, \qquad h + \log(1 + E(x) - h) \text{ above}
+
+    The gradient keeps its direction. It is for training alone: a weight made of it would be wrong, and what makes weights
+    refuses it (:func:`pyroebm.flows.importance_sample`).
+
+    Args:
+        energy: the energy.
+        height: h, in nats.
+
+    Raises:
+        ValueError: if ``height`` is not finite.
+
+    Example:
+        >>> from pyroebm.targets import Gaussian
+        >>> Compressed(Gaussian(0.0), 10.0)(torch.tensor([2.0, 1000.0]))
+        tensor([ 2.0000, 23.1223])
+    """
+
+    def __init__(self, energy: Energy, height: float) -> None:
+        if not -math.inf < height < math.inf:
+            raise ValueError(f"height must be finite, got height={height}")
+        super().__init__(energy.event_shape, energy.support)
+        self.energy, self.height = energy, float(height)
+
+    def forward(self, x: Tensor) -> Tensor:
+        values = self.energy(x)
+        above = torch.log1p((values - self.height).clamp(min=0.0)) + self.height  # clamped: the branch not taken has a gradient
+        return torch.where(values > self.height, above, values)  # a NaN stays one
+
+    def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        return self.energy.initial(n, generator)
+
+
+def check_weighable(energy: Energy) -> None:
+    """ValueError if an energy, or one that it is made of, is :class:`Compressed`: for what makes weights or log Z of values."""
+    if any(isinstance(module, Compressed) for module in energy.modules()):
+        raise ValueError("energy must not be Compressed: its values are for gradients, and weights made of them are wrong")
+
+
+class Unconstrained(Energy):
+    r"""An energy on :math:`R^d` through the bijection :math:`x = T(u)` of its support.
+
+    .. math:: E_u(u) = E(T(u)) - \log |\det \partial T / \partial u|
+
+    The partition function is unchanged. Kernels see energies in these coordinates only. Where the transform underflows (in
+    float32 ``exp(u)`` is 0 below u = -104) the energy is as the inner one has it at the edge; kernels refuse what is not finite.
+
+    Args:
+        energy: an energy of continuous support.
+        keep_discrete: let an energy of discrete support through as it is, for kernels that move on it.
+
+    Raises:
+        ValueError: if the support is discrete (and not kept) or no bijection is known.
+
+    Example:
+        >>> from pyroebm.targets import Exponential
+        >>> Unconstrained(Exponential())(torch.zeros(1))
+        tensor([1.])
+    """
+
+    def __init__(self, energy: Energy, keep_discrete: bool = False) -> None:
+        kept = keep_discrete and is_discrete(energy.support)
+        transform = identity_transform if kept else unconstraining(energy.support)
+        super().__init__(transform.inverse_shape(torch.Size(energy.event_shape)), energy.support if kept else None)
+        self.energy, self.transform, self._as_is = energy, transform, kept or is_real(energy.support)
+
+    @property
+    def log_z(self) -> float | None:  # type: ignore[override]
+        """That of the inner energy: a change of variables leaves it."""
+        return self.energy.log_z
+
+    @property
+    def has_exact_draws(self) -> bool:  # type: ignore[override]
+        """Whether the inner energy can be sampled exactly."""
+        return self.energy.has_exact_draws
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        return self.unconstrain(self.energy.sample(n, generator))
+
+    def forward(self, u: Tensor) -> Tensor:
+        if self._as_is:
+            return self.energy(u)
+        x = self.transform(u)
+        log_det = self.transform.log_abs_det_jacobian(u, x)
+        return self.energy(x) - event_sum(log_det, len(self.event_shape) - self.transform.domain.event_dim)
+
+    def constrain(self, u: Tensor) -> Tensor:
+        """States of the original energy: ``(*batch, *unconstrained) -> (*batch, *event)``."""
+        return u if self._as_is else self.transform(u)
+
+    def unconstrain(self, x: Tensor) -> Tensor:
+        """The inverse of :meth:`constrain`."""
+        return x if self._as_is else self.transform.inv(x)
+
+    def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        return self.unconstrain(self.energy.initial(n, generator))
+
+
+class PotentialFn:
+    """An energy as the ``potential_fn`` of Pyro's kernels: ``{site: u} -> scalar`` in unconstrained coordinates.
+
+    The log-Jacobian of a constrained support is inside, once; ``transforms`` only maps the draws back.
+
+    Args:
+        energy: the energy of one event.
+        site: name of the latent variable in Pyro's dicts.
+
+    Attributes:
+        transforms: what ``pyro.infer.MCMC(transforms=...)`` takes, so that draws come back constrained.
+
+    Example:
+        >>> from pyroebm.targets import DoubleWell
+        >>> potential = PotentialFn(DoubleWell())
+        >>> potential({"x": torch.tensor(1.0)})
+        tensor(-2.)
+    """
+
+    def __init__(self, energy: Energy, site: str = "x") -> None:
+        self.unconstrained, self.site = Unconstrained(energy), site
+        self.transforms = {} if is_real(energy.support) else {site: self.unconstrained.transform.inv}
+
+    def __call__(self, params: dict[str, Any]) -> Tensor:
+        if set(params) != {self.site}:
+            raise ValueError(f"the potential takes one site named {self.site!r}, got sites {sorted(params)}")
+        u = params[self.site]
+        if tuple(u.shape) != tuple(self.unconstrained.event_shape):
+            raise ValueError(
+                f"params[{self.site!r}] must be one event in unconstrained coordinates, shape"
+                f" {tuple(self.unconstrained.event_shape)}, got shape {tuple(u.shape)}"
+            )
+        return self.unconstrained(u.unsqueeze(0)).squeeze(0)
+
+    def initial_params(self, num_chains: int = 1, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """Starting values for ``pyro.infer.MCMC``: one event for one chain, a leading chain axis for more."""
+        u = self.unconstrained.initial(num_chains, generator)
+        return {self.site: u[0] if num_chains == 1 else u}

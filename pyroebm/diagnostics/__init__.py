@@ -1,0 +1,44 @@
+"""Whether chains mixed: R-hat, effective sample sizes, verdicts, Stein residuals, ArviZ's containers. Figures are in `plots`."""
+
+from pyroebm.core.statistics import (
+    arviz,
+    bfmi,
+    energy_distance,
+    ess_bulk,
+    ess_tail,
+    maximum_mean_discrepancy,
+    mcse_mean,
+    median_distance,
+    mode_coverage_entropy,
+    pareto_k,
+    r_hat,
+)
+from pyroebm.diagnostics.arviz_data import summary, to_arviz
+from pyroebm.diagnostics.convergence import Verdict, mode_masses, verdict
+from pyroebm.diagnostics.stein import stein_residual, stein_z
+from pyroebm.diagnostics.streaming import StreamingMoments
+from pyroebm.diagnostics.stuck import describe_stuck, stuck_chains
+
+__all__ = [
+    "StreamingMoments",
+    "Verdict",
+    "arviz",
+    "bfmi",
+    "describe_stuck",
+    "energy_distance",
+    "ess_bulk",
+    "ess_tail",
+    "maximum_mean_discrepancy",
+    "mcse_mean",
+    "median_distance",
+    "mode_coverage_entropy",
+    "mode_masses",
+    "pareto_k",
+    "r_hat",
+    "stein_residual",
+    "stein_z",
+    "stuck_chains",
+    "summary",
+    "to_arviz",
+    "verdict",
+]

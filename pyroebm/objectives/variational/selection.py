@@ -1,0 +1,83 @@
+"""How many redundant latents: fit a flow for each number and take the smallest bound."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from pyroebm.core.energy import Energy
+from pyroebm.core.supports import event_numel
+from pyroebm.flows.flow import Flow
+from pyroebm.flows.nice import RedundantNICE
+from pyroebm.objectives.variational.reverse_kl import evaluate_j, fit_flow
+
+__all__ = ["TotalDimSelection", "select_total_dim"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TotalDimSelection:
+    r"""What :func:`select_total_dim` found.
+
+    Attributes:
+        total_dim: the D of the smallest :math:`J_R`.
+        values: :math:`J_R - \log C` for each D, in nats; log C, unknown as a rule, is common to all.
+        standard_errors: of ``values``.
+        flows: the fitted flow of each D.
+    """
+
+    total_dim: int
+    values: dict[int, float]
+    standard_errors: dict[int, float]
+    flows: dict[int, Flow]
+
+    @property
+    def flow(self) -> Flow:
+        """The fitted flow of the smallest :math:`J_R`."""
+        return self.flows[self.total_dim]
+
+
+def select_total_dim(
+    energy: Energy,
+    candidates: Sequence[int] | None = None,
+    *,
+    make_flow: Callable[[int, int], Flow] | None = None,
+    evaluation_samples: int = 100_000,
+    seed: int = 0,
+    **fit_options: Any,
+) -> TotalDimSelection:
+    r"""Choose the number D of latent variables by the smallest :math:`J_R`: fit a flow for each candidate and compare.
+
+    Args:
+        energy: U, of d entries.
+        candidates: values of D, each at least d; ``(d, d + 1, d + 2)`` by default.
+        make_flow: from (d, D) to a fresh flow; :class:`~pyroebm.flows.RedundantNICE` by default.
+        evaluation_samples: draws for the comparison, the same seed for each D.
+        seed: of the flows' initial weights, of each fit, and of the comparison.
+        fit_options: for :func:`fit_flow`.
+
+    Raises:
+        ValueError: if there are no candidates, or if a candidate is below d.
+
+    Example:
+        >>> from pyroebm.targets import DoubleWell
+        >>> found = select_total_dim(DoubleWell(), (1, 2), steps=2, evaluation_samples=100)
+        >>> sorted(found.values), found.flow.total_dim == found.total_dim
+        ([1, 2], True)
+    """
+    dim = event_numel(energy.event_shape)
+    candidates = (dim, dim + 1, dim + 2) if candidates is None else candidates
+    if not candidates or min(candidates) < dim:
+        raise ValueError(f"candidates must hold values of D of at least d={dim}, got candidates={tuple(candidates)}")
+
+    def nice(d: int, total: int) -> Flow:
+        return RedundantNICE(d, total, dtype=energy.dtype, seed=seed).to(energy.device)
+
+    flows, values, errors = {}, {}, {}
+    for total_dim in candidates:
+        flow = (nice if make_flow is None else make_flow)(dim, total_dim)
+        for _ in fit_flow(flow, energy, seed=seed, **fit_options):
+            pass
+        flows[total_dim] = flow
+        values[total_dim], errors[total_dim] = evaluate_j(flow, energy, evaluation_samples, log_z=0.0, seed=seed + 1)
+    return TotalDimSelection(min(values, key=values.__getitem__), values, errors, flows)

@@ -1,0 +1,290 @@
+"""A Pyro model as an energy: its continuous latents, flat and unconstrained, for all chains at once."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, cast
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer.autoguide.initialization import InitMessenger, init_to_feasible
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.subsample_messenger import _Subsample
+from torch import Tensor
+from torch.distributions import Transform, biject_to
+
+from pyroebm.core._torch_private import tree_leaves
+from pyroebm.core.energy import unchecked_value_and_grad
+from pyroebm.core.rng import seeded_generator, uniform
+from pyroebm.core.rowwise import RowsFailAlone, RowwiseEnergy
+from pyroebm.core.supports import is_discrete
+from pyroebm.ppl.distribution import initial_states
+
+__all__ = ["ModelEnergy"]
+
+TRIES = 100
+
+
+class _Substitute(Messenger):
+    """Latents at given places: a site's own bijection, at the support that it has there, and the log-Jacobian, once."""
+
+    def __init__(self, given: Mapping[str, Tensor], plates: Mapping[str, list[int]], inverse: bool) -> None:
+        super().__init__()
+        self.given, self.plates, self.inverse = given, plates, inverse
+        self.images: dict[str, Tensor] = {}
+        self.transforms: dict[str, Transform] = {}
+        self.log_det: Tensor | float = 0.0
+
+    def _pyro_sample(self, msg: Any) -> None:
+        name = msg["name"]
+        if name in self.plates:
+            msg["value"] = self.plates[name]
+        if name not in self.given:
+            return
+        transform = self.transforms[name] = biject_to(msg["fn"].support)
+        if self.inverse:
+            x = self.given[name]
+            u = self.images[name] = transform.inv(x)
+        else:
+            u = self.given[name]
+            x = self.images[name] = transform(u)
+        self.log_det = self.log_det + transform.log_abs_det_jacobian(u, x).sum()
+        msg["value"], msg["is_observed"] = x, True
+
+
+class _Detached(Messenger):
+    """Values of ``pyro.param`` are constants."""
+
+    def _pyro_post_param(self, msg: Any) -> None:
+        msg["value"] = msg["value"].detach()
+
+
+def _feasible(site: Any) -> Any:
+    return site["fn"].sample() if is_discrete(site["fn"].support) else init_to_feasible(site)
+
+
+class ModelEnergy(RowwiseEnergy):
+    r"""The posterior of a Pyro model's continuous latents as one energy in unconstrained coordinates.
+
+    .. math:: E(u) = -\log p(T(u), y) - \log |\det \partial T / \partial u|
+
+    T is the bijection ``biject_to(support)`` of each latent, at the support that the site has there. Observed sites,
+    ``pyro.factor``, plates, ``poutine.scale`` and masks count as in Pyro; ``pyro.param`` and the parameters of modules are
+    constants. A batch of chains is one call: the model runs under ``torch.func.vmap``, and the operations that it made are kept
+    as a graph and replayed (see :class:`pyroebm.core.rowwise.RowwiseEnergy`). The graph keeps what the model read: data, parameters.
+    Tensors among the arguments, parameters of the store and of modules are watched, and one that is replaced or written to is
+    seen in the next call; data that the model takes from elsewhere (a global, a closure) are read once.
+
+    A model that ``vmap`` cannot run (Python branches on a latent, shapes that depend on one) runs chain by chain, with a
+    RuntimeWarning that names the reason.
+
+    Args:
+        model: a Pyro model.
+        args, kwargs: what it is called with.
+
+    Attributes:
+        sites: name and shape of each latent, in its own (constrained) space, in the order of the model.
+        event_shape: ``(dim,)``, all latents in one unconstrained vector.
+        batching: ``"graph"``, ``"vmap"`` or ``"loop"``.
+
+    Raises:
+        ValueError: if the model has no latents, a discrete one, or a plate that subsamples; if its density is random.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> from pyroebm import MCMC, NUTS
+        >>> def model(y):
+        ...     scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+        ...     with pyro.plate("data", len(y)):
+        ...         pyro.sample("y", dist.Normal(0.0, scale), obs=y)
+        >>> energy = ModelEnergy(model, torch.tensor([1.0, -2.0, 0.5]))
+        >>> energy.sites, energy(torch.zeros(4, 1)).shape
+        ({'scale': torch.Size([])}, torch.Size([4]))
+        >>> mcmc = MCMC(NUTS(), num_samples=50, warmup_steps=50, num_chains=8, seed=0)
+        >>> mcmc.run(energy)
+        >>> mcmc.get_samples(group_by_chain=True)["scale"].shape
+        torch.Size([8, 50])
+    """
+
+    def __init__(self, model: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        if not callable(model):
+            raise ValueError(f"model must be a callable with Pyro primitives, got {type(model).__name__}")
+        with _forked():
+            start = InitMessenger(_feasible)(initial_states(model))
+            with poutine.block(), torch.no_grad():
+                trace = poutine.trace(start).get_trace(*args, **kwargs)
+                total = trace.log_prob_sum()
+        latents = {site["name"]: site for site in _latents(trace)}
+        if not latents:
+            raise ValueError("the model has no latent sample site: there is nothing to infer (is every site observed?)")
+        like = torch.as_tensor(total)
+        for site in latents.values():
+            like = like.to(torch.promote_types(like.dtype, site["value"].dtype))
+        super().__init__({name: biject_to(s["fn"].support).inv(s["value"]).shape for name, s in latents.items()}, like)
+        self.model, self.args, self.kwargs = model, args, kwargs
+        self.sites = {name: site["value"].shape for name, site in latents.items()}
+        # A sequential plate reads its indices one by one, which a capture does not allow: it gets them as integers.
+        frames = {frame for node in trace.nodes.values() for frame in node.get("cond_indep_stack", ()) if not frame.vectorized}
+        self._plates = {frame.name: list(range(frame.size)) for frame in frames}
+        self._params = [name for name, node in trace.nodes.items() if node["type"] == "param"]
+        rows = 2.0 * uniform((2, *self.event_shape), seeded_generator(0), self.dtype, self.device) - 1.0
+        self._transforms = self._fixed_transforms(rows)
+        self.batch_by(rows)
+
+    def _fixed_transforms(self, rows: Tensor) -> dict[str, Transform] | None:
+        """The bijections, if they are the same wherever the latents are; else None (``Uniform(0, x)`` with a latent x)."""
+        with torch.no_grad():
+            first, second = (self._run(self.split(row))[1].transforms for row in rows)
+            parts = self.split(rows[0])
+            same = all(torch.equal(first[name](u), second[name](u)) for name, u in parts.items())
+        return first if same else None
+
+    def _run(self, given: Mapping[str, Tensor], inverse: bool = False) -> tuple[poutine.Trace, _Substitute]:
+        with pyro.validation_enabled(False), poutine.block(), _Substitute(given, self._plates, inverse) as places, _Detached():
+            trace = poutine.trace(self.model).get_trace(*self.args, **self.kwargs)
+        return trace, places
+
+    def row_energy(self, u: Tensor) -> Tensor:
+        trace, places = self._run(self.split(u))
+        with pyro.validation_enabled(False):
+            return -(torch.as_tensor(trace.log_prob_sum()) + places.log_det)
+
+    def constants(self) -> list[Tensor]:
+        store = dict(pyro.get_param_store().named_parameters()) if self._params else {}
+        given = [leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
+        return super().constants() + given + [store[name] for name in self._params if name in store]
+
+    def constrain(self, u: Tensor) -> dict[str, Tensor]:
+        """The latents in their own space: ``(*batch, dim)`` to a dict of ``(*batch, *shape)``."""
+        self.batch_shape(u)
+        if self._transforms is not None:
+            return {name: self._transforms[name](part) for name, part in self.split(u).items()}
+        return self._mapped(self.split(u), u.shape[:-1], inverse=False)
+
+    def unconstrain(self, values: Mapping[str, Tensor]) -> Tensor:
+        """The inverse of :meth:`constrain`.
+
+        Raises:
+            ValueError: if a site is missing or unknown, or a shape does not fit.
+        """
+        if set(values) != set(self.sites):
+            raise ValueError(f"the sites must be {sorted(self.sites)}, got {sorted(values)}")
+        values = {name: torch.as_tensor(value, dtype=self.dtype, device=self.device) for name, value in values.items()}
+        for name, shape in self.sites.items():
+            if values[name].shape[values[name].dim() - len(shape) :] != shape:
+                raise ValueError(f"site {name!r} must have shape (*batch, *{tuple(shape)}), got {tuple(values[name].shape)}")
+        if self._transforms is not None:
+            return self.join({name: self._transforms[name].inv(value) for name, value in values.items()})
+        name, shape = next(iter(self.sites.items()))
+        batch = values[name].shape[: values[name].dim() - len(shape)]
+        return self.join(self._mapped(values, batch, inverse=True))
+
+    def _mapped(self, given: dict[str, Tensor], batch: torch.Size, inverse: bool) -> dict[str, Tensor]:
+        """Row by row through the model, where the support of one latent depends on another."""
+        flat = {name: part.reshape(-1, *part.shape[len(batch) :]) for name, part in given.items()}
+
+        def images(parts: dict[str, Tensor]) -> dict[str, Tensor]:
+            return self._run(parts, inverse)[1].images
+
+        with torch.no_grad():
+            if self.batching == "loop":
+                found = [images(dict(zip(flat, row, strict=True))) for row in zip(*flat.values(), strict=True)]
+                mapped = {name: torch.stack([row[name] for row in found]) for name in flat}
+            else:
+                mapped = torch.vmap(images, chunk_size=4096)(flat)
+        return {name: part.reshape(batch + part.shape[1:]) for name, part in mapped.items()}
+
+    def named(self, x: Tensor, site: str = "x") -> dict[str, Tensor]:
+        """The model's own sites: what :class:`pyroebm.MCMC` shows."""
+        return self.constrain(x)
+
+    def initial(
+        self, n: int, generator: torch.Generator | None = None, init_strategy: Callable[..., Any] | None = None
+    ) -> Tensor:
+        """``n`` starting states of finite energy and gradient, shape ``(n, dim)``; rows that are not finite are drawn again.
+
+        Args:
+            n: number of states.
+            generator: source of randomness; None is torch's global one.
+            init_strategy: one of Pyro's (``init_to_median``, ``init_to_value(values=...)``, ...), run for each row; None is
+                uniform on (-2, 2) in unconstrained coordinates, Pyro's ``init_to_uniform``, for all rows at once.
+
+        Raises:
+            ValueError: naming the site and its value if 100 tries find no finite start for a row.
+        """
+        if n < 1:
+            raise ValueError(f"n must be at least 1, got n={n}")
+        states = self._start(n, generator, init_strategy)
+        for _ in range(TRIES):
+            values, grad = unchecked_value_and_grad(self, states)
+            bad = ~(torch.isfinite(values) & torch.isfinite(grad).all(-1))
+            if not bool(bad.any()):
+                return states
+            failed = states[bad][0], float(values[bad][0]), grad[bad][0]
+            states[bad] = self._start(int(bad.sum()), generator, init_strategy)
+        raise ValueError(
+            f"no start of finite energy and gradient was found for {int(bad.sum())} of n={n} rows in {TRIES} tries."
+            f" {self._why(*failed)} Check the data and the scales there, or give starting values"
+            " (init_strategy=init_to_value(values=...), or initial=energy.unconstrain({...}))"
+        )
+
+    def _start(self, n: int, generator: torch.Generator | None, strategy: Callable[..., Any] | None) -> Tensor:
+        if strategy is None:
+            return 4.0 * uniform((n, *self.event_shape), generator, self.dtype, self.device) - 2.0
+        model, rows = InitMessenger(strategy)(initial_states(self.model)), []
+        with contextlib.nullcontext() if generator is None else _forked(generator):
+            for _ in range(n):
+                with pyro.validation_enabled(False), poutine.block(), torch.no_grad():
+                    trace = poutine.trace(model).get_trace(*self.args, **self.kwargs)
+                rows.append(self.unconstrain({name: cast(Tensor, trace.nodes[name]["value"]) for name in self.sites}))
+        return torch.stack(rows)
+
+    def _why(self, u: Tensor, value: float, grad: Tensor) -> str:
+        """What is not finite there, in words."""
+        with torch.no_grad(), pyro.validation_enabled(False), RowsFailAlone():
+            trace, places = self._run(self.split(u))
+            trace.compute_log_prob()
+        at, nodes = {name: image.tolist() for name, image in places.images.items()}, cast(dict[str, Any], trace.nodes)
+        for name, site in nodes.items():
+            if site["type"] == "sample" and not bool(torch.isfinite(site["log_prob_sum"])):
+                return f"The log-density of site {name!r} was {float(site['log_prob_sum'])} where the latents were {at}."
+        for name, part in self.split(grad).items():
+            if not bool(torch.isfinite(part).all()):
+                return f"The energy was {value} and its gradient in site {name!r} {part.tolist()} where the latents were {at}."
+        return f"The energy was {value} at u={u.tolist()}."
+
+    def _name(self) -> str:
+        return f"the model {getattr(self.model, '__name__', type(self.model).__name__)!r}"
+
+
+def _latents(trace: poutine.Trace) -> Iterator[Any]:
+    for name, site in trace.nodes.items():
+        if site["type"] != "sample":
+            continue
+        fn: Any = site["fn"]
+        if isinstance(fn, _Subsample):
+            if fn.subsample_size is not None and fn.subsample_size < fn.size:
+                raise ValueError(
+                    f"plate {name!r} draws {fn.subsample_size} of {fn.size} rows anew at every call, so the model has no fixed"
+                    " density: MCMC needs all rows (drop subsample_size; SVI is the method for minibatches)"
+                )
+        elif not site["is_observed"]:
+            if is_discrete(fn.support):
+                raise ValueError(
+                    f"site {name!r} is discrete (support {fn.support}): it has no gradient and no unconstrained coordinates."
+                    " Sum it out: by hand (a mixture distribution, or pyro.factor of the logsumexp); or keep it and use Pyro's"
+                    " own enumeration (pyro.infer.TraceEnum_ELBO, or pyro.infer.MCMC), then infer_discrete for its values"
+                )
+            yield site
+
+
+@contextlib.contextmanager
+def _forked(generator: torch.Generator | None = None) -> Iterator[None]:
+    """Pyro draws from torch's global generator: what happens here leaves it as it was, and is decided by ``generator``."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices):
+        if generator is not None:
+            torch.random.manual_seed(int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device)))
+        yield

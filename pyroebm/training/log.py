@@ -1,0 +1,84 @@
+"""What a training says of its steps: lines of JSON in a file, and curves in TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pyroebm.core._checks import check_counts
+from pyroebm.core.files import append_line, read_text, write_text
+
+__all__ = ["TrainingLog", "read_log"]
+
+
+class TrainingLog:
+    """One line of JSON for a step, ``{"step", "loss", "seconds", ...facts}``, and one point of each TensorBoard curve.
+
+    Args:
+        path: the file of lines, or None.
+        tensorboard: a folder for ``torch.utils.tensorboard``, or None.
+        every: steps from one line to the next.
+        done: steps that were done before. What is said of later ones is removed: they come again.
+        resume: go on in a file that is there.
+
+    Raises:
+        ValueError: if ``every`` < 1, or the file exists and ``resume`` is False.
+        ModuleNotFoundError: if ``tensorboard`` is given and not installed.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     log = TrainingLog(f"{folder}/run.jsonl")
+        ...     log.write(0, 1.5, {"grad_norm": 0.5})
+        ...     [line["loss"] for line in read_log(f"{folder}/run.jsonl")]
+        [1.5]
+    """
+
+    def __init__(
+        self, path: str | Path | None, tensorboard: str | Path | None = None, every: int = 1, done: int = 0, resume: bool = False
+    ) -> None:
+        check_counts({"log_every": 1}, every)
+        self.path, self.every, self.began = None if path is None else Path(path), every, time.perf_counter()
+        if self.path is not None:
+            if self.path.exists():
+                if not resume:
+                    raise ValueError(f"log={str(path)!r} holds a log: go on with resume=True, or name a new file")
+                lines = [line for line in read_log(self.path) if line["step"] < done]
+                write_text(self.path, "".join(json.dumps(line) + "\n" for line in lines))
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.writer: Any = None if tensorboard is None else _writer(tensorboard, done)
+
+    def write(self, step: int, loss: float, facts: Mapping[str, float]) -> None:
+        """A step's numbers; one that is not finite is NaN, Infinity or -Infinity. The line is in the file when this returns."""
+        if step % self.every:
+            return
+        if self.path is not None:
+            line = {"step": step, "loss": loss, "seconds": round(time.perf_counter() - self.began, 4), **facts}
+            append_line(self.path, json.dumps(line))
+        if self.writer is not None:
+            for name, value in {"loss": loss, **facts}.items():
+                self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Hand TensorBoard what is on its way."""
+        if self.writer is not None:
+            self.writer.close()
+
+
+def read_log(path: str | Path) -> list[dict[str, float]]:
+    """The lines of a log; a last one that a killed process left unfinished is none."""
+    lines = read_text(path).split("\n")
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def _writer(folder: str | Path, done: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"tensorboard={str(folder)!r} needs the package tensorboard: pip install tensorboard"
+        ) from error
+    return SummaryWriter(str(folder), purge_step=done)
