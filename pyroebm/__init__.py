@@ -1,4 +1,10 @@
-"""Energy-based models on Pyro: define an energy, sample it, fit flows to it, see whether it mixed."""
+"""Energy-based models on Pyro: define an energy, sample it, fit flows to it, see whether it mixed.
+
+Subpackages are attributes, imported when they are first named: ``pyroebm.partition.ais``.
+"""
+
+import importlib
+from types import ModuleType
 
 from pyroebm.core.annealing_path import DistributionEnergy, Path
 from pyroebm.core.energy import Energy, Sum, Tempered, score, value_and_grad
@@ -41,6 +47,27 @@ from pyroebm.ppl.model import ModelEnergy
 from pyroebm.smc import SMCResult, tempered_smc
 
 __version__ = "0.1.0"
+
+_SUBPACKAGES = frozenset(
+    {
+        "cli",
+        "core",
+        "data",
+        "diagnostics",
+        "energies",
+        "flows",
+        "infer",
+        "kernels",
+        "mcmc",
+        "nn",
+        "objectives",
+        "partition",
+        "ppl",
+        "smc",
+        "targets",
+        "training",
+    }
+)
 
 __all__ = [
     "AdjustedMCLMC",
@@ -89,3 +116,13 @@ __all__ = [
     "tempered_smc",
     "value_and_grad",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in _SUBPACKAGES:
+        return importlib.import_module(f"pyroebm.{name}")
+    raise AttributeError(f"module 'pyroebm' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_SUBPACKAGES})

@@ -158,13 +158,20 @@ class _Run:
     def __init__(
         self, target: Energy, reference: Energy, kernel: Kernel[Any], shape: tuple[int, int], generator: torch.Generator
     ) -> None:
-        self.target, self.reference, self.kernel, self.shape, self.generator = target, reference, kernel, shape, generator
+        self.target = target
+        self.reference = reference
+        self.kernel = kernel
+        self.shape = shape
+        self.generator = generator
         self.x = reference.sample(math.prod(shape), generator)
         self.beta = 0.0
         self.log_weights = torch.full(shape, -math.log(shape[1]), dtype=torch.float64, device=self.x.device)
         self.log_z = self.log_weights.new_zeros(shape[0])
         self.slope = self._slope()
-        self.betas, self.step_sizes, self.ess, self.acceptance = [0.0], list[float](), list[float](), list[float]()
+        self.betas = [0.0]
+        self.step_sizes = list[float]()
+        self.ess = list[float]()
+        self.acceptance = list[float]()
 
     def _slope(self) -> Tensor:
         return Path(self.target, self.beta, self.reference).slope(self.x).double().reshape(self.shape)

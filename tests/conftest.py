@@ -17,8 +17,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before the first import of torc
 import matplotlib as mpl
 import pyro
 import pytest
-import reseed
 import torch
+from lib import reseed
 
 mpl.use("Agg")
 torch.set_num_threads(1)

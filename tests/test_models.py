@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 import tyro
-from checks import within_se
+from lib.checks import within_se
 from matplotlib import image
 
 from models.recipe import Recipe

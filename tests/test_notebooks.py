@@ -6,7 +6,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from helpers import load_script
+from lib.scripts import load_script
 from nbformat import NotebookNode
 
 runner = load_script("notebooks")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checks import mean_and_se, within_se
+from lib.checks import mean_and_se, within_se
 
 import pyroebm
 

@@ -12,7 +12,7 @@ import types
 from pathlib import Path
 
 import pytest
-from helpers import load_script
+from lib.scripts import load_script
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

@@ -8,7 +8,7 @@ import math
 import pyro.distributions as dist
 import pytest
 import torch
-from checks import within_se
+from lib.checks import within_se
 from torch import Tensor
 
 from pyroebm import HMC, MALA, ULA, DistributionEnergy, Energy, SMCResult, smc, tempered_smc

@@ -18,7 +18,7 @@ from pyro.infer import NUTS as PyroNUTS
 from torch import Tensor
 
 from pyroebm.cli.demo_report import conclusion, draw_figures, table
-from pyroebm.core.files import write_json, written_whole
+from pyroebm.core.files import write_json, write_netcdf
 from pyroebm.core.statistics import ess_bulk, mcse_mean, r_hat
 from pyroebm.core.wrappers import PotentialFn
 from pyroebm.flows import NICE, RedundantNICE, importance_sample
@@ -85,7 +85,9 @@ def sample_nuts(energy: DoubleWell, seed: int, chains: int, most: int, progress:
 
 def sample_pyro_nuts(energy: DoubleWell, seed: int, chains: int, draws: int) -> Facts:
     """Pyro's own NUTS through the same potential, chain after chain (in one process, as it runs where cores are few)."""
-    began, potential, kept = time.perf_counter(), PotentialFn(energy), []
+    began = time.perf_counter()
+    potential = PotentialFn(energy)
+    kept = []
     with _forked_seed(seed):
         for _ in range(chains):
             mcmc = PyroMCMC(
@@ -196,8 +198,7 @@ def run_demo(out: Path, seed: int = 0, quick: bool = False, progress: bool | Non
         facts["missed_modes"] = ["right"] if short > 0.5 * truth["right_mass"] and short > 5 * facts["right_mass_se"] else []
 
     write_json(out / "report.json", report, indent=2)
-    with written_whole(out / "chains.nc") as temporary:
-        mcmc.to_arviz().to_netcdf(str(temporary))
+    write_netcdf(out / "chains.nc", mcmc.to_arviz())
     draw_figures(out, energy, report, mcmc, *draws[2])
     print(f"\n{table(report)}\n\n{conclusion(report)}\n\nFigures, chains and report: {out}/")
     return report

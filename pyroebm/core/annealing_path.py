@@ -56,7 +56,9 @@ class Path(Energy):
         super().__init__(energy.event_shape, energy.support)
         if reference is not None:
             _check_reference(energy, reference)
-        self.energy, self.reference, self.betas = energy, reference, at
+        self.energy = energy
+        self.reference = reference
+        self.betas = at
         ends: list[Any] = [
             end.energy if isinstance(end, Unconstrained) else end for end in (energy, reference) if end is not None
         ]

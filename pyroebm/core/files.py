@@ -32,6 +32,7 @@ __all__ = [
     "write_figure",
     "write_groups",
     "write_json",
+    "write_netcdf",
     "write_tensors",
     "write_text",
     "written_whole",
@@ -168,6 +169,12 @@ def read_group(path: Path, group: str, draws: slice = slice(None)) -> xarray.Dat
 
     with xarray.open_dataset(path, group=group, engine="h5netcdf") as data:
         return data.isel(draw=draws).load()
+
+
+def write_netcdf(path: Path, data: Any) -> None:
+    """Write ArviZ's InferenceData or DataTree as a netCDF file."""
+    with written_whole(path) as temporary:
+        data.to_netcdf(str(temporary))
 
 
 def write_figure(path: Path, figure: Any, dpi: int = 150) -> None:

@@ -45,7 +45,9 @@ class MinibatchEnergy(Energy):
         if not 1 <= batch_size <= len(data):
             raise ValueError(f"batch_size must be from 1 to the {len(data)} rows of data, got batch_size={batch_size}")
         super().__init__(prior.event_shape, prior.support)
-        self.prior, self.loss, self.batch_size = prior, loss, batch_size
+        self.prior = prior
+        self.loss = loss
+        self.batch_size = batch_size
         self.register_buffer("data", data, persistent=False)
         self.data: Tensor
         self.total = len(data)

@@ -245,7 +245,9 @@ class Unconstrained(Energy):
         kept = keep_discrete and is_discrete(energy.support)
         transform = identity_transform if kept else unconstraining(energy.support)
         super().__init__(transform.inverse_shape(torch.Size(energy.event_shape)), energy.support if kept else None)
-        self.energy, self.transform, self._as_is = energy, transform, kept or is_real(energy.support)
+        self.energy = energy
+        self.transform = transform
+        self._as_is = kept or is_real(energy.support)
 
     @property
     def log_z(self) -> float | None:  # type: ignore[override]

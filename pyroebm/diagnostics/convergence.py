@@ -110,7 +110,9 @@ def verdict(
     moves = (draws[:, 1:] != draws[:, :-1]).unsqueeze(2).flatten(2).any(2).sum(1)
     if stuck := stuck_chains(moves, count - 1):
         problems.append(describe_stuck(stuck, chains, -stats["lp"][:, -1] if "lp" in stats else None))
-    worst_r_hat, bulk, tail = (float(np.max(r_hat(draws))), float(np.min(ess_bulk(draws))), float(np.min(ess_tail(draws))))
+    worst_r_hat = float(np.max(r_hat(draws)))
+    bulk = float(np.min(ess_bulk(draws)))
+    tail = float(np.min(ess_tail(draws)))
     if chains < 2:
         problems.append("One chain alone cannot show that it mixed; run at least 4.")
     elif not np.isfinite(worst_r_hat):

@@ -72,7 +72,9 @@ class BoltzmannMachine(Energy):
             raise ValueError(f'BoltzmannMachine: units must be "bits" or "spins", got units={units!r}')
         n = num_visible + num_hidden
         super().__init__((n,), constraints.boolean if units == "bits" else spin)
-        self.num_visible, self.num_hidden, self.units = num_visible, num_hidden, units
+        self.num_visible = num_visible
+        self.num_hidden = num_hidden
+        self.units = units
         self.weight = parameter("weight", weight, (n, n), 0.01, dtype)
         if weight is None:
             self.weight.data = self.weight.data.triu(1) + self.weight.data.triu(1).mT

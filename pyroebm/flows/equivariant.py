@@ -66,7 +66,9 @@ class PairField(Bijection):
             if not 0.0 < value < math.inf:
                 raise ValueError(f"{name} must be positive and finite, got {name}={value}")
         super().__init__((particles - 1) * space)
-        self.particles, self.space, self.steps = particles, space, steps
+        self.particles = particles
+        self.space = space
+        self.steps = steps
         self.length, self.width = float(length), math.log1p((reach / length) ** 2) / cells
         basis, pairs = mean_free_basis(particles, dtype), torch.triu_indices(particles, particles, 1)
         self.register_buffer("incidence", basis[pairs[0]] - basis[pairs[1]], persistent=False)
@@ -108,7 +110,9 @@ class PairField(Bijection):
     def _carry(self, u: Tensor, sign: float) -> tuple[Tensor, Tensor]:
         """From one end of time to the other, and the integral of the divergence on the way."""
         check_event(u, self.dim)
-        shape, u, h = u.shape, self._by_axis(u), sign / self.steps
+        shape = u.shape
+        u = self._by_axis(u)
+        h = sign / self.steps
         fields = self._in_time() if sign > 0 else self._in_time()[::-1]
         log_det = u.new_zeros(len(u))
         for now, half, then in zip(fields[:-1:2], fields[1::2], fields[2::2], strict=True):

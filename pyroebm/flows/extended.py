@@ -47,7 +47,9 @@ class Extended(Energy):
                 " Unconstrained(energy)"
             )
         super().__init__((dim if conditional is None else dim + conditional.extra,))
-        self.energy, self.conditional, self.dim = energy, conditional, dim
+        self.energy = energy
+        self.conditional = conditional
+        self.dim = dim
         self.log_z = energy.log_z
         self.has_exact_draws = energy.has_exact_draws
 

@@ -79,7 +79,9 @@ class Flow(Saved):
             if isinstance(part, (Base, Bijection)) and part.dim != total_dim:
                 raise ValueError(f"{type(part).__name__} must be of total_dim={total_dim} entries, got dim={part.dim}")
         super().__init__()
-        self.dim, self.total_dim, self.conditional = dim, total_dim, conditional
+        self.dim = dim
+        self.total_dim = total_dim
+        self.conditional = conditional
         self.transform = ComposeTransformModule(list(transforms))
         self.base = StandardNormal(total_dim) if base is None else base
         dtypes = {p.dtype for p in self.parameters() if p.is_floating_point()}

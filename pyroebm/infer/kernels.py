@@ -68,7 +68,10 @@ class Settings(abc.ABC):
     ) -> None:
         if (model is None) == (potential_fn is None):
             raise ValueError(f"give either model or potential_fn, got model={model!r} and potential_fn={potential_fn!r}")
-        self.model, self.potential_fn, self.transforms, self.init_strategy = model, potential_fn, transforms, init_strategy
+        self.model = model
+        self.potential_fn = potential_fn
+        self.transforms = transforms
+        self.init_strategy = init_strategy
         self.step_size = self.start_step_size = step_size
         step, mass = adapt
         kind = WindowAdaptation if step else _FixedStep

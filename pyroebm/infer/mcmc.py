@@ -130,7 +130,9 @@ class MCMC(AbstractMCMC):
             raise ValueError(f"initial_params must have a leading axis of num_chains={num_chains}, got shapes {shapes}")
         super().__init__(kernel, num_chains, kernel.transforms if transforms is None else transforms)
         self.num_samples, self.warmup_steps = num_samples, num_samples if warmup_steps is None else warmup_steps
-        self.initial_params, self.hook_fn, self.save_params = initial_params, hook_fn, save_params
+        self.initial_params = initial_params
+        self.hook_fn = hook_fn
+        self.save_params = save_params
         self.progress, self.disable_validation = False if disable_progbar else None, disable_validation
         self._driver()  # refuses bad counts here, and not in run
         self._run: _Hooked | None = None

@@ -48,7 +48,9 @@ class GibbsWithGradients(RelaxedKernel):
     """
 
     def step(self, energy: Energy, state: State, generator: torch.Generator | None = None) -> tuple[State, Info]:
-        values, x, row = values_of(energy, state.x), rows(state.x), torch.arange(len(state.x), device=state.x.device)
+        values = values_of(energy, state.x)
+        x = rows(state.x)
+        row = torch.arange(len(state.x), device=state.x.device)
         forward = change_logits(x, rows(state.grad), values)
         index = draw_index(forward.exp(), uniform_like(state.energy, generator))
         proposal = to_sites(x, values).clone()

@@ -124,7 +124,9 @@ def metropolis_trajectory(
     q, grad = rows(state.x), rows(state.grad)
     p = draw_momentum(q, generator)
     uniform = uniform_like(state.energy, generator)
-    total, kind, start = num_steps, type(metric), (p, q, state.energy, grad)
+    total = num_steps
+    kind = type(metric)
+    start = (p, q, state.energy, grad)
     point: tuple[Tensor, ...] = (q, p, grad)
     most = MAX_BLOCK if is_compiled(energy) else num_steps
     while num_steps > most:  # blocks of one length, and a last one of that or less: few graphs for any number of steps

@@ -102,8 +102,12 @@ def _langevin(
     glance: bool,
 ) -> tuple[Tensor, ...]:
     """A step for each of ``noise``, ``(steps, chains, dim)``."""
-    root, pushes, drift = kind(*metric), step_size * noise, 0.5 * step_size**2
-    state, everyone, taken = State(q, values, grad), torch.ones_like(values, dtype=torch.bool), []
+    root = kind(*metric)
+    pushes = step_size * noise
+    drift = 0.5 * step_size**2
+    state = State(q, values, grad)
+    everyone = torch.ones_like(values, dtype=torch.bool)
+    taken = []
     for push in pushes.unbind():
         q = state.x + root.apply(push - drift * root.transpose(state.grad))
         proposal, finite = State(q, *row_value_and_grad(energy, q)), everyone

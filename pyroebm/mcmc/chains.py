@@ -228,7 +228,9 @@ class Block:
         room: int = 0,
         named: Callable[[Tensor], dict[str, Tensor]] | None = None,
     ) -> None:
-        self.plan, self.target, self.generator = plan, target, generator
+        self.plan = plan
+        self.target = target
+        self.generator = generator
         self.moving = target  #: what the kernel's steps are taken on: the target, or its compiled view
         self.kernel, self.state = plan.kernel, plan.kernel.init(target, start, generator)
         self.memory: Any = None  #: of the adaptation
@@ -259,7 +261,9 @@ class Block:
             self.generator.set_state(before)
             raise
         # Assignments alone, from here on: Python looks for Ctrl-C at calls, so that it finds a step done or not begun.
-        self.kernel, self.state, self.memory = kernel, state, memory
+        self.kernel = kernel
+        self.state = state
+        self.memory = memory
         self.warm_left -= 1
         self.warmup.filled += plan.save_warmup
 
@@ -280,7 +284,9 @@ class Block:
         except BaseException:
             self.generator.set_state(before)
             raise
-        self.state, self.moments, self.moves = state, moments, moves
+        self.state = state
+        self.moments = moments
+        self.moves = moves
         self.count += 1
         self.record.filled += self.named is None
 
@@ -322,7 +328,9 @@ class Block:
         self.kernel = unpack(said["kernel"], self.plan.kernel, tensors)
         self.moments = unpack(said["moments"], {"": StreamingMoments.start(self.state.x)}, tensors)
         self.moves = unpack(said["moves"], self.moves, tensors)
-        self.warm_left, self.count, self.memory = said["warm_left"], said["count"], None
+        self.warm_left = said["warm_left"]
+        self.count = said["count"]
+        self.memory = None
         if said["memory"] is not None and self.plan.adaptation is not None:
             _, like = self.plan.adaptation.start(self.plan.kernel, self.target, self.state, self.generator)
             self.memory = unpack(said["memory"], like, tensors)

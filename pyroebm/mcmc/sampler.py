@@ -15,13 +15,13 @@ from pyro.infer.mcmc.util import select_samples
 from torch import Tensor
 from tqdm import tqdm
 
+from pyroebm import diagnostics
 from pyroebm.core._checks import check_counts
 from pyroebm.core.compilation import choose_compiled, is_compiled
 from pyroebm.core.energy import Energy, check_energy
 from pyroebm.core.rng import fresh_seed, seeded_generator
 from pyroebm.core.serialization import from_text, to_text
 from pyroebm.core.wrappers import Unconstrained, eval_mode
-from pyroebm import diagnostics
 from pyroebm.diagnostics.stein import stein_residual
 from pyroebm.diagnostics.streaming import StreamingMoments
 from pyroebm.diagnostics.stuck import describe_stuck, stuck_chains
@@ -116,9 +116,16 @@ class MCMC(AbstractMCMC):
         if keep not in ("draws", "moments"):
             raise ValueError(f'keep must be "draws" or "moments", got keep={keep!r}')
         self.plan = Plan(kernel, resolve(kernel, adaptation), warmup_steps, thinning, save_warmup and keep == "draws")
-        self.num_samples, self.num_chains, self.seed = num_samples, num_chains, fresh_seed(seed)
-        self.keep, self.progress, self.site, self.transforms = keep, progress, site, {}
-        self.compile, self.interrupted, self._goal = compile, False, 0
+        self.num_samples = num_samples
+        self.num_chains = num_chains
+        self.seed = fresh_seed(seed)
+        self.keep = keep
+        self.progress = progress
+        self.site = site
+        self.transforms = {}
+        self.compile = compile
+        self.interrupted = False
+        self._goal = 0
         self._blocks: list[Block] = []
         self._store: Store | None = None
 
@@ -177,7 +184,9 @@ class MCMC(AbstractMCMC):
         if folder is not None:
             folder.begin(self.layout, self._facts())
         # Only now is the run before this one let go: whatever was refused above has left it as it was.
-        self._target, self._blocks, self._store = target, blocks, folder
+        self._target = target
+        self._blocks = blocks
+        self._store = folder
         self._advance(self.num_samples, checkpoint_every)
 
     def run_more(self, num_samples: int, *, checkpoint_every: float = 60.0) -> None:
@@ -259,7 +268,10 @@ class MCMC(AbstractMCMC):
                     raise ValueError("the state must be of the energy given: its energies differ from those kept with the draws")
             blocks.append(block)
         self._compile(target, blocks, self.num_samples)
-        self._target, self._blocks, self._store, self.seed = target, blocks, store, seed
+        self._target = target
+        self._blocks = blocks
+        self._store = store
+        self.seed = seed
         self._goal, self.interrupted = 0, False
 
     def _settings(self, warm_left: int) -> dict[str, Any]:
@@ -295,7 +307,10 @@ class MCMC(AbstractMCMC):
 
     def _advance(self, goal: int, checkpoint_every: float) -> None:
         """Finish the warm-up, then draw until every chain has ``goal`` draws."""
-        self.interrupted, self._goal, self._every, phase = False, goal, checkpoint_every, "warm-up"
+        self.interrupted = False
+        self._goal = goal
+        self._every = checkpoint_every
+        phase = "warm-up"
         if self.keep == "draws":
             draws, chains = goal + self.plan.warmup_steps * self.plan.save_warmup, sum(len(b.state.x) for b in self._blocks)
             announce(draws, chains, self._target, self._store is not None)

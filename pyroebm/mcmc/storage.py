@@ -87,7 +87,10 @@ class Part:
     """
 
     def __init__(self, store: Store, block: int, first_chain: int, phase: str) -> None:
-        self.store, self.block, self.first_chain, self.phase = store, block, first_chain, phase
+        self.store = store
+        self.block = block
+        self.first_chain = first_chain
+        self.phase = phase
 
     def write(self, start: int, x: Tensor, stats: dict[str, Tensor]) -> None:
         """Write draws ``(chains, draws, *event)`` from number ``start`` on."""

@@ -49,7 +49,9 @@ class Generator(nn.Module):
         if sigma is not None and not 0.0 < sigma < math.inf:
             raise ValueError(f"sigma must be positive and finite, or None for no noise, got sigma={sigma}")
         super().__init__()
-        self.net, self.latent_dim, self.event_shape = net, latent_dim, torch.Size(event_shape)
+        self.net = net
+        self.latent_dim = latent_dim
+        self.event_shape = torch.Size(event_shape)
         like = next((p for p in net.parameters() if p.is_floating_point()), torch.empty(0))
         # An empty buffer knows the dtype and the device that .to() gave.
         self.register_buffer("_anchor", like.new_empty(0), persistent=False)

@@ -26,7 +26,6 @@ from pyroebm.objectives.variational.reweighting import AnnealedReweighting
 from pyroebm.objectives.variational.selection import TotalDimSelection, select_total_dim
 from pyroebm.objectives.variational.symmetric import SymmetrizedKL
 from pyroebm.objectives.vera import VERA
-from pyroebm.ppl.svi import flow_guide, flow_model
 
 __all__ = [
     "Adversarial",
@@ -66,8 +65,6 @@ __all__ = [
     "evaluate_j",
     "fisher_divergence",
     "fit_flow",
-    "flow_guide",
-    "flow_model",
     "gaussian_noise",
     "langevin",
     "match_flow",

@@ -75,7 +75,9 @@ class Centring(nn.Module):
         offsets, biases = self.offsets, [_gradient(bias) for bias in layers.biases]
         steps = [bias.clone() for bias in biases]
         for k, weight in enumerate(layers.weights):
-            below, above, gradient = offsets[k], offsets[k + 1], _gradient(weight)
+            below = offsets[k]
+            above = offsets[k + 1]
+            gradient = _gradient(weight)
             gradient.addmm_(torch.stack([biases[k], below], 1), torch.stack([above, biases[k + 1]]), alpha=-1.0)
             steps[k] -= gradient @ above
             steps[k + 1] -= below @ gradient

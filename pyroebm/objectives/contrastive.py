@@ -79,7 +79,9 @@ class ContrastiveDivergence(Objective):
     def __init__(self, k: int = 1, kernel: Kernel[Any] | None = None, *, energy_penalty: float = 0.0) -> None:
         super().__init__()
         check_chain(k, kernel, energy_penalty)
-        self.k, self.kernel, self.energy_penalty = k, kernel, energy_penalty
+        self.k = k
+        self.kernel = kernel
+        self.energy_penalty = energy_penalty
 
     def forward(self, energy: Energy, batch: Tensor, *, generator: torch.Generator | None = None) -> tuple[Tensor, Facts]:
         """The loss and its facts: ``energy_data``, ``energy_model``, ``energy_gap``; the kernel's ``acceptance_rate``; and of

@@ -80,7 +80,9 @@ class Hybrid(Objective):
                 f"mode='conditional' cannot take {type(generative).__name__}: one law for all classes stands for none of them."
                 " Take mode='joint'"
             )
-        self.generative, self.mode, self.weight = generative, mode, weight
+        self.generative = generative
+        self.mode = mode
+        self.weight = weight
 
     def forward(
         self, energy: Energy, batch: tuple[Tensor, Tensor], *, generator: torch.Generator | None = None

@@ -83,7 +83,10 @@ class ImprovedCD(PersistentCD):
             raise ValueError(f"weights must be finite, got kl_weight={kl_weight}, entropy_weight={entropy_weight}")
         if entropy_weight and num_chains < 2:
             raise ValueError(f"entropy_weight needs neighbours: num_chains must be at least 2, got num_chains={num_chains}")
-        self.langevin, self.through, self.kl_weight, self.entropy_weight = kernel, through, kl_weight, entropy_weight
+        self.langevin = kernel
+        self.through = through
+        self.kl_weight = kl_weight
+        self.entropy_weight = entropy_weight
 
     def forward(self, energy: Energy, batch: Tensor, *, generator: torch.Generator | None = None) -> tuple[Tensor, Facts]:
         """The loss and its facts: those of :class:`PersistentCD`, and ``entropy_model`` in nats."""

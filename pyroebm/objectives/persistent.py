@@ -100,8 +100,13 @@ class PersistentCD(Objective):
         check_counts({"buffer_size": num_chains}, size)
         if not 0.0 <= restart <= 1.0:
             raise ValueError(f"restart must be a probability, got restart={restart}")
-        self.num_chains, self.k, self.kernel, self.buffer_size = num_chains, k, kernel, size
-        self.restart, self.initial, self.energy_penalty = restart, initial, energy_penalty
+        self.num_chains = num_chains
+        self.k = k
+        self.kernel = kernel
+        self.buffer_size = size
+        self.restart = restart
+        self.initial = initial
+        self.energy_penalty = energy_penalty
         self.ladder = None if betas is None else Ladder(betas, num_chains)
         self.register_buffer("chains", None)
 

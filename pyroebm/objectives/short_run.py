@@ -61,7 +61,11 @@ class ShortRun(Objective):
         check_chain(k, kernel, energy_penalty)
         if num_chains is not None:
             check_counts({"num_chains": 1}, num_chains)
-        self.k, self.kernel, self.num_chains, self.initial, self.energy_penalty = k, kernel, num_chains, initial, energy_penalty
+        self.k = k
+        self.kernel = kernel
+        self.num_chains = num_chains
+        self.initial = initial
+        self.energy_penalty = energy_penalty
 
     def forward(self, energy: Energy, batch: Tensor, *, generator: torch.Generator | None = None) -> tuple[Tensor, Facts]:
         """The loss and its facts: ``energy_data``, ``energy_model``, ``energy_gap``, the kernel's ``acceptance_rate`` and, where

@@ -72,7 +72,9 @@ class SlicedScoreMatching(Objective):
         check_law(law)
         if finite_difference is not None and not 0.0 < finite_difference < math.inf:
             raise ValueError(f"finite_difference must be positive and finite, got finite_difference={finite_difference!r}")
-        self.projections, self.variance_reduced, self.law = projections, variance_reduced, law
+        self.projections = projections
+        self.variance_reduced = variance_reduced
+        self.law = law
         self.finite_difference = finite_difference
 
     def forward(self, energy: Energy, batch: Tensor, *, generator: torch.Generator | None = None) -> tuple[Tensor, Facts]:

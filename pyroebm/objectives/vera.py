@@ -66,7 +66,8 @@ def latent_score(
     check_counts({"num_proposals": 1}, num_proposals)
     if model.log_sigma is None or any(True for _ in batch_norms(model)):
         raise ValueError("q(x | z) must be a normal law of its own for each row: give the generator sigma, and no batch norm")
-    x, n, k = x.detach(), len(x), num_proposals
+    x, n = x.detach(), len(x)
+    k = num_proposals
     noise = standard_normal((n, k, model.latent_dim), generator, z.dtype, z.device)
     with frozen(model):
         proposals = z.detach().unsqueeze(1) + log_eta.exp() * noise

@@ -79,7 +79,9 @@ def from_weights(log_weights: Tensor, log_z: float, kind: Kind, method: str, sig
         FloatingPointError: if a log weight is NaN or +inf, or if every weight is 0.
     """
     log_weights = log_weights.detach().double()
-    n, nan, infinite = len(log_weights), int(log_weights.isnan().sum()), int((log_weights == math.inf).sum())
+    n = len(log_weights)
+    nan = int(log_weights.isnan().sum())
+    infinite = int((log_weights == math.inf).sum())
     if nan or infinite:
         raise FloatingPointError(f"{method}: of {n} log weights {nan} are NaN and {infinite} are +inf: an energy is not finite")
     if bool((log_weights == -math.inf).all()):

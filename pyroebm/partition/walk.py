@@ -44,7 +44,9 @@ class KernelPath:
 
     def __init__(self, energy: Energy, base: Energy, kernel: Kernel[Any], pilot: SMCResult | None = None) -> None:
         self.target, self.reference = (Unconstrained(e, keep_discrete=kernel.discrete) for e in (energy, base))
-        self.kernel, self.pilot, self.log_z = kernel, pilot, float(base.log_z or 0.0)
+        self.kernel = kernel
+        self.pilot = pilot
+        self.log_z = float(base.log_z or 0.0)
 
     def log_weight(self, x: Tensor, beta: float, then: float) -> Tensor:
         r""":math:`(\beta - \beta') (U - V)(x)`, float64."""

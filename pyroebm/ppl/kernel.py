@@ -51,13 +51,17 @@ class PyroKernel(MCMCKernel):
     ) -> None:
         check_kernel(kernel)
         check_energy(energy)
-        self.start_kernel, self.site, self.adaptation = kernel, site, resolve(kernel, adaptation)
+        self.start_kernel = kernel
+        self.site = site
+        self.adaptation = resolve(kernel, adaptation)
         self.target = Unconstrained(energy, keep_discrete=kernel.discrete)
         self.transforms = {} if kernel.discrete else PotentialFn(energy, site).transforms
         self._initial: Tensor | None = None
 
     def setup(self, warmup_steps: int, *args: Any, **kwargs: Any) -> None:
-        self.kernel, self.warmup_steps, self._step = self.start_kernel, warmup_steps, 0
+        self.kernel = self.start_kernel
+        self.warmup_steps = warmup_steps
+        self._step = 0
         self._acceptance, self._divergences = 0.0, list[int]()
         device = self.target.device
         self._generator = torch.Generator(device).manual_seed(int(torch.randint(2**63 - 1, ())))

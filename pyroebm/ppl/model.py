@@ -32,7 +32,9 @@ class _Substitute(Messenger):
 
     def __init__(self, given: Mapping[str, Tensor], plates: Mapping[str, list[int]], inverse: bool) -> None:
         super().__init__()
-        self.given, self.plates, self.inverse = given, plates, inverse
+        self.given = given
+        self.plates = plates
+        self.inverse = inverse
         self.images: dict[str, Tensor] = {}
         self.transforms: dict[str, Transform] = {}
         self.log_det: Tensor | float = 0.0
@@ -123,7 +125,9 @@ class ModelEnergy(RowwiseEnergy):
         for site in latents.values():
             like = like.to(torch.promote_types(like.dtype, site["value"].dtype))
         super().__init__({name: biject_to(s["fn"].support).inv(s["value"]).shape for name, s in latents.items()}, like)
-        self.model, self.args, self.kwargs = model, args, kwargs
+        self.model = model
+        self.args = args
+        self.kwargs = kwargs
         self.sites = {name: site["value"].shape for name, site in latents.items()}
         # A sequential plate reads its indices one by one, which a capture does not allow: it gets them as integers.
         frames = {frame for node in trace.nodes.values() for frame in node.get("cond_indep_stack", ()) if not frame.vectorized}

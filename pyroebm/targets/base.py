@@ -196,7 +196,10 @@ class TabulatedLaw:
     nodes = 65_537
 
     def __init__(self, potential: Callable[[Any], Any], low: float, high: float, split: float) -> None:
-        self.potential, self.low, self.high, self.split = potential, low, high, split
+        self.potential = potential
+        self.low = low
+        self.high = high
+        self.split = split
 
     @cached_property
     def _table(self) -> tuple[Tensor, Tensor, Tensor, float]:

@@ -24,7 +24,9 @@ class _Bent(Target):
         check_each("finite", torch.isfinite, location=location, bend=bend)
         check_positive(variance=variance, noise=noise)
         super().__init__(dtype=dtype)
-        self.first, self.curve, self.noise = (location, variance), (bend, shift), noise
+        self.first = (location, variance)
+        self.curve = (bend, shift)
+        self.noise = noise
 
     def forward(self, x: Tensor) -> Tensor:
         (location, variance), (bend, shift) = self.first, self.curve

@@ -49,7 +49,9 @@ class Phi4(Target):
         if lam == 0.0:
             check_positive(m2=m2)
         super().__init__((length,), dtype=dtype)
-        self.length, self.m2, self.lam = length, float(m2), float(lam)
+        self.length = length
+        self.m2 = float(m2)
+        self.lam = float(lam)
         self.has_exact_draws = lam == 0.0
 
     def forward(self, x: Tensor) -> Tensor:

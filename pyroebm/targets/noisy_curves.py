@@ -72,7 +72,9 @@ class NoisyCurves(Plane):
         check_each("finite and at least 0", lambda t: (t >= 0) & torch.isfinite(t), box=box)
         check_counts({"nodes": 1}, nodes)
         super().__init__()
-        self.curves, self.noise, self.box = curves, float(noise), float(box)
+        self.curves = curves
+        self.noise = float(noise)
+        self.box = float(box)
         root, weight = (torch.from_numpy(part) for part in np.polynomial.legendre.leggauss(nodes))
         root = 0.5 * (root + 1.0)
         points = curves(root.square())

@@ -156,7 +156,10 @@ class Pinwheel(Plane):
         check_positive(radial=radial, tangential=tangential, scale=scale)
         check_each("finite", torch.isfinite, rate=rate)
         super().__init__(dtype=dtype)
-        self.arms, self.spread, self.rate, self.scale = arms, (radial, tangential), rate, scale
+        self.arms = arms
+        self.spread = (radial, tangential)
+        self.rate = rate
+        self.scale = scale
 
     def _log_normal(self, f: tuple[Tensor, Tensor]) -> Tensor:
         radial, tangential = self.spread

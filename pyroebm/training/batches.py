@@ -44,7 +44,11 @@ class Batches:
         if len(rows) > 1 or 0 in rows:
             raise ValueError(f"data must have rows, as many in each tensor, got {[len(part) for part in parts]}")
         check_counts({"batch_size": 1}, batch_size)
-        self.data, self.rows, self.batch_size, self.seed, self.ranks = data, len(parts[0]), batch_size, seed, ranks
+        self.data = data
+        self.rows = len(parts[0])
+        self.batch_size = batch_size
+        self.seed = seed
+        self.ranks = ranks
         smallest = (self.rows - 1) % batch_size + 1
         if smallest < ranks[1]:
             raise ValueError(

@@ -50,7 +50,10 @@ class TrainingState:
         schedules: Mapping[str, LRScheduler],
         generator: torch.Generator,
     ) -> None:
-        self.modules, self.optimizers, self.schedules, self.generator = modules, optimizers, schedules, generator
+        self.modules = modules
+        self.optimizers = optimizers
+        self.schedules = schedules
+        self.generator = generator
 
     def tensors(self) -> dict[str, Tensor]:
         """A copy of it all."""
@@ -113,7 +116,9 @@ class Checkpoint:
     """
 
     def __init__(self, path: str | Path, state: TrainingState, settings: Mapping[str, Any]) -> None:
-        self.path, self.state, self.settings = Path(path), state, dict(settings)
+        self.path = Path(path)
+        self.state = state
+        self.settings = dict(settings)
 
     @property
     def exists(self) -> bool:

@@ -41,7 +41,9 @@ class TrainingLog:
         self, path: str | Path | None, tensorboard: str | Path | None = None, every: int = 1, done: int = 0, resume: bool = False
     ) -> None:
         check_counts({"log_every": 1}, every)
-        self.path, self.every, self.began = None if path is None else Path(path), every, time.perf_counter()
+        self.path = None if path is None else Path(path)
+        self.every = every
+        self.began = time.perf_counter()
         if self.path is not None:
             if self.path.exists():
                 if not resume:

@@ -154,13 +154,17 @@ class PooledRows(NamedTuple):
 
         Where there are too many, every other step is forgotten.
         """
-        draws, grads, every = self.draws, self.grads, self.every
+        draws = self.draws
+        grads = self.grads
+        every = self.every
         if moved is not None:
             q = torch.where(moved.unsqueeze(1), q, torch.nan)  # left out by metric(): a stack of steps has no ragged rows
         if self.steps % every == 0:
             draws, grads = torch.cat([draws, q.unsqueeze(0)]), torch.cat([grads, grad.unsqueeze(0)])
             if len(draws) > 2 and draws.shape[0] * draws.shape[1] > LIMIT:
-                draws, grads, every = draws[::2], grads[::2], 2 * every
+                draws = draws[::2]
+                grads = grads[::2]
+                every = 2 * every
         return PooledRows(draws, grads, self.rank, every, self.steps + 1)
 
     def metric(self, before: object = None) -> LowRank | None:

@@ -48,7 +48,9 @@ def windows(steps: int, initial: int = 15, first: int = 15, final: int = 50) -> 
     if initial + first + final > steps:
         initial, final = int(0.15 * steps), int(0.5 * steps)
         first = steps - initial - final
-    found, start, size = [], initial, first
+    found = []
+    start = initial
+    size = first
     while start < steps - final:
         stop = start + size
         if stop + 2 * size > steps - final:  # the next window would not fit: this one takes the rest
@@ -195,7 +197,9 @@ class WindowAdaptation:
                 together = near_the_median(torch.as_tensor(tuning.average))
             if pooled is not None or self.step_size == "grouped":
                 size = find_step_size(kernel, energy, state, generator, together)
-                kernel, tuning, rates = kernel.replace(step_size=size), DualAveraging.start(size), torch.zeros_like(rates)
+                kernel = kernel.replace(step_size=size)
+                tuning = DualAveraging.start(size)
+                rates = torch.zeros_like(rates)
         if step + 1 == steps:
             # Dual averaging begins by overshooting: an average of a few steps is worth less than a look at where the chains are.
             few = tuning.steps < 15

@@ -91,7 +91,10 @@ class AlphaBootstrap(Objective):
             raise ValueError(f"kernel must be an HMC, got {kernel}")
         if not max_correction >= 1.0:
             raise ValueError(f"max_correction must be at least 1, got max_correction={max_correction}")
-        self.kernel, self.temperatures, self.buffer_size, self.reuse = kernel, temperatures, buffer_size, reuse
+        self.kernel = kernel
+        self.temperatures = temperatures
+        self.buffer_size = buffer_size
+        self.reuse = reuse
         self.max_correction = max_correction
         self.register_buffer("step_sizes", torch.full((max(1, temperatures - 1),), float(kernel.step_size), dtype=torch.float64))
         self.register_buffer("batches", torch.zeros((), dtype=torch.long))
@@ -134,7 +137,9 @@ class AlphaBootstrap(Objective):
             facts["acceptance_rate"] = self._refill(flow, target, num_samples, generator)
             self.beta.fill_(beta)
         self.batches += 1
-        rows, log_weights, log_q = self.rows, self.log_weights, self.log_q
+        rows = self.rows
+        log_weights = self.log_weights
+        log_q = self.log_q
         if rows is None or log_weights is None or log_q is None:
             raise FloatingPointError("no annealed state has a finite weight: the flow lies where the energy is not finite")
         weights = torch.softmax(log_weights, 0)

@@ -71,7 +71,9 @@ class _Traced(nn.Module):
 
     def __init__(self, objective: ReverseKL, flow: Flow, energy: Energy) -> None:
         super().__init__()
-        self.objective, self.flow, self.energy = objective, flow, energy
+        self.objective = objective
+        self.flow = flow
+        self.energy = energy
         trained = {f"flow.{name}": p for name, p in flow.named_parameters() if p.requires_grad}
         self.names, self.trained = list(trained), list(trained.values())
 

@@ -73,7 +73,9 @@ class AnnealedReweighting(Objective):
         check_counts({"buffer_size": 2, "reuse": 1}, buffer_size, reuse)
         if not 0.0 < least_ess < 1.0:
             raise ValueError(f"least_ess must lie between 0 and 1, got least_ess={least_ess}")
-        self.least_ess, self.buffer_size, self.reuse = least_ess, buffer_size, reuse
+        self.least_ess = least_ess
+        self.buffer_size = buffer_size
+        self.reuse = reuse
         for name in ("batches", "evaluations"):
             self.register_buffer(name, torch.zeros((), dtype=torch.long))
         for name in ("reached_beta", "tempering", "ess_fraction"):

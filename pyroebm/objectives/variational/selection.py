@@ -73,7 +73,9 @@ def select_total_dim(
     def nice(d: int, total: int) -> Flow:
         return RedundantNICE(d, total, dtype=energy.dtype, seed=seed).to(energy.device)
 
-    flows, values, errors = {}, {}, {}
+    flows = {}
+    values = {}
+    errors = {}
     for total_dim in candidates:
         flow = (nice if make_flow is None else make_flow)(dim, total_dim)
         for _ in fit_flow(flow, energy, seed=seed, **fit_options):

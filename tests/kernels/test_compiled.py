@@ -1,0 +1,196 @@
+"""Compiled blocks: the same draws as without them, nothing stale, and honest about what cannot be compiled."""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any
+
+import pytest
+import torch
+from lib.kernel_cases import Fragile, build, run
+from torch import Tensor, nn
+
+import pyroebm.core.compilation
+from pyroebm import HMC, MALA, MCMC, NUTS, Energy, Kernel
+from pyroebm.core.compilation import Compiled, choose_compiled, fused
+from pyroebm.targets import DoubleWell, Gaussian, scales_gaussian
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="compiled blocks need a C++ compiler, and none is here")
+
+
+class Net(Energy):
+    """A small network with a quadratic floor: parameters that are trained between runs."""
+
+    def __init__(self) -> None:
+        super().__init__((3,))
+        self.net = nn.Sequential(nn.Linear(3, 4), nn.SiLU(), nn.Linear(4, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x).squeeze(-1) + 0.5 * (x**2).sum(-1)
+
+
+class Branching(Energy):
+    def forward(self, x: Tensor) -> Tensor:
+        return x**2 if bool((x > 0).any()) else 2 * x**2
+
+
+class Scaled(Energy):
+    scale = 1.0
+
+    def __init__(self) -> None:
+        super().__init__((1,))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * (x**2).sum(-1)
+
+
+class Noisy(Energy):
+    def forward(self, x: Tensor) -> Tensor:
+        return x**2 + 0.0 * torch.rand_like(x)
+
+
+@pytest.fixture(autouse=True)
+def no_leftovers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pyroebm.core.compilation, "_graphs", {})
+
+
+@pytest.mark.parametrize("name", ["mala", "hmc", "nuts-metric"])
+def test_compiled_kernels_draw_what_eager_ones_draw(name: str) -> None:
+    energy = DoubleWell().double()
+    x = energy.sample(40, torch.Generator().manual_seed(0))
+    kernel = build(name).replace(step_size=0.15)  # trees of several levels: blocks of four leaves, and checks between them
+    torch.testing.assert_close(run(kernel, Compiled(energy), x, 6), run(kernel, energy, x, 6), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kernel", [HMC(step_size=1.0, num_steps=1), NUTS(step_size=1.0, max_tree_depth=2)], ids=["hmc", "nuts"])
+def test_a_nan_row_in_a_compiled_block_touches_no_other(kernel: Kernel[Any]) -> None:
+    x = torch.linspace(-1.4, 1.4, 16, dtype=torch.float64)
+    energy = Fragile().double()
+    state, info = kernel.step(Compiled(energy), kernel.init(energy, x), torch.Generator().manual_seed(0))
+    eager, expected = kernel.step(energy, kernel.init(energy, x), torch.Generator().manual_seed(0))
+    assert info.diverging.any()
+    assert torch.equal(info.diverging, expected.diverging)
+    assert torch.equal(info.n_steps, expected.n_steps)
+    torch.testing.assert_close(state.x, eager.x)
+
+
+def test_a_new_view_sees_what_changed_in_python() -> None:
+    energy = Scaled().double()
+    x, kernel = torch.ones(4, 1, dtype=torch.float64), MALA(step_size=0.3)
+    before = run(kernel, Compiled(energy), x, 2)
+    energy.scale = 9.0
+    after = run(kernel, Compiled(energy), x, 2)
+    assert not torch.allclose(before, after)
+    torch.testing.assert_close(after, run(kernel, energy, x, 2))
+
+
+def test_parameters_are_inputs_so_that_training_in_place_is_seen() -> None:
+    torch.manual_seed(0)
+    energy = Net().double()
+    view, kernel = Compiled(energy), MALA(step_size=0.3)
+    x = energy.initial(8, torch.Generator().manual_seed(1))
+    before = run(kernel, view, x, 3)
+    torch.testing.assert_close(before, run(kernel, energy, x, 3))
+    with torch.no_grad():
+        for parameter in energy.parameters():
+            parameter.mul_(3.0)
+    after = run(kernel, view, x, 3)
+    assert not torch.allclose(before, after)
+    torch.testing.assert_close(after, run(kernel, energy, x, 3))
+    assert all(parameter.grad is None for parameter in energy.parameters())
+
+
+def test_two_energies_of_equal_code_share_a_graph_and_keep_their_own_numbers() -> None:
+    one, two = (Gaussian(torch.full((2,), mean, dtype=torch.float64)) for mean in (0.0, 5.0))
+    x = torch.zeros(4, 2, dtype=torch.float64)
+    a, b = (run(MALA(step_size=0.5), Compiled(energy), x, 2) for energy in (one, two))
+    assert len(pyroebm.core.compilation._graphs) == 1
+    assert not torch.allclose(a, b)
+    torch.testing.assert_close(b, run(MALA(step_size=0.5), two, x, 2))
+
+
+def double(energy: Energy, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    return x + energy(y), y
+
+
+def test_an_input_that_comes_twice_is_not_taken_for_one() -> None:
+    view, x = Compiled(DoubleWell().double()), torch.tensor([1.0], dtype=torch.float64)
+    assert fused(double, view, x, x)[0].tolist() == [-1.0]
+    assert fused(double, view, 2 * x, x)[0].tolist() == [0.0]
+
+
+@pytest.mark.parametrize(
+    ("energy", "reason"), [(Branching().double(), "data"), (Noisy().double(), "no random numbers, got aten.rand")]
+)
+def test_what_cannot_be_compiled_says_so_and_runs_as_it_is(energy: Energy, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RuntimeError, match=f"{type(energy).__name__} cannot be compiled .*{reason}"):
+        choose_compiled(energy, True, NUTS(), 4, 10)
+    monkeypatch.setattr(pyroebm.core.compilation, "_COMPILE_SECONDS", 0.0)
+    with pytest.warns(RuntimeWarning, match=r"cannot be compiled \(.*\) and runs as it is"):
+        assert choose_compiled(energy, "auto", NUTS(), 4, 10) is energy
+
+
+def test_a_later_block_that_fails_stops_no_run_that_was_not_told_to_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    energy, kernel = DoubleWell().double(), MALA(step_size=0.2)
+    monkeypatch.setattr(pyroebm.core.compilation, "_COMPILE_SECONDS", 0.0)
+    view = choose_compiled(energy, "auto", kernel, 4, 10)
+    assert isinstance(view, Compiled)
+
+    def broken(*arguments: Any, **settings: Any) -> None:
+        raise ImportError("file too short")
+
+    monkeypatch.setattr(pyroebm.core.compilation, "compiled_call", broken)
+    x = energy.initial(4, torch.Generator().manual_seed(0))
+    with pytest.warns(RuntimeWarning, match="DoubleWell cannot be compiled .ImportError: file too short. and runs as it is"):
+        draws = run(kernel, view, x, 3)
+    torch.testing.assert_close(draws, run(kernel, energy, x, 3))
+    with pytest.raises(RuntimeError, match="file too short"):
+        run(kernel, Compiled(energy), x, 3)
+
+
+def test_without_a_compiler_it_runs_as_it_is_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(RuntimeError, match=r"no C\+\+ compiler was found"):
+        choose_compiled(DoubleWell(), True, NUTS(), 4, 10)
+    with pytest.raises(ValueError, match="compile must be True, False or \"auto\", got compile='yes'"):
+        choose_compiled(DoubleWell(), "yes", NUTS(), 4, 10)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "chains", "steps", "compiled"),
+    [
+        (NUTS(), 64, 1_500, False),  # the default on a small problem never pays for compiling
+        (NUTS(), 64, 100_000, True),
+        (MALA(), 64, 100_000, False),
+        (HMC(), 100_000, 10_000, True),
+    ],
+)
+def test_auto_decides_from_shapes_and_planned_steps(kernel: Kernel, chains: int, steps: int, compiled: bool) -> None:
+    assert isinstance(choose_compiled(scales_gaussian(), "auto", kernel, chains, steps), Compiled) == compiled
+
+
+def test_mcmc_compiled_draws_what_it_draws_without_and_tells_the_choice() -> None:
+    draws = {}
+    for choice in (True, False):
+        mcmc = MCMC(HMC(num_steps=5), 10, 5, 8, seed=0, compile=choice, progress=False)
+        assert mcmc.compiled is None
+        mcmc.run(DoubleWell().double())
+        assert mcmc.compiled is choice
+        mcmc.run_more(5)
+        draws[choice] = mcmc.get_samples()["x"]
+    torch.testing.assert_close(draws[True], draws[False], rtol=1e-7, atol=1e-7)
+
+
+# Mutants
+
+
+def test_mutant_constants_baked_into_the_graph_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pyroebm.core.compilation, "_lift_constants", lambda graph: ())
+    with pytest.raises(AssertionError):
+        test_two_energies_of_equal_code_share_a_graph_and_keep_their_own_numbers()
+
+
+def test_mutant_inputs_traced_as_they_come_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pyroebm.core.compilation, "_copies", lambda tensors: tensors)
+    with pytest.raises(AssertionError):
+        test_an_input_that_comes_twice_is_not_taken_for_one()

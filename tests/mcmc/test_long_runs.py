@@ -1,0 +1,434 @@
+"""Long runs: blocks, checkpoints in files, draws that stream, several processes. Stopped and resumed equals uninterrupted."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from lib.counted import Counted, Stops
+from lib.discrete_cases import DISCRETE
+from lib.discrete_cases import build as discrete_energy
+from lib.kernel_cases import KERNELS, build
+from lib.scripts import ROOT
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pyroebm import HMC, MALA, MCMC, NUTS, ChEES, Energy, ModelEnergy, open_run
+from pyroebm.core.serialization import from_text, pack, to_text, unpack
+from pyroebm.kernels import Kernel
+from pyroebm.mcmc import chains as record
+from pyroebm.mcmc import sampler as driver
+from pyroebm.mcmc.chains import Layout
+from pyroebm.mcmc.storage import Store
+from pyroebm.targets import DoubleWell, Exponential
+from pyroebm.training import distributed
+
+
+def driven(kernel: Kernel, chains: int = 8, **options: object) -> MCMC:
+    """Blocks of 3, 3 and 2 chains; a warm-up long enough for a metric."""
+    settings = {"num_samples": 6, "warmup_steps": 62, "seed": 5, "chain_batch_size": 3, "thinning": 2, **options}
+    return Counted(kernel, num_chains=chains, **settings)  # type: ignore[arg-type]
+
+
+def assert_same(a: MCMC, b: MCMC) -> None:
+    """Every draw and every statistic, warm-up included, bit for bit."""
+    for warmup in (False, True):
+        left, right = ({**m.get_samples(group_by_chain=True, warmup=warmup), **m.get_stats(warmup)} for m in (a, b))
+        assert set(left) == set(right)
+        for name, value in left.items():
+            assert torch.equal(value, right[name]), (name, warmup)
+
+
+# Blocks
+
+
+def test_a_chain_does_not_depend_on_the_blocks_beside_its_own() -> None:
+    few, many = driven(NUTS(), 3), driven(NUTS(), 8)
+    few.run(Stops())
+    many.run(Stops())
+    a, b = (m.get_samples(group_by_chain=True)["x"] for m in (few, many))
+    assert b.shape == (8, 6, 2)
+    assert torch.equal(a, b[:3])
+    assert not torch.equal(b[:3], b[3:6])
+    assert len({float(kernel.step_size) for kernel in many.kernels}) == 3  # type: ignore[attr-defined]
+    assert many.kernel is many.kernels[0]
+    assert many.state.grad.shape == (8, 2)
+    assert torch.equal(many.state.x, b[:, -1])
+
+
+def test_starting_states_are_dealt_to_their_chains() -> None:
+    x = torch.arange(16.0, dtype=torch.float64).reshape(8, 2) / 10
+    mcmc = driven(MALA(1e-9), adaptation=None, warmup_steps=0)
+    mcmc.run(Stops().double(), x)
+    torch.testing.assert_close(mcmc.get_samples(group_by_chain=True)["x"][:, 0], x, atol=1e-6, rtol=0)
+
+
+def test_ctrl_c_finds_the_blocks_equally_far_and_nothing_is_lost() -> None:
+    whole = driven(MALA(0.5), adaptation=None, warmup_steps=0)
+    whole.run(Stops())
+    for at in range(24, 30):  # anywhere within a draw, in any block
+        mcmc = driven(MALA(0.5), adaptation=None, warmup_steps=0)
+        with pytest.warns(RuntimeWarning, match="interrupted during sampling: [34] draws of each chain"):
+            mcmc.run(Stops(at))
+        counts = [block.record.count for block in mcmc._blocks]
+        assert max(counts) - min(counts) <= 1
+        assert mcmc.get_samples(group_by_chain=True)["x"].shape == (8, min(counts), 2)
+        mcmc.resume()
+        assert_same(mcmc, whole)
+
+
+def test_the_layout_gives_every_block_to_one_rank() -> None:
+    for chains, world in ((640, 3), (130, 3), (64, 1)):
+        layouts = [Layout(chains, 64, (rank, world)) for rank in range(world)]
+        assert [chain for layout in layouts for block in layout.blocks for chain in layout.chains(block)] == list(range(chains))
+        sizes = [len(layout.blocks) for layout in layouts]
+        assert max(sizes) - min(sizes) <= 1
+    for chains, blocks in ((1, [1]), (64, [64]), (65, [65]), (66, [64, 2]), (129, [64, 65])):  # none of one chain beside others
+        layout = Layout(chains)
+        assert [len(layout.chains(block)) for block in layout.blocks] == blocks
+    assert [len(Layout(3, 1).chains(block)) for block in Layout(3, 1).blocks] == [1, 1, 1]
+    for ranks in ((1, 1), (-1, 2), (0, 4), (0, 0)):
+        with pytest.raises(ValueError, match=r"ranks must be \(rank, world\)"):
+            Layout(130, 64, ranks)
+    with pytest.raises(ValueError, match="seed must be given"):
+        MCMC(NUTS(), 5, num_chains=128, ranks=(0, 2))
+    with pytest.raises(ValueError, match="chain_batch_size must be an integer of at least 1"):
+        MCMC(NUTS(), 5, chain_batch_size=0)
+
+
+def test_a_chain_left_over_is_warmed_up_with_others() -> None:
+    mcmc = MCMC(ChEES(), 2, 5, num_chains=9, seed=0, chain_batch_size=4, progress=False)
+    mcmc.run(Stops())
+    assert [len(block.state.x) for block in mcmc._blocks] == [4, 5]
+
+
+# Stopped and resumed equals uninterrupted
+
+
+def assert_resumes(kernel: Kernel, energy: Callable[[], Energy], folder: Path) -> None:
+    """Ctrl-C at some evaluation of the warm-up or of the sampling, all that is known to a file, and on in another object."""
+    marks: list[int] = []
+
+    def watched(at: int = -1) -> tuple[Energy, list[None]]:
+        made, calls = energy(), list[None]()
+
+        def look(*_: object) -> None:
+            calls.append(None)
+            if len(calls) == at:
+                signal.raise_signal(signal.SIGINT)
+
+        made.register_forward_pre_hook(look)
+        return made, calls
+
+    counted, calls = watched()
+
+    whole = driven(kernel, 5)
+    whole._take_turns = lambda *a: marks.extend((len(calls), MCMC._take_turns(whole, *a), len(calls))[::2])  # type: ignore
+    whole.run(counted)
+    begun, warm, _, total = marks
+    for at in (begun + (warm - begun) // 3, warm - 5, (warm + total) // 2):
+        broken = driven(kernel, 5)
+        with pytest.warns(RuntimeWarning, match="interrupted during"):
+            broken.run(watched(at)[0])
+        save_file(broken.state_dict(), folder / "state.safetensors")
+        other = driven(kernel, 5, seed=99)
+        other.load_state_dict(load_file(folder / "state.safetensors"), energy())
+        other.resume()
+        assert_same(other, whole)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_stopped_saved_and_resumed_equals_uninterrupted(name: str, tmp_path: Path) -> None:
+    assert_resumes(build(name, (2,)), lambda: Stops().double(), tmp_path)
+
+
+@pytest.mark.parametrize("name", DISCRETE)
+def test_discrete_kernels_resume_as_if_uninterrupted(name: str, tmp_path: Path) -> None:
+    assert_resumes(DISCRETE[name](), lambda: discrete_energy(name, "bits"), tmp_path)
+
+
+def test_each_block_tunes_a_ladder_of_its_own() -> None:
+    mcmc = driven(build("tempering", (2,)), 6)
+    mcmc.run(Stops().double())
+    first, second = (kernel.betas for kernel in mcmc.kernels)  # type: ignore[attr-defined]
+    assert not torch.equal(first, second)
+    assert mcmc.state.replica.shape == (6, 3)
+    assert torch.equal(mcmc.state.inner.x[:, 0], mcmc.state.x)
+
+
+class Ends(MCMC):
+    """Ctrl-C after turn 40 of the warm-up."""
+
+    def _after_turn(self, label: str, turn: int) -> None:
+        super()._after_turn(label, turn)
+        if label == "warm-up" and turn == 40:
+            raise KeyboardInterrupt
+
+
+def test_a_compiled_run_resumes_from_its_folder_as_if_uninterrupted(tmp_path: Path) -> None:
+    energy = DoubleWell()
+    settings = {"warmup_steps": 62, "num_chains": 6, "chain_batch_size": 3, "compile": True}
+    whole, broken, again = MCMC(HMC(), 6, seed=5, **settings), Ends(HMC(), 6, seed=5, **settings), MCMC(HMC(), 6, **settings)
+    whole.run(energy)
+    with pytest.warns(RuntimeWarning, match="interrupted during warm-up"):
+        broken.run(energy, store=tmp_path)
+    again.resume(energy, tmp_path)
+    assert again.compiled
+    assert_same(again, whole)
+
+
+@pytest.mark.parametrize("forgotten", ["rng", "memory", "kernel"])
+def test_mutants_that_forget_a_part_of_the_state_are_caught(forgotten: str) -> None:
+    whole, broken, other, early = driven(HMC()), driven(HMC()), driven(HMC()), driven(HMC())
+    whole.run(Stops())
+    for mcmc, at in ((broken, 500), (early, 200)):
+        with pytest.warns(RuntimeWarning, match="interrupted during warm-up"):
+            mcmc.run(Stops(at))
+    state, older = broken.state_dict(), early.state_dict()
+    if forgotten == "rng":
+        state["0.rng"] = older["0.rng"]
+    else:
+        said, old = from_text(state["0.said"]), from_text(older["0.said"])
+        state["0.said"] = to_text(said | {forgotten: old[forgotten]})
+        state |= {k: v for k, v in older.items() if k.startswith(f"0.{forgotten}")}
+    other.load_state_dict(state, Stops())
+    other.resume()
+    with pytest.raises(AssertionError):
+        assert_same(other, whole)
+
+
+def test_a_state_in_the_midst_of_warm_up_needs_the_same_warm_up() -> None:
+    broken = driven(HMC())
+    with pytest.warns(RuntimeWarning, match="interrupted during warm-up"):
+        broken.run(Stops(100))
+    with pytest.raises(ValueError, match="must be of the settings of this run"):
+        driven(HMC(), warmup_steps=63).load_state_dict(broken.state_dict(), Stops())
+    with pytest.raises(ValueError, match="finished its warm-up"):
+        broken.run_more(3)
+    with pytest.raises(ValueError, match="nothing to resume"):
+        driven(HMC()).resume()
+    with pytest.raises(ValueError, match="energy and store, or neither"):
+        driven(HMC()).resume(Stops())
+
+
+def test_what_is_packed_comes_back_as_it_was_and_strangers_are_refused() -> None:
+    tensors: dict[str, Tensor] = {}
+    value = {
+        "kernel": NUTS(step_size=0.3, inverse_mass=torch.ones(2)),
+        "list": [1, 2.5, None, True, "a"],
+        "pair": (torch.zeros(1), ()),
+    }
+    said = json.loads(json.dumps(pack(value, "v", tensors)))
+    back = unpack(said, {"kernel": NUTS()}, tensors)
+    assert back["list"] == value["list"]
+    assert isinstance(back["pair"], tuple)
+    assert back["kernel"].step_size == 0.3
+    assert torch.equal(back["kernel"].inverse_mass, torch.ones(2))
+    assert from_text(to_text(said)) == said
+    with pytest.raises(ValueError, match="holds a NUTS, but a HMC is made of"):
+        unpack(pack(NUTS(), "k", {}), HMC(), {})
+    with pytest.raises(ValueError, match=r"must hold k\.inverse_mass"):
+        unpack(pack(NUTS(inverse_mass=torch.ones(2)), "k", {}), NUTS(), {})
+
+
+# Streaming
+
+
+def test_a_run_that_streams_is_the_run_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(driver, "BUFFER", 3 * 3 * 57 * 4)  # room for four draws of a block of three
+    energy = Exponential(2.0).double()
+    memory, stored = driven(NUTS(), warmup_steps=10), driven(NUTS(), warmup_steps=10)
+    memory.run(energy)
+    stored.run(energy, store=tmp_path)
+    assert {len(block.record.x) for block in stored._blocks} == {4, 6}  # memory is bounded whatever the length
+    assert_same(memory, stored)
+    assert str(memory.verdict()) == str(stored.verdict())
+    a, b = memory.to_arviz(), open_run(tmp_path)
+    for group in ("posterior", "sample_stats", "warmup_posterior", "warmup_sample_stats"):
+        assert set(a[group].data_vars) == set(b[group].data_vars)
+        for name in a[group].data_vars:
+            np.testing.assert_array_equal(a[group][name].values, b[group][name].values)
+    assert b.posterior.chain.values.tolist() == list(range(8))
+    np.testing.assert_allclose(np.log(b.posterior["x"]), b.unconstrained_posterior["x"], rtol=1e-12, atol=1e-14)
+    assert b.attrs["inference_library"] == "pyroebm"
+    thin = open_run(tmp_path, thinning=3)
+    assert thin.posterior.draw.values.tolist() == [2, 5]
+    np.testing.assert_array_equal(thin.posterior["x"], a.posterior["x"][:, 2::3])
+    for mcmc in (memory, stored):
+        mcmc.run_more(3)
+    assert_same(memory, stored)
+    assert open_run(tmp_path).posterior["x"].shape == (8, 9)
+    later = driven(NUTS(), warmup_steps=10)
+    later.resume(energy, tmp_path)
+    assert_same(later, memory)
+
+
+def test_the_sites_of_a_model_stream_under_their_names(tmp_path: Path) -> None:
+    def model() -> None:
+        scale = pyro.sample("scale", dist.HalfNormal(1.0))
+        pyro.sample("x", dist.Normal(0.0, scale).expand([3]).to_event(1))
+
+    energy = ModelEnergy(model)
+    whole, stored, later = (driven(NUTS(), 4, warmup_steps=10) for _ in range(3))
+    whole.run(energy)
+    stored.run(energy, store=tmp_path)
+    later.resume(energy, tmp_path)
+    assert_same(later, whole)
+    a, b = whole.to_arviz().posterior, open_run(tmp_path).posterior
+    assert set(b.data_vars) == {"scale", "x"}
+    for site in b.data_vars:
+        assert a[site].dims == b[site].dims
+        np.testing.assert_array_equal(a[site].values, b[site].values)
+
+
+def test_a_folder_says_what_it_holds_and_what_it_lacks(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds no run"):
+        open_run(tmp_path)
+    with pytest.raises(ValueError, match="holds no state of block 0"):
+        driven(MALA()).resume(Stops(), tmp_path)
+    half = driven(MALA(), warmup_steps=0, ranks=(0, 2))
+    half.run(Stops(), store=tmp_path)
+    with pytest.raises(ValueError, match=r"draws of blocks 0 to 2, got none of \[1, 2\]"):
+        open_run(tmp_path)
+    for again in (half, driven(MALA(), seed=6, ranks=(1, 2))):
+        with pytest.raises(ValueError, match="holds a run already"):
+            again.run(Stops(), store=tmp_path)
+    with pytest.raises(ValueError, match="thinning must be"):
+        open_run(tmp_path, thinning=0)
+
+
+def test_ranks_may_begin_at_one_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = Store(tmp_path, dict), Store(tmp_path, dict)
+    replace, seen = os.replace, list[str]()
+
+    def meanwhile(source: Path, target: Path) -> None:
+        seen.append(source.name)
+        if len(seen) == 1:
+            second.begin(Layout(128, 64, (1, 2)), {"num_chains": 128})
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", meanwhile)
+    first.begin(Layout(128, 64, (0, 2)), {"num_chains": 128})
+    assert len(set(seen)) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_a_part_that_cannot_be_read_is_named_and_not_left_out(tmp_path: Path) -> None:
+    driven(MALA(0.5), warmup_steps=0).run(Stops(), store=tmp_path)
+    part = next(tmp_path.glob("block00001-draws-*.nc"))
+    part.write_bytes(part.read_bytes()[:500])
+    with pytest.raises(ValueError, match=r"block00001-draws-000000000.nc cannot be read, or lacks the group 'posterior'"):
+        open_run(tmp_path)
+
+
+def test_a_write_that_is_broken_off_loses_nothing_that_was_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def short() -> MCMC:
+        return driven(MALA(0.5), 5, warmup_steps=0, num_samples=3)
+
+    whole = short()
+    whole.run(Stops())
+    replace = os.replace
+    for broken_at in (2, 5, 6, 10, 13):
+        folder, calls = tmp_path / str(broken_at), 0
+
+        def dies(source: Path, target: Path, at: int = broken_at) -> None:
+            nonlocal calls
+            calls += 1
+            if calls >= at:
+                raise OSError("the machine went down")
+            replace(source, target)
+
+        monkeypatch.setattr(os, "replace", dies)
+        with pytest.raises(OSError, match="went down"):
+            short().run(Stops(), store=folder, checkpoint_every=0)
+        monkeypatch.setattr(os, "replace", replace)
+        again = short()
+        if broken_at == 2:  # before the last block's first state was there
+            with pytest.raises(ValueError, match="holds no state of block"):
+                again.resume(Stops(), folder)
+            continue
+        again.resume(Stops(), folder)
+        assert_same(again, whole)
+
+
+def test_a_large_run_says_beforehand_what_it_takes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    driven(MALA(), warmup_steps=0).run(Stops())
+    assert "GiB" not in capsys.readouterr().err
+    monkeypatch.setattr(record, "LARGE", 6 * 8 * 41 - 1)  # six draws of eight chains of 2 + 4 numbers and 17 bytes
+    mcmc = driven(MALA(), warmup_steps=0)
+    mcmc.run(Stops())
+    assert "6 draws of 8 chains will take 0.0 GiB in memory; run(energy, store=folder)" in capsys.readouterr().err
+    mcmc.run_more(3)
+    assert "9 draws of 8 chains will take" in capsys.readouterr().err
+
+
+# Processes
+
+KILLED = """
+    import itertools, os, signal, sys
+    sys.path[:0] = ["tests", "tests/mcmc"]
+    from pyroebm.mcmc import sampler
+    from test_long_runs import Stops, driven, NUTS
+    sampler.time.monotonic = itertools.count().__next__  # a clock that is looked at once in every turn of the blocks
+    energy = Stops(int(sys.argv[2]), lambda: os.kill(os.getpid(), signal.SIGKILL))
+    driven(NUTS(), 4).run(energy, store=sys.argv[1], checkpoint_every=4)
+"""
+RANK = """
+    import sys
+    import torch.distributed as dist
+    sys.path[:0] = ["tests", "tests/mcmc"]
+    from pyroebm.training import distributed
+    from test_long_runs import Stops, driven, NUTS
+    dist.init_process_group("gloo", init_method="file://" + sys.argv[1] + ".rendezvous", rank=int(sys.argv[2]), world_size=2)
+    driven(NUTS(), ranks=distributed.ranks()).run(Stops(), store=sys.argv[1])
+    dist.barrier()
+    dist.destroy_process_group()
+"""
+
+
+def start(script: str, *arguments: str) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen([sys.executable, "-c", textwrap.dedent(script), *arguments], cwd=ROOT, env=environment)
+
+
+def test_a_killed_process_loses_no_draw_that_was_written(tmp_path: Path) -> None:
+    whole, counted = driven(NUTS(), 4), Stops()
+    whole.run(counted)
+    process = start(KILLED, str(tmp_path), str(counted.calls - 4))
+    assert process.wait(120) == -signal.SIGKILL
+    assert len(list(tmp_path.glob("block00000-warmup-*.nc"))) > 5
+    kept = open_run(tmp_path).posterior["x"].values
+    assert 0 < kept.shape[1] < 6
+    np.testing.assert_array_equal(kept, whole.get_samples(group_by_chain=True)["x"][:, : kept.shape[1]])
+    again = driven(NUTS(), 4)
+    again.resume(Stops(), tmp_path)
+    assert_same(again, whole)
+
+
+def test_two_processes_draw_what_one_does(tmp_path: Path) -> None:
+    whole = driven(NUTS())
+    whole.run(Stops())
+    processes = [start(RANK, str(tmp_path / "run"), str(rank)) for rank in range(2)]
+    assert [process.wait(120) for process in processes] == [0, 0]
+    np.testing.assert_array_equal(open_run(tmp_path / "run").posterior["x"], whole.get_samples(group_by_chain=True)["x"])
+
+
+def test_ranks_are_those_of_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert distributed.ranks() == (0, 1)
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert distributed.ranks() == (2, 3)
+    mcmc = MCMC(MALA(), 5, 0, num_chains=6, seed=0, chain_batch_size=2, ranks=distributed.ranks())
+    mcmc.run(DoubleWell())
+    assert mcmc.get_samples(group_by_chain=True)["x"].shape == (2, 5)

@@ -1,0 +1,193 @@
+"""Training in two processes: averaged gradients are those of one, each has chains of its own, and a resumed run is the same."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from pyroebm.energies import BernoulliRBM, MLPEnergy
+from pyroebm.kernels import ULA
+from pyroebm.objectives import Centring, ExactLikelihood, PersistentCD
+from pyroebm.training import Batches, Guard, distributed, fit, read_log
+
+F64 = torch.float64
+ROOT = Path(__file__).resolve().parents[2]
+SGD = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.5)
+BITS = (torch.rand(23, 4, dtype=F64, generator=torch.Generator().manual_seed(0)) < 0.4).to(F64)  # the last batch is uneven
+
+
+def rbm(seed: int = 0) -> BernoulliRBM:
+    weight = 0.3 * torch.randn(4, 3, dtype=F64, generator=torch.Generator().manual_seed(seed))
+    return BernoulliRBM(4, 3, weight=weight, dtype=F64)
+
+
+def exactly(seed: int = 0, **options: Any) -> dict[str, Tensor]:
+    """A training whose loss is a mean over rows, and its facts."""
+    machine = rbm(seed)
+    facts = [f for _, _, f in fit(machine, ExactLikelihood(), BITS, steps=9, batch_size=10, optimizer=SGD, **options)]
+    return {**machine.state_dict(), "log_likelihood": torch.tensor([f["log_likelihood"] for f in facts])}
+
+
+def centred() -> dict[str, Tensor]:
+    """Gradients of means over rows, transformed by offsets that are means over rows."""
+    machine, centring = rbm(), Centring(rate=0.3)
+    loss = ExactLikelihood()
+    list(fit(machine, Means(loss), BITS, steps=6, batch_size=10, optimizer=SGD, transform=centring))
+    return {**machine.state_dict(), **centring.state_dict()}
+
+
+class Means(torch.nn.Module):
+    """The exact likelihood, saying the mean units that :class:`Centring` reads."""
+
+    def __init__(self, inner: ExactLikelihood) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, energy: BernoulliRBM, batch: Tensor, *, generator: Any = None) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, facts = self.inner(energy, batch)
+        hidden = torch.sigmoid(batch @ energy.weight + energy.hidden_bias).detach()
+        return loss, facts | {"mean_0": batch.mean(0), "mean_1": hidden.mean(0)}
+
+
+def chained(folder: Path | None, steps: int = 12, stop: int | None = None, seed: int = 0) -> dict[str, Tensor]:
+    """Persistent chains with a buffer, a guard, a checkpoint and a log."""
+    energy = MLPEnergy((2,), (8,), scale=2.0, dtype=F64, generator=torch.Generator().manual_seed(seed))
+    objective = PersistentCD(5, 2, ULA(0.3), buffer_size=20, restart=0.1)
+    data = torch.randn(30, 2, dtype=F64, generator=torch.Generator().manual_seed(1))
+    options: dict[str, Any] = {} if folder is None else {"checkpoint": folder / "run.safetensors", "log": folder / "run.jsonl"}
+    run = fit(
+        energy, objective, data, steps=steps, batch_size=8, resume=folder is not None, guard=Guard(rollback=True), **options
+    )
+    losses = []
+    for step, loss, _ in run:
+        losses.append(loss)
+        if step == stop:
+            break
+    run.close()  # type: ignore[attr-defined]
+    return {**energy.state_dict(), **objective.state_dict(), "losses": torch.tensor(losses)}
+
+
+SCRIPT = """
+    import sys
+    sys.path[:0] = ["tests", "tests/training"]
+    from safetensors.torch import save_file
+    from test_distributed import *
+    folder, out = Path(sys.argv[1]), {}
+    with distributed.process_group() as (rank, world):
+        assert world == 2
+        out |= {f"exactly.{k}": v for k, v in exactly(seed=rank).items()}  # all begin where the first does
+        out |= {f"centred.{k}": v for k, v in centred().items()}
+        out |= {f"whole.{k}": v for k, v in chained(None).items()}
+        chained(folder, stop=4)
+        out |= {f"resumed.{k}": v for k, v in chained(folder, seed=7).items()}
+        gradient = torch.nn.Parameter(torch.zeros(2, dtype=F64)), torch.nn.Parameter(torch.zeros((), dtype=F64))
+        gradient[0].grad = torch.full((2,), 1.0 + rank, dtype=F64)
+        facts = distributed.average_gradients(gradient, {"n": torch.tensor(float(rank))}, 1.0 + 2.0 * rank)
+        assert gradient[1].grad is None
+        out |= {"averaged": gradient[0].grad, "fact": facts["n"]}
+        assert distributed.gather_bytes(bytes([rank] * (rank + 1))) == [b"\\0", b"\\1\\1"]
+    save_file({k: v.contiguous() for k, v in out.items()}, folder / f"rank{rank}.safetensors")
+"""
+
+
+def torchrun(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=100)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Tensor]]]:
+    """What two processes found."""
+    folder = tmp_path_factory.mktemp("two")
+    (folder / "script.py").write_text(textwrap.dedent(SCRIPT))
+    done = torchrun(str(folder / "script.py"), str(folder))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder, [load_file(folder / f"rank{rank}.safetensors") for rank in range(2)]
+
+
+def part(found: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    return {k.removeprefix(f"{name}."): v for k, v in found.items() if k.startswith(f"{name}.")}
+
+
+def test_averaged_gradients_are_those_of_one_process(two: Any) -> None:
+    """Nine steps on batches of 10 rows and 3, shared 5 and 5 and 2 and 1: parameters and facts as one process has them."""
+    _, found = two
+    for rank in found:
+        torch.testing.assert_close(part(rank, "exactly"), exactly(), rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(part(rank, "centred"), centred(), rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(rank["averaged"], torch.full((2,), 1.75, dtype=F64))
+        assert float(rank["fact"]) == 0.75
+
+
+def test_an_unweighted_average_is_caught() -> None:
+    """The last batch has two rows in one process and one in the other: the plain mean of their gradients is another number."""
+    machine = rbm()
+    batches = [Batches(BITS, 10, 0, (rank, 2))(2) for rank in range(2)]
+    assert [len(batch) for batch in batches] == [2, 1]
+    whole = Batches(BITS, 10)(2)
+    grads = [torch.autograd.grad(ExactLikelihood()(machine, batch)[0], machine.visible_bias)[0] for batch in (*batches, whole)]
+    torch.testing.assert_close((2 * grads[0] + grads[1]) / 3, grads[2])
+    assert not torch.allclose((grads[0] + grads[1]) / 2, grads[2], atol=1e-3)
+
+
+def test_chains_are_each_process_s_own(two: Any) -> None:
+    _, (first, second) = two
+    for name in ("whole", "resumed"):
+        one, other = part(first, name), part(second, name)
+        assert not (one["chains"] == other["chains"]).any()
+        for key in set(one) - {"chains"}:
+            assert torch.equal(one[key], other[key]), f"{key} differs between processes"
+
+
+def test_two_processes_resume_bit_for_bit(two: Any) -> None:
+    folder, found = two
+    for rank in found:
+        whole, resumed = part(rank, "whole"), part(rank, "resumed")
+        for key in set(whole) - {"losses"}:
+            assert torch.equal(whole[key], resumed[key]), f"{key} differs after an interruption"
+        assert torch.equal(whole["losses"][5:], resumed["losses"])
+    assert sorted(path.name for path in folder.glob("run*")) == ["run.jsonl", "run.safetensors"]
+    assert [line["step"] for line in read_log(folder / "run.jsonl")] == list(range(12))
+    with pytest.raises(ValueError, match=r"settings of this training.*'ranks': 1"):
+        chained(folder)
+
+
+def test_shares_make_the_batch() -> None:
+    whole = Batches(BITS, 10, 3)
+    shares = [Batches(BITS, 10, 3, (rank, 3)) for rank in range(3)]
+    for step in range(7):
+        together = torch.cat([share.numbers(step) for share in shares])
+        assert together.sort().values.tolist() == whole.numbers(step).sort().values.tolist()
+    with pytest.raises(ValueError, match="each of 4 processes needs a row"):
+        Batches(BITS, 10, 0, (0, 4))
+
+
+def test_one_process_is_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outside a group, whatever torchrun has set, a training is one process's own."""
+    truth = exactly()
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    torch.testing.assert_close(exactly(), truth, rtol=0, atol=0)
+    assert distributed.connected_ranks() == (0, 1)
+    assert distributed.gather_bytes(b"abc") == [b"abc"]
+
+
+def test_a_recipe_under_torchrun(tmp_path: Path) -> None:
+    """The first process alone speaks and writes."""
+    done = torchrun("-m", "models.boltzmann_machine", "--quick", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("172.42") == 1
+    assert json.loads((tmp_path / "metrics.json").read_text())["name"] == "boltzmann_machine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["boltzmann_machine.png", "metrics.json"]
