@@ -16,7 +16,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
-from pyro.distributions import transforms as T
+from pyro.distributions import transforms as transforms
 from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
@@ -77,8 +77,8 @@ def real_nvp(data: Tensor) -> Flow:
     """Six affine couplings (Dinh, Sohl-Dickstein and Bengio, 2017), started at the width of the data."""
     parts: list[torch.distributions.Transform] = []
     for _ in range(6):
-        parts += [T.affine_coupling(2, hidden_dims=[32, 32]), T.Permute(torch.tensor([1, 0]))]
-    return Flow([*parts, T.AffineTransform(data.mean(0), data.std(0), event_dim=1)], dim=2, total_dim=2)
+        parts += [transforms.affine_coupling(2, hidden_dims=[32, 32]), transforms.Permute(torch.tensor([1, 0]))]
+    return Flow([*parts, transforms.AffineTransform(data.mean(0), data.std(0), event_dim=1)], dim=2, total_dim=2)
 
 
 def train(

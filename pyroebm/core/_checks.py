@@ -70,8 +70,8 @@ def check_kind(energy: object, kind: type) -> None:
         )
 
 
-def check_counts(least: dict[str, int], *values: int) -> None:
+def check_counts(least: dict[str, int], *values: object) -> None:
     """ValueError unless each value, in the order of the names, is an integer of at least the number named with it."""
     for (name, bound), value in zip(least.items(), values, strict=True):
-        if not isinstance(value, Integral) or isinstance(value, bool) or value < bound:
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < bound:
             raise ValueError(f"{name} must be an integer of at least {bound}, got {name}={value!r}")

@@ -81,7 +81,8 @@ class Path(Energy):
         """What :class:`pyroebm.kernels.gibbs.HasSiteLogits` asks for, where both ends have it."""
         beta = self._beside(x).unsqueeze(-1)
         target, *reference = (offer(x, site) for offer in self._offers)
-        return beta * target + (1.0 - beta) * reference[0] if reference else beta * target
+        logits: Tensor = beta * target
+        return logits + (1.0 - beta) * reference[0] if reference else logits
 
     def _beside(self, x: Tensor) -> Tensor:
         batch = self.batch_shape(x)

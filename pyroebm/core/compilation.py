@@ -149,7 +149,7 @@ class _Replayed(Energy):
 
     def forward(self, x: Tensor) -> Tensor:
         graph, constants = self.graphs[x.shape]
-        values: Tensor = _Replay.apply(x, graph, constants)
+        values: Tensor = _Replay.apply(x, graph, constants)  # type: ignore[no-untyped-call]
         return values
 
 

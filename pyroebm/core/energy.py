@@ -201,8 +201,9 @@ class Tempered(Energy):
     """
 
     def __init__(self, energy: Energy, beta: float) -> None:
-        learned = isinstance(beta, Tensor) and beta.requires_grad  # float() would drop its gradient in silence
-        if learned or not (isinstance(beta, Real | Tensor) and 0.0 < float(beta) < math.inf):
+        given: object = beta
+        learned = isinstance(given, Tensor) and given.requires_grad  # float() would drop its gradient in silence
+        if learned or not (isinstance(given, Real | Tensor) and 0.0 < float(given) < math.inf):
             raise ValueError(f"beta must be a positive finite number without gradient, got beta={beta!r}")
         super().__init__(energy.event_shape, energy.support)
         self.energy: Energy = energy

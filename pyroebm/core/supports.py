@@ -81,7 +81,7 @@ def _same_setting(a: Any, b: Any) -> bool:
 def inside(support: Constraint, x: Tensor, event_dims: int) -> Tensor:
     """Whether each event lies in the support: ``(*batch, *event) -> (*batch)``, boolean. A NaN lies in none."""
     base = base_constraint(support)
-    fits = base.check(x) & torch.isfinite(x if base.event_dim == 0 else event_sum(x, base.event_dim))
+    fits: Tensor = base.check(x) & torch.isfinite(x if base.event_dim == 0 else event_sum(x, base.event_dim))
     missing = event_dims - base.event_dim
     return fits.flatten(-missing).all(-1) if missing > 0 else fits
 
@@ -127,12 +127,13 @@ def unconstraining(support: Constraint) -> Transform:
             " discrete states (Gibbs) or a continuous relaxation"
         )
     try:
-        return biject_to(base_constraint(support))
+        transform: Transform = biject_to(base_constraint(support))
     except NotImplementedError:
         raise ValueError(
             f"support={support} has no bijection from R^d registered with torch.distributions.biject_to; register one, or"
             " give the energy support=constraints.real and return +inf outside the domain"
         ) from None
+    return transform
 
 
 def draw_initial(
@@ -162,14 +163,16 @@ def draw_initial(
         return torch.nn.functional.one_hot(index, shape[-1]).to(dtype)
     if isinstance(base, constraints.integer_interval):
         low, high = base.lower_bound, base.upper_bound
-        return (low + torch.floor(noise(shape) * (high - low + 1))).clamp(max=high).to(dtype)
+        drawn: Tensor = low + torch.floor(noise(shape) * (high - low + 1))
+        return drawn.clamp(max=high).to(dtype)
     if base.is_discrete:
         raise ValueError(
             f"support={support} has no default starting states; override initial(n, generator) in the energy, returning"
             f" a tensor of shape (n, *event_shape)"
         )
     transform = unconstraining(base)
-    return transform(4.0 * noise(transform.inverse_shape(shape)) - 2.0).to(dtype)
+    x: Tensor = transform(4.0 * noise(transform.inverse_shape(shape)) - 2.0)
+    return x.to(dtype)
 
 
 def search_finite(

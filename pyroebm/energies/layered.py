@@ -184,7 +184,7 @@ def layer_names(count: int) -> list[str]:
     return ["visible", "hidden"] if count == 2 else ["visible", *(f"hidden{k}" for k in range(1, count))]
 
 
-def check_sizes(name: str, **sizes: int) -> None:
+def check_sizes(name: str, **sizes: object) -> None:
     """ValueError unless every layer has a unit."""
     for argument, size in sizes.items():
         if isinstance(size, bool) or not isinstance(size, Integral) or size < 1:

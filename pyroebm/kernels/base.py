@@ -257,7 +257,10 @@ def uniform_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
 
 def choose(condition: Tensor, new: S, old: S) -> S:
     """Row by row: the new state where ``condition`` (chains,) holds. ``where`` and not arithmetic, so that no NaN leaks."""
-    pick = lambda a, b: torch.where(condition.reshape(-1, *[1] * (a.dim() - 1)), a, b)  # noqa: E731
+
+    def pick(a: Tensor, b: Tensor) -> Tensor:
+        return torch.where(condition.reshape(-1, *[1] * (a.dim() - 1)), a, b)
+
     fields: Any = zip(new, old, strict=True)  # type: ignore[call-overload]
     kind: Any = type(new)
     chosen: S = kind._make(pick(a, b) for a, b in fields)

@@ -40,7 +40,8 @@ MAX_BLOCK = 4
 
 def kinetic(p: Tensor) -> Tensor:
     r""":math:`K(p) = \frac12 |p|^2` of each row, for whitened momenta."""
-    return 0.5 * torch.linalg.vecdot(p, p)
+    energies: Tensor = 0.5 * torch.linalg.vecdot(p, p)
+    return energies
 
 
 def draw_momentum(q: Tensor, generator: torch.Generator | None) -> Tensor:

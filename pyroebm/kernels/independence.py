@@ -190,7 +190,8 @@ class Jumps(Kernel[JumpsState]):
     @property
     def step_size(self) -> float | Tensor:
         """That of the local kernel."""
-        return self.kernel.step_size  # type: ignore[attr-defined]
+        size: float | Tensor = self.kernel.step_size  # type: ignore[attr-defined]
+        return size
 
     @property
     def inverse_mass(self) -> Any:

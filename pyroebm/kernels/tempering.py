@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple, Self, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar, cast
 
 import numpy as np
 import torch
@@ -279,9 +279,10 @@ def by_row(state: T) -> T:
     return _each(state, lambda field: field.flatten(0, 1))
 
 
-def _each(state: Any, f: Callable[[Tensor], Tensor]) -> Any:
-    fields = (_each(value, f) if isinstance(value, tuple) else value if value is None else f(value) for value in state)
-    return type(state)._make(fields)
+def _each(state: T, f: Callable[[Tensor], Tensor]) -> T:
+    named_tuple: Any = state
+    fields = (_each(v, f) if isinstance(v, tuple) else v if v is None else f(v) for v in named_tuple)
+    return cast(T, type(named_tuple)._make(fields))
 
 
 def _with_fresh_reference(path: Path, reference: Energy, inner: Any, generator: torch.Generator | None) -> Tensor:

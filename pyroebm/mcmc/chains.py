@@ -92,9 +92,13 @@ class Record:
 
     def make_room(self, count: int) -> None:
         """Make room in memory for ``count`` draws in all; a part needs none."""
-        if self.part is None and (more := count - len(self.x)) > 0:
-            extend = lambda t: torch.cat([t, t.new_empty((more, *t.shape[1:]))])  # noqa: E731
-            self.x, self._stats = extend(self.x), {name: extend(value) for name, value in self._stats.items()}
+        more = count - len(self.x)
+        if self.part is None and more > 0:
+
+            def extended(t: Tensor) -> Tensor:
+                return torch.cat([t, t.new_empty((more, *t.shape[1:]))])
+
+            self.x, self._stats = extended(self.x), {name: extended(value) for name, value in self._stats.items()}
 
     def load(self, x: Tensor, stats: dict[str, Tensor]) -> None:
         """Take over draws kept elsewhere."""

@@ -215,5 +215,5 @@ def _geometric_mean(a: Tensor, b: Tensor) -> Tensor:
     r"""The geometric mean of a and the inverse of b: the positive definite M with :math:`M b M = a`."""
     lower, _ = torch.linalg.cholesky_ex(b)
     values, vectors = torch.linalg.eigh(lower.mT @ a @ lower)
-    half = torch.linalg.solve_triangular(lower.mT, vectors * values.pow(0.25), upper=True)
+    half: Tensor = torch.linalg.solve_triangular(lower.mT, vectors * values.pow(0.25), upper=True)
     return half @ half.mT

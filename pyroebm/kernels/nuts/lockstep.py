@@ -183,7 +183,7 @@ def _spawn(generator: torch.Generator | None, device: torch.device) -> torch.Gen
 
 def _first_row(level: int) -> int:
     """Where the noise of a doubling begins, after that of those before: 2 rows, and one for each leaf."""
-    return 2**level - 1 + 2 * level
+    return (1 << level) - 1 + 2 * level
 
 
 def _trunk(energy: Energy, noise: Tensor, *tensors: Tensor, kind: type[Metric], levels: int) -> tuple[Tensor, ...]:
