@@ -1,1 +1,2 @@
-"""Benchmarks, run from a checkout: `python -m benchmarks.samplers`, then `python -m benchmarks.tables`."""
+"""Benchmarks, run from a checkout: `python -m benchmarks.samplers`, then `python -m
+benchmarks.tables`."""

@@ -1,9 +1,11 @@
-"""Restricted Boltzmann machine of 784-500 units: training and AIS, beside scikit-learn, rbms, and the bare matrix products.
+"""Restricted Boltzmann machine of 784-500 units: training and AIS, beside scikit-learn, rbms, and
+the bare matrix products.
 
     python -m benchmarks.boltzmann [--quick] [--threads N] [--out DIR]
 
-All libraries take turns in one process, on one core unless told otherwise: milliseconds of a step of PCD-1 (batches of 100, 100
-chains) and of a temperature of AIS (100 chains), medians of five rounds. A library that is not installed has no rows.
+All libraries take turns in one process, on one core unless told otherwise: milliseconds of a step
+of PCD-1 (batches of 100, 100 chains) and of a temperature of AIS (100 chains), medians of five
+rounds. A library that is not installed has no rows.
 """
 
 from __future__ import annotations
@@ -43,7 +45,9 @@ def data(n: int = 2000) -> torch.Tensor:
 
 def machine(dtype: torch.dtype = torch.float32) -> BernoulliRBM:
     """Weights as small as after some training."""
-    weight = 0.1 * torch.randn(VISIBLE, HIDDEN, generator=torch.Generator().manual_seed(1), dtype=dtype)
+    weight = 0.1 * torch.randn(
+        VISIBLE, HIDDEN, generator=torch.Generator().manual_seed(1), dtype=dtype
+    )
     return BernoulliRBM(VISIBLE, HIDDEN, weight=weight, dtype=dtype)
 
 
@@ -55,16 +59,23 @@ def ours(centred: bool) -> Timed:
     objective = PersistentCD(num_chains=BATCH)
 
     def steps(n: int) -> None:
-        for _ in fit(rbm, objective, x, steps=n, optimizer=optimizer, transform=transform, progress=False):
+        for _ in fit(
+            rbm, objective, x, steps=n, optimizer=optimizer, transform=transform, progress=False
+        ):
             pass
 
     return steps
 
 
 def products(dtype: torch.dtype = torch.float32) -> Timed:
-    """What PCD-1 cannot do without: the fields of data and chains, both products of the gradient, one way down."""
+    """What PCD-1 cannot do without: the fields of data and chains, both products of the gradient,
+    one way down."""
     rbm, x = machine(dtype), data(BATCH).to(dtype)
-    w, h, both = rbm.weight.detach(), torch.rand(BATCH, HIDDEN, dtype=dtype), torch.rand(2 * BATCH, HIDDEN, dtype=dtype)
+    w, h, both = (
+        rbm.weight.detach(),
+        torch.rand(BATCH, HIDDEN, dtype=dtype),
+        torch.rand(2 * BATCH, HIDDEN, dtype=dtype),
+    )
     pair = torch.cat([x, x])
 
     def steps(n: int) -> None:
@@ -96,7 +107,9 @@ def rbms_machine() -> Any:
 
     rbm = machine()
     return BBRBM(
-        weight_matrix=rbm.weight.detach().clone(), vbias=rbm.visible_bias.detach().clone(), hbias=rbm.hidden_bias.detach().clone()
+        weight_matrix=rbm.weight.detach().clone(),
+        vbias=rbm.visible_bias.detach().clone(),
+        hbias=rbm.hidden_bias.detach().clone(),
     )
 
 
@@ -114,7 +127,9 @@ def rbms_pcd(centred: bool) -> Timed:
         for step in range(n):
             begin = step * BATCH % len(x)
             optimizer.zero_grad(set_to_none=False)
-            chains, _ = fit_batch_pcd((x[begin : begin + BATCH], weights), chains, params, 1, 1.0, centred)
+            chains, _ = fit_batch_pcd(
+                (x[begin : begin + BATCH], weights), chains, params, 1, 1.0, centred
+            )
             optimizer.step()
 
     return steps
@@ -148,12 +163,48 @@ def rbms_ais() -> Timed:
 #: Case, library, what of it, how to make it, and what is told of it.
 CONTESTANTS: tuple[tuple[str, str, str, Callable[[], Timed], dict[str, Any]], ...] = (
     ("pcd", "torch", "products alone", products, {"dtype": "float32"}),
-    ("pcd", "pyroebm", "fit", functools.partial(ours, False), {"dtype": "float32", "centred": False}),
-    ("pcd", "pyroebm", "fit, centred", functools.partial(ours, True), {"dtype": "float32", "centred": True}),
-    ("pcd", "rbms", "fit_batch_pcd", functools.partial(rbms_pcd, False), {"dtype": "float32", "centred": False}),
-    ("pcd", "rbms", "fit_batch_pcd, centred", functools.partial(rbms_pcd, True), {"dtype": "float32", "centred": True}),
-    ("pcd", "sklearn", "partial_fit, float32", functools.partial(scikit_learn, np.float32), {"dtype": "float32"}),
-    ("pcd", "sklearn", "partial_fit, float64", functools.partial(scikit_learn, np.float64), {"dtype": "float64"}),
+    (
+        "pcd",
+        "pyroebm",
+        "fit",
+        functools.partial(ours, False),
+        {"dtype": "float32", "centred": False},
+    ),
+    (
+        "pcd",
+        "pyroebm",
+        "fit, centred",
+        functools.partial(ours, True),
+        {"dtype": "float32", "centred": True},
+    ),
+    (
+        "pcd",
+        "rbms",
+        "fit_batch_pcd",
+        functools.partial(rbms_pcd, False),
+        {"dtype": "float32", "centred": False},
+    ),
+    (
+        "pcd",
+        "rbms",
+        "fit_batch_pcd, centred",
+        functools.partial(rbms_pcd, True),
+        {"dtype": "float32", "centred": True},
+    ),
+    (
+        "pcd",
+        "sklearn",
+        "partial_fit, float32",
+        functools.partial(scikit_learn, np.float32),
+        {"dtype": "float32"},
+    ),
+    (
+        "pcd",
+        "sklearn",
+        "partial_fit, float64",
+        functools.partial(scikit_learn, np.float64),
+        {"dtype": "float64"},
+    ),
     ("ais", "torch", "products alone", ais_products, {"dtype": "float32"}),
     ("ais", "pyroebm", "ais", our_ais, {"dtype": "float32"}),
     ("ais", "rbms", "compute_partition_function_ais", rbms_ais, {"dtype": "float32"}),
@@ -166,7 +217,10 @@ def measure(steps: int, rounds: int, threads: int) -> list[Row]:
     ready, milliseconds = {}, dict[int, list[float]]()
     for number, (case, library, what, make, _) in enumerate(CONTESTANTS):
         if importlib.util.find_spec(library) is None:
-            print(f"{case}: {library} {what}: missing, no row (pip install -c benchmarks/constraints.txt -e '.[bench]')")
+            print(
+                f"{case}: {library} {what}: missing, no row (pip install -c"
+                f" benchmarks/constraints.txt -e '.[bench]')"
+            )
             continue
         ready[number] = make()
     for _ in range(rounds + 1):
@@ -196,14 +250,26 @@ def measure(steps: int, rounds: int, threads: int) -> list[Row]:
             }
         )
         limit = statistics.median(milliseconds[0 if case == "pcd" else 7][1:])
-        print(f"{case}: {library} {what}: {made['value']:.2f} ms, {limit / made['value']:.0%} of the products' speed")
+        print(
+            f"{case}: {library} {what}: {made['value']:.2f} ms, {limit / made['value']:.0%} of the"
+            f" products' speed"
+        )
     return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.boltzmann", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help=f"a few steps, to {QUICK_RESULTS}: no timings")
-    parser.add_argument("--threads", type=int, default=1, help="of torch; set OMP_NUM_THREADS to the same for the peers")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.boltzmann", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help=f"a few steps, to {QUICK_RESULTS}: no timings"
+    )
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=1,
+        help="of torch; set OMP_NUM_THREADS to the same for the peers",
+    )
     parser.add_argument("--out", type=Path, help=f"folder of boltzmann.json (default {RESULTS})")
     options = parser.parse_args()
     rows = measure(*((5, 1) if options.quick else (200, 5)), options.threads)

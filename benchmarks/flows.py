@@ -1,10 +1,12 @@
-"""Flows fitted to densities: pyroebm, normflows, zuko and Pyro's SVI, by their speed and by their error at equal time.
+"""Flows fitted to densities: pyroebm, normflows, zuko and Pyro's SVI, by their speed and by their
+error at equal time.
 
     python -m benchmarks.flows [--quick] [--case CASE] [--seconds S] [--seeds N] [--out DIR]
 
-All take turns in one process, on one core, in float32. `nice`: milliseconds of a step of training of the same additive couplings,
-as medians of rounds. Every other case: a flow of each library trained for as many seconds of the processor, and what its draws
-are worth, judged alike. Seconds are of processor time. A library that is not installed has no rows.
+All take turns in one process, on one core, in float32. `nice`: milliseconds of a step of training
+of the same additive couplings, as medians of rounds. Every other case: a flow of each library
+trained for as many seconds of the processor, and what its draws are worth, judged alike. Seconds
+are of processor time. A library that is not installed has no rows.
 """
 
 from __future__ import annotations
@@ -39,7 +41,10 @@ def available(case: str, library: str, method: str) -> bool:
     """Whether a library is installed; says so if not."""
     found = importlib.util.find_spec(library) is not None
     if not found:
-        print(f"{case}: {library} {method}: missing, no row (pip install -c benchmarks/constraints.txt -e '.[bench]')")
+        print(
+            f"{case}: {library} {method}: missing, no row (pip install -c"
+            f" benchmarks/constraints.txt -e '.[bench]')"
+        )
     return found
 
 
@@ -51,7 +56,8 @@ def version(library: str) -> str:
 
 
 def measure_steps(calls: int, rounds: int, compiled: bool) -> list[Row]:
-    """All contestants in turn, round by round; the first calls of each warm up, or compile, and are told apart."""
+    """All contestants in turn, round by round; the first calls of each warm up, or compile, and are
+    told apart."""
     rows = []
     for dim in DIMS:
         ready, first = [], []
@@ -72,18 +78,42 @@ def measure_steps(calls: int, rounds: int, compiled: bool) -> list[Row]:
                 values.append((time.process_time() - begin) / calls)
         limit = statistics.median(found[0])
         for (library, method, _), values, once in zip(ready, found, first, strict=True):
-            settings = {"method": method, "chains": DRAWS, "dim": dim, "threads": 1, "dtype": "float32", "repeats": rounds}
-            settings |= {"calls": calls, "statistic": "median, [min, max]", "couplings": additive.COUPLINGS}
-            rows.append(row(f"nice {dim}", library, "milliseconds", [1e3 * s for s in values], settings))
+            settings = {
+                "method": method,
+                "chains": DRAWS,
+                "dim": dim,
+                "threads": 1,
+                "dtype": "float32",
+                "repeats": rounds,
+            }
+            settings |= {
+                "calls": calls,
+                "statistic": "median, [min, max]",
+                "couplings": additive.COUPLINGS,
+            }
+            rows.append(
+                row(f"nice {dim}", library, "milliseconds", [1e3 * s for s in values], settings)
+            )
             if "compiled" in method:
-                rows.append(row(f"nice {dim}", library, "compile_seconds", [once], settings | {"repeats": 1}))
+                rows.append(
+                    row(
+                        f"nice {dim}", library, "compile_seconds", [once], settings | {"repeats": 1}
+                    )
+                )
             middle = statistics.median(values)
-            print(f"nice {dim}: {library} {method}: {1e3 * middle:.2f} ms, {limit / middle:.0%} of the limit's speed", flush=True)
+            print(
+                f"nice {dim}: {library} {method}: {1e3 * middle:.2f} ms, {limit / middle:.0%} of"
+                f" the limit's speed",
+                flush=True,
+            )
     return [made | {"version": version(made["library"])} for made in rows]
 
 
-def fit(case: FlowCase, make: Fitter, seconds: float, seed: int, draws: int, warmup: int) -> dict[str, float]:
-    """Train for about ``seconds``: as many steps as fit, by the time of another flow's, at least ``warmup``; then judge."""
+def fit(
+    case: FlowCase, make: Fitter, seconds: float, seed: int, draws: int, warmup: int
+) -> dict[str, float]:
+    """Train for about ``seconds``: as many steps as fit, by the time of another flow's, at least
+    ``warmup``; then judge."""
     target = case.make()
     torch.manual_seed(seed)
     probe = make(Counted(target), case.scale, 10**6)
@@ -100,17 +130,29 @@ def fit(case: FlowCase, make: Fitter, seconds: float, seed: int, draws: int, war
     begin = time.process_time()
     for _ in range(steps):
         training.step()
-    spent = {"seconds": time.process_time() - begin, "steps": float(steps), "evaluations": float(energy.evaluations)}
+    spent = {
+        "seconds": time.process_time() - begin,
+        "steps": float(steps),
+        "evaluations": float(energy.evaluations),
+    }
     return spent | judge(target, training.draw, training.log_weights, draws)
 
 
 def measure_fits(name: str, seconds: float, seeds: int, draws: int, warmup: int) -> list[Row]:
-    """Each library on a case, seed by seed; a seed that raises is named and left out, and where all do the error is null."""
+    """Each library on a case, seed by seed; a seed that raises is named and left out, and where all
+    do the error is null."""
     rows = []
     for (library, method), make in FITTERS[name].items():
         if not available(name, library, method):
             continue
-        settings = {"method": method, "chains": BATCH, "repeats": seeds, "seconds": seconds, "dtype": "float32", "threads": 1}
+        settings = {
+            "method": method,
+            "chains": BATCH,
+            "repeats": seeds,
+            "seconds": seconds,
+            "dtype": "float32",
+            "threads": 1,
+        }
         found = []
         for seed in range(seeds):
             try:
@@ -118,20 +160,31 @@ def measure_fits(name: str, seconds: float, seeds: int, draws: int, warmup: int)
             except (ValueError, ArithmeticError, RuntimeError) as error:
                 settings["failure"] = f"seed {seed}: {type(error).__name__}: {error}"[:200]
         found = found or [{"log_z_error": float("nan")}]
-        made = [row(name, library, metric, [one[metric] for one in found], settings) for metric in found[0]]
-        told = ", ".join(f"{one['metric']} {one['value']:.4g}" for one in made if one["value"] is not None)
+        made = [
+            row(name, library, metric, [one[metric] for one in found], settings)
+            for metric in found[0]
+        ]
+        told = ", ".join(
+            f"{one['metric']} {one['value']:.4g}" for one in made if one["value"] is not None
+        )
         print(f"{name}: {library} {method}: {told or settings.get('failure')}", flush=True)
         rows += made
     return [made | {"version": version(made["library"])} for made in rows]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.flows", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.flows", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument(
-        "--quick", action="store_true", help=f"a few steps, nothing compiled, to {QUICK_RESULTS}: no numbers to quote"
+        "--quick",
+        action="store_true",
+        help=f"a few steps, nothing compiled, to {QUICK_RESULTS}: no numbers to quote",
     )
     parser.add_argument("--case", choices=["nice", *FLOW_CASES], help="this case alone")
-    parser.add_argument("--seconds", type=float, default=12.0, help="processor seconds of a training")
+    parser.add_argument(
+        "--seconds", type=float, default=12.0, help="processor seconds of a training"
+    )
     parser.add_argument("--seeds", type=int, default=1, help="trainings of each flow")
     parser.add_argument("--out", type=Path, help=f"folder of flows.json (default {RESULTS})")
     options = parser.parse_args()
@@ -143,7 +196,14 @@ def main() -> None:
         write(path, measure_steps(*((1, 1, False) if options.quick else (20, 15, True))))
     for name in FLOW_CASES:
         if options.case in (None, name):
-            found = measure_fits(name, *((0.0, 1, 500, 2) if options.quick else (options.seconds, options.seeds, 50_000, 24)))
+            found = measure_fits(
+                name,
+                *(
+                    (0.0, 1, 500, 2)
+                    if options.quick
+                    else (options.seconds, options.seeds, 50_000, 24)
+                ),
+            )
             write(path, found)
     print(f"written to {path}")
 

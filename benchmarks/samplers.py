@@ -1,9 +1,12 @@
-"""Effective draws a second and a gradient: pyroebm, Pyro, NumPyro and BlackJAX on the same densities, each on one core.
+"""Effective draws a second and a gradient: pyroebm, Pyro, NumPyro and BlackJAX on the same
+densities, each on one core.
 
-    python -m benchmarks.samplers [--quick] [--only LIBRARY] [--case CASE] [--chains N] [--out DIR] [--repeats N] [--budget S]
+    python -m benchmarks.samplers [--quick] [--only LIBRARY] [--case CASE] [--chains N] [--out DIR]
+    [--repeats N] [--budget S]
 
-Each library meets each case in a process of its own. The rows go to DIR/samplers.json, in place of earlier ones of the same
-library and case; a library that is not installed, or fails, is named, and has no rows.
+Each library meets each case in a process of its own. The rows go to DIR/samplers.json, in place of
+earlier ones of the same library and case; a library that is not installed, or fails, is named, and
+has no rows.
 """
 
 from __future__ import annotations
@@ -33,7 +36,8 @@ SAMPLERS: tuple[tuple[str, str, int, dict[str, Any]], ...] = (
     ("pyroebm", "NUTS", 1, {"compile": True}),
     ("pyroebm", "NUTS", 256, {"compile": True}),
     ("pyroebm", "ChEES", 256, {"compile": True}),
-    # Four leapfrog steps whatever the case: about half a period of a normal density at an acceptance rate of 0.8.
+    # Four leapfrog steps whatever the case: about half a period of a normal density at an
+    # acceptance rate of 0.8.
     ("pyroebm", "HMC", 256, {"compile": True, "kernel": {"num_steps": 4}}),
     ("pyro", "NUTS", 1, {}),
     ("numpyro", "NUTS", 1, {}),
@@ -45,7 +49,14 @@ CURVES = ("chains curve", "dimension curve")
 LIBRARIES = tuple(dict.fromkeys(library for library, *_ in SAMPLERS))
 
 
-def plan(quick: bool, only: str | None, case: str | None, repeats: int, budget: float, chains: int | None = None) -> list[Job]:
+def plan(
+    quick: bool,
+    only: str | None,
+    case: str | None,
+    repeats: int,
+    budget: float,
+    chains: int | None = None,
+) -> list[Job]:
     """The jobs asked for, cases in order."""
     warmup, samples = (50, 50) if quick else (500, 1000)
     repeats, budget = (1, 1.0) if quick else (repeats, budget)
@@ -56,8 +67,14 @@ def plan(quick: bool, only: str | None, case: str | None, repeats: int, budget: 
     ]
     jobs += [Job(name, "pyroebm", "gradient", 0, 0, 0, repeats, budget, {}) for name in CASES]
     short = (20, 20) if quick else (150, 100)
-    jobs += [Job(name, "pyroebm", name, 0, *short, repeats, budget, {"compile": True}) for name in CURVES]
-    return [j for j in jobs if only in (None, j.library) and case in (None, j.case) and chains in (None, j.chains)]
+    jobs += [
+        Job(name, "pyroebm", name, 0, *short, repeats, budget, {"compile": True}) for name in CURVES
+    ]
+    return [
+        j
+        for j in jobs
+        if only in (None, j.library) and case in (None, j.case) and chains in (None, j.chains)
+    ]
 
 
 def work(job: Job) -> tuple[list[Row], str | None]:
@@ -66,7 +83,9 @@ def work(job: Job) -> tuple[list[Row], str | None]:
         source, target = Path(folder, "job.json"), Path(folder, "rows.json")
         source.write_text(json.dumps(dataclasses.asdict(job)), encoding="utf-8")
         command = [sys.executable, "-m", "benchmarks.suite.worker", str(source), str(target)]
-        done = subprocess.run(command, cwd=ROOT, env=os.environ | ENVIRONMENT, capture_output=True, text=True)
+        done = subprocess.run(
+            command, cwd=ROOT, env=os.environ | ENVIRONMENT, capture_output=True, text=True
+        )
         if done.returncode:
             return [], (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
         return json.loads(target.read_text(encoding="utf-8")), None
@@ -77,7 +96,8 @@ def _measured(row: Row) -> tuple[str, str, str]:
 
 
 def merge(old: list[Row], new: list[Row]) -> list[Row]:
-    """New rows in place of the old ones of the same library, method and number of chains on the same case."""
+    """New rows in place of the old ones of the same library, method and number of chains on the
+    same case."""
     replaced = {(*_measured(r), r["settings"]["chains"]) for r in new}
     return [r for r in old if (*_measured(r), r["settings"]["chains"]) not in replaced] + new
 
@@ -91,22 +111,42 @@ def write(path: Path, rows: list[Row]) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.samplers", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help=f"tiny runs, once, to {QUICK_RESULTS.relative_to(ROOT)}: no timings")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.samplers", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help=f"tiny runs, once, to {QUICK_RESULTS.relative_to(ROOT)}: no timings",
+    )
     parser.add_argument("--only", choices=LIBRARIES, help="this library alone")
     parser.add_argument("--case", choices=[*CASES, *CURVES], help="this case alone")
     parser.add_argument("--chains", type=int, help="samplers of this number of chains alone")
-    parser.add_argument("--out", type=Path, help=f"folder of samplers.json (default {RESULTS.relative_to(ROOT)})")
-    parser.add_argument("--repeats", type=int, default=5, help="most runs to take the median of (default 5)")
-    parser.add_argument("--budget", type=float, default=600.0, help="seconds of a sampler on a case (default 600)")
+    parser.add_argument(
+        "--out", type=Path, help=f"folder of samplers.json (default {RESULTS.relative_to(ROOT)})"
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=5, help="most runs to take the median of (default 5)"
+    )
+    parser.add_argument(
+        "--budget", type=float, default=600.0, help="seconds of a sampler on a case (default 600)"
+    )
     options = parser.parse_args()
     path = (options.out or (QUICK_RESULTS if options.quick else RESULTS)) / "samplers.json"
     missing = {name for name in LIBRARIES if importlib.util.find_spec(name) is None}
     failures = 0
-    for job in plan(options.quick, options.only, options.case, options.repeats, options.budget, options.chains):
-        label = f"{job.case}: {job.library} {job.method}" + (f", {job.chains} chains" if job.chains else "")
+    for job in plan(
+        options.quick, options.only, options.case, options.repeats, options.budget, options.chains
+    ):
+        label = f"{job.case}: {job.library} {job.method}" + (
+            f", {job.chains} chains" if job.chains else ""
+        )
         if job.library in missing:
-            print(f"{label}: missing, no row (pip install -c benchmarks/constraints.txt -e '.[bench]')", flush=True)
+            print(
+                f"{label}: missing, no row (pip install -c benchmarks/constraints.txt -e"
+                f" '.[bench]')",
+                flush=True,
+            )
             continue
         began = time.perf_counter()
         rows, problem = work(job)
@@ -116,8 +156,13 @@ def main() -> int:
             continue
         write(path, rows)
         found = {row["metric"]: row["value"] for row in rows}
-        facts = [f"{m} {found[m]:.4g}" for m in ("ess_per_second", "worst_z") if found.get(m) is not None]
-        print(f"{label}: " + ", ".join([*facts, f"{time.perf_counter() - began:.0f} s in all"]), flush=True)
+        facts = [
+            f"{m} {found[m]:.4g}" for m in ("ess_per_second", "worst_z") if found.get(m) is not None
+        ]
+        print(
+            f"{label}: " + ", ".join([*facts, f"{time.perf_counter() - began:.0f} s in all"]),
+            flush=True,
+        )
     print(f"written to {path}" + (f"; {failures} failed" if failures else ""))
     return 1 if failures else 0
 

@@ -1,4 +1,5 @@
-"""Whether warm-up leaves a chain behind: step-size rules of NUTS on models with steep regions, 100 seeds each.
+"""Whether warm-up leaves a chain behind: step-size rules of NUTS on models with steep regions, 100
+seeds each.
 
     python -m benchmarks.starts [--quick] [--seeds N] [--rule RULE] [--case CASE] [--out DIR]
 
@@ -6,12 +7,13 @@ Each seed is a run with default starts, 500 steps of warm-up and 500 draws. Rule
 
 - `grouped`, `per_chain`, `pooled`: those of `pyroebm.WindowAdaptation`;
 - `harmonic`: one step size for all, tuned to the harmonic mean of the acceptance rates;
-- `harmonic, then mean`: one step size for all, tuned to the harmonic mean of the acceptance rates in the first half of warm-up
-  and to their arithmetic mean after it;
+- `harmonic, then mean`: one step size for all, tuned to the harmonic mean of the acceptance rates
+  in the first half of warm-up and to their arithmetic mean after it;
 - `mean`: one step size for all, tuned to the arithmetic mean of the acceptance rates.
 
-The runs of all seeds are rows of one batch. In a step no row depends on another, so this is as if they ran one by one; starts and
-adaptation are taken seed by seed, by the code that `pyroebm.MCMC` runs. `efficiency` rows are effective draws a gradient.
+The runs of all seeds are rows of one batch. In a step no row depends on another, so this is as if
+they ran one by one; starts and adaptation are taken seed by seed, by the code that `pyroebm.MCMC`
+runs. `efficiency` rows are effective draws a gradient.
 """
 
 from __future__ import annotations
@@ -58,7 +60,8 @@ class _Mean(WindowAdaptation):
 
 
 class _Harmonic(WindowAdaptation):
-    """One step size for all chains, tuned to the harmonic mean of their acceptance rates (Hoffman, Radul and Sountsov, 2021)."""
+    """One step size for all chains, tuned to the harmonic mean of their acceptance rates (Hoffman,
+    Radul and Sountsov, 2021)."""
 
     def _rates(self, rates: Tensor, together: Tensor, overdue: Tensor) -> float | Tensor:
         return float(1.0 / (1.0 / rates).mean())
@@ -67,7 +70,16 @@ class _Harmonic(WindowAdaptation):
 class _HarmonicThenMean(_Harmonic):
     """The harmonic mean in the first half of the warm-up, the arithmetic mean after it."""
 
-    def update(self, kernel: Any, energy: Any, state: Any, info: Any, warmup: Any, steps: int, generator: Any = None) -> Any:
+    def update(
+        self,
+        kernel: Any,
+        energy: Any,
+        state: Any,
+        info: Any,
+        warmup: Any,
+        steps: int,
+        generator: Any = None,
+    ) -> Any:
         plan: WindowAdaptation = self if 2 * warmup.step < steps else _Mean(step_size="pooled")
         return WindowAdaptation.update(plan, kernel, energy, state, info, warmup, steps, generator)
 
@@ -99,10 +111,15 @@ def location_scale(y: Tensor) -> None:
 
 def location_scale_truth() -> np.ndarray:
     """Posterior means of mu and tau by quadrature over (mu, log tau)."""
-    mu, log_tau = np.meshgrid(np.linspace(-4.0, 4.0, 1601), np.linspace(-3.0, 4.0, 1401), indexing="ij")
+    mu, log_tau = np.meshgrid(
+        np.linspace(-4.0, 4.0, 1601), np.linspace(-3.0, 4.0, 1401), indexing="ij"
+    )
     y, tau = normal_data().numpy(), np.exp(log_tau)
     log_p = -0.5 * mu**2 - np.log1p(tau**2) + log_tau
-    log_p -= len(y) * log_tau + 0.5 * (((y - y.mean()) ** 2).sum() + len(y) * (mu - y.mean()) ** 2) / tau**2
+    log_p -= (
+        len(y) * log_tau
+        + 0.5 * (((y - y.mean()) ** 2).sum() + len(y) * (mu - y.mean()) ** 2) / tau**2
+    )
     weight = np.exp(log_p - log_p.max())
     return np.array([np.average(value, weights=weight) for value in (mu, tau)])
 
@@ -110,14 +127,18 @@ def location_scale_truth() -> np.ndarray:
 def curve_data() -> tuple[Tensor, Tensor]:
     """A noisy sine at 20 points."""
     x = torch.linspace(-2.0, 2.0, 20, dtype=F64)
-    return x, torch.sin(2.0 * x) + 0.2 * torch.randn(20, generator=torch.Generator().manual_seed(1), dtype=F64)
+    return x, torch.sin(2.0 * x) + 0.2 * torch.randn(
+        20, generator=torch.Generator().manual_seed(1), dtype=F64
+    )
 
 
 def covariance(x: Tensor, amplitude: Tensor, length: Tensor, noise: Tensor) -> Tensor:
     """Squared exponential covariance plus noise, of settings ``(*batch,)``."""
     amplitude, length, noise = (t[..., None, None] for t in (amplitude, length, noise))
     distance = (x[:, None] - x) ** 2
-    return amplitude**2 * torch.exp(-0.5 * distance / length**2) + (noise**2 + 1e-6) * torch.eye(len(x), dtype=x.dtype)
+    return amplitude**2 * torch.exp(-0.5 * distance / length**2) + (noise**2 + 1e-6) * torch.eye(
+        len(x), dtype=x.dtype
+    )
 
 
 def gaussian_process(x: Tensor, y: Tensor) -> None:
@@ -131,14 +152,21 @@ def gaussian_process(x: Tensor, y: Tensor) -> None:
 def gaussian_process_truth(points: int = 61) -> np.ndarray:
     """Posterior means of the logarithms of amplitude, length and noise by quadrature over them."""
     x, y = curve_data()
-    axes = [torch.linspace(low, high, points, dtype=F64) for low, high in ((-3.0, 6.0), (-4.0, 3.0), (-5.0, 1.5))]
+    axes = [
+        torch.linspace(low, high, points, dtype=F64)
+        for low, high in ((-3.0, 6.0), (-4.0, 3.0), (-5.0, 1.5))
+    ]
     logs, log_p = torch.cartesian_prod(*axes), []
     for part in logs.split(20_000):
         a, length, s = part.exp().unbind(1)
         factor = torch.linalg.cholesky(covariance(x, a, length, s))
-        white = torch.linalg.solve_triangular(factor, y[:, None].expand(len(part), -1, 1), upper=False)
+        white = torch.linalg.solve_triangular(
+            factor, y[:, None].expand(len(part), -1, 1), upper=False
+        )
         evidence = -factor.diagonal(dim1=1, dim2=2).log().sum(1) - 0.5 * white.square().sum((1, 2))
-        prior = -torch.log1p(a**2) - 0.5 * part[:, 1] ** 2 - torch.log1p(s**2) + part[:, 0] + part[:, 2]
+        prior = (
+            -torch.log1p(a**2) - 0.5 * part[:, 1] ** 2 - torch.log1p(s**2) + part[:, 0] + part[:, 2]
+        )
         log_p.append(evidence + prior)
     weight = torch.softmax(torch.cat(log_p), 0)
     return (weight @ logs).numpy()
@@ -162,7 +190,8 @@ def two_components(y: Tensor) -> None:
 
 
 class MullerBrown(Energy):
-    """The potential of Müller and Brown (1979) at kT = 15: two wells side by side and a shallow one between them."""
+    """The potential of Müller and Brown (1979) at kT = 15: two wells side by side and a shallow one
+    between them."""
 
     event_shape = torch.Size((2,))
     A = (-200.0, -100.0, -170.0, 15.0)
@@ -175,13 +204,19 @@ class MullerBrown(Energy):
     def forward(self, x: Tensor) -> Tensor:
         terms = zip(self.A, self.a, self.b, self.c, self.x0, self.y0, strict=True)
         u, v = x[..., 0], x[..., 1]
-        parts = [A * torch.exp(a * (u - p) ** 2 + b * (u - p) * (v - q) + c * (v - q) ** 2) for A, a, b, c, p, q in terms]
+        parts = [
+            A * torch.exp(a * (u - p) ** 2 + b * (u - p) * (v - q) + c * (v - q) ** 2)
+            for A, a, b, c, p, q in terms
+        ]
         return torch.stack(parts).sum(0) / 15.0
 
 
 def muller_brown_truth(points: int = 801) -> np.ndarray:
     """The mass at x > 0 by quadrature."""
-    axes = torch.linspace(-2.5, 2.0, points, dtype=F64), torch.linspace(-1.5, 3.0, points, dtype=F64)
+    axes = (
+        torch.linspace(-2.5, 2.0, points, dtype=F64),
+        torch.linspace(-1.5, 3.0, points, dtype=F64),
+    )
     x = torch.cartesian_prod(*axes)
     weight = torch.softmax(-MullerBrown()(x), 0)
     return np.array([float(weight[x[:, 0] > 0].sum())])
@@ -195,8 +230,10 @@ class Case:
         title: as in the docs.
         build: makes the energy.
         chains: chains of one run.
-        quantities: from named draws ``(chains, draws, ...)`` to functions of them, ``(chains, draws, k)``; None looks at none.
-        truth: their exact means, ``(k,)``; None where they are not known, or out of reach of 500 draws.
+        quantities: from named draws ``(chains, draws, ...)`` to functions of them, ``(chains,
+            draws, k)``; None looks at none.
+        truth: their exact means, ``(k,)``; None where they are not known, or out of reach of 500
+            draws.
         one_mode: whether chains must agree.
     """
 
@@ -251,7 +288,9 @@ CASES: dict[str, Case] = {
         True,
     ),
     "two_components": Case(
-        "two-component normal mixture, 16 chains", lambda: ModelEnergy(two_components, two_component_data()), 16
+        "two-component normal mixture, 16 chains",
+        lambda: ModelEnergy(two_components, two_component_data()),
+        16,
     ),
     "muller_brown": Case(
         "Müller-Brown at kT 15, 16 chains",
@@ -267,7 +306,9 @@ CASES: dict[str, Case] = {
         lambda draws: (draws["x"] > DoubleWell.barrier).double().unsqueeze(-1),
         lambda: np.array([float(DoubleWell().mode_weights[1])]),
     ),
-    "funnel": Case("funnel, 10 dimensions, variance 9, 16 chains", lambda: in_torch.energy("funnel"), 16),
+    "funnel": Case(
+        "funnel, 10 dimensions, variance 9, 16 chains", lambda: in_torch.energy("funnel"), 16
+    ),
 }
 
 #: Cases of benchmarks/samplers.py on which effective draws a gradient are compared, 64 chains each.
@@ -286,18 +327,27 @@ class _Memory(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class EachSeed:
-    """An adaptation for each run of ``chains`` chains in a row of one batch: ``plan``'s, apart from those of the others."""
+    """An adaptation for each run of ``chains`` chains in a row of one batch: ``plan``'s, apart from
+    those of the others."""
 
     plan: WindowAdaptation
     chains: int
 
-    def start(self, kernel: Any, energy: Energy, state: State, generator: Any = None) -> tuple[Any, _Memory]:
+    def start(
+        self, kernel: Any, energy: Energy, state: State, generator: Any = None
+    ) -> tuple[Any, _Memory]:
         pairs = [self.plan.start(kernel, energy, part, generator) for part in self._parts(state)]
         kernels, memories = zip(*pairs, strict=True)
         return self._joined(kernel, kernels), _Memory(kernels, memories)
 
     def step(
-        self, kernel: Any, energy: Energy, state: State, memory: _Memory, steps: int, generator: Any = None
+        self,
+        kernel: Any,
+        energy: Energy,
+        state: State,
+        memory: _Memory,
+        steps: int,
+        generator: Any = None,
     ) -> tuple[Any, State, Info, _Memory]:
         state, info = kernel.step(energy, state, generator)
         each = zip(*memory, self._parts(state), self._parts(info), strict=True)
@@ -311,7 +361,9 @@ class EachSeed:
         return [type(value)(*parts) for parts in zip(*fields, strict=True)]
 
     def _joined(self, kernel: Any, kernels: tuple[Any, ...]) -> Any:
-        sizes = torch.cat([torch.as_tensor(k.step_size, dtype=F64).expand(self.chains) for k in kernels])
+        sizes = torch.cat(
+            [torch.as_tensor(k.step_size, dtype=F64).expand(self.chains) for k in kernels]
+        )
         metrics = [k.inverse_mass for k in kernels]
         if metrics[0] is None:
             return kernel.replace(step_size=sizes)
@@ -346,7 +398,10 @@ def sampled(energy: Energy, chains: int, seeds: int, rule: str, draws: int = DRA
 def judged(case: Case, mcmc: MCMC, seeds: int) -> dict[str, list[float]]:
     """What is asked of a run, a number for each seed."""
     stats = {k: v.reshape(seeds, case.chains, -1) for k, v in mcmc.get_stats().items()}
-    draws = {k: v.reshape(seeds, case.chains, *v.shape[1:]) for k, v in mcmc.get_samples(group_by_chain=True).items()}
+    draws = {
+        k: v.reshape(seeds, case.chains, *v.shape[1:])
+        for k, v in mcmc.get_samples(group_by_chain=True).items()
+    }
     rates = stats["acceptance_rate"].mean(2)
     still = torch.stack([(v == v[:, :, :1]).flatten(2).all(2) for v in draws.values()]).all(0)
     found: dict[str, list[float]] = {
@@ -356,15 +411,25 @@ def judged(case: Case, mcmc: MCMC, seeds: int) -> dict[str, list[float]]:
         "gradients_per_draw": stats["n_steps"].double().mean((1, 2)).tolist(),
     }
     if case.one_mode:
-        found["r_hat"] = [max(float(np.max(r_hat(v[seed]))) for v in draws.values()) for seed in range(seeds)]
+        found["r_hat"] = [
+            max(float(np.max(r_hat(v[seed]))) for v in draws.values()) for seed in range(seeds)
+        ]
     if case.quantities is not None and case.truth is not None:
         truth = case.truth()
-        values = [case.quantities({k: v[seed] for k, v in draws.items()}).numpy() for seed in range(seeds)]
+        values = [
+            case.quantities({k: v[seed] for k, v in draws.items()}).numpy() for seed in range(seeds)
+        ]
         means = np.stack([q.mean((0, 1)) for q in values])
-        # over the seeds, which are independent: no estimate of autocorrelation is in the standard error
-        found["z_of_all_seeds"] = [float(np.max(np.abs(means.mean(0) - truth) / (means.std(0, ddof=1) / math.sqrt(seeds))))]
+        # over the seeds, which are independent: no estimate of autocorrelation is in the standard
+        # error
+        found["z_of_all_seeds"] = [
+            float(np.max(np.abs(means.mean(0) - truth) / (means.std(0, ddof=1) / math.sqrt(seeds))))
+        ]
         if case.one_mode:
-            found["worst_z"] = [float(np.max(np.abs(m - truth) / mcse_mean(q))) for m, q in zip(means, values, strict=True)]
+            found["worst_z"] = [
+                float(np.max(np.abs(m - truth) / mcse_mean(q)))
+                for m, q in zip(means, values, strict=True)
+            ]
     return found
 
 
@@ -372,47 +437,84 @@ def case_rows(name: str, rule: str, seeds: int) -> list[Row]:
     """Rows of a case under a rule: the median over seeds, and the range."""
     case, began = CASES[name], time.perf_counter()
     found = judged(case, sampled(case.build(), case.chains, seeds, rule), seeds)
-    settings = {"method": f"NUTS, {rule}", "chains": case.chains, "repeats": seeds, "warmup": WARMUP, "draws": DRAWS}
-    rows = [row(f"starts {name}", "pyroebm", metric, values, settings) for metric, values in found.items()]
-    outside = sum(low < 0.4 or high > 0.98 for low, high in zip(found["min_acceptance"], found["max_acceptance"], strict=True))
+    settings = {
+        "method": f"NUTS, {rule}",
+        "chains": case.chains,
+        "repeats": seeds,
+        "warmup": WARMUP,
+        "draws": DRAWS,
+    }
+    rows = [
+        row(f"starts {name}", "pyroebm", metric, values, settings)
+        for metric, values in found.items()
+    ]
+    outside = sum(
+        low < 0.4 or high > 0.98
+        for low, high in zip(found["min_acceptance"], found["max_acceptance"], strict=True)
+    )
     rows.append(row(f"starts {name}", "pyroebm", "seeds_outside", [float(outside)], settings))
     behind = sum(count > 0 for count in found["chains_left_behind"])
     rows.append(row(f"starts {name}", "pyroebm", "seeds_left_behind", [float(behind)], settings))
-    extremes = f"acceptance {min(found['min_acceptance']):.3f} to {max(found['max_acceptance']):.3f}"
+    extremes = (
+        f"acceptance {min(found['min_acceptance']):.3f} to {max(found['max_acceptance']):.3f}"
+    )
     told = "".join(
-        f", {metric} up to {max(found[metric]):.4g}" for metric in ("r_hat", "worst_z", "z_of_all_seeds") if metric in found
+        f", {metric} up to {max(found[metric]):.4g}"
+        for metric in ("r_hat", "worst_z", "z_of_all_seeds")
+        if metric in found
     )
     print(
-        f"{name:20} {rule:20} {behind:3d} of {seeds} seeds leave a chain behind, {outside:3d} outside, {extremes}{told},"
-        f" {np.median(found['gradients_per_draw']):.1f} gradients a draw, {time.perf_counter() - began:.0f} s",
+        f"{name:20} {rule:20} {behind:3d} of {seeds} seeds leave a chain behind, {outside:3d}"
+        f" outside, {extremes}{told},"
+        f" {np.median(found['gradients_per_draw']):.1f} gradients a draw,"
+        f" {time.perf_counter() - began:.0f} s",
         flush=True,
     )
     return rows
 
 
 def efficiency_rows(name: str, rule: str, seeds: int, chains: int = 64) -> list[Row]:
-    """Least bulk effective sample size over the gradients of the draws, and its median and range over seeds."""
+    """Least bulk effective sample size over the gradients of the draws, and its median and range
+    over seeds."""
     case, began = SAMPLER_CASES[name], time.perf_counter()
     mcmc = sampled(in_torch.energy(name), chains, seeds, rule)
-    draws = {site: np.asarray(value) for site, value in mcmc.get_samples(group_by_chain=True).items()}
+    draws = {
+        site: np.asarray(value) for site, value in mcmc.get_samples(group_by_chain=True).items()
+    }
     ess = [float(np.min(ess_bulk(part))) for part in np.split(case.join(draws), seeds)]
     gradients = mcmc.get_stats()["n_steps"].reshape(seeds, -1).sum(1).tolist()
     values = [e / g for e, g in zip(ess, gradients, strict=True)]
     error = float(np.std(values) / math.sqrt(max(seeds - 1, 1)))
     print(
-        f"{name:20} {rule:20} ESS/gradient {np.mean(values):.4f} +- {error:.4f}, {time.perf_counter() - began:.0f} s", flush=True
+        f"{name:20} {rule:20} ESS/gradient {np.mean(values):.4f} +- {error:.4f},"
+        f" {time.perf_counter() - began:.0f} s",
+        flush=True,
     )
-    settings = {"method": f"NUTS, {rule}", "chains": chains, "repeats": seeds, "warmup": WARMUP, "draws": DRAWS}
-    mean = row(f"efficiency {name}", "pyroebm", "ess_per_gradient", values, settings) | {"value": float(np.mean(values))}
+    settings = {
+        "method": f"NUTS, {rule}",
+        "chains": chains,
+        "repeats": seeds,
+        "warmup": WARMUP,
+        "draws": DRAWS,
+    }
+    mean = row(f"efficiency {name}", "pyroebm", "ess_per_gradient", values, settings) | {
+        "value": float(np.mean(values))
+    }
     return [mean, row(f"efficiency {name}", "pyroebm", "standard_error", [error], settings)]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.starts", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.starts", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("--quick", action="store_true", help="5 seeds, written to another folder")
     parser.add_argument("--seeds", type=int, default=100, help="runs of each case")
-    parser.add_argument("--rule", choices=RULES, action="append", help="one rule alone (may be repeated)")
-    parser.add_argument("--case", choices=NAMES, action="append", help="one case alone (may be repeated)")
+    parser.add_argument(
+        "--rule", choices=RULES, action="append", help="one rule alone (may be repeated)"
+    )
+    parser.add_argument(
+        "--case", choices=NAMES, action="append", help="one case alone (may be repeated)"
+    )
     parser.add_argument("--out", type=Path, default=None, help="folder of the JSON file")
     options = parser.parse_args()
     seeds = 5 if options.quick else options.seeds
@@ -421,7 +523,11 @@ def main() -> None:
     for rule in options.rule or RULES:
         for name in options.case or NAMES:
             known = name.removeprefix("efficiency ")
-            rows = case_rows(name, rule, seeds) if name in CASES else efficiency_rows(known, rule, min(seeds, 10))
+            rows = (
+                case_rows(name, rule, seeds)
+                if name in CASES
+                else efficiency_rows(known, rule, min(seeds, 10))
+            )
             for each in rows:
                 each["version"] = __version__
             write(path, rows)

@@ -2,9 +2,9 @@
 
     python -m benchmarks.tables [--results DIR] [--page FILE]
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`, where NAME is a case of benchmarks/samplers.py,
-benchmarks/boltzmann.py or benchmarks/flows.py, `training`, `starts`, `efficiency`, `gradients` or a curve; what stood there
-before goes. A table without rows says so.
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`, where NAME is a case of
+benchmarks/samplers.py, benchmarks/boltzmann.py or benchmarks/flows.py, `training`, `starts`,
+`efficiency`, `gradients` or a curve; what stood there before goes. A table without rows says so.
 """
 
 from __future__ import annotations
@@ -29,7 +29,11 @@ NOTHING = "Not measured yet.\n"
 MACHINE_CASES = ("pcd", "ais")
 
 #: Cases of benchmarks/training.py, which are one table.
-TRAINING_CASES = {"langevin": "60 Langevin steps", "pcd update": "update with 20 Langevin steps", "hmc": "10 x 10 leapfrog steps"}
+TRAINING_CASES = {
+    "langevin": "60 Langevin steps",
+    "pcd update": "update with 20 Langevin steps",
+    "hmc": "10 x 10 leapfrog steps",
+}
 
 #: Cases of benchmarks/flows.py that are steps of training of the same additive couplings.
 NICE_CASES = ("nice 2", "nice 32")
@@ -60,7 +64,11 @@ COLUMNS = (
 
 def read_rows(folder: Path) -> list[Row]:
     """Rows of every JSON file in a folder."""
-    return [row for path in sorted(folder.glob("*.json")) for row in json.loads(path.read_text(encoding="utf-8"))]
+    return [
+        row
+        for path in sorted(folder.glob("*.json"))
+        for row in json.loads(path.read_text(encoding="utf-8"))
+    ]
 
 
 def number(value: float | None) -> str:
@@ -82,15 +90,23 @@ def _with_spread(row: Row | None, shown: bool) -> str:
     if row is None or row["value"] is None:
         return "-"
     low, high = row["spread"]
-    return number(row["value"]) + (f" ({number(low)} to {number(high)})" if shown and high > low else "")
+    return number(row["value"]) + (
+        f" ({number(low)} to {number(high)})" if shown and high > low else ""
+    )
 
 
 def case_table(case: str, rows: list[Row]) -> str:
-    """One line a sampler, its number of chains beside it; the ratio is to NumPyro's NUTS with as many chains."""
+    """One line a sampler, its number of chains beside it; the ratio is to NumPyro's NUTS with as
+    many chains."""
     found: dict[tuple[str, str, str, int], dict[str, Row]] = {}
     for row in rows:
         if row["case"] == case and row["metric"] != "gradient_us":
-            key = (row["library"], row["version"], row["settings"]["method"], row["settings"]["chains"])
+            key = (
+                row["library"],
+                row["version"],
+                row["settings"]["method"],
+                row["settings"]["chains"],
+            )
             found.setdefault(key, {})[row["metric"]] = row
     if not found:
         return NOTHING
@@ -100,13 +116,24 @@ def case_table(case: str, rows: list[Row]) -> str:
         if (library, method) == ("numpyro", "NUTS")
     }
     body = []
-    for (library, version, method, chains), metrics in sorted(found.items(), key=lambda item: (item[0][3], item[0])):
+    for (library, version, method, chains), metrics in sorted(
+        found.items(), key=lambda item: (item[0][3], item[0])
+    ):
         own, rival = metrics["ess_per_second"]["value"], rivals.get(chains)
         ratio = number(own / rival) if own and rival else "-"
         settings = metrics["ess_per_second"]["settings"]
         cells = [_with_spread(metrics.get(metric), shown) for _, metric, shown in COLUMNS]
         told = "".join(f" {name}={value}" for name, value in settings.get("kernel", {}).items())
-        body.append([f"{library} {version} {method}{told}", str(chains), cells[0], ratio, *cells[1:], str(settings["repeats"])])
+        body.append(
+            [
+                f"{library} {version} {method}{told}",
+                str(chains),
+                cells[0],
+                ratio,
+                *cells[1:],
+                str(settings["repeats"]),
+            ]
+        )
     headings = [heading for heading, *_ in COLUMNS]
     return table(["sampler", "chains", headings[0], "x NumPyro", *headings[1:], "runs"], body)
 
@@ -114,7 +141,9 @@ def case_table(case: str, rows: list[Row]) -> str:
 def gradients_table(rows: list[Row]) -> str:
     """Microseconds of a bare gradient, a line a case."""
     found = {
-        (row["case"], row["settings"]["mode"], row["settings"]["chains"]): row for row in rows if row["metric"] == "gradient_us"
+        (row["case"], row["settings"]["mode"], row["settings"]["chains"]): row
+        for row in rows
+        if row["metric"] == "gradient_us"
     }
     columns = [(mode, chains) for chains in (1, 256) for mode in ("eager", "compiled")]
     body = [
@@ -122,38 +151,58 @@ def gradients_table(rows: list[Row]) -> str:
         for case in CASES
         if any(key[0] == case for key in found)
     ]
-    return table(["case", *(f"{mode}, {chains} chains" for mode, chains in columns)], body) if body else NOTHING
+    return (
+        table(["case", *(f"{mode}, {chains} chains" for mode, chains in columns)], body)
+        if body
+        else NOTHING
+    )
 
 
 def curve_table(name: str, rows: list[Row]) -> str:
     """Microseconds of a leapfrog step of one chain, a line a point."""
     found = sorted(
-        (row["settings"]["chains"], row["settings"]["dim"], _with_spread(row, True)) for row in rows if row["case"] == name
+        (row["settings"]["chains"], row["settings"]["dim"], _with_spread(row, True))
+        for row in rows
+        if row["case"] == name
     )
-    return table(["chains", "dimensions", "us"], [[str(c), str(d), text] for c, d, text in found]) if found else NOTHING
+    return (
+        table(["chains", "dimensions", "us"], [[str(c), str(d), text] for c, d, text in found])
+        if found
+        else NOTHING
+    )
 
 
 def flow_table(case: str, rows: list[Row]) -> str:
-    """A line a flow, with the numbers of :data:`FLOW_COLUMNS`; the spread of the error where there are several seeds."""
+    """A line a flow, with the numbers of :data:`FLOW_COLUMNS`; the spread of the error where there
+    are several seeds."""
     found: dict[tuple[str, str, str], dict[str, Row]] = {}
     for row in rows:
         if row["case"] == case:
-            found.setdefault((row["library"], row["version"], row["settings"]["method"]), {})[row["metric"]] = row
+            found.setdefault((row["library"], row["version"], row["settings"]["method"]), {})[
+                row["metric"]
+            ] = row
     body = []
     for (library, version, method), metrics in found.items():
-        cells = [_with_spread(metrics.get(metric), metric == "log_z_error") for _, metric in FLOW_COLUMNS]
+        cells = [
+            _with_spread(metrics.get(metric), metric == "log_z_error") for _, metric in FLOW_COLUMNS
+        ]
         body.append([f"{library} {version}: {method}", *cells])
     return table(["", *(heading for heading, _ in FLOW_COLUMNS)], body) if body else NOTHING
 
 
 def nice_table(rows: list[Row]) -> str:
-    """A line a contestant: milliseconds of a step and its speed as a share of the limit's for each size; what compiling took."""
+    """A line a contestant: milliseconds of a step and its speed as a share of the limit's for each
+    size; what compiling took."""
     found: dict[tuple[str, str, str], dict[tuple[str, str], Row]] = {}
     for row in rows:
         if row["case"] in NICE_CASES:
             key = (row["library"], row["version"], row["settings"]["method"])
             found.setdefault(key, {})[row["case"], row["metric"]] = row
-    limits = {case: metrics[case, "milliseconds"]["value"] for metrics in list(found.values())[:1] for case in NICE_CASES}
+    limits = {
+        case: metrics[case, "milliseconds"]["value"]
+        for metrics in list(found.values())[:1]
+        for case in NICE_CASES
+    }
     body = []
     for (library, version, method), metrics in found.items():
         cells = [f"{library} {version}: {method}"]
@@ -161,7 +210,11 @@ def nice_table(rows: list[Row]) -> str:
             own = metrics[case, "milliseconds"]
             cells += [_with_spread(own, True), f"{limits[case] / own['value']:.0%}"]
         body.append([*cells, _with_spread(metrics.get((NICE_CASES[0], "compile_seconds")), False)])
-    headings = [f"{unit}, D = {case.split()[1]}" for case in NICE_CASES for unit in ("ms", "of the limit's speed")]
+    headings = [
+        f"{unit}, D = {case.split()[1]}"
+        for case in NICE_CASES
+        for unit in ("ms", "of the limit's speed")
+    ]
     return table(["batches of 512, float32", *headings, "compile s"], body) if body else NOTHING
 
 
@@ -184,57 +237,105 @@ def milliseconds_table(case: str, rows: list[Row]) -> str:
 
 
 def training_table(rows: list[Row]) -> str:
-    """A line a contestant, case by case: time, speed as a share of the limit's, and what the first call took to compile."""
+    """A line a contestant, case by case: time, speed as a share of the limit's, and what the first
+    call took to compile."""
     body = []
     for case, title in TRAINING_CASES.items():
-        found = {(row["library"], row["settings"]["method"], row["metric"]): row for row in rows if row["case"] == case}
+        found = {
+            (row["library"], row["settings"]["method"], row["metric"]): row
+            for row in rows
+            if row["case"] == case
+        }
         limit = next((row["value"] for key, row in found.items() if key[0] == "torch"), None)
         for (library, method, metric), row in found.items():
             if metric == "milliseconds":
                 compiling = found.get((library, method, "compile_seconds"))
                 name = f"{library} {row['version']}: {method}"
                 share = f"{limit / row['value']:.0%}" if limit else "-"
-                body.append([title, name, _with_spread(row, True), share, _with_spread(compiling, False)])
-    return table(["256 chains, float32", "", "ms", "of the limit's speed", "compile s"], body) if body else NOTHING
+                body.append(
+                    [title, name, _with_spread(row, True), share, _with_spread(compiling, False)]
+                )
+    return (
+        table(["256 chains, float32", "", "ms", "of the limit's speed", "compile s"], body)
+        if body
+        else NOTHING
+    )
 
 
 def starts_table(rows: list[Row]) -> str:
-    """A line a case and rule of benchmarks/starts.py: seeds that leave a chain behind, and the extremes over seeds and chains."""
+    """A line a case and rule of benchmarks/starts.py: seeds that leave a chain behind, and the
+    extremes over seeds and chains."""
     found: dict[tuple[str, str], dict[str, Row]] = {}
     for row in rows:
         if row["case"].startswith("starts "):
-            found.setdefault((row["case"].removeprefix("starts "), row["settings"]["method"]), {})[row["metric"]] = row
+            found.setdefault((row["case"].removeprefix("starts "), row["settings"]["method"]), {})[
+                row["metric"]
+            ] = row
 
     def extreme(metrics: dict[str, Row], name: str, end: int) -> str:
-        return number(metrics[name]["spread"][end]) if name in metrics and metrics[name]["spread"] else "-"
+        return (
+            number(metrics[name]["spread"][end])
+            if name in metrics and metrics[name]["spread"]
+            else "-"
+        )
 
     body = []
     for case in STARTS_CASES:
-        for method, metrics in ((method, metrics) for (known, method), metrics in found.items() if known == case):
-            counts = [f"{metrics[name]['value']:.0f}" for name in ("seeds_left_behind", "seeds_outside")]
-            cells = [*counts, extreme(metrics, "min_acceptance", 0), extreme(metrics, "max_acceptance", 1)]
+        for method, metrics in (
+            (method, metrics) for (known, method), metrics in found.items() if known == case
+        ):
+            counts = [
+                f"{metrics[name]['value']:.0f}" for name in ("seeds_left_behind", "seeds_outside")
+            ]
+            cells = [
+                *counts,
+                extreme(metrics, "min_acceptance", 0),
+                extreme(metrics, "max_acceptance", 1),
+            ]
             cells += [extreme(metrics, name, 1) for name in ("r_hat", "worst_z", "z_of_all_seeds")]
             cells.append(number(metrics["gradients_per_draw"]["value"]))
-            body.append([STARTS_CASES[case].title, method, str(metrics["min_acceptance"]["settings"]["repeats"]), *cells])
-    headings = ["rule", "seeds", "leave a chain behind", "outside .4 to .98", "least acceptance", "largest", "largest R-hat"]
-    return table(["case", *headings, "largest z of a seed", "z of all", "gradients a draw"], body) if body else NOTHING
+            body.append(
+                [
+                    STARTS_CASES[case].title,
+                    method,
+                    str(metrics["min_acceptance"]["settings"]["repeats"]),
+                    *cells,
+                ]
+            )
+    headings = [
+        "rule",
+        "seeds",
+        "leave a chain behind",
+        "outside .4 to .98",
+        "least acceptance",
+        "largest",
+        "largest R-hat",
+    ]
+    return (
+        table(["case", *headings, "largest z of a seed", "z of all", "gradients a draw"], body)
+        if body
+        else NOTHING
+    )
 
 
 def efficiency_table(rows: list[Row]) -> str:
-    """Effective draws a gradient of each case, a column a rule of benchmarks/starts.py, with standard errors."""
+    """Effective draws a gradient of each case, a column a rule of benchmarks/starts.py, with
+    standard errors."""
     found: dict[tuple[str, str], dict[str, float]] = {}
     for row in rows:
         if row["case"].startswith("efficiency "):
-            found.setdefault((row["case"].removeprefix("efficiency "), row["settings"]["method"]), {})[row["metric"]] = row[
-                "value"
-            ]
+            found.setdefault(
+                (row["case"].removeprefix("efficiency "), row["settings"]["method"]), {}
+            )[row["metric"]] = row["value"]
     rules = list(dict.fromkeys(method for _, method in found))
     body = []
     for case in dict.fromkeys(case for case, _ in found):
         cells = []
         for rule in rules:
             own = found.get((case, rule))
-            cells.append(f"{own['ess_per_gradient']:.4f} +- {own['standard_error']:.4f}" if own else "-")
+            cells.append(
+                f"{own['ess_per_gradient']:.4f} +- {own['standard_error']:.4f}" if own else "-"
+            )
         body.append([CASES[case].title, *cells])
     return table(["ESS a gradient, 64 chains", *rules], body) if body else NOTHING
 
@@ -274,9 +375,18 @@ def fill(page: str, rows: list[Row]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.tables", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="folder of JSON files")
-    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "benchmarks.md", help="Markdown file with markers")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.tables", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument(
+        "--results", type=Path, default=ROOT / "benchmarks" / "results", help="folder of JSON files"
+    )
+    parser.add_argument(
+        "--page",
+        type=Path,
+        default=ROOT / "docs" / "benchmarks.md",
+        help="Markdown file with markers",
+    )
     options = parser.parse_args()
     page = options.page.read_text(encoding="utf-8")
     options.page.write_text(fill(page, read_rows(options.results)), encoding="utf-8")

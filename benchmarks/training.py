@@ -1,10 +1,12 @@
-"""Chains and updates on a 2-128-128-1 SiLU net, beside torchebm and ebmkit, and the bare products and activations.
+"""Chains and updates on a 2-128-128-1 SiLU net, beside torchebm and ebmkit, and the bare products
+and activations.
 
     python -m benchmarks.training [--quick] [--threads N] [--out DIR]
 
-All libraries take turns in one process, on one core unless told otherwise, with the same weights and starts in float32:
-milliseconds of 60 Langevin steps of 256 chains, of an update of persistent contrastive divergence with 20 of them (a batch of
-256, Adam), and of 10 trajectories of 10 leapfrog steps; medians of rounds. A library that is not installed has no rows.
+All libraries take turns in one process, on one core unless told otherwise, with the same weights
+and starts in float32: milliseconds of 60 Langevin steps of 256 chains, of an update of persistent
+contrastive divergence with 20 of them (a batch of 256, Adam), and of 10 trajectories of 10 leapfrog
+steps; medians of rounds. A library that is not installed has no rows.
 """
 
 from __future__ import annotations
@@ -38,12 +40,23 @@ from pyroebm.training import fit
 
 CHAINS, EPS = 256, 0.1
 #: Case: Langevin steps, Langevin steps of an update, trajectories and their leapfrog steps.
-WORK = {"langevin": {"steps": 60}, "pcd update": {"steps": 20, "batch": 256}, "hmc": {"steps": 10, "leapfrogs": 10}}
+WORK = {
+    "langevin": {"steps": 60},
+    "pcd update": {"steps": 20, "batch": 256},
+    "hmc": {"steps": 10, "leapfrogs": 10},
+}
 Timed = Callable[[], Any]
 
 
 def net() -> nn.Sequential:
-    return mlp(2, 1, (128, 128), zero_last=False, dtype=torch.float32, generator=torch.Generator().manual_seed(0))
+    return mlp(
+        2,
+        1,
+        (128, 128),
+        zero_last=False,
+        dtype=torch.float32,
+        generator=torch.Generator().manual_seed(0),
+    )
 
 
 def starts(n: int = CHAINS) -> Tensor:
@@ -51,8 +64,11 @@ def starts(n: int = CHAINS) -> Tensor:
 
 
 def bare(x: Tensor, layers: nn.Sequential) -> Tensor:
-    """The gradient of the net in x, written out: three products there, three back, the activations and their derivatives."""
-    (w1, b1), (w2, b2), (w3, b3) = [(layer.weight, layer.bias) for layer in layers if isinstance(layer, nn.Linear)]
+    """The gradient of the net in x, written out: three products there, three back, the activations
+    and their derivatives."""
+    (w1, b1), (w2, b2), (w3, b3) = [
+        (layer.weight, layer.bias) for layer in layers if isinstance(layer, nn.Linear)
+    ]
     a1 = torch.addmm(b1, x, w1.mT)
     a2 = torch.addmm(b2, nn.functional.silu(a1), w2.mT)
     torch.addmm(b3, nn.functional.silu(a2), w3.mT)
@@ -61,7 +77,8 @@ def bare(x: Tensor, layers: nn.Sequential) -> Tensor:
 
 
 def limit(gradients: int, update: bool) -> Timed:
-    """Nothing but the gradients of the chains; for an update, with those of the loss in the weights."""
+    """Nothing but the gradients of the chains; for an update, with those of the loss in the
+    weights."""
     layers, x = net(), starts()
 
     def run() -> None:
@@ -77,7 +94,8 @@ def limit(gradients: int, update: bool) -> Timed:
 
 def our_energy() -> NeuralEnergy:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # no envelope: the peers' nets have none, and the chains are short
+        # no envelope: the peers' nets have none, and the chains are short
+        warnings.simplefilter("ignore", UserWarning)
         return NeuralEnergy(net(), (2,))
 
 
@@ -88,11 +106,16 @@ def our_chains(kernel: Kernel[Any], steps: int, compiled: bool) -> Timed:
 
 
 def our_update(compiled: bool) -> Timed:
-    """The public loop, with all that it looks after; the chains are there, as after some training."""
+    """The public loop, with all that it looks after; the chains are there, as after some
+    training."""
     energy, kernel = our_energy(), ULA(EPS)
-    objective = PersistentCD(CHAINS, WORK["pcd update"]["steps"], CompiledKernel(kernel) if compiled else kernel)
+    objective = PersistentCD(
+        CHAINS, WORK["pcd update"]["steps"], CompiledKernel(kernel) if compiled else kernel
+    )
     objective.chains = starts()
-    turns: Iterator[Any] = fit(energy, objective, starts(4096), steps=10**9, batch_size=CHAINS, progress=False)
+    turns: Iterator[Any] = fit(
+        energy, objective, starts(4096), steps=10**9, batch_size=CHAINS, progress=False
+    )
     return lambda: next(turns)
 
 
@@ -116,7 +139,9 @@ def torchebm_chains(hmc: bool) -> Timed:
 
     model, x = torchebm_model(), starts()
     if hmc:
-        sampler = HamiltonianMonteCarlo(model, step_size=EPS, n_leapfrog_steps=WORK["hmc"]["leapfrogs"])
+        sampler = HamiltonianMonteCarlo(
+            model, step_size=EPS, n_leapfrog_steps=WORK["hmc"]["leapfrogs"]
+        )
     else:
         sampler = LangevinDynamics(model, step_size=EPS**2 / 2)
     return lambda: sampler.sample(x=x, n_steps=WORK["hmc" if hmc else "langevin"]["steps"])
@@ -171,7 +196,9 @@ def ebmkit_update() -> Timed:
     import ebm
 
     sampler = ebm.LangevinDynamics(step_size=EPS**2 / 2, steps=WORK["pcd update"]["steps"])
-    objective = ebm.ContrastiveDivergence(sampler, buffer=ebm.ReplayBuffer(CHAINS, (2,), reinit_prob=0.0))
+    objective = ebm.ContrastiveDivergence(
+        sampler, buffer=ebm.ReplayBuffer(CHAINS, (2,), reinit_prob=0.0)
+    )
     trainer, data = ebm.Trainer(ebmkit_energy(), objective, lr=1e-3, device="cpu"), starts(4096)
     return lambda: trainer.fit(data, steps=1, batch_size=CHAINS, verbose=False)
 
@@ -190,21 +217,37 @@ def contestants() -> Iterator[tuple[str, str, str, str, Callable[[], Timed]]]:
             name = "fit, PersistentCD" if update else type(kernel).__name__
             yield case, "pyroebm", "pyroebm", f"{name}, {'compiled' if compiled else 'eager'}", made
         for library, module, chains_of, update_of, names in (
-            ("torchebm", "torchebm", torchebm_chains, torchebm_update, ("LangevinDynamics", "HamiltonianMonteCarlo")),
+            (
+                "torchebm",
+                "torchebm",
+                torchebm_chains,
+                torchebm_update,
+                ("LangevinDynamics", "HamiltonianMonteCarlo"),
+            ),
             ("ebmkit", "ebm", ebmkit_chains, ebmkit_update, ("LangevinDynamics", "HMC")),
         ):
             what = "ContrastiveDivergence, persistent" if update else names[hmc]
-            yield case, library, module, what, update_of if update else functools.partial(chains_of, hmc)
+            yield (
+                case,
+                library,
+                module,
+                what,
+                update_of if update else functools.partial(chains_of, hmc),
+            )
 
 
 def measure(calls: int, rounds: int, threads: int) -> list[Row]:
-    """All contestants in turn, round by round; the first call of each warms up, or compiles, and is told apart."""
+    """All contestants in turn, round by round; the first call of each warms up, or compiles, and is
+    told apart."""
     torch.set_num_threads(threads)
     ready, first = [], []
     versions = {}
     for case, library, module, what, make in contestants():
         if importlib.util.find_spec(module) is None:
-            print(f"{case}: {library} {what}: missing, no row (pip install -c benchmarks/constraints.txt -e '.[bench]')")
+            print(
+                f"{case}: {library} {what}: missing, no row (pip install -c"
+                f" benchmarks/constraints.txt -e '.[bench]')"
+            )
             continue
         versions[library] = importlib.import_module(module).__version__
         run = make()
@@ -222,22 +265,43 @@ def measure(calls: int, rounds: int, threads: int) -> list[Row]:
                 found.append((time.perf_counter() - begin) / calls)
     rows = []
     for (case, library, what, _), found, once in zip(ready, seconds, first, strict=True):
-        settings = {"method": what, "chains": CHAINS, "threads": threads, "dtype": "float32", "statistic": "median, [min, max]"}
+        settings = {
+            "method": what,
+            "chains": CHAINS,
+            "threads": threads,
+            "dtype": "float32",
+            "statistic": "median, [min, max]",
+        }
         settings |= {"repeats": rounds, "calls": calls, **WORK[case]}
         rows.append(row(case, library, "milliseconds", [1e3 * s for s in found], settings))
         if what.endswith("compiled"):
-            rows.append(row(case, library, "compile_seconds", [once - statistics.median(found)], settings | {"repeats": 1}))
+            rows.append(
+                row(
+                    case,
+                    library,
+                    "compile_seconds",
+                    [once - statistics.median(found)],
+                    settings | {"repeats": 1},
+                )
+            )
         fastest = next(r["value"] for r in rows if r["case"] == case)
         print(
-            f"{case}: {library} {what}: {1e3 * statistics.median(found):.2f} ms, {fastest / statistics.median(found) / 10:.0f} %"
+            f"{case}: {library} {what}: {1e3 * statistics.median(found):.2f} ms,"
+            f" {fastest / statistics.median(found) / 10:.0f} %"
         )
     return [made | {"version": versions[made["library"]]} for made in rows]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.training", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help=f"a few calls, to {QUICK_RESULTS}: no timings")
-    parser.add_argument("--threads", type=int, default=1, help="of torch; set OMP_NUM_THREADS to the same")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.training", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help=f"a few calls, to {QUICK_RESULTS}: no timings"
+    )
+    parser.add_argument(
+        "--threads", type=int, default=1, help="of torch; set OMP_NUM_THREADS to the same"
+    )
     parser.add_argument("--out", type=Path, help=f"folder of training.json (default {RESULTS})")
     options = parser.parse_args()
     rows = measure(*((1, 1) if options.quick else (3, 15)), options.threads)

@@ -1,7 +1,9 @@
-"""An energy against flows and a generator, on two normal laws of weights .9 and .1; bounds beside exact values. About 1 minute.
+"""An energy against flows and a generator, on two normal laws of weights .9 and .1; bounds beside
+exact values. About 1 minute.
 
-After 800 steps against a redundant flow the energy is .12 nats below the truth, with the bound above the exact value; against a
-plain NICE 1.4 (seed 0). Against a generator with an estimated entropy (VERA) .07 to .11 after 600 steps (seeds 0, 1, 2).
+After 800 steps against a redundant flow the energy is .12 nats below the truth, with the bound
+above the exact value; against a plain NICE 1.4 (seed 0). Against a generator with an estimated
+entropy (VERA) .07 to .11 after 600 steps (seeds 0, 1, 2).
 
 python -m models.adversarial_flow [--seed N] [--quick] [--out DIR]
 """
@@ -36,24 +38,42 @@ GENERATOR_RATES = {"energy": 5e-4, "generator": 3e-3, "posterior": 1e-2}
 
 
 def play(
-    energy: Energy, objective: Adversarial, data: Tensor, rates: dict[str, float], *, steps: int, batch_size: int = 256,
-    seed: int = 0, progress: bool | None = None,
-) -> Iterator[tuple[int, float, dict[str, float]]]:  # fmt: skip
+    energy: Energy,
+    objective: Adversarial,
+    data: Tensor,
+    rates: dict[str, float],
+    *,
+    steps: int,
+    batch_size: int = 256,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> Iterator[tuple[int, float, dict[str, float]]]:
     """`fit` with an Adam for each loss, whose rates fall to 0."""
     adam = functools.partial(torch.optim.Adam, betas=(0.5, 0.999), fused=True)
     return fit(
-        energy, objective, data, steps=steps, batch_size=batch_size, seed=seed, progress=progress,
+        energy,
+        objective,
+        data,
+        steps=steps,
+        batch_size=batch_size,
+        seed=seed,
+        progress=progress,
         optimizer={name: functools.partial(adam, lr=rate) for name, rate in rates.items()},
         schedule=functools.partial(CosineAnnealingLR, T_max=steps),
-    )  # fmt: skip
+    )
 
 
 class Judge:
-    """Exact answers about an energy over the plane: log Z by quadrature, the rest by sums over one fine grid."""
+    """Exact answers about an energy over the plane: log Z by quadrature, the rest by sums over one
+    fine grid."""
 
     def __init__(self, target: GaussianMixture) -> None:
         axis = torch.linspace(-10.0, 10.0, 401)
-        self.axis, self.grid, self.cell = axis, torch.cartesian_prod(axis, axis), float(axis[1] - axis[0]) ** 2
+        self.axis, self.grid, self.cell = (
+            axis,
+            torch.cartesian_prod(axis, axis),
+            float(axis[1] - axis[0]) ** 2,
+        )
         self.log_law = -target(self.grid)
         self.entropy = -self.expected(self.log_law)
 
@@ -72,16 +92,25 @@ class Judge:
         """log Z, the mean log-likelihood under the true law, and the mass on the left."""
         log_z, values = quadrature(energy, tolerance=1e-5).value, energy(self.grid)
         left = torch.softmax(-values, 0)[self.grid[:, 0] < 0.0].sum()
-        return {"log_z": log_z, "log_likelihood": -self.expected(values) - log_z, "left": float(left)}
+        return {
+            "log_z": log_z,
+            "log_likelihood": -self.expected(values) - log_z,
+            "left": float(left),
+        }
 
 
 def opponents(hidden: tuple[int, int], seed: int) -> dict[str, Callable[[], Adversarial]]:
-    """What the energy is trained against. Against a generator it runs away, unless its slope at the data is held down."""
+    """What the energy is trained against. Against a generator it runs away, unless its slope at the
+    data is held down."""
     noise = seeded_generator(seed, spawned=2)
     return {
         "NICE, D = 2": lambda: AdversarialFlow(NICE(2, hidden=hidden, seed=seed)),
         "redundant, D = 4": lambda: AdversarialFlow(RedundantNICE(2, 4, hidden=hidden, seed=seed)),
-        "VERA": lambda: VERA(MLPGenerator((2,), 2, hidden, sigma=0.3, generator=noise), eta=0.5, gradient_penalty=0.01),
+        "VERA": lambda: VERA(
+            MLPGenerator((2,), 2, hidden, sigma=0.3, generator=noise),
+            eta=0.5,
+            gradient_penalty=0.01,
+        ),
     }
 
 
@@ -95,11 +124,20 @@ def draws_of(objective: Any, n: int, seed: int) -> Tensor:
     return drawn
 
 
-def report(recipe: Recipe, name: str, energy: Energy, objective: Adversarial, judge: Judge, n: int) -> tuple[Tensor, float]:
+def report(
+    recipe: Recipe, name: str, energy: Energy, objective: Adversarial, judge: Judge, n: int
+) -> tuple[Tensor, float]:
     """Every number of one game; draws of q and the exact share of the left mode."""
     found = judge(energy)
-    recipe.add(f"{name}: log-likelihood", found["log_likelihood"], kind="exact", note="under the true law, by quadrature")
-    recipe.add(f"{name}: nats below the truth", -judge.entropy - found["log_likelihood"], kind="exact")
+    recipe.add(
+        f"{name}: log-likelihood",
+        found["log_likelihood"],
+        kind="exact",
+        note="under the true law, by quadrature",
+    )
+    recipe.add(
+        f"{name}: nats below the truth", -judge.entropy - found["log_likelihood"], kind="exact"
+    )
     recipe.add(f"{name}: share of the left mode", found["left"], kind="exact", note="truth 0.9")
     q = draws_of(objective, n, recipe.seed)
     recipe.add_mean(f"{name}: share of the left mode in q", (q[:, 0] < 0.0).double())
@@ -112,9 +150,13 @@ def report(recipe: Recipe, name: str, energy: Energy, objective: Adversarial, ju
 
 
 def main(
-    steps: int = 800, points: int = 20_000, seed: int = 0, quick: bool = False,
-    out: Path | None = None, progress: bool | None = None,
-) -> None:  # fmt: skip
+    steps: int = 800,
+    points: int = 20_000,
+    seed: int = 0,
+    quick: bool = False,
+    out: Path | None = None,
+    progress: bool | None = None,
+) -> None:
     """Train one energy against each opponent.
 
     Args:
@@ -125,7 +167,9 @@ def main(
         out: folder of metrics.json and the figure; runs/adversarial_flow without.
         progress: show bars; on a terminal without.
     """
-    steps, n, hidden, every = (20, 2_000, (16, 16), 10) if quick else (steps, 100_000, (64, 64), max(1, steps // 12))
+    steps, n, hidden, every = (
+        (20, 2_000, (16, 16), 10) if quick else (steps, 100_000, (64, 64), max(1, steps // 12))
+    )
     recipe = Recipe("adversarial_flow", out, seed, steps=steps, points=points, quick=quick)
     target = GaussianMixture(**TARGET)
     judge, data = Judge(target), target.sample(points, seeded_generator(seed))
@@ -133,14 +177,21 @@ def main(
     shown: dict[str, tuple[Tensor, Tensor, float]] = {}
     curves: dict[str, list[tuple[int, float, float]]] = {}
     for name, make in opponents(hidden, seed).items():
-        energy, objective = MLPEnergy((2,), hidden, scale=4.0, generator=seeded_generator(seed, spawned=4)), make()
+        energy, objective = (
+            MLPEnergy((2,), hidden, scale=4.0, generator=seeded_generator(seed, spawned=4)),
+            make(),
+        )
         rates = RATES if isinstance(objective, AdversarialFlow) else GENERATOR_RATES
         bounds: list[float] = []
         curves[name] = []
-        for step, _, facts in play(energy, objective, data, rates, steps=steps, seed=seed, progress=progress):
+        for step, _, facts in play(
+            energy, objective, data, rates, steps=steps, seed=seed, progress=progress
+        ):
             bounds.append(facts.get("log_likelihood_bound", math.nan))
             if (step + 1) % every == 0:
-                curves[name].append((step + 1, sum(bounds[-every:]) / every, judge.log_likelihood(energy)))
+                curves[name].append(
+                    (step + 1, sum(bounds[-every:]) / every, judge.log_likelihood(energy))
+                )
         q, left = report(recipe, name, energy.requires_grad_(False), objective, judge, n)
         shown[name] = (energy(judge.grid), q, left)
 
@@ -150,7 +201,14 @@ def main(
         side = len(judge.axis)
         density = torch.softmax(-values, 0).reshape(side, side).mT / judge.cell
         ax.plot(*drawn[:2000].mT, ".", markersize=1.5, color="tab:gray")
-        ax.contour(judge.axis, judge.axis, density, levels=[0.001, 0.01, 0.05, 0.2, 0.5], colors="tab:red", linewidths=0.9)
+        ax.contour(
+            judge.axis,
+            judge.axis,
+            density,
+            levels=[0.001, 0.01, 0.05, 0.2, 0.5],
+            colors="tab:red",
+            linewidths=0.9,
+        )
         ax.set(title=f"{name}: {left:.3f} on the left", xlim=(-5, 5), ylim=(-4, 4), aspect="equal")
     bounded, exact = axes[1, 1], axes[1, 2]
     for k, (name, curve) in enumerate(curves.items()):
@@ -160,7 +218,12 @@ def main(
             bounded.plot(at, value, color=f"C{k}", label=name)
             bounded.plot(at, bound, color=f"C{k}", linestyle="--", label=f"{name}: bound")
     bounded.axhline(-judge.entropy, color="black", linewidth=0.8, label="truth")
-    bounded.set(title="log-likelihood and the flow's bound", xlabel="step", ylabel="nats", ylim=(-judge.entropy - 1.5, None))
+    bounded.set(
+        title="log-likelihood and the flow's bound",
+        xlabel="step",
+        ylabel="nats",
+        ylim=(-judge.entropy - 1.5, None),
+    )
     exact.set(title="log-likelihood below the truth", xlabel="step", ylabel="nats")
     for ax in (bounded, exact):
         ax.legend(frameon=False, fontsize=8)

@@ -1,7 +1,9 @@
-"""Flows fitted to Boltzmann densities, each judged from both sides: log Z, modes, effective sample sizes. About 60 minutes.
+"""Flows fitted to Boltzmann densities, each judged from both sides: log Z, modes, effective sample
+sizes. About 60 minutes.
 
-Of each target of ``models.flow_cases``: error of log Z with its standard error, effective sample sizes of both directions, modes
-found, distances of draws, and what was spent on it. Three seeds; a table in Markdown is written beside the metrics.
+Of each target of ``models.flow_cases``: error of log Z with its standard error, effective sample
+sizes of both directions, modes found, distances of draws, and what was spent on it. Three seeds; a
+table in Markdown is written beside the metrics.
 
 python -m models.boltzmann_flows [--only NAME ...] [--seeds K] [--quick] [--out DIR]
 """
@@ -60,7 +62,10 @@ def facts_of(report: FlowReport, fitted: Fitted, more: Facts) -> Facts:
             ),
         }
     if report.coverage_entropy is not None:
-        found |= {"mode-coverage entropy": (report.coverage_entropy, None), "missing modes": (len(report.missing), None)}
+        found |= {
+            "mode-coverage entropy": (report.coverage_entropy, None),
+            "missing modes": (len(report.missing), None),
+        }
     for key, distance in (
         ("energy distance", report.energy_distance),
         ("energy distance after weighting", report.corrected_distance),
@@ -68,28 +73,38 @@ def facts_of(report: FlowReport, fitted: Fitted, more: Facts) -> Facts:
     ):
         if distance is not None:
             found[key] = (distance.value, distance.standard_error)
-    return found | more | {
-        "evaluations to fit": (fitted.evaluations, None),
-        "evaluations to judge": (report.evaluations, None),
-        "evaluations of chains to judge by": (fitted.draws_evaluations, None),
-        "minutes to fit": (fitted.seconds / 60.0, None),
-    }  # fmt: skip
+    return (
+        found
+        | more
+        | {
+            "evaluations to fit": (fitted.evaluations, None),
+            "evaluations to judge": (report.evaluations, None),
+            "evaluations of chains to judge by": (fitted.draws_evaluations, None),
+            "minutes to fit": (fitted.seconds / 60.0, None),
+        }
+    )
 
 
 def cell(name: str, values: Sequence[tuple[float, float | None]]) -> str:
-    """A fact of all seeds: errors of log Z one by one, of others the lowest and the highest, with the largest standard error."""
+    """A fact of all seeds: errors of log Z one by one, of others the lowest and the highest, with
+    the largest standard error."""
     if name == "error of log Z":
         return ", ".join(f"{value:+.2g} ± {error:.1g}" for value, error in values)
     low, high = (f"{limit(value for value, _ in values):.3g}" for limit in (min, max))
     worst = max((error for _, error in values if error is not None), default=None)
-    return (low if low == high else f"{low} to {high}") + ("" if worst is None else f" ± {worst:.1g}")
+    return (low if low == high else f"{low} to {high}") + (
+        "" if worst is None else f" ± {worst:.1g}"
+    )
 
 
 def table(found: dict[str, list[Facts]]) -> str:
     """The rows of all targets, in Markdown; a dash where a target has no such fact."""
     lines = ["| target, flow | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
     for name, seeds in found.items():
-        cells = [cell(key, [facts[key] for facts in seeds]) if key in seeds[0] else "-" for key in COLUMNS.values()]
+        cells = [
+            cell(key, [facts[key] for facts in seeds]) if key in seeds[0] else "-"
+            for key in COLUMNS.values()
+        ]
         lines.append(f"| {CASES[name].title} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -100,23 +115,43 @@ def draw(ax: Axes, case: Case, report: FlowReport, truth: Tensor | None) -> None
     if x.dim() == 2:
         ax.plot(*x[:2000].mT.numpy(), ".", markersize=1.5, label="flow")
         if truth is not None:
-            ax.plot(*case.observable(truth)[:2000].mT.numpy(), ".", markersize=1.5, alpha=0.6, label="target")
+            ax.plot(
+                *case.observable(truth)[:2000].mT.numpy(),
+                ".",
+                markersize=1.5,
+                alpha=0.6,
+                label="target",
+            )
     else:
         shown = x if truth is None else case.observable(truth)
-        low, high = (float(v) for v in torch.quantile(shown[:100_000].double(), torch.tensor([0.001, 0.999]).double()))
+        low, high = (
+            float(v)
+            for v in torch.quantile(shown[:100_000].double(), torch.tensor([0.001, 0.999]).double())
+        )
         style = {"bins": 80, "range": (low, high), "density": True, "histtype": "step"}
         ax.hist(x.numpy(), **style, label="flow")
         ax.hist(x.numpy(), weights=report.weighted.weights.numpy(), **style, label="weighted")
         if truth is not None:
-            ax.hist(case.observable(truth).numpy(), **style, color="black", linewidth=0.8, label="target")
+            ax.hist(
+                case.observable(truth).numpy(),
+                **style,
+                color="black",
+                linewidth=0.8,
+                label="target",
+            )
     ax.set(title=case.title, xlabel=case.label)
     ax.title.set_fontsize(8)
 
 
 def main(
-    only: tuple[str, ...] = tuple(CASES), seeds: int = 3, n: int = 100_000, seed: int = 0, quick: bool = False,
-    out: Path | None = None, progress: bool | None = None,
-) -> None:  # fmt: skip
+    only: tuple[str, ...] = tuple(CASES),
+    seeds: int = 3,
+    n: int = 100_000,
+    seed: int = 0,
+    quick: bool = False,
+    out: Path | None = None,
+    progress: bool | None = None,
+) -> None:
     """Fit and judge the flows.
 
     Args:
@@ -135,10 +170,16 @@ def main(
     recipe = Recipe("boltzmann_flows", out, seed, only=only, seeds=seeds, n=n, quick=quick)
     wide = min(4, len(only))
     fig, axes = plt.subplots(
-        -(-len(only) // wide), wide, figsize=(4 * wide, 3 * -(-len(only) // wide)), layout="constrained", squeeze=False
+        -(-len(only) // wide),
+        wide,
+        figsize=(4 * wide, 3 * -(-len(only) // wide)),
+        layout="constrained",
+        squeeze=False,
     )
     found: dict[str, list[Facts]] = {}
-    bar = tqdm(total=len(only) * seeds, desc="fits", disable=None if progress is None else not progress)
+    bar = tqdm(
+        total=len(only) * seeds, desc="fits", disable=None if progress is None else not progress
+    )
     for ax, name in zip(axes.flat, only, strict=False):
         case = CASES[name]
         for number in range(seed, seed + seeds):
@@ -161,7 +202,10 @@ def main(
                 continue
             spread = numbers.std() / math.sqrt(seeds) if seeds > 1 else values[0][1]
             note = (
-                "" if seeds == 1 else "seeds: " + ", ".join(f"{v:.5g}" + ("" if e is None else f" +- {e:.1g}") for v, e in values)
+                ""
+                if seeds == 1
+                else "seeds: "
+                + ", ".join(f"{v:.5g}" + ("" if e is None else f" +- {e:.1g}") for v, e in values)
             )
             recipe.add(f"{name}: {key}", numbers.mean(), spread, "estimate", note)
         recipe.text("table.md", table(found))

@@ -1,4 +1,5 @@
-"""The Boltzmann machine of the lecture, bars and stripes, and parity: all likelihoods by enumeration. About a minute.
+"""The Boltzmann machine of the lecture, bars and stripes, and parity: all likelihoods by
+enumeration. About a minute.
 
 python -m models.boltzmann_machine [--seed N] [--quick] [--out DIR]
 """
@@ -26,27 +27,44 @@ from pyroebm.training import fit
 def three_spins(recipe: Recipe) -> None:
     """The lecture's table: every state, its energy, its weight and its probability."""
     w = torch.tensor([[0.0, -1.0, -1.0], [-1.0, 0.0, 2.0], [-1.0, 2.0, 0.0]])
-    machine = BoltzmannMachine(3, units="spins", weight=w, bias=torch.tensor([0.0, 1.0, 0.0])).requires_grad_(False)
+    machine = BoltzmannMachine(
+        3, units="spins", weight=w, bias=torch.tensor([0.0, 1.0, 0.0])
+    ).requires_grad_(False)
     states = 2.0 * all_bits(3) - 1.0
     h, z = -machine(states), math.exp(machine.log_partition())
     print(" x1  x2  x3    H = -E   exp(H)        p")
     for x, value in zip(states.tolist(), h.tolist(), strict=True):
-        print("".join(f"{int(s):>3} " for s in x) + f"{value:>9.0f} {math.exp(value):>9.5f} {math.exp(value) / z:>9.6f}")
+        print(
+            "".join(f"{int(s):>3} " for s in x)
+            + f"{value:>9.0f} {math.exp(value):>9.5f} {math.exp(value) / z:>9.6f}"
+        )
     p = h.exp() / z
     given = states[:, 1] == -1
     recipe.add("three spins: Z", z, kind="exact")
     recipe.add("three spins: p(x1 = 1)", p[states[:, 0] == 1].sum(), kind="exact")
-    recipe.add("three spins: p(x1 = 1 | x2 = -1)", p[given & (states[:, 0] == 1)].sum() / p[given].sum(), kind="exact")
+    recipe.add(
+        "three spins: p(x1 = 1 | x2 = -1)",
+        p[given & (states[:, 0] == 1)].sum() / p[given].sum(),
+        kind="exact",
+    )
 
 
-def learn(machine: BoltzmannMachine | BernoulliRBM, patterns: Tensor, steps: int, progress: bool | None) -> list[float]:
+def learn(
+    machine: BoltzmannMachine | BernoulliRBM, patterns: Tensor, steps: int, progress: bool | None
+) -> list[float]:
     """Exact maximum likelihood; the mean log-likelihood after each step."""
     optimizer = functools.partial(torch.optim.Adam, lr=0.05)
     schedule = functools.partial(CosineAnnealingLR, T_max=steps, eta_min=1e-3)
     steps_of = fit(
-        machine.marginal(), ExactLikelihood(), patterns, steps=steps, batch_size=len(patterns), optimizer=optimizer,
-        schedule=schedule, progress=progress,
-    )  # fmt: skip
+        machine.marginal(),
+        ExactLikelihood(),
+        patterns,
+        steps=steps,
+        batch_size=len(patterns),
+        optimizer=optimizer,
+        schedule=schedule,
+        progress=progress,
+    )
     return [-loss for _, loss, _ in steps_of]
 
 
@@ -58,7 +76,9 @@ def start(machine: BoltzmannMachine | BernoulliRBM, scale: float) -> None:
         machine.weight.copy_(noise.triu(1) + noise.triu(1).mT if square else noise)
 
 
-def main(seed: int = 0, quick: bool = False, out: Path | None = None, progress: bool | None = None) -> None:
+def main(
+    seed: int = 0, quick: bool = False, out: Path | None = None, progress: bool | None = None
+) -> None:
     """Train and judge the machines.
 
     Args:
@@ -80,17 +100,30 @@ def main(seed: int = 0, quick: bool = False, out: Path | None = None, progress: 
     for name, (machine, data, ceiling) in machines.items():
         start(machine, 0.3)
         steps = 20 if quick else 1500 if ceiling == "bars and stripes" else 3000
-        curves[name] = [ceilings[ceiling] - value for value in learn(machine, data, steps, progress)]
-        recipe.add(f"{name}: nats below the ceiling", ceilings[ceiling] - machine.log_likelihood(data).mean(), kind="exact")
+        curves[name] = [
+            ceilings[ceiling] - value for value in learn(machine, data, steps, progress)
+        ]
+        recipe.add(
+            f"{name}: nats below the ceiling",
+            ceilings[ceiling] - machine.log_likelihood(data).mean(),
+            kind="exact",
+        )
 
     fig, axes = plt.subplots(1, 3, figsize=(12, 4), layout="constrained")
     plot_images(patterns.unique(dim=0), (3, 3), ax=axes[0]).set_title("bars and stripes")
-    drawn = machines["bars and stripes, 6 hidden units"][0].sample(64, torch.Generator().manual_seed(seed))
+    drawn = machines["bars and stripes, 6 hidden units"][0].sample(
+        64, torch.Generator().manual_seed(seed)
+    )
     plot_images(drawn[:, :9], (3, 3), ax=axes[1]).set_title("64 exact draws of the machine")
     for name, curve in curves.items():
         axes[2].semilogy(range(1, len(curve) + 1), curve, label=name)
     axes[2].axhline(math.log(2.0), color="black", linewidth=0.8, linestyle=":", label="log 2")
-    axes[2].set(xlabel="step", ylabel="nats below the ceiling", title="exact maximum likelihood", ylim=(1e-4, 10))
+    axes[2].set(
+        xlabel="step",
+        ylabel="nats below the ceiling",
+        title="exact maximum likelihood",
+        ylim=(1e-4, 10),
+    )
     axes[2].legend(fontsize=7)
     recipe.figure("boltzmann_machine", fig)
     recipe.write()

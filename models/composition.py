@@ -1,7 +1,9 @@
-"""Two concepts learned apart and multiplied, e1 + e2: the exact KL of the product, by 2-D quadrature. A minute.
+"""Two concepts learned apart and multiplied, e1 + e2: the exact KL of the product, by 2-D
+quadrature. A minute.
 
-One energy learns a ring, the other a slanted band. Their sum is an energy of the points on both, which neither net has seen: it
-is held to the product of the true laws, drawn from by NUTS, and cut by ``condition``.
+One energy learns a ring, the other a slanted band. Their sum is an energy of the points on both,
+which neither net has seen: it is held to the product of the true laws, drawn from by NUTS, and cut
+by ``condition``.
 
 python -m models.composition [--seed N] [--quick] [--out DIR]
 """
@@ -48,17 +50,23 @@ def band() -> Gaussian:
     """Wide along one direction, narrow across."""
     cos, sin = math.cos(SLANT), math.sin(SLANT)
     turn = torch.tensor([[cos, sin], [-sin, cos]])
-    return Gaussian(torch.zeros(2), covariance=turn.mT @ torch.diag(torch.tensor(LENGTHS) ** 2) @ turn)
+    return Gaussian(
+        torch.zeros(2), covariance=turn.mT @ torch.diag(torch.tensor(LENGTHS) ** 2) @ turn
+    )
 
 
 def from_grid(energy: Energy, n: int, generator: torch.Generator) -> Tensor:
     """Draws of the law on the grid, spread over its cells."""
     with torch.no_grad():
-        cells = torch.multinomial(torch.softmax(-energy(GRID), 0), n, replacement=True, generator=generator)
+        cells = torch.multinomial(
+            torch.softmax(-energy(GRID), 0), n, replacement=True, generator=generator
+        )
     return GRID[cells] + (torch.rand(n, 2, generator=generator) - 0.5) * float(AXIS[1] - AXIS[0])
 
 
-def log_density(energy: Energy, points: Tensor = GRID, spacing: float = float(AXIS[1] - AXIS[0])) -> Tensor:
+def log_density(
+    energy: Energy, points: Tensor = GRID, spacing: float = float(AXIS[1] - AXIS[0])
+) -> Tensor:
     """Of the grid's points, by a sum over them; of one dimension or two."""
     with torch.no_grad():
         values = -energy(points)
@@ -77,9 +85,20 @@ def train(data: Tensor, hidden: int, steps: int, seed: int, progress: bool | Non
     energy = MLPEnergy((2,), (hidden, hidden), scale=1.0, generator=seeded_generator(seed))
     energy.fit_envelope(data, factor=1.5)
     objective = PersistentCD(300, k=1, kernel=HMC(step_size=0.15, num_steps=8))
-    optimizer, schedule = functools.partial(torch.optim.Adam, lr=5e-3), functools.partial(CosineAnnealingLR, T_max=steps)
+    optimizer, schedule = (
+        functools.partial(torch.optim.Adam, lr=5e-3),
+        functools.partial(CosineAnnealingLR, T_max=steps),
+    )
     loop = fit(
-        energy, objective, data, steps=steps, batch_size=300, optimizer=optimizer, schedule=schedule, seed=seed, progress=progress
+        energy,
+        objective,
+        data,
+        steps=steps,
+        batch_size=300,
+        optimizer=optimizer,
+        schedule=schedule,
+        seed=seed,
+        progress=progress,
     )
     for _ in loop:
         pass
@@ -87,9 +106,14 @@ def train(data: Tensor, hidden: int, steps: int, seed: int, progress: bool | Non
 
 
 def main(
-    seeds: int = 3, steps: int = 800, hidden: int = 64, seed: int = 0, quick: bool = False, out: Path | None = None,
+    seeds: int = 3,
+    steps: int = 800,
+    hidden: int = 64,
+    seed: int = 0,
+    quick: bool = False,
+    out: Path | None = None,
     progress: bool | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Train two energies over several seeds, multiply and judge them.
 
     Args:
@@ -109,37 +133,68 @@ def main(
     clamped = torch.tensor([0.0, CUT]), torch.tensor([False, True])
     for name, truth in truths.items():
         p = log_density(truth)
-        recipe.add(f"{name}: entropy of the truth", -(p.exp() * p).sum() * float(AXIS[1] - AXIS[0]) ** 2, kind="exact")
+        recipe.add(
+            f"{name}: entropy of the truth",
+            -(p.exp() * p).sum() * float(AXIS[1] - AXIS[0]) ** 2,
+            kind="exact",
+        )
     found = defaultdict[str, list[float]](list)
     for number in range(seed, seed + seeds):
         noise = seeded_generator(number, spawned=1)
         learned: dict[str, Energy] = {
-            name: train(from_grid(truths[name], 10_000, noise), hidden, steps, number, progress) for name in ("ring", "band")
+            name: train(from_grid(truths[name], 10_000, noise), hidden, steps, number, progress)
+            for name in ("ring", "band")
         }
         learned["product"] = learned["ring"] + learned["band"]
         for name, truth in truths.items():
             found[f"{name}: KL(truth || learned)"].append(divergence(truth, learned[name]))
-        found["product: KL(truth || ring alone)"].append(divergence(truths["product"], learned["ring"]))
+        found["product: KL(truth || ring alone)"].append(
+            divergence(truths["product"], learned["ring"])
+        )
         cut = [Conditioned(laws["product"], *clamped) for laws in (truths, learned)]
-        found[f"product given x2 = {CUT}: KL(truth || learned)"].append(divergence(*cut, AXIS.unsqueeze(1)))
+        found[f"product given x2 = {CUT}: KL(truth || learned)"].append(
+            divergence(*cut, AXIS.unsqueeze(1))
+        )
         draws, warm, chains = (20, 20, 16) if quick else (50, 200, 64)
-        mcmc = MCMC(NUTS(), num_samples=draws, warmup_steps=warm, num_chains=chains, seed=number, progress=False)
+        mcmc = MCMC(
+            NUTS(),
+            num_samples=draws,
+            warmup_steps=warm,
+            num_chains=chains,
+            seed=number,
+            progress=False,
+        )
         mcmc.run(learned["product"])
         x = mcmc.get_samples(group_by_chain=True)["x"]
         p, model = log_density(truths["product"]).exp(), log_density(learned["product"]).exp()
         spread = {"E|x1|": GRID[:, 0].abs(), "E[x2^2]": GRID[:, 1] ** 2}
-        for (key, values), drawn in zip(spread.items(), (x[..., 0].abs(), x[..., 1] ** 2), strict=True):
+        for (key, values), drawn in zip(
+            spread.items(), (x[..., 0].abs(), x[..., 1] ** 2), strict=True
+        ):
             found[f"product: {key}, NUTS"].append(float(drawn.mean()))
-            found[f"product: {key}, learned, exact"].append(float((model * values).sum() / model.sum()))
+            found[f"product: {key}, learned, exact"].append(
+                float((model * values).sum() / model.sum())
+            )
             found[f"product: {key}, truth"].append(float((p * values).sum() / p.sum()))
     for key, values in found.items():
         error = torch.tensor(values).std() / seeds**0.5 if seeds > 1 else None
-        recipe.add(key, sum(values) / seeds, error, "estimate" if "NUTS" in key else "exact", f"over {seeds} seeds")
+        recipe.add(
+            key,
+            sum(values) / seeds,
+            error,
+            "estimate" if "NUTS" in key else "exact",
+            f"over {seeds} seeds",
+        )
 
     fig, axes = plt.subplots(2, 4, figsize=(14, 7), layout="constrained")
     for row, (which, laws) in enumerate({"true": truths, "learned": learned}.items()):
         for ax, (name, law) in zip(axes[row], laws.items(), strict=False):
-            ax.pcolormesh(AXIS.numpy(), AXIS.numpy(), log_density(law).exp().reshape(len(AXIS), -1).mT.numpy(), rasterized=True)
+            ax.pcolormesh(
+                AXIS.numpy(),
+                AXIS.numpy(),
+                log_density(law).exp().reshape(len(AXIS), -1).mT.numpy(),
+                rasterized=True,
+            )
             ax.set(title=f"{name}, {which}", xlim=(-3, 3), ylim=(-3, 3), aspect="equal")
     axes[0, 3].plot(*x.reshape(-1, 2).mT, ".", markersize=1.5)
     axes[0, 3].set(title="draws of e1 + e2 (NUTS)", xlim=(-3, 3), ylim=(-3, 3), aspect="equal")

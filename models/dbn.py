@@ -1,7 +1,9 @@
-"""A deep belief network on scikit-learn's digits, or on binary MNIST with --data: bounds, brackets, draws, test error.
+"""A deep belief network on scikit-learn's digits, or on binary MNIST with --data: bounds, brackets,
+draws, test error.
 
-python -m models.dbn [--seed N] [--quick] [--out DIR]      # digits, 64-100-64: 2 minutes
-python -m models.dbn --data PATH                           # 784-500-784, the second layer from a tied start: a quarter of an hour
+python -m models.dbn [--seed N] [--quick] [--out DIR]      # digits, 64-100-64: 2 minutes python -m
+models.dbn --data PATH                           # 784-500-784, the second layer from a tied start:
+a quarter of an hour
 """
 
 from __future__ import annotations
@@ -12,7 +14,16 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
-from models.machines import Images, classify, floor, in_double, load_images, machine_bracket, plot_completions, train_pcd
+from models.machines import (
+    Images,
+    classify,
+    floor,
+    in_double,
+    load_images,
+    machine_bracket,
+    plot_completions,
+    train_pcd,
+)
 from models.recipe import Recipe, run
 from pyroebm.diagnostics.plots import plot_images
 from pyroebm.energies import DeepBeliefNetwork
@@ -21,9 +32,15 @@ from pyroebm.training import pretrain_belief_network
 
 
 def judge(
-    recipe: Recipe, network: DeepBeliefNetwork, images: Images, temperatures: int, samples: int, progress: bool | None
+    recipe: Recipe,
+    network: DeepBeliefNetwork,
+    images: Images,
+    temperatures: int,
+    samples: int,
+    progress: bool | None,
 ) -> None:
-    """The variational bound and the importance-sampled likelihood, at both ends of the bracket of the top's log Z."""
+    """The variational bound and the importance-sampled likelihood, at both ends of the bracket of
+    the top's log Z."""
     double, test = in_double(network), images.test[:1000].double()
     generator = torch.Generator().manual_seed(recipe.seed)
     below = double.means_up(images.train[:1000].double())
@@ -31,11 +48,23 @@ def judge(
     print(found)
     recipe.add_log_z("log Z of the top, AIS", found.forward)
     recipe.add_log_z("log Z of the top, reverse AIS", found.reverse)
-    weights = torch.cat([double.log_weights(rows, samples, generator) for rows in test.split(50)], 1)
+    weights = torch.cat(
+        [double.log_weights(rows, samples, generator) for rows in test.split(50)], 1
+    )
     bound, better = weights.mean(0), weights.logsumexp(0) - torch.log(torch.tensor(float(samples)))
     for name, end in (("AIS", found.forward), ("reverse AIS", found.reverse)):
-        recipe.add_mean(f"variational bound, {name}", bound - end.value, "estimate", "of the first 1,000 test images")
-        recipe.add_mean(f"importance-sampled log-likelihood, {name}", better - end.value, "estimate", f"{samples} draws")
+        recipe.add_mean(
+            f"variational bound, {name}",
+            bound - end.value,
+            "estimate",
+            "of the first 1,000 test images",
+        )
+        recipe.add_mean(
+            f"importance-sampled log-likelihood, {name}",
+            better - end.value,
+            "estimate",
+            f"{samples} draws",
+        )
 
 
 def main(
@@ -53,8 +82,10 @@ def main(
     """Pretrain layer by layer with PCD, judge, and fine-tune a classifier by backpropagation.
 
     Args:
-        data: binary MNIST: a folder of IDX files, an .npz, a folder of dataset-fashion-mnist; digits without.
-        sizes: hidden layers; 100 64 on digits, 500 784 on MNIST, whose second layer starts from the transposed first one.
+        data: binary MNIST: a folder of IDX files, an .npz, a folder of dataset-fashion-mnist;
+            digits without.
+        sizes: hidden layers; 100 64 on digits, 500 784 on MNIST, whose second layer starts from the
+            transposed first one.
         epochs: passes over the data for each layer; 400 on digits, 50 on MNIST.
         learning_rate: 0.05 on digits, 0.01 on MNIST.
         temperatures: of AIS.
@@ -66,18 +97,30 @@ def main(
     """
     images = load_images(data)
     sizes = sizes or ((100, 64) if data is None else (500, 784))
-    epochs, learning_rate = epochs or (400 if data is None else 50), learning_rate or (0.05 if data is None else 0.01)
+    epochs, learning_rate = (
+        epochs or (400 if data is None else 50),
+        learning_rate or (0.05 if data is None else 0.01),
+    )
     fine_epochs = 100 if data is None else 30
     if quick:
         images, epochs, temperatures, samples, fine_epochs = images.fewer(200), 2, 100, 10, 1
     recipe = Recipe(
-        "dbn", out, seed, data=data, sizes=sizes, epochs=epochs, learning_rate=learning_rate,
-        binarisation=images.binarisation, quick=quick,
-    )  # fmt: skip
+        "dbn",
+        out,
+        seed,
+        data=data,
+        sizes=sizes,
+        epochs=epochs,
+        learning_rate=learning_rate,
+        binarisation=images.binarisation,
+        quick=quick,
+    )
     recipe.add_mean("independent bits: test log-likelihood", floor(images), "exact")
 
     def train(machine: LayeredMachine, inputs: Tensor) -> None:
-        for _ in train_pcd(machine, inputs, epochs, learning_rate, decay=True, seed=seed, progress=progress):
+        for _ in train_pcd(
+            machine, inputs, epochs, learning_rate, decay=True, seed=seed, progress=progress
+        ):
             pass
 
     network = pretrain_belief_network([images.train.shape[1], *sizes], images.train, train)
@@ -87,11 +130,20 @@ def main(
     fig, grid = plt.subplots(2, 2, figsize=(10, 10), layout="constrained")
     axes = grid.flatten()
     first = network.rbm(0)
-    plot_images(first.weight.detach().mT[:100], images.shape, limits=None, ax=axes[0]).set_title("receptive fields, layer 1")
-    drawn = network.sample(64, torch.Generator().manual_seed(seed), gibbs_steps=50 if quick else 2000)
+    plot_images(first.weight.detach().mT[:100], images.shape, limits=None, ax=axes[0]).set_title(
+        "receptive fields, layer 1"
+    )
+    drawn = network.sample(
+        64, torch.Generator().manual_seed(seed), gibbs_steps=50 if quick else 2000
+    )
     plot_images(drawn, images.shape, ax=axes[1]).set_title("draws: Gibbs in the top, one pass down")
     axes[2].plot(range(len(curve)), curve, marker=".")
-    axes[2].set(xlabel="epoch of fine-tuning", ylabel="test error", title="classifier started from the network", yscale="log")
+    axes[2].set(
+        xlabel="epoch of fine-tuning",
+        ylabel="test error",
+        title="classifier started from the network",
+        yscale="log",
+    )
     axes[3].set_visible(data is None)
     if data is None:  # one unit at a time: minutes at 784 pixels
         plot_completions(network, images, 12, 5 if quick else 100, seed, axes[3]).set_title(

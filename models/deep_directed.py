@@ -1,10 +1,12 @@
-"""Deep directed models (Kim and Bengio, 2016): four modes in two seeds of three, on digits a failure. About 1 to 2 minutes.
+"""Deep directed models (Kim and Bengio, 2016): four modes in two seeds of three, on digits a
+failure. About 1 to 2 minutes.
 
-The generator's entropy is that of its batch normalisation. On hidden units it is no entropy of the draws: the generator loses
-modes, and the energy ends 8 nats below the truth (seed 0). On the outputs it is that of the normal law of their variances, and
-with fixed noise of nearly the modes' width the energy ends .07 and .09 nats below (seeds 0, 1), but 2.6 with seed 2; against a
-redundant flow, whose entropy is true, .04 (seed 0). On digits the energy tells the test set from shuffled pixels (AUROC .75),
-but the generator's draws are no digits.
+The generator's entropy is that of its batch normalisation. On hidden units it is no entropy of the
+draws: the generator loses modes, and the energy ends 8 nats below the truth (seed 0). On the
+outputs it is that of the normal law of their variances, and with fixed noise of nearly the modes'
+width the energy ends .07 and .09 nats below (seeds 0, 1), but 2.6 with seed 2; against a redundant
+flow, whose entropy is true, .04 (seed 0). On digits the energy tells the test set from shuffled
+pixels (AUROC .75), but the generator's draws are no digits.
 
 python -m models.deep_directed [--seed N] [--quick] [--out DIR]
 """
@@ -32,33 +34,41 @@ from pyroebm.nn import Generator, MLPGenerator, mlp
 from pyroebm.objectives import Adversarial, AdversarialFlow, DeepDirected
 from pyroebm.targets import GaussianMixture
 
-#: The energy moves slowly, and its slope at the data is held down: else it tilts away before the generator can follow.
+#: The energy moves slowly, and its slope at the data is held down: else it tilts away before the
+#: generator can follow.
 RATES, PENALTY = {"energy": 1e-4, "generator": 3e-3}, 0.1
 CORNERS, WEIGHTS = [[-2.0, -2.0], [-2.0, 2.0], [2.0, -2.0], [2.0, 2.0]], [0.4, 0.3, 0.2, 0.1]
 
 
-def experts(entries: int, features: int, num_experts: int, sigma: float, seed: int) -> ProductOfExpertsEnergy:
+def experts(
+    entries: int, features: int, num_experts: int, sigma: float, seed: int
+) -> ProductOfExpertsEnergy:
     """The paper's energy, on bounded features: none grows faster than the envelope."""
     noise = seeded_generator(seed, spawned=4)
-    net = nn.Sequential(mlp(entries, features, (features,), zero_last=False, generator=noise), nn.Tanh())
+    net = nn.Sequential(
+        mlp(entries, features, (features,), zero_last=False, generator=noise), nn.Tanh()
+    )
     return ProductOfExpertsEnergy(net, features, (entries,), num_experts, sigma, generator=noise)
 
 
 def normalised(data: Tensor, latent_dim: int, width: int, sigma: float, seed: int) -> Generator:
     """A generator whose outputs are batch normalised, from the data's means and widths on.
 
-    The entropy is then that of the normal law of the same variances as g(z), no less than that of g(z). Noise of a fixed scale
-    holds the draws off single points, where the two are far apart.
+    The entropy is then that of the normal law of the same variances as g(z), no less than that of
+    g(z). Noise of a fixed scale holds the draws off single points, where the two are far apart.
     """
     noise = seeded_generator(seed, spawned=2)
     norm = nn.BatchNorm1d(data.shape[1])
     with torch.no_grad():
         norm.weight.copy_(data.std(0))
         norm.bias.copy_(data.mean(0))
-    net = nn.Sequential(mlp(latent_dim, data.shape[1], (width, width), zero_last=False, generator=noise), norm)
+    net = nn.Sequential(
+        mlp(latent_dim, data.shape[1], (width, width), zero_last=False, generator=noise), norm
+    )
     model = Generator(net, latent_dim, data.shape[1:], sigma)
     if model.log_sigma is not None:
-        model.log_sigma.requires_grad_(False)  # the entropy does not see it: trained, it would vanish
+        # the entropy does not see it: trained, it would vanish
+        model.log_sigma.requires_grad_(False)
     return model
 
 
@@ -67,53 +77,89 @@ def opponents(data: Tensor, width: int, seed: int) -> dict[str, Callable[[], Adv
     hidden, noise = (width, width), functools.partial(seeded_generator, seed, spawned=2)
     return {
         "hidden units": lambda: DeepDirected(
-            MLPGenerator((2,), 4, hidden, batch_norm=True, generator=noise()), gradient_penalty=PENALTY
+            MLPGenerator((2,), 4, hidden, batch_norm=True, generator=noise()),
+            gradient_penalty=PENALTY,
         ),
-        "outputs": lambda: DeepDirected(normalised(data, 4, width, 0.45, seed), gradient_penalty=PENALTY),
-        "flow": lambda: AdversarialFlow(RedundantNICE(2, 4, hidden=hidden, seed=seed), gradient_penalty=PENALTY),
+        "outputs": lambda: DeepDirected(
+            normalised(data, 4, width, 0.45, seed), gradient_penalty=PENALTY
+        ),
+        "flow": lambda: AdversarialFlow(
+            RedundantNICE(2, 4, hidden=hidden, seed=seed), gradient_penalty=PENALTY
+        ),
     }
 
 
-def mixture(recipe: Recipe, steps: int, width: int, progress: bool | None) -> tuple[Judge, dict[str, tuple[Tensor, Tensor]]]:
-    """Four normal laws of unequal weights: exact likelihood of each energy, shares of the modes of energy and generator."""
+def mixture(
+    recipe: Recipe, steps: int, width: int, progress: bool | None
+) -> tuple[Judge, dict[str, tuple[Tensor, Tensor]]]:
+    """Four normal laws of unequal weights: exact likelihood of each energy, shares of the modes of
+    energy and generator."""
     target = GaussianMixture(CORNERS, scale=0.5, weights=WEIGHTS)
     judge = Judge(target)
-    data, test = (target.sample(n, seeded_generator(recipe.seed, spawned=k)) for k, n in enumerate((20_000, 4_000)))
+    data, test = (
+        target.sample(n, seeded_generator(recipe.seed, spawned=k))
+        for k, n in enumerate((20_000, 4_000))
+    )
     recipe.add("mixture: truth, log-likelihood", -judge.entropy, kind="exact")
-    recipe.add("mixture: energy distance, data to test", *energy_distance(data[:4_000], test), note="of two samples of one law")
+    recipe.add(
+        "mixture: energy distance, data to test",
+        *energy_distance(data[:4_000], test),
+        note="of two samples of one law",
+    )
     modes, shown = target.mode_of(judge.grid), {}
     law = torch.softmax(judge.log_law, 0)
     for name, make in opponents(data, width, recipe.seed).items():
         energy, objective = experts(2, width, width, 1.0, recipe.seed), make()
-        for _ in play(energy, objective, data, RATES, steps=steps, seed=recipe.seed, progress=progress):
+        for _ in play(
+            energy, objective, data, RATES, steps=steps, seed=recipe.seed, progress=progress
+        ):
             pass
         found, drawn = judge(energy.requires_grad_(False)), draws_of(objective, 4_000, recipe.seed)
         below = -judge.entropy - found["log_likelihood"]
-        recipe.add(f"mixture, {name}: nats below the truth", below, kind="exact", note="by quadrature")
+        recipe.add(
+            f"mixture, {name}: nats below the truth", below, kind="exact", note="by quadrature"
+        )
         values = energy(judge.grid)
         p = torch.softmax(-values, 0)
         for k in range(4):
             truth = f"truth {float(law[modes == k].sum()):.3f}"
-            recipe.add(f"mixture, {name}: mode {k + 1} of the energy", float(p[modes == k].sum()), kind="exact", note=truth)
-            recipe.add_mean(f"mixture, {name}: mode {k + 1} of q", (target.mode_of(drawn) == k).double())
+            recipe.add(
+                f"mixture, {name}: mode {k + 1} of the energy",
+                float(p[modes == k].sum()),
+                kind="exact",
+                note=truth,
+            )
+            recipe.add_mean(
+                f"mixture, {name}: mode {k + 1} of q", (target.mode_of(drawn) == k).double()
+            )
         recipe.add(f"mixture, {name}: energy distance, q to test", *energy_distance(drawn, test))
         shown[f"{name}: {below:.2f} nats below"] = (values, drawn)
     return judge, {"truth, and data": (-judge.log_law, data)} | shown
 
 
-def images(recipe: Recipe, steps: int, width: int, progress: bool | None) -> tuple[Tensor, dict[str, Tensor]]:
-    """Digits of 8 x 8 pixels: no density to compare with; energies of data and draws, and distances."""
+def images(
+    recipe: Recipe, steps: int, width: int, progress: bool | None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Digits of 8 x 8 pixels: no density to compare with; energies of data and draws, and
+    distances."""
     split = digits(threshold=None)
     noise = seeded_generator(recipe.seed, spawned=5)
-    train = split.train + torch.rand(split.train.shape, generator=noise) / 16.0  # grey levels are 17: dequantised
+    # grey levels are 17: dequantised
+    train = split.train + torch.rand(split.train.shape, generator=noise) / 16.0
     test = split.test + torch.rand(split.test.shape, generator=noise) / 16.0
     centre = train.mean(0)
     energy = experts(64, width, width, 1.0, recipe.seed)
-    objective = DeepDirected(normalised(train - centre, 16, width, 0.05, recipe.seed), gradient_penalty=PENALTY)
-    for _ in play(energy, objective, train - centre, RATES, steps=steps, seed=recipe.seed, progress=progress):
+    objective = DeepDirected(
+        normalised(train - centre, 16, width, 0.05, recipe.seed), gradient_penalty=PENALTY
+    )
+    for _ in play(
+        energy, objective, train - centre, RATES, steps=steps, seed=recipe.seed, progress=progress
+    ):
         pass
     drawn = draws_of(objective, 1_000, recipe.seed) + centre
-    shuffled = torch.stack([column[torch.randperm(len(test), generator=noise)] for column in test.mT], 1)
+    shuffled = torch.stack(
+        [column[torch.randperm(len(test), generator=noise)] for column in test.mT], 1
+    )
     images = {"test set": test, "generator": drawn, "shuffled pixels": shuffled}
     energies = {name: energy(x - centre).detach() for name, x in images.items()}
     for name, values in energies.items():
@@ -122,11 +168,21 @@ def images(recipe: Recipe, steps: int, width: int, progress: bool | None) -> tup
         above = (energies[name].unsqueeze(0) > energies["test set"].unsqueeze(1)).double().mean()
         recipe.add(f"digits: AUROC, test set against {name}", above)
         recipe.add(f"digits: energy distance, {name} to test", *energy_distance(images[name], test))
-    recipe.add("digits: energy distance, train to test", *energy_distance(train, test), note="of two samples of one law")
+    recipe.add(
+        "digits: energy distance, train to test",
+        *energy_distance(train, test),
+        note="of two samples of one law",
+    )
     return drawn, energies
 
 
-def main(steps: int = 1000, seed: int = 0, quick: bool = False, out: Path | None = None, progress: bool | None = None) -> None:
+def main(
+    steps: int = 1000,
+    seed: int = 0,
+    quick: bool = False,
+    out: Path | None = None,
+    progress: bool | None = None,
+) -> None:
     """Train and judge on both data sets.
 
     Args:
@@ -146,7 +202,14 @@ def main(steps: int = 1000, seed: int = 0, quick: bool = False, out: Path | None
     for ax, (title, (values, points)) in zip(axes.flat, shown.items(), strict=False):
         density = torch.softmax(-values, 0).reshape(side, side).mT / judge.cell
         ax.plot(*points[:2000].mT, ".", markersize=1.5, color="tab:gray")
-        ax.contour(judge.axis, judge.axis, density, levels=[0.001, 0.01, 0.03, 0.1, 0.2], colors="tab:red", linewidths=0.9)
+        ax.contour(
+            judge.axis,
+            judge.axis,
+            density,
+            levels=[0.001, 0.01, 0.03, 0.1, 0.2],
+            colors="tab:red",
+            linewidths=0.9,
+        )
         ax.set(title=title, xlim=(-4.5, 4.5), ylim=(-4.5, 4.5), aspect="equal")
     plot_images(drawn[:64], (8, 8), ax=axes[1, 1]).set_title("digits: draws of the generator")
     every = torch.cat(list(energies.values())).numpy()

@@ -1,7 +1,9 @@
-"""A network as the density of handwritten digits, by replayed Langevin chains: log Z both ways, chains run on. About 3 minutes.
+"""A network as the density of handwritten digits, by replayed Langevin chains: log Z both ways,
+chains run on. About 3 minutes.
 
-Seeds 0, 1, 2: test log-likelihood 27.3, 27.7, 27.7 nats (+- .4 of the test set), a normal law 14.8 to 15.1, kernels 16.4 to 17.2;
-AIS and reverse AIS within .06 of each other; no drift of chains ten times as old.
+Seeds 0, 1, 2: test log-likelihood 27.3, 27.7, 27.7 nats (+- .4 of the test set), a normal law 14.8
+to 15.1, kernels 16.4 to 17.2; AIS and reverse AIS within .06 of each other; no drift of chains ten
+times as old.
 
 python -m models.deep_energy [--seed N] [--quick] [--out DIR]
 """
@@ -34,7 +36,8 @@ from pyroebm.training import Guard, fit
 
 
 class Pixels(NamedTuple):
-    """Noised images in the coordinates in which the training images have mean 0 and covariance I; events (1, 8, 8)."""
+    """Noised images in the coordinates in which the training images have mean 0 and covariance I;
+    events (1, 8, 8)."""
 
     train: Tensor
     test: Tensor
@@ -51,28 +54,48 @@ class Pixels(NamedTuple):
 
 
 def noised_digits(noise: float, copies: int, seed: int) -> Pixels:
-    """Grey levels from 0 to 1 with normal noise, several times for each training image, whitened by the training images."""
+    """Grey levels from 0 to 1 with normal noise, several times for each training image, whitened by
+    the training images."""
     split, generator = digits(threshold=None), seeded_generator(seed)
     x = split.train.repeat(copies, 1)
-    train, test = (part + noise * torch.randn(part.shape, generator=generator) for part in (x, split.test))
+    train, test = (
+        part + noise * torch.randn(part.shape, generator=generator) for part in (x, split.test)
+    )
     mean = split.train.mean(0)
     covariance = torch.cov(split.train.mT, correction=0) + noise**2 * torch.eye(64)
     root = torch.linalg.cholesky(covariance)
-    white = [torch.linalg.solve_triangular(root, (part - mean).mT, upper=False).mT.reshape(-1, 1, 8, 8) for part in (train, test)]
+    white = [
+        torch.linalg.solve_triangular(root, (part - mean).mT, upper=False).mT.reshape(-1, 1, 8, 8)
+        for part in (train, test)
+    ]
     return Pixels(white[0], white[1], mean, root)
 
 
-def train(data: Tensor, steps: int, hidden: int, k: int, seed: int, progress: bool | None) -> tuple[Energy, PersistentCD, float]:
-    """Replayed chains that keep their Metropolis step, so that they sample the energy and nothing else; the running mean of the
-    parameters, the objective, and the last energy gap. In the dtype of the data: float32 is twice as fast."""
-    energy = MLPEnergy((1, 8, 8), (hidden, hidden), scale=1.0, dtype=data.dtype, generator=seeded_generator(seed))
+def train(
+    data: Tensor, steps: int, hidden: int, k: int, seed: int, progress: bool | None
+) -> tuple[Energy, PersistentCD, float]:
+    """Replayed chains that keep their Metropolis step, so that they sample the energy and nothing
+    else; the running mean of the parameters, the objective, and the last energy gap. In the dtype
+    of the data: float32 is twice as fast."""
+    energy = MLPEnergy(
+        (1, 8, 8), (hidden, hidden), scale=1.0, dtype=data.dtype, generator=seeded_generator(seed)
+    )
     objective = PersistentCD(100, k, MALA(0.4), buffer_size=500, restart=0.01)
     mean = AveragedModel(energy, multi_avg_fn=get_ema_multi_avg_fn(0.99))
     loop = fit(
-        energy, objective, data, steps=steps, batch_size=100, average=mean, seed=seed, progress=progress,
-        optimizer=functools.partial(torch.optim.AdamW, lr=5e-3, fused=True), weight_decay=0.7,
-        schedule=functools.partial(CosineAnnealingLR, T_max=steps), guard=Guard(rollback=True, max_energy_gap=100.0),
-    )  # fmt: skip
+        energy,
+        objective,
+        data,
+        steps=steps,
+        batch_size=100,
+        average=mean,
+        seed=seed,
+        progress=progress,
+        optimizer=functools.partial(torch.optim.AdamW, lr=5e-3, fused=True),
+        weight_decay=0.7,
+        schedule=functools.partial(CosineAnnealingLR, T_max=steps),
+        guard=Guard(rollback=True, max_energy_gap=100.0),
+    )
     gap = 0.0
     for _, _, facts in loop:
         gap = facts["energy_gap"]
@@ -80,40 +103,75 @@ def train(data: Tensor, steps: int, hidden: int, k: int, seed: int, progress: bo
 
 
 def baselines(recipe: Recipe, pixels: Pixels) -> None:
-    """What a normal law of the same covariance gives the test images, and normal laws around each training image."""
-    gauss = pixels.log_jacobian - 0.5 * (pixels.test.flatten(1) ** 2).sum(1) - 32.0 * math.log(2.0 * math.pi)
+    """What a normal law of the same covariance gives the test images, and normal laws around each
+    training image."""
+    gauss = (
+        pixels.log_jacobian
+        - 0.5 * (pixels.test.flatten(1) ** 2).sum(1)
+        - 32.0 * math.log(2.0 * math.pi)
+    )
     recipe.add_mean("Gaussian: test log-likelihood", gauss, "exact", "+- is that of the test set")
     centres = digits(threshold=None).train
     train, test = (pixels.images(part) for part in (pixels.train[: len(centres)], pixels.test))
-    left_out = (torch.cdist(train, centres) ** 2).fill_diagonal_(math.inf)  # the first copy of each image, without its own kernel
+    # the first copy of each image, without its own kernel
+    left_out = (torch.cdist(train, centres) ** 2).fill_diagonal_(math.inf)
     widths = torch.linspace(0.1, 0.4, 31).tolist()
     width = max(widths, key=lambda width: float(kernel_density(left_out, width).mean()))
     values = kernel_density(torch.cdist(test, centres) ** 2, width)
     recipe.add_mean(
-        "kernel density: test log-likelihood", values, "exact", f"width {width:.2f} by leave-one-out on the training set"
+        "kernel density: test log-likelihood",
+        values,
+        "exact",
+        f"width {width:.2f} by leave-one-out on the training set",
     )
 
 
 def kernel_density(squares: Tensor, width: float) -> Tensor:
-    """Log-density of each row under normal laws of that width around all centres, of squared distances."""
+    """Log-density of each row under normal laws of that width around all centres, of squared
+    distances."""
     values = torch.logsumexp(-0.5 * squares / width**2, 1) - math.log(squares.shape[1])
     return values - 64.0 * math.log(width * math.sqrt(2.0 * math.pi))
 
 
-def judge(recipe: Recipe, energy: Energy, pixels: Pixels, states: Tensor, betas: int, progress: bool | None) -> None:
+def judge(
+    recipe: Recipe,
+    energy: Energy,
+    pixels: Pixels,
+    states: Tensor,
+    betas: int,
+    progress: bool | None,
+) -> None:
     """log Z from the envelope, both ways in float64, and what it makes of the test images."""
     base = DistributionEnergy(Independent(Normal(torch.zeros(1, 8, 8), torch.ones(1, 8, 8)), 3))
-    found = bracket(energy, states, base, HMC(0.25, num_steps=4), betas, len(states), seed=recipe.seed, progress=progress)
-    for name, estimate in (("AIS", found.forward), ("reverse AIS", found.reverse), ("both", found.combined)):
+    found = bracket(
+        energy,
+        states,
+        base,
+        HMC(0.25, num_steps=4),
+        betas,
+        len(states),
+        seed=recipe.seed,
+        progress=progress,
+    )
+    for name, estimate in (
+        ("AIS", found.forward),
+        ("reverse AIS", found.reverse),
+        ("both", found.combined),
+    ):
         recipe.add_log_z(f"log Z, {name}", estimate)
     for name, part in (("train", pixels.train[:2000]), ("test", pixels.test)):
         values = pixels.log_jacobian - energy(part) - found.combined.value
-        error = math.hypot(float(values.std()) / math.sqrt(len(values)), found.combined.standard_error)
+        error = math.hypot(
+            float(values.std()) / math.sqrt(len(values)), found.combined.standard_error
+        )
         recipe.add(f"network: {name} log-likelihood", values.mean(), error, note="by AIS both ways")
 
 
-def stability(recipe: Recipe, energy: Energy, chains: Tensor, age: int, data: Tensor) -> tuple[Tensor, list[tuple[int, float]]]:
-    """Chains of the buffer go on ten times as long as they have been going in training; mean energies on the way."""
+def stability(
+    recipe: Recipe, energy: Energy, chains: Tensor, age: int, data: Tensor
+) -> tuple[Tensor, list[tuple[int, float]]]:
+    """Chains of the buffer go on ten times as long as they have been going in training; mean
+    energies on the way."""
     x, generator, readings = chains, seeded_generator(recipe.seed, spawned=1), [energy(chains)]
     for _ in range(10):
         x, rate = advance(energy, MALA(0.4), x, age, generator)
@@ -129,9 +187,15 @@ def stability(recipe: Recipe, energy: Energy, chains: Tensor, age: int, data: Te
 
 
 def main(
-    steps: int = 4000, hidden: int = 256, k: int = 10, noise: float = 0.1, seed: int = 0, quick: bool = False,
-    out: Path | None = None, progress: bool | None = None,
-) -> None:  # fmt: skip
+    steps: int = 4000,
+    hidden: int = 256,
+    k: int = 10,
+    noise: float = 0.1,
+    seed: int = 0,
+    quick: bool = False,
+    out: Path | None = None,
+    progress: bool | None = None,
+) -> None:
     """Train, bracket log Z, run the chains on.
 
     Args:
@@ -145,30 +209,42 @@ def main(
         progress: show bars; on a terminal without.
     """
     steps, hidden, betas, n = (20, 32, 20, 20) if quick else (steps, hidden, 1000, 200)
-    recipe = Recipe("deep_energy", out, seed, steps=steps, hidden=hidden, k=k, noise=noise, quick=quick)
+    recipe = Recipe(
+        "deep_energy", out, seed, steps=steps, hidden=hidden, k=k, noise=noise, quick=quick
+    )
     pixels = noised_digits(noise, 2 if quick else 50, seed)
     baselines(recipe, pixels)
     energy, objective, gap = train(pixels.train.float(), steps, hidden, k, seed, progress)
     recipe.add("energy gap at the last step", gap)
     chains = torch.as_tensor(objective.chains)[:n]
-    age = k * min(steps * 100 // 500, 100)  # a fifth of the chains go on at a step, and one of 100 of these starts anew
+    # a fifth of the chains go on at a step, and one of 100 of these starts anew
+    age = k * min(steps * 100 // 500, 100)
     old, way = stability(recipe, energy, chains, age, pixels.test.float())
     energy, old = energy.double(), old.double()
     judge(recipe, energy, pixels, old, betas, progress)
 
     fig, axes = plt.subplots(1, 4, figsize=(16, 4.2), layout="constrained")
     options = {"bins": 40, "density": True, "histtype": "step"}
-    for name, x in (("training images", pixels.train[:2000]), ("test images", pixels.test), ("chains 10 times as old", old)):
+    for name, x in (
+        ("training images", pixels.train[:2000]),
+        ("test images", pixels.test),
+        ("chains 10 times as old", old),
+    ):
         axes[0].hist(energy(x).numpy(), label=name, **options)
     axes[0].set(title="energies of data and of samples", xlabel="E")
     axes[0].legend(loc="upper right", fontsize=8)
     axes[1].plot(*zip(*way, strict=True), "o-", color="tab:green", label="chains")
-    for name, x, colour in (("training images", pixels.train[:2000], "tab:blue"), ("test images", pixels.test, "tab:orange")):
+    for name, x, colour in (
+        ("training images", pixels.train[:2000], "tab:blue"),
+        ("test images", pixels.test, "tab:orange"),
+    ):
         axes[1].axhline(float(energy(x).mean()), color=colour, label=name)
     axes[1].set(title="chains run on", xlabel="steps after training", ylabel="mean energy")
     axes[1].legend(fontsize=8)
     for ax, x, title in ((axes[2], pixels.test, "test images, noised"), (axes[3], old, "samples")):
-        plot_images(pixels.images(x[: 64 if not quick else 16]), (8, 8), limits=(0.0, 1.0), ax=ax).set_title(title)
+        plot_images(
+            pixels.images(x[: 64 if not quick else 16]), (8, 8), limits=(0.0, 1.0), ax=ax
+        ).set_title(title)
     recipe.figure("deep_energy", fig)
     recipe.write()
 

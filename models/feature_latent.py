@@ -1,9 +1,11 @@
-"""Bits over deep features: two moons .04 nats from their law by PCD, digits 5 nats above a normal law. 1.5 minutes.
+"""Bits over deep features: two moons .04 nats from their law by PCD, digits 5 nats above a normal
+law. 1.5 minutes.
 
-E(x, h) = x'x + h'W f(x) - c'h - b'x. Data are whitened so that e^{-x'x} is their normal law, and the features start at 0:
-training starts from that law. On the moons the likelihood is exact by quadrature, and so is its gradient: it is held to the two
-expectations that training uses, by a sum over a grid and from NUTS draws. On digits log Z is bracketed by annealing, and the
-bits are judged as a code.
+E(x, h) = x'x + h'W f(x) - c'h - b'x. Data are whitened so that e^{-x'x} is their normal law, and
+the features start at 0: training starts from that law. On the moons the likelihood is exact by
+quadrature, and so is its gradient: it is held to the two expectations that training uses, by a sum
+over a grid and from NUTS draws. On digits log Z is bracketed by annealing, and the bits are judged
+as a code.
 
 python -m models.feature_latent [--seed N] [--quick] [--out DIR]
 """
@@ -44,7 +46,8 @@ NOISE = 0.1
 
 
 class Whitening:
-    """The affine map from data to what the energy sees: mean 0, covariance 1/2, for which e^{-x'x} is the normal law of the data.
+    """The affine map from data to what the energy sees: mean 0, covariance 1/2, for which e^{-x'x}
+    is the normal law of the data.
 
     Without bits the energy is then that law, and with bits it can only do better.
     """
@@ -67,29 +70,53 @@ class Whitening:
         return self.log_det - log_z - ((z * z).sum(1) if energy is None else energy(z).detach())
 
 
-def features(d: int, width: int, scale: float, dtype: torch.dtype, generator: torch.Generator) -> nn.Sequential:
-    """A perceptron that is 0 at first; the slopes of its first layer are ``scale`` times the usual, with thresholds all over."""
+def features(
+    d: int, width: int, scale: float, dtype: torch.dtype, generator: torch.Generator
+) -> nn.Sequential:
+    """A perceptron that is 0 at first; the slopes of its first layer are ``scale`` times the usual,
+    with thresholds all over."""
     net = mlp(d, width, (width, width), dtype=dtype, generator=generator)
     with torch.no_grad():
         net[0].weight *= scale
-        net[0].bias.copy_(scale * math.sqrt(0.5) * torch.randn(width, dtype=dtype, generator=generator))
+        net[0].bias.copy_(
+            scale * math.sqrt(0.5) * torch.randn(width, dtype=dtype, generator=generator)
+        )
     return net
 
 
 def train(
-    data: Tensor, objective: Objective, net: nn.Module, num_hidden: int, steps: int, rate: float, seed: int, progress: bool | None
+    data: Tensor,
+    objective: Objective,
+    net: nn.Module,
+    num_hidden: int,
+    steps: int,
+    rate: float,
+    seed: int,
+    progress: bool | None,
 ) -> FeatureLatentEnergy:
-    """Adam with a rate that falls to 0, from the normal law on: the running mean over the last steps. Chains start at data."""
+    """Adam with a rate that falls to 0, from the normal law on: the running mean over the last
+    steps. Chains start at data."""
     noise = seeded_generator(seed)
     energy = FeatureLatentEnergy(net, data.shape[1:], num_hidden, generator=noise)
     if isinstance(objective, PersistentCD):
-        objective.chains = data[torch.randperm(len(data), generator=noise)[: objective.num_chains]].clone()
+        objective.chains = data[
+            torch.randperm(len(data), generator=noise)[: objective.num_chains]
+        ].clone()
     average = AveragedModel(energy, multi_avg_fn=get_ema_multi_avg_fn(0.98))
     optimizer = functools.partial(torch.optim.Adam, lr=rate, fused=True)
     loop = fit(
-        energy, objective, data, steps=steps, batch_size=256, optimizer=optimizer, max_grad_norm=10.0, average=average,
-        schedule=functools.partial(CosineAnnealingLR, T_max=steps), seed=seed, progress=progress,
-    )  # fmt: skip
+        energy,
+        objective,
+        data,
+        steps=steps,
+        batch_size=256,
+        optimizer=optimizer,
+        max_grad_norm=10.0,
+        average=average,
+        schedule=functools.partial(CosineAnnealingLR, T_max=steps),
+        seed=seed,
+        progress=progress,
+    )
     for _ in loop:
         pass
     return copy.deepcopy(average.module)
@@ -101,21 +128,29 @@ def flat_grad(energy: FeatureLatentEnergy, value: Tensor) -> Tensor:
 
 
 def gradients(energy: FeatureLatentEnergy, data: Tensor, draws: Tensor) -> dict[str, float]:
-    """E_{p(x, h)}[dE] - mean E_{p(h | x_i)}[dE], with the model's x summed over a grid and drawn, against autograd."""
+    """E_{p(x, h)}[dE] - mean E_{p(h | x_i)}[dE], with the model's x summed over a grid and drawn,
+    against autograd."""
     cell = 2.0 * math.log(float(AXIS[1] - AXIS[0]))
     exact = flat_grad(energy, -energy(data).mean() - torch.logsumexp(-energy(GRID), 0) - cell)
     with torch.no_grad():
         p = torch.softmax(-energy(GRID), 0)
-    summed = flat_grad(energy, p @ energy.expected_energy(GRID) - energy.expected_energy(data).mean())
-    drawn = flat_grad(energy, energy.expected_energy(draws).mean() - energy.expected_energy(data).mean())
+    summed = flat_grad(
+        energy, p @ energy.expected_energy(GRID) - energy.expected_energy(data).mean()
+    )
+    drawn = flat_grad(
+        energy, energy.expected_energy(draws).mean() - energy.expected_energy(data).mean()
+    )
     return {
         "gradient, by a sum: relative error": float((summed - exact).norm() / exact.norm()),
         "gradient, by NUTS: cosine": float(torch.cosine_similarity(drawn, exact, dim=0)),
     }
 
 
-def in_two_dimensions(recipe: Recipe, seeds: int, steps: int, quick: bool, progress: bool | None) -> tuple[Tensor, Tensor]:
-    """Two moons over several seeds: exact likelihoods and gradients. The last one's density on the grid, and its draws."""
+def in_two_dimensions(
+    recipe: Recipe, seeds: int, steps: int, quick: bool, progress: bool | None
+) -> tuple[Tensor, Tensor]:
+    """Two moons over several seeds: exact likelihoods and gradients. The last one's density on the
+    grid, and its draws."""
     law, found = TwoMoons(), defaultdict[str, list[float]](list)
     for number in range(recipe.seed, recipe.seed + seeds):
         x = law.sample(12_000, seeded_generator(number, spawned=1))
@@ -128,7 +163,9 @@ def in_two_dimensions(recipe: Recipe, seeds: int, steps: int, quick: bool, progr
 
         def trained(objective: Objective, steps: int, rate: float) -> FeatureLatentEnergy:
             net = features(2, 64, 3.0, torch.float32, seeded_generator(number, spawned=2))  # noqa: B023 - called here
-            return train(white(data).float(), objective, net, 32, steps, rate, number, progress).double()  # noqa: B023
+            return train(
+                white(data).float(), objective, net, 32, steps, rate, number, progress
+            ).double()  # noqa: B023
 
         lines = {
             "likelihood": (GridLikelihood(6.0, 40), steps // 2),
@@ -140,37 +177,77 @@ def in_two_dimensions(recipe: Recipe, seeds: int, steps: int, quick: bool, progr
             numbers[f"{name}: test NLL"] = -float(white.log_likelihood(energy, test, log_z).mean())
             numbers[f"{name}: above the oracle"] = numbers[f"{name}: test NLL"] - oracle
         samples, warm, num_chains = (10, 20, 16) if quick else (50, 200, 64)
-        mcmc = MCMC(NUTS(), num_samples=samples, warmup_steps=warm, num_chains=num_chains, seed=number, progress=False)
+        mcmc = MCMC(
+            NUTS(),
+            num_samples=samples,
+            warmup_steps=warm,
+            num_chains=num_chains,
+            seed=number,
+            progress=False,
+        )
         mcmc.run(energy)
         draws = white.back(mcmc.get_samples(group_by_chain=True)["x"].reshape(-1, 2))
         numbers["PCD: energy distance, NUTS draws to test"] = energy_distance(draws, test).value
-        early = trained(GridLikelihood(6.0, 40), max(2, steps // 40), 1e-2)  # a gradient that is not yet almost 0
+        # a gradient that is not yet almost 0
+        early = trained(GridLikelihood(6.0, 40), max(2, steps // 40), 1e-2)
         mcmc.run(early)
-        numbers |= gradients(early, white(data), mcmc.get_samples(group_by_chain=True)["x"].reshape(-1, 2))
+        numbers |= gradients(
+            early, white(data), mcmc.get_samples(group_by_chain=True)["x"].reshape(-1, 2)
+        )
         for key, value in numbers.items():
             found[key].append(value)
     for key, values in found.items():
         error = torch.tensor(values).std() / seeds**0.5 if seeds > 1 else None
-        recipe.add(f"moons, {key}", sum(values) / seeds, error, "estimate" if "NUTS" in key else "exact", f"over {seeds} seeds")
+        recipe.add(
+            f"moons, {key}",
+            sum(values) / seeds,
+            error,
+            "estimate" if "NUTS" in key else "exact",
+            f"over {seeds} seeds",
+        )
     with torch.no_grad():
         return (-energy(GRID) - log_z).exp().reshape(len(AXIS), -1).mT, white(draws)
 
 
-def on_digits(recipe: Recipe, steps: int, num_hidden: int, quick: bool, progress: bool | None) -> tuple[Tensor, Tensor]:
-    """Digits with noise: a bracket of the likelihood, the bits as a code. Images of the chains, mean bits of test images."""
-    split, noise = digits(threshold=None, dtype=torch.float32), seeded_generator(recipe.seed, spawned=1)
+def on_digits(
+    recipe: Recipe, steps: int, num_hidden: int, quick: bool, progress: bool | None
+) -> tuple[Tensor, Tensor]:
+    """Digits with noise: a bracket of the likelihood, the bits as a code. Images of the chains,
+    mean bits of test images."""
+    split, noise = (
+        digits(threshold=None, dtype=torch.float32),
+        seeded_generator(recipe.seed, spawned=1),
+    )
 
     def noised(x: Tensor) -> Tensor:
         return x + NOISE * torch.randn(x.shape, generator=noise, dtype=x.dtype)
 
-    data, train_once, test = noised(split.train.repeat(20, 1)), noised(split.train), noised(split.test)
+    data, train_once, test = (
+        noised(split.train.repeat(20, 1)),
+        noised(split.train),
+        noised(split.test),
+    )
     white = Whitening(data)
     chains = PersistentCD(100, k=1 if quick else 2, kernel=HMC(0.15, num_steps=10))
     net = features(64, 128, 1.0, data.dtype, noise)
-    energy = train(white(data), chains, net, num_hidden, steps, 3e-3, recipe.seed, progress).requires_grad_(False)
+    energy = train(
+        white(data), chains, net, num_hidden, steps, 3e-3, recipe.seed, progress
+    ).requires_grad_(False)
     base = Gaussian(torch.zeros_like(white.mean), covariance=0.5 * torch.eye(64, dtype=data.dtype))
-    found = bracket(energy, chains.chains, base, betas=20 if quick else 300, num_chains=100, seed=recipe.seed, progress=False)
-    recipe.add_mean("digits: log-likelihood of the normal law, test", white.log_likelihood(None, test, white.normal), "exact")
+    found = bracket(
+        energy,
+        chains.chains,
+        base,
+        betas=20 if quick else 300,
+        num_chains=100,
+        seed=recipe.seed,
+        progress=False,
+    )
+    recipe.add_mean(
+        "digits: log-likelihood of the normal law, test",
+        white.log_likelihood(None, test, white.normal),
+        "exact",
+    )
     # a log Z that is low on average makes the likelihood high, and the other way around
     for name, log_z in (("AIS", found.forward), ("reverse AIS", found.reverse)):
         kind: Kind = "upper" if log_z.kind == "lower" else "estimate"
@@ -180,19 +257,29 @@ def on_digits(recipe: Recipe, steps: int, num_hidden: int, quick: bool, progress
     bits = energy.hidden_given(white(train_once)).mean, energy.hidden_given(white(test)).mean
     for name, codes in {"bits": bits, "pixels": (train_once, test)}.items():
         probe = LogisticRegression(max_iter=2000).fit(codes[0].numpy(), split.train_labels.numpy())
-        recipe.add(f"digits: test accuracy of a linear probe, {name}", probe.score(codes[1].numpy(), split.test_labels.numpy()))
+        recipe.add(
+            f"digits: test accuracy of a linear probe, {name}",
+            probe.score(codes[1].numpy(), split.test_labels.numpy()),
+        )
     return white.back(chains.chains), bits[1]
 
 
 def main(
-    seeds: int = 3, steps: int = 1000, num_hidden: int = 64, digit_steps: int = 800, seed: int = 0, quick: bool = False,
-    out: Path | None = None, progress: bool | None = None,
-) -> None:  # fmt: skip
+    seeds: int = 3,
+    steps: int = 1000,
+    num_hidden: int = 64,
+    digit_steps: int = 800,
+    seed: int = 0,
+    quick: bool = False,
+    out: Path | None = None,
+    progress: bool | None = None,
+) -> None:
     """Train and judge on both data sets.
 
     Args:
         seeds: trainings on the moons.
-        steps: of the optimizer on the moons by PCD, on batches of 256; half of them by the exact likelihood.
+        steps: of the optimizer on the moons by PCD, on batches of 256; half of them by the exact
+            likelihood.
         num_hidden: bits on digits.
         digit_steps: of the optimizer on digits.
         seed: the first of the seeds.
@@ -203,7 +290,14 @@ def main(
     if quick:
         seeds, steps, digit_steps = 1, 40, 20
     recipe = Recipe(
-        "feature_latent", out, seed, seeds=seeds, steps=steps, num_hidden=num_hidden, digit_steps=digit_steps, quick=quick
+        "feature_latent",
+        out,
+        seed,
+        seeds=seeds,
+        steps=steps,
+        num_hidden=num_hidden,
+        digit_steps=digit_steps,
+        quick=quick,
     )
     density, draws = in_two_dimensions(recipe, seeds, steps, quick, progress)
     images, bits = on_digits(recipe, digit_steps, num_hidden, quick, progress)

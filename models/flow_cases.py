@@ -1,4 +1,5 @@
-"""The targets of ``models.boltzmann_flows``: what each flow is, how it is fitted, and what is asked of it."""
+"""The targets of ``models.boltzmann_flows``: what each flow is, how it is fitted, and what is asked
+of it."""
 
 from __future__ import annotations
 
@@ -19,7 +20,16 @@ from models.recipe import counted
 from pyroebm import HMC, MCMC, FlowGuide
 from pyroebm.core import Energy
 from pyroebm.core.rng import seeded_generator
-from pyroebm.flows import NICE, AutoregressiveFlow, Flow, FlowReport, RealNVP, RedundantNICE, SplineFlow, judge_flow
+from pyroebm.flows import (
+    NICE,
+    AutoregressiveFlow,
+    Flow,
+    FlowReport,
+    RealNVP,
+    RedundantNICE,
+    SplineFlow,
+    judge_flow,
+)
 from pyroebm.objectives import AnnealedReweighting, ReverseKL, fit_flow
 from pyroebm.targets import DoubleWell, Funnel, GaussianMixture, ManyWell, Phi4
 
@@ -32,7 +42,8 @@ QUICK = {"steps": 5, "num_samples": 64}
 
 @dataclasses.dataclass(frozen=True)
 class Fitted:
-    """A flow, its target in float64, what the fit has spent, and draws of chains, and theirs, where there are no exact ones."""
+    """A flow, its target in float64, what the fit has spent, and draws of chains, and theirs, where
+    there are no exact ones."""
 
     flow: Flow
     energy: Energy
@@ -53,8 +64,8 @@ class Case:
         label: of the figure's axis, and
         observable: what is drawn there, ``(n, *event) -> (n,)``, or ``(n, 2)``.
         facts: what the report does not have, from it and the target.
-        judge: in place of :func:`judge_flow`, from what was fitted, the number of draws, a seed and whether the run is quick, to
-            the report and to facts that it does not have.
+        judge: in place of :func:`judge_flow`, from what was fitted, the number of draws, a seed and
+            whether the run is quick, to the report and to facts that it does not have.
     """
 
     title: str
@@ -68,7 +79,9 @@ class Case:
         """The report on a flow, and facts beside it."""
         if self.judge is not None:
             return self.judge(fitted, n, seed, quick)
-        report = judge_flow(fitted.flow, fitted.energy, n, draws=fitted.draws, num_distances=min(n, 4000), seed=seed)
+        report = judge_flow(
+            fitted.flow, fitted.energy, n, draws=fitted.draws, num_distances=min(n, 4000), seed=seed
+        )
         return report, self.facts(report, fitted.energy)
 
 
@@ -83,7 +96,9 @@ def train(
     """Train a flow by ``fit_flow`` in its own dtype, and hand over both in float64."""
     energy, began = make(flow.dtype), time.process_time()
     with counted(energy) as rows:
-        for _ in fit_flow(flow, energy, **{**settings, **(QUICK if quick else {})}, seed=seed, progress=False):
+        for _ in fit_flow(
+            flow, energy, **{**settings, **(QUICK if quick else {})}, seed=seed, progress=False
+        ):
             pass
     seconds, exact = time.process_time() - began, make(torch.float64)
     with counted(exact) as reference_rows:
@@ -102,13 +117,16 @@ def right_mass(report: FlowReport, energy: Energy) -> Facts:
 
 
 class TurnedManyWell(ManyWell):
-    """Many wells whose coordinates are turned by an orthogonal matrix drawn at random: x = R (a_1, b_1, ...)."""
+    """Many wells whose coordinates are turned by an orthogonal matrix drawn at random: x = R (a_1,
+    b_1, ...)."""
 
     turn: Tensor
 
     def __init__(self, pairs: int, dtype: torch.dtype | None = None) -> None:
         super().__init__(pairs, dtype)
-        noise = torch.randn(2 * pairs, 2 * pairs, dtype=torch.float64, generator=seeded_generator(0))
+        noise = torch.randn(
+            2 * pairs, 2 * pairs, dtype=torch.float64, generator=seeded_generator(0)
+        )
         self.register_buffer("turn", torch.linalg.qr(noise).Q.to(self.dtype))
 
     def straight(self, x: Tensor) -> Tensor:
@@ -135,7 +153,12 @@ class TurnedManyWell(ManyWell):
 
 def many_well(kind: type[ManyWell], pairs: int, seed: int, quick: bool) -> Fitted:
     flow = SplineFlow(2 * pairs, layers=4, hidden=(128,), dtype=torch.float32, seed=seed)
-    settings: dict[str, Any] = {"objective": ReverseKL(gradient="total"), "steps": 2000, "num_samples": 256, "lr": 3e-3}
+    settings: dict[str, Any] = {
+        "objective": ReverseKL(gradient="total"),
+        "steps": 2000,
+        "num_samples": 256,
+        "lr": 3e-3,
+    }
     return train(lambda dtype: kind(pairs, dtype=dtype), flow, seed, quick, **settings)
 
 
@@ -146,12 +169,24 @@ def left_masses(report: FlowReport, energy: Energy) -> Facts:
     each, errors = report.weighted.expectation(left)
     mean, error = report.weighted.expectation(lambda x: left(x).mean(1))
     worst = int((each - energy.left_mass).abs().argmax())  # type: ignore[operator]
-    return {"P(a < 0)": (float(mean), float(error)), "P(a < 0), worst pair": (float(each[worst]), float(errors[worst]))}
+    return {
+        "P(a < 0)": (float(mean), float(error)),
+        "P(a < 0), worst pair": (float(each[worst]), float(errors[worst])),
+    }
 
 
-def mixture(make: Callable[..., GaussianMixture], scale: float, beta_start: float, seed: int, quick: bool) -> Fitted:
-    flow = SplineFlow(2, layers=4, hidden=(64, 64), bins=16, scale=scale, dtype=torch.float32, seed=seed)
-    settings: dict[str, Any] = {"objective": AnnealedReweighting(), "steps": 600, "lr": 3e-3, "beta_start": beta_start}
+def mixture(
+    make: Callable[..., GaussianMixture], scale: float, beta_start: float, seed: int, quick: bool
+) -> Fitted:
+    flow = SplineFlow(
+        2, layers=4, hidden=(64, 64), bins=16, scale=scale, dtype=torch.float32, seed=seed
+    )
+    settings: dict[str, Any] = {
+        "objective": AnnealedReweighting(),
+        "steps": 600,
+        "lr": 3e-3,
+        "beta_start": beta_start,
+    }
     return train(lambda dtype: make(dtype=dtype), flow, seed, quick, **settings)
 
 
@@ -162,14 +197,29 @@ def funnel(seed: int, quick: bool) -> Fitted:
 
 
 def ring(seed: int, quick: bool) -> Fitted:
-    flow = SplineFlow(16, layers=2, hidden=(128, 128), autoregressive=True, dtype=torch.float32, seed=seed)
-    settings: dict[str, Any] = {"objective": ReverseKL(gradient="total"), "steps": 2000, "num_samples": 256, "lr": 3e-3}
+    flow = SplineFlow(
+        16, layers=2, hidden=(128, 128), autoregressive=True, dtype=torch.float32, seed=seed
+    )
+    settings: dict[str, Any] = {
+        "objective": ReverseKL(gradient="total"),
+        "steps": 2000,
+        "num_samples": 256,
+        "lr": 3e-3,
+    }
     return train(lambda dtype: Phi4(16, dtype=dtype), flow, seed, quick, flipped_chains, **settings)
 
 
 def flipped_chains(energy: Energy, seed: int, quick: bool) -> Tensor:
     """States of HMC, each with its sign drawn anew: the field and its negative have one energy."""
-    mcmc = MCMC(HMC(num_steps=8), 5 if quick else 50, 5 if quick else 300, 400, thinning=2, seed=seed, progress=False)
+    mcmc = MCMC(
+        HMC(num_steps=8),
+        5 if quick else 50,
+        5 if quick else 300,
+        400,
+        thinning=2,
+        seed=seed,
+        progress=False,
+    )
     mcmc.run(energy)
     x = mcmc.get_samples(group_by_chain=True)["x"]
     signs = torch.randint(2, (*x.shape[:2], 1), generator=torch.Generator().manual_seed(seed))
@@ -179,12 +229,23 @@ def flipped_chains(energy: Energy, seed: int, quick: bool) -> Tensor:
 def free_field(seed: int, quick: bool) -> Fitted:
     flow = NICE(16, couplings=0, dtype=torch.float64, seed=seed)
     settings: dict[str, Any] = {"steps": 3000, "num_samples": 128, "lr": 1e-2, "beta_start": 1.0}
-    return train(lambda dtype: Phi4(16, m2=1.0, lam=0.0, dtype=dtype), flow, seed, quick, **settings)
+    return train(
+        lambda dtype: Phi4(16, m2=1.0, lam=0.0, dtype=dtype), flow, seed, quick, **settings
+    )
 
 
-EFFECTS, ERRORS = (28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0), (15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0)
-#: Of posteriordb's reference posterior, eight_schools-eight_schools_noncentered: means, and means of squares, of 10,000 draws.
-REFERENCE = {"mu": (4.4105, 30.403), "tau": (3.6021, 23.204), "theta 1": (6.1505, 69.363), "theta 8": (4.8840, 52.128)}
+EFFECTS, ERRORS = (
+    (28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0),
+    (15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0),
+)
+#: Of posteriordb's reference posterior, eight_schools-eight_schools_noncentered: means, and means
+#: of squares, of 10,000 draws.
+REFERENCE = {
+    "mu": (4.4105, 30.403),
+    "tau": (3.6021, 23.204),
+    "theta 1": (6.1505, 69.363),
+    "theta 8": (4.8840, 52.128),
+}
 
 
 def schools(effects: Tensor, errors: Tensor) -> None:
@@ -204,7 +265,8 @@ def eight_schools(make: Callable[[int], Flow], seed: int, quick: bool) -> Fitted
 
 
 def moments(report: FlowReport, energy: Energy) -> Facts:
-    """Weighted means beside the reference's, each with both standard errors; and the largest deviation in units of them."""
+    """Weighted means beside the reference's, each with both standard errors; and the largest
+    deviation in units of them."""
 
     def named(x: Tensor) -> Tensor:
         sites = energy.constrain(x)  # type: ignore[operator]
@@ -218,16 +280,26 @@ def moments(report: FlowReport, energy: Energy) -> Facts:
     second = ((fourth - square**2) / 10_000 + square_error**2).sqrt()
     z = torch.cat([(mean - theirs[:, 0]) / first, (square - theirs[:, 1]) / second])
     facts: Facts = {
-        f"E[{name}] less the reference": (float(mean[k] - theirs[k, 0]), float(first[k])) for k, name in enumerate(REFERENCE)
+        f"E[{name}] less the reference": (float(mean[k] - theirs[k, 0]), float(first[k]))
+        for k, name in enumerate(REFERENCE)
     }
-    largest = float(z.abs().max()) if bool(error.isfinite().all()) else math.nan  # without an error there is no such number
+    # without an error there is no such number
+    largest = float(z.abs().max()) if bool(error.isfinite().all()) else math.nan
     return facts | {"largest of eight moments' deviations, in standard errors": (largest, None)}
 
 
 def system(name: str, seed: int, quick: bool) -> Fitted:
-    """Chains of a system of particles and a flow fitted to half of them; what they are judged by is the other half."""
+    """Chains of a system of particles and a flow fitted to half of them; what they are judged by is
+    the other half."""
     done = particles.case(name, seed, quick)
-    return Fitted(done.flow, done.energy, done.evaluations, done.seconds, done.reference.half(1), particles=done)
+    return Fitted(
+        done.flow,
+        done.energy,
+        done.evaluations,
+        done.seconds,
+        done.reference.half(1),
+        particles=done,
+    )
 
 
 def against_chains(fitted: Fitted, n: int, seed: int, quick: bool) -> tuple[FlowReport, Facts]:
@@ -238,26 +310,38 @@ def against_chains(fitted: Fitted, n: int, seed: int, quick: bool) -> tuple[Flow
     return found.report, {
         "log Z by bridge sampling": (found.bridge.value, found.bridge.standard_error),
         "log Z by SMC": (found.smc.value, found.smc.standard_error),
-        "energy distance of pair distances": (found.distances.value, found.distances.standard_error),
-        "energy distance of pair distances after weighting": (
-            found.weighted_distances.value, found.weighted_distances.standard_error,
+        "energy distance of pair distances": (
+            found.distances.value,
+            found.distances.standard_error,
         ),
-        "energy distance of pair distances between halves of the chains": (found.noise.value, found.noise.standard_error),
+        "energy distance of pair distances after weighting": (
+            found.weighted_distances.value,
+            found.weighted_distances.standard_error,
+        ),
+        "energy distance of pair distances between halves of the chains": (
+            found.noise.value,
+            found.noise.standard_error,
+        ),
         "largest R-hat of the chains": (max(chains.r_hat.values()), None),
         "smallest ESS of the chains": (min(chains.ess.values()), None),
         "Stein's identity of the chains less its degrees of freedom": (
-            chains.stein.value - fitted.flow.dim, chains.stein.standard_error,
+            chains.stein.value - fitted.flow.dim,
+            chains.stein.standard_error,
         ),
         "largest error of the inverse": (found.inversion, None),
         "largest change of log q by half the steps": (found.integration, None),
         "evaluations to judge, with the other ways": (found.evaluations, None),
-    }  # fmt: skip
+    }
 
 
 CASES: dict[str, Case] = {
-    "double-well": Case("double well, redundant NICE D = 2", double_well, "x", lambda x: x, right_mass),
+    "double-well": Case(
+        "double well, redundant NICE D = 2", double_well, "x", lambda x: x, right_mass
+    ),
     **{
-        name: Case(title, functools.partial(many_well, kind, pairs), label, lambda x: x[:, 0], left_masses)
+        name: Case(
+            title, functools.partial(many_well, kind, pairs), label, lambda x: x[:, 0], left_masses
+        )
         for name, title, kind, pairs, label in (
             ("many-well-6", "Many-Well-6, splines", ManyWell, 3, "$a_1$"),
             ("many-well-6-turned", "Many-Well-6, turned, splines", TurnedManyWell, 3, "$x_1$"),
@@ -265,30 +349,54 @@ CASES: dict[str, Case] = {
         )
     },
     "grid-9": Case(
-        "9 modes, splines", lambda s, q: mixture(GaussianMixture.grid, 1.5, 0.02, s, q), "x", lambda x: x
+        "9 modes, splines",
+        lambda s, q: mixture(GaussianMixture.grid, 1.5, 0.02, s, q),
+        "x",
+        lambda x: x,
     ),
     "gmm40": Case(
-        "GMM40 (torch, seed 0), splines", lambda s, q: mixture(GaussianMixture.gmm40, 12.0, 0.01, s, q), "x", lambda x: x
+        "GMM40 (torch, seed 0), splines",
+        lambda s, q: mixture(GaussianMixture.gmm40, 12.0, 0.01, s, q),
+        "x",
+        lambda x: x,
     ),
-    "funnel": Case("funnel, variance 9, inverse autoregressive", funnel, r"$\theta$", lambda x: x[:, 0]),
-    "phi4": Case("phi^4 ring, L = 16, autoregressive splines", ring, "mean field", lambda x: x.mean(1)),
+    "funnel": Case(
+        "funnel, variance 9, inverse autoregressive", funnel, r"$\theta$", lambda x: x[:, 0]
+    ),
+    "phi4": Case(
+        "phi^4 ring, L = 16, autoregressive splines", ring, "mean field", lambda x: x.mean(1)
+    ),
     "free-field": Case("free field, L = 16, linear", free_field, "mean field", lambda x: x.mean(1)),
     **{
         name.replace(" ", "-").lower(): Case(
-            f"{name}, equivariant", functools.partial(system, name), "energy", known.make(), judge=against_chains
+            f"{name}, equivariant",
+            functools.partial(system, name),
+            "energy",
+            known.make(),
+            judge=against_chains,
         )
         for name, known in particles.SYSTEMS.items()
     },
     "schools": Case(
         "eight schools, RealNVP",
-        lambda s, q: eight_schools(lambda seed: RealNVP(10, layers=4, hidden=(32,), dtype=torch.float64, seed=seed), s, q),
-        r"$\mu$", lambda x: x[:, 0], moments,
+        lambda s, q: eight_schools(
+            lambda seed: RealNVP(10, layers=4, hidden=(32,), dtype=torch.float64, seed=seed), s, q
+        ),
+        r"$\mu$",
+        lambda x: x[:, 0],
+        moments,
     ),
     "schools-redundant": Case(
         "eight schools, redundant NICE D = 12",
         lambda s, q: eight_schools(
-            lambda seed: RedundantNICE(10, 12, couplings=4, hidden=(32,), dtype=torch.float64, seed=seed), s, q
+            lambda seed: RedundantNICE(
+                10, 12, couplings=4, hidden=(32,), dtype=torch.float64, seed=seed
+            ),
+            s,
+            q,
         ),
-        r"$\mu$", lambda x: x[:, 0], moments,
+        r"$\mu$",
+        lambda x: x[:, 0],
+        moments,
     ),
-}  # fmt: skip
+}

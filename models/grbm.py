@@ -1,4 +1,5 @@
-"""Gaussian restricted Boltzmann machines on mixed Laplace sources and on image patches: exact likelihoods. About 2 minutes.
+"""Gaussian restricted Boltzmann machines on mixed Laplace sources and on image patches: exact
+likelihoods. About 2 minutes.
 
 python -m models.grbm [--seed N] [--quick] [--out DIR]
 """
@@ -27,9 +28,16 @@ GAUSSIAN = -0.5 * math.log(2.0 * math.pi * math.e)
 
 
 def start(num_visible: int, num_hidden: int, data: Tensor, spread: float) -> GaussianRBM:
-    """A machine whose hidden units are mostly off and far apart: from small weights it stays a single normal for long."""
+    """A machine whose hidden units are mostly off and far apart: from small weights it stays a
+    single normal for long."""
     weight = spread * torch.randn(num_visible, num_hidden)
-    rbm = GaussianRBM(num_visible, num_hidden, convention="cho", weight=weight, hidden_bias=torch.full((num_hidden,), -2.0))
+    rbm = GaussianRBM(
+        num_visible,
+        num_hidden,
+        convention="cho",
+        weight=weight,
+        hidden_bias=torch.full((num_hidden,), -2.0),
+    )
     rbm.fit_visible(data)
     with torch.no_grad():
         rbm.log_sigma.sub_(0.4)
@@ -48,25 +56,45 @@ def train(
 ) -> None:
     """Adam with a rate that falls to 0."""
     steps = epochs * math.ceil(len(data) / batch_size)
-    optimizer, schedule = functools.partial(torch.optim.Adam, lr=rate), functools.partial(CosineAnnealingLR, T_max=steps)
+    optimizer, schedule = (
+        functools.partial(torch.optim.Adam, lr=rate),
+        functools.partial(CosineAnnealingLR, T_max=steps),
+    )
     loop = fit(
-        rbm, objective, data, steps=steps, batch_size=batch_size, optimizer=optimizer, schedule=schedule, seed=seed,
+        rbm,
+        objective,
+        data,
+        steps=steps,
+        batch_size=batch_size,
+        optimizer=optimizer,
+        schedule=schedule,
+        seed=seed,
         progress=progress,
-    )  # fmt: skip
+    )
     for _ in loop:
         pass
 
 
 def log_law(x: Tensor, data: Tensor) -> Tensor:
-    """Log-density of the true law at whitened points: two Laplace sources, turned by the angle that fits the data best."""
+    """Log-density of the true law at whitened points: two Laplace sources, turned by the angle that
+    fits the data best."""
     angles = torch.linspace(0.0, math.pi / 2, 901)[:-1]
-    turns = torch.stack([torch.stack([angles.cos(), angles.sin()], 1), torch.stack([-angles.sin(), angles.cos()], 1)], 1)
+    turns = torch.stack(
+        [
+            torch.stack([angles.cos(), angles.sin()], 1),
+            torch.stack([-angles.sin(), angles.cos()], 1),
+        ],
+        1,
+    )
     best = turns[min(range(len(turns)), key=lambda k: float((data @ turns[k].mT).abs().mean()))]
     return -math.sqrt(2.0) * (x @ best.mT).abs().sum(1) - math.log(2.0)
 
 
-def laplace(recipe: Recipe, starts: int, epochs: int, points: int, progress: bool | None) -> tuple[GaussianRBM, Tensor]:
-    """The published setting (4 hidden units, CD-1, batches of 1,000, 50 epochs), and exact maximum likelihood from there."""
+def laplace(
+    recipe: Recipe, starts: int, epochs: int, points: int, progress: bool | None
+) -> tuple[GaussianRBM, Tensor]:
+    """The published setting (4 hidden units, CD-1, batches of 1,000, 50 epochs), and exact maximum
+    likelihood from there."""
     x = laplace_mixture(points, recipe.seed)
     data, test = x[: points // 2], x[points // 2 :]
     recipe.add("Laplace: truth", LAPLACE_LOG_LIKELIHOOD, kind="exact")
@@ -79,24 +107,50 @@ def laplace(recipe: Recipe, starts: int, epochs: int, points: int, progress: boo
         train(rbm, ContrastiveDivergence(k=1), data, epochs, 0.02, 1000, recipe.seed, progress)
         found.append((float(rbm.log_likelihood(data).mean().detach()), number, rbm))
     value, number, rbm = max(found)
-    recipe.add("Laplace, CD-1: train log-likelihood", value, kind="exact", note=f"the best of {starts} starts")
+    recipe.add(
+        "Laplace, CD-1: train log-likelihood",
+        value,
+        kind="exact",
+        note=f"the best of {starts} starts",
+    )
     recipe.add_mean(
-        "Laplace, CD-1: test log-likelihood", rbm.log_likelihood(test).detach(), "exact", "+- is that of the test set"
+        "Laplace, CD-1: test log-likelihood",
+        rbm.log_likelihood(test).detach(),
+        "exact",
+        "+- is that of the test set",
     )
     short = log_law(test, data) - rbm.log_likelihood(test).detach()
-    recipe.add_mean("Laplace, CD-1: nats below the truth, test", short, "exact", "published 0.0431, on points of its own")
+    recipe.add_mean(
+        "Laplace, CD-1: nats below the truth, test",
+        short,
+        "exact",
+        "published 0.0431, on points of its own",
+    )
     recipe.add("Laplace, CD-1: log Z", rbm.log_partition(), kind="exact")
     train(rbm, ExactLikelihood(), data, epochs, 0.02, 1000, recipe.seed, progress)
-    recipe.add("Laplace, exact likelihood: train log-likelihood", rbm.log_likelihood(data).mean(), kind="exact")
-    recipe.add_mean("Laplace, exact likelihood: test log-likelihood", rbm.log_likelihood(test).detach(), "exact")
+    recipe.add(
+        "Laplace, exact likelihood: train log-likelihood",
+        rbm.log_likelihood(data).mean(),
+        kind="exact",
+    )
+    recipe.add_mean(
+        "Laplace, exact likelihood: test log-likelihood", rbm.log_likelihood(test).detach(), "exact"
+    )
     return rbm.requires_grad_(False), test
 
 
-def patches(recipe: Recipe, side: int, hidden: int, epochs: int, n: int, progress: bool | None) -> GaussianRBM:
-    """Whitened patches of two photographs, of which a normal law knows nothing but the covariance."""
+def patches(
+    recipe: Recipe, side: int, hidden: int, epochs: int, n: int, progress: bool | None
+) -> GaussianRBM:
+    """Whitened patches of two photographs, of which a normal law knows nothing but the
+    covariance."""
     x = whitened(image_patches(n, side=side, seed=recipe.seed, whiten=False))
     data, test = x[: n // 5 * 4], x[n // 5 * 4 :]
-    recipe.add_mean("patches: Gaussian, test", -0.5 * (test**2).sum(1) - 0.5 * side**2 * math.log(2.0 * math.pi), "exact")
+    recipe.add_mean(
+        "patches: Gaussian, test",
+        -0.5 * (test**2).sum(1) - 0.5 * side**2 * math.log(2.0 * math.pi),
+        "exact",
+    )
     rbm = start(side**2, hidden, data, 0.3)
     train(rbm, PersistentCD(num_chains=500), data, epochs, 0.01, 500, recipe.seed, progress)
     recipe.add("patches: train log-likelihood", rbm.log_likelihood(data).mean(), kind="exact")
@@ -105,13 +159,19 @@ def patches(recipe: Recipe, side: int, hidden: int, epochs: int, n: int, progres
 
 
 def main(
-    starts: int = 4, hidden: int = 16, side: int = 6, seed: int = 0, quick: bool = False, out: Path | None = None,
+    starts: int = 4,
+    hidden: int = 16,
+    side: int = 6,
+    seed: int = 0,
+    quick: bool = False,
+    out: Path | None = None,
     progress: bool | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Train and judge on both data sets.
 
     Args:
-        starts: starting weights tried on the Laplace mixture; the best on the training data goes on.
+        starts: starting weights tried on the Laplace mixture; the best on the training data goes
+            on.
         hidden: hidden units on patches, at most 20 for exact likelihoods.
         side: of a patch, in pixels.
         seed: of data and weights.
@@ -128,13 +188,24 @@ def main(
     axis = torch.linspace(-4.0, 4.0, 161)
     density = rbm.log_likelihood(torch.cartesian_prod(axis, axis)).reshape(161, 161).mT
     axes[0].plot(*test[:3000].mT, ".", markersize=1, color="tab:gray")
-    axes[0].contour(axis, axis, density, levels=[-9, -7, -5, -4, -3, -2], colors="tab:red", linewidths=0.8)
+    axes[0].contour(
+        axis, axis, density, levels=[-9, -7, -5, -4, -3, -2], colors="tab:red", linewidths=0.8
+    )
     modes = rbm.visible_bias + torch.cat([torch.zeros(1, 2), rbm.weight.mT])
     axes[0].plot(*modes.mT, "o", color="tab:blue")
-    axes[0].set(title="Laplace mixture: test points, log p, modes of one unit", xlim=(-4, 4), ylim=(-4, 4), aspect="equal")
-    plot_images(patch_rbm.weight.mT, (side, side), limits=None, ax=axes[1]).set_title("receptive fields on patches")
+    axes[0].set(
+        title="Laplace mixture: test points, log p, modes of one unit",
+        xlim=(-4, 4),
+        ylim=(-4, 4),
+        aspect="equal",
+    )
+    plot_images(patch_rbm.weight.mT, (side, side), limits=None, ax=axes[1]).set_title(
+        "receptive fields on patches"
+    )
     drawn = patch_rbm.sample(64, torch.Generator().manual_seed(seed))
-    plot_images(drawn, (side, side), limits=(-3.0, 3.0), ax=axes[2]).set_title("exact draws, whitened patches")
+    plot_images(drawn, (side, side), limits=(-3.0, 3.0), ax=axes[2]).set_title(
+        "exact draws, whitened patches"
+    )
     recipe.figure("grbm", fig)
     recipe.write()
 

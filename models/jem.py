@@ -1,9 +1,12 @@
-"""A joint energy model of 8 x 8 digits: a classifier that is also a density, against the same net as a classifier. 2 minutes.
+"""A joint energy model of 8 x 8 digits: a classifier that is also a density, against the same net
+as a classifier. 2 minutes.
 
-Three seeds: accuracy .964 +- .002 of both; AUROC against photographs .9996, of the classifier .885 +- .009.
+Three seeds: accuracy .964 +- .002 of both; AUROC against photographs .9996, of the classifier .885
++- .009.
 
-Both nets see the same pixels with the same noise, over several seeds: accuracy and calibration on the test set, how digits are
-told from what is none, and draws of each class, judged by the plain classifier.
+Both nets see the same pixels with the same noise, over several seeds: accuracy and calibration on
+the test set, how digits are told from what is none, and draws of each class, judged by the plain
+classifier.
 
 python -m models.jem [--seed N] [--quick] [--out DIR]
 """
@@ -32,7 +35,8 @@ from pyroebm.nn import mlp
 from pyroebm.objectives import Hybrid, PersistentCD
 from pyroebm.training import fit
 
-#: Standard deviation of the noise on pixels between 0 and 1: without it many pixels are constant, and there is no density.
+#: Standard deviation of the noise on pixels between 0 and 1: without it many pixels are constant,
+#: and there is no density.
 NOISE = 0.1
 CLASSES = 10
 #: Of Langevin steps, a little below the noise.
@@ -45,25 +49,42 @@ def noised(x: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def train(
-    data: tuple[Tensor, Tensor], objective: Hybrid, hidden: int, steps: int, seed: int, progress: bool | None
+    data: tuple[Tensor, Tensor],
+    objective: Hybrid,
+    hidden: int,
+    steps: int,
+    seed: int,
+    progress: bool | None,
 ) -> ClassifierEnergy:
     """Adam with a rate that falls to 0."""
     start = seeded_generator(seed, spawned=0)
     net = mlp(64, CLASSES, (hidden, hidden), zero_last=False, dtype=data[0].dtype, generator=start)
     energy = ClassifierEnergy(net, (64,), CLASSES, scale=1.0)
     energy.fit_envelope(data[0], factor=1.0)
-    optimizer, schedule = functools.partial(torch.optim.Adam, lr=1e-3), functools.partial(CosineAnnealingLR, T_max=steps)
+    optimizer, schedule = (
+        functools.partial(torch.optim.Adam, lr=1e-3),
+        functools.partial(CosineAnnealingLR, T_max=steps),
+    )
     loop = fit(
-        energy, objective, data, steps=steps, batch_size=100, optimizer=optimizer, schedule=schedule, max_grad_norm=10.0,
-        seed=seed, progress=progress,
-    )  # fmt: skip
+        energy,
+        objective,
+        data,
+        steps=steps,
+        batch_size=100,
+        optimizer=optimizer,
+        schedule=schedule,
+        max_grad_norm=10.0,
+        seed=seed,
+        progress=progress,
+    )
     for _ in loop:
         pass
     return energy.requires_grad_(False).eval()
 
 
 def calibration_error(log_prob: Tensor, labels: Tensor, bins: int = 15) -> float:
-    """Expected calibration error (Guo et al., 2017): gaps of confidence and accuracy, over equal bins of confidence."""
+    """Expected calibration error (Guo et al., 2017): gaps of confidence and accuracy, over equal
+    bins of confidence."""
     confidence, guess = log_prob.exp().max(1)
     where = one_hot((confidence * bins).long().clamp(max=bins - 1), bins).to(confidence.dtype)
     gap = where.mT @ (confidence - (guess == labels).to(confidence.dtype))
@@ -71,15 +92,23 @@ def calibration_error(log_prob: Tensor, labels: Tensor, bins: int = 15) -> float
 
 
 def outliers(test: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-    """What is no digit: uniform pixels, digits with their pixels shuffled, patches of photographs, means of two digits; all with
-    the same noise."""
+    """What is no digit: uniform pixels, digits with their pixels shuffled, patches of photographs,
+    means of two digits; all with the same noise."""
     n = len(test)
     patches = image_patches(n, side=8, seed=3, whiten=False, dtype=test.dtype)
     low, high = patches.amin(1, keepdim=True), patches.amax(1, keepdim=True)
     shuffled = torch.stack([image[torch.randperm(64, generator=generator)] for image in test])
     uniform = torch.rand(n, 64, generator=generator, dtype=test.dtype)
-    scaled, pairs = (patches - low) / (high - low).clamp(min=1e-3), 0.5 * (test + test[torch.randperm(n, generator=generator)])
-    found = {"uniform noise": uniform, "shuffled pixels": shuffled, "photographs": scaled, "means of two digits": pairs}
+    scaled, pairs = (
+        (patches - low) / (high - low).clamp(min=1e-3),
+        0.5 * (test + test[torch.randperm(n, generator=generator)]),
+    )
+    found = {
+        "uniform noise": uniform,
+        "shuffled pixels": shuffled,
+        "photographs": scaled,
+        "means of two digits": pairs,
+    }
     return {name: noised(x, generator) for name, x in found.items()}
 
 
@@ -90,16 +119,21 @@ def auroc(inside: Tensor, outside: Tensor) -> float:
 
 
 def scores(energy: ClassifierEnergy, name: str) -> dict[str, Callable[[Tensor], Tensor]]:
-    """What an image may be ranked by: the density; of a plain classifier the logits alone, which were never asked for one; and
-    for both how sure of the class they are. The envelope is a normal law, which tells much on its own."""
+    """What an image may be ranked by: the density; of a plain classifier the logits alone, which
+    were never asked for one; and for both how sure of the class they are. The envelope is a normal
+    law, which tells much on its own."""
     sure = {"AUROC of max p(y|x)": lambda x: energy.class_log_prob(x).amax(1)}
     if name == "JEM":
-        return sure | {"AUROC of -E(x)": lambda x: -energy(x), "AUROC of the envelope": lambda x: -energy.envelope(x)}
+        return sure | {
+            "AUROC of -E(x)": lambda x: -energy(x),
+            "AUROC of the envelope": lambda x: -energy.envelope(x),
+        }
     return sure | {"AUROC of logsumexp f": lambda x: energy.logits(x).logsumexp(1)}
 
 
 def draws_of_classes(energy: ClassifierEnergy, labels: Tensor, steps: int, seed: int) -> Tensor:
-    """The end of a chain for each label, from the envelope's law on: rows of ``energy.given(labels)``."""
+    """The end of a chain for each label, from the envelope's law on: rows of
+    ``energy.given(labels)``."""
     target, noise, kernel = energy.given(labels), seeded_generator(seed, spawned=2), MALA(STEP)
     state = kernel.init(target, target.initial(len(labels), noise), noise)
     for _ in range(steps):
@@ -108,9 +142,17 @@ def draws_of_classes(energy: ClassifierEnergy, labels: Tensor, steps: int, seed:
 
 
 def main(
-    seeds: int = 3, steps: int = 1000, hidden: int = 256, sweeps: int = 20, weight: float = 0.1, validate: bool = False,
-    seed: int = 0, quick: bool = False, out: Path | None = None, progress: bool | None = None,
-) -> None:  # fmt: skip
+    seeds: int = 3,
+    steps: int = 1000,
+    hidden: int = 256,
+    sweeps: int = 20,
+    weight: float = 0.1,
+    validate: bool = False,
+    seed: int = 0,
+    quick: bool = False,
+    out: Path | None = None,
+    progress: bool | None = None,
+) -> None:
     """Train both nets over several seeds, and compare.
 
     Args:
@@ -119,7 +161,8 @@ def main(
         hidden: units of each of the two hidden layers.
         sweeps: Langevin steps of the chains for each batch.
         weight: of -log p(x) beside -log p(y | x).
-        validate: train on four fifths of the training set and judge on the last, as the weight was chosen.
+        validate: train on four fifths of the training set and judge on the last, as the weight was
+            chosen.
         seed: the first of the seeds.
         quick: a few steps only, to see that everything runs.
         out: folder of metrics.json and the figure; runs/jem without.
@@ -128,11 +171,23 @@ def main(
     if quick:
         seeds, steps, sweeps = 2, 30, 5
     recipe = Recipe(
-        "jem", out, seed, seeds=seeds, steps=steps, hidden=hidden, sweeps=sweeps, weight=weight, validate=validate, quick=quick
+        "jem",
+        out,
+        seed,
+        seeds=seeds,
+        steps=steps,
+        hidden=hidden,
+        sweeps=sweeps,
+        weight=weight,
+        validate=validate,
+        quick=quick,
     )
     split, spare = digits(threshold=None, dtype=torch.float32), seeded_generator(seed, spawned=1)
     if validate:
-        (train_x, held_x), (train_y, held_y) = split.train.split([1150, 287]), split.train_labels.split([1150, 287])
+        (train_x, held_x), (train_y, held_y) = (
+            split.train.split([1150, 287]),
+            split.train_labels.split([1150, 287]),
+        )
         split = split._replace(train=train_x, test=held_x, train_labels=train_y, test_labels=held_y)
     rows, labels = noised(split.train.repeat(20, 1), spare), split.train_labels.repeat(20)
     test, strangers = noised(split.test, spare), outliers(split.test, spare)
@@ -140,9 +195,13 @@ def main(
     wanted, found = torch.arange(CLASSES).repeat(8), defaultdict[str, list[float]](list)
     for number in range(seed, seed + seeds):
         chains = PersistentCD(100, k=sweeps, kernel=MALA(STEP))
-        chains.chains = rows[torch.randperm(len(rows), generator=seeded_generator(number))[:100]].clone()
+        chains.chains = rows[
+            torch.randperm(len(rows), generator=seeded_generator(number))[:100]
+        ].clone()
         nets = {
-            "JEM": train((rows, labels), Hybrid(chains, weight=weight), hidden, steps, number, progress),
+            "JEM": train(
+                (rows, labels), Hybrid(chains, weight=weight), hidden, steps, number, progress
+            ),
             "classifier": train((rows, labels), Hybrid(), hidden, steps, number, progress),
         }
         drawn = draws_of_classes(nets["JEM"], wanted, 20 if quick else 5000, number)
@@ -151,7 +210,9 @@ def main(
             numbers = {
                 "test accuracy": float((log_prob.argmax(1) == split.test_labels).double().mean()),
                 "calibration error": calibration_error(log_prob, split.test_labels),
-                "test nats of the class": -float(log_prob.gather(1, split.test_labels[:, None]).mean()),
+                "test nats of the class": -float(
+                    log_prob.gather(1, split.test_labels[:, None]).mean()
+                ),
             }
             for what, x in strangers.items():
                 for score, law in scores(energy, name).items():
@@ -165,9 +226,13 @@ def main(
         recipe.add(key, sum(values) / seeds, spread, "estimate", f"over {seeds} seeds")
 
     fig, axes = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
-    plot_images(drawn, (8, 8), columns=CLASSES, ax=axes[0]).set_title("draws of p(x | y), one column for each class")
+    plot_images(drawn, (8, 8), columns=CLASSES, ax=axes[0]).set_title(
+        "draws of p(x | y), one column for each class"
+    )
     for what, x in ({"test digits": test} | strangers).items():
-        axes[1].hist(nets["JEM"](x).numpy(), bins=50, density=True, histtype="step", lw=1.5, label=what)
+        axes[1].hist(
+            nets["JEM"](x).numpy(), bins=50, density=True, histtype="step", lw=1.5, label=what
+        )
     axes[1].set(title="energies of the joint model", xlabel="E(x), nats", ylabel="density")
     axes[1].legend(frameon=False)
     recipe.figure("jem", fig)

@@ -1,4 +1,5 @@
-"""What the recipes of Boltzmann machines share: data, persistent training with a record of likelihoods, brackets, figures."""
+"""What the recipes of Boltzmann machines share: data, persistent training with a record of
+likelihoods, brackets, figures."""
 
 from __future__ import annotations
 
@@ -23,7 +24,16 @@ from pyroebm.objectives import Centring, PersistentCD
 from pyroebm.partition import Bracket, base_rates, bracket
 from pyroebm.training import Classifier, complete, fine_tune, fit
 
-__all__ = ["Images", "floor", "gibbs", "in_double", "load_images", "machine_bracket", "plot_completions", "train_pcd"]
+__all__ = [
+    "Images",
+    "floor",
+    "gibbs",
+    "in_double",
+    "load_images",
+    "machine_bracket",
+    "plot_completions",
+    "train_pcd",
+]
 
 M = TypeVar("M", bound=torch.nn.Module)
 
@@ -37,7 +47,14 @@ class Images:
         binarisation: how pixels became bits: nats cannot be compared across ways.
     """
 
-    def __init__(self, train: Tensor, test: Tensor, train_labels: Tensor, test_labels: Tensor, binarisation: str) -> None:
+    def __init__(
+        self,
+        train: Tensor,
+        test: Tensor,
+        train_labels: Tensor,
+        test_labels: Tensor,
+        binarisation: str,
+    ) -> None:
         self.train, self.test, self.binarisation = train.float(), test.float(), binarisation
         self.train_labels, self.test_labels = train_labels.long(), test_labels.long()
         side = math.isqrt(train.shape[1])
@@ -45,11 +62,23 @@ class Images:
 
     def inverted(self) -> Images:
         """Ones and zeros swapped."""
-        return Images(1.0 - self.train, 1.0 - self.test, self.train_labels, self.test_labels, f"{self.binarisation}, inverted")
+        return Images(
+            1.0 - self.train,
+            1.0 - self.test,
+            self.train_labels,
+            self.test_labels,
+            f"{self.binarisation}, inverted",
+        )
 
     def fewer(self, n: int) -> Images:
         """The first n of each, for a quick look."""
-        return Images(self.train[:n], self.test[:n], self.train_labels[:n], self.test_labels[:n], self.binarisation)
+        return Images(
+            self.train[:n],
+            self.test[:n],
+            self.train_labels[:n],
+            self.test_labels[:n],
+            self.binarisation,
+        )
 
 
 def load_images(path: Path | None) -> Images:
@@ -64,19 +93,26 @@ def in_double(machine: M) -> M:
 
 
 def floor(images: Images) -> Tensor:
-    """Test log-likelihoods of independent bits with the training frequencies: a machine below their mean has a bug."""
-    independent = BernoulliRBM(images.train.shape[1], 1, weight=torch.zeros(images.train.shape[1], 1), dtype=torch.float64)
+    """Test log-likelihoods of independent bits with the training frequencies: a machine below their
+    mean has a bug."""
+    independent = BernoulliRBM(
+        images.train.shape[1], 1, weight=torch.zeros(images.train.shape[1], 1), dtype=torch.float64
+    )
     independent.fit_visible(images.train.double(), pseudocount=0.1)
     return independent.requires_grad_(False).log_likelihood(images.test.double())
 
 
 def gibbs(machine: LayeredMachine, visible: Tensor, sweeps: int, seed: int) -> list[Tensor]:
-    """All layers after sweeps of Gibbs sampling from visible states; the hidden ones start from fair coins."""
+    """All layers after sweeps of Gibbs sampling from visible states; the hidden ones start from
+    fair coins."""
     generator, layers = torch.Generator().manual_seed(seed), machine.layers()
     with torch.no_grad():
         x = [
             visible,
-            *(torch.full_like(visible[:, :1], 0.5).expand(-1, size).bernoulli(generator=generator) for size in layers.sizes[1:]),
+            *(
+                torch.full_like(visible[:, :1], 0.5).expand(-1, size).bernoulli(generator=generator)
+                for size in layers.sizes[1:]
+            ),
         ]
         for _ in range(sweeps):
             for side in reversed(layers.sides()):
@@ -100,41 +136,76 @@ def train_pcd(
     seed: int = 0,
     progress: bool | None = None,
 ) -> Iterator[int]:
-    """Persistent contrastive divergence by plain gradient steps; yields the number of epochs that are done.
+    """Persistent contrastive divergence by plain gradient steps; yields the number of epochs that
+    are done.
 
     Args:
-        decay: whether the rate falls linearly to a hundredth, which takes the noise of the chains out of the parameters.
+        decay: whether the rate falls linearly to a hundredth, which takes the noise of the chains
+            out of the parameters.
     """
     steps = math.ceil(len(data) / batch_size)
-    schedule = functools.partial(LinearLR, start_factor=1.0, end_factor=0.01, total_iters=epochs * steps) if decay else None
+    schedule = (
+        functools.partial(LinearLR, start_factor=1.0, end_factor=0.01, total_iters=epochs * steps)
+        if decay
+        else None
+    )
     loop = fit(
-        machine, PersistentCD(num_chains=chains, k=k), data, epochs=epochs, batch_size=batch_size,
-        optimizer=functools.partial(torch.optim.SGD, lr=learning_rate, fused=True), schedule=schedule,
-        transform=Centring() if centred else None, checkpoint=checkpoint, resume=checkpoint is not None, seed=seed,
+        machine,
+        PersistentCD(num_chains=chains, k=k),
+        data,
+        epochs=epochs,
+        batch_size=batch_size,
+        optimizer=functools.partial(torch.optim.SGD, lr=learning_rate, fused=True),
+        schedule=schedule,
+        transform=Centring() if centred else None,
+        checkpoint=checkpoint,
+        resume=checkpoint is not None,
+        seed=seed,
         progress=progress,
-    )  # fmt: skip
+    )
     for step, _, _ in loop:
         if (step + 1) % steps == 0:
             yield (step + 1) // steps
 
 
 def machine_bracket(
-    machine: LayeredMachine, data: Tensor, temperatures: int, chains: int, sweeps: int, seed: int, progress: bool | None
+    machine: LayeredMachine,
+    data: Tensor,
+    temperatures: int,
+    chains: int,
+    sweeps: int,
+    seed: int,
+    progress: bool | None,
 ) -> Bracket:
     """AIS and reverse AIS of a machine in float64, from the base rates of the data.
 
-    The latter starts from Gibbs chains, of which half begin at training images and half at draws of the base: what either of
-    them finds and the other does not would show in the reverse.
+    The latter starts from Gibbs chains, of which half begin at training images and half at draws of
+    the base: what either of them finds and the other does not would show in the reverse.
     """
     rates = data.to(machine.dtype).mean(0).expand(chains - chains // 2, -1)
-    seeds = torch.cat([data[: chains // 2].to(machine.dtype), rates.bernoulli(generator=torch.Generator().manual_seed(seed))])
+    seeds = torch.cat(
+        [
+            data[: chains // 2].to(machine.dtype),
+            rates.bernoulli(generator=torch.Generator().manual_seed(seed)),
+        ]
+    )
     start, joint = torch.cat(gibbs(machine, seeds, sweeps, seed + 1), 1), machine.joint()
     base = base_rates(joint, data.to(machine.dtype))
-    return bracket(joint, start, base, betas=temperatures, num_chains=chains, seed=seed, progress=progress)
+    return bracket(
+        joint, start, base, betas=temperatures, num_chains=chains, seed=seed, progress=progress
+    )
 
 
-def plot_completions(model: LayeredMachine | DeepBeliefNetwork, images: Images, n: int, steps: int, seed: int, ax: Axes) -> Axes:
-    """Test images, their upper halves, and what the model draws for the lower ones, in three rows."""
+def plot_completions(
+    model: LayeredMachine | DeepBeliefNetwork,
+    images: Images,
+    n: int,
+    steps: int,
+    seed: int,
+    ax: Axes,
+) -> Axes:
+    """Test images, their upper halves, and what the model draws for the lower ones, in three
+    rows."""
     whole = images.test[:n].to(next(iter(model.parameters())).dtype)
     known = torch.zeros(images.shape, dtype=torch.bool)
     known[: images.shape[0] // 2] = True
@@ -150,13 +221,22 @@ def every(epochs: int, points: int) -> Callable[[int], bool]:
 
 
 def classify(
-    recipe: Recipe, model: DeepBeliefNetwork | DeepBoltzmannMachine, images: Images, epochs: int, progress: bool | None
+    recipe: Recipe,
+    model: DeepBeliefNetwork | DeepBoltzmannMachine,
+    images: Images,
+    epochs: int,
+    progress: bool | None,
 ) -> list[float]:
-    """Fine-tune a classifier that starts from the model; the test error after each epoch, and before the first."""
+    """Fine-tune a classifier that starts from the model; the test error after each epoch, and
+    before the first."""
     classifier = Classifier(model, int(images.train_labels.max()) + 1)
     curve = [classifier.error(images.test, images.test_labels)]
-    for _ in fine_tune(classifier, images.train, images.train_labels, epochs, seed=recipe.seed, progress=progress):
+    for _ in fine_tune(
+        classifier, images.train, images.train_labels, epochs, seed=recipe.seed, progress=progress
+    ):
         curve.append(classifier.error(images.test, images.test_labels))
     spread = math.sqrt(curve[-1] * (1.0 - curve[-1]) / len(images.test))
-    recipe.add("fine-tuned: test error", curve[-1], spread, "exact", f"{len(images.test)} test images")
+    recipe.add(
+        "fine-tuned: test error", curve[-1], spread, "exact", f"{len(images.test)} test images"
+    )
     return curve

@@ -1,7 +1,9 @@
-"""Noise-contrastive estimation in the plane, objectives of neighbours on spins, by exact divergences. About 3 minutes.
+"""Noise-contrastive estimation in the plane, objectives of neighbours on spins, by exact
+divergences. About 3 minutes.
 
-Noise as wide as the data or wider brings NCE to .011 to .015 nats of the truth, ranking and conditional NCE to .008 to .012,
-where the same network by exact likelihood is .009 away; noise of half the data's width leaves it 10 nats away (seed 0).
+Noise as wide as the data or wider brings NCE to .011 to .015 nats of the truth, ranking and
+conditional NCE to .008 to .012, where the same network by exact likelihood is .009 away; noise of
+half the data's width leaves it 10 nats away (seed 0).
 
 python -m models.nce [--seed N] [--quick] [--out DIR]
 """
@@ -74,52 +76,97 @@ class Perceptron(MLPEnergy):
 
 
 def real_nvp(data: Tensor) -> Flow:
-    """Six affine couplings (Dinh, Sohl-Dickstein and Bengio, 2017), started at the width of the data."""
+    """Six affine couplings (Dinh, Sohl-Dickstein and Bengio, 2017), started at the width of the
+    data."""
     parts: list[torch.distributions.Transform] = []
     for _ in range(6):
-        parts += [transforms.affine_coupling(2, hidden_dims=[32, 32]), transforms.Permute(torch.tensor([1, 0]))]
-    return Flow([*parts, transforms.AffineTransform(data.mean(0), data.std(0), event_dim=1)], dim=2, total_dim=2)
+        parts += [
+            transforms.affine_coupling(2, hidden_dims=[32, 32]),
+            transforms.Permute(torch.tensor([1, 0])),
+        ]
+    return Flow(
+        [*parts, transforms.AffineTransform(data.mean(0), data.std(0), event_dim=1)],
+        dim=2,
+        total_dim=2,
+    )
 
 
 def train(
-    energy: Energy, objective: Objective, data: Tensor, steps: int, seed: int, progress: bool | None,
+    energy: Energy,
+    objective: Objective,
+    data: Tensor,
+    steps: int,
+    seed: int,
+    progress: bool | None,
     rates: dict[str, float] | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Adam with a rate that falls to 0; the players of a game have one each."""
     adam = functools.partial(torch.optim.Adam, lr=3e-3, fused=True)
     loop = fit(
-        energy, objective, data, steps=steps, batch_size=256, seed=seed, progress=progress,
-        optimizer=adam if rates is None else {name: functools.partial(adam, lr=rate) for name, rate in rates.items()},
+        energy,
+        objective,
+        data,
+        steps=steps,
+        batch_size=256,
+        seed=seed,
+        progress=progress,
+        optimizer=adam
+        if rates is None
+        else {name: functools.partial(adam, lr=rate) for name, rate in rates.items()},
         schedule=functools.partial(CosineAnnealingLR, T_max=steps),
-    )  # fmt: skip
+    )
     for _ in loop:
         pass
 
 
 def judge(
-    recipe: Recipe, name: str, energy: Perceptron, log_z: Tensor | None, test: Tensor, seconds: float
+    recipe: Recipe,
+    name: str,
+    energy: Perceptron,
+    log_z: Tensor | None,
+    test: Tensor,
+    seconds: float,
 ) -> tuple[Tensor, float]:
-    """Test NLL with log Z by quadrature, the divergence from the truth on a grid, the masses of the modes; log p on the grid."""
+    """Test NLL with log Z by quadrature, the divergence from the truth on a grid, the masses of the
+    modes; log p on the grid."""
     target, (nodes, area) = five_gaussians(), grid(281)
     exact = quadrature(energy, tolerance=1e-5)
     with torch.no_grad():
-        recipe.add_mean(f"{name}: test NLL", energy(test) + exact.value, exact.kind, "+- is that of the test set")
+        recipe.add_mean(
+            f"{name}: test NLL",
+            energy(test) + exact.value,
+            exact.kind,
+            "+- is that of the test set",
+        )
         log_p, truth = -energy(nodes) - exact.value, -target(nodes)
-        divergence = recipe.add(f"{name}: KL from the truth", area * (truth.exp() * (truth - log_p)).sum(), kind=exact.kind)
+        divergence = recipe.add(
+            f"{name}: KL from the truth",
+            area * (truth.exp() * (truth - log_p)).sum(),
+            kind=exact.kind,
+        )
         of = torch.nn.functional.one_hot(target.mode_of(nodes), 5).to(log_p)
         recipe.add(
-            f"{name}: largest error of a mode's mass", area * ((log_p.exp() - truth.exp()) @ of).abs().max(), kind=exact.kind
+            f"{name}: largest error of a mode's mass",
+            area * ((log_p.exp() - truth.exp()) @ of).abs().max(),
+            kind=exact.kind,
         )
     if log_z is not None:
-        recipe.add(f"{name}: learned log Z less the true one", float(log_z) - exact.value, kind=exact.kind)
+        recipe.add(
+            f"{name}: learned log Z less the true one", float(log_z) - exact.value, kind=exact.kind
+        )
     recipe.add(f"{name}: seconds", seconds, note="wall time of the training")
     return log_p, divergence
 
 
-def plane(recipe: Recipe, rows: int, steps: int, progress: bool | None) -> tuple[dict[str, Tensor], dict[str, float]]:
+def plane(
+    recipe: Recipe, rows: int, steps: int, progress: bool | None
+) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Every objective on the five Gaussians; log-densities on the grid, and divergences."""
     target, seed = five_gaussians(), recipe.seed
-    data, test = target.sample(rows, seeded_generator(seed, spawned=0)), target.sample(10_000, seeded_generator(seed, spawned=1))
+    data, test = (
+        target.sample(rows, seeded_generator(seed, spawned=0)),
+        target.sample(10_000, seeded_generator(seed, spawned=1)),
+    )
     recipe.add_mean("truth: test NLL", target(test), "exact")
     densities, divergences = {"truth": -target(grid(281)[0])}, {}
 
@@ -132,8 +179,12 @@ def plane(recipe: Recipe, rows: int, steps: int, progress: bool | None) -> tuple
         densities["flow alone"] = flow.log_prob(grid(281)[0])
 
     objectives: dict[str, Objective] = {"exact likelihood": ExactLikelihood()}
-    objectives |= {f"NCE, width {s:g}, nu 1": NoiseContrastive(gaussian_noise(data, s)) for s in WIDTHS}
-    objectives |= {f"NCE, width 1, nu {nu:g}": NoiseContrastive(gaussian_noise(data), nu) for nu in NUS}
+    objectives |= {
+        f"NCE, width {s:g}, nu 1": NoiseContrastive(gaussian_noise(data, s)) for s in WIDTHS
+    }
+    objectives |= {
+        f"NCE, width 1, nu {nu:g}": NoiseContrastive(gaussian_noise(data), nu) for nu in NUS
+    }
     objectives |= {
         "ranking, 4 negatives": RankingNCE(gaussian_noise(data), 4),
         "conditional, scale 0.3": ConditionalNCE(0.3, 4),
@@ -144,21 +195,28 @@ def plane(recipe: Recipe, rows: int, steps: int, progress: bool | None) -> tuple
         energy, began = Perceptron(data, seed), time.perf_counter()
         train(energy, objective, data, steps, seed, progress)
         log_z = objective.log_z.detach() if isinstance(objective, NoiseContrastive) else None
-        densities[name], divergences[name] = judge(recipe, name, energy, log_z, test, time.perf_counter() - began)
+        densities[name], divergences[name] = judge(
+            recipe, name, energy, log_z, test, time.perf_counter() - began
+        )
 
     energy, game, began = Perceptron(data, seed), FlowContrastive(flow), time.perf_counter()
     train(energy, game, data, steps, seed, progress, {"energy": 3e-3, "flow": 3e-4})
     name, seconds = "NCE, flow trained along", time.perf_counter() - began
-    densities[name], divergences[name] = judge(recipe, name, energy, game.log_z.detach(), test, seconds)
+    densities[name], divergences[name] = judge(
+        recipe, name, energy, game.log_z.detach(), test, seconds
+    )
     recipe.add_mean("flow trained along: test NLL", -flow.log_prob(test).detach(), "exact")
     return densities, divergences
 
 
 def spins(recipe: Recipe, sets: int, rows: int) -> dict[str, list[float]]:
-    """Boltzmann machines of eight spins fitted to draws of another: nats from the truth, over data sets."""
+    """Boltzmann machines of eight spins fitted to draws of another: nats from the truth, over data
+    sets."""
     generator = seeded_generator(recipe.seed, spawned=2)
     weight = 0.5 * torch.randn(8, 8, generator=generator).triu(1)
-    truth = BoltzmannMachine(8, units="spins", weight=weight + weight.mT, bias=0.3 * torch.randn(8, generator=generator))
+    truth = BoltzmannMachine(
+        8, units="spins", weight=weight + weight.mT, bias=0.3 * torch.randn(8, generator=generator)
+    )
     states = 2.0 * all_bits(8) - 1.0
     log_p = (-truth(states)).log_softmax(0).detach()
     objectives: dict[str, Callable[[], Objective]] = {
@@ -176,8 +234,17 @@ def spins(recipe: Recipe, sets: int, rows: int) -> dict[str, list[float]]:
             with torch.no_grad():
                 found[name].append(float(log_p.exp() @ (log_p - (-machine(states)).log_softmax(0))))
     for name, values in found.items():
-        recipe.add_mean(f"spins, {name}: KL from the truth", torch.tensor(values), "exact", f"mean of {sets} sets of {rows} rows")
-    recipe.add("spins: KL of maximum likelihood in theory", 36 / (2 * rows), note="parameters / (2 rows), for many rows")
+        recipe.add_mean(
+            f"spins, {name}: KL from the truth",
+            torch.tensor(values),
+            "exact",
+            f"mean of {sets} sets of {rows} rows",
+        )
+    recipe.add(
+        "spins: KL of maximum likelihood in theory",
+        36 / (2 * rows),
+        note="parameters / (2 rows), for many rows",
+    )
     return found
 
 
@@ -194,17 +261,30 @@ def solve(machine: BoltzmannMachine, objective: Objective, data: Tensor) -> None
     optimizer.step(closure)
 
 
-def figure(densities: dict[str, Tensor], divergences: dict[str, float], found: dict[str, list[float]]) -> plt.Figure:
+def figure(
+    densities: dict[str, Tensor], divergences: dict[str, float], found: dict[str, list[float]]
+) -> plt.Figure:
     """Densities, and divergences against the width of the noise, against nu, and of the spins."""
     fig, axes = plt.subplots(3, 4, figsize=(13, 9.6), layout="constrained")
     narrow, wide = (f"NCE, width {s:g}, nu 1" for s in (WIDTHS[0], WIDTHS[-1]))
     shown = [
-        "truth", narrow, "NCE, width 1, nu 1", wide, "ranking, 4 negatives", "conditional, scale 0.3", "conditional, scale 2",
-        "flow alone", "NCE, flow trained along",
-    ]  # fmt: skip
+        "truth",
+        narrow,
+        "NCE, width 1, nu 1",
+        wide,
+        "ranking, 4 negatives",
+        "conditional, scale 0.3",
+        "conditional, scale 2",
+        "flow alone",
+        "NCE, flow trained along",
+    ]
     for ax, name in zip(axes.flat, shown, strict=False):
         ax.imshow(
-            densities[name].exp().reshape(281, 281).mT.numpy(), origin="lower", extent=(-HALF, HALF) * 2, vmax=0.25, cmap="magma"
+            densities[name].exp().reshape(281, 281).mT.numpy(),
+            origin="lower",
+            extent=(-HALF, HALF) * 2,
+            vmax=0.25,
+            cmap="magma",
         )
         ax.set(title=name, xlim=(-4.5, 4.5), ylim=(-4.5, 4.5), xticks=[], yticks=[])
     floor = divergences["exact likelihood"]
@@ -219,7 +299,9 @@ def figure(densities: dict[str, Tensor], divergences: dict[str, float], found: d
         ax.minorticks_off()
         ax.set(xlabel=label, ylabel="KL from the truth, nats", title=f"NCE against {label}")
         ax.legend(fontsize=7)
-    axes[2, 2].set(yscale="linear", ylim=(0.0, 1.2 * max(divergences[sweeps[1][3].format(nu)] for nu in NUS)))
+    axes[2, 2].set(
+        yscale="linear", ylim=(0.0, 1.2 * max(divergences[sweeps[1][3].format(nu)] for nu in NUS))
+    )
     ax = axes[2, 3]
     for row, values in enumerate(found.values()):
         ax.plot(values, [row] * len(values), "o", color="tab:gray", markersize=3)

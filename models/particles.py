@@ -1,4 +1,5 @@
-"""Systems of particles, long tempered chains of them, and a flow fitted to one half of the chains and judged by the other."""
+"""Systems of particles, long tempered chains of them, and a flow fitted to one half of the chains
+and judged by the other."""
 
 from __future__ import annotations
 
@@ -23,7 +24,18 @@ from pyroebm.objectives import ForwardKL, fit_flow, match_flow
 from pyroebm.partition import LogZ, bridge, smc
 from pyroebm.targets import DW4, Gaussian, LennardJones, Particles
 
-__all__ = ["SYSTEMS", "Case", "Judgement", "Reference", "System", "case", "judged", "moved", "reference", "trained"]
+__all__ = [
+    "SYSTEMS",
+    "Case",
+    "Judgement",
+    "Reference",
+    "System",
+    "case",
+    "judged",
+    "moved",
+    "reference",
+    "trained",
+]
 
 F64 = torch.float64
 
@@ -44,24 +56,52 @@ class System:
 
 
 SYSTEMS: dict[str, System] = {
-    "DW4": System(lambda: DW4(F64), 0.1, 5, 5, {"reach": 12.0, "length": 2.0, "steps": 32}, 1e-2, 256, 600, 2.5),
+    "DW4": System(
+        lambda: DW4(F64),
+        0.1,
+        5,
+        5,
+        {"reach": 12.0, "length": 2.0, "steps": 32},
+        1e-2,
+        256,
+        600,
+        2.5,
+    ),
     "LJ13 once": System(
-        lambda: LennardJones("once", dtype=F64), 0.4, 5, 10, {"reach": 8.0, "cells": 40}, 4e-3, 128, 400, 1.0
+        lambda: LennardJones("once", dtype=F64),
+        0.4,
+        5,
+        10,
+        {"reach": 8.0, "cells": 40},
+        4e-3,
+        128,
+        400,
+        1.0,
     ),
     "LJ13 twice": System(
-        lambda: LennardJones("twice", dtype=F64), 0.3, 7, 10, {"reach": 8.0, "cells": 40}, 6e-3, 128, 400, 0.7
+        lambda: LennardJones("twice", dtype=F64),
+        0.3,
+        7,
+        10,
+        {"reach": 8.0, "cells": 40},
+        6e-3,
+        128,
+        400,
+        0.7,
     ),
-}  # fmt: skip
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
     r"""Draws of long tempered chains, and why to believe them.
 
-    Stein's identity, :math:`E[u \cdot \nabla U] = (n - 1) k`, holds for every law with density :math:`e^{-U} / Z`.
+    Stein's identity, :math:`E[u \cdot \nabla U] = (n - 1) k`, holds for every law with density
+    :math:`e^{-U} / Z`.
     """
 
-    draws: Tensor  #: ``(chains, n, d)``; of the first half of the chains and of the second nothing is shared
+    #: ``(chains, n, d)``; of the first half of the chains and of the second nothing is shared
+    draws: Tensor
     r_hat: dict[str, float]  #: of the energy and of distances
     ess: dict[str, float]  #: of the same, all chains together
     stein: Estimate  #: of :math:`u \cdot \nabla U`, to be d
@@ -76,7 +116,8 @@ class Reference:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A flow for a system, in float64, its integrator set to the steps of judging, and what it cost."""
+    """A flow for a system, in float64, its integrator set to the steps of judging, and what it
+    cost."""
 
     name: str
     seed: int
@@ -91,15 +132,18 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Judgement:
-    """What a flow is worth; the distances are of draws of the flow to those of chains that it was not fitted to."""
+    """What a flow is worth; the distances are of draws of the flow to those of chains that it was
+    not fitted to."""
 
     report: FlowReport  #: distances in it are of coordinates u
-    distances: Estimate  #: energy distance of the sorted distances of pairs, which no symmetry changes
+    #: energy distance of the sorted distances of pairs, which no symmetry changes
+    distances: Estimate
     weighted_distances: Estimate  #: the same of draws resampled by weight
     noise: Estimate  #: the same of the two halves of the chains: what sampling alone makes
     bridge: LogZ  #: from the flow to the chains it was not fitted to
     smc: LogZ  #: from a normal law, without the flow or the chains
-    integration: float  #: largest change of log q at the chains' draws if the integrator takes half of its steps
+    #: largest change of log q at the chains' draws if the integrator takes half of its steps
+    integration: float
     inversion: float  #: largest of |z - flow^-1(flow(z))|
     evaluations: int
     seconds: float
@@ -114,14 +158,21 @@ def moved(energy: Particles, u: Tensor, generator: torch.Generator) -> Tensor:
     """Each row turned, or reflected, and renumbered at random: ``(rows, d) -> (rows, d)``."""
     x = energy.positions(u)
     order = uniform(x.shape[:2], generator, u.dtype, u.device).argsort(1)
-    turn = torch.linalg.qr(standard_normal((len(x), energy.space, energy.space), generator, u.dtype, u.device))
-    signs = turn.R.diagonal(dim1=1, dim2=2).sign().unsqueeze(1)  # without them the law of Q is not the uniform one
+    turn = torch.linalg.qr(
+        standard_normal((len(x), energy.space, energy.space), generator, u.dtype, u.device)
+    )
+    # without them the law of Q is not the uniform one
+    signs = turn.R.diagonal(dim1=1, dim2=2).sign().unsqueeze(1)
     return energy.coordinates(x.gather(1, order.unsqueeze(-1).expand_as(x)) @ (turn.Q * signs))
 
 
 def reference(
-    system: System, seed: int = 0, num_chains: int = 128, num_samples: int = 50, warmup_steps: int = 250
-) -> Reference:  # fmt: skip
+    system: System,
+    seed: int = 0,
+    num_chains: int = 128,
+    num_samples: int = 50,
+    warmup_steps: int = 250,
+) -> Reference:
     """Draws of many long chains, each with replicas at higher temperatures that it swaps with.
 
     Args:
@@ -132,11 +183,21 @@ def reference(
         warmup_steps: before them.
     """
     energy, began = system.make(), time.process_time()
-    kernel = ParallelTempering(HMC(num_steps=10), torch.logspace(0.0, math.log10(system.hottest), system.rungs))
+    kernel = ParallelTempering(
+        HMC(num_steps=10), torch.logspace(0.0, math.log10(system.hottest), system.rungs)
+    )
     mcmc = MCMC(
-        kernel, num_samples, warmup_steps, num_chains, seed=seed, thinning=system.thinning, save_warmup=False, progress=False,
-        compile=False, chain_batch_size=num_chains // 2,
-    )  # fmt: skip
+        kernel,
+        num_samples,
+        warmup_steps,
+        num_chains,
+        seed=seed,
+        thinning=system.thinning,
+        save_warmup=False,
+        progress=False,
+        compile=False,
+        chain_batch_size=num_chains // 2,
+    )
     with counted(energy) as rows:
         mcmc.run(energy)
     u = mcmc.get_samples(group_by_chain=True)["x"]
@@ -162,7 +223,7 @@ def reference(
 
 def trained(
     system: System, draws: Tensor, seed: int = 0, quick: bool = False
-) -> tuple[EquivariantFlow, EquivariantFlow, list[float]]:  # fmt: skip
+) -> tuple[EquivariantFlow, EquivariantFlow, list[float]]:
     """A flow matched to draws, one refined by their likelihood in float32, and the losses of that.
 
     Args:
@@ -177,8 +238,22 @@ def trained(
     first = copy.deepcopy(flow)
     flow.float()
     steps, batch = (10, 64) if quick else (system.steps, system.batch)
-    settings: dict[str, Any] = {"lr": system.lr, "beta_start": 1.0, "max_grad_norm": 10.0, "on_nonfinite": "skip", "seed": seed}
-    fitting = fit_flow(flow, energy, ForwardKL(draws.float()), steps=steps, num_samples=batch, progress=False, **settings)
+    settings: dict[str, Any] = {
+        "lr": system.lr,
+        "beta_start": 1.0,
+        "max_grad_norm": 10.0,
+        "on_nonfinite": "skip",
+        "seed": seed,
+    }
+    fitting = fit_flow(
+        flow,
+        energy,
+        ForwardKL(draws.float()),
+        steps=steps,
+        num_samples=batch,
+        progress=False,
+        **settings,
+    )
     losses = [loss for _, loss, _ in fitting]
     return first, flow.double(), losses
 
@@ -195,7 +270,17 @@ def case(name: str, seed: int = 0, quick: bool = False) -> Case:
     found = reference(system, seed, 8, 12, 8) if quick else reference(system, seed)
     first, flow, losses = trained(system, found.half(0).flatten(0, 1), seed, quick)
     first.steps = flow.steps = 10 if quick else 60
-    return Case(name, seed, system.make(), found, flow, first, losses, found.evaluations, time.process_time() - began)
+    return Case(
+        name,
+        seed,
+        system.make(),
+        found,
+        flow,
+        first,
+        losses,
+        found.evaluations,
+        time.process_time() - began,
+    )
 
 
 @torch.no_grad()
@@ -215,10 +300,18 @@ def judged(done: Case, *, quick: bool = False, matched: bool = False) -> Judgeme
     last = min(held.shape[1], -(-some // len(held)))  # draws of each chain
     fresh = moved(energy, held[:, -last:].flatten(0, 1), generator)
     with counted(energy) as rows:
-        report = judge_flow(flow, energy, n, fresh.reshape(len(held), last, -1), num_distances=some, seed=seed)
-        between = bridge(energy, held[:, :: 2 if quick else 5], FlowEnergy(flow), generator=generator)
-        start = Gaussian(torch.zeros(flow.dim, dtype=F64), scale=SYSTEMS[done.name].spread, dtype=F64)
-        walked = smc(energy, start, HMC(num_steps=8), 16 if quick else 256, islands=8, generator=generator)
+        report = judge_flow(
+            flow, energy, n, fresh.reshape(len(held), last, -1), num_distances=some, seed=seed
+        )
+        between = bridge(
+            energy, held[:, :: 2 if quick else 5], FlowEnergy(flow), generator=generator
+        )
+        start = Gaussian(
+            torch.zeros(flow.dim, dtype=F64), scale=SYSTEMS[done.name].spread, dtype=F64
+        )
+        walked = smc(
+            energy, start, HMC(num_steps=8), 16 if quick else 256, islands=8, generator=generator
+        )
     far, near = distances(energy, fresh), distances(energy, report.weighted.x[:some])
     z = flow.draw_noise(200, generator)
     back = flow.transform.inv(flow.push(z)[0])
@@ -229,7 +322,9 @@ def judged(done: Case, *, quick: bool = False, matched: bool = False) -> Judgeme
     return Judgement(
         report=report,
         distances=energy_distance(near, far),
-        weighted_distances=energy_distance(distances(energy, report.weighted.resample(some, generator)), far),
+        weighted_distances=energy_distance(
+            distances(energy, report.weighted.resample(some, generator)), far
+        ),
         noise=energy_distance(distances(energy, other[:, -last:].flatten(0, 1)), far),
         bridge=between,
         smc=walked,

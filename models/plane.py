@@ -14,7 +14,8 @@ __all__ = ["GridLikelihood"]
 
 
 class GridLikelihood(Objective):
-    r"""Maximum likelihood with :math:`\log Z` from a sum over a grid that is shifted at random in each step: the reference.
+    r"""Maximum likelihood with :math:`\log Z` from a sum over a grid that is shifted at random in
+    each step: the reference.
 
     .. math:: L = \frac1n \sum_i E(x_i) + \log \sum_g e^{-E(g)}\, \Delta
 

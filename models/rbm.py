@@ -1,8 +1,10 @@
-"""Restricted Boltzmann machines on scikit-learn's digits, or on binary MNIST with --data: exact or bracketed test likelihoods.
+"""Restricted Boltzmann machines on scikit-learn's digits, or on binary MNIST with --data: exact or
+bracketed test likelihoods.
 
-python -m models.rbm [--seed N] [--quick] [--out DIR]                           # digits, 3 seeds: a minute
-python -m models.rbm --data PATH [--no-centred] [--invert]                      # 784-16, 50 epochs: a minute
-python -m models.rbm --data PATH --hidden 500                                   # 784-500, 200 epochs: 16 minutes
+python -m models.rbm [--seed N] [--quick] [--out DIR]                           # digits, 3 seeds: a
+minute python -m models.rbm --data PATH [--no-centred] [--invert]                      # 784-16, 50
+epochs: a minute python -m models.rbm --data PATH --hidden 500                                   #
+784-500, 200 epochs: 16 minutes
 """
 
 from __future__ import annotations
@@ -34,16 +36,31 @@ MAX_EXACT = 20
 
 
 def judge(
-    recipe: Recipe, rbm: BernoulliRBM, images: Images, key: str, temperatures: int, progress: bool | None
+    recipe: Recipe,
+    rbm: BernoulliRBM,
+    images: Images,
+    key: str,
+    temperatures: int,
+    progress: bool | None,
 ) -> tuple[float, float]:
     """Test log-likelihood, exact or by both ends of a bracket: the lower and the upper end."""
     double, test = in_double(rbm), images.test.double()
     values = -double(test)
     if rbm.weight.shape[1] <= MAX_EXACT:
         log_z = float(double.log_partition())
-        recipe.add(f"{key}: train log-likelihood", (-double(images.train.double())).mean() - log_z, kind="exact")
-        return (recipe.add_mean(f"{key}: test log-likelihood", values - log_z, "exact", "+- is that of the test set"),) * 2
-    found = machine_bracket(double, images.train, temperatures, 100, 10 * temperatures // 10, recipe.seed, progress)
+        recipe.add(
+            f"{key}: train log-likelihood",
+            (-double(images.train.double())).mean() - log_z,
+            kind="exact",
+        )
+        return (
+            recipe.add_mean(
+                f"{key}: test log-likelihood", values - log_z, "exact", "+- is that of the test set"
+            ),
+        ) * 2
+    found = machine_bracket(
+        double, images.train, temperatures, 100, 10 * temperatures // 10, recipe.seed, progress
+    )
     print(found)
     recipe.add_log_z(f"{key}: log Z, AIS", found.forward)
     recipe.add_log_z(f"{key}: log Z, reverse AIS", found.reverse)
@@ -51,9 +68,14 @@ def judge(
     error = found.reverse.standard_error
     kind = "lower" if found.reverse.kind == "upper" else "estimate"
     high = recipe.add(
-        f"{key}: test log-likelihood, AIS", values.mean() - found.forward.value, found.forward.standard_error, "upper"
+        f"{key}: test log-likelihood, AIS",
+        values.mean() - found.forward.value,
+        found.forward.standard_error,
+        "upper",
     )
-    low = recipe.add(f"{key}: test log-likelihood, reverse AIS", values.mean() - found.reverse.value, error, kind)
+    low = recipe.add(
+        f"{key}: test log-likelihood, reverse AIS", values.mean() - found.reverse.value, error, kind
+    )
     return low, high
 
 
@@ -85,7 +107,8 @@ def main(
     """Train by PCD-1 in batches of 100 with 100 chains, and judge on the test set.
 
     Args:
-        data: binary MNIST: a folder of IDX files, an .npz, a folder of dataset-fashion-mnist; digits without.
+        data: binary MNIST: a folder of IDX files, an .npz, a folder of dataset-fashion-mnist;
+            digits without.
         hidden: number of hidden units; likelihoods are exact up to 20.
         epochs: passes over the data; 600 on digits, else 50, or 200 above 20 hidden units.
         learning_rate: 0.05 on digits, else 0.01.
@@ -108,9 +131,18 @@ def main(
     if quick:
         images, epochs, seeds, temperatures = images.fewer(200), 2, 1, 100
     recipe = Recipe(
-        "rbm", out, seed, data=data, hidden=hidden, epochs=epochs, learning_rate=learning_rate, centred=centred, decay=decay,
-        binarisation=images.binarisation, quick=quick,
-    )  # fmt: skip
+        "rbm",
+        out,
+        seed,
+        data=data,
+        hidden=hidden,
+        epochs=epochs,
+        learning_rate=learning_rate,
+        centred=centred,
+        decay=decay,
+        binarisation=images.binarisation,
+        quick=quick,
+    )
     recipe.add_mean("independent bits: test log-likelihood", floor(images), "exact")
 
     ends, curves = [], []
@@ -120,37 +152,68 @@ def main(
         rbm.fit_visible(images.train)
         look, curve = every(epochs, 12), list[tuple[int, float, float]]()
         loop = train_pcd(
-            rbm, images.train, epochs, learning_rate, centred=centred, decay=decay, seed=seed + number, progress=progress,
+            rbm,
+            images.train,
+            epochs,
+            learning_rate,
+            centred=centred,
+            decay=decay,
+            seed=seed + number,
+            progress=progress,
             checkpoint=None if quick or data is None else recipe.out / "checkpoint.safetensors",
-        )  # fmt: skip
+        )
         for epoch in loop:
             if look(epoch):
                 curve.append((epoch, *curve_point(rbm, images, max(100, temperatures // 20))))
         curves.append(curve)
-        ends.append(judge(recipe, rbm, images, f"seed {seed + number}" if seeds > 1 else "rbm", temperatures, progress))
+        ends.append(
+            judge(
+                recipe,
+                rbm,
+                images,
+                f"seed {seed + number}" if seeds > 1 else "rbm",
+                temperatures,
+                progress,
+            )
+        )
     if seeds > 1:
         lows = torch.tensor(ends)[:, 0]
-        recipe.add("test log-likelihood over seeds", lows.mean(), lows.std() / len(lows) ** 0.5, "exact", f"sd {lows.std():.3f}")
+        recipe.add(
+            "test log-likelihood over seeds",
+            lows.mean(),
+            lows.std() / len(lows) ** 0.5,
+            "exact",
+            f"sd {lows.std():.3f}",
+        )
 
     draw_figure(recipe, rbm, images, curves)
     recipe.write()
 
 
-def draw_figure(recipe: Recipe, rbm: BernoulliRBM, images: Images, curves: list[list[tuple[int, float, float]]]) -> None:
-    """Receptive fields, draws, likelihoods as training went, and completions, of the last machine."""
+def draw_figure(
+    recipe: Recipe, rbm: BernoulliRBM, images: Images, curves: list[list[tuple[int, float, float]]]
+) -> None:
+    """Receptive fields, draws, likelihoods as training went, and completions, of the last
+    machine."""
     fig, axes = plt.subplots(2, 2, figsize=(10, 10), layout="constrained")
-    plot_images(rbm.weight.detach().mT[:100], images.shape, limits=None, ax=axes[0, 0]).set_title("receptive fields")
+    plot_images(rbm.weight.detach().mT[:100], images.shape, limits=None, ax=axes[0, 0]).set_title(
+        "receptive fields"
+    )
     layers = rbm.layers()
     x = gibbs(rbm, images.train[:64], 1000, recipe.seed)
     means = cast(Tensor, layers.mean(0, layers.field(0, x))).detach()
-    plot_images(means, images.shape, ax=axes[0, 1]).set_title("means of 64 chains after 1,000 sweeps")
+    plot_images(means, images.shape, ax=axes[0, 1]).set_title(
+        "means of 64 chains after 1,000 sweeps"
+    )
     for curve in curves:
         epochs, low, high = (torch.tensor(column) for column in zip(*curve, strict=True))
         axes[1, 0].fill_between(epochs, low, high, alpha=0.3)
         axes[1, 0].plot(epochs, low, marker=".")
     title = f"test log-likelihood (independent bits: {float(floor(images).mean()):.2f})"
     axes[1, 0].set(xlabel="epoch", ylabel="nats", title=title)
-    plot_completions(rbm, images, 12, 500, recipe.seed, axes[1, 1]).set_title("test images, what is known, completions")
+    plot_completions(rbm, images, 12, 500, recipe.seed, axes[1, 1]).set_title(
+        "test images, what is known, completions"
+    )
     recipe.figure("rbm", fig)
 
 

@@ -32,8 +32,8 @@ Kind = Literal["exact", "estimate", "lower", "upper"]
 
 
 class Recipe:
-    """The record of one run: its metrics go to ``metrics.json`` at the end, its figures beside it; of several processes, those of
-    the first.
+    """The record of one run: its metrics go to ``metrics.json`` at the end, its figures beside it;
+    of several processes, those of the first.
 
     Args:
         name: of the recipe.
@@ -51,21 +51,38 @@ class Recipe:
         torch.manual_seed(seed)
 
     def add(
-        self, key: str, value: float | Tensor, error: float | Tensor | None = None, kind: Kind = "estimate", note: str = ""
+        self,
+        key: str,
+        value: float | Tensor,
+        error: float | Tensor | None = None,
+        kind: Kind = "estimate",
+        note: str = "",
     ) -> float:
-        """Keep and print a number, its standard error (None, or not finite: it has none) and what it is."""
+        """Keep and print a number, its standard error (None, or not finite: it has none) and what
+        it is."""
         number = float(torch.as_tensor(value).detach())
-        spread = None if error is None or not math.isfinite(error) else float(torch.as_tensor(error).detach())
+        spread = (
+            None
+            if error is None or not math.isfinite(error)
+            else float(torch.as_tensor(error).detach())
+        )
         if not math.isfinite(number):
             raise FloatingPointError(f"{self.name}: {key} is {number}")
-        self.metrics[key] = {"value": number, "error": spread, "kind": kind} | ({"note": note} if note else {})
+        self.metrics[key] = {"value": number, "error": spread, "kind": kind} | (
+            {"note": note} if note else {}
+        )
         error_text = "" if spread is None else f" +- {spread:.2g}"
-        print(f"{key:<44} {number:.5g}{error_text}  ({kind})" + (f"  {note}" if note else ""), flush=True)
+        print(
+            f"{key:<44} {number:.5g}{error_text}  ({kind})" + (f"  {note}" if note else ""),
+            flush=True,
+        )
         return number
 
     def add_mean(self, key: str, values: Tensor, kind: Kind = "estimate", note: str = "") -> float:
         """The mean of independent values, with its standard error over them."""
-        return self.add(key, values.double().mean(), values.double().std() / math.sqrt(len(values)), kind, note)
+        return self.add(
+            key, values.double().mean(), values.double().std() / math.sqrt(len(values)), kind, note
+        )
 
     def add_log_z(self, key: str, estimate: LogZ) -> float:
         """An estimate of log Z as it comes."""
@@ -90,15 +107,22 @@ class Recipe:
         if connected_ranks()[0] > 0:
             return
         seconds = round(time.perf_counter() - self._began, 2)
-        facts = {"name": self.name, "seed": self.seed, "seconds": seconds, "config": self.config, "metrics": self.metrics}
+        facts = {
+            "name": self.name,
+            "seed": self.seed,
+            "seconds": seconds,
+            "config": self.config,
+            "metrics": self.metrics,
+        }
         self.text("metrics.json", json.dumps(facts, indent=2, allow_nan=False, default=str) + "\n")
         print(f"{self.name}: {seconds:.0f} s, written to {self.out}/metrics.json")
 
 
 @contextlib.contextmanager
 def counted(energy: Energy) -> Iterator[list[int]]:
-    """Counts rows of which the energy is asked, within: ``with counted(energy) as rows: ...; rows[0]``. A row is one evaluation,
-    with its gradient or not; what a compiled graph computes is not seen."""
+    """Counts rows of which the energy is asked, within: ``with counted(energy) as rows: ...;
+    rows[0]``. A row is one evaluation, with its gradient or not; what a compiled graph computes is
+    not seen."""
     rows = [0]
 
     def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -112,10 +136,12 @@ def counted(energy: Energy) -> Iterator[list[int]]:
 
 
 def run(main: Callable[..., None]) -> None:
-    """Call a recipe's main with what stands on the command line; all processes of ``torchrun`` train together, and the first
-    speaks."""
+    """Call a recipe's main with what stands on the command line; all processes of ``torchrun``
+    train together, and the first speaks."""
     torch.set_default_dtype(torch.float64)
     with process_group() as (rank, _), contextlib.ExitStack() as silent:
         if rank > 0:
-            silent.enter_context(contextlib.redirect_stdout(silent.enter_context(open(os.devnull, "w"))))
+            silent.enter_context(
+                contextlib.redirect_stdout(silent.enter_context(open(os.devnull, "w")))
+            )
         tyro.cli(main)

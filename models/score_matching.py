@@ -1,4 +1,5 @@
-"""Score matching, each form of it: densities of the plane against quadrature, mode weights, digits. About 3 minutes.
+"""Score matching, each form of it: densities of the plane against quadrature, mode weights, digits.
+About 3 minutes.
 
 python -m models.score_matching [--seed N] [--quick] [--out DIR]
 """
@@ -40,15 +41,32 @@ NOISE = 0.3  # of the digits, in standard deviations of a pixel
 
 
 def train(
-    energy: Energy, objective: Objective, data: Tensor, steps: int, rate: float, batch_size: int, seed: int, progress: bool | None
+    energy: Energy,
+    objective: Objective,
+    data: Tensor,
+    steps: int,
+    rate: float,
+    batch_size: int,
+    seed: int,
+    progress: bool | None,
 ) -> float:
     """Adam with a rate that falls to 0; the seconds it took."""
     began = time.perf_counter()
-    optimizer, schedule = functools.partial(torch.optim.Adam, lr=rate), functools.partial(CosineAnnealingLR, T_max=steps)
+    optimizer, schedule = (
+        functools.partial(torch.optim.Adam, lr=rate),
+        functools.partial(CosineAnnealingLR, T_max=steps),
+    )
     loop = fit(
-        energy, objective, data, steps=steps, batch_size=batch_size, optimizer=optimizer, schedule=schedule, seed=seed,
+        energy,
+        objective,
+        data,
+        steps=steps,
+        batch_size=batch_size,
+        optimizer=optimizer,
+        schedule=schedule,
+        seed=seed,
         progress=progress,
-    )  # fmt: skip
+    )
     for _ in loop:
         pass
     energy.requires_grad_(False)
@@ -56,18 +74,22 @@ def train(
 
 
 def circle(*noise: float) -> GaussianMixture:
-    """Eight overlapping normal laws around a circle, of weights 1 to 8, after normal noise of these deviations in equal parts."""
+    """Eight overlapping normal laws around a circle, of weights 1 to 8, after normal noise of these
+    deviations in equal parts."""
     angles = 2.0 * math.pi * torch.arange(8) / 8
     means = 2.0 * torch.stack([angles.cos(), angles.sin()], 1)
     levels = torch.tensor(noise or (0.0,)).repeat_interleave(8)
     scale = (0.45**2 + levels**2).sqrt()
     return GaussianMixture(
-        means.repeat(len(levels) // 8, 1), scale=scale, weights=torch.arange(1.0, 9.0).repeat(len(levels) // 8)
+        means.repeat(len(levels) // 8, 1),
+        scale=scale,
+        weights=torch.arange(1.0, 9.0).repeat(len(levels) // 8),
     )
 
 
 def plane(recipe: Recipe, steps: int, points: int, progress: bool | None) -> dict[str, Energy]:
-    """Each objective on the circle, against the law that it fits: nats above the truth, exactly normalised, and divergence."""
+    """Each objective on the circle, against the law that it fits: nats above the truth, exactly
+    normalised, and divergence."""
     noise = torch.Generator().manual_seed(recipe.seed)
     data = circle().sample(points, noise)
     forms: dict[str, tuple[Objective, GaussianMixture]] = {
@@ -75,21 +97,40 @@ def plane(recipe: Recipe, steps: int, points: int, progress: bool | None) -> dic
         "exact, noise .1": (ScoreMatching(noise=0.1), circle()),
         "sliced": (SlicedScoreMatching(law="rademacher"), circle()),
         "sliced, not reduced": (SlicedScoreMatching(variance_reduced=False), circle()),
-        "sliced, differences": (SlicedScoreMatching(variance_reduced=False, finite_difference=0.05), circle()),
+        "sliced, differences": (
+            SlicedScoreMatching(variance_reduced=False, finite_difference=0.05),
+            circle(),
+        ),
         "denoising, .1": (DenoisingScoreMatching(0.1), circle(0.1)),
-        "denoising, .1, controlled": (DenoisingScoreMatching(0.1, control_variate=True), circle(0.1)),
+        "denoising, .1, controlled": (
+            DenoisingScoreMatching(0.1, control_variate=True),
+            circle(0.1),
+        ),
         "denoising, .1 .3 1": (DenoisingScoreMatching((0.1, 0.3, 1.0)), circle(0.1, 0.3, 1.0)),
     }
     found: dict[str, Energy] = {}
     for name, (objective, law) in forms.items():
-        energy = MLPEnergy((2,), (64, 64), scale=1.0, generator=torch.Generator().manual_seed(recipe.seed))
+        energy = MLPEnergy(
+            (2,), (64, 64), scale=1.0, generator=torch.Generator().manual_seed(recipe.seed)
+        )
         energy.fit_envelope(data)
         seconds = train(energy, objective, data, steps, 3e-3, 256, recipe.seed, progress)
-        log_z, test, unnoised = quadrature(energy, tolerance=TOLERANCE), law.sample(points, noise), circle().sample(points, noise)
-        recipe.add_mean(
-            f"circle, {name}: nats above its law", energy(test) + log_z.value - law(test), "exact", "+- of the test set"
+        log_z, test, unnoised = (
+            quadrature(energy, tolerance=TOLERANCE),
+            law.sample(points, noise),
+            circle().sample(points, noise),
         )
-        recipe.add_mean(f"circle, {name}: nats above the data's", energy(unnoised) + log_z.value - circle()(unnoised), "exact")
+        recipe.add_mean(
+            f"circle, {name}: nats above its law",
+            energy(test) + log_z.value - law(test),
+            "exact",
+            "+- of the test set",
+        )
+        recipe.add_mean(
+            f"circle, {name}: nats above the data's",
+            energy(unnoised) + log_z.value - circle()(unnoised),
+            "exact",
+        )
         recipe.add(f"circle, {name}: Fisher divergence", *fisher_divergence(energy, law, test))
         recipe.add(f"circle, {name}: seconds", seconds)
         found[name] = energy
@@ -97,7 +138,8 @@ def plane(recipe: Recipe, steps: int, points: int, progress: bool | None) -> dic
 
 
 def two_modes(recipe: Recipe, steps: int, points: int, progress: bool | None) -> None:
-    """Weights .9 and .1 with emptiness between them: what the score does not say, wide noise does."""
+    """Weights .9 and .1 with emptiness between them: what the score does not say, wide noise
+    does."""
     means, deviation, ladder = torch.tensor([[-3.0, 0.0], [3.0, 0.0]]), 0.6, (0.2, 0.8, 2.0)
     weights = torch.tensor([0.9, 0.1])
     law = GaussianMixture(means, scale=deviation, weights=weights)
@@ -108,16 +150,29 @@ def two_modes(recipe: Recipe, steps: int, points: int, progress: bool | None) ->
         ("exact", ScoreMatching(), law),
         ("denoising, .2 .8 2", DenoisingScoreMatching(ladder), noised),
     ):
-        energy = MLPEnergy((2,), (64, 64), scale=1.0, generator=torch.Generator().manual_seed(recipe.seed))
+        energy = MLPEnergy(
+            (2,), (64, 64), scale=1.0, generator=torch.Generator().manual_seed(recipe.seed)
+        )
         energy.fit_envelope(data)
         train(energy, objective, data, steps, 3e-3, 256, recipe.seed, progress)
-        recipe.add(f"two modes, {name}: mass on the right", right(energy), kind="exact", note=f"of its law {right(truth):.4f}")
-        recipe.add(f"two modes, {name}: Fisher divergence", *fisher_divergence(energy, truth, truth.sample(points)))
+        recipe.add(
+            f"two modes, {name}: mass on the right",
+            right(energy),
+            kind="exact",
+            note=f"of its law {right(truth):.4f}",
+        )
+        recipe.add(
+            f"two modes, {name}: Fisher divergence",
+            *fisher_divergence(energy, truth, truth.sample(points)),
+        )
 
 
 def right(energy: Energy) -> float:
     """Probability of the right half-plane, by quadrature."""
-    halves = [quadrature(energy, [side, (-10.0, 10.0)], tolerance=TOLERANCE).value for side in ((-12.0, 0.0), (0.0, 12.0))]
+    halves = [
+        quadrature(energy, [side, (-10.0, 10.0)], tolerance=TOLERANCE).value
+        for side in ((-12.0, 0.0), (0.0, 12.0))
+    ]
     return 1.0 / (1.0 + math.exp(halves[0] - halves[1]))
 
 
@@ -128,15 +183,24 @@ def positive(recipe: Recipe, steps: int, points: int, progress: bool | None) -> 
     data, test = law.sample(points, noise), law.sample(points, noise)
     energy = MLPEnergy((2,), (64, 64), support=constraints.positive, scale=10.0, generator=noise)
     train(energy, NonNegativeScoreMatching(), data, steps, 3e-3, 256, recipe.seed, progress)
-    gap = energy(test) + quadrature(energy, tolerance=TOLERANCE).value - law(test) - (law.log_z or 0.0)
+    gap = (
+        energy(test)
+        + quadrature(energy, tolerance=TOLERANCE).value
+        - law(test)
+        - (law.log_z or 0.0)
+    )
     recipe.add_mean("gamma, non-negative: nats above the truth", gap, "exact", "+- of the test set")
 
 
-def images(recipe: Recipe, steps: int, chain: int, progress: bool | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Digits with noise, by denoising and by slices: values on test data beside a normal law's, and samples.
+def images(
+    recipe: Recipe, steps: int, chain: int, progress: bool | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Digits with noise, by denoising and by slices: values on test data beside a normal law's, and
+    samples.
 
     Returns:
-        noised test images, samples, and samples after one step of Tweedie's formula, x - sigma^2 grad E.
+        noised test images, samples, and samples after one step of Tweedie's formula, x - sigma^2
+        grad E.
     """
     noise, pixels = torch.Generator().manual_seed(recipe.seed), digits(threshold=None)
     spread, middle = pixels.train.std(), pixels.train.mean(0)
@@ -146,39 +210,63 @@ def images(recipe: Recipe, steps: int, chain: int, progress: bool | None) -> tup
 
     data, test = scaled(pixels.train.repeat(20, 1)), scaled(pixels.test)
     flat = data.reshape(-1, 64)
-    normal = Gaussian(flat.mean(0).reshape(1, 8, 8), covariance=flat.mT.cov() + NOISE**2 * torch.eye(64))
+    normal = Gaussian(
+        flat.mean(0).reshape(1, 8, 8), covariance=flat.mT.cov() + NOISE**2 * torch.eye(64)
+    )
     noised = data + NOISE * torch.randn(data.shape, generator=noise)
     models: dict[str, Energy] = {"normal law": normal}
     for name, objective, rows in (
         ("denoising", DenoisingScoreMatching(NOISE), data),
         ("sliced", SlicedScoreMatching(law="rademacher"), noised),
     ):
-        energy = MLPEnergy((1, 8, 8), (256, 256), scale=1.0, generator=torch.Generator().manual_seed(recipe.seed))
+        energy = MLPEnergy(
+            (1, 8, 8), (256, 256), scale=1.0, generator=torch.Generator().manual_seed(recipe.seed)
+        )
         energy.fit_envelope(data)
         seconds = train(energy, objective, rows, steps, 2e-3, 128, recipe.seed, progress)
         recipe.add(f"digits, {name}: seconds", seconds)
         models[name] = energy
-    parts = (test.repeat(4, 1, 1, 1) + NOISE * torch.randn((4 * len(test), 1, 8, 8), generator=noise)).split(72)
-    judge = SlicedScoreMatching(4, law="rademacher")  # of 64 second derivatives; the same directions for all
+    parts = (
+        test.repeat(4, 1, 1, 1) + NOISE * torch.randn((4 * len(test), 1, 8, 8), generator=noise)
+    ).split(72)
+    # of 64 second derivatives; the same directions for all
+    judge = SlicedScoreMatching(4, law="rademacher")
     values = {
-        name: torch.stack([judge(energy, x, generator=torch.Generator().manual_seed(k))[0].detach() for k, x in enumerate(parts)])
+        name: torch.stack(
+            [
+                judge(energy, x, generator=torch.Generator().manual_seed(k))[0].detach()
+                for k, x in enumerate(parts)
+            ]
+        )
         for name, energy in models.items()
     }
     for name, value in values.items():
         recipe.add_mean(f"digits, {name}: score matching's loss, test", value)
         if name != "normal law":
-            recipe.add_mean(f"digits, {name}: Fisher divergence below the normal law's", values["normal law"] - value)
+            recipe.add_mean(
+                f"digits, {name}: Fisher divergence below the normal law's",
+                values["normal law"] - value,
+            )
 
     energy = models["denoising"]
     ends = {}
     for start, x in (("noise", energy.initial(64, noise)), ("data", torch.cat(parts)[:64])):
-        mcmc = MCMC(MALA(), num_samples=1, warmup_steps=chain, num_chains=64, seed=recipe.seed, progress=progress)
+        mcmc = MCMC(
+            MALA(),
+            num_samples=1,
+            warmup_steps=chain,
+            num_chains=64,
+            seed=recipe.seed,
+            progress=progress,
+        )
         mcmc.run(energy, initial=x)
         ends[start] = mcmc.get_samples()["x"]
         recipe.add_mean(f"digits, denoising: energy of chains from {start}", energy(ends[start]))
     recipe.add_mean("digits, denoising: energy of noised test data", energy(torch.cat(parts)))
     clean = ends["noise"] + NOISE**2 * score(energy, ends["noise"]).detach()
-    shown = [(x.reshape(-1, 64) * spread + middle) for x in (torch.cat(parts)[:64], ends["noise"], clean)]
+    shown = [
+        (x.reshape(-1, 64) * spread + middle) for x in (torch.cat(parts)[:64], ends["noise"], clean)
+    ]
     return shown[0], shown[1], shown[2]
 
 
@@ -186,12 +274,20 @@ def draw(ax: Axes, energy: Energy, title: str) -> None:
     """The density over the plane."""
     axis = torch.linspace(-3.6, 3.6, 121)
     log_density = -energy(torch.cartesian_prod(axis, axis)).reshape(121, 121).mT
-    ax.pcolormesh(axis.numpy(), axis.numpy(), (log_density - log_density.max()).exp().numpy(), cmap="magma", shading="nearest")
+    ax.pcolormesh(
+        axis.numpy(),
+        axis.numpy(),
+        (log_density - log_density.max()).exp().numpy(),
+        cmap="magma",
+        shading="nearest",
+    )
     ax.set_title(title, fontsize=9)
     ax.set(aspect="equal", xticks=[], yticks=[])
 
 
-def main(seed: int = 0, quick: bool = False, out: Path | None = None, progress: bool | None = None) -> None:
+def main(
+    seed: int = 0, quick: bool = False, out: Path | None = None, progress: bool | None = None
+) -> None:
     """Train and judge all forms.
 
     Args:
@@ -211,7 +307,11 @@ def main(seed: int = 0, quick: bool = False, out: Path | None = None, progress: 
     draw(axes[0, 0], circle(), "the circle's law")
     for ax, (name, energy) in zip(axes.flat[1:9], found.items(), strict=True):
         draw(ax, energy, name)
-    pictures_of = (("digits, noised test data", test), ("MALA from noise", samples), ("one denoising step later", clean))
+    pictures_of = (
+        ("digits, noised test data", test),
+        ("MALA from noise", samples),
+        ("one denoising step later", clean),
+    )
     for ax, (title, shown) in zip(axes.flat[9:], pictures_of, strict=True):
         plot_images(shown, (8, 8), ax=ax).set_title(title, fontsize=9)
     recipe.figure("score_matching", fig)

@@ -1,7 +1,9 @@
-"""A GAN sampled through its discriminator, N(0, I) exp(d(G(z))): wrong weights of its modes fall to a third. About 9 minutes.
+"""A GAN sampled through its discriminator, N(0, I) exp(d(G(z))): wrong weights of its modes fall to
+a third. About 9 minutes.
 
-The data are eight normal laws on a ring, of unequal weights, so that every answer is known. Measured before and after: weights
-of the modes, the energy distance to fresh data, the share of draws within three standard deviations of a mode.
+The data are eight normal laws on a ring, of unequal weights, so that every answer is known.
+Measured before and after: weights of the modes, the energy distance to fresh data, the share of
+draws within three standard deviations of a mode.
 
 python -m models.tilting [--seed N] [--quick] [--out DIR]
 """
@@ -32,23 +34,29 @@ SIGMA = 0.15
 ANGLES = 2.0 * math.pi * torch.arange(8) / 8
 CENTRES = 2.0 * torch.stack([ANGLES.cos(), ANGLES.sin()], 1)
 WEIGHTS = torch.tensor([0.2, 0.05, 0.2, 0.05, 0.2, 0.05, 0.2, 0.05])
-#: Local moves leave most chains in the mode that they start in; fresh latents of N(0, I), taken or not, move them between modes.
+#: Local moves leave most chains in the mode that they start in; fresh latents of N(0, I), taken or
+#: not, move them between modes.
 KERNELS: dict[str, Kernel[Any]] = {
     "MALA": MALA(),
     "HMC": HMC(num_steps=8),
     "NUTS": NUTS(),
-    "HMC and jumps": Jumps(HMC(num_steps=8), NICE(2, couplings=0, shift=False, dtype=torch.float64), every=5),
+    "HMC and jumps": Jumps(
+        HMC(num_steps=8), NICE(2, couplings=0, shift=False, dtype=torch.float64), every=5
+    ),
 }
 
 
 def data(n: int, generator: torch.Generator) -> Tensor:
     """Draws of the eight normal laws."""
     modes = torch.multinomial(WEIGHTS.float(), n, replacement=True, generator=generator)
-    return (CENTRES[modes] + SIGMA * torch.randn(n, 2, generator=generator)).to(torch.get_default_dtype())
+    return (CENTRES[modes] + SIGMA * torch.randn(n, 2, generator=generator)).to(
+        torch.get_default_dtype()
+    )
 
 
 class GAN:
-    """A generator of two latents and its discriminator, trained by the non-saturating losses (Goodfellow et al., 2014)."""
+    """A generator of two latents and its discriminator, trained by the non-saturating losses
+    (Goodfellow et al., 2014)."""
 
     def __init__(self, seed: int, batch: int = 256) -> None:
         self.noise, self.batch = seeded_generator(seed), batch
@@ -56,15 +64,29 @@ class GAN:
         self.judge = mlp(2, 1, (128, 128), zero_last=False, generator=self.noise)
 
     def train(self, steps: int, finish: int, progress: bool | None) -> None:
-        """``steps`` of both; then ``finish`` of the discriminator alone, which is to be the log-ratio of the final laws."""
-        optimizers = [torch.optim.Adam(net.parameters(), lr=1e-3, betas=(0.5, 0.9)) for net in (self.judge, self.generate)]
+        """``steps`` of both; then ``finish`` of the discriminator alone, which is to be the
+        log-ratio of the final laws."""
+        optimizers = [
+            torch.optim.Adam(net.parameters(), lr=1e-3, betas=(0.5, 0.9))
+            for net in (self.judge, self.generate)
+        ]
         slower = torch.optim.lr_scheduler.CosineAnnealingLR(optimizers[0], steps + finish)
-        for step in trange(steps + finish, desc="GAN", disable=None if progress is None else not progress):
+        for step in trange(
+            steps + finish, desc="GAN", disable=None if progress is None else not progress
+        ):
             with torch.no_grad():
                 fake = self.generate(self.latents(self.batch))
-            self._step(optimizers[0], (softplus(-self.judge(data(self.batch, self.noise))) + softplus(self.judge(fake))).mean())
+            self._step(
+                optimizers[0],
+                (
+                    softplus(-self.judge(data(self.batch, self.noise))) + softplus(self.judge(fake))
+                ).mean(),
+            )
             if step < steps:
-                self._step(optimizers[1], softplus(-self.judge(self.generate(self.latents(self.batch)))).mean())
+                self._step(
+                    optimizers[1],
+                    softplus(-self.judge(self.generate(self.latents(self.batch)))).mean(),
+                )
             slower.step()
         for net in (self.judge, self.generate):
             net.requires_grad_(False)
@@ -95,19 +117,23 @@ class Minus(nn.Module):
 
 
 def judged(x: Tensor, weight: Tensor | None = None) -> dict[str, float]:
-    """Distance of the modes' weights from the truth, and the share near a mode; of weighted points where weights are given."""
+    """Distance of the modes' weights from the truth, and the share near a mode; of weighted points
+    where weights are given."""
     weight = torch.full((len(x),), 1.0 / len(x)) if weight is None else weight
     away, nearest = torch.cdist(x, CENTRES.to(x)).min(1)
     near = away < 3.0 * SIGMA
     masses = torch.zeros(8).index_add(0, nearest[near], weight[near])
     return {
-        "total variation of mode weights": float(0.5 * (masses / masses.sum() - WEIGHTS).abs().sum()),
+        "total variation of mode weights": float(
+            0.5 * (masses / masses.sum() - WEIGHTS).abs().sum()
+        ),
         "share within 3 sigma": float(weight[near].sum()),
     }
 
 
 def on_a_grid(gan: GAN, tilted: Tilted | None, points: int = 601) -> dict[str, float]:
-    """The same from a sum over latents: what a perfect sampler gives, of N(0, I) and of its tilt."""
+    """The same from a sum over latents: what a perfect sampler gives, of N(0, I) and of its
+    tilt."""
     axis = torch.linspace(-5.0, 5.0, points)
     z = torch.cartesian_prod(axis, axis)
     energy = 0.5 * (z**2).sum(1) if tilted is None else tilted(z)
@@ -115,9 +141,14 @@ def on_a_grid(gan: GAN, tilted: Tilted | None, points: int = 601) -> dict[str, f
 
 
 def main(
-    seeds: int = 3, steps: int = 2000, finish: int = 2000, seed: int = 0, quick: bool = False, out: Path | None = None,
+    seeds: int = 3,
+    steps: int = 2000,
+    finish: int = 2000,
+    seed: int = 0,
+    quick: bool = False,
+    out: Path | None = None,
     progress: bool | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Train, tilt, sample, over several seeds.
 
     Args:
@@ -141,12 +172,21 @@ def main(
         draws = {"data": data(n, gan.noise), "GAN": gan.generate(gan.latents(n))}
         for name, kernel in KERNELS.items():
             mcmc = MCMC(
-                kernel, num_samples=n // chains, warmup_steps=20 if quick else 200, num_chains=chains, seed=number, progress=False
+                kernel,
+                num_samples=n // chains,
+                warmup_steps=20 if quick else 200,
+                num_chains=chains,
+                seed=number,
+                progress=False,
             )
             mcmc.run(tilted)
-            draws[f"tilted, {name}"] = gan.generate(mcmc.get_samples(group_by_chain=True)["x"].reshape(-1, 2))
+            draws[f"tilted, {name}"] = gan.generate(
+                mcmc.get_samples(group_by_chain=True)["x"].reshape(-1, 2)
+            )
         for name, x in draws.items():
-            for key, value in (judged(x) | {"energy distance": energy_distance(x, fresh).value}).items():
+            for key, value in (
+                judged(x) | {"energy distance": energy_distance(x, fresh).value}
+            ).items():
                 found[f"{name}: {key}"].append(value)
         for name, law in (("GAN", None), ("tilted", tilted)):
             for key, value in on_a_grid(gan, law).items():
@@ -156,13 +196,19 @@ def main(
         recipe.add(key, sum(values) / seeds, spread, "estimate", f"over {seeds} seeds")
 
     fig, axes = plt.subplots(1, 4, figsize=(15, 4), layout="constrained")
-    shown = {"data": fresh, "GAN": draws["GAN"], "tilted by its discriminator": draws["tilted, HMC and jumps"]}
+    shown = {
+        "data": fresh,
+        "GAN": draws["GAN"],
+        "tilted by its discriminator": draws["tilted, HMC and jumps"],
+    }
     for ax, (title, x) in zip(axes, shown.items(), strict=False):
         ax.plot(*x[:2000].mT.numpy(), ".", markersize=1.5)
         ax.set(title=title, xlim=(-3, 3), ylim=(-3, 3), aspect="equal")
     axis = torch.linspace(-3.0, 3.0, 201)
     law = -tilted(torch.cartesian_prod(axis, axis)).reshape(201, 201).mT
-    axes[3].pcolormesh(axis.numpy(), axis.numpy(), (law - law.max()).clamp(min=-8.0).numpy(), rasterized=True)
+    axes[3].pcolormesh(
+        axis.numpy(), axis.numpy(), (law - law.max()).clamp(min=-8.0).numpy(), rasterized=True
+    )
     axes[3].set(title="log-density of the latents, 8 nats", aspect="equal")
     recipe.figure("tilting", fig)
     recipe.write()

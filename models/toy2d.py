@@ -1,4 +1,5 @@
-"""Two-dimensional toys by every objective, judged by exact log Z: two moons within 0.05 nats of the truth. About 15 minutes.
+"""Two-dimensional toys by every objective, judged by exact log Z: two moons within 0.05 nats of the
+truth. About 15 minutes.
 
 python -m models.toy2d [--only NAME ...] [--seed N] [--quick] [--out DIR]
 """
@@ -44,12 +45,22 @@ from pyroebm.objectives import (
     gaussian_noise,
 )
 from pyroebm.partition import expectation, quadrature
-from pyroebm.targets import Checkerboard, Circles, GaussianMixture, Pinwheel, Target, TwoMoons, TwoSpirals, eight_gaussians
+from pyroebm.targets import (
+    Checkerboard,
+    Circles,
+    GaussianMixture,
+    Pinwheel,
+    Target,
+    TwoMoons,
+    TwoSpirals,
+    eight_gaussians,
+)
 from pyroebm.training import fit
 
 
 class Law(NamedTuple):
-    """A law, the side of the square about 0 that holds it, and the width of its noise, by which steps and noises are scaled."""
+    """A law, the side of the square about 0 that holds it, and the width of its noise, by which
+    steps and noises are scaled."""
 
     make: Callable[..., Target]
     side: float
@@ -64,13 +75,18 @@ LAWS = {
     "rings": Law(Circles.rings, 9.0, 0.08),
     "pinwheel": Law(Pinwheel, 11.0, 0.2),
 }
-PAIR = Law(functools.partial(GaussianMixture, [[-3.0, 0.0], [3.0, 0.0]], scale=0.5, weights=[0.9, 0.1]), 12.0, 0.5)
+PAIR = Law(
+    functools.partial(GaussianMixture, [[-3.0, 0.0], [3.0, 0.0]], scale=0.5, weights=[0.9, 0.1]),
+    12.0,
+    0.5,
+)
 
 TEST_SIZE = 20_000
 
 
 def flow(data: Tensor, couplings: int) -> Flow:
-    """Affine couplings that take turns, from a normal law somewhat wider than the data; of the data's dtype."""
+    """Affine couplings that take turns, from a normal law somewhat wider than the data; of the
+    data's dtype."""
     parts: list[Any] = []
     for _ in range(couplings):
         parts += [affine_coupling(2, hidden_dims=[64, 64]), Permute(torch.tensor([1, 0]))]
@@ -79,7 +95,8 @@ def flow(data: Tensor, couplings: int) -> Flow:
 
 
 def jumps(law: Law, data: Tensor) -> Jumps:
-    """Three Langevin steps within a mode, then a proposal from anywhere: chains see whatever mass the energy has, and where."""
+    """Three Langevin steps within a mode, then a proposal from anywhere: chains see whatever mass
+    the energy has, and where."""
     return Jumps(MALA(1.5 * law.width), flow(data, 0), every=3)
 
 
@@ -89,14 +106,16 @@ def vera(law: Law, data: Tensor) -> VERA:
 
 
 class Line(NamedTuple):
-    """An objective of a law and its data, how long each of its players is trained, and the noise in the law that it fits."""
+    """An objective of a law and its data, how long each of its players is trained, and the noise in
+    the law that it fits."""
 
     make: Callable[[Law, Tensor], Objective]
     steps: int
     rates: Mapping[str, float] = MappingProxyType({"energy": 1e-2})
     momentum: float = 0.9
     noise: float = 0.0  # in widths
-    blind: str = ""  # why it does not learn the weights of modes far apart, as measured; else it does
+    # why it does not learn the weights of modes far apart, as measured; else it does
+    blind: str = ""
     costly: bool = False  # left out, unless it is asked for, on all but moons and the weights
 
 
@@ -106,29 +125,61 @@ LOST = "as good as the law it plays against, which lost a mode"
 
 LINES = {
     "likelihood": Line(lambda law, data: GridLikelihood(law.side, 48), 1500),
-    "CD-10": Line(lambda law, data: ContrastiveDivergence(10, MALA(1.5 * law.width)), 1000, {"energy": 1e-3}, blind=STAY),
-    "PCD-10": Line(
-        lambda law, data: PersistentCD(256, 10, MALA(1.5 * law.width), restart=0.05), 2000, {"energy": 2e-3}, 0.0, blind=STAY
+    "CD-10": Line(
+        lambda law, data: ContrastiveDivergence(10, MALA(1.5 * law.width)),
+        1000,
+        {"energy": 1e-3},
+        blind=STAY,
     ),
-    "PCD, jumps": Line(lambda law, data: PersistentCD(256, 1, jumps(law, data)), 3000, {"energy": 2e-2}),
+    "PCD-10": Line(
+        lambda law, data: PersistentCD(256, 10, MALA(1.5 * law.width), restart=0.05),
+        2000,
+        {"energy": 2e-3},
+        0.0,
+        blind=STAY,
+    ),
+    "PCD, jumps": Line(
+        lambda law, data: PersistentCD(256, 1, jumps(law, data)), 3000, {"energy": 2e-2}
+    ),
     "score": Line(lambda law, data: ScoreMatching(), 1500, blind=SCORE),
     "sliced": Line(lambda law, data: SlicedScoreMatching(), 1500, blind=SCORE),
-    "denoising": Line(lambda law, data: DenoisingScoreMatching(0.5 * law.width), 2000, noise=0.5, blind=SCORE),
+    "denoising": Line(
+        lambda law, data: DenoisingScoreMatching(0.5 * law.width), 2000, noise=0.5, blind=SCORE
+    ),
     "NCE": Line(lambda law, data: NoiseContrastive(gaussian_noise(data, 1.2), nu=4.0), 1500),
     "ranking": Line(lambda law, data: RankingNCE(gaussian_noise(data, 1.2), 4), 1500),
     "conditional": Line(lambda law, data: ConditionalNCE(6.0 * law.width, 4), 1500),
     "flow NCE": Line(
-        lambda law, data: FlowContrastive(flow(data, 6)), 2000, {"energy": 3e-3, "flow": 1e-3}, blind=LOST, costly=True
+        lambda law, data: FlowContrastive(flow(data, 6)),
+        2000,
+        {"energy": 3e-3, "flow": 1e-3},
+        blind=LOST,
+        costly=True,
     ),
     "flow adversary": Line(
-        lambda law, data: AdversarialFlow(flow(data, 6)), 2500, {"energy": 3e-3, "generator": 3e-3}, 0.5, blind=LOST, costly=True
+        lambda law, data: AdversarialFlow(flow(data, 6)),
+        2500,
+        {"energy": 3e-3, "generator": 3e-3},
+        0.5,
+        blind=LOST,
+        costly=True,
     ),
-    "VERA": Line(vera, 1500, {"energy": 3e-4, "generator": 3e-3, "posterior": 1e-2}, 0.5, blind=LOST, costly=True),
+    "VERA": Line(
+        vera,
+        1500,
+        {"energy": 3e-4, "generator": 3e-3, "posterior": 1e-2},
+        0.5,
+        blind=LOST,
+        costly=True,
+    ),
 }
 
 
-def train(line: Line, law: Law, data: Tensor, steps: int, seed: int, progress: bool | None) -> Energy:
-    """A perceptron of 2-128-128-1 by one objective, in float32: its running mean over the last steps, in float64."""
+def train(
+    line: Line, law: Law, data: Tensor, steps: int, seed: int, progress: bool | None
+) -> Energy:
+    """A perceptron of 2-128-128-1 by one objective, in float32: its running mean over the last
+    steps, in float64."""
     torch.manual_seed(seed)  # of flows and generators
     data = data.float()
     generator = torch.Generator().manual_seed(seed)
@@ -139,16 +190,26 @@ def train(line: Line, law: Law, data: Tensor, steps: int, seed: int, progress: b
     optimizers = {player: functools.partial(adam, lr=rate) for player, rate in line.rates.items()}
     schedule = functools.partial(CosineAnnealingLR, T_max=steps)
     loop = fit(
-        energy, line.make(law, data), data, steps=steps, batch_size=256, optimizer=optimizers, schedule=schedule,
-        max_grad_norm=10.0, average=average, seed=seed, progress=progress,
-    )  # fmt: skip
+        energy,
+        line.make(law, data),
+        data,
+        steps=steps,
+        batch_size=256,
+        optimizer=optimizers,
+        schedule=schedule,
+        max_grad_norm=10.0,
+        average=average,
+        seed=seed,
+        progress=progress,
+    )
     for _ in loop:
         pass
     return copy.deepcopy(average.module).double().requires_grad_(False)
 
 
 class Sight:
-    """A law on a grid over its square: its density, also with noise, and what is to be compared with it."""
+    """A law on a grid over its square: its density, also with noise, and what is to be compared
+    with it."""
 
     def __init__(self, law: Law, points: int) -> None:
         step = law.side / points
@@ -171,7 +232,9 @@ class Sight:
         return terms.sum() / p.sum()
 
 
-def judge(recipe: Recipe, key: str, energy: Energy, line: Line, law: Law, sight: Sight, test: Tensor) -> Tensor:
+def judge(
+    recipe: Recipe, key: str, energy: Energy, line: Line, law: Law, sight: Sight, test: Tensor
+) -> Tensor:
     """Exact test NLL and divergences; the model's log density on the grid."""
     log_z = quadrature(energy, tolerance=1e-5)
     log_model = -energy(sight.x) - log_z.value
@@ -182,23 +245,43 @@ def judge(recipe: Recipe, key: str, energy: Energy, line: Line, law: Law, sight:
     if line.noise:
         sigma = line.noise * law.width
         recipe.add(
-            f"{key}: KL to the law it fits", sight.divergence(sigma, log_model), kind=log_z.kind, note=f"noise {sigma:.3g}"
+            f"{key}: KL to the law it fits",
+            sight.divergence(sigma, log_model),
+            kind=log_z.kind,
+            note=f"noise {sigma:.3g}",
         )
     return log_model
 
 
-def toys(recipe: Recipe, plan: Mapping[str, Sequence[str]], size: int, share: float, progress: bool | None) -> None:
+def toys(
+    recipe: Recipe,
+    plan: Mapping[str, Sequence[str]],
+    size: int,
+    share: float,
+    progress: bool | None,
+) -> None:
     """Every law by the objectives that are planned for it."""
-    laws, lines = list(plan), [label for label in LINES if any(label in planned for planned in plan.values())]
+    laws, lines = (
+        list(plan),
+        [label for label in LINES if any(label in planned for planned in plan.values())],
+    )
     fig, axes = plt.subplots(
-        len(laws), 1 + len(lines), figsize=(1.7 * (1 + len(lines)), 1.8 * len(laws)), layout="constrained", squeeze=False
+        len(laws),
+        1 + len(lines),
+        figsize=(1.7 * (1 + len(lines)), 1.8 * len(laws)),
+        layout="constrained",
+        squeeze=False,
     )
     for row, name in enumerate(laws):
         law = LAWS[name]
         draws = law.make().sample(size + TEST_SIZE, torch.Generator().manual_seed(recipe.seed))
         data, test = draws[:size], draws[size:]
         sight = Sight(law, 240)
-        recipe.add(f"{name}, oracle: entropy", -torch.xlogy(sight.density, sight.density).sum() * sight.area, kind="exact")
+        recipe.add(
+            f"{name}, oracle: entropy",
+            -torch.xlogy(sight.density, sight.density).sum() * sight.area,
+            kind="exact",
+        )
         recipe.add_mean(f"{name}, oracle: test NLL", law.make()(test), "exact")
         top = float(sight.density.quantile(0.995))
         show(axes[row, 0], sight, sight.density, top, "oracle" if row == 0 else "", "")
@@ -208,12 +291,23 @@ def toys(recipe: Recipe, plan: Mapping[str, Sequence[str]], size: int, share: fl
                 axes[row, column].set_visible(False)
                 continue
             line, began = LINES[label], time.process_time()
-            energy = train(line, law, data, max(2, round(share * line.steps)), recipe.seed, progress)
+            energy = train(
+                line, law, data, max(2, round(share * line.steps)), recipe.seed, progress
+            )
             seconds = time.process_time() - began
             log_model = judge(recipe, f"{name}, {label}", energy, line, law, sight, test)
-            recipe.add(f"{name}, {label}: seconds", seconds, kind="estimate", note="of one processor")
+            recipe.add(
+                f"{name}, {label}: seconds", seconds, kind="estimate", note="of one processor"
+            )
             gap = recipe.metrics[f"{name}, {label}: above the oracle"]["value"]
-            show(axes[row, column], sight, log_model.exp(), top, label if row == 0 else "", f"+{gap:.3f} nats")
+            show(
+                axes[row, column],
+                sight,
+                log_model.exp(),
+                top,
+                label if row == 0 else "",
+                f"+{gap:.3f} nats",
+            )
     recipe.figure("toy2d", fig)
 
 
@@ -221,12 +315,16 @@ def show(ax: plt.Axes, sight: Sight, density: Tensor, top: float, title: str, la
     """A density as a picture."""
     half = float(-sight.axis[0])
     picture = density.reshape(len(sight.axis), -1).mT.numpy()
-    ax.imshow(picture, origin="lower", extent=(-half, half, -half, half), vmin=0.0, vmax=top, cmap="magma")
+    ax.imshow(
+        picture, origin="lower", extent=(-half, half, -half, half), vmin=0.0, vmax=top, cmap="magma"
+    )
     ax.set(xticks=[], yticks=[], xlabel=label)
     ax.set_title(title, fontsize=10)
 
 
-def weights(recipe: Recipe, lines: Sequence[str], size: int, share: float, progress: bool | None) -> None:
+def weights(
+    recipe: Recipe, lines: Sequence[str], size: int, share: float, progress: bool | None
+) -> None:
     """Two Gaussians of weights 0.9 and 0.1: the mass that each objective gives to the lighter."""
     data = PAIR.make().sample(size, torch.Generator().manual_seed(recipe.seed))
     seen = (data[:, 0] > 0).double()
@@ -235,32 +333,45 @@ def weights(recipe: Recipe, lines: Sequence[str], size: int, share: float, progr
     for label in lines:
         line = LINES[label]
         energy = train(line, PAIR, data, max(2, round(share * line.steps)), recipe.seed, progress)
-        mass, change = expectation(energy, lambda x: (x[:, 0] > 0).double(), [(-10.0, 10.0)] * 2, tolerance=1e-5)
+        mass, change = expectation(
+            energy, lambda x: (x[:, 0] > 0).double(), [(-10.0, 10.0)] * 2, tolerance=1e-5
+        )
         kind: Kind = "exact" if change <= 1e-4 else "estimate"
-        masses[label] = (recipe.add(f"weights, {label}: the lighter", mass, change, kind, line.blind), float("nan"))
+        masses[label] = (
+            recipe.add(f"weights, {label}: the lighter", mass, change, kind, line.blind),
+            float("nan"),
+        )
     ax = plot_mode_masses(masses, truth=0.1, label="mass of the lighter of two Gaussians")
     recipe.figure("weights", ax.get_figure())
 
 
 def table(recipe: Recipe) -> None:
-    """All of it in one table, ``toy2d.md``: nats of test NLL above the oracle, seconds in brackets; NOT RUN is said."""
+    """All of it in one table, ``toy2d.md``: nats of test NLL above the oracle, seconds in brackets;
+    NOT RUN is said."""
 
     def cell(label: str, name: str) -> str:
         if name == "weights":
             found = recipe.metrics.get(f"weights, {label}: the lighter")
             return "not run" if found is None else f"{found['value']:.3f}"
         found, blurred = (
-            recipe.metrics.get(f"{name}, {label}: {what}") for what in ("above the oracle", "KL to the law it fits")
+            recipe.metrics.get(f"{name}, {label}: {what}")
+            for what in ("above the oracle", "KL to the law it fits")
         )
         if found is None:
             return "not run"
         seconds = recipe.metrics[f"{name}, {label}: seconds"]["value"]
         more = "" if blurred is None else f"; {blurred['value']:.3f} to the noised law"
-        return f"{found['value']:.3f} +- {found['error']:.3f}{more} ({found['kind']}, {seconds:.0f} s)"
+        return (
+            f"{found['value']:.3f} +- {found['error']:.3f}{more} ({found['kind']}, {seconds:.0f} s)"
+        )
 
     oracles = {name: recipe.metrics.get(f"{name}, oracle: test NLL") for name in LAWS}
     names = [*(name for name, oracle in oracles.items() if oracle), "weights"]
-    truths = [f"{oracle['value']:.3f} +- {oracle['error']:.3f} (exact)" for oracle in oracles.values() if oracle]
+    truths = [
+        f"{oracle['value']:.3f} +- {oracle['error']:.3f} (exact)"
+        for oracle in oracles.values()
+        if oracle
+    ]
     rows = [["objective", *names], ["---"] * (len(names) + 1), ["oracle", *truths, "0.100"]]
     rows += [[label, *(cell(label, name) for name in names)] for label in LINES]
     text = "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
@@ -268,13 +379,18 @@ def table(recipe: Recipe) -> None:
 
 
 def main(
-    only: tuple[str, ...] = (), size: int = 8192, seed: int = 0, quick: bool = False, out: Path | None = None,
+    only: tuple[str, ...] = (),
+    size: int = 8192,
+    seed: int = 0,
+    quick: bool = False,
+    out: Path | None = None,
     progress: bool | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Train and judge.
 
     Args:
-        only: names of data sets ("weights" among them) and of objectives; none of a kind means all of it.
+        only: names of data sets ("weights" among them) and of objectives; none of a kind means all
+            of it.
         size: draws to train on; 20,000 others are for the test.
         seed: of data, weights and noise.
         quick: a few steps of a few objectives on two laws.
@@ -284,12 +400,17 @@ def main(
     if unknown := [name for name in only if name not in (*LAWS, *LINES, "weights")]:
         raise ValueError(f"only takes {', '.join([*LAWS, 'weights', *LINES])}, got {unknown}")
     recipe = Recipe("toy2d", out, seed, only=only, size=size, quick=quick)
-    sets, lines = [name for name in (*LAWS, "weights") if name in only], [name for name in LINES if name in only]
+    sets, lines = (
+        [name for name in (*LAWS, "weights") if name in only],
+        [name for name in LINES if name in only],
+    )
     sets = sets or (["moons", "weights"] if quick else [*LAWS, "weights"])
     lines = lines or (["likelihood", "denoising", "NCE"] if quick else [*LINES])
     share = 0.01 if quick else 1.0
     everywhere = [label for label in lines if label in only or not LINES[label].costly]
-    if plan := {name: lines if name == "moons" else everywhere for name in sets if name != "weights"}:
+    if plan := {
+        name: lines if name == "moons" else everywhere for name in sets if name != "weights"
+    }:
         toys(recipe, plan, size, share, progress)
     if "weights" in sets:
         weights(recipe, lines, size, share, progress)

@@ -1,4 +1,5 @@
-"""Tempered sequential Monte Carlo: particles carried from a known density to an energy, with log Z on the way."""
+"""Tempered sequential Monte Carlo: particles carried from a known density to an energy, with log Z
+on the way."""
 
 from __future__ import annotations
 
@@ -24,26 +25,32 @@ __all__ = ["SMCResult", "systematic", "tempered_smc"]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SMCResult:
-    r"""Weighted particles for :math:`p(x) = e^{-U(x)} / Z`, from :func:`tempered_smc`. G islands of N particles, L levels.
+    r"""Weighted particles for :math:`p(x) = e^{-U(x)} / Z`, from :func:`tempered_smc`. G islands of
+    N particles, L levels.
 
     Attributes:
         x: the particles, shape ``(G * N, *event)``, those of one island side by side.
-        log_weights: log weights in nats, float64, shape ``(G * N,)``; their mean weight is the estimate of Z.
+        log_weights: log weights in nats, float64, shape ``(G * N,)``; their mean weight is the
+            estimate of Z.
         log_z: log of the mean of the islands' estimates of Z.
-        log_z_se: its standard error, from the spread of the islands (delta method); NaN for one island, ``inf`` where less than
-            a quarter of them decide.
-        kind: "lower" where Z is unbiased, so that ``log_z`` is low on average (Jensen): a run along the temperatures and step
-            sizes of a ``pilot``. "estimate" where they were adapted to the particles: Z then has a bias of order 1 / (G N).
+        log_z_se: its standard error, from the spread of the islands (delta method); NaN for one
+            island, ``inf`` where less than a quarter of them decide.
+        kind: "lower" where Z is unbiased, so that ``log_z`` is low on average (Jensen): a run along
+            the temperatures and step sizes of a ``pilot``. "estimate" where they were adapted to
+            the particles: Z then has a bias of order 1 / (G N).
         island_log_z: log Z by each island, shape ``(G,)``.
         betas: the temperatures, from 0 to 1, shape ``(L + 1,)``.
         step_sizes: of the kernel at each level, shape ``(L,)``; NaN where it has none.
-        ess: effective sample size of an island at each level before resampling, mean over islands, shape ``(L,)``.
+        ess: effective sample size of an island at each level before resampling, mean over islands,
+            shape ``(L,)``.
         acceptance: mean acceptance rate of the moves at each level, shape ``(L,)``.
 
     Example:
         >>> from pyroebm import MALA
         >>> from pyroebm.targets import Gaussian
-        >>> result = tempered_smc(Gaussian(torch.ones(2)), Gaussian(torch.zeros(2), scale=2.0), MALA(), 128)
+        >>> result = tempered_smc(
+        ...     Gaussian(torch.ones(2)), Gaussian(torch.zeros(2), scale=2.0), MALA(), 128
+        ... )
         >>> mean, se = result.expectation(lambda x: x)
         >>> bool(((mean - 1.0).abs() < 5 * se).all()), result.kind
         (True, 'estimate')
@@ -61,7 +68,8 @@ class SMCResult:
     acceptance: Tensor
 
     def expectation(self, f: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        r""":math:`E_p[f(x)]` and its standard error from the spread of the islands, which alone are independent.
+        r""":math:`E_p[f(x)]` and its standard error from the spread of the islands, which alone are
+        independent.
 
         Args:
             f: function of the particles, ``(n, *event) -> (n, *shape)``.
@@ -74,7 +82,9 @@ class SMCResult:
         weights = self.log_weights.softmax(0).reshape(islands, -1, 1)
         sums = (weights * values.reshape(islands, weights.shape[1], -1)).sum(1)  # (G, prod shape)
         mean = sums.sum(0)
-        error = (sums - weights.sum(1) * mean).square().sum(0).sqrt() * math.sqrt(islands / max(islands - 1, 1))
+        error = (sums - weights.sum(1) * mean).square().sum(0).sqrt() * math.sqrt(
+            islands / max(islands - 1, 1)
+        )
         if islands < 2 or too_few(effective(self.island_log_z), islands):
             error = torch.full_like(error, math.nan if islands < 2 else math.inf)
         return mean.reshape(shape), error.reshape(shape)
@@ -93,31 +103,40 @@ def tempered_smc(
     seed: int = 0,
     generator: torch.Generator | None = None,
 ) -> SMCResult:
-    r"""Carry particles from ``base`` to ``energy`` along :math:`E_\beta = (1 - \beta) V + \beta U`, and estimate log Z.
+    r"""Carry particles from ``base`` to ``energy`` along :math:`E_\beta = (1 - \beta) V + \beta U`,
+    and estimate log Z.
 
-    .. math:: \hat Z = Z_V \prod_{l=1}^{L} \sum_i W_i^{(l-1)} e^{-(\beta_l - \beta_{l-1}) (U - V)(x_i^{(l-1)})}
+    .. math::
 
-    (Del Moral, Doucet and Jasra, 2006). Each temperature is the furthest that keeps the conditional effective sample size at
-    ``target_ess`` of the particles (Zhou, Johansen and Aston, 2016), found by bisection. An island whose effective sample size
-    falls below half is resampled systematically. Then ``moves`` steps of the kernel follow, whose step size is drawn towards its
-    target acceptance rate after each. Islands are independent runs, but for the temperatures and step sizes, which they share.
+        \hat Z = Z_V \prod_{l=1}^{L} \sum_i W_i^{(l-1)} e^{-(\beta_l - \beta_{l-1}) (U -
+        V)(x_i^{(l-1)})}
+
+    (Del Moral, Doucet and Jasra, 2006). Each temperature is the furthest that keeps the conditional
+    effective sample size at ``target_ess`` of the particles (Zhou, Johansen and Aston, 2016), found
+    by bisection. An island whose effective sample size falls below half is resampled
+    systematically. Then ``moves`` steps of the kernel follow, whose step size is drawn towards its
+    target acceptance rate after each. Islands are independent runs, but for the temperatures and
+    step sizes, which they share.
 
     Args:
         energy: U; a constrained support is sampled in unconstrained coordinates.
-        base: V, with exact draws and a known log Z, as wide as the energy or wider: an energy such as
-            :class:`pyroebm.targets.Gaussian`, or a Pyro distribution.
+        base: V, with exact draws and a known log Z, as wide as the energy or wider: an energy such
+            as :class:`pyroebm.targets.Gaussian`, or a Pyro distribution.
         kernel: how particles move; it must be exact.
         num_particles: N, particles of one island.
         islands: G, at least 2 for a standard error.
         moves: steps of the kernel at each temperature.
-        target_ess: conditional effective sample size to keep, as a fraction in (0, 1); nearer 1 means more temperatures.
-        pilot: an earlier result, whose temperatures and step sizes are taken as they are; Z is then unbiased.
+        target_ess: conditional effective sample size to keep, as a fraction in (0, 1); nearer 1
+            means more temperatures.
+        pilot: an earlier result, whose temperatures and step sizes are taken as they are; Z is then
+            unbiased.
         seed: of a generator on the energy's device.
         generator: in place of ``seed``.
 
     Raises:
-        ValueError: if a setting is out of its range, if ``base`` does not fit, or if the kernel is not exact.
-        FloatingPointError: if an energy is NaN or -inf at a draw of the base, or if it is infinite at all draws of an island.
+        ValueError: if a setting is out of its range, if ``base`` does not fit, or if the kernel is
+        not exact. FloatingPointError: if an energy is NaN or -inf at a draw of the base, or if it
+        is infinite at all draws of an island.
 
     Example:
         >>> from pyroebm import HMC
@@ -129,16 +148,25 @@ def tempered_smc(
     """
     check_energy(energy)
     check_kernel(kernel)
-    for name, value, least in (("num_particles", num_particles, 2), ("islands", islands, 1), ("moves", moves, 1)):
+    for name, value, least in (
+        ("num_particles", num_particles, 2),
+        ("islands", islands, 1),
+        ("moves", moves, 1),
+    ):
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {name}={value}")
     if not 0.0 < target_ess < 1.0:
         raise ValueError(f"target_ess must be in (0, 1), got target_ess={target_ess}")
     if not kernel.exact:
-        raise ValueError(f"kernel must leave its target unchanged, but {type(kernel).__name__} is not exact")
+        raise ValueError(
+            f"kernel must leave its target unchanged, but {type(kernel).__name__} is not exact"
+        )
     base = DistributionEnergy(base, energy.dtype) if isinstance(base, Distribution) else base
     if not (isinstance(base, Energy) and base.has_exact_draws and base.log_z is not None):
-        raise ValueError(f"base must be a distribution, or an Energy with exact draws and a known log_z, got {base}")
+        raise ValueError(
+            f"base must be a distribution, or an Energy with exact draws and a known log_z, got"
+            f" {base}"
+        )
     generator = seeded_generator(seed, energy.device) if generator is None else generator
     target, reference = (Unconstrained(e, keep_discrete=kernel.discrete) for e in (energy, base))
     with eval_mode(energy):
@@ -146,17 +174,25 @@ def tempered_smc(
         run.leave_out_infinite()
         level = 0
         while run.beta < 1.0:
-            run.advance(run.next_beta(target_ess) if pilot is None else float(pilot.betas[level + 1]))
+            run.advance(
+                run.next_beta(target_ess) if pilot is None else float(pilot.betas[level + 1])
+            )
             run.move(moves, None if pilot is None else float(pilot.step_sizes[level]))
             level += 1
     return run.result(target.constrain(run.x), base.log_z, "estimate" if pilot is None else "lower")
 
 
 class _Run:
-    """The particles of all islands as rows ``G * N``, their normalised log weights ``(G, N)``, and the log Z so far."""
+    """The particles of all islands as rows ``G * N``, their normalised log weights ``(G, N)``, and
+    the log Z so far."""
 
     def __init__(
-        self, target: Energy, reference: Energy, kernel: Kernel[Any], shape: tuple[int, int], generator: torch.Generator
+        self,
+        target: Energy,
+        reference: Energy,
+        kernel: Kernel[Any],
+        shape: tuple[int, int],
+        generator: torch.Generator,
     ) -> None:
         self.target = target
         self.reference = reference
@@ -165,7 +201,9 @@ class _Run:
         self.generator = generator
         self.x = reference.sample(math.prod(shape), generator)
         self.beta = 0.0
-        self.log_weights = torch.full(shape, -math.log(shape[1]), dtype=torch.float64, device=self.x.device)
+        self.log_weights = torch.full(
+            shape, -math.log(shape[1]), dtype=torch.float64, device=self.x.device
+        )
         self.log_z = self.log_weights.new_zeros(shape[0])
         self.slope = self._slope()
         self.betas = [0.0]
@@ -174,26 +212,34 @@ class _Run:
         self.acceptance = list[float]()
 
     def _slope(self) -> Tensor:
-        return Path(self.target, self.beta, self.reference).slope(self.x).double().reshape(self.shape)
+        return (
+            Path(self.target, self.beta, self.reference).slope(self.x).double().reshape(self.shape)
+        )
 
     def leave_out_infinite(self) -> None:
-        """Draws of the base where the energy is infinite weigh nothing from the first temperature above 0 on."""
+        """Draws of the base where the energy is infinite weigh nothing from the first temperature
+        above 0 on."""
         wrong = int((self.slope.isnan() | (self.slope == -math.inf)).sum())
         if wrong:
-            raise FloatingPointError(f"energy is NaN or -inf at {wrong} of {self.slope.numel()} draws of the base")
+            raise FloatingPointError(
+                f"energy is NaN or -inf at {wrong} of {self.slope.numel()} draws of the base"
+            )
         outside = self.slope.isinf()
         if bool(outside.any()):
             self._reweigh(torch.where(outside, -math.inf, 0.0).double())
             self._resample(outside.any(1))
 
     def next_beta(self, target_ess: float) -> float:
-        """The furthest temperature at which the conditional effective sample size, meaned over islands, is as asked."""
+        """The furthest temperature at which the conditional effective sample size, meaned over
+        islands, is as asked."""
         weights = self.log_weights.exp()
 
         def conditional_ess(step: float) -> float:
             log_ratio = -step * self.slope
             ratio = (log_ratio - log_ratio.amax(1, keepdim=True)).exp()
-            return float(((weights * ratio).sum(1).square() / (weights * ratio.square()).sum(1)).mean())
+            return float(
+                ((weights * ratio).sum(1).square() / (weights * ratio.square()).sum(1)).mean()
+            )
 
         low, high = 0.0, 1.0 - self.beta
         if conditional_ess(high) >= target_ess:
@@ -204,7 +250,8 @@ class _Run:
         return self.beta + high
 
     def advance(self, beta: float) -> None:
-        """Weigh the particles for a new temperature, and resample the islands where few carry the weight."""
+        """Weigh the particles for a new temperature, and resample the islands where few carry the
+        weight."""
         self._reweigh(-(beta - self.beta) * self.slope)
         self.beta = beta
         self.betas.append(beta)
@@ -217,7 +264,8 @@ class _Run:
         total = weights.logsumexp(1)
         if not bool(torch.isfinite(total).all()):
             raise FloatingPointError(
-                f"all particles of {int((~torch.isfinite(total)).sum())} of {self.shape[0]} islands have weight 0: the base"
+                f"all particles of {int((~torch.isfinite(total)).sum())} of {self.shape[0]}"
+                f" islands have weight 0: the base"
                 " hardly draws where the energy is finite; take another base, or more particles"
             )
         self.log_z, self.log_weights = self.log_z + total, weights - total.unsqueeze(1)
@@ -227,13 +275,18 @@ class _Run:
             return
         islands, n = self.shape
         offset = uniform((islands,), self.generator, torch.float64, self.x.device)
-        index = torch.where(which.unsqueeze(1), systematic(self.log_weights.exp(), offset), torch.arange(n, device=which.device))
+        index = torch.where(
+            which.unsqueeze(1),
+            systematic(self.log_weights.exp(), offset),
+            torch.arange(n, device=which.device),
+        )
         first = n * torch.arange(islands, device=which.device).unsqueeze(1)
         self.x, self.slope = self.x[(first + index).flatten()], self.slope.gather(1, index)
         self.log_weights = torch.where(which.unsqueeze(1), -math.log(n), self.log_weights)
 
     def move(self, moves: int, step_size: float | None) -> None:
-        """Steps of the kernel at this temperature, with a step size given, or drawn towards the target acceptance rate."""
+        """Steps of the kernel at this temperature, with a step size given, or drawn towards the
+        target acceptance rate."""
         path, kernel = Path(self.target, self.beta, self.reference), self.kernel
         state, aim = kernel.init(path, self.x, self.generator), kernel.target_acceptance
         tuned = aim is not None and step_size is None
@@ -246,7 +299,9 @@ class _Run:
             state, info = kernel.step(path, state, self.generator)
             rates.append(float(info.acceptance_rate.double().mean()))
             if aim is not None and tuned:
-                kernel = kernel.replace(step_size=float(kernel.step_size) * math.exp(rates[-1] - aim))  # type: ignore[attr-defined]
+                kernel = kernel.replace(
+                    step_size=float(kernel.step_size) * math.exp(rates[-1] - aim)
+                )  # type: ignore[attr-defined]
         self.kernel, self.x = kernel, state.x
         self.slope = self._slope()
         self.acceptance.append(sum(rates) / moves)
@@ -257,7 +312,9 @@ class _Run:
         found = log_mean(islands)
         return SMCResult(
             x=x,
-            log_weights=(islands.unsqueeze(1) + self.log_weights + math.log(self.shape[1])).flatten(),
+            log_weights=(
+                islands.unsqueeze(1) + self.log_weights + math.log(self.shape[1])
+            ).flatten(),
             log_z=found.value,
             log_z_se=found.standard_error,
             kind=kind,
@@ -270,7 +327,8 @@ class _Run:
 
 
 def systematic(weights: Tensor, offset: Tensor) -> Tensor:
-    r"""Systematic resampling (Kitagawa, 1996): index j is taken :math:`\lfloor N w_j \rfloor` or one more times.
+    r"""Systematic resampling (Kitagawa, 1996): index j is taken :math:`\lfloor N w_j \rfloor` or
+    one more times.
 
     Args:
         weights: float64, shape ``(islands, n)``; they need not be normalised.
@@ -285,7 +343,10 @@ def systematic(weights: Tensor, offset: Tensor) -> Tensor:
     """
     edges = weights.cumsum(1)
     total = edges[:, -1:]
-    points = (torch.arange(weights.shape[1], dtype=weights.dtype, device=weights.device) + offset.unsqueeze(1)) / weights.shape[1]
+    points = (
+        torch.arange(weights.shape[1], dtype=weights.dtype, device=weights.device)
+        + offset.unsqueeze(1)
+    ) / weights.shape[1]
     # below the total even where it rounds up to it, so that no particle of weight 0 is kept
     points = torch.minimum(points * total, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(edges, points, right=True)

@@ -1,7 +1,7 @@
 """What a pytest run covered, from its JUnit file: `python scripts/ci_report.py build/junit.xml`.
 
-Fails unless all passed and tests, docstring examples, the README's blocks and every notebook ran: a suite that collects
-nothing, or skips all of a kind, is no pass.
+Fails unless all passed and tests, docstring examples, the README's blocks and every notebook ran: a
+suite that collects nothing, or skips all of a kind, is no pass.
 """
 
 from __future__ import annotations
@@ -27,17 +27,30 @@ def main(report: str) -> int:
     """Print one line for each kind of test; 1 if one failed, or if a kind that must run did not."""
     rows: dict[str, list[tuple[str, str, float]]] = {}
     for case in ET.parse(report).getroot().iter("testcase"):
-        fate = next((tag for tag in ("failure", "error", "skipped") if case.find(tag) is not None), "passed")
-        rows.setdefault(kind_of(case), []).append((case.get("name", ""), fate, float(case.get("time", "0"))))
+        fate = next(
+            (tag for tag in ("failure", "error", "skipped") if case.find(tag) is not None), "passed"
+        )
+        rows.setdefault(kind_of(case), []).append(
+            (case.get("name", ""), fate, float(case.get("time", "0")))
+        )
     for kind, cases in sorted(rows.items()):
-        counts = {fate: sum(f == fate for _, f, _ in cases) for fate in ("passed", "skipped", "failure", "error")}
+        counts = {
+            fate: sum(f == fate for _, f, _ in cases)
+            for fate in ("passed", "skipped", "failure", "error")
+        }
         told = ", ".join(f"{n} {fate}" for fate, n in counts.items() if n)
         print(f"  {kind:20} {told}; {sum(seconds for *_, seconds in cases):.0f} s")
     passed = {name for cases in rows.values() for name, fate, _ in cases if fate == "passed"}
     wanted = ["test_blocks_run[README.md]"]
-    wanted += [f"test_runs[{script.stem}]" for script in sorted((ROOT / "notebooks").glob("[0-9]*.py"))]
+    wanted += [
+        f"test_runs[{script.stem}]" for script in sorted((ROOT / "notebooks").glob("[0-9]*.py"))
+    ]
     missing = [name for name in wanted if name not in passed]
-    missing += [kind for kind in ("tests", "docstring examples") if all(fate != "passed" for _, fate, _ in rows.get(kind, []))]
+    missing += [
+        kind
+        for kind in ("tests", "docstring examples")
+        if all(fate != "passed" for _, fate, _ in rows.get(kind, []))
+    ]
     for name in missing:
         print(f"  did not run and pass: {name}", file=sys.stderr)
     broken = any(fate in ("failure", "error") for cases in rows.values() for _, fate, _ in cases)

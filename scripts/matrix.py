@@ -1,8 +1,10 @@
-"""The suite against the installed wheel, in the environments that people have: `python scripts/matrix.py [--only NAME ...]`.
+"""The suite against the installed wheel, in the environments that people have: `python
+scripts/matrix.py [--only NAME ...]`.
 
-Each environment lies in build/matrix/NAME: a virtual environment, a log of each stage, and the files of the checkout with the
-installed package in the place of its sources. build/matrix/results.json and results.md keep the latest result of each.
-Constraints in pip's own settings are lifted: "newest" is what the index has. Needs `build` and `hatchling`.
+Each environment lies in build/matrix/NAME: a virtual environment, a log of each stage, and the
+files of the checkout with the installed package in the place of its sources.
+build/matrix/results.json and results.md keep the latest result of each. Constraints in pip's own
+settings are lifted: "newest" is what the index has. Needs `build` and `hatchling`.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ from wheel_check import ROOT, build, check_installed, install, run, run_example
 
 FOLDER = ROOT / "build" / "matrix"
 PINS = (ROOT / "constraints.txt").read_text(encoding="utf-8")
-SHOWN = ("python", "torch", "arviz", "numpy", "numba")  # the versions in the table; results.json has all
+# the versions in the table; results.json has all
+SHOWN = ("python", "torch", "arviz", "numpy", "numba")
 VERSIONS = """
 import importlib.metadata, json, platform
 found = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions()}
@@ -36,14 +39,19 @@ Result = dict[str, Any]
 
 
 def lower_bounds(project: dict[str, Any]) -> str:
-    """Constraints that hold each direct dependency to the lower bound of its range in pyproject.toml."""
-    found = [re.match(r"([\w.-]+)>=([\w.]+)", r) for r in project["dependencies"] + project["optional-dependencies"]["flows"]]
+    """Constraints that hold each direct dependency to the lower bound of its range in
+    pyproject.toml."""
+    found = [
+        re.match(r"([\w.-]+)>=([\w.]+)", r)
+        for r in project["dependencies"] + project["optional-dependencies"]["flows"]
+    ]
     return "".join(f"{bound[1]}=={bound[2]}\n" for bound in found if bound)
 
 
 @dataclasses.dataclass(frozen=True)
 class Environment:
-    """A version of Python, the text of a constraints file, and what is installed beside the wheel and what its tests need."""
+    """A version of Python, the text of a constraints file, and what is installed beside the wheel
+    and what its tests need."""
 
     name: str
     python: str
@@ -68,23 +76,41 @@ ENVIRONMENTS = (
     Environment("pinned-numba", "3.11", PINS, ("numba",)),
     Environment("newest-3.12", "3.12"),
     Environment("newest-3.13", "3.13"),
-    Environment("lowest-3.11", "3.11", lower_bounds(tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"])),
+    Environment(
+        "lowest-3.11",
+        "3.11",
+        lower_bounds(tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]),
+    ),
 )
 
 
 def interpreters(version: str) -> Iterator[str]:
-    """Interpreters of a version that can make environments: this one, the one on PATH, pyenv's. A shim may not run."""
+    """Interpreters of a version that can make environments: this one, the one on PATH, pyenv's. A
+    shim may not run."""
     pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
-    for found in (sys.executable, shutil.which(f"python{version}"), *sorted(map(str, pyenv.glob(f"{version}.*/bin/python")))):
+    for found in (
+        sys.executable,
+        shutil.which(f"python{version}"),
+        *sorted(map(str, pyenv.glob(f"{version}.*/bin/python"))),
+    ):
         if found is not None:
             asked = "import ensurepip, sys; print('%d.%d' % sys.version_info[:2])"
-            if subprocess.run([found, "-c", asked], text=True, capture_output=True).stdout.strip() == version:
+            if (
+                subprocess.run([found, "-c", asked], text=True, capture_output=True).stdout.strip()
+                == version
+            ):
                 yield found
 
 
 def copy_files(folder: Path) -> None:
-    """The files of the checkout but for the package's, as they are when its wheel is built: the suite may run hours later."""
-    for name in filter(None, run("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", cwd=ROOT).split("\0")):
+    """The files of the checkout but for the package's, as they are when its wheel is built: the
+    suite may run hours later."""
+    for name in filter(
+        None,
+        run("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", cwd=ROOT).split(
+            "\0"
+        ),
+    ):
         if not name.startswith("pyroebm/") and (ROOT / name).exists():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, folder / name)
@@ -94,17 +120,27 @@ def stage_install(environment: Environment, wheel: Path) -> str:
     """A new virtual environment with the wheel, by its own pip."""
     shutil.rmtree(environment.folder, ignore_errors=True)
     environment.folder.mkdir(parents=True)
-    run(next(interpreters(environment.python)), "-m", "venv", environment.venv, cwd=environment.folder)
+    run(
+        next(interpreters(environment.python)),
+        "-m",
+        "venv",
+        environment.venv,
+        cwd=environment.folder,
+    )
     constraints = environment.folder / "constraints.txt"
     constraints.write_text(environment.constraints, encoding="utf-8")
-    # PIP_CONSTRAINT takes the place of the constraints in pip's settings; the index, certificates and wheels named there stay
+    # PIP_CONSTRAINT takes the place of the constraints in pip's settings; the index, certificates
+    # and wheels named there stay
     lifted = {"PIP_CONSTRAINT": os.devnull}
-    install(environment.venv, "-c", constraints, f"{wheel}[dev,flows]", *environment.beside, more=lifted)
+    install(
+        environment.venv, "-c", constraints, f"{wheel}[dev,flows]", *environment.beside, more=lifted
+    )
     return run(environment.interpreter, "-m", "pip", "freeze", cwd=environment.folder)
 
 
 def stage_example(environment: Environment, wheel: Path) -> str:
-    """What `make wheel-check` asks: a consistent environment, the command, the README's first example from an empty folder."""
+    """What `make wheel-check` asks: a consistent environment, the command, the README's first
+    example from an empty folder."""
     empty = environment.folder / "empty"
     empty.mkdir()
     check_installed(environment.venv, empty)
@@ -113,19 +149,35 @@ def stage_example(environment: Environment, wheel: Path) -> str:
 
 def stage_store(environment: Environment, wheel: Path) -> str:
     """A run that streams to a folder, killed, resumed and read; a netCDF file."""
-    return run(environment.interpreter, ROOT / "scripts" / "store_check.py", ".", cwd=environment.folder)
+    return run(
+        environment.interpreter, ROOT / "scripts" / "store_check.py", ".", cwd=environment.folder
+    )
 
 
 def stage_suite(environment: Environment, wheel: Path, *pytest_args: str) -> str:
-    """The suite on the installed package: a copy of the checkout's files has it in the place of the sources."""
+    """The suite on the installed package: a copy of the checkout's files has it in the place of the
+    sources."""
     tree = shutil.copytree(FOLDER / "files", environment.folder / "tree")
     (package,) = environment.venv.glob("lib/python*/site-packages/pyroebm")
     (tree / "pyroebm").symlink_to(package)
     report = f"--junitxml={environment.folder / 'junit.xml'}"
-    return run(environment.interpreter, "-m", "pytest", report, *pytest_args, cwd=tree, more={"OMP_NUM_THREADS": "1"})
+    return run(
+        environment.interpreter,
+        "-m",
+        "pytest",
+        report,
+        *pytest_args,
+        cwd=tree,
+        more={"OMP_NUM_THREADS": "1"},
+    )
 
 
-STAGES = {"install": stage_install, "example": stage_example, "store": stage_store, "suite": stage_suite}
+STAGES = {
+    "install": stage_install,
+    "example": stage_example,
+    "store": stage_store,
+    "suite": stage_suite,
+}
 
 
 def counts(junit: Path) -> dict[str, int]:
@@ -133,12 +185,15 @@ def counts(junit: Path) -> dict[str, int]:
     found = {"passed": 0, "failed": 0, "skipped": 0}
     fates = {"failure": "failed", "error": "failed", "skipped": "skipped"}
     for case in ET.parse(junit).getroot().iter("testcase"):
-        found[next((fate for tag, fate in fates.items() if case.find(tag) is not None), "passed")] += 1
+        found[
+            next((fate for tag, fate in fates.items() if case.find(tag) is not None), "passed")
+        ] += 1
     return found
 
 
 def examine(environment: Environment, wheel: Path, pytest_args: list[str]) -> Result:
-    """Run the stages in one environment and say how each went; without an installation the others do not run."""
+    """Run the stages in one environment and say how each went; without an installation the others
+    do not run."""
     result: Result = {"name": environment.name, "stages": {}}
     for name, stage in STAGES.items():
         began = time.monotonic()
@@ -155,7 +210,9 @@ def examine(environment: Environment, wheel: Path, pytest_args: list[str]) -> Re
         more = "".join(f", {n} {kind}" for kind, n in result.get("tests", {}).items())
         print(f"{environment.name}: {name} {fate} in {seconds} s{more}", flush=True)
         if name == "install" and fate == "passed":
-            result["versions"] = json.loads(run(environment.interpreter, "-c", VERSIONS, cwd=environment.folder))
+            result["versions"] = json.loads(
+                run(environment.interpreter, "-c", VERSIONS, cwd=environment.folder)
+            )
         if name == "install" and fate == "FAILED":
             break
     return result
@@ -163,12 +220,25 @@ def examine(environment: Environment, wheel: Path, pytest_args: list[str]) -> Re
 
 def table(results: list[Result]) -> str:
     """The results in Markdown."""
-    rows = [["environment", *SHOWN, *list(STAGES)[:-1], "passed", "failed", "skipped", "minutes", "commit"]]
+    rows = [
+        [
+            "environment",
+            *SHOWN,
+            *list(STAGES)[:-1],
+            "passed",
+            "failed",
+            "skipped",
+            "minutes",
+            "commit",
+        ]
+    ]
     rows.append(["---"] * len(rows[0]))
     for r in results:
         versions = [r.get("versions", {}).get(name, "") for name in SHOWN]
         fates = [r["stages"].get(name, {}).get("fate", "not run") for name in list(STAGES)[:-1]]
-        tests = [str(r.get("tests", {}).get(kind, "not run")) for kind in ("passed", "failed", "skipped")]
+        tests = [
+            str(r.get("tests", {}).get(kind, "not run")) for kind in ("passed", "failed", "skipped")
+        ]
         minutes = round(sum(stage["seconds"] for stage in r["stages"].values()) / 60)
         rows.append([r["name"], *versions, *fates, *tests, str(minutes), r["commit"]])
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
@@ -178,8 +248,17 @@ def main(*arguments: str) -> int:
     """Examine the environments and write down what came out; 1 if a stage failed somewhere."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     names = [environment.name for environment in ENVIRONMENTS]
-    parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="NAME", help=f"which of {', '.join(names)}")
-    parser.add_argument("--pytest-args", default="", help="handed to pytest, for example '-n 2 --dist worksteal'")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=names,
+        default=names,
+        metavar="NAME",
+        help=f"which of {', '.join(names)}",
+    )
+    parser.add_argument(
+        "--pytest-args", default="", help="handed to pytest, for example '-n 2 --dist worksteal'"
+    )
     chosen = parser.parse_args(arguments)
     for name in ("dist", "files"):
         shutil.rmtree(FOLDER / name, ignore_errors=True)
@@ -188,19 +267,27 @@ def main(*arguments: str) -> int:
     copy_files(FOLDER / "files")
     commit = run("git", "describe", "--always", "--dirty", cwd=ROOT).strip()
     kept = FOLDER / "results.json"
-    results: dict[str, Result] = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
+    results: dict[str, Result] = (
+        json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
+    )
     failed = False
     for environment in ENVIRONMENTS:
         if environment.name not in chosen.only:
             continue
         if next(interpreters(environment.python), None) is None:
-            print(f"{environment.name}: no Python {environment.python} on PATH or among pyenv's versions: not run", flush=True)
+            print(
+                f"{environment.name}: no Python {environment.python} on PATH or among pyenv's"
+                f" versions: not run",
+                flush=True,
+            )
             continue
         result = examine(environment, wheel, chosen.pytest_args.split()) | {"commit": commit}
         failed |= any(stage["fate"] != "passed" for stage in result["stages"].values())
         results[environment.name] = result
         kept.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        (FOLDER / "results.md").write_text(table([results[name] for name in names if name in results]), encoding="utf-8")
+        (FOLDER / "results.md").write_text(
+            table([results[name] for name in names if name in results]), encoding="utf-8"
+        )
     return int(failed)
 
 

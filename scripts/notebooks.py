@@ -1,6 +1,8 @@
-"""Run the notebooks: `python scripts/notebooks.py [NAME ...]` writes notebooks/NAME.ipynb from NAME.py, with fresh outputs.
+"""Run the notebooks: `python scripts/notebooks.py [NAME ...]` writes notebooks/NAME.ipynb from
+NAME.py, with fresh outputs.
 
-A notebook is a percent script (`# %%` before each cell). Each runs in a kernel and an empty folder of its own.
+A notebook is a percent script (`# %%` before each cell). Each runs in a kernel and an empty folder
+of its own.
 """
 
 from __future__ import annotations
@@ -19,12 +21,14 @@ from nbformat import NotebookNode
 FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
 ENVIRONMENT = {
     "MPLBACKEND": "module://matplotlib_inline.backend_inline",  # a reader sees the figures inline
-    "PYTHONWARNINGS": "ignore:IProgress not found",  # tqdm's, on Pyro's import, where there are no widgets
+    # tqdm's, on Pyro's import, where there are no widgets
+    "PYTHONWARNINGS": "ignore:IProgress not found",
 }
 
 
 def read(script: Path) -> NotebookNode:
-    """The notebook of a percent script, not run. Cells get ids that stay the same from run to run."""
+    """The notebook of a percent script, not run. Cells get ids that stay the same from run to
+    run."""
     notebook: NotebookNode = jupytext.read(script)
     notebook.nbformat, notebook.nbformat_minor = 4, 5
     for number, cell in enumerate(notebook.cells):
@@ -33,7 +37,8 @@ def read(script: Path) -> NotebookNode:
 
 
 def execute(script: Path, folder: Path) -> NotebookNode:
-    """Run a script's cells in a fresh kernel whose working directory is ``folder``; any error raises."""
+    """Run a script's cells in a fresh kernel whose working directory is ``folder``; any error
+    raises."""
     notebook = read(script)
     client = NotebookClient(
         notebook,
@@ -41,7 +46,8 @@ def execute(script: Path, folder: Path) -> NotebookNode:
         kernel_name="python3",
         record_timing=False,
         resources={"metadata": {"path": str(folder)}},
-        extra_arguments=["--log-level=ERROR"],  # else it warns that it listens on the loopback interface
+        # else it warns that it listens on the loopback interface
+        extra_arguments=["--log-level=ERROR"],
     )
     client.execute(env=os.environ | ENVIRONMENT)
     return notebook
@@ -56,7 +62,10 @@ def main(*names: str) -> int:
         with tempfile.TemporaryDirectory() as folder:
             notebook = execute(script, Path(folder))
         nbformat.write(notebook, script.with_suffix(".ipynb"))
-        print(f"{script.stem}: {len(notebook.cells)} cells in {time.perf_counter() - began:.0f} s", flush=True)
+        print(
+            f"{script.stem}: {len(notebook.cells)} cells in {time.perf_counter() - began:.0f} s",
+            flush=True,
+        )
     return 0
 
 

@@ -1,4 +1,5 @@
-"""The code blocks of a Markdown page: `python scripts/readme_block.py README.md 1` prints its first Python block.
+"""The code blocks of a Markdown page: `python scripts/readme_block.py README.md 1` prints its first
+Python block.
 
 A block is skipped when an HTML comment `<!-- skip: reason -->` stands right before it.
 """
@@ -17,7 +18,8 @@ PYTHON = ("python", "py", "python3")
 
 
 class Block(NamedTuple):
-    """One fenced block: its language, the page's line where its source starts (from 1), its source, why it is skipped."""
+    """One fenced block: its language, the page's line where its source starts (from 1), its source,
+    why it is skipped."""
 
     language: str
     line: int
@@ -56,10 +58,18 @@ def python_blocks(text: str) -> list[Block]:
 
 
 def main(page: str, number: str = "1") -> int:
-    """Print the source of the page's Python block ``number`` (from 1, skipped blocks not counted)."""
-    runnable = [block for block in python_blocks(Path(page).read_text(encoding="utf-8")) if block.skip is None]
+    """Print the source of the page's Python block ``number`` (from 1, skipped blocks not
+    counted)."""
+    runnable = [
+        block
+        for block in python_blocks(Path(page).read_text(encoding="utf-8"))
+        if block.skip is None
+    ]
     if not 1 <= int(number) <= len(runnable):
-        print(f"{page} has {len(runnable)} Python blocks that run, so no block {number}", file=sys.stderr)
+        print(
+            f"{page} has {len(runnable)} Python blocks that run, so no block {number}",
+            file=sys.stderr,
+        )
         return 1
     sys.stdout.write(runnable[int(number) - 1].source)
     return 0

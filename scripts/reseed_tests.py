@@ -1,7 +1,9 @@
-"""Run tests with shifted seeds and count the failures: `python scripts/reseed_tests.py --shifts 1-20`.
+"""Run tests with shifted seeds and count the failures: `python scripts/reseed_tests.py --shifts
+1-20`.
 
-Without tests it takes the statistical ones. A test that fails is asked again, by its name and with `--shifts 1-100`: two failures
-are a defect, of the test's error bar or of the library. Each shift runs in a process of its own, forked after the slow imports.
+Without tests it takes the statistical ones. A test that fails is asked again, by its name and with
+`--shifts 1-100`: two failures are a defect, of the test's error bar or of the library. Each shift
+runs in a process of its own, forked after the slow imports.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 class _Outcomes:
-    """A plugin that keeps how many tests passed, and what failed with the last line of its message."""
+    """A plugin that keeps how many tests passed, and what failed with the last line of its
+    message."""
 
     def __init__(self) -> None:
         self.passed, self.failed = 0, dict[str, str]()
@@ -43,10 +46,13 @@ class _Outcomes:
 
 
 def run(shift: int, arguments: list[str]) -> tuple[int, int, dict[str, str], float]:
-    """The tests with one shift, in this process: the shift, how many passed, the messages of what failed, seconds."""
+    """The tests with one shift, in this process: the shift, how many passed, the messages of what
+    failed, seconds."""
     began, outcomes = time.monotonic(), _Outcomes()
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        code = pytest.main([*arguments, "--reseed", str(shift), "-q", "-p", "no:cacheprovider"], plugins=[outcomes])
+        code = pytest.main(
+            [*arguments, "--reseed", str(shift), "-q", "-p", "no:cacheprovider"], plugins=[outcomes]
+        )
     if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED) and not outcomes.failed:
         outcomes.failed["pytest"] = f"ended with {code!r}"
     return shift, outcomes.passed, outcomes.failed, time.monotonic() - began
@@ -62,9 +68,12 @@ def shifts_of(text: str) -> list[int]:
 
 
 def of_commit() -> tuple[int, int]:
-    """A shift from 1 to 999 and a tenth, from the commit's hash; from the name of the version where git knows no commit."""
+    """A shift from 1 to 999 and a tenth, from the commit's hash; from the name of the version where
+    git knows no commit."""
     try:
-        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, check=True).stdout
+        head = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, check=True
+        ).stdout
     except (OSError, subprocess.CalledProcessError):
         head = (ROOT / "CHANGELOG.md").read_bytes()
     number = zlib.crc32(head)
@@ -72,13 +81,27 @@ def of_commit() -> tuple[int, int]:
 
 
 def main() -> int:
-    """Print a line for each shift and each failure, then how often each test failed; 1 if one did."""
+    """Print a line for each shift and each failure, then how often each test failed; 1 if one
+    did."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("tests", nargs="*", default=["tests"], help="files, of which the statistical tests, or node ids")
-    parser.add_argument("--shifts", default="", help="such as 1-20, or '3 8'; without them one shift and a tenth, of the commit")
+    parser.add_argument(
+        "tests",
+        nargs="*",
+        default=["tests"],
+        help="files, of which the statistical tests, or node ids",
+    )
+    parser.add_argument(
+        "--shifts",
+        default="",
+        help="such as 1-20, or '3 8'; without them one shift and a tenth, of the commit",
+    )
     parser.add_argument("--jobs", type=int, default=1, help="shifts at the same time")
     options = parser.parse_args()
-    arguments = options.tests if any("::" in name for name in options.tests) else [*options.tests, "-m", "statistical"]
+    arguments = (
+        options.tests
+        if any("::" in name for name in options.tests)
+        else [*options.tests, "-m", "statistical"]
+    )
     shifts = shifts_of(options.shifts)
     if not shifts:
         shift, tenth = of_commit()
@@ -92,7 +115,9 @@ def main() -> int:
         runs = [pool.apply_async(run, (shift, arguments)) for shift in shifts]
         for done in runs:
             shift, passed, failed, seconds = done.get()
-            print(f"shift {shift}: {passed} passed, {len(failed)} failed, {seconds:.0f} s", flush=True)
+            print(
+                f"shift {shift}: {passed} passed, {len(failed)} failed, {seconds:.0f} s", flush=True
+            )
             for name, message in failed.items():
                 print(f"  {name}\n    {' '.join(message.split())[:400]}", flush=True)
             failures.update(failed.keys())

@@ -1,6 +1,8 @@
-"""Kill a run that streams to a folder, resume it, read it back: `python scripts/store_check.py FOLDER`, with pyroebm installed.
+"""Kill a run that streams to a folder, resume it, read it back: `python scripts/store_check.py
+FOLDER`, with pyroebm installed.
 
-The draws must be those of a run in memory that was not interrupted, bit for bit, in the store and in a netCDF file.
+The draws must be those of a run in memory that was not interrupted, bit for bit, in the store and
+in a netCDF file.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ def sampler() -> MCMC:
 
 
 def main(folder: str, role: str = "parent") -> int:
-    """Do all of it; AssertionError where draws differ. As a child, begin the run that the parent kills."""
+    """Do all of it; AssertionError where draws differ. As a child, begin the run that the parent
+    kills."""
     store = Path(folder) / "store"
     if role == "child":
         sampler().run(DoubleWell(), store=store, checkpoint_every=0.0)
@@ -46,7 +49,10 @@ def main(folder: str, role: str = "parent") -> int:
     file = str(Path(folder) / "chains.nc")
     whole.to_arviz().to_netcdf(file)
     np.testing.assert_array_equal(arviz().from_netcdf(file).posterior["x"].values, truth)
-    print(f"killed after {killed_at} of {truth.shape[1]} draws, resumed, opened, written and read: the same draws")
+    print(
+        f"killed after {killed_at} of {truth.shape[1]} draws, resumed, opened, written and read:"
+        f" the same draws"
+    )
     return 0
 
 

@@ -1,6 +1,8 @@
-"""Build the wheel, install it in a clean environment, run the README's first example there from an empty folder.
+"""Build the wheel, install it in a clean environment, run the README's first example there from an
+empty folder.
 
-`python scripts/wheel_check.py [PAGE]`, from the checkout; needs the packages `build` and `hatchling`.
+`python scripts/wheel_check.py [PAGE]`, from the checkout; needs the packages `build` and
+`hatchling`.
 """
 
 from __future__ import annotations
@@ -21,17 +23,27 @@ WHERE = "import pathlib, pyroebm; print(pathlib.Path(pyroebm.__file__).resolve()
 
 
 def run(*command: str | Path, cwd: Path, more: Mapping[str, str] | None = None) -> str:
-    """Run a command with nothing of the checkout in its environment; its output, or RuntimeError with it."""
-    env = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV", "PYTHONHOME")}
+    """Run a command with nothing of the checkout in its environment; its output, or RuntimeError
+    with it."""
+    env = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in ("PYTHONPATH", "VIRTUAL_ENV", "PYTHONHOME")
+    }
     env |= {"MPLBACKEND": "Agg", **(more or {})}
-    done = subprocess.run([str(c) for c in command], cwd=cwd, env=env, text=True, capture_output=True)
+    done = subprocess.run(
+        [str(c) for c in command], cwd=cwd, env=env, text=True, capture_output=True
+    )
     if done.returncode:
-        raise RuntimeError(f"{' '.join(map(str, command))} failed ({done.returncode}):\n{done.stdout}{done.stderr}")
+        raise RuntimeError(
+            f"{' '.join(map(str, command))} failed ({done.returncode}):\n{done.stdout}{done.stderr}"
+        )
     return done.stdout
 
 
 def build(folder: Path) -> Path:
-    """The wheel, built in ``folder`` from the source distribution; RuntimeError if its contents are wrong."""
+    """The wheel, built in ``folder`` from the source distribution; RuntimeError if its contents are
+    wrong."""
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, ROOT, cwd=folder)
     (wheel,) = folder.glob("*.whl")
     check_contents(wheel)
@@ -39,7 +51,8 @@ def build(folder: Path) -> Path:
 
 
 def check_contents(wheel: Path) -> None:
-    """The wheel holds the package, its type marker and its license, and nothing beside the package."""
+    """The wheel holds the package, its type marker and its license, and nothing beside the
+    package."""
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}
     strangers = sorted(top for top in tops if top != "pyroebm" and not top.endswith(".dist-info"))
@@ -48,19 +61,35 @@ def check_contents(wheel: Path) -> None:
     for wanted in ("pyroebm/__init__.py", "pyroebm/py.typed", "LICENSE", "entry_points.txt"):
         if not any(name.endswith(wanted) for name in names):
             raise RuntimeError(f"{wheel.name} lacks {wanted}")
-    ours = {p.relative_to(ROOT).as_posix() for p in (ROOT / "pyroebm").rglob("*") if p.is_file() and "__pycache__" not in p.parts}
+    ours = {
+        p.relative_to(ROOT).as_posix()
+        for p in (ROOT / "pyroebm").rglob("*")
+        if p.is_file() and "__pycache__" not in p.parts
+    }
     if missing := sorted(ours - set(names)):
         raise RuntimeError(f"{wheel.name} lacks {missing}, which the checkout has")
 
 
-def install(environment: Path, *requirements: str | Path, more: Mapping[str, str] | None = None) -> None:
+def install(
+    environment: Path, *requirements: str | Path, more: Mapping[str, str] | None = None
+) -> None:
     """Install into a virtual environment by its own pip."""
     pip = (environment / "bin" / "python", "-m", "pip")
-    run(*pip, "install", "--quiet", "--disable-pip-version-check", "--no-input", *requirements, cwd=environment, more=more)
+    run(
+        *pip,
+        "install",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--no-input",
+        *requirements,
+        cwd=environment,
+        more=more,
+    )
 
 
 def check_installed(environment: Path, empty: Path) -> None:
-    """The environment is consistent, pyroebm comes from it and not from the checkout, and its command starts."""
+    """The environment is consistent, pyroebm comes from it and not from the checkout, and its
+    command starts."""
     run(environment / "bin" / "python", "-m", "pip", "check", cwd=empty)
     at = Path(run(environment / "bin" / "python", "-c", WHERE, cwd=empty).strip())
     if not at.is_relative_to(environment.resolve()):
@@ -69,10 +98,15 @@ def check_installed(environment: Path, empty: Path) -> None:
 
 
 def run_example(environment: Path, page: Path, empty: Path) -> str:
-    """What the first Python block of a page prints, run by the environment's interpreter in a folder with nothing else in it."""
-    example = next((b for b in python_blocks(page.read_text(encoding="utf-8")) if b.skip is None), None)
+    """What the first Python block of a page prints, run by the environment's interpreter in a
+    folder with nothing else in it."""
+    example = next(
+        (b for b in python_blocks(page.read_text(encoding="utf-8")) if b.skip is None), None
+    )
     if example is None:
-        raise RuntimeError(f"{page} has no Python block that runs: the installed wheel must run its first one")
+        raise RuntimeError(
+            f"{page} has no Python block that runs: the installed wheel must run its first one"
+        )
     (empty / "example.py").write_text(example.source, encoding="utf-8")
     return run(environment / "bin" / "python", "example.py", cwd=empty)
 
@@ -90,12 +124,17 @@ def main(page: str = str(ROOT / "README.md")) -> int:
             venv.create(scratch / "venv", with_pip=True)
             install(scratch / "venv", "-c", ROOT / "constraints.txt", wheel)
             check_installed(scratch / "venv", scratch / "empty")
-            print(f"running the first example of {Path(page).name} in an empty folder ...", flush=True)
+            print(
+                f"running the first example of {Path(page).name} in an empty folder ...", flush=True
+            )
             print(run_example(scratch / "venv", Path(page), scratch / "empty"), end="")
     except RuntimeError as error:
         print(error, file=sys.stderr)
         return 1
-    print(f"{wheel.name}: built, installed with the pins of constraints.txt, the example and `pyroebm --help` run")
+    print(
+        f"{wheel.name}: built, installed with the pins of constraints.txt, the example and"
+        f" `pyroebm --help` run"
+    )
     return 0
 
 

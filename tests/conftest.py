@@ -1,7 +1,8 @@
 """Policy for every test: one thread, no display, no traces left behind.
 
-Tests say `dtype=torch.float64` where they mean it, or take the fixture `float64`; a test that is about float32 says so. What a
-test leaves changed (torch's default dtype or threads, gradient mode) fails it, because the next test would see it.
+Tests say `dtype=torch.float64` where they mean it, or take the fixture `float64`; a test that is
+about float32 says so. What a test leaves changed (torch's default dtype or threads, gradient mode)
+fails it, because the next test would see it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before the first import of torch; notebook kernels inherit it
+# before the first import of torch; notebook kernels inherit it
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import matplotlib as mpl
 import pyro
@@ -22,13 +24,22 @@ from lib import reseed
 
 mpl.use("Agg")
 torch.set_num_threads(1)
-# A shell's background job ignores Ctrl-C, and its children with it; tests of interrupted runs must not depend on that.
+# A shell's background job ignores Ctrl-C, and its children with it; tests of interrupted runs must
+# not depend on that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--reseed", type=int, default=0, metavar="N", help="shift every seed of the tests")
-    parser.addoption("--tenth", type=int, choices=range(10), metavar="K", help="run one tenth of the tests, by name")
+    parser.addoption(
+        "--reseed", type=int, default=0, metavar="N", help="shift every seed of the tests"
+    )
+    parser.addoption(
+        "--tenth",
+        type=int,
+        choices=range(10),
+        metavar="K",
+        help="run one tenth of the tests, by name",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -41,7 +52,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     reseed.mark_statistical(items)
     tenth = config.getoption("tenth")
     if tenth is not None:
-        config.hook.pytest_deselected(items=[item for item in items if reseed.tenth_of(item.nodeid) != tenth])
+        config.hook.pytest_deselected(
+            items=[item for item in items if reseed.tenth_of(item.nodeid) != tenth]
+        )
         items[:] = [item for item in items if reseed.tenth_of(item.nodeid) == tenth]
 
 
@@ -55,7 +68,8 @@ def _globals() -> dict[str, Any]:
 
 @pytest.fixture(autouse=True)
 def _no_traces() -> Iterator[None]:
-    """An empty Pyro parameter store before and after, no figure left open, torch's globals as they were."""
+    """An empty Pyro parameter store before and after, no figure left open, torch's globals as they
+    were."""
     pyro.clear_param_store()
     before = _globals()
     yield
@@ -68,7 +82,11 @@ def _no_traces() -> Iterator[None]:
     torch.set_default_dtype(before["torch.get_default_dtype()"])
     torch.set_num_threads(before["torch.get_num_threads()"])
     torch.set_grad_enabled(before["torch.is_grad_enabled()"])
-    changed = [f"{name} was {before[name]}, is {after[name]}" for name in before if after[name] != before[name]]
+    changed = [
+        f"{name} was {before[name]}, is {after[name]}"
+        for name in before
+        if after[name] != before[name]
+    ]
     if changed:
         pytest.fail("the test left changed: " + "; ".join(changed), pytrace=False)
 

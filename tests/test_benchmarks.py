@@ -1,4 +1,5 @@
-"""The benchmarks' own machinery: cases that say the truth, rows of one schema, tables made from them. No peer is needed."""
+"""The benchmarks' own machinery: cases that say the truth, rows of one schema, tables made from
+them. No peer is needed."""
 
 from __future__ import annotations
 
@@ -23,14 +24,22 @@ from pyroebm import Energy
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 KEYS = ["case", "library", "version", "metric", "value", "spread", "settings"]
-METRICS = {"ess_per_second", "ess_per_second_with_warmup", "ess_per_second_with_compile", "ess_per_gradient", "worst_z"}
+METRICS = {
+    "ess_per_second",
+    "ess_per_second_with_warmup",
+    "ess_per_second_with_compile",
+    "ess_per_gradient",
+    "worst_z",
+}
 JOB = Job("net", "numpyro", "NUTS", 4, 50, 200, 3, 10.0, {})
 
 
 def exact_run(seed: int, shift: float = 0.0) -> Run:
     """A run whose draws are independent ones of the 50-d normal, and whose clock is made up."""
     draws = np.random.default_rng(seed).standard_normal((4, 200, 50)) * cases.SCALES
-    return Run(draws + shift * cases.SCALES, warmup_seconds=1.0, sampling_seconds=2.0, gradients=8000)
+    return Run(
+        draws + shift * cases.SCALES, warmup_seconds=1.0, sampling_seconds=2.0, gradients=8000
+    )
 
 
 def check_rows(rows: list[Row]) -> None:
@@ -55,9 +64,13 @@ def test_modules_import_without_peers() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_missing_peer_has_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_peer_has_no_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(samplers.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(sys, "argv", ["samplers", "--quick", "--only", "numpyro", "--out", str(tmp_path)])
+    monkeypatch.setattr(
+        sys, "argv", ["samplers", "--quick", "--only", "numpyro", "--out", str(tmp_path)]
+    )
     assert samplers.main() == 0
     assert "missing, no row" in capsys.readouterr().out
     assert not (tmp_path / "samplers.json").exists()
@@ -100,8 +113,11 @@ def test_first_call_is_compiling_and_budget_ends_runs() -> None:
 
 
 @pytest.mark.parametrize(("options", "blocks"), [({}, 1), ({"chain_batch_size": 2}, 3)])
-def test_our_two_phases_are_told_apart(options: dict[str, int], blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a clock that counts evaluations: MALA takes one for each step of a block, and its starts some beforehand."""
+def test_our_two_phases_are_told_apart(
+    options: dict[str, int], blocks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a clock that counts evaluations: MALA takes one for each step of a block, and its starts
+    some beforehand."""
     from benchmarks.suite import with_pyroebm
 
     class Counts(Energy):
@@ -114,7 +130,9 @@ def test_our_two_phases_are_told_apart(options: dict[str, int], blocks: int, mon
     energy = Counts()
     monkeypatch.setattr(with_pyroebm.time, "perf_counter", lambda: energy.calls)
     job = Job("normal", "pyroebm", "MALA", 6, 20, 30, 1, 10.0, options)
-    mcmc, warmup, sampling, gradients = with_pyroebm.clocked_run(job, energy, 6, torch.linspace(-1, 1, 6), seed=1)
+    mcmc, warmup, sampling, gradients = with_pyroebm.clocked_run(
+        job, energy, 6, torch.linspace(-1, 1, 6), seed=1
+    )
     assert len(mcmc.kernels) == blocks
     assert sampling == 30 * blocks
     assert warmup + sampling == energy.calls
@@ -123,22 +141,29 @@ def test_our_two_phases_are_told_apart(options: dict[str, int], blocks: int, mon
 
 
 def test_eight_schools_truth_is_the_published_one() -> None:
-    """Reference draws of posteriordb: means of mu, tau, theta_1 and theta_8, and their Monte Carlo standard errors."""
+    """Reference draws of posteriordb: means of mu, tau, theta_1 and theta_8, and their Monte Carlo
+    standard errors."""
     truth = cases.eight_schools_truth()[[0, 1, 2, 9]]
-    assert np.all(np.abs(truth - [4.4105, 3.6021, 6.1505, 4.8840]) < 5 * np.array([0.033, 0.032, 0.056, 0.05]))
+    assert np.all(
+        np.abs(truth - [4.4105, 3.6021, 6.1505, 4.8840]) < 5 * np.array([0.033, 0.032, 0.056, 0.05])
+    )
 
 
 def test_net_energy_in_numpy_is_the_one_in_torch() -> None:
     from benchmarks.suite.in_torch import energy
 
     x = cases.CASES["net"].starts(16, seed=5)
-    np.testing.assert_allclose(energy("net")(torch.as_tensor(x)).numpy(), cases.net_energy(x), rtol=1e-12)
+    np.testing.assert_allclose(
+        energy("net")(torch.as_tensor(x)).numpy(), cases.net_energy(x), rtol=1e-12
+    )
 
 
 def test_densities_in_jax_are_those_in_torch() -> None:
     """Up to a constant: differences of energies between states agree."""
     jax = pytest.importorskip(
-        "jax", reason="JAX comes with the peers alone: pip install -c benchmarks/constraints.txt -e .[bench]"
+        "jax",
+        reason="JAX comes with the peers alone: pip install -c benchmarks/constraints.txt -e"
+        " .[bench]",
     )
     from benchmarks.suite import in_jax
     from benchmarks.suite.in_torch import energy
@@ -146,7 +171,10 @@ def test_densities_in_jax_are_those_in_torch() -> None:
     jax.config.update("jax_enable_x64", True)
     for name in ("normal", "funnel", "net"):
         x = cases.CASES[name].starts(8, seed=6)
-        ours, theirs = energy(name)(torch.as_tensor(x)).numpy(), -np.asarray(jax.vmap(in_jax.log_density(name))(x))
+        ours, theirs = (
+            energy(name)(torch.as_tensor(x)).numpy(),
+            -np.asarray(jax.vmap(in_jax.log_density(name))(x)),
+        )
         np.testing.assert_allclose(ours - ours[0], theirs - theirs[0], rtol=1e-10, atol=1e-10)
 
 
@@ -161,7 +189,15 @@ def test_coordinates_go_to_sites_and_back(name: str) -> None:
 def test_later_rows_replace_earlier_ones(tmp_path: Path) -> None:
     def rows(chains: int, value: float, metric: str = "min_ess") -> list[Row]:
         settings = {"method": "NUTS", "chains": chains, "repeats": 1}
-        return [dict(zip(KEYS, ("net", "numpyro", "1", metric, value, [value, value], settings), strict=True))]
+        return [
+            dict(
+                zip(
+                    KEYS,
+                    ("net", "numpyro", "1", metric, value, [value, value], settings),
+                    strict=True,
+                )
+            )
+        ]
 
     path = tmp_path / "new" / "samplers.json"
     samplers.write(path, rows(1, 1.0) + rows(256, 2.0) + rows(256, 3.0, "worst_z"))
@@ -178,22 +214,35 @@ def test_quick_asks_for_everything_once_and_little() -> None:
 
 def gradient_row(chains: int, mode: str, value: float) -> Row:
     settings = {"method": "gradient", "chains": chains, "mode": mode, "repeats": 1}
-    return dict(zip(KEYS, ("normal", "pyroebm", "1", "gradient_us", value, [value, value], settings), strict=True))
+    return dict(
+        zip(
+            KEYS,
+            ("normal", "pyroebm", "1", "gradient_us", value, [value, value], settings),
+            strict=True,
+        )
+    )
 
 
 def test_tables_are_filled_from_rows() -> None:
     fast = Job("normal", "pyroebm", "NUTS", 4, 50, 200, 1, 10.0, {})
     slow = Run(exact_run(1).draws, 1.0, 20.0, 8000)
-    rows = sampler_rows(JOB, cases.CASES["normal"], [slow], 1.0) + sampler_rows(fast, cases.CASES["normal"], [exact_run(1)], None)
-    rows = [row | {"case": "normal", "version": "1.2"} for row in rows] + [gradient_row(256, "eager", 123456.0)]
+    rows = sampler_rows(JOB, cases.CASES["normal"], [slow], 1.0) + sampler_rows(
+        fast, cases.CASES["normal"], [exact_run(1)], None
+    )
+    rows = [row | {"case": "normal", "version": "1.2"} for row in rows] + [
+        gradient_row(256, "eager", 123456.0)
+    ]
     names = ["normal", "net", "gradients", "chains curve"]
-    page = "Words.\n" + "".join(f"<!-- table: {name} -->\nold\n<!-- end -->\nBetween.\n" for name in names)
+    page = "Words.\n" + "".join(
+        f"<!-- table: {name} -->\nold\n<!-- end -->\nBetween.\n" for name in names
+    )
     filled = tables.fill(page, rows)
     assert "old" not in filled
     assert filled.count("Between.") == len(names)
     assert filled.count("Not measured yet.") == 2  # the net and the curve
     ours = next(line for line in filled.splitlines() if line.startswith("| pyroebm 1.2 NUTS"))
-    assert [cell.strip() for cell in ours.split("|")][2:5:2] == ["4", "10.0"]  # chains, and ten times NumPyro
+    # chains, and ten times NumPyro
+    assert [cell.strip() for cell in ours.split("|")][2:5:2] == ["4", "10.0"]
     assert "123,000" in filled
     assert tables.fill(filled, rows) == filled
     with pytest.raises(ValueError, match="`nothing`"):
@@ -201,7 +250,10 @@ def test_tables_are_filled_from_rows() -> None:
 
 
 def test_docs_page_is_what_the_results_make() -> None:
-    page, rows = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8"), tables.read_rows(RESULTS)
+    page, rows = (
+        (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8"),
+        tables.read_rows(RESULTS),
+    )
     check_rows(rows)
     assert tables.fill(page, rows) == page, "run: python -m benchmarks.tables"
     slots = {match["name"] for match in tables.SLOT.finditer(page)}
@@ -219,7 +271,8 @@ def test_docs_page_is_what_the_results_make() -> None:
 
 
 def test_machines_take_turns() -> None:
-    """Rows of one schema for what is installed: the bare products come first, and ours are there."""
+    """Rows of one schema for what is installed: the bare products come first, and ours are
+    there."""
     rows = boltzmann.measure(steps=2, rounds=1, threads=torch.get_num_threads())
     check_rows(rows)
     for case in tables.MACHINE_CASES:
@@ -230,8 +283,10 @@ def test_machines_take_turns() -> None:
 
 
 def test_training_takes_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows of one schema for what is installed, the limit first in each case; compiling has a row of its own."""
-    monkeypatch.setattr(training, "CompiledKernel", lambda kernel: kernel)  # what compiles is tested elsewhere
+    """Rows of one schema for what is installed, the limit first in each case; compiling has a row
+    of its own."""
+    # what compiles is tested elsewhere
+    monkeypatch.setattr(training, "CompiledKernel", lambda kernel: kernel)
     rows = training.measure(calls=1, rounds=1, threads=torch.get_num_threads())
     check_rows(rows)
     for case in tables.TRAINING_CASES:
@@ -257,25 +312,37 @@ def test_limit_of_training_is_the_gradient() -> None:
 @pytest.fixture
 def no_peers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the flows ours alone, and the limit."""
-    monkeypatch.setattr(flows.importlib.util, "find_spec", lambda name: name in ("torch", "pyroebm") or None)
+    monkeypatch.setattr(
+        flows.importlib.util, "find_spec", lambda name: name in ("torch", "pyroebm") or None
+    )
 
 
 def test_couplings_take_turns(no_peers: None, capsys: pytest.CaptureFixture[str]) -> None:
-    """Rows of one schema for what is installed, the limit first in each size; a peer that is missing is named."""
+    """Rows of one schema for what is installed, the limit first in each size; a peer that is
+    missing is named."""
     rows = flows.measure_steps(calls=1, rounds=1, compiled=False)
     check_rows(rows)
     for case in tables.NICE_CASES:
-        assert [row["library"] for row in rows if row["case"] == case] == ["torch", "pyroebm", "pyroebm"]
+        assert [row["library"] for row in rows if row["case"] == case] == [
+            "torch",
+            "pyroebm",
+            "pyroebm",
+        ]
     assert "normflows AffineCouplingBlock, reverse_kld: missing, no row" in capsys.readouterr().out
     assert tables.nice_table(rows).count("100%") >= len(tables.NICE_CASES)
     assert tables.nice_table([]) == tables.NOTHING
 
 
 def test_limit_of_couplings_is_the_gradient() -> None:
-    net, x = additive._net(3, 2), torch.randn(5, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    net, x = (
+        additive._net(3, 2),
+        torch.randn(5, 3, generator=torch.Generator().manual_seed(0)).requires_grad_(),
+    )
     layers = [(layer.weight, layer.bias) for layer in net if isinstance(layer, torch.nn.Linear)]
     grad = torch.ones(5, 2)
-    expected = torch.autograd.grad(net(x).sum(), [x, *(p for pair in reversed(layers) for p in pair)])
+    expected = torch.autograd.grad(
+        net(x).sum(), [x, *(p for pair in reversed(layers) for p in pair)]
+    )
     with torch.no_grad():
         at_x, at_weights = additive.bare(x, layers, grad)
     torch.testing.assert_close([at_x, *at_weights], list(expected))
@@ -285,7 +352,9 @@ def test_limit_of_couplings_is_the_gradient() -> None:
 def test_flows_are_fitted_and_judged(case: str, no_peers: None) -> None:
     rows = flows.measure_fits(case, seconds=0.0, seeds=2, draws=100, warmup=2)
     check_rows(rows)
-    assert {row["settings"]["method"] for row in rows} == {m for lib, m in fitters.FITTERS[case] if lib == "pyroebm"}
+    assert {row["settings"]["method"] for row in rows} == {
+        m for lib, m in fitters.FITTERS[case] if lib == "pyroebm"
+    }
     found = {row["metric"]: row["value"] for row in rows}
     assert (found["steps"], found["evaluations"] % fitters.BATCH) == (2, 0)
     assert tables.flow_table(case, rows).count("pyroebm") == len(rows) // len(found)
@@ -298,29 +367,47 @@ def test_failure_of_a_flow_is_told(no_peers: None, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setitem(fitters.FITTERS, "grid", {("pyroebm", "broken"): fails})
     (row,) = flows.measure_fits("grid", seconds=0.0, seeds=1, draws=100, warmup=1)
-    assert (row["value"], row["settings"]["failure"]) == (None, "seed 0: RuntimeError: no such thing")
+    assert (row["value"], row["settings"]["failure"]) == (
+        None,
+        "seed 0: RuntimeError: no such thing",
+    )
 
 
-@pytest.mark.parametrize("case", [name for name, case in FLOW_CASES.items() if case.make().has_exact_draws])
+@pytest.mark.parametrize(
+    "case", [name for name, case in FLOW_CASES.items() if case.make().has_exact_draws]
+)
 def test_judge_knows_right_from_wrong(case: str) -> None:
-    """Draws of the target itself, weighed by its density, have no error; with half of the weights too large it is known; what is
-    no number is none."""
+    """Draws of the target itself, weighed by its density, have no error; with half of the weights
+    too large it is known; what is no number is none."""
     energy = FLOW_CASES[case].make()
 
     def draw(n: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return energy.sample(n, torch.Generator().manual_seed(1)).reshape(n, -1), torch.full((n,), energy.log_z)
+        return energy.sample(n, torch.Generator().manual_seed(1)).reshape(n, -1), torch.full(
+            (n,), energy.log_z
+        )
 
     found = judge(energy, draw, lambda x: torch.full((len(x),), energy.log_z), 2000)
     assert found["log_z_error"] < 1e-5
     assert (found["ess"], found["forward_ess"]) == pytest.approx((1.0, 1.0), abs=1e-5)
     assert found["eubo_gap"] == pytest.approx(0.0, abs=1e-5)
     half = math.log(2.0) * (torch.arange(2000) % 2)
-    wrong = judge(energy, lambda n: (draw(n)[0], energy.log_z + half), lambda x: energy.log_z + half, 2000, batch=2000)
+    wrong = judge(
+        energy,
+        lambda n: (draw(n)[0], energy.log_z + half),
+        lambda x: energy.log_z + half,
+        2000,
+        batch=2000,
+    )
     # of weights 1 and 2: the mean 1.5, (1.5)^2 / 2.5, 1 / (1.5 x .75), and half of log 2
     assert wrong["log_z_error"] == pytest.approx(math.log(1.5), abs=1e-5)
     assert (wrong["ess"], wrong["forward_ess"]) == pytest.approx((0.9, 1.0 / 1.125), abs=1e-5)
     assert wrong["eubo_gap"] == pytest.approx(0.5 * math.log(2.0), abs=1e-5)
-    lost = judge(energy, lambda n: (draw(n)[0], torch.full((n,), torch.nan)), lambda x: torch.full((len(x),), 1.0), 2000)
+    lost = judge(
+        energy,
+        lambda n: (draw(n)[0], torch.full((n,), torch.nan)),
+        lambda x: torch.full((len(x),), 1.0),
+        2000,
+    )
     assert lost["log_z_error"] != lost["log_z_error"]
 
 
@@ -354,7 +441,9 @@ def test_every_sampler_has_an_adapter() -> None:
 
 
 def test_starts_are_counted_and_make_tables() -> None:
-    rows = starts.case_rows("double_well", "grouped", 2) + starts.efficiency_rows("normal", "mean", 2, chains=2)
+    rows = starts.case_rows("double_well", "grouped", 2) + starts.efficiency_rows(
+        "normal", "mean", 2, chains=2
+    )
     for row in rows:
         row["version"] = "1"
     check_rows(rows)

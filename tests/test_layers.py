@@ -14,8 +14,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "pyroebm"
 
-# From the bottom up. A row's groups do not import each other; the modules within one group may, in no circle.
-# `pyroebm` is the package's own __init__. The same picture stands in docs/architecture.md.
+# From the bottom up. A row's groups do not import each other; the modules within one group may, in
+# no circle. `pyroebm` is the package's own __init__. The same picture stands in
+# docs/architecture.md.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("core",),
     ("nn",),
@@ -29,11 +30,21 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("cli",),
     ("__main__",),
 )
-PLACE = {name: (level, group) for level, row in enumerate(LAYERS) for group in row for name in group.split()}
-OUTSIDE = ("models", "benchmarks", "notebooks", "tests", "scripts")  # they run from a checkout: nothing here needs them
+PLACE = {
+    name: (level, group)
+    for level, row in enumerate(LAYERS)
+    for group in row
+    for name in group.split()
+}
+# they run from a checkout: nothing here needs them
+OUTSIDE = ("models", "benchmarks", "notebooks", "tests", "scripts")
 
 SOURCES = sorted(PACKAGE.rglob("*.py"))
-SCRIPTS = sorted(path for folder in ("models", "benchmarks", "notebooks", "scripts") for path in (ROOT / folder).rglob("*.py"))
+SCRIPTS = sorted(
+    path
+    for folder in ("models", "benchmarks", "notebooks", "scripts")
+    for path in (ROOT / folder).rglob("*.py")
+)
 
 
 def module_name(path: Path, root: Path = ROOT) -> str:
@@ -42,7 +53,8 @@ def module_name(path: Path, root: Path = ROOT) -> str:
 
 
 def noun(module: str) -> str:
-    """The row's word for a dotted module: `pyroebm.kernels.nuts.lockstep` is `kernels`, `pyroebm` is itself."""
+    """The row's word for a dotted module: `pyroebm.kernels.nuts.lockstep` is `kernels`, `pyroebm`
+    is itself."""
     parts = module.split(".")
     return parts[1] if len(parts) > 1 else parts[0]
 
@@ -64,7 +76,9 @@ def _nodes(tree: ast.AST) -> Iterator[ast.AST]:
             yield from _nodes(child)
 
 
-def imported_modules(source: str, module: str, is_package: bool, known: frozenset[str]) -> list[tuple[int, str]]:
+def imported_modules(
+    source: str, module: str, is_package: bool, known: frozenset[str]
+) -> list[tuple[int, str]]:
     """(line, dotted module) of every import that runs, at module level or inside functions."""
     found: list[tuple[int, str]] = []
     for node in _nodes(ast.parse(source)):
@@ -76,13 +90,15 @@ def imported_modules(source: str, module: str, is_package: bool, known: frozense
                 parts = module.split(".")
                 up = parts[: len(parts) - node.level + (1 if is_package else 0)]
                 base = ".".join([*up, *base.split(".")] if base else up)
-            # `from pyroebm import energy` imports the module energy; `from pyroebm import Energy` the package's __init__
+            # `from pyroebm import energy` imports the module energy; `from pyroebm import Energy`
+            # the package's __init__
             for alias in node.names:
                 inner = f"{base}.{alias.name}"
                 found.append((node.lineno, inner if inner in known else base))
         elif (
             isinstance(node, ast.Call)
-            and getattr(node.func, "attr", getattr(node.func, "id", "")) in ("import_module", "__import__")
+            and getattr(node.func, "attr", getattr(node.func, "id", ""))
+            in ("import_module", "__import__")
             and node.args
             and isinstance(node.args[0], ast.Constant)
         ):
@@ -90,10 +106,15 @@ def imported_modules(source: str, module: str, is_package: bool, known: frozense
     return found
 
 
-def violations(source: str, module: str, is_package: bool = False, known: frozenset[str] = frozenset()) -> list[str]:
+def violations(
+    source: str, module: str, is_package: bool = False, known: frozenset[str] = frozenset()
+) -> list[str]:
     """What this module's imports break, in words."""
     if noun(module) not in PLACE:
-        return [f"{module} has no layer: add `{noun(module)}` to LAYERS in tests/test_layers.py and to docs/architecture.md"]
+        return [
+            f"{module} has no layer: add `{noun(module)}` to LAYERS in tests/test_layers.py and to"
+            f" docs/architecture.md"
+        ]
     level, group = PLACE[noun(module)]
     wrong = []
     for line, other in imported_modules(source, module, is_package, known):
@@ -103,7 +124,10 @@ def violations(source: str, module: str, is_package: bool = False, known: frozen
         if top != "pyroebm":
             continue
         if noun(other) not in PLACE:
-            wrong.append(f"{module}:{line} imports {other}, which has no layer: add `{noun(other)}` to LAYERS")
+            wrong.append(
+                f"{module}:{line} imports {other}, which has no layer: add `{noun(other)}` to"
+                f" LAYERS"
+            )
             continue
         their_level, their_group = PLACE[noun(other)]
         if their_level > level:
@@ -118,7 +142,9 @@ KNOWN = frozenset(module_name(path) for path in SOURCES)
 
 @pytest.mark.parametrize("path", SOURCES, ids=module_name)
 def test_imports_point_down(path: Path) -> None:
-    wrong = violations(path.read_text(encoding="utf-8"), module_name(path), path.name == "__init__.py", KNOWN)
+    wrong = violations(
+        path.read_text(encoding="utf-8"), module_name(path), path.name == "__init__.py", KNOWN
+    )
     assert not wrong, "\n".join(wrong)
 
 
@@ -126,16 +152,40 @@ def test_imports_point_down(path: Path) -> None:
     ("module", "source", "said"),
     [
         ("pyroebm.core.energy", "import pyroebm.mcmc", "layer above"),
-        ("pyroebm.core.energy", "def f():\n    from pyroebm.mcmc import MCMC", "pyroebm.core.energy:2 imports pyroebm.mcmc"),
-        ("pyroebm.core.energy", "from pyroebm import Energy", "imports pyroebm, from a layer above"),
-        ("pyroebm.core.energy", "from pyroebm import targets", "imports pyroebm.targets, from a layer above"),
+        (
+            "pyroebm.core.energy",
+            "def f():\n    from pyroebm.mcmc import MCMC",
+            "pyroebm.core.energy:2 imports pyroebm.mcmc",
+        ),
+        (
+            "pyroebm.core.energy",
+            "from pyroebm import Energy",
+            "imports pyroebm, from a layer above",
+        ),
+        (
+            "pyroebm.core.energy",
+            "from pyroebm import targets",
+            "imports pyroebm.targets, from a layer above",
+        ),
         ("pyroebm.core.energy", "from .. import targets", "layer above"),
         ("pyroebm.kernels.hmc", "from ..mcmc import MCMC", "layer above"),
         ("pyroebm.kernels.hmc", "from pyroebm.flows.nice import NICE", "neighbor"),
-        ("pyroebm.core.energy", "import importlib\nimportlib.import_module('pyroebm.cli')", "layer above"),
-        ("pyroebm.core.energy", "if TYPE_CHECKING:\n    pass\nelse:\n    import pyroebm.cli", "layer above"),
+        (
+            "pyroebm.core.energy",
+            "import importlib\nimportlib.import_module('pyroebm.cli')",
+            "layer above",
+        ),
+        (
+            "pyroebm.core.energy",
+            "if TYPE_CHECKING:\n    pass\nelse:\n    import pyroebm.cli",
+            "layer above",
+        ),
         ("pyroebm.cli.demo", "from models.rbm import main", "not part of the library"),
-        ("pyroebm.novelty", "", "pyroebm.novelty has no layer: add `novelty` to LAYERS in tests/test_layers.py"),
+        (
+            "pyroebm.novelty",
+            "",
+            "pyroebm.novelty has no layer: add `novelty` to LAYERS in tests/test_layers.py",
+        ),
         ("pyroebm.cli.demo", "import pyroebm.novelty", "has no layer"),
     ],
 )
@@ -160,35 +210,48 @@ def test_checker_allows(module: str, source: str) -> None:
 
 
 def graph(sources: dict[str, tuple[str, bool]]) -> dict[str, set[str]]:
-    """The modules that each module imports, among those given as (source, whether it is a package)."""
+    """The modules that each module imports, among those given as (source, whether it is a
+    package)."""
     known = frozenset(sources)
     return {
-        module: {other for _, other in imported_modules(source, module, is_package, known)} & known - {module}
+        module: {other for _, other in imported_modules(source, module, is_package, known)}
+        & known - {module}
         for module, (source, is_package) in sources.items()
     }
 
 
 def test_no_circle_of_imports() -> None:
     """Between modules, those imported within functions included."""
-    sources = {module_name(p): (p.read_text(encoding="utf-8"), p.name == "__init__.py") for p in SOURCES}
+    sources = {
+        module_name(p): (p.read_text(encoding="utf-8"), p.name == "__init__.py") for p in SOURCES
+    }
     assert len(list(graphlib.TopologicalSorter(graph(sources)).static_order())) == len(SOURCES)
 
 
 def test_circle_checker_catches() -> None:
-    sources = {"p": ("", True), "p.a": ("from p import b", False), "p.b": ("def f():\n    from p.a import x", False)}
+    sources = {
+        "p": ("", True),
+        "p.a": ("from p import b", False),
+        "p.b": ("def f():\n    from p.a import x", False),
+    }
     with pytest.raises(graphlib.CycleError, match=r"p\.[ab]"):
         list(graphlib.TopologicalSorter(graph(sources)).static_order())
 
 
 def test_a_table_of_contents() -> None:
     """`ls pyroebm` has at most 20 entries, and each of them a layer."""
-    entries = [path for path in PACKAGE.iterdir() if path.name not in ("__pycache__", "__init__.py", "__main__.py", "py.typed")]
+    entries = [
+        path
+        for path in PACKAGE.iterdir()
+        if path.name not in ("__pycache__", "__init__.py", "__main__.py", "py.typed")
+    ]
     assert len(entries) <= 20 - 3
     assert {path.stem for path in entries} == set(PLACE) - {"pyroebm", "__main__"}
 
 
 def test_subpackages_are_attributes() -> None:
-    """After `import pyroebm` alone, in a process of its own; none is imported before it is named."""
+    """After `import pyroebm` alone, in a process of its own; none is imported before it is
+    named."""
     code = f"""
 import sys, pyroebm
 names = {sorted(set(PLACE) - {"pyroebm", "__main__"})}
@@ -197,20 +260,31 @@ assert not [n for n in ("cli", "partition", "training") if f"pyroebm.{{n}}" in s
 print(*[getattr(pyroebm, name).__name__ for name in names])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.stdout.split() == [f"pyroebm.{name}" for name in sorted(set(PLACE) - {"pyroebm", "__main__"})], done.stderr
+    assert done.stdout.split() == [
+        f"pyroebm.{name}" for name in sorted(set(PLACE) - {"pyroebm", "__main__"})
+    ], done.stderr
 
 
 def test_layers_are_the_documented_ones() -> None:
     """The table above and the block `layers` of docs/architecture.md are one picture."""
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     block = text.split("```layers\n")[1].split("```")[0]
-    drawn = tuple(tuple(group.strip() for group in row.split("|")) for row in block.strip().splitlines())
+    drawn = tuple(
+        tuple(group.strip() for group in row.split("|")) for row in block.strip().splitlines()
+    )
     assert drawn == LAYERS
 
 
-# Loading a pickle runs whatever is in it. Weights are safetensors, arrays are npz, settings are JSON.
+# Loading a pickle runs whatever is in it. Weights are safetensors, arrays are npz, settings are
+# JSON.
 UNPICKLERS = ("pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal")
-LOADERS = ("torch.load", "torch.hub.load", "torch.jit.load", "pandas.read_pickle", "pyro.get_param_store.load")
+LOADERS = (
+    "torch.load",
+    "torch.hub.load",
+    "torch.jit.load",
+    "pandas.read_pickle",
+    "pyro.get_param_store.load",
+)
 
 
 def _aliases(tree: ast.AST) -> dict[str, str]:
@@ -218,9 +292,13 @@ def _aliases(tree: ast.AST) -> dict[str, str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
-                names[alias.asname or alias.name.split(".")[0]] = alias.name if alias.asname else alias.name.split(".")[0]
+                names[alias.asname or alias.name.split(".")[0]] = (
+                    alias.name if alias.asname else alias.name.split(".")[0]
+                )
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            names.update({alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names})
+            names.update(
+                {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+            )
     return names
 
 
@@ -238,8 +316,14 @@ def pickle_loading(source: str) -> list[str]:
     names, wrong = _aliases(tree), []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import | ast.ImportFrom):
-            modules = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""]
-            wrong += [f"line {node.lineno}: imports {m}" for m in modules if m.split(".")[0] in UNPICKLERS]
+            modules = (
+                [a.name for a in node.names]
+                if isinstance(node, ast.Import)
+                else [node.module or ""]
+            )
+            wrong += [
+                f"line {node.lineno}: imports {m}" for m in modules if m.split(".")[0] in UNPICKLERS
+            ]
         elif isinstance(node, ast.Call):
             called = _dotted(node.func, names)
             if called in LOADERS:
@@ -274,12 +358,27 @@ def test_pickle_checker_catches(source: str) -> None:
 
 
 def test_pickle_checker_allows() -> None:
-    assert pickle_loading("import numpy as np, json\nnp.load('x.npz')\nnp.load('x', allow_pickle=False)\njson.load(f)") == []
+    assert (
+        pickle_loading(
+            "import numpy as np, json\nnp.load('x.npz')\nnp.load('x',"
+            " allow_pickle=False)\njson.load(f)"
+        )
+        == []
+    )
 
 
 # One place for each hazard: files, and what torch calls private.
 FILE_CALLS = {"open", "np.load", "np.save", "np.savez", "json.load", "json.dump"}
-FILE_METHODS = {"open", "open_dataset", "read_bytes", "read_text", "savefig", "to_netcdf", "write_bytes", "write_text"}
+FILE_METHODS = {
+    "open",
+    "open_dataset",
+    "read_bytes",
+    "read_text",
+    "savefig",
+    "to_netcdf",
+    "write_bytes",
+    "write_text",
+}
 FILE_MODULES = ("gzip", "safetensors", "tempfile")
 
 
@@ -288,8 +387,16 @@ def file_access(source: str) -> list[str]:
     wrong = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import | ast.ImportFrom):
-            modules = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""]
-            wrong += [f"line {node.lineno}: imports {m}" for m in modules if m.split(".")[0] in FILE_MODULES]
+            modules = (
+                [a.name for a in node.names]
+                if isinstance(node, ast.Import)
+                else [node.module or ""]
+            )
+            wrong += [
+                f"line {node.lineno}: imports {m}"
+                for m in modules
+                if m.split(".")[0] in FILE_MODULES
+            ]
         elif isinstance(node, ast.Call):
             called = ast.unparse(node.func)
             method = isinstance(node.func, ast.Attribute) and node.func.attr in FILE_METHODS
@@ -306,7 +413,13 @@ def test_files_are_read_and_written_in_one_module(path: Path) -> None:
 
 @pytest.mark.parametrize(
     "source",
-    ["open('x')", "Path('x').write_text('')", "figure.savefig('x')", "np.load('x')", "from safetensors.torch import load_file"],
+    [
+        "open('x')",
+        "Path('x').write_text('')",
+        "figure.savefig('x')",
+        "np.load('x')",
+        "from safetensors.torch import load_file",
+    ],
 )
 def test_file_checker_catches(source: str) -> None:
     assert len(file_access(source)) == 1
@@ -319,17 +432,27 @@ def private_torch(source: str) -> list[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "torch":
             parts = [*(node.module or "").split("."), *(a.name for a in node.names)]
-            wrong += [f"line {node.lineno}: imports {part}" for part in parts if part.startswith("_")]
-        elif isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
+            wrong += [
+                f"line {node.lineno}: imports {part}" for part in parts if part.startswith("_")
+            ]
+        elif (
+            isinstance(node, ast.Attribute)
+            and node.attr.startswith("_")
+            and not node.attr.startswith("__")
+        ):
             dotted = _dotted(node, names)
-            wrong += [f"line {node.lineno}: names {dotted}"] if dotted.split(".")[0] == "torch" else []
+            wrong += (
+                [f"line {node.lineno}: names {dotted}"] if dotted.split(".")[0] == "torch" else []
+            )
     return wrong
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=module_name)
 def test_private_torch_is_in_one_module(path: Path) -> None:
     if module_name(path) != "pyroebm.core._torch_private":
-        assert private_torch(path.read_text(encoding="utf-8")) == [], "use pyroebm.core._torch_private"
+        assert private_torch(path.read_text(encoding="utf-8")) == [], (
+            "use pyroebm.core._torch_private"
+        )
 
 
 @pytest.mark.parametrize(
@@ -350,7 +473,9 @@ def test_parallel_assignment_is_of_two_at_most() -> None:
     wrong = []
     for path in SOURCES:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            tuples = isinstance(node, ast.Assign) and all(isinstance(side, ast.Tuple) for side in (node.targets[0], node.value))
+            tuples = isinstance(node, ast.Assign) and all(
+                isinstance(side, ast.Tuple) for side in (node.targets[0], node.value)
+            )
             if tuples and len(node.value.elts) > 2:
                 wrong.append(f"{path.relative_to(ROOT)}:{node.lineno}")
     assert not wrong
@@ -358,6 +483,11 @@ def test_parallel_assignment_is_of_two_at_most() -> None:
 
 @pytest.mark.parametrize("path", SOURCES, ids=module_name)
 def test_no_assert_statement(path: Path) -> None:
-    """`python -O` removes asserts, and their messages are nobody's: users get a ValueError, type checkers a cast."""
-    lines = [n.lineno for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.Assert)]
+    """`python -O` removes asserts, and their messages are nobody's: users get a ValueError, type
+    checkers a cast."""
+    lines = [
+        n.lineno
+        for n in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(n, ast.Assert)
+    ]
     assert not lines, f"{path.relative_to(ROOT)} has assert statements on lines {lines}"

@@ -25,7 +25,9 @@ def test_every_dependency_has_a_lower_bound(matrix: types.ModuleType) -> None:
     held = [line.split("==")[0] for line in matrix.lower_bounds(PROJECT).splitlines()]
     wanted = PROJECT["dependencies"] + PROJECT["optional-dependencies"]["flows"]
     assert held == [requirement.split(">=")[0] for requirement in wanted]
-    assert "numpy==1.5\n" in matrix.lower_bounds({"dependencies": ["numpy>=1.5,<3"], "optional-dependencies": {"flows": []}})
+    assert "numpy==1.5\n" in matrix.lower_bounds(
+        {"dependencies": ["numpy>=1.5,<3"], "optional-dependencies": {"flows": []}}
+    )
 
 
 def test_interpreters_are_of_the_version_asked_for(
@@ -58,14 +60,27 @@ def test_results_are_counted_and_tabulated(matrix: types.ModuleType, tmp_path: P
         "stages": stages,
         "tests": tests,
     }
-    broken = {"name": "b", "commit": "c0ffee", "stages": {"install": {"fate": "FAILED", "seconds": 1}}}
+    broken = {
+        "name": "b",
+        "commit": "c0ffee",
+        "stages": {"install": {"fate": "FAILED", "seconds": 1}},
+    }
     *_, first, second = matrix.table([whole, broken]).splitlines()
-    assert first == "| a | 3.11.7 | 2.13.0 |  |  |  | passed | passed | passed | 3 | 2 | 1 | 2 | c0ffee |"
-    assert second == "| b |  |  |  |  |  | FAILED | not run | not run | not run | not run | not run | 0 | c0ffee |"
+    assert (
+        first
+        == "| a | 3.11.7 | 2.13.0 |  |  |  | passed | passed | passed | 3 | 2 | 1 | 2 | c0ffee |"
+    )
+    assert (
+        second
+        == "| b |  |  |  |  |  | FAILED | not run | not run | not run | not run | not run | 0 |"
+        " c0ffee |"
+    )
 
 
 @pytest.fixture
-def offline(matrix: types.ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+def offline(
+    matrix: types.ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> types.ModuleType:
     """The script without a wheel, an index or interpreters: one stage passes, one fails."""
 
     def fails(environment: Any, wheel: Path) -> str:
@@ -79,7 +94,9 @@ def offline(matrix: types.ModuleType, tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(matrix, "build", lambda folder: folder / "a.whl")
     monkeypatch.setattr(matrix, "copy_files", lambda folder: None)
     monkeypatch.setattr(matrix, "run", lambda *command, cwd: "{}")
-    monkeypatch.setattr(matrix, "interpreters", lambda version: iter([] if version == "3.13" else ["python"]))
+    monkeypatch.setattr(
+        matrix, "interpreters", lambda version: iter([] if version == "3.13" else ["python"])
+    )
     monkeypatch.setattr(matrix, "STAGES", {"install": installs, "store": fails})
     return matrix
 
@@ -88,16 +105,23 @@ def test_failures_and_missing_interpreters_are_said(
     offline: types.ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert offline.main("--only", "newest-3.13") == 0
-    assert capsys.readouterr().out == "newest-3.13: no Python 3.13 on PATH or among pyenv's versions: not run\n"
+    assert (
+        capsys.readouterr().out
+        == "newest-3.13: no Python 3.13 on PATH or among pyenv's versions: not run\n"
+    )
     assert offline.main("--only", "newest-3.12", "pinned") == 1
     said = capsys.readouterr().out
     assert [line.rpartition(" in ")[0] for line in said.splitlines()] == [
-        f"{name}: {what}" for name in ("pinned", "newest-3.12") for what in ("install passed", "store FAILED")
+        f"{name}: {what}"
+        for name in ("pinned", "newest-3.12")
+        for what in ("install passed", "store FAILED")
     ]
     assert (tmp_path / "pinned" / "install.log").read_text() == "what was installed"
     assert (tmp_path / "pinned" / "store.log").read_text() == "no store"
     assert offline.main("--only", "pinned") == 1
-    assert [row.split(" | ")[0] for row in (tmp_path / "results.md").read_text().splitlines()[2:]] == [
+    assert [
+        row.split(" | ")[0] for row in (tmp_path / "results.md").read_text().splitlines()[2:]
+    ] == [
         "| pinned",
         "| newest-3.12",
     ]

@@ -1,5 +1,5 @@
-"""Recipes: each runs from start to end with --quick and writes metrics that a machine can read; the full ones (slow) reach their
-numbers."""
+"""Recipes: each runs from start to end with --quick and writes metrics that a machine can read; the
+full ones (slow) reach their numbers."""
 
 from __future__ import annotations
 
@@ -103,20 +103,35 @@ def test_missing_data_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_boltzmann_machines_reach_their_numbers(tmp_path: Path) -> None:
-    found = {key: metric["value"] for key, metric in run("boltzmann_machine", tmp_path)["metrics"].items()}
+    found = {
+        key: metric["value"]
+        for key, metric in run("boltzmann_machine", tmp_path)["metrics"].items()
+    }
     assert found["three spins: Z"] == pytest.approx(172.42019, abs=5e-6)
     assert found["three spins: p(x1 = 1)"] == pytest.approx(0.134680, abs=5e-7)
     assert found["three spins: p(x1 = 1 | x2 = -1)"] == pytest.approx(0.979679, abs=5e-7)
     assert 0.0 < found["bars and stripes, 6 hidden units: nats below the ceiling"] < 0.02
-    assert found["parity, visible units only: nats below the ceiling"] == pytest.approx(0.693147, abs=1e-4)
+    assert found["parity, visible units only: nats below the ceiling"] == pytest.approx(
+        0.693147, abs=1e-4
+    )
     assert 0.0 < found["parity, RBM of 3 hidden units: nats below the ceiling"] < 0.01
 
 
 @pytest.mark.slow
 def test_score_matching_reaches_its_numbers(tmp_path: Path) -> None:
-    """Within hundredths of a nat of the law that each form fits; it cannot weigh modes apart, and wide noise can."""
-    found = {key: metric["value"] for key, metric in run("score_matching", tmp_path)["metrics"].items()}
-    for form in ("exact", "exact, noise .1", "sliced", "sliced, not reduced", "sliced, differences", "denoising, .1, controlled"):
+    """Within hundredths of a nat of the law that each form fits; it cannot weigh modes apart, and
+    wide noise can."""
+    found = {
+        key: metric["value"] for key, metric in run("score_matching", tmp_path)["metrics"].items()
+    }
+    for form in (
+        "exact",
+        "exact, noise .1",
+        "sliced",
+        "sliced, not reduced",
+        "sliced, differences",
+        "denoising, .1, controlled",
+    ):
         assert 0.0 < found[f"circle, {form}: nats above its law"] < 0.01, form
     assert 0.0 < found["circle, denoising, .1 .3 1: nats above its law"] < 0.03
     control = found["circle, denoising, .1, controlled: Fisher divergence"]
@@ -129,7 +144,8 @@ def test_score_matching_reaches_its_numbers(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_gaussian_machines_reach_their_numbers(tmp_path: Path) -> None:
-    """The published machine is 0.0431 and 0.0481 nats below the truth, on test and training points of its own."""
+    """The published machine is 0.0431 and 0.0481 nats below the truth, on test and training points
+    of its own."""
     metrics = run("grbm", tmp_path)["metrics"]
     found = {key: metric["value"] for key, metric in metrics.items()}
     below = found["Laplace: truth"] - found["Laplace, CD-1: train log-likelihood"]
@@ -141,8 +157,9 @@ def test_gaussian_machines_reach_their_numbers(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_network_learns_the_density_of_digits(tmp_path: Path) -> None:
-    """Nats above a normal law and above kernels, by an evidence both of whose ends agree; and chains stay. The references are
-    this suite's own: 12.57 +- .11 and 10.72 +- .25, mean and deviation over seeds 0, 1, 2."""
+    """Nats above a normal law and above kernels, by an evidence both of whose ends agree; and
+    chains stay. The references are this suite's own: 12.57 +- .11 and 10.72 +- .25, mean and
+    deviation over seeds 0, 1, 2."""
     metrics = run("deep_energy", tmp_path)["metrics"]
     found = {key: metric["value"] for key, metric in metrics.items()}
     low, high = (metrics[f"log Z, {name}"] for name in ("AIS", "reverse AIS"))
@@ -155,44 +172,71 @@ def test_a_network_learns_the_density_of_digits(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_digits_are_learned_by_a_restricted_machine(tmp_path: Path) -> None:
-    """No published value exists: the reference is this suite's own, over seeds (docs/boltzmann_machines.md)."""
+    """No published value exists: the reference is this suite's own, over seeds
+    (docs/boltzmann_machines.md)."""
     found = run("rbm", tmp_path)["metrics"]["test log-likelihood over seeds"]
     assert found["value"] == pytest.approx(-18.896, abs=5 * 0.016)  # the measured error over seeds
 
 
 @pytest.mark.slow
 def test_noise_contrast_reaches_its_numbers(tmp_path: Path) -> None:
-    """Exact divergences of shorter trainings; the bounds are five deviations over seeds 0 and 1 above their mean."""
-    found = {key: metric["value"] for key, metric in run("nce", tmp_path, steps=600)["metrics"].items()}
-    kl = {key.removesuffix(": KL from the truth"): value for key, value in found.items() if key.endswith(": KL from the truth")}
+    """Exact divergences of shorter trainings; the bounds are five deviations over seeds 0 and 1
+    above their mean."""
+    found = {
+        key: metric["value"] for key, metric in run("nce", tmp_path, steps=600)["metrics"].items()
+    }
+    kl = {
+        key.removesuffix(": KL from the truth"): value
+        for key, value in found.items()
+        if key.endswith(": KL from the truth")
+    }
     for name in ("exact likelihood", "ranking, 4 negatives", "conditional, scale 2"):
         assert 0.0 < kl[name] < 0.028, name
     for name in ("NCE, width 1, nu 1", "NCE, width 2, nu 1"):
         assert 0.0 < kl[name] < 0.29, name
-    assert kl["NCE, width 0.5, nu 1"] > 2 * kl["NCE, width 0.7, nu 1"] > 4 * kl["NCE, width 2, nu 1"]
+    assert (
+        kl["NCE, width 0.5, nu 1"] > 2 * kl["NCE, width 0.7, nu 1"] > 4 * kl["NCE, width 2, nu 1"]
+    )
     assert abs(found["NCE, width 1, nu 1: learned log Z less the true one"]) < 0.12
-    assert kl["spins, exact likelihood"] < kl["spins, pseudo-likelihood"] < kl["spins, ratio matching"]
+    assert (
+        kl["spins, exact likelihood"] < kl["spins, pseudo-likelihood"] < kl["spins, ratio matching"]
+    )
 
 
 @pytest.mark.slow
 def test_an_energy_is_learned_against_a_flow(tmp_path: Path) -> None:
-    """The bound is on its side of the exact likelihood; redundant latents learn what a map that keeps volumes cannot."""
+    """The bound is on its side of the exact likelihood; redundant latents learn what a map that
+    keeps volumes cannot."""
     metrics = run("adversarial_flow", tmp_path)["metrics"]
     found = {key: metric["value"] for key, metric in metrics.items()}
     for name in ("NICE, D = 2", "redundant, D = 4"):
         error = metrics[f"{name}: J_R"]["error"]
         assert found[f"{name}: J_R"] > 5 * error
-        assert found[f"{name}: bound on the log-likelihood"] > found[f"{name}: log-likelihood"] + 5 * error
-    below = {key.partition(":")[0]: value for key, value in found.items() if key.endswith("nats below the truth")}
+        assert (
+            found[f"{name}: bound on the log-likelihood"]
+            > found[f"{name}: log-likelihood"] + 5 * error
+        )
+    below = {
+        key.partition(":")[0]: value
+        for key, value in found.items()
+        if key.endswith("nats below the truth")
+    }
     assert 0.0 < below["redundant, D = 4"] < 0.3 < 1.0 < below["NICE, D = 2"]
     assert 0.0 < below["VERA"] < 0.3
     assert abs(found["redundant, D = 4: share of the left mode"] - 0.9) < 0.07
 
 
 @pytest.mark.slow
-def test_an_entropy_of_outputs_keeps_the_modes_that_one_of_hidden_units_loses(tmp_path: Path) -> None:
-    found = {key: metric["value"] for key, metric in run("deep_directed", tmp_path)["metrics"].items()}
-    below = {key: found[f"mixture, {key}: nats below the truth"] for key in ("hidden units", "outputs", "flow")}
+def test_an_entropy_of_outputs_keeps_the_modes_that_one_of_hidden_units_loses(
+    tmp_path: Path,
+) -> None:
+    found = {
+        key: metric["value"] for key, metric in run("deep_directed", tmp_path)["metrics"].items()
+    }
+    below = {
+        key: found[f"mixture, {key}: nats below the truth"]
+        for key in ("hidden units", "outputs", "flow")
+    }
     assert 0.0 < below["outputs"] < 0.3 < 1.0 < below["hidden units"]
     assert 0.0 < below["flow"] < 0.2
     for k, weight in enumerate((0.4, 0.3, 0.2, 0.1), 1):
@@ -202,17 +246,30 @@ def test_an_entropy_of_outputs_keeps_the_modes_that_one_of_hidden_units_loses(tm
 
 @pytest.mark.slow
 def test_a_joint_energy_model_classifies_and_knows_digits(tmp_path: Path) -> None:
-    """The reference is this suite's own: .964 +- .002 of the joint model and of the plain classifier, over 3 seeds."""
-    found = {key: metric["value"] for key, metric in run("jem", tmp_path, seeds=1)["metrics"].items()}
-    assert found["JEM: test accuracy"] > found["classifier: test accuracy"] - 0.025  # 5 errors of the difference of two runs
-    assert found["JEM: AUROC of -E(x), photographs"] > found["classifier: AUROC of logsumexp f, photographs"]
+    """The reference is this suite's own: .964 +- .002 of the joint model and of the plain
+    classifier, over 3 seeds."""
+    found = {
+        key: metric["value"] for key, metric in run("jem", tmp_path, seeds=1)["metrics"].items()
+    }
+    # 5 errors of the difference of two runs
+    assert found["JEM: test accuracy"] > found["classifier: test accuracy"] - 0.025
+    assert (
+        found["JEM: AUROC of -E(x), photographs"]
+        > found["classifier: AUROC of logsumexp f, photographs"]
+    )
     assert found["JEM: draws that the classifier agrees on"] > 0.8
 
 
 @pytest.mark.slow
 def test_bits_over_features_learn_the_two_moons(tmp_path: Path) -> None:
-    """By the exact likelihood and by persistent chains; the reference is this suite's own: 0.018 and 0.045 nats of the oracle."""
-    found = {key: metric["value"] for key, metric in run("feature_latent", tmp_path, seeds=1, digit_steps=20)["metrics"].items()}
+    """By the exact likelihood and by persistent chains; the reference is this suite's own: 0.018
+    and 0.045 nats of the oracle."""
+    found = {
+        key: metric["value"]
+        for key, metric in run("feature_latent", tmp_path, seeds=1, digit_steps=20)[
+            "metrics"
+        ].items()
+    }
     assert 0.0 < found["moons, likelihood: above the oracle"] < 0.04
     assert 0.0 < found["moons, PCD: above the oracle"] < 0.1
     assert found["moons, gradient, by a sum: relative error"] < 1e-12
@@ -222,16 +279,26 @@ def test_bits_over_features_learn_the_two_moons(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_discriminator_mends_its_generator(tmp_path: Path) -> None:
     """Measured over 3 seeds, with jumps: wrong mode weights .13 -> .04, good draws .84 -> .95."""
-    found = {key: metric["value"] for key, metric in run("tilting", tmp_path, seeds=1)["metrics"].items()}
+    found = {
+        key: metric["value"] for key, metric in run("tilting", tmp_path, seeds=1)["metrics"].items()
+    }
     wrong, good = "total variation of mode weights", "share within 3 sigma"
     assert found[f"tilted, HMC and jumps: {wrong}"] < 0.7 * found[f"GAN: {wrong}"]
     assert found[f"tilted, HMC and jumps: {good}"] > found[f"GAN: {good}"] + 0.05
-    assert abs(found[f"tilted, HMC and jumps: {good}"] - found[f"tilted, by a sum over latents: {good}"]) < 0.03
+    assert (
+        abs(
+            found[f"tilted, HMC and jumps: {good}"]
+            - found[f"tilted, by a sum over latents: {good}"]
+        )
+        < 0.03
+    )
 
 
 @pytest.mark.slow
 def test_three_objectives_are_near_the_two_moons(tmp_path: Path) -> None:
-    found = run("toy2d", tmp_path, only=("moons", "PCD, jumps", "NCE", "ranking", "conditional"))["metrics"]
+    found = run("toy2d", tmp_path, only=("moons", "PCD, jumps", "NCE", "ranking", "conditional"))[
+        "metrics"
+    ]
     assert found["moons, oracle: entropy"]["value"] == pytest.approx(1.007585, abs=1e-6)
     for name in ("PCD, jumps", "NCE", "ranking", "conditional"):
         assert found[f"moons, {name}: KL"]["kind"] == "exact"
@@ -242,8 +309,17 @@ def test_three_objectives_are_near_the_two_moons(tmp_path: Path) -> None:
 def test_flows_reach_their_numbers(tmp_path: Path) -> None:
     """What is asked of the cheaper targets; docs/flows.md has all of them, with three seeds."""
     only = ("double-well", "many-well-6", "grid-9", "gmm40", "free-field", "schools")
-    found = {key: metric["value"] for key, metric in run("boltzmann_flows", tmp_path, only=only, seeds=1)["metrics"].items()}
-    for name, most in (("double-well", 0.002), ("many-well-6", 0.02), ("grid-9", 0.01), ("gmm40", 0.02), ("free-field", 1e-6)):
+    found = {
+        key: metric["value"]
+        for key, metric in run("boltzmann_flows", tmp_path, only=only, seeds=1)["metrics"].items()
+    }
+    for name, most in (
+        ("double-well", 0.002),
+        ("many-well-6", 0.02),
+        ("grid-9", 0.01),
+        ("gmm40", 0.02),
+        ("free-field", 1e-6),
+    ):
         assert abs(found[f"{name}: error of log Z"]) < most, name
     assert found["double-well: extended ESS"] >= 0.99
     assert abs(found["double-well: error of the right mass"]) < 0.002
@@ -291,8 +367,18 @@ def test_wells_that_are_turned_are_the_same_wells() -> None:
 def test_the_table_of_flows_says_what_the_seeds_say() -> None:
     from models.boltzmann_flows import COLUMNS, table
 
-    seeds = [{"error of log Z": (0.01, 0.002), "extended ESS": (0.5, None), "EUBO less ELBO": (1.0, 0.1)},
-             {"error of log Z": (-0.03, 0.004), "extended ESS": (0.25, None), "EUBO less ELBO": (3.0, 0.4)}]  # fmt: skip
+    seeds = [
+        {
+            "error of log Z": (0.01, 0.002),
+            "extended ESS": (0.5, None),
+            "EUBO less ELBO": (1.0, 0.1),
+        },
+        {
+            "error of log Z": (-0.03, 0.004),
+            "extended ESS": (0.25, None),
+            "EUBO less ELBO": (3.0, 0.4),
+        },
+    ]
     row = table({"funnel": seeds}).splitlines()[2].split(" | ")
     assert len(row) == len(COLUMNS) + 1
     assert row[1:6] == ["+0.01 ± 0.002, -0.03 ± 0.004", "0.25 to 0.5", "-", "-", "1 to 3 ± 0.4"]

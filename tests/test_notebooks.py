@@ -1,4 +1,5 @@
-"""Notebooks are percent scripts notebooks/NN_name.py, each with its executed NN_name.ipynb beside it."""
+"""Notebooks are percent scripts notebooks/NN_name.py, each with its executed NN_name.ipynb beside
+it."""
 
 from __future__ import annotations
 
@@ -46,7 +47,8 @@ def faults(notebook: NotebookNode) -> list[str]:
 
 @pytest.fixture
 def kernel_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """The kernel of this environment, not one that the user has registered; an empty folder to run in."""
+    """The kernel of this environment, not one that the user has registered; an empty folder to run
+    in."""
     monkeypatch.setenv("JUPYTER_PREFER_ENV_PATH", "1")
     monkeypatch.setenv("JUPYTER_PLATFORM_DIRS", "1")
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
@@ -65,7 +67,9 @@ def test_names_are_numbered() -> None:
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.stem)
 def test_pair_is_in_sync(script: Path) -> None:
     committed = nbformat.read(script.with_suffix(".ipynb"), as_version=4)
-    assert cells(runner.read(script)) == cells(committed), f"{script.stem}.py and .ipynb differ: {REFRESH}"
+    assert cells(runner.read(script)) == cells(committed), (
+        f"{script.stem}.py and .ipynb differ: {REFRESH}"
+    )
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.stem)

@@ -1,6 +1,7 @@
 """Every Python block of the README and of the docs runs; every command they name exists.
 
-The blocks of one page share a namespace, in order, in an empty folder. `<!-- skip: reason -->` right before a block skips it.
+The blocks of one page share a namespace, in order, in an empty folder. `<!-- skip: reason -->`
+right before a block skips it.
 """
 
 from __future__ import annotations
@@ -27,8 +28,10 @@ def page_id(path: Path) -> str:
 
 
 def run_page(path: Path, name: str = "page") -> int:
-    """Run a page's Python blocks in the current folder; how many ran. A traceback names the page and its line."""
-    module = types.ModuleType(name)  # a module of its own, so that dataclasses and pickles find their names
+    """Run a page's Python blocks in the current folder; how many ran. A traceback names the page
+    and its line."""
+    # a module of its own, so that dataclasses and pickles find their names
+    module = types.ModuleType(name)
     sys.modules[name] = module
     ran = 0
     try:
@@ -47,7 +50,8 @@ def make_targets(makefile: str) -> set[str]:
 
 
 def missing_commands(text: str, targets: set[str]) -> list[str]:
-    """What a page's shell blocks call that is not there: make targets, and modules and scripts of the checkout."""
+    """What a page's shell blocks call that is not there: make targets, and modules and scripts of
+    the checkout."""
     missing = []
     for block in helper.code_blocks(text):
         if block.language not in SHELLS or block.skip is not None:
@@ -61,9 +65,17 @@ def missing_commands(text: str, targets: set[str]) -> list[str]:
                 words = [word for word in shlex.split(command) if "=" not in word]
                 if words[:1] == ["make"]:
                     asked = [word for word in words[1:] if not word.startswith("-")]
-                    missing += [f"{where}: make has no target {word}" for word in asked if word not in targets]
+                    missing += [
+                        f"{where}: make has no target {word}"
+                        for word in asked
+                        if word not in targets
+                    ]
                 module = re.search(r"python3? -m ((?:models|benchmarks)[\w.]*)", command)
-                if module and module[1].islower() and not (ROOT / (module[1].replace(".", "/") + ".py")).exists():
+                if (
+                    module
+                    and module[1].islower()
+                    and not (ROOT / (module[1].replace(".", "/") + ".py")).exists()
+                ):
                     missing.append(f"{where}: no module {module[1]}")
                 script = re.search(r"(?:python3?|bash) ((?:scripts|examples|\.ci)/\S+)", command)
                 if script and not (ROOT / script[1]).exists():
@@ -71,8 +83,15 @@ def missing_commands(text: str, targets: set[str]) -> list[str]:
     return missing
 
 
-WITH_PYTHON = [p for p in PAGES if p.name == "README.md" or helper.python_blocks(p.read_text(encoding="utf-8"))]
-SKIPPED = [(p, b) for p in PAGES for b in helper.python_blocks(p.read_text(encoding="utf-8")) if b.skip is not None]
+WITH_PYTHON = [
+    p for p in PAGES if p.name == "README.md" or helper.python_blocks(p.read_text(encoding="utf-8"))
+]
+SKIPPED = [
+    (p, b)
+    for p in PAGES
+    for b in helper.python_blocks(p.read_text(encoding="utf-8"))
+    if b.skip is not None
+]
 
 
 @pytest.mark.parametrize("path", WITH_PYTHON, ids=page_id)
@@ -84,7 +103,9 @@ def test_blocks_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 if SKIPPED:  # each is one skipped test, so that the summary tells what does not run
 
-    @pytest.mark.parametrize(("path", "block"), SKIPPED, ids=[f"{page_id(p)}:{b.line}" for p, b in SKIPPED])
+    @pytest.mark.parametrize(
+        ("path", "block"), SKIPPED, ids=[f"{page_id(p)}:{b.line}" for p, b in SKIPPED]
+    )
     def test_skipped_block(path: Path, block: types.SimpleNamespace) -> None:
         pytest.skip(f"{page_id(path)}: {block.skip}")
 
@@ -162,8 +183,14 @@ def test_blocks_share_a_namespace_and_errors_name_the_line(tmp_path: Path) -> No
     with pytest.raises(ZeroDivisionError) as caught:
         run_page(page)
     last = caught.traceback[-1]
-    assert (Path(last.path).name, last.lineno + 1) == ("page.md", page.read_text().splitlines().index("1 / 0") + 1)
+    assert (Path(last.path).name, last.lineno + 1) == (
+        "page.md",
+        page.read_text().splitlines().index("1 / 0") + 1,
+    )
 
 
 def test_missing_commands_are_found() -> None:
-    assert missing_commands(PAGE, {"test"}) == ["line 18: make has no target nonsense", "line 20: no module models.nothing"]
+    assert missing_commands(PAGE, {"test"}) == [
+        "line 18: make has no target nonsense",
+        "line 20: no module models.nothing",
+    ]

@@ -1,4 +1,5 @@
-"""The option --reseed: every generator draws other numbers, nothing else changes; and what is marked statistical."""
+"""The option --reseed: every generator draws other numbers, nothing else changes; and what is
+marked statistical."""
 
 from __future__ import annotations
 
@@ -42,12 +43,16 @@ def from_pyro(seed: int) -> Any:
 
 #: Every way by which a seed reaches a generator in the tests and the package.
 WAYS: dict[str, Callable[[int], Any]] = {
-    "torch.Generator": lambda seed: torch.rand(3, generator=torch.Generator().manual_seed(seed)).tolist(),
+    "torch.Generator": lambda seed: torch.rand(
+        3, generator=torch.Generator().manual_seed(seed)
+    ).tolist(),
     "torch.manual_seed": from_torch,
     "torch.random.manual_seed": from_torch_random,
     "pyro.set_rng_seed": from_pyro,
     "numpy.random.default_rng": lambda seed: np.random.default_rng(seed).random(3).tolist(),
-    "seeded_generator": lambda seed: torch.rand(3, generator=seeded_generator(seed, spawned=1)).tolist(),
+    "seeded_generator": lambda seed: torch.rand(
+        3, generator=seeded_generator(seed, spawned=1)
+    ).tolist(),
 }
 
 
@@ -66,7 +71,13 @@ def test_a_shift_draws_other_numbers_and_the_same_ones_again(way: str) -> None:
 
 
 def replaced() -> list[Any]:
-    return [torch.Generator, torch.manual_seed, torch.random.manual_seed, np.random.default_rng, torch.get_rng_state().tolist()]
+    return [
+        torch.Generator,
+        torch.manual_seed,
+        torch.random.manual_seed,
+        np.random.default_rng,
+        torch.get_rng_state().tolist(),
+    ]
 
 
 def test_no_shift_replaces_nothing() -> None:
@@ -87,7 +98,8 @@ def test_a_shifted_generator_is_one() -> None:
         assert problem_generator(7).initial_seed() == 7
         twin.set_state(made.get_state())
         assert torch.equal(torch.rand(3, generator=twin), torch.rand(3, generator=made))
-        assert np.random.default_rng().random() != np.random.default_rng().random()  # None is no seed
+        # None is no seed
+        assert np.random.default_rng().random() != np.random.default_rng().random()
         with pytest.raises(RuntimeError, match="expected a long"):
             torch.Generator().manual_seed("seven")  # type: ignore[arg-type]
 
@@ -96,18 +108,30 @@ def other_seeds(source: str) -> Iterator[str]:
     """Ways by which a seed would reach a generator past the shift."""
     wrong = ("RandomState", "Philox", "PCG64", "MT19937", "Random", "SystemRandom")
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.ImportFrom) and node.module in ("torch", "torch.random", "numpy.random", "random"):
+        if isinstance(node, ast.ImportFrom) and node.module in (
+            "torch",
+            "torch.random",
+            "numpy.random",
+            "random",
+        ):
             yield from (
-                f"{node.lineno}: imports {name.name}" for name in node.names if name.name in SHIFTED or node.module == "random"
+                f"{node.lineno}: imports {name.name}"
+                for name in node.names
+                if name.name in SHIFTED or node.module == "random"
             )
         if not isinstance(node, ast.Call):
             continue
         called, name = ast.unparse(node.func), ast.unparse(node.func).rpartition(".")[2]
-        if name in wrong or (name == "seed" and called.startswith(("random.", "np.random.", "numpy.random.", "torch."))):
+        if name in wrong or (
+            name == "seed"
+            and called.startswith(("random.", "np.random.", "numpy.random.", "torch."))
+        ):
             yield f"{node.lineno}: {called}"
         if name == "manual_seed" and called.startswith(("torch.default_generator", "torch.cuda")):
             yield f"{node.lineno}: {called}"
-        yield from (f"{node.lineno}: random_state" for word in node.keywords if word.arg == "random_state")
+        yield from (
+            f"{node.lineno}: random_state" for word in node.keywords if word.arg == "random_state"
+        )
 
 
 SHIFTED = {"Generator", "manual_seed", "default_rng"}
@@ -147,7 +171,7 @@ def test_other_seeds_are_seen(source: str) -> None:
     assert list(other_seeds(source))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Which tests are statistical
 
 
@@ -173,7 +197,9 @@ def ordered_in_a_file(tmp_path: Path) -> None:
 
 
 def exact() -> None:
-    assert torch.equal(*(torch.rand(3, generator=torch.Generator().manual_seed(0)) for _ in range(2)))
+    assert torch.equal(
+        *(torch.rand(3, generator=torch.Generator().manual_seed(0)) for _ in range(2))
+    )
 
 
 def ordered_without_a_seed() -> None:
@@ -184,12 +210,18 @@ TABLE = {"a": functools.partial(within_se, truth=0.0, se=1.0)}
 
 
 def test_what_is_statistical() -> None:
-    assert all(is_statistical(function) for function in (measured, by_a_helper, by_a_table, ordered))
+    assert all(
+        is_statistical(function) for function in (measured, by_a_helper, by_a_table, ordered)
+    )
     assert is_statistical(exact, by_a_helper)  # a parameter
-    assert not any(is_statistical(function) for function in (exact, ordered_without_a_seed, ordered_in_a_file))
+    assert not any(
+        is_statistical(function) for function in (exact, ordered_without_a_seed, ordered_in_a_file)
+    )
 
 
-def test_marks_are_on_the_tests_of_this_run(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_marks_are_on_the_tests_of_this_run(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.syspath_prepend(ROOT / "tests" / "flows")
     from test_importance import test_flow_weights_are_unbiased_and_errors_calibrated as marked
 
@@ -198,7 +230,9 @@ def test_marks_are_on_the_tests_of_this_run(request: pytest.FixtureRequest, monk
 
 
 def test_a_tenth_is_a_tenth_and_does_not_move() -> None:
-    counts = np.bincount([tenth_of(f"tests/test_x.py::test_{k}") for k in range(10_000)], minlength=10)
+    counts = np.bincount(
+        [tenth_of(f"tests/test_x.py::test_{k}") for k in range(10_000)], minlength=10
+    )
     assert counts.min() > 850
     assert tenth_of("tests/test_kernels.py::test_x") == 5
 
@@ -213,7 +247,8 @@ def test_the_script_reads_shifts_and_knows_a_commit() -> None:
 
 
 def test_the_script_counts_what_fails_and_says_why(tmp_path: Path) -> None:
-    """A coin that the seed tosses: the option reaches each process, failures are counted, the exit status says that there are."""
+    """A coin that the seed tosses: the option reaches each process, failures are counted, the exit
+    status says that there are."""
     coin = tmp_path / "test_coin.py"
     coin.write_text(
         "import torch\n\ndef test_coin():\n"
@@ -227,7 +262,13 @@ def test_the_script_counts_what_fails_and_says_why(tmp_path: Path) -> None:
     tails = {shift: drawn for shift, drawn in expected.items() if drawn >= 0.5}
     assert 0 < len(tails) < 8
     environment = os.environ | {"PYTHONPATH": str(ROOT / "tests"), "PYTEST_ADDOPTS": "-p conftest"}
-    command = [sys.executable, str(ROOT / "scripts" / "reseed_tests.py"), "--shifts", "0-7", f"{coin}::test_coin"]
+    command = [
+        sys.executable,
+        str(ROOT / "scripts" / "reseed_tests.py"),
+        "--shifts",
+        "0-7",
+        f"{coin}::test_coin",
+    ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1, done.stderr
     assert f"fails with {len(tails)} of 8 shifts" in done.stdout

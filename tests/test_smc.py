@@ -1,4 +1,5 @@
-"""Tempered SMC against exact log Z, its unbiasedness over many islands, its mode masses, and mutants that must be caught."""
+"""Tempered SMC against exact log Z, its unbiasedness over many islands, its mode masses, and
+mutants that must be caught."""
 
 from __future__ import annotations
 
@@ -21,7 +22,9 @@ def number(value: float) -> Tensor:
 
 
 def wide(dim: int | None = None, scale: float = 2.0) -> Gaussian:
-    return Gaussian(number(0.0) if dim is None else torch.zeros(dim, dtype=torch.float64), scale=scale)
+    return Gaussian(
+        number(0.0) if dim is None else torch.zeros(dim, dtype=torch.float64), scale=scale
+    )
 
 
 def separated() -> GaussianMixture:
@@ -33,14 +36,26 @@ def separated() -> GaussianMixture:
     ("energy", "base", "particles"),
     [
         (DoubleWell(dtype=torch.float64), wide(), 256),
-        (DoubleWell(dtype=torch.float64), dist.StudentT(number(5.0), number(0.0), number(1.5)), 256),
+        (
+            DoubleWell(dtype=torch.float64),
+            dist.StudentT(number(5.0), number(0.0), number(1.5)),
+            256,
+        ),
         (separated(), wide(2, 5.0), 256),
         (GaussianMixture.grid(3, dtype=torch.float64), wide(2, 5.0), 512),
         (HalfDisc(dtype=torch.float64), wide(), 256),
         (Exponential(dtype=torch.float64), dist.Gamma(number(2.0), number(0.7)), 256),
         (ManyWell(4, dtype=torch.float64), wide(8), 256),
     ],
-    ids=["double well", "from a Student law", "separated modes", "nine modes", "half-disc", "positive", "many wells"],
+    ids=[
+        "double well",
+        "from a Student law",
+        "separated modes",
+        "nine modes",
+        "half-disc",
+        "positive",
+        "many wells",
+    ],
 )
 def test_log_z_is_the_exact_one(energy: Energy, base: Energy, particles: int) -> None:
     result = tempered_smc(energy, base, HMC(num_steps=4), particles, islands=24, seed=1)
@@ -52,7 +67,9 @@ def test_log_z_is_the_exact_one(energy: Energy, base: Energy, particles: int) ->
     assert bool((result.betas.diff() > 0).all())
     assert bool((result.ess > 0.4 * particles).all())
     assert float(result.acceptance[-1]) > 0.5
-    assert math.isclose(float(result.log_weights.logsumexp(0)) - math.log(24 * particles), result.log_z)
+    assert math.isclose(
+        float(result.log_weights.logsumexp(0)) - math.log(24 * particles), result.log_z
+    )
     mean, se = result.expectation(lambda x: x)
     within_se(mean, energy.mean, se, what="mean")
 
@@ -71,7 +88,9 @@ def unbiased(seed: int = 3) -> SMCResult:
     """Islands of eight particles, where log Z is off by .1: their mean Z is not."""
     energy = DoubleWell(dtype=torch.float64)
     pilot = tempered_smc(energy, wide(), MALA(), 64, islands=16, moves=2, seed=seed)
-    return tempered_smc(energy, wide(), MALA(), 8, islands=8_000, moves=2, pilot=pilot, seed=seed + 1)
+    return tempered_smc(
+        energy, wide(), MALA(), 8, islands=8_000, moves=2, pilot=pilot, seed=seed + 1
+    )
 
 
 def test_z_is_unbiased_along_the_temperatures_of_a_pilot_and_log_z_low() -> None:
@@ -86,7 +105,10 @@ def test_z_is_unbiased_along_the_temperatures_of_a_pilot_and_log_z_low() -> None
 
 def test_the_standard_error_is_the_spread_of_repeated_runs() -> None:
     energy = DoubleWell(dtype=torch.float64)
-    runs = [tempered_smc(energy, wide(), MALA(), 64, islands=8, moves=2, seed=seed) for seed in range(40)]
+    runs = [
+        tempered_smc(energy, wide(), MALA(), 64, islands=8, moves=2, seed=seed)
+        for seed in range(40)
+    ]
     spread = torch.tensor([run.log_z for run in runs]).std()
     said = torch.tensor([run.log_z_se for run in runs]).square().mean().sqrt()
     within_se(said / spread, 1.0, math.sqrt(1 / (2 * 39) + 1 / (2 * 7 * 40)))
@@ -102,8 +124,14 @@ def assert_caught() -> None:
         within_se(ratio.mean(), 1.0, ratio.std() / math.sqrt(len(ratio)))
 
 
-def test_mutant_resampling_by_the_same_number_of_each_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(smc, "systematic", lambda weights, offset: torch.arange(weights.shape[1]).expand(weights.shape))
+def test_mutant_resampling_by_the_same_number_of_each_is_caught(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(
+        smc,
+        "systematic",
+        lambda weights, offset: torch.arange(weights.shape[1]).expand(weights.shape),
+    )
     assert_caught()
 
 
@@ -144,10 +172,17 @@ def test_systematic_resampling_keeps_the_whole_part_of_each_weight() -> None:
     assert (counts >= (50 * weights - 1e-9).floor()).all()
     assert (counts <= (50 * weights + 1e-9).floor() + 1).all()
     assert (counts[weights == 0] == 0).all()
-    many = systematic(weights[:1].expand(20_000, 50), torch.rand(20_000, generator=generator, dtype=torch.float64))
+    many = systematic(
+        weights[:1].expand(20_000, 50), torch.rand(20_000, generator=generator, dtype=torch.float64)
+    )
     counts = torch.stack([(many == j).sum(1) for j in range(50)], 1).double()
     kept = weights[0] > 1e-4
-    within_se(counts.mean(0)[kept], 50 * weights[0][kept], counts.std(0)[kept] / math.sqrt(20_000), what="mean count")
+    within_se(
+        counts.mean(0)[kept],
+        50 * weights[0][kept],
+        counts.std(0)[kept] / math.sqrt(20_000),
+        what="mean count",
+    )
 
 
 def test_a_distribution_as_an_energy() -> None:
@@ -165,7 +200,10 @@ def test_a_distribution_as_an_energy() -> None:
 
 
 def test_same_seed_same_particles() -> None:
-    a, b, c = (tempered_smc(DoubleWell(dtype=torch.float64), wide(), MALA(), 16, seed=seed) for seed in (0, 0, 1))
+    a, b, c = (
+        tempered_smc(DoubleWell(dtype=torch.float64), wide(), MALA(), 16, seed=seed)
+        for seed in (0, 0, 1)
+    )
     assert torch.equal(a.x, b.x)
     assert torch.equal(a.log_weights, b.log_weights)
     assert a.log_z != c.log_z
@@ -180,7 +218,9 @@ def test_one_island_has_no_standard_error() -> None:
 def test_islands_of_which_one_decides_have_no_standard_error() -> None:
     result = tempered_smc(DoubleWell(dtype=torch.float64), wide(), MALA(), 64, islands=16)
     uneven = torch.linspace(0.0, 40.0, 16, dtype=torch.float64)
-    one = dataclasses.replace(result, island_log_z=uneven, log_weights=result.log_weights + uneven.repeat_interleave(64))
+    one = dataclasses.replace(
+        result, island_log_z=uneven, log_weights=result.log_weights + uneven.repeat_interleave(64)
+    )
     assert math.isfinite(float(result.expectation(lambda x: x)[1]))
     assert float(one.expectation(lambda x: x)[1]) == math.inf
 
@@ -209,12 +249,23 @@ def test_energies_that_are_no_density_are_refused() -> None:
         ({"moves": 0}, "moves must be at least 1"),
         ({"target_ess": 1.0}, r"target_ess must be in \(0, 1\)"),
         ({"kernel": ULA()}, "ULA is not exact"),
-        ({"base": DoubleWell(dtype=torch.float64) * 0.5}, "base must be a distribution, or an Energy with exact draws"),
-        ({"base": Gaussian(torch.zeros(2, dtype=torch.float64))}, "reference must have the event_shape"),
+        (
+            {"base": DoubleWell(dtype=torch.float64) * 0.5},
+            "base must be a distribution, or an Energy with exact draws",
+        ),
+        (
+            {"base": Gaussian(torch.zeros(2, dtype=torch.float64))},
+            "reference must have the event_shape",
+        ),
         ({"energy": 3.0}, "energy must be a pyroebm.Energy"),
     ],
 )
 def test_bad_settings_are_refused(change: dict[str, object], message: str) -> None:
-    settings = {"energy": DoubleWell(dtype=torch.float64), "base": wide(), "kernel": MALA(), "num_particles": 16}
+    settings = {
+        "energy": DoubleWell(dtype=torch.float64),
+        "base": wide(),
+        "kernel": MALA(),
+        "num_particles": 16,
+    }
     with pytest.raises(ValueError, match=message):
         tempered_smc(**(settings | change))

@@ -1,4 +1,5 @@
-"""A step of training of the same additive flow in each library: a batch, the energy, reverse KL, its gradient, Adam."""
+"""A step of training of the same additive flow in each library: a batch, the energy, reverse KL,
+its gradient, Adam."""
 
 from __future__ import annotations
 
@@ -27,11 +28,16 @@ def _widths(inputs: int, outputs: int) -> list[tuple[int, int]]:
 def _net(inputs: int, outputs: int) -> nn.Sequential:
     """Linear layers with SiLU between them, as ours has them."""
     layers = [nn.Linear(*widths) for widths in _widths(inputs, outputs)]
-    return nn.Sequential(layers[0], *itertools.chain.from_iterable((nn.SiLU(), layer) for layer in layers[1:]))
+    return nn.Sequential(
+        layers[0], *itertools.chain.from_iterable((nn.SiLU(), layer) for layer in layers[1:])
+    )
 
 
-def bare(x: Tensor, layers: list[tuple[Tensor, Tensor]], grad: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """A conditioner at x and, where its output has the gradient ``grad``, that of x and of the weights, written out."""
+def bare(
+    x: Tensor, layers: list[tuple[Tensor, Tensor]], grad: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    """A conditioner at x and, where its output has the gradient ``grad``, that of x and of the
+    weights, written out."""
     inputs, sums = [x], []
     for k, (weight, bias) in enumerate(layers):
         sums.append(torch.addmm(bias, inputs[-1], weight.mT))
@@ -63,7 +69,9 @@ def ours(objective: type[ReverseKL], gradient: str, energy: Energy, batch: int) 
     """The public loop, with all that it looks after; a matrix and a shift at the end."""
     dim = energy.event_shape[0]
     flow, made = NICE(dim, COUPLINGS, HIDDEN), objective(gradient=gradient)
-    turns = fit_flow(flow, energy, made, steps=10**9, num_samples=batch, lr=LR, beta_start=1.0, progress=False)
+    turns = fit_flow(
+        flow, energy, made, steps=10**9, num_samples=batch, lr=LR, beta_start=1.0, progress=False
+    )
     return lambda: next(turns)
 
 
@@ -89,7 +97,9 @@ def with_normflows(score_fn: bool, fused: bool, energy: Energy, batch: int) -> S
     dim = energy.event_shape[0]
     modes = ("channel", "channel_inv")
     parts = [
-        nf.flows.AffineCouplingBlock(_net(dim // 2, dim - dim // 2), scale=False, split_mode=modes[k % 2])
+        nf.flows.AffineCouplingBlock(
+            _net(dim // 2, dim - dim // 2), scale=False, split_mode=modes[k % 2]
+        )
         for k in range(COUPLINGS)
     ]
     parts.append(nf.flows.AffineConstFlow((dim,)))
@@ -102,11 +112,17 @@ def with_zuko(fused: bool, energy: Energy, batch: int) -> Step:
 
     dim = energy.event_shape[0]
     flow = zuko.flows.NICE(
-        dim, transforms=COUPLINGS, hidden_features=HIDDEN, activation=nn.SiLU, univariate=zuko.transforms.AdditiveTransform,
+        dim,
+        transforms=COUPLINGS,
+        hidden_features=HIDDEN,
+        activation=nn.SiLU,
+        univariate=zuko.transforms.AdditiveTransform,
         shapes=((),),
-    )  # fmt: skip
+    )
     scaled = zuko.flows.UnconditionalTransform(
-        lambda shift, scale: zuko.transforms.DependentTransform(zuko.transforms.MonotonicAffineTransform(shift, scale), 1),
+        lambda shift, scale: zuko.transforms.DependentTransform(
+            zuko.transforms.MonotonicAffineTransform(shift, scale), 1
+        ),
         torch.zeros(dim),
         torch.zeros(dim),
     )
@@ -163,16 +179,29 @@ def with_pyro(energy: Energy, batch: int) -> Step:
     return svi.step
 
 
-#: Library, what of it, how a step is made of an energy and the size of a batch; the limit comes first.
+#: Library, what of it, how a step is made of an energy and the size of a batch; the limit comes
+#: first.
 CONTESTANTS: tuple[tuple[str, str, Callable[[Energy, int], Step]], ...] = (
     ("torch", "products and activations alone", products),
     ("pyroebm", "NICE, path gradient", functools.partial(ours, ReverseKL, "stl")),
     ("pyroebm", "NICE, total gradient", functools.partial(ours, ReverseKL, "total")),
     ("pyroebm", "NICE, compiled, path gradient", functools.partial(ours, CompiledKL, "stl")),
     ("pyroebm", "NICE, compiled, total gradient", functools.partial(ours, CompiledKL, "total")),
-    ("normflows", "AffineCouplingBlock, reverse_kld without score", functools.partial(with_normflows, False, False)),
-    ("normflows", "AffineCouplingBlock, reverse_kld", functools.partial(with_normflows, True, False)),
-    ("normflows", "AffineCouplingBlock, reverse_kld, fused Adam", functools.partial(with_normflows, True, True)),
+    (
+        "normflows",
+        "AffineCouplingBlock, reverse_kld without score",
+        functools.partial(with_normflows, False, False),
+    ),
+    (
+        "normflows",
+        "AffineCouplingBlock, reverse_kld",
+        functools.partial(with_normflows, True, False),
+    ),
+    (
+        "normflows",
+        "AffineCouplingBlock, reverse_kld, fused Adam",
+        functools.partial(with_normflows, True, True),
+    ),
     ("zuko", "NICE, additive", functools.partial(with_zuko, False)),
     ("zuko", "NICE, additive, fused Adam", functools.partial(with_zuko, True)),
     ("pyro", "SVI, AutoNormalizingFlow of AffineCoupling", with_pyro),

@@ -1,6 +1,8 @@
-"""The cases: data, starting states, and quantities whose means are known exactly. NumPy alone, so that every library shares them.
+"""The cases: data, starting states, and quantities whose means are known exactly. NumPy alone, so
+that every library shares them.
 
-Draws come as ``(chains, draws, dim)`` in one order of coordinates for all libraries, scales on their positive axis.
+Draws come as ``(chains, draws, dim)`` in one order of coordinates for all libraries, scales on
+their positive axis.
 """
 
 from __future__ import annotations
@@ -12,10 +14,18 @@ from math import prod
 
 import numpy as np
 
-__all__ = ["CASES", "Case", "eight_schools_data", "eight_schools_truth", "logistic_data", "net_weights"]
+__all__ = [
+    "CASES",
+    "Case",
+    "eight_schools_data",
+    "eight_schools_truth",
+    "logistic_data",
+    "net_weights",
+]
 
 Array = np.ndarray
-CONFINEMENT = 1.5  # of the net: E(x) = f(x) + |x|^2 / (2 * 1.5^2), which normalises since f grows linearly
+# of the net: E(x) = f(x) + |x|^2 / (2 * 1.5^2), which normalises since f grows linearly
+CONFINEMENT = 1.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,18 +54,24 @@ class Case:
         return sum(prod(shape) for shape in self.sites.values())
 
     def starts(self, chains: int, seed: int) -> Array:
-        """Uniform on (-2, 2) in unconstrained coordinates, as Pyro and NumPyro start: ``(chains, dim)``."""
+        """Uniform on (-2, 2) in unconstrained coordinates, as Pyro and NumPyro start: ``(chains,
+        dim)``."""
         return np.random.default_rng([seed, chains]).uniform(-2.0, 2.0, (chains, self.dim))
 
     def split(self, flat: Array) -> dict[str, Array]:
         """``(*batch, dim)`` to one array for each site, ``(*batch, *shape)``."""
         sizes = [prod(shape) for shape in self.sites.values()]
         parts = np.split(flat, np.cumsum(sizes)[:-1], axis=-1)
-        return {n: p.reshape((*flat.shape[:-1], *s)) for (n, s), p in zip(self.sites.items(), parts, strict=True)}
+        return {
+            n: p.reshape((*flat.shape[:-1], *s))
+            for (n, s), p in zip(self.sites.items(), parts, strict=True)
+        }
 
     def join(self, samples: Mapping[str, Array]) -> Array:
         """One array for each site, ``(chains, draws, *shape)``, to ``(chains, draws, dim)``."""
-        return np.concatenate([np.asarray(samples[n]).reshape(*samples[n].shape[:2], -1) for n in self.sites], axis=-1)
+        return np.concatenate(
+            [np.asarray(samples[n]).reshape(*samples[n].shape[:2], -1) for n in self.sites], axis=-1
+        )
 
 
 SCALES = np.logspace(-1.0, 1.0, 50)
@@ -67,29 +83,37 @@ def _first_and_second_moments(draws: Array) -> Array:
 
 def _funnel_whitened(draws: Array) -> Array:
     theta, rest = draws[..., :1], draws[..., 1:]
-    return _first_and_second_moments(np.concatenate([theta / 3.0, rest * np.exp(-theta / 2.0)], axis=-1))
+    return _first_and_second_moments(
+        np.concatenate([theta / 3.0, rest * np.exp(-theta / 2.0)], axis=-1)
+    )
 
 
 @cache
 def eight_schools_data() -> tuple[Array, Array]:
     """Estimated effects and their standard errors (Rubin, 1981)."""
-    return np.array([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0]), np.array([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
+    return np.array([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0]), np.array(
+        [15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0]
+    )
 
 
-def _effects(draws: Array) -> Array:  # mu, tau, theta_1, ..., theta_8 from the non-centred coordinates
+# mu, tau, theta_1, ..., theta_8 from the non-centred coordinates
+def _effects(draws: Array) -> Array:
     mu, tau, eta = draws[..., :1], draws[..., 1:2], draws[..., 2:]
     return np.concatenate([mu, tau, mu + tau * eta], axis=-1)
 
 
 def eight_schools_truth() -> Array:
-    """Posterior means of mu, tau and the effects: given tau all is normal, and one quadrature over log tau is left."""
+    """Posterior means of mu, tau and the effects: given tau all is normal, and one quadrature over
+    log tau is left."""
     y, sigma = eight_schools_data()
     log_tau = np.linspace(-15.0, 12.0, 20_001)
     tau = np.exp(log_tau)
     variance = sigma**2 + tau[:, None] ** 2
     precision = 1.0 / 25.0 + (1.0 / variance).sum(-1)
     mu = (y / variance).sum(-1) / precision
-    log_weight = -0.5 * (np.log(variance).sum(-1) + np.log(precision) + (y**2 / variance).sum(-1) - precision * mu**2)
+    log_weight = -0.5 * (
+        np.log(variance).sum(-1) + np.log(precision) + (y**2 / variance).sum(-1) - precision * mu**2
+    )
     log_weight += log_tau - np.log1p((tau / 5.0) ** 2)
     weight = np.exp(log_weight - log_weight.max())
     theta = (y * tau[:, None] ** 2 + mu[:, None] * sigma**2) / variance
@@ -98,14 +122,16 @@ def eight_schools_truth() -> Array:
 
 @cache
 def logistic_data() -> tuple[Array, Array]:
-    """Covariates ``(1000, 25)`` and labels ``(1000,)`` of a logistic regression whose coefficients come from its prior."""
+    """Covariates ``(1000, 25)`` and labels ``(1000,)`` of a logistic regression whose coefficients
+    come from its prior."""
     rng = np.random.default_rng(0)
     x, beta = rng.standard_normal((1000, 25)), rng.standard_normal(25)
     return x, (rng.uniform(size=1000) < 1.0 / (1.0 + np.exp(-x @ beta))).astype(np.float64)
 
 
 def _stein(draws: Array) -> Array:
-    """The gradient of U, with mean 0, and x . grad U, with mean d: exact for every density that decays (Stein's identity)."""
+    """The gradient of U, with mean 0, and x . grad U, with mean d: exact for every density that
+    decays (Stein's identity)."""
     x, y = logistic_data()
     found = []
     for chain in draws:
@@ -117,8 +143,8 @@ def _stein(draws: Array) -> Array:
 
 @cache
 def net_weights() -> list[tuple[Array, Array]]:
-    """Weights (standard deviation gain / sqrt(fan in)) and biases (gain) of a 2-128-128-1 network: a skewed, peaked mode and a
-    shoulder beside it."""
+    """Weights (standard deviation gain / sqrt(fan in)) and biases (gain) of a 2-128-128-1 network:
+    a skewed, peaked mode and a shoulder beside it."""
     rng, widths, gains = np.random.default_rng(3), (2, 128, 128, 1), (3.0, 2.0, 1.0)
     return [
         (gain * rng.standard_normal((out, into)) / np.sqrt(into), gain * rng.standard_normal(out))
@@ -136,11 +162,14 @@ def net_energy(x: Array) -> Array:
 
 
 def _net_truth() -> Array:
-    """By quadrature: the trapezoidal rule on a wide grid is exact to rounding for a smooth density that decays."""
+    """By quadrature: the trapezoidal rule on a wide grid is exact to rounding for a smooth density
+    that decays."""
     axis = np.linspace(-20.0, 20.0, 401)
     grid = np.stack(np.meshgrid(axis, axis, indexing="ij"), -1).reshape(-1, 2)
     energy = net_energy(grid)
-    return np.average(_first_and_second_moments(grid), axis=0, weights=np.exp(energy.min() - energy))
+    return np.average(
+        _first_and_second_moments(grid), axis=0, weights=np.exp(energy.min() - energy)
+    )
 
 
 CASES = {
@@ -169,7 +198,13 @@ CASES = {
             lambda: np.append(np.zeros(25), 25.0),
             is_model=True,
         ),
-        Case("funnel", "Funnel, d = 10, variance 9", {"x": (10,)}, _funnel_whitened, lambda: np.repeat([0.0, 1.0], 10)),
+        Case(
+            "funnel",
+            "Funnel, d = 10, variance 9",
+            {"x": (10,)},
+            _funnel_whitened,
+            lambda: np.repeat([0.0, 1.0], 10),
+        ),
         Case("net", "2-128-128-1 SiLU net", {"x": (2,)}, _first_and_second_moments, _net_truth),
     )
 }

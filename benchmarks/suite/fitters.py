@@ -1,8 +1,10 @@
-"""Flows as each library has them for a density, and how it trains them: reverse KL unless a row says otherwise.
+"""Flows as each library has them for a density, and how it trains them: reverse KL unless a row
+says otherwise.
 
-All are given the same: batches of :data:`BATCH` draws, Adam whose step size falls to 0 along a half cosine, an inverse
-temperature that rises from 0.1 to 1 over the first 40 % of the steps, gradients clipped to a norm of 100, a scale for the initial
-draws. Steps that are not finite are skipped, but by Pyro's SVI, which knows no such thing.
+All are given the same: batches of :data:`BATCH` draws, Adam whose step size falls to 0 along a half
+cosine, an inverse temperature that rises from 0.1 to 1 over the first 40 % of the steps, gradients
+clipped to a norm of 100, a scale for the initial draws. Steps that are not finite are skipped, but
+by Pyro's SVI, which knows no such thing.
 """
 
 from __future__ import annotations
@@ -18,7 +20,13 @@ from torch import Tensor, nn
 
 from benchmarks.suite.flow_cases import Counted
 from pyroebm.flows import AutoregressiveFlow, Flow, RealNVP, RedundantNICE, SplineFlow, Symmetrized
-from pyroebm.objectives import AlphaBootstrap, AnnealedReweighting, ReverseKL, SymmetrizedKL, fit_flow
+from pyroebm.objectives import (
+    AlphaBootstrap,
+    AnnealedReweighting,
+    ReverseKL,
+    SymmetrizedKL,
+    fit_flow,
+)
 
 __all__ = ["BATCH", "FITTERS", "Fitter", "Training"]
 
@@ -42,14 +50,35 @@ def temperature(step: int, steps: int) -> float:
     return min(1.0, 0.1 + 0.9 * step / (0.4 * steps))
 
 
-def ours(make: Callable[[int, float], Flow], objective: Callable[[], Any], energy: Counted, scale: float, steps: int) -> Training:
+def ours(
+    make: Callable[[int, float], Flow],
+    objective: Callable[[], Any],
+    energy: Counted,
+    scale: float,
+    steps: int,
+) -> Training:
     flow = make(energy.event_shape[0], scale)
     trained, target = objective(), flow.extend(energy)
-    begin = 1.0 if isinstance(trained, AlphaBootstrap) else 0.02 if isinstance(trained, AnnealedReweighting) else 0.1
+    begin = (
+        1.0
+        if isinstance(trained, AlphaBootstrap)
+        else 0.02
+        if isinstance(trained, AnnealedReweighting)
+        else 0.1
+    )
     turns = fit_flow(
-        flow, energy, trained, steps=steps, num_samples=BATCH, lr=LR, beta_start=begin, max_grad_norm=CLIP, on_nonfinite="skip",
-        progress=False, seed=torch.initial_seed(),
-    )  # fmt: skip
+        flow,
+        energy,
+        trained,
+        steps=steps,
+        num_samples=BATCH,
+        lr=LR,
+        beta_start=begin,
+        max_grad_norm=CLIP,
+        on_nonfinite="skip",
+        progress=False,
+        seed=torch.initial_seed(),
+    )
 
     def draw(n: int) -> tuple[Tensor, Tensor]:
         xy, log_q = flow.push(flow.draw_noise(n))
@@ -63,9 +92,13 @@ def ours(make: Callable[[int, float], Flow], objective: Callable[[], Any], energ
 
 
 def _by_hand(
-    parameters: list[Tensor], loss: Callable[[float], Tensor], draw: Callable[[int], tuple[Tensor, Tensor]],
-    log_q: Callable[[Tensor], Tensor], energy: Counted, steps: int,
-) -> Training:  # fmt: skip
+    parameters: list[Tensor],
+    loss: Callable[[float], Tensor],
+    draw: Callable[[int], tuple[Tensor, Tensor]],
+    log_q: Callable[[Tensor], Tensor],
+    energy: Counted,
+    steps: int,
+) -> Training:
     """The loop that the pages of normflows and zuko write out."""
     optimizer = torch.optim.Adam(parameters, lr=LR)
     falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -89,8 +122,11 @@ def _by_hand(
     return Training(step, weighed, lambda x: -energy(x) - log_q(x))
 
 
-def with_normflows(splines: bool, alpha: bool, energy: Counted, scale: float, steps: int) -> Training:
-    """RealNVP as its README has it, with as many layers as ours; or coupled rational-quadratic splines and LU layers."""
+def with_normflows(
+    splines: bool, alpha: bool, energy: Counted, scale: float, steps: int
+) -> Training:
+    """RealNVP as its README has it, with as many layers as ours; or coupled rational-quadratic
+    splines and LU layers."""
     import normflows as nf
 
     class Law(nf.distributions.Target):  # type: ignore[misc]
@@ -100,7 +136,11 @@ def with_normflows(splines: bool, alpha: bool, energy: Counted, scale: float, st
     dim, parts = energy.event_shape[0], list[Any]()
     for k in range(6 if not splines else 4):
         if dim == 1:
-            parts.append(nf.flows.AutoregressiveRationalQuadraticSpline(1, 1, HIDDEN[0], num_bins=8, tail_bound=5))
+            parts.append(
+                nf.flows.AutoregressiveRationalQuadraticSpline(
+                    1, 1, HIDDEN[0], num_bins=8, tail_bound=5
+                )
+            )
         elif splines:
             layer = nf.flows.CoupledRationalQuadraticSpline(
                 dim, 1, HIDDEN[0], num_bins=8, tail_bound=5.0, reverse_mask=bool(k % 2)
@@ -111,17 +151,24 @@ def with_normflows(splines: bool, alpha: bool, energy: Counted, scale: float, st
             parts += [nf.flows.AffineCouplingBlock(net), nf.flows.Permute(dim, mode="swap")]
     last = nf.flows.AffineConstFlow((dim,))
     nn.init.constant_(last.s, math.log(scale))
-    model = nf.NormalizingFlow(nf.distributions.DiagGaussian(dim, trainable=False), [*parts, last], Law())
+    model = nf.NormalizingFlow(
+        nf.distributions.DiagGaussian(dim, trainable=False), [*parts, last], Law()
+    )
 
     def loss(beta: float) -> Tensor:
-        value: Tensor = model.reverse_alpha_div(BATCH, alpha=2, dreg=True) if alpha else model.reverse_kld(BATCH, beta=beta)
+        value: Tensor = (
+            model.reverse_alpha_div(BATCH, alpha=2, dreg=True)
+            if alpha
+            else model.reverse_kld(BATCH, beta=beta)
+        )
         return value
 
     return _by_hand(list(model.parameters()), loss, model.sample, model.log_prob, energy, steps)
 
 
 def with_zuko(splines: bool, energy: Counted, scale: float, steps: int) -> Training:
-    """Its NSF or MAF, inverted so that draws are fast, as its page on training from an energy has it."""
+    """Its NSF or MAF, inverted so that draws are fast, as its page on training from an energy has
+    it."""
     import zuko
 
     dim = energy.event_shape[0]
@@ -144,7 +191,9 @@ def with_zuko(splines: bool, energy: Counted, scale: float, steps: int) -> Train
         x, log_q = draw(BATCH)
         return (log_q + beta * energy(x)).mean()
 
-    return _by_hand(list(flow.parameters()), loss, draw, lambda x: flow().log_prob(x), energy, steps)
+    return _by_hand(
+        list(flow.parameters()), loss, draw, lambda x: flow().log_prob(x), energy, steps
+    )
 
 
 def with_pyro(what: str, energy: Counted, scale: float, steps: int) -> Training:
@@ -162,14 +211,20 @@ def with_pyro(what: str, energy: Counted, scale: float, steps: int) -> Training:
         pyro.factor("energy", -temperature(done, steps) * energy(x))
 
     def splines(size: int) -> Any:
-        parts: list[Any] = [dist.transforms.Spline(1, count_bins=8, bound=5.0) for _ in range(4)] if size == 1 else []
+        parts: list[Any] = (
+            [dist.transforms.Spline(1, count_bins=8, bound=5.0) for _ in range(4)]
+            if size == 1
+            else []
+        )
         for _ in range(4 if size > 1 else 0):
             order = torch.randperm(size)
             parts += [
                 dist.transforms.spline_coupling(size, hidden_dims=list(HIDDEN), bound=5.0),
                 dist.transforms.Permute(order if size > 2 else torch.tensor([1, 0])),
             ]
-        return dist.transforms.ComposeTransformModule([*parts, dist.transforms.AffineTransform(0.0, scale, event_dim=1)])
+        return dist.transforms.ComposeTransformModule(
+            [*parts, dist.transforms.AffineTransform(0.0, scale, event_dim=1)]
+        )
 
     pyro.clear_param_store()
     makers: dict[str, Callable[[], Any]] = {
@@ -180,7 +235,12 @@ def with_pyro(what: str, energy: Counted, scale: float, steps: int) -> Training:
     guide = makers[what]()
     options = {"optimizer": torch.optim.Adam, "optim_args": {"lr": LR}, "T_max": steps}
     optimizer = pyro.optim.CosineAnnealingLR(options, {"clip_norm": CLIP})
-    svi = SVI(model, guide, optimizer, Trace_ELBO(num_particles=BATCH, vectorize_particles=True, max_plate_nesting=0))
+    svi = SVI(
+        model,
+        guide,
+        optimizer,
+        Trace_ELBO(num_particles=BATCH, vectorize_particles=True, max_plate_nesting=0),
+    )
 
     def step() -> None:
         nonlocal done
@@ -201,7 +261,9 @@ def _couplings(dim: int, scale: float) -> Flow:
 
 
 def _autoregressive(dim: int, scale: float) -> Flow:
-    return AutoregressiveFlow(dim, layers=2, hidden=(32, 32), scale=scale, seed=torch.initial_seed())
+    return AutoregressiveFlow(
+        dim, layers=2, hidden=(32, 32), scale=scale, seed=torch.initial_seed()
+    )
 
 
 def _splines(dim: int, scale: float) -> Flow:
@@ -209,7 +271,14 @@ def _splines(dim: int, scale: float) -> Flow:
 
 
 def _fine_splines(dim: int, scale: float) -> Flow:
-    return SplineFlow(dim, layers=min(dim, 2), bins=16, scale=scale, autoregressive=dim > 1, seed=torch.initial_seed())
+    return SplineFlow(
+        dim,
+        layers=min(dim, 2),
+        bins=16,
+        scale=scale,
+        autoregressive=dim > 1,
+        seed=torch.initial_seed(),
+    )
 
 
 def _narrow_splines(dim: int, scale: float) -> Flow:
@@ -218,15 +287,21 @@ def _narrow_splines(dim: int, scale: float) -> Flow:
 
 
 def _even(dim: int, scale: float) -> Flow:
-    return Symmetrized(RealNVP(dim, scale=scale, seed=torch.initial_seed()), torch.stack([torch.eye(dim), -torch.eye(dim)]))
+    return Symmetrized(
+        RealNVP(dim, scale=scale, seed=torch.initial_seed()),
+        torch.stack([torch.eye(dim), -torch.eye(dim)]),
+    )
 
 
-# where a step of the path gradient costs twice that of the total one, or more, short trainings are better off without
+# where a step of the path gradient costs twice that of the total one, or more, short trainings are
+# better off without
 _total = functools.partial(ReverseKL, gradient="total")
 _OURS: dict[str, dict[str, Fitter]] = {
     "double well": {
         "RedundantNICE, D = 2": functools.partial(
-            ours, lambda dim, scale: RedundantNICE(dim, dim + 1, seed=torch.initial_seed()), ReverseKL
+            ours,
+            lambda dim, scale: RedundantNICE(dim, dim + 1, seed=torch.initial_seed()),
+            ReverseKL,
         ),
         "SplineFlow, 16 bins": functools.partial(ours, _fine_splines, _total),
     },
@@ -236,7 +311,9 @@ _OURS: dict[str, dict[str, Fitter]] = {
     },
     "grid": {
         "SplineFlow, 16 bins, autoregressive": functools.partial(ours, _fine_splines, _total),
-        "SplineFlow, 16 bins, AnnealedReweighting": functools.partial(ours, _narrow_splines, AnnealedReweighting),
+        "SplineFlow, 16 bins, AnnealedReweighting": functools.partial(
+            ours, _narrow_splines, AnnealedReweighting
+        ),
     },
     "funnel flow": {
         "RealNVP": functools.partial(ours, _couplings, ReverseKL),
@@ -251,15 +328,21 @@ _OURS: dict[str, dict[str, Fitter]] = {
 
 
 def _peers(case: str) -> dict[tuple[str, str], Fitter]:
-    found: dict[tuple[str, str], Fitter] = {("normflows", "NSF"): functools.partial(with_normflows, True, False)}
+    found: dict[tuple[str, str], Fitter] = {
+        ("normflows", "NSF"): functools.partial(with_normflows, True, False)
+    }
     found["zuko", "NSF"] = functools.partial(with_zuko, True)
-    found["pyro", "AutoNormalizingFlow of splines"] = functools.partial(with_pyro, "AutoNormalizingFlow")
+    found["pyro", "AutoNormalizingFlow of splines"] = functools.partial(
+        with_pyro, "AutoNormalizingFlow"
+    )
     if case != "double well":  # affine maps of one entry are normal laws
         found["normflows", "RealNVP"] = functools.partial(with_normflows, False, False)
         found["zuko", "MAF"] = functools.partial(with_zuko, False)
         found["pyro", "AutoIAFNormal"] = functools.partial(with_pyro, "AutoIAFNormal")
     if case in ("many-well", "grid"):
-        found["normflows", "RealNVP, reverse_alpha_div"] = functools.partial(with_normflows, False, True)
+        found["normflows", "RealNVP, reverse_alpha_div"] = functools.partial(
+            with_normflows, False, True
+        )
     found["pyro", "AutoMultivariateNormal"] = functools.partial(with_pyro, "AutoMultivariateNormal")
     return dict(sorted(found.items()))
 

@@ -1,4 +1,5 @@
-"""Densities that flows are fitted to, and one judge for all flows: what their draws are worth as weighted ones."""
+"""Densities that flows are fitted to, and one judge for all flows: what their draws are worth as
+weighted ones."""
 
 from __future__ import annotations
 
@@ -62,7 +63,8 @@ def judge(
     n: int,
     batch: int = 10_000,
 ) -> dict[str, float]:
-    """:data:`METRICS` of a flow; a number that cannot be known is left out, one of draws that are not finite is NaN.
+    """:data:`METRICS` of a flow; a number that cannot be known is left out, one of draws that are
+    not finite is NaN.
 
     Args:
         energy: the target.
@@ -74,7 +76,10 @@ def judge(
     sizes = [batch] * (n // batch) + [n % batch] * (n % batch > 0)
     with torch.no_grad():
         parts = [draw(size) for size in sizes]
-        x, log_w = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts]).double()
+        x, log_w = (
+            torch.cat([part[0] for part in parts]),
+            torch.cat([part[1] for part in parts]).double(),
+        )
         found = dict.fromkeys(METRICS[:3], math.nan)
         if bool(torch.isfinite(x).all() and (log_w < math.inf).all() and (log_w > -math.inf).any()):
             ratio = (log_w - log_w.max()).exp()
@@ -85,7 +90,9 @@ def judge(
         if energy.has_exact_draws:
             exact = energy.sample(n, torch.Generator().manual_seed(0)).reshape(n, -1)
             log_w = torch.cat([log_weights(rows) for rows in exact.split(batch)]).double()
-            found["forward_ess"] = math.exp(2.0 * math.log(n) - float(log_w.logsumexp(0)) - float((-log_w).logsumexp(0)))
+            found["forward_ess"] = math.exp(
+                2.0 * math.log(n) - float(log_w.logsumexp(0)) - float((-log_w).logsumexp(0))
+            )
             found["eubo_gap"] = float(log_w.mean()) - energy.log_z
         weights = energy.mode_weights
         if weights is not None:

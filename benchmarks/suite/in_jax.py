@@ -49,7 +49,13 @@ def _logistic(beta: Array) -> Array:
 
 def log_density(name: str) -> Callable[[Array], Array]:
     """A case's log density, constants left out: unconstrained ``(dim,) -> ()``."""
-    return {"normal": _normal, "funnel": _funnel, "net": _net, "eight_schools": _eight_schools, "logistic": _logistic}[name]
+    return {
+        "normal": _normal,
+        "funnel": _funnel,
+        "net": _net,
+        "eight_schools": _eight_schools,
+        "logistic": _logistic,
+    }[name]
 
 
 def constrain(name: str, draws: np.ndarray) -> np.ndarray:
@@ -76,7 +82,8 @@ def model(name: str) -> tuple[Callable[..., None], tuple[np.ndarray, ...]]:
         with numpyro.plate("data", len(y)):
             numpyro.sample("obs", dist.Bernoulli(logits=x @ beta), obs=y)
 
-    function, data = {"eight_schools": (eight_schools, cases.eight_schools_data), "logistic": (logistic, cases.logistic_data)}[
-        name
-    ]
+    function, data = {
+        "eight_schools": (eight_schools, cases.eight_schools_data),
+        "logistic": (logistic, cases.logistic_data),
+    }[name]
     return function, data()

@@ -18,14 +18,17 @@ __all__ = ["NetEnergy", "energy", "model"]
 
 
 class NetEnergy(Energy):
-    """A network's output plus a quadratic confinement, with the weights of :func:`benchmarks.suite.cases.net_weights`."""
+    """A network's output plus a quadratic confinement, with the weights of
+    :func:`benchmarks.suite.cases.net_weights`."""
 
     def __init__(self) -> None:
         super().__init__((2,))
         layers: list[nn.Module] = []
         for weight, bias in cases.net_weights():
             linear = nn.Linear(weight.shape[1], weight.shape[0], dtype=torch.float64)
-            linear.load_state_dict({"weight": torch.as_tensor(weight), "bias": torch.as_tensor(bias)})
+            linear.load_state_dict(
+                {"weight": torch.as_tensor(weight), "bias": torch.as_tensor(bias)}
+            )
             layers += [linear, nn.SiLU()]
         self.net = nn.Sequential(*layers[:-1]).requires_grad_(False)
 
@@ -49,9 +52,10 @@ def logistic(x: Tensor, y: Tensor) -> None:
 
 def model(name: str) -> tuple[Callable[..., None], tuple[Tensor, ...]]:
     """A case as a Pyro model and its arguments."""
-    function, data = {"eight_schools": (eight_schools, cases.eight_schools_data), "logistic": (logistic, cases.logistic_data)}[
-        name
-    ]
+    function, data = {
+        "eight_schools": (eight_schools, cases.eight_schools_data),
+        "logistic": (logistic, cases.logistic_data),
+    }[name]
     return function, tuple(torch.as_tensor(array) for array in data())
 
 

@@ -1,4 +1,5 @@
-"""What our samplers stand on: the cost of a bare gradient, and of a leapfrog step as chains and dimensions grow."""
+"""What our samplers stand on: the cost of a bare gradient, and of a leapfrog step as chains and
+dimensions grow."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ __all__ = ["chains_curve", "dimension_curve", "gradient_rows"]
 
 
 def _microseconds(call: Callable[[], Any], repeats: int, seconds: float) -> list[float]:
-    """Time of one call, from ``repeats`` blocks of calls of about ``seconds`` each; the first calls compile and are not timed."""
+    """Time of one call, from ``repeats`` blocks of calls of about ``seconds`` each; the first calls
+    compile and are not timed."""
     for _ in range(3):
         call()
     begin = time.perf_counter()
@@ -42,13 +44,18 @@ def _gradient(energy: Energy, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def gradient_rows(job: Job) -> list[Row]:
-    """Microseconds for the energies and gradients of a batch: the limit of every sampler on this energy."""
+    """Microseconds for the energies and gradients of a batch: the limit of every sampler on this
+    energy."""
     target, rows = energy(job.case), []
     for chains in (1, 256):
         x = torch.as_tensor(CASES[job.case].starts(chains, 0))
         for mode, view in (("eager", target), ("compiled", Compiled(target))):
-            torch.testing.assert_close(fused(_gradient, view, x), unchecked_value_and_grad(target, x))
-            values = _microseconds(lambda view=view, x=x: fused(_gradient, view, x), job.repeats, job.budget / 1000)
+            torch.testing.assert_close(
+                fused(_gradient, view, x), unchecked_value_and_grad(target, x)
+            )
+            values = _microseconds(
+                lambda view=view, x=x: fused(_gradient, view, x), job.repeats, job.budget / 1000
+            )
             settings = job.settings(job.repeats) | {"chains": chains, "mode": mode}
             rows.append(row(job.case, job.library, "gradient_us", values, settings))
     return rows
@@ -61,11 +68,18 @@ def _leapfrog_row(job: Job, dim: int, chains: int) -> Row:
         _, _, seconds, gradients = clocked_run(job, target, chains, starts, seed)
         values.append(seconds / gradients * 1e6)
     # The first may have compiled what its warm-up did not need.
-    return row(job.case, job.library, "leapfrog_us", values[1:], job.settings(job.repeats) | {"chains": chains, "dim": dim})
+    return row(
+        job.case,
+        job.library,
+        "leapfrog_us",
+        values[1:],
+        job.settings(job.repeats) | {"chains": chains, "dim": dim},
+    )
 
 
 def chains_curve(job: Job) -> list[Row]:
-    """Microseconds for one leapfrog step of one chain of NUTS on the normal, from one chain to 4,096."""
+    """Microseconds for one leapfrog step of one chain of NUTS on the normal, from one chain to
+    4,096."""
     return [_leapfrog_row(job, 50, 4**k) for k in range(7)]
 
 

@@ -1,4 +1,5 @@
-"""From runs to rows: how a sampler is timed, what its draws are worth, and whether they are right."""
+"""From runs to rows: how a sampler is timed, what its draws are worth, and whether they are
+right."""
 
 from __future__ import annotations
 
@@ -45,8 +46,18 @@ class Job:
 
     def settings(self, repeats: int) -> dict[str, Any]:
         """What a row says of how it was measured."""
-        own = {k: v for k, v in dataclasses.asdict(self).items() if k not in ("case", "library", "budget", "options")}
-        return own | {"repeats": repeats, "dtype": "float64", "threads": 1, "statistic": "median, [min, max]", **self.options}
+        own = {
+            k: v
+            for k, v in dataclasses.asdict(self).items()
+            if k not in ("case", "library", "budget", "options")
+        }
+        return own | {
+            "repeats": repeats,
+            "dtype": "float64",
+            "threads": 1,
+            "statistic": "median, [min, max]",
+            **self.options,
+        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +67,8 @@ class Run:
     Args:
         draws: in the coordinates of the case, ``(chains, draws, dim)``.
         warmup_seconds, sampling_seconds: wall time of the two phases.
-        gradients: gradient evaluations while sampling, summed over chains; a chain that waits for others has none.
+        gradients: gradient evaluations while sampling, summed over chains; a chain that waits for
+            others has none.
     """
 
     draws: np.ndarray
@@ -70,29 +82,39 @@ class Run:
         return self.warmup_seconds + self.sampling_seconds
 
 
-def time_runs(run: Callable[[int], Run], repeats: int, budget: float, compiles: bool) -> tuple[list[Run], float | None]:
-    """Runs of seeds 1, 2, ..., and what the first call of seed 0 took beyond their median: the time to compile.
+def time_runs(
+    run: Callable[[int], Run], repeats: int, budget: float, compiles: bool
+) -> tuple[list[Run], float | None]:
+    """Runs of seeds 1, 2, ..., and what the first call of seed 0 took beyond their median: the time
+    to compile.
 
-    The next run begins only while the budget lasts for one more like the last one; at least one is made.
+    The next run begins only while the budget lasts for one more like the last one; at least one is
+    made.
 
     Args:
         run: from a seed to a run.
         repeats: most runs.
         budget: seconds for all of them.
-        compiles: whether a first call is to be thrown away; None stands for its compile time otherwise.
+        compiles: whether a first call is to be thrown away; None stands for its compile time
+            otherwise.
     """
     began = time.perf_counter()
     first = run(0).seconds if compiles else None
     runs: list[Run] = []
-    while len(runs) < repeats and (not runs or time.perf_counter() - began + runs[-1].seconds < budget):
+    while len(runs) < repeats and (
+        not runs or time.perf_counter() - began + runs[-1].seconds < budget
+    ):
         runs.append(run(len(runs) + 1))
     return runs, None if first is None else first - float(np.median([r.seconds for r in runs]))
 
 
 def worst_z(case: Case, draws: np.ndarray) -> float:
-    """Largest error of a mean whose truth is known, in Monte Carlo standard errors (Vehtari et al., 2021)."""
+    """Largest error of a mean whose truth is known, in Monte Carlo standard errors (Vehtari et al.,
+    2021)."""
     quantities = case.quantities(draws)
-    return float(np.max(np.abs(quantities.mean((0, 1)) - case.truth()) / diagnostics.mcse_mean(quantities)))
+    return float(
+        np.max(np.abs(quantities.mean((0, 1)) - case.truth()) / diagnostics.mcse_mean(quantities))
+    )
 
 
 def row(case: str, library: str, metric: str, values: list[float], settings: dict[str, Any]) -> Row:
@@ -117,7 +139,9 @@ def sampler_rows(job: Job, case: Case, runs: list[Run], compile_seconds: float |
     columns = {
         "ess_per_second": [e / r.sampling_seconds for e, r in zip(ess, runs, strict=True)],
         "ess_per_second_with_warmup": [e / r.seconds for e, r in zip(ess, runs, strict=True)],
-        "ess_per_second_with_compile": [e / (r.seconds + compiling) for e, r in zip(ess, runs, strict=True)],
+        "ess_per_second_with_compile": [
+            e / (r.seconds + compiling) for e, r in zip(ess, runs, strict=True)
+        ],
         "ess_per_gradient": [e / r.gradients for e, r in zip(ess, runs, strict=True)],
         "worst_z": [worst_z(case, r.draws) for r in runs],
         "min_ess": ess,
@@ -128,4 +152,6 @@ def sampler_rows(job: Job, case: Case, runs: list[Run], compile_seconds: float |
     if compile_seconds is not None:
         columns["compile_seconds"] = [compile_seconds]
     settings = job.settings(len(runs))
-    return [row(job.case, job.library, metric, values, settings) for metric, values in columns.items()]
+    return [
+        row(job.case, job.library, metric, values, settings) for metric, values in columns.items()
+    ]

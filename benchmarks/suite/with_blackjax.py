@@ -1,4 +1,5 @@
-"""BlackJAX: NUTS with its window adaptation for each chain, and ChEES with its diagonal metric, all chains in one `scan`."""
+"""BlackJAX: NUTS with its window adaptation for each chain, and ChEES with its diagonal metric, all
+chains in one `scan`."""
 
 from __future__ import annotations
 
@@ -34,14 +35,19 @@ def _nuts(job: Job, density: Callable[[Array], Array]) -> tuple[Callable, Callab
         return jax.vmap(one)(jax.random.split(key, job.chains), starts)
 
     def step(keys: Array, states: Any, parameters: Any) -> tuple[Any, Any]:
-        return jax.vmap(lambda k, s, p: blackjax.nuts(density, **p).step(k, s))(keys, states, parameters)
+        return jax.vmap(lambda k, s, p: blackjax.nuts(density, **p).step(k, s))(
+            keys, states, parameters
+        )
 
     return warm_up, step
 
 
 def _chees(job: Job, density: Callable[[Array], Array]) -> tuple[Callable, Callable]:
-    adaptation = blackjax.chees_adaptation(density, job.chains, adaptation_info_fn=_discard, mass_matrix_estimation="diagonal")
-    functions: dict[str, Callable] = {}  # parameters that are functions cannot leave a compiled block; they depend on no data
+    adaptation = blackjax.chees_adaptation(
+        density, job.chains, adaptation_info_fn=_discard, mass_matrix_estimation="diagonal"
+    )
+    # parameters that are functions cannot leave a compiled block; they depend on no data
+    functions: dict[str, Callable] = {}
 
     def warm_up(key: Array, starts: Array) -> tuple[Any, Any]:
         # The step size and Adam's rate of BlackJAX's own examples.

@@ -1,7 +1,8 @@
-"""NumPyro's NUTS at its defaults: one chain, or a batch of them, which is its chain method `vectorized`.
+"""NumPyro's NUTS at its defaults: one chain, or a batch of them, which is its chain method
+`vectorized`.
 
-The kernel is driven as NumPyro's `MCMC` drives it, from a compiled loop of ours: `MCMC.run` compiles anew at each call, so that
-no repeat of it would be free of compiling.
+The kernel is driven as NumPyro's `MCMC` drives it, from a compiled loop of ours: `MCMC.run`
+compiles anew at each call, so that no repeat of it would be free of compiling.
 """
 
 from __future__ import annotations
@@ -23,11 +24,14 @@ COMPILES = True
 
 
 def sampler(job: Job, case: Case) -> Callable[[int], Run]:
-    """From a seed to a run. A model becomes its potential once, so that no later run pays for tracing it."""
+    """From a seed to a run. A model becomes its potential once, so that no later run pays for
+    tracing it."""
     constrain: Callable[[Any], Any] = lambda z: z  # noqa: E731
     if case.is_model:
         function, arguments = model(case.name)
-        info = initialize_model(jax.random.key(0), function, model_args=arguments, dynamic_args=False)
+        info = initialize_model(
+            jax.random.key(0), function, model_args=arguments, dynamic_args=False
+        )
         potential, constrain = info.potential_fn, jax.jit(jax.vmap(jax.vmap(info.postprocess_fn)))
     else:
         density = log_density(case.name)
@@ -38,9 +42,12 @@ def sampler(job: Job, case: Case) -> Callable[[int], Run]:
     kernel = NUTS(potential_fn=potential)
 
     def warm_up(key: Any, starts: dict[str, Any]) -> Any:
-        keys = jax.random.split(key, job.chains) if job.chains > 1 else key  # a batch of keys makes the kernel a batch of chains
+        # a batch of keys makes the kernel a batch of chains
+        keys = jax.random.split(key, job.chains) if job.chains > 1 else key
         state = kernel.init(keys, job.num_warmup, starts)
-        return jax.lax.fori_loop(0, job.num_warmup, lambda _, state: kernel.sample(state, (), {}), state)
+        return jax.lax.fori_loop(
+            0, job.num_warmup, lambda _, state: kernel.sample(state, (), {}), state
+        )
 
     def draw(state: Any) -> Any:
         def body(state: Any, _: None) -> tuple[Any, Any]:
@@ -60,7 +67,9 @@ def sampler(job: Job, case: Case) -> Callable[[int], Run]:
         warm = time.perf_counter()
         z, steps = jax.block_until_ready(draw(state))
         end = time.perf_counter()
-        samples = constrain({n: v[None] if job.chains == 1 else v.swapaxes(0, 1) for n, v in z.items()})
+        samples = constrain(
+            {n: v[None] if job.chains == 1 else v.swapaxes(0, 1) for n, v in z.items()}
+        )
         return Run(case.join(samples), warm - begin, end - warm, int(np.asarray(steps).sum()))
 
     return run

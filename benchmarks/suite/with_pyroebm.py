@@ -1,4 +1,5 @@
-"""pyroebm: the kernel's defaults but for what `job.options["kernel"]` sets, all chains in one process."""
+"""pyroebm: the kernel's defaults but for what `job.options["kernel"]` sets, all chains in one
+process."""
 
 from __future__ import annotations
 
@@ -20,19 +21,28 @@ COMPILES = True
 
 
 class _Clocked(MCMC):
-    """An MCMC that looks at the clock when a phase begins. All blocks are warm before the first of them draws."""
+    """An MCMC that looks at the clock when a phase begins. All blocks are warm before the first of
+    them draws."""
 
     def _take_turns(self, *arguments: Any) -> None:
         self.last_phase_began = time.perf_counter()
         super()._take_turns(*arguments)
 
 
-def clocked_run(job: Job, energy: Energy, chains: int, starts: Tensor, seed: int) -> tuple[MCMC, float, float, int]:
-    """A run as ``job`` asks, in one block unless it says otherwise, the seconds of its two phases, and the gradients that its
-    draws took."""
+def clocked_run(
+    job: Job, energy: Energy, chains: int, starts: Tensor, seed: int
+) -> tuple[MCMC, float, float, int]:
+    """A run as ``job`` asks, in one block unless it says otherwise, the seconds of its two phases,
+    and the gradients that its draws took."""
     asked = dict(job.options)
     kernel = getattr(pyroebm, job.method if job.chains else "NUTS")(**asked.pop("kernel", {}))
-    options = {"seed": seed, "chain_batch_size": chains, "save_warmup": False, "progress": False, **asked}
+    options = {
+        "seed": seed,
+        "chain_batch_size": chains,
+        "save_warmup": False,
+        "progress": False,
+        **asked,
+    }
     mcmc = _Clocked(kernel, job.num_samples, job.num_warmup, chains, **options)
     begin = time.perf_counter()
     mcmc.run(energy, starts)
@@ -42,13 +52,16 @@ def clocked_run(job: Job, energy: Energy, chains: int, starts: Tensor, seed: int
 
 
 def sampler(job: Job, case: Case) -> Callable[[int], Run]:
-    """From a seed to a run; ``job.options`` go to :class:`pyroebm.MCMC`, its "kernel" to the kernel."""
+    """From a seed to a run; ``job.options`` go to :class:`pyroebm.MCMC`, its "kernel" to the
+    kernel."""
     target = energy(case.name)
 
     def run(seed: int) -> Run:
         starts = torch.as_tensor(case.starts(job.chains, seed))
         mcmc, warmup, sampling, gradients = clocked_run(job, target, job.chains, starts, seed)
-        samples = {site: np.asarray(draws) for site, draws in mcmc.get_samples(group_by_chain=True).items()}
+        samples = {
+            site: np.asarray(draws) for site, draws in mcmc.get_samples(group_by_chain=True).items()
+        }
         return Run(case.join(samples), warmup, sampling, gradients)
 
     return run

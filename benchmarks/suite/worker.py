@@ -1,4 +1,5 @@
-"""One job in a process of its own, on one core: `python -m benchmarks.suite.worker JOB.json ROWS.json`."""
+"""One job in a process of its own, on one core: `python -m benchmarks.suite.worker JOB.json
+ROWS.json`."""
 
 from __future__ import annotations
 
@@ -46,7 +47,9 @@ def rows_of(job: Job) -> list[Row]:
         }
         return measure[job.method](job)
     case, adapter = CASES[job.case], importlib.import_module(f"benchmarks.suite.with_{job.library}")
-    runs, compile_seconds = time_runs(adapter.sampler(job, case), job.repeats, job.budget, adapter.COMPILES)
+    runs, compile_seconds = time_runs(
+        adapter.sampler(job, case), job.repeats, job.budget, adapter.COMPILES
+    )
     return sampler_rows(job, case, runs, compile_seconds)
 
 
@@ -56,7 +59,9 @@ def main() -> None:
     job = Job(**json.loads(source.read_text(encoding="utf-8")))
     rows = rows_of(job)
     version = importlib.import_module(job.library).__version__
-    finished = [r | {"version": version, "settings": r["settings"] | {"pinned": pinned}} for r in rows]
+    finished = [
+        r | {"version": version, "settings": r["settings"] | {"pinned": pinned}} for r in rows
+    ]
     target.write_text(json.dumps(finished, allow_nan=False), encoding="utf-8")
 
 

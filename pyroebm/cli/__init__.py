@@ -11,8 +11,11 @@ from pyroebm import __version__
 __all__ = ["main"]
 
 
-def run_demo_command(out: Path = Path("demo"), seed: int = 0, quick: bool = False, progress: bool | None = None) -> None:
-    """Sample the double well x^4 - 4x^2 + x with NUTS, fit NICE and redundant NICE to it, and report what mixed.
+def run_demo_command(
+    out: Path = Path("demo"), seed: int = 0, quick: bool = False, progress: bool | None = None
+) -> None:
+    """Sample the double well x^4 - 4x^2 + x with NUTS, fit NICE and redundant NICE to it, and
+    report what mixed.
 
     Args:
         out: folder for report.json, double_well.png, mixing.png and chains.nc.
@@ -24,7 +27,8 @@ def run_demo_command(out: Path = Path("demo"), seed: int = 0, quick: bool = Fals
 
     from pyroebm.cli.demo import run_demo  # takes seconds to import: not for --help
 
-    torch.set_num_threads(1)  # tensors this small gain nothing from two, and lose much where a core is busy
+    # tensors this small gain nothing from two, and lose much where a core is busy
+    torch.set_num_threads(1)
     run_demo(out, seed, quick, progress)
 
 
@@ -36,5 +40,6 @@ def print_version() -> None:
 def main() -> None:
     """Entry point of the console script."""
     tyro.extras.subcommand_cli_from_dict(
-        {"demo": run_demo_command, "version": print_version}, description="Energy-based models on Pyro."
+        {"demo": run_demo_command, "version": print_version},
+        description="Energy-based models on Pyro.",
     )

@@ -1,4 +1,5 @@
-"""The main job, end to end: sample the double well, fit flows to it, correct them, and say what the numbers say."""
+"""The main job, end to end: sample the double well, fit flows to it, correct them, and say what the
+numbers say."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ from pyroebm.targets import DoubleWell
 
 __all__ = ["BARRIER", "run_demo"]
 
-#: Where the report cuts between the wells, as the example's literature does (the barrier itself is at 0.12602).
+#: Where the report cuts between the wells, as the example's literature does (the barrier itself is
+#: at 0.12602).
 BARRIER = 0.126
 
 Facts = dict[str, Any]
@@ -39,7 +41,8 @@ Facts = dict[str, Any]
 
 @contextmanager
 def _forked_seed(seed: int) -> Iterator[None]:
-    """Seed Pyro's global generators and put back what they were: a demo leaves nobody's random numbers changed."""
+    """Seed Pyro's global generators and put back what they were: a demo leaves nobody's random
+    numbers changed."""
     python, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
     with torch.random.fork_rng():
         pyro.set_rng_seed(seed)
@@ -67,10 +70,14 @@ def _facts_of_draws(x: Tensor, began: float) -> Facts:
     }
 
 
-def sample_nuts(energy: DoubleWell, seed: int, chains: int, most: int, progress: bool | None) -> tuple[MCMC, Facts]:
-    """Our NUTS: first 1,000 draws of each chain, then as many as R-hat < 1.01 and a standard error below 0.003 need."""
+def sample_nuts(
+    energy: DoubleWell, seed: int, chains: int, most: int, progress: bool | None
+) -> tuple[MCMC, Facts]:
+    """Our NUTS: first 1,000 draws of each chain, then as many as R-hat < 1.01 and a standard error
+    below 0.003 need."""
     began = time.perf_counter()
-    plan = WindowAdaptation(target_acceptance=0.9)  # the quartic walls: at the usual 0.8 one step in a thousand diverges
+    # the quartic walls: at the usual 0.8 one step in a thousand diverges
+    plan = WindowAdaptation(target_acceptance=0.9)
     mcmc = MCMC(NUTS(), min(1000, most), 500, chains, seed=seed, adaptation=plan, progress=progress)
     mcmc.run(energy)
     facts = _facts_of_draws(mcmc.get_samples(group_by_chain=True)["x"], began)
@@ -79,12 +86,18 @@ def sample_nuts(energy: DoubleWell, seed: int, chains: int, most: int, progress:
         mcmc.run_more(min(9000 if facts == early else 2000, most - facts["draws"]))
         facts = _facts_of_draws(mcmc.get_samples(group_by_chain=True)["x"], began)
     verdict = mcmc.verdict()
-    facts |= {"divergences": verdict.divergences, "bfmi": verdict.min_bfmi, "verdict": str(verdict), "at_1000_draws": early}
+    facts |= {
+        "divergences": verdict.divergences,
+        "bfmi": verdict.min_bfmi,
+        "verdict": str(verdict),
+        "at_1000_draws": early,
+    }
     return mcmc, facts
 
 
 def sample_pyro_nuts(energy: DoubleWell, seed: int, chains: int, draws: int) -> Facts:
-    """Pyro's own NUTS through the same potential, chain after chain (in one process, as it runs where cores are few)."""
+    """Pyro's own NUTS through the same potential, chain after chain (in one process, as it runs
+    where cores are few)."""
     began = time.perf_counter()
     potential = PotentialFn(energy)
     kept = []
@@ -110,7 +123,9 @@ def fit(flow: Flow, energy: DoubleWell, steps: int, seed: int, progress: bool | 
     return time.perf_counter() - began
 
 
-def flow_facts(flow: Flow, energy: DoubleWell, n: int, seed: int, seconds: float, name: str) -> tuple[Tensor, Facts]:
+def flow_facts(
+    flow: Flow, energy: DoubleWell, n: int, seed: int, seconds: float, name: str
+) -> tuple[Tensor, Facts]:
     """Direct draws of a flow, uncorrected, and J or J_R with log C in it."""
     with torch.no_grad():
         x = flow.push(flow.draw_noise(n, torch.Generator().manual_seed(seed)))[0][:, 0]
@@ -120,7 +135,8 @@ def flow_facts(flow: Flow, energy: DoubleWell, n: int, seed: int, seconds: float
         "mean": float(x.mean()),
         "var": float(x.var()),
         "right_mass": mass,
-        "right_mass_se": math.sqrt(max(mass * (1.0 - mass), 1.0 / n) / n),  # none seen in n: a mass of 1 / n is not excluded
+        # none seen in n: a mass of 1 / n is not excluded
+        "right_mass_se": math.sqrt(max(mass * (1.0 - mass), 1.0 / n) / n),
         name: value,
         f"{name}_se": error,
         "seconds": seconds,
@@ -146,7 +162,8 @@ def _weighted_facts(result: Any, seconds: float) -> Facts:
 
 
 def run_demo(out: Path, seed: int = 0, quick: bool = False, progress: bool | None = None) -> Facts:
-    """Run the demo and write ``report.json``, ``double_well.png``, ``mixing.png`` and ``chains.nc`` into ``out``.
+    """Run the demo and write ``report.json``, ``double_well.png``, ``mixing.png`` and ``chains.nc``
+    into ``out``.
 
     Args:
         out: folder, made if absent.
@@ -160,7 +177,9 @@ def run_demo(out: Path, seed: int = 0, quick: bool = False, progress: bool | Non
     out.mkdir(parents=True, exist_ok=True)
     energy = DoubleWell().double()
     seeds = [int(s) for s in np.random.SeedSequence(seed).generate_state(5)]
-    chains, most, pyro_draws, steps, n = (16, 300, 100, 300, 5_000) if quick else (64, 30_000, 2_500, 2_000, 100_000)
+    chains, most, pyro_draws, steps, n = (
+        (16, 300, 100, 300, 5_000) if quick else (64, 30_000, 2_500, 2_000, 100_000)
+    )
     truth: Facts = {
         "mean": float(energy.mean),
         "var": float(energy.variance),
@@ -174,9 +193,14 @@ def run_demo(out: Path, seed: int = 0, quick: bool = False, progress: bool | Non
     print("Pyro's NUTS through the same potential, 4 chains ...")
     report["pyro_nuts"] = sample_pyro_nuts(energy, seeds[1], 4, pyro_draws)
 
-    print("NICE with D = 1: one dimension leaves nothing to couple, so this is a Gaussian with a learned shift ...")
+    print(
+        "NICE with D = 1: one dimension leaves nothing to couple, so this is a Gaussian with a"
+        " learned shift ..."
+    )
     nice = NICE(dim=1, dtype=torch.float64, seed=seeds[2])
-    _, report["nice"] = flow_facts(nice, energy, n, seeds[3], fit(nice, energy, 2 * steps, seeds[2], progress), "j")
+    _, report["nice"] = flow_facts(
+        nice, energy, n, seeds[3], fit(nice, energy, 2 * steps, seeds[2], progress), "j"
+    )
 
     draws, by_dim = {}, {}
     for total_dim in (2, 3):
@@ -190,12 +214,21 @@ def run_demo(out: Path, seed: int = 0, quick: bool = False, progress: bool | Non
         by_dim[total_dim] = (facts, _weighted_facts(result, seconds + time.perf_counter() - began))
     bounds = {1: report["nice"]["j"]} | {d: facts["j_r"] for d, (facts, _) in by_dim.items()}
     best = min(bounds, key=bounds.__getitem__)
-    report["redundant_nice"] = by_dim[2][0] | {"total_dim": 2, "d_3": by_dim[3][0], "total_dim_of_smallest_j_r": best}
+    report["redundant_nice"] = by_dim[2][0] | {
+        "total_dim": 2,
+        "d_3": by_dim[3][0],
+        "total_dim_of_smallest_j_r": best,
+    }
     report["redundant_nice_weighted"] = by_dim[2][1] | {"total_dim": 2, "d_3": by_dim[3][1]}
     for facts in [*report.values(), *(part for pair in by_dim.values() for part in pair)]:
-        # A missed mode is said, whatever a method's own figures of merit are: far too little mass, and not by chance.
+        # A missed mode is said, whatever a method's own figures of merit are: far too little mass,
+        # and not by chance.
         short = truth["right_mass"] - facts["right_mass"]
-        facts["missed_modes"] = ["right"] if short > 0.5 * truth["right_mass"] and short > 5 * facts["right_mass_se"] else []
+        facts["missed_modes"] = (
+            ["right"]
+            if short > 0.5 * truth["right_mass"] and short > 5 * facts["right_mass_se"]
+            else []
+        )
 
     write_json(out / "report.json", report, indent=2)
     write_netcdf(out / "chains.nc", mcmc.to_arviz())

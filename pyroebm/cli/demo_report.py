@@ -45,21 +45,42 @@ COLUMNS = [
 ]
 
 
-def draw_figures(out: Path, energy: DoubleWell, report: Facts, mcmc: MCMC, x: Tensor, weighted: ImportanceResult) -> None:
+def draw_figures(
+    out: Path, energy: DoubleWell, report: Facts, mcmc: MCMC, x: Tensor, weighted: ImportanceResult
+) -> None:
     """The two figures of the demo, as files in ``out``."""
     limits = (-2.25, 1.95)
     fig, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
-    plotting.plot_potential(energy, x, report["truth"]["log_z"], limits=limits, label="redundant NICE, direct draws", ax=axes[0])
     plotting.plot_potential(
-        energy, weighted.x, weighted.log_z, weighted.log_weights, limits, label="the same, importance weighted", ax=axes[1]
+        energy,
+        x,
+        report["truth"]["log_z"],
+        limits=limits,
+        label="redundant NICE, direct draws",
+        ax=axes[0],
+    )
+    plotting.plot_potential(
+        energy,
+        weighted.x,
+        weighted.log_z,
+        weighted.log_weights,
+        limits,
+        label="the same, importance weighted",
+        ax=axes[1],
     )
     axes[0].set_title("(a) direct samples")
     axes[1].set_title("(b) importance sampling")
     for ax in axes[:2]:
         ax.set_ylim(-7.2, 3.0)
-    masses = {LABELS[name]: (facts["right_mass"], facts["right_mass_se"] or float("nan")) for name, facts in report.items()}
+    masses = {
+        LABELS[name]: (facts["right_mass"], facts["right_mass_se"] or float("nan"))
+        for name, facts in report.items()
+    }
     plotting.plot_mode_masses(
-        {k: v for k, v in masses.items() if k != "truth"}, energy.right_mass, "P(x > 0.126) +- 2 standard errors", axes[2]
+        {k: v for k, v in masses.items() if k != "truth"},
+        energy.right_mass,
+        "P(x > 0.126) +- 2 standard errors",
+        axes[2],
     )
     axes[2].set_title("(c) mass of the right well")
     write_figure(out / "double_well.png", fig)
@@ -68,8 +89,12 @@ def draw_figures(out: Path, energy: DoubleWell, report: Facts, mcmc: MCMC, x: Te
     draws, stats = mcmc.get_samples(group_by_chain=True)["x"], mcmc.get_stats()
     fig, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
     plotting.plot_trace(draws[:, :1000], ax=axes[0]).set_title("the first draws of three chains")
-    plotting.plot_rank(draws, ax=axes[1]).set_title(f"ranks of {draws.shape[0]} chains, R-hat {report['nuts']['r_hat']:.4f}")
-    plotting.plot_energy_levels(stats["energy"], ax=axes[2]).set_title(f"energies, least BFMI {report['nuts']['bfmi']:.2f}")
+    plotting.plot_rank(draws, ax=axes[1]).set_title(
+        f"ranks of {draws.shape[0]} chains, R-hat {report['nuts']['r_hat']:.4f}"
+    )
+    plotting.plot_energy_levels(stats["energy"], ax=axes[2]).set_title(
+        f"energies, least BFMI {report['nuts']['bfmi']:.2f}"
+    )
     write_figure(out / "mixing.png", fig)
     plt.close(fig)
 
@@ -79,22 +104,35 @@ def table(report: Facts) -> str:
     lines: list[tuple[str, Facts]] = []
     for name, facts in report.items():
         if "at_1000_draws" in facts:
-            lines.append((f"{LABELS[name]}, first {facts['at_1000_draws']['draws']:,} draws", facts["at_1000_draws"]))
+            lines.append(
+                (
+                    f"{LABELS[name]}, first {facts['at_1000_draws']['draws']:,} draws",
+                    facts["at_1000_draws"],
+                )
+            )
         lines.append((LABELS[name], facts))
         if "d_3" in facts:
             lines.append((LABELS[name].replace("D = 2", "D = 3"), facts["d_3"]))
     cells = [["", *(heading for heading, _, _ in COLUMNS)]]
-    cells += [[label, *(format(facts[key], spec) if key in facts else "-" for _, key, spec in COLUMNS)] for label, facts in lines]
+    cells += [
+        [label, *(format(facts[key], spec) if key in facts else "-" for _, key, spec in COLUMNS)]
+        for label, facts in lines
+    ]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join(
-        "  ".join(cell.rjust(width) if k else cell.ljust(width) for k, (cell, width) in enumerate(zip(row, widths, strict=True)))
+        "  ".join(
+            cell.rjust(width) if k else cell.ljust(width)
+            for k, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
         for row in cells
     )
 
 
 def conclusion(report: Facts) -> str:
     """What the numbers say, in one sentence made from them."""
-    truth, nuts, nice, weighted = (report[name] for name in ("truth", "nuts", "nice", "redundant_nice_weighted"))
+    truth, nuts, nice, weighted = (
+        report[name] for name in ("truth", "nuts", "nice", "redundant_nice_weighted")
+    )
 
     def judged(facts: Facts) -> str:
         mass, error = facts["right_mass"], facts["right_mass_se"]
@@ -104,9 +142,13 @@ def conclusion(report: Facts) -> str:
     missed = [LABELS[name] for name, facts in report.items() if facts["missed_modes"]]
     first = nuts["at_1000_draws"]
     return (
-        f"The right well holds {truth['right_mass']:.4f} of the mass: NUTS finds {judged(nuts)}, with R-hat {nuts['r_hat']:.3f}"
-        f" after {nuts['draws']:,} draws of {nuts['chains']} chains where the first {first['draws']:,} left {first['r_hat']:.2f},"
-        f" and weighted redundant NICE finds {judged(weighted)}, with log Z {weighted['log_z']:.4f} +- {weighted['log_z_se']:.4f}"
-        f" where the truth is {truth['log_z']:.4f}; NICE with D = 1, a Gaussian, stays at J = {nice['j']:.4f}; the right well"
+        f"The right well holds {truth['right_mass']:.4f} of the mass: NUTS finds {judged(nuts)},"
+        f" with R-hat {nuts['r_hat']:.3f}"
+        f" after {nuts['draws']:,} draws of {nuts['chains']} chains where the first"
+        f" {first['draws']:,} left {first['r_hat']:.2f},"
+        f" and weighted redundant NICE finds {judged(weighted)}, with log Z"
+        f" {weighted['log_z']:.4f} +- {weighted['log_z_se']:.4f}"
+        f" where the truth is {truth['log_z']:.4f}; NICE with D = 1, a Gaussian, stays at J ="
+        f" {nice['j']:.4f}; the right well"
         f" was missed by {' and '.join(missed) or 'no method'}."
     )

@@ -1,4 +1,5 @@
-"""Energies and what everything else stands on: supports, gradients, wrappers, compilation, random numbers, files."""
+"""Energies and what everything else stands on: supports, gradients, wrappers, compilation, random
+numbers, files."""
 
 from pyroebm.core.annealing_path import DistributionEnergy, Path
 from pyroebm.core.derivatives import curvatures, unit_directions
@@ -6,7 +7,14 @@ from pyroebm.core.energy import Energy, Sum, Tempered, score, value_and_grad
 from pyroebm.core.minibatch import MinibatchEnergy
 from pyroebm.core.statistics import Estimate
 from pyroebm.core.supports import spin
-from pyroebm.core.wrappers import Compressed, Conditioned, PotentialFn, Relaxed, Unconstrained, Unnormalized
+from pyroebm.core.wrappers import (
+    Compressed,
+    Conditioned,
+    PotentialFn,
+    Relaxed,
+    Unconstrained,
+    Unnormalized,
+)
 
 __all__ = [
     "Compressed",

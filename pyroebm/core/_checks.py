@@ -9,15 +9,28 @@ import torch
 from torch import Tensor
 from torch.distributions.constraints import Constraint
 
-__all__ = ["check_counts", "check_declaration", "check_kind", "check_same", "check_shape", "check_values", "no_gradient"]
+__all__ = [
+    "check_counts",
+    "check_declaration",
+    "check_kind",
+    "check_same",
+    "check_shape",
+    "check_values",
+    "no_gradient",
+]
 
 
 def check_declaration(event_shape: object, support: object) -> None:
     """ValueError unless ``event_shape`` is a sequence of sizes and ``support`` a constraint."""
     if not isinstance(event_shape, Sequence) or isinstance(event_shape, str):
-        raise ValueError(f"event_shape must be a tuple of sizes, () for a scalar variable, got event_shape={event_shape!r}")
+        raise ValueError(
+            f"event_shape must be a tuple of sizes, () for a scalar variable, got"
+            f" event_shape={event_shape!r}"
+        )
     if not isinstance(support, Constraint):
-        raise ValueError(f"support must be a torch.distributions constraint, got support={support!r}")
+        raise ValueError(
+            f"support must be a torch.distributions constraint, got support={support!r}"
+        )
 
 
 def check_shape(name: str, x: Tensor, event_shape: torch.Size) -> torch.Size:
@@ -25,20 +38,28 @@ def check_shape(name: str, x: Tensor, event_shape: torch.Size) -> torch.Size:
     cut = x.dim() - len(event_shape)
     if cut < 0 or tuple(x.shape[cut:]) != tuple(event_shape):
         raise ValueError(
-            f"x must have shape (*batch, *event_shape) with event_shape {tuple(event_shape)} ({name}), got shape {tuple(x.shape)}"
+            f"x must have shape (*batch, *event_shape) with event_shape {tuple(event_shape)}"
+            f" ({name}), got shape {tuple(x.shape)}"
         )
     return x.shape[:cut]
 
 
-def check_values(name: str, values: object, x: Tensor, event_shape: Sequence[int], batch: torch.Size) -> None:
-    """ValueError, naming both shapes, unless ``values`` holds one energy for each event of ``x``."""
+def check_values(
+    name: str, values: object, x: Tensor, event_shape: Sequence[int], batch: torch.Size
+) -> None:
+    """ValueError, naming both shapes, unless ``values`` holds one energy for each event of
+    ``x``."""
     if not isinstance(values, Tensor):
-        raise ValueError(f"{name}.forward must return a tensor of energies, got {type(values).__name__}")
+        raise ValueError(
+            f"{name}.forward must return a tensor of energies, got {type(values).__name__}"
+        )
     if values.shape != batch:
         hint = "; drop the last dimension with .squeeze(-1)" if values.shape == (*batch, 1) else ""
         raise ValueError(
-            f"{name}.forward must return one energy per event: for x of shape {tuple(x.shape)} with event_shape"
-            f" {tuple(event_shape)} the result must have shape {tuple(batch)}, but it has shape {tuple(values.shape)}{hint}"
+            f"{name}.forward must return one energy per event: for x of shape {tuple(x.shape)}"
+            f" with event_shape"
+            f" {tuple(event_shape)} the result must have shape {tuple(batch)}, but it has shape"
+            f" {tuple(values.shape)}{hint}"
         )
 
 
@@ -47,7 +68,8 @@ def no_gradient(name: str, values: Tensor, x: Tensor) -> str:
     if values.dtype != x.dtype:
         return f"{name}.forward must return the dtype of x, {x.dtype}, got {values.dtype}: convert with energy.to()"
     return (
-        f"{name}.forward(x) does not depend on x through autograd (a .detach(), .item() or NumPy call on the way?); a constant"
+        f"{name}.forward(x) does not depend on x through autograd (a .detach(), .item() or NumPy"
+        f" call on the way?); a constant"
         " energy is written 0 * x"
     )
 
@@ -56,7 +78,8 @@ def check_same(name: str, what: str, ours: object, argument: str, theirs: object
     """ValueError, naming both, unless an argument's dtype or device is the energy's."""
     if theirs != ours:
         raise ValueError(
-            f"{argument} must have the {what} of the energy: {name} has {what} {ours}, {argument} has {theirs}; convert one of"
+            f"{argument} must have the {what} of the energy: {name} has {what} {ours}, {argument}"
+            f" has {theirs}; convert one of"
             f" them with .to({ours if what == 'dtype' else repr(str(ours))})"
         )
 
@@ -71,7 +94,8 @@ def check_kind(energy: object, kind: type) -> None:
 
 
 def check_counts(least: dict[str, int], *values: object) -> None:
-    """ValueError unless each value, in the order of the names, is an integer of at least the number named with it."""
+    """ValueError unless each value, in the order of the names, is an integer of at least the number
+    named with it."""
     for (name, bound), value in zip(least.items(), values, strict=True):
         if isinstance(value, bool) or not isinstance(value, Integral) or value < bound:
             raise ValueError(f"{name} must be an integer of at least {bound}, got {name}={value!r}")

@@ -31,15 +31,21 @@ all_true = torch._is_all_true
 
 
 def is_being_traced() -> bool:
-    """Whether tensors are those of a transform (``vmap``, ``grad``), of a dispatch mode, or of a compiler."""
-    return torch.compiler.is_compiling() or peek_interpreter_stack() is not None or _get_current_dispatch_mode() is not None
+    """Whether tensors are those of a transform (``vmap``, ``grad``), of a dispatch mode, or of a
+    compiler."""
+    return (
+        torch.compiler.is_compiling()
+        or peek_interpreter_stack() is not None
+        or _get_current_dispatch_mode() is not None
+    )
 
 
 def compile_graph(
     graph: fx.GraphModule, examples: Sequence[Tensor], options: dict[str, Any]
 ) -> Callable[..., tuple[Tensor, ...]]:
     """A graph of plain operations as TorchInductor has it."""
-    from torch._inductor import compile as inductor  # a second of imports, for those alone who compile
+    # a second of imports, for those alone who compile
+    from torch._inductor import compile as inductor
 
     return cast(Callable[..., tuple[Tensor, ...]], inductor(graph, list(examples), options=options))
 

@@ -19,21 +19,23 @@ __all__ = ["DistributionEnergy", "Path", "in_the_coordinates_of"]
 
 
 class Path(Energy):
-    r"""The path of densities from a reference :math:`V` to an energy :math:`U`, each row at a point of its own.
+    r"""The path of densities from a reference :math:`V` to an energy :math:`U`, each row at a point
+    of its own.
 
     .. math:: E_\beta(x) = (1 - \beta) V(x) + \beta U(x)
 
-    Without a reference, :math:`V = 0`: plain tempering. It is the geometric path of simulated tempering and annealed importance
-    sampling (Marinari and Parisi, 1992; Neal, 2001).
+    Without a reference, :math:`V = 0`: plain tempering. It is the geometric path of simulated
+    tempering and annealed importance sampling (Marinari and Parisi, 1992; Neal, 2001).
 
     Args:
         energy: :math:`U`.
-        betas: :math:`\beta` in [0, 1], no unit: a number, or one for each row, shape ``(rows,)``; ``x`` then has rows first,
-            ``(rows, ..., *event)``.
+        betas: :math:`\beta` in [0, 1], no unit: a number, or one for each row, shape ``(rows,)``;
+            ``x`` then has rows first, ``(rows, ..., *event)``.
         reference: :math:`V`, of the same event shape, support and dtype.
 
     Attributes:
-        site_logits: as :class:`pyroebm.kernels.gibbs.HasSiteLogits` has it, where both ends do; else there is no such attribute.
+        site_logits: as :class:`pyroebm.kernels.gibbs.HasSiteLogits` has it, where both ends do;
+            else there is no such attribute.
 
     Raises:
         ValueError: if a beta is outside [0, 1], or if the reference does not fit the energy.
@@ -49,10 +51,17 @@ class Path(Energy):
 
     reference: Energy | None
 
-    def __init__(self, energy: Energy, betas: float | Sequence[float] | Tensor, reference: Energy | None = None) -> None:
+    def __init__(
+        self,
+        energy: Energy,
+        betas: float | Sequence[float] | Tensor,
+        reference: Energy | None = None,
+    ) -> None:
         at = torch.as_tensor(betas, dtype=energy.dtype, device=energy.device)
         if at.dim() > 1 or not bool(((at >= 0.0) & (at <= 1.0)).all()):
-            raise ValueError(f"betas must be one number in [0, 1] or one for each row, got betas={betas}")
+            raise ValueError(
+                f"betas must be one number in [0, 1] or one for each row, got betas={betas}"
+            )
         super().__init__(energy.event_shape, energy.support)
         if reference is not None:
             _check_reference(energy, reference)
@@ -60,17 +69,24 @@ class Path(Energy):
         self.reference = reference
         self.betas = at
         ends: list[Any] = [
-            end.energy if isinstance(end, Unconstrained) else end for end in (energy, reference) if end is not None
+            end.energy if isinstance(end, Unconstrained) else end
+            for end in (energy, reference)
+            if end is not None
         ]
         if all(hasattr(end, "site_logits") for end in ends):
             self._offers, self.site_logits = [end.site_logits for end in ends], self._site_logits
 
     def forward(self, x: Tensor) -> Tensor:
         beta = self._beside(x)
-        return beta * self.energy(x) if self.reference is None else beta * self.energy(x) + (1.0 - beta) * self.reference(x)
+        return (
+            beta * self.energy(x)
+            if self.reference is None
+            else beta * self.energy(x) + (1.0 - beta) * self.reference(x)
+        )
 
     def slope(self, x: Tensor) -> Tensor:
-        r""":math:`\partial E_\beta / \partial \beta = U - V`, the same all along the path; detached, shape of the batch."""
+        r""":math:`\partial E_\beta / \partial \beta = U - V`, the same all along the path;
+        detached, shape of the batch."""
         with torch.no_grad():
             return self.energy(x) if self.reference is None else self.energy(x) - self.reference(x)
 
@@ -89,24 +105,41 @@ class Path(Energy):
         if self.betas.dim() == 0:
             return self.betas
         if batch[:1] != self.betas.shape:
-            raise ValueError(f"x must have one row for each of {len(self.betas)} betas, got batch shape {tuple(batch)}")
+            raise ValueError(
+                f"x must have one row for each of {len(self.betas)} betas, got batch shape"
+                f" {tuple(batch)}"
+            )
         return self.betas.reshape(-1, *[1] * (len(batch) - 1))
 
 
 def _check_reference(energy: Energy, reference: Energy) -> None:
     if not isinstance(reference, Energy):
-        raise ValueError(f"reference must be an Energy, got {type(reference).__name__}; a distribution is DistributionEnergy(it)")
-    ours, theirs = ((tuple(e.event_shape), str(e.support), str(e.dtype), str(e.device)) for e in (energy, reference))
-    if not same_support(energy.support, reference.support) or ours[0] != theirs[0] or ours[2:] != theirs[2:]:
-        raise ValueError(f"reference must have the event_shape, support, dtype and device of the energy, {ours}, got {theirs}")
+        raise ValueError(
+            f"reference must be an Energy, got {type(reference).__name__}; a distribution is"
+            f" DistributionEnergy(it)"
+        )
+    ours, theirs = (
+        (tuple(e.event_shape), str(e.support), str(e.dtype), str(e.device))
+        for e in (energy, reference)
+    )
+    if (
+        not same_support(energy.support, reference.support)
+        or ours[0] != theirs[0]
+        or ours[2:] != theirs[2:]
+    ):
+        raise ValueError(
+            f"reference must have the event_shape, support, dtype and device of the energy,"
+            f" {ours}, got {theirs}"
+        )
 
 
 class DistributionEnergy(Energy):
-    r"""The energy :math:`-\log q` of a normalised distribution: its draws are exact, and :math:`\log Z = 0`.
+    r"""The energy :math:`-\log q` of a normalised distribution: its draws are exact, and
+    :math:`\log Z = 0`.
 
     Args:
-        distribution: of Pyro or torch, with an empty batch shape. It draws from torch's global generator, which is seeded for
-            it from the generator given, and put back.
+        distribution: of Pyro or torch, with an empty batch shape. It draws from torch's global
+            generator, which is seeded for it from the generator given, and put back.
         dtype: floating-point type of its draws; None for torch's default.
 
     Raises:
@@ -125,7 +158,8 @@ class DistributionEnergy(Energy):
     def __init__(self, distribution: Distribution, dtype: torch.dtype | None = None) -> None:
         if distribution.batch_shape or not getattr(distribution, "normalized", True):
             raise ValueError(
-                f"distribution must be normalised and have batch_shape (), got {type(distribution).__name__} with batch_shape"
+                f"distribution must be normalised and have batch_shape (), got"
+                f" {type(distribution).__name__} with batch_shape"
                 f" {tuple(distribution.batch_shape)}; write .to_event() to make a batch an event"
             )
         super().__init__(distribution.event_shape, distribution.support)
@@ -151,7 +185,8 @@ class DistributionEnergy(Energy):
 
 
 def in_the_coordinates_of(energy: Energy, reference: Energy) -> Energy:
-    """The reference as an energy beside ``energy``: in unconstrained coordinates where that one is."""
+    """The reference as an energy beside ``energy``: in unconstrained coordinates where that one
+    is."""
     energy = energy.energy if isinstance(energy, Compiled) else energy
     if not isinstance(energy, Unconstrained) or isinstance(reference, Unconstrained):
         return reference

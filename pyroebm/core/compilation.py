@@ -1,4 +1,5 @@
-"""Compiled blocks: the inner loops of kernels as graphs with the energy inlined, for TorchInductor."""
+"""Compiled blocks: the inner loops of kernels as graphs with the energy inlined, for
+TorchInductor."""
 
 from __future__ import annotations
 
@@ -17,38 +18,49 @@ from pyroebm.core.energy import Energy, unchecked_value_and_grad
 
 __all__ = ["Compiled", "choose_compiled", "compiled_call", "fused", "is_compiled"]
 
-#: A pure function of an energy and tensors, with static settings; what it returns is a tuple of tensors.
+#: A pure function of an energy and tensors, with static settings; what it returns is a tuple of
+#: tensors.
 Block = Callable[..., tuple[Tensor, ...]]
 
 _Call = Callable[..., tuple[Tensor, ...]]
 
-#: Compiled blocks of this process: by block, settings, shapes, and the code of the energy's graphs, whose constants are inputs.
+#: Compiled blocks of this process: by block, settings, shapes, and the code of the energy's graphs,
+#: whose constants are inputs.
 _graphs: dict[Hashable, _Call] = {}
 #: The batch shapes that a block asks the energy about.
 _shapes: dict[Hashable, tuple[torch.Size, ...]] = {}
 _MAX_GRAPHS = 256
 
-#: Events are short, and rows longer than a vector register leave more of it empty: 256 bits beat 512 on most of them.
-_OPTIONS: dict[str, Any] = {"cpp.simdlen": 256} if torch.backends.cpu.get_cpu_capability() == "AVX512" else {}
+#: Events are short, and rows longer than a vector register leave more of it empty: 256 bits beat
+#: 512 on most of them.
+_OPTIONS: dict[str, Any] = (
+    {"cpp.simdlen": 256} if torch.backends.cpu.get_cpu_capability() == "AVX512" else {}
+)
 
-#: What compiling the blocks of a kernel takes with cold caches, and what one eager leapfrog step takes beyond a compiled one.
+#: What compiling the blocks of a kernel takes with cold caches, and what one eager leapfrog step
+#: takes beyond a compiled one.
 _COMPILE_SECONDS = 30.0
 _SECONDS_PER_STEP = 250e-6
 _SECONDS_PER_ENTRY = 15e-9
 
 
 class Compiled(Energy):
-    """An energy whose kernels run their inner loops as compiled blocks; its values are those of the energy.
+    """An energy whose kernels run their inner loops as compiled blocks; its values are those of the
+    energy.
 
-    Value and gradient of the energy are traced for each batch shape with :func:`torch.fx.experimental.proxy_tensor.make_fx`, the
-    operations of its own with those of the block around them, and TorchInductor compiles the whole. Parameters and other tensors
-    that the energy holds are inputs of the graph, so that training them in place is seen; what Python decided while tracing
-    (attributes, branches) is not looked at again, so a view like this one is made anew for each run. A block that was compiled
-    for an energy of the same operations is not compiled again.
+    Value and gradient of the energy are traced for each batch shape with
+    :func:`torch.fx.experimental.proxy_tensor.make_fx`, the operations of its own with those of the
+    block around them, and TorchInductor compiles the whole. Parameters and other tensors that the
+    energy holds are inputs of the graph, so that training them in place is seen; what Python
+    decided while tracing (attributes, branches) is not looked at again, so a view like this one is
+    made anew for each run. A block that was compiled for an energy of the same operations is not
+    compiled again.
 
     Args:
-        energy: an energy of continuous support whose forward is made of torch operations alone, without random numbers.
-        must: a block that cannot be compiled raises; else it warns, with the reason, and runs as it is.
+        energy: an energy of continuous support whose forward is made of torch operations alone,
+            without random numbers.
+        must: a block that cannot be compiled raises; else it warns, with the reason, and runs as it
+            is.
 
     Raises:
         RuntimeError: if a block cannot be compiled and ``must`` is True.
@@ -71,13 +83,16 @@ class Compiled(Energy):
     def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         return self.energy.initial(n, generator)
 
-    def run(self, block: Block, tensors: tuple[Tensor, ...], static: dict[str, Any]) -> tuple[Tensor, ...]:
+    def run(
+        self, block: Block, tensors: tuple[Tensor, ...], static: dict[str, Any]
+    ) -> tuple[Tensor, ...]:
         """``block(energy, *tensors, **static)`` as one compiled call."""
         key = (block, *static.items(), *map(_kind, tensors))
         if key not in self._calls:
             try:
                 self._calls[key] = self._compile(key, block, tensors, static)
-            except Exception as error:  # tracing and compiling fail in as many ways as there are energies and machines
+            # tracing and compiling fail in as many ways as there are energies and machines
+            except Exception as error:
                 said = f"{type(self.energy).__name__} cannot be compiled ({_reason(error)})"
                 if self.must:
                     raise RuntimeError(f"{said}; use compile=False") from error
@@ -97,7 +112,12 @@ class Compiled(Energy):
             shapes = _shapes[key, self.event_shape] = tuple(dict.fromkeys(seen.shapes))
         gradients = [self._gradient(shape) for shape in shapes]
         constants = tuple(c for _, held in gradients for c in held)
-        known = (key, self.event_shape, *[graph.code for graph, _ in gradients], *map(_kind, constants))
+        known = (
+            key,
+            self.event_shape,
+            *[graph.code for graph, _ in gradients],
+            *map(_kind, constants),
+        )
         if known not in _graphs:
             if len(_graphs) >= _MAX_GRAPHS:
                 _graphs.pop(next(iter(_graphs)))
@@ -112,16 +132,24 @@ class Compiled(Energy):
         return _graphs[known], constants
 
     def _gradient(self, shape: torch.Size) -> tuple[GraphModule, tuple[Tensor, ...]]:
-        """The graph of value and gradient of a batch, and the tensors that the energy holds: its inputs after x."""
+        """The graph of value and gradient of a batch, and the tensors that the energy holds: its
+        inputs after x."""
         if shape not in self._gradients:
             rows = shape[: len(shape) - len(self.event_shape)].numel()
-            x = self.energy.initial(rows, torch.Generator(self.energy.device).manual_seed(0)).reshape(shape)
+            x = self.energy.initial(
+                rows, torch.Generator(self.energy.device).manual_seed(0)
+            ).reshape(shape)
             graph = make_fx(lambda x: unchecked_value_and_grad(self.energy, x))(x)
             drawn = [
-                str(n.target) for n in graph.graph.nodes if torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ())
+                str(n.target)
+                for n in graph.graph.nodes
+                if torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ())
             ]
             if drawn:
-                raise ValueError(f"an energy that is compiled must draw no random numbers, got {drawn[0]} in its forward")
+                raise ValueError(
+                    f"an energy that is compiled must draw no random numbers, got {drawn[0]} in"
+                    f" its forward"
+                )
             graph.graph.eliminate_dead_code()
             self._gradients[shape] = graph, _lift_constants(graph)
         return self._gradients[shape]
@@ -141,9 +169,12 @@ class _Seen(Energy):
 
 
 class _Replayed(Energy):
-    """An energy as graphs of its value and gradient, one for each batch shape, with the tensors they hold."""
+    """An energy as graphs of its value and gradient, one for each batch shape, with the tensors
+    they hold."""
 
-    def __init__(self, energy: Energy, graphs: dict[torch.Size, tuple[GraphModule, list[Tensor]]]) -> None:
+    def __init__(
+        self, energy: Energy, graphs: dict[torch.Size, tuple[GraphModule, list[Tensor]]]
+    ) -> None:
         super().__init__(energy.event_shape, energy.support)
         self.graphs = graphs
 
@@ -170,15 +201,20 @@ class _Replay(torch.autograd.Function):
 
 
 def compiled_call(
-    function: Callable[..., tuple[Tensor, ...]], examples: tuple[Tensor, ...], options: dict[str, Any] = _OPTIONS
+    function: Callable[..., tuple[Tensor, ...]],
+    examples: tuple[Tensor, ...],
+    options: dict[str, Any] = _OPTIONS,
 ) -> _Call:
-    """A pure function of tensors as TorchInductor has it, traced on examples; tensors that it holds are inputs of the graph."""
+    """A pure function of tensors as TorchInductor has it, traced on examples; tensors that it holds
+    are inputs of the graph."""
     graph = make_fx(function)(*examples)
     graph.graph.eliminate_dead_code()
     held = _lift_constants(graph)  # numbers that the block itself made into tensors
-    # The graph is made of plain operations, so the compiler needs no look at Python, nor guards at every call.
+    # The graph is made of plain operations, so the compiler needs no look at Python, nor guards at
+    # every call.
     with torch.no_grad(), warnings.catch_warnings():
-        for category in (DeprecationWarning, FutureWarning):  # torch's own modules warn of each other
+        # torch's own modules warn of each other
+        for category in (DeprecationWarning, FutureWarning):
             warnings.simplefilter("ignore", category)
         compiled = compile_graph(graph, [*examples, *held], options)
     return (lambda *inputs: compiled(*inputs, *held)) if held else compiled
@@ -189,12 +225,14 @@ def _kind(tensor: Tensor) -> Hashable:
 
 
 def _copies(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Of each input one: a tensor that comes twice would be traced as one input, and need not come twice the next time."""
+    """Of each input one: a tensor that comes twice would be traced as one input, and need not come
+    twice the next time."""
     return tuple(t.detach().clone(memory_format=torch.contiguous_format) for t in tensors)
 
 
 def _lift_constants(graph: GraphModule) -> tuple[Tensor, ...]:
-    """Make every tensor that a graph holds an input after the others, and return those tensors in order."""
+    """Make every tensor that a graph holds an input after the others, and return those tensors in
+    order."""
     nodes = [node for node in graph.graph.nodes if node.op == "get_attr"]
     last = [node for node in graph.graph.nodes if node.op == "placeholder"][-1]
     inputs: dict[str, Any] = {}
@@ -217,10 +255,12 @@ def is_compiled(energy: Energy) -> bool:
 
 
 def fused(block: Block, energy: Energy, *tensors: Tensor, **static: Any) -> tuple[Tensor, ...]:
-    """``block(energy, *tensors, **static)``: as one compiled block for a :class:`Compiled` energy, as it is for another.
+    """``block(energy, *tensors, **static)``: as one compiled block for a :class:`Compiled` energy,
+    as it is for another.
 
     Args:
-        block: a function at the top of a module, pure and without random numbers (noise is an argument).
+        block: a function at the top of a module, pure and without random numbers (noise is an
+            argument).
         energy: the energy.
         tensors: everything that changes from call to call.
         static: settings of which each combination is a graph of its own.
@@ -246,20 +286,22 @@ class _Planned(Protocol):
     def discrete(self) -> bool: ...
 
 
-def choose_compiled(energy: Energy, compile: bool | Literal["auto"], kernel: _Planned, chains: int, steps: int) -> Energy:
+def choose_compiled(
+    energy: Energy, compile: bool | Literal["auto"], kernel: _Planned, chains: int, steps: int
+) -> Energy:
     """The energy, compiled if that was asked for, or if the work ahead repays it.
 
     Args:
         energy: what the kernel moves on.
-        compile: True, False, or "auto": from the number of entries of a state and the steps that are planned, never from
-            timings, so that the choice is the same everywhere.
+        compile: True, False, or "auto": from the number of entries of a state and the steps that
+            are planned, never from timings, so that the choice is the same everywhere.
         kernel: the kernel, which knows about how many gradients one of its steps takes.
         chains: number of chains.
         steps: steps planned for each chain.
 
     Raises:
-        ValueError: if ``compile`` is none of the three.
-        RuntimeError: if ``compile`` is True and there is no C++ compiler or the energy cannot be traced, with the reason.
+        ValueError: if ``compile`` is none of the three. RuntimeError: if ``compile`` is True and
+        there is no C++ compiler or the energy cannot be traced, with the reason.
     """
     if compile not in (True, False, "auto"):
         raise ValueError(f'compile must be True, False or "auto", got compile={compile!r}')
@@ -271,15 +313,27 @@ def choose_compiled(energy: Energy, compile: bool | Literal["auto"], kernel: _Pl
         return energy
     compiled = Compiled(energy)
     try:
-        if energy.device.type == "cpu" and not any(shutil.which(name) for name in ("g++", "clang++", "c++", "cl")):
-            raise RuntimeError(f"{type(energy).__name__} cannot be compiled (no C++ compiler was found); use compile=False")
-        compiled.run(_probe, (energy.initial(2, torch.Generator(energy.device).manual_seed(0)),), {})
+        if energy.device.type == "cpu" and not any(
+            shutil.which(name) for name in ("g++", "clang++", "c++", "cl")
+        ):
+            raise RuntimeError(
+                f"{type(energy).__name__} cannot be compiled (no C++ compiler was found); use"
+                f" compile=False"
+            )
+        compiled.run(
+            _probe, (energy.initial(2, torch.Generator(energy.device).manual_seed(0)),), {}
+        )
     except RuntimeError as error:
         if compile is True:
             raise
-        warnings.warn(f"{str(error).removesuffix('; use compile=False')} and runs as it is", RuntimeWarning, stacklevel=3)
+        warnings.warn(
+            f"{str(error).removesuffix('; use compile=False')} and runs as it is",
+            RuntimeWarning,
+            stacklevel=3,
+        )
         return energy
-    compiled.must = compile is True  # a later block may fail where this one did not: a run that was not told to compile goes on
+    # a later block may fail where this one did not: a run that was not told to compile goes on
+    compiled.must = compile is True
     return compiled
 
 

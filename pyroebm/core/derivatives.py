@@ -1,4 +1,5 @@
-"""Second derivatives of an energy in x, as score matching needs them: with the graph that training needs."""
+"""Second derivatives of an energy in x, as score matching needs them: with the graph that training
+needs."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ __all__ = ["curvatures", "unit_directions"]
 
 
 def unit_directions(x: Tensor, event_dims: int) -> Tensor:
-    """The d unit vectors of an event, for each event of ``x``: shape ``(d, *x.shape)``. Along them lies the Hessian's diagonal.
+    """The d unit vectors of an event, for each event of ``x``: shape ``(d, *x.shape)``. Along them
+    lies the Hessian's diagonal.
 
     Example:
         >>> unit_directions(torch.zeros(5, 3, 4), 2).shape
@@ -27,22 +29,24 @@ def unit_directions(x: Tensor, event_dims: int) -> Tensor:
 
 
 def curvatures(energy: Energy, x: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
-    r"""The gradient of an energy, and its second derivatives along directions, one Hessian-vector product for each (Pearlmutter,
-    "Fast Exact Multiplication by the Hessian", 1994).
+    r"""The gradient of an energy, and its second derivatives along directions, one Hessian-vector
+    product for each (Pearlmutter, "Fast Exact Multiplication by the Hessian", 1994).
 
     .. math:: \nabla E(x), \qquad c_m(x) = v_m^T \, \nabla^2 E(x) \, v_m
 
     Args:
         energy: an energy of continuous support.
-        x: states, shape ``(*batch, *event)``, of the energy's dtype and device; it is copied, and receives no gradient.
+        x: states, shape ``(*batch, *event)``, of the energy's dtype and device; it is copied, and
+            receives no gradient.
         directions: :math:`v_m`, shape ``(M, *batch, *event)``.
 
     Returns:
-        the gradient, shape ``(*batch, *event)``, and the curvatures, ``(M, *batch)``, differentiable in the parameters.
+        the gradient, shape ``(*batch, *event)``, and the curvatures, ``(M, *batch)``,
+        differentiable in the parameters.
 
     Raises:
-        ValueError: as :func:`~pyroebm.core.value_and_grad`; if ``directions`` do not fit; if on all of R^d the gradient is cut
-            off from x. (On x > 0 a linear energy is a density.)
+        ValueError: as :func:`~pyroebm.core.value_and_grad`; if ``directions`` do not fit; if on all
+            of R^d the gradient is cut off from x. (On x > 0 a linear energy is a density.)
 
     Warns:
         UserWarning: of an energy on all of R^d whose curvatures are all exactly 0.
@@ -56,7 +60,8 @@ def curvatures(energy: Energy, x: Tensor, directions: Tensor) -> tuple[Tensor, T
     dims = x.dim() - len(energy.batch_shape(x))
     if directions.dim() != x.dim() + 1 or directions.shape[1:] != x.shape or not len(directions):
         raise ValueError(
-            f"directions must have shape (M, *x.shape) with M >= 1, got {tuple(directions.shape)} for x {tuple(x.shape)}"
+            f"directions must have shape (M, *x.shape) with M >= 1, got {tuple(directions.shape)}"
+            f" for x {tuple(x.shape)}"
         )
     with torch.inference_mode(False), torch.enable_grad():
         x, directions = (t.clone() if t.is_inference() else t.detach() for t in (x, directions))
@@ -65,7 +70,9 @@ def curvatures(energy: Energy, x: Tensor, directions: Tensor) -> tuple[Tensor, T
         for v in directions:
             product = None
             if gradient.requires_grad:
-                product = torch.autograd.grad(gradient, x, v, create_graph=True, allow_unused=True)[0]
+                product = torch.autograd.grad(gradient, x, v, create_graph=True, allow_unused=True)[
+                    0
+                ]
             reached = product is not None
             found.append(event_sum(torch.zeros_like(x) if product is None else product * v, dims))
         values = torch.stack(found)
@@ -75,12 +82,18 @@ def curvatures(energy: Energy, x: Tensor, directions: Tensor) -> tuple[Tensor, T
 
 
 def _refuse(name: str, reached: bool) -> None:
-    """ValueError where there is no second derivative; a warning where there is one, and it is 0 everywhere."""
+    """ValueError where there is no second derivative; a warning where there is one, and it is 0
+    everywhere."""
     why = (
-        f"every second derivative of {name} is exactly 0: score matching cannot see an energy that is piecewise linear (ReLU), or"
+        f"every second derivative of {name} is exactly 0: score matching cannot see an energy that"
+        f" is piecewise linear (ReLU), or"
         " whose gradient is cut off from x. Take smooth activations (SiLU, softplus, tanh), or"
         " DenoisingScoreMatching, which needs first derivatives alone"
     )
     if not reached:
         raise ValueError(why)
-    warnings.warn(f"{why}. (A network that starts as 0, without an envelope, gets over it.)", UserWarning, stacklevel=4)
+    warnings.warn(
+        f"{why}. (A network that starts as 0, without an envelope, gets over it.)",
+        UserWarning,
+        stacklevel=4,
+    )

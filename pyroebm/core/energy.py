@@ -1,4 +1,5 @@
-"""The energy: one noun for the whole library, its algebra, and the one place that differentiates in x."""
+"""The energy: one noun for the whole library, its algebra, and the one place that differentiates in
+x."""
 
 from __future__ import annotations
 
@@ -13,7 +14,14 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.distributions.constraints import Constraint
 
-from pyroebm.core._checks import check_declaration, check_kind, check_same, check_shape, check_values, no_gradient
+from pyroebm.core._checks import (
+    check_declaration,
+    check_kind,
+    check_same,
+    check_shape,
+    check_values,
+    no_gradient,
+)
 from pyroebm.core.supports import draw_initial, is_discrete, same_support, search_finite
 
 __all__ = ["Energy", "Sum", "Tempered", "value_and_grad", "unchecked_value_and_grad", "score"]
@@ -22,12 +30,14 @@ __all__ = ["Energy", "Sum", "Tempered", "value_and_grad", "unchecked_value_and_g
 class Energy(nn.Module):
     r"""An unnormalised density :math:`p(x) = e^{-E(x)} / Z`.
 
-    A subclass writes :meth:`forward` and names the shape of one event; everything else is a view of it (LeCun et al., "A
-    Tutorial on Energy-Based Learning", 2006).
+    A subclass writes :meth:`forward` and names the shape of one event; everything else is a view of
+    it (LeCun et al., "A Tutorial on Energy-Based Learning", 2006).
 
     Args:
-        event_shape: shape of one event; ``()`` is a scalar variable. A class attribute of the same name serves too.
-        support: constraint of one event (default ``constraints.real``); a class attribute of the same name serves too.
+        event_shape: shape of one event; ``()`` is a scalar variable. A class attribute of the same
+            name serves too.
+        support: constraint of one event (default ``constraints.real``); a class attribute of the
+            same name serves too.
 
     Attributes:
         log_z: :math:`\log Z` in nats where it is exactly known, else None.
@@ -47,20 +57,26 @@ class Energy(nn.Module):
     has_exact_draws: bool = False
     _anchor: Tensor
 
-    def __init__(self, event_shape: Sequence[int] | None = None, support: Constraint | None = None) -> None:
+    def __init__(
+        self, event_shape: Sequence[int] | None = None, support: Constraint | None = None
+    ) -> None:
         super().__init__()
         shape = type(self).event_shape if event_shape is None else event_shape
         self.support = type(self).support if support is None else support
         check_declaration(shape, self.support)
         self.event_shape = torch.Size(shape)
-        # An energy without parameters still has a dtype and a device: those of this empty buffer, which .to() moves.
+        # An energy without parameters still has a dtype and a device: those of this empty buffer,
+        # which .to() moves.
         self.register_buffer("_anchor", torch.empty(0), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Energies of a batch of events: ``(*batch, *event) -> (*batch)``, in nats."""
-        raise NotImplementedError(f"{type(self).__name__} must define forward(x): (*batch, *event_shape) -> (*batch)")
+        raise NotImplementedError(
+            f"{type(self).__name__} must define forward(x): (*batch, *event_shape) -> (*batch)"
+        )
 
-    def __call__(self, x: Tensor) -> Tensor:  # every evaluation passes here: a broadcast mistake is caught where it is made
+    # every evaluation passes here: a broadcast mistake is caught where it is made
+    def __call__(self, x: Tensor) -> Tensor:
         batch = self.batch_shape(x)
         self._check_made()
         values: Tensor = super().__call__(x)
@@ -73,7 +89,8 @@ class Energy(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Floating-point type of the parameters and buffers (torch's default for an energy without any)."""
+        """Floating-point type of the parameters and buffers (torch's default for an energy without
+        any)."""
         return self._reference().dtype
 
     @property
@@ -83,7 +100,9 @@ class Energy(nn.Module):
 
     def _check_made(self) -> None:
         if "_anchor" not in vars(self).get("_buffers", ()):
-            raise ValueError(f"{type(self).__name__}.__init__ must call super().__init__() before anything else")
+            raise ValueError(
+                f"{type(self).__name__}.__init__ must call super().__init__() before anything else"
+            )
 
     def _reference(self) -> Tensor:
         self._check_made()
@@ -92,11 +111,14 @@ class Energy(nn.Module):
             if tensor.is_floating_point():
                 if tensor.numel() > 0:
                     return tensor
-                anchor = tensor  # a view of an energy without tensors takes after the innermost energy, not after itself
+                # a view of an energy without tensors takes after the innermost energy, not after
+                # itself
+                anchor = tensor
         return anchor
 
     def check_states(self, x: Tensor, name: str = "x") -> None:
-        """ValueError unless ``x`` has the shape, dtype and device of a batch of this energy's events."""
+        """ValueError unless ``x`` has the shape, dtype and device of a batch of this energy's
+        events."""
         self.batch_shape(x)
         check_same(type(self).__name__, "dtype", self.dtype, name, x.dtype)
         check_same(type(self).__name__, "device", self.device, name, x.device)
@@ -105,28 +127,36 @@ class Energy(nn.Module):
         """``n`` legal starting states of finite energy, shape ``(n, *event_shape)``.
 
         Raises:
-            ValueError: if ``n`` < 1, the support has no default, or no finite energy is found in 100 tries.
+            ValueError: if ``n`` < 1, the support has no default, or no finite energy is found in
+            100 tries.
         """
 
         def draw(count: int) -> Tensor:
-            return draw_initial(self.support, (count, *self.event_shape), generator, self.dtype, self.device)
+            return draw_initial(
+                self.support, (count, *self.event_shape), generator, self.dtype, self.device
+            )
 
         return search_finite(type(self).__name__, draw, self, n)
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """``n`` exact independent draws, shape ``(n, *event_shape)``, where the energy has them (``has_exact_draws``).
+        """``n`` exact independent draws, shape ``(n, *event_shape)``, where the energy has them
+        (``has_exact_draws``).
 
         Raises:
             NotImplementedError: if it has none; never returns something that is not a draw.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no exact draws; sample it with MCMC, from initial(n)")
+        raise NotImplementedError(
+            f"{type(self).__name__} has no exact draws; sample it with MCMC, from initial(n)"
+        )
 
     def log_ratio(self, x1: Tensor, x2: Tensor) -> Tensor:
-        r""":math:`\log p(x_1) - \log p(x_2) = E(x_2) - E(x_1)`, which needs no :math:`Z`. Shape: the common batch shape."""
+        r""":math:`\log p(x_1) - \log p(x_2) = E(x_2) - E(x_1)`, which needs no :math:`Z`. Shape:
+        the common batch shape."""
         return self(x2) - self(x1)
 
     def named(self, x: Tensor, site: str = "x") -> dict[str, Tensor]:
-        """States as the variables that results show, each ``(*batch, *shape)``: here one, called ``site``."""
+        """States as the variables that results show, each ``(*batch, *shape)``: here one, called
+        ``site``."""
         return {site: x}
 
     def __add__(self, other: Energy) -> Sum:
@@ -145,7 +175,8 @@ class Energy(nn.Module):
 
 
 class Sum(Energy):
-    r"""Product of experts :math:`p(x) \propto \prod_k p_k(x)`, so :math:`E = \sum_k E_k` (Hinton, 2002).
+    r"""Product of experts :math:`p(x) \propto \prod_k p_k(x)`, so :math:`E = \sum_k E_k` (Hinton,
+    2002).
 
     Args:
         parts: energies of one event shape and one support.
@@ -165,13 +196,17 @@ class Sum(Energy):
             raise ValueError("parts must hold at least one Energy, got none")
         first = parts[0]
         for part in parts[1:]:
-            if tuple(part.event_shape) != tuple(first.event_shape) or not same_support(part.support, first.support):
+            if tuple(part.event_shape) != tuple(first.event_shape) or not same_support(
+                part.support, first.support
+            ):
                 raise ValueError(
                     "the parts of a Sum must share one event_shape and one support, got"
                     f" {[(tuple(p.event_shape), str(p.support)) for p in parts]}"
                 )
         if len({part.dtype for part in parts}) > 1:
-            raise ValueError(f"the parts of a Sum must share one dtype, got {[part.dtype for part in parts]}")
+            raise ValueError(
+                f"the parts of a Sum must share one dtype, got {[part.dtype for part in parts]}"
+            )
         super().__init__(first.event_shape, first.support)
         self.parts = nn.ModuleList(parts)
 
@@ -179,13 +214,15 @@ class Sum(Energy):
         return torch.stack([part(x) for part in self.parts]).sum(0)
 
     def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        states = cast(Energy, self.parts[0]).initial(n, generator)  # a part may know its domain better than the support does
+        # a part may know its domain better than the support does
+        states = cast(Energy, self.parts[0]).initial(n, generator)
         with torch.no_grad():
             return states if torch.isfinite(self(states)).all() else super().initial(n, generator)
 
 
 class Tempered(Energy):
-    r"""The density at inverse temperature :math:`\beta`: :math:`p_\beta(x) \propto e^{-\beta E(x)}`.
+    r"""The density at inverse temperature :math:`\beta`: :math:`p_\beta(x) \propto e^{-\beta
+    E(x)}`.
 
     Args:
         energy: the energy :math:`E`.
@@ -202,9 +239,12 @@ class Tempered(Energy):
 
     def __init__(self, energy: Energy, beta: float) -> None:
         given: object = beta
-        learned = isinstance(given, Tensor) and given.requires_grad  # float() would drop its gradient in silence
+        # float() would drop its gradient in silence
+        learned = isinstance(given, Tensor) and given.requires_grad
         if learned or not (isinstance(given, Real | Tensor) and 0.0 < float(given) < math.inf):
-            raise ValueError(f"beta must be a positive finite number without gradient, got beta={beta!r}")
+            raise ValueError(
+                f"beta must be a positive finite number without gradient, got beta={beta!r}"
+            )
         super().__init__(energy.event_shape, energy.support)
         self.energy: Energy = energy
         self.beta: float = float(beta)
@@ -229,10 +269,16 @@ def check_energy(energy: object) -> None:
 
 def _grad(energy: Energy, x: Tensor, create_graph: bool) -> tuple[Tensor, Tensor]:
     if is_discrete(energy.support):
-        raise ValueError(f"{type(energy).__name__} has the discrete support {energy.support}: it has no gradient in x")
+        raise ValueError(
+            f"{type(energy).__name__} has the discrete support {energy.support}: it has no"
+            f" gradient in x"
+        )
     values, grads = energy(x), None
-    if values.requires_grad:  # rows are independent, so the gradient of their sum is the gradient of each
-        (grads,) = torch.autograd.grad(values, x, torch.ones_like(values), create_graph=create_graph, allow_unused=True)
+    # rows are independent, so the gradient of their sum is the gradient of each
+    if values.requires_grad:
+        (grads,) = torch.autograd.grad(
+            values, x, torch.ones_like(values), create_graph=create_graph, allow_unused=True
+        )
     if grads is None or values.dtype != x.dtype:
         raise ValueError(no_gradient(type(getattr(energy, "energy", energy)).__name__, values, x))
     return values, grads
@@ -249,8 +295,9 @@ def value_and_grad(energy: Energy, x: Tensor) -> tuple[Tensor, Tensor]:
         :math:`E(x)` of shape ``(*batch)`` and :math:`\nabla_x E(x)` of shape ``(*batch, *event)``.
 
     Raises:
-        ValueError: naming both shapes unless ``energy(x).shape`` is the batch shape; naming both dtypes or devices on a
-            mismatch; if the support is discrete; if the energy is cut off from ``x``.
+        ValueError: naming both shapes unless ``energy(x).shape`` is the batch shape; naming both
+            dtypes or devices on a mismatch; if the support is discrete; if the energy is cut off
+            from ``x``.
 
     Example:
         >>> from pyroebm.targets import DoubleWell
@@ -270,7 +317,8 @@ def unchecked_value_and_grad(energy: Energy, x: Tensor) -> tuple[Tensor, Tensor]
 
 
 def score(energy: Energy, x: Tensor) -> Tensor:
-    r"""The score :math:`\nabla_x \log p(x) = -\nabla_x E(x)` (Hyvärinen, 2005), with its graph kept for training.
+    r"""The score :math:`\nabla_x \log p(x) = -\nabla_x E(x)` (Hyvärinen, 2005), with its graph kept
+    for training.
 
     Args:
         energy: an energy of continuous support.
@@ -289,5 +337,9 @@ def score(energy: Energy, x: Tensor) -> Tensor:
     """
     energy.check_states(x)
     with torch.inference_mode(False), torch.enable_grad():
-        x = x if x.requires_grad else (x.clone() if x.is_inference() else x.detach()).requires_grad_(True)
+        x = (
+            x
+            if x.requires_grad
+            else (x.clone() if x.is_inference() else x.detach()).requires_grad_(True)
+        )
         return -_grad(energy, x, create_graph=True)[1]

@@ -15,8 +15,11 @@ __all__ = ["BATCH", "all_bits", "bit_batches", "bits_of", "draw_numbers", "state
 BATCH = 1 << 14
 
 
-def all_bits(n: int, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Tensor:
-    r"""All :math:`2^n` rows of n bits, shape ``(2**n, n)``, counted up with the first bit the highest.
+def all_bits(
+    n: int, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> Tensor:
+    r"""All :math:`2^n` rows of n bits, shape ``(2**n, n)``, counted up with the first bit the
+    highest.
 
     Example:
         >>> all_bits(2)
@@ -28,14 +31,18 @@ def all_bits(n: int, dtype: torch.dtype | None = None, device: torch.device | st
     return _rows(0, 1 << n, n, dtype, device)
 
 
-def bit_batches(n: int, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Iterator[Tensor]:
-    """The rows of :func:`all_bits` in batches of at most ``BATCH``: memory does not grow with their number."""
+def bit_batches(
+    n: int, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> Iterator[Tensor]:
+    """The rows of :func:`all_bits` in batches of at most ``BATCH``: memory does not grow with their
+    number."""
     for start in range(0, 1 << n, BATCH):
         yield _rows(start, min(start + BATCH, 1 << n), n, dtype, device)
 
 
 def state_batches(values: Tensor, sites: int) -> Iterator[Tensor]:
-    """All states of sites that take K values ``(K, width)``, in batches ``(n, sites, width)``, the first site highest."""
+    """All states of sites that take K values ``(K, width)``, in batches ``(n, sites, width)``, the
+    first site highest."""
     count = len(values) ** sites
     power = torch.tensor([len(values) ** k for k in reversed(range(sites))], device=values.device)
     for first in range(0, count, BATCH):
@@ -50,17 +57,30 @@ def bits_of(number: Tensor, n: int, dtype: torch.dtype) -> Tensor:
 
 
 def draw_numbers(log_p: Tensor, n: int, generator: torch.Generator | None = None) -> Tensor:
-    """``n`` numbers of states ``(n,)``, by inverse CDF over unnormalised log-probabilities of all of them; none of probability 0.
+    """``n`` numbers of states ``(n,)``, by inverse CDF over unnormalised log-probabilities of all
+    of them; none of probability 0.
 
     Raises:
         FloatingPointError: if these are not finite: there is no such law.
     """
     cdf = log_p.double().softmax(0).cumsum(0)
     if not bool(cdf[-1].isfinite()):
-        raise FloatingPointError(f"of {len(log_p)} states {int((~log_p.isfinite()).sum())} have an energy that is not finite")
-    # a number below 1 times the total stays below the total, so what is found has a probability above 0
-    return torch.searchsorted(cdf, uniform((n,), generator, torch.float64, cdf.device) * cdf[-1], right=True)
+        raise FloatingPointError(
+            f"of {len(log_p)} states {int((~log_p.isfinite()).sum())} have an energy that is not"
+            f" finite"
+        )
+    # a number below 1 times the total stays below the total, so what is found has a probability
+    # above 0
+    return torch.searchsorted(
+        cdf, uniform((n,), generator, torch.float64, cdf.device) * cdf[-1], right=True
+    )
 
 
-def _rows(start: int, stop: int, n: int, dtype: torch.dtype | None, device: torch.device | str) -> Tensor:
-    return bits_of(torch.arange(start, stop, device=device), n, torch.get_default_dtype() if dtype is None else dtype)
+def _rows(
+    start: int, stop: int, n: int, dtype: torch.dtype | None, device: torch.device | str
+) -> Tensor:
+    return bits_of(
+        torch.arange(start, stop, device=device),
+        n,
+        torch.get_default_dtype() if dtype is None else dtype,
+    )

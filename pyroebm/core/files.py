@@ -1,4 +1,5 @@
-"""Every file that the package reads or writes. What is written is there whole or not at all; nothing is unpickled."""
+"""Every file that the package reads or writes. What is written is there whole or not at all;
+nothing is unpickled."""
 
 from __future__ import annotations
 
@@ -41,7 +42,8 @@ __all__ = [
 
 @contextlib.contextmanager
 def written_whole(path: Path, by: str = "") -> Iterator[Path]:
-    """A file beside ``path`` to write to, moved there at the end: killed at any moment, a process leaves the old or the new.
+    """A file beside ``path`` to write to, moved there at the end: killed at any moment, a process
+    leaves the old or the new.
 
     Args:
         path: the file.
@@ -90,7 +92,9 @@ def read_json(path: str | Path) -> Any:
     return json.loads(read_text(path))
 
 
-def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+def write_tensors(
+    path: str | Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
     """Write tensors, and text beside them, as a safetensors file.
 
     Example:
@@ -102,7 +106,9 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: dic
         ({'x': tensor([1., 1.])}, {'class': 'NICE'})
     """
     with written_whole(Path(path)) as temporary:
-        safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+        safetensors.torch.save_file(
+            {name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata
+        )
 
 
 def read_tensors(path: str | Path, device: str = "cpu") -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -137,10 +143,12 @@ def read_bytes(path: Path) -> bytes:
 
 
 def read_arrays(path: Path, names: Container[str]) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Read those of some arrays that an ``.npz`` file has, and the names of all that are in it; no pickle is loaded.
+    """Read those of some arrays that an ``.npz`` file has, and the names of all that are in it; no
+    pickle is loaded.
 
     Raises:
-        OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error: if there is no such file, or it is damaged.
+        OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error: if there is no such file, or
+        it is damaged.
     """
     file = np.load(path, allow_pickle=False)
     if not isinstance(file, np.lib.npyio.NpzFile):
@@ -149,7 +157,9 @@ def read_arrays(path: Path, names: Container[str]) -> tuple[dict[str, np.ndarray
         return {name: file[name] for name in file.files if name in names}, list(file.files)
 
 
-def write_groups(path: Path, groups: Mapping[str, xarray.Dataset], attrs: Mapping[str, Any]) -> None:
+def write_groups(
+    path: Path, groups: Mapping[str, xarray.Dataset], attrs: Mapping[str, Any]
+) -> None:
     """Write a netCDF file of xarray's Datasets, a group for each, with ``attrs`` at its root."""
     import xarray
 
@@ -160,7 +170,8 @@ def write_groups(path: Path, groups: Mapping[str, xarray.Dataset], attrs: Mappin
 
 
 def read_group(path: Path, group: str, draws: slice = slice(None)) -> xarray.Dataset:
-    """Read one group of a netCDF file, of its dimension ``draw`` those of a slice: the others are never in memory.
+    """Read one group of a netCDF file, of its dimension ``draw`` those of a slice: the others are
+    never in memory.
 
     Raises:
         OSError: if there is no such file or group.

@@ -18,14 +18,19 @@ __all__ = ["MinibatchEnergy", "subsample"]
 
 
 class MinibatchEnergy(Energy):
-    r"""A posterior: a prior and a sum over N data, of which a minibatch of n gives an unbiased estimate.
+    r"""A posterior: a prior and a sum over N data, of which a minibatch of n gives an unbiased
+    estimate.
 
-    .. math:: E(x) = E_0(x) + \sum_{i=1}^N \ell(x, d_i), \qquad \hat E(x) = E_0(x) + \frac{N}{n} \sum_{i \in B} \ell(x, d_i)
+    .. math::
+
+        E(x) = E_0(x) + \sum_{i=1}^N \ell(x, d_i), \qquad \hat E(x) = E_0(x) + \frac{N}{n} \sum_{i
+        \in B} \ell(x, d_i)
 
     Args:
-        prior: the energy :math:`E_0` of the parameters x; its event shape and support are taken over.
-        loss: :math:`(x, d) \mapsto \sum_i \ell(x, d_i)`, minus the log-likelihood of data ``(n, ...)`` summed over them, shape
-            ``(*batch)`` for x of shape ``(*batch, *event)``.
+        prior: the energy :math:`E_0` of the parameters x; its event shape and support are taken
+            over.
+        loss: :math:`(x, d) \mapsto \sum_i \ell(x, d_i)`, minus the log-likelihood of data ``(n,
+            ...)`` summed over them, shape ``(*batch)`` for x of shape ``(*batch, *event)``.
         data: all N data, shape ``(N, ...)``.
         batch_size: n, from 1 to N.
 
@@ -41,9 +46,14 @@ class MinibatchEnergy(Energy):
         (tensor([15.]), 2)
     """
 
-    def __init__(self, prior: Energy, loss: Callable[[Tensor, Tensor], Tensor], data: Tensor, batch_size: int) -> None:
+    def __init__(
+        self, prior: Energy, loss: Callable[[Tensor, Tensor], Tensor], data: Tensor, batch_size: int
+    ) -> None:
         if not 1 <= batch_size <= len(data):
-            raise ValueError(f"batch_size must be from 1 to the {len(data)} rows of data, got batch_size={batch_size}")
+            raise ValueError(
+                f"batch_size must be from 1 to the {len(data)} rows of data, got"
+                f" batch_size={batch_size}"
+            )
         super().__init__(prior.event_shape, prior.support)
         self.prior = prior
         self.loss = loss
@@ -70,12 +80,14 @@ class MinibatchEnergy(Energy):
         return part
 
     def subsample(self, generator: torch.Generator | None = None) -> MinibatchEnergy:
-        r""":math:`\hat E` on ``batch_size`` data drawn without replacement, the same for all rows of x."""
+        r""":math:`\hat E` on ``batch_size`` data drawn without replacement, the same for all rows
+        of x."""
         return self.on(subset(self.size, self.batch_size, generator, self.data.device))
 
 
 def subsample(energy: Energy, generator: torch.Generator | None = None) -> Energy:
-    """An energy of which ``energy`` is the expectation: that of a random minibatch wherever it has one, else itself.
+    """An energy of which ``energy`` is the expectation: that of a random minibatch wherever it has
+    one, else itself.
 
     Looks into sums, tempered energies, unconstrained coordinates and compiled views.
 

@@ -1,4 +1,5 @@
-"""The one choke point of randomness: explicit generators, seeds spread by NumPy's SeedSequence, noise drawn where they live."""
+"""The one choke point of randomness: explicit generators, seeds spread by NumPy's SeedSequence,
+noise drawn where they live."""
 
 from __future__ import annotations
 
@@ -17,24 +18,31 @@ MANY = 1024
 
 
 def fresh_seed(seed: int | None) -> int:
-    """``seed``, or one from the operating system in place of None: written down, it repeats the run."""
+    """``seed``, or one from the operating system in place of None: written down, it repeats the
+    run."""
     return int(np.random.SeedSequence(seed).entropy)  # type: ignore[arg-type]
 
 
 def seeded_generator(
     seed: int, device: torch.device | str = "cpu", spawned: int | tuple[int, ...] | None = None
 ) -> torch.Generator:
-    """A new generator whose stream is spread from ``seed`` by ``numpy.random.SeedSequence``; torch's global one is untouched.
+    """A new generator whose stream is spread from ``seed`` by ``numpy.random.SeedSequence``;
+    torch's global one is untouched.
 
-    ``spawned`` takes the child of that number in place of ``seed`` itself: as many independent streams as there are numbers. Of
-    a tuple of numbers it takes the child of the child.
+    ``spawned`` takes the child of that number in place of ``seed`` itself: as many independent
+    streams as there are numbers. Of a tuple of numbers it takes the child of the child.
     """
     key = () if spawned is None else (spawned,) if isinstance(spawned, int) else spawned
     words = np.random.SeedSequence(seed, spawn_key=key).generate_state(1, np.uint64)
     return torch.Generator(device).manual_seed(int(words[0]) % 2**63)
 
 
-def standard_normal(shape: Sequence[int], generator: torch.Generator | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+def standard_normal(
+    shape: Sequence[int],
+    generator: torch.Generator | None,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
     """Normal noise on ``device``, drawn where the generator lives (None: torch's global one)."""
     where, shape = device if generator is None else generator.device, tuple(shape)
     count = math.prod(shape)
@@ -43,24 +51,38 @@ def standard_normal(shape: Sequence[int], generator: torch.Generator | None, dty
     # What torch.randn does too, number by number; whole tensors take a third of its time.
     u = torch.rand((2, (count + 1) // 2), generator=generator, dtype=dtype, device=where)
     radius, angle = torch.log1p(-u[0]).mul_(-2.0).sqrt_(), u[1].mul_(2.0 * math.pi)
-    return torch.cat([radius * torch.cos(angle), radius * torch.sin(angle)])[:count].reshape(shape).to(device)
+    return (
+        torch.cat([radius * torch.cos(angle), radius * torch.sin(angle)])[:count]
+        .reshape(shape)
+        .to(device)
+    )
 
 
-def uniform(shape: Sequence[int], generator: torch.Generator | None, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Noise uniform on [0, 1) on ``device``, drawn where the generator lives (None: torch's global one)."""
+def uniform(
+    shape: Sequence[int],
+    generator: torch.Generator | None,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
+    """Noise uniform on [0, 1) on ``device``, drawn where the generator lives (None: torch's global
+    one)."""
     where = device if generator is None else generator.device
     return torch.rand(tuple(shape), generator=generator, dtype=dtype, device=where).to(device)
 
 
-def subset(total: int, size: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
-    """``size`` different numbers below ``total``, each such set equally likely, drawn where the generator lives."""
+def subset(
+    total: int, size: int, generator: torch.Generator | None, device: torch.device
+) -> Tensor:
+    """``size`` different numbers below ``total``, each such set equally likely, drawn where the
+    generator lives."""
     where = device if generator is None else generator.device
     return torch.randperm(total, generator=generator, device=where)[:size].to(device)
 
 
 @contextlib.contextmanager
 def drawing_from(generator: torch.Generator | None) -> Iterator[None]:
-    """For :mod:`torch.distributions`, which take no generator: inside, torch's global one continues the stream of ``generator``.
+    """For :mod:`torch.distributions`, which take no generator: inside, torch's global one continues
+    the stream of ``generator``.
 
     Outside it is as before; None leaves it alone.
     """
@@ -77,5 +99,7 @@ def drawing_from(generator: torch.Generator | None) -> Iterator[None]:
     try:
         yield
     finally:
-        generator.set_state(torch.cuda.get_rng_state(generator.device) if cuda else torch.get_rng_state())
+        generator.set_state(
+            torch.cuda.get_rng_state(generator.device) if cuda else torch.get_rng_state()
+        )
         put(outer)

@@ -1,4 +1,5 @@
-"""Energies of variables with names, written for one row: run on a batch by vmap, replayed from a captured graph."""
+"""Energies of variables with names, written for one row: run on a batch by vmap, replayed from a
+captured graph."""
 
 from __future__ import annotations
 
@@ -37,14 +38,17 @@ def _inverse(a: Tensor) -> Tensor:
 def _solve(a: Tensor, b: Tensor, *, left: bool = True) -> Tensor:
     solution, info = torch.linalg.solve_ex(a, b, left=left)
     is_vector = b.dim() == 1 or b.shape == a.shape[:-1]
-    return torch.where((info == 0)[(..., None) if is_vector else (..., None, None)], solution, torch.nan)
+    return torch.where(
+        (info == 0)[(..., None) if is_vector else (..., None, None)], solution, torch.nan
+    )
 
 
 class RowsFailAlone(TorchFunctionMode):
-    """Inside, what would raise for a whole batch because of one row is NaN in that row: a factorisation that does not exist.
+    """Inside, what would raise for a whole batch because of one row is NaN in that row: a
+    factorisation that does not exist.
 
-    The checks that a distribution with ``validate_args=True`` makes of a batch are passed: its density is not finite where its
-    arguments are out of their range.
+    The checks that a distribution with ``validate_args=True`` makes of a batch are passed: its
+    density is not finite where its arguments are out of their range.
     """
 
     STAND_INS: ClassVar[dict[Any, Callable[..., Any]]] = {
@@ -76,7 +80,11 @@ def _folded(module: fx.GraphModule) -> fx.GraphModule:
             args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
             known[node] = node.target(*args, **kwargs)
     for node, value in known.items():
-        if node.op == "call_function" and isinstance(value, Tensor) and any(user not in known for user in node.users):
+        if (
+            node.op == "call_function"
+            and isinstance(value, Tensor)
+            and any(user not in known for user in node.users)
+        ):
             module.register_buffer(f"folded_{node.name}", value)
             with module.graph.inserting_before(node):
                 node.replace_all_uses_with(module.graph.get_attr(f"folded_{node.name}"))
@@ -86,19 +94,22 @@ def _folded(module: fx.GraphModule) -> fx.GraphModule:
 
 
 class RowwiseEnergy(Energy):
-    r"""An energy over a flat vector of named variables in unconstrained coordinates, whose author writes one row.
+    r"""An energy over a flat vector of named variables in unconstrained coordinates, whose author
+    writes one row.
 
-    A subclass calls ``super().__init__(shapes, like)``, sets itself up and ends with ``self.batch_by(rows)``, which tries on
-    two rows how a batch can be run, and takes the first way whose values and gradients are those of a plain loop:
+    A subclass calls ``super().__init__(shapes, like)``, sets itself up and ends with
+    ``self.batch_by(rows)``, which tries on two rows how a batch can be run, and takes the first way
+    whose values and gradients are those of a plain loop:
 
-    - ``"graph"``: :func:`torch.func.vmap` over the rows, captured once by ``make_fx`` for each batch shape as a plain graph of
-      tensor operations without Python in it, and replayed;
+    - ``"graph"``: :func:`torch.func.vmap` over the rows, captured once by ``make_fx`` for each
+      batch shape as a plain graph of tensor operations without Python in it, and replayed;
     - ``"vmap"``: the same without the capture;
     - ``"loop"``: one row after the other, with a warning that says why.
 
-    Everything but the rows is a constant of a captured graph. What :meth:`constants` lists is watched: when one of these tensors
-    is replaced or written to, the next call captures anew. Under a transform of somebody else (``make_fx``, ``vmap``, ``grad``)
-    nothing is replayed: the rows run through ``vmap``, so that an energy can be inlined in a larger graph.
+    Everything but the rows is a constant of a captured graph. What :meth:`constants` lists is
+    watched: when one of these tensors is replaced or written to, the next call captures anew. Under
+    a transform of somebody else (``make_fx``, ``vmap``, ``grad``) nothing is replayed: the rows run
+    through ``vmap``, so that an energy can be inlined in a larger graph.
 
     Args:
         shapes: name and unconstrained shape of each variable, in the order of the flat vector.
@@ -129,9 +140,13 @@ class RowwiseEnergy(Energy):
         return list(itertools.chain(self.parameters(), self.buffers()))
 
     def split(self, u: Tensor) -> dict[str, Tensor]:
-        """Rows as variables in unconstrained coordinates: ``(*batch, dim)`` to a dict of ``(*batch, *shape)``."""
+        """Rows as variables in unconstrained coordinates: ``(*batch, dim)`` to a dict of ``(*batch,
+        *shape)``."""
         parts = u.split([event_numel(shape) for shape in self.shapes.values()], -1)
-        return {name: part.reshape(u.shape[:-1] + shape) for (name, shape), part in zip(self.shapes.items(), parts, strict=True)}
+        return {
+            name: part.reshape(u.shape[:-1] + shape)
+            for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
+        }
 
     def join(self, params: Mapping[str, Tensor]) -> Tensor:
         """The inverse of :meth:`split`.
@@ -146,10 +161,16 @@ class RowwiseEnergy(Energy):
             part = torch.as_tensor(params[name])
             cut = part.dim() - len(shape)
             if cut < 0 or part.shape[cut:] != shape:
-                raise ValueError(f"{name!r} must have shape (*batch, *{tuple(shape)}), got shape {tuple(part.shape)}")
+                raise ValueError(
+                    f"{name!r} must have shape (*batch, *{tuple(shape)}), got shape"
+                    f" {tuple(part.shape)}"
+                )
             flat.append(part.reshape(*part.shape[:cut], -1).to(self.device, self.dtype))
         if len({part.shape[:-1] for part in flat}) > 1:
-            raise ValueError(f"the variables must share one batch shape, got {[tuple(part.shape[:-1]) for part in flat]}")
+            raise ValueError(
+                f"the variables must share one batch shape, got"
+                f" {[tuple(part.shape[:-1]) for part in flat]}"
+            )
         return torch.cat(flat, -1)
 
     def forward(self, u: Tensor) -> Tensor:
@@ -186,15 +207,18 @@ class RowwiseEnergy(Energy):
         """Choose how batches are run, by trying on ``rows`` of shape ``(2, dim)``.
 
         Raises:
-            ValueError: if the energy of one row is not one number, or is another one when taken again.
+            ValueError: if the energy of one row is not one number, or is another one when taken
+            again.
         """
         with eval_mode(self):
             self.batching = "loop"
             expected, again = unchecked_value_and_grad(self, rows), self(rows)
             if not torch.allclose(expected[0], again.detach(), rtol=0.0, atol=0.0, equal_nan=True):
                 raise ValueError(
-                    f"{type(self).__name__} must be a function of its variables, but gave {expected[0].tolist()} and then"
-                    f" {again.tolist()} for the same rows: a random number that is no sample site enters it"
+                    f"{type(self).__name__} must be a function of its variables, but gave"
+                    f" {expected[0].tolist()} and then"
+                    f" {again.tolist()} for the same rows: a random number that is no sample site"
+                    f" enters it"
                 )
             for way in ("graph", "vmap"):
                 self.batching = way
@@ -204,14 +228,17 @@ class RowwiseEnergy(Energy):
                     reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
                 else:
                     if all(
-                        torch.allclose(a, b, rtol=1e-3, atol=1e-3, equal_nan=True) for a, b in zip(found, expected, strict=True)
+                        torch.allclose(a, b, rtol=1e-3, atol=1e-3, equal_nan=True)
+                        for a, b in zip(found, expected, strict=True)
                     ):
                         return
                     reason = f"its values there are {found[0].tolist()}, those of a loop {expected[0].tolist()}"
             self.batching = "loop"
         warnings.warn(
-            f"{self._name()} cannot be vectorised with torch.func.vmap and runs chain by chain, which is slow: {reason}."
-            " Branches and shapes that depend on a latent value are written with torch.where and masks",
+            f"{self._name()} cannot be vectorised with torch.func.vmap and runs chain by chain,"
+            f" which is slow: {reason}."
+            " Branches and shapes that depend on a latent value are written with torch.where and"
+            " masks",
             RuntimeWarning,
             stacklevel=4,
         )

@@ -25,10 +25,11 @@ def from_text(text: Tensor) -> Any:
 
 
 def pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """What JSON can say of a value; its tensors go into ``tensors`` under dotted names that begin with ``name``.
+    """What JSON can say of a value; its tensors go into ``tensors`` under dotted names that begin
+    with ``name``.
 
-    NamedTuples and dataclasses (kernels) are taken apart field by field. What is neither, nor a number, text, tuple or dict (an
-    energy, a function) is a setting that the reader brings along.
+    NamedTuples and dataclasses (kernels) are taken apart field by field. What is neither, nor a
+    number, text, tuple or dict (an energy, a function) is a setting that the reader brings along.
 
     Example:
         >>> tensors = {}
@@ -43,19 +44,26 @@ def pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if (fields := _fields(value)) is not None:
-        return {"type": type(value).__name__, "fields": {k: pack(v, f"{name}.{k}", tensors) for k, v in fields.items()}}
+        return {
+            "type": type(value).__name__,
+            "fields": {k: pack(v, f"{name}.{k}", tensors) for k, v in fields.items()},
+        }
     if isinstance(value, tuple | list):
-        return {type(value).__name__: [pack(v, f"{name}.{i}", tensors) for i, v in enumerate(value)]}
+        return {
+            type(value).__name__: [pack(v, f"{name}.{i}", tensors) for i, v in enumerate(value)]
+        }
     if isinstance(value, dict):
         return {"dict": {k: pack(v, f"{name}.{k}", tensors) for k, v in value.items()}}
     return {"setting": name}
 
 
 def unpack(said: Any, like: Any, tensors: dict[str, Tensor]) -> Any:
-    """The inverse of :func:`pack`. ``like`` is a value of the same make: it has the settings, and names the types.
+    """The inverse of :func:`pack`. ``like`` is a value of the same make: it has the settings, and
+    names the types.
 
     Raises:
-        ValueError: if a tensor is missing, or a type is none of those that ``like`` or its annotations mention.
+        ValueError: if a tensor is missing, or a type is none of those that ``like`` or its
+        annotations mention.
     """
     return _unpack(said, like, tensors, _types_of(like, {}))
 
@@ -69,17 +77,26 @@ def _unpack(said: Any, like: Any, tensors: dict[str, Tensor], known: dict[str, t
         return tensors[said["tensor"]].clone()
     if "type" in said:
         if said["type"] not in known:
-            raise ValueError(f"the state holds a {said['type']}, but a {type(like).__name__} is made of {sorted(known)}")
+            raise ValueError(
+                f"the state holds a {said['type']}, but a {type(like).__name__} is made of"
+                f" {sorted(known)}"
+            )
         own = (_fields(like) or {}) if type(like).__name__ == said["type"] else {}
-        return known[said["type"]](**{k: _unpack(v, own.get(k), tensors, known) for k, v in said["fields"].items()})
+        return known[said["type"]](
+            **{k: _unpack(v, own.get(k), tensors, known) for k, v in said["fields"].items()}
+        )
     if "dict" in said:
         own = like if isinstance(like, dict) else {}
         return {k: _unpack(v, own.get(k), tensors, known) for k, v in said["dict"].items()}
     if "setting" in said:
         return like
     kind, parts = next(iter(said.items()))
-    likes = like if isinstance(like, tuple | list) and len(like) == len(parts) else [None] * len(parts)
-    return {"tuple": tuple, "list": list}[kind](_unpack(v, o, tensors, known) for v, o in zip(parts, likes, strict=True))
+    likes = (
+        like if isinstance(like, tuple | list) and len(like) == len(parts) else [None] * len(parts)
+    )
+    return {"tuple": tuple, "list": list}[kind](
+        _unpack(v, o, tensors, known) for v, o in zip(parts, likes, strict=True)
+    )
 
 
 def _fields(value: Any) -> dict[str, Any] | None:
@@ -91,9 +108,12 @@ def _fields(value: Any) -> dict[str, Any] | None:
 
 
 def _types_of(value: Any, known: dict[str, type]) -> dict[str, type]:
-    """Types with fields in a value and in its annotations (a field that is None now may be a metric by the time it is saved)."""
+    """Types with fields in a value and in its annotations (a field that is None now may be a metric
+    by the time it is saved)."""
     fields = _fields(value)
-    parts = fields.values() if fields is not None else value if isinstance(value, tuple | list) else ()
+    parts = (
+        fields.values() if fields is not None else value if isinstance(value, tuple | list) else ()
+    )
     if fields is not None:
         _types_in(type(value), known)
     for part in value.values() if isinstance(value, dict) else parts:
@@ -105,7 +125,9 @@ def _types_in(annotation: Any, known: dict[str, type]) -> None:
     if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is not None:
         for part in typing.get_args(annotation):
             _types_in(part, known)
-    elif isinstance(annotation, type) and (hasattr(annotation, "_fields") or dataclasses.is_dataclass(annotation)):
+    elif isinstance(annotation, type) and (
+        hasattr(annotation, "_fields") or dataclasses.is_dataclass(annotation)
+    ):
         if annotation.__name__ in known:
             return
         known[annotation.__name__] = annotation

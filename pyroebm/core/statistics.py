@@ -1,4 +1,5 @@
-"""Statistics of samples and weights: ArviZ's R-hat, ESS and PSIS, means of weights, distances between samples."""
+"""Statistics of samples and weights: ArviZ's R-hat, ESS and PSIS, means of weights, distances
+between samples."""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ __all__ = [
 
 @functools.cache
 def arviz() -> Any:
-    """ArviZ, imported on first use (it takes seconds) without the announcement that its 0.23 line prints."""
+    """ArviZ, imported on first use (it takes seconds) without the announcement that its 0.23 line
+    prints."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"\s*ArviZ is undergoing", category=FutureWarning)
         return importlib.import_module("arviz")
@@ -60,10 +62,14 @@ def _statistic(name: str, draws: Tensor | np.ndarray, **options: Any) -> np.ndar
         array = array.astype(np.float64)
     compute = getattr(arviz(), name)
     flat = array.reshape(*array.shape[:2], -1)
-    with warnings.catch_warnings():  # a constant entry has no R-hat: NaN says so, NumPy's division warning adds nothing
+    # a constant entry has no R-hat: NaN says so, NumPy's division warning adds nothing
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         # `item`: beside numba, ArviZ 0.23 returns some of its numbers in an array of shape (1,)
-        values = [np.asarray(compute(np.ascontiguousarray(flat[..., k]), **options)).item() for k in range(flat.shape[-1])]
+        values = [
+            np.asarray(compute(np.ascontiguousarray(flat[..., k]), **options)).item()
+            for k in range(flat.shape[-1])
+        ]
     return np.asarray(values).reshape(array.shape[2:])
 
 
@@ -84,7 +90,8 @@ def r_hat(draws: Tensor | np.ndarray) -> np.ndarray:
 
 
 def ess_bulk(draws: Tensor | np.ndarray) -> np.ndarray:
-    """Bulk effective sample size (Vehtari et al., 2021), by ArviZ; arguments and shape as :func:`r_hat`.
+    """Bulk effective sample size (Vehtari et al., 2021), by ArviZ; arguments and shape as
+    :func:`r_hat`.
 
     Example:
         >>> bool(ess_bulk(torch.randn(4, 500, generator=torch.Generator().manual_seed(0))) > 1500)
@@ -94,7 +101,8 @@ def ess_bulk(draws: Tensor | np.ndarray) -> np.ndarray:
 
 
 def ess_tail(draws: Tensor | np.ndarray) -> np.ndarray:
-    """Tail effective sample size (Vehtari et al., 2021), by ArviZ; arguments and shape as :func:`r_hat`.
+    """Tail effective sample size (Vehtari et al., 2021), by ArviZ; arguments and shape as
+    :func:`r_hat`.
 
     Example:
         >>> bool(ess_tail(torch.randn(4, 500, generator=torch.Generator().manual_seed(0))) > 1000)
@@ -104,7 +112,8 @@ def ess_tail(draws: Tensor | np.ndarray) -> np.ndarray:
 
 
 def mcse_mean(draws: Tensor | np.ndarray) -> np.ndarray:
-    """Monte Carlo standard error of the mean (Vehtari et al., 2021), by ArviZ; arguments and shape as :func:`r_hat`.
+    """Monte Carlo standard error of the mean (Vehtari et al., 2021), by ArviZ; arguments and shape
+    as :func:`r_hat`.
 
     Example:
         >>> bool(mcse_mean(torch.randn(4, 2500, generator=torch.Generator().manual_seed(0))) < 0.02)
@@ -114,7 +123,8 @@ def mcse_mean(draws: Tensor | np.ndarray) -> np.ndarray:
 
 
 def bfmi(energy: Tensor | np.ndarray) -> np.ndarray:
-    """Bayesian fraction of missing information (Betancourt, 2016) of each chain, by ArviZ, from Hamiltonians ``(chains, draws)``.
+    """Bayesian fraction of missing information (Betancourt, 2016) of each chain, by ArviZ, from
+    Hamiltonians ``(chains, draws)``.
 
     Example:
         >>> bfmi(torch.randn(2, 500, generator=torch.Generator().manual_seed(0))).shape
@@ -125,23 +135,28 @@ def bfmi(energy: Tensor | np.ndarray) -> np.ndarray:
 
 
 def pareto_k(log_weights: Tensor | np.ndarray) -> float:
-    """Shape of the tail of importance weights (Vehtari, Simpson, Gelman, Yao and Gabry, 2024), by ArviZ's PSIS.
+    """Shape of the tail of importance weights (Vehtari, Simpson, Gelman, Yao and Gabry, 2024), by
+    ArviZ's PSIS.
 
     Args:
         log_weights: log weights, shape ``(n,)``.
 
     Returns:
-        k; above 0.7 the estimates cannot be trusted. ``inf`` where fewer than five weights make the tail, ``-inf`` where all
-        weights are equal and there is none.
+        k; above 0.7 the estimates cannot be trusted. ``inf`` where fewer than five weights make the
+        tail, ``-inf`` where all weights are equal and there is none.
 
     Example:
         >>> pareto_k(torch.randn(1000, generator=torch.Generator().manual_seed(0)) * 0.1) < 0.5
         True
     """
-    logs = np.array(log_weights.detach().cpu().numpy() if isinstance(log_weights, Tensor) else log_weights, dtype=np.float64)
+    logs = np.array(
+        log_weights.detach().cpu().numpy() if isinstance(log_weights, Tensor) else log_weights,
+        dtype=np.float64,
+    )
     if np.ptp(logs) < 1e-12:
         return -np.inf
-    with np.errstate(over="ignore", invalid="ignore"):  # the tail's fit compares likelihoods further apart than float64 holds
+    # the tail's fit compares likelihoods further apart than float64 holds
+    with np.errstate(over="ignore", invalid="ignore"):
         try:
             if is_new_arviz():  # it takes the negative of the log weights
                 data_array = importlib.import_module("xarray").DataArray
@@ -166,7 +181,8 @@ class LogMean(NamedTuple):
 
 
 def effective(log_weights: Tensor) -> float:
-    r"""Effective sample size :math:`(\sum w)^2 / \sum w^2` of weights, of which one at least is not 0 (Kong, 1992)."""
+    r"""Effective sample size :math:`(\sum w)^2 / \sum w^2` of weights, of which one at least is not
+    0 (Kong, 1992)."""
     ratio = (log_weights - log_weights.max()).exp()
     return float(ratio.sum() ** 2 / ratio.square().sum())
 
@@ -174,23 +190,27 @@ def effective(log_weights: Tensor) -> float:
 def too_few(ess: float, n: int) -> bool:
     """Whether n weights are too unequal to show how much their mean scatters.
 
-    The largest weights then decide the mean, and larger ones have not been drawn yet, so that the mean is too small and its
-    standard error smaller still. Of 50 to 10,000 log-normal weights with deviations of 0.5 to 4 nats the log of the mean is more
-    than five standard errors off in 4 to 14 of 100 cases where it is so, else in 2 of 100 for 50 weights, 4 of 1,000 for 100,
-    1 of 1,000 for 200 and less than 2 of 10,000 from 500 on.
+    The largest weights then decide the mean, and larger ones have not been drawn yet, so that the
+    mean is too small and its standard error smaller still. Of 50 to 10,000 log-normal weights with
+    deviations of 0.5 to 4 nats the log of the mean is more than five standard errors off in 4 to 14
+    of 100 cases where it is so, else in 2 of 100 for 50 weights, 4 of 1,000 for 100, 1 of 1,000 for
+    200 and less than 2 of 10,000 from 500 on.
     """
     return ess <= min(0.25 * n, ENOUGH)
 
 
 def log_mean(log_weights: Tensor) -> LogMean:
-    r""":math:`\log \frac1n \sum_i w_i`, its standard error by the delta method, and the effective sample size.
+    r""":math:`\log \frac1n \sum_i w_i`, its standard error by the delta method, and the effective
+    sample size.
 
     .. math:: \mathrm{se} = \frac{\mathrm{sd}(w)}{\bar w \sqrt n}
 
-    The error is infinite where the effective sample size is at most 400 and at most a quarter of n, and NaN for one weight.
+    The error is infinite where the effective sample size is at most 400 and at most a quarter of n,
+    and NaN for one weight.
 
     Args:
-        log_weights: float64, shape ``(n,)``; ``-inf`` for a weight of 0, of which there may be some, but not all.
+        log_weights: float64, shape ``(n,)``; ``-inf`` for a weight of 0, of which there may be
+            some, but not all.
 
     Example:
         >>> import torch
@@ -203,7 +223,13 @@ def log_mean(log_weights: Tensor) -> LogMean:
     n, most = len(log_weights), float(log_weights.max())
     ratio = (log_weights - most).exp()
     mean, ess = float(ratio.mean()), effective(log_weights)
-    error = math.nan if n < 2 else math.inf if too_few(ess, n) else float(ratio.std()) / (mean * math.sqrt(n))
+    error = (
+        math.nan
+        if n < 2
+        else math.inf
+        if too_few(ess, n)
+        else float(ratio.std()) / (mean * math.sqrt(n))
+    )
     return LogMean(most + math.log(mean), error, ess)
 
 
@@ -236,17 +262,21 @@ def energy_distance(x: Tensor, y: Tensor) -> Estimate:
 
     .. math:: D^2 = 2 E|X - Y| - E|X - X'| - E|Y - Y'| \ge 0
 
-    It is 0 for equal laws alone; no pair of a row with itself enters, so the estimate may be below 0 by its noise.
+    It is 0 for equal laws alone; no pair of a row with itself enters, so the estimate may be below
+    0 by its noise.
 
     Args:
-        x: independent draws, shape ``(n, *event)``, n at least 40; or those of chains, one chain after the other.
+        x: independent draws, shape ``(n, *event)``, n at least 40; or those of chains, one chain
+            after the other.
         y: the same of the other distribution, shape ``(m, *event)``.
 
     Returns:
-        the estimate, in the unit of x, and its standard error by a jackknife of 20 groups of neighboring rows.
+        the estimate, in the unit of x, and its standard error by a jackknife of 20 groups of
+        neighboring rows.
 
     Raises:
-        ValueError: if there are fewer than 40 rows, the event shapes differ, or an entry is not finite.
+        ValueError: if there are fewer than 40 rows, the event shapes differ, or an entry is not
+        finite.
 
     Example:
         >>> x = torch.randn(1000, generator=torch.Generator().manual_seed(0))
@@ -259,14 +289,19 @@ def energy_distance(x: Tensor, y: Tensor) -> Estimate:
 
 
 def maximum_mean_discrepancy(x: Tensor, y: Tensor, bandwidth: float | None = None) -> Estimate:
-    r"""The squared maximum mean discrepancy with a Gaussian kernel (Gretton et al., 2012), estimated without bias.
+    r"""The squared maximum mean discrepancy with a Gaussian kernel (Gretton et al., 2012),
+    estimated without bias.
 
-    .. math:: M^2 = E\,k(X, X') + E\,k(Y, Y') - 2 E\,k(X, Y), \qquad k(a, b) = e^{-|a - b|^2 / 2 h^2}
+    .. math::
 
-    With the pairs of a row with itself, which are left out here, it would have a floor of about 2 / n.
+        M^2 = E\,k(X, X') + E\,k(Y, Y') - 2 E\,k(X, Y), \qquad k(a, b) = e^{-|a - b|^2 / 2 h^2}
+
+    With the pairs of a row with itself, which are left out here, it would have a floor of about 2 /
+    n.
 
     Args:
-        x: independent draws, shape ``(n, *event)``, n at least 40; or those of chains, one chain after the other.
+        x: independent draws, shape ``(n, *event)``, n at least 40; or those of chains, one chain
+            after the other.
         y: the same of the other distribution, shape ``(m, *event)``.
         bandwidth: h, in the unit of x; None takes :func:`median_distance` of both samples together.
 
@@ -296,12 +331,13 @@ def median_distance(x: Tensor) -> float:
 
 
 def mode_coverage_entropy(modes: Tensor, weights: Tensor) -> float:
-    r"""Entropy of the modes that a sample has found, as a fraction of that of the true weights (after Blessing et al., 2024).
+    r"""Entropy of the modes that a sample has found, as a fraction of that of the true weights
+    (after Blessing et al., 2024).
 
     .. math:: -\frac{1}{H(w)} \sum_k \hat w_k \log \hat w_k, \qquad H(w) = -\sum_k w_k \log w_k
 
-    For equal weights it is 1 only if each mode is found with its weight, and 0 if one mode has all; for unequal ones values
-    above 1 are possible, and say that small modes have too much.
+    For equal weights it is 1 only if each mode is found with its weight, and 0 if one mode has all;
+    for unequal ones values above 1 are possible, and say that small modes have too much.
 
     Args:
         modes: the mode of each draw, integers, shape ``(n,)``, as ``Target.mode_of`` gives them.
@@ -315,35 +351,49 @@ def mode_coverage_entropy(modes: Tensor, weights: Tensor) -> float:
         1.0
     """
     if weights.dim() != 1 or len(weights) < 2 or not bool((weights > 0).all()):
-        raise ValueError(f"weights must be at least two positive numbers, got shape {tuple(weights.shape)}")
+        raise ValueError(
+            f"weights must be at least two positive numbers, got shape {tuple(weights.shape)}"
+        )
     if (
         modes.dim() != 1
         or not len(modes)
         or modes.is_floating_point()
         or not 0 <= int(modes.min()) <= int(modes.max()) < len(weights)
     ):
-        raise ValueError(f"modes must be a vector of integers from 0 to {len(weights) - 1}, got shape {tuple(modes.shape)}")
+        raise ValueError(
+            f"modes must be a vector of integers from 0 to {len(weights) - 1}, got shape"
+            f" {tuple(modes.shape)}"
+        )
     found = torch.bincount(modes, minlength=len(weights)).double() / len(modes)
-    return float(torch.special.entr(found).sum() / torch.special.entr(weights.double() / weights.sum()).sum())
+    return float(
+        torch.special.entr(found).sum() / torch.special.entr(weights.double() / weights.sum()).sum()
+    )
 
 
 def _rows(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     if x.shape[1:] != y.shape[1:] or min(len(x), len(y)) < 2 * GROUPS:
         raise ValueError(
-            f"x and y must have one event shape and at least {2 * GROUPS} rows each, got {tuple(x.shape)}, {tuple(y.shape)}"
+            f"x and y must have one event shape and at least {2 * GROUPS} rows each, got"
+            f" {tuple(x.shape)}, {tuple(y.shape)}"
         )
     for name, rows in (("x", x), ("y", y)):
         if not bool(torch.isfinite(rows).all()):
-            raise ValueError(f"{name} must be finite, got {int((~torch.isfinite(rows)).sum())} entries that are not")
+            raise ValueError(
+                f"{name} must be finite, got {int((~torch.isfinite(rows)).sum())} entries that are not"
+            )
     return x.detach().double().reshape(len(x), -1), y.detach().double().reshape(len(y), -1)
 
 
-def _jackknife(x: Tensor, y: Tensor, kernel: Callable[[Tensor, Tensor], Tensor], sign: float) -> Estimate:
-    """``sign (mean k(X, X') + mean k(Y, Y') - 2 mean k(X, Y))``: over all rows, and with each group of them left out."""
+def _jackknife(
+    x: Tensor, y: Tensor, kernel: Callable[[Tensor, Tensor], Tensor], sign: float
+) -> Estimate:
+    """``sign (mean k(X, X') + mean k(Y, Y') - 2 mean k(X, Y))``: over all rows, and with each group
+    of them left out."""
     parts = x.tensor_split(GROUPS), y.tensor_split(GROUPS)
 
     def sums(a: int, b: int) -> tuple[Tensor, Tensor]:
-        """Sums of the kernel over pairs of different rows, group by group, and the numbers of those pairs."""
+        """Sums of the kernel over pairs of different rows, group by group, and the numbers of those
+        pairs."""
         totals = torch.zeros(GROUPS, GROUPS, dtype=torch.float64)
         for i, left in enumerate(parts[a]):
             for j, right in enumerate(parts[b]):
@@ -351,16 +401,25 @@ def _jackknife(x: Tensor, y: Tensor, kernel: Callable[[Tensor, Tensor], Tensor],
                     totals[i, j] = totals[j, i]
                     continue
                 values = kernel(left, right)
-                totals[i, j] = values.sum() - (values.diagonal().sum() if a == b and i == j else 0.0)
-        sizes = [torch.tensor([len(part) for part in parts[k]], dtype=torch.float64) for k in (a, b)]
+                totals[i, j] = values.sum() - (
+                    values.diagonal().sum() if a == b and i == j else 0.0
+                )
+        sizes = [
+            torch.tensor([len(part) for part in parts[k]], dtype=torch.float64) for k in (a, b)
+        ]
         return totals, torch.outer(*sizes) - (torch.diag(sizes[0]) if a == b else 0.0)
 
     blocks = [(sums(0, 0), 1.0), (sums(1, 1), 1.0), (sums(0, 1), -2.0)]
 
     def value(kept: Tensor) -> float:
-        return sign * sum(w * float(t[kept][:, kept].sum() / n[kept][:, kept].sum()) for (t, n), w in blocks)
+        return sign * sum(
+            w * float(t[kept][:, kept].sum() / n[kept][:, kept].sum()) for (t, n), w in blocks
+        )
 
     everything = torch.ones(GROUPS, dtype=torch.bool)
-    without = torch.tensor([value(everything & (torch.arange(GROUPS) != k)) for k in range(GROUPS)], dtype=torch.float64)
+    without = torch.tensor(
+        [value(everything & (torch.arange(GROUPS) != k)) for k in range(GROUPS)],
+        dtype=torch.float64,
+    )
     spread = (GROUPS - 1) / GROUPS * (without - without.mean()).square().sum()
     return Estimate(value(everything), math.sqrt(float(spread)))

@@ -1,7 +1,7 @@
 """Where one event lives: the supports of energies, their transforms and their starting states.
 
-Supports are :mod:`torch.distributions.constraints`; :data:`spin` is the one that torch lacks. An elementwise constraint
-holds for every entry of an event, so ``real`` serves events of any shape.
+Supports are :mod:`torch.distributions.constraints`; :data:`spin` is the one that torch lacks. An
+elementwise constraint holds for every entry of an event, so ``real`` serves events of any shape.
 """
 
 from __future__ import annotations
@@ -79,20 +79,28 @@ def _same_setting(a: Any, b: Any) -> bool:
 
 
 def inside(support: Constraint, x: Tensor, event_dims: int) -> Tensor:
-    """Whether each event lies in the support: ``(*batch, *event) -> (*batch)``, boolean. A NaN lies in none."""
+    """Whether each event lies in the support: ``(*batch, *event) -> (*batch)``, boolean. A NaN lies
+    in none."""
     base = base_constraint(support)
-    fits: Tensor = base.check(x) & torch.isfinite(x if base.event_dim == 0 else event_sum(x, base.event_dim))
+    fits: Tensor = base.check(x) & torch.isfinite(
+        x if base.event_dim == 0 else event_sum(x, base.event_dim)
+    )
     missing = event_dims - base.event_dim
     return fits.flatten(-missing).all(-1) if missing > 0 else fits
 
 
-def site_values(support: Constraint, event_shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The K values that one site of a discrete event may take, ``(K, width)``: a flat event is sites of ``width`` entries each.
+def site_values(
+    support: Constraint, event_shape: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """The K values that one site of a discrete event may take, ``(K, width)``: a flat event is
+    sites of ``width`` entries each.
 
-    Bits, spins and integers are sites of width 1, a one-hot row of K entries is one site of width K.
+    Bits, spins and integers are sites of width 1, a one-hot row of K entries is one site of width
+    K.
 
     Raises:
-        ValueError: if the support is none of these, has no last value, or leaves a site fewer than two values.
+        ValueError: if the support is none of these, has no last value, or leaves a site fewer than
+        two values.
     """
     base = base_constraint(support)
     if isinstance(base, type(constraints.one_hot)):
@@ -101,16 +109,22 @@ def site_values(support: Constraint, event_shape: Sequence[int], dtype: torch.dt
         values = torch.tensor([[0.0], [1.0]], dtype=dtype, device=device)
     elif isinstance(base, _Spin):
         values = torch.tensor([[-1.0], [1.0]], dtype=dtype, device=device)
-    elif isinstance(base, constraints.integer_interval) and not isinstance(base.lower_bound, Tensor):
-        values = torch.arange(base.lower_bound, base.upper_bound + 1, dtype=dtype, device=device).unsqueeze(1)
+    elif isinstance(base, constraints.integer_interval) and not isinstance(
+        base.lower_bound, Tensor
+    ):
+        values = torch.arange(
+            base.lower_bound, base.upper_bound + 1, dtype=dtype, device=device
+        ).unsqueeze(1)
     else:
         raise ValueError(
-            f"support={support} has no table of the values of one site: it must be boolean, spin, one_hot or an integer interval"
+            f"support={support} has no table of the values of one site: it must be boolean, spin,"
+            f" one_hot or an integer interval"
             " of the same bounds for every entry"
         )
     if len(values) < 2:
         raise ValueError(
-            f"a site must have at least two values, but support={support} with event_shape {tuple(event_shape)} has one"
+            f"a site must have at least two values, but support={support} with event_shape"
+            f" {tuple(event_shape)} has one"
         )
     return values
 
@@ -123,26 +137,32 @@ def unconstraining(support: Constraint) -> Transform:
     """
     if is_discrete(support):
         raise ValueError(
-            f"support={support} is discrete: it has no unconstrained coordinates and no gradient in x; use a sampler for"
+            f"support={support} is discrete: it has no unconstrained coordinates and no gradient"
+            f" in x; use a sampler for"
             " discrete states (Gibbs) or a continuous relaxation"
         )
     try:
         transform: Transform = biject_to(base_constraint(support))
     except NotImplementedError:
         raise ValueError(
-            f"support={support} has no bijection from R^d registered with torch.distributions.biject_to; register one, or"
+            f"support={support} has no bijection from R^d registered with"
+            f" torch.distributions.biject_to; register one, or"
             " give the energy support=constraints.real and return +inf outside the domain"
         ) from None
     return transform
 
 
 def draw_initial(
-    support: Constraint, shape: Sequence[int], generator: torch.Generator | None, dtype: torch.dtype, device: torch.device
+    support: Constraint,
+    shape: Sequence[int],
+    generator: torch.Generator | None,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> Tensor:
     """Legal starting states of a given ``shape`` (batch and event together).
 
-    Continuous supports: uniform on (-2, 2) in unconstrained coordinates, as Stan and Pyro start. Discrete ones: fair coins,
-    fair spins, uniform categories.
+    Continuous supports: uniform on (-2, 2) in unconstrained coordinates, as Stan and Pyro start.
+    Discrete ones: fair coins, fair spins, uniform categories.
     """
     shape = torch.Size(shape)
     base = base_constraint(support)
@@ -152,7 +172,10 @@ def draw_initial(
 
     if isinstance(base, constraints.cat):
         shapes = [[*shape[:-1], length] for length in base.lengths]
-        parts = [draw_initial(part, s, generator, dtype, device) for part, s in zip(base.cseq, shapes, strict=True)]
+        parts = [
+            draw_initial(part, s, generator, dtype, device)
+            for part, s in zip(base.cseq, shapes, strict=True)
+        ]
         return torch.cat(parts, -1)
     if isinstance(base, type(constraints.boolean)):
         return (noise(shape) < 0.5).to(dtype)
@@ -167,7 +190,8 @@ def draw_initial(
         return drawn.clamp(max=high).to(dtype)
     if base.is_discrete:
         raise ValueError(
-            f"support={support} has no default starting states; override initial(n, generator) in the energy, returning"
+            f"support={support} has no default starting states; override initial(n, generator) in"
+            f" the energy, returning"
             f" a tensor of shape (n, *event_shape)"
         )
     transform = unconstraining(base)
@@ -176,9 +200,14 @@ def draw_initial(
 
 
 def search_finite(
-    name: str, draw: Callable[[int], Tensor], energy: Callable[[Tensor], Tensor], n: int, tries: int = 100
+    name: str,
+    draw: Callable[[int], Tensor],
+    energy: Callable[[Tensor], Tensor],
+    n: int,
+    tries: int = 100,
 ) -> Tensor:
-    """``n`` states from ``draw(count)`` at which ``energy`` is finite: the rows where it is not are drawn again."""
+    """``n`` states from ``draw(count)`` at which ``energy`` is finite: the rows where it is not are
+    drawn again."""
     if n < 1:
         raise ValueError(f"n must be at least 1, got n={n}")
     states = draw(n)
@@ -189,13 +218,15 @@ def search_finite(
             return states
         states[bad] = draw(int(bad.sum()))
     raise ValueError(
-        f"{name}.initial found no state of finite energy for {int(bad.sum())} of n={n} rows in {tries} tries;"
+        f"{name}.initial found no state of finite energy for {int(bad.sum())} of n={n} rows in"
+        f" {tries} tries;"
         " override initial(n, generator) with states inside the domain"
     )
 
 
 def event_sum(values: Tensor, dims: int) -> Tensor:
-    """Sum the last ``dims`` dimensions (none of them when ``dims`` is 0, where torch would sum all)."""
+    """Sum the last ``dims`` dimensions (none of them when ``dims`` is 0, where torch would sum
+    all)."""
     return values.flatten(-dims).sum(-1) if dims > 0 else values
 
 
@@ -205,7 +236,8 @@ def event_numel(event_shape: Sequence[int]) -> int:
 
 
 def mean_free_basis(n: int, dtype: torch.dtype | None = None) -> Tensor:
-    """Helmert's orthonormal basis of the vectors of n entries whose mean is 0, as columns, shape ``(n, n - 1)``.
+    """Helmert's orthonormal basis of the vectors of n entries whose mean is 0, as columns, shape
+    ``(n, n - 1)``.
 
     Args:
         n: at least 2.
@@ -218,5 +250,9 @@ def mean_free_basis(n: int, dtype: torch.dtype | None = None) -> Tensor:
                 [ 0.0000, -0.8165]])
     """
     k = torch.arange(1, n, dtype=torch.float64)
-    steps = torch.tril(torch.ones(n - 1, n, dtype=torch.float64)) - torch.diag_embed(k, offset=1)[:-1]
-    return (steps / torch.sqrt(k * (k + 1.0))[:, None]).T.to(torch.get_default_dtype() if dtype is None else dtype)
+    steps = (
+        torch.tril(torch.ones(n - 1, n, dtype=torch.float64)) - torch.diag_embed(k, offset=1)[:-1]
+    )
+    return (steps / torch.sqrt(k * (k + 1.0))[:, None]).T.to(
+        torch.get_default_dtype() if dtype is None else dtype
+    )

@@ -1,4 +1,5 @@
-"""Views of an energy: on part of an event, from an unnormalised density, in unconstrained coordinates, as Pyro's potential."""
+"""Views of an energy: on part of an event, from an unnormalised density, in unconstrained
+coordinates, as Pyro's potential."""
 
 from __future__ import annotations
 
@@ -29,19 +30,24 @@ __all__ = [
 
 
 class Conditioned(Energy):
-    r"""The conditional :math:`p(x_{free} \mid x_{obs}) \propto e^{-E(x_{free}, x_{obs})}` of an energy.
+    r"""The conditional :math:`p(x_{free} \mid x_{obs}) \propto e^{-E(x_{free}, x_{obs})}` of an
+    energy.
 
     Args:
         energy: the energy over whole events.
-        observed: values of the clamped entries, shape ``event_shape`` (entries outside the mask are ignored).
+        observed: values of the clamped entries, shape ``event_shape`` (entries outside the mask are
+            ignored).
         mask: True where an entry is clamped, shape ``event_shape``.
 
     Raises:
-        ValueError: if a shape differs from ``event_shape``, if nothing is left free, or if the support couples entries.
+        ValueError: if a shape differs from ``event_shape``, if nothing is left free, or if the
+        support couples entries.
 
     Example:
         >>> from pyroebm.targets import Gaussian
-        >>> e = Conditioned(Gaussian(torch.zeros(2)), torch.tensor([3.0, 0.0]), torch.tensor([True, False]))
+        >>> e = Conditioned(
+        ...     Gaussian(torch.zeros(2)), torch.tensor([3.0, 0.0]), torch.tensor([True, False])
+        ... )
         >>> e.event_shape, e(torch.zeros(1, 1))
         (torch.Size([1]), tensor([4.5000]))
     """
@@ -53,26 +59,40 @@ class Conditioned(Energy):
         shape = tuple(energy.event_shape)
         if tuple(observed.shape) != shape or tuple(mask.shape) != shape or mask.dtype != torch.bool:
             raise ValueError(
-                f"observed and mask (boolean) must have shape {shape}, the event_shape, got shapes {tuple(observed.shape)}"
+                f"observed and mask (boolean) must have shape {shape}, the event_shape, got shapes"
+                f" {tuple(observed.shape)}"
                 f" and {tuple(mask.shape)}, mask of dtype {mask.dtype}"
             )
         if bool(mask.all()):
-            raise ValueError(f"mask must leave at least one entry free, got all {mask.numel()} clamped")
-        support = base_constraint(energy.support)
-        if support.event_dim or any(isinstance(bound, Tensor) and bound.dim() for bound in vars(support).values()):
             raise ValueError(
-                f"support={energy.support} couples the entries of an event, or bounds each differently: they cannot be clamped"
+                f"mask must leave at least one entry free, got all {mask.numel()} clamped"
+            )
+        support = base_constraint(energy.support)
+        if support.event_dim or any(
+            isinstance(bound, Tensor) and bound.dim() for bound in vars(support).values()
+        ):
+            raise ValueError(
+                f"support={energy.support} couples the entries of an event, or bounds each"
+                f" differently: they cannot be clamped"
                 " one by one"
             )
-        if not bool(support.check(observed)[mask].all()) or not bool(torch.isfinite(observed[mask]).all()):
-            raise ValueError(f"observed must lie in support={energy.support} where it is clamped, got {observed[mask].tolist()}")
+        if not bool(support.check(observed)[mask].all()) or not bool(
+            torch.isfinite(observed[mask]).all()
+        ):
+            raise ValueError(
+                f"observed must lie in support={energy.support} where it is clamped, got"
+                f" {observed[mask].tolist()}"
+            )
         super().__init__((int((~mask).sum()),), support)
         self.energy = energy
-        self.register_buffer("observed", observed.detach().to(energy.device, energy.dtype, copy=True))
+        self.register_buffer(
+            "observed", observed.detach().to(energy.device, energy.dtype, copy=True)
+        )
         self.register_buffer("mask", mask.to(energy.device, copy=True))
 
     def complete(self, x: Tensor) -> Tensor:
-        """Whole events from free entries: ``(*batch, n_free) -> (*batch, *event_shape)`` of the inner energy."""
+        """Whole events from free entries: ``(*batch, n_free) -> (*batch, *event_shape)`` of the
+        inner energy."""
         whole = self.observed.expand(*self.batch_shape(x), *self.observed.shape)
         return whole.masked_scatter(~self.mask.expand(whole.shape), x)
 
@@ -80,14 +100,17 @@ class Conditioned(Energy):
         return self.energy(self.complete(x))
 
     def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        states = self.energy.initial(n, generator)[:, ~self.mask]  # the inner energy knows its domain best
+        # the inner energy knows its domain best
+        states = self.energy.initial(n, generator)[:, ~self.mask]
         with torch.no_grad():
             return states if torch.isfinite(self(states)).all() else super().initial(n, generator)
 
 
 def _log_softplus(g: Tensor) -> Tensor:
-    # log softplus(g) = log log(1 + e^g); softplus underflows far on the left, where log softplus(g) = g - e^g / 2 + ...
-    left = g < -15.0  # the branch not taken gets -15 by `where`: at its bound, `clamp` has gradient 1 or 0 by torch's version
+    # log softplus(g) = log log(1 + e^g); softplus underflows far on the left, where log softplus(g)
+    # = g - e^g / 2 + ... the branch not taken gets -15 by `where`: at its bound, `clamp` has
+    # gradient 1 or 0 by torch's version
+    left = g < -15.0
     series = g - 0.5 * torch.exp(torch.where(left, g, -15.0))
     return torch.where(left, series, torch.log(nn.functional.softplus(torch.where(left, -15.0, g))))
 
@@ -101,12 +124,14 @@ LINKS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Unnormalized(Energy):
-    r"""The energy :math:`E(x) = -\log h(g(x))` of a density proportional to a non-negative :math:`h(g(x))`.
+    r"""The energy :math:`E(x) = -\log h(g(x))` of a density proportional to a non-negative
+    :math:`h(g(x))`.
 
     Args:
         g: function (or module) of a batch, ``(*batch, *event) -> (*batch)``, any real value.
-        link: :math:`h`, one of ``exp`` (:math:`E = -g`), ``square`` (:math:`g^2`), ``abs`` (:math:`|g|`) or ``softplus``
-            (:math:`\log(1 + e^g)`). Where :math:`h = 0` the energy is :math:`+\infty`.
+        link: :math:`h`, one of ``exp`` (:math:`E = -g`), ``square`` (:math:`g^2`), ``abs``
+            (:math:`|g|`) or ``softplus`` (:math:`\log(1 + e^g)`). Where :math:`h = 0` the energy is
+            :math:`+\infty`.
         event_shape: shape of one event.
         support: constraint of one event.
 
@@ -114,7 +139,7 @@ class Unnormalized(Energy):
         ValueError: if ``link`` is none of the four.
 
     Example:
-        >>> e = Unnormalized(lambda x: -x**2 / 2)
+        >>> e = Unnormalized(lambda x: -(x**2) / 2)
         >>> e(torch.tensor([2.0]))
         tensor([2.])
     """
@@ -140,7 +165,8 @@ class Unnormalized(Energy):
 
 @contextlib.contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Use an energy or a generator in eval mode (dropout off), and give every module its own mode back."""
+    """Use an energy or a generator in eval mode (dropout off), and give every module its own mode
+    back."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -151,11 +177,13 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 class Relaxed(Energy):
-    r"""The energy of a discrete support continued to real numbers, as its :meth:`forward` continues it: it has a gradient in x.
+    r"""The energy of a discrete support continued to real numbers, as its :meth:`forward` continues
+    it: it has a gradient in x.
 
     The gradient :math:`\nabla E(x)` predicts the change of energy of every single-site move from x,
-    :math:`E(x') - E(x) \approx \nabla E(x) \cdot (x' - x)` (Grathwohl et al., 2021); kernels that follow it stay on the discrete
-    support. It is no density of its own, and its energies between the discrete states mean nothing.
+    :math:`E(x') - E(x) \approx \nabla E(x) \cdot (x' - x)` (Grathwohl et al., 2021); kernels that
+    follow it stay on the discrete support. It is no density of its own, and its energies between
+    the discrete states mean nothing.
 
     Args:
         energy: an energy whose ``forward`` accepts real numbers, and reaches them through autograd.
@@ -179,12 +207,13 @@ class Relaxed(Energy):
 
 
 class Compressed(Energy):
-    r"""An energy whose heights are taken as their logarithm above a bound, so that a far start gives no huge gradient.
+    r"""An energy whose heights are taken as their logarithm above a bound, so that a far start
+    gives no huge gradient.
 
     .. math:: E'(x) = E(x) \text{ below } h, \qquad h + \log(1 + E(x) - h) \text{ above}
 
-    The gradient keeps its direction. It is for training alone: a weight made of it would be wrong, and what makes weights
-    refuses it (:func:`pyroebm.flows.importance_sample`).
+    The gradient keeps its direction. It is for training alone: a weight made of it would be wrong,
+    and what makes weights refuses it (:func:`pyroebm.flows.importance_sample`).
 
     Args:
         energy: the energy.
@@ -207,7 +236,8 @@ class Compressed(Energy):
 
     def forward(self, x: Tensor) -> Tensor:
         values = self.energy(x)
-        above = torch.log1p((values - self.height).clamp(min=0.0)) + self.height  # clamped: the branch not taken has a gradient
+        # clamped: the branch not taken has a gradient
+        above = torch.log1p((values - self.height).clamp(min=0.0)) + self.height
         return torch.where(values > self.height, above, values)  # a NaN stays one
 
     def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
@@ -215,9 +245,13 @@ class Compressed(Energy):
 
 
 def check_weighable(energy: Energy) -> None:
-    """ValueError if an energy, or one that it is made of, is :class:`Compressed`: for what makes weights or log Z of values."""
+    """ValueError if an energy, or one that it is made of, is :class:`Compressed`: for what makes
+    weights or log Z of values."""
     if any(isinstance(module, Compressed) for module in energy.modules()):
-        raise ValueError("energy must not be Compressed: its values are for gradients, and weights made of them are wrong")
+        raise ValueError(
+            "energy must not be Compressed: its values are for gradients, and weights made of them"
+            " are wrong"
+        )
 
 
 class Unconstrained(Energy):
@@ -225,12 +259,14 @@ class Unconstrained(Energy):
 
     .. math:: E_u(u) = E(T(u)) - \log |\det \partial T / \partial u|
 
-    The partition function is unchanged. Kernels see energies in these coordinates only. Where the transform underflows (in
-    float32 ``exp(u)`` is 0 below u = -104) the energy is as the inner one has it at the edge; kernels refuse what is not finite.
+    The partition function is unchanged. Kernels see energies in these coordinates only. Where the
+    transform underflows (in float32 ``exp(u)`` is 0 below u = -104) the energy is as the inner one
+    has it at the edge; kernels refuse what is not finite.
 
     Args:
         energy: an energy of continuous support.
-        keep_discrete: let an energy of discrete support through as it is, for kernels that move on it.
+        keep_discrete: let an energy of discrete support through as it is, for kernels that move on
+            it.
 
     Raises:
         ValueError: if the support is discrete (and not kept) or no bijection is known.
@@ -244,7 +280,10 @@ class Unconstrained(Energy):
     def __init__(self, energy: Energy, keep_discrete: bool = False) -> None:
         kept = keep_discrete and is_discrete(energy.support)
         transform = identity_transform if kept else unconstraining(energy.support)
-        super().__init__(transform.inverse_shape(torch.Size(energy.event_shape)), energy.support if kept else None)
+        super().__init__(
+            transform.inverse_shape(torch.Size(energy.event_shape)),
+            energy.support if kept else None,
+        )
         self.energy = energy
         self.transform = transform
         self._as_is = kept or is_real(energy.support)
@@ -267,7 +306,9 @@ class Unconstrained(Energy):
             return self.energy(u)
         x = self.transform(u)
         log_det = self.transform.log_abs_det_jacobian(u, x)
-        return self.energy(x) - event_sum(log_det, len(self.event_shape) - self.transform.domain.event_dim)
+        return self.energy(x) - event_sum(
+            log_det, len(self.event_shape) - self.transform.domain.event_dim
+        )
 
     def constrain(self, u: Tensor) -> Tensor:
         """States of the original energy: ``(*batch, *unconstrained) -> (*batch, *event)``."""
@@ -282,16 +323,19 @@ class Unconstrained(Energy):
 
 
 class PotentialFn:
-    """An energy as the ``potential_fn`` of Pyro's kernels: ``{site: u} -> scalar`` in unconstrained coordinates.
+    """An energy as the ``potential_fn`` of Pyro's kernels: ``{site: u} -> scalar`` in unconstrained
+    coordinates.
 
-    The log-Jacobian of a constrained support is inside, once; ``transforms`` only maps the draws back.
+    The log-Jacobian of a constrained support is inside, once; ``transforms`` only maps the draws
+    back.
 
     Args:
         energy: the energy of one event.
         site: name of the latent variable in Pyro's dicts.
 
     Attributes:
-        transforms: what ``pyro.infer.MCMC(transforms=...)`` takes, so that draws come back constrained.
+        transforms: what ``pyro.infer.MCMC(transforms=...)`` takes, so that draws come back
+            constrained.
 
     Example:
         >>> from pyroebm.targets import DoubleWell
@@ -302,11 +346,15 @@ class PotentialFn:
 
     def __init__(self, energy: Energy, site: str = "x") -> None:
         self.unconstrained, self.site = Unconstrained(energy), site
-        self.transforms = {} if is_real(energy.support) else {site: self.unconstrained.transform.inv}
+        self.transforms = (
+            {} if is_real(energy.support) else {site: self.unconstrained.transform.inv}
+        )
 
     def __call__(self, params: dict[str, Any]) -> Tensor:
         if set(params) != {self.site}:
-            raise ValueError(f"the potential takes one site named {self.site!r}, got sites {sorted(params)}")
+            raise ValueError(
+                f"the potential takes one site named {self.site!r}, got sites {sorted(params)}"
+            )
         u = params[self.site]
         if tuple(u.shape) != tuple(self.unconstrained.event_shape):
             raise ValueError(
@@ -315,7 +363,10 @@ class PotentialFn:
             )
         return self.unconstrained(u.unsqueeze(0)).squeeze(0)
 
-    def initial_params(self, num_chains: int = 1, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """Starting values for ``pyro.infer.MCMC``: one event for one chain, a leading chain axis for more."""
+    def initial_params(
+        self, num_chains: int = 1, generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
+        """Starting values for ``pyro.infer.MCMC``: one event for one chain, a leading chain axis
+        for more."""
         u = self.unconstrained.initial(num_chains, generator)
         return {self.site: u[0] if num_chains == 1 else u}

@@ -25,8 +25,9 @@ __all__ = [
     "quantised",
 ]
 
-#: Mean log-likelihood, in nats, of the law of :func:`laplace_mixture` before its whitening is estimated: minus the entropy of two
-#: Laplace variables of unit variance, 2 (1 + log 2b) with b = 1 / sqrt(2), and |det| = 1. A Gaussian has -log(2 pi e) = -2.83788.
+#: Mean log-likelihood, in nats, of the law of :func:`laplace_mixture` before its whitening is
+#: estimated: minus the entropy of two Laplace variables of unit variance, 2 (1 + log 2b) with b = 1
+#: / sqrt(2), and |det| = 1. A Gaussian has -log(2 pi e) = -2.83788.
 LAPLACE_LOG_LIKELIHOOD = -2.0 - math.log(2.0)
 
 
@@ -43,14 +44,17 @@ class Split(NamedTuple):
     test: Tensor  #: shape ``(N', d)``
     train_labels: Tensor  #: int64, shape ``(N,)``
     test_labels: Tensor  #: int64, shape ``(N',)``
-    binarisation: str  #: nats are comparable within one way only: "thresholded at t", "sampled once (seed s)", "as given"
+    #: nats are comparable within one way only: "thresholded at t", "sampled once (seed s)", "as
+    #: given"
+    binarisation: str
 
 
 def bars_and_stripes(n: int, dtype: torch.dtype | None = None) -> Tensor:
-    r"""Bars and stripes (MacKay, 2003): every n x n image whose rows, or whose columns, are each all on or all off.
+    r"""Bars and stripes (MacKay, 2003): every n x n image whose rows, or whose columns, are each
+    all on or all off.
 
-    Every pattern of rows and every pattern of columns is there once, so all-on and all-off are there twice: these are the
-    generator's weights. The best mean log-likelihood is then
+    Every pattern of rows and every pattern of columns is there once, so all-on and all-off are
+    there twice: these are the generator's weights. The best mean log-likelihood is then
 
     .. math:: -(n + 1) \log 2 + \frac{4}{2^{n+1}} \log 2
 
@@ -75,7 +79,8 @@ def bars_and_stripes(n: int, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def parity(n: int, dtype: torch.dtype | None = None) -> Tensor:
-    r"""Every n bits with an even number of ones: no statistic of fewer than n of them tells it from fair coins.
+    r"""Every n bits with an even number of ones: no statistic of fewer than n of them tells it from
+    fair coins.
 
     Args:
         n: number of bits, up to 16.
@@ -102,12 +107,14 @@ def parity(n: int, dtype: torch.dtype | None = None) -> Tensor:
 def digits(threshold: float | None = 8, dtype: torch.dtype | None = None) -> Split:
     """Scikit-learn's 8 x 8 digits (Alpaydin and Kaynak, 1998; 1,797 images, pixels from 0 to 16).
 
-    The split, 1,437 and 360, is scikit-learn's ``train_test_split`` with ``stratify=labels, random_state=42``. At the threshold
-    8 independent pixels of the training frequencies give the test set a mean log-likelihood of -25.249 nats; other splits of the
-    same sizes lie between -24.8 and -25.4.
+    The split, 1,437 and 360, is scikit-learn's ``train_test_split`` with ``stratify=labels,
+    random_state=42``. At the threshold 8 independent pixels of the training frequencies give the
+    test set a mean log-likelihood of -25.249 nats; other splits of the same sizes lie between -24.8
+    and -25.4.
 
     Args:
-        threshold: pixels of at least this are 1, the others 0; None leaves pixels divided by 16, from 0 to 1.
+        threshold: pixels of at least this are 1, the others 0; None leaves pixels divided by 16,
+            from 0 to 1.
         dtype: floating-point type; None for torch's default.
 
     Example:
@@ -119,22 +126,33 @@ def digits(threshold: float | None = 8, dtype: torch.dtype | None = None) -> Spl
 
     pixels, labels = load_digits(return_X_y=True)
     parts = train_test_split(pixels, labels, test_size=360, random_state=42, stratify=labels)
-    train, test, train_labels, test_labels = (torch.from_numpy(np.ascontiguousarray(part)) for part in parts)
+    train, test, train_labels, test_labels = (
+        torch.from_numpy(np.ascontiguousarray(part)) for part in parts
+    )
     dtype = torch.get_default_dtype() if dtype is None else dtype
     if threshold is None:
-        return Split((train / 16.0).to(dtype), (test / 16.0).to(dtype), train_labels, test_labels, "as given")
+        return Split(
+            (train / 16.0).to(dtype), (test / 16.0).to(dtype), train_labels, test_labels, "as given"
+        )
     how = f"thresholded at {threshold:g}"
-    return Split((train >= threshold).to(dtype), (test >= threshold).to(dtype), train_labels, test_labels, how)
+    return Split(
+        (train >= threshold).to(dtype),
+        (test >= threshold).to(dtype),
+        train_labels,
+        test_labels,
+        how,
+    )
 
 
 def laplace_mixture(n: int = 100_000, seed: int = 0, dtype: torch.dtype | None = None) -> Tensor:
-    r"""Two independent Laplace sources of unit variance, mixed and ZCA-whitened (Bell and Sejnowski, 1997): a problem of
-    independent component analysis, for Gaussian machines.
+    r"""Two independent Laplace sources of unit variance, mixed and ZCA-whitened (Bell and
+    Sejnowski, 1997): a problem of independent component analysis, for Gaussian machines.
 
     .. math:: x = C^{-1/2} (A s - \overline{A s}), \qquad s_i \sim \mathrm{Laplace}(0, 1 / \sqrt 2)
 
-    with A uniform on (-1, 1) entry by entry and C the sample covariance. Whitening leaves a rotation of s, so that the mean
-    log-likelihood of the law is ``LAPLACE_LOG_LIKELIHOOD``, -2 - log 2 = -2.69315 nats, whatever A is.
+    with A uniform on (-1, 1) entry by entry and C the sample covariance. Whitening leaves a
+    rotation of s, so that the mean log-likelihood of the law is ``LAPLACE_LOG_LIKELIHOOD``, -2 -
+    log 2 = -2.69315 nats, whatever A is.
 
     Args:
         n: number of points.
@@ -160,14 +178,22 @@ def laplace_mixture(n: int = 100_000, seed: int = 0, dtype: torch.dtype | None =
     return whitened(sources @ mixing.mT).to(torch.get_default_dtype() if dtype is None else dtype)
 
 
-def image_patches(n: int = 10_000, side: int = 8, seed: int = 0, whiten: bool = True, dtype: torch.dtype | None = None) -> Tensor:
-    """Random patches of scikit-learn's two photographs ("china", "flower"), in shades of grey from 0 to 1.
+def image_patches(
+    n: int = 10_000,
+    side: int = 8,
+    seed: int = 0,
+    whiten: bool = True,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Random patches of scikit-learn's two photographs ("china", "flower"), in shades of grey from
+    0 to 1.
 
     Args:
         n: number of patches.
         side: pixels of a side.
         seed: of their places.
-        whiten: subtract each patch's own mean, then ZCA-whiten (the direction that this leaves empty stays so).
+        whiten: subtract each patch's own mean, then ZCA-whiten (the direction that this leaves
+            empty stays so).
         dtype: floating-point type; None for torch's default.
 
     Returns:
@@ -183,7 +209,12 @@ def image_patches(n: int = 10_000, side: int = 8, seed: int = 0, whiten: bool = 
     from sklearn.datasets import load_sample_images
 
     check_counts({"n": 2, "side": 2}, n, side)
-    grey = torch.stack([torch.from_numpy(image.copy()).double().mean(2) / 255.0 for image in load_sample_images().images])
+    grey = torch.stack(
+        [
+            torch.from_numpy(image.copy()).double().mean(2) / 255.0
+            for image in load_sample_images().images
+        ]
+    )
     if side > min(grey.shape[1:]):
         raise ValueError(f"side must be at most {min(grey.shape[1:])}, got side={side}")
     windows = grey.unfold(1, side, 1).unfold(2, side, 1)
@@ -196,7 +227,8 @@ def image_patches(n: int = 10_000, side: int = 8, seed: int = 0, whiten: bool = 
 
 
 def whitened(x: Tensor) -> Tensor:
-    r"""ZCA whitening, :math:`C^{-1/2} (x - \bar x)` with the sample covariance C; directions without variance stay 0."""
+    r"""ZCA whitening, :math:`C^{-1/2} (x - \bar x)` with the sample covariance C; directions
+    without variance stay 0."""
     x = x - x.mean(0)
     values, vectors = torch.linalg.eigh(x.mT.cov())
     there = values > 1e-10 * values[-1]
@@ -205,17 +237,20 @@ def whitened(x: Tensor) -> Tensor:
 
 
 def dequantised(x: Tensor, levels: int, generator: torch.Generator | None = None) -> Tensor:
-    r"""Grey levels as a density sees them: spread evenly over their cells (Theis, van den Oord and Bethge, "A Note on the
-    Evaluation of Generative Models", 2016). On the levels themselves a density may grow without bound.
+    r"""Grey levels as a density sees them: spread evenly over their cells (Theis, van den Oord and
+    Bethge, "A Note on the Evaluation of Generative Models", 2016). On the levels themselves a
+    density may grow without bound.
 
     .. math:: y = (k + u) / K, \qquad x = k / (K - 1), \quad u \sim U[0, 1)
 
-    :func:`quantised` is the inverse. A density p of y is one of levels, the integral of p over a cell, and by Jensen's inequality
+    :func:`quantised` is the inverse. A density p of y is one of levels, the integral of p over a
+    cell, and by Jensen's inequality
 
     .. math:: \log P(k) \ge E_u[\log p(y)] - d \log K
 
     Args:
-        x: levels from 0 to 1 in steps of 1 / (K - 1), as ``digits(threshold=None)`` has them with K = 17; any shape.
+        x: levels from 0 to 1 in steps of 1 / (K - 1), as ``digits(threshold=None)`` has them with K
+            = 17; any shape.
         levels: K.
         generator: source of u; fresh noise in each epoch is better than one of all.
 
@@ -234,13 +269,16 @@ def dequantised(x: Tensor, levels: int, generator: torch.Generator | None = None
     k = (x * (levels - 1)).round()
     off = ~((x * (levels - 1) - k).abs() < 1e-3) | (k < 0) | (k > levels - 1)
     if bool(off.any()):
-        raise ValueError(f"x must hold levels from 0 to 1 in steps of 1 / {levels - 1}, got {x[off].flatten()[:5].tolist()}")
+        raise ValueError(
+            f"x must hold levels from 0 to 1 in steps of 1 / {levels - 1}, got"
+            f" {x[off].flatten()[:5].tolist()}"
+        )
     return (k + uniform(x.shape, generator, x.dtype, x.device)) / levels
 
 
 def quantised(y: Tensor, levels: int) -> Tensor:
-    """The grey levels, from 0 to 1, in whose cells y lies: the inverse of :func:`dequantised`. What lies outside of [0, 1) takes
-    the first or the last level.
+    """The grey levels, from 0 to 1, in whose cells y lies: the inverse of :func:`dequantised`. What
+    lies outside of [0, 1) takes the first or the last level.
 
     Example:
         >>> quantised(torch.tensor([-0.1, 0.3, 0.4, 0.99]), 3)

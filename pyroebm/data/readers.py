@@ -1,4 +1,5 @@
-"""Files of images that a user has: MNIST in its usual layout, Debian's Fashion-MNIST, ``.npz``. Nothing is downloaded."""
+"""Files of images that a user has: MNIST in its usual layout, Debian's Fashion-MNIST, ``.npz``.
+Nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -37,30 +38,43 @@ NPZ = {
     "test_labels": ("test.lbl", "y_test", "test_labels"),
 }
 HELP = (
-    "Give a folder with MNIST's four files (train-images-idx3-ubyte and so on, gzipped or not), the folder of Debian's package"
-    f" dataset-fashion-mnist ({FASHION_MNIST}), or an .npz with arrays x_train, x_test, y_train, y_test"
+    "Give a folder with MNIST's four files (train-images-idx3-ubyte and so on, gzipped or not),"
+    " the folder of Debian's package"
+    f" dataset-fashion-mnist ({FASHION_MNIST}), or an .npz with arrays x_train, x_test, y_train,"
+    f" y_test"
 )
 
 
-def load_binary(path: str | Path, threshold: float | None = 127, *, seed: int = 0, dtype: torch.dtype | None = None) -> Split:
+def load_binary(
+    path: str | Path,
+    threshold: float | None = 127,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype | None = None,
+) -> Split:
     """Images of a user's own as bits.
 
     Args:
-        path: a folder of IDX files, or an ``.npz`` file (arrays ``x_train``, ``x_test``, ``y_train``, ``y_test``, or
-            ``train.data``, ``valid.data`` and so on; ``valid`` joins ``train``).
-        threshold: grey levels above this are 1; None draws each pixel once with its level / 255 as probability (Salakhutdinov
-            and Murray, 2008). What holds zeros and ones alone is taken as it is.
+        path: a folder of IDX files, or an ``.npz`` file (arrays ``x_train``, ``x_test``,
+            ``y_train``, ``y_test``, or ``train.data``, ``valid.data`` and so on; ``valid`` joins
+            ``train``).
+        threshold: grey levels above this are 1; None draws each pixel once with its level / 255 as
+            probability (Salakhutdinov and Murray, 2008). What holds zeros and ones alone is taken
+            as it is.
         seed: of those draws.
         dtype: floating-point type; None for torch's default.
 
     Raises:
-        ValueError: if a file is missing, damaged or of another kind, with what was looked for and where to put it.
+        ValueError: if a file is missing, damaged or of another kind, with what was looked for and
+        where to put it.
 
     Example:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     grey, labels = np.array([[0, 200], [130, 90]], dtype=np.uint8), np.array([0, 1])
-        ...     np.savez(f"{folder}/mine.npz", x_train=grey, x_test=grey, y_train=labels, y_test=labels)
+        ...     np.savez(
+        ...         f"{folder}/mine.npz", x_train=grey, x_test=grey, y_train=labels, y_test=labels
+        ...     )
         ...     data = load_binary(f"{folder}/mine.npz")
         >>> data.train, data.binarisation
         (tensor([[0., 1.],
@@ -72,12 +86,24 @@ def load_binary(path: str | Path, threshold: float | None = 127, *, seed: int = 
     arrays = _from_folder(path) if path.is_dir() else _from_npz(path)
     for part, array in arrays.items():
         if array.dtype.kind not in "buif" or not array.size:
-            raise ValueError(f"{str(path)!r}: {part} must hold numbers, got shape {array.shape} of {array.dtype}. {HELP}")
-    images = [x if x.dtype == np.uint8 else x.astype(np.float32) for x in (arrays["train"], arrays["test"])]
+            raise ValueError(
+                f"{str(path)!r}: {part} must hold numbers, got shape {array.shape} of"
+                f" {array.dtype}. {HELP}"
+            )
+    images = [
+        x if x.dtype == np.uint8 else x.astype(np.float32)
+        for x in (arrays["train"], arrays["test"])
+    ]
     train, test = (torch.from_numpy(part.reshape(len(part), -1)) for part in images)
     if train.shape[1] != test.shape[1]:
-        raise ValueError(f"{str(path)!r}: training images have {train.shape[1]} pixels, test images {test.shape[1]}")
-    labels = [torch.from_numpy(arrays[f"{part}_labels"].astype(np.int64)).flatten() for part in ("train", "test")]
+        raise ValueError(
+            f"{str(path)!r}: training images have {train.shape[1]} pixels, test images"
+            f" {test.shape[1]}"
+        )
+    labels = [
+        torch.from_numpy(arrays[f"{part}_labels"].astype(np.int64)).flatten()
+        for part in ("train", "test")
+    ]
     for pixels, their, part in zip((train, test), labels, ("training", "test"), strict=True):
         if len(pixels) != len(their):
             raise ValueError(f"{str(path)!r}: {len(pixels)} {part} images have {len(their)} labels")
@@ -91,11 +117,15 @@ def _binarise(images: list[Tensor], threshold: float | None, seed: int) -> tuple
         return images, "as given"
     top = max(float(part.max()) for part in images)
     if min(float(part.min()) for part in images) < 0.0 or not 1.0 < top <= 255.0:
-        raise ValueError(f"images must hold grey levels from 0 to 255, or bits, got values up to {top:g}")
+        raise ValueError(
+            f"images must hold grey levels from 0 to 255, or bits, got values up to {top:g}"
+        )
     if threshold is not None:
         return [part > threshold for part in images], f"thresholded at {threshold:g}"
     generator, cpu = seeded_generator(seed), torch.device("cpu")
-    return [uniform(x.shape, generator, torch.float32, cpu) < x / 255.0 for x in images], f"sampled once (seed {seed})"
+    return [
+        uniform(x.shape, generator, torch.float32, cpu) < x / 255.0 for x in images
+    ], f"sampled once (seed {seed})"
 
 
 def _from_folder(folder: Path) -> dict[str, np.ndarray]:
@@ -131,17 +161,20 @@ def read_idx(path: Path) -> np.ndarray:
         content = read_bytes(path)
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(
-            f"{str(path)!r} cannot be read ({error}): it is damaged or half a download; get it anew. {HELP}"
+            f"{str(path)!r} cannot be read ({error}): it is damaged or half a download; get it"
+            f" anew. {HELP}"
         ) from error
     if len(content) < 4 or content[:3] != b"\x00\x00\x08":
         raise ValueError(
-            f"{str(path)!r} must begin as an IDX file of bytes does, with 00 00 08, got {content[:4].hex(' ')}. {HELP}"
+            f"{str(path)!r} must begin as an IDX file of bytes does, with 00 00 08, got"
+            f" {content[:4].hex(' ')}. {HELP}"
         )
     begin = 4 + 4 * content[3]
     shape = [int.from_bytes(content[at : at + 4], "big") for at in range(4, begin, 4)]
     if len(content) != begin + math.prod(shape):
         raise ValueError(
-            f"{str(path)!r} must have {begin + math.prod(shape)} bytes for an array of shape {tuple(shape)}, got {len(content)}:"
+            f"{str(path)!r} must have {begin + math.prod(shape)} bytes for an array of shape"
+            f" {tuple(shape)}, got {len(content)}:"
             " it is damaged or half a download; get it anew"
         )
     return np.frombuffer(content, np.uint8, offset=begin).reshape(shape).copy()
@@ -151,8 +184,14 @@ def _from_npz(path: Path) -> dict[str, np.ndarray]:
     try:
         found, there = read_arrays(path, set().union(*NPZ.values()))
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{str(path)!r} cannot be read as .npz ({error}): damaged, or another kind of file. {HELP}") from error
-    names = {part: next((name for name in choices if name in found), None) for part, choices in NPZ.items()}
+        raise ValueError(
+            f"{str(path)!r} cannot be read as .npz ({error}): damaged, or another kind of file."
+            f" {HELP}"
+        ) from error
+    names = {
+        part: next((name for name in choices if name in found), None)
+        for part, choices in NPZ.items()
+    }
     found = {part: found[name] for part, name in names.items() if name is not None}
     for part in ("train", "test", "train_labels", "test_labels"):
         if part not in found:

@@ -1,4 +1,5 @@
-"""Whether chains mixed: R-hat, effective sample sizes, verdicts, Stein residuals, ArviZ's containers. Figures are in `plots`."""
+"""Whether chains mixed: R-hat, effective sample sizes, verdicts, Stein residuals, ArviZ's
+containers. Figures are in `plots`."""
 
 from pyroebm.core.statistics import (
     arviz,

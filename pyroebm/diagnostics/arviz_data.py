@@ -21,7 +21,8 @@ def to_arviz(
     warmup_sample_stats: Mapping[str, Tensor] | None = None,
     attrs: Mapping[str, Any] | None = None,
 ) -> Any:
-    """Draws and statistics in ArviZ's own structure: InferenceData on its 0.x line, DataTree from 1.0 on.
+    """Draws and statistics in ArviZ's own structure: InferenceData on its 0.x line, DataTree from
+    1.0 on.
 
     Args:
         posterior: draws of each site, shape ``(chains, draws, *event)``.
@@ -40,27 +41,47 @@ def to_arviz(
         "warmup_posterior": warmup_posterior,
         "warmup_sample_stats": warmup_sample_stats,
     }
-    arrays = {name: {k: as_array(v, k) for k, v in group.items()} for name, group in groups.items() if group}
+    arrays = {
+        name: {k: as_array(v, k) for k, v in group.items()}
+        for name, group in groups.items()
+        if group
+    }
     with warnings.catch_warnings():  # many short chains are what this library is for
-        warnings.filterwarnings("ignore", message="More chains|Found chain dimension", category=UserWarning)
+        warnings.filterwarnings(
+            "ignore", message="More chains|Found chain dimension", category=UserWarning
+        )
         build = arviz().from_dict
-        data = build(arrays, save_warmup=True) if is_new_arviz() else build(**arrays, save_warmup=True)
+        data = (
+            build(arrays, save_warmup=True) if is_new_arviz() else build(**arrays, save_warmup=True)
+        )
     data.attrs.update({"inference_library": "pyroebm", **(attrs or {})})
     return data
 
 
 def from_datasets(groups: Mapping[str, Any], attrs: Mapping[str, Any]) -> Any:
-    """ArviZ's structure as :func:`to_arviz` gives it, of xarray Datasets by the name of their group."""
-    data = importlib.import_module("xarray").DataTree.from_dict(groups) if is_new_arviz() else arviz().InferenceData(**groups)
+    """ArviZ's structure as :func:`to_arviz` gives it, of xarray Datasets by the name of their
+    group."""
+    data = (
+        importlib.import_module("xarray").DataTree.from_dict(groups)
+        if is_new_arviz()
+        else arviz().InferenceData(**groups)
+    )
     data.attrs.update({"inference_library": "pyroebm", **attrs})
     return data
 
 
 def summary(data: Any, **options: Any) -> Any:
-    """ArviZ's summary table of what :func:`to_arviz` gives; an entry that never moved has R-hat NaN, without a warning.
+    """ArviZ's summary table of what :func:`to_arviz` gives; an entry that never moved has R-hat
+    NaN, without a warning.
 
     Example:
-        >>> len(summary(to_arviz({"x": torch.randn(4, 100, 3, generator=torch.Generator().manual_seed(0))})))
+        >>> len(
+        ...     summary(
+        ...         to_arviz(
+        ...             {"x": torch.randn(4, 100, 3, generator=torch.Generator().manual_seed(0))}
+        ...         )
+        ...     )
+        ... )
         3
     """
     with warnings.catch_warnings():

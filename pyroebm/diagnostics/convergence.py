@@ -21,7 +21,8 @@ def mode_masses(modes: Tensor, num_modes: int) -> tuple[np.ndarray, np.ndarray]:
 
     Args:
         modes: index of the mode of each draw, integers of shape ``(chains, draws)``.
-        num_modes: number of modes known; one without a draw has mass 0 and standard error NaN, for nothing was measured.
+        num_modes: number of modes known; one without a draw has mass 0 and standard error NaN, for
+            nothing was measured.
 
     Returns:
         masses and standard errors, both ``(num_modes,)``.
@@ -47,7 +48,8 @@ class Verdict:
         min_bfmi: the worst over chains; NaN where no Hamiltonian was kept.
         divergences: number of diverging draws.
         problems: a sentence for each thing that is wrong, with what to try.
-        stein_z: how far the draws are from fitting the gradient of the energy, in standard errors; NaN where nobody looked.
+        stein_z: how far the draws are from fitting the gradient of the energy, in standard errors;
+            NaN where nobody looked.
 
     Example:
         >>> print(Verdict(True, 1.001, 5000.0, 4000.0, 0.9, 0, ()))
@@ -64,10 +66,13 @@ class Verdict:
     stein_z: float = float("nan")
 
     def __str__(self) -> str:
-        facts = f"R-hat {self.r_hat:.3f}, bulk ESS {self.ess_bulk:.0f}, tail ESS {self.ess_tail:.0f}, " + (
-            f"{self.divergences} divergences" if self.divergences else "no divergences"
+        facts = (
+            f"R-hat {self.r_hat:.3f}, bulk ESS {self.ess_bulk:.0f}, tail ESS {self.ess_tail:.0f}, "
+            + (f"{self.divergences} divergences" if self.divergences else "no divergences")
         )
-        return f"Mixed: {facts}." if self.mixed else f"Not mixed: {facts}. " + " ".join(self.problems)
+        return (
+            f"Mixed: {facts}." if self.mixed else f"Not mixed: {facts}. " + " ".join(self.problems)
+        )
 
 
 class KernelFacts(Protocol):
@@ -87,17 +92,21 @@ def verdict(
     kernel: KernelFacts | None = None,
     stein_z: float = float("nan"),
 ) -> Verdict:
-    r"""Judge a run by R-hat, effective sample size, BFMI and divergences (thresholds of Vehtari et al., 2021, and Stan).
+    r"""Judge a run by R-hat, effective sample size, BFMI and divergences (thresholds of Vehtari et
+    al., 2021, and Stan).
 
-    Agreement between chains is all that this can see: a mode that no chain has visited leaves no trace in it.
+    Agreement between chains is all that this can see: a mode that no chain has visited leaves no
+    trace in it.
 
     Args:
         draws: shape ``(chains, draws, *event)``.
-        stats: ``energy`` and ``diverging`` of shape ``(chains, draws)``, as :class:`pyroebm.MCMC` keeps them.
+        stats: ``energy`` and ``diverging`` of shape ``(chains, draws)``, as :class:`pyroebm.MCMC`
+            keeps them.
         max_r_hat: worst :math:`\hat R` to accept.
         min_ess: least bulk and tail effective sample size to accept.
-        kernel: what made the draws: whether it is exact (agreement of chains cannot see a bias that all share) and whether its
-            ``energy`` is a Hamiltonian; None is an exact kernel with momenta.
+        kernel: what made the draws: whether it is exact (agreement of chains cannot see a bias that
+            all share) and whether its ``energy`` is a Hamiltonian; None is an exact kernel with
+            momenta.
         stein_z: what :func:`pyroebm.diagnostics.stein_z` found; above 5 is too much.
 
     Example:
@@ -109,7 +118,9 @@ def verdict(
     problems = []
     moves = (draws[:, 1:] != draws[:, :-1]).unsqueeze(2).flatten(2).any(2).sum(1)
     if stuck := stuck_chains(moves, count - 1):
-        problems.append(describe_stuck(stuck, chains, -stats["lp"][:, -1] if "lp" in stats else None))
+        problems.append(
+            describe_stuck(stuck, chains, -stats["lp"][:, -1] if "lp" in stats else None)
+        )
     worst_r_hat = float(np.max(r_hat(draws)))
     bulk = float(np.min(ess_bulk(draws)))
     tail = float(np.min(ess_tail(draws)))
@@ -118,29 +129,47 @@ def verdict(
     elif not np.isfinite(worst_r_hat):
         problems.append("R-hat is not defined: too few draws, or an entry that never moved.")
     elif not worst_r_hat < max_r_hat:
-        problems.append(f"R-hat should be below {max_r_hat}: the chains disagree; draw more, or temper between modes.")
+        problems.append(
+            f"R-hat should be below {max_r_hat}: the chains disagree; draw more, or temper between"
+            f" modes."
+        )
     if not (bulk >= min_ess and tail >= min_ess):
         problems.append(f"The effective sample size should be at least {min_ess:.0f}; draw more.")
     diverging = int(stats["diverging"].sum())
     free = torch.ones(chains, dtype=torch.bool, device=draws.device)
     free[stuck] = False
     if among := int(stats["diverging"][free.to(stats["diverging"].device)].sum()):
-        problems.append(f"{among} of {chains * count} draws diverged: lower the step size, or reparametrise.")
-    if "acceptance_rate" in stats and (rate := float(stats["acceptance_rate"].double().mean())) < 0.2:
+        problems.append(
+            f"{among} of {chains * count} draws diverged: lower the step size, or reparametrise."
+        )
+    if (
+        "acceptance_rate" in stats
+        and (rate := float(stats["acceptance_rate"].double().mean())) < 0.2
+    ):
         way_out = "the step size is too large; lower it, or warm up longer"
         if "step_size" not in stats:
             way_out = "the kernel hardly moves, and has no step size to lower; take another one, or temper"
         problems.append(f"The mean acceptance rate is {rate:.2g}: {way_out}.")
     if kernel is not None and not kernel.exact:
-        problems.append("The kernel is not exact: its bias grows with its step size, and no agreement between chains shows it.")
+        problems.append(
+            "The kernel is not exact: its bias grows with its step size, and no agreement between"
+            " chains shows it."
+        )
     has_momentum = (kernel is None or kernel.has_momentum) and "energy" in stats
     least_bfmi = float(np.min(bfmi(stats["energy"]))) if has_momentum else float("nan")
     if least_bfmi < 0.3:
-        problems.append(f"BFMI {least_bfmi:.2f} is below 0.3: momenta explore the energies slowly; reparametrise heavy tails.")
+        problems.append(
+            f"BFMI {least_bfmi:.2f} is below 0.3: momenta explore the energies slowly;"
+            f" reparametrise heavy tails."
+        )
     if stein_z > 5.0:
         problems.append(
-            f"The Stein residual is {stein_z:.1f} standard errors: the draws do not fit the gradient of the energy (a bias of the"
-            " kernel, chains that have not settled, or an energy that jumps); lower the step size, take an exact kernel, or warm"
+            f"The Stein residual is {stein_z:.1f} standard errors: the draws do not fit the"
+            f" gradient of the energy (a bias of the"
+            " kernel, chains that have not settled, or an energy that jumps); lower the step size,"
+            " take an exact kernel, or warm"
             " up longer."
         )
-    return Verdict(not problems, worst_r_hat, bulk, tail, least_bfmi, diverging, tuple(problems), stein_z)
+    return Verdict(
+        not problems, worst_r_hat, bulk, tail, least_bfmi, diverging, tuple(problems), stein_z
+    )

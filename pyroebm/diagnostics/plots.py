@@ -1,4 +1,5 @@
-"""Figures in matplotlib. Every function takes Axes (or makes them) and returns them; draws come as tensors or arrays."""
+"""Figures in matplotlib. Every function takes Axes (or makes them) and returns them; draws come as
+tensors or arrays."""
 
 from __future__ import annotations
 
@@ -11,7 +12,14 @@ from matplotlib.axes import Axes
 from scipy.stats import rankdata
 from torch import Tensor
 
-__all__ = ["plot_energy_levels", "plot_images", "plot_mode_masses", "plot_potential", "plot_rank", "plot_trace"]
+__all__ = [
+    "plot_energy_levels",
+    "plot_images",
+    "plot_mode_masses",
+    "plot_potential",
+    "plot_rank",
+    "plot_trace",
+]
 
 TRUTH, ESTIMATE = "black", "tab:red"
 
@@ -34,7 +42,8 @@ def plot_potential(
     label: str = "estimate",
     ax: Axes | None = None,
 ) -> Axes:
-    r"""A potential of one variable beside its estimate from draws, :math:`\hat U(x) = -\log \hat p(x) - \log Z`.
+    r"""A potential of one variable beside its estimate from draws, :math:`\hat U(x) = -\log \hat
+    p(x) - \log Z`.
 
     Args:
         energy: the potential U of a scalar variable.
@@ -42,14 +51,17 @@ def plot_potential(
         log_z: :math:`\log Z`, known or estimated, in nats.
         log_weights: log importance weights, shape of ``draws``; None for equal ones.
         limits: range of x; None takes that of the draws.
-        bins: bins of the histogram :math:`\hat p`; an empty one leaves a gap, for nothing is known there.
+        bins: bins of the histogram :math:`\hat p`; an empty one leaves a gap, for nothing is known
+            there.
         label: name of the estimate in the legend.
         ax: axes to draw on.
 
     Example:
         >>> from pyroebm.targets import DoubleWell
         >>> energy = DoubleWell()
-        >>> ax = plot_potential(energy, energy.sample(1000, torch.Generator().manual_seed(0)), energy.log_z)
+        >>> ax = plot_potential(
+        ...     energy, energy.sample(1000, torch.Generator().manual_seed(0)), energy.log_z
+        ... )
         >>> ax.get_ylabel()
         'U(x)'
     """
@@ -67,16 +79,28 @@ def plot_potential(
         estimate = np.where(density > 0, -np.log(density) - log_z, np.nan)
     grid = torch.linspace(low, high, 400, dtype=torch.float64)
     ax.plot(grid.numpy(), _array(energy(grid)), color=TRUTH, lw=2, label="U, true")
-    ax.plot(0.5 * (edges[1:] + edges[:-1]), estimate, color=ESTIMATE, lw=1.4, marker=".", ms=4, label=label)
+    ax.plot(
+        0.5 * (edges[1:] + edges[:-1]),
+        estimate,
+        color=ESTIMATE,
+        lw=1.4,
+        marker=".",
+        ms=4,
+        label=label,
+    )
     ax.set(xlabel="x", ylabel="U(x)")
     ax.legend(frameon=False)
     return ax
 
 
 def plot_mode_masses(
-    masses: dict[str, tuple[float, float]], truth: float | None = None, label: str = "mass", ax: Axes | None = None
+    masses: dict[str, tuple[float, float]],
+    truth: float | None = None,
+    label: str = "mass",
+    ax: Axes | None = None,
 ) -> Axes:
-    """The mass that each method gives to one mode, with two standard errors, and the truth as a line.
+    """The mass that each method gives to one mode, with two standard errors, and the truth as a
+    line.
 
     Args:
         masses: for each method its mass and standard error; a standard error of NaN draws no bar.
@@ -85,7 +109,9 @@ def plot_mode_masses(
         ax: axes to draw on.
 
     Example:
-        >>> ax = plot_mode_masses({"NUTS": (0.066, 0.002), "flow": (0.0, float("nan"))}, truth=0.0665)
+        >>> ax = plot_mode_masses(
+        ...     {"NUTS": (0.066, 0.002), "flow": (0.0, float("nan"))}, truth=0.0665
+        ... )
         >>> [tick.get_text() for tick in ax.get_yticklabels()]
         ['NUTS', 'flow']
     """
@@ -94,7 +120,15 @@ def plot_mode_masses(
         bar = None if np.isnan(error) else 2.0 * error
         ax.errorbar(mass, row, xerr=bar, fmt="o", color=ESTIMATE, capsize=4, ms=6)
         box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
-        ax.annotate(f"{mass:.4f}", (mass, row), textcoords="offset points", xytext=(0, 8), ha="center", fontsize=8, bbox=box)
+        ax.annotate(
+            f"{mass:.4f}",
+            (mass, row),
+            textcoords="offset points",
+            xytext=(0, 8),
+            ha="center",
+            fontsize=8,
+            bbox=box,
+        )
     if truth is not None:
         ax.axvline(truth, color=TRUTH, lw=1.5, zorder=0)
     ax.set_yticks(range(len(masses)), list(masses))
@@ -103,7 +137,12 @@ def plot_mode_masses(
     return ax
 
 
-def plot_trace(draws: Tensor | np.ndarray, chains: Sequence[int] = (0, 1, 2), name: str = "x", ax: Axes | None = None) -> Axes:
+def plot_trace(
+    draws: Tensor | np.ndarray,
+    chains: Sequence[int] = (0, 1, 2),
+    name: str = "x",
+    ax: Axes | None = None,
+) -> Axes:
     """The path of a few chains.
 
     Args:
@@ -126,7 +165,8 @@ def plot_trace(draws: Tensor | np.ndarray, chains: Sequence[int] = (0, 1, 2), na
 
 
 def plot_rank(draws: Tensor | np.ndarray, bins: int = 20, ax: Axes | None = None) -> Axes:
-    """Ranks of each chain's draws among those of all chains (Vehtari et al., 2021): level lines mean that the chains agree.
+    """Ranks of each chain's draws among those of all chains (Vehtari et al., 2021): level lines
+    mean that the chains agree.
 
     Args:
         draws: one variable, shape ``(chains, draws)``.
@@ -142,17 +182,27 @@ def plot_rank(draws: Tensor | np.ndarray, bins: int = 20, ax: Axes | None = None
     edges = np.linspace(0.0, 1.0, bins + 1)
     shares = np.array([np.histogram(chain, edges)[0] / len(chain) for chain in ranks]) * bins
     ax.stairs(
-        np.quantile(shares, 0.95, axis=0), edges, baseline=np.quantile(shares, 0.05, axis=0), fill=True, alpha=0.3, color=ESTIMATE
+        np.quantile(shares, 0.95, axis=0),
+        edges,
+        baseline=np.quantile(shares, 0.05, axis=0),
+        fill=True,
+        alpha=0.3,
+        color=ESTIMATE,
     )
-    ax.stairs(np.median(shares, axis=0), edges, color=ESTIMATE, lw=1.5, label="median and 90 % of chains")
+    ax.stairs(
+        np.median(shares, axis=0), edges, color=ESTIMATE, lw=1.5, label="median and 90 % of chains"
+    )
     ax.axhline(1.0, color=TRUTH, lw=1, ls="--", label="all chains alike")
-    ax.set(xlabel="rank among all draws", ylabel="share of a chain's draws / even", ylim=(0.0, None))
+    ax.set(
+        xlabel="rank among all draws", ylabel="share of a chain's draws / even", ylim=(0.0, None)
+    )
     ax.legend(frameon=False, fontsize=8)
     return ax
 
 
 def plot_energy_levels(energy: Tensor | np.ndarray, bins: int = 60, ax: Axes | None = None) -> Axes:
-    """Hamiltonians about their mean and their changes from draw to draw (Betancourt, 2016): much narrower changes are slow.
+    """Hamiltonians about their mean and their changes from draw to draw (Betancourt, 2016): much
+    narrower changes are slow.
 
     Args:
         energy: Hamiltonians, shape ``(chains, draws)``.
@@ -160,7 +210,9 @@ def plot_energy_levels(energy: Tensor | np.ndarray, bins: int = 60, ax: Axes | N
         ax: axes to draw on.
 
     Example:
-        >>> plot_energy_levels(torch.randn(4, 100, generator=torch.Generator().manual_seed(0))).get_xlabel()
+        >>> plot_energy_levels(
+        ...     torch.randn(4, 100, generator=torch.Generator().manual_seed(0))
+        ... ).get_xlabel()
         'Hamiltonian - mean'
     """
     ax, levels = _axes(ax), _array(energy)
@@ -169,7 +221,9 @@ def plot_energy_levels(energy: Tensor | np.ndarray, bins: int = 60, ax: Axes | N
     low, high = np.quantile(np.concatenate([centred, changes]), [0.001, 0.999])
     edges = np.linspace(low, high, bins + 1)
     for values, color, label in ((centred, TRUTH, "marginal"), (changes, ESTIMATE, "change")):
-        ax.stairs(np.histogram(values, edges, density=True)[0], edges, color=color, lw=1.5, label=label)
+        ax.stairs(
+            np.histogram(values, edges, density=True)[0], edges, color=color, lw=1.5, label=label
+        )
     ax.set(xlabel="Hamiltonian - mean", ylabel="density")
     ax.legend(frameon=False)
     return ax
@@ -188,8 +242,8 @@ def plot_images(
         images: shape ``(n, pixels)``.
         shape: height and width of one, in pixels.
         columns: images of one row; None makes the grid about square.
-        limits: values that are black and white; None scales each image by its own largest absolute value, 0 in the middle, as
-            receptive fields want it.
+        limits: values that are black and white; None scales each image by its own largest absolute
+            value, 0 in the middle, as receptive fields want it.
         ax: axes to draw on.
 
     Raises:
@@ -202,7 +256,9 @@ def plot_images(
     ax, rows = _axes(ax), _array(images)
     height, width = shape
     if rows.ndim != 2 or rows.shape[1] != height * width or not len(rows):
-        raise ValueError(f"images must have shape (n, {height * width}) for shape={shape}, got {rows.shape}")
+        raise ValueError(
+            f"images must have shape (n, {height * width}) for shape={shape}, got {rows.shape}"
+        )
     columns = int(np.ceil(np.sqrt(len(rows)))) if columns is None else columns
     if limits is None:
         largest = np.abs(rows).max(1, keepdims=True)

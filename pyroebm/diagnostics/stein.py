@@ -18,8 +18,9 @@ ROWS = 4096
 def stein_z(draws: Tensor, scores: Tensor) -> float:
     r"""The worst of Langevin-Stein's identities, in standard errors that know of autocorrelation.
 
-    For :math:`s(x) = \nabla \log p(x)` of a density that vanishes at infinity, partial integration gives (Stein, 1972; Gorham
-    and Mackey, "Measuring Sample Quality with Stein's Method", 2015), whatever the constant m,
+    For :math:`s(x) = \nabla \log p(x)` of a density that vanishes at infinity, partial integration
+    gives (Stein, 1972; Gorham and Mackey, "Measuring Sample Quality with Stein's Method", 2015),
+    whatever the constant m,
 
     .. math:: E[s_i(x)] = 0, \quad E[(x_i - m_i) s_i(x)] = -1, \quad E[(x - m) \cdot s(x)] = -d
 
@@ -42,7 +43,8 @@ def stein_z(draws: Tensor, scores: Tensor) -> float:
 
 
 def stein_residual(energy: Energy, draws: Tensor, most: int = 2**16) -> float:
-    """:func:`stein_z` of draws ``(chains, draws, *event)`` of an energy in unconstrained coordinates.
+    """:func:`stein_z` of draws ``(chains, draws, *event)`` of an energy in unconstrained
+    coordinates.
 
     Args:
         energy: the energy they should be draws of.
@@ -50,8 +52,9 @@ def stein_residual(energy: Energy, draws: Tensor, most: int = 2**16) -> float:
         most: number of gradients.
 
     Returns:
-        NaN where there is nothing to hold the draws against: an energy without a gradient, or a density that ends at an edge,
-        where the identities need not hold (some energy is not finite at twice a draw's distance from the mean).
+        NaN where there is nothing to hold the draws against: an energy without a gradient, or a
+        density that ends at an edge, where the identities need not hold (some energy is not finite
+        at twice a draw's distance from the mean).
 
     Example:
         >>> from pyroebm.targets import DoubleWell

@@ -11,7 +11,8 @@ __all__ = ["StreamingMoments"]
 
 
 class StreamingMoments(NamedTuple):
-    r"""Means and variances of each chain, updated draw by draw (Welford, 1962), as an immutable value in float64.
+    r"""Means and variances of each chain, updated draw by draw (Welford, 1962), as an immutable
+    value in float64.
 
     Args:
         draws: n, draws so far of each chain, shape ``(chains,)``.
@@ -55,31 +56,39 @@ class StreamingMoments(NamedTuple):
 
     def variances(self) -> Tensor:
         """Variances over all draws, between chains as well as within them, shape ``event``."""
-        return self._within().mean(0) * (1 - 1 / self.draws.mean()) + self.mean.var(0, unbiased=False)
+        return self._within().mean(0) * (1 - 1 / self.draws.mean()) + self.mean.var(
+            0, unbiased=False
+        )
 
     def mcse(self) -> Tensor:
-        r"""Standard errors of :meth:`means` from chains, which are independent: :math:`\operatorname{sd}(\bar x_c) / \sqrt C`."""
+        r"""Standard errors of :meth:`means` from chains, which are independent:
+        :math:`\operatorname{sd}(\bar x_c) / \sqrt C`."""
         return self.mean.std(0) / len(self.mean) ** 0.5
 
     def ess(self) -> Tensor:
-        """Effective sample sizes, :meth:`variances` over squared :meth:`mcse`; as good as the number of chains is large."""
+        """Effective sample sizes, :meth:`variances` over squared :meth:`mcse`; as good as the
+        number of chains is large."""
         return self.variances() / self.mcse() ** 2
 
     def r_hat(self) -> Tensor:
-        r""":math:`\hat R = \sqrt{(n - 1) / n + B / W}` (Gelman and Rubin, 1992), neither split nor ranked, shape ``event``.
+        r""":math:`\hat R = \sqrt{(n - 1) / n + B / W}` (Gelman and Rubin, 1992), neither split nor
+        ranked, shape ``event``.
 
         B is the variance of the chains' means and W the mean of their variances.
         """
         return torch.sqrt(1 - 1 / self.draws.mean() + self.mean.var(0) / self._within().mean(0))
 
     def nested_r_hat(self, superchains: int) -> Tensor:
-        r"""Nested :math:`\hat R` for many short chains (Margossian, Hoffman, Sountsov, Riou-Durand, Vehtari and Gelman, 2024).
+        r"""Nested :math:`\hat R` for many short chains (Margossian, Hoffman, Sountsov, Riou-Durand,
+        Vehtari and Gelman, 2024).
 
         .. math:: \hat R_\nu = \sqrt{1 + B / W}, \quad B = \operatorname{var}_k \bar x_k, \quad
-            W = \operatorname{mean}_k (\operatorname{var}_m \bar x_{mk} + \operatorname{mean}_m s^2_{mk})
+            W = \operatorname{mean}_k (\operatorname{var}_m \bar x_{mk} + \operatorname{mean}_m
+            s^2_{mk})
 
-        over chains m of superchain k. It tells bias apart from the noise of short chains, which averages out within a superchain:
-        for that all chains of one must start at one point, ``initial=points.repeat_interleave(chains_of_each, 0)``.
+        over chains m of superchain k. It tells bias apart from the noise of short chains, which
+        averages out within a superchain: for that all chains of one must start at one point,
+        ``initial=points.repeat_interleave(chains_of_each, 0)``.
 
         Args:
             superchains: number of superchains, each of as many chains in a row.
@@ -89,8 +98,13 @@ class StreamingMoments(NamedTuple):
         """
         chains = len(self.mean)
         if superchains < 2 or chains % superchains:
-            raise ValueError(f"superchains must be at least 2 and divide the {chains} chains, got superchains={superchains}")
-        mean, within = (t.reshape(superchains, -1, *t.shape[1:]) for t in (self.mean, self._within()))
+            raise ValueError(
+                f"superchains must be at least 2 and divide the {chains} chains, got"
+                f" superchains={superchains}"
+            )
+        mean, within = (
+            t.reshape(superchains, -1, *t.shape[1:]) for t in (self.mean, self._within())
+        )
         between = mean.var(1) if mean.shape[1] > 1 else torch.zeros_like(mean[:, 0])
         return torch.sqrt(1 + mean.mean(1).var(0) / (between + within.mean(1)).mean(0))
 

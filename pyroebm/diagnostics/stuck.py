@@ -14,9 +14,9 @@ LEAST_RATE = 0.1
 def stuck_chains(moves: Tensor, steps: int) -> list[int]:
     r"""Numbers of the chains that never moved, if that is no chance.
 
-    Where each step is accepted with probability 1/10 or more, all of C chains move at least once in n steps but for a
-    probability of at most :math:`C \, 0.9^n`. Once that is below .01, which takes 57 steps of 4 chains and 84 of 64, chains that
-    never moved are stuck.
+    Where each step is accepted with probability 1/10 or more, all of C chains move at least once in
+    n steps but for a probability of at most :math:`C \, 0.9^n`. Once that is below .01, which takes
+    57 steps of 4 chains and 84 of 64, chains that never moved are stuck.
 
     Args:
         moves: steps in which each chain moved, shape ``(chains,)``.
@@ -34,14 +34,19 @@ def stuck_chains(moves: Tensor, steps: int) -> list[int]:
     return found
 
 
-def describe_stuck(stuck: list[int], chains: int, energies: Tensor | None = None, first: int = 0, total: int = 0) -> str:
-    """Say which chains never moved, their energies beside the others', and what to do; an empty text if there is none.
+def describe_stuck(
+    stuck: list[int], chains: int, energies: Tensor | None = None, first: int = 0, total: int = 0
+) -> str:
+    """Say which chains never moved, their energies beside the others', and what to do; an empty
+    text if there is none.
 
     Args:
         stuck: numbers of chains, as :func:`stuck_chains` gives them.
         chains: number of all chains.
-        energies: the energy of each chain where it is, shape ``(chains,)``; None says nothing of it.
-        first, total: number of the first of these chains, and of all chains of the run, where a rank has some of them.
+        energies: the energy of each chain where it is, shape ``(chains,)``; None says nothing of
+            it.
+        first, total: number of the first of these chains, and of all chains of the run, where a
+            rank has some of them.
 
     Example:
         >>> describe_stuck([1], 3, torch.tensor([2.0, 812.5, 3.5])).split(". ")[0]
@@ -52,7 +57,8 @@ def describe_stuck(stuck: list[int], chains: int, energies: Tensor | None = None
     if len(stuck) == chains:
         where = f" (energy {_range(energies)})" if energies is not None else ""
         return (
-            f"None of {chains} chains moved after warm-up{where}. Start elsewhere (initial=), warm up longer, take another step"
+            f"None of {chains} chains moved after warm-up{where}. Start elsewhere (initial=), warm"
+            f" up longer, take another step"
             " size where it is fixed, or check the energy."
         )
     where = ""
@@ -61,10 +67,14 @@ def describe_stuck(stuck: list[int], chains: int, energies: Tensor | None = None
         mask[stuck] = True
         where = f" (energy {_range(energies[mask])}; others {_range(energies[~mask])})"
     chain, it, they = ("Chain", "it", "it") if len(stuck) == 1 else ("Chains", "them", "they")
-    listed = ", ".join(str(first + chain_) for chain_ in stuck[:10]) + (f" and {len(stuck) - 10} more" if len(stuck) > 10 else "")
+    listed = ", ".join(str(first + chain_) for chain_ in stuck[:10]) + (
+        f" and {len(stuck) - 10} more" if len(stuck) > 10 else ""
+    )
     return (
-        f"{chain} {listed} of {total or chains} never moved after warm-up{where}. Start {it} elsewhere (initial=, or another"
-        f" seed), warm up longer, take another step size where it is fixed, or reparametrize the model where {they} started."
+        f"{chain} {listed} of {total or chains} never moved after warm-up{where}. Start {it}"
+        f" elsewhere (initial=, or another"
+        f" seed), warm up longer, take another step size where it is fixed, or reparametrize the"
+        f" model where {they} started."
     )
 
 

@@ -1,4 +1,5 @@
-"""The deep belief network: a restricted Boltzmann machine on top, sigmoid layers below it. A distribution, not an energy."""
+"""The deep belief network: a restricted Boltzmann machine on top, sigmoid layers below it. A
+distribution, not an energy."""
 
 from __future__ import annotations
 
@@ -26,13 +27,17 @@ MAX_ENUMERATED = 14
 class DeepBeliefNetwork(nn.Module):
     r"""Deep belief network (Hinton, Osindero and Teh, 2006) of bits.
 
-    .. math:: p(v, h_1, \ldots, h_L) = p(v \mid h_1) \cdots p(h_{L-2} \mid h_{L-1})\, p(h_{L-1}, h_L), \qquad
+    .. math::
+
+        p(v, h_1, \ldots, h_L) = p(v \mid h_1) \cdots p(h_{L-2} \mid h_{L-1})\, p(h_{L-1}, h_L),
+        \qquad
         p(h_{l-1} = 1 \mid h_l) = \sigma(W_l h_l + b_l)
 
-    It is no :class:`pyroebm.Energy` of v: :math:`p(v)` sums over all hidden states and has no closed form, not even unnormalised.
-    Its ``top`` is one, and so is :meth:`joint`, the energy over all units, whose log Z is that of the top. Each layer is kept as
-    the RBM that it was trained as: W and the visible bias b go down, W and the hidden bias make the recognition law
-    :math:`q(h_l \mid h_{l-1}) = \sigma(W^\top h_{l-1} + c)`.
+    It is no :class:`pyroebm.Energy` of v: :math:`p(v)` sums over all hidden states and has no
+    closed form, not even unnormalised. Its ``top`` is one, and so is :meth:`joint`, the energy over
+    all units, whose log Z is that of the top. Each layer is kept as the RBM that it was trained as:
+    W and the visible bias b go down, W and the hidden bias make the recognition law :math:`q(h_l
+    \mid h_{l-1}) = \sigma(W^\top h_{l-1} + c)`.
 
     Args:
         sizes: units of each layer, the visible one first; at least two (a single RBM).
@@ -57,12 +62,17 @@ class DeepBeliefNetwork(nn.Module):
         if len(sizes) < 2:
             raise ValueError(f"sizes must name two layers or more, got sizes={list(sizes)}")
         check_sizes("DeepBeliefNetwork", **{f"sizes[{k}]": size for k, size in enumerate(sizes)})
-        self.rbms = nn.ModuleList([BernoulliRBM(a, b, dtype=dtype) for a, b in itertools.pairwise(sizes)])
+        self.rbms = nn.ModuleList(
+            [BernoulliRBM(a, b, dtype=dtype) for a, b in itertools.pairwise(sizes)]
+        )
 
     @property
     def sizes(self) -> list[int]:
         """Units of each layer."""
-        return [len(self.rbm(0).visible_bias), *(len(self.rbm(k).hidden_bias) for k in range(len(self.rbms)))]
+        return [
+            len(self.rbm(0).visible_bias),
+            *(len(self.rbm(k).hidden_bias) for k in range(len(self.rbms))),
+        ]
 
     @property
     def top(self) -> BernoulliRBM:
@@ -81,8 +91,9 @@ class DeepBeliefNetwork(nn.Module):
 
         Args:
             num_hidden: its hidden units.
-            tied: start it from the transposed weights and swapped biases of the one below, which leaves the likelihood as it is
-                (Hinton, Osindero and Teh, 2006); its hidden units are then as many as the visible ones of that.
+            tied: start it from the transposed weights and swapped biases of the one below, which
+                leaves the likelihood as it is (Hinton, Osindero and Teh, 2006); its hidden units
+                are then as many as the visible ones of that.
 
         Raises:
             ValueError: if a tied start has another number of units.
@@ -91,31 +102,39 @@ class DeepBeliefNetwork(nn.Module):
         visible, hidden = below.weight.shape
         if tied and num_hidden != visible:
             raise ValueError(
-                f"a tied start needs num_hidden={visible}, the units below the top layer, got num_hidden={num_hidden}"
+                f"a tied start needs num_hidden={visible}, the units below the top layer, got"
+                f" num_hidden={num_hidden}"
             )
         start = {"weight": below.weight.mT, "hidden_bias": below.visible_bias} if tied else {}
-        fresh = BernoulliRBM(hidden, num_hidden, visible_bias=below.hidden_bias, dtype=below.dtype, **start)
+        fresh = BernoulliRBM(
+            hidden, num_hidden, visible_bias=below.hidden_bias, dtype=below.dtype, **start
+        )
         self.rbms.append(fresh.to(below.device))
 
     def means_up(self, visible: Tensor) -> Tensor:
-        """Recognition means of the top's visible layer, bottom up: the data that the top is trained on, as probabilities."""
+        """Recognition means of the top's visible layer, bottom up: the data that the top is trained
+        on, as probabilities."""
         mean = visible
         for k in range(len(self.rbms) - 1):
             mean = torch.sigmoid(mean @ self.rbm(k).weight + self.rbm(k).hidden_bias)
         return mean
 
     def down(self, hidden: Tensor, generator: torch.Generator | None = None) -> list[Tensor]:
-        """Draws of the layers given the top's visible layer, by the generative laws: the visible one first, ``hidden`` last."""
+        """Draws of the layers given the top's visible layer, by the generative laws: the visible
+        one first, ``hidden`` last."""
         states = [hidden]
         for k in range(len(self.rbms) - 2, -1, -1):
             parts = self.rbm(k).layers()
             states.insert(0, parts.draw(0, parts.field(0, [None, states[0]]), generator))
         return states
 
-    def sample(self, n: int, generator: torch.Generator | None = None, gibbs_steps: int = 1000) -> Tensor:
+    def sample(
+        self, n: int, generator: torch.Generator | None = None, gibbs_steps: int = 1000
+    ) -> Tensor:
         """``n`` draws of v: of the top, and one pass down.
 
-        Exact where the top can be enumerated, else after ``gibbs_steps`` of Gibbs sampling in it, from its visible biases.
+        Exact where the top can be enumerated, else after ``gibbs_steps`` of Gibbs sampling in it,
+        from its visible biases.
         """
         with torch.no_grad():
             if self.top.has_exact_draws:
@@ -127,17 +146,25 @@ class DeepBeliefNetwork(nn.Module):
                 state = layers.draw(0, layers.field(0, [None, hidden]), generator)
             return self.down(state, generator)[0]
 
-    def log_weights(self, visible: Tensor, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
-        r""":math:`\log p^*(v, h) - \log q(h \mid v)` of draws of q, shape ``(num_samples, *batch)``; log Z is left out."""
+    def log_weights(
+        self, visible: Tensor, num_samples: int, generator: torch.Generator | None = None
+    ) -> Tensor:
+        r""":math:`\log p^*(v, h) - \log q(h \mid v)` of draws of q, shape ``(num_samples,
+        *batch)``; log Z is left out."""
         check_shape(type(self).__name__, visible, torch.Size(self.sizes[:1]))
         check_counts({"num_samples": 1}, num_samples)
-        below, total = visible.expand(num_samples, *visible.shape), torch.zeros((), dtype=visible.dtype, device=visible.device)
+        below, total = (
+            visible.expand(num_samples, *visible.shape),
+            torch.zeros((), dtype=visible.dtype, device=visible.device),
+        )
         for k in range(len(self.rbms) - 1):
             rbm = self.rbm(k)
             parts = rbm.layers()
             field = parts.field(1, [below, None])
             above = parts.draw(1, field, generator)
-            total = total + _log_bits(below, parts.field(0, [None, above])) - _log_bits(above, field)
+            total = (
+                total + _log_bits(below, parts.field(0, [None, above])) - _log_bits(above, field)
+            )
             below = above
         return total - self.top(below)
 
@@ -148,7 +175,8 @@ class DeepBeliefNetwork(nn.Module):
         num_samples: int = 100,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        r""":math:`\log p(v) \ge E_q[\log p^*(v, h) - \log q(h \mid v)] - \log Z`, the mean over draws of q; shape of the batch.
+        r""":math:`\log p(v) \ge E_q[\log p^*(v, h) - \log q(h \mid v)] - \log Z`, the mean over
+        draws of q; shape of the batch.
 
         Args:
             visible: v, shape ``(*batch, num_visible)``.
@@ -165,16 +193,18 @@ class DeepBeliefNetwork(nn.Module):
         num_samples: int = 1000,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        r""":math:`\log \frac1K \sum_k p(v, h_k) / q(h_k \mid v)`, with :math:`h_k \sim q`; shape of the batch.
+        r""":math:`\log \frac1K \sum_k p(v, h_k) / q(h_k \mid v)`, with :math:`h_k \sim q`; shape of
+        the batch.
 
-        Low on average, between the bound and :math:`\log p(v)`, and nearer to the latter the larger K is (Burda, Grosse and
-        Salakhutdinov, 2016). Arguments as for :meth:`variational_bound`.
+        Low on average, between the bound and :math:`\log p(v)`, and nearer to the latter the larger
+        K is (Burda, Grosse and Salakhutdinov, 2016). Arguments as for :meth:`variational_bound`.
         """
         weights = self.log_weights(visible, num_samples, generator)
         return weights.logsumexp(0) - math.log(num_samples) - self._top_log_z(log_z)
 
     def log_likelihood(self, visible: Tensor, log_z: float | Tensor | None = None) -> Tensor:
-        r""":math:`\log p(v)` by sums over every state of each hidden layer below the top's; shape of the batch.
+        r""":math:`\log p(v)` by sums over every state of each hidden layer below the top's; shape
+        of the batch.
 
         Args:
             visible: v, shape ``(*batch, num_visible)``.
@@ -186,7 +216,8 @@ class DeepBeliefNetwork(nn.Module):
         wide = [size for size in self.sizes[1:-1] if size > MAX_ENUMERATED]
         if wide:
             raise ValueError(
-                f"log p(v) sums over all states of hidden layers {self.sizes[1:-1]}, and 2^{MAX_ENUMERATED} are the most:"
+                f"log p(v) sums over all states of hidden layers {self.sizes[1:-1]}, and"
+                f" 2^{MAX_ENUMERATED} are the most:"
                 " bound it (variational_bound) or estimate it (importance_log_likelihood)"
             )
         if len(self.rbms) == 1:
@@ -210,17 +241,19 @@ class DeepBeliefNetwork(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Refused: a deep belief network has no energy of v."""
         raise NotImplementedError(
-            "a DeepBeliefNetwork is no energy of its visible units, whose probability sums over all hidden states; use joint(),"
+            "a DeepBeliefNetwork is no energy of its visible units, whose probability sums over"
+            " all hidden states; use joint(),"
             " top, variational_bound or importance_log_likelihood"
         )
 
 
 class BeliefJoint(Energy):
-    r"""All units of a deep belief network, :math:`E = -\sum_l \log p(h_{l-1} \mid h_l) + E_{top}(h_{L-1}, h_L)`.
+    r"""All units of a deep belief network, :math:`E = -\sum_l \log p(h_{l-1} \mid h_l) +
+    E_{top}(h_{L-1}, h_L)`.
 
-    Its log Z is that of the top, its draws are the top's with one pass down. Given the layers above and below, the units of a
-    directed layer depend on each other (they explain each other away), so there are no blocks: :class:`pyroebm.Gibbs` draws one
-    unit at a time.
+    Its log Z is that of the top, its draws are the top's with one pass down. Given the layers above
+    and below, the units of a directed layer depend on each other (they explain each other away), so
+    there are no blocks: :class:`pyroebm.Gibbs` draws one unit at a time.
 
     Args:
         network: whose parameters are shared.
@@ -240,13 +273,18 @@ class BeliefJoint(Energy):
         self.network = network
         ends = [sum(sizes[: k + 1]) for k in range(len(sizes))]
         spans = [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
-        self.spans, self.num_visible = dict(zip(layer_names(len(sizes)), spans, strict=True)), sizes[0]
+        self.spans, self.num_visible = (
+            dict(zip(layer_names(len(sizes)), spans, strict=True)),
+            sizes[0],
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         parts = x.split(self.network.sizes, -1)
         total = self.network.top.layers().energy(parts[-2:])
         for k in range(len(parts) - 2):
-            total = total - _log_bits(parts[k], self.network.rbm(k).layers().field(0, [None, parts[k + 1]]))
+            total = total - _log_bits(
+                parts[k], self.network.rbm(k).layers().field(0, [None, parts[k + 1]])
+            )
         return total
 
     @property
@@ -266,5 +304,6 @@ class BeliefJoint(Energy):
 
 
 def _log_bits(x: Tensor, field: Tensor) -> Tensor:
-    r""":math:`\sum_i \log p(x_i)` of bits with logits ``field``; x may be real, as gradients of it ask."""
+    r""":math:`\sum_i \log p(x_i)` of bits with logits ``field``; x may be real, as gradients of it
+    ask."""
     return (x * logsigmoid(field) + (1.0 - x) * logsigmoid(-field)).sum(-1)

@@ -29,17 +29,18 @@ class BoltzmannMachine(Energy):
 
     .. math:: E(x) = -\tfrac12 x^\top W x - b \cdot x, \qquad x = (v, h)
 
-    with symmetric W of zero diagonal, so each pair counts once. With :math:`f = W x + b` the conditionals are
-    :math:`p(x_i = 1 \mid x_{-i}) = \sigma(f_i)` for bits and :math:`\sigma(2 f_i)` for spins. With hidden units it is an energy
-    over all units, since their sum is not tractable; the visible ones come first.
+    with symmetric W of zero diagonal, so each pair counts once. With :math:`f = W x + b` the
+    conditionals are :math:`p(x_i = 1 \mid x_{-i}) = \sigma(f_i)` for bits and :math:`\sigma(2 f_i)`
+    for spins. With hidden units it is an energy over all units, since their sum is not tractable;
+    the visible ones come first.
 
     Args:
         num_visible: units of v.
         num_hidden: units of h.
         units: ``"bits"`` in :math:`\{0, 1\}` or ``"spins"`` in :math:`\{-1, +1\}`.
-        weight: W, shape ``(n, n)`` with n units in all, symmetric, its diagonal 0; None draws normal numbers of standard
-            deviation 0.01. It stays symmetric, for its gradient is: half of
-            :math:`\langle x_i x_j \rangle` in each of the two places of a pair.
+        weight: W, shape ``(n, n)`` with n units in all, symmetric, its diagonal 0; None draws
+            normal numbers of standard deviation 0.01. It stays symmetric, for its gradient is: half
+            of :math:`\langle x_i x_j \rangle` in each of the two places of a pair.
         bias: b, shape ``(n,)``; None is 0.
         dtype: floating-point type; None for torch's default.
 
@@ -47,13 +48,18 @@ class BoltzmannMachine(Energy):
         log_z: by enumeration in float64, up to about 20 units; None above.
 
     Raises:
-        ValueError: if a size is out of range, ``units`` is neither, or W or b has another shape, is not finite, or W is not
-            symmetric with diagonal 0.
+        ValueError: if a size is out of range, ``units`` is neither, or W or b has another shape, is
+            not finite, or W is not symmetric with diagonal 0.
 
     Example:
         >>> w = torch.tensor([[0.0, -1.0, -1.0], [-1.0, 0.0, 2.0], [-1.0, 2.0, 0.0]])
-        >>> machine = BoltzmannMachine(3, units="spins", weight=w, bias=torch.tensor([0.0, 1.0, 0.0]))
-        >>> round(machine.log_z, 4), machine.site_given_rest(torch.tensor([1.0, -1.0, -1.0]), 0).mean.detach()
+        >>> machine = BoltzmannMachine(
+        ...     3, units="spins", weight=w, bias=torch.tensor([0.0, 1.0, 0.0])
+        ... )
+        >>> (
+        ...     round(machine.log_z, 4),
+        ...     machine.site_given_rest(torch.tensor([1.0, -1.0, -1.0]), 0).mean.detach(),
+        ... )
         (5.1499, tensor(0.9640))
     """
 
@@ -67,9 +73,15 @@ class BoltzmannMachine(Energy):
         bias: Tensor | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        check_sizes("BoltzmannMachine", num_visible=num_visible, **({"num_hidden": num_hidden} if num_hidden else {}))
+        check_sizes(
+            "BoltzmannMachine",
+            num_visible=num_visible,
+            **({"num_hidden": num_hidden} if num_hidden else {}),
+        )
         if units not in ("bits", "spins"):
-            raise ValueError(f'BoltzmannMachine: units must be "bits" or "spins", got units={units!r}')
+            raise ValueError(
+                f'BoltzmannMachine: units must be "bits" or "spins", got units={units!r}'
+            )
         n = num_visible + num_hidden
         super().__init__((n,), constraints.boolean if units == "bits" else spin)
         self.num_visible = num_visible
@@ -79,7 +91,9 @@ class BoltzmannMachine(Energy):
         if weight is None:
             self.weight.data = self.weight.data.triu(1) + self.weight.data.triu(1).mT
         if not torch.equal(self.weight, self.weight.mT) or bool(self.weight.diagonal().any()):
-            raise ValueError(f"weight must be symmetric with diagonal 0, got {self.weight.tolist()}")
+            raise ValueError(
+                f"weight must be symmetric with diagonal 0, got {self.weight.tolist()}"
+            )
         self.bias = parameter("bias", bias, (n,), 0.0, dtype)
 
     def _coupling(self) -> Tensor:
@@ -94,7 +108,8 @@ class BoltzmannMachine(Energy):
         return -((0.5 * (x @ self._coupling()) + self.bias) * x).sum(-1)
 
     def site_logits(self, x: Tensor, site: Tensor) -> Tensor:
-        """Log-probabilities, unnormalised, of the values of one site of each row: a ``HasSiteLogits`` of the Gibbs kernels."""
+        """Log-probabilities, unnormalised, of the values of one site of each row: a
+        ``HasSiteLogits`` of the Gibbs kernels."""
         field = (x * self._coupling()[site]).sum(-1) + self.bias[site]
         low = torch.zeros_like(field) if self.units == "bits" else -field
         return torch.stack([low, field], 1)
@@ -103,32 +118,42 @@ class BoltzmannMachine(Energy):
         """:math:`p(x_i \\mid x_{-i})` of one unit, batch shape that of ``x``: Pyro's Bernoulli, or
         :class:`pyroebm.energies.spins.SpinBernoulli`."""
         field = x @ self._coupling()[site] + self.bias[site]
-        return Bernoulli(logits=field, validate_args=False) if self.units == "bits" else SpinBernoulli(field)
+        return (
+            Bernoulli(logits=field, validate_args=False)
+            if self.units == "bits"
+            else SpinBernoulli(field)
+        )
 
     def joint(self) -> BoltzmannMachine:
         """Itself: it is an energy over all units."""
         return self
 
     def marginal(self) -> Energy:
-        """The energy of the visible units: itself without hidden ones, a sum over their states where they are few.
+        """The energy of the visible units: itself without hidden ones, a sum over their states
+        where they are few.
 
         Raises:
-            ValueError: if there are more than 12 hidden units: the sum over their states has no closed form.
+            ValueError: if there are more than 12 hidden units: the sum over their states has no
+            closed form.
         """
         if self.num_hidden > MAX_SUMMED:
             raise ValueError(
-                f"the marginal of {self.num_visible} visible units sums over 2^{self.num_hidden} states of the hidden ones, and"
-                f" 2^{MAX_SUMMED} are the most: sample the joint, or take an RBM, whose sum has a closed form"
+                f"the marginal of {self.num_visible} visible units sums over 2^{self.num_hidden}"
+                f" states of the hidden ones, and"
+                f" 2^{MAX_SUMMED} are the most: sample the joint, or take an RBM, whose sum has a"
+                f" closed form"
             )
         return Marginal(self) if self.num_hidden else self
 
     @torch.no_grad()
     def mean_field(self, visible: Tensor, max_steps: int = 100, tolerance: float = 1e-6) -> Tensor:
-        r"""Means :math:`\mu` of a factorial q near to :math:`p(h \mid v)` in :math:`KL(q \| p)`, shape ``(*batch, num_hidden)``.
+        r"""Means :math:`\mu` of a factorial q near to :math:`p(h \mid v)` in :math:`KL(q \| p)`,
+        shape ``(*batch, num_hidden)``.
 
         .. math:: \mu \leftarrow \tfrac12 \mu + \tfrac12 \sigma(f_h(v, \mu))
 
-        with tanh for spins (Peterson and Anderson, 1987). All units move at once, half-way, since full steps can oscillate.
+        with tanh for spins (Peterson and Anderson, 1987). All units move at once, half-way, since
+        full steps can oscillate.
 
         Args:
             visible: v, shape ``(*batch, num_visible)``.
@@ -146,15 +171,20 @@ class BoltzmannMachine(Energy):
                 break
         return means
 
-    def variational_free_energy(self, visible: Tensor, max_steps: int = 100, tolerance: float = 1e-6) -> Tensor:
+    def variational_free_energy(
+        self, visible: Tensor, max_steps: int = 100, tolerance: float = 1e-6
+    ) -> Tensor:
         r""":math:`E_q[E(v, h)] - H(q) \ge F(v)`, q from :meth:`mean_field`; shape of the batch.
 
-        The means are constants of the gradient: at the fixed point their own is 0. :math:`-F(v) - \log Z` is
-        :math:`\log p(v)`, so with log Z it bounds the likelihood (:meth:`variational_bound`).
+        The means are constants of the gradient: at the fixed point their own is 0. :math:`-F(v) -
+        \log Z` is :math:`\log p(v)`, so with log Z it bounds the likelihood
+        (:meth:`variational_bound`).
         """
         means = self.mean_field(visible, max_steps, tolerance)
         on = means if self.units == "bits" else 0.5 * (1.0 + means)
-        return self(torch.cat([visible, means], -1)) - Bernoulli(on, validate_args=False).entropy().sum(-1)
+        return self(torch.cat([visible, means], -1)) - Bernoulli(
+            on, validate_args=False
+        ).entropy().sum(-1)
 
     def variational_bound(self, visible: Tensor, log_z: float | Tensor | None = None) -> Tensor:
         r""":math:`\log p(v) \ge -E_q[E(v, h)] + H(q) - \log Z`, shape of the batch.
@@ -163,7 +193,9 @@ class BoltzmannMachine(Energy):
             visible: v, shape ``(*batch, num_visible)``.
             log_z: :math:`\log Z`; None sums over all states (:meth:`log_partition`).
         """
-        return -self.variational_free_energy(visible) - (self.log_partition() if log_z is None else log_z)
+        return -self.variational_free_energy(visible) - (
+            self.log_partition() if log_z is None else log_z
+        )
 
     def log_partition(self, max_units: int = 24) -> Tensor:
         r""":math:`\log Z` by a sum over all states; differentiable, shape ``()``.
@@ -177,7 +209,8 @@ class BoltzmannMachine(Energy):
         n = self.event_shape[0]
         if n > max_units:
             raise ValueError(
-                f"log Z of {n} units needs a sum over 2^{n} states, more than max_units={max_units} allows: estimate it"
+                f"log Z of {n} units needs a sum over 2^{n} states, more than"
+                f" max_units={max_units} allows: estimate it"
                 " (pyroebm.partition)"
             )
         return torch.stack([torch.logsumexp(-self(x), 0) for x in self._states(n)]).logsumexp(0)
@@ -213,7 +246,9 @@ class BoltzmannMachine(Energy):
             return super().sample(n, generator)
         with torch.no_grad():
             log_p = torch.cat([-self(x) for x in self._states(self.event_shape[0])])
-        return self._values(bits_of(draw_numbers(log_p, n, generator), self.event_shape[0], self.dtype))
+        return self._values(
+            bits_of(draw_numbers(log_p, n, generator), self.event_shape[0], self.dtype)
+        )
 
     def _values(self, bits: Tensor) -> Tensor:
         return bits if self.units == "bits" else 2.0 * bits - 1.0
@@ -227,7 +262,8 @@ class BoltzmannMachine(Energy):
 
 
 class Marginal(Energy):
-    r"""The visible units of a Boltzmann machine, :math:`F(v) = -\log \sum_h e^{-E(v, h)}`, the sum taken over every state of h.
+    r"""The visible units of a Boltzmann machine, :math:`F(v) = -\log \sum_h e^{-E(v, h)}`, the sum
+    taken over every state of h.
 
     Args:
         machine: with few hidden units; its parameters are shared.

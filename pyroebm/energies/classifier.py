@@ -1,4 +1,5 @@
-"""A classifier is an energy: its logits say how likely the image is, and not only which class it has."""
+"""A classifier is an energy: its logits say how likely the image is, and not only which class it
+has."""
 
 from __future__ import annotations
 
@@ -17,15 +18,21 @@ __all__ = ["ClassifierEnergy", "GivenClass", "check_labels"]
 
 
 class ClassifierEnergy(NeuralEnergy):
-    r"""The energy of events in the logits :math:`f_1, \ldots, f_K` of a classifier (Grathwohl et al., 2020), in an envelope.
+    r"""The energy of events in the logits :math:`f_1, \ldots, f_K` of a classifier (Grathwohl et
+    al., 2020), in an envelope.
 
-    .. math:: E(x, y) = -f_y(x) + \sum_i \frac{(x_i - m_i)^2}{2 s_i^2}, \qquad E(x) = -\log \sum_y e^{-E(x, y)}
+    .. math::
 
-    ``energy(x)`` is the marginal energy, :meth:`joint_energy` that of an event with its class, :meth:`given` the energy of events
-    of one class; :math:`p(y \mid x) = e^{f_y(x)} / \sum_k e^{f_k(x)}` is the classifier's own, whatever the envelope. A constant
-    added to all logits of an event changes its energy, and no class probability: this is what the classifier left undecided.
+        E(x, y) = -f_y(x) + \sum_i \frac{(x_i - m_i)^2}{2 s_i^2}, \qquad E(x) = -\log \sum_y
+        e^{-E(x, y)}
 
-    With linear logits it is a mixture of K normal laws of one covariance, and :math:`p(y \mid x)` linear discriminant analysis.
+    ``energy(x)`` is the marginal energy, :meth:`joint_energy` that of an event with its class,
+    :meth:`given` the energy of events of one class; :math:`p(y \mid x) = e^{f_y(x)} / \sum_k
+    e^{f_k(x)}` is the classifier's own, whatever the envelope. A constant added to all logits of an
+    event changes its energy, and no class probability: this is what the classifier left undecided.
+
+    With linear logits it is a mixture of K normal laws of one covariance, and :math:`p(y \mid x)`
+    linear discriminant analysis.
 
     Args:
         net: f, a module ``(n, *event) -> (n, K)``.
@@ -34,7 +41,8 @@ class ClassifierEnergy(NeuralEnergy):
         support, scale, centre: as in :class:`~pyroebm.energies.NeuralEnergy`, with its warnings.
 
     Raises:
-        ValueError: if ``num_classes`` < 1, the logits have another shape, or as :class:`~pyroebm.energies.NeuralEnergy`.
+        ValueError: if ``num_classes`` < 1, the logits have another shape, or as
+        :class:`~pyroebm.energies.NeuralEnergy`.
 
     Example:
         >>> energy = ClassifierEnergy(nn.Linear(2, 3), (2,), 3, scale=1.0)
@@ -66,7 +74,8 @@ class ClassifierEnergy(NeuralEnergy):
         values: Tensor = self.net(x.reshape(-1, *self.event_shape))
         if values.shape != (batch.numel(), self.num_classes):
             raise ValueError(
-                f"net must map (n, *event_shape) to (n, num_classes), got shape {tuple(values.shape)} for n = {batch.numel()},"
+                f"net must map (n, *event_shape) to (n, num_classes), got shape"
+                f" {tuple(values.shape)} for n = {batch.numel()},"
                 f" num_classes = {self.num_classes}"
             )
         return values.reshape(*batch, self.num_classes)
@@ -76,7 +85,8 @@ class ClassifierEnergy(NeuralEnergy):
         return torch.log_softmax(self.logits(x), -1)
 
     def joint_energy(self, x: Tensor, y: Tensor) -> Tensor:
-        """:math:`E(x, y)` of events and their classes: ``(*batch, *event)`` and int64 ``(*batch)`` to ``(*batch)``.
+        """:math:`E(x, y)` of events and their classes: ``(*batch, *event)`` and int64 ``(*batch)``
+        to ``(*batch)``.
 
         Raises:
             ValueError: unless each y is a class, one for each event.
@@ -89,24 +99,29 @@ class ClassifierEnergy(NeuralEnergy):
         return self.envelope(x) - self.logits(x).gather(-1, y.unsqueeze(-1)).squeeze(-1)
 
     def given(self, y: int | Tensor) -> GivenClass:
-        """The energy of events of class y, :math:`p(x \\mid y)`: sample it for draws of a class. See :class:`GivenClass`."""
+        """The energy of events of class y, :math:`p(x \\mid y)`: sample it for draws of a class.
+        See :class:`GivenClass`."""
         return GivenClass(self, y)
 
 
 class GivenClass(Energy):
-    r"""The law of events of one class, :math:`p(x \mid y) \propto e^{-E(x, y)}`; it shares the classifier's parameters.
+    r"""The law of events of one class, :math:`p(x \mid y) \propto e^{-E(x, y)}`; it shares the
+    classifier's parameters.
 
     Args:
         classifier: a :class:`ClassifierEnergy`.
-        y: a class, or one for each row, int64 ``(rows,)``; ``x`` then has rows first, ``(rows, ..., *event)``, and
-            ``initial(n)`` that many.
+        y: a class, or one for each row, int64 ``(rows,)``; ``x`` then has rows first, ``(rows, ...,
+            *event)``, and ``initial(n)`` that many.
 
     Raises:
         ValueError: if a class is none of the classifier's, or rows and classes differ in number.
 
     Example:
         >>> energy = ClassifierEnergy(nn.Linear(2, 3), (2,), 3, scale=1.0)
-        >>> torch.equal(GivenClass(energy, torch.tensor([0, 2]))(torch.ones(2, 2))[1:], energy.given(2)(torch.ones(1, 2)))
+        >>> torch.equal(
+        ...     GivenClass(energy, torch.tensor([0, 2]))(torch.ones(2, 2))[1:],
+        ...     energy.given(2)(torch.ones(1, 2)),
+        ... )
         True
     """
 
@@ -116,7 +131,9 @@ class GivenClass(Energy):
         super().__init__(classifier.event_shape, classifier.support)
         classes = torch.as_tensor(y, device=classifier.device)
         if classes.dim() > 1:
-            raise ValueError(f"y must be one class or one for each row, got shape {tuple(classes.shape)}")
+            raise ValueError(
+                f"y must be one class or one for each row, got shape {tuple(classes.shape)}"
+            )
         check_labels(classes, classes.shape, classifier.num_classes)
         self.classifier = classifier
         self.register_buffer("y", classes)
@@ -124,7 +141,10 @@ class GivenClass(Energy):
     def forward(self, x: Tensor) -> Tensor:
         batch = self.batch_shape(x)
         if self.y.dim() and batch[:1] != self.y.shape:
-            raise ValueError(f"x must have one row for each of {len(self.y)} classes, got batch shape {tuple(batch)}")
+            raise ValueError(
+                f"x must have one row for each of {len(self.y)} classes, got batch shape"
+                f" {tuple(batch)}"
+            )
         classes = self.y.reshape(-1, *[1] * (len(batch) - 1)) if self.y.dim() else self.y
         return self.classifier.unchecked_joint_energy(x, classes.expand(batch))
 
@@ -135,6 +155,9 @@ class GivenClass(Energy):
 def check_labels(y: Tensor, batch: Sequence[int], num_classes: int) -> None:
     """ValueError unless ``y`` holds whole numbers of the shape ``batch`` in [0, num_classes)."""
     if y.dtype != torch.int64 or tuple(y.shape) != tuple(batch):
-        raise ValueError(f"y must be int64 classes of shape {tuple(batch)}, got {y.dtype} of shape {tuple(y.shape)}")
+        raise ValueError(
+            f"y must be int64 classes of shape {tuple(batch)}, got {y.dtype} of shape"
+            f" {tuple(y.shape)}"
+        )
     if y.numel() and not (int(y.min()) >= 0 and int(y.max()) < num_classes):
         raise ValueError(f"y must lie in [0, {num_classes}), got {int(y.min())} to {int(y.max())}")

@@ -17,25 +17,31 @@ __all__ = ["DeepBoltzmannMachine"]
 
 
 class DeepBoltzmannMachine(LayeredEnergy):
-    r"""Deep Boltzmann machine (Salakhutdinov and Hinton, 2009): an energy over visible and all hidden units.
+    r"""Deep Boltzmann machine (Salakhutdinov and Hinton, 2009): an energy over visible and all
+    hidden units.
 
-    .. math:: E(v, h_1, \ldots, h_L) = -b_0 \cdot v - \sum_l b_l \cdot h_l - v^\top W_1 h_1 - \sum_l h_l^\top W_{l+1} h_{l+1}
+    .. math::
 
-    A middle layer feels both of its neighbours: :math:`p(h_1 \mid v, h_2) = \sigma(b_1 + W_1^\top v + W_2 h_2)`. Gaussian visible
-    units have the energy of :class:`pyroebm.energies.GaussianRBM` in the convention ``"hinton"``. The sum over the hidden units
-    has no closed form: likelihoods are bounded (:meth:`variational_bound`), or enumerated where layers are small.
+        E(v, h_1, \ldots, h_L) = -b_0 \cdot v - \sum_l b_l \cdot h_l - v^\top W_1 h_1 - \sum_l
+        h_l^\top W_{l+1} h_{l+1}
+
+    A middle layer feels both of its neighbours: :math:`p(h_1 \mid v, h_2) = \sigma(b_1 + W_1^\top v
+    + W_2 h_2)`. Gaussian visible units have the energy of :class:`pyroebm.energies.GaussianRBM` in
+    the convention ``"hinton"``. The sum over the hidden units has no closed form: likelihoods are
+    bounded (:meth:`variational_bound`), or enumerated where layers are small.
 
     Args:
         sizes: units of each layer, the visible one first; at least three layers (two are an RBM).
         visible: ``"bits"`` or ``"gaussian"``.
-        weights: one matrix for each pair of neighbours, shape ``(n_l, n_{l+1})``; None draws normal numbers of standard deviation
-            0.01.
+        weights: one matrix for each pair of neighbours, shape ``(n_l, n_{l+1})``; None draws normal
+            numbers of standard deviation 0.01.
         biases: one vector for each layer, shape ``(n_l,)``; None is 0.
         log_sigma: :math:`\log \sigma` of Gaussian visible units, shape ``(n_0,)``; None is 0.
         dtype: floating-point type; None for torch's default.
 
     Raises:
-        ValueError: if there are fewer than three layers, a size is below 1, ``visible`` is neither, or a parameter does not fit.
+        ValueError: if there are fewer than three layers, a size is below 1, ``visible`` is neither,
+        or a parameter does not fit.
 
     Example:
         >>> machine = DeepBoltzmannMachine([4, 3, 2])
@@ -61,24 +67,45 @@ class DeepBoltzmannMachine(LayeredEnergy):
         check_sizes("DeepBoltzmannMachine", **{f"sizes[{k}]": size for k, size in enumerate(sizes)})
         if len(sizes) < 3:
             raise ValueError(
-                f"sizes must name three layers or more, got sizes={list(sizes)}; two are a BernoulliRBM or GaussianRBM"
+                f"sizes must name three layers or more, got sizes={list(sizes)}; two are a"
+                f" BernoulliRBM or GaussianRBM"
             )
         if visible not in ("bits", "gaussian"):
-            raise ValueError(f'DeepBoltzmannMachine: visible must be "bits" or "gaussian", got visible={visible!r}')
+            raise ValueError(
+                f'DeepBoltzmannMachine: visible must be "bits" or "gaussian", got'
+                f" visible={visible!r}"
+            )
         pairs = list(itertools.pairwise(sizes))
-        for name, given, count in (("weights", weights, len(pairs)), ("biases", biases, len(sizes))):
+        for name, given, count in (
+            ("weights", weights, len(pairs)),
+            ("biases", biases, len(sizes)),
+        ):
             if given is not None and len(given) != count:
-                raise ValueError(f"{name} must hold {count} tensors for sizes={list(sizes)}, got {len(given)}")
+                raise ValueError(
+                    f"{name} must hold {count} tensors for sizes={list(sizes)}, got {len(given)}"
+                )
         super().__init__(sizes, visible == "gaussian")
         self.sizes, self.visible = tuple(sizes), visible
-        given_weights, given_biases = (list(g) if g is not None else [None] * len(sizes) for g in (weights, biases))
+        given_weights, given_biases = (
+            list(g) if g is not None else [None] * len(sizes) for g in (weights, biases)
+        )
         self.weights = nn.ParameterList(
-            [parameter(f"weights[{k}]", given_weights[k], pair, 0.01, dtype) for k, pair in enumerate(pairs)]
+            [
+                parameter(f"weights[{k}]", given_weights[k], pair, 0.01, dtype)
+                for k, pair in enumerate(pairs)
+            ]
         )
         self.biases = nn.ParameterList(
-            [parameter(f"biases[{k}]", given_biases[k], (size,), 0.0, dtype) for k, size in enumerate(sizes)]
+            [
+                parameter(f"biases[{k}]", given_biases[k], (size,), 0.0, dtype)
+                for k, size in enumerate(sizes)
+            ]
         )
-        self.log_sigma = parameter("log_sigma", log_sigma, (sizes[0],), 0.0, dtype) if visible == "gaussian" else None
+        self.log_sigma = (
+            parameter("log_sigma", log_sigma, (sizes[0],), 0.0, dtype)
+            if visible == "gaussian"
+            else None
+        )
 
     def layers(self) -> Layers:
         weights, biases = tuple(self.weights), tuple(self.biases)
@@ -86,16 +113,24 @@ class DeepBoltzmannMachine(LayeredEnergy):
             return Layers(weights, biases)
         scale = torch.exp(-self.log_sigma)
         offset = 0.5 * ((scale * biases[0]) ** 2).sum()
-        return Layers((weights[0] * scale.unsqueeze(1), *weights[1:]), (biases[0] * scale**2, *biases[1:]), scale**2, offset)
+        return Layers(
+            (weights[0] * scale.unsqueeze(1), *weights[1:]),
+            (biases[0] * scale**2, *biases[1:]),
+            scale**2,
+            offset,
+        )
 
     @torch.no_grad()
-    def mean_field(self, visible: Tensor, max_steps: int = 100, tolerance: float = 1e-6) -> list[Tensor]:
-        r"""Means :math:`\mu_l` of the factorial q nearest to :math:`p(h \mid v)` in :math:`KL(q \| p)`, one a hidden layer.
+    def mean_field(
+        self, visible: Tensor, max_steps: int = 100, tolerance: float = 1e-6
+    ) -> list[Tensor]:
+        r"""Means :math:`\mu_l` of the factorial q nearest to :math:`p(h \mid v)` in :math:`KL(q \|
+        p)`, one a hidden layer.
 
         .. math:: \mu_l = \sigma(b_l + W_l^\top \mu_{l-1} + W_{l+1} \mu_{l+1}), \qquad \mu_0 = v
 
-        Odd and even layers are updated in turn, so each update can only raise the bound (parallel ones can oscillate). They start
-        from one pass up with doubled weights.
+        Odd and even layers are updated in turn, so each update can only raise the bound (parallel
+        ones can oscillate). They start from one pass up with doubled weights.
 
         Args:
             visible: v, shape ``(*batch, n_0)``.
@@ -105,7 +140,9 @@ class DeepBoltzmannMachine(LayeredEnergy):
         layers = self.layers()
         return layers.mean_field(layers.pass_up(visible), True, max_steps, tolerance)[1:]
 
-    def variational_free_energy(self, visible: Tensor, max_steps: int = 100, tolerance: float = 1e-6) -> Tensor:
+    def variational_free_energy(
+        self, visible: Tensor, max_steps: int = 100, tolerance: float = 1e-6
+    ) -> Tensor:
         r""":math:`E_q[E(v, h)] - H(q) \ge F(v)`, q from :meth:`mean_field`; shape of the batch.
 
         The means are constants of the gradient: at the fixed point their own is 0.
@@ -123,10 +160,15 @@ class DeepBoltzmannMachine(LayeredEnergy):
             visible: v, shape ``(*batch, n_0)``.
             log_z: :math:`\log Z`; None enumerates (:meth:`log_partition`).
         """
-        return -self.variational_free_energy(visible) - (self.log_partition() if log_z is None else log_z)
+        return -self.variational_free_energy(visible) - (
+            self.log_partition() if log_z is None else log_z
+        )
 
-    def log_likelihood(self, visible: Tensor, log_z: float | Tensor | None = None, max_units: int = 20) -> Tensor:
-        r""":math:`\log p(v)` by a sum over every state of every second hidden layer, row by row; shape of the batch.
+    def log_likelihood(
+        self, visible: Tensor, log_z: float | Tensor | None = None, max_units: int = 20
+    ) -> Tensor:
+        r""":math:`\log p(v)` by a sum over every state of every second hidden layer, row by row;
+        shape of the batch.
 
         Args:
             visible: v, shape ``(*batch, n_0)``.
@@ -141,7 +183,8 @@ class DeepBoltzmannMachine(LayeredEnergy):
         units = sum(rows[0].sizes[layer] for layer in rows[0].smaller_side()) if rows else 0
         if units > max_units:
             raise ValueError(
-                f"log p(v) sums over 2^{units} states of the hidden units, more than max_units={max_units} allows: bound it"
+                f"log p(v) sums over 2^{units} states of the hidden units, more than"
+                f" max_units={max_units} allows: bound it"
                 " (variational_bound)"
             )
         values = torch.stack([row.log_partition() for row in rows]).reshape(visible.shape[:-1])

@@ -1,4 +1,5 @@
-"""Bits that explain deep features: an energy of events and hidden bits, summed over the bits in closed form."""
+"""Bits that explain deep features: an energy of events and hidden bits, summed over the bits in
+closed form."""
 
 from __future__ import annotations
 
@@ -21,16 +22,18 @@ __all__ = ["FeatureLatentEnergy", "FeatureLatentJoint"]
 
 
 class FeatureLatentEnergy(Energy):
-    r"""Events on :math:`R^d` with hidden bits :math:`h \in \{0, 1\}^K` that meet them in features :math:`f_\theta`.
+    r"""Events on :math:`R^d` with hidden bits :math:`h \in \{0, 1\}^K` that meet them in features
+    :math:`f_\theta`.
 
     .. math::
         E(x, h) = x'x + h'W f_\theta(x) - c'h - b'x, \qquad
         F(x) = x'x - b'x - \sum_k \log\left(1 + e^{c_k - (W f_\theta(x))_k}\right)
 
-    The energy of an event is the free energy F, in which the bits are summed out. Given x they are independent,
-    :math:`p(h_k = 1 \mid x) = \sigma(c_k - (W f_\theta(x))_k)`; given h the entries of x are not, unless f acts on each alone.
-    With f(x) = x and W in place of -W it is a Gaussian RBM of variance 1/2 (Welling, Rosen-Zvi and Hinton, "Exponential family
-    harmoniums", 2004). Features that grow no faster than :math:`|x|` leave :math:`Z < \infty`; the events should have a variance
+    The energy of an event is the free energy F, in which the bits are summed out. Given x they are
+    independent, :math:`p(h_k = 1 \mid x) = \sigma(c_k - (W f_\theta(x))_k)`; given h the entries of
+    x are not, unless f acts on each alone. With f(x) = x and W in place of -W it is a Gaussian RBM
+    of variance 1/2 (Welling, Rosen-Zvi and Hinton, "Exponential family harmoniums", 2004). Features
+    that grow no faster than :math:`|x|` leave :math:`Z < \infty`; the events should have a variance
     of about 1/2, which is that of :math:`e^{-x'x}`.
 
     The gradient of the log-likelihood, in :math:`\theta`, W, b and c alike, is
@@ -50,13 +53,16 @@ class FeatureLatentEnergy(Energy):
         generator: source of the initial W.
 
     Warns:
-        UserWarning: of batch normalisation and of piecewise linear features, as :class:`~pyroebm.energies.NeuralEnergy`.
+        UserWarning: of batch normalisation and of piecewise linear features, as
+        :class:`~pyroebm.energies.NeuralEnergy`.
 
     Raises:
         ValueError: if ``num_hidden`` < 1, the features are no rows, or a shape does not fit.
 
     Example:
-        >>> energy = FeatureLatentEnergy(nn.Sequential(nn.Linear(2, 8), nn.Tanh()), (2,), num_hidden=3)
+        >>> energy = FeatureLatentEnergy(
+        ...     nn.Sequential(nn.Linear(2, 8), nn.Tanh()), (2,), num_hidden=3
+        ... )
         >>> x = torch.zeros(5, 2)
         >>> energy(x).shape, energy.hidden_given(x).event_shape, energy.joint().event_shape
         (torch.Size([5]), torch.Size([3]), torch.Size([5]))
@@ -79,13 +85,20 @@ class FeatureLatentEnergy(Energy):
         warn_of_network(features, self.support, scale=math.sqrt(0.5))
         like, m = self._reference(), self._num_features()
         if weight is None:
-            weight = standard_normal((num_hidden, m), generator, like.dtype, like.device) / math.sqrt(m)
-        start = {"weight": (weight, (num_hidden, m)), "visible_bias": (visible_bias, tuple(event_shape))}
+            weight = standard_normal(
+                (num_hidden, m), generator, like.dtype, like.device
+            ) / math.sqrt(m)
+        start = {
+            "weight": (weight, (num_hidden, m)),
+            "visible_bias": (visible_bias, tuple(event_shape)),
+        }
         for name, (value, shape) in (start | {"hidden_bias": (hidden_bias, (num_hidden,))}).items():
             given = torch.zeros(shape) if value is None else torch.as_tensor(value).detach()
             if tuple(given.shape) != shape:
                 raise ValueError(f"{name} must have shape {shape}, got shape {tuple(given.shape)}")
-            self.register_parameter(name, nn.Parameter(given.to(like.device, like.dtype, copy=True)))
+            self.register_parameter(
+                name, nn.Parameter(given.to(like.device, like.dtype, copy=True))
+            )
 
     weight: nn.Parameter
     visible_bias: nn.Parameter
@@ -94,9 +107,14 @@ class FeatureLatentEnergy(Energy):
     def _num_features(self) -> int:
         like = self._reference()
         with torch.no_grad(), eval_mode(self):
-            probe: Tensor = self.features(torch.zeros(2, *self.event_shape, dtype=like.dtype, device=like.device))
+            probe: Tensor = self.features(
+                torch.zeros(2, *self.event_shape, dtype=like.dtype, device=like.device)
+            )
         if probe.dim() != 2 or len(probe) != 2:
-            raise ValueError(f"features must map (n, *event_shape) to (n, m), got shape {tuple(probe.shape)} for n = 2")
+            raise ValueError(
+                f"features must map (n, *event_shape) to (n, m), got shape {tuple(probe.shape)}"
+                f" for n = 2"
+            )
         return probe.shape[1]
 
     def hidden_logits(self, x: Tensor) -> Tensor:
@@ -117,10 +135,11 @@ class FeatureLatentEnergy(Energy):
         return self.quadratic(x) - softplus(self.hidden_logits(x)).sum(-1)
 
     def expected_energy(self, x: Tensor) -> Tensor:
-        r""":math:`E_{p(h \mid x)}[E(x, h)]` with :math:`p(h \mid x)` held fixed, ``(*batch, *event) -> (*batch)``.
+        r""":math:`E_{p(h \mid x)}[E(x, h)]` with :math:`p(h \mid x)` held fixed, ``(*batch, *event)
+        -> (*batch)``.
 
-        Its gradient in the parameters is :math:`E_{p(h \mid x)}[\nabla E(x, h)]`, which is that of the free energy; its value is
-        not (the entropy of the bits lies between).
+        Its gradient in the parameters is :math:`E_{p(h \mid x)}[\nabla E(x, h)]`, which is that of
+        the free energy; its value is not (the entropy of the bits lies between).
         """
         logits = self.hidden_logits(x)
         return self.quadratic(x) - (torch.sigmoid(logits).detach() * logits).sum(-1)
@@ -142,8 +161,9 @@ class FeatureLatentEnergy(Energy):
 class FeatureLatentJoint(Energy):
     r"""Events and bits side by side in one flat event, :math:`E(x, h)`.
 
-    Only the bits can be drawn given the rest: :math:`p(x \mid h) \propto e^{b'x - x'x - h'W f(x)}` couples the coordinates of x
-    through the features, and is no law with a name. Sample x from :meth:`marginal` with a gradient, then h given x.
+    Only the bits can be drawn given the rest: :math:`p(x \mid h) \propto e^{b'x - x'x - h'W f(x)}`
+    couples the coordinates of x through the features, and is no law with a name. Sample x from
+    :meth:`marginal` with a gradient, then h given x.
 
     Args:
         energy: a :class:`FeatureLatentEnergy`, whose parameters it shares.
@@ -161,7 +181,9 @@ class FeatureLatentJoint(Energy):
 
     def __init__(self, energy: FeatureLatentEnergy) -> None:
         d, hidden = math.prod(energy.event_shape), len(energy.hidden_bias)
-        support = constraints.cat([constraints.real, constraints.boolean], dim=-1, lengths=[d, hidden])
+        support = constraints.cat(
+            [constraints.real, constraints.boolean], dim=-1, lengths=[d, hidden]
+        )
         super().__init__((d + hidden,), support)
         self.energy = energy
         self.blocks = {"visible": slice(0, d), "hidden": slice(d, d + hidden)}
@@ -169,7 +191,9 @@ class FeatureLatentJoint(Energy):
     def split(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """Events ``(*batch, *event)`` and bits ``(*batch, K)`` of states of both."""
         batch = self.batch_shape(states)
-        return states[..., self.blocks["visible"]].reshape(*batch, *self.energy.event_shape), states[..., self.blocks["hidden"]]
+        return states[..., self.blocks["visible"]].reshape(
+            *batch, *self.energy.event_shape
+        ), states[..., self.blocks["hidden"]]
 
     def forward(self, states: Tensor) -> Tensor:
         x, h = self.split(states)
@@ -179,11 +203,13 @@ class FeatureLatentJoint(Energy):
         """:math:`p(h \\mid x)` for the block ``hidden``; what the states have there is ignored.
 
         Raises:
-            ValueError: for ``visible``, whose conditional has no closed form, and for what is no block.
+            ValueError: for ``visible``, whose conditional has no closed form, and for what is no
+            block.
         """
         if block == "visible":
             raise ValueError(
-                "p(x | h) couples the coordinates of x through the features: it has no closed form. Sample marginal() with a"
+                "p(x | h) couples the coordinates of x through the features: it has no closed"
+                " form. Sample marginal() with a"
                 " gradient, and h given x"
             )
         if block != "hidden":

@@ -1,4 +1,5 @@
-"""Lattices: Ising spins and Potts colours, with log Z by the transfer matrix where the lattice is narrow."""
+"""Lattices: Ising spins and Potts colours, with log Z by the transfer matrix where the lattice is
+narrow."""
 
 from __future__ import annotations
 
@@ -19,12 +20,14 @@ from pyroebm.energies.spins import SpinBernoulli
 
 __all__ = ["Ising", "Lattice", "Potts"]
 
-#: The transfer matrix has as many rows as one row of the lattice has states; above this many it is not made.
+#: The transfer matrix has as many rows as one row of the lattice has states; above this many it is
+#: not made.
 MAX_STATES = 1024
 
 
 class Lattice(Energy):
-    r"""Sites on a chain or a square lattice, each a vector :math:`x_i`, with equal bonds between nearest neighbours.
+    r"""Sites on a chain or a square lattice, each a vector :math:`x_i`, with equal bonds between
+    nearest neighbours.
 
     .. math:: E(x) = -J \sum_{\langle i j \rangle} x_i \cdot x_j - \sum_i h_i \cdot x_i
 
@@ -38,12 +41,13 @@ class Lattice(Energy):
         dtype: floating-point type; None for torch's default.
 
     Attributes:
-        blocks: the two halves of the checkerboard, "even" and "odd", as indices into the flat event: what
-            :class:`pyroebm.BlockGibbs` asks for. A periodic side of odd length has no checkerboard, and then there is no such
-            attribute.
+        blocks: the two halves of the checkerboard, "even" and "odd", as indices into the flat
+            event: what :class:`pyroebm.BlockGibbs` asks for. A periodic side of odd length has no
+            checkerboard, and then there is no such attribute.
 
     Raises:
-        ValueError: if ``shape`` has not one or two sides, a side is too short, or a number is not finite.
+        ValueError: if ``shape`` has not one or two sides, a side is too short, or a number is not
+        finite.
 
     Example:
         >>> isinstance(Ising((3, 3)), Lattice)
@@ -70,16 +74,35 @@ class Lattice(Energy):
         self.shape, self.periodic = torch.Size(shape), periodic
         dtype = torch.get_default_dtype() if dtype is None else dtype
         self.register_buffer("coupling", torch.as_tensor(coupling, dtype=dtype))
-        self.register_buffer("field", _broadcast(torch.as_tensor(field, dtype=dtype), self.event_shape))
-        if self.coupling.dim() or not bool(torch.isfinite(self.coupling)) or not bool(torch.isfinite(self.field).all()):
-            raise ValueError(f"coupling must be one finite number and field finite, got coupling={coupling}, field={field}")
+        self.register_buffer(
+            "field", _broadcast(torch.as_tensor(field, dtype=dtype), self.event_shape)
+        )
+        if (
+            self.coupling.dim()
+            or not bool(torch.isfinite(self.coupling))
+            or not bool(torch.isfinite(self.field).all())
+        ):
+            raise ValueError(
+                f"coupling must be one finite number and field finite, got coupling={coupling},"
+                f" field={field}"
+            )
         neighbours, bonds = _neighbours(self.shape, periodic)
         self.register_buffer("neighbours", neighbours)
         self.register_buffer("bonds", bonds.to(dtype))
         if not periodic or all(side % 2 == 0 for side in self.shape):
-            colour = torch.stack(torch.meshgrid(*[torch.arange(side) for side in self.shape], indexing="ij")).sum(0).flatten() % 2
+            colour = (
+                torch.stack(
+                    torch.meshgrid(*[torch.arange(side) for side in self.shape], indexing="ij")
+                )
+                .sum(0)
+                .flatten()
+                % 2
+            )
             entries = torch.arange(self.event_shape.numel()).reshape(len(colour), -1)
-            self.blocks = {"even": entries[colour == 0].flatten(), "odd": entries[colour == 1].flatten()}
+            self.blocks = {
+                "even": entries[colour == 0].flatten(),
+                "odd": entries[colour == 1].flatten(),
+            }
 
     def _values(self) -> Tensor:
         return site_values(self.support, self.event_shape, self.dtype, self.device)
@@ -90,23 +113,29 @@ class Lattice(Energy):
         bonds = torch.zeros(batch, dtype=x.dtype, device=x.device)
         for axis, side in enumerate(self.shape, start=len(batch)):
             pairs = sites * sites.roll(-1, axis)
-            bonds = bonds + (pairs if self.periodic else pairs.narrow(axis, 0, side - 1)).flatten(len(batch)).sum(-1)
+            bonds = bonds + (pairs if self.periodic else pairs.narrow(axis, 0, side - 1)).flatten(
+                len(batch)
+            ).sum(-1)
         return -self.coupling * bonds - (self.field * x).flatten(len(batch)).sum(-1)
 
     def local_field(self, x: Tensor, site: Tensor) -> Tensor:
-        r""":math:`J \sum_{j \sim i} x_j + h_i` of sites ``site`` ``(chains, n)``: ``(chains, n, width)``."""
+        r""":math:`J \sum_{j \sim i} x_j + h_i` of sites ``site`` ``(chains, n)``: ``(chains, n,
+        width)``."""
         sites = x.reshape(len(x), self.shape.numel(), -1)
         row = torch.arange(len(x), device=x.device)[:, None, None]
         around = (sites[row, self.neighbours[site]] * self.bonds[site].unsqueeze(-1)).sum(2)
         return self.coupling * around + self.field.reshape(sites.shape[1:])[site]
 
     def site_logits(self, x: Tensor, site: Tensor) -> Tensor:
-        """Log-probabilities, unnormalised, of the values of one site of each row: a ``HasSiteLogits`` of the Gibbs kernels."""
+        """Log-probabilities, unnormalised, of the values of one site of each row: a
+        ``HasSiteLogits`` of the Gibbs kernels."""
         return self.local_field(x, site.unsqueeze(1)).squeeze(1) @ self._values().mT
 
     def _block_field(self, block: str, x: Tensor) -> Tensor:
         if block not in getattr(self, "blocks", {}):
-            raise ValueError(f"block must be one of {list(getattr(self, 'blocks', {}))}, got block={block!r}")
+            raise ValueError(
+                f"block must be one of {list(getattr(self, 'blocks', {}))}, got block={block!r}"
+            )
         width = self._values().shape[1]
         site = self.blocks[block][::width].to(x.device) // width
         return self.local_field(x, site.expand(len(x), -1))
@@ -115,8 +144,8 @@ class Lattice(Energy):
     def log_z(self) -> float | None:  # type: ignore[override]  # a truth is read, never set
         r""":math:`\log Z` by the transfer matrix (Kramers and Wannier, 1941), in float64.
 
-        None where a row along the shorter side has more than 1,024 states (Ising: 10 spins), or where a row's energy exceeds 300
-        nats and its exponential comes near the range of float64.
+        None where a row along the shorter side has more than 1,024 states (Ising: 10 spins), or
+        where a row's energy exceeds 300 nats and its exponential comes near the range of float64.
         """
         values = self._values().double().cpu()
         field = self.field.double().cpu().reshape(*self.shape, -1)
@@ -131,7 +160,11 @@ class Lattice(Energy):
         rows = values[states]  # (states of a row, side, width)
         coupling = float(self.coupling)
         across = coupling * rows.flatten(1) @ rows.flatten(1).mT
-        along = (rows * rows.roll(-1, 1)).sum(2) if side > 1 else torch.zeros(len(rows), 1, dtype=torch.float64)
+        along = (
+            (rows * rows.roll(-1, 1)).sum(2)
+            if side > 1
+            else torch.zeros(len(rows), 1, dtype=torch.float64)
+        )
         within = coupling * (along if self.periodic else along[:, : side - 1]).sum(1)
         weights = within + (field.flatten(1) @ rows.flatten(1).mT)  # (length, states)
         if max(float(across.abs().max()), float(weights.abs().max())) > 300.0:
@@ -148,7 +181,8 @@ class Lattice(Energy):
 
 
 class Ising(Lattice):
-    r"""The Ising model (Ising, 1925): spins :math:`x_i \in \{-1, +1\}` on a chain or a square lattice.
+    r"""The Ising model (Ising, 1925): spins :math:`x_i \in \{-1, +1\}` on a chain or a square
+    lattice.
 
     .. math:: E(x) = -J \sum_{\langle i j \rangle} x_i x_j - \sum_i h_i x_i
 
@@ -163,7 +197,8 @@ class Ising(Lattice):
         dtype: floating-point type; None for torch's default.
 
     Raises:
-        ValueError: if ``shape`` has not one or two sides, a side is too short, or a number is not finite.
+        ValueError: if ``shape`` has not one or two sides, a side is too short, or a number is not
+        finite.
 
     Example:
         >>> e = Ising((3, 3), coupling=0.2)
@@ -183,7 +218,9 @@ class Ising(Lattice):
 
     def conditional(self, block: str, x: Tensor) -> Distribution:
         """The spins of half a checkerboard given the other half."""
-        law: Distribution = SpinBernoulli(self._block_field(block, x).squeeze(2), validate_args=False).to_event(1)
+        law: Distribution = SpinBernoulli(
+            self._block_field(block, x).squeeze(2), validate_args=False
+        ).to_event(1)
         return law
 
 
@@ -192,8 +229,8 @@ class Potts(Lattice):
 
     .. math:: E(x) = -J \sum_{\langle i j \rangle} x_i \cdot x_j - \sum_i h_i \cdot x_i
 
-    where :math:`x_i \cdot x_j` is 1 for equal colours and 0 for others. Two colours are an Ising model of half the coupling. The
-    square lattice orders at :math:`J = \log(1 + \sqrt q)`.
+    where :math:`x_i \cdot x_j` is 1 for equal colours and 0 for others. Two colours are an Ising
+    model of half the coupling. The square lattice orders at :math:`J = \log(1 + \sqrt q)`.
 
     Args:
         shape: sides of the lattice, ``(L,)`` or ``(L1, L2)``; the event shape is ``(*shape, q)``.
@@ -204,7 +241,8 @@ class Potts(Lattice):
         dtype: floating-point type; None for torch's default.
 
     Raises:
-        ValueError: if ``shape`` has not one or two sides, a side or q is too small, or a number is not finite.
+        ValueError: if ``shape`` has not one or two sides, a side or q is too small, or a number is
+        not finite.
 
     Example:
         >>> e = Potts((3,), num_colours=3, coupling=0.0)
@@ -224,19 +262,25 @@ class Potts(Lattice):
         if num_colours < 2:
             raise ValueError(f"num_colours must be at least 2, got num_colours={num_colours}")
         sides = _sides(shape, periodic)
-        super().__init__(sides, (*sides, num_colours), constraints.one_hot, coupling, field, periodic, dtype)
+        super().__init__(
+            sides, (*sides, num_colours), constraints.one_hot, coupling, field, periodic, dtype
+        )
 
     def conditional(self, block: str, x: Tensor) -> Distribution:
         """The colours of half a checkerboard given the other half."""
-        law: Distribution = OneHotCategorical(logits=self._block_field(block, x), validate_args=False).to_event(1)
+        law: Distribution = OneHotCategorical(
+            logits=self._block_field(block, x), validate_args=False
+        ).to_event(1)
         return law
 
 
 def _sides(shape: Sequence[int], periodic: bool) -> tuple[int, ...]:
-    least = 3 if periodic else 1  # on a ring of two, each site would be both neighbours of the other
+    # on a ring of two, each site would be both neighbours of the other
+    least = 3 if periodic else 1
     if len(shape) not in (1, 2) or any(side < least for side in shape):
         raise ValueError(
-            f"shape must have one or two sides, each at least {least} {'on a torus' if periodic else 'with open borders'}, got"
+            f"shape must have one or two sides, each at least {least}"
+            f" {'on a torus' if periodic else 'with open borders'}, got"
             f" shape={tuple(shape)}"
         )
     return tuple(shape)
@@ -246,15 +290,23 @@ def _broadcast(field: Tensor, shape: torch.Size) -> Tensor:
     try:
         return field.expand(shape).clone()
     except RuntimeError:
-        raise ValueError(f"field must broadcast to the event shape {tuple(shape)}, got shape {tuple(field.shape)}") from None
+        raise ValueError(
+            f"field must broadcast to the event shape {tuple(shape)}, got shape"
+            f" {tuple(field.shape)}"
+        ) from None
 
 
 def _neighbours(shape: torch.Size, periodic: bool) -> tuple[Tensor, Tensor]:
-    """For each site the numbers of its neighbours, and 1 for each bond or 0 beyond an open border: both ``(sites, 2 * dims)``."""
+    """For each site the numbers of its neighbours, and 1 for each bond or 0 beyond an open border:
+    both ``(sites, 2 * dims)``."""
     number = torch.arange(shape.numel()).reshape(shape)
     found, bonds = [], []
     for axis, side in enumerate(shape):
-        place = torch.arange(side).reshape([-1 if a == axis else 1 for a in range(len(shape))]).expand(shape)
+        place = (
+            torch.arange(side)
+            .reshape([-1 if a == axis else 1 for a in range(len(shape))])
+            .expand(shape)
+        )
         for shift, border in ((1, 0), (-1, side - 1)):
             found.append(number.roll(shift, axis).flatten())
             bonds.append((place != border).flatten() | periodic)

@@ -1,4 +1,5 @@
-"""Energies made of layers: what is shared by the view of all their units and by that of the visible ones."""
+"""Energies made of layers: what is shared by the view of all their units and by that of the visible
+ones."""
 
 from __future__ import annotations
 
@@ -13,9 +14,18 @@ from torch.distributions.constraints import Constraint
 from pyroebm.core.energy import Energy
 from pyroebm.energies.layers import Layers
 
-__all__ = ["MAX_WORK", "Joint", "LayeredEnergy", "LayeredMachine", "check_sizes", "layer_names", "parameter"]
+__all__ = [
+    "MAX_WORK",
+    "Joint",
+    "LayeredEnergy",
+    "LayeredMachine",
+    "check_sizes",
+    "layer_names",
+    "parameter",
+]
 
-#: States of the side that is enumerated times units of the other, up to which ``log_z`` is known without being asked for by name.
+#: States of the side that is enumerated times units of the other, up to which ``log_z`` is known
+#: without being asked for by name.
 MAX_WORK = 1 << 26
 
 
@@ -25,8 +35,8 @@ class LayeredMachine(Energy):
     A subclass writes :meth:`layers`, whose tensors carry gradients of its parameters.
 
     Attributes:
-        log_z: by enumeration in float64 where that takes less than a second or so, else None; :meth:`log_partition` computes it
-            anyway.
+        log_z: by enumeration in float64 where that takes less than a second or so, else None;
+            :meth:`log_partition` computes it anyway.
 
     Example:
         >>> from pyroebm.energies import BernoulliRBM
@@ -39,11 +49,13 @@ class LayeredMachine(Energy):
         raise NotImplementedError(f"{type(self).__name__} must define layers()")
 
     def joint(self) -> LayeredEnergy:
-        """The energy of all layers together, with blocks for Gibbs sampling. It shares the parameters."""
+        """The energy of all layers together, with blocks for Gibbs sampling. It shares the
+        parameters."""
         return Joint(self)
 
     def log_partition(self, max_units: int = 24) -> Tensor:
-        r""":math:`\log Z` by a sum over every state of the smaller side of the layers; differentiable, shape ``()``.
+        r""":math:`\log Z` by a sum over every state of the smaller side of the layers;
+        differentiable, shape ``()``.
 
         Args:
             max_units: most bits to enumerate; each one more doubles the time.
@@ -54,7 +66,8 @@ class LayeredMachine(Energy):
         units = self._enumerated()
         if units > max_units:
             raise ValueError(
-                f"log Z of {type(self).__name__} needs a sum over 2^{units} states, more than max_units={max_units} allows:"
+                f"log Z of {type(self).__name__} needs a sum over 2^{units} states, more than"
+                f" max_units={max_units} allows:"
                 " estimate it (pyroebm.partition)"
             )
         return self.layers().log_partition()
@@ -81,9 +94,13 @@ class LayeredMachine(Energy):
         return self._is_small
 
     def draw_layers(self, n: int, generator: torch.Generator | None = None) -> list[Tensor]:
-        """``n`` exact independent draws of all layers; NotImplementedError where none are to be had."""
+        """``n`` exact independent draws of all layers; NotImplementedError where none are to be
+        had."""
         if not self._is_small:
-            raise NotImplementedError(f"{type(self).__name__} is too large for exact draws; sample joint() with BlockGibbs")
+            raise NotImplementedError(
+                f"{type(self).__name__} is too large for exact draws; sample joint() with"
+                f" BlockGibbs"
+            )
         with torch.no_grad():
             return self.layers().sample(n, generator)
 
@@ -92,10 +109,12 @@ class LayeredMachine(Energy):
 
 
 class LayeredEnergy(LayeredMachine):
-    """An energy over all layers side by side in one flat event, with the layers as blocks for :class:`pyroebm.BlockGibbs`.
+    """An energy over all layers side by side in one flat event, with the layers as blocks for
+    :class:`pyroebm.BlockGibbs`.
 
     Attributes:
-        blocks: where each layer lies in the event, by name: ``visible``, then ``hidden`` or ``hidden1``, ``hidden2``, ...
+        blocks: where each layer lies in the event, by name: ``visible``, then ``hidden`` or
+            ``hidden1``, ``hidden2``, ...
         num_visible: units of the visible layer.
 
     Example:
@@ -112,7 +131,10 @@ class LayeredEnergy(LayeredMachine):
         super().__init__((units,), layered_support(sizes, gaussian))
         ends = [sum(sizes[: k + 1]) for k in range(len(sizes))]
         spans = [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
-        self.blocks, self.num_visible = dict(zip(layer_names(len(sizes)), spans, strict=True)), sizes[0]
+        self.blocks, self.num_visible = (
+            dict(zip(layer_names(len(sizes)), spans, strict=True)),
+            sizes[0],
+        )
 
     def joint(self) -> LayeredEnergy:
         return self
@@ -124,8 +146,10 @@ class LayeredEnergy(LayeredMachine):
             ValueError: where the sum over the hidden units has no closed form.
         """
         raise ValueError(
-            f"the hidden units of {type(self).__name__} lie in {len(self.blocks) - 1} layers that depend on each other:"
-            " the sum over them has no closed form; work with joint(), bound the likelihood (variational_bound), or estimate it"
+            f"the hidden units of {type(self).__name__} lie in {len(self.blocks) - 1} layers that"
+            f" depend on each other:"
+            " the sum over them has no closed form; work with joint(), bound the likelihood"
+            " (variational_bound), or estimate it"
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -133,7 +157,8 @@ class LayeredEnergy(LayeredMachine):
         return layers.energy(layers.split(x))
 
     def conditional(self, block: str, x: Tensor) -> Distribution:
-        """The law of a layer given those beside it; what ``x`` has in the layer itself is ignored."""
+        """The law of a layer given those beside it; what ``x`` has in the layer itself is
+        ignored."""
         if block not in self.blocks:
             raise ValueError(f"block must be one of {list(self.blocks)}, got block={block!r}")
         layers, index = self.layers(), list(self.blocks).index(block)
@@ -144,7 +169,8 @@ class LayeredEnergy(LayeredMachine):
 
 
 class Joint(LayeredEnergy):
-    """All layers of a machine whose own events are the visible ones; it shares the machine's parameters.
+    """All layers of a machine whose own events are the visible ones; it shares the machine's
+    parameters.
 
     Args:
         machine: for example an RBM.
@@ -169,34 +195,52 @@ class Joint(LayeredEnergy):
     def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         layers, visible = self.layers(), self.machine.initial(n, generator)
         with torch.no_grad():
-            return torch.cat([visible, layers.draw(1, layers.field(1, [visible, None]), generator)], -1)
+            return torch.cat(
+                [visible, layers.draw(1, layers.field(1, [visible, None]), generator)], -1
+            )
 
 
 def layered_support(sizes: Sequence[int], gaussian: bool) -> Constraint:
     """Bits everywhere, or real numbers in the first layer."""
     if not gaussian:
         return constraints.boolean
-    return constraints.cat([constraints.real, constraints.boolean], dim=-1, lengths=[sizes[0], sum(sizes[1:])])
+    return constraints.cat(
+        [constraints.real, constraints.boolean], dim=-1, lengths=[sizes[0], sum(sizes[1:])]
+    )
 
 
 def layer_names(count: int) -> list[str]:
     """``visible``, and ``hidden``, or ``hidden1``, ``hidden2`` and so on."""
-    return ["visible", "hidden"] if count == 2 else ["visible", *(f"hidden{k}" for k in range(1, count))]
+    return (
+        ["visible", "hidden"]
+        if count == 2
+        else ["visible", *(f"hidden{k}" for k in range(1, count))]
+    )
 
 
 def check_sizes(name: str, **sizes: object) -> None:
     """ValueError unless every layer has a unit."""
     for argument, size in sizes.items():
         if isinstance(size, bool) or not isinstance(size, Integral) or size < 1:
-            raise ValueError(f"{name}: {argument} must be a whole number of at least 1, got {argument}={size!r}")
+            raise ValueError(
+                f"{name}: {argument} must be a whole number of at least 1, got {argument}={size!r}"
+            )
 
 
-def parameter(name: str, value: Tensor | None, shape: Sequence[int], std: float, dtype: torch.dtype | None) -> nn.Parameter:
-    """A trainable copy of ``value``, or normal numbers of standard deviation ``std``; ValueError unless it fits and is finite."""
+def parameter(
+    name: str, value: Tensor | None, shape: Sequence[int], std: float, dtype: torch.dtype | None
+) -> nn.Parameter:
+    """A trainable copy of ``value``, or normal numbers of standard deviation ``std``; ValueError
+    unless it fits and is finite."""
     dtype = torch.get_default_dtype() if dtype is None else dtype
     start = (
-        std * torch.randn(tuple(shape), dtype=dtype) if value is None else torch.as_tensor(value).detach().to(dtype, copy=True)
+        std * torch.randn(tuple(shape), dtype=dtype)
+        if value is None
+        else torch.as_tensor(value).detach().to(dtype, copy=True)
     )
     if tuple(start.shape) != tuple(shape) or not bool(torch.isfinite(start).all()):
-        raise ValueError(f"{name} must be finite and have shape {tuple(shape)}, got shape {tuple(start.shape)}: {start}")
+        raise ValueError(
+            f"{name} must be finite and have shape {tuple(shape)}, got shape {tuple(start.shape)}:"
+            f" {start}"
+        )
     return nn.Parameter(start)

@@ -1,7 +1,9 @@
-"""Layers of units in natural parameters: what the restricted, the Gaussian and the deep Boltzmann machines have in common.
+"""Layers of units in natural parameters: what the restricted, the Gaussian and the deep Boltzmann
+machines have in common.
 
-Every unit is tied to the layers beside its own and to nothing else, so the units of a layer are independent given those; and so
-are all even layers given all odd ones. Sums over every second layer have closed forms.
+Every unit is tied to the layers beside its own and to nothing else, so the units of a layer are
+independent given those; and so are all even layers given all odd ones. Sums over every second layer
+have closed forms.
 """
 
 from __future__ import annotations
@@ -25,10 +27,13 @@ __all__ = ["Layers"]
 class Layers(NamedTuple):
     r"""Layers :math:`x_0, \ldots, x_L` with the energy
 
-    .. math:: E(x) = C + \tfrac12 \sum_i \Lambda_i x_{0i}^2 - \sum_l b_l \cdot x_l - \sum_l x_l^\top W_l\, x_{l+1}
+    .. math::
 
-    linear in all its parameters. Units are bits, those of layer 0 real numbers where there is a precision (Welling, Rosen-Zvi and
-    Hinton, "Exponential Family Harmoniums", 2005).
+        E(x) = C + \tfrac12 \sum_i \Lambda_i x_{0i}^2 - \sum_l b_l \cdot x_l - \sum_l x_l^\top W_l\,
+        x_{l+1}
+
+    linear in all its parameters. Units are bits, those of layer 0 real numbers where there is a
+    precision (Welling, Rosen-Zvi and Hinton, "Exponential Family Harmoniums", 2005).
 
     Attributes:
         weights: :math:`W_l`, shape ``(n_l, n_{l+1})``.
@@ -59,12 +64,14 @@ class Layers(NamedTuple):
         return list(x.split(self.sizes, -1))
 
     def field(self, layer: int, x: Sequence[Tensor | None]) -> Tensor:
-        r"""What a layer feels from its neighbours, :math:`b_l + x_{l-1} W_{l-1} + x_{l+1} W_l^\top`; other entries of ``x`` may
-        be None."""
+        r"""What a layer feels from its neighbours, :math:`b_l + x_{l-1} W_{l-1} + x_{l+1}
+        W_l^\top`; other entries of ``x`` may be None."""
         total = self.biases[layer]
         for weight, neighbour in self._beside(layer, x):
             total = (
-                torch.addmm(total, neighbour, weight) if neighbour.dim() == 2 and total.dim() == 1 else total + neighbour @ weight
+                torch.addmm(total, neighbour, weight)
+                if neighbour.dim() == 2 and total.dim() == 1
+                else total + neighbour @ weight
             )
         return total
 
@@ -83,7 +90,8 @@ class Layers(NamedTuple):
         return layer == 0 and self.precision is not None
 
     def log_normaliser(self, layer: int, field: Tensor) -> Tensor:
-        r""":math:`\log \sum_x e^{x f}`, or :math:`\log \int e^{x f - \Lambda x^2 / 2}`, summed over units; ``(*batch)``."""
+        r""":math:`\log \sum_x e^{x f}`, or :math:`\log \int e^{x f - \Lambda x^2 / 2}`, summed over
+        units; ``(*batch)``."""
         if not self.is_gaussian(layer):
             return softplus(field).sum(-1)
         precision = self._precision()
@@ -98,14 +106,17 @@ class Layers(NamedTuple):
         if not self.is_gaussian(layer):
             return Bernoulli(logits=field, validate_args=False).to_event(1)
         precision = self._precision()
-        return Normal(field / precision, precision.rsqrt().expand_as(field), validate_args=False).to_event(1)
+        return Normal(
+            field / precision, precision.rsqrt().expand_as(field), validate_args=False
+        ).to_event(1)
 
     def draw(self, layer: int, field: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """One draw of the units of a layer given their field."""
         if self.is_gaussian(layer):
             noise = standard_normal(field.shape, generator, field.dtype, field.device)
             return field / self._precision() + self._precision().rsqrt() * noise
-        # 1 where the probability is above the noise, else 0, and NaN where it is NaN; in place, since passes over units cost
+        # 1 where the probability is above the noise, else 0, and NaN where it is NaN; in place,
+        # since passes over units cost
         p = torch.sigmoid(field.detach())
         return p.sub_(uniform(p.shape, generator, p.dtype, p.device)).ceil_().abs_()
 
@@ -116,25 +127,32 @@ class Layers(NamedTuple):
             total = total - ((below @ weight) * above).sum(-1)
         return total
 
-    def free_energy(self, x: Sequence[Tensor | None], fields: Mapping[int, Tensor] | None = None) -> Tensor:
+    def free_energy(
+        self, x: Sequence[Tensor | None], fields: Mapping[int, Tensor] | None = None
+    ) -> Tensor:
         r"""The energy of some layers with the others summed out, :math:`-\log \sum e^{-E}`.
 
         Args:
-            x: ``(*batch, n_l)`` for each layer kept, None for those summed out; no two of the latter may be neighbours.
+            x: ``(*batch, n_l)`` for each layer kept, None for those summed out; no two of the
+                latter may be neighbours.
             fields: of the layers summed out, where they are at hand.
         """
         total = self._own(x)
         for layer, kept in enumerate(x):
             above = x[layer + 1] if layer + 1 < len(x) else None
             if kept is None:
-                total = total - self.log_normaliser(layer, self.field(layer, x) if fields is None else fields[layer])
+                total = total - self.log_normaliser(
+                    layer, self.field(layer, x) if fields is None else fields[layer]
+                )
             elif above is not None:
                 total = total - ((kept @ self.weights[layer]) * above).sum(-1)
         return total
 
     def _own(self, x: Sequence[Tensor | None]) -> Tensor:
         """The terms of each kept layer alone."""
-        total = torch.as_tensor(self.offset, dtype=self.biases[0].dtype, device=self.biases[0].device)
+        total = torch.as_tensor(
+            self.offset, dtype=self.biases[0].dtype, device=self.biases[0].device
+        )
         for layer, kept in enumerate(x):
             if kept is not None:
                 total = total - kept @ self.biases[layer]
@@ -145,7 +163,9 @@ class Layers(NamedTuple):
     def sides(self) -> tuple[list[int], list[int]]:
         """The even and the odd layers: each side is independent given the other."""
         every = range(len(self.biases))
-        return [layer for layer in every if layer % 2 == 0], [layer for layer in every if layer % 2 == 1]
+        return [layer for layer in every if layer % 2 == 0], [
+            layer for layer in every if layer % 2 == 1
+        ]
 
     def smaller_side(self) -> list[int]:
         """The side that is enumerated: bits only, and fewer of them."""
@@ -160,44 +180,58 @@ class Layers(NamedTuple):
         return [next(parts) if layer in side else None for layer in range(len(self.biases))]
 
     def log_partition(self) -> Tensor:
-        r""":math:`\log Z` by a sum over every state of the smaller side; differentiable, shape ``()``."""
+        r""":math:`\log Z` by a sum over every state of the smaller side; differentiable, shape
+        ``()``."""
         side = self.smaller_side()
         count = sum(self.sizes[layer] for layer in side)
         batches = bit_batches(count, self.biases[0].dtype, self.biases[0].device)
-        return torch.stack([torch.logsumexp(-self.free_energy(self.place(bits, side)), 0) for bits in batches]).logsumexp(0)
+        return torch.stack(
+            [torch.logsumexp(-self.free_energy(self.place(bits, side)), 0) for bits in batches]
+        ).logsumexp(0)
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> list[Tensor]:
-        """``n`` exact independent draws of all layers, by inverse CDF over every state of the smaller side; FloatingPointError
-        where their energies are not finite."""
+        """``n`` exact independent draws of all layers, by inverse CDF over every state of the
+        smaller side; FloatingPointError where their energies are not finite."""
         side, bias = self.smaller_side(), self.biases[0]
         count = sum(self.sizes[layer] for layer in side)
         batches = bit_batches(count, bias.dtype, bias.device)
         log_p = torch.cat([-self.free_energy(self.place(bits, side)) for bits in batches])
         drawn = self.place(bits_of(draw_numbers(log_p, n, generator), count, bias.dtype), side)
-        return [self.draw(layer, self.field(layer, drawn), generator) if x is None else x for layer, x in enumerate(drawn)]
+        return [
+            self.draw(layer, self.field(layer, drawn), generator) if x is None else x
+            for layer, x in enumerate(drawn)
+        ]
 
     def pass_up(self, visible: Tensor) -> list[Tensor]:
-        """A first guess of all layers' means given the visible ones: each from the one below, doubled in place of that above."""
+        """A first guess of all layers' means given the visible ones: each from the one below,
+        doubled in place of that above."""
         means = [visible]
         for layer in range(1, len(self.biases)):
             doubled = 1.0 if layer + 1 == len(self.biases) else 2.0
-            means.append(torch.sigmoid(self.biases[layer] + doubled * means[-1] @ self.weights[layer - 1]))
+            means.append(
+                torch.sigmoid(self.biases[layer] + doubled * means[-1] @ self.weights[layer - 1])
+            )
         return means
 
     @torch.no_grad()
     def mean_field(
-        self, start: Sequence[Tensor], held: bool = True, max_steps: int = 100, tolerance: float = 1e-6
+        self,
+        start: Sequence[Tensor],
+        held: bool = True,
+        max_steps: int = 100,
+        tolerance: float = 1e-6,
     ) -> list[Tensor]:
         r"""Means of the factorised law q nearest to the model in :math:`KL(q \| p)`, row by row.
 
-        Each layer's means follow from those beside it, the odd ones and the even ones in turn, so that no update loses ground
-        (all layers at once may oscillate).
+        Each layer's means follow from those beside it, the odd ones and the even ones in turn, so
+        that no update loses ground (all layers at once may oscillate).
 
         Args:
             start: means to begin at, ``(*batch, n_l)`` for each layer: :meth:`pass_up`.
             held: whether layer 0 stays as it is.
             max_steps: most sweeps.
-            tolerance: sweeps end when no mean moves by more; a row that is NaN stays so, and keeps no other from moving on.
+            tolerance: sweeps end when no mean moves by more; a row that is NaN stays so, and keeps
+                no other from moving on.
         """
         means, (even, odd) = list(start), self.sides()
         for _ in range(max_steps):
@@ -211,9 +245,15 @@ class Layers(NamedTuple):
         return means
 
     def mix(self, other: Layers, beta: float | Tensor) -> Layers:
-        r"""The layers on the way to ``other``: :math:`(1 - \beta) E + \beta E'` is the energy of mixed parameters."""
-        precision = None if self.precision is None else torch.lerp(self.precision, other._precision(), beta)
-        between = [torch.lerp(a, b, beta) for a, b in zip(self.weights + self.biases, other.weights + other.biases, strict=True)]
+        r"""The layers on the way to ``other``: :math:`(1 - \beta) E + \beta E'` is the energy of
+        mixed parameters."""
+        precision = (
+            None if self.precision is None else torch.lerp(self.precision, other._precision(), beta)
+        )
+        between = [
+            torch.lerp(a, b, beta)
+            for a, b in zip(self.weights + self.biases, other.weights + other.biases, strict=True)
+        ]
         count = len(self.weights)
         offset = (1.0 - beta) * self.offset + beta * other.offset
         return Layers(tuple(between[:count]), tuple(between[count:]), precision, offset)
@@ -222,7 +262,12 @@ class Layers(NamedTuple):
         """The same layers in float64: sums over all states are done in it."""
         precision = None if self.precision is None else self.precision.double()
         offset = torch.as_tensor(self.offset, dtype=torch.float64, device=self.biases[0].device)
-        return Layers(tuple(w.double() for w in self.weights), tuple(b.double() for b in self.biases), precision, offset)
+        return Layers(
+            tuple(w.double() for w in self.weights),
+            tuple(b.double() for b in self.biases),
+            precision,
+            offset,
+        )
 
     def _precision(self) -> Tensor:
         if self.precision is None:

@@ -1,4 +1,5 @@
-"""Energies made of networks: any module, a perceptron, a convolutional net, each with what makes it normalisable."""
+"""Energies made of networks: any module, a perceptron, a convolutional net, each with what makes it
+normalisable."""
 
 from __future__ import annotations
 
@@ -29,26 +30,30 @@ class NeuralEnergy(Energy):
 
     .. math:: E(x) = f_\theta(x) + \sum_i \frac{(x_i - m_i)^2}{2 s_i^2}
 
-    A perceptron of the usual activations grows no faster than :math:`|x|`, so that :math:`Z < \infty` with an envelope; on R^d
-    without one it may well be infinite. Bounded and discrete supports need none.
+    A perceptron of the usual activations grows no faster than :math:`|x|`, so that :math:`Z <
+    \infty` with an envelope; on R^d without one it may well be infinite. Bounded and discrete
+    supports need none.
 
     Args:
         net: :math:`f_\theta`, a module ``(n, *event) -> (n,)`` or ``(n, 1)``.
         event_shape: shape of one event.
         support: constraint of one event.
-        scale: :math:`s`, in units of x: a number, a tensor of ``event_shape``, or None for no envelope.
+        scale: :math:`s`, in units of x: a number, a tensor of ``event_shape``, or None for no
+            envelope.
         centre: :math:`m`, likewise.
 
     Warns:
-        UserWarning: of a real support without envelope (:math:`Z` may be infinite), of batch normalisation (it couples rows), of
-            piecewise linear activations (their second derivative is zero almost everywhere, so score matching learns nothing
-            from it).
+        UserWarning: of a real support without envelope (:math:`Z` may be infinite), of batch
+            normalisation (it couples rows), of piecewise linear activations (their second
+            derivative is zero almost everywhere, so score matching learns nothing from it).
 
     Raises:
         ValueError: if ``scale`` is not positive and finite, or does not fit ``event_shape``.
 
     Example:
-        >>> energy = NeuralEnergy(nn.Sequential(nn.Linear(2, 8), nn.SiLU(), nn.Linear(8, 1)), (2,), scale=3.0)
+        >>> energy = NeuralEnergy(
+        ...     nn.Sequential(nn.Linear(2, 8), nn.SiLU(), nn.Linear(8, 1)), (2,), scale=3.0
+        ... )
         >>> energy(torch.zeros(5, 2)).shape
         torch.Size([5])
     """
@@ -70,8 +75,12 @@ class NeuralEnergy(Energy):
         warn_of_network(net, support, scale)
         like = next((p for p in net.parameters() if p.is_floating_point()), self._anchor)
         self.register_buffer("centre", self._entries("centre", centre, like))
-        self.register_buffer("scale", None if scale is None else self._entries("scale", scale, like))
-        if self.scale is not None and not bool(((self.scale > 0) & torch.isfinite(self.scale)).all()):
+        self.register_buffer(
+            "scale", None if scale is None else self._entries("scale", scale, like)
+        )
+        if self.scale is not None and not bool(
+            ((self.scale > 0) & torch.isfinite(self.scale)).all()
+        ):
             raise ValueError(f"scale must be positive and finite, got scale={scale}")
 
     def _entries(self, name: str, value: float | Tensor, like: Tensor) -> Tensor:
@@ -80,7 +89,8 @@ class NeuralEnergy(Energy):
             return entries.broadcast_to(self.event_shape).clone()
         except RuntimeError as error:
             raise ValueError(
-                f"{name} must be a number or of the event_shape {tuple(self.event_shape)}, got shape {tuple(entries.shape)}"
+                f"{name} must be a number or of the event_shape {tuple(self.event_shape)}, got"
+                f" shape {tuple(entries.shape)}"
             ) from error
 
     def forward(self, x: Tensor) -> Tensor:
@@ -94,70 +104,84 @@ class NeuralEnergy(Energy):
         return event_sum(0.5 * ((x - self.centre) / self.scale) ** 2, len(self.event_shape))
 
     def fit_envelope(self, data: Tensor, factor: float = 2.0) -> None:
-        """Set m to the mean of the data and s to ``factor`` times their largest standard deviation, the same for all entries.
+        """Set m to the mean of the data and s to ``factor`` times their largest standard deviation,
+        the same for all entries.
 
         Args:
             data: rows ``(N, *event)``.
             factor: larger leaves more room, and more that the network must learn to empty.
 
         Raises:
-            ValueError: if there is no envelope, ``factor`` is not positive, or the data do not fit or do not vary.
+            ValueError: if there is no envelope, ``factor`` is not positive, or the data do not fit
+            or do not vary.
         """
         if self.scale is None:
             raise ValueError("fit_envelope needs an envelope: give scale when the energy is made")
         self.check_states(data, "data")
         spread = data.std(0, correction=0).max()
         if not (0.0 < factor < math.inf and bool(spread > 0) and bool(torch.isfinite(spread))):
-            raise ValueError(f"factor must be positive and data must vary, got factor={factor}, deviation {float(spread)}")
+            raise ValueError(
+                f"factor must be positive and data must vary, got factor={factor}, deviation"
+                f" {float(spread)}"
+            )
         self.centre.copy_(data.mean(0))
         self.scale.fill_(factor * spread)
 
     def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """Starting states; with an envelope on R^d they are drawn from its normal law, cut to half its width."""
+        """Starting states; with an envelope on R^d they are drawn from its normal law, cut to half
+        its width."""
         if self.scale is None or not is_real(self.support):
             return super().initial(n, generator)
         where = self.device if generator is None else generator.device
-        noise = torch.randn((n, *self.event_shape), generator=generator, dtype=self.dtype, device=where).to(self.device)
+        noise = torch.randn(
+            (n, *self.event_shape), generator=generator, dtype=self.dtype, device=where
+        ).to(self.device)
         return self.centre + 0.5 * self.scale * noise
 
 
 def row_values(net: Callable[[Tensor], Tensor], x: Tensor, event_shape: Sequence[int]) -> Tensor:
-    """One number for each event of ``x``, ``(*batch, *event) -> (*batch)``, of a network of rows ``(n, *event) -> (n,)`` or
-    ``(n, 1)``; ValueError for any other shape."""
+    """One number for each event of ``x``, ``(*batch, *event) -> (*batch)``, of a network of rows
+    ``(n, *event) -> (n,)`` or ``(n, 1)``; ValueError for any other shape."""
     batch = x.shape[: x.dim() - len(event_shape)]
-    flat = len(batch) == 1  # as chains and batches come: each view that is spared is an operation less, there and back
+    # as chains and batches come: each view that is spared is an operation less, there and back
+    flat = len(batch) == 1
     values = net(x if flat else x.reshape(-1, *event_shape))
     if values.dim() == 2 and values.shape[1] == 1:
         values = values.squeeze(1)
     if values.shape != (batch.numel(),):
         raise ValueError(
-            f"net must map (n, *event_shape) to (n,) or (n, 1), got shape {tuple(values.shape)} for n = {batch.numel()}"
+            f"net must map (n, *event_shape) to (n,) or (n, 1), got shape {tuple(values.shape)}"
+            f" for n = {batch.numel()}"
         )
     return values if flat else values.reshape(batch)
 
 
 def warn_of_network(net: nn.Module, support: Constraint, scale: object) -> None:
-    """Warn of what makes a network no density, or a bad one: no envelope, coupled rows, no second derivative."""
+    """Warn of what makes a network no density, or a bad one: no envelope, coupled rows, no second
+    derivative."""
     modules = list(net.modules())
     base = base_constraint(support)
     interval = {"lower_bound", "upper_bound"} <= vars(base).keys()
     bounded = is_discrete(support) or interval or isinstance(base, type(constraints.simplex))
     if scale is None and not bounded:
         warnings.warn(
-            f"a network alone need not grow where |x| does, so exp(-E) may have no integral over {support}: give scale, add an"
+            f"a network alone need not grow where |x| does, so exp(-E) may have no integral over"
+            f" {support}: give scale, add an"
             " energy that grows, or name a bounded support",
             UserWarning,
             stacklevel=4,
         )
     if any(isinstance(module, COUPLING) for module in modules):
         warnings.warn(
-            "batch normalisation makes the energy of a row depend on the others in training: that is no density of one event",
+            "batch normalisation makes the energy of a row depend on the others in training: that"
+            " is no density of one event",
             UserWarning,
             stacklevel=4,
         )
     if any(isinstance(module, PIECEWISE_LINEAR) for module in modules) and not is_discrete(support):
         warnings.warn(
-            "a piecewise linear network has no second derivative almost everywhere: score matching learns nothing from it, and"
+            "a piecewise linear network has no second derivative almost everywhere: score matching"
+            " learns nothing from it, and"
             " gradients jump. SiLU, softplus and tanh are smooth",
             UserWarning,
             stacklevel=4,
@@ -165,7 +189,8 @@ def warn_of_network(net: nn.Module, support: Constraint, scale: object) -> None:
 
 
 class MLPEnergy(NeuralEnergy):
-    r"""A perceptron of the entries of an event as :class:`NeuralEnergy`; it starts as its envelope, a normal law.
+    r"""A perceptron of the entries of an event as :class:`NeuralEnergy`; it starts as its envelope,
+    a normal law.
 
     Args:
         event_shape: shape of one event; it is flattened.
@@ -199,7 +224,15 @@ class MLPEnergy(NeuralEnergy):
         generator: torch.Generator | None = None,
     ) -> None:
         entries = math.prod(event_shape)
-        layers = mlp(entries, 1, hidden, activation=activation, spectral_norm=spectral_norm, dtype=dtype, generator=generator)
+        layers = mlp(
+            entries,
+            1,
+            hidden,
+            activation=activation,
+            spectral_norm=spectral_norm,
+            dtype=dtype,
+            generator=generator,
+        )
         net = layers if len(event_shape) == 1 else nn.Sequential(_Rows(), *layers)
         super().__init__(net, event_shape, support=support, scale=scale, centre=centre)
 
@@ -210,7 +243,8 @@ class ConvEnergy(NeuralEnergy):
     Args:
         event_shape: (colours, height, width).
         channels: filters of each layer; the first at full size, each further one halves it.
-        activation, support, scale, centre, spectral_norm, dtype, generator: as in :class:`MLPEnergy`.
+        activation, support, scale, centre, spectral_norm, dtype, generator: as in
+            :class:`MLPEnergy`.
 
     Raises:
         ValueError: as :class:`MLPEnergy`.
@@ -234,7 +268,13 @@ class ConvEnergy(NeuralEnergy):
         generator: torch.Generator | None = None,
     ) -> None:
         net = convolutions(
-            event_shape, 1, channels, activation=activation, spectral_norm=spectral_norm, dtype=dtype, generator=generator
+            event_shape,
+            1,
+            channels,
+            activation=activation,
+            spectral_norm=spectral_norm,
+            dtype=dtype,
+            generator=generator,
         )
         super().__init__(net, event_shape, support=support, scale=scale, centre=centre)
 

@@ -18,13 +18,17 @@ __all__ = ["ProductOfExpertsEnergy"]
 
 
 class ProductOfExpertsEnergy(Energy):
-    r"""Experts that each look at learned features of x, in a quadratic envelope (Kim and Bengio, 2016).
+    r"""Experts that each look at learned features of x, in a quadratic envelope (Kim and Bengio,
+    2016).
 
-    .. math:: E(x) = \frac{|x|^2}{\sigma^2} - b^\top x - \sum_i \log\bigl(1 + e^{w_i^\top f(x) + c_i}\bigr)
+    .. math::
 
-    An expert is a hidden bit summed out: :math:`e^{-E}` is a normal law times :math:`\prod_i (1 + e^{w_i^\top f(x) + c_i})`, so
-    that :math:`Z < \infty` where f grows no faster than :math:`|x|`. The biases start at 0, the weights not: experts that begin
-    alike stay alike.
+        E(x) = \frac{|x|^2}{\sigma^2} - b^\top x - \sum_i \log\bigl(1 + e^{w_i^\top f(x) +
+        c_i}\bigr)
+
+    An expert is a hidden bit summed out: :math:`e^{-E}` is a normal law times :math:`\prod_i (1 +
+    e^{w_i^\top f(x) + c_i})`, so that :math:`Z < \infty` where f grows no faster than :math:`|x|`.
+    The biases start at 0, the weights not: experts that begin alike stay alike.
 
     Args:
         features: f, a smooth module ``(n, *event) -> (n, num_features)``.
@@ -35,7 +39,8 @@ class ProductOfExpertsEnergy(Energy):
         generator: source of the initial weights, of variance 1 / ``num_features``.
 
     Warns:
-        UserWarning: of batch normalisation and of piecewise linear features, as :class:`~pyroebm.energies.NeuralEnergy`.
+        UserWarning: of batch normalisation and of piecewise linear features, as
+        :class:`~pyroebm.energies.NeuralEnergy`.
 
     Raises:
         ValueError: if a number is not positive, or f gives another width.
@@ -73,8 +78,11 @@ class ProductOfExpertsEnergy(Energy):
         features: Tensor = self.features(x.reshape(-1, *self.event_shape))
         if features.shape != (batch.numel(), self.weight.shape[1]):
             raise ValueError(
-                f"features must map (n, *event_shape) to (n, {self.weight.shape[1]}), got shape {tuple(features.shape)} for"
+                f"features must map (n, *event_shape) to (n, {self.weight.shape[1]}), got shape"
+                f" {tuple(features.shape)} for"
                 f" n = {batch.numel()}"
             )
-        experts = nn.functional.softplus(nn.functional.linear(features, self.weight, self.expert_bias)).sum(-1)
+        experts = nn.functional.softplus(
+            nn.functional.linear(features, self.weight, self.expert_bias)
+        ).sum(-1)
         return event_sum(x.square() / self.sigma**2 - self.bias * x, dims) - experts.reshape(batch)

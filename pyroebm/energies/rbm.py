@@ -1,4 +1,5 @@
-"""Restricted Boltzmann machines: binary and Gaussian visible units. Their energies are free energies of what is seen."""
+"""Restricted Boltzmann machines: binary and Gaussian visible units. Their energies are free
+energies of what is seen."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ class RBM(LayeredMachine):
         return self.layers().free_energy([x, None])
 
     def fit_visible(self, data: Tensor) -> None:
-        """Set what the visible units are without hidden ones from data, shape ``(n, num_visible)``."""
+        """Set what the visible units are without hidden ones from data, shape ``(n,
+        num_visible)``."""
         raise NotImplementedError(f"{type(self).__name__} must define fit_visible(data)")
 
     def marginal(self) -> RBM:
@@ -60,21 +62,27 @@ class RBM(LayeredMachine):
 def check_rows(data: Tensor, width: int, least: int = 1) -> None:
     """ValueError unless ``data`` has rows of that width."""
     if data.dim() != 2 or data.shape[1] != width or len(data) < least:
-        raise ValueError(f"data must have shape (n, {width}), n at least {least}, got {tuple(data.shape)}")
+        raise ValueError(
+            f"data must have shape (n, {width}), n at least {least}, got {tuple(data.shape)}"
+        )
 
 
 class BernoulliRBM(RBM):
     r"""Restricted Boltzmann machine of bits (Smolensky, 1986; Hinton, 2002).
 
-    .. math:: E(v, h) = -v^\top W h - b \cdot v - c \cdot h, \qquad F(v) = -b \cdot v - \sum_j \log(1 + e^{c_j + (v^\top W)_j})
+    .. math::
 
-    As an energy it is F, over visible units; :meth:`joint` is E. With few units in one layer, log Z, likelihoods and draws are
-    exact.
+        E(v, h) = -v^\top W h - b \cdot v - c \cdot h, \qquad F(v) = -b \cdot v - \sum_j \log(1 +
+        e^{c_j + (v^\top W)_j})
+
+    As an energy it is F, over visible units; :meth:`joint` is E. With few units in one layer, log
+    Z, likelihoods and draws are exact.
 
     Args:
         num_visible: units of v.
         num_hidden: units of h.
-        weight: W, shape ``(num_visible, num_hidden)``; None draws normal numbers of standard deviation 0.01 (Hinton, 2012).
+        weight: W, shape ``(num_visible, num_hidden)``; None draws normal numbers of standard
+            deviation 0.01 (Hinton, 2012).
         visible_bias: b, shape ``(num_visible,)``; None is 0.
         hidden_bias: c, shape ``(num_hidden,)``; None is 0.
         dtype: floating-point type; None for torch's default.
@@ -111,7 +119,8 @@ class BernoulliRBM(RBM):
 
     @torch.no_grad()
     def fit_visible(self, data: Tensor, pseudocount: float = 1.0) -> None:
-        r"""Set the visible biases to :math:`\log p_i / (1 - p_i)` of the data's frequencies (Hinton, 2012).
+        r"""Set the visible biases to :math:`\log p_i / (1 - p_i)` of the data's frequencies
+        (Hinton, 2012).
 
         With W = 0 this is the best model of independent units.
 
@@ -132,25 +141,31 @@ class BernoulliRBM(RBM):
 class GaussianRBM(RBM):
     r"""Restricted Boltzmann machine with real visible units and hidden bits, and learned variances.
 
-    .. math:: E(v, h) = \sum_i \frac{(v_i - b_i)^2}{2 \sigma_i^2} - \sum_{ij} \frac{v_i}{s_i} W_{ij} h_j - c \cdot h
+    .. math::
 
-    with :math:`s = \sigma` in the convention ``"hinton"`` (Hinton and Salakhutdinov, 2006) and :math:`s = \sigma^2` in that of
-    ``"cho"`` (Cho, Ilin and Raiko, 2011): :math:`v_i | h` is normal of variance :math:`\sigma_i^2` and mean
-    :math:`b_i + \sigma_i (W h)_i` or :math:`b_i + (W h)_i`. As an energy it is the free energy of v, a mixture of
-    :math:`2^{n_h}` normals of one covariance; :meth:`joint` is E. With few hidden units, log Z, likelihoods and draws are exact.
+        E(v, h) = \sum_i \frac{(v_i - b_i)^2}{2 \sigma_i^2} - \sum_{ij} \frac{v_i}{s_i} W_{ij} h_j -
+        c \cdot h
+
+    with :math:`s = \sigma` in the convention ``"hinton"`` (Hinton and Salakhutdinov, 2006) and
+    :math:`s = \sigma^2` in that of ``"cho"`` (Cho, Ilin and Raiko, 2011): :math:`v_i | h` is normal
+    of variance :math:`\sigma_i^2` and mean :math:`b_i + \sigma_i (W h)_i` or :math:`b_i + (W h)_i`.
+    As an energy it is the free energy of v, a mixture of :math:`2^{n_h}` normals of one covariance;
+    :meth:`joint` is E. With few hidden units, log Z, likelihoods and draws are exact.
 
     Args:
         num_visible: units of v.
         num_hidden: units of h.
         convention: ``"hinton"`` or ``"cho"``.
-        weight: W, shape ``(num_visible, num_hidden)``; None draws normal numbers of standard deviation 0.01.
+        weight: W, shape ``(num_visible, num_hidden)``; None draws normal numbers of standard
+            deviation 0.01.
         visible_bias: b, shape ``(num_visible,)``, in the unit of v; None is 0.
         hidden_bias: c, shape ``(num_hidden,)``; None is 0.
         log_sigma: :math:`\log \sigma`, shape ``(num_visible,)``; None is 0.
         dtype: floating-point type; None for torch's default.
 
     Raises:
-        ValueError: if a size is below 1, the convention is neither, or a parameter has another shape or is not finite.
+        ValueError: if a size is below 1, the convention is neither, or a parameter has another
+        shape or is not finite.
 
     Example:
         >>> rbm = GaussianRBM(2, 1, weight=torch.tensor([[2.0], [0.0]]))
@@ -174,7 +189,9 @@ class GaussianRBM(RBM):
     ) -> None:
         check_sizes("GaussianRBM", num_visible=num_visible, num_hidden=num_hidden)
         if convention not in ("hinton", "cho"):
-            raise ValueError(f'GaussianRBM: convention must be "hinton" or "cho", got convention={convention!r}')
+            raise ValueError(
+                f'GaussianRBM: convention must be "hinton" or "cho", got convention={convention!r}'
+            )
         super().__init__((num_visible,), constraints.real)
         self.convention = convention
         self.weight = parameter("weight", weight, (num_visible, num_hidden), 0.01, dtype)
@@ -186,16 +203,23 @@ class GaussianRBM(RBM):
         precision = torch.exp(-2.0 * self.log_sigma)
         scale = precision if self.convention == "cho" else torch.exp(-self.log_sigma)
         offset = 0.5 * (precision * self.visible_bias**2).sum()
-        return Layers((self.weight * scale.unsqueeze(1),), (self.visible_bias * precision, self.hidden_bias), precision, offset)
+        return Layers(
+            (self.weight * scale.unsqueeze(1),),
+            (self.visible_bias * precision, self.hidden_bias),
+            precision,
+            offset,
+        )
 
     @torch.no_grad()
     def fit_visible(self, data: Tensor) -> None:
-        """Set b and sigma to the data's means and standard deviations, shape ``(n, num_visible)``; ValueError if one is 0."""
+        """Set b and sigma to the data's means and standard deviations, shape ``(n, num_visible)``;
+        ValueError if one is 0."""
         check_rows(data, self.event_shape[0], least=2)
         deviation = data.double().std(0)
         if not bool((deviation > 0.0).all()):
             raise ValueError(
-                f"data must vary in every column, but columns {(~(deviation > 0)).nonzero().flatten().tolist()} do not"
+                f"data must vary in every column, but columns"
+                f" {(~(deviation > 0)).nonzero().flatten().tolist()} do not"
             )
         self.visible_bias.copy_(data.double().mean(0))
         self.log_sigma.copy_(deviation.log())

@@ -46,7 +46,12 @@ class SpinBernoulli(TorchDistribution):
     def sample(self, sample_shape: Any = ()) -> Tensor:
         with torch.no_grad():
             return (
-                2.0 * torch.bernoulli(torch.sigmoid(2.0 * self.field).expand(self._extended_shape(torch.Size(sample_shape))))
+                2.0
+                * torch.bernoulli(
+                    torch.sigmoid(2.0 * self.field).expand(
+                        self._extended_shape(torch.Size(sample_shape))
+                    )
+                )
                 - 1.0
             )
 

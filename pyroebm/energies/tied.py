@@ -1,4 +1,5 @@
-"""Restricted Boltzmann machines with copies of their layers: what a deep Boltzmann machine is pretrained with."""
+"""Restricted Boltzmann machines with copies of their layers: what a deep Boltzmann machine is
+pretrained with."""
 
 from __future__ import annotations
 
@@ -17,10 +18,12 @@ __all__ = ["TiedRBM", "compose"]
 
 
 class TiedRBM(LayeredMachine):
-    r"""An RBM whose layers stand there several times with tied parameters (Salakhutdinov and Hinton, 2009).
+    r"""An RBM whose layers stand there several times with tied parameters (Salakhutdinov and
+    Hinton, 2009).
 
-    With two copies of the visible layer each hidden unit feels :math:`2 (W^\top v + c)`: what it will feel in a deep machine,
-    where the layer above brings the second half. Half of that is what it takes along (:func:`compose`).
+    With two copies of the visible layer each hidden unit feels :math:`2 (W^\top v + c)`: what it
+    will feel in a deep machine, where the layer above brings the second half. Half of that is what
+    it takes along (:func:`compose`).
 
     .. math:: E = \sum_{a, b} E_{RBM}(v_a, h_b), \qquad a = 1, \ldots, A, \quad b = 1, \ldots, B
 
@@ -42,7 +45,8 @@ class TiedRBM(LayeredMachine):
     def __init__(self, rbm: RBM, copies: tuple[int, int]) -> None:
         if not isinstance(rbm, RBM) or min(copies) < 1:
             raise ValueError(
-                f"rbm must be an RBM and copies two numbers of at least 1, got {type(rbm).__name__}, copies={copies}"
+                f"rbm must be an RBM and copies two numbers of at least 1, got"
+                f" {type(rbm).__name__}, copies={copies}"
             )
         super().__init__((copies[0] * rbm.event_shape[0],), rbm.support)
         self.rbm, self.copies = rbm, copies
@@ -56,7 +60,10 @@ class TiedRBM(LayeredMachine):
         below, above = self.copies
         tiled = None if precision is None else above * precision.repeat(below)
         return Layers(
-            (weight.repeat(below, above),), (above * b.repeat(below), below * c.repeat(above)), tiled, below * above * offset
+            (weight.repeat(below, above),),
+            (above * b.repeat(below), below * c.repeat(above)),
+            tiled,
+            below * above * offset,
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -64,11 +71,12 @@ class TiedRBM(LayeredMachine):
 
 
 def compose(rbms: Sequence[RBM]) -> DeepBoltzmannMachine:
-    r"""The deep Boltzmann machine of RBMs that were trained one on top of the other, as :class:`TiedRBM`.
+    r"""The deep Boltzmann machine of RBMs that were trained one on top of the other, as
+    :class:`TiedRBM`.
 
-    The lowest one has two copies of its visible layer, the highest one two of its hidden layer, those between two of both. Each
-    hidden layer then takes half of what it felt in the RBM below it and half of what it felt in that above: the weights as they
-    are, and the sum of both biases.
+    The lowest one has two copies of its visible layer, the highest one two of its hidden layer,
+    those between two of both. Each hidden layer then takes half of what it felt in the RBM below it
+    and half of what it felt in that above: the weights as they are, and the sum of both biases.
 
     Args:
         rbms: from below, at least two; the first may be Gaussian, of the convention ``"hinton"``.
@@ -85,12 +93,15 @@ def compose(rbms: Sequence[RBM]) -> DeepBoltzmannMachine:
     for below, above in itertools.pairwise(rbms):
         if len(below.hidden_bias) != above.event_shape[0] or not isinstance(above, BernoulliRBM):
             raise ValueError(
-                f"each RBM must be a BernoulliRBM on the hidden units of the one below, got {above.event_shape[0]} visible units"
+                f"each RBM must be a BernoulliRBM on the hidden units of the one below, got"
+                f" {above.event_shape[0]} visible units"
                 f" of a {type(above).__name__} on {len(below.hidden_bias)} hidden ones"
             )
     first = rbms[0]
     if isinstance(first, GaussianRBM) and first.convention != "hinton":
-        raise ValueError(f'a Gaussian first RBM must have convention "hinton", got {first.convention!r}')
+        raise ValueError(
+            f'a Gaussian first RBM must have convention "hinton", got {first.convention!r}'
+        )
     sizes = [first.event_shape[0], *(len(rbm.hidden_bias) for rbm in rbms)]
     shared = [below.hidden_bias + above.visible_bias for below, above in itertools.pairwise(rbms)]
     return DeepBoltzmannMachine(

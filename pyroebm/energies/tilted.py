@@ -1,4 +1,5 @@
-"""A known law, tilted: what a model is with a correction on top, such as a generator's latents seen by its discriminator."""
+"""A known law, tilted: what a model is with a correction on top, such as a generator's latents seen
+by its discriminator."""
 
 from __future__ import annotations
 
@@ -21,15 +22,17 @@ class Tilted(Energy):
 
     .. math:: E(z) = E_0(z) + f(z), \qquad Z / Z_0 = E_{p_0}[e^{-f(z)}]
 
-    With :math:`p_0` the prior of a latent model's z and f a network this is an energy-based prior (Pang et al., 2020). With
-    f(z) = -d(G(z)), of a generator G and the logit d of its discriminator, G(z) is distributed as G's law times the density ratio
-    :math:`e^d`; where d is optimal, :math:`d = \log p_d / p_g`, that is the data's law, as far as G reaches it, and :math:`Z = 1`
-    (Che et al., "Your GAN is secretly an energy-based model", 2020).
+    With :math:`p_0` the prior of a latent model's z and f a network this is an energy-based prior
+    (Pang et al., 2020). With f(z) = -d(G(z)), of a generator G and the logit d of its
+    discriminator, G(z) is distributed as G's law times the density ratio :math:`e^d`; where d is
+    optimal, :math:`d = \log p_d / p_g`, that is the data's law, as far as G reaches it, and
+    :math:`Z = 1` (Che et al., "Your GAN is secretly an energy-based model", 2020).
 
     Args:
         base: :math:`p_0`, an energy, or a distribution of Pyro or torch with an empty batch shape.
-        f: from rows ``(n, *event)`` to ``(n,)`` or ``(n, 1)``, in nats; what grows faster than :math:`E_0` downwards leaves no
-            density. A module's parameters are parameters of this energy; those inside a lambda are not, and are not trained.
+        f: from rows ``(n, *event)`` to ``(n,)`` or ``(n, 1)``, in nats; what grows faster than
+            :math:`E_0` downwards leaves no density. A module's parameters are parameters of this
+            energy; those inside a lambda are not, and are not trained.
         dtype: floating-point type where the base is a distribution; None for torch's default.
 
     Raises:
@@ -37,12 +40,22 @@ class Tilted(Energy):
 
     Example:
         >>> import pyro.distributions as dist
-        >>> tilted = Tilted(dist.Normal(0.0, 1.0), lambda z: -(2.0 * z - 2.0))  # the logit of N(2, 1) against N(0, 1)
-        >>> torch.allclose(tilted(torch.tensor([1.5])), -dist.Normal(2.0, 1.0).log_prob(torch.tensor([1.5])))
+        >>> tilted = Tilted(
+        ...     dist.Normal(0.0, 1.0), lambda z: -(2.0 * z - 2.0)
+        ... )  # the logit of N(2, 1) against N(0, 1)
+        >>> torch.allclose(
+        ...     tilted(torch.tensor([1.5])), -dist.Normal(2.0, 1.0).log_prob(torch.tensor([1.5]))
+        ... )
         True
     """
 
-    def __init__(self, base: Energy | Distribution, f: Callable[[Tensor], Tensor], *, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        base: Energy | Distribution,
+        f: Callable[[Tensor], Tensor],
+        *,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         if isinstance(base, Distribution):
             base = DistributionEnergy(base, dtype)
         if not isinstance(base, Energy) or not callable(f):
@@ -57,9 +70,12 @@ class Tilted(Energy):
         return self.base(z) + row_values(self.f, z, self.event_shape)
 
     def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """Draws of the base where it has exact ones, else its starting states; another try where the tilt is not finite."""
+        """Draws of the base where it has exact ones, else its starting states; another try where
+        the tilt is not finite."""
 
         def draw(count: int) -> Tensor:
-            return (self.base.sample if self.base.has_exact_draws else self.base.initial)(count, generator)
+            return (self.base.sample if self.base.has_exact_draws else self.base.initial)(
+                count, generator
+            )
 
         return search_finite(type(self).__name__, draw, self, n)

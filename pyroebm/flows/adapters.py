@@ -15,19 +15,23 @@ __all__ = ["ZukoTransform", "installed_zuko", "reversed_layer", "zuko_layer"]
 
 
 class ZukoTransform(Bijection):
-    r"""A lazy transform of zuko (Rozet et al., "Zuko: normalizing flows in PyTorch", 2022) as a transform of Pyro.
+    r"""A lazy transform of zuko (Rozet et al., "Zuko: normalizing flows in PyTorch", 2022) as a
+    transform of Pyro.
 
-    It is a ``TransformModule``: Pyro finds its parameters, and it serves in ``TransformedDistribution`` (``rsample`` too),
-    ``AutoNormalizingFlow``, ``NeuTraReparam`` and as a layer of :class:`Flow`. Its direction, z to x, is zuko's own: zuko's
-    flows map data to noise, so give ``flow.transform.inv`` to sample as zuko does, or ``flow.transform`` where the fast direction
-    is to be that of the draw. What zuko builds is built anew at each call, with the parameters as they are then.
+    It is a ``TransformModule``: Pyro finds its parameters, and it serves in
+    ``TransformedDistribution`` (``rsample`` too), ``AutoNormalizingFlow``, ``NeuTraReparam`` and as
+    a layer of :class:`Flow`. Its direction, z to x, is zuko's own: zuko's flows map data to noise,
+    so give ``flow.transform.inv`` to sample as zuko does, or ``flow.transform`` where the fast
+    direction is to be that of the draw. What zuko builds is built anew at each call, with the
+    parameters as they are then.
 
     Args:
         lazy: a ``zuko.lazy.LazyTransform`` without context.
         dim: D.
 
     Raises:
-        ValueError: if ``dim`` < 1; when called, if the last dimension is not ``dim`` or the image is of another shape or dtype.
+        ValueError: if ``dim`` < 1; when called, if the last dimension is not ``dim`` or the image
+        is of another shape or dtype.
 
     Example:
         >>> import zuko, pyro.distributions as dist
@@ -43,7 +47,8 @@ class ZukoTransform(Bijection):
         self.train(self.training)
 
     def train(self, mode: bool = True) -> ZukoTransform:
-        """As of any module, but for the parts of zuko: its continuous flows in eval mode give their parameters no gradient."""
+        """As of any module, but for the parts of zuko: its continuous flows in eval mode give their
+        parameters no gradient."""
         super().train(mode)
         self.lazy.train(True)
         return self
@@ -51,9 +56,14 @@ class ZukoTransform(Bijection):
     def _evaluated(self, transform: Any, value: Tensor) -> tuple[Tensor, Tensor]:
         check_event(value, self.dim)
         image, log_det = transform.call_and_ladj(value)
-        if image.shape != value.shape or log_det.shape != value.shape[:-1] or image.dtype != value.dtype:
+        if (
+            image.shape != value.shape
+            or log_det.shape != value.shape[:-1]
+            or image.dtype != value.dtype
+        ):
             raise ValueError(
-                f"the transform must give an event like {tuple(value.shape)} of {value.dtype} and one log-determinant for each,"
+                f"the transform must give an event like {tuple(value.shape)} of {value.dtype} and"
+                f" one log-determinant for each,"
                 f" but it gave {tuple(image.shape)} of {image.dtype} and {tuple(log_det.shape)}"
             )
         return image, log_det
@@ -71,18 +81,27 @@ def installed_zuko() -> Any:
     try:
         import zuko
     except ImportError as error:
-        raise ImportError("this flow is made of zuko's layers, which are not installed: pip install 'pyroebm[flows]'") from error
+        raise ImportError(
+            "this flow is made of zuko's layers, which are not installed: pip install"
+            " 'pyroebm[flows]'"
+        ) from error
     return zuko
 
 
 def zuko_layer(
-    make: Callable[..., nn.Module], dim: int, generator: torch.Generator, dtype: torch.dtype, **options: Any
+    make: Callable[..., nn.Module],
+    dim: int,
+    generator: torch.Generator,
+    dtype: torch.dtype,
+    **options: Any,
 ) -> ZukoTransform:
-    """zuko draws its weights from torch's global stream and in float32; the last layer is set to zero, the identity."""
+    """zuko draws its weights from torch's global stream and in float32; the last layer is set to
+    zero, the identity."""
     with drawing_from(generator):
         lazy = make(dim, **options).to(dtype)
     network = getattr(lazy, "hyper", getattr(lazy, "ode", None))
-    last = lazy if network is None else list(network.children())[-1]  # a spline of one entry has no network: numbers alone
+    # a spline of one entry has no network: numbers alone
+    last = lazy if network is None else list(network.children())[-1]
     with torch.no_grad():
         for parameter in last.parameters():
             parameter.zero_()

@@ -19,7 +19,8 @@ def coupling_mask(dim: int, mask: str | Sequence[bool] | Tensor) -> Tensor:
 
     Args:
         dim: D.
-        mask: ``"halves"``: the first ``dim // 2``; ``"alternating"``: every second, from the second on; or D booleans.
+        mask: ``"halves"``: the first ``dim // 2``; ``"alternating"``: every second, from the second
+            on; or D booleans.
 
     Raises:
         ValueError: if the mask has another size, is unknown, or lets all or nothing pass.
@@ -32,23 +33,27 @@ def coupling_mask(dim: int, mask: str | Sequence[bool] | Tensor) -> Tensor:
     if isinstance(mask, str):
         known = {"halves": entries < dim // 2, "alternating": entries % 2 == 1}
         if mask not in known:
-            raise ValueError(f"mask must be one of {sorted(known)} or dim={dim} booleans, got mask={mask!r}")
+            raise ValueError(
+                f"mask must be one of {sorted(known)} or dim={dim} booleans, got mask={mask!r}"
+            )
         passing = known[mask]
     else:
         passing = torch.as_tensor(mask)
     if passing.dtype != torch.bool or passing.shape != (dim,) or not 0 < int(passing.sum()) < dim:
         raise ValueError(
-            f"mask must be dim={dim} booleans, some True (passing) and some False (moved), got dtype {passing.dtype}, shape"
+            f"mask must be dim={dim} booleans, some True (passing) and some False (moved), got"
+            f" dtype {passing.dtype}, shape"
             f" {tuple(passing.shape)} and {int(passing.sum())} True"
         )
     return passing
 
 
 def coupling_masks(dim: int, mask: str, layers: int, generator: torch.Generator) -> list[Tensor]:
-    """Masks of layers in pairs, each pair moving every entry; for each pair but the first the entries are shuffled.
+    """Masks of layers in pairs, each pair moving every entry; for each pair but the first the
+    entries are shuffled.
 
-    Without a shuffle the same entries would stand on the same side for ever, as in ``pyro``'s ``iterated(k, affine_coupling)``.
-    In one dimension there is nothing to couple, and no mask.
+    Without a shuffle the same entries would stand on the same side for ever, as in ``pyro``'s
+    ``iterated(k, affine_coupling)``. In one dimension there is nothing to couple, and no mask.
 
     Args:
         dim: D.
@@ -67,19 +72,24 @@ def coupling_masks(dim: int, mask: str, layers: int, generator: torch.Generator)
 
 
 class AffineCoupling(Bijection):
-    r"""One affine coupling layer (Dinh, Sohl-Dickstein and Bengio, "Density estimation using Real NVP", 2017).
+    r"""One affine coupling layer (Dinh, Sohl-Dickstein and Bengio, "Density estimation using Real
+    NVP", 2017).
 
     One part of z passes through and decides by how much the other is scaled and moved:
 
-    .. math:: x_a = z_a, \qquad x_b = e^{r(z_a)} z_b + m(z_a), \qquad \log|\det \partial x/\partial z| = \sum_i r_i(z_a).
+    .. math::
 
-    The log-scale is clamped softly, :math:`r = c \tanh(s / c)` or :math:`r = \tfrac{2c}{\pi} \arctan(s / c)` (Ardizzone et al.,
-    "Analyzing inverse problems with invertible neural networks", 2019): no layer stretches by more than :math:`e^c`.
+        x_a = z_a, \qquad x_b = e^{r(z_a)} z_b + m(z_a), \qquad \log|\det \partial x/\partial z| =
+        \sum_i r_i(z_a).
+
+    The log-scale is clamped softly, :math:`r = c \tanh(s / c)` or :math:`r = \tfrac{2c}{\pi}
+    \arctan(s / c)` (Ardizzone et al., "Analyzing inverse problems with invertible neural networks",
+    2019): no layer stretches by more than :math:`e^c`.
 
     Args:
         dim: D, entries of z and of x, at least 2.
-        net: the conditioner, any module ``(*batch, |a|) -> (*batch, 2 |b|)`` that gives s, then m; by default an MLP whose last
-            layer is zero.
+        net: the conditioner, any module ``(*batch, |a|) -> (*batch, 2 |b|)`` that gives s, then m;
+            by default an MLP whose last layer is zero.
         mask: which entries pass, as in :func:`coupling_mask`.
         flip: exchange the two parts.
         clamp: c > 0, in nats.
@@ -90,8 +100,9 @@ class AffineCoupling(Bijection):
         generator: source of the default conditioner's initial hidden weights.
 
     Raises:
-        ValueError: if ``dim`` < 2, ``clamp`` is not positive or an option unknown; when called, if the last dimension is not
-            ``dim`` or if the conditioner has not given two numbers of z's dtype for each moved entry.
+        ValueError: if ``dim`` < 2, ``clamp`` is not positive or an option unknown; when called, if
+            the last dimension is not ``dim`` or if the conditioner has not given two numbers of z's
+            dtype for each moved entry.
 
     Example:
         >>> layer = AffineCoupling(2, net=nn.Linear(1, 2), clamp=1.0)
@@ -121,9 +132,14 @@ class AffineCoupling(Bijection):
         generator: torch.Generator | None = None,
     ) -> None:
         if dim < 2:
-            raise ValueError(f"dim must be at least 2, for one entry to move another, got dim={dim}")
+            raise ValueError(
+                f"dim must be at least 2, for one entry to move another, got dim={dim}"
+            )
         if not (clamp > 0.0 and math.isfinite(clamp)) or soft not in ("tanh", "arctan"):
-            raise ValueError(f"clamp must be positive and soft 'tanh' or 'arctan', got clamp={clamp}, soft={soft!r}")
+            raise ValueError(
+                f"clamp must be positive and soft 'tanh' or 'arctan', got clamp={clamp},"
+                f" soft={soft!r}"
+            )
         super().__init__(dim)
         self.clamp, self.soft = float(clamp), soft
         passes = coupling_mask(dim, mask) != flip
@@ -132,7 +148,11 @@ class AffineCoupling(Bijection):
         self.register_buffer("moved", moved, persistent=False)
         self.register_buffer("back", torch.cat((passing, moved)).argsort(), persistent=False)
         sizes = (len(passing), 2 * len(moved))
-        self.net = mlp(*sizes, hidden, activation=activation, dtype=dtype, generator=generator) if net is None else net
+        self.net = (
+            mlp(*sizes, hidden, activation=activation, dtype=dtype, generator=generator)
+            if net is None
+            else net
+        )
 
     def _parts(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """z_a, z_b, the clamped log-scale and the shift."""
@@ -141,7 +161,8 @@ class AffineCoupling(Bijection):
         out, expected = self.net(passing), (*moved.shape[:-1], 2 * moved.shape[-1])
         if out.shape != expected or out.dtype != z.dtype:
             raise ValueError(
-                f"net must map {tuple(passing.shape)} to a scale and a shift of each moved entry, {expected} and {z.dtype}, but"
+                f"net must map {tuple(passing.shape)} to a scale and a shift of each moved entry,"
+                f" {expected} and {z.dtype}, but"
                 f" it gave {tuple(out.shape)} and {out.dtype}"
             )
         s, shift = out.chunk(2, dim=-1)
@@ -162,7 +183,10 @@ class AffineCoupling(Bijection):
 
     def with_score(self, z: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         passing, moved, log_scale, shift = self._parts(z)
-        at_passing, at_moved = score.index_select(-1, self.passing), score.index_select(-1, self.moved)
+        at_passing, at_moved = (
+            score.index_select(-1, self.passing),
+            score.index_select(-1, self.moved),
+        )
         with torch.no_grad():
             shrunk = at_moved * (-log_scale).exp()
             weights = (at_moved * moved + 1.0, shrunk)
@@ -172,13 +196,17 @@ class AffineCoupling(Bijection):
 
 
 class Loft(Bijection):
-    r"""Log soft extension (Andrade, "Stable training of normalizing flows for high-dimensional variational inference", 2024).
+    r"""Log soft extension (Andrade, "Stable training of normalizing flows for high-dimensional
+    variational inference", 2024).
 
-    .. math:: x_i = \mathrm{sign}(z_i) \big(\log(\max(|z_i| - t, 0) + 1) + \min(|z_i|, t)\big), \qquad
+    .. math::
+
+        x_i = \mathrm{sign}(z_i) \big(\log(\max(|z_i| - t, 0) + 1) + \min(|z_i|, t)\big), \qquad
         \log|\det \partial x/\partial z| = -\sum_i \log(\max(|z_i| - t, 0) + 1)
 
-    The identity on :math:`[-t, t]`, logarithmic outside: as a last layer it keeps one wild draw of a young flow from deciding the
-    loss. It has no parameters. Its inverse grows like e to the power :math:`|x| - t`: densities far beyond t overflow, visibly.
+    The identity on :math:`[-t, t]`, logarithmic outside: as a last layer it keeps one wild draw of
+    a young flow from deciding the loss. It has no parameters. Its inverse grows like e to the power
+    :math:`|x| - t`: densities far beyond t overflow, visibly.
 
     Args:
         dim: D.
@@ -210,9 +238,11 @@ class Loft(Bijection):
         return torch.where(inside, x, x.sign() * (self.threshold + beyond.expm1())), -beyond.sum(-1)
 
     def _split(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Which entries are in [-t, t], and by how much the others exceed t. A NaN is outside and stays one.
+        """Which entries are in [-t, t], and by how much the others exceed t. A NaN is outside and
+        stays one.
 
-        `where`, not `clamp`: the gradient of `clamp` at its bound is 1 up to torch 2.13, and 0 after it.
+        `where`, not `clamp`: the gradient of `clamp` at its bound is 1 up to torch 2.13, and 0
+        after it.
         """
         inside = z.abs() <= self.threshold
         return inside, torch.where(inside, 0.0, z.abs() - self.threshold)

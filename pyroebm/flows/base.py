@@ -38,9 +38,13 @@ class Base(Saved):
         super().__init__()
         self.dim = dim
 
-    def draw(self, n: int, generator: torch.Generator | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+    def draw(
+        self, n: int, generator: torch.Generator | None, dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
         """``n`` draws of z with gradients in the parameters, shape ``(n, D)``."""
-        raise NotImplementedError(f"{type(self).__name__} must define draw(n, generator, dtype, device) -> z")
+        raise NotImplementedError(
+            f"{type(self).__name__} must define draw(n, generator, dtype, device) -> z"
+        )
 
     def log_prob(self, z: Tensor) -> Tensor:
         """Log-density in nats: ``(*batch, D) -> (*batch)``."""
@@ -52,7 +56,8 @@ class Base(Saved):
 
 
 class StandardNormal(Base):
-    r"""The standard normal, which has no parameters: :math:`\log N(z \mid 0, I) = -\tfrac12 |z|^2 - \tfrac D2 \log 2\pi`.
+    r"""The standard normal, which has no parameters: :math:`\log N(z \mid 0, I) = -\tfrac12 |z|^2 -
+    \tfrac D2 \log 2\pi`.
 
     Args:
         dim: D.
@@ -62,7 +67,9 @@ class StandardNormal(Base):
         tensor(-1.8379)
     """
 
-    def draw(self, n: int, generator: torch.Generator | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+    def draw(
+        self, n: int, generator: torch.Generator | None, dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
         return standard_normal((n, self.dim), generator, dtype, device)
 
     def log_prob(self, z: Tensor) -> Tensor:
@@ -74,17 +81,20 @@ class StandardNormal(Base):
 
 
 class MixtureBase(Base):
-    r"""A mixture of K Gaussians: :math:`p(z) = \sum_k w_k N(z \mid \mu_k, \mathrm{diag}(\sigma_k^2))`.
+    r"""A mixture of K Gaussians: :math:`p(z) = \sum_k w_k N(z \mid \mu_k,
+    \mathrm{diag}(\sigma_k^2))`.
 
-    Means and scales are learned. A draw is :math:`\mu_k + \sigma_k \epsilon` with k drawn from the weights, a choice that carries
-    no gradient in w. Where w is learned too, the draw gets the missing part by implicit reparameterisation (Figurnov, Mohamed and
-    Mnih, 2018): it moves such that the conditional distribution functions :math:`F_i(z_i \mid z_{<i})` stay what they are,
+    Means and scales are learned. A draw is :math:`\mu_k + \sigma_k \epsilon` with k drawn from the
+    weights, a choice that carries no gradient in w. Where w is learned too, the draw gets the
+    missing part by implicit reparameterisation (Figurnov, Mohamed and Mnih, 2018): it moves such
+    that the conditional distribution functions :math:`F_i(z_i \mid z_{<i})` stay what they are,
 
     .. math:: \frac{d z_i}{d w} = -\frac{1}{p(z_i \mid z_{<i})} \Big(\frac{\partial F_i}{\partial w}
         + \sum_{j<i} \frac{\partial F_i}{\partial z_j} \frac{d z_j}{d w}\Big)
 
-    It is unbiased, but between components far apart p is small and the noise large: weights of separate modes are learned far
-    better from given points, by :meth:`log_prob` (forward KL, log-variance), than through draws. They are fixed unless asked for.
+    It is unbiased, but between components far apart p is small and the noise large: weights of
+    separate modes are learned far better from given points, by :meth:`log_prob` (forward KL,
+    log-variance), than through draws. They are fixed unless asked for.
 
     Args:
         dim: D.
@@ -118,7 +128,9 @@ class MixtureBase(Base):
             raise ValueError(f"spread must not be negative, got spread={spread}")
         super().__init__(dim)
         dtype = torch.get_default_dtype() if dtype is None else dtype
-        start = standard_normal((components, dim), seeded_generator(seed), dtype, torch.device("cpu"))
+        start = standard_normal(
+            (components, dim), seeded_generator(seed), dtype, torch.device("cpu")
+        )
         self.loc = nn.Parameter(spread * start)
         self.log_scale = nn.Parameter(torch.zeros(components, dim, dtype=dtype))
         logits = torch.zeros(components, dtype=dtype)
@@ -128,19 +140,27 @@ class MixtureBase(Base):
         else:
             self.register_buffer("logits", logits)
         self._config = {
-            "dim": dim, "components": components, "spread": spread, "learn_weights": learn_weights, "seed": seed
-        }  # fmt: skip
+            "dim": dim,
+            "components": components,
+            "spread": spread,
+            "learn_weights": learn_weights,
+            "seed": seed,
+        }
 
     @property
     def weights(self) -> Tensor:
         """w, shape ``(K,)``."""
         return self.logits.softmax(0)
 
-    def draw(self, n: int, generator: torch.Generator | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+    def draw(
+        self, n: int, generator: torch.Generator | None, dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
         u = uniform((n, 1), generator, dtype, device)
         # the last sum may be rounded to below u
         k = (u > self.weights.detach().cumsum(0)).sum(-1).clamp(max=len(self.logits) - 1)
-        z = self.loc[k] + self.log_scale[k].exp() * standard_normal((n, self.dim), generator, dtype, device)
+        z = self.loc[k] + self.log_scale[k].exp() * standard_normal(
+            (n, self.dim), generator, dtype, device
+        )
         if not self.logits.requires_grad:
             return z
         moved = self._moved_by_weights(z.detach())
@@ -149,11 +169,17 @@ class MixtureBase(Base):
     def _moved_by_weights(self, z: Tensor) -> Tensor:
         """z itself, with its derivative in the weights alone."""
         loc, scale = self.loc.detach(), self.log_scale.detach().exp()
-        log_w = self.logits.log_softmax(0).expand(len(z), -1)  # of the components given the entries so far, not normalised
+        # of the components given the entries so far, not normalised
+        log_w = self.logits.log_softmax(0).expand(len(z), -1)
         done: list[Tensor] = []
         for i in range(self.dim):
-            below = (log_w.softmax(-1) * torch.special.ndtr((z[:, i : i + 1] - loc[:, i]) / scale[:, i])).sum(-1)
-            density = (log_w.detach().softmax(-1) * _log_normal(z[:, i : i + 1], loc[:, i], scale[:, i]).exp()).sum(-1)
+            below = (
+                log_w.softmax(-1) * torch.special.ndtr((z[:, i : i + 1] - loc[:, i]) / scale[:, i])
+            ).sum(-1)
+            density = (
+                log_w.detach().softmax(-1)
+                * _log_normal(z[:, i : i + 1], loc[:, i], scale[:, i]).exp()
+            ).sum(-1)
             entry = z[:, i] - (below - below.detach()) / density
             log_w = log_w + _log_normal(entry.unsqueeze(-1), loc[:, i], scale[:, i])
             done.append(entry)
@@ -169,12 +195,17 @@ def _log_normal(z: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
 
 
 class StudentBase(Base):
-    r"""Independent Student's t in each entry, :math:`t_{\nu_i}`, for targets whose tails are heavier than a Gaussian's.
+    r"""Independent Student's t in each entry, :math:`t_{\nu_i}`, for targets whose tails are
+    heavier than a Gaussian's.
 
-    .. math:: z_i = \epsilon_i \big/ \sqrt{\chi^2_{\nu_i} / \nu_i}, \qquad \nu_i = b + \mathrm{softplus}(r_i)
+    .. math::
 
-    The gradient in :math:`\nu` is torch's implicit one of the gamma distribution. Tails that a smooth flow leaves as they are
-    must be right in the base (Jaini, Kobyzev, Yu and Brubaker, "Tails of Lipschitz triangular flows", 2020).
+        z_i = \epsilon_i \big/ \sqrt{\chi^2_{\nu_i} / \nu_i}, \qquad \nu_i = b +
+        \mathrm{softplus}(r_i)
+
+    The gradient in :math:`\nu` is torch's implicit one of the gamma distribution. Tails that a
+    smooth flow leaves as they are must be right in the base (Jaini, Kobyzev, Yu and Brubaker,
+    "Tails of Lipschitz triangular flows", 2020).
 
     Args:
         dim: D.
@@ -192,7 +223,13 @@ class StudentBase(Base):
     """
 
     def __init__(
-        self, dim: int, df: float = 5.0, learn_df: bool = True, least: float = 2.0, *, dtype: torch.dtype | None = None
+        self,
+        dim: int,
+        df: float = 5.0,
+        learn_df: bool = True,
+        least: float = 2.0,
+        *,
+        dtype: torch.dtype | None = None,
     ) -> None:
         if not 0.0 <= least < df < math.inf:
             raise ValueError(f"0 <= least < df must hold, got least={least}, df={df}")
@@ -200,7 +237,9 @@ class StudentBase(Base):
         self.least = float(least)
         # in double first: softplus and its inverse then agree to the last digit
         above = torch.full((dim,), df - least, dtype=torch.float64)
-        raw = (above + (-(-above).expm1()).log()).to(torch.get_default_dtype() if dtype is None else dtype)
+        raw = (above + (-(-above).expm1()).log()).to(
+            torch.get_default_dtype() if dtype is None else dtype
+        )
         self.raw: Tensor
         if learn_df:
             self.raw = nn.Parameter(raw)
@@ -216,7 +255,9 @@ class StudentBase(Base):
     def _law(self) -> dist.StudentT:
         return dist.StudentT(self.df, validate_args=False)
 
-    def draw(self, n: int, generator: torch.Generator | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+    def draw(
+        self, n: int, generator: torch.Generator | None, dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
         with drawing_from(generator):
             return self._law().rsample((n,))
 
@@ -231,8 +272,10 @@ class Drawn(dist.TorchDistribution):
         draw: from n to draws ``(n, D)``, from torch's global generator.
         score: the log-density, ``(*batch, D) -> (*batch)``.
         dim: D.
-        path: the same log-density with constant parameters, for Pyro's ELBOs to take the path derivative alone.
-        has_rsample: False where a draw does not carry all gradients: Pyro then takes those of the score function.
+        path: the same log-density with constant parameters, for Pyro's ELBOs to take the path
+            derivative alone.
+        has_rsample: False where a draw does not carry all gradients: Pyro then takes those of the
+            score function.
         batch_shape: of the distribution.
     """
 

@@ -14,7 +14,8 @@ __all__ = ["AdditiveCoupling"]
 
 
 class AdditiveCoupling(Bijection):
-    r"""One additive coupling layer (Dinh, Krueger and Bengio, "NICE: Non-linear Independent Components Estimation", 2014).
+    r"""One additive coupling layer (Dinh, Krueger and Bengio, "NICE: Non-linear Independent
+    Components Estimation", 2014).
 
     One part of z passes through and decides by how much the other is moved:
 
@@ -24,16 +25,18 @@ class AdditiveCoupling(Bijection):
 
     Args:
         dim: D, entries of z and of x, at least 2.
-        net: the conditioner m, any module ``(*batch, |a|) -> (*batch, |b|)``; by default an MLP whose last layer is zero.
-        flip: False (default): a is the first ``dim // 2`` entries and b the rest; True: a is the rest. Layers alternate.
+        net: the conditioner m, any module ``(*batch, |a|) -> (*batch, |b|)``; by default an MLP
+            whose last layer is zero.
+        flip: False (default): a is the first ``dim // 2`` entries and b the rest; True: a is the
+            rest. Layers alternate.
         hidden: widths of the default conditioner's hidden layers.
         activation: ``"silu"`` or ``"tanh"``, of the default conditioner.
         dtype: of the default conditioner's parameters.
         generator: source of the default conditioner's initial hidden weights.
 
     Raises:
-        ValueError: if ``dim`` < 2; when called, if the last dimension is not ``dim`` or if m(z_a) has not the shape and
-            dtype of z_b.
+        ValueError: if ``dim`` < 2; when called, if the last dimension is not ``dim`` or if m(z_a)
+            has not the shape and dtype of z_b.
 
     Example:
         >>> layer = AdditiveCoupling(2, net=nn.Identity())
@@ -55,12 +58,18 @@ class AdditiveCoupling(Bijection):
         generator: torch.Generator | None = None,
     ) -> None:
         if dim < 2:
-            raise ValueError(f"dim must be at least 2, for one entry to move another, got dim={dim}")
+            raise ValueError(
+                f"dim must be at least 2, for one entry to move another, got dim={dim}"
+            )
         super().__init__(dim)
         self.flip = flip
         self.cut = dim // 2
         passing, moved = (dim - self.cut, self.cut) if flip else (self.cut, dim - self.cut)
-        self.net = mlp(passing, moved, hidden, activation=activation, dtype=dtype, generator=generator) if net is None else net
+        self.net = (
+            mlp(passing, moved, hidden, activation=activation, dtype=dtype, generator=generator)
+            if net is None
+            else net
+        )
 
     def _parts(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """z_a, z_b, and by how much z_b is moved."""
@@ -70,7 +79,8 @@ class AdditiveCoupling(Bijection):
         shift = self.net(passing)
         if shift.shape != moved.shape or shift.dtype != moved.dtype:
             raise ValueError(
-                f"net must map {tuple(passing.shape)} to the shape and dtype of the part it moves, {tuple(moved.shape)} and"
+                f"net must map {tuple(passing.shape)} to the shape and dtype of the part it moves,"
+                f" {tuple(moved.shape)} and"
                 f" {moved.dtype}, but it gave {tuple(shift.shape)} and {shift.dtype}"
             )
         return passing, moved, shift

@@ -12,10 +12,12 @@ __all__ = ["FlowEnergy"]
 
 
 class FlowEnergy(Energy):
-    r"""The energy :math:`-\log q(x, y)` of a flow over its D entries, with exact draws and :math:`\log Z = 0`.
+    r"""The energy :math:`-\log q(x, y)` of a flow over its D entries, with exact draws and
+    :math:`\log Z = 0`.
 
-    As the base of annealed importance sampling it goes with ``flow.extend(energy)``: what the flow got nearly right is
-    corrected on the way. With :class:`~pyroebm.objectives.ExactLikelihood` ``fit`` trains the flow itself by maximum likelihood.
+    As the base of annealed importance sampling it goes with ``flow.extend(energy)``: what the flow
+    got nearly right is corrected on the way. With :class:`~pyroebm.objectives.ExactLikelihood`
+    ``fit`` trains the flow itself by maximum likelihood.
 
     Args:
         flow: q.

@@ -15,8 +15,12 @@ from pyroebm.flows.flow import Flow
 
 __all__ = ["EquivariantFlow", "PairField"]
 
-#: A uniform cubic B-spline on one of its cells: coefficients of 1, f, f^2, f^3, f in [0, 1], from four of the spline's.
-CUBIC = torch.tensor([[1, 4, 1, 0], [-3, 0, 3, 0], [3, -6, 3, 0], [-1, 3, -3, 1]], dtype=torch.float64) / 6.0
+#: A uniform cubic B-spline on one of its cells: coefficients of 1, f, f^2, f^3, f in [0, 1], from
+#: four of the spline's.
+CUBIC = (
+    torch.tensor([[1, 4, 1, 0], [-3, 0, 3, 0], [3, -6, 3, 0], [-1, 3, -3, 1]], dtype=torch.float64)
+    / 6.0
+)
 
 
 class PairField(Bijection):
@@ -25,17 +29,22 @@ class PairField(Bijection):
     .. math:: \dot x_i = a(t)\, x_i + \frac1n \sum_{j \ne i} \phi(s_{ij}, t)\, (x_i - x_j), \qquad
         s_{ij} = \log\bigl(1 + |x_i - x_j|^2 / \ell^2\bigr)
 
-    a and :math:`\phi` are cubic splines. In the coordinates u of mean-free configurations, x = B u with an orthonormal B, a
-    difference :math:`r_{ij} = (b_i - b_j) u` has :math:`|b_i - b_j|^2 = 2`, so that
+    a and :math:`\phi` are cubic splines. In the coordinates u of mean-free configurations, x = B u
+    with an orthonormal B, a difference :math:`r_{ij} = (b_i - b_j) u` has :math:`|b_i - b_j|^2 =
+    2`, so that
 
-    .. math:: \nabla_u \cdot \dot u = (n - 1)\, k\, a + \frac2n \sum_{i<j} \Bigl(k\, \phi + |r_{ij}|\,
+    .. math::
+
+        \nabla_u \cdot \dot u = (n - 1)\, k\, a + \frac2n \sum_{i<j} \Bigl(k\, \phi + |r_{ij}|\,
         \frac{\partial \phi}{\partial |r_{ij}|}\Bigr)
 
-    Runge and Kutta's rule of fourth order integrates both; the inverse takes the steps back. Its error falls with the fourth
-    power of the number of steps, up to the kinks in the splines' third derivatives.
+    Runge and Kutta's rule of fourth order integrates both; the inverse takes the steps back. Its
+    error falls with the fourth power of the number of steps, up to the kinks in the splines' third
+    derivatives.
 
     Args:
-        particles, space, reach, length, cells, stages, steps, scale, dtype: of :class:`EquivariantFlow`.
+        particles, space, reach, length, cells, stages, steps, scale, dtype: of
+            :class:`EquivariantFlow`.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -70,7 +79,10 @@ class PairField(Bijection):
         self.space = space
         self.steps = steps
         self.length, self.width = float(length), math.log1p((reach / length) ** 2) / cells
-        basis, pairs = mean_free_basis(particles, dtype), torch.triu_indices(particles, particles, 1)
+        basis, pairs = (
+            mean_free_basis(particles, dtype),
+            torch.triu_indices(particles, particles, 1),
+        )
         self.register_buffer("incidence", basis[pairs[0]] - basis[pairs[1]], persistent=False)
         self.weights = nn.Parameter(torch.zeros(stages + 3, 1 + cells, dtype=basis.dtype))
         nn.init.constant_(self.weights[:, 0], math.log(scale))
@@ -83,7 +95,8 @@ class PairField(Bijection):
         return z, -log_det
 
     def features(self, u: Tensor, t: Tensor) -> Tensor:
-        r"""The field as a linear map of its weights: :math:`\dot u = \sum_{qm} f_{qm}(u, t)\, w_{qm}`.
+        r"""The field as a linear map of its weights: :math:`\dot u = \sum_{qm} f_{qm}(u, t)\,
+        w_{qm}`.
 
         Args:
             u: coordinates, shape ``(rows, dim)``.
@@ -99,8 +112,11 @@ class PairField(Bijection):
         in_time = _spread(at, cell, len(self.weights))
         cells = self.weights.shape[1] - 1
         cell = at_pairs.detach().long().clamp(0, cells)
-        in_space = _spread(at_pairs, cell, cells + 4)[..., :cells] / self.particles  # those from cells on are beyond the reach
-        pairs = torch.einsum("rkp,rpm,pi->rikm", r, in_space, self.incidence).reshape(*u.shape, cells)
+        # those from cells on are beyond the reach
+        in_space = _spread(at_pairs, cell, cells + 4)[..., :cells] / self.particles
+        pairs = torch.einsum("rkp,rpm,pi->rikm", r, in_space, self.incidence).reshape(
+            *u.shape, cells
+        )
         return in_time[:, None, :, None] * torch.cat([u.unsqueeze(-1), pairs], -1)[:, :, None, :]
 
     def _by_axis(self, u: Tensor) -> Tensor:
@@ -125,15 +141,19 @@ class PairField(Bijection):
         return u.mT.reshape(shape), log_det.reshape(shape[:-1])
 
     def _in_time(self) -> list[tuple[Tensor, Tensor]]:
-        """At the time of each half step: a, and the polynomial of phi in each cell and in one beyond, where it is 0."""
+        """At the time of each half step: a, and the polynomial of phi in each cell and in one
+        beyond, where it is 0."""
         stages, cubic = len(self.weights) - 3, CUBIC.to(self.weights)
-        at = torch.arange(2 * self.steps + 1, dtype=cubic.dtype, device=cubic.device) * (stages / (2 * self.steps))
+        at = torch.arange(2 * self.steps + 1, dtype=cubic.dtype, device=cubic.device) * (
+            stages / (2 * self.steps)
+        )
         now = _spread(at, at.long().clamp(max=stages - 1), stages + 3) @ self.weights
         phi = nn.functional.pad(now[:, 1:], (0, 4)).unfold(1, 4, 1) @ (cubic.T / self.particles)
         return list(zip(now[:, 0], phi, strict=True))
 
     def _pairs(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of each pair the difference ``(rows, k, pairs)``, its square, and where it is among the cells, ``(rows, pairs)``."""
+        """Of each pair the difference ``(rows, k, pairs)``, its square, and where it is among the
+        cells, ``(rows, pairs)``."""
         r = u @ self.incidence.T
         squared = r.square().sum(1)
         return r, squared, torch.log1p(squared / self.length**2) / self.width
@@ -145,23 +165,30 @@ class PairField(Bijection):
         c0, c1, c2, c3 = table.index_select(0, cell.flatten()).view(*cell.shape, 4).unbind(-1)
         f = at - cell
         phi = c0 + f * (c1 + f * (c2 + f * c3))
-        slope = (c1 + f * (2.0 * c2 + f * 3.0 * c3)) * (2.0 / self.width) * (squared / (self.length**2 + squared))
+        slope = (
+            (c1 + f * (2.0 * c2 + f * 3.0 * c3))
+            * (2.0 / self.width)
+            * (squared / (self.length**2 + squared))
+        )
         velocity = pull * u + (phi.unsqueeze(1) * r) @ self.incidence
         return velocity, self.dim * pull + 2.0 * (self.space * phi + slope).sum(-1)
 
 
 class EquivariantFlow(Flow):
-    r"""A continuous flow of n equal particles in k dimensions (Köhler, Klein and Noé, "Equivariant Flows", 2020).
+    r"""A continuous flow of n equal particles in k dimensions (Köhler, Klein and Noé, "Equivariant
+    Flows", 2020).
 
     .. math:: x = x(1), \quad x(0) = B z, \quad z \sim N(0, I), \qquad
         \log q(u) = \log N(z \mid 0, I) - \int_0^1 \nabla_u \cdot \dot u\, dt
 
-    with the velocity of :class:`PairField`, a sum over pairs. An event is :math:`u \in R^{(n - 1) k}` with positions x = B u,
-    the coordinates of :class:`pyroebm.targets.Particles`: no direction is flat. The density is the same for particles that
-    are turned, reflected or renumbered, as their energy is, since the base is, and the velocity moves with them.
+    with the velocity of :class:`PairField`, a sum over pairs. An event is :math:`u \in R^{(n - 1)
+    k}` with positions x = B u, the coordinates of :class:`pyroebm.targets.Particles`: no direction
+    is flat. The density is the same for particles that are turned, reflected or renumbered, as
+    their energy is, since the base is, and the velocity moves with them.
 
-    The density is as good as the integration: compare it at ``flow.steps`` and at half of them. What trains on it, with too
-    few steps, finds fields whose error looks like likelihood. :func:`pyroebm.objectives.match_flow` is where to start from.
+    The density is as good as the integration: compare it at ``flow.steps`` and at half of them.
+    What trains on it, with too few steps, finds fields whose error looks like likelihood.
+    :func:`pyroebm.objectives.match_flow` is where to start from.
 
     Args:
         particles: n, at least 2.
@@ -199,9 +226,15 @@ class EquivariantFlow(Flow):
         field = PairField(particles, space, reach, length, cells, stages, steps, scale, dtype)
         super().__init__([field], field.dim, field.dim)
         self._config = {
-            "particles": particles, "space": space, "reach": reach, "length": length, "cells": cells, "stages": stages,
-            "steps": steps, "scale": scale,
-        }  # fmt: skip
+            "particles": particles,
+            "space": space,
+            "reach": reach,
+            "length": length,
+            "cells": cells,
+            "stages": stages,
+            "steps": steps,
+            "scale": scale,
+        }
 
     @property
     def field(self) -> PairField:
@@ -220,7 +253,8 @@ class EquivariantFlow(Flow):
 
 
 def _spread(at: Tensor, cell: Tensor, size: int) -> Tensor:
-    """Values at ``at`` of all basis splines, of which four are not 0, those from ``cell`` on: ``(*batch) -> (*batch, size)``."""
+    """Values at ``at`` of all basis splines, of which four are not 0, those from ``cell`` on:
+    ``(*batch) -> (*batch, size)``."""
     power = torch.arange(4, device=at.device)
     four = (at - cell).unsqueeze(-1) ** power @ CUBIC.to(at)
     return at.new_zeros(*at.shape, size).scatter(-1, cell.unsqueeze(-1) + power, four)

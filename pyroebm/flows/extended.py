@@ -1,4 +1,5 @@
-"""The energy that a flow with redundant latents is fitted to, and where vectors of flows become events of energies."""
+"""The energy that a flow with redundant latents is fitted to, and where vectors of flows become
+events of energies."""
 
 from __future__ import annotations
 
@@ -13,10 +14,12 @@ __all__ = ["Extended"]
 
 
 class Extended(Energy):
-    r"""An energy over x extended by redundant latents y: :math:`U(x) - \log N(y \mid M(x), \Sigma(x))` on :math:`R^D`.
+    r"""An energy over x extended by redundant latents y: :math:`U(x) - \log N(y \mid M(x),
+    \Sigma(x))` on :math:`R^D`.
 
-    Its x-marginal is the energy's own density and its partition function the energy's own, whatever M and :math:`\Sigma` are.
-    Without a conditional y is empty, and this is the plain energy over vectors.
+    Its x-marginal is the energy's own density and its partition function the energy's own, whatever
+    M and :math:`\Sigma` are. Without a conditional y is empty, and this is the plain energy over
+    vectors.
 
     Args:
         energy: U, of real support; its event is read as a vector of d entries.
@@ -24,7 +27,8 @@ class Extended(Energy):
         dim: d.
 
     Raises:
-        ValueError: if the energy's event has not d entries, or if its support is not all of :math:`R^d`.
+        ValueError: if the energy's event has not d entries, or if its support is not all of
+        :math:`R^d`.
 
     Example:
         >>> from pyroebm.targets import DoubleWell
@@ -38,12 +42,15 @@ class Extended(Energy):
             raise ValueError(f"energy must be a pyroebm.Energy, got {type(energy).__name__}")
         if event_numel(energy.event_shape) != dim:
             raise ValueError(
-                f"energy must have events of dim={dim} entries, as many as x has in the flow, got event_shape"
-                f" {tuple(energy.event_shape)} of {event_numel(energy.event_shape)} ({type(energy).__name__})"
+                f"energy must have events of dim={dim} entries, as many as x has in the flow, got"
+                f" event_shape"
+                f" {tuple(energy.event_shape)} of {event_numel(energy.event_shape)}"
+                f" ({type(energy).__name__})"
             )
         if not is_real(energy.support):
             raise ValueError(
-                f"energy must have real support, the flow's, but {type(energy).__name__} has support={energy.support}; wrap it:"
+                f"energy must have real support, the flow's, but {type(energy).__name__} has"
+                f" support={energy.support}; wrap it:"
                 " Unconstrained(energy)"
             )
         super().__init__((dim if conditional is None else dim + conditional.extra,))
@@ -54,7 +61,8 @@ class Extended(Energy):
         self.has_exact_draws = energy.has_exact_draws
 
     def split(self, xy: Tensor) -> tuple[Tensor, Tensor]:
-        """Events of the energy and latents: ``(*batch, D) -> (*batch, *event), (*batch, D - d)``."""
+        """Events of the energy and latents: ``(*batch, D) -> (*batch, *event), (*batch, D -
+        d)``."""
         batch = self.batch_shape(xy)
         return xy[..., : self.dim].reshape(batch + self.energy.event_shape), xy[..., self.dim :]
 

@@ -1,4 +1,5 @@
-"""What every flow can do for an energy: draw with its density, extend the energy by latents, give the marginal of x."""
+"""What every flow can do for an energy: draw with its density, extend the energy by latents, give
+the marginal of x."""
 
 from __future__ import annotations
 
@@ -26,12 +27,14 @@ __all__ = ["Flow"]
 
 
 class Flow(Saved):
-    r"""A normalised density :math:`q(x, y)` on :math:`R^D`: a draw z of a base, pushed through bijections.
+    r"""A normalised density :math:`q(x, y)` on :math:`R^D`: a draw z of a base, pushed through
+    bijections.
 
     .. math:: \log q(x, y) = \log p(z) - \log |\det \partial (x, y) / \partial z|
 
     The first d entries are x, the variable of an energy. The rest, y, are redundant: a learned
-    :math:`N(y \mid M(x), \Sigma(x))` stands for :math:`q(y \mid x)`. Calling the flow gives the Pyro distribution.
+    :math:`N(y \mid M(x), \Sigma(x))` stands for :math:`q(y \mid x)`. Calling the flow gives the
+    Pyro distribution.
 
     Args:
         transforms: bijections of :math:`R^D` with event dimension 1, in the order from z to (x, y).
@@ -41,8 +44,8 @@ class Flow(Saved):
         base: the density p of z; None is the standard normal.
 
     Raises:
-        ValueError: if 1 <= d <= D does not hold, if ``conditional``, ``base`` or a transform does not fit them, or if their
-            parameters have several dtypes.
+        ValueError: if 1 <= d <= D does not hold, if ``conditional``, ``base`` or a transform does
+            not fit them, or if their parameters have several dtypes.
 
     Example:
         >>> from pyro.distributions.transforms import affine_coupling
@@ -62,22 +65,33 @@ class Flow(Saved):
         base: Base | None = None,
     ) -> None:
         if not 1 <= dim <= total_dim:
-            raise ValueError(f"dim and total_dim must satisfy 1 <= dim <= total_dim, got dim={dim}, total_dim={total_dim}")
+            raise ValueError(
+                f"dim and total_dim must satisfy 1 <= dim <= total_dim, got dim={dim},"
+                f" total_dim={total_dim}"
+            )
         given = (dim, 0) if conditional is None else (conditional.dim, conditional.extra)
         if given != (dim, total_dim - dim):
             raise ValueError(
-                f"conditional must be of dim={dim} and extra={total_dim - dim} (None where extra is 0), got"
+                f"conditional must be of dim={dim} and extra={total_dim - dim} (None where extra"
+                f" is 0), got"
                 f" {None if conditional is None else given}"
             )
         for transform in transforms:
-            if not transform.bijective or (transform.domain.event_dim, transform.codomain.event_dim) != (1, 1):
+            if not transform.bijective or (
+                transform.domain.event_dim,
+                transform.codomain.event_dim,
+            ) != (1, 1):
                 raise ValueError(
-                    "transforms must be bijections of event dimension 1 (put an elementwise one in an IndependentTransform), got"
+                    "transforms must be bijections of event dimension 1 (put an elementwise one in"
+                    " an IndependentTransform), got"
                     f" {type(transform).__name__} from {transform.domain} to {transform.codomain}"
                 )
         for part in (base, *transforms):
             if isinstance(part, (Base, Bijection)) and part.dim != total_dim:
-                raise ValueError(f"{type(part).__name__} must be of total_dim={total_dim} entries, got dim={part.dim}")
+                raise ValueError(
+                    f"{type(part).__name__} must be of total_dim={total_dim} entries, got"
+                    f" dim={part.dim}"
+                )
         super().__init__()
         self.dim = dim
         self.total_dim = total_dim
@@ -86,8 +100,12 @@ class Flow(Saved):
         self.base = StandardNormal(total_dim) if base is None else base
         dtypes = {p.dtype for p in self.parameters() if p.is_floating_point()}
         if len(dtypes) > 1:
-            raise ValueError(f"the parts of a flow must have one dtype, got {sorted(map(str, dtypes))}; convert them with .to()")
-        # an empty buffer knows the dtype and the device that .to() gave, without a walk over the parameters
+            raise ValueError(
+                f"the parts of a flow must have one dtype, got {sorted(map(str, dtypes))}; convert"
+                f" them with .to()"
+            )
+        # an empty buffer knows the dtype and the device that .to() gave, without a walk over the
+        # parameters
         first = next((p for p in self.parameters() if p.is_floating_point()), torch.empty(0))
         self.register_buffer("_anchor", first.new_empty(0), persistent=False)
 
@@ -105,18 +123,23 @@ class Flow(Saved):
         """The joint Pyro distribution over (x, y), event shape ``(D,)``.
 
         Args:
-            stl: let Pyro's ELBOs take the path derivative alone ("sticking the landing", Roeder, Wu and Duvenaud, 2017).
+            stl: let Pyro's ELBOs take the path derivative alone ("sticking the landing", Roeder, Wu
+                and Duvenaud, 2017).
         """
         if stl:
             return _PathDerivative(self)
-        return dist.TransformedDistribution(self.base.distribution(self.dtype, self.device), list(self.transform.parts))
+        return dist.TransformedDistribution(
+            self.base.distribution(self.dtype, self.device), list(self.transform.parts)
+        )
 
     def draw_noise(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """``n`` draws of z, shape ``(n, D)``, with gradients in the parameters of the base where it has any."""
+        """``n`` draws of z, shape ``(n, D)``, with gradients in the parameters of the base where it
+        has any."""
         return self.base.draw(n, generator, self.dtype, self.device)
 
     def push(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        r"""(x, y) and :math:`\log q(x, y)` of z, without any inverse: ``(*batch, D) -> (*batch, D), (*batch)``."""
+        r"""(x, y) and :math:`\log q(x, y)` of z, without any inverse: ``(*batch, D) -> (*batch, D),
+        (*batch)``."""
         self._check(z, "z", self.total_dim)
         log_q = self.base.log_prob(z)
         for transform in self.transform.parts:
@@ -142,19 +165,24 @@ class Flow(Saved):
         return self.base.log_prob(xy) - log_det
 
     def path_log_prob(self, xy: Tensor) -> Tensor:
-        r""":math:`\log q(x, y)` with the parameters held constant: its gradient flows through (x, y) only.
+        r""":math:`\log q(x, y)` with the parameters held constant: its gradient flows through (x,
+        y) only.
 
-        In place of ``log_prob`` in an ELBO it leaves out the score :math:`\nabla_\theta \log q`, whose mean is 0, and with it
-        all the noise of the gradient once q is the target ("sticking the landing", Roeder, Wu and Duvenaud, 2017).
+        In place of ``log_prob`` in an ELBO it leaves out the score :math:`\nabla_\theta \log q`,
+        whose mean is 0, and with it all the noise of the gradient once q is the target ("sticking
+        the landing", Roeder, Wu and Duvenaud, 2017).
         """
-        # a copy: transforms that cache would hand back z with the graph that rsample left, parameters and all
+        # a copy: transforms that cache would hand back z with the graph that rsample left,
+        # parameters and all
         with frozen(self):
             return self.log_prob(xy.clone())
 
     def push_path(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """:meth:`push`, and :meth:`path_log_prob` of what it gives: of layers that are a :class:`Bijection` in one pass."""
+        """:meth:`push`, and :meth:`path_log_prob` of what it gives: of layers that are a
+        :class:`Bijection` in one pass."""
         layers = [layer for layer in self.transform.parts if isinstance(layer, Bijection)]
-        own = type(self).push is not Flow.push or type(self).log_prob is not Flow.log_prob  # the layers are not all of it then
+        # the layers are not all of it then
+        own = type(self).push is not Flow.push or type(self).log_prob is not Flow.log_prob
         if own or len(layers) < len(self.transform.parts) or not torch.is_grad_enabled():
             xy, log_q = self.push(z)
             return xy, log_q, self.path_log_prob(xy)
@@ -171,17 +199,22 @@ class Flow(Saved):
         return z, log_q, log_q.detach() + (score * (z - z.detach())).sum(-1)
 
     def extend(self, energy: Energy) -> Extended:
-        r"""The energy over (x, y) to fit this flow to: :math:`U(x) - \log N(y \mid M(x), \Sigma(x))`.
+        r"""The energy over (x, y) to fit this flow to: :math:`U(x) - \log N(y \mid M(x),
+        \Sigma(x))`.
 
         Raises:
-            ValueError: if the energy's event has not d entries, if its support is not real, or if its dtype or device is not
-                the flow's.
+            ValueError: if the energy's event has not d entries, if its support is not real, or if
+                its dtype or device is not the flow's.
         """
         extended = Extended(energy, self.conditional, self.dim)
-        for what, theirs, ours in (("dtype", energy.dtype, self.dtype), ("device", energy.device, self.device)):
+        for what, theirs, ours in (
+            ("dtype", energy.dtype, self.dtype),
+            ("device", energy.device, self.device),
+        ):
             if theirs != ours:
                 raise ValueError(
-                    f"the flow and the energy must have one {what}: {type(self).__name__} has {ours},"
+                    f"the flow and the energy must have one {what}: {type(self).__name__} has"
+                    f" {ours},"
                     f" {type(energy).__name__} has {theirs}; convert one of them with .to()"
                 )
         return extended
@@ -192,19 +225,29 @@ class Flow(Saved):
         Raises:
             NotImplementedError: for a flow whose Jacobian determinant is not known to be constant.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no closed form of its entropy: average -log_prob over draws")
+        raise NotImplementedError(
+            f"{type(self).__name__} has no closed form of its entropy: average -log_prob over draws"
+        )
 
     def log_prob_x(
-        self, x: Tensor, num_samples: int = 256, method: str = "auto", generator: torch.Generator | None = None
+        self,
+        x: Tensor,
+        num_samples: int = 256,
+        method: str = "auto",
+        generator: torch.Generator | None = None,
     ) -> Tensor:
         r"""The marginal :math:`\log q(x) = \log \int q(x, y)\, dy`, or a lower bound of it.
 
         * D = d: the density itself, exact.
-        * ``"grid"``, for D - d = 1: quadrature over y, refined until it settles; exact to about the root of the dtype's
-          epsilon, and without gradients.
-        * ``"bound"``: a lower bound in the mean, tighter with K (Burda, Grosse and Salakhutdinov, 2016),
+        * ``"grid"``, for D - d = 1: quadrature over y, refined until it settles; exact to about the
+          root of the dtype's epsilon, and without gradients.
+        * ``"bound"``: a lower bound in the mean, tighter with K (Burda, Grosse and Salakhutdinov,
+        2016),
 
-        .. math:: \log \frac1K \sum_k \frac{q(x, y_k)}{N(y_k \mid M(x), \Sigma(x))}, \qquad y_k \sim N(M(x), \Sigma(x)).
+        .. math::
+
+            \log \frac1K \sum_k \frac{q(x, y_k)}{N(y_k \mid M(x), \Sigma(x))}, \qquad y_k \sim
+            N(M(x), \Sigma(x)).
 
         Args:
             x: shape ``(*batch, d)``.
@@ -216,8 +259,8 @@ class Flow(Saved):
             shape ``(*batch)``, in nats.
 
         Raises:
-            ValueError: if a shape, dtype or number is wrong, if ``method`` is unknown, or a grid is asked for where D - d > 1.
-            ArithmeticError: if the quadrature does not settle.
+            ValueError: if a shape, dtype or number is wrong, if ``method`` is unknown, or a grid is
+            asked for where D - d > 1. ArithmeticError: if the quadrature does not settle.
         """
         self._check(x, "x", self.dim)
         if method not in ("auto", "grid", "bound"):
@@ -228,7 +271,10 @@ class Flow(Saved):
             return self.log_prob(x)
         extra = self.total_dim - self.dim
         if method == "grid" and extra > 1:
-            raise ValueError(f"method='grid' integrates over one redundant latent, but total_dim - dim = {extra}; use 'bound'")
+            raise ValueError(
+                f"method='grid' integrates over one redundant latent, but total_dim - dim ="
+                f" {extra}; use 'bound'"
+            )
         if extra == 1 and method != "bound":
             return self._log_marginal(x)
         y = self.conditional.sample(x, num_samples, generator)
@@ -241,20 +287,29 @@ class Flow(Saved):
         y = self.push(self.draw_noise(4096, seeded_generator(0, self.device)))[0][:, -1]
         flat = x.reshape(-1, self.dim)
 
-        def log_joint(grid: Tensor) -> Tensor:  # (points,) -> (points, rows), a few thousand evaluations at a time
+        # (points,) -> (points, rows), a few thousand evaluations at a time
+        def log_joint(grid: Tensor) -> Tensor:
             columns = grid[:, None, None].expand(-1, len(flat), 1)
             rows = flat.expand(len(grid), *flat.shape)
-            parts = [self.log_prob(part) for part in torch.cat((rows, columns), dim=-1).split(max(1, 65536 // max(1, len(flat))))]
+            parts = [
+                self.log_prob(part)
+                for part in torch.cat((rows, columns), dim=-1).split(
+                    max(1, 65536 // max(1, len(flat)))
+                )
+            ]
             return torch.cat(parts)
 
         return _log_integral(log_joint, y.min(), y.max()).reshape(x.shape[:-1])
 
     def _check(self, value: Tensor, name: str, size: int) -> None:
         if value.dim() < 1 or value.shape[-1] != size:
-            raise ValueError(f"{name} must have shape (*batch, {size}), got shape {tuple(value.shape)}")
+            raise ValueError(
+                f"{name} must have shape (*batch, {size}), got shape {tuple(value.shape)}"
+            )
         if value.dtype != self.dtype or value.device != self.device:
             raise ValueError(
-                f"{name} must have the flow's dtype and device, {self.dtype} and {self.device}, got {value.dtype} and"
+                f"{name} must have the flow's dtype and device, {self.dtype} and {self.device},"
+                f" got {value.dtype} and"
                 f" {value.device}"
             )
 
@@ -264,7 +319,9 @@ class _PathDerivative(dist.TransformedDistribution):
 
     def __init__(self, flow: Flow) -> None:
         self.flow = flow
-        super().__init__(flow.base.distribution(flow.dtype, flow.device), list(flow.transform.parts))
+        super().__init__(
+            flow.base.distribution(flow.dtype, flow.device), list(flow.transform.parts)
+        )
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> Self:
         new = self.__new__(type(self)) if _instance is None else _instance
@@ -277,9 +334,11 @@ class _PathDerivative(dist.TransformedDistribution):
 
 
 def _log_integral(log_f: Callable[[Tensor], Tensor], low: Tensor, high: Tensor) -> Tensor:
-    """log of the integral of exp(log_f) over the line by the trapezoidal rule, which is spectrally accurate on tails that vanish.
+    """log of the integral of exp(log_f) over the line by the trapezoidal rule, which is spectrally
+    accurate on tails that vanish.
 
-    The window starts as twice [low, high]; it is doubled while the ends matter and the step halved until the value settles.
+    The window starts as twice [low, high]; it is doubled while the ends matter and the step halved
+    until the value settles.
     """
     tolerance = math.sqrt(torch.finfo(low.dtype).eps)
     middle, half = 0.5 * (low + high), high - low
@@ -296,4 +355,6 @@ def _log_integral(log_f: Callable[[Tensor], Tensor], low: Tensor, high: Tensor) 
             return now
         else:
             last = now
-    raise ArithmeticError(f"the quadrature over y did not settle on {points // 2} points; use method='bound'")
+    raise ArithmeticError(
+        f"the quadrature over y did not settle on {points // 2} points; use method='bound'"
+    )

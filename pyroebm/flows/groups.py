@@ -38,14 +38,17 @@ def sign_flips(dim: int, entries: Sequence[int] | None = None, jointly: bool = F
     if not entries or not all(0 <= entry < dim for entry in entries):
         raise ValueError(f"entries must be some of 0, ..., {dim - 1}, got entries={entries}")
     _check_size(2 if jointly else 2 ** len(entries), f"the sign flips of {len(entries)} entries")
-    choices = [(1.0,), (-1.0,)] if jointly else list(itertools.product((1.0, -1.0), repeat=len(entries)))
+    choices = (
+        [(1.0,), (-1.0,)] if jointly else list(itertools.product((1.0, -1.0), repeat=len(entries)))
+    )
     diagonal = torch.ones(len(choices), dim)
     diagonal[:, list(entries)] = torch.tensor(choices).expand(-1, len(entries))
     return torch.diag_embed(diagonal)
 
 
 def permutations(particles: int, coordinates: int = 1, cyclic: bool = False) -> Tensor:
-    """Exchanges of equal particles, shape ``(G, particles * coordinates, particles * coordinates)``.
+    """Exchanges of equal particles, shape ``(G, particles * coordinates, particles *
+    coordinates)``.
 
     Args:
         particles: how many.
@@ -53,15 +56,19 @@ def permutations(particles: int, coordinates: int = 1, cyclic: bool = False) -> 
         cyclic: only the shifts around a ring, G = ``particles``; otherwise all, G = ``particles!``.
 
     Raises:
-        ValueError: if there are more than 5040 elements. A random subset of them is no group, and a density summed over it
-            is not symmetric: a cyclic subgroup, or a flow that is equivariant by construction, is.
+        ValueError: if there are more than 5040 elements. A random subset of them is no group, and a
+            density summed over it is not symmetric: a cyclic subgroup, or a flow that is
+            equivariant by construction, is.
 
     Example:
         >>> permutations(3, coordinates=2).shape, permutations(3, cyclic=True).shape
         (torch.Size([6, 6, 6]), torch.Size([3, 3, 3]))
     """
     check_counts({"particles": 1, "coordinates": 1}, particles, coordinates)
-    _check_size(particles if cyclic else math.factorial(particles), f"the permutations of {particles} particles")
+    _check_size(
+        particles if cyclic else math.factorial(particles),
+        f"the permutations of {particles} particles",
+    )
     if cyclic:
         orders = [[(i + shift) % particles for i in range(particles)] for shift in range(particles)]
     else:
@@ -71,7 +78,8 @@ def permutations(particles: int, coordinates: int = 1, cyclic: bool = False) -> 
 
 
 def generated_group(generators: Tensor) -> Tensor:
-    """The smallest group that holds the given maps: their products, until no new one appears; shape ``(G, d, d)``.
+    """The smallest group that holds the given maps: their products, until no new one appears; shape
+    ``(G, d, d)``.
 
     Args:
         generators: shape ``(m, d, d)``.
@@ -103,7 +111,8 @@ def multiplication_table(elements: Tensor) -> Tensor:
         elements: shape ``(G, d, d)``.
 
     Raises:
-        ValueError: if the elements are not the whole of a group: no identity, one twice, or a product that is not among them.
+        ValueError: if the elements are not the whole of a group: no identity, one twice, or a
+        product that is not among them.
 
     Example:
         >>> multiplication_table(sign_flips(1))
@@ -117,8 +126,10 @@ def multiplication_table(elements: Tensor) -> Tensor:
         near = _same(element @ elements, elements)
         if not bool((near.sum(1) == 1).all()):
             raise ValueError(
-                f"group must hold every product of its elements, each once: of {len(elements)} elements one has products"
-                f" that are found {sorted(set(near.sum(1).tolist()))} times among them. A part of a group, a random one too, does"
+                f"group must hold every product of its elements, each once: of {len(elements)}"
+                f" elements one has products"
+                f" that are found {sorted(set(near.sum(1).tolist()))} times among them. A part of"
+                f" a group, a random one too, does"
                 " not make a density symmetric; generated_group() completes it"
             )
         rows.append(near.int().argmax(1))
@@ -127,19 +138,30 @@ def multiplication_table(elements: Tensor) -> Tensor:
 
 def _same(a: Tensor, b: Tensor) -> Tensor:
     """Which of a are which of b, up to rounding: ``(A, d, d), (B, d, d) -> (A, B)``."""
-    return torch.cdist(a.flatten(1), b.flatten(1), p=torch.inf) < 100.0 * torch.finfo(a.dtype).eps ** 0.75
+    return (
+        torch.cdist(a.flatten(1), b.flatten(1), p=torch.inf)
+        < 100.0 * torch.finfo(a.dtype).eps ** 0.75
+    )
 
 
 def _check_square(elements: Tensor) -> None:
-    if elements.dim() != 3 or elements.shape[1] != elements.shape[2] or not elements.numel() or not elements.is_floating_point():
+    if (
+        elements.dim() != 3
+        or elements.shape[1] != elements.shape[2]
+        or not elements.numel()
+        or not elements.is_floating_point()
+    ):
         raise ValueError(
-            f"maps must have shape (G, d, d) and be floating point, got shape {tuple(elements.shape)} and dtype {elements.dtype}"
+            f"maps must have shape (G, d, d) and be floating point, got shape"
+            f" {tuple(elements.shape)} and dtype {elements.dtype}"
         )
 
 
 def _check_size(size: int, what: str) -> None:
     if size > MOST:
         raise ValueError(
-            f"{what} must have at most {MOST} elements to be summed over, got at least {size}. A random part of a group would not"
-            " make the density symmetric: take a subgroup, or a flow that is equivariant by construction"
+            f"{what} must have at most {MOST} elements to be summed over, got at least {size}. A"
+            f" random part of a group would not"
+            " make the density symmetric: take a subgroup, or a flow that is equivariant by"
+            " construction"
         )

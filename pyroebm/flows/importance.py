@@ -25,19 +25,22 @@ __all__ = ["ImportanceResult", "ess_fraction", "importance_sample"]
 class ImportanceResult:
     r"""Weighted draws for :math:`p(x) = e^{-U(x)} / C`, from :func:`importance_sample`.
 
-    None of these numbers sees a mode that no draw came near: a proposal inside one of two modes can have a healthy ESS and
-    Pareto k with a ``log_z`` that is too small by many standard errors.
+    None of these numbers sees a mode that no draw came near: a proposal inside one of two modes can
+    have a healthy ESS and Pareto k with a ``log_z`` that is too small by many standard errors.
 
     Attributes:
         x: the draws, shape ``(n, *event)``.
-        log_weights: unnormalised log weights in nats, float64, shape ``(n,)``; :math:`-\infty` where :math:`U = \infty`.
-        log_z: log of the mean weight, an estimate of log C; the mean weight itself is unbiased for C.
-        log_z_se: its standard error, :math:`\mathrm{sd}(w) / (\bar w \sqrt n)` (delta method); ``inf`` where a few weights
-            decide: ``ess`` at most 400 and at most a quarter of n.
+        log_weights: unnormalised log weights in nats, float64, shape ``(n,)``; :math:`-\infty`
+            where :math:`U = \infty`.
+        log_z: log of the mean weight, an estimate of log C; the mean weight itself is unbiased for
+            C.
+        log_z_se: its standard error, :math:`\mathrm{sd}(w) / (\bar w \sqrt n)` (delta method);
+            ``inf`` where a few weights decide: ``ess`` at most 400 and at most a quarter of n.
         ess: effective sample size :math:`(\sum w)^2 / \sum w^2` (Kong, 1992).
-        pareto_k: shape of the weights' tail (Vehtari, Simpson, Gelman, Yao and Gabry, "Pareto Smoothed Importance Sampling",
-            2024), by ArviZ; above 0.7 the estimates cannot be trusted. ``inf`` where fewer than five weights make the tail,
-            ``-inf`` where all weights are equal and there is none.
+        pareto_k: shape of the weights' tail (Vehtari, Simpson, Gelman, Yao and Gabry, "Pareto
+            Smoothed Importance Sampling", 2024), by ArviZ; above 0.7 the estimates cannot be
+            trusted. ``inf`` where fewer than five weights make the tail, ``-inf`` where all weights
+            are equal and there is none.
     """
 
     x: Tensor
@@ -61,12 +64,14 @@ class ImportanceResult:
         r"""Self-normalised estimate of :math:`E_p[f(x)]` and its standard error.
 
         .. math:: \hat\mu = \sum_i \bar w_i f(x_i), \qquad
-            \mathrm{se}^2 = \sum_i \bar w_i^2 (f(x_i) - \hat\mu)^2, \qquad \bar w_i = w_i / \textstyle\sum_j w_j.
+            \mathrm{se}^2 = \sum_i \bar w_i^2 (f(x_i) - \hat\mu)^2, \qquad \bar w_i = w_i /
+            \textstyle\sum_j w_j.
 
         The error is infinite where that of ``log_z`` is.
 
         Args:
-            f: function of the draws, ``(n, *event) -> (n, *shape)``. Draws of weight 0 count for nothing, whatever f is there.
+            f: function of the draws, ``(n, *event) -> (n, *shape)``. Draws of weight 0 count for
+                nothing, whatever f is there.
 
         Returns:
             value and standard error, float64, both of shape ``shape``.
@@ -76,7 +81,9 @@ class ImportanceResult:
         """
         values = f(self.x).to(torch.float64)
         if values.dim() < 1 or len(values) != len(self.x):
-            raise ValueError(f"f must map {len(self.x)} draws to as many values, got shape {tuple(values.shape)}")
+            raise ValueError(
+                f"f must map {len(self.x)} draws to as many values, got shape {tuple(values.shape)}"
+            )
         kept = self.weights > 0
         values, weights = values[kept], self.weights[kept].reshape(-1, *[1] * (values.dim() - 1))
         mean = (weights * values).sum(0)
@@ -84,7 +91,8 @@ class ImportanceResult:
         return mean, torch.full_like(error, math.inf) if too_few(self.ess, len(self.x)) else error
 
     def resample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """``n`` independent draws from the weighted ones, shape ``(n, *event)``: nearly from p where ``ess`` is large.
+        """``n`` independent draws from the weighted ones, shape ``(n, *event)``: nearly from p
+        where ``ess`` is large.
 
         Raises:
             ValueError: if ``n`` < 1.
@@ -105,15 +113,15 @@ def importance_sample(
 ) -> ImportanceResult:
     r"""Draw x from a proposal and weigh it for :math:`p(x) = e^{-U(x)} / C`.
 
-    A flow with redundant latents is weighed on (x, y) together, which keeps the mean weight unbiased for C whatever M and
-    :math:`\Sigma` are:
+    A flow with redundant latents is weighed on (x, y) together, which keeps the mean weight
+    unbiased for C whatever M and :math:`\Sigma` are:
 
     .. math:: w = \frac{e^{-U(x)} N(y \mid M(x), \Sigma(x))}{q(x, y)}
         = \frac{e^{-U(x)} N(y \mid M(x), \Sigma(x)) |\det S|}{N(z \mid 0, I)}
 
     Args:
-        proposal: a flow for the energy, or a Pyro distribution of the energy's event shape. The latter draws from torch's
-            global generator, which is seeded for it and put back.
+        proposal: a flow for the energy, or a Pyro distribution of the energy's event shape. The
+            latter draws from torch's global generator, which is seeded for it and put back.
         energy: U.
         n: number of draws.
         seed: of a generator on the proposal's device.
@@ -125,7 +133,8 @@ def importance_sample(
 
     Raises:
         ValueError: if ``n`` or ``batch_size`` < 1, or if shapes, dtypes or devices do not fit.
-        FloatingPointError: if a log weight is NaN or +inf (with their numbers), or if every weight is 0.
+        FloatingPointError: if a log weight is NaN or +inf (with their numbers), or if every weight
+        is 0.
 
     Example:
         >>> import pyro.distributions as dist
@@ -139,12 +148,20 @@ def importance_sample(
             raise ValueError(f"{name} must be at least 1, got {name}={value}")
     check_weighable(energy)
     if generator is None:
-        generator = seeded_generator(seed, proposal.device if isinstance(proposal, Flow) else energy.device)
-    draw = _flow_weights(proposal, energy) if isinstance(proposal, Flow) else _distribution_weights(proposal, energy)
+        generator = seeded_generator(
+            seed, proposal.device if isinstance(proposal, Flow) else energy.device
+        )
+    draw = (
+        _flow_weights(proposal, energy)
+        if isinstance(proposal, Flow)
+        else _distribution_weights(proposal, energy)
+    )
     sizes = [batch_size] * (n // batch_size) + [n % batch_size] * (n % batch_size > 0)
     with torch.no_grad(), eval_mode(energy):
         parts = [draw(size, generator) for size in sizes]
-    return _summary(torch.cat([x for x, _ in parts]), torch.cat([log_w for _, log_w in parts]).double())
+    return _summary(
+        torch.cat([x for x, _ in parts]), torch.cat([log_w for _, log_w in parts]).double()
+    )
 
 
 _Draw = Callable[[int, torch.Generator], tuple[Tensor, Tensor]]
@@ -162,11 +179,15 @@ def _flow_weights(flow: Flow, energy: Energy) -> _Draw:
 
 def _distribution_weights(proposal: Distribution, energy: Energy) -> _Draw:
     if not getattr(proposal, "normalized", True):
-        raise ValueError(f"proposal must be normalised: {type(proposal).__name__} does not know its log Z")
+        raise ValueError(
+            f"proposal must be normalised: {type(proposal).__name__} does not know its log Z"
+        )
     if proposal.batch_shape or proposal.event_shape != energy.event_shape:
         raise ValueError(
-            f"proposal must have batch_shape () and the energy's event_shape {tuple(energy.event_shape)}, got batch_shape"
-            f" {tuple(proposal.batch_shape)} and event_shape {tuple(proposal.event_shape)}; a flow goes in itself, not called"
+            f"proposal must have batch_shape () and the energy's event_shape"
+            f" {tuple(energy.event_shape)}, got batch_shape"
+            f" {tuple(proposal.batch_shape)} and event_shape {tuple(proposal.event_shape)}; a flow"
+            f" goes in itself, not called"
         )
 
     def draw(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -193,11 +214,14 @@ def _summary(x: Tensor, log_weights: Tensor) -> ImportanceResult:
     nan, infinite = int(log_weights.isnan().sum()), int((log_weights == math.inf).sum())
     if nan or infinite:
         raise FloatingPointError(
-            f"of n={n} log weights {nan} are NaN and {infinite} are +inf: the energy or the proposal's density"
+            f"of n={n} log weights {nan} are NaN and {infinite} are +inf: the energy or the"
+            f" proposal's density"
             " is not finite there"
         )
     if bool((log_weights == -math.inf).all()):
-        raise FloatingPointError(f"all n={n} weights are 0: no draw of the proposal lies where the energy is finite")
+        raise FloatingPointError(
+            f"all n={n} weights are 0: no draw of the proposal lies where the energy is finite"
+        )
     log_z, error, ess = log_mean(log_weights)
     return ImportanceResult(
         x=x,

@@ -13,15 +13,17 @@ __all__ = ["PLULinear", "Permutation", "Shift"]
 
 
 class PLULinear(Bijection):
-    r"""An invertible matrix :math:`x = S z` with :math:`S = P L U` (Kingma and Dhariwal, "Glow", 2018).
+    r"""An invertible matrix :math:`x = S z` with :math:`S = P L U` (Kingma and Dhariwal, "Glow",
+    2018).
 
-    P is a fixed permutation, L unit lower triangular, U upper triangular with diagonal :math:`s_i e^{u_i}`, the signs s
-    fixed. S stays invertible whatever the parameters are, and
+    P is a fixed permutation, L unit lower triangular, U upper triangular with diagonal :math:`s_i
+    e^{u_i}`, the signs s fixed. S stays invertible whatever the parameters are, and
 
     .. math:: \log|\det S| = \sum_i u_i.
 
     Args:
-        matrix: initial S, shape ``(D, D)``, floating point; P and s are those of its pivoted PLU factorisation.
+        matrix: initial S, shape ``(D, D)``, floating point; P and s are those of its pivoted PLU
+            factorisation.
 
     Raises:
         ValueError: if ``matrix`` is not square, not floating point, or singular.
@@ -39,14 +41,22 @@ class PLULinear(Bijection):
     signs: Tensor
 
     def __init__(self, matrix: Tensor) -> None:
-        if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1] or not matrix.is_floating_point():
+        if (
+            matrix.dim() != 2
+            or matrix.shape[0] != matrix.shape[1]
+            or not matrix.is_floating_point()
+        ):
             raise ValueError(
-                f"matrix must be square and of floating point, got shape {tuple(matrix.shape)} and dtype {matrix.dtype}"
+                f"matrix must be square and of floating point, got shape {tuple(matrix.shape)} and"
+                f" dtype {matrix.dtype}"
             )
         permutation, lower, upper = torch.linalg.lu(matrix.detach())
         diagonal = upper.diagonal()
         if not bool((diagonal != 0).all() & torch.isfinite(diagonal).all()):
-            raise ValueError(f"matrix must be invertible, got the diagonal {diagonal.tolist()} in the U of its PLU factors")
+            raise ValueError(
+                f"matrix must be invertible, got the diagonal {diagonal.tolist()} in the U of its"
+                f" PLU factors"
+            )
         super().__init__(matrix.shape[0])
         self.register_buffer("order", permutation.argmax(dim=1))  # (P v)_i = v[order_i]
         self.register_buffer("signs", diagonal.sign())
@@ -56,7 +66,9 @@ class PLULinear(Bijection):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """L and U, each ``(D, D)``."""
-        lower = self.below.tril(-1) + torch.eye(self.dim, dtype=self.below.dtype, device=self.below.device)
+        lower = self.below.tril(-1) + torch.eye(
+            self.dim, dtype=self.below.dtype, device=self.below.device
+        )
         return lower, self.above.triu(1) + torch.diag(self.signs * self.log_diagonal.exp())
 
     def matrix(self) -> Tensor:
@@ -83,8 +95,12 @@ class PLULinear(Bijection):
     def with_score(self, z: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         with torch.no_grad():
             lower, upper = self.factors()
-            columns = torch.linalg.solve_triangular(upper.T, score.reshape(-1, self.dim).T, upper=False)
-            columns = torch.linalg.solve_triangular(lower.T, columns, upper=True, unitriangular=True)
+            columns = torch.linalg.solve_triangular(
+                upper.T, score.reshape(-1, self.dim).T, upper=False
+            )
+            columns = torch.linalg.solve_triangular(
+                lower.T, columns, upper=True, unitriangular=True
+            )
         return *self.with_log_det(z), columns[self.order].T.reshape(score.shape)
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
@@ -95,7 +111,8 @@ class PLULinear(Bijection):
 class Shift(Bijection):
     r"""A learned translation :math:`x = z + c`, with :math:`\log|\det \partial x/\partial z| = 0`.
 
-    NICE (Dinh, Krueger and Bengio, 2014) is centred without it: additive coupling of one dimension, and S, move no mean.
+    NICE (Dinh, Krueger and Bengio, 2014) is centred without it: additive coupling of one dimension,
+    and S, move no mean.
 
     Args:
         offset: initial c, shape ``(D,)``, floating point.
@@ -111,7 +128,8 @@ class Shift(Bijection):
     def __init__(self, offset: Tensor) -> None:
         if offset.dim() != 1 or not offset.is_floating_point():
             raise ValueError(
-                f"offset must be a vector of floating point, got shape {tuple(offset.shape)} and dtype {offset.dtype}"
+                f"offset must be a vector of floating point, got shape {tuple(offset.shape)} and"
+                f" dtype {offset.dtype}"
             )
         super().__init__(len(offset))
         self.offset = nn.Parameter(offset.detach().clone())
@@ -133,7 +151,8 @@ class Shift(Bijection):
 
 
 class Permutation(Bijection):
-    r"""A fixed reordering :math:`x_i = z_{\pi(i)}`, between couplings that would otherwise never mix some entries.
+    r"""A fixed reordering :math:`x_i = z_{\pi(i)}`, between couplings that would otherwise never
+    mix some entries.
 
     Args:
         order: :math:`\pi`, a permutation of 0, ..., D - 1.
@@ -151,7 +170,9 @@ class Permutation(Bijection):
 
     def __init__(self, order: Sequence[int]) -> None:
         if sorted(order) != list(range(len(order))):
-            raise ValueError(f"order must be a permutation of 0, ..., D - 1, got order={list(order)}")
+            raise ValueError(
+                f"order must be a permutation of 0, ..., D - 1, got order={list(order)}"
+            )
         super().__init__(len(order))
         index = torch.tensor(list(order))
         self.register_buffer("order", index, persistent=False)

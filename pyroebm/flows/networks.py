@@ -20,10 +20,13 @@ LOG_2PI = math.log(2.0 * math.pi)
 class ConditionalGaussian(nn.Module):
     r"""A learned Gaussian :math:`N(y \mid M(x), \Sigma(x))` with full covariance.
 
-    One network gives :math:`M(x)` and the inverse Cholesky factor :math:`W(x) = L(x)^{-1}` of :math:`\Sigma = L L^\top`,
-    lower triangular with diagonal :math:`e^{w(x)} > 0`, so the density needs no solve:
+    One network gives :math:`M(x)` and the inverse Cholesky factor :math:`W(x) = L(x)^{-1}` of
+    :math:`\Sigma = L L^\top`, lower triangular with diagonal :math:`e^{w(x)} > 0`, so the density
+    needs no solve:
 
-    .. math:: \log N(y \mid M, \Sigma) = \sum_i w_i - \tfrac12 |W (y - M)|^2 - \tfrac{k}{2} \log 2\pi,
+    .. math::
+
+        \log N(y \mid M, \Sigma) = \sum_i w_i - \tfrac12 |W (y - M)|^2 - \tfrac{k}{2} \log 2\pi,
         \qquad \log\det\Sigma = -2 \sum_i w_i.
 
     It starts as the standard normal, whatever x is.
@@ -60,12 +63,17 @@ class ConditionalGaussian(nn.Module):
         super().__init__()
         self.dim, self.extra = dim, extra
         outputs = 2 * extra + extra * (extra - 1) // 2
-        self.net = mlp(dim, outputs, hidden, activation=activation, dtype=dtype, generator=generator)
+        self.net = mlp(
+            dim, outputs, hidden, activation=activation, dtype=dtype, generator=generator
+        )
 
     def parts(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """M ``(*batch, k)``, w ``(*batch, k)`` and the strictly lower part of W ``(*batch, k, k)`` at x ``(*batch, d)``."""
+        """M ``(*batch, k)``, w ``(*batch, k)`` and the strictly lower part of W ``(*batch, k, k)``
+        at x ``(*batch, d)``."""
         if x.dim() < 1 or x.shape[-1] != self.dim:
-            raise ValueError(f"x must have shape (*batch, dim) with dim={self.dim}, got shape {tuple(x.shape)}")
+            raise ValueError(
+                f"x must have shape (*batch, dim) with dim={self.dim}, got shape {tuple(x.shape)}"
+            )
         k = self.extra
         out = self.net(x)
         below = out.new_zeros(*out.shape[:-1], k, k)
@@ -75,17 +83,22 @@ class ConditionalGaussian(nn.Module):
         return out[..., :k], out[..., k : 2 * k], below
 
     def forward(self, x: Tensor) -> dist.MultivariateNormal:
-        """The Pyro distribution of y at x ``(*batch, d)``: batch shape ``batch``, event shape ``(k,)``."""
+        """The Pyro distribution of y at x ``(*batch, d)``: batch shape ``batch``, event shape
+        ``(k,)``."""
         mean, log_diagonal, below = self.parts(x)
         whitening = below + torch.diag_embed(log_diagonal.exp())
         identity = torch.eye(self.extra, dtype=x.dtype, device=x.device).expand_as(whitening)
-        return dist.MultivariateNormal(mean, scale_tril=torch.linalg.solve_triangular(whitening, identity, upper=False))
+        return dist.MultivariateNormal(
+            mean, scale_tril=torch.linalg.solve_triangular(whitening, identity, upper=False)
+        )
 
     def log_prob(self, y: Tensor, x: Tensor) -> Tensor:
-        r""":math:`\log N(y \mid M(x), \Sigma(x))` of y ``(*batch, k)`` at x ``(*batch, d)``: ``(*batch)``, in nats."""
+        r""":math:`\log N(y \mid M(x), \Sigma(x))` of y ``(*batch, k)`` at x ``(*batch, d)``:
+        ``(*batch)``, in nats."""
         if y.shape != (*x.shape[:-1], self.extra):
             raise ValueError(
-                f"y must have shape {(*x.shape[:-1], self.extra)} to go with x of shape {tuple(x.shape)}, got {tuple(y.shape)}"
+                f"y must have shape {(*x.shape[:-1], self.extra)} to go with x of shape"
+                f" {tuple(x.shape)}, got {tuple(y.shape)}"
             )
         mean, log_diagonal, below = self.parts(x)
         white = log_diagonal.exp() * (y - mean)
@@ -93,8 +106,13 @@ class ConditionalGaussian(nn.Module):
             white = white + (below @ (y - mean).unsqueeze(-1)).squeeze(-1)
         return (log_diagonal - 0.5 * white**2).sum(-1) - 0.5 * self.extra * LOG_2PI
 
-    def sample(self, x: Tensor, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
-        """``num_samples`` reparameterised draws of y at each x: ``(*batch, d) -> (num_samples, *batch, k)``."""
+    def sample(
+        self, x: Tensor, num_samples: int, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """``num_samples`` reparameterised draws of y at each x: ``(*batch, d) -> (num_samples,
+        *batch, k)``."""
         conditional = self(x)
-        noise = standard_normal((num_samples, *x.shape[:-1], self.extra), generator, x.dtype, x.device)
+        noise = standard_normal(
+            (num_samples, *x.shape[:-1], self.extra), generator, x.dtype, x.device
+        )
         return conditional.loc + (conditional.scale_tril @ noise.unsqueeze(-1)).squeeze(-1)

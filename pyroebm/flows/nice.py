@@ -21,20 +21,23 @@ __all__ = ["NICE", "RedundantNICE"]
 class RedundantNICE(Flow):
     r"""NICE with redundant latents: :math:`(x, y) = S F(z) + c`, z standard normal in :math:`R^D`.
 
-    F is a chain of additive couplings (:class:`AdditiveCoupling`; Dinh, Krueger and Bengio, "NICE: Non-linear Independent
-    Components Estimation", 2014), so its determinant is 1; S is an invertible matrix (:class:`PLULinear`):
+    F is a chain of additive couplings (:class:`AdditiveCoupling`; Dinh, Krueger and Bengio, "NICE:
+    Non-linear Independent Components Estimation", 2014), so its determinant is 1; S is an
+    invertible matrix (:class:`PLULinear`):
 
     .. math:: \log q(x, y) = \log N(z \mid 0, I) - \log |\det S|
 
-    A map that preserves volume carries the heights of the normal to x as they are, so it cannot fit most targets alone
-    (D = d). With D > d the Gaussian of y given x may be wide where q(x) is high: the marginal of x becomes flexible.
+    A map that preserves volume carries the heights of the normal to x as they are, so it cannot fit
+    most targets alone (D = d). With D > d the Gaussian of y given x may be wide where q(x) is high:
+    the marginal of x becomes flexible.
 
     A fresh flow is :math:`(x, y) = z`, and its :math:`N(y \mid M(x), \Sigma(x))` is standard.
 
     Args:
         dim: d, entries of x (1 for a scalar energy).
         total_dim: D; equal to ``dim`` there are no latents, as in :class:`NICE`.
-        couplings: number of additive couplings, alternating; none where D = 1, which has nothing to couple.
+        couplings: number of additive couplings, alternating; none where D = 1, which has nothing to
+            couple.
         hidden: widths of the hidden layers of every network.
         shift: learn c; without it c = 0.
         activation: ``"silu"`` or ``"tanh"``.
@@ -68,11 +71,21 @@ class RedundantNICE(Flow):
         if couplings < 0:
             raise ValueError(f"couplings must not be negative, got couplings={couplings}")
         if not 1 <= dim <= total_dim:
-            raise ValueError(f"dim and total_dim must satisfy 1 <= dim <= total_dim, got dim={dim}, total_dim={total_dim}")
+            raise ValueError(
+                f"dim and total_dim must satisfy 1 <= dim <= total_dim, got dim={dim},"
+                f" total_dim={total_dim}"
+            )
         dtype = torch.get_default_dtype() if dtype is None else dtype
         generator = seeded_generator(seed)
         layers: list[Any] = [
-            AdditiveCoupling(total_dim, flip=bool(k % 2), hidden=hidden, activation=activation, dtype=dtype, generator=generator)
+            AdditiveCoupling(
+                total_dim,
+                flip=bool(k % 2),
+                hidden=hidden,
+                activation=activation,
+                dtype=dtype,
+                generator=generator,
+            )
             for k in range(couplings if total_dim > 1 else 0)
         ]
         layers.append(PLULinear(torch.eye(total_dim, dtype=dtype)))
@@ -81,7 +94,12 @@ class RedundantNICE(Flow):
         conditional = None
         if total_dim > dim:
             conditional = ConditionalGaussian(
-                dim, total_dim - dim, hidden, activation=activation, dtype=dtype, generator=generator
+                dim,
+                total_dim - dim,
+                hidden,
+                activation=activation,
+                dtype=dtype,
+                generator=generator,
             )
         super().__init__(layers, dim, total_dim, conditional, base)
         self._config = {
@@ -112,7 +130,8 @@ class RedundantNICE(Flow):
         """
         if not isinstance(self.base, StandardNormal):
             raise NotImplementedError(
-                f"the entropy has a closed form for the standard normal base alone, got {type(self.base).__name__}: average"
+                f"the entropy has a closed form for the standard normal base alone, got"
+                f" {type(self.base).__name__}: average"
                 " -log_prob over draws"
             )
         return self.log_abs_det() + 0.5 * self.total_dim * (1.0 + LOG_2PI)
@@ -121,18 +140,22 @@ class RedundantNICE(Flow):
         r"""Entropy of x in nats, :math:`\log|\det S| + H(z)`, a scalar: for D = d.
 
         Raises:
-            NotImplementedError: for D > d, where x is a marginal of the flow and only the joint has a closed form.
+            NotImplementedError: for D > d, where x is a marginal of the flow and only the joint has
+            a closed form.
         """
         if self.total_dim > self.dim:
             raise NotImplementedError(
-                f"H(x) = log|det S| + H(z) holds for total_dim = dim; here dim={self.dim}, total_dim={self.total_dim}: x is a"
-                " marginal of the flow. joint_entropy() is that of (x, y); average -log_prob_x(x) over draws for that of x"
+                f"H(x) = log|det S| + H(z) holds for total_dim = dim; here dim={self.dim},"
+                f" total_dim={self.total_dim}: x is a"
+                " marginal of the flow. joint_entropy() is that of (x, y); average -log_prob_x(x)"
+                " over draws for that of x"
             )
         return self.joint_entropy()
 
 
 class NICE(RedundantNICE):
-    r"""NICE for an energy: :math:`x = S F(z) + c`, the case D = d of :class:`RedundantNICE`, with the same methods.
+    r"""NICE for an energy: :math:`x = S F(z) + c`, the case D = d of :class:`RedundantNICE`, with
+    the same methods.
 
     .. math:: \log q(x) = \log N(z \mid 0, I) - \log|\det S|, \qquad H(x) = \log|\det S| + H(z)
 
@@ -169,5 +192,15 @@ class NICE(RedundantNICE):
         dtype: torch.dtype | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(dim, dim, couplings, hidden, shift, activation=activation, base=base, dtype=dtype, seed=seed)
+        super().__init__(
+            dim,
+            dim,
+            couplings,
+            hidden,
+            shift,
+            activation=activation,
+            base=base,
+            dtype=dtype,
+            seed=seed,
+        )
         del self._config["total_dim"]

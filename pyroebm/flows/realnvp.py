@@ -1,4 +1,5 @@
-"""RealNVP for energies: soft-clamped affine couplings, a final affine layer and a logarithmic tail."""
+"""RealNVP for energies: soft-clamped affine couplings, a final affine layer and a logarithmic
+tail."""
 
 from __future__ import annotations
 
@@ -19,12 +20,14 @@ __all__ = ["RealNVP"]
 
 
 class RealNVP(Flow):
-    r"""Affine couplings for an energy (Dinh, Sohl-Dickstein and Bengio, "Density estimation using Real NVP", 2017).
+    r"""Affine couplings for an energy (Dinh, Sohl-Dickstein and Bengio, "Density estimation using
+    Real NVP", 2017).
 
     .. math:: (x, y) = \mathrm{LOFT}\big(S\, f_L \circ \dots \circ f_1(z) + c\big)
 
-    Layers come in pairs, each of which moves every entry. For each pair but the first it is drawn anew which entries pass first,
-    without which some would never meet. A fresh flow is the base itself, scaled.
+    Layers come in pairs, each of which moves every entry. For each pair but the first it is drawn
+    anew which entries pass first, without which some would never meet. A fresh flow is the base
+    itself, scaled.
 
     Args:
         dim: d, entries of x.
@@ -70,21 +73,44 @@ class RealNVP(Flow):
         check_counts({"dim": 1, "layers": 0}, dim, layers)
         total = dim if total_dim is None else total_dim
         if total < dim:
-            raise ValueError(f"dim and total_dim must satisfy 1 <= dim <= total_dim, got dim={dim}, total_dim={total}")
+            raise ValueError(
+                f"dim and total_dim must satisfy 1 <= dim <= total_dim, got dim={dim},"
+                f" total_dim={total}"
+            )
         if not scale > 0.0:
             raise ValueError(f"scale must be positive, got scale={scale}")
         dtype = torch.get_default_dtype() if dtype is None else dtype
         generator = seeded_generator(seed)
-        net: dict[str, Any] = {"hidden": hidden, "activation": activation, "dtype": dtype, "generator": generator}
+        net: dict[str, Any] = {
+            "hidden": hidden,
+            "activation": activation,
+            "dtype": dtype,
+            "generator": generator,
+        }
         parts: list[Any] = []
         masks = coupling_masks(total, mask, layers, generator)
-        parts += [AffineCoupling(total, mask=passing, clamp=clamp, soft=soft, **net) for passing in masks]
-        parts += [PLULinear(scale * torch.eye(total, dtype=dtype)), Shift(torch.zeros(total, dtype=dtype))]
+        parts += [
+            AffineCoupling(total, mask=passing, clamp=clamp, soft=soft, **net) for passing in masks
+        ]
+        parts += [
+            PLULinear(scale * torch.eye(total, dtype=dtype)),
+            Shift(torch.zeros(total, dtype=dtype)),
+        ]
         if loft is not None:
             parts.append(Loft(total, loft))
         conditional = ConditionalGaussian(dim, total - dim, **net) if total > dim else None
         super().__init__(parts, dim, total, conditional, base)
         self._config = {
-            "dim": dim, "layers": layers, "hidden": list(hidden), "total_dim": total_dim, "mask": mask, "clamp": clamp,
-            "soft": soft, "loft": loft, "scale": scale, "activation": activation, "base": base, "seed": seed,
-        }  # fmt: skip
+            "dim": dim,
+            "layers": layers,
+            "hidden": list(hidden),
+            "total_dim": total_dim,
+            "mask": mask,
+            "clamp": clamp,
+            "soft": soft,
+            "loft": loft,
+            "scale": scale,
+            "activation": activation,
+            "base": base,
+            "seed": seed,
+        }

@@ -1,4 +1,5 @@
-"""What a flow is worth for its target, from both sides: reverse figures, and what they cannot see."""
+"""What a flow is worth for its target, from both sides: reverse figures, and what they cannot
+see."""
 
 from __future__ import annotations
 
@@ -11,7 +12,12 @@ from torch import Tensor
 from pyroebm.core._checks import check_counts
 from pyroebm.core.energy import Energy
 from pyroebm.core.rng import seeded_generator
-from pyroebm.core.statistics import Estimate, energy_distance, maximum_mean_discrepancy, mode_coverage_entropy
+from pyroebm.core.statistics import (
+    Estimate,
+    energy_distance,
+    maximum_mean_discrepancy,
+    mode_coverage_entropy,
+)
 from pyroebm.core.wrappers import eval_mode
 from pyroebm.flows.flow import Flow
 from pyroebm.flows.importance import ImportanceResult, ess_fraction, importance_sample
@@ -24,25 +30,28 @@ MISSING = 0.1
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FlowReport:
-    r"""Figures of a flow q for a target p, from :func:`judge_flow`; log weights are :math:`-U(x) - \log q(x)`.
+    r"""Figures of a flow q for a target p, from :func:`judge_flow`; log weights are :math:`-U(x) -
+    \log q(x)`.
 
-    The reverse figures are means over the flow's own draws: none of them sees a mode without such draws. The forward ones are
-    over draws of the target, and None where there are none.
+    The reverse figures are means over the flow's own draws: none of them sees a mode without such
+    draws. The forward ones are over draws of the target, and None where there are none.
 
     Attributes:
         weighted: the importance sampling of ``n`` draws: log Z, effective sample size, Pareto k.
         elbo: mean log weight over q, at most log Z; with redundant latents over (x, y).
-        marginal_ess: effective sample size of the weights of x alone, as a fraction; at least the extended one. Equal to it for
-            D = d; from a K-sample bound of q(x) where D - d > 1.
+        marginal_ess: effective sample size of the weights of x alone, as a fraction; at least the
+            extended one. Equal to it for D = d; from a K-sample bound of q(x) where D - d > 1.
         eubo: mean log weight over p, at least log Z.
-        forward_ess: effective sample size over p, as a fraction: 1 over the mean weight times the mean inverse weight.
+        forward_ess: effective sample size over p, as a fraction: 1 over the mean weight times the
+            mean inverse weight.
         energy_distance: between draws of q and of p (squared), and
         discrepancy: the squared maximum mean discrepancy, without bias.
         corrected_distance: the energy distance of draws resampled by weight.
         mode_weights: true weights of the modes, where the target knows them,
         mode_shares: of the flow's draws, and
         weighted_shares: of the weighted draws, ``(k,)``.
-        coverage_entropy: that of ``mode_shares`` (:func:`pyroebm.core.statistics.mode_coverage_entropy`).
+        coverage_entropy: that of ``mode_shares``
+            (:func:`pyroebm.core.statistics.mode_coverage_entropy`).
         missing: modes of which the flow draws less than a tenth of their weight.
         log_z: the exact one, where it is known.
         evaluations: of the target, spent on this report.
@@ -68,7 +77,8 @@ class FlowReport:
 
     @property
     def redundancy_gap(self) -> float:
-        """What the latents y cost: the effective sample size of x alone less the extended one, as fractions."""
+        """What the latents y cost: the effective sample size of x alone less the extended one, as
+        fractions."""
         return self.marginal_ess - self.weighted.ess_fraction
 
     def __str__(self) -> str:
@@ -76,21 +86,33 @@ class FlowReport:
         truth = "" if self.log_z is None else f" (exact {self.log_z:.5g})"
         lines = [
             f"log Z {w.log_z:.5f} +- {w.log_z_se:.2g}{truth}; ELBO {self.elbo}",
-            f"reverse ESS {w.ess_fraction:.4f} of n, of x alone {self.marginal_ess:.4f} (gap {self.redundancy_gap:.4f});"
+            f"reverse ESS {w.ess_fraction:.4f} of n, of x alone {self.marginal_ess:.4f} (gap"
+            f" {self.redundancy_gap:.4f});"
             f" Pareto k {w.pareto_k:.2f}",
         ]
         if self.eubo is not None:
             lines += [
                 f"forward ESS {self.forward_ess:.4f}; EUBO {self.eubo}",
-                f"energy distance {self.energy_distance}, after weighting {self.corrected_distance}",
+                f"energy distance {self.energy_distance}, after weighting"
+                f" {self.corrected_distance}",
                 f"discrepancy {self.discrepancy}",
             ]
-        if self.mode_weights is not None and self.mode_shares is not None and self.weighted_shares is not None:
+        if (
+            self.mode_weights is not None
+            and self.mode_shares is not None
+            and self.weighted_shares is not None
+        ):
             apart = (self.weighted_shares - self.mode_weights).abs()
-            shown = range(len(apart)) if len(apart) <= 9 else [int(apart.argmax())]  # of many the one that is worst
-            lines.append(f"mode-coverage entropy {self.coverage_entropy:.4f}; mass of modes, drawn, weighted (true):")
+            # of many the one that is worst
+            shown = range(len(apart)) if len(apart) <= 9 else [int(apart.argmax())]
+            lines.append(
+                f"mode-coverage entropy {self.coverage_entropy:.4f}; mass of modes, drawn,"
+                f" weighted (true):"
+            )
             lines += [
-                f"  {k}: {self.mode_shares[k]:.4f}, {self.weighted_shares[k]:.4f} ({self.mode_weights[k]:.4f})" for k in shown
+                f"  {k}: {self.mode_shares[k]:.4f}, {self.weighted_shares[k]:.4f}"
+                f" ({self.mode_weights[k]:.4f})"
+                for k in shown
             ]
         return "\n".join([*lines, f"{self.evaluations} evaluations of the target", *self.findings])
 
@@ -109,10 +131,12 @@ def judge_flow(
 
     Args:
         flow: q.
-        energy: U. Its exact draws are taken where it has them, its ``mode_weights`` and ``log_z`` where it knows them.
+        energy: U. Its exact draws are taken where it has them, its ``mode_weights`` and ``log_z``
+            where it knows them.
         n: draws of the flow, and of the target where it has exact ones.
-        draws: of the target in place of exact ones: independent ones ``(m, *event)``, or those of chains ``(chains, m, *event)``,
-            which must have mixed. Chains, not their draws, then count as independent in the errors of the EUBO and of distances.
+        draws: of the target in place of exact ones: independent ones ``(m, *event)``, or those of
+            chains ``(chains, m, *event)``, which must have mixed. Chains, not their draws, then
+            count as independent in the errors of the EUBO and of distances.
         num_distances: draws of each law for the distances between them.
         num_marginal: draws for the weights of x alone where there are redundant latents.
         seed: of all draws.
@@ -125,7 +149,10 @@ def judge_flow(
         >>> from pyroebm.targets import DoubleWell
         >>> flow = NICE(1)
         >>> with torch.no_grad():  # the best normal law within the left well
-        ...     _ = flow.linear.log_diagonal.fill_(math.log(0.245)), flow.transform.parts[-1].offset.fill_(-1.413)
+        ...     _ = (
+        ...         flow.linear.log_diagonal.fill_(math.log(0.245)),
+        ...         flow.transform.parts[-1].offset.fill_(-1.413),
+        ...     )
         >>> report = judge_flow(flow, DoubleWell(), n=1000)
         >>> report.weighted.ess_fraction > 0.8, report.missing, report.forward_ess < 0.01
         (True, (1,), True)
@@ -155,14 +182,20 @@ def judge_flow(
         if draws is not None:
             xy = target.complete(draws, generator)
             log_forward = (-target(xy) - flow.log_prob(xy)).double()
-            eubo = Estimate.of(log_forward if chains is None else log_forward.reshape(chains, -1).mean(1))
+            eubo = Estimate.of(
+                log_forward if chains is None else log_forward.reshape(chains, -1).mean(1)
+            )
             evaluations += len(draws)
     some = min(num_distances, n)
     far = near = discrepancy = None
     if draws is not None:
         some_draws = torch.randperm(len(draws), generator=generator, device=generator.device)[:some]
-        y = draws[some_draws.sort().values.to(draws.device)]  # a chain's beside each other, for the groups of the jackknife
-        far, discrepancy = energy_distance(weighted.x[:some], y), maximum_mean_discrepancy(weighted.x[:some], y)
+        # a chain's beside each other, for the groups of the jackknife
+        y = draws[some_draws.sort().values.to(draws.device)]
+        far, discrepancy = (
+            energy_distance(weighted.x[:some], y),
+            maximum_mean_discrepancy(weighted.x[:some], y),
+        )
         near = energy_distance(weighted.resample(some, generator), y)
     weights = getattr(energy, "mode_weights", None)
     shares = corrected = entropy = None
@@ -174,7 +207,11 @@ def judge_flow(
         corrected = torch.bincount(modes.cpu(), weighted.weights.cpu(), minlength=len(weights))
         entropy = mode_coverage_entropy(modes.cpu(), weights)
         # of a mode too small to be seen among n draws nothing can be said
-        missing = tuple(int(k) for k in range(len(weights)) if shares[k] < MISSING * weights[k] and n * weights[k] > 30.0)
+        missing = tuple(
+            int(k)
+            for k in range(len(weights))
+            if shares[k] < MISSING * weights[k] and n * weights[k] > 30.0
+        )
     report = FlowReport(
         weighted=weighted,
         elbo=elbo,
@@ -201,35 +238,59 @@ def _findings(report: FlowReport) -> tuple[str, ...]:
     if report.missing and report.mode_weights is not None:
         mass = float(report.mode_weights[list(report.missing)].sum())
         said.append(
-            f"missing: {len(report.missing)} of {len(report.mode_weights)} modes, {100 * mass:.3g} % of the mass; weights cannot"
+            f"missing: {len(report.missing)} of {len(report.mode_weights)} modes, {100 * mass:.3g}"
+            f" % of the mass; weights cannot"
             " bring back what is never drawn"
         )
-    rounding = 1e-12 * max(1.0, abs(report.log_z or 0.0))  # a flow that is the target has no other error
-    if report.log_z is not None and abs(weighted.log_z - report.log_z) > 5.0 * weighted.log_z_se + rounding:
+    # a flow that is the target has no other error
+    rounding = 1e-12 * max(1.0, abs(report.log_z or 0.0))
+    if (
+        report.log_z is not None
+        and abs(weighted.log_z - report.log_z) > 5.0 * weighted.log_z_se + rounding
+    ):
         off = (weighted.log_z - report.log_z) / weighted.log_z_se if weighted.log_z_se else math.inf
         said.append(f"log Z is {off:+.3g} of its standard errors from the exact one")
     if math.isinf(weighted.log_z_se):
         few, n = weighted.ess, len(weighted.log_weights)
-        told = "" if report.log_z is None else f", which is {weighted.log_z - report.log_z:+.3g} from the exact one"
-        said.append(f"a few weights decide (ESS {few:.0f} of {n}): log Z{told}, has no standard error")
+        told = (
+            ""
+            if report.log_z is None
+            else f", which is {weighted.log_z - report.log_z:+.3g} from the exact one"
+        )
+        said.append(
+            f"a few weights decide (ESS {few:.0f} of {n}): log Z{told}, has no standard error"
+        )
     if report.forward_ess is not None and report.forward_ess < 0.1 * weighted.ess_fraction:
         said.append(
-            f"the forward ESS ({report.forward_ess:.2g}) is far below the reverse one ({weighted.ess_fraction:.2g}): there is"
+            f"the forward ESS ({report.forward_ess:.2g}) is far below the reverse one"
+            f" ({weighted.ess_fraction:.2g}): there is"
             " mass where the flow hardly draws"
         )
     if weighted.pareto_k > 0.7:
-        said.append(f"Pareto k {weighted.pareto_k:.2f} is above 0.7: a few weights decide, do not trust weighted means")
+        said.append(
+            f"Pareto k {weighted.pareto_k:.2f} is above 0.7: a few weights decide, do not trust"
+            f" weighted means"
+        )
     if report.eubo is not None and report.eubo.value - report.elbo.value > 1.0:
         gap = report.eubo.value - report.elbo.value
-        said.append(f"the flow is {gap:.3g} nats from its target (EUBO less ELBO, the sum of both divergences)")
+        said.append(
+            f"the flow is {gap:.3g} nats from its target (EUBO less ELBO, the sum of both"
+            f" divergences)"
+        )
     if report.eubo is None:
-        said.append("no draws of the target: none of these figures can see a mode that the flow has not found")
+        said.append(
+            "no draws of the target: none of these figures can see a mode that the flow has not"
+            " found"
+        )
     elif not said:
         said.append("forward and reverse figures agree")
     return tuple(said)
 
 
 def _forward_ess(log_weights: Tensor) -> float:
-    """1 / (mean w mean 1/w) over draws of the target: there 1/E[w] is the reverse ESS, and E[1/w] its normaliser."""
+    """1 / (mean w mean 1/w) over draws of the target: there 1/E[w] is the reverse ESS, and E[1/w]
+    its normaliser."""
     n = len(log_weights)
-    return math.exp(2.0 * math.log(n) - float(log_weights.logsumexp(0)) - float((-log_weights).logsumexp(0)))
+    return math.exp(
+        2.0 * math.log(n) - float(log_weights.logsumexp(0)) - float((-log_weights).logsumexp(0))
+    )

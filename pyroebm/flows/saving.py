@@ -1,4 +1,5 @@
-"""Saving without pickle: a safetensors file of the state, with the class and the constructor's arguments as JSON."""
+"""Saving without pickle: a safetensors file of the state, with the class and the constructor's
+arguments as JSON."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ _CLASSES: dict[str, type[Saved]] = {}
 class Saved(nn.Module):
     """A module that its constructor's arguments and its state_dict describe wholly.
 
-    A subclass sets ``_config`` to the arguments: numbers, strings, lists, None, dtypes, or other such modules.
+    A subclass sets ``_config`` to the arguments: numbers, strings, lists, None, dtypes, or other
+    such modules.
     """
 
     _config: dict[str, Any]
@@ -32,17 +34,21 @@ class Saved(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Floating-point type of the parameters."""
-        return next(tensor.dtype for tensor in self.state_dict().values() if tensor.is_floating_point())
+        return next(
+            tensor.dtype for tensor in self.state_dict().values() if tensor.is_floating_point()
+        )
 
     def config(self) -> dict[str, Any]:
-        """The constructor's arguments as JSON can hold them; with the state_dict it is the whole module.
+        """The constructor's arguments as JSON can hold them; with the state_dict it is the whole
+        module.
 
         Raises:
             NotImplementedError: for a module built of parts that have no such description.
         """
         if "_config" not in self.__dict__:
             raise NotImplementedError(
-                f"{type(self).__name__} is built of parts that JSON cannot hold: keep its state_dict() and the code that built it"
+                f"{type(self).__name__} is built of parts that JSON cannot hold: keep its"
+                f" state_dict() and the code that built it"
             )
         written = {name: _described(value) for name, value in self._config.items()}
         return {**written, "dtype": str(self.dtype).removeprefix("torch.")}
@@ -54,7 +60,8 @@ class Saved(nn.Module):
         return cls(**{**read, "dtype": getattr(torch, config["dtype"])})
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file of the state_dict, with the class and :meth:`config` in its metadata.
+        """Write a safetensors file of the state_dict, with the class and :meth:`config` in its
+        metadata.
 
         Args:
             path: the file, usually ``*.safetensors``; overwritten.
@@ -64,7 +71,8 @@ class Saved(nn.Module):
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> Self:
-        """The module that :meth:`save` wrote; no pickle is read. :func:`load_flow` reads a flow of any class.
+        """The module that :meth:`save` wrote; no pickle is read. :func:`load_flow` reads a flow of
+        any class.
 
         Args:
             path: the file.
@@ -94,14 +102,20 @@ def _load(path: str | Path, device: torch.device | str, expected: str | None) ->
     named = metadata.get("class")
     wanted = sorted(_CLASSES) if expected is None else [expected]
     if named not in wanted or "config" not in metadata:
-        raise ValueError(f"{path} must hold a flow of class {' or '.join(wanted)}, its metadata name {named!r}")
+        raise ValueError(
+            f"{path} must hold a flow of class {' or '.join(wanted)}, its metadata name {named!r}"
+        )
     module = _CLASSES[named].from_config(json.loads(metadata["config"])).to(device)
     module.load_state_dict(state)
     return module
 
 
 def _described(value: Any) -> Any:
-    return {"class": type(value).__name__, "config": value.config()} if isinstance(value, Saved) else value
+    return (
+        {"class": type(value).__name__, "config": value.config()}
+        if isinstance(value, Saved)
+        else value
+    )
 
 
 def _built(value: Any) -> Any:

@@ -1,4 +1,5 @@
-"""An energy seen through a flow: what is left for a kernel to do once the flow has straightened it."""
+"""An energy seen through a flow: what is left for a kernel to do once the flow has straightened
+it."""
 
 from __future__ import annotations
 
@@ -12,14 +13,15 @@ __all__ = ["Transported"]
 
 
 class Transported(Energy):
-    r"""An energy pulled back through a flow T to its noise z: neural transport (Hoffman et al., "NeuTra-lizing Bad Geometry in
-    Hamiltonian Monte Carlo Using Neural Transport", 2019).
+    r"""An energy pulled back through a flow T to its noise z: neural transport (Hoffman et al.,
+    "NeuTra-lizing Bad Geometry in Hamiltonian Monte Carlo Using Neural Transport", 2019).
 
     .. math:: E(z) = U(T(z)) - \log |\det \partial T / \partial z|
 
-    A kernel on E draws from :math:`e^{-U}` exactly, however poor the flow is; a good one makes E nearly the energy of its base.
-    With redundant latents U is :math:`U(x) - \log N(y \mid M(x), \Sigma(x))` and z has D entries. Results of
-    :class:`pyroebm.MCMC` are in the variables of the energy. ``log_z`` is the energy's.
+    A kernel on E draws from :math:`e^{-U}` exactly, however poor the flow is; a good one makes E
+    nearly the energy of its base. With redundant latents U is :math:`U(x) - \log N(y \mid M(x),
+    \Sigma(x))` and z has D entries. Results of :class:`pyroebm.MCMC` are in the variables of the
+    energy. ``log_z`` is the energy's.
 
     Args:
         flow: T, with its Gaussian of y given x.
@@ -48,7 +50,8 @@ class Transported(Energy):
         return self.extended(xy) + log_q - self.flow.base.log_prob(z)
 
     def variables(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """The energy's events and the latents at z: ``(*batch, D) -> (*batch, *event), (*batch, D - d)``."""
+        """The energy's events and the latents at z: ``(*batch, D) -> (*batch, *event), (*batch, D -
+        d)``."""
         return self.extended.split(self.flow.push(z)[0])
 
     def named(self, x: Tensor, site: str = "x") -> dict[str, Tensor]:

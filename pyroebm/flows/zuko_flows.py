@@ -30,18 +30,22 @@ def _affine_end(dim: int, scale: float, dtype: torch.dtype) -> list[Any]:
 
 def _activation(name: str) -> Callable[[], nn.Module]:
     if name not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {sorted(ACTIVATIONS)}, got activation={name!r}")
+        raise ValueError(
+            f"activation must be one of {sorted(ACTIVATIONS)}, got activation={name!r}"
+        )
     return ACTIVATIONS[name]
 
 
 class SplineFlow(Flow):
-    r"""Rational-quadratic splines (Durkan, Bekasov, Murray and Papamakarios, "Neural Spline Flows", 2019), by zuko.
+    r"""Rational-quadratic splines (Durkan, Bekasov, Murray and Papamakarios, "Neural Spline Flows",
+    2019), by zuko.
 
     .. math:: x = S\, f_L \circ \dots \circ f_1(z) + c
 
-    Each :math:`f_l` is a coupling, whose splines are monotone maps of :math:`[-B, B]` onto itself and the identity outside. So
-    what lies beyond B before S is reached by the base alone, whatever the splines are: **modes beyond** ``scale * bound``
-    **are out of reach until S and c have grown.** Choose ``scale`` or ``bound`` such that their product covers the target.
+    Each :math:`f_l` is a coupling, whose splines are monotone maps of :math:`[-B, B]` onto itself
+    and the identity outside. So what lies beyond B before S is reached by the base alone, whatever
+    the splines are: **modes beyond** ``scale * bound`` **are out of reach until S and c have
+    grown.** Choose ``scale`` or ``bound`` such that their product covers the target.
 
     Args:
         dim: d.
@@ -50,7 +54,8 @@ class SplineFlow(Flow):
         bins: of each spline.
         bound: B, in units of the base.
         scale: of the initial S.
-        autoregressive: as zuko's NSF: each entry depends on all before it; the inverse then costs d evaluations, not one.
+        autoregressive: as zuko's NSF: each entry depends on all before it; the inverse then costs d
+            evaluations, not one.
         activation: one of :data:`pyroebm.nn.ACTIVATIONS`.
         base: density of z; None is the standard normal.
         dtype: of the parameters (default torch's).
@@ -97,23 +102,38 @@ class SplineFlow(Flow):
         for k in range(layers):
             if autoregressive:
                 order = torch.arange(dim) if k % 2 == 0 else torch.arange(dim).flip(0)
-                make, own = zuko.flows.autoregressive.MaskedAutoregressiveTransform, {"order": order}
+                make, own = (
+                    zuko.flows.autoregressive.MaskedAutoregressiveTransform,
+                    {"order": order},
+                )
             else:
-                make, own = zuko.flows.coupling.GeneralCouplingTransform, {"mask": masks[k]} if dim > 1 else {}
+                make, own = (
+                    zuko.flows.coupling.GeneralCouplingTransform,
+                    {"mask": masks[k]} if dim > 1 else {},
+                )
             parts.append(zuko_layer(make, dim, generator, dtype, **common, **own))
         super().__init__(parts + _affine_end(dim, scale, dtype), dim, dim, base=base)
         self._config = {
-            "dim": dim, "layers": layers, "hidden": list(hidden), "bins": bins, "bound": bound, "scale": scale,
-            "autoregressive": autoregressive, "activation": activation, "base": base, "seed": seed,
-        }  # fmt: skip
+            "dim": dim,
+            "layers": layers,
+            "hidden": list(hidden),
+            "bins": bins,
+            "bound": bound,
+            "scale": scale,
+            "autoregressive": autoregressive,
+            "activation": activation,
+            "base": base,
+            "seed": seed,
+        }
 
 
 class AutoregressiveFlow(Flow):
     r"""Masked autoregressive layers, by zuko: :math:`x_i = e^{r_i(z_{<i})} z_i + m_i(z_{<i})`.
 
-    Written from z to x they make a draw and its density in one evaluation (inverse autoregressive flow; Kingma et al., 2016), and
-    the density of a given x in d; ``fast="density"`` exchanges the two (masked autoregressive flow; Papamakarios, Pavlakou and
-    Murray, 2017). The reverse KL divergence wants the former, training on samples the latter. Layers alternate their order.
+    Written from z to x they make a draw and its density in one evaluation (inverse autoregressive
+    flow; Kingma et al., 2016), and the density of a given x in d; ``fast="density"`` exchanges the
+    two (masked autoregressive flow; Papamakarios, Pavlakou and Murray, 2017). The reverse KL
+    divergence wants the former, training on samples the latter. Layers alternate their order.
 
     Args:
         dim: d.
@@ -164,19 +184,28 @@ class AutoregressiveFlow(Flow):
             parts.append(layer if fast == "draw" else reversed_layer(layer))
         super().__init__(parts + _affine_end(dim, scale, dtype), dim, dim, base=base)
         self._config = {
-            "dim": dim, "layers": layers, "hidden": list(hidden), "fast": fast, "scale": scale, "activation": activation,
-            "base": base, "seed": seed,
-        }  # fmt: skip
+            "dim": dim,
+            "layers": layers,
+            "hidden": list(hidden),
+            "fast": fast,
+            "scale": scale,
+            "activation": activation,
+            "base": base,
+            "seed": seed,
+        }
 
 
 class ContinuousFlow(Flow):
-    r"""A continuous flow (Chen et al., "Neural ordinary differential equations", 2018; FFJORD, Grathwohl et al., 2019), by zuko.
+    r"""A continuous flow (Chen et al., "Neural ordinary differential equations", 2018; FFJORD,
+    Grathwohl et al., 2019), by zuko.
 
     .. math:: \dot u = f(u, t), \quad u(0) = z, \quad x = S u(1) + c, \qquad
-        \log|\det \partial u(1)/\partial z| = \int_0^1 \mathrm{tr}\, \frac{\partial f}{\partial u}\, dt
+        \log|\det \partial u(1)/\partial z| = \int_0^1 \mathrm{tr}\, \frac{\partial f}{\partial u}\,
+        dt
 
-    The trace is exact. Everything else holds to the tolerance of the adaptive solver: densities, inverses, gradients, and that a
-    row does not depend on the others of its batch, since they share its steps. There are no second derivatives.
+    The trace is exact. Everything else holds to the tolerance of the adaptive solver: densities,
+    inverses, gradients, and that a row does not depend on the others of its batch, since they share
+    its steps. There are no second derivatives.
 
     Args:
         dim: d.
@@ -218,15 +247,30 @@ class ContinuousFlow(Flow):
         least = torch.finfo(dtype).eps
         if not (atol >= least and rtol >= 10.0 * least):
             raise ValueError(
-                f"atol >= {least:.1e} and rtol >= {10.0 * least:.1e} must hold in {dtype}, or the solver never ends, got"
+                f"atol >= {least:.1e} and rtol >= {10.0 * least:.1e} must hold in {dtype}, or the"
+                f" solver never ends, got"
                 f" atol={atol}, rtol={rtol}"
             )
         zuko = installed_zuko()
-        options = {"freqs": frequencies, "atol": atol, "rtol": rtol, "hidden_features": tuple(hidden)}
+        options = {
+            "freqs": frequencies,
+            "atol": atol,
+            "rtol": rtol,
+            "hidden_features": tuple(hidden),
+        }
         options["activation"] = _activation(activation)
-        layer = zuko_layer(zuko.flows.continuous.FFJTransform, dim, seeded_generator(seed), dtype, **options)
+        layer = zuko_layer(
+            zuko.flows.continuous.FFJTransform, dim, seeded_generator(seed), dtype, **options
+        )
         super().__init__([layer, *_affine_end(dim, scale, dtype)], dim, dim, base=base)
         self._config = {
-            "dim": dim, "hidden": list(hidden), "frequencies": frequencies, "atol": atol, "rtol": rtol, "scale": scale,
-            "activation": activation, "base": base, "seed": seed,
-        }  # fmt: skip
+            "dim": dim,
+            "hidden": list(hidden),
+            "frequencies": frequencies,
+            "atol": atol,
+            "rtol": rtol,
+            "scale": scale,
+            "activation": activation,
+            "base": base,
+            "seed": seed,
+        }

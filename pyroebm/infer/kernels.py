@@ -19,7 +19,8 @@ from pyroebm.kernels.base import Info, Kernel, State
 
 __all__ = ["HMC", "NUTS", "Settings"]
 
-#: Most leapfrog steps of one trajectory of a given length, however small the step size is while it adapts.
+#: Most leapfrog steps of one trajectory of a given length, however small the step size is while it
+#: adapts.
 MAX_STEPS = 1024
 
 
@@ -32,7 +33,15 @@ class _FixedStep(WindowAdaptation):
         started, memory = super().start(kernel, energy, state, generator)
         return started.replace(step_size=kernel.step_size), memory
 
-    def step(self, kernel: Any, energy: Energy, state: Any, memory: Any, steps: int, generator: Any = None) -> Any:
+    def step(
+        self,
+        kernel: Any,
+        energy: Energy,
+        state: Any,
+        memory: Any,
+        steps: int,
+        generator: Any = None,
+    ) -> Any:
         adapted, state, info, memory = super().step(kernel, energy, state, memory, steps, generator)
         return adapted.replace(step_size=kernel.step_size), state, info, memory
 
@@ -46,10 +55,15 @@ class _Trajectory(kernels.HMC):
     def probe(self) -> _Trajectory:
         return self.replace(length=0.0)
 
-    def step(self, energy: Energy, state: State, generator: torch.Generator | None = None) -> tuple[State, Info]:
-        size = float(torch.as_tensor(self.step_size).median())  # of chains: one of another scale changes nobody's length
+    def step(
+        self, energy: Energy, state: State, generator: torch.Generator | None = None
+    ) -> tuple[State, Info]:
+        # of chains: one of another scale changes nobody's length
+        size = float(torch.as_tensor(self.step_size).median())
         steps = max(1, min(MAX_STEPS, int(self.length / size)))
-        return kernels.HMC(self.step_size, self.inverse_mass, steps, self.jitter).step(energy, state, generator)
+        return kernels.HMC(self.step_size, self.inverse_mass, steps, self.jitter).step(
+            energy, state, generator
+        )
 
 
 class Settings(abc.ABC):
@@ -67,7 +81,10 @@ class Settings(abc.ABC):
         init_strategy: Callable[..., Any],
     ) -> None:
         if (model is None) == (potential_fn is None):
-            raise ValueError(f"give either model or potential_fn, got model={model!r} and potential_fn={potential_fn!r}")
+            raise ValueError(
+                f"give either model or potential_fn, got model={model!r} and"
+                f" potential_fn={potential_fn!r}"
+            )
         self.model = model
         self.potential_fn = potential_fn
         self.transforms = transforms
@@ -75,7 +92,9 @@ class Settings(abc.ABC):
         self.step_size = self.start_step_size = step_size
         step, mass = adapt
         kind = WindowAdaptation if step else _FixedStep
-        metric: Literal["dense", "diagonal"] | None = ("dense" if full_mass else "diagonal") if mass else None
+        metric: Literal["dense", "diagonal"] | None = (
+            ("dense" if full_mass else "diagonal") if mass else None
+        )
         self.adaptation = kind(target_accept_prob, metric=metric) if step or mass else None
 
     @abc.abstractmethod
@@ -84,7 +103,8 @@ class Settings(abc.ABC):
 
 
 class NUTS(Settings):
-    """The no-U-turn sampler with the arguments of ``pyro.infer.NUTS`` (Hoffman and Gelman, 2014; Betancourt, 2017).
+    """The no-U-turn sampler with the arguments of ``pyro.infer.NUTS`` (Hoffman and Gelman, 2014;
+    Betancourt, 2017).
 
     Args:
         model: a Pyro model; or
@@ -93,16 +113,18 @@ class NUTS(Settings):
         adapt_step_size, adapt_mass_matrix: what the warm-up learns.
         full_mass: whether the mass matrix is dense.
         use_multinomial_sampling: ignored: the draw from a trajectory is multinomial.
-        transforms: map each constrained site to the unconstrained space. With ``potential_fn`` they are used on the draws
-            alone, and the potential has the log-Jacobian in it; with ``model`` they say in which coordinates
-            ``initial_params`` are (the sampler has its own).
+        transforms: map each constrained site to the unconstrained space. With ``potential_fn`` they
+            are used on the draws alone, and the potential has the log-Jacobian in it; with
+            ``model`` they say in which coordinates ``initial_params`` are (the sampler has its
+            own).
         max_plate_nesting, jit_compile, jit_options, ignore_jit_warnings: ignored.
         target_accept_prob: acceptance rate that the step size is adapted to.
         max_tree_depth: most doublings of a trajectory.
         init_strategy: one of Pyro's, for a model without ``initial_params``.
 
     Raises:
-        ValueError: unless exactly one of ``model`` and ``potential_fn`` is given; if a setting is out of its range.
+        ValueError: unless exactly one of ``model`` and ``potential_fn`` is given; if a setting is
+        out of its range.
 
     Example:
         >>> import pyro.distributions as dist
@@ -131,7 +153,16 @@ class NUTS(Settings):
         init_strategy: Callable[..., Any] = init_to_uniform,
     ) -> None:
         adapt = (adapt_step_size, adapt_mass_matrix)
-        super().__init__(model, potential_fn, step_size, adapt, full_mass, transforms, target_accept_prob, init_strategy)
+        super().__init__(
+            model,
+            potential_fn,
+            step_size,
+            adapt,
+            full_mass,
+            transforms,
+            target_accept_prob,
+            init_strategy,
+        )
         self.max_tree_depth = max_tree_depth
         self.build()  # refuses what is out of range here, and not in run
 
@@ -140,19 +171,21 @@ class NUTS(Settings):
 
 
 class HMC(Settings):
-    r"""Hamiltonian Monte Carlo with the arguments of ``pyro.infer.HMC`` (Duane et al., 1987; Neal, 2011).
+    r"""Hamiltonian Monte Carlo with the arguments of ``pyro.infer.HMC`` (Duane et al., 1987; Neal,
+    2011).
 
-    With ``num_steps`` every trajectory has so many leapfrog steps, whatever the step size becomes. Else it has
-    ``int(trajectory_length / step_size)``, at least 1 and at most 1024, and the length is jittered by up to 30 % from one
-    trajectory to the next: the default :math:`2 \pi` is the period of a standard normal, and a chain that follows it exactly
-    comes back to where it was.
+    With ``num_steps`` every trajectory has so many leapfrog steps, whatever the step size becomes.
+    Else it has ``int(trajectory_length / step_size)``, at least 1 and at most 1024, and the length
+    is jittered by up to 30 % from one trajectory to the next: the default :math:`2 \pi` is the
+    period of a standard normal, and a chain that follows it exactly comes back to where it was.
 
     Args:
         trajectory_length: length of a trajectory; None is :math:`2 \pi`.
         num_steps: leapfrog steps of a trajectory; goes before ``trajectory_length``.
-        min_stepsize, max_stepsize: ignored.
-        model, potential_fn, step_size, adapt_step_size, adapt_mass_matrix, full_mass, transforms, max_plate_nesting,
-            jit_compile, jit_options, ignore_jit_warnings, target_accept_prob, init_strategy: as for :class:`NUTS`.
+        min_stepsize, max_stepsize: ignored. model, potential_fn, step_size, adapt_step_size,
+        adapt_mass_matrix, full_mass, transforms, max_plate_nesting,
+            jit_compile, jit_options, ignore_jit_warnings, target_accept_prob, init_strategy: as for
+                :class:`NUTS`.
 
     Raises:
         ValueError: as :class:`NUTS`.
@@ -187,11 +220,23 @@ class HMC(Settings):
         max_stepsize: float = 1e10,
     ) -> None:
         adapt = (adapt_step_size, adapt_mass_matrix)
-        super().__init__(model, potential_fn, step_size, adapt, full_mass, transforms, target_accept_prob, init_strategy)
+        super().__init__(
+            model,
+            potential_fn,
+            step_size,
+            adapt,
+            full_mass,
+            transforms,
+            target_accept_prob,
+            init_strategy,
+        )
         self.num_steps = num_steps
         self.trajectory_length = 2.0 * math.pi if trajectory_length is None else trajectory_length
         if not 0.0 < self.trajectory_length < math.inf:
-            raise ValueError(f"trajectory_length must be positive and finite, got trajectory_length={trajectory_length}")
+            raise ValueError(
+                f"trajectory_length must be positive and finite, got"
+                f" trajectory_length={trajectory_length}"
+            )
         self.build()
 
     def build(self) -> kernels.HMC:

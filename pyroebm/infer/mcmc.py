@@ -29,7 +29,8 @@ __all__ = ["MCMC"]
 
 
 class PotentialEnergy(RowwiseEnergy):
-    """A ``potential_fn`` of Pyro's, a dict of unconstrained tensors of one chain to a scalar, as an energy over all of them.
+    """A ``potential_fn`` of Pyro's, a dict of unconstrained tensors of one chain to a scalar, as an
+    energy over all of them.
 
     Args:
         potential_fn: the potential.
@@ -37,8 +38,15 @@ class PotentialEnergy(RowwiseEnergy):
         transforms: maps from a site's own space to the unconstrained one, used on the draws alone.
     """
 
-    def __init__(self, potential_fn: Callable[..., Tensor], params: Mapping[str, Tensor], transforms: Mapping[str, Any]) -> None:
-        super().__init__({name: value.shape[1:] for name, value in params.items()}, next(iter(params.values())))
+    def __init__(
+        self,
+        potential_fn: Callable[..., Tensor],
+        params: Mapping[str, Tensor],
+        transforms: Mapping[str, Any],
+    ) -> None:
+        super().__init__(
+            {name: value.shape[1:] for name, value in params.items()}, next(iter(params.values()))
+        )
         self.potential, self.transforms = potential_fn, transforms
         first = self.join(params)[0].detach()
         self.batch_by(torch.stack([first, 0.9 * first + 0.1]))
@@ -49,7 +57,10 @@ class PotentialEnergy(RowwiseEnergy):
 
     def named(self, x: Tensor, site: str = "x") -> dict[str, Tensor]:
         parts = self.split(x)
-        return {name: self.transforms[name].inv(part) if name in self.transforms else part for name, part in parts.items()}
+        return {
+            name: self.transforms[name].inv(part) if name in self.transforms else part
+            for name, part in parts.items()
+        }
 
 
 class _Hooked(mcmc.MCMC):
@@ -68,7 +79,8 @@ class _Hooked(mcmc.MCMC):
 
 
 class MCMC(AbstractMCMC):
-    """Run NUTS or HMC with the arguments of ``pyro.infer.MCMC``; all chains are one batch in one process.
+    """Run NUTS or HMC with the arguments of ``pyro.infer.MCMC``; all chains are one batch in one
+    process.
 
     ``pyro.set_rng_seed`` decides the run: its seed is drawn from torch's global generator.
 
@@ -76,20 +88,23 @@ class MCMC(AbstractMCMC):
         kernel: :class:`NUTS` or :class:`HMC` of this module.
         num_samples: draws of each chain.
         warmup_steps: steps of warm-up, which are not kept; None takes ``num_samples``.
-        initial_params: starting values in unconstrained coordinates, with a leading chain axis if ``num_chains`` > 1.
+        initial_params: starting values in unconstrained coordinates, with a leading chain axis if
+            ``num_chains`` > 1.
         num_chains: number of chains.
-        hook_fn: called as ``hook_fn(kernel, params, stage, i)`` after each step, with unconstrained values (with a leading chain
-            axis if ``num_chains`` > 1), the stage ``"Warmup"`` or ``"Sample"``, and the step's number in it.
+        hook_fn: called as ``hook_fn(kernel, params, stage, i)`` after each step, with unconstrained
+            values (with a leading chain axis if ``num_chains`` > 1), the stage ``"Warmup"`` or
+            ``"Sample"``, and the step's number in it.
         mp_context: ignored.
         disable_progbar: hide the progress bar.
-        disable_validation: run the model without checks of its distributions' arguments; False checks the first run of it, None
-            leaves the global setting. The density itself is always taken without.
+        disable_validation: run the model without checks of its distributions' arguments; False
+            checks the first run of it, None leaves the global setting. The density itself is always
+            taken without.
         transforms: as the kernel's, and goes before it.
         save_params: names of the sites to keep; None keeps all.
 
     Raises:
-        ValueError: if an argument has the wrong kind; if ``potential_fn`` comes without ``initial_params``, or these without one
-            row for each chain.
+        ValueError: if an argument has the wrong kind; if ``potential_fn`` comes without
+            ``initial_params``, or these without one row for each chain.
 
     Example:
         >>> import pyro.distributions as dist
@@ -119,21 +134,39 @@ class MCMC(AbstractMCMC):
     ) -> None:
         if not isinstance(kernel, Settings):
             raise ValueError(
-                f"kernel must be a NUTS or HMC of pyroebm.infer, got {type(kernel).__module__}.{type(kernel).__name__}"
+                f"kernel must be a NUTS or HMC of pyroebm.infer, got"
+                f" {type(kernel).__module__}.{type(kernel).__name__}"
             )
         if kernel.potential_fn is not None and not initial_params:
-            raise ValueError("potential_fn says neither names nor shapes: give initial_params, a dict of starting values")
+            raise ValueError(
+                "potential_fn says neither names nor shapes: give initial_params, a dict of"
+                " starting values"
+            )
         if initial_params and num_chains == 1:
             initial_params = {name: value.unsqueeze(0) for name, value in initial_params.items()}
-        if any(value.dim() == 0 or len(value) != num_chains for value in (initial_params or {}).values()):
+        if any(
+            value.dim() == 0 or len(value) != num_chains
+            for value in (initial_params or {}).values()
+        ):
             shapes = {name: tuple(value.shape) for name, value in (initial_params or {}).items()}
-            raise ValueError(f"initial_params must have a leading axis of num_chains={num_chains}, got shapes {shapes}")
-        super().__init__(kernel, num_chains, kernel.transforms if transforms is None else transforms)
-        self.num_samples, self.warmup_steps = num_samples, num_samples if warmup_steps is None else warmup_steps
+            raise ValueError(
+                f"initial_params must have a leading axis of num_chains={num_chains}, got shapes"
+                f" {shapes}"
+            )
+        super().__init__(
+            kernel, num_chains, kernel.transforms if transforms is None else transforms
+        )
+        self.num_samples, self.warmup_steps = (
+            num_samples,
+            num_samples if warmup_steps is None else warmup_steps,
+        )
         self.initial_params = initial_params
         self.hook_fn = hook_fn
         self.save_params = save_params
-        self.progress, self.disable_validation = False if disable_progbar else None, disable_validation
+        self.progress, self.disable_validation = (
+            False if disable_progbar else None,
+            disable_validation,
+        )
         self._driver()  # refuses bad counts here, and not in run
         self._run: _Hooked | None = None
         self._samples: dict[str, Tensor] = {}
@@ -157,37 +190,63 @@ class MCMC(AbstractMCMC):
         off = self.disable_validation
         with contextlib.nullcontext() if off is None else pyro.validation_enabled(not off):
             energy = self._energy(*args, **kwargs)
-            run, initial = self._driver(seed), self._initial(energy, seeded_generator(start, energy.device))
+            run, initial = (
+                self._driver(seed),
+                self._initial(energy, seeded_generator(start, energy.device)),
+            )
             if self.hook_fn is not None:
                 run.after_step = functools.partial(self._call_hook, self.hook_fn, run, energy)
             run.run(energy, initial)
         samples = run.get_samples(group_by_chain=True)
         if unknown := set(self.save_params or ()) - set(samples):
-            raise ValueError(f"save_params must name sites of {sorted(samples)}, got {sorted(unknown)}")
+            raise ValueError(
+                f"save_params must name sites of {sorted(samples)}, got {sorted(unknown)}"
+            )
         self._run, self.kernel.step_size = run, run.step_size()
         self._samples = {name: samples[name] for name in self.save_params or samples}
 
-    def _call_hook(self, hook: Callable[..., Any], run: _Hooked, energy: RowwiseEnergy, stage: str, i: int) -> None:
+    def _call_hook(
+        self, hook: Callable[..., Any], run: _Hooked, energy: RowwiseEnergy, stage: str, i: int
+    ) -> None:
         self.kernel.step_size = run.step_size()
-        hook(self.kernel, energy.split(run.state.x if self.num_chains > 1 else run.state.x[0]), stage, i)
+        hook(
+            self.kernel,
+            energy.split(run.state.x if self.num_chains > 1 else run.state.x[0]),
+            stage,
+            i,
+        )
 
     def _energy(self, *args: Any, **kwargs: Any) -> RowwiseEnergy:
         if self.kernel.potential_fn is not None:
-            return PotentialEnergy(self.kernel.potential_fn, self.initial_params or {}, self.transforms or {})
+            return PotentialEnergy(
+                self.kernel.potential_fn, self.initial_params or {}, self.transforms or {}
+            )
         return ModelEnergy(self.kernel.model, *args, **kwargs)
 
     def _initial(self, energy: RowwiseEnergy, generator: torch.Generator) -> Tensor | None:
         if isinstance(energy, ModelEnergy) and not self.initial_params:
             strategy = self.kernel.init_strategy
-            return None if strategy is init_to_uniform else energy.initial(self.num_chains, generator, strategy)
+            return (
+                None
+                if strategy is init_to_uniform
+                else energy.initial(self.num_chains, generator, strategy)
+            )
         given, known = self.initial_params or {}, self.transforms or {}
         if isinstance(energy, ModelEnergy) and known:
             own = energy.constrain(energy.join(given))
-            return energy.unconstrain({name: known[name].inv(given[name]) if name in known else own[name] for name in given})
+            return energy.unconstrain(
+                {
+                    name: known[name].inv(given[name]) if name in known else own[name]
+                    for name in given
+                }
+            )
         return energy.join(given)
 
-    def get_samples(self, num_samples: int | None = None, group_by_chain: bool = False) -> dict[str, Tensor]:
-        """Draws of each site in its own space; ``num_samples`` of them drawn again with replacement, or all."""
+    def get_samples(
+        self, num_samples: int | None = None, group_by_chain: bool = False
+    ) -> dict[str, Tensor]:
+        """Draws of each site in its own space; ``num_samples`` of them drawn again with
+        replacement, or all."""
         self._finished()
         samples: dict[str, Tensor] = select_samples(self._samples, num_samples, group_by_chain)
         return samples
@@ -197,20 +256,30 @@ class MCMC(AbstractMCMC):
         return self._finished().get_stats()
 
     def diagnostics(self) -> dict[str, Any]:
-        """As Pyro's: effective sample size and R-hat of each site, divergences and acceptance rates of each chain."""
+        """As Pyro's: effective sample size and R-hat of each site, divergences and acceptance rates
+        of each chain."""
         stats, chains = self.get_stats(), [f"chain {c}" for c in range(self.num_chains)]
         return {
             **pyro_diagnostics(self._samples),
-            "divergences": {name: row.nonzero().flatten().tolist() for name, row in zip(chains, stats["diverging"], strict=True)},
-            "acceptance rate": {name: float(row.mean()) for name, row in zip(chains, stats["acceptance_rate"], strict=True)},
+            "divergences": {
+                name: row.nonzero().flatten().tolist()
+                for name, row in zip(chains, stats["diverging"], strict=True)
+            },
+            "acceptance rate": {
+                name: float(row.mean())
+                for name, row in zip(chains, stats["acceptance_rate"], strict=True)
+            },
         }
 
     def summary(self, prob: float = 0.9) -> None:
-        """Print Pyro's table: moments, median, the interval of mass ``prob``, effective sample size and R-hat of each site."""
+        """Print Pyro's table: moments, median, the interval of mass ``prob``, effective sample size
+        and R-hat of each site."""
         divergences = int(self.get_stats()["diverging"].sum())
         print_summary(self._samples, prob=prob)
         print(f"Number of divergences: {divergences}")
-        if said := describe_stuck(self._finished().stuck_chains(), self.num_chains, self._finished().state.energy):
+        if said := describe_stuck(
+            self._finished().stuck_chains(), self.num_chains, self._finished().state.energy
+        ):
             print(said)
 
     def to_arviz(self) -> Any:

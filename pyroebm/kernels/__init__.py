@@ -1,4 +1,5 @@
-"""Markov kernels on rows: each file one algorithm, each kernel a frozen set of settings with ``init`` and ``step``."""
+"""Markov kernels on rows: each file one algorithm, each kernel a frozen set of settings with
+``init`` and ``step``."""
 
 from pyroebm.kernels.barker import Barker
 from pyroebm.kernels.base import ContinuousKernel, GradientKernel, Info, Kernel, State
@@ -14,7 +15,12 @@ from pyroebm.kernels.microcanonical import MCLMC, AdjustedMCLMC, EnergyVarianceA
 from pyroebm.kernels.nuts.lockstep import NUTS
 from pyroebm.kernels.random_walk import RandomWalk
 from pyroebm.kernels.stochastic import StochasticGradientLangevin
-from pyroebm.kernels.tempering import LadderAdaptation, ParallelTempering, TemperedState, TemperingReport
+from pyroebm.kernels.tempering import (
+    LadderAdaptation,
+    ParallelTempering,
+    TemperedState,
+    TemperingReport,
+)
 from pyroebm.kernels.underdamped import MetropolisUnderdamped, UnderdampedLangevin
 
 __all__ = [

@@ -28,20 +28,25 @@ __all__ = ["Barker"]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Barker(GradientKernel):
-    r"""Barker proposal (Livingstone and Zanella, 2022): exact, and as robust to its step size as a random walk.
+    r"""Barker proposal (Livingstone and Zanella, 2022): exact, and as robust to its step size as a
+    random walk.
 
-    In whitened coordinates, with :math:`g = A^\top \nabla E(x)` and :math:`A A^\top = M^{-1}`, each coordinate draws a size
-    :math:`z_i \sim N(0, \epsilon^2)` and keeps its sign with probability :math:`\sigma(-z_i g_i)`, else flips it, which gives
-    the move :math:`w`:
+    In whitened coordinates, with :math:`g = A^\top \nabla E(x)` and :math:`A A^\top = M^{-1}`, each
+    coordinate draws a size :math:`z_i \sim N(0, \epsilon^2)` and keeps its sign with probability
+    :math:`\sigma(-z_i g_i)`, else flips it, which gives the move :math:`w`:
 
     .. math:: x' = x + A w, \qquad
-        \alpha = \min\Bigl(1, e^{E(x) - E(x')} \prod_i \frac{\sigma(w_i g_i')}{\sigma(-w_i g_i)}\Bigr)
+        \alpha = \min\Bigl(1, e^{E(x) - E(x')} \prod_i \frac{\sigma(w_i g_i')}{\sigma(-w_i
+        g_i)}\Bigr)
 
-    The gradient says which way and not how far, so a step too large costs acceptance and does not send a chain away.
+    The gradient says which way and not how far, so a step too large costs acceptance and does not
+    send a chain away.
 
     Args:
-        step_size: :math:`\epsilon`; warm-up aims at an acceptance rate of 0.4 (Vogrinc, Livingstone and Zanella, 2023).
-        inverse_mass: preconditioner :math:`M^{-1}`: a tensor is its diagonal, or a metric; None is the identity.
+        step_size: :math:`\epsilon`; warm-up aims at an acceptance rate of 0.4 (Vogrinc, Livingstone
+            and Zanella, 2023).
+        inverse_mass: preconditioner :math:`M^{-1}`: a tensor is its diagonal, or a metric; None is
+            the identity.
 
     Raises:
         ValueError: if a setting is not positive and finite.
@@ -56,7 +61,9 @@ class Barker(GradientKernel):
 
     target_acceptance: ClassVar[float | None] = 0.4
 
-    def step(self, energy: Energy, state: State, generator: torch.Generator | None = None) -> tuple[State, Info]:
+    def step(
+        self, energy: Energy, state: State, generator: torch.Generator | None = None
+    ) -> tuple[State, Info]:
         q = rows(state.x)
         eps, metric = column(self.step_size, q), metric_of(self.inverse_mass, q)
         forth = metric.transpose(rows(state.grad))

@@ -1,4 +1,5 @@
-"""What every kernel shares: the state, the report, the contract, and how rows, noise and metrics are laid out."""
+"""What every kernel shares: the state, the report, the contract, and how rows, noise and metrics
+are laid out."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ __all__ = ["State", "Info", "Kernel", "ContinuousKernel", "AnyState"]
 
 
 class AnyState(Protocol):
-    """What every state has: a NamedTuple of tensors (or of such states), row i for chain i, with these two in it."""
+    """What every state has: a NamedTuple of tensors (or of such states), row i for chain i, with
+    these two in it."""
 
     @property
     def x(self) -> Tensor: ...
@@ -30,7 +32,8 @@ S = TypeVar("S", bound=AnyState)
 
 
 class State(NamedTuple):
-    """What the next step of a gradient-based kernel needs. Row i of each field belongs to chain i alone.
+    """What the next step of a gradient-based kernel needs. Row i of each field belongs to chain i
+    alone.
 
     Example:
         >>> from pyroebm.kernels import MALA
@@ -54,7 +57,8 @@ class Info(NamedTuple):
 
     acceptance_rate: Tensor  #: mean Metropolis probability of what was proposed, in [0, 1]
     accepted: Tensor  #: whether the chain moved
-    diverging: Tensor  #: energy error above the threshold, or a non-finite number: the row was rejected
+    #: energy error above the threshold, or a non-finite number: the row was rejected
+    diverging: Tensor
     energy: Tensor  #: Hamiltonian of the new state (the energy itself where there is no momentum)
     n_steps: Tensor  #: gradient evaluations (of Gibbs kernels: sites or blocks drawn)
     step_size: Tensor | None = None  #: step size used, where there is one
@@ -63,10 +67,11 @@ class Info(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Kernel(abc.ABC, Generic[S]):
-    """A transition of many chains at once: settings only, no adaptation state and no random numbers inside.
+    """A transition of many chains at once: settings only, no adaptation state and no random numbers
+    inside.
 
-    A subclass is a frozen dataclass with :meth:`init` and :meth:`step`; what its next step needs is its own NamedTuple of
-    tensors, with ``x`` and ``energy`` among them.
+    A subclass is a frozen dataclass with :meth:`init` and :meth:`step`; what its next step needs is
+    its own NamedTuple of tensors, with ``x`` and ``energy`` among them.
 
     Example:
         >>> from pyroebm.kernels import MALA
@@ -74,7 +79,8 @@ class Kernel(abc.ABC, Generic[S]):
         MALA(step_size=0.2, inverse_mass=None)
     """
 
-    #: acceptance rate that warm-up aims at; None for a kernel that accepts everything and so cannot be tuned by it.
+    #: acceptance rate that warm-up aims at; None for a kernel that accepts everything and so cannot
+    #: be tuned by it.
     target_acceptance: ClassVar[float | None] = None
     #: whether the target is left unchanged; False is said in the verdict of every run.
     exact: ClassVar[bool] = True
@@ -82,7 +88,8 @@ class Kernel(abc.ABC, Generic[S]):
     has_momentum: ClassVar[bool] = False
     #: whether it moves on discrete supports, and not in unconstrained coordinates.
     discrete: ClassVar[bool] = False
-    #: entries that an event must have at least: dynamics at constant speed need a direction to turn to.
+    #: entries that an event must have at least: dynamics at constant speed need a direction to turn
+    #: to.
     least_dim: ClassVar[int] = 1
     #: settings that warm-up may change, which a checkpoint keeps.
     learned: ClassVar[tuple[str, ...]] = ()
@@ -100,19 +107,26 @@ class Kernel(abc.ABC, Generic[S]):
 
     @abc.abstractmethod
     def init(self, energy: Energy, x: Tensor, generator: torch.Generator | None = None) -> S:
-        """The state at ``x`` of shape ``(chains, *event)``; ``generator`` is for kernels that begin with a random momentum.
+        """The state at ``x`` of shape ``(chains, *event)``; ``generator`` is for kernels that begin
+        with a random momentum.
 
         Raises:
-            ValueError: if the support is not one the kernel moves on, if shape, dtype or device do not fit, or if a start is
-                not finite.
+            ValueError: if the support is not one the kernel moves on, if shape, dtype or device do
+                not fit, or if a start is not finite.
         """
 
     @abc.abstractmethod
-    def step(self, energy: Energy, state: S, generator: torch.Generator | None = None) -> tuple[S, Info]:
-        """One transition of every chain. ``generator`` is on the device of the states; None is torch's global one."""
+    def step(
+        self, energy: Energy, state: S, generator: torch.Generator | None = None
+    ) -> tuple[S, Info]:
+        """One transition of every chain. ``generator`` is on the device of the states; None is
+        torch's global one."""
 
-    def steps(self, energy: Energy, state: S, num_steps: int, generator: torch.Generator | None = None) -> tuple[S, Tensor]:
-        """State after ``num_steps`` calls of :meth:`step`, and the mean ``acceptance_rate`` of each chain, ``(chains,)``."""
+    def steps(
+        self, energy: Energy, state: S, num_steps: int, generator: torch.Generator | None = None
+    ) -> tuple[S, Tensor]:
+        """State after ``num_steps`` calls of :meth:`step`, and the mean ``acceptance_rate`` of each
+        chain, ``(chains,)``."""
         rates = []
         for _ in range(num_steps):
             state, info = self.step(energy, state, generator)
@@ -120,32 +134,46 @@ class Kernel(abc.ABC, Generic[S]):
         return state, torch.stack(rates).mean(0)
 
     def refresh(self, energy: Energy, state: S) -> S:
-        """The same positions (and momenta) under an energy that may have been trained since: its values taken anew."""
+        """The same positions (and momenta) under an energy that may have been trained since: its
+        values taken anew."""
         old: Any = state
         fresh = self.init(energy, state.x)
-        new: S = old._replace(**{name: getattr(fresh, name) for name in ("energy", "grad") if hasattr(old, name)})
+        new: S = old._replace(
+            **{name: getattr(fresh, name) for name in ("energy", "grad") if hasattr(old, name)}
+        )
         return new
 
     def own_adaptation(self) -> Any:
-        """An adaptation of its own, in place of :class:`pyroebm.WindowAdaptation`; None where that one serves."""
+        """An adaptation of its own, in place of :class:`pyroebm.WindowAdaptation`; None where that
+        one serves."""
         return None
 
     def check_start(self, energy: Energy, x: Tensor) -> None:
-        """ValueError unless ``x`` is a batch ``(chains, *event)`` of an energy on whose support this kernel moves."""
-        if self.discrete != is_discrete(energy.support) or not (self.discrete or is_real(energy.support)):
+        """ValueError unless ``x`` is a batch ``(chains, *event)`` of an energy on whose support
+        this kernel moves."""
+        if self.discrete != is_discrete(energy.support) or not (
+            self.discrete or is_real(energy.support)
+        ):
             where = "on discrete supports" if self.discrete else "in unconstrained coordinates"
-            hint = "" if self.discrete or is_discrete(energy.support) else "; wrap it: Unconstrained(energy) (MCMC.run does)"
+            hint = (
+                ""
+                if self.discrete or is_discrete(energy.support)
+                else "; wrap it: Unconstrained(energy) (MCMC.run does)"
+            )
             raise ValueError(
-                f"{type(self).__name__} moves {where}, but {type(energy).__name__} has support={energy.support}{hint}"
+                f"{type(self).__name__} moves {where}, but {type(energy).__name__} has"
+                f" support={energy.support}{hint}"
             )
         energy.check_states(x)
         if len(energy.batch_shape(x)) != 1:
             raise ValueError(
-                f"x must have shape (chains, *event_shape) with event_shape {tuple(energy.event_shape)}, got {tuple(x.shape)}"
+                f"x must have shape (chains, *event_shape) with event_shape"
+                f" {tuple(energy.event_shape)}, got {tuple(x.shape)}"
             )
         if energy.event_shape.numel() < self.least_dim:
             raise ValueError(
-                f"{type(self).__name__} needs events of at least {self.least_dim} entries, but {type(energy).__name__} has"
+                f"{type(self).__name__} needs events of at least {self.least_dim} entries, but"
+                f" {type(energy).__name__} has"
                 f" event_shape {tuple(energy.event_shape)}"
             )
 
@@ -156,9 +184,9 @@ class ContinuousKernel(Kernel[S]):
 
     Args:
         step_size: :math:`\epsilon > 0`, a number for all chains or a tensor of shape ``(chains,)``.
-        inverse_mass: inverse mass matrix :math:`M^{-1}`, best near the covariance of the target: a tensor is its diagonal (shape
-            of one event, or flat), a :class:`pyroebm.kernels.Dense` or :class:`pyroebm.kernels.LowRank` is more; None is the
-            identity.
+        inverse_mass: inverse mass matrix :math:`M^{-1}`, best near the covariance of the target: a
+            tensor is its diagonal (shape of one event, or flat), a :class:`pyroebm.kernels.Dense`
+            or :class:`pyroebm.kernels.LowRank` is more; None is the identity.
 
     Raises:
         ValueError: if a step size or an inverse mass is not positive and finite.
@@ -180,14 +208,20 @@ class ContinuousKernel(Kernel[S]):
                 continue
             tensor = torch.as_tensor(value)
             if not bool((torch.isfinite(tensor) & (tensor > 0)).all()):
-                raise ValueError(f"{type(self).__name__}: {name} must be positive and finite, got {name}={value}")
+                raise ValueError(
+                    f"{type(self).__name__}: {name} must be positive and finite, got {name}={value}"
+                )
         if not all(bool(torch.isfinite(part).all()) for part in metric_tensors(self.inverse_mass)):
-            raise ValueError(f"{type(self).__name__}: inverse_mass must be finite, got inverse_mass={self.inverse_mass}")
+            raise ValueError(
+                f"{type(self).__name__}: inverse_mass must be finite, got"
+                f" inverse_mass={self.inverse_mass}"
+            )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class GradientKernel(ContinuousKernel[State]):
-    """A :class:`ContinuousKernel` whose next step needs position, energy and gradient, and nothing else."""
+    """A :class:`ContinuousKernel` whose next step needs position, energy and gradient, and nothing
+    else."""
 
     def init(self, energy: Energy, x: Tensor, generator: torch.Generator | None = None) -> State:
         self.check_start(energy, x)
@@ -195,14 +229,17 @@ class GradientKernel(ContinuousKernel[State]):
 
 
 def start_state(energy: Energy, x: Tensor) -> State:
-    """Energies and gradients at starting states; ValueError, with the row, unless all of them are finite."""
+    """Energies and gradients at starting states; ValueError, with the row, unless all of them are
+    finite."""
     values, grad = value_and_grad(energy, x)
     bad = ~(torch.isfinite(values) & torch.isfinite(grad.reshape(len(x), -1)).all(1))
     if bool(bad.any()):
         row = int(bad.nonzero()[0])
         raise ValueError(
-            f"chains must start where energy and gradient are finite: {int(bad.sum())} of {len(x)} rows of x are not, the"
-            f" first is row {row} with x={x[row].tolist()} and energy {float(values[row])}; start from energy.initial(n)"
+            f"chains must start where energy and gradient are finite: {int(bad.sum())} of {len(x)}"
+            f" rows of x are not, the"
+            f" first is row {row} with x={x[row].tolist()} and energy {float(values[row])}; start"
+            f" from energy.initial(n)"
         )
     return State(x.detach(), values, grad)
 
@@ -210,10 +247,13 @@ def start_state(energy: Energy, x: Tensor) -> State:
 def check_kernel(kernel: object) -> None:
     """ValueError unless ``kernel`` is one of ours."""
     if isinstance(kernel, type) and issubclass(kernel, Kernel):
-        raise ValueError(f"kernel must be an instance: write {kernel.__name__}() in place of {kernel.__name__}")
+        raise ValueError(
+            f"kernel must be an instance: write {kernel.__name__}() in place of {kernel.__name__}"
+        )
     if not isinstance(kernel, Kernel):
         raise ValueError(
-            f"kernel must be one of pyroebm.kernels, got {type(kernel).__name__}; Pyro's own kernels go into pyro.infer.MCMC"
+            f"kernel must be one of pyroebm.kernels, got {type(kernel).__name__}; Pyro's own"
+            f" kernels go into pyro.infer.MCMC"
             " with pyroebm.core.PotentialFn(energy)"
         )
 
@@ -225,7 +265,8 @@ def rows(x: Tensor) -> Tensor:
 
 def row_value_and_grad(energy: Energy, q: Tensor) -> tuple[Tensor, Tensor]:
     """:func:`pyroebm.value_and_grad` on rows ``(chains, dim)``."""
-    if len(energy.event_shape) == 1:  # rows are events: views that change nothing take their time as well
+    # rows are events: views that change nothing take their time as well
+    if len(energy.event_shape) == 1:
         return unchecked_value_and_grad(energy, q)
     values, grad = unchecked_value_and_grad(energy, q.reshape(-1, *energy.event_shape))
     return values, rows(grad)
@@ -238,10 +279,14 @@ def state_of_rows(energy: Energy, q: Tensor, values: Tensor, grad: Tensor) -> St
 
 
 def column(value: float | Tensor, like: Tensor) -> Tensor:
-    """A setting for all chains, or one for each, as a column ``(chains, 1)`` beside rows ``(chains, dim)``."""
+    """A setting for all chains, or one for each, as a column ``(chains, 1)`` beside rows ``(chains,
+    dim)``."""
     tensor = torch.as_tensor(value, dtype=like.dtype, device=like.device)
     if tensor.dim() > 1 or (tensor.dim() == 1 and len(tensor) != len(like)):
-        raise ValueError(f"step_size must be one number or one for each of {len(like)} chains, got shape {tuple(tensor.shape)}")
+        raise ValueError(
+            f"step_size must be one number or one for each of {len(like)} chains, got shape"
+            f" {tuple(tensor.shape)}"
+        )
     return tensor.reshape(-1, 1).expand(len(like), 1)
 
 
@@ -256,7 +301,8 @@ def uniform_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
 
 
 def choose(condition: Tensor, new: S, old: S) -> S:
-    """Row by row: the new state where ``condition`` (chains,) holds. ``where`` and not arithmetic, so that no NaN leaks."""
+    """Row by row: the new state where ``condition`` (chains,) holds. ``where`` and not arithmetic,
+    so that no NaN leaks."""
 
     def pick(a: Tensor, b: Tensor) -> Tensor:
         return torch.where(condition.reshape(-1, *[1] * (a.dim() - 1)), a, b)

@@ -21,24 +21,29 @@ __all__ = ["CompiledKernel"]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class CompiledKernel(Kernel[S]):
-    """A kernel with its inner loops compiled for the energy that it last met: for objectives, whose chains go on step by step.
+    """A kernel with its inner loops compiled for the energy that it last met: for objectives, whose
+    chains go on step by step.
 
-    The draws are those of the kernel inside, up to rounding. Parameters may be trained in place between calls. What else enters
-    the energy, numbers and branches of Python, must stay as it is. (:class:`pyroebm.MCMC` has ``compile`` of its own.)
+    The draws are those of the kernel inside, up to rounding. Parameters may be trained in place
+    between calls. What else enters the energy, numbers and branches of Python, must stay as it is.
+    (:class:`pyroebm.MCMC` has ``compile`` of its own.)
 
     Args:
         kernel: any kernel; one on discrete supports runs as it is.
-        planned_steps: steps that each chain is to take in all. Compiling takes some ten seconds: it is left alone where these
-            steps would not repay them, by the same rule as ``MCMC(compile="auto")``. None compiles in any case.
+        planned_steps: steps that each chain is to take in all. Compiling takes some ten seconds: it
+            is left alone where these steps would not repay them, by the same rule as
+            ``MCMC(compile="auto")``. None compiles in any case.
 
     Raises:
-        ValueError: if ``kernel`` is none, or ``planned_steps`` < 1.
-        RuntimeError: at the first step, if ``planned_steps`` is None and the energy cannot be compiled; else it warns.
+        ValueError: if ``kernel`` is none, or ``planned_steps`` < 1. RuntimeError: at the first
+        step, if ``planned_steps`` is None and the energy cannot be compiled; else it warns.
 
     Example:
         >>> from pyroebm.kernels import ULA
         >>> from pyroebm.objectives import PersistentCD
-        >>> objective = PersistentCD(256, k=20, kernel=CompiledKernel(ULA(0.1), planned_steps=20 * 5000))
+        >>> objective = PersistentCD(
+        ...     256, k=20, kernel=CompiledKernel(ULA(0.1), planned_steps=20 * 5000)
+        ... )
         >>> objective.kernel.step_size, objective.kernel.exact
         (0.1, False)
     """
@@ -74,19 +79,26 @@ class CompiledKernel(Kernel[S]):
     def init(self, energy: Energy, x: Tensor, generator: torch.Generator | None = None) -> S:
         return self.kernel.init(energy, x, generator)
 
-    def step(self, energy: Energy, state: S, generator: torch.Generator | None = None) -> tuple[S, Info]:
+    def step(
+        self, energy: Energy, state: S, generator: torch.Generator | None = None
+    ) -> tuple[S, Info]:
         return self.kernel.step(self._view(energy, len(state.x)), state, generator)
 
-    def steps(self, energy: Energy, state: S, num_steps: int, generator: torch.Generator | None = None) -> tuple[S, Tensor]:
+    def steps(
+        self, energy: Energy, state: S, num_steps: int, generator: torch.Generator | None = None
+    ) -> tuple[S, Tensor]:
         return self.kernel.steps(self._view(energy, len(state.x)), state, num_steps, generator)
 
     def _view(self, energy: Energy, chains: int) -> Energy:
-        """The energy compiled, or as it is: the view of last time, while energy and tensors are the same ones."""
+        """The energy compiled, or as it is: the view of last time, while energy and tensors are the
+        same ones."""
         source = energy.energy if isinstance(energy, Unconstrained) else energy
         seen = (source, energy.training, _held(energy))
         if self not in _views or _views[self][0] != seen:
             steps = self.planned_steps
-            view = choose_compiled(energy, True if steps is None else "auto", self.kernel, chains, steps or 1)
+            view = choose_compiled(
+                energy, True if steps is None else "auto", self.kernel, chains, steps or 1
+            )
             _views[self] = seen, view if is_compiled(view) else None
         return _views[self][1] or energy
 
@@ -97,4 +109,6 @@ def _held(energy: Energy) -> list[int]:
 
 
 #: What each kernel last met, and its compiled view, if there is one.
-_views: WeakKeyDictionary[CompiledKernel[Any], tuple[tuple[Energy, bool, list[int]], Energy | None]] = WeakKeyDictionary()
+_views: WeakKeyDictionary[
+    CompiledKernel[Any], tuple[tuple[Energy, bool, list[int]], Energy | None]
+] = WeakKeyDictionary()

@@ -10,8 +10,25 @@ from torch import Tensor
 
 from pyroebm.core.energy import Energy
 from pyroebm.core.wrappers import Relaxed
-from pyroebm.kernels.base import Info, State, choose, column, row_value_and_grad, rows, start_state, state_of_rows, uniform_like
-from pyroebm.kernels.sites import DiscreteKernel, author, draw_index, squared_distances, to_sites, values_of
+from pyroebm.kernels.base import (
+    Info,
+    State,
+    choose,
+    column,
+    row_value_and_grad,
+    rows,
+    start_state,
+    state_of_rows,
+    uniform_like,
+)
+from pyroebm.kernels.sites import (
+    DiscreteKernel,
+    author,
+    draw_index,
+    squared_distances,
+    to_sites,
+    values_of,
+)
 
 __all__ = ["DMALA", "DULA", "GibbsWithGradients"]
 
@@ -30,13 +47,18 @@ class RelaxedKernel(DiscreteKernel[State]):
 class GibbsWithGradients(RelaxedKernel):
     r"""Gibbs with gradients (Grathwohl, Swersky, Hashemi, Duvenaud and Maddison, 2021): exact.
 
-    One site i changes to one value v, chosen from all sites and values at once by what the gradient says of the change,
+    One site i changes to one value v, chosen from all sites and values at once by what the gradient
+    says of the change,
 
-    .. math:: q(i, v \mid x) \propto \exp\bigl(-\tfrac12 \nabla E(x)_i \cdot (v - x_i)\bigr), \qquad v \ne x_i
+    .. math::
 
-    the locally balanced proposal of Zanella (2020), and is accepted by the Metropolis-Hastings ratio, with the reverse proposal
-    from the gradient at the new state. A step costs one gradient, whatever the number of sites. The energy must accept real
-    numbers (:class:`pyroebm.core.Relaxed`): a poor continuation makes it slow, never wrong.
+        q(i, v \mid x) \propto \exp\bigl(-\tfrac12 \nabla E(x)_i \cdot (v - x_i)\bigr), \qquad v \ne
+        x_i
+
+    the locally balanced proposal of Zanella (2020), and is accepted by the Metropolis-Hastings
+    ratio, with the reverse proposal from the gradient at the new state. A step costs one gradient,
+    whatever the number of sites. The energy must accept real numbers
+    (:class:`pyroebm.core.Relaxed`): a poor continuation makes it slow, never wrong.
 
     Example:
         >>> from pyroebm.energies import Ising
@@ -47,7 +69,9 @@ class GibbsWithGradients(RelaxedKernel):
         torch.Size([8, 4, 4])
     """
 
-    def step(self, energy: Energy, state: State, generator: torch.Generator | None = None) -> tuple[State, Info]:
+    def step(
+        self, energy: Energy, state: State, generator: torch.Generator | None = None
+    ) -> tuple[State, Info]:
         values = values_of(energy, state.x)
         x = rows(state.x)
         row = torch.arange(len(state.x), device=state.x.device)
@@ -67,19 +91,24 @@ class GibbsWithGradients(RelaxedKernel):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class DULA(RelaxedKernel):
-    r"""Discrete unadjusted Langevin algorithm (Zhang, Liu and Liu, 2022). **Not exact**: its bias grows with the step.
+    r"""Discrete unadjusted Langevin algorithm (Zhang, Liu and Liu, 2022). **Not exact**: its bias
+    grows with the step.
 
     All sites change at once, each on its own, to one of its values v:
 
-    .. math:: q_i(v \mid x) \propto \exp\Bigl(-\tfrac12 \nabla E(x)_i \cdot (v - x_i) - \frac{|v - x_i|^2}{2 \epsilon^2}\Bigr)
+    .. math::
 
-    This is the Langevin proposal of step :math:`\epsilon`, a normal law, restricted to the support; the paper's :math:`\alpha`
-    is :math:`\epsilon^2`. The energy must accept real numbers (:class:`pyroebm.core.Relaxed`). A proposal with a non-finite
-    energy or gradient is refused and counts as diverging; every other is taken.
+        q_i(v \mid x) \propto \exp\Bigl(-\tfrac12 \nabla E(x)_i \cdot (v - x_i) - \frac{|v -
+        x_i|^2}{2 \epsilon^2}\Bigr)
+
+    This is the Langevin proposal of step :math:`\epsilon`, a normal law, restricted to the support;
+    the paper's :math:`\alpha` is :math:`\epsilon^2`. The energy must accept real numbers
+    (:class:`pyroebm.core.Relaxed`). A proposal with a non-finite energy or gradient is refused and
+    counts as diverging; every other is taken.
 
     Args:
-        step_size: :math:`\epsilon > 0`, a number or one for each chain; a flip has a distance of 1 on bits, 2 on spins,
-            :math:`\sqrt 2` on one-hot rows.
+        step_size: :math:`\epsilon > 0`, a number or one for each chain; a flip has a distance of 1
+            on bits, 2 on spins, :math:`\sqrt 2` on one-hot rows.
 
     Raises:
         ValueError: if ``step_size`` is not positive and finite.
@@ -101,9 +130,14 @@ class DULA(RelaxedKernel):
     def __post_init__(self) -> None:
         size = torch.as_tensor(self.step_size)
         if not bool((torch.isfinite(size) & (size > 0)).all()):
-            raise ValueError(f"{type(self).__name__}: step_size must be positive and finite, got step_size={self.step_size}")
+            raise ValueError(
+                f"{type(self).__name__}: step_size must be positive and finite, got"
+                f" step_size={self.step_size}"
+            )
 
-    def step(self, energy: Energy, state: State, generator: torch.Generator | None = None) -> tuple[State, Info]:
+    def step(
+        self, energy: Energy, state: State, generator: torch.Generator | None = None
+    ) -> tuple[State, Info]:
         new, _ = self.propose(energy, state, generator)
         finite = is_finite(new)
         state = choose(finite, new, state)
@@ -116,7 +150,9 @@ class DULA(RelaxedKernel):
             step_size=column(self.step_size, rows(state.x)).squeeze(1),
         )
 
-    def propose(self, energy: Energy, state: State, generator: torch.Generator | None) -> tuple[State, Tensor]:
+    def propose(
+        self, energy: Energy, state: State, generator: torch.Generator | None
+    ) -> tuple[State, Tensor]:
         r"""The proposal x', and :math:`\log q(x \mid x') - \log q(x' \mid x)` of each row."""
         values, x = values_of(energy, state.x), rows(state.x)
         forward, own = self._site_logits(x, rows(state.grad), values)
@@ -128,7 +164,8 @@ class DULA(RelaxedKernel):
         return new, back - forward.gather(1, index.unsqueeze(1)).sum((1, 2))
 
     def _site_logits(self, q: Tensor, grad: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probabilities of the values of each site, ``(chains, K, sites)``, and which of them is its own value."""
+        """Log-probabilities of the values of each site, ``(chains, K, sites)``, and which of them
+        is its own value."""
         squared = squared_distances(to_sites(q, values), values)
         spread = 2.0 * column(self.step_size, q).unsqueeze(2) ** 2
         logits = -0.5 * values @ to_sites(grad, values).mT - squared / spread
@@ -143,7 +180,8 @@ class DMALA(DULA):
     :math:`e^{E(x) - E(x')} q(x \mid x') / q(x' \mid x)`.
 
     Args:
-        step_size: :math:`\epsilon > 0`; warm-up aims at an acceptance rate of 0.574 (Sun, Dai and Schuurmans, 2022).
+        step_size: :math:`\epsilon > 0`; warm-up aims at an acceptance rate of 0.574 (Sun, Dai and
+            Schuurmans, 2022).
 
     Raises:
         ValueError: if ``step_size`` is not positive and finite.
@@ -160,7 +198,9 @@ class DMALA(DULA):
     exact: ClassVar[bool] = True
     target_acceptance: ClassVar[float | None] = 0.574
 
-    def step(self, energy: Energy, state: State, generator: torch.Generator | None = None) -> tuple[State, Info]:
+    def step(
+        self, energy: Energy, state: State, generator: torch.Generator | None = None
+    ) -> tuple[State, Info]:
         new, log_q = self.propose(energy, state, generator)
         size = column(self.step_size, rows(state.x)).squeeze(1)
         new, info = metropolis(state, new, log_q, generator)
@@ -168,10 +208,13 @@ class DMALA(DULA):
 
 
 def change_logits(q: Tensor, grad: Tensor, values: Tensor) -> Tensor:
-    """Log-probabilities ``(chains, K * sites)`` of changing one site to another value, the values in the order of ``values``."""
+    """Log-probabilities ``(chains, K * sites)`` of changing one site to another value, the values
+    in the order of ``values``."""
     x, g = to_sites(q, values), to_sites(grad, values)
     gain = 0.5 * ((g * x).sum(2).unsqueeze(1) - values @ g.mT)
-    return torch.log_softmax(rows(gain.masked_fill(squared_distances(x, values) == 0, -torch.inf)), 1)
+    return torch.log_softmax(
+        rows(gain.masked_fill(squared_distances(x, values) == 0, -torch.inf)), 1
+    )
 
 
 def is_finite(state: State) -> Tensor:
@@ -179,8 +222,11 @@ def is_finite(state: State) -> Tensor:
     return torch.isfinite(state.energy) & torch.isfinite(rows(state.grad)).all(1)
 
 
-def metropolis(state: State, new: State, log_q: Tensor, generator: torch.Generator | None) -> tuple[State, Info]:
-    r"""Accept with :math:`\min(1, e^{E - E' + \log q})`, ``log_q`` being log of reverse over forward proposal; row by row."""
+def metropolis(
+    state: State, new: State, log_q: Tensor, generator: torch.Generator | None
+) -> tuple[State, Info]:
+    r"""Accept with :math:`\min(1, e^{E - E' + \log q})`, ``log_q`` being log of reverse over
+    forward proposal; row by row."""
     # A proposal with a NaN or an infinity has probability 0, and no other row knows.
     finite = is_finite(new)
     log_ratio = torch.where(finite, state.energy - new.energy + log_q, -torch.inf)

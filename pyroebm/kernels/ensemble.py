@@ -21,15 +21,19 @@ __all__ = ["ChEES", "ChEESAdaptation"]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ChEES(GradientKernel):
-    r"""Jittered HMC with a trajectory length learned across chains (Hoffman, Radul and Sountsov, 2021): exact.
+    r"""Jittered HMC with a trajectory length learned across chains (Hoffman, Radul and Sountsov,
+    2021): exact.
 
-    Every chain follows :math:`\lceil h T / \epsilon \rceil` leapfrog steps, h uniform on (0, 1), drawn for each step and the same
-    for all chains, so none waits. With fixed settings the chains are independent; **the warm-up couples them**:
-    :class:`ChEESAdaptation` learns T from all chains together and needs two at least. No trajectory has more than 1,000 steps.
+    Every chain follows :math:`\lceil h T / \epsilon \rceil` leapfrog steps, h uniform on (0, 1),
+    drawn for each step and the same for all chains, so none waits. With fixed settings the chains
+    are independent; **the warm-up couples them**: :class:`ChEESAdaptation` learns T from all chains
+    together and needs two at least. No trajectory has more than 1,000 steps.
 
     Args:
-        step_size: :math:`\epsilon`; warm-up aims at an acceptance rate of 0.651 (Beskos et al., 2013).
-        inverse_mass: :math:`M^{-1}`: a tensor is its diagonal, shape of one event, or a metric; None is the identity.
+        step_size: :math:`\epsilon`; warm-up aims at an acceptance rate of 0.651 (Beskos et al.,
+            2013).
+        inverse_mass: :math:`M^{-1}`: a tensor is its diagonal, shape of one event, or a metric;
+            None is the identity.
         trajectory_length: T, the longest time of a trajectory; the mean is half of it.
 
     Raises:
@@ -53,7 +57,10 @@ class ChEES(GradientKernel):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0.0 < self.trajectory_length < math.inf:
-            raise ValueError(f"ChEES: trajectory_length must be positive and finite, got {self.trajectory_length}")
+            raise ValueError(
+                f"ChEES: trajectory_length must be positive and finite, got"
+                f" {self.trajectory_length}"
+            )
 
     def probe(self) -> ChEES:
         return self.replace(trajectory_length=sys.float_info.min)
@@ -61,7 +68,9 @@ class ChEES(GradientKernel):
     def own_adaptation(self) -> ChEESAdaptation:
         return ChEESAdaptation()
 
-    def step(self, energy: Energy, state: State, generator: torch.Generator | None = None) -> tuple[State, Info]:
+    def step(
+        self, energy: Energy, state: State, generator: torch.Generator | None = None
+    ) -> tuple[State, Info]:
         return self.step_with_trajectory(energy, state, generator)[:2]
 
     def step_with_trajectory(
@@ -86,51 +95,67 @@ class ChEESMemory(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ChEESAdaptation:
-    r"""Trajectory length by stochastic gradient ascent on the ChEES criterion, step size and metric as in Stan.
+    r"""Trajectory length by stochastic gradient ascent on the ChEES criterion, step size and metric
+    as in Stan.
 
-    The change in the estimator of the expected square is made large (Hoffman, Radul and Sountsov, 2021):
+    The change in the estimator of the expected square is made large (Hoffman, Radul and Sountsov,
+    2021):
 
-    .. math:: \operatorname{ChEES}(T) = \tfrac14 E\bigl[(|x' - \bar x'|^2 - |x - \bar x|^2)^2\bigr], \qquad
-        \frac{\partial}{\partial \log T} = E\bigl[t\, (|x' - \bar x'|^2 - |x - \bar x|^2)\, (x' - \bar x') \cdot v'\bigr]
+    .. math::
 
-    with :math:`x'` the end of a trajectory of time t, :math:`v'` its velocity there, and every chain weighted by its acceptance
-    probability. Coordinates are measured in standard deviations. Adam without momentum climbs :math:`\log T`. A chain that met a
-    NaN has weight 0.
+        \operatorname{ChEES}(T) = \tfrac14 E\bigl[(|x' - \bar x'|^2 - |x - \bar x|^2)^2\bigr],
+        \qquad
+        \frac{\partial}{\partial \log T} = E\bigl[t\, (|x' - \bar x'|^2 - |x - \bar x|^2)\, (x' -
+        \bar x') \cdot v'\bigr]
+
+    with :math:`x'` the end of a trajectory of time t, :math:`v'` its velocity there, and every
+    chain weighted by its acceptance probability. Coordinates are measured in standard deviations.
+    Adam without momentum climbs :math:`\log T`. A chain that met a NaN has weight 0.
 
     Args:
         window: how step size and metric are learned.
         learning_rate: Adam's, of :math:`\log T`.
 
     Raises:
-        ValueError: if ``learning_rate`` is not positive and finite; at the start, unless the kernel is :class:`ChEES` and has two
-            chains.
+        ValueError: if ``learning_rate`` is not positive and finite; at the start, unless the kernel
+            is :class:`ChEES` and has two chains.
 
     Example:
         >>> ChEESAdaptation().learning_rate
         0.025
     """
 
-    window: WindowAdaptation = dataclasses.field(default_factory=lambda: WindowAdaptation(step_size="pooled"))
+    window: WindowAdaptation = dataclasses.field(
+        default_factory=lambda: WindowAdaptation(step_size="pooled")
+    )
     learning_rate: float = 0.025
 
     def __post_init__(self) -> None:
         if not 0.0 < self.learning_rate < math.inf:
-            raise ValueError(f"learning_rate must be positive and finite, got learning_rate={self.learning_rate}")
+            raise ValueError(
+                f"learning_rate must be positive and finite, got learning_rate={self.learning_rate}"
+            )
 
     def start(
         self, kernel: Any, energy: Energy, state: State, generator: torch.Generator | None = None
     ) -> tuple[ChEES, ChEESMemory]:
         """A kernel with a first guess of the step size, and the memory."""
         if not isinstance(kernel, ChEES):
-            raise ValueError(f"ChEESAdaptation learns the trajectory length of ChEES, got {type(kernel).__name__}")
+            raise ValueError(
+                f"ChEESAdaptation learns the trajectory length of ChEES, got"
+                f" {type(kernel).__name__}"
+            )
         if len(state.x) < 2:
             raise ValueError(
-                f"ChEESAdaptation learns across chains and needs at least 2, got {len(state.x)}: take more chains, in blocks"
+                f"ChEESAdaptation learns across chains and needs at least 2, got {len(state.x)}:"
+                f" take more chains, in blocks"
                 " (chain_batch_size) of two or more, or NUTS"
             )
         short, warmup = self.window.start(kernel.probe(), energy, state, generator)
         log_length = math.log(kernel.trajectory_length)
-        return _lengthened(short, kernel.trajectory_length), ChEESMemory(warmup, log_length, log_length)
+        return _lengthened(short, kernel.trajectory_length), ChEESMemory(
+            warmup, log_length, log_length
+        )
 
     def step(
         self,
@@ -144,7 +169,9 @@ class ChEESAdaptation:
         """One step of the kernel, and what is learned from it."""
         state, info, trajectory = kernel.step_with_trajectory(energy, state, generator)
         slope = float(_slope(kernel, info, trajectory))
-        short, warmup = self.window.update(kernel.probe(), energy, state, info, memory.warmup, steps, generator)
+        short, warmup = self.window.update(
+            kernel.probe(), energy, state, info, memory.warmup, steps, generator
+        )
         memory = self._climb(memory._replace(warmup=warmup), slope)
         last = warmup.step == steps
         length = math.exp(memory.log_average if last else memory.log_length)
@@ -155,7 +182,9 @@ class ChEESAdaptation:
             return memory
         updates, square = memory.updates + 1, decay * memory.square + (1.0 - decay) * slope**2
         scale = math.sqrt(square / (1.0 - decay**updates))
-        log_length = memory.log_length + (self.learning_rate * slope / scale if scale > 0.0 else 0.0)
+        log_length = memory.log_length + (
+            self.learning_rate * slope / scale if scale > 0.0 else 0.0
+        )
         weight = updates**-0.75
         average = weight * log_length + (1.0 - weight) * memory.log_average
         return ChEESMemory(memory.warmup, log_length, average, square, updates)
@@ -166,7 +195,8 @@ def _lengthened(kernel: Kernel[Any], length: float) -> ChEES:
 
 
 def _slope(kernel: ChEES, info: Info, trajectory: Trajectory) -> Tensor:
-    """The gradient of the criterion in log T, up to a positive factor; 0 where no trajectory was acceptable."""
+    """The gradient of the criterion in log T, up to a positive factor; 0 where no trajectory was
+    acceptable."""
     q0, _, q1, p1 = trajectory
     weight = info.acceptance_rate.unsqueeze(1)
     valid = weight > 0.0

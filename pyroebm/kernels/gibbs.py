@@ -19,7 +19,8 @@ __all__ = ["BlockGibbs", "Gibbs", "HasBlocks", "HasSiteLogits", "PointState"]
 
 
 class PointState(NamedTuple):
-    """What the next step of a kernel without gradients needs. Row i of each field belongs to chain i alone.
+    """What the next step of a kernel without gradients needs. Row i of each field belongs to chain
+    i alone.
 
     Example:
         >>> from pyroebm.targets import BernoulliProduct
@@ -33,7 +34,8 @@ class PointState(NamedTuple):
 
 @runtime_checkable
 class HasSiteLogits(Protocol):
-    """An energy that knows its single-site conditionals in less time than K evaluations of itself take.
+    """An energy that knows its single-site conditionals in less time than K evaluations of itself
+    take.
 
     Example:
         >>> from pyroebm.energies import Ising
@@ -42,14 +44,17 @@ class HasSiteLogits(Protocol):
     """
 
     def site_logits(self, x: Tensor, site: Tensor) -> Tensor:
-        """Log-probabilities, up to a constant of each row, of the K values of one site of each row given the others.
+        """Log-probabilities, up to a constant of each row, of the K values of one site of each row
+        given the others.
 
         Args:
             x: states, shape ``(chains, *event)``.
-            site: number of the site, row by row, shape ``(chains,)``, int64; sites are numbered as the flat event has them.
+            site: number of the site, row by row, shape ``(chains,)``, int64; sites are numbered as
+                the flat event has them.
 
         Returns:
-            shape ``(chains, K)``; values in the order 0, 1 of bits, -1, +1 of spins, and of the entries of a one-hot row.
+            shape ``(chains, K)``; values in the order 0, 1 of bits, -1, +1 of spins, and of the
+            entries of a one-hot row.
         """
 
 
@@ -66,10 +71,12 @@ class HasBlocks(Protocol):
 
     @property
     def blocks(self) -> Mapping[str, slice | Tensor]:
-        """Where each block lies in the flat event, in the order of a sweep: a slice, or indices or a boolean mask."""
+        """Where each block lies in the flat event, in the order of a sweep: a slice, or indices or
+        a boolean mask."""
 
     def conditional(self, block: str, x: Tensor) -> Distribution:
-        """The law of a block given the rest of ``x`` ``(chains, *event)``: batch shape ``(chains,)``, events the block's entries.
+        """The law of a block given the rest of ``x`` ``(chains, *event)``: batch shape
+        ``(chains,)``, events the block's entries.
 
         What ``x`` has in the block itself is ignored.
         """
@@ -83,8 +90,10 @@ def point_state(energy: Energy, x: Tensor) -> PointState:
     if bool(bad.any()):
         row = int(bad.nonzero()[0])
         raise ValueError(
-            f"chains must start where the energy is finite: {int(bad.sum())} of {len(x)} rows of x are not, the first is row"
-            f" {row} with x={x[row].tolist()} and energy {float(values[row])}; start from energy.initial(n)"
+            f"chains must start where the energy is finite: {int(bad.sum())} of {len(x)} rows of x"
+            f" are not, the first is row"
+            f" {row} with x={x[row].tolist()} and energy {float(values[row])}; start from"
+            f" energy.initial(n)"
         )
     return PointState(x.detach(), values)
 
@@ -95,14 +104,15 @@ class Gibbs(DiscreteKernel[PointState]):
 
     .. math:: x_i \sim p(x_i \mid x_{-i}) \propto e^{-E(x_i,\, x_{-i})}
 
-    All K values of a site go through the energy in one batched call, of K times the chains; an energy with a method
-    ``site_logits`` (:class:`pyroebm.kernels.gibbs.HasSiteLogits`) is asked that instead. One step draws as many sites as there
-    are. A value of energy :math:`+\infty` has probability 0; a site that meets a NaN (or :math:`-\infty`) stays as it is, and its
-    row counts as diverging.
+    All K values of a site go through the energy in one batched call, of K times the chains; an
+    energy with a method ``site_logits`` (:class:`pyroebm.kernels.gibbs.HasSiteLogits`) is asked
+    that instead. One step draws as many sites as there are. A value of energy :math:`+\infty` has
+    probability 0; a site that meets a NaN (or :math:`-\infty`) stays as it is, and its row counts
+    as diverging.
 
     Args:
-        scan: "systematic" sweeps over all sites in order; "random" draws the site of each update, chain by chain, which is
-            reversible.
+        scan: "systematic" sweeps over all sites in order; "random" draws the site of each update,
+            chain by chain, which is reversible.
 
     Raises:
         ValueError: if ``scan`` is neither.
@@ -120,14 +130,20 @@ class Gibbs(DiscreteKernel[PointState]):
 
     def __post_init__(self) -> None:
         if self.scan not in ("systematic", "random"):
-            raise ValueError(f'Gibbs: scan must be "systematic" or "random", got scan={self.scan!r}')
+            raise ValueError(
+                f'Gibbs: scan must be "systematic" or "random", got scan={self.scan!r}'
+            )
 
-    def init(self, energy: Energy, x: Tensor, generator: torch.Generator | None = None) -> PointState:
+    def init(
+        self, energy: Energy, x: Tensor, generator: torch.Generator | None = None
+    ) -> PointState:
         self.check_start(energy, x)
         values_of(energy, x)
         return point_state(energy, x)
 
-    def step(self, energy: Energy, state: PointState, generator: torch.Generator | None = None) -> tuple[PointState, Info]:
+    def step(
+        self, energy: Energy, state: PointState, generator: torch.Generator | None = None
+    ) -> tuple[PointState, Info]:
         values = values_of(energy, state.x)
         x = to_sites(state.x, values).clone()
         row, refused = torch.arange(len(x), device=x.device), torch.zeros_like(state.energy)
@@ -152,13 +168,15 @@ class Gibbs(DiscreteKernel[PointState]):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class BlockGibbs(DiscreteKernel[PointState]):
-    r"""Block Gibbs sampling (Jensen, Kong and Kjaerulff, 1995): exact, for energies that offer blocks with their conditionals.
+    r"""Block Gibbs sampling (Jensen, Kong and Kjaerulff, 1995): exact, for energies that offer
+    blocks with their conditionals.
 
     .. math:: x_B \sim p(x_B \mid x_{-B})
 
-    for each block B in turn, all of its entries at once. An energy offers blocks by the attribute ``blocks`` and the method
-    ``conditional`` of :class:`pyroebm.kernels.gibbs.HasBlocks`: the halves of a checkerboard, the layers of a Boltzmann machine.
-    A row whose draw has no finite energy stays where it was and counts as diverging.
+    for each block B in turn, all of its entries at once. An energy offers blocks by the attribute
+    ``blocks`` and the method ``conditional`` of :class:`pyroebm.kernels.gibbs.HasBlocks`: the
+    halves of a checkerboard, the layers of a Boltzmann machine. A row whose draw has no finite
+    energy stays where it was and counts as diverging.
 
     Example:
         >>> from pyroebm.energies import Ising
@@ -169,7 +187,9 @@ class BlockGibbs(DiscreteKernel[PointState]):
         (torch.Size([8, 4, 4]), tensor(2))
     """
 
-    def init(self, energy: Energy, x: Tensor, generator: torch.Generator | None = None) -> PointState:
+    def init(
+        self, energy: Energy, x: Tensor, generator: torch.Generator | None = None
+    ) -> PointState:
         self.check_start(energy, x)
         source = blocks_of(energy)
         covered = torch.zeros(energy.event_shape.numel(), dtype=torch.long)
@@ -177,12 +197,16 @@ class BlockGibbs(DiscreteKernel[PointState]):
             covered[index if isinstance(index, slice) else index.cpu()] += 1
         if not bool((covered == 1).all()):
             raise ValueError(
-                f"the blocks of {type(source).__name__} must cover each entry of an event once, got {list(source.blocks)}"
-                f" covering entry {int((covered != 1).nonzero()[0])} {int(covered[covered != 1][0])} times"
+                f"the blocks of {type(source).__name__} must cover each entry of an event once,"
+                f" got {list(source.blocks)}"
+                f" covering entry {int((covered != 1).nonzero()[0])}"
+                f" {int(covered[covered != 1][0])} times"
             )
         return point_state(energy, x)
 
-    def step(self, energy: Energy, state: PointState, generator: torch.Generator | None = None) -> tuple[PointState, Info]:
+    def step(
+        self, energy: Energy, state: PointState, generator: torch.Generator | None = None
+    ) -> tuple[PointState, Info]:
         source, x = blocks_of(energy), rows(state.x).clone()
         with torch.no_grad():
             for name, index in source.blocks.items():
@@ -190,7 +214,8 @@ class BlockGibbs(DiscreteKernel[PointState]):
                     drawn = source.conditional(name, x.reshape(state.x.shape)).sample()
                 if drawn.shape[0] != len(x) or drawn[0].numel() != x[0, index].numel():
                     raise ValueError(
-                        f"{type(source).__name__}.conditional({name!r}, x) must draw {x[0, index].numel()} entries for each of"
+                        f"{type(source).__name__}.conditional({name!r}, x) must draw"
+                        f" {x[0, index].numel()} entries for each of"
                         f" {len(x)} chains, got a draw of shape {tuple(drawn.shape)}"
                     )
                 x[:, index] = rows(drawn)
@@ -198,10 +223,12 @@ class BlockGibbs(DiscreteKernel[PointState]):
 
 
 def conditional_logits(energy: Energy, x: Tensor, site: Tensor, values: Tensor) -> Tensor:
-    """Log-probabilities ``(chains, K)``, unnormalised, of one site's values in each row of ``x`` ``(chains, sites, width)``."""
+    """Log-probabilities ``(chains, K)``, unnormalised, of one site's values in each row of ``x``
+    ``(chains, sites, width)``."""
     candidates = x.unsqueeze(1).repeat(1, len(values), 1, 1)
     candidates[torch.arange(len(x), device=x.device), :, site] = values
-    # Chains stay the first axis: an energy may treat each of them differently, as a tempered path does.
+    # Chains stay the first axis: an energy may treat each of them differently, as a tempered path
+    # does.
     return -energy(candidates.reshape(len(x), len(values), *energy.event_shape))
 
 
@@ -211,7 +238,8 @@ def offered_logits(energy: Energy, x: Tensor, site: Tensor, values: Tensor) -> T
     logits: Tensor = source.site_logits(x.reshape(-1, *energy.event_shape), site)
     if logits.shape != (len(x), len(values)):
         raise ValueError(
-            f"{type(source).__name__}.site_logits must return shape (chains, values) = {(len(x), len(values))}, got"
+            f"{type(source).__name__}.site_logits must return shape (chains, values) ="
+            f" {(len(x), len(values))}, got"
             f" {tuple(logits.shape)}"
         )
     return logits
@@ -222,14 +250,18 @@ def blocks_of(energy: Energy) -> HasBlocks:
     source = author(energy)
     if not isinstance(source, HasBlocks):
         raise ValueError(
-            f"BlockGibbs needs an energy with an attribute blocks and a method conditional(block, x), but {type(source).__name__}"
+            f"BlockGibbs needs an energy with an attribute blocks and a method conditional(block,"
+            f" x), but {type(source).__name__}"
             " has none; Gibbs() draws one site at a time from any discrete energy"
         )
     return source
 
 
-def swept(energy: Energy, state: PointState, x: Tensor, refused: Tensor, updates: int) -> tuple[PointState, Info]:
-    """The state after a sweep that ended at ``x`` (of any layout), with ``refused`` of its ``updates`` refused in each row."""
+def swept(
+    energy: Energy, state: PointState, x: Tensor, refused: Tensor, updates: int
+) -> tuple[PointState, Info]:
+    """The state after a sweep that ended at ``x`` (of any layout), with ``refused`` of its
+    ``updates`` refused in each row."""
     x = x.reshape(state.x.shape)
     values = energy(x)
     finite = torch.isfinite(values)

@@ -1,7 +1,8 @@
-r"""Hamiltonian dynamics on rows ``(chains, dim)``: kinetic energy, leapfrog, and the Metropolis-corrected trajectory.
+r"""Hamiltonian dynamics on rows ``(chains, dim)``: kinetic energy, leapfrog, and the
+Metropolis-corrected trajectory.
 
-Momenta are whitened: with :math:`A A^\top = M^{-1}` the momentum kept is :math:`A^\top p`, standard normal in equilibrium
-whatever the metric is. In these coordinates the mass is the identity.
+Momenta are whitened: with :math:`A A^\top = M^{-1}` the momentum kept is :math:`A^\top p`, standard
+normal in equilibrium whatever the metric is. In these coordinates the mass is the identity.
 """
 
 from __future__ import annotations
@@ -14,7 +15,17 @@ from torch import Tensor
 
 from pyroebm.core.compilation import fused, is_compiled
 from pyroebm.core.energy import Energy
-from pyroebm.kernels.base import Info, S, State, choose, normal_like, row_value_and_grad, rows, state_of_rows, uniform_like
+from pyroebm.kernels.base import (
+    Info,
+    S,
+    State,
+    choose,
+    normal_like,
+    row_value_and_grad,
+    rows,
+    state_of_rows,
+    uniform_like,
+)
 from pyroebm.kernels.metric import Metric
 
 __all__ = [
@@ -28,7 +39,8 @@ __all__ = [
     "metropolis_trajectory",
 ]
 
-#: An energy error above this many nats counts as a divergence (Betancourt, 2017; the value Stan uses).
+#: An energy error above this many nats counts as a divergence (Betancourt, 2017; the value Stan
+#: uses).
 MAX_ENERGY_ERROR = 1000.0
 
 #: No trajectory of jittered length has more leapfrog steps.
@@ -50,16 +62,27 @@ def draw_momentum(q: Tensor, generator: torch.Generator | None) -> Tensor:
 
 
 def leapfrog(
-    energy: Energy, q: Tensor, p: Tensor, grad: Tensor, step_size: Tensor, metric: Metric, num_steps: int = 1
+    energy: Energy,
+    q: Tensor,
+    p: Tensor,
+    grad: Tensor,
+    step_size: Tensor,
+    metric: Metric,
+    num_steps: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    r"""``num_steps`` steps of the leapfrog integrator: reversible, volume preserving, of second order.
+    r"""``num_steps`` steps of the leapfrog integrator: reversible, volume preserving, of second
+    order.
 
-    .. math:: p \leftarrow p - \tfrac{\epsilon}{2} A^\top \nabla E(q), \quad q \leftarrow q + \epsilon A p, \quad
+    .. math::
+
+        p \leftarrow p - \tfrac{\epsilon}{2} A^\top \nabla E(q), \quad q \leftarrow q + \epsilon A
+        p, \quad
         p \leftarrow p - \tfrac{\epsilon}{2} A^\top \nabla E(q)
 
     Args:
         energy: the energy of the positions.
-        q, p, grad: positions, whitened momenta and energy gradients at ``q``, shape ``(chains, dim)``.
+        q, p, grad: positions, whitened momenta and energy gradients at ``q``, shape ``(chains,
+            dim)``.
         step_size: :math:`\epsilon`, shape ``(chains, 1)``; negative steps run backwards in time.
         metric: the map :math:`A`.
         num_steps: number of steps.
@@ -77,20 +100,28 @@ def leapfrog(
 
 
 def jittered_steps(length: float, step_size: Tensor, generator: torch.Generator | None) -> int:
-    r""":math:`\lceil h \ell / \epsilon \rceil` leapfrog steps, h uniform on (0, 1), :math:`\epsilon` the median over chains."""
+    r""":math:`\lceil h \ell / \epsilon \rceil` leapfrog steps, h uniform on (0, 1),
+    :math:`\epsilon` the median over chains."""
     h = uniform_like(step_size[:1], generator)
     return max(1, min(math.ceil(float(h * length / step_size.median())), MAX_STEPS))
 
 
 def metropolis(
-    old: S, new: S, error: Tensor, step_size: Tensor, num_steps: int, generator: torch.Generator | None
+    old: S,
+    new: S,
+    error: Tensor,
+    step_size: Tensor,
+    num_steps: int,
+    generator: torch.Generator | None,
 ) -> tuple[S, Info]:
-    r"""Take the new state with probability :math:`\min(1, e^{-\Delta})`, else keep the old one; row by row.
+    r"""Take the new state with probability :math:`\min(1, e^{-\Delta})`, else keep the old one; row
+    by row.
 
     Args:
         old, new: states.
-        error: :math:`\Delta`, the change of :math:`-\log` of the joint density, or of the Metropolis-Hastings ratio, shape
-            ``(chains,)``. Where it is not finite the row has no valid new state: its probability is 0, and no other row knows.
+        error: :math:`\Delta`, the change of :math:`-\log` of the joint density, or of the
+            Metropolis-Hastings ratio, shape ``(chains,)``. Where it is not finite the row has no
+            valid new state: its probability is 0, and no other row knows.
         step_size: for the report, shape ``(chains, 1)``.
         num_steps: gradient evaluations, for the report.
         generator: source of the uniform numbers.
@@ -110,7 +141,8 @@ def metropolis(
 
 
 class Trajectory(NamedTuple):
-    """Where a trajectory began and ended: positions and whitened momenta, each ``(chains, dim)``."""
+    """Where a trajectory began and ended: positions and whitened momenta, each ``(chains,
+    dim)``."""
 
     q0: Tensor
     p0: Tensor
@@ -119,9 +151,15 @@ class Trajectory(NamedTuple):
 
 
 def metropolis_trajectory(
-    energy: Energy, state: State, step_size: Tensor, metric: Metric, num_steps: int, generator: torch.Generator | None
+    energy: Energy,
+    state: State,
+    step_size: Tensor,
+    metric: Metric,
+    num_steps: int,
+    generator: torch.Generator | None,
 ) -> tuple[State, Info, Trajectory]:
-    r"""Draw a momentum, follow ``num_steps`` leapfrog steps, accept with :math:`\min(1, e^{H_0 - H_1})`; row by row."""
+    r"""Draw a momentum, follow ``num_steps`` leapfrog steps, accept with :math:`\min(1, e^{H_0 -
+    H_1})`; row by row."""
     q, grad = rows(state.x), rows(state.grad)
     p = draw_momentum(q, generator)
     uniform = uniform_like(state.energy, generator)
@@ -130,10 +168,13 @@ def metropolis_trajectory(
     start = (p, q, state.energy, grad)
     point: tuple[Tensor, ...] = (q, p, grad)
     most = MAX_BLOCK if is_compiled(energy) else num_steps
-    while num_steps > most:  # blocks of one length, and a last one of that or less: few graphs for any number of steps
+    # blocks of one length, and a last one of that or less: few graphs for any number of steps
+    while num_steps > most:
         point = fused(_leapfrogs, energy, *point, step_size, *metric, kind=kind, num_steps=most)
         num_steps -= most
-    out = fused(_finish, energy, uniform, *start, *point, step_size, *metric, kind=kind, num_steps=num_steps)
+    out = fused(
+        _finish, energy, uniform, *start, *point, step_size, *metric, kind=kind, num_steps=num_steps
+    )
     info = Info(
         acceptance_rate=out[3],
         accepted=out[4],
@@ -146,7 +187,14 @@ def metropolis_trajectory(
 
 
 def _leapfrogs(
-    energy: Energy, q: Tensor, p: Tensor, grad: Tensor, step_size: Tensor, *metric: Tensor, kind: type[Metric], num_steps: int
+    energy: Energy,
+    q: Tensor,
+    p: Tensor,
+    grad: Tensor,
+    step_size: Tensor,
+    *metric: Tensor,
+    kind: type[Metric],
+    num_steps: int,
 ) -> tuple[Tensor, ...]:
     q, p, _, grad = leapfrog(energy, q, p, grad, step_size, kind(*metric), num_steps)
     return q, p, grad
@@ -167,10 +215,18 @@ def _finish(
     q, p, grad, step_size, *metric = tensors
     q, p, values, grad = leapfrog(energy, q, p, grad, step_size, kind(*metric), num_steps)
     start, stop = old + kinetic(p_old), values + kinetic(p)
-    # A row that met a NaN or an infinity in its energy or its gradient (which is in the momentum) has no valid end point: its
-    # probability is 0, and no other row knows.
+    # A row that met a NaN or an infinity in its energy or its gradient (which is in the momentum)
+    # has no valid end point: its probability is 0, and no other row knows.
     error = torch.where(torch.isfinite(stop), stop - start, torch.inf)
     probability = torch.exp(-error).clamp(max=1.0)
     accepted = uniform < probability
     kept = choose(accepted, State(q, values, grad), State(q_old, old, grad_old))
-    return (*kept, probability, accepted, error > MAX_ENERGY_ERROR, torch.where(accepted, stop, start), q, p)
+    return (
+        *kept,
+        probability,
+        accepted,
+        error > MAX_ENERGY_ERROR,
+        torch.where(accepted, stop, start),
+        q,
+        p,
+    )

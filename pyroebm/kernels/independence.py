@@ -1,4 +1,5 @@
-"""Jumps to places that a normalised density proposes: Metropolis with an independent proposal, alone or between local steps."""
+"""Jumps to places that a normalised density proposes: Metropolis with an independent proposal,
+alone or between local steps."""
 
 from __future__ import annotations
 
@@ -11,14 +12,23 @@ from torch import Tensor
 from pyroebm.core._checks import check_counts
 from pyroebm.core.energy import Energy
 from pyroebm.core.wrappers import check_weighable
-from pyroebm.kernels.base import Info, Kernel, check_kernel, choose, row_value_and_grad, rows, uniform_like
+from pyroebm.kernels.base import (
+    Info,
+    Kernel,
+    check_kernel,
+    choose,
+    row_value_and_grad,
+    rows,
+    uniform_like,
+)
 
 __all__ = ["IndependenceMetropolis", "IndependenceState", "Jumps", "JumpsState", "Proposal"]
 
 
 @runtime_checkable
 class Proposal(Protocol):
-    """A normalised law that is drawn from by pushing noise: every :class:`pyroebm.flows.Flow` is one.
+    """A normalised law that is drawn from by pushing noise: every :class:`pyroebm.flows.Flow` is
+    one.
 
     Example:
         >>> from pyroebm.flows import NICE
@@ -48,18 +58,22 @@ class IndependenceState(NamedTuple):
 class IndependenceMetropolis(Kernel[IndependenceState]):
     r"""Metropolis-Hastings with proposals that do not depend on the state (Tierney, 1994): exact.
 
-    .. math:: x' \sim q, \qquad \text{accepted with } \min\Big(1, \frac{e^{-E(x')} q(x)}{e^{-E(x)} q(x')}\Big)
+    .. math::
 
-    With a flow fitted to the energy as q, chains jump between modes. Where q has lighter tails than the target a chain may wait
-    very long there: look at the longest stretch without a move, or take :class:`Jumps`. A flow with redundant latents moves
-    on ``flow.extend(energy)``, of which x is the first part.
+        x' \sim q, \qquad \text{accepted with } \min\Big(1, \frac{e^{-E(x')} q(x)}{e^{-E(x)}
+        q(x')}\Big)
+
+    With a flow fitted to the energy as q, chains jump between modes. Where q has lighter tails than
+    the target a chain may wait very long there: look at the longest stretch without a move, or take
+    :class:`Jumps`. A flow with redundant latents moves on ``flow.extend(energy)``, of which x is
+    the first part.
 
     Args:
         proposal: q, over vectors of as many entries as an event has.
 
     Raises:
-        ValueError: if ``proposal`` has not the methods of :class:`Proposal`; at the start, if it does not fit the energy, or a
-            chain starts where energy or q are not finite.
+        ValueError: if ``proposal`` has not the methods of :class:`Proposal`; at the start, if it
+            does not fit the energy, or a chain starts where energy or q are not finite.
 
     Example:
         >>> from pyroebm.flows import NICE
@@ -75,20 +89,27 @@ class IndependenceMetropolis(Kernel[IndependenceState]):
     def __post_init__(self) -> None:
         if not isinstance(self.proposal, Proposal):
             raise ValueError(
-                f"proposal must have draw_noise, push and log_prob, as a Flow has, got {type(self.proposal).__name__}"
+                f"proposal must have draw_noise, push and log_prob, as a Flow has, got"
+                f" {type(self.proposal).__name__}"
             )
 
-    def init(self, energy: Energy, x: Tensor, generator: torch.Generator | None = None) -> IndependenceState:
+    def init(
+        self, energy: Energy, x: Tensor, generator: torch.Generator | None = None
+    ) -> IndependenceState:
         self.check_start(energy, x)
         check_weighable(energy)
         with torch.no_grad():
-            state = IndependenceState(x.detach(), energy(x), self.proposal.log_prob(x.reshape(len(x), -1)))
+            state = IndependenceState(
+                x.detach(), energy(x), self.proposal.log_prob(x.reshape(len(x), -1))
+            )
         bad = ~(torch.isfinite(state.energy) & torch.isfinite(state.log_q))
         if bool(bad.any()):
             row = int(bad.nonzero()[0])
             raise ValueError(
-                f"chains must start where energy and proposal are finite: {int(bad.sum())} of {len(x)} rows of x are not, the"
-                f" first is row {row} with energy {float(state.energy[row])} and log q {float(state.log_q[row])}"
+                f"chains must start where energy and proposal are finite: {int(bad.sum())} of"
+                f" {len(x)} rows of x are not, the"
+                f" first is row {row} with energy {float(state.energy[row])} and log q"
+                f" {float(state.log_q[row])}"
             )
         return state
 
@@ -128,19 +149,22 @@ class JumpsState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Jumps(Kernel[JumpsState]):
-    r"""A few steps of a local kernel, then one independent proposal (Gabrié, Rotskoff and Vanden-Eijnden, 2022): exact.
+    r"""A few steps of a local kernel, then one independent proposal (Gabrié, Rotskoff and
+    Vanden-Eijnden, 2022): exact.
 
-    The local kernel explores a mode, the jumps move between modes with their weights. ``acceptance_rate`` and
-    ``diverging`` are the local kernel's, which warm-up tunes; ``accepted`` is whether the chain moved, by either.
+    The local kernel explores a mode, the jumps move between modes with their weights.
+    ``acceptance_rate`` and ``diverging`` are the local kernel's, which warm-up tunes; ``accepted``
+    is whether the chain moved, by either.
 
     Args:
-        kernel: the local kernel, one that warm-up tunes by its step size and metric (such as MALA or HMC).
+        kernel: the local kernel, one that warm-up tunes by its step size and metric (such as MALA
+            or HMC).
         proposal: q, as in :class:`IndependenceMetropolis`.
         every: local steps before each jump.
 
     Raises:
-        ValueError: if ``every`` < 1, an argument is of the wrong kind, or the local kernel is discrete or has a warm-up of its
-            own.
+        ValueError: if ``every`` < 1, an argument is of the wrong kind, or the local kernel is
+            discrete or has a warm-up of its own.
 
     Example:
         >>> from pyroebm import MALA
@@ -162,9 +186,14 @@ class Jumps(Kernel[JumpsState]):
         check_kernel(self.kernel)
         check_counts({"every": 1}, self.every)
         IndependenceMetropolis(self.proposal)
-        if self.kernel.discrete or self.kernel.own_adaptation() is not None or not hasattr(self.kernel, "step_size"):
+        if (
+            self.kernel.discrete
+            or self.kernel.own_adaptation() is not None
+            or not hasattr(self.kernel, "step_size")
+        ):
             raise ValueError(
-                f"the local kernel must be continuous and tuned by its step size, such as MALA or HMC, got {self.kernel}"
+                f"the local kernel must be continuous and tuned by its step size, such as MALA or"
+                f" HMC, got {self.kernel}"
             )
 
     @property
@@ -199,7 +228,8 @@ class Jumps(Kernel[JumpsState]):
         return self.kernel.inverse_mass  # type: ignore[attr-defined]
 
     def replace(self, **changes: Any) -> Self:
-        """A new kernel with some settings changed; ``step_size`` and ``inverse_mass`` are those of the local kernel."""
+        """A new kernel with some settings changed; ``step_size`` and ``inverse_mass`` are those of
+        the local kernel."""
         inner = {name: changes.pop(name) for name in self.learned if name in changes}
         if inner:
             changes["kernel"] = changes.get("kernel", self.kernel).replace(**inner)
@@ -208,12 +238,16 @@ class Jumps(Kernel[JumpsState]):
     def probe(self) -> Jumps:
         return self.replace(kernel=self.kernel.probe(), every=1)
 
-    def init(self, energy: Energy, x: Tensor, generator: torch.Generator | None = None) -> JumpsState:
+    def init(
+        self, energy: Energy, x: Tensor, generator: torch.Generator | None = None
+    ) -> JumpsState:
         IndependenceMetropolis(self.proposal).init(energy, x)
         local = self.kernel.init(energy, x, generator)
         return JumpsState(local.x, local.energy, local)
 
-    def step(self, energy: Energy, state: JumpsState, generator: torch.Generator | None = None) -> tuple[JumpsState, Info]:
+    def step(
+        self, energy: Energy, state: JumpsState, generator: torch.Generator | None = None
+    ) -> tuple[JumpsState, Info]:
         local, infos = state.local, []
         for _ in range(self.every):
             local, info = self.kernel.step(energy, local, generator)
@@ -222,14 +256,19 @@ class Jumps(Kernel[JumpsState]):
             log_q = self.proposal.log_prob(local.x.reshape(len(local.x), -1))
         before = IndependenceState(local.x, energy(local.x).detach(), log_q)
         after, jump = IndependenceMetropolis(self.proposal).step(energy, before, generator)
-        # a place without a gradient is no place to go on from: its row stays, and no other row knows
+        # a place without a gradient is no place to go on from: its row stays, and no other row
+        # knows
         smooth = torch.isfinite(row_value_and_grad(energy, rows(after.x))[1]).all(1)
         moved = jump.accepted & smooth
-        local = choose(moved, self.kernel.init(energy, choose(moved, after, before).x, generator), local)
+        local = choose(
+            moved, self.kernel.init(energy, choose(moved, after, before).x, generator), local
+        )
         return JumpsState(local.x, local.energy, local), infos[-1]._replace(
             acceptance_rate=torch.stack([info.acceptance_rate for info in infos]).mean(0),
             accepted=moved | torch.stack([info.accepted for info in infos]).any(0),
-            diverging=torch.stack([info.diverging for info in infos]).any(0) | jump.diverging | ~smooth,
+            diverging=torch.stack([info.diverging for info in infos]).any(0)
+            | jump.diverging
+            | ~smooth,
             energy=local.energy,
             n_steps=torch.stack([info.n_steps for info in infos]).sum(0) + 3,
         )

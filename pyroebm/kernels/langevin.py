@@ -11,7 +11,17 @@ from torch import Tensor
 
 from pyroebm.core.compilation import fused, is_compiled
 from pyroebm.core.energy import Energy
-from pyroebm.kernels.base import GradientKernel, Info, State, choose, column, normal_like, row_value_and_grad, rows, state_of_rows
+from pyroebm.kernels.base import (
+    GradientKernel,
+    Info,
+    State,
+    choose,
+    column,
+    normal_like,
+    row_value_and_grad,
+    rows,
+    state_of_rows,
+)
 from pyroebm.kernels.hamiltonian import MAX_BLOCK, metropolis_trajectory
 from pyroebm.kernels.metric import Metric, metric_of
 
@@ -20,16 +30,23 @@ __all__ = ["ULA", "MALA"]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ULA(GradientKernel):
-    r"""Unadjusted Langevin algorithm (Parisi, 1981; Roberts and Tweedie, 1996). **Not exact**: its bias grows with the step.
+    r"""Unadjusted Langevin algorithm (Parisi, 1981; Roberts and Tweedie, 1996). **Not exact**: its
+    bias grows with the step.
 
-    .. math:: x' = x - \frac{\epsilon^2}{2} M^{-1} \nabla E(x) + \epsilon \sqrt{T M^{-1}}\, n, \qquad n \sim N(0, I)
+    .. math::
 
-    On N(0, 1) with T = 1 it leaves the variance :math:`1 / (1 - \epsilon^2 / 4)` and not 1. A proposal with a non-finite energy
-    or gradient is refused and counted as diverging; every other is taken.
+        x' = x - \frac{\epsilon^2}{2} M^{-1} \nabla E(x) + \epsilon \sqrt{T M^{-1}}\, n, \qquad n
+        \sim N(0, I)
+
+    On N(0, 1) with T = 1 it leaves the variance :math:`1 / (1 - \epsilon^2 / 4)` and not 1. A
+    proposal with a non-finite energy or gradient is refused and counted as diverging; every other
+    is taken.
 
     Args:
-        step_size: :math:`\epsilon`, the standard deviation of the noise at T = 1; the drift is :math:`\epsilon^2 / 2`.
-        inverse_mass: preconditioner :math:`M^{-1}`: a tensor is its diagonal, or a metric; None is the identity.
+        step_size: :math:`\epsilon`, the standard deviation of the noise at T = 1; the drift is
+            :math:`\epsilon^2 / 2`.
+        inverse_mass: preconditioner :math:`M^{-1}`: a tensor is its diagonal, or a metric; None is
+            the identity.
         temperature: :math:`T > 0`; the chain samples (near) :math:`e^{-E/T}`.
 
     Raises:
@@ -51,9 +68,13 @@ class ULA(GradientKernel):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0.0 < self.temperature < math.inf:
-            raise ValueError(f"ULA: temperature must be positive and finite, got temperature={self.temperature}")
+            raise ValueError(
+                f"ULA: temperature must be positive and finite, got temperature={self.temperature}"
+            )
 
-    def step(self, energy: Energy, state: State, generator: torch.Generator | None = None) -> tuple[State, Info]:
+    def step(
+        self, energy: Energy, state: State, generator: torch.Generator | None = None
+    ) -> tuple[State, Info]:
         state, taken = self._block(energy, state, 1, generator)
         accepted = taken[0]
         return state, Info(
@@ -77,13 +98,19 @@ class ULA(GradientKernel):
             taken.append(some)
         return state, torch.cat(taken).to(state.x.dtype).mean(0)
 
-    def _block(self, energy: Energy, state: State, num_steps: int, generator: torch.Generator | None) -> tuple[State, Tensor]:
+    def _block(
+        self, energy: Energy, state: State, num_steps: int, generator: torch.Generator | None
+    ) -> tuple[State, Tensor]:
         """States after some steps, and which proposals were taken, ``(num_steps, chains)``."""
         q, grad = rows(state.x), rows(state.grad)
         eps, metric = column(self.step_size, q), metric_of(self.inverse_mass, q)
-        # Drawn step by step, so that many steps at once take the numbers that as many calls of step() would.
-        noise = math.sqrt(self.temperature) * torch.stack([normal_like(q, generator) for _ in range(num_steps)])
-        # One number tells whether all rows are finite, which is the rule; a graph cannot branch on it, nor should a GPU wait.
+        # Drawn step by step, so that many steps at once take the numbers that as many calls of
+        # step() would.
+        noise = math.sqrt(self.temperature) * torch.stack(
+            [normal_like(q, generator) for _ in range(num_steps)]
+        )
+        # One number tells whether all rows are finite, which is the rule; a graph cannot branch on
+        # it, nor should a GPU wait.
         glance = q.device.type == "cpu" and not is_compiled(energy)
         tensors = (q, state.energy, grad, eps, noise, *metric)
         *reached, taken = fused(_langevin, energy, *tensors, kind=type(metric), glance=glance)
@@ -123,12 +150,15 @@ def _langevin(
 class MALA(GradientKernel):
     r"""Metropolis-adjusted Langevin algorithm (Besag, 1994; Roberts and Tweedie, 1996): exact.
 
-    The proposal is that of :class:`ULA` at T = 1, accepted by the Metropolis-Hastings ratio. It is the same as one leapfrog step
-    of HMC with a fresh momentum (Neal, 2011), and is computed so: the ratio is then :math:`e^{H_0 - H_1}`.
+    The proposal is that of :class:`ULA` at T = 1, accepted by the Metropolis-Hastings ratio. It is
+    the same as one leapfrog step of HMC with a fresh momentum (Neal, 2011), and is computed so: the
+    ratio is then :math:`e^{H_0 - H_1}`.
 
     Args:
-        step_size: :math:`\epsilon`; warm-up aims at an acceptance rate of 0.574 (Roberts and Rosenthal, 1998).
-        inverse_mass: preconditioner :math:`M^{-1}`: a tensor is its diagonal, or a metric; None is the identity.
+        step_size: :math:`\epsilon`; warm-up aims at an acceptance rate of 0.574 (Roberts and
+            Rosenthal, 1998).
+        inverse_mass: preconditioner :math:`M^{-1}`: a tensor is its diagonal, or a metric; None is
+            the identity.
 
     Raises:
         ValueError: if a setting is not positive and finite.
@@ -144,7 +174,11 @@ class MALA(GradientKernel):
     target_acceptance: ClassVar[float | None] = 0.574
     has_momentum: ClassVar[bool] = True
 
-    def step(self, energy: Energy, state: State, generator: torch.Generator | None = None) -> tuple[State, Info]:
+    def step(
+        self, energy: Energy, state: State, generator: torch.Generator | None = None
+    ) -> tuple[State, Info]:
         q = rows(state.x)
         metric = metric_of(self.inverse_mass, q)
-        return metropolis_trajectory(energy, state, column(self.step_size, q), metric, 1, generator)[:2]
+        return metropolis_trajectory(
+            energy, state, column(self.step_size, q), metric, 1, generator
+        )[:2]

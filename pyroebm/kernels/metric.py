@@ -1,4 +1,5 @@
-r"""Metrics: linear maps A with :math:`A A^\top = M^{-1}`, with which a kernel's mass is the identity."""
+r"""Metrics: linear maps A with :math:`A A^\top = M^{-1}`, with which a kernel's mass is the
+identity."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ class Diagonal(NamedTuple):
     r""":math:`M^{-1} = \operatorname{diag}(s)^2`.
 
     Args:
-        scale: s, standard deviations of the target, shape ``(dim,)``, or ``(chains, dim)`` for each chain its own.
+        scale: s, standard deviations of the target, shape ``(dim,)``, or ``(chains, dim)`` for each
+            chain its own.
 
     Example:
         >>> Diagonal(torch.tensor([2.0, 3.0])).apply(torch.ones(1, 2))
@@ -64,12 +66,18 @@ class Dense(NamedTuple):
 
     @classmethod
     def of_covariance(cls, covariance: Tensor) -> Dense:
-        """The metric whose inverse mass is ``covariance``, shape ``(dim, dim)``; ValueError unless positive definite."""
+        """The metric whose inverse mass is ``covariance``, shape ``(dim, dim)``; ValueError unless
+        positive definite."""
         if covariance.dim() != 2 or covariance.shape[0] != covariance.shape[1]:
-            raise ValueError(f"covariance must have shape (dim, dim), got shape {tuple(covariance.shape)}")
+            raise ValueError(
+                f"covariance must have shape (dim, dim), got shape {tuple(covariance.shape)}"
+            )
         factor, info = torch.linalg.cholesky_ex(covariance)
         if int(info) != 0 or not bool(torch.isfinite(factor).all()):
-            raise ValueError("covariance must be positive definite and finite, got one that has no Cholesky factor")
+            raise ValueError(
+                "covariance must be positive definite and finite, got one that has no Cholesky"
+                " factor"
+            )
         return cls(factor)
 
     def apply(self, v: Tensor) -> Tensor:
@@ -92,7 +100,9 @@ class LowRank(NamedTuple):
         values: variances :math:`\lambda > 0` along them after scaling, shape ``(rank,)``.
 
     Example:
-        >>> LowRank(torch.ones(2), torch.tensor([[1.0], [0.0]]), torch.tensor([9.0])).apply(torch.ones(1, 2))
+        >>> LowRank(torch.ones(2), torch.tensor([[1.0], [0.0]]), torch.tensor([9.0])).apply(
+        ...     torch.ones(1, 2)
+        ... )
         tensor([[3., 1.]])
     """
 
@@ -116,20 +126,23 @@ Metric: TypeAlias = Identity | Diagonal | Dense | LowRank
 
 
 def metric_of(inverse_mass: Tensor | Metric | None, like: Tensor) -> Metric:
-    """The metric of a kernel's ``inverse_mass`` for rows ``(chains, dim)``; None is the identity, a tensor the diagonal."""
+    """The metric of a kernel's ``inverse_mass`` for rows ``(chains, dim)``; None is the identity, a
+    tensor the diagonal."""
     dim = like.shape[1]
     if inverse_mass is None or isinstance(inverse_mass, Identity):
         return Identity()
     if isinstance(inverse_mass, Tensor):
         if inverse_mass.numel() != dim:
             raise ValueError(
-                f"inverse_mass must have {dim} entries, one for each of the event (a full matrix is written"
+                f"inverse_mass must have {dim} entries, one for each of the event (a full matrix"
+                f" is written"
                 f" Dense.of_covariance(matrix)), got shape {tuple(inverse_mass.shape)}"
             )
         return Diagonal(inverse_mass.reshape(-1).to(like).sqrt())
     if inverse_mass[0].shape[-1] != dim:
         raise ValueError(
-            f"inverse_mass must be a metric over {dim} entries, those of the event, got one over {inverse_mass[0].shape[-1]}"
+            f"inverse_mass must be a metric over {dim} entries, those of the event, got one over"
+            f" {inverse_mass[0].shape[-1]}"
         )
     return type(inverse_mass)(*(part.to(like) for part in inverse_mass))
 

@@ -1,4 +1,5 @@
-r"""Microcanonical kernels: the velocity keeps its length and only turns. Unadjusted (biased by its step) and adjusted (exact)."""
+r"""Microcanonical kernels: the velocity keeps its length and only turns. Unadjusted (biased by its
+step) and adjusted (exact)."""
 
 from __future__ import annotations
 
@@ -13,7 +14,17 @@ from torch.nn.functional import normalize
 
 from pyroebm.core.energy import Energy
 from pyroebm.kernels.adaptation.windows import PooledVariance, windows
-from pyroebm.kernels.base import GradientKernel, Info, State, choose, column, normal_like, row_value_and_grad, rows, state_of_rows
+from pyroebm.kernels.base import (
+    GradientKernel,
+    Info,
+    State,
+    choose,
+    column,
+    normal_like,
+    row_value_and_grad,
+    rows,
+    state_of_rows,
+)
 from pyroebm.kernels.hamiltonian import jittered_steps, metropolis
 from pyroebm.kernels.metric import Metric, metric_of
 from pyroebm.kernels.underdamped import MomentumKernel, MomentumState, momentum_state
@@ -22,15 +33,20 @@ __all__ = ["AdjustedMCLMC", "EnergyVarianceAdaptation", "MCLMC", "isokinetic_lea
 
 
 def turn(u: Tensor, force: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
-    r"""Turn unit velocities under a constant force, exactly (Robnik et al., 2023; ver Steeg and Galstyan, 2021).
+    r"""Turn unit velocities under a constant force, exactly (Robnik et al., 2023; ver Steeg and
+    Galstyan, 2021).
 
-    The solution of :math:`\dot u = (I - u u^\top) f / (d - 1)` over a time t. With :math:`e = f / |f|`,
-    :math:`\delta = t |f| / (d - 1)` and :math:`c = e \cdot u`
+    The solution of :math:`\dot u = (I - u u^\top) f / (d - 1)` over a time t. With :math:`e = f /
+    |f|`, :math:`\delta = t |f| / (d - 1)` and :math:`c = e \cdot u`
 
-    .. math:: u' = \frac{u + e (\sinh \delta + c (\cosh \delta - 1))}{\cosh \delta + c \sinh \delta}, \qquad
+    .. math::
+
+        u' = \frac{u + e (\sinh \delta + c (\cosh \delta - 1))}{\cosh \delta + c \sinh \delta},
+        \qquad
         \Delta K = (d - 1) \log(\cosh \delta + c \sinh \delta)
 
-    The map shrinks areas of the sphere by :math:`e^{-\Delta K}`, so :math:`E + K` takes the place of the Hamiltonian.
+    The map shrinks areas of the sphere by :math:`e^{-\Delta K}`, so :math:`E + K` takes the place
+    of the Hamiltonian.
 
     Args:
         u: unit velocities, shape ``(chains, dim)``.
@@ -41,12 +57,17 @@ def turn(u: Tensor, force: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
         the turned velocities, and :math:`\Delta K` of shape ``(chains,)``.
 
     Example:
-        >>> u, change = turn(torch.tensor([[1.0, 0.0]]), torch.tensor([[2.0, 0.0]]), torch.tensor([[0.5]]))
+        >>> u, change = turn(
+        ...     torch.tensor([[1.0, 0.0]]), torch.tensor([[2.0, 0.0]]), torch.tensor([[0.5]])
+        ... )
         >>> u, change  # along the force: no turn, and K grows by t |f|
         (tensor([[1., 0.]]), tensor([1.]))
     """
     speed_up = u.shape[1] - 1
-    e, delta = normalize(force, dim=1, eps=torch.finfo(u.dtype).tiny), time * torch.linalg.vector_norm(force, dim=1, keepdim=True)
+    e, delta = (
+        normalize(force, dim=1, eps=torch.finfo(u.dtype).tiny),
+        time * torch.linalg.vector_norm(force, dim=1, keepdim=True),
+    )
     delta = delta / speed_up
     c = (e * u).sum(1, keepdim=True)
     shrunk = torch.exp(-delta)  # all is divided by exp(delta) / 2, which may overflow
@@ -56,19 +77,27 @@ def turn(u: Tensor, force: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def isokinetic_leapfrog(
-    energy: Energy, q: Tensor, u: Tensor, grad: Tensor, step_size: Tensor, metric: Metric, num_steps: int = 1
+    energy: Energy,
+    q: Tensor,
+    u: Tensor,
+    grad: Tensor,
+    step_size: Tensor,
+    metric: Metric,
+    num_steps: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     r"""``num_steps`` steps of turn, drift, turn: reversible (with u to -u) and of second order.
 
     Args:
         energy: the energy of the positions.
-        q, u, grad: positions, unit velocities in whitened coordinates and energy gradients at ``q``, shape ``(chains, dim)``.
+        q, u, grad: positions, unit velocities in whitened coordinates and energy gradients at
+            ``q``, shape ``(chains, dim)``.
         step_size: :math:`\epsilon`, a length in whitened coordinates, shape ``(chains, 1)``.
         metric: the map :math:`A`.
         num_steps: number of steps.
 
     Returns:
-        positions, velocities, energies ``(chains,)`` and gradients at the end, and the sum of all :math:`\Delta K`.
+        positions, velocities, energies ``(chains,)`` and gradients at the end, and the sum of all
+        :math:`\Delta K`.
     """
     half = 0.5 * step_size
     u, change = turn(u, -metric.transpose(grad), half)
@@ -82,31 +111,39 @@ def isokinetic_leapfrog(
 
 def _check_length(kernel: object, name: str, length: float | None) -> None:
     if length is not None and not 0.0 < length < math.inf:
-        raise ValueError(f"{type(kernel).__name__}: {name} must be positive and finite, or None, got {name}={length}")
+        raise ValueError(
+            f"{type(kernel).__name__}: {name} must be positive and finite, or None, got"
+            f" {name}={length}"
+        )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class MCLMC(MomentumKernel):
-    r"""Microcanonical Langevin Monte Carlo, **unadjusted** (Robnik and Seljak, 2023). **Not exact**: it has a bias.
+    r"""Microcanonical Langevin Monte Carlo, **unadjusted** (Robnik and Seljak, 2023). **Not
+    exact**: it has a bias.
 
     .. math:: \dot x = A u, \qquad \dot u = -(I - u u^\top) A^\top \nabla E(x) / (d - 1)
 
     with :math:`|u| = 1`, in steps of :func:`isokinetic_leapfrog`, and after each a little noise:
-    :math:`u \leftarrow (u + \nu n) / |u + \nu n|` with :math:`\nu^2 = (e^{2 \epsilon / L} - 1) / d`. The bias
-    grows with the step, and is not removed: :class:`AdjustedMCLMC` is the exact one. A step that meets a non-finite number is
-    refused: the row stays, counts as diverging and turns round.
+    :math:`u \leftarrow (u + \nu n) / |u + \nu n|` with :math:`\nu^2 = (e^{2 \epsilon / L} - 1) /
+    d`. The bias grows with the step, and is not removed: :class:`AdjustedMCLMC` is the exact one. A
+    step that meets a non-finite number is refused: the row stays, counts as diverging and turns
+    round.
 
-    Warm-up (:class:`pyroebm.kernels.EnergyVarianceAdaptation`) takes the step at which the energy error has a given variance per
-    dimension. In the whitened coordinates it learns, all variances are 1 and the sum of them is the dimension: hence the default
-    of L.
+    Warm-up (:class:`pyroebm.kernels.EnergyVarianceAdaptation`) takes the step at which the energy
+    error has a given variance per dimension. In the whitened coordinates it learns, all variances
+    are 1 and the sum of them is the dimension: hence the default of L.
 
     Args:
         step_size: :math:`\epsilon`, a length in whitened coordinates.
-        inverse_mass: :math:`M^{-1} = A A^\top`: a tensor is its diagonal, or a metric; None is the identity.
-        decoherence_length: L, on which the direction is forgotten, in whitened coordinates; None is :math:`\sqrt d`.
+        inverse_mass: :math:`M^{-1} = A A^\top`: a tensor is its diagonal, or a metric; None is the
+            identity.
+        decoherence_length: L, on which the direction is forgotten, in whitened coordinates; None is
+            :math:`\sqrt d`.
 
     Raises:
-        ValueError: if a setting is not positive and finite; at the start, if events have fewer than 2 entries.
+        ValueError: if a setting is not positive and finite; at the start, if events have fewer than
+        2 entries.
 
     Example:
         >>> from pyroebm.targets import Gaussian
@@ -128,11 +165,15 @@ class MCLMC(MomentumKernel):
     def own_adaptation(self) -> EnergyVarianceAdaptation:
         return EnergyVarianceAdaptation()
 
-    def init(self, energy: Energy, x: Tensor, generator: torch.Generator | None = None) -> MomentumState:
+    def init(
+        self, energy: Energy, x: Tensor, generator: torch.Generator | None = None
+    ) -> MomentumState:
         state = super().init(energy, x, generator)
         return state._replace(momentum=normalize(state.momentum, dim=1))
 
-    def step(self, energy: Energy, state: MomentumState, generator: torch.Generator | None = None) -> tuple[MomentumState, Info]:
+    def step(
+        self, energy: Energy, state: MomentumState, generator: torch.Generator | None = None
+    ) -> tuple[MomentumState, Info]:
         return self.step_with_error(energy, state, generator)[:2]
 
     def step_with_error(
@@ -141,12 +182,20 @@ class MCLMC(MomentumKernel):
         """One step, and the error ``(chains,)`` it made in E + K, which the dynamics conserves."""
         q, dim = rows(state.x), rows(state.x).shape[1]
         eps, metric = column(self.step_size, q), metric_of(self.inverse_mass, q)
-        q, u, values, grad, change = isokinetic_leapfrog(energy, q, state.momentum, rows(state.grad), eps, metric)
+        q, u, values, grad, change = isokinetic_leapfrog(
+            energy, q, state.momentum, rows(state.grad), eps, metric
+        )
         error = values - state.energy + change
-        noise = torch.sqrt(torch.expm1(2.0 * eps / (self.decoherence_length or math.sqrt(dim))) / dim)
+        noise = torch.sqrt(
+            torch.expm1(2.0 * eps / (self.decoherence_length or math.sqrt(dim))) / dim
+        )
         u = normalize(u + noise * normal_like(u, generator), dim=1)
         finite = torch.isfinite(error) & torch.isfinite(grad).all(1) & torch.isfinite(u).all(1)
-        state = choose(finite, momentum_state(state, q, values, grad, u), state._replace(momentum=-state.momentum))
+        state = choose(
+            finite,
+            momentum_state(state, q, values, grad, u),
+            state._replace(momentum=-state.momentum),
+        )
         info = Info(
             acceptance_rate=finite.to(q.dtype),
             accepted=finite,
@@ -169,13 +218,16 @@ class EnergyVarianceMemory(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class EnergyVarianceAdaptation:
-    r"""Step size of :class:`MCLMC` from the energy error, and a diagonal metric in windows (Robnik and Seljak, 2023).
+    r"""Step size of :class:`MCLMC` from the energy error, and a diagonal metric in windows (Robnik
+    and Seljak, 2023).
 
-    The error :math:`\Delta` of E + K in one step has :math:`E[\Delta^2] / d \propto \epsilon^6`. The proportion is averaged over
-    the steps and all chains, and :math:`\epsilon` set to where :math:`E[\Delta^2] / d` meets the target.
+    The error :math:`\Delta` of E + K in one step has :math:`E[\Delta^2] / d \propto \epsilon^6`.
+    The proportion is averaged over the steps and all chains, and :math:`\epsilon` set to where
+    :math:`E[\Delta^2] / d` meets the target.
 
     Args:
-        target: squared energy error per dimension to aim at, in nats squared; a smaller one is a smaller bias.
+        target: squared energy error per dimension to aim at, in nats squared; a smaller one is a
+            smaller bias.
         metric: whether to learn the diagonal metric.
         memory: steps over which the average forgets.
 
@@ -194,15 +246,23 @@ class EnergyVarianceAdaptation:
     def __post_init__(self) -> None:
         if not 0.0 < self.target < math.inf or self.memory < 1:
             raise ValueError(
-                f"target must be positive and finite and memory at least 1, got target={self.target}, memory={self.memory}"
+                f"target must be positive and finite and memory at least 1, got"
+                f" target={self.target}, memory={self.memory}"
             )
 
     def start(
-        self, kernel: Any, energy: Energy, state: MomentumState, generator: torch.Generator | None = None
+        self,
+        kernel: Any,
+        energy: Energy,
+        state: MomentumState,
+        generator: torch.Generator | None = None,
     ) -> tuple[MCLMC, EnergyVarianceMemory]:
         """The kernel as it is, and an empty memory; ValueError unless it is an :class:`MCLMC`."""
         if not isinstance(kernel, MCLMC):
-            raise ValueError(f"EnergyVarianceAdaptation tunes MCLMC by its energy error, got {type(kernel).__name__}")
+            raise ValueError(
+                f"EnergyVarianceAdaptation tunes MCLMC by its energy error, got"
+                f" {type(kernel).__name__}"
+            )
         return kernel, EnergyVarianceMemory(PooledVariance.start(rows(state.x)), 0, 0, 0.0)
 
     def step(
@@ -224,7 +284,9 @@ class EnergyVarianceAdaptation:
             errors += 1
             squared = float((error[info.accepted].double() ** 2).mean()) / rows(state.x).shape[1]
             ratio += max(1.0 / errors, 1.0 / self.memory) * (squared / size**6 - ratio)
-            new = min((self.target / ratio) ** (1.0 / 6.0), 2.0 * size) if ratio > 0.0 else 2.0 * size
+            new = (
+                min((self.target / ratio) ** (1.0 / 6.0), 2.0 * size) if ratio > 0.0 else 2.0 * size
+            )
         kernel = kernel.replace(step_size=new)
         plan = windows(steps) if self.metric else []
         if any(start <= step < stop for start, stop in plan):
@@ -241,18 +303,22 @@ class EnergyVarianceAdaptation:
 class AdjustedMCLMC(GradientKernel):
     r"""Metropolis-adjusted microcanonical sampler (Robnik, Cohn-Gordon and Seljak, 2025): exact.
 
-    Draw a direction u uniform on the sphere, follow the dynamics of :class:`MCLMC` without noise for about
-    :math:`2 h L / \epsilon` steps, h uniform on (0, 1) and the same for all chains, and accept with
-    :math:`\min(1, e^{-\Delta E - \Delta K})`, where :math:`\Delta K` is the log-Jacobian of :func:`turn`.
+    Draw a direction u uniform on the sphere, follow the dynamics of :class:`MCLMC` without noise
+    for about :math:`2 h L / \epsilon` steps, h uniform on (0, 1) and the same for all chains, and
+    accept with :math:`\min(1, e^{-\Delta E - \Delta K})`, where :math:`\Delta K` is the
+    log-Jacobian of :func:`turn`.
 
     Args:
-        step_size: :math:`\epsilon`, a length in whitened coordinates; warm-up aims at an acceptance rate of 0.9.
-        inverse_mass: :math:`M^{-1} = A A^\top`: a tensor is its diagonal, or a metric; None is the identity.
+        step_size: :math:`\epsilon`, a length in whitened coordinates; warm-up aims at an acceptance
+            rate of 0.9.
+        inverse_mass: :math:`M^{-1} = A A^\top`: a tensor is its diagonal, or a metric; None is the
+            identity.
         trajectory_length: L, mean length in whitened coordinates; None is :math:`\sqrt d`. No
             trajectory has more than 1,000 steps.
 
     Raises:
-        ValueError: if a setting is not positive and finite; at the start, if events have fewer than 2 entries.
+        ValueError: if a setting is not positive and finite; at the start, if events have fewer than
+        2 entries.
 
     Example:
         >>> from pyroebm.targets import Gaussian
@@ -274,11 +340,19 @@ class AdjustedMCLMC(GradientKernel):
     def probe(self) -> AdjustedMCLMC:
         return self.replace(trajectory_length=sys.float_info.min)
 
-    def step(self, energy: Energy, state: State, generator: torch.Generator | None = None) -> tuple[State, Info]:
+    def step(
+        self, energy: Energy, state: State, generator: torch.Generator | None = None
+    ) -> tuple[State, Info]:
         q = rows(state.x)
         eps, metric = column(self.step_size, q), metric_of(self.inverse_mass, q)
-        num_steps = jittered_steps(2.0 * (self.trajectory_length or math.sqrt(q.shape[1])), eps, generator)
+        num_steps = jittered_steps(
+            2.0 * (self.trajectory_length or math.sqrt(q.shape[1])), eps, generator
+        )
         u = normalize(normal_like(q, generator), dim=1)
-        q, _, values, grad, change = isokinetic_leapfrog(energy, q, u, rows(state.grad), eps, metric, num_steps)
+        q, _, values, grad, change = isokinetic_leapfrog(
+            energy, q, u, rows(state.grad), eps, metric, num_steps
+        )
         error = torch.where(torch.isfinite(grad).all(1), values - state.energy + change, torch.inf)
-        return metropolis(state, state_of_rows(energy, q, values, grad), error, eps, num_steps, generator)
+        return metropolis(
+            state, state_of_rows(energy, q, values, grad), error, eps, num_steps, generator
+        )

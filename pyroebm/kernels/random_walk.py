@@ -17,7 +17,8 @@ __all__ = ["PointState", "RandomWalk"]
 
 
 class PointState(NamedTuple):
-    """What the next step of a gradient-free kernel needs. Row i of each field belongs to chain i alone.
+    """What the next step of a gradient-free kernel needs. Row i of each field belongs to chain i
+    alone.
 
     Example:
         >>> from pyroebm.targets import DoubleWell
@@ -31,7 +32,8 @@ class PointState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RandomWalk(ContinuousKernel[PointState]):
-    r"""Random-walk Metropolis (Metropolis et al., 1953) with a normal proposal: exact, and the energy needs no gradient.
+    r"""Random-walk Metropolis (Metropolis et al., 1953) with a normal proposal: exact, and the
+    energy needs no gradient.
 
     .. math:: x' = x + \epsilon A n, \quad n \sim N(0, I), \quad A A^\top = M^{-1}, \qquad
         \alpha = \min(1, e^{E(x) - E(x')})
@@ -39,8 +41,8 @@ class RandomWalk(ContinuousKernel[PointState]):
     ``Info.n_steps`` counts gradients, so it is 0 here: a step costs one evaluation of the energy.
 
     Args:
-        step_size: :math:`\epsilon`; warm-up aims at an acceptance rate of 0.234 (Roberts, Gelman and Gilks, 1997), where it is
-            near :math:`2.38 / \sqrt d`.
+        step_size: :math:`\epsilon`; warm-up aims at an acceptance rate of 0.234 (Roberts, Gelman
+            and Gilks, 1997), where it is near :math:`2.38 / \sqrt d`.
         inverse_mass: :math:`M^{-1}`: a tensor is its diagonal, or a metric; None is the identity.
 
     Raises:
@@ -56,19 +58,25 @@ class RandomWalk(ContinuousKernel[PointState]):
 
     target_acceptance: ClassVar[float | None] = 0.234
 
-    def init(self, energy: Energy, x: Tensor, generator: torch.Generator | None = None) -> PointState:
+    def init(
+        self, energy: Energy, x: Tensor, generator: torch.Generator | None = None
+    ) -> PointState:
         self.check_start(energy, x)
         state = _at(energy, x.detach())
         bad = ~torch.isfinite(state.energy)
         if bool(bad.any()):
             row = int(bad.nonzero()[0])
             raise ValueError(
-                f"chains must start where the energy is finite: {int(bad.sum())} of {len(x)} rows of x are not, the first is row"
-                f" {row} with x={x[row].tolist()} and energy {float(state.energy[row])}; start from energy.initial(n)"
+                f"chains must start where the energy is finite: {int(bad.sum())} of {len(x)} rows"
+                f" of x are not, the first is row"
+                f" {row} with x={x[row].tolist()} and energy {float(state.energy[row])}; start"
+                f" from energy.initial(n)"
             )
         return state
 
-    def step(self, energy: Energy, state: PointState, generator: torch.Generator | None = None) -> tuple[PointState, Info]:
+    def step(
+        self, energy: Energy, state: PointState, generator: torch.Generator | None = None
+    ) -> tuple[PointState, Info]:
         q = rows(state.x)
         eps = column(self.step_size, q)
         q = q + eps * metric_of(self.inverse_mass, q).apply(normal_like(q, generator))

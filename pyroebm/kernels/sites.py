@@ -1,4 +1,5 @@
-"""What kernels on discrete supports share: a flat event as sites, each of which takes one of K values."""
+"""What kernels on discrete supports share: a flat event as sites, each of which takes one of K
+values."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ __all__ = ["DiscreteKernel", "author", "draw_index", "squared_distances", "to_si
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class DiscreteKernel(Kernel[S]):
-    """A kernel that moves on a discrete support itself: bits, spins, one-hot rows, bounded integers.
+    """A kernel that moves on a discrete support itself: bits, spins, one-hot rows, bounded
+    integers.
 
     Example:
         >>> from pyroebm.kernels import Gibbs
@@ -33,13 +35,15 @@ class DiscreteKernel(Kernel[S]):
         if bool(outside.any()):
             row = int(outside.nonzero()[0])
             raise ValueError(
-                f"x must lie in support={energy.support}: {int(outside.sum())} of {len(x)} rows do not, the first is row {row}"
+                f"x must lie in support={energy.support}: {int(outside.sum())} of {len(x)} rows do"
+                f" not, the first is row {row}"
                 f" with {x[row].tolist()}; start from energy.initial(n)"
             )
 
 
 def author(energy: Energy) -> Energy:
-    """The energy as its author wrote it: on a discrete support ``Unconstrained`` changes nothing, but hides its methods."""
+    """The energy as its author wrote it: on a discrete support ``Unconstrained`` changes nothing,
+    but hides its methods."""
     return energy.energy if isinstance(energy, Unconstrained) else energy
 
 
@@ -54,11 +58,15 @@ def to_sites(x: Tensor, values: Tensor) -> Tensor:
 
 
 def squared_distances(x: Tensor, values: Tensor) -> Tensor:
-    """Squared distances of sites ``(chains, sites, width)`` to the values: ``(chains, K, sites)``; exactly 0 at a site's own."""
+    """Squared distances of sites ``(chains, sites, width)`` to the values: ``(chains, K, sites)``;
+    exactly 0 at a site's own."""
     return (x**2).sum(2).unsqueeze(1) - 2.0 * values @ x.mT + (values**2).sum(1, keepdim=True)
 
 
 def draw_index(p: Tensor, noise: Tensor) -> Tensor:
-    """Categories along dimension 1 by inverse CDF: ``p (chains, K, ...)``, uniform ``noise (chains, ...)``."""
-    cdf = p.cumsum(1)  # scaled by its own end, so that a category of probability 0 is never drawn, the last one neither
+    """Categories along dimension 1 by inverse CDF: ``p (chains, K, ...)``, uniform ``noise (chains,
+    ...)``."""
+    # scaled by its own end, so that a category of probability 0 is never drawn, the last one
+    # neither
+    cdf = p.cumsum(1)
     return (noise.unsqueeze(1) * cdf[:, -1:] >= cdf[:, :-1]).sum(1)

@@ -11,7 +11,16 @@ from torch import Tensor
 
 from pyroebm.core.energy import Energy
 from pyroebm.core.minibatch import subsample
-from pyroebm.kernels.base import ContinuousKernel, Info, choose, column, normal_like, row_value_and_grad, rows, start_state
+from pyroebm.kernels.base import (
+    ContinuousKernel,
+    Info,
+    choose,
+    column,
+    normal_like,
+    row_value_and_grad,
+    rows,
+    start_state,
+)
 from pyroebm.kernels.metric import metric_of
 
 __all__ = ["CountedState", "StochasticGradientLangevin"]
@@ -27,25 +36,32 @@ class CountedState(NamedTuple):
     """
 
     x: Tensor  #: positions, shape ``(chains, *event)``
-    energy: Tensor  #: :math:`E(x)`, from the minibatch of the last step, shape ``(chains,)``, finite
+    #: :math:`E(x)`, from the minibatch of the last step, shape ``(chains,)``, finite
+    energy: Tensor
     steps: Tensor  #: steps so far, shape ``(chains,)``
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class StochasticGradientLangevin(ContinuousKernel[CountedState]):
-    r"""Stochastic-gradient Langevin dynamics (Welling and Teh, 2011). **Not exact** at a constant step.
+    r"""Stochastic-gradient Langevin dynamics (Welling and Teh, 2011). **Not exact** at a constant
+    step.
 
-    .. math:: x' = x - \frac{\epsilon_t^2}{2} M^{-1} \nabla \hat E_t(x) + \epsilon_t A n, \qquad n \sim N(0, I), \qquad
+    .. math::
+
+        x' = x - \frac{\epsilon_t^2}{2} M^{-1} \nabla \hat E_t(x) + \epsilon_t A n, \qquad n \sim
+        N(0, I), \qquad
         \epsilon_t^2 = \epsilon^2 (1 + t / b)^{-\gamma}
 
-    :math:`\hat E_t` is :meth:`pyroebm.MinibatchEnergy.subsample`, fresh in each step and common to all chains: chains are
-    independent given the minibatches alone. The noise of the gradient adds :math:`\epsilon^4 / 4` of its variance to each step.
-    With :math:`\tfrac12 < \gamma \le 1` the bias vanishes as t grows, if draws are weighted by :math:`\epsilon_t^2` (their
+    :math:`\hat E_t` is :meth:`pyroebm.MinibatchEnergy.subsample`, fresh in each step and common to
+    all chains: chains are independent given the minibatches alone. The noise of the gradient adds
+    :math:`\epsilon^4 / 4` of its variance to each step. With :math:`\tfrac12 < \gamma \le 1` the
+    bias vanishes as t grows, if draws are weighted by :math:`\epsilon_t^2` (their
     :math:`\epsilon_t`); with :math:`\gamma = 0` it stays. On any other energy it is ULA.
 
     Args:
         step_size: :math:`\epsilon` at the start, the standard deviation of the noise.
-        inverse_mass: preconditioner :math:`M^{-1} = A A^\top`: a tensor is its diagonal, or a metric; None is the identity.
+        inverse_mass: preconditioner :math:`M^{-1} = A A^\top`: a tensor is its diagonal, or a
+            metric; None is the identity.
         decay: :math:`\gamma \ge 0`.
         delay: :math:`b > 0`, steps before the decay is felt.
 
@@ -56,7 +72,12 @@ class StochasticGradientLangevin(ContinuousKernel[CountedState]):
         >>> from pyroebm import MinibatchEnergy
         >>> from pyroebm.targets import Gaussian
         >>> data = torch.linspace(1.0, 3.0, 100)
-        >>> energy = MinibatchEnergy(Gaussian(torch.zeros(1)), lambda x, d: 0.5 * ((d - x) ** 2).sum(-1), data, batch_size=10)
+        >>> energy = MinibatchEnergy(
+        ...     Gaussian(torch.zeros(1)),
+        ...     lambda x, d: 0.5 * ((d - x) ** 2).sum(-1),
+        ...     data,
+        ...     batch_size=10,
+        ... )
         >>> kernel = StochasticGradientLangevin(step_size=0.02)
         >>> state, info = kernel.step(energy, kernel.init(energy, energy.initial(8)))
         >>> state.steps.tolist()
@@ -72,28 +93,40 @@ class StochasticGradientLangevin(ContinuousKernel[CountedState]):
         super().__post_init__()
         if not (0.0 <= self.decay < math.inf and 0.0 < self.delay < math.inf):
             raise ValueError(
-                "StochasticGradientLangevin: decay must be at least 0 and delay positive, both finite, got"
+                "StochasticGradientLangevin: decay must be at least 0 and delay positive, both"
+                " finite, got"
                 f" decay={self.decay}, delay={self.delay}"
             )
 
-    def init(self, energy: Energy, x: Tensor, generator: torch.Generator | None = None) -> CountedState:
+    def init(
+        self, energy: Energy, x: Tensor, generator: torch.Generator | None = None
+    ) -> CountedState:
         self.check_start(energy, x)
         start = start_state(energy, x)
         return CountedState(start.x, start.energy, torch.zeros_like(start.energy, dtype=torch.long))
 
     def refresh(self, energy: Energy, state: CountedState) -> CountedState:
-        return state  # each step takes its own gradient, and the energy is an estimate that no step reads
+        # each step takes its own gradient, and the energy is an estimate that no step reads
+        return state
 
-    def step(self, energy: Energy, state: CountedState, generator: torch.Generator | None = None) -> tuple[CountedState, Info]:
+    def step(
+        self, energy: Energy, state: CountedState, generator: torch.Generator | None = None
+    ) -> tuple[CountedState, Info]:
         q, part = rows(state.x), subsample(energy, generator)
         age = state.steps.to(q.dtype).unsqueeze(1)
-        eps, metric = column(self.step_size, q) * (1.0 + age / self.delay) ** (-0.5 * self.decay), metric_of(self.inverse_mass, q)
+        eps, metric = (
+            column(self.step_size, q) * (1.0 + age / self.delay) ** (-0.5 * self.decay),
+            metric_of(self.inverse_mass, q),
+        )
         _, grad = row_value_and_grad(part, q)
-        q = q + metric.apply(eps * normal_like(q, generator) - 0.5 * eps**2 * metric.transpose(grad))
+        q = q + metric.apply(
+            eps * normal_like(q, generator) - 0.5 * eps**2 * metric.transpose(grad)
+        )
         x = q.reshape(state.x.shape)
         with torch.no_grad():
             values = part(x)
-        finite = torch.isfinite(values) & torch.isfinite(q).all(1)  # an infinite gradient may lead to where the energy is flat
+        # an infinite gradient may lead to where the energy is flat
+        finite = torch.isfinite(values) & torch.isfinite(q).all(1)
         state = choose(finite, CountedState(x, values, state.steps), state)
         return state._replace(steps=state.steps + 1), Info(
             acceptance_rate=finite.to(q.dtype),

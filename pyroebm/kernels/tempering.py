@@ -1,4 +1,5 @@
-"""Parallel tempering around any kernel: replicas at a ladder of temperatures, non-reversible swaps, and the warm-up of the ladder."""
+"""Parallel tempering around any kernel: replicas at a ladder of temperatures, non-reversible swaps,
+and the warm-up of the ladder."""
 
 from __future__ import annotations
 
@@ -17,61 +18,87 @@ from pyroebm.core.supports import is_discrete
 from pyroebm.kernels.adaptation.windows import DualAveraging, windows
 from pyroebm.kernels.base import Info, Kernel, check_kernel, uniform_like
 
-__all__ = ["ParallelTempering", "TemperedState", "TemperingReport", "LadderAdaptation", "LadderMemory", "respaced"]
+__all__ = [
+    "ParallelTempering",
+    "TemperedState",
+    "TemperingReport",
+    "LadderAdaptation",
+    "LadderMemory",
+    "respaced",
+]
 
 T = TypeVar("T")
 
 
 class TemperedState(NamedTuple):
-    """The replicas of every chain and what they have done since the warm-up. R is the number of temperatures, coldest first."""
+    """The replicas of every chain and what they have done since the warm-up. R is the number of
+    temperatures, coldest first."""
 
     x: Tensor  #: positions of the cold replica, shape ``(chains, *event)``
     energy: Tensor  #: :math:`U(x)` there, shape ``(chains,)``
-    inner: Any  #: state of the inner kernel, each field ``(chains, R, ...)``; its energies are those of the path
+    #: state of the inner kernel, each field ``(chains, R, ...)``; its energies are those of the
+    #: path
+    inner: Any
     replica: Tensor  #: which replica is at each temperature, shape ``(chains, R)``
-    heading: Tensor  #: whether it was last at the cold end (1), the hot end after that (2), or neither yet (0), ``(chains, R)``
+    #: whether it was last at the cold end (1), the hot end after that (2), or neither yet (0),
+    #: ``(chains, R)``
+    heading: Tensor
     round_trips: Tensor  #: trips cold to hot to cold that were finished, shape ``(chains,)``
-    steps: Tensor  #: steps taken; pairs (0, 1), (2, 3), ... swap where it is even, the others where it is odd, ``(chains,)``
-    swaps: Tensor  #: sums over steps of the swap probability of each neighbouring pair, float64, shape ``(chains, R - 1)``
-    slopes: Tensor  #: sums over steps of :math:`U - V` at each temperature, float64, shape ``(chains, R)``
+    #: steps taken; pairs (0, 1), (2, 3), ... swap where it is even, the others where it is odd,
+    #: ``(chains,)``
+    steps: Tensor
+    #: sums over steps of the swap probability of each neighbouring pair, float64, shape ``(chains,
+    #: R - 1)``
+    swaps: Tensor
+    #: sums over steps of :math:`U - V` at each temperature, float64, shape ``(chains, R)``
+    slopes: Tensor
 
 
 class TemperingReport(NamedTuple):
     r"""What the swaps say, all chains together; from :meth:`ParallelTempering.report`.
 
-    With efficient swaps a round trip takes :math:`2 + 2 \Lambda` steps of a chain at best, however many temperatures there are
-    (Syed et al., 2022). A ladder of about :math:`2 \Lambda + 1` temperatures comes near to that; more of them cost more than they
-    give.
+    With efficient swaps a round trip takes :math:`2 + 2 \Lambda` steps of a chain at best, however
+    many temperatures there are (Syed et al., 2022). A ladder of about :math:`2 \Lambda + 1`
+    temperatures comes near to that; more of them cost more than they give.
     """
 
     betas: Tensor  #: the ladder, shape ``(R,)``
     swap_rates: Tensor  #: mean swap probability of neighbours, shape ``(R - 1,)``
     barrier: float  #: global communication barrier :math:`\Lambda`, the sum of rejection rates
     round_trips: Tensor  #: of each chain, shape ``(chains,)``
-    round_trip_rate: float  #: round trips of a chain in one step, to compare with :math:`1 / (2 + 2 \Lambda)`
-    mean_slopes: Tensor  #: mean :math:`U - V` at each temperature, shape ``(chains, R)``: what thermodynamic integration sums
+    #: round trips of a chain in one step, to compare with :math:`1 / (2 + 2 \Lambda)`
+    round_trip_rate: float
+    #: mean :math:`U - V` at each temperature, shape ``(chains, R)``: what thermodynamic integration
+    #: sums
+    mean_slopes: Tensor
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ParallelTempering(Kernel[TemperedState]):
-    r"""Replicas of each chain at inverse temperatures :math:`1 = \beta_0 > \dots > \beta_{R-1}`, which swap their states.
+    r"""Replicas of each chain at inverse temperatures :math:`1 = \beta_0 > \dots > \beta_{R-1}`,
+    which swap their states.
 
     .. math:: p_k(x) \propto e^{-(1 - \beta_k) V(x) - \beta_k U(x)}, \qquad
         \alpha(k, l) = \min\bigl(1, e^{(\beta_k - \beta_l) ((U - V)(x_k) - (U - V)(x_l))}\bigr)
 
-    Each step moves every replica with the inner kernel, all rows of all chains at once, and then swaps neighbours: even pairs in
-    even steps, odd pairs in odd ones. This order is not reversible, and carries replicas through the ladder in straight runs
-    (Geyer, 1991; Okabe et al., 2001; Syed, Bouchard-Côté, Deligiannidis and Doucet, "Non-reversible parallel tempering", 2022).
-    Without a reference, V = 0. With one, the hottest replica is drawn from it afresh in every step. The draws are those of the
-    replica at :math:`\beta = 1`; ``Info`` speaks of it, except that ``diverging`` and ``n_steps`` take in all replicas.
+    Each step moves every replica with the inner kernel, all rows of all chains at once, and then
+    swaps neighbours: even pairs in even steps, odd pairs in odd ones. This order is not reversible,
+    and carries replicas through the ladder in straight runs (Geyer, 1991; Okabe et al., 2001; Syed,
+    Bouchard-Côté, Deligiannidis and Doucet, "Non-reversible parallel tempering", 2022). Without a
+    reference, V = 0. With one, the hottest replica is drawn from it afresh in every step. The draws
+    are those of the replica at :math:`\beta = 1`; ``Info`` speaks of it, except that ``diverging``
+    and ``n_steps`` take in all replicas.
 
-    Warm-up is :class:`pyroebm.kernels.LadderAdaptation`: a step size for each temperature, and temperatures of equal swap rates.
+    Warm-up is :class:`pyroebm.kernels.LadderAdaptation`: a step size for each temperature, and
+    temperatures of equal swap rates.
 
     Args:
-        kernel: the inner kernel, of any kind; its ``step_size`` may be one number, or one for each temperature, shape ``(R,)``.
-        betas: :math:`\beta_k`, decreasing from 1: to a small positive number, or to 0 with a reference.
-        reference: V, an energy with exact draws, on the space of the energy that is sampled and as wide as that or wider: where V
-            is infinite no replica goes.
+        kernel: the inner kernel, of any kind; its ``step_size`` may be one number, or one for each
+            temperature, shape ``(R,)``.
+        betas: :math:`\beta_k`, decreasing from 1: to a small positive number, or to 0 with a
+            reference.
+        reference: V, an energy with exact draws, on the space of the energy that is sampled and as
+            wide as that or wider: where V is infinite no replica goes.
 
     Raises:
         ValueError: if the ladder is not one, or if the reference has no exact draws.
@@ -98,13 +125,26 @@ class ParallelTempering(Kernel[TemperedState]):
         check_kernel(self.kernel)
         betas = torch.as_tensor(self.betas, dtype=torch.float64)
         object.__setattr__(self, "betas", betas)
-        if betas.dim() != 1 or len(betas) < 2 or not bool((betas[:-1] > betas[1:]).all()) or betas[0] != 1.0:
-            raise ValueError(f"betas must decrease from 1, with at least two of them, got betas={betas.tolist()}")
+        if (
+            betas.dim() != 1
+            or len(betas) < 2
+            or not bool((betas[:-1] > betas[1:]).all())
+            or betas[0] != 1.0
+        ):
+            raise ValueError(
+                f"betas must decrease from 1, with at least two of them, got betas={betas.tolist()}"
+            )
         if not (betas[-1] > 0.0 if self.reference is None else betas[-1] == 0.0):
-            rule = "end above 0, for e^0 has no draws" if self.reference is None else "end at 0, where the reference is"
+            rule = (
+                "end above 0, for e^0 has no draws"
+                if self.reference is None
+                else "end at 0, where the reference is"
+            )
             raise ValueError(f"betas must {rule}, got betas={betas.tolist()}")
         if self.reference is not None and not self.reference.has_exact_draws:
-            raise ValueError(f"reference must have exact draws, but {type(self.reference).__name__} has none")
+            raise ValueError(
+                f"reference must have exact draws, but {type(self.reference).__name__} has none"
+            )
 
     @property
     def exact(self) -> bool:  # type: ignore[override]  # as the kernel inside
@@ -119,11 +159,15 @@ class ParallelTempering(Kernel[TemperedState]):
     @property
     def learned(self) -> tuple[str, ...]:  # type: ignore[override]
         """The ladder, and what warm-up learns of the inner kernel."""
-        return (*(name for name in ("step_size", "inverse_mass") if name in self.kernel.learned), "betas")
+        return (
+            *(name for name in ("step_size", "inverse_mass") if name in self.kernel.learned),
+            "betas",
+        )
 
     @property
     def step_size(self) -> float | Tensor:
-        """That of the inner kernel, one for each temperature after warm-up; AttributeError where it has none."""
+        """That of the inner kernel, one for each temperature after warm-up; AttributeError where it
+        has none."""
         size: float | Tensor = getattr(self.kernel, "step_size")  # noqa: B009
         return size
 
@@ -133,8 +177,11 @@ class ParallelTempering(Kernel[TemperedState]):
         return getattr(self.kernel, "inverse_mass", None)
 
     def replace(self, **changes: Any) -> Self:
-        """A new kernel with some settings changed; ``step_size`` and ``inverse_mass`` are those of the inner kernel."""
-        inner = {name: changes.pop(name) for name in ("step_size", "inverse_mass") if name in changes}
+        """A new kernel with some settings changed; ``step_size`` and ``inverse_mass`` are those of
+        the inner kernel."""
+        inner = {
+            name: changes.pop(name) for name in ("step_size", "inverse_mass") if name in changes
+        }
         if inner:
             changes["kernel"] = changes.get("kernel", self.kernel).replace(**inner)
         return super().replace(**changes)
@@ -145,13 +192,20 @@ class ParallelTempering(Kernel[TemperedState]):
 
     def path(self, energy: Energy, chains: int) -> Path:
         """The energy of all replicas as rows ``chains * R``, those of one chain side by side."""
-        reference = None if self.reference is None else in_the_coordinates_of(energy, self.reference)
+        reference = (
+            None if self.reference is None else in_the_coordinates_of(energy, self.reference)
+        )
         return Path(energy, self.betas.repeat(chains), reference)
 
-    def init(self, energy: Energy, x: Tensor, generator: torch.Generator | None = None) -> TemperedState:
-        self.kernel.init(energy, x, generator)  # the front door: what it refuses, it counts in rows of the caller
+    def init(
+        self, energy: Energy, x: Tensor, generator: torch.Generator | None = None
+    ) -> TemperedState:
+        # the front door: what it refuses, it counts in rows of the caller
+        self.kernel.init(energy, x, generator)
         chains, rungs = len(x), len(self.betas)
-        inner = self.kernel.init(self.path(energy, chains), x.repeat_interleave(rungs, 0), generator)
+        inner = self.kernel.init(
+            self.path(energy, chains), x.repeat_interleave(rungs, 0), generator
+        )
         replica = torch.arange(rungs, device=x.device).repeat(chains, 1)
         count = replica.new_zeros(chains)
         state = TemperedState(
@@ -167,14 +221,17 @@ class ParallelTempering(Kernel[TemperedState]):
         )
         return state._replace(energy=state.inner.energy[:, 0])
 
-    def step(self, energy: Energy, state: TemperedState, generator: torch.Generator | None = None) -> tuple[TemperedState, Info]:
+    def step(
+        self, energy: Energy, state: TemperedState, generator: torch.Generator | None = None
+    ) -> tuple[TemperedState, Info]:
         state, info, _ = self.transition(energy, state, generator)
         return state, info
 
     def transition(
         self, energy: Energy, state: TemperedState, generator: torch.Generator | None = None
     ) -> tuple[TemperedState, Info, Info]:
-        """:meth:`step`, with the inner kernel's report besides: each field ``(chains, R)``, before the swaps."""
+        """:meth:`step`, with the inner kernel's report besides: each field ``(chains, R)``, before
+        the swaps."""
         chains, rungs = state.replica.shape
         path = self.path(energy, chains)
         rows, row_info = self._for_rows(chains).step(path, by_row(state.inner), generator)
@@ -189,7 +246,8 @@ class ParallelTempering(Kernel[TemperedState]):
         turn = torch.arange(rungs - 1, device=slope.device) % 2 == state.steps.unsqueeze(1) % 2
         swapped = turn & (uniform_like(probability, generator) < probability)
         order = swapped_order(swapped)
-        # The positions move; what the inner state knows of the energy is of the old temperature, and is taken anew.
+        # The positions move; what the inner state knows of the energy is of the old temperature,
+        # and is taken anew.
         inner = by_chain(self.kernel.refresh(path, by_row(taken(inner, order))), chains)
         heading, returned = headings(state.heading.gather(1, order))
         new = TemperedState(
@@ -203,18 +261,22 @@ class ParallelTempering(Kernel[TemperedState]):
             swaps=state.swaps + probability,
             slopes=state.slopes + slope,
         )
-        moved = slice(None) if path.reference is None else slice(-1)  # a replica that is drawn afresh cannot diverge
+        # a replica that is drawn afresh cannot diverge
+        moved = slice(None) if path.reference is None else slice(-1)
         info: Info = _each(inner_info, lambda field: field[:, 0])._replace(
             accepted=inner_info.accepted[:, 0] | swapped[:, 0],
             diverging=inner_info.diverging[:, moved].any(1),
             energy=new.energy,
-            n_steps=inner_info.n_steps.sum(1) + rungs,  # the energies taken anew after the swap cost a gradient each
+            # the energies taken anew after the swap cost a gradient each
+            n_steps=inner_info.n_steps.sum(1) + rungs,
         )
         return new, info, inner_info
 
     def refresh(self, energy: Energy, state: TemperedState) -> TemperedState:
         chains = len(state.x)
-        inner = by_chain(self.kernel.refresh(self.path(energy, chains), by_row(state.inner)), chains)
+        inner = by_chain(
+            self.kernel.refresh(self.path(energy, chains), by_row(state.inner)), chains
+        )
         return state._replace(energy=inner.energy[:, 0], inner=inner)
 
     def restart(self, state: TemperedState) -> TemperedState:
@@ -223,10 +285,14 @@ class ParallelTempering(Kernel[TemperedState]):
         return state._replace(**{name: torch.zeros_like(getattr(state, name)) for name in names})
 
     def report(self, state: TemperedState) -> TemperingReport:
-        """Swap rates, round trips and mean energies of the steps since the warm-up; ValueError if there were none."""
+        """Swap rates, round trips and mean energies of the steps since the warm-up; ValueError if
+        there were none."""
         steps = state.steps.sum()
         if int(steps) == 0:
-            raise ValueError("report needs a state that took at least one step since the warm-up, got one that took 0")
+            raise ValueError(
+                "report needs a state that took at least one step since the warm-up, got one that"
+                " took 0"
+            )
         rates = state.swaps.sum(0) / steps
         return TemperingReport(
             betas=self.betas,
@@ -240,22 +306,29 @@ class ParallelTempering(Kernel[TemperedState]):
     def _for_rows(self, chains: int) -> Kernel[Any]:
         size = getattr(self.kernel, "step_size", None)
         each = isinstance(size, Tensor) and size.dim() == 1
-        return self.kernel.replace(step_size=size.repeat(chains)) if isinstance(size, Tensor) and each else self.kernel
+        return (
+            self.kernel.replace(step_size=size.repeat(chains))
+            if isinstance(size, Tensor) and each
+            else self.kernel
+        )
 
 
 def swap_probability(betas: Tensor, slope: Tensor) -> Tensor:
-    r""":math:`\min(1, e^{(\beta_k - \beta_l)(s_k - s_l)})` of neighbours k, l = k + 1: ``(chains, R) -> (chains, R - 1)``."""
+    r""":math:`\min(1, e^{(\beta_k - \beta_l)(s_k - s_l)})` of neighbours k, l = k + 1: ``(chains,
+    R) -> (chains, R - 1)``."""
     return torch.exp(betas.diff(dim=1) * slope.diff(dim=1)).clamp(max=1.0)
 
 
 def swapped_order(swapped: Tensor) -> Tensor:
-    """Where each temperature takes its replica from, ``(chains, R)``, if the pairs ``(chains, R - 1)`` swap; none overlap."""
+    """Where each temperature takes its replica from, ``(chains, R)``, if the pairs ``(chains, R -
+    1)`` swap; none overlap."""
     up = torch.nn.functional.pad(swapped.long(), (0, 1))
     return torch.arange(up.shape[1], device=up.device) + up - up.roll(1, 1)
 
 
 def headings(heading: Tensor) -> tuple[Tensor, Tensor]:
-    """Labels of the replicas where they stand now, and whether the one at the cold end has come back from the hot end."""
+    """Labels of the replicas where they stand now, and whether the one at the cold end has come
+    back from the hot end."""
     returned = heading[:, 0] == 2
     heading = heading.clone()
     heading[:, 0] = 1
@@ -264,7 +337,8 @@ def headings(heading: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def taken(state: T, order: Tensor) -> T:
-    """Every field ``(chains, R, ...)`` of a state in a new order ``(chains, R)`` of its replicas."""
+    """Every field ``(chains, R, ...)`` of a state in a new order ``(chains, R)`` of its
+    replicas."""
     chain = torch.arange(len(order), device=order.device).unsqueeze(1)
     return _each(state, lambda field: field[chain, order])
 
@@ -281,14 +355,20 @@ def by_row(state: T) -> T:
 
 def _each(state: T, f: Callable[[Tensor], Tensor]) -> T:
     named_tuple: Any = state
-    fields = (_each(v, f) if isinstance(v, tuple) else v if v is None else f(v) for v in named_tuple)
+    fields = (
+        _each(v, f) if isinstance(v, tuple) else v if v is None else f(v) for v in named_tuple
+    )
     return cast(T, type(named_tuple)._make(fields))
 
 
-def _with_fresh_reference(path: Path, reference: Energy, inner: Any, generator: torch.Generator | None) -> Tensor:
-    """Positions ``(chains, R, *event)`` of an inner state with the last replica drawn from the reference.
+def _with_fresh_reference(
+    path: Path, reference: Energy, inner: Any, generator: torch.Generator | None
+) -> Tensor:
+    """Positions ``(chains, R, *event)`` of an inner state with the last replica drawn from the
+    reference.
 
-    Not where the energy is not finite, nor its gradient if the kernel follows it: there the last replica stays.
+    Not where the energy is not finite, nor its gradient if the kernel follows it: there the last
+    replica stays.
     """
     draws = reference.sample(len(inner.x), generator)
     if hasattr(inner, "grad") and not is_discrete(path.support):
@@ -304,28 +384,33 @@ def _with_fresh_reference(path: Path, reference: Energy, inner: Any, generator: 
 class LadderMemory(NamedTuple):
     """The adaptation's own state between two steps."""
 
-    tunings: tuple[DualAveraging, ...]  #: one for each temperature; none where the inner kernel has no step size to tune
+    #: one for each temperature; none where the inner kernel has no step size to tune
+    tunings: tuple[DualAveraging, ...]
     step: int
 
 
 @dataclasses.dataclass(frozen=True)
 class LadderAdaptation:
-    r"""Step sizes and temperatures of :class:`pyroebm.kernels.ParallelTempering`, pooled over chains.
+    r"""Step sizes and temperatures of :class:`pyroebm.kernels.ParallelTempering`, pooled over
+    chains.
 
-    In rounds that double in length, the mean rejection rates of neighbours are summed to the communication barrier
+    In rounds that double in length, the mean rejection rates of neighbours are summed to the
+    communication barrier
 
     .. math:: \Lambda(\beta_k) = \sum_{j \le k} r_j, \qquad r_j = 1 - \bar\alpha(j - 1, j)
 
-    which hardly depends on the ladder it was measured on. The new ladder divides it evenly, so that all rejection rates are
-    equal (Syed, Bouchard-Côté, Deligiannidis and Doucet, 2022, algorithm 4). Between the rounds' ends, each temperature's step
-    size follows the acceptance rate at that temperature by dual averaging. The metric stays as it was given. What the state has
-    counted is forgotten at the end, so that a report afterwards is about the draws that were kept.
+    which hardly depends on the ladder it was measured on. The new ladder divides it evenly, so that
+    all rejection rates are equal (Syed, Bouchard-Côté, Deligiannidis and Doucet, 2022, algorithm
+    4). Between the rounds' ends, each temperature's step size follows the acceptance rate at that
+    temperature by dual averaging. The metric stays as it was given. What the state has counted is
+    forgotten at the end, so that a report afterwards is about the draws that were kept.
 
     Args:
         target_acceptance: acceptance rate to aim at; None takes the inner kernel's own.
         ladder: whether to move the temperatures between the two ends.
-        initial, first, final: lengths of the first buffer, of the first round and of the last buffer, as in
-            :class:`pyroebm.WindowAdaptation`. Below 60 steps of warm-up there are no rounds.
+        initial, first, final: lengths of the first buffer, of the first round and of the last
+            buffer, as in :class:`pyroebm.WindowAdaptation`. Below 60 steps of warm-up there are no
+            rounds.
 
     Raises:
         ValueError: if ``target_acceptance`` is outside (0, 1).
@@ -338,7 +423,9 @@ class LadderAdaptation:
         >>> state = kernel.init(energy, energy.initial(64, generator), generator)
         >>> kernel, memory = plan.start(kernel, energy, state, generator)
         >>> for _ in range(200):
-        ...     kernel, state, info, memory = plan.step(kernel, energy, state, memory, 200, generator)
+        ...     kernel, state, info, memory = plan.step(
+        ...         kernel, energy, state, memory, 200, generator
+        ...     )
         >>> 0.3 < kernel.betas[1] < 0.7, kernel.step_size.shape
         (tensor(True), torch.Size([3]))
     """
@@ -351,14 +438,23 @@ class LadderAdaptation:
 
     def __post_init__(self) -> None:
         if self.target_acceptance is not None and not 0.0 < self.target_acceptance < 1.0:
-            raise ValueError(f"target_acceptance must be in (0, 1), got target_acceptance={self.target_acceptance}")
+            raise ValueError(
+                f"target_acceptance must be in (0, 1), got"
+                f" target_acceptance={self.target_acceptance}"
+            )
 
     def start(
-        self, kernel: Any, energy: Energy, state: TemperedState, generator: torch.Generator | None = None
+        self,
+        kernel: Any,
+        energy: Energy,
+        state: TemperedState,
+        generator: torch.Generator | None = None,
     ) -> tuple[ParallelTempering, LadderMemory]:
         """A kernel with first guesses of the step sizes, and the adaptation's state."""
         if not hasattr(kernel, "report"):
-            raise ValueError(f"LadderAdaptation is for ParallelTempering, got {type(kernel).__name__}")
+            raise ValueError(
+                f"LadderAdaptation is for ParallelTempering, got {type(kernel).__name__}"
+            )
         if kernel.kernel.target_acceptance is None:
             return kernel, LadderMemory((), 0)
         sizes = find_step_sizes(kernel, energy, state, generator)
@@ -380,31 +476,48 @@ class LadderAdaptation:
         state, info, inner = kernel.transition(energy, state, generator)
         tunings, last = memory.tunings, memory.step + 1 == steps
         if tunings:
-            target = kernel.kernel.target_acceptance if self.target_acceptance is None else self.target_acceptance
+            target = (
+                kernel.kernel.target_acceptance
+                if self.target_acceptance is None
+                else self.target_acceptance
+            )
             rates = inner.acceptance_rate.double().mean(0).tolist()
-            tunings = tuple(t.update(rate, float(target or 0.0)) for t, rate in zip(tunings, rates, strict=True))
+            tunings = tuple(
+                t.update(rate, float(target or 0.0)) for t, rate in zip(tunings, rates, strict=True)
+            )
             kernel = kernel.replace(step_size=_sizes(t.step_size for t in tunings))
         if any(memory.step + 1 == end for _, end in rounds):
             betas, place = respaced(kernel.betas, 1.0 - kernel.report(state).swap_rates)
             if tunings:
-                sizes = torch.as_tensor(np.exp(np.interp(place, np.arange(len(place)), [float(t.log_average) for t in tunings])))
+                sizes = torch.as_tensor(
+                    np.exp(
+                        np.interp(
+                            place, np.arange(len(place)), [float(t.log_average) for t in tunings]
+                        )
+                    )
+                )
                 kernel, tunings = kernel.replace(step_size=sizes), _tunings(sizes)
             kernel = kernel.replace(betas=betas)
             state = kernel.refresh(energy, state)
         if last:
             if tunings:
-                # dual averaging begins by overshooting: an average of a few steps is worth less than a look at the replicas
+                # dual averaging begins by overshooting: an average of a few steps is worth less
+                # than a look at the replicas
                 few = tunings[0].steps < 15
                 found = 0.5 * find_step_sizes(kernel, energy, state, generator) if few else None
-                kernel = kernel.replace(step_size=_sizes(t.average for t in tunings) if found is None else found)
+                kernel = kernel.replace(
+                    step_size=_sizes(t.average for t in tunings) if found is None else found
+                )
             state = kernel.restart(state)
         return kernel, state, info, LadderMemory(tunings, memory.step + 1)
 
 
 def respaced(betas: Tensor, rejection: Tensor) -> tuple[Tensor, np.ndarray]:
-    r"""The ladder of as many temperatures, between the same ends, that divides the measured barrier evenly.
+    r"""The ladder of as many temperatures, between the same ends, that divides the measured barrier
+    evenly.
 
-    The barrier is interpolated monotonely (Fritsch and Carlson, 1980), over :math:`\log \beta` where the ladder ends above 0.
+    The barrier is interpolated monotonely (Fritsch and Carlson, 1980), over :math:`\log \beta`
+    where the ladder ends above 0.
 
     Args:
         betas: the ladder it was measured on, shape ``(R,)``.
@@ -418,16 +531,27 @@ def respaced(betas: Tensor, rejection: Tensor) -> tuple[Tensor, np.ndarray]:
         [0.0, 0.67, 2.0]
     """
     old = betas.double().cpu().numpy()
-    # a pair that never refused would make two temperatures one: it counts as one refusal in a thousand
+    # a pair that never refused would make two temperatures one: it counts as one refusal in a
+    # thousand
     barrier = np.concatenate([[0.0], np.cumsum(np.maximum(rejection.double().cpu().numpy(), 1e-3))])
     even = np.linspace(0.0, barrier[-1], len(old))
-    new = np.exp(PchipInterpolator(barrier, np.log(old))(even)) if old[-1] > 0.0 else PchipInterpolator(barrier, old)(even)
+    new = (
+        np.exp(PchipInterpolator(barrier, np.log(old))(even))
+        if old[-1] > 0.0
+        else PchipInterpolator(barrier, old)(even)
+    )
     new[0], new[-1] = old[0], old[-1]
     return torch.as_tensor(new), np.interp(even, barrier, np.arange(len(old)))
 
 
-def find_step_sizes(kernel: ParallelTempering, energy: Energy, state: TemperedState, generator: torch.Generator | None) -> Tensor:
-    """For each temperature, double or halve until the mean acceptance of one step crosses one half; shape ``(R,)``."""
+def find_step_sizes(
+    kernel: ParallelTempering,
+    energy: Energy,
+    state: TemperedState,
+    generator: torch.Generator | None,
+) -> Tensor:
+    """For each temperature, double or halve until the mean acceptance of one step crosses one half;
+    shape ``(R,)``."""
     inner = kernel.kernel
     probe = kernel.replace(kernel=inner.probe())
     sizes = torch.as_tensor(kernel.step_size, dtype=torch.float64).expand(len(kernel.betas)).clone()

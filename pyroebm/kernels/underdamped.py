@@ -1,4 +1,5 @@
-"""Underdamped Langevin dynamics, whose momentum is carried from step to step: BAOAB (biased) and its adjusted form (exact)."""
+"""Underdamped Langevin dynamics, whose momentum is carried from step to step: BAOAB (biased) and
+its adjusted form (exact)."""
 
 from __future__ import annotations
 
@@ -10,7 +11,16 @@ import torch
 from torch import Tensor
 
 from pyroebm.core.energy import Energy
-from pyroebm.kernels.base import ContinuousKernel, Info, choose, column, normal_like, row_value_and_grad, rows, start_state
+from pyroebm.kernels.base import (
+    ContinuousKernel,
+    Info,
+    choose,
+    column,
+    normal_like,
+    row_value_and_grad,
+    rows,
+    start_state,
+)
 from pyroebm.kernels.hamiltonian import MAX_ENERGY_ERROR, kinetic, leapfrog, metropolis
 from pyroebm.kernels.metric import metric_of
 
@@ -18,7 +28,8 @@ __all__ = ["MetropolisUnderdamped", "MomentumState", "UnderdampedLangevin"]
 
 
 class MomentumState(NamedTuple):
-    """What the next step of a kernel with a lasting momentum needs. Row i of each field belongs to chain i alone.
+    """What the next step of a kernel with a lasting momentum needs. Row i of each field belongs to
+    chain i alone.
 
     Example:
         >>> from pyroebm.targets import DoubleWell
@@ -32,21 +43,27 @@ class MomentumState(NamedTuple):
     momentum: Tensor  #: whitened momenta (or velocities), shape ``(chains, dim)``
 
 
-def momentum_state(like: MomentumState, q: Tensor, values: Tensor, grad: Tensor, p: Tensor) -> MomentumState:
+def momentum_state(
+    like: MomentumState, q: Tensor, values: Tensor, grad: Tensor, p: Tensor
+) -> MomentumState:
     """A :class:`MomentumState` from rows ``(chains, dim)``, with events shaped as in ``like``."""
     return MomentumState(q.reshape(like.x.shape), values, grad.reshape(like.x.shape), p)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class MomentumKernel(ContinuousKernel[MomentumState]):
-    """A :class:`pyroebm.kernels.ContinuousKernel` whose momentum lasts; a new chain draws one from N(0, I)."""
+    """A :class:`pyroebm.kernels.ContinuousKernel` whose momentum lasts; a new chain draws one from
+    N(0, I)."""
 
-    def init(self, energy: Energy, x: Tensor, generator: torch.Generator | None = None) -> MomentumState:
+    def init(
+        self, energy: Energy, x: Tensor, generator: torch.Generator | None = None
+    ) -> MomentumState:
         self.check_start(energy, x)
         return MomentumState(*start_state(energy, x), momentum=normal_like(rows(x), generator))
 
     def refresh(self, energy: Energy, state: MomentumState) -> MomentumState:
-        return MomentumState(*start_state(energy, state.x), momentum=state.momentum)  # no new momentum: init would draw one
+        # no new momentum: init would draw one
+        return MomentumState(*start_state(energy, state.x), momentum=state.momentum)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -56,31 +73,44 @@ class _Underdamped(MomentumKernel):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0.0 < self.friction < math.inf:
-            raise ValueError(f"{type(self).__name__}: friction must be positive and finite, got friction={self.friction}")
+            raise ValueError(
+                f"{type(self).__name__}: friction must be positive and finite, got"
+                f" friction={self.friction}"
+            )
 
 
-def partial_refreshment(p: Tensor, time: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
-    r"""The Ornstein-Uhlenbeck process over ``time`` (in units of 1 / friction): leaves :math:`N(0, T I)` as it is.
+def partial_refreshment(
+    p: Tensor, time: Tensor, temperature: float, generator: torch.Generator | None
+) -> Tensor:
+    r"""The Ornstein-Uhlenbeck process over ``time`` (in units of 1 / friction): leaves :math:`N(0,
+    T I)` as it is.
 
     .. math:: p' = e^{-t} p + \sqrt{T (1 - e^{-2t})}\, n, \qquad n \sim N(0, I)
     """
-    return torch.exp(-time) * p + torch.sqrt(-temperature * torch.expm1(-2.0 * time)) * normal_like(p, generator)
+    return torch.exp(-time) * p + torch.sqrt(-temperature * torch.expm1(-2.0 * time)) * normal_like(
+        p, generator
+    )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class UnderdampedLangevin(_Underdamped):
-    r"""Underdamped Langevin dynamics by BAOAB (Leimkuhler and Matthews, 2013). **Not exact**: its bias grows with the step.
+    r"""Underdamped Langevin dynamics by BAOAB (Leimkuhler and Matthews, 2013). **Not exact**: its
+    bias grows with the step.
 
-    .. math:: dx = A p\, dt, \qquad dp = -A^\top \nabla E(x)\, dt - \gamma p\, dt + \sqrt{2 \gamma T}\, dW
+    .. math::
 
-    split into half a kick (B), half a drift (A), the whole friction (O), half a drift and half a kick. One gradient a step. The
-    bias of the positions is of second order in :math:`\epsilon`, and none at all on a normal law: N(0, 1) keeps its variance 1
-    for every :math:`\epsilon < 2`, while the momenta have :math:`1 - \epsilon^2 / 4`. A step that meets a non-finite number, or
-    whose kicks and drifts gain 1,000 T, is refused: the row stays, counts as diverging and turns round.
+        dx = A p\, dt, \qquad dp = -A^\top \nabla E(x)\, dt - \gamma p\, dt + \sqrt{2 \gamma T}\, dW
+
+    split into half a kick (B), half a drift (A), the whole friction (O), half a drift and half a
+    kick. One gradient a step. The bias of the positions is of second order in :math:`\epsilon`, and
+    none at all on a normal law: N(0, 1) keeps its variance 1 for every :math:`\epsilon < 2`, while
+    the momenta have :math:`1 - \epsilon^2 / 4`. A step that meets a non-finite number, or whose
+    kicks and drifts gain 1,000 T, is refused: the row stays, counts as diverging and turns round.
 
     Args:
         step_size: :math:`\epsilon`.
-        inverse_mass: :math:`M^{-1} = A A^\top`: a tensor is its diagonal, or a metric; None is the identity.
+        inverse_mass: :math:`M^{-1} = A A^\top`: a tensor is its diagonal, or a metric; None is the
+            identity.
         friction: :math:`\gamma > 0`, per unit of time in whitened coordinates.
         temperature: :math:`T > 0`; the chain samples (near) :math:`e^{-E/T}`.
 
@@ -102,13 +132,20 @@ class UnderdampedLangevin(_Underdamped):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0.0 < self.temperature < math.inf:
-            raise ValueError(f"UnderdampedLangevin: temperature must be positive and finite, got temperature={self.temperature}")
+            raise ValueError(
+                f"UnderdampedLangevin: temperature must be positive and finite, got"
+                f" temperature={self.temperature}"
+            )
 
-    def init(self, energy: Energy, x: Tensor, generator: torch.Generator | None = None) -> MomentumState:
+    def init(
+        self, energy: Energy, x: Tensor, generator: torch.Generator | None = None
+    ) -> MomentumState:
         state = super().init(energy, x, generator)
         return state._replace(momentum=math.sqrt(self.temperature) * state.momentum)
 
-    def step(self, energy: Energy, state: MomentumState, generator: torch.Generator | None = None) -> tuple[MomentumState, Info]:
+    def step(
+        self, energy: Energy, state: MomentumState, generator: torch.Generator | None = None
+    ) -> tuple[MomentumState, Info]:
         q = rows(state.x)
         eps, metric = column(self.step_size, q), metric_of(self.inverse_mass, q)
         p = state.momentum - 0.5 * eps * metric.transpose(rows(state.grad))
@@ -118,8 +155,11 @@ class UnderdampedLangevin(_Underdamped):
         q = q + 0.5 * eps * metric.apply(p)
         values, grad = row_value_and_grad(energy, q)
         p = p - 0.5 * eps * metric.transpose(grad)
-        # A step beyond the stability limit of a steep wall stays finite for a while: its energy error tells. Heat is none.
-        error = (values + kinetic(p) - state.energy - kinetic(state.momentum) - heat) / self.temperature
+        # A step beyond the stability limit of a steep wall stays finite for a while: its energy
+        # error tells. Heat is none.
+        error = (
+            values + kinetic(p) - state.energy - kinetic(state.momentum) - heat
+        ) / self.temperature
         sound = (error < MAX_ENERGY_ERROR) & torch.isfinite(error) & torch.isfinite(grad).all(1)
         turned = state._replace(momentum=-state.momentum)
         state = choose(sound, momentum_state(state, q, values, grad, p), turned)
@@ -137,16 +177,21 @@ class UnderdampedLangevin(_Underdamped):
 class MetropolisUnderdamped(_Underdamped):
     r"""Metropolis-adjusted underdamped Langevin, or generalised HMC (Horowitz, 1991): exact.
 
-    .. math:: p \leftarrow e^{-\gamma \epsilon} p + \sqrt{1 - e^{-2 \gamma \epsilon}}\, n, \qquad n \sim N(0, I),
+    .. math::
 
-    then one leapfrog step, accepted with :math:`\min(1, e^{H_0 - H_1})`. On rejection the momentum is turned round: without
-    that the target would not be left unchanged. Each rejection undoes the way so far, so the acceptance rate should be high.
+        p \leftarrow e^{-\gamma \epsilon} p + \sqrt{1 - e^{-2 \gamma \epsilon}}\, n, \qquad n \sim
+        N(0, I),
+
+    then one leapfrog step, accepted with :math:`\min(1, e^{H_0 - H_1})`. On rejection the momentum
+    is turned round: without that the target would not be left unchanged. Each rejection undoes the
+    way so far, so the acceptance rate should be high.
 
     ``Info.energy`` is the Hamiltonian, but as its momentum is carried over BFMI says nothing of it.
 
     Args:
         step_size: :math:`\epsilon`; warm-up aims at an acceptance rate of 0.9.
-        inverse_mass: :math:`M^{-1} = A A^\top`: a tensor is its diagonal, or a metric; None is the identity.
+        inverse_mass: :math:`M^{-1} = A A^\top`: a tensor is its diagonal, or a metric; None is the
+            identity.
         friction: :math:`\gamma > 0`, per unit of time in whitened coordinates.
 
     Raises:
@@ -162,7 +207,9 @@ class MetropolisUnderdamped(_Underdamped):
 
     target_acceptance: ClassVar[float | None] = 0.9
 
-    def step(self, energy: Energy, state: MomentumState, generator: torch.Generator | None = None) -> tuple[MomentumState, Info]:
+    def step(
+        self, energy: Energy, state: MomentumState, generator: torch.Generator | None = None
+    ) -> tuple[MomentumState, Info]:
         q = rows(state.x)
         eps, metric = column(self.step_size, q), metric_of(self.inverse_mass, q)
         p0 = partial_refreshment(state.momentum, self.friction * eps, 1.0, generator)

@@ -18,14 +18,25 @@ from pyroebm.diagnostics.streaming import StreamingMoments
 from pyroebm.kernels.adaptation.windows import Adaptation
 from pyroebm.kernels.base import AnyState, Info, Kernel, rows
 
-__all__ = ["Block", "Layout", "Plan", "check_initial", "Part", "Record", "announce", "bytes_per_draw", "merged"]
+__all__ = [
+    "Block",
+    "Layout",
+    "Plan",
+    "check_initial",
+    "Part",
+    "Record",
+    "announce",
+    "bytes_per_draw",
+    "merged",
+]
 
 #: Bytes of draws from which on a run says beforehand what it will take.
 LARGE = 2**30
 
 
 class Part(Protocol):
-    """Where a record writes its draws when its room is full; :class:`pyroebm.mcmc.storage.Part` is a folder of files."""
+    """Where a record writes its draws when its room is full; :class:`pyroebm.mcmc.storage.Part` is
+    a folder of files."""
 
     def write(self, start: int, x: Tensor, stats: dict[str, Tensor]) -> None:
         """Keep the draws from number ``start`` on."""
@@ -38,7 +49,8 @@ class Part(Protocol):
 
 
 class Record:
-    """Draws and statistics of all chains of a block; of the room only the first ``filled`` draws are there.
+    """Draws and statistics of all chains of a block; of the room only the first ``filled`` draws
+    are there.
 
     Args:
         state: a state, for shapes and types.
@@ -49,7 +61,8 @@ class Record:
     def __init__(self, state: AnyState, room: int = 0, part: Part | None = None) -> None:
         self.part = part
         self.spilled = self.filled = 0
-        self.x = state.x.new_empty((room, *state.x.shape))  # draw by draw, as they are written: what is read is transposed
+        # draw by draw, as they are written: what is read is transposed
+        self.x = state.x.new_empty((room, *state.x.shape))
         self._stats: dict[str, Tensor] = {}
 
     @property
@@ -58,10 +71,13 @@ class Record:
         return self.spilled + self.filled
 
     def write(self, state: AnyState, info: Info) -> None:
-        """Put one draw of every chain after those filled. It is there when the caller raises ``filled``."""
+        """Put one draw of every chain after those filled. It is there when the caller raises
+        ``filled``."""
         if self.part is not None and self.filled == len(self.x):
             self.spill()
-        facts = {"lp": -state.energy} | {k: v for k, v in info._asdict().items() if v is not None and k != "accepted"}
+        facts = {"lp": -state.energy} | {
+            k: v for k, v in info._asdict().items() if v is not None and k != "accepted"
+        }
         for name, value in facts.items():
             if name not in self._stats:
                 self._stats[name] = value.new_empty((len(self.x), len(value)))
@@ -75,12 +91,19 @@ class Record:
             self.spilled, self.filled = self.count, 0
 
     def _in_memory(self) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.x[: self.filled].transpose(0, 1), {n: v[: self.filled].transpose(0, 1) for n, v in self._stats.items()}
+        return self.x[: self.filled].transpose(0, 1), {
+            n: v[: self.filled].transpose(0, 1) for n, v in self._stats.items()
+        }
 
     def draws(self) -> Tensor:
-        """Unconstrained draws, ``(chains, count, *event)``; read from the part where they went there."""
+        """Unconstrained draws, ``(chains, count, *event)``; read from the part where they went
+        there."""
         x, _ = self._in_memory()
-        return torch.cat([self.part.read()[0].to(x), x], 1) if self.part is not None and self.spilled else x
+        return (
+            torch.cat([self.part.read()[0].to(x), x], 1)
+            if self.part is not None and self.spilled
+            else x
+        )
 
     def stats(self) -> dict[str, Tensor]:
         """Statistics, each ``(chains, count)``."""
@@ -88,7 +111,10 @@ class Record:
         if self.part is None or not self.spilled:
             return stats
         there = {name: value.to(self.x.device) for name, value in self.part.read()[1].items()}
-        return {name: torch.cat([value, stats[name]], 1) if name in stats else value for name, value in there.items()}
+        return {
+            name: torch.cat([value, stats[name]], 1) if name in stats else value
+            for name, value in there.items()
+        }
 
     def make_room(self, count: int) -> None:
         """Make room in memory for ``count`` draws in all; a part needs none."""
@@ -98,7 +124,10 @@ class Record:
             def extended(t: Tensor) -> Tensor:
                 return torch.cat([t, t.new_empty((more, *t.shape[1:]))])
 
-            self.x, self._stats = extended(self.x), {name: extended(value) for name, value in self._stats.items()}
+            self.x, self._stats = (
+                extended(self.x),
+                {name: extended(value) for name, value in self._stats.items()},
+            )
 
     def load(self, x: Tensor, stats: dict[str, Tensor]) -> None:
         """Take over draws kept elsewhere."""
@@ -107,21 +136,29 @@ class Record:
 
 
 def bytes_per_draw(target: Energy) -> int:
-    """Memory of one draw of one chain: the state, four statistics of its type, two counts and a flag."""
+    """Memory of one draw of one chain: the state, four statistics of its type, two counts and a
+    flag."""
     return (event_numel(target.event_shape) + 4) * target.dtype.itemsize + 17
 
 
 def announce(draws: int, chains: int, target: Energy, streams: bool) -> None:
-    """Say on stderr, before a run of more than :data:`LARGE`, what it will take and what to do about it."""
+    """Say on stderr, before a run of more than :data:`LARGE`, what it will take and what to do
+    about it."""
     size = draws * chains * bytes_per_draw(target)
     if size > LARGE:
-        where = "on disk" if streams else 'in memory; run(energy, store=folder) streams them to files, keep="moments" keeps none'
+        where = (
+            "on disk"
+            if streams
+            else 'in memory; run(energy, store=folder) streams them to files, keep="moments" keeps'
+            " none"
+        )
         said = f"{draws} draws of {chains} chains will take {size / 2**30:.1f} GiB {where}; thinning=k divides that by k"
         tqdm.write(said, file=sys.stderr)
 
 
 def merged(infos: list[Info]) -> Info:
-    """One report for the steps between two kept draws: counts add up, rates are averaged, the rest is the last one's."""
+    """One report for the steps between two kept draws: counts add up, rates are averaged, the rest
+    is the last one's."""
     last = infos[-1]
     if len(infos) == 1:
         return last
@@ -134,12 +171,14 @@ def merged(infos: list[Info]) -> Info:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How chains make blocks, and which blocks are whose. The same chains are in a block whatever the number of ranks.
+    """How chains make blocks, and which blocks are whose. The same chains are in a block whatever
+    the number of ranks.
 
     Args:
         num_chains: chains of the run.
-        size: chains of one block. The last block has what is left; a single chain left over joins the block before it, for what
-            is learned across chains (:class:`pyroebm.ChEES`) needs two.
+        size: chains of one block. The last block has what is left; a single chain left over joins
+            the block before it, for what is learned across chains (:class:`pyroebm.ChEES`) needs
+            two.
         ranks: number of this process and of all.
 
     Raises:
@@ -159,7 +198,8 @@ class Layout:
         (rank, world), count = self.ranks, self._count()
         if not 0 <= rank < world or world > count:
             raise ValueError(
-                f"ranks must be (rank, world) with 0 <= rank < world <= {count}, the number of blocks that {self.num_chains}"
+                f"ranks must be (rank, world) with 0 <= rank < world <= {count}, the number of"
+                f" blocks that {self.num_chains}"
                 f" chains make with chain_batch_size={self.size}; got ranks={self.ranks}"
             )
 
@@ -169,7 +209,8 @@ class Layout:
 
     @property
     def blocks(self) -> range:
-        """The numbers of this rank's blocks: in one piece, and as many as the others have or one more."""
+        """The numbers of this rank's blocks: in one piece, and as many as the others have or one
+        more."""
         (rank, world), count = self.ranks, self._count()
         return range(rank * count // world, (rank + 1) * count // world)
 
@@ -198,26 +239,42 @@ class Plan:
     save_warmup: bool
 
     def settings(self, warm_left: int) -> dict[str, Any]:
-        """What two runs must have in common, with ``warm_left`` steps of warm-up to go, for one to go on as the other would."""
-        names = [field.name for field in dataclasses.fields(self.kernel) if field.name not in self.kernel.learned]
+        """What two runs must have in common, with ``warm_left`` steps of warm-up to go, for one to
+        go on as the other would."""
+        names = [
+            field.name
+            for field in dataclasses.fields(self.kernel)
+            if field.name not in self.kernel.learned
+        ]
         plain = {name: getattr(self.kernel, name) for name in names}
         plain = {k: v if isinstance(v, int | float | str) else repr(v) for k, v in plain.items()}
-        warming = {"warmup_steps": self.warmup_steps, "adaptation": repr(self.adaptation)} if warm_left else {}
-        return {"kernel": type(self.kernel).__name__, **plain, "thinning": self.thinning, "warm_left": warm_left, **warming}
+        warming = (
+            {"warmup_steps": self.warmup_steps, "adaptation": repr(self.adaptation)}
+            if warm_left
+            else {}
+        )
+        return {
+            "kernel": type(self.kernel).__name__,
+            **plain,
+            "thinning": self.thinning,
+            "warm_left": warm_left,
+            **warming,
+        }
 
 
 class Block:
     """Chains that are warmed up and drawn together. What happens in one block depends on no other.
 
-    A step is whole or has not been: one that Ctrl-C breaks off gives its random numbers back, and is the same when it is taken
-    again.
+    A step is whole or has not been: one that Ctrl-C breaks off gives its random numbers back, and
+    is the same when it is taken again.
 
     Args:
         plan: what all blocks of the run have in common.
         target: the energy that the kernel sees, in unconstrained coordinates.
         start: starting states in these coordinates, ``(chains, *event)``.
         generator: the source of every random number of the block, on the device of the states.
-        parts: where the draws of the warm-up and those after it go when their room is full; None keeps them in memory.
+        parts: where the draws of the warm-up and those after it go when their room is full; None
+            keeps them in memory.
         room: draws to hold in memory before they go to a part.
         named: states as the variables whose moments are kept, and no draw; None keeps the draws.
     """
@@ -235,7 +292,8 @@ class Block:
         self.plan = plan
         self.target = target
         self.generator = generator
-        self.moving = target  #: what the kernel's steps are taken on: the target, or its compiled view
+        #: what the kernel's steps are taken on: the target, or its compiled view
+        self.moving = target
         self.kernel, self.state = plan.kernel, plan.kernel.init(target, start, generator)
         self.memory: Any = None  #: of the adaptation
         self.warm_left = plan.warmup_steps  #: steps of warm-up to go
@@ -243,7 +301,8 @@ class Block:
         self.warmup = Record(self.state, room, warm_part)
         self.record = Record(self.state, room, part)
         self.count = 0  #: draws of each chain
-        self.moves = torch.zeros(len(start), dtype=torch.long, device=start.device)  #: of them, those in which the chain moved
+        #: of them, those in which the chain moved
+        self.moves = torch.zeros(len(start), dtype=torch.long, device=start.device)
         self.named, self.moments = named, dict[str, StreamingMoments]()
 
     def warm_up(self) -> None:
@@ -255,7 +314,9 @@ class Block:
                 state, info = kernel.step(self.moving, self.state, self.generator)
             else:
                 if self.warm_left == plan.warmup_steps:
-                    kernel, memory = plan.adaptation.start(kernel, self.moving, self.state, self.generator)
+                    kernel, memory = plan.adaptation.start(
+                        kernel, self.moving, self.state, self.generator
+                    )
                 kernel, state, info, memory = plan.adaptation.step(
                     kernel, self.moving, self.state, memory, plan.warmup_steps, self.generator
                 )
@@ -264,7 +325,8 @@ class Block:
         except BaseException:
             self.generator.set_state(before)
             raise
-        # Assignments alone, from here on: Python looks for Ctrl-C at calls, so that it finds a step done or not begun.
+        # Assignments alone, from here on: Python looks for Ctrl-C at calls, so that it finds a step
+        # done or not begun.
         self.kernel = kernel
         self.state = state
         self.memory = memory
@@ -294,10 +356,18 @@ class Block:
         self.count += 1
         self.record.filled += self.named is None
 
-    def _observed(self, variables: dict[str, Tensor], state: AnyState, info: Info) -> dict[str, StreamingMoments]:
+    def _observed(
+        self, variables: dict[str, Tensor], state: AnyState, info: Info
+    ) -> dict[str, StreamingMoments]:
         stats = {name: getattr(info, name) for name in ("acceptance_rate", "diverging", "n_steps")}
-        seen = {name: value.double() for name, value in {**variables, "lp": -state.energy, **stats}.items()}
-        return {name: (self.moments.get(name) or StreamingMoments.start(value)).update(value) for name, value in seen.items()}
+        seen = {
+            name: value.double()
+            for name, value in {**variables, "lp": -state.energy, **stats}.items()
+        }
+        return {
+            name: (self.moments.get(name) or StreamingMoments.start(value)).update(value)
+            for name, value in seen.items()
+        }
 
     def make_room(self, count: int) -> None:
         """Make room for the rest of the warm-up and for ``count`` draws in all."""
@@ -320,12 +390,15 @@ class Block:
         for name, record in (("warmup", self.warmup), ("draws", self.record)):
             said[f"{name}_count"] = record.count
             if draws and record.count:
-                tensors |= {f"{name}.x": record.draws()} | {f"{name}.stats.{k}": v for k, v in record.stats().items()}
+                tensors |= {f"{name}.x": record.draws()} | {
+                    f"{name}.stats.{k}": v for k, v in record.stats().items()
+                }
         tensors["said"] = to_text(said)
         return {name: value.detach().clone().contiguous() for name, value in tensors.items()}
 
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
-        """Stand where the block stood whose state it is; draws that the state lacks are those of the parts."""
+        """Stand where the block stood whose state it is; draws that the state lacks are those of
+        the parts."""
         said = from_text(tensors["said"].cpu())
         tensors = {k: v if k == "rng" else v.to(self.target.device) for k, v in tensors.items()}
         self.state = unpack(said["state"], self.state, tensors)
@@ -336,11 +409,17 @@ class Block:
         self.count = said["count"]
         self.memory = None
         if said["memory"] is not None and self.plan.adaptation is not None:
-            _, like = self.plan.adaptation.start(self.plan.kernel, self.target, self.state, self.generator)
+            _, like = self.plan.adaptation.start(
+                self.plan.kernel, self.target, self.state, self.generator
+            )
             self.memory = unpack(said["memory"], like, tensors)
         self.generator.set_state(tensors["rng"].cpu())
         for name, record in (("warmup", self.warmup), ("draws", self.record)):
-            stats = {k.removeprefix(f"{name}.stats."): v for k, v in tensors.items() if k.startswith(f"{name}.stats.")}
+            stats = {
+                k.removeprefix(f"{name}.stats."): v
+                for k, v in tensors.items()
+                if k.startswith(f"{name}.stats.")
+            }
             if record.part is not None:
                 record.part.cut(said[f"{name}_count"])
                 record.spilled = said[f"{name}_count"]
@@ -350,14 +429,21 @@ class Block:
 
 def check_initial(energy: Energy, initial: Tensor, num_chains: int) -> None:
     """ValueError unless ``initial`` holds a state of the energy's support for each chain."""
-    if not isinstance(initial, Tensor) or initial.dim() != 1 + len(energy.event_shape) or len(initial) != num_chains:
+    if (
+        not isinstance(initial, Tensor)
+        or initial.dim() != 1 + len(energy.event_shape)
+        or len(initial) != num_chains
+    ):
         shape = tuple(initial.shape) if isinstance(initial, Tensor) else type(initial).__name__
-        raise ValueError(f"initial must hold one state for each of num_chains={num_chains}, got shape {shape}")
+        raise ValueError(
+            f"initial must hold one state for each of num_chains={num_chains}, got shape {shape}"
+        )
     energy.check_states(initial, "initial")
     legal = inside(energy.support, initial, len(energy.event_shape))
     if not bool(legal.all()):
         row = int((~legal).nonzero()[0])
         raise ValueError(
-            f"initial must lie in support={energy.support}: {int((~legal).sum())} of {len(initial)} rows do not, the first"
+            f"initial must lie in support={energy.support}: {int((~legal).sum())} of"
+            f" {len(initial)} rows do not, the first"
             f" is row {row} with {initial[row].tolist()}"
         )

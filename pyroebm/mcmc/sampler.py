@@ -41,7 +41,9 @@ def named(target: Unconstrained, site: str, x: Tensor) -> dict[str, Tensor]:
 
 def _joined(states: list[Any]) -> Any:
     parts = ([getattr(state, name) for state in states] for name in states[0]._fields)
-    return type(states[0])(*(torch.cat(part) if isinstance(part[0], Tensor) else _joined(part) for part in parts))
+    return type(states[0])(
+        *(torch.cat(part) if isinstance(part[0], Tensor) else _joined(part) for part in parts)
+    )
 
 
 #: Bytes of draws that a run which streams to a folder holds in memory, all blocks together.
@@ -49,33 +51,39 @@ BUFFER = 2**28
 
 
 class MCMC(AbstractMCMC):
-    """Sample an energy with many chains in one process. The chains are the batch axis of every tensor.
+    """Sample an energy with many chains in one process. The chains are the batch axis of every
+    tensor.
 
-    Chains come in blocks, each with its own random numbers and its own adaptation: the draws of a chain do not depend on how
-    many blocks there are beside its own, nor on which process runs them.
+    Chains come in blocks, each with its own random numbers and its own adaptation: the draws of a
+    chain do not depend on how many blocks there are beside its own, nor on which process runs them.
 
     Args:
         kernel: a kernel of :mod:`pyroebm.kernels`.
         num_samples: draws to keep of each chain.
         warmup_steps: steps of warm-up, in which step size and metric are adapted.
         num_chains: number of chains.
-        seed: seed of every random number of the run; None takes a fresh one, kept in ``.seed``. No global generator is used.
-        thinning: keep one draw in so many steps; divergences and gradient counts of the others are kept with it.
-        compile: whether the kernel's inner loops become compiled blocks: True, False, or "auto", which compiles where the steps
-            planned for one block repay the half minute that it may take. Draws are the same up to rounding. ``.compiled`` tells
-            the choice.
-        adaptation: how to adapt: the kernel's own way, or a :class:`pyroebm.WindowAdaptation`; None leaves it as it is.
+        seed: seed of every random number of the run; None takes a fresh one, kept in ``.seed``. No
+            global generator is used.
+        thinning: keep one draw in so many steps; divergences and gradient counts of the others are
+            kept with it.
+        compile: whether the kernel's inner loops become compiled blocks: True, False, or "auto",
+            which compiles where the steps planned for one block repay the half minute that it may
+            take. Draws are the same up to rounding. ``.compiled`` tells the choice.
+        adaptation: how to adapt: the kernel's own way, or a :class:`pyroebm.WindowAdaptation`; None
+            leaves it as it is.
         save_warmup: whether to keep the draws of the warm-up too.
-        keep: ``"draws"``, or ``"moments"``: means and variances of each chain in place of any draw, see :meth:`get_moments`.
+        keep: ``"draws"``, or ``"moments"``: means and variances of each chain in place of any draw,
+            see :meth:`get_moments`.
         progress: show a progress bar; None shows one on a terminal (that of rank 0).
         site: name of the variable in the results.
-        chain_batch_size: chains of one block. More of them share one step's overhead, and one adaptation.
-        ranks: number of this process and of all, which share the blocks; see :func:`pyroebm.training.ranks`.
-            Results in memory are of this process's chains.
+        chain_batch_size: chains of one block. More of them share one step's overhead, and one
+            adaptation.
+        ranks: number of this process and of all, which share the blocks; see
+            :func:`pyroebm.training.ranks`. Results in memory are of this process's chains.
 
     Attributes:
-        interrupted: True if Ctrl-C ended the run early; what was drawn is there. Where blocks have been drawn to different lengths,
-            results are of the draws that all have.
+        interrupted: True if Ctrl-C ended the run early; what was drawn is there. Where blocks have
+            been drawn to different lengths, results are of the draws that all have.
 
     Raises:
         ValueError: if a count is too small or an argument has the wrong kind.
@@ -108,14 +116,25 @@ class MCMC(AbstractMCMC):
         ranks: tuple[int, int] = (0, 1),
     ) -> None:
         check_kernel(kernel)
-        check_counts({"num_samples": 1, "num_chains": 1, "thinning": 1}, num_samples, num_chains, thinning)
+        check_counts(
+            {"num_samples": 1, "num_chains": 1, "thinning": 1}, num_samples, num_chains, thinning
+        )
         check_counts({"warmup_steps": 0, "chain_batch_size": 1}, warmup_steps, chain_batch_size)
         self.layout = Layout(num_chains, chain_batch_size, ranks)
         if ranks[1] > 1 and seed is None:
-            raise ValueError("seed must be given, the same for all, where several ranks share a run; got seed=None")
+            raise ValueError(
+                "seed must be given, the same for all, where several ranks share a run; got"
+                " seed=None"
+            )
         if keep not in ("draws", "moments"):
             raise ValueError(f'keep must be "draws" or "moments", got keep={keep!r}')
-        self.plan = Plan(kernel, resolve(kernel, adaptation), warmup_steps, thinning, save_warmup and keep == "draws")
+        self.plan = Plan(
+            kernel,
+            resolve(kernel, adaptation),
+            warmup_steps,
+            thinning,
+            save_warmup and keep == "draws",
+        )
         self.num_samples = num_samples
         self.num_chains = num_chains
         self.seed = fresh_seed(seed)
@@ -155,35 +174,53 @@ class MCMC(AbstractMCMC):
         """Warm up and draw.
 
         Args:
-            energy: the energy to sample; a constrained support is sampled in unconstrained coordinates, a discrete one as it is.
-            initial: starting states ``(num_chains, *event)`` in the energy's own (constrained) space; None takes
-                ``energy.initial``, for each chain the first candidate from which a trial leapfrog step is accepted.
-            store: a folder to stream the draws to, for runs larger than memory or longer than a machine stays up:
-                :func:`pyroebm.open_run` opens it, :meth:`resume` goes on from it. None keeps the draws in memory.
+            energy: the energy to sample; a constrained support is sampled in unconstrained
+                coordinates, a discrete one as it is.
+            initial: starting states ``(num_chains, *event)`` in the energy's own (constrained)
+                space; None takes ``energy.initial``, for each chain the first candidate from which
+                a trial leapfrog step is accepted.
+            store: a folder to stream the draws to, for runs larger than memory or longer than a
+                machine stays up: :func:`pyroebm.open_run` opens it, :meth:`resume` goes on from it.
+                None keeps the draws in memory.
             checkpoint_every: seconds after which draws and states are written to the folder again.
 
         Raises:
-            ValueError: if ``energy`` is no Energy or its support is not one that the kernel moves on, if ``initial`` does not
-                fit it or holds a state of non-finite energy, or if ``store`` holds a run already.
+            ValueError: if ``energy`` is no Energy or its support is not one that the kernel moves
+                on, if ``initial`` does not fit it or holds a state of non-finite energy, or if
+                ``store`` holds a run already.
         """
         target = self._bound(energy)
-        folder = None if store is None else Store(store, functools.partial(named, target, self.site))
+        folder = (
+            None if store is None else Store(store, functools.partial(named, target, self.site))
+        )
         with eval_mode(energy):
             if initial is not None:
                 check_initial(energy, initial, self.num_chains)
             blocks = []
             for number in self.layout.blocks:
-                chains, generator = self.layout.chains(number), seeded_generator(self.seed, energy.device, number)
+                chains, generator = (
+                    self.layout.chains(number),
+                    seeded_generator(self.seed, energy.device, number),
+                )
                 if initial is None:
-                    adapts = self.plan.warmup_steps > 0 and getattr(self.plan.adaptation, "adapts_step_size", True)
-                    x = draw_starts(self.plan.kernel, target, len(chains), generator, adapts and self.plan.adaptation is not None)
+                    adapts = self.plan.warmup_steps > 0 and getattr(
+                        self.plan.adaptation, "adapts_step_size", True
+                    )
+                    x = draw_starts(
+                        self.plan.kernel,
+                        target,
+                        len(chains),
+                        generator,
+                        adapts and self.plan.adaptation is not None,
+                    )
                 else:
                     x = target.unconstrain(initial[chains.start : chains.stop])
                 blocks.append(self._block(number, target, x, generator, folder))
         self._compile(target, blocks, self.num_samples)
         if folder is not None:
             folder.begin(self.layout, self._facts())
-        # Only now is the run before this one let go: whatever was refused above has left it as it was.
+        # Only now is the run before this one let go: whatever was refused above has left it as it
+        # was.
         self._target = target
         self._blocks = blocks
         self._store = folder
@@ -192,13 +229,17 @@ class MCMC(AbstractMCMC):
     def run_more(self, num_samples: int, *, checkpoint_every: float = 60.0) -> None:
         """Draw ``num_samples`` more from where the chains stand: the same as one longer run.
 
-        Energies and gradients are taken anew there, so an energy that was trained in between is sampled as it now is.
+        Energies and gradients are taken anew there, so an energy that was trained in between is
+        sampled as it now is.
 
         Raises:
             ValueError: if there is no finished warm-up to go on from, or ``num_samples`` < 1.
         """
         if not self._blocks or any(block.warm_left for block in self._blocks):
-            raise ValueError("run_more goes on from a run that finished its warm-up: call run(energy) first, or resume()")
+            raise ValueError(
+                "run_more goes on from a run that finished its warm-up: call run(energy) first, or"
+                " resume()"
+            )
         check_counts({"num_samples": 1}, num_samples)
         goal = min(block.count for block in self._blocks) + num_samples
         self._compile(self._target, self._blocks, goal)
@@ -207,65 +248,114 @@ class MCMC(AbstractMCMC):
                 block.refresh()
         self._advance(goal, checkpoint_every)
 
-    def resume(self, energy: Energy | None = None, store: str | Path | None = None, *, checkpoint_every: float = 60.0) -> None:
-        """Finish a run that was broken off: the draws are those of one that was not, bit for bit on one machine.
+    def resume(
+        self,
+        energy: Energy | None = None,
+        store: str | Path | None = None,
+        *,
+        checkpoint_every: float = 60.0,
+    ) -> None:
+        """Finish a run that was broken off: the draws are those of one that was not, bit for bit on
+        one machine.
 
         Args:
             energy: the energy of the run, and
-            store: the folder it streamed to. Without them, the run in memory goes on (after Ctrl-C or :meth:`load_state_dict`).
+            store: the folder it streamed to. Without them, the run in memory goes on (after Ctrl-C
+                or :meth:`load_state_dict`).
             checkpoint_every: as in :meth:`run`.
 
         Raises:
-            ValueError: if there is no run to go on from, or if that in the folder is of other settings or of another energy.
+            ValueError: if there is no run to go on from, or if that in the folder is of other
+            settings or of another energy.
         """
         if (energy is None) != (store is None):
-            raise ValueError(f"resume takes energy and store, or neither, got energy={energy} and store={store!r}")
+            raise ValueError(
+                f"resume takes energy and store, or neither, got energy={energy} and"
+                f" store={store!r}"
+            )
         if energy is not None and store is not None:
             target = self._bound(energy)
             folder = Store(store, functools.partial(named, target, self.site))
             states = {number: folder.load(number) for number in self.layout.blocks}
-            self._load({f"{n}.{k}": v for n, state in states.items() for k, v in state.items()}, target, folder)
+            self._load(
+                {f"{n}.{k}": v for n, state in states.items() for k, v in state.items()},
+                target,
+                folder,
+            )
         if not self._blocks:
-            raise ValueError("there is nothing to resume: call run(energy) or load_state_dict(state, energy) first")
+            raise ValueError(
+                "there is nothing to resume: call run(energy) or load_state_dict(state, energy)"
+                " first"
+            )
         self._advance(max(self._goal, self.num_samples), checkpoint_every)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything that :meth:`resume` and :meth:`run_more` need, and every draw, as tensors alone (safetensors can hold it).
+        """Everything that :meth:`resume` and :meth:`run_more` need, and every draw, as tensors
+        alone (safetensors can hold it).
 
         Raises:
             ValueError: if there was no run.
         """
         if not self._blocks:
             raise ValueError("nothing was drawn yet: call run(energy) first")
-        states = {number: self._state_of(block) for number, block in zip(self.layout.blocks, self._blocks, strict=True)}
-        return {f"{number}.{name}": value for number, state in states.items() for name, value in state.items()}
+        states = {
+            number: self._state_of(block)
+            for number, block in zip(self.layout.blocks, self._blocks, strict=True)
+        }
+        return {
+            f"{number}.{name}": value
+            for number, state in states.items()
+            for name, value in state.items()
+        }
 
     def load_state_dict(self, state: dict[str, Tensor], energy: Energy) -> None:
-        """Stand where a run of the same settings stood, in its warm-up or after, so that it can go on as it would have.
+        """Stand where a run of the same settings stood, in its warm-up or after, so that it can go
+        on as it would have.
 
         Raises:
-            ValueError: if the state is of other settings (kernel, chains, thinning), or of another energy.
+            ValueError: if the state is of other settings (kernel, chains, thinning), or of another
+            energy.
         """
         self._load(state, self._bound(energy), None)
 
     def _load(self, state: dict[str, Tensor], target: Unconstrained, store: Store | None) -> None:
-        needed = {f"{n}.{name}" for n in self.layout.blocks for name in ("settings", "said", "rng", "state.x", "state.energy")}
+        needed = {
+            f"{n}.{name}"
+            for n in self.layout.blocks
+            for name in ("settings", "said", "rng", "state.x", "state.energy")
+        }
         if not needed <= set(state):
-            raise ValueError(f"state must come from MCMC.state_dict(), with {sorted(needed)}, got keys {sorted(state)}")
+            raise ValueError(
+                f"state must come from MCMC.state_dict(), with {sorted(needed)}, got keys"
+                f" {sorted(state)}"
+            )
         blocks = []
         for number in self.layout.blocks:
-            own = {k.removeprefix(f"{number}."): v for k, v in state.items() if k.startswith(f"{number}.")}
+            own = {
+                k.removeprefix(f"{number}."): v
+                for k, v in state.items()
+                if k.startswith(f"{number}.")
+            }
             saved = from_text(own["settings"].cpu())
             seed, settings = saved.pop("seed"), self._settings(saved["warm_left"])
             if saved != settings:
-                raise ValueError(f"the state must be of the settings of this run, {settings}, got {saved}")
+                raise ValueError(
+                    f"the state must be of the settings of this run, {settings}, got {saved}"
+                )
             with eval_mode(target):
-                x, generator = own["state.x"].to(target.device), seeded_generator(self.seed, target.device)
+                x, generator = (
+                    own["state.x"].to(target.device),
+                    seeded_generator(self.seed, target.device),
+                )
                 block = self._block(number, target, x, generator, store)
                 block.load_state_dict(own)
                 energies = block.kernel.refresh(target, block.state).energy
-                if not torch.allclose(energies, block.state.energy, rtol=1e-4, atol=1e-4):  # compiled ones may differ a little
-                    raise ValueError("the state must be of the energy given: its energies differ from those kept with the draws")
+                # compiled ones may differ a little
+                if not torch.allclose(energies, block.state.energy, rtol=1e-4, atol=1e-4):
+                    raise ValueError(
+                        "the state must be of the energy given: its energies differ from those"
+                        " kept with the draws"
+                    )
             blocks.append(block)
         self._compile(target, blocks, self.num_samples)
         self._target = target
@@ -290,20 +380,44 @@ class MCMC(AbstractMCMC):
         return Unconstrained(energy, keep_discrete=self.plan.kernel.discrete)
 
     def _compile(self, target: Unconstrained, blocks: list[Block], goal: int) -> None:
-        """Choose what the kernels move on. What decides is the same whatever blocks are here and whatever is done already."""
-        chains, steps = len(self.layout.chains(0)), self.plan.warmup_steps + goal * self.plan.thinning
+        """Choose what the kernels move on. What decides is the same whatever blocks are here and
+        whatever is done already."""
+        chains, steps = (
+            len(self.layout.chains(0)),
+            self.plan.warmup_steps + goal * self.plan.thinning,
+        )
         with eval_mode(target):
             moving = choose_compiled(target, self.compile, self.plan.kernel, chains, steps)
         for block in blocks:
             block.moving = moving
 
-    def _block(self, number: int, target: Unconstrained, start: Tensor, generator: torch.Generator, store: Store | None) -> Block:
+    def _block(
+        self,
+        number: int,
+        target: Unconstrained,
+        start: Tensor,
+        generator: torch.Generator,
+        store: Store | None,
+    ) -> Block:
         if self.keep == "moments":
-            return Block(self.plan, target, start, generator, named=functools.partial(named, target, self.site))
+            return Block(
+                self.plan,
+                target,
+                start,
+                generator,
+                named=functools.partial(named, target, self.site),
+            )
         if store is None:
             return Block(self.plan, target, start, generator)
         room = BUFFER // (len(self.layout.blocks) * len(start) * bytes_per_draw(target))
-        return Block(self.plan, target, start, generator, store.parts(number, self.layout.chains(number).start), max(1, room))
+        return Block(
+            self.plan,
+            target,
+            start,
+            generator,
+            store.parts(number, self.layout.chains(number).start),
+            max(1, room),
+        )
 
     def _advance(self, goal: int, checkpoint_every: float) -> None:
         """Finish the warm-up, then draw until every chain has ``goal`` draws."""
@@ -312,7 +426,10 @@ class MCMC(AbstractMCMC):
         self._every = checkpoint_every
         phase = "warm-up"
         if self.keep == "draws":
-            draws, chains = goal + self.plan.warmup_steps * self.plan.save_warmup, sum(len(b.state.x) for b in self._blocks)
+            draws, chains = (
+                goal + self.plan.warmup_steps * self.plan.save_warmup,
+                sum(len(b.state.x) for b in self._blocks),
+            )
             announce(draws, chains, self._target, self._store is not None)
         try:
             with eval_mode(self._target):
@@ -326,15 +443,25 @@ class MCMC(AbstractMCMC):
         except KeyboardInterrupt:
             self.interrupted = True
             kept = min(block.count for block in self._blocks)
-            warnings.warn(f"interrupted during {phase}: {kept} draws of each chain were kept", RuntimeWarning, stacklevel=3)
+            warnings.warn(
+                f"interrupted during {phase}: {kept} draws of each chain were kept",
+                RuntimeWarning,
+                stacklevel=3,
+            )
         finally:
             self._save()
 
-    def _take_turns(self, label: str, step: Callable[[Block], None], left: Callable[[Block], int]) -> None:
+    def _take_turns(
+        self, label: str, step: Callable[[Block], None], left: Callable[[Block], int]
+    ) -> None:
         """One step of each block in turn, so that an interrupt finds all of them equally far."""
         behind, turn = [block for block in self._blocks if left(block) > 0], 0
         disable = self.layout.ranks[0] > 0 or None if self.progress is None else not self.progress
-        with tqdm(total=sum(map(left, behind)), desc=f"{label} ({self.num_chains} chains)", disable=disable) as bar:
+        with tqdm(
+            total=sum(map(left, behind)),
+            desc=f"{label} ({self.num_chains} chains)",
+            disable=disable,
+        ) as bar:
             while behind:
                 for block in behind:
                     step(block)
@@ -343,7 +470,8 @@ class MCMC(AbstractMCMC):
                 behind, turn = [block for block in behind if left(block) > 0], turn + 1
 
     def _after_turn(self, label: str, turn: int) -> None:
-        """What is done between turns: ``label`` is ``"warm-up"`` or ``"sample"``, and ``turn`` counts from 0 in each."""
+        """What is done between turns: ``label`` is ``"warm-up"`` or ``"sample"``, and ``turn``
+        counts from 0 in each."""
         if time.monotonic() - self._saved >= self._every:
             self._save()
 
@@ -370,10 +498,13 @@ class MCMC(AbstractMCMC):
         if not self._blocks:
             raise ValueError("nothing was drawn yet: call run(energy) first")
         if self.keep == "moments":
-            raise ValueError('keep="moments" keeps no draws: get_moments() has their means, variances and R-hat')
+            raise ValueError(
+                'keep="moments" keeps no draws: get_moments() has their means, variances and R-hat'
+            )
         if not warmup and min(block.count for block in self._blocks) == 0:
             raise ValueError(
-                "the run ended before its first draw (its warm-up is in get_samples(warmup=True)): resume() or run(energy) again"
+                "the run ended before its first draw (its warm-up is in get_samples(warmup=True)):"
+                " resume() or run(energy) again"
             )
         return [block.warmup if warmup else block.record for block in self._blocks]
 
@@ -388,34 +519,44 @@ class MCMC(AbstractMCMC):
         """Draws in the energy's own space.
 
         Args:
-            num_samples: so many, drawn again with replacement by torch's global generator (as in Pyro); None gives all.
-            group_by_chain: keep the chain axis: ``(chains, draws, *event)``, else ``(chains * draws, *event)``.
+            num_samples: so many, drawn again with replacement by torch's global generator (as in
+                Pyro); None gives all.
+            group_by_chain: keep the chain axis: ``(chains, draws, *event)``, else ``(chains *
+                draws, *event)``.
             warmup: the warm-up's draws instead.
         """
         draws = self._draws(warmup)
-        samples: dict[str, Tensor] = select_samples(named(self._target, self.site, draws), num_samples, group_by_chain)
+        samples: dict[str, Tensor] = select_samples(
+            named(self._target, self.site, draws), num_samples, group_by_chain
+        )
         return samples
 
     def get_stats(self, warmup: bool = False) -> dict[str, Tensor]:
-        """Statistics of each draw, ``(chains, draws)``: ``lp``, ``energy`` (the Hamiltonian), ``acceptance_rate``, ..."""
+        """Statistics of each draw, ``(chains, draws)``: ``lp``, ``energy`` (the Hamiltonian),
+        ``acceptance_rate``, ..."""
         records = self._records(warmup)
         common = min(record.count for record in records)
         stats = [record.stats() for record in records]
         return {name: torch.cat([each[name][:, :common] for each in stats]) for name in stats[0]}
 
     def get_moments(self) -> dict[str, StreamingMoments]:
-        """Means, variances, R-hat and nested R-hat of each variable and statistic, of a run with ``keep="moments"``.
+        """Means, variances, R-hat and nested R-hat of each variable and statistic, of a run with
+        ``keep="moments"``.
 
         Raises:
             ValueError: if nothing was drawn, or if the run keeps its draws.
         """
         kept = [block.moments for block in self._blocks]
         if not kept or not all(kept):
-            raise ValueError(f'get_moments is for runs with keep="moments" that have draws, got keep={self.keep!r}')
+            raise ValueError(
+                f'get_moments is for runs with keep="moments" that have draws, got'
+                f" keep={self.keep!r}"
+            )
         return {name: StreamingMoments.joined([each[name] for each in kept]) for name in kept[0]}
 
     def to_arviz(self) -> Any:
-        """Draws and statistics, warm-up included, as ArviZ's InferenceData (DataTree from ArviZ 1.0 on)."""
+        """Draws and statistics, warm-up included, as ArviZ's InferenceData (DataTree from ArviZ 1.0
+        on)."""
         samples, stats = self.get_samples(group_by_chain=True), self.get_stats()
         warm = all(record.count for record in self._records(warmup=True))
         return diagnostics.to_arviz(
@@ -427,11 +568,18 @@ class MCMC(AbstractMCMC):
         )
 
     def stuck_chains(self) -> list[int]:
-        """Numbers of the chains (of this process) that never moved after warm-up; see :func:`pyroebm.diagnostics.stuck_chains`."""
+        """Numbers of the chains (of this process) that never moved after warm-up; see
+        :func:`pyroebm.diagnostics.stuck_chains`."""
         if not self._blocks:
             raise ValueError("nothing was drawn yet: call run(energy) first")
-        moves, first = torch.cat([block.moves for block in self._blocks]), self.layout.chains(self.layout.blocks[0]).start
-        return [first + chain for chain in stuck_chains(moves, min(block.count for block in self._blocks))]
+        moves, first = (
+            torch.cat([block.moves for block in self._blocks]),
+            self.layout.chains(self.layout.blocks[0]).start,
+        )
+        return [
+            first + chain
+            for chain in stuck_chains(moves, min(block.count for block in self._blocks))
+        ]
 
     def _warn_of_stuck_chains(self, stacklevel: int) -> None:
         energies, first = self.state.energy, self.layout.chains(self.layout.blocks[0]).start
@@ -440,11 +588,16 @@ class MCMC(AbstractMCMC):
             warnings.warn(said, RuntimeWarning, stacklevel=stacklevel)
 
     def _facts(self) -> dict[str, Any]:
-        facts = {"kernel": type(self.plan.kernel).__name__, "seed": str(self.seed), "thinning": self.plan.thinning}
+        facts = {
+            "kernel": type(self.plan.kernel).__name__,
+            "seed": str(self.seed),
+            "thinning": self.plan.thinning,
+        }
         return facts | {"num_chains": self.num_chains, "chain_batch_size": self.layout.size}
 
     def summary(self, **options: Any) -> Any:
-        """ArviZ's summary table (a DataFrame) of the draws; options go to ``arviz.summary``. Warns of chains that never moved."""
+        """ArviZ's summary table (a DataFrame) of the draws; options go to ``arviz.summary``. Warns
+        of chains that never moved."""
         self._warn_of_stuck_chains(stacklevel=3)
         return diagnostics.summary(self.to_arviz(), **options)
 
@@ -456,7 +609,8 @@ class MCMC(AbstractMCMC):
         return diagnostics.verdict(draws, self.get_stats(), max_r_hat, min_ess, kernel, residual)
 
     def diagnostics(self) -> dict[str, Any]:
-        """As Pyro's: effective sample size and R-hat of each site, divergences and acceptance rates of each chain."""
+        """As Pyro's: effective sample size and R-hat of each site, divergences and acceptance rates
+        of each chain."""
         samples, stats = self.get_samples(group_by_chain=True), self.get_stats()
         chains = [f"chain {c}" for c in range(len(stats["diverging"]))]
         return {
@@ -467,6 +621,12 @@ class MCMC(AbstractMCMC):
                 }
                 for site, draws in samples.items()
             },
-            "divergences": {name: row.nonzero().flatten().tolist() for name, row in zip(chains, stats["diverging"], strict=True)},
-            "acceptance rate": {name: float(row.mean()) for name, row in zip(chains, stats["acceptance_rate"], strict=True)},
+            "divergences": {
+                name: row.nonzero().flatten().tolist()
+                for name, row in zip(chains, stats["diverging"], strict=True)
+            },
+            "acceptance rate": {
+                name: float(row.mean())
+                for name, row in zip(chains, stats["acceptance_rate"], strict=True)
+            },
         }

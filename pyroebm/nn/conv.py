@@ -9,7 +9,13 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from pyroebm.nn.mlp import ACTIVATIONS, bound_by_spectral_norm, check_activation, check_widths, start_weights
+from pyroebm.nn.mlp import (
+    ACTIVATIONS,
+    bound_by_spectral_norm,
+    check_activation,
+    check_widths,
+    start_weights,
+)
 
 __all__ = ["convolutions"]
 
@@ -25,7 +31,8 @@ def convolutions(
     dtype: torch.dtype | None = None,
     generator: torch.Generator | None = None,
 ) -> nn.Sequential:
-    r"""A convolutional network of images: 3 x 3 filters, the first layer at full size, each further one halving it; then linear.
+    r"""A convolutional network of images: 3 x 3 filters, the first layer at full size, each further
+    one halving it; then linear.
 
     Args:
         event_shape: (colours, height, width) of an image.
@@ -34,7 +41,8 @@ def convolutions(
         activation, spectral_norm, zero_last, dtype, generator: as in :func:`mlp`.
 
     Raises:
-        ValueError: if ``event_shape`` has not three sizes, ``channels`` is empty or not positive, or ``activation`` is unknown.
+        ValueError: if ``event_shape`` has not three sizes, ``channels`` is empty or not positive,
+        or ``activation`` is unknown.
 
     Example:
         >>> convolutions((1, 8, 8), 10, (4, 8))(torch.ones(5, 1, 8, 8)).shape
@@ -43,16 +51,22 @@ def convolutions(
     check_widths("channels", channels)
     check_activation(activation)
     if len(event_shape) != 3:
-        raise ValueError(f"event_shape must be (colours, height, width), got event_shape={tuple(event_shape)}")
+        raise ValueError(
+            f"event_shape must be (colours, height, width), got event_shape={tuple(event_shape)}"
+        )
     colours, height, width = event_shape
     filters: list[nn.Module] = []
     for k, (a, b) in enumerate(itertools.pairwise([colours, *channels])):
         stride = 1 if k == 0 else 2
-        filters.append(nn.utils.skip_init(nn.Conv2d, a, b, 3, stride=stride, padding=1, dtype=dtype))
+        filters.append(
+            nn.utils.skip_init(nn.Conv2d, a, b, 3, stride=stride, padding=1, dtype=dtype)
+        )
         height, width = math.ceil(height / stride), math.ceil(width / stride)
     head = nn.utils.skip_init(nn.Linear, channels[-1] * height * width, out_features, dtype=dtype)
     start_weights([*filters, head], generator, zero_last)
     if spectral_norm:
         bound_by_spectral_norm(filters, generator)
     activate = ACTIVATIONS[activation]
-    return nn.Sequential(*itertools.chain.from_iterable((layer, activate()) for layer in filters), nn.Flatten(), head)
+    return nn.Sequential(
+        *itertools.chain.from_iterable((layer, activate()) for layer in filters), nn.Flatten(), head
+    )

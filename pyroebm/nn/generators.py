@@ -1,4 +1,5 @@
-"""Directed models: a network that turns noise into events, with or without a density that can be written down."""
+"""Directed models: a network that turns noise into events, with or without a density that can be
+written down."""
 
 from __future__ import annotations
 
@@ -19,10 +20,12 @@ __all__ = ["Generator", "MLPGenerator", "batch_norms"]
 
 
 class Generator(nn.Module):
-    r"""A law of x given by how it is drawn: :math:`x = g(z) + s\,\varepsilon`, z and :math:`\varepsilon` standard normal.
+    r"""A law of x given by how it is drawn: :math:`x = g(z) + s\,\varepsilon`, z and
+    :math:`\varepsilon` standard normal.
 
-    Without noise (s = 0) the law lies on a manifold of at most ``latent_dim`` dimensions and has no density there is a use for.
-    With it :math:`q(x) = \int N(x \mid g(z), s^2 I)\, N(z \mid 0, I)\, dz`, an integral.
+    Without noise (s = 0) the law lies on a manifold of at most ``latent_dim`` dimensions and has no
+    density there is a use for. With it :math:`q(x) = \int N(x \mid g(z), s^2 I)\, N(z \mid 0, I)\,
+    dz`, an integral.
 
     Args:
         net: g, a module ``(n, latent_dim) -> (n, *event)``, or to rows of as many entries.
@@ -31,8 +34,8 @@ class Generator(nn.Module):
         sigma: s at the start, in units of x; it is learned, as its logarithm. None is no noise.
 
     Raises:
-        ValueError: if a size is not positive, ``sigma`` is not positive and finite, or, when called, if the net's output has
-            another number of entries.
+        ValueError: if a size is not positive, ``sigma`` is not positive and finite, or, when
+            called, if the net's output has another number of entries.
 
     Example:
         >>> generator = Generator(nn.Linear(2, 3), latent_dim=2, event_shape=(3,), sigma=0.1)
@@ -43,11 +46,19 @@ class Generator(nn.Module):
     log_sigma: nn.Parameter | None
     _anchor: Tensor
 
-    def __init__(self, net: nn.Module, latent_dim: int, event_shape: Sequence[int], sigma: float | None = None) -> None:
+    def __init__(
+        self,
+        net: nn.Module,
+        latent_dim: int,
+        event_shape: Sequence[int],
+        sigma: float | None = None,
+    ) -> None:
         check_counts({"latent_dim": 1}, latent_dim)
         check_declaration(event_shape, torch.distributions.constraints.real)
         if sigma is not None and not 0.0 < sigma < math.inf:
-            raise ValueError(f"sigma must be positive and finite, or None for no noise, got sigma={sigma}")
+            raise ValueError(
+                f"sigma must be positive and finite, or None for no noise, got sigma={sigma}"
+            )
         super().__init__()
         self.net = net
         self.latent_dim = latent_dim
@@ -79,21 +90,31 @@ class Generator(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         """g(z): ``(n, latent_dim) -> (n, *event)``."""
         if z.dim() != 2 or z.shape[1] != self.latent_dim:
-            raise ValueError(f"z must have shape (n, latent_dim) with latent_dim={self.latent_dim}, got shape {tuple(z.shape)}")
+            raise ValueError(
+                f"z must have shape (n, latent_dim) with latent_dim={self.latent_dim}, got shape"
+                f" {tuple(z.shape)}"
+            )
         x: Tensor = self.net(z)
         if x.numel() != len(z) * event_numel(self.event_shape):
-            raise ValueError(f"net must give events of shape {tuple(self.event_shape)}, got {tuple(x.shape)} for {len(z)} rows")
+            raise ValueError(
+                f"net must give events of shape {tuple(self.event_shape)}, got {tuple(x.shape)}"
+                f" for {len(z)} rows"
+            )
         return x.reshape(len(z), *self.event_shape)
 
     def emit(self, z: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """x at z, with its graph: g(z), and noise where there is any."""
         x = self(z)
-        return x if self.log_sigma is None else x + self.sigma * standard_normal(x.shape, generator, x.dtype, x.device)
+        return (
+            x
+            if self.log_sigma is None
+            else x + self.sigma * standard_normal(x.shape, generator, x.dtype, x.device)
+        )
 
     @torch.no_grad()
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """``n`` draws, shape ``(n, *event_shape)``, in eval mode: batch normalisation takes its running statistics, so that a row
-        does not depend on the others.
+        """``n`` draws, shape ``(n, *event_shape)``, in eval mode: batch normalisation takes its
+        running statistics, so that a row does not depend on the others.
 
         Raises:
             ValueError: if ``n`` < 1.
@@ -110,8 +131,8 @@ class MLPGenerator(Generator):
         event_shape: shape of one event.
         latent_dim: entries of z.
         hidden: widths of the hidden layers.
-        batch_norm: normalise each hidden layer before its activation (Ioffe and Szegedy, 2015), which couples the rows of a batch
-            in training.
+        batch_norm: normalise each hidden layer before its activation (Ioffe and Szegedy, 2015),
+            which couples the rows of a batch in training.
         activation: as in :class:`~pyroebm.energies.MLPEnergy`.
         sigma: as in :class:`Generator`.
         dtype: of the parameters.
@@ -139,7 +160,15 @@ class MLPGenerator(Generator):
     ) -> None:
         check_counts({"latent_dim": 1}, latent_dim)
         entries = event_numel(event_shape)
-        net = mlp(latent_dim, entries, hidden, activation=activation, zero_last=False, dtype=dtype, generator=generator)
+        net = mlp(
+            latent_dim,
+            entries,
+            hidden,
+            activation=activation,
+            zero_last=False,
+            dtype=dtype,
+            generator=generator,
+        )
         if batch_norm:
             last, layers = net[-1], []
             for layer in net:

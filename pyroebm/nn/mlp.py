@@ -1,4 +1,5 @@
-"""Multi-layer perceptrons, and what every network of the package shares: activations, initial weights, spectral norms."""
+"""Multi-layer perceptrons, and what every network of the package shares: activations, initial
+weights, spectral norms."""
 
 from __future__ import annotations
 
@@ -11,9 +12,18 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
-__all__ = ["ACTIVATIONS", "frozen", "mlp", "check_activation", "check_widths", "bound_by_spectral_norm", "start_weights"]
+__all__ = [
+    "ACTIVATIONS",
+    "frozen",
+    "mlp",
+    "check_activation",
+    "check_widths",
+    "bound_by_spectral_norm",
+    "start_weights",
+]
 
-#: ReLU is piecewise linear: energies made with it have no second derivative to speak of, and say so.
+#: ReLU is piecewise linear: energies made with it have no second derivative to speak of, and say
+#: so.
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "silu": nn.SiLU,
     "tanh": nn.Tanh,
@@ -25,7 +35,8 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 
 @contextlib.contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
-    """Within it the module's parameters are constants: what is computed gets no gradient in them, nor do they from it."""
+    """Within it the module's parameters are constants: what is computed gets no gradient in them,
+    nor do they from it."""
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.requires_grad_(False)
@@ -54,11 +65,13 @@ def mlp(
         out_features: width of the output.
         hidden: widths of the hidden layers, at least one.
         activation: one of :data:`ACTIVATIONS`.
-        spectral_norm: divide each hidden weight by its largest singular value (Miyato et al., 2018).
+        spectral_norm: divide each hidden weight by its largest singular value (Miyato et al.,
+            2018).
         zero_last: False starts the last layer as the others.
         dtype: of the parameters (default torch's).
-        generator: source of the initial hidden weights, of variance 1 / fan-in (LeCun et al., "Efficient BackProp", 1998):
-            torch's own are a third of that, too smooth for the few inputs of a small net.
+        generator: source of the initial hidden weights, of variance 1 / fan-in (LeCun et al.,
+            "Efficient BackProp", 1998): torch's own are a third of that, too smooth for the few
+            inputs of a small net.
 
     Raises:
         ValueError: if ``hidden`` is empty or not positive, or if ``activation`` is unknown.
@@ -71,25 +84,35 @@ def mlp(
     check_activation(activation)
     widths = [in_features, *hidden, out_features]
     # skip_init: nn.Linear's own initialisation would consume torch's global random stream
-    linear = [nn.utils.skip_init(nn.Linear, a, b, dtype=dtype) for a, b in itertools.pairwise(widths)]
+    linear = [
+        nn.utils.skip_init(nn.Linear, a, b, dtype=dtype) for a, b in itertools.pairwise(widths)
+    ]
     start_weights(linear, generator, zero_last)
     if spectral_norm:
         bound_by_spectral_norm(linear[:-1], generator)
     activate = ACTIVATIONS[activation]
-    return nn.Sequential(linear[0], *itertools.chain.from_iterable((activate(), layer) for layer in linear[1:]))
+    return nn.Sequential(
+        linear[0], *itertools.chain.from_iterable((activate(), layer) for layer in linear[1:])
+    )
 
 
 def check_widths(name: str, widths: Sequence[int]) -> None:
     if not widths or min(widths) < 1:
-        raise ValueError(f"{name} must hold at least one positive width, got {name}={tuple(widths)}")
+        raise ValueError(
+            f"{name} must hold at least one positive width, got {name}={tuple(widths)}"
+        )
 
 
 def check_activation(activation: str) -> None:
     if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {sorted(ACTIVATIONS)}, got activation={activation!r}")
+        raise ValueError(
+            f"activation must be one of {sorted(ACTIVATIONS)}, got activation={activation!r}"
+        )
 
 
-def start_weights(layers: Sequence[nn.Module], generator: torch.Generator | None, zero_last: bool) -> None:
+def start_weights(
+    layers: Sequence[nn.Module], generator: torch.Generator | None, zero_last: bool
+) -> None:
     for layer in layers:
         weight, *bias = layer.parameters()
         bound = math.sqrt(3.0 / weight[0].numel())
@@ -101,9 +124,11 @@ def start_weights(layers: Sequence[nn.Module], generator: torch.Generator | None
 
 
 def bound_by_spectral_norm(layers: Sequence[nn.Module], generator: torch.Generator | None) -> None:
-    """Spectral norms; their power iteration starts from torch's global stream, which is put back."""
+    """Spectral norms; their power iteration starts from torch's global stream, which is put
+    back."""
     seed = torch.randint(2**62, (), generator=generator)
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(int(seed))  # torch.manual_seed would seed every GPU as well
+        # torch.manual_seed would seed every GPU as well
+        torch.default_generator.manual_seed(int(seed))
         for layer in layers:
             parametrizations.spectral_norm(layer)

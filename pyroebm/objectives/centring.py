@@ -1,4 +1,5 @@
-"""What is added to plain gradients of machines of layers: centring, and a target for the activity of hidden units."""
+"""What is added to plain gradients of machines of layers: centring, and a target for the activity
+of hidden units."""
 
 from __future__ import annotations
 
@@ -16,22 +17,26 @@ __all__ = ["Centring", "Sparsity"]
 
 
 class Centring(nn.Module):
-    r"""The centred gradient (Montavon and Müller, 2012; Melchior, Fischer and Wiskott, 2016): that of the same machine with each
-    layer's units counted from an offset :math:`m_l`, a running mean of the layer under the data.
+    r"""The centred gradient (Montavon and Müller, 2012; Melchior, Fischer and Wiskott, 2016): that
+    of the same machine with each layer's units counted from an offset :math:`m_l`, a running mean
+    of the layer under the data.
 
-    With weights and biases as they are, it is a transform of their plain gradients :math:`dW_l, db_l`:
+    With weights and biases as they are, it is a transform of their plain gradients :math:`dW_l,
+    db_l`:
 
     .. math::
         dW_l \leftarrow dW_l - db_l\, m_{l+1}^\top - m_l\, db_{l+1}^\top, \qquad
         db_l \leftarrow db_l - dW_{l-1}^\top m_{l-1} - dW_l\, m_{l+1}
 
-    (the dW on the right being centred already). Learning is then indifferent to a swap of zeros and ones in the data.
+    (the dW on the right being centred already). Learning is then indifferent to a swap of zeros and
+    ones in the data.
 
     Args:
         rate: weight of a batch in the running means.
 
     Attributes:
-        offsets: one buffer for each layer, ``offset_0``, ``offset_1``, ...; those of the first batch are its own means.
+        offsets: one buffer for each layer, ``offset_0``, ``offset_1``, ...; those of the first
+            batch are its own means.
 
     Raises:
         ValueError: if ``rate`` is outside [0, 1].
@@ -63,12 +68,15 @@ class Centring(nn.Module):
         """Centre the gradients of the energy's parameters, in place.
 
         Args:
-            energy: a machine of layers whose weights and biases are parameters, with their gradients.
+            energy: a machine of layers whose weights and biases are parameters, with their
+                gradients.
             batch: the data that the gradients are of.
-            facts: of the objective; its ``mean_0``, ``mean_1``, ... save the products that yield them.
+            facts: of the objective; its ``mean_0``, ``mean_1``, ... save the products that yield
+                them.
 
         Raises:
-            ValueError: if the energy has no layers, or its parameters are others than their weights and biases.
+            ValueError: if the energy has no layers, or its parameters are others than their weights
+            and biases.
         """
         layers = _trained_layers(energy)
         self._move(layers, batch, facts)
@@ -78,7 +86,9 @@ class Centring(nn.Module):
             below = offsets[k]
             above = offsets[k + 1]
             gradient = _gradient(weight)
-            gradient.addmm_(torch.stack([biases[k], below], 1), torch.stack([above, biases[k + 1]]), alpha=-1.0)
+            gradient.addmm_(
+                torch.stack([biases[k], below], 1), torch.stack([above, biases[k + 1]]), alpha=-1.0
+            )
             steps[k] -= gradient @ above
             steps[k + 1] -= below @ gradient
         for bias, step in zip(biases, steps, strict=True):
@@ -88,7 +98,9 @@ class Centring(nn.Module):
         if "mean_0" not in facts:
             even = mean_field(layers, visible(layers, batch, "the energy"))
             hidden = odd_fields(layers, even)
-            means = [layers.mean(k, hidden[k]) if kept is None else kept for k, kept in enumerate(even)]
+            means = [
+                layers.mean(k, hidden[k]) if kept is None else kept for k, kept in enumerate(even)
+            ]
             facts = {f"mean_{k}": mean.mean(0) for k, mean in enumerate(means)}
         for layer in range(len(layers.biases)):
             mean, name = facts[f"mean_{layer}"], f"offset_{layer}"
@@ -98,7 +110,9 @@ class Centring(nn.Module):
                 self.register_buffer(name, mean.clone())
                 self.count += 1
 
-    def _load_from_state_dict(self, state_dict: Mapping[str, Tensor], prefix: str, *args: object) -> None:
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Tensor], prefix: str, *args: object
+    ) -> None:
         while (name := f"{prefix}offset_{self.count}") in state_dict:
             self.register_buffer(f"offset_{self.count}", torch.empty_like(state_dict[name]))
             self.count += 1
@@ -106,18 +120,21 @@ class Centring(nn.Module):
 
 
 class Sparsity(nn.Module):
-    r"""A penalty that draws each hidden unit's mean activity to a target (Lee, Ekanadham and Ng, 2008; Hinton, 2012).
+    r"""A penalty that draws each hidden unit's mean activity to a target (Lee, Ekanadham and Ng,
+    2008; Hinton, 2012).
 
     .. math:: c \sum_j \Big(t - \frac1n \sum_i E[h_j \mid x_i]\Big)^2
 
-    over the units of all hidden layers; with more than one of these, the layers between are at their mean field.
+    over the units of all hidden layers; with more than one of these, the layers between are at
+    their mean field.
 
     Args:
         target: t, in (0, 1).
         cost: c, in nats.
 
     Raises:
-        ValueError: if ``target`` is outside (0, 1), ``cost`` is negative, or the energy is no machine of layers.
+        ValueError: if ``target`` is outside (0, 1), ``cost`` is negative, or the energy is no
+        machine of layers.
 
     Example:
         >>> from pyroebm.energies import BernoulliRBM
@@ -129,7 +146,9 @@ class Sparsity(nn.Module):
     def __init__(self, target: float, cost: float) -> None:
         super().__init__()
         if not (0.0 < target < 1.0 and cost >= 0.0):
-            raise ValueError(f"target must be in (0, 1) and cost at least 0, got target={target}, cost={cost}")
+            raise ValueError(
+                f"target must be in (0, 1) and cost at least 0, got target={target}, cost={cost}"
+            )
         self.target, self.cost = target, cost
 
     def forward(self, energy: Energy, batch: Tensor) -> Tensor:
@@ -153,10 +172,15 @@ def _trained_layers(energy: Energy) -> Layers:
         raise ValueError(f"centring is for machines of layers, got {type(energy).__name__}")
     layers = energy.layers()
     own = [*layers.weights, *layers.biases]
-    if not all(tensor.is_leaf and tensor.requires_grad for tensor in own) or layers.precision is not None:
+    if (
+        not all(tensor.is_leaf and tensor.requires_grad for tensor in own)
+        or layers.precision is not None
+    ):
         raise ValueError(
-            f"centring transforms gradients of weights and biases, but in {type(energy).__name__} these are frozen or functions"
-            " of other parameters; a Gaussian machine is centred by centring its data (and by fit_visible)"
+            f"centring transforms gradients of weights and biases, but in {type(energy).__name__}"
+            f" these are frozen or functions"
+            " of other parameters; a Gaussian machine is centred by centring its data (and by"
+            " fit_visible)"
         )
     return layers
 

@@ -1,5 +1,5 @@
-"""Contrastive divergence: the likelihood's gradient, with draws of a short Markov chain in place of the model's; what all
-objectives with such chains share."""
+"""Contrastive divergence: the likelihood's gradient, with draws of a short Markov chain in place of
+the model's; what all objectives with such chains share."""
 
 from __future__ import annotations
 
@@ -22,12 +22,21 @@ from pyroebm.kernels.gibbs import BlockGibbs, Gibbs, HasBlocks
 from pyroebm.kernels.langevin import MALA
 from pyroebm.nn.mlp import frozen
 from pyroebm.objectives.base import Objective
-from pyroebm.objectives.layered import Kept, contrast, draw_even, draw_odd, mean_field, odd_fields, visible
+from pyroebm.objectives.layered import (
+    Kept,
+    contrast,
+    draw_even,
+    draw_odd,
+    mean_field,
+    odd_fields,
+    visible,
+)
 
 __all__ = ["ContrastiveDivergence", "HasMeanField", "Initial"]
 
 Facts = dict[str, Tensor]
-#: A law that chains start from: a distribution of events, a function of their number and a generator, or ``energy.initial``.
+#: A law that chains start from: a distribution of events, a function of their number and a
+#: generator, or ``energy.initial``.
 Initial = Distribution | Callable[[int, torch.Generator | None], Tensor] | None
 
 
@@ -49,49 +58,67 @@ class ContrastiveDivergence(Objective):
 
     .. math:: L = \frac1n \sum_i E(x_i) - \frac1n \sum_i E(\tilde x_i)
 
-    with :math:`\tilde x_i` the end of a chain from :math:`x_i`, held fixed. As k grows, :math:`\nabla L` becomes the gradient of
-    :math:`-\frac1n \sum_i \log p(x_i)`; the *value* of L says nothing about convergence.
+    with :math:`\tilde x_i` the end of a chain from :math:`x_i`, held fixed. As k grows,
+    :math:`\nabla L` becomes the gradient of :math:`-\frac1n \sum_i \log p(x_i)`; the *value* of L
+    says nothing about convergence.
 
-    A machine of layers (:class:`~pyroebm.energies.layered.LayeredMachine`) is swept block by block, its odd layers are summed
-    out of both terms, and ``batch`` has its visible units alone: with more than one hidden layer the others take the mean field
-    given the data (Salakhutdinov and Hinton, 2009). Any other energy is moved by ``kernel`` over whole events.
+    A machine of layers (:class:`~pyroebm.energies.layered.LayeredMachine`) is swept block by block,
+    its odd layers are summed out of both terms, and ``batch`` has its visible units alone: with
+    more than one hidden layer the others take the mean field given the data (Salakhutdinov and
+    Hinton, 2009). Any other energy is moved by ``kernel`` over whole events.
 
     Args:
         k: steps of the chain; for layers, sweeps down and up.
-        kernel: any of :mod:`pyroebm.kernels`; None sweeps layers, and takes :class:`~pyroebm.BlockGibbs` or
-            :class:`~pyroebm.Gibbs` on discrete supports and ``MALA(0.1)`` on others.
-        energy_penalty: :math:`\alpha \ge 0` of :math:`\alpha (\overline{E(x)^2} + \overline{E(\tilde x)^2})`, which is added
-            to the loss to keep energies near 0 (Du and Mordatch, 2019); for chains that a kernel moves.
+        kernel: any of :mod:`pyroebm.kernels`; None sweeps layers, and takes
+            :class:`~pyroebm.BlockGibbs` or :class:`~pyroebm.Gibbs` on discrete supports and
+            ``MALA(0.1)`` on others.
+        energy_penalty: :math:`\alpha \ge 0` of :math:`\alpha (\overline{E(x)^2} +
+            \overline{E(\tilde x)^2})`, which is added to the loss to keep energies near 0 (Du and
+            Mordatch, 2019); for chains that a kernel moves.
 
     Raises:
-        ValueError: if k < 1, ``kernel`` is no kernel, the penalty is negative or does not apply, or a batch does not fit the
-            energy.
+        ValueError: if k < 1, ``kernel`` is no kernel, the penalty is negative or does not apply, or
+            a batch does not fit the energy.
 
     Example:
         >>> from pyroebm.energies import BernoulliRBM
         >>> rbm, data = BernoulliRBM(4, 3), torch.ones(5, 4)
-        >>> loss, facts = ContrastiveDivergence(k=1)(rbm, data, generator=torch.Generator().manual_seed(0))
+        >>> loss, facts = ContrastiveDivergence(k=1)(
+        ...     rbm, data, generator=torch.Generator().manual_seed(0)
+        ... )
         >>> loss.backward()
-        >>> bool((rbm.visible_bias.grad <= 0).all())  # descent raises the biases of units that are always on
+        >>> bool(
+        ...     (rbm.visible_bias.grad <= 0).all()
+        ... )  # descent raises the biases of units that are always on
         True
     """
 
-    def __init__(self, k: int = 1, kernel: Kernel[Any] | None = None, *, energy_penalty: float = 0.0) -> None:
+    def __init__(
+        self, k: int = 1, kernel: Kernel[Any] | None = None, *, energy_penalty: float = 0.0
+    ) -> None:
         super().__init__()
         check_chain(k, kernel, energy_penalty)
         self.k = k
         self.kernel = kernel
         self.energy_penalty = energy_penalty
 
-    def forward(self, energy: Energy, batch: Tensor, *, generator: torch.Generator | None = None) -> tuple[Tensor, Facts]:
-        """The loss and its facts: ``energy_data``, ``energy_model``, ``energy_gap``; the kernel's ``acceptance_rate``; and of
-        layers ``mean_0``, ``mean_1``, ...: mean units of each under the data, which :class:`Centring` reads."""
+    def forward(
+        self, energy: Energy, batch: Tensor, *, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Facts]:
+        """The loss and its facts: ``energy_data``, ``energy_model``, ``energy_gap``; the kernel's
+        ``acceptance_rate``; and of layers ``mean_0``, ``mean_1``, ...: mean units of each under the
+        data, which :class:`Centring` reads."""
         if self.kernel is not None or not isinstance(energy, LayeredMachine):
             check_batch(energy, batch)
             end, rate = advance(energy, self.kernel, batch, self.k, generator)
-            return difference(energy(batch), energy(end), about(self.kernel, rate), self.energy_penalty)
+            return difference(
+                energy(batch), energy(end), about(self.kernel, rate), self.energy_penalty
+            )
         if self.energy_penalty:
-            raise ValueError(f"energy_penalty is for chains that a kernel moves: give kernel for {type(energy).__name__}")
+            raise ValueError(
+                f"energy_penalty is for chains that a kernel moves: give kernel for"
+                f" {type(energy).__name__}"
+            )
         layers = energy.layers()
         with torch.no_grad():
             data = mean_field(layers, visible(layers, batch, type(energy).__name__))
@@ -107,18 +134,22 @@ class ContrastiveDivergence(Objective):
 def advance(
     energy: Energy, kernel: Kernel[Any] | None, x: Tensor, k: int, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor]:
-    """States ``(chains, *event)`` after k steps of a kernel, and its mean acceptance rate. The energy is in eval mode, and no
-    parameter receives a gradient."""
+    """States ``(chains, *event)`` after k steps of a kernel, and its mean acceptance rate. The
+    energy is in eval mode, and no parameter receives a gradient."""
     kernel = default_kernel(energy) if kernel is None else kernel
     view = Unconstrained(energy, keep_discrete=True)
-    target = energy if is_real(energy.support) else view  # a view that changes nothing takes its time at each gradient
+    # a view that changes nothing takes its time at each gradient
+    target = energy if is_real(energy.support) else view
     with eval_mode(energy), frozen(energy):
-        state, rate = kernel.steps(target, kernel.init(target, view.unconstrain(x), generator), k, generator)
+        state, rate = kernel.steps(
+            target, kernel.init(target, view.unconstrain(x), generator), k, generator
+        )
         return view.constrain(state.x).detach(), rate.mean()
 
 
 def default_kernel(energy: Energy) -> Kernel[Any]:
-    """Gibbs sampling on discrete supports, by blocks where there are any; Langevin steps of 0.1 on others."""
+    """Gibbs sampling on discrete supports, by blocks where there are any; Langevin steps of 0.1 on
+    others."""
     if not is_discrete(energy.support):
         return MALA(0.1)
     return BlockGibbs() if isinstance(energy, HasBlocks) else Gibbs()
@@ -132,7 +163,10 @@ def joined(layers: Kept) -> Tensor:
 
 def stacked(data: Kept, chains: Kept) -> list[Tensor | None]:
     """Rows of data above rows of chains, layer by layer."""
-    return [None if a is None or b is None else torch.cat([a, b]) for a, b in zip(data, chains, strict=True)]
+    return [
+        None if a is None or b is None else torch.cat([a, b])
+        for a, b in zip(data, chains, strict=True)
+    ]
 
 
 def check_chain(k: int, kernel: Kernel[Any] | None, energy_penalty: float) -> None:
@@ -141,14 +175,19 @@ def check_chain(k: int, kernel: Kernel[Any] | None, energy_penalty: float) -> No
     if kernel is not None:
         check_kernel(kernel)
     if not 0.0 <= energy_penalty < math.inf:
-        raise ValueError(f"energy_penalty must be at least 0 and finite, got energy_penalty={energy_penalty}")
+        raise ValueError(
+            f"energy_penalty must be at least 0 and finite, got energy_penalty={energy_penalty}"
+        )
 
 
 def check_batch(energy: Energy, batch: Tensor) -> None:
     """ValueError unless the batch is at least one row of the energy's events."""
     energy.check_states(batch, "batch")
     if batch.dim() != len(energy.event_shape) + 1 or not len(batch):
-        raise ValueError(f"batch must have shape (n, *{tuple(energy.event_shape)}), n at least 1, got {tuple(batch.shape)}")
+        raise ValueError(
+            f"batch must have shape (n, *{tuple(energy.event_shape)}), n at least 1, got"
+            f" {tuple(batch.shape)}"
+        )
 
 
 def starts(energy: Energy, initial: Initial, n: int, generator: torch.Generator | None) -> Tensor:
@@ -162,17 +201,24 @@ def starts(energy: Energy, initial: Initial, n: int, generator: torch.Generator 
         x = initial(n, generator)
     energy.check_states(x, "initial")
     if energy.batch_shape(x) != (n,):
-        raise ValueError(f"initial must give {n} events of shape {tuple(energy.event_shape)}, got shape {tuple(x.shape)}")
+        raise ValueError(
+            f"initial must give {n} events of shape {tuple(energy.event_shape)}, got shape"
+            f" {tuple(x.shape)}"
+        )
     return x.detach()
 
 
 def about(kernel: Kernel[Any] | None, rate: Tensor) -> Facts:
     """A chain's mean acceptance rate, and the temperature that an unadjusted kernel samples at."""
     temperature = getattr(kernel, "temperature", None)
-    return {"acceptance_rate": rate} | ({} if temperature is None else {"temperature": rate.new_tensor(float(temperature))})
+    return {"acceptance_rate": rate} | (
+        {} if temperature is None else {"temperature": rate.new_tensor(float(temperature))}
+    )
 
 
-def difference(data: Tensor, model: Tensor, facts: Facts, energy_penalty: float = 0.0) -> tuple[Tensor, Facts]:
+def difference(
+    data: Tensor, model: Tensor, facts: Facts, energy_penalty: float = 0.0
+) -> tuple[Tensor, Facts]:
     """Mean energy of the data less that of the model, with the penalty on both; and the facts."""
     positive, negative = data.mean(), model.mean()
     loss = gap = positive - negative

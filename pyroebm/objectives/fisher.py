@@ -1,4 +1,5 @@
-"""Fisher divergences as measured quantities: how far an energy's gradient is from the truth's, where the truth is known."""
+"""Fisher divergences as measured quantities: how far an energy's gradient is from the truth's,
+where the truth is known."""
 
 from __future__ import annotations
 
@@ -27,8 +28,8 @@ def fisher_divergence(energy: Energy, truth: Energy | Score, x: Tensor) -> Estim
 
     .. math:: F = \tfrac12 E_{x \sim p} |\nabla \log p(x) + \nabla E(x)|^2
 
-    It is the excess of :class:`ScoreMatching`'s mean over its minimum. It does not see Z nor, where modes lie apart, their
-    weights.
+    It is the excess of :class:`ScoreMatching`'s mean over its minimum. It does not see Z nor, where
+    modes lie apart, their weights.
 
     Args:
         energy: E.
@@ -36,7 +37,8 @@ def fisher_divergence(energy: Energy, truth: Energy | Score, x: Tensor) -> Estim
         x: independent draws of p, shape ``(n, *event)`` with n > 1.
 
     Raises:
-        ValueError: if there are fewer than two rows, the truth's score has another shape, or as :func:`~pyroebm.value_and_grad`.
+        ValueError: if there are fewer than two rows, the truth's score has another shape, or as
+        :func:`~pyroebm.value_and_grad`.
 
     Example:
         >>> from pyroebm.targets import Gaussian
@@ -44,7 +46,9 @@ def fisher_divergence(energy: Energy, truth: Energy | Score, x: Tensor) -> Estim
         >>> round(fisher_divergence(q, p, p.sample(10)).value, 6)  # |(1/4, 1/4)|^2 / 2, everywhere
         0.0625
     """
-    return _half(torch.cat([event_sum(gap.square(), gap.dim() - 1) for gap in _gaps(energy, truth, x)]))
+    return _half(
+        torch.cat([event_sum(gap.square(), gap.dim() - 1) for gap in _gaps(energy, truth, x)])
+    )
 
 
 def sliced_fisher_divergence(
@@ -59,7 +63,8 @@ def sliced_fisher_divergence(
 
     .. math:: F_v = \tfrac12 E_{x \sim p} E_v \big( v^T (\nabla \log p(x) + \nabla E(x)) \big)^2 = F
 
-    Its mean is :func:`fisher_divergence`, its variance is larger: it is the yardstick of sliced objectives.
+    Its mean is :func:`fisher_divergence`, its variance is larger: it is the yardstick of sliced
+    objectives.
 
     Args:
         energy, truth, x: as in :func:`fisher_divergence`.
@@ -73,7 +78,9 @@ def sliced_fisher_divergence(
     Example:
         >>> from pyroebm.targets import Gaussian
         >>> p, q = Gaussian(torch.zeros(1), scale=2.0), Gaussian(torch.ones(1), scale=2.0)
-        >>> round(sliced_fisher_divergence(q, p, p.sample(10), law="rademacher").value, 6)  # signs are exact for one entry
+        >>> round(
+        ...     sliced_fisher_divergence(q, p, p.sample(10), law="rademacher").value, 6
+        ... )  # signs are exact for one entry
         0.03125
     """
     check_counts({"projections": 1}, projections)
@@ -90,14 +97,22 @@ def _gaps(energy: Energy, truth: Energy | Score, x: Tensor) -> list[Tensor]:
     energy.check_states(x)
     if x.dim() != len(energy.event_shape) + 1 or len(x) < 2:
         raise ValueError(
-            f"x must be at least two rows of events of shape {tuple(energy.event_shape)}, got shape {tuple(x.shape)}"
+            f"x must be at least two rows of events of shape {tuple(energy.event_shape)}, got"
+            f" shape {tuple(x.shape)}"
         )
     found = []
     with eval_mode(energy):
         for rows in x.split(ROWS):
-            true = -value_and_grad(truth, rows)[1] if isinstance(truth, Energy) else truth(rows).detach()
+            true = (
+                -value_and_grad(truth, rows)[1]
+                if isinstance(truth, Energy)
+                else truth(rows).detach()
+            )
             if true.shape != rows.shape:
-                raise ValueError(f"truth must give a score of the shape of x, {tuple(rows.shape)}, got {tuple(true.shape)}")
+                raise ValueError(
+                    f"truth must give a score of the shape of x, {tuple(rows.shape)}, got"
+                    f" {tuple(true.shape)}"
+                )
             found.append(true + value_and_grad(energy, rows)[1])
     return found
 

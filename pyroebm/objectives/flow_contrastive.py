@@ -22,13 +22,18 @@ Facts = dict[str, Tensor]
 class FlowContrastive(Objective):
     r"""Flow contrastive estimation (Gao et al., 2020): energy and flow play for one value,
 
-    .. math:: \min_q \max_{E, c} V, \qquad V = \frac1n \sum_i \log h(x_i) + \frac1n \sum_j \log(1 - h(y_j)), \quad
+    .. math::
+
+        \min_q \max_{E, c} V, \qquad V = \frac1n \sum_i \log h(x_i) + \frac1n \sum_j \log(1 -
+        h(y_j)), \quad
         h(x) = \frac{e^{-E(x) - c}}{e^{-E(x) - c} + q(x)}, \quad y_j \sim q
 
-    The energy's part is :class:`NoiseContrastive` at :math:`\nu = 1` with the flow as it stands; the flow's is the same value
-    with the other sign, through its draws and its density. At the best E, V is the Jensen-Shannon divergence of the data and the
-    flow (2 JS - 2 log 2), which the flow brings down: so the noise comes near the data where a fixed one would teach too little.
-    Start from a flow that covers the data (:func:`~pyroebm.objectives.gaussian_noise` shows how wide they are).
+    The energy's part is :class:`NoiseContrastive` at :math:`\nu = 1` with the flow as it stands;
+    the flow's is the same value with the other sign, through its draws and its density. At the best
+    E, V is the Jensen-Shannon divergence of the data and the flow (2 JS - 2 log 2), which the flow
+    brings down: so the noise comes near the data where a fixed one would teach too little. Start
+    from a flow that covers the data (:func:`~pyroebm.objectives.gaussian_noise` shows how wide they
+    are).
 
     Args:
         flow: q, of as many dimensions as an event has entries, none redundant.
@@ -38,14 +43,20 @@ class FlowContrastive(Objective):
         log_z: c, a parameter, ``()``, trained with the energy.
 
     Raises:
-        ValueError: if the flow does not fit the energy, or its density is not finite where there are data.
+        ValueError: if the flow does not fit the energy, or its density is not finite where there
+        are data.
 
     Example:
         >>> from pyroebm.energies import MLPEnergy
         >>> from pyroebm.flows import NICE
         >>> energy, objective = MLPEnergy((2,), (16,), scale=3.0), FlowContrastive(NICE(2))
         >>> losses, facts = objective.losses(energy, torch.randn(100, 2))
-        >>> {name: len(parameters) for name, parameters in objective.trained(energy).items()}["energy"], sorted(losses)
+        >>> (
+        ...     {name: len(parameters) for name, parameters in objective.trained(energy).items()}[
+        ...         "energy"
+        ...     ],
+        ...     sorted(losses),
+        ... )
         (5, ['energy', 'flow'])
     """
 
@@ -55,22 +66,29 @@ class FlowContrastive(Objective):
         self.flow = flow
         self.log_z = nn.Parameter(torch.tensor(float(log_z), dtype=flow.dtype, device=flow.device))
 
-    def forward(self, energy: Energy, batch: Tensor, *, generator: torch.Generator | None = None) -> tuple[Tensor, Facts]:
-        """The sum of the :meth:`losses`, whose gradient in each parameter is that of its own loss, and the facts."""
+    def forward(
+        self, energy: Energy, batch: Tensor, *, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Facts]:
+        """The sum of the :meth:`losses`, whose gradient in each parameter is that of its own loss,
+        and the facts."""
         losses, facts = self.losses(energy, batch, generator=generator)
         return torch.stack(list(losses.values())).sum(), facts
 
     def trained(self, energy: Energy) -> dict[str, Sequence[nn.Parameter]]:
         """The parameters that each of the losses is for."""
         both = {"energy": [*energy.parameters(), self.log_z], "flow": list(self.flow.parameters())}
-        return {name: [p for p in parameters if p.requires_grad] for name, parameters in both.items()}
+        return {
+            name: [p for p in parameters if p.requires_grad] for name, parameters in both.items()
+        }
 
     def losses(
         self, energy: Energy, batch: Tensor, *, generator: torch.Generator | None = None
     ) -> tuple[dict[str, Tensor], Facts]:
-        """``energy`` and ``flow``: each has a gradient in the parameters of :meth:`trained` under its name, and in no other.
+        """``energy`` and ``flow``: each has a gradient in the parameters of :meth:`trained` under
+        its name, and in no other.
 
-        Facts: those of :meth:`NoiseContrastive.contrast`, and ``flow_log_likelihood``, the mean of log q over the data.
+        Facts: those of :meth:`NoiseContrastive.contrast`, and ``flow_log_likelihood``, the mean of
+        log q over the data.
         """
         self._noise.check(energy, batch)
         x = batch.reshape(len(batch), -1)
@@ -80,7 +98,9 @@ class FlowContrastive(Objective):
 
         on_data, on_noise = energy(torch.cat([batch, noise.detach()])).split(len(x))
         log_p_data, log_p_noise = (-values - self.log_z for values in (on_data, on_noise))
-        loss, facts = classify(log_p_data - log_q_data.detach(), log_p_noise - log_q_noise.detach(), 1.0)
+        loss, facts = classify(
+            log_p_data - log_q_data.detach(), log_p_noise - log_q_noise.detach(), 1.0
+        )
         with frozen(energy):
             log_p_moved = -energy(noise) - self.log_z.detach()
         against, _ = classify(log_p_data.detach() - log_q_data, log_p_moved - log_q_noise, 1.0)

@@ -1,4 +1,5 @@
-"""Improved contrastive divergence: the term that contrastive divergence drops, through the sampler's last steps."""
+"""Improved contrastive divergence: the term that contrastive divergence drops, through the
+sampler's last steps."""
 
 from __future__ import annotations
 
@@ -23,20 +24,23 @@ EULER = 0.5772156649015329
 
 
 class ImprovedCD(PersistentCD):
-    r"""Contrastive divergence with the Kullback-Leibler term (Du, Li, Tenenbaum and Mordatch, 2021).
+    r"""Contrastive divergence with the Kullback-Leibler term (Du, Li, Tenenbaum and Mordatch,
+    2021).
 
-    The law :math:`q_\theta` that chains have after their Langevin steps depends on the energy too. To the loss of
-    :class:`PersistentCD` is added
+    The law :math:`q_\theta` that chains have after their Langevin steps depends on the energy too.
+    To the loss of :class:`PersistentCD` is added
 
     .. math:: w \, \mathrm{KL}(q_\theta \,\|\, p_{\bar\theta}) + \text{const}
         = w \big( E_{q_\theta}[E_{\bar\theta}(x)] - H(q_\theta) \big)
 
-    with :math:`\bar\theta = \theta` held fixed in the energy, so that its gradient is the one *through the sampler* alone:
-    through the last ``through`` steps, earlier ones are a constant. It moves the sampler towards the model. The exact gradient of
-    :math:`\mathrm{KL}(p_D \| p_\theta) - \mathrm{KL}(q_\theta \| p_\theta)` has this term with the *opposite* sign
-    (Hinton, 2002): ``kl_weight=-1`` is that one; the paper's, 1 by default, is no descent on that difference.
+    with :math:`\bar\theta = \theta` held fixed in the energy, so that its gradient is the one
+    *through the sampler* alone: through the last ``through`` steps, earlier ones are a constant. It
+    moves the sampler towards the model. The exact gradient of :math:`\mathrm{KL}(p_D \| p_\theta) -
+    \mathrm{KL}(q_\theta \| p_\theta)` has this term with the *opposite* sign (Hinton, 2002):
+    ``kl_weight=-1`` is that one; the paper's, 1 by default, is no descent on that difference.
 
-    H is estimated by nearest neighbours (:func:`nearest_neighbour_entropy`), which looks at all chains at once.
+    H is estimated by nearest neighbours (:func:`nearest_neighbour_entropy`), which looks at all
+    chains at once.
 
     Args:
         num_chains, k, buffer_size, restart, initial, energy_penalty: as in :class:`PersistentCD`.
@@ -46,7 +50,8 @@ class ImprovedCD(PersistentCD):
         entropy_weight: of H; 0 leaves it out, and with it the neighbours.
 
     Raises:
-        ValueError: if a number is out of range, ``kernel`` has a metric or is another, or the energy is not over real numbers.
+        ValueError: if a number is out of range, ``kernel`` has a metric or is another, or the
+        energy is not over real numbers.
 
     Example:
         >>> from pyroebm.energies import MLPEnergy
@@ -72,7 +77,13 @@ class ImprovedCD(PersistentCD):
     ) -> None:
         kernel = ULA(0.1) if kernel is None else kernel
         super().__init__(
-            num_chains, k, kernel, buffer_size=buffer_size, restart=restart, initial=initial, energy_penalty=energy_penalty
+            num_chains,
+            k,
+            kernel,
+            buffer_size=buffer_size,
+            restart=restart,
+            initial=initial,
+            energy_penalty=energy_penalty,
         )
         check_counts({"through": 1}, through)
         if through > k:
@@ -80,18 +91,29 @@ class ImprovedCD(PersistentCD):
         if not isinstance(kernel, ULA) or kernel.inverse_mass is not None:
             raise ValueError(f"kernel must be a ULA without inverse_mass, got {kernel}")
         if not (math.isfinite(kl_weight) and math.isfinite(entropy_weight)):
-            raise ValueError(f"weights must be finite, got kl_weight={kl_weight}, entropy_weight={entropy_weight}")
+            raise ValueError(
+                f"weights must be finite, got kl_weight={kl_weight},"
+                f" entropy_weight={entropy_weight}"
+            )
         if entropy_weight and num_chains < 2:
-            raise ValueError(f"entropy_weight needs neighbours: num_chains must be at least 2, got num_chains={num_chains}")
+            raise ValueError(
+                f"entropy_weight needs neighbours: num_chains must be at least 2, got"
+                f" num_chains={num_chains}"
+            )
         self.langevin = kernel
         self.through = through
         self.kl_weight = kl_weight
         self.entropy_weight = entropy_weight
 
-    def forward(self, energy: Energy, batch: Tensor, *, generator: torch.Generator | None = None) -> tuple[Tensor, Facts]:
+    def forward(
+        self, energy: Energy, batch: Tensor, *, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Facts]:
         """The loss and its facts: those of :class:`PersistentCD`, and ``entropy_model`` in nats."""
         if not is_real(energy.support):
-            raise ValueError(f"ImprovedCD needs an energy over real numbers, {type(energy).__name__} has {energy.support}")
+            raise ValueError(
+                f"ImprovedCD needs an energy over real numbers, {type(energy).__name__} has"
+                f" {energy.support}"
+            )
         check_batch(energy, batch)
         taken, x = self.take(energy, generator)
         rate = torch.ones((), dtype=energy.dtype, device=energy.device)
@@ -103,17 +125,26 @@ class ImprovedCD(PersistentCD):
             with frozen(energy):
                 values = energy(x)
         self.put(taken, x.detach())
-        loss, facts = difference(energy(batch), energy(x.detach()), about(self.langevin, rate), self.energy_penalty)
+        loss, facts = difference(
+            energy(batch), energy(x.detach()), about(self.langevin, rate), self.energy_penalty
+        )
         divergence = values.mean()
         if self.entropy_weight:
             entropy = nearest_neighbour_entropy(x)
-            divergence, facts = divergence - self.entropy_weight * entropy, facts | {"entropy_model": entropy.detach()}
-        # its value is no part of the loss that is reported: only the gradient counts, as that of every other term
+            divergence, facts = (
+                divergence - self.entropy_weight * entropy,
+                facts | {"entropy_model": entropy.detach()},
+            )
+        # its value is no part of the loss that is reported: only the gradient counts, as that of
+        # every other term
         return loss + self.kl_weight * (divergence - divergence.detach()), facts
 
 
-def langevin_step(energy: Energy, x: Tensor, kernel: ULA, generator: torch.Generator | None) -> Tensor:
-    """A step of ULA with its graph, in the parameters and in ``x``; the numbers are those of :class:`~pyroebm.ULA`."""
+def langevin_step(
+    energy: Energy, x: Tensor, kernel: ULA, generator: torch.Generator | None
+) -> Tensor:
+    """A step of ULA with its graph, in the parameters and in ``x``; the numbers are those of
+    :class:`~pyroebm.ULA`."""
     q = rows(x)
     eps = column(kernel.step_size, q)
     noise = math.sqrt(kernel.temperature) * normal_like(q, generator)
@@ -121,19 +152,25 @@ def langevin_step(energy: Energy, x: Tensor, kernel: ULA, generator: torch.Gener
 
 
 def nearest_neighbour_entropy(x: Tensor) -> Tensor:
-    r"""The differential entropy of a law from draws of it (Kozachenko and Leonenko, 1987), with its graph.
+    r"""The differential entropy of a law from draws of it (Kozachenko and Leonenko, 1987), with its
+    graph.
 
-    .. math:: \hat H = \frac dn \sum_i \log \rho_i + \log(n - 1) + \log \frac{\pi^{d/2}}{\Gamma(d/2 + 1)} + \gamma
+    .. math::
 
-    with :math:`\rho_i` the distance of draw i from its nearest neighbour, and :math:`\gamma = 0.5772...` Euler's constant. Its
-    bias goes to 0 as n grows, slowly in many dimensions; in one or two its gradient has no finite variance. Equal draws give
-    minus infinity.
+        \hat H = \frac dn \sum_i \log \rho_i + \log(n - 1) + \log \frac{\pi^{d/2}}{\Gamma(d/2 + 1)}
+        + \gamma
+
+    with :math:`\rho_i` the distance of draw i from its nearest neighbour, and :math:`\gamma =
+    0.5772...` Euler's constant. Its bias goes to 0 as n grows, slowly in many dimensions; in one or
+    two its gradient has no finite variance. Equal draws give minus infinity.
 
     Args:
         x: draws ``(n, *event)``, n at least 2.
 
     Example:
-        >>> x = torch.randn(2000, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        >>> x = torch.randn(
+        ...     2000, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+        ... )
         >>> abs(float(nearest_neighbour_entropy(x)) - 0.5 * math.log(2 * math.pi * math.e)) < 0.1
         True
     """

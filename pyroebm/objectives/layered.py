@@ -1,5 +1,5 @@
-"""What the objectives do with layers: mean fields of the hidden ones, Gibbs sweeps between the even and the odd, at one
-temperature or at several."""
+"""What the objectives do with layers: mean fields of the hidden ones, Gibbs sweeps between the even
+and the odd, at one temperature or at several."""
 
 from __future__ import annotations
 
@@ -13,7 +13,17 @@ from torch import Tensor
 from pyroebm.core.rng import uniform
 from pyroebm.energies.layers import Layers
 
-__all__ = ["Contrast", "Kept", "Ladder", "contrast", "draw_even", "draw_odd", "mean_field", "odd_fields", "visible"]
+__all__ = [
+    "Contrast",
+    "Kept",
+    "Ladder",
+    "contrast",
+    "draw_even",
+    "draw_odd",
+    "mean_field",
+    "odd_fields",
+    "visible",
+]
 
 #: A tensor for each layer that is there, None for the others.
 Kept = Sequence[Tensor | None]
@@ -30,7 +40,8 @@ def visible(layers: Layers, batch: Tensor, name: str) -> Tensor:
         or batch.device != bias.device
     ):
         raise ValueError(
-            f"batch must be rows of visible units of {name}, shape (n, {len(bias)}), n at least 1, {bias.dtype}, on"
+            f"batch must be rows of visible units of {name}, shape (n, {len(bias)}), n at least 1,"
+            f" {bias.dtype}, on"
             f" {bias.device}, got shape"
             f" {tuple(batch.shape)}, {batch.dtype}, on {batch.device}"
         )
@@ -45,12 +56,20 @@ def odd_fields(layers: Layers, x: Kept) -> dict[int, Tensor]:
 def draw_even(layers: Layers, x: Kept, generator: torch.Generator | None) -> list[Tensor | None]:
     """The even layers drawn given the odd ones; None in place of the latter."""
     even = layers.sides()[0]
-    return [layers.draw(layer, layers.field(layer, x), generator) if layer in even else None for layer in range(len(x))]
+    return [
+        layers.draw(layer, layers.field(layer, x), generator) if layer in even else None
+        for layer in range(len(x))
+    ]
 
 
-def draw_odd(layers: Layers, fields: dict[int, Tensor], generator: torch.Generator | None) -> list[Tensor | None]:
+def draw_odd(
+    layers: Layers, fields: dict[int, Tensor], generator: torch.Generator | None
+) -> list[Tensor | None]:
     """The odd layers drawn from their fields; None in place of the even ones."""
-    return [layers.draw(layer, fields[layer], generator) if layer in fields else None for layer in range(len(layers.biases))]
+    return [
+        layers.draw(layer, fields[layer], generator) if layer in fields else None
+        for layer in range(len(layers.biases))
+    ]
 
 
 def _parts(x: Kept) -> list[Tensor]:
@@ -59,15 +78,18 @@ def _parts(x: Kept) -> list[Tensor]:
 
 
 class Contrast(torch.autograd.Function):
-    """A difference of mean energies, with its gradient in the layers' parameters straight from the rows' statistics.
+    """A difference of mean energies, with its gradient in the layers' parameters straight from the
+    rows' statistics.
 
-    The energy is linear in these, so autograd through the energy would find the same, in twice the passes over the units.
+    The energy is linear in these, so autograd through the energy would find the same, in twice the
+    passes over the units.
     """
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, signs: Tensor, count: int, *tensors: Tensor) -> Tensor:
-        """``signs`` ``(rows,)`` weigh rows in minus the difference; ``tensors`` are ``count`` layers (rows, or means of rows),
-        then weights, biases, and the precision where there is one."""
+        """``signs`` ``(rows,)`` weigh rows in minus the difference; ``tensors`` are ``count``
+        layers (rows, or means of rows), then weights, biases, and the precision where there is
+        one."""
         ctx.save_for_backward(signs, *tensors[:count])
         ctx.gaussian = len(tensors) == 3 * count
         return value.clone()
@@ -76,19 +98,23 @@ class Contrast(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         signs, *x = ctx.saved_tensors
         signs = grads[0] * signs
-        signed = [signs.unsqueeze(1) * layer if k % 2 else layer for k, layer in enumerate(x)]  # of two neighbours, one
+        # of two neighbours, one
+        signed = [signs.unsqueeze(1) * layer if k % 2 else layer for k, layer in enumerate(x)]
         weights = [below.mT @ above for below, above in pairwise(signed)]
         biases = [layer.mT @ signs for layer in x]
         precision = [-0.5 * (x[0] ** 2).mT @ signs] if ctx.gaussian else []
         return None, None, None, *[None] * len(x), *weights, *biases, *precision
 
 
-def contrast(layers: Layers, even: Kept, fields: dict[int, Tensor], n: int) -> tuple[Tensor, dict[str, Tensor]]:
+def contrast(
+    layers: Layers, even: Kept, fields: dict[int, Tensor], n: int
+) -> tuple[Tensor, dict[str, Tensor]]:
     r""":math:`\frac1n \sum F - \frac1m \sum F` of the first n rows and of the m others, and facts.
 
     Args:
         layers: the model; the gradient is in its tensors.
-        even: rows of the even layers, or of their means; None for the odd ones, which are summed out.
+        even: rows of the even layers, or of their means; None for the odd ones, which are summed
+            out.
         fields: of the odd layers.
         n: rows of data.
     """
@@ -96,10 +122,16 @@ def contrast(layers: Layers, even: Kept, fields: dict[int, Tensor], n: int) -> t
         x = [layers.mean(k, fields[k]) if kept is None else kept for k, kept in enumerate(even)]
         free = layers.free_energy(even, fields)
         data, model = free[:n].mean(), free[n:].mean()
-        signs = torch.cat([free.new_full((n,), -1.0 / n), free.new_full((len(free) - n,), 1.0 / (len(free) - n))])
+        signs = torch.cat(
+            [free.new_full((n,), -1.0 / n), free.new_full((len(free) - n,), 1.0 / (len(free) - n))]
+        )
         facts = {"energy_data": data, "energy_model": model, "energy_gap": data - model}
         facts |= {f"mean_{k}": layer[:n].mean(0) for k, layer in enumerate(x)}
-    own = [*layers.weights, *layers.biases, *([] if layers.precision is None else [layers.precision])]
+    own = [
+        *layers.weights,
+        *layers.biases,
+        *([] if layers.precision is None else [layers.precision]),
+    ]
     return cast(Tensor, Contrast.apply(facts["energy_gap"], signs, len(x), *x, *own)), facts
 
 
@@ -109,12 +141,16 @@ def _rows_of(x: Kept, rows: Tensor) -> list[Tensor | None]:
 
 
 @torch.no_grad()
-def mean_field(layers: Layers, seen: Tensor | None, start: Kept | None = None) -> list[Tensor | None]:
-    r"""Even layers of the factorised law that is nearest to the model (:meth:`pyroebm.energies.Layers.mean_field`).
+def mean_field(
+    layers: Layers, seen: Tensor | None, start: Kept | None = None
+) -> list[Tensor | None]:
+    r"""Even layers of the factorised law that is nearest to the model
+    (:meth:`pyroebm.energies.Layers.mean_field`).
 
     Args:
         layers: the model.
-        seen: visible units to be held fixed ``(n, n_0)``; with one hidden layer the answer is then exact. None holds none.
+        seen: visible units to be held fixed ``(n, n_0)``; with one hidden layer the answer is then
+            exact. None holds none.
         start: even layers to begin at where none are held.
 
     Returns:
@@ -127,13 +163,17 @@ def mean_field(layers: Layers, seen: Tensor | None, start: Kept | None = None) -
         means = layers.mean_field(layers.pass_up(seen))
     else:
         given = start or []
-        whole = [layers.mean(k, layers.field(k, given)) if layer is None else layer for k, layer in enumerate(given)]
+        whole = [
+            layers.mean(k, layers.field(k, given)) if layer is None else layer
+            for k, layer in enumerate(given)
+        ]
         means = layers.mean_field(whole, held=False)
     return [None if layer in odd else kept for layer, kept in enumerate(means)]
 
 
 class Ladder:
-    r"""Replicas of a layered machine at inverse temperatures :math:`1 = \beta_1 > \ldots > \beta_R`, the first n rows at 1.
+    r"""Replicas of a layered machine at inverse temperatures :math:`1 = \beta_1 > \ldots >
+    \beta_R`, the first n rows at 1.
 
     Args:
         betas: the temperatures.
@@ -145,28 +185,45 @@ class Ladder:
 
     def __init__(self, betas: Sequence[float], chains: int) -> None:
         self.chains, self.betas = chains, tuple(float(beta) for beta in betas)
-        if len(self.betas) < 2 or self.betas[0] != 1.0 or not all(a > b > 0.0 for a, b in pairwise(self.betas)):
-            raise ValueError(f"betas must fall from 1 to a positive number, such as (1.0, 0.75, 0.5), got betas={tuple(betas)}")
+        if (
+            len(self.betas) < 2
+            or self.betas[0] != 1.0
+            or not all(a > b > 0.0 for a, b in pairwise(self.betas))
+        ):
+            raise ValueError(
+                f"betas must fall from 1 to a positive number, such as (1.0, 0.75, 0.5), got"
+                f" betas={tuple(betas)}"
+            )
 
     def column(self, like: Tensor) -> Tensor:
         """The temperature of each row, shape ``(R n, 1)``."""
         betas = torch.tensor(self.betas, dtype=like.dtype, device=like.device)
         return betas.repeat_interleave(self.chains).unsqueeze(1)
 
-    def sweep(self, layers: Layers, odd: Kept, generator: torch.Generator | None) -> tuple[list[Tensor | None], Tensor]:
-        """All layers after a Gibbs sweep at each temperature and one round of swaps; and the mean rate at which they swapped."""
+    def sweep(
+        self, layers: Layers, odd: Kept, generator: torch.Generator | None
+    ) -> tuple[list[Tensor | None], Tensor]:
+        """All layers after a Gibbs sweep at each temperature and one round of swaps; and the mean
+        rate at which they swapped."""
         beta = self.column(layers.biases[0])
-        hot = layers if layers.precision is None else layers._replace(precision=beta * layers.precision)
+        hot = (
+            layers
+            if layers.precision is None
+            else layers._replace(precision=beta * layers.precision)
+        )
         x: list[Tensor | None] = list(odd)
         for side in layers.sides():
-            drawn = {layer: hot.draw(layer, beta * layers.field(layer, x), generator) for layer in side}
+            drawn = {
+                layer: hot.draw(layer, beta * layers.field(layer, x), generator) for layer in side
+            }
             x = [drawn.get(layer, kept) for layer, kept in enumerate(x)]
         order, rate = self.swaps(layers.energy(_parts(x)), generator)
         return _rows_of(x, order), rate
 
     def swaps(self, energies: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        r"""Which row each row's state comes from, and the mean acceptance rate of the swaps of neighbours,
-        :math:`\min(1, e^{(\beta_k - \beta_l)(E_k - E_l)})`; even pairs, then odd ones."""
+        r"""Which row each row's state comes from, and the mean acceptance rate of the swaps of
+        neighbours, :math:`\min(1, e^{(\beta_k - \beta_l)(E_k - E_l)})`; even pairs, then odd
+        ones."""
         energy = energies.reshape(len(self.betas), self.chains)
         order, rates = torch.arange(len(energies), device=energies.device).reshape(energy.shape), []
         for first in (0, 1):

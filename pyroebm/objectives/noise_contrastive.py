@@ -23,28 +23,34 @@ Facts = dict[str, Tensor]
 
 
 class NoiseContrastive(Objective):
-    r"""Binary noise-contrastive estimation (Gutmann and Hyvärinen, 2010, 2012): log Z is learned like any parameter.
+    r"""Binary noise-contrastive estimation (Gutmann and Hyvärinen, 2010, 2012): log Z is learned
+    like any parameter.
 
     .. math:: L = -\frac1n \sum_i \log h(x_i) - \frac\nu m \sum_j \log(1 - h(y_j)), \qquad
         h(x) = \frac{e^{-E(x) - c}}{e^{-E(x) - c} + \nu q(x)}, \quad y_j \sim q
 
-    with :math:`h` the posterior probability of being data where there are :math:`\nu` noise draws for each, m = :math:`\nu n`
-    of them. The minimum over all functions is at :math:`E + c = -\log p_{data}`, so that c is log Z. As :math:`\nu` grows,
-    :math:`\nabla L` becomes the gradient of :math:`-\frac1n \sum_i \log p(x_i)`. The closer the noise is to the data, the more it
-    teaches; where it has no draws, E is free.
+    with :math:`h` the posterior probability of being data where there are :math:`\nu` noise draws
+    for each, m = :math:`\nu n` of them. The minimum over all functions is at :math:`E + c = -\log
+    p_{data}`, so that c is log Z. As :math:`\nu` grows, :math:`\nabla L` becomes the gradient of
+    :math:`-\frac1n \sum_i \log p(x_i)`. The closer the noise is to the data, the more it teaches;
+    where it has no draws, E is free.
 
     Args:
-        noise: q, see :class:`~pyroebm.objectives.noise.Noise`; :func:`~pyroebm.objectives.gaussian_noise` fits one to data. A
-            flow is held fixed, and is no part of this module.
-        nu: :math:`\nu > 0`, noise draws for each row of data, whole or not (at least one draw is made).
+        noise: q, see :class:`~pyroebm.objectives.noise.Noise`;
+            :func:`~pyroebm.objectives.gaussian_noise` fits one to data. A flow is held fixed, and
+            is no part of this module.
+        nu: :math:`\nu > 0`, noise draws for each row of data, whole or not (at least one draw is
+            made).
         log_z: c at the start.
         learn_log_z: False holds c fixed, for an energy that is to normalise itself.
 
     Attributes:
-        log_z: c, a parameter, ``()``. An energy with an additive constant of its own shares it with that.
+        log_z: c, a parameter, ``()``. An energy with an additive constant of its own shares it with
+            that.
 
     Raises:
-        ValueError: if ``nu`` is not positive, the noise does not fit the energy, or it has no mass where there are data.
+        ValueError: if ``nu`` is not positive, the noise does not fit the energy, or it has no mass
+        where there are data.
 
     Example:
         >>> import pyro.distributions as dist
@@ -57,16 +63,24 @@ class NoiseContrastive(Objective):
     """
 
     def __init__(
-        self, noise: Distribution | Flow | Energy, nu: float = 1.0, log_z: float = 0.0, learn_log_z: bool = True
+        self,
+        noise: Distribution | Flow | Energy,
+        nu: float = 1.0,
+        log_z: float = 0.0,
+        learn_log_z: bool = True,
     ) -> None:
         super().__init__()
         if isinstance(nu, bool) or not 0.0 < nu < math.inf:
-            raise ValueError(f"nu must be a positive number of noise draws for each row of data, got nu={nu!r}")
+            raise ValueError(
+                f"nu must be a positive number of noise draws for each row of data, got nu={nu!r}"
+            )
         self.noise, self.nu = Noise(noise), float(nu)
         start = torch.tensor(float(log_z), dtype=self.noise.dtype, device=self.noise.device)
         self.log_z = nn.Parameter(start, requires_grad=learn_log_z)
 
-    def forward(self, energy: Energy, batch: Tensor, *, generator: torch.Generator | None = None) -> tuple[Tensor, Facts]:
+    def forward(
+        self, energy: Energy, batch: Tensor, *, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Facts]:
         """The loss and its facts, see :meth:`contrast`."""
         log_q_data = self.noise.log_prob(batch, energy)
         draws, log_q = self.noise.draw(max(1, round(self.nu * len(batch))), energy, generator)
@@ -77,12 +91,15 @@ class NoiseContrastive(Objective):
     ) -> tuple[Tensor, Facts]:
         r"""The loss of data and draws that are there, with their :math:`\log q`.
 
-        Facts: ``energy_data``, ``energy_noise``; ``posterior_data``, ``posterior_noise`` (means of h), ``accuracy`` of the
-        classifier (of data and noise in their proportion); ``log_z`` (c) and ``log_likelihood`` (the mean of -E - c over the
-        data, an estimate as c is).
+        Facts: ``energy_data``, ``energy_noise``; ``posterior_data``, ``posterior_noise`` (means of
+        h), ``accuracy`` of the classifier (of data and noise in their proportion); ``log_z`` (c)
+        and ``log_likelihood`` (the mean of -E - c over the data, an estimate as c is).
         """
         on_data, on_noise = energy(torch.cat([data, noise])).split([len(data), len(noise)])
-        logits = [-values - self.log_z - log_q for values, log_q in ((on_data, log_q_data), (on_noise, log_q_noise))]
+        logits = [
+            -values - self.log_z - log_q
+            for values, log_q in ((on_data, log_q_data), (on_noise, log_q_noise))
+        ]
         loss, facts = classify(logits[0], logits[1], self.nu)
         return loss, {
             "energy_data": on_data.detach().mean(),
@@ -94,26 +111,31 @@ class NoiseContrastive(Objective):
 
 
 class RankingNCE(Objective):
-    r"""Ranking noise-contrastive estimation (Jozefowicz et al., 2016; Ma and Collins, 2018): find the data among the noise.
+    r"""Ranking noise-contrastive estimation (Jozefowicz et al., 2016; Ma and Collins, 2018): find
+    the data among the noise.
 
     .. math:: L = -\frac1n \sum_i \log \frac{w(x_i)}{w(x_i) + \sum_{k=1}^K w(y_{ik})}, \qquad
         w(x) = \frac{e^{-E(x)}}{q(x)}, \quad y_{ik} \sim q
 
-    Z cancels, so that nothing stands in for it, and E is found up to a constant; it is consistent for every K. The sum over the
-    noise is an importance sample of Z: as K grows, :math:`\nabla L` becomes the gradient of the log-likelihood.
+    Z cancels, so that nothing stands in for it, and E is found up to a constant; it is consistent
+    for every K. The sum over the noise is an importance sample of Z: as K grows, :math:`\nabla L`
+    becomes the gradient of the log-likelihood.
 
     Args:
         noise: q, as in :class:`NoiseContrastive`.
         num_negatives: K, draws for each row of data.
 
     Raises:
-        ValueError: if ``num_negatives`` < 1, the noise does not fit the energy, or it has no mass where there are data.
+        ValueError: if ``num_negatives`` < 1, the noise does not fit the energy, or it has no mass
+        where there are data.
 
     Example:
         >>> import pyro.distributions as dist
         >>> from pyroebm.targets import Gaussian
         >>> ranking = RankingNCE(dist.Normal(torch.zeros(2), 1.0).to_event(1), num_negatives=3)
-        >>> loss, facts = ranking(Gaussian(torch.zeros(2)), torch.randn(100, 2))  # noise = model: log 4
+        >>> loss, facts = ranking(
+        ...     Gaussian(torch.zeros(2)), torch.randn(100, 2)
+        ... )  # noise = model: log 4
         >>> round(float(loss), 4)
         1.3863
     """
@@ -123,7 +145,9 @@ class RankingNCE(Objective):
         check_counts({"num_negatives": 1}, num_negatives)
         self.noise, self.num_negatives = Noise(noise), num_negatives
 
-    def forward(self, energy: Energy, batch: Tensor, *, generator: torch.Generator | None = None) -> tuple[Tensor, Facts]:
+    def forward(
+        self, energy: Energy, batch: Tensor, *, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Facts]:
         """The loss and its facts, see :meth:`contrast`."""
         log_q_data = self.noise.log_prob(batch, energy)
         draws, log_q = self.noise.draw(self.num_negatives * len(batch), energy, generator)
@@ -134,11 +158,18 @@ class RankingNCE(Objective):
     ) -> tuple[Tensor, Facts]:
         r"""The loss of data and K times as many draws, with their :math:`\log q`.
 
-        Facts: ``energy_data``, ``energy_noise``; ``accuracy`` (how often the data have the largest w); ``log_z``, the importance
-        sample of all draws together (an estimate, low on average) and ``log_likelihood`` with it.
+        Facts: ``energy_data``, ``energy_noise``; ``accuracy`` (how often the data have the largest
+        w); ``log_z``, the importance sample of all draws together (an estimate, low on average) and
+        ``log_likelihood`` with it.
         """
         on_data, on_noise = energy(torch.cat([data, noise])).split([len(data), len(noise)])
-        log_w = torch.cat([(-on_data - log_q_data).unsqueeze(1), (-on_noise - log_q_noise).reshape(len(data), -1)], 1)
+        log_w = torch.cat(
+            [
+                (-on_data - log_q_data).unsqueeze(1),
+                (-on_noise - log_q_noise).reshape(len(data), -1),
+            ],
+            1,
+        )
         loss = (log_w.logsumexp(1) - log_w[:, 0]).mean()
         seen = log_w.detach()
         log_z = seen[:, 1:].flatten().logsumexp(0) - math.log(len(noise))
@@ -152,24 +183,30 @@ class RankingNCE(Objective):
 
 
 class ConditionalNCE(Objective):
-    r"""Conditional noise-contrastive estimation (Ceylan and Gutmann, 2018): tell data from themselves, perturbed.
+    r"""Conditional noise-contrastive estimation (Ceylan and Gutmann, 2018): tell data from
+    themselves, perturbed.
 
     .. math:: L = \frac{2}{n K} \sum_{i, k} \log\big(1 + e^{E(x_i) - E(y_{ik})}\big), \qquad
         y_{ik} \sim N(x_i, \epsilon^2)
 
-    The perturbation is symmetric, so that its density cancels as Z does. Consistent for every :math:`\epsilon`; as it goes to 0
-    the objective becomes that of score matching, and modes further apart than :math:`\epsilon` do not learn each other's weight.
+    The perturbation is symmetric, so that its density cancels as Z does. Consistent for every
+    :math:`\epsilon`; as it goes to 0 the objective becomes that of score matching, and modes
+    further apart than :math:`\epsilon` do not learn each other's weight.
 
     Args:
-        noise_scale: :math:`\epsilon`, in units of x: one number, or a tensor that broadcasts to the event shape.
+        noise_scale: :math:`\epsilon`, in units of x: one number, or a tensor that broadcasts to the
+            event shape.
         num_negatives: K, perturbations of each row.
 
     Raises:
-        ValueError: if ``noise_scale`` is not positive or does not fit, ``num_negatives`` < 1, or the support is not real.
+        ValueError: if ``noise_scale`` is not positive or does not fit, ``num_negatives`` < 1, or
+        the support is not real.
 
     Example:
         >>> from pyroebm.targets import Gaussian
-        >>> loss, facts = ConditionalNCE(0.5)(Gaussian(torch.zeros(2)), torch.zeros(100, 2))  # data at the mode
+        >>> loss, facts = ConditionalNCE(0.5)(
+        ...     Gaussian(torch.zeros(2)), torch.zeros(100, 2)
+        ... )  # data at the mode
         >>> bool(loss < 2 * math.log(2)), float(facts["accuracy"])
         (True, 1.0)
     """
@@ -181,21 +218,30 @@ class ConditionalNCE(Objective):
         check_counts({"num_negatives": 1}, num_negatives)
         scale = torch.as_tensor(noise_scale, dtype=torch.float64).detach()
         if not bool(((scale > 0) & scale.isfinite()).all()):
-            raise ValueError(f"noise_scale must be positive and finite, got noise_scale={noise_scale}")
+            raise ValueError(
+                f"noise_scale must be positive and finite, got noise_scale={noise_scale}"
+            )
         self.num_negatives = num_negatives
         self.register_buffer("noise_scale", scale)
 
-    def forward(self, energy: Energy, batch: Tensor, *, generator: torch.Generator | None = None) -> tuple[Tensor, Facts]:
+    def forward(
+        self, energy: Energy, batch: Tensor, *, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Facts]:
         """The loss and its facts, see :meth:`contrast`."""
         energy.check_states(batch, "batch")
         if not is_real(energy.support):
-            raise ValueError(f"ConditionalNCE perturbs real events, but {type(energy).__name__} has support {energy.support}")
+            raise ValueError(
+                f"ConditionalNCE perturbs real events, but {type(energy).__name__} has support"
+                f" {energy.support}"
+            )
         event = tuple(energy.event_shape)
         try:
             scale = self.noise_scale.to(batch).broadcast_to(event)
         except RuntimeError as error:
             given = tuple(self.noise_scale.shape)
-            raise ValueError(f"noise_scale must broadcast to the event_shape {event}, got shape {given}") from error
+            raise ValueError(
+                f"noise_scale must broadcast to the event_shape {event}, got shape {given}"
+            ) from error
         start = batch.repeat(self.num_negatives, *[1] * len(event))
         noise = standard_normal(start.shape, generator, batch.dtype, batch.device)
         return self.contrast(energy, batch, start + scale * noise)
@@ -203,7 +249,8 @@ class ConditionalNCE(Objective):
     def contrast(self, energy: Energy, data: Tensor, noise: Tensor) -> tuple[Tensor, Facts]:
         """The loss of data and their perturbations, those of all data once, then again.
 
-        Facts: ``energy_data``, ``energy_noise``, ``accuracy`` (how often the data's energy is the lower one).
+        Facts: ``energy_data``, ``energy_noise``, ``accuracy`` (how often the data's energy is the
+        lower one).
         """
         on_data, on_noise = energy(torch.cat([data, noise])).split([len(data), len(noise)])
         rise = on_noise.reshape(-1, len(data)) - on_data
@@ -215,8 +262,9 @@ class ConditionalNCE(Objective):
 
 
 def classify(on_data: Tensor, on_noise: Tensor, nu: float) -> tuple[Tensor, Facts]:
-    r"""Cross-entropy of telling data from :math:`\nu` times as much noise, given :math:`\log p - \log q` of each; and how well
-    that goes: ``posterior_data``, ``posterior_noise``, ``accuracy``."""
+    r"""Cross-entropy of telling data from :math:`\nu` times as much noise, given :math:`\log p -
+    \log q` of each; and how well that goes: ``posterior_data``, ``posterior_noise``,
+    ``accuracy``."""
     data, noise = on_data - math.log(nu), on_noise - math.log(nu)
     loss = -logsigmoid(data).mean() - nu * logsigmoid(-noise).mean()
     right = (data.detach() > 0).to(data).mean() + nu * (noise.detach() < 0).to(noise).mean()

@@ -1,4 +1,5 @@
-"""Persistent contrastive divergence: chains, or a buffer of them, that go on from batch to batch."""
+"""Persistent contrastive divergence: chains, or a buffer of them, that go on from batch to
+batch."""
 
 from __future__ import annotations
 
@@ -28,29 +29,42 @@ from pyroebm.objectives.contrastive import (
     stacked,
     starts,
 )
-from pyroebm.objectives.layered import Kept, Ladder, contrast, draw_even, draw_odd, mean_field, odd_fields, visible
+from pyroebm.objectives.layered import (
+    Kept,
+    Ladder,
+    contrast,
+    draw_even,
+    draw_odd,
+    mean_field,
+    odd_fields,
+    visible,
+)
 
 __all__ = ["PersistentCD"]
 
 
 class PersistentCD(Objective):
-    r"""Persistent contrastive divergence (Tieleman, 2008; Younes, 1989): chains that go on from batch to batch.
+    r"""Persistent contrastive divergence (Tieleman, 2008; Younes, 1989): chains that go on from
+    batch to batch.
 
     .. math:: L = \frac1n \sum_i E(x_i) - \frac1m \sum_j E(\tilde x_j)
 
-    with :math:`\tilde x_j` the state of chain j after k more steps, held fixed. With a frozen energy the chains converge, and
-    :math:`\nabla L` is then an unbiased estimate of :math:`-\nabla \log p`. Layers are treated as in
-    :class:`ContrastiveDivergence`; a step of PCD-1 takes five products with a matrix of weights, four of them in pairs. So are
-    the hidden units of a :class:`~pyroebm.energies.BoltzmannMachine` where ``batch`` has its visible ones alone: the data's take
-    the mean field, the chains' are drawn (Salakhutdinov, 2008).
+    with :math:`\tilde x_j` the state of chain j after k more steps, held fixed. With a frozen
+    energy the chains converge, and :math:`\nabla L` is then an unbiased estimate of :math:`-\nabla
+    \log p`. Layers are treated as in :class:`ContrastiveDivergence`; a step of PCD-1 takes five
+    products with a matrix of weights, four of them in pairs. So are the hidden units of a
+    :class:`~pyroebm.energies.BoltzmannMachine` where ``batch`` has its visible ones alone: the
+    data's take the mean field, the chains' are drawn (Salakhutdinov, 2008).
 
-    With ``betas`` the machine has replicas at lower inverse temperatures, whose states are swapped after each sweep with
-    probability :math:`\min(1, e^{(\beta_k - \beta_l)(E_k - E_l)})` (Desjardins et al., 2010; Cho, Raiko and Ilin, 2010): chains
-    cross barriers that the first replica does not. Only the replica at 1 enters the loss.
+    With ``betas`` the machine has replicas at lower inverse temperatures, whose states are swapped
+    after each sweep with probability :math:`\min(1, e^{(\beta_k - \beta_l)(E_k - E_l)})`
+    (Desjardins et al., 2010; Cho, Raiko and Ilin, 2010): chains cross barriers that the first
+    replica does not. Only the replica at 1 enters the loss.
 
-    With ``buffer_size`` there are more chains than a batch moves: m of them, drawn without replacement, go on and are written
-    back to where they were, the others wait. With ``restart`` a chain that goes on begins anew at times (Du and Mordatch, 2019):
-    modes that the energy has given up are found again, at the price of chains that have not converged.
+    With ``buffer_size`` there are more chains than a batch moves: m of them, drawn without
+    replacement, go on and are written back to where they were, the others wait. With ``restart`` a
+    chain that goes on begins anew at times (Du and Mordatch, 2019): modes that the energy has given
+    up are found again, at the price of chains that have not converged.
 
     Args:
         num_chains: m, the chains that go on at a batch.
@@ -59,20 +73,26 @@ class PersistentCD(Objective):
         buffer_size: number of chains in all, at least m; None is m.
         restart: probability that a chain starts anew, in [0, 1].
         initial: the law of starts, the first among them; None is ``energy.initial``.
-        energy_penalty: as in :class:`ContrastiveDivergence`. These four are for chains that a kernel moves.
-        betas: inverse temperatures, falling from 1; for machines of layers without ``kernel``. None is the one at 1.
+        energy_penalty: as in :class:`ContrastiveDivergence`. These four are for chains that a
+            kernel moves.
+        betas: inverse temperatures, falling from 1; for machines of layers without ``kernel``. None
+            is the one at 1.
 
     Attributes:
-        chains: where the chains stand, None before the first batch: whole events ``(buffer_size, *event)``, of layers the
-            odd ones ``(rows, units)``, with ``num_chains`` rows for each temperature. A buffer, so ``state_dict`` has it.
+        chains: where the chains stand, None before the first batch: whole events ``(buffer_size,
+            *event)``, of layers the odd ones ``(rows, units)``, with ``num_chains`` rows for each
+            temperature. A buffer, so ``state_dict`` has it.
 
     Raises:
-        ValueError: if a number is out of range, ``betas`` do not fall from 1 or do not apply, or a batch does not fit the energy.
+        ValueError: if a number is out of range, ``betas`` do not fall from 1 or do not apply, or a
+        batch does not fit the energy.
 
     Example:
         >>> from pyroebm.energies import BernoulliRBM
         >>> rbm, objective = BernoulliRBM(4, 3), PersistentCD(num_chains=10)
-        >>> loss, facts = objective(rbm, torch.ones(5, 4), generator=torch.Generator().manual_seed(0))
+        >>> loss, facts = objective(
+        ...     rbm, torch.ones(5, 4), generator=torch.Generator().manual_seed(0)
+        ... )
         >>> objective.chains.shape, list(objective.state_dict())
         (torch.Size([10, 3]), ['chains'])
     """
@@ -110,35 +130,58 @@ class PersistentCD(Objective):
         self.ladder = None if betas is None else Ladder(betas, num_chains)
         self.register_buffer("chains", None)
 
-    def forward(self, energy: Energy, batch: Tensor, *, generator: torch.Generator | None = None) -> tuple[Tensor, Facts]:
-        """The loss and its facts: those of :class:`ContrastiveDivergence`, and ``swap_rate`` with ``betas``."""
+    def forward(
+        self, energy: Energy, batch: Tensor, *, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Facts]:
+        """The loss and its facts: those of :class:`ContrastiveDivergence`, and ``swap_rate`` with
+        ``betas``."""
         if self.kernel is None and isinstance(energy, LayeredMachine):
-            if self.buffer_size > self.num_chains or self.restart or self.initial is not None or self.energy_penalty:
+            if (
+                self.buffer_size > self.num_chains
+                or self.restart
+                or self.initial is not None
+                or self.energy_penalty
+            ):
                 raise ValueError(
-                    "buffer_size, restart, initial and energy_penalty are for chains that a kernel moves: give kernel for"
+                    "buffer_size, restart, initial and energy_penalty are for chains that a kernel"
+                    " moves: give kernel for"
                     f" {type(energy).__name__}"
                 )
             return self._sweep_layers(energy, batch, generator)
         if self.ladder is not None:
-            raise ValueError(f"betas are for sweeps of layers, but {type(energy).__name__} is no machine of layers")
+            raise ValueError(
+                f"betas are for sweeps of layers, but {type(energy).__name__} is no machine of"
+                f" layers"
+            )
         if not (isinstance(energy, HasMeanField) and batch.shape[1:] != energy.event_shape):
             check_batch(energy, batch)
         rows, x = self.take(energy, generator)
         x, rate = advance(energy, self.kernel, x, self.k, generator)
         self.put(rows, x)
-        return difference(data_energy(energy, batch), energy(x), about(self.kernel, rate), self.energy_penalty)
+        return difference(
+            data_energy(energy, batch), energy(x), about(self.kernel, rate), self.energy_penalty
+        )
 
-    def take(self, energy: Energy, generator: torch.Generator | None) -> tuple[Tensor | None, Tensor]:
-        """Chains to go on with: their rows in the buffer (None: all), and their states, some of them new."""
+    def take(
+        self, energy: Energy, generator: torch.Generator | None
+    ) -> tuple[Tensor | None, Tensor]:
+        """Chains to go on with: their rows in the buffer (None: all), and their states, some of
+        them new."""
         if self.chains is None:
             # a copy: chains are written to in place, and a law of starts may hand out what it keeps
             self.chains = starts(energy, self.initial, self.buffer_size, generator).clone()
         self._check_chains(energy, self.chains, (self.buffer_size, *energy.event_shape))
         whole = self.buffer_size == self.num_chains
-        rows = None if whole else subset(self.buffer_size, self.num_chains, generator, energy.device)
+        rows = (
+            None if whole else subset(self.buffer_size, self.num_chains, generator, energy.device)
+        )
         x = self.chains if rows is None else self.chains[rows]
         if self.restart:
-            anew = (uniform((len(x),), generator, energy.dtype, energy.device) < self.restart).nonzero().squeeze(1)
+            anew = (
+                (uniform((len(x),), generator, energy.dtype, energy.device) < self.restart)
+                .nonzero()
+                .squeeze(1)
+            )
             if len(anew):
                 x = x.index_copy(0, anew, starts(energy, self.initial, len(anew), generator))
         return rows, x
@@ -150,7 +193,9 @@ class PersistentCD(Objective):
         else:
             self.chains.index_copy_(0, rows, x)
 
-    def _sweep_layers(self, energy: LayeredMachine, batch: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Facts]:
+    def _sweep_layers(
+        self, energy: LayeredMachine, batch: Tensor, generator: torch.Generator | None
+    ) -> tuple[Tensor, Facts]:
         layers, n = energy.layers(), len(batch)
         facts: Facts = {}
         with torch.no_grad():
@@ -162,15 +207,24 @@ class PersistentCD(Objective):
                     continue
                 x = draw_odd(layers, odd_fields(layers, x), generator) if sweep else x
                 x = draw_even(layers, x, generator)
-            even = stacked(data, [None if layer is None else layer[: self.num_chains] for layer in x])
+            even = stacked(
+                data, [None if layer is None else layer[: self.num_chains] for layer in x]
+            )
             fields = odd_fields(layers, even)  # of data and chains in one product each
-            odd = draw_odd(layers, {k: f[n:] for k, f in fields.items()}, generator) if self.ladder is None else x
+            odd = (
+                draw_odd(layers, {k: f[n:] for k, f in fields.items()}, generator)
+                if self.ladder is None
+                else x
+            )
             self.chains = joined([odd[layer] for layer in layers.sides()[1]])
         loss, seen = contrast(layers, even, fields, n)
         return loss, facts | seen
 
-    def _odd(self, energy: LayeredMachine, layers: Layers, generator: torch.Generator | None) -> Kept:
-        """The odd layers of all chains; at first from the field of the even ones in ``energy.initial``."""
+    def _odd(
+        self, energy: LayeredMachine, layers: Layers, generator: torch.Generator | None
+    ) -> Kept:
+        """The odd layers of all chains; at first from the field of the even ones in
+        ``energy.initial``."""
         replicas = 1 if self.ladder is None else len(self.ladder.betas)
         if self.chains is not None:
             units = sum(layers.sizes[layer] for layer in layers.sides()[1])
@@ -181,10 +235,16 @@ class PersistentCD(Objective):
         return draw_odd(layers, odd_fields(layers, even), generator)
 
     def _check_chains(self, energy: Energy, chains: Tensor, shape: tuple[int, ...]) -> None:
-        if tuple(chains.shape) != shape or chains.dtype != energy.dtype or chains.device != energy.device:
+        if (
+            tuple(chains.shape) != shape
+            or chains.dtype != energy.dtype
+            or chains.device != energy.device
+        ):
             raise ValueError(
-                f"chains must have shape {shape}, {energy.dtype}, on {energy.device} for {type(energy).__name__} and these"
-                f" settings, got {tuple(chains.shape)}, {chains.dtype}, on {chains.device}: they are of another machine or"
+                f"chains must have shape {shape}, {energy.dtype}, on {energy.device} for"
+                f" {type(energy).__name__} and these"
+                f" settings, got {tuple(chains.shape)}, {chains.dtype}, on {chains.device}: they"
+                f" are of another machine or"
                 " objective. Set chains = None to start anew"
             )
 
@@ -195,7 +255,8 @@ class PersistentCD(Objective):
 
 
 def data_energy(energy: Energy, batch: Tensor) -> Tensor:
-    """Energies of data; where these are the visible units alone, the mean-field bound on their free energy."""
+    """Energies of data; where these are the visible units alone, the mean-field bound on their free
+    energy."""
     if isinstance(energy, HasMeanField) and batch.shape[1:] != energy.event_shape:
         return energy.variational_free_energy(batch)
     return energy(batch)

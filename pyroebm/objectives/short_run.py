@@ -13,34 +13,53 @@ from pyroebm.core.energy import Energy
 from pyroebm.kernels.base import Kernel
 from pyroebm.kernels.langevin import ULA
 from pyroebm.objectives.base import Objective
-from pyroebm.objectives.contrastive import Facts, Initial, about, advance, check_batch, check_chain, difference, starts
+from pyroebm.objectives.contrastive import (
+    Facts,
+    Initial,
+    about,
+    advance,
+    check_batch,
+    check_chain,
+    difference,
+    starts,
+)
 
 __all__ = ["ShortRun", "langevin"]
 
 
 class ShortRun(Objective):
-    r"""Short-run maximum likelihood (Nijkamp, Hill, Zhu and Wu, 2019): k steps from a fixed law, at each batch anew.
+    r"""Short-run maximum likelihood (Nijkamp, Hill, Zhu and Wu, 2019): k steps from a fixed law, at
+    each batch anew.
 
-    .. math:: L = \frac1n \sum_i E(x_i) - \frac1m \sum_j E(\tilde x_j), \qquad \tilde x_j = K^k(x_0), \quad x_0 \sim p_0
+    .. math::
 
-    with :math:`\tilde x_j` held fixed. Chains so short have not converged: what learns the law of the data is the *sampler*, k
-    steps from :math:`p_0`, which :meth:`sample` draws from; the energy by itself is in general no density of the data, and
-    longer chains leave it.
+        L = \frac1n \sum_i E(x_i) - \frac1m \sum_j E(\tilde x_j), \qquad \tilde x_j = K^k(x_0),
+        \quad x_0 \sim p_0
+
+    with :math:`\tilde x_j` held fixed. Chains so short have not converged: what learns the law of
+    the data is the *sampler*, k steps from :math:`p_0`, which :meth:`sample` draws from; the energy
+    by itself is in general no density of the data, and longer chains leave it.
 
     Args:
         k: steps of a chain.
-        kernel: any of :mod:`pyroebm.kernels`, such as ``ULA(step_size, temperature=...)`` or what :func:`langevin` makes of
-            the two numbers of a paper; None as in :class:`ContrastiveDivergence`.
+        kernel: any of :mod:`pyroebm.kernels`, such as ``ULA(step_size, temperature=...)`` or what
+            :func:`langevin` makes of the two numbers of a paper; None as in
+            :class:`ContrastiveDivergence`.
         num_chains: m; None is as many as the batch has rows.
-        initial: :math:`p_0`: a distribution of events, a function of a number and a generator; None is ``energy.initial``.
+        initial: :math:`p_0`: a distribution of events, a function of a number and a generator; None
+            is ``energy.initial``.
         energy_penalty: as in :class:`ContrastiveDivergence`.
 
     Raises:
-        ValueError: if a number is out of range, ``kernel`` is no kernel, or states do not fit the energy.
+        ValueError: if a number is out of range, ``kernel`` is no kernel, or states do not fit the
+        energy.
 
     Example:
         >>> from pyroebm.energies import MLPEnergy
-        >>> energy, objective = MLPEnergy((2,), (8,)), ShortRun(k=10, kernel=langevin(drift=0.01, noise=0.01))
+        >>> energy, objective = (
+        ...     MLPEnergy((2,), (8,)),
+        ...     ShortRun(k=10, kernel=langevin(drift=0.01, noise=0.01)),
+        ... )
         >>> loss, facts = objective(energy, torch.randn(5, 2))
         >>> round(float(facts["temperature"]), 6)
         0.005
@@ -67,24 +86,32 @@ class ShortRun(Objective):
         self.initial = initial
         self.energy_penalty = energy_penalty
 
-    def forward(self, energy: Energy, batch: Tensor, *, generator: torch.Generator | None = None) -> tuple[Tensor, Facts]:
-        """The loss and its facts: ``energy_data``, ``energy_model``, ``energy_gap``, the kernel's ``acceptance_rate`` and, where
-        it has one, ``temperature``."""
+    def forward(
+        self, energy: Energy, batch: Tensor, *, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Facts]:
+        """The loss and its facts: ``energy_data``, ``energy_model``, ``energy_gap``, the kernel's
+        ``acceptance_rate`` and, where it has one, ``temperature``."""
         check_batch(energy, batch)
         n = len(batch) if self.num_chains is None else self.num_chains
-        x, rate = advance(energy, self.kernel, starts(energy, self.initial, n, generator), self.k, generator)
+        x, rate = advance(
+            energy, self.kernel, starts(energy, self.initial, n, generator), self.k, generator
+        )
         return difference(energy(batch), energy(x), about(self.kernel, rate), self.energy_penalty)
 
     def sample(self, energy: Energy, n: int, generator: torch.Generator | None = None) -> Tensor:
         """``n`` ends of short runs, shape ``(n, *event)``: draws of what was trained."""
-        return advance(energy, self.kernel, starts(energy, self.initial, n, generator), self.k, generator)[0]
+        return advance(
+            energy, self.kernel, starts(energy, self.initial, n, generator), self.k, generator
+        )[0]
 
 
 def langevin(drift: float, noise: float) -> ULA:
-    r"""The Langevin step :math:`x' = x - a \nabla E(x) + b n` of many papers, with :math:`n \sim N(0, I)`, as a kernel.
+    r"""The Langevin step :math:`x' = x - a \nabla E(x) + b n` of many papers, with :math:`n \sim
+    N(0, I)`, as a kernel.
 
-    It is :class:`~pyroebm.ULA` with step :math:`\epsilon = \sqrt{2a}` at temperature :math:`T = b^2 / 2a`, and (nearly) samples
-    :math:`e^{-E/T}`: with a = 1 and b = 0.01 (Grathwohl et al., 2020) T is 0.00005, not 1.
+    It is :class:`~pyroebm.ULA` with step :math:`\epsilon = \sqrt{2a}` at temperature :math:`T = b^2
+    / 2a`, and (nearly) samples :math:`e^{-E/T}`: with a = 1 and b = 0.01 (Grathwohl et al., 2020) T
+    is 0.00005, not 1.
 
     Args:
         drift: a > 0, in squared units of x.
@@ -98,5 +125,7 @@ def langevin(drift: float, noise: float) -> ULA:
         5e-05
     """
     if not (0.0 < drift < math.inf and 0.0 < noise < math.inf):
-        raise ValueError(f"drift and noise must be positive and finite, got drift={drift}, noise={noise}")
+        raise ValueError(
+            f"drift and noise must be positive and finite, got drift={drift}, noise={noise}"
+        )
     return ULA(math.sqrt(2.0 * drift), temperature=noise**2 / (2.0 * drift))

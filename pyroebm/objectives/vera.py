@@ -1,4 +1,5 @@
-"""Adversarial training against a latent-variable generator whose entropy has an estimated gradient."""
+"""Adversarial training against a latent-variable generator whose entropy has an estimated
+gradient."""
 
 from __future__ import annotations
 
@@ -25,8 +26,9 @@ class LatentScore(NamedTuple):
 
     Attributes:
         score: an estimate of :math:`\nabla_x \log q(x)`, shape of x, detached.
-        log_q: an estimate of :math:`\log q(x)` in nats, ``(n,)``, with its graph in :math:`\eta`; low in the mean, by Jensen's
-            inequality: a lower bound that K tightens (Burda, Grosse and Salakhutdinov, 2016).
+        log_q: an estimate of :math:`\log q(x)` in nats, ``(n,)``, with its graph in :math:`\eta`;
+            low in the mean, by Jensen's inequality: a lower bound that K tightens (Burda, Grosse
+            and Salakhutdinov, 2016).
         effective: effective sample size of the weights, ``(n,)``, detached.
     """
 
@@ -36,15 +38,26 @@ class LatentScore(NamedTuple):
 
 
 def latent_score(
-    model: Generator, x: Tensor, z: Tensor, log_eta: Tensor, num_proposals: int = 20, generator: torch.Generator | None = None
+    model: Generator,
+    x: Tensor,
+    z: Tensor,
+    log_eta: Tensor,
+    num_proposals: int = 20,
+    generator: torch.Generator | None = None,
 ) -> LatentScore:
-    r"""The score of :math:`q(x) = \int N(x \mid g(z), s^2 I) N(z \mid 0, I) dz` by self-normalised importance sampling.
+    r"""The score of :math:`q(x) = \int N(x \mid g(z), s^2 I) N(z \mid 0, I) dz` by self-normalised
+    importance sampling.
 
-    .. math:: \nabla_x \log q(x) = E_{q(z \mid x)}\Bigl[\frac{g(z) - x}{s^2}\Bigr] \approx \sum_k w_k \frac{g(z_k) - x}{s^2},
-        \qquad z_k \sim N(z_0, \eta^2 I), \qquad w_k \propto \frac{N(x \mid g(z_k), s^2 I)\, N(z_k)}{N(z_k \mid z_0, \eta^2 I)}
+    .. math::
 
-    with :math:`z_0` the latents that x was made of, themselves a draw of :math:`q(z \mid x)` (Grathwohl et al., "No MCMC for me",
-    2021). Its bias and its variance fall as 1 / K. Row i depends on row i alone.
+        \nabla_x \log q(x) = E_{q(z \mid x)}\Bigl[\frac{g(z) - x}{s^2}\Bigr] \approx \sum_k w_k
+        \frac{g(z_k) - x}{s^2},
+        \qquad z_k \sim N(z_0, \eta^2 I), \qquad w_k \propto \frac{N(x \mid g(z_k), s^2 I)\,
+        N(z_k)}{N(z_k \mid z_0, \eta^2 I)}
+
+    with :math:`z_0` the latents that x was made of, themselves a draw of :math:`q(z \mid x)`
+    (Grathwohl et al., "No MCMC for me", 2021). Its bias and its variance fall as 1 / K. Row i
+    depends on row i alone.
 
     Args:
         model: g and s.
@@ -65,7 +78,10 @@ def latent_score(
     """
     check_counts({"num_proposals": 1}, num_proposals)
     if model.log_sigma is None or any(True for _ in batch_norms(model)):
-        raise ValueError("q(x | z) must be a normal law of its own for each row: give the generator sigma, and no batch norm")
+        raise ValueError(
+            "q(x | z) must be a normal law of its own for each row: give the generator sigma, and"
+            " no batch norm"
+        )
     x, n = x.detach(), len(x)
     k = num_proposals
     noise = standard_normal((n, k, model.latent_dim), generator, z.dtype, z.device)
@@ -76,29 +92,38 @@ def latent_score(
         log_joint = _log_normal(residual, model.log_sigma, dims) + _log_normal(proposals, one, 1)
         log_ratio = log_joint - _log_normal(noise, one, 1) + log_eta.expand(model.latent_dim).sum()
     weights = log_ratio.detach().softmax(1)
-    score = (weights.reshape(n, k, *[1] * dims) * residual.detach()).sum(1) / model.sigma.detach() ** 2
+    score = (weights.reshape(n, k, *[1] * dims) * residual.detach()).sum(
+        1
+    ) / model.sigma.detach() ** 2
     return LatentScore(score, log_ratio.logsumexp(1) - math.log(k), 1.0 / weights.square().sum(1))
 
 
 def _log_normal(deviation: Tensor, log_scale: Tensor, dims: int) -> Tensor:
-    """log N of deviations from the mean, with one scale, summed over the last ``dims`` dimensions."""
-    terms = -0.5 * (deviation / log_scale.exp()).square() - log_scale - 0.5 * math.log(2.0 * math.pi)
+    """log N of deviations from the mean, with one scale, summed over the last ``dims``
+    dimensions."""
+    terms = (
+        -0.5 * (deviation / log_scale.exp()).square() - log_scale - 0.5 * math.log(2.0 * math.pi)
+    )
     return event_sum(terms, dims)
 
 
 class VERA(Adversarial):
-    r"""Adversarial training against a generator with noise, by an estimate of its entropy's gradient (Grathwohl, Kelly, Hashemi,
-    Norouzi, Swersky and Duvenaud, "No MCMC for me: Amortized sampling for fast and stable training of energy-based models",
-    2021).
+    r"""Adversarial training against a generator with noise, by an estimate of its entropy's
+    gradient (Grathwohl, Kelly, Hashemi, Norouzi, Swersky and Duvenaud, "No MCMC for me: Amortized
+    sampling for fast and stable training of energy-based models", 2021).
 
-    .. math:: \nabla_\phi H(q_\phi) = -E_{z, \varepsilon}\bigl[\nabla_x \log q(x)^\top\, \partial x / \partial \phi\bigr],
+    .. math::
+
+        \nabla_\phi H(q_\phi) = -E_{z, \varepsilon}\bigl[\nabla_x \log q(x)^\top\, \partial x /
+        \partial \phi\bigr],
         \qquad x = g_\phi(z) + s_\phi\, \varepsilon
 
-    with :func:`latent_score` for the score. The width :math:`\eta` is trained, as loss ``"posterior"``, to the best mean of
-    :math:`\log \hat q`; the paper's bound is that of a single proposal, which wants :math:`\eta` too narrow for weights: on a
-    linear generator its score has twice the squared error at K = 20, and five times at K = 100. The value
-    :math:`E_q[E] + \log \hat q` is an estimate: :math:`-\log \hat q` is above the entropy in the mean, so the value is below the
-    bound that the same generator had with its exact entropy, and bounds nothing.
+    with :func:`latent_score` for the score. The width :math:`\eta` is trained, as loss
+    ``"posterior"``, to the best mean of :math:`\log \hat q`; the paper's bound is that of a single
+    proposal, which wants :math:`\eta` too narrow for weights: on a linear generator its score has
+    twice the squared error at K = 20, and five times at K = 100. The value :math:`E_q[E] + \log
+    \hat q` is an estimate: :math:`-\log \hat q` is above the entropy in the mean, so the value is
+    below the bound that the same generator had with its exact entropy, and bounds nothing.
 
     Args:
         model: the generator, with ``sigma`` and without batch normalisation.
@@ -107,7 +132,8 @@ class VERA(Adversarial):
         num_samples, gradient_penalty: as in :class:`Adversarial`; the paper takes a penalty.
 
     Raises:
-        ValueError: as :class:`Adversarial` and :func:`latent_score`, and if the generator does not fit the energy.
+        ValueError: as :class:`Adversarial` and :func:`latent_score`, and if the generator does not
+        fit the energy.
 
     Example:
         >>> from pyroebm.nn import MLPGenerator
@@ -131,10 +157,16 @@ class VERA(Adversarial):
         if not 0.0 < eta < math.inf:
             raise ValueError(f"eta must be positive and finite, got eta={eta}")
         self.model, self.num_proposals = model, num_proposals
-        self.log_eta = nn.Parameter(torch.full((model.latent_dim,), math.log(eta), dtype=model.dtype, device=model.device))
+        self.log_eta = nn.Parameter(
+            torch.full((model.latent_dim,), math.log(eta), dtype=model.dtype, device=model.device)
+        )
 
     def trained(self, energy: Energy) -> Mapping[str, Sequence[nn.Parameter]]:
-        return {"energy": trainable(energy), "generator": trainable(self.model), "posterior": [self.log_eta]}
+        return {
+            "energy": trainable(energy),
+            "generator": trainable(self.model),
+            "posterior": [self.log_eta],
+        }
 
     def negative(self, energy: Energy, n: int, generator: torch.Generator | None) -> Negative:
         check_generator(self.model, energy)

@@ -1,4 +1,5 @@
-"""log Z of an energy: exact where it can be had, else estimated, with its error and the side on which it errs."""
+"""log Z of an energy: exact where it can be had, else estimated, with its error and the side on
+which it errs."""
 
 from pyroebm.partition.annealing import ais, bracket, reverse_ais, schedule
 from pyroebm.partition.bases import IndependentLayers, IndependentSites, base_rates

@@ -21,11 +21,13 @@ __all__ = ["IndependentLayers", "IndependentSites", "base_energy", "base_rates"]
 
 
 class IndependentSites(Energy):
-    r"""Independent sites on the support of a discrete energy, normalised: :math:`E(x) = -\sum_i \log p_i(x_i)`.
+    r"""Independent sites on the support of a discrete energy, normalised: :math:`E(x) = -\sum_i
+    \log p_i(x_i)`.
 
     Args:
         like: the energy whose event shape, support, dtype and device it has.
-        log_p: :math:`\log p_i(k)` up to a constant of each site, shape ``(sites, K)``; None is uniform.
+        log_p: :math:`\log p_i(k)` up to a constant of each site, shape ``(sites, K)``; None is
+            uniform.
 
     Raises:
         ValueError: if ``log_p`` has another shape.
@@ -46,9 +48,13 @@ class IndependentSites(Energy):
         super().__init__(like.event_shape, like.support)
         values = site_values(like.support, like.event_shape, like.dtype, like.device)
         shape = (like.event_shape.numel() // values.shape[1], len(values))
-        log_p = torch.zeros(shape, dtype=torch.float64, device=like.device) if log_p is None else log_p
+        log_p = (
+            torch.zeros(shape, dtype=torch.float64, device=like.device) if log_p is None else log_p
+        )
         if tuple(log_p.shape) != shape:
-            raise ValueError(f"log_p must have shape (sites, values) = {shape}, got {tuple(log_p.shape)}")
+            raise ValueError(
+                f"log_p must have shape (sites, values) = {shape}, got {tuple(log_p.shape)}"
+            )
         self.register_buffer("values", values)
         self.register_buffer("log_p", log_p.log_softmax(1).to(like.dtype))
 
@@ -58,7 +64,8 @@ class IndependentSites(Energy):
         return -((sites == self.values).all(-1) * self.log_p).flatten(len(batch)).sum(-1)
 
     def site_logits(self, x: Tensor, site: Tensor) -> Tensor:
-        """The log-probabilities of one site of each row, ``(chains, K)``: what the Gibbs kernels ask for."""
+        """The log-probabilities of one site of each row, ``(chains, K)``: what the Gibbs kernels
+        ask for."""
         return self.log_p[site]
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
@@ -69,7 +76,8 @@ class IndependentSites(Energy):
 
 
 class IndependentLayers(Energy):
-    """Layers without weights as a base energy beside a machine: over all units, or with the hidden ones summed out.
+    """Layers without weights as a base energy beside a machine: over all units, or with the hidden
+    ones summed out.
 
     Args:
         layers: with weights of zero.
@@ -99,17 +107,26 @@ class IndependentLayers(Energy):
         return log_z_of_independent(self.layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layers.free_energy([x, None]) if self.visible_only else self.layers.energy(self.layers.split(x))
+        return (
+            self.layers.free_energy([x, None])
+            if self.visible_only
+            else self.layers.energy(self.layers.split(x))
+        )
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        drawn = draw_independent(self.layers, range(1 if self.visible_only else len(self.layers.biases)), n, generator)
+        drawn = draw_independent(
+            self.layers, range(1 if self.visible_only else len(self.layers.biases)), n, generator
+        )
         return torch.cat([x for x in drawn if x is not None], -1)
 
 
-def draw_independent(layers: Layers, kept: Sequence[int], n: int, generator: torch.Generator | None) -> list[Tensor | None]:
+def draw_independent(
+    layers: Layers, kept: Sequence[int], n: int, generator: torch.Generator | None
+) -> list[Tensor | None]:
     """``n`` draws of some of the layers, None for the others, where there are no weights."""
     return [
-        layers.draw(layer, bias.expand(n, -1), generator) if layer in kept else None for layer, bias in enumerate(layers.biases)
+        layers.draw(layer, bias.expand(n, -1), generator) if layer in kept else None
+        for layer, bias in enumerate(layers.biases)
     ]
 
 
@@ -117,7 +134,10 @@ def log_z_of_independent(layers: Layers) -> float:
     r""":math:`\log Z` of layers without weights, in float64."""
     precision = None if layers.precision is None else layers.precision.double()
     plain = layers._replace(precision=precision)
-    total = sum(float(plain.log_normaliser(layer, bias.double())) for layer, bias in enumerate(layers.biases))
+    total = sum(
+        float(plain.log_normaliser(layer, bias.double()))
+        for layer, bias in enumerate(layers.biases)
+    )
     return total - float(layers.offset)
 
 
@@ -126,45 +146,61 @@ def check_base(base: Layers, target: Layers) -> None:
     if base.sizes != target.sizes or (base.precision is None) != (target.precision is None):
         kinds = ["bits" if layers.precision is None else "real" for layers in (target, base)]
         raise ValueError(
-            f"base must have the layers of the energy, sizes {target.sizes} with visible {kinds[0]}, got sizes {base.sizes} with"
+            f"base must have the layers of the energy, sizes {target.sizes} with visible"
+            f" {kinds[0]}, got sizes {base.sizes} with"
             f" visible {kinds[1]}"
         )
-    if base.biases[0].dtype != target.biases[0].dtype or base.biases[0].device != target.biases[0].device:
-        ours, theirs = ((layers.biases[0].dtype, str(layers.biases[0].device)) for layers in (target, base))
+    if (
+        base.biases[0].dtype != target.biases[0].dtype
+        or base.biases[0].device != target.biases[0].device
+    ):
+        ours, theirs = (
+            (layers.biases[0].dtype, str(layers.biases[0].device)) for layers in (target, base)
+        )
         raise ValueError(f"base must have the dtype and device of the energy, {ours}, got {theirs}")
     if any(bool(weight.any()) for weight in base.weights):
-        raise ValueError("base must have weights of zero, so that its log Z and its draws are exact, got others")
+        raise ValueError(
+            "base must have weights of zero, so that its log Z and its draws are exact, got others"
+        )
 
 
-def base_rates(energy: Energy, data: Tensor | None = None, pseudocount: float = 1.0) -> Layers | Energy:
+def base_rates(
+    energy: Energy, data: Tensor | None = None, pseudocount: float = 1.0
+) -> Layers | Energy:
     r"""Independent units that fit the data best: where annealing to a trained energy should begin.
 
-    Salakhutdinov and Murray ("On the quantitative analysis of deep belief networks", 2008) call it the base-rate model: weights
-    of zero and visible biases :math:`\log p_i / (1 - p_i)`. Hidden units are fair coins. Gaussian units take the data's means and
-    variances.
+    Salakhutdinov and Murray ("On the quantitative analysis of deep belief networks", 2008) call it
+    the base-rate model: weights of zero and visible biases :math:`\log p_i / (1 - p_i)`. Hidden
+    units are fair coins. Gaussian units take the data's means and variances.
 
     Args:
         energy: what is annealed to: made of layers, discrete, or over real numbers.
-        data: what the energy was trained on, ``(n, *event)``; of a layered machine its visible units ``(n, n_0)``. None is
-            uniform, with the machine's own biases and variances for Gaussian visible units.
+        data: what the energy was trained on, ``(n, *event)``; of a layered machine its visible
+            units ``(n, n_0)``. None is uniform, with the machine's own biases and variances for
+            Gaussian visible units.
         pseudocount: counts added to each value of each discrete site, so that no probability is 0.
 
     Returns:
         :class:`pyroebm.energies.Layers` for a layered machine, else an energy with exact draws.
 
     Raises:
-        ValueError: if the data's shape or values do not fit, or a real column does not vary; for real energies without data,
-            since no law on them is uniform; if the support is constrained.
+        ValueError: if the data's shape or values do not fit, or a real column does not vary; for
+            real energies without data, since no law on them is uniform; if the support is
+            constrained.
 
     Example:
         >>> from pyroebm.energies import BernoulliRBM
-        >>> base_rates(BernoulliRBM(2, 3), torch.tensor([[1.0, 0.0], [1.0, 1.0]])).biases[0]  # log 3 and log 1
+        >>> base_rates(BernoulliRBM(2, 3), torch.tensor([[1.0, 0.0], [1.0, 1.0]])).biases[
+        ...     0
+        ... ]  # log 3 and log 1
         tensor([1.0986, 0.0000])
     """
     if isinstance(energy, LayeredMachine):
         return _layers(energy.layers(), data, pseudocount)
     if data is not None and tuple(data.shape[1:]) != tuple(energy.event_shape):
-        raise ValueError(f"data must have shape (n, *{tuple(energy.event_shape)}), got {tuple(data.shape)}")
+        raise ValueError(
+            f"data must have shape (n, *{tuple(energy.event_shape)}), got {tuple(data.shape)}"
+        )
     if is_discrete(energy.support):
         if data is None:
             return IndependentSites(energy)
@@ -175,8 +211,10 @@ def base_rates(energy: Energy, data: Tensor | None = None, pseudocount: float = 
         return IndependentSites(energy, (own.double().sum(0) + pseudocount).log())
     if data is None or not is_real(energy.support):
         raise ValueError(
-            f"base must be given for {type(energy).__name__} with support {energy.support}: an energy with exact draws and a"
-            " known log_z (pyroebm.targets.Gaussian), a Pyro distribution, or base_rates(energy, data) on a real support"
+            f"base must be given for {type(energy).__name__} with support {energy.support}: an"
+            f" energy with exact draws and a"
+            " known log_z (pyroebm.targets.Gaussian), a Pyro distribution, or base_rates(energy,"
+            " data) on a real support"
         )
     mean, deviation = _moments(data)
     return Gaussian(mean.to(energy.dtype), scale=deviation.to(energy.dtype))
@@ -186,11 +224,15 @@ def _layers(target: Layers, data: Tensor | None, pseudocount: float) -> Layers:
     weights = tuple(torch.zeros_like(weight, requires_grad=False) for weight in target.weights)
     biases = [torch.zeros_like(bias, requires_grad=False) for bias in target.biases]
     if data is not None and (data.dim() != 2 or data.shape[1] != target.sizes[0]):
-        raise ValueError(f"data must be visible units of shape (n, {target.sizes[0]}), got {tuple(data.shape)}")
+        raise ValueError(
+            f"data must be visible units of shape (n, {target.sizes[0]}), got {tuple(data.shape)}"
+        )
     if target.precision is None:
         if data is not None:
             if not bool(((data >= 0.0) & (data <= 1.0)).all()):
-                raise ValueError("data must be bits, or probabilities from 0 to 1, got other values")
+                raise ValueError(
+                    "data must be bits, or probabilities from 0 to 1, got other values"
+                )
             ones = data.double().sum(0) + pseudocount
             biases[0] = torch.logit(ones / (len(data) + 2.0 * pseudocount)).to(biases[0])
         return Layers(weights, tuple(biases))
@@ -204,21 +246,28 @@ def _layers(target: Layers, data: Tensor | None, pseudocount: float) -> Layers:
 def _moments(data: Tensor) -> tuple[Tensor, Tensor]:
     mean, deviation = data.double().mean(0), data.double().std(0)
     if not bool((deviation > 0.0).all()):
-        raise ValueError(f"data must vary in every column, but {int((~(deviation > 0.0)).sum())} of {deviation.numel()} do not")
+        raise ValueError(
+            f"data must vary in every column, but {int((~(deviation > 0.0)).sum())} of"
+            f" {deviation.numel()} do not"
+        )
     return mean, deviation
 
 
 def base_energy(energy: Energy, base: Layers | Energy | Distribution | None) -> Energy:
-    """A base as an energy with exact draws and a known log Z, beside ``energy``; None takes :func:`base_rates`."""
+    """A base as an energy with exact draws and a known log Z, beside ``energy``; None takes
+    :func:`base_rates`."""
     check_weighable(energy)
     base = base_rates(energy) if base is None else base
     if isinstance(base, Layers):
         if not isinstance(energy, LayeredMachine):
-            raise ValueError(f"base may be Layers for an energy made of layers, but {type(energy).__name__} is not")
+            raise ValueError(
+                f"base may be Layers for an energy made of layers, but {type(energy).__name__} is not"
+            )
         return IndependentLayers(base, energy)
     base = DistributionEnergy(base, energy.dtype) if isinstance(base, Distribution) else base
     if not (isinstance(base, Energy) and base.has_exact_draws and base.log_z is not None):
         raise ValueError(
-            f"base must be Layers, a distribution, or an Energy with exact draws and a known log_z, got {type(base).__name__}"
+            f"base must be Layers, a distribution, or an Energy with exact draws and a known"
+            f" log_z, got {type(base).__name__}"
         )
     return base

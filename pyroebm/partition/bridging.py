@@ -1,4 +1,5 @@
-"""The ratio of two normalisers from draws of both densities: bridge sampling, and its form for annealed weights."""
+"""The ratio of two normalisers from draws of both densities: bridge sampling, and its form for
+annealed weights."""
 
 from __future__ import annotations
 
@@ -27,14 +28,17 @@ __all__ = ["acceptance_ratio", "bridge"]
 
 
 def acceptance_ratio(forward: LogZ, reverse: LogZ) -> LogZ:
-    r"""Bennett's acceptance ratio (1976) of two annealed runs along one schedule, in both directions (Crooks, 2000).
+    r"""Bennett's acceptance ratio (1976) of two annealed runs along one schedule, in both
+    directions (Crooks, 2000).
 
-    With log weights :math:`w_i` of n walks forward and :math:`w'_j` of m walks back, it is the root r of
+    With log weights :math:`w_i` of n walks forward and :math:`w'_j` of m walks back, it is the root
+    r of
 
     .. math:: \sum_i \sigma(w_i - r + \log \tfrac mn) = \sum_j \sigma(w'_j + r - \log \tfrac mn)
 
-    with :math:`\log \hat Z = \log Z_0 + r`: of all combinations of the two it has the least asymptotic variance (Meng and Wong,
-    1996). Where the two do not overlap its standard error comes out of few weights, and is too small; of one walk it is NaN.
+    with :math:`\log \hat Z = \log Z_0 + r`: of all combinations of the two it has the least
+    asymptotic variance (Meng and Wong, 1996). Where the two do not overlap its standard error comes
+    out of few weights, and is too small; of one walk it is NaN.
 
     Args:
         forward: of :func:`ais`.
@@ -48,7 +52,10 @@ def acceptance_ratio(forward: LogZ, reverse: LogZ) -> LogZ:
         True
     """
     if forward.log_weights is None or reverse.log_weights is None:
-        raise ValueError("acceptance_ratio needs the log weights of a forward and a reverse run, got none in one of them")
+        raise ValueError(
+            "acceptance_ratio needs the log weights of a forward and a reverse run, got none in"
+            " one of them"
+        )
     ahead, back = (result.log_weights.cpu().numpy() for result in (forward, reverse))  # type: ignore[union-attr]
     base = forward.value - float(logsumexp(ahead)) + math.log(len(ahead))
     root, error = _bennett(ahead, -back, len(back))
@@ -64,19 +71,24 @@ def bridge(
     seed: int = 0,
     generator: torch.Generator | None = None,
 ) -> LogZ:
-    r"""Bridge sampling with the optimal bridge (Bennett, 1976; Meng and Wong, 1996), from draws of the energy and of a base.
+    r"""Bridge sampling with the optimal bridge (Bennett, 1976; Meng and Wong, 1996), from draws of
+    the energy and of a base.
 
-    .. math:: \frac{Z}{Z_0} = \frac{E_{x \sim p_0}[e^{-E(x)} h(x)]}{E_{x \sim p}[e^{-E_0(x)} h(x)]}, \qquad
+    .. math::
+
+        \frac{Z}{Z_0} = \frac{E_{x \sim p_0}[e^{-E(x)} h(x)]}{E_{x \sim p}[e^{-E_0(x)} h(x)]},
+        \qquad
         h \propto \frac{1}{n\, e^{-E} / Z + n_0\, e^{-E_0} / Z_0}
 
-    h contains Z itself; the fixed point of their iteration is found as the root of a monotone function. The base should overlap
-    the energy: far from it, go there by :func:`ais`.
+    h contains Z itself; the fixed point of their iteration is found as the root of a monotone
+    function. The base should overlap the energy: far from it, go there by :func:`ais`.
 
     Args:
         energy: E.
-        draws: of the energy: independent ones ``(n, *event)``, or those of Markov chains ``(chains, n, *event)``, as
-            ``mcmc.get_samples(group_by_chain=True)`` has them; an effective sample size of the log ratio (Vehtari et al., 2021)
-            then counts for n. None draws ``num_draws`` exactly, where the energy has such draws.
+        draws: of the energy: independent ones ``(n, *event)``, or those of Markov chains ``(chains,
+            n, *event)``, as ``mcmc.get_samples(group_by_chain=True)`` has them; an effective sample
+            size of the log ratio (Vehtari et al., 2021) then counts for n. None draws ``num_draws``
+            exactly, where the energy has such draws.
         base: :math:`E_0`, as for :func:`ais`; as many draws of it are made as there are ``draws``.
         num_draws: n where ``draws`` is None.
         seed: of a generator on the energy's device.
@@ -101,18 +113,29 @@ def bridge(
     generator = seeded_generator(seed, energy.device) if generator is None else generator
     if draws is None:
         if not energy.has_exact_draws:
-            raise ValueError(f"draws must be given: {type(energy).__name__} has no exact draws; take those of MCMC")
+            raise ValueError(
+                f"draws must be given: {type(energy).__name__} has no exact draws; take those of"
+                f" MCMC"
+            )
         draws = energy.sample(num_draws, generator)
     energy.check_states(draws, "draws")
     batch = energy.batch_shape(draws)
     if len(batch) not in (1, 2) or batch.numel() < 2:
-        raise ValueError(f"draws must have shape (n, *event) or (chains, n, *event), got {tuple(draws.shape)}")
-    target, start = (Unconstrained(e, keep_discrete=is_discrete(energy.support)) for e in (energy, reference))
+        raise ValueError(
+            f"draws must have shape (n, *event) or (chains, n, *event), got {tuple(draws.shape)}"
+        )
+    target, start = (
+        Unconstrained(e, keep_discrete=is_discrete(energy.support)) for e in (energy, reference)
+    )
     path = Path(target, 1.0, start)
     with eval_mode(energy), torch.no_grad():
         own = -path.slope(target.unconstrain(draws)).double().cpu()
         other = -path.slope(start.sample(batch.numel(), generator)).double().cpu()
-    if bool(own.isnan().any()) or bool((own == -math.inf).any()) or bool((other.isnan() | (other == math.inf)).any()):
+    if (
+        bool(own.isnan().any())
+        or bool((own == -math.inf).any())
+        or bool((other.isnan() | (other == math.inf)).any())
+    ):
         raise FloatingPointError("bridge: an energy is NaN, or not finite at its own draws")
     effective = float(ess_bulk(own)) if len(batch) == 2 else float(batch.numel())
     root, error = _bennett(other.numpy(), own.flatten().numpy(), effective)
@@ -120,7 +143,8 @@ def bridge(
 
 
 def _bennett(ahead: Any, back: Any, effective: float) -> tuple[float, float]:
-    r"""The root r and its standard error, from :math:`\log f / f_0` at draws of the base and at draws of the target.
+    r"""The root r and its standard error, from :math:`\log f / f_0` at draws of the base and at
+    draws of the target.
 
     ``effective`` is how many independent draws those of the target are worth.
     """
@@ -132,10 +156,17 @@ def _bennett(ahead: Any, back: Any, effective: float) -> tuple[float, float]:
     both = np.concatenate([ahead, back])
     both = both[np.isfinite(both)]
     if not len(both):
-        raise FloatingPointError("the two densities do not meet at any draw: no ratio can be had of them")
+        raise FloatingPointError(
+            "the two densities do not meet at any draw: no ratio can be had of them"
+        )
     root = float(brentq(gap, both.min() + shift - 40.0, both.max() + shift + 40.0, xtol=1e-12))
-    terms = ((log_expit(ahead - root + shift), len(ahead)), (log_expit(root - shift - back), effective))
+    terms = (
+        (log_expit(ahead - root + shift), len(ahead)),
+        (log_expit(root - shift - back), effective),
+    )
     if min(len(ahead), len(back)) < 2:
         return root, math.nan  # one draw does not say how much it scatters
-    variance = sum(math.expm1(logsumexp(2 * t) - 2 * logsumexp(t) + math.log(len(t))) / n for t, n in terms)
+    variance = sum(
+        math.expm1(logsumexp(2 * t) - 2 * logsumexp(t) + math.log(len(t))) / n for t, n in terms
+    )
     return root, math.sqrt(variance)

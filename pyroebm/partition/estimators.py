@@ -1,4 +1,5 @@
-"""log Z from other machines of the library: tempered SMC, parallel tempering, importance sampling."""
+"""log Z from other machines of the library: tempered SMC, parallel tempering, importance
+sampling."""
 
 from __future__ import annotations
 
@@ -43,13 +44,16 @@ def smc(
 ) -> LogZ:
     """:func:`pyroebm.tempered_smc`, which chooses its temperatures, as a :class:`LogZ`.
 
-    A machine made of layers is sampled over all its units, by :class:`LayerGibbs`, unless a kernel or another base is given.
+    A machine made of layers is sampled over all its units, by :class:`LayerGibbs`, unless a kernel
+    or another base is given.
 
     Args:
         energy: discrete or continuous.
         base: as for :func:`pyroebm.partition.ais`.
-        kernel: None takes block Gibbs for layers, Gibbs for other discrete energies, HMC for continuous ones.
-        num_particles, islands, moves, target_ess, pilot, seed, generator: of :func:`pyroebm.tempered_smc`.
+        kernel: None takes block Gibbs for layers, Gibbs for other discrete energies, HMC for
+            continuous ones.
+        num_particles, islands, moves, target_ess, pilot, seed, generator: of
+            :func:`pyroebm.tempered_smc`.
 
     Returns:
         kind "lower" along the temperatures of a ``pilot``, "estimate" where they were adapted.
@@ -64,12 +68,26 @@ def smc(
         (3.4657, 'estimate')
     """
     energy, reference, moving = _sampled(energy, base, kernel)
-    settings: dict[str, Any] = {"islands": islands, "moves": moves, "target_ess": target_ess, "pilot": pilot}
+    settings: dict[str, Any] = {
+        "islands": islands,
+        "moves": moves,
+        "target_ess": target_ess,
+        "pilot": pilot,
+    }
     with torch.no_grad():
-        found = tempered_smc(energy, reference, moving, num_particles, seed=seed, generator=generator, **settings)
+        found = tempered_smc(
+            energy, reference, moving, num_particles, seed=seed, generator=generator, **settings
+        )
     ess = float((2 * found.log_weights.logsumexp(0) - (2 * found.log_weights).logsumexp(0)).exp())
     kind: Kind = "lower" if found.kind == "lower" else "estimate"
-    return LogZ(found.log_z, found.log_z_se, kind, f"SMC, {len(found.betas)} temperatures", ess, found.log_weights)
+    return LogZ(
+        found.log_z,
+        found.log_z_se,
+        kind,
+        f"SMC, {len(found.betas)} temperatures",
+        ess,
+        found.log_weights,
+    )
 
 
 def thermodynamic_integration(
@@ -85,14 +103,19 @@ def thermodynamic_integration(
     generator: torch.Generator | None = None,
     progress: bool | None = None,
 ) -> LogZ:
-    r"""Thermodynamic integration (Kirkwood, 1935; Gelman and Meng, 1998) from :class:`pyroebm.ParallelTempering`.
+    r"""Thermodynamic integration (Kirkwood, 1935; Gelman and Meng, 1998) from
+    :class:`pyroebm.ParallelTempering`.
 
-    .. math:: \log \frac{Z}{Z_0} = -\int_0^1 m(\beta)\, d\beta \approx -\sum_k \Bigl[\frac{h_k}{2} (m_k + m_{k+1})
+    .. math::
+
+        \log \frac{Z}{Z_0} = -\int_0^1 m(\beta)\, d\beta \approx -\sum_k \Bigl[\frac{h_k}{2} (m_k +
+        m_{k+1})
         + \frac{h_k^2}{12} (v_{k+1} - v_k)\Bigr]
 
-    with mean :math:`m_k` and variance :math:`v_k` of :math:`E - E_0` at :math:`\beta_k`, and :math:`h_k = \beta_{k+1} - \beta_k`:
-    the trapezium rule with its first correction, since :math:`m' = -v` (Friel, Hurn and Wyse, 2014). Warm-up spaces the
-    temperatures so that replicas swap equally often.
+    with mean :math:`m_k` and variance :math:`v_k` of :math:`E - E_0` at :math:`\beta_k`, and
+    :math:`h_k = \beta_{k+1} - \beta_k`: the trapezium rule with its first correction, since
+    :math:`m' = -v` (Friel, Hurn and Wyse, 2014). Warm-up spaces the temperatures so that replicas
+    swap equally often.
 
     Args:
         energy, base, kernel: as for :func:`smc`.
@@ -105,8 +128,8 @@ def thermodynamic_integration(
         progress: show a bar; None shows one on a terminal.
 
     Returns:
-        kind "estimate". The standard error is from the spread of the chains; it does not see the error of the rule, which more
-        temperatures make smaller.
+        kind "estimate". The standard error is from the spread of the chains; it does not see the
+        error of the rule, which more temperatures make smaller.
 
     Raises:
         ValueError: if an argument is out of its range, or the base does not fit.
@@ -116,7 +139,9 @@ def thermodynamic_integration(
         >>> from pyroebm.energies import BernoulliRBM
         >>> from pyroebm.partition import exact
         >>> rbm = BernoulliRBM(3, 2, weight=torch.full((3, 2), 2.0))
-        >>> result = thermodynamic_integration(rbm, num_temperatures=8, num_samples=200, warmup_steps=100)
+        >>> result = thermodynamic_integration(
+        ...     rbm, num_temperatures=8, num_samples=200, warmup_steps=100
+        ... )
         >>> abs(result.value - exact(rbm).value) < 5 * result.standard_error
         True
     """
@@ -124,15 +149,23 @@ def thermodynamic_integration(
     check_counts(least, num_temperatures, num_samples, warmup_steps, num_chains)
     energy, reference, moving = _sampled(energy, base, kernel)
     generator = seeded_generator(seed, energy.device) if generator is None else generator
-    tempering = ParallelTempering(moving, torch.linspace(1.0, 0.0, num_temperatures, dtype=torch.float64), reference)
+    tempering = ParallelTempering(
+        moving, torch.linspace(1.0, 0.0, num_temperatures, dtype=torch.float64), reference
+    )
     target, plan = Unconstrained(energy, keep_discrete=moving.discrete), tempering.own_adaptation()
     slopes = []
-    with eval_mode(energy), torch.no_grad(), bar(warmup_steps + num_samples, "tempering", progress) as shown:
+    with (
+        eval_mode(energy),
+        torch.no_grad(),
+        bar(warmup_steps + num_samples, "tempering", progress) as shown,
+    ):
         state = tempering.init(target, target.initial(num_chains, generator), generator)
         if warmup_steps:
             tempering, memory = plan.start(tempering, target, state, generator)
         for _ in range(warmup_steps):
-            tempering, state, _, memory = plan.step(tempering, target, state, memory, warmup_steps, generator)
+            tempering, state, _, memory = plan.step(
+                tempering, target, state, memory, warmup_steps, generator
+            )
             shown.update()
         for _ in range(num_samples):
             before = state.slopes
@@ -142,16 +175,20 @@ def thermodynamic_integration(
     each = _integral(torch.stack(slopes), tempering.betas.to(energy.device))
     if not bool(torch.isfinite(each).all()):
         raise FloatingPointError(
-            f"the mean of E - E_0 is not finite in {int((~torch.isfinite(each)).sum())} of {num_chains} chains: the base draws"
+            f"the mean of E - E_0 is not finite in {int((~torch.isfinite(each)).sum())} of"
+            f" {num_chains} chains: the base draws"
             " where the energy is infinite; take one that does not"
         )
     error = float(each.std()) / math.sqrt(num_chains) if num_chains > 1 else math.nan
     value = float(reference.log_z or 0.0) + float(each.mean())
-    return LogZ(value, error, "estimate", f"thermodynamic integration, {num_temperatures} temperatures")
+    return LogZ(
+        value, error, "estimate", f"thermodynamic integration, {num_temperatures} temperatures"
+    )
 
 
 def _integral(slopes: Tensor, betas: Tensor) -> Tensor:
-    """log Z less that of the base by each chain, from slopes ``(steps, chains, R)`` at falling temperatures ``(R,)``."""
+    """log Z less that of the base by each chain, from slopes ``(steps, chains, R)`` at falling
+    temperatures ``(R,)``."""
     mean = slopes.mean(0)
     variance = (slopes - slopes.mean((0, 1))).square().mean(0)
     step = -betas.diff()
@@ -167,7 +204,8 @@ def importance(
     seed: int = 0,
     generator: torch.Generator | None = None,
 ) -> LogZ:
-    """:func:`pyroebm.flows.importance_sample` from any Pyro distribution, or a flow, as a :class:`LogZ`.
+    """:func:`pyroebm.flows.importance_sample` from any Pyro distribution, or a flow, as a
+    :class:`LogZ`.
 
     Args:
         energy: discrete or continuous.
@@ -176,7 +214,8 @@ def importance(
         seed, generator: of the draws.
 
     Returns:
-        kind "lower": the mean weight is unbiased. The method's name has the Pareto k, above 0.7 of which nothing can be trusted.
+        kind "lower": the mean weight is unbiased. The method's name has the Pareto k, above 0.7 of
+        which nothing can be trusted.
 
     Raises:
         ValueError, FloatingPointError: as :func:`pyroebm.flows.importance_sample`.
@@ -194,10 +233,16 @@ def importance(
     return LogZ(found.log_z, found.log_z_se, "lower", method, found.ess, found.log_weights)
 
 
-def _sampled(energy: Energy, base: Base, kernel: Kernel[Any] | None) -> tuple[Energy, Energy, Kernel[Any]]:
+def _sampled(
+    energy: Energy, base: Base, kernel: Kernel[Any] | None
+) -> tuple[Energy, Energy, Kernel[Any]]:
     """What is sampled, from where and by what: of layers all units, whose log Z is the same."""
     check_energy(energy)
-    if isinstance(energy, LayeredMachine) and kernel is None and (base is None or isinstance(base, Layers)):
+    if (
+        isinstance(energy, LayeredMachine)
+        and kernel is None
+        and (base is None or isinstance(base, Layers))
+    ):
         energy = energy.joint()
     kernel = default_kernel(energy) if kernel is None else kernel
     check_kernel(kernel)

@@ -1,4 +1,5 @@
-"""The path from independent units to a layered machine, walked on one side of its layers with the other summed out."""
+"""The path from independent units to a layered machine, walked on one side of its layers with the
+other summed out."""
 
 from __future__ import annotations
 
@@ -17,7 +18,12 @@ from pyroebm.energies.layers import Layers
 from pyroebm.kernels.base import Info
 from pyroebm.kernels.gibbs import PointState, point_state, swept
 from pyroebm.kernels.sites import DiscreteKernel, author
-from pyroebm.partition.bases import IndependentLayers, check_base, draw_independent, log_z_of_independent
+from pyroebm.partition.bases import (
+    IndependentLayers,
+    check_base,
+    draw_independent,
+    log_z_of_independent,
+)
 
 __all__ = ["LayerGibbs", "LayeredPath", "Walkers"]
 
@@ -32,13 +38,18 @@ class Walkers(NamedTuple):
 class LayeredPath:
     r"""The path :math:`E_\beta = (1 - \beta) E_0 + \beta E` from independent units to layers.
 
-    Walkers are states y of the side with fewer units. The other side, z, is summed out of the weights,
+    Walkers are states y of the side with fewer units. The other side, z, is summed out of the
+    weights,
 
-    .. math:: \log w_\beta^{\beta'}(y) = \log f_{\beta'}(y) - \log f_\beta(y), \qquad f_\beta(y) = \sum_z e^{-E_\beta(y, z)}
+    .. math::
 
-    and a move draws z given y, then y given z (Salakhutdinov and Murray, 2008; for three layers Salakhutdinov and Hinton, "Deep
-    Boltzmann machines", 2009). Fields are linear in :math:`\beta` and those of the base are constant, so a temperature of an RBM
-    costs two matrix products: the field of z serves the weight and the move.
+        \log w_\beta^{\beta'}(y) = \log f_{\beta'}(y) - \log f_\beta(y), \qquad f_\beta(y) = \sum_z
+        e^{-E_\beta(y, z)}
+
+    and a move draws z given y, then y given z (Salakhutdinov and Murray, 2008; for three layers
+    Salakhutdinov and Hinton, "Deep Boltzmann machines", 2009). Fields are linear in :math:`\beta`
+    and those of the base are constant, so a temperature of an RBM costs two matrix products: the
+    field of z serves the weight and the move.
 
     Args:
         base: :math:`E_0`, with weights of zero.
@@ -60,7 +71,9 @@ class LayeredPath:
     def __init__(self, base: Layers, target: Layers) -> None:
         check_base(base, target)
         self.base, self.target = _detached(base), _detached(target)
-        self.kept, self.summed = sorted(target.sides(), key=lambda side: sum(target.sizes[layer] for layer in side))
+        self.kept, self.summed = sorted(
+            target.sides(), key=lambda side: sum(target.sizes[layer] for layer in side)
+        )
         self.log_z = log_z_of_independent(self.base)
         self.offset = float(self.target.offset) - float(self.base.offset)
         ends = self.target.precision, self.base.precision
@@ -76,64 +89,94 @@ class LayeredPath:
         return self.enter(draw_independent(self.base, self.kept, n, generator))
 
     def log_weight(self, walkers: Walkers, beta: float, then: float) -> Tensor:
-        r""":math:`\log w_\beta^{\beta'}` in float64, shape ``(rows,)``. Units are subtracted before they are summed."""
-        now, later = _on_the_way(self.base, self.target, beta), _on_the_way(self.base, self.target, then)
+        r""":math:`\log w_\beta^{\beta'}` in float64, shape ``(rows,)``. Units are subtracted before
+        they are summed."""
+        now, later = (
+            _on_the_way(self.base, self.target, beta),
+            _on_the_way(self.base, self.target, then),
+        )
         total: Any = (beta - then) * self.offset
         for layer, field in walkers.fields.items():
             bias = self.base.biases[layer]
             before, after = torch.lerp(bias, field, beta), torch.lerp(bias, field, then)
             if self.target.is_gaussian(layer):
-                total = total + later.log_normaliser(layer, after).double() - now.log_normaliser(layer, before).double()
+                total = (
+                    total
+                    + later.log_normaliser(layer, after).double()
+                    - now.log_normaliser(layer, before).double()
+                )
             else:
                 total = total + softplus(after).sub_(softplus(before)).sum(-1, dtype=torch.float64)
         for layer in self.kept:
             x: Any = walkers.x[layer]
-            total = total + (then - beta) * (x @ (self.target.biases[layer] - self.base.biases[layer])).double()
+            total = (
+                total
+                + (then - beta)
+                * (x @ (self.target.biases[layer] - self.base.biases[layer])).double()
+            )
             if self.curvature is not None and self.target.is_gaussian(layer):
                 total = total - 0.5 * (then - beta) * (x**2 @ self.curvature).double()
         weight: Tensor = total
         return weight
 
-    def move(self, walkers: Walkers, beta: float, generator: torch.Generator | None = None) -> Walkers:
+    def move(
+        self, walkers: Walkers, beta: float, generator: torch.Generator | None = None
+    ) -> Walkers:
         """One sweep at a temperature: the other side given the kept one, and back."""
         law = _on_the_way(self.base, self.target, beta)
         x: list[Tensor | None] = [None] * len(self.base.biases)
         for layer, field in walkers.fields.items():
             x[layer] = law.draw(layer, torch.lerp(self.base.biases[layer], field, beta), generator)
         for layer in self.kept:
-            x[layer] = law.draw(layer, torch.lerp(self.base.biases[layer], self.target.field(layer, x), beta), generator)
+            x[layer] = law.draw(
+                layer,
+                torch.lerp(self.base.biases[layer], self.target.field(layer, x), beta),
+                generator,
+            )
         return self.enter(x)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LayerGibbs(DiscreteKernel[PointState]):
-    """Block Gibbs sampling on the :class:`pyroebm.Path` from :class:`IndependentLayers` to a machine over all its layers.
+    """Block Gibbs sampling on the :class:`pyroebm.Path` from :class:`IndependentLayers` to a
+    machine over all its layers.
 
-    What :class:`pyroebm.BlockGibbs` is for one energy; each row may be at a temperature of its own, so that tempered SMC and
-    parallel tempering can use it.
+    What :class:`pyroebm.BlockGibbs` is for one energy; each row may be at a temperature of its own,
+    so that tempered SMC and parallel tempering can use it.
 
     Example:
         >>> from pyroebm.energies import BernoulliRBM
         >>> from pyroebm.partition.bases import base_energy
         >>> joint = BernoulliRBM(3, 2).joint()
-        >>> path, kernel = Path(joint, torch.tensor([0.0, 1.0]), base_energy(joint, None)), LayerGibbs()
+        >>> path, kernel = (
+        ...     Path(joint, torch.tensor([0.0, 1.0]), base_energy(joint, None)),
+        ...     LayerGibbs(),
+        ... )
         >>> state, info = kernel.step(path, kernel.init(path, joint.initial(2)))
         >>> state.x.shape, info.n_steps
         (torch.Size([2, 5]), tensor([2, 2]))
     """
 
-    def init(self, energy: Energy, x: Tensor, generator: torch.Generator | None = None) -> PointState:
+    def init(
+        self, energy: Energy, x: Tensor, generator: torch.Generator | None = None
+    ) -> PointState:
         self.check_start(energy, x)
         return point_state(energy, x)
 
-    def step(self, energy: Energy, state: PointState, generator: torch.Generator | None = None) -> tuple[PointState, Info]:
+    def step(
+        self, energy: Energy, state: PointState, generator: torch.Generator | None = None
+    ) -> tuple[PointState, Info]:
         base, target, betas = _ends(energy)
         with torch.no_grad():
             beta = betas.reshape(-1, 1) if betas.dim() else betas
             law, x = _on_the_way(base, target, beta), list[Tensor | None](target.split(state.x))
             for side in reversed(target.sides()):
                 for layer in side:
-                    x[layer] = law.draw(layer, torch.lerp(base.biases[layer], target.field(layer, x), beta), generator)
+                    x[layer] = law.draw(
+                        layer,
+                        torch.lerp(base.biases[layer], target.field(layer, x), beta),
+                        generator,
+                    )
             drawn = torch.cat([part for part in x if part is not None], -1)
             return swept(energy, state, drawn, torch.zeros_like(state.energy), 2)
 
@@ -144,17 +187,24 @@ def _ends(energy: Energy) -> tuple[Layers, Layers, Tensor]:
         if isinstance(base, IndependentLayers) and isinstance(target, LayeredMachine):
             return base.layers, target.layers(), energy.betas
     raise ValueError(
-        f"LayerGibbs moves on the Path from IndependentLayers to a machine made of layers, got {type(energy).__name__};"
+        f"LayerGibbs moves on the Path from IndependentLayers to a machine made of layers, got"
+        f" {type(energy).__name__};"
         " BlockGibbs moves on the machine itself"
     )
 
 
 def _on_the_way(base: Layers, target: Layers, beta: float | Tensor) -> Layers:
-    """Precision and offset at a temperature, for the laws of units given their fields: biases and weights are in the fields."""
+    """Precision and offset at a temperature, for the laws of units given their fields: biases and
+    weights are in the fields."""
     return base._replace(weights=(), biases=()).mix(target._replace(weights=(), biases=()), beta)
 
 
 def _detached(layers: Layers) -> Layers:
     precision = None if layers.precision is None else layers.precision.detach()
     offset = layers.offset.detach() if isinstance(layers.offset, Tensor) else layers.offset
-    return Layers(tuple(w.detach() for w in layers.weights), tuple(b.detach() for b in layers.biases), precision, offset)
+    return Layers(
+        tuple(w.detach() for w in layers.weights),
+        tuple(b.detach() for b in layers.biases),
+        precision,
+        offset,
+    )

@@ -23,20 +23,25 @@ __all__ = ["exact", "expectation", "quadrature"]
 NODES = 16
 #: Nats below the peak at which a density has ended.
 DEPTH = 50.0
-#: Panels from which an expectation starts, by the number of dimensions: fewer might all miss a small region.
+#: Panels from which an expectation starts, by the number of dimensions: fewer might all miss a
+#: small region.
 FIRST = {1: 128, 2: 8}
 
 
 def exact(energy: Energy, max_units: float = 24) -> LogZ:
-    r""":math:`\log Z` as the energy knows it, or by a sum over every state of a discrete energy, in float64.
+    r""":math:`\log Z` as the energy knows it, or by a sum over every state of a discrete energy, in
+    float64.
 
     .. math:: Z = \sum_x e^{-E(x)}
 
-    A machine made of layers (RBM, GRBM, DBM) is summed over the smaller of its two sides, the other being summed in closed form.
+    A machine made of layers (RBM, GRBM, DBM) is summed over the smaller of its two sides, the other
+    being summed in closed form.
 
     Args:
-        energy: of any discrete support with a table of site values, made of layers, or with a known ``log_z``.
-        max_units: bits to enumerate at most, :math:`\log_2` of the number of states; each one more doubles the time.
+        energy: of any discrete support with a table of site values, made of layers, or with a known
+            ``log_z``.
+        max_units: bits to enumerate at most, :math:`\log_2` of the number of states; each one more
+            doubles the time.
 
     Raises:
         ValueError: if there are more states, or if the energy is continuous and knows no ``log_z``.
@@ -53,12 +58,15 @@ def exact(energy: Energy, max_units: float = 24) -> LogZ:
             layers = energy.layers()
             units = sum(layers.sizes[layer] for layer in layers.smaller_side())
             _check_units(energy, units, max_units)
-            return _exact(float(layers.double().log_partition()), f"sum over 2^{units} states of one side")
+            return _exact(
+                float(layers.double().log_partition()), f"sum over 2^{units} states of one side"
+            )
         if energy.log_z is not None:
             return _exact(energy.log_z, "known")
         if not is_discrete(energy.support):
             raise ValueError(
-                f"exact needs a discrete energy or one that knows its log_z, but {type(energy).__name__} has support"
+                f"exact needs a discrete energy or one that knows its log_z, but"
+                f" {type(energy).__name__} has support"
                 f" {energy.support}: see quadrature, or ais"
             )
         values = site_values(energy.support, energy.event_shape, energy.dtype, energy.device)
@@ -70,7 +78,9 @@ def exact(energy: Energy, max_units: float = 24) -> LogZ:
             minus = -energy(states.reshape(-1, *energy.event_shape)).double()
             wrong = int((minus.isnan() | (minus == math.inf)).sum())
             if wrong:
-                raise FloatingPointError(f"{type(energy).__name__} is NaN or -inf at {wrong} of {len(minus)} states")
+                raise FloatingPointError(
+                    f"{type(energy).__name__} is NaN or -inf at {wrong} of {len(minus)} states"
+                )
             total = torch.logaddexp(total, minus.logsumexp(0))
     return _exact(float(total), f"sum over 2^{bits:.4g} states")
 
@@ -84,7 +94,8 @@ def _exact(value: float, method: str) -> LogZ:
 def _check_units(energy: Energy, units: float, max_units: float) -> None:
     if units > max_units:
         raise ValueError(
-            f"log Z of {type(energy).__name__} needs a sum over 2^{units:.4g} states, more than max_units={max_units} allows:"
+            f"log Z of {type(energy).__name__} needs a sum over 2^{units:.4g} states, more than"
+            f" max_units={max_units} allows:"
             " estimate it (ais)"
         )
 
@@ -96,25 +107,30 @@ def quadrature(
     tolerance: float = 1e-8,
     max_panels: int | None = None,
 ) -> LogZ:
-    r""":math:`\log \int e^{-E(x)} dx` in one or two dimensions, by Gauss-Legendre rules in equal panels that are halved.
+    r""":math:`\log \int e^{-E(x)} dx` in one or two dimensions, by Gauss-Legendre rules in equal
+    panels that are halved.
 
-    Panels are halved until the value changes by less than ``tolerance``; that change is the error given. A float32 energy limits
-    it. Constrained supports are integrated in unconstrained coordinates.
+    Panels are halved until the value changes by less than ``tolerance``; that change is the error
+    given. A float32 energy limits it. Constrained supports are integrated in unconstrained
+    coordinates.
 
     Args:
         energy: continuous, of one or two unconstrained entries.
-        bounds: ``(low, high)`` of each entry in unconstrained coordinates, which are those of the energy where the support is
-            real; nothing outside counts. None finds a box beyond which the density is below :math:`e^{-50}` of its peak; a peak
-            far from ``energy.initial`` and narrow beside that distance may escape it.
+        bounds: ``(low, high)`` of each entry in unconstrained coordinates, which are those of the
+            energy where the support is real; nothing outside counts. None finds a box beyond which
+            the density is below :math:`e^{-50}` of its peak; a peak far from ``energy.initial`` and
+            narrow beside that distance may escape it.
         tolerance: change of log Z in nats at which to stop.
-        max_panels: of one dimension, a power of two; None is 4,096 for one dimension and 64 for two.
+        max_panels: of one dimension, a power of two; None is 4,096 for one dimension and 64 for
+            two.
 
     Returns:
         kind "exact" where the tolerance was reached, else "estimate".
 
     Raises:
-        ValueError: if the energy is discrete or has more dimensions, the bounds do not fit, or no box is found.
-        FloatingPointError: if an energy is NaN or -inf, or the density is 0 everywhere.
+        ValueError: if the energy is discrete or has more dimensions, the bounds do not fit, or no
+        box is found. FloatingPointError: if an energy is NaN or -inf, or the density is 0
+        everywhere.
 
     Example:
         >>> from pyroebm.targets import DoubleWell
@@ -122,7 +138,9 @@ def quadrature(
         5.03228400...
     """
     value, _, change, dim = _integrate(energy, None, bounds, tolerance, max_panels)
-    return LogZ(value, change, "exact" if change <= tolerance else "estimate", f"quadrature in {dim}-D")
+    return LogZ(
+        value, change, "exact" if change <= tolerance else "estimate", f"quadrature in {dim}-D"
+    )
 
 
 def expectation(
@@ -133,24 +151,28 @@ def expectation(
     tolerance: float = 1e-6,
     max_panels: int | None = None,
 ) -> tuple[Tensor, float]:
-    r""":math:`E_p[f(x)] = \int f(x)\, e^{-E(x)} dx / Z` in one or two dimensions, by the panels of :func:`quadrature`.
+    r""":math:`E_p[f(x)] = \int f(x)\, e^{-E(x)} dx / Z` in one or two dimensions, by the panels of
+    :func:`quadrature`.
 
-    Probabilities of regions are expectations of their indicators, which converge slowly where the density at their edges is not
-    small: look at the change. The first panels have 2,048 nodes in one dimension and 128 x 128 in two; a region that lies between
-    the nodes is not seen, and its change is 0: give bounds about it.
+    Probabilities of regions are expectations of their indicators, which converge slowly where the
+    density at their edges is not small: look at the change. The first panels have 2,048 nodes in
+    one dimension and 128 x 128 in two; a region that lies between the nodes is not seen, and its
+    change is 0: give bounds about it.
 
     Args:
         energy: as for :func:`quadrature`.
-        function: f, of states ``(n, *event)`` to ``(n,)`` or ``(n, k)``; where the density is 0 it is not heeded.
-        bounds, tolerance, max_panels: as for :func:`quadrature`; the tolerance is that of each entry.
+        function: f, of states ``(n, *event)`` to ``(n,)`` or ``(n, k)``; where the density is 0 it
+            is not heeded.
+        bounds, tolerance, max_panels: as for :func:`quadrature`; the tolerance is that of each
+            entry.
 
     Returns:
-        the expectation, float64, a scalar or ``(k,)``; and its largest change when the panels were last halved, at most the
-        tolerance unless ``max_panels`` was met.
+        the expectation, float64, a scalar or ``(k,)``; and its largest change when the panels were
+        last halved, at most the tolerance unless ``max_panels`` was met.
 
     Raises:
-        ValueError: as :func:`quadrature`, and if f gives another shape.
-        FloatingPointError: as :func:`quadrature`, and if f is NaN or infinite where the density is not 0.
+        ValueError: as :func:`quadrature`, and if f gives another shape. FloatingPointError: as
+        :func:`quadrature`, and if f is NaN or infinite where the density is not 0.
 
     Example:
         >>> from pyroebm.targets import DoubleWell
@@ -170,13 +192,17 @@ def _integrate(
     tolerance: float,
     max_panels: int | None,
 ) -> tuple[float, Tensor, float, int]:
-    """log Z, the expectation of a function, how much the one asked for changed at last, and the dimensions."""
+    """log Z, the expectation of a function, how much the one asked for changed at last, and the
+    dimensions."""
     check_energy(energy)
     check_weighable(energy)
     target = Unconstrained(energy)
     dim = target.event_shape.numel()
     if dim not in (1, 2):
-        raise ValueError(f"quadrature needs one or two unconstrained entries, but {type(energy).__name__} has {dim}")
+        raise ValueError(
+            f"quadrature needs one or two unconstrained entries, but {type(energy).__name__} has"
+            f" {dim}"
+        )
     with torch.no_grad(), eval_mode(energy):
         box = _find_box(target, dim) if bounds is None else _checked(bounds, dim)
         limit = (4096 if dim == 1 else 64) if max_panels is None else max_panels
@@ -187,10 +213,16 @@ def _integrate(
         while change > tolerance and panels <= limit:
             before, value_before = mean, value
             value, mean = _panels(target, box, panels, function)
-            change = abs(value - value_before) if function is None else float((mean - before).abs().max())
+            change = (
+                abs(value - value_before)
+                if function is None
+                else float((mean - before).abs().max())
+            )
             panels *= 2
     if not math.isfinite(value):
-        raise FloatingPointError(f"the density of {type(energy).__name__} is 0 everywhere in the box {box}")
+        raise FloatingPointError(
+            f"the density of {type(energy).__name__} is 0 everywhere in the box {box}"
+        )
     return value, mean, change, dim
 
 
@@ -199,13 +231,18 @@ Box = list[tuple[float, float]]
 
 def _checked(bounds: Sequence[tuple[float, float]], dim: int) -> Box:
     box = [(float(low), float(high)) for low, high in bounds]
-    if len(box) != dim or not all(low < high and math.isfinite(low) and math.isfinite(high) for low, high in box):
-        raise ValueError(f"bounds must be {dim} finite pairs (low, high) with low < high, got bounds={bounds}")
+    if len(box) != dim or not all(
+        low < high and math.isfinite(low) and math.isfinite(high) for low, high in box
+    ):
+        raise ValueError(
+            f"bounds must be {dim} finite pairs (low, high) with low < high, got bounds={bounds}"
+        )
     return box
 
 
 def _log_density(target: Energy, axes: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor, slice]]:
-    """Log densities, float64, over the grid of the axes, and the states, in pieces of the first axis."""
+    """Log densities, float64, over the grid of the axes, and the states, in pieces of the first
+    axis."""
     rows = max(1, BATCH * 4 // math.prod(len(axis) for axis in axes[1:]))
     for first in range(0, len(axes[0]), rows):
         piece = slice(first, first + rows)
@@ -214,17 +251,27 @@ def _log_density(target: Energy, axes: Sequence[Tensor]) -> Iterator[tuple[Tenso
         values = -target(states).double().reshape(grid.shape[:-1])
         wrong = int((values.isnan() | (values == math.inf)).sum())
         if wrong:
-            raise FloatingPointError(f"the energy is NaN or -inf at {wrong} of {values.numel()} nodes of the grid")
+            raise FloatingPointError(
+                f"the energy is NaN or -inf at {wrong} of {values.numel()} nodes of the grid"
+            )
         yield values, states, piece
 
 
-def _panels(target: Unconstrained, box: Box, panels: int, function: Callable[[Tensor], Tensor] | None) -> tuple[float, Tensor]:
-    """log of the integral over a box with that many panels on each axis, and the expectation of a function."""
-    node, weight = (torch.as_tensor(part, device=target.device) for part in np.polynomial.legendre.leggauss(NODES))
+def _panels(
+    target: Unconstrained, box: Box, panels: int, function: Callable[[Tensor], Tensor] | None
+) -> tuple[float, Tensor]:
+    """log of the integral over a box with that many panels on each axis, and the expectation of a
+    function."""
+    node, weight = (
+        torch.as_tensor(part, device=target.device)
+        for part in np.polynomial.legendre.leggauss(NODES)
+    )
     axes, weights = [], []
     for low, high in box:
         half = 0.5 * (high - low) / panels
-        centre = low + half * (2.0 * torch.arange(panels, dtype=torch.float64, device=target.device) + 1.0)
+        centre = low + half * (
+            2.0 * torch.arange(panels, dtype=torch.float64, device=target.device) + 1.0
+        )
         axes.append((centre.unsqueeze(1) + half * node).flatten())
         weights.append((half * weight).log().repeat(panels))
     total = torch.tensor(-math.inf, dtype=torch.float64, device=target.device)
@@ -247,7 +294,10 @@ def _panels(target: Unconstrained, box: Box, panels: int, function: Callable[[Te
 def _mean(function: Callable[[Tensor], Tensor], states: Tensor, weights: Tensor) -> Tensor:
     found = function(states).double()
     if found.dim() not in (1, 2) or len(found) != len(states):
-        raise ValueError(f"function must map (n, *event) to (n,) or (n, k), got shape {tuple(found.shape)} for n = {len(states)}")
+        raise ValueError(
+            f"function must map (n, *event) to (n,) or (n, k), got shape {tuple(found.shape)} for"
+            f" n = {len(states)}"
+        )
     there = weights > 0.0
     result = weights[there] @ found[there]
     if not bool(torch.isfinite(result).all()):
@@ -256,7 +306,8 @@ def _mean(function: Callable[[Tensor], Tensor], states: Tensor, weights: Tensor)
 
 
 def _find_box(target: Energy, dim: int) -> Box:
-    """A box outside of which the density is negligible: grown where it is not yet, then shrunk to where it lives."""
+    """A box outside of which the density is negligible: grown where it is not yet, then shrunk to
+    where it lives."""
     start = target.initial(256, seeded_generator(0, target.device)).double().reshape(256, dim)
     middle, reach = start.mean(0), (start.amax(0) - start.amin(0)).clamp(min=1.0)
     box = [(float(m - r), float(m + r)) for m, r in zip(middle, reach, strict=True)]
@@ -271,13 +322,19 @@ def _find_box(target: Energy, dim: int) -> Box:
         box = grown
     else:
         raise ValueError(
-            f"no box holds the density: its tails are heavy, or it cannot be normalised; give bounds (reached {box})"
+            f"no box holds the density: its tails are heavy, or it cannot be normalised; give"
+            f" bounds (reached {box})"
         )
     for _ in range(2):
         shrunk = []
         for (low, high), a in zip(box, _alive(target, box), strict=True):
             cell, where = (high - low) / (len(a) - 1), a.nonzero().flatten()
-            shrunk.append((max(low, low + cell * (int(where[0]) - 1)), min(high, low + cell * (int(where[-1]) + 1))))
+            shrunk.append(
+                (
+                    max(low, low + cell * (int(where[0]) - 1)),
+                    min(high, low + cell * (int(where[-1]) + 1)),
+                )
+            )
         box = shrunk
     return box
 
@@ -285,9 +342,14 @@ def _find_box(target: Energy, dim: int) -> Box:
 def _alive(target: Energy, box: Box) -> list[Tensor]:
     """For each axis, at which of its grid points the density is not negligible anywhere across."""
     count = 1025 if len(box) == 1 else 129
-    axes = [torch.linspace(low, high, count, dtype=torch.float64, device=target.device) for low, high in box]
+    axes = [
+        torch.linspace(low, high, count, dtype=torch.float64, device=target.device)
+        for low, high in box
+    ]
     values = torch.cat([values for values, _, _ in _log_density(target, axes)])
     if bool((values == -math.inf).all()):
-        raise FloatingPointError(f"the density is 0 at every point of a grid over {box}; give bounds")
+        raise FloatingPointError(
+            f"the density is 0 at every point of a grid over {box}; give bounds"
+        )
     alive = values > values.max() - DEPTH
     return [alive] if len(box) == 1 else [alive.any(1), alive.any(0)]

@@ -26,17 +26,20 @@ BIAS: dict[str, str] = {
 class LogZ:
     r"""A value of :math:`\log Z`, in nats, and how far to trust it.
 
-    "lower" and "upper" are stochastic bounds: their expectation lies on that side of the truth (Jensen), and a single value
-    passes it by more than b nats with a probability of at most :math:`e^{-b}` (Markov). A standard error says how much a
-    value scatters. It does not see the bias, and no method sees a mode that none of its draws has met.
+    "lower" and "upper" are stochastic bounds: their expectation lies on that side of the truth
+    (Jensen), and a single value passes it by more than b nats with a probability of at most
+    :math:`e^{-b}` (Markov). A standard error says how much a value scatters. It does not see the
+    bias, and no method sees a mode that none of its draws has met.
 
     Attributes:
         value: :math:`\log Z`.
-        standard_error: its standard error; 0 where it is a sum over all states, the error of the rule for a quadrature, ``inf``
-            where a few of the weights decide (:func:`pyroebm.core.statistics.log_mean`).
+        standard_error: its standard error; 0 where it is a sum over all states, the error of the
+            rule for a quadrature, ``inf`` where a few of the weights decide
+            (:func:`pyroebm.core.statistics.log_mean`).
         kind: "exact", "estimate", "lower" or "upper".
         method: how it was found, in words.
-        ess: effective sample size :math:`(\sum w)^2 / \sum w^2` of the weights (Kong, 1992); None where there are none.
+        ess: effective sample size :math:`(\sum w)^2 / \sum w^2` of the weights (Kong, 1992); None
+            where there are none.
         log_weights: float64, shape ``(n,)``; None where there are none.
 
     Example:
@@ -62,12 +65,17 @@ class LogZ:
         return BIAS[self.kind]
 
     def __str__(self) -> str:
-        weights = "" if self.ess is None or self.log_weights is None else f"; ESS {self.ess:.4g} of {len(self.log_weights)}"
+        weights = (
+            ""
+            if self.ess is None or self.log_weights is None
+            else f"; ESS {self.ess:.4g} of {len(self.log_weights)}"
+        )
         return f"log Z = {self.value:.4f} +- {self.standard_error:.2g} ({self.method}; {self.kind}: {self.bias}{weights})"
 
 
 def from_weights(log_weights: Tensor, log_z: float, kind: Kind, method: str, sign: int = 1) -> LogZ:
-    r""":math:`\log Z_0 \pm \log \frac1n \sum_i w_i` of independent weights, with the standard error of the delta method.
+    r""":math:`\log Z_0 \pm \log \frac1n \sum_i w_i` of independent weights, with the standard error
+    of the delta method.
 
     Args:
         log_weights: shape ``(n,)``.
@@ -83,11 +91,18 @@ def from_weights(log_weights: Tensor, log_z: float, kind: Kind, method: str, sig
     nan = int(log_weights.isnan().sum())
     infinite = int((log_weights == math.inf).sum())
     if nan or infinite:
-        raise FloatingPointError(f"{method}: of {n} log weights {nan} are NaN and {infinite} are +inf: an energy is not finite")
+        raise FloatingPointError(
+            f"{method}: of {n} log weights {nan} are NaN and {infinite} are +inf: an energy is not"
+            f" finite"
+        )
     if bool((log_weights == -math.inf).all()):
-        raise FloatingPointError(f"{method}: all {n} weights are 0: the two densities do not meet at any draw")
+        raise FloatingPointError(
+            f"{method}: all {n} weights are 0: the two densities do not meet at any draw"
+        )
     found = log_mean(log_weights)
-    return LogZ(log_z + sign * found.value, found.standard_error, kind, method, found.ess, log_weights)
+    return LogZ(
+        log_z + sign * found.value, found.standard_error, kind, method, found.ess, log_weights
+    )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -97,7 +112,8 @@ class Bracket:
     Attributes:
         forward: from the base to the target, low on average.
         reverse: from the target to the base; a bound only where its kind is "upper".
-        combined: the acceptance ratio of both (:func:`pyroebm.partition.acceptance_ratio`), mostly much closer than either.
+        combined: the acceptance ratio of both (:func:`pyroebm.partition.acceptance_ratio`), mostly
+            much closer than either.
 
     Example:
         >>> import torch

@@ -1,4 +1,5 @@
-"""Walks along a path of densities, with the weights that annealed importance sampling gives them."""
+"""Walks along a path of densities, with the weights that annealed importance sampling gives
+them."""
 
 from __future__ import annotations
 
@@ -27,14 +28,16 @@ S = TypeVar("S")
 
 
 class WeightedPath(Protocol[S]):
-    """What a walk needs: weights from one temperature to another, and moves that leave a temperature's density unchanged."""
+    """What a walk needs: weights from one temperature to another, and moves that leave a
+    temperature's density unchanged."""
 
     def log_weight(self, state: S, beta: float, then: float) -> Tensor: ...
     def move(self, state: S, beta: float, generator: torch.Generator | None) -> S: ...
 
 
 class KernelPath:
-    """The :class:`pyroebm.Path` from a base to an energy in unconstrained coordinates, on which any kernel moves.
+    """The :class:`pyroebm.Path` from a base to an energy in unconstrained coordinates, on which any
+    kernel moves.
 
     Args:
         energy, base: the two ends.
@@ -42,8 +45,12 @@ class KernelPath:
         pilot: an SMC run along the same path, whose step sizes are taken.
     """
 
-    def __init__(self, energy: Energy, base: Energy, kernel: Kernel[Any], pilot: SMCResult | None = None) -> None:
-        self.target, self.reference = (Unconstrained(e, keep_discrete=kernel.discrete) for e in (energy, base))
+    def __init__(
+        self, energy: Energy, base: Energy, kernel: Kernel[Any], pilot: SMCResult | None = None
+    ) -> None:
+        self.target, self.reference = (
+            Unconstrained(e, keep_discrete=kernel.discrete) for e in (energy, base)
+        )
         self.kernel = kernel
         self.pilot = pilot
         self.log_z = float(base.log_z or 0.0)
@@ -56,13 +63,16 @@ class KernelPath:
         """One step of the kernel at a temperature, from a fresh state."""
         path, kernel = Path(self.target, beta, self.reference), self.kernel
         if self.pilot is not None:
-            kernel = kernel.replace(step_size=float(np.interp(beta, self.pilot.betas[1:], self.pilot.step_sizes)))
+            kernel = kernel.replace(
+                step_size=float(np.interp(beta, self.pilot.betas[1:], self.pilot.step_sizes))
+            )
         state, _ = kernel.step(path, kernel.init(path, x, generator), generator)
         moved: Tensor = state.x
         return moved
 
     def alive(self, x: Tensor, beta: float, then: float) -> Tensor:
-        """Which rows do not begin where the other end has no density: those have weight 0 from the start, and cannot be moved.
+        """Which rows do not begin where the other end has no density: those have weight 0 from the
+        start, and cannot be moved.
 
         Raises:
             FloatingPointError: if an energy is NaN or -inf.
@@ -70,10 +80,18 @@ class KernelPath:
         first = self.log_weight(x, beta, then)
         wrong = int((first.isnan() | (first == math.inf)).sum())
         if wrong:
-            raise FloatingPointError(f"an energy is NaN or -inf at {wrong} of {len(x)} draws that the walk starts from")
+            raise FloatingPointError(
+                f"an energy is NaN or -inf at {wrong} of {len(x)} draws that the walk starts from"
+            )
         return first > -math.inf
 
-    def total_weight(self, x: Tensor, betas: Sequence[float], generator: torch.Generator | None, progress: bool | None) -> Tensor:
+    def total_weight(
+        self,
+        x: Tensor,
+        betas: Sequence[float],
+        generator: torch.Generator | None,
+        progress: bool | None,
+    ) -> Tensor:
         """:func:`total_weight` of all rows, alive or not."""
         alive = self.alive(x, *betas[:2])
         log_weights = torch.full((len(x),), -math.inf, dtype=torch.float64, device=x.device)
@@ -83,10 +101,14 @@ class KernelPath:
 
 
 def increments(
-    path: WeightedPath[S], state: S, betas: Sequence[float], generator: torch.Generator | None, progress: bool | None
+    path: WeightedPath[S],
+    state: S,
+    betas: Sequence[float],
+    generator: torch.Generator | None,
+    progress: bool | None,
 ) -> Iterator[Tensor]:
-    r""":math:`\log f_{\beta_{k+1}}(x_k) - \log f_{\beta_k}(x_k)` for each k, where :math:`x_{k+1}` is :math:`x_k` moved at
-    :math:`\beta_{k+1}`.
+    r""":math:`\log f_{\beta_{k+1}}(x_k) - \log f_{\beta_k}(x_k)` for each k, where :math:`x_{k+1}`
+    is :math:`x_k` moved at :math:`\beta_{k+1}`.
 
     The weight comes before the move. Temperatures may rise or fall; the last needs no move.
     """
@@ -99,7 +121,11 @@ def increments(
 
 
 def total_weight(
-    path: WeightedPath[S], state: S, betas: Sequence[float], generator: torch.Generator | None, progress: bool | None
+    path: WeightedPath[S],
+    state: S,
+    betas: Sequence[float],
+    generator: torch.Generator | None,
+    progress: bool | None,
 ) -> Tensor:
     """The log weights of a whole walk, float64, shape ``(rows,)``."""
     terms = increments(path, state, betas, generator, progress)
@@ -111,11 +137,14 @@ def total_weight(
 
 def bar(total: int, label: str, progress: bool | None) -> Any:
     """A progress bar for what takes longer than a second; None shows it on a terminal."""
-    return tqdm(total=total, desc=label, disable=None if progress is None else not progress, delay=1.0)
+    return tqdm(
+        total=total, desc=label, disable=None if progress is None else not progress, delay=1.0
+    )
 
 
 def as_betas(betas: int | Tensor) -> list[float]:
-    """A schedule: that many even steps from 0 to 1, or the one given; ValueError unless it rises from 0 to 1."""
+    """A schedule: that many even steps from 0 to 1, or the one given; ValueError unless it rises
+    from 0 to 1."""
     if isinstance(betas, int) and not isinstance(betas, bool):
         if betas < 1:
             raise ValueError(f"betas must be at least 1, got betas={betas}")
@@ -123,7 +152,10 @@ def as_betas(betas: int | Tensor) -> list[float]:
     given = torch.as_tensor(betas, dtype=torch.float64)
     rises = given.dim() == 1 and len(given) > 1 and bool((given.diff() > 0.0).all())
     if not (rises and float(given[0]) == 0.0 and float(given[-1]) == 1.0):
-        raise ValueError(f"betas must be a number of temperatures, or a schedule that rises from 0 to 1, got betas={betas}")
+        raise ValueError(
+            f"betas must be a number of temperatures, or a schedule that rises from 0 to 1, got"
+            f" betas={betas}"
+        )
     return [float(beta) for beta in given]
 
 

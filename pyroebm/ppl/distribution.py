@@ -23,14 +23,16 @@ __all__ = ["Boltzmann", "initial_states"]
 class Boltzmann(TorchDistribution):
     r"""The distribution :math:`p(x) = e^{-E(x)} / Z` of an energy, to stand in a Pyro model.
 
-    ``log_prob`` is normalised when :math:`\log Z` is given or the energy knows it (``energy.log_z``); else it is
-    :math:`-E(x)`, enough for MCMC and for SVI over x. ``sample`` draws exactly where the energy can and raises elsewhere:
-    inference on a model then starts from ``energy.initial``, see :func:`initial_states`.
+    ``log_prob`` is normalised when :math:`\log Z` is given or the energy knows it
+    (``energy.log_z``); else it is :math:`-E(x)`, enough for MCMC and for SVI over x. ``sample``
+    draws exactly where the energy can and raises elsewhere: inference on a model then starts from
+    ``energy.initial``, see :func:`initial_states`.
 
-    An energy with trainable or latent parameters needs :math:`\log Z` as a tensor that depends on them: without it the gradient
-    of ``log_prob`` in the parameters would lack that of :math:`\log Z` (a doubly intractable model), so it is refused. What is
-    seen is autograd's graph: inference that takes no gradients (importance sampling, random walks) over parameters of an energy
-    cannot be told apart, and neither can a ``log_z`` that depends on other parameters than the energy's.
+    An energy with trainable or latent parameters needs :math:`\log Z` as a tensor that depends on
+    them: without it the gradient of ``log_prob`` in the parameters would lack that of :math:`\log
+    Z` (a doubly intractable model), so it is refused. What is seen is autograd's graph: inference
+    that takes no gradients (importance sampling, random walks) over parameters of an energy cannot
+    be told apart, and neither can a ``log_z`` that depends on other parameters than the energy's.
 
     Args:
         energy: the energy E.
@@ -38,8 +40,8 @@ class Boltzmann(TorchDistribution):
         validate_args: as in Pyro's distributions.
 
     Raises:
-        ValueError: if the energy has trainable or latent parameters and ``log_z`` carries no gradient; if
-            ``log_z`` is not one finite number.
+        ValueError: if the energy has trainable or latent parameters and ``log_z`` carries no
+            gradient; if ``log_z`` is not one finite number.
         NotImplementedError: from ``sample`` if the energy has no exact draws.
 
     Example:
@@ -53,7 +55,9 @@ class Boltzmann(TorchDistribution):
     arg_constraints: ClassVar[dict[str, Constraint]] = {}
     has_rsample = False
 
-    def __init__(self, energy: Energy, log_z: float | Tensor | None = None, validate_args: bool | None = None) -> None:
+    def __init__(
+        self, energy: Energy, log_z: float | Tensor | None = None, validate_args: bool | None = None
+    ) -> None:
         check_energy(energy)
         self.energy = energy
         self.log_z = energy.log_z if log_z is None else log_z
@@ -79,7 +83,9 @@ class Boltzmann(TorchDistribution):
     def expand(self, batch_shape: Sequence[int], _instance: Boltzmann | None = None) -> Boltzmann:
         new = self._get_checked_instance(Boltzmann, _instance)
         new.energy, new.log_z = self.energy, self.log_z
-        TorchDistribution.__init__(new, torch.Size(batch_shape), self.event_shape, validate_args=False)
+        TorchDistribution.__init__(
+            new, torch.Size(batch_shape), self.event_shape, validate_args=False
+        )
         new._validate_args = self._validate_args
         return new
 
@@ -99,9 +105,12 @@ class Boltzmann(TorchDistribution):
         if isinstance(self.log_z, Tensor) and self.log_z.requires_grad:
             return
         raise ValueError(
-            f"the energy {type(self.energy).__name__} has trainable or latent parameters, and log Z (log_z={self.log_z}) does not"
-            " depend on them: log_prob would be silently wrong in them. Ways out: give log_z as a tensor computed from the"
-            " parameters (exact or estimated); train them with an objective made for it (contrastive divergence, score matching,"
+            f"the energy {type(self.energy).__name__} has trainable or latent parameters, and log"
+            f" Z (log_z={self.log_z}) does not"
+            " depend on them: log_prob would be silently wrong in them. Ways out: give log_z as a"
+            " tensor computed from the"
+            " parameters (exact or estimated); train them with an objective made for it"
+            " (contrastive divergence, score matching,"
             " noise-contrastive estimation); or freeze them with energy.requires_grad_(False)"
         )
 
@@ -109,14 +118,18 @@ class Boltzmann(TorchDistribution):
         shape = torch.Size(sample_shape) + self.batch_shape
         if not self.energy.has_exact_draws:
             raise NotImplementedError(
-                f"{type(self.energy).__name__} has no exact draws. To run NUTS, HMC or a guide on a model with it, let Pyro start"
-                " from energy.initial: NUTS(pyroebm.initial_states(model)). To draw from the energy alone, use pyroebm.MCMC"
+                f"{type(self.energy).__name__} has no exact draws. To run NUTS, HMC or a guide on"
+                f" a model with it, let Pyro start"
+                " from energy.initial: NUTS(pyroebm.initial_states(model)). To draw from the"
+                " energy alone, use pyroebm.MCMC"
             )
         return self.energy.sample(event_numel(shape)).reshape(shape + self.event_shape)
 
     def initial(self) -> Tensor:
         """A legal starting state, **not a draw**, of the shape that one call would give."""
-        return self.energy.initial(event_numel(self.batch_shape)).reshape(self.batch_shape + self.event_shape)
+        return self.energy.initial(event_numel(self.batch_shape)).reshape(
+            self.batch_shape + self.event_shape
+        )
 
 
 class _InitialStates(Messenger):
@@ -129,10 +142,12 @@ class _InitialStates(Messenger):
 
 
 def initial_states(model: Callable[..., Any]) -> Callable[..., Any]:
-    """A model whose :class:`Boltzmann` sites without exact draws start from ``energy.initial``, for NUTS, HMC or a guide.
+    """A model whose :class:`Boltzmann` sites without exact draws start from ``energy.initial``, for
+    NUTS, HMC or a guide.
 
-    Pyro runs a model once to find its sites, and for that it calls ``sample``, which such a site refuses. The values put in their
-    place are starting states and not draws: do not use the wrapped model to simulate.
+    Pyro runs a model once to find its sites, and for that it calls ``sample``, which such a site
+    refuses. The values put in their place are starting states and not draws: do not use the wrapped
+    model to simulate.
 
     Args:
         model: a Pyro model.
@@ -140,7 +155,7 @@ def initial_states(model: Callable[..., Any]) -> Callable[..., Any]:
     Example:
         >>> import pyro
         >>> from pyroebm.core import Unnormalized
-        >>> quartic = Unnormalized(lambda x: -x**4)
+        >>> quartic = Unnormalized(lambda x: -(x**4))
         >>> def model():
         ...     return pyro.sample("x", Boltzmann(quartic))
         >>> initial_states(model)().shape

@@ -1,4 +1,5 @@
-"""A flow as the guide of a Pyro model: trained by SVI or by our objectives, with the same parameters."""
+"""A flow as the guide of a Pyro model: trained by SVI or by our objectives, with the same
+parameters."""
 
 from __future__ import annotations
 
@@ -27,29 +28,34 @@ DRAWS = 10_000
 
 
 class FlowGuide(AutoContinuous):
-    r"""A flow as the guide of a Pyro model with continuous latents; an ``AutoContinuous`` guide, so all that takes one takes it.
+    r"""A flow as the guide of a Pyro model with continuous latents; an ``AutoContinuous`` guide, so
+    all that takes one takes it.
 
     .. math:: q(\theta) = q(x)\, |\det \partial T / \partial x|^{-1}, \qquad \theta = T(x)
 
-    x is all latents in one unconstrained vector, in the order of the model, and T the bijection of each to its support. A flow
-    with D = d is the guide of the model itself. One with redundant latents, D > d, is the guide of :meth:`extended`, the model
-    with a site :math:`y \sim N(M(x), \Sigma(x))` more, whose posterior of :math:`\theta` is the model's own. Either way minus
-    the ELBO is :math:`J_R - \log C`, draw by draw, of :class:`pyroebm.objectives.ReverseKL` on :meth:`energy`. ``SVI`` and
-    :func:`pyroebm.objectives.fit_flow` train the same parameters, those of ``guide.flow``.
+    x is all latents in one unconstrained vector, in the order of the model, and T the bijection of
+    each to its support. A flow with D = d is the guide of the model itself. One with redundant
+    latents, D > d, is the guide of :meth:`extended`, the model with a site :math:`y \sim N(M(x),
+    \Sigma(x))` more, whose posterior of :math:`\theta` is the model's own. Either way minus the
+    ELBO is :math:`J_R - \log C`, draw by draw, of :class:`pyroebm.objectives.ReverseKL` on
+    :meth:`energy`. ``SVI`` and :func:`pyroebm.objectives.fit_flow` train the same parameters, those
+    of ``guide.flow``.
 
-    With D = d it goes into ``pyro.infer.reparam.NeuTraReparam`` once it has been called; with any D our kernels run on
-    :class:`pyroebm.flows.Transported`. The fit may have missed a mode, which no ELBO shows: weigh its draws
-    (:func:`pyroebm.flows.importance_sample`) and judge it (:func:`pyroebm.flows.judge_flow`).
+    With D = d it goes into ``pyro.infer.reparam.NeuTraReparam`` once it has been called; with any D
+    our kernels run on :class:`pyroebm.flows.Transported`. The fit may have missed a mode, which no
+    ELBO shows: weigh its draws (:func:`pyroebm.flows.importance_sample`) and judge it
+    (:func:`pyroebm.flows.judge_flow`).
 
     Args:
         model: a Pyro model; rows of data may be subsampled if no latent is among them.
-        flow: the flow, of as many x as the model has unconstrained entries; or what makes one of their number d, at the first
-            call. There is no ``guide.flow`` until then.
-        stl: let SVI leave the score out of the gradient ("sticking the landing", Roeder, Wu and Duvenaud, 2017).
+        flow: the flow, of as many x as the model has unconstrained entries; or what makes one of
+            their number d, at the first call. There is no ``guide.flow`` until then.
+        stl: let SVI leave the score out of the gradient ("sticking the landing", Roeder, Wu and
+            Duvenaud, 2017).
 
     Raises:
-        ValueError: at the first call, if the flow has another d; if a latent is discrete or in a plate that subsamples, or if
-            the support of one depends on another.
+        ValueError: at the first call, if the flow has another d; if a latent is discrete or in a
+            plate that subsamples, or if the support of one depends on another.
 
     Example:
         >>> from pyro.infer import SVI, Trace_ELBO
@@ -63,9 +69,13 @@ class FlowGuide(AutoContinuous):
         >>> guide = FlowGuide(model, NICE(1))
         >>> loss = SVI(model, guide, pyro.optim.Adam({"lr": 1e-2}), Trace_ELBO()).step(y)
         >>> energy = guide.energy(y)
-        >>> for step, loss, facts in fit_flow(guide.flow, energy, steps=200, lr=2e-2, num_samples=64):
+        >>> for step, loss, facts in fit_flow(
+        ...     guide.flow, energy, steps=200, lr=2e-2, num_samples=64
+        ... ):
         ...     pass
-        >>> weighted = importance_sample(guide.flow, energy, 10_000)  # the posterior is Gamma(11, 4)
+        >>> weighted = importance_sample(
+        ...     guide.flow, energy, 10_000
+        ... )  # the posterior is Gamma(11, 4)
         >>> mean, se = weighted.expectation(lambda x: energy.constrain(x)["rate"])
         >>> abs(float(mean) - 11 / 4) < 5 * float(se), guide.sample(3)["rate"].shape
         (True, torch.Size([3]))
@@ -73,7 +83,9 @@ class FlowGuide(AutoContinuous):
 
     flow: Flow
 
-    def __init__(self, model: Callable[..., Any], flow: Flow | Callable[[int], Flow], stl: bool = False) -> None:
+    def __init__(
+        self, model: Callable[..., Any], flow: Flow | Callable[[int], Flow], stl: bool = False
+    ) -> None:
         super().__init__(initial_states(model), init_loc_fn=init_to_feasible)
         self._plain = (model,)  # in a tuple, so that a module's parameters stay the model's
         self.stl = stl
@@ -85,24 +97,31 @@ class FlowGuide(AutoContinuous):
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         with drawing_from(seeded_generator(0)):
             super()._setup_prototype(*args, **kwargs)
-            prototype, self.prototype_trace = self.prototype_trace, None  # a guide that is refused is not set up
+            # a guide that is refused is not set up
+            prototype, self.prototype_trace = self.prototype_trace, None
             elsewhere = InitMessenger(init_to_uniform)(initial_states(self._plain[0]))
             other = poutine.block(poutine.trace(elsewhere).get_trace)(*args, **kwargs)
         self._transforms: dict[str, Transform] = {}
         for name, site in prototype.iter_stochastic_nodes():
-            self._transforms[name] = _fixed_transform(name, site, other, self._unconstrained_shapes[name])
+            self._transforms[name] = _fixed_transform(
+                name, site, other, self._unconstrained_shapes[name]
+            )
         if "flow" not in self._modules:
             self.flow = self._make_flow(self.latent_dim)
         if self.flow.dim != self.latent_dim:
             sizes = {name: event_numel(shape) for name, shape in self._unconstrained_shapes.items()}
             raise ValueError(
-                f"flow must have dim={self.latent_dim}, the unconstrained entries of the latents {sizes}, got dim={self.flow.dim}"
+                f"flow must have dim={self.latent_dim}, the unconstrained entries of the latents"
+                f" {sizes}, got dim={self.flow.dim}"
             )
         self.prototype_trace = prototype
 
     def _ready(self) -> None:
         if self.prototype_trace is None:
-            raise ValueError("the guide has not seen its model's sites yet: call guide(*args), guide.energy(*args) or SVI's step")
+            raise ValueError(
+                "the guide has not seen its model's sites yet: call guide(*args),"
+                " guide.energy(*args) or SVI's step"
+            )
 
     def get_base_dist(self) -> dist.Distribution:
         return self.flow.base.distribution(self.flow.dtype, self.flow.device)
@@ -110,8 +129,10 @@ class FlowGuide(AutoContinuous):
     def get_transform(self, *args: Any, **kwargs: Any) -> Transform:
         if self.flow.conditional is not None:
             raise NotImplementedError(
-                f"a flow with redundant latents (dim={self.flow.dim}, total_dim={self.flow.total_dim}) is no transform of the"
-                " model's latents: run our kernels on pyroebm.flows.Transported(guide.flow, guide.energy(*args))"
+                f"a flow with redundant latents (dim={self.flow.dim},"
+                f" total_dim={self.flow.total_dim}) is no transform of the"
+                " model's latents: run our kernels on pyroebm.flows.Transported(guide.flow,"
+                " guide.energy(*args))"
             )
         return self.flow.transform
 
@@ -131,10 +152,11 @@ class FlowGuide(AutoContinuous):
         return f"_{self._pyro_name}_y"
 
     def extended(self, *args: Any, **kwargs: Any) -> Any:
-        r"""The model with the site :math:`y \sim N(M(x), \Sigma(x))`: what SVI takes with this guide.
+        r"""The model with the site :math:`y \sim N(M(x), \Sigma(x))`: what SVI takes with this
+        guide.
 
-        Where D = d it is the model. It returns what the model returns. In ``SVI(guide.extended, guide, ...)`` the guide runs
-        first, as it must.
+        Where D = d it is the model. It returns what the model returns. In ``SVI(guide.extended,
+        guide, ...)`` the guide runs first, as it must.
         """
         with poutine.trace() as seen:
             result = self._plain[0](*args, **kwargs)
@@ -144,20 +166,26 @@ class FlowGuide(AutoContinuous):
         return result
 
     def _packed(self, trace: poutine.Trace) -> Tensor:
-        """The latents of a trace as x, the inverse of ``_unpack_latent``: plates around the model are its batch."""
+        """The latents of a trace as x, the inverse of ``_unpack_latent``: plates around the model
+        are its batch."""
         parts = []
         for name, site in self.prototype_trace.iter_stochastic_nodes():
-            u, shape = self._transforms[name].inv(trace.nodes[name]["value"]), self._unconstrained_shapes[name]
+            u, shape = (
+                self._transforms[name].inv(trace.nodes[name]["value"]),
+                self._unconstrained_shapes[name],
+            )
             outer = u.shape[: u.dim() - len(shape)]
             plates = site["value"].dim() - site["fn"].event_dim
             parts.append(u.reshape(*outer, *[1] * (plates if outer else 0), event_numel(shape)))
         return torch.cat(parts, -1)
 
     def energy(self, *args: Any, **kwargs: Any) -> ModelEnergy:
-        """The model's posterior given these arguments over x: what our objectives, kernels and importance weights take.
+        """The model's posterior given these arguments over x: what our objectives, kernels and
+        importance weights take.
 
         Raises:
-            ValueError: if the model has no fixed density (a plate that subsamples); if its dtype is not the flow's.
+            ValueError: if the model has no fixed density (a plate that subsamples); if its dtype is
+            not the flow's.
         """
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
@@ -182,11 +210,17 @@ class FlowGuide(AutoContinuous):
         xy, _ = self.flow.push(self.flow.draw_noise(n, generator))
         return self.constrain(xy[:, : self.flow.dim])
 
-    def quantiles(self, quantiles: Sequence[float] | Tensor, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Quantiles of each entry of each site, from 10 000 draws of a fixed seed: a dict of ``(len(quantiles), *shape)``."""
+    def quantiles(
+        self, quantiles: Sequence[float] | Tensor, *args: Any, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """Quantiles of each entry of each site, from 10 000 draws of a fixed seed: a dict of
+        ``(len(quantiles), *shape)``."""
         self._ready()
         draws = self.sample(DRAWS, seeded_generator(0, self.flow.device))
-        return {name: x.quantile(torch.as_tensor(quantiles, dtype=x.dtype, device=x.device), 0) for name, x in draws.items()}
+        return {
+            name: x.quantile(torch.as_tensor(quantiles, dtype=x.dtype, device=x.device), 0)
+            for name, x in draws.items()
+        }
 
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """The median of each entry of each site, as :meth:`quantiles` has it."""
@@ -198,16 +232,22 @@ def _fixed_transform(name: str, site: Any, other: Any, shape: torch.Size) -> Tra
     for frame in site["cond_indep_stack"]:
         if frame.full_size is not None and frame.size < frame.full_size:
             raise ValueError(
-                f"latent {name!r} is in plate {frame.name!r}, which draws {frame.size} of {frame.full_size} rows anew at every"
-                " call: a flow has no entry for the rows that were not drawn (subsample data only, or drop subsample_size)"
+                f"latent {name!r} is in plate {frame.name!r}, which draws {frame.size} of"
+                f" {frame.full_size} rows anew at every"
+                " call: a flow has no entry for the rows that were not drawn (subsample data only,"
+                " or drop subsample_size)"
             )
     transform = biject_to(site["fn"].support)
     if name not in other.nodes:
-        raise ValueError(f"latent {name!r} is not in every run of the model: a guide needs the same latents in each")
+        raise ValueError(
+            f"latent {name!r} is not in every run of the model: a guide needs the same latents in"
+            f" each"
+        )
     u = torch.ones(shape, dtype=site["value"].dtype, device=site["value"].device)
     if not torch.equal(transform(u), biject_to(other.nodes[name]["fn"].support)(u)):
         raise ValueError(
-            f"the support of latent {name!r} depends on other latents: a guide needs one that is fixed. Write it as a function"
+            f"the support of latent {name!r} depends on other latents: a guide needs one that is"
+            f" fixed. Write it as a function"
             " of a latent of fixed support (for Uniform(0, b): b * pyro.sample(..., Uniform(0, 1)))"
         )
     return transform

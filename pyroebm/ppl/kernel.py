@@ -21,12 +21,14 @@ __all__ = ["PyroKernel"]
 class PyroKernel(MCMCKernel):
     """A kernel of ours inside ``pyro.infer.MCMC``: one chain a process, as Pyro runs them.
 
-    Warm-up adapts as :class:`pyroebm.MCMC` does. Random numbers come from a generator of its own, seeded from Pyro's at the
-    start of each chain: ``pyro.set_rng_seed`` decides the run. For many chains at once use :class:`pyroebm.MCMC`.
+    Warm-up adapts as :class:`pyroebm.MCMC` does. Random numbers come from a generator of its own,
+    seeded from Pyro's at the start of each chain: ``pyro.set_rng_seed`` decides the run. For many
+    chains at once use :class:`pyroebm.MCMC`.
 
     Args:
         kernel: a kernel of :mod:`pyroebm.kernels`.
-        energy: the energy to sample; constrained supports are sampled unconstrained and mapped back by Pyro.
+        energy: the energy to sample; constrained supports are sampled unconstrained and mapped back
+            by Pyro.
         site: name of the variable.
         adaptation: how to adapt in warm-up; None leaves the kernel as it is.
 
@@ -34,7 +36,12 @@ class PyroKernel(MCMCKernel):
         >>> import pyro
         >>> from pyroebm import NUTS
         >>> from pyroebm.targets import DoubleWell
-        >>> mcmc = pyro.infer.MCMC(PyroKernel(NUTS(), DoubleWell()), num_samples=20, warmup_steps=20, disable_progbar=True)
+        >>> mcmc = pyro.infer.MCMC(
+        ...     PyroKernel(NUTS(), DoubleWell()),
+        ...     num_samples=20,
+        ...     warmup_steps=20,
+        ...     disable_progbar=True,
+        ... )
         >>> mcmc.run()
         >>> mcmc.get_samples()["x"].shape
         torch.Size([20])
@@ -73,7 +80,9 @@ class PyroKernel(MCMCKernel):
                 u = self._initial.unsqueeze(0)
             self._state = self.kernel.init(self.target, u, self._generator)
             if self.adaptation is not None and adapts:
-                self.kernel, self._memory = self.adaptation.start(self.kernel, self.target, self._state, self._generator)
+                self.kernel, self._memory = self.adaptation.start(
+                    self.kernel, self.target, self._state, self._generator
+                )
 
     def cleanup(self) -> None:
         self._initial = None
@@ -92,10 +101,17 @@ class PyroKernel(MCMCKernel):
 
     def _sample(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
         if not torch.equal(params[self.site], self._state.x[0]):  # the caller moved the chain
-            self._state = self.kernel.init(self.target, params[self.site].detach().unsqueeze(0), self._generator)
+            self._state = self.kernel.init(
+                self.target, params[self.site].detach().unsqueeze(0), self._generator
+            )
         if self._step < self.warmup_steps and self.adaptation is not None:
             self.kernel, self._state, info, self._memory = self.adaptation.step(
-                self.kernel, self.target, self._state, self._memory, self.warmup_steps, self._generator
+                self.kernel,
+                self.target,
+                self._state,
+                self._memory,
+                self.warmup_steps,
+                self._generator,
             )
         else:
             self._state, info = self.kernel.step(self.target, self._state, self._generator)

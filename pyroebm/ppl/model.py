@@ -1,4 +1,5 @@
-"""A Pyro model as an energy: its continuous latents, flat and unconstrained, for all chains at once."""
+"""A Pyro model as an energy: its continuous latents, flat and unconstrained, for all chains at
+once."""
 
 from __future__ import annotations
 
@@ -28,9 +29,12 @@ TRIES = 100
 
 
 class _Substitute(Messenger):
-    """Latents at given places: a site's own bijection, at the support that it has there, and the log-Jacobian, once."""
+    """Latents at given places: a site's own bijection, at the support that it has there, and the
+    log-Jacobian, once."""
 
-    def __init__(self, given: Mapping[str, Tensor], plates: Mapping[str, list[int]], inverse: bool) -> None:
+    def __init__(
+        self, given: Mapping[str, Tensor], plates: Mapping[str, list[int]], inverse: bool
+    ) -> None:
         super().__init__()
         self.given = given
         self.plates = plates
@@ -68,31 +72,36 @@ def _feasible(site: Any) -> Any:
 
 
 class ModelEnergy(RowwiseEnergy):
-    r"""The posterior of a Pyro model's continuous latents as one energy in unconstrained coordinates.
+    r"""The posterior of a Pyro model's continuous latents as one energy in unconstrained
+    coordinates.
 
     .. math:: E(u) = -\log p(T(u), y) - \log |\det \partial T / \partial u|
 
-    T is the bijection ``biject_to(support)`` of each latent, at the support that the site has there. Observed sites,
-    ``pyro.factor``, plates, ``poutine.scale`` and masks count as in Pyro; ``pyro.param`` and the parameters of modules are
-    constants. A batch of chains is one call: the model runs under ``torch.func.vmap``, and the operations that it made are kept
-    as a graph and replayed (see :class:`pyroebm.core.rowwise.RowwiseEnergy`). The graph keeps what the model read: data, parameters.
-    Tensors among the arguments, parameters of the store and of modules are watched, and one that is replaced or written to is
-    seen in the next call; data that the model takes from elsewhere (a global, a closure) are read once.
+    T is the bijection ``biject_to(support)`` of each latent, at the support that the site has
+    there. Observed sites, ``pyro.factor``, plates, ``poutine.scale`` and masks count as in Pyro;
+    ``pyro.param`` and the parameters of modules are constants. A batch of chains is one call: the
+    model runs under ``torch.func.vmap``, and the operations that it made are kept as a graph and
+    replayed (see :class:`pyroebm.core.rowwise.RowwiseEnergy`). The graph keeps what the model read:
+    data, parameters. Tensors among the arguments, parameters of the store and of modules are
+    watched, and one that is replaced or written to is seen in the next call; data that the model
+    takes from elsewhere (a global, a closure) are read once.
 
-    A model that ``vmap`` cannot run (Python branches on a latent, shapes that depend on one) runs chain by chain, with a
-    RuntimeWarning that names the reason.
+    A model that ``vmap`` cannot run (Python branches on a latent, shapes that depend on one) runs
+    chain by chain, with a RuntimeWarning that names the reason.
 
     Args:
         model: a Pyro model.
         args, kwargs: what it is called with.
 
     Attributes:
-        sites: name and shape of each latent, in its own (constrained) space, in the order of the model.
+        sites: name and shape of each latent, in its own (constrained) space, in the order of the
+            model.
         event_shape: ``(dim,)``, all latents in one unconstrained vector.
         batching: ``"graph"``, ``"vmap"`` or ``"loop"``.
 
     Raises:
-        ValueError: if the model has no latents, a discrete one, or a plate that subsamples; if its density is random.
+        ValueError: if the model has no latents, a discrete one, or a plate that subsamples; if its
+        density is random.
 
     Example:
         >>> import pyro.distributions as dist
@@ -112,7 +121,9 @@ class ModelEnergy(RowwiseEnergy):
 
     def __init__(self, model: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         if not callable(model):
-            raise ValueError(f"model must be a callable with Pyro primitives, got {type(model).__name__}")
+            raise ValueError(
+                f"model must be a callable with Pyro primitives, got {type(model).__name__}"
+            )
         with _forked():
             start = InitMessenger(_feasible)(initial_states(model))
             with poutine.block(), torch.no_grad():
@@ -120,33 +131,56 @@ class ModelEnergy(RowwiseEnergy):
                 total = trace.log_prob_sum()
         latents = {site["name"]: site for site in _latents(trace)}
         if not latents:
-            raise ValueError("the model has no latent sample site: there is nothing to infer (is every site observed?)")
+            raise ValueError(
+                "the model has no latent sample site: there is nothing to infer (is every site"
+                " observed?)"
+            )
         like = torch.as_tensor(total)
         for site in latents.values():
             like = like.to(torch.promote_types(like.dtype, site["value"].dtype))
-        super().__init__({name: biject_to(s["fn"].support).inv(s["value"]).shape for name, s in latents.items()}, like)
+        super().__init__(
+            {name: biject_to(s["fn"].support).inv(s["value"]).shape for name, s in latents.items()},
+            like,
+        )
         self.model = model
         self.args = args
         self.kwargs = kwargs
         self.sites = {name: site["value"].shape for name, site in latents.items()}
-        # A sequential plate reads its indices one by one, which a capture does not allow: it gets them as integers.
-        frames = {frame for node in trace.nodes.values() for frame in node.get("cond_indep_stack", ()) if not frame.vectorized}
+        # A sequential plate reads its indices one by one, which a capture does not allow: it gets
+        # them as integers.
+        frames = {
+            frame
+            for node in trace.nodes.values()
+            for frame in node.get("cond_indep_stack", ())
+            if not frame.vectorized
+        }
         self._plates = {frame.name: list(range(frame.size)) for frame in frames}
         self._params = [name for name, node in trace.nodes.items() if node["type"] == "param"]
-        rows = 2.0 * uniform((2, *self.event_shape), seeded_generator(0), self.dtype, self.device) - 1.0
+        rows = (
+            2.0 * uniform((2, *self.event_shape), seeded_generator(0), self.dtype, self.device)
+            - 1.0
+        )
         self._transforms = self._fixed_transforms(rows)
         self.batch_by(rows)
 
     def _fixed_transforms(self, rows: Tensor) -> dict[str, Transform] | None:
-        """The bijections, if they are the same wherever the latents are; else None (``Uniform(0, x)`` with a latent x)."""
+        """The bijections, if they are the same wherever the latents are; else None (``Uniform(0,
+        x)`` with a latent x)."""
         with torch.no_grad():
             first, second = (self._run(self.split(row))[1].transforms for row in rows)
             parts = self.split(rows[0])
             same = all(torch.equal(first[name](u), second[name](u)) for name, u in parts.items())
         return first if same else None
 
-    def _run(self, given: Mapping[str, Tensor], inverse: bool = False) -> tuple[poutine.Trace, _Substitute]:
-        with pyro.validation_enabled(False), poutine.block(), _Substitute(given, self._plates, inverse) as places, _Detached():
+    def _run(
+        self, given: Mapping[str, Tensor], inverse: bool = False
+    ) -> tuple[poutine.Trace, _Substitute]:
+        with (
+            pyro.validation_enabled(False),
+            poutine.block(),
+            _Substitute(given, self._plates, inverse) as places,
+            _Detached(),
+        ):
             trace = poutine.trace(self.model).get_trace(*self.args, **self.kwargs)
         return trace, places
 
@@ -175,17 +209,27 @@ class ModelEnergy(RowwiseEnergy):
         """
         if set(values) != set(self.sites):
             raise ValueError(f"the sites must be {sorted(self.sites)}, got {sorted(values)}")
-        values = {name: torch.as_tensor(value, dtype=self.dtype, device=self.device) for name, value in values.items()}
+        values = {
+            name: torch.as_tensor(value, dtype=self.dtype, device=self.device)
+            for name, value in values.items()
+        }
         for name, shape in self.sites.items():
             if values[name].shape[values[name].dim() - len(shape) :] != shape:
-                raise ValueError(f"site {name!r} must have shape (*batch, *{tuple(shape)}), got {tuple(values[name].shape)}")
+                raise ValueError(
+                    f"site {name!r} must have shape (*batch, *{tuple(shape)}), got"
+                    f" {tuple(values[name].shape)}"
+                )
         if self._transforms is not None:
-            return self.join({name: self._transforms[name].inv(value) for name, value in values.items()})
+            return self.join(
+                {name: self._transforms[name].inv(value) for name, value in values.items()}
+            )
         name, shape = next(iter(self.sites.items()))
         batch = values[name].shape[: values[name].dim() - len(shape)]
         return self.join(self._mapped(values, batch, inverse=True))
 
-    def _mapped(self, given: dict[str, Tensor], batch: torch.Size, inverse: bool) -> dict[str, Tensor]:
+    def _mapped(
+        self, given: dict[str, Tensor], batch: torch.Size, inverse: bool
+    ) -> dict[str, Tensor]:
         """Row by row through the model, where the support of one latent depends on another."""
         flat = {name: part.reshape(-1, *part.shape[len(batch) :]) for name, part in given.items()}
 
@@ -194,7 +238,10 @@ class ModelEnergy(RowwiseEnergy):
 
         with torch.no_grad():
             if self.batching == "loop":
-                found = [images(dict(zip(flat, row, strict=True))) for row in zip(*flat.values(), strict=True)]
+                found = [
+                    images(dict(zip(flat, row, strict=True)))
+                    for row in zip(*flat.values(), strict=True)
+                ]
                 mapped = {name: torch.stack([row[name] for row in found]) for name in flat}
             else:
                 mapped = torch.vmap(images, chunk_size=4096)(flat)
@@ -205,15 +252,20 @@ class ModelEnergy(RowwiseEnergy):
         return self.constrain(x)
 
     def initial(
-        self, n: int, generator: torch.Generator | None = None, init_strategy: Callable[..., Any] | None = None
+        self,
+        n: int,
+        generator: torch.Generator | None = None,
+        init_strategy: Callable[..., Any] | None = None,
     ) -> Tensor:
-        """``n`` starting states of finite energy and gradient, shape ``(n, dim)``; rows that are not finite are drawn again.
+        """``n`` starting states of finite energy and gradient, shape ``(n, dim)``; rows that are
+        not finite are drawn again.
 
         Args:
             n: number of states.
             generator: source of randomness; None is torch's global one.
-            init_strategy: one of Pyro's (``init_to_median``, ``init_to_value(values=...)``, ...), run for each row; None is
-                uniform on (-2, 2) in unconstrained coordinates, Pyro's ``init_to_uniform``, for all rows at once.
+            init_strategy: one of Pyro's (``init_to_median``, ``init_to_value(values=...)``, ...),
+                run for each row; None is uniform on (-2, 2) in unconstrained coordinates, Pyro's
+                ``init_to_uniform``, for all rows at once.
 
         Raises:
             ValueError: naming the site and its value if 100 tries find no finite start for a row.
@@ -229,12 +281,15 @@ class ModelEnergy(RowwiseEnergy):
             failed = states[bad][0], float(values[bad][0]), grad[bad][0]
             states[bad] = self._start(int(bad.sum()), generator, init_strategy)
         raise ValueError(
-            f"no start of finite energy and gradient was found for {int(bad.sum())} of n={n} rows in {TRIES} tries."
+            f"no start of finite energy and gradient was found for {int(bad.sum())} of n={n} rows"
+            f" in {TRIES} tries."
             f" {self._why(*failed)} Check the data and the scales there, or give starting values"
             " (init_strategy=init_to_value(values=...), or initial=energy.unconstrain({...}))"
         )
 
-    def _start(self, n: int, generator: torch.Generator | None, strategy: Callable[..., Any] | None) -> Tensor:
+    def _start(
+        self, n: int, generator: torch.Generator | None, strategy: Callable[..., Any] | None
+    ) -> Tensor:
         if strategy is None:
             return 4.0 * uniform((n, *self.event_shape), generator, self.dtype, self.device) - 2.0
         model, rows = InitMessenger(strategy)(initial_states(self.model)), []
@@ -242,7 +297,11 @@ class ModelEnergy(RowwiseEnergy):
             for _ in range(n):
                 with pyro.validation_enabled(False), poutine.block(), torch.no_grad():
                     trace = poutine.trace(model).get_trace(*self.args, **self.kwargs)
-                rows.append(self.unconstrain({name: cast(Tensor, trace.nodes[name]["value"]) for name in self.sites}))
+                rows.append(
+                    self.unconstrain(
+                        {name: cast(Tensor, trace.nodes[name]["value"]) for name in self.sites}
+                    )
+                )
         return torch.stack(rows)
 
     def _why(self, u: Tensor, value: float, grad: Tensor) -> str:
@@ -250,7 +309,10 @@ class ModelEnergy(RowwiseEnergy):
         with torch.no_grad(), pyro.validation_enabled(False), RowsFailAlone():
             trace, places = self._run(self.split(u))
             trace.compute_log_prob()
-        at, nodes = {name: image.tolist() for name, image in places.images.items()}, cast(dict[str, Any], trace.nodes)
+        at, nodes = (
+            {name: image.tolist() for name, image in places.images.items()},
+            cast(dict[str, Any], trace.nodes),
+        )
         for name, site in nodes.items():
             if site["type"] == "sample" and not bool(torch.isfinite(site["log_prob_sum"])):
                 return f"The log-density of site {name!r} was {float(site['log_prob_sum'])} where the latents were {at}."
@@ -271,24 +333,32 @@ def _latents(trace: poutine.Trace) -> Iterator[Any]:
         if isinstance(fn, _Subsample):
             if fn.subsample_size is not None and fn.subsample_size < fn.size:
                 raise ValueError(
-                    f"plate {name!r} draws {fn.subsample_size} of {fn.size} rows anew at every call, so the model has no fixed"
-                    " density: MCMC needs all rows (drop subsample_size; SVI is the method for minibatches)"
+                    f"plate {name!r} draws {fn.subsample_size} of {fn.size} rows anew at every"
+                    f" call, so the model has no fixed"
+                    " density: MCMC needs all rows (drop subsample_size; SVI is the method for"
+                    " minibatches)"
                 )
         elif not site["is_observed"]:
             if is_discrete(fn.support):
                 raise ValueError(
-                    f"site {name!r} is discrete (support {fn.support}): it has no gradient and no unconstrained coordinates."
-                    " Sum it out: by hand (a mixture distribution, or pyro.factor of the logsumexp); or keep it and use Pyro's"
-                    " own enumeration (pyro.infer.TraceEnum_ELBO, or pyro.infer.MCMC), then infer_discrete for its values"
+                    f"site {name!r} is discrete (support {fn.support}): it has no gradient and no"
+                    f" unconstrained coordinates."
+                    " Sum it out: by hand (a mixture distribution, or pyro.factor of the"
+                    " logsumexp); or keep it and use Pyro's"
+                    " own enumeration (pyro.infer.TraceEnum_ELBO, or pyro.infer.MCMC), then"
+                    " infer_discrete for its values"
                 )
             yield site
 
 
 @contextlib.contextmanager
 def _forked(generator: torch.Generator | None = None) -> Iterator[None]:
-    """Pyro draws from torch's global generator: what happens here leaves it as it was, and is decided by ``generator``."""
+    """Pyro draws from torch's global generator: what happens here leaves it as it was, and is
+    decided by ``generator``."""
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices):
         if generator is not None:
-            torch.random.manual_seed(int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device)))
+            torch.random.manual_seed(
+                int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device))
+            )
         yield

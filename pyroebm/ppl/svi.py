@@ -19,9 +19,11 @@ __all__ = ["flow_guide", "flow_model"]
 def flow_model(flow: Flow, energy: Energy) -> Callable[[], None]:
     r"""The Pyro model :math:`p(x) N(y \mid M(x), \Sigma(x))`, unnormalised: log C is left out.
 
-    Its sites are ``x``, of the energy's event shape, and ``y`` where the flow has redundant latents. With :func:`flow_guide`,
-    minus the ELBO is :math:`J_R - \log C` draw by draw (:class:`pyroebm.objectives.ReverseKL`). M and :math:`\Sigma` stand in
-    the model and S and F in the guide; both register the flow with Pyro, so one optimizer trains all. The energy is constant.
+    Its sites are ``x``, of the energy's event shape, and ``y`` where the flow has redundant
+    latents. With :func:`flow_guide`, minus the ELBO is :math:`J_R - \log C` draw by draw
+    (:class:`pyroebm.objectives.ReverseKL`). M and :math:`\Sigma` stand in the model and S and F in
+    the guide; both register the flow with Pyro, so one optimizer trains all. The energy is
+    constant.
 
     Args:
         flow: q, for M and :math:`\Sigma`.
@@ -36,7 +38,12 @@ def flow_model(flow: Flow, energy: Energy) -> Callable[[], None]:
         >>> from pyroebm.targets import DoubleWell
         >>> flow, energy = RedundantNICE(dim=1, total_dim=2), DoubleWell()
         >>> elbo = Trace_ELBO(num_particles=64, vectorize_particles=True)
-        >>> svi = SVI(flow_model(flow, energy), flow_guide(flow, energy), pyro.optim.Adam({"lr": 2e-3}), elbo)
+        >>> svi = SVI(
+        ...     flow_model(flow, energy),
+        ...     flow_guide(flow, energy),
+        ...     pyro.optim.Adam({"lr": 2e-3}),
+        ...     elbo,
+        ... )
         >>> svi.step() < 100.0
         True
     """
@@ -54,16 +61,20 @@ def flow_model(flow: Flow, energy: Energy) -> Callable[[], None]:
     return model
 
 
-def flow_guide(flow: Flow, energy: Energy, stl: bool = False) -> Callable[[], tuple[Tensor, Tensor]]:
+def flow_guide(
+    flow: Flow, energy: Energy, stl: bool = False
+) -> Callable[[], tuple[Tensor, Tensor]]:
     r"""The flow as a Pyro guide for :func:`flow_model`, or for any model of the same sites.
 
-    It draws an auxiliary site ``xy`` and hands its parts to the sites ``x`` and ``y`` (the latter where D > d), which it
-    returns too; y is empty where D = d. ``pyro.infer.Predictive(guide, num_samples=n)()`` draws them.
+    It draws an auxiliary site ``xy`` and hands its parts to the sites ``x`` and ``y`` (the latter
+    where D > d), which it returns too; y is empty where D = d. ``pyro.infer.Predictive(guide,
+    num_samples=n)()`` draws them.
 
     Args:
         flow: q.
         energy: U, for the shape of x.
-        stl: leave the score out of the gradient ("sticking the landing", Roeder, Wu and Duvenaud, 2017).
+        stl: leave the score out of the gradient ("sticking the landing", Roeder, Wu and Duvenaud,
+            2017).
 
     Raises:
         ValueError: if the flow does not fit the energy.

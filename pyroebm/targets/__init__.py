@@ -3,7 +3,14 @@
 from pyroebm.targets.base import Target
 from pyroebm.targets.curved import Banana, Funnel, Ring, Rosenbrock
 from pyroebm.targets.discrete import BernoulliProduct, CategoricalOneHot, SpinProduct
-from pyroebm.targets.exponential import Beta, Dirichlet, Exponential, ExponentialFamily, Gamma, LogNormal
+from pyroebm.targets.exponential import (
+    Beta,
+    Dirichlet,
+    Exponential,
+    ExponentialFamily,
+    Gamma,
+    LogNormal,
+)
 from pyroebm.targets.fields import Phi4
 from pyroebm.targets.noisy_curves import NoisyCurves, TwoMoons, TwoSpirals
 from pyroebm.targets.normals import Gaussian, GaussianMixture, scales_gaussian

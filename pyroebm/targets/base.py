@@ -1,4 +1,5 @@
-"""What targets share: the promise of :class:`Target`, checked arguments, and one inverse-CDF and one rejection sampler."""
+"""What targets share: the promise of :class:`Target`, checked arguments, and one inverse-CDF and
+one rejection sampler."""
 
 from __future__ import annotations
 
@@ -15,7 +16,15 @@ from torch.distributions.constraints import Constraint
 from pyroebm.core.energy import Energy
 from pyroebm.core.rng import standard_normal, uniform
 
-__all__ = ["LOG_TWO_PI", "TabulatedLaw", "Target", "as_floats", "check_each", "check_positive", "rejection"]
+__all__ = [
+    "LOG_TWO_PI",
+    "TabulatedLaw",
+    "Target",
+    "as_floats",
+    "check_each",
+    "check_positive",
+    "rejection",
+]
 
 LOG_TWO_PI = math.log(2.0 * math.pi)
 
@@ -23,9 +32,10 @@ LOG_TWO_PI = math.log(2.0 * math.pi)
 class Target(Energy):
     r"""An energy that knows its truth, or says None: samplers and estimators are judged against it.
 
-    A subclass gives :meth:`forward`; of ``_log_z()``, :attr:`mean`, :attr:`variance` and :attr:`mode_weights` what is exactly
-    known; and ``_draw(n, generator)`` where independent draws can be made. Truth is computed from parameters when it is asked
-    for, so it follows ``load_state_dict`` and ``.to()``.
+    A subclass gives :meth:`forward`; of ``_log_z()``, :attr:`mean`, :attr:`variance` and
+    :attr:`mode_weights` what is exactly known; and ``_draw(n, generator)`` where independent draws
+    can be made. Truth is computed from parameters when it is asked for, so it follows
+    ``load_state_dict`` and ``.to()``.
 
     Args:
         event_shape: shape of one event; a class attribute of the same name serves too.
@@ -84,16 +94,20 @@ class Target(Energy):
         return None
 
     def mode_of(self, x: Tensor) -> Tensor:
-        """Index into :attr:`mode_weights` of the mode of each state: ``(*batch, *event) -> (*batch)``, int64."""
+        """Index into :attr:`mode_weights` of the mode of each state: ``(*batch, *event) ->
+        (*batch)``, int64."""
         raise NotImplementedError(
-            f"{type(self).__name__} does not say which mode a state belongs to: its mode_weights is None; a subclass that knows"
+            f"{type(self).__name__} does not say which mode a state belongs to: its mode_weights"
+            f" is None; a subclass that knows"
             " overrides mode_weights and mode_of(x)"
         )
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """``n`` independent exact draws, shape ``(n, *event_shape)``, detached, of the target's dtype and device.
+        """``n`` independent exact draws, shape ``(n, *event_shape)``, detached, of the target's
+        dtype and device.
 
-        The noise is drawn in float64 on the generator's device, so draws of one seed agree across dtypes up to rounding.
+        The noise is drawn in float64 on the generator's device, so draws of one seed agree across
+        dtypes up to rounding.
 
         Args:
             n: number of draws, at least 1.
@@ -110,7 +124,8 @@ class Target(Energy):
 
     def _draw(self, n: int, generator: torch.Generator | None) -> Tensor:
         raise NotImplementedError(
-            f"{type(self).__name__} has no exact draws: run an MCMC kernel from initial(n, generator), or override"
+            f"{type(self).__name__} has no exact draws: run an MCMC kernel from initial(n,"
+            f" generator), or override"
             " _draw(n, generator) in a subclass"
         )
 
@@ -124,34 +139,52 @@ class Target(Energy):
         return torch.as_tensor(value, dtype=self.dtype, device=self.device)
 
     def _within_two_deviations(self, n: int, generator: torch.Generator | None) -> Tensor:
-        # overdispersed starts for targets whose scale is not 1: uniform within two standard deviations of the mean
+        # overdispersed starts for targets whose scale is not 1: uniform within two standard
+        # deviations of the mean
         if n < 1:
             raise ValueError(f"n must be at least 1, got n={n}")
         if self.mean is None or self.variance is None:
             raise NotImplementedError(f"{type(self).__name__} does not know its mean and variance")
-        return self.mean + self.variance.sqrt() * (4.0 * self._uniform((n, *self.event_shape), generator) - 2.0).to(self.dtype)
+        return self.mean + self.variance.sqrt() * (
+            4.0 * self._uniform((n, *self.event_shape), generator) - 2.0
+        ).to(self.dtype)
 
 
 def as_floats(dtype: torch.dtype | None, **values: Any) -> list[Tensor]:
-    """Detached copies of numbers, arrays or tensors in one dtype and on one device: as asked, else those of the first tensor.
+    """Detached copies of numbers, arrays or tensors in one dtype and on one device: as asked, else
+    those of the first tensor.
 
     Raises:
-        ValueError: naming the argument, if a value is not finite or if ``dtype`` is no floating-point type.
+        ValueError: naming the argument, if a value is not finite or if ``dtype`` is no
+        floating-point type.
     """
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"dtype must be a floating-point type, got dtype={dtype}")
-    tensors = {k: v if isinstance(v, Tensor) else torch.as_tensor(v, dtype=torch.float64) for k, v in values.items()}
-    given = next((t for t in values.values() if isinstance(t, Tensor) and t.is_floating_point()), torch.empty(0))
+    tensors = {
+        k: v if isinstance(v, Tensor) else torch.as_tensor(v, dtype=torch.float64)
+        for k, v in values.items()
+    }
+    given = next(
+        (t for t in values.values() if isinstance(t, Tensor) and t.is_floating_point()),
+        torch.empty(0),
+    )
     check_each("finite", torch.isfinite, **tensors)
-    return [t.detach().to(given.device, dtype or given.dtype, copy=True).contiguous() for t in tensors.values()]
+    return [
+        t.detach().to(given.device, dtype or given.dtype, copy=True).contiguous()
+        for t in tensors.values()
+    ]
 
 
 def check_each(rule: str, holds: Callable[[Tensor], Tensor], **values: Tensor | float) -> None:
-    """Raise ValueError, naming the argument and up to five offending entries, unless the rule holds for every entry."""
+    """Raise ValueError, naming the argument and up to five offending entries, unless the rule holds
+    for every entry."""
     for name, value in values.items():
         tensor = torch.as_tensor(value)
         if not (good := holds(tensor)).all():
-            raise ValueError(f"{name} must be {rule}, got {name} with the entries {tensor[~good].flatten()[:5].tolist()}")
+            raise ValueError(
+                f"{name} must be {rule}, got {name} with the entries"
+                f" {tensor[~good].flatten()[:5].tolist()}"
+            )
 
 
 def check_positive(**values: Tensor | float) -> None:
@@ -159,12 +192,17 @@ def check_positive(**values: Tensor | float) -> None:
     check_each("positive and finite", lambda t: (t > 0) & torch.isfinite(t), **values)
 
 
-def rejection(n: int, propose: Callable[[int], tuple[Tensor, Tensor]], uniform: Callable[[Sequence[int]], Tensor]) -> Tensor:
+def rejection(
+    n: int,
+    propose: Callable[[int], tuple[Tensor, Tensor]],
+    uniform: Callable[[Sequence[int]], Tensor],
+) -> Tensor:
     """``n`` exact draws by rejection (von Neumann, 1951).
 
     Args:
         n: number of draws.
-        propose: ``k`` to ``k`` independent proposals ``(k, *event)`` and their log acceptance probabilities ``(k,)``, at most 0.
+        propose: ``k`` to ``k`` independent proposals ``(k, *event)`` and their log acceptance
+            probabilities ``(k,)``, at most 0.
         uniform: shape to uniform numbers in [0, 1).
     """
     kept: list[Tensor] = []
@@ -175,10 +213,12 @@ def rejection(n: int, propose: Callable[[int], tuple[Tensor, Tensor]], uniform: 
 
 
 class TabulatedLaw:
-    r"""A one-dimensional law :math:`e^{-U(x)} / Z` without heavy tails: truth by quadrature, draws by inverse CDF.
+    r"""A one-dimensional law :math:`e^{-U(x)} / Z` without heavy tails: truth by quadrature, draws
+    by inverse CDF.
 
-    The density is taken as piecewise linear between 65,537 nodes and inverted exactly within a cell; for the polynomials here
-    its divergence from the law is below what float64 draws can show. Nothing is computed before it is asked for.
+    The density is taken as piecewise linear between 65,537 nodes and inverted exactly within a
+    cell; for the polynomials here its divergence from the law is below what float64 draws can show.
+    Nothing is computed before it is asked for.
 
     Args:
         potential: :math:`U`, of floats and tensors alike.
@@ -195,7 +235,9 @@ class TabulatedLaw:
 
     nodes = 65_537
 
-    def __init__(self, potential: Callable[[Any], Any], low: float, high: float, split: float) -> None:
+    def __init__(
+        self, potential: Callable[[Any], Any], low: float, high: float, split: float
+    ) -> None:
         self.potential = potential
         self.low = low
         self.high = high
@@ -212,7 +254,14 @@ class TabulatedLaw:
 
     def _integral(self, f: Callable[[float], float], low: float, high: float) -> float:
         floor = self._table[-1]
-        return quad(lambda x: f(x) * math.exp(floor - self.potential(x)), low, high, epsabs=1e-13, epsrel=1e-12, limit=200)[0]
+        return quad(
+            lambda x: f(x) * math.exp(floor - self.potential(x)),
+            low,
+            high,
+            epsabs=1e-13,
+            epsrel=1e-12,
+            limit=200,
+        )[0]
 
     def _whole(self, f: Callable[[float], float]) -> float:
         return self._integral(f, self.low, self.split) + self._integral(f, self.split, self.high)
@@ -247,6 +296,7 @@ class TabulatedLaw:
         right = torch.searchsorted(cdf, u, right=True).clamp(1, self.nodes - 1)
         left = right - 1
         p, q = density[left], density[right]
-        share = (u - cdf[left]) / (cdf[right] - cdf[left])  # of the cell's mass; its density is linear, so solve a quadratic
+        # of the cell's mass; its density is linear, so solve a quadratic
+        share = (u - cdf[left]) / (cdf[right] - cdf[left])
         step = share * (p + q) / (p + torch.sqrt(p * p + share * (q * q - p * p)))
         return x[left] + step * (x[right] - x[left])

@@ -15,11 +15,18 @@ __all__ = ["Banana", "Funnel", "Ring", "Rosenbrock"]
 
 
 class _Bent(Target):
-    # x ~ N(location, variance), y ~ N(bend x^2 + shift, noise): what Banana and Rosenbrock share; normalised
+    # x ~ N(location, variance), y ~ N(bend x^2 + shift, noise): what Banana and Rosenbrock share;
+    # normalised
     event_shape = torch.Size([2])
 
     def __init__(
-        self, location: float, variance: float, bend: float, shift: float, noise: float, dtype: torch.dtype | None
+        self,
+        location: float,
+        variance: float,
+        bend: float,
+        shift: float,
+        noise: float,
+        dtype: torch.dtype | None,
     ) -> None:
         check_each("finite", torch.isfinite, location=location, bend=bend)
         check_positive(variance=variance, noise=noise)
@@ -32,7 +39,10 @@ class _Bent(Target):
         (location, variance), (bend, shift) = self.first, self.curve
         a, b = x[..., 0], x[..., 1]
         constant = LOG_TWO_PI + 0.5 * math.log(variance * self.noise)
-        return 0.5 * ((a - location) ** 2 / variance + (b - bend * a * a - shift) ** 2 / self.noise) + constant
+        return (
+            0.5 * ((a - location) ** 2 / variance + (b - bend * a * a - shift) ** 2 / self.noise)
+            + constant
+        )
 
     def _log_z(self) -> float:
         return 0.0
@@ -74,13 +84,15 @@ class Banana(_Bent):
         (tensor([0., 0.]), tensor([100.,  19.]))
     """
 
-    def __init__(self, bend: float = 0.03, variance: float = 100.0, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, bend: float = 0.03, variance: float = 100.0, dtype: torch.dtype | None = None
+    ) -> None:
         super().__init__(0.0, variance, bend, -bend * variance, 1.0, dtype)
 
 
 class Rosenbrock(_Bent):
-    r"""Rosenbrock's curved valley as a law (Pagani, Wiegand and Nadarajah, 2022): :math:`x \sim N(a, 1)`,
-    :math:`y \sim N(x^2, v)`; normalised, :math:`\log Z = 0`.
+    r"""Rosenbrock's curved valley as a law (Pagani, Wiegand and Nadarajah, 2022): :math:`x \sim
+    N(a, 1)`, :math:`y \sim N(x^2, v)`; normalised, :math:`\log Z = 0`.
 
     Args:
         location: :math:`a`.
@@ -95,15 +107,19 @@ class Rosenbrock(_Bent):
         (tensor([1., 2.]), tensor([1.0000, 6.1000]))
     """
 
-    def __init__(self, location: float = 1.0, noise: float = 0.1, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, location: float = 1.0, noise: float = 0.1, dtype: torch.dtype | None = None
+    ) -> None:
         super().__init__(location, 1.0, 1.0, 0.0, noise, dtype)
 
 
 class Funnel(Target):
-    r"""Neal's funnel ("Slice sampling", 2003): :math:`\theta \sim N(0, v)`, :math:`x_i \sim N(0, e^\theta)`; :math:`\log Z = 0`.
+    r"""Neal's funnel ("Slice sampling", 2003): :math:`\theta \sim N(0, v)`, :math:`x_i \sim N(0,
+    e^\theta)`; :math:`\log Z = 0`.
 
-    An event is :math:`(\theta, x_1, \dots)`. Papers differ in :math:`v` (9, 3 or 1): name it with every number. The moments of
-    :math:`x_i` are too heavy-tailed to check samplers by; those of :meth:`whiten` are standard normal.
+    An event is :math:`(\theta, x_1, \dots)`. Papers differ in :math:`v` (9, 3 or 1): name it with
+    every number. The moments of :math:`x_i` are too heavy-tailed to check samplers by; those of
+    :meth:`whiten` are standard normal.
 
     Args:
         dim: number of entries of an event, :math:`\theta` included, at least 2.
@@ -120,7 +136,9 @@ class Funnel(Target):
                 [1., 0., 0.]])
     """
 
-    def __init__(self, dim: int = 10, variance: float = 9.0, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, dim: int = 10, variance: float = 9.0, dtype: torch.dtype | None = None
+    ) -> None:
         if dim < 2:
             raise ValueError(f"dim must be at least 2, got dim={dim}")
         check_positive(variance=variance)
@@ -131,10 +149,19 @@ class Funnel(Target):
         theta, rest = x[..., 0], x[..., 1:]
         n = rest.shape[-1]
         constant = 0.5 * ((n + 1) * LOG_TWO_PI + math.log(self.theta_variance))
-        return 0.5 * (theta**2 / self.theta_variance + rest.square().sum(-1) * torch.exp(-theta) + n * theta) + constant
+        return (
+            0.5
+            * (
+                theta**2 / self.theta_variance
+                + rest.square().sum(-1) * torch.exp(-theta)
+                + n * theta
+            )
+            + constant
+        )
 
     def whiten(self, x: Tensor) -> Tensor:
-        r"""Independent standard normal coordinates :math:`(\theta / \sqrt v,\, x_i e^{-\theta / 2})` of states, same shape."""
+        r"""Independent standard normal coordinates :math:`(\theta / \sqrt v,\, x_i e^{-\theta /
+        2})` of states, same shape."""
         theta, rest = x[..., :1], x[..., 1:]
         return torch.cat([theta / math.sqrt(self.theta_variance), rest * torch.exp(-theta / 2)], -1)
 
@@ -157,12 +184,14 @@ class Funnel(Target):
 
 
 class Ring(Target):
-    r"""A ring with two bumps: U1 of Rezende and Mohamed, "Variational Inference with Normalizing Flows" (2015).
+    r"""A ring with two bumps: U1 of Rezende and Mohamed, "Variational Inference with Normalizing
+    Flows" (2015).
 
     .. math:: U_1(x) = \tfrac12 \Bigl(\frac{|x| - 2}{0.4}\Bigr)^2
         - \log\Bigl(e^{-\frac12 ((x_1 - 2) / 0.6)^2} + e^{-\frac12 ((x_1 + 2) / 0.6)^2}\Bigr)
 
-    The modes are the halves :math:`x_1 < 0` and :math:`x_1 > 0`. (:math:`U_2` to :math:`U_4` have no finite Z on the plane.)
+    The modes are the halves :math:`x_1 < 0` and :math:`x_1 > 0`. (:math:`U_2` to :math:`U_4` have
+    no finite Z on the plane.)
 
     Args:
         dtype: floating-point type; None for torch's default.
@@ -182,7 +211,9 @@ class Ring(Target):
         super().__init__(dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return 0.5 * ((torch.linalg.vector_norm(x, dim=-1) - 2.0) / 0.4) ** 2 - self._log_bumps(x[..., 0])
+        return 0.5 * ((torch.linalg.vector_norm(x, dim=-1) - 2.0) / 0.4) ** 2 - self._log_bumps(
+            x[..., 0]
+        )
 
     @staticmethod
     def _log_bumps(x: Tensor) -> Tensor:
@@ -208,21 +239,26 @@ class Ring(Target):
         return (x[..., 0] > 0).long()
 
     def _draw(self, n: int, generator: torch.Generator | None) -> Tensor:
-        # Proposal: uniform angle, radius N(2.08, 0.4^2), whose density is that of r N(r | 2, 0.4^2) with r replaced by its bound
-        # 2 exp(r/2 - 1). The bumps add up to at most 1 + exp(-(2/0.6)^2 / 2).
+        # Proposal: uniform angle, radius N(2.08, 0.4^2), whose density is that of r N(r | 2, 0.4^2)
+        # with r replaced by its bound 2 exp(r/2 - 1). The bumps add up to at most 1 +
+        # exp(-(2/0.6)^2 / 2).
         def propose(k: int) -> tuple[Tensor, Tensor]:
             r = 2.08 + 0.4 * self._normal((k,), generator)
             angle = 2.0 * math.pi * self._uniform((k,), generator)
             x = r.unsqueeze(-1) * torch.stack([angle.cos(), angle.sin()], -1)
-            radial = (r / 2.0).log() - (r / 2.0 - 1.0)  # NaN for a negative radius, which is never accepted
-            return x, radial + self._log_bumps(x[:, 0]) - math.log1p(math.exp(-0.5 * (2.0 / 0.6) ** 2))
+            # NaN for a negative radius, which is never accepted
+            radial = (r / 2.0).log() - (r / 2.0 - 1.0)
+            return x, radial + self._log_bumps(x[:, 0]) - math.log1p(
+                math.exp(-0.5 * (2.0 / 0.6) ** 2)
+            )
 
         return rejection(n, propose, lambda shape: self._uniform(shape, generator))
 
 
 @cache
 def _ring_truth() -> tuple[float, float, float]:
-    # log Z and both variances of U1 in polar coordinates: Gauss-Legendre in the radius, the trapezoid rule in the angle
+    # log Z and both variances of U1 in polar coordinates: Gauss-Legendre in the radius, the
+    # trapezoid rule in the angle
     nodes, weights = np.polynomial.legendre.leggauss(200)
     r, w = 3.0 * (nodes + 1.0)[:, None], 3.0 * weights[:, None]
     angle = np.linspace(0.0, 2.0 * np.pi, 400, endpoint=False)

@@ -51,7 +51,9 @@ class BernoulliProduct(ExponentialFamily):
         return torch.sigmoid(self.logits) * torch.sigmoid(-self.logits)
 
     def _draw(self, n: int, generator: torch.Generator | None) -> Tensor:
-        return (self._uniform((n, *self.event_shape), generator) < torch.sigmoid(self.logits.double())).to(self.dtype)
+        return (
+            self._uniform((n, *self.event_shape), generator) < torch.sigmoid(self.logits.double())
+        ).to(self.dtype)
 
 
 class SpinProduct(ExponentialFamily):
@@ -91,12 +93,15 @@ class SpinProduct(ExponentialFamily):
         return torch.cosh(self.field) ** -2
 
     def _draw(self, n: int, generator: torch.Generator | None) -> Tensor:
-        up = self._uniform((n, *self.event_shape), generator) < torch.sigmoid(2.0 * self.field.double())
+        up = self._uniform((n, *self.event_shape), generator) < torch.sigmoid(
+            2.0 * self.field.double()
+        )
         return torch.where(up, 1.0, -1.0)
 
 
 class CategoricalOneHot(ExponentialFamily):
-    r"""Independent one-hot rows, :math:`E(x) = -\langle \eta, x \rangle`, :math:`\log Z = \sum_{rows} \log \sum_j e^{\eta_j}`.
+    r"""Independent one-hot rows, :math:`E(x) = -\langle \eta, x \rangle`, :math:`\log Z =
+    \sum_{rows} \log \sum_j e^{\eta_j}`.
 
     A single row has its categories for modes.
 

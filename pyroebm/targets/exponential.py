@@ -1,4 +1,5 @@
-r"""Exponential families in natural form: :math:`E(x) = -\langle \eta, T(x) \rangle`, with log Z the log-partition function."""
+r"""Exponential families in natural form: :math:`E(x) = -\langle \eta, T(x) \rangle`, with log Z the
+log-partition function."""
 
 from __future__ import annotations
 
@@ -18,15 +19,18 @@ __all__ = ["Beta", "Dirichlet", "Exponential", "ExponentialFamily", "Gamma", "Lo
 
 
 class ExponentialFamily(Target):
-    r"""A law :math:`p(x) = e^{\langle \eta, T(x) \rangle - A(\eta)}`, independent over the entries (or rows) of an event.
+    r"""A law :math:`p(x) = e^{\langle \eta, T(x) \rangle - A(\eta)}`, independent over the entries
+    (or rows) of an event.
 
-    A subclass gives :meth:`natural`, :meth:`statistics`, :meth:`log_partition` and the truth. See Wainwright and Jordan,
-    "Graphical Models, Exponential Families, and Variational Inference" (2008).
+    A subclass gives :meth:`natural`, :meth:`statistics`, :meth:`log_partition` and the truth. See
+    Wainwright and Jordan, "Graphical Models, Exponential Families, and Variational Inference"
+    (2008).
 
     Args:
         support: constraint of an event.
         dtype: floating-point type; None for that of the tensors given, else torch's default.
-        parameters: the family's own parameters, broadcast to one another; their common shape is the event shape.
+        parameters: the family's own parameters, broadcast to one another; their common shape is the
+            event shape.
 
     Raises:
         ValueError: if the parameters do not broadcast or one is not finite.
@@ -42,8 +46,12 @@ class ExponentialFamily(Target):
         try:
             tensors = [t.clone() for t in torch.broadcast_tensors(*tensors)]
         except RuntimeError:
-            shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in zip(parameters, tensors, strict=True))
-            raise ValueError(f"the parameters must broadcast to one event shape, got shapes {shapes}") from None
+            shapes = ", ".join(
+                f"{name} {tuple(t.shape)}" for name, t in zip(parameters, tensors, strict=True)
+            )
+            raise ValueError(
+                f"the parameters must broadcast to one event shape, got shapes {shapes}"
+            ) from None
         super().__init__(tensors[0].shape, support, tensors[0].dtype)
         for name, tensor in zip(parameters, tensors, strict=True):
             self.register_buffer(name, tensor)
@@ -62,13 +70,16 @@ class ExponentialFamily(Target):
 
     def forward(self, x: Tensor) -> Tensor:
         terms = [eta * t for eta, t in zip(self.natural(), self.statistics(x), strict=True)]
-        return -event_sum(torch.stack(terms).sum(0) if len(terms) > 1 else terms[0], len(self.event_shape))
+        return -event_sum(
+            torch.stack(terms).sum(0) if len(terms) > 1 else terms[0], len(self.event_shape)
+        )
 
     def _log_z(self) -> float:
         return float(self.log_partition().sum())
 
     def _log_gammas(self, shape: Tensor, n: int, generator: torch.Generator | None) -> Tensor:
-        # logarithms of gamma draws, safe for small shapes, where the draws underflow: G(a) = G(a + 1) U^(1/a) in law
+        # logarithms of gamma draws, safe for small shapes, where the draws underflow: G(a) = G(a +
+        # 1) U^(1/a) in law
         where = self.device if generator is None else generator.device
         shapes = shape.double().to(where).expand(n, *shape.shape)
         raised = standard_gamma(shapes + 1.0, generator).log().to(self.device)
@@ -80,7 +91,8 @@ class ExponentialFamily(Target):
 
 
 class Exponential(ExponentialFamily):
-    r"""The exponential law, :math:`E(x) = \lambda x` on :math:`x > 0`, :math:`\log Z = -\log \lambda`.
+    r"""The exponential law, :math:`E(x) = \lambda x` on :math:`x > 0`, :math:`\log Z = -\log
+    \lambda`.
 
     Args:
         rate: :math:`\lambda > 0`, shape ``event_shape``.
@@ -116,7 +128,9 @@ class Exponential(ExponentialFamily):
         return self.rate**-2
 
     def _draw(self, n: int, generator: torch.Generator | None) -> Tensor:
-        return self._inside(-torch.log1p(-self._uniform((n, *self.event_shape), generator)) / self.rate)
+        return self._inside(
+            -torch.log1p(-self._uniform((n, *self.event_shape), generator)) / self.rate
+        )
 
 
 class Gamma(ExponentialFamily):
@@ -166,7 +180,8 @@ class Gamma(ExponentialFamily):
 
 
 class Beta(ExponentialFamily):
-    r"""The beta law, :math:`E(x) = -(a - 1) \log x - (b - 1) \log(1 - x)` on :math:`0 < x < 1`, :math:`\log Z = \log B(a, b)`.
+    r"""The beta law, :math:`E(x) = -(a - 1) \log x - (b - 1) \log(1 - x)` on :math:`0 < x < 1`,
+    :math:`\log Z = \log B(a, b)`.
 
     Args:
         a, b: parameters > 0, broadcast to ``event_shape``.
@@ -214,16 +229,21 @@ class Beta(ExponentialFamily):
 class Dirichlet(ExponentialFamily):
     r"""The Dirichlet law, :math:`E(x) = -\sum_i (\alpha_i - 1) \log x_i` on the simplex.
 
-    .. math:: \log Z = \sum_i \log \Gamma(\alpha_i) - \log \Gamma\bigl(\textstyle\sum_i \alpha_i\bigr)
+    .. math::
 
-    is the integral over all but the last coordinate, the measure that the stick-breaking transform keeps.
+        \log Z = \sum_i \log \Gamma(\alpha_i) - \log \Gamma\bigl(\textstyle\sum_i \alpha_i\bigr)
+
+    is the integral over all but the last coordinate, the measure that the stick-breaking transform
+    keeps.
 
     Args:
-        concentration: :math:`\alpha_i > 0`, shape ``(*rows, k)``: one simplex of k >= 2 entries for each row.
+        concentration: :math:`\alpha_i > 0`, shape ``(*rows, k)``: one simplex of k >= 2 entries for
+            each row.
         dtype: floating-point type; None for that of the tensors given, else torch's default.
 
     Raises:
-        ValueError: if ``concentration`` is not positive and finite or has no last dimension of size 2 or more.
+        ValueError: if ``concentration`` is not positive and finite or has no last dimension of size
+        2 or more.
 
     Example:
         >>> e = Dirichlet([1.0, 2.0, 1.0])
@@ -263,7 +283,9 @@ class Dirichlet(ExponentialFamily):
 class LogNormal(ExponentialFamily):
     r"""The law of :math:`e^y` with :math:`y \sim N(\mu, \sigma^2)`: on :math:`x > 0`
 
-    .. math:: E(x) = \Bigl(1 - \frac{\mu}{\sigma^2}\Bigr) \log x + \frac{\log^2 x}{2 \sigma^2}, \qquad
+    .. math::
+
+        E(x) = \Bigl(1 - \frac{\mu}{\sigma^2}\Bigr) \log x + \frac{\log^2 x}{2 \sigma^2}, \qquad
         \log Z = \frac{\mu^2}{2 \sigma^2} + \log \sigma + \tfrac12 \log 2\pi
 
     Args:
@@ -306,10 +328,15 @@ class LogNormal(ExponentialFamily):
         return torch.expm1(self.scale**2) * self.mean**2
 
     def _draw(self, n: int, generator: torch.Generator | None) -> Tensor:
-        return self._inside(torch.exp(self.loc + self.scale * self._normal((n, *self.event_shape), generator)))
+        return self._inside(
+            torch.exp(self.loc + self.scale * self._normal((n, *self.event_shape), generator))
+        )
 
 
 def check_categories(**values: Tensor) -> None:
     for name, value in values.items():
         if value.dim() < 1 or value.shape[-1] < 2:
-            raise ValueError(f"{name} must have shape (*rows, k) with k >= 2 categories, got shape {tuple(value.shape)}")
+            raise ValueError(
+                f"{name} must have shape (*rows, k) with k >= 2 categories, got shape"
+                f" {tuple(value.shape)}"
+            )

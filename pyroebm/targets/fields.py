@@ -13,14 +13,16 @@ __all__ = ["Phi4"]
 
 
 class Phi4(Target):
-    r"""The :math:`\phi^4` field on a ring of L sites (Albergo, Kanwar and Shanahan, 2019, on a two-dimensional torus).
+    r"""The :math:`\phi^4` field on a ring of L sites (Albergo, Kanwar and Shanahan, 2019, on a
+    two-dimensional torus).
 
     .. math:: S(f) = \sum_i (f_i - f_{i+1})^2 + m_2 f_i^2 + \lambda f_i^4, \qquad f_{L+1} = f_1
 
-    Neighbours alone are coupled, so that :math:`Z = \mathrm{tr}\, T^L` with
-    :math:`T(a, b) = e^{-(a - b)^2 - V(a)/2 - V(b)/2}`, :math:`V(f) = m_2 f^2 + \lambda f^4`: the truth is computed from the
-    eigenvalues of T on a grid. With :math:`m_2 < 0` the field has two modes, of the signs of its mean, each of weight one half.
-    With :math:`\lambda = 0` it is free: a normal law, with exact draws.
+    Neighbours alone are coupled, so that :math:`Z = \mathrm{tr}\, T^L` with :math:`T(a, b) = e^{-(a
+    - b)^2 - V(a)/2 - V(b)/2}`, :math:`V(f) = m_2 f^2 + \lambda f^4`: the truth is computed from the
+    eigenvalues of T on a grid. With :math:`m_2 < 0` the field has two modes, of the signs of its
+    mean, each of weight one half. With :math:`\lambda = 0` it is free: a normal law, with exact
+    draws.
 
     Args:
         length: L, at least 2 (the two sites of a ring of 2 are neighbours twice).
@@ -37,15 +39,23 @@ class Phi4(Target):
         (7.63835191, tensor([0., 0., 0.]))
     """
 
-    #: Nodes of the grid of the transfer matrix. Its integrand is smooth and vanishes at the ends, so trapezoids converge
-    #: faster than any power of their width.
+    #: Nodes of the grid of the transfer matrix. Its integrand is smooth and vanishes at the ends,
+    #: so trapezoids converge faster than any power of their width.
     nodes = 601
 
-    def __init__(self, length: int = 16, m2: float = -4.0, lam: float = 6.975, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        length: int = 16,
+        m2: float = -4.0,
+        lam: float = 6.975,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         if length < 2:
             raise ValueError(f"length must be at least 2, got length={length}")
         if not (0.0 <= lam < math.inf and -math.inf < m2 < math.inf):
-            raise ValueError(f"m2 must be finite and lam finite and not negative, got m2={m2}, lam={lam}")
+            raise ValueError(
+                f"m2 must be finite and lam finite and not negative, got m2={m2}, lam={lam}"
+            )
         if lam == 0.0:
             check_positive(m2=m2)
         super().__init__((length,), dtype=dtype)
@@ -59,7 +69,8 @@ class Phi4(Target):
         return ((x - x.roll(-1, -1)).square() + square * (self.m2 + self.lam * square)).sum(-1)
 
     def _spectrum(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Nodes, logs of the positive eigenvalues and their vectors ``(nodes, k)``; what is below rounding is left out."""
+        """Nodes, logs of the positive eigenvalues and their vectors ``(nodes, k)``; what is below
+        rounding is left out."""
         end = 1.0
         while self._potential(end) < self._floor() + 80.0:
             end *= 1.1
@@ -82,7 +93,8 @@ class Phi4(Target):
         return float(torch.logsumexp(self.length * self._spectrum()[1], 0))
 
     def _modes(self) -> Tensor:
-        """Stiffness of each Fourier mode of the free field, so that S is the sum of their squares."""
+        """Stiffness of each Fourier mode of the free field, so that S is the sum of their
+        squares."""
         k = torch.arange(self.length, dtype=torch.float64)
         return self.m2 + 4.0 * torch.sin(math.pi * k / self.length).square()
 
@@ -110,6 +122,7 @@ class Phi4(Target):
     def _draw(self, n: int, generator: torch.Generator | None) -> Tensor:
         if self.lam > 0.0:
             return super()._draw(n, generator)
-        # a field with white noise in place of each Fourier mode's amplitude: real noise, its spectrum, each mode scaled, back
+        # a field with white noise in place of each Fourier mode's amplitude: real noise, its
+        # spectrum, each mode scaled, back
         spectrum = torch.fft.fft(self._normal((n, self.length), generator), dim=1)
         return torch.fft.ifft(spectrum / (2.0 * self._modes().to(self.device)).sqrt(), dim=1).real

@@ -15,7 +15,8 @@ from pyroebm.targets.base import LOG_TWO_PI, Target, check_each, check_positive
 
 __all__ = ["NoisyCurves", "Plane", "TwoMoons", "TwoSpirals"]
 
-#: Rows whose distances to all nodes of a curve are held at once: few enough for a processor's cache.
+#: Rows whose distances to all nodes of a curve are held at once: few enough for a processor's
+#: cache.
 ROWS = 64
 #: Nodes across a box, on each of its axes.
 BOX_NODES = 6
@@ -33,16 +34,20 @@ class Plane(Target):
 
 
 class NoisyCurves(Plane):
-    r"""Points of plane curves :math:`c_k` with noise, each curve as likely as the others, normalised.
+    r"""Points of plane curves :math:`c_k` with noise, each curve as likely as the others,
+    normalised.
 
-    .. math:: x = c_k(u) + b\, v + \sigma z, \qquad p(x) = \frac1K \sum_k \int_0^1 \kappa(x - c_k(u))\, du
+    .. math::
 
-    with u uniform, v uniform on the square :math:`[0, 1]^2`, z standard normal, and :math:`\kappa` the density of the noise. The
-    integral is taken by a Gauss-Legendre rule in :math:`\sqrt u`, which converges at once where the nodes are dense against the
-    noise.
+        x = c_k(u) + b\, v + \sigma z, \qquad p(x) = \frac1K \sum_k \int_0^1 \kappa(x - c_k(u))\, du
+
+    with u uniform, v uniform on the square :math:`[0, 1]^2`, z standard normal, and :math:`\kappa`
+    the density of the noise. The integral is taken by a Gauss-Legendre rule in :math:`\sqrt u`,
+    which converges at once where the nodes are dense against the noise.
 
     Args:
-        curves: :math:`c`, from u of shape ``(n,)`` to points ``(K, n, 2)``; smooth in :math:`\sqrt u`.
+        curves: :math:`c`, from u of shape ``(n,)`` to points ``(K, n, 2)``; smooth in :math:`\sqrt
+            u`.
         noise: :math:`\sigma > 0`, in units of x.
         box: :math:`b \ge 0`, the side of the square.
         nodes: of the rule on each curve; about three times the length over :math:`\sigma` will do.
@@ -52,8 +57,12 @@ class NoisyCurves(Plane):
         ValueError: if ``noise`` is not positive, ``box`` negative, or ``nodes`` below 1.
 
     Example:
-        >>> line = NoisyCurves(lambda u: torch.stack([4 * u, 0 * u], -1).unsqueeze(0), noise=0.5, nodes=40)
-        >>> round(float(line(torch.tensor([2.0, 0.0]))), 4)  # log 4 of the line, and of N(0, 0.25) at 0
+        >>> line = NoisyCurves(
+        ...     lambda u: torch.stack([4 * u, 0 * u], -1).unsqueeze(0), noise=0.5, nodes=40
+        ... )
+        >>> round(
+        ...     float(line(torch.tensor([2.0, 0.0]))), 4
+        ... )  # log 4 of the line, and of N(0, 0.25) at 0
         1.6121
     """
 
@@ -86,7 +95,8 @@ class NoisyCurves(Plane):
         normal = -0.5 * (x / self.noise).square() - 0.5 * LOG_TWO_PI - math.log(self.noise)
         if not self.box:
             return normal
-        # N(x | v, sigma^2) over the box is N(x | 0, sigma^2) e^(v x / sigma^2 - v^2 / 2 sigma^2), of which no part overflows here
+        # N(x | v, sigma^2) over the box is N(x | 0, sigma^2) e^(v x / sigma^2 - v^2 / 2 sigma^2),
+        # of which no part overflows here
         far, edge = x.abs(), 0.5 * self.box
         total = torch.zeros_like(far)
         for v, weight in self._box_rule:
@@ -97,14 +107,24 @@ class NoisyCurves(Plane):
     def _box_rule(self) -> list[tuple[float, float]]:
         root, weight = np.polynomial.legendre.leggauss(BOX_NODES)
         v = 0.5 * self.box * root
-        return list(zip(v.tolist(), (0.5 * weight * np.exp(-0.5 * (v / self.noise) ** 2)).tolist(), strict=True))
+        return list(
+            zip(
+                v.tolist(),
+                (0.5 * weight * np.exp(-0.5 * (v / self.noise) ** 2)).tolist(),
+                strict=True,
+            )
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         def energy(rows: Tensor) -> Tensor:
-            parts = self._log_noise(rows[:, :1] - self.nodes[:, 0]) + self._log_noise(rows[:, 1:] - self.nodes[:, 1])
+            parts = self._log_noise(rows[:, :1] - self.nodes[:, 0]) + self._log_noise(
+                rows[:, 1:] - self.nodes[:, 1]
+            )
             return -torch.logsumexp(parts + self.log_weights, 1)
 
-        return torch.cat([energy(rows) for rows in x.reshape(-1, 2).split(ROWS)]).reshape(x.shape[:-1])
+        return torch.cat([energy(rows) for rows in x.reshape(-1, 2).split(ROWS)]).reshape(
+            x.shape[:-1]
+        )
 
     @property
     def mean(self) -> Tensor:
@@ -112,17 +132,24 @@ class NoisyCurves(Plane):
 
     @property
     def variance(self) -> Tensor:
-        return self.log_weights.exp() @ (self.nodes - self.mean).square() + self.noise**2 + self.box**2 / 12.0
+        return (
+            self.log_weights.exp() @ (self.nodes - self.mean).square()
+            + self.noise**2
+            + self.box**2 / 12.0
+        )
 
     def _draw(self, n: int, generator: torch.Generator | None) -> Tensor:
         points = self.curves(self._uniform((n,), generator))
         which = (self._uniform((n,), generator) * len(points)).long()
-        chosen = points[which, torch.arange(n, device=points.device)] + self.noise * self._normal((n, 2), generator)
+        chosen = points[which, torch.arange(n, device=points.device)] + self.noise * self._normal(
+            (n, 2), generator
+        )
         return chosen + self.box * self._uniform((n, 2), generator) if self.box else chosen
 
 
 class TwoMoons(NoisyCurves):
-    r"""The law of scikit-learn's ``make_moons``: two half circles of radius 1, about (0, 0) and (1, 1/2), with normal noise.
+    r"""The law of scikit-learn's ``make_moons``: two half circles of radius 1, about (0, 0) and (1,
+    1/2), with normal noise.
 
     Args:
         noise: :math:`\sigma > 0`, before the scaling.
@@ -139,7 +166,11 @@ class TwoMoons(NoisyCurves):
     """
 
     def __init__(
-        self, noise: float = 0.1, scale: float = 1.0, shift: tuple[float, float] = (0.0, 0.0), dtype: torch.dtype | None = None
+        self,
+        noise: float = 0.1,
+        scale: float = 1.0,
+        shift: tuple[float, float] = (0.0, 0.0),
+        dtype: torch.dtype | None = None,
     ) -> None:
         check_positive(noise=noise, scale=scale)
 
@@ -173,6 +204,9 @@ class TwoSpirals(NoisyCurves):
         def arms(u: Tensor) -> Tensor:
             n = 3.0 * math.pi * u.sqrt()
             arm = torch.stack([-n * torch.cos(n), n * torch.sin(n)], -1) / 3.0
-            return torch.stack([arm, -arm - 1.0 / 6.0])  # of the second the square lies on the other side
+            # of the second the square lies on the other side
+            return torch.stack([arm, -arm - 1.0 / 6.0])
 
-        super().__init__(arms, noise, box=1.0 / 6.0, nodes=30 + math.ceil(26.0 / noise), dtype=dtype)
+        super().__init__(
+            arms, noise, box=1.0 / 6.0, nodes=30 + math.ceil(26.0 / noise), dtype=dtype
+        )

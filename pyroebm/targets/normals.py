@@ -15,46 +15,78 @@ __all__ = ["Gaussian", "GaussianMixture", "scales_gaussian"]
 
 
 class _Normals(Target):
-    """A stack of normal laws with locations ``(*stack, *event)``: no stack for a Gaussian, ``(k,)`` for a mixture.
+    """A stack of normal laws with locations ``(*stack, *event)``: no stack for a Gaussian, ``(k,)``
+    for a mixture.
 
-    ``whitening`` holds W with W'W the precision: its diagonal in the shape of ``loc``, or dense matrices over flattened events.
+    ``whitening`` holds W with W'W the precision: its diagonal in the shape of ``loc``, or dense
+    matrices over flattened events.
     """
 
     loc: Tensor
     whitening: Tensor
 
-    def __init__(self, name: str, loc: Any, scale: Any, covariance: Any, stack: int, dtype: torch.dtype | None) -> None:
+    def __init__(
+        self,
+        name: str,
+        loc: Any,
+        scale: Any,
+        covariance: Any,
+        stack: int,
+        dtype: torch.dtype | None,
+    ) -> None:
         if scale is not None and covariance is not None:
-            raise ValueError(f"give scale or covariance, not both, got scale={scale} and covariance={covariance}")
+            raise ValueError(
+                f"give scale or covariance, not both, got scale={scale} and covariance={covariance}"
+            )
         dense = covariance is not None
         given = {"covariance": covariance} if dense else {"scale": 1.0 if scale is None else scale}
         loc, spread = as_floats(dtype, **{name: loc}, **given)
         if loc.dim() < stack or loc.numel() == 0:
-            raise ValueError(f"{name} must have at least {stack} dimensions and one entry, got shape {tuple(loc.shape)}")
+            raise ValueError(
+                f"{name} must have at least {stack} dimensions and one entry, got shape"
+                f" {tuple(loc.shape)}"
+            )
         super().__init__(loc.shape[stack:], dtype=loc.dtype)
         self.dense = dense
         self.register_buffer("loc", loc)
-        self.register_buffer("whitening", _whiten_dense(spread, loc, stack) if dense else _whiten_diagonal(spread, loc, stack))
+        self.register_buffer(
+            "whitening",
+            _whiten_dense(spread, loc, stack) if dense else _whiten_diagonal(spread, loc, stack),
+        )
 
     def _quadratic(self, deviation: Tensor) -> Tensor:  # (..., *stack, *event) -> (..., *stack)
         if not self.dense:
             return 0.5 * event_sum((deviation * self.whitening).square(), len(self.event_shape))
-        flat = deviation.flatten(-len(self.event_shape)) if self.event_shape else deviation.unsqueeze(-1)
+        flat = (
+            deviation.flatten(-len(self.event_shape))
+            if self.event_shape
+            else deviation.unsqueeze(-1)
+        )
         if self.whitening.dim() == 2:  # one matrix for all: a plain matrix product
             return 0.5 * torch.nn.functional.linear(flat, self.whitening).square().sum(-1)
         return 0.5 * torch.einsum("...kd,ked->...ke", flat, self.whitening).square().sum(-1)
 
-    def _log_norm(self, whitening: Tensor) -> Tensor:  # (*stack): log of the integral of exp(-quadratic)
+    # (*stack): log of the integral of exp(-quadratic)
+    def _log_norm(self, whitening: Tensor) -> Tensor:
         logs = whitening.diagonal(dim1=-2, dim2=-1).log() if self.dense else whitening.log()
         dims = 1 if self.dense else len(self.event_shape)
         return 0.5 * event_numel(self.event_shape) * LOG_TWO_PI - event_sum(logs, dims)
 
-    def _colouring(self) -> Tensor:  # inverse of the whitening, float64: what noise is multiplied by
-        return _inverse(self.whitening.double()) if self.dense else self.whitening.double().reciprocal()
+    # inverse of the whitening, float64: what noise is multiplied by
+    def _colouring(self) -> Tensor:
+        return (
+            _inverse(self.whitening.double())
+            if self.dense
+            else self.whitening.double().reciprocal()
+        )
 
     def _variances(self) -> Tensor:  # (*stack, *event), float64
         squares = self._colouring().square()
-        return squares.sum(-1).reshape(squares.shape[:-2] + self.event_shape) if self.dense else squares
+        return (
+            squares.sum(-1).reshape(squares.shape[:-2] + self.event_shape)
+            if self.dense
+            else squares
+        )
 
     def _draw_part(self, n: int, part: Any, generator: torch.Generator | None) -> Tensor:
         # part: an index into the stack for each draw; the empty tuple where there is no stack
@@ -62,7 +94,9 @@ class _Normals(Target):
         if not self.dense:
             return self.loc[part] + colouring[part] * noise
         colouring = colouring[part] if colouring.dim() > 2 else colouring
-        return self.loc[part] + torch.einsum("...ed,...d->...e", colouring, noise.reshape(n, -1)).reshape(noise.shape)
+        return self.loc[part] + torch.einsum(
+            "...ed,...d->...e", colouring, noise.reshape(n, -1)
+        ).reshape(noise.shape)
 
     def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         return self._within_two_deviations(n, generator)
@@ -76,7 +110,8 @@ def _whiten_diagonal(scale: Tensor, loc: Tensor, stack: int) -> Tensor:
         return scale.expand(loc.shape).reciprocal().contiguous()
     except RuntimeError:
         raise ValueError(
-            f"scale must be one number{', one for each component' * stack} or broadcast to {tuple(loc.shape)}, got shape"
+            f"scale must be one number{', one for each component' * stack} or broadcast to"
+            f" {tuple(loc.shape)}, got shape"
             f" {tuple(scale.shape)}"
         ) from None
 
@@ -86,36 +121,50 @@ def _whiten_dense(covariance: Tensor, loc: Tensor, stack: int) -> Tensor:
     shapes = [(sides, sides), (*loc.shape[:stack], sides, sides)]
     if tuple(covariance.shape) not in shapes:
         rule = " or ".join(map(str, shapes[: stack + 1]))
-        raise ValueError(f"covariance must have shape {rule}, over flattened events, got {tuple(covariance.shape)}")
+        raise ValueError(
+            f"covariance must have shape {rule}, over flattened events, got"
+            f" {tuple(covariance.shape)}"
+        )
     matrix = covariance.double()
     asymmetry = float((matrix - matrix.mT).abs().max())
     if asymmetry > 1e-5 * float(matrix.abs().max()):
-        raise ValueError(f"covariance must be symmetric, got entries that differ from their mirror image by up to {asymmetry:g}")
+        raise ValueError(
+            f"covariance must be symmetric, got entries that differ from their mirror image by up"
+            f" to {asymmetry:g}"
+        )
     lower, failed = torch.linalg.cholesky_ex(0.5 * (matrix + matrix.mT))
     if failed.any():
         smallest = float(torch.linalg.eigvalsh(matrix).min())
-        raise ValueError(f"covariance must be positive definite, got smallest eigenvalue {smallest:g}")
+        raise ValueError(
+            f"covariance must be positive definite, got smallest eigenvalue {smallest:g}"
+        )
     return _inverse(lower).to(covariance.dtype).contiguous()
 
 
 def _inverse(lower: Tensor) -> Tensor:
-    return torch.linalg.solve_triangular(lower, torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device), upper=False)
+    return torch.linalg.solve_triangular(
+        lower, torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device), upper=False
+    )
 
 
 class Gaussian(_Normals):
-    r"""A normal law as an energy, not normalised: :math:`E(x) = \tfrac12 (x - m)^T \Sigma^{-1} (x - m)`.
+    r"""A normal law as an energy, not normalised: :math:`E(x) = \tfrac12 (x - m)^T \Sigma^{-1} (x -
+    m)`.
 
     .. math:: \log Z = \tfrac d2 \log 2\pi + \tfrac12 \log \det \Sigma
 
     Args:
         mean: :math:`m`, shape ``event_shape``, any shape; numbers or a tensor.
-        covariance: :math:`\Sigma`, shape ``(d, d)`` over flattened events, symmetric positive definite.
-        scale: standard deviations, broadcast to ``event_shape``, in place of ``covariance``; neither means 1. No matrix is used.
+        covariance: :math:`\Sigma`, shape ``(d, d)`` over flattened events, symmetric positive
+            definite.
+        scale: standard deviations, broadcast to ``event_shape``, in place of ``covariance``;
+            neither means 1. No matrix is used.
         dtype: floating-point type; None for that of the tensors given, else torch's default.
 
     Raises:
-        ValueError: if ``covariance`` is not symmetric positive definite or has another shape, if ``scale`` is not positive or
-            does not broadcast, if both are given, or if a value is not finite.
+        ValueError: if ``covariance`` is not symmetric positive definite or has another shape, if
+            ``scale`` is not positive or does not broadcast, if both are given, or if a value is not
+            finite.
 
     Example:
         >>> e = Gaussian(torch.zeros(2), covariance=[[2.0, 0.6], [0.6, 1.0]])
@@ -123,7 +172,9 @@ class Gaussian(_Normals):
         (tensor([0.3049]), 2.0852)
     """
 
-    def __init__(self, mean: Any, covariance: Any = None, scale: Any = None, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, mean: Any, covariance: Any = None, scale: Any = None, dtype: torch.dtype | None = None
+    ) -> None:
         super().__init__("mean", mean, scale, covariance, 0, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -144,14 +195,19 @@ class Gaussian(_Normals):
     def covariance(self) -> Tensor:
         """Covariance of flattened events, shape ``(d, d)``."""
         colouring = self._colouring()
-        return (colouring @ colouring.mT if self.dense else colouring.square().flatten().diag()).to(self.dtype)
+        return (colouring @ colouring.mT if self.dense else colouring.square().flatten().diag()).to(
+            self.dtype
+        )
 
     def _draw(self, n: int, generator: torch.Generator | None) -> Tensor:
         return self._draw_part(n, (), generator)
 
 
-def scales_gaussian(dim: int = 50, low: float = 0.1, high: float = 10.0, dtype: torch.dtype | None = None) -> Gaussian:
-    r"""The centred normal law with log-spaced standard deviations, on which step-size and metric adaptation are judged.
+def scales_gaussian(
+    dim: int = 50, low: float = 0.1, high: float = 10.0, dtype: torch.dtype | None = None
+) -> Gaussian:
+    r"""The centred normal law with log-spaced standard deviations, on which step-size and metric
+    adaptation are judged.
 
     Args:
         dim: number of dimensions.
@@ -166,28 +222,33 @@ def scales_gaussian(dim: int = 50, low: float = 0.1, high: float = 10.0, dtype: 
         tensor([1.0000e-02, 1.0000e+00, 1.0000e+02])
     """
     if dim < 1 or not 0.0 < low <= high < math.inf:
-        raise ValueError(f"need dim >= 1 and 0 < low <= high, got dim={dim}, low={low}, high={high}")
+        raise ValueError(
+            f"need dim >= 1 and 0 < low <= high, got dim={dim}, low={low}, high={high}"
+        )
     scale = torch.logspace(math.log10(low), math.log10(high), dim, dtype=torch.float64)
     return Gaussian(torch.zeros(dim, dtype=dtype), scale=scale)
 
 
 class GaussianMixture(_Normals):
-    r"""A normalised mixture of normal laws, :math:`E(x) = -\log \sum_k w_k N(x \mid m_k, \Sigma_k)` with :math:`\log Z = 0`.
+    r"""A normalised mixture of normal laws, :math:`E(x) = -\log \sum_k w_k N(x \mid m_k, \Sigma_k)`
+    with :math:`\log Z = 0`.
 
-    ``mode_weights`` are the :math:`w_k`, and :meth:`mode_of` names the most responsible component. Where components overlap,
-    frequencies of :meth:`mode_of` are not quite the weights (up to 4 % off for :meth:`gmm40`); the expected
-    :meth:`responsibilities` always are.
+    ``mode_weights`` are the :math:`w_k`, and :meth:`mode_of` names the most responsible component.
+    Where components overlap, frequencies of :meth:`mode_of` are not quite the weights (up to 4 %
+    off for :meth:`gmm40`); the expected :meth:`responsibilities` always are.
 
     Args:
         means: :math:`m_k`, shape ``(k, *event_shape)``.
-        scale: standard deviations: one number, one for each component (shape ``(k,)``), or anything that broadcasts to the
-            shape of ``means``; 1 by default.
-        covariance: :math:`\Sigma_k` over flattened events, shape ``(d, d)`` or ``(k, d, d)``, in place of ``scale``.
+        scale: standard deviations: one number, one for each component (shape ``(k,)``), or anything
+            that broadcasts to the shape of ``means``; 1 by default.
+        covariance: :math:`\Sigma_k` over flattened events, shape ``(d, d)`` or ``(k, d, d)``, in
+            place of ``scale``.
         weights: :math:`w_k > 0`, shape ``(k,)``, normalised here; equal by default.
         dtype: floating-point type; None for that of the tensors given, else torch's default.
 
     Raises:
-        ValueError: as :class:`Gaussian`, and if ``weights`` is not positive or not of shape ``(k,)``.
+        ValueError: as :class:`Gaussian`, and if ``weights`` is not positive or not of shape
+        ``(k,)``.
 
     Example:
         >>> e = GaussianMixture([[-3.0], [3.0]], scale=0.5, weights=[1.0, 3.0])
@@ -198,20 +259,35 @@ class GaussianMixture(_Normals):
     weights: Tensor
 
     def __init__(
-        self, means: Any, scale: Any = None, covariance: Any = None, weights: Any = None, dtype: torch.dtype | None = None
+        self,
+        means: Any,
+        scale: Any = None,
+        covariance: Any = None,
+        weights: Any = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__("means", means, scale, covariance, 1, dtype)
-        (given,) = as_floats(torch.float64, weights=[1.0] * len(self.loc) if weights is None else weights)
+        (given,) = as_floats(
+            torch.float64, weights=[1.0] * len(self.loc) if weights is None else weights
+        )
         if given.shape != self.loc.shape[:1]:
-            raise ValueError(f"weights must have shape ({len(self.loc)},), one for each component, got {tuple(given.shape)}")
+            raise ValueError(
+                f"weights must have shape ({len(self.loc)},), one for each component, got"
+                f" {tuple(given.shape)}"
+            )
         check_positive(weights=given)
         self.register_buffer("weights", (given / given.sum()).to(self.loc))
 
     @classmethod
     def grid(
-        cls, side: int = 3, spacing: float = 5.0, variance: float = 0.3, dtype: torch.dtype | None = None
+        cls,
+        side: int = 3,
+        spacing: float = 5.0,
+        variance: float = 0.3,
+        dtype: torch.dtype | None = None,
     ) -> GaussianMixture:
-        """Equal modes on a ``side`` x ``side`` grid centred on 0: 9 or 25 of them in the papers (Zhang and Chen, 2022).
+        """Equal modes on a ``side`` x ``side`` grid centred on 0: 9 or 25 of them in the papers
+        (Zhang and Chen, 2022).
 
         Args:
             side: modes along an edge, at least 1.
@@ -231,13 +307,17 @@ class GaussianMixture(_Normals):
 
     @classmethod
     def gmm40(cls, seed: int = 0, dtype: torch.dtype | None = None) -> GaussianMixture:
-        """The 40 modes of Midgley et al., "Flow Annealed Importance Sampling Bootstrap" (2023), in PyTorch's numbers.
+        """The 40 modes of Midgley et al., "Flow Annealed Importance Sampling Bootstrap" (2023), in
+        PyTorch's numbers.
 
         Args:
             seed: what the papers give ``torch.manual_seed``; the global generator is not touched.
             dtype: floating-point type; None for torch's default.
         """
-        means = (torch.rand(40, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float32) - 0.5) * 80.0
+        means = (
+            torch.rand(40, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
+            - 0.5
+        ) * 80.0
         return cls(means, scale=math.log1p(math.e), dtype=dtype or torch.get_default_dtype())
 
     def _log_parts(self, x: Tensor) -> Tensor:  # (*batch, k): log w_k N(x | m_k, Sigma_k)
@@ -248,7 +328,8 @@ class GaussianMixture(_Normals):
         return -torch.logsumexp(self._log_parts(x), -1)
 
     def responsibilities(self, x: Tensor) -> Tensor:
-        """Posterior probability of each component: ``(*batch, *event) -> (*batch, k)``; its mean under the law is the weights."""
+        """Posterior probability of each component: ``(*batch, *event) -> (*batch, k)``; its mean
+        under the law is the weights."""
         self.batch_shape(x)
         return torch.softmax(self._log_parts(x), -1)
 
@@ -261,7 +342,9 @@ class GaussianMixture(_Normals):
 
     @property
     def variance(self) -> Tensor:
-        return torch.tensordot(self.weights, (self._variances() + (self.loc - self.mean).square()).to(self.dtype), 1)
+        return torch.tensordot(
+            self.weights, (self._variances() + (self.loc - self.mean).square()).to(self.dtype), 1
+        )
 
     @property
     def mode_weights(self) -> Tensor:

@@ -1,4 +1,5 @@
-"""Particles without a centre: double-well and Lennard-Jones systems in coordinates where the centre of mass is fixed."""
+"""Particles without a centre: double-well and Lennard-Jones systems in coordinates where the centre
+of mass is fixed."""
 
 from __future__ import annotations
 
@@ -14,11 +15,13 @@ __all__ = ["DW4", "LennardJones", "Particles"]
 
 
 class Particles(Target):
-    r"""n equal particles in k dimensions, energy a function of their distances, centre of mass at the origin.
+    r"""n equal particles in k dimensions, energy a function of their distances, centre of mass at
+    the origin.
 
-    An event is :math:`u \in R^{(n - 1) k}`, and the positions are :math:`x = B u` with B an orthonormal basis (Helmert's) of
-    the configurations of mean zero: densities are with respect to volume in that subspace, and no direction is flat
-    (Köhler, Klein and Noé, "Equivariant Flows", 2020). Of the truth only the mean is known, by symmetry: 0.
+    An event is :math:`u \in R^{(n - 1) k}`, and the positions are :math:`x = B u` with B an
+    orthonormal basis (Helmert's) of the configurations of mean zero: densities are with respect to
+    volume in that subspace, and no direction is flat (Köhler, Klein and Noé, "Equivariant Flows",
+    2020). Of the truth only the mean is known, by symmetry: 0.
 
     Args:
         particles: n, at least 2.
@@ -40,7 +43,10 @@ class Particles(Target):
 
     def __init__(self, particles: int, space: int, dtype: torch.dtype | None = None) -> None:
         if particles < 2 or space < 1:
-            raise ValueError(f"particles must be at least 2 and space at least 1, got particles={particles}, space={space}")
+            raise ValueError(
+                f"particles must be at least 2 and space at least 1, got particles={particles},"
+                f" space={space}"
+            )
         super().__init__(((particles - 1) * space,))
         self.particles, self.space = particles, space
         self.register_buffer("basis", mean_free_basis(particles, dtype))
@@ -51,9 +57,13 @@ class Particles(Target):
         return self.basis @ u.reshape(*self.batch_shape(u), self.particles - 1, self.space)
 
     def coordinates(self, x: Tensor) -> Tensor:
-        """Coordinates of positions, their mean taken away: ``(*batch, n, k) -> (*batch, (n - 1) k)``."""
+        """Coordinates of positions, their mean taken away: ``(*batch, n, k) -> (*batch, (n - 1)
+        k)``."""
         if x.shape[-2:] != (self.particles, self.space):
-            raise ValueError(f"x must have shape (*batch, {self.particles}, {self.space}), got shape {tuple(x.shape)}")
+            raise ValueError(
+                f"x must have shape (*batch, {self.particles}, {self.space}), got shape"
+                f" {tuple(x.shape)}"
+            )
         return (self.basis.mT @ x).flatten(-2)
 
     def squared_distances(self, x: Tensor) -> Tensor:
@@ -64,8 +74,11 @@ class Particles(Target):
     def mean(self) -> Tensor:
         return self._number(torch.zeros(self.event_shape))
 
-    def _place(self, n: int, generator: torch.Generator | None, radius: float, apart: float) -> Tensor:
-        """Particles put one by one into a ball, each at the first of many random places that is clear of the others."""
+    def _place(
+        self, n: int, generator: torch.Generator | None, radius: float, apart: float
+    ) -> Tensor:
+        """Particles put one by one into a ball, each at the first of many random places that is
+        clear of the others."""
         if n < 1:
             raise ValueError(f"n must be at least 1, got n={n}")
         x = self._normal((n, 0, self.space), generator)
@@ -73,7 +86,11 @@ class Particles(Target):
             tries = self._normal((n, 256, self.space), generator)
             depth = self._uniform((n, 256, 1), generator) ** (1.0 / self.space)
             tries = radius * depth * tries / tries.norm(dim=-1, keepdim=True)
-            nearest = torch.cdist(tries, x).amin(-1) if x.shape[1] else torch.full(tries.shape[:2], math.inf).to(tries)
+            nearest = (
+                torch.cdist(tries, x).amin(-1)
+                if x.shape[1]
+                else torch.full(tries.shape[:2], math.inf).to(tries)
+            )
             clear = nearest >= apart
             chosen = torch.where(clear.any(1), clear.to(torch.int8).argmax(1), nearest.argmax(1))
             x = torch.cat([x, tries[torch.arange(n), chosen].unsqueeze(1)], 1)
@@ -81,12 +98,14 @@ class Particles(Target):
 
 
 class DW4(Particles):
-    r"""Four particles in the plane with a double well for each distance (Köhler, Klein and Noé, 2020).
+    r"""Four particles in the plane with a double well for each distance (Köhler, Klein and Noé,
+    2020).
 
     .. math:: E = \sum_{i<j} a (d_{ij} - d_0) + b (d_{ij} - d_0)^2 + c (d_{ij} - d_0)^4,
         \qquad a = 0, \quad b = -4, \quad c = 0.9, \quad d_0 = 4
 
-    Each pair counts once, as in the paper's :math:`\frac{1}{2 \tau} \sum_{i,j}` at :math:`\tau = 1`.
+    Each pair counts once, as in the paper's :math:`\frac{1}{2 \tau} \sum_{i,j}` at :math:`\tau =
+    1`.
 
     Args:
         dtype: floating-point type; None for torch's default.
@@ -110,11 +129,15 @@ class DW4(Particles):
 
 
 class LennardJones(Particles):
-    r"""Particles in space that attract and repel, held together by a spring to their centre (Köhler, Klein and Noé, 2020).
+    r"""Particles in space that attract and repel, held together by a spring to their centre
+    (Köhler, Klein and Noé, 2020).
 
-    .. math:: E = \epsilon \sum_{pairs} \big(r^{-12} - 2 r^{-6}\big) + \frac12 \sum_i |x_i - \bar x|^2
+    .. math::
 
-    Two conventions are about, which differ by a factor of two in the first sum; name the one that you mean.
+        E = \epsilon \sum_{pairs} \big(r^{-12} - 2 r^{-6}\big) + \frac12 \sum_i |x_i - \bar x|^2
+
+    Two conventions are about, which differ by a factor of two in the first sum; name the one that
+    you mean.
 
     Args:
         pairs: "once": over :math:`i < j`; or "twice": over all :math:`i \ne j`.
@@ -127,11 +150,19 @@ class LennardJones(Particles):
 
     Example:
         >>> e = LennardJones("once", particles=2)
-        >>> round(float(e(e.coordinates(torch.tensor([[0.0, 0.0, 0.0], [1.0, 0.0, 0.0]])))), 6)  # -1 and two springs of 1/8
+        >>> round(
+        ...     float(e(e.coordinates(torch.tensor([[0.0, 0.0, 0.0], [1.0, 0.0, 0.0]])))), 6
+        ... )  # -1 and two springs of 1/8
         -0.75
     """
 
-    def __init__(self, pairs: str, particles: int = 13, epsilon: float = 1.0, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        pairs: str,
+        particles: int = 13,
+        epsilon: float = 1.0,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         if pairs not in ("once", "twice"):
             raise ValueError(f'pairs must be "once" or "twice", got pairs={pairs!r}')
         check_positive(epsilon=epsilon)

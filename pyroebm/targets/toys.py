@@ -1,4 +1,5 @@
-"""The two-dimensional toys on which deep energies are tried, each as the exact law of its well-known generator."""
+"""The two-dimensional toys on which deep energies are tried, each as the exact law of its
+well-known generator."""
 
 from __future__ import annotations
 
@@ -17,12 +18,17 @@ __all__ = ["Checkerboard", "Circles", "Pinwheel", "eight_gaussians"]
 
 
 class Circles(Plane):
-    r"""Concentric circles of radii :math:`R_k`, each as likely as the others, with normal noise; normalised.
+    r"""Concentric circles of radii :math:`R_k`, each as likely as the others, with normal noise;
+    normalised.
 
-    .. math:: p(x) = \frac1K \sum_k \frac1{2 \pi \sigma^2} e^{-(|x| - R_k)^2 / 2 \sigma^2} \tilde I_0(|x| R_k / \sigma^2),
+    .. math::
+
+        p(x) = \frac1K \sum_k \frac1{2 \pi \sigma^2} e^{-(|x| - R_k)^2 / 2 \sigma^2} \tilde I_0(|x|
+        R_k / \sigma^2),
         \qquad \tilde I_0(t) = e^{-t} I_0(t)
 
-    The defaults are the law of scikit-learn's ``make_circles(factor=0.5, noise=0.08)`` times 3 (Grathwohl et al., 2021).
+    The defaults are the law of scikit-learn's ``make_circles(factor=0.5, noise=0.08)`` times 3
+    (Grathwohl et al., 2021).
 
     Args:
         radii: :math:`R_k > 0`.
@@ -37,7 +43,12 @@ class Circles(Plane):
         tensor([2.8701, 2.8701])
     """
 
-    def __init__(self, radii: Sequence[float] = (3.0, 1.5), noise: float = 0.24, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        radii: Sequence[float] = (3.0, 1.5),
+        noise: float = 0.24,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         check_positive(radii=torch.tensor(radii), noise=noise)
         super().__init__(dtype=dtype)
         self.radii, self.noise = tuple(map(float, radii)), float(noise)
@@ -59,18 +70,24 @@ class Circles(Plane):
 
     @property
     def variance(self) -> Tensor:
-        return self._number([0.5 * sum(r * r for r in self.radii) / len(self.radii) + self.noise**2] * 2)
+        return self._number(
+            [0.5 * sum(r * r for r in self.radii) / len(self.radii) + self.noise**2] * 2
+        )
 
     def _draw(self, n: int, generator: torch.Generator | None) -> Tensor:
         u, angle = self._uniform((2, n), generator)
-        radius = torch.tensor(self.radii, dtype=torch.float64, device=u.device)[(u * len(self.radii)).long()]
+        radius = torch.tensor(self.radii, dtype=torch.float64, device=u.device)[
+            (u * len(self.radii)).long()
+        ]
         angle = 2.0 * math.pi * angle
-        return torch.stack([radius * angle.cos(), radius * angle.sin()], -1) + self.noise * self._normal((n, 2), generator)
+        return torch.stack(
+            [radius * angle.cos(), radius * angle.sin()], -1
+        ) + self.noise * self._normal((n, 2), generator)
 
 
 class Checkerboard(Plane):
-    r"""The uniform law on the black squares, of side 2, of a 4 x 4 board over :math:`[-4, 4]^2`: area 32; :math:`+\infty`
-    elsewhere.
+    r"""The uniform law on the black squares, of side 2, of a 4 x 4 board over :math:`[-4, 4]^2`:
+    area 32; :math:`+\infty` elsewhere.
 
     Args:
         dtype: floating-point type; None for torch's default.
@@ -103,7 +120,8 @@ class Checkerboard(Plane):
 
     @property
     def variance(self) -> Tensor:
-        return self._number([16.0 / 3.0] * 2)  # of each coordinate alone, which is uniform on [-4, 4]
+        # of each coordinate alone, which is uniform on [-4, 4]
+        return self._number([16.0 / 3.0] * 2)
 
     def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         return self.sample(n, generator)
@@ -115,14 +133,16 @@ class Checkerboard(Plane):
 
 
 class Pinwheel(Plane):
-    r"""The pinwheel of Johnson et al. (2016): a normal law on each of K arms, sheared by a turn that grows along the arm.
+    r"""The pinwheel of Johnson et al. (2016): a normal law on each of K arms, sheared by a turn
+    that grows along the arm.
 
     .. math:: f \sim N\big((1, 0), \operatorname{diag}(\sigma_r^2, \sigma_t^2)\big), \quad
         x = s\, R(-\psi) f, \quad \psi = \frac{2 \pi k}K + \gamma e^{f_1}
 
-    with R a rotation. The density is a sum over all f from which x comes, :math:`\psi - \gamma e^{f_1(\psi)}` a multiple of
-    :math:`2 \pi / K` with :math:`f(\psi) = R(\psi) x / s`, of :math:`p(f) / (K s^2 |1 + \gamma e^{f_1} f_2|)`. Their number is K
-    but in the far tails. There the determinant passes through zero, and the density has poles: together they hold less than
+    with R a rotation. The density is a sum over all f from which x comes, :math:`\psi - \gamma
+    e^{f_1(\psi)}` a multiple of :math:`2 \pi / K` with :math:`f(\psi) = R(\psi) x / s`, of
+    :math:`p(f) / (K s^2 |1 + \gamma e^{f_1} f_2|)`. Their number is K but in the far tails. There
+    the determinant passes through zero, and the density has poles: together they hold less than
     :math:`10^{-8}` of the mass.
 
     Args:
@@ -133,7 +153,8 @@ class Pinwheel(Plane):
         dtype: floating-point type; None for torch's default.
 
     Raises:
-        ValueError: if a deviation or ``scale`` is not positive, ``rate`` is not finite, or ``arms`` is below 3.
+        ValueError: if a deviation or ``scale`` is not positive, ``rate`` is not finite, or ``arms``
+        is below 3.
 
     Example:
         >>> Pinwheel().variance
@@ -173,11 +194,14 @@ class Pinwheel(Plane):
             cos, sin = angle.cos(), angle.sin()
             return u * cos - v * sin, u * sin + v * cos
 
-        def turns(angle: Tensor, f: tuple[Tensor, Tensor]) -> Tensor:  # a whole number of them at a root
+        # a whole number of them at a root
+        def turns(angle: Tensor, f: tuple[Tensor, Tensor]) -> Tensor:
             return (angle - self.rate * f[0].exp()) * (self.arms / (2.0 * math.pi))
 
         with torch.no_grad():
-            edges = torch.linspace(0.0, 2.0 * math.pi, self.cells + 1, dtype=x.dtype, device=x.device)
+            edges = torch.linspace(
+                0.0, 2.0 * math.pi, self.cells + 1, dtype=x.dtype, device=x.device
+            )
             f = turned(edges)
             level = turns(edges, f)
             floors = level.floor()
@@ -187,11 +211,14 @@ class Pinwheel(Plane):
             goal = torch.maximum(floors[..., 1:], floors[..., :-1]).gather(-1, cell)
             low, width = edges[cell], 2.0 * math.pi / self.cells
             below, above = level.gather(-1, cell), level.gather(-1, cell + 1)
-            share = torch.where(above == below, 0.5, (goal - below) / (above - below))  # a flat cell: begin in its middle
+            # a flat cell: begin in its middle
+            share = torch.where(above == below, 0.5, (goal - below) / (above - below))
             angle = low + width * share.clamp(0.0, 1.0)
             found = crossed.gather(-1, cell)
             for _ in range(4):
-                angle = torch.minimum(torch.maximum(self._newton(angle, goal, turned), low), low + width)
+                angle = torch.minimum(
+                    torch.maximum(self._newton(angle, goal, turned), low), low + width
+                )
         for _ in range(2):  # with the graph: a root's first and second derivatives in x
             angle = self._newton(angle, goal, turned)
         f = turned(angle)
@@ -202,9 +229,13 @@ class Pinwheel(Plane):
     def _slope(self, f: tuple[Tensor, Tensor]) -> Tensor:
         return 1.0 + self.rate * f[0].exp() * f[1]
 
-    def _newton(self, angle: Tensor, goal: Tensor, turned: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Tensor:
+    def _newton(
+        self, angle: Tensor, goal: Tensor, turned: Callable[[Tensor], tuple[Tensor, Tensor]]
+    ) -> Tensor:
         f = turned(angle)
-        return angle - (angle - self.rate * f[0].exp() - goal * (2.0 * math.pi / self.arms)) / self._slope(f)
+        return angle - (
+            angle - self.rate * f[0].exp() - goal * (2.0 * math.pi / self.arms)
+        ) / self._slope(f)
 
     @property
     def mean(self) -> Tensor:
@@ -212,7 +243,9 @@ class Pinwheel(Plane):
 
     @property
     def variance(self) -> Tensor:
-        return self._number([0.5 * self.scale**2 * (1.0 + self.spread[0] ** 2 + self.spread[1] ** 2)] * 2)
+        return self._number(
+            [0.5 * self.scale**2 * (1.0 + self.spread[0] ** 2 + self.spread[1] ** 2)] * 2
+        )
 
     def _draw(self, n: int, generator: torch.Generator | None) -> Tensor:
         first, second = self._normal((2, n), generator)
@@ -220,11 +253,14 @@ class Pinwheel(Plane):
         arm = (self._uniform((n,), generator) * self.arms).floor()
         angle = 2.0 * math.pi / self.arms * arm + self.rate * first.exp()
         cos, sin = angle.cos(), angle.sin()
-        return self.scale * torch.stack([first * cos + second * sin, second * cos - first * sin], -1)
+        return self.scale * torch.stack(
+            [first * cos + second * sin, second * cos - first * sin], -1
+        )
 
 
 def eight_gaussians(dtype: torch.dtype | None = None) -> GaussianMixture:
-    """Eight equal normal laws on a circle, radius 4 and deviation 0.5, both over 1.414 (Grathwohl et al., 2019).
+    """Eight equal normal laws on a circle, radius 4 and deviation 0.5, both over 1.414 (Grathwohl
+    et al., 2019).
 
     Args:
         dtype: floating-point type; None for torch's default.

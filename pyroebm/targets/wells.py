@@ -18,7 +18,8 @@ __all__ = ["DoubleWell", "HalfDisc", "ManyWell"]
 
 
 class DoubleWell(Target):
-    r"""The tilted double well :math:`U(x) = x^4 - 4 x^2 + x`: 93.4 % of the mass left of the barrier, 6.6 % right of it.
+    r"""The tilted double well :math:`U(x) = x^4 - 4 x^2 + x`: 93.4 % of the mass left of the
+    barrier, 6.6 % right of it.
 
     Args:
         dtype: floating-point type; None for torch's default.
@@ -40,7 +41,9 @@ class DoubleWell(Target):
 
     event_shape = torch.Size()
     barrier: ClassVar[float] = brentq(lambda x: 4.0 * x**3 - 8.0 * x + 1.0, 0.0, 0.5, xtol=1e-15)
-    law: ClassVar[TabulatedLaw] = TabulatedLaw(lambda x: x * x * (x * x - 4.0) + x, -4.0, 4.0, split=barrier)
+    law: ClassVar[TabulatedLaw] = TabulatedLaw(
+        lambda x: x * x * (x * x - 4.0) + x, -4.0, 4.0, split=barrier
+    )
 
     def __init__(self, dtype: torch.dtype | None = None) -> None:
         super().__init__(dtype=dtype)
@@ -76,12 +79,17 @@ class DoubleWell(Target):
 
 
 class ManyWell(Target):
-    r"""Independent pairs of a tilted double well and a normal (Noé et al., 2019; Midgley et al., 2023); 2^16 wells by default.
+    r"""Independent pairs of a tilted double well and a normal (Noé et al., 2019; Midgley et al.,
+    2023); 2^16 wells by default.
 
-    .. math:: E(x) = \sum_i a_i^4 - 6 a_i^2 - \tfrac12 a_i + \tfrac12 b_i^2, \qquad x = (a_1, b_1, a_2, b_2, \dots)
+    .. math::
 
-    The well of a state is read off the signs of its :math:`a_i`: bit i of :meth:`mode_of` is :math:`a_i > 0`. The weights are
-    given up to 16 pairs; beyond, they are the products of :attr:`left_mass` and its complement, too many to list.
+        E(x) = \sum_i a_i^4 - 6 a_i^2 - \tfrac12 a_i + \tfrac12 b_i^2, \qquad x = (a_1, b_1, a_2,
+        b_2, \dots)
+
+    The well of a state is read off the signs of its :math:`a_i`: bit i of :meth:`mode_of` is
+    :math:`a_i > 0`. The weights are given up to 16 pairs; beyond, they are the products of
+    :attr:`left_mass` and its complement, too many to list.
 
     Args:
         pairs: number of pairs, half the number of dimensions.
@@ -96,7 +104,9 @@ class ManyWell(Target):
         (164.695675, 0.155693)
     """
 
-    law: ClassVar[TabulatedLaw] = TabulatedLaw(lambda a: a * (a * (a * a - 6.0) - 0.5), -5.0, 5.0, split=0.0)
+    law: ClassVar[TabulatedLaw] = TabulatedLaw(
+        lambda a: a * (a * (a * a - 6.0) - 0.5), -5.0, 5.0, split=0.0
+    )
 
     def __init__(self, pairs: int = 16, dtype: torch.dtype | None = None) -> None:
         if pairs < 1:
@@ -144,12 +154,13 @@ class ManyWell(Target):
 
 
 class HalfDisc(Target):
-    r"""The energy :math:`E(x) = -2 \sqrt{1 - x^2}` on :math:`|x| < 1`, :math:`+\infty` outside: a density cut off where it is 1.
+    r"""The energy :math:`E(x) = -2 \sqrt{1 - x^2}` on :math:`|x| < 1`, :math:`+\infty` outside: a
+    density cut off where it is 1.
 
     .. math:: Z = \pi \bigl(I_1(2) + L_1(2)\bigr) + 2
 
-    with I the modified Bessel and L the modified Struve function. Its support is the whole line, so that kernels meet the wall:
-    a correct one rejects there. :meth:`initial` draws inside.
+    with I the modified Bessel and L the modified Struve function. Its support is the whole line, so
+    that kernels meet the wall: a correct one rejects there. :meth:`initial` draws inside.
 
     Args:
         dtype: floating-point type; None for torch's default.
@@ -170,7 +181,8 @@ class HalfDisc(Target):
 
     def forward(self, x: Tensor) -> Tensor:
         outside = x.abs() >= 1.0  # a NaN is not outside: it stays NaN
-        inside = torch.where(outside, 0.0, x)  # so that no row outside sends a NaN back through the root
+        # so that no row outside sends a NaN back through the root
+        inside = torch.where(outside, 0.0, x)
         return torch.where(outside, math.inf, -2.0 * torch.sqrt((1.0 - inside) * (1.0 + inside)))
 
     def _log_z(self) -> float:
@@ -186,7 +198,8 @@ class HalfDisc(Target):
 
     def _draw(self, n: int, generator: torch.Generator | None) -> Tensor:
         def propose(k: int) -> tuple[Tensor, Tensor]:
-            x = (2.0 * self._uniform((k,), generator) - 1.0).to(self.dtype)  # rounded first: 1.0 is outside
+            # rounded first: 1.0 is outside
+            x = (2.0 * self._uniform((k,), generator) - 1.0).to(self.dtype)
             return x, -self(x) - 2.0
 
         return rejection(n, propose, lambda shape: self._uniform(shape, generator))

@@ -1,7 +1,15 @@
-"""Train energies on data: the loop, checkpoints, guards, logs, several processes; pretraining, fine-tuning, imputation."""
+"""Train energies on data: the loop, checkpoints, guards, logs, several processes; pretraining,
+fine-tuning, imputation."""
 
 from pyroebm.training.batches import Batches
-from pyroebm.training.distributed import average_gradients, connected_ranks, gather_bytes, process_group, ranks, same_start
+from pyroebm.training.distributed import (
+    average_gradients,
+    connected_ranks,
+    gather_bytes,
+    process_group,
+    ranks,
+    same_start,
+)
 from pyroebm.training.finetuning import Classifier, fine_tune
 from pyroebm.training.guards import Guard
 from pyroebm.training.imputation import complete

@@ -18,17 +18,19 @@ Data = Tensor | tuple[Tensor, ...]
 class Batches:
     """Data in random batches: each row once in an epoch, the last batch smaller where it must be.
 
-    The order of an epoch depends on the seed and on its number alone, so that any step's batch can be had at once.
+    The order of an epoch depends on the seed and on its number alone, so that any step's batch can
+    be had at once.
 
     Args:
         data: N rows, or a tuple of such (images and labels), each ``(N, ...)``.
         batch_size: rows of a batch.
         seed: of the orders.
-        ranks: number of this process and of all, which share each batch: process r of w takes every w-th row from row r on.
+        ranks: number of this process and of all, which share each batch: process r of w takes every
+            w-th row from row r on.
 
     Raises:
-        ValueError: if there are no rows, the tensors have different numbers of them, ``batch_size`` < 1, or a batch has fewer
-            rows than there are processes.
+        ValueError: if there are no rows, the tensors have different numbers of them, ``batch_size``
+            < 1, or a batch has fewer rows than there are processes.
 
     Example:
         >>> batches = Batches(torch.arange(5), batch_size=2)
@@ -36,13 +38,19 @@ class Batches:
         (3, [0, 1, 2, 3, 4])
     """
 
-    def __init__(self, data: Data, batch_size: int, seed: int = 0, ranks: tuple[int, int] = (0, 1)) -> None:
+    def __init__(
+        self, data: Data, batch_size: int, seed: int = 0, ranks: tuple[int, int] = (0, 1)
+    ) -> None:
         parts = data if isinstance(data, tuple) else (data,)
         if not parts or not all(isinstance(part, Tensor) and part.dim() > 0 for part in parts):
-            raise ValueError(f"data must be a tensor of rows, or a tuple of such, got {type(data).__name__}")
+            raise ValueError(
+                f"data must be a tensor of rows, or a tuple of such, got {type(data).__name__}"
+            )
         rows = {len(part) for part in parts}
         if len(rows) > 1 or 0 in rows:
-            raise ValueError(f"data must have rows, as many in each tensor, got {[len(part) for part in parts]}")
+            raise ValueError(
+                f"data must have rows, as many in each tensor, got {[len(part) for part in parts]}"
+            )
         check_counts({"batch_size": 1}, batch_size)
         self.data = data
         self.rows = len(parts[0])
@@ -52,7 +60,8 @@ class Batches:
         smallest = (self.rows - 1) % batch_size + 1
         if smallest < ranks[1]:
             raise ValueError(
-                f"each of {ranks[1]} processes needs a row of each batch, but {self.rows} rows with batch_size={batch_size} make"
+                f"each of {ranks[1]} processes needs a row of each batch, but {self.rows} rows"
+                f" with batch_size={batch_size} make"
                 f" a batch of {smallest}"
             )
         self._epoch, self._order = -1, torch.empty(0)

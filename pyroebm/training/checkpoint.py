@@ -1,4 +1,5 @@
-"""Where a training stands, as one file of tensors: safetensors, with one text of JSON among them. No pickle."""
+"""Where a training stands, as one file of tensors: safetensors, with one text of JSON among them.
+No pickle."""
 
 from __future__ import annotations
 
@@ -60,11 +61,15 @@ class TrainingState:
         tensors: dict[str, Tensor] = {"generator": self.generator.get_state()}
         said = pack(self._dicts(), "states", tensors)
         for name, module in self.modules.items():
-            tensors |= {f"module.{name}.{key}": value.detach().clone() for key, value in module.state_dict().items()}
+            tensors |= {
+                f"module.{name}.{key}": value.detach().clone()
+                for key, value in module.state_dict().items()
+            }
         return tensors | {"states": to_text(said)}
 
     def restore(self, tensors: Mapping[str, Tensor], *, learned_only: bool = False) -> None:
-        """Put it back; ``learned_only`` leaves the generator, the schedules and the optimizers' settings as they are now.
+        """Put it back; ``learned_only`` leaves the generator, the schedules and the optimizers'
+        settings as they are now.
 
         Raises:
             ValueError: if it is of other modules.
@@ -72,7 +77,11 @@ class TrainingState:
         device = self.generator.device  # chains are made anew where they are loaded
         for name, module in self.modules.items():
             start = f"module.{name}."
-            state = {k.removeprefix(start): v.to(device) for k, v in tensors.items() if k.startswith(start)}
+            state = {
+                k.removeprefix(start): v.to(device)
+                for k, v in tensors.items()
+                if k.startswith(start)
+            }
             try:
                 module.load_state_dict(state)
             except RuntimeError as error:
@@ -92,12 +101,19 @@ class TrainingState:
         self.generator.set_state(tensors["generator"])
 
     def _dicts(self) -> dict[str, dict[str, Any]]:
-        parts: dict[str, Mapping[str, Any]] = {"optimizers": self.optimizers, "schedules": self.schedules}
-        return {name: {key: part.state_dict() for key, part in named.items()} for name, named in parts.items()}
+        parts: dict[str, Mapping[str, Any]] = {
+            "optimizers": self.optimizers,
+            "schedules": self.schedules,
+        }
+        return {
+            name: {key: part.state_dict() for key, part in named.items()}
+            for name, named in parts.items()
+        }
 
 
 class Checkpoint:
-    """A file of what :func:`pyroebm.training.fit` needs to go on. Of several processes the first writes it, with a part for each.
+    """A file of what :func:`pyroebm.training.fit` needs to go on. Of several processes the first
+    writes it, with a part for each.
 
     Args:
         path: the file; its folder is made if it is not there. All processes must see it.
@@ -126,33 +142,49 @@ class Checkpoint:
         return self.path.exists()
 
     def save(self, step: int, more: Mapping[str, Tensor] | None = None) -> None:
-        """Keep the state, how many steps are done and what ``more`` there is; the file is the old one or the new one, whole, at
-        any moment."""
-        tensors = self.state.tensors() | {f"more.{name}": value for name, value in (more or {}).items()}
+        """Keep the state, how many steps are done and what ``more`` there is; the file is the old
+        one or the new one, whole, at any moment."""
+        tensors = self.state.tensors() | {
+            f"more.{name}": value for name, value in (more or {}).items()
+        }
         parts = gather_bytes(to_bytes(tensors), self.state.generator.device)
         if connected_ranks()[0] == 0:
-            file = {f"rank{k}": torch.frombuffer(bytearray(part), dtype=torch.uint8) for k, part in enumerate(parts)}
+            file = {
+                f"rank{k}": torch.frombuffer(bytearray(part), dtype=torch.uint8)
+                for k, part in enumerate(parts)
+            }
             file["said"] = to_text({"settings": self.settings, "step": step})
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_tensors(self.path, file)
-        gather_bytes(b".", self.state.generator.device)  # no process goes on, perhaps to load it, before it is there
+        # no process goes on, perhaps to load it, before it is there
+        gather_bytes(b".", self.state.generator.device)
 
     def load(self) -> tuple[int, dict[str, Tensor]]:
         """Put the state back; the number of steps that were done, and what more was kept.
 
         Raises:
-            ValueError: if there is no such file, it is damaged or no checkpoint, or it is one of other settings or modules.
+            ValueError: if there is no such file, it is damaged or no checkpoint, or it is one of
+            other settings or modules.
         """
         try:
             file, _ = read_tensors(self.path)
             said = from_text(file["said"])
             same = said["settings"] == self.settings
-            tensors = from_bytes(file[f"rank{connected_ranks()[0]}"].numpy().tobytes()) if same else {}
+            tensors = (
+                from_bytes(file[f"rank{connected_ranks()[0]}"].numpy().tobytes()) if same else {}
+            )
         except (OSError, SafetensorError, KeyError) as error:
-            raise ValueError(f"checkpoint={str(self.path)!r} must be a file that fit wrote, whole, got {error}") from error
+            raise ValueError(
+                f"checkpoint={str(self.path)!r} must be a file that fit wrote, whole, got {error}"
+            ) from error
         if not same:
-            raise ValueError(f"the checkpoint must be of the settings of this training, {self.settings}, got {said['settings']}")
-        more = {k.removeprefix("more."): tensors.pop(k) for k in list(tensors) if k.startswith("more.")}
+            raise ValueError(
+                f"the checkpoint must be of the settings of this training, {self.settings}, got"
+                f" {said['settings']}"
+            )
+        more = {
+            k.removeprefix("more."): tensors.pop(k) for k in list(tensors) if k.startswith("more.")
+        }
         try:
             self.state.restore(tensors)
         except ValueError as error:
@@ -161,14 +193,19 @@ class Checkpoint:
 
 
 def settings_of(name: str, objective: object) -> dict[str, Any]:
-    """Settings of an objective, and of objectives inside it, as JSON can say them: numbers, words, tuples, and kernels in words.
+    """Settings of an objective, and of objectives inside it, as JSON can say them: numbers, words,
+    tuples, and kernels in words.
 
     Example:
         >>> from pyroebm.objectives import ContrastiveDivergence, Hybrid
         >>> settings_of("objective", Hybrid(ContrastiveDivergence(k=5)))["objective.generative.k"]
         5
     """
-    modules = objective.named_modules(prefix=name) if isinstance(objective, nn.Module) else [(name, objective)]
+    modules = (
+        objective.named_modules(prefix=name)
+        if isinstance(objective, nn.Module)
+        else [(name, objective)]
+    )
     found: dict[str, Any] = {}
     for path, module in modules:
         if module is not objective and not isinstance(module, Objective):
@@ -179,5 +216,6 @@ def settings_of(name: str, objective: object) -> dict[str, Any]:
             if type(value) in (int, float, str, bool):
                 found[f"{path}.{key}"] = value
             elif isinstance(value, tuple | Kernel):
-                found[f"{path}.{key}"] = re.sub(r" at 0x[0-9a-f]+", "", repr(value))  # addresses are another's in each process
+                # addresses are another's in each process
+                found[f"{path}.{key}"] = re.sub(r" at 0x[0-9a-f]+", "", repr(value))
     return found

@@ -1,4 +1,5 @@
-"""What a training does about numbers that are not finite, or run away: it stops, or goes back to where it was well."""
+"""What a training does about numbers that are not finite, or run away: it stops, or goes back to
+where it was well."""
 
 from __future__ import annotations
 
@@ -20,10 +21,12 @@ __all__ = ["Guard", "Rollback"]
 class Guard:
     r"""When a step of :func:`pyroebm.training.fit` has failed, and what follows.
 
-    It has failed where the loss or the gradient is not finite, and where the mean energies of data and model are further apart
-    than a bound: :math:`|E_{data} - E_{model}| > g`, the sign of chains that have left. A failed step trains nothing. Either
-    it is an error, or what is learned (parameters, the optimizers' momenta, chains) goes back to where it was some steps before.
-    The order of the data, the random numbers and the schedule go on from where they are, so that nothing is met twice.
+    It has failed where the loss or the gradient is not finite, and where the mean energies of data
+    and model are further apart than a bound: :math:`|E_{data} - E_{model}| > g`, the sign of chains
+    that have left. A failed step trains nothing. Either it is an error, or what is learned
+    (parameters, the optimizers' momenta, chains) goes back to where it was some steps before. The
+    order of the data, the random numbers and the schedule go on from where they are, so that
+    nothing is met twice.
 
     Args:
         rollback: go back; False raises.
@@ -47,10 +50,14 @@ class Guard:
     def __post_init__(self) -> None:
         check_counts({"every": 1, "max_rollbacks": 1}, self.every, self.max_rollbacks)
         if self.max_energy_gap is not None and not 0.0 < self.max_energy_gap < math.inf:
-            raise ValueError(f"max_energy_gap must be positive and finite, got max_energy_gap={self.max_energy_gap}")
+            raise ValueError(
+                f"max_energy_gap must be positive and finite, got"
+                f" max_energy_gap={self.max_energy_gap}"
+            )
 
     def complaint(self, numbers: Mapping[str, float]) -> str | None:
-        """What is wrong with a step's losses, norms of gradients and energy gap, by name; None if nothing is.
+        """What is wrong with a step's losses, norms of gradients and energy gap, by name; None if
+        nothing is.
 
         Raises:
             ValueError: if there is a bound on ``energy_gap``, and no such number.
@@ -61,9 +68,16 @@ class Guard:
         if self.max_energy_gap is None:
             return None
         if "energy_gap" not in numbers:
-            raise ValueError("max_energy_gap needs an objective that says its energy_gap, got none among its facts")
+            raise ValueError(
+                "max_energy_gap needs an objective that says its energy_gap, got none among its"
+                " facts"
+            )
         gap = numbers["energy_gap"]
-        return f"energy_gap is {gap:g}, beyond max_energy_gap={self.max_energy_gap:g}" if abs(gap) > self.max_energy_gap else None
+        return (
+            f"energy_gap is {gap:g}, beyond max_energy_gap={self.max_energy_gap:g}"
+            if abs(gap) > self.max_energy_gap
+            else None
+        )
 
 
 class Rollback:
@@ -88,18 +102,21 @@ class Rollback:
         """A step went wrong: go back with a warning, or raise.
 
         Raises:
-            FloatingPointError: if the guard does not roll back, has done so too often, or no step went well so far.
+            FloatingPointError: if the guard does not roll back, has done so too often, or no step
+            went well so far.
         """
         if not self.kept or self.count >= self.guard.max_rollbacks:
             after = f" after {self.count} rollbacks" if self.count else ""
             raise FloatingPointError(
-                f"fit: at step {step}{after} {complaint}; parameters and optimizer are as the step before left them. Facts:"
+                f"fit: at step {step}{after} {complaint}; parameters and optimizer are as the step"
+                f" before left them. Facts:"
                 f" {facts}"
             )
         self.state.restore(self.kept, learned_only=True)
         self.count += 1
         warnings.warn(
-            f"fit: at step {step} {complaint}; what is learned is again as step {self.kept_at} left it (rollback {self.count} of"
+            f"fit: at step {step} {complaint}; what is learned is again as step {self.kept_at}"
+            f" left it (rollback {self.count} of"
             f" at most {self.guard.max_rollbacks})",
             RuntimeWarning,
             stacklevel=5,
@@ -107,9 +124,14 @@ class Rollback:
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint keeps of it."""
-        return {"rollback": torch.tensor([self.count, self.kept_at]), **{f"kept.{k}": v for k, v in self.kept.items()}}
+        return {
+            "rollback": torch.tensor([self.count, self.kept_at]),
+            **{f"kept.{k}": v for k, v in self.kept.items()},
+        }
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """The inverse of :meth:`tensors`."""
         self.count, self.kept_at = map(int, tensors["rollback"])
-        self.kept = {k.removeprefix("kept."): v for k, v in tensors.items() if k.startswith("kept.")}
+        self.kept = {
+            k.removeprefix("kept."): v for k, v in tensors.items() if k.startswith("kept.")
+        }

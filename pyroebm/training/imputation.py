@@ -21,7 +21,8 @@ __all__ = ["Clamped", "HasJoint", "complete"]
 
 @runtime_checkable
 class HasJoint(Protocol):
-    """What has an energy over all its units, in which the visible ones, ``num_visible`` of them, come first.
+    """What has an energy over all its units, in which the visible ones, ``num_visible`` of them,
+    come first.
 
     Example:
         >>> from pyroebm.energies import BernoulliRBM
@@ -36,8 +37,9 @@ class HasJoint(Protocol):
 class Clamped(Energy):
     r"""An energy with some entries held, row by row: :math:`E(o_{known}, x_{free})`.
 
-    The free entries have the law :math:`p(x_{free} \mid o)`. What x has in a known entry counts for nothing; where entries are
-    real numbers it has a standard normal law of its own, so that the density stays one.
+    The free entries have the law :math:`p(x_{free} \mid o)`. What x has in a known entry counts for
+    nothing; where entries are real numbers it has a standard normal law of its own, so that the
+    density stays one.
 
     Args:
         energy: over all entries, of discrete or real support.
@@ -80,7 +82,8 @@ class Clamped(Energy):
 
 
 class ClampedBlocks(Clamped):
-    """The same with the blocks of the energy, whose entries must be independent given the other blocks."""
+    """The same with the blocks of the energy, whose entries must be independent given the other
+    blocks."""
 
     @property
     def blocks(self) -> Mapping[str, slice | Tensor]:
@@ -104,17 +107,18 @@ def complete(
     seed: int | None = 0,
     progress: bool | None = None,
 ) -> Tensor:
-    r"""Draw what is not known of each example from :math:`p(x_{free} \mid x_{known})`, one chain a row.
+    r"""Draw what is not known of each example from :math:`p(x_{free} \mid x_{known})`, one chain a
+    row.
 
     Args:
-        model: an energy, or what has ``joint()``: a Boltzmann machine of any kind, a deep belief network. Hidden units are
-            sampled along.
-        observed: examples, shape ``(n, *visible)``, n at least 1; entries that are not known may hold anything. Examples of all
-            units will do too.
+        model: an energy, or what has ``joint()``: a Boltzmann machine of any kind, a deep belief
+            network. Hidden units are sampled along.
+        observed: examples, shape ``(n, *visible)``, n at least 1; entries that are not known may
+            hold anything. Examples of all units will do too.
         known: True where an entry is known, shape ``(n, *visible)`` or ``visible``.
         steps: steps of each chain; the result is its last state.
-        kernel: None takes block Gibbs where the energy has layers, single-site Gibbs on other discrete ones, and else NUTS, which
-            adapts for all but the last step.
+        kernel: None takes block Gibbs where the energy has layers, single-site Gibbs on other
+            discrete ones, and else NUTS, which adapts for all but the last step.
         seed: of all random numbers; None takes a fresh one.
         progress: show a bar; None shows one on a terminal.
 
@@ -122,13 +126,24 @@ def complete(
         completed examples, shape ``(n, *visible)``; known entries are those of ``observed``.
 
     Raises:
-        ValueError: if ``observed`` does not fit the model, ``known`` does not fit ``observed``, or ``steps`` < 1.
+        ValueError: if ``observed`` does not fit the model, ``known`` does not fit ``observed``, or
+        ``steps`` < 1.
 
     Example:
         >>> from pyroebm.energies import BernoulliRBM
-        >>> rbm = BernoulliRBM(2, 1, weight=torch.tensor([[20.0], [20.0]]), hidden_bias=torch.tensor([-20.0]),
-        ...                    visible_bias=torch.tensor([-10.0, -10.0]))  # both bits on, or both off
-        >>> complete(rbm, torch.tensor([[1.0, 0.0], [0.0, 0.0]]), torch.tensor([True, False]), progress=False)
+        >>> rbm = BernoulliRBM(
+        ...     2,
+        ...     1,
+        ...     weight=torch.tensor([[20.0], [20.0]]),
+        ...     hidden_bias=torch.tensor([-20.0]),
+        ...     visible_bias=torch.tensor([-10.0, -10.0]),
+        ... )  # both bits on, or both off
+        >>> complete(
+        ...     rbm,
+        ...     torch.tensor([[1.0, 0.0], [0.0, 0.0]]),
+        ...     torch.tensor([True, False]),
+        ...     progress=False,
+        ... )
         tensor([[1., 1.],
                 [0., 0.]])
     """
@@ -142,18 +157,33 @@ def complete(
     ):
         held = ClampedBlocks(energy, whole, clamp)
     if kernel is None:
-        kernel = BlockGibbs() if isinstance(held, ClampedBlocks) else Gibbs() if is_discrete(energy.support) else NUTS()
+        kernel = (
+            BlockGibbs()
+            if isinstance(held, ClampedBlocks)
+            else Gibbs()
+            if is_discrete(energy.support)
+            else NUTS()
+        )
     mcmc = MCMC(
-        kernel, num_samples=1, warmup_steps=steps - 1, num_chains=len(whole), seed=seed, chain_batch_size=len(whole),
-        compile=False, progress=progress,
-    )  # fmt: skip
+        kernel,
+        num_samples=1,
+        warmup_steps=steps - 1,
+        num_chains=len(whole),
+        seed=seed,
+        chain_batch_size=len(whole),
+        compile=False,
+        progress=progress,
+    )
     mcmc.run(held)
     drawn = held.whole(mcmc.get_samples()["x"])
     return drawn.flatten(1)[:, : observed[0].numel()].reshape(observed.shape)
 
 
-def _over_all_units(energy: Energy, model: Any, observed: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
-    """Observed values and mask over every entry of the energy's events: entries that are not visible are not known."""
+def _over_all_units(
+    energy: Energy, model: Any, observed: Tensor, known: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Observed values and mask over every entry of the energy's events: entries that are not
+    visible are not known."""
     known, events = torch.as_tensor(known), {tuple(energy.event_shape)}
     if isinstance(model, HasJoint):
         joint: Any = energy
@@ -161,11 +191,16 @@ def _over_all_units(energy: Energy, model: Any, observed: Tensor, known: Tensor)
     if observed.dim() < 1 or not len(observed) or tuple(observed.shape[1:]) not in events:
         shapes = " or ".join(f"(n, {', '.join(map(str, event))})" for event in sorted(events))
         raise ValueError(
-            f"observed must have shape {shapes}, n at least 1, for {type(model).__name__}, got {tuple(observed.shape)}"
+            f"observed must have shape {shapes}, n at least 1, for {type(model).__name__}, got"
+            f" {tuple(observed.shape)}"
         )
-    if known.dtype != torch.bool or tuple(known.shape) not in (tuple(observed.shape), tuple(observed.shape[1:])):
+    if known.dtype != torch.bool or tuple(known.shape) not in (
+        tuple(observed.shape),
+        tuple(observed.shape[1:]),
+    ):
         raise ValueError(
-            f"known must be boolean, of the shape of observed {tuple(observed.shape)} or of one example, got shape"
+            f"known must be boolean, of the shape of observed {tuple(observed.shape)} or of one"
+            f" example, got shape"
             f" {tuple(known.shape)} and dtype {known.dtype}"
         )
     known = known.expand(observed.shape)

@@ -15,7 +15,8 @@ __all__ = ["TrainingLog", "read_log"]
 
 
 class TrainingLog:
-    """One line of JSON for a step, ``{"step", "loss", "seconds", ...facts}``, and one point of each TensorBoard curve.
+    """One line of JSON for a step, ``{"step", "loss", "seconds", ...facts}``, and one point of each
+    TensorBoard curve.
 
     Args:
         path: the file of lines, or None.
@@ -38,7 +39,12 @@ class TrainingLog:
     """
 
     def __init__(
-        self, path: str | Path | None, tensorboard: str | Path | None = None, every: int = 1, done: int = 0, resume: bool = False
+        self,
+        path: str | Path | None,
+        tensorboard: str | Path | None = None,
+        every: int = 1,
+        done: int = 0,
+        resume: bool = False,
     ) -> None:
         check_counts({"log_every": 1}, every)
         self.path = None if path is None else Path(path)
@@ -47,18 +53,26 @@ class TrainingLog:
         if self.path is not None:
             if self.path.exists():
                 if not resume:
-                    raise ValueError(f"log={str(path)!r} holds a log: go on with resume=True, or name a new file")
+                    raise ValueError(
+                        f"log={str(path)!r} holds a log: go on with resume=True, or name a new file"
+                    )
                 lines = [line for line in read_log(self.path) if line["step"] < done]
                 write_text(self.path, "".join(json.dumps(line) + "\n" for line in lines))
             self.path.parent.mkdir(parents=True, exist_ok=True)
         self.writer: Any = None if tensorboard is None else _writer(tensorboard, done)
 
     def write(self, step: int, loss: float, facts: Mapping[str, float]) -> None:
-        """A step's numbers; one that is not finite is NaN, Infinity or -Infinity. The line is in the file when this returns."""
+        """A step's numbers; one that is not finite is NaN, Infinity or -Infinity. The line is in
+        the file when this returns."""
         if step % self.every:
             return
         if self.path is not None:
-            line = {"step": step, "loss": loss, "seconds": round(time.perf_counter() - self.began, 4), **facts}
+            line = {
+                "step": step,
+                "loss": loss,
+                "seconds": round(time.perf_counter() - self.began, 4),
+                **facts,
+            }
             append_line(self.path, json.dumps(line))
         if self.writer is not None:
             for name, value in {"loss": loss, **facts}.items():

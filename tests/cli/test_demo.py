@@ -1,4 +1,5 @@
-"""The main job: the quick demo writes everything and hides nothing; the full one (slow) reaches its numbers."""
+"""The main job: the quick demo writes everything and hides nothing; the full one (slow) reaches its
+numbers."""
 
 from __future__ import annotations
 
@@ -37,7 +38,9 @@ def test_the_quick_demo_writes_all_it_promises(
         assert {"mean", "var", "right_mass", "right_mass_se"} <= set(facts)
     assert {"ess_bulk", "r_hat", "seconds", "at_1000_draws"} <= set(report["nuts"])
     assert {"ess_bulk", "r_hat", "seconds"} <= set(report["pyro_nuts"])
-    assert {"log_z", "log_z_se", "ess_fraction", "pareto_k", "seconds"} <= set(report["redundant_nice_weighted"])
+    assert {"log_z", "log_z_se", "ess_fraction", "pareto_k", "seconds"} <= set(
+        report["redundant_nice_weighted"]
+    )
     assert all("missed_modes" in facts for facts in report.values())
     assert all("missed_modes" in report[name]["d_3"] for name in METHODS[4:])
     assert "j" in report["nice"]
@@ -59,7 +62,11 @@ def test_the_quick_demo_writes_all_it_promises(
 
 def test_a_forked_seed_is_obeyed_and_leaves_every_generator_as_it_was() -> None:
     def states() -> tuple[bytes, object, bytes]:
-        return torch.get_rng_state().numpy().tobytes(), random.getstate(), np.random.get_state()[1].tobytes()  # noqa: NPY002
+        return (
+            torch.get_rng_state().numpy().tobytes(),
+            random.getstate(),
+            np.random.get_state()[1].tobytes(),
+        )  # noqa: NPY002
 
     before, drawn = states(), []
     for seed in (1, 1, 2):
@@ -70,12 +77,20 @@ def test_a_forked_seed_is_obeyed_and_leaves_every_generator_as_it_was() -> None:
 
 
 def test_a_missed_mode_is_said_in_the_sentence() -> None:
-    chain = {"right_mass": 0.0665, "right_mass_se": 0.003, "r_hat": 1.0, "draws": 9, "chains": 2, "missed_modes": []}
+    chain = {
+        "right_mass": 0.0665,
+        "right_mass_se": 0.003,
+        "r_hat": 1.0,
+        "draws": 9,
+        "chains": 2,
+        "missed_modes": [],
+    }
     report = {
         "truth": {"right_mass": 0.0665, "log_z": 5.03, "missed_modes": []},
         "nuts": chain | {"at_1000_draws": chain},
         "nice": {"right_mass": 0.0, "right_mass_se": 0.0, "j": 0.0966, "missed_modes": ["right"]},
-        "redundant_nice_weighted": chain | {"log_z": 5.03, "log_z_se": 0.001, "missed_modes": ["right"]},
+        "redundant_nice_weighted": chain
+        | {"log_z": 5.03, "log_z_se": 0.001, "missed_modes": ["right"]},
     }
     assert "missed by NICE, D = 1 and redundant NICE, D = 2, weighted" in conclusion(report)
 

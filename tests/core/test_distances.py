@@ -11,7 +11,12 @@ from lib.checks import within_se
 from torch import Tensor
 
 from pyroebm.core import Estimate
-from pyroebm.core.statistics import energy_distance, maximum_mean_discrepancy, median_distance, mode_coverage_entropy
+from pyroebm.core.statistics import (
+    energy_distance,
+    maximum_mean_discrepancy,
+    median_distance,
+    mode_coverage_entropy,
+)
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -23,7 +28,9 @@ def normal(n: int, seed: int, mean: float = 0.0) -> Tensor:
 def folded(mean: float, variance: float) -> float:
     """E|N(mean, variance)|."""
     s = math.sqrt(variance)
-    return s * math.sqrt(2.0 / math.pi) * math.exp(-0.5 * (mean / s) ** 2) + mean * math.erf(mean / (s * math.sqrt(2.0)))
+    return s * math.sqrt(2.0 / math.pi) * math.exp(-0.5 * (mean / s) ** 2) + mean * math.erf(
+        mean / (s * math.sqrt(2.0))
+    )
 
 
 def true_energy_distance(mean: float) -> float:
@@ -37,7 +44,10 @@ def true_discrepancy(mean: float, h: float) -> float:
 
 CASES: dict[str, tuple[Callable[[Tensor, Tensor], Estimate], Callable[[float], float]]] = {
     "energy distance": (energy_distance, true_energy_distance),
-    "discrepancy": (lambda x, y: maximum_mean_discrepancy(x, y, 1.0), lambda mean: true_discrepancy(mean, 1.0)),
+    "discrepancy": (
+        lambda x, y: maximum_mean_discrepancy(x, y, 1.0),
+        lambda mean: true_discrepancy(mean, 1.0),
+    ),
 }
 cases = pytest.mark.parametrize("name", CASES)
 
@@ -52,7 +62,8 @@ def test_between_normal_laws(name: str, mean: float) -> None:
 
 @cases
 def test_unbiased_for_equal_laws_and_errors_are_true(name: str) -> None:
-    """Of many repetitions the mean is the truth and the spread the standard error that each of them claims."""
+    """Of many repetitions the mean is the truth and the spread the standard error that each of them
+    claims."""
     estimate, truth = CASES[name]
     for mean in (0.0, 1.0):
         found = [estimate(normal(60, 2 * k), normal(60, 2 * k + 1, mean)) for k in range(100)]
@@ -60,7 +71,9 @@ def test_unbiased_for_equal_laws_and_errors_are_true(name: str) -> None:
         within_se(values.mean(), truth(mean), values.std() / math.sqrt(len(values)))
         if mean:  # under equal laws the first-order term of the error is 0
             claimed = torch.tensor([f.standard_error for f in found]).mean()
-            assert float(claimed / values.std()) == pytest.approx(1.0, abs=5.0 / math.sqrt(2.0 * len(values)))
+            assert float(claimed / values.std()) == pytest.approx(
+                1.0, abs=5.0 / math.sqrt(2.0 * len(values))
+            )
 
 
 @cases
@@ -71,7 +84,11 @@ def test_rows_in_any_order_of_any_shape(name: str) -> None:
     assert value == pytest.approx(estimate(x.flip(0), y).value, abs=1e-12)
     assert value == pytest.approx(estimate(y, x).value, abs=1e-12)
     assert value == pytest.approx(estimate(x.flatten(1), y.flatten(1)).value, abs=1e-12)
-    pairs = [(x.flatten(1), x.flatten(1)), (y.flatten(1), y.flatten(1)), (x.flatten(1), y.flatten(1))]
+    pairs = [
+        (x.flatten(1), x.flatten(1)),
+        (y.flatten(1), y.flatten(1)),
+        (x.flatten(1), y.flatten(1)),
+    ]
     d = [torch.cdist(a, b) for a, b in pairs]
     k = d if name == "energy distance" else [torch.exp(-0.5 * v.square()) for v in d]
     mean = [(k[0].sum() - k[0].trace()) / 9900, (k[1].sum() - k[1].trace()) / 6320, k[2].mean()]
@@ -97,11 +114,23 @@ def test_modes_found() -> None:
 @pytest.mark.parametrize(
     ("call", "said"),
     [
-        (lambda: energy_distance(torch.zeros(50, 2), torch.zeros(50, 3)), r"one event shape .* got \(50, 2\), \(50, 3\)"),
+        (
+            lambda: energy_distance(torch.zeros(50, 2), torch.zeros(50, 3)),
+            r"one event shape .* got \(50, 2\), \(50, 3\)",
+        ),
         (lambda: energy_distance(torch.zeros(39), torch.zeros(50)), "at least 40 rows"),
-        (lambda: energy_distance(torch.zeros(50), torch.full((50,), math.nan)), "y must be finite, got 50 entries"),
-        (lambda: maximum_mean_discrepancy(torch.zeros(50), torch.zeros(50)), "bandwidth must be positive .* bandwidth=0.0"),
-        (lambda: mode_coverage_entropy(torch.tensor([0, 3]), torch.ones(3)), "modes must be .* from 0 to 2"),
+        (
+            lambda: energy_distance(torch.zeros(50), torch.full((50,), math.nan)),
+            "y must be finite, got 50 entries",
+        ),
+        (
+            lambda: maximum_mean_discrepancy(torch.zeros(50), torch.zeros(50)),
+            "bandwidth must be positive .* bandwidth=0.0",
+        ),
+        (
+            lambda: mode_coverage_entropy(torch.tensor([0, 3]), torch.ones(3)),
+            "modes must be .* from 0 to 2",
+        ),
         (lambda: mode_coverage_entropy(torch.tensor([0.0]), torch.ones(3)), "modes must be"),
         (lambda: mode_coverage_entropy(torch.tensor([0]), torch.ones(1)), "at least two positive"),
     ],

@@ -19,8 +19,25 @@ from torch.distributions.constraints import Constraint
 
 from pyroebm import Energy, Sum, Tempered, Unconstrained, score, spin, value_and_grad
 from pyroebm.core import Conditioned, PotentialFn, Unnormalized
-from pyroebm.core.supports import base_constraint, event_sum, is_discrete, is_real, same_support, unconstraining
-from pyroebm.targets import Beta, Dirichlet, DoubleWell, Exponential, Gamma, Gaussian, HalfDisc, LogNormal, SpinProduct
+from pyroebm.core.supports import (
+    base_constraint,
+    event_sum,
+    is_discrete,
+    is_real,
+    same_support,
+    unconstraining,
+)
+from pyroebm.targets import (
+    Beta,
+    Dirichlet,
+    DoubleWell,
+    Exponential,
+    Gamma,
+    Gaussian,
+    HalfDisc,
+    LogNormal,
+    SpinProduct,
+)
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -28,7 +45,12 @@ pytestmark = pytest.mark.usefixtures("float64")
 class Quadratic(Energy):
     """One parameter, any event shape and support."""
 
-    def __init__(self, event_shape: tuple[int, ...] = (), support: Constraint | None = None, weight: float = 0.5) -> None:
+    def __init__(
+        self,
+        event_shape: tuple[int, ...] = (),
+        support: Constraint | None = None,
+        weight: float = 0.5,
+    ) -> None:
         super().__init__(event_shape, support)
         self.weight = nn.Parameter(torch.tensor(weight))
 
@@ -39,7 +61,12 @@ class Quadratic(Energy):
 class Returns(Energy):
     """An energy whose forward is given."""
 
-    def __init__(self, forward: Callable[[Tensor], Tensor], event_shape: tuple[int, ...] = (), support: Constraint | None = None):
+    def __init__(
+        self,
+        forward: Callable[[Tensor], Tensor],
+        event_shape: tuple[int, ...] = (),
+        support: Constraint | None = None,
+    ):
         super().__init__(event_shape, support)
         self.given = forward
 
@@ -72,7 +99,10 @@ def test_batches_of_events(event: tuple[int, ...], batch: tuple[int, ...]) -> No
 def test_a_column_of_energies_is_refused() -> None:
     e = Returns(nn.Linear(3, 1), (3,))
     for call in (e, lambda x: value_and_grad(e, x), lambda x: score(e, x)):
-        with pytest.raises(ValueError, match=r"shape \(5,\), but it has shape \(5, 1\); drop the last dimension with"):
+        with pytest.raises(
+            ValueError,
+            match=r"shape \(5,\), but it has shape \(5, 1\); drop the last dimension with",
+        ):
             call(randn(5, 3))
     with pytest.raises(ValueError, match=r"must have shape \(5,\), but it has shape \(\)$"):
         Returns(lambda x: x.sum(), (3,))(randn(5, 3))
@@ -91,9 +121,15 @@ def test_wrong_events_are_named(shape: tuple[int, ...]) -> None:
 def test_dtype_and_device_mismatch_name_both() -> None:
     e = Quadratic((3,))
     for differentiate in (value_and_grad, score):
-        with pytest.raises(ValueError, match=r"Quadratic has dtype torch.float64, x has torch.float32; .*\.to\(torch.float64\)"):
+        with pytest.raises(
+            ValueError,
+            match=r"Quadratic has dtype torch.float64, x has torch.float32;"
+            r" .*\.to\(torch.float64\)",
+        ):
             differentiate(e, randn(2, 3).float())
-        with pytest.raises(ValueError, match=r"Quadratic has device cpu, x has meta; .*\.to\('cpu'\)"):
+        with pytest.raises(
+            ValueError, match=r"Quadratic has device cpu, x has meta; .*\.to\('cpu'\)"
+        ):
             differentiate(e, torch.empty(2, 3, device="meta"))
     with pytest.raises(ValueError, match="start must have the dtype"):
         e.check_states(randn(2, 3).float(), "start")
@@ -108,7 +144,11 @@ def test_an_energy_without_tensors_has_a_dtype_that_to_moves() -> None:
     assert e.state_dict() == {}
     for view in (2 * DoubleWell(), DoubleWell() + DoubleWell(), Unconstrained(DoubleWell())):
         assert view.float().dtype == torch.float32
-    assert Unconstrained(DoubleWell().float()).dtype == (0.5 * DoubleWell().float()).dtype == torch.float32
+    assert (
+        Unconstrained(DoubleWell().float()).dtype
+        == (0.5 * DoubleWell().float()).dtype
+        == torch.float32
+    )
 
 
 def test_forward_must_be_written() -> None:
@@ -167,9 +207,13 @@ def test_score_keeps_its_graph() -> None:
 
 def test_no_gradient_without_a_path_to_x() -> None:
     for differentiate in (value_and_grad, score):
-        with pytest.raises(ValueError, match=r"Returns.forward.* does not depend on x through autograd"):
+        with pytest.raises(
+            ValueError, match=r"Returns.forward.* does not depend on x through autograd"
+        ):
             differentiate(Returns(lambda x: x.detach() ** 2), randn(3))
-        with pytest.raises(ValueError, match=r"SpinProduct has the discrete support .* no gradient in x"):
+        with pytest.raises(
+            ValueError, match=r"SpinProduct has the discrete support .* no gradient in x"
+        ):
             differentiate(SpinProduct([0.0]), torch.ones(2, 1))
     assert value_and_grad(Returns(lambda x: 0 * x), randn(3))[1].tolist() == [0.0, 0.0, 0.0]
 
@@ -177,7 +221,9 @@ def test_no_gradient_without_a_path_to_x() -> None:
 def test_a_broken_row_touches_no_other() -> None:
     x = torch.tensor([0.5, math.nan, 1.5, -0.5])
     values, grad = value_and_grad(HalfDisc(), x)
-    torch.testing.assert_close(values[[0, 2, 3]], torch.tensor([-math.sqrt(3), math.inf, -math.sqrt(3)]))
+    torch.testing.assert_close(
+        values[[0, 2, 3]], torch.tensor([-math.sqrt(3), math.inf, -math.sqrt(3)])
+    )
     assert values[1].isnan()
     torch.testing.assert_close(grad[[0, 3]], torch.tensor([2 / math.sqrt(3), -2 / math.sqrt(3)]))
 
@@ -198,7 +244,9 @@ def test_sum_is_a_product_of_experts() -> None:
         a + 1
     with pytest.raises(ValueError, match="at least one Energy"):
         Sum()
-    with pytest.raises(ValueError, match=r"share one event_shape and one support, got \[\(\(2,\), .*\(\(3,\)"):
+    with pytest.raises(
+        ValueError, match=r"share one event_shape and one support, got \[\(\(2,\), .*\(\(3,\)"
+    ):
         a + Gaussian(torch.zeros(3))
     with pytest.raises(ValueError, match="share one event_shape and one support"):
         Exponential(1.0) + Gaussian(0.0)
@@ -222,7 +270,9 @@ def test_tempering() -> None:
     assert ((2 * HalfDisc()).initial(50, seeded()).abs() < 1).all()
     torch.testing.assert_close((0.5 * (e + 2 * e))(x), 1.5 * e(x))
     for beta in (0.0, -1.0, math.inf, math.nan):
-        with pytest.raises(ValueError, match="beta must be a positive finite number without gradient, got beta="):
+        with pytest.raises(
+            ValueError, match="beta must be a positive finite number without gradient, got beta="
+        ):
             beta * e
 
 
@@ -239,7 +289,12 @@ def test_log_ratio_needs_no_z() -> None:
 
 @pytest.mark.parametrize(
     ("link", "h"),
-    [("exp", torch.exp), ("square", torch.square), ("abs", torch.abs), ("softplus", lambda g: torch.log1p(torch.exp(g)))],
+    [
+        ("exp", torch.exp),
+        ("square", torch.square),
+        ("abs", torch.abs),
+        ("softplus", lambda g: torch.log1p(torch.exp(g))),
+    ],
 )
 def test_links(link: str, h: Callable[[Tensor], Tensor]) -> None:
     net = nn.Linear(3, 1)
@@ -256,13 +311,19 @@ def test_modules_in_links_are_registered() -> None:
     e = Unnormalized(net, "softplus", (3,), constraints.positive)
     assert len(list(e.parameters())) == 2
     assert e.support is constraints.positive
-    with pytest.raises(ValueError, match=r"link must be one of \['abs', 'exp', 'softplus', 'square'\], got link='tanh'"):
+    with pytest.raises(
+        ValueError,
+        match=r"link must be one of \['abs', 'exp', 'softplus', 'square'\], got link='tanh'",
+    ):
         Unnormalized(net, "tanh")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_softplus_is_accurate_far_out(dtype: torch.dtype) -> None:
-    g = torch.tensor([-1e4, -700, -100, -40, -16, -15.000001, -15, -14.9, -5, 0, 5, 15, 40, 100, 1e4, 1e30], dtype=dtype)
+    g = torch.tensor(
+        [-1e4, -700, -100, -40, -16, -15.000001, -15, -14.9, -5, 0, 5, 15, 40, 100, 1e4, 1e30],
+        dtype=dtype,
+    )
     e = Unnormalized(lambda x: x, "softplus").to(dtype)
     values, grad = value_and_grad(e, g)
 
@@ -270,10 +331,18 @@ def test_softplus_is_accurate_far_out(dtype: torch.dtype) -> None:
         return math.log(math.log1p(math.exp(v))) if abs(v) <= 700 else v if v < 0 else math.log(v)
 
     def slope(v: float) -> float:  # of log softplus: sigmoid(v) / softplus(v)
-        return 1 / (1 + math.exp(-v)) / math.log1p(math.exp(v)) if abs(v) <= 700 else 1.0 if v < 0 else 1 / v
+        return (
+            1 / (1 + math.exp(-v)) / math.log1p(math.exp(v))
+            if abs(v) <= 700
+            else 1.0
+            if v < 0
+            else 1 / v
+        )
 
     tolerance = {torch.float32: 3e-6, torch.float64: 1e-12}[dtype]
-    exact, slopes = (torch.tensor([f(v) for v in g.tolist()], dtype=dtype) for f in (log_softplus, slope))
+    exact, slopes = (
+        torch.tensor([f(v) for v in g.tolist()], dtype=dtype) for f in (log_softplus, slope)
+    )
     torch.testing.assert_close(values, -exact, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(grad, -slopes, rtol=2 * tolerance, atol=0.3 * tolerance)
 
@@ -287,7 +356,9 @@ def test_zero_density_is_infinite_energy() -> None:
 
 
 @pytest.mark.parametrize(("event", "clamped"), [((4,), (0, 2)), ((4,), ()), ((2, 2, 2), (1, 2, 7))])
-def test_conditioned_gaussian_is_the_conditional(event: tuple[int, ...], clamped: tuple[int, ...]) -> None:
+def test_conditioned_gaussian_is_the_conditional(
+    event: tuple[int, ...], clamped: tuple[int, ...]
+) -> None:
     d = math.prod(event)
     a = randn(d, 2 * d)
     mean, covariance, seen = randn(*event, seed=1), a @ a.T / d, randn(*event, seed=2)
@@ -343,7 +414,10 @@ def test_conditioning_is_checked() -> None:
 def test_unconstrained_has_the_same_z(e: Energy) -> None:
     free = Unconstrained(e)
     density = lambda v: math.exp(-float(free(torch.tensor(v).reshape(free.event_shape))))  # noqa: E731
-    z = sum(quad(density, low, high, epsabs=1e-11, limit=200)[0] for low, high in ((-60, -5), (-5, 5), (5, 40)))
+    z = sum(
+        quad(density, low, high, epsabs=1e-11, limit=200)[0]
+        for low, high in ((-60, -5), (-5, 5), (5, 40))
+    )
     assert math.log(z) == pytest.approx(e.log_z, abs=1e-9)
     assert free.log_z == e.log_z
 
@@ -358,7 +432,14 @@ def test_unconstrained_has_the_same_z(e: Energy) -> None:
 )
 def test_flat_laws_have_the_volume_for_z(support: Constraint, exact: float) -> None:
     free = Unconstrained(Returns(lambda x: 0 * x, (), support))
-    z = quad(lambda v: math.exp(-float(free(torch.tensor(v)))), -50, 50, epsabs=1e-12, points=[-5, 0, 5], limit=200)[0]
+    z = quad(
+        lambda v: math.exp(-float(free(torch.tensor(v)))),
+        -50,
+        50,
+        epsabs=1e-12,
+        points=[-5, 0, 5],
+        limit=200,
+    )[0]
     assert math.log(z) == pytest.approx(exact, abs=1e-9)
 
 
@@ -408,7 +489,12 @@ def test_rows_of_simplices_are_summed() -> None:
 
 
 def test_potential_is_the_unconstrained_energy() -> None:
-    for e in (DoubleWell(), Gaussian(torch.zeros(2, 3)), Exponential([1.0, 2.0]), Dirichlet([1.0, 2.0, 3.0])):
+    for e in (
+        DoubleWell(),
+        Gaussian(torch.zeros(2, 3)),
+        Exponential([1.0, 2.0]),
+        Dirichlet([1.0, 2.0, 3.0]),
+    ):
         potential = PotentialFn(e)
         assert isinstance(potential, PotentialFn)
         u = potential.initial_params(1, seeded())["x"]
@@ -430,7 +516,10 @@ def test_potential_refuses_other_dicts() -> None:
         potential({"y": torch.zeros(2)})
     with pytest.raises(ValueError, match=r"one site named 'x', got sites \['x', 'y'\]"):
         potential({"x": torch.zeros(2), "y": torch.zeros(2)})
-    with pytest.raises(ValueError, match=r"one event in unconstrained coordinates, shape \(2,\), got shape \(3, 2\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"one event in unconstrained coordinates, shape \(2,\), got shape \(3, 2\)",
+    ):
         potential({"x": torch.zeros(3, 2)})
     with pytest.raises(ValueError, match="is discrete: it has no unconstrained coordinates"):
         PotentialFn(SpinProduct([0.0]))
@@ -477,7 +566,9 @@ def test_starts_are_legal(support: Constraint, event: tuple[int, ...], dtype: to
         assert x.abs().max() > 1.9
     if isinstance(base_constraint(support), constraints.integer_interval):
         assert x.unique().tolist() == [2, 3, 4, 5, 6]
-    elif is_discrete(support) and not isinstance(base_constraint(support), type(constraints.one_hot)):
+    elif is_discrete(support) and not isinstance(
+        base_constraint(support), type(constraints.one_hot)
+    ):
         assert len(x.unique()) == 2
         assert abs(float((x > 0).double().mean()) - 0.5) < 5 * 0.5 / math.sqrt(x.numel())
     elif is_discrete(support):
@@ -489,7 +580,10 @@ def test_starts_avoid_infinite_energy_or_say_so() -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         assert (HalfDisc().initial(200).abs() < 1).all()
-    with pytest.raises(ValueError, match="no state of finite energy for 3 of n=3 rows in 100 tries; override initial"):
+    with pytest.raises(
+        ValueError,
+        match="no state of finite energy for 3 of n=3 rows in 100 tries; override initial",
+    ):
         Returns(lambda x: 0 * x + math.inf).initial(3)
     with pytest.raises(ValueError, match="n must be at least 1, got n=0"):
         DoubleWell().initial(0)
@@ -503,7 +597,9 @@ def test_supports_without_a_default_say_so() -> None:
         def check(self, value: Tensor) -> Tensor:
             return value > 0
 
-    with pytest.raises(ValueError, match=r"no bijection from R\^d registered with torch.distributions.biject_to"):
+    with pytest.raises(
+        ValueError, match=r"no bijection from R\^d registered with torch.distributions.biject_to"
+    ):
         Quadratic((), Odd()).initial(2)
     with pytest.raises(ValueError, match="no bijection"):
         Unconstrained(Quadratic((), Odd()))
@@ -515,7 +611,10 @@ def test_supports_are_compared_as_sets() -> None:
     assert same_support(constraints.real, constraints.real_vector)
     assert not same_support(constraints.real, constraints.positive)
     assert not same_support(constraints.boolean, spin)
-    assert same_support(constraints.interval(torch.zeros(2), torch.ones(2)), constraints.interval(torch.zeros(2), torch.ones(2)))
+    assert same_support(
+        constraints.interval(torch.zeros(2), torch.ones(2)),
+        constraints.interval(torch.zeros(2), torch.ones(2)),
+    )
     assert base_constraint(constraints.independent(constraints.independent(spin, 1), 1)) is spin
     assert is_discrete(constraints.independent(spin, 2))
     assert not is_discrete(constraints.simplex)
@@ -549,7 +648,9 @@ json.dump([key for key in before if before[key] != after[key]], sys.stdout)
 
 
 def test_importing_changes_no_global() -> None:
-    done = subprocess.run([sys.executable, "-c", SNAPSHOT], capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", SNAPSHOT], capture_output=True, text=True, timeout=120, check=True
+    )
     assert json.loads(done.stdout) == []
 
 
@@ -583,7 +684,9 @@ def test_supports_with_bounds_of_other_shapes_differ() -> None:
 
 
 def test_starts_have_the_energys_dtype() -> None:
-    support = constraints.interval(torch.zeros(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64))
+    support = constraints.interval(
+        torch.zeros(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64)
+    )
     assert Quadratic((2,), support).float().initial(3).dtype == torch.float32
 
 
@@ -600,12 +703,16 @@ def test_conditioning_refuses_bounds_that_differ_by_entry() -> None:
 
 
 def test_conditioning_follows_the_energys_device() -> None:
-    e = Conditioned(Gaussian(torch.zeros(2)).to("meta"), torch.zeros(2), torch.tensor([True, False]))
+    e = Conditioned(
+        Gaussian(torch.zeros(2)).to("meta"), torch.zeros(2), torch.tensor([True, False])
+    )
     assert e.observed.device.type == e.mask.device.type == "meta"
 
 
 def test_conditioned_starts_are_those_of_the_energy() -> None:
-    e = Conditioned(Gaussian([100.0, 100.0]), torch.tensor([100.0, 0.0]), torch.tensor([True, False]))
+    e = Conditioned(
+        Gaussian([100.0, 100.0]), torch.tensor([100.0, 0.0]), torch.tensor([True, False])
+    )
     assert (e.initial(50, seeded()) > 90).all()
 
 
@@ -626,17 +733,28 @@ def test_unconstrained_draws_exactly_where_its_energy_does() -> None:
     ("make", "message"),
     [
         (lambda: Quadratic(2), r"event_shape must be a tuple of sizes.*got event_shape=2"),
-        (lambda: Quadratic((), "positive"), "support must be a torch.distributions constraint, got support='positive'"),
+        (
+            lambda: Quadratic((), "positive"),
+            "support must be a torch.distributions constraint, got support='positive'",
+        ),
         (lambda: Yields(1.5)(torch.zeros(3)), "must return a tensor of energies, got float"),
-        (lambda: Yields(np.zeros(3))(torch.zeros(3)), "must return a tensor of energies, got ndarray"),
+        (
+            lambda: Yields(np.zeros(3))(torch.zeros(3)),
+            "must return a tensor of energies, got ndarray",
+        ),
         (lambda: Forgetful().device, r"Forgetful.__init__ must call super\(\).__init__\(\)"),
         (
             lambda: value_and_grad(Wide().float(), torch.zeros(3).float()),
             "Wide.forward must return the dtype of x, torch.float32, got torch.float64",
         ),
-        (lambda: Gaussian(torch.zeros(2)).float() + Gaussian(torch.zeros(2)).double(), "parts of a Sum must share one dtype"),
         (
-            lambda: Conditioned(Gaussian(torch.zeros(2)), torch.tensor([math.nan, 0.0]), torch.tensor([True, False])),
+            lambda: Gaussian(torch.zeros(2)).float() + Gaussian(torch.zeros(2)).double(),
+            "parts of a Sum must share one dtype",
+        ),
+        (
+            lambda: Conditioned(
+                Gaussian(torch.zeros(2)), torch.tensor([math.nan, 0.0]), torch.tensor([True, False])
+            ),
             r"observed must lie in support=.* got \[nan\]",
         ),
     ],
@@ -666,4 +784,6 @@ class Wide(Energy):
 
 
 def test_numpy_temperatures_are_numbers() -> None:
-    torch.testing.assert_close((Gaussian(torch.zeros(2)) / np.float32(2))(torch.ones(1, 2)), torch.tensor([0.5]))
+    torch.testing.assert_close(
+        (Gaussian(torch.zeros(2)) / np.float32(2))(torch.ones(1, 2)), torch.tensor([0.5])
+    )

@@ -22,8 +22,11 @@ def test_numbers_come_in_proportion() -> None:
 
 
 @pytest.mark.parametrize("u", [0.0, 1.0 - 2.0**-53])
-def test_the_ends_of_the_unit_interval_have_numbers_too(u: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A product that rounds up to the total is no number past the end, nor one without probability."""
+def test_the_ends_of_the_unit_interval_have_numbers_too(
+    u: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A product that rounds up to the total is no number past the end, nor one without
+    probability."""
 
     def at_the_end(shape: tuple[int, ...], *_: object) -> Tensor:
         return torch.full(shape, u, dtype=torch.float64)
@@ -31,7 +34,9 @@ def test_the_ends_of_the_unit_interval_have_numbers_too(u: float, monkeypatch: p
     monkeypatch.setattr(enumeration, "uniform", at_the_end)
     for seed in range(200):  # totals that round to above and below 1
         log_p = LOG_P.clone()
-        log_p[1:4] = torch.randn(3, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        log_p[1:4] = torch.randn(
+            3, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+        )
         assert draw_numbers(log_p, 2).tolist() == ([1, 1] if u == 0.0 else [3, 3])
 
 

@@ -1,4 +1,5 @@
-"""Data sets against their known numbers, and readers of a user's files: whole, damaged and missing ones."""
+"""Data sets against their known numbers, and readers of a user's files: whole, damaged and missing
+ones."""
 
 from __future__ import annotations
 
@@ -27,13 +28,17 @@ from pyroebm.data import (
 )
 
 F64 = torch.float64
-MNIST = os.environ.get("PYROEBM_MNIST")  # a file or folder of thresholded MNIST, for those who have it
+# a file or folder of thresholded MNIST, for those who have it
+MNIST = os.environ.get("PYROEBM_MNIST")
 
 
 def independent_floor(train: Tensor, test: Tensor) -> float:
-    """Mean log-likelihood of the test set under independent pixels of the training set's frequencies."""
+    """Mean log-likelihood of the test set under independent pixels of the training set's
+    frequencies."""
     p = train.double().mean(0)
-    return float((torch.xlogy(test.double(), p) + torch.xlogy(1 - test.double(), 1 - p)).sum(1).mean())
+    return float(
+        (torch.xlogy(test.double(), p) + torch.xlogy(1 - test.double(), 1 - p)).sum(1).mean()
+    )
 
 
 @pytest.mark.parametrize(("n", "ceiling"), [(2, -1.732868), (3, -2.59930), (4, -3.37909)])
@@ -42,9 +47,14 @@ def test_bars_and_stripes_have_their_ceiling(n: int, ceiling: float) -> None:
     patterns, counts = data.unique(dim=0, return_counts=True)
     share = counts.double() / len(data)
     assert float((share * share.log()).sum()) == pytest.approx(ceiling, abs=5e-6)
-    assert -(n + 1) * math.log(2) + 4 / 2 ** (n + 1) * math.log(2) == pytest.approx(ceiling, abs=5e-6)
+    assert -(n + 1) * math.log(2) + 4 / 2 ** (n + 1) * math.log(2) == pytest.approx(
+        ceiling, abs=5e-6
+    )
     images = patterns.reshape(-1, n, n)
-    bars, stripes = (images == images[:, :1]).all(2).all(1), (images == images[:, :, :1]).all(2).all(1)
+    bars, stripes = (
+        (images == images[:, :1]).all(2).all(1),
+        (images == images[:, :, :1]).all(2).all(1),
+    )
     assert bool((bars | stripes).all())
     assert counts[[0, -1]].tolist() == [2, 2]
     assert (counts == 2).sum() == 2
@@ -70,8 +80,8 @@ def test_digits_have_their_floor() -> None:
 
 
 def test_laplace_mixture_has_its_likelihood() -> None:
-    """The whitened sources are a rotation of Laplace variables; under the rotation of least L1 norm the mean log-likelihood is
-    that of the truth, and a Gaussian's is worse."""
+    """The whitened sources are a rotation of Laplace variables; under the rotation of least L1 norm
+    the mean log-likelihood is that of the truth, and a Gaussian's is worse."""
     x = laplace_mixture(100_000, seed=1, dtype=F64)
     torch.testing.assert_close(x.mT.cov(), torch.eye(2, dtype=F64))
     angles = torch.linspace(0, math.pi / 2, 181, dtype=F64)
@@ -96,7 +106,7 @@ def test_patches_are_white_but_for_their_mean() -> None:
     assert 0.0 <= float(raw.min()) < float(raw.max()) <= 1.0
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Readers
 
 
@@ -141,14 +151,18 @@ def test_sampled_pixels_have_their_grey_levels_as_means(tmp_path: Path) -> None:
 def test_grey_levels_of_any_type_of_number(tmp_path: Path) -> None:
     for dtype in (np.uint8, np.uint16, np.int64, np.float16):
         levels, labels = np.array([[0, 200]], dtype=dtype), np.zeros(1, dtype=dtype)
-        np.savez(tmp_path / "grey.npz", x_train=levels, x_test=levels, y_train=labels, y_test=labels)
+        np.savez(
+            tmp_path / "grey.npz", x_train=levels, x_test=levels, y_train=labels, y_test=labels
+        )
         assert load_binary(tmp_path / "grey.npz").train.tolist() == [[0.0, 1.0]]
 
 
 def test_bits_are_taken_as_they_are(tmp_path: Path) -> None:
     bits, labels = np.array([[0, 1], [1, 1]], dtype=np.uint8), np.array([3, 4])
     names = {"train": bits, "valid": bits[:1], "test": bits}
-    arrays = {f"{k}.data": v for k, v in names.items()} | {f"{k}.lbl": labels[: len(v)] for k, v in names.items()}
+    arrays = {f"{k}.data": v for k, v in names.items()} | {
+        f"{k}.lbl": labels[: len(v)] for k, v in names.items()
+    }
     np.savez(tmp_path / "bits.npz", **arrays)
     data = load_binary(tmp_path / "bits.npz")
     assert data.binarisation == "as given"
@@ -164,7 +178,9 @@ def test_binary_mnist_has_its_floor() -> None:
     train = data.train.double().mean(0)
     p = (train * 60_000 + 1) / 60_002  # some pixels are never on
     test = data.test.double()
-    assert float((torch.xlogy(test, p) + torch.xlogy(1 - test, 1 - p)).sum(1).mean()) == pytest.approx(-205.85, abs=0.01)
+    assert float(
+        (torch.xlogy(test, p) + torch.xlogy(1 - test, 1 - p)).sum(1).mean()
+    ) == pytest.approx(-205.85, abs=0.01)
 
 
 def damage_nothing(folder: Path) -> Path:
@@ -219,12 +235,24 @@ def half_npz(folder: Path) -> Path:
 
 
 def empty_npz(folder: Path) -> Path:
-    np.savez(folder / "a.npz", x_train=np.zeros((0, 2)), x_test=np.ones((1, 2)), y_train=np.zeros(0), y_test=np.zeros(1))
+    np.savez(
+        folder / "a.npz",
+        x_train=np.zeros((0, 2)),
+        x_test=np.ones((1, 2)),
+        y_train=np.zeros(0),
+        y_test=np.zeros(1),
+    )
     return folder / "a.npz"
 
 
 def words_npz(folder: Path) -> Path:
-    np.savez(folder / "a.npz", x_train=np.array([["a", "b"]]), x_test=np.ones((1, 2)), y_train=np.zeros(1), y_test=np.zeros(1))
+    np.savez(
+        folder / "a.npz",
+        x_train=np.array([["a", "b"]]),
+        x_test=np.ones((1, 2)),
+        y_train=np.zeros(1),
+        y_test=np.zeros(1),
+    )
     return folder / "a.npz"
 
 
@@ -239,7 +267,13 @@ def one_array(folder: Path) -> Path:
 
 
 def negative(folder: Path) -> Path:
-    np.savez(folder / "a.npz", x_train=-np.ones((1, 2)), x_test=np.ones((1, 2)), y_train=np.zeros(1), y_test=np.zeros(1))
+    np.savez(
+        folder / "a.npz",
+        x_train=-np.ones((1, 2)),
+        x_test=np.ones((1, 2)),
+        y_train=np.zeros(1),
+        y_test=np.zeros(1),
+    )
     return folder / "a.npz"
 
 
@@ -263,7 +297,9 @@ def negative(folder: Path) -> Path:
         (negative, "grey levels from 0 to 255"),
     ],
 )
-def test_missing_and_damaged_files_are_named(folder: Path, spoil: Callable[[Path], Path], said: str) -> None:
+def test_missing_and_damaged_files_are_named(
+    folder: Path, spoil: Callable[[Path], Path], said: str
+) -> None:
     with pytest.raises(ValueError, match=f"(?s){said}"):
         load_binary(spoil(folder))
 
@@ -274,7 +310,9 @@ def test_idx_of_any_shape(tmp_path: Path) -> None:
     assert np.array_equal(read_idx(tmp_path / "a"), array)
 
 
-@pytest.mark.parametrize("call", [lambda: bars_and_stripes(0), lambda: bars_and_stripes(17), lambda: parity(0)])
+@pytest.mark.parametrize(
+    "call", [lambda: bars_and_stripes(0), lambda: bars_and_stripes(17), lambda: parity(0)]
+)
 def test_sizes_are_checked(call: Callable[[], Tensor]) -> None:
     with pytest.raises(ValueError, match="n must be"):
         call()

@@ -15,7 +15,9 @@ from pyroebm.targets import DoubleWell
 DRAWS = torch.randn(5, 400, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 PLOTS = {
     "potential": lambda ax: plotting.plot_potential(DoubleWell(), DRAWS, 5.03, ax=ax),
-    "masses": lambda ax: plotting.plot_mode_masses({"a": (0.1, 0.02), "b": (0.0, math.nan)}, 0.12, ax=ax),
+    "masses": lambda ax: plotting.plot_mode_masses(
+        {"a": (0.1, 0.02), "b": (0.0, math.nan)}, 0.12, ax=ax
+    ),
     "trace": lambda ax: plotting.plot_trace(DRAWS, ax=ax),
     "rank": lambda ax: plotting.plot_rank(DRAWS, ax=ax),
     "energy": lambda ax: plotting.plot_energy_levels(DRAWS, ax=ax),
@@ -30,19 +32,28 @@ def test_a_plot_draws_on_the_axes_it_is_given_and_returns_them(name: str) -> Non
     assert PLOTS[name](None) is not ax
 
 
-def test_the_potential_from_exact_draws_lies_on_the_true_one_and_leaves_gaps_where_nothing_is_known() -> None:
+def test_the_potential_from_exact_draws_lies_on_the_true_one_and_leaves_gaps_where_nothing_is_known() -> (
+    None
+):
     energy = DoubleWell().double()
     x = energy.sample(400_000, torch.Generator().manual_seed(0))
     ax = plotting.plot_potential(energy, x, energy.log_z, limits=(-1.9, -1.0), bins=20)
     line = ax.get_lines()[1]
     at, estimate = np.asarray(line.get_xdata()), np.asarray(line.get_ydata())
     inside = ((x > -1.9) & (x < -1.0)).sum().item() / len(x)
-    # the histogram is of draws within the limits, divided by all of them: no renormalisation hides a missing mode
+    # the histogram is of draws within the limits, divided by all of them: no renormalisation hides
+    # a missing mode
     width = 0.9 / 20
     counts = np.exp(-(energy(torch.as_tensor(at)).numpy() + energy.log_z)) * width * len(x)
-    assert np.all(np.abs(estimate - energy(torch.as_tensor(at)).numpy()) < 5 / np.sqrt(counts) + 0.01)
+    assert np.all(
+        np.abs(estimate - energy(torch.as_tensor(at)).numpy()) < 5 / np.sqrt(counts) + 0.01
+    )
     assert 0.5 < inside < 1
-    gaps = plotting.plot_potential(energy, torch.tensor([-1.0, 1.0]), 0.0, bins=10).get_lines()[1].get_ydata()
+    gaps = (
+        plotting.plot_potential(energy, torch.tensor([-1.0, 1.0]), 0.0, bins=10)
+        .get_lines()[1]
+        .get_ydata()
+    )
     assert np.isnan(np.asarray(gaps)).sum() == 8
 
 

@@ -26,7 +26,12 @@ def ten_dimensions() -> Energy:
 
 @pytest.mark.parametrize(
     "energy",
-    [DoubleWell().double(), ten_dimensions(), Unconstrained(Exponential(2.0).double()), Funnel().double()],
+    [
+        DoubleWell().double(),
+        ten_dimensions(),
+        Unconstrained(Exponential(2.0).double()),
+        Funnel().double(),
+    ],
     ids=["double well", "normal far from 0", "exponential", "funnel"],
 )
 def test_exact_draws_pass(energy: Energy) -> None:
@@ -36,7 +41,8 @@ def test_exact_draws_pass(energy: Energy) -> None:
 def test_it_is_the_worst_z_of_the_three_identities() -> None:
     x = torch.randn(1, 400, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     for s, f in ((-x + 0.7, -x + 0.7), (-1.4 * x, 1 - 1.4 * (x - x.mean()) * x)):
-        assert abs(stein_z(x, s) / float(f.mean().abs() / (f.std() / 20)) - 1) < 0.2  # independent draws: the plain error
+        # independent draws: the plain error
+        assert abs(stein_z(x, s) / float(f.mean().abs() / (f.std() / 20)) - 1) < 0.2
 
 
 def test_a_temperature_3_percent_off_fails() -> None:
@@ -72,7 +78,9 @@ def test_an_edge_or_a_missing_gradient_is_said_by_nan() -> None:
             return 0.5 * x.detach() ** 2
 
     assert math.isnan(stein_residual(HalfDisc().double(), grouped(HalfDisc().double())))
-    assert math.isnan(stein_residual(Cut(), torch.randn(2, 50, generator=torch.Generator().manual_seed(0))))
+    assert math.isnan(
+        stein_residual(Cut(), torch.randn(2, 50, generator=torch.Generator().manual_seed(0)))
+    )
 
 
 def test_gradients_are_taken_at_a_part_of_many_draws() -> None:
@@ -84,5 +92,10 @@ def test_gradients_are_taken_at_a_part_of_many_draws() -> None:
             return 0.5 * x**2
 
     energy = Counts()
-    assert stein_residual(energy, torch.randn(4, 1000, generator=torch.Generator().manual_seed(0)), most=1000) < 5
+    assert (
+        stein_residual(
+            energy, torch.randn(4, 1000, generator=torch.Generator().manual_seed(0)), most=1000
+        )
+        < 5
+    )
     assert energy.rows == 4 * 250 + 1

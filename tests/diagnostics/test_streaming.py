@@ -19,7 +19,9 @@ from pyroebm.targets import Exponential
 
 def autoregression(chains: int, draws: int, phi: float = 0.6, seed: int = 0) -> Tensor:
     """Chains of two entries, variance 1 and mean 1000, with starting states far apart."""
-    noise = torch.randn(chains, draws, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    noise = torch.randn(
+        chains, draws, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+    )
     x = noise.clone()
     x[:, 0] *= 5.0
     for t in range(1, draws):
@@ -41,7 +43,9 @@ def test_moments_are_those_of_the_draws(dtype: torch.dtype) -> None:
     torch.testing.assert_close(moments.mean, x.mean(1))
     torch.testing.assert_close(moments.squares, x.var(1) * 49, rtol=1e-9, atol=0)
     torch.testing.assert_close(moments.means(), x.mean((0, 1)))
-    torch.testing.assert_close(moments.variances(), x.var((0, 1), unbiased=False), rtol=1e-9, atol=0)
+    torch.testing.assert_close(
+        moments.variances(), x.var((0, 1), unbiased=False), rtol=1e-9, atol=0
+    )
     torch.testing.assert_close(moments.draws, torch.full((12,), 50.0, dtype=torch.float64))
     halves = StreamingMoments.joined([streamed(x[:5]), streamed(x[5:])])
     torch.testing.assert_close(halves.squares, moments.squares, rtol=1e-6, atol=0)
@@ -63,7 +67,13 @@ def direct_nested(x: Tensor, superchains: int) -> Tensor:
         own = [member.sum(0) / draws for member in members]
         mean = sum(own) / each
         between = sum((a - mean) ** 2 for a in own) / (each - 1) if each > 1 else torch.zeros(2)
-        inner = sum(((member - a) ** 2).sum(0) / (draws - 1) for member, a in zip(members, own, strict=True)) / each
+        inner = (
+            sum(
+                ((member - a) ** 2).sum(0) / (draws - 1)
+                for member, a in zip(members, own, strict=True)
+            )
+            / each
+        )
         means.append(mean)
         withins.append(between + inner)
     grand = sum(means) / superchains
@@ -74,21 +84,32 @@ def direct_nested(x: Tensor, superchains: int) -> Tensor:
 @pytest.mark.parametrize("superchains", [2, 4, 12])
 def test_nested_r_hat_is_that_of_the_paper(superchains: int) -> None:
     x = autoregression(12, 20)
-    torch.testing.assert_close(streamed(x).nested_r_hat(superchains), direct_nested(x, superchains), rtol=1e-9, atol=0)
+    torch.testing.assert_close(
+        streamed(x).nested_r_hat(superchains), direct_nested(x, superchains), rtol=1e-9, atol=0
+    )
 
 
 def test_nested_r_hat_of_single_chains_is_r_hat_up_to_one_draw() -> None:
     x = autoregression(12, 20)
-    theirs = torch.tensor([float(arviz().rhat(x[..., k].numpy(), method="identity")) for k in range(2)]).double()
-    torch.testing.assert_close(streamed(x).nested_r_hat(12), torch.sqrt(theirs**2 + 1 / 20), rtol=1e-6, atol=0)
+    theirs = torch.tensor(
+        [float(arviz().rhat(x[..., k].numpy(), method="identity")) for k in range(2)]
+    ).double()
+    torch.testing.assert_close(
+        streamed(x).nested_r_hat(12), torch.sqrt(theirs**2 + 1 / 20), rtol=1e-6, atol=0
+    )
     for bad in (1, 5, 24):
-        with pytest.raises(ValueError, match="superchains must be at least 2 and divide the 12 chains"):
+        with pytest.raises(
+            ValueError, match="superchains must be at least 2 and divide the 12 chains"
+        ):
             streamed(x).nested_r_hat(bad)
 
 
 def test_short_chains_from_few_points_mix_for_the_nested_and_not_for_the_plain() -> None:
-    """What it is for: 1,024 chains of 5 draws, converged, but each too short for the plain R-hat to say so."""
-    x = torch.randn(1024, 1, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 0.5 * autoregression(1024, 5)
+    """What it is for: 1,024 chains of 5 draws, converged, but each too short for the plain R-hat to
+    say so."""
+    x = torch.randn(
+        1024, 1, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    ) + 0.5 * autoregression(1024, 5)
     moments = streamed(x)
     assert float(moments.r_hat().min()) > 1.5
     assert float(moments.nested_r_hat(8).max()) < 1.02
@@ -101,17 +122,31 @@ def test_errors_know_of_autocorrelation() -> None:
     phi, chains, draws = 0.6, 2000, 100
     x = autoregression(chains, draws + 20, phi)[:, 20:]
     moments = streamed(x)
-    truth = chains * draws / ((1 + phi) / (1 - phi) - 2 * phi * (1 - phi**draws) / (draws * (1 - phi) ** 2))
+    truth = (
+        chains
+        * draws
+        / ((1 + phi) / (1 - phi) - 2 * phi * (1 - phi**draws) / (draws * (1 - phi) ** 2))
+    )
     within_se(moments.ess(), torch.full((2,), truth), torch.full((2,), truth * (2 / chains) ** 0.5))
     within_se(moments.means(), torch.full((2,), 1000.0), moments.mcse())
 
 
 def test_a_run_that_keeps_moments_keeps_no_draw_and_has_the_same_ones(tmp_path: Path) -> None:
-    settings = {"num_samples": 30, "warmup_steps": 20, "num_chains": 10, "seed": 0, "chain_batch_size": 4}
+    settings = {
+        "num_samples": 30,
+        "warmup_steps": 20,
+        "num_chains": 10,
+        "seed": 0,
+        "chain_batch_size": 4,
+    }
     kept, lean = MCMC(MALA(), **settings), MCMC(MALA(), keep="moments", **settings)  # type: ignore[arg-type]
     kept.run(Exponential(2.0).double())
     lean.run(Exponential(2.0).double())
-    x, stats, moments = kept.get_samples(group_by_chain=True)["x"], kept.get_stats(), lean.get_moments()
+    x, stats, moments = (
+        kept.get_samples(group_by_chain=True)["x"],
+        kept.get_stats(),
+        lean.get_moments(),
+    )
     torch.testing.assert_close(moments["x"].mean, x.mean(1))
     torch.testing.assert_close(moments["x"].variances(), x.var((0, 1), unbiased=False))
     for name in ("lp", "acceptance_rate", "diverging", "n_steps"):
@@ -140,4 +175,6 @@ def test_moments_are_resumed_too(tmp_path: Path) -> None:
     other.resume()
     for mcmc in (other, again):
         for name, moments in whole.get_moments().items():
-            assert all(torch.equal(a, b) for a, b in zip(moments, mcmc.get_moments()[name], strict=True))
+            assert all(
+                torch.equal(a, b) for a, b in zip(moments, mcmc.get_moments()[name], strict=True)
+            )

@@ -1,4 +1,5 @@
-"""Boltzmann machines of every kind against the sum over all of their states, and against the numbers of a lecture."""
+"""Boltzmann machines of every kind against the sum over all of their states, and against the
+numbers of a lecture."""
 
 from __future__ import annotations
 
@@ -30,7 +31,12 @@ from pyroebm.energies import (
     compose,
 )
 from pyroebm.energies.layered import LayeredMachine
-from pyroebm.training import Classifier, complete, pretrain_belief_network, pretrain_boltzmann_machine
+from pyroebm.training import (
+    Classifier,
+    complete,
+    pretrain_belief_network,
+    pretrain_boltzmann_machine,
+)
 
 F64 = torch.float64
 
@@ -44,15 +50,22 @@ def oracle_rbm() -> BernoulliRBM:
     i, j = torch.arange(4.0, dtype=F64), torch.arange(3.0, dtype=F64)
     weight = torch.sin(3 * i.unsqueeze(1) + j + 1)
     return BernoulliRBM(
-        4, 3, weight=weight, visible_bias=torch.cos(i + 1), hidden_bias=torch.sin(2 * j + 1) / 2, dtype=F64
-    )  # fmt: skip
+        4,
+        3,
+        weight=weight,
+        visible_bias=torch.cos(i + 1),
+        hidden_bias=torch.sin(2 * j + 1) / 2,
+        dtype=F64,
+    )
 
 
 def deep(sizes: list[int], visible: str = "bits") -> DeepBoltzmannMachine:
     weights = [normal(a, b, seed=k) for k, (a, b) in enumerate(itertools.pairwise(sizes))]
     biases = [normal(n, seed=10 + k, scale=0.4) for k, n in enumerate(sizes)]
     sigma = normal(sizes[0], seed=20, scale=0.3) if visible == "gaussian" else None
-    return DeepBoltzmannMachine(sizes, visible=visible, weights=weights, biases=biases, log_sigma=sigma, dtype=F64)
+    return DeepBoltzmannMachine(
+        sizes, visible=visible, weights=weights, biases=biases, log_sigma=sigma, dtype=F64
+    )
 
 
 def gaussian(convention: str) -> GaussianRBM:
@@ -76,7 +89,9 @@ def symmetric(n: int, seed: int) -> Tensor:
 #: One line for a machine: every test that takes ``name`` runs on it.
 MACHINES: dict[str, Callable[[], LayeredMachine]] = {
     "rbm": oracle_rbm,
-    "wide-rbm": lambda: BernoulliRBM(3, 5, weight=normal(3, 5, seed=0), hidden_bias=normal(5, seed=1), dtype=F64),
+    "wide-rbm": lambda: BernoulliRBM(
+        3, 5, weight=normal(3, 5, seed=0), hidden_bias=normal(5, seed=1), dtype=F64
+    ),
     "grbm-hinton": lambda: gaussian("hinton"),
     "grbm-cho": lambda: gaussian("cho"),
     "dbm-2": lambda: deep([4, 3, 2]),
@@ -94,7 +109,8 @@ every_machine = pytest.mark.parametrize("name", MACHINES)
 
 
 def by_hand(machine: LayeredMachine, x: Tensor) -> float:
-    """The energy of one joint state, unit by unit, from the published formulas and not from natural parameters."""
+    """The energy of one joint state, unit by unit, from the published formulas and not from natural
+    parameters."""
     if isinstance(machine, BernoulliRBM):
         weights, biases, sigma = [machine.weight], [machine.visible_bias, machine.hidden_bias], None
     elif isinstance(machine, GaussianRBM):
@@ -124,7 +140,9 @@ def by_hand(machine: LayeredMachine, x: Tensor) -> float:
 def test_joint_energies_are_those_of_the_formula(name: str) -> None:
     machine = machine_of(name)
     x = machine.joint().initial(6, torch.Generator().manual_seed(0))
-    torch.testing.assert_close(machine.joint()(x), torch.tensor([by_hand(machine, row) for row in x], dtype=F64))
+    torch.testing.assert_close(
+        machine.joint()(x), torch.tensor([by_hand(machine, row) for row in x], dtype=F64)
+    )
 
 
 @every_machine
@@ -132,7 +150,10 @@ def test_joint_energies_are_those_of_the_formula(name: str) -> None:
 def test_conditionals_are_those_of_the_joint_energy(name: str, beta: float) -> None:
     """Also at another temperature: the tempered machine has natural parameters times beta."""
     joint = machine_of(name).joint()
-    layers = Layers(*(tuple(beta * t for t in ts) for ts in joint.layers()[:2]), *_tempered_rest(joint.layers(), beta))
+    layers = Layers(
+        *(tuple(beta * t for t in ts) for ts in joint.layers()[:2]),
+        *_tempered_rest(joint.layers(), beta),
+    )
     x = joint.initial(3, torch.Generator().manual_seed(1))
     for index, block in enumerate(joint.blocks.values()):
         size = block.stop - block.start
@@ -142,7 +163,10 @@ def test_conditionals_are_those_of_the_joint_energy(name: str, beta: float) -> N
         values = normal(8, size, seed=5) if layers.is_gaussian(index) else all_bits(size, F64)
         filled = x.unsqueeze(1).repeat(1, len(values), 1)
         filled[:, :, block] = values
-        energies, log_p = beta * joint(filled), law.expand((len(values), 3)).log_prob(values.unsqueeze(1)).mT
+        energies, log_p = (
+            beta * joint(filled),
+            law.expand((len(values), 3)).log_prob(values.unsqueeze(1)).mT,
+        )
         if not layers.is_gaussian(index):
             torch.testing.assert_close(log_p, torch.log_softmax(-energies, 1))
         torch.testing.assert_close(log_p - log_p[:, :1], energies[:, :1] - energies)
@@ -160,10 +184,16 @@ def test_log_z_is_the_sum_over_all_states(name: str) -> None:
     if layers.precision is None:
         visible = all_bits(layers.sizes[0], F64)
         weight = 0.0
-    else:  # a grid far beyond the means, whose trapezoids are exact to rounding for normal densities
+    # a grid far beyond the means, whose trapezoids are exact to rounding for normal densities
+    else:
         axis = torch.linspace(-14.0, 14.0, 281, dtype=F64)
-        visible, weight = torch.cartesian_prod(*[axis] * layers.sizes[0]), layers.sizes[0] * math.log(0.1)
-    states = torch.cat([visible.repeat_interleave(len(hidden), 0), hidden.repeat(len(visible), 1)], 1)
+        visible, weight = (
+            torch.cartesian_prod(*[axis] * layers.sizes[0]),
+            layers.sizes[0] * math.log(0.1),
+        )
+    states = torch.cat(
+        [visible.repeat_interleave(len(hidden), 0), hidden.repeat(len(visible), 1)], 1
+    )
     truth = float(torch.logsumexp(-machine.joint()(states), 0)) + weight
     assert machine.log_z == pytest.approx(truth, abs=1e-9)
     assert machine.joint().log_z == pytest.approx(truth, abs=1e-9)
@@ -189,7 +219,11 @@ def test_block_gibbs_keeps_exact_draws(name: str) -> None:
     state = kernel.init(joint, start)
     for _ in range(3):
         state, _ = kernel.step(joint, state, generator)
-    for x, y in ((start, state.x), (start**2, state.x**2), (start[:, :1] * start, state.x[:, :1] * state.x)):
+    for x, y in (
+        (start, state.x),
+        (start**2, state.x**2),
+        (start[:, :1] * start, state.x[:, :1] * state.x),
+    ):
         spread = (x.var(0) + y.var(0)).clamp(min=1e-12)
         within_se(y.mean(0), x.mean(0), (spread / len(x)).sqrt())
 
@@ -206,7 +240,8 @@ def test_free_energies_sum_the_other_side_out(name: str) -> None:
         kept = layers.place(all_bits(sum(layers.sizes[k] for k in side), F64), side)
         others = layers.place(all_bits(sum(layers.sizes[k] for k in rest), F64), rest)
         whole = [
-            (mine.unsqueeze(1) if mine is not None else other.unsqueeze(0)) for mine, other in zip(kept, others, strict=True)
+            (mine.unsqueeze(1) if mine is not None else other.unsqueeze(0))
+            for mine, other in zip(kept, others, strict=True)
         ]
         shape = torch.broadcast_shapes(*(part.shape[:-1] for part in whole))
         energies = layers.energy([part.expand(*shape, -1) for part in whole])
@@ -214,7 +249,10 @@ def test_free_energies_sum_the_other_side_out(name: str) -> None:
 
 
 def test_draws_of_bits_are_bits_and_of_nan_are_nan() -> None:
-    layers, field = oracle_rbm().layers(), torch.tensor([-math.inf, -1.0, math.nan, math.inf], dtype=F64).expand(20_000, 4)
+    layers, field = (
+        oracle_rbm().layers(),
+        torch.tensor([-math.inf, -1.0, math.nan, math.inf], dtype=F64).expand(20_000, 4),
+    )
     drawn = layers.draw(0, field, torch.Generator().manual_seed(0))
     assert not bool(torch.signbit(drawn[:, :2]).any())
     assert bool((drawn[:, 0] == 0).all())
@@ -228,7 +266,9 @@ def test_mixed_layers_are_the_geometric_path() -> None:
     a, b = gaussian("hinton").layers(), gaussian("cho").layers()
     x = gaussian("cho").joint().initial(5, torch.Generator().manual_seed(0))
     mixed = a.mix(b, 0.3)
-    torch.testing.assert_close(mixed.energy(mixed.split(x)), 0.7 * a.energy(a.split(x)) + 0.3 * b.energy(b.split(x)))
+    torch.testing.assert_close(
+        mixed.energy(mixed.split(x)), 0.7 * a.energy(a.split(x)) + 0.3 * b.energy(b.split(x))
+    )
 
 
 def test_small_rbm_of_the_oracles() -> None:
@@ -238,13 +278,22 @@ def test_small_rbm_of_the_oracles() -> None:
     assert float(rbm.log_likelihood(state)) == pytest.approx(-3.044979315380, abs=1e-11)
     states = all_bits(4, F64)
     means = (rbm.log_likelihood(states).exp().unsqueeze(1) * states).sum(0)
-    torch.testing.assert_close(means, torch.tensor([0.860216, 0.151057, 0.602665, 0.127165], dtype=F64), atol=5e-7, rtol=0.0)
-    assert float(Boltzmann(rbm, rbm.log_partition()).log_prob(state)) == pytest.approx(-3.044979315380, abs=1e-11)
+    torch.testing.assert_close(
+        means,
+        torch.tensor([0.860216, 0.151057, 0.602665, 0.127165], dtype=F64),
+        atol=5e-7,
+        rtol=0.0,
+    )
+    assert float(Boltzmann(rbm, rbm.log_partition()).log_prob(state)) == pytest.approx(
+        -3.044979315380, abs=1e-11
+    )
 
 
 def lecture(units: str) -> BoltzmannMachine:
     w = torch.tensor([[0.0, -1.0, -1.0], [-1.0, 0.0, 2.0], [-1.0, 2.0, 0.0]], dtype=F64)
-    return BoltzmannMachine(3, units=units, weight=w, bias=torch.tensor([0.0, 1.0, 0.0], dtype=F64), dtype=F64)
+    return BoltzmannMachine(
+        3, units=units, weight=w, bias=torch.tensor([0.0, 1.0, 0.0], dtype=F64), dtype=F64
+    )
 
 
 def test_three_spins_of_the_lecture() -> None:
@@ -254,17 +303,26 @@ def test_three_spins_of_the_lecture() -> None:
     p = (-machine(states) - machine.log_z).exp()
     assert float(p[states[:, 0] == 1].sum()) == pytest.approx(0.134680, abs=5e-7)
     given = states[:, 1] == -1
-    assert float(p[given & (states[:, 0] == 1)].sum() / p[given].sum()) == pytest.approx(0.979679, abs=5e-7)
+    assert float(p[given & (states[:, 0] == 1)].sum() / p[given].sum()) == pytest.approx(
+        0.979679, abs=5e-7
+    )
     means = (p.unsqueeze(1) * states).sum(0)
-    torch.testing.assert_close(means, torch.tensor([-0.730641, 0.761594, 0.754214], dtype=F64), atol=1e-6, rtol=0.0)
+    torch.testing.assert_close(
+        means, torch.tensor([-0.730641, 0.761594, 0.754214], dtype=F64), atol=1e-6, rtol=0.0
+    )
     assert math.exp(lecture("bits").log_z) == pytest.approx(29.88998, abs=5e-6)
 
 
 @pytest.mark.parametrize("units", ["bits", "spins"])
 def test_single_sites_are_drawn_from_the_conditionals_of_all_states(units: str) -> None:
-    machine = BoltzmannMachine(3, 2, units=units, weight=symmetric(5, 6), bias=normal(5, seed=7), dtype=F64)
+    machine = BoltzmannMachine(
+        3, 2, units=units, weight=symmetric(5, 6), bias=normal(5, seed=7), dtype=F64
+    )
     machine.requires_grad_(False)
-    low, x = (0.0 if units == "bits" else -1.0), machine.initial(6, torch.Generator().manual_seed(0))
+    low, x = (
+        (0.0 if units == "bits" else -1.0),
+        machine.initial(6, torch.Generator().manual_seed(0)),
+    )
     for site in range(5):
         pair = x.unsqueeze(1).repeat(1, 2, 1)
         pair[:, 0, site], pair[:, 1, site] = low, 1.0
@@ -277,16 +335,22 @@ def test_single_sites_are_drawn_from_the_conditionals_of_all_states(units: str) 
 
 @pytest.mark.parametrize("units", ["bits", "spins"])
 def test_hidden_units_are_summed_out_exactly(units: str) -> None:
-    machine = BoltzmannMachine(3, 2, units=units, weight=symmetric(5, 6), bias=normal(5, seed=7), dtype=F64)
+    machine = BoltzmannMachine(
+        3, 2, units=units, weight=symmetric(5, 6), bias=normal(5, seed=7), dtype=F64
+    )
     machine.requires_grad_(False)
     values = (lambda bits: bits) if units == "bits" else (lambda bits: 2.0 * bits - 1.0)
     every = values(all_bits(5, F64))
     p = torch.softmax(-machine(every), 0).reshape(8, 4).sum(1)
     visible = values(all_bits(3, F64))
     torch.testing.assert_close(machine.log_likelihood(visible).exp(), p)
-    assert machine.marginal().log_z == pytest.approx(float(torch.logsumexp(-machine(every), 0)), abs=1e-12)
+    assert machine.marginal().log_z == pytest.approx(
+        float(torch.logsumexp(-machine(every), 0)), abs=1e-12
+    )
     draws = machine.marginal().sample(20_000, torch.Generator().manual_seed(0))
-    within_se(draws.mean(0), (p.unsqueeze(1) * visible).sum(0), draws.std(0) / math.sqrt(len(draws)))
+    within_se(
+        draws.mean(0), (p.unsqueeze(1) * visible).sum(0), draws.std(0) / math.sqrt(len(draws))
+    )
 
 
 def test_the_gradient_of_a_machine_stays_symmetric() -> None:
@@ -303,13 +367,16 @@ def test_bounds_of_a_deep_machine(name: str) -> None:
     layers = machine.layers()
     visible = machine.sample(6, torch.Generator().manual_seed(5))[:, : layers.sizes[0]]
     hidden = all_bits(sum(layers.sizes[1:]), F64)
-    states = torch.cat([visible.repeat_interleave(len(hidden), 0), hidden.repeat(len(visible), 1)], 1)
+    states = torch.cat(
+        [visible.repeat_interleave(len(hidden), 0), hidden.repeat(len(visible), 1)], 1
+    )
     truth = torch.logsumexp(-machine(states).reshape(6, -1), 1) - machine.log_partition()
     torch.testing.assert_close(machine.log_likelihood(visible), truth)
     bound = machine.variational_bound(visible)
     assert bool((bound < truth + 1e-9).all())
     assert bool((bound > truth - 1.0).all())
-    # a fixed point of mean field is a stationary point of the bound: no other factorial law near it is better
+    # a fixed point of mean field is a stationary point of the bound: no other factorial law near it
+    # is better
     means = machine.mean_field(visible, tolerance=1e-12)
     for layer in range(1, len(layers.sizes)):
         field = layers.field(layer, [visible, *means])
@@ -317,7 +384,8 @@ def test_bounds_of_a_deep_machine(name: str) -> None:
 
 
 def test_mean_field_updates_in_turn_where_parallel_ones_oscillate() -> None:
-    """Two layers that inhibit each other strongly: parallel updates flip between two states for ever."""
+    """Two layers that inhibit each other strongly: parallel updates flip between two states for
+    ever."""
     machine = DeepBoltzmannMachine(
         [1, 3, 3],
         weights=[torch.zeros(1, 3), torch.full((3, 3), -8.0)],
@@ -331,7 +399,9 @@ def test_mean_field_updates_in_turn_where_parallel_ones_oscillate() -> None:
         parallel = [torch.sigmoid(layers.field(k, [v, *parallel])) for k in (1, 2)]
     again = [torch.sigmoid(layers.field(k, [v, *parallel])) for k in (1, 2)]
     assert float((again[0] - parallel[0]).abs().max()) > 0.5
-    torch.testing.assert_close(means[0], torch.sigmoid(layers.field(1, [v, *means])), atol=1e-8, rtol=0.0)
+    torch.testing.assert_close(
+        means[0], torch.sigmoid(layers.field(1, [v, *means])), atol=1e-8, rtol=0.0
+    )
 
 
 def network(sizes: list[int], seed: int = 0) -> DeepBeliefNetwork:
@@ -351,10 +421,20 @@ def test_belief_network_against_all_states(sizes: list[int]) -> None:
     torch.testing.assert_close(net.log_likelihood(visible), truth)
     assert joint.log_z == pytest.approx(float(torch.logsumexp(-energies.flatten(), 0)), abs=1e-10)
     draws = net.sample(20_000, torch.Generator().manual_seed(1))
-    within_se(draws.mean(0), (truth.exp().unsqueeze(1) * visible).sum(0), draws.std(0) / math.sqrt(len(draws)))
-    whole, p = joint.sample(20_000, torch.Generator().manual_seed(3)), torch.softmax(-energies.flatten(), 0)
-    moments = torch.einsum("s,si,sj->ij", p, *[all_bits(sum(sizes), F64)] * 2)  # of every pair of units
-    within_se(whole.mT @ whole / len(whole), moments, (moments * (1.0 - moments) / len(whole)).sqrt())
+    within_se(
+        draws.mean(0),
+        (truth.exp().unsqueeze(1) * visible).sum(0),
+        draws.std(0) / math.sqrt(len(draws)),
+    )
+    whole, p = (
+        joint.sample(20_000, torch.Generator().manual_seed(3)),
+        torch.softmax(-energies.flatten(), 0),
+    )
+    # of every pair of units
+    moments = torch.einsum("s,si,sj->ij", p, *[all_bits(sum(sizes), F64)] * 2)
+    within_se(
+        whole.mT @ whole / len(whole), moments, (moments * (1.0 - moments) / len(whole)).sqrt()
+    )
     if len(sizes) > 2:
         with pytest.raises(ValueError, match=r"event_shape \(\d,\)"):
             net.variational_bound(torch.zeros(2, 7, dtype=F64))
@@ -389,7 +469,9 @@ def test_copies_of_layers_are_an_rbm_of_tied_weights() -> None:
     for copies in ((1, 1), (2, 1), (1, 2), (2, 2)):
         tied = TiedRBM(rbm, copies)
         x = torch.cat([v] * copies[0] + [h] * copies[1], 1)
-        torch.testing.assert_close(tied.joint()(x), copies[0] * copies[1] * rbm.joint()(torch.cat([v, h], 1)))
+        torch.testing.assert_close(
+            tied.joint()(x), copies[0] * copies[1] * rbm.joint()(torch.cat([v, h], 1))
+        )
         torch.testing.assert_close(tied.repeat(v), x[:, : 4 * copies[0]])
     assert TiedRBM(rbm, (2, 1)).has_exact_draws
     assert TiedRBM(rbm, (2, 1)).sample(5).shape == (5, 8)
@@ -398,21 +480,28 @@ def test_copies_of_layers_are_an_rbm_of_tied_weights() -> None:
 @pytest.mark.parametrize("first", [oracle_rbm, lambda: gaussian("hinton")])
 def test_a_composed_machine_feels_half_of_each_neighbour(first: Callable[[], Any]) -> None:
     bottom = first().requires_grad_(False)
-    top = BernoulliRBM(3, 2, weight=normal(3, 2, seed=8), visible_bias=normal(3, seed=9), dtype=F64).requires_grad_(False)
+    top = BernoulliRBM(
+        3, 2, weight=normal(3, 2, seed=8), visible_bias=normal(3, seed=9), dtype=F64
+    ).requires_grad_(False)
     machine = compose([bottom, top]).requires_grad_(False)
     x = machine.initial(4, torch.Generator().manual_seed(0))
     v, h1, h2 = machine.layers().split(x)
     below, above = TiedRBM(bottom, (2, 1)), TiedRBM(top, (1, 2))
     from_below = below.layers().field(1, [below.repeat(v), None])
     from_above = above.layers().field(0, [None, torch.cat([h2, h2], 1)])
-    torch.testing.assert_close(machine.layers().field(1, [v, h1, h2]), 0.5 * (from_below + from_above))
-    torch.testing.assert_close(machine.layers().field(0, [v, h1, h2]), below.layers().field(0, [None, h1])[:, : v.shape[1]])
+    torch.testing.assert_close(
+        machine.layers().field(1, [v, h1, h2]), 0.5 * (from_below + from_above)
+    )
+    torch.testing.assert_close(
+        machine.layers().field(0, [v, h1, h2]), below.layers().field(0, [None, h1])[:, : v.shape[1]]
+    )
     with pytest.raises(ValueError, match="2 visible units"):
         compose([bottom, BernoulliRBM(2, 2)])
 
 
 def test_pretraining_feeds_each_layer_what_those_below_make_of_the_data() -> None:
-    """A trainer that sets known parameters: the next layer's inputs are the means of the ones below, in both kinds of stack."""
+    """A trainer that sets known parameters: the next layer's inputs are the means of the ones
+    below, in both kinds of stack."""
     data, seen = all_bits(4, F64), list[Tensor]()
 
     def train(machine: LayeredMachine, inputs: Tensor) -> None:
@@ -429,7 +518,8 @@ def test_pretraining_feeds_each_layer_what_those_below_make_of_the_data() -> Non
 
     seen.clear()
     machine = pretrain_boltzmann_machine([4, 3, 2, 3], data, train).requires_grad_(False)
-    w, first_bias = machine.weights[0], normal(3, seed=3)  # the hidden bias is the third parameter of the first RBM
+    # the hidden bias is the third parameter of the first RBM
+    w, first_bias = machine.weights[0], normal(3, seed=3)
     first = torch.sigmoid(2.0 * (data @ w + first_bias))
     torch.testing.assert_close(seen[0], torch.cat([data, data], 1))
     torch.testing.assert_close(seen[1], torch.cat([first, first], 1))
@@ -440,8 +530,12 @@ def test_pretraining_feeds_each_layer_what_those_below_make_of_the_data() -> Non
 def test_supports_of_layers_are_compared_part_by_part() -> None:
     a, b = gaussian("cho").joint().support, gaussian("hinton").joint().support
     assert same_support(a, b)
-    assert not same_support(a, constraints.cat([constraints.boolean, constraints.real], dim=-1, lengths=[2, 3]))
-    assert not same_support(a, constraints.cat([constraints.real, constraints.boolean], dim=-1, lengths=[3, 2]))
+    assert not same_support(
+        a, constraints.cat([constraints.boolean, constraints.real], dim=-1, lengths=[2, 3])
+    )
+    assert not same_support(
+        a, constraints.cat([constraints.real, constraints.boolean], dim=-1, lengths=[3, 2])
+    )
 
 
 @pytest.mark.parametrize("sizes", [[4, 3, 2], [3, 4, 2, 3]])
@@ -451,12 +545,18 @@ def test_a_classifier_starts_as_its_machine(sizes: list[int]) -> None:
     found: list[Tensor] = []
     for model in (machine, net):
         classifier = Classifier(model, 3, mean_field_steps=2000)
-        classifier.readout.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0].detach()))
+        classifier.readout.register_forward_pre_hook(
+            lambda _, inputs: found.append(inputs[0].detach())
+        )
         assert classifier(v).shape == (len(v), 3)
         assert 0.0 <= classifier.error(v, torch.zeros(len(v), dtype=torch.long)) <= 1.0
-    torch.testing.assert_close(found[0], machine.mean_field(v, 2000, 1e-12)[-1], atol=1e-5, rtol=0.0)
+    torch.testing.assert_close(
+        found[0], machine.mean_field(v, 2000, 1e-12)[-1], atol=1e-5, rtol=0.0
+    )
     rbm = net.top
-    torch.testing.assert_close(found[2], torch.sigmoid(net.means_up(v) @ rbm.weight + rbm.hidden_bias))
+    torch.testing.assert_close(
+        found[2], torch.sigmoid(net.means_up(v) @ rbm.weight + rbm.hidden_bias)
+    )
     with pytest.raises(ValueError, match="labels must have shape"):
         classifier.error(v, torch.zeros(len(v), 1, dtype=torch.long))
     with pytest.raises(ValueError, match="num_classes=1"):
@@ -481,11 +581,20 @@ def test_completions_have_the_conditional_law(name: str) -> None:
     joint = model.joint() if hasattr(model, "joint") else model
     hidden = all_bits(joint.event_shape.numel() - 4, F64)
     states = torch.cat([values.repeat_interleave(len(hidden), 0), hidden.repeat(16, 1)], 1)
-    p = torch.softmax(-joint(states.reshape(-1, *joint.event_shape)), 0).reshape(16, -1).sum(1).detach()
+    p = (
+        torch.softmax(-joint(states.reshape(-1, *joint.event_shape)), 0)
+        .reshape(16, -1)
+        .sum(1)
+        .detach()
+    )
     known, n = torch.tensor([True, False, True, False]), 3_000
-    observed = torch.tensor([[1.0, low, low, low], [low, 1.0, 1.0, 1.0]], dtype=F64).repeat_interleave(n, 0)
+    observed = torch.tensor(
+        [[1.0, low, low, low], [low, 1.0, 1.0, 1.0]], dtype=F64
+    ).repeat_interleave(n, 0)
     shape = (-1, 2, 2) if name == "ising" else (-1, 4)
-    done = complete(model, observed.reshape(shape), known.reshape(shape[1:]), steps=30, progress=False).reshape(-1, 4)
+    done = complete(
+        model, observed.reshape(shape), known.reshape(shape[1:]), steps=30, progress=False
+    ).reshape(-1, 4)
     torch.testing.assert_close(done[:, known], observed[:, known])
     for rows, first in ((done[:n], (1.0, low)), (done[n:], (low, 1.0))):
         fits = (values[:, 0] == first[0]) & (values[:, 2] == first[1])
@@ -495,7 +604,8 @@ def test_completions_have_the_conditional_law(name: str) -> None:
 
 @pytest.mark.parametrize("name", COMPLETED)
 def test_completions_of_misshapen_examples_are_refused(name: str) -> None:
-    """A machine whose events have more units than are seen must not take some hidden ones for visible, or the other way round."""
+    """A machine whose events have more units than are seen must not take some hidden ones for
+    visible, or the other way round."""
     model, shape = COMPLETED[name]().requires_grad_(False), (2, 2) if name == "ising" else (4,)
     for wrong in ((2, *shape[1:], 3), (0, *shape), (4,), ()):
         observed = torch.zeros(wrong, dtype=F64)
@@ -515,7 +625,9 @@ def test_a_gaussian_machine_is_completed_too() -> None:
     p = torch.softmax(-rbm(torch.stack([torch.full_like(axis, 0.8), axis], 1)), 0).detach()
     within_se(done[:, 1].mean(), (p * axis).sum(), done[:, 1].std() / math.sqrt(n))
     # the same from the marginal energy, by NUTS on clamped real numbers
-    few = complete(_Plain(rbm), observed[:400], torch.tensor([True, False]), steps=150, progress=False)
+    few = complete(
+        _Plain(rbm), observed[:400], torch.tensor([True, False]), steps=150, progress=False
+    )
     within_se(few[:, 1].mean(), (p * axis).sum(), few[:, 1].std() / math.sqrt(400))
 
 
@@ -541,7 +653,10 @@ def test_machines_are_sampled_like_any_energy() -> None:
 
 
 def test_visible_parameters_fit_the_data() -> None:
-    data = (torch.rand(500, 4, generator=torch.Generator().manual_seed(0)) < torch.tensor([0.1, 0.5, 0.9, 0.0])).to(F64)
+    data = (
+        torch.rand(500, 4, generator=torch.Generator().manual_seed(0))
+        < torch.tensor([0.1, 0.5, 0.9, 0.0])
+    ).to(F64)
     rbm = BernoulliRBM(4, 2, dtype=F64)
     rbm.fit_visible(data)
     torch.testing.assert_close(torch.sigmoid(rbm.visible_bias), (data.sum(0) + 1) / 502)
@@ -553,7 +668,9 @@ def test_visible_parameters_fit_the_data() -> None:
 
 
 def _field_from_below_only(self: Layers, layer: int, x: list[Tensor]) -> Tensor:
-    return self.biases[layer] + (x[layer - 1] @ self.weights[layer - 1] if layer else x[1] @ self.weights[0].mT)
+    return self.biases[layer] + (
+        x[layer - 1] @ self.weights[layer - 1] if layer else x[1] @ self.weights[0].mT
+    )
 
 
 def _cut_softplus(self: Layers, layer: int, field: Tensor) -> Tensor:
@@ -566,7 +683,9 @@ def _gaussian_without_its_constant(self: Layers, layer: int, field: Tensor) -> T
     return torch.nn.functional.softplus(field).sum(-1)
 
 
-def _noise_of_unit_scale(self: Layers, layer: int, field: Tensor, generator: torch.Generator | None = None) -> Tensor:
+def _noise_of_unit_scale(
+    self: Layers, layer: int, field: Tensor, generator: torch.Generator | None = None
+) -> Tensor:
     if self.is_gaussian(layer):
         return self.mean(layer, field) + torch.randn(field.shape, generator=generator, dtype=F64)
     return (torch.rand(field.shape, generator=generator, dtype=F64) < torch.sigmoid(field)).to(F64)
@@ -580,9 +699,24 @@ MUTANTS: dict[str, tuple[str, Callable[..., Tensor], Callable[[str], None], str]
         lambda name: test_conditionals_are_those_of_the_joint_energy(name, 1.0),
         "dbm-2",
     ),
-    "softplus is cut": ("log_normaliser", _cut_softplus, test_free_energies_sum_the_other_side_out, "rbm"),
-    "2 pi is forgotten": ("log_normaliser", _gaussian_without_its_constant, test_log_z_is_the_sum_over_all_states, "grbm-cho"),
-    "noise of the wrong scale": ("draw", _noise_of_unit_scale, test_block_gibbs_keeps_exact_draws, "grbm-cho"),
+    "softplus is cut": (
+        "log_normaliser",
+        _cut_softplus,
+        test_free_energies_sum_the_other_side_out,
+        "rbm",
+    ),
+    "2 pi is forgotten": (
+        "log_normaliser",
+        _gaussian_without_its_constant,
+        test_log_z_is_the_sum_over_all_states,
+        "grbm-cho",
+    ),
+    "noise of the wrong scale": (
+        "draw",
+        _noise_of_unit_scale,
+        test_block_gibbs_keeps_exact_draws,
+        "grbm-cho",
+    ),
 }
 
 
@@ -612,7 +746,12 @@ def test_bad_machines_are_refused() -> None:
         BernoulliRBM(4, 3, weight=torch.zeros(3, 4))
     with pytest.raises(ValueError, match="weight must be finite"):
         BernoulliRBM(1, 1, weight=torch.tensor([[math.nan]]))
-    for data in (torch.full((3, 4), math.nan), torch.full((3, 4), 2.0), torch.zeros(0, 4), torch.zeros(3, 5)):
+    for data in (
+        torch.full((3, 4), math.nan),
+        torch.full((3, 4), 2.0),
+        torch.zeros(0, 4),
+        torch.zeros(3, 5),
+    ):
         with pytest.raises(ValueError, match="data must"):
             BernoulliRBM(4, 3).fit_visible(data)
     with pytest.raises(ValueError, match="n at least 2"):

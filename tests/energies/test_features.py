@@ -1,4 +1,5 @@
-"""Bits over deep features: conditionals and free energies by enumeration, the likelihood's gradient by quadrature, mutants."""
+"""Bits over deep features: conditionals and free energies by enumeration, the likelihood's gradient
+by quadrature, mutants."""
 
 from __future__ import annotations
 
@@ -29,17 +30,23 @@ class Pixels(nn.Module):
 
     def __init__(self, entries: int, m: int, dtype: torch.dtype = F64) -> None:
         super().__init__()
-        self.net = mlp(entries, m, (6,), activation="tanh", zero_last=False, dtype=dtype, generator=seeded(1))
+        self.net = mlp(
+            entries, m, (6,), activation="tanh", zero_last=False, dtype=dtype, generator=seeded(1)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.tanh(self.net(x.reshape(len(x), -1)))
 
 
 def make(
-    shape: tuple[int, ...] = (2,), dtype: torch.dtype = F64, kind: type[FeatureLatentEnergy] = FeatureLatentEnergy
+    shape: tuple[int, ...] = (2,),
+    dtype: torch.dtype = F64,
+    kind: type[FeatureLatentEnergy] = FeatureLatentEnergy,
 ) -> FeatureLatentEnergy:
     noise = seeded(2)
-    weight, b, c = (1.5 * torch.randn(size, dtype=F64, generator=noise) for size in ((3, 4), shape, (3,)))
+    weight, b, c = (
+        1.5 * torch.randn(size, dtype=F64, generator=noise) for size in ((3, 4), shape, (3,))
+    )
     parts = {"weight": weight, "visible_bias": b, "hidden_bias": c}
     return kind(Pixels(math.prod(shape), 4, dtype), shape, 3, **parts)
 
@@ -47,27 +54,31 @@ def make(
 def grid(shape: tuple[int, ...]) -> tuple[Tensor, float]:
     """Events on a grid, and the volume of a cell."""
     entries = math.prod(shape)
-    return torch.cartesian_prod(*[AXIS] * entries).reshape(-1, *shape), float(AXIS[1] - AXIS[0]) ** entries
+    return torch.cartesian_prod(*[AXIS] * entries).reshape(-1, *shape), float(
+        AXIS[1] - AXIS[0]
+    ) ** entries
 
 
 BITS = torch.tensor(list(itertools.product([0.0, 1.0], repeat=3)), dtype=F64)
 
 
 def written(energy: FeatureLatentEnergy, x: Tensor) -> Tensor:
-    """E(x, h) as the lecture has it, of each row and each of the eight states: x'x + h'W f(x) - c'h - b'x."""
+    """E(x, h) as the lecture has it, of each row and each of the eight states: x'x + h'W f(x) - c'h
+    - b'x."""
     flat, alpha = x.reshape(len(x), -1), energy.features(x) @ energy.weight.mT
     quadratic = (flat * flat).sum(1) - flat @ energy.visible_bias.flatten()
     return quadratic[:, None] + alpha @ BITS.mT - BITS @ energy.hidden_bias
 
 
 def exact_gradient(energy: FeatureLatentEnergy, data: Tensor) -> Tensor:
-    """Of the mean log-likelihood, by autograd through the sum over bits and the integral over events."""
+    """Of the mean log-likelihood, by autograd through the sum over bits and the integral over
+    events."""
     points, cell = grid(energy.event_shape)
     log_z = torch.logsumexp(-written(energy, points), (0, 1)) + math.log(cell)
     return flat_grad(energy, (torch.logsumexp(-written(energy, data), 1) - log_z).mean())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The checks. Each raises AssertionError; the mutants below show that it does.
 
 
@@ -81,22 +92,27 @@ def check_laws(energy: FeatureLatentEnergy) -> None:
     torch.testing.assert_close(energy(x), -torch.logsumexp(-table, 1))
     p = torch.softmax(-table, 1)
     law = energy.hidden_given(x)
-    torch.testing.assert_close(torch.stack([law.log_prob(h.expand(7, 3)).exp() for h in BITS], 1), p)
+    torch.testing.assert_close(
+        torch.stack([law.log_prob(h.expand(7, 3)).exp() for h in BITS], 1), p
+    )
     torch.testing.assert_close(law.mean, p @ BITS)
     torch.testing.assert_close(energy.joint().conditional("hidden", states[:, 0]).mean, p @ BITS)
 
 
 def check_gradient(energy: FeatureLatentEnergy) -> None:
-    """E_{p(x, h)}[dE] - mean E_{p(h | x_i)}[dE], the model's term a sum over the grid, is the gradient of the likelihood."""
+    """E_{p(x, h)}[dE] - mean E_{p(h | x_i)}[dE], the model's term a sum over the grid, is the
+    gradient of the likelihood."""
     data = torch.randn(9, *energy.event_shape, dtype=F64, generator=seeded(4))
     points, _ = grid(energy.event_shape)
     with torch.no_grad():
         p = torch.softmax(-energy(points), 0)
-    gradient = flat_grad(energy, p @ energy.expected_energy(points) - energy.expected_energy(data).mean())
+    gradient = flat_grad(
+        energy, p @ energy.expected_energy(points) - energy.expected_energy(data).mean()
+    )
     torch.testing.assert_close(gradient, exact_gradient(energy, data), rtol=1e-8, atol=1e-8)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [(), (2,), (1, 2, 3)])
@@ -123,13 +139,24 @@ def test_the_gradient_of_each_parameter_in_closed_form() -> None:
 
 
 def test_linear_features_make_a_gaussian_machine() -> None:
-    """f(x) = x: the free energy of a Gaussian RBM of variance 1/2, b / 2 its visible bias, -W / 2 its weights."""
+    """f(x) = x: the free energy of a Gaussian RBM of variance 1/2, b / 2 its visible bias, -W / 2
+    its weights."""
     weight = torch.tensor([[1.0, -0.5], [0.3, 0.8], [-0.7, 0.2]], dtype=F64)
     b, c = torch.tensor([0.3, -0.2], dtype=F64), torch.tensor([0.2, -0.4, 0.1], dtype=F64)
-    energy = FeatureLatentEnergy(nn.Identity().to(F64), (2,), 3, weight=weight, visible_bias=b, hidden_bias=c).double()
+    energy = FeatureLatentEnergy(
+        nn.Identity().to(F64), (2,), 3, weight=weight, visible_bias=b, hidden_bias=c
+    ).double()
     log_z = quadrature(energy).value
     sigma = torch.full((2,), math.log(math.sqrt(0.5)), dtype=F64)
-    rbm = GaussianRBM(2, 3, convention="cho", weight=-0.5 * weight.mT, visible_bias=0.5 * b, hidden_bias=c, log_sigma=sigma)
+    rbm = GaussianRBM(
+        2,
+        3,
+        convention="cho",
+        weight=-0.5 * weight.mT,
+        visible_bias=0.5 * b,
+        hidden_bias=c,
+        log_sigma=sigma,
+    )
     x = torch.randn(20, 2, dtype=F64, generator=seeded(1))
     torch.testing.assert_close(-energy(x) - log_z, rbm.double().log_likelihood(x))
 
@@ -141,7 +168,11 @@ def test_persistent_chains_have_the_exact_gradient() -> None:
         objective, noise = PersistentCD(num_chains=400, k=4, kernel=MALA(0.7)), seeded(30 + run)
         for _ in range(30):
             objective(energy, data, generator=noise)
-        means.append(torch.stack([flat_grad(energy, objective(energy, data, generator=noise)[0]) for _ in range(5)]).mean(0))
+        means.append(
+            torch.stack(
+                [flat_grad(energy, objective(energy, data, generator=noise)[0]) for _ in range(5)]
+            ).mean(0)
+        )
     mean, se = mean_and_se(torch.stack(means))
     within_se(mean, -exact_gradient(energy, data), se)
 
@@ -214,20 +245,27 @@ class ExactOnGrid(Objective):
         self, energy: Energy, batch: Tensor, *, generator: torch.Generator | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         axis = AXIS[90:-90:2]
-        log_z = torch.logsumexp(-energy(torch.cartesian_prod(axis, axis)), 0) + 2.0 * math.log(float(axis[1] - axis[0]))
+        log_z = torch.logsumexp(-energy(torch.cartesian_prod(axis, axis)), 0) + 2.0 * math.log(
+            float(axis[1] - axis[0])
+        )
         data = energy(batch).mean()
         return data + log_z, {"energy_data": data.detach()}
 
 
 def test_it_learns_a_ring() -> None:
-    """What no normal law and no Gaussian machine of few bits can: the exact likelihood rises by half a nat over theirs."""
+    """What no normal law and no Gaussian machine of few bits can: the exact likelihood rises by
+    half a nat over theirs."""
     angle = 2.0 * math.pi * torch.rand(900, dtype=F64, generator=seeded(7))
     radius = 1.0 + 0.1 * torch.randn(900, dtype=F64, generator=seeded(8))
     data = torch.stack([radius * angle.cos(), radius * angle.sin()], 1)
-    normal = -math.log(2.0 * math.pi * math.e) - 0.5 * float(torch.linalg.slogdet(torch.cov(data.mT, correction=0))[1])
+    normal = -math.log(2.0 * math.pi * math.e) - 0.5 * float(
+        torch.linalg.slogdet(torch.cov(data.mT, correction=0))[1]
+    )
     features = mlp(2, 16, (32,), activation="tanh", zero_last=False, dtype=F64, generator=seeded(0))
     energy = FeatureLatentEnergy(features, (2,), 8, generator=seeded(1))
-    for _ in fit(energy, ExactOnGrid(), data, steps=200, batch_size=900, progress=False, optimizer=adam):
+    for _ in fit(
+        energy, ExactOnGrid(), data, steps=200, batch_size=900, progress=False, optimizer=adam
+    ):
         pass
     reached = -float(energy(data).mean().detach()) - quadrature(energy, tolerance=1e-4).value
     assert reached > normal + 0.5, (reached, normal)
@@ -248,7 +286,10 @@ def test_bad_input_is_named() -> None:
     features = Pixels(2, 4)
     for arguments, message in (
         ({"num_hidden": 0}, "num_hidden must be an integer of at least 1"),
-        ({"num_hidden": 3, "weight": torch.zeros(4, 3)}, r"weight must have shape \(3, 4\), got shape \(4, 3\)"),
+        (
+            {"num_hidden": 3, "weight": torch.zeros(4, 3)},
+            r"weight must have shape \(3, 4\), got shape \(4, 3\)",
+        ),
         ({"num_hidden": 3, "visible_bias": torch.zeros(3)}, r"visible_bias must have shape \(2,\)"),
         ({"num_hidden": 3, "hidden_bias": torch.zeros(2)}, r"hidden_bias must have shape \(3,\)"),
     ):
@@ -262,7 +303,7 @@ def test_bad_input_is_named() -> None:
         FeatureLatentEnergy(nn.Sequential(nn.Linear(2, 4), nn.ReLU()), (2,), 3)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Mutants: the misprints of the lecture among them
 
 
@@ -296,8 +337,14 @@ class LiveProbabilities(FeatureLatentEnergy):
 class NoFeatures(FeatureLatentEnergy):
     def expected_energy(self, x: Tensor) -> Tensor:
         logits = self.hidden_logits(x)
-        detached = (self.features(x).detach() @ self.weight.mT - self.hidden_bias) * torch.sigmoid(logits).detach()
-        return self.quadratic(x) + detached.sum(-1) + 0.0 * sum(p.sum() for p in self.features.parameters())
+        detached = (self.features(x).detach() @ self.weight.mT - self.hidden_bias) * torch.sigmoid(
+            logits
+        ).detach()
+        return (
+            self.quadratic(x)
+            + detached.sum(-1)
+            + 0.0 * sum(p.sum() for p in self.features.parameters())
+        )
 
 
 @pytest.mark.parametrize("mutant", [SignInBits, HalfQuadratic, FreeEnergyWithoutBits, Softmax])
@@ -306,7 +353,9 @@ def test_broken_laws_are_caught(mutant: type[FeatureLatentEnergy]) -> None:
         check_laws(make(kind=mutant))
 
 
-@pytest.mark.parametrize("mutant", [SignInBits, HalfQuadratic, FreeEnergyWithoutBits, LiveProbabilities, NoFeatures])
+@pytest.mark.parametrize(
+    "mutant", [SignInBits, HalfQuadratic, FreeEnergyWithoutBits, LiveProbabilities, NoFeatures]
+)
 def test_broken_gradients_are_caught(mutant: Callable[..., FeatureLatentEnergy]) -> None:
     with pytest.raises(AssertionError):
         check_gradient(make(kind=mutant))  # type: ignore[arg-type]

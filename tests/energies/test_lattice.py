@@ -1,4 +1,5 @@
-"""Lattices: bonds counted by hand, log Z against published tori and against all states, the law of independent spins."""
+"""Lattices: bonds counted by hand, log Z against published tori and against all states, the law of
+independent spins."""
 
 from __future__ import annotations
 
@@ -45,7 +46,10 @@ def by_hand(energy: Ising | Potts, x: Tensor) -> float:
     for place in itertools.product(*map(range, energy.shape)):
         for axis, side in enumerate(energy.shape):
             if place[axis] + 1 < side or energy.periodic:
-                other = tuple((p + (a == axis)) % s for a, (p, s) in enumerate(zip(place, energy.shape, strict=True)))
+                other = tuple(
+                    (p + (a == axis)) % s
+                    for a, (p, s) in enumerate(zip(place, energy.shape, strict=True))
+                )
                 total -= float(energy.coupling) * float(sites[place] @ sites[other])
     return total
 
@@ -54,7 +58,9 @@ def by_hand(energy: Ising | Potts, x: Tensor) -> float:
 def test_energies_are_those_of_the_bonds(name: str) -> None:
     energy = LATTICES[name]()
     x = energy.initial(5, torch.Generator().manual_seed(2))
-    torch.testing.assert_close(energy(x), torch.tensor([by_hand(energy, s) for s in x], dtype=torch.float64))
+    torch.testing.assert_close(
+        energy(x), torch.tensor([by_hand(energy, s) for s in x], dtype=torch.float64)
+    )
     torch.testing.assert_close(energy(x.expand(2, 5, *energy.event_shape)), energy(x).expand(2, 5))
 
 
@@ -62,17 +68,25 @@ def test_energies_are_those_of_the_bonds(name: str) -> None:
 def test_log_z_is_the_sum_over_all_states(name: str) -> None:
     energy = LATTICES[name]()
     assert energy.log_z is not None
-    assert math.isclose(energy.log_z, float(torch.logsumexp(-energy(states(energy)), 0)), rel_tol=1e-12)
+    assert math.isclose(
+        energy.log_z, float(torch.logsumexp(-energy(states(energy)), 0)), rel_tol=1e-12
+    )
     assert math.isclose(energy.float().log_z or 0.0, energy.log_z, rel_tol=1e-5)
 
 
 @pytest.mark.parametrize(
     ("side", "published"),
-    [(3, (6.669745, 9.020213, 11.587695)), (4, (11.771470, 15.521916, 20.056533)), (8, (47.010147, 60.141781, 78.141649))],
+    [
+        (3, (6.669745, 9.020213, 11.587695)),
+        (4, (11.771470, 15.521916, 20.056533)),
+        (8, (47.010147, 60.141781, 78.141649)),
+    ],
 )
 def test_log_z_of_tori_and_of_a_ring(side: int, published: tuple[float, ...]) -> None:
     for coupling, truth in zip((0.2, 0.4406868, 0.6), published, strict=True):
-        assert Ising((side, side), coupling, dtype=torch.float64).log_z == pytest.approx(truth, abs=1e-6)
+        assert Ising((side, side), coupling, dtype=torch.float64).log_z == pytest.approx(
+            truth, abs=1e-6
+        )
     assert Ising((10,), 0.7, 0.3, dtype=torch.float64).log_z == pytest.approx(10.627232, abs=1e-6)
 
 
@@ -85,9 +99,14 @@ def test_log_z_is_none_where_it_is_not_computed() -> None:
 
 
 def test_two_colours_are_an_ising_model_of_half_the_coupling() -> None:
-    ising, potts = Ising((3, 4), 0.35, dtype=torch.float64), Potts((3, 4), 2, 0.7, dtype=torch.float64)
+    ising, potts = (
+        Ising((3, 4), 0.35, dtype=torch.float64),
+        Potts((3, 4), 2, 0.7, dtype=torch.float64),
+    )
     x = potts.initial(10, torch.Generator().manual_seed(0))
-    torch.testing.assert_close(potts(x) - ising(2 * x[..., 1] - 1), torch.full((10,), -0.35 * 24, dtype=torch.float64))
+    torch.testing.assert_close(
+        potts(x) - ising(2 * x[..., 1] - 1), torch.full((10,), -0.35 * 24, dtype=torch.float64)
+    )
 
 
 def test_a_lattice_is_a_normalised_pyro_distribution() -> None:
@@ -98,18 +117,33 @@ def test_a_lattice_is_a_normalised_pyro_distribution() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Ising((2, 3)), r"one or two sides, each at least 3 on a torus, got shape=\(2, 3\)"),
-        (lambda: Ising((0,), periodic=False), r"each at least 1 with open borders, got shape=\(0,\)"),
+        (
+            lambda: Ising((2, 3)),
+            r"one or two sides, each at least 3 on a torus, got shape=\(2, 3\)",
+        ),
+        (
+            lambda: Ising((0,), periodic=False),
+            r"each at least 1 with open borders, got shape=\(0,\)",
+        ),
         (lambda: Potts((3, 3, 3), 2), "one or two sides"),
         (lambda: Potts((3, 3), 1), "num_colours must be at least 2, got num_colours=1"),
-        (lambda: Ising((3, 3), math.nan), "coupling must be one finite number and field finite, got coupling=nan"),
+        (
+            lambda: Ising((3, 3), math.nan),
+            "coupling must be one finite number and field finite, got coupling=nan",
+        ),
         (lambda: Ising((3, 3), field=math.inf), "field finite"),
-        (lambda: Ising((3, 3), field=torch.zeros(4)), r"field must broadcast to the event shape \(3, 3\), got shape \(4,\)"),
+        (
+            lambda: Ising((3, 3), field=torch.zeros(4)),
+            r"field must broadcast to the event shape \(3, 3\), got shape \(4,\)",
+        ),
         (
             lambda: Ising((4, 4)).conditional("black", torch.ones(1, 4, 4)),
             r"block must be one of \['even', 'odd'\], got block='black'",
         ),
-        (lambda: Ising((3, 3)).conditional("even", torch.ones(1, 3, 3)), r"block must be one of \[\], got block='even'"),
+        (
+            lambda: Ising((3, 3)).conditional("even", torch.ones(1, 3, 3)),
+            r"block must be one of \[\], got block='even'",
+        ),
     ],
 )
 def test_bad_arguments(make: Callable[[], object], message: str) -> None:
@@ -134,7 +168,9 @@ def test_the_law_of_spins() -> None:
         SpinBernoulli(torch.tensor([math.nan]), validate_args=True)
 
 
-def test_mutant_open_lattice_with_the_bonds_of_a_torus_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mutant_open_lattice_with_the_bonds_of_a_torus_is_caught(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     true = lattice._neighbours
     monkeypatch.setattr(lattice, "_neighbours", lambda shape, periodic: true(shape, True))
     energy = LATTICES["open"]()

@@ -30,13 +30,21 @@ def net_of(*widths: int) -> nn.Sequential:
 #: One line for each energy; a seed gives its weights.
 NEURAL: dict[str, Callable[[int], NeuralEnergy]] = {
     "scalar": lambda seed: MLPEnergy((), (8, 8), scale=2.0, generator=seeded(seed)),
-    "flat": lambda seed: MLPEnergy((3,), (8, 8), scale=2.0, centre=torch.arange(3.0), generator=seeded(seed)),
-    "tanh": lambda seed: MLPEnergy((3,), (8,), activation="tanh", scale=torch.tensor([1.0, 2.0, 3.0]), generator=seeded(seed)),
+    "flat": lambda seed: MLPEnergy(
+        (3,), (8, 8), scale=2.0, centre=torch.arange(3.0), generator=seeded(seed)
+    ),
+    "tanh": lambda seed: MLPEnergy(
+        (3,), (8,), activation="tanh", scale=torch.tensor([1.0, 2.0, 3.0]), generator=seeded(seed)
+    ),
     "image": lambda seed: MLPEnergy((2, 3, 4), (8,), scale=2.0, generator=seeded(seed)),
     "convolutional": lambda seed: ConvEnergy((2, 5, 4), (4, 6), scale=2.0, generator=seeded(seed)),
-    "bounded": lambda seed: MLPEnergy((3,), (8,), support=constraints.interval(-1.0, 1.0), scale=None, generator=seeded(seed)),
+    "bounded": lambda seed: MLPEnergy(
+        (3,), (8,), support=constraints.interval(-1.0, 1.0), scale=None, generator=seeded(seed)
+    ),
     "spins": lambda seed: MLPEnergy((3,), (8,), support=spin, scale=None, generator=seeded(seed)),
-    "spectral": lambda seed: MLPEnergy((3,), (8, 8), spectral_norm=True, scale=2.0, generator=seeded(seed)),
+    "spectral": lambda seed: MLPEnergy(
+        (3,), (8, 8), spectral_norm=True, scale=2.0, generator=seeded(seed)
+    ),
     "given": lambda seed: NeuralEnergy(net_of(3, 8, 1), (3,), scale=2.0),
 }
 
@@ -77,7 +85,10 @@ def test_gradients_in_x_are_those_of_differences(name: str) -> None:
     _, grad = value_and_grad(energy, x)
     slope = (energy(x + step * direction) - energy(x - step * direction)) / (2 * step)
     torch.testing.assert_close(
-        (grad * direction).flatten(1).sum(1) if x.dim() > 1 else grad * direction, slope.detach(), rtol=1e-6, atol=1e-7
+        (grad * direction).flatten(1).sum(1) if x.dim() > 1 else grad * direction,
+        slope.detach(),
+        rtol=1e-6,
+        atol=1e-7,
     )
 
 
@@ -86,7 +97,12 @@ def test_weights_come_from_the_generator_alone(name: str) -> None:
     state = torch.random.get_rng_state()
     one, two, other = NEURAL[name](0), NEURAL[name](0), NEURAL[name](1)
     assert torch.equal(torch.random.get_rng_state(), state)
-    pairs = zip(one.state_dict().items(), two.state_dict().values(), other.state_dict().values(), strict=True)
+    pairs = zip(
+        one.state_dict().items(),
+        two.state_dict().values(),
+        other.state_dict().values(),
+        strict=True,
+    )
     different = False
     for (key, a), b, c in pairs:
         assert torch.equal(a, b), key
@@ -112,15 +128,19 @@ def test_a_fresh_energy_is_its_envelope() -> None:
 
 
 def test_an_envelope_makes_it_normalisable() -> None:
-    """The network falls without end to one side; the integral is that of a normal law about a shifted centre."""
+    """The network falls without end to one side; the integral is that of a normal law about a
+    shifted centre."""
     energy = MLPEnergy((), (1,), activation="softplus", scale=2.0)
     first, _, last = energy.net[1:]
     with torch.no_grad():
         for layer, weight in ((first, 1.0), (last, -3.0)):
             layer.weight.fill_(weight)
             layer.bias.zero_()
-    # softplus(x) = x + log(1 + exp(-x)), so exp(-E) = (1 + e^x)^3 exp(-x^2 / 8): four normal integrals
-    exact = math.log(sum(math.comb(3, k) * math.exp(2.0 * k**2) for k in range(4)) * math.sqrt(8.0 * math.pi))
+    # softplus(x) = x + log(1 + exp(-x)), so exp(-E) = (1 + e^x)^3 exp(-x^2 / 8): four normal
+    # integrals
+    exact = math.log(
+        sum(math.comb(3, k) * math.exp(2.0 * k**2) for k in range(4)) * math.sqrt(8.0 * math.pi)
+    )
     grid = torch.linspace(-40.0, 60.0, 200_001)
     value = torch.logsumexp(-energy(grid).detach(), 0) + math.log(float(grid[1] - grid[0]))
     assert float(value) == pytest.approx(exact, abs=1e-9)
@@ -129,7 +149,9 @@ def test_an_envelope_makes_it_normalisable() -> None:
 
 def test_the_envelope_fits_data() -> None:
     energy = MLPEnergy((2,), scale=1.0)
-    data = torch.randn(400, 2, generator=seeded()) * torch.tensor([1.0, 3.0]) + torch.tensor([5.0, 0.0])
+    data = torch.randn(400, 2, generator=seeded()) * torch.tensor([1.0, 3.0]) + torch.tensor(
+        [5.0, 0.0]
+    )
     energy.fit_envelope(data, factor=2.5)
     torch.testing.assert_close(energy.centre, data.mean(0))
     torch.testing.assert_close(energy.scale, 2.5 * data.std(0, correction=0).max().expand(2))
@@ -161,7 +183,9 @@ def test_spectral_norms_bound_the_layers() -> None:
     energy.eval()
     layers = [m for m in energy.net.modules() if isinstance(m, nn.Linear)]
     for layer in layers[:-1]:
-        assert float(torch.linalg.matrix_norm(layer.weight.detach(), 2)) == pytest.approx(1.0, abs=1e-6)
+        assert float(torch.linalg.matrix_norm(layer.weight.detach(), 2)) == pytest.approx(
+            1.0, abs=1e-6
+        )
     assert torch.equal(energy(x), energy(x))
 
 
@@ -176,11 +200,16 @@ def test_sampled_by_nuts() -> None:
     ("make", "said"),
     [
         (lambda: MLPEnergy((2,), scale=None), "no integral over Real"),
-        (lambda: MLPEnergy((2,), support=constraints.positive, scale=None), "no integral over GreaterThan"),
+        (
+            lambda: MLPEnergy((2,), support=constraints.positive, scale=None),
+            "no integral over GreaterThan",
+        ),
         (lambda: MLPEnergy((2,), activation="relu", scale=1.0), "no second derivative"),
         (lambda: ConvEnergy((1, 4, 4), (2,), activation="relu", scale=1.0), "no second derivative"),
         (
-            lambda: NeuralEnergy(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 1)), (2,), scale=1.0),
+            lambda: NeuralEnergy(
+                nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 1)), (2,), scale=1.0
+            ),
             "depend on the others",
         ),
     ],
@@ -196,13 +225,22 @@ def test_what_is_no_good_density_is_warned_of(make: Callable[[], Any], said: str
     ("make", "said"),
     [
         (lambda: MLPEnergy((2,), scale=0.0), "scale must be positive and finite, got scale=0.0"),
-        (lambda: MLPEnergy((2,), scale=torch.ones(3)), r"scale must be a number or of the event_shape \(2,\), got shape \(3,\)"),
+        (
+            lambda: MLPEnergy((2,), scale=torch.ones(3)),
+            r"scale must be a number or of the event_shape \(2,\), got shape \(3,\)",
+        ),
         (lambda: MLPEnergy((2,), centre=torch.ones(3)), "centre must be a number"),
         (lambda: MLPEnergy((2,), hidden=()), r"hidden must hold .* got hidden=\(\)"),
-        (lambda: ConvEnergy((1, 4, 4), channels=(0,)), r"channels must hold .* got channels=\(0,\)"),
+        (
+            lambda: ConvEnergy((1, 4, 4), channels=(0,)),
+            r"channels must hold .* got channels=\(0,\)",
+        ),
         (lambda: ConvEnergy((4, 4)), r"event_shape must be \(colours, height, width\)"),
         (lambda: MLPEnergy((2,), activation="sine"), "activation must be one of"),
-        (lambda: NeuralEnergy(net_of(2, 4, 3), (2,), scale=1.0)(torch.zeros(5, 2)), r"net must map .* got shape \(5, 3\)"),
+        (
+            lambda: NeuralEnergy(net_of(2, 4, 3), (2,), scale=1.0)(torch.zeros(5, 2)),
+            r"net must map .* got shape \(5, 3\)",
+        ),
     ],
 )
 def test_refusals(make: Callable[[], Any], said: str) -> None:
@@ -214,10 +252,14 @@ def test_refusals(make: Callable[[], Any], said: str) -> None:
 def test_networks_start_with_the_variance_asked_for(activation: str) -> None:
     net = mlp(400, 2, (300,), activation=activation, generator=seeded())
     # the variance of n uniform numbers has the relative error (0.8 / n)^(1/2)
-    assert float(net[0].weight.detach().var()) == pytest.approx(1 / 400, rel=5.0 * math.sqrt(0.8 / 120_000))
+    assert float(net[0].weight.detach().var()) == pytest.approx(
+        1 / 400, rel=5.0 * math.sqrt(0.8 / 120_000)
+    )
     assert not net[-1].weight.any()
     convs = convolutions((3, 9, 7), 2, (16, 32), zero_last=False, generator=seeded())
-    assert float(convs[0].weight.detach().var()) == pytest.approx(1 / 27, rel=4.5 * math.sqrt(0.8 / 432))
+    assert float(convs[0].weight.detach().var()) == pytest.approx(
+        1 / 27, rel=4.5 * math.sqrt(0.8 / 432)
+    )
     assert convs(torch.zeros(2, 3, 9, 7)).shape == (2, 2)
 
 

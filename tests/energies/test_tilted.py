@@ -1,4 +1,5 @@
-"""Tilted laws: a discriminator's logit in closed form, log Z by quadrature and from draws, a generator's latents, mutants."""
+"""Tilted laws: a discriminator's logit in closed form, log Z by quadrature and from draws, a
+generator's latents, mutants."""
 
 from __future__ import annotations
 
@@ -40,14 +41,16 @@ def discriminated(kind: type[Tilted] = Tilted) -> Tilted:
     return kind(normal(), lambda z: -logit(z), dtype=F64)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The checks. Each raises AssertionError; the mutants below show that it does.
 
 
 def check_density(tilted: Tilted) -> None:
     """It is N(m, 1), normalised: Z = 1."""
     z = torch.linspace(-3.0, 5.0, 30, dtype=F64)
-    torch.testing.assert_close(-tilted(z), dist.Normal(torch.tensor(SHIFT, dtype=F64), 1.0).log_prob(z))
+    torch.testing.assert_close(
+        -tilted(z), dist.Normal(torch.tensor(SHIFT, dtype=F64), 1.0).log_prob(z)
+    )
     log_z = quadrature(tilted)
     assert log_z.kind == "exact"
     assert abs(log_z.value) < 1e-8
@@ -62,7 +65,7 @@ def check_draws(tilted: Tilted, kernel: Kernel) -> None:  # type: ignore[type-ar
         within_se(mean, truth, se)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def test_an_optimal_discriminator_gives_the_data_law() -> None:
@@ -83,10 +86,13 @@ def test_log_z_from_draws_of_the_base() -> None:
 
 
 def test_latents_of_a_generator() -> None:
-    """z ~ N(0, I) exp(d(G(z))) with a curved G: G(z) has the law of G(N(0, I)) times exp(d), here by quadrature over z."""
+    """z ~ N(0, I) exp(d(G(z))) with a curved G: G(z) has the law of G(N(0, I)) times exp(d), here
+    by quadrature over z."""
 
     def generate(z: Tensor) -> Tensor:
-        return torch.stack([z[:, 0] + 0.5 * torch.sin(2.0 * z[:, 1]), z[:, 1] + 0.3 * z[:, 0] ** 2], 1)
+        return torch.stack(
+            [z[:, 0] + 0.5 * torch.sin(2.0 * z[:, 1]), z[:, 1] + 0.3 * z[:, 0] ** 2], 1
+        )
 
     def judge(x: Tensor) -> Tensor:
         return 1.2 * x[:, :1] - 0.4 * x[:, 1:] ** 2
@@ -106,9 +112,16 @@ def test_latents_of_a_generator() -> None:
 BASES: dict[str, Callable[[torch.dtype], tuple[Tilted, tuple[int, ...]]]] = {
     "scalar": lambda dtype: (Tilted(dist.Normal(0.0, 1.0), torch.sin, dtype=dtype), ()),
     "energy": lambda dtype: (Tilted(DoubleWell(dtype=dtype), lambda z: z), ()),
-    "vector": lambda dtype: (Tilted(Gaussian(torch.zeros(3, dtype=dtype)), mlp(3, 1, (4,), dtype=dtype)), (3,)),
+    "vector": lambda dtype: (
+        Tilted(Gaussian(torch.zeros(3, dtype=dtype)), mlp(3, 1, (4,), dtype=dtype)),
+        (3,),
+    ),
     "image": lambda dtype: (
-        Tilted(normal(1, 4, 4, dtype=dtype), convolutions((1, 4, 4), 1, (2,), zero_last=False, dtype=dtype), dtype=dtype),
+        Tilted(
+            normal(1, 4, 4, dtype=dtype),
+            convolutions((1, 4, 4), 1, (2,), zero_last=False, dtype=dtype),
+            dtype=dtype,
+        ),
         (1, 4, 4),
     ),
 }
@@ -150,7 +163,15 @@ def test_a_tilt_is_learned_on_a_frozen_base() -> None:
     tilted = Tilted(normal(1), nn.Linear(1, 1, dtype=F64), dtype=F64)
     data = SHIFT + torch.randn(2000, 1, dtype=F64, generator=seeded(3))
     means = []
-    loop = fit(tilted, PersistentCD(400, k=3, kernel=MALA(1.2)), data, steps=300, batch_size=500, progress=False, optimizer=sgd)
+    loop = fit(
+        tilted,
+        PersistentCD(400, k=3, kernel=MALA(1.2)),
+        data,
+        steps=300,
+        batch_size=500,
+        progress=False,
+        optimizer=sgd,
+    )
     for step, _, _ in loop:
         if step >= 150:
             means.append(-float(tilted.f.weight.detach()))
@@ -170,7 +191,9 @@ def test_base_and_tilt_are_both_parts() -> None:
 
 
 def test_bad_input_is_named() -> None:
-    with pytest.raises(ValueError, match=r"Tilted takes an Energy or a distribution, .* got int and Linear"):
+    with pytest.raises(
+        ValueError, match=r"Tilted takes an Energy or a distribution, .* got int and Linear"
+    ):
         Tilted(3, nn.Linear(1, 1))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="got Gaussian and int"):
         Tilted(Gaussian(torch.zeros(2)), 3)  # type: ignore[arg-type]
@@ -180,7 +203,7 @@ def test_bad_input_is_named() -> None:
         Tilted(Gaussian(torch.zeros(2)), lambda z: z)(torch.zeros(4, 2))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Mutants
 
 
@@ -201,7 +224,8 @@ class TiltedTwice(Tilted):
 
 @pytest.mark.parametrize("mutant", [WrongSign, NoBase, TiltedTwice])
 def test_broken_tilts_are_caught(mutant: type[Tilted]) -> None:
-    with pytest.raises((AssertionError, ValueError)):  # without its base it has no integral, and quadrature says so
+    # without its base it has no integral, and quadrature says so
+    with pytest.raises((AssertionError, ValueError)):
         check_density(discriminated(mutant))
     if mutant is not NoBase:
         with pytest.raises(AssertionError):

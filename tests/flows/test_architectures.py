@@ -1,4 +1,5 @@
-"""What is particular to each architecture of flows: bases, symmetry, zuko's layers inside stock Pyro, and mutants of all three.
+"""What is particular to each architecture of flows: bases, symmetry, zuko's layers inside stock
+Pyro, and mutants of all three.
 
 The property tests that every transform and flow inherits are in test_flows.py.
 """
@@ -68,11 +69,13 @@ def stirred(module: M, seed: int = 5, scale: float = 0.3) -> M:
     generator = problem_generator(seed)
     with torch.no_grad():
         for parameter in module.parameters():
-            parameter += scale * torch.randn(parameter.shape, dtype=F64, generator=generator).to(parameter.dtype)
+            parameter += scale * torch.randn(parameter.shape, dtype=F64, generator=generator).to(
+                parameter.dtype
+            )
     return module
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Affine couplings, permutations, LOFT
 
 
@@ -85,14 +88,17 @@ def test_no_layer_stretches_by_more_than_the_clamp(soft: str) -> None:
     gentle = AffineCoupling(2, nn.Linear(1, 2).double(), clamp=500.0, soft=soft)
     slope = 1.0 if soft == "tanh" else 2.0 / math.pi
     s = gentle.net(z := torch.zeros(1, dtype=F64))[0]
-    torch.testing.assert_close(gentle.with_log_det(torch.cat((z, z)))[1], slope * s, rtol=1e-4, atol=0.0)
+    torch.testing.assert_close(
+        gentle.with_log_det(torch.cat((z, z)))[1], slope * s, rtol=1e-4, atol=0.0
+    )
 
 
 @pytest.mark.parametrize(
     ("net", "said"),
     [
         (nn.Linear(2, 3), r"\(4, 6\) and torch.float64, but it gave \(4, 3\)"),
-        (nn.Linear(2, 2), r"but it gave \(4, 2\)"),  # would broadcast, and report a third of the log-determinant
+        # would broadcast, and report a third of the log-determinant
+        (nn.Linear(2, 2), r"but it gave \(4, 2\)"),
     ],
 )
 def test_affine_coupling_refuses_a_net_that_would_broadcast(net: nn.Module, said: str) -> None:
@@ -112,7 +118,9 @@ def test_every_entry_of_a_realnvp_depends_on_every_other_and_without_shuffles_so
     jacobian = torch.autograd.functional.jacobian(lambda z: flow.push(z)[0], noise(6))
     assert bool((jacobian.abs() > 1e-6).all())
     # two couplings without permutation: what passed first has seen no neighbour of its own half
-    pair = [stirred(AffineCoupling(6, hidden=(16,), flip=flip, dtype=F64)) for flip in (True, False)]
+    pair = [
+        stirred(AffineCoupling(6, hidden=(16,), flip=flip, dtype=F64)) for flip in (True, False)
+    ]
     jacobian = torch.autograd.functional.jacobian(lambda z: Flow(pair, 6, 6).push(z)[0], noise(6))
     assert bool((jacobian[:3, :3][~torch.eye(3, dtype=torch.bool)] == 0).all())
 
@@ -124,11 +132,14 @@ def test_loft_is_the_identity_inside_and_logarithmic_outside() -> None:
     torch.testing.assert_close(layer.with_log_det(z)[1], torch.tensor(-1.0, dtype=F64))
     assert bool(layer(torch.tensor([math.nan, 1.0, 1.0])).isnan()[0])
     wide = RealNVP(1, 0, loft=4.0, scale=50.0, dtype=F64)
-    assert float(wide.push(wide.draw_noise(1000, seeded_generator(0)))[0].detach().abs().max()) < 4.0 + math.log(400.0)
+    assert float(
+        wide.push(wide.draw_noise(1000, seeded_generator(0)))[0].detach().abs().max()
+    ) < 4.0 + math.log(400.0)
 
 
 def test_loft_has_the_slope_of_its_identity_at_the_threshold() -> None:
-    """Both pieces meet there with slope 1, and the log-determinant leaves 0 with slope 0 on the side of the identity."""
+    """Both pieces meet there with slope 1, and the log-determinant leaves 0 with slope 0 on the
+    side of the identity."""
     z = torch.tensor([-2.0, 2.0, -3.0, 3.0], dtype=F64, requires_grad=True)
     for there in (Loft(4, threshold=2.0).with_log_det, Loft(4, threshold=2.0).inverse_with_log_det):
         x, log_det = there(z)
@@ -147,7 +158,9 @@ def test_refusals_of_layers() -> None:
         RealNVP(2, soft="relu")
     with pytest.raises(ValueError, match=r"mask must be one of .* got mask='quarters'"):
         coupling_mask(3, "quarters")
-    with pytest.raises(ValueError, match=r"some True .* got dtype torch.bool, shape \(2,\) and 2 True"):
+    with pytest.raises(
+        ValueError, match=r"some True .* got dtype torch.bool, shape \(2,\) and 2 True"
+    ):
         coupling_mask(2, [True, True])
     with pytest.raises(ValueError, match=r"permutation .* got order=\[0, 0\]"):
         Permutation([0, 0])
@@ -159,7 +172,9 @@ def test_refusals_of_layers() -> None:
         RealNVP(3, total_dim=2)
     with pytest.raises(ValueError, match=r"scale must be positive, got scale=0"):
         RealNVP(2, scale=0.0)
-    with pytest.raises(ValueError, match=r"StandardNormal must be of total_dim=2 entries, got dim=3"):
+    with pytest.raises(
+        ValueError, match=r"StandardNormal must be of total_dim=2 entries, got dim=3"
+    ):
         NICE(2, base=StandardNormal(3))
     with pytest.raises(ValueError, match=r"Loft must be of total_dim=2 entries, got dim=3"):
         Flow([Loft(3)], 2, 2)
@@ -178,7 +193,7 @@ def test_fresh_flow_is_its_base_scaled(make: Callable[..., Flow], scale: float) 
     torch.testing.assert_close(flow.push(z)[1], StandardNormal(3).log_prob(z) - 3 * math.log(scale))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Bases
 
 
@@ -206,13 +221,18 @@ def gradient_by_grid(base: Any, half: float, points: int) -> list[Tensor]:
 def gradient_by_draws(base: Any, repeats: int = 200, n: int = 500) -> list[tuple[Any, Any]]:
     generator = seeded_generator(3)
     rows = [
-        torch.autograd.grad(statistic(base.draw(n, generator, F64, CPU)).mean(), list(base.parameters())) for _ in range(repeats)
+        torch.autograd.grad(
+            statistic(base.draw(n, generator, F64, CPU)).mean(), list(base.parameters())
+        )
+        for _ in range(repeats)
     ]
     return [mean_and_se(torch.stack(column)) for column in zip(*rows, strict=True)]
 
 
 def check_draws_carry_the_gradient(base: Any, half: float = 9.0, points: int = 301) -> None:
-    for (mean, se), truth in zip(gradient_by_draws(base), gradient_by_grid(base, half, points), strict=True):
+    for (mean, se), truth in zip(
+        gradient_by_draws(base), gradient_by_grid(base, half, points), strict=True
+    ):
         within_se(mean, truth, se)
 
 
@@ -253,7 +273,9 @@ def test_mutants_of_the_mixture_are_caught(mutant: type[MixtureBase]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("base", "half"), [(mixture(), 9.0), (StudentBase(2, df=9.0, dtype=F64), 40.0)], ids=["mixture", "student"]
+    ("base", "half"),
+    [(mixture(), 9.0), (StudentBase(2, df=9.0, dtype=F64), 40.0)],
+    ids=["mixture", "student"],
 )
 def test_draws_of_a_base_have_its_density(base: Any, half: float) -> None:
     z = base.draw(40_000, seeded_generator(1), F64, CPU).detach()
@@ -273,16 +295,24 @@ def test_draws_of_a_base_have_its_density(base: Any, half: float) -> None:
 def test_fixed_weights_and_degrees_stay_and_bases_refuse() -> None:
     assert [name for name, _ in mixture(False).named_parameters()] == ["loc", "log_scale"]
     assert not list(StudentBase(2, learn_df=False).parameters())
-    torch.testing.assert_close(StudentBase(2, df=2.5, dtype=F64).df.detach(), torch.full((2,), 2.5, dtype=F64))
-    torch.testing.assert_close(StudentBase(1, df=400.0, dtype=F64).df.detach(), torch.full((1,), 400.0, dtype=F64))
+    torch.testing.assert_close(
+        StudentBase(2, df=2.5, dtype=F64).df.detach(), torch.full((2,), 2.5, dtype=F64)
+    )
+    torch.testing.assert_close(
+        StudentBase(1, df=400.0, dtype=F64).df.detach(), torch.full((1,), 400.0, dtype=F64)
+    )
     with pytest.raises(ValueError, match=r"least=2\.0, df=1\.5"):
         StudentBase(2, df=1.5)
-    with pytest.raises(ValueError, match=r"components must be an integer of at least 1, got components=0"):
+    with pytest.raises(
+        ValueError, match=r"components must be an integer of at least 1, got components=0"
+    ):
         MixtureBase(2, 0)
     with pytest.raises(ValueError, match="spread=-1"):
         MixtureBase(2, 2, spread=-1.0)
     for make in (NICE, lambda d, base: RedundantNICE(1, d, base=base)):
-        with pytest.raises(NotImplementedError, match=r"standard normal base alone, got MixtureBase"):
+        with pytest.raises(
+            NotImplementedError, match=r"standard normal base alone, got MixtureBase"
+        ):
             make(2, base=MixtureBase(2, 2)).joint_entropy()
 
 
@@ -299,14 +329,17 @@ def test_a_student_base_reaches_a_heavy_tail_that_a_normal_one_does_not() -> Non
             pass
         found[name] = flow
     x = torch.tensor([[0.0], [60.0]], dtype=F64)
-    grows = {name: float((-energy(x) - flow.log_prob(x)).diff().detach()) for name, flow in found.items()}  # of the log weight
+    # of the log weight
+    grows = {
+        name: float((-energy(x) - flow.log_prob(x)).diff().detach()) for name, flow in found.items()
+    }
     assert grows["student"] < 10.0 < 100.0 < grows["normal"]
     result = importance_sample(found["student"], energy, 20_000)
     assert result.pareto_k < 0.7
     within_se(result.log_z, 0.0, result.log_z_se)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Symmetry
 
 
@@ -316,13 +349,19 @@ GROUPS: dict[str, Tensor] = {
     "inversion": sign_flips(2, jointly=True),
     "exchange": permutations(2),
     "quarter turns": generated_group(torch.tensor([[[0.0, -1.0], [1.0, 0.0]]])),
-    "dihedral": generated_group(torch.tensor([[[0.0, -1.0], [1.0, 0.0]], [[1.0, 0.0], [0.0, -1.0]]])),
-    "third turns": generated_group(torch.tensor([[[-0.5, -math.sqrt(0.75)], [math.sqrt(0.75), -0.5]]], dtype=F64)),
+    "dihedral": generated_group(
+        torch.tensor([[[0.0, -1.0], [1.0, 0.0]], [[1.0, 0.0], [0.0, -1.0]]])
+    ),
+    "third turns": generated_group(
+        torch.tensor([[[-0.5, -math.sqrt(0.75)], [math.sqrt(0.75), -0.5]]], dtype=F64)
+    ),
 }
 groups = pytest.mark.parametrize("name", GROUPS)
 
 
-def two_dimensional(name: str, weights: str = "uniform", scale: float = 0.5) -> tuple[Symmetrized, RealNVP]:
+def two_dimensional(
+    name: str, weights: str = "uniform", scale: float = 0.5
+) -> tuple[Symmetrized, RealNVP]:
     inner = stirred(RealNVP(2, 2, (8,), dtype=F64), scale=scale)
     flow = Symmetrized(inner, GROUPS[name], weights)
     if flow.logits is not None:
@@ -337,7 +376,9 @@ def check_density_is_the_sum(flow: Symmetrized, inner: Flow, xy: Tensor) -> None
     for log_pi, g in zip(flow.log_weights(), flow.elements, strict=True):
         pulled = torch.cat((xy[..., :d] @ torch.linalg.inv(g).T, xy[..., d:]), dim=-1)
         parts.append(log_pi + inner.log_prob(pulled))
-    torch.testing.assert_close(flow.log_prob(xy), torch.stack(parts).logsumexp(0), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        flow.log_prob(xy), torch.stack(parts).logsumexp(0), rtol=1e-9, atol=1e-9
+    )
     pushed, log_q = flow.push(flow.draw_noise(50, seeded_generator(4)))
     torch.testing.assert_close(log_q, flow.log_prob(pushed), rtol=1e-9, atol=1e-9)
 
@@ -364,7 +405,8 @@ def test_uniform_weights_are_invariant(name: str) -> None:
 
 
 def test_latents_stay_where_they_are_and_everything_else_works_on_a_symmetrised_flow() -> None:
-    inner = stirred(RedundantNICE(2, 3, 2, (8,), dtype=F64), scale=0.05)  # near the target: the weights have a variance
+    # near the target: the weights have a variance
+    inner = stirred(RedundantNICE(2, 3, 2, (8,), dtype=F64), scale=0.05)
     flow = Symmetrized(inner, permutations(2))
     check_density_is_the_sum(flow, inner, noise(5, 3))
     energy = Gaussian(torch.zeros(2, dtype=F64), dtype=F64)
@@ -372,17 +414,23 @@ def test_latents_stay_where_they_are_and_everything_else_works_on_a_symmetrised_
     assert energy.log_z is not None
     within_se(result.log_z, energy.log_z, result.log_z_se)
     x = noise(4, 2)
-    torch.testing.assert_close(flow.log_prob_x(x), flow.log_prob_x(x.flip(-1)), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        flow.log_prob_x(x), flow.log_prob_x(x.flip(-1)), rtol=1e-5, atol=1e-5
+    )
     torch.testing.assert_close(flow.path_log_prob(noise(4, 3)), flow.log_prob(noise(4, 3)).detach())
 
 
 @pytest.mark.parametrize("weights", ["uniform", "learned"])
 def test_summed_terms_have_the_mean_of_pushed_ones_and_less_noise(weights: str) -> None:
     flow, _ = two_dimensional("dihedral", weights)
-    energy, z = Gaussian(torch.ones(2, dtype=F64), dtype=F64), flow.draw_noise(20_000, seeded_generator(1))
+    energy, z = (
+        Gaussian(torch.ones(2, dtype=F64), dtype=F64),
+        flow.draw_noise(20_000, seeded_generator(1)),
+    )
     with torch.no_grad():
         summed, single = flow.terms(energy, z)[0], ReverseKL().terms(flow, energy, z)[0]
-    chosen = single - summed  # what the choice of an image adds: of mean 0 given z, so that variances add
+    # what the choice of an image adds: of mean 0 given z, so that variances add
+    chosen = single - summed
     for noise_of in (chosen, chosen * (summed - summed.mean())):
         mean, se = mean_and_se(noise_of)
         within_se(mean, 0.0, se)
@@ -427,7 +475,10 @@ class TwoWells(Energy):
 
 
 def test_learned_weights_find_unequal_masses() -> None:
-    flow, energy = Symmetrized(NICE(1, dtype=F64), sign_flips(1), "learned"), TwoWells((1,)).double()
+    flow, energy = (
+        Symmetrized(NICE(1, dtype=F64), sign_flips(1), "learned"),
+        TwoWells((1,)).double(),
+    )
     for _ in fit_flow(flow, energy, SymmetrizedKL(), steps=400, num_samples=128, lr=3e-2):
         pass
     assert abs(float(flow.log_weights().detach().exp().max()) - 0.8) < 0.01
@@ -459,8 +510,14 @@ def test_groups_are_refused_unless_whole() -> None:
 
 def test_groups_have_their_sizes() -> None:
     assert {name: len(group) for name, group in GROUPS.items()} == {
-        "one flip": 2, "all flips": 4, "inversion": 2, "exchange": 2, "quarter turns": 4, "dihedral": 8, "third turns": 3
-    }  # fmt: skip
+        "one flip": 2,
+        "all flips": 4,
+        "inversion": 2,
+        "exchange": 2,
+        "quarter turns": 4,
+        "dihedral": 8,
+        "third turns": 3,
+    }
     assert len(permutations(4)) == 24
     swapped = permutations(2, coordinates=2)[1] @ torch.arange(4.0)
     assert swapped.tolist() == [2.0, 3.0, 0.0, 1.0]
@@ -489,15 +546,25 @@ def test_mutants_of_the_sum_over_the_group_are_caught(mutant: type[Symmetrized])
         check_density_is_the_sum(flow, inner, noise(6, 2))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # zuko's layers as citizens of Pyro
 
 ZUKO: dict[str, Callable[[int], ZukoTransform]] = {
-    "NSF": lambda d: ZukoTransform(zuko.flows.NSF(d, transforms=1, hidden_features=(8,)).transform, d),
-    "NSF inverse": lambda d: ZukoTransform(zuko.flows.NSF(d, transforms=1, hidden_features=(8,)).transform.inv, d),
-    "MAF": lambda d: ZukoTransform(zuko.flows.MAF(d, transforms=1, hidden_features=(8,)).transform, d),
-    "NICE": lambda d: ZukoTransform(zuko.flows.NICE(d, transforms=2, hidden_features=(8,)).transform, d),
-    "CNF": lambda d: ZukoTransform(zuko.flows.CNF(d, hidden_features=(4,), freqs=1, atol=1e-4, rtol=1e-4).transform, d),
+    "NSF": lambda d: ZukoTransform(
+        zuko.flows.NSF(d, transforms=1, hidden_features=(8,)).transform, d
+    ),
+    "NSF inverse": lambda d: ZukoTransform(
+        zuko.flows.NSF(d, transforms=1, hidden_features=(8,)).transform.inv, d
+    ),
+    "MAF": lambda d: ZukoTransform(
+        zuko.flows.MAF(d, transforms=1, hidden_features=(8,)).transform, d
+    ),
+    "NICE": lambda d: ZukoTransform(
+        zuko.flows.NICE(d, transforms=2, hidden_features=(8,)).transform, d
+    ),
+    "CNF": lambda d: ZukoTransform(
+        zuko.flows.CNF(d, hidden_features=(4,), freqs=1, atol=1e-4, rtol=1e-4).transform, d
+    ),
 }
 
 
@@ -536,7 +603,12 @@ def test_transformed_distribution_draws_with_gradients_and_keeps_nothing(name: s
 def test_auto_guide_svi_and_neutra(name: str) -> None:
     pyro.set_rng_seed(0)
     guide = AutoNormalizingFlow(model, lambda d: zuko_transform(name, d))
-    svi = SVI(model, guide, pyro.optim.Adam({"lr": 2e-2}), Trace_ELBO(num_particles=8, vectorize_particles=True))
+    svi = SVI(
+        model,
+        guide,
+        pyro.optim.Adam({"lr": 2e-2}),
+        Trace_ELBO(num_particles=8, vectorize_particles=True),
+    )
     losses = [svi.step() for _ in range(60 if name != "CNF" else 25)]
     assert sum(losses[-10:]) < sum(losses[:10])
     learned = [key for key in pyro.get_param_store() if "lazy" in key]
@@ -599,13 +671,19 @@ def test_a_spline_cannot_reach_beyond_its_bound() -> None:
 def test_a_continuous_flow_learns_in_eval_mode_too() -> None:
     flow = ContinuousFlow(2, (4,), frequencies=1, atol=1e-4, rtol=1e-4).eval()
     flow.log_prob(torch.ones(3, 2)).sum().backward()
-    assert any(bool((p.grad != 0).any()) for p in flow.transform.parts[0].parameters() if p.grad is not None)
+    assert any(
+        bool((p.grad != 0).any())
+        for p in flow.transform.parts[0].parameters()
+        if p.grad is not None
+    )
     assert not flow.training
 
 
 def test_refusals_of_zuko_flows(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
-        ValueError, match=r"atol >= 1.2e-07 and rtol >= 1.2e-06 must hold in torch.float32, or the solver never ends"
+        ValueError,
+        match=r"atol >= 1.2e-07 and rtol >= 1.2e-06 must hold in torch.float32, or the solver"
+        r" never ends",
     ):
         ContinuousFlow(2, atol=1e-8)
     with pytest.raises(ValueError, match="bound must be positive and finite, got bound=0"):
@@ -637,11 +715,13 @@ def test_load_flow_reads_any_class_and_refuses_what_is_none(tmp_path: Any) -> No
 
     path = tmp_path / "flow.safetensors"
     save_file({"a": torch.zeros(1)}, path, {"class": "Unpickler", "config": "{}"})
-    with pytest.raises(ValueError, match=r"must hold a flow of class .* its metadata name 'Unpickler'"):
+    with pytest.raises(
+        ValueError, match=r"must hold a flow of class .* its metadata name 'Unpickler'"
+    ):
         load_flow(path)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Mutants of the layers: the check of test_flows.py catches them
 
 
@@ -653,7 +733,9 @@ class _Unsummed(AffineCoupling):
 
 class _Unclamped(AffineCoupling):
     def with_log_det(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        return super().with_log_det(z)[0], self.net(z.index_select(-1, self.passing)).chunk(2, dim=-1)[0].sum(-1)
+        return super().with_log_det(z)[0], self.net(z.index_select(-1, self.passing)).chunk(
+            2, dim=-1
+        )[0].sum(-1)
 
 
 class _LoftUpsideDown(Loft):
@@ -669,7 +751,8 @@ class _ZukoUpsideDown(ZukoTransform):
 
 
 def check_both_ways(flow: Flow, layer: Any, z: Tensor) -> None:
-    """The density of what is pushed, and of the same point pulled back, against autograd's Jacobian."""
+    """The density of what is pushed, and of the same point pulled back, against autograd's
+    Jacobian."""
     x, log_q = flow.push(z)
     jacobian = torch.stack([torch.autograd.functional.jacobian(layer, row) for row in z])
     truth = StandardNormal(4).log_prob(z) - torch.linalg.slogdet(jacobian).logabsdet

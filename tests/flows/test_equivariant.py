@@ -1,4 +1,5 @@
-"""The flow of particles: symmetry, divergence in the mean-free subspace, integration, flow matching; and mutants of each."""
+"""The flow of particles: symmetry, divergence in the mean-free subspace, integration, flow
+matching; and mutants of each."""
 
 from __future__ import annotations
 
@@ -33,12 +34,18 @@ def noise(*shape: int, seed: int = 7) -> Tensor:
 
 def stirred(flow: EquivariantFlow, seed: int = 5) -> EquivariantFlow:
     with torch.no_grad():
-        flow.field.weights += 0.5 * torch.randn(flow.field.weights.shape, dtype=F64, generator=problem_generator(seed))
+        flow.field.weights += 0.5 * torch.randn(
+            flow.field.weights.shape, dtype=F64, generator=problem_generator(seed)
+        )
     return flow
 
 
-def random_flow(particles: int = 4, space: int = 2, steps: int = 60, **options: Any) -> EquivariantFlow:
-    return stirred(EquivariantFlow(particles, space, cells=10, stages=2, steps=steps, dtype=F64, **options))
+def random_flow(
+    particles: int = 4, space: int = 2, steps: int = 60, **options: Any
+) -> EquivariantFlow:
+    return stirred(
+        EquivariantFlow(particles, space, cells=10, stages=2, steps=steps, dtype=F64, **options)
+    )
 
 
 class Frame(Particles):
@@ -60,7 +67,7 @@ def moved(frame: Particles, u: Tensor) -> dict[str, Tensor]:
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The checks, which the mutants at the end fail
 
 
@@ -74,7 +81,8 @@ def check_symmetry(flow: EquivariantFlow) -> None:
 
 
 def check_divergence(field: PairField) -> None:
-    """At each half step against the trace of autograd's Jacobian of the velocity in the coordinates u."""
+    """At each half step against the trace of autograd's Jacobian of the velocity in the coordinates
+    u."""
     u = 1.5 * noise(4, field.dim)
     for fields in field._in_time():
         moving = field._by_axis(u)
@@ -82,14 +90,23 @@ def check_divergence(field: PairField) -> None:
         def velocity(row: Tensor, fields: tuple[Tensor, Tensor] = fields) -> Tensor:
             return field._velocity(row.unsqueeze(0), *fields)[0].flatten()
 
-        jacobian = torch.stack([torch.autograd.functional.jacobian(velocity, row).reshape(field.dim, -1) for row in moving])
-        torch.testing.assert_close(field._velocity(moving, *fields)[1], jacobian.diagonal(dim1=1, dim2=2).sum(1))
+        jacobian = torch.stack(
+            [
+                torch.autograd.functional.jacobian(velocity, row).reshape(field.dim, -1)
+                for row in moving
+            ]
+        )
+        torch.testing.assert_close(
+            field._velocity(moving, *fields)[1], jacobian.diagonal(dim1=1, dim2=2).sum(1)
+        )
 
 
 def check_log_det(flow: EquivariantFlow) -> None:
     """Of the whole flow, integrated finely, against autograd."""
     z = noise(3, flow.dim)
-    jacobian = torch.stack([torch.autograd.functional.jacobian(lambda row: flow.push(row)[0], row) for row in z])
+    jacobian = torch.stack(
+        [torch.autograd.functional.jacobian(lambda row: flow.push(row)[0], row) for row in z]
+    )
     expected = flow.base.log_prob(z) - torch.linalg.slogdet(jacobian).logabsdet
     torch.testing.assert_close(flow.push(z)[1], expected, rtol=0.0, atol=1e-5)
 
@@ -102,15 +119,18 @@ def integral(flow: EquivariantFlow) -> float:
 
 
 def check_features(field: PairField) -> None:
-    """The linear map against the velocity that is integrated, at all times that it is integrated at, and beyond the reach."""
+    """The linear map against the velocity that is integrated, at all times that it is integrated
+    at, and beyond the reach."""
     u = torch.cat([1.5 * noise(5, field.dim), 30.0 * noise(1, field.dim)])
     for step, fields in enumerate(field._in_time()):
         t = torch.full((len(u),), step / (2 * field.steps), dtype=F64)
         linear = (field.features(u, t) * field.weights).sum((-2, -1))
-        torch.testing.assert_close(linear, field._velocity(field._by_axis(u), *fields)[0].mT.flatten(1))
+        torch.testing.assert_close(
+            linear, field._velocity(field._by_axis(u), *fields)[0].mT.flatten(1)
+        )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @shapes
@@ -138,7 +158,9 @@ def test_two_particles_on_a_line_integrate_to_one() -> None:
 
 
 @shapes
-def test_doubling_the_steps_shrinks_the_error_of_points_densities_and_the_way_back(particles: int, space: int) -> None:
+def test_doubling_the_steps_shrinks_the_error_of_points_densities_and_the_way_back(
+    particles: int, space: int
+) -> None:
     """By nearly 16, the splines' kinks apart; and to the stated bounds at 60 steps."""
     flow = random_flow(particles, space)
     z = noise(20, flow.dim)
@@ -150,10 +172,14 @@ def test_doubling_the_steps_shrinks_the_error_of_points_densities_and_the_way_ba
             flow.steps = steps
             there, density = flow.push(z)
             back = flow.transform.inv(there)
-            wrong[steps] = [(a - b).abs().reshape(len(z), -1).amax(1) for a, b in ((there, x), (density, log_q), (back, z))]
+            wrong[steps] = [
+                (a - b).abs().reshape(len(z), -1).amax(1)
+                for a, b in ((there, x), (density, log_q), (back, z))
+            ]
     for coarse, fine, bound in zip(wrong[30], wrong[60], (1e-5, 1e-4, 1e-5), strict=True):
         assert float(fine.max()) < bound
-        assert float(fine.median()) < float(coarse.median()) / 4.0  # a row that meets a kink gains less
+        # a row that meets a kink gains less
+        assert float(fine.median()) < float(coarse.median()) / 4.0
 
 
 def test_coordinates_are_those_of_the_targets_and_the_mean_stays() -> None:
@@ -165,7 +191,9 @@ def test_coordinates_are_those_of_the_targets_and_the_mean_stays() -> None:
         u = noise(3, flow.dim)
         x = target.positions(u)
         r = target.positions(u)[:, 0] - x[:, -1]
-        torch.testing.assert_close((u.reshape(3, -1, target.space).mT @ flow.field.incidence[target.particles - 2]), r)
+        torch.testing.assert_close(
+            (u.reshape(3, -1, target.space).mT @ flow.field.incidence[target.particles - 2]), r
+        )
 
 
 @pytest.mark.parametrize("scale", [0.5, 1.0, 3.0])
@@ -174,7 +202,9 @@ def test_fresh_flow_is_the_base_scaled(scale: float) -> None:
     z = noise(5, 4)
     x, log_q = flow.push(z)
     torch.testing.assert_close(x, scale * z, rtol=1e-6, atol=0.0)
-    torch.testing.assert_close(log_q, flow.base.log_prob(z) - 4.0 * math.log(scale), rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(
+        log_q, flow.base.log_prob(z) - 4.0 * math.log(scale), rtol=1e-6, atol=1e-9
+    )
 
 
 def test_beyond_the_reach_nothing_moves_but_by_the_pull_and_particles_may_meet() -> None:
@@ -215,29 +245,35 @@ def test_gradient_of_the_likelihood_is_that_of_differences() -> None:
             flow.field.weights += sign * h * direction
             values.append(flow.log_prob(x).sum())
             flow.field.weights -= sign * h * direction
-    torch.testing.assert_close((grad * direction).sum(), (values[0] - values[1]) / (2.0 * h), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        (grad * direction).sum(), (values[0] - values[1]) / (2.0 * h), rtol=1e-6, atol=1e-6
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Flow matching
 
 
 def matched(scale: float = 2.0, match: Callable[..., float] = match_flow) -> EquivariantFlow:
-    """Fitted to a normal law of another scale, which the pull alone can reach: a(t) of the path is known."""
+    """Fitted to a normal law of another scale, which the pull alone can reach: a(t) of the path is
+    known."""
     flow = EquivariantFlow(3, 2, cells=6, stages=6, dtype=F64)
     match(flow, scale * noise(20_000, 4), num_pairs=40_000, ridge=1e-8)
     return flow
 
 
 def check_matched(flow: EquivariantFlow, scale: float = 2.0) -> None:
-    r"""From N(0, 1) to N(0, scale^2) paired at random, :math:`\dot u = u (t s^2 - 1 + t) / (t^2 s^2 + (1 - t)^2)`."""
+    r"""From N(0, 1) to N(0, scale^2) paired at random, :math:`\dot u = u (t s^2 - 1 + t) / (t^2 s^2
+    + (1 - t)^2)`."""
     u, t = noise(400, 4, seed=9), torch.linspace(0.05, 0.95, 400, dtype=F64)
     spread = (t * scale) ** 2 + (1.0 - t) ** 2
     u = u * spread.sqrt().unsqueeze(1)
     velocity = (flow.field.features(u, t) * flow.field.weights).sum((-2, -1)).detach()
     expected = u * ((t * scale**2 - (1.0 - t)) / spread).unsqueeze(1)
     assert float((velocity - expected).square().mean()) < 0.005 * float(expected.square().mean())
-    result = importance_sample(flow, Gaussian(torch.zeros(4, dtype=F64), scale=scale, dtype=F64), 4000)
+    result = importance_sample(
+        flow, Gaussian(torch.zeros(4, dtype=F64), scale=scale, dtype=F64), 4000
+    )
     assert result.ess_fraction > 0.95
     within_se(result.log_z, 2.0 * math.log(2.0 * math.pi * scale**2), result.log_z_se)
 
@@ -247,7 +283,10 @@ def test_matching_finds_the_known_velocity_and_law() -> None:
 
 
 def test_matching_solves_the_normal_equations_and_says_what_it_explains() -> None:
-    flow, draws = EquivariantFlow(4, 2, reach=12.0, length=2.0, cells=8, stages=3, dtype=F64), 2.0 * noise(300, 6)
+    flow, draws = (
+        EquivariantFlow(4, 2, reach=12.0, length=2.0, cells=8, stages=3, dtype=F64),
+        2.0 * noise(300, 6),
+    )
     explained = match_flow(flow, draws, num_pairs=700, ridge=1e-9, batch_size=300, seed=3)
     generator, residuals, targets, gradients = seeded_generator(3), [], [], []
     for n in (300, 300, 100):  # the same numbers, in the same order
@@ -262,7 +301,9 @@ def test_matching_solves_the_normal_equations_and_says_what_it_explains() -> Non
     assert float(sum(gradients).abs().max()) < 1e-4 * float(sum(targets))  # type: ignore[union-attr, arg-type]
     assert abs(explained - 1.0 + float(sum(residuals) / sum(targets))) < 1e-6
     again = EquivariantFlow(4, 2, reach=12.0, length=2.0, cells=8, stages=3, dtype=F64)
-    match_flow(again, draws, num_pairs=700, ridge=1e-9, batch_size=300, generator=seeded_generator(3))
+    match_flow(
+        again, draws, num_pairs=700, ridge=1e-9, batch_size=300, generator=seeded_generator(3)
+    )
     assert torch.equal(again.field.weights, flow.field.weights)
     assert again.field.weights.requires_grad
 
@@ -271,8 +312,14 @@ def test_two_particles_in_a_well_are_matched_refined_and_weighed() -> None:
     """A pair has one distance, which the flow can match; log Z by quadrature over it."""
     energy = LennardJones("once", particles=2, dtype=F64)
     r = torch.linspace(1e-3, 12.0, 200_001, dtype=F64)[1:]
-    exact = math.log(float((4.0 * math.pi * r**2 * torch.exp(-(r**-12 - 2.0 * r**-6) - 0.5 * r**2)).sum() * (r[1] - r[0])))
-    # u has the length of the difference over sqrt 2, in k = 3 dimensions, and the springs are 0.5 |u|^2 = 0.25 r^2
+    exact = math.log(
+        float(
+            (4.0 * math.pi * r**2 * torch.exp(-(r**-12 - 2.0 * r**-6) - 0.5 * r**2)).sum()
+            * (r[1] - r[0])
+        )
+    )
+    # u has the length of the difference over sqrt 2, in k = 3 dimensions, and the springs are 0.5
+    # |u|^2 = 0.25 r^2
     weight = torch.exp(-(r**-12 - 2.0 * r**-6) - 0.25 * r**2) * r**2
     exact = math.log(float(4.0 * math.pi * weight.sum() * (r[1] - r[0]) * 2.0**-1.5))
     generator = seeded_generator(0)
@@ -282,7 +329,9 @@ def test_two_particles_in_a_well_are_matched_refined_and_weighed() -> None:
     flow = EquivariantFlow(2, 3, cells=24, steps=20, dtype=F64)
     match_flow(flow, draws)
     before = importance_sample(flow, energy, 4000)
-    for _ in fit_flow(flow, energy, ForwardKL(draws), steps=40, num_samples=128, lr=1e-2, beta_start=1.0):
+    for _ in fit_flow(
+        flow, energy, ForwardKL(draws), steps=40, num_samples=128, lr=1e-2, beta_start=1.0
+    ):
         pass
     after = importance_sample(flow, energy, 4000)
     assert after.ess_fraction > max(before.ess_fraction, 0.9)
@@ -290,7 +339,7 @@ def test_two_particles_in_a_well_are_matched_refined_and_weighed() -> None:
         within_se(result.log_z, exact, result.log_z_se)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Refusals
 
 
@@ -332,7 +381,7 @@ def test_steps_and_matching_refuse() -> None:
         match_flow(flow, noise(5, 4), num_pairs=0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Mutants
 
 
@@ -380,7 +429,9 @@ class _Tilted(PairField):
         return r, squared, torch.log1p(squared / self.length**2) / self.width
 
 
-def mutated(mutant: type[PairField], particles: int = 4, space: int = 2, steps: int = 60) -> EquivariantFlow:
+def mutated(
+    mutant: type[PairField], particles: int = 4, space: int = 2, steps: int = 60
+) -> EquivariantFlow:
     flow = random_flow(particles, space, steps)
     flow.field.__class__ = mutant
     return flow
@@ -388,7 +439,10 @@ def mutated(mutant: type[PairField], particles: int = 4, space: int = 2, steps: 
 
 @pytest.mark.parametrize("mutant", [_NoSlope, _WholeSpace, _EachPairOnce])
 def test_mutants_of_the_divergence_are_caught(mutant: type[PairField]) -> None:
-    for check in (lambda: check_divergence(mutated(mutant, steps=3).field), lambda: check_log_det(mutated(mutant))):
+    for check in (
+        lambda: check_divergence(mutated(mutant, steps=3).field),
+        lambda: check_log_det(mutated(mutant)),
+    ):
         with pytest.raises(AssertionError, match="not close"):
             check()
     assert abs(integral(mutated(mutant, 2, 1)) - 1.0) > 1e-3
@@ -400,7 +454,9 @@ def test_mutants_of_the_symmetry_are_caught(mutant: type[PairField]) -> None:
         check_symmetry(mutated(mutant, steps=4))
 
 
-def test_mutants_of_the_linear_map_and_of_matching_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mutants_of_the_linear_map_and_of_matching_are_caught(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def unscaled(field: PairField, u: Tensor, t: Tensor) -> Tensor:
         features = PairField.features(field, u, t).clone()
         features[..., 1:] *= field.particles
@@ -417,7 +473,7 @@ def test_mutants_of_the_linear_map_and_of_matching_are_caught(monkeypatch: pytes
         check_matched(flow)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What the recipe of particles is made of
 
 
@@ -453,7 +509,8 @@ def test_a_case_is_judged_by_chains_that_it_has_not_seen() -> None:
     done = particles.case("DW4", seed=1, quick=True)
     found = done.reference
     assert found.draws.shape == (8, 12, 6)
-    assert done.evaluations > 8 * 5 * 11 * (8 + 12 * 5)  # chains, temperatures, gradients of a step, steps
+    # chains, temperatures, gradients of a step, steps
+    assert done.evaluations > 8 * 5 * 11 * (8 + 12 * 5)
     assert set(done.flow.state_dict()) == set(done.matched.state_dict())
     assert not torch.equal(done.flow.field.weights, done.matched.field.weights)
     judgement = particles.judged(done, quick=True)
@@ -463,7 +520,8 @@ def test_a_case_is_judged_by_chains_that_it_has_not_seen() -> None:
         half = [found.half(0), found.half(1)]
         half[which] = half[which].flip(-1)
         other = particles.judged(
-            dataclasses.replace(done, reference=dataclasses.replace(found, draws=torch.cat(half))), quick=True
+            dataclasses.replace(done, reference=dataclasses.replace(found, draws=torch.cat(half))),
+            quick=True,
         )
         assert (other.report.eubo == judgement.report.eubo) is (which == 0)
         assert (other.bridge.value == judgement.bridge.value) is (which == 0)
@@ -472,7 +530,8 @@ def test_a_case_is_judged_by_chains_that_it_has_not_seen() -> None:
 
 
 def test_chains_obey_steins_identity_and_ways_to_log_z_agree() -> None:
-    """Of chains long enough to have mixed, and of a flow whose integrator is near its limit: errors see neither."""
+    """Of chains long enough to have mixed, and of a flow whose integrator is near its limit: errors
+    see neither."""
     system = particles.SYSTEMS["DW4"]
     found = particles.reference(system, 1, num_chains=64, num_samples=20, warmup_steps=60)
     within_se(found.stein.value, 6.0, found.stein.standard_error)
@@ -480,7 +539,9 @@ def test_chains_obey_steins_identity_and_ways_to_log_z_agree() -> None:
     flow = EquivariantFlow(4, 2, dtype=F64, **system.flow)
     match_flow(flow, found.half(0).flatten(0, 1), 8000, seed=1)
     flow.steps = 120
-    judgement = particles.judged(particles.Case("DW4", 1, system.make(), found, flow, flow, [], 0, 0.0))
+    judgement = particles.judged(
+        particles.Case("DW4", 1, system.make(), found, flow, flow, [], 0, 0.0)
+    )
     assert judgement.integration < 0.5
     error = math.hypot(judgement.bridge.standard_error, judgement.smc.standard_error)
     within_se(judgement.bridge.value, judgement.smc.value, error)

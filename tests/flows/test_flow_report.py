@@ -1,4 +1,5 @@
-"""The report of a flow: closed forms of its figures, and what it says of a mode that is not there."""
+"""The report of a flow: closed forms of its figures, and what it says of a mode that is not
+there."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ def normal_flow(mean: float, deviation: float, dim: int = 1) -> NICE:
 
 
 def test_figures_between_normal_laws() -> None:
-    """p = N(0, 1), q = N(m, s^2) in one dimension, s^2 > 1/2, so that all moments of the weights exist."""
+    """p = N(0, 1), q = N(m, s^2) in one dimension, s^2 > 1/2, so that all moments of the weights
+    exist."""
     mean, deviation = 0.3, 1.3
     report = judge_flow(normal_flow(mean, deviation), Gaussian(0.0), n=200_000, seed=1)
     log_z = 0.5 * math.log(2 * math.pi)
@@ -33,20 +35,27 @@ def test_figures_between_normal_laws() -> None:
     within_se(report.elbo.value, log_z - kl_qp, report.elbo.standard_error)
     within_se(report.eubo.value, log_z + kl_pq, report.eubo.standard_error)
     # E_q[(p/q)^2] of normal laws
-    second = deviation**2 / math.sqrt(2 * deviation**2 - 1) * math.exp(mean**2 / (2 * deviation**2 - 1))
+    second = (
+        deviation**2 / math.sqrt(2 * deviation**2 - 1) * math.exp(mean**2 / (2 * deviation**2 - 1))
+    )
     assert report.weighted.ess_fraction == pytest.approx(1 / second, abs=0.01)
     assert report.forward_ess == pytest.approx(1 / second, abs=0.01)
     assert report.marginal_ess == report.weighted.ess_fraction
     assert report.findings == ("forward and reverse figures agree",)
     assert report.evaluations == 400_000
-    folded = lambda m, v: math.sqrt(2 * v / math.pi) * math.exp(-(m**2) / (2 * v)) + m * math.erf(m / math.sqrt(2 * v))  # noqa: E731
+    folded = lambda m, v: (
+        math.sqrt(2 * v / math.pi) * math.exp(-(m**2) / (2 * v))
+        + m * math.erf(m / math.sqrt(2 * v))
+    )  # noqa: E731
     apart = 2 * folded(mean, 1 + deviation**2) - folded(0.0, 2.0) - folded(0.0, 2 * deviation**2)
     within_se(report.energy_distance.value, apart, report.energy_distance.standard_error)
     within_se(report.corrected_distance.value, 0.0, report.corrected_distance.standard_error)
 
 
 def test_a_flow_that_is_the_target_is_off_by_rounding_alone() -> None:
-    report = judge_flow(normal_flow(0.3, 0.7, 2), Gaussian(torch.full((2,), 0.3), scale=0.7), n=2000)
+    report = judge_flow(
+        normal_flow(0.3, 0.7, 2), Gaussian(torch.full((2,), 0.3), scale=0.7), n=2000
+    )
     assert report.weighted.log_z_se < 1e-15
     assert report.findings == ("forward and reverse figures agree",)
 
@@ -70,7 +79,13 @@ def test_a_flow_inside_one_well_is_seen_through() -> None:
 
 def test_without_draws_of_the_target_it_says_what_it_cannot_see() -> None:
     report = judge_flow(normal_flow(0.0, 2.0, 6), DW4(), n=500)
-    assert report.forward_ess is report.eubo is report.energy_distance is report.coverage_entropy is None
+    assert (
+        report.forward_ess
+        is report.eubo
+        is report.energy_distance
+        is report.coverage_entropy
+        is None
+    )
     assert "none of these figures can see a mode that the flow has not found" in report.findings[-1]
 
 
@@ -82,19 +97,24 @@ def test_draws_of_a_chain_take_the_place_of_exact_ones() -> None:
 
 
 def test_errors_count_chains_and_not_their_draws() -> None:
-    """Chains that never move: 50 draws, each eight times over. The spread of repeated reports is what the errors say."""
+    """Chains that never move: 50 draws, each eight times over. The spread of repeated reports is
+    what the errors say."""
     noise, flow = torch.Generator().manual_seed(0), normal_flow(0.5, 1.2)
     reports = []
     for seed in range(30):
         chains = torch.randn(50, 1, generator=noise).expand(50, 8)
         mixed = chains.flatten()[torch.randperm(400, generator=noise)]
-        found = [judge_flow(flow, Gaussian(0.0), 400, draws, seed=seed) for draws in (chains, mixed)]
+        found = [
+            judge_flow(flow, Gaussian(0.0), 400, draws, seed=seed) for draws in (chains, mixed)
+        ]
         reports.append([(r.eubo, r.energy_distance, r.discrepancy) for r in found])
-    figures = torch.tensor(reports, dtype=torch.float64)  # (30, chains or draws, three figures, value or error)
+    # (30, chains or draws, three figures, value or error)
+    figures = torch.tensor(reports, dtype=torch.float64)
     ratio = figures[..., 1].square().mean(0) / figures[..., 0].var(0)
     error = (2.0 / 29) ** 0.5  # of a variance of 30 normal numbers, relative to it
     assert bool((ratio[0].log().abs() < 5 * error).all()), ratio
-    assert bool((ratio[1] < ratio[0] / 2.0).all()), ratio  # of distances the flow's own draws have a part
+    # of distances the flow's own draws have a part
+    assert bool((ratio[1] < ratio[0] / 2.0).all()), ratio
 
 
 def test_modes_are_counted_and_covered() -> None:
@@ -102,7 +122,8 @@ def test_modes_are_counted_and_covered() -> None:
     even = judge_flow(normal_flow(0.0, 4.5, 2), energy, n=20_000)
     assert even.missing == ()
     assert even.coverage_entropy > 0.9
-    for k, weight in enumerate(even.mode_weights):  # each against the standard error of its own weighted mean
+    # each against the standard error of its own weighted mean
+    for k, weight in enumerate(even.mode_weights):
         share, se = even.weighted.expectation(lambda x, k=k: (energy.mode_of(x) == k).double())
         assert float(even.weighted_shares[k]) == pytest.approx(float(share), abs=1e-12)
         within_se(share, weight, se)
@@ -113,7 +134,8 @@ def test_modes_are_counted_and_covered() -> None:
 
 
 def test_redundant_latents_have_two_effective_sizes() -> None:
-    """y depends on x in q, and N(y | M, S) does not know it: weights on (x, y) vary, those of x alone do not."""
+    """y depends on x in q, and N(y | M, S) does not know it: weights on (x, y) vary, those of x
+    alone do not."""
     flow = RedundantNICE(1, 2, couplings=0)
     with torch.no_grad():
         flow.linear.below[1, 0] = 0.8  # y = .8 z1 + z2, x = z1: q(x) is the target itself
@@ -122,7 +144,9 @@ def test_redundant_latents_have_two_effective_sizes() -> None:
     assert report.redundancy_gap == pytest.approx(1.0 - report.weighted.ess_fraction, abs=1e-6)
     assert f"(gap {report.redundancy_gap:.4f})" in str(report)
     assert report.weighted.ess_fraction < 0.8
-    assert report.weighted.log_z == pytest.approx(0.5 * math.log(2 * math.pi), abs=5 * report.weighted.log_z_se)
+    assert report.weighted.log_z == pytest.approx(
+        0.5 * math.log(2 * math.pi), abs=5 * report.weighted.log_z_se
+    )
 
 
 def test_refusals() -> None:

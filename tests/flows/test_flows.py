@@ -1,4 +1,5 @@
-"""Flows: each line of the two tables inherits the property tests; then closed forms, messages, and mutants to be caught."""
+"""Flows: each line of the two tables inherits the property tests; then closed forms, messages, and
+mutants to be caught."""
 
 from __future__ import annotations
 
@@ -61,27 +62,36 @@ def noise(*shape: int, seed: int = 7) -> Tensor:
 
 
 def stirred(module: M, seed: int = 5, scale: float = 0.3) -> M:
-    """The module with every parameter moved at random: away from the identity that fresh flows are."""
+    """The module with every parameter moved at random: away from the identity that fresh flows
+    are."""
     generator = problem_generator(seed)
     with torch.no_grad():
         for parameter in module.parameters():
-            parameter += scale * torch.randn(parameter.shape, dtype=F64, generator=generator).to(parameter.dtype)
+            parameter += scale * torch.randn(parameter.shape, dtype=F64, generator=generator).to(
+                parameter.dtype
+            )
     return module
 
 
 def affine_flow(dtype: torch.dtype = F64) -> Flow:
     """Pyro's own transforms, which cache, with our Gaussian for the third entry."""
     transforms = [affine_coupling(3, hidden_dims=[8]), affine_coupling(3, hidden_dims=[8])]
-    return Flow(transforms, dim=2, total_dim=3, conditional=ConditionalGaussian(2, 1, (8,))).to(dtype)
+    return Flow(transforms, dim=2, total_dim=3, conditional=ConditionalGaussian(2, 1, (8,))).to(
+        dtype
+    )
 
 
 def continuous_flow(dim: int = 2, dtype: torch.dtype = F64, seed: int = 0) -> ContinuousFlow:
     """About as exact as the dtype lets the solver be."""
     tolerance = 1e-6 if dtype == F64 else 1e-4
-    return ContinuousFlow(dim, (4,), frequencies=1, atol=tolerance, rtol=tolerance, dtype=dtype, seed=seed)
+    return ContinuousFlow(
+        dim, (4,), frequencies=1, atol=tolerance, rtol=tolerance, dtype=dtype, seed=seed
+    )
 
 
-def equivariant_flow(particles: int, space: int = 2, dtype: torch.dtype = F64, seed: int = 0) -> EquivariantFlow:
+def equivariant_flow(
+    particles: int, space: int = 2, dtype: torch.dtype = F64, seed: int = 0
+) -> EquivariantFlow:
     """No number of it is random: ``seed`` is for the table alone."""
     return EquivariantFlow(particles, space, cells=6, stages=2, steps=16, dtype=dtype)
 
@@ -90,8 +100,14 @@ def symmetrized(weights: str = "uniform", dtype: torch.dtype = F64, seed: int = 
     return Symmetrized(RealNVP(2, 2, (8,), dtype=dtype, seed=seed), sign_flips(2), weights)
 
 
-def mixed(make: Callable[..., Flow], dtype: torch.dtype = F64, seed: int = 0, learn_weights: bool = True) -> Flow:
-    return make(base=MixtureBase(2, 3, learn_weights=learn_weights, dtype=dtype, seed=seed), dtype=dtype, seed=seed)
+def mixed(
+    make: Callable[..., Flow], dtype: torch.dtype = F64, seed: int = 0, learn_weights: bool = True
+) -> Flow:
+    return make(
+        base=MixtureBase(2, 3, learn_weights=learn_weights, dtype=dtype, seed=seed),
+        dtype=dtype,
+        seed=seed,
+    )
 
 
 def heavy(dtype: torch.dtype = F64, seed: int = 0) -> Flow:
@@ -107,7 +123,9 @@ TRANSFORMS: dict[str, Callable[[], Transform]] = {
     "coupling2_flip": partial(AdditiveCoupling, 2, hidden=(8, 8), flip=True, dtype=F64),
     "coupling5": partial(AdditiveCoupling, 5, hidden=(8,), activation="tanh", dtype=F64),
     "coupling5_flip": partial(AdditiveCoupling, 5, hidden=(8,), flip=True, dtype=F64),
-    "coupling_own_net": lambda: AdditiveCoupling(4, nn.Sequential(nn.Linear(2, 2), nn.Tanh()).double()),
+    "coupling_own_net": lambda: AdditiveCoupling(
+        4, nn.Sequential(nn.Linear(2, 2), nn.Tanh()).double()
+    ),
     "plu1": lambda: PLULinear(torch.tensor([[-2.0]], dtype=F64)),
     "plu4": lambda: PLULinear(noise(4, 4)),
     "plu4_rotation": lambda: PLULinear(torch.linalg.qr(noise(4, 4))[0]),
@@ -115,14 +133,22 @@ TRANSFORMS: dict[str, Callable[[], Transform]] = {
     "permutation": lambda: Permutation([2, 0, 3, 1]),
     "affine2": partial(AffineCoupling, 2, hidden=(8,), dtype=F64),
     "affine5_flip": partial(AffineCoupling, 5, hidden=(8,), flip=True, soft="arctan", dtype=F64),
-    "affine5_alternating": partial(AffineCoupling, 5, hidden=(8,), mask="alternating", clamp=0.5, dtype=F64),
-    "affine4_own_mask": partial(AffineCoupling, 4, mask=[True, False, True, True], hidden=(8,), dtype=F64),
+    "affine5_alternating": partial(
+        AffineCoupling, 5, hidden=(8,), mask="alternating", clamp=0.5, dtype=F64
+    ),
+    "affine4_own_mask": partial(
+        AffineCoupling, 4, mask=[True, False, True, True], hidden=(8,), dtype=F64
+    ),
     "loft": partial(Loft, 3, threshold=0.5),
     "spline1": lambda: zuko_layer(SplineFlow(1, 1, dtype=F64)),
     "spline3": lambda: zuko_layer(SplineFlow(3, 1, (8,), bound=2.0, dtype=F64)),
-    "spline3_autoregressive": lambda: zuko_layer(SplineFlow(3, 1, (8,), autoregressive=True, dtype=F64)),
+    "spline3_autoregressive": lambda: zuko_layer(
+        SplineFlow(3, 1, (8,), autoregressive=True, dtype=F64)
+    ),
     "autoregressive3": lambda: zuko_layer(AutoregressiveFlow(3, 1, (8,), dtype=F64)),
-    "autoregressive3_density": lambda: zuko_layer(AutoregressiveFlow(3, 1, (8,), fast="density", dtype=F64)),
+    "autoregressive3_density": lambda: zuko_layer(
+        AutoregressiveFlow(3, 1, (8,), fast="density", dtype=F64)
+    ),
     "continuous2": lambda: zuko_layer(continuous_flow()),
     "continuous1": lambda: zuko_layer(continuous_flow(1)),
     "equivariant6": lambda: equivariant_flow(4).field,
@@ -178,21 +204,30 @@ def base_noise(flow: Flow, n: int) -> Tensor:
 
 
 def close(name: str, exact: float) -> dict[str, float]:
-    """Tolerances: what is exact to rounding elsewhere is exact to the solver's tolerance in a continuous flow."""
+    """Tolerances: what is exact to rounding elsewhere is exact to the solver's tolerance in a
+    continuous flow."""
     value = 1e-4 if name.startswith(("continuous", "equivariant")) else exact
     return {"rtol": value, "atol": value}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The checks. Each raises AssertionError; the mutants at the end show that it does.
 
 
 def check_log_det(
-    transform: Callable[[Tensor], Tensor], log_det: Callable[[Tensor, Tensor], Tensor], z: Tensor, tolerance: float = 1e-9
+    transform: Callable[[Tensor], Tensor],
+    log_det: Callable[[Tensor, Tensor], Tensor],
+    z: Tensor,
+    tolerance: float = 1e-9,
 ) -> None:
     """A reported log-determinant against autograd's Jacobian, row by row."""
     jacobian = torch.stack([torch.autograd.functional.jacobian(transform, row) for row in z])
-    torch.testing.assert_close(log_det(z, transform(z)), torch.linalg.slogdet(jacobian).logabsdet, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(
+        log_det(z, transform(z)),
+        torch.linalg.slogdet(jacobian).logabsdet,
+        rtol=tolerance,
+        atol=tolerance,
+    )
 
 
 def grid_1d(half: float = 14.0, points: int = 2001) -> tuple[Tensor, float]:
@@ -205,7 +240,7 @@ def grid_2d(half: float = 14.0, points: int = 701) -> tuple[Tensor, float]:
     return torch.cartesian_prod(axis, axis), step**2
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Transforms
 
 
@@ -247,7 +282,8 @@ def test_coupling_moves_one_part_by_a_function_of_the_other(flip: bool) -> None:
     moved = layer(z) - z
     assert bool((moved[:, passing] == 0).all())
     torch.testing.assert_close(moved[:, ~passing], layer.net(z[:, passing]))
-    assert bool((AdditiveCoupling(5, flip=flip, dtype=F64)(z) == z).all())  # the last layer of a fresh one is zero
+    # the last layer of a fresh one is zero
+    assert bool((AdditiveCoupling(5, flip=flip, dtype=F64)(z) == z).all())
 
 
 @pytest.mark.parametrize(
@@ -258,7 +294,9 @@ def test_coupling_moves_one_part_by_a_function_of_the_other(flip: bool) -> None:
         (lambda a: torch.zeros(3, dtype=F64), r"but it gave \(3,\)"),
     ],
 )
-def test_coupling_refuses_a_net_that_would_broadcast(net: Callable[[Tensor], Tensor], said: str) -> None:
+def test_coupling_refuses_a_net_that_would_broadcast(
+    net: Callable[[Tensor], Tensor], said: str
+) -> None:
     class Net(nn.Module):
         def forward(self, a: Tensor) -> Tensor:
             return net(a.float() if "float32" in said else a)
@@ -276,7 +314,9 @@ def test_plu_reproduces_its_matrix_and_stays_invertible() -> None:
     torch.testing.assert_close(layer(torch.eye(6, dtype=F64)).T, matrix)
     torch.testing.assert_close(layer.log_abs_det(), torch.linalg.slogdet(matrix).logabsdet)
     stirred(layer, scale=1.0)
-    torch.testing.assert_close(torch.linalg.slogdet(layer.matrix().detach()).sign, torch.linalg.slogdet(matrix).sign)
+    torch.testing.assert_close(
+        torch.linalg.slogdet(layer.matrix().detach()).sign, torch.linalg.slogdet(matrix).sign
+    )
 
 
 @pytest.mark.parametrize(
@@ -312,13 +352,15 @@ def test_other_refusals() -> None:
         Flow([], 0, 0)
     with pytest.raises(ValueError, match=r"conditional must be of dim=1 and extra=1 .* got None"):
         Flow([], 1, 2)
-    with pytest.raises(ValueError, match=r"conditional must be of dim=2 and extra=0 .* got \(1, 1\)"):
+    with pytest.raises(
+        ValueError, match=r"conditional must be of dim=2 and extra=0 .* got \(1, 1\)"
+    ):
         Flow([], 2, 2, ConditionalGaussian(1, 1))
     with pytest.raises(ValueError, match=r"event dimension 1 .* got AffineTransform"):
         Flow([AffineTransform(0.0, 2.0)], 2, 2)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Flows
 
 
@@ -329,7 +371,9 @@ def test_density_is_that_of_the_pyro_distribution_and_of_its_draws(name: str) ->
     assert xy.shape == (50, flow.total_dim)
     assert flow().event_shape == (flow.total_dim,)
     torch.testing.assert_close(flow.log_prob(xy.clone()), log_q, **close(name, 1e-9))
-    torch.testing.assert_close(flow().log_prob(xy.reshape(5, 10, -1)), log_q.reshape(5, 10), **close(name, 1e-9))
+    torch.testing.assert_close(
+        flow().log_prob(xy.reshape(5, 10, -1)), log_q.reshape(5, 10), **close(name, 1e-9)
+    )
     drawn = flow(stl=True).expand((4,)).rsample((3,))
     assert drawn.shape == (3, 4, flow.total_dim)
     assert drawn.requires_grad
@@ -340,7 +384,12 @@ def test_density_is_that_of_the_pyro_distribution_and_of_its_draws(name: str) ->
 def test_density_of_the_flow_is_autograd_s(name: str) -> None:
     flow = build(name)
     at = base_noise(flow, 4)
-    check_log_det(lambda z: flow.push(z)[0], lambda z, _: flow.base.log_prob(z) - flow.push(z)[1], at, close(name, 1e-9)["rtol"])
+    check_log_det(
+        lambda z: flow.push(z)[0],
+        lambda z, _: flow.base.log_prob(z) - flow.push(z)[1],
+        at,
+        close(name, 1e-9)["rtol"],
+    )
 
 
 @pytest.mark.parametrize("name", [name for name in FLOWS if FLOWS[name](dtype=F64).total_dim < 3])
@@ -353,7 +402,8 @@ def test_density_integrates_to_one(name: str) -> None:
         drawn = flow.push(base_noise(flow, n))[0]
     # heavy tails, and those that networks stretch, reach beyond the grid: so do as many draws
     outside = float((drawn.abs() > points.max()).any(1).double().mean())
-    error = math.sqrt(max(outside, 1.0 / n) / n)  # of a share; where none was seen, one in n is not excluded
+    # of a share; where none was seen, one in n is not excluded
+    error = math.sqrt(max(outside, 1.0 / n) / n)
     kinks = 1e-4 if name.startswith("spline") else 0.0  # which a grid sees to second order only
     assert abs(float(total) + outside - 1.0) < kinks + 5 * error
 
@@ -362,7 +412,9 @@ def test_density_integrates_to_one(name: str) -> None:
 def test_every_parameter_gets_a_gradient(name: str) -> None:
     flow = build(name)
     objective = SymmetrizedKL() if isinstance(flow, Symmetrized) else ReverseKL()
-    loss, _ = objective(flow, Gaussian(torch.ones(flow.dim), dtype=F64), 64, generator=seeded_generator(1))
+    loss, _ = objective(
+        flow, Gaussian(torch.ones(flow.dim), dtype=F64), 64, generator=seeded_generator(1)
+    )
     loss.backward()
     for parameter_name, parameter in flow.named_parameters():
         assert parameter.grad is not None, parameter_name
@@ -455,7 +507,9 @@ def test_path_in_one_pass_is_that_through_the_inverse(name: str) -> None:
     expected = flow.path_log_prob(xy)
     torch.testing.assert_close(path, log_q)
     trained = list(flow.parameters())
-    found = torch.autograd.grad((weights * path).sum(), trained, retain_graph=True, materialize_grads=True)
+    found = torch.autograd.grad(
+        (weights * path).sum(), trained, retain_graph=True, materialize_grads=True
+    )
     there = torch.autograd.grad((weights * expected).sum(), trained, materialize_grads=True)
     torch.testing.assert_close(found, there, **close(name, 1e-8))
     in_two = flow.push_path(z.reshape(2, 3, -1))[2]
@@ -495,11 +549,16 @@ class _Constant(nn.Module):
 
 
 def test_path_through_constant_couplings() -> None:
-    layers = [Shift(noise(2)), AdditiveCoupling(2, _Constant(noise(1))), AffineCoupling(2, _Constant(noise(2)))]
+    layers = [
+        Shift(noise(2)),
+        AdditiveCoupling(2, _Constant(noise(1))),
+        AffineCoupling(2, _Constant(noise(2))),
+    ]
     flow = Flow(layers, 2, 2)
     xy, _, path = flow.push_path(noise(4, 2))
     found, expected = (
-        torch.autograd.grad(p.sum(), list(flow.parameters()), retain_graph=True) for p in (path, flow.path_log_prob(xy))
+        torch.autograd.grad(p.sum(), list(flow.parameters()), retain_graph=True)
+        for p in (path, flow.path_log_prob(xy))
     )
     torch.testing.assert_close(found, expected)
 
@@ -527,7 +586,7 @@ def test_nice_is_redundant_nice_without_latents() -> None:
     assert b.conditional is None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The Gaussian of y given x, and the extended energy
 
 
@@ -578,7 +637,9 @@ def test_extended_energy_for_any_event_shape(shape: tuple[int, ...], extra: int)
     xy = noise(4, 3, d + extra)
     x, y = extended.split(xy)
     assert (x.shape, y.shape) == ((4, 3, *shape), (4, 3, extra))
-    value = energy(x) - (flow.conditional.log_prob(y, xy[..., :d]) if flow.conditional is not None else 0.0)
+    value = energy(x) - (
+        flow.conditional.log_prob(y, xy[..., :d]) if flow.conditional is not None else 0.0
+    )
     torch.testing.assert_close(extended(xy), value)
     assert extended.split(extended.initial(5, seeded_generator(0)))[0].shape == (5, *shape)
     assert extended.dtype == F64
@@ -596,26 +657,39 @@ def test_extended_energy_keeps_the_partition_function_and_the_draws() -> None:
     xy = extended.sample(20_000, seeded_generator(2))
     within_se(*_pairs(xy[:, 0], energy.mean))
     assert extended.conditional is not None
-    within_se(*_pairs(xy[:, 1] - extended.conditional(xy[:, :1]).mean.detach()[:, 0], torch.tensor(0.0, dtype=F64)))
+    within_se(
+        *_pairs(
+            xy[:, 1] - extended.conditional(xy[:, :1]).mean.detach()[:, 0],
+            torch.tensor(0.0, dtype=F64),
+        )
+    )
 
 
 def test_extend_refuses() -> None:
     flow = NICE(2, dtype=F64)
-    with pytest.raises(ValueError, match=r"dim=2 entries.*got event_shape \(\) of 1 \(DoubleWell\)"):
+    with pytest.raises(
+        ValueError, match=r"dim=2 entries.*got event_shape \(\) of 1 \(DoubleWell\)"
+    ):
         flow.extend(DoubleWell(dtype=F64))
-    with pytest.raises(ValueError, match=r"Exponential has support=.*wrap it: Unconstrained\(energy\)"):
+    with pytest.raises(
+        ValueError, match=r"Exponential has support=.*wrap it: Unconstrained\(energy\)"
+    ):
         NICE(1, dtype=F64).extend(Exponential(1.0, dtype=F64))
-    with pytest.raises(ValueError, match=r"one dtype: NICE has torch.float64, Gaussian has torch.float32"):
+    with pytest.raises(
+        ValueError, match=r"one dtype: NICE has torch.float64, Gaussian has torch.float32"
+    ):
         flow.extend(Gaussian(torch.zeros(2)))
     with pytest.raises(ValueError, match=r"must be a pyroebm.Energy, got function"):
         Extended(lambda x: x, None, 1)  # type: ignore[arg-type]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Marginals and entropies
 
 
-def linear_gaussian(dim: int, total_dim: int, scale: float = 0.5) -> tuple[RedundantNICE, dist.MultivariateNormal]:
+def linear_gaussian(
+    dim: int, total_dim: int, scale: float = 0.5
+) -> tuple[RedundantNICE, dist.MultivariateNormal]:
     """A flow without couplings is a Gaussian, and so is its x."""
     flow = stirred(RedundantNICE(dim, total_dim, couplings=0, hidden=(8,), dtype=F64), scale=scale)
     s, c = flow.linear.matrix().detach(), flow.transform.parts[-1].offset.detach()
@@ -657,14 +731,19 @@ def test_marginal_bound_where_two_latents_are_redundant() -> None:
 
 def test_marginal_refuses() -> None:
     flow = build("redundant_1_3")
-    with pytest.raises(ValueError, match="method must be 'auto', 'grid' or 'bound', got method='exact'"):
+    with pytest.raises(
+        ValueError, match="method must be 'auto', 'grid' or 'bound', got method='exact'"
+    ):
         flow.log_prob_x(noise(2, 1), method="exact")
     with pytest.raises(ValueError, match="total_dim - dim = 2; use 'bound'"):
         flow.log_prob_x(noise(2, 1), method="grid")
     with pytest.raises(ValueError, match="num_samples=0"):
         flow.log_prob_x(noise(2, 1), 0)
     with pytest.raises(ArithmeticError, match="did not settle"):
-        _log_integral(lambda y: torch.rand(len(y), 1, generator=seeded_generator(0), dtype=F64), *torch.eye(2, dtype=F64)[0])
+        _log_integral(
+            lambda y: torch.rand(len(y), 1, generator=seeded_generator(0), dtype=F64),
+            *torch.eye(2, dtype=F64)[0],
+        )
 
 
 def test_quadrature_widens_and_refines() -> None:
@@ -690,7 +769,7 @@ def test_entropy_is_that_of_the_density() -> None:
         affine_flow().joint_entropy()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Mutants: a check that a broken layer passes is no check
 
 
@@ -709,7 +788,8 @@ class _ScalingCoupling(AdditiveCoupling):
         return torch.cat((super()._call(z)[..., :-1], 1.05 * super()._call(z)[..., -1:]), dim=-1)
 
 
-class _HalvedAffine(IndependentTransform):  # what a coupling whose scale net broadcasts would report
+# what a coupling whose scale net broadcasts would report
+class _HalvedAffine(IndependentTransform):
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         return 0.5 * super().log_abs_det_jacobian(x, y)
 
@@ -744,4 +824,6 @@ def test_device_moves(tmp_path: Path) -> None:
     assert flow().sample((3,)).is_cuda
     flow.save(tmp_path / "flow.safetensors")
     z = noise(4, 2)
-    torch.testing.assert_close(RedundantNICE.load(tmp_path / "flow.safetensors").push(z)[0], flow.push(z.cuda())[0].cpu())
+    torch.testing.assert_close(
+        RedundantNICE.load(tmp_path / "flow.safetensors").push(z)[0], flow.push(z.cuda())[0].cpu()
+    )

@@ -1,4 +1,5 @@
-"""Importance sampling: unbiased, standard errors calibrated, diagnostics against known cases, and what they cannot see."""
+"""Importance sampling: unbiased, standard errors calibrated, diagnostics against known cases, and
+what they cannot see."""
 
 from __future__ import annotations
 
@@ -47,7 +48,8 @@ def normal(mean: float, scale: float) -> dist.Normal:
 
 
 def check_unbiased_and_calibrated(weigh: object, energy: Energy, repeats: int = 200) -> None:
-    """Over repetitions: the mean weight is C, and errors are of the size that the standard errors say."""
+    """Over repetitions: the mean weight is C, and errors are of the size that the standard errors
+    say."""
     results = [importance_sample(weigh, energy, 400, seed=seed) for seed in range(repeats)]  # type: ignore[arg-type]
     assert energy.log_z is not None
     z = np.exp([r.log_z - energy.log_z for r in results])
@@ -62,12 +64,15 @@ def check_unbiased_and_calibrated(weigh: object, energy: Energy, repeats: int = 
 
 
 def test_there_is_no_error_bar_where_a_few_weights_decide() -> None:
-    """Of log-normal weights: with a deviation of 3 nats the delta method is off by more than 5 of its errors, again and again."""
+    """Of log-normal weights: with a deviation of 3 nats the delta method is off by more than 5 of
+    its errors, again and again."""
     noise = torch.randn(400, 1000, dtype=F64, generator=torch.Generator().manual_seed(0))
     for deviation, honest in ((0.5, True), (3.0, False)):
         found = [log_mean(deviation * row) for row in noise]
         assert all(math.isfinite(each.standard_error) is honest for each in found)
-        errors = [math.sqrt((len(noise[0]) / each.ess - 1.0) / (len(noise[0]) - 1)) for each in found]
+        errors = [
+            math.sqrt((len(noise[0]) / each.ess - 1.0) / (len(noise[0]) - 1)) for each in found
+        ]
         off = np.array([each.value - 0.5 * deviation**2 for each in found]) / errors
         assert (np.abs(off) < 5.0).all() == honest
         if honest:
@@ -96,7 +101,9 @@ def _spread(scores: object) -> tuple[float, float, float]:
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 2), (1, 3), (2, 2), (2, 4)])
 def test_flow_weights_are_unbiased_and_errors_calibrated(shape: tuple[int, int]) -> None:
-    check_unbiased_and_calibrated(stirred_flow(*shape), Gaussian([0.3, -0.2][: shape[0]], scale=0.8, dtype=F64))
+    check_unbiased_and_calibrated(
+        stirred_flow(*shape), Gaussian([0.3, -0.2][: shape[0]], scale=0.8, dtype=F64)
+    )
 
 
 def test_distribution_weights_are_unbiased_and_errors_calibrated() -> None:
@@ -129,7 +136,9 @@ def test_weight_is_the_written_formula() -> None:
         conditional = flow.conditional(xy[:, :1])
         covariance = conditional.covariance_matrix
         deviation = xy[:, 1:] - conditional.mean
-        quadratic = (deviation.unsqueeze(-2) @ torch.linalg.solve(covariance, deviation.unsqueeze(-1))).reshape(-1)
+        quadratic = (
+            deviation.unsqueeze(-2) @ torch.linalg.solve(covariance, deviation.unsqueeze(-1))
+        ).reshape(-1)
         log_w = -(xy[:, 0] ** 4 - 4 * xy[:, 0] ** 2 + xy[:, 0])
         log_w += -0.5 * (torch.logdet(covariance) + quadratic + 2 * math.log(2 * math.pi))
         log_w += torch.linalg.slogdet(flow.linear.matrix()).logabsdet
@@ -149,7 +158,9 @@ def test_summary_is_its_definition() -> None:
     mean, se = result.expectation(lambda x: torch.stack([x, x**2], dim=-1))
     expected = (w / w.sum()) @ torch.stack([x, x**2], dim=-1)
     torch.testing.assert_close(mean, expected)
-    assert float(se[0]) == pytest.approx(float((((w / w.sum()) * (x - expected[0])) ** 2).sum().sqrt()))
+    assert float(se[0]) == pytest.approx(
+        float((((w / w.sum()) * (x - expected[0])) ** 2).sum().sqrt())
+    )
     shifted = _summary(x, log_w + 1000.0)  # nothing overflows
     assert shifted.log_z == pytest.approx(result.log_z + 1000.0)
     assert shifted.ess == pytest.approx(result.ess)
@@ -158,7 +169,9 @@ def test_summary_is_its_definition() -> None:
 
 
 def test_draws_of_weight_zero_do_not_count_whatever_f_is_there() -> None:
-    result = _summary(torch.tensor([1.0, 2.0, -1.0], dtype=F64), torch.tensor([0.0, 0.0, -math.inf], dtype=F64))
+    result = _summary(
+        torch.tensor([1.0, 2.0, -1.0], dtype=F64), torch.tensor([0.0, 0.0, -math.inf], dtype=F64)
+    )
     mean, se = result.expectation(torch.sqrt)  # NaN at the draw of weight 0
     assert float(mean) == pytest.approx(0.5 * (1.0 + math.sqrt(2.0)))
     assert math.isfinite(float(se))
@@ -179,7 +192,10 @@ def test_resampled_draws_follow_the_target() -> None:
     assert torch.equal(draws, result.resample(20_000, seeded_generator(2)))
     within_se(*_against(draws, number(0.5)))
     within_se(*_against((draws - 0.5) ** 2, number(0.49)))
-    sparse = _summary(torch.arange(4.0, dtype=F64), torch.tensor([-math.inf, 0.0, -math.inf, -math.inf], dtype=F64))
+    sparse = _summary(
+        torch.arange(4.0, dtype=F64),
+        torch.tensor([-math.inf, 0.0, -math.inf, -math.inf], dtype=F64),
+    )
     assert sparse.resample(100, seeded_generator(0)).unique().tolist() == [1.0]
 
 
@@ -188,7 +204,7 @@ def _against(draws: Tensor, truth: Tensor) -> tuple[object, Tensor, object]:
     return mean, truth, se
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Diagnostics against known cases
 
 
@@ -202,7 +218,10 @@ def test_equal_weights_are_the_best_there_is() -> None:
 @pytest.mark.parametrize("scale", [1.1, 1.3, 2.0])
 def test_ess_of_a_wide_normal_is_known(scale: float) -> None:
     """For N(0, 1) from N(0, s^2) the weights' E[w]^2 / E[w^2] is sqrt(2 s^2 - 1) / s^2."""
-    fractions = [importance_sample(normal(0.0, scale), Gaussian(0.0, dtype=F64), 20_000, seed=s).ess_fraction for s in range(30)]
+    fractions = [
+        importance_sample(normal(0.0, scale), Gaussian(0.0, dtype=F64), 20_000, seed=s).ess_fraction
+        for s in range(30)
+    ]
     truth = math.sqrt(2 * scale**2 - 1) / scale**2
     mean, se = mean_and_se(fractions)
     within_se(mean, truth, se)
@@ -217,21 +236,30 @@ def test_pareto_k_of_exponentials_is_known(rate: float) -> None:
     within_se(mean, 1.0 - 1.0 / rate, se)
 
 
-def check_pareto_k(estimate: Callable[[np.ndarray], float], shape: float, log_tail: Callable[[np.ndarray], np.ndarray]) -> None:
+def check_pareto_k(
+    estimate: Callable[[np.ndarray], float],
+    shape: float,
+    log_tail: Callable[[np.ndarray], np.ndarray],
+) -> None:
     """``log_tail`` maps Exponential(1) to log weights whose tail has this shape."""
     rng = np.random.default_rng(5)
-    mean, se = mean_and_se([estimate(log_tail(rng.exponential(size=MANY)) - 700.0) for _ in range(12)])
+    mean, se = mean_and_se(
+        [estimate(log_tail(rng.exponential(size=MANY)) - 700.0) for _ in range(12)]
+    )
     within_se(mean, shape, se, what="k")
 
 
-MANY = 200_000  # a tail of 1,341 weights: the prior, 10 of shape 1/2, moves k by a quarter of the standard error
+# a tail of 1,341 weights: the prior, 10 of shape 1/2, moves k by a quarter of the standard error
+MANY = 200_000
 PARETO = [(k, partial(np.multiply, k)) for k in (0.2, 0.5, 0.75, 1.5)]  # P(w > t) = t^(-1/k)
 GENERALIZED = [(k, lambda e, k=k: np.log(np.expm1(k * e) / k)) for k in (-0.5, 0.2, 0.5, 0.75)]
 EXPONENTIAL = [(0.0, np.log)]
 
 
 @pytest.mark.parametrize(("shape", "log_tail"), [*PARETO, *GENERALIZED, *EXPONENTIAL])
-def test_pareto_k_of_weights_of_known_shape(shape: float, log_tail: Callable[[np.ndarray], np.ndarray]) -> None:
+def test_pareto_k_of_weights_of_known_shape(
+    shape: float, log_tail: Callable[[np.ndarray], np.ndarray]
+) -> None:
     check_pareto_k(pareto_k, shape, log_tail)
 
 
@@ -245,7 +273,9 @@ PARETO_MUTANTS: dict[str, Callable[[np.ndarray], float]] = {
 @pytest.mark.parametrize("mutant", PARETO_MUTANTS.values(), ids=PARETO_MUTANTS)
 @pytest.mark.parametrize(("shape", "log_tail"), PARETO[:3])
 def test_mutants_of_pareto_k_are_caught(
-    mutant: Callable[[np.ndarray], float], shape: float, log_tail: Callable[[np.ndarray], np.ndarray]
+    mutant: Callable[[np.ndarray], float],
+    shape: float,
+    log_tail: Callable[[np.ndarray], np.ndarray],
 ) -> None:
     with pytest.raises(AssertionError, match="k "):
         check_pareto_k(mutant, shape, log_tail)
@@ -254,7 +284,9 @@ def test_mutants_of_pareto_k_are_caught(
 def test_pareto_k_where_there_is_no_tail() -> None:
     normal_logs = np.random.default_rng(0).normal(size=1000)
     few = np.where(np.arange(1000) < 4, normal_logs, -np.inf)  # four weights that are not 0
-    assert [pareto_k(few), pareto_k(normal_logs[:20]), pareto_k(np.minimum(normal_logs, 0.5))] == [math.inf] * 3
+    assert [pareto_k(few), pareto_k(normal_logs[:20]), pareto_k(np.minimum(normal_logs, 0.5))] == [
+        math.inf
+    ] * 3
     assert [pareto_k(np.zeros(1000)), pareto_k(torch.full((5,), 3.0))] == [-math.inf] * 2
     assert pareto_k(np.append(normal_logs, np.nan)) == math.inf
 
@@ -263,14 +295,22 @@ def test_pareto_k_takes_arrays_as_they_are() -> None:
     logs = np.random.default_rng(0).normal(size=1000)
     logs.setflags(write=False)
     tensor = torch.tensor(logs, requires_grad=True)
-    assert pareto_k(logs) == pareto_k(logs[::-1]) == pareto_k(tensor) == pareto_k(tensor + 0.0) == pareto_k(logs.tolist())
+    assert (
+        pareto_k(logs)
+        == pareto_k(logs[::-1])
+        == pareto_k(tensor)
+        == pareto_k(tensor + 0.0)
+        == pareto_k(logs.tolist())
+    )
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_ess_and_pareto_k_do_not_see_a_mode_that_no_draw_came_near(seed: int) -> None:
-    """A Gaussian in the left well: a good ESS, a harmless Pareto k, and a confident log Z that is wrong by many standard errors.
+    """A Gaussian in the left well: a good ESS, a harmless Pareto k, and a confident log Z that is
+    wrong by many standard errors.
 
-    From its draws nobody can tell. Exact draws of the target can: where the right well is, the proposal's density is absurd.
+    From its draws nobody can tell. Exact draws of the target can: where the right well is, the
+    proposal's density is absurd.
     """
     energy, proposal = DoubleWell(dtype=F64), normal(-1.35, 0.3)
     result = importance_sample(proposal, energy, 1000, seed=seed)
@@ -282,19 +322,25 @@ def test_ess_and_pareto_k_do_not_see_a_mode_that_no_draw_came_near(seed: int) ->
     within_se(result.log_z, left_only, result.log_z_se)
     assert energy.log_z - result.log_z > 4.0 * result.log_z_se
     x = energy.sample(4000, seeded_generator(seed))
-    forward = energy.log_z + energy(x) + proposal.log_prob(x)  # log q - log p under p, which reverse KL never looks at
+    # log q - log p under p, which reverse KL never looks at
+    forward = energy.log_z + energy(x) + proposal.log_prob(x)
     assert float(forward.mean()) < -2.0
     within_se(*_against((forward < -20.0).double(), number(energy.right_mass)))
 
 
 def test_the_best_single_gaussian_for_the_double_well() -> None:
-    """KL .0966; its ESS is the healthier the fewer the draws. Its Pareto k warns, of the barrier's foot and not of the well.
+    """KL .0966; its ESS is the healthier the fewer the draws. Its Pareto k warns, of the barrier's
+    foot and not of the well.
 
-    Of a thousand draws in half of the runs at least: its weights are heavy-tailed, so that single runs say anything.
+    Of a thousand draws in half of the runs at least: its weights are heavy-tailed, so that single
+    runs say anything.
     """
     energy, proposal = DoubleWell(dtype=F64), normal(-1.413, 0.245)
     small = [importance_sample(proposal, energy, 1000, seed=seed) for seed in range(41)]
-    ess, k, log_z = (np.median([getattr(each, name) for each in small]) for name in ("ess_fraction", "pareto_k", "log_z"))
+    ess, k, log_z = (
+        np.median([getattr(each, name) for each in small])
+        for name in ("ess_fraction", "pareto_k", "log_z")
+    )
     assert ess > 0.9
     assert k > 0.7
     assert abs(log_z - 4.96) < 0.02
@@ -304,7 +350,7 @@ def test_the_best_single_gaussian_for_the_double_well() -> None:
     assert large.ess_fraction < ess
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What is not finite, and what does not fit
 
 
@@ -328,9 +374,16 @@ def test_infinite_energy_is_a_weight_of_zero() -> None:
     assert bool((result.resample(100, seeded_generator(0)) >= 0).all())
 
 
-@pytest.mark.parametrize(("outside", "said"), [(math.nan, "{} are NaN and 0 are"), (-math.inf, r"0 are NaN and {} are \+inf")])
-def test_other_weights_that_are_not_finite_raise_with_their_number(outside: float, said: str) -> None:
-    negative = int((importance_sample(normal(0.0, 1.0), Gaussian(0.0, dtype=F64), 100, seed=1).x < 0.0).sum())
+@pytest.mark.parametrize(
+    ("outside", "said"),
+    [(math.nan, "{} are NaN and 0 are"), (-math.inf, r"0 are NaN and {} are \+inf")],
+)
+def test_other_weights_that_are_not_finite_raise_with_their_number(
+    outside: float, said: str
+) -> None:
+    negative = int(
+        (importance_sample(normal(0.0, 1.0), Gaussian(0.0, dtype=F64), 100, seed=1).x < 0.0).sum()
+    )
     with pytest.raises(FloatingPointError, match=f"of n=100 log weights {said.format(negative)}"):
         importance_sample(normal(0.0, 1.0), Walled(0.0, outside).double(), 100, seed=1)
 
@@ -346,7 +399,10 @@ def test_refusals() -> None:
         importance_sample(NICE(2, dtype=F64), energy, 0)
     with pytest.raises(ValueError, match="batch_size=0"):
         importance_sample(NICE(2, dtype=F64), energy, 10, batch_size=0)
-    with pytest.raises(ValueError, match=r"event_shape \(2,\), got batch_shape \(\) and event_shape \(3,\); a flow goes in"):
+    with pytest.raises(
+        ValueError,
+        match=r"event_shape \(2,\), got batch_shape \(\) and event_shape \(3,\); a flow goes in",
+    ):
         importance_sample(RedundantNICE(2, 3, dtype=F64)(), energy, 10)
     with pytest.raises(ValueError, match="the proposal's draw must have the dtype of the energy"):
         importance_sample(dist.Normal(torch.zeros(2), 1.0).to_event(1), energy, 10)
@@ -359,7 +415,9 @@ def test_seeds_batches_and_the_global_generator() -> None:
     torch.manual_seed(5)
     before = torch.get_rng_state()
     for proposal in (stirred_flow(1, 2), dist.Normal(torch.zeros(1, dtype=F64), 1.0).to_event(1)):
-        runs: list[ImportanceResult] = [importance_sample(proposal, energy, 100, seed=s) for s in (0, 0, 1)]
+        runs: list[ImportanceResult] = [
+            importance_sample(proposal, energy, 100, seed=s) for s in (0, 0, 1)
+        ]
         assert torch.equal(runs[0].log_weights, runs[1].log_weights)
         assert not torch.equal(runs[0].log_weights, runs[2].log_weights)
         batched = importance_sample(proposal, energy, 100, batch_size=30)

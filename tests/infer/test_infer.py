@@ -1,4 +1,5 @@
-"""Pyro's names and arguments over our core: exact posteriors, and Pyro's documented behaviour where its code has another."""
+"""Pyro's names and arguments over our core: exact posteriors, and Pyro's documented behaviour where
+its code has another."""
 
 from __future__ import annotations
 
@@ -25,7 +26,13 @@ pytestmark = pytest.mark.usefixtures("float64")
 
 
 def draws_of(
-    kernel: NUTS | HMC, *args: Any, chains: int = 96, warmup: int = 60, samples: int = 40, seed: int = 0, **options: Any
+    kernel: NUTS | HMC,
+    *args: Any,
+    chains: int = 96,
+    warmup: int = 60,
+    samples: int = 40,
+    seed: int = 0,
+    **options: Any,
 ):
     pyro.set_rng_seed(seed)
     mcmc = MCMC(kernel, samples, warmup, num_chains=chains, disable_progbar=True, **options)
@@ -42,20 +49,26 @@ def check_moments(mcmc: MCMC, truth: dict[str, tuple[Any, Any]]) -> None:
             within_se(means.mean(0), moment, means.std(0) / len(means) ** 0.5, what=site)
 
 
-# A chain of normals z1 -> z2 -> ... -> zN -> data, with unit variances: Pyro's yardstick, all of its sizes
+# A chain of normals z1 -> z2 -> ... -> zN -> data, with unit variances: Pyro's yardstick, all of
+# its sizes
 
 
 def gaussian_chain(data: Tensor, length: int, weight: float) -> None:
     z = torch.zeros(data.shape[1])
     for i in range(1, length + 1):
         z = pyro.sample(f"z{i}", dist.Normal(z, 1.0).to_event(1))
-    with pyro.plate("data", len(data)), poutine.scale(scale=weight):  # equal data are few, counted often
+    # equal data are few, counted often
+    with pyro.plate("data", len(data)), poutine.scale(scale=weight):
         pyro.sample("obs", dist.Normal(z, 1.0).to_event(1), obs=data)
 
 
 def chain_posterior(length: int, num_obs: int) -> tuple[Tensor, Tensor]:
     """Means and variances: the precision is tridiagonal, and all data are 1."""
-    precision = 2.0 * torch.eye(length) - torch.diag(torch.ones(length - 1), 1) - torch.diag(torch.ones(length - 1), -1)
+    precision = (
+        2.0 * torch.eye(length)
+        - torch.diag(torch.ones(length - 1), 1)
+        - torch.diag(torch.ones(length - 1), -1)
+    )
     precision[-1, -1] = 1.0 + num_obs
     covariance = torch.linalg.inv(precision)
     return num_obs * covariance[:, -1], covariance.diagonal()
@@ -67,11 +80,21 @@ def chain_posterior(length: int, num_obs: int) -> tuple[Tensor, Tensor]:
         (10, 3, 1, ([0.25, 0.50, 0.75], [1.33, 1.0, 1.33])),
         (10, 4, 1, ([0.20, 0.40, 0.60, 0.80], [1.25, 0.83, 0.83, 1.25])),
         (5, 2, 10_000, ([0.5, 1.0], [2.0, 10_000.0])),
-        (5, 9, 1, ([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9], [1.11, 0.63, 0.48, 0.42, 0.4, 0.42, 0.48, 0.63, 1.11])),
+        (
+            5,
+            9,
+            1,
+            (
+                [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9],
+                [1.11, 0.63, 0.48, 0.42, 0.4, 0.42, 0.48, 0.63, 1.11],
+            ),
+        ),
     ],
 )
 @pytest.mark.parametrize("kernel", [NUTS, HMC])
-def test_gaussian_chains(kernel: type[NUTS | HMC], dim: int, length: int, num_obs: int, tabulated: tuple[list, list]) -> None:
+def test_gaussian_chains(
+    kernel: type[NUTS | HMC], dim: int, length: int, num_obs: int, tabulated: tuple[list, list]
+) -> None:
     mean, variance = chain_posterior(length, num_obs)
     torch.testing.assert_close(mean, torch.tensor(tabulated[0]), atol=1e-4, rtol=0)
     torch.testing.assert_close(1 / variance, torch.tensor(tabulated[1]), atol=0.006, rtol=1e-3)
@@ -83,7 +106,12 @@ def test_gaussian_chains(kernel: type[NUTS | HMC], dim: int, length: int, num_ob
         x = samples[f"z{i + 1}"]
         within_se(x.mean((0, 1)), mean[i].expand(dim), mcse_mean(x), what=f"mean of z{i + 1}")
         squares = (x - mean[i]) ** 2
-        within_se(squares.mean((0, 1)), variance[i].expand(dim), mcse_mean(squares), what=f"variance of z{i + 1}")
+        within_se(
+            squares.mean((0, 1)),
+            variance[i].expand(dim),
+            mcse_mean(squares),
+            what=f"variance of z{i + 1}",
+        )
 
 
 # Posteriors known in closed form, or by quadrature
@@ -130,7 +158,10 @@ def simplex_bernoulli(y: Tensor) -> None:
 
 
 def logistic(x: Tensor, y: Tensor) -> None:
-    offset, slope = pyro.sample("offset", dist.Normal(0.0, 2.0)), pyro.sample("slope", dist.Normal(0.0, 1.0))
+    offset, slope = (
+        pyro.sample("offset", dist.Normal(0.0, 2.0)),
+        pyro.sample("slope", dist.Normal(0.0, 1.0)),
+    )
     with pyro.plate("data", len(y)):
         pyro.sample("y", dist.Bernoulli(logits=offset + slope * x), obs=y)
 
@@ -140,7 +171,9 @@ def of_beta(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return mean, mean * (a + 1) / (a + b + 1)
 
 
-def by_grid(log_density: Tensor, coordinates: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+def by_grid(
+    log_density: Tensor, coordinates: dict[str, Tensor]
+) -> dict[str, tuple[Tensor, Tensor]]:
     """Moments by summing over a fine grid."""
     weight = torch.softmax(log_density.flatten(), 0)
     moments = {}
@@ -153,7 +186,9 @@ def by_grid(log_density: Tensor, coordinates: dict[str, Tensor]) -> dict[str, tu
 
 def beta_bernoulli_case() -> tuple[tuple[Tensor, ...], dict]:
     y = torch.tensor([[1.0, 0.0]] * 7 + [[0.0, 1.0]] * 3 + [[1.0, 1.0]] * 4)
-    return (y,), {"p": of_beta(torch.tensor([1.1, 2.0]) + y.sum(0), torch.tensor([1.1, 1.0]) + (1 - y).sum(0))}
+    return (y,), {
+        "p": of_beta(torch.tensor([1.1, 2.0]) + y.sum(0), torch.tensor([1.1, 1.0]) + (1 - y).sum(0))
+    }
 
 
 def beta_binomial_case() -> tuple[tuple[Tensor, ...], dict]:
@@ -165,7 +200,10 @@ def normal_gamma_case() -> tuple[tuple[Tensor, ...], dict]:
     n, k, shape = len(y), 2.0 + len(y), torch.tensor(2.0 + len(y) / 2)
     rate = 1.0 + ((y - y.mean()) ** 2).sum() / 2 + 2.0 * n * y.mean() ** 2 / (2 * k)
     mean = n * y.mean() / k
-    return (y,), {"precision": (shape / rate, shape * (shape + 1) / rate**2), "mean": (mean, mean**2 + rate / (k * (shape - 1)))}
+    return (y,), {
+        "precision": (shape / rate, shape * (shape + 1) / rate**2),
+        "mean": (mean, mean**2 + rate / (k * (shape - 1))),
+    }
 
 
 def gamma_poisson_case() -> tuple[tuple[Tensor, ...], dict]:
@@ -187,15 +225,21 @@ def simplex_bernoulli_case() -> tuple[tuple[Tensor, ...], dict]:
     weights = torch.stack([a, (1 - a) * b, (1 - a) * (1 - b)], -1)
     log_density = dist.Dirichlet(torch.tensor([2.0, 1.0, 1.5])).log_prob(weights) + torch.log(1 - a)
     p = weights @ RATES
-    return (y,), by_grid(log_density + y.sum() * p.log() + (1 - y).sum() * (1 - p).log(), {"weights": weights})
+    return (y,), by_grid(
+        log_density + y.sum() * p.log() + (1 - y).sum() * (1 - p).log(), {"weights": weights}
+    )
 
 
 def logistic_case() -> tuple[tuple[Tensor, ...], dict]:
     x = torch.tensor([-2.0, -1.0, -0.5, 0.0, 0.3, 0.8, 1.5, 2.0])
     y = torch.tensor([0.0, 0.0, 1.0, 0.0, 1.0, 1.0, 0.0, 1.0])
-    offset, slope = torch.meshgrid(torch.linspace(-8, 8, 401), torch.linspace(-4, 7, 401), indexing="ij")
+    offset, slope = torch.meshgrid(
+        torch.linspace(-8, 8, 401), torch.linspace(-4, 7, 401), indexing="ij"
+    )
     log_density = (
-        -(offset**2) / 8 - slope**2 / 2 + dist.Bernoulli(logits=offset[..., None] + slope[..., None] * x).log_prob(y).sum(-1)
+        -(offset**2) / 8
+        - slope**2 / 2
+        + dist.Bernoulli(logits=offset[..., None] + slope[..., None] * x).log_prob(y).sum(-1)
     )
     return (x, y), by_grid(log_density, {"offset": offset, "slope": slope})
 
@@ -234,7 +278,9 @@ def test_hmc_has_the_steps_that_were_asked_for(settings: dict[str, Any]) -> None
     mcmc = draws_of(kernel, *args)
     check_moments(mcmc, truth)
     steps = mcmc.get_stats()["n_steps"]
-    expected = settings.get("num_steps", max(1, int(settings.get("trajectory_length", 2 * math.pi) / kernel.step_size)))
+    expected = settings.get(
+        "num_steps", max(1, int(settings.get("trajectory_length", 2 * math.pi) / kernel.step_size))
+    )
     assert (steps == expected).all()
     if settings.get("adapt_step_size", True):
         assert kernel.step_size != kernel.start_step_size
@@ -244,17 +290,28 @@ def test_hmc_has_the_steps_that_were_asked_for(settings: dict[str, Any]) -> None
 
 @pytest.mark.parametrize("full_mass", [False, True])
 def test_a_dense_mass_matrix_shortens_the_way_along_a_ridge(full_mass: bool) -> None:
-    """Correlation .99: the dense metric is learned, the draws are right either way, and trees are short with it alone."""
+    """Correlation .99: the dense metric is learned, the draws are right either way, and trees are
+    short with it alone."""
     cov = torch.tensor([[1.0, 0.99], [0.99, 1.0]], dtype=torch.float64)
 
     def ridge() -> None:
         pyro.sample("x", dist.MultivariateNormal(torch.zeros(2, dtype=torch.float64), cov))
 
     pyro.set_rng_seed(0)
-    mcmc = MCMC(NUTS(ridge, full_mass=full_mass), num_samples=200, warmup_steps=200, num_chains=16, disable_progbar=True)
+    mcmc = MCMC(
+        NUTS(ridge, full_mass=full_mass),
+        num_samples=200,
+        warmup_steps=200,
+        num_chains=16,
+        disable_progbar=True,
+    )
     mcmc.run()
     x = mcmc.get_samples(group_by_chain=True)["x"]
-    for f, truth in ((x, torch.zeros(2)), (x[..., 0] * x[..., 1], cov[0, 1]), (x**2, torch.ones(2))):
+    for f, truth in (
+        (x, torch.zeros(2)),
+        (x[..., 0] * x[..., 1], cov[0, 1]),
+        (x**2, torch.ones(2)),
+    ):
         within_se(f.mean((0, 1)), truth, mcse_mean(f))
     assert (float(mcmc.get_stats()["n_steps"].double().mean()) < 6) == full_mass
 
@@ -262,7 +319,10 @@ def test_a_dense_mass_matrix_shortens_the_way_along_a_ridge(full_mass: bool) -> 
 def gamma_potential(jacobian: float) -> Callable[[dict[str, Tensor]], Tensor]:
     """x ~ Gamma(2, 1) and y ~ N(x, 1), in u = log x and y."""
     return lambda params: (
-        params["u"].exp() - params["u"] - jacobian * params["u"] + 0.5 * ((params["y"] - params["u"].exp()) ** 2).sum()
+        params["u"].exp()
+        - params["u"]
+        - jacobian * params["u"]
+        + 0.5 * ((params["y"] - params["u"].exp()) ** 2).sum()
     )
 
 
@@ -270,7 +330,8 @@ def gamma_potential(jacobian: float) -> Callable[[dict[str, Tensor]], Tensor]:
 def test_a_potential_is_sampled_and_transforms_map_its_draws_back(jacobian: float) -> None:
     start = {"y": torch.zeros(96, 2), "u": torch.zeros(96)}
     kernel = NUTS(potential_fn=gamma_potential(jacobian), transforms={"u": ExpTransform().inv})
-    # All chains start at one point, and x squared has a heavy tail: 60 steps of warm-up do not forget it.
+    # All chains start at one point, and x squared has a heavy tail: 60 steps of warm-up do not
+    # forget it.
     mcmc = draws_of(kernel, initial_params=start, warmup=200, samples=150)
     truth = {"u": (2.0, 6.0), "y": (torch.full((2,), 2.0), torch.full((2,), 7.0))}
     assert list(mcmc.get_samples()) == ["y", "u"]
@@ -287,7 +348,13 @@ def test_a_potential_with_a_branch_runs_chain_by_chain() -> None:
         return x**2 / 2 if x > 0 else x**2 / 8
 
     with pytest.warns(RuntimeWarning, match="chain by chain"):
-        mcmc = draws_of(NUTS(potential_fn=halves), initial_params={"x": torch.tensor(0.1)}, chains=1, samples=20, warmup=10)
+        mcmc = draws_of(
+            NUTS(potential_fn=halves),
+            initial_params={"x": torch.tensor(0.1)},
+            chains=1,
+            samples=20,
+            warmup=10,
+        )
     assert mcmc.get_samples()["x"].shape == (20,)
 
 
@@ -308,36 +375,61 @@ def test_sites_to_save_may_come_in_any_order() -> None:
     assert abs(float(samples["b"].mean()) - 3.0) < 1.0
     assert abs(float(samples["a"].mean()) + 1.0) < 0.1
     assert set(mcmc.to_arviz().posterior.data_vars) == {"a", "b"}
-    with pytest.raises(ValueError, match=r"save_params must name sites of \['a', 'b', 'scale'\], got \['c'\]"):
+    with pytest.raises(
+        ValueError, match=r"save_params must name sites of \['a', 'b', 'scale'\], got \['c'\]"
+    ):
         draws_of(NUTS(two_sites), save_params=["c"], samples=2, warmup=2)
 
 
 def standing(model: Callable[..., None], **settings: Any) -> HMC:
     """A kernel that stays where it starts."""
-    return HMC(model, step_size=1e-9, num_steps=1, adapt_step_size=False, adapt_mass_matrix=False, **settings)
+    return HMC(
+        model,
+        step_size=1e-9,
+        num_steps=1,
+        adapt_step_size=False,
+        adapt_mass_matrix=False,
+        **settings,
+    )
 
 
 @pytest.mark.parametrize("chains", [1, 3])
 def test_chains_start_where_they_are_told(chains: int) -> None:
     shape = (chains,) if chains > 1 else ()
-    start = {"a": torch.full((*shape, 2), -49.0), "b": torch.full(shape, 101.0), "scale": torch.full(shape, -1.0)}
+    start = {
+        "a": torch.full((*shape, 2), -49.0),
+        "b": torch.full(shape, 101.0),
+        "scale": torch.full(shape, -1.0),
+    }
     mcmc = draws_of(standing(two_sites), initial_params=start, chains=chains, samples=1, warmup=0)
     samples = mcmc.get_samples()
     torch.testing.assert_close(samples["a"], torch.full((chains, 2), -49.0))
     torch.testing.assert_close(samples["scale"], torch.full((chains,), math.exp(-1.0)))
     halved = {"b": dist.transforms.AffineTransform(0.0, 0.5)}  # the coordinate of b is b / 2 here
-    mcmc = draws_of(standing(two_sites, transforms=halved), initial_params=start, chains=chains, samples=1, warmup=0)
+    mcmc = draws_of(
+        standing(two_sites, transforms=halved),
+        initial_params=start,
+        chains=chains,
+        samples=1,
+        warmup=0,
+    )
     torch.testing.assert_close(mcmc.get_samples()["b"], torch.full((chains,), 202.0))
     torch.testing.assert_close(mcmc.get_samples()["scale"], samples["scale"])
 
 
 def test_chains_start_by_a_strategy() -> None:
-    values = {"b": torch.tensor(99.0), "a": torch.tensor([-50.0, -51.0]), "scale": torch.tensor(2.0)}
+    values = {
+        "b": torch.tensor(99.0),
+        "a": torch.tensor([-50.0, -51.0]),
+        "scale": torch.tensor(2.0),
+    }
     kernel = standing(two_sites, init_strategy=init_to_value(values=values))
     samples = draws_of(kernel, chains=3, samples=1, warmup=0).get_samples()
     for name, value in values.items():
         torch.testing.assert_close(samples[name], value.expand(3, *value.shape))
-    medians = draws_of(standing(two_sites, init_strategy=init_to_median), chains=3, samples=1, warmup=0).get_samples()
+    medians = draws_of(
+        standing(two_sites, init_strategy=init_to_median), chains=3, samples=1, warmup=0
+    ).get_samples()
     assert (abs(medians["b"] - 3) < 3).all()
     assert len(set(medians["b"].tolist())) == 3
 
@@ -360,7 +452,10 @@ def test_a_hook_is_called_after_each_step(chains: int) -> None:
 
 def test_pyros_seed_decides_the_run() -> None:
     kernel = NUTS(two_sites)  # what a run adapts is not where the next one starts
-    runs = [draws_of(kernel, chains=2, samples=5, warmup=5, seed=seed).get_samples()["b"] for seed in (0, 0, 1)]
+    runs = [
+        draws_of(kernel, chains=2, samples=5, warmup=5, seed=seed).get_samples()["b"]
+        for seed in (0, 0, 1)
+    ]
     assert torch.equal(runs[0], runs[1])
     assert not torch.equal(runs[0], runs[2])
     again = MCMC(NUTS(two_sites), 5, 5, num_chains=2, disable_progbar=True)
@@ -374,7 +469,15 @@ def test_results_are_read_as_in_pyro(capsys: pytest.CaptureFixture[str]) -> None
     assert mcmc.get_samples(7)["mean"].shape == (7,)
     mcmc.summary(prob=0.8)
     printed = capsys.readouterr().out
-    for word in ("precision", "mean", "10.0%", "90.0%", "n_eff", "r_hat", "Number of divergences: 0"):
+    for word in (
+        "precision",
+        "mean",
+        "10.0%",
+        "90.0%",
+        "n_eff",
+        "r_hat",
+        "Number of divergences: 0",
+    ):
         assert word in printed
     facts = mcmc.diagnostics()
     assert set(facts) == {"precision", "mean", "divergences", "acceptance rate"}
@@ -383,9 +486,13 @@ def test_results_are_read_as_in_pyro(capsys: pytest.CaptureFixture[str]) -> None
     assert 0.5 < facts["acceptance rate"]["chain 0"] <= 1.0
     data = mcmc.to_arviz()
     assert data.posterior["precision"].shape == (4, 40)
-    assert {"lp", "energy", "diverging", "acceptance_rate", "n_steps", "tree_depth"} <= set(data.sample_stats.data_vars)
+    assert {"lp", "energy", "diverging", "acceptance_rate", "n_steps", "tree_depth"} <= set(
+        data.sample_stats.data_vars
+    )
     assert mcmc.verdict(max_r_hat=2.0, min_ess=1.0).mixed
-    predicted = Predictive(normal_gamma, mcmc.get_samples(), return_sites=["y", "mean"])(torch.zeros(5))
+    predicted = Predictive(normal_gamma, mcmc.get_samples(), return_sites=["y", "mean"])(
+        torch.zeros(5)
+    )
     assert predicted["y"].shape == (160, 5)
     torch.testing.assert_close(predicted["mean"].flatten(), mcmc.get_samples()["mean"])
 
@@ -412,16 +519,27 @@ def discrete() -> None:
         (lambda: NUTS(two_sites, max_tree_depth=0), "max_tree_depth must be from 1"),
         (lambda: HMC(two_sites, num_steps=0), "num_steps must be at least 1"),
         (lambda: HMC(two_sites, trajectory_length=-1.0), "trajectory_length must be positive"),
-        (lambda: MCMC(pyro.infer.NUTS(two_sites), 5), r"NUTS or HMC of pyroebm\.infer, got pyro\.infer"),
+        (
+            lambda: MCMC(pyro.infer.NUTS(two_sites), 5),
+            r"NUTS or HMC of pyroebm\.infer, got pyro\.infer",
+        ),
         (lambda: MCMC(pyroebm.NUTS(), 5), r"NUTS or HMC of pyroebm\.infer, got pyroebm\.kernels"),
         (lambda: MCMC(NUTS(two_sites), 0), "num_samples must be an integer of at least 1"),
         (lambda: MCMC(NUTS(potential_fn=lambda p: p["x"]), 5), "give initial_params"),
-        (lambda: MCMC(NUTS(two_sites), 5, num_chains=3, initial_params={"b": torch.zeros(2)}), r"leading axis of num_chains=3"),
+        (
+            lambda: MCMC(NUTS(two_sites), 5, num_chains=3, initial_params={"b": torch.zeros(2)}),
+            r"leading axis of num_chains=3",
+        ),
         (lambda: MCMC(NUTS(two_sites), 5).get_samples(), "nothing was drawn yet"),
-        (lambda: MCMC(NUTS(two_sites), 5, 5, {"b": torch.zeros(())}, disable_progbar=True).run(), "variables must be"),
+        (
+            lambda: MCMC(NUTS(two_sites), 5, 5, {"b": torch.zeros(())}, disable_progbar=True).run(),
+            "variables must be",
+        ),
         (lambda: MCMC(NUTS(discrete), 5, disable_progbar=True).run(), "site 'z' is discrete"),
         (
-            lambda: MCMC(NUTS(beta_binomial), 5, disable_progbar=True, disable_validation=False).run(torch.tensor(11.0)),
+            lambda: MCMC(
+                NUTS(beta_binomial), 5, disable_progbar=True, disable_validation=False
+            ).run(torch.tensor(11.0)),
             "site 'y'",
         ),
     ],

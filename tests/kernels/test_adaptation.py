@@ -1,4 +1,5 @@
-"""Warm-up: step sizes that reach their target, metrics held to the covariances they estimate, and nothing non-finite learned."""
+"""Warm-up: step sizes that reach their target, metrics held to the covariances they estimate, and
+nothing non-finite learned."""
 
 from __future__ import annotations
 
@@ -18,7 +19,12 @@ from pyroebm import HMC, MALA, NUTS, Energy, Kernel, WindowAdaptation, spin
 from pyroebm.infer.kernels import _Trajectory
 from pyroebm.kernels import Dense, Info, LowRank, State
 from pyroebm.kernels.adaptation import DualAveraging, covariance, find_step_size
-from pyroebm.kernels.adaptation.covariance import LIMIT, PooledCovariance, PooledRows, PooledVariance
+from pyroebm.kernels.adaptation.covariance import (
+    LIMIT,
+    PooledCovariance,
+    PooledRows,
+    PooledVariance,
+)
 from pyroebm.kernels.adaptation.windows import Warmup, windows
 from pyroebm.kernels.hamiltonian import jittered_steps
 from pyroebm.kernels.metric import Metric, metric_of
@@ -28,7 +34,9 @@ double = torch.float64
 METRICS = ["diagonal", "dense", "low_rank"]
 
 
-def warmed(plan: WindowAdaptation, kernel: Kernel, energy: Energy, x: Tensor, steps: int) -> tuple[Kernel, Any, Warmup]:
+def warmed(
+    plan: WindowAdaptation, kernel: Kernel, energy: Energy, x: Tensor, steps: int
+) -> tuple[Kernel, Any, Warmup]:
     """Kernel, state and memory after a warm-up."""
     generator = torch.Generator().manual_seed(17)
     state = kernel.init(energy, x)
@@ -56,13 +64,17 @@ def stiff(dim: int = 20, variance: float = 1e-4) -> Tensor:
 
 def rows_of(cov: Tensor, n: int, seed: int = 2) -> tuple[Tensor, Tensor]:
     """Draws of N(1, cov) and the energy's gradients there."""
-    x = Gaussian(torch.ones(len(cov), dtype=double), cov).sample(n, torch.Generator().manual_seed(seed))
+    x = Gaussian(torch.ones(len(cov), dtype=double), cov).sample(
+        n, torch.Generator().manual_seed(seed)
+    )
     return x, (x - 1) @ torch.linalg.inv(cov)
 
 
 def matrix(metric: Tensor | Metric | None, dim: int) -> Tensor:
     r""":math:`A A^\top`."""
-    columns = metric_of(metric, torch.zeros(1, dim, dtype=double)).apply(torch.eye(dim, dtype=double))
+    columns = metric_of(metric, torch.zeros(1, dim, dtype=double)).apply(
+        torch.eye(dim, dtype=double)
+    )
     return columns.mT @ columns
 
 
@@ -100,7 +112,9 @@ def test_a_metric_is_a_change_of_coordinates(name: str, which: str) -> None:
         ("low_rank", "transpose", lambda self, g: g * self.scale),
     ],
 )
-def test_mutant_metrics_are_caught(which: str, method: str, broken: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mutant_metrics_are_caught(
+    which: str, method: str, broken: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with monkeypatch.context() as patch:
         patch.setattr({"dense": Dense, "low_rank": LowRank}[which], method, broken)
         with pytest.raises((AssertionError, ValueError)):
@@ -117,9 +131,13 @@ def test_pooled_moments_equal_those_of_all_rows() -> None:
         variance, full = variance.update(part), full.update(part)
     exact, before = x.reshape(-1, 3).var(0), torch.tensor([0.1, 1.0, 10.0], dtype=double)
     torch.testing.assert_close(variance.metric(), exact ** (35 / 40))
-    torch.testing.assert_close(variance.metric(before), torch.exp((35 * exact.log() + 5 * before.log()) / 40))
+    torch.testing.assert_close(
+        variance.metric(before), torch.exp((35 * exact.log() + 5 * before.log()) / 40)
+    )
     cov = x.reshape(-1, 3).mT.cov()
-    torch.testing.assert_close(matrix(full.metric(), 3), cov * 35 / 40 + 1e-3 * 5 / 40 * cov.diagonal().diag())
+    torch.testing.assert_close(
+        matrix(full.metric(), 3), cov * 35 / 40 + 1e-3 * 5 / 40 * cov.diagonal().diag()
+    )
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -143,7 +161,8 @@ def test_chains_that_stand_still_teach_nothing(metric: str) -> None:
 
 @pytest.mark.parametrize("metric", ["diagonal", "dense"])
 def test_a_metric_has_no_unit(metric: str) -> None:
-    """Coordinates measured in other units give the same metric in those units, also where a variance is 1e-14."""
+    """Coordinates measured in other units give the same metric in those units, also where a
+    variance is 1e-14."""
     start = {"diagonal": PooledVariance.start, "dense": PooledCovariance.start}[metric]
     x = torch.randn(50, 4, 2, dtype=double, generator=torch.Generator().manual_seed(0))
     units, before = torch.tensor([1e-7, 1e3], dtype=double), torch.tensor([0.5, 2.0], dtype=double)
@@ -151,7 +170,9 @@ def test_a_metric_has_no_unit(metric: str) -> None:
     for q in x:
         plain, scaled = plain.update(q), scaled.update(q * units)
     expected = matrix(plain.metric(before), 2) * units.outer(units)
-    torch.testing.assert_close(matrix(scaled.metric(before * units**2), 2), expected, rtol=1e-9, atol=0.0)
+    torch.testing.assert_close(
+        matrix(scaled.metric(before * units**2), 2), expected, rtol=1e-9, atol=0.0
+    )
 
 
 def test_a_coordinate_that_never_moved_keeps_its_scale() -> None:
@@ -171,7 +192,11 @@ def test_the_covariance_of_exact_draws_is_that_of_the_law() -> None:
     for part in x.split(100):
         pooled = pooled.update(part)
     variances = CORRELATED.diagonal()
-    within_se(matrix(pooled.metric(), 3), CORRELATED, ((variances.outer(variances) + CORRELATED**2) / n).sqrt())
+    within_se(
+        matrix(pooled.metric(), 3),
+        CORRELATED,
+        ((variances.outer(variances) + CORRELATED**2) / n).sqrt(),
+    )
 
 
 def check_exact_recovery() -> None:
@@ -181,8 +206,11 @@ def check_exact_recovery() -> None:
     assert float((torch.linalg.inv(cov) @ estimate - torch.eye(20)).abs().max()) < 0.05
 
 
-def test_draws_and_gradients_of_a_normal_law_determine_its_covariance(monkeypatch: pytest.MonkeyPatch) -> None:
-    """200 draws alone tell 20 variances to 10 %; with gradients the covariance is exact but for the ridge."""
+def test_draws_and_gradients_of_a_normal_law_determine_its_covariance(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """200 draws alone tell 20 variances to 10 %; with gradients the covariance is exact but for the
+    ridge."""
     monkeypatch.setattr(covariance, "CUTOFF", 1.0)
     check_exact_recovery()
     x, _ = rows_of(stiff(), 200)
@@ -195,10 +223,15 @@ def test_draws_and_gradients_of_a_normal_law_determine_its_covariance(monkeypatc
         ("_geometric_mean", lambda a, b: a),  # the draws alone
         ("_geometric_mean", lambda a, b: b),  # the gradients, not inverted
         ("_geometric_mean", lambda a, b, good=covariance._geometric_mean: good(b, a)),
-        ("_second_moment", lambda rows: rows.mT @ rows / len(rows) + 0.1 * torch.eye(rows.shape[1]).to(rows)),
+        (
+            "_second_moment",
+            lambda rows: rows.mT @ rows / len(rows) + 0.1 * torch.eye(rows.shape[1]).to(rows),
+        ),
     ],
 )
-def test_mutant_estimators_are_caught(name: str, broken: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mutant_estimators_are_caught(
+    name: str, broken: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(covariance, "CUTOFF", 1.0)
     monkeypatch.setattr(covariance, name, broken)
     with pytest.raises(AssertionError):
@@ -207,7 +240,8 @@ def test_mutant_estimators_are_caught(name: str, broken: Any, monkeypatch: pytes
 
 @pytest.mark.parametrize("variance", [1e-4, 1e4])
 def test_three_stiff_or_wide_directions_are_found_and_no_other(variance: float) -> None:
-    """What is left of the variances lies within the factor 2 that is not corrected: .550 and 1.846 at the ends, of 60 draws."""
+    """What is left of the variances lies within the factor 2 that is not corrected: .550 and 1.846
+    at the ends, of 60 draws."""
     cov, ends = stiff(100, variance), []
     for seed in range(8):
         x, g = rows_of(cov, 400, seed)
@@ -233,7 +267,9 @@ def test_rows_kept_are_few_and_evenly_spread(chains: int) -> None:
     torch.testing.assert_close(kept, torch.arange(len(kept)) * float(pooled.every))
 
 
-@pytest.mark.parametrize("empty", [PooledVariance.start, PooledCovariance.start, lambda like: PooledRows.start(like, 2)])
+@pytest.mark.parametrize(
+    "empty", [PooledVariance.start, PooledCovariance.start, lambda like: PooledRows.start(like, 2)]
+)
 def test_rows_that_tell_nothing_give_no_metric(empty: Callable[[Tensor], Any]) -> None:
     x = torch.randn(40, 3, dtype=double, generator=torch.Generator().manual_seed(0))
     assert empty(x).metric() is None
@@ -265,23 +301,31 @@ def test_dual_averaging_finds_the_step_of_a_known_curve() -> None:
 
 
 def test_dual_averaging_of_many_is_that_of_each() -> None:
-    sizes, rates = [0.1, 2.0], torch.rand(20, 2, dtype=double, generator=torch.Generator().manual_seed(0))
+    sizes, rates = (
+        [0.1, 2.0],
+        torch.rand(20, 2, dtype=double, generator=torch.Generator().manual_seed(0)),
+    )
     together = DualAveraging.start(torch.tensor(sizes, dtype=double))
     alone = [DualAveraging.start(size) for size in sizes]
     for rate in rates:
         together = together.update(rate, 0.6)
         alone = [tuning.update(float(r), 0.6) for tuning, r in zip(alone, rate, strict=True)]
-    torch.testing.assert_close(together.average, torch.tensor([t.average for t in alone], dtype=double))
+    torch.testing.assert_close(
+        together.average, torch.tensor([t.average for t in alone], dtype=double)
+    )
     with pytest.raises(ValueError, match="acceptance must be a number"):
         together.update(torch.tensor([0.5, torch.nan]), 0.6)
 
 
 @pytest.mark.parametrize("name", ["mala", "hmc", "nuts"])
 def test_the_first_guess_scales_with_each_chain(name: str) -> None:
-    """Chains at the bottom of a narrow well and of a wide one: each guess is of the order of its width."""
+    """Chains at the bottom of a narrow well and of a wide one: each guess is of the order of its
+    width."""
     kernel, energy = KERNELS[name](), TwoWidths().double()
     state = kernel.init(energy, torch.tensor([-100.0] * 20 + [100.0] * 20, dtype=double))
-    sizes = find_step_size(kernel, energy, state, torch.Generator().manual_seed(0), torch.zeros(40, dtype=torch.bool))
+    sizes = find_step_size(
+        kernel, energy, state, torch.Generator().manual_seed(0), torch.zeros(40, dtype=torch.bool)
+    )
     assert isinstance(sizes, Tensor)
     narrow, wide = sizes[:20] / 0.1, sizes[20:] / 10
     for guesses in (narrow, wide):
@@ -309,15 +353,19 @@ class TwoWidths(Energy):
 
 
 class Spiked(Energy):
-    """A standard normal whose gradient is NaN beyond 1.5: the branch of ``where`` that is not taken has a square root."""
+    """A standard normal whose gradient is NaN beyond 1.5: the branch of ``where`` that is not taken
+    has a square root."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return (0.5 * x**2 + torch.where(x.abs() < 1.5, 0.0 * torch.sqrt(1.5 - x.abs()), 0.0)).sum(-1)
+        return (0.5 * x**2 + torch.where(x.abs() < 1.5, 0.0 * torch.sqrt(1.5 - x.abs()), 0.0)).sum(
+            -1
+        )
 
 
 @pytest.mark.parametrize("steps", [1, 5, 20, 25, 30, 60, 80])
 def test_a_short_warm_up_leaves_a_step_size_that_moves(steps: int) -> None:
-    """Dual averaging begins by overshooting: cut short there, it once left an acceptance rate of 1e-18."""
+    """Dual averaging begins by overshooting: cut short there, it once left an acceptance rate of
+    1e-18."""
     energy = scales_gaussian(dtype=double)
     x = energy.initial(16, torch.Generator().manual_seed(0))
     kernel, state, _ = warmed(WindowAdaptation(), NUTS(max_tree_depth=6), energy, x, steps)
@@ -326,7 +374,11 @@ def test_a_short_warm_up_leaves_a_step_size_that_moves(steps: int) -> None:
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_a_new_metric_starts_the_step_size_anew(metric: Any) -> None:
-    energy, plan, generator = Normal((2,)).double(), WindowAdaptation(metric=metric), torch.Generator().manual_seed(0)
+    energy, plan, generator = (
+        Normal((2,)).double(),
+        WindowAdaptation(metric=metric),
+        torch.Generator().manual_seed(0),
+    )
     kernel: Kernel = MALA()
     state = kernel.init(energy, energy.initial(8, generator))
     kernel, memory = plan.start(kernel, energy, state, generator)
@@ -357,15 +409,18 @@ def test_warm_up_learns_the_correlations(name: str, metric: Any) -> None:
     x = energy.sample(32, torch.Generator().manual_seed(0))
     kernel, _, _ = warmed(WindowAdaptation(metric=metric), KERNELS[name](), energy, x, 250)
     assert isinstance(kernel.inverse_mass, {"dense": Dense, "low_rank": LowRank}[metric])
-    white = torch.linalg.eigvals(torch.linalg.solve(CORRELATED, matrix(kernel.inverse_mass, 3))).real
+    white = torch.linalg.eigvals(
+        torch.linalg.solve(CORRELATED, matrix(kernel.inverse_mass, 3))
+    ).real
     assert float(white.max() / white.min()) < 4.0 < float(torch.linalg.cond(CORRELATED))
 
 
 def check_rates(rates: Tensor, target: float) -> None:
     """Of chains that tune a step size each.
 
-    Their mean is up to .08 above the target (HMC, 200 steps of warm-up, 200 chains), because rates are averaged over step sizes
-    that swing and the final one is in the middle of them. A single chain of MALA has .29 in the worst of 400 cases.
+    Their mean is up to .08 above the target (HMC, 200 steps of warm-up, 200 chains), because rates
+    are averaged over step sizes that swing and the final one is in the middle of them. A single
+    chain of MALA has .29 in the worst of 400 cases.
     """
     assert target - 0.05 < float(rates.mean()) < target + 0.12
     assert float(rates.min()) > 0.15
@@ -384,11 +439,15 @@ def test_each_chain_reaches_its_own_target(name: str) -> None:
     own = acceptance(kernel, energy, state)
     check_rates(own, target)
     means, errors = zip(*(mean_and_se(part) for part in (own[:8], own[8:])), strict=True)
-    within_se(means[0] - means[1], 0.0, math.hypot(*errors))  # the wells differ by a unit of length alone
+    # the wells differ by a unit of length alone
+    within_se(means[0] - means[1], 0.0, math.hypot(*errors))
     assert 50 < float(kernel.step_size[8:].mean() / kernel.step_size[:8].mean()) < 200
-    grouped, state, _ = warmed(WindowAdaptation(metric=None), start, energy, x, 200)  # none is near the median: each its own
+    # none is near the median: each its own
+    grouped, state, _ = warmed(WindowAdaptation(metric=None), start, energy, x, 200)
     check_rates(acceptance(grouped, energy, state), target)
-    pooled, state, _ = warmed(WindowAdaptation(metric=None, step_size="pooled"), start, energy, x, 200)
+    pooled, state, _ = warmed(
+        WindowAdaptation(metric=None, step_size="pooled"), start, energy, x, 200
+    )
     shared = acceptance(pooled, energy, state)
     assert float(shared[8:].min()) > 0.9  # one step for all is that of the narrow well
 
@@ -409,7 +468,8 @@ def test_chains_near_the_median_share_a_step_size_and_others_keep_theirs(name: s
 
 
 def test_a_chain_that_starts_far_out_comes_home() -> None:
-    """E = x^4 / 4 from x = 200, one chain of 48: the old rule, the mean acceptance rate of all, leaves it there."""
+    """E = x^4 / 4 from x = 200, one chain of 48: the old rule, the mean acceptance rate of all,
+    leaves it there."""
 
     class Quartic(Energy):
         def forward(self, x: Tensor) -> Tensor:
@@ -422,7 +482,11 @@ def test_a_chain_that_starts_far_out_comes_home() -> None:
     energy = Quartic().double()
     x = torch.linspace(-1.0, 1.0, 48, dtype=double)
     x[0] = 200.0
-    for plan in (WindowAdaptation(), WindowAdaptation(step_size="pooled"), WindowAdaptation(step_size="per_chain")):
+    for plan in (
+        WindowAdaptation(),
+        WindowAdaptation(step_size="pooled"),
+        WindowAdaptation(step_size="per_chain"),
+    ):
         kernel, state, _ = warmed(plan, NUTS(), energy, x, 100)
         assert float(state.x.abs().max()) < 10.0
         assert float(acceptance(kernel, energy, state).min()) > 0.4
@@ -458,14 +522,19 @@ def test_a_chain_that_stands_still_in_a_window_is_left_out_of_it_whatever_it_did
         noise = torch.randn(3, 1, dtype=double, generator=torch.Generator().manual_seed(step))
         new = state._replace(x=torch.where(torch.tensor([[True], [True], [step < end]]), noise, x))
         moved = moving if step < end else torch.tensor([True, True, False])
-        kernel, memory = plan.update(kernel, energy, new, info._replace(accepted=moved), memory, 200)
+        kernel, memory = plan.update(
+            kernel, energy, new, info._replace(accepted=moved), memory, 200
+        )
     assert begin < end < next_end
     assert float(memory.pooled.squares[0]) < 1e3  # 1e6 never entered
 
 
 def test_a_chain_of_another_scale_changes_the_trajectories_of_no_other() -> None:
     """Seven step sizes of .01 and one of 10: the number of steps is that of the seven."""
-    sizes, generator = torch.tensor([0.01] * 7 + [10.0], dtype=double), torch.Generator().manual_seed(0)
+    sizes, generator = (
+        torch.tensor([0.01] * 7 + [10.0], dtype=double),
+        torch.Generator().manual_seed(0),
+    )
     counts = [jittered_steps(1.0, sizes.unsqueeze(1), generator) for _ in range(20)]
     assert 50 < max(counts) <= 100
     energy, kernel = Normal((1,)).double(), _Trajectory(sizes, length=1.0)
@@ -488,7 +557,10 @@ def test_rejected_proposals_of_some_chains_do_not_shrink_the_step_size_of_all() 
     from pyroebm import MCMC, ChEES
 
     mcmc = MCMC(ChEES(), 50, 200, 64, seed=0, progress=False)
-    mcmc.run(walled(3.0), 0.5 * torch.randn(64, 10, dtype=double, generator=torch.Generator().manual_seed(0)))
+    mcmc.run(
+        walled(3.0),
+        0.5 * torch.randn(64, 10, dtype=double, generator=torch.Generator().manual_seed(0)),
+    )
     assert float(torch.as_tensor(mcmc.kernel.step_size)) > 0.3
     assert float(mcmc.get_stats()["n_steps"].double().mean()) < 20
 
@@ -503,10 +575,13 @@ def test_a_scale_of_1e_7_beside_one_of_1_is_learned(chains: int) -> None:
 
 
 def test_step_sizes_of_chains_do_not_hear_of_each_other() -> None:
-    """A chain moved to a well a hundred times narrower changes its own step size; the others keep theirs to the last bit."""
+    """A chain moved to a well a hundred times narrower changes its own step size; the others keep
+    theirs to the last bit."""
     energy, plan = TwoWidths().double(), WindowAdaptation(metric=None, step_size="per_chain")
     x = torch.tensor([-100.0, -100.0, 100.0, 100.0], dtype=double)
-    start, memory = plan.start(MALA(step_size=1.0), energy, MALA().init(energy, x), torch.Generator().manual_seed(0))
+    start, memory = plan.start(
+        MALA(step_size=1.0), energy, MALA().init(energy, x), torch.Generator().manual_seed(0)
+    )
     found = []
     for last in (1.0, -1.0):
         kernel, warmup, generator = start, memory, torch.Generator().manual_seed(1)
@@ -521,12 +596,18 @@ def test_step_sizes_of_chains_do_not_hear_of_each_other() -> None:
 @pytest.mark.parametrize("step_size", ["grouped", "pooled", "per_chain"])
 @pytest.mark.parametrize("metric", [*METRICS, None])
 @pytest.mark.parametrize("energy", [Fragile, lambda: Spiked((1,))], ids=["energy", "gradient"])
-def test_a_nan_in_warm_up_freezes_no_chain(energy: Callable[[], Energy], metric: Any, step_size: Any) -> None:
+def test_a_nan_in_warm_up_freezes_no_chain(
+    energy: Callable[[], Energy], metric: Any, step_size: Any
+) -> None:
     target, kernel = energy().double(), MALA(step_size=0.5)
     x = torch.linspace(-1.4, 1.4, 32, dtype=double).reshape(32, *target.event_shape)
-    _, info = kernel.replace(step_size=2.0).step(target, kernel.init(target, x), torch.Generator().manual_seed(1))
+    _, info = kernel.replace(step_size=2.0).step(
+        target, kernel.init(target, x), torch.Generator().manual_seed(1)
+    )
     assert info.diverging.any()
-    kernel, state, memory = warmed(WindowAdaptation(metric=metric, step_size=step_size), kernel, target, x, 120)
+    kernel, state, memory = warmed(
+        WindowAdaptation(metric=metric, step_size=step_size), kernel, target, x, 120
+    )
     assert torch.isfinite(torch.as_tensor(kernel.step_size)).all()
     assert float(torch.as_tensor(kernel.step_size).min()) > 0.01
     assert metric is None or bool(torch.isfinite(matrix(kernel.inverse_mass, 1)).all())
@@ -535,7 +616,11 @@ def test_a_nan_in_warm_up_freezes_no_chain(energy: Callable[[], Energy], metric:
 
 
 def leaves(memory: Any) -> list[type]:
-    return [kind for part in memory for kind in leaves(part)] if isinstance(memory, tuple) else [type(memory)]
+    return (
+        [kind for part in memory for kind in leaves(part)]
+        if isinstance(memory, tuple)
+        else [type(memory)]
+    )
 
 
 def test_a_window_that_tells_nothing_keeps_the_metric() -> None:
@@ -545,7 +630,9 @@ def test_a_window_that_tells_nothing_keeps_the_metric() -> None:
     _, info = kernel.step(energy, state)
     kernel, memory = plan.start(kernel, energy, state)
     for _ in range(100):
-        kernel, memory = plan.update(kernel, energy, state._replace(x=state.x * torch.inf), info, memory, 100)
+        kernel, memory = plan.update(
+            kernel, energy, state._replace(x=state.x * torch.inf), info, memory, 100
+        )
     assert kernel.inverse_mass is old
 
 
@@ -555,11 +642,20 @@ def test_a_window_that_tells_nothing_keeps_the_metric() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"metric": True}, "metric must be one of 'diagonal', 'dense', 'low_rank', or None, got metric=True"),
+        (
+            {"metric": True},
+            "metric must be one of 'diagonal', 'dense', 'low_rank', or None, got metric=True",
+        ),
         ({"metric": "full"}, "got metric='full'"),
-        ({"step_size": 0.1}, "step_size must be one of 'grouped', 'per_chain', 'pooled', got step_size=0.1"),
+        (
+            {"step_size": 0.1},
+            "step_size must be one of 'grouped', 'per_chain', 'pooled', got step_size=0.1",
+        ),
         ({"rank": 0}, "rank must be at least 1, got rank=0"),
-        ({"target_acceptance": 1.0}, r"target_acceptance must be in \(0, 1\), got target_acceptance=1.0"),
+        (
+            {"target_acceptance": 1.0},
+            r"target_acceptance must be in \(0, 1\), got target_acceptance=1.0",
+        ),
     ],
 )
 def test_bad_settings_are_refused(settings: dict[str, Any], message: str) -> None:
@@ -584,13 +680,24 @@ class Flip(Kernel[Place]):
     def init(self, energy: Energy, x: Tensor, generator: torch.Generator | None = None) -> Place:
         return Place(x, energy(x))
 
-    def step(self, energy: Energy, state: Place, generator: torch.Generator | None = None) -> tuple[Place, Info]:
+    def step(
+        self, energy: Energy, state: Place, generator: torch.Generator | None = None
+    ) -> tuple[Place, Info]:
         flips = torch.rand(state.x.shape, generator=generator) < min(self.step_size, 0.5)
         x = torch.where(flips, -state.x, state.x)
         rate = (state.energy - energy(x)).exp().clamp(max=1.0)
         taken = torch.rand(rate.shape, generator=generator) < rate
-        new = Place(torch.where(taken.unsqueeze(1), x, state.x), torch.where(taken, energy(x), state.energy))
-        return new, Info(rate, taken, ~taken & taken, new.energy, taken.long(), torch.full_like(rate, self.step_size))
+        new = Place(
+            torch.where(taken.unsqueeze(1), x, state.x), torch.where(taken, energy(x), state.energy)
+        )
+        return new, Info(
+            rate,
+            taken,
+            ~taken & taken,
+            new.energy,
+            taken.long(),
+            torch.full_like(rate, self.step_size),
+        )
 
 
 class Chain(Energy):
@@ -617,5 +724,7 @@ def test_a_low_rank_metric_needs_gradients() -> None:
 
     energy = Normal((2,))
     state: State = HMC().init(energy, torch.zeros(4, 2))
-    with pytest.raises(ValueError, match=r"the states of Blind have none: choose 'diagonal' or 'dense'"):
+    with pytest.raises(
+        ValueError, match=r"the states of Blind have none: choose 'diagonal' or 'dense'"
+    ):
         WindowAdaptation(metric="low_rank").start(Blind(), energy, Place(state.x, state.energy))

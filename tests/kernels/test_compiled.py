@@ -1,4 +1,5 @@
-"""Compiled blocks: the same draws as without them, nothing stale, and honest about what cannot be compiled."""
+"""Compiled blocks: the same draws as without them, nothing stale, and honest about what cannot be
+compiled."""
 
 from __future__ import annotations
 
@@ -15,7 +16,9 @@ from pyroebm import HMC, MALA, MCMC, NUTS, Energy, Kernel
 from pyroebm.core.compilation import Compiled, choose_compiled, fused
 from pyroebm.targets import DoubleWell, Gaussian, scales_gaussian
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="compiled blocks need a C++ compiler, and none is here")
+pytestmark = pytest.mark.skipif(
+    shutil.which("g++") is None, reason="compiled blocks need a C++ compiler, and none is here"
+)
 
 
 class Net(Energy):
@@ -58,15 +61,24 @@ def no_leftovers(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_compiled_kernels_draw_what_eager_ones_draw(name: str) -> None:
     energy = DoubleWell().double()
     x = energy.sample(40, torch.Generator().manual_seed(0))
-    kernel = build(name).replace(step_size=0.15)  # trees of several levels: blocks of four leaves, and checks between them
-    torch.testing.assert_close(run(kernel, Compiled(energy), x, 6), run(kernel, energy, x, 6), rtol=1e-9, atol=1e-9)
+    # trees of several levels: blocks of four leaves, and checks between them
+    kernel = build(name).replace(step_size=0.15)
+    torch.testing.assert_close(
+        run(kernel, Compiled(energy), x, 6), run(kernel, energy, x, 6), rtol=1e-9, atol=1e-9
+    )
 
 
-@pytest.mark.parametrize("kernel", [HMC(step_size=1.0, num_steps=1), NUTS(step_size=1.0, max_tree_depth=2)], ids=["hmc", "nuts"])
+@pytest.mark.parametrize(
+    "kernel",
+    [HMC(step_size=1.0, num_steps=1), NUTS(step_size=1.0, max_tree_depth=2)],
+    ids=["hmc", "nuts"],
+)
 def test_a_nan_row_in_a_compiled_block_touches_no_other(kernel: Kernel[Any]) -> None:
     x = torch.linspace(-1.4, 1.4, 16, dtype=torch.float64)
     energy = Fragile().double()
-    state, info = kernel.step(Compiled(energy), kernel.init(energy, x), torch.Generator().manual_seed(0))
+    state, info = kernel.step(
+        Compiled(energy), kernel.init(energy, x), torch.Generator().manual_seed(0)
+    )
     eager, expected = kernel.step(energy, kernel.init(energy, x), torch.Generator().manual_seed(0))
     assert info.diverging.any()
     assert torch.equal(info.diverging, expected.diverging)
@@ -120,17 +132,24 @@ def test_an_input_that_comes_twice_is_not_taken_for_one() -> None:
 
 
 @pytest.mark.parametrize(
-    ("energy", "reason"), [(Branching().double(), "data"), (Noisy().double(), "no random numbers, got aten.rand")]
+    ("energy", "reason"),
+    [(Branching().double(), "data"), (Noisy().double(), "no random numbers, got aten.rand")],
 )
-def test_what_cannot_be_compiled_says_so_and_runs_as_it_is(energy: Energy, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(RuntimeError, match=f"{type(energy).__name__} cannot be compiled .*{reason}"):
+def test_what_cannot_be_compiled_says_so_and_runs_as_it_is(
+    energy: Energy, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(
+        RuntimeError, match=f"{type(energy).__name__} cannot be compiled .*{reason}"
+    ):
         choose_compiled(energy, True, NUTS(), 4, 10)
     monkeypatch.setattr(pyroebm.core.compilation, "_COMPILE_SECONDS", 0.0)
     with pytest.warns(RuntimeWarning, match=r"cannot be compiled \(.*\) and runs as it is"):
         assert choose_compiled(energy, "auto", NUTS(), 4, 10) is energy
 
 
-def test_a_later_block_that_fails_stops_no_run_that_was_not_told_to_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_later_block_that_fails_stops_no_run_that_was_not_told_to_compile(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     energy, kernel = DoubleWell().double(), MALA(step_size=0.2)
     monkeypatch.setattr(pyroebm.core.compilation, "_COMPILE_SECONDS", 0.0)
     view = choose_compiled(energy, "auto", kernel, 4, 10)
@@ -141,7 +160,10 @@ def test_a_later_block_that_fails_stops_no_run_that_was_not_told_to_compile(monk
 
     monkeypatch.setattr(pyroebm.core.compilation, "compiled_call", broken)
     x = energy.initial(4, torch.Generator().manual_seed(0))
-    with pytest.warns(RuntimeWarning, match="DoubleWell cannot be compiled .ImportError: file too short. and runs as it is"):
+    with pytest.warns(
+        RuntimeWarning,
+        match="DoubleWell cannot be compiled .ImportError: file too short. and runs as it is",
+    ):
         draws = run(kernel, view, x, 3)
     torch.testing.assert_close(draws, run(kernel, energy, x, 3))
     with pytest.raises(RuntimeError, match="file too short"):
@@ -152,7 +174,9 @@ def test_without_a_compiler_it_runs_as_it_is_and_says_so(monkeypatch: pytest.Mon
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(RuntimeError, match=r"no C\+\+ compiler was found"):
         choose_compiled(DoubleWell(), True, NUTS(), 4, 10)
-    with pytest.raises(ValueError, match="compile must be True, False or \"auto\", got compile='yes'"):
+    with pytest.raises(
+        ValueError, match="compile must be True, False or \"auto\", got compile='yes'"
+    ):
         choose_compiled(DoubleWell(), "yes", NUTS(), 4, 10)  # type: ignore[arg-type]
 
 
@@ -165,8 +189,13 @@ def test_without_a_compiler_it_runs_as_it_is_and_says_so(monkeypatch: pytest.Mon
         (HMC(), 100_000, 10_000, True),
     ],
 )
-def test_auto_decides_from_shapes_and_planned_steps(kernel: Kernel, chains: int, steps: int, compiled: bool) -> None:
-    assert isinstance(choose_compiled(scales_gaussian(), "auto", kernel, chains, steps), Compiled) == compiled
+def test_auto_decides_from_shapes_and_planned_steps(
+    kernel: Kernel, chains: int, steps: int, compiled: bool
+) -> None:
+    assert (
+        isinstance(choose_compiled(scales_gaussian(), "auto", kernel, chains, steps), Compiled)
+        == compiled
+    )
 
 
 def test_mcmc_compiled_draws_what_it_draws_without_and_tells_the_choice() -> None:

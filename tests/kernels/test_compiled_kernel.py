@@ -1,4 +1,5 @@
-"""Compiled chains in training: the draws of eager ones, parameters as they are now, and no view of an energy that has changed."""
+"""Compiled chains in training: the draws of eager ones, parameters as they are now, and no view of
+an energy that has changed."""
 
 from __future__ import annotations
 
@@ -20,7 +21,9 @@ from pyroebm.objectives import ContrastiveDivergence, PersistentCD
 from pyroebm.objectives.contrastive import advance
 from pyroebm.training import fit
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="compiled blocks need a C++ compiler, and none is here")
+pytestmark = pytest.mark.skipif(
+    shutil.which("g++") is None, reason="compiled blocks need a C++ compiler, and none is here"
+)
 
 Trained = tuple[list[Tensor], Tensor]
 
@@ -28,11 +31,15 @@ Trained = tuple[list[Tensor], Tensor]
 class Net(Energy):
     """A small network with a quadratic floor; dropout shows which mode it is in."""
 
-    def __init__(self, support: constraints.Constraint = constraints.real, dropout: float = 0.0) -> None:
+    def __init__(
+        self, support: constraints.Constraint = constraints.real, dropout: float = 0.0
+    ) -> None:
         super().__init__((3,), support)
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            self.net = nn.Sequential(nn.Linear(3, 4), nn.SiLU(), nn.Dropout(dropout), nn.Linear(4, 1)).double()
+            self.net = nn.Sequential(
+                nn.Linear(3, 4), nn.SiLU(), nn.Dropout(dropout), nn.Linear(4, 1)
+            ).double()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x).squeeze(-1) + 0.5 * (x**2).sum(-1)
@@ -63,10 +70,15 @@ def trained(kernel: Kernel[Any], steps: int = 6) -> Trained:
     [(ULA(0.2), constraints.real), (MALA(0.2), constraints.real), (ULA(0.2), constraints.positive)],
     ids=["ula", "mala", "positive"],
 )
-def test_compiled_chains_draw_what_eager_ones_draw(kernel: Kernel[Any], support: constraints.Constraint) -> None:
-    """Six steps: a block of four and one of two; the energy is traced in eval mode, so that dropout is no random number."""
+def test_compiled_chains_draw_what_eager_ones_draw(
+    kernel: Kernel[Any], support: constraints.Constraint
+) -> None:
+    """Six steps: a block of four and one of two; the energy is traced in eval mode, so that dropout
+    is no random number."""
     energy = Net(support, dropout=0.5).train()
-    torch.testing.assert_close(moved(energy, CompiledKernel(kernel)), moved(energy, kernel), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        moved(energy, CompiledKernel(kernel)), moved(energy, kernel), rtol=1e-9, atol=1e-9
+    )
     assert energy.training
     assert all(p.requires_grad and p.grad is None for p in energy.parameters())
 
@@ -76,7 +88,9 @@ def test_a_row_that_is_not_finite_in_a_block_of_steps_touches_no_other() -> None
     x = torch.linspace(-1.4, 1.4, 16, dtype=torch.float64)
     first = kernel.init(energy, x)
     eager, rate = kernel.steps(energy, first, 8, torch.Generator().manual_seed(0))
-    state, compiled_rate = kernel.steps(Compiled(energy), first, 8, torch.Generator().manual_seed(0))
+    state, compiled_rate = kernel.steps(
+        Compiled(energy), first, 8, torch.Generator().manual_seed(0)
+    )
     assert 0 < int((rate < 1).sum()) < 16
     assert torch.equal(compiled_rate, rate)
     torch.testing.assert_close(state, eager)
@@ -87,7 +101,9 @@ def test_training_with_compiled_chains_is_training(monkeypatch: pytest.MonkeyPat
     made = []
     built = pyroebm.core.compilation.compiled_call
     monkeypatch.setattr(pyroebm.core.compilation, "_graphs", {})
-    monkeypatch.setattr(pyroebm.core.compilation, "compiled_call", lambda *args: made.append(1) or built(*args))
+    monkeypatch.setattr(
+        pyroebm.core.compilation, "compiled_call", lambda *args: made.append(1) or built(*args)
+    )
     kernel = CompiledKernel(ULA(0.2))
     torch.testing.assert_close(trained(kernel), trained(ULA(0.2)), rtol=1e-7, atol=1e-7)
     assert len(made) == 3  # the probe, four steps and two
@@ -105,7 +121,8 @@ def test_an_energy_that_moved_or_another_one_is_not_taken_for_the_one_before() -
 
 
 def test_auto_depends_on_plans_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few planned steps are not worth it, many are; two trainings of one plan are equal bit for bit."""
+    """Few planned steps are not worth it, many are; two trainings of one plan are equal bit for
+    bit."""
     seen = []
     choose = compiling.choose_compiled
 
@@ -134,7 +151,9 @@ def test_it_is_the_kernel_inside_to_whoever_asks() -> None:
     assert list(objective.parameters()) == []
     with pytest.raises(AttributeError, match="nothing"):
         kernel.nothing  # noqa: B018
-    with pytest.raises(ValueError, match="planned_steps must be an integer of at least 1, got planned_steps=0"):
+    with pytest.raises(
+        ValueError, match="planned_steps must be an integer of at least 1, got planned_steps=0"
+    ):
         CompiledKernel(ULA(0.2), planned_steps=0)
     with pytest.raises(ValueError, match=r"kernel must be one of pyroebm\.kernels, got float"):
         CompiledKernel(0.2)  # type: ignore[arg-type]

@@ -1,4 +1,5 @@
-"""Random walk, Barker, underdamped, microcanonical, ChEES and stochastic-gradient kernels: their own tests and mutants."""
+"""Random walk, Barker, underdamped, microcanonical, ChEES and stochastic-gradient kernels: their
+own tests and mutants."""
 
 from __future__ import annotations
 
@@ -48,7 +49,16 @@ from pyroebm.kernels.metric import metric_of
 from pyroebm.kernels.microcanonical import isokinetic_leapfrog, turn
 from pyroebm.targets import DoubleWell, Exponential, Gaussian, GaussianMixture, scales_gaussian
 
-MINE = ["random-walk", "barker", "underdamped", "metropolis-underdamped", "mclmc", "adjusted-mclmc", "chees", "sgld"]
+MINE = [
+    "random-walk",
+    "barker",
+    "underdamped",
+    "metropolis-underdamped",
+    "mclmc",
+    "adjusted-mclmc",
+    "chees",
+    "sgld",
+]
 EXACT = [name for name in MINE if KERNELS[name]().exact]
 
 
@@ -62,7 +72,8 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize("metric", ["diagonal", "dense", "low-rank"])
 @pytest.mark.parametrize("name", MINE)
 def test_every_metric_is_a_change_of_coordinates(name: str, metric: str) -> None:
-    """On N(0, A A') with that metric a chain is the image under A of one on N(0, I) with the identity."""
+    """On N(0, A A') with that metric a chain is the image under A of one on N(0, I) with the
+    identity."""
     scale = torch.tensor([0.01, 1.0, 50.0], dtype=torch.float64)
     vectors = torch.linalg.qr(normal(3, 1, seed=1)).Q
     inverse_mass: Any = {
@@ -83,7 +94,12 @@ def test_every_metric_is_a_change_of_coordinates(name: str, metric: str) -> None
 def test_chains_forget_where_they_started(name: str) -> None:
     means = torch.tensor([[-1.0, 0.0], [1.0, 0.0]], dtype=torch.float64)
     start = torch.full((4_000, 2), 3.0, dtype=torch.float64)
-    x = run(KERNELS[name](), GaussianMixture(means, scale=0.8), start, 60 if name in ("adjusted-mclmc", "chees") else 300)
+    x = run(
+        KERNELS[name](),
+        GaussianMixture(means, scale=0.8),
+        start,
+        60 if name in ("adjusted-mclmc", "chees") else 300,
+    )
     mean, se = mean_and_se(x)
     within_se(mean, np.zeros(2), se)
     square, se = mean_and_se(x**2)
@@ -93,7 +109,9 @@ def test_chains_forget_where_they_started(name: str) -> None:
 @pytest.mark.parametrize("name", [n for n in EXACT if n != "chees"])
 def test_warm_up_reaches_its_target(name: str) -> None:
     energy = scales_gaussian(5, dtype=torch.float64)
-    mcmc = MCMC(KERNELS[name](), num_samples=100, warmup_steps=400, num_chains=32, seed=0, progress=False)
+    mcmc = MCMC(
+        KERNELS[name](), num_samples=100, warmup_steps=400, num_chains=32, seed=0, progress=False
+    )
     mcmc.run(energy)
     target = mcmc.kernel.target_acceptance
     assert target is not None
@@ -103,7 +121,9 @@ def test_warm_up_reaches_its_target(name: str) -> None:
 @pytest.mark.parametrize("name", MINE)
 def test_stopped_and_resumed_is_the_same_as_never_stopped(name: str) -> None:
     energy = Normal((2,)).double()
-    make = lambda: MCMC(KERNELS[name](), num_samples=10, warmup_steps=70, num_chains=4, seed=3, progress=False)  # noqa: E731
+    make = lambda: MCMC(
+        KERNELS[name](), num_samples=10, warmup_steps=70, num_chains=4, seed=3, progress=False
+    )  # noqa: E731
     first, second = make(), make()
     first.run(energy)
     kept = first.state_dict()
@@ -130,11 +150,26 @@ def test_refreshing_draws_nothing_and_takes_the_new_energy(name: str) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: UnderdampedLangevin(friction=0.0), "friction must be positive and finite, got friction=0.0"),
-        (lambda: UnderdampedLangevin(temperature=math.inf), "temperature must be positive and finite"),
-        (lambda: MCLMC(decoherence_length=-1.0), "decoherence_length must be positive and finite, or None, got"),
-        (lambda: AdjustedMCLMC(trajectory_length=0.0), "trajectory_length must be positive and finite, or None, got"),
-        (lambda: ChEES(trajectory_length=math.nan), "trajectory_length must be positive and finite, got nan"),
+        (
+            lambda: UnderdampedLangevin(friction=0.0),
+            "friction must be positive and finite, got friction=0.0",
+        ),
+        (
+            lambda: UnderdampedLangevin(temperature=math.inf),
+            "temperature must be positive and finite",
+        ),
+        (
+            lambda: MCLMC(decoherence_length=-1.0),
+            "decoherence_length must be positive and finite, or None, got",
+        ),
+        (
+            lambda: AdjustedMCLMC(trajectory_length=0.0),
+            "trajectory_length must be positive and finite, or None, got",
+        ),
+        (
+            lambda: ChEES(trajectory_length=math.nan),
+            "trajectory_length must be positive and finite, got nan",
+        ),
         (lambda: ChEESAdaptation(learning_rate=0.0), "learning_rate must be positive"),
         (lambda: EnergyVarianceAdaptation(target=0.0), "target must be positive"),
         (lambda: StochasticGradientLangevin(decay=-1.0), "decay must be at least 0"),
@@ -153,10 +188,17 @@ def test_a_random_walk_needs_no_gradient() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return torch.where(x >= 0, torch.floor(x.detach()), torch.inf)
 
-    x = run(RandomWalk(step_size=2.0), Steps().double(), torch.full((20_000,), 0.5, dtype=torch.float64), 60)
+    x = run(
+        RandomWalk(step_size=2.0),
+        Steps().double(),
+        torch.full((20_000,), 0.5, dtype=torch.float64),
+        60,
+    )
     for k in range(3):
         inside = ((x >= k) & (x < k + 1)).double()
-        within_se(inside.mean(), math.exp(-k) * (1 - math.exp(-1)), inside.std() / math.sqrt(len(x)))
+        within_se(
+            inside.mean(), math.exp(-k) * (1 - math.exp(-1)), inside.std() / math.sqrt(len(x))
+        )
 
 
 def test_barker_comes_back_from_where_gradients_are_huge() -> None:
@@ -168,15 +210,26 @@ def test_barker_comes_back_from_where_gradients_are_huge() -> None:
 # Underdamped Langevin
 
 
-@pytest.mark.parametrize(("step_size", "friction", "temperature"), [(0.5, 1.0, 1.0), (1.5, 0.5, 1.0), (1.0, 1.0, 3.0)])
-def test_baoab_has_no_bias_in_the_positions_of_an_oscillator(step_size: float, friction: float, temperature: float) -> None:
-    """Its momenta have variance T (1 - eps^2 / 4), its positions T exactly (Leimkuhler and Matthews, 2013)."""
-    kernel, generator = UnderdampedLangevin(step_size, None, friction, temperature), torch.Generator().manual_seed(1)
+@pytest.mark.parametrize(
+    ("step_size", "friction", "temperature"), [(0.5, 1.0, 1.0), (1.5, 0.5, 1.0), (1.0, 1.0, 3.0)]
+)
+def test_baoab_has_no_bias_in_the_positions_of_an_oscillator(
+    step_size: float, friction: float, temperature: float
+) -> None:
+    """Its momenta have variance T (1 - eps^2 / 4), its positions T exactly (Leimkuhler and
+    Matthews, 2013)."""
+    kernel, generator = (
+        UnderdampedLangevin(step_size, None, friction, temperature),
+        torch.Generator().manual_seed(1),
+    )
     energy = Normal().double()
     state = kernel.init(energy, torch.full((40_000,), 3.0, dtype=torch.float64), generator)
     for _ in range(60):
         state, _ = kernel.step(energy, state, generator)
-    for what, values, truth in (("x", state.x, temperature), ("p", state.momentum[:, 0], temperature * (1 - step_size**2 / 4))):
+    for what, values, truth in (
+        ("x", state.x, temperature),
+        ("p", state.momentum[:, 0], temperature * (1 - step_size**2 / 4)),
+    ):
         mean, se = mean_and_se(values**2)
         within_se(mean, truth, se, what=what)
 
@@ -191,9 +244,10 @@ class Ripples(Energy):
 def baoab_law(eps: float) -> float:
     """E cos 3x under BAOAB at infinite friction, by quadrature.
 
-    With the momentum p drawn afresh at position y, the position is z = y + eps p / 2 at the end of a step and then
-    y' = 2 z - y - eps^2 E'(z) / 2 where the next momentum is drawn: y is a Markov chain whose density is that of z at the
-    solution of 2 z - eps^2 E'(z) / 2 = y + y', divided by the derivative of the left side.
+    With the momentum p drawn afresh at position y, the position is z = y + eps p / 2 at the end of
+    a step and then y' = 2 z - y - eps^2 E'(z) / 2 where the next momentum is drawn: y is a Markov
+    chain whose density is that of z at the solution of 2 z - eps^2 E'(z) / 2 = y + y', divided by
+    the derivative of the left side.
     """
     y = np.linspace(-7.0, 7.0, 561)
     z = np.linspace(-9.0, 9.0, 20_001)
@@ -217,8 +271,12 @@ def test_baoab_has_the_bias_that_quadrature_gives() -> None:
     truth = integrate.quad(lambda x: math.cos(3 * x) * weight(x), -9, 9, limit=200)[0] / whole
     sizes = (0.3, 0.25, 0.2)
     order = np.polyfit(np.log(sizes), np.log([abs(baoab_law(eps) - truth) for eps in sizes]), 1)[0]
-    assert 3.6 < order < 4.4, f"the bias falls with order {order}: at infinite friction the second in eps^2"
-    x = run(UnderdampedLangevin(step_size=0.5, friction=1e3), Ripples().double(), normal(100_000), 100)
+    assert 3.6 < order < 4.4, (
+        f"the bias falls with order {order}: at infinite friction the second in eps^2"
+    )
+    x = run(
+        UnderdampedLangevin(step_size=0.5, friction=1e3), Ripples().double(), normal(100_000), 100
+    )
     mean, se = mean_and_se(torch.cos(3 * x))
     assert abs(mean - truth) > 5 * se, "the bias must be seen, for the test to say something"
     within_se(mean, baoab_law(0.5), se)
@@ -237,7 +295,11 @@ def test_the_heat_of_the_bath_is_no_energy_error() -> None:
 
 
 def test_baoab_beyond_its_stability_refuses_and_says_so() -> None:
-    energy, kernel, generator = DoubleWell().double(), UnderdampedLangevin(step_size=1.0), torch.Generator().manual_seed(0)
+    energy, kernel, generator = (
+        DoubleWell().double(),
+        UnderdampedLangevin(step_size=1.0),
+        torch.Generator().manual_seed(0),
+    )
     state, diverged = kernel.init(energy, torch.ones(64, dtype=torch.float64), generator), 0
     for _ in range(50):
         state, info = kernel.step(energy, state, generator)
@@ -251,7 +313,10 @@ def test_baoab_beyond_its_stability_refuses_and_says_so() -> None:
 
 @pytest.mark.parametrize("dim", [2, 3, 7])
 def test_a_turn_solves_its_equation_and_knows_its_jacobian(dim: int) -> None:
-    u, force = torch.nn.functional.normalize(normal(1, dim, seed=dim), dim=1), 3.0 * normal(1, dim, seed=10)
+    u, force = (
+        torch.nn.functional.normalize(normal(1, dim, seed=dim), dim=1),
+        3.0 * normal(1, dim, seed=10),
+    )
     time = torch.tensor([[0.7]], dtype=torch.float64)
     turned, change = turn(u, force, time)
     f = force[0].numpy()
@@ -259,12 +324,16 @@ def test_a_turn_solves_its_equation_and_knows_its_jacobian(dim: int) -> None:
     def rate(_: float, y: np.ndarray) -> np.ndarray:
         return np.append((f - y[:-1] * (f @ y[:-1])) / (dim - 1), f @ y[:-1])
 
-    solved = integrate.solve_ivp(rate, (0.0, 0.7), np.append(u[0].numpy(), 0.0), rtol=1e-11, atol=1e-12).y[:, -1]
+    solved = integrate.solve_ivp(
+        rate, (0.0, 0.7), np.append(u[0].numpy(), 0.0), rtol=1e-11, atol=1e-12
+    ).y[:, -1]
     np.testing.assert_allclose(turned[0], solved[:-1], atol=1e-9)
     np.testing.assert_allclose(change, solved[-1:], atol=1e-9)
     jacobian = torch.func.jacrev(lambda v: turn(v[None], force, time)[0][0])(u[0])
     before, after = (torch.linalg.svd(v)[2][1:] for v in (u, turned))  # bases of the tangent spaces
-    torch.testing.assert_close(torch.linalg.det(after @ jacobian @ before.mT).abs().log(), -change[0])
+    torch.testing.assert_close(
+        torch.linalg.det(after @ jacobian @ before.mT).abs().log(), -change[0]
+    )
 
 
 def test_a_turn_under_no_force_and_under_a_huge_one() -> None:
@@ -272,16 +341,26 @@ def test_a_turn_under_no_force_and_under_a_huge_one() -> None:
     force = torch.tensor([[0.0, 0.0], [1e6, 0.0]], dtype=torch.float64)
     turned, change = turn(u, force, torch.ones(2, 1, dtype=torch.float64))
     torch.testing.assert_close(turned, torch.tensor([[0.6, 0.8], [1.0, 0.0]], dtype=torch.float64))
-    torch.testing.assert_close(change, torch.tensor([0.0, 1e6 + math.log(0.8)], dtype=torch.float64))
+    torch.testing.assert_close(
+        change, torch.tensor([0.0, 1e6 + math.log(0.8)], dtype=torch.float64)
+    )
 
 
 def test_isokinetic_leapfrog_is_of_second_order_and_reversible() -> None:
-    energy, q = Pair(DoubleWell().double()), torch.tensor([[-1.6, 0.4], [1.2, -1.0]], dtype=torch.float64)
-    metric, u = metric_of(torch.tensor([0.5, 2.0]), q), torch.nn.functional.normalize(normal(2, 2), dim=1)
+    energy, q = (
+        Pair(DoubleWell().double()),
+        torch.tensor([[-1.6, 0.4], [1.2, -1.0]], dtype=torch.float64),
+    )
+    metric, u = (
+        metric_of(torch.tensor([0.5, 2.0]), q),
+        torch.nn.functional.normalize(normal(2, 2), dim=1),
+    )
     start, grad = value_and_grad(energy, q)
 
     def flow(q: Tensor, u: Tensor, grad: Tensor, eps: float, steps: int) -> tuple[Tensor, ...]:
-        return isokinetic_leapfrog(energy, q, u, grad, torch.full((2, 1), eps, dtype=torch.float64), metric, steps)
+        return isokinetic_leapfrog(
+            energy, q, u, grad, torch.full((2, 1), eps, dtype=torch.float64), metric, steps
+        )
 
     sizes, errors = np.array([0.02, 0.01, 0.005]), []
     for eps in sizes:
@@ -299,7 +378,12 @@ def test_mclmc_is_biased_by_its_step_and_right_without() -> None:
     energy = Gaussian(torch.zeros(10, dtype=torch.float64))
     variance = {}
     for eps, steps in ((0.3, 40), (4.0, 40)):
-        x = run(MCLMC(step_size=eps), energy, energy.sample(10_000, torch.Generator().manual_seed(0)), steps)
+        x = run(
+            MCLMC(step_size=eps),
+            energy,
+            energy.sample(10_000, torch.Generator().manual_seed(0)),
+            steps,
+        )
         variance[eps] = mean_and_se((x**2).mean(1))
     within_se(variance[0.3][0], 1.0, variance[0.3][1])
     assert abs(variance[4.0][0] - 1.0) > 5 * variance[4.0][1]
@@ -328,14 +412,23 @@ def best_length(seed: int) -> float:
     """T plus half a step (the rounding up), as learned on N(0, I) at a small step."""
     energy = Gaussian(torch.zeros(5, dtype=torch.float64))
     plan = ChEESAdaptation(WindowAdaptation(target_acceptance=0.99, metric=False))
-    mcmc = MCMC(ChEES(), num_samples=1, warmup_steps=400, num_chains=64, seed=seed, adaptation=plan, progress=False)
+    mcmc = MCMC(
+        ChEES(),
+        num_samples=1,
+        warmup_steps=400,
+        num_chains=64,
+        seed=seed,
+        adaptation=plan,
+        progress=False,
+    )
     mcmc.run(energy)
     kernel: Any = mcmc.kernel
     return kernel.trajectory_length + 0.5 * kernel.step_size
 
 
 def assert_best_length() -> None:
-    """The criterion is d sin^2 t, by hand. Its mean over t in (0, T) is largest where tan 2T = 2T, at T = 2.2467."""
+    """The criterion is d sin^2 t, by hand. Its mean over t in (0, T) is largest where tan 2T = 2T,
+    at T = 2.2467."""
     mean, se = mean_and_se([best_length(seed) for seed in range(12)])
     within_se(mean, 2.2467, se)
     assert float(se) < 0.1, "the length must be learned well, for the test to say something"
@@ -380,7 +473,10 @@ def posterior(batch_size: int, total: int = 6) -> MinibatchEnergy:
 def assert_unbiased() -> None:
     """The mean over all 15 batches of two out of six."""
     energy, x = posterior(2), torch.tensor([[0.3], [-1.2]], dtype=torch.float64)
-    batches = [value_and_grad(energy.on(torch.tensor(pair)), x) for pair in itertools.combinations(range(6), 2)]
+    batches = [
+        value_and_grad(energy.on(torch.tensor(pair)), x)
+        for pair in itertools.combinations(range(6), 2)
+    ]
     assert len(batches) == 15
     for part, whole in zip(zip(*batches, strict=True), value_and_grad(energy, x), strict=True):
         torch.testing.assert_close(torch.stack(part).mean(0), whole)
@@ -388,7 +484,11 @@ def assert_unbiased() -> None:
 
 def test_minibatch_gradients_are_unbiased_and_every_datum_is_drawn_alike() -> None:
     assert_unbiased()
-    energy, generator, counts = posterior(2), torch.Generator().manual_seed(0), torch.zeros(6, dtype=torch.float64)
+    energy, generator, counts = (
+        posterior(2),
+        torch.Generator().manual_seed(0),
+        torch.zeros(6, dtype=torch.float64),
+    )
     for _ in range(3000):
         counts += torch.isin(energy.data, energy.subsample(generator).data)
     within_se(counts / 3000, np.full(6, 1 / 3), math.sqrt(2 / 9 / 3000))
@@ -399,14 +499,21 @@ def test_minibatches_are_found_inside_other_views() -> None:
     part = energy.subsample(torch.Generator().manual_seed(0))(x)
     extra = Gaussian(torch.zeros(1, dtype=torch.float64))
     views = [(0.5 * energy, 0.5 * part), (energy + extra, part + extra(x))]
-    for view, value in (*views, (Unconstrained(energy), part), (Compiled(Unconstrained(energy)), part)):
+    for view, value in (
+        *views,
+        (Unconstrained(energy), part),
+        (Compiled(Unconstrained(energy)), part),
+    ):
         torch.testing.assert_close(subsample(view, torch.Generator().manual_seed(0))(x), value)
-    with pytest.raises(ValueError, match="batch_size must be from 1 to the 6 rows of data, got batch_size=7"):
+    with pytest.raises(
+        ValueError, match="batch_size must be from 1 to the 6 rows of data, got batch_size=7"
+    ):
         posterior(7)
 
 
 def assert_sgld_theory() -> None:
-    """With e = eps^2 / 2, precision L and gradient noise of variance V: variance (2 e + e^2 V) / (1 - (1 - e L)^2)."""
+    """With e = eps^2 / 2, precision L and gradient noise of variance V: variance (2 e + e^2 V) / (1
+    - (1 - e L)^2)."""
     total, size, eps = 50, 5, 0.15
     energy = posterior(size, total)
     precision, spread = 1.0 + total, float(energy.data.var())
@@ -420,7 +527,8 @@ def assert_sgld_theory() -> None:
         state, _ = kernel.step(energy, state, generator)
         if step >= 200:
             kept.append(state.x[:, 0])
-    draws = torch.stack(kept)  # chains share their minibatches, so only stretches of time are independent
+    # chains share their minibatches, so only stretches of time are independent
+    draws = torch.stack(kept)
     for power, expected in ((1, 0.0), (2, truth)):
         blocks = ((draws - mean) ** power).reshape(40, -1).mean(1)
         within_se(blocks.mean(), expected, blocks.std() / math.sqrt(40), what=f"moment {power}")
@@ -436,7 +544,12 @@ def test_sgld_has_the_mean_and_the_variance_that_theory_gives() -> None:
 
 def test_sgld_at_a_small_step_samples_the_posterior() -> None:
     energy = posterior(50, 50)
-    draws = run(StochasticGradientLangevin(step_size=0.03), energy, torch.zeros(4000, 1, dtype=torch.float64), 200)[:, 0]
+    draws = run(
+        StochasticGradientLangevin(step_size=0.03),
+        energy,
+        torch.zeros(4000, 1, dtype=torch.float64),
+        200,
+    )[:, 0]
     square, se = mean_and_se((draws - float(energy.data.sum()) / 51) ** 2)
     within_se(square, 1 / 51 / (1 - 51 * 0.03**2 / 4), se)
 
@@ -450,13 +563,18 @@ def test_a_step_to_infinity_is_refused_where_the_energy_is_finite_too() -> None:
     energy, kernel = Cliff().double(), StochasticGradientLangevin(step_size=0.1)
     assert value_and_grad(energy, torch.zeros(1, dtype=torch.float64))[1].tolist() == [math.inf]
     state = kernel.init(energy, torch.ones(2, dtype=torch.float64))
-    state, info = kernel.step(energy, state._replace(x=torch.tensor([0.0, 2.0], dtype=torch.float64)))
+    state, info = kernel.step(
+        energy, state._replace(x=torch.tensor([0.0, 2.0], dtype=torch.float64))
+    )
     assert info.diverging.tolist() == [True, False]
     assert torch.isfinite(state.x).all()
 
 
 def test_the_step_decays_by_the_schedule() -> None:
-    energy, kernel = Normal((2,)).double(), StochasticGradientLangevin(step_size=0.4, decay=0.6, delay=10.0)
+    energy, kernel = (
+        Normal((2,)).double(),
+        StochasticGradientLangevin(step_size=0.4, decay=0.6, delay=10.0),
+    )
     state, sizes = kernel.init(energy, torch.zeros(3, 2, dtype=torch.float64)), []
     for _ in range(5):
         state, info = kernel.step(energy, state, torch.Generator().manual_seed(0))
@@ -466,12 +584,23 @@ def test_the_step_decays_by_the_schedule() -> None:
 
 def test_a_constrained_posterior_is_sampled_from_minibatches() -> None:
     data = torch.full((20,), 0.5)
-    energy = MinibatchEnergy(Exponential(), lambda rate, d: (rate.unsqueeze(-1) * d - rate.unsqueeze(-1).log()).sum(-1), data, 5)
+    energy = MinibatchEnergy(
+        Exponential(),
+        lambda rate, d: (rate.unsqueeze(-1) * d - rate.unsqueeze(-1).log()).sum(-1),
+        data,
+        5,
+    )
     mcmc = MCMC(
-        StochasticGradientLangevin(step_size=0.1), num_samples=300, warmup_steps=50, num_chains=50, seed=0, progress=False
+        StochasticGradientLangevin(step_size=0.1),
+        num_samples=300,
+        warmup_steps=50,
+        num_chains=50,
+        seed=0,
+        progress=False,
     )
     mcmc.run(energy)
-    assert abs(float(mcmc.get_samples()["x"].mean()) - 21 / 11) < 0.1  # the posterior is Gamma(21, 11)
+    # the posterior is Gamma(21, 11)
+    assert abs(float(mcmc.get_samples()["x"].mean()) - 21 / 11) < 0.1
 
 
 # Mutants: each is a plausible mistake, and a test above must see it
@@ -484,7 +613,11 @@ def test_mutant_barker_without_its_ratio_is_caught(monkeypatch: pytest.MonkeyPat
 
 
 def test_mutant_random_walk_that_climbs_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(random_walk, "metropolis", lambda old, new, error, *rest: metropolis(old, new, -error, *rest))
+    monkeypatch.setattr(
+        random_walk,
+        "metropolis",
+        lambda old, new, error, *rest: metropolis(old, new, -error, *rest),
+    )
     with pytest.raises(AssertionError):
         assert_unchanged(KERNELS["random-walk"](), DoubleWell().double())
 
@@ -505,17 +638,25 @@ def test_mutant_rejection_that_goes_straight_on_is_caught(monkeypatch: pytest.Mo
         lambda: test_baoab_has_no_bias_in_the_positions_of_an_oscillator(0.5, 1.0, 1.0),
     ],
 )
-def test_mutant_refreshment_with_the_wrong_noise_is_caught(check: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(p: Tensor, time: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
+def test_mutant_refreshment_with_the_wrong_noise_is_caught(
+    check: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(
+        p: Tensor, time: Tensor, temperature: float, generator: torch.Generator | None
+    ) -> Tensor:
         keep = torch.exp(-time)
-        return keep * p + torch.sqrt(temperature * (1 - keep)) * torch.randn(p.shape, generator=generator, dtype=p.dtype)
+        return keep * p + torch.sqrt(temperature * (1 - keep)) * torch.randn(
+            p.shape, generator=generator, dtype=p.dtype
+        )
 
     monkeypatch.setattr(underdamped, "partial_refreshment", wrong)
     with pytest.raises(AssertionError):
         check()
 
 
-def test_mutant_microcanonical_step_without_its_jacobian_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mutant_microcanonical_step_without_its_jacobian_is_caught(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def forgetful(*args: Any) -> tuple[Tensor, ...]:
         *rest, change = isokinetic_leapfrog(*args)
         return *rest, 0.0 * change
@@ -533,7 +674,9 @@ def test_mutant_chees_that_descends_is_caught(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_mutant_minibatch_of_the_wrong_size_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(MinibatchEnergy, "forward", lambda self, x: self.prior(x) + self.loss(x, self.data))
+    monkeypatch.setattr(
+        MinibatchEnergy, "forward", lambda self, x: self.prior(x) + self.loss(x, self.data)
+    )
     for check in (assert_unbiased, assert_sgld_theory):
         with pytest.raises(AssertionError):
             check()

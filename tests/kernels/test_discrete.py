@@ -1,4 +1,5 @@
-"""Kernels on discrete supports against one contract, and against every state of small systems, enumerated."""
+"""Kernels on discrete supports against one contract, and against every state of small systems,
+enumerated."""
 
 from __future__ import annotations
 
@@ -27,7 +28,19 @@ from lib.discrete_cases import (
 from torch import Tensor
 from torch.distributions import Bernoulli, Distribution, Independent, constraints
 
-from pyroebm import DMALA, DULA, MCMC, NUTS, BlockGibbs, Energy, Gibbs, GibbsWithGradients, Kernel, PyroKernel, value_and_grad
+from pyroebm import (
+    DMALA,
+    DULA,
+    MCMC,
+    NUTS,
+    BlockGibbs,
+    Energy,
+    Gibbs,
+    GibbsWithGradients,
+    Kernel,
+    PyroKernel,
+    value_and_grad,
+)
 from pyroebm.core import Relaxed
 from pyroebm.core.rng import drawing_from
 from pyroebm.core.supports import inside, site_values
@@ -43,10 +56,17 @@ class Fragile(Bipartite):
     """NaN in part of the space."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) + torch.where(x.flatten(-len(self.event_shape))[..., 0] > 0.5, torch.nan, 0.0)
+        return super().forward(x) + torch.where(
+            x.flatten(-len(self.event_shape))[..., 0] > 0.5, torch.nan, 0.0
+        )
 
 
-CASES = [(name, space) for name in DISCRETE for space in SPACES if (name, space) != ("block-gibbs", "integers")]
+CASES = [
+    (name, space)
+    for name in DISCRETE
+    for space in SPACES
+    if (name, space) != ("block-gibbs", "integers")
+]
 EXACT_CASES = [(name, space) for name, space in CASES if name in EXACT and space != "spin-grid"]
 
 
@@ -56,7 +76,11 @@ EXACT_CASES = [(name, space) for name, space in CASES if name in EXACT and space
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("name", "space"), CASES)
 def test_step_keeps_shapes_types_and_support(name: str, space: str, dtype: torch.dtype) -> None:
-    energy, kernel, generator = build(name, space).to(dtype), DISCRETE[name](), torch.Generator().manual_seed(0)
+    energy, kernel, generator = (
+        build(name, space).to(dtype),
+        DISCRETE[name](),
+        torch.Generator().manual_seed(0),
+    )
     state = kernel.init(energy, energy.initial(6, generator), generator)
     new, info = kernel.step(energy, state, generator)
     assert new.x.shape == (6, *energy.event_shape)
@@ -115,7 +139,9 @@ def test_bad_starts_are_refused_at_the_front_door(name: str) -> None:
     x = energy.initial(3)
     outside = x.clone()
     outside[1, 2] = 0.5
-    with pytest.raises(ValueError, match=r"x must lie in support=.*: 1 of 3 rows do not, the first is row 1"):
+    with pytest.raises(
+        ValueError, match=r"x must lie in support=.*: 1 of 3 rows do not, the first is row 1"
+    ):
         kernel.init(energy, outside)
     with pytest.raises(ValueError, match=r"float64.*float32"):
         kernel.init(energy, x.float())
@@ -131,10 +157,24 @@ def test_bad_starts_are_refused_at_the_front_door(name: str) -> None:
     ("make", "message"),
     [
         (lambda: Gibbs(scan="both"), 'scan must be "systematic" or "random", got scan=\'both\''),
-        (lambda: DULA(step_size=0.0), "DULA: step_size must be positive and finite, got step_size=0.0"),
-        (lambda: DMALA(step_size=torch.tensor([1.0, math.nan])), "DMALA: step_size must be positive"),
-        (lambda: BlockGibbs().init(Pairwise("bits"), torch.zeros(1, 6).double()), "attribute blocks .* Pairwise has none"),
-        (lambda: DMALA(step_size=torch.ones(2)).init(Pairwise("bits"), torch.zeros(3, 6).double()), None),
+        (
+            lambda: DULA(step_size=0.0),
+            "DULA: step_size must be positive and finite, got step_size=0.0",
+        ),
+        (
+            lambda: DMALA(step_size=torch.tensor([1.0, math.nan])),
+            "DMALA: step_size must be positive",
+        ),
+        (
+            lambda: BlockGibbs().init(Pairwise("bits"), torch.zeros(1, 6).double()),
+            "attribute blocks .* Pairwise has none",
+        ),
+        (
+            lambda: DMALA(step_size=torch.ones(2)).init(
+                Pairwise("bits"), torch.zeros(3, 6).double()
+            ),
+            None,
+        ),
     ],
 )
 def test_bad_settings_are_refused(make: Callable[[], Any], message: str | None) -> None:
@@ -155,7 +195,9 @@ def test_site_values_and_their_errors() -> None:
         assert site_values(support, shape, torch.float64, torch.device("cpu")).tolist() == values
     with pytest.raises(ValueError, match="no table of the values of one site"):
         Gibbs().init(Energy((2,), constraints.nonnegative_integer), torch.zeros(1, 2))
-    with pytest.raises(ValueError, match=r"at least two values, but support=.* with event_shape \(2, 1\) has one"):
+    with pytest.raises(
+        ValueError, match=r"at least two values, but support=.* with event_shape \(2, 1\) has one"
+    ):
         Gibbs().init(Energy((2, 1), constraints.one_hot), torch.ones(1, 2, 1))
 
 
@@ -164,13 +206,18 @@ def test_blocks_are_checked() -> None:
     x = energy.initial(2)
     energy.blocks = {"first": slice(0, 4), "second": slice(3, 6)}
     with pytest.raises(
-        ValueError, match=r"cover each entry of an event once, got \['first', 'second'\] covering entry 3 2 times"
+        ValueError,
+        match=r"cover each entry of an event once, got \['first', 'second'\] covering entry 3 2"
+        r" times",
     ):
         BlockGibbs().init(energy, x)
     energy.blocks = {"first": slice(0, 3), "second": slice(3, 6)}
     state = BlockGibbs().init(energy, x)
     energy.conditional = lambda block, x: Independent(Bernoulli(torch.full((2, 2), 0.5)), 1)  # type: ignore[method-assign]
-    with pytest.raises(ValueError, match=r"conditional\('first', x\) must draw 3 entries for each of 2 chains, got .* \(2, 2\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"conditional\('first', x\) must draw 3 entries for each of 2 chains, got .* \(2, 2\)",
+    ):
         BlockGibbs().step(energy, state)
 
 
@@ -180,7 +227,9 @@ def test_an_energy_cut_off_from_x_is_refused_by_name() -> None:
             return super().forward(x.detach())
 
     energy = Counted("bits")
-    with pytest.raises(ValueError, match=r"Counted.forward\(x\) does not depend on x through autograd"):
+    with pytest.raises(
+        ValueError, match=r"Counted.forward\(x\) does not depend on x through autograd"
+    ):
         MCMC(GibbsWithGradients(), 1, 0).run(energy)
     assert run(Gibbs(), energy, energy.initial(2), 1).shape == (2, 6)
 
@@ -226,7 +275,11 @@ def test_exact_draws_stay_exact(name: str, space: str) -> None:
 
 @pytest.mark.parametrize(("name", "space"), EXACT_CASES)
 def test_chains_forget_where_they_started(name: str, space: str) -> None:
-    assert_forgets(DISCRETE[name](), build(name, space), 60 if name in ("gibbs-with-gradients", "dmala") else 20)
+    assert_forgets(
+        DISCRETE[name](),
+        build(name, space),
+        60 if name in ("gibbs-with-gradients", "dmala") else 20,
+    )
 
 
 def proposal(energy: Pairwise, name: str, step_size: float) -> Tensor:
@@ -234,12 +287,15 @@ def proposal(energy: Pairwise, name: str, step_size: float) -> Tensor:
     x = energy.states().flatten(1)
     width = len(energy.values[0])
     change = x.unsqueeze(0) - x.unsqueeze(1)  # [from, to]
-    grad = torch.stack([torch.func.grad(lambda s: energy(s.reshape(energy.event_shape)))(s) for s in x])
+    grad = torch.stack(
+        [torch.func.grad(lambda s: energy(s.reshape(energy.event_shape)))(s) for s in x]
+    )
     half = -0.5 * (change * grad.unsqueeze(1)).sum(2)
     if name == "gwg":
         moved = (change.unflatten(2, (-1, width)) != 0).any(3).sum(2)
         return torch.softmax(torch.where(moved == 1, half, -torch.inf), 1)
-    return torch.softmax(half - (change**2).sum(2) / (2 * step_size**2), 1)  # a product over sites, normalised over all states
+    # a product over sites, normalised over all states
+    return torch.softmax(half - (change**2).sum(2) / (2 * step_size**2), 1)
 
 
 def metropolised(energy: Pairwise, q: Tensor) -> Tensor:
@@ -255,7 +311,11 @@ def test_one_step_has_the_transition_probabilities_of_the_paper(name: str, space
     energy = Pairwise(space)
     q = proposal(energy, name, 0.8)
     matrix = q if name == "dula" else metropolised(energy, q)
-    kernel = {"gwg": GibbsWithGradients(), "dula": DULA(step_size=0.8), "dmala": DMALA(step_size=0.8)}[name]
+    kernel = {
+        "gwg": GibbsWithGradients(),
+        "dula": DULA(step_size=0.8),
+        "dmala": DMALA(step_size=0.8),
+    }[name]
     for start in (0, 5, len(q) - 1):
         x = energy.states()[start].expand(10_000, *energy.event_shape)
         assert_law(energy, run(kernel, energy, x, 1, seed=start), matrix[start])
@@ -267,7 +327,11 @@ def test_dula_has_the_bias_of_its_step_and_less_with_a_smaller_one() -> None:
         matrix = proposal(energy, "dula", step_size)
         stationary = torch.linalg.matrix_power(matrix, 100_000)[0]
         far.append(0.5 * float((stationary - law(energy)).abs().sum()))
-        assert_law(energy, run(DULA(step_size=step_size), energy, draws(energy, stationary, 20_000, 3), 3), stationary)
+        assert_law(
+            energy,
+            run(DULA(step_size=step_size), energy, draws(energy, stationary, 20_000, 3), 3),
+            stationary,
+        )
     assert far == sorted(far, reverse=True)
     assert far[0] > 0.1, f"total variation {far}"
     assert far[-1] < 0.05, f"total variation {far}"
@@ -305,12 +369,18 @@ def test_random_scan_draws_the_site_of_each_chain() -> None:
 
 def test_mutant_gwg_without_the_reverse_proposal_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = discrete.metropolis
-    monkeypatch.setattr(discrete, "metropolis", lambda old, new, log_q, g: whole(old, new, torch.zeros_like(log_q), g))
+    monkeypatch.setattr(
+        discrete,
+        "metropolis",
+        lambda old, new, log_q, g: whole(old, new, torch.zeros_like(log_q), g),
+    )
     with pytest.raises(AssertionError):
         assert_stationary(GibbsWithGradients(), Pairwise("bits"))
 
 
-def test_mutant_gwg_with_the_reverse_proposal_at_the_old_state_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mutant_gwg_with_the_reverse_proposal_at_the_old_state_is_caught(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     true, calls = discrete.change_logits, []
 
     def stale(q: Tensor, grad: Tensor, values: Tensor) -> Tensor:
@@ -329,12 +399,18 @@ def test_mutant_dmala_without_metropolis_is_caught() -> None:
 
 def test_mutant_dmala_without_its_proposal_ratio_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = discrete.metropolis
-    monkeypatch.setattr(discrete, "metropolis", lambda old, new, log_q, g: whole(old, new, torch.zeros_like(log_q), g))
+    monkeypatch.setattr(
+        discrete,
+        "metropolis",
+        lambda old, new, log_q, g: whole(old, new, torch.zeros_like(log_q), g),
+    )
     with pytest.raises(AssertionError):
         assert_stationary(DMALA(step_size=1.0), Pairwise("bits"))
 
 
-def test_mutant_gibbs_that_updates_all_sites_at_once_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mutant_gibbs_that_updates_all_sites_at_once_is_caught(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     true, seen = gibbs.conditional_logits, []
 
     def stale(energy: Energy, x: Tensor, site: Tensor, values: Tensor) -> Tensor:
@@ -349,7 +425,9 @@ def test_mutant_gibbs_that_updates_all_sites_at_once_is_caught(monkeypatch: pyte
 
 def test_mutant_sweep_that_skips_the_last_site_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     true = Gibbs._order
-    monkeypatch.setattr(Gibbs, "_order", lambda self, noise, g: true(self, noise, g).clamp(max=noise.shape[1] - 2))
+    monkeypatch.setattr(
+        Gibbs, "_order", lambda self, noise, g: true(self, noise, g).clamp(max=noise.shape[1] - 2)
+    )
     with pytest.raises(AssertionError):
         assert_forgets(Gibbs(), Pairwise("bits"), 20)
 
@@ -368,12 +446,21 @@ def test_mutant_blocks_drawn_from_a_stale_state_are_caught() -> None:
 
 
 LATTICES: dict[str, Callable[[], Ising | Potts]] = {
-    "torus": lambda: Ising((4, 4), 0.3, torch.linspace(-1, 1, 16).reshape(4, 4), dtype=torch.float64),
+    "torus": lambda: Ising(
+        (4, 4), 0.3, torch.linspace(-1, 1, 16).reshape(4, 4), dtype=torch.float64
+    ),
     "odd-torus": lambda: Ising((3, 5), -0.4, 0.2, dtype=torch.float64),
     "open": lambda: Ising((2, 3), 0.7, -0.3, periodic=False, dtype=torch.float64),
     "chain": lambda: Ising((5,), 0.7, -0.3, periodic=False, dtype=torch.float64),
     "potts-ring": lambda: Potts((4,), 3, 0.8, torch.tensor([0.1, 0.2, -0.4]), dtype=torch.float64),
-    "potts": lambda: Potts((2, 3), 4, -0.8, torch.linspace(-1, 1, 24).reshape(2, 3, 4), periodic=False, dtype=torch.float64),
+    "potts": lambda: Potts(
+        (2, 3),
+        4,
+        -0.8,
+        torch.linspace(-1, 1, 24).reshape(2, 3, 4),
+        periodic=False,
+        dtype=torch.float64,
+    ),
 }
 
 
@@ -397,12 +484,19 @@ def test_block_conditionals_are_those_of_the_energy(name: str) -> None:
     x = energy.initial(20, torch.Generator().manual_seed(0))
     for block, index in energy.blocks.items():
         conditional = energy.conditional(block, x)
-        old, new = x.flatten(1)[:, index].reshape(20, *conditional.event_shape), conditional.sample()
+        old, new = (
+            x.flatten(1)[:, index].reshape(20, *conditional.event_shape),
+            conditional.sample(),
+        )
         moved = x.flatten(1).clone()
         moved[:, index] = new.flatten(1)
         moved = moved.reshape(x.shape)
-        torch.testing.assert_close(conditional.log_prob(new) - conditional.log_prob(old), energy(x) - energy(moved))
-        torch.testing.assert_close(energy.conditional(block, moved).log_prob(new), conditional.log_prob(new))
+        torch.testing.assert_close(
+            conditional.log_prob(new) - conditional.log_prob(old), energy(x) - energy(moved)
+        )
+        torch.testing.assert_close(
+            energy.conditional(block, moved).log_prob(new), conditional.log_prob(new)
+        )
 
 
 def test_a_site_hook_of_the_wrong_shape_is_refused() -> None:
@@ -410,7 +504,10 @@ def test_a_site_hook_of_the_wrong_shape_is_refused() -> None:
         def site_logits(self, x: Tensor, site: Tensor) -> Tensor:
             return torch.zeros(len(x), 3)
 
-    with pytest.raises(ValueError, match=r"Wrong.site_logits must return shape \(chains, values\) = \(4, 2\), got \(4, 3\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"Wrong.site_logits must return shape \(chains, values\) = \(4, 2\), got \(4, 3\)",
+    ):
         run(Gibbs(), Wrong("bits"), torch.zeros(4, 6, dtype=torch.float64), 1)
 
 
@@ -421,13 +518,21 @@ def ising_states() -> Tensor:
 
 @pytest.mark.parametrize(
     ("kernel", "steps"),
-    [(Gibbs(), 30), (Gibbs("random"), 60), (BlockGibbs(), 50), (GibbsWithGradients(), 400), (DMALA(1.2), 250)],
+    [
+        (Gibbs(), 30),
+        (Gibbs("random"), 60),
+        (BlockGibbs(), 50),
+        (GibbsWithGradients(), 400),
+        (DMALA(1.2), 250),
+    ],
 )
 def test_ising_moments_are_those_of_all_states(kernel: Kernel[Any], steps: int) -> None:
     energy = Ising((4, 4), coupling=0.25, field=0.05, dtype=torch.float64)
     states = ising_states()
     p = torch.softmax(-energy(states), 0)
-    torch.testing.assert_close(torch.logsumexp(-energy(states), 0), torch.tensor(energy.log_z, dtype=torch.float64))
+    torch.testing.assert_close(
+        torch.logsumexp(-energy(states), 0), torch.tensor(energy.log_z, dtype=torch.float64)
+    )
     x = run(kernel, energy, energy.initial(1_000, torch.Generator().manual_seed(1)), steps)
     for what, f in (
         ("energy", energy),
@@ -438,15 +543,17 @@ def test_ising_moments_are_those_of_all_states(kernel: Kernel[Any], steps: int) 
         ("neighbours", lambda s: s[:, 0, 0] * s[:, 1, 0]),
     ):
         values = f(x)
-        within_se(values.mean(), (p * f(states)).sum(), values.std() / math.sqrt(len(values)), what=what)
+        within_se(
+            values.mean(), (p * f(states)).sum(), values.std() / math.sqrt(len(values)), what=what
+        )
 
 
 # Warm-up and the driver
 
 
 def test_dmala_warms_up_to_its_target_without_a_metric() -> None:
-    """From hot starts, where steps of every size are accepted: a search by doubling once began at 1e14. Of 30 short warm-ups the
-    mean is .551, with a standard deviation of .016."""
+    """From hot starts, where steps of every size are accepted: a search by doubling once began at
+    1e14. Of 30 short warm-ups the mean is .551, with a standard deviation of .016."""
     energy, rates = Ising((6, 6), 0.3, dtype=torch.float64), []
     for seed in range(8):
         generator = torch.Generator().manual_seed(seed)
@@ -473,7 +580,8 @@ def test_mcmc_runs_reports_and_resumes(name: str) -> None:
     energy = Ising((2, 3), coupling=0.2, periodic=False, dtype=torch.float64)
     settings: dict[str, Any] = {"num_samples": 60, "warmup_steps": 80, "num_chains": 8, "seed": 0}
     kernel = DISCRETE[name]()
-    kernel = kernel.replace(step_size=1.0) if name == "dula" else kernel  # with its own, chains stand still for 60 steps
+    # with its own, chains stand still for 60 steps
+    kernel = kernel.replace(step_size=1.0) if name == "dula" else kernel
     mcmc = MCMC(kernel, **settings)
     mcmc.run(energy)
     x = mcmc.get_samples(group_by_chain=True)["x"]
@@ -495,7 +603,9 @@ def test_mcmc_runs_reports_and_resumes(name: str) -> None:
 
 def test_mcmc_of_entries_that_never_move_says_so() -> None:
     mcmc = MCMC(Gibbs(), 50, 10, 4, seed=0)
-    mcmc.run(Ising((2, 3), coupling=0.0, field=torch.tensor([[50.0, 0, 0], [0, 0, 0]]), periodic=False))
+    mcmc.run(
+        Ising((2, 3), coupling=0.0, field=torch.tensor([[50.0, 0, 0], [0, 0, 0]]), periodic=False)
+    )
     assert "an entry that never moved" in str(mcmc.verdict())
     r_hat = mcmc.diagnostics()["x"]["r_hat"]
     assert r_hat.isnan().sum() == 1
@@ -507,7 +617,9 @@ def test_mcmc_refuses_what_does_not_fit() -> None:
         MCMC(NUTS(), 1, 0).run(Ising((3, 3)))
     with pytest.raises(ValueError, match="Gibbs moves on discrete supports"):
         MCMC(Gibbs(), 1, 0).run(DoubleWell())
-    with pytest.raises(ValueError, match=r"initial must lie in support=.*: 1 of 2 rows do not, the first is row 1"):
+    with pytest.raises(
+        ValueError, match=r"initial must lie in support=.*: 1 of 2 rows do not, the first is row 1"
+    ):
         MCMC(Gibbs(), 1, 0, 2).run(Ising((3,)), torch.tensor([[1.0, 1.0, -1.0], [0.0, 1.0, -1.0]]))
     with pytest.raises(ValueError, match="Ising has none"):
         MCMC(BlockGibbs(), 1, 0).run(Ising((3, 3)))
@@ -515,7 +627,9 @@ def test_mcmc_refuses_what_does_not_fit() -> None:
 
 def test_a_discrete_kernel_runs_under_pyro() -> None:
     pyro.set_rng_seed(0)
-    mcmc = pyro.infer.MCMC(PyroKernel(Gibbs(), Ising((3,))), num_samples=20, warmup_steps=5, disable_progbar=True)
+    mcmc = pyro.infer.MCMC(
+        PyroKernel(Gibbs(), Ising((3,))), num_samples=20, warmup_steps=5, disable_progbar=True
+    )
     mcmc.run()
     assert mcmc.get_samples()["x"].shape == (20, 3)
 

@@ -1,4 +1,5 @@
-"""Independent proposals and jumps: modes far apart, redundant latents, warm-up, mutants; the contract is in test_kernels.py."""
+"""Independent proposals and jumps: modes far apart, redundant latents, warm-up, mutants; the
+contract is in test_kernels.py."""
 
 from __future__ import annotations
 
@@ -38,7 +39,9 @@ def left_mass(kernel: Kernel, energy: Energy, steps: int = 60) -> tuple[Tensor, 
     return share.mean(), share.std() / 512**0.5
 
 
-MIXTURE = GaussianMixture([[-5.0, 0.0], [5.0, 0.0]], scale=[1.0, 0.7], weights=[0.7, 0.3], dtype=torch.float64)
+MIXTURE = GaussianMixture(
+    [[-5.0, 0.0], [5.0, 0.0]], scale=[1.0, 0.7], weights=[0.7, 0.3], dtype=torch.float64
+)
 KERNELS = {
     "independence": lambda: IndependenceMetropolis(broad(2, 5.0)),
     "jumps": lambda: Jumps(HMC(0.4, num_steps=3), broad(2, 5.0), every=3),
@@ -58,10 +61,14 @@ def _with_truth(found: tuple[Tensor, Tensor]) -> tuple[Tensor, float, Tensor]:
 class _NoDensity(IndependenceMetropolis):
     """Forgets q: accepts by energies alone."""
 
-    def step(self, energy: Energy, state: IndependenceState, generator: torch.Generator | None = None) -> tuple:
+    def step(
+        self, energy: Energy, state: IndependenceState, generator: torch.Generator | None = None
+    ) -> tuple:
         flat = state._replace(log_q=torch.zeros_like(state.log_q))
         proposal, push = self.proposal, self.proposal.push
-        blind = type("Blind", (), {"draw_noise": proposal.draw_noise, "log_prob": proposal.log_prob})()
+        blind = type(
+            "Blind", (), {"draw_noise": proposal.draw_noise, "log_prob": proposal.log_prob}
+        )()
         blind.push = lambda z: (push(z)[0], torch.zeros(len(z)))
         return IndependenceMetropolis(blind).step(energy, flat, generator)
 
@@ -69,8 +76,12 @@ class _NoDensity(IndependenceMetropolis):
 class _NoRatio(IndependenceMetropolis):
     """Takes whatever is proposed."""
 
-    def step(self, energy: Energy, state: IndependenceState, generator: torch.Generator | None = None) -> tuple:
-        new, info = super().step(energy, state._replace(energy=torch.full_like(state.energy, 1e3)), generator)
+    def step(
+        self, energy: Energy, state: IndependenceState, generator: torch.Generator | None = None
+    ) -> tuple:
+        new, info = super().step(
+            energy, state._replace(energy=torch.full_like(state.energy, 1e3)), generator
+        )
         return new, info
 
 
@@ -88,8 +99,11 @@ def test_redundant_latents_move_on_the_extended_energy() -> None:
             parameter += 0.1 * torch.randn(parameter.shape, generator=problem_generator(4))
     flow.requires_grad_(False)
     extended = flow.extend(energy)
-    # A chain that no jump reaches keeps its well, so the means of chains are skewed: many chains, of few steps each
-    state = (kernel := Jumps(HMC(0.2, num_steps=4), flow, every=2)).init(extended, extended.sample(4096, seeded(5)))
+    # A chain that no jump reaches keeps its well, so the means of chains are skewed: many chains,
+    # of few steps each
+    state = (kernel := Jumps(HMC(0.2, num_steps=4), flow, every=2)).init(
+        extended, extended.sample(4096, seeded(5))
+    )
     generator, seen = seeded(6), []
     for _ in range(20):
         state, _ = kernel.step(extended, state, generator)
@@ -113,8 +127,14 @@ def test_warm_up_tunes_the_local_kernel() -> None:
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda: IndependenceMetropolis(torch.nn.Identity()), "proposal must have draw_noise, push and log_prob"),
-        (lambda: Jumps(HMC(), broad(2, 1.0), every=0), "every must be an integer of at least 1, got every=0"),
+        (
+            lambda: IndependenceMetropolis(torch.nn.Identity()),
+            "proposal must have draw_noise, push and log_prob",
+        ),
+        (
+            lambda: Jumps(HMC(), broad(2, 1.0), every=0),
+            "every must be an integer of at least 1, got every=0",
+        ),
         (lambda: Jumps(ChEES(), broad(2, 1.0)), "tuned by its step size"),
         (lambda: Jumps(Gibbs(), broad(2, 1.0)), "tuned by its step size"),
     ],

@@ -1,4 +1,5 @@
-"""Every kernel against one contract; the exact ones must leave exact draws unchanged, and broken ones must be caught."""
+"""Every kernel against one contract; the exact ones must leave exact draws unchanged, and broken
+ones must be caught."""
 
 from __future__ import annotations
 
@@ -55,7 +56,9 @@ def test_step_keeps_shapes_and_types(name: str, dtype: torch.dtype, event: tuple
     energy = Normal(event).to(dtype)
     kernel, generator = build(name, event), torch.Generator().manual_seed(0)
     if math.prod(event) < kernel.least_dim:
-        with pytest.raises(ValueError, match=r"needs events of at least 2 entries, but Normal has event_shape \(\)"):
+        with pytest.raises(
+            ValueError, match=r"needs events of at least 2 entries, but Normal has event_shape \(\)"
+        ):
             kernel.init(energy, energy.initial(6, generator), generator)
         return
     state = kernel.init(energy, energy.initial(6, generator), generator)
@@ -86,7 +89,10 @@ def test_same_seed_same_step_and_no_global_randomness(name: str) -> None:
 @pytest.mark.parametrize("name", KERNELS)
 def test_rows_are_independent(name: str) -> None:
     """Changing where one chain starts changes no other chain, however long its trajectories get."""
-    energy = Gaussian(torch.zeros(2, dtype=torch.float64), torch.tensor([[2.0, 0.6], [0.6, 1.0]], dtype=torch.float64))
+    energy = Gaussian(
+        torch.zeros(2, dtype=torch.float64),
+        torch.tensor([[2.0, 0.6], [0.6, 1.0]], dtype=torch.float64),
+    )
     x = torch.randn(8, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     moved = x.clone()
     moved[3] = torch.tensor([30.0, -40.0])
@@ -124,7 +130,9 @@ def test_a_nan_rejects_its_row_counts_it_and_touches_no_other(name: str) -> None
 def test_bad_starts_are_refused_at_the_front_door(name: str) -> None:
     kernel, energy = KERNELS[name](), fitted(name, DoubleWell().double())
     with pytest.raises(ValueError, match=r"1 of 3 rows of x are not, the first is row 1"):
-        kernel.init(energy, events(energy, torch.tensor([0.0, torch.nan, 1.0], dtype=torch.float64)))
+        kernel.init(
+            energy, events(energy, torch.tensor([0.0, torch.nan, 1.0], dtype=torch.float64))
+        )
     with pytest.raises(ValueError, match=r"float64.*float32"):
         kernel.init(energy, torch.zeros(3, *energy.event_shape))
     with pytest.raises(ValueError, match=r"\(chains, \*event_shape\)"):
@@ -139,10 +147,16 @@ def test_bad_starts_are_refused_at_the_front_door(name: str) -> None:
         (lambda: ULA(step_size=0.0), "step_size must be positive and finite, got step_size=0.0"),
         (lambda: MALA(step_size=math.nan), "step_size must be positive"),
         (lambda: HMC(inverse_mass=torch.tensor([1.0, -1.0])), "inverse_mass must be positive"),
-        (lambda: ULA(temperature=0.0), "temperature must be positive and finite, got temperature=0.0"),
+        (
+            lambda: ULA(temperature=0.0),
+            "temperature must be positive and finite, got temperature=0.0",
+        ),
         (lambda: HMC(num_steps=0), "num_steps must be at least 1, got num_steps=0"),
         (lambda: HMC(jitter=1.0), r"jitter must be in \[0, 1\), got jitter=1.0"),
-        (lambda: NUTS(max_tree_depth=0), "max_tree_depth must be from 1 to 20, got max_tree_depth=0"),
+        (
+            lambda: NUTS(max_tree_depth=0),
+            "max_tree_depth must be from 1 to 20, got max_tree_depth=0",
+        ),
     ],
 )
 def test_bad_settings_are_refused(make: Callable[[], Kernel], message: str) -> None:
@@ -153,7 +167,9 @@ def test_bad_settings_are_refused(make: Callable[[], Kernel], message: str) -> N
 def test_step_sizes_can_differ_by_chain_and_wrong_counts_are_refused() -> None:
     energy, x = Normal().double(), torch.zeros(3, dtype=torch.float64)
     _, info = ULA(step_size=torch.tensor([0.1, 0.2, 0.3])).step(energy, ULA().init(energy, x))
-    torch.testing.assert_close(info.step_size, torch.tensor([0.1, 0.2, 0.3]).double(), atol=1e-7, rtol=0)
+    torch.testing.assert_close(
+        info.step_size, torch.tensor([0.1, 0.2, 0.3]).double(), atol=1e-7, rtol=0
+    )
     with pytest.raises(ValueError, match="one for each of 3 chains"):
         ULA(step_size=torch.tensor([0.1, 0.2])).step(energy, ULA().init(energy, x))
     with pytest.raises(ValueError, match="inverse_mass must have 1 entries"):
@@ -172,7 +188,9 @@ def test_leapfrog_is_of_second_order_reversible_and_volume_preserving() -> None:
 
     def flow(q: Tensor, p: Tensor, eps: float, steps: int) -> tuple[Tensor, Tensor, Tensor]:
         grad = rows(torch.func.grad(lambda x: energy(x).sum())(q.squeeze(1)))
-        q, p, values, _ = leapfrog(energy, q, p, grad, torch.full((3, 1), eps, dtype=torch.float64), metric, steps)
+        q, p, values, _ = leapfrog(
+            energy, q, p, grad, torch.full((3, 1), eps, dtype=torch.float64), metric, steps
+        )
         return q, p, values
 
     h0 = energy(q.squeeze(1)) + kinetic(p)
@@ -198,7 +216,9 @@ def test_leapfrog_is_of_second_order_reversible_and_volume_preserving() -> None:
 
     z = torch.cat([q[0], p[0]])
     torch.testing.assert_close(one(z), torch.cat([t[0] for t in flow(q, p, 0.05, 1)[:2]]))
-    torch.testing.assert_close(torch.linalg.det(torch.func.jacrev(one)(z)), torch.tensor(1.0, dtype=torch.float64))
+    torch.testing.assert_close(
+        torch.linalg.det(torch.func.jacrev(one)(z)), torch.tensor(1.0, dtype=torch.float64)
+    )
 
 
 @pytest.mark.parametrize("name", EXACT)
@@ -209,7 +229,8 @@ def test_exact_draws_stay_exact(name: str) -> None:
 
 @pytest.mark.parametrize("name", EXACT)
 def test_a_bounded_domain_is_sampled_without_a_trace_of_its_edge(name: str) -> None:
-    """The half-disc: elsewhere 3.6 to 10 % of the draws come out exactly 0 where NaN states are replaced."""
+    """The half-disc: elsewhere 3.6 to 10 % of the draws come out exactly 0 where NaN states are
+    replaced."""
     energy, chains = fitted(name, HalfDisc().double()), 20_000
     x = energy.sample(chains, torch.Generator().manual_seed(0))
     after = run(build(name, energy.event_shape), energy, x, 6).flatten()
@@ -223,26 +244,40 @@ def test_a_bounded_domain_is_sampled_without_a_trace_of_its_edge(name: str) -> N
 def test_an_anisotropic_gaussian_is_left_unchanged(name: str) -> None:
     cov = torch.tensor([[2.0, 0.6], [0.6, 1.0]], dtype=torch.float64)
     energy = Gaussian(torch.zeros(2, dtype=torch.float64), cov)
-    after = run(build(name, (2,)), energy, energy.sample(40_000, torch.Generator().manual_seed(0)), 5)
+    after = run(
+        build(name, (2,)), energy, energy.sample(40_000, torch.Generator().manual_seed(0)), 5
+    )
     for i, j in ((0, 0), (0, 1), (1, 1)):
         product = after[:, i] * after[:, j]
-        within_se(product.mean(), cov[i, j], product.std() / math.sqrt(len(product)), what=f"cov[{i},{j}]")
+        within_se(
+            product.mean(), cov[i, j], product.std() / math.sqrt(len(product)), what=f"cov[{i},{j}]"
+        )
         fourth = cov[i, i] * cov[j, j] + 2 * cov[i, j] ** 2
-        within_se((product**2).mean(), fourth, (product**2).std() / math.sqrt(len(product)), what=f"fourth[{i},{j}]")
+        within_se(
+            (product**2).mean(),
+            fourth,
+            (product**2).std() / math.sqrt(len(product)),
+            what=f"fourth[{i},{j}]",
+        )
 
 
 @pytest.mark.parametrize("step_size", [math.sqrt(0.2), 1.0])
 def test_ula_has_the_bias_that_theory_gives(step_size: float) -> None:
-    """x - eps x + sqrt(2 eps) n with eps = step_size^2 / 2: variance 1 / (1 - eps / 2); 1.052632 at eps = .1, 1.333 at .5."""
+    """x - eps x + sqrt(2 eps) n with eps = step_size^2 / 2: variance 1 / (1 - eps / 2); 1.052632 at
+    eps = .1, 1.333 at .5."""
     truth = 1.0 / (1.0 - step_size**2 / 4.0)
-    x = torch.randn(100_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * math.sqrt(truth)
+    x = torch.randn(
+        100_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    ) * math.sqrt(truth)
     after = run(ULA(step_size=step_size), Normal().double(), x, 10)
     within_se((after**2).mean(), truth, (after**2).std() / math.sqrt(len(after)))
 
 
 def test_ula_samples_at_its_temperature() -> None:
     truth = 3.0 / (1.0 - 0.2**2 / 4.0)
-    x = torch.randn(50_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * math.sqrt(truth)
+    x = torch.randn(
+        50_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    ) * math.sqrt(truth)
     after = run(ULA(step_size=0.2, temperature=3.0), Normal().double(), x, 10)
     within_se((after**2).mean(), truth, (after**2).std() / math.sqrt(len(after)))
 
@@ -300,7 +335,9 @@ def test_mutant_wrong_noise_scale_is_caught(name: str, monkeypatch: pytest.Monke
 @pytest.mark.parametrize("name", KERNELS)
 def test_steps_are_as_many_calls_of_step(name: str) -> None:
     kernel, energy = build(name, (2, 3)), Gaussian(torch.zeros(2, 3, dtype=torch.float64))
-    first = kernel.init(energy, energy.sample(6, torch.Generator().manual_seed(0)), torch.Generator().manual_seed(1))
+    first = kernel.init(
+        energy, energy.sample(6, torch.Generator().manual_seed(0)), torch.Generator().manual_seed(1)
+    )
     state, rates, generator = first, [], torch.Generator().manual_seed(2)
     for _ in range(5):
         state, info = kernel.step(energy, state, generator)
@@ -311,7 +348,8 @@ def test_steps_are_as_many_calls_of_step(name: str) -> None:
 
 
 def test_langevin_steps_refuse_a_row_that_is_not_finite_and_no_other() -> None:
-    """A row that leaves the finite part stays where it was at that step, and goes on; one step at a time or eight at once."""
+    """A row that leaves the finite part stays where it was at that step, and goes on; one step at a
+    time or eight at once."""
     energy, kernel = Fragile().double(), ULA(step_size=0.5)
     x = torch.linspace(-1.4, 1.4, 64, dtype=torch.float64)
     state, rate = kernel.steps(energy, kernel.init(energy, x), 8, torch.Generator().manual_seed(0))
@@ -338,13 +376,17 @@ def test_mutant_ula_with_half_the_drift_is_caught(monkeypatch: pytest.MonkeyPatc
         test_ula_has_the_bias_that_theory_gives(1.0)
 
 
-def test_mutant_metric_that_forgets_its_transpose_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mutant_metric_that_forgets_its_transpose_is_caught(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(Diagonal, "transpose", lambda self, g: g)
     with pytest.raises(AssertionError):
         test_the_metric_is_a_change_of_scale("nuts")
 
 
-def test_mutant_nuts_that_always_takes_the_newer_half_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mutant_nuts_that_always_takes_the_newer_half_is_caught(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(nuts, "uniform_like", lambda x, generator: torch.zeros_like(x))
     with pytest.raises(AssertionError):
         assert_unchanged(NUTS(step_size=0.5), DoubleWell().double())
@@ -354,20 +396,26 @@ def test_mutant_nuts_that_always_takes_the_newer_half_is_caught(monkeypatch: pyt
 
 
 def test_slots_close_every_balanced_subtree_once() -> None:
-    """By brute force: at leaf i, the balanced subtrees that end there begin at i + 1 - 2^k wherever 2^k divides i + 1."""
+    """By brute force: at leaf i, the balanced subtrees that end there begin at i + 1 - 2^k wherever
+    2^k divides i + 1."""
     stored: dict[int, int] = {}
     for leaf in range(256):
         low, high = _slots(leaf)
         if leaf % 2 == 0:
             stored[high] = leaf
             continue
-        begins = [leaf + 1 - 2**k for k in range(1, 9) if (leaf + 1) % 2**k == 0 and leaf + 1 - 2**k >= 0]
+        begins = [
+            leaf + 1 - 2**k for k in range(1, 9) if (leaf + 1) % 2**k == 0 and leaf + 1 - 2**k >= 0
+        ]
         assert [stored[slot] for slot in range(high, low - 1, -1)] == begins
 
 
 def test_a_turn_is_seen_by_the_way_between_the_ends() -> None:
-    """By numbers: momenta (1, 0), (-.6, 0), (.1, 1) add up to (.5, 1), but the ends are (-.05, .5) apart: a turn."""
-    a, middle, b = (torch.tensor([v], dtype=torch.float64) for v in ([1.0, 0.0], [-0.6, 0.0], [0.1, 1.0]))
+    """By numbers: momenta (1, 0), (-.6, 0), (.1, 1) add up to (.5, 1), but the ends are (-.05, .5)
+    apart: a turn."""
+    a, middle, b = (
+        torch.tensor([v], dtype=torch.float64) for v in ([1.0, 0.0], [-0.6, 0.0], [0.1, 1.0])
+    )
     assert nuts._is_turning(a, b, a + middle + b).tolist() == [True]
     assert nuts._is_turning(b, a, a + middle + b).tolist() == [True]
     assert nuts._is_turning(a, b, a + 0.5 * middle + b).tolist() == [False]
@@ -375,7 +423,8 @@ def test_a_turn_is_seen_by_the_way_between_the_ends() -> None:
 
 @pytest.mark.parametrize("name", ["mala", "hmc", "nuts"])
 def test_the_metric_is_a_change_of_scale(name: str) -> None:
-    """Coordinates of scale s with inverse mass s^2 move exactly as those of scale 1 with the identity."""
+    """Coordinates of scale s with inverse mass s^2 move exactly as those of scale 1 with the
+    identity."""
     scale = torch.tensor([0.01, 1.0, 50.0], dtype=torch.float64)
     narrow = Gaussian(torch.zeros(3, dtype=torch.float64), torch.diag(scale**2))
     x = torch.randn(50, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -386,7 +435,8 @@ def test_the_metric_is_a_change_of_scale(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["mala", "hmc", "nuts"])
 def test_the_reported_hamiltonian_is_that_of_the_state_kept(name: str) -> None:
-    """In equilibrium the momentum that comes with the kept state is normal too: kinetic energy d / 2 on average."""
+    """In equilibrium the momentum that comes with the kept state is normal too: kinetic energy d /
+    2 on average."""
     energy = Gaussian(torch.zeros(3, dtype=torch.float64))
     kernel, generator = KERNELS[name]().replace(step_size=1.3), torch.Generator().manual_seed(5)
     state = kernel.init(energy, energy.sample(50_000, generator))
@@ -404,12 +454,19 @@ def test_an_error_above_a_thousand_nats_diverges_and_a_smaller_one_does_not(name
             return 0.5 * self.stiffness * x**2
 
     energy = Stiff().double()
-    kernel = (NUTS(max_tree_depth=1) if name == "nuts" else HMC(num_steps=1, jitter=0.0)).replace(step_size=1.0)
+    kernel = (NUTS(max_tree_depth=1) if name == "nuts" else HMC(num_steps=1, jitter=0.0)).replace(
+        step_size=1.0
+    )
     kernel = MALA(step_size=1.0) if name == "mala" else kernel
     for stiffness, expected in ((12.0, False), (1e4, True)):
         energy.stiffness = stiffness
-        _, info = kernel.step(energy, kernel.init(energy, torch.ones(64, dtype=torch.float64)), torch.Generator().manual_seed(0))
-        assert float(info.acceptance_rate.median()) < 1e-4  # errors of 10 to 1,000 nats are refused, and that is all
+        _, info = kernel.step(
+            energy,
+            kernel.init(energy, torch.ones(64, dtype=torch.float64)),
+            torch.Generator().manual_seed(0),
+        )
+        # errors of 10 to 1,000 nats are refused, and that is all
+        assert float(info.acceptance_rate.median()) < 1e-4
         assert bool(info.diverging.double().mean() > 0.9) == expected
 
 

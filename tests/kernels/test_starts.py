@@ -1,4 +1,5 @@
-"""No chain is left behind: default starts and the default warm-up on models with steep regions, and chains that never move."""
+"""No chain is left behind: default starts and the default warm-up on models with steep regions, and
+chains that never move."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ def test_no_chain_is_left_behind(name: str, seeds: int) -> None:
     case = starts.CASES[name]
     found = starts.judged(case, starts.sampled(case.build(), case.chains, seeds, "grouped"), seeds)
     assert found["chains_left_behind"] == [0] * seeds
-    if name != "funnel":  # a chain that is in the neck when warm-up ends keeps a step size for the neck
+    # a chain that is in the neck when warm-up ends keeps a step size for the neck
+    if name != "funnel":
         assert min(found["min_acceptance"]) > 0.4
         assert max(found["max_acceptance"]) < 0.98
     if case.one_mode:
@@ -48,8 +50,12 @@ def test_mutant_the_mean_of_all_rates_leaves_chains_behind() -> None:
     seeds, case = 6, starts.CASES["location_scale_16"]
     energy = case.build()
     each = starts.EachSeed(starts.RULES["mean"](), case.chains)
-    x = torch.cat([energy.initial(case.chains, torch.Generator().manual_seed(seed)) for seed in range(seeds)])
-    mcmc = MCMC(NUTS(), 100, 200, len(x), seed=0, adaptation=each, chain_batch_size=len(x), compile=False)
+    x = torch.cat(
+        [energy.initial(case.chains, torch.Generator().manual_seed(seed)) for seed in range(seeds)]
+    )
+    mcmc = MCMC(
+        NUTS(), 100, 200, len(x), seed=0, adaptation=each, chain_batch_size=len(x), compile=False
+    )
     with pytest.warns(RuntimeWarning, match="never moved after warm-up"):
         mcmc.run(energy, x)
     assert sum(starts.judged(case, mcmc, seeds)["chains_left_behind"]) > 0
@@ -60,7 +66,9 @@ def test_seeds_in_one_batch_are_seeds_alone() -> None:
     plan, energy = starts.EachSeed(WindowAdaptation(), 2), DoubleWell(dtype=double)
 
     def adapted(x: Tensor) -> Any:
-        _, memory = plan.start(MALA(), energy, MALA().init(energy, x), torch.Generator().manual_seed(0))
+        _, memory = plan.start(
+            MALA(), energy, MALA().init(energy, x), torch.Generator().manual_seed(0)
+        )
         return memory.kernels
 
     one, two = (
@@ -72,9 +80,16 @@ def test_seeds_in_one_batch_are_seeds_alone() -> None:
 
 
 def test_pyros_arguments_get_the_same_warm_up() -> None:
-    """The model of the report: eight chains through pyroebm.infer, of which one used to stay at its start."""
+    """The model of the report: eight chains through pyroebm.infer, of which one used to stay at its
+    start."""
     pyro.set_rng_seed(0)
-    mcmc = infer.MCMC(infer.NUTS(starts.location_scale), num_samples=200, warmup_steps=200, num_chains=8, disable_progbar=True)
+    mcmc = infer.MCMC(
+        infer.NUTS(starts.location_scale),
+        num_samples=200,
+        warmup_steps=200,
+        num_chains=8,
+        disable_progbar=True,
+    )
     mcmc.run(starts.normal_data())
     assert float(mcmc.get_stats()["acceptance_rate"].mean(1).min()) > 0.4
 
@@ -129,7 +144,9 @@ def test_the_trial_takes_the_step_size_that_the_chains_will_have(adapts: bool) -
     mcmc = MCMC(NUTS(1e-6), 1, 20 if adapts else 0, 64, seed=0)
     mcmc.run(energy)
     assert (len(energy.asked) > 1) == adapts
-    fixed = infer.kernels.NUTS(potential_fn=lambda params: params["x"].sum(), step_size=1e-6, adapt_step_size=False)
+    fixed = infer.kernels.NUTS(
+        potential_fn=lambda params: params["x"].sum(), step_size=1e-6, adapt_step_size=False
+    )
     assert not fixed.adaptation.adapts_step_size
 
 
@@ -153,7 +170,8 @@ def test_starts_are_rows_of_finite_energy_and_gradient() -> None:
         event_shape = torch.Size((1,))
 
         def forward(self, x: Tensor) -> Tensor:
-            return (0.5 * x**2 + torch.where(x > 0.0, 0.0 * x.sqrt(), 0.0)).sum(-1)  # the gradient at x < 0 is NaN
+            # the gradient at x < 0 is NaN
+            return (0.5 * x**2 + torch.where(x > 0.0, 0.0 * x.sqrt(), 0.0)).sum(-1)
 
     energy, generator = Half().double(), torch.Generator().manual_seed(0)
     x = draw_starts(NUTS(), energy, 32, generator)
@@ -164,7 +182,9 @@ def test_given_starts_are_obeyed_and_kernels_without_gradients_try_none() -> Non
     x = torch.full((4,), 3.0, dtype=double)
     mcmc = MCMC(MALA(1e-9), 5, 0, 4, seed=0, adaptation=None)
     mcmc.run(DoubleWell(dtype=double), x)
-    torch.testing.assert_close(mcmc.get_samples(group_by_chain=True)["x"][:, 0], x, atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        mcmc.get_samples(group_by_chain=True)["x"][:, 0], x, atol=1e-6, rtol=0
+    )
     energy = Cliff().double()
     draw_starts(RandomWalk(), energy, 8)
     assert energy.asked == [8]
@@ -185,14 +205,19 @@ class Wall(Energy):
     event_shape = torch.Size((2,))
 
     def forward(self, x: Tensor) -> Tensor:
-        return 0.5 * (x**2).sum(-1) + torch.where(x[..., 0] > 50.0, 1e8 * (x[..., 0] - 50.0) ** 2, 0.0)
+        return 0.5 * (x**2).sum(-1) + torch.where(
+            x[..., 0] > 50.0, 1e8 * (x[..., 0] - 50.0) ** 2, 0.0
+        )
 
 
 def stuck_run(**options: Any) -> MCMC:
     x = torch.zeros(4, 2, dtype=double)
     x[1, 0] = 100.0
     mcmc = MCMC(NUTS(0.5), 200, 0, 4, seed=0, adaptation=None, **options)
-    with pytest.warns(RuntimeWarning, match=r"Chain 1 of 4 never moved after warm-up \(energy 2.5e\+11; others .*\)\. Start it"):
+    with pytest.warns(
+        RuntimeWarning,
+        match=r"Chain 1 of 4 never moved after warm-up \(energy 2.5e\+11; others .*\)\. Start it",
+    ):
         mcmc.run(Wall().double(), x)
     return mcmc
 
@@ -203,7 +228,9 @@ def test_a_chain_that_never_moves_is_named_everywhere(tmp_path: Any) -> None:
     with pytest.warns(RuntimeWarning, match="Chain 1 of 4 never moved"):
         mcmc.summary()
     found = mcmc.verdict()
-    assert found.problems[0].startswith("Chain 1 of 4 never moved after warm-up (energy 2.5e+11; others")
+    assert found.problems[0].startswith(
+        "Chain 1 of 4 never moved after warm-up (energy 2.5e+11; others"
+    )
     assert not any("diverged" in problem for problem in found.problems)  # they are that chain's
     with pytest.warns(RuntimeWarning, match="Chain 1 of 4 never moved"):
         mcmc.run_more(10)
@@ -235,7 +262,9 @@ def test_pyros_summary_names_it(capsys: pytest.CaptureFixture[str]) -> None:
 
     x = torch.zeros(3, 2, dtype=double)
     x[2, 0] = 100.0
-    kernel = infer.NUTS(potential_fn=potential, step_size=0.5, adapt_step_size=False, adapt_mass_matrix=False)
+    kernel = infer.NUTS(
+        potential_fn=potential, step_size=0.5, adapt_step_size=False, adapt_mass_matrix=False
+    )
     mcmc = infer.MCMC(kernel, 100, 0, initial_params={"x": x}, num_chains=3, disable_progbar=True)
     with pytest.warns(RuntimeWarning, match="Chain 2 of 3 never moved"):
         mcmc.run()
@@ -252,9 +281,16 @@ def test_few_steps_and_low_acceptance_are_no_proof() -> None:
 
 def test_what_is_said_fits_one_several_and_all() -> None:
     energies = torch.arange(30.0)
-    assert "Chains 0, 3 of 30 never moved after warm-up (energy 0 to 3; others 1 to 29)" in describe_stuck([0, 3], 30, energies)
-    assert "0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 10 more of 30" in describe_stuck(list(range(20)), 30, energies)
-    assert describe_stuck([0, 1], 2, torch.ones(2)).startswith("None of 2 chains moved after warm-up (energy 1).")
+    assert (
+        "Chains 0, 3 of 30 never moved after warm-up (energy 0 to 3; others 1 to 29)"
+        in describe_stuck([0, 3], 30, energies)
+    )
+    assert "0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 10 more of 30" in describe_stuck(
+        list(range(20)), 30, energies
+    )
+    assert describe_stuck([0, 1], 2, torch.ones(2)).startswith(
+        "None of 2 chains moved after warm-up (energy 1)."
+    )
     assert describe_stuck([], 3, torch.ones(3)) == ""
 
 
@@ -262,4 +298,6 @@ def test_a_verdict_of_draws_alone_names_it_too() -> None:
     draws = torch.randn(4, 300, generator=torch.Generator().manual_seed(0))
     draws[2] = 1.0
     found = verdict(draws, {"diverging": torch.zeros(4, 300, dtype=torch.bool)})
-    assert found.problems[0].startswith("Chain 2 of 4 never moved after warm-up. Start it elsewhere")
+    assert found.problems[0].startswith(
+        "Chain 2 of 4 never moved after warm-up. Start it elsewhere"
+    )

@@ -1,4 +1,5 @@
-"""Parallel tempering: exact at every temperature, mode masses that plain chains miss, trips counted by hand, and mutants."""
+"""Parallel tempering: exact at every temperature, mode masses that plain chains miss, trips counted
+by hand, and mutants."""
 
 from __future__ import annotations
 
@@ -46,20 +47,31 @@ MALA_SIZES = torch.tensor([0.8, 1.1, 1.6], dtype=torch.float64)
 
 
 def mixture() -> GaussianMixture:
-    return GaussianMixture(torch.tensor([-2.0, 2.0], dtype=torch.float64), scale=0.6, weights=[0.8, 0.2])
+    return GaussianMixture(
+        torch.tensor([-2.0, 2.0], dtype=torch.float64), scale=0.6, weights=[0.8, 0.2]
+    )
 
 
 def draws(energy: Energy, kernel: ParallelTempering, n: int, generator: torch.Generator) -> Tensor:
-    """Exact draws ``(n, R)`` of a scalar variable at every temperature, by inverse CDF on a grid."""
-    laws = [TabulatedLaw(Path(energy, beta, kernel.reference), -16.0, 16.0, split=0.0) for beta in kernel.betas.tolist()]
-    return torch.stack([law.quantile(torch.rand(n, generator=generator, dtype=torch.float64)) for law in laws], 1)
+    """Exact draws ``(n, R)`` of a scalar variable at every temperature, by inverse CDF on a
+    grid."""
+    laws = [
+        TabulatedLaw(Path(energy, beta, kernel.reference), -16.0, 16.0, split=0.0)
+        for beta in kernel.betas.tolist()
+    ]
+    return torch.stack(
+        [law.quantile(torch.rand(n, generator=generator, dtype=torch.float64)) for law in laws], 1
+    )
 
 
 # Stationarity at every temperature
 
 
-def assert_unchanged(kernel: ParallelTempering, energy: Energy, chains: int = 60_000, steps: int = 6) -> None:
-    """From exact draws at all temperatures: central moments within modes and the whole law, at each, are as before."""
+def assert_unchanged(
+    kernel: ParallelTempering, energy: Energy, chains: int = 60_000, steps: int = 6
+) -> None:
+    """From exact draws at all temperatures: central moments within modes and the whole law, at
+    each, are as before."""
     generator, rungs = torch.Generator().manual_seed(3), len(kernel.betas)
     state = state_at(kernel, energy, draws(energy, kernel, chains, generator), generator)
     generator.manual_seed(4)
@@ -69,22 +81,42 @@ def assert_unchanged(kernel: ParallelTempering, energy: Energy, chains: int = 60
     for k in range(rungs):
         after, before = state.inner.x[:, k], fresh[:, k]
         for mode in range(2):
-            a, b = (t[(t > 0) == bool(mode)] - before[(before > 0) == bool(mode)].mean() for t in (after, before))
+            a, b = (
+                t[(t > 0) == bool(mode)] - before[(before > 0) == bool(mode)].mean()
+                for t in (after, before)
+            )
             for power in (1, 2, 4):
                 f, g = a**power, b**power
                 se = math.sqrt(f.var() / len(f) + g.var() / len(g))
-                within_se(f.mean(), g.mean(), se, what=f"moment {power} in mode {mode} at temperature {k}")
+                within_se(
+                    f.mean(), g.mean(), se, what=f"moment {power} in mode {mode} at temperature {k}"
+                )
         share = (before > 0).double().mean()
-        within_se((after > 0).double().mean(), share, math.sqrt(share * (1 - share) * 1.25 / chains), what=f"mass at {k}")
+        within_se(
+            (after > 0).double().mean(),
+            share,
+            math.sqrt(share * (1 - share) * 1.25 / chains),
+            what=f"mass at {k}",
+        )
         assert stats.ks_2samp(after.numpy(), before.numpy()).pvalue > 1e-6
     path = kernel.path(energy, chains)
-    torch.testing.assert_close(state.inner.energy, path(by_row(state.inner).x).reshape(chains, rungs))
+    torch.testing.assert_close(
+        state.inner.energy, path(by_row(state.inner).x).reshape(chains, rungs)
+    )
     assert torch.equal(state.x, state.inner.x[:, 0])
 
 
-@pytest.mark.parametrize("inner", [MALA(MALA_SIZES), HMC(MALA_SIZES / 2, num_steps=3), NUTS(0.6)], ids=["mala", "hmc", "nuts"])
+@pytest.mark.parametrize(
+    "inner",
+    [MALA(MALA_SIZES), HMC(MALA_SIZES / 2, num_steps=3), NUTS(0.6)],
+    ids=["mala", "hmc", "nuts"],
+)
 def test_exact_draws_at_all_temperatures_stay_exact(inner: Kernel) -> None:
-    assert_unchanged(ParallelTempering(inner, LADDER), mixture(), chains=20_000 if isinstance(inner, NUTS) else 60_000)
+    assert_unchanged(
+        ParallelTempering(inner, LADDER),
+        mixture(),
+        chains=20_000 if isinstance(inner, NUTS) else 60_000,
+    )
 
 
 def test_exact_draws_stay_exact_with_a_reference() -> None:
@@ -115,13 +147,16 @@ def test_mutant_swap_ratios_are_caught(wrong: object, monkeypatch: pytest.Monkey
 
 def test_mutant_energies_of_the_old_temperature_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Kernel, "refresh", lambda self, energy, state: state)
-    with pytest.raises(AssertionError, match=r"not within"):  # by the draws, before the energies themselves are looked at
+    # by the draws, before the energies themselves are looked at
+    with pytest.raises(AssertionError, match=r"not within"):
         assert_unchanged(mala(), mixture())
 
 
 def test_mutant_momentum_shared_by_replicas_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     def shared(q: Tensor, generator: torch.Generator | None) -> Tensor:
-        return torch.randn(len(q) // 3, q.shape[1], generator=generator, dtype=q.dtype).repeat_interleave(3, 0)
+        return torch.randn(
+            len(q) // 3, q.shape[1], generator=generator, dtype=q.dtype
+        ).repeat_interleave(3, 0)
 
     monkeypatch.setattr(hamiltonian, "draw_momentum", shared)
     with pytest.raises(AssertionError, match=r"not within"):
@@ -132,7 +167,11 @@ def test_mutant_pairs_that_overlap_are_caught(monkeypatch: pytest.MonkeyPatch) -
     """All pairs at once: a replica would be copied, and another lost."""
     swapped = torch.tensor([[True, False, True], [False, True, False], [False, False, False]])
     assert swapped_order(swapped).tolist() == [[1, 0, 3, 2], [0, 2, 1, 3], [0, 1, 2, 3]]
-    monkeypatch.setattr(tempering, "swapped_order", lambda swapped: swapped_order(torch.ones_like(swapped)).clamp(max=2))
+    monkeypatch.setattr(
+        tempering,
+        "swapped_order",
+        lambda swapped: swapped_order(torch.ones_like(swapped)).clamp(max=2),
+    )
     with pytest.raises(AssertionError, match=r"not within"):
         assert_unchanged(mala(), mixture())
 
@@ -141,29 +180,46 @@ def test_mutant_pairs_that_overlap_are_caught(monkeypatch: pytest.MonkeyPatch) -
 
 
 def exact_rates(betas: Tensor) -> Tensor:
-    r"""On a normal law in two dimensions U is exponential with rate beta, and the mean swap probability 2 b_l / (b_k + b_l)."""
+    r"""On a normal law in two dimensions U is exponential with rate beta, and the mean swap
+    probability 2 b_l / (b_k + b_l)."""
     return 2 * betas[1:] / (betas[:-1] + betas[1:])
 
 
 def test_swap_rates_barrier_and_mean_energies_are_those_of_theory() -> None:
-    energy, generator, chains = Gaussian(torch.zeros(2, dtype=torch.float64)), torch.Generator().manual_seed(0), 2_000
+    energy, generator, chains = (
+        Gaussian(torch.zeros(2, dtype=torch.float64)),
+        torch.Generator().manual_seed(0),
+        2_000,
+    )
     betas = torch.tensor([1.0, 0.6, 0.2, 0.1], dtype=torch.float64)
     kernel = ParallelTempering(HMC(0.5 / betas.sqrt(), num_steps=4), betas)
-    x = torch.randn(chains, 4, 2, generator=generator, dtype=torch.float64) / betas.sqrt().reshape(1, 4, 1)
+    x = torch.randn(chains, 4, 2, generator=generator, dtype=torch.float64) / betas.sqrt().reshape(
+        1, 4, 1
+    )
     state = state_at(kernel, energy, x, generator)
     for _ in range(40):
         state, _ = kernel.step(energy, state, generator)
     report = kernel.report(state)
     rates = state.swaps / 40
-    within_se(report.swap_rates, exact_rates(betas), rates.std(0) / math.sqrt(chains), what="swap rate")
-    within_se(report.barrier, (1 - exact_rates(betas)).sum(), (1 - rates).sum(1).std() / math.sqrt(chains), what="barrier")
+    within_se(
+        report.swap_rates, exact_rates(betas), rates.std(0) / math.sqrt(chains), what="swap rate"
+    )
+    within_se(
+        report.barrier,
+        (1 - exact_rates(betas)).sum(),
+        (1 - rates).sum(1).std() / math.sqrt(chains),
+        what="barrier",
+    )
     means = report.mean_slopes
     within_se(means.mean(0), 1 / betas, means.std(0) / math.sqrt(chains), what="mean energy")
 
 
 def test_warm_up_finds_the_ladder_of_equal_rates_and_a_step_size_for_each() -> None:
     """Here it is the geometric one, and the step size goes with the width of each law."""
-    energy, generator = Gaussian(torch.zeros(2, dtype=torch.float64)), torch.Generator().manual_seed(0)
+    energy, generator = (
+        Gaussian(torch.zeros(2, dtype=torch.float64)),
+        torch.Generator().manual_seed(0),
+    )
     kernel = ParallelTempering(HMC(num_steps=3), [1.0, 0.98, 0.95, 0.9, 0.02])
     plan = kernel.own_adaptation()
     state = kernel.init(energy, energy.sample(100, generator), generator)
@@ -179,7 +235,9 @@ def test_warm_up_finds_the_ladder_of_equal_rates_and_a_step_size_for_each() -> N
         acceptance.append(inner.acceptance_rate.mean(0))
     rates = kernel.report(state).swap_rates
     assert rates.max() - rates.min() < 0.04, rates
-    assert (torch.stack(acceptance).mean(0) - 0.8).abs().max() < 0.06, "every temperature at its target"
+    assert (torch.stack(acceptance).mean(0) - 0.8).abs().max() < 0.06, (
+        "every temperature at its target"
+    )
     width = kernel.step_size * kernel.betas.sqrt()
     assert (width / width.mean() - 1).abs().max() < 0.2, kernel.step_size
 
@@ -212,7 +270,8 @@ def test_round_trips_are_those_that_one_counts_on_the_recorded_replicas() -> Non
             turns = turns[turns.index(0) :] if 0 in turns else []
             trips += (len(turns) - 1) // 2 if turns else 0
         assert int(state.round_trips[chain]) == trips > 0
-    changed = (torch.stack(history, 1).diff(dim=1) != 0).any(0)  # (steps, R): even pairs swap first, then odd ones
+    # (steps, R): even pairs swap first, then odd ones
+    changed = (torch.stack(history, 1).diff(dim=1) != 0).any(0)
     assert not changed[::2, 2].any()
     assert not changed[1::2, 0].any()
 
@@ -238,7 +297,14 @@ def test_separated_modes_get_their_weights_where_plain_chains_keep_where_they_st
     plain = MCMC(HMC(step_size=0.5, num_steps=5), 100, 0, 64, seed=0)
     plain.run(energy, start)
     assert abs(mass_of(plain, energy)[0] - 0.5) < 0.05
-    mcmc = MCMC(ParallelTempering(HMC(num_steps=5), torch.logspace(0, -1.7, 5)), 500, 250, 64, seed=0, save_warmup=False)
+    mcmc = MCMC(
+        ParallelTempering(HMC(num_steps=5), torch.logspace(0, -1.7, 5)),
+        500,
+        250,
+        64,
+        seed=0,
+        save_warmup=False,
+    )
     mcmc.run(energy, start)
     mass, se = mass_of(mcmc, energy)
     assert se < 0.015
@@ -251,21 +317,41 @@ def test_separated_modes_get_their_weights_where_plain_chains_keep_where_they_st
     within_se(y.mean(), 1.0, y.std() / 8, what="variance across")
 
 
-@pytest.mark.parametrize("name", [n for n in EXACT if "-" not in n or n.endswith(("walk", "underdamped", "mclmc"))])
+@pytest.mark.parametrize(
+    "name", [n for n in EXACT if "-" not in n or n.endswith(("walk", "underdamped", "mclmc"))]
+)
 def test_any_exact_kernel_can_be_tempered(name: str) -> None:
-    energy = GaussianMixture(torch.tensor([[-3.0, 0.0], [3.0, 0.0]], dtype=torch.float64), weights=[0.8, 0.2])
-    mcmc = MCMC(ParallelTempering(build(name, (2,)), [1.0, 0.4, 0.15]), 300, 100, 32, seed=0, save_warmup=False)
+    energy = GaussianMixture(
+        torch.tensor([[-3.0, 0.0], [3.0, 0.0]], dtype=torch.float64), weights=[0.8, 0.2]
+    )
+    mcmc = MCMC(
+        ParallelTempering(build(name, (2,)), [1.0, 0.4, 0.15]),
+        300,
+        100,
+        32,
+        seed=0,
+        save_warmup=False,
+    )
     mcmc.run(energy, energy.loc.repeat(16, 1))
     mass, se = mass_of(mcmc, energy)
     assert se < 0.03
     within_se(mass, 0.2, se)
 
 
-@pytest.mark.parametrize("reference", [None, Gaussian(torch.tensor(0.0, dtype=torch.float64), scale=1.5)])
+@pytest.mark.parametrize(
+    "reference", [None, Gaussian(torch.tensor(0.0, dtype=torch.float64), scale=1.5)]
+)
 def test_the_double_well_gets_its_mass(reference: Energy | None) -> None:
     energy = DoubleWell(dtype=torch.float64)
     betas = [1.0, 0.5, 0.2, 0.1 if reference is None else 0.0]
-    mcmc = MCMC(ParallelTempering(HMC(num_steps=5), betas, reference), 400, 200, 64, seed=0, save_warmup=False)
+    mcmc = MCMC(
+        ParallelTempering(HMC(num_steps=5), betas, reference),
+        400,
+        200,
+        64,
+        seed=0,
+        save_warmup=False,
+    )
     mcmc.run(energy)
     mass, se = mass_of(mcmc, energy)
     assert se < 0.005
@@ -275,8 +361,12 @@ def test_the_double_well_gets_its_mass(reference: Energy | None) -> None:
 def test_a_reference_for_a_positive_variable_is_on_its_own_space() -> None:
     import pyro.distributions as dist
 
-    gamma = DistributionEnergy(dist.Gamma(torch.tensor(2.0).double(), torch.tensor(0.7).double()), torch.float64)
-    mcmc = MCMC(ParallelTempering(MALA(), [1.0, 0.5, 0.0], gamma), 200, 100, 64, seed=0, save_warmup=False)
+    gamma = DistributionEnergy(
+        dist.Gamma(torch.tensor(2.0).double(), torch.tensor(0.7).double()), torch.float64
+    )
+    mcmc = MCMC(
+        ParallelTempering(MALA(), [1.0, 0.5, 0.0], gamma), 200, 100, 64, seed=0, save_warmup=False
+    )
     mcmc.run(Exponential(dtype=torch.float64))
     x = mcmc.get_samples(group_by_chain=True)["x"]
     assert (x > 0).all()
@@ -300,19 +390,29 @@ class Flip(Kernel[FlipState]):
     target_acceptance: ClassVar[float | None] = None
     discrete: ClassVar[bool] = True
 
-    def init(self, energy: Energy, x: Tensor, generator: torch.Generator | None = None) -> FlipState:
+    def init(
+        self, energy: Energy, x: Tensor, generator: torch.Generator | None = None
+    ) -> FlipState:
         self.check_start(energy, x)
         return FlipState(x, energy(x), torch.arange(len(x)))
 
-    def step(self, energy: Energy, state: FlipState, generator: torch.Generator | None = None) -> tuple[FlipState, Info]:
+    def step(
+        self, energy: Energy, state: FlipState, generator: torch.Generator | None = None
+    ) -> tuple[FlipState, Info]:
         n, dim = state.x.shape
         site = torch.randint(dim, (n, 1), generator=generator)
         x = state.x.scatter(1, site, -state.x.gather(1, site))
         values = energy(x)
         accept = torch.exp(state.energy - values).clamp(max=1.0)
         took = torch.rand(n, generator=generator, dtype=x.dtype) < accept
-        new = FlipState(torch.where(took.unsqueeze(1), x, state.x), torch.where(took, values, state.energy), state.age)
-        return new, Info(accept, took, torch.zeros_like(took), new.energy, torch.ones_like(site[:, 0]), accept)
+        new = FlipState(
+            torch.where(took.unsqueeze(1), x, state.x),
+            torch.where(took, values, state.energy),
+            state.age,
+        )
+        return new, Info(
+            accept, took, torch.zeros_like(took), new.energy, torch.ones_like(site[:, 0]), accept
+        )
 
 
 class Chain(Energy):
@@ -338,17 +438,33 @@ def test_discrete_kernels_and_states_of_their_own_kind() -> None:
     within_se(seen.mean(0)[common], truth[common], seen.std(0)[common] / math.sqrt(200))
     state = mcmc.state
     first = torch.arange(200).unsqueeze(1) * 3
-    assert torch.equal(state.inner.age, first + state.replica), "every field of the inner state moves with its replica"
+    assert torch.equal(state.inner.age, first + state.replica), (
+        "every field of the inner state moves with its replica"
+    )
 
 
-@pytest.mark.parametrize("inner", [Gibbs(), GibbsWithGradients(), DMALA(1.0)], ids=lambda k: type(k).__name__)
+@pytest.mark.parametrize(
+    "inner", [Gibbs(), GibbsWithGradients(), DMALA(1.0)], ids=lambda k: type(k).__name__
+)
 def test_the_discrete_kernels_of_the_library_inside(inner: Kernel[Any]) -> None:
-    """Two wells of an Ising ring that one chain leaves once in thousands of sweeps: its law by all states."""
+    """Two wells of an Ising ring that one chain leaves once in thousands of sweeps: its law by all
+    states."""
     energy = Ising((6,), coupling=1.5, field=0.02)
     states = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0], dtype=torch.float64)] * 6)
-    totals = torch.arange(-6.0, 7.0, 2.0, dtype=torch.float64)  # single states between the wells are too rare to be counted
-    truth = (states.sum(1, keepdim=True) == totals).double().mT @ torch.softmax(-energy(states).double(), 0)
-    mcmc = MCMC(ParallelTempering(inner, [1.0, 0.6, 0.3]), 300, 100, 200, seed=0, save_warmup=False, progress=False)
+    # single states between the wells are too rare to be counted
+    totals = torch.arange(-6.0, 7.0, 2.0, dtype=torch.float64)
+    truth = (states.sum(1, keepdim=True) == totals).double().mT @ torch.softmax(
+        -energy(states).double(), 0
+    )
+    mcmc = MCMC(
+        ParallelTempering(inner, [1.0, 0.6, 0.3]),
+        300,
+        100,
+        200,
+        seed=0,
+        save_warmup=False,
+        progress=False,
+    )
     mcmc.run(energy)
     x = mcmc.get_samples(group_by_chain=True)["x"]
     seen = (x.sum(-1, keepdim=True) == totals).double().mean(1)
@@ -393,7 +509,9 @@ def test_reference_draws_where_the_gradient_is_not_finite_are_not_taken() -> Non
             return 0.5 * x**2 + torch.where(x > -1.0, 0.0 * torch.sqrt(x + 1.0), 0.0)
 
     energy, generator = Torn().double(), torch.Generator().manual_seed(0)
-    kernel = ParallelTempering(MALA(0.5), [1.0, 0.5, 0.0], Gaussian(torch.tensor(0.0, dtype=torch.float64), scale=2.0))
+    kernel = ParallelTempering(
+        MALA(0.5), [1.0, 0.5, 0.0], Gaussian(torch.tensor(0.0, dtype=torch.float64), scale=2.0)
+    )
     state = kernel.init(energy, torch.zeros(200, dtype=torch.float64), generator)
     for _ in range(3):
         state, _ = kernel.step(energy, state, generator)
@@ -413,7 +531,14 @@ def test_reference_draws_where_the_energy_is_infinite_are_not_taken() -> None:
 
     energy = HalfDisc(dtype=torch.float64)
     reference = Gaussian(torch.tensor(0.0, dtype=torch.float64), scale=2.0)
-    mcmc = MCMC(ParallelTempering(MALA(), [1.0, 0.5, 0.0], reference), 300, 150, 64, seed=0, save_warmup=False)
+    mcmc = MCMC(
+        ParallelTempering(MALA(), [1.0, 0.5, 0.0], reference),
+        300,
+        150,
+        64,
+        seed=0,
+        save_warmup=False,
+    )
     mcmc.run(energy)
     x = mcmc.get_samples(group_by_chain=True)["x"].square()
     within_se(x.mean(), energy.variance, x.mean(1).std() / 8)
@@ -425,14 +550,18 @@ def test_step_sizes_are_of_temperatures_and_go_to_their_rows() -> None:
     _, info, inner = kernel.transition(energy, state)
     assert torch.equal(inner.step_size, MALA_SIZES.expand(5, 3))
     assert torch.equal(info.step_size, MALA_SIZES[0].expand(5))
-    assert isinstance(kernel.replace(step_size=0.5, inverse_mass=torch.tensor(2.0)).kernel, GradientKernel)
+    assert isinstance(
+        kernel.replace(step_size=0.5, inverse_mass=torch.tensor(2.0)).kernel, GradientKernel
+    )
     assert column(kernel.replace(step_size=0.5).step_size, torch.zeros(1, 1)).item() == 0.5
 
 
 # Checkpoints and the front door
 
 
-@pytest.mark.parametrize("reference", [None, Gaussian(torch.tensor(0.0, dtype=torch.float64), scale=1.5)])
+@pytest.mark.parametrize(
+    "reference", [None, Gaussian(torch.tensor(0.0, dtype=torch.float64), scale=1.5)]
+)
 def test_a_run_that_was_saved_goes_on_bit_for_bit(reference: Energy | None) -> None:
     energy = DoubleWell(dtype=torch.float64)
     betas = [1.0, 0.5, 0.1] if reference is None else [1.0, 0.5, 0.0]
@@ -458,18 +587,33 @@ def test_a_run_that_was_saved_goes_on_bit_for_bit(reference: Energy | None) -> N
     ("make", "message"),
     [
         (lambda: ParallelTempering(NUTS, [1.0, 0.5]), "write NUTS()"),
-        (lambda: ParallelTempering(NUTS(), [1.0]), r"betas must decrease from 1.*got betas=\[1.0\]"),
+        (
+            lambda: ParallelTempering(NUTS(), [1.0]),
+            r"betas must decrease from 1.*got betas=\[1.0\]",
+        ),
         (lambda: ParallelTempering(NUTS(), [0.9, 0.5]), "betas must decrease from 1"),
         (lambda: ParallelTempering(NUTS(), [1.0, 0.5, 0.5]), "betas must decrease from 1"),
         (lambda: ParallelTempering(NUTS(), [1.0, 0.0]), "betas must end above 0"),
         (lambda: ParallelTempering(NUTS(), [1.0, 0.1], Gaussian(0.0)), "betas must end at 0"),
-        (lambda: ParallelTempering(NUTS(), [1.0, 0.0], 1.0 * Gaussian(0.0)), "reference must have exact draws, but Tempered"),
+        (
+            lambda: ParallelTempering(NUTS(), [1.0, 0.0], 1.0 * Gaussian(0.0)),
+            "reference must have exact draws, but Tempered",
+        ),
         (lambda: LadderAdaptation(target_acceptance=1.0), r"target_acceptance must be in \(0, 1\)"),
         (lambda: Path(DoubleWell(), 1.5), r"betas must be one number in \[0, 1\]"),
-        (lambda: Path(DoubleWell(), 0.5, Gaussian(torch.zeros(2))), "reference must have the event_shape"),
-        (lambda: Path(DoubleWell(), 0.5, Exponential()), "reference must have the event_shape, support"),
+        (
+            lambda: Path(DoubleWell(), 0.5, Gaussian(torch.zeros(2))),
+            "reference must have the event_shape",
+        ),
+        (
+            lambda: Path(DoubleWell(), 0.5, Exponential()),
+            "reference must have the event_shape, support",
+        ),
         (lambda: Path(DoubleWell(), [0.5, 1.0])(torch.zeros(3)), "one row for each of 2 betas"),
-        (lambda: LadderAdaptation().start(NUTS(), DoubleWell(), None), "for ParallelTempering, got NUTS"),
+        (
+            lambda: LadderAdaptation().start(NUTS(), DoubleWell(), None),
+            "for ParallelTempering, got NUTS",
+        ),
     ],
 )
 def test_bad_settings_are_refused(make: object, message: str) -> None:

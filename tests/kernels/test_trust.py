@@ -1,4 +1,5 @@
-"""Every exact kernel on the targets of the field whose answers are known: one table of kernels, one of targets."""
+"""Every exact kernel on the targets of the field whose answers are known: one table of kernels, one
+of targets."""
 
 from __future__ import annotations
 
@@ -29,10 +30,17 @@ Statistic = tuple[str, Tensor, Any]
 
 
 def standard(z: Tensor) -> list[Statistic]:
-    """What is known of standard normal numbers; a share, as a few that went astray would hide in the error of a moment."""
+    """What is known of standard normal numbers; a share, as a few that went astray would hide in
+    the error of a moment."""
     ones = np.ones(z.shape[1:])
-    powers = [(f"moment {power}", z**power, truth * ones) for power, truth in ((1, 0.0), (2, 1.0), (4, 3.0))]
-    return [*powers, ("share within a deviation", (z.abs() < 1.0).double(), math.erf(math.sqrt(0.5)) * ones)]
+    powers = [
+        (f"moment {power}", z**power, truth * ones)
+        for power, truth in ((1, 0.0), (2, 1.0), (4, 3.0))
+    ]
+    return [
+        *powers,
+        ("share within a deviation", (z.abs() < 1.0).double(), math.erf(math.sqrt(0.5)) * ones),
+    ]
 
 
 def moments(energy: Any, x: Tensor) -> list[Statistic]:
@@ -40,7 +48,8 @@ def moments(energy: Any, x: Tensor) -> list[Statistic]:
 
 
 def bent(energy: _Bent, x: Tensor) -> list[Statistic]:
-    """With them, moments of the distance to the bend: a bias across it hardly shows in the variance along it."""
+    """With them, moments of the distance to the bend: a bias across it hardly shows in the variance
+    along it."""
     bend, shift = energy.curve
     z = (x[:, 1] - bend * x[:, 0] ** 2 - shift) / math.sqrt(energy.noise)
     return [*moments(energy, x), *standard(z)]
@@ -83,17 +92,22 @@ def assert_kept(kernel: Kernel[Any], target: str, chains: int = 10_000, steps: i
 def test_exact_draws_keep_their_moments(name: str, target: str) -> None:
     kernel = build(name, tuple(TARGETS[target][0]().event_shape))
     # Where the funnel is wide a tree has 1,000 leaves; one that is cut off early is exact as well.
-    assert_kept(kernel.replace(max_tree_depth=4) if hasattr(kernel, "max_tree_depth") else kernel, target)
+    assert_kept(
+        kernel.replace(max_tree_depth=4) if hasattr(kernel, "max_tree_depth") else kernel, target
+    )
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_mutant_without_metropolis_is_caught_on_every_target(target: str) -> None:
-    with pytest.raises(AssertionError), np.errstate(all="ignore"):  # in a steep valley it goes to where squares overflow
+    # in a steep valley it goes to where squares overflow
+    with pytest.raises(AssertionError), np.errstate(all="ignore"):
         assert_kept(ULA(step_size=0.8), target)
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_mutant_with_loud_momenta_is_caught_on_every_target(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mutant_with_loud_momenta_is_caught_on_every_target(
+    target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     draw = hamiltonian.draw_momentum
     monkeypatch.setattr(hamiltonian, "draw_momentum", lambda q, generator: 1.2 * draw(q, generator))
     with pytest.raises(AssertionError):
@@ -104,11 +118,14 @@ def test_mutant_with_loud_momenta_is_caught_on_every_target(target: str, monkeyp
 
 
 def tempered(target: str, beta: float) -> Callable[[int, torch.Generator], Tensor]:
-    """Exact draws at an inverse temperature: the bent normals of larger variances, and a funnel that opens further up."""
+    """Exact draws at an inverse temperature: the bent normals of larger variances, and a funnel
+    that opens further up."""
     energy = TARGETS[target][0]()
     if isinstance(energy, _Bent):
         (location, variance), (bend, shift) = energy.first, energy.curve
-        return _Bent(location, variance / beta, bend, shift, energy.noise / beta, torch.float64).sample
+        return _Bent(
+            location, variance / beta, bend, shift, energy.noise / beta, torch.float64
+        ).sample
     n, v = energy.event_shape[0] - 1, energy.theta_variance
 
     def funnel(count: int, generator: torch.Generator) -> Tensor:
@@ -124,12 +141,16 @@ def test_tempering_keeps_their_moments(target: str) -> None:
     make, statistics = TARGETS[target]
     energy, generator = make(), torch.Generator().manual_seed(0)
     kernel = ParallelTempering(HMC(step_size=0.3, num_steps=3), [1.0, 0.9, 0.8])
-    x = torch.stack([tempered(target, beta)(10_000, generator) for beta in kernel.betas.tolist()], 1)
+    x = torch.stack(
+        [tempered(target, beta)(10_000, generator) for beta in kernel.betas.tolist()], 1
+    )
     state = state_at(kernel, energy, x, generator)
     generator.manual_seed(1)
     for _ in range(6):
         state, _ = kernel.step(energy, state, generator)
-    assert float(kernel.report(state).swap_rates.min()) > 0.3, "replicas must swap, for the test to say something"
+    assert float(kernel.report(state).swap_rates.min()) > 0.3, (
+        "replicas must swap, for the test to say something"
+    )
     for what, values, truth in statistics(energy, state.x):
         mean, se = mean_and_se(values)
         within_se(mean, np.asarray(truth), se, what=what)
@@ -139,7 +160,8 @@ def test_tempering_keeps_their_moments(target: str) -> None:
 
 
 class EightSchools(Energy):
-    """The non-centred posterior of ``test_model_energy.eight_schools`` by hand: mu, log tau and z in one vector."""
+    """The non-centred posterior of ``test_model_energy.eight_schools`` by hand: mu, log tau and z
+    in one vector."""
 
     def __init__(self) -> None:
         super().__init__((10,))
@@ -149,7 +171,9 @@ class EightSchools(Energy):
     def forward(self, u: Tensor) -> Tensor:
         mu, log_tau, z = u[..., 0], u[..., 1], u[..., 2:]
         residual = (self.y - self.effects(u)) / self.sigma
-        prior = mu**2 / 50 + torch.log1p(torch.exp(2 * log_tau) / 25) - log_tau + 0.5 * (z**2).sum(-1)
+        prior = (
+            mu**2 / 50 + torch.log1p(torch.exp(2 * log_tau) / 25) - log_tau + 0.5 * (z**2).sum(-1)
+        )
         return prior + 0.5 * (residual**2).sum(-1)
 
     def effects(self, u: Tensor) -> Tensor:
@@ -158,14 +182,17 @@ class EightSchools(Energy):
 
 @functools.cache
 def eight_schools_truth() -> tuple[np.ndarray, np.ndarray]:
-    """E[x] and E[x^2] of mu, tau and the effects: given tau all is normal, and one quadrature is left."""
+    """E[x] and E[x^2] of mu, tau and the effects: given tau all is normal, and one quadrature is
+    left."""
     y, sigma = np.array(EFFECT), np.array(SIGMA)
     log_tau = np.linspace(-15.0, 12.0, 20_001)
     tau = np.exp(log_tau)[:, None]
     variance = sigma**2 + tau**2
     precision = 1 / 25 + (1 / variance).sum(1)
     mu = (y / variance).sum(1) / precision
-    log_weight = -0.5 * (np.log(variance).sum(1) + np.log(precision) + (y**2 / variance).sum(1) - precision * mu**2)
+    log_weight = -0.5 * (
+        np.log(variance).sum(1) + np.log(precision) + (y**2 / variance).sum(1) - precision * mu**2
+    )
     log_weight += log_tau - np.log1p((tau[:, 0] / 5) ** 2)
     weights = np.exp(log_weight - log_weight.max())
     share = sigma**2 / variance  # of mu in an effect
@@ -178,13 +205,23 @@ def eight_schools_truth() -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.usefixtures("float64")
 def test_the_quadrature_is_what_was_published_and_the_energy_is_the_models() -> None:
-    """posteriordb's 10,000 reference draws: standard errors of its means, and of its second moments about 2 % at most."""
+    """posteriordb's 10,000 reference draws: standard errors of its means, and of its second moments
+    about 2 % at most."""
     first, second = (moment[[0, 1, 2, 9]] for moment in eight_schools_truth())
     within_se(first, [4.4105, 3.6021, 6.1505, 4.8840], np.array([0.033, 0.032, 0.056, 0.05]))
     np.testing.assert_allclose(second, [30.403, 23.204, 69.363, 52.128], rtol=0.03)
     u = torch.randn(6, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    model = ModelEnergy(eight_schools, torch.tensor(EFFECT, dtype=torch.float64), torch.tensor(SIGMA, dtype=torch.float64))
-    torch.testing.assert_close((model(u) - EightSchools()(u)).diff(), torch.zeros(5, dtype=torch.float64), atol=1e-10, rtol=0)
+    model = ModelEnergy(
+        eight_schools,
+        torch.tensor(EFFECT, dtype=torch.float64),
+        torch.tensor(SIGMA, dtype=torch.float64),
+    )
+    torch.testing.assert_close(
+        (model(u) - EightSchools()(u)).diff(),
+        torch.zeros(5, dtype=torch.float64),
+        atol=1e-10,
+        rtol=0,
+    )
 
 
 #: One line for a kernel: warm-up and draws that it needs.
@@ -204,13 +241,17 @@ SCHOOLS: dict[str, tuple[int, int]] = {
 def test_every_exact_kernel_is_in_the_table() -> None:
     kernels = [make() for make in KERNELS.values()]
     # those that take a proposal are held to modes far apart in test_independence.py
-    assert {type(KERNELS[name]()) for name in SCHOOLS} == {type(k) for k in kernels if k.exact and not hasattr(k, "proposal")}
+    assert {type(KERNELS[name]()) for name in SCHOOLS} == {
+        type(k) for k in kernels if k.exact and not hasattr(k, "proposal")
+    }
 
 
 @pytest.mark.parametrize("name", SCHOOLS)
 def test_eight_schools(name: str) -> None:
     energy, (warmup, count) = EightSchools(), SCHOOLS[name]
-    mcmc = MCMC(KERNELS[name](), count, warmup, 64, seed=1, save_warmup=False, compile=False, progress=False)
+    mcmc = MCMC(
+        KERNELS[name](), count, warmup, 64, seed=1, save_warmup=False, compile=False, progress=False
+    )
     mcmc.run(energy)
     u = mcmc.get_samples(group_by_chain=True)["x"]
     x = torch.cat([u[..., :1], u[..., 1:2].exp(), energy.effects(u)], -1)
@@ -224,9 +265,17 @@ def test_eight_schools(name: str) -> None:
 
 
 class Machine(Bipartite):
-    r"""A Boltzmann machine :math:`E = -\frac12 x^\top W x - b^\top x` of given weights, its blocks without inner couplings."""
+    r"""A Boltzmann machine :math:`E = -\frac12 x^\top W x - b^\top x` of given weights, its blocks
+    without inner couplings."""
 
-    def __init__(self, support: Constraint, values: list[list[float]], w: Tensor, b: Tensor, blocks: dict[str, slice]) -> None:
+    def __init__(
+        self,
+        support: Constraint,
+        values: list[list[float]],
+        w: Tensor,
+        b: Tensor,
+        blocks: dict[str, slice],
+    ) -> None:
         Energy.__init__(self, (len(b),), support)
         self.values, self.blocks = values, blocks
         self.register_buffer("w", w.double())
@@ -246,7 +295,13 @@ def restricted() -> Machine:
     w = torch.zeros(7, 7, dtype=torch.float64)
     w[:4, 4:] = torch.sin(3 * i + j + 1)
     b = torch.cat([torch.cos(i[:, 0] + 1), torch.sin(2 * j + 1) / 2])
-    return Machine(constraints.boolean, [[0.0], [1.0]], w + w.T, b, {"visible": slice(0, 4), "hidden": slice(4, 7)})
+    return Machine(
+        constraints.boolean,
+        [[0.0], [1.0]],
+        w + w.T,
+        b,
+        {"visible": slice(0, 4), "hidden": slice(4, 7)},
+    )
 
 
 #: The machine, its log Z and the means of its first units, from other people's enumerations.
@@ -270,5 +325,8 @@ def test_machines_are_those_of_the_tables(machine: str) -> None:
 def test_boltzmann_machines_are_sampled_exactly(name: str, machine: str) -> None:
     energy = MACHINES[machine][0]()
     assert_stationary(DISCRETE[name](), energy, chains=20_000)
-    if machine == "restricted":  # the three spins have two modes, between which a single flip hardly leads
-        assert_forgets(DISCRETE[name](), energy, 100 if name in ("gibbs-with-gradients", "dmala") else 40)
+    # the three spins have two modes, between which a single flip hardly leads
+    if machine == "restricted":
+        assert_forgets(
+            DISCRETE[name](), energy, 100 if name in ("gibbs-with-gradients", "dmala") else 40
+        )

@@ -13,7 +13,8 @@ from pyroebm import MCMC, Energy
 
 
 class Stops(Energy):
-    """A normal of two dimensions and unequal scales; evaluation number ``at`` of a run's steps does what it is told to."""
+    """A normal of two dimensions and unequal scales; evaluation number ``at`` of a run's steps does
+    what it is told to."""
 
     def __init__(self, at: int = -1, act: Callable[[], None] | None = None) -> None:
         super().__init__((2,))

@@ -44,7 +44,8 @@ SPACES: dict[str, tuple[Constraint, tuple[int, ...], list[list[float]]]] = {
 
 
 class Pairwise(Energy):
-    """All entries coupled at random, and with fields: no site is like another, no symmetry hides a mistake."""
+    """All entries coupled at random, and with fields: no site is like another, no symmetry hides a
+    mistake."""
 
     def __init__(self, space: str, scale: float = 0.5) -> None:
         support, shape, self.values = SPACES[space]
@@ -52,7 +53,9 @@ class Pairwise(Energy):
         dim, generator = math.prod(shape), problem_generator(0)
         w = scale * torch.randn(dim, dim, generator=generator, dtype=torch.float64)
         self.register_buffer("w", 0.5 * (w + w.T))
-        self.register_buffer("b", scale * torch.randn(dim, generator=generator, dtype=torch.float64))
+        self.register_buffer(
+            "b", scale * torch.randn(dim, generator=generator, dtype=torch.float64)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.reshape(*self.batch_shape(x), -1)
@@ -61,11 +64,14 @@ class Pairwise(Energy):
     def states(self) -> Tensor:
         width = len(self.values[0])
         sites = self.event_shape.numel() // width
-        return torch.tensor(list(itertools.product(self.values, repeat=sites)), dtype=self.dtype).reshape(-1, *self.event_shape)
+        return torch.tensor(
+            list(itertools.product(self.values, repeat=sites)), dtype=self.dtype
+        ).reshape(-1, *self.event_shape)
 
 
 class Bipartite(Pairwise):
-    """The same with couplings between two halves only: a restricted Boltzmann machine on any support."""
+    """The same with couplings between two halves only: a restricted Boltzmann machine on any
+    support."""
 
     def __init__(self, space: str, scale: float = 0.5) -> None:
         super().__init__(space, scale)
@@ -79,7 +85,9 @@ class Bipartite(Pairwise):
         logits = (x.flatten(1) @ self.w + self.b)[:, self.blocks[block]]
         if len(self.values[0]) > 1:
             return OneHotCategorical(logits=logits.unflatten(1, (-1, len(self.values)))).to_event(1)
-        return Independent(Bernoulli(logits=logits) if self.values[0] == [0.0] else SpinBernoulli(logits), 1)
+        return Independent(
+            Bernoulli(logits=logits) if self.values[0] == [0.0] else SpinBernoulli(logits), 1
+        )
 
 
 def build(name: str, space: str) -> Pairwise:
@@ -98,16 +106,21 @@ def law(energy: Pairwise) -> Tensor:
 
 
 def draws(energy: Pairwise, probabilities: Tensor, n: int, seed: int) -> Tensor:
-    return energy.states()[torch.multinomial(probabilities, n, True, generator=torch.Generator().manual_seed(seed))]
+    return energy.states()[
+        torch.multinomial(probabilities, n, True, generator=torch.Generator().manual_seed(seed))
+    ]
 
 
 def assert_law(energy: Pairwise, x: Tensor, probabilities: Tensor) -> None:
-    """Pearson's chi-square over all states, cells of small expectation put together; 6e-7 is the tail of 5 standard errors."""
+    """Pearson's chi-square over all states, cells of small expectation put together; 6e-7 is the
+    tail of 5 standard errors."""
     found = torch.cdist(x.flatten(1), energy.states().flatten(1)).argmin(1)
     counts = torch.bincount(found, minlength=len(probabilities)).double()
     expected = probabilities * len(x)
     small = expected < 10.0
-    counts, expected = (torch.cat([t[~small], t[small].sum(0, keepdim=True)]) for t in (counts, expected))
+    counts, expected = (
+        torch.cat([t[~small], t[small].sum(0, keepdim=True)]) for t in (counts, expected)
+    )
     keep = expected > 0
     assert float(counts[~keep].sum()) == 0.0, "an impossible state was reached"
     chi2 = float(((counts - expected) ** 2 / expected.clamp(min=1e-300))[keep].sum())
@@ -118,7 +131,9 @@ def assert_law(energy: Pairwise, x: Tensor, probabilities: Tensor) -> None:
 # Stationarity, by enumeration
 
 
-def assert_stationary(kernel: Kernel[Any], energy: Pairwise, steps: int = 3, chains: int = 50_000) -> None:
+def assert_stationary(
+    kernel: Kernel[Any], energy: Pairwise, steps: int = 3, chains: int = 50_000
+) -> None:
     p = law(energy)
     assert_law(energy, run(kernel, energy, draws(energy, p, chains, 7), steps), p)
 

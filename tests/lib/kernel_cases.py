@@ -75,10 +75,14 @@ KERNELS: dict[str, Callable[[], Kernel]] = {
     "adjusted-mclmc": lambda: AdjustedMCLMC(step_size=0.3),
     "adjusted-mclmc-metric": lambda: AdjustedMCLMC(step_size=0.4, inverse_mass=torch.tensor(0.5)),
     "chees": lambda: ChEES(step_size=0.3, trajectory_length=2.0),
-    "chees-metric": lambda: ChEES(step_size=0.4, trajectory_length=2.0, inverse_mass=torch.tensor(0.5)),
+    "chees-metric": lambda: ChEES(
+        step_size=0.4, trajectory_length=2.0, inverse_mass=torch.tensor(0.5)
+    ),
     "independence": lambda: IndependenceMetropolis(Wide()),
     "jumps": lambda: Jumps(HMC(step_size=0.3, num_steps=3), Wide(), every=2),
-    "metropolis-underdamped-metric": lambda: MetropolisUnderdamped(step_size=0.4, inverse_mass=torch.tensor(0.5)),
+    "metropolis-underdamped-metric": lambda: MetropolisUnderdamped(
+        step_size=0.4, inverse_mass=torch.tensor(0.5)
+    ),
 }
 
 
@@ -87,7 +91,8 @@ EXACT = [name for name in KERNELS if KERNELS[name]().exact and name != "temperin
 
 
 def widened(metric: Tensor | Metric | None, event: tuple[int, ...]) -> Tensor | Metric | None:
-    """A metric of the table, written for one entry, for an event of many: dense ones correlate all of them."""
+    """A metric of the table, written for one entry, for an event of many: dense ones correlate all
+    of them."""
     dim = math.prod(event)
     match metric:
         case Tensor():
@@ -128,14 +133,16 @@ class Pair(Energy):
 
 
 class Fragile(Energy):
-    """A standard normal that is NaN beyond 1.5: sampled as a truncated normal, if NaN rows are refused."""
+    """A standard normal that is NaN beyond 1.5: sampled as a truncated normal, if NaN rows are
+    refused."""
 
     def forward(self, x: Tensor) -> Tensor:
         return 0.5 * x**2 + 0.0 * torch.sqrt(1.5 - x.abs())
 
 
 def run(kernel: Kernel, energy: Energy, x: Tensor, steps: int, seed: int = 12345) -> Tensor:
-    """Positions after ``steps`` steps from ``x``. The seed must not be the one that ``x`` was drawn with."""
+    """Positions after ``steps`` steps from ``x``. The seed must not be the one that ``x`` was drawn
+    with."""
     generator = torch.Generator().manual_seed(seed)
     state = kernel.init(energy, x, generator)
     for _ in range(steps):
@@ -146,20 +153,34 @@ def run(kernel: Kernel, energy: Energy, x: Tensor, steps: int, seed: int = 12345
 # Stationarity: exact kernels leave exact draws as they are
 
 
-def assert_unchanged(kernel: Kernel, energy: Energy, chains: int = 100_000, steps: int = 6, seed: int = 7) -> None:
-    """Moments within modes and the whole distribution, after a few steps from exact draws, against fresh exact draws."""
+def assert_unchanged(
+    kernel: Kernel, energy: Energy, chains: int = 100_000, steps: int = 6, seed: int = 7
+) -> None:
+    """Moments within modes and the whole distribution, after a few steps from exact draws, against
+    fresh exact draws."""
     generator = torch.Generator().manual_seed(seed)
     chains //= energy.event_shape.numel()
     x = energy.sample(chains, generator)
     after = run(kernel, energy, x, steps, seed + 1).flatten()
     fresh = energy.sample(4 * chains, generator).flatten()
     for mode in range(2):  # central moments: those about 0 hardly feel the width of a well
-        a, b = (t[(t > 0.126) == bool(mode)] - fresh[(fresh > 0.126) == bool(mode)].mean() for t in (after, fresh))
+        a, b = (
+            t[(t > 0.126) == bool(mode)] - fresh[(fresh > 0.126) == bool(mode)].mean()
+            for t in (after, fresh)
+        )
         for power in (1, 2, 4):
             f, g = a**power, b**power
-            within_se(f.mean(), g.mean(), math.sqrt(f.var() / len(f) + g.var() / len(g)), what=f"moment {power} in mode {mode}")
+            within_se(
+                f.mean(),
+                g.mean(),
+                math.sqrt(f.var() / len(f) + g.var() / len(g)),
+                what=f"moment {power} in mode {mode}",
+            )
     share = (fresh > 0.126).double().mean()
     within_se(
-        (after > 0.126).double().mean(), share, math.sqrt(share * (1 - share) * (1 / len(after) + 1 / len(fresh))), what="mass"
+        (after > 0.126).double().mean(),
+        share,
+        math.sqrt(share * (1 - share) * (1 / len(after) + 1 / len(fresh))),
+        what="mass",
     )
     assert stats.ks_2samp(after.numpy(), fresh.numpy()).pvalue > 1e-6

@@ -8,7 +8,8 @@ from torch import Tensor
 
 
 def nested_support() -> None:
-    """The support of one latent depends on another: Pyro's own potential takes it from one trace, and is wrong elsewhere."""
+    """The support of one latent depends on another: Pyro's own potential takes it from one trace,
+    and is wrong elsewhere."""
     top = pyro.sample("top", dist.Gamma(2.0, 1.0))
     pyro.sample("below", dist.Uniform(0.0, top))
 

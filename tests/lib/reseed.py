@@ -1,10 +1,12 @@
-"""`pytest --reseed N` shifts every seed, and `-m statistical` selects the tests whose result depends on the seed.
+"""`pytest --reseed N` shifts every seed, and `-m statistical` selects the tests whose result
+depends on the seed.
 
-A test with a fixed seed is one draw. Chains amplify rounding, so another CPU, instruction set or version of torch is another
-draw; a shift of the seeds is the same on one machine. No test has to know of it, because the shift is applied where seeds reach
-a generator: ``torch.Generator.manual_seed``, ``torch.manual_seed`` (``pyro.set_rng_seed`` calls it) and
-``numpy.random.default_rng``. Equal seeds stay equal and different seeds stay different. Processes that a test starts draw with
-the seeds that they are given.
+A test with a fixed seed is one draw. Chains amplify rounding, so another CPU, instruction set or
+version of torch is another draw; a shift of the seeds is the same on one machine. No test has to
+know of it, because the shift is applied where seeds reach a generator:
+``torch.Generator.manual_seed``, ``torch.manual_seed`` (``pyro.set_rng_seed`` calls it) and
+``numpy.random.default_rng``. Equal seeds stay equal and different seeds stay different. Processes
+that a test starts draw with the seeds that they are given.
 """
 
 from __future__ import annotations
@@ -26,12 +28,14 @@ import torch
 
 TESTS = Path(__file__).parents[1]
 PLAIN = torch.Generator
-#: Between two shifts lie more seeds than any test counts through. Odd, since torch's generator takes 32 bits of a seed.
+#: Between two shifts lie more seeds than any test counts through. Odd, since torch's generator
+#: takes 32 bits of a seed.
 STRIDE = 1_000_003
 
 
 def shifted(seed: Any, shift: int) -> Any:
-    """An integer seed, shifted; anything else as it is, so that it is refused, or read from the system, as before.
+    """An integer seed, shifted; anything else as it is, so that it is refused, or read from the
+    system, as before.
 
     Example:
         >>> shifted(7, 0), shifted(7, 1), shifted(None, 1)
@@ -41,9 +45,11 @@ def shifted(seed: Any, shift: int) -> Any:
 
 
 def problem_generator(seed: int) -> torch.Generator:
-    """A generator whose seed no shift reaches: for the parameters of a problem, where a test rests on what they are.
+    """A generator whose seed no shift reaches: for the parameters of a problem, where a test rests
+    on what they are.
 
-    With couplings of another seed chains may not mix, and weights may have no variance; then the test would say nothing.
+    With couplings of another seed chains may not mix, and weights may have no variance; then the
+    test would say nothing.
     """
     return PLAIN().manual_seed(seed)
 
@@ -57,7 +63,8 @@ def seeds_shifted(shift: int) -> Iterator[None]:
     manual_seed, default_rng = torch.manual_seed, np.random.default_rng
 
     class AnyGenerator(type(PLAIN)):  # type: ignore[misc]
-        def __instancecheck__(cls, instance: object) -> bool:  # torch makes plain ones: the default one, copies
+        # torch makes plain ones: the default one, copies
+        def __instancecheck__(cls, instance: object) -> bool:
             return isinstance(instance, PLAIN)
 
     class Generator(PLAIN, metaclass=AnyGenerator):
@@ -67,13 +74,18 @@ def seeds_shifted(shift: int) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng(devices=[]):
         patch.setattr(torch, "Generator", Generator)
         for module in (torch, torch.random):
-            patch.setattr(module, "manual_seed", functools.wraps(manual_seed)(lambda seed: manual_seed(shifted(seed, shift))))
+            patch.setattr(
+                module,
+                "manual_seed",
+                functools.wraps(manual_seed)(lambda seed: manual_seed(shifted(seed, shift))),
+            )
         patch.setattr(np.random, "default_rng", lambda seed=None: default_rng(shifted(seed, shift)))
-        torch.manual_seed(torch.initial_seed())  # for tests that draw from the global generator as they find it
+        # for tests that draw from the global generator as they find it
+        torch.manual_seed(torch.initial_seed())
         yield
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Which tests are statistical
 
 #: Names of seeds, and of the comparisons with a measured standard error.
@@ -84,13 +96,17 @@ COMPILED = {"test_compiled", "test_compiled_kernel", "test_compiled_kl"}
 
 
 def _of_tests(thing: Any) -> Iterator[types.FunctionType]:
-    """The functions of the suite that a global of a test refers to: itself, methods, entries of a table."""
+    """The functions of the suite that a global of a test refers to: itself, methods, entries of a
+    table."""
     thing = inspect.unwrap(thing.func if isinstance(thing, functools.partial) else thing)
     if isinstance(thing, types.FunctionType):
         if TESTS in Path(thing.__code__.co_filename).parents:
             yield thing
     elif isinstance(thing, type):
-        if TESTS in Path(getattr(sys.modules.get(thing.__module__), "__file__", None) or "/").parents:
+        if (
+            TESTS
+            in Path(getattr(sys.modules.get(thing.__module__), "__file__", None) or "/").parents
+        ):
             for member in vars(thing).values():
                 yield from _of_tests(member)
     elif isinstance(thing, dict | list | tuple):
@@ -100,7 +116,8 @@ def _of_tests(thing: Any) -> Iterator[types.FunctionType]:
 
 @functools.cache
 def _own(function: types.FunctionType) -> tuple[frozenset[str], tuple[types.FunctionType, ...]]:
-    """Names that a function uses, "<" for any comparison of order, and the functions of the suite among them."""
+    """Names that a function uses, "<" for any comparison of order, and the functions of the suite
+    among them."""
     codes, names = [function.__code__], {function.__name__}
     for code in codes:
         codes += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
@@ -108,9 +125,17 @@ def _own(function: types.FunctionType) -> tuple[frozenset[str], tuple[types.Func
             if isinstance(constant, tuple):  # names of keyword arguments
                 names |= {name for name in constant if isinstance(name, str)}
         names |= {*code.co_names, *code.co_varnames}
-        if any(step.opname == "COMPARE_OP" and set(str(step.argval)) & set("<>") for step in dis.get_instructions(code)):
+        if any(
+            step.opname == "COMPARE_OP" and set(str(step.argval)) & set("<>")
+            for step in dis.get_instructions(code)
+        ):
             names.add("<")
-    found = [thing for name in names if name in function.__globals__ for thing in _of_tests(function.__globals__[name])]
+    found = [
+        thing
+        for name in names
+        if name in function.__globals__
+        for thing in _of_tests(function.__globals__[name])
+    ]
     return frozenset(names), tuple(found)
 
 
@@ -127,20 +152,33 @@ def reached_names(functions: list[types.FunctionType]) -> set[str]:
 
 
 def is_statistical(function: Callable[..., Any], *parameters: Any) -> bool:
-    """Whether a test compares with a standard error, or asks for an order of numbers that come from a seed.
+    """Whether a test compares with a standard error, or asks for an order of numbers that come from
+    a seed.
 
-    A test that writes files may ask for the order of anything; it must compare with a standard error.
+    A test that writes files may ask for the order of anything; it must compare with a standard
+    error.
     """
-    names = reached_names([found for thing in (function, *parameters) for found in _of_tests(thing)])
+    names = reached_names(
+        [found for thing in (function, *parameters) for found in _of_tests(thing)]
+    )
     return bool(names & MEASURED or ("<" in names and names & SEEDS and "tmp_path" not in names))
 
 
 def mark_statistical(items: list[pytest.Item]) -> None:
-    """Mark them, but for those of minutes, of a GPU, and of compiled code, whose draws are those of the eager one."""
+    """Mark them, but for those of minutes, of a GPU, and of compiled code, whose draws are those of
+    the eager one."""
     for item in items:
-        left_out = item.get_closest_marker("slow") or item.get_closest_marker("gpu") or item.path.stem in COMPILED
+        left_out = (
+            item.get_closest_marker("slow")
+            or item.get_closest_marker("gpu")
+            or item.path.stem in COMPILED
+        )
         parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
-        if isinstance(item, pytest.Function) and not left_out and is_statistical(item.function, *parameters):
+        if (
+            isinstance(item, pytest.Function)
+            and not left_out
+            and is_statistical(item.function, *parameters)
+        ):
             item.add_marker("statistical")
 
 

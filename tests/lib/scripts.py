@@ -12,7 +12,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def load_script(name: str) -> types.ModuleType:
     """The module scripts/NAME.py, which is on no path."""
-    spec = importlib.util.spec_from_file_location(f"scripts_{name}", ROOT / "scripts" / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(
+        f"scripts_{name}", ROOT / "scripts" / f"{name}.py"
+    )
     if spec is None or spec.loader is None:
         raise ImportError(f"no scripts/{name}.py")
     module = importlib.util.module_from_spec(spec)

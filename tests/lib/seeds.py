@@ -14,7 +14,13 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 
 def flat_grad(module: nn.Module, loss: Tensor) -> Tensor:
-    """The gradient of a loss in all parameters of a module as one vector; 0 where the loss does not depend on one."""
+    """The gradient of a loss in all parameters of a module as one vector; 0 where the loss does not
+    depend on one."""
     parameters = list(module.parameters())
     grads = torch.autograd.grad(loss, parameters, allow_unused=True, retain_graph=True)
-    return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in zip(grads, parameters, strict=True)])
+    return torch.cat(
+        [
+            (torch.zeros_like(p) if g is None else g).flatten()
+            for g, p in zip(grads, parameters, strict=True)
+        ]
+    )

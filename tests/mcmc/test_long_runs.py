@@ -1,4 +1,5 @@
-"""Long runs: blocks, checkpoints in files, draws that stream, several processes. Stopped and resumed equals uninterrupted."""
+"""Long runs: blocks, checkpoints in files, draws that stream, several processes. Stopped and
+resumed equals uninterrupted."""
 
 from __future__ import annotations
 
@@ -37,14 +38,24 @@ from pyroebm.training import distributed
 
 def driven(kernel: Kernel, chains: int = 8, **options: object) -> MCMC:
     """Blocks of 3, 3 and 2 chains; a warm-up long enough for a metric."""
-    settings = {"num_samples": 6, "warmup_steps": 62, "seed": 5, "chain_batch_size": 3, "thinning": 2, **options}
+    settings = {
+        "num_samples": 6,
+        "warmup_steps": 62,
+        "seed": 5,
+        "chain_batch_size": 3,
+        "thinning": 2,
+        **options,
+    }
     return Counted(kernel, num_chains=chains, **settings)  # type: ignore[arg-type]
 
 
 def assert_same(a: MCMC, b: MCMC) -> None:
     """Every draw and every statistic, warm-up included, bit for bit."""
     for warmup in (False, True):
-        left, right = ({**m.get_samples(group_by_chain=True, warmup=warmup), **m.get_stats(warmup)} for m in (a, b))
+        left, right = (
+            {**m.get_samples(group_by_chain=True, warmup=warmup), **m.get_stats(warmup)}
+            for m in (a, b)
+        )
         assert set(left) == set(right)
         for name, value in left.items():
             assert torch.equal(value, right[name]), (name, warmup)
@@ -71,7 +82,9 @@ def test_starting_states_are_dealt_to_their_chains() -> None:
     x = torch.arange(16.0, dtype=torch.float64).reshape(8, 2) / 10
     mcmc = driven(MALA(1e-9), adaptation=None, warmup_steps=0)
     mcmc.run(Stops().double(), x)
-    torch.testing.assert_close(mcmc.get_samples(group_by_chain=True)["x"][:, 0], x, atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        mcmc.get_samples(group_by_chain=True)["x"][:, 0], x, atol=1e-6, rtol=0
+    )
 
 
 def test_ctrl_c_finds_the_blocks_equally_far_and_nothing_is_lost() -> None:
@@ -79,7 +92,9 @@ def test_ctrl_c_finds_the_blocks_equally_far_and_nothing_is_lost() -> None:
     whole.run(Stops())
     for at in range(24, 30):  # anywhere within a draw, in any block
         mcmc = driven(MALA(0.5), adaptation=None, warmup_steps=0)
-        with pytest.warns(RuntimeWarning, match="interrupted during sampling: [34] draws of each chain"):
+        with pytest.warns(
+            RuntimeWarning, match="interrupted during sampling: [34] draws of each chain"
+        ):
             mcmc.run(Stops(at))
         counts = [block.record.count for block in mcmc._blocks]
         assert max(counts) - min(counts) <= 1
@@ -91,10 +106,13 @@ def test_ctrl_c_finds_the_blocks_equally_far_and_nothing_is_lost() -> None:
 def test_the_layout_gives_every_block_to_one_rank() -> None:
     for chains, world in ((640, 3), (130, 3), (64, 1)):
         layouts = [Layout(chains, 64, (rank, world)) for rank in range(world)]
-        assert [chain for layout in layouts for block in layout.blocks for chain in layout.chains(block)] == list(range(chains))
+        assert [
+            chain for layout in layouts for block in layout.blocks for chain in layout.chains(block)
+        ] == list(range(chains))
         sizes = [len(layout.blocks) for layout in layouts]
         assert max(sizes) - min(sizes) <= 1
-    for chains, blocks in ((1, [1]), (64, [64]), (65, [65]), (66, [64, 2]), (129, [64, 65])):  # none of one chain beside others
+    # none of one chain beside others
+    for chains, blocks in ((1, [1]), (64, [64]), (65, [65]), (66, [64, 2]), (129, [64, 65])):
         layout = Layout(chains)
         assert [len(layout.chains(block)) for block in layout.blocks] == blocks
     assert [len(Layout(3, 1).chains(block)) for block in Layout(3, 1).blocks] == [1, 1, 1]
@@ -117,7 +135,8 @@ def test_a_chain_left_over_is_warmed_up_with_others() -> None:
 
 
 def assert_resumes(kernel: Kernel, energy: Callable[[], Energy], folder: Path) -> None:
-    """Ctrl-C at some evaluation of the warm-up or of the sampling, all that is known to a file, and on in another object."""
+    """Ctrl-C at some evaluation of the warm-up or of the sampling, all that is known to a file, and
+    on in another object."""
     marks: list[int] = []
 
     def watched(at: int = -1) -> tuple[Energy, list[None]]:
@@ -134,7 +153,9 @@ def assert_resumes(kernel: Kernel, energy: Callable[[], Energy], folder: Path) -
     counted, calls = watched()
 
     whole = driven(kernel, 5)
-    whole._take_turns = lambda *a: marks.extend((len(calls), MCMC._take_turns(whole, *a), len(calls))[::2])  # type: ignore
+    whole._take_turns = lambda *a: marks.extend(
+        (len(calls), MCMC._take_turns(whole, *a), len(calls))[::2]
+    )  # type: ignore
     whole.run(counted)
     begun, warm, _, total = marks
     for at in (begun + (warm - begun) // 3, warm - 5, (warm + total) // 2):
@@ -179,7 +200,11 @@ class Ends(MCMC):
 def test_a_compiled_run_resumes_from_its_folder_as_if_uninterrupted(tmp_path: Path) -> None:
     energy = DoubleWell()
     settings = {"warmup_steps": 62, "num_chains": 6, "chain_batch_size": 3, "compile": True}
-    whole, broken, again = MCMC(HMC(), 6, seed=5, **settings), Ends(HMC(), 6, seed=5, **settings), MCMC(HMC(), 6, **settings)
+    whole, broken, again = (
+        MCMC(HMC(), 6, seed=5, **settings),
+        Ends(HMC(), 6, seed=5, **settings),
+        MCMC(HMC(), 6, **settings),
+    )
     whole.run(energy)
     with pytest.warns(RuntimeWarning, match="interrupted during warm-up"):
         broken.run(energy, store=tmp_path)
@@ -245,13 +270,16 @@ def test_what_is_packed_comes_back_as_it_was_and_strangers_are_refused() -> None
 # Streaming
 
 
-def test_a_run_that_streams_is_the_run_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_streams_is_the_run_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(driver, "BUFFER", 3 * 3 * 57 * 4)  # room for four draws of a block of three
     energy = Exponential(2.0).double()
     memory, stored = driven(NUTS(), warmup_steps=10), driven(NUTS(), warmup_steps=10)
     memory.run(energy)
     stored.run(energy, store=tmp_path)
-    assert {len(block.record.x) for block in stored._blocks} == {4, 6}  # memory is bounded whatever the length
+    # memory is bounded whatever the length
+    assert {len(block.record.x) for block in stored._blocks} == {4, 6}
     assert_same(memory, stored)
     assert str(memory.verdict()) == str(stored.verdict())
     a, b = memory.to_arviz(), open_run(tmp_path)
@@ -260,7 +288,9 @@ def test_a_run_that_streams_is_the_run_in_memory(tmp_path: Path, monkeypatch: py
         for name in a[group].data_vars:
             np.testing.assert_array_equal(a[group][name].values, b[group][name].values)
     assert b.posterior.chain.values.tolist() == list(range(8))
-    np.testing.assert_allclose(np.log(b.posterior["x"]), b.unconstrained_posterior["x"], rtol=1e-12, atol=1e-14)
+    np.testing.assert_allclose(
+        np.log(b.posterior["x"]), b.unconstrained_posterior["x"], rtol=1e-12, atol=1e-14
+    )
     assert b.attrs["inference_library"] == "pyroebm"
     thin = open_run(tmp_path, thinning=3)
     assert thin.posterior.draw.values.tolist() == [2, 5]
@@ -328,11 +358,16 @@ def test_a_part_that_cannot_be_read_is_named_and_not_left_out(tmp_path: Path) ->
     driven(MALA(0.5), warmup_steps=0).run(Stops(), store=tmp_path)
     part = next(tmp_path.glob("block00001-draws-*.nc"))
     part.write_bytes(part.read_bytes()[:500])
-    with pytest.raises(ValueError, match=r"block00001-draws-000000000.nc cannot be read, or lacks the group 'posterior'"):
+    with pytest.raises(
+        ValueError,
+        match=r"block00001-draws-000000000.nc cannot be read, or lacks the group 'posterior'",
+    ):
         open_run(tmp_path)
 
 
-def test_a_write_that_is_broken_off_loses_nothing_that_was_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_write_that_is_broken_off_loses_nothing_that_was_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def short() -> MCMC:
         return driven(MALA(0.5), 5, warmup_steps=0, num_samples=3)
 
@@ -362,13 +397,19 @@ def test_a_write_that_is_broken_off_loses_nothing_that_was_kept(tmp_path: Path, 
         assert_same(again, whole)
 
 
-def test_a_large_run_says_beforehand_what_it_takes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_large_run_says_beforehand_what_it_takes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     driven(MALA(), warmup_steps=0).run(Stops())
     assert "GiB" not in capsys.readouterr().err
-    monkeypatch.setattr(record, "LARGE", 6 * 8 * 41 - 1)  # six draws of eight chains of 2 + 4 numbers and 17 bytes
+    # six draws of eight chains of 2 + 4 numbers and 17 bytes
+    monkeypatch.setattr(record, "LARGE", 6 * 8 * 41 - 1)
     mcmc = driven(MALA(), warmup_steps=0)
     mcmc.run(Stops())
-    assert "6 draws of 8 chains will take 0.0 GiB in memory; run(energy, store=folder)" in capsys.readouterr().err
+    assert (
+        "6 draws of 8 chains will take 0.0 GiB in memory; run(energy, store=folder)"
+        in capsys.readouterr().err
+    )
     mcmc.run_more(3)
     assert "9 draws of 8 chains will take" in capsys.readouterr().err
 
@@ -399,7 +440,9 @@ RANK = """
 
 def start(script: str, *arguments: str) -> subprocess.Popen[bytes]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen([sys.executable, "-c", textwrap.dedent(script), *arguments], cwd=ROOT, env=environment)
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(script), *arguments], cwd=ROOT, env=environment
+    )
 
 
 def test_a_killed_process_loses_no_draw_that_was_written(tmp_path: Path) -> None:
@@ -410,7 +453,9 @@ def test_a_killed_process_loses_no_draw_that_was_written(tmp_path: Path) -> None
     assert len(list(tmp_path.glob("block00000-warmup-*.nc"))) > 5
     kept = open_run(tmp_path).posterior["x"].values
     assert 0 < kept.shape[1] < 6
-    np.testing.assert_array_equal(kept, whole.get_samples(group_by_chain=True)["x"][:, : kept.shape[1]])
+    np.testing.assert_array_equal(
+        kept, whole.get_samples(group_by_chain=True)["x"][:, : kept.shape[1]]
+    )
     again = driven(NUTS(), 4)
     again.resume(Stops(), tmp_path)
     assert_same(again, whole)
@@ -421,7 +466,9 @@ def test_two_processes_draw_what_one_does(tmp_path: Path) -> None:
     whole.run(Stops())
     processes = [start(RANK, str(tmp_path / "run"), str(rank)) for rank in range(2)]
     assert [process.wait(120) for process in processes] == [0, 0]
-    np.testing.assert_array_equal(open_run(tmp_path / "run").posterior["x"], whole.get_samples(group_by_chain=True)["x"])
+    np.testing.assert_array_equal(
+        open_run(tmp_path / "run").posterior["x"], whole.get_samples(group_by_chain=True)["x"]
+    )
 
 
 def test_ranks_are_those_of_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,10 +16,25 @@ from torch import Tensor, nn
 from pyroebm import HMC, MALA, MCMC, NUTS, ULA, Energy, ParallelTempering, WindowAdaptation
 from pyroebm.core.statistics import arviz, bfmi, ess_bulk, mcse_mean, r_hat
 from pyroebm.diagnostics import Verdict, mode_masses, to_arviz, verdict
-from pyroebm.targets import BernoulliProduct, Beta, Dirichlet, DoubleWell, Exponential, Gaussian, GaussianMixture, scales_gaussian
+from pyroebm.targets import (
+    BernoulliProduct,
+    Beta,
+    Dirichlet,
+    DoubleWell,
+    Exponential,
+    Gaussian,
+    GaussianMixture,
+    scales_gaussian,
+)
 
 
-def sampled(energy: Energy, num_samples: int = 200, warmup_steps: int = 100, num_chains: int = 8, **options: object) -> MCMC:
+def sampled(
+    energy: Energy,
+    num_samples: int = 200,
+    warmup_steps: int = 100,
+    num_chains: int = 8,
+    **options: object,
+) -> MCMC:
     mcmc = MCMC(NUTS(), num_samples, warmup_steps, num_chains, **{"seed": 0, **options})  # type: ignore[arg-type]
     mcmc.run(energy)
     return mcmc
@@ -44,7 +59,9 @@ START = torch.linspace(-1.0, 1.0, 4)
 
 
 @pytest.mark.parametrize("event", [(), (3,), (2, 3, 4)])
-@pytest.mark.parametrize("kernel", [ULA(0.3), MALA(), HMC(), NUTS()], ids=lambda k: type(k).__name__)
+@pytest.mark.parametrize(
+    "kernel", [ULA(0.3), MALA(), HMC(), NUTS()], ids=lambda k: type(k).__name__
+)
 def test_shapes_names_and_types(kernel: object, event: tuple[int, ...]) -> None:
     energy = Gaussian(torch.zeros(event, dtype=torch.float64))
     mcmc = MCMC(kernel, num_samples=12, warmup_steps=30, num_chains=5, seed=1)  # type: ignore[arg-type]
@@ -62,7 +79,8 @@ def test_shapes_names_and_types(kernel: object, event: tuple[int, ...]) -> None:
     lp = mcmc.get_stats()["lp"]
     torch.testing.assert_close(lp, -energy(mcmc.get_samples(group_by_chain=True)["x"]))
     if not isinstance(kernel, ULA):
-        assert (mcmc.get_stats()["energy"] >= -lp).all()  # the Hamiltonian is the energy plus the kinetic energy
+        # the Hamiltonian is the energy plus the kinetic energy
+        assert (mcmc.get_stats()["energy"] >= -lp).all()
 
 
 @pytest.mark.parametrize("num_chains", [1, 3, 64])
@@ -129,7 +147,11 @@ def test_run_more_equals_one_longer_run_and_a_saved_run_goes_on_the_same(tmp_pat
     assert other.to_arviz().posterior["x"].shape == (8, 60)
     assert other.seed == short.seed
     state = short.state_dict()
-    for stranger in (MCMC(NUTS(), 1, num_chains=3), MCMC(MALA(), 1, num_chains=8), MCMC(NUTS(), 1, num_chains=8, thinning=2)):
+    for stranger in (
+        MCMC(NUTS(), 1, num_chains=3),
+        MCMC(MALA(), 1, num_chains=8),
+        MCMC(NUTS(), 1, num_chains=8, thinning=2),
+    ):
         with pytest.raises(ValueError, match="must be of the settings of this run"):
             stranger.load_state_dict(state, energy)
     with pytest.raises(ValueError, match="must be of the energy given"):
@@ -141,18 +163,25 @@ def test_run_more_equals_one_longer_run_and_a_saved_run_goes_on_the_same(tmp_pat
 def test_thinning_keeps_every_kth_draw_and_the_counts_of_the_rest() -> None:
     energy = DoubleWell().double()
     full, thin = sampled(energy, 60, 50), sampled(energy, 20, 50, thinning=3)
-    assert torch.equal(thin.get_samples(group_by_chain=True)["x"], full.get_samples(group_by_chain=True)["x"][:, 2::3])
+    assert torch.equal(
+        thin.get_samples(group_by_chain=True)["x"],
+        full.get_samples(group_by_chain=True)["x"][:, 2::3],
+    )
     a, b = full.get_stats(), thin.get_stats()
     assert torch.equal(b["n_steps"], a["n_steps"].reshape(8, 20, 3).sum(-1))
     assert torch.equal(b["diverging"], a["diverging"].reshape(8, 20, 3).any(-1))
     assert torch.equal(b["lp"], a["lp"][:, 2::3])
-    torch.testing.assert_close(b["acceptance_rate"], a["acceptance_rate"].reshape(8, 20, 3).mean(-1))
+    torch.testing.assert_close(
+        b["acceptance_rate"], a["acceptance_rate"].reshape(8, 20, 3).mean(-1)
+    )
 
 
 def test_ctrl_c_keeps_what_was_drawn() -> None:
     mcmc = MCMC(MALA(0.5), num_samples=100, warmup_steps=0, num_chains=4, seed=0)
     energy = Stops(at=40)
-    with pytest.warns(RuntimeWarning, match="interrupted during sampling: 38 draws of each chain were kept"):
+    with pytest.warns(
+        RuntimeWarning, match="interrupted during sampling: 38 draws of each chain were kept"
+    ):
         mcmc.run(energy, START)
     assert mcmc.interrupted
     whole = MCMC(MALA(0.5), num_samples=38, warmup_steps=0, num_chains=4, seed=0)
@@ -186,7 +215,10 @@ def test_a_failing_energy_loses_no_draw() -> None:
     [
         ({"num_chains": 0}, "num_chains must be an integer of at least 1, got num_chains=0"),
         ({"num_samples": 0}, "num_samples must be an integer of at least 1, got num_samples=0"),
-        ({"warmup_steps": -1}, "warmup_steps must be an integer of at least 0, got warmup_steps=-1"),
+        (
+            {"warmup_steps": -1},
+            "warmup_steps must be an integer of at least 0, got warmup_steps=-1",
+        ),
         ({"thinning": 1.5}, "thinning must be an integer of at least 1, got thinning=1.5"),
         ({"kernel": "NUTS"}, "kernel must be one of pyroebm.kernels, got str"),
     ],
@@ -204,10 +236,13 @@ def test_bad_energies_and_starts() -> None:
         mcmc.run(BernoulliProduct(torch.zeros(3)))
     with pytest.raises(ValueError, match=r"one state for each of num_chains=4, got shape \(3,\)"):
         mcmc.run(DoubleWell(), torch.zeros(3))
-    with pytest.raises(ValueError, match=r"initial must have the dtype of the energy: .*float32.*float64"):
+    with pytest.raises(
+        ValueError, match=r"initial must have the dtype of the energy: .*float32.*float64"
+    ):
         mcmc.run(DoubleWell(), torch.zeros(4, dtype=torch.float64))
     with pytest.raises(
-        ValueError, match=r"initial must lie in support=Real\(\): 2 of 4 rows do not, the first is row 2 with nan"
+        ValueError,
+        match=r"initial must lie in support=Real\(\): 2 of 4 rows do not, the first is row 2 with nan",
     ):
         mcmc.run(DoubleWell(), torch.tensor([0.0, 1.0, math.nan, math.inf]))
     with pytest.raises(ValueError, match="nothing was drawn yet"):
@@ -217,10 +252,15 @@ def test_bad_energies_and_starts() -> None:
 
 
 def test_illegal_starts_are_refused_and_not_moved() -> None:
-    with pytest.raises(ValueError, match=r"initial must lie in support=.*1 of 2 rows do not, the first is row 0 with 5\.0"):
+    with pytest.raises(
+        ValueError,
+        match=r"initial must lie in support=.*1 of 2 rows do not, the first is row 0 with 5\.0",
+    ):
         MCMC(NUTS(), 10, 10, 2).run(Beta(2.0, 2.0), torch.tensor([5.0, 0.5]))
     with pytest.raises(ValueError, match="the first is row 1"):
-        MCMC(NUTS(), 10, 10, 2).run(Dirichlet(torch.ones(3)), torch.tensor([[0.2, 0.3, 0.5], [1.0, 1.0, 1.0]]))
+        MCMC(NUTS(), 10, 10, 2).run(
+            Dirichlet(torch.ones(3)), torch.tensor([[0.2, 0.3, 0.5], [1.0, 1.0, 1.0]])
+        )
 
 
 def test_a_refused_run_leaves_the_one_before_as_it_was() -> None:
@@ -248,7 +288,8 @@ def test_run_more_samples_the_energy_as_it_now_is() -> None:
     mcmc = MCMC(MALA(), 20, 50, 8, seed=0)
     mcmc.run(energy)
     with torch.no_grad():
-        energy.height += 30.0  # the same density: a state that remembered its old energy would never move again
+        # the same density: a state that remembered its old energy would never move again
+        energy.height += 30.0
     mcmc.run_more(20)
     assert float(mcmc.get_stats()["acceptance_rate"][:, 20:].mean()) > 0.3
 
@@ -267,12 +308,22 @@ def test_run_more_samples_the_energy_as_it_now_is() -> None:
         ),
         (
             lambda: MCMC(NUTS(), 5, adaptation=True),
-            r"adaptation must be a WindowAdaptation\(\) or the like of it, or None, got adaptation=True",
+            r"adaptation must be a WindowAdaptation\(\) or the like of it, or None, got"
+            r" adaptation=True",
         ),
-        (lambda: sampled(DoubleWell(), 5, 5).run_more(2.5), "num_samples must be an integer of at least 1, got num_samples=2.5"),
+        (
+            lambda: sampled(DoubleWell(), 5, 5).run_more(2.5),
+            "num_samples must be an integer of at least 1, got num_samples=2.5",
+        ),
         (lambda: MCMC(NUTS(), True), "num_samples must be an integer"),
-        (lambda: MCMC(NUTS(), 5, num_chains=2).run(DoubleWell(), [0.0, 1.0]), "initial must hold one state .* got shape list"),
-        (lambda: MCMC(NUTS(), 5, num_chains=2).run(DoubleWell(), torch.tensor(0.0)), r"got shape \(\)"),
+        (
+            lambda: MCMC(NUTS(), 5, num_chains=2).run(DoubleWell(), [0.0, 1.0]),
+            "initial must hold one state .* got shape list",
+        ),
+        (
+            lambda: MCMC(NUTS(), 5, num_chains=2).run(DoubleWell(), torch.tensor(0.0)),
+            r"got shape \(\)",
+        ),
     ],
 )
 def test_slips_of_a_first_hour_are_named(make: Callable[[], object], message: str) -> None:
@@ -304,7 +355,9 @@ def test_the_broadcast_mistake_names_both_shapes() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.net(x)
 
-    with pytest.raises(ValueError, match=r"must have shape \(4,\), but it has shape \(4, 1\).*squeeze"):
+    with pytest.raises(
+        ValueError, match=r"must have shape \(4,\), but it has shape \(4, 1\).*squeeze"
+    ):
         MCMC(NUTS(), 10, num_chains=4).run(Wrong())
 
 
@@ -336,7 +389,9 @@ def test_save_warmup_and_adaptation_can_be_off() -> None:
     assert mcmc.kernel.step_size == NUTS().step_size
     assert not hasattr(mcmc.to_arviz(), "warmup_posterior")
     assert hasattr(sampled(DoubleWell(), 5, 20, adaptation=None).to_arviz(), "warmup_posterior")
-    tuned = sampled(DoubleWell().double(), 400, 300, 32, adaptation=WindowAdaptation(target_acceptance=0.95))
+    tuned = sampled(
+        DoubleWell().double(), 400, 300, 32, adaptation=WindowAdaptation(target_acceptance=0.95)
+    )
     assert abs(float(tuned.get_stats()["acceptance_rate"].mean()) - 0.95) < 0.03
 
 
@@ -361,7 +416,9 @@ def test_verdict_sees_chains_that_disagree_short_runs_and_divergences() -> None:
     apart = verdict(noise + torch.arange(4.0).unsqueeze(1), calm)
     assert not apart.mixed
     assert "R-hat should be below" in str(apart)
-    assert "effective sample size" in str(verdict(noise[:, :50], {k: v[:, :50] for k, v in calm.items()}))
+    assert "effective sample size" in str(
+        verdict(noise[:, :50], {k: v[:, :50] for k, v in calm.items()})
+    )
     assert "One chain alone" in str(verdict(noise[:1], {k: v[:1] for k, v in calm.items()}))
     wild = {**calm, "diverging": calm["diverging"].clone()}
     wild["diverging"][2, 5] = True
@@ -380,15 +437,21 @@ def test_the_verdict_is_of_the_worst_entry_and_its_thresholds_are_the_fields() -
     judged = verdict(sticky, calm)
     assert judged.ess_bulk == float(ess_bulk(sticky).min()) < 400
     assert judged.r_hat == float(r_hat(sticky).max())
-    slightly = x + 0.22 * torch.arange(4.0).reshape(4, 1, 1) * torch.tensor([0.0, 1.0])  # R-hat between 1.01 and 1.1
+    # R-hat between 1.01 and 1.1
+    slightly = x + 0.22 * torch.arange(4.0).reshape(4, 1, 1) * torch.tensor([0.0, 1.0])
     assert 1.02 < float(r_hat(slightly).max()) < 1.09
     assert "R-hat should be below 1.01" in str(verdict(slightly, calm))
     assert "not defined" in str(verdict(x[:, :3], {k: v[:, :3] for k, v in calm.items()}))
     for rate, expected in ((0.1, True), (0.5, False)):
         seen = {**calm, "acceptance_rate": torch.full((4, 1000), rate)}
-        assert ("acceptance rate is 0.1: the kernel hardly moves, and has no step size" in str(verdict(x, seen))) == expected
+        assert (
+            "acceptance rate is 0.1: the kernel hardly moves, and has no step size"
+            in str(verdict(x, seen))
+        ) == expected
         seen["step_size"] = torch.ones(4, 1000)
-        assert ("acceptance rate is 0.1: the step size is too large" in str(verdict(x, seen))) == expected
+        assert (
+            "acceptance rate is 0.1: the step size is too large" in str(verdict(x, seen))
+        ) == expected
     # energies of a first-order autoregression have BFMI 2 (1 - phi)
     for phi, expected in ((0.93, False), (0.7, True)):
         energy, noise = torch.zeros(4, 1000, dtype=torch.float64), x[..., 0]
@@ -423,7 +486,9 @@ def test_numbers_in_arrays_of_one_entry_are_numbers(monkeypatch: pytest.MonkeyPa
     masses = mode_masses((x[..., 0] > 0).long(), 2)
     for name in calls:
         theirs = getattr(arviz(), name)
-        monkeypatch.setattr(arviz(), name, lambda *a, theirs=theirs, **k: np.atleast_1d(theirs(*a, **k)))
+        monkeypatch.setattr(
+            arviz(), name, lambda *a, theirs=theirs, **k: np.atleast_1d(theirs(*a, **k))
+        )
     for name, call in calls.items():
         np.testing.assert_array_equal(call(x), plain[name])
     np.testing.assert_array_equal(mode_masses((x[..., 0] > 0).long(), 2), masses)
@@ -448,5 +513,7 @@ def test_the_file_can_be_read_again(tmp_path) -> None:  # type: ignore[no-untype
         warnings.simplefilter("ignore")
         mcmc.to_arviz().to_netcdf(str(tmp_path / "chains.nc"))
         data = arviz().from_netcdf(str(tmp_path / "chains.nc"))
-    np.testing.assert_array_equal(data.posterior["x"].values, mcmc.get_samples(group_by_chain=True)["x"].numpy())
+    np.testing.assert_array_equal(
+        data.posterior["x"].values, mcmc.get_samples(group_by_chain=True)["x"].numpy()
+    )
     assert data.attrs["inference_library"] == "pyroebm"

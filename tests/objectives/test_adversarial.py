@@ -1,4 +1,5 @@
-"""Adversarial objectives: the finite game in closed form, a flow's bound by quadrature, entropies of generators; mutants."""
+"""Adversarial objectives: the finite game in closed form, a flow's bound by quadrature, entropies
+of generators; mutants."""
 
 from __future__ import annotations
 
@@ -49,21 +50,38 @@ def numel(event: tuple[int, ...]) -> int:
 Make = Callable[[tuple[int, ...], torch.dtype], Adversarial]
 
 OBJECTIVES: dict[str, Make] = {
-    "flow": lambda event, dtype: AdversarialFlow(NICE(numel(event), couplings=2, hidden=(8,), dtype=dtype)),
-    "total gradient": lambda event, dtype: AdversarialFlow(NICE(numel(event), 2, (8,), dtype=dtype), 16, gradient="total"),
-    "redundant": lambda event, dtype: AdversarialFlow(RedundantNICE(numel(event), numel(event) + 2, 2, (8,), dtype=dtype)),
-    "penalised": lambda event, dtype: AdversarialFlow(NICE(numel(event), 2, (8,), dtype=dtype), gradient_penalty=0.3),
-    "deep directed": lambda event, dtype: DeepDirected(
-        MLPGenerator(event, 3, (8, 8), batch_norm=True, dtype=dtype, generator=seeded(1)), num_samples=6
+    "flow": lambda event, dtype: AdversarialFlow(
+        NICE(numel(event), couplings=2, hidden=(8,), dtype=dtype)
     ),
-    "vera": lambda event, dtype: VERA(MLPGenerator(event, 3, (8,), sigma=0.2, dtype=dtype, generator=seeded(1)), 5),
+    "total gradient": lambda event, dtype: AdversarialFlow(
+        NICE(numel(event), 2, (8,), dtype=dtype), 16, gradient="total"
+    ),
+    "redundant": lambda event, dtype: AdversarialFlow(
+        RedundantNICE(numel(event), numel(event) + 2, 2, (8,), dtype=dtype)
+    ),
+    "penalised": lambda event, dtype: AdversarialFlow(
+        NICE(numel(event), 2, (8,), dtype=dtype), gradient_penalty=0.3
+    ),
+    "deep directed": lambda event, dtype: DeepDirected(
+        MLPGenerator(event, 3, (8, 8), batch_norm=True, dtype=dtype, generator=seeded(1)),
+        num_samples=6,
+    ),
+    "vera": lambda event, dtype: VERA(
+        MLPGenerator(event, 3, (8,), sigma=0.2, dtype=dtype, generator=seeded(1)), 5
+    ),
 }
 EVENTS = [(), (3,), (2, 2, 2)]
 
 
-def pair(name: str, event: tuple[int, ...], dtype: torch.dtype = F64) -> tuple[Energy, Adversarial, Tensor]:
+def pair(
+    name: str, event: tuple[int, ...], dtype: torch.dtype = F64
+) -> tuple[Energy, Adversarial, Tensor]:
     energy = perturbed(MLPEnergy(event, (8,), scale=2.0, dtype=dtype, generator=seeded(2)))
-    return energy, perturbed(OBJECTIVES[name](event, dtype), 0.1), standard_normal((7, *event), seeded(3), dtype, CPU)
+    return (
+        energy,
+        perturbed(OBJECTIVES[name](event, dtype), 0.1),
+        standard_normal((7, *event), seeded(3), dtype, CPU),
+    )
 
 
 def grads(loss: Tensor, parameters: Any) -> list[Tensor | None]:
@@ -74,7 +92,13 @@ def flat(found: list[Tensor | None]) -> Tensor:
     return torch.cat([g.flatten() for g in found if g is not None])
 
 
-def one_step(energy: Energy, objective: Adversarial, optimizers: dict[str, Any], batch: Tensor, noise: torch.Generator) -> Any:
+def one_step(
+    energy: Energy,
+    objective: Adversarial,
+    optimizers: dict[str, Any],
+    batch: Tensor,
+    noise: torch.Generator,
+) -> Any:
     """Every gradient first, then every optimizer's step."""
     losses, facts = objective.losses(energy, batch, generator=noise)
     for name, loss in losses.items():
@@ -86,7 +110,7 @@ def one_step(energy: Energy, objective: Adversarial, optimizers: dict[str, Any],
     return facts
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What holds for each line of the table
 
 
@@ -116,10 +140,14 @@ def check_separation(objective: Adversarial, energy: Energy, batch: Tensor) -> N
         for owner, parameters in trained.items():
             found = grads(loss, parameters)
             if owner == name:
-                assert all(g is not None for g in found), f"the loss of {name} does not reach all of its parameters"
+                assert all(g is not None for g in found), (
+                    f"the loss of {name} does not reach all of its parameters"
+                )
                 assert float(flat(found).abs().max()) > 0.0
             else:
-                assert all(g is None for g in found), f"the loss of {name} has a gradient in the parameters of {owner}"
+                assert all(g is None for g in found), (
+                    f"the loss of {name} has a gradient in the parameters of {owner}"
+                )
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -127,7 +155,11 @@ def test_each_loss_has_its_own_parameters(name: str) -> None:
     energy, objective, batch = pair(name, (3,))
     check_separation(objective, energy, batch)
     together = [p for group in objective.trained(energy).values() for p in group]
-    assert len({id(p) for p in together}) == len(together) == len([*energy.parameters(), *objective.parameters()])
+    assert (
+        len({id(p) for p in together})
+        == len(together)
+        == len([*energy.parameters(), *objective.parameters()])
+    )
     assert all(p.grad is None and p.requires_grad for p in together)
     assert energy.training
     assert objective.training
@@ -163,7 +195,8 @@ def test_nan_is_seen_where_it_is(name: str) -> None:
     losses, facts = objective.losses(energy, batch, generator=seeded(0))
     assert bool(losses["energy"].isnan())
     assert bool(facts["energy_data"].isnan())
-    assert all(bool(torch.isfinite(loss)) for part, loss in losses.items() if part != "energy")  # draws do not read data
+    # draws do not read data
+    assert all(bool(torch.isfinite(loss)) for part, loss in losses.items() if part != "energy")
     with torch.no_grad():
         next(objective.parameters()).fill_(math.nan)
     losses, _ = objective.losses(energy, batch, generator=seeded(0))
@@ -178,7 +211,9 @@ def test_fit_trains_both_and_goes_on_where_it_stopped(name: str, tmp_path: Path)
         energy, objective, _ = pair(name, (2,))
         before = [p.detach().clone() for p in [*energy.parameters(), *objective.parameters()]]
         for resume in (False,) if stop is None else (False, True):
-            loop = fit(energy, objective, data, steps=6, batch_size=3, checkpoint=path, resume=resume)
+            loop = fit(
+                energy, objective, data, steps=6, batch_size=3, checkpoint=path, resume=resume
+            )
             for step, _, _ in loop:
                 if not resume and step == stop:
                     loop.close()
@@ -186,7 +221,8 @@ def test_fit_trains_both_and_goes_on_where_it_stopped(name: str, tmp_path: Path)
                 energy, objective, _ = pair(name, (2,))
         after = [p.detach().clone() for p in [*energy.parameters(), *objective.parameters()]]
         changed = [not torch.equal(a, b) for a, b in zip(before, after, strict=True)]
-        assert sum(changed) >= len(changed) - 2  # an output bias of an energy changes nothing; a unit may be idle
+        # an output bias of an energy changes nothing; a unit may be idle
+        assert sum(changed) >= len(changed) - 2
         return after
 
     whole, parts = run(None, tmp_path / "a"), run(2, tmp_path / "b")
@@ -222,9 +258,14 @@ def test_what_does_not_fit_is_refused(name: str) -> None:
         (lambda: DeepDirected(Generator(nn.BatchNorm1d(2, affine=False), 2, (2,))), "has none"),
         (lambda: VERA(MLPGenerator((2,), 2, sigma=0.1), num_proposals=0), "num_proposals must be"),
         (lambda: VERA(MLPGenerator((2,), 2, sigma=0.1), eta=0.0), "eta must be"),
-        (lambda: VERA(MLPGenerator((2,), 2)).losses(Gaussian(torch.zeros(2)), torch.zeros(3, 2)), "give the generator sigma"),
         (
-            lambda: VERA(MLPGenerator((2,), 2, sigma=0.1, batch_norm=True)).losses(Gaussian(torch.zeros(2)), torch.zeros(3, 2)),
+            lambda: VERA(MLPGenerator((2,), 2)).losses(Gaussian(torch.zeros(2)), torch.zeros(3, 2)),
+            "give the generator sigma",
+        ),
+        (
+            lambda: VERA(MLPGenerator((2,), 2, sigma=0.1, batch_norm=True)).losses(
+                Gaussian(torch.zeros(2)), torch.zeros(3, 2)
+            ),
             "no batch norm",
         ),
         (lambda: MLPGenerator((2,), 0), "latent_dim must be"),
@@ -235,7 +276,10 @@ def test_what_does_not_fit_is_refused(name: str) -> None:
         (lambda: Generator(nn.Linear(2, 3), 2, (2,)).sample(4), "net must give events"),
         (lambda: ProductOfExpertsEnergy(nn.Tanh(), 2, (2,), 0), "num_experts must be"),
         (lambda: ProductOfExpertsEnergy(nn.Tanh(), 2, (2,), 3, sigma=0.0), "sigma must be"),
-        (lambda: ProductOfExpertsEnergy(nn.Tanh(), 3, (2,), 3)(torch.zeros(4, 2)), "features must map"),
+        (
+            lambda: ProductOfExpertsEnergy(nn.Tanh(), 3, (2,), 3)(torch.zeros(4, 2)),
+            "features must map",
+        ),
     ],
 )
 def test_bad_input_is_refused(call: Callable[[], Any], said: str) -> None:
@@ -243,7 +287,7 @@ def test_bad_input_is_refused(call: Callable[[], Any], said: str) -> None:
         call()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # A finite space: everything in closed form
 
 
@@ -280,7 +324,8 @@ STATES = torch.eye(5, dtype=F64).repeat_interleave(COUNTS, 0)
 
 
 def check_finite(make: Callable[[Tensor], Adversarial]) -> None:
-    """The gaps of the bounds are KL(q || p); the gradient at q = p is that of maximum likelihood."""
+    """The gaps of the bounds are KL(q || p); the gradient at q = p is that of maximum
+    likelihood."""
     energy, objective = Table(ENERGIES), make(LOGITS)
     losses, facts = objective.losses(energy, STATES)
     log_p, log_q = (-ENERGIES).log_softmax(0), LOGITS.log_softmax(0)
@@ -290,11 +335,15 @@ def check_finite(make: Callable[[Tensor], Adversarial]) -> None:
     torch.testing.assert_close(facts["entropy"], -(log_q.exp() * log_q).sum())
     q = LOGITS.clone().requires_grad_()
     exact = (q.softmax(0) * (q.log_softmax(0) - log_p)).sum()
-    torch.testing.assert_close(grads(losses["generator"], objective.parameters()), grads(exact, [q]))
+    torch.testing.assert_close(
+        grads(losses["generator"], objective.parameters()), grads(exact, [q])
+    )
 
     at_p = make(-ENERGIES).losses(energy, STATES)[0]
     likelihood = energy(STATES).mean() + (-energy.values).logsumexp(0)
-    torch.testing.assert_close(grads(at_p["energy"], [energy.values]), grads(likelihood, [energy.values]))
+    torch.testing.assert_close(
+        grads(at_p["energy"], [energy.values]), grads(likelihood, [energy.values])
+    )
 
 
 def test_the_finite_game_is_exact() -> None:
@@ -313,18 +362,25 @@ def test_the_fixed_point_of_the_finite_game() -> None:
     level = energy.values.detach() + log_p
     torch.testing.assert_close(level, level.mean().expand(5), rtol=0, atol=1e-9)
     torch.testing.assert_close(objective.logits.detach().log_softmax(0), log_p, rtol=0, atol=1e-9)
-    torch.testing.assert_close(facts["log_likelihood_bound"], (STATES @ log_p).mean(), rtol=0, atol=1e-9)
+    torch.testing.assert_close(
+        facts["log_likelihood_bound"], (STATES @ log_p).mean(), rtol=0, atol=1e-9
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Flows: the bound by quadrature
 
 
-def bounds_of(objective: Adversarial, energy: Energy, batch: Tensor, steps: int = 40) -> tuple[Any, Any]:
+def bounds_of(
+    objective: Adversarial, energy: Energy, batch: Tensor, steps: int = 40
+) -> tuple[Any, Any]:
     """Mean and standard error of what the bound is above the batch's mean log-likelihood."""
     exact = -float(energy(batch).mean().detach()) - quadrature(energy).value
     noise = seeded(11)
-    found = [float(objective.losses(energy, batch, generator=noise)[1]["log_likelihood_bound"]) for _ in range(steps)]
+    found = [
+        float(objective.losses(energy, batch, generator=noise)[1]["log_likelihood_bound"])
+        for _ in range(steps)
+    ]
     mean, se = mean_and_se(found)
     return mean - exact, se
 
@@ -363,7 +419,10 @@ def test_the_redundant_bound_is_j_r() -> None:
     with torch.no_grad():
         log_q = flow.log_prob(grid)
         assert float(log_q.exp().sum()) * step**2 == pytest.approx(1.0, abs=1e-6)
-        j_r = float((log_q.exp() * (log_q + flow.extend(energy)(grid))).sum()) * step**2 + energy.log_z
+        j_r = (
+            float((log_q.exp() * (log_q + flow.extend(energy)(grid))).sum()) * step**2
+            + energy.log_z
+        )
         log_x = flow.log_prob_x(axis.unsqueeze(1))
         kl = float((log_x.exp() * (log_x + energy(axis))).sum()) * step + energy.log_z
     assert j_r > kl + 0.01 > 0.02
@@ -390,7 +449,14 @@ def exact_flow(energy: Learned) -> Flow:
     with torch.no_grad():  # a fresh flow is z: S = diag(scale), shifted by the mean
         images = flow.push(torch.eye(2, dtype=F64))[0]
         torch.testing.assert_close(images, torch.eye(2, dtype=F64))
-    return Flow([*flow.transform.parts, dist.transforms.AffineTransform(energy.mean.detach(), scale, event_dim=1)], 2, 2)
+    return Flow(
+        [
+            *flow.transform.parts,
+            dist.transforms.AffineTransform(energy.mean.detach(), scale, event_dim=1),
+        ],
+        2,
+        2,
+    )
 
 
 def check_likelihood_gradient(make: Callable[[Flow], Adversarial]) -> None:
@@ -398,9 +464,16 @@ def check_likelihood_gradient(make: Callable[[Flow], Adversarial]) -> None:
     energy, data = Learned(), standard_normal((6, 2), seeded(2), F64, CPU)
     likelihood = energy(data).mean() - 0.5 * energy.log_precision.sum()
     objective, noise = make(exact_flow(energy)), seeded(6)
-    found = [flat(grads(objective.losses(energy, data, generator=noise)[0]["energy"], energy.parameters())) for _ in range(100)]
+    found = [
+        flat(
+            grads(objective.losses(energy, data, generator=noise)[0]["energy"], energy.parameters())
+        )
+        for _ in range(100)
+    ]
     mean, se = mean_and_se(torch.stack(found))
-    within_se(mean, flat(grads(likelihood, energy.parameters())), se, what="the gradient of the energy")
+    within_se(
+        mean, flat(grads(likelihood, energy.parameters())), se, what="the gradient of the energy"
+    )
 
 
 def test_the_energys_gradient_is_that_of_maximum_likelihood() -> None:
@@ -414,13 +487,16 @@ def test_a_flow_that_is_the_model_has_no_gradient() -> None:
     losses, facts = objective.losses(energy, batch, generator=seeded(0))
     found = grads(losses["generator"], objective.parameters())
     assert float(flat(found).abs().max()) < 1e-14
-    torch.testing.assert_close(facts["log_likelihood_bound"], -energy(batch).mean() - math.log(2.0 * math.pi))
+    torch.testing.assert_close(
+        facts["log_likelihood_bound"], -energy(batch).mean() - math.log(2.0 * math.pi)
+    )
 
 
 def test_the_gradient_penalty_is_the_written_one() -> None:
     energy, flow, data = Learned(), NICE(2, dtype=F64), standard_normal((6, 2), seeded(2), F64, CPU)
     plain, with_it = (
-        AdversarialFlow(flow, gradient_penalty=gamma).losses(energy, data, generator=seeded(0)) for gamma in (0.0, 0.7)
+        AdversarialFlow(flow, gradient_penalty=gamma).losses(energy, data, generator=seeded(0))
+        for gamma in (0.0, 0.7)
     )
     slopes = energy.log_precision.exp() * (data - energy.mean)
     penalty = 0.35 * slopes.square().sum(1).mean()
@@ -428,27 +504,35 @@ def test_the_gradient_penalty_is_the_written_one() -> None:
     torch.testing.assert_close(with_it[1]["gradient_penalty"], penalty.detach())
     torch.testing.assert_close(with_it[0]["energy"] - plain[0]["energy"], penalty)
     torch.testing.assert_close(
-        flat(grads(with_it[0]["energy"] - plain[0]["energy"], energy.parameters())), flat(grads(penalty, energy.parameters()))
+        flat(grads(with_it[0]["energy"] - plain[0]["energy"], energy.parameters())),
+        flat(grads(penalty, energy.parameters())),
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Batch normalisation
 
 
 def check_batch_norm_entropy(entropy: Callable[[nn.Module], Tensor]) -> None:
-    """The entropy of normal and independent units, whose scales are the deviations of the rows that come out."""
-    layers = nn.Sequential(nn.BatchNorm1d(3, eps=1e-12, dtype=F64), nn.BatchNorm1d(3, eps=1e-12, dtype=F64))
+    """The entropy of normal and independent units, whose scales are the deviations of the rows that
+    come out."""
+    layers = nn.Sequential(
+        nn.BatchNorm1d(3, eps=1e-12, dtype=F64), nn.BatchNorm1d(3, eps=1e-12, dtype=F64)
+    )
     first, last = (layer.weight for layer in layers)
     with torch.no_grad():
         first.copy_(torch.tensor([1.0, 2.0, 0.3]))
         last.copy_(torch.tensor([0.5, -1.5, 2.0]))
         rows = layers(standard_normal((4000, 3), seeded(0), F64, CPU))
     torch.testing.assert_close(rows.std(0, correction=0), last.detach().abs())
-    law = torch.distributions.Independent(torch.distributions.Normal(rows.mean(0), rows.std(0, correction=0)), 1)
+    law = torch.distributions.Independent(
+        torch.distributions.Normal(rows.mean(0), rows.std(0, correction=0)), 1
+    )
     found = entropy(layers)
     torch.testing.assert_close(found - entropy(layers[0]), law.entropy())
-    torch.testing.assert_close(grads(found, [first, last]), [1.0 / first.detach(), 1.0 / last.detach()])
+    torch.testing.assert_close(
+        grads(found, [first, last]), [1.0 / first.detach(), 1.0 / last.detach()]
+    )
 
 
 def test_the_batch_norm_entropy() -> None:
@@ -456,9 +540,13 @@ def test_the_batch_norm_entropy() -> None:
 
 
 def test_deep_directed_is_exact_for_one_normal_layer() -> None:
-    """x = a z + b, z normalised over the batch: E_q[E] - H(q) in closed form; its best scale is the target's."""
+    """x = a z + b, z normalised over the batch: E_q[E] - H(q) in closed form; its best scale is the
+    target's."""
     scale = torch.tensor([0.7, 1.6], dtype=F64)
-    energy, layer = Gaussian(torch.zeros(2, dtype=F64), scale=scale), nn.BatchNorm1d(2, eps=1e-12, dtype=F64)
+    energy, layer = (
+        Gaussian(torch.zeros(2, dtype=F64), scale=scale),
+        nn.BatchNorm1d(2, eps=1e-12, dtype=F64),
+    )
     objective = DeepDirected(Generator(layer, 2, (2,)), num_samples=100)
     for _ in range(2):
         losses, facts = objective.losses(energy, torch.zeros(3, 2, dtype=F64), generator=seeded(0))
@@ -475,7 +563,7 @@ def test_deep_directed_is_exact_for_one_normal_layer() -> None:
     assert "log_likelihood_bound" not in facts
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The latent-variable generator, against a linear one, whose law is normal
 
 
@@ -497,7 +585,8 @@ LOG_ETA = torch.tensor(0.7, dtype=F64).log()
 
 
 def test_the_latent_score_is_that_of_the_normal_law() -> None:
-    """The mean over many proposals at each of a few points; the unnormalised weights have the mean q(x)."""
+    """The mean over many proposals at each of a few points; the unnormalised weights have the mean
+    q(x)."""
     model, rows, copies, k = linear(), 4, 400, 2000
     z = model.draw_noise(rows, seeded(1))
     x = model.emit(z, seeded(2)).detach()
@@ -522,7 +611,13 @@ def test_the_error_of_the_latent_score_falls_as_1_over_k() -> None:
     law = law_of(model)
     exact = -(x - law.mean) @ law.precision_matrix
     errors = [
-        float((latent_score(model, x, z, LOG_ETA, k, seeded(k)).score - exact).square().mean().detach()) for k in (20, 80, 320)
+        float(
+            (latent_score(model, x, z, LOG_ETA, k, seeded(k)).score - exact)
+            .square()
+            .mean()
+            .detach()
+        )
+        for k in (20, 80, 320)
     ]
     for before, after in itertools.pairwise(errors):
         assert 2.5 < before / after < 6.0, errors  # 4 in the limit
@@ -544,7 +639,10 @@ def test_a_row_of_the_latent_score_is_its_own() -> None:
 def exact_free_energy(model: Generator, precision: Tensor) -> Tensor:
     """E_q[x'Px / 2] - H(q) of the normal law."""
     law = law_of(model)
-    return 0.5 * ((precision * law.covariance_matrix).sum() + law.mean @ precision @ law.mean) - law.entropy()
+    return (
+        0.5 * ((precision * law.covariance_matrix).sum() + law.mean @ precision @ law.mean)
+        - law.entropy()
+    )
 
 
 def check_vera(make: Callable[[Generator], Adversarial]) -> None:
@@ -560,7 +658,9 @@ def check_vera(make: Callable[[Generator], Adversarial]) -> None:
         found.append(flat(grads(losses["generator"], model.parameters())))
         values.append(float(losses["generator"].detach()))
     mean, se = mean_and_se(torch.stack(found))
-    within_se(mean, flat(grads(exact, model.parameters())), se, what="the gradient of the generator")
+    within_se(
+        mean, flat(grads(exact, model.parameters())), se, what="the gradient of the generator"
+    )
     mean, se = mean_and_se(values)
     assert mean < float(exact.detach()) + 5.0 * float(se)
     assert mean > float(exact.detach()) - 0.1
@@ -575,8 +675,13 @@ def test_vera_has_the_gradient_of_the_exact_objective() -> None:
 
 
 def test_the_width_of_proposals_is_trained() -> None:
-    """The mean of log q rises to its maximum over widths, where the score is better than at that of the ELBO."""
-    objective, energy, noise = VERA(linear(), num_samples=400, eta=0.2), Gaussian(torch.zeros(3, dtype=F64)), seeded(0)
+    """The mean of log q rises to its maximum over widths, where the score is better than at that of
+    the ELBO."""
+    objective, energy, noise = (
+        VERA(linear(), num_samples=400, eta=0.2),
+        Gaussian(torch.zeros(3, dtype=F64)),
+        seeded(0),
+    )
     optimizer = torch.optim.Adam([objective.log_eta], lr=0.05)
     for _ in range(120):
         losses, facts = objective.losses(energy, torch.zeros(1, 3, dtype=F64), generator=noise)
@@ -589,20 +694,27 @@ def test_the_width_of_proposals_is_trained() -> None:
     law = law_of(model)
     exact = -(x - law.mean) @ law.precision_matrix
     elbo = -0.5 * torch.log1p(model.net.weight.detach().square().sum(0) / 0.4**2)  # type: ignore[operator]
-    trained, narrow = (latent_score(model, x, z, w, 20, seeded(3)) for w in (objective.log_eta.detach(), elbo))
+    trained, narrow = (
+        latent_score(model, x, z, w, 20, seeded(3)) for w in (objective.log_eta.detach(), elbo)
+    )
     error = [float((found.score - exact).square().mean().detach()) for found in (trained, narrow)]
     assert error[0] < 0.6 * error[1], error
     for step in (-0.3, 0.3):
-        assert bool(trained.log_q.mean() > latent_score(model, x, z, objective.log_eta + step, 20, seeded(3)).log_q.mean())
+        assert bool(
+            trained.log_q.mean()
+            > latent_score(model, x, z, objective.log_eta + step, 20, seeded(3)).log_q.mean()
+        )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Generators and the product of experts
 
 
 @pytest.mark.parametrize("event", EVENTS)
 def test_generators_draw_rows(event: tuple[int, ...]) -> None:
-    model = MLPGenerator(event, 3, (8, 8), batch_norm=True, sigma=0.1, dtype=F64, generator=seeded(0))
+    model = MLPGenerator(
+        event, 3, (8, 8), batch_norm=True, sigma=0.1, dtype=F64, generator=seeded(0)
+    )
     model.emit(model.draw_noise(50, seeded(0)))  # running statistics move
     before = {k: v.clone() for k, v in model.state_dict().items()}
     drawn = model.sample(6, seeded(1))
@@ -629,8 +741,13 @@ def test_a_generator_follows_its_net() -> None:
 @pytest.mark.parametrize("event", EVENTS)
 @pytest.mark.parametrize("dtype", [F64, torch.float32])
 def test_experts_are_hidden_bits_summed_out(event: tuple[int, ...], dtype: torch.dtype) -> None:
-    features = nn.Sequential(nn.Flatten() if event else nn.Unflatten(0, (-1, 1)), mlp(numel(event), 5, (6,), zero_last=False))
-    energy = perturbed(ProductOfExpertsEnergy(features, 5, event, 3, sigma=1.5, generator=seeded(0)).to(dtype))
+    features = nn.Sequential(
+        nn.Flatten() if event else nn.Unflatten(0, (-1, 1)),
+        mlp(numel(event), 5, (6,), zero_last=False),
+    )
+    energy = perturbed(
+        ProductOfExpertsEnergy(features, 5, event, 3, sigma=1.5, generator=seeded(0)).to(dtype)
+    )
     x = standard_normal((4, *event), seeded(1), dtype, CPU)
     h = torch.tensor(list(itertools.product([0.0, 1.0], repeat=3)), dtype=dtype)
     with torch.no_grad():
@@ -645,20 +762,27 @@ def test_experts_are_hidden_bits_summed_out(event: tuple[int, ...], dtype: torch
 
 
 def test_the_product_of_experts_is_normalisable() -> None:
-    energy = perturbed(ProductOfExpertsEnergy(mlp(1, 4, (6,), dtype=F64), 4, (1,), 8, sigma=1.0, generator=seeded(0)), 1.0)
+    energy = perturbed(
+        ProductOfExpertsEnergy(
+            mlp(1, 4, (6,), dtype=F64), 4, (1,), 8, sigma=1.0, generator=seeded(0)
+        ),
+        1.0,
+    )
     assert quadrature(energy).kind == "exact"
     with pytest.warns(UserWarning, match="batch normalisation"):
         ProductOfExpertsEnergy(nn.BatchNorm1d(2), 2, (2,))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Mutants
 
 
 class Upside(AdversarialFlow):
     """The energy is raised where the data are."""
 
-    def losses(self, energy: Energy, batch: Tensor, *, generator: torch.Generator | None = None) -> Any:
+    def losses(
+        self, energy: Energy, batch: Tensor, *, generator: torch.Generator | None = None
+    ) -> Any:
         losses, facts = super().losses(energy, batch, generator=generator)
         return losses | {"energy": -losses["energy"]}, facts
 
@@ -672,7 +796,9 @@ class NoEntropy(AdversarialFlow):
 class FlippedEntropy(Categorical):
     def negative(self, energy: Energy, n: int, generator: torch.Generator | None) -> Negative:
         found, log_q = super().negative(energy, n, generator), self.logits.log_softmax(0)
-        return found._replace(losses={"generator": found.losses["generator"] - 2.0 * (log_q.exp() * log_q).sum()})
+        return found._replace(
+            losses={"generator": found.losses["generator"] - 2.0 * (log_q.exp() * log_q).sum()}
+        )
 
 
 class Unweighted(Categorical):
@@ -683,7 +809,9 @@ class Unweighted(Categorical):
 class Attached(AdversarialFlow):
     """The energy's loss moves the flow as well, up the energy."""
 
-    def losses(self, energy: Energy, batch: Tensor, *, generator: torch.Generator | None = None) -> Any:
+    def losses(
+        self, energy: Energy, batch: Tensor, *, generator: torch.Generator | None = None
+    ) -> Any:
         losses, facts = super().losses(energy, batch, generator=generator)
         x = self.flow.push(self.flow.draw_noise(len(batch), generator))[0]
         return losses | {"energy": energy(batch).mean() - energy(x).mean()}, facts
@@ -708,10 +836,14 @@ def test_mutants_of_the_finite_game_are_caught(mutant: type[Categorical]) -> Non
 def test_leaks_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     energy, objective, batch = pair("flow", (2,))
     assert isinstance(objective, AdversarialFlow)
-    with pytest.raises(AssertionError, match="the loss of energy has a gradient in the parameters of generator"):
+    with pytest.raises(
+        AssertionError, match="the loss of energy has a gradient in the parameters of generator"
+    ):
         check_separation(Attached(objective.flow), energy, batch)
     monkeypatch.setattr(adversarial, "frozen", lambda module: contextlib.nullcontext())
-    with pytest.raises(AssertionError, match="the loss of generator has a gradient in the parameters of energy"):
+    with pytest.raises(
+        AssertionError, match="the loss of generator has a gradient in the parameters of energy"
+    ):
         check_separation(objective, energy, batch)
 
 
@@ -719,11 +851,16 @@ def test_leaks_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     "mutant",
     [
         lambda module: 2.0 * batch_norm_entropy(module),  # log of the variances without the half
-        lambda module: batch_norm_entropy(module) - batch_norm_entropy(module).detach(),  # no constants
-        lambda module: batch_norm_entropy(module).detach() + 0.0 * sum(p.sum() for p in module.parameters()),
+        # no constants
+        lambda module: batch_norm_entropy(module) - batch_norm_entropy(module).detach(),
+        lambda module: (
+            batch_norm_entropy(module).detach() + 0.0 * sum(p.sum() for p in module.parameters())
+        ),
     ],
 )
-def test_mutants_of_the_batch_norm_entropy_are_caught(mutant: Callable[[nn.Module], Tensor]) -> None:
+def test_mutants_of_the_batch_norm_entropy_are_caught(
+    mutant: Callable[[nn.Module], Tensor],
+) -> None:
     with pytest.raises(AssertionError, match="not close"):
         check_batch_norm_entropy(mutant)
 

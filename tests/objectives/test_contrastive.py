@@ -1,4 +1,5 @@
-"""Objectives of machines that can be enumerated: every gradient against the exact one; chains, ladders and centring; mutants."""
+"""Objectives of machines that can be enumerated: every gradient against the exact one; chains,
+ladders and centring; mutants."""
 
 from __future__ import annotations
 
@@ -19,7 +20,13 @@ from pyroebm import Energy
 from pyroebm.core import spin
 from pyroebm.core.enumeration import all_bits
 from pyroebm.core.rng import uniform
-from pyroebm.energies import BernoulliRBM, BoltzmannMachine, DeepBoltzmannMachine, GaussianRBM, Layers
+from pyroebm.energies import (
+    BernoulliRBM,
+    BoltzmannMachine,
+    DeepBoltzmannMachine,
+    GaussianRBM,
+    Layers,
+)
 from pyroebm.energies.layered import LayeredEnergy, LayeredMachine
 from pyroebm.kernels import MALA, Gibbs, Info
 from pyroebm.kernels.gibbs import PointState, point_state
@@ -49,8 +56,13 @@ def oracle_rbm(scale: float = 1.0) -> BernoulliRBM:
 
 def gaussian_rbm() -> GaussianRBM:
     weight = torch.tensor([[1.0, -0.5], [0.3, 0.8], [-0.7, 0.2]], dtype=F64)
-    biases = {"visible_bias": torch.tensor([0.3, -0.2, 0.1]), "hidden_bias": torch.tensor([0.2, -0.4])}
-    return GaussianRBM(3, 2, weight=weight, **biases, log_sigma=torch.tensor([0.1, -0.3, 0.2]), dtype=F64)
+    biases = {
+        "visible_bias": torch.tensor([0.3, -0.2, 0.1]),
+        "hidden_bias": torch.tensor([0.2, -0.4]),
+    }
+    return GaussianRBM(
+        3, 2, weight=weight, **biases, log_sigma=torch.tensor([0.1, -0.3, 0.2]), dtype=F64
+    )
 
 
 class Deep(LayeredEnergy):
@@ -60,8 +72,12 @@ class Deep(LayeredEnergy):
         super().__init__(sizes, gaussian=False)
         noise = seeded(3)
         pairs = itertools.pairwise(sizes)
-        self.weight = nn.ParameterList(scale * torch.randn(a, b, dtype=F64, generator=noise) for a, b in pairs)
-        self.bias = nn.ParameterList(0.3 * torch.randn(n, dtype=F64, generator=noise) for n in sizes)
+        self.weight = nn.ParameterList(
+            scale * torch.randn(a, b, dtype=F64, generator=noise) for a, b in pairs
+        )
+        self.bias = nn.ParameterList(
+            0.3 * torch.randn(n, dtype=F64, generator=noise) for n in sizes
+        )
 
     def layers(self) -> Layers:
         return Layers(tuple(self.weight), tuple(self.bias))
@@ -123,14 +139,20 @@ def rbm_energies(rbm: BernoulliRBM, v: Tensor) -> Tensor:
 
 def exact_rbm(rbm: BernoulliRBM, data: Tensor) -> Tensor:
     """Gradient of minus the mean log-likelihood, by enumeration."""
-    return flat_grad(rbm, rbm_energies(rbm, data).mean() + torch.logsumexp(-rbm_energies(rbm, BITS), 0))
+    return flat_grad(
+        rbm, rbm_energies(rbm, data).mean() + torch.logsumexp(-rbm_energies(rbm, BITS), 0)
+    )
 
 
 def expected_cd(rbm: BernoulliRBM, data: Tensor, k: int) -> Tensor:
-    """The expectation of CD-k's gradient, through the transition matrix of block Gibbs sampling over all visible states."""
+    """The expectation of CD-k's gradient, through the transition matrix of block Gibbs sampling
+    over all visible states."""
     h = states([0.0, 1.0], 3)
     with torch.no_grad():
-        up, down = torch.sigmoid(BITS @ rbm.weight + rbm.hidden_bias), torch.sigmoid(h @ rbm.weight.mT + rbm.visible_bias)
+        up, down = (
+            torch.sigmoid(BITS @ rbm.weight + rbm.hidden_bias),
+            torch.sigmoid(h @ rbm.weight.mT + rbm.visible_bias),
+        )
         p_h = torch.stack([(u**h * (1 - u) ** (1 - h)).prod(1) for u in up])
         p_v = torch.stack([(d**BITS * (1 - d) ** (1 - BITS)).prod(1) for d in down])
         step = torch.linalg.matrix_power(p_h @ p_v, k)
@@ -139,19 +161,30 @@ def expected_cd(rbm: BernoulliRBM, data: Tensor, k: int) -> Tensor:
     return flat_grad(rbm, rbm_energies(rbm, data).mean() - reached @ rbm_energies(rbm, BITS))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The checks. Each raises AssertionError; the mutants below show that it does.
 
 
 def check_cd(objective: nn.Module, k: int) -> None:
     rbm, noise = oracle_rbm(), seeded(17 + k)
     rows = DATA.repeat(50, 1)
-    draws = torch.stack([flat_grad(rbm, objective(rbm, rows, generator=noise)[0]) for _ in range(200)])
-    within_se(*(mean_and_se(draws)[0], expected_cd(rbm, DATA, k)), mean_and_se(draws)[1], what=f"the gradient of CD-{k}")
+    draws = torch.stack(
+        [flat_grad(rbm, objective(rbm, rows, generator=noise)[0]) for _ in range(200)]
+    )
+    within_se(
+        *(mean_and_se(draws)[0], expected_cd(rbm, DATA, k)),
+        mean_and_se(draws)[1],
+        what=f"the gradient of CD-{k}",
+    )
 
 
 def check_pcd(
-    make: Callable[[], nn.Module], energy: Energy, data: Tensor, truth: Tensor, burn: int = 60, steps: int = 25
+    make: Callable[[], nn.Module],
+    energy: Energy,
+    data: Tensor,
+    truth: Tensor,
+    burn: int = 60,
+    steps: int = 25,
 ) -> None:
     """With the energy frozen, the mean gradient of persistent chains is the exact one."""
     means = []
@@ -159,12 +192,16 @@ def check_pcd(
         objective, noise = make(), seeded(100 + run)
         for _ in range(burn):
             objective(energy, data, generator=noise)
-        draws = [flat_grad(energy, objective(energy, data, generator=noise)[0]) for _ in range(steps)]
+        draws = [
+            flat_grad(energy, objective(energy, data, generator=noise)[0]) for _ in range(steps)
+        ]
         means.append(torch.stack(draws).mean(0))
     mean, se = mean_and_se(torch.stack(means))
     varies = torch.from_numpy(se) > 1e-12  # the offset and the like have none
     torch.testing.assert_close(torch.from_numpy(mean)[~varies], truth[~varies])
-    within_se(mean[varies.numpy()], truth[varies].numpy(), se[varies.numpy()], what="the gradient of PCD")
+    within_se(
+        mean[varies.numpy()], truth[varies].numpy(), se[varies.numpy()], what="the gradient of PCD"
+    )
 
 
 def check_identity_keeps_chains(objective: PersistentCD) -> None:
@@ -178,11 +215,14 @@ def check_identity_keeps_chains(objective: PersistentCD) -> None:
 
 
 def check_swaps(ladder: Ladder) -> None:
-    """Pairs drawn exactly, each at its own temperature, keep their laws under swaps: counts of two states."""
+    """Pairs drawn exactly, each at its own temperature, keep their laws under swaps: counts of two
+    states."""
     energies = torch.tensor([0.0, 2.0], dtype=F64)
     n, noise = 200_000, seeded(5)
     ladder.chains = n
-    p = [torch.exp(-beta * energies)[1] / torch.exp(-beta * energies).sum() for beta in ladder.betas]
+    p = [
+        torch.exp(-beta * energies)[1] / torch.exp(-beta * energies).sum() for beta in ladder.betas
+    ]
     state = torch.cat([uniform((n,), noise, F64, torch.device("cpu")) < q for q in p]).long()
     order, _ = ladder.swaps(energies[state], noise)
     swapped = state[order].reshape(len(p), n).to(F64)
@@ -193,11 +233,16 @@ def check_swaps(ladder: Ladder) -> None:
 
 
 def check_centring(centring: Centring, energy: LayeredMachine, data: Tensor) -> None:
-    """A step along centred gradients is a plain step in the coordinates in which units are counted from their offsets."""
+    """A step along centred gradients is a plain step in the coordinates in which units are counted
+    from their offsets."""
     rate = 0.05
     loss, facts = ContrastiveDivergence(k=2)(energy, data, generator=seeded(1))
     loss.backward()
-    plain = [p.grad.clone() for p in (*energy.layers().weights, *energy.layers().biases) if p.grad is not None]
+    plain = [
+        p.grad.clone()
+        for p in (*energy.layers().weights, *energy.layers().biases)
+        if p.grad is not None
+    ]
     centring(energy, data, facts)
     layers = energy.layers()
     own = [*layers.weights, *layers.biases]
@@ -218,10 +263,12 @@ def check_centring(centring: Centring, energy: LayeredMachine, data: Tensor) -> 
     torch.testing.assert_close(from_centred(centred), [p.detach() for p in own])
     grads = torch.autograd.grad(from_centred(centred), centred, grad_outputs=plain)
     stepped = from_centred([c.detach() - rate * g for c, g in zip(centred, grads, strict=True)])
-    torch.testing.assert_close([p.detach() - rate * p.grad for p in own if p.grad is not None], stepped)
+    torch.testing.assert_close(
+        [p.detach() - rate * p.grad for p in own if p.grad is not None], stepped
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Contrastive divergence
 
 
@@ -241,7 +288,9 @@ def test_cd_tends_to_the_exact_gradient() -> None:
 def test_cd_by_a_kernel_is_the_same_where_the_kernel_mixes() -> None:
     rbm, noise, rows = oracle_rbm(), seeded(8), DATA.repeat(40, 1)
     objective = ContrastiveDivergence(k=15, kernel=Gibbs())
-    draws = torch.stack([flat_grad(rbm, objective(rbm, rows, generator=noise)[0]) for _ in range(40)])
+    draws = torch.stack(
+        [flat_grad(rbm, objective(rbm, rows, generator=noise)[0]) for _ in range(40)]
+    )
     mean, se = mean_and_se(draws)
     within_se(mean, exact_rbm(rbm, DATA), se)
 
@@ -249,7 +298,9 @@ def test_cd_by_a_kernel_is_the_same_where_the_kernel_mixes() -> None:
 def test_sampling_leaves_gradients_and_modes_alone() -> None:
     energy = Learned()
     energy.train()
-    loss, facts = ContrastiveDivergence(k=3)(energy, torch.randn(5, 2, dtype=F64, generator=seeded(0)))
+    loss, facts = ContrastiveDivergence(k=3)(
+        energy, torch.randn(5, 2, dtype=F64, generator=seeded(0))
+    )
     assert all(p.grad is None and p.requires_grad for p in energy.parameters())
     assert energy.training
     assert set(facts) == {"energy_data", "energy_model", "energy_gap", "acceptance_rate"}
@@ -257,7 +308,7 @@ def test_sampling_leaves_gradients_and_modes_alone() -> None:
     torch.testing.assert_close(loss.detach(), facts["energy_gap"])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Persistent chains
 
 
@@ -269,7 +320,9 @@ def test_pcd_of_a_frozen_rbm_is_exact(k: int) -> None:
 
 def test_pcd_at_several_temperatures_is_exact() -> None:
     rbm = oracle_rbm(scale=2.0)
-    check_pcd(lambda: PersistentCD(num_chains=100, betas=(1.0, 0.7, 0.4)), rbm, DATA, exact_rbm(rbm, DATA))
+    check_pcd(
+        lambda: PersistentCD(num_chains=100, betas=(1.0, 0.7, 0.4)), rbm, DATA, exact_rbm(rbm, DATA)
+    )
 
 
 @pytest.mark.parametrize("betas", [None, (1.0, 0.6, 0.3)])
@@ -288,10 +341,15 @@ def test_pcd_of_a_deep_machine(betas: tuple[float, ...] | None) -> None:
     with torch.no_grad():
         second = torch.full((4, 3), 0.5, dtype=F64)
         for _ in range(500):
-            first = torch.sigmoid(data @ layers.weights[0] + second @ layers.weights[1].mT + layers.biases[1])
+            first = torch.sigmoid(
+                data @ layers.weights[0] + second @ layers.weights[1].mT + layers.biases[1]
+            )
             third = torch.sigmoid(second @ layers.weights[2] + layers.biases[3])
-            second = torch.sigmoid(first @ layers.weights[1] + third @ layers.weights[2].mT + layers.biases[2])
-    positive = layers.energy([data, first, second, third]).mean()  # linear in the parameters: its gradient is the statistics'
+            second = torch.sigmoid(
+                first @ layers.weights[1] + third @ layers.weights[2].mT + layers.biases[2]
+            )
+    # linear in the parameters: its gradient is the statistics'
+    positive = layers.energy([data, first, second, third]).mean()
     truth = flat_grad(deep, positive + deep.log_partition())
     check_pcd(lambda: PersistentCD(num_chains=100, betas=betas), deep, data, truth)
 
@@ -306,7 +364,8 @@ def dense(units: str, hidden: int = 3) -> BoltzmannMachine:
 
 @pytest.mark.parametrize("units", ["bits", "spins"])
 def test_pcd_of_hidden_units_tied_to_each_other(units: str) -> None:
-    """The positive phase in mean field, the negative one drawn: the gradient of the bound, by enumeration."""
+    """The positive phase in mean field, the negative one drawn: the gradient of the bound, by
+    enumeration."""
     machine, low = dense(units), 0.0 if units == "bits" else -1.0
     seen, hidden = (all_bits(3, F64) * (1.0 - low) + low for _ in range(2))
     means = machine.mean_field(seen)
@@ -316,7 +375,11 @@ def test_pcd_of_hidden_units_tied_to_each_other(units: str) -> None:
     def bound(mu: Tensor) -> Tensor:
         q = (mu - low) / (1.0 - low)
         p = torch.where(hidden > 0.5, q.unsqueeze(1), 1.0 - q.unsqueeze(1)).prod(-1)
-        energies = machine(torch.cat([seen.repeat_interleave(8, 0), hidden.repeat(8, 1)], 1)).reshape(8, 8).detach()
+        energies = (
+            machine(torch.cat([seen.repeat_interleave(8, 0), hidden.repeat(8, 1)], 1))
+            .reshape(8, 8)
+            .detach()
+        )
         return (p * (energies + p.log())).sum(1)
 
     torch.testing.assert_close(machine.variational_free_energy(seen).detach(), bound(means))
@@ -324,7 +387,9 @@ def test_pcd_of_hidden_units_tied_to_each_other(units: str) -> None:
         nearby = means + step * (means - low) * (1.0 - means)  # within the units' range
         assert bool((bound(nearby) > bound(means)).all())
 
-    truth = flat_grad(machine, machine.variational_free_energy(seen).mean() + machine.log_partition())
+    truth = flat_grad(
+        machine, machine.variational_free_energy(seen).mean() + machine.log_partition()
+    )
     grads = []
     for run in range(40):
         objective, noise = PersistentCD(num_chains=50), seeded(100 + run)
@@ -335,13 +400,16 @@ def test_pcd_of_hidden_units_tied_to_each_other(units: str) -> None:
     assert objective.chains.shape == (50, 6)
     mean, se = mean_and_se(torch.stack(grads))
     within_se(mean[se > 0], truth[se > 0], se[se > 0])
-    assert float(facts["energy_data"]) == pytest.approx(float(machine.variational_free_energy(seen).mean().detach()))
+    assert float(facts["energy_data"]) == pytest.approx(
+        float(machine.variational_free_energy(seen).mean().detach())
+    )
     with pytest.raises(ValueError, match=r"event_shape \(3,\)"):
         objective(machine, seen[:, :2])
 
 
 def test_exact_likelihood_of_visible_units() -> None:
-    """Of machines that are energies over all units: the free energy of what is seen is summed out of them."""
+    """Of machines that are energies over all units: the free energy of what is seen is summed out
+    of them."""
     for machine in (dense("spins"), DeepBoltzmannMachine([3, 2, 2], dtype=F64)):
         seen = 2.0 * BITS[:5, :3] - 1.0 if isinstance(machine, BoltzmannMachine) else BITS[:5, :3]
         loss, facts = ExactLikelihood()(machine, seen)
@@ -360,14 +428,25 @@ def test_pcd_of_spins_by_the_default_kernel() -> None:
 def test_pcd_of_real_numbers_by_a_kernel() -> None:
     energy, data = Learned(), torch.randn(6, 2, dtype=F64, generator=seeded(2))
     truth = flat_grad(energy, energy(data).mean() + energy.log_partition())
-    check_pcd(lambda: PersistentCD(num_chains=60, k=5, kernel=MALA(1.2)), energy, data, truth, burn=6, steps=4)
+    check_pcd(
+        lambda: PersistentCD(num_chains=60, k=5, kernel=MALA(1.2)),
+        energy,
+        data,
+        truth,
+        burn=6,
+        steps=4,
+    )
 
 
 class Identity(DiscreteKernel[PointState]):
-    def init(self, energy: Energy, x: Tensor, generator: torch.Generator | None = None) -> PointState:
+    def init(
+        self, energy: Energy, x: Tensor, generator: torch.Generator | None = None
+    ) -> PointState:
         return point_state(energy, x)
 
-    def step(self, energy: Energy, state: PointState, generator: torch.Generator | None = None) -> tuple[PointState, Info]:
+    def step(
+        self, energy: Energy, state: PointState, generator: torch.Generator | None = None
+    ) -> tuple[PointState, Info]:
         ones = torch.ones_like(state.energy)
         return state, Info(ones, ones > 0, ones < 0, state.energy, ones)
 
@@ -390,7 +469,9 @@ def test_chains_are_part_of_the_state() -> None:
         assert torch.equal(objective.chains, other.chains)
 
 
-@pytest.mark.parametrize("options", [{}, {"betas": (1.0, 0.5)}, {"kernel": Gibbs()}], ids=["layers", "betas", "kernel"])
+@pytest.mark.parametrize(
+    "options", [{}, {"betas": (1.0, 0.5)}, {"kernel": Gibbs()}], ids=["layers", "betas", "kernel"]
+)
 def test_chains_of_another_machine_or_number_are_refused(options: dict[str, Any]) -> None:
     objective, other = PersistentCD(num_chains=7, **options), PersistentCD(num_chains=9, **options)
     objective(oracle_rbm(), DATA, generator=seeded(0))
@@ -421,7 +502,7 @@ def test_tempering_swaps() -> None:
     assert 0.0 < facts["swap_rate"] <= 1.0
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Without a chain
 
 
@@ -431,7 +512,9 @@ def test_exact_likelihood() -> None:
     torch.testing.assert_close(flat_grad(rbm, loss), exact_rbm(rbm, DATA))
     assert float(facts["log_z"]) == pytest.approx(5.321338579890, abs=1e-11)
     one = torch.tensor([[1.0, 0.0, 1.0, 1.0]], dtype=F64)
-    assert float(ExactLikelihood()(rbm, one)[1]["log_likelihood"]) == pytest.approx(-3.044979315380, abs=1e-11)
+    assert float(ExactLikelihood()(rbm, one)[1]["log_likelihood"]) == pytest.approx(
+        -3.044979315380, abs=1e-11
+    )
 
 
 def test_pseudolikelihood_of_the_oracle() -> None:
@@ -441,7 +524,8 @@ def test_pseudolikelihood_of_the_oracle() -> None:
 
 
 def enumerated_pseudolikelihood(energy: Energy, data: Tensor, every: Tensor, width: int) -> Tensor:
-    """Conditionals as ratios of sums of the enumerated joint law: neighbours of a row are found by comparing whole states."""
+    """Conditionals as ratios of sums of the enumerated joint law: neighbours of a row are found by
+    comparing whole states."""
     p = torch.softmax(-energy(every), 0)
     flat, total = every.flatten(1), torch.zeros((), dtype=F64)
     for row in data.flatten(1):
@@ -458,7 +542,9 @@ def table() -> list[tuple[Energy, Tensor, int]]:
 
 
 @pytest.mark.parametrize(("energy", "every", "width"), table(), ids=["bits", "spins", "one-hot"])
-def test_pseudolikelihood_is_that_of_the_conditionals(energy: Energy, every: Tensor, width: int) -> None:
+def test_pseudolikelihood_is_that_of_the_conditionals(
+    energy: Energy, every: Tensor, width: int
+) -> None:
     data = every[[1, 5, 7, 5]]
     truth = enumerated_pseudolikelihood(energy, data, every, width)
     loss, _ = Pseudolikelihood()(energy, data)
@@ -467,7 +553,12 @@ def test_pseudolikelihood_is_that_of_the_conditionals(energy: Energy, every: Ten
     torch.testing.assert_close(flat_grad(energy, loss), gradient)
     noise, rows = seeded(3), data.repeat(25, *[1] * (data.dim() - 1))
     sites = max(1, every[0].numel() // width - 2)
-    draws = torch.stack([flat_grad(energy, Pseudolikelihood(sites)(energy, rows, generator=noise)[0]) for _ in range(200)])
+    draws = torch.stack(
+        [
+            flat_grad(energy, Pseudolikelihood(sites)(energy, rows, generator=noise)[0])
+            for _ in range(200)
+        ]
+    )
     mean, se = mean_and_se(draws)
     moving = se > 1e-12
     within_se(mean[moving], gradient.numpy()[moving], se[moving])
@@ -475,7 +566,8 @@ def test_pseudolikelihood_is_that_of_the_conditionals(energy: Energy, every: Ten
 
 @pytest.mark.parametrize("make", [oracle_rbm, gaussian_rbm, Deep])
 def test_mean_field_is_near_for_small_weights(make: Callable[[], LayeredMachine]) -> None:
-    """Gap and error of the gradient are of second order in the weights; the bound is on the side that is said."""
+    """Gap and error of the gradient are of second order in the weights; the bound is on the side
+    that is said."""
     gaps, errors = [], []
     for scale in (0.2, 0.02):
         machine = make()
@@ -488,7 +580,13 @@ def test_mean_field_is_near_for_small_weights(make: Callable[[], LayeredMachine]
         log_z = machine.log_partition()
         gaps.append(float(log_z.detach() - facts["log_z_bound"]))
         if not isinstance(machine, Deep):
-            errors.append(float((flat_grad(machine, loss) - flat_grad(machine, machine(data).mean() + log_z)).norm()))
+            errors.append(
+                float(
+                    (
+                        flat_grad(machine, loss) - flat_grad(machine, machine(data).mean() + log_z)
+                    ).norm()
+                )
+            )
     assert 0.0 < gaps[1] < gaps[0] / 50.0, gaps
     assert not errors or errors[1] < errors[0] / 8.0, errors
 
@@ -520,19 +618,22 @@ def test_mean_field_is_stationary() -> None:
     assert bound == pytest.approx(best, abs=1e-5)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Centring and sparsity
 
 
 @pytest.mark.parametrize("make", [oracle_rbm, Deep])
-def test_centring_is_a_plain_step_in_centred_coordinates(make: Callable[[], LayeredMachine]) -> None:
+def test_centring_is_a_plain_step_in_centred_coordinates(
+    make: Callable[[], LayeredMachine],
+) -> None:
     machine = make()
     data = BITS[[3, 9, 14]][:, : machine.layers().sizes[0]]
     check_centring(Centring(), machine, data)
 
 
 def test_centring_is_the_enhanced_gradient() -> None:
-    """From the statistics of Melchior, Fischer and Wiskott (2016): <(v - mu)(h - lambda)> of data less that of the model."""
+    """From the statistics of Melchior, Fischer and Wiskott (2016): <(v - mu)(h - lambda)> of data
+    less that of the model."""
     rbm = oracle_rbm()
     ExactLikelihood()(rbm, DATA)[0].backward()
     centring = Centring()
@@ -542,10 +643,14 @@ def test_centring_is_the_enhanced_gradient() -> None:
         h_data, h_model = (torch.sigmoid(v @ rbm.weight + rbm.hidden_bias) for v in (DATA, BITS))
         mu, lam = DATA.mean(0), h_data.mean(0)
         torch.testing.assert_close(centring.offsets, [mu, lam])
-        d_weight = (DATA - mu).mT @ (h_data - lam) / len(DATA) - (BITS - mu).mT @ (p[:, None] * (h_model - lam))
+        d_weight = (DATA - mu).mT @ (h_data - lam) / len(DATA) - (BITS - mu).mT @ (
+            p[:, None] * (h_model - lam)
+        )
         d_visible = DATA.mean(0) - p @ BITS - d_weight @ lam
         d_hidden = h_data.mean(0) - p @ h_model - d_weight.mT @ mu
-    torch.testing.assert_close([q.grad for q in rbm.parameters()], [-d_weight, -d_visible, -d_hidden])
+    torch.testing.assert_close(
+        [q.grad for q in rbm.parameters()], [-d_weight, -d_visible, -d_hidden]
+    )
 
 
 def test_offsets_slide_and_are_kept() -> None:
@@ -600,31 +705,42 @@ def test_bad_input_is_refused(call: Callable[[], Any], said: str) -> None:
         call()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Mutants
 
 
 class FromNoise(ContrastiveDivergence):
-    def forward(self, energy: Any, batch: Tensor, *, generator: torch.Generator | None = None) -> Any:
+    def forward(
+        self, energy: Any, batch: Tensor, *, generator: torch.Generator | None = None
+    ) -> Any:
         noise = (uniform(batch.shape, generator, batch.dtype, batch.device) < 0.5).to(batch.dtype)
-        data, model = super().forward(energy, batch, generator=generator), super().forward(energy, noise, generator=generator)
+        data, model = (
+            super().forward(energy, batch, generator=generator),
+            super().forward(energy, noise, generator=generator),
+        )
         return energy(batch).mean() + model[0] - energy(noise).mean(), data[1]
 
 
 class Upside(ContrastiveDivergence):
-    def forward(self, energy: Any, batch: Tensor, *, generator: torch.Generator | None = None) -> Any:
+    def forward(
+        self, energy: Any, batch: Tensor, *, generator: torch.Generator | None = None
+    ) -> Any:
         loss, facts = super().forward(energy, batch, generator=generator)
         return -loss, facts
 
 
-@pytest.mark.parametrize("mutant", [FromNoise(1), Upside(1), ContrastiveDivergence(2)], ids=["noise", "sign", "k"])
+@pytest.mark.parametrize(
+    "mutant", [FromNoise(1), Upside(1), ContrastiveDivergence(2)], ids=["noise", "sign", "k"]
+)
 def test_mutants_of_cd_are_caught(mutant: nn.Module) -> None:
     with pytest.raises(AssertionError, match="standard errors"):
         check_cd(mutant, 1)
 
 
 class Overwritten(PersistentCD):
-    def forward(self, energy: Any, batch: Tensor, *, generator: torch.Generator | None = None) -> Any:
+    def forward(
+        self, energy: Any, batch: Tensor, *, generator: torch.Generator | None = None
+    ) -> Any:
         if self.chains is not None:
             self.chains = batch[: self.num_chains].clone()
         return super().forward(energy, batch, generator=generator)
@@ -636,7 +752,9 @@ def test_a_buffer_overwritten_by_data_is_caught() -> None:
 
 
 class Restarted(PersistentCD):
-    def forward(self, energy: Any, batch: Tensor, *, generator: torch.Generator | None = None) -> Any:
+    def forward(
+        self, energy: Any, batch: Tensor, *, generator: torch.Generator | None = None
+    ) -> Any:
         self.chains = None
         return super().forward(energy, batch, generator=generator)
 
@@ -704,17 +822,24 @@ def test_statistics_of_mismatched_layers_are_caught(monkeypatch: pytest.MonkeyPa
     right = contrastive_module.contrast
 
     def wrong(layers: Layers, even: Any, fields: dict[int, Tensor], n: int) -> Any:
-        return right(layers, even, {k: torch.cat([f[:n], f[n:].roll(1, 0)]) for k, f in fields.items()}, n)
+        return right(
+            layers, even, {k: torch.cat([f[:n], f[n:].roll(1, 0)]) for k, f in fields.items()}, n
+        )
 
     monkeypatch.setattr(contrastive_module, "contrast", wrong)
     with pytest.raises(AssertionError, match="standard errors"):
         check_cd(ContrastiveDivergence(1), 1)
 
 
-def _half_fields(self: BoltzmannMachine, visible: Tensor, max_steps: int = 100, tolerance: float = 1e-6) -> Tensor:
+def _half_fields(
+    self: BoltzmannMachine, visible: Tensor, max_steps: int = 100, tolerance: float = 1e-6
+) -> Tensor:
     means = visible.new_zeros((len(visible), self.num_hidden))
     for _ in range(max_steps):
-        means = 0.5 * (means + torch.tanh(0.5 * self.field(torch.cat([visible, means], 1))[:, self.num_visible :]))
+        means = 0.5 * (
+            means
+            + torch.tanh(0.5 * self.field(torch.cat([visible, means], 1))[:, self.num_visible :])
+        )
     return means
 
 

@@ -1,4 +1,5 @@
-"""Objectives of one-site neighbours against enumerated laws: gradients, optima, errors beside maximum likelihood; mutants."""
+"""Objectives of one-site neighbours against enumerated laws: gradients, optima, errors beside
+maximum likelihood; mutants."""
 
 from __future__ import annotations
 
@@ -19,18 +20,31 @@ from pyroebm import Energy
 from pyroebm.core import spin
 from pyroebm.core.enumeration import all_bits
 from pyroebm.energies import BernoulliRBM, BoltzmannMachine
-from pyroebm.objectives import ExactLikelihood, MinimumProbabilityFlow, Objective, Pseudolikelihood, RatioMatching
+from pyroebm.objectives import (
+    ExactLikelihood,
+    MinimumProbabilityFlow,
+    Objective,
+    Pseudolikelihood,
+    RatioMatching,
+)
 from pyroebm.objectives.discrete import SiteObjective
 from pyroebm.targets import Gaussian
 from pyroebm.training import fit
 
 F64 = torch.float64
 
-#: One line for each objective of sites: the term of one site by hand, from log-probabilities of a state and its neighbours.
+#: One line for each objective of sites: the term of one site by hand, from log-probabilities of a
+#: state and its neighbours.
 OBJECTIVES: dict[str, tuple[type[SiteObjective], Callable[[float, list[float]], float]]] = {
-    "pseudo-likelihood": (Pseudolikelihood, lambda own, others: -own + math.log(sum(map(math.exp, [own, *others])))),
+    "pseudo-likelihood": (
+        Pseudolikelihood,
+        lambda own, others: -own + math.log(sum(map(math.exp, [own, *others]))),
+    ),
     "ratio matching": (RatioMatching, lambda own, others: quadratic_score(own, others)),
-    "probability flow": (MinimumProbabilityFlow, lambda own, others: sum(math.exp((o - own) / 2) for o in others)),
+    "probability flow": (
+        MinimumProbabilityFlow,
+        lambda own, others: sum(math.exp((o - own) / 2) for o in others),
+    ),
 }
 
 
@@ -45,13 +59,15 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 
 
 class Pairs(Energy):
-    """Any support: couplings and fields of the flat event, linear in the parameters, so that the model is identified on bits
-    and spins."""
+    """Any support: couplings and fields of the flat event, linear in the parameters, so that the
+    model is identified on bits and spins."""
 
     def __init__(self, event_shape: Sequence[int], support: Any, scale: float = 0.5) -> None:
         super().__init__(event_shape, support)
         n = math.prod(event_shape)
-        self.coupling = nn.Parameter(scale * torch.randn(n * (n - 1) // 2, generator=problem_generator(4), dtype=F64))
+        self.coupling = nn.Parameter(
+            scale * torch.randn(n * (n - 1) // 2, generator=problem_generator(4), dtype=F64)
+        )
         self.field = nn.Parameter(scale * torch.randn(n, generator=problem_generator(5), dtype=F64))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -75,8 +91,16 @@ MODELS: dict[str, tuple[Energy, Tensor, int]] = {
     "spins": (Pairs((2, 2), spin), every_state([-1.0, 1.0], (2, 2)), 1),
     "one scalar bit": (Pairs((), constraints.boolean), every_state([0.0, 1.0], ()), 1),
     "one-hot": (Pairs((2, 3), constraints.one_hot), colours(2), 3),
-    "integers": (Pairs((2,), constraints.integer_interval(-1, 2)), every_state([-1.0, 0.0, 1.0, 2.0], (2,)), 1),
-    "RBM": (BernoulliRBM(4, 3, weight=randn(4, 3), visible_bias=randn(4, seed=1), dtype=F64), all_bits(4, F64), 1),
+    "integers": (
+        Pairs((2,), constraints.integer_interval(-1, 2)),
+        every_state([-1.0, 0.0, 1.0, 2.0], (2,)),
+        1,
+    ),
+    "RBM": (
+        BernoulliRBM(4, 3, weight=randn(4, 3), visible_bias=randn(4, seed=1), dtype=F64),
+        all_bits(4, F64),
+        1,
+    ),
 }
 
 
@@ -89,11 +113,13 @@ def expected(objective: Objective, energy: Energy, states: Tensor, p: Tensor) ->
     return torch.stack([objective(energy, x[None])[0] for x in states]) @ p
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The checks. Each raises AssertionError; the mutants below show that it does.
 
 
-def check_by_hand(objective: Objective, by_hand: Callable[[float, list[float]], float], model: str) -> None:
+def check_by_hand(
+    objective: Objective, by_hand: Callable[[float, list[float]], float], model: str
+) -> None:
     """Neighbours found by comparing whole states, their energies one by one."""
     energy, states, width = MODELS[model]
     flat, minus = states.reshape(len(states), -1), (-energy(states)).tolist()
@@ -138,7 +164,9 @@ def check_optimum(objective: Objective, model: str) -> None:
     """From zero the minimum of the expected loss is where the data's law comes from."""
     truth, states, _ = MODELS[model]
     p, energy = law(truth, states), Pairs(truth.event_shape, truth.support, scale=0.0)
-    optimizer = torch.optim.LBFGS(energy.parameters(), max_iter=300, tolerance_grad=1e-11, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(
+        energy.parameters(), max_iter=300, tolerance_grad=1e-11, line_search_fn="strong_wolfe"
+    )
 
     def closure() -> Tensor:
         optimizer.zero_grad()
@@ -187,7 +215,9 @@ def test_ratio_matching_as_published() -> None:
         flipped[site] = 1.0 - flipped[site]
         ratio = p[6] / p[int((flipped @ torch.tensor([8.0, 4.0, 2.0, 1.0], dtype=F64)).item())]
         terms.append(float((1 + ratio) ** -2))
-    assert float(RatioMatching()(energy, x[None])[0].detach()) == pytest.approx(sum(terms), rel=1e-12)
+    assert float(RatioMatching()(energy, x[None])[0].detach()) == pytest.approx(
+        sum(terms), rel=1e-12
+    )
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -196,7 +226,12 @@ def test_a_few_sites_are_unbiased(name: str) -> None:
     energy, states, _ = MODELS["RBM"]
     data, noise = states[[1, 5, 7, 5]], seeded(3)
     truth = flat_grad(energy, kind()(energy, data)[0])
-    draws = torch.stack([flat_grad(energy, kind(2)(energy, data.repeat(25, 1), generator=noise)[0]) for _ in range(200)])
+    draws = torch.stack(
+        [
+            flat_grad(energy, kind(2)(energy, data.repeat(25, 1), generator=noise)[0])
+            for _ in range(200)
+        ]
+    )
     mean, se = mean_and_se(draws)
     within_se(mean, truth, se)
 
@@ -205,14 +240,20 @@ def test_a_few_sites_are_unbiased(name: str) -> None:
 def test_facts_and_dtypes(name: str) -> None:
     objective = OBJECTIVES[name][0](3)
     for dtype in (torch.float32, F64):
-        rbm, batch = BernoulliRBM(4, 3, weight=randn(4, 3), dtype=dtype), all_bits(4, dtype)[[1, 5, 9]]
+        rbm, batch = (
+            BernoulliRBM(4, 3, weight=randn(4, 3), dtype=dtype),
+            all_bits(4, dtype)[[1, 5, 9]],
+        )
         (loss, facts), (again, _) = (objective(rbm, batch, generator=seeded(1)) for _ in range(2))
         assert loss.dtype == dtype
         assert torch.equal(loss, again)
         assert set(facts) == {"energy_data", "pseudo_log_likelihood"}
         assert not any(fact.requires_grad for fact in facts.values())
     energy, states, _ = MODELS["spins"]
-    ours, theirs = (kind()(energy, states)[1]["pseudo_log_likelihood"] for kind in (OBJECTIVES[name][0], Pseudolikelihood))
+    ours, theirs = (
+        kind()(energy, states)[1]["pseudo_log_likelihood"]
+        for kind in (OBJECTIVES[name][0], Pseudolikelihood)
+    )
     assert torch.equal(ours, theirs)
     torch.testing.assert_close(-Pseudolikelihood()(energy, states)[0].detach(), theirs)
 
@@ -234,7 +275,15 @@ def test_training_by_fit(name: str) -> None:
     data = states[torch.multinomial(p, 500, replacement=True, generator=seeded(2))]
     energy = Pairs((4,), constraints.boolean, scale=0.0)
     before = float(p @ (p.log() - law(energy, states).log()))
-    for _ in fit(energy, OBJECTIVES[name][0](), data, steps=150, batch_size=100, optimizer=adam, progress=False):
+    for _ in fit(
+        energy,
+        OBJECTIVES[name][0](),
+        data,
+        steps=150,
+        batch_size=100,
+        optimizer=adam,
+        progress=False,
+    ):
         pass
     assert float(p @ (p.log() - law(energy, states).log())) < 0.2 * before
 
@@ -243,13 +292,21 @@ def adam(groups: Any) -> torch.optim.Optimizer:
     return torch.optim.Adam(groups, lr=0.03)
 
 
-def newton(energy: Energy, loss: Callable[[dict[str, Tensor], Tensor], Tensor], shares: Tensor, steps: int = 8) -> Tensor:
+def newton(
+    energy: Energy,
+    loss: Callable[[dict[str, Tensor], Tensor], Tensor],
+    shares: Tensor,
+    steps: int = 8,
+) -> Tensor:
     """Minima for many empirical laws ``(R, states)`` at once, from the energy's own parameters."""
     start = torch.cat([p.detach().flatten() for p in energy.parameters()])
 
     def at(theta: Tensor, share: Tensor) -> Tensor:
         parts = theta.split([p.numel() for p in energy.parameters()])
-        named = {name: part.view_as(p) for (name, p), part in zip(energy.named_parameters(), parts, strict=True)}
+        named = {
+            name: part.view_as(p)
+            for (name, p), part in zip(energy.named_parameters(), parts, strict=True)
+        }
         return loss(named, share)
 
     slope = torch.func.grad(at)
@@ -263,8 +320,8 @@ def newton(energy: Energy, loss: Callable[[dict[str, Tensor], Tensor], Tensor], 
 
 
 def test_errors_beside_maximum_likelihood() -> None:
-    """Replicated fits to 2,000 draws of three spins: all are centred on the truth, and none beats maximum likelihood, whose
-    covariance is the inverse Fisher information."""
+    """Replicated fits to 2,000 draws of three spins: all are centred on the truth, and none beats
+    maximum likelihood, whose covariance is the inverse Fisher information."""
     truth, states = Pairs((3,), spin), every_state([-1.0, 1.0], (3,))
     p, n, fits = law(truth, states), 2000, 400
     draws = torch.multinomial(p.expand(fits, -1), n, replacement=True, generator=seeded(0))
@@ -287,7 +344,9 @@ def test_errors_beside_maximum_likelihood() -> None:
     start = torch.cat([q.detach() for q in truth.parameters()])
     found = {name: newton(truth, sites(kind()), shares) for name, (kind, _) in OBJECTIVES.items()}
     found["likelihood"] = newton(truth, likelihood, shares)
-    statistics = -torch.func.jacrev(lambda named: energies(named, states))(dict(truth.named_parameters()))["coupling"]
+    statistics = -torch.func.jacrev(lambda named: energies(named, states))(
+        dict(truth.named_parameters())
+    )["coupling"]
     statistics = torch.cat([statistics, states], 1).detach()
     centred = statistics - p @ statistics
     fisher = (centred * p[:, None]).mT @ centred
@@ -306,7 +365,8 @@ def test_errors_beside_maximum_likelihood() -> None:
 
 
 def test_a_machine_near_its_maximum_likelihood() -> None:
-    """A Boltzmann machine of 5 units on 4,000 draws: each fit is within a few times the error of maximum likelihood."""
+    """A Boltzmann machine of 5 units on 4,000 draws: each fit is within a few times the error of
+    maximum likelihood."""
     weight = randn(5, 5, seed=8).triu(1)
     machine = BoltzmannMachine(5, weight=weight + weight.mT, bias=0.3 * randn(5, seed=9), dtype=F64)
     states = all_bits(5, F64)
@@ -314,9 +374,14 @@ def test_a_machine_near_its_maximum_likelihood() -> None:
     data = states[torch.multinomial(p, 4000, replacement=True, generator=seeded(1))]
     rows, counts = data.unique(dim=0, return_counts=True)
     divergences = {}
-    for name, objective in {"likelihood": ExactLikelihood(), **{k: v[0]() for k, v in OBJECTIVES.items()}}.items():
+    for name, objective in {
+        "likelihood": ExactLikelihood(),
+        **{k: v[0]() for k, v in OBJECTIVES.items()},
+    }.items():
         fitted = BoltzmannMachine(5, weight=torch.zeros(5, 5), dtype=F64)
-        optimizer = torch.optim.LBFGS(fitted.parameters(), max_iter=100, line_search_fn="strong_wolfe")
+        optimizer = torch.optim.LBFGS(
+            fitted.parameters(), max_iter=100, line_search_fn="strong_wolfe"
+        )
 
         def closure(
             fitted: Any = fitted, objective: Any = objective, optimizer: Any = optimizer
@@ -328,7 +393,8 @@ def test_a_machine_near_its_maximum_likelihood() -> None:
 
         optimizer.step(closure)
         divergences[name] = float(p @ (p.log() - law(fitted, states).log()))
-    typical = 15 / (2 * len(data))  # 15 parameters: twice n times the divergence of maximum likelihood is chi-squared
+    # 15 parameters: twice n times the divergence of maximum likelihood is chi-squared
+    typical = 15 / (2 * len(data))
     assert divergences["likelihood"] < typical * (1 + 5 * math.sqrt(2 / 15)), divergences
     assert all(value < 4 * typical for value in divergences.values()), divergences
 
@@ -339,7 +405,10 @@ def test_bad_input_is_refused(kind: type[SiteObjective]) -> None:
     calls: list[tuple[Callable[[], Any], str]] = [
         (lambda: kind(0), "sites must be"),
         (lambda: kind(5)(energy, states), "at most the 4 sites"),
-        (lambda: kind()(Gaussian(torch.zeros(2, dtype=F64)), states[:, :2]), f"{kind.__name__} is for discrete"),
+        (
+            lambda: kind()(Gaussian(torch.zeros(2, dtype=F64)), states[:, :2]),
+            f"{kind.__name__} is for discrete",
+        ),
         (lambda: kind()(energy, 0.5 * states), "batch must hold states"),
         (lambda: kind()(energy, states.float()), "dtype"),
     ]
@@ -350,7 +419,7 @@ def test_bad_input_is_refused(kind: type[SiteObjective]) -> None:
         SiteObjective()(energy, states)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Mutants
 
 

@@ -1,4 +1,5 @@
-"""Classifiers as energies, and their hybrid objective: an exact mixture, gradients by quadrature, mutants that must be caught."""
+"""Classifiers as energies, and their hybrid objective: an exact mixture, gradients by quadrature,
+mutants that must be caught."""
 
 from __future__ import annotations
 
@@ -18,7 +19,14 @@ from pyroebm.energies import ClassifierEnergy
 from pyroebm.flows import NICE
 from pyroebm.kernels import MALA
 from pyroebm.nn import convolutions, mlp
-from pyroebm.objectives import AdversarialFlow, ContrastiveDivergence, Hybrid, Objective, PersistentCD, SlicedScoreMatching
+from pyroebm.objectives import (
+    AdversarialFlow,
+    ContrastiveDivergence,
+    Hybrid,
+    Objective,
+    PersistentCD,
+    SlicedScoreMatching,
+)
 from pyroebm.partition import quadrature
 from pyroebm.training import fit
 
@@ -28,7 +36,8 @@ WEIGHTS = torch.tensor([0.5, 0.3, 0.2], dtype=F64)
 
 
 def mixture_energy(kind: type[ClassifierEnergy] = ClassifierEnergy) -> ClassifierEnergy:
-    """Logits -|x - mu_y|^2 / 2 + log pi_y, their square in the envelope: an exact mixture of normal laws."""
+    """Logits -|x - mu_y|^2 / 2 + log pi_y, their square in the envelope: an exact mixture of normal
+    laws."""
     net = nn.Linear(2, 3, dtype=F64)
     with torch.no_grad():
         net.weight.copy_(MEANS)
@@ -39,7 +48,9 @@ def mixture_energy(kind: type[ClassifierEnergy] = ClassifierEnergy) -> Classifie
 def deep_energy(shape: tuple[int, ...] = (2,), dtype: torch.dtype = F64) -> ClassifierEnergy:
     noise, entries = seeded(7), math.prod(shape)
     if len(shape) == 3:
-        net: nn.Module = convolutions(shape, 3, (3, 4), zero_last=False, dtype=dtype, generator=noise)
+        net: nn.Module = convolutions(
+            shape, 3, (3, 4), zero_last=False, dtype=dtype, generator=noise
+        )
     else:
         layers = mlp(entries, 3, (8,), zero_last=False, dtype=dtype, generator=noise)
         net = layers if shape else nn.Sequential(nn.Unflatten(0, (-1, 1)), layers)
@@ -74,11 +85,16 @@ def exact_grads(energy: ClassifierEnergy, x: Tensor, y: Tensor) -> dict[str, Ten
     own = logits.gather(1, y[:, None])[:, 0] - 0.5 * (x**2).sum(1)
     joint, conditional = (torch.logsumexp(log_z, 0) - own).mean(), (log_z[y] - own).mean()
     classes = nn.functional.cross_entropy(logits, y)
-    found = {"joint": joint, "marginal": joint - classes, "conditional": conditional + classes, "classes": classes}
+    found = {
+        "joint": joint,
+        "marginal": joint - classes,
+        "conditional": conditional + classes,
+        "classes": classes,
+    }
     return {name: flat_grad(energy, loss) for name, loss in found.items()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The checks. Each raises AssertionError; the mutants below show that it does.
 
 
@@ -95,15 +111,20 @@ def check_mixture(energy: ClassifierEnergy) -> None:
         label = torch.full((20,), y)
         torch.testing.assert_close(-energy.given(y)(x) - WEIGHTS[y].log() - log_z, each[:, y])
         torch.testing.assert_close(energy.joint_energy(x, label), energy.given(label)(x))
-        torch.testing.assert_close(-energy.joint_energy(x, label), energy.class_log_prob(x)[:, y] - energy(x))
+        torch.testing.assert_close(
+            -energy.joint_energy(x, label), energy.class_log_prob(x)[:, y] - energy(x)
+        )
 
 
 def check_gradient(kind: type[Hybrid], mode: str) -> None:
-    """With an exact generative term the gradient is that of the likelihood that the mode names, by quadrature."""
+    """With an exact generative term the gradient is that of the likelihood that the mode names, by
+    quadrature."""
     energy = deep_energy()
     x, y = mixture_draws(12, 3)
     loss, _ = kind(ExactOnGrid(), mode=mode)(energy, (x, y))  # type: ignore[arg-type]
-    torch.testing.assert_close(flat_grad(energy, loss), exact_grads(energy, x, y)[mode], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        flat_grad(energy, loss), exact_grads(energy, x, y)[mode], rtol=1e-9, atol=1e-9
+    )
 
 
 def check_sampled(make: Callable[[], Hybrid], mode: str, burn: int) -> None:
@@ -118,14 +139,18 @@ def check_sampled(make: Callable[[], Hybrid], mode: str, burn: int) -> None:
         objective, noise = make(), seeded(50 + run)
         for _ in range(burn):
             objective(energy, rows, generator=noise)
-        means.append(torch.stack([flat_grad(energy, objective(energy, rows, generator=noise)[0]) for _ in range(4)]).mean(0))
+        means.append(
+            torch.stack(
+                [flat_grad(energy, objective(energy, rows, generator=noise)[0]) for _ in range(4)]
+            ).mean(0)
+        )
     mean, se = mean_and_se(torch.stack(means))
     varies = se > 1e-12  # the biases' do not where no class changes
     torch.testing.assert_close(torch.from_numpy(mean[~varies]), truth[~varies])
     within_se(mean[varies], truth[varies], se[varies], what=f"the gradient of mode {mode}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The energy
 
 
@@ -148,7 +173,9 @@ def test_shapes_and_types(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     assert energy(x).shape == energy.joint_energy(x, y).shape == (4, 5)
     assert energy(x).dtype == energy.class_log_prob(x).dtype == dtype
     assert energy.class_log_prob(x).shape == (4, 5, 3)
-    torch.testing.assert_close(energy.given(y[:, 0])(x)[:, 0], energy.joint_energy(x[:, 0], y[:, 0]))
+    torch.testing.assert_close(
+        energy.given(y[:, 0])(x)[:, 0], energy.joint_energy(x[:, 0], y[:, 0])
+    )
     torch.testing.assert_close(energy(x)[2, 3], energy(x[2, 3]))
     assert energy.given(1).initial(6, seeded(0)).shape == (6, *shape)
 
@@ -184,9 +211,13 @@ def test_a_classifier_that_is_no_density_says_so() -> None:
 
 def test_bad_input_is_named() -> None:
     energy, x = mixture_energy(), torch.zeros(4, 2, dtype=F64)
-    with pytest.raises(ValueError, match="num_classes must be an integer of at least 1, got num_classes=0"):
+    with pytest.raises(
+        ValueError, match="num_classes must be an integer of at least 1, got num_classes=0"
+    ):
         ClassifierEnergy(nn.Linear(2, 3), (2,), 0, scale=1.0)
-    with pytest.raises(ValueError, match=r"net must map .* to \(n, num_classes\), got shape \(4, 3\)"):
+    with pytest.raises(
+        ValueError, match=r"net must map .* to \(n, num_classes\), got shape \(4, 3\)"
+    ):
         ClassifierEnergy(energy.net, (2,), 4, scale=1.0)(x)
     with pytest.raises(ValueError, match=r"y must lie in \[0, 3\), got 0 to 3"):
         energy.joint_energy(x, torch.tensor([0, 1, 2, 3]))
@@ -198,7 +229,7 @@ def test_bad_input_is_named() -> None:
         energy.given(torch.tensor([0, 1, 2]))(x)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The objective
 
 
@@ -209,20 +240,28 @@ def test_the_gradient_is_that_of_the_likelihood(mode: str) -> None:
 
 @pytest.mark.parametrize("mode", ["joint", "marginal"])
 def test_persistent_chains_have_the_exact_gradient(mode: str) -> None:
-    check_sampled(lambda: Hybrid(PersistentCD(400, k=4, kernel=MALA(1.2)), mode=mode), mode, burn=15)  # type: ignore[arg-type]
+    check_sampled(
+        lambda: Hybrid(PersistentCD(400, k=4, kernel=MALA(1.2)), mode=mode), mode, burn=15
+    )  # type: ignore[arg-type]
 
 
 def test_differences_of_energies_keep_each_row_s_class() -> None:
     energy, batch = deep_energy(), mixture_draws(6, 0)
     exact, near = (
-        Hybrid(SlicedScoreMatching(3, finite_difference=step), mode="conditional")(energy, batch, generator=seeded(0))[0]
+        Hybrid(SlicedScoreMatching(3, finite_difference=step), mode="conditional")(
+            energy, batch, generator=seeded(0)
+        )[0]
         for step in (None, 1e-4)
     )
     torch.testing.assert_close(near, exact, rtol=0.0, atol=1e-5)
 
 
 def test_chains_of_each_class_have_the_exact_gradient() -> None:
-    check_sampled(lambda: Hybrid(ContrastiveDivergence(30, MALA(1.2)), mode="conditional"), "conditional", burn=0)
+    check_sampled(
+        lambda: Hybrid(ContrastiveDivergence(30, MALA(1.2)), mode="conditional"),
+        "conditional",
+        burn=0,
+    )
 
 
 def test_without_a_generative_term_it_is_the_cross_entropy() -> None:
@@ -237,7 +276,9 @@ def test_the_weight_is_of_the_generative_term() -> None:
     energy, (x, y) = deep_energy(), mixture_draws(12, 3)
     grads = exact_grads(energy, x, y)
     loss, _ = Hybrid(ExactOnGrid(), weight=0.1)(energy, (x, y))
-    torch.testing.assert_close(flat_grad(energy, loss), grads["classes"] + 0.1 * grads["marginal"], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        flat_grad(energy, loss), grads["classes"] + 0.1 * grads["marginal"], rtol=1e-9, atol=1e-9
+    )
 
 
 OBJECTIVES: dict[str, Callable[[], Hybrid]] = {
@@ -253,7 +294,10 @@ OBJECTIVES: dict[str, Callable[[], Hybrid]] = {
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
 def test_every_mode_on_every_shape(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     energy = deep_energy(shape, dtype)
-    batch = torch.randn(6, *shape, dtype=dtype, generator=seeded(1)), torch.tensor([0, 1, 2, 0, 1, 2])
+    batch = (
+        torch.randn(6, *shape, dtype=dtype, generator=seeded(1)),
+        torch.tensor([0, 1, 2, 0, 1, 2]),
+    )
     losses = [OBJECTIVES[name]()(energy, batch, generator=seeded(5)) for _ in range(2)]
     assert torch.equal(losses[0][0], losses[1][0])
     assert losses[0][0].dtype == dtype
@@ -262,11 +306,15 @@ def test_every_mode_on_every_shape(name: str, shape: tuple[int, ...], dtype: tor
     assert "energy_data" in losses[0][1]
     assert not any(fact.requires_grad for fact in losses[0][1].values())
     losses[0][0].backward()
-    assert all(p.grad is not None and bool(torch.isfinite(p.grad).all()) for p in energy.parameters())
+    assert all(
+        p.grad is not None and bool(torch.isfinite(p.grad).all()) for p in energy.parameters()
+    )
     spoiled = batch[0].clone()
     spoiled[1] = torch.nan
     with pytest.raises((ValueError, FloatingPointError), match=r"nan|finite"):
-        for _ in fit(energy, OBJECTIVES[name](), (spoiled, batch[1]), steps=1, batch_size=6, progress=False):
+        for _ in fit(
+            energy, OBJECTIVES[name](), (spoiled, batch[1]), steps=1, batch_size=6, progress=False
+        ):
             pass
 
 
@@ -276,7 +324,16 @@ def test_training_goes_on_where_it_stopped(name: str, tmp_path: Path) -> None:
 
     def train(until: int, **options: object) -> ClassifierEnergy:
         energy = deep_energy()
-        loop = fit(energy, OBJECTIVES[name](), data, steps=12, batch_size=20, seed=3, progress=False, **options)  # type: ignore[arg-type]
+        loop = fit(
+            energy,
+            OBJECTIVES[name](),
+            data,
+            steps=12,
+            batch_size=20,
+            seed=3,
+            progress=False,
+            **options,
+        )  # type: ignore[arg-type]
         for step, _, _ in loop:
             if step == until:
                 break
@@ -296,13 +353,22 @@ def test_training_goes_on_where_it_stopped(name: str, tmp_path: Path) -> None:
 
 
 def test_a_mixture_is_learned() -> None:
-    """From zero logits to within 5 standard errors of the best likelihood of a pair, log p(x, y)."""
+    """From zero logits to within 5 standard errors of the best likelihood of a pair, log p(x,
+    y)."""
     energy = mixture_energy()
     nn.init.zeros_(energy.net.weight)
     nn.init.zeros_(energy.net.bias)
     objective = Hybrid(PersistentCD(500, k=5, kernel=MALA(1.2)))
     rate = {"optimizer": lambda groups: torch.optim.Adam(groups, lr=0.03)}
-    for _ in fit(energy, objective, mixture_draws(3000, 20), steps=400, batch_size=300, progress=False, **rate):
+    for _ in fit(
+        energy,
+        objective,
+        mixture_draws(3000, 20),
+        steps=400,
+        batch_size=300,
+        progress=False,
+        **rate,
+    ):
         pass
     x, y = mixture_draws(4000, 30)
     truth = WEIGHTS.log()[y] + MultivariateNormal(MEANS[y], torch.eye(2, dtype=F64)).log_prob(x)
@@ -319,7 +385,10 @@ def test_what_does_not_fit_is_refused() -> None:
         ({"generative": 3}, "generative must be an Objective or None, got int"),
         ({"mode": "marginal"}, "give generative"),
         ({"mode": "conditional", "generative": PersistentCD()}, "cannot take PersistentCD"),
-        ({"mode": "conditional", "generative": AdversarialFlow(NICE(2))}, "one law for all classes"),
+        (
+            {"mode": "conditional", "generative": AdversarialFlow(NICE(2))},
+            "one law for all classes",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             Hybrid(**arguments)  # type: ignore[arg-type]
@@ -333,7 +402,7 @@ def test_what_does_not_fit_is_refused() -> None:
         Hybrid()(energy, (x.float(), y))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Mutants
 
 
@@ -373,9 +442,19 @@ class Wrapped(Hybrid):
         return classes, self.generative(energy, x)[0], self.generative(energy.given(y), x)[0]
 
     def combine(self, classes: Tensor, marginal: Tensor, conditional: Tensor) -> Tensor:
-        return {"joint": classes + marginal, "marginal": marginal, "conditional": classes + conditional}[self.mode]
+        return {
+            "joint": classes + marginal,
+            "marginal": marginal,
+            "conditional": classes + conditional,
+        }[self.mode]
 
-    def forward(self, energy: Energy, batch: tuple[Tensor, Tensor], *, generator: torch.Generator | None = None):  # type: ignore[no-untyped-def]
+    def forward(
+        self,
+        energy: Energy,
+        batch: tuple[Tensor, Tensor],
+        *,
+        generator: torch.Generator | None = None,
+    ):  # type: ignore[no-untyped-def]
         return self.combine(*self.terms(energy, *batch)), {}
 
 

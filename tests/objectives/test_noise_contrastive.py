@@ -1,4 +1,5 @@
-"""Noise-contrastive objectives against asymptotic variances, quadrature and enumerated laws; a flow that learns; mutants."""
+"""Noise-contrastive objectives against asymptotic variances, quadrature and enumerated laws; a flow
+that learns; mutants."""
 
 from __future__ import annotations
 
@@ -36,7 +37,9 @@ F64 = torch.float64
 HALF_LOG_TWO_PI = 0.5 * math.log(2.0 * math.pi)
 
 
-def normal(event_shape: Sequence[int] = (), scale: float = 1.0, dtype: torch.dtype = F64) -> dist.Distribution:
+def normal(
+    event_shape: Sequence[int] = (), scale: float = 1.0, dtype: torch.dtype = F64
+) -> dist.Distribution:
     zero = torch.zeros(tuple(event_shape), dtype=dtype)
     return dist.Normal(zero, scale * torch.ones_like(zero)).to_event(len(event_shape))
 
@@ -48,7 +51,13 @@ def randn(*shape: int, seed: int = 0, dtype: torch.dtype = F64) -> Tensor:
 class Bell(Energy):
     """A normal law of any event shape, with mean and precision to be learned."""
 
-    def __init__(self, event_shape: Sequence[int] = (), mean: float = 0.0, precision: float = 1.0, dtype: Any = F64) -> None:
+    def __init__(
+        self,
+        event_shape: Sequence[int] = (),
+        mean: float = 0.0,
+        precision: float = 1.0,
+        dtype: Any = F64,
+    ) -> None:
         super().__init__(event_shape)
         self.mean = nn.Parameter(torch.tensor(mean, dtype=dtype))
         self.precision = nn.Parameter(torch.tensor(precision, dtype=dtype))
@@ -83,18 +92,25 @@ class Table(Energy):
 
 
 class Spread(dist.Categorical):
-    """Categories whose n draws are in exact proportion, so that means over them are expectations."""
+    """Categories whose n draws are in exact proportion, so that means over them are
+    expectations."""
 
     def sample(self, sample_shape: Any = ()) -> Tensor:
         n = math.prod(sample_shape)
         counts = (self.probs * n).round().long()
-        return torch.arange(len(counts)).repeat_interleave(counts) if n > 1 else super().sample(sample_shape)
+        return (
+            torch.arange(len(counts)).repeat_interleave(counts)
+            if n > 1
+            else super().sample(sample_shape)
+        )
 
 
 #: One line for each objective of an energy and a batch: made for an event shape and a dtype.
 OBJECTIVES: dict[str, Callable[[Sequence[int], torch.dtype], Objective]] = {
     "binary": lambda shape, dtype: NoiseContrastive(normal(shape, 1.5, dtype), nu=2.0),
-    "fractional": lambda shape, dtype: NoiseContrastive(normal(shape, 1.5, dtype), nu=0.5, learn_log_z=False),
+    "fractional": lambda shape, dtype: NoiseContrastive(
+        normal(shape, 1.5, dtype), nu=0.5, learn_log_z=False
+    ),
     "flow as noise": lambda shape, dtype: NoiseContrastive(nice(math.prod(shape), dtype)),
     "ranking": lambda shape, dtype: RankingNCE(normal(shape, 1.5, dtype), num_negatives=3),
     "conditional": lambda shape, dtype: ConditionalNCE(0.5, num_negatives=2),
@@ -110,14 +126,16 @@ def nice(dim: int, dtype: torch.dtype = F64, seed: int = 0) -> Flow:
     return flow
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Properties of the table
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
-def test_every_objective_takes_every_event(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_every_objective_takes_every_event(
+    name: str, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
     if name == "flow as noise" and shape == ():
         shape = (1,) if dtype == F64 else (2,)
     energy, objective = Bell(shape, dtype=dtype), OBJECTIVES[name](shape, dtype)
@@ -128,7 +146,10 @@ def test_every_objective_takes_every_event(name: str, shape: tuple[int, ...], dt
     assert torch.equal(loss, again)
     torch.testing.assert_close(facts["energy_data"], energy(batch).mean().detach())
     assert {"energy_data", "energy_noise", "accuracy"} <= set(facts)
-    assert all(fact.shape == () and not fact.requires_grad and fact.dtype == dtype for fact in facts.values())
+    assert all(
+        fact.shape == () and not fact.requires_grad and fact.dtype == dtype
+        for fact in facts.values()
+    )
     loss.backward()
     trained = [p for p in (*energy.parameters(), *objective.parameters()) if p.requires_grad]
     assert all(p.grad is not None and bool(p.grad != 0) for p in trained)
@@ -159,7 +180,11 @@ def test_fit_resumes_where_it_was(name: str, tmp_path: Any) -> None:
     data, ends = randn(40, 2), []
     for cut in (12, 5):
         energy, objective = Bell((2,), 0.5), OBJECTIVES[name]((2,), F64)
-        options = {"batch_size": 8, "checkpoint": tmp_path / f"{cut}.safetensors", "progress": False}
+        options = {
+            "batch_size": 8,
+            "checkpoint": tmp_path / f"{cut}.safetensors",
+            "progress": False,
+        }
         for _ in fit(energy, objective, data, steps=cut, **options):
             pass
         if cut < 12:
@@ -182,19 +207,22 @@ def test_log_z_is_state_and_a_fixed_one_is_not_trained() -> None:
     assert all(p.grad is None and p.requires_grad for p in flow.parameters())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The checks. Each raises AssertionError; the mutants below show that it does.
 
 
 def newton(objective: Any, energy: Energy, draws: Sequence[Tensor], steps: int = 9) -> Tensor:
-    """Fits of energy and objective to replicated draws ``(R, ...)`` at once, solved to the optimum: ``(R, parameters)``."""
+    """Fits of energy and objective to replicated draws ``(R, ...)`` at once, solved to the optimum:
+    ``(R, parameters)``."""
     modules = nn.ModuleDict({"energy": energy, "objective": objective})
     names = [name for name, p in modules.named_parameters() if p.requires_grad]
     start = torch.stack([dict(modules.named_parameters())[name].detach() for name in names])
 
     def loss(theta: Tensor, *parts: Tensor) -> Tensor:
         def contrast(parameters: dict[str, Tensor]) -> Tensor:
-            return torch.func.functional_call(Call(modules), {f"modules_.{k}": v for k, v in parameters.items()}, parts)
+            return torch.func.functional_call(
+                Call(modules), {f"modules_.{k}": v for k, v in parameters.items()}, parts
+            )
 
         return contrast(dict(zip(names, theta, strict=True)))
 
@@ -218,17 +246,27 @@ class Call(nn.Module):
         return loss
 
 
-def check_asymptotics(make: Callable[..., NoiseContrastive], nu: float, n: int = 400, fits: int = 300) -> None:
-    """Noise = data = N(0, 1), log p = -lam x^2 / 2 + c: n var(lam) = 2 (1 + 1/nu), n var(c) = (1 + 1/nu) / 2."""
+def check_asymptotics(
+    make: Callable[..., NoiseContrastive], nu: float, n: int = 400, fits: int = 300
+) -> None:
+    """Noise = data = N(0, 1), log p = -lam x^2 / 2 + c: n var(lam) = 2 (1 + 1/nu), n var(c) = (1 +
+    1/nu) / 2."""
     m = round(nu * n)
     x, y = randn(fits, n, seed=1), randn(fits, m, seed=2)
     log_q = [-0.5 * z**2 - HALF_LOG_TWO_PI for z in (x, y)]
-    found = newton(make(normal(), nu=nu, log_z=HALF_LOG_TWO_PI), Scale(), (x, log_q[0], y, log_q[1]))
-    for k, (truth, variance) in enumerate([(1.0, 2.0 * (1 + 1 / nu)), (HALF_LOG_TWO_PI, 0.5 * (1 + 1 / nu))]):
+    found = newton(
+        make(normal(), nu=nu, log_z=HALF_LOG_TWO_PI), Scale(), (x, log_q[0], y, log_q[1])
+    )
+    for k, (truth, variance) in enumerate(
+        [(1.0, 2.0 * (1 + 1 / nu)), (HALF_LOG_TWO_PI, 0.5 * (1 + 1 / nu))]
+    ):
         values = found[:, k]
-        squares = n * (values - truth) ** 2  # mean squared error: variance and bias (of order 1/n) in one
+        # mean squared error: variance and bias (of order 1/n) in one
+        squares = n * (values - truth) ** 2
         mean, se = mean_and_se(squares)
-        within_se(mean, variance, se, what=f"n times the squared error of parameter {k} at nu={nu:g}")
+        within_se(
+            mean, variance, se, what=f"n times the squared error of parameter {k} at nu={nu:g}"
+        )
         mean, se = mean_and_se(values)
         bias = 6.0 * variance / n  # of second order
         assert abs(mean - truth) < 5 * se + bias, (mean, truth, se)
@@ -257,17 +295,26 @@ def check_gradient(make: Callable[..., NoiseContrastive], nu: float, repeats: in
     energy, data, noise = Bell((), 0.3, 1.4), randn(8, seed=4), seeded(5)
     objective = make(normal(scale=1.5), nu=nu, log_z=0.9)
     parameters = [*energy.parameters(), objective.log_z]
-    truth = torch.stack(torch.autograd.grad(expected_binary(energy, objective.log_z, data, nu, 1.5), parameters))
-    draws = [torch.autograd.grad(objective(energy, data, generator=noise)[0], parameters) for _ in range(repeats)]
+    truth = torch.stack(
+        torch.autograd.grad(expected_binary(energy, objective.log_z, data, nu, 1.5), parameters)
+    )
+    draws = [
+        torch.autograd.grad(objective(energy, data, generator=noise)[0], parameters)
+        for _ in range(repeats)
+    ]
     mean, se = mean_and_se(torch.stack([torch.stack(d) for d in draws]))
     within_se(mean, truth, se, what=f"the gradient at nu={nu:g}")
 
 
 def check_finite_space(make: Callable[..., NoiseContrastive], nu: float) -> None:
-    """Laws of data and noise in exact proportion: the minimum is at E = -log p + const and c = log Z."""
+    """Laws of data and noise in exact proportion: the minimum is at E = -log p + const and c = log
+    Z."""
     counts, q = torch.tensor([1, 4, 2, 9]), torch.tensor([0.125, 0.25, 0.5, 0.125], dtype=F64)
     batch = torch.arange(4, dtype=F64).repeat_interleave(counts)
-    energy, objective = Table(torch.zeros(3, dtype=F64)), make(Spread(q, validate_args=False), nu=nu)
+    energy, objective = (
+        Table(torch.zeros(3, dtype=F64)),
+        make(Spread(q, validate_args=False), nu=nu),
+    )
     minimise(energy, objective, batch)
     log_p = (counts / counts.sum()).to(F64).log()
     torch.testing.assert_close(energy.free.detach(), log_p[0] - log_p[1:], atol=1e-6, rtol=0)
@@ -277,7 +324,11 @@ def check_finite_space(make: Callable[..., NoiseContrastive], nu: float) -> None
 def minimise(energy: nn.Module, objective: nn.Module, batch: Tensor) -> None:
     parameters = [*energy.parameters(), *objective.parameters()]
     optimizer = torch.optim.LBFGS(
-        parameters, max_iter=200, tolerance_grad=1e-10, tolerance_change=0.0, line_search_fn="strong_wolfe"
+        parameters,
+        max_iter=200,
+        tolerance_grad=1e-10,
+        tolerance_change=0.0,
+        line_search_fn="strong_wolfe",
     )
 
     def closure() -> Tensor:
@@ -290,7 +341,8 @@ def minimise(energy: nn.Module, objective: nn.Module, batch: Tensor) -> None:
 
 
 def check_stationary(objective: Objective, repeats: int = 300) -> None:
-    """At the truth the expected gradient is zero, with noise that is another law than the data's."""
+    """At the truth the expected gradient is zero, with noise that is another law than the
+    data's."""
     energy, noise, draws = Bell((), 0.4, 1.6), seeded(6), []
     for _ in range(repeats):
         data = 0.4 + torch.randn(400, generator=noise, dtype=F64) / math.sqrt(1.6)
@@ -312,7 +364,8 @@ def check_consistent(objective: Any, n: int = 500, fits: int = 100) -> None:
     found = newton(objective, Bell((), 0.4, 1.6), parts)
     mean, se = mean_and_se(found)
     spread = se * math.sqrt(fits)
-    for k, truth in enumerate((0.4, 1.6)):  # a bias of second order is 1/sqrt(n) of a standard deviation
+    # a bias of second order is 1/sqrt(n) of a standard deviation
+    for k, truth in enumerate((0.4, 1.6)):
         assert abs(mean[k] - truth) < 5 * se[k] + 3 * spread[k] / math.sqrt(n), (k, mean, se)
 
 
@@ -320,7 +373,7 @@ def noise_log_prob(x: Tensor, scale: float = 1.5) -> Tensor:
     return -0.5 * (x / scale) ** 2 - HALF_LOG_TWO_PI - math.log(scale)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Binary
 
 
@@ -335,18 +388,31 @@ def test_the_gradient_is_the_integrated_one(nu: float) -> None:
 
 
 def test_much_noise_is_maximum_likelihood() -> None:
-    """At c = log Z the integrated gradient comes to that of the likelihood as 1 / nu, and ours is that one by the test above."""
+    """At c = log Z the integrated gradient comes to that of the likelihood as 1 / nu, and ours is
+    that one by the test above."""
     energy, data = Bell((), 0.3, 1.4), randn(8, seed=4)
-    truth = torch.stack(torch.autograd.grad(energy(data).mean() + energy.log_partition(), list(energy.parameters())))
+    truth = torch.stack(
+        torch.autograd.grad(energy(data).mean() + energy.log_partition(), list(energy.parameters()))
+    )
     log_z, off = energy.log_partition().detach(), []
     for nu in (10.0, 100.0, 1000.0):
         loss = expected_binary(energy, log_z, data, nu, 1.5)
-        off.append(float((torch.stack(torch.autograd.grad(loss, list(energy.parameters()))) - truth).norm()))
+        off.append(
+            float(
+                (torch.stack(torch.autograd.grad(loss, list(energy.parameters()))) - truth).norm()
+            )
+        )
     assert off[1] / off[0] == pytest.approx(0.1, rel=0.2), off
     assert off[2] / off[1] == pytest.approx(0.1, rel=0.02), off
     objective, noise = NoiseContrastive(normal(scale=1.5), nu=2000.0, log_z=float(log_z)), seeded(9)
-    draws = [torch.stack(torch.autograd.grad(objective(energy, data, generator=noise)[0], list(energy.parameters())))
-             for _ in range(30)]  # fmt: skip
+    draws = [
+        torch.stack(
+            torch.autograd.grad(
+                objective(energy, data, generator=noise)[0], list(energy.parameters())
+            )
+        )
+        for _ in range(30)
+    ]
     mean, se = mean_and_se(torch.stack(draws))
     assert off[2] < 2 * se.min()
     within_se(mean, truth, se, what="the gradient at nu=2000")
@@ -358,7 +424,8 @@ def test_the_optimum_on_a_finite_space(nu: float) -> None:
 
 
 def asymptotic_variance(width: float, nu: float = 1.0) -> float:
-    """n var(lam) for noise N(0, width^2) and data N(0, 1), by quadrature of Gutmann and Hyvarinen's (2012) theorem 3."""
+    """n var(lam) for noise N(0, width^2) and data N(0, 1), by quadrature of Gutmann and Hyvarinen's
+    (2012) theorem 3."""
     x, dx = grid()
     p, q = torch.exp(-0.5 * x**2 - HALF_LOG_TWO_PI), torch.exp(noise_log_prob(x, width))
     weight = dx * p * nu * q / (p + nu * q)
@@ -369,8 +436,8 @@ def asymptotic_variance(width: float, nu: float = 1.0) -> float:
 
 
 def test_what_the_width_of_the_noise_does() -> None:
-    """The error of the fits is that of theory: least a little beyond the data's width, growing slowly with wider noise and fast
-    with narrower."""
+    """The error of the fits is that of theory: least a little beyond the data's width, growing
+    slowly with wider noise and fast with narrower."""
     n, fits, widths = 1000, 150, (0.75, 1.0, 1.5, 5.0)
     truths = {width: asymptotic_variance(width) for width in widths}
     assert truths[1.0] == pytest.approx(4.0)
@@ -386,11 +453,15 @@ def test_what_the_width_of_the_noise_does() -> None:
 
 def test_facts_of_a_classifier_that_cannot_tell() -> None:
     energy, noise = Bell((), 0.0, 1.0), normal()
-    _, facts = NoiseContrastive(noise, nu=3.0, log_z=HALF_LOG_TWO_PI)(energy, randn(50), generator=seeded(0))
+    _, facts = NoiseContrastive(noise, nu=3.0, log_z=HALF_LOG_TWO_PI)(
+        energy, randn(50), generator=seeded(0)
+    )
     assert float(facts["posterior_data"]) == pytest.approx(0.25)
     assert float(facts["posterior_noise"]) == pytest.approx(0.25)
     assert float(facts["accuracy"]) == pytest.approx(0.75)  # always "noise"
-    assert float(facts["log_likelihood"]) == pytest.approx(float(-facts["energy_data"]) - HALF_LOG_TWO_PI)
+    assert float(facts["log_likelihood"]) == pytest.approx(
+        float(-facts["energy_data"]) - HALF_LOG_TWO_PI
+    )
 
 
 def test_an_energy_that_knows_itself_is_noise() -> None:
@@ -411,12 +482,17 @@ def test_a_flow_is_noise_with_its_density() -> None:
     torch.testing.assert_close(Noise(flow).log_prob(x, energy), log_q)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Ranking and conditional
 
 
 NOISE = normal(scale=1.5)
-CHAINLESS = [RankingNCE(NOISE, 1), RankingNCE(NOISE, 5), ConditionalNCE(0.7, 1), ConditionalNCE(0.3, 3)]
+CHAINLESS = [
+    RankingNCE(NOISE, 1),
+    RankingNCE(NOISE, 5),
+    ConditionalNCE(0.7, 1),
+    ConditionalNCE(0.3, 3),
+]
 IDS = ["ranking 1", "ranking 5", "conditional .7", "conditional .3"]
 
 
@@ -431,13 +507,17 @@ def test_fits_are_centred_on_the_truth(objective: Objective) -> None:
 
 
 def test_ranking_by_hand() -> None:
-    """Each row among its own draws: the softmax of energies less log q, row by row; an importance sample of Z."""
+    """Each row among its own draws: the softmax of energies less log q, row by row; an importance
+    sample of Z."""
     energy, x, y = Bell((2,), 0.2, 0.7), randn(3, 2), 1.5 * randn(12, 2, seed=1)
     noise = normal((2,), 1.5)
     loss, facts = RankingNCE(noise, 4).contrast(energy, x, noise.log_prob(x), y, noise.log_prob(y))
     total = 0.0
     for row in range(3):
-        weights = [float(torch.exp(-energy(z) - noise.log_prob(z)).detach()) for z in (x[row], *y[4 * row : 4 * row + 4])]
+        weights = [
+            float(torch.exp(-energy(z) - noise.log_prob(z)).detach())
+            for z in (x[row], *y[4 * row : 4 * row + 4])
+        ]
         total -= math.log(weights[0] / sum(weights)) / 3
     assert float(loss.detach()) == pytest.approx(total, abs=1e-12)
     sampled = torch.exp(-energy(y) - noise.log_prob(y)).detach().mean()
@@ -447,8 +527,12 @@ def test_ranking_by_hand() -> None:
 def test_conditional_by_hand() -> None:
     energy, x, y = Bell((2,), 0.2, 0.7), randn(3, 2), randn(6, 2, seed=1)
     loss, facts = ConditionalNCE(1.0, 2).contrast(energy, x, y)
-    rises = [float((energy(y[3 * k + i]) - energy(x[i])).detach()) for k in range(2) for i in range(3)]
-    assert float(loss.detach()) == pytest.approx(2 * sum(math.log1p(math.exp(-r)) for r in rises) / 6, abs=1e-12)
+    rises = [
+        float((energy(y[3 * k + i]) - energy(x[i])).detach()) for k in range(2) for i in range(3)
+    ]
+    assert float(loss.detach()) == pytest.approx(
+        2 * sum(math.log1p(math.exp(-r)) for r in rises) / 6, abs=1e-12
+    )
     assert float(facts["accuracy"]) == pytest.approx(sum(r > 0 for r in rises) / 6)
 
 
@@ -468,13 +552,13 @@ def test_perturbations_have_their_scale() -> None:
     within_se(*(squares.mean(0), scale**2, squares.std(0) / math.sqrt(len(squares))))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # A flow that learns
 
 
 def check_losses_are_apart(objective: FlowContrastive) -> None:
-    """Each loss reaches all of its own parameters and none of the other's; the flow's gradient is that of minus the energy's loss
-    in the flow's parameters, draws and densities included."""
+    """Each loss reaches all of its own parameters and none of the other's; the flow's gradient is
+    that of minus the energy's loss in the flow's parameters, draws and densities included."""
     energy, batch = MLPEnergy((2,), (8,), scale=3.0, dtype=F64, generator=seeded(1)), randn(20, 2)
     with torch.no_grad():
         for parameter in energy.parameters():
@@ -484,19 +568,28 @@ def check_losses_are_apart(objective: FlowContrastive) -> None:
     assert set(losses) == set(trained)
     for name, loss in losses.items():
         for owner, parameters in trained.items():
-            grads = torch.autograd.grad(loss, list(parameters), allow_unused=True, retain_graph=True)
+            grads = torch.autograd.grad(
+                loss, list(parameters), allow_unused=True, retain_graph=True
+            )
             if name == owner:
-                assert all(g is not None for g in grads), f"{name}: a parameter of its own has no gradient"
+                assert all(g is not None for g in grads), (
+                    f"{name}: a parameter of its own has no gradient"
+                )
             else:
                 assert all(g is None for g in grads), f"{name}: its gradient leaks into the {owner}"
     # the value by hand, all of its graph kept
     flow = objective.flow
     y, log_q_y = flow.push(flow.draw_noise(20, seeded(3)))
-    logits = [-energy(x) - objective.log_z - q for x, q in ((batch, flow.log_prob(batch)), (y, log_q_y))]
+    logits = [
+        -energy(x) - objective.log_z - q for x, q in ((batch, flow.log_prob(batch)), (y, log_q_y))
+    ]
     value = torch.sigmoid(logits[0]).log().mean() + torch.sigmoid(-logits[1]).log().mean()
     torch.testing.assert_close([losses["energy"], losses["flow"]], [-value, value])
     for name, sign in (("energy", -1.0), ("flow", 1.0)):
-        ours, truth = (torch.autograd.grad(v, list(trained[name]), retain_graph=True) for v in (losses[name], value))
+        ours, truth = (
+            torch.autograd.grad(v, list(trained[name]), retain_graph=True)
+            for v in (losses[name], value)
+        )
         torch.testing.assert_close(list(ours), [sign * g for g in truth])
     assert float(facts["energy_noise"]) == pytest.approx(float(energy(y).mean().detach()))
 
@@ -520,7 +613,9 @@ def test_a_flow_trained_along_comes_to_the_data() -> None:
     """Noise far off at first: in the end the flow is near the data, and E + c near -log p."""
     data = 2.0 + 0.5 * randn(2000, 2)
     energy, objective, noise = Bell((2,), 1.0, 1.0), FlowContrastive(nice(2), log_z=1.0), seeded(0)
-    optimizers = {name: torch.optim.Adam(p, lr=0.02) for name, p in objective.trained(energy).items()}
+    optimizers = {
+        name: torch.optim.Adam(p, lr=0.02) for name, p in objective.trained(energy).items()
+    }
     with torch.no_grad():
         before = float(objective.flow.log_prob(data).mean())
     for _ in range(1000):
@@ -537,34 +632,49 @@ def test_a_flow_trained_along_comes_to_the_data() -> None:
         after = float(objective.flow.log_prob(data).mean())
     assert before < truth - 3.0, before
     assert truth - 0.15 < after < truth + 0.02, (after, truth)
-    assert float(facts["log_z"]) == pytest.approx(2 * float(energy.log_partition().detach()), abs=0.1)
+    assert float(facts["log_z"]) == pytest.approx(
+        2 * float(energy.log_partition().detach()), abs=0.1
+    )
     assert float(energy.mean.detach()) == pytest.approx(2.0, abs=0.05)
 
 
 @pytest.mark.parametrize("shape", [(2,), (1, 2, 1)])
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
 def test_a_learning_flow_takes_every_event(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    energy, objective, batch = Bell(shape, dtype=dtype), FlowContrastive(nice(2, dtype)), randn(6, *shape, dtype=dtype)
-    (losses, facts), (again, _) = (objective.losses(energy, batch, generator=seeded(1)) for _ in range(2))
-    assert all(torch.equal(losses[name], again[name]) and losses[name].dtype == dtype for name in losses)
+    energy, objective, batch = (
+        Bell(shape, dtype=dtype),
+        FlowContrastive(nice(2, dtype)),
+        randn(6, *shape, dtype=dtype),
+    )
+    (losses, facts), (again, _) = (
+        objective.losses(energy, batch, generator=seeded(1)) for _ in range(2)
+    )
+    assert all(
+        torch.equal(losses[name], again[name]) and losses[name].dtype == dtype for name in losses
+    )
     assert all(not fact.requires_grad for fact in facts.values())
     other = FlowContrastive(nice(2, dtype, seed=5))
     other.load_state_dict(objective.state_dict())
     assert torch.equal(other.losses(energy, batch, generator=seeded(1))[0]["flow"], losses["flow"])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Noise fitted to data; the front door
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_gaussian_noise_has_the_moments_of_data(shape: tuple[int, ...]) -> None:
-    data = 1.0 + randn(500, *shape) @ torch.eye(*shape[-1:] * 2, dtype=F64) if shape else 1.0 + randn(500)
+    data = (
+        1.0 + randn(500, *shape) @ torch.eye(*shape[-1:] * 2, dtype=F64)
+        if shape
+        else 1.0 + randn(500)
+    )
     law = gaussian_noise(data, scale=2.0)
     assert law.event_shape == shape
     assert law.batch_shape == ()
     reference = torch.distributions.MultivariateNormal(
-        data.reshape(500, -1).mean(0), 4.0 * torch.cov(data.reshape(500, -1).mT, correction=0).reshape(2 * [math.prod(shape)])
+        data.reshape(500, -1).mean(0),
+        4.0 * torch.cov(data.reshape(500, -1).mT, correction=0).reshape(2 * [math.prod(shape)]),
     )
     torch.testing.assert_close(law.log_prob(data), reference.log_prob(data.reshape(500, -1)))
     assert Noise(law).draw(3, Bell(shape))[0].shape == (3, *shape)
@@ -584,8 +694,14 @@ class Positive(Bell):
         (lambda: NoiseContrastive(Bell()), "Energy with a known log_z"),
         (lambda: NoiseContrastive(dist.Normal(torch.zeros(2), 1.0)), "to_event"),
         (lambda: NoiseContrastive(RedundantNICE(1, 2)), "redundant latents: dim=1"),
-        (lambda: NoiseContrastive(normal((3,)))(Bell((2,)), randn(5, 2)), r"event shape .* Bell has \(2,\), .* has \(3,\)"),
-        (lambda: NoiseContrastive(normal((2,), dtype=torch.float32))(Bell((2,)), randn(5, 2)), "dtype of the energy"),
+        (
+            lambda: NoiseContrastive(normal((3,)))(Bell((2,)), randn(5, 2)),
+            r"event shape .* Bell has \(2,\), .* has \(3,\)",
+        ),
+        (
+            lambda: NoiseContrastive(normal((2,), dtype=torch.float32))(Bell((2,)), randn(5, 2)),
+            "dtype of the energy",
+        ),
         (lambda: NoiseContrastive(nice(3))(Bell((2,)), randn(5, 2)), "dim=3"),
         (lambda: NoiseContrastive(normal())(Bell(), randn(5).float()), "dtype"),
         (lambda: NoiseContrastive(normal())(Bell(), randn(0)), "at least one row"),
@@ -600,7 +716,12 @@ class Positive(Bell):
         (lambda: ConditionalNCE(0.0), "noise_scale must be"),
         (lambda: ConditionalNCE(torch.ones(3))(Bell((2,)), randn(5, 2)), "must broadcast"),
         (lambda: ConditionalNCE(torch.ones(4, 2))(Bell((2,)), randn(5, 2)), "must broadcast"),
-        (lambda: ConditionalNCE(1.0)(Table(torch.zeros(2, dtype=F64)), torch.zeros(5, dtype=F64)), "real events"),
+        (
+            lambda: ConditionalNCE(1.0)(
+                Table(torch.zeros(2, dtype=F64)), torch.zeros(5, dtype=F64)
+            ),
+            "real events",
+        ),
         (lambda: FlowContrastive(RedundantNICE(1, 2)), "redundant latents"),
         (lambda: FlowContrastive(nice(3)).losses(Bell((2,)), randn(5, 2)), "dim=3"),
         (lambda: gaussian_noise(randn(1, 2)), "at least two rows"),
@@ -614,14 +735,16 @@ def test_bad_input_is_refused(call: Callable[[], Any], said: str) -> None:
         call()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Mutants
 
 
 class ForgetsLogNu(NoiseContrastive):
     """The logit without log nu, the noise counted nu times."""
 
-    def contrast(self, energy: Any, data: Any, log_q_data: Any, noise: Any, log_q_noise: Any) -> Any:
+    def contrast(
+        self, energy: Any, data: Any, log_q_data: Any, noise: Any, log_q_noise: Any
+    ) -> Any:
         shift = math.log(self.nu)
         return super().contrast(energy, data, log_q_data - shift, noise, log_q_noise - shift)
 
@@ -629,26 +752,34 @@ class ForgetsLogNu(NoiseContrastive):
 class CountsNoiseOnce(NoiseContrastive):
     """log nu in the logit, but the mean over the noise not times nu."""
 
-    def contrast(self, energy: Any, data: Any, log_q_data: Any, noise: Any, log_q_noise: Any) -> Any:
+    def contrast(
+        self, energy: Any, data: Any, log_q_data: Any, noise: Any, log_q_noise: Any
+    ) -> Any:
         whole = super().contrast(energy, data, log_q_data, noise, log_q_noise)[0]
         logits = -energy(noise) - self.log_z - log_q_noise - math.log(self.nu)
         return whole - (self.nu - 1) * nn.functional.softplus(logits).mean(), {}
 
 
 class ForgetsLogQ(NoiseContrastive):
-    def contrast(self, energy: Any, data: Any, log_q_data: Any, noise: Any, log_q_noise: Any) -> Any:
+    def contrast(
+        self, energy: Any, data: Any, log_q_data: Any, noise: Any, log_q_noise: Any
+    ) -> Any:
         return super().contrast(energy, data, 0 * log_q_data, noise, 0 * log_q_noise)
 
 
 class OtherLabels(NoiseContrastive):
-    def contrast(self, energy: Any, data: Any, log_q_data: Any, noise: Any, log_q_noise: Any) -> Any:
+    def contrast(
+        self, energy: Any, data: Any, log_q_data: Any, noise: Any, log_q_noise: Any
+    ) -> Any:
         return super().contrast(energy, noise, log_q_noise, data, log_q_data)
 
 
 class NormalisedAgain(NoiseContrastive):
     """c enters with the other sign."""
 
-    def contrast(self, energy: Any, data: Any, log_q_data: Any, noise: Any, log_q_noise: Any) -> Any:
+    def contrast(
+        self, energy: Any, data: Any, log_q_data: Any, noise: Any, log_q_noise: Any
+    ) -> Any:
         shift = 2 * self.log_z
         return super().contrast(energy, data, log_q_data - shift, noise, log_q_noise - shift)
 
@@ -675,14 +806,19 @@ def test_mutants_of_the_asymptotics_are_caught(mutant: type[NoiseContrastive]) -
 
 
 class RanksByEnergyAlone(RankingNCE):
-    def contrast(self, energy: Any, data: Any, log_q_data: Any, noise: Any, log_q_noise: Any) -> Any:
+    def contrast(
+        self, energy: Any, data: Any, log_q_data: Any, noise: Any, log_q_noise: Any
+    ) -> Any:
         return super().contrast(energy, data, 0 * log_q_data, noise, 0 * log_q_noise)
 
 
 class LeavesTheDataOut(RankingNCE):
-    """The sum below the fraction is over the noise alone: that is an importance sampled likelihood, and biased."""
+    """The sum below the fraction is over the noise alone: that is an importance sampled likelihood,
+    and biased."""
 
-    def contrast(self, energy: Any, data: Any, log_q_data: Any, noise: Any, log_q_noise: Any) -> Any:
+    def contrast(
+        self, energy: Any, data: Any, log_q_data: Any, noise: Any, log_q_noise: Any
+    ) -> Any:
         log_w = (-energy(noise) - log_q_noise).reshape(len(data), -1)
         return (log_w.logsumexp(1) + energy(data)).mean(), {}
 
@@ -714,9 +850,15 @@ def test_mutants_of_ranking_and_conditional_are_caught(mutant: Objective) -> Non
 class ThroughTheDensityAlone(FlowContrastive):
     """The draws that the energy sees are constants to the flow."""
 
-    def losses(self, energy: Any, batch: Tensor, *, generator: torch.Generator | None = None) -> Any:
+    def losses(
+        self, energy: Any, batch: Tensor, *, generator: torch.Generator | None = None
+    ) -> Any:
         losses, facts = super().losses(energy, batch, generator=generator)
-        y, log_q = self.flow.push(self.flow.draw_noise(len(batch), None if generator is None else generator.manual_seed(3)))
+        y, log_q = self.flow.push(
+            self.flow.draw_noise(
+                len(batch), None if generator is None else generator.manual_seed(3)
+            )
+        )
         kept = -energy(y.detach()).detach() - self.log_z.detach()
         at_data = -energy(batch).detach() - self.log_z.detach() - self.flow.log_prob(batch)
         against, _ = noise_contrastive.classify(at_data, kept - log_q, 1.0)
@@ -724,13 +866,17 @@ class ThroughTheDensityAlone(FlowContrastive):
 
 
 class SameSign(FlowContrastive):
-    def losses(self, energy: Any, batch: Tensor, *, generator: torch.Generator | None = None) -> Any:
+    def losses(
+        self, energy: Any, batch: Tensor, *, generator: torch.Generator | None = None
+    ) -> Any:
         losses, facts = super().losses(energy, batch, generator=generator)
         return losses | {"flow": -losses["flow"]}, facts
 
 
 class Leaks(FlowContrastive):
-    def losses(self, energy: Any, batch: Tensor, *, generator: torch.Generator | None = None) -> Any:
+    def losses(
+        self, energy: Any, batch: Tensor, *, generator: torch.Generator | None = None
+    ) -> Any:
         losses, facts = super().losses(energy, batch, generator=generator)
         return losses | {"energy": losses["energy"] + 0.0 * self.flow.log_prob(batch).mean()}, facts
 

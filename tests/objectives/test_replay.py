@@ -1,4 +1,5 @@
-"""Chains of neural energies: replay buffers, short runs, penalties, and the dropped term against quadrature; mutants."""
+"""Chains of neural energies: replay buffers, short runs, penalties, and the dropped term against
+quadrature; mutants."""
 
 from __future__ import annotations
 
@@ -16,7 +17,14 @@ from torch.distributions import MultivariateNormal, Uniform
 from pyroebm import Energy
 from pyroebm.energies import BernoulliRBM, ConvEnergy, MLPEnergy
 from pyroebm.kernels import HMC, MALA, ULA, Gibbs
-from pyroebm.objectives import ContrastiveDivergence, ImprovedCD, Objective, PersistentCD, ShortRun, langevin
+from pyroebm.objectives import (
+    ContrastiveDivergence,
+    ImprovedCD,
+    Objective,
+    PersistentCD,
+    ShortRun,
+    langevin,
+)
 from pyroebm.objectives import improved as improved_module
 from pyroebm.objectives.contrastive import advance
 from pyroebm.objectives.improved import langevin_step, nearest_neighbour_entropy
@@ -66,15 +74,15 @@ OBJECTIVES: dict[str, Callable[[], Objective]] = {
 SHAPES = [(), (3,), (1, 4, 4)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What they share
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_contract(name: str, shape: tuple[int, ...]) -> None:
-    """A scalar loss with a graph to all parameters, detached facts, nothing left behind, the same again by the same seed; saved
-    and loaded it goes on alike."""
+    """A scalar loss with a graph to all parameters, detached facts, nothing left behind, the same
+    again by the same seed; saved and loaded it goes on alike."""
     energy, batch = of_shape(shape), torch.randn(5, *shape, dtype=F64, generator=seeded(2))
     with torch.no_grad():
         for parameter in energy.parameters():  # the last layer starts at 0
@@ -107,7 +115,9 @@ def test_single_precision_and_training(name: str) -> None:
     far = data - 2.5
     found = list(fit(energy, OBJECTIVES[name](), data, steps=60, batch_size=20))
     assert all(math.isfinite(loss) for _, loss, _ in found)
-    assert float((energy(data).mean() - energy(far).mean()).detach()) < -0.05, "data has less energy than what is far from it"
+    assert float((energy(data).mean() - energy(far).mean()).detach()) < -0.05, (
+        "data has less energy than what is far from it"
+    )
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -141,7 +151,7 @@ def test_sampling_is_in_eval_mode() -> None:
     assert (False, True) in seen, "the last step has a graph to the parameters, in eval mode"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The buffer
 
 
@@ -168,7 +178,8 @@ def test_a_subclass_moves_by_its_own_step() -> None:
 
 
 def check_buffer(make: Callable[..., PersistentCD]) -> None:
-    """Frozen dynamics keep every chain; those that are moved are distinct, and written to where they came from."""
+    """Frozen dynamics keep every chain; those that are moved are distinct, and written to where
+    they came from."""
     energy, batch = Bowl(), torch.zeros(3, 2, dtype=F64)
     still = make(10, 1, Still(0.1), buffer_size=100)
     still(energy, batch, generator=seeded(0))
@@ -178,7 +189,9 @@ def check_buffer(make: Callable[..., PersistentCD]) -> None:
     for _ in range(50):
         still(energy, batch, generator=noise)
     assert torch.equal(still.chains, first), "an identity kernel changed the chains"
-    counting = make(10, 1, Shift(0.1), buffer_size=100, initial=lambda n, _: torch.zeros(n, 2, dtype=F64))
+    counting = make(
+        10, 1, Shift(0.1), buffer_size=100, initial=lambda n, _: torch.zeros(n, 2, dtype=F64)
+    )
     noise = seeded(2)
     for _ in range(60):
         counting(energy, batch, generator=noise)
@@ -187,7 +200,12 @@ def check_buffer(make: Callable[..., PersistentCD]) -> None:
     assert float(counts.sum()) == 600.0, "10 different chains go on at each batch"
     mean, se = mean_and_se(counts)
     # each chain goes on with probability 1/10: counts are binomial (60, 1/10)
-    within_se(counts.var(), 60 * 0.1 * 0.9, 60 * 0.1 * 0.9 * math.sqrt(2.0 / 99.0), what="the spread of the counts")
+    within_se(
+        counts.var(),
+        60 * 0.1 * 0.9,
+        60 * 0.1 * 0.9 * math.sqrt(2.0 / 99.0),
+        what="the spread of the counts",
+    )
     assert mean == 6.0
     assert se > 0.0
 
@@ -229,7 +247,8 @@ def test_mutants_of_the_buffer_are_caught(mutant: Any) -> None:
 
 
 def check_restarts(objective: Callable[..., PersistentCD]) -> None:
-    """With still chains and a law of starts that counts them, a share of rows is new at each batch."""
+    """With still chains and a law of starts that counts them, a share of rows is new at each
+    batch."""
     drawn: list[int] = []
 
     def law(n: int, _: Any) -> Tensor:
@@ -254,10 +273,17 @@ def test_restarts_have_their_share_and_law() -> None:
 
 
 @pytest.mark.parametrize(
-    "law", [Uniform(torch.tensor([2.0, 2.0]), torch.tensor([3.0, 3.0])), lambda n, g: torch.full((n, 2), 2.5, dtype=F64)]
+    "law",
+    [
+        Uniform(torch.tensor([2.0, 2.0]), torch.tensor([3.0, 3.0])),
+        lambda n, g: torch.full((n, 2), 2.5, dtype=F64),
+    ],
 )
 def test_starts_from_a_stated_law(law: Any) -> None:
-    for objective in (PersistentCD(20, 1, Still(0.1), initial=law), ShortRun(1, Still(0.1), num_chains=20, initial=law)):
+    for objective in (
+        PersistentCD(20, 1, Still(0.1), initial=law),
+        ShortRun(1, Still(0.1), num_chains=20, initial=law),
+    ):
         _, facts = objective(Bowl(), torch.zeros(3, 2, dtype=F64), generator=seeded(0))
         low, high = (Bowl()(torch.full((1, 2), value, dtype=F64)).item() for value in (2.0, 3.0))
         assert low < float(facts["energy_model"]) < high
@@ -276,7 +302,11 @@ def frozen_gradient(make: Callable[[], Objective], burn: int, steps: int) -> Non
         for _ in range(burn):
             objective(energy, data, generator=noise)
         draws = [
-            torch.cat(torch.autograd.grad(objective(energy, data, generator=noise)[0], list(energy.parameters())))
+            torch.cat(
+                torch.autograd.grad(
+                    objective(energy, data, generator=noise)[0], list(energy.parameters())
+                )
+            )
             for _ in range(steps)
         ]
         means.append(torch.stack(draws).mean(0))
@@ -286,16 +316,23 @@ def frozen_gradient(make: Callable[[], Objective], burn: int, steps: int) -> Non
 
 def test_replayed_chains_of_a_frozen_energy_are_exact() -> None:
     frozen_gradient(lambda: PersistentCD(60, 5, MALA(1.2), buffer_size=120), burn=12, steps=5)
-    exact = MultivariateNormal(Bowl().mean.detach(), torch.diag(torch.exp(-Bowl().log_precision.detach())))
-    frozen_gradient(lambda: PersistentCD(60, 2, MALA(1.2), buffer_size=120, restart=0.5, initial=exact), burn=0, steps=5)
+    exact = MultivariateNormal(
+        Bowl().mean.detach(), torch.diag(torch.exp(-Bowl().log_precision.detach()))
+    )
+    frozen_gradient(
+        lambda: PersistentCD(60, 2, MALA(1.2), buffer_size=120, restart=0.5, initial=exact),
+        burn=0,
+        steps=5,
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Short runs
 
 
 def test_a_short_run_is_its_closed_form() -> None:
-    """k steps of ULA on a normal law from a point: mean and variance by recursion, at a temperature of its own."""
+    """k steps of ULA on a normal law from a point: mean and variance by recursion, at a temperature
+    of its own."""
     energy, eps, temperature, k, n = Bowl(), 0.5, 0.3, 6, 20_000
     kernel = ULA(eps, temperature=temperature)
     objective = ShortRun(k, kernel, num_chains=n, initial=lambda m, _: torch.zeros(m, 2, dtype=F64))
@@ -322,13 +359,16 @@ def test_the_field_s_numbers_as_a_kernel() -> None:
     assert langevin(1.0, 0.01).temperature == pytest.approx(5e-5)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Penalty
 
 
 @pytest.mark.parametrize(
     "make",
-    [lambda a: ContrastiveDivergence(2, ULA(0.2), energy_penalty=a), lambda a: PersistentCD(9, 2, ULA(0.2), energy_penalty=a)],
+    [
+        lambda a: ContrastiveDivergence(2, ULA(0.2), energy_penalty=a),
+        lambda a: PersistentCD(9, 2, ULA(0.2), energy_penalty=a),
+    ],
 )
 def test_the_penalty_is_the_written_one(make: Callable[[float], Objective]) -> None:
     energy, batch = of_shape((2,)), torch.randn(5, 2, dtype=F64, generator=seeded(2))
@@ -336,7 +376,11 @@ def test_the_penalty_is_the_written_one(make: Callable[[float], Objective]) -> N
     penalised, more = make(0.3)(energy, batch, generator=seeded(3))
     torch.testing.assert_close(penalised - plain, more["energy_penalty"])
     assert torch.equal(more["energy_gap"], facts["energy_gap"])
-    start = batch if isinstance(make(0.0), ContrastiveDivergence) else energy.initial(9, noise := seeded(3))
+    start = (
+        batch
+        if isinstance(make(0.0), ContrastiveDivergence)
+        else energy.initial(9, noise := seeded(3))
+    )
     end, _ = advance(energy, ULA(0.2), start, 2, seeded(3) if start is batch else noise)
     written = 0.3 * (energy(batch).square().mean() + energy(end).square().mean())
     torch.testing.assert_close(more["energy_penalty"], written.detach())
@@ -345,27 +389,40 @@ def test_the_penalty_is_the_written_one(make: Callable[[float], Objective]) -> N
     torch.testing.assert_close(slope, truth)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The dropped term
 
 
-def quadrature_terms(points: Tensor, eps: float, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """By quadrature over a Langevin step from points: gradients of E_q[E at fixed theta], of -H(q), and of
-    KL(p_D || p) - KL(q || p) with data at 0.5 and -1."""
+def quadrature_terms(
+    points: Tensor, eps: float, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """By quadrature over a Langevin step from points: gradients of E_q[E at fixed theta], of -H(q),
+    and of KL(p_D || p) - KL(q || p) with data at 0.5 and -1."""
     energy, grid = Quartic(), torch.linspace(-9.0, 9.0, 6001, dtype=F64)
     h = grid[1] - grid[0]
     a, b, c = energy.theta
     centre = points - 0.5 * eps**2 * (a * points**3 + b * points + c)
     log_q = -0.5 * (grid - centre[:, None]) ** 2 / (eps**2 * temperature)
-    log_q = torch.logsumexp(log_q, 0) - math.log(len(points) * eps * math.sqrt(2.0 * math.pi * temperature))
+    log_q = torch.logsumexp(log_q, 0) - math.log(
+        len(points) * eps * math.sqrt(2.0 * math.pi * temperature)
+    )
     q, values = log_q.exp(), energy(grid)
     log_z = torch.logsumexp(-values, 0) + h.log()
     through, entropy = h * (q * values.detach()).sum(), h * (q * log_q).sum()
-    total = energy(torch.tensor([0.5, -1.0], dtype=F64)).mean() + log_z - (h * (q * (log_q + values)).sum() + log_z)
-    return tuple(torch.autograd.grad(value, energy.theta, retain_graph=True)[0] for value in (through, entropy, total))  # type: ignore[return-value]
+    total = (
+        energy(torch.tensor([0.5, -1.0], dtype=F64)).mean()
+        + log_z
+        - (h * (q * (log_q + values)).sum() + log_z)
+    )
+    return tuple(
+        torch.autograd.grad(value, energy.theta, retain_graph=True)[0]
+        for value in (through, entropy, total)
+    )  # type: ignore[return-value]
 
 
-def improved_gradients(make: Callable[[int], ImprovedCD], points: Tensor, copies: int, repeats: int) -> Tensor:
+def improved_gradients(
+    make: Callable[[int], ImprovedCD], points: Tensor, copies: int, repeats: int
+) -> Tensor:
     energy, data, noise, draws = Quartic(), torch.tensor([0.5, -1.0], dtype=F64), seeded(7), []
     for _ in range(repeats):
         objective = make(copies * len(points))
@@ -379,11 +436,14 @@ POINTS = torch.tensor([1.5, -0.5, 0.3, -2.0], dtype=F64)
 
 
 def check_through(make: Callable[..., ImprovedCD] = ImprovedCD) -> None:
-    """The gradient through the sampler alone: the difference of weights 1 and 0 on the same noise."""
+    """The gradient through the sampler alone: the difference of weights 1 and 0 on the same
+    noise."""
     truth, _, _ = quadrature_terms(POINTS, 0.6, 0.5)
     kernel = ULA(0.6, temperature=0.5)
     with_it, without = (
-        improved_gradients(lambda n, w=w: make(n, 1, kernel, kl_weight=w, entropy_weight=0.0), POINTS, 200, 60)
+        improved_gradients(
+            lambda n, w=w: make(n, 1, kernel, kl_weight=w, entropy_weight=0.0), POINTS, 200, 60
+        )
         for w in (1.0, 0.0)
     )
     mean, se = mean_and_se(with_it - without)
@@ -395,20 +455,29 @@ def test_the_dropped_term_is_that_of_quadrature() -> None:
 
 
 def test_minus_one_is_the_exact_gradient_of_the_difference() -> None:
-    """From one point the entropy of q does not depend on the parameters, and nothing is left out: KL(p_D || p) - KL(q || p)."""
+    """From one point the entropy of q does not depend on the parameters, and nothing is left out:
+    KL(p_D || p) - KL(q || p)."""
     point, kernel = POINTS[:1], ULA(0.6)
     _, entropy, truth = quadrature_terms(point, 0.6, 1.0)
     torch.testing.assert_close(entropy, torch.zeros(3, dtype=F64), atol=1e-9, rtol=0)
-    draws = improved_gradients(lambda n: ImprovedCD(n, 1, kernel, kl_weight=-1.0, entropy_weight=0.0), point, 800, 60)
+    draws = improved_gradients(
+        lambda n: ImprovedCD(n, 1, kernel, kl_weight=-1.0, entropy_weight=0.0), point, 800, 60
+    )
     mean, se = mean_and_se(draws)
     within_se(mean, truth, se, what="the gradient of the difference")
     for weight in (0.0, 1.0):
-        other = improved_gradients(lambda n, w=weight: ImprovedCD(n, 1, kernel, kl_weight=w, entropy_weight=0.0), point, 800, 60)
+        other = improved_gradients(
+            lambda n, w=weight: ImprovedCD(n, 1, kernel, kl_weight=w, entropy_weight=0.0),
+            point,
+            800,
+            60,
+        )
         assert float((other.mean(0) - truth).norm()) > 20.0 * float(torch.from_numpy(se).norm())
 
 
 def test_the_entropy_s_gradient_is_that_of_a_normal_law() -> None:
-    """Chains drawn from N(0, s^2) and one step on a normal law: q is normal with a variance that the precision sets."""
+    """Chains drawn from N(0, s^2) and one step on a normal law: q is normal with a variance that
+    the precision sets."""
     eps, spread, precision = 0.8, 2.0, torch.tensor([0.5, 1.0, 1.5, 0.8], dtype=F64)
 
     class Precise(Energy):
@@ -425,21 +494,31 @@ def test_the_entropy_s_gradient_is_that_of_a_normal_law() -> None:
         for weight in (1.0, 0.0):
             objective = ImprovedCD(500, 1, ULA(eps), entropy_weight=weight)
             objective.chains = spread * torch.randn(500, 4, dtype=F64, generator=seeded(number))
-            loss, _ = objective(energy, torch.zeros(3, 4, dtype=F64), generator=seeded(1000 + number))
+            loss, _ = objective(
+                energy, torch.zeros(3, 4, dtype=F64), generator=seeded(1000 + number)
+            )
             terms.append(torch.autograd.grad(loss, energy.log_precision)[0])
         draws.append(terms[0] - terms[1])
     keep = 1.0 - 0.5 * eps**2 * precision
-    truth = keep * spread**2 * 0.5 * eps**2 * precision / (keep**2 * spread**2 + eps**2)  # of minus half the log variance
+    # of minus half the log variance
+    truth = keep * spread**2 * 0.5 * eps**2 * precision / (keep**2 * spread**2 + eps**2)
     mean, se = mean_and_se(torch.stack(draws))
     within_se(mean, truth, se, what="the entropy's gradient")
-    assert float(truth.norm()) > 10.0 * float(torch.from_numpy(se).norm()), "or it would say nothing"
+    assert float(truth.norm()) > 10.0 * float(torch.from_numpy(se).norm()), (
+        "or it would say nothing"
+    )
 
 
 def test_entropy_by_neighbours() -> None:
     for d, spread in ((1, 0.3), (2, 2.0), (3, 1.0)):
         truth = 0.5 * d * math.log(2.0 * math.pi * math.e) + d * math.log(spread)
         found = torch.stack(
-            [nearest_neighbour_entropy(spread * torch.randn(1500, d, dtype=F64, generator=seeded(k))) for k in range(20)]
+            [
+                nearest_neighbour_entropy(
+                    spread * torch.randn(1500, d, dtype=F64, generator=seeded(k))
+                )
+                for k in range(20)
+            ]
         )
         mean, se = mean_and_se(found)
         within_se(mean, truth, math.hypot(float(se), 0.004 * d), what=f"entropy in {d} dimensions")
@@ -448,7 +527,10 @@ def test_entropy_by_neighbours() -> None:
 def test_a_step_with_a_graph_is_the_kernel_s() -> None:
     energy, x = Bowl(), torch.randn(6, 2, dtype=F64, generator=seeded(0))
     kernel = ULA(0.4, temperature=0.7)
-    ours, theirs = langevin_step(energy, x, kernel, seeded(1)), advance(energy, kernel, x, 1, seeded(1))[0]
+    ours, theirs = (
+        langevin_step(energy, x, kernel, seeded(1)),
+        advance(energy, kernel, x, 1, seeded(1))[0],
+    )
     torch.testing.assert_close(ours.detach(), theirs)
 
 
@@ -462,7 +544,9 @@ def half(energy: Energy, x: Tensor, kernel: ULA, noise: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("mutant", [detached, half])
-def test_mutants_of_the_dropped_term_are_caught(mutant: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mutants_of_the_dropped_term_are_caught(
+    mutant: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(improved_module, "langevin_step", mutant)
     with pytest.raises(AssertionError):
         check_through()
@@ -478,22 +562,36 @@ def test_an_energy_that_is_not_frozen_is_caught(monkeypatch: pytest.MonkeyPatch)
 
 def test_chains_are_not_written_into_what_they_start_from() -> None:
     kept = torch.randn(20, 2, dtype=F64, generator=seeded(0))
-    before, objective = kept.clone(), PersistentCD(5, 1, ULA(0.3), buffer_size=20, initial=lambda n, _: kept[:n])
+    before, objective = (
+        kept.clone(),
+        PersistentCD(5, 1, ULA(0.3), buffer_size=20, initial=lambda n, _: kept[:n]),
+    )
     objective(Bowl(), torch.zeros(3, 2, dtype=F64), generator=seeded(1))
     assert torch.equal(kept, before)
     assert objective.chains is not None
     assert not torch.equal(objective.chains, kept)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Front door
 
 
 @pytest.mark.parametrize(
-    "objective", [ContrastiveDivergence(1, ULA(0.1)), PersistentCD(10, 1, ULA(0.1)), ShortRun(1, ULA(0.1)), ImprovedCD(10, 1)]
+    "objective",
+    [
+        ContrastiveDivergence(1, ULA(0.1)),
+        PersistentCD(10, 1, ULA(0.1)),
+        ShortRun(1, ULA(0.1)),
+        ImprovedCD(10, 1),
+    ],
 )
 def test_batches_are_looked_at_before_chains_move(objective: Objective) -> None:
-    for batch in (torch.zeros(3, 2), torch.zeros(3, 3, dtype=F64), torch.zeros(0, 2, dtype=F64), torch.zeros(3, 1, 2, dtype=F64)):
+    for batch in (
+        torch.zeros(3, 2),
+        torch.zeros(3, 3, dtype=F64),
+        torch.zeros(0, 2, dtype=F64),
+        torch.zeros(3, 1, 2, dtype=F64),
+    ):
         with pytest.raises(ValueError, match=r"batch must have|event_shape \(2,\)"):
             objective(Bowl(), batch)
     assert getattr(objective, "chains", None) is None
@@ -506,13 +604,26 @@ def test_batches_are_looked_at_before_chains_move(objective: Objective) -> None:
         (lambda: PersistentCD(10, restart=1.5), "restart must be"),
         (lambda: PersistentCD(10, energy_penalty=-1.0), "energy_penalty must be"),
         (lambda: ContrastiveDivergence(energy_penalty=math.inf), "energy_penalty must be"),
-        (lambda: ContrastiveDivergence(energy_penalty=1.0)(BernoulliRBM(2, 2), torch.ones(3, 2)), "give kernel for BernoulliRBM"),
-        (lambda: PersistentCD(buffer_size=200)(BernoulliRBM(2, 2), torch.ones(3, 2)), "give kernel for BernoulliRBM"),
+        (
+            lambda: ContrastiveDivergence(energy_penalty=1.0)(BernoulliRBM(2, 2), torch.ones(3, 2)),
+            "give kernel for BernoulliRBM",
+        ),
+        (
+            lambda: PersistentCD(buffer_size=200)(BernoulliRBM(2, 2), torch.ones(3, 2)),
+            "give kernel for BernoulliRBM",
+        ),
         (lambda: ShortRun(0), "k must be"),
         (lambda: ShortRun(num_chains=0), "num_chains must be"),
-        (lambda: ShortRun(initial=lambda n, _: torch.zeros(n, 3))(Bowl(), torch.zeros(3, 2, dtype=F64)), "event_shape"),
         (
-            lambda: ShortRun(initial=lambda n, _: torch.zeros(n + 1, 2, dtype=F64))(Bowl(), torch.zeros(3, 2, dtype=F64)),
+            lambda: ShortRun(initial=lambda n, _: torch.zeros(n, 3))(
+                Bowl(), torch.zeros(3, 2, dtype=F64)
+            ),
+            "event_shape",
+        ),
+        (
+            lambda: ShortRun(initial=lambda n, _: torch.zeros(n + 1, 2, dtype=F64))(
+                Bowl(), torch.zeros(3, 2, dtype=F64)
+            ),
             "initial must give 3",
         ),
         (lambda: langevin(0.0, 1.0), "drift and noise"),

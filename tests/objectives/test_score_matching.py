@@ -1,4 +1,5 @@
-"""Score matching: every loss and gradient against closed forms, Hessians of another making and quadrature; mutants."""
+"""Score matching: every loss and gradient against closed forms, Hessians of another making and
+quadrature; mutants."""
 
 from __future__ import annotations
 
@@ -45,7 +46,8 @@ POINTS = DEVIATIONS @ torch.linalg.cholesky(S).mT  # four points of mean 0 and c
 
 
 class Quadratic(Energy):
-    """A normal law with its precision to be learned, and a constant that score matching cannot see."""
+    """A normal law with its precision to be learned, and a constant that score matching cannot
+    see."""
 
     def __init__(self, precision: Tensor, event_shape: tuple[int, ...] = (2,)) -> None:
         super().__init__(event_shape)
@@ -69,12 +71,18 @@ class Gammas(Energy):
         return entries.reshape(*self.batch_shape(x), -1).sum(-1)
 
 
-def network(shape: tuple[int, ...], seed: int = 0, support: Constraint = constraints.real, dtype: Any = F64) -> MLPEnergy:
+def network(
+    shape: tuple[int, ...], seed: int = 0, support: Constraint = constraints.real, dtype: Any = F64
+) -> MLPEnergy:
     """A small perceptron whose last layer is not zero."""
-    energy = MLPEnergy(shape, (6, 5), support=support, scale=2.0, dtype=dtype, generator=seeded(seed))
+    energy = MLPEnergy(
+        shape, (6, 5), support=support, scale=2.0, dtype=dtype, generator=seeded(seed)
+    )
     with torch.no_grad():
         for k, parameter in enumerate(energy.parameters()):
-            parameter.add_(0.4 * torch.randn(parameter.shape, generator=seeded(10 * seed + k), dtype=dtype))
+            parameter.add_(
+                0.4 * torch.randn(parameter.shape, generator=seeded(10 * seed + k), dtype=dtype)
+            )
     return energy
 
 
@@ -83,7 +91,8 @@ def rows(shape: tuple[int, ...], n: int = 5, seed: int = 3, dtype: torch.dtype =
 
 
 def by_hessian(energy: Energy, x: Tensor, noise: float = 0.0) -> Tensor:
-    """Score matching's loss, row by row, from the Jacobian and the whole Hessian of another part of torch."""
+    """Score matching's loss, row by row, from the Jacobian and the whole Hessian of another part of
+    torch."""
 
     def value(flat: Tensor) -> Tensor:
         return energy(flat.reshape(1, *energy.event_shape)).squeeze(0)
@@ -92,11 +101,13 @@ def by_hessian(energy: Energy, x: Tensor, noise: float = 0.0) -> Tensor:
     for row in x.reshape(len(x), -1):
         gradient = torch.autograd.functional.jacobian(value, row, create_graph=True)
         diagonal = torch.autograd.functional.hessian(value, row, create_graph=True).diagonal()
-        terms.append(0.5 * gradient @ gradient - diagonal.sum() + 0.5 * noise**2 * (diagonal**2).sum())
+        terms.append(
+            0.5 * gradient @ gradient - diagonal.sum() + 0.5 * noise**2 * (diagonal**2).sum()
+        )
     return torch.stack(terms).mean()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The checks. Each raises AssertionError; the mutants below show that it does.
 
 SHAPES: list[tuple[int, ...]] = [(), (3,), (1, 2, 2)]
@@ -109,10 +120,14 @@ def check_exact(shape: tuple[int, ...], noise: float = 0.0) -> None:
     torch.testing.assert_close(loss, truth)
     torch.testing.assert_close(flat_grad(energy, loss), flat_grad(energy, truth))
     penalty = truth.detach() - by_hessian(energy, x).detach()
-    torch.testing.assert_close(0.5 * facts["squared_score"] - facts["laplacian"] + penalty, loss.detach())
+    torch.testing.assert_close(
+        0.5 * facts["squared_score"] - facts["laplacian"] + penalty, loss.detach()
+    )
 
 
-def check_mean_gradient(objective: Objective, shape: tuple[int, ...], truth: Callable[[Energy, Tensor], Tensor]) -> None:
+def check_mean_gradient(
+    objective: Objective, shape: tuple[int, ...], truth: Callable[[Energy, Tensor], Tensor]
+) -> None:
     """Over many draws the loss and its gradient average to the truth's."""
     energy, x, noise = network(shape), rows(shape, 4), seeded(11)
     exact = truth(energy, x)
@@ -138,7 +153,9 @@ def check_denoising(objective: DenoisingScoreMatching) -> None:
             noised = (x.unsqueeze(1) + sigma * z).requires_grad_()
             (first,) = torch.autograd.grad(energy(noised).sum(), noised, create_graph=True)
             (second,) = torch.autograd.grad(first.sum(), noised, create_graph=True)
-            total = total + weight * ((0.5 * first**2 - second) @ torch.softmax(-0.5 * z**2, 0)).mean()
+            total = (
+                total + weight * ((0.5 * first**2 - second) @ torch.softmax(-0.5 * z**2, 0)).mean()
+            )
         return total
 
     check_mean_gradient(objective, (), truth)
@@ -147,7 +164,9 @@ def check_denoising(objective: DenoisingScoreMatching) -> None:
 def check_direction_law(law: str) -> None:
     """E[vv'] = I, and the variance of v'Av in closed form."""
     d, n = 3, 200_000
-    v = sliced_module.projections_like(torch.zeros(n, 1, d, 1, dtype=F64), 3, 1, law, seeded(2)).reshape(n, d)
+    v = sliced_module.projections_like(
+        torch.zeros(n, 1, d, 1, dtype=F64), 3, 1, law, seeded(2)
+    ).reshape(n, d)
     outer = (v.unsqueeze(2) * v.unsqueeze(1)).reshape(n, -1)
     mean, se = mean_and_se(outer)
     fixed = se < 1e-12
@@ -179,7 +198,9 @@ def check_non_negative(shape: tuple[int, ...]) -> None:
 def check_fisher() -> None:
     """Between normal laws, and as the excess of the loss."""
     p = Gaussian(torch.tensor([[1.0], [-0.5]], dtype=F64), covariance=S)
-    q = Gaussian(torch.zeros(2, 1, dtype=F64), covariance=torch.tensor([[1.0, -0.3], [-0.3, 2.0]], dtype=F64))
+    q = Gaussian(
+        torch.zeros(2, 1, dtype=F64), covariance=torch.tensor([[1.0, -0.3], [-0.3, 2.0]], dtype=F64)
+    )
     off = torch.linalg.inv(q.covariance) - torch.linalg.inv(S)
     shift = torch.linalg.solve(q.covariance, p.mean.flatten())
     truth = 0.5 * float((off @ S @ off).trace() + shift @ shift)
@@ -191,12 +212,17 @@ def check_fisher() -> None:
         sliced = sliced_fisher_divergence(q, p, x, 2, law, seeded(5))
         within_se(sliced.value, truth, sliced.standard_error, what="the sliced Fisher divergence")
         within_se(sliced.value, found.value, sliced.standard_error)
-    pairs = torch.stack([torch.stack([ScoreMatching()(e, part)[0].detach() for e in (q, p)]) for part in x.chunk(20)])
+    pairs = torch.stack(
+        [
+            torch.stack([ScoreMatching()(e, part)[0].detach() for e in (q, p)])
+            for part in x.chunk(20)
+        ]
+    )
     mean, se = mean_and_se(pairs[:, 0] - pairs[:, 1])
     within_se(mean, truth, se, what="the excess of the loss")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Exact score matching
 
 
@@ -214,8 +240,13 @@ def test_a_normal_law_is_the_minimum(shape: tuple[int, ...]) -> None:
     loss, _ = ScoreMatching()(energy, x)
     assert float(loss.detach()) == pytest.approx(-0.914634146, abs=5e-10)
     torch.testing.assert_close(flat_grad(energy, loss), torch.zeros(5, dtype=F64))
-    for step in 0.1 * torch.tensor([[[1.0, 0.0], [0.0, 0.0]], [[0.0, 1.0], [1.0, 0.0]], [[0.0, 0.0], [0.0, -1.0]]], dtype=F64):
-        assert float(ScoreMatching()(Quadratic(precision + step, shape), x)[0].detach()) > -0.914634146 + 1e-3
+    for step in 0.1 * torch.tensor(
+        [[[1.0, 0.0], [0.0, 0.0]], [[0.0, 1.0], [1.0, 0.0]], [[0.0, 0.0], [0.0, -1.0]]], dtype=F64
+    ):
+        assert (
+            float(ScoreMatching()(Quadratic(precision + step, shape), x)[0].detach())
+            > -0.914634146 + 1e-3
+        )
 
 
 def test_the_regulariser_is_noise_on_a_normal_law_without_correlations() -> None:
@@ -234,14 +265,16 @@ def test_facts_say_whether_the_data_are_draws_of_the_model() -> None:
     within_se(mean, 0.0, se)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Sliced
 
 
 @pytest.mark.parametrize("law", sliced_module.LAWS)
 @pytest.mark.parametrize("reduced", [True, False])
 @pytest.mark.parametrize("shape", [(3,), (1, 2, 2)], ids=str)
-def test_slices_average_to_the_exact_gradient(shape: tuple[int, ...], reduced: bool, law: str) -> None:
+def test_slices_average_to_the_exact_gradient(
+    shape: tuple[int, ...], reduced: bool, law: str
+) -> None:
     check_mean_gradient(SlicedScoreMatching(2, reduced, law), shape, by_hessian)
 
 
@@ -256,7 +289,10 @@ def test_the_error_falls_as_one_over_the_root_of_the_projections(reduced: bool) 
     exact = float(by_hessian(energy, x[:1]).detach())
     with torch.no_grad():
         for m in (1, 4, 16):
-            v = [SlicedScoreMatching(m, reduced)(energy, part, generator=noise)[0] for part in x.split(20)]
+            v = [
+                SlicedScoreMatching(m, reduced)(energy, part, generator=noise)[0]
+                for part in x.split(20)
+            ]
             mean, se = mean_and_se((torch.stack(v) - exact) ** 2 * 20 * m)
             if m == 1:
                 one, one_se = mean, se
@@ -266,7 +302,8 @@ def test_the_error_falls_as_one_over_the_root_of_the_projections(reduced: bool) 
 
 @pytest.mark.parametrize("at", [0.3, 3.0])
 def test_the_variance_of_both_forms(at: float) -> None:
-    """2 |H|^2, and |g|^4 / 2 - 2 g'Hg more without variance reduction: away from the mode much, near it less than nothing."""
+    """2 |H|^2, and |g|^4 / 2 - 2 g'Hg more without variance reduction: away from the mode much,
+    near it less than nothing."""
     energy, x, n = Quadratic(torch.linalg.inv(S)), torch.full((1, 2), at, dtype=F64), 500
     hessian = energy.precision.detach()
     g = x[0] @ hessian
@@ -275,7 +312,10 @@ def test_the_variance_of_both_forms(at: float) -> None:
     assert (more > 0) == (at > 1)
     for how, truth in ((True, reduced), (False, reduced + more)):
         noise = seeded(1)
-        losses = [float(SlicedScoreMatching(1, how)(energy, x, generator=noise)[0].detach()) for _ in range(n)]
+        losses = [
+            float(SlicedScoreMatching(1, how)(energy, x, generator=noise)[0].detach())
+            for _ in range(n)
+        ]
         exact = 0.5 * float(g @ g) - float(hessian.trace())
         mean, se = mean_and_se([(loss - exact) ** 2 for loss in losses])
         within_se(mean, truth, se, what="the variance")
@@ -287,22 +327,28 @@ def test_differences_are_of_second_order(shape: tuple[int, ...], reduced: bool) 
     energy, x, errors = network(shape), rows(shape), []
     truth = flat_grad(energy, SlicedScoreMatching(2, reduced)(energy, x, generator=seeded(8))[0])
     for eps in (0.1, 0.05, 0.025):
-        loss, _ = SlicedScoreMatching(2, reduced, finite_difference=eps)(energy, x, generator=seeded(8))
+        loss, _ = SlicedScoreMatching(2, reduced, finite_difference=eps)(
+            energy, x, generator=seeded(8)
+        )
         errors.append(float((flat_grad(energy, loss) - truth).norm()))
     orders = [math.log2(a / b) for a, b in itertools.pairwise(errors)]
     assert orders == pytest.approx([2.0, 2.0], abs=0.15), errors
     assert errors[-1] < 0.01 * float(truth.norm())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Denoising
 
 
 @pytest.mark.parametrize("control", [False, True])
 @pytest.mark.parametrize(
-    "sigma", [{"sigma": 0.5}, {"sigma": (0.3, 1.2), "weights": (1.0, 3.0)}], ids=["one level", "ladder of weights"]
+    "sigma",
+    [{"sigma": 0.5}, {"sigma": (0.3, 1.2), "weights": (1.0, 3.0)}],
+    ids=["one level", "ladder of weights"],
 )
-def test_denoising_is_score_matching_of_the_noised_law(sigma: dict[str, Any], control: bool) -> None:
+def test_denoising_is_score_matching_of_the_noised_law(
+    sigma: dict[str, Any], control: bool
+) -> None:
     check_denoising(DenoisingScoreMatching(**sigma, control_variate=control))
 
 
@@ -312,7 +358,9 @@ def product_design(shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     return x.reshape(-1, *shape), z.reshape(-1, *shape)
 
 
-def check_denoising_optimum(shape: tuple[int, ...], control: bool, patch: pytest.MonkeyPatch, scale: float = 1.0) -> None:
+def check_denoising_optimum(
+    shape: tuple[int, ...], control: bool, patch: pytest.MonkeyPatch, scale: float = 1.0
+) -> None:
     sigma = 0.7
     x, z = product_design(shape)
     patch.setattr(denoising_module, "standard_normal", lambda *_: scale * z)
@@ -325,18 +373,23 @@ def check_denoising_optimum(shape: tuple[int, ...], control: bool, patch: pytest
 
 @pytest.mark.parametrize("control", [False, True])
 @pytest.mark.parametrize("shape", [(2,), (1, 2, 1)], ids=str)
-def test_the_denoising_optimum_of_a_normal_law(shape: tuple[int, ...], control: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_denoising_optimum_of_a_normal_law(
+    shape: tuple[int, ...], control: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     check_denoising_optimum(shape, control, monkeypatch)
 
 
 def test_the_control_variate_bounds_the_variance() -> None:
-    """The plain gradient's deviation grows as 1 / sigma; with it the gradient tends to the exact one of score matching."""
+    """The plain gradient's deviation grows as 1 / sigma; with it the gradient tends to the exact
+    one of score matching."""
     energy, x = network((3,)), rows((3,), 4).repeat(50, 1)
     exact = flat_grad(energy, by_hessian(energy, x[:4]))
 
     def spread(sigma: float, control: bool) -> float:
         objective = DenoisingScoreMatching(sigma, control_variate=control)
-        grads = torch.stack([flat_grad(energy, objective(energy, x, generator=seeded(k))[0]) for k in range(100)])
+        grads = torch.stack(
+            [flat_grad(energy, objective(energy, x, generator=seeded(k))[0]) for k in range(100)]
+        )
         if control and sigma <= 1e-3:
             mean, se = mean_and_se(grads)
             within_se(mean[se > 1e-12], exact[torch.from_numpy(se > 1e-12)], se[se > 1e-12])
@@ -350,7 +403,7 @@ def test_the_control_variate_bounds_the_variance() -> None:
     assert controlled[0] < 0.5 * plain[0]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Non-negative data
 
 
@@ -360,12 +413,17 @@ def test_non_negative_data_are_matched_in_logarithms(shape: tuple[int, ...]) -> 
 
 
 def test_gamma_laws_are_fitted_by_their_moments() -> None:
-    """The minimum is shape = mean^2 / variance and rate = mean / variance, of the sample, exactly."""
-    x = Gamma(shape=torch.tensor([2.5, 0.7], dtype=F64), rate=torch.tensor([1.5, 3.0], dtype=F64)).sample(1000, seeded(9))
+    """The minimum is shape = mean^2 / variance and rate = mean / variance, of the sample,
+    exactly."""
+    x = Gamma(
+        shape=torch.tensor([2.5, 0.7], dtype=F64), rate=torch.tensor([1.5, 3.0], dtype=F64)
+    ).sample(1000, seeded(9))
     mean, variance = x.mean(0), x.var(0, correction=0)
     energy = Gammas(mean**2 / variance, mean / variance)
     best, _ = NonNegativeScoreMatching()(energy, x)
-    torch.testing.assert_close(flat_grad(energy, best), torch.zeros(4, dtype=F64), atol=1e-12, rtol=0.0)
+    torch.testing.assert_close(
+        flat_grad(energy, best), torch.zeros(4, dtype=F64), atol=1e-12, rtol=0.0
+    )
     for name in ("shape", "rate"):
         other = Gammas(mean**2 / variance, mean / variance)
         with torch.no_grad():
@@ -380,7 +438,7 @@ def test_zeros_and_linear_energies_are_allowed() -> None:
     assert float(loss) == pytest.approx(-4.0 * 4 / 3 + 2.0 * 10 / 3)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What is measured; grey levels
 
 
@@ -410,9 +468,13 @@ def test_grey_levels_there_and_back() -> None:
 
 def test_the_bound_of_grey_levels() -> None:
     """log P(k) >= E[log p(y)] - log K, against integrals over the cells."""
-    levels, law = torch.arange(4, dtype=F64) / 3, torch.distributions.Beta(torch.tensor(2.0, dtype=F64), 3.0)
+    levels, law = (
+        torch.arange(4, dtype=F64) / 3,
+        torch.distributions.Beta(torch.tensor(2.0, dtype=F64), 3.0),
+    )
     edges = torch.linspace(0.0, 1.0, 5, dtype=F64)
-    log_p = (1 - (1 - edges) ** 3 * (1 + 3 * edges)).diff().log()  # the distribution function of Beta(2, 3)
+    # the distribution function of Beta(2, 3)
+    log_p = (1 - (1 - edges) ** 3 * (1 + 3 * edges)).diff().log()
     nodes, weights = (torch.from_numpy(part) for part in np.polynomial.legendre.leggauss(400))
     within = law.log_prob((torch.arange(4).unsqueeze(1) + 0.5 + 0.5 * nodes) / 4) @ weights / 2
     bound = torch.stack([law.log_prob(dequantised(levels, 4, seeded(k))) for k in range(4000)])
@@ -421,7 +483,7 @@ def test_the_bound_of_grey_levels() -> None:
     assert bool((within - math.log(4) < log_p).all())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Every objective of the family
 
 Make = Callable[[], Objective]
@@ -431,18 +493,30 @@ OBJECTIVES: dict[str, tuple[Make, Constraint]] = {
     "regularised": (functools.partial(ScoreMatching, noise=0.3), REAL),
     "sliced": (functools.partial(SlicedScoreMatching, variance_reduced=False), REAL),
     "sliced, reduced, sphere": (functools.partial(SlicedScoreMatching, 3, law="sphere"), REAL),
-    "differences": (functools.partial(SlicedScoreMatching, law="rademacher", finite_difference=0.1), REAL),
+    "differences": (
+        functools.partial(SlicedScoreMatching, law="rademacher", finite_difference=0.1),
+        REAL,
+    ),
     "denoising": (functools.partial(DenoisingScoreMatching, 0.3), REAL),
-    "denoising, ladder, controlled": (functools.partial(DenoisingScoreMatching, (0.1, 0.5, 1.0), control_variate=True), REAL),
+    "denoising, ladder, controlled": (
+        functools.partial(DenoisingScoreMatching, (0.1, 0.5, 1.0), control_variate=True),
+        REAL,
+    ),
     "non-negative": (NonNegativeScoreMatching, POSITIVE),
 }
 EVERY = pytest.mark.parametrize("name", OBJECTIVES)
 
 
-def setting(name: str, shape: tuple[int, ...], dtype: torch.dtype = F64, n: int = 5) -> tuple[Objective, MLPEnergy, Tensor]:
+def setting(
+    name: str, shape: tuple[int, ...], dtype: torch.dtype = F64, n: int = 5
+) -> tuple[Objective, MLPEnergy, Tensor]:
     make, support = OBJECTIVES[name]
     x = rows(shape, n, dtype=dtype)
-    return make(), network(shape, support=support, dtype=dtype), x.exp() if support is POSITIVE else x
+    return (
+        make(),
+        network(shape, support=support, dtype=dtype),
+        x.exp() if support is POSITIVE else x,
+    )
 
 
 @pytest.mark.parametrize("dtype", [F64, torch.float32], ids=str)
@@ -461,8 +535,13 @@ def test_any_shape_and_precision(name: str, shape: tuple[int, ...], dtype: torch
     loss.backward()
     assert x.grad is None
     *others, last_bias = energy.parameters()
-    assert all(p.grad is not None and bool(torch.isfinite(p.grad).all()) and bool(p.grad.any()) for p in others)
-    assert last_bias.grad is None or float(last_bias.grad.abs()) < 1e-3 * float(others[0].grad.norm())
+    assert all(
+        p.grad is not None and bool(torch.isfinite(p.grad).all()) and bool(p.grad.any())
+        for p in others
+    )
+    assert last_bias.grad is None or float(last_bias.grad.abs()) < 1e-3 * float(
+        others[0].grad.norm()
+    )
 
 
 @EVERY
@@ -474,7 +553,9 @@ def test_rows_do_not_know_each_other(name: str) -> None:
         return objective(energy, torch.stack([a, b]), generator=seeded(1))[0].detach()
 
     a, a2, b, b2 = x
-    torch.testing.assert_close(loss(a, b) - loss(a2, b), loss(a, b2) - loss(a2, b2), rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(
+        loss(a, b) - loss(a2, b), loss(a, b2) - loss(a2, b2), rtol=1e-8, atol=1e-10
+    )
 
 
 @EVERY
@@ -494,7 +575,16 @@ def test_training_lowers_the_loss_and_resumes(name: str, tmp_path: Path) -> None
     def run(path: Path | None, until: int, resume: bool = False) -> tuple[MLPEnergy, list[float]]:
         objective, energy, x = setting(name, (2,), n=64)
         adam = functools.partial(torch.optim.Adam, lr=0.01)
-        steps = fit(energy, objective, x, steps=40, batch_size=32, optimizer=adam, checkpoint=path, resume=resume)
+        steps = fit(
+            energy,
+            objective,
+            x,
+            steps=40,
+            batch_size=32,
+            optimizer=adam,
+            checkpoint=path,
+            resume=resume,
+        )
         losses = []
         for step, loss, _ in steps:
             losses.append(loss)
@@ -529,27 +619,37 @@ def test_judging_without_gradients(name: str) -> None:
 
 
 def test_a_constant_that_gets_no_gradient_does_not_stop_the_loop() -> None:
-    energy, x = Quadratic(torch.eye(2, dtype=F64)), Gaussian(torch.zeros(2, dtype=F64), covariance=S).sample(500, seeded(0))
+    energy, x = (
+        Quadratic(torch.eye(2, dtype=F64)),
+        Gaussian(torch.zeros(2, dtype=F64), covariance=S).sample(500, seeded(0)),
+    )
     adam = functools.partial(torch.optim.Adam, lr=0.03)
-    for _, _, facts in fit(energy, ScoreMatching(), x, steps=400, batch_size=500, optimizer=adam, max_grad_norm=10.0):
+    for _, _, facts in fit(
+        energy, ScoreMatching(), x, steps=400, batch_size=500, optimizer=adam, max_grad_norm=10.0
+    ):
         assert math.isfinite(facts["grad_norm"])
     assert energy.constant.grad is None
     symmetric = 0.5 * (energy.precision + energy.precision.mT).detach()
     torch.testing.assert_close(symmetric, torch.linalg.inv(x.mT @ x / len(x)), atol=1e-4, rtol=1e-4)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The front door
 
 
 def test_piecewise_linear_energies_are_named() -> None:
-    with pytest.warns(UserWarning, match="piecewise linear"), pytest.warns(UserWarning, match="give scale"):
+    with (
+        pytest.warns(UserWarning, match="piecewise linear"),
+        pytest.warns(UserWarning, match="give scale"),
+    ):
         energy = MLPEnergy((2,), (8,), activation="relu", scale=None, dtype=F64)
     with torch.no_grad():
         energy.net[-1].weight.fill_(1.0)  # type: ignore[index, union-attr]
     x = rows((2,))
     for objective in (ScoreMatching(), SlicedScoreMatching()):
-        with pytest.warns(UserWarning, match="every second derivative of MLPEnergy is exactly 0: .*ReLU"):
+        with pytest.warns(
+            UserWarning, match="every second derivative of MLPEnergy is exactly 0: .*ReLU"
+        ):
             objective(energy, x)
     loss, _ = DenoisingScoreMatching(0.5)(energy, x)
     assert bool(torch.isfinite(loss))
@@ -575,24 +675,57 @@ BAD: list[tuple[Callable[[], Any], str]] = [
     (lambda: SlicedScoreMatching(finite_difference=0.0), "finite_difference must be positive"),
     (lambda: DenoisingScoreMatching(0.0), "sigma and weights must be positive"),
     (lambda: DenoisingScoreMatching(()), "sigma and weights must be positive"),
-    (lambda: DenoisingScoreMatching((0.1, 1.0), weights=(1.0,)), "as many as sigma has levels, 2, got 1"),
-    (lambda: ScoreMatching()(Gamma(2.0), torch.ones(3)), "NonNegativeScoreMatching is for positive ones"),
-    (lambda: SlicedScoreMatching()(Gamma(2.0), torch.ones(3)), "is for real supports, but Gamma has"),
-    (lambda: DenoisingScoreMatching()(Gamma(2.0), torch.ones(3)), "is for real supports, but Gamma has"),
+    (
+        lambda: DenoisingScoreMatching((0.1, 1.0), weights=(1.0,)),
+        "as many as sigma has levels, 2, got 1",
+    ),
+    (
+        lambda: ScoreMatching()(Gamma(2.0), torch.ones(3)),
+        "NonNegativeScoreMatching is for positive ones",
+    ),
+    (
+        lambda: SlicedScoreMatching()(Gamma(2.0), torch.ones(3)),
+        "is for real supports, but Gamma has",
+    ),
+    (
+        lambda: DenoisingScoreMatching()(Gamma(2.0), torch.ones(3)),
+        "is for real supports, but Gamma has",
+    ),
     (
         lambda: NonNegativeScoreMatching()(Exponential(2.0), torch.tensor([1.0, -0.5])),
         "batch must not be negative, got 1 entries",
     ),
     (lambda: DenoisingScoreMatching(torch.tensor(-0.1)), "sigma and weights must be positive"),
-    (lambda: NonNegativeScoreMatching()(Gaussian(0.0), torch.ones(3)), "for positive or nonnegative supports, but Gaussian"),
+    (
+        lambda: NonNegativeScoreMatching()(Gaussian(0.0), torch.ones(3)),
+        "for positive or nonnegative supports, but Gaussian",
+    ),
     (lambda: ScoreMatching()(Gaussian(torch.zeros(2)), torch.ones(3)), r"event_shape \(2,\)"),
-    (lambda: SlicedScoreMatching()(Gaussian(torch.zeros(2)), torch.ones(3, 2, dtype=F64)), "batch must have the dtype"),
-    (lambda: curvatures(Gaussian(0.0), torch.ones(3), torch.ones(3)), r"directions must have shape \(M, \*x.shape\)"),
+    (
+        lambda: SlicedScoreMatching()(Gaussian(torch.zeros(2)), torch.ones(3, 2, dtype=F64)),
+        "batch must have the dtype",
+    ),
+    (
+        lambda: curvatures(Gaussian(0.0), torch.ones(3), torch.ones(3)),
+        r"directions must have shape \(M, \*x.shape\)",
+    ),
     (lambda: fisher_divergence(Gaussian(0.0), Gaussian(1.0), torch.ones(1)), "at least two rows"),
-    (lambda: fisher_divergence(Gaussian(0.0), lambda x: x.sum(), torch.ones(3)), "truth must give a score of the shape of x"),
-    (lambda: sliced_fisher_divergence(Gaussian(0.0), Gaussian(1.0), torch.ones(3), 0), "projections must be"),
-    (lambda: sliced_fisher_divergence(Gaussian(0.0), Gaussian(1.0), torch.ones(3), law="cube"), "law must be one of"),
-    (lambda: dequantised(torch.tensor([0.0, 0.3]), 3), "x must hold levels from 0 to 1 in steps of 1 / 2"),
+    (
+        lambda: fisher_divergence(Gaussian(0.0), lambda x: x.sum(), torch.ones(3)),
+        "truth must give a score of the shape of x",
+    ),
+    (
+        lambda: sliced_fisher_divergence(Gaussian(0.0), Gaussian(1.0), torch.ones(3), 0),
+        "projections must be",
+    ),
+    (
+        lambda: sliced_fisher_divergence(Gaussian(0.0), Gaussian(1.0), torch.ones(3), law="cube"),
+        "law must be one of",
+    ),
+    (
+        lambda: dequantised(torch.tensor([0.0, 0.3]), 3),
+        "x must hold levels from 0 to 1 in steps of 1 / 2",
+    ),
     (lambda: dequantised(torch.tensor([1.5]), 3), "x must hold levels"),
     (lambda: dequantised(torch.tensor([math.nan]), 3), "x must hold levels"),
     (lambda: quantised(torch.zeros(1), 1), "levels must be an integer of at least 2"),
@@ -605,7 +738,7 @@ def test_bad_input_is_refused(call: Callable[[], Any], said: str) -> None:
         call()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Mutants
 
 
@@ -641,12 +774,20 @@ def without_sigma(energy: Energy, batch: Tensor, squared: Tensor, laplacian: Ten
     return MATCHED(energy, batch, squared, 0.5 * laplacian)
 
 
-ORIGINAL, STANDARD_NORMAL, MATCHED = sliced_module.projections_like, denoising_module.standard_normal, denoising_module.matched
+ORIGINAL, STANDARD_NORMAL, MATCHED = (
+    sliced_module.projections_like,
+    denoising_module.standard_normal,
+    denoising_module.matched,
+)
 Check = Callable[[], None]
 FLAT: Check = functools.partial(check_exact, (3,))
-SLICED: Check = functools.partial(check_mean_gradient, SlicedScoreMatching(2, law="rademacher"), (1, 2, 2), by_hessian)
+SLICED: Check = functools.partial(
+    check_mean_gradient, SlicedScoreMatching(2, law="rademacher"), (1, 2, 2), by_hessian
+)
 DENOISED: Check = functools.partial(check_denoising, DenoisingScoreMatching(0.5))
-CONTROLLED: Check = functools.partial(check_denoising, DenoisingScoreMatching(0.5, control_variate=True))
+CONTROLLED: Check = functools.partial(
+    check_denoising, DenoisingScoreMatching(0.5, control_variate=True)
+)
 LADDER: Check = functools.partial(check_denoising, DenoisingScoreMatching((0.3, 1.2), (1.0, 3.0)))
 MUTANTS: dict[str, tuple[Any, str, Any, Check]] = {
     "the Laplacian's sign": (exact_module, "curvatures", flipped, FLAT),
@@ -659,21 +800,43 @@ MUTANTS: dict[str, tuple[Any, str, Any, Check]] = {
     "a row of an image": (sliced_module, "event_sum", last_dimension_only, SLICED),
     "noise of twice its scale": (denoising_module, "standard_normal", doubled_noise, DENOISED),
     "the target's scale": (denoising_module, "matched", without_sigma, DENOISED),
-    "a control that is not of mean 0": (denoising_module, "standard_normal", lambda *a: STANDARD_NORMAL(*a) + 0.5, CONTROLLED),
-    "levels drawn alike": (DenoisingScoreMatching, "_levels", lambda self, b, d, g: uniform_levels(self, b, g), LADDER),
+    "a control that is not of mean 0": (
+        denoising_module,
+        "standard_normal",
+        lambda *a: STANDARD_NORMAL(*a) + 0.5,
+        CONTROLLED,
+    ),
+    "levels drawn alike": (
+        DenoisingScoreMatching,
+        "_levels",
+        lambda self, b, d, g: uniform_levels(self, b, g),
+        LADDER,
+    ),
     "edges unweighted": (
         exact_module,
         "unit_directions",
         lambda x, d: unit_directions(x, d) / x,
         lambda: check_non_negative((3,)),
     ),
-    "a divergence without its half": (fisher_module, "_half", lambda s: MEAN(2.0 * s), check_fisher),
-    "a divergence of the wrong sign": (fisher_module, "value_and_grad", lambda e, x: (None, GRAD(e, x)[1].abs()), check_fisher),
+    "a divergence without its half": (
+        fisher_module,
+        "_half",
+        lambda s: MEAN(2.0 * s),
+        check_fisher,
+    ),
+    "a divergence of the wrong sign": (
+        fisher_module,
+        "value_and_grad",
+        lambda e, x: (None, GRAD(e, x)[1].abs()),
+        check_fisher,
+    ),
 }
 MEAN, GRAD = fisher_module._half, fisher_module.value_and_grad
 
 
-def uniform_levels(objective: DenoisingScoreMatching, batch: Tensor, noise: torch.Generator) -> Tensor:
+def uniform_levels(
+    objective: DenoisingScoreMatching, batch: Tensor, noise: torch.Generator
+) -> Tensor:
     return batch.new_tensor(objective.ladder)[torch.randint(2, batch.shape, generator=noise)]
 
 

@@ -1,4 +1,5 @@
-"""log Z by every estimator against exact values; its kinds, its biases over many runs, and mutants that must be caught."""
+"""log Z by every estimator against exact values; its kinds, its biases over many runs, and mutants
+that must be caught."""
 
 from __future__ import annotations
 
@@ -45,7 +46,14 @@ from pyroebm.partition import (
     walk,
 )
 from pyroebm.partition.result import from_weights
-from pyroebm.targets import Checkerboard, DoubleWell, Exponential, Gaussian, GaussianMixture, HalfDisc
+from pyroebm.targets import (
+    Checkerboard,
+    DoubleWell,
+    Exponential,
+    Gaussian,
+    GaussianMixture,
+    HalfDisc,
+)
 
 F64 = torch.float64
 
@@ -54,7 +62,14 @@ def rbm(dtype: torch.dtype = F64) -> BernoulliRBM:
     """That of the oracles: log Z 5.321338579890."""
     i, j = torch.arange(4, dtype=F64), torch.arange(3, dtype=F64)
     weight = torch.sin(3 * i.unsqueeze(1) + j + 1)
-    return BernoulliRBM(4, 3, weight=weight, visible_bias=torch.cos(i + 1), hidden_bias=torch.sin(2 * j + 1) / 2, dtype=dtype)
+    return BernoulliRBM(
+        4,
+        3,
+        weight=weight,
+        visible_bias=torch.cos(i + 1),
+        hidden_bias=torch.sin(2 * j + 1) / 2,
+        dtype=dtype,
+    )
 
 
 RBM_LOG_Z = 5.321338579890
@@ -64,12 +79,19 @@ def grbm() -> GaussianRBM:
     weight = torch.tensor([[1.5, -0.7, 0.4], [0.3, 0.9, -1.2]], dtype=F64)
     log_sigma, bias = torch.tensor([-0.3, 0.2], dtype=F64), torch.tensor([0.5, -0.4], dtype=F64)
     return GaussianRBM(
-        2, 3, weight=weight, visible_bias=bias, hidden_bias=bias.new_tensor([0.1, -0.2, 0.3]), log_sigma=log_sigma, dtype=F64
+        2,
+        3,
+        weight=weight,
+        visible_bias=bias,
+        hidden_bias=bias.new_tensor([0.1, -0.2, 0.3]),
+        log_sigma=log_sigma,
+        dtype=F64,
     )
 
 
 class Deep(LayeredEnergy):
-    """Three layers, as a deep Boltzmann machine has them; the first real where there is a precision."""
+    """Three layers, as a deep Boltzmann machine has them; the first real where there is a
+    precision."""
 
     def __init__(self, sizes: tuple[int, int, int], gaussian: bool, seed: int) -> None:
         super().__init__(sizes, gaussian)
@@ -78,8 +100,13 @@ class Deep(LayeredEnergy):
         def normal(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=generator, dtype=F64)
 
-        weights, biases = (normal(sizes[0], sizes[1]), normal(sizes[1], sizes[2])), tuple(normal(n) for n in sizes)
-        self.parts = Layers(weights, biases, normal(sizes[0]).exp() if gaussian else None, normal(1).squeeze())
+        weights, biases = (
+            (normal(sizes[0], sizes[1]), normal(sizes[1], sizes[2])),
+            tuple(normal(n) for n in sizes),
+        )
+        self.parts = Layers(
+            weights, biases, normal(sizes[0]).exp() if gaussian else None, normal(1).squeeze()
+        )
         self.double()
 
     def layers(self) -> Layers:
@@ -119,7 +146,9 @@ class Spins(Energy):
     support = spin
 
     def forward(self, x: Tensor) -> Tensor:
-        return x[..., 0] * x[..., 1] + x[..., 0] * x[..., 2] - 2.0 * x[..., 1] * x[..., 2] - x[..., 1]
+        return (
+            x[..., 0] * x[..., 1] + x[..., 0] * x[..., 2] - 2.0 * x[..., 1] * x[..., 2] - x[..., 1]
+        )
 
 
 # Exact
@@ -136,7 +165,11 @@ class Spins(Energy):
         (Ising((3, 3), 0.2, dtype=F64), 6.669745, "known"),
         (Ising((3, 3), 0.6, dtype=F64) * 1.0, 11.587695, "sum over 2^9 states"),
         (Ising((4, 4), 0.4406868, dtype=F64) * 1.0, 15.521916, "sum over 2^16 states"),
-        (Potts((2, 3), 3, 0.5, periodic=False, dtype=F64) * 1.0, Potts((2, 3), 3, 0.5, periodic=False, dtype=F64).log_z, "9.51"),
+        (
+            Potts((2, 3), 3, 0.5, periodic=False, dtype=F64) * 1.0,
+            Potts((2, 3), 3, 0.5, periodic=False, dtype=F64).log_z,
+            "9.51",
+        ),
     ],
 )
 def test_exact_values(energy: Energy, truth: float, method: str) -> None:
@@ -153,10 +186,13 @@ def test_exact_layers_are_summed_over_all_states() -> None:
 
 
 def test_exact_is_in_float64_whatever_the_energy_is() -> None:
-    """The parameters are rounded, the sum over their states is not: that of the same parameters in float64 is the same number."""
+    """The parameters are rounded, the sum over their states is not: that of the same parameters in
+    float64 is the same number."""
     weight = torch.randn(16, 16, generator=torch.Generator().manual_seed(0)).triu(1)
     dense = BoltzmannMachine(
-        16, weight=weight + weight.mT, bias=3.0 * torch.randn(16, generator=torch.Generator().manual_seed(1))
+        16,
+        weight=weight + weight.mT,
+        bias=3.0 * torch.randn(16, generator=torch.Generator().manual_seed(1)),
     )
     for machine in (rbm(torch.float32), dense):
         double = copy.deepcopy(machine).double()
@@ -170,8 +206,16 @@ def test_exact_is_in_float64_whatever_the_energy_is() -> None:
     ("energy", "bounds", "truth"),
     [
         (DoubleWell(dtype=F64), None, 5.0322840086),
-        (Gaussian(torch.tensor([3.0, 1e3], dtype=F64), covariance=[[2.0, 0.6], [0.6, 1.0]]), None, 2.0852),
-        (Gaussian(torch.tensor(-40.0, dtype=F64), scale=1e-3), None, 0.5 * math.log(2 * math.pi) + math.log(1e-3)),
+        (
+            Gaussian(torch.tensor([3.0, 1e3], dtype=F64), covariance=[[2.0, 0.6], [0.6, 1.0]]),
+            None,
+            2.0852,
+        ),
+        (
+            Gaussian(torch.tensor(-40.0, dtype=F64), scale=1e-3),
+            None,
+            0.5 * math.log(2 * math.pi) + math.log(1e-3),
+        ),
         (Gaussian(torch.tensor(0.0, dtype=F64)), [(0.0, 20.0)], 0.5 * math.log(math.pi / 2)),
         (Exponential(dtype=F64), None, 0.0),
         (grbm(), None, partition.exact(grbm()).value),
@@ -197,7 +241,9 @@ def test_expectations_by_quadrature() -> None:
     """Moments, probabilities of regions and a divergence, against closed forms."""
     law = Gaussian(torch.tensor([1.0, -2.0], dtype=F64), covariance=[[2.0, 0.6], [0.6, 1.0]])
     moments, change = partition.expectation(law, lambda x: torch.cat([x, (x - law.mean) ** 2], 1))
-    torch.testing.assert_close(moments, torch.tensor([1.0, -2.0, 2.0, 1.0], dtype=F64), rtol=0.0, atol=1e-6)
+    torch.testing.assert_close(
+        moments, torch.tensor([1.0, -2.0, 2.0, 1.0], dtype=F64), rtol=0.0, atol=1e-6
+    )
     assert change <= 1e-6
     other = Gaussian(torch.zeros(2, dtype=F64))
     kl, _ = partition.expectation(law, lambda x: other(x) + other.log_z - law(x) - law.log_z)
@@ -207,7 +253,8 @@ def test_expectations_by_quadrature() -> None:
     right, change = partition.expectation(well, lambda x: (x > well.barrier).double())
     assert change <= 1e-6
     assert float(right) == pytest.approx(well.right_mass, abs=1e-5)
-    rate, _ = partition.expectation(Exponential(2.5, dtype=F64), lambda x: x)  # in the energy's own coordinates
+    # in the energy's own coordinates
+    rate, _ = partition.expectation(Exponential(2.5, dtype=F64), lambda x: x)
     assert float(rate) == pytest.approx(0.4, abs=1e-8)
 
 
@@ -215,19 +262,25 @@ def test_expectations_by_quadrature() -> None:
 def test_a_small_region_is_not_overlooked(low: float) -> None:
     """The few nodes of the coarsest panels all miss it, twice: that is no convergence."""
     law = Gaussian(torch.zeros(1, dtype=F64))
-    found, change = partition.expectation(law, lambda x: ((x > low) & (x < low + 0.1)).double().squeeze(1), tolerance=1e-4)
+    found, change = partition.expectation(
+        law, lambda x: ((x > low) & (x < low + 0.1)).double().squeeze(1), tolerance=1e-4
+    )
     truth = 0.5 * (math.erf((low + 0.1) / math.sqrt(2.0)) - math.erf(low / math.sqrt(2.0)))
     assert change <= 1e-4
     assert float(found) == pytest.approx(truth, abs=1e-3)
     plane = Gaussian(torch.zeros(2, dtype=F64))
-    found, _ = partition.expectation(plane, lambda x: ((x > low) & (x < low + 0.5)).all(1).double(), tolerance=1e-4)
+    found, _ = partition.expectation(
+        plane, lambda x: ((x > low) & (x < low + 0.5)).all(1).double(), tolerance=1e-4
+    )
     side = 0.5 * (math.erf((low + 0.5) / math.sqrt(2.0)) - math.erf(low / math.sqrt(2.0)))
     assert float(found) == pytest.approx(side**2, abs=3e-3)
 
 
 def test_weights_of_modes_by_quadrature() -> None:
     law = GaussianMixture([[-2.0, 0.0], [2.0, 0.0]], scale=0.5, weights=[0.9, 0.1], dtype=F64)
-    found, change = partition.expectation(law, lambda x: torch.nn.functional.one_hot(law.mode_of(x), 2), tolerance=1e-4)
+    found, change = partition.expectation(
+        law, lambda x: torch.nn.functional.one_hot(law.mode_of(x), 2), tolerance=1e-4
+    )
     border = math.log(9.0) / 16.0
     left, right = (0.5 * math.erfc(-(border + side) / math.sqrt(0.5)) for side in (2.0, -2.0))
     assert change <= 1e-4
@@ -242,7 +295,9 @@ def test_expectations_refuse_what_is_no_function() -> None:
     with pytest.raises(FloatingPointError, match="function is NaN"):
         partition.expectation(law, lambda x: x[:, 0].log())
     board = Checkerboard(F64)  # where the density is 0 the function is not asked
-    area, _ = partition.expectation(board, lambda x: torch.where(board(x) < math.inf, 1.0, math.nan), [(-4.0, 4.0)] * 2)
+    area, _ = partition.expectation(
+        board, lambda x: torch.where(board(x) < math.inf, 1.0, math.nan), [(-4.0, 4.0)] * 2
+    )
     assert float(area) == pytest.approx(1.0, abs=1e-12)
 
 
@@ -267,7 +322,11 @@ run("AIS joint", rbm().joint(), lambda e: partition.ais(e, base(e), betas=100))
 run("AIS RBM by sites", rbm(), lambda e: partition.ais(e, base(e), Gibbs(), betas=50))
 run("AIS GRBM", grbm(), lambda e: partition.ais(e, base(e), betas=100))
 run("AIS GRBM, own variances", grbm(), lambda e: partition.ais(e, betas=100))
-run("AIS GRBM by HMC", grbm(), lambda e: partition.ais(e, Gaussian(torch.zeros(2, dtype=F64), scale=2.0), betas=50))
+run(
+    "AIS GRBM by HMC",
+    grbm(),
+    lambda e: partition.ais(e, Gaussian(torch.zeros(2, dtype=F64), scale=2.0), betas=50),
+)
 run("AIS deep", deep(), lambda e: partition.ais(e, betas=200))
 run("AIS deep Gaussian", deep(True), lambda e: partition.ais(e, betas=200))
 run("AIS Ising", ISING, lambda e: partition.ais(e, betas=60), 0.2)
@@ -280,10 +339,21 @@ for side, coupling, steps in ((4, 0.2, 30), (4, 0.4406868, 100), (8, 0.2, 40), (
     )
 run("AIS Ising in order", Ising((3, 3), 0.6, dtype=F64), lambda e: partition.ais(e, betas=60), 0.4)
 run(
-    "AIS double well", DoubleWell(dtype=F64), lambda e: partition.ais(e, dist.Normal(torch.tensor(0.0, dtype=F64), 2.0), betas=60)
+    "AIS double well",
+    DoubleWell(dtype=F64),
+    lambda e: partition.ais(e, dist.Normal(torch.tensor(0.0, dtype=F64), 2.0), betas=60),
 )
-run("AIS half-disc", HalfDisc(dtype=F64), lambda e: partition.ais(e, Gaussian(torch.tensor(0.0, dtype=F64)), MALA(0.5), 50), 0.2)
-run("AIS positive", Exponential(dtype=F64), lambda e: partition.ais(e, dist.Gamma(torch.tensor(2.0, dtype=F64), 2.0), betas=60))
+run(
+    "AIS half-disc",
+    HalfDisc(dtype=F64),
+    lambda e: partition.ais(e, Gaussian(torch.tensor(0.0, dtype=F64)), MALA(0.5), 50),
+    0.2,
+)
+run(
+    "AIS positive",
+    Exponential(dtype=F64),
+    lambda e: partition.ais(e, dist.Gamma(torch.tensor(2.0, dtype=F64), 2.0), betas=60),
+)
 run("reverse RBM", rbm(), lambda e: partition.reverse_ais(e, base=base(e), betas=100))
 run("reverse GRBM", grbm(), lambda e: partition.reverse_ais(e, base=base(e), betas=100))
 run("reverse deep", deep(), lambda e: partition.reverse_ais(e, betas=200))
@@ -291,7 +361,9 @@ run("reverse deep Gaussian", deep(True), lambda e: partition.reverse_ais(e, beta
 run(
     "reverse double well",
     DoubleWell(dtype=F64),
-    lambda e: partition.reverse_ais(e, base=Gaussian(torch.tensor(0.0, dtype=F64), scale=2.0), betas=600),
+    lambda e: partition.reverse_ais(
+        e, base=Gaussian(torch.tensor(0.0, dtype=F64), scale=2.0), betas=600
+    ),
 )
 run("both ways RBM", rbm(), lambda e: partition.bracket(e, betas=30).combined)
 run("both ways deep", deep(), lambda e: partition.bracket(e, betas=30).combined)
@@ -302,7 +374,9 @@ run("SMC Ising", ISING, lambda e: partition.smc(e, num_particles=128, moves=2))
 run(
     "SMC double well",
     DoubleWell(dtype=F64),
-    lambda e: partition.smc(e, Gaussian(torch.tensor(0.0, dtype=F64), scale=2.0), num_particles=256),
+    lambda e: partition.smc(
+        e, Gaussian(torch.tensor(0.0, dtype=F64), scale=2.0), num_particles=256
+    ),
 )
 run("bridge RBM", rbm(), lambda e: partition.bridge(e, base=base(e)))
 run("bridge GRBM", grbm(), lambda e: partition.bridge(e, base=base(e)))
@@ -311,30 +385,69 @@ run(
     DoubleWell(dtype=F64),
     lambda e: partition.bridge(e, base=Gaussian(torch.tensor(0.0, dtype=F64), scale=2.0)),
 )
-run("TI RBM", rbm(), lambda e: partition.thermodynamic_integration(e, base(e), num_temperatures=8, num_samples=150))
-run("TI GRBM", grbm(), lambda e: partition.thermodynamic_integration(e, base(e), num_temperatures=16, num_samples=150))
-run("TI deep", deep(), lambda e: partition.thermodynamic_integration(e, num_temperatures=16, num_samples=150))
-run("TI Ising", ISING, lambda e: partition.thermodynamic_integration(e, num_temperatures=10, num_samples=100, warmup_steps=60))
+run(
+    "TI RBM",
+    rbm(),
+    lambda e: partition.thermodynamic_integration(e, base(e), num_temperatures=8, num_samples=150),
+)
+run(
+    "TI GRBM",
+    grbm(),
+    lambda e: partition.thermodynamic_integration(e, base(e), num_temperatures=16, num_samples=150),
+)
+run(
+    "TI deep",
+    deep(),
+    lambda e: partition.thermodynamic_integration(e, num_temperatures=16, num_samples=150),
+)
+run(
+    "TI Ising",
+    ISING,
+    lambda e: partition.thermodynamic_integration(
+        e, num_temperatures=10, num_samples=100, warmup_steps=60
+    ),
+)
 run(
     "TI double well",
     DoubleWell(dtype=F64),
-    lambda e: partition.thermodynamic_integration(e, Gaussian(torch.tensor(0.0, dtype=F64), scale=1.5), None, 12, 100, 100),
+    lambda e: partition.thermodynamic_integration(
+        e, Gaussian(torch.tensor(0.0, dtype=F64), scale=1.5), None, 12, 100, 100
+    ),
 )
 run(
     "importance RBM",
     rbm(),
-    lambda e: partition.importance(e, dist.Bernoulli(torch.full((4,), 0.5, dtype=F64)).to_event(1), 5_000),
+    lambda e: partition.importance(
+        e, dist.Bernoulli(torch.full((4,), 0.5, dtype=F64)).to_event(1), 5_000
+    ),
 )
 run("AIS Boltzmann machine", boltzmann(), lambda e: partition.ais(e, betas=60), 0.3)
-run("AIS DBM", randomised(DeepBoltzmannMachine((4, 3, 2), dtype=F64)), lambda e: partition.ais(e, betas=100))
-run("AIS DBM of four layers", randomised(DeepBoltzmannMachine((3, 4, 3, 2), dtype=F64)), lambda e: partition.ais(e, betas=100))
+run(
+    "AIS DBM",
+    randomised(DeepBoltzmannMachine((4, 3, 2), dtype=F64)),
+    lambda e: partition.ais(e, betas=100),
+)
+run(
+    "AIS DBM of four layers",
+    randomised(DeepBoltzmannMachine((3, 4, 3, 2), dtype=F64)),
+    lambda e: partition.ais(e, betas=100),
+)
 run(
     "AIS Gaussian DBM",
     randomised(DeepBoltzmannMachine((2, 3, 2), visible="gaussian", dtype=F64)),
     lambda e: partition.ais(e, betas=100),
 )
-run("reverse DBM", randomised(DeepBoltzmannMachine((4, 3, 2), dtype=F64)), lambda e: partition.reverse_ais(e, betas=100))
-run("AIS DBN", randomised(DeepBeliefNetwork((3, 3, 2), dtype=F64)).joint(), lambda e: partition.ais(e, betas=60), 0.3)
+run(
+    "reverse DBM",
+    randomised(DeepBoltzmannMachine((4, 3, 2), dtype=F64)),
+    lambda e: partition.reverse_ais(e, betas=100),
+)
+run(
+    "AIS DBN",
+    randomised(DeepBeliefNetwork((3, 3, 2), dtype=F64)).joint(),
+    lambda e: partition.ais(e, betas=60),
+    0.3,
+)
 run(
     "importance",
     DoubleWell(dtype=F64),
@@ -347,7 +460,9 @@ def test_all_agree_with_the_exact_value(name: str) -> None:
     energy, estimate, most = RUNS[name]
     result = estimate(energy)
     assert result.standard_error < most
-    within_se(result.value, partition.exact(energy).value, result.standard_error, what=f"log Z ({result})")
+    within_se(
+        result.value, partition.exact(energy).value, result.standard_error, what=f"log Z ({result})"
+    )
 
 
 def test_bridge_counts_what_the_draws_of_a_chain_are_worth() -> None:
@@ -371,15 +486,23 @@ def test_kinds() -> None:
     assert partition.ais(energy, wide, ULA(), betas=5).kind == "estimate"
     assert partition.reverse_ais(machine, betas=5).kind == "upper"
     assert partition.reverse_ais(machine, states, betas=5).kind == "estimate"
-    assert partition.reverse_ais(machine.joint(), machine.joint().initial(20), betas=5).kind == "estimate"
+    assert (
+        partition.reverse_ais(machine.joint(), machine.joint().initial(20), betas=5).kind
+        == "estimate"
+    )
     assert partition.reverse_ais(machine, machine.joint().initial(20), betas=5).kind == "estimate"
     assert partition.reverse_ais(energy, base=wide, kernel=ULA(), betas=5).kind == "estimate"
-    assert partition.reverse_ais(energy, energy.sample(20), wide, MALA(), betas=5).kind == "estimate"
+    assert (
+        partition.reverse_ais(energy, energy.sample(20), wide, MALA(), betas=5).kind == "estimate"
+    )
     assert partition.smc(energy, wide, MALA(), 64).kind == "estimate"
     pilot = partition.estimators.tempered_smc(energy, wide, MALA(), 64)
     assert partition.smc(energy, wide, MALA(), 64, pilot=pilot, seed=1).kind == "lower"
     assert partition.bridge(energy, base=wide, num_draws=100).kind == "estimate"
-    assert partition.importance(energy, dist.Normal(torch.tensor(-1.0, dtype=F64), 1.2), 100).kind == "lower"
+    assert (
+        partition.importance(energy, dist.Normal(torch.tensor(-1.0, dtype=F64), 1.2), 100).kind
+        == "lower"
+    )
 
 
 def test_a_result_says_what_it_is() -> None:
@@ -397,7 +520,9 @@ def test_a_result_says_what_it_is() -> None:
     assert f"ESS {both.forward.ess:.4g} of 20" in str(both.forward)
     assert "high on average" in both.reverse.bias
     one = partition.bracket(rbm(), betas=10, num_chains=1)
-    assert all(math.isnan(result.standard_error) for result in (one.forward, one.reverse, one.combined))
+    assert all(
+        math.isnan(result.standard_error) for result in (one.forward, one.reverse, one.combined)
+    )
     with pytest.raises(ValueError, match=r"kind must be one of .* got kind='bound'"):
         LogZ(0.0, 0.0, "bound", "a guess")  # type: ignore[arg-type]
 
@@ -419,26 +544,55 @@ def ratio(result: LogZ, truth: float) -> Tensor:
 
 BIASED: dict[str, tuple[Energy, Callable[[Energy], LogZ]]] = {
     "RBM": (rbm(), lambda e: partition.ais(e, base(e), betas=SHORT, num_chains=MANY)),
-    "RBM by sites": (rbm(), lambda e: partition.ais(e, base(e), Gibbs(), betas=SHORT, num_chains=MANY)),
-    "RBM by layers": (rbm().joint(), lambda e: partition.ais(e, base(e), LayerGibbs(), betas=SHORT, num_chains=MANY)),
+    "RBM by sites": (
+        rbm(),
+        lambda e: partition.ais(e, base(e), Gibbs(), betas=SHORT, num_chains=MANY),
+    ),
+    "RBM by layers": (
+        rbm().joint(),
+        lambda e: partition.ais(e, base(e), LayerGibbs(), betas=SHORT, num_chains=MANY),
+    ),
     "GRBM": (grbm(), lambda e: partition.ais(e, base(e), betas=SHORT, num_chains=MANY)),
     "GRBM by HMC": (
         grbm(),
-        lambda e: partition.ais(e, Gaussian(torch.zeros(2, dtype=F64), scale=3.0), HMC(0.5), betas=SHORT, num_chains=MANY),
+        lambda e: partition.ais(
+            e,
+            Gaussian(torch.zeros(2, dtype=F64), scale=3.0),
+            HMC(0.5),
+            betas=SHORT,
+            num_chains=MANY,
+        ),
     ),
     "deep": (deep(), lambda e: partition.ais(e, betas=SHORT, num_chains=MANY)),
     "deep Gaussian": (deep(True), lambda e: partition.ais(e, betas=SHORT, num_chains=MANY)),
-    "reverse RBM": (rbm(), lambda e: partition.reverse_ais(e, base=base(e), betas=SHORT, num_chains=MANY)),
-    "reverse RBM by sites": (rbm(), lambda e: partition.reverse_ais(e, None, base(e), Gibbs(), betas=SHORT, num_chains=MANY)),
-    "reverse GRBM": (grbm(), lambda e: partition.reverse_ais(e, base=base(e), betas=SHORT, num_chains=MANY)),
+    "reverse RBM": (
+        rbm(),
+        lambda e: partition.reverse_ais(e, base=base(e), betas=SHORT, num_chains=MANY),
+    ),
+    "reverse RBM by sites": (
+        rbm(),
+        lambda e: partition.reverse_ais(e, None, base(e), Gibbs(), betas=SHORT, num_chains=MANY),
+    ),
+    "reverse GRBM": (
+        grbm(),
+        lambda e: partition.reverse_ais(e, base=base(e), betas=SHORT, num_chains=MANY),
+    ),
     "reverse double well": (
         DoubleWell(dtype=F64),
         lambda e: partition.reverse_ais(
-            e, None, Gaussian(torch.tensor(0.0, dtype=F64), scale=1.5), HMC(0.1, num_steps=5), betas=SHORT, num_chains=MANY
+            e,
+            None,
+            Gaussian(torch.tensor(0.0, dtype=F64), scale=1.5),
+            HMC(0.1, num_steps=5),
+            betas=SHORT,
+            num_chains=MANY,
         ),
     ),
     "reverse deep": (deep(), lambda e: partition.reverse_ais(e, betas=SHORT, num_chains=MANY)),
-    "reverse deep Gaussian": (deep(True), lambda e: partition.reverse_ais(e, betas=SHORT, num_chains=MANY)),
+    "reverse deep Gaussian": (
+        deep(True),
+        lambda e: partition.reverse_ais(e, betas=SHORT, num_chains=MANY),
+    ),
 }
 
 
@@ -459,13 +613,24 @@ def test_weights_are_unbiased_and_logs_on_their_side(name: str) -> None:
 
 def test_standard_errors_are_the_spread_of_repeated_runs() -> None:
     repeats, strong = 120, randomised(BernoulliRBM(5, 4, dtype=F64))
-    brackets = [partition.bracket(strong, betas=6, num_chains=200, seed=seed) for seed in range(repeats)]
+    brackets = [
+        partition.bracket(strong, betas=6, num_chains=200, seed=seed) for seed in range(repeats)
+    ]
     for part in ("forward", "reverse", "combined"):
-        found = torch.tensor([[getattr(b, part).value, getattr(b, part).standard_error] for b in brackets], dtype=F64)
+        found = torch.tensor(
+            [[getattr(b, part).value, getattr(b, part).standard_error] for b in brackets], dtype=F64
+        )
         said, spread = found[:, 1].square().mean().sqrt(), found[:, 0].std()
-        within_se(said / spread, 1.0, 1.0 / math.sqrt(2 * (repeats - 1)), what=f"standard error of {part} over its truth")
+        within_se(
+            said / spread,
+            1.0,
+            1.0 / math.sqrt(2 * (repeats - 1)),
+            what=f"standard error of {part} over its truth",
+        )
     truth = partition.exact(strong).value
-    within_se(found[:, 0].mean(), truth, spread / math.sqrt(repeats), what="the acceptance ratio's mean")
+    within_se(
+        found[:, 0].mean(), truth, spread / math.sqrt(repeats), what="the acceptance ratio's mean"
+    )
 
 
 def test_start_may_be_visible_or_of_all_units() -> None:
@@ -521,38 +686,56 @@ def test_mutant_ladder_not_reversed_is_caught(monkeypatch: pytest.MonkeyPatch) -
 
 def test_mutant_moves_of_another_density_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     move = LayeredPath.move
-    monkeypatch.setattr(LayeredPath, "move", lambda self, walkers, beta, generator=None: move(self, walkers, 1.0, generator))
+    monkeypatch.setattr(
+        LayeredPath,
+        "move",
+        lambda self, walkers, beta, generator=None: move(self, walkers, 1.0, generator),
+    )
     for name in ("RBM", "GRBM", "deep"):
         caught(name)
 
 
-def test_mutant_one_sides_weights_with_the_other_sides_states_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mutant_one_sides_weights_with_the_other_sides_states_are_caught(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Of the layers that are to be summed out, one is left as it was."""
     enter = LayeredPath.enter
 
     def partly(self, x):  # type: ignore[no-untyped-def]
         walkers = enter(self, x)
-        return walkers._replace(fields=walkers.fields | {0: self.base.biases[0].expand_as(walkers.fields[0])})
+        return walkers._replace(
+            fields=walkers.fields | {0: self.base.biases[0].expand_as(walkers.fields[0])}
+        )
 
     monkeypatch.setattr(LayeredPath, "enter", partly)
     for name in ("RBM", "deep", "reverse deep"):
         caught(name)
 
 
-def test_mutant_own_terms_of_the_kept_side_forgotten_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mutant_own_terms_of_the_kept_side_forgotten_are_caught(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     weight = LayeredPath.log_weight
     monkeypatch.setattr(
         LayeredPath,
         "log_weight",
-        lambda self, w, b, t: weight(self, w._replace(x=[0 * x if x is not None else None for x in w.x]), b, t),
+        lambda self, w, b, t: weight(
+            self, w._replace(x=[0 * x if x is not None else None for x in w.x]), b, t
+        ),
     )
     for name in ("RBM", "GRBM", "deep Gaussian"):
         caught(name)
 
 
-def test_mutant_precision_of_the_target_all_along_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mutant_precision_of_the_target_all_along_is_caught(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(
-        layered, "_on_the_way", lambda start, target, beta: target._replace(weights=(), biases=(), offset=beta * target.offset)
+        layered,
+        "_on_the_way",
+        lambda start, target, beta: target._replace(
+            weights=(), biases=(), offset=beta * target.offset
+        ),
     )
     caught("GRBM")
 
@@ -560,7 +743,10 @@ def test_mutant_precision_of_the_target_all_along_is_caught(monkeypatch: pytest.
 def test_mutant_sign_of_the_correction_is_caught() -> None:
     """With its correction the rule is exact where the mean is a cubic of beta."""
     betas = torch.tensor([1.0, 0.6, 0.1, 0.0], dtype=F64)
-    mean, variance = -5.0 * betas**3 + 2.0 * betas**2 - 3.0 * betas, 15.0 * betas**2 - 4.0 * betas + 3.0
+    mean, variance = (
+        -5.0 * betas**3 + 2.0 * betas**2 - 3.0 * betas,
+        15.0 * betas**2 - 4.0 * betas + 3.0,
+    )
     noise = torch.tensor([1.0, -1.0], dtype=F64).reshape(2, 1, 1)
     slopes = mean + noise * variance.sqrt()
     truth = 5.0 / 4.0 - 2.0 / 3.0 + 3.0 / 2.0
@@ -573,7 +759,10 @@ def test_mutant_sign_of_the_correction_is_caught() -> None:
 def test_mutant_numbers_of_draws_forgotten_in_the_bridge_is_caught() -> None:
     """Normal laws whose log ratio is known; four times as many draws of one as of the other."""
     generator = torch.Generator().manual_seed(4)
-    first, second = torch.randn(40_000, generator=generator, dtype=F64), 1.0 + torch.randn(10_000, generator=generator, dtype=F64)
+    first, second = (
+        torch.randn(40_000, generator=generator, dtype=F64),
+        1.0 + torch.randn(10_000, generator=generator, dtype=F64),
+    )
 
     def log_ratio(x: Tensor) -> Tensor:
         return 0.5 * x**2 - 0.5 * (x - 1.0) ** 2 + 3.0
@@ -590,7 +779,12 @@ def test_mutant_numbers_of_draws_forgotten_in_the_bridge_is_caught() -> None:
         for _ in range(400)
     ]
     roots, errors = torch.tensor(again, dtype=F64).unbind(1)
-    within_se(errors.square().mean().sqrt() / roots.std(), 1.0, 1 / math.sqrt(2 * 399), what="standard error over its truth")
+    within_se(
+        errors.square().mean().sqrt() / roots.std(),
+        1.0,
+        1 / math.sqrt(2 * 399),
+        what="standard error over its truth",
+    )
 
 
 # How it is done
@@ -598,7 +792,9 @@ def test_mutant_numbers_of_draws_forgotten_in_the_bridge_is_caught() -> None:
 
 def test_an_rbm_costs_two_products_a_temperature(monkeypatch: pytest.MonkeyPatch) -> None:
     field, calls = Layers.field, []
-    monkeypatch.setattr(Layers, "field", lambda self, layer, x: calls.append(layer) or field(self, layer, x))
+    monkeypatch.setattr(
+        Layers, "field", lambda self, layer, x: calls.append(layer) or field(self, layer, x)
+    )
     partition.ais(rbm(), betas=50)
     assert len(calls) == 1 + 2 * 49
 
@@ -629,11 +825,18 @@ def test_a_schedule_evens_out_the_increments() -> None:
         path = LayeredPath(partition.base_rates(strong), strong.layers())
         start = path.draw_base(500, torch.Generator().manual_seed(3))
         speed = torch.stack(
-            [term.std() for term in walk.increments(path, start, walk.as_betas(steps), torch.Generator().manual_seed(4), False)]
+            [
+                term.std()
+                for term in walk.increments(
+                    path, start, walk.as_betas(steps), torch.Generator().manual_seed(4), False
+                )
+            ]
         )
         spread[name] = float(speed.std() / speed.mean())
     assert spread["tuned"] < 0.7 * spread["even"], spread
-    halves = partition.schedule(HalfDisc(dtype=F64), 5, Gaussian(torch.tensor(0.0, dtype=F64)), MALA(0.5), pilot=10)
+    halves = partition.schedule(
+        HalfDisc(dtype=F64), 5, Gaussian(torch.tensor(0.0, dtype=F64)), MALA(0.5), pilot=10
+    )
     assert len(halves) == 6  # draws outside of the disc are left out
     result = partition.ais(strong, betas=betas)
     within_se(result.value, partition.exact(strong).value, result.standard_error)
@@ -645,7 +848,9 @@ def test_base_rates_are_those_of_the_data() -> None:
     assert isinstance(layers, Layers)
     torch.testing.assert_close(torch.sigmoid(layers.biases[0]), (bits.sum(0) + 1) / 4)
     sites = partition.base_rates(Ising((3, 3), dtype=F64), torch.ones(6, 3, 3, dtype=F64))
-    torch.testing.assert_close(sites(torch.ones(1, 3, 3, dtype=F64)), torch.tensor([-9 * math.log(7 / 8)], dtype=F64))
+    torch.testing.assert_close(
+        sites(torch.ones(1, 3, 3, dtype=F64)), torch.tensor([-9 * math.log(7 / 8)], dtype=F64)
+    )
     colours = partition.base_rates(Potts((3,), 3, dtype=F64))
     draws = colours.sample(3000, torch.Generator().manual_seed(0))
     mean, se = mean_and_se(draws[:, 0, 0])
@@ -659,7 +864,9 @@ def test_base_rates_are_those_of_the_data() -> None:
     torch.testing.assert_close(normal.biases[0] / normal.precision, x.mean(0))
 
 
-@pytest.mark.parametrize("machine", [rbm(), rbm().joint(), grbm(), grbm().joint(), deep(), deep(True)])
+@pytest.mark.parametrize(
+    "machine", [rbm(), rbm().joint(), grbm(), grbm().joint(), deep(), deep(True)]
+)
 def test_independent_layers_are_a_density_with_its_draws(machine: LayeredMachine) -> None:
     energy = IndependentLayers(partition.base_rates(machine), machine)  # type: ignore[arg-type]
     assert energy.sample(7, torch.Generator().manual_seed(1)).shape == (7, *machine.event_shape)
@@ -668,13 +875,16 @@ def test_independent_layers_are_a_density_with_its_draws(machine: LayeredMachine
 
 
 def test_a_path_by_sites_has_the_logits_of_its_energies() -> None:
-    """The path offers what both ends offer; without it Gibbs takes the energies, and draws the same."""
+    """The path offers what both ends offer; without it Gibbs takes the energies, and draws the
+    same."""
     start = partition.base_rates(ISING, ISING.initial(50, torch.Generator().manual_seed(1)))
     path = Path(ISING, torch.tensor([0.0, 0.3, 1.0]), start)
     x, site = ISING.initial(3, torch.Generator().manual_seed(2)), torch.tensor([0, 4, 8])
     spins = torch.tensor([[-1.0], [1.0]], dtype=F64)
     offered = offered_logits(path, to_sites(x, spins), site, spins).log_softmax(1)
-    torch.testing.assert_close(offered, conditional_logits(path, to_sites(x, spins), site, spins).log_softmax(1))
+    torch.testing.assert_close(
+        offered, conditional_logits(path, to_sites(x, spins), site, spins).log_softmax(1)
+    )
     assert not hasattr(Path(ISING, 0.5, ISING * 0.5), "site_logits")
 
 
@@ -688,7 +898,8 @@ def test_bars_are_off_where_nobody_looks(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(walk, "tqdm", watched)
     for progress in (None, True, False):
         partition.ais(rbm(), betas=5, progress=progress)
-    assert asked == [(None, 5), (False, 5), (True, 5)]  # None: tqdm looks whether it writes to a terminal
+    # None: tqdm looks whether it writes to a terminal
+    assert asked == [(None, 5), (False, 5), (True, 5)]
 
 
 def test_same_seed_same_weights() -> None:
@@ -750,7 +961,9 @@ def test_weights_that_are_no_numbers_are_reported() -> None:
     with pytest.raises(ValueError, match="no box holds the density"):
         partition.quadrature(Unnormalized(lambda x: 0.0 * x))
     with pytest.raises(FloatingPointError, match="0 everywhere in the box"):
-        partition.quadrature(Unnormalized(lambda x: torch.where(x.abs() < 9.0, -torch.inf, -(x**2))), [(-1.0, 1.0)])
+        partition.quadrature(
+            Unnormalized(lambda x: torch.where(x.abs() < 9.0, -torch.inf, -(x**2))), [(-1.0, 1.0)]
+        )
 
 
 class HalfNan(Energy):
@@ -771,41 +984,97 @@ LARGE = BernoulliRBM(40, 30, dtype=F64)
     [
         (lambda: partition.ais(3.0), "energy must be a pyroebm.Energy"),
         (lambda: partition.ais(rbm(), betas=0), "betas must be at least 1, got betas=0"),
-        (lambda: partition.ais(rbm(), betas=torch.tensor([0.0, 0.7, 0.5, 1.0])), "rises from 0 to 1"),
+        (
+            lambda: partition.ais(rbm(), betas=torch.tensor([0.0, 0.7, 0.5, 1.0])),
+            "rises from 0 to 1",
+        ),
         (lambda: partition.ais(rbm(), betas=torch.tensor([0.1, 1.0])), "rises from 0 to 1"),
         (lambda: partition.ais(rbm(), num_chains=0), "num_chains must be an integer of at least 1"),
         (lambda: partition.ais(rbm(), kernel=Gibbs), r"write Gibbs\(\)"),
-        (lambda: partition.ais(rbm(), partition.base_rates(OTHER)), r"sizes \[4, 3\] with visible bits, got sizes \[5, 3\]"),
+        (
+            lambda: partition.ais(rbm(), partition.base_rates(OTHER)),
+            r"sizes \[4, 3\] with visible bits, got sizes \[5, 3\]",
+        ),
         (lambda: partition.ais(rbm(), rbm().layers()), "base must have weights of zero"),
-        (lambda: partition.ais(rbm(torch.float32), partition.base_rates(rbm())), "dtype and device of the energy"),
+        (
+            lambda: partition.ais(rbm(torch.float32), partition.base_rates(rbm())),
+            "dtype and device of the energy",
+        ),
         (lambda: partition.ais(WELL), "base must be given for DoubleWell"),
-        (lambda: partition.ais(WELL, WELL * 0.5), "base must be Layers, a distribution, or an Energy with exact draws"),
-        (lambda: partition.ais(WELL, partition.base_rates(rbm())), "base may be Layers for an energy made of layers"),
-        (lambda: partition.reverse_ais(LARGE), "start must be given: BernoulliRBM has no exact draws"),
-        (lambda: partition.reverse_ais(rbm(), torch.zeros(3, 5, dtype=F64)), r"start must have shape \(n, 4\) or \(n, 7\)"),
-        (lambda: partition.reverse_ais(deep(), torch.zeros(3, 4, dtype=F64)), r"start must have shape \(n, 10\)"),
+        (
+            lambda: partition.ais(WELL, WELL * 0.5),
+            "base must be Layers, a distribution, or an Energy with exact draws",
+        ),
+        (
+            lambda: partition.ais(WELL, partition.base_rates(rbm())),
+            "base may be Layers for an energy made of layers",
+        ),
+        (
+            lambda: partition.reverse_ais(LARGE),
+            "start must be given: BernoulliRBM has no exact draws",
+        ),
+        (
+            lambda: partition.reverse_ais(rbm(), torch.zeros(3, 5, dtype=F64)),
+            r"start must have shape \(n, 4\) or \(n, 7\)",
+        ),
+        (
+            lambda: partition.reverse_ais(deep(), torch.zeros(3, 4, dtype=F64)),
+            r"start must have shape \(n, 10\)",
+        ),
         (lambda: partition.reverse_ais(rbm(), torch.zeros(3, 4)), "start must be torch.float64"),
-        (lambda: partition.reverse_ais(rbm(), torch.full((3, 4), math.nan, dtype=F64)), "start must hold states"),
-        (lambda: partition.reverse_ais(rbm(), torch.full((3, 7), 0.5, dtype=F64)), "start must hold states"),
-        (lambda: partition.reverse_ais(grbm(), torch.full((3, 5), 0.5, dtype=F64)), "start must hold states"),
+        (
+            lambda: partition.reverse_ais(rbm(), torch.full((3, 4), math.nan, dtype=F64)),
+            "start must hold states",
+        ),
+        (
+            lambda: partition.reverse_ais(rbm(), torch.full((3, 7), 0.5, dtype=F64)),
+            "start must hold states",
+        ),
+        (
+            lambda: partition.reverse_ais(grbm(), torch.full((3, 5), 0.5, dtype=F64)),
+            "start must hold states",
+        ),
         (lambda: partition.exact(LARGE), r"sum over 2\^30 states, more than max_units=24"),
         (lambda: partition.exact(Ising((5, 5)) * 1.0), r"sum over 2\^25 states"),
         (lambda: partition.exact(WELL * 0.5), "exact needs a discrete energy"),
         (lambda: partition.quadrature(rbm()), "discrete"),
-        (lambda: partition.quadrature(Gaussian(torch.zeros(3))), "one or two unconstrained entries, but Gaussian has 3"),
+        (
+            lambda: partition.quadrature(Gaussian(torch.zeros(3))),
+            "one or two unconstrained entries, but Gaussian has 3",
+        ),
         (lambda: partition.quadrature(WELL, [(1.0, 0.0)]), "bounds must be 1 finite pairs"),
         (lambda: partition.bridge(LARGE), "draws must be given"),
-        (lambda: partition.bridge(rbm(), torch.zeros(4, dtype=F64)), r"draws must have shape \(n, \*event\)"),
-        (lambda: partition.bridge(rbm(), num_draws=1), "num_draws must be an integer of at least 2"),
-        (lambda: partition.thermodynamic_integration(rbm(), num_temperatures=1), "num_temperatures must be an integer"),
-        (lambda: partition.smc(WELL, Gaussian(torch.tensor(0.0, dtype=F64)), ULA()), "ULA is not exact"),
-        (lambda: partition.base_rates(rbm(), torch.zeros(3, 5)), r"visible units of shape \(n, 4\)"),
-        (lambda: partition.base_rates(Ising((3, 3)), torch.zeros(3, 5)), r"data must have shape \(n, \*\(3, 3\)\)"),
+        (
+            lambda: partition.bridge(rbm(), torch.zeros(4, dtype=F64)),
+            r"draws must have shape \(n, \*event\)",
+        ),
+        (
+            lambda: partition.bridge(rbm(), num_draws=1),
+            "num_draws must be an integer of at least 2",
+        ),
+        (
+            lambda: partition.thermodynamic_integration(rbm(), num_temperatures=1),
+            "num_temperatures must be an integer",
+        ),
+        (
+            lambda: partition.smc(WELL, Gaussian(torch.tensor(0.0, dtype=F64)), ULA()),
+            "ULA is not exact",
+        ),
+        (
+            lambda: partition.base_rates(rbm(), torch.zeros(3, 5)),
+            r"visible units of shape \(n, 4\)",
+        ),
+        (
+            lambda: partition.base_rates(Ising((3, 3)), torch.zeros(3, 5)),
+            r"data must have shape \(n, \*\(3, 3\)\)",
+        ),
         (lambda: partition.base_rates(rbm(), torch.full((3, 4), 2.0)), "from 0 to 1"),
         (lambda: partition.base_rates(boltzmann(), torch.zeros(3, 9)), "data must lie in support"),
         (lambda: partition.base_rates(grbm(), torch.ones(3, 2)), "vary in every column"),
         (
-            lambda: LayerGibbs().step(rbm().joint(), LayerGibbs().init(rbm().joint(), rbm().joint().initial(1))),
+            lambda: LayerGibbs().step(
+                rbm().joint(), LayerGibbs().init(rbm().joint(), rbm().joint().initial(1))
+            ),
             "moves on the Path",
         ),
     ],

@@ -1,4 +1,5 @@
-"""Flows as guides: SVI and our objectives are one fit, weighted posteriors are exact, NeuTra and NUTS run on top; mutants."""
+"""Flows as guides: SVI and our objectives are one fit, weighted posteriors are exact, NeuTra and
+NUTS run on top; mutants."""
 
 from __future__ import annotations
 
@@ -22,7 +23,15 @@ from torch import Tensor, nn
 from pyroebm import MCMC, NUTS, FlowGuide
 from pyroebm.core import Energy
 from pyroebm.core.statistics import mcse_mean
-from pyroebm.flows import NICE, Flow, RealNVP, RedundantNICE, Transported, importance_sample, judge_flow
+from pyroebm.flows import (
+    NICE,
+    Flow,
+    RealNVP,
+    RedundantNICE,
+    Transported,
+    importance_sample,
+    judge_flow,
+)
 from pyroebm.objectives import ForwardKL, ReverseKL, fit_flow
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -38,7 +47,8 @@ def normal(y: Tensor) -> None:
 
 
 def constrained() -> None:
-    """Gamma(2, 1) with counts 3 and 5, Beta(2, 3) with 4 of 6, Dirichlet(1, 2, 3) with 2, 0, 1: independent."""
+    """Gamma(2, 1) with counts 3 and 5, Beta(2, 3) with 4 of 6, Dirichlet(1, 2, 3) with 2, 0, 1:
+    independent."""
     rate = pyro.sample("rate", dist.Gamma(2.0, 1.0))
     with pyro.plate("counts", 2):
         pyro.sample("count", dist.Poisson(rate), obs=torch.tensor([3.0, 5.0]))
@@ -72,7 +82,11 @@ CASES: dict[str, tuple[Callable[..., None], tuple[Any, ...], int]] = {
     "normal": (normal, (Y,), 1),
     "constrained": (constrained, (), 4),
     "plates": (plates, (torch.linspace(-1.0, 1.0, 6).reshape(2, 3).double(),), 22),
-    "eight schools": (eight_schools, (torch.tensor(EFFECT).double(), torch.tensor(SIGMA).double()), 10),
+    "eight schools": (
+        eight_schools,
+        (torch.tensor(EFFECT).double(), torch.tensor(SIGMA).double()),
+        10,
+    ),
 }
 FLOWS: dict[str, Callable[[int], Flow]] = {
     "NICE": lambda d: NICE(d, couplings=2, hidden=(8,), dtype=torch.float64),
@@ -83,17 +97,20 @@ every_case = pytest.mark.parametrize("case", CASES)
 every_flow = pytest.mark.parametrize("name", FLOWS)
 
 
-def made(case: str, name: str, stir: float = 0.1, kind: type[FlowGuide] = FlowGuide) -> tuple[FlowGuide, tuple[Any, ...]]:
+def made(
+    case: str, name: str, stir: float = 0.1, kind: type[FlowGuide] = FlowGuide
+) -> tuple[FlowGuide, tuple[Any, ...]]:
     model, args, dim = CASES[case]
     return kind(model, stirred(FLOWS[name](dim), stir)), args
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # One fit, two ways
 
 
 def losses(guide: FlowGuide, args: tuple[Any, ...], n: int = 16) -> tuple[Tensor, Tensor]:
-    """Minus the ELBO by Pyro and J_R - log C by us, with the noise that Pyro drew, and the gradients of both."""
+    """Minus the ELBO by Pyro and J_R - log C by us, with the noise that Pyro drew, and the
+    gradients of both."""
     energy, flow = guide.energy(*args), guide.flow
     elbo = Trace_ELBO(num_particles=n, vectorize_particles=True, max_plate_nesting=2)
     torch.manual_seed(3)
@@ -109,7 +126,10 @@ def check_losses_agree(guide: FlowGuide, args: tuple[Any, ...]) -> None:
     torch.testing.assert_close(theirs, ours, rtol=1e-9, atol=1e-9)
     parameters = list(guide.flow.parameters())
     for name, (a, b) in enumerate(
-        zip(*(torch.autograd.grad(loss, parameters, allow_unused=True) for loss in (theirs, ours)), strict=True)
+        zip(
+            *(torch.autograd.grad(loss, parameters, allow_unused=True) for loss in (theirs, ours)),
+            strict=True,
+        )
     ):
         a, b = (torch.zeros(()) if g is None else g for g in (a, b))
         torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-7, msg=f"gradient {name}")
@@ -152,11 +172,20 @@ def test_svi_and_our_loop_train_the_same_parameters(name: str) -> None:
     guide, args = made("constrained", name, 0.0)
     ours = dict(guide.flow.named_parameters())
     energy = guide.energy(*args)
-    svi = SVI(guide.extended, guide, pyro.optim.Adam({"lr": 1e-2}), Trace_ELBO(num_particles=16, vectorize_particles=True))
+    svi = SVI(
+        guide.extended,
+        guide,
+        pyro.optim.Adam({"lr": 1e-2}),
+        Trace_ELBO(num_particles=16, vectorize_particles=True),
+    )
     start = {key: p.detach().clone() for key, p in ours.items()}
     first = [svi.step(*args) for _ in range(30)]
     assert sum(first[-5:]) < sum(first[:5])
-    moved = [key for key, p in guide.flow.named_parameters() if p is ours[key] and not torch.equal(p, start[key])]
+    moved = [
+        key
+        for key, p in guide.flow.named_parameters()
+        if p is ours[key] and not torch.equal(p, start[key])
+    ]
     assert len(moved) == len(start)
     for _ in fit_flow(guide.flow, energy, steps=30, beta_start=1.0, num_samples=64, lr=1e-2):
         pass
@@ -187,12 +216,16 @@ def test_a_flow_may_be_made_at_the_first_call_and_a_model_may_be_a_module() -> N
     svi = SVI(guide.extended, guide, pyro.optim.Adam({"lr": 1e-2}), Trace_ELBO())
     svi.step(Y)
     assert (guide.flow.dim, guide.flow.total_dim) == (2, 4)
-    assert not any(key.startswith("_plain") or "scale" in key or "make" in key for key, _ in guide.named_parameters())
-    assert float(model.scale.detach()) != 1.0  # a parameter of the model is learned beside the guide
+    assert not any(
+        key.startswith("_plain") or "scale" in key or "make" in key
+        for key, _ in guide.named_parameters()
+    )
+    # a parameter of the model is learned beside the guide
+    assert float(model.scale.detach()) != 1.0
     assert guide.extended(Y).shape == (2,)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The sites
 
 
@@ -201,7 +234,10 @@ def test_a_flow_may_be_made_at_the_first_call_and_a_model_may_be_a_module() -> N
 def test_sites_are_those_of_the_energy(case: str, name: str) -> None:
     guide, args = made(case, name)
     energy = guide.energy(*args)
-    draws, generator = guide.sample(6, torch.Generator().manual_seed(1)), torch.Generator().manual_seed(1)
+    draws, generator = (
+        guide.sample(6, torch.Generator().manual_seed(1)),
+        torch.Generator().manual_seed(1),
+    )
     x = guide.flow.push(guide.flow.draw_noise(6, generator))[0][:, : guide.flow.dim]
     again = energy.constrain(x.detach())
     assert {key: value.shape[1:] for key, value in draws.items()} == energy.sites
@@ -221,8 +257,11 @@ def test_predictive_draws_the_guide(name: str) -> None:
     guide, args = made("normal", name)
     draws = Predictive(guide, num_samples=7, parallel=False)(*args)
     assert draws["mean"].shape == (7,)
-    replicated = Predictive(guide.extended, guide=guide, num_samples=5, return_sites=("mean",))(*args)
-    assert replicated["mean"].shape == (5, 1)  # as of any guide, with the model's plate at the right
+    replicated = Predictive(guide.extended, guide=guide, num_samples=5, return_sites=("mean",))(
+        *args
+    )
+    # as of any guide, with the model's plate at the right
+    assert replicated["mean"].shape == (5, 1)
 
 
 def test_set_up_leaves_the_random_stream_alone() -> None:
@@ -232,13 +271,15 @@ def test_set_up_leaves_the_random_stream_alone() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What a fit reaches
 
 
 def trained(guide: FlowGuide, args: tuple[Any, ...], steps: int = 400, **options: Any) -> Energy:
     energy = guide.energy(*args)
-    for _ in fit_flow(guide.flow, energy, steps=steps, **{"num_samples": 128, "lr": 1e-2, **options}):
+    for _ in fit_flow(
+        guide.flow, energy, steps=steps, **{"num_samples": 128, "lr": 1e-2, **options}
+    ):
         pass
     return energy
 
@@ -255,7 +296,9 @@ def test_the_conjugate_normal_posterior_is_reached_by_svi() -> None:
     loss = Trace_ELBO(num_particles=1000, vectorize_particles=True).loss(normal, guide, *args)
     assert loss == pytest.approx(-float(evidence), abs=1e-3)  # J = 0: the flow is the posterior
     draws = guide.sample(20_000, torch.Generator().manual_seed(0))["mean"]
-    within_se(draws.mean(), float(Y.sum()) / precision, math.sqrt(1.0 / precision / 20_000) + 1e-2 / 5)
+    within_se(
+        draws.mean(), float(Y.sum()) / precision, math.sqrt(1.0 / precision / 20_000) + 1e-2 / 5
+    )
     assert float(draws.var()) == pytest.approx(1.0 / precision, rel=0.06)
 
 
@@ -263,13 +306,29 @@ def test_the_conjugate_normal_posterior_is_reached_by_svi() -> None:
 def test_constrained_conjugate_posteriors_are_exact_after_weighting(name: str) -> None:
     guide, args = made("constrained", name, 0.0)
     energy = trained(guide, args, steps=250)
-    result = importance_sample(guide.flow, energy, 20_000)  # however well the flow fits: with too few weights there is no error
+    # however well the flow fits: with too few weights there is no error
+    result = importance_sample(guide.flow, energy, 20_000)
     assert result.pareto_k < 0.7
     evidence = (
-        math.lgamma(10) - 10 * math.log(3) - math.lgamma(2) - math.log(6 * 120)  # Gamma-Poisson, of 3 and 5
-        + math.log(15) + math.lgamma(6) + math.lgamma(5) + math.lgamma(5) - math.lgamma(11) - math.lgamma(2) - math.lgamma(3)
-        + math.lgamma(6) - math.lgamma(9) + math.lgamma(3) - math.lgamma(1) + math.lgamma(4) - math.lgamma(3)
-    )  # fmt: skip
+        # Gamma-Poisson, of 3 and 5
+        math.lgamma(10)
+        - 10 * math.log(3)
+        - math.lgamma(2)
+        - math.log(6 * 120)
+        + math.log(15)
+        + math.lgamma(6)
+        + math.lgamma(5)
+        + math.lgamma(5)
+        - math.lgamma(11)
+        - math.lgamma(2)
+        - math.lgamma(3)
+        + math.lgamma(6)
+        - math.lgamma(9)
+        + math.lgamma(3)
+        - math.lgamma(1)
+        + math.lgamma(4)
+        - math.lgamma(3)
+    )
     within_se(result.log_z, evidence, result.log_z_se, what="log evidence")
     for site, truths in EXACT.items():
         for power, truth in enumerate(truths, start=1):
@@ -281,9 +340,15 @@ def test_constrained_conjugate_posteriors_are_exact_after_weighting(name: str) -
 @pytest.mark.parametrize("name", ["RealNVP", "redundant"])
 def test_eight_schools_agrees_with_the_reference_after_weighting(name: str) -> None:
     """Against posteriordb's reference draws of eight_schools_noncentered, ten thousand of them."""
-    flow = RealNVP(10, layers=4, hidden=(32,)) if name == "RealNVP" else RedundantNICE(10, 12, couplings=4, hidden=(32,))
+    flow = (
+        RealNVP(10, layers=4, hidden=(32,))
+        if name == "RealNVP"
+        else RedundantNICE(10, 12, couplings=4, hidden=(32,))
+    )
     guide = FlowGuide(eight_schools, flow)
-    energy = trained(guide, CASES["eight schools"][1], steps=1000, num_samples=256, lr=5e-3, beta_start=1.0)
+    energy = trained(
+        guide, CASES["eight schools"][1], steps=1000, num_samples=256, lr=5e-3, beta_start=1.0
+    )
     result = importance_sample(flow, energy, 50_000)
     assert result.pareto_k < 0.7
     assert result.ess_fraction > 0.7
@@ -293,11 +358,16 @@ def test_eight_schools_agrees_with_the_reference_after_weighting(name: str) -> N
         theta = sites["mu"][:, None] + sites["tau"][:, None] * sites["z"]
         return torch.stack((sites["mu"], sites["tau"], theta[:, 0], theta[:, 7]), 1)
 
-    for power, truth in ((1, [4.4105, 3.6021, 6.1505, 4.8840]), (2, [30.403, 23.204, 69.363, 52.128])):
+    for power, truth in (
+        (1, [4.4105, 3.6021, 6.1505, 4.8840]),
+        (2, [30.403, 23.204, 69.363, 52.128]),
+    ):
         mean, se = result.expectation(lambda x, k=power: interesting(x) ** k)  # type: ignore[misc]
         square, _ = result.expectation(lambda x, k=power: interesting(x) ** (2 * k))  # type: ignore[misc]
         theirs = ((square - mean**2) / 10_000).sqrt()
-        within_se(mean, torch.tensor(truth), (se**2 + theirs**2).sqrt(), what=f"moments of power {power}")
+        within_se(
+            mean, torch.tensor(truth), (se**2 + theirs**2).sqrt(), what=f"moments of power {power}"
+        )
 
 
 def test_other_objectives_and_the_report_take_the_same_flow() -> None:
@@ -305,7 +375,17 @@ def test_other_objectives_and_the_report_take_the_same_flow() -> None:
     energy = guide.energy(*args)
     mean, deviation = float(Y.sum()) / 3.25, 3.25**-0.5
     draws = mean + deviation * torch.randn(500, 1, generator=torch.Generator().manual_seed(0))
-    steps = list(fit_flow(guide.flow, energy, ForwardKL(draws), steps=150, num_samples=128, lr=2e-2, beta_start=1.0))
+    steps = list(
+        fit_flow(
+            guide.flow,
+            energy,
+            ForwardKL(draws),
+            steps=150,
+            num_samples=128,
+            lr=2e-2,
+            beta_start=1.0,
+        )
+    )
     assert steps[-1][1] < steps[0][1]
     assert float(guide.median()["mean"]) == pytest.approx(mean, abs=4.0 * deviation / 500**0.5)
     report = judge_flow(guide.flow, energy, 2000, draws=draws, num_distances=200, num_marginal=200)
@@ -313,7 +393,7 @@ def test_other_objectives_and_the_report_take_the_same_flow() -> None:
     assert report.forward_ess is not None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Samplers on top
 
 
@@ -321,7 +401,9 @@ def test_neutra_reparam_is_pyros_and_its_potential_is_ours() -> None:
     guide, args = made("eight schools", "RealNVP")
     guide(*args)
     neutra = NeuTraReparam(guide.requires_grad_(False))
-    starts, potential, *_ = initialize_model(poutine.reparam(eight_schools, config=lambda _: neutra), args)
+    starts, potential, *_ = initialize_model(
+        poutine.reparam(eight_schools, config=lambda _: neutra), args
+    )
     (site,) = starts
     z = torch.randn(5, 10, generator=torch.Generator().manual_seed(0))
     ours = Transported(guide.flow, guide.energy(*args))
@@ -373,7 +455,7 @@ def test_our_nuts_is_exact_through_a_flow_that_is_not(name: str) -> None:
                 within_se(column.mean(), exact[k], mcse_mean(column), what=f"E[{site}^{power}]")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Front door
 
 
@@ -402,7 +484,12 @@ def sequential() -> None:
     ("model", "args", "dim", "said"),
     [
         (discrete, (), 2, "cannot handle discrete sample site 'k'.*enumerating"),
-        (local, (Y,), 2, "latent 'z' is in plate 'data', which draws 2 of 3 rows anew.*subsample data only"),
+        (
+            local,
+            (Y,),
+            2,
+            "latent 'z' is in plate 'data', which draws 2 of 3 rows anew.*subsample data only",
+        ),
         (nested_support, (), 2, "support of latent 'below' depends on other latents"),
         (normal, (Y,), 3, r"flow must have dim=1.*latents \{'mean': 1\}, got dim=3"),
     ],
@@ -423,7 +510,9 @@ def test_sequential_plates_are_refused_by_pyro() -> None:
 
 def test_an_energy_of_another_dtype_or_without_fixed_density_is_refused() -> None:
     guide = FlowGuide(normal, NICE(1, dtype=torch.float32))
-    with pytest.raises(ValueError, match=r"one dtype: NICE has torch\.float32, ModelEnergy has torch\.float64"):
+    with pytest.raises(
+        ValueError, match=r"one dtype: NICE has torch\.float32, ModelEnergy has torch\.float64"
+    ):
         guide.energy(Y)
     with pytest.raises(ValueError, match=r"plate 'data' draws 2 of 3 rows anew"):
         FlowGuide(minibatch, NICE(1)).energy(Y)
@@ -435,19 +524,25 @@ def test_svi_takes_minibatches_of_data() -> None:
     full = FlowGuide(normal, guide.flow)
     full(Y)
     pyro.set_rng_seed(0)
-    values = [torch.tensor([Trace_ELBO(num_particles=1).loss(g.extended, g, Y) for _ in range(200)]) for g in (guide, full)]
+    values = [
+        torch.tensor([Trace_ELBO(num_particles=1).loss(g.extended, g, Y) for _ in range(200)])
+        for g in (guide, full)
+    ]
     se = math.sqrt(sum(float(v.var()) / len(v) for v in values))
     within_se(values[0].mean(), values[1].mean(), se)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Mutants
 
 
 class WithoutJacobian(FlowGuide):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         latent = self.sample_latent(*args, **kwargs)
-        return {name: pyro.sample(name, dist.Delta(x, event_dim=x.dim())) for name, x in self.constrain(latent).items()}
+        return {
+            name: pyro.sample(name, dist.Delta(x, event_dim=x.dim()))
+            for name, x in self.constrain(latent).items()
+        }
 
 
 class WithoutLatents(FlowGuide):
@@ -465,7 +560,8 @@ class Shuffled(FlowGuide):
         return super()._packed(trace).flip(-1)
 
 
-@pytest.mark.filterwarnings("ignore:Found non-auxiliary vars in guide but not model")  # Pyro sees one of them too
+# Pyro sees one of them too
+@pytest.mark.filterwarnings("ignore:Found non-auxiliary vars in guide but not model")
 @pytest.mark.parametrize("mutant", [WithoutJacobian, WithoutLatents, Shuffled])
 def test_losses_catch(mutant: type[FlowGuide]) -> None:
     guide, args = made("constrained", "redundant", 0.3, mutant)

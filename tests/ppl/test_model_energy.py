@@ -1,4 +1,5 @@
-"""A Pyro model as an energy: its density is the trace's, whatever is in the model, and our kernels sample it."""
+"""A Pyro model as an energy: its density is the trace's, whatever is in the model, and our kernels
+sample it."""
 
 from __future__ import annotations
 
@@ -49,15 +50,25 @@ def correlated(x: Tensor) -> None:
     with pyro.plate("columns", 3):
         scale = pyro.sample("scale", dist.HalfNormal(1.0))
     with pyro.plate("data", len(x)):
-        pyro.sample("x", dist.MultivariateNormal(torch.zeros(3), scale_tril=scale[..., None] * cholesky), obs=x)
+        pyro.sample(
+            "x",
+            dist.MultivariateNormal(torch.zeros(3), scale_tril=scale[..., None] * cholesky),
+            obs=x,
+        )
 
 
 def gaussian_process(t: Tensor, y: Tensor) -> None:
     length = pyro.sample("length", dist.InverseGamma(3.0, 3.0))
     variance = pyro.sample("variance", dist.LogNormal(0.0, 1.0))
     noise = pyro.sample("noise", dist.HalfCauchy(1.0))
-    kernel = variance * torch.exp(-((t[:, None] - t) ** 2) / (2 * length**2)) + (noise + 1e-3) * torch.eye(len(t))
-    pyro.sample("y", dist.MultivariateNormal(torch.zeros(len(t)), scale_tril=torch.linalg.cholesky(kernel)), obs=y)
+    kernel = variance * torch.exp(-((t[:, None] - t) ** 2) / (2 * length**2)) + (
+        noise + 1e-3
+    ) * torch.eye(len(t))
+    pyro.sample(
+        "y",
+        dist.MultivariateNormal(torch.zeros(len(t)), scale_tril=torch.linalg.cholesky(kernel)),
+        obs=y,
+    )
 
 
 def banana() -> None:
@@ -85,7 +96,9 @@ def mixture(y: Tensor) -> None:
     with pyro.plate("components", 2):
         means = pyro.sample("means", dist.Normal(0.0, 5.0))
     with pyro.plate("data", len(y)):
-        pyro.sample("y", dist.MixtureSameFamily(dist.Categorical(weights), dist.Normal(means, 1.0)), obs=y)
+        pyro.sample(
+            "y", dist.MixtureSameFamily(dist.Categorical(weights), dist.Normal(means, 1.0)), obs=y
+        )
 
 
 def weighted(y: Tensor) -> None:
@@ -120,7 +133,10 @@ def data(*shape: int) -> Tensor:
 
 MODELS: dict[str, tuple[Callable[..., Any], Callable[[], tuple[Tensor, ...]]]] = {
     "logistic": (logistic, lambda: (data(50, 3), (data(50) > 0).double())),
-    "dirichlet_categorical": (dirichlet_categorical, lambda: (data(30).abs().floor().long().clamp(max=2),)),
+    "dirichlet_categorical": (
+        dirichlet_categorical,
+        lambda: (data(30).abs().floor().long().clamp(max=2),),
+    ),
     "correlated": (correlated, lambda: (data(20, 3),)),
     "gaussian_process": (gaussian_process, lambda: (torch.linspace(0, 3, 10), data(10))),
     "banana": (banana, tuple),
@@ -136,8 +152,11 @@ def points(energy: Energy, *batch: int, seed: int = 3) -> Tensor:
     return torch.randn(*batch, *energy.event_shape, generator=torch.Generator().manual_seed(seed))
 
 
-def plain_density(model: Callable[..., Any], args: tuple[Any, ...], energy: ModelEnergy, u: Tensor) -> Tensor:
-    """One row by Pyro alone: the supports of a trace, condition, trace, the Jacobian written out."""
+def plain_density(
+    model: Callable[..., Any], args: tuple[Any, ...], energy: ModelEnergy, u: Tensor
+) -> Tensor:
+    """One row by Pyro alone: the supports of a trace, condition, trace, the Jacobian written
+    out."""
     supports = poutine.trace(model).get_trace(*args).nodes
     u = u.detach().requires_grad_(True)
     values, log_det = {}, torch.tensor(0.0)
@@ -146,7 +165,10 @@ def plain_density(model: Callable[..., Any], args: tuple[Any, ...], energy: Mode
         values[name] = transform(part)
         log_det = log_det + transform.log_abs_det_jacobian(part, values[name]).sum()
     with pyro.validation_enabled(False):
-        total = poutine.trace(poutine.condition(model, values)).get_trace(*args).log_prob_sum() + log_det
+        total = (
+            poutine.trace(poutine.condition(model, values)).get_trace(*args).log_prob_sum()
+            + log_det
+        )
     return torch.stack([-total.detach(), *torch.autograd.grad(-total, u)[0]])
 
 
@@ -155,7 +177,9 @@ def check_density(energy: ModelEnergy, model: Callable[..., Any], args: tuple[An
     with pyro.validation_enabled(False):
         expected = torch.stack([plain_density(model, args, energy, row) for row in u])
     values, grad = value_and_grad(energy, u)
-    torch.testing.assert_close(torch.cat([values[:, None], grad], 1), expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        torch.cat([values[:, None], grad], 1), expected, rtol=1e-9, atol=1e-9
+    )
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -170,9 +194,13 @@ def test_density_is_that_of_the_trace(name: str) -> None:
         u = points(energy, 4, seed=5)
         theirs = torch.stack([potential(energy.split(row)).detach() for row in u])
     torch.testing.assert_close(energy(u).detach(), theirs, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(energy(u.reshape(2, 2, -1)).detach().flatten(), theirs, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        energy(u.reshape(2, 2, -1)).detach().flatten(), theirs, rtol=1e-9, atol=1e-9
+    )
     torch.testing.assert_close(energy(u[0]).detach(), theirs[0], rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(PotentialFn(energy)({"x": u[0]}).detach(), theirs[0], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        PotentialFn(energy)({"x": u[0]}).detach(), theirs[0], rtol=1e-9, atol=1e-9
+    )
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -182,7 +210,9 @@ def test_latents_come_and_go(name: str) -> None:
     u = points(energy, 2, 3)
     values = energy.constrain(u)
     assert {site: value.shape[2:] for site, value in values.items()} == energy.sites
-    assert {site: value.shape for site, value in energy.split(u).items()} == {k: (2, 3, *v) for k, v in energy.shapes.items()}
+    assert {site: value.shape for site, value in energy.split(u).items()} == {
+        k: (2, 3, *v) for k, v in energy.shapes.items()
+    }
     torch.testing.assert_close(energy.unconstrain(values), u)
     torch.testing.assert_close(energy.join(energy.split(u)), u)
     assert torch.isfinite(energy(energy.initial(16, torch.Generator().manual_seed(0)))).all()
@@ -233,7 +263,11 @@ class SiteBySite(ModelEnergy):
     def row_energy(self, u: Tensor) -> Tensor:
         trace, places = self._run(self.split(u))
         with pyro.validation_enabled(False):
-            sites = [s for s in trace.nodes.values() if s["type"] == "sample" and s["name"] != self.dropped]
+            sites = [
+                s
+                for s in trace.nodes.values()
+                if s["type"] == "sample" and s["name"] != self.dropped
+            ]
             return -(sum(s["fn"].log_prob(s["value"]).sum() for s in sites) + places.log_det)
 
 
@@ -243,7 +277,12 @@ class DroppedSite(SiteBySite):
 
 @pytest.mark.parametrize(
     ("mutant", "name"),
-    [(WithoutJacobian, "hierarchy"), (JacobianTwice, "hierarchy"), (SiteBySite, "weighted"), (DroppedSite, "hierarchy")],
+    [
+        (WithoutJacobian, "hierarchy"),
+        (JacobianTwice, "hierarchy"),
+        (SiteBySite, "weighted"),
+        (DroppedSite, "hierarchy"),
+    ],
 )
 def test_mutants_are_caught(mutant: type[ModelEnergy], name: str) -> None:
     model, make = MODELS[name]
@@ -316,12 +355,15 @@ def test_globals_stay_as_they_were() -> None:
     energy = ModelEnergy(hierarchy, data(4))
     for strategy in (None, init_to_median, init_to_sample):
         first = energy.initial(3, torch.Generator().manual_seed(1), strategy)
-        torch.testing.assert_close(energy.initial(3, torch.Generator().manual_seed(1), strategy), first)
+        torch.testing.assert_close(
+            energy.initial(3, torch.Generator().manual_seed(1), strategy), first
+        )
         assert not torch.equal(energy.initial(3, generator, strategy), first)
     value_and_grad(energy, first)
     assert torch.equal(torch.get_rng_state(), state)
     assert dist.Normal._validate_args == validating
-    assert not torch.equal(energy.initial(3), energy.initial(3))  # without a generator it is torch's global one
+    # without a generator it is torch's global one
+    assert not torch.equal(energy.initial(3), energy.initial(3))
     with poutine.trace() as outer:
         energy(first)
     assert not outer.trace.nodes
@@ -331,7 +373,9 @@ def test_globals_stay_as_they_were() -> None:
 
 
 def test_a_branch_on_a_latent_runs_chain_by_chain_and_says_so() -> None:
-    with pytest.warns(RuntimeWarning, match=r"model 'branching'.*chain by chain.*data-dependent control") as caught:
+    with pytest.warns(
+        RuntimeWarning, match=r"model 'branching'.*chain by chain.*data-dependent control"
+    ) as caught:
         energy = ModelEnergy(branching)
     assert len(caught) == 1
     assert energy.batching == "loop"
@@ -412,7 +456,9 @@ def test_bad_data_and_bad_values_are_named() -> None:
     good = energy.constrain(points(energy, 2))
     with pytest.raises(ValueError, match=r"sites must be \['freedom', 'scale', 'z'\], got \['z'\]"):
         energy.unconstrain({"z": good["z"]})
-    with pytest.raises(ValueError, match=r"site 'z' must have shape \(\*batch, \*\(4,\)\), got \(2, 3\)"):
+    with pytest.raises(
+        ValueError, match=r"site 'z' must have shape \(\*batch, \*\(4,\)\), got \(2, 3\)"
+    ):
         energy.unconstrain(good | {"z": good["z"][:, :3]})
     with pytest.raises(ValueError, match=r"variables must be"):
         energy.join({"z": good["z"]})
@@ -429,9 +475,14 @@ def test_starts_that_cannot_be_name_the_site_and_the_value() -> None:
         pyro.sample("y", dist.Normal(x, 1.0), obs=y)
 
     energy = ModelEnergy(far, torch.tensor(6.0))
-    with pytest.raises(ValueError, match=r"2 of n=2 rows in 100 tries.*site 'wall' was -inf where the latents were \{'x':"):
+    with pytest.raises(
+        ValueError,
+        match=r"2 of n=2 rows in 100 tries.*site 'wall' was -inf where the latents were \{'x':",
+    ):
         energy.initial(2, torch.Generator().manual_seed(0))
-    start = energy.initial(2, torch.Generator().manual_seed(0), init_to_value(values={"x": torch.tensor(6.0)}))
+    start = energy.initial(
+        2, torch.Generator().manual_seed(0), init_to_value(values={"x": torch.tensor(6.0)})
+    )
     torch.testing.assert_close(start, torch.full((2, 1), 6.0))
 
     def steep() -> None:
@@ -450,7 +501,10 @@ def test_mcmc_gives_the_models_own_sites() -> None:
     energy = ModelEnergy(correlated, data(10, 3))
     mcmc.run(energy)
     samples = mcmc.get_samples(group_by_chain=True)
-    assert {name: value.shape for name, value in samples.items()} == {"cholesky": (4, 20, 3, 3), "scale": (4, 20, 3)}
+    assert {name: value.shape for name, value in samples.items()} == {
+        "cholesky": (4, 20, 3, 3),
+        "scale": (4, 20, 3),
+    }
     assert (samples["scale"] > 0).all()
     assert mcmc.get_samples(7)["scale"].shape == (7, 3)
     assert mcmc.diagnostics()["cholesky"]["n_eff"].shape == (3, 3)
@@ -467,7 +521,9 @@ def test_mcmc_gives_the_models_own_sites() -> None:
 
 def test_an_energy_inside_a_model_is_sampled_too() -> None:
     """A site that Pyro cannot draw from (see initial_states) is only asked for its density."""
-    energy = ModelEnergy(lambda: pyro.sample("x", Boltzmann(Unnormalized(lambda x: -(x**4) + 4 * x**2 - x))))
+    energy = ModelEnergy(
+        lambda: pyro.sample("x", Boltzmann(Unnormalized(lambda x: -(x**4) + 4 * x**2 - x)))
+    )
     u = points(energy, 5)
     torch.testing.assert_close(energy(u), DoubleWell().double()(u[:, 0]))
 
@@ -483,7 +539,10 @@ def test_a_latent_below_a_latent_has_its_moments() -> None:
 
 def test_compiled_blocks_draw_the_posterior_that_eager_ones_draw() -> None:
     energy = ModelEnergy(eight_schools, torch.tensor(EFFECT), torch.tensor(SIGMA))
-    runs = [MCMC(NUTS(0.3, max_tree_depth=1), 3, 0, 4, seed=0, compile=compile) for compile in (False, True)]
+    runs = [
+        MCMC(NUTS(0.3, max_tree_depth=1), 3, 0, 4, seed=0, compile=compile)
+        for compile in (False, True)
+    ]
     for mcmc in runs:
         mcmc.run(energy)
     assert [mcmc.compiled for mcmc in runs] == [False, True]
@@ -494,9 +553,15 @@ def test_compiled_blocks_draw_the_posterior_that_eager_ones_draw() -> None:
 @pytest.mark.filterwarnings("ignore:the model 'branching':RuntimeWarning")
 def test_a_model_that_cannot_be_compiled_says_why_and_runs_as_it_is() -> None:
     energy = ModelEnergy(branching)
-    with pytest.raises(RuntimeError, match=r"cannot be compiled \(RuntimeError: .*control flow.*; use compile=False"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"cannot be compiled \(RuntimeError: .*control flow.*; use compile=False",
+    ):
         MCMC(NUTS(), 5, 5, 4, compile=True).run(energy)
-    with pytest.warns(RuntimeWarning, match=r"ModelEnergy cannot be compiled \(RuntimeError: .*control flow.* runs as it is"):
+    with pytest.warns(
+        RuntimeWarning,
+        match=r"ModelEnergy cannot be compiled \(RuntimeError: .*control flow.* runs as it is",
+    ):
         assert choose_compiled(energy, "auto", NUTS(), 64, 10**7) is energy
 
 
@@ -509,14 +574,27 @@ def test_pyros_validation_is_of_the_first_run_and_stops_no_chain() -> None:
     with pyro.validation_enabled(True):
         energy = ModelEnergy(checked, torch.ones(3), None)
         assert energy.batching == "graph"
-        assert energy(torch.tensor([[0.0], [-800.0]])).isfinite().tolist() == [True, False]  # a scale of 0 is one row's affair
+        # a scale of 0 is one row's affair
+        assert energy(torch.tensor([[0.0], [-800.0]])).isfinite().tolist() == [True, False]
         mcmc = MCMC(NUTS(), 20, 20, 4, seed=0)
         mcmc.run(energy, torch.full((4, 1), -3.0))
-        ours = pyroebm.infer.MCMC(pyroebm.infer.NUTS(checked), 5, 5, num_chains=2, disable_progbar=True, disable_validation=False)
+        ours = pyroebm.infer.MCMC(
+            pyroebm.infer.NUTS(checked),
+            5,
+            5,
+            num_chains=2,
+            disable_progbar=True,
+            disable_validation=False,
+        )
         ours.run(torch.ones(3), None)
-        with pytest.raises(ValueError, match=r"at site 'y':\nExpected value argument .* to be within the support"):
+        with pytest.raises(
+            ValueError, match=r"at site 'y':\nExpected value argument .* to be within the support"
+        ):
             ModelEnergy(
-                lambda y: pyro.sample("y", dist.Bernoulli(pyro.sample("p", dist.Beta(1.0, 1.0))), obs=y), torch.tensor(2.0)
+                lambda y: pyro.sample(
+                    "y", dist.Bernoulli(pyro.sample("p", dist.Beta(1.0, 1.0))), obs=y
+                ),
+                torch.tensor(2.0),
             )
     told = ModelEnergy(checked, torch.ones(3), True)
     assert told.batching == "graph"
@@ -536,13 +614,18 @@ def singular(solver: Callable[[Tensor, Tensor], Tensor]) -> None:
 
 #: What is taken of a matrix, and its sum where the matrix is ``scale`` times ``matrix()``.
 SOLVERS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Callable[[float], float]]] = {
-    "cholesky": (lambda a, b: torch.linalg.cholesky(a), lambda s: s**0.5 * float(torch.linalg.cholesky(matrix()).sum())),
+    "cholesky": (
+        lambda a, b: torch.linalg.cholesky(a),
+        lambda s: s**0.5 * float(torch.linalg.cholesky(matrix()).sum()),
+    ),
     "inverse": (lambda a, b: torch.inverse(a), lambda s: 2 / (3 * s)),
     "solve a vector": (torch.linalg.solve, lambda s: 2 / (3 * s)),
     "solve a matrix": (lambda a, b: torch.linalg.solve(a, b[:, None]), lambda s: 2 / (3 * s)),
     "normal": (
         lambda a, b: dist.MultivariateNormal(torch.zeros(2), a).log_prob(b),
-        lambda s: float(dist.MultivariateNormal(torch.zeros(2), s * matrix()).log_prob(torch.ones(2))),
+        lambda s: float(
+            dist.MultivariateNormal(torch.zeros(2), s * matrix()).log_prob(torch.ones(2))
+        ),
     ),
 }
 
@@ -558,7 +641,9 @@ def test_a_matrix_that_is_singular_in_one_row_is_that_rows_affair(name: str, way
     assert values.isfinite().tolist() == [True, False, True]
     assert grad[[0, 2]].isfinite().all()
     for value, scale in ((values[0], 1.0), (values[2], 0.5)):
-        torch.testing.assert_close(value, -dist.Normal(0.0, 1.0).log_prob(torch.tensor(scale - 2.0)) - truth(scale))
+        torch.testing.assert_close(
+            value, -dist.Normal(0.0, 1.0).log_prob(torch.tensor(scale - 2.0)) - truth(scale)
+        )
 
 
 def test_a_gaussian_process_survives_a_covariance_without_a_factor() -> None:
@@ -578,7 +663,8 @@ def test_a_tempered_model_keeps_its_sites() -> None:
 
 
 def test_eight_schools_agrees_with_the_reference() -> None:
-    """posteriordb's reference draws of eight_schools_noncentered; its standard errors are at most 0.056."""
+    """posteriordb's reference draws of eight_schools_noncentered; its standard errors are at most
+    0.056."""
     mcmc = MCMC(NUTS(), num_samples=200, warmup_steps=120, num_chains=64, seed=4)
     mcmc.run(ModelEnergy(eight_schools, torch.tensor(EFFECT), torch.tensor(SIGMA)))
     draws = mcmc.get_samples(group_by_chain=True)

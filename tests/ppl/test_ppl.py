@@ -1,4 +1,5 @@
-"""The bridge: Pyro's NUTS and HMC on our energies, an energy inside a Pyro model, our kernels inside Pyro's MCMC."""
+"""The bridge: Pyro's NUTS and HMC on our energies, an energy inside a Pyro model, our kernels
+inside Pyro's MCMC."""
 
 from __future__ import annotations
 
@@ -38,10 +39,15 @@ def through_pyro(kernel: object, energy: Energy, num_samples: int, warmup_steps:
 @pytest.mark.parametrize("kernel", [PyroNUTS, PyroHMC])
 @pytest.mark.parametrize(
     "energy",
-    [Gaussian(torch.tensor([1.0, -2.0])).double(), Exponential(2.0).double(), Dirichlet(torch.tensor([2.0, 3.0, 4.0])).double()],
+    [
+        Gaussian(torch.tensor([1.0, -2.0])).double(),
+        Exponential(2.0).double(),
+        Dirichlet(torch.tensor([2.0, 3.0, 4.0])).double(),
+    ],
 )
 def test_pyros_kernels_sample_our_energies(kernel: type, energy: Energy) -> None:
-    """Constrained supports too: a Jacobian that was missing, or there twice, would move the mean by many standard errors."""
+    """Constrained supports too: a Jacobian that was missing, or there twice, would move the mean by
+    many standard errors."""
     pyro.set_rng_seed(0)
     x = through_pyro(kernel(potential_fn=PotentialFn(energy)), energy, 500, 200)
     assert energy.support.check(x).all()
@@ -83,7 +89,8 @@ def test_sample_is_exact_or_raises() -> None:
 
 
 @pytest.mark.parametrize(
-    "energy", [DoubleWell(), Gaussian(torch.zeros(3)), Dirichlet(torch.ones(3)), Gaussian(torch.zeros(2, 3))]
+    "energy",
+    [DoubleWell(), Gaussian(torch.zeros(3)), Dirichlet(torch.ones(3)), Gaussian(torch.zeros(2, 3))],
 )
 def test_shapes_and_support_as_a_distribution(energy: Energy) -> None:
     p = Boltzmann(energy)
@@ -133,7 +140,12 @@ def test_an_energy_stands_in_a_pyro_model() -> None:
     weight = torch.exp(-(grid**4) - 2 * (0.8 - grid) ** 2)
     truth = float((weight * grid).sum() / weight.sum())
     pyro.set_rng_seed(0)
-    mcmc = PyroMCMC(PyroNUTS(initial_states(quartic_model)), num_samples=800, warmup_steps=200, disable_progbar=True)
+    mcmc = PyroMCMC(
+        PyroNUTS(initial_states(quartic_model)),
+        num_samples=800,
+        warmup_steps=200,
+        disable_progbar=True,
+    )
     mcmc.run(y)
     x = mcmc.get_samples(group_by_chain=True)["x"]
     within_se(x.mean(), truth, mcse_mean(x))
@@ -149,7 +161,12 @@ def test_a_model_runs_in_a_plate_and_with_svi() -> None:
 
     pyro.set_rng_seed(0)
     guide = pyro.infer.autoguide.AutoNormal(model)
-    svi = pyro.infer.SVI(model, guide, pyro.optim.ClippedAdam({"lr": 0.1, "lrd": 0.985}), pyro.infer.Trace_ELBO(num_particles=8))
+    svi = pyro.infer.SVI(
+        model,
+        guide,
+        pyro.optim.ClippedAdam({"lr": 0.1, "lrd": 0.985}),
+        pyro.infer.Trace_ELBO(num_particles=8),
+    )
     for _ in range(300):
         svi.step()
     loc = guide.median()["x"]
@@ -196,7 +213,12 @@ def test_a_doubly_intractable_model_is_refused() -> None:
 def test_our_kernels_run_inside_pyros_mcmc(kernel: object) -> None:
     pyro.set_rng_seed(0)
     energy = Exponential(2.0).double()
-    mcmc = PyroMCMC(PyroKernel(kernel, energy, site="rate"), num_samples=800, warmup_steps=200, disable_progbar=True)  # type: ignore[arg-type]
+    mcmc = PyroMCMC(
+        PyroKernel(kernel, energy, site="rate"),
+        num_samples=800,
+        warmup_steps=200,
+        disable_progbar=True,
+    )  # type: ignore[arg-type]
     mcmc.run()
     x = mcmc.get_samples(group_by_chain=True)["rate"]
     assert x.shape == (1, 800)
@@ -240,13 +262,17 @@ def test_pyro_kernel_contract() -> None:
     far = torch.full((2, 3), 50.0)  # the caller's position is where the next step starts
     twin = torch.Generator()
     twin.set_state(kernel._generator.get_state())
-    expected, _ = kernel.kernel.step(kernel.target, kernel.kernel.init(kernel.target, far.unsqueeze(0)), twin)
+    expected, _ = kernel.kernel.step(
+        kernel.target, kernel.kernel.init(kernel.target, far.unsqueeze(0)), twin
+    )
     assert torch.equal(kernel.sample({"x": far})["x"], expected.x[0])
 
     draws = []
     for seed in (2, 2, 3):
         pyro.set_rng_seed(seed)
-        mcmc = PyroMCMC(PyroKernel(NUTS(), DoubleWell()), num_samples=10, warmup_steps=10, disable_progbar=True)
+        mcmc = PyroMCMC(
+            PyroKernel(NUTS(), DoubleWell()), num_samples=10, warmup_steps=10, disable_progbar=True
+        )
         mcmc.run()
         draws.append(mcmc.get_samples()["x"])
     assert torch.equal(draws[0], draws[1])

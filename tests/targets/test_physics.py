@@ -1,4 +1,5 @@
-"""Fields and particles: partition functions by other ways, symmetries, and chains where there are no exact draws."""
+"""Fields and particles: partition functions by other ways, symmetries, and chains where there are
+no exact draws."""
 
 from __future__ import annotations
 
@@ -46,10 +47,17 @@ def test_shapes_rows_and_gradients(name: str) -> None:
     torch.testing.assert_close(target(broken)[[0, 1, 3, 4]], values[[0, 1, 3, 4]])
     direction, step = torch.randn(x.shape, generator=seeded(1)), 1e-6
     slope = (target(x + step * direction) - target(x - step * direction)) / (2.0 * step)
-    torch.testing.assert_close((value_and_grad(target, x)[1] * direction).sum(1), slope, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        (value_and_grad(target, x)[1] * direction).sum(1), slope, rtol=1e-5, atol=1e-5
+    )
     assert torch.equal(x, target.initial(5, seeded()))
     narrow = PHYSICS[name](dtype=torch.float32)
-    assert narrow.dtype == narrow(x.float()).dtype == narrow.initial(2, seeded()).dtype == torch.float32
+    assert (
+        narrow.dtype
+        == narrow(x.float()).dtype
+        == narrow.initial(2, seeded()).dtype
+        == torch.float32
+    )
     torch.testing.assert_close(narrow(x.float()).double(), values, rtol=1e-3, atol=1e-3)
 
 
@@ -98,7 +106,9 @@ def test_the_free_field_is_a_normal_law() -> None:
     torch.testing.assert_close(field(x) + field.log_z, normal(x) + normal.log_z)
     draws = field.sample(100_000, seeded(1))
     products = draws[:, :1] * draws
-    within_se(products.mean(0), torch.linalg.inv(precision)[0], products.std(0) / math.sqrt(len(draws)))
+    within_se(
+        products.mean(0), torch.linalg.inv(precision)[0], products.std(0) / math.sqrt(len(draws))
+    )
 
 
 def test_the_sign_of_the_field() -> None:
@@ -119,7 +129,10 @@ def test_the_sign_of_the_field() -> None:
         (lambda: LennardJones("both"), 'pairs must be "once" or "twice", got pairs=\'both\''),
         (lambda: LennardJones("once", 1), "particles must be at least 2"),
         (lambda: LennardJones("once", epsilon=0.0), "epsilon must be positive"),
-        (lambda: DW4().coordinates(torch.zeros(3, 2)), r"x must have shape \(\*batch, 4, 2\), got shape \(3, 2\)"),
+        (
+            lambda: DW4().coordinates(torch.zeros(3, 2)),
+            r"x must have shape \(\*batch, 4, 2\), got shape \(3, 2\)",
+        ),
     ],
 )
 def test_refusals(make: Callable[[], object], said: str) -> None:
@@ -141,7 +154,8 @@ def test_particles_have_the_symmetries(name: str) -> None:
     torch.testing.assert_close(x.mean(1), torch.zeros(4, target.space))
     torch.testing.assert_close(target.coordinates(x), u)
     torch.testing.assert_close(target.coordinates(x + 3.0), u)
-    torch.testing.assert_close(x.square().sum((1, 2)), u.square().sum(1))  # volume and length are those of the subspace
+    # volume and length are those of the subspace
+    torch.testing.assert_close(x.square().sum((1, 2)), u.square().sum(1))
     turn = torch.linalg.qr(torch.randn(target.space, target.space, generator=seeded(1)))[0]
     order = torch.randperm(target.particles, generator=seeded(2))
     for moved in (x @ turn, x[:, order], -x):
@@ -167,11 +181,15 @@ def test_energies_pair_by_pair() -> None:
 def test_chains_satisfy_stein(name: str) -> None:
     """E[u . grad U] is the number of degrees of freedom: 3 (n - 1) of particles, not 3 n."""
     target = PHYSICS[name]()
-    mcmc = MCMC(HMC(num_steps=12), num_samples=150, warmup_steps=150, num_chains=64, seed=1, progress=False)
+    mcmc = MCMC(
+        HMC(num_steps=12), num_samples=150, warmup_steps=150, num_chains=64, seed=1, progress=False
+    )
     mcmc.run(target)
     x = mcmc.get_samples(group_by_chain=True)["x"]
     products = (x * value_and_grad(target, x)[1]).sum(-1).mean(1)  # a mean for each chain
-    within_se(products.mean(), target.event_shape.numel(), products.std() / math.sqrt(len(products)))
+    within_se(
+        products.mean(), target.event_shape.numel(), products.std() / math.sqrt(len(products))
+    )
     if isinstance(target, Phi4):
         squares: Tensor = x.square().mean((1, 2))
         within_se(squares.mean(), target.variance[0], squares.std() / math.sqrt(len(squares)))

@@ -1,4 +1,5 @@
-"""Targets: each line of the table inherits the property tests; then exact numbers, and mutants that the checks must catch."""
+"""Targets: each line of the table inherits the property tests; then exact numbers, and mutants that
+the checks must catch."""
 
 from __future__ import annotations
 
@@ -64,13 +65,19 @@ TARGETS: dict[str, Callable[..., Target]] = {
     "gaussian_scalar_dense": partial(Gaussian, 1.5, covariance=[[2.0]]),
     "gaussian_dense": partial(Gaussian, [1.0, -2.0], covariance=COVARIANCE),
     "gaussian_diagonal": partial(Gaussian, [1.0, -2.0], scale=[0.5, 3.0]),
-    "gaussian_image": partial(Gaussian, torch.linspace(-1, 1, 12).reshape(2, 2, 3), covariance=wishart(12)),
+    "gaussian_image": partial(
+        Gaussian, torch.linspace(-1, 1, 12).reshape(2, 2, 3), covariance=wishart(12)
+    ),
     "gaussian_image_diagonal": partial(Gaussian, torch.zeros(2, 2, 3)),
     "scales": scales_gaussian,
     "mixture_scalar": partial(GaussianMixture, [-2.0, 3.0], scale=[0.5, 1.0], weights=[1.0, 3.0]),
-    "mixture_isotropic": partial(GaussianMixture, FAR, scale=[0.3, 0.5, 0.4], weights=[0.5, 0.2, 0.3]),
+    "mixture_isotropic": partial(
+        GaussianMixture, FAR, scale=[0.3, 0.5, 0.4], weights=[0.5, 0.2, 0.3]
+    ),
     "mixture_shared": partial(GaussianMixture, FAR, covariance=COVARIANCE),
-    "mixture_dense": partial(GaussianMixture, FAR, covariance=torch.stack([wishart(2, s) for s in range(3)])),
+    "mixture_dense": partial(
+        GaussianMixture, FAR, covariance=torch.stack([wishart(2, s) for s in range(3)])
+    ),
     "mixture_image": partial(GaussianMixture, torch.arange(12.0).reshape(3, 2, 2), scale=0.5),
     "grid9": GaussianMixture.grid,
     "grid25": partial(GaussianMixture.grid, side=5),
@@ -94,7 +101,9 @@ TARGETS: dict[str, Callable[..., Target]] = {
     "checkerboard": Checkerboard,
     "pinwheel": Pinwheel,
     "eight_gaussians": eight_gaussians,
-    "two_gaussians": partial(GaussianMixture, [[-2.0, 0.0], [2.0, 0.0]], scale=0.5, weights=[0.9, 0.1]),
+    "two_gaussians": partial(
+        GaussianMixture, [[-2.0, 0.0], [2.0, 0.0]], scale=0.5, weights=[0.9, 0.1]
+    ),
     "exponential": partial(Exponential, 2.5),
     "exponential_image": partial(Exponential, torch.arange(1.0, 7.0).reshape(1, 2, 3)),
     "gamma": partial(Gamma, [2.0, 0.7], [3.0, 0.5]),
@@ -111,7 +120,14 @@ TARGETS: dict[str, Callable[..., Target]] = {
     "categorical_rows": partial(CategoricalOneHot, [[0.4, -1.2, 0.1], [1.0, 0.0, -1.0]]),
 }
 CONTINUOUS = [name for name, make in TARGETS.items() if not is_discrete(make().support)]
-OVERLAPPING = ("gmm40", "mixture_shared", "mixture_dense", "mixture_scalar", "mixture_image", "mixture_isotropic")
+OVERLAPPING = (
+    "gmm40",
+    "mixture_shared",
+    "mixture_dense",
+    "mixture_scalar",
+    "mixture_image",
+    "mixture_isotropic",
+)
 DRAWS = 20_000
 
 
@@ -127,7 +143,8 @@ every_continuous = pytest.mark.parametrize("name", CONTINUOUS)
 
 
 def check_moments(target: Target, x: Tensor) -> None:
-    """Mean and variance within 5 measured standard errors; the funnel in coordinates with fourth moments."""
+    """Mean and variance within 5 measured standard errors; the funnel in coordinates with fourth
+    moments."""
     mean, variance = target.mean, target.variance
     if isinstance(target, Funnel):
         x, mean, variance = target.whiten(x), torch.zeros_like(mean), torch.ones_like(mean)
@@ -137,15 +154,19 @@ def check_moments(target: Target, x: Tensor) -> None:
 
 
 def check_stein(target: Target, x: Tensor) -> None:
-    """E[(u - c) . grad E_u(u)] = degrees of freedom, in unconstrained coordinates, for any constant c: near the centre here."""
+    """E[(u - c) . grad E_u(u)] = degrees of freedom, in unconstrained coordinates, for any constant
+    c: near the centre here."""
     free = Unconstrained(target)
     u = free.unconstrain(x)
     products = ((u - u.mean(0)) * value_and_grad(free, u)[1]).reshape(len(u), -1).sum(1)
-    within_se(products.mean(), math.prod(free.event_shape), mean_and_se(products)[1], what="E[u . grad E]")
+    within_se(
+        products.mean(), math.prod(free.event_shape), mean_and_se(products)[1], what="E[u . grad E]"
+    )
 
 
 def check_modes(target: Target, x: Tensor) -> None:
-    """Mode frequencies, or expected responsibilities where components overlap, within 5 standard errors of the weights."""
+    """Mode frequencies, or expected responsibilities where components overlap, within 5 standard
+    errors of the weights."""
     weights = target.mode_weights
     seen = target.responsibilities(x) if isinstance(target, GaussianMixture) else None
     if seen is None:
@@ -185,7 +206,13 @@ def test_shapes_and_dtypes(name: str) -> None:
 def test_follows_to_and_state_dict(name: str) -> None:
     narrow, wide = make(name, torch.float32), make(name)
     moved = make(name, torch.float32).double()
-    assert moved.dtype == moved.mean.dtype == moved.sample(1).dtype == moved.initial(1).dtype == torch.float64
+    assert (
+        moved.dtype
+        == moved.mean.dtype
+        == moved.sample(1).dtype
+        == moved.initial(1).dtype
+        == torch.float64
+    )
     torch.testing.assert_close(moved.mean, wide.mean, rtol=1e-5, atol=1e-6)
     assert narrow.log_z == pytest.approx(wide.log_z, rel=1e-5, abs=1e-5)
     fresh = make(name)
@@ -211,14 +238,17 @@ def test_rows_are_independent(name: str) -> None:
     if name in CONTINUOUS:
         grad = value_and_grad(target, x)[1]
         assert torch.isfinite(grad).all()
-        torch.testing.assert_close(value_and_grad(target, broken)[1][keep], grad[keep], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            value_and_grad(target, broken)[1][keep], grad[keep], rtol=1e-12, atol=1e-12
+        )
 
 
 @every_continuous
 def test_gradient_is_that_of_the_energy(name: str) -> None:
     target = make(name)
     x = target.sample(3, seeded(1)).requires_grad_()
-    if name in ("gamma_small", "beta_small"):  # draws as small as 1e-30, where finite differences say nothing
+    # draws as small as 1e-30, where finite differences say nothing
+    if name in ("gamma_small", "beta_small"):
         x = target.mean.expand(3).clone().requires_grad_()
     assert torch.autograd.gradcheck(target, (x,), atol=1e-4, rtol=1e-3)
 
@@ -269,7 +299,10 @@ def test_draws_have_the_moments(name: str) -> None:
     check_moments(target, target.sample(DRAWS, seeded()))
 
 
-@pytest.mark.parametrize("name", [name for name in CONTINUOUS if name not in ("half_disc", "checkerboard")])  # not 0 at the walls
+# not 0 at the walls
+@pytest.mark.parametrize(
+    "name", [name for name in CONTINUOUS if name not in ("half_disc", "checkerboard")]
+)
 def test_draws_satisfy_stein(name: str) -> None:
     target = make(name)
     check_stein(target, target.sample(DRAWS, seeded()))
@@ -294,7 +327,9 @@ def test_modes(name: str) -> None:
     check_modes(target, x)
     if name not in OVERLAPPING:
         counts = torch.bincount(modes, minlength=len(weights)) / DRAWS
-        within_se(counts, weights, torch.sqrt(weights * (1 - weights) / DRAWS), what="mode frequencies")
+        within_se(
+            counts, weights, torch.sqrt(weights * (1 - weights) / DRAWS), what="mode frequencies"
+        )
     if target.event_shape:
         with pytest.raises(ValueError, match="x must have shape"):
             target.mode_of(torch.zeros(3, *target.event_shape, 7))
@@ -302,7 +337,8 @@ def test_modes(name: str) -> None:
 
 # log Z by enumeration, quadrature and sums over independent factors
 
-BOXES: dict[str, tuple[tuple[float, float, int], ...]] = {  # unconstrained coordinates; without an entry, the default below
+# unconstrained coordinates; without an entry, the default below
+BOXES: dict[str, tuple[tuple[float, float, int], ...]] = {
     "gamma_small": ((-700.0, 12.0, 400_001),),
     "beta_small": ((-700.0, 90.0, 400_001),),
     "banana": ((-80.0, 80.0, 1201), (-15.0, 200.0, 1201)),
@@ -326,17 +362,25 @@ def grid_log_z(free: Unconstrained, box: tuple[tuple[float, float, int], ...]) -
 
 
 def enumerated_log_z(target: Target) -> float:
-    letters = {"_Boolean": (0.0, 1.0), "_Spin": (-1.0, 1.0)}.get(type(base_constraint(target.support)).__name__)
+    letters = {"_Boolean": (0.0, 1.0), "_Spin": (-1.0, 1.0)}.get(
+        type(base_constraint(target.support)).__name__
+    )
     if letters is None:
         *rows, k = target.event_shape
-        states = torch.stack([torch.eye(k)[list(c)] for c in itertools.product(range(k), repeat=math.prod(rows))])
+        states = torch.stack(
+            [torch.eye(k)[list(c)] for c in itertools.product(range(k), repeat=math.prod(rows))]
+        )
     else:
-        states = torch.tensor(list(itertools.product(letters, repeat=math.prod(target.event_shape))))
+        states = torch.tensor(
+            list(itertools.product(letters, repeat=math.prod(target.event_shape)))
+        )
     return float(torch.logsumexp(-target(states.reshape(-1, *target.event_shape).double()), 0))
 
 
 INTEGRABLE = [
-    name for name in CONTINUOUS if math.prod(make(name).event_shape) <= 2 and name not in ("half_disc", "funnel2", "pinwheel")
+    name
+    for name in CONTINUOUS
+    if math.prod(make(name).event_shape) <= 2 and name not in ("half_disc", "funnel2", "pinwheel")
 ]
 
 
@@ -351,7 +395,10 @@ def test_log_z_by_grid_or_enumeration(name: str) -> None:
     box = BOXES.get(name)
     if box is None and is_real(target.support):
         spread = 12.0 * target.variance.sqrt().flatten()
-        box = tuple((float(m - s), float(m + s), 801) for m, s in zip(target.mean.flatten(), spread, strict=True))
+        box = tuple(
+            (float(m - s), float(m + s), 801)
+            for m, s in zip(target.mean.flatten(), spread, strict=True)
+        )
     elif box is None:
         box = ((-45.0, 45.0, 1001 if dims == 2 else 20_001),) * dims
     assert free.log_z == target.log_z
@@ -360,15 +407,23 @@ def test_log_z_by_grid_or_enumeration(name: str) -> None:
 
 def test_log_z_of_dirichlet_by_grid() -> None:
     target = make("dirichlet")
-    assert target.log_z == pytest.approx(grid_log_z(Unconstrained(target), ((-45.0, 45.0, 901),) * 2), abs=1e-9)
-    assert make("dirichlet_rows").log_z == pytest.approx(target.log_z + Dirichlet([1.0, 0.5, 4.0]).log_z, abs=1e-12)
+    assert target.log_z == pytest.approx(
+        grid_log_z(Unconstrained(target), ((-45.0, 45.0, 901),) * 2), abs=1e-9
+    )
+    assert make("dirichlet_rows").log_z == pytest.approx(
+        target.log_z + Dirichlet([1.0, 0.5, 4.0]).log_z, abs=1e-12
+    )
 
 
 def test_log_z_of_half_disc_by_quadrature() -> None:
     target = HalfDisc(dtype=torch.float64)
-    z = quad(lambda t: math.exp(2 * math.cos(t)) * math.cos(t), -math.pi / 2, math.pi / 2, epsrel=1e-12)[0]
+    z = quad(
+        lambda t: math.exp(2 * math.cos(t)) * math.cos(t), -math.pi / 2, math.pi / 2, epsrel=1e-12
+    )[0]
     assert target.log_z == pytest.approx(math.log(z), abs=1e-12)
-    direct = quad(lambda x: math.exp(-float(target(torch.tensor(x, dtype=torch.float64)))), -1, 1, epsabs=1e-9)[0]
+    direct = quad(
+        lambda x: math.exp(-float(target(torch.tensor(x, dtype=torch.float64)))), -1, 1, epsabs=1e-9
+    )[0]
     assert z == pytest.approx(direct, abs=1e-6)
 
 
@@ -393,8 +448,18 @@ D = partial(torch.tensor, dtype=torch.float64)
         ("gaussian_scalar", td.Normal(D(1.5), 0.7)),
         ("gaussian_dense", td.MultivariateNormal(D([1.0, -2.0]), D(COVARIANCE))),
         ("gaussian_diagonal", td.Independent(td.Normal(D([1.0, -2.0]), D([0.5, 3.0])), 1)),
-        ("scales", td.Independent(td.Normal(D([0.0] * 50), torch.logspace(-1, 1, 50, dtype=torch.float64)), 1)),
-        ("mixture_scalar", td.MixtureSameFamily(td.Categorical(D([0.25, 0.75])), td.Normal(D([-2.0, 3.0]), D([0.5, 1.0])))),
+        (
+            "scales",
+            td.Independent(
+                td.Normal(D([0.0] * 50), torch.logspace(-1, 1, 50, dtype=torch.float64)), 1
+            ),
+        ),
+        (
+            "mixture_scalar",
+            td.MixtureSameFamily(
+                td.Categorical(D([0.25, 0.75])), td.Normal(D([-2.0, 3.0]), D([0.5, 1.0]))
+            ),
+        ),
         (
             "mixture_dense",
             td.MixtureSameFamily(
@@ -430,7 +495,9 @@ def test_normalised_targets_of_more_dimensions() -> None:
     x = image.sample(5, seeded())
     torch.testing.assert_close(-image(x) - image.log_z, whole.log_prob(x.flatten(1)))
     parts = make("mixture_image")
-    law = td.MixtureSameFamily(td.Categorical(torch.ones(3)), td.Independent(td.Normal(parts.loc.flatten(1), D(0.5)), 1))
+    law = td.MixtureSameFamily(
+        td.Categorical(torch.ones(3)), td.Independent(td.Normal(parts.loc.flatten(1), D(0.5)), 1)
+    )
     x = parts.sample(5, seeded())
     torch.testing.assert_close(-parts(x), law.log_prob(x.flatten(1)), rtol=1e-6, atol=1e-6)
 
@@ -440,7 +507,9 @@ def test_normalised_targets_of_more_dimensions() -> None:
 
 def table_expectation(law: TabulatedLaw, f: Callable[[float], float]) -> float:
     mass = partial(quad, epsabs=1e-13, epsrel=1e-12, points=[law.split], limit=200)
-    return mass(lambda x: f(x) * math.exp(-law.potential(x)), law.low, law.high)[0] / math.exp(law.log_z)
+    return mass(lambda x: f(x) * math.exp(-law.potential(x)), law.low, law.high)[0] / math.exp(
+        law.log_z
+    )
 
 
 def test_double_well_numbers() -> None:
@@ -480,7 +549,9 @@ def test_many_well_numbers() -> None:
     signs = e.sample(DRAWS, seeded())[:, ::2] < 0
     within_se(signs.double().mean(0), e.left_mass, math.sqrt(0.1557 * 0.8443 / DRAWS))
     assert int(e.mode_of(torch.tensor([-1.0, 0.0, 1.0, 0.0] * 8))) == 0b1010101010101010
-    assert float(ManyWell(2, torch.float64).mode_weights[2]) == pytest.approx(e.left_mass * (1 - e.left_mass))
+    assert float(ManyWell(2, torch.float64).mode_weights[2]) == pytest.approx(
+        e.left_mass * (1 - e.left_mass)
+    )
     many = ManyWell(pairs=17)
     assert many.mode_weights is None
     with pytest.raises(NotImplementedError, match="mode_weights is None"):
@@ -517,7 +588,9 @@ def test_gmm40_is_pytorchs() -> None:
         torch.manual_seed(0)
         means = (torch.rand(40, 2) - 0.5) * 80
     assert torch.equal(e.loc, means.double())
-    assert float(1 / e.whitening[0, 0]) == pytest.approx(float(torch.nn.functional.softplus(D(1.0))))
+    assert float(1 / e.whitening[0, 0]) == pytest.approx(
+        float(torch.nn.functional.softplus(D(1.0)))
+    )
     assert torch.allclose(e.mode_weights, D(1 / 40))
     assert not torch.equal(GaussianMixture.gmm40(seed=1).loc, GaussianMixture.gmm40().loc)
 
@@ -564,7 +637,9 @@ def test_truth_follows_loaded_parameters() -> None:
 
 
 def test_dtype_is_asked_for_or_given_or_default(float64: torch.dtype) -> None:
-    assert Gaussian([0.0, 1.0]).dtype == DoubleWell().dtype == GaussianMixture.gmm40().dtype == float64
+    assert (
+        Gaussian([0.0, 1.0]).dtype == DoubleWell().dtype == GaussianMixture.gmm40().dtype == float64
+    )
     assert Gaussian(torch.zeros(2, dtype=torch.float32)).dtype == torch.float32
     assert Gaussian(torch.zeros(2, dtype=torch.float32), dtype=float64).dtype == float64
     assert Gamma(torch.ones(2, dtype=torch.float32), 1.0).dtype == torch.float32
@@ -601,12 +676,27 @@ def test_a_target_without_truth_says_none() -> None:
 @pytest.mark.parametrize(
     ("build", "said"),
     [
-        (lambda: Gaussian(torch.zeros(2), covariance=[[1.0, 0.5], [0.0, 1.0]]), "covariance must be symmetric.* 0.5"),
-        (lambda: Gaussian(torch.zeros(2), covariance=[[1.0, 2.0], [2.0, 1.0]]), "positive definite, got smallest eigenvalue -1"),
-        (lambda: Gaussian(torch.zeros(2), covariance=[[1.0]]), r"covariance must have shape \(2, 2\).*got \(1, 1\)"),
+        (
+            lambda: Gaussian(torch.zeros(2), covariance=[[1.0, 0.5], [0.0, 1.0]]),
+            "covariance must be symmetric.* 0.5",
+        ),
+        (
+            lambda: Gaussian(torch.zeros(2), covariance=[[1.0, 2.0], [2.0, 1.0]]),
+            "positive definite, got smallest eigenvalue -1",
+        ),
+        (
+            lambda: Gaussian(torch.zeros(2), covariance=[[1.0]]),
+            r"covariance must have shape \(2, 2\).*got \(1, 1\)",
+        ),
         (lambda: Gaussian(torch.zeros(2), scale=[1.0, -3.0]), r"scale must be positive.*\[-3.0\]"),
-        (lambda: Gaussian(torch.zeros(2), scale=[1.0, 1.0, 1.0]), r"scale must be .*\(2,\), got shape \(3,\)"),
-        (lambda: Gaussian(torch.zeros(2), scale=1.0, covariance=[[1.0]]), "give scale or covariance, not both"),
+        (
+            lambda: Gaussian(torch.zeros(2), scale=[1.0, 1.0, 1.0]),
+            r"scale must be .*\(2,\), got shape \(3,\)",
+        ),
+        (
+            lambda: Gaussian(torch.zeros(2), scale=1.0, covariance=[[1.0]]),
+            "give scale or covariance, not both",
+        ),
         (lambda: Gaussian([0.0, math.nan]), r"mean must be finite.*nan"),
         (lambda: Gaussian(torch.zeros(0)), r"mean must have .* got shape \(0,\)"),
         (lambda: Gaussian([0.0], dtype=torch.int64), "dtype must be a floating-point type"),
@@ -614,9 +704,18 @@ def test_a_target_without_truth_says_none() -> None:
         (lambda: scales_gaussian(3, 2.0, 1.0), "low=2.0, high=1.0"),
         (lambda: scales_gaussian(0), "dim=0"),
         (lambda: GaussianMixture(0.0), "means must have at least 1 dimensions"),
-        (lambda: GaussianMixture(FAR, weights=[1.0, 2.0]), r"weights must have shape \(3,\).*got \(2,\)"),
-        (lambda: GaussianMixture(FAR, weights=[1.0, 2.0, 0.0]), r"weights must be positive.*\[0.0\]"),
-        (lambda: GaussianMixture(FAR, scale=[1.0, 2.0]), r"one for each component or broadcast to \(3, 2\), got shape"),
+        (
+            lambda: GaussianMixture(FAR, weights=[1.0, 2.0]),
+            r"weights must have shape \(3,\).*got \(2,\)",
+        ),
+        (
+            lambda: GaussianMixture(FAR, weights=[1.0, 2.0, 0.0]),
+            r"weights must be positive.*\[0.0\]",
+        ),
+        (
+            lambda: GaussianMixture(FAR, scale=[1.0, 2.0]),
+            r"one for each component or broadcast to \(3, 2\), got shape",
+        ),
         (lambda: GaussianMixture(FAR, covariance=torch.eye(3)), r"shape \(2, 2\) or \(3, 2, 2\)"),
         (lambda: GaussianMixture.grid(0), "side must be at least 1, got side=0"),
         (lambda: GaussianMixture.grid(3, spacing=-1.0), r"spacing must be positive.*\[-1.0\]"),
@@ -647,7 +746,9 @@ def test_bad_arguments_are_named(build: Callable[[], Target], said: str) -> None
 def test_quantile_is_the_inverse_of_the_distribution_function() -> None:
     law = TabulatedLaw(lambda x: 0.5 * x * x, -12.0, 12.0, split=0.0)
     u = torch.linspace(1e-6, 1 - 1e-6, 1001, dtype=torch.float64)
-    torch.testing.assert_close(law.quantile(u), td.Normal(D(0.0), 1.0).icdf(u), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        law.quantile(u), td.Normal(D(0.0), 1.0).icdf(u), rtol=1e-6, atol=1e-6
+    )
     assert law.quantile(D([0.0])).item() >= -12.0
     assert law.quantile(D([1.0 - 2**-53])).item() < 9.0
     well = DoubleWell.law
@@ -672,7 +773,9 @@ MANY = 200_000
 
 
 def hot_double_well(n: int, g: torch.Generator) -> Tensor:
-    law = TabulatedLaw(lambda x: DoubleWell.law.potential(x) / 1.03, -4.0, 4.0, split=DoubleWell.barrier)
+    law = TabulatedLaw(
+        lambda x: DoubleWell.law.potential(x) / 1.03, -4.0, 4.0, split=DoubleWell.barrier
+    )
     return law.quantile(torch.rand(n, generator=g, dtype=torch.float64))
 
 
@@ -699,12 +802,26 @@ def ring_without_jacobian(n: int, g: torch.Generator) -> Tensor:
     return x[torch.rand(n, generator=g, dtype=torch.float64) < r.min() / r]
 
 
-MUTANTS: dict[str, tuple[str, Callable[[int, torch.Generator], Tensor], Callable[[Target, Tensor], None]]] = {
-    "hot gaussian, moments": ("gaussian_scalar", lambda n, g: Gaussian(D(1.5), scale=0.7 * HOT).sample(n, g), check_moments),
-    "hot gaussian, Stein": ("gaussian_scalar", lambda n, g: Gaussian(D(1.5), scale=0.7 * HOT).sample(n, g), check_stein),
+MUTANTS: dict[
+    str, tuple[str, Callable[[int, torch.Generator], Tensor], Callable[[Target, Tensor], None]]
+] = {
+    "hot gaussian, moments": (
+        "gaussian_scalar",
+        lambda n, g: Gaussian(D(1.5), scale=0.7 * HOT).sample(n, g),
+        check_moments,
+    ),
+    "hot gaussian, Stein": (
+        "gaussian_scalar",
+        lambda n, g: Gaussian(D(1.5), scale=0.7 * HOT).sample(n, g),
+        check_stein,
+    ),
     "hot double well, moments": ("double_well", hot_double_well, check_moments),
     "hot double well, modes": ("double_well", hot_double_well, check_modes),
-    "mirrored double well": ("double_well", lambda n, g: -make("double_well").sample(n, g), check_modes),
+    "mirrored double well": (
+        "double_well",
+        lambda n, g: -make("double_well").sample(n, g),
+        check_modes,
+    ),
     "swapped weights, modes": ("mixture_isotropic", swapped_wells, check_modes),
     "swapped weights, moments": ("mixture_isotropic", swapped_wells, check_moments),
     "transposed factor": ("gaussian_dense", unrotated, check_moments),
@@ -713,14 +830,37 @@ MUTANTS: dict[str, tuple[str, Callable[[int, torch.Generator], Tensor], Callable
     "ring without its Jacobian": ("ring", ring_without_jacobian, check_moments),
     "many wells of equal weight": (
         "many_well",
-        lambda n, g: make("many_well").sample(n, g) * torch.where(torch.rand(n, 6, generator=g) < 0.5, -1.0, 1.0),
+        lambda n, g: (
+            make("many_well").sample(n, g)
+            * torch.where(torch.rand(n, 6, generator=g) < 0.5, -1.0, 1.0)
+        ),
         check_modes,
     ),
-    "uniform half-disc": ("half_disc", lambda n, g: 2 * torch.rand(n, generator=g, dtype=torch.float64) - 1, check_moments),
-    "rate for scale": ("exponential", lambda n, g: Exponential(D(1 / 2.5)).sample(n, g), check_moments),
-    "hot gamma": ("gamma", lambda n, g: Gamma(D([2.0, 0.7]), D([3.0, 0.5]) / 1.03).sample(n, g), check_moments),
-    "spin with half its field": ("spin", lambda n, g: SpinProduct(D([0.4, -1.2, 0.1]) / 2).sample(n, g), check_moments),
-    "reversed categories": ("categorical", lambda n, g: make("categorical").sample(n, g).flip(-1), check_modes),
+    "uniform half-disc": (
+        "half_disc",
+        lambda n, g: 2 * torch.rand(n, generator=g, dtype=torch.float64) - 1,
+        check_moments,
+    ),
+    "rate for scale": (
+        "exponential",
+        lambda n, g: Exponential(D(1 / 2.5)).sample(n, g),
+        check_moments,
+    ),
+    "hot gamma": (
+        "gamma",
+        lambda n, g: Gamma(D([2.0, 0.7]), D([3.0, 0.5]) / 1.03).sample(n, g),
+        check_moments,
+    ),
+    "spin with half its field": (
+        "spin",
+        lambda n, g: SpinProduct(D([0.4, -1.2, 0.1]) / 2).sample(n, g),
+        check_moments,
+    ),
+    "reversed categories": (
+        "categorical",
+        lambda n, g: make("categorical").sample(n, g).flip(-1),
+        check_modes,
+    ),
 }
 
 
@@ -739,7 +879,8 @@ def test_on_a_gpu(name: str) -> None:
     here, there = make(name), make(name).to("cuda")
     x = here.sample(50, seeded())
     torch.testing.assert_close(there(x.cuda()).cpu(), here(x))
-    torch.testing.assert_close(there.sample(50, seeded()).cpu(), x)  # a generator on the CPU serves, with the same numbers
+    # a generator on the CPU serves, with the same numbers
+    torch.testing.assert_close(there.sample(50, seeded()).cpu(), x)
     g = torch.Generator("cuda").manual_seed(0)
     y = there.sample(DRAWS, g)
     assert y.device.type == there.mean.device.type == there.initial(3, g).device.type == "cuda"

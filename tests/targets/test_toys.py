@@ -1,4 +1,5 @@
-"""Toys of two dimensions: each density against the generator that made it known, its normalisation and its entropy."""
+"""Toys of two dimensions: each density against the generator that made it known, its normalisation
+and its entropy."""
 
 from __future__ import annotations
 
@@ -44,14 +45,20 @@ def circles(n: int, rng: np.random.Generator) -> np.ndarray:
     return 3.0 * make_circles(n, factor=0.5, noise=0.08, random_state=int(rng.integers(2**31)))[0]
 
 
-def rings(n: int, rng: np.random.Generator, radii: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)) -> np.ndarray:
+def rings(
+    n: int, rng: np.random.Generator, radii: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)
+) -> np.ndarray:
     radius, angle = 3.0 * rng.choice(radii, n), rng.uniform(0.0, 2.0 * np.pi, n)
-    return np.stack([radius * np.cos(angle), radius * np.sin(angle)], 1) + 0.08 * rng.normal(size=(n, 2))
+    return np.stack([radius * np.cos(angle), radius * np.sin(angle)], 1) + 0.08 * rng.normal(
+        size=(n, 2)
+    )
 
 
 def gaussians(n: int, rng: np.random.Generator, radius: float = 4.0) -> np.ndarray:
     angle = 2.0 * np.pi * rng.integers(8, size=n) / 8
-    return (radius * np.stack([np.cos(angle), np.sin(angle)], 1) + 0.5 * rng.normal(size=(n, 2))) / 1.414
+    return (
+        radius * np.stack([np.cos(angle), np.sin(angle)], 1) + 0.5 * rng.normal(size=(n, 2))
+    ) / 1.414
 
 
 def board(n: int, rng: np.random.Generator, white: int = 0) -> np.ndarray:
@@ -62,19 +69,25 @@ def board(n: int, rng: np.random.Generator, white: int = 0) -> np.ndarray:
 
 def spirals(n: int, rng: np.random.Generator, power: float = 0.5, box: float = 0.5) -> np.ndarray:
     t = rng.random(n) ** power * 540.0 * 2.0 * np.pi / 360.0
-    arm = np.stack([-np.cos(t) * t + box * rng.random(n), np.sin(t) * t + box * rng.random(n)], 1) / 3.0
+    arm = (
+        np.stack([-np.cos(t) * t + box * rng.random(n), np.sin(t) * t + box * rng.random(n)], 1)
+        / 3.0
+    )
     return arm * rng.choice([-1.0, 1.0], (n, 1)) + 0.1 * rng.normal(size=(n, 2))
 
 
-def pinwheel(n: int, rng: np.random.Generator, rate: float = 0.25, tangential: float = 0.1) -> np.ndarray:
+def pinwheel(
+    n: int, rng: np.random.Generator, rate: float = 0.25, tangential: float = 0.1
+) -> np.ndarray:
     f = np.stack([1.0 + 0.3 * rng.normal(size=n), tangential * rng.normal(size=n)], 1)
     angle = 2.0 * np.pi * rng.integers(5, size=n) / 5 + rate * np.exp(f[:, 0])
     c, s = np.cos(angle), np.sin(angle)
     return 2.0 * np.stack([f[:, 0] * c + f[:, 1] * s, f[:, 1] * c - f[:, 0] * s], 1)
 
 
-#: Law, generator, side of the square that holds it, points of an axis for sums over a grid, entropy in nats, and the entropy that
-#: others measured on draws, to 0.015. (They say 2.659 of the rings: see below.)
+#: Law, generator, side of the square that holds it, points of an axis for sums over a grid, entropy
+#: in nats, and the entropy that others measured on draws, to 0.015. (They say 2.659 of the rings:
+#: see below.)
 TOYS: dict[str, tuple[Callable[..., Target], Draw, float, int, float, float | None]] = {
     "two_moons": (TwoMoons, moons, 6.0, 240, 1.007585, 0.998),
     "two_moons_wide": (
@@ -108,28 +121,43 @@ def middles(side: float, points: int) -> tuple[Tensor, float]:
 
 @cache
 def masses(name: str, build: Callable[..., Target] | None) -> Tensor:
-    """Probabilities of all cells of the grid, ``(points, points)``, not normalised; of another law where one is given."""
+    """Probabilities of all cells of the grid, ``(points, points)``, not normalised; of another law
+    where one is given."""
     x, area = middles(*TOYS[name][2:4])
     law = (build or TOYS[name][0])(dtype=F)
     return (torch.exp(-law(x)) * area).reshape(TOYS[name][3], -1)
 
 
-def check_law(name: str, x: np.ndarray | Tensor, build: Callable[..., Target] | None = None, block: int = 8) -> None:
-    """Pearson's chi-square of draws over blocks of cells in which 20 or more are expected, and one for all others."""
+def check_law(
+    name: str, x: np.ndarray | Tensor, build: Callable[..., Target] | None = None, block: int = 8
+) -> None:
+    """Pearson's chi-square of draws over blocks of cells in which 20 or more are expected, and one
+    for all others."""
     side, points = TOYS[name][2:4]
-    expected = masses(name, build).unflatten(0, (-1, block)).unflatten(2, (-1, block)).sum((1, 3)).numpy().ravel() * len(x)
-    seen = np.histogram2d(*np.asarray(x).T, bins=points // block, range=[(-side / 2, side / 2)] * 2)[0].ravel()
+    expected = masses(name, build).unflatten(0, (-1, block)).unflatten(2, (-1, block)).sum(
+        (1, 3)
+    ).numpy().ravel() * len(x)
+    seen = np.histogram2d(
+        *np.asarray(x).T, bins=points // block, range=[(-side / 2, side / 2)] * 2
+    )[0].ravel()
     there = expected >= 20
     expected = np.append(expected[there], max(len(x) - expected[there].sum(), 1.0))
     seen = np.append(seen[there], len(x) - seen[there].sum())
     degrees = len(seen) - 1
-    within_se(((seen - expected) ** 2 / expected).sum(), degrees, math.sqrt(2.0 * degrees), what="chi-square")
+    within_se(
+        ((seen - expected) ** 2 / expected).sum(),
+        degrees,
+        math.sqrt(2.0 * degrees),
+        what="chi-square",
+    )
 
 
 @every_toy
 def test_densities_integrate_to_one(name: str) -> None:
     """Sums over a grid; of smooth densities they converge faster than any power of its step."""
-    assert float(masses(name, None).sum()) == pytest.approx(1.0, abs=1e-7 if name == "pinwheel" else 1e-9)
+    assert float(masses(name, None).sum()) == pytest.approx(
+        1.0, abs=1e-7 if name == "pinwheel" else 1e-9
+    )
 
 
 @every_toy
@@ -162,11 +190,20 @@ def test_the_density_is_that_of_the_generator(name: str) -> None:
 
 
 MUTANTS: dict[str, tuple[str, Draw]] = {
-    "noise 6 % too wide": ("two_moons", lambda n, rng: make_moons(n, noise=0.106, random_state=int(rng.integers(2**31)))[0]),
+    "noise 6 % too wide": (
+        "two_moons",
+        lambda n, rng: make_moons(n, noise=0.106, random_state=int(rng.integers(2**31)))[0],
+    ),
     "moons with a shift": ("two_moons", lambda n, rng: moons(n, rng) + np.array([0.01, 0.0])),
     "circles by length": ("circles", lambda n, rng: rings(n, rng, (1.0, 1.0, 0.5))),
-    "rings by length": ("rings", lambda n, rng: rings(n, rng, (1.0, 1.0, 1.0, 1.0, 0.75, 0.75, 0.75, 0.5, 0.5, 0.25))),
-    "radius over the square root of 2.2": ("eight_gaussians", lambda n, rng: gaussians(n, rng, 3.95)),
+    "rings by length": (
+        "rings",
+        lambda n, rng: rings(n, rng, (1.0, 1.0, 1.0, 1.0, 0.75, 0.75, 0.75, 0.5, 0.5, 0.25)),
+    ),
+    "radius over the square root of 2.2": (
+        "eight_gaussians",
+        lambda n, rng: gaussians(n, rng, 3.95),
+    ),
     "white squares": ("checkerboard", lambda n, rng: board(n, rng, white=1)),
     "spirals uniform in the angle": ("two_spirals", lambda n, rng: spirals(n, rng, power=1.0)),
     "spirals without their square": ("two_spirals", lambda n, rng: spirals(n, rng, box=0.0)),
@@ -209,7 +246,12 @@ def test_more_nodes_change_nothing(name: str) -> None:
     nodes = len(law.nodes) // 2
     finer = NoisyCurves(law.curves, law.noise, law.box, 2 * nodes, dtype=F)
     coarser = NoisyCurves(law.curves, law.noise, law.box, nodes // 4, dtype=F)
-    x = torch.cat([law.sample(500, torch.Generator().manual_seed(0)), law.initial(500, torch.Generator().manual_seed(1))])
+    x = torch.cat(
+        [
+            law.sample(500, torch.Generator().manual_seed(0)),
+            law.initial(500, torch.Generator().manual_seed(1)),
+        ]
+    )
     torch.testing.assert_close(finer(x), law(x), rtol=0.0, atol=1e-3)  # at the far ones; at draws:
     torch.testing.assert_close(finer(x[:500]), law(x[:500]), rtol=0.0, atol=1e-7)
     assert float((coarser(x) - law(x)).abs().max()) > 1e-3
@@ -249,8 +291,29 @@ def test_second_derivatives_of_a_pinwheel() -> None:
 
 
 def test_edges_of_the_board_belong_to_its_black_squares() -> None:
-    x = torch.tensor([[4.0, 4.0], [-4.0, -4.0], [2.0, 1.0], [0.0, 0.0], [4.0, -1.0], [4.0, 0.0], [4.1, 3.0], [1.0, 3.0]], dtype=F)
-    assert torch.isfinite(Checkerboard(dtype=F)(x)).tolist() == [True, True, True, True, True, True, False, False]
+    x = torch.tensor(
+        [
+            [4.0, 4.0],
+            [-4.0, -4.0],
+            [2.0, 1.0],
+            [0.0, 0.0],
+            [4.0, -1.0],
+            [4.0, 0.0],
+            [4.1, 3.0],
+            [1.0, 3.0],
+        ],
+        dtype=F,
+    )
+    assert torch.isfinite(Checkerboard(dtype=F)(x)).tolist() == [
+        True,
+        True,
+        True,
+        True,
+        True,
+        True,
+        False,
+        False,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -277,11 +340,14 @@ def test_bad_arguments_are_named(build: Callable[[], Target], said: str) -> None
 
 
 def test_the_recipe_sees_divergences() -> None:
-    """Of eight normal laws and the same with noise: the blurred density is that of wider ones, and KL is 0 or a quadrature's."""
+    """Of eight normal laws and the same with noise: the blurred density is that of wider ones, and
+    KL is 0 or a quadrature's."""
     law = toy2d.LAWS["8 Gaussians"]
     sight, narrow, noise = toy2d.Sight(law, 240), eight_gaussians(F), 0.2
     wide = GaussianMixture(narrow.loc, scale=math.hypot(0.5 / 1.414, noise))
-    torch.testing.assert_close(sight.blurred(noise).flatten(), torch.exp(-wide(sight.x)), rtol=0.0, atol=1e-6)
+    torch.testing.assert_close(
+        sight.blurred(noise).flatten(), torch.exp(-wide(sight.x)), rtol=0.0, atol=1e-6
+    )
     assert float(sight.divergence(noise, -wide(sight.x))) == pytest.approx(0.0, abs=1e-6)
     exact, _ = expectation(narrow, lambda x: wide(x) - narrow(x))
     assert float(exact) > 0.01
@@ -289,7 +355,8 @@ def test_the_recipe_sees_divergences() -> None:
 
 
 def test_likelihood_on_a_grid_is_the_likelihood() -> None:
-    """Value and gradient in the width of a normal law, whose log Z is known; whatever the shift of the grid."""
+    """Value and gradient in the width of a normal law, whose log Z is known; whatever the shift of
+    the grid."""
     scale = torch.tensor(1.2, dtype=F, requires_grad=True)
 
     class Wide(Energy):
@@ -300,7 +367,9 @@ def test_likelihood_on_a_grid_is_the_likelihood() -> None:
 
     x = torch.randn(50, 2, generator=torch.Generator().manual_seed(0), dtype=F)
     for seed in range(3):
-        loss, _ = toy2d.GridLikelihood(20.0, 64)(Wide(), x, generator=torch.Generator().manual_seed(seed))
+        loss, _ = toy2d.GridLikelihood(20.0, 64)(
+            Wide(), x, generator=torch.Generator().manual_seed(seed)
+        )
         exact = Wide()(x).mean() + torch.log(2.0 * math.pi * scale**2)
         found, truth = (torch.autograd.grad(value, scale)[0] for value in (loss, exact))
         assert float(loss.detach()) == pytest.approx(float(exact.detach()), abs=1e-9)

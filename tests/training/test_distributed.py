@@ -1,4 +1,5 @@
-"""Training in two processes: averaged gradients are those of one, each has chains of its own, and a resumed run is the same."""
+"""Training in two processes: averaged gradients are those of one, each has chains of its own, and a
+resumed run is the same."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ from pyroebm.training import Batches, Guard, distributed, fit, read_log
 F64 = torch.float64
 ROOT = Path(__file__).resolve().parents[2]
 SGD = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.5)
-BITS = (torch.rand(23, 4, dtype=F64, generator=torch.Generator().manual_seed(0)) < 0.4).to(F64)  # the last batch is uneven
+# the last batch is uneven
+BITS = (torch.rand(23, 4, dtype=F64, generator=torch.Generator().manual_seed(0)) < 0.4).to(F64)
 
 
 def rbm(seed: int = 0) -> BernoulliRBM:
@@ -35,8 +37,16 @@ def rbm(seed: int = 0) -> BernoulliRBM:
 def exactly(seed: int = 0, **options: Any) -> dict[str, Tensor]:
     """A training whose loss is a mean over rows, and its facts."""
     machine = rbm(seed)
-    facts = [f for _, _, f in fit(machine, ExactLikelihood(), BITS, steps=9, batch_size=10, optimizer=SGD, **options)]
-    return {**machine.state_dict(), "log_likelihood": torch.tensor([f["log_likelihood"] for f in facts])}
+    facts = [
+        f
+        for _, _, f in fit(
+            machine, ExactLikelihood(), BITS, steps=9, batch_size=10, optimizer=SGD, **options
+        )
+    ]
+    return {
+        **machine.state_dict(),
+        "log_likelihood": torch.tensor([f["log_likelihood"] for f in facts]),
+    }
 
 
 def centred() -> dict[str, Tensor]:
@@ -54,20 +64,37 @@ class Means(torch.nn.Module):
         super().__init__()
         self.inner = inner
 
-    def forward(self, energy: BernoulliRBM, batch: Tensor, *, generator: Any = None) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self, energy: BernoulliRBM, batch: Tensor, *, generator: Any = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         loss, facts = self.inner(energy, batch)
         hidden = torch.sigmoid(batch @ energy.weight + energy.hidden_bias).detach()
         return loss, facts | {"mean_0": batch.mean(0), "mean_1": hidden.mean(0)}
 
 
-def chained(folder: Path | None, steps: int = 12, stop: int | None = None, seed: int = 0) -> dict[str, Tensor]:
+def chained(
+    folder: Path | None, steps: int = 12, stop: int | None = None, seed: int = 0
+) -> dict[str, Tensor]:
     """Persistent chains with a buffer, a guard, a checkpoint and a log."""
-    energy = MLPEnergy((2,), (8,), scale=2.0, dtype=F64, generator=torch.Generator().manual_seed(seed))
+    energy = MLPEnergy(
+        (2,), (8,), scale=2.0, dtype=F64, generator=torch.Generator().manual_seed(seed)
+    )
     objective = PersistentCD(5, 2, ULA(0.3), buffer_size=20, restart=0.1)
     data = torch.randn(30, 2, dtype=F64, generator=torch.Generator().manual_seed(1))
-    options: dict[str, Any] = {} if folder is None else {"checkpoint": folder / "run.safetensors", "log": folder / "run.jsonl"}
+    options: dict[str, Any] = (
+        {}
+        if folder is None
+        else {"checkpoint": folder / "run.safetensors", "log": folder / "run.jsonl"}
+    )
     run = fit(
-        energy, objective, data, steps=steps, batch_size=8, resume=folder is not None, guard=Guard(rollback=True), **options
+        energy,
+        objective,
+        data,
+        steps=steps,
+        batch_size=8,
+        resume=folder is not None,
+        guard=Guard(rollback=True),
+        **options,
     )
     losses = []
     for step, loss, _ in run:
@@ -102,9 +129,19 @@ SCRIPT = """
 
 
 def torchrun(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        *arguments,
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=100)
+    return subprocess.run(
+        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=100
+    )
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +159,8 @@ def part(found: dict[str, Tensor], name: str) -> dict[str, Tensor]:
 
 
 def test_averaged_gradients_are_those_of_one_process(two: Any) -> None:
-    """Nine steps on batches of 10 rows and 3, shared 5 and 5 and 2 and 1: parameters and facts as one process has them."""
+    """Nine steps on batches of 10 rows and 3, shared 5 and 5 and 2 and 1: parameters and facts as
+    one process has them."""
     _, found = two
     for rank in found:
         torch.testing.assert_close(part(rank, "exactly"), exactly(), rtol=1e-10, atol=1e-12)
@@ -132,12 +170,16 @@ def test_averaged_gradients_are_those_of_one_process(two: Any) -> None:
 
 
 def test_an_unweighted_average_is_caught() -> None:
-    """The last batch has two rows in one process and one in the other: the plain mean of their gradients is another number."""
+    """The last batch has two rows in one process and one in the other: the plain mean of their
+    gradients is another number."""
     machine = rbm()
     batches = [Batches(BITS, 10, 0, (rank, 2))(2) for rank in range(2)]
     assert [len(batch) for batch in batches] == [2, 1]
     whole = Batches(BITS, 10)(2)
-    grads = [torch.autograd.grad(ExactLikelihood()(machine, batch)[0], machine.visible_bias)[0] for batch in (*batches, whole)]
+    grads = [
+        torch.autograd.grad(ExactLikelihood()(machine, batch)[0], machine.visible_bias)[0]
+        for batch in (*batches, whole)
+    ]
     torch.testing.assert_close((2 * grads[0] + grads[1]) / 3, grads[2])
     assert not torch.allclose((grads[0] + grads[1]) / 2, grads[2], atol=1e-3)
 
@@ -190,4 +232,7 @@ def test_a_recipe_under_torchrun(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("172.42") == 1
     assert json.loads((tmp_path / "metrics.json").read_text())["name"] == "boltzmann_machine"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["boltzmann_machine.png", "metrics.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "boltzmann_machine.png",
+        "metrics.json",
+    ]

@@ -31,21 +31,28 @@ SGD = functools.partial(torch.optim.SGD, lr=0.05)
 
 
 def net(seed: int = 0) -> MLPEnergy:
-    return MLPEnergy((2,), (8,), scale=2.0, dtype=F64, generator=torch.Generator().manual_seed(seed))
+    return MLPEnergy(
+        (2,), (8,), scale=2.0, dtype=F64, generator=torch.Generator().manual_seed(seed)
+    )
 
 
 class Duel(Objective):
-    """An energy against a generator; one number of theirs is in both losses, with gradients of opposite sign."""
+    """An energy against a generator; one number of theirs is in both losses, with gradients of
+    opposite sign."""
 
     def __init__(self) -> None:
         super().__init__()
         self.generator = nn.Parameter(torch.tensor([[0.5, -0.3], [0.1, 0.7]], dtype=F64))
 
-    def losses(self, energy: Energy, batch: Tensor, *, generator: Any = None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def losses(
+        self, energy: Energy, batch: Tensor, *, generator: Any = None
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         noise = torch.randn(len(batch), 2, dtype=F64, generator=generator)
         data, model = energy(batch).mean(), energy(noise @ self.generator).mean()
         gap = (data - model).detach()
-        return {"energy": data - model, "generator": model + self.generator.square().sum()}, {"energy_gap": gap}
+        return {"energy": data - model, "generator": model + self.generator.square().sum()}, {
+            "energy_gap": gap
+        }
 
     def trained(self, energy: Energy) -> dict[str, list[nn.Parameter]]:
         return {"energy": list(energy.parameters()), "generator": [self.generator]}
@@ -58,27 +65,41 @@ class Shaken(PersistentCD):
         super().__init__(num_chains=6, kernel=ULA(0.3))
         self._at, self._wrong, self._calls = at, wrong, 0
 
-    def forward(self, energy: Energy, batch: Tensor, *, generator: Any = None) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self, energy: Energy, batch: Tensor, *, generator: Any = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         loss, facts = super().forward(energy, batch, generator=generator)
         self._calls += 1
         if self._calls - 1 not in self._at:
             return loss, facts
-        return (loss * math.nan, facts) if math.isnan(self._wrong) else (loss, facts | {"energy_gap": torch.tensor(self._wrong)})
+        return (
+            (loss * math.nan, facts)
+            if math.isnan(self._wrong)
+            else (loss, facts | {"energy_gap": torch.tensor(self._wrong)})
+        )
 
 
 def end(run: Any) -> list[tuple[int, float, dict[str, float]]]:
     return list(run)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Several losses
 
 
 def check_duel() -> None:
-    """Two steps of each player by hand, from gradients at one point; each loss moves its own parameters alone."""
+    """Two steps of each player by hand, from gradients at one point; each loss moves its own
+    parameters alone."""
     energy, duel = net(), Duel()
     found = end(
-        fit(energy, duel, DATA, steps=2, batch_size=24, optimizer={"energy": SGD, "generator": functools.partial(SGD, lr=0.2)})
+        fit(
+            energy,
+            duel,
+            DATA,
+            steps=2,
+            batch_size=24,
+            optimizer={"energy": SGD, "generator": functools.partial(SGD, lr=0.2)},
+        )
     )
     again, hand = net(), Duel()
     noise = training.seeded_generator(0)
@@ -87,10 +108,16 @@ def check_duel() -> None:
         mine = torch.autograd.grad(losses["energy"], list(again.parameters()), retain_graph=True)
         theirs = torch.autograd.grad(losses["generator"], hand.generator)[0]
         facts = found[step][2]
-        assert facts["loss_energy"] == found[step][1] == pytest.approx(float(losses["energy"].detach()))
+        assert (
+            facts["loss_energy"]
+            == found[step][1]
+            == pytest.approx(float(losses["energy"].detach()))
+        )
         assert facts["loss_generator"] == pytest.approx(float(losses["generator"].detach()))
         assert (
-            facts["grad_norm_energy"] == facts["grad_norm"] == pytest.approx(float(torch.cat([g.flatten() for g in mine]).norm()))
+            facts["grad_norm_energy"]
+            == facts["grad_norm"]
+            == pytest.approx(float(torch.cat([g.flatten() for g in mine]).norm()))
         )
         assert facts["grad_norm_generator"] == pytest.approx(float(theirs.norm()))
         with torch.no_grad():
@@ -159,9 +186,12 @@ def test_players_share_nothing() -> None:
 
 
 def test_a_parameter_without_gradient() -> None:
-    """An additive constant under score matching: it stays, all else is trained; also where there is nothing but it."""
+    """An additive constant under score matching: it stays, all else is trained; also where there is
+    nothing but it."""
 
-    def slope(energy: Energy, batch: Tensor, *, generator: Any = None) -> tuple[Tensor, dict[str, Tensor]]:
+    def slope(
+        energy: Energy, batch: Tensor, *, generator: Any = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         x = batch.detach().requires_grad_()
         return torch.autograd.grad(energy(x).sum(), x, create_graph=True)[0].square().mean(), {}
 
@@ -176,18 +206,21 @@ def test_a_parameter_without_gradient() -> None:
     energy.net[-1].bias.requires_grad_()
     x = DATA.clone().requires_grad_()
 
-    def constant(energy: Energy, batch: Tensor, *, generator: Any = None) -> tuple[Tensor, dict[str, Tensor]]:
+    def constant(
+        energy: Energy, batch: Tensor, *, generator: Any = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         return x.square().mean(), {}
 
     assert end(fit(energy, constant, DATA, steps=2))[-1][2]["grad_norm"] == 0.0
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Guards
 
 
 def test_a_rollback_goes_back_and_goes_on() -> None:
-    """Parameters, momenta and chains of the last kept step; the random numbers and the data of the next."""
+    """Parameters, momenta and chains of the last kept step; the random numbers and the data of the
+    next."""
     energy, objective = net(), Shaken((7,))
     states: dict[int, dict[str, Tensor]] = {}
     run = fit(energy, objective, DATA, steps=12, batch_size=6, guard=Guard(rollback=True, every=3))
@@ -196,26 +229,49 @@ def test_a_rollback_goes_back_and_goes_on() -> None:
     def watch() -> None:
         for step, loss, facts in run:
             found.append((step, loss, facts["rollbacks"]))
-            states[step] = {k: v.clone() for k, v in {**energy.state_dict(), **objective.state_dict()}.items()}
+            states[step] = {
+                k: v.clone() for k, v in {**energy.state_dict(), **objective.state_dict()}.items()
+            }
 
-    with pytest.warns(RuntimeWarning, match=r"at step 7 loss is nan.*as step 5 left it \(rollback 1 of at most 10\)"):
+    with pytest.warns(
+        RuntimeWarning,
+        match=r"at step 7 loss is nan.*as step 5 left it \(rollback 1 of at most 10\)",
+    ):
         watch()
     assert [step for step, _, _ in found] == list(range(12))
     assert [math.isnan(loss) for _, loss, _ in found] == [step == 7 for step in range(12)]
     assert [count for _, _, count in found] == [0.0] * 7 + [1.0] * 5
     torch.testing.assert_close(states[7], states[5], rtol=0, atol=0)
-    assert not torch.equal(states[8]["chains"], states[6]["chains"]), "the same random numbers came again"
+    assert not torch.equal(states[8]["chains"], states[6]["chains"]), (
+        "the same random numbers came again"
+    )
 
 
 def test_schedules_go_on_through_a_rollback() -> None:
     plan = functools.partial(torch.optim.lr_scheduler.ExponentialLR, gamma=0.5)
     with pytest.warns(RuntimeWarning, match="rollback 1"):
-        found = end(fit(net(), Shaken((3,)), DATA, steps=6, optimizer=SGD, schedule=plan, guard=Guard(rollback=True)))
+        found = end(
+            fit(
+                net(),
+                Shaken((3,)),
+                DATA,
+                steps=6,
+                optimizer=SGD,
+                schedule=plan,
+                guard=Guard(rollback=True),
+            )
+        )
     assert [facts["lr"] for _, _, facts in found] == [0.05 * 0.5**k for k in range(6)]
 
 
 def test_rollbacks_come_to_an_end() -> None:
-    run = fit(net(), Shaken(tuple(range(3, 50))), DATA, steps=50, guard=Guard(rollback=True, max_rollbacks=2))
+    run = fit(
+        net(),
+        Shaken(tuple(range(3, 50))),
+        DATA,
+        steps=50,
+        guard=Guard(rollback=True, max_rollbacks=2),
+    )
     with (
         pytest.warns(RuntimeWarning, match="rollback"),
         pytest.raises(FloatingPointError, match="step 5 after 2 rollbacks loss is nan"),
@@ -226,26 +282,41 @@ def test_rollbacks_come_to_an_end() -> None:
 
 
 def test_a_gap_out_of_bounds() -> None:
-    with pytest.raises(FloatingPointError, match=r"at step 2 energy_gap is -1e\+06, beyond max_energy_gap=100"):
+    with pytest.raises(
+        FloatingPointError, match=r"at step 2 energy_gap is -1e\+06, beyond max_energy_gap=100"
+    ):
         end(fit(net(), Shaken((2,), -1e6), DATA, steps=5, guard=Guard(max_energy_gap=100.0)))
     with pytest.warns(RuntimeWarning, match="energy_gap is"):
-        found = end(fit(net(), Shaken((2,), 1e6), DATA, steps=5, guard=Guard(rollback=True, max_energy_gap=100.0)))
+        found = end(
+            fit(
+                net(),
+                Shaken((2,), 1e6),
+                DATA,
+                steps=5,
+                guard=Guard(rollback=True, max_energy_gap=100.0),
+            )
+        )
     assert found[-1][2]["rollbacks"] == 1.0
 
-    def silent(energy: Energy, batch: Tensor, *, generator: Any = None) -> tuple[Tensor, dict[str, Tensor]]:
+    def silent(
+        energy: Energy, batch: Tensor, *, generator: Any = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         return energy(batch).mean(), {}
 
     with pytest.raises(ValueError, match="says its energy_gap"):
         end(fit(net(), silent, DATA, steps=1, guard=Guard(max_energy_gap=1.0)))
 
 
-@pytest.mark.parametrize("options", [{"every": 0}, {"max_rollbacks": 0}, {"max_energy_gap": -1.0}, {"max_energy_gap": math.nan}])
+@pytest.mark.parametrize(
+    "options",
+    [{"every": 0}, {"max_rollbacks": 0}, {"max_energy_gap": -1.0}, {"max_energy_gap": math.nan}],
+)
 def test_guards_at_the_front_door(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="must be"):
         Guard(**options)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Logs
 
 
@@ -254,19 +325,46 @@ def without_seconds(path: Path) -> list[dict[str, float]]:
 
 
 def test_a_log_has_a_line_for_a_step(tmp_path: Path) -> None:
-    found = end(fit(net(), ContrastiveDivergence(), DATA, steps=7, log=tmp_path / "deep" / "run.jsonl", log_every=3))
+    found = end(
+        fit(
+            net(),
+            ContrastiveDivergence(),
+            DATA,
+            steps=7,
+            log=tmp_path / "deep" / "run.jsonl",
+            log_every=3,
+        )
+    )
     lines = without_seconds(tmp_path / "deep" / "run.jsonl")
-    assert lines == [{"step": step, "loss": loss, **facts} for step, loss, facts in found if step in (0, 3, 6)]
+    assert lines == [
+        {"step": step, "loss": loss, **facts} for step, loss, facts in found if step in (0, 3, 6)
+    ]
     with pytest.raises(ValueError, match="holds a log"):
         fit(net(), ContrastiveDivergence(), DATA, steps=7, log=tmp_path / "deep" / "run.jsonl")
     with pytest.raises(ValueError, match="log_every must be"):
-        fit(net(), ContrastiveDivergence(), DATA, steps=7, log=tmp_path / "other.jsonl", log_every=0)
+        fit(
+            net(), ContrastiveDivergence(), DATA, steps=7, log=tmp_path / "other.jsonl", log_every=0
+        )
 
 
 def test_numbers_that_are_not_finite_are_in_the_log(tmp_path: Path) -> None:
     with pytest.warns(RuntimeWarning, match="rollback"):
-        end(fit(net(), Shaken((2,)), DATA, steps=4, guard=Guard(rollback=True), log=tmp_path / "run.jsonl"))
-    assert [math.isnan(line["loss"]) for line in read_log(tmp_path / "run.jsonl")] == [False, False, True, False]
+        end(
+            fit(
+                net(),
+                Shaken((2,)),
+                DATA,
+                steps=4,
+                guard=Guard(rollback=True),
+                log=tmp_path / "run.jsonl",
+            )
+        )
+    assert [math.isnan(line["loss"]) for line in read_log(tmp_path / "run.jsonl")] == [
+        False,
+        False,
+        True,
+        False,
+    ]
 
 
 def test_tensorboard_is_written_or_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,7 +392,7 @@ def test_tensorboard_is_written_or_named(tmp_path: Path, monkeypatch: pytest.Mon
     assert written == [(str(tmp_path), 4), ("loss", 4), ("lr", 4), "closed"]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Killed
 
 
@@ -320,14 +418,28 @@ SCRIPT = """
 
 def whole(case: str, log: Path) -> dict[str, Tensor]:
     energy, objective = net(), eval(CASES[case])
-    end(fit(energy, objective, DATA, steps=20, batch_size=7, guard=Guard(rollback=True, every=5), log=log))
-    return {**energy.state_dict(), **{f"objective.{k}": v for k, v in objective.state_dict().items()}}
+    end(
+        fit(
+            energy,
+            objective,
+            DATA,
+            steps=20,
+            batch_size=7,
+            guard=Guard(rollback=True, every=5),
+            log=log,
+        )
+    )
+    return {
+        **energy.state_dict(),
+        **{f"objective.{k}": v for k, v in objective.state_dict().items()},
+    }
 
 
 @pytest.mark.filterwarnings("ignore:fit. at step")
 @pytest.mark.parametrize("case", CASES)
 def test_killed_and_resumed_is_uninterrupted(case: str, tmp_path: Path) -> None:
-    """Killed within a step, its line written and its checkpoint too; resumed, parameters, buffers and log are the same."""
+    """Killed within a step, its line written and its checkpoint too; resumed, parameters, buffers
+    and log are the same."""
     truth = whole(case, tmp_path / "whole.jsonl")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", textwrap.dedent(SCRIPT), str(tmp_path), case, "11"]
@@ -338,11 +450,22 @@ def test_killed_and_resumed_is_uninterrupted(case: str, tmp_path: Path) -> None:
     energy, objective = net(seed=9), eval(CASES[case])
     if case == "rolled back":
         objective._calls = 12  # what is no tensor is the user's
-    options = {"checkpoint": tmp_path / "run.safetensors", "resume": True, "guard": Guard(rollback=True, every=5)}
-    rest = end(fit(energy, objective, DATA, steps=20, batch_size=7, log=tmp_path / "run.jsonl", **options))
+    options = {
+        "checkpoint": tmp_path / "run.safetensors",
+        "resume": True,
+        "guard": Guard(rollback=True, every=5),
+    }
+    rest = end(
+        fit(energy, objective, DATA, steps=20, batch_size=7, log=tmp_path / "run.jsonl", **options)
+    )
     assert [step for step, _, _ in rest] == list(range(12, 20))
-    found = {**energy.state_dict(), **{f"objective.{k}": v for k, v in objective.state_dict().items()}}
+    found = {
+        **energy.state_dict(),
+        **{f"objective.{k}": v for k, v in objective.state_dict().items()},
+    }
     assert set(found) == set(truth)
     for name, value in truth.items():
         assert torch.equal(found[name], value), f"{name} differs after a kill"
-    assert json.dumps(without_seconds(tmp_path / "run.jsonl")) == json.dumps(without_seconds(tmp_path / "whole.jsonl"))
+    assert json.dumps(without_seconds(tmp_path / "run.jsonl")) == json.dumps(
+        without_seconds(tmp_path / "whole.jsonl")
+    )

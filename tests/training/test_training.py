@@ -1,4 +1,5 @@
-"""The training loop: what it reaches, what it logs, what it refuses; interrupted and resumed bit for bit; mutants."""
+"""The training loop: what it reaches, what it logs, what it refuses; interrupted and resumed bit
+for bit; mutants."""
 
 from __future__ import annotations
 
@@ -39,7 +40,9 @@ DATA = bars_and_stripes(2, dtype=F64)
 
 def rbm(hidden: int = 3, seed: int = 0) -> BernoulliRBM:
     noise = torch.Generator().manual_seed(seed)
-    return BernoulliRBM(4, hidden, weight=0.1 * torch.randn(4, hidden, dtype=F64, generator=noise), dtype=F64)
+    return BernoulliRBM(
+        4, hidden, weight=0.1 * torch.randn(4, hidden, dtype=F64, generator=noise), dtype=F64
+    )
 
 
 class Bowl(Energy):
@@ -62,7 +65,9 @@ class Exploding(nn.Module):
         super().__init__()
         self.calls = 0
 
-    def forward(self, energy: Energy, batch: Tensor, *, generator: Any = None) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self, energy: Energy, batch: Tensor, *, generator: Any = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         self.calls += 1
         loss = energy(batch).mean() * (math.nan if self.calls == 4 else 1.0)
         return loss, {"calls": torch.tensor(float(self.calls))}
@@ -72,13 +77,14 @@ def last(steps: Any) -> tuple[int, float, dict[str, float]]:
     return list(steps)[-1]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What it does
 
 
 @pytest.mark.parametrize("centred", [False, True])
 def test_exact_training_reaches_the_ceiling(centred: bool) -> None:
-    """Bars and stripes: the mean log-likelihood comes within .02 nats of the entropy of the data."""
+    """Bars and stripes: the mean log-likelihood comes within .02 nats of the entropy of the
+    data."""
     machine = rbm(hidden=6)
     steps = fit(
         machine,
@@ -99,14 +105,26 @@ def test_pcd_training_raises_the_likelihood() -> None:
     machine = rbm(hidden=6)
     before = float(machine.log_likelihood(DATA).mean().detach())
     plain = functools.partial(torch.optim.SGD, lr=0.1, fused=True)
-    last(fit(machine, PersistentCD(100), DATA, steps=3500, batch_size=8, optimizer=plain, transform=Centring()))
+    last(
+        fit(
+            machine,
+            PersistentCD(100),
+            DATA,
+            steps=3500,
+            batch_size=8,
+            optimizer=plain,
+            transform=Centring(),
+        )
+    )
     after = float(machine.log_likelihood(DATA).mean().detach())
     assert after > max(-1.95, before + 0.5), (before, after)
 
 
 def test_data_energy_falls_against_the_rest() -> None:
     energy = Bowl()
-    data = torch.randn(64, 2, dtype=F64, generator=torch.Generator().manual_seed(3)) + torch.tensor([2.0, 0.0])
+    data = torch.randn(64, 2, dtype=F64, generator=torch.Generator().manual_seed(3)) + torch.tensor(
+        [2.0, 0.0]
+    )
     far = -data
     before = float((energy(data).mean() - energy(far).mean()).detach())
     last(fit(energy, ContrastiveDivergence(k=5), data, epochs=20, batch_size=16))
@@ -117,10 +135,19 @@ def test_facts_and_order() -> None:
     machine, seen = rbm(), []
     plan = functools.partial(torch.optim.lr_scheduler.StepLR, step_size=2, gamma=0.5)
     options = {"optimizer": SGD, "schedule": plan, "penalties": [Sparsity(0.1, 1.0)]}
-    for step, loss, facts in fit(machine, ContrastiveDivergence(), DATA, epochs=2, batch_size=3, **options):
+    for step, loss, facts in fit(
+        machine, ContrastiveDivergence(), DATA, epochs=2, batch_size=3, **options
+    ):
         seen.append((step, facts["lr"]))
         assert loss == pytest.approx(facts["energy_gap"] + facts["penalty"])
-        assert set(facts) == {"energy_data", "energy_model", "energy_gap", "penalty", "grad_norm", "lr"}
+        assert set(facts) == {
+            "energy_data",
+            "energy_model",
+            "energy_gap",
+            "penalty",
+            "grad_norm",
+            "lr",
+        }
     assert seen == [(0, 0.05), (1, 0.05), (2, 0.025), (3, 0.025), (4, 0.0125), (5, 0.0125)]
 
 
@@ -140,16 +167,30 @@ def test_clipping_and_learned_objectives() -> None:
             super().__init__()
             self.scale = nn.Parameter(torch.ones((), dtype=F64))
 
-        def forward(self, energy: Energy, batch: Tensor, *, generator: Any = None) -> tuple[Tensor, dict[str, Tensor]]:
+        def forward(
+            self, energy: Energy, batch: Tensor, *, generator: Any = None
+        ) -> tuple[Tensor, dict[str, Tensor]]:
             loss, facts = super().forward(energy, batch, generator=generator)
             return loss + self.scale**2, facts
 
     machine, objective = rbm(), Scaled()
     start = [p.detach().clone() for p in (*machine.parameters(), *objective.parameters())]
     _, _, facts = last(
-        fit(machine, objective, DATA, steps=1, optimizer=functools.partial(torch.optim.SGD, lr=1.0), max_grad_norm=0.01)
+        fit(
+            machine,
+            objective,
+            DATA,
+            steps=1,
+            optimizer=functools.partial(torch.optim.SGD, lr=1.0),
+            max_grad_norm=0.01,
+        )
     )
-    moved = torch.cat([(p - q).flatten() for p, q in zip((*machine.parameters(), *objective.parameters()), start, strict=True)])
+    moved = torch.cat(
+        [
+            (p - q).flatten()
+            for p, q in zip((*machine.parameters(), *objective.parameters()), start, strict=True)
+        ]
+    )
     assert float(moved.detach().norm()) == pytest.approx(0.01, rel=1e-3)
     assert float(objective.scale.detach()) < 1.0
     assert facts["grad_norm"] > 1.0, "the norm is the one before clipping"
@@ -161,11 +202,22 @@ def check_decay() -> None:
     with torch.no_grad():
         machine.visible_bias += 1.0
 
-    def nothing(energy: Energy, batch: Tensor, *, generator: Any = None) -> tuple[Tensor, dict[str, Tensor]]:
+    def nothing(
+        energy: Energy, batch: Tensor, *, generator: Any = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         return 0.0 * sum(p.sum() for p in energy.parameters()), {}
 
     weight = machine.weight.detach().clone()
-    last(fit(machine, nothing, DATA, steps=1, weight_decay=0.1, optimizer=functools.partial(torch.optim.SGD, lr=0.5)))
+    last(
+        fit(
+            machine,
+            nothing,
+            DATA,
+            steps=1,
+            weight_decay=0.1,
+            optimizer=functools.partial(torch.optim.SGD, lr=0.5),
+        )
+    )
     torch.testing.assert_close(machine.weight.detach(), 0.95 * weight)
     torch.testing.assert_close(machine.visible_bias.detach(), torch.ones(4, dtype=F64))
 
@@ -200,7 +252,7 @@ def test_a_seed_repeats_a_run() -> None:
     assert not torch.equal(ends[0], ends[2])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Guards
 
 
@@ -226,8 +278,14 @@ def test_a_loss_that_is_not_finite_raises_with_the_facts() -> None:
         ({"steps": 1, "data": [1.0]}, "tensor of rows"),
         ({"steps": 1, "energy": nn.Linear(1, 1)}, "must be a pyroebm.Energy"),
         ({"steps": 1, "energy": rbm().requires_grad_(False)}, "nothing to train"),
-        ({"steps": 1, "optimizer": lambda groups: torch.optim.LBFGS(groups[0]["params"])}, "needs the loss again"),
-        ({"steps": 1, "schedule": torch.optim.lr_scheduler.ReduceLROnPlateau}, "needs the loss again"),
+        (
+            {"steps": 1, "optimizer": lambda groups: torch.optim.LBFGS(groups[0]["params"])},
+            "needs the loss again",
+        ),
+        (
+            {"steps": 1, "schedule": torch.optim.lr_scheduler.ReduceLROnPlateau},
+            "needs the loss again",
+        ),
     ],
 )
 def test_bad_input_is_refused_at_the_call(options: dict[str, Any], said: str) -> None:
@@ -236,14 +294,15 @@ def test_bad_input_is_refused_at_the_call(options: dict[str, Any], said: str) ->
         fit(**arguments)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Checkpoints
 
 
 def everything(
     machine: Energy, path: Path | None, steps: int, objective: Any = None, **options: Any
 ) -> tuple[Any, dict[str, Any]]:
-    """A run with all that has a state: chains at two temperatures, momentum, schedule, offsets, average."""
+    """A run with all that has a state: chains at two temperatures, momentum, schedule, offsets,
+    average."""
     parts: dict[str, Any] = {
         "objective": PersistentCD(6, betas=(1.0, 0.5)) if objective is None else objective(),
         "transform": Centring(rate=0.1) if isinstance(machine, BernoulliRBM) else None,
@@ -251,16 +310,32 @@ def everything(
     }
     plan = functools.partial(torch.optim.lr_scheduler.ExponentialLR, gamma=0.95)
     run = fit(
-        machine, data=DATA[:, : machine.event_shape[0]], steps=steps, batch_size=3, schedule=plan, checkpoint=path, seed=5,
-        **parts, **options,
-    )  # fmt: skip
+        machine,
+        data=DATA[:, : machine.event_shape[0]],
+        steps=steps,
+        batch_size=3,
+        schedule=plan,
+        checkpoint=path,
+        seed=5,
+        **parts,
+        **options,
+    )
     return run, parts
 
 
 def end(run: Any, machine: Energy, parts: dict[str, Any]) -> dict[str, Tensor]:
     facts = [(step, loss, *sorted(facts.items())) for step, loss, facts in run]
-    states = {f"{k}.{n}": v for k, part in parts.items() if part is not None for n, v in part.state_dict().items()}
-    return states | dict(machine.state_dict()) | {"last": torch.tensor([facts[-1][0], facts[-1][1]], dtype=F64)}
+    states = {
+        f"{k}.{n}": v
+        for k, part in parts.items()
+        if part is not None
+        for n, v in part.state_dict().items()
+    }
+    return (
+        states
+        | dict(machine.state_dict())
+        | {"last": torch.tensor([facts[-1][0], facts[-1][1]], dtype=F64)}
+    )
 
 
 def check_resumed(tmp_path: Path, make: Callable[[], Energy], **options: Any) -> None:
@@ -276,7 +351,9 @@ def check_resumed(tmp_path: Path, make: Callable[[], Energy], **options: Any) ->
     with torch.no_grad():
         for parameter in second.parameters():
             parameter.zero_()  # all that counts comes from the file
-    found = end(*_with(second, everything(second, tmp_path / "run.safetensors", 17, resume=True, **options)))
+    found = end(
+        *_with(second, everything(second, tmp_path / "run.safetensors", 17, resume=True, **options))
+    )
     assert set(found) == set(truth)
     for name, value in truth.items():
         assert torch.equal(found[name], value), f"{name} differs after an interruption"
@@ -320,7 +397,8 @@ def test_an_error_within_a_step_is_not_saved(tmp_path: Path) -> None:
 def test_checkpoints_at_the_front_door(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "run.safetensors"
     options: dict[str, Any] = {"checkpoint": path, "batch_size": 4}
-    last(fit(rbm(), ContrastiveDivergence(), DATA, steps=2, resume=True, **options))  # nothing there yet: it begins
+    # nothing there yet: it begins
+    last(fit(rbm(), ContrastiveDivergence(), DATA, steps=2, resume=True, **options))
     assert not list(path.parent.glob("*.part"))
     with pytest.raises(ValueError, match="holds a training"):
         fit(rbm(), ContrastiveDivergence(), DATA, steps=4, **options)
@@ -331,8 +409,18 @@ def test_checkpoints_at_the_front_door(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="settings of this training"):
         fit(rbm().float(), ContrastiveDivergence(), DATA.float(), steps=4, resume=True, **options)
     with pytest.raises(ValueError, match="of another energy"):
-        fit(BernoulliRBM(DATA.shape[1], 7, dtype=DATA.dtype), ContrastiveDivergence(), DATA, steps=4, resume=True, **options)
-    assert [step for step, _, _ in fit(rbm(), ContrastiveDivergence(), DATA, steps=4, resume=True, **options)] == [2, 3]
+        fit(
+            BernoulliRBM(DATA.shape[1], 7, dtype=DATA.dtype),
+            ContrastiveDivergence(),
+            DATA,
+            steps=4,
+            resume=True,
+            **options,
+        )
+    assert [
+        step
+        for step, _, _ in fit(rbm(), ContrastiveDivergence(), DATA, steps=4, resume=True, **options)
+    ] == [2, 3]
 
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(ValueError, match="must be a file that fit wrote"):
@@ -341,11 +429,24 @@ def test_checkpoints_at_the_front_door(tmp_path: Path) -> None:
 
 def test_a_checkpoint_is_of_one_kernel_and_of_the_objectives_inside(tmp_path: Path) -> None:
     data = (torch.randn(20, 2, generator=torch.Generator().manual_seed(0)), torch.arange(20) % 3)
-    options: dict[str, Any] = {"batch_size": 10, "checkpoint": tmp_path / "kept.safetensors", "progress": False}
+    options: dict[str, Any] = {
+        "batch_size": 10,
+        "checkpoint": tmp_path / "kept.safetensors",
+        "progress": False,
+    }
 
     def run(k: int, size: float, steps: int, resume: bool) -> None:
         energy = ClassifierEnergy(torch.nn.Linear(2, 3), (2,), 3, scale=1.0)
-        last(fit(energy, Hybrid(ContrastiveDivergence(k, ULA(size))), data, steps=steps, resume=resume, **options))
+        last(
+            fit(
+                energy,
+                Hybrid(ContrastiveDivergence(k, ULA(size))),
+                data,
+                steps=steps,
+                resume=resume,
+                **options,
+            )
+        )
 
     run(2, 0.1, 2, False)
     run(2, 0.1, 3, True)  # another kernel of the same settings
@@ -355,10 +456,17 @@ def test_a_checkpoint_is_of_one_kernel_and_of_the_objectives_inside(tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"max_grad_norm": -1.0}, {"max_grad_norm": math.nan}, {"weight_decay": -0.1}, {"checkpoint_every": -1.0}]
+    "wrong",
+    [
+        {"max_grad_norm": -1.0},
+        {"max_grad_norm": math.nan},
+        {"weight_decay": -0.1},
+        {"checkpoint_every": -1.0},
+    ],
 )
 def test_numbers_that_would_turn_a_step_around_are_refused(wrong: dict[str, Any]) -> None:
-    """A negative bound on the norm makes torch climb, and NaN fills the parameters behind the guard's back."""
+    """A negative bound on the norm makes torch climb, and NaN fills the parameters behind the
+    guard's back."""
     with pytest.raises(ValueError, match=next(iter(wrong))):
         fit(rbm(), ContrastiveDivergence(), DATA, steps=1, **wrong)
 
@@ -367,13 +475,17 @@ def test_where_an_object_lies_in_memory_is_no_setting() -> None:
     class Proposal:
         draw_noise = push = log_prob = print
 
-    said = [settings_of("o", PersistentCD(5, 1, IndependenceMetropolis(Proposal()))) for _ in range(2)]
+    said = [
+        settings_of("o", PersistentCD(5, 1, IndependenceMetropolis(Proposal()))) for _ in range(2)
+    ]
     assert said[0] == said[1]
     assert "IndependenceMetropolis" in said[0]["o.kernel"]
 
 
 @pytest.mark.parametrize("changed", [{"sigma": (0.1, 0.3)}, {"control_variate": True}])
-def test_a_checkpoint_is_of_one_ladder_and_one_estimator(changed: dict[str, Any], tmp_path: Path) -> None:
+def test_a_checkpoint_is_of_one_ladder_and_one_estimator(
+    changed: dict[str, Any], tmp_path: Path
+) -> None:
     """Settings that are tuples and truths count, as numbers and words do."""
     energy = MLPEnergy((2,), hidden=(4,), dtype=torch.float64)
     options: dict[str, Any] = {"checkpoint": tmp_path / "run.safetensors", "batch_size": 4}
@@ -382,4 +494,6 @@ def test_a_checkpoint_is_of_one_ladder_and_one_estimator(changed: dict[str, Any]
     last(fit(energy, DenoisingScoreMatching(**given), data, steps=2, **options))
     last(fit(energy, DenoisingScoreMatching(**given), data, steps=3, resume=True, **options))
     with pytest.raises(ValueError, match="settings of this training"):
-        fit(energy, DenoisingScoreMatching(**given | changed), data, steps=4, resume=True, **options)
+        fit(
+            energy, DenoisingScoreMatching(**given | changed), data, steps=4, resume=True, **options
+        )

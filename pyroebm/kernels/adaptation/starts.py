@@ -24,12 +24,14 @@ def draw_starts(
     generator: torch.Generator | None = None,
     adapts: bool = True,
 ) -> Tensor:
-    """Draw a start for each chain: the first candidate from which a trial leapfrog step is accepted.
+    """Draw a start for each chain: the first candidate from which a trial leapfrog step is
+    accepted.
 
-    The step size of the trial is one for all chains, found from their mean acceptance, so that a candidate in a region much
-    steeper than those of the other chains is drawn anew. Nothing else is compared: the lowest energy, for one, would be in the
-    neck of a funnel. Only kernels that follow gradients without a momentum of their own (NUTS, HMC, MALA and their
-    like) try their starts; of others the first candidates are taken.
+    The step size of the trial is one for all chains, found from their mean acceptance, so that a
+    candidate in a region much steeper than those of the other chains is drawn anew. Nothing else is
+    compared: the lowest energy, for one, would be in the neck of a funnel. Only kernels that follow
+    gradients without a momentum of their own (NUTS, HMC, MALA and their like) try their starts; of
+    others the first candidates are taken.
 
     Args:
         kernel: the kernel that will move the chains.
@@ -53,7 +55,8 @@ def draw_starts(
     trial: Kernel[Any] = kernel.probe()
     waiting = torch.ones(n, dtype=torch.bool, device=x.device)
     for _ in range(CANDIDATES):
-        # All rows are evaluated, since an energy may hold something of its own for each (a clamped value).
+        # All rows are evaluated, since an energy may hold something of its own for each (a clamped
+        # value).
         values, grad = value_and_grad(energy, x)
         finite = torch.isfinite(values) & torch.isfinite(rows(grad)).all(1)
         if bool(finite.any()):
@@ -61,7 +64,8 @@ def draw_starts(
             state = choose(finite, State(x, values, grad), State(x, torch.zeros_like(values), zero))
             if adapts:
                 crossing = find_step_size(trial, energy, state, generator, counted=finite)
-                trial = trial.replace(step_size=0.5 * crossing)  # the search ends where most steps are rejected
+                # the search ends where most steps are rejected
+                trial = trial.replace(step_size=0.5 * crossing)
                 adapts = False
             _, info = trial.step(energy, state, generator)
             waiting = waiting & ~(finite & info.accepted)

@@ -1,4 +1,5 @@
-"""Step sizes that reach an acceptance rate: a first guess, and dual averaging from there. One for all chains, or one for each."""
+"""Step sizes that reach an acceptance rate: a first guess, and dual averaging from there. One for
+all chains, or one for each."""
 
 from __future__ import annotations
 
@@ -22,17 +23,23 @@ def _log(value: float | Tensor) -> float | Tensor:
 
 
 def _exp(value: float | Tensor) -> float | Tensor:
-    # Where every step is accepted, its logarithm grows without end: the step itself must overflow in no floating-point type.
+    # Where every step is accepted, its logarithm grows without end: the step itself must overflow
+    # in no floating-point type.
     return value.clamp(max=60.0).exp() if isinstance(value, Tensor) else math.exp(min(value, 60.0))
 
 
 class DualAveraging(NamedTuple):
-    r"""Nesterov's dual averaging of :math:`\log\epsilon` (Hoffman and Gelman, 2014, section 3.2), as an immutable value.
+    r"""Nesterov's dual averaging of :math:`\log\epsilon` (Hoffman and Gelman, 2014, section 3.2),
+    as an immutable value.
 
-    .. math:: \bar H_t = (1 - \tfrac{1}{t + t_0}) \bar H_{t-1} + \tfrac{1}{t + t_0} (\delta - \alpha_t), \quad
+    .. math::
+
+        \bar H_t = (1 - \tfrac{1}{t + t_0}) \bar H_{t-1} + \tfrac{1}{t + t_0} (\delta - \alpha_t),
+        \quad
         \log\epsilon_t = \mu - \tfrac{\sqrt t}{\gamma} \bar H_t
 
-    Every field but the count is a number, or a tensor ``(chains,)`` where each chain tunes a step size of its own.
+    Every field but the count is a number, or a tensor ``(chains,)`` where each chain tunes a step
+    size of its own.
 
     Args:
         mu: :math:`\mu`, where :math:`\log\epsilon` is drawn to.
@@ -45,7 +52,9 @@ class DualAveraging(NamedTuple):
         >>> tuning = DualAveraging.start(0.1)
         >>> tuning.update(1.0, target=0.8).log_step > tuning.log_step
         True
-        >>> DualAveraging.start(torch.tensor([0.1, 0.2])).update(torch.tensor([1.0, 0.0]), target=0.8).step_size.shape
+        >>> DualAveraging.start(torch.tensor([0.1, 0.2])).update(
+        ...     torch.tensor([1.0, 0.0]), target=0.8
+        ... ).step_size.shape
         torch.Size([2])
     """
 
@@ -62,12 +71,18 @@ class DualAveraging(NamedTuple):
         return cls(_log(10.0 * step_size), log_step, log_step, 0.0 * log_step)
 
     def update(
-        self, acceptance: float | Tensor, target: float, gamma: float = 0.1, t0: float = 10.0, kappa: float = 0.75
+        self,
+        acceptance: float | Tensor,
+        target: float,
+        gamma: float = 0.1,
+        t0: float = 10.0,
+        kappa: float = 0.75,
     ) -> DualAveraging:
-        """One observation of the acceptance rate. A value that is no number in [0, 1] is refused: it would freeze every chain.
+        """One observation of the acceptance rate. A value that is no number in [0, 1] is refused:
+        it would freeze every chain.
 
-        ``gamma`` is twice that of the paper: fewer swings to average over. After 50 steps it comes nearer its target by half or
-        more, for MALA, HMC and NUTS, with few chains and many.
+        ``gamma`` is twice that of the paper: fewer swings to average over. After 50 steps it comes
+        nearer its target by half or more, for MALA, HMC and NUTS, with few chains and many.
         """
         seen = torch.as_tensor(acceptance)
         if not bool(((seen >= 0.0) & (seen <= 1.0)).all()):
@@ -77,7 +92,9 @@ class DualAveraging(NamedTuple):
         error = (1.0 - weight) * self.error + weight * (target - acceptance)
         log_step = self.mu - math.sqrt(steps) / gamma * error
         decay = steps**-kappa
-        return DualAveraging(self.mu, log_step, decay * log_step + (1.0 - decay) * self.log_average, error, steps)
+        return DualAveraging(
+            self.mu, log_step, decay * log_step + (1.0 - decay) * self.log_average, error, steps
+        )
 
     @property
     def step_size(self) -> float | Tensor:
@@ -114,32 +131,41 @@ def find_step_size(
     together: Tensor | None = None,
     counted: Tensor | None = None,
 ) -> float | Tensor:
-    """A step size to start from: double or halve until the acceptance of one step crosses one half (heuristic of NUTS).
+    """A step size to start from: double or halve until the acceptance of one step crosses one half
+    (heuristic of NUTS).
 
     Args:
-        kernel: a kernel with a step size; its own is where the search begins, and ends on a discrete support.
+        kernel: a kernel with a step size; its own is where the search begins, and ends on a
+            discrete support.
         energy, state: where the chains are.
         generator: source of randomness; None is torch's global one.
-        together: which chains share one step size, found from their mean acceptance, shape ``(chains,)``. Each of the others has
-            one of its own, found from ``PROBES`` steps, since one step of one chain says little. None: all share one.
-        counted: whose acceptance counts where all share one, shape ``(chains,)``; None: that of all.
+        together: which chains share one step size, found from their mean acceptance, shape
+            ``(chains,)``. Each of the others has one of its own, found from ``PROBES`` steps, since
+            one step of one chain says little. None: all share one.
+        counted: whose acceptance counts where all share one, shape ``(chains,)``; None: that of
+            all.
 
     Returns:
         a number if all chains share it, else a tensor ``(chains,)``.
     """
     probe: Kernel[Any] = kernel.probe()
-    size = torch.as_tensor(getattr(kernel, "step_size"), dtype=torch.float64, device=state.energy.device)  # noqa: B009
+    size = torch.as_tensor(
+        getattr(kernel, "step_size"), dtype=torch.float64, device=state.energy.device
+    )  # noqa: B009
     chains = len(state.energy)
     if together is None or bool(together.all()):
         size, together = size.mean(), torch.ones(chains, dtype=torch.bool, device=size.device)
     else:
         size = shared_mean(size.expand(chains), together)
     last, settled = torch.zeros_like(size), torch.zeros_like(size, dtype=torch.bool)
-    # On a discrete support the distances between values set the scale, and far from equilibrium steps of any size are accepted.
+    # On a discrete support the distances between values set the scale, and far from equilibrium
+    # steps of any size are accepted.
     for _ in range(0 if kernel.discrete else 50):
         probe = probe.replace(step_size=size)
         probes = 1 if size.dim() == 0 else PROBES
-        rates = torch.stack([probe.step(energy, state, generator)[1].acceptance_rate for _ in range(probes)]).mean(0)
+        rates = torch.stack(
+            [probe.step(energy, state, generator)[1].acceptance_rate for _ in range(probes)]
+        ).mean(0)
         shared = rates if counted is None else rates[counted]
         rate = shared.mean() if size.dim() == 0 else shared_mean(rates, together)
         wanted = torch.where(rate > 0.5, 1.0, -1.0).to(size)

@@ -10,7 +10,12 @@ from torch import Tensor
 
 from pyroebm.core.energy import Energy
 from pyroebm.kernels.adaptation.covariance import PooledCovariance, PooledRows, PooledVariance
-from pyroebm.kernels.adaptation.step_size import DualAveraging, find_step_size, near_the_median, shared_mean
+from pyroebm.kernels.adaptation.step_size import (
+    DualAveraging,
+    find_step_size,
+    near_the_median,
+    shared_mean,
+)
 from pyroebm.kernels.base import AnyState, Info, Kernel, rows
 
 __all__ = ["Adaptation", "WindowAdaptation", "Warmup", "windows"]
@@ -20,30 +25,47 @@ STEP_SIZES = ("grouped", "per_chain", "pooled")
 
 
 class Adaptation(Protocol):
-    """What warm-up asks of an adaptation. ``memory`` is its own state between two steps, a NamedTuple."""
+    """What warm-up asks of an adaptation. ``memory`` is its own state between two steps, a
+    NamedTuple."""
 
     def start(
-        self, kernel: Kernel[Any], energy: Energy, state: Any, generator: torch.Generator | None = None
+        self,
+        kernel: Kernel[Any],
+        energy: Energy,
+        state: Any,
+        generator: torch.Generator | None = None,
     ) -> tuple[Kernel[Any], Any]:
         """A kernel to begin with, and the memory."""
 
     def step(
-        self, kernel: Kernel[Any], energy: Energy, state: Any, memory: Any, steps: int, generator: torch.Generator | None = None
+        self,
+        kernel: Kernel[Any],
+        energy: Energy,
+        state: Any,
+        memory: Any,
+        steps: int,
+        generator: torch.Generator | None = None,
     ) -> tuple[Kernel[Any], Any, Info, Any]:
-        """One step of a warm-up of ``steps``: the kernel for the next step, the state, the report and the memory."""
+        """One step of a warm-up of ``steps``: the kernel for the next step, the state, the report
+        and the memory."""
 
 
-def windows(steps: int, initial: int = 15, first: int = 15, final: int = 50) -> list[tuple[int, int]]:
-    """Half-open windows ``[start, stop)`` in which a metric is learned: doubling, between two buffers.
+def windows(
+    steps: int, initial: int = 15, first: int = 15, final: int = 50
+) -> list[tuple[int, int]]:
+    """Half-open windows ``[start, stop)`` in which a metric is learned: doubling, between two
+    buffers.
 
-    Stan's schedule, but the first window comes early: with the draws of many chains pooled, a rough metric is soon worth more
-    than a long wait on the identity, where one step of NUTS may need hundreds of gradients.
+    Stan's schedule, but the first window comes early: with the draws of many chains pooled, a rough
+    metric is soon worth more than a long wait on the identity, where one step of NUTS may need
+    hundreds of gradients.
 
     Example:
         >>> windows(1000)
         [(15, 30), (30, 60), (60, 120), (120, 240), (240, 950)]
     """
-    if steps < 60:  # a new metric needs a new step size, and that needs some tens of steps: too short for both
+    # a new metric needs a new step size, and that needs some tens of steps: too short for both
+    if steps < 60:
         return []
     if initial + first + final > steps:
         initial, final = int(0.15 * steps), int(0.5 * steps)
@@ -53,7 +75,8 @@ def windows(steps: int, initial: int = 15, first: int = 15, final: int = 50) -> 
     size = first
     while start < steps - final:
         stop = start + size
-        if stop + 2 * size > steps - final:  # the next window would not fit: this one takes the rest
+        # the next window would not fit: this one takes the rest
+        if stop + 2 * size > steps - final:
             stop = steps - final
         found.append((start, stop))
         start, size = stop, 2 * size
@@ -61,41 +84,50 @@ def windows(steps: int, initial: int = 15, first: int = 15, final: int = 50) -> 
 
 
 class Warmup(NamedTuple):
-    """The state of the adaptation between two steps: numbers, tensors and NamedTuples of them; None where nothing is learned."""
+    """The state of the adaptation between two steps: numbers, tensors and NamedTuples of them; None
+    where nothing is learned."""
 
     tuning: DualAveraging | None
     pooled: PooledVariance | PooledCovariance | PooledRows | None
     together: Tensor | None  #: which chains share one step size, ``(chains,)``
     moved: Tensor | None  #: which chains moved in this window, ``(chains,)``
-    rates: Tensor | None  #: sum of the acceptance rates of each chain since the step sizes were set anew, ``(chains,)``
+    #: sum of the acceptance rates of each chain since the step sizes were set anew, ``(chains,)``
+    rates: Tensor | None
     step: int
 
 
 @dataclasses.dataclass(frozen=True)
 class WindowAdaptation:
-    r"""Step sizes and a metric, learned in windows as in Stan (Carpenter et al., 2017) by dual averaging.
+    r"""Step sizes and a metric, learned in windows as in Stan (Carpenter et al., 2017) by dual
+    averaging.
 
-    During the windows each chain has a step size of its own, so that a chain that starts in a steep region takes steps small
-    enough to leave it, whatever the others do. After the last window, the chains whose step sizes lie within a factor of 2 of the
-    median share one, tuned to their mean acceptance rate; the others keep their own, and so does a chain that this one leaves at
-    less than a quarter of the acceptance rate aimed at.
+    During the windows each chain has a step size of its own, so that a chain that starts in a steep
+    region takes steps small enough to leave it, whatever the others do. After the last window, the
+    chains whose step sizes lie within a factor of 2 of the median share one, tuned to their mean
+    acceptance rate; the others keep their own, and so does a chain that this one leaves at less
+    than a quarter of the acceptance rate aimed at.
 
-    The metric is learned from the draws of all chains together, so many chains learn it in few steps. Chains that have not moved
-    since the window began are left out. A chain that meets a NaN reports acceptance 0 and stays where it was, so nothing
-    non-finite reaches the adaptation; a window that does not determine a metric keeps the old one.
+    The metric is learned from the draws of all chains together, so many chains learn it in few
+    steps. Chains that have not moved since the window began are left out. A chain that meets a NaN
+    reports acceptance 0 and stays where it was, so nothing non-finite reaches the adaptation; a
+    window that does not determine a metric keeps the old one.
 
     Args:
         target_acceptance: acceptance rate to aim at; None takes the kernel's own.
-        metric: what to learn for ``inverse_mass``: "diagonal", the variances; "dense", the covariance; "low_rank", from draws and
-            gradients, a diagonal stretched along a few directions; None leaves it as it is. A kernel without one learns none.
-        step_size: "grouped", as above; "per_chain", one for each chain throughout; "pooled", one for all, tuned to their
-            mean acceptance rate, which until the last window ends counts as 0 while a chain has yet to move. Kernels on discrete
-            supports have one for all, tuned to the mean acceptance rate.
-        initial, first, final: lengths of the first buffer, of the first window and of the last buffer.
+        metric: what to learn for ``inverse_mass``: "diagonal", the variances; "dense", the
+            covariance; "low_rank", from draws and gradients, a diagonal stretched along a few
+            directions; None leaves it as it is. A kernel without one learns none.
+        step_size: "grouped", as above; "per_chain", one for each chain throughout; "pooled", one
+            for all, tuned to their mean acceptance rate, which until the last window ends counts as
+            0 while a chain has yet to move. Kernels on discrete supports have one for all, tuned to
+            the mean acceptance rate.
+        initial, first, final: lengths of the first buffer, of the first window and of the last
+            buffer.
         rank: for "low_rank", leading directions to take of the draws, and as many of the gradients.
 
     Raises:
-        ValueError: if a setting is not one of these; if "low_rank" is asked of a kernel whose states have no gradient.
+        ValueError: if a setting is not one of these; if "low_rank" is asked of a kernel whose
+        states have no gradient.
 
     Example:
         >>> from pyroebm.kernels import HMC
@@ -105,7 +137,9 @@ class WindowAdaptation:
         >>> state = HMC().init(energy, energy.initial(16, generator))
         >>> kernel, warmup = plan.start(HMC(), energy, state, generator)
         >>> for _ in range(100):
-        ...     kernel, state, info, warmup = plan.step(kernel, energy, state, warmup, 100, generator)
+        ...     kernel, state, info, warmup = plan.step(
+        ...         kernel, energy, state, warmup, 100, generator
+        ...     )
         >>> kernel.inverse_mass.shape
         torch.Size([3])
     """
@@ -123,16 +157,29 @@ class WindowAdaptation:
 
     def __post_init__(self) -> None:
         if self.target_acceptance is not None and not 0.0 < self.target_acceptance < 1.0:
-            raise ValueError(f"target_acceptance must be in (0, 1), got target_acceptance={self.target_acceptance}")
+            raise ValueError(
+                f"target_acceptance must be in (0, 1), got"
+                f" target_acceptance={self.target_acceptance}"
+            )
         if self.metric not in (*METRICS, None, False):
-            raise ValueError(f"metric must be one of {', '.join(map(repr, METRICS))}, or None, got metric={self.metric!r}")
+            raise ValueError(
+                f"metric must be one of {', '.join(map(repr, METRICS))}, or None, got"
+                f" metric={self.metric!r}"
+            )
         if self.step_size not in STEP_SIZES:
-            raise ValueError(f"step_size must be one of {', '.join(map(repr, STEP_SIZES))}, got step_size={self.step_size!r}")
+            raise ValueError(
+                f"step_size must be one of {', '.join(map(repr, STEP_SIZES))}, got"
+                f" step_size={self.step_size!r}"
+            )
         if self.rank < 1:
             raise ValueError(f"rank must be at least 1, got rank={self.rank}")
 
     def start(
-        self, kernel: Kernel[Any], energy: Energy, state: AnyState, generator: torch.Generator | None = None
+        self,
+        kernel: Kernel[Any],
+        energy: Energy,
+        state: AnyState,
+        generator: torch.Generator | None = None,
     ) -> tuple[Kernel[Any], Warmup]:
         """A kernel with a first guess of the step size, and the adaptation's state."""
         if kernel.target_acceptance is None:
@@ -142,7 +189,12 @@ class WindowAdaptation:
         together = ~still if self._shares(kernel) else still
         size = find_step_size(kernel, energy, state, generator, together)
         return kernel.replace(step_size=size), Warmup(
-            DualAveraging.start(size), pooled, together, still, torch.zeros_like(state.energy, dtype=torch.float64), 0
+            DualAveraging.start(size),
+            pooled,
+            together,
+            still,
+            torch.zeros_like(state.energy, dtype=torch.float64),
+            0,
         )
 
     def step(
@@ -169,18 +221,30 @@ class WindowAdaptation:
         steps: int,
         generator: torch.Generator | None = None,
     ) -> tuple[Kernel[Any], Warmup]:
-        """The kernel for the next step, after step number ``warmup.step`` of ``steps``; the last one fixes the average."""
+        """The kernel for the next step, after step number ``warmup.step`` of ``steps``; the last
+        one fixes the average."""
         tuning, pooled, together, moved, rates, step = warmup
-        if tuning is None or together is None or moved is None or rates is None or kernel.target_acceptance is None:
+        if (
+            tuning is None
+            or together is None
+            or moved is None
+            or rates is None
+            or kernel.target_acceptance is None
+        ):
             return kernel, warmup._replace(step=step + 1)
-        target = kernel.target_acceptance if self.target_acceptance is None else self.target_acceptance
+        target = (
+            kernel.target_acceptance if self.target_acceptance is None else self.target_acceptance
+        )
         rates = rates + info.acceptance_rate
         moved = moved | info.accepted
         plan = windows(steps, self.initial, self.first, self.final)
-        # A chain that is accepted at the rate aimed at has moved in so many steps, but for a chance of 1e-4.
+        # A chain that is accepted at the rate aimed at has moved in so many steps, but for a chance
+        # of 1e-4.
         seen = step + 1 - max([stop for _, stop in plan if stop <= step], default=0)
         overdue = (1.0 - target) ** seen < 1e-4 and (not plan or step < plan[-1][1])
-        tuning = tuning.update(self._rates(info.acceptance_rate.double(), together, ~moved & overdue), target)
+        tuning = tuning.update(
+            self._rates(info.acceptance_rate.double(), together, ~moved & overdue), target
+        )
         kernel = kernel.replace(step_size=tuning.step_size)
         if pooled is not None and any(start <= step < stop for start, stop in plan):
             grad: Any = rows(state.grad) if hasattr(state, "grad") else None
@@ -201,9 +265,14 @@ class WindowAdaptation:
                 tuning = DualAveraging.start(size)
                 rates = torch.zeros_like(rates)
         if step + 1 == steps:
-            # Dual averaging begins by overshooting: an average of a few steps is worth less than a look at where the chains are.
+            # Dual averaging begins by overshooting: an average of a few steps is worth less than a
+            # look at where the chains are.
             few = tuning.steps < 15
-            size = 0.5 * find_step_size(kernel, energy, state, generator, together) if few else tuning.average
+            size = (
+                0.5 * find_step_size(kernel, energy, state, generator, together)
+                if few
+                else tuning.average
+            )
             if self.step_size == "grouped" and not kernel.discrete:
                 together = together if ends else near_the_median(torch.as_tensor(size))
                 left_behind = together & (rates < 0.25 * target * tuning.steps)
@@ -219,7 +288,8 @@ class WindowAdaptation:
         return self.step_size == "pooled" or kernel.discrete
 
     def _rates(self, rates: Tensor, together: Tensor, overdue: Tensor) -> float | Tensor:
-        """What dual averaging is told: a number where all chains share a step size, else a rate for each.
+        """What dual averaging is told: a number where all chains share a step size, else a rate for
+        each.
 
         ``overdue`` are the chains that should have moved since the window began, and have not.
         """
@@ -227,39 +297,56 @@ class WindowAdaptation:
             return shared_mean(rates, together)
         return 0.0 if self.step_size == "pooled" and bool(overdue.any()) else float(rates.mean())
 
-    def _empty(self, kernel: Kernel[Any], state: AnyState) -> PooledVariance | PooledCovariance | PooledRows | None:
+    def _empty(
+        self, kernel: Kernel[Any], state: AnyState
+    ) -> PooledVariance | PooledCovariance | PooledRows | None:
         if not self.metric or not hasattr(kernel, "inverse_mass"):
             return None
         q = rows(state.x)
         if self.metric != "low_rank":
-            return PooledVariance.start(q) if self.metric == "diagonal" else PooledCovariance.start(q)
+            return (
+                PooledVariance.start(q) if self.metric == "diagonal" else PooledCovariance.start(q)
+            )
         if not hasattr(state, "grad"):
             raise ValueError(
-                f"metric='low_rank' is learned from gradients, and the states of {type(kernel).__name__} have none:"
+                f"metric='low_rank' is learned from gradients, and the states of"
+                f" {type(kernel).__name__} have none:"
                 " choose 'diagonal' or 'dense'"
             )
         return PooledRows.start(q, self.rank)
 
 
 def _shared(sizes: float | Tensor, together: Tensor) -> float | Tensor:
-    """Step sizes ``(chains,)``, those of the chains in ``together`` as their geometric mean; a number if that is all of them."""
+    """Step sizes ``(chains,)``, those of the chains in ``together`` as their geometric mean; a
+    number if that is all of them."""
     if not isinstance(sizes, Tensor):
         return sizes
     shared = shared_mean(sizes.log(), together).exp()
     return float(shared[0]) if bool(together.all()) else shared
 
 
-def resolve(kernel: Kernel[Any], adaptation: Adaptation | Literal["default"] | None) -> Adaptation | None:
-    """What ``adaptation`` means for a kernel: "default" is the kernel's own way, or a :class:`WindowAdaptation`."""
+def resolve(
+    kernel: Kernel[Any], adaptation: Adaptation | Literal["default"] | None
+) -> Adaptation | None:
+    """What ``adaptation`` means for a kernel: "default" is the kernel's own way, or a
+    :class:`WindowAdaptation`."""
     if adaptation == "default":
         chosen: Adaptation = kernel.own_adaptation() or WindowAdaptation()
         return chosen
-    if adaptation is not None and (isinstance(adaptation, type | str) or not hasattr(adaptation, "start")):
-        raise ValueError(f"adaptation must be a WindowAdaptation() or the like of it, or None, got adaptation={adaptation!r}")
+    if adaptation is not None and (
+        isinstance(adaptation, type | str) or not hasattr(adaptation, "start")
+    ):
+        raise ValueError(
+            f"adaptation must be a WindowAdaptation() or the like of it, or None, got"
+            f" adaptation={adaptation!r}"
+        )
     if isinstance(adaptation, WindowAdaptation) and kernel.target_acceptance is None:
         own = kernel.own_adaptation()
-        way_out = "leave adaptation out" if own is None else f'"default" is its own {type(own).__name__}'
+        way_out = (
+            "leave adaptation out" if own is None else f'"default" is its own {type(own).__name__}'
+        )
         raise ValueError(
-            f"WindowAdaptation tunes a kernel by its acceptance rate, and {type(kernel).__name__} has none to aim at: {way_out}"
+            f"WindowAdaptation tunes a kernel by its acceptance rate, and {type(kernel).__name__}"
+            f" has none to aim at: {way_out}"
         )
     return adaptation

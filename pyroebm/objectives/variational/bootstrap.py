@@ -1,4 +1,5 @@
-"""Flow annealed importance sampling bootstrap: a flow trained where it is worst, on states that annealing finds from it."""
+"""Flow annealed importance sampling bootstrap: a flow trained where it is worst, on states that
+annealing finds from it."""
 
 from __future__ import annotations
 
@@ -37,20 +38,28 @@ class _Square(Energy):
 
 
 class AlphaBootstrap(Objective):
-    r"""The divergence of :math:`\alpha = 2` by annealing and a replay buffer (FAB; Midgley et al., 2023).
+    r"""The divergence of :math:`\alpha = 2` by annealing and a replay buffer (FAB; Midgley et al.,
+    2023).
 
-    .. math:: \nabla_\theta \log \int \frac{p(x)^2}{q_\theta(x)} dx = -E_{x \sim p^2 / q}[\nabla_\theta \log q_\theta(x)]
+    .. math::
 
-    Mass that q lacks counts there more than anything else. States of the law proportional to :math:`p^2 / q` come
-    from annealed importance sampling: draws of q, moved by Hamiltonian steps along the geometric path, with their weights. They
-    go into a buffer, from which batches are drawn in proportion to the weights, each corrected for what q has become since.
+        \nabla_\theta \log \int \frac{p(x)^2}{q_\theta(x)} dx = -E_{x \sim p^2 / q}[\nabla_\theta
+        \log q_\theta(x)]
 
-    A batch at another ``beta``, or of another flow or energy, empties the buffer: give :func:`fit_flow` ``beta_start=1``. With
-    redundant latents :math:`N(y \mid M(x), \Sigma(x))` is part of the target, and is not trained.
+    Mass that q lacks counts there more than anything else. States of the law proportional to
+    :math:`p^2 / q` come from annealed importance sampling: draws of q, moved by Hamiltonian steps
+    along the geometric path, with their weights. They go into a buffer, from which batches are
+    drawn in proportion to the weights, each corrected for what q has become since.
+
+    A batch at another ``beta``, or of another flow or energy, empties the buffer: give
+    :func:`fit_flow` ``beta_start=1``. With redundant latents :math:`N(y \mid M(x), \Sigma(x))` is
+    part of the target, and is not trained.
 
     Args:
-        temperatures: steps of :math:`\beta` from q to :math:`p^2 / q`; between each two the states are moved.
-        kernel: its number of steps and metric; the step size of each temperature is tuned to accept 65 %, from this one on.
+        temperatures: steps of :math:`\beta` from q to :math:`p^2 / q`; between each two the states
+            are moved.
+        kernel: its number of steps and metric; the step size of each temperature is tuned to accept
+            65 %, from this one on.
         buffer_size: states kept; the oldest go first.
         reuse: batches taken from the buffer for each annealing.
         max_correction: largest correction of a weight for what q has become.
@@ -62,9 +71,16 @@ class AlphaBootstrap(Objective):
         >>> from pyroebm.flows import NICE
         >>> from pyroebm.targets import Gaussian
         >>> flow, objective = NICE(2), AlphaBootstrap(temperatures=2, reuse=2)
-        >>> loss, facts = objective(flow, Gaussian([1.0, 0.0]), num_samples=64, generator=torch.Generator().manual_seed(0))
+        >>> loss, facts = objective(
+        ...     flow,
+        ...     Gaussian([1.0, 0.0]),
+        ...     num_samples=64,
+        ...     generator=torch.Generator().manual_seed(0),
+        ... )
         >>> loss.backward()
-        >>> bool(flow.transform.parts[-1].offset.grad[0] < 0)  # descent moves the flow towards the target
+        >>> bool(
+        ...     flow.transform.parts[-1].offset.grad[0] < 0
+        ... )  # descent moves the flow towards the target
         True
     """
 
@@ -84,24 +100,32 @@ class AlphaBootstrap(Objective):
         max_correction: float = 10.0,
     ) -> None:
         super().__init__()
-        check_counts({"temperatures": 1, "buffer_size": 2, "reuse": 1}, temperatures, buffer_size, reuse)
+        check_counts(
+            {"temperatures": 1, "buffer_size": 2, "reuse": 1}, temperatures, buffer_size, reuse
+        )
         kernel = HMC(step_size=0.2, num_steps=5) if kernel is None else kernel
         check_kernel(kernel)
         if not isinstance(kernel, HMC):
             raise ValueError(f"kernel must be an HMC, got {kernel}")
         if not max_correction >= 1.0:
-            raise ValueError(f"max_correction must be at least 1, got max_correction={max_correction}")
+            raise ValueError(
+                f"max_correction must be at least 1, got max_correction={max_correction}"
+            )
         self.kernel = kernel
         self.temperatures = temperatures
         self.buffer_size = buffer_size
         self.reuse = reuse
         self.max_correction = max_correction
-        self.register_buffer("step_sizes", torch.full((max(1, temperatures - 1),), float(kernel.step_size), dtype=torch.float64))
+        self.register_buffer(
+            "step_sizes",
+            torch.full((max(1, temperatures - 1),), float(kernel.step_size), dtype=torch.float64),
+        )
         self.register_buffer("batches", torch.zeros((), dtype=torch.long))
         self.register_buffer("beta", torch.ones((), dtype=torch.float64))
         for name in ("rows", "log_weights", "log_q"):
             self.register_buffer(name, None)
-        self._given: tuple[weakref.ref[Flow], weakref.ref[Energy]] | None = None  # whose the buffer is
+        # whose the buffer is
+        self._given: tuple[weakref.ref[Flow], weakref.ref[Energy]] | None = None
 
     def forward(
         self,
@@ -112,7 +136,8 @@ class AlphaBootstrap(Objective):
         beta: float = 1.0,
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss, whose value says nothing, and its facts: ``ess_fraction`` of the buffer's weights, ``acceptance_rate``.
+        """The loss, whose value says nothing, and its facts: ``ess_fraction`` of the buffer's
+        weights, ``acceptance_rate``.
 
         Args:
             flow: q.
@@ -141,7 +166,10 @@ class AlphaBootstrap(Objective):
         log_weights = self.log_weights
         log_q = self.log_q
         if rows is None or log_weights is None or log_q is None:
-            raise FloatingPointError("no annealed state has a finite weight: the flow lies where the energy is not finite")
+            raise FloatingPointError(
+                "no annealed state has a finite weight: the flow lies where the energy is not"
+                " finite"
+            )
         weights = torch.softmax(log_weights, 0)
         facts["ess_fraction"] = 1.0 / (weights.square().sum() * len(weights))
         chosen = draw_numbers(log_weights, num_samples, generator)
@@ -153,8 +181,11 @@ class AlphaBootstrap(Objective):
         self.log_q = log_q.index_put((chosen,), now.detach())
         return loss, facts
 
-    def _refill(self, flow: Flow, target: Energy, n: int, generator: torch.Generator | None) -> Tensor:
-        """Anneal n draws of the flow, and put those of finite weight into the buffer; the mean acceptance rate."""
+    def _refill(
+        self, flow: Flow, target: Energy, n: int, generator: torch.Generator | None
+    ) -> Tensor:
+        """Anneal n draws of the flow, and put those of finite weight into the buffer; the mean
+        acceptance rate."""
         with frozen(flow):
             x, log_weights, rate = self._anneal(flow, target, n, generator)
             with torch.no_grad():
@@ -164,10 +195,16 @@ class AlphaBootstrap(Objective):
         for name, values in new.items():
             if len(values):
                 kept = getattr(self, name)
-                setattr(self, name, (values if kept is None else torch.cat([kept, values]))[-self.buffer_size :])
+                setattr(
+                    self,
+                    name,
+                    (values if kept is None else torch.cat([kept, values]))[-self.buffer_size :],
+                )
         return rate
 
-    def _anneal(self, flow: Flow, target: Energy, n: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _anneal(
+        self, flow: Flow, target: Energy, n: int, generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         base = FlowEnergy(flow)
         end, x = _Square(target, base), base.sample(n, generator)
         log_weights, rates = torch.zeros(n, dtype=torch.float64, device=x.device), []
@@ -179,13 +216,24 @@ class AlphaBootstrap(Objective):
                 rates.append(rate)
         return x, log_weights, torch.stack(rates).mean() if rates else torch.ones(())
 
-    def _move(self, path: Path, x: Tensor, k: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        """One trajectory at a temperature. A row without a finite energy and gradient stays as it is, and has no weight."""
+    def _move(
+        self, path: Path, x: Tensor, k: int, generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor]:
+        """One trajectory at a temperature. A row without a finite energy and gradient stays as it
+        is, and has no weight."""
         values, grad = row_value_and_grad(path, x)
         good = torch.isfinite(values) & torch.isfinite(grad).all(1)
-        state: State = state_of_rows(path, x, torch.where(good, values, 0.0), torch.where(good.unsqueeze(1), grad, 0.0))
-        state, info = self.kernel.replace(step_size=float(self.step_sizes[k])).step(path, state, generator)
-        rate = info.acceptance_rate[good].mean() if bool(good.any()) else torch.zeros((), dtype=x.dtype)
+        state: State = state_of_rows(
+            path, x, torch.where(good, values, 0.0), torch.where(good.unsqueeze(1), grad, 0.0)
+        )
+        state, info = self.kernel.replace(step_size=float(self.step_sizes[k])).step(
+            path, state, generator
+        )
+        rate = (
+            info.acceptance_rate[good].mean()
+            if bool(good.any())
+            else torch.zeros((), dtype=x.dtype)
+        )
         self.step_sizes[k] *= 1.05 if float(rate) > 0.65 else 1.0 / 1.05
         return torch.where(good.unsqueeze(1), state.x, x), rate
 

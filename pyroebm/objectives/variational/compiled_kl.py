@@ -18,16 +18,19 @@ __all__ = ["CompiledKL"]
 
 
 class CompiledKL(ReverseKL):
-    r"""The bound :math:`J_R` of :class:`ReverseKL` by TorchInductor: loss, facts and gradient in one call, of the same numbers.
+    r"""The bound :math:`J_R` of :class:`ReverseKL` by TorchInductor: loss, facts and gradient in
+    one call, of the same numbers.
 
-    A step of a small flow is mostly the bookkeeping of automatic differentiation, which is done once here, while tracing. What it
-    takes to compile, about half a minute, is paid once for each flow, energy and number of draws: worth it from some ten
-    thousand steps on. The graph reads the parameters and buffers of the flow and the energy, so that changing them in place is
-    seen. It is made anew where one of them or a module is replaced, where what is trained changes, and between training and
-    evaluation. What else Python decided while tracing (attributes, such as the ``steps`` of
-    :class:`~pyroebm.flows.EquivariantFlow`, and branches) is not looked at again, nor another ``.data`` of a tensor that is not
-    trained, as ``energy.double()`` puts there; and hooks, such as counters of calls, do not run. The gradient is that in the
-    flow's parameters alone, and there are no second derivatives.
+    A step of a small flow is mostly the bookkeeping of automatic differentiation, which is done
+    once here, while tracing. What it takes to compile, about half a minute, is paid once for each
+    flow, energy and number of draws: worth it from some ten thousand steps on. The graph reads the
+    parameters and buffers of the flow and the energy, so that changing them in place is seen. It is
+    made anew where one of them or a module is replaced, where what is trained changes, and between
+    training and evaluation. What else Python decided while tracing (attributes, such as the
+    ``steps`` of :class:`~pyroebm.flows.EquivariantFlow`, and branches) is not looked at again, nor
+    another ``.data`` of a tensor that is not trained, as ``energy.double()`` puts there; and hooks,
+    such as counters of calls, do not run. The gradient is that in the flow's parameters alone, and
+    there are no second derivatives.
 
     Args:
         entropy, gradient: as in :class:`ReverseKL`.
@@ -40,18 +43,29 @@ class CompiledKL(ReverseKL):
         >>> from pyroebm.flows import NICE
         >>> from pyroebm.objectives import fit_flow
         >>> from pyroebm.targets import Gaussian
-        >>> steps = fit_flow(NICE(2), Gaussian(torch.zeros(2)), CompiledKL(), steps=10**4)  # compiles when the first is taken
+        >>> steps = fit_flow(
+        ...     NICE(2), Gaussian(torch.zeros(2)), CompiledKL(), steps=10**4
+        ... )  # compiles when the first is taken
     """
 
     def __init__(self, entropy: str = "sampled", gradient: str = "stl") -> None:
         super().__init__(entropy, gradient)
         #: the last graph
-        self._known: tuple[tuple[Any, ...], list[Tensor], _Traced, Callable[..., tuple[Tensor, ...]]] | None = None
+        self._known: (
+            tuple[tuple[Any, ...], list[Tensor], _Traced, Callable[..., tuple[Tensor, ...]]] | None
+        ) = None
 
-    def estimate(self, flow: Flow, energy: Energy, z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        beta, plain = (energy.beta, energy.energy) if isinstance(energy, Tempered) else (1.0, energy)
+    def estimate(
+        self, flow: Flow, energy: Energy, z: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        beta, plain = (
+            (energy.beta, energy.energy) if isinstance(energy, Tempered) else (1.0, energy)
+        )
         modules, tensors = _held(flow, plain)
-        switches = [module.training for module in modules], [tensor.requires_grad for tensor in tensors]
+        switches = (
+            [module.training for module in modules],
+            [tensor.requires_grad for tensor in tensors],
+        )
         key = (modules, switches, [*map(id, tensors)], z.shape, z.dtype, z.device, z.requires_grad)
         if self._known is None or self._known[0] != key:
             with torch.no_grad():
@@ -60,14 +74,17 @@ class CompiledKL(ReverseKL):
             # the tensors stay alive with the graph, so that no other gets the id of one
             self._known = key, tensors, traced, traced.compiled(z, z.new_tensor(beta))
         _, _, traced, call = self._known
-        loss, terms, extended, xy, *gradients = call(z.detach(), z.new_tensor(beta), *(p.detach() for p in traced.trained))
+        loss, terms, extended, xy, *gradients = call(
+            z.detach(), z.new_tensor(beta), *(p.detach() for p in traced.trained)
+        )
         # a base with parameters draws outside the graph, so that z has a gradient too
         sought = [*traced.trained, z] if z.requires_grad else traced.trained
         return _WithGradient.apply(loss, gradients, *sought), terms, extended, xy
 
 
 class _Traced(nn.Module):
-    """The estimate as a function of noise, inverse temperature and trained parameters, which it puts in place of the flow's."""
+    """The estimate as a function of noise, inverse temperature and trained parameters, which it
+    puts in place of the flow's."""
 
     def __init__(self, objective: ReverseKL, flow: Flow, energy: Energy) -> None:
         super().__init__()
@@ -84,12 +101,17 @@ class _Traced(nn.Module):
                 examples = [t.detach().clone().requires_grad_(t.requires_grad) for t in inputs]
                 # rows of hidden units fill the widest registers
                 return compiled_call(self.gradients, tuple(examples), options={})
-        except Exception as error:  # tracing and compiling fail in as many ways as there are flows, energies and machines
+        # tracing and compiling fail in as many ways as there are flows, energies and machines
+        except Exception as error:
             names = f"{type(self.flow).__name__} with {type(self.energy).__name__}"
-            raise RuntimeError(f"{names} cannot be compiled; use ReverseKL(), of the same numbers") from error
+            raise RuntimeError(
+                f"{names} cannot be compiled; use ReverseKL(), of the same numbers"
+            ) from error
 
     def gradients(self, z: Tensor, beta: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
-        found = torch.func.functional_call(self, dict(zip(self.names, parameters, strict=True)), (z, beta))
+        found = torch.func.functional_call(
+            self, dict(zip(self.names, parameters, strict=True)), (z, beta)
+        )
         sought = [*parameters, z] if z.requires_grad else parameters
         gradients = torch.autograd.grad(found[0], sought, materialize_grads=True)
         return *(tensor.detach() for tensor in found), *gradients
@@ -99,11 +121,17 @@ class _Traced(nn.Module):
 
 
 def _held(*roots: nn.Module) -> tuple[list[nn.Module], list[Tensor]]:
-    """All modules in the given ones, and their parameters and buffers; torch's own iterators take five times as long."""
+    """All modules in the given ones, and their parameters and buffers; torch's own iterators take
+    five times as long."""
     modules, tensors = list(roots), []
     for module in modules:  # which grows by the children of each
         modules += [child for child in module._modules.values() if child is not None]
-        tensors += [t for named in (module._parameters, module._buffers) for t in named.values() if t is not None]
+        tensors += [
+            t
+            for named in (module._parameters, module._buffers)
+            for t in named.values()
+            if t is not None
+        ]
     return modules, tensors
 
 

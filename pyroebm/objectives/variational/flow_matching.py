@@ -25,35 +25,43 @@ def match_flow(
     seed: int = 0,
     generator: torch.Generator | None = None,
 ) -> float:
-    r"""Fit a flow to draws by conditional flow matching (Lipman, Chen, Ben-Hamu, Nickel and Le, 2023), in place.
+    r"""Fit a flow to draws by conditional flow matching (Lipman, Chen, Ben-Hamu, Nickel and Le,
+    2023), in place.
 
-    .. math:: \min_w E\, |v_w(u_t, t) - (u - z)|^2 + \lambda |w|^2, \qquad u_t = (1 - t) z + t u, \quad z \sim N(0, I), \quad
+    .. math::
+
+        \min_w E\, |v_w(u_t, t) - (u - z)|^2 + \lambda |w|^2, \qquad u_t = (1 - t) z + t u, \quad z
+        \sim N(0, I), \quad
         t \sim U(0, 1)
 
-    over draws u and noise z paired at random. The velocity with the least first term carries N(0, I) to the law of the draws.
-    This one is linear in its weights, :math:`v_w = F w`, so the least of all is :math:`(E\, F^\top F + \lambda)^{-1}\, E\, F^\top
-    (u - z)`: no step size, no steps, and no integration. It is where :class:`ForwardKL` goes on.
+    over draws u and noise z paired at random. The velocity with the least first term carries N(0,
+    I) to the law of the draws. This one is linear in its weights, :math:`v_w = F w`, so the least
+    of all is :math:`(E\, F^\top F + \lambda)^{-1}\, E\, F^\top (u - z)`: no step size, no steps,
+    and no integration. It is where :class:`ForwardKL` goes on.
 
     Args:
         flow: its weights are replaced.
         draws: u, shape ``(n, d)``, of the flow's dtype.
         num_pairs: pairs of a draw and noise, both drawn afresh with replacement.
-        ridge: :math:`\lambda`, in units of the mean diagonal of :math:`E\, F^\top F`; positive, since some weights may be of
-            distances that no pair has.
+        ridge: :math:`\lambda`, in units of the mean diagonal of :math:`E\, F^\top F`; positive,
+            since some weights may be of distances that no pair has.
         batch_size: pairs at once.
         seed: of a generator on the flow's device.
         generator: in place of ``seed``.
 
     Returns:
-        the share of :math:`E |u - z|^2` that the velocity explains. Pairs cross, so it is far below 1 even where the flow is the
-        law of the draws.
+        the share of :math:`E |u - z|^2` that the velocity explains. Pairs cross, so it is far below
+        1 even where the flow is the law of the draws.
 
     Raises:
         ValueError: if a number is out of range, or the draws do not fit the flow or are not finite.
 
     Example:
         >>> from pyroebm.core.rng import seeded_generator
-        >>> flow, draws = EquivariantFlow(3, 2), 2.0 * torch.randn(5000, 4, generator=seeded_generator(0))
+        >>> flow, draws = (
+        ...     EquivariantFlow(3, 2),
+        ...     2.0 * torch.randn(5000, 4, generator=seeded_generator(0)),
+        ... )
         >>> round(match_flow(flow, draws), 1)
         0.4
         >>> round(float(flow.push(flow.draw_noise(5000, seeded_generator(1)))[0].std().detach()), 1)
@@ -62,26 +70,42 @@ def match_flow(
     check_counts({"num_pairs": 1, "batch_size": 1}, num_pairs, batch_size)
     if not 0.0 < ridge < math.inf:
         raise ValueError(f"ridge must be positive and finite, got ridge={ridge}")
-    if draws.dim() != 2 or not len(draws) or draws.shape[1] != flow.dim or draws.dtype != flow.dtype:
+    if (
+        draws.dim() != 2
+        or not len(draws)
+        or draws.shape[1] != flow.dim
+        or draws.dtype != flow.dtype
+    ):
         raise ValueError(
-            f"draws must have shape (n, {flow.dim}) and the flow's dtype {flow.dtype}, got shape {tuple(draws.shape)} and"
+            f"draws must have shape (n, {flow.dim}) and the flow's dtype {flow.dtype}, got shape"
+            f" {tuple(draws.shape)} and"
             f" {draws.dtype}"
         )
     if not bool(torch.isfinite(draws).all()):
-        raise ValueError(f"draws must be finite, got {int((~torch.isfinite(draws)).sum())} entries that are not")
+        raise ValueError(
+            f"draws must be finite, got {int((~torch.isfinite(draws)).sum())} entries that are not"
+        )
     generator = seeded_generator(seed, flow.device) if generator is None else generator
     weights = flow.field.weights
     gram = torch.zeros(weights.numel(), weights.numel(), dtype=torch.float64, device=flow.device)
     moment, total = gram.new_zeros(len(gram)), 0.0
-    for n in [batch_size] * (num_pairs // batch_size) + [num_pairs % batch_size] * (num_pairs % batch_size > 0):
+    for n in [batch_size] * (num_pairs // batch_size) + [num_pairs % batch_size] * (
+        num_pairs % batch_size > 0
+    ):
         chosen = (uniform((n,), generator, torch.float64, flow.device) * len(draws)).long()
         u, z = draws[chosen], standard_normal((n, flow.dim), generator, flow.dtype, flow.device)
         t = uniform((n,), generator, flow.dtype, flow.device)
-        features = flow.field.features(torch.lerp(z, u, t.unsqueeze(-1)), t).reshape(n * flow.dim, -1).double()
+        features = (
+            flow.field.features(torch.lerp(z, u, t.unsqueeze(-1)), t)
+            .reshape(n * flow.dim, -1)
+            .double()
+        )
         target = (u - z).flatten().double()
         gram += features.mT @ features
         moment += features.mT @ target
         total += float(target.square().sum())
-    found = torch.linalg.solve(gram + ridge * gram.diagonal().mean() * torch.eye(len(gram)).to(gram), moment)
+    found = torch.linalg.solve(
+        gram + ridge * gram.diagonal().mean() * torch.eye(len(gram)).to(gram), moment
+    )
     weights.copy_(found.view_as(weights))
     return float(2.0 * found @ moment - found @ gram @ found) / total

@@ -21,7 +21,8 @@ class TotalDimSelection:
 
     Attributes:
         total_dim: the D of the smallest :math:`J_R`.
-        values: :math:`J_R - \log C` for each D, in nats; log C, unknown as a rule, is common to all.
+        values: :math:`J_R - \log C` for each D, in nats; log C, unknown as a rule, is common to
+            all.
         standard_errors: of ``values``.
         flows: the fitted flow of each D.
     """
@@ -46,7 +47,8 @@ def select_total_dim(
     seed: int = 0,
     **fit_options: Any,
 ) -> TotalDimSelection:
-    r"""Choose the number D of latent variables by the smallest :math:`J_R`: fit a flow for each candidate and compare.
+    r"""Choose the number D of latent variables by the smallest :math:`J_R`: fit a flow for each
+    candidate and compare.
 
     Args:
         energy: U, of d entries.
@@ -68,7 +70,10 @@ def select_total_dim(
     dim = event_numel(energy.event_shape)
     candidates = (dim, dim + 1, dim + 2) if candidates is None else candidates
     if not candidates or min(candidates) < dim:
-        raise ValueError(f"candidates must hold values of D of at least d={dim}, got candidates={tuple(candidates)}")
+        raise ValueError(
+            f"candidates must hold values of D of at least d={dim}, got"
+            f" candidates={tuple(candidates)}"
+        )
 
     def nice(d: int, total: int) -> Flow:
         return RedundantNICE(d, total, dtype=energy.dtype, seed=seed).to(energy.device)
@@ -81,5 +86,7 @@ def select_total_dim(
         for _ in fit_flow(flow, energy, seed=seed, **fit_options):
             pass
         flows[total_dim] = flow
-        values[total_dim], errors[total_dim] = evaluate_j(flow, energy, evaluation_samples, log_z=0.0, seed=seed + 1)
+        values[total_dim], errors[total_dim] = evaluate_j(
+            flow, energy, evaluation_samples, log_z=0.0, seed=seed + 1
+        )
     return TotalDimSelection(min(values, key=values.__getitem__), values, errors, flows)

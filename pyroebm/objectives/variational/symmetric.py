@@ -13,12 +13,14 @@ __all__ = ["SymmetrizedKL"]
 
 
 class SymmetrizedKL(ReverseKL):
-    r"""The bound :math:`J_R` of :class:`ReverseKL` with the draw of the group element replaced by its mean.
+    r"""The bound :math:`J_R` of :class:`ReverseKL` with the draw of the group element replaced by
+    its mean.
 
     .. math:: J_R - \log C = E_z \sum_g \pi_g \big(U(g x_0) + \log q(g x_0)\big)
 
-    The choice of g adds no noise, and its weights :math:`\pi` get their gradient, which no single draw can carry. Each draw costs
-    G energies. Arguments of the call are those of :class:`ReverseKL`; the flow must be :class:`~pyroebm.flows.Symmetrized`.
+    The choice of g adds no noise, and its weights :math:`\pi` get their gradient, which no single
+    draw can carry. Each draw costs G energies. Arguments of the call are those of
+    :class:`ReverseKL`; the flow must be :class:`~pyroebm.flows.Symmetrized`.
 
     Example:
         >>> import torch

@@ -1,4 +1,5 @@
-"""Flow annealed importance sampling bootstrap: its gradient against quadrature, weights, buffer, a mode to be found."""
+"""Flow annealed importance sampling bootstrap: its gradient against quadrature, weights, buffer, a
+mode to be found."""
 
 from __future__ import annotations
 
@@ -32,19 +33,25 @@ def exact_gradient(flow: NICE, energy: Energy) -> Tensor:
     grid = torch.linspace(-8.0, 8.0, 4001)
     log_ratio = -2.0 * energy(grid) - flow.log_prob(grid.unsqueeze(1))
     log_integral = torch.logsumexp(log_ratio, 0)
-    parts = torch.autograd.grad(log_integral, [flow.linear.log_diagonal, flow.transform.parts[-1].offset])
+    parts = torch.autograd.grad(
+        log_integral, [flow.linear.log_diagonal, flow.transform.parts[-1].offset]
+    )
     return torch.cat(parts)
 
 
 @pytest.mark.parametrize("temperatures", [1, 3])
-@pytest.mark.parametrize("energy", [Gaussian(0.5, scale=0.8, dtype=torch.float64), DoubleWell(dtype=torch.float64)])
+@pytest.mark.parametrize(
+    "energy", [Gaussian(0.5, scale=0.8, dtype=torch.float64), DoubleWell(dtype=torch.float64)]
+)
 def test_its_gradient_is_that_of_the_divergence(energy: Energy, temperatures: int) -> None:
     flow, found = normal_flow(), []
     generator = seeded(1)
     for _ in range(40):
         objective = AlphaBootstrap(temperatures, HMC(0.3, num_steps=4), reuse=1)
         loss, _ = objective(flow, energy, num_samples=4000, generator=generator)
-        grads = torch.autograd.grad(loss, [flow.linear.log_diagonal, flow.transform.parts[-1].offset])
+        grads = torch.autograd.grad(
+            loss, [flow.linear.log_diagonal, flow.transform.parts[-1].offset]
+        )
         found.append(torch.cat(grads))
     gradients = torch.stack(found)
     within_se(gradients.mean(0), exact_gradient(flow, energy), gradients.std(0) / math.sqrt(40))
@@ -53,7 +60,9 @@ def test_its_gradient_is_that_of_the_divergence(energy: Energy, temperatures: in
 class _Plain(AlphaBootstrap):
     """Mutant: anneals to p in place of p^2 / q."""
 
-    def _anneal(self, flow: NICE, target: Energy, n: int, generator: torch.Generator | None) -> tuple:
+    def _anneal(
+        self, flow: NICE, target: Energy, n: int, generator: torch.Generator | None
+    ) -> tuple:
         x, log_weights, rate = super()._anneal(flow, target, n, generator)
         return x, 0.5 * log_weights, rate
 
@@ -62,14 +71,21 @@ def test_a_mutant_that_anneals_to_the_target_itself_is_caught() -> None:
     flow, energy, found = normal_flow(), Gaussian(0.5, scale=0.8), []
     for seed in range(40):
         loss, _ = _Plain(1, reuse=1)(flow, energy, num_samples=4000, generator=seeded(seed))
-        found.append(torch.cat(torch.autograd.grad(loss, [flow.linear.log_diagonal, flow.transform.parts[-1].offset])))
+        found.append(
+            torch.cat(
+                torch.autograd.grad(
+                    loss, [flow.linear.log_diagonal, flow.transform.parts[-1].offset]
+                )
+            )
+        )
     gradients = torch.stack(found)
     with pytest.raises(AssertionError, match="standard errors"):
         within_se(gradients.mean(0), exact_gradient(flow, energy), gradients.std(0) / math.sqrt(40))
 
 
 def test_weights_follow_the_flow() -> None:
-    """After the flow has moved, drawing and correcting gives each row of the buffer its weight under the new flow."""
+    """After the flow has moved, drawing and correcting gives each row of the buffer its weight
+    under the new flow."""
     flow, energy = normal_flow(), Gaussian(0.5, scale=0.8)
     objective = AlphaBootstrap(1, reuse=1000)
     objective(flow, energy, num_samples=200, generator=seeded())
@@ -80,7 +96,8 @@ def test_weights_follow_the_flow() -> None:
     rows = objective.rows
     drawn = (objective.log_q - flow.log_prob(rows).detach()).abs() < 1e-9
     assert float(drawn.double().mean()) > 0.9
-    # without annealing the weight of a row is p^2 / q / (what it was drawn from), the flow before it moved
+    # without annealing the weight of a row is p^2 / q / (what it was drawn from), the flow before
+    # it moved
     before = normal_flow().log_prob(rows).detach()
     expected = -2.0 * energy(rows.squeeze(1)) - flow.log_prob(rows).detach() - before
     torch.testing.assert_close(objective.log_weights[drawn], expected[drawn], rtol=1e-9, atol=1e-9)
@@ -132,12 +149,17 @@ def test_no_finite_weight_is_said() -> None:
 def test_it_finds_the_mode_that_the_reverse_divergence_leaves_out() -> None:
     energy = GaussianMixture([[-2.4, 0.0], [2.4, 0.0]], scale=0.7, weights=[0.75, 0.25])
     missing = {}
-    for name, objective in (("reverse", ReverseKL()), ("alpha", AlphaBootstrap(4, HMC(0.5, num_steps=5)))):
+    for name, objective in (
+        ("reverse", ReverseKL()),
+        ("alpha", AlphaBootstrap(4, HMC(0.5, num_steps=5))),
+    ):
         flow = NICE(2, couplings=6, hidden=(16,), seed=1)
         with torch.no_grad():
             flow.transform.parts[-1].offset.copy_(torch.tensor([-2.4, 0.0]))
             flow.linear.log_diagonal.fill_(-0.35)
-        for _ in fit_flow(flow, energy, objective, steps=250, num_samples=128, lr=5e-3, beta_start=1.0, seed=2):
+        for _ in fit_flow(
+            flow, energy, objective, steps=250, num_samples=128, lr=5e-3, beta_start=1.0, seed=2
+        ):
             pass
         x = flow.push(flow.draw_noise(5000, seeded(3)))[0].detach()
         missing[name] = float((energy.mode_of(x) == 1).double().mean())
@@ -147,7 +169,14 @@ def test_it_finds_the_mode_that_the_reverse_divergence_leaves_out() -> None:
 
 def test_annealing_from_a_flow_to_its_target() -> None:
     energy, flow = DoubleWell(), normal_flow(0.0, 1.5)
-    result = ais(flow.extend(energy), FlowEnergy(flow), HMC(0.2, num_steps=5), betas=30, num_chains=400, seed=1)
+    result = ais(
+        flow.extend(energy),
+        FlowEnergy(flow),
+        HMC(0.2, num_steps=5),
+        betas=30,
+        num_chains=400,
+        seed=1,
+    )
     within_se(result.value, energy.log_z, result.standard_error)
     plain = importance_sample(flow, energy, 400, seed=1)
     assert result.standard_error < plain.log_z_se
@@ -156,7 +185,10 @@ def test_annealing_from_a_flow_to_its_target() -> None:
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda: AlphaBootstrap(0), "temperatures must be an integer of at least 1, got temperatures=0"),
+        (
+            lambda: AlphaBootstrap(0),
+            "temperatures must be an integer of at least 1, got temperatures=0",
+        ),
         (lambda: AlphaBootstrap(kernel=MALA()), "kernel must be an HMC, got MALA"),
         (lambda: AlphaBootstrap(max_correction=0.5), "max_correction must be at least 1"),
     ],

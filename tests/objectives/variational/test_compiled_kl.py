@@ -1,4 +1,5 @@
-"""The compiled reverse KL divergence: the numbers of the eager one, while parameters, temperature and batches change."""
+"""The compiled reverse KL divergence: the numbers of the eager one, while parameters, temperature
+and batches change."""
 
 from __future__ import annotations
 
@@ -12,7 +13,16 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyroebm import Energy
 from pyroebm.core.rng import seeded_generator
-from pyroebm.flows import NICE, Flow, MixtureBase, RealNVP, RedundantNICE, SplineFlow, Symmetrized, sign_flips
+from pyroebm.flows import (
+    NICE,
+    Flow,
+    MixtureBase,
+    RealNVP,
+    RedundantNICE,
+    SplineFlow,
+    Symmetrized,
+    sign_flips,
+)
 from pyroebm.objectives import CompiledKL, ReverseKL, fit_flow
 from pyroebm.objectives.variational import compiled_kl as module
 from pyroebm.targets import DoubleWell, Gaussian
@@ -30,7 +40,10 @@ FLOWS: dict[str, Callable[[], tuple[Flow, Energy]]] = {
         RealNVP(2, layers=2, base=MixtureBase(2, 3, learn_weights=True, dtype=F64), **SMALL),
         Gaussian([0.5, -1.0], scale=0.7, dtype=F64),
     ),
-    "spline": lambda: (SplineFlow(2, 1, bins=4, **SMALL), Gaussian([0.5, -1.0], scale=0.7, dtype=F64)),
+    "spline": lambda: (
+        SplineFlow(2, 1, bins=4, **SMALL),
+        Gaussian([0.5, -1.0], scale=0.7, dtype=F64),
+    ),
     "symmetrized": lambda: (
         Symmetrized(RealNVP(2, layers=2, **SMALL), sign_flips(2)),
         Gaussian([0.5, -1.0], scale=0.7, dtype=F64),
@@ -38,21 +51,30 @@ FLOWS: dict[str, Callable[[], tuple[Flow, Energy]]] = {
 }
 
 
-def traced(function: Callable[..., tuple[Tensor, ...]], examples: tuple[Tensor, ...], options: dict[str, Any]) -> Any:
+def traced(
+    function: Callable[..., tuple[Tensor, ...]],
+    examples: tuple[Tensor, ...],
+    options: dict[str, Any],
+) -> Any:
     return make_fx(function)(*examples)
 
 
 @pytest.fixture
 def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The graph as it was traced: what TorchInductor makes of graphs is tested in test_compiled.py."""
+    """The graph as it was traced: what TorchInductor makes of graphs is tested in
+    test_compiled.py."""
     monkeypatch.setattr(module, "compiled_call", traced)
 
 
-def gradients(objective: ReverseKL, flow: Flow, energy: Energy, beta: float, seed: int) -> tuple[Tensor, list[Tensor]]:
+def gradients(
+    objective: ReverseKL, flow: Flow, energy: Energy, beta: float, seed: int
+) -> tuple[Tensor, list[Tensor]]:
     flow.zero_grad()
     loss, facts = objective(flow, energy, 32, beta=beta, generator=seeded_generator(seed))
     loss.backward()
-    return torch.stack([loss.detach(), *facts.values()]), [p.grad.clone() for p in flow.parameters() if p.grad is not None]
+    return torch.stack([loss.detach(), *facts.values()]), [
+        p.grad.clone() for p in flow.parameters() if p.grad is not None
+    ]
 
 
 def check_same_numbers(objective: CompiledKL, flow: Flow, energy: Energy) -> None:
@@ -60,30 +82,48 @@ def check_same_numbers(objective: CompiledKL, flow: Flow, energy: Energy) -> Non
     for seed, beta in ((1, 1.0), (2, 0.3)):
         with torch.no_grad():
             for parameter in flow.parameters():
-                parameter.add_(0.1 * torch.randn(parameter.shape, dtype=F64, generator=seeded_generator(seed)))
+                parameter.add_(
+                    0.1 * torch.randn(parameter.shape, dtype=F64, generator=seeded_generator(seed))
+                )
         ours, theirs = (gradients(one, flow, energy, beta, seed) for one in (objective, eager))
-        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9, msg=lambda found: f"other numbers: {found}")
+        torch.testing.assert_close(
+            ours, theirs, rtol=1e-9, atol=1e-9, msg=lambda found: f"other numbers: {found}"
+        )
 
 
 @pytest.mark.parametrize(
     ("name", "options"),
     [(name, options) for name in FLOWS for options in (("sampled", "stl"), ("sampled", "total"))]
-    + [(name, ("exact", "total")) for name in ("nice", "redundant")],  # which have the entropy in closed form
+    # which have the entropy in closed form
+    + [(name, ("exact", "total")) for name in ("nice", "redundant")],
 )
-def test_numbers_are_those_of_the_eager_one(name: str, options: tuple[str, str], no_compiler: None) -> None:
+def test_numbers_are_those_of_the_eager_one(
+    name: str, options: tuple[str, str], no_compiler: None
+) -> None:
     flow, energy = FLOWS[name]()
     check_same_numbers(CompiledKL(*options), flow, energy)
 
 
-def test_one_graph_serves_a_fit_and_another_flow_gets_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_graph_serves_a_fit_and_another_flow_gets_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     made: list[int] = []
-    monkeypatch.setattr(module, "compiled_call", lambda *given, **told: made.append(1) or traced(*given, **told))
+    monkeypatch.setattr(
+        module, "compiled_call", lambda *given, **told: made.append(1) or traced(*given, **told)
+    )
     objective = CompiledKL()
     for count in (1, 2):
         flow, energy = FLOWS["nice"]()
-        losses = [loss for _, loss, _ in fit_flow(flow, energy, objective, steps=5, num_samples=16, progress=False)]
+        losses = [
+            loss
+            for _, loss, _ in fit_flow(
+                flow, energy, objective, steps=5, num_samples=16, progress=False
+            )
+        ]
         flow, energy = FLOWS["nice"]()
-        eager = [loss for _, loss, _ in fit_flow(flow, energy, steps=5, num_samples=16, progress=False)]
+        eager = [
+            loss for _, loss, _ in fit_flow(flow, energy, steps=5, num_samples=16, progress=False)
+        ]
         torch.testing.assert_close(losses, eager)
         assert len(made) == count
 
@@ -102,9 +142,13 @@ class _Doubled(nn.Module):
 CHANGES: dict[str, Callable[[NICE, Gaussian], Any]] = {
     "freezing": lambda flow, energy: flow.linear.requires_grad_(False),
     "unfreezing": lambda flow, energy: flow.requires_grad_(True),
-    "another parameter": lambda flow, energy: setattr(flow.linear, "below", nn.Parameter(torch.ones(2, 2, dtype=F64))),
+    "another parameter": lambda flow, energy: setattr(
+        flow.linear, "below", nn.Parameter(torch.ones(2, 2, dtype=F64))
+    ),
     "another buffer": lambda flow, energy: setattr(energy, "loc", torch.ones(2, dtype=F64)),
-    "another layer": lambda flow, energy: setattr(flow.transform.parts[1], "net", nn.Linear(1, 1, dtype=F64)),
+    "another layer": lambda flow, energy: setattr(
+        flow.transform.parts[1], "net", nn.Linear(1, 1, dtype=F64)
+    ),
     "evaluation": lambda flow, energy: flow.eval(),
 }
 
@@ -128,7 +172,10 @@ def test_change_of_what_was_traced_is_seen(name: str, no_compiler: None) -> None
 def test_loss_without_gradients(context: Callable[[], Any], no_compiler: None) -> None:
     flow, energy = FLOWS["nice"]()
     with context():
-        ours, theirs = (one(flow, energy, 32, generator=seeded_generator(1))[0] for one in (CompiledKL(), ReverseKL()))
+        ours, theirs = (
+            one(flow, energy, 32, generator=seeded_generator(1))[0]
+            for one in (CompiledKL(), ReverseKL())
+        )
     torch.testing.assert_close(ours, theirs)
     assert not ours.requires_grad
     objective = CompiledKL()
@@ -144,15 +191,21 @@ class _Branching(Energy):
 
 def test_what_cannot_be_traced_is_named(no_compiler: None) -> None:
     flow = NICE(2, **SMALL)
-    with pytest.raises(RuntimeError, match=r"NICE with _Branching cannot be compiled; use ReverseKL\(\)"):
+    with pytest.raises(
+        RuntimeError, match=r"NICE with _Branching cannot be compiled; use ReverseKL\(\)"
+    ):
         CompiledKL()(flow, _Branching((2,)).double())
     with pytest.raises(ValueError, match="one dtype"):
         CompiledKL()(flow, Gaussian([0.5, -1.0]))
 
 
-def test_mutant_with_a_temperature_of_its_own_is_caught(monkeypatch: pytest.MonkeyPatch, no_compiler: None) -> None:
+def test_mutant_with_a_temperature_of_its_own_is_caught(
+    monkeypatch: pytest.MonkeyPatch, no_compiler: None
+) -> None:
     scaled = module._Scaled
-    monkeypatch.setattr(module, "_Scaled", lambda energy, beta: scaled(energy, torch.ones_like(beta)))
+    monkeypatch.setattr(
+        module, "_Scaled", lambda energy, beta: scaled(energy, torch.ones_like(beta))
+    )
     with pytest.raises(AssertionError, match="other numbers"):
         check_same_numbers(CompiledKL(), *FLOWS["nice"]())
 

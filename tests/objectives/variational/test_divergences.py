@@ -44,13 +44,23 @@ def stirred(flow: Flow, scale: float = 0.2) -> Flow:
 def gradient(loss: Tensor, flow: nn.Module) -> Tensor:
     grads = torch.autograd.grad(loss, list(flow.parameters()), allow_unused=True)
     return torch.cat(
-        [torch.zeros(p.numel()) if g is None else g.flatten() for g, p in zip(grads, flow.parameters(), strict=True)]
+        [
+            torch.zeros(p.numel()) if g is None else g.flatten()
+            for g, p in zip(grads, flow.parameters(), strict=True)
+        ]
     )
 
 
-def many(objective: nn.Module, flow: Flow, energy: Energy, batches: int, n: int, seed: int = 0) -> Tensor:
+def many(
+    objective: nn.Module, flow: Flow, energy: Energy, batches: int, n: int, seed: int = 0
+) -> Tensor:
     generator = seeded(seed)
-    return torch.stack([gradient(objective(flow, energy, num_samples=n, generator=generator)[0], flow) for _ in range(batches)])
+    return torch.stack(
+        [
+            gradient(objective(flow, energy, num_samples=n, generator=generator)[0], flow)
+            for _ in range(batches)
+        ]
+    )
 
 
 TARGET = Gaussian([0.5, -0.5], covariance=[[1.0, 0.6], [0.6, 0.8]], dtype=torch.float64)
@@ -77,24 +87,37 @@ EVERY_OBJECTIVE = pytest.mark.parametrize("make", OBJECTIVES.values(), ids=OBJEC
 @EVERY_OBJECTIVE
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("shape", [(), (2,), (1, 2, 2)])
-def test_every_objective_trains_on_events_of_any_shape(make: Callable[..., Objective], shape: tuple[int, ...], dtype) -> None:
+def test_every_objective_trains_on_events_of_any_shape(
+    make: Callable[..., Objective], shape: tuple[int, ...], dtype
+) -> None:
     energy = Gaussian(torch.ones(shape, dtype=dtype))
     dim = math.prod(shape)
-    for flow in (NICE(dim, hidden=(4,), dtype=dtype), RedundantNICE(dim, dim + 1, hidden=(4,), dtype=dtype)):
-        loss, facts = make(energy.sample(500, seeded()))(flow, energy, num_samples=500, generator=seeded())
+    for flow in (
+        NICE(dim, hidden=(4,), dtype=dtype),
+        RedundantNICE(dim, dim + 1, hidden=(4,), dtype=dtype),
+    ):
+        loss, facts = make(energy.sample(500, seeded()))(
+            flow, energy, num_samples=500, generator=seeded()
+        )
         loss.backward()
         assert loss.dtype == dtype
         assert loss.shape == ()
-        assert float(flow.transform.parts[-1].offset.grad[0]) < 0.0  # descent moves the flow to its target
+        # descent moves the flow to its target
+        assert float(flow.transform.parts[-1].offset.grad[0]) < 0.0
         assert not any(fact.requires_grad for fact in facts.values())
 
 
 @EVERY_OBJECTIVE
-def test_every_objective_repeats_itself_and_goes_on_where_it_was_saved(make: Callable[..., Objective]) -> None:
+def test_every_objective_repeats_itself_and_goes_on_where_it_was_saved(
+    make: Callable[..., Objective],
+) -> None:
     draws, flow = TARGET.sample(50, seeded()), stirred(NICE(2, hidden=(4,)))
 
     def losses(objective: Objective, seeds: range) -> list[float]:
-        return [float(objective(flow, TARGET, num_samples=16, generator=seeded(seed))[0].detach()) for seed in seeds]
+        return [
+            float(objective(flow, TARGET, num_samples=16, generator=seeded(seed))[0].detach())
+            for seed in seeds
+        ]
 
     one, two, saved = make(draws), make(draws), make(draws)
     assert losses(one, range(3)) == losses(two, range(3))
@@ -110,16 +133,28 @@ def test_the_best_linear_flow_on_draws_has_their_covariance() -> None:
     matrix = flow.linear.matrix().detach()
     torch.testing.assert_close(matrix @ matrix.T, torch.cov(draws.T), atol=0.08, rtol=0)
     held = ForwardKL(draws)(flow, TARGET, num_samples=20_000, generator=seeded(2))[1]
-    best = float(torch.distributions.MultivariateNormal(draws.mean(0), torch.cov(draws.T)).log_prob(draws).mean())
-    assert best - 5 * float(held["standard_error"]) - 0.01 < float(held["log_q"]) < best + 5 * float(held["standard_error"])
+    best = float(
+        torch.distributions.MultivariateNormal(draws.mean(0), torch.cov(draws.T))
+        .log_prob(draws)
+        .mean()
+    )
+    assert (
+        best - 5 * float(held["standard_error"]) - 0.01
+        < float(held["log_q"])
+        < best + 5 * float(held["standard_error"])
+    )
 
 
-@pytest.mark.parametrize("make", [linear, lambda: stirred(NICE(2, couplings=2, hidden=(8,)))], ids=["linear", "nice"])
+@pytest.mark.parametrize(
+    "make", [linear, lambda: stirred(NICE(2, couplings=2, hidden=(8,)))], ids=["linear", "nice"]
+)
 def test_path_gradients_have_the_mean_of_the_total_ones(make: object) -> None:
     """On fresh draws of the target; the batch is drawn from 200,000 of them."""
     flow: Flow = make()  # type: ignore[operator]
     draws = TARGET.sample(200_000, seeded(3))
-    total, path = (many(ForwardKL(draws, gradient=kind), flow, TARGET, 40, 1000) for kind in ("total", "path"))
+    total, path = (
+        many(ForwardKL(draws, gradient=kind), flow, TARGET, 40, 1000) for kind in ("total", "path")
+    )
     se = (total.var(0) / 40 + path.var(0) / 40).sqrt()
     moving = se > 1e-9
     assert int(moving.sum()) > 2
@@ -128,8 +163,13 @@ def test_path_gradients_have_the_mean_of_the_total_ones(make: object) -> None:
 
 def test_path_gradients_reach_a_learned_base() -> None:
     base = MixtureBase(2, 3, learn_weights=True, dtype=torch.float64)
-    flow, draws = stirred(NICE(2, couplings=1, hidden=(4,), base=base)), TARGET.sample(20_000, seeded())
-    total, path = (many(ForwardKL(draws, gradient=kind), flow, TARGET, 20, 1000) for kind in ("total", "path"))
+    flow, draws = (
+        stirred(NICE(2, couplings=1, hidden=(4,), base=base)),
+        TARGET.sample(20_000, seeded()),
+    )
+    total, path = (
+        many(ForwardKL(draws, gradient=kind), flow, TARGET, 20, 1000) for kind in ("total", "path")
+    )
     se = (total.var(0) / 20 + path.var(0) / 20).sqrt()
     within_se(path.mean(0), total.mean(0), se.clamp(min=1e-9))
 
@@ -147,7 +187,9 @@ def test_path_gradients_through_transforms_that_cache() -> None:
     for transform in flow.transform.parts:
         transform._cache_size = 1
     draws = TARGET.sample(100_000, seeded(3))
-    total, path = (many(ForwardKL(draws, gradient=kind), flow, TARGET, 30, 1000) for kind in ("total", "path"))
+    total, path = (
+        many(ForwardKL(draws, gradient=kind), flow, TARGET, 30, 1000) for kind in ("total", "path")
+    )
     se = (total.var(0) / 30 + path.var(0) / 30).sqrt()
     moving = se > 1e-9
     within_se(path.mean(0)[moving], total.mean(0)[moving], se[moving])
@@ -156,26 +198,43 @@ def test_path_gradients_through_transforms_that_cache() -> None:
 def test_weights_choose_the_draws() -> None:
     draws = torch.tensor([[-1.0, 0.0], [0.0, 0.0], [2.0, 0.0]])
     weights = torch.tensor([0.2, 0.0, 0.8])
-    loss, facts = ForwardKL(draws, weights.log() + 7.0)(linear(), TARGET, num_samples=40_000, generator=seeded())
+    loss, facts = ForwardKL(draws, weights.log() + 7.0)(
+        linear(), TARGET, num_samples=40_000, generator=seeded()
+    )
     expected = -math.log(2 * math.pi) - 0.5 * (0.2 * 1.0 + 0.8 * 4.0)
     within_se(-loss.detach(), expected, facts["standard_error"])
     with pytest.raises(AssertionError, match="standard errors"):  # mutant: all alike
-        within_se(-ForwardKL(draws)(linear(), TARGET, 40_000, generator=seeded())[0].detach(), expected, facts["standard_error"])
+        within_se(
+            -ForwardKL(draws)(linear(), TARGET, 40_000, generator=seeded())[0].detach(),
+            expected,
+            facts["standard_error"],
+        )
 
 
 def test_redundant_latents_enter_forward_kl_as_they_should() -> None:
-    """For a flow whose y is independent of x and the standard normal, the loss is that of x alone."""
+    """For a flow whose y is independent of x and the standard normal, the loss is that of x
+    alone."""
     wide, plain = RedundantNICE(2, 3, couplings=0), linear()
     draws = TARGET.sample(5000, seeded())
     found, facts = ForwardKL(draws)(wide, TARGET, num_samples=5000, generator=seeded(1))
-    assert float(found.detach()) == pytest.approx(float(ForwardKL(draws)(plain, TARGET, 5000, generator=seeded(1))[0].detach()))
+    assert float(found.detach()) == pytest.approx(
+        float(ForwardKL(draws)(plain, TARGET, 5000, generator=seeded(1))[0].detach())
+    )
     assert float(facts["standard_error"]) > 0
 
 
 def test_forward_kl_finds_both_modes_and_reverse_kl_need_not() -> None:
     energy = GaussianMixture([[-4.0, 0.0], [4.0, 0.0]], scale=0.7, weights=[0.8, 0.2])
     flow = RedundantNICE(2, 3, couplings=6, hidden=(32, 32))
-    for _ in fit_flow(flow, energy, ForwardKL(energy.sample(4000, seeded())), steps=400, num_samples=256, lr=5e-3, seed=0):
+    for _ in fit_flow(
+        flow,
+        energy,
+        ForwardKL(energy.sample(4000, seeded())),
+        steps=400,
+        num_samples=256,
+        lr=5e-3,
+        seed=0,
+    ):
         pass
     x = flow.push(flow.draw_noise(20_000, seeded(1)))[0][:, :2].detach()
     assert float((energy.mode_of(x) == 1).double().mean()) == pytest.approx(0.2, abs=0.06)
@@ -196,7 +255,9 @@ def test_log_variance_is_half_the_variance_of_the_log_weights() -> None:
 
 def test_on_policy_its_gradient_is_that_of_the_reverse_divergence() -> None:
     flow = stirred(NICE(2, couplings=2, hidden=(8,)))
-    ours, reverse = (many(kind, flow, TARGET, 60, 500) for kind in (LogVariance(), ReverseKL(gradient="total")))
+    ours, reverse = (
+        many(kind, flow, TARGET, 60, 500) for kind in (LogVariance(), ReverseKL(gradient="total"))
+    )
     se = (ours.var(0) / 60 + reverse.var(0) / 60).sqrt()
     moving = se > 1e-9
     within_se(ours.mean(0)[moving], reverse.mean(0)[moving], se[moving])
@@ -212,7 +273,8 @@ def test_off_policy_it_sees_the_mode_that_the_flow_has_not_found() -> None:
     energy = GaussianMixture([[-6.0, 0.0], [6.0, 0.0]], scale=1.0)
     flow = linear()
     with torch.no_grad():
-        flow.transform.parts[-1].offset.copy_(torch.tensor([-6.0, 0.0]))  # one of the two modes, exactly
+        # one of the two modes, exactly
+        flow.transform.parts[-1].offset.copy_(torch.tensor([-6.0, 0.0]))
     blind, seeing = LogVariance(), LogVariance(energy.sample(1000, seeded()))
     assert float(blind(flow, energy, num_samples=200, generator=seeded(1))[0].detach()) < 1e-6
     assert float(seeing(flow, energy, num_samples=200, generator=seeded(1))[0].detach()) > 1.0
@@ -229,13 +291,25 @@ def test_objectives_are_saved_with_their_draws() -> None:
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda: ForwardKL(torch.zeros(3, 2), gradient="best"), "gradient must be 'total' or 'path', got gradient='best'"),
+        (
+            lambda: ForwardKL(torch.zeros(3, 2), gradient="best"),
+            "gradient must be 'total' or 'path', got gradient='best'",
+        ),
         (lambda: ForwardKL(torch.full((3, 2), math.nan)), "draws must be rows of finite numbers"),
-        (lambda: ForwardKL(torch.zeros(3, 2), torch.zeros(2)), r"log_weights must be one for each of 3 draws"),
+        (
+            lambda: ForwardKL(torch.zeros(3, 2), torch.zeros(2)),
+            r"log_weights must be one for each of 3 draws",
+        ),
         (lambda: ForwardKL(torch.zeros(3, 2), torch.full((3,), -math.inf)), "the largest finite"),
         (lambda: LogVariance(torch.zeros(0, 2)), "draws must be rows"),
-        (lambda: ForwardKL(torch.zeros(3, 2))(linear(), TARGET, 1), "num_samples must be an integer of at least 2"),
-        (lambda: LogVariance()(linear(), TARGET, 3), "num_samples must be an integer of at least 4"),
+        (
+            lambda: ForwardKL(torch.zeros(3, 2))(linear(), TARGET, 1),
+            "num_samples must be an integer of at least 2",
+        ),
+        (
+            lambda: LogVariance()(linear(), TARGET, 3),
+            "num_samples must be an integer of at least 4",
+        ),
         (
             lambda: ForwardKL(torch.zeros(3, 2), gradient="path")(RedundantNICE(2, 3), TARGET, 5),
             "the path gradient is for flows with D = d",

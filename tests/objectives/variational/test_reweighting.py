@@ -1,4 +1,5 @@
-"""Annealed reweighting: its gradient against quadrature, its temperatures against closed forms, buffer, modes it must keep."""
+"""Annealed reweighting: its gradient against quadrature, its temperatures against closed forms,
+buffer, modes it must keep."""
 
 from __future__ import annotations
 
@@ -30,7 +31,9 @@ def normal_flow(mean: float = 0.3, deviation: float = 1.4) -> NICE:
 
 def slope(loss: Tensor, flow: NICE) -> Tensor:
     """In log s and the mean."""
-    return torch.cat(torch.autograd.grad(loss, [flow.linear.log_diagonal, flow.transform.parts[-1].offset]))
+    return torch.cat(
+        torch.autograd.grad(loss, [flow.linear.log_diagonal, flow.transform.parts[-1].offset])
+    )
 
 
 class Walled(Energy):
@@ -51,10 +54,13 @@ class Walled(Energy):
 
 
 def check_gradient(objective: type[AnnealedReweighting], energy: Energy, beta: float) -> None:
-    """That of the forward divergence at beta, by quadrature; the ratio of sums is biased by 1 / buffer_size."""
+    """That of the forward divergence at beta, by quadrature; the ratio of sums is biased by 1 /
+    buffer_size."""
     flow, generator, found = normal_flow(), seeded(1), []
     for _ in range(40):
-        loss, facts = objective(0.2, 20_000, 1)(flow, energy, num_samples=2000, beta=beta, generator=generator)
+        loss, facts = objective(0.2, 20_000, 1)(
+            flow, energy, num_samples=2000, beta=beta, generator=generator
+        )
         assert float(facts["tempering"]) == 1.0
         found.append(slope(loss, flow))
     grid = torch.linspace(-9.0, 9.0, 4001)
@@ -63,7 +69,10 @@ def check_gradient(objective: type[AnnealedReweighting], energy: Energy, beta: f
     within_se(gradients.mean(0), slope(-mean, flow), gradients.std(0) / math.sqrt(40))
 
 
-TARGETS = [(Gaussian(0.5, scale=0.8, dtype=torch.float64), 0.7), (DoubleWell(dtype=torch.float64), 0.5)]
+TARGETS = [
+    (Gaussian(0.5, scale=0.8, dtype=torch.float64), 0.7),
+    (DoubleWell(dtype=torch.float64), 0.5),
+]
 
 
 @pytest.mark.parametrize(("energy", "beta"), TARGETS)
@@ -84,7 +93,9 @@ class _Twice(AnnealedReweighting):
 
 
 class _OldBeta(AnnealedReweighting):
-    def _refresh(self, flow: Flow, energy: Energy, beta: float, generator: torch.Generator | None) -> object:
+    def _refresh(
+        self, flow: Flow, energy: Energy, beta: float, generator: torch.Generator | None
+    ) -> object:
         return super()._refresh(flow, energy, 0.8 * beta, generator)
 
 
@@ -97,7 +108,9 @@ def test_mutants_of_the_weights_are_caught(mutant: type[AnnealedReweighting]) ->
 def test_at_the_optimum_all_weights_are_one_and_the_mean_gradient_is_zero() -> None:
     flow, energy, generator, found = normal_flow(0.5, 0.8), TARGETS[0][0], seeded(), []
     for _ in range(60):
-        loss, facts = AnnealedReweighting(reuse=1)(flow, energy, num_samples=500, generator=generator)
+        loss, facts = AnnealedReweighting(reuse=1)(
+            flow, energy, num_samples=500, generator=generator
+        )
         assert float(facts["ess_fraction"]) == pytest.approx(1.0)
         found.append(slope(loss, flow))
     gradients = torch.stack(found)
@@ -113,48 +126,72 @@ def test_redundant_latents_are_weighed_as_importance_sampling_weighs_them() -> N
     weighted = importance_sample(flow, 0.3 * energy, 500, generator=seeded())
     torch.testing.assert_close(log_ratio - 0.3 * energies, weighted.log_weights)
     assert torch.equal(x, weighted.x)
-    loss, _ = AnnealedReweighting(buffer_size=500)(flow, energy, num_samples=100, generator=seeded())
+    loss, _ = AnnealedReweighting(buffer_size=500)(
+        flow, energy, num_samples=100, generator=seeded()
+    )
     loss.backward()
-    assert all(parameter.grad is not None for parameter in flow.parameters())  # those of N(y | M, Sigma) among them
+    # those of N(y | M, Sigma) among them
+    assert all(parameter.grad is not None for parameter in flow.parameters())
 
 
 # The temperature
 
 
 def test_temperature_and_tempering_against_closed_forms() -> None:
-    """Of a = beta - 1 the weights exp(-a x^2 / 2) of normal draws have the effective sample size sqrt(1 + 2 a) / (1 + a)."""
+    """Of a = beta - 1 the weights exp(-a x^2 / 2) of normal draws have the effective sample size
+    sqrt(1 + 2 a) / (1 + a)."""
     flow, energy = NICE(1), Gaussian(torch.zeros(1))
     farthest = (1.0 + math.sqrt(1.0 - 0.3**2)) / 0.3**2  # 1 + a where it is 0.3
     objective = AnnealedReweighting(0.3, 100_000, 1)
     for beta, reached in ((1.0, 1.0), (5.0, 5.0), (100.0, farthest)):
         _, facts = objective(flow, energy, num_samples=2, beta=beta, generator=seeded())
         assert float(facts["reached_beta"]) == pytest.approx(reached, rel=0.03)
-        assert float(facts["ess_fraction"]) == pytest.approx(math.sqrt(2.0 * reached - 1.0) / reached, rel=0.03)
+        assert float(facts["ess_fraction"]) == pytest.approx(
+            math.sqrt(2.0 * reached - 1.0) / reached, rel=0.03
+        )
         assert float(facts["tempering"]) == 1.0
     assert int(facts["evaluations"]) == 300_000
-    _, facts = AnnealedReweighting(0.3, 100_000)(flow, energy, num_samples=2, beta=100.0, generator=seeded())
+    _, facts = AnnealedReweighting(0.3, 100_000)(
+        flow, energy, num_samples=2, beta=100.0, generator=seeded()
+    )
     assert float(facts["reached_beta"]) == 100.0  # it starts where it is told
     assert float(facts["tempering"]) == pytest.approx((farthest - 1.0) / 99.0, rel=0.03)
     assert float(facts["ess_fraction"]) == pytest.approx(math.sqrt(199.0) / 100.0, rel=0.05)
 
 
 def test_draws_of_weight_0_count_against_the_effective_sample_size() -> None:
-    """Of N(2, 1) a share of 0.16 is below the wall, the bound of what any tempering has: nothing is reached."""
-    flow, energy, share = normal_flow(2.0, 1.0), Walled(math.inf), 0.5 * math.erfc(1.0 / math.sqrt(2.0))
+    """Of N(2, 1) a share of 0.16 is below the wall, the bound of what any tempering has: nothing is
+    reached."""
+    flow, energy, share = (
+        normal_flow(2.0, 1.0),
+        Walled(math.inf),
+        0.5 * math.erfc(1.0 / math.sqrt(2.0)),
+    )
     objective = AnnealedReweighting(0.3, 10_000)
     _, facts = objective(flow, energy, num_samples=2, generator=seeded())
     assert float(facts["tempering"]) == 0.0
     assert objective.fitted is not None
-    within_se(len(objective.fitted.draws) / 10_000, share, math.sqrt(share * (1.0 - share) / 10_000))
-    _, facts = AnnealedReweighting(0.5 * share, 10_000)(flow, energy, num_samples=2, generator=seeded())
-    assert 0.0 < float(facts["tempering"]) < 1.0  # as far as half of the possible draws, not half of all
+    within_se(
+        len(objective.fitted.draws) / 10_000, share, math.sqrt(share * (1.0 - share) / 10_000)
+    )
+    _, facts = AnnealedReweighting(0.5 * share, 10_000)(
+        flow, energy, num_samples=2, generator=seeded()
+    )
+    # as far as half of the possible draws, not half of all
+    assert 0.0 < float(facts["tempering"]) < 1.0
 
 
 @pytest.mark.parametrize("make", [AnnealedReweighting, AlphaBootstrap])
 def test_another_flow_or_energy_gets_draws_of_its_own(make: type[Objective]) -> None:
-    first, second, energies = NICE(2), NICE(2), [Gaussian(torch.full((2,), mean)) for mean in (5.0, -5.0)]
+    first, second, energies = (
+        NICE(2),
+        NICE(2),
+        [Gaussian(torch.full((2,), mean)) for mean in (5.0, -5.0)],
+    )
     objective, asked = make(), [0]
-    energies[1].register_forward_hook(lambda module, inputs, values: asked.__setitem__(0, asked[0] + values.numel()))
+    energies[1].register_forward_hook(
+        lambda module, inputs, values: asked.__setitem__(0, asked[0] + values.numel())
+    )
     objective(first, energies[0], num_samples=50, generator=seeded())
     objective(second, energies[1], num_samples=50, generator=seeded())
     assert asked[0] > 0
@@ -164,7 +201,12 @@ def test_another_flow_or_energy_gets_draws_of_its_own(make: type[Objective]) -> 
 
 
 def test_the_temperature_is_bounded_by_the_call_and_stays_between_refreshes() -> None:
-    flow, energy, objective, reached = NICE(1), Gaussian(torch.zeros(1)), AnnealedReweighting(reuse=2), []
+    flow, energy, objective, reached = (
+        NICE(1),
+        Gaussian(torch.zeros(1)),
+        AnnealedReweighting(reuse=2),
+        [],
+    )
     for beta in (0.5, 1.0, 0.8, 0.9, 0.6, 1.0):
         _, facts = objective(flow, energy, num_samples=2, beta=beta, generator=seeded())
         reached.append(float(facts["reached_beta"]))
@@ -175,9 +217,15 @@ def test_the_temperature_is_bounded_by_the_call_and_stays_between_refreshes() ->
 @pytest.mark.parametrize("beta", [0.4, 1.0])
 def test_a_linear_flow_becomes_the_gaussian_of_the_temperature(beta: float) -> None:
     covariance = torch.tensor([[1.0, 0.6], [0.6, 0.8]])
-    energy, flow, objective = Gaussian([0.5, -0.5], covariance=covariance), NICE(2, couplings=0), AnnealedReweighting()
+    energy, flow, objective = (
+        Gaussian([0.5, -0.5], covariance=covariance),
+        NICE(2, couplings=0),
+        AnnealedReweighting(),
+    )
     # the schedule of fit_flow ends at 1: the energy is that of the temperature
-    steps = fit_flow(flow, beta * energy, objective, steps=250, num_samples=500, lr=0.05, beta_start=0.3, seed=1)
+    steps = fit_flow(
+        flow, beta * energy, objective, steps=250, num_samples=500, lr=0.05, beta_start=0.3, seed=1
+    )
     *_, (_, _, facts) = steps
     assert (facts["reached_beta"], facts["tempering"]) == (1.0, 1.0)
     assert facts["ess_fraction"] > 0.99
@@ -190,7 +238,9 @@ def test_a_linear_flow_becomes_the_gaussian_of_the_temperature(beta: float) -> N
 def test_a_flow_that_cannot_carry_the_target_says_at_which_temperature_it_stays() -> None:
     energy = GaussianMixture([[-6.0, 0.0], [6.0, 0.0]], scale=0.4)
     flow = RealNVP(2, layers=0, scale=4.0)
-    steps = fit_flow(flow, energy, AnnealedReweighting(), steps=300, num_samples=200, lr=0.02, beta_start=0.01)
+    steps = fit_flow(
+        flow, energy, AnnealedReweighting(), steps=300, num_samples=200, lr=0.02, beta_start=0.01
+    )
     *_, (_, _, facts) = steps
     assert facts["beta"] == 1.0
     assert 0.01 < facts["reached_beta"] < 0.5
@@ -199,13 +249,18 @@ def test_a_flow_that_cannot_carry_the_target_says_at_which_temperature_it_stays(
 
 
 def test_it_keeps_a_small_mode() -> None:
-    """Over 100 seeds of so short a run the mass is .203, with a standard deviation of .031; by the reverse divergence, from the
-    same high temperature, it is anything from 0 to 1."""
+    """Over 100 seeds of so short a run the mass is .203, with a standard deviation of .031; by the
+    reverse divergence, from the same high temperature, it is anything from 0 to 1."""
     energy = GaussianMixture([[-6.0, 0.0], [6.0, 0.0]], scale=0.5, weights=[0.8, 0.2])
     masses = []
     for seed in range(12):
-        flow, objective = RealNVP(2, layers=4, hidden=(32,), scale=3.0, seed=seed), AnnealedReweighting(buffer_size=2048)
-        for _ in fit_flow(flow, energy, objective, steps=300, num_samples=256, lr=5e-3, beta_start=0.02, seed=seed):
+        flow, objective = (
+            RealNVP(2, layers=4, hidden=(32,), scale=3.0, seed=seed),
+            AnnealedReweighting(buffer_size=2048),
+        )
+        for _ in fit_flow(
+            flow, energy, objective, steps=300, num_samples=256, lr=5e-3, beta_start=0.02, seed=seed
+        ):
             pass
         x = flow.push(flow.draw_noise(20_000, seeded(seed)))[0].detach()
         masses.append((energy.mode_of(x) == 1).double().mean())
@@ -219,16 +274,24 @@ def test_it_keeps_a_small_mode() -> None:
 
 def test_the_buffer_is_kept_saved_and_taken_back() -> None:
     flow, energy = RedundantNICE(1, 2, hidden=(8,)), DoubleWell()
-    objective, fresh = AnnealedReweighting(buffer_size=300, reuse=3), AnnealedReweighting(buffer_size=300, reuse=3)
+    objective, fresh = (
+        AnnealedReweighting(buffer_size=300, reuse=3),
+        AnnealedReweighting(buffer_size=300, reuse=3),
+    )
     start = objective.state_dict()
     for seed in range(4):
         objective(flow, energy, num_samples=50, beta=0.3, generator=seeded(seed))
     fresh.load_state_dict(objective.state_dict())
     for seed in range(4):  # over a refresh
-        one, two = (o(flow, energy, num_samples=50, beta=0.6, generator=seeded(seed)) for o in (objective, fresh))
+        one, two = (
+            o(flow, energy, num_samples=50, beta=0.6, generator=seeded(seed))
+            for o in (objective, fresh)
+        )
         assert torch.equal(one[0], two[0])
         assert one[1] == two[1]
-    fresh.load_state_dict({name: value for name, value in start.items() if not name.startswith("fitted")})
+    fresh.load_state_dict(
+        {name: value for name, value in start.items() if not name.startswith("fitted")}
+    )
     assert fresh.fitted is None
 
 
@@ -236,15 +299,27 @@ def test_a_run_of_one_seed_repeats_itself_and_of_another_does_not() -> None:
     losses = []
     for seed in (0, 0, 1):
         flow = NICE(2, couplings=2, hidden=(8,))
-        steps = fit_flow(flow, Gaussian([1.0, 0.0]), AnnealedReweighting(reuse=2), steps=5, num_samples=64, seed=seed)
+        steps = fit_flow(
+            flow,
+            Gaussian([1.0, 0.0]),
+            AnnealedReweighting(reuse=2),
+            steps=5,
+            num_samples=64,
+            seed=seed,
+        )
         losses.append([loss for _, loss, _ in steps])
     assert losses[0] == losses[1] != losses[2]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("shape", [(), (3,), (1, 2, 2)])
-def test_events_of_any_shape_in_either_precision(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    flow, energy = RedundantNICE(d := math.prod(shape), d + 1, dtype=dtype), Gaussian(torch.ones(shape, dtype=dtype))
+def test_events_of_any_shape_in_either_precision(
+    shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    flow, energy = (
+        RedundantNICE(d := math.prod(shape), d + 1, dtype=dtype),
+        Gaussian(torch.ones(shape, dtype=dtype)),
+    )
     objective = AnnealedReweighting(reuse=2)
     for _ in itertools.repeat(None, 3):
         loss, facts = objective(flow, energy, num_samples=32, beta=0.5, generator=seeded())
@@ -267,22 +342,40 @@ def test_draws_of_infinite_energy_have_no_weight() -> None:
 @pytest.mark.parametrize("above", [math.nan, -math.inf])
 def test_a_weight_that_is_no_number_is_said(above: float) -> None:
     with pytest.raises(
-        FloatingPointError, match=r"of buffer_size=100 draws of the flow \d+ have a weight that is NaN or infinite"
+        FloatingPointError,
+        match=r"of buffer_size=100 draws of the flow \d+ have a weight that is NaN or infinite",
     ):
         AnnealedReweighting(buffer_size=100)(NICE(1), Walled(above), generator=seeded())
     with pytest.raises(FloatingPointError, match="100 have weight 0, the energy being"):
-        AnnealedReweighting(buffer_size=100)(normal_flow(50.0, 1.0), Walled(math.inf), generator=seeded())
+        AnnealedReweighting(buffer_size=100)(
+            normal_flow(50.0, 1.0), Walled(math.inf), generator=seeded()
+        )
 
 
 @pytest.mark.parametrize(
     ("make", "said"),
     [
         (lambda: AnnealedReweighting(0.0), "least_ess must lie between 0 and 1, got least_ess=0.0"),
-        (lambda: AnnealedReweighting(math.nan), "least_ess must lie between 0 and 1, got least_ess=nan"),
-        (lambda: AnnealedReweighting(buffer_size=1), "buffer_size must be an integer of at least 2, got buffer_size=1"),
-        (lambda: AnnealedReweighting(reuse=0), "reuse must be an integer of at least 1, got reuse=0"),
-        (lambda: AnnealedReweighting()(NICE(2), DoubleWell()), "energy must have events of dim=2 entries"),
-        (lambda: AnnealedReweighting()(NICE(1), 0.5 * Compressed(DoubleWell(), 3.0)), "energy must not be Compressed"),
+        (
+            lambda: AnnealedReweighting(math.nan),
+            "least_ess must lie between 0 and 1, got least_ess=nan",
+        ),
+        (
+            lambda: AnnealedReweighting(buffer_size=1),
+            "buffer_size must be an integer of at least 2, got buffer_size=1",
+        ),
+        (
+            lambda: AnnealedReweighting(reuse=0),
+            "reuse must be an integer of at least 1, got reuse=0",
+        ),
+        (
+            lambda: AnnealedReweighting()(NICE(2), DoubleWell()),
+            "energy must have events of dim=2 entries",
+        ),
+        (
+            lambda: AnnealedReweighting()(NICE(1), 0.5 * Compressed(DoubleWell(), 3.0)),
+            "energy must not be Compressed",
+        ),
     ],
 )
 def test_refusals(make: object, said: str) -> None:

@@ -1,4 +1,5 @@
-"""Reverse KL: against quadrature, closed forms and Pyro's ELBO; its gradients; the loop's guards; what a fit reaches; mutants."""
+"""Reverse KL: against quadrature, closed forms and Pyro's ELBO; its gradients; the loop's guards;
+what a fit reaches; mutants."""
 
 from __future__ import annotations
 
@@ -21,7 +22,15 @@ from torch import Tensor, nn
 
 from pyroebm import Boltzmann, Energy
 from pyroebm.core import Unnormalized
-from pyroebm.flows import NICE, AdditiveCoupling, ConditionalGaussian, Flow, PLULinear, RedundantNICE, importance_sample
+from pyroebm.flows import (
+    NICE,
+    AdditiveCoupling,
+    ConditionalGaussian,
+    Flow,
+    PLULinear,
+    RedundantNICE,
+    importance_sample,
+)
 from pyroebm.nn.mlp import frozen
 from pyroebm.objectives import ReverseKL, evaluate_j, fit_flow, select_total_dim
 from pyroebm.ppl import flow_guide, flow_model
@@ -32,7 +41,9 @@ def noise(*shape: int, seed: int = 7) -> Tensor:
     return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(seed))
 
 
-def redundant(dim: int = 1, total_dim: int = 2, hidden: int = 8, scale: float = 0.15) -> RedundantNICE:
+def redundant(
+    dim: int = 1, total_dim: int = 2, hidden: int = 8, scale: float = 0.15
+) -> RedundantNICE:
     flow = RedundantNICE(dim, total_dim, couplings=2, hidden=(hidden,), dtype=F64)
     stirred(flow, scale)
     return flow
@@ -51,24 +62,38 @@ class Known(Energy):
         return -self.flow.log_prob(x)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The checks. Each raises AssertionError; the mutants below show that it does.
 
 
 def j_r_by_quadrature(flow: RedundantNICE, energy: Energy) -> float:
-    """The written formula of J_R, term by term, integrated over z on a grid; determinants by torch, nothing from log_prob."""
+    """The written formula of J_R, term by term, integrated over z on a grid; determinants by torch,
+    nothing from log_prob."""
     axis = torch.linspace(-8.0, 8.0, 321, dtype=F64)
     z = torch.cartesian_prod(*[axis] * flow.total_dim).reshape(-1, flow.total_dim)
-    weight = torch.exp(-0.5 * z.square().sum(-1)) * (float(axis[1] - axis[0]) / math.sqrt(2 * math.pi)) ** flow.total_dim
+    weight = (
+        torch.exp(-0.5 * z.square().sum(-1))
+        * (float(axis[1] - axis[0]) / math.sqrt(2 * math.pi)) ** flow.total_dim
+    )
     d, extra = flow.dim, flow.total_dim - flow.dim
     with torch.no_grad():
         xy = flow.push(z)[0]
-        terms = energy(xy[:, :d].reshape(-1, *energy.event_shape)) - torch.linalg.slogdet(flow.linear.matrix()).logabsdet
+        terms = (
+            energy(xy[:, :d].reshape(-1, *energy.event_shape))
+            - torch.linalg.slogdet(flow.linear.matrix()).logabsdet
+        )
         if flow.conditional is not None:
             law, y = flow.conditional(xy[:, :d]), xy[:, d:]
             deviation = (y - law.mean).unsqueeze(-1)
-            quadratic = (deviation.mT @ torch.linalg.solve(law.covariance_matrix, deviation)).reshape(-1)
-            terms = terms + 0.5 * torch.logdet(law.covariance_matrix) + 0.5 * quadratic + 0.5 * extra * math.log(2 * math.pi)
+            quadratic = (
+                deviation.mT @ torch.linalg.solve(law.covariance_matrix, deviation)
+            ).reshape(-1)
+            terms = (
+                terms
+                + 0.5 * torch.logdet(law.covariance_matrix)
+                + 0.5 * quadratic
+                + 0.5 * extra * math.log(2 * math.pi)
+            )
     assert energy.log_z is not None
     h_z = 0.5 * flow.total_dim * (1 + math.log(2 * math.pi))
     return float((weight * terms).sum()) - h_z + energy.log_z
@@ -86,23 +111,32 @@ def gradient(flow: Flow, energy: Energy, objective: ReverseKL, z: Tensor) -> Ten
     parameters = [p for p in flow.parameters() if p.requires_grad]
     grads = torch.autograd.grad(loss, parameters, allow_unused=True)
     return torch.cat(
-        [torch.zeros(p.numel(), dtype=F64) if g is None else g.flatten() for p, g in zip(parameters, grads, strict=True)]
+        [
+            torch.zeros(p.numel(), dtype=F64) if g is None else g.flatten()
+            for p, g in zip(parameters, grads, strict=True)
+        ]
     )
 
 
 def check_stl_has_no_noise_at_the_optimum(flow: Flow) -> Energy:
     energy = Known(flow)
     stl = gradient(flow, energy, ReverseKL(gradient="stl"), noise(64, flow.total_dim))
-    assert float(stl.abs().max()) < 1e-10, "the path derivative is not 0 where the flow is the target"
+    assert float(stl.abs().max()) < 1e-10, (
+        "the path derivative is not 0 where the flow is the target"
+    )
     return energy
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The value
 
 
 @pytest.mark.parametrize("total_dim", [1, 2])
-@pytest.mark.parametrize("energy", [DoubleWell(dtype=F64), Gaussian([0.5], scale=0.7, dtype=F64)], ids=["wells", "gaussian"])
+@pytest.mark.parametrize(
+    "energy",
+    [DoubleWell(dtype=F64), Gaussian([0.5], scale=0.7, dtype=F64)],
+    ids=["wells", "gaussian"],
+)
 def test_j_r_is_the_written_formula(total_dim: int, energy: Energy) -> None:
     check_j_r(redundant(1, total_dim), energy)
 
@@ -117,7 +151,10 @@ def test_j_of_a_gaussian_target_is_the_analytic_divergence(dim: int) -> None:
     stirred(flow, 0.5)
     s, c = flow.linear.matrix().detach(), flow.transform.parts[-1].offset.detach()
     covariance = torch.eye(dim, dtype=F64) + 0.3
-    q, p = dist.MultivariateNormal(c, s @ s.T), dist.MultivariateNormal(torch.ones(dim, dtype=F64), covariance)
+    q, p = (
+        dist.MultivariateNormal(c, s @ s.T),
+        dist.MultivariateNormal(torch.ones(dim, dtype=F64), covariance),
+    )
     truth = torch.distributions.kl_divergence(q, p)
     energy = Gaussian(torch.ones(dim), covariance=covariance, dtype=F64)
     for entropy in ("sampled", "exact"):
@@ -138,7 +175,9 @@ def test_j_r_bounds_the_divergence_of_the_marginal() -> None:
 
 def test_sampled_entropy_has_the_smaller_error_near_the_optimum() -> None:
     flow = redundant(2, 2)
-    errors = [evaluate_j(flow, Known(flow), 2000, entropy=entropy)[1] for entropy in ("sampled", "exact")]
+    errors = [
+        evaluate_j(flow, Known(flow), 2000, entropy=entropy)[1] for entropy in ("sampled", "exact")
+    ]
     assert errors[0] < 1e-12 < 0.01 < errors[1]
     assert abs(evaluate_j(flow, Known(flow), 2000)[0]) < 1e-12  # J >= 0, and 0 here
 
@@ -159,20 +198,28 @@ def test_facts_and_what_is_not_guessed() -> None:
     assert ReverseKL()(flow, energy, z=z, beta=0.5, log_z=1.5)[1]["j_r"] == cold.detach() + 1.5
     unknown = Unnormalized(lambda x: -(x**2), event_shape=()).double()
     assert "j_r" not in ReverseKL()(flow, unknown, z=z)[1]
-    with pytest.raises(ValueError, match=r"log C of Unnormalized is not known.*log_z=0.0 for J_R - log C"):
+    with pytest.raises(
+        ValueError, match=r"log C of Unnormalized is not known.*log_z=0.0 for J_R - log C"
+    ):
         evaluate_j(flow, unknown)
     assert math.isfinite(evaluate_j(flow, unknown, 100, log_z=0.0)[0])
 
 
 def test_objective_refuses() -> None:
     flow, energy = redundant(), DoubleWell(dtype=F64)
-    with pytest.raises(ValueError, match=r"entropy must be one of \('sampled', 'exact'\), got entropy='closed'"):
+    with pytest.raises(
+        ValueError, match=r"entropy must be one of \('sampled', 'exact'\), got entropy='closed'"
+    ):
         ReverseKL(entropy="closed")
     with pytest.raises(ValueError, match=r"gradient must be one of .* got gradient='path'"):
         ReverseKL(gradient="path")
-    with pytest.raises(ValueError, match="num_samples must be at least 2, for a standard error, got num_samples=1"):
+    with pytest.raises(
+        ValueError, match="num_samples must be at least 2, for a standard error, got num_samples=1"
+    ):
         ReverseKL()(flow, energy, 1)
-    with pytest.raises(ValueError, match="num_samples and batch_size must be at least 2, got 1 and"):
+    with pytest.raises(
+        ValueError, match="num_samples and batch_size must be at least 2, got 1 and"
+    ):
         evaluate_j(flow, energy, 1)
     with pytest.raises(ValueError, match="dim=1 entries"):
         ReverseKL()(flow, Gaussian([0.0, 0.0], dtype=F64))
@@ -180,13 +227,16 @@ def test_objective_refuses() -> None:
         ReverseKL()(flow, energy, beta=0.0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The gradients
 
 
 def cached_affine() -> Flow:
-    """Pyro's transforms keep the last (z, x): the trap that makes frozen parameters have no effect."""
-    flow = Flow([affine_coupling(2, hidden_dims=[4]), affine_coupling(2, hidden_dims=[4])], 2, 2).double()
+    """Pyro's transforms keep the last (z, x): the trap that makes frozen parameters have no
+    effect."""
+    flow = Flow(
+        [affine_coupling(2, hidden_dims=[4]), affine_coupling(2, hidden_dims=[4])], 2, 2
+    ).double()
     return stirred(flow, 0.3)
 
 
@@ -208,14 +258,18 @@ def test_stl_has_no_noise_at_the_optimum_and_the_total_gradient_has(name: str) -
 
 @pytest.mark.parametrize(("dim", "total_dim"), [(2, 2), (1, 2), (1, 3)])
 def test_stl_and_total_gradients_agree_in_mean(dim: int, total_dim: int) -> None:
-    flow, energy = redundant(dim, total_dim, hidden=3), Gaussian([0.5, -1.0][:dim], scale=0.7, dtype=F64)
+    flow, energy = (
+        redundant(dim, total_dim, hidden=3),
+        Gaussian([0.5, -1.0][:dim], scale=0.7, dtype=F64),
+    )
     differences = []
     for seed in range(300):
         z = noise(32, total_dim, seed=seed)
         total, stl = (gradient(flow, energy, ReverseKL(gradient=g), z) for g in ("total", "stl"))
         differences.append(total - stl)
     stacked = torch.stack(differences)
-    varies = stacked.abs().amax(0) > 1e-12  # M and Sigma have one gradient in both, and unused triangles have none
+    # M and Sigma have one gradient in both, and unused triangles have none
+    varies = stacked.abs().amax(0) > 1e-12
     assert int(varies.sum()) > 10
     mean, se = mean_and_se(stacked[:, varies])
     within_se(mean, np.zeros_like(mean), se)
@@ -224,11 +278,13 @@ def test_stl_and_total_gradients_agree_in_mean(dim: int, total_dim: int) -> None
 def test_entropy_form_does_not_change_the_gradient() -> None:
     flow, energy, z = redundant(1, 3), DoubleWell(dtype=F64), noise(64, 3)
     for kind in ("total", "stl"):
-        sampled, exact = (gradient(flow, energy, ReverseKL(entropy, kind), z) for entropy in ("sampled", "exact"))
+        sampled, exact = (
+            gradient(flow, energy, ReverseKL(entropy, kind), z) for entropy in ("sampled", "exact")
+        )
         torch.testing.assert_close(sampled, exact, rtol=1e-10, atol=1e-10)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Pyro's SVI
 
 
@@ -255,11 +311,18 @@ def test_j_r_is_minus_the_elbo_draw_by_draw(name: str, gradient_kind: str) -> No
     ours = gradient(flow, energy, ReverseKL(gradient=gradient_kind), z)
     torch.manual_seed(3)
     elbo.loss_and_grads(model, guide)
-    theirs = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in flow.parameters()])
+    theirs = torch.cat(
+        [
+            torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten()
+            for p in flow.parameters()
+        ]
+    )
     torch.testing.assert_close(theirs, ours, rtol=1e-8, atol=1e-8)
     torch.manual_seed(3)
     single = Trace_ELBO().loss(model, guide)  # one particle, without a plate
-    assert single == pytest.approx(float(ReverseKL().terms(flow, energy, _first(flow))[0].detach()), abs=1e-9)
+    assert single == pytest.approx(
+        float(ReverseKL().terms(flow, energy, _first(flow))[0].detach()), abs=1e-9
+    )
 
 
 def _first(flow: Flow) -> Tensor:
@@ -273,7 +336,9 @@ def test_svi_trains_every_parameter_and_leaves_the_energy_alone() -> None:
     energy.flow.requires_grad_(True)
     before = {name: p.detach().clone() for name, p in flow.named_parameters()}
     elbo = Trace_ELBO(num_particles=16, vectorize_particles=True)
-    svi = SVI(flow_model(flow, energy), flow_guide(flow, energy), pyro.optim.Adam({"lr": 1e-3}), elbo)
+    svi = SVI(
+        flow_model(flow, energy), flow_guide(flow, energy), pyro.optim.Adam({"lr": 1e-3}), elbo
+    )
     svi.step()
     for name, parameter in flow.named_parameters():
         assert not torch.equal(parameter, before[name]), name
@@ -294,11 +359,16 @@ def test_users_read_x_and_y_and_may_bring_their_own_model() -> None:
     losses = []
     for candidate in (model, own_model):
         torch.manual_seed(0)
-        losses.append(Trace_ELBO(num_particles=20, vectorize_particles=True, max_plate_nesting=0).loss(candidate, guide))
-    assert losses[1] - losses[0] == pytest.approx(energy.log_z)  # Boltzmann knows log C: this is J_R itself
+        losses.append(
+            Trace_ELBO(num_particles=20, vectorize_particles=True, max_plate_nesting=0).loss(
+                candidate, guide
+            )
+        )
+    # Boltzmann knows log C: this is J_R itself
+    assert losses[1] - losses[0] == pytest.approx(energy.log_z)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The loop
 
 
@@ -310,7 +380,8 @@ def test_loop_yields_its_schedule_and_repeats_itself(capsys: pytest.CaptureFixtu
     before = torch.get_rng_state()
     flows = [RedundantNICE(1, 2, hidden=(8,), dtype=F64) for _ in range(3)]
     trails = [
-        run(f, DoubleWell(dtype=F64), steps=10, num_samples=16, lr=0.01, seed=s) for f, s in zip(flows, (0, 0, 1), strict=True)
+        run(f, DoubleWell(dtype=F64), steps=10, num_samples=16, lr=0.01, seed=s)
+        for f, s in zip(flows, (0, 0, 1), strict=True)
     ]
     assert trails[0] == trails[1]
     assert trails[0] != trails[2]
@@ -318,7 +389,9 @@ def test_loop_yields_its_schedule_and_repeats_itself(capsys: pytest.CaptureFixtu
     assert [step for step, _, _ in trails[0]] == list(range(10))
     facts = [f for _, _, f in trails[0]]
     assert [f["beta"] for f in facts] == pytest.approx([0.1, 0.325, 0.55, 0.775] + [1.0] * 6)
-    assert [f["lr"] for f in facts] == pytest.approx([0.005 * (1 + math.cos(math.pi * k / 10)) for k in range(10)])
+    assert [f["lr"] for f in facts] == pytest.approx(
+        [0.005 * (1 + math.cos(math.pi * k / 10)) for k in range(10)]
+    )
     assert all("j_r" in f for f in facts[4:])
     assert not any("j_r" in f for f in facts[:4])
     assert all(f["grad_norm"] > 0 and f["skipped"] == 0 for f in facts)
@@ -340,12 +413,25 @@ def test_loop_may_be_left_and_options_are_heard() -> None:
     before = [p.detach().clone() for p in flow.parameters()]
     sgd = lambda parameters: torch.optim.SGD(parameters, lr=0.5)  # noqa: E731
     loop = fit_flow(
-        flow, energy, objective, steps=8, num_samples=4, beta_start=1.0, max_grad_norm=1e-3, optimizer=sgd, generator=generator
+        flow,
+        energy,
+        objective,
+        steps=8,
+        num_samples=4,
+        beta_start=1.0,
+        max_grad_norm=1e-3,
+        optimizer=sgd,
+        generator=generator,
     )
     next(loop)
     loop.close()  # type: ignore[attr-defined]
     assert (seen[0]["num_samples"], seen[0]["beta"], seen[0]["generator"]) == (4, 1.0, generator)
-    moved = math.sqrt(sum(float((p.detach() - b).square().sum()) for p, b in zip(flow.parameters(), before, strict=True)))
+    moved = math.sqrt(
+        sum(
+            float((p.detach() - b).square().sum())
+            for p, b in zip(flow.parameters(), before, strict=True)
+        )
+    )
     assert moved == pytest.approx(0.5e-3, rel=1e-3)  # one step of SGD along a clipped gradient
     assert all(p.grad is None for p in energy.parameters())
 
@@ -378,7 +464,14 @@ def test_a_loss_that_is_not_finite_raises_and_parameters_go_back(gradient_only: 
 
 def test_a_loss_that_is_not_finite_can_be_skipped_and_counted() -> None:
     flow = redundant()
-    trail = run(flow, Cliff(3, times=2).double(), steps=8, num_samples=8, beta_start=1.0, on_nonfinite="skip")
+    trail = run(
+        flow,
+        Cliff(3, times=2).double(),
+        steps=8,
+        num_samples=8,
+        beta_start=1.0,
+        on_nonfinite="skip",
+    )
     assert [f["skipped"] for _, _, f in trail] == [0, 0, 0, 1, 2, 2, 2, 2]
     assert [math.isnan(loss) for _, loss, _ in trail] == [False] * 3 + [True] * 2 + [False] * 3
     assert all(bool(torch.isfinite(p).all()) for p in flow.parameters())
@@ -389,10 +482,19 @@ def test_a_loss_that_is_not_finite_can_be_skipped_and_counted() -> None:
     [
         ({"steps": 0}, "steps must be at least 1, got steps=0"),
         ({"num_samples": 0}, "num_samples=0"),
-        ({"beta_start": 0.0}, r"0 < beta_start <= 1 and 0 <= warmup <= 1 must hold, got beta_start=0.0"),
+        (
+            {"beta_start": 0.0},
+            r"0 < beta_start <= 1 and 0 <= warmup <= 1 must hold, got beta_start=0.0",
+        ),
         ({"warmup": 1.5}, r"warmup=1.5"),
-        ({"max_grad_norm": -1.0}, "max_grad_norm must be positive, or None, got max_grad_norm=-1.0"),
-        ({"on_nonfinite": "ignore"}, "on_nonfinite must be 'raise' or 'skip', got on_nonfinite='ignore'"),
+        (
+            {"max_grad_norm": -1.0},
+            "max_grad_norm must be positive, or None, got max_grad_norm=-1.0",
+        ),
+        (
+            {"on_nonfinite": "ignore"},
+            "on_nonfinite must be 'raise' or 'skip', got on_nonfinite='ignore'",
+        ),
     ],
 )
 def test_loop_refuses_at_the_call(options: dict[str, object], said: str) -> None:
@@ -414,14 +516,20 @@ class _Elsewhere(nn.Module):
         super().__init__()
         self.c = nn.Parameter(torch.ones((), dtype=F64), requires_grad=learned)
 
-    def forward(self, flow: Flow, energy: Energy, **options: object) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self, flow: Flow, energy: Energy, **options: object
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         return self.c.square(), {}
 
 
 @pytest.mark.parametrize("learned", [True, False])
 @pytest.mark.parametrize("most", [None, 1.0])
-def test_loop_refuses_a_loss_that_does_not_reach_the_flow(learned: bool, most: float | None) -> None:
-    loop = fit_flow(redundant(), DoubleWell(dtype=F64), _Elsewhere(learned), max_grad_norm=most, progress=False)
+def test_loop_refuses_a_loss_that_does_not_reach_the_flow(
+    learned: bool, most: float | None
+) -> None:
+    loop = fit_flow(
+        redundant(), DoubleWell(dtype=F64), _Elsewhere(learned), max_grad_norm=most, progress=False
+    )
     with pytest.raises(ValueError, match="reaches no parameter of the flow"):
         next(loop)
 
@@ -434,7 +542,7 @@ def test_frozen_parameters_stay() -> None:
     assert torch.equal(flow.linear.matrix(), before)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What a fit reaches
 
 
@@ -449,7 +557,9 @@ def test_fit_of_a_gaussian_finds_it() -> None:
 
 
 @pytest.mark.parametrize(("shift", "published"), [(True, 0.0966), (False, 2.4427)])
-def test_in_one_dimension_nice_is_a_gaussian_and_reaches_the_best_one(shift: bool, published: float) -> None:
+def test_in_one_dimension_nice_is_a_gaussian_and_reaches_the_best_one(
+    shift: bool, published: float
+) -> None:
     energy = DoubleWell(dtype=F64)
     nodes, weights = np.polynomial.hermite_e.hermegauss(40)
 
@@ -458,7 +568,9 @@ def test_in_one_dimension_nice_is_a_gaussian_and_reaches_the_best_one(shift: boo
         mean = float(weights @ (x**4 - 4 * x**2 + x)) / math.sqrt(2 * math.pi)
         return mean - parameters[0] - 0.5 * (1 + math.log(2 * math.pi)) + energy.log_z
 
-    best = minimize(j, [-1.0, -1.0], method="Nelder-Mead", options={"xatol": 1e-6, "fatol": 1e-9}).fun
+    best = minimize(
+        j, [-1.0, -1.0], method="Nelder-Mead", options={"xatol": 1e-6, "fatol": 1e-9}
+    ).fun
     assert best == pytest.approx(published, abs=1e-4)
     flow = NICE(1, shift=shift, dtype=F64)
     run(flow, energy, steps=700, num_samples=256, lr=0.02)
@@ -466,7 +578,8 @@ def test_in_one_dimension_nice_is_a_gaussian_and_reaches_the_best_one(shift: boo
 
 
 def test_redundant_latents_find_both_wells_in_a_short_run() -> None:
-    """A sixth of the default steps: already far below what any Gaussian reaches, with the right well at its weight."""
+    """A sixth of the default steps: already far below what any Gaussian reaches, with the right
+    well at its weight."""
     energy, flow = DoubleWell(), RedundantNICE(1, 2)
     run(flow, energy, steps=500, lr=5e-3)
     j_r, se = evaluate_j(flow, energy)
@@ -502,12 +615,15 @@ def test_defaults_give_plain_nice_its_best_gaussian() -> None:
 
 def test_the_smallest_j_r_chooses_redundant_latents() -> None:
     energy = DoubleWell()
-    found = select_total_dim(energy, (1, 2), steps=300, lr=5e-3, num_samples=256, evaluation_samples=20_000)
+    found = select_total_dim(
+        energy, (1, 2), steps=300, lr=5e-3, num_samples=256, evaluation_samples=20_000
+    )
     assert found.total_dim == 2
     assert found.flow is found.flows[2]
     assert found.values[1] - found.values[2] > 5 * math.hypot(*found.standard_errors.values())
     value, _ = evaluate_j(found.flows[1], energy, 20_000, seed=1)
-    assert value - found.values[1] == pytest.approx(energy.log_z)  # values leave out log C, which all share
+    # values leave out log C, which all share
+    assert value - found.values[1] == pytest.approx(energy.log_z)
 
 
 def test_choice_of_total_dim_takes_makers_and_refuses() -> None:
@@ -527,7 +643,7 @@ def test_choice_of_total_dim_takes_makers_and_refuses() -> None:
         select_total_dim(energy, ())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Mutants: a check that a broken flow passes is no check
 
 
