@@ -219,7 +219,7 @@ def measure(steps: int, rounds: int, threads: int) -> list[Row]:
         if importlib.util.find_spec(library) is None:
             print(
                 f"{case}: {library} {what}: missing, no row (pip install -c"
-                f" benchmarks/constraints.txt -e '.[bench]')"
+                " benchmarks/constraints.txt -e '.[bench]')"
             )
             continue
         ready[number] = make()
@@ -252,7 +252,7 @@ def measure(steps: int, rounds: int, threads: int) -> list[Row]:
         limit = statistics.median(milliseconds[0 if case == "pcd" else 7][1:])
         print(
             f"{case}: {library} {what}: {made['value']:.2f} ms, {limit / made['value']:.0%} of the"
-            f" products' speed"
+            " products' speed"
         )
     return rows
 

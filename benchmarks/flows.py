@@ -43,7 +43,7 @@ def available(case: str, library: str, method: str) -> bool:
     if not found:
         print(
             f"{case}: {library} {method}: missing, no row (pip install -c"
-            f" benchmarks/constraints.txt -e '.[bench]')"
+            " benchmarks/constraints.txt -e '.[bench]')"
         )
     return found
 
@@ -103,7 +103,7 @@ def measure_steps(calls: int, rounds: int, compiled: bool) -> list[Row]:
             middle = statistics.median(values)
             print(
                 f"nice {dim}: {library} {method}: {1e3 * middle:.2f} ms, {limit / middle:.0%} of"
-                f" the limit's speed",
+                " the limit's speed",
                 flush=True,
             )
     return [made | {"version": version(made["library"])} for made in rows]

@@ -144,7 +144,7 @@ def main() -> int:
         if job.library in missing:
             print(
                 f"{label}: missing, no row (pip install -c benchmarks/constraints.txt -e"
-                f" '.[bench]')",
+                " '.[bench]')",
                 flush=True,
             )
             continue

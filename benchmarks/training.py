@@ -246,7 +246,7 @@ def measure(calls: int, rounds: int, threads: int) -> list[Row]:
         if importlib.util.find_spec(module) is None:
             print(
                 f"{case}: {library} {what}: missing, no row (pip install -c"
-                f" benchmarks/constraints.txt -e '.[bench]')"
+                " benchmarks/constraints.txt -e '.[bench]')"
             )
             continue
         versions[library] = importlib.import_module(module).__version__

@@ -162,10 +162,9 @@ def in_two_dimensions(
         }
 
         def trained(objective: Objective, steps: int, rate: float) -> FeatureLatentEnergy:
-            net = features(2, 64, 3.0, torch.float32, seeded_generator(number, spawned=2))  # noqa: B023 - called here
-            return train(
-                white(data).float(), objective, net, 32, steps, rate, number, progress
-            ).double()  # noqa: B023
+            net = features(2, 64, 3.0, torch.float32, seeded_generator(number, spawned=2))
+            x = white(data).float()
+            return train(x, objective, net, 32, steps, rate, number, progress).double()
 
         lines = {
             "likelihood": (GridLikelihood(6.0, 40), steps // 2),

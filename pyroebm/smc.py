@@ -164,7 +164,7 @@ def tempered_smc(
     base = DistributionEnergy(base, energy.dtype) if isinstance(base, Distribution) else base
     if not (isinstance(base, Energy) and base.has_exact_draws and base.log_z is not None):
         raise ValueError(
-            f"base must be a distribution, or an Energy with exact draws and a known log_z, got"
+            "base must be a distribution, or an Energy with exact draws and a known log_z, got"
             f" {base}"
         )
     generator = seeded_generator(seed, energy.device) if generator is None else generator
@@ -265,7 +265,7 @@ class _Run:
         if not bool(torch.isfinite(total).all()):
             raise FloatingPointError(
                 f"all particles of {int((~torch.isfinite(total)).sum())} of {self.shape[0]}"
-                f" islands have weight 0: the base"
+                " islands have weight 0: the base"
                 " hardly draws where the energy is finite; take another base, or more particles"
             )
         self.log_z, self.log_weights = self.log_z + total, weights - total.unsqueeze(1)

@@ -277,7 +277,7 @@ def main(*arguments: str) -> int:
         if next(interpreters(environment.python), None) is None:
             print(
                 f"{environment.name}: no Python {environment.python} on PATH or among pyenv's"
-                f" versions: not run",
+                " versions: not run",
                 flush=True,
             )
             continue

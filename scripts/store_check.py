@@ -51,7 +51,7 @@ def main(folder: str, role: str = "parent") -> int:
     np.testing.assert_array_equal(arviz().from_netcdf(file).posterior["x"].values, truth)
     print(
         f"killed after {killed_at} of {truth.shape[1]} draws, resumed, opened, written and read:"
-        f" the same draws"
+        " the same draws"
     )
     return 0
 

@@ -133,7 +133,7 @@ def main(page: str = str(ROOT / "README.md")) -> int:
         return 1
     print(
         f"{wheel.name}: built, installed with the pins of constraints.txt, the example and"
-        f" `pyroebm --help` run"
+        " `pyroebm --help` run"
     )
     return 0
 

@@ -113,7 +113,7 @@ def violations(
     if noun(module) not in PLACE:
         return [
             f"{module} has no layer: add `{noun(module)}` to LAYERS in tests/test_layers.py and to"
-            f" docs/architecture.md"
+            " docs/architecture.md"
         ]
     level, group = PLACE[noun(module)]
     wrong = []
@@ -126,7 +126,7 @@ def violations(
         if noun(other) not in PLACE:
             wrong.append(
                 f"{module}:{line} imports {other}, which has no layer: add `{noun(other)}` to"
-                f" LAYERS"
+                " LAYERS"
             )
             continue
         their_level, their_group = PLACE[noun(other)]

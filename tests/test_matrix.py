@@ -44,7 +44,8 @@ def test_interpreters_are_of_the_version_asked_for(
     assert list(matrix.interpreters("2.0")) == [str(pyenv / "python")]
 
 
-JUNIT = """<testsuites><testsuite><testcase/><testcase><failure/></testcase><testcase><error/></testcase><testcase/><testcase/>
+JUNIT = """<testsuites><testsuite><testcase/><testcase><failure/></testcase>
+<testcase><error/></testcase><testcase/><testcase/>
 <testcase><skipped/></testcase></testsuite></testsuites>"""
 
 

@@ -24,7 +24,7 @@ def check_declaration(event_shape: object, support: object) -> None:
     """ValueError unless ``event_shape`` is a sequence of sizes and ``support`` a constraint."""
     if not isinstance(event_shape, Sequence) or isinstance(event_shape, str):
         raise ValueError(
-            f"event_shape must be a tuple of sizes, () for a scalar variable, got"
+            "event_shape must be a tuple of sizes, () for a scalar variable, got"
             f" event_shape={event_shape!r}"
         )
     if not isinstance(support, Constraint):
@@ -57,7 +57,7 @@ def check_values(
         hint = "; drop the last dimension with .squeeze(-1)" if values.shape == (*batch, 1) else ""
         raise ValueError(
             f"{name}.forward must return one energy per event: for x of shape {tuple(x.shape)}"
-            f" with event_shape"
+            " with event_shape"
             f" {tuple(event_shape)} the result must have shape {tuple(batch)}, but it has shape"
             f" {tuple(values.shape)}{hint}"
         )
@@ -66,10 +66,13 @@ def check_values(
 def no_gradient(name: str, values: Tensor, x: Tensor) -> str:
     """Why the energies ``values`` of ``x`` have no gradient."""
     if values.dtype != x.dtype:
-        return f"{name}.forward must return the dtype of x, {x.dtype}, got {values.dtype}: convert with energy.to()"
+        return (
+            f"{name}.forward must return the dtype of x, {x.dtype}, got {values.dtype}: convert with"
+            " energy.to()"
+        )
     return (
         f"{name}.forward(x) does not depend on x through autograd (a .detach(), .item() or NumPy"
-        f" call on the way?); a constant"
+        " call on the way?); a constant"
         " energy is written 0 * x"
     )
 

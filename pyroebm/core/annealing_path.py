@@ -116,7 +116,7 @@ def _check_reference(energy: Energy, reference: Energy) -> None:
     if not isinstance(reference, Energy):
         raise ValueError(
             f"reference must be an Energy, got {type(reference).__name__}; a distribution is"
-            f" DistributionEnergy(it)"
+            " DistributionEnergy(it)"
         )
     ours, theirs = (
         (tuple(e.event_shape), str(e.support), str(e.dtype), str(e.device))
@@ -128,7 +128,7 @@ def _check_reference(energy: Energy, reference: Energy) -> None:
         or ours[2:] != theirs[2:]
     ):
         raise ValueError(
-            f"reference must have the event_shape, support, dtype and device of the energy,"
+            "reference must have the event_shape, support, dtype and device of the energy,"
             f" {ours}, got {theirs}"
         )
 
@@ -158,7 +158,7 @@ class DistributionEnergy(Energy):
     def __init__(self, distribution: Distribution, dtype: torch.dtype | None = None) -> None:
         if distribution.batch_shape or not getattr(distribution, "normalized", True):
             raise ValueError(
-                f"distribution must be normalised and have batch_shape (), got"
+                "distribution must be normalised and have batch_shape (), got"
                 f" {type(distribution).__name__} with batch_shape"
                 f" {tuple(distribution.batch_shape)}; write .to_event() to make a batch an event"
             )

@@ -148,7 +148,7 @@ class Compiled(Energy):
             if drawn:
                 raise ValueError(
                     f"an energy that is compiled must draw no random numbers, got {drawn[0]} in"
-                    f" its forward"
+                    " its forward"
                 )
             graph.graph.eliminate_dead_code()
             self._gradients[shape] = graph, _lift_constants(graph)
@@ -318,7 +318,7 @@ def choose_compiled(
         ):
             raise RuntimeError(
                 f"{type(energy).__name__} cannot be compiled (no C++ compiler was found); use"
-                f" compile=False"
+                " compile=False"
             )
         compiled.run(
             _probe, (energy.initial(2, torch.Generator(energy.device).manual_seed(0)),), {}
@@ -338,7 +338,8 @@ def choose_compiled(
 
 
 def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+    said = str(error).strip()
+    return f"{type(error).__name__}: {said.splitlines()[0] if said else ''}"
 
 
 def _probe(energy: Energy, x: Tensor) -> tuple[Tensor, ...]:

@@ -86,7 +86,7 @@ def _refuse(name: str, reached: bool) -> None:
     everywhere."""
     why = (
         f"every second derivative of {name} is exactly 0: score matching cannot see an energy that"
-        f" is piecewise linear (ReLU), or"
+        " is piecewise linear (ReLU), or"
         " whose gradient is cut off from x. Take smooth activations (SiLU, softplus, tanh), or"
         " DenoisingScoreMatching, which needs first derivatives alone"
     )

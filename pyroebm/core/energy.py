@@ -271,7 +271,7 @@ def _grad(energy: Energy, x: Tensor, create_graph: bool) -> tuple[Tensor, Tensor
     if is_discrete(energy.support):
         raise ValueError(
             f"{type(energy).__name__} has the discrete support {energy.support}: it has no"
-            f" gradient in x"
+            " gradient in x"
         )
     values, grads = energy(x), None
     # rows are independent, so the gradient of their sum is the gradient of each

@@ -67,7 +67,7 @@ def draw_numbers(log_p: Tensor, n: int, generator: torch.Generator | None = None
     if not bool(cdf[-1].isfinite()):
         raise FloatingPointError(
             f"of {len(log_p)} states {int((~log_p.isfinite()).sum())} have an energy that is not"
-            f" finite"
+            " finite"
         )
     # a number below 1 times the total stays below the total, so what is found has a probability
     # above 0

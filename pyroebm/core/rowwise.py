@@ -168,7 +168,7 @@ class RowwiseEnergy(Energy):
             flat.append(part.reshape(*part.shape[:cut], -1).to(self.device, self.dtype))
         if len({part.shape[:-1] for part in flat}) > 1:
             raise ValueError(
-                f"the variables must share one batch shape, got"
+                "the variables must share one batch shape, got"
                 f" {[tuple(part.shape[:-1]) for part in flat]}"
             )
         return torch.cat(flat, -1)
@@ -218,21 +218,23 @@ class RowwiseEnergy(Energy):
                     f"{type(self).__name__} must be a function of its variables, but gave"
                     f" {expected[0].tolist()} and then"
                     f" {again.tolist()} for the same rows: a random number that is no sample site"
-                    f" enters it"
+                    " enters it"
                 )
             for way in ("graph", "vmap"):
                 self.batching = way
                 try:
                     found = unchecked_value_and_grad(self, rows)
                 except Exception as error:  # whatever vmap or the capture cannot do, the loop can
-                    reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+                    said = str(error).strip()
+                    reason = f"{type(error).__name__}: {said.splitlines()[0] if said else ''}"
                 else:
                     if all(
                         torch.allclose(a, b, rtol=1e-3, atol=1e-3, equal_nan=True)
                         for a, b in zip(found, expected, strict=True)
                     ):
                         return
-                    reason = f"its values there are {found[0].tolist()}, those of a loop {expected[0].tolist()}"
+                    there = found[0].tolist()
+                    reason = f"its values there are {there}, those of a loop {expected[0].tolist()}"
             self.batching = "loop"
         warnings.warn(
             f"{self._name()} cannot be vectorised with torch.func.vmap and runs chain by chain,"

@@ -379,7 +379,8 @@ def _rows(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     for name, rows in (("x", x), ("y", y)):
         if not bool(torch.isfinite(rows).all()):
             raise ValueError(
-                f"{name} must be finite, got {int((~torch.isfinite(rows)).sum())} entries that are not"
+                f"{name} must be finite, got {int((~torch.isfinite(rows)).sum())} entries that are"
+                " not"
             )
     return x.detach().double().reshape(len(x), -1), y.detach().double().reshape(len(y), -1)
 

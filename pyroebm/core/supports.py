@@ -118,7 +118,7 @@ def site_values(
     else:
         raise ValueError(
             f"support={support} has no table of the values of one site: it must be boolean, spin,"
-            f" one_hot or an integer interval"
+            " one_hot or an integer interval"
             " of the same bounds for every entry"
         )
     if len(values) < 2:
@@ -138,7 +138,7 @@ def unconstraining(support: Constraint) -> Transform:
     if is_discrete(support):
         raise ValueError(
             f"support={support} is discrete: it has no unconstrained coordinates and no gradient"
-            f" in x; use a sampler for"
+            " in x; use a sampler for"
             " discrete states (Gibbs) or a continuous relaxation"
         )
     try:
@@ -146,7 +146,7 @@ def unconstraining(support: Constraint) -> Transform:
     except NotImplementedError:
         raise ValueError(
             f"support={support} has no bijection from R^d registered with"
-            f" torch.distributions.biject_to; register one, or"
+            " torch.distributions.biject_to; register one, or"
             " give the energy support=constraints.real and return +inf outside the domain"
         ) from None
     return transform
@@ -191,8 +191,8 @@ def draw_initial(
     if base.is_discrete:
         raise ValueError(
             f"support={support} has no default starting states; override initial(n, generator) in"
-            f" the energy, returning"
-            f" a tensor of shape (n, *event_shape)"
+            " the energy, returning"
+            " a tensor of shape (n, *event_shape)"
         )
     transform = unconstraining(base)
     x: Tensor = transform(4.0 * noise(transform.inverse_shape(shape)) - 2.0)

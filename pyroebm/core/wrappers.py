@@ -73,7 +73,7 @@ class Conditioned(Energy):
         ):
             raise ValueError(
                 f"support={energy.support} couples the entries of an event, or bounds each"
-                f" differently: they cannot be clamped"
+                " differently: they cannot be clamped"
                 " one by one"
             )
         if not bool(support.check(observed)[mask].all()) or not bool(

@@ -41,7 +41,7 @@ HELP = (
     "Give a folder with MNIST's four files (train-images-idx3-ubyte and so on, gzipped or not),"
     " the folder of Debian's package"
     f" dataset-fashion-mnist ({FASHION_MNIST}), or an .npz with arrays x_train, x_test, y_train,"
-    f" y_test"
+    " y_test"
 )
 
 

@@ -131,7 +131,7 @@ def verdict(
     elif not worst_r_hat < max_r_hat:
         problems.append(
             f"R-hat should be below {max_r_hat}: the chains disagree; draw more, or temper between"
-            f" modes."
+            " modes."
         )
     if not (bulk >= min_ess and tail >= min_ess):
         problems.append(f"The effective sample size should be at least {min_ess:.0f}; draw more.")
@@ -160,12 +160,12 @@ def verdict(
     if least_bfmi < 0.3:
         problems.append(
             f"BFMI {least_bfmi:.2f} is below 0.3: momenta explore the energies slowly;"
-            f" reparametrise heavy tails."
+            " reparametrise heavy tails."
         )
     if stein_z > 5.0:
         problems.append(
             f"The Stein residual is {stein_z:.1f} standard errors: the draws do not fit the"
-            f" gradient of the energy (a bias of the"
+            " gradient of the energy (a bias of the"
             " kernel, chains that have not settled, or an energy that jumps); lower the step size,"
             " take an exact kernel, or warm"
             " up longer."

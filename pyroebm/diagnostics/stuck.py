@@ -58,7 +58,7 @@ def describe_stuck(
         where = f" (energy {_range(energies)})" if energies is not None else ""
         return (
             f"None of {chains} chains moved after warm-up{where}. Start elsewhere (initial=), warm"
-            f" up longer, take another step"
+            " up longer, take another step"
             " size where it is fixed, or check the energy."
         )
     where = ""
@@ -72,8 +72,8 @@ def describe_stuck(
     )
     return (
         f"{chain} {listed} of {total or chains} never moved after warm-up{where}. Start {it}"
-        f" elsewhere (initial=, or another"
-        f" seed), warm up longer, take another step size where it is fixed, or reparametrize the"
+        " elsewhere (initial=, or another"
+        " seed), warm up longer, take another step size where it is fixed, or reparametrize the"
         f" model where {they} started."
     )
 

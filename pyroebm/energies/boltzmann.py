@@ -139,9 +139,9 @@ class BoltzmannMachine(Energy):
         if self.num_hidden > MAX_SUMMED:
             raise ValueError(
                 f"the marginal of {self.num_visible} visible units sums over 2^{self.num_hidden}"
-                f" states of the hidden ones, and"
+                " states of the hidden ones, and"
                 f" 2^{MAX_SUMMED} are the most: sample the joint, or take an RBM, whose sum has a"
-                f" closed form"
+                " closed form"
             )
         return Marginal(self) if self.num_hidden else self
 

@@ -74,7 +74,7 @@ class ClassifierEnergy(NeuralEnergy):
         values: Tensor = self.net(x.reshape(-1, *self.event_shape))
         if values.shape != (batch.numel(), self.num_classes):
             raise ValueError(
-                f"net must map (n, *event_shape) to (n, num_classes), got shape"
+                "net must map (n, *event_shape) to (n, num_classes), got shape"
                 f" {tuple(values.shape)} for n = {batch.numel()},"
                 f" num_classes = {self.num_classes}"
             )

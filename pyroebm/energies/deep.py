@@ -68,7 +68,7 @@ class DeepBoltzmannMachine(LayeredEnergy):
         if len(sizes) < 3:
             raise ValueError(
                 f"sizes must name three layers or more, got sizes={list(sizes)}; two are a"
-                f" BernoulliRBM or GaussianRBM"
+                " BernoulliRBM or GaussianRBM"
             )
         if visible not in ("bits", "gaussian"):
             raise ValueError(

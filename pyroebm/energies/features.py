@@ -113,7 +113,7 @@ class FeatureLatentEnergy(Energy):
         if probe.dim() != 2 or len(probe) != 2:
             raise ValueError(
                 f"features must map (n, *event_shape) to (n, m), got shape {tuple(probe.shape)}"
-                f" for n = 2"
+                " for n = 2"
             )
         return probe.shape[1]
 

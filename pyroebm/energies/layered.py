@@ -99,7 +99,7 @@ class LayeredMachine(Energy):
         if not self._is_small:
             raise NotImplementedError(
                 f"{type(self).__name__} is too large for exact draws; sample joint() with"
-                f" BlockGibbs"
+                " BlockGibbs"
             )
         with torch.no_grad():
             return self.layers().sample(n, generator)
@@ -147,7 +147,7 @@ class LayeredEnergy(LayeredMachine):
         """
         raise ValueError(
             f"the hidden units of {type(self).__name__} lie in {len(self.blocks) - 1} layers that"
-            f" depend on each other:"
+            " depend on each other:"
             " the sum over them has no closed form; work with joint(), bound the likelihood"
             " (variational_bound), or estimate it"
         )

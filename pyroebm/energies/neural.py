@@ -165,7 +165,7 @@ def warn_of_network(net: nn.Module, support: Constraint, scale: object) -> None:
     bounded = is_discrete(support) or interval or isinstance(base, type(constraints.simplex))
     if scale is None and not bounded:
         warnings.warn(
-            f"a network alone need not grow where |x| does, so exp(-E) may have no integral over"
+            "a network alone need not grow where |x| does, so exp(-E) may have no integral over"
             f" {support}: give scale, add an"
             " energy that grows, or name a bounded support",
             UserWarning,

@@ -218,7 +218,7 @@ class GaussianRBM(RBM):
         deviation = data.double().std(0)
         if not bool((deviation > 0.0).all()):
             raise ValueError(
-                f"data must vary in every column, but columns"
+                "data must vary in every column, but columns"
                 f" {(~(deviation > 0)).nonzero().flatten().tolist()} do not"
             )
         self.visible_bias.copy_(data.double().mean(0))

@@ -45,7 +45,7 @@ class TiedRBM(LayeredMachine):
     def __init__(self, rbm: RBM, copies: tuple[int, int]) -> None:
         if not isinstance(rbm, RBM) or min(copies) < 1:
             raise ValueError(
-                f"rbm must be an RBM and copies two numbers of at least 1, got"
+                "rbm must be an RBM and copies two numbers of at least 1, got"
                 f" {type(rbm).__name__}, copies={copies}"
             )
         super().__init__((copies[0] * rbm.event_shape[0],), rbm.support)
@@ -93,7 +93,7 @@ def compose(rbms: Sequence[RBM]) -> DeepBoltzmannMachine:
     for below, above in itertools.pairwise(rbms):
         if len(below.hidden_bias) != above.event_shape[0] or not isinstance(above, BernoulliRBM):
             raise ValueError(
-                f"each RBM must be a BernoulliRBM on the hidden units of the one below, got"
+                "each RBM must be a BernoulliRBM on the hidden units of the one below, got"
                 f" {above.event_shape[0]} visible units"
                 f" of a {type(above).__name__} on {len(below.hidden_bias)} hidden ones"
             )

@@ -63,7 +63,7 @@ class ZukoTransform(Bijection):
         ):
             raise ValueError(
                 f"the transform must give an event like {tuple(value.shape)} of {value.dtype} and"
-                f" one log-determinant for each,"
+                " one log-determinant for each,"
                 f" but it gave {tuple(image.shape)} of {image.dtype} and {tuple(log_det.shape)}"
             )
         return image, log_det

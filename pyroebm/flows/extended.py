@@ -43,7 +43,7 @@ class Extended(Energy):
         if event_numel(energy.event_shape) != dim:
             raise ValueError(
                 f"energy must have events of dim={dim} entries, as many as x has in the flow, got"
-                f" event_shape"
+                " event_shape"
                 f" {tuple(energy.event_shape)} of {event_numel(energy.event_shape)}"
                 f" ({type(energy).__name__})"
             )

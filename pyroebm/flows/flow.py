@@ -73,7 +73,7 @@ class Flow(Saved):
         if given != (dim, total_dim - dim):
             raise ValueError(
                 f"conditional must be of dim={dim} and extra={total_dim - dim} (None where extra"
-                f" is 0), got"
+                " is 0), got"
                 f" {None if conditional is None else given}"
             )
         for transform in transforms:
@@ -102,7 +102,7 @@ class Flow(Saved):
         if len(dtypes) > 1:
             raise ValueError(
                 f"the parts of a flow must have one dtype, got {sorted(map(str, dtypes))}; convert"
-                f" them with .to()"
+                " them with .to()"
             )
         # an empty buffer knows the dtype and the device that .to() gave, without a walk over the
         # parameters
@@ -272,7 +272,7 @@ class Flow(Saved):
         extra = self.total_dim - self.dim
         if method == "grid" and extra > 1:
             raise ValueError(
-                f"method='grid' integrates over one redundant latent, but total_dim - dim ="
+                "method='grid' integrates over one redundant latent, but total_dim - dim ="
                 f" {extra}; use 'bound'"
             )
         if extra == 1 and method != "bound":

@@ -127,9 +127,9 @@ def multiplication_table(elements: Tensor) -> Tensor:
         if not bool((near.sum(1) == 1).all()):
             raise ValueError(
                 f"group must hold every product of its elements, each once: of {len(elements)}"
-                f" elements one has products"
+                " elements one has products"
                 f" that are found {sorted(set(near.sum(1).tolist()))} times among them. A part of"
-                f" a group, a random one too, does"
+                " a group, a random one too, does"
                 " not make a density symmetric; generated_group() completes it"
             )
         rows.append(near.int().argmax(1))
@@ -152,7 +152,7 @@ def _check_square(elements: Tensor) -> None:
         or not elements.is_floating_point()
     ):
         raise ValueError(
-            f"maps must have shape (G, d, d) and be floating point, got shape"
+            "maps must have shape (G, d, d) and be floating point, got shape"
             f" {tuple(elements.shape)} and dtype {elements.dtype}"
         )
 
@@ -161,7 +161,7 @@ def _check_size(size: int, what: str) -> None:
     if size > MOST:
         raise ValueError(
             f"{what} must have at most {MOST} elements to be summed over, got at least {size}. A"
-            f" random part of a group would not"
+            " random part of a group would not"
             " make the density symmetric: take a subgroup, or a flow that is equivariant by"
             " construction"
         )

@@ -184,10 +184,10 @@ def _distribution_weights(proposal: Distribution, energy: Energy) -> _Draw:
         )
     if proposal.batch_shape or proposal.event_shape != energy.event_shape:
         raise ValueError(
-            f"proposal must have batch_shape () and the energy's event_shape"
+            "proposal must have batch_shape () and the energy's event_shape"
             f" {tuple(energy.event_shape)}, got batch_shape"
             f" {tuple(proposal.batch_shape)} and event_shape {tuple(proposal.event_shape)}; a flow"
-            f" goes in itself, not called"
+            " goes in itself, not called"
         )
 
     def draw(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -215,7 +215,7 @@ def _summary(x: Tensor, log_weights: Tensor) -> ImportanceResult:
     if nan or infinite:
         raise FloatingPointError(
             f"of n={n} log weights {nan} are NaN and {infinite} are +inf: the energy or the"
-            f" proposal's density"
+            " proposal's density"
             " is not finite there"
         )
     if bool((log_weights == -math.inf).all()):

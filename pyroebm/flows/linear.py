@@ -55,7 +55,7 @@ class PLULinear(Bijection):
         if not bool((diagonal != 0).all() & torch.isfinite(diagonal).all()):
             raise ValueError(
                 f"matrix must be invertible, got the diagonal {diagonal.tolist()} in the U of its"
-                f" PLU factors"
+                " PLU factors"
             )
         super().__init__(matrix.shape[0])
         self.register_buffer("order", permutation.argmax(dim=1))  # (P v)_i = v[order_i]

@@ -130,7 +130,7 @@ class RedundantNICE(Flow):
         """
         if not isinstance(self.base, StandardNormal):
             raise NotImplementedError(
-                f"the entropy has a closed form for the standard normal base alone, got"
+                "the entropy has a closed form for the standard normal base alone, got"
                 f" {type(self.base).__name__}: average"
                 " -log_prob over draws"
             )

@@ -107,7 +107,7 @@ class FlowReport:
             shown = range(len(apart)) if len(apart) <= 9 else [int(apart.argmax())]
             lines.append(
                 f"mode-coverage entropy {self.coverage_entropy:.4f}; mass of modes, drawn,"
-                f" weighted (true):"
+                " weighted (true):"
             )
             lines += [
                 f"  {k}: {self.mode_shares[k]:.4f}, {self.weighted_shares[k]:.4f}"
@@ -239,7 +239,7 @@ def _findings(report: FlowReport) -> tuple[str, ...]:
         mass = float(report.mode_weights[list(report.missing)].sum())
         said.append(
             f"missing: {len(report.missing)} of {len(report.mode_weights)} modes, {100 * mass:.3g}"
-            f" % of the mass; weights cannot"
+            " % of the mass; weights cannot"
             " bring back what is never drawn"
         )
     # a flow that is the target has no other error
@@ -269,13 +269,13 @@ def _findings(report: FlowReport) -> tuple[str, ...]:
     if weighted.pareto_k > 0.7:
         said.append(
             f"Pareto k {weighted.pareto_k:.2f} is above 0.7: a few weights decide, do not trust"
-            f" weighted means"
+            " weighted means"
         )
     if report.eubo is not None and report.eubo.value - report.elbo.value > 1.0:
         gap = report.eubo.value - report.elbo.value
         said.append(
             f"the flow is {gap:.3g} nats from its target (EUBO less ELBO, the sum of both"
-            f" divergences)"
+            " divergences)"
         )
     if report.eubo is None:
         said.append(

@@ -48,7 +48,7 @@ class Saved(nn.Module):
         if "_config" not in self.__dict__:
             raise NotImplementedError(
                 f"{type(self).__name__} is built of parts that JSON cannot hold: keep its"
-                f" state_dict() and the code that built it"
+                " state_dict() and the code that built it"
             )
         written = {name: _described(value) for name, value in self._config.items()}
         return {**written, "dtype": str(self.dtype).removeprefix("torch.")}

@@ -248,7 +248,7 @@ class ContinuousFlow(Flow):
         if not (atol >= least and rtol >= 10.0 * least):
             raise ValueError(
                 f"atol >= {least:.1e} and rtol >= {10.0 * least:.1e} must hold in {dtype}, or the"
-                f" solver never ends, got"
+                " solver never ends, got"
                 f" atol={atol}, rtol={rtol}"
             )
         zuko = installed_zuko()

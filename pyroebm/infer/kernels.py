@@ -234,7 +234,7 @@ class HMC(Settings):
         self.trajectory_length = 2.0 * math.pi if trajectory_length is None else trajectory_length
         if not 0.0 < self.trajectory_length < math.inf:
             raise ValueError(
-                f"trajectory_length must be positive and finite, got"
+                "trajectory_length must be positive and finite, got"
                 f" trajectory_length={trajectory_length}"
             )
         self.build()

@@ -134,7 +134,7 @@ class MCMC(AbstractMCMC):
     ) -> None:
         if not isinstance(kernel, Settings):
             raise ValueError(
-                f"kernel must be a NUTS or HMC of pyroebm.infer, got"
+                "kernel must be a NUTS or HMC of pyroebm.infer, got"
                 f" {type(kernel).__module__}.{type(kernel).__name__}"
             )
         if kernel.potential_fn is not None and not initial_params:

@@ -167,7 +167,7 @@ class Kernel(abc.ABC, Generic[S]):
         energy.check_states(x)
         if len(energy.batch_shape(x)) != 1:
             raise ValueError(
-                f"x must have shape (chains, *event_shape) with event_shape"
+                "x must have shape (chains, *event_shape) with event_shape"
                 f" {tuple(energy.event_shape)}, got {tuple(x.shape)}"
             )
         if energy.event_shape.numel() < self.least_dim:
@@ -237,9 +237,9 @@ def start_state(energy: Energy, x: Tensor) -> State:
         row = int(bad.nonzero()[0])
         raise ValueError(
             f"chains must start where energy and gradient are finite: {int(bad.sum())} of {len(x)}"
-            f" rows of x are not, the"
+            " rows of x are not, the"
             f" first is row {row} with x={x[row].tolist()} and energy {float(values[row])}; start"
-            f" from energy.initial(n)"
+            " from energy.initial(n)"
         )
     return State(x.detach(), values, grad)
 
@@ -253,7 +253,7 @@ def check_kernel(kernel: object) -> None:
     if not isinstance(kernel, Kernel):
         raise ValueError(
             f"kernel must be one of pyroebm.kernels, got {type(kernel).__name__}; Pyro's own"
-            f" kernels go into pyro.infer.MCMC"
+            " kernels go into pyro.infer.MCMC"
             " with pyroebm.core.PotentialFn(energy)"
         )
 

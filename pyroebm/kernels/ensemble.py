@@ -58,7 +58,7 @@ class ChEES(GradientKernel):
         super().__post_init__()
         if not 0.0 < self.trajectory_length < math.inf:
             raise ValueError(
-                f"ChEES: trajectory_length must be positive and finite, got"
+                "ChEES: trajectory_length must be positive and finite, got"
                 f" {self.trajectory_length}"
             )
 
@@ -142,13 +142,13 @@ class ChEESAdaptation:
         """A kernel with a first guess of the step size, and the memory."""
         if not isinstance(kernel, ChEES):
             raise ValueError(
-                f"ChEESAdaptation learns the trajectory length of ChEES, got"
+                "ChEESAdaptation learns the trajectory length of ChEES, got"
                 f" {type(kernel).__name__}"
             )
         if len(state.x) < 2:
             raise ValueError(
                 f"ChEESAdaptation learns across chains and needs at least 2, got {len(state.x)}:"
-                f" take more chains, in blocks"
+                " take more chains, in blocks"
                 " (chain_batch_size) of two or more, or NUTS"
             )
         short, warmup = self.window.start(kernel.probe(), energy, state, generator)

@@ -91,9 +91,9 @@ def point_state(energy: Energy, x: Tensor) -> PointState:
         row = int(bad.nonzero()[0])
         raise ValueError(
             f"chains must start where the energy is finite: {int(bad.sum())} of {len(x)} rows of x"
-            f" are not, the first is row"
+            " are not, the first is row"
             f" {row} with x={x[row].tolist()} and energy {float(values[row])}; start from"
-            f" energy.initial(n)"
+            " energy.initial(n)"
         )
     return PointState(x.detach(), values)
 
@@ -250,7 +250,7 @@ def blocks_of(energy: Energy) -> HasBlocks:
     source = author(energy)
     if not isinstance(source, HasBlocks):
         raise ValueError(
-            f"BlockGibbs needs an energy with an attribute blocks and a method conditional(block,"
+            "BlockGibbs needs an energy with an attribute blocks and a method conditional(block,"
             f" x), but {type(source).__name__}"
             " has none; Gibbs() draws one site at a time from any discrete energy"
         )

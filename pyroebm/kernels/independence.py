@@ -89,7 +89,7 @@ class IndependenceMetropolis(Kernel[IndependenceState]):
     def __post_init__(self) -> None:
         if not isinstance(self.proposal, Proposal):
             raise ValueError(
-                f"proposal must have draw_noise, push and log_prob, as a Flow has, got"
+                "proposal must have draw_noise, push and log_prob, as a Flow has, got"
                 f" {type(self.proposal).__name__}"
             )
 
@@ -192,7 +192,7 @@ class Jumps(Kernel[JumpsState]):
             or not hasattr(self.kernel, "step_size")
         ):
             raise ValueError(
-                f"the local kernel must be continuous and tuned by its step size, such as MALA or"
+                "the local kernel must be continuous and tuned by its step size, such as MALA or"
                 f" HMC, got {self.kernel}"
             )
 

@@ -135,7 +135,7 @@ def metric_of(inverse_mass: Tensor | Metric | None, like: Tensor) -> Metric:
         if inverse_mass.numel() != dim:
             raise ValueError(
                 f"inverse_mass must have {dim} entries, one for each of the event (a full matrix"
-                f" is written"
+                " is written"
                 f" Dense.of_covariance(matrix)), got shape {tuple(inverse_mass.shape)}"
             )
         return Diagonal(inverse_mass.reshape(-1).to(like).sqrt())

@@ -246,7 +246,7 @@ class EnergyVarianceAdaptation:
     def __post_init__(self) -> None:
         if not 0.0 < self.target < math.inf or self.memory < 1:
             raise ValueError(
-                f"target must be positive and finite and memory at least 1, got"
+                "target must be positive and finite and memory at least 1, got"
                 f" target={self.target}, memory={self.memory}"
             )
 
@@ -260,7 +260,7 @@ class EnergyVarianceAdaptation:
         """The kernel as it is, and an empty memory; ValueError unless it is an :class:`MCLMC`."""
         if not isinstance(kernel, MCLMC):
             raise ValueError(
-                f"EnergyVarianceAdaptation tunes MCLMC by its energy error, got"
+                "EnergyVarianceAdaptation tunes MCLMC by its energy error, got"
                 f" {type(kernel).__name__}"
             )
         return kernel, EnergyVarianceMemory(PooledVariance.start(rows(state.x)), 0, 0, 0.0)

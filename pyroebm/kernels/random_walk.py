@@ -68,9 +68,9 @@ class RandomWalk(ContinuousKernel[PointState]):
             row = int(bad.nonzero()[0])
             raise ValueError(
                 f"chains must start where the energy is finite: {int(bad.sum())} of {len(x)} rows"
-                f" of x are not, the first is row"
+                " of x are not, the first is row"
                 f" {row} with x={x[row].tolist()} and energy {float(state.energy[row])}; start"
-                f" from energy.initial(n)"
+                " from energy.initial(n)"
             )
         return state
 

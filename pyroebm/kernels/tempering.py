@@ -439,7 +439,7 @@ class LadderAdaptation:
     def __post_init__(self) -> None:
         if self.target_acceptance is not None and not 0.0 < self.target_acceptance < 1.0:
             raise ValueError(
-                f"target_acceptance must be in (0, 1), got"
+                "target_acceptance must be in (0, 1), got"
                 f" target_acceptance={self.target_acceptance}"
             )
 

@@ -133,7 +133,7 @@ class UnderdampedLangevin(_Underdamped):
         super().__post_init__()
         if not 0.0 < self.temperature < math.inf:
             raise ValueError(
-                f"UnderdampedLangevin: temperature must be positive and finite, got"
+                "UnderdampedLangevin: temperature must be positive and finite, got"
                 f" temperature={self.temperature}"
             )
 

@@ -152,7 +152,10 @@ def announce(draws: int, chains: int, target: Energy, streams: bool) -> None:
             else 'in memory; run(energy, store=folder) streams them to files, keep="moments" keeps'
             " none"
         )
-        said = f"{draws} draws of {chains} chains will take {size / 2**30:.1f} GiB {where}; thinning=k divides that by k"
+        said = (
+            f"{draws} draws of {chains} chains will take {size / 2**30:.1f} GiB {where};"
+            " thinning=k divides that by k"
+        )
         tqdm.write(said, file=sys.stderr)
 
 

@@ -64,7 +64,7 @@ class Store:
         ):
             raise ValueError(
                 f"store={str(self.folder)!r} holds a run already: go on with resume(energy,"
-                f" store=...), or name a new folder"
+                " store=...), or name a new folder"
             )
         self.facts = facts
         # other ranks may be writing the same
@@ -84,7 +84,7 @@ class Store:
         if not self._state(block).exists():
             raise ValueError(
                 f"store={str(self.folder)!r} holds no state of block {block}: run(energy,"
-                f" store=...) begins a run there"
+                " store=...) begins a run there"
             )
         return read_tensors(self._state(block))[0]
 
@@ -222,7 +222,7 @@ def _joined(files: list[tuple[int, Path]], group: str, thinning: int = 1) -> Any
                 return None
             raise ValueError(
                 f"{path} cannot be read, or lacks the group {group!r}: no part of a run written by"
-                f" this library"
+                " this library"
             ) from error
     return _concat(found, "draw") if found else None
 

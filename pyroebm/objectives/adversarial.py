@@ -93,7 +93,7 @@ class Adversarial(Objective):
             check_counts({"num_samples": 1}, num_samples)
         if not 0.0 <= gradient_penalty < math.inf:
             raise ValueError(
-                f"gradient_penalty must be finite and not negative, got"
+                "gradient_penalty must be finite and not negative, got"
                 f" gradient_penalty={gradient_penalty}"
             )
         self.num_samples, self.gradient_penalty = num_samples, float(gradient_penalty)
@@ -254,7 +254,7 @@ class DeepDirected(Adversarial):
         if n < 2:
             raise ValueError(
                 f"batch normalisation takes at least 2 draws: give num_samples, got a batch of {n}"
-                f" rows"
+                " rows"
             )
         x, entropy = (
             self.model.emit(self.model.draw_noise(n, generator), generator),
@@ -284,7 +284,7 @@ def batch_norm_entropy(module: nn.Module) -> Tensor:
     scales = [part.weight for part in batch_norms(module) if part.weight is not None]
     if not scales:
         raise ValueError(
-            f"the entropy is that of batch normalisations with scales (affine=True):"
+            "the entropy is that of batch normalisations with scales (affine=True):"
             f" {type(module).__name__} has none"
         )
     return (
@@ -297,7 +297,7 @@ def check_generator(model: Generator, energy: Energy) -> None:
     """ValueError unless a generator's draws are events of the energy: real, of its shape."""
     if tuple(model.event_shape) != tuple(energy.event_shape):
         raise ValueError(
-            f"the generator and the energy must have one event_shape, got"
+            "the generator and the energy must have one event_shape, got"
             f" {tuple(model.event_shape)} and"
             f" {tuple(energy.event_shape)} ({type(energy).__name__})"
         )

@@ -178,7 +178,7 @@ def _trained_layers(energy: Energy) -> Layers:
     ):
         raise ValueError(
             f"centring transforms gradients of weights and biases, but in {type(energy).__name__}"
-            f" these are frozen or functions"
+            " these are frozen or functions"
             " of other parameters; a Gaussian machine is centred by centring its data (and by"
             " fit_visible)"
         )

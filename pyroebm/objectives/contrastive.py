@@ -116,7 +116,7 @@ class ContrastiveDivergence(Objective):
             )
         if self.energy_penalty:
             raise ValueError(
-                f"energy_penalty is for chains that a kernel moves: give kernel for"
+                "energy_penalty is for chains that a kernel moves: give kernel for"
                 f" {type(energy).__name__}"
             )
         layers = energy.layers()

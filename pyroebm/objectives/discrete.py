@@ -93,7 +93,7 @@ class SiteObjective(Objective):
         if not bool((distances == 0.0).all()):
             raise ValueError(
                 f"batch must hold states of {type(energy).__name__}, support {energy.support}, got"
-                f" other values"
+                " other values"
             )
         others = (
             own.gather(1, chosen).unsqueeze(2) + torch.arange(1, len(values), device=x.device)

@@ -76,7 +76,7 @@ class Hybrid(Objective):
         if not 0.0 < weight < math.inf:
             raise ValueError(
                 f"weight must be positive and finite, got weight={weight}; no generative term is"
-                f" generative=None"
+                " generative=None"
             )
         if generative is not None and not isinstance(generative, Objective):
             raise ValueError(
@@ -96,7 +96,7 @@ class Hybrid(Objective):
         if mode == "conditional" and isinstance(generative, HasLosses):
             raise ValueError(
                 f"mode='conditional' cannot take {type(generative).__name__}: one law for all"
-                f" classes stands for none of them."
+                " classes stands for none of them."
                 " Take mode='joint'"
             )
         self.generative = generative

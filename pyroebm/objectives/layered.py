@@ -191,7 +191,7 @@ class Ladder:
             or not all(a > b > 0.0 for a, b in pairwise(self.betas))
         ):
             raise ValueError(
-                f"betas must fall from 1 to a positive number, such as (1.0, 0.75, 0.5), got"
+                "betas must fall from 1 to a positive number, such as (1.0, 0.75, 0.5), got"
                 f" betas={tuple(betas)}"
             )
 

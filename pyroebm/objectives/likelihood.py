@@ -73,7 +73,7 @@ class ExactLikelihood(Objective):
         batch)."""
         if not isinstance(energy, HasLogPartition):
             raise ValueError(
-                f"ExactLikelihood needs an energy with log_partition(), but"
+                "ExactLikelihood needs an energy with log_partition(), but"
                 f" {type(energy).__name__} has none: a Markov chain does"
                 " without it (ContrastiveDivergence, PersistentCD)"
             )

@@ -48,7 +48,7 @@ class Noise:
         elif isinstance(law, Flow):
             if law.total_dim != law.dim:
                 raise ValueError(
-                    f"noise needs an exact log_prob of x alone, but this flow has redundant"
+                    "noise needs an exact log_prob of x alone, but this flow has redundant"
                     f" latents: dim={law.dim},"
                     f" total_dim={law.total_dim}"
                 )
@@ -99,7 +99,7 @@ class Noise:
         if not bool(inside(energy.support, x, len(energy.event_shape)).all()):
             raise ValueError(
                 f"noise must lie in the energy's support={energy.support}, but {self.name} draws"
-                f" outside of it"
+                " outside of it"
             )
         return x, log_q
 
@@ -126,7 +126,7 @@ class Noise:
         energy.check_states(batch, "batch")
         if batch.dim() != len(energy.event_shape) + 1 or len(batch) < 1:
             raise ValueError(
-                f"batch must have at least one row, (n, *event_shape), got shape"
+                "batch must have at least one row, (n, *event_shape), got shape"
                 f" {tuple(batch.shape)}"
             )
         self._check(energy)
@@ -156,7 +156,7 @@ class Noise:
                 f"noise must have the event shape of the energy: {type(energy).__name__} has"
                 f" {tuple(energy.event_shape)},"
                 f" {self.name} has {tuple(self.law.event_shape)}; write .to_event() to make a"
-                f" batch an event"
+                " batch an event"
             )
         check_same(type(energy).__name__, "dtype", energy.dtype, "noise", self.dtype)
         check_same(type(energy).__name__, "device", energy.device, "noise", self.device)
@@ -205,7 +205,7 @@ def gaussian_noise(data: Tensor, scale: float = 1.0) -> Distribution:
     if not bool(covariance.isfinite().all()) or int(torch.linalg.cholesky_ex(covariance)[1]):
         raise ValueError(
             f"data must be finite and vary in every direction, but the covariance of {len(data)}"
-            f" rows is not positive definite"
+            " rows is not positive definite"
         )
     if not event:
         return dist.Normal(flat.mean(), covariance.sqrt().squeeze())

@@ -151,7 +151,7 @@ class PersistentCD(Objective):
         if self.ladder is not None:
             raise ValueError(
                 f"betas are for sweeps of layers, but {type(energy).__name__} is no machine of"
-                f" layers"
+                " layers"
             )
         if not (isinstance(energy, HasMeanField) and batch.shape[1:] != energy.event_shape):
             check_batch(energy, batch)
@@ -244,7 +244,7 @@ class PersistentCD(Objective):
                 f"chains must have shape {shape}, {energy.dtype}, on {energy.device} for"
                 f" {type(energy).__name__} and these"
                 f" settings, got {tuple(chains.shape)}, {chains.dtype}, on {chains.device}: they"
-                f" are of another machine or"
+                " are of another machine or"
                 " objective. Set chains = None to start anew"
             )
 

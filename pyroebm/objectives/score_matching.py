@@ -112,7 +112,7 @@ class NonNegativeScoreMatching(Objective):
             for kind in (constraints.positive, constraints.nonnegative)
         ):
             raise ValueError(
-                f"NonNegativeScoreMatching is for positive or nonnegative supports, but"
+                "NonNegativeScoreMatching is for positive or nonnegative supports, but"
                 f" {type(energy).__name__} has"
                 f" {energy.support}: ScoreMatching is for real ones"
             )

@@ -85,7 +85,7 @@ class SlicedScoreMatching(Objective):
         check_law(law)
         if finite_difference is not None and not 0.0 < finite_difference < math.inf:
             raise ValueError(
-                f"finite_difference must be positive and finite, got"
+                "finite_difference must be positive and finite, got"
                 f" finite_difference={finite_difference!r}"
             )
         self.projections = projections

@@ -154,7 +154,7 @@ def reverse_ais(
     if start is None and not energy.has_exact_draws:
         raise ValueError(
             f"start must be given: {type(energy).__name__} has no exact draws. Draw states with"
-            f" MCMC, and let it run for long"
+            " MCMC, and let it run for long"
         )
     generator = seeded_generator(seed, energy.device) if generator is None else generator
     with eval_mode(energy), torch.no_grad():
@@ -344,7 +344,7 @@ def _enter(
     if not bool(start.isfinite().all()) or not bool(((bits == 0.0) | (bits == 1.0)).all()):
         raise ValueError(
             f"start must hold states of {type(energy).__name__}, bits or finite real numbers, got"
-            f" others"
+            " others"
         )
     if start.shape[1] == units:
         return path.enter(layers.split(start))

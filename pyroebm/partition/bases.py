@@ -212,7 +212,7 @@ def base_rates(
     if data is None or not is_real(energy.support):
         raise ValueError(
             f"base must be given for {type(energy).__name__} with support {energy.support}: an"
-            f" energy with exact draws and a"
+            " energy with exact draws and a"
             " known log_z (pyroebm.targets.Gaussian), a Pyro distribution, or base_rates(energy,"
             " data) on a real support"
         )
@@ -261,13 +261,14 @@ def base_energy(energy: Energy, base: Layers | Energy | Distribution | None) -> 
     if isinstance(base, Layers):
         if not isinstance(energy, LayeredMachine):
             raise ValueError(
-                f"base may be Layers for an energy made of layers, but {type(energy).__name__} is not"
+                f"base may be Layers for an energy made of layers, but {type(energy).__name__} is"
+                " not"
             )
         return IndependentLayers(base, energy)
     base = DistributionEnergy(base, energy.dtype) if isinstance(base, Distribution) else base
     if not (isinstance(base, Energy) and base.has_exact_draws and base.log_z is not None):
         raise ValueError(
-            f"base must be Layers, a distribution, or an Energy with exact draws and a known"
+            "base must be Layers, a distribution, or an Energy with exact draws and a known"
             f" log_z, got {type(base).__name__}"
         )
     return base

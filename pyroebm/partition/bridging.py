@@ -115,7 +115,7 @@ def bridge(
         if not energy.has_exact_draws:
             raise ValueError(
                 f"draws must be given: {type(energy).__name__} has no exact draws; take those of"
-                f" MCMC"
+                " MCMC"
             )
         draws = energy.sample(num_draws, generator)
     energy.check_states(draws, "draws")

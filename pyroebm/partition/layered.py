@@ -187,7 +187,7 @@ def _ends(energy: Energy) -> tuple[Layers, Layers, Tensor]:
         if isinstance(base, IndependentLayers) and isinstance(target, LayeredMachine):
             return base.layers, target.layers(), energy.betas
     raise ValueError(
-        f"LayerGibbs moves on the Path from IndependentLayers to a machine made of layers, got"
+        "LayerGibbs moves on the Path from IndependentLayers to a machine made of layers, got"
         f" {type(energy).__name__};"
         " BlockGibbs moves on the machine itself"
     )

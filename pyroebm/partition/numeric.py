@@ -65,7 +65,7 @@ def exact(energy: Energy, max_units: float = 24) -> LogZ:
             return _exact(energy.log_z, "known")
         if not is_discrete(energy.support):
             raise ValueError(
-                f"exact needs a discrete energy or one that knows its log_z, but"
+                "exact needs a discrete energy or one that knows its log_z, but"
                 f" {type(energy).__name__} has support"
                 f" {energy.support}: see quadrature, or ais"
             )
@@ -322,7 +322,7 @@ def _find_box(target: Energy, dim: int) -> Box:
         box = grown
     else:
         raise ValueError(
-            f"no box holds the density: its tails are heavy, or it cannot be normalised; give"
+            "no box holds the density: its tails are heavy, or it cannot be normalised; give"
             f" bounds (reached {box})"
         )
     for _ in range(2):

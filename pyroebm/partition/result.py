@@ -70,7 +70,8 @@ class LogZ:
             if self.ess is None or self.log_weights is None
             else f"; ESS {self.ess:.4g} of {len(self.log_weights)}"
         )
-        return f"log Z = {self.value:.4f} +- {self.standard_error:.2g} ({self.method}; {self.kind}: {self.bias}{weights})"
+        what = f"{self.method}; {self.kind}: {self.bias}{weights}"
+        return f"log Z = {self.value:.4f} +- {self.standard_error:.2g} ({what})"
 
 
 def from_weights(log_weights: Tensor, log_z: float, kind: Kind, method: str, sign: int = 1) -> LogZ:
@@ -93,7 +94,7 @@ def from_weights(log_weights: Tensor, log_z: float, kind: Kind, method: str, sig
     if nan or infinite:
         raise FloatingPointError(
             f"{method}: of {n} log weights {nan} are NaN and {infinite} are +inf: an energy is not"
-            f" finite"
+            " finite"
         )
     if bool((log_weights == -math.inf).all()):
         raise FloatingPointError(

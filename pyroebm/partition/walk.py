@@ -153,7 +153,7 @@ def as_betas(betas: int | Tensor) -> list[float]:
     rises = given.dim() == 1 and len(given) > 1 and bool((given.diff() > 0.0).all())
     if not (rises and float(given[0]) == 0.0 and float(given[-1]) == 1.0):
         raise ValueError(
-            f"betas must be a number of temperatures, or a schedule that rises from 0 to 1, got"
+            "betas must be a number of temperatures, or a schedule that rises from 0 to 1, got"
             f" betas={betas}"
         )
     return [float(beta) for beta in given]

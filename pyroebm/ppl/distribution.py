@@ -119,7 +119,7 @@ class Boltzmann(TorchDistribution):
         if not self.energy.has_exact_draws:
             raise NotImplementedError(
                 f"{type(self.energy).__name__} has no exact draws. To run NUTS, HMC or a guide on"
-                f" a model with it, let Pyro start"
+                " a model with it, let Pyro start"
                 " from energy.initial: NUTS(pyroebm.initial_states(model)). To draw from the"
                 " energy alone, use pyroebm.MCMC"
             )

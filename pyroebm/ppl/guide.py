@@ -241,13 +241,13 @@ def _fixed_transform(name: str, site: Any, other: Any, shape: torch.Size) -> Tra
     if name not in other.nodes:
         raise ValueError(
             f"latent {name!r} is not in every run of the model: a guide needs the same latents in"
-            f" each"
+            " each"
         )
     u = torch.ones(shape, dtype=site["value"].dtype, device=site["value"].device)
     if not torch.equal(transform(u), biject_to(other.nodes[name]["fn"].support)(u)):
         raise ValueError(
             f"the support of latent {name!r} depends on other latents: a guide needs one that is"
-            f" fixed. Write it as a function"
+            " fixed. Write it as a function"
             " of a latent of fixed support (for Uniform(0, b): b * pyro.sample(..., Uniform(0, 1)))"
         )
     return transform

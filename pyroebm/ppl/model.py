@@ -315,10 +315,16 @@ class ModelEnergy(RowwiseEnergy):
         )
         for name, site in nodes.items():
             if site["type"] == "sample" and not bool(torch.isfinite(site["log_prob_sum"])):
-                return f"The log-density of site {name!r} was {float(site['log_prob_sum'])} where the latents were {at}."
+                density = float(site["log_prob_sum"])
+                return (
+                    f"The log-density of site {name!r} was {density} where the latents were {at}."
+                )
         for name, part in self.split(grad).items():
             if not bool(torch.isfinite(part).all()):
-                return f"The energy was {value} and its gradient in site {name!r} {part.tolist()} where the latents were {at}."
+                return (
+                    f"The energy was {value} and its gradient in site {name!r} {part.tolist()} where"
+                    f" the latents were {at}."
+                )
         return f"The energy was {value} at u={u.tolist()}."
 
     def _name(self) -> str:
@@ -334,7 +340,7 @@ def _latents(trace: poutine.Trace) -> Iterator[Any]:
             if fn.subsample_size is not None and fn.subsample_size < fn.size:
                 raise ValueError(
                     f"plate {name!r} draws {fn.subsample_size} of {fn.size} rows anew at every"
-                    f" call, so the model has no fixed"
+                    " call, so the model has no fixed"
                     " density: MCMC needs all rows (drop subsample_size; SVI is the method for"
                     " minibatches)"
                 )
@@ -342,7 +348,7 @@ def _latents(trace: poutine.Trace) -> Iterator[Any]:
             if is_discrete(fn.support):
                 raise ValueError(
                     f"site {name!r} is discrete (support {fn.support}): it has no gradient and no"
-                    f" unconstrained coordinates."
+                    " unconstrained coordinates."
                     " Sum it out: by hand (a mixture distribution, or pyro.factor of the"
                     " logsumexp); or keep it and use Pyro's"
                     " own enumeration (pyro.infer.TraceEnum_ELBO, or pyro.infer.MCMC), then"

@@ -98,7 +98,7 @@ class Target(Energy):
         (*batch)``, int64."""
         raise NotImplementedError(
             f"{type(self).__name__} does not say which mode a state belongs to: its mode_weights"
-            f" is None; a subclass that knows"
+            " is None; a subclass that knows"
             " overrides mode_weights and mode_of(x)"
         )
 
@@ -125,7 +125,7 @@ class Target(Energy):
     def _draw(self, n: int, generator: torch.Generator | None) -> Tensor:
         raise NotImplementedError(
             f"{type(self).__name__} has no exact draws: run an MCMC kernel from initial(n,"
-            f" generator), or override"
+            " generator), or override"
             " _draw(n, generator) in a subclass"
         )
 

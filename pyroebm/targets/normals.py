@@ -129,7 +129,7 @@ def _whiten_dense(covariance: Tensor, loc: Tensor, stack: int) -> Tensor:
     asymmetry = float((matrix - matrix.mT).abs().max())
     if asymmetry > 1e-5 * float(matrix.abs().max()):
         raise ValueError(
-            f"covariance must be symmetric, got entries that differ from their mirror image by up"
+            "covariance must be symmetric, got entries that differ from their mirror image by up"
             f" to {asymmetry:g}"
         )
     lower, failed = torch.linalg.cholesky_ex(0.5 * (matrix + matrix.mT))

@@ -52,7 +52,7 @@ class Classifier(nn.Module):
             raise ValueError(f"num_classes must be at least 2, got num_classes={num_classes}")
         if not isinstance(model, DeepBeliefNetwork | DeepBoltzmannMachine):
             raise ValueError(
-                f"model must be a DeepBeliefNetwork or a DeepBoltzmannMachine, got"
+                "model must be a DeepBeliefNetwork or a DeepBoltzmannMachine, got"
                 f" {type(model).__name__}"
             )
         if isinstance(model, DeepBeliefNetwork):

@@ -51,7 +51,7 @@ class Guard:
         check_counts({"every": 1, "max_rollbacks": 1}, self.every, self.max_rollbacks)
         if self.max_energy_gap is not None and not 0.0 < self.max_energy_gap < math.inf:
             raise ValueError(
-                f"max_energy_gap must be positive and finite, got"
+                "max_energy_gap must be positive and finite, got"
                 f" max_energy_gap={self.max_energy_gap}"
             )
 
@@ -109,7 +109,7 @@ class Rollback:
             after = f" after {self.count} rollbacks" if self.count else ""
             raise FloatingPointError(
                 f"fit: at step {step}{after} {complaint}; parameters and optimizer are as the step"
-                f" before left them. Facts:"
+                " before left them. Facts:"
                 f" {facts}"
             )
         self.state.restore(self.kept, learned_only=True)

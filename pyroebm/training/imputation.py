@@ -200,7 +200,7 @@ def _over_all_units(
     ):
         raise ValueError(
             f"known must be boolean, of the shape of observed {tuple(observed.shape)} or of one"
-            f" example, got shape"
+            " example, got shape"
             f" {tuple(known.shape)} and dtype {known.dtype}"
         )
     known = known.expand(observed.shape)

@@ -111,7 +111,7 @@ def _players(
         if not groups:
             raise ValueError(
                 f"{type(energy).__name__} has no parameter that requires a gradient: there is"
-                f" nothing to train"
+                " nothing to train"
             )
         make = optimizer[key] if isinstance(optimizer, Mapping) else optimizer
         chosen = _adam(groups) if make is None else make(groups)
@@ -120,14 +120,14 @@ def _players(
         if isinstance(chosen, torch.optim.LBFGS) or isinstance(plan, ReduceLROnPlateau):
             raise ValueError(
                 f"a step of {type(chosen).__name__} with {type(plan).__name__} needs the loss"
-                f" again: take an optimizer that steps"
+                " again: take an optimizer that steps"
                 " on gradients alone, and a schedule that counts steps"
             )
         players[key] = _Player([p for group in groups for p in group["params"]], chosen, plan)
     every = [id(p) for player in players.values() for p in player.parameters]
     if "energy" not in players or len(set(every)) < len(every):
         raise ValueError(
-            f"trained() must name the parameters of 'energy' and of others, none of them twice,"
+            "trained() must name the parameters of 'energy' and of others, none of them twice,"
             f" got {len(every)} of which"
             f" {len(set(every))} differ, for {list(players)}"
         )
@@ -253,7 +253,7 @@ def fit(
         )
     if not (0.0 <= weight_decay < math.inf and checkpoint_every >= 0.0):
         raise ValueError(
-            f"weight_decay and checkpoint_every must not be negative, got"
+            "weight_decay and checkpoint_every must not be negative, got"
             f" weight_decay={weight_decay},"
             f" checkpoint_every={checkpoint_every}"
         )
@@ -300,7 +300,7 @@ def fit(
         if not resume:
             raise ValueError(
                 f"checkpoint={str(checkpoint)!r} holds a training: go on with resume=True, or name"
-                f" a new file"
+                " a new file"
             )
         done, more = kept.load()
         rollback.restore(more)

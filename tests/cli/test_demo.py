@@ -65,8 +65,8 @@ def test_a_forked_seed_is_obeyed_and_leaves_every_generator_as_it_was() -> None:
         return (
             torch.get_rng_state().numpy().tobytes(),
             random.getstate(),
-            np.random.get_state()[1].tobytes(),
-        )  # noqa: NPY002
+            np.random.get_state()[1].tobytes(),  # noqa: NPY002
+        )
 
     before, drawn = states(), []
     for seed in (1, 1, 2):

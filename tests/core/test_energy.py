@@ -633,10 +633,16 @@ import json, random, sys
 import numpy, torch
 def look():
     return {
-        "dtype": str(torch.get_default_dtype()), "threads": torch.get_num_threads(), "interop": torch.get_num_interop_threads(),
-        "grad": torch.is_grad_enabled(), "anomaly": torch.is_anomaly_enabled(), "rng": torch.get_rng_state().tolist(),
-        "deterministic": torch.are_deterministic_algorithms_enabled(), "matmul": torch.get_float32_matmul_precision(),
-        "device": str(torch.get_default_device()), "validate": torch.distributions.Distribution._validate_args,
+        "dtype": str(torch.get_default_dtype()),
+        "threads": torch.get_num_threads(),
+        "interop": torch.get_num_interop_threads(),
+        "grad": torch.is_grad_enabled(),
+        "anomaly": torch.is_anomaly_enabled(),
+        "rng": torch.get_rng_state().tolist(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "matmul": torch.get_float32_matmul_precision(),
+        "device": str(torch.get_default_device()),
+        "validate": torch.distributions.Distribution._validate_args,
         "python": str(random.getstate()), "numpy": str(numpy.random.get_state()),
     }
 import pyro, scipy, arviz

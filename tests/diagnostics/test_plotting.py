@@ -32,9 +32,7 @@ def test_a_plot_draws_on_the_axes_it_is_given_and_returns_them(name: str) -> Non
     assert PLOTS[name](None) is not ax
 
 
-def test_the_potential_from_exact_draws_lies_on_the_true_one_and_leaves_gaps_where_nothing_is_known() -> (
-    None
-):
+def test_the_potential_from_exact_draws_is_the_true_one_with_gaps_where_nothing_is_known() -> None:
     energy = DoubleWell().double()
     x = energy.sample(400_000, torch.Generator().manual_seed(0))
     ax = plotting.plot_potential(energy, x, energy.log_z, limits=(-1.9, -1.0), bins=20)

@@ -121,10 +121,8 @@ def test_warm_up_reaches_its_target(name: str) -> None:
 @pytest.mark.parametrize("name", MINE)
 def test_stopped_and_resumed_is_the_same_as_never_stopped(name: str) -> None:
     energy = Normal((2,)).double()
-    make = lambda: MCMC(
-        KERNELS[name](), num_samples=10, warmup_steps=70, num_chains=4, seed=3, progress=False
-    )  # noqa: E731
-    first, second = make(), make()
+    counts = {"num_samples": 10, "warmup_steps": 70, "num_chains": 4}
+    first, second = (MCMC(KERNELS[name](), **counts, seed=3, progress=False) for _ in range(2))
     first.run(energy)
     kept = first.state_dict()
     first.run_more(5)

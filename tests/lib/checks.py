@@ -25,10 +25,10 @@ def within_se(estimate: Any, truth: Any, se: Any, k: float = 5.0, what: str = "e
 
     Example:
         >>> within_se([1.0, 2.1], [1.0, 2.0], 0.03)
-        >>> within_se(1.0, 2.0, 0.1)
+        >>> within_se(1.0, 2.0, 0.1)  # doctest: +ELLIPSIS
         Traceback (most recent call last):
             ...
-        AssertionError: estimate 1 is not within 5 standard errors of 2: off by -1 = -10 standard errors (se 0.1)
+        AssertionError: estimate 1 is not within 5 standard errors of 2: off by -1 = -10 ...
     """
     e, t, s = _array(estimate), _array(truth), _array(se)
     if t.ndim and e.shape != t.shape:
@@ -38,7 +38,7 @@ def within_se(estimate: Any, truth: Any, se: Any, k: float = 5.0, what: str = "e
     if s.ndim and e.shape != s.shape:
         raise AssertionError(
             f"{what} has shape {e.shape}, its standard error has shape {s.shape}: they would"
-            f" broadcast"
+            " broadcast"
         )
     if not e.size:
         raise AssertionError(f"{what} is empty: nothing was compared")

@@ -421,7 +421,8 @@ KILLED = """
     sys.path[:0] = ["tests", "tests/mcmc"]
     from pyroebm.mcmc import sampler
     from test_long_runs import Stops, driven, NUTS
-    sampler.time.monotonic = itertools.count().__next__  # a clock that is looked at once in every turn of the blocks
+    # a clock that is looked at once in every turn of the blocks
+    sampler.time.monotonic = itertools.count().__next__
     energy = Stops(int(sys.argv[2]), lambda: os.kill(os.getpid(), signal.SIGKILL))
     driven(NUTS(), 4).run(energy, store=sys.argv[1], checkpoint_every=4)
 """
@@ -431,7 +432,8 @@ RANK = """
     sys.path[:0] = ["tests", "tests/mcmc"]
     from pyroebm.training import distributed
     from test_long_runs import Stops, driven, NUTS
-    dist.init_process_group("gloo", init_method="file://" + sys.argv[1] + ".rendezvous", rank=int(sys.argv[2]), world_size=2)
+    method = "file://" + sys.argv[1] + ".rendezvous"
+    dist.init_process_group("gloo", init_method=method, rank=int(sys.argv[2]), world_size=2)
     driven(NUTS(), ranks=distributed.ranks()).run(Stops(), store=sys.argv[1])
     dist.barrier()
     dist.destroy_process_group()

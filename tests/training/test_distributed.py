@@ -113,14 +113,16 @@ SCRIPT = """
     folder, out = Path(sys.argv[1]), {}
     with distributed.process_group() as (rank, world):
         assert world == 2
-        out |= {f"exactly.{k}": v for k, v in exactly(seed=rank).items()}  # all begin where the first does
+        # all begin where the first does
+        out |= {f"exactly.{k}": v for k, v in exactly(seed=rank).items()}
         out |= {f"centred.{k}": v for k, v in centred().items()}
         out |= {f"whole.{k}": v for k, v in chained(None).items()}
         chained(folder, stop=4)
         out |= {f"resumed.{k}": v for k, v in chained(folder, seed=7).items()}
-        gradient = torch.nn.Parameter(torch.zeros(2, dtype=F64)), torch.nn.Parameter(torch.zeros((), dtype=F64))
+        gradient = [torch.nn.Parameter(torch.zeros(shape, dtype=F64)) for shape in ((2,), ())]
         gradient[0].grad = torch.full((2,), 1.0 + rank, dtype=F64)
-        facts = distributed.average_gradients(gradient, {"n": torch.tensor(float(rank))}, 1.0 + 2.0 * rank)
+        facts = {"n": torch.tensor(float(rank))}
+        facts = distributed.average_gradients(gradient, facts, 1.0 + 2.0 * rank)
         assert gradient[1].grad is None
         out |= {"averaged": gradient[0].grad, "fact": facts["n"]}
         assert distributed.gather_bytes(bytes([rank] * (rank + 1))) == [b"\\0", b"\\1\\1"]

@@ -408,9 +408,11 @@ SCRIPT = """
     warnings.simplefilter("ignore")
     folder, kill = sys.argv[1], int(sys.argv[3])
     objective, energy = eval(CASES[sys.argv[2]]), net()
-    options = dict(checkpoint=folder + "/run.safetensors", checkpoint_every=0.0 if kill % 2 else 1e9, log=folder + "/run.jsonl")
+    options = dict(checkpoint=folder + "/run.safetensors", log=folder + "/run.jsonl")
+    options["checkpoint_every"] = 0.0 if kill % 2 else 1e9
     guard = Guard(rollback=True, every=5)
-    for step, loss, facts in fit(energy, objective, DATA, steps=20, batch_size=7, resume=True, guard=guard, **options):
+    options |= dict(steps=20, batch_size=7, resume=True, guard=guard)
+    for step, loss, facts in fit(energy, objective, DATA, **options):
         if step == kill:
             os.kill(os.getpid(), signal.SIGKILL)
 """

@@ -158,7 +158,7 @@ class WindowAdaptation:
     def __post_init__(self) -> None:
         if self.target_acceptance is not None and not 0.0 < self.target_acceptance < 1.0:
             raise ValueError(
-                f"target_acceptance must be in (0, 1), got"
+                "target_acceptance must be in (0, 1), got"
                 f" target_acceptance={self.target_acceptance}"
             )
         if self.metric not in (*METRICS, None, False):
@@ -309,7 +309,7 @@ class WindowAdaptation:
             )
         if not hasattr(state, "grad"):
             raise ValueError(
-                f"metric='low_rank' is learned from gradients, and the states of"
+                "metric='low_rank' is learned from gradients, and the states of"
                 f" {type(kernel).__name__} have none:"
                 " choose 'diagonal' or 'dense'"
             )
@@ -337,7 +337,7 @@ def resolve(
         isinstance(adaptation, type | str) or not hasattr(adaptation, "start")
     ):
         raise ValueError(
-            f"adaptation must be a WindowAdaptation() or the like of it, or None, got"
+            "adaptation must be a WindowAdaptation() or the like of it, or None, got"
             f" adaptation={adaptation!r}"
         )
     if isinstance(adaptation, WindowAdaptation) and kernel.target_acceptance is None:

@@ -168,7 +168,7 @@ class NUTS(GradientKernel):
         super().__post_init__()
         if not 1 <= self.max_tree_depth <= 20:
             raise ValueError(
-                f"NUTS: max_tree_depth must be from 1 to 20, got"
+                "NUTS: max_tree_depth must be from 1 to 20, got"
                 f" max_tree_depth={self.max_tree_depth}"
             )
 

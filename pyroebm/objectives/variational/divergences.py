@@ -71,13 +71,13 @@ class ForwardKL(Objective):
         if not len(draws) or not bool(torch.isfinite(draws).all()):
             raise ValueError(
                 f"draws must be rows of finite numbers, got shape {tuple(draws.shape)} with some"
-                f" that are not"
+                " that are not"
             )
         log_weights = draws.new_zeros(len(draws)) if log_weights is None else log_weights
         if log_weights.shape != (len(draws),) or not bool(torch.isfinite(log_weights.max()).all()):
             raise ValueError(
                 f"log_weights must be one for each of {len(draws)} draws, the largest finite, got"
-                f" shape"
+                " shape"
                 f" {tuple(log_weights.shape)} with maximum {float(log_weights.max())}"
             )
         self.gradient = gradient
@@ -182,7 +182,7 @@ class LogVariance(Objective):
         if draws is not None and not (len(draws) and bool(torch.isfinite(draws).all())):
             raise ValueError(
                 f"draws must be rows of finite numbers, got shape {tuple(draws.shape)} with some"
-                f" that are not"
+                " that are not"
             )
         self.register_buffer("draws", None if draws is None else draws.detach())
 

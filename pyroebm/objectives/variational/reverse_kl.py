@@ -92,7 +92,7 @@ class ReverseKL(Objective):
         """
         if num_samples < 2:
             raise ValueError(
-                f"num_samples must be at least 2, for a standard error, got"
+                "num_samples must be at least 2, for a standard error, got"
                 f" num_samples={num_samples}"
             )
         energy = energy if beta == 1.0 else beta * energy
@@ -235,7 +235,7 @@ def fit_flow(
     if not parameters:
         raise ValueError(
             f"{type(flow).__name__} has no parameter that requires a gradient: there is nothing to"
-            f" train"
+            " train"
         )
     objective = ReverseKL() if objective is None else objective
     chosen = _adam(parameters, lr) if optimizer is None else optimizer(parameters)
@@ -272,7 +272,7 @@ def fit_flow(
             elif on_nonfinite == "raise":
                 raise FloatingPointError(
                     f"fit_flow: at step {step} the loss is {value} and the gradient's norm {norm};"
-                    f" the parameters were put back"
+                    " the parameters were put back"
                     f" to the last finite ones. Facts: {facts}"
                 )
             else:
@@ -322,7 +322,7 @@ def evaluate_j(
     if log_z is None:
         raise ValueError(
             f"log C of {type(energy).__name__} is not known: give log_z, or log_z=0.0 for J_R -"
-            f" log C"
+            " log C"
         )
     if min(num_samples, batch_size) < 2:
         raise ValueError(

@@ -182,7 +182,7 @@ class AnnealedReweighting(Objective):
         if wrong or not bool(possible.any()):
             raise FloatingPointError(
                 f"of buffer_size={self.buffer_size} draws of the flow {wrong} have a weight that"
-                f" is NaN or infinite and"
+                " is NaN or infinite and"
                 f" {int((~possible).sum())} have weight 0, the energy being +inf"
             )
         return x[possible], energies[possible], log_ratio[possible].double()
