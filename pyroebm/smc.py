@@ -299,9 +299,8 @@ class _Run:
             state, info = kernel.step(path, state, self.generator)
             rates.append(float(info.acceptance_rate.double().mean()))
             if aim is not None and tuned:
-                kernel = kernel.replace(
-                    step_size=float(kernel.step_size) * math.exp(rates[-1] - aim)
-                )  # type: ignore[attr-defined]
+                size = float(kernel.step_size)  # type: ignore[attr-defined]
+                kernel = kernel.replace(step_size=size * math.exp(rates[-1] - aim))
         self.kernel, self.x = kernel, state.x
         self.slope = self._slope()
         self.acceptance.append(sum(rates) / moves)

@@ -67,8 +67,8 @@ def no_gradient(name: str, values: Tensor, x: Tensor) -> str:
     """Why the energies ``values`` of ``x`` have no gradient."""
     if values.dtype != x.dtype:
         return (
-            f"{name}.forward must return the dtype of x, {x.dtype}, got {values.dtype}: convert with"
-            " energy.to()"
+            f"{name}.forward must return the dtype of x, {x.dtype}, got {values.dtype}: convert"
+            " with energy.to()"
         )
     return (
         f"{name}.forward(x) does not depend on x through autograd (a .detach(), .item() or NumPy"

@@ -322,8 +322,8 @@ class ModelEnergy(RowwiseEnergy):
         for name, part in self.split(grad).items():
             if not bool(torch.isfinite(part).all()):
                 return (
-                    f"The energy was {value} and its gradient in site {name!r} {part.tolist()} where"
-                    f" the latents were {at}."
+                    f"The energy was {value} and its gradient in site {name!r} {part.tolist()}"
+                    f" where the latents were {at}."
                 )
         return f"The energy was {value} at u={u.tolist()}."
 
