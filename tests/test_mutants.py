@@ -1,0 +1,119 @@
+"""Mutants of the package's source, each with the tests that must fail on it.
+
+Other mutants are subclasses and patched functions beside the tests that catch them. These are
+changes of a line of the source: the package is copied, changed, and the tests run on the copy.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from lib.scripts import ROOT
+
+#: Name: (file, what stands there, what the mutant has, tests of which one must fail).
+MUTANTS: dict[str, tuple[str, str, str, str]] = {
+    "file written in place": (
+        "core/files.py",
+        'temporary = path.with_name(f"{path.name}{by}.part")',
+        "temporary = path",
+        "tests/core/test_files.py",
+    ),
+    "no cap on step sizes that are shared": (
+        "kernels/adaptation/step_size.py",
+        "<= math.log(2.0)",
+        "<= math.log(1e9)",
+        "tests/kernels/test_adaptation.py pyroebm/kernels/adaptation/step_size.py",
+    ),
+    "starts without a trial": (
+        "kernels/adaptation/starts.py",
+        "waiting = waiting & ~(finite & info.accepted)",
+        "waiting = waiting & ~finite",
+        "tests/kernels/test_starts.py",
+    ),
+    "error bars of few weights": (
+        "core/statistics.py",
+        "return ess <= min(0.25 * n, ENOUGH)",
+        "return ess < 0.0",
+        "tests/flows/test_importance.py pyroebm/core/statistics.py",
+    ),
+    "temperatures evenly in log beta": (
+        "kernels/tempering.py",
+        "even = np.linspace(0.0, barrier[-1], len(old))",
+        "even = barrier",
+        "tests/kernels/test_tempering.py",
+    ),
+    "a chain that moved counts as stuck": (
+        "mcmc/chains.py",
+        "moves = self.moves + (rows(state.x) != rows(self.state.x)).any(1)",
+        "moves = self.moves",
+        "tests/kernels/test_starts.py tests/mcmc/test_mcmc.py",
+    ),
+    "reference at the wrong end of the path": (
+        "core/annealing_path.py",
+        "beta * self.energy(x) + (1.0 - beta) * self.reference(x)",
+        "beta * self.energy(x) + self.reference(x)",
+        "tests/kernels/test_tempering.py tests/test_smc.py",
+    ),
+    "Stein's identity without its constant": (
+        "diagnostics/stein.py",
+        "products = (x - x.mean((0, 1))) * s + 1.0",
+        "products = (x - x.mean((0, 1))) * s",
+        "tests/diagnostics/test_stein.py",
+    ),
+    "draws after the checkpoint are kept": (
+        "mcmc/storage.py",
+        "if start >= count:",
+        "if start < 0:",
+        "tests/mcmc/test_long_runs.py",
+    ),
+    "gradient counts of thinned steps are lost": (
+        "mcmc/chains.py",
+        "n_steps=torch.stack([i.n_steps for i in infos]).sum(0),",
+        "n_steps=last.n_steps,",
+        "tests/mcmc/test_mcmc.py",
+    ),
+    "images halved in the first layer too": (
+        "nn/conv.py",
+        "stride = 1 if k == 0 else 2",
+        "stride = 2",
+        "tests/energies/test_neural.py",
+    ),
+    "a file's group is read whole": (
+        "core/files.py",
+        "return data.isel(draw=draws).load()",
+        "return data.load()",
+        "tests/core/test_files.py",
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_mutant_is_caught(name: str, tmp_path: Path) -> None:
+    file, right, wrong, tests = MUTANTS[name]
+    for folder in ("pyroebm", "tests"):
+        shutil.copytree(
+            ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__")
+        )
+    for single in ("pyproject.toml", "README.md"):
+        shutil.copy(ROOT / single, tmp_path / single)
+    source = (tmp_path / "pyroebm" / file).read_text(encoding="utf-8")
+    assert source.count(right) == 1
+    (tmp_path / "pyroebm" / file).write_text(source.replace(right, wrong), encoding="utf-8")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests.split()]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "MPLBACKEND": "Agg"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == pytest.ExitCode.TESTS_FAILED, done.stdout[-2000:]
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_mutant_changes_a_line_that_is_there(name: str) -> None:
+    file, right, wrong, tests = MUTANTS[name]
+    assert (ROOT / "pyroebm" / file).read_text(encoding="utf-8").count(right) == 1
+    assert right != wrong
+    assert all((ROOT / test).exists() for test in tests.split())
