@@ -29,8 +29,8 @@ from models.plane import GridLikelihood
 from models.recipe import Kind, Recipe, run
 from pyroebm import HMC, MCMC, NUTS
 from pyroebm.core.rng import seeded_generator
-from pyroebm.core.statistics import energy_distance
 from pyroebm.data import digits
+from pyroebm.diagnostics import energy_distance
 from pyroebm.diagnostics.plots import plot_images
 from pyroebm.energies import FeatureLatentEnergy
 from pyroebm.nn import mlp

@@ -17,7 +17,7 @@ from models.recipe import counted
 from pyroebm import HMC, MCMC
 from pyroebm.core import Estimate, value_and_grad
 from pyroebm.core.rng import seeded_generator, standard_normal, uniform
-from pyroebm.core.statistics import energy_distance, ess_bulk, r_hat
+from pyroebm.diagnostics import energy_distance, ess_bulk, r_hat
 from pyroebm.flows import EquivariantFlow, FlowEnergy, FlowReport, judge_flow
 from pyroebm.kernels import ParallelTempering
 from pyroebm.objectives import ForwardKL, fit_flow, match_flow

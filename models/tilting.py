@@ -24,7 +24,7 @@ from tqdm import trange
 from models.recipe import Recipe, run
 from pyroebm import HMC, MALA, MCMC, NUTS, Jumps, Kernel
 from pyroebm.core.rng import seeded_generator
-from pyroebm.core.statistics import energy_distance
+from pyroebm.diagnostics import energy_distance
 from pyroebm.energies import Tilted
 from pyroebm.flows import NICE
 from pyroebm.nn import mlp

@@ -29,7 +29,7 @@ import torch
 
 from pyroebm import MCMC, NUTS, Boltzmann, Energy, WindowAdaptation, initial_states
 from pyroebm.core import PotentialFn
-from pyroebm.core.statistics import arviz, mcse_mean
+from pyroebm.diagnostics import arviz, mcse_mean
 from pyroebm.targets import DoubleWell as KnownDoubleWell
 
 az = arviz()  # ArviZ, without its announcement of the next release

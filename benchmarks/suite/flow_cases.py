@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyroebm import Energy
-from pyroebm.core.statistics import mode_coverage_entropy
+from pyroebm.diagnostics import mode_coverage_entropy
 from pyroebm.targets import DoubleWell, Funnel, GaussianMixture, ManyWell, Phi4
 
 __all__ = ["FLOW_CASES", "METRICS", "Counted", "FlowCase", "judge"]
