@@ -201,9 +201,9 @@ def test_a_compiled_run_resumes_from_its_folder_as_if_uninterrupted(tmp_path: Pa
     energy = DoubleWell()
     settings = {"warmup_steps": 62, "num_chains": 6, "chain_batch_size": 3, "compile": True}
     whole, broken, again = (
-        MCMC(HMC(), 6, seed=5, **settings),
-        Ends(HMC(), 6, seed=5, **settings),
-        MCMC(HMC(), 6, **settings),
+        MCMC(MALA(), 6, seed=5, **settings),
+        Ends(MALA(), 6, seed=5, **settings),
+        MCMC(MALA(), 6, **settings),
     )
     whole.run(energy)
     with pytest.warns(RuntimeWarning, match="interrupted during warm-up"):
