@@ -18,6 +18,7 @@ import json
 import math
 import os
 import pkgutil
+import random
 import re
 import subprocess
 import sys
@@ -162,7 +163,7 @@ def digest(make: Make) -> dict[str, Any]:
     pyro.clear_param_store()
     feed(make(), take)
     sha.update(torch.get_rng_state().numpy().tobytes())
-    sha.update(repr(np.random.get_state()).encode())  # noqa: NPY002
+    sha.update(repr((random.getstate(), np.random.get_state())).encode())  # noqa: NPY002
     values = np.concatenate(numbers)
     values = values[np.isfinite(values)]
     return {
@@ -498,7 +499,7 @@ def pyro_kernel() -> Any:
 
 
 def pyro_names(kernel: Any) -> Any:
-    mcmc = infer.MCMC(kernel, 10, 20, num_chains=3, disable_progbar=True)
+    mcmc = infer.MCMC(kernel, 10, 60, num_chains=3, disable_progbar=True)
     mcmc.run(normal(5, seed=9) + 1.0)
     return mcmc.get_samples(group_by_chain=True), mcmc.diagnostics()
 
