@@ -9,10 +9,12 @@ and one set of versions. Objects are found by name wherever their module lies: m
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import importlib
+import io
 import itertools
 import json
 import math
@@ -351,7 +353,8 @@ def timeless(facts: Any) -> Any:
     """Facts without wall times."""
     if not isinstance(facts, Mapping):
         return facts
-    return {key: timeless(value) for key, value in facts.items() if "second" not in key}
+    timed = re.compile("second|minute")
+    return {key: timeless(value) for key, value in facts.items() if not timed.search(key)}
 
 
 def scratch(use: Callable[[Path], Any]) -> Any:
@@ -1115,12 +1118,17 @@ def recipe(name: str) -> Any:
     return timeless(facts["metrics"]), json.dumps(facts["config"], sort_keys=True)
 
 
+def demo(out: Path) -> Any:
+    with contextlib.redirect_stdout(io.StringIO()):
+        return timeless(ebm.run_demo(out, 0, quick=True))
+
+
 RECIPES: dict[str, Make] = {
     path.stem: functools.partial(recipe, path.stem)
     for path in sorted((ROOT / "models").glob("*.py"))
-    if re.search(r"\bquick: bool\b", path.read_text(encoding="utf-8"))
+    if "__main__" in path.read_text(encoding="utf-8")
 }
-RECIPES["demo"] = lambda: scratch(lambda out: timeless(ebm.run_demo(out, 0, quick=True)))
+RECIPES["demo"] = lambda: scratch(demo)
 
 
 def each(noun: str, table: Mapping[str, Make], use: Callable[[Any], Any]) -> dict[str, Make]:
