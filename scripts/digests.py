@@ -889,7 +889,7 @@ ENERGIES: dict[str, Make] = {
     ),
     "compressed": lambda: energy_facts(ebm.Compressed(ebm.LennardJones("once", 4), 5.0)),
     "conditioned": lambda: energy_facts(
-        ebm.Phi4(6).condition(torch.zeros(6), torch.arange(6) < 2),
+        ebm.Conditioned(ebm.Phi4(6), torch.zeros(6), torch.arange(6) < 2),
     ),
     "conv": lambda: energy_facts(
         stirred(ebm.ConvEnergy((2, 5, 4), (4, 6), scale=2.0, generator=seeded(1))),
@@ -925,7 +925,7 @@ ENERGIES: dict[str, Make] = {
     "tied-rbm": lambda: energy_facts(ebm.TiedRBM(machine(), (2, 1))),
     "tilted": lambda: energy_facts(ebm.Tilted(ebm.Gaussian(torch.zeros(2)), tilt)),
     "unconstrained": lambda: energy_facts(ebm.Unconstrained(ebm.Dirichlet([0.8, 2.0, 1.5]))),
-    "unnormalized": lambda: energy_facts(Energy.from_unnormalized(lambda x: -(x**4))),
+    "unnormalized": lambda: energy_facts(ebm.Unnormalized(lambda x: -(x**4))),
 }
 
 
@@ -1052,7 +1052,7 @@ def boltzmann_distribution() -> Any:
 
 
 def potential() -> Any:
-    potential_fn = wells().potential_fn()
+    potential_fn = ebm.PotentialFn(wells())
     return potential_fn({"x": normal(2)}), potential_fn.initial_params(3, seeded(1))
 
 
