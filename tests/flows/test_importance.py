@@ -304,24 +304,27 @@ def test_pareto_k_takes_arrays_as_they_are() -> None:
     )
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_ess_and_pareto_k_do_not_see_a_mode_that_no_draw_came_near(seed: int) -> None:
+def test_ess_and_pareto_k_do_not_see_a_mode_that_no_draw_came_near() -> None:
     """A Gaussian in the left well: a good ESS, a harmless Pareto k, and a confident log Z that is
     wrong by many standard errors.
 
+    Of a thousand draws in half of the runs at least, since the weights grow towards the barrier.
     From its draws nobody can tell. Exact draws of the target can: where the right well is, the
     proposal's density is absurd.
     """
     energy, proposal = DoubleWell(dtype=F64), normal(-1.35, 0.3)
-    result = importance_sample(proposal, energy, 1000, seed=seed)
-    right, right_se = result.expectation(lambda x: (x > energy.barrier).double())
-    assert result.ess_fraction > 0.85
-    assert result.pareto_k < 0.7
-    assert (float(right), float(right_se)) == (0.0, 0.0)
+    results = [importance_sample(proposal, energy, 1000, seed=seed) for seed in range(41)]
+    right = [result.expectation(lambda x: (x > energy.barrier).double()) for result in results]
+    assert np.median(right, axis=0).tolist() == [0.0, 0.0]
+    assert np.median([result.ess_fraction for result in results]) > 0.85
+    assert np.median([result.pareto_k for result in results]) < 0.7
     left_only = energy.log_z + math.log1p(-energy.right_mass)
-    within_se(result.log_z, left_only, result.log_z_se)
-    assert energy.log_z - result.log_z > 4.0 * result.log_z_se
-    x = energy.sample(4000, seeded_generator(seed))
+    of_left, of_both = (
+        [(truth - r.log_z) / r.log_z_se for r in results] for truth in (left_only, energy.log_z)
+    )
+    assert abs(np.median(of_left)) < 1.0  # five standard errors of the median of 41 normal numbers
+    assert np.median(of_both) > 4.0
+    x = energy.sample(4000, seeded_generator(0))
     # log q - log p under p, which reverse KL never looks at
     forward = energy.log_z + energy(x) + proposal.log_prob(x)
     assert float(forward.mean()) < -2.0

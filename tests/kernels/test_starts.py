@@ -150,19 +150,51 @@ def test_the_trial_takes_the_step_size_that_the_chains_will_have(adapts: bool) -
     assert not fixed.adaptation.adapts_step_size
 
 
+class Centered(Energy):
+    """Each row holds its own center; the gradient does not see the wall at 0."""
+
+    event_shape = torch.Size((1,))
+
+    first: Tensor | None = None  # the first candidates
+
+    def forward(self, x: Tensor) -> Tensor:
+        own = torch.arange(8.0, dtype=double).unsqueeze(1)
+        return 0.5 * ((x - own) ** 2).sum(-1) + torch.where(x[:, 0] > 0, 0.0, torch.inf)
+
+    def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        first, self.first = self.first, None
+        return torch.randn(n, 1, dtype=double, generator=generator) if first is None else first
+
+
 def test_energies_may_hold_something_for_each_row() -> None:
-    class Centered(Energy):
+    x = draw_starts(NUTS(), Centered().double(), 8, torch.Generator().manual_seed(0))
+    assert float(x.min()) > 0.0
+
+
+def test_the_step_size_of_the_trial_is_not_that_of_one_chain() -> None:
+    """Only one of the first candidates is finite: with a step size from its lone acceptance, one
+    run in nine started outside."""
+    energy = Centered().double()
+    for seed in range(100):
+        energy.first = torch.where(torch.arange(8) == 2, 1.66, -1.0).double().unsqueeze(1)
+        x = draw_starts(NUTS(), energy, 8, torch.Generator().manual_seed(seed))
+        assert float(x.min()) > 0.0
+
+
+def test_where_no_step_is_accepted_the_last_finite_candidate_is_taken() -> None:
+    class Dots(Energy):
+        """Any candidate is finite in half of the cases, any other place never."""
+
         event_shape = torch.Size((1,))
 
         def forward(self, x: Tensor) -> Tensor:
-            own = torch.arange(8.0, dtype=double).unsqueeze(1)
-            return 0.5 * ((x - own) ** 2).sum(-1) + torch.where(x[:, 0] > 0, 0.0, torch.inf)
+            return torch.where((x == 1.0).all(-1), 0.0 * x.sum(-1), torch.inf)
 
         def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-            return torch.randn(n, 1, dtype=double, generator=generator)
+            return torch.randint(2, (n, 1), generator=generator).double()
 
-    x = draw_starts(NUTS(), Centered().double(), 8, torch.Generator().manual_seed(0))
-    assert float(x.min()) > 0.0
+    x = draw_starts(NUTS(), Dots().double(), 64, torch.Generator().manual_seed(0), adapts=False)
+    assert torch.equal(x, torch.ones(64, 1, dtype=double))
 
 
 def test_starts_are_rows_of_finite_energy_and_gradient() -> None:

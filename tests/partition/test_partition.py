@@ -118,7 +118,7 @@ def deep(gaussian: bool = False) -> Deep:
 
 
 def data_of(energy: Energy) -> Tensor:
-    generator = torch.Generator().manual_seed(99)
+    generator = problem_generator(99)
     if isinstance(energy, GaussianRBM):
         return 1.5 * torch.randn(200, 2, generator=generator, dtype=F64) + 1.0
     return (torch.rand(200, 4, generator=generator) < torch.tensor([0.8, 0.2, 0.6, 0.2])).double()
@@ -230,11 +230,13 @@ def test_quadrature(energy: Energy, bounds: list[tuple[float, float]] | None, tr
 
 
 def test_quadrature_says_where_it_is_not_exact() -> None:
-    energy = HalfDisc(dtype=F64)
-    result = partition.quadrature(energy)
-    assert result.kind == "estimate"
-    assert result.standard_error > 1e-8
-    within_se(result.value, energy.log_z, result.standard_error)
+    """At an edge two rules may agree by chance: the error holds wherever the edges lie between the
+    nodes."""
+    energy, noise = HalfDisc(dtype=F64), torch.Generator().manual_seed(0)
+    for low, high in (1.0 + 0.002 * torch.rand(60, 2, generator=noise, dtype=F64)).tolist():
+        result = partition.quadrature(energy, [(-low, high)])
+        assert result.kind == "estimate"
+        within_se(result.value, energy.log_z, result.standard_error)
 
 
 def test_expectations_by_quadrature() -> None:
@@ -262,12 +264,15 @@ def test_expectations_by_quadrature() -> None:
 def test_a_small_region_is_not_overlooked(low: float) -> None:
     """The few nodes of the coarsest panels all miss it, twice: that is no convergence."""
     law = Gaussian(torch.zeros(1, dtype=F64))
-    found, change = partition.expectation(
-        law, lambda x: ((x > low) & (x < low + 0.1)).double().squeeze(1), tolerance=1e-4
+    found, error = partition.expectation(
+        law,
+        lambda x: ((x > low) & (x < low + 0.1)).double().squeeze(1),
+        tolerance=1e-4,
+        max_panels=2**15,
     )
     truth = 0.5 * (math.erf((low + 0.1) / math.sqrt(2.0)) - math.erf(low / math.sqrt(2.0)))
-    assert change <= 1e-4
-    assert float(found) == pytest.approx(truth, abs=1e-3)
+    assert error <= 1e-4
+    assert float(found) == pytest.approx(truth, abs=1e-4)
     plane = Gaussian(torch.zeros(2, dtype=F64))
     found, _ = partition.expectation(
         plane, lambda x: ((x > low) & (x < low + 0.5)).all(1).double(), tolerance=1e-4

@@ -13,7 +13,8 @@ from pyroebm.kernels.base import GradientKernel, Kernel, State, choose, rows
 
 __all__ = ["draw_starts"]
 
-#: Candidates for the start of one chain; the one after the last is taken as it is.
+#: Candidates for the start of one chain; where no step from one is accepted, the last of finite
+#: energy is taken.
 CANDIDATES = 50
 
 
@@ -27,11 +28,11 @@ def draw_starts(
     """Draw a start for each chain: the first candidate from which a trial leapfrog step is
     accepted.
 
-    The step size of the trial is one for all chains, found from their mean acceptance, so that a
-    candidate in a region much steeper than those of the other chains is drawn anew. Nothing else is
-    compared: the lowest energy, for one, would be in the neck of a funnel. Only kernels that follow
-    gradients without a momentum of their own (NUTS, HMC, MALA and their like) try their starts; of
-    others the first candidates are taken.
+    The step size of the trial is one for all chains, found from the mean acceptance of at least
+    half of them, so that a candidate in a region much steeper than those of the other chains is
+    drawn anew. Nothing else is compared: the lowest energy, for one, would be in the neck of a
+    funnel. Only kernels that follow gradients without a momentum of their own (NUTS, HMC, MALA and
+    their like) try their starts; of others the first candidates are taken.
 
     Args:
         kernel: the kernel that will move the chains.
@@ -53,24 +54,25 @@ def draw_starts(
     if not isinstance(kernel, GradientKernel) or kernel.target_acceptance is None:
         return x
     trial: Kernel[Any] = kernel.probe()
-    waiting = torch.ones(n, dtype=torch.bool, device=x.device)
+    waiting, known = x.new_ones(n, dtype=torch.bool), x.new_zeros(n, dtype=torch.bool)
+    state = State(x, x.new_zeros(n), torch.zeros_like(x))
     for _ in range(CANDIDATES):
         # All rows are evaluated, since an energy may hold something of its own for each (a clamped
         # value).
         values, grad = value_and_grad(energy, x)
         finite = torch.isfinite(values) & torch.isfinite(rows(grad)).all(1)
-        if bool(finite.any()):
-            zero = torch.zeros_like(x)
-            state = choose(finite, State(x, values, grad), State(x, torch.zeros_like(values), zero))
-            if adapts:
-                crossing = find_step_size(trial, energy, state, generator, counted=finite)
-                # the search ends where most steps are rejected
-                trial = trial.replace(step_size=0.5 * crossing)
-                adapts = False
+        state = choose(waiting & finite, State(x, values, grad), state)
+        known |= finite
+        if adapts and 2 * int(known.sum()) >= n:  # the acceptance of one chain of many says little
+            crossing = find_step_size(trial, energy, state, generator, counted=known)
+            # the search ends where most steps are rejected
+            trial = trial.replace(step_size=0.5 * crossing)
+            adapts = False
+        if not adapts:
             _, info = trial.step(energy, state, generator)
             waiting = waiting & ~(finite & info.accepted)
         if not bool(waiting.any()):
             break
         fresh = energy.initial(n, generator)
         x = torch.where(waiting.reshape(-1, *[1] * (x.dim() - 1)), fresh, x)
-    return x
+    return state.x

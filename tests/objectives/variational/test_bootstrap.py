@@ -86,21 +86,21 @@ def test_a_mutant_that_anneals_to_the_target_itself_is_caught() -> None:
 def test_weights_follow_the_flow() -> None:
     """After the flow has moved, drawing and correcting gives each row of the buffer its weight
     under the new flow."""
-    flow, energy = normal_flow(), Gaussian(0.5, scale=0.8)
+    flow, energy = normal_flow(), Gaussian(0.5, scale=1.4)
     objective = AlphaBootstrap(1, reuse=1000)
     objective(flow, energy, num_samples=200, generator=seeded())
     with torch.no_grad():
         flow.transform.parts[-1].offset.add_(0.1)
-    for seed in range(60):  # until every row was drawn
+    for seed in range(60):  # until every row was drawn: none has a weight near 0
         objective(flow, energy, num_samples=2000, generator=seeded(seed))
     rows = objective.rows
     drawn = (objective.log_q - flow.log_prob(rows).detach()).abs() < 1e-9
-    assert float(drawn.double().mean()) > 0.9
+    assert bool(drawn.all())
     # without annealing the weight of a row is p^2 / q / (what it was drawn from), the flow before
     # it moved
     before = normal_flow().log_prob(rows).detach()
     expected = -2.0 * energy(rows.squeeze(1)) - flow.log_prob(rows).detach() - before
-    torch.testing.assert_close(objective.log_weights[drawn], expected[drawn], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(objective.log_weights, expected, rtol=1e-9, atol=1e-9)
 
 
 def test_the_buffer_is_filled_kept_saved_and_emptied() -> None:

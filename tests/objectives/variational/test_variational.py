@@ -666,7 +666,7 @@ class _HalvedS(PLULinear):
 def test_mutants_of_j_r_are_caught(mutant: type[nn.Module]) -> None:
     flow, energy = redundant(scale=0.1), Gaussian(0.5, scale=1.5, dtype=F64)
     with torch.no_grad():  # determinants far from 1
-        flow.linear.log_diagonal.fill_(0.3)
+        flow.linear.log_diagonal.fill_(-0.6)
         flow.conditional.net[-1].bias[1] += 0.5  # type: ignore[union-attr, index, operator]
     check_j_r(flow, energy)
     (flow.conditional if mutant is _NoLogDetSigma else flow.linear).__class__ = mutant  # type: ignore[assignment]
