@@ -256,6 +256,7 @@ def test_subpackages_are_attributes() -> None:
 import sys, pyroebm
 names = {sorted(set(PLACE) - {"pyroebm", "__main__"})}
 assert set(names) <= set(dir(pyroebm))
+assert not {{"torch._dynamo", "torch._inductor", "matplotlib.pyplot"}} & set(sys.modules)
 assert not [n for n in ("cli", "partition", "training") if f"pyroebm.{{n}}" in sys.modules]
 print(*[getattr(pyroebm, name).__name__ for name in names])
 """
