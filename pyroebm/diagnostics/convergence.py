@@ -149,7 +149,8 @@ def verdict(
         way_out = "the step size is too large; lower it, or warm up longer"
         if "step_size" not in stats:
             way_out = (
-                "the kernel hardly moves and has no step size to lower; take another, or temper"
+                "the kernel hardly moves, and has no step size to lower; take another one,"
+                " or temper"
             )
         problems.append(f"The mean acceptance rate is {rate:.2g}: {way_out}.")
     if kernel is not None and not kernel.exact:
