@@ -17,8 +17,16 @@ import pyro
 import pytest
 import torch
 from lib.checks import within_se
-from lib.reseed import STRIDE, is_statistical, problem_generator, seeds_shifted, shifted, tenth_of
 from lib.scripts import load_script
+from lib.reseed import (
+    STRIDE,
+    fixed_problem,
+    is_statistical,
+    problem_generator,
+    seeds_shifted,
+    shifted,
+    tenth_of,
+)
 
 from pyroebm.core.rng import seeded_generator
 from pyroebm.targets import DoubleWell
@@ -96,6 +104,8 @@ def test_a_shifted_generator_is_one() -> None:
             assert isinstance(generator, torch.Generator)
         assert made.initial_seed() == shifted(7, 1) == 7 + STRIDE
         assert problem_generator(7).initial_seed() == 7
+        with fixed_problem():
+            assert torch.Generator().manual_seed(7).initial_seed() == 7
         twin.set_state(made.get_state())
         assert torch.equal(torch.rand(3, generator=twin), torch.rand(3, generator=made))
         # None is no seed

@@ -55,6 +55,15 @@ def problem_generator(seed: int) -> torch.Generator:
 
 
 @contextlib.contextmanager
+def fixed_problem() -> Iterator[None]:
+    """Within it generators are those of no shift: for flows and networks, whose parameters come
+    from an integer seed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "Generator", PLAIN)
+        yield
+
+
+@contextlib.contextmanager
 def seeds_shifted(shift: int) -> Iterator[None]:
     """Within it every seed is shifted; with 0 nothing is replaced."""
     if not shift:

@@ -188,7 +188,7 @@ def check_pcd(
 ) -> None:
     """With the energy frozen, the mean gradient of persistent chains is the exact one."""
     means = []
-    for run in range(12):
+    for run in range(40):
         objective, noise = make(), seeded(100 + run)
         for _ in range(burn):
             objective(energy, data, generator=noise)

@@ -297,7 +297,7 @@ def frozen_gradient(make: Callable[[], Objective], burn: int, steps: int) -> Non
         precision = energy.log_precision.exp()
         truth = torch.cat([-(precision * x).mean(0), 0.5 * (precision * x**2).mean(0) - 0.5])
     means = []
-    for run in range(12):
+    for run in range(40):
         objective, noise = make(), seeded(100 + run)
         for _ in range(burn):
             objective(energy, data, generator=noise)
