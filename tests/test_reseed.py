@@ -17,7 +17,6 @@ import pyro
 import pytest
 import torch
 from lib.checks import within_se
-from lib.scripts import load_script
 from lib.reseed import (
     STRIDE,
     fixed_problem,
@@ -27,6 +26,7 @@ from lib.reseed import (
     shifted,
     tenth_of,
 )
+from lib.scripts import load_script
 
 from pyroebm.core.rng import seeded_generator
 from pyroebm.targets import DoubleWell
