@@ -108,8 +108,8 @@ def tempered_smc(
 
     .. math::
 
-        \hat Z = Z_V \prod_{l=1}^{L} \sum_i W_i^{(l-1)} e^{-(\beta_l - \beta_{l-1}) (U -
-        V)(x_i^{(l-1)})}
+        \hat Z
+        = Z_V \prod_{l=1}^{L} \sum_i W_i^{(l-1)} e^{-(\beta_l - \beta_{l-1}) (U - V)(x_i^{(l-1)})}
 
     (Del Moral, Doucet and Jasra, 2006). Each temperature is the furthest that keeps the conditional
     effective sample size at ``target_ess`` of the particles (Zhou, Johansen and Aston, 2016), found
@@ -135,8 +135,9 @@ def tempered_smc(
 
     Raises:
         ValueError: if a setting is out of its range, if ``base`` does not fit, or if the kernel is
-        not exact. FloatingPointError: if an energy is NaN or -inf at a draw of the base, or if it
-        is infinite at all draws of an island.
+            not exact.
+        FloatingPointError: if an energy is NaN or -inf at a draw of the base, or if it is infinite
+            at all draws of an island.
 
     Example:
         >>> from pyroebm import HMC

@@ -300,8 +300,9 @@ def choose_compiled(
         steps: steps planned for each chain.
 
     Raises:
-        ValueError: if ``compile`` is none of the three. RuntimeError: if ``compile`` is True and
-        there is no C++ compiler or the energy cannot be traced, with the reason.
+        ValueError: if ``compile`` is none of the three.
+        RuntimeError: if ``compile`` is True and there is no C++ compiler or the energy cannot be
+            traced, with the reason.
     """
     if compile not in (True, False, "auto"):
         raise ValueError(f'compile must be True, False or "auto", got compile={compile!r}')

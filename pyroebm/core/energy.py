@@ -128,7 +128,7 @@ class Energy(nn.Module):
 
         Raises:
             ValueError: if ``n`` < 1, the support has no default, or no finite energy is found in
-            100 tries.
+                100 tries.
         """
 
         def draw(count: int) -> Tensor:

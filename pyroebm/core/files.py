@@ -119,7 +119,8 @@ def read_tensors(path: str | Path, device: str = "cpu") -> tuple[dict[str, Tenso
         SafetensorError: if it is damaged.
     """
     with safe_open(path, "pt", device=device) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118  (not a dict)
+        names = file.keys()
+        return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
 
 
 def to_bytes(tensors: Mapping[str, Tensor]) -> bytes:
@@ -148,7 +149,7 @@ def read_arrays(path: Path, names: Container[str]) -> tuple[dict[str, np.ndarray
 
     Raises:
         OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error: if there is no such file, or
-        it is damaged.
+            it is damaged.
     """
     file = np.load(path, allow_pickle=False)
     if not isinstance(file, np.lib.npyio.NpzFile):

@@ -23,8 +23,8 @@ class MinibatchEnergy(Energy):
 
     .. math::
 
-        E(x) = E_0(x) + \sum_{i=1}^N \ell(x, d_i), \qquad \hat E(x) = E_0(x) + \frac{N}{n} \sum_{i
-        \in B} \ell(x, d_i)
+        E(x) = E_0(x) + \sum_{i=1}^N \ell(x, d_i), \qquad
+        \hat E(x) = E_0(x) + \frac{N}{n} \sum_{i \in B} \ell(x, d_i)
 
     Args:
         prior: the energy :math:`E_0` of the parameters x; its event shape and support are taken

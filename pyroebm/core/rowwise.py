@@ -208,7 +208,7 @@ class RowwiseEnergy(Energy):
 
         Raises:
             ValueError: if the energy of one row is not one number, or is another one when taken
-            again.
+                again.
         """
         with eval_mode(self):
             self.batching = "loop"

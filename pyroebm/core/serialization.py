@@ -63,7 +63,7 @@ def unpack(said: Any, like: Any, tensors: dict[str, Tensor]) -> Any:
 
     Raises:
         ValueError: if a tensor is missing, or a type is none of those that ``like`` or its
-        annotations mention.
+            annotations mention.
     """
     return _unpack(said, like, tensors, _types_of(like, {}))
 

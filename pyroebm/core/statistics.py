@@ -276,7 +276,7 @@ def energy_distance(x: Tensor, y: Tensor) -> Estimate:
 
     Raises:
         ValueError: if there are fewer than 40 rows, the event shapes differ, or an entry is not
-        finite.
+            finite.
 
     Example:
         >>> x = torch.randn(1000, generator=torch.Generator().manual_seed(0))

@@ -100,7 +100,7 @@ def site_values(
 
     Raises:
         ValueError: if the support is none of these, has no last value, or leaves a site fewer than
-        two values.
+            two values.
     """
     base = base_constraint(support)
     if isinstance(base, type(constraints.one_hot)):

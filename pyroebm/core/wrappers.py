@@ -41,7 +41,7 @@ class Conditioned(Energy):
 
     Raises:
         ValueError: if a shape differs from ``event_shape``, if nothing is left free, or if the
-        support couples entries.
+            support couples entries.
 
     Example:
         >>> from pyroebm.targets import Gaussian

@@ -66,7 +66,7 @@ def load_binary(
 
     Raises:
         ValueError: if a file is missing, damaged or of another kind, with what was looked for and
-        where to put it.
+            where to put it.
 
     Example:
         >>> import tempfile

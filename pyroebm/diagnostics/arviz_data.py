@@ -31,6 +31,7 @@ def to_arviz(
         attrs: facts of the run, strings and numbers.
 
     Example:
+        >>> import torch
         >>> data = to_arviz({"x": torch.zeros(2, 10, 3)}, {"lp": torch.zeros(2, 10)})
         >>> data.posterior["x"].shape, data.sample_stats["lp"].shape
         ((2, 10, 3), (2, 10))
@@ -75,13 +76,9 @@ def summary(data: Any, **options: Any) -> Any:
     NaN, without a warning.
 
     Example:
-        >>> len(
-        ...     summary(
-        ...         to_arviz(
-        ...             {"x": torch.randn(4, 100, 3, generator=torch.Generator().manual_seed(0))}
-        ...         )
-        ...     )
-        ... )
+        >>> import torch
+        >>> x = torch.randn(4, 100, 3, generator=torch.Generator().manual_seed(0))
+        >>> len(summary(to_arviz({"x": x})))
         3
     """
     with warnings.catch_warnings():

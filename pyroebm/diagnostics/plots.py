@@ -210,9 +210,8 @@ def plot_energy_levels(energy: Tensor | np.ndarray, bins: int = 60, ax: Axes | N
         ax: axes to draw on.
 
     Example:
-        >>> plot_energy_levels(
-        ...     torch.randn(4, 100, generator=torch.Generator().manual_seed(0))
-        ... ).get_xlabel()
+        >>> energy = torch.randn(4, 100, generator=torch.Generator().manual_seed(0))
+        >>> plot_energy_levels(energy).get_xlabel()
         'Hamiltonian - mean'
     """
     ax, levels = _axes(ax), _array(energy)

@@ -30,8 +30,7 @@ class DeepBeliefNetwork(nn.Module):
     .. math::
 
         p(v, h_1, \ldots, h_L) = p(v \mid h_1) \cdots p(h_{L-2} \mid h_{L-1})\, p(h_{L-1}, h_L),
-        \qquad
-        p(h_{l-1} = 1 \mid h_l) = \sigma(W_l h_l + b_l)
+        \qquad p(h_{l-1} = 1 \mid h_l) = \sigma(W_l h_l + b_l)
 
     It is no :class:`pyroebm.Energy` of v: :math:`p(v)` sums over all hidden states and has no
     closed form, not even unnormalised. Its ``top`` is one, and so is :meth:`joint`, the energy over

@@ -56,11 +56,10 @@ class BoltzmannMachine(Energy):
         >>> machine = BoltzmannMachine(
         ...     3, units="spins", weight=w, bias=torch.tensor([0.0, 1.0, 0.0])
         ... )
-        >>> (
-        ...     round(machine.log_z, 4),
-        ...     machine.site_given_rest(torch.tensor([1.0, -1.0, -1.0]), 0).mean.detach(),
-        ... )
-        (5.1499, tensor(0.9640))
+        >>> round(machine.log_z, 4)
+        5.1499
+        >>> machine.site_given_rest(torch.tensor([1.0, -1.0, -1.0]), 0).mean.detach()
+        tensor(0.9640)
     """
 
     def __init__(
@@ -134,7 +133,7 @@ class BoltzmannMachine(Energy):
 
         Raises:
             ValueError: if there are more than 12 hidden units: the sum over their states has no
-            closed form.
+                closed form.
         """
         if self.num_hidden > MAX_SUMMED:
             raise ValueError(

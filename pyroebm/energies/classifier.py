@@ -23,8 +23,8 @@ class ClassifierEnergy(NeuralEnergy):
 
     .. math::
 
-        E(x, y) = -f_y(x) + \sum_i \frac{(x_i - m_i)^2}{2 s_i^2}, \qquad E(x) = -\log \sum_y
-        e^{-E(x, y)}
+        E(x, y) = -f_y(x) + \sum_i \frac{(x_i - m_i)^2}{2 s_i^2}, \qquad
+        E(x) = -\log \sum_y e^{-E(x, y)}
 
     ``energy(x)`` is the marginal energy, :meth:`joint_energy` that of an event with its class,
     :meth:`given` the energy of events of one class; :math:`p(y \mid x) = e^{f_y(x)} / \sum_k
@@ -42,7 +42,7 @@ class ClassifierEnergy(NeuralEnergy):
 
     Raises:
         ValueError: if ``num_classes`` < 1, the logits have another shape, or as
-        :class:`~pyroebm.energies.NeuralEnergy`.
+            :class:`~pyroebm.energies.NeuralEnergy`.
 
     Example:
         >>> energy = ClassifierEnergy(nn.Linear(2, 3), (2,), 3, scale=1.0)
@@ -118,10 +118,8 @@ class GivenClass(Energy):
 
     Example:
         >>> energy = ClassifierEnergy(nn.Linear(2, 3), (2,), 3, scale=1.0)
-        >>> torch.equal(
-        ...     GivenClass(energy, torch.tensor([0, 2]))(torch.ones(2, 2))[1:],
-        ...     energy.given(2)(torch.ones(1, 2)),
-        ... )
+        >>> both = GivenClass(energy, torch.tensor([0, 2]))(torch.ones(2, 2))
+        >>> torch.equal(both[1:], energy.given(2)(torch.ones(1, 2)))
         True
     """
 

@@ -22,8 +22,8 @@ class DeepBoltzmannMachine(LayeredEnergy):
 
     .. math::
 
-        E(v, h_1, \ldots, h_L) = -b_0 \cdot v - \sum_l b_l \cdot h_l - v^\top W_1 h_1 - \sum_l
-        h_l^\top W_{l+1} h_{l+1}
+        E(v, h_1, \ldots, h_L)
+        = -b_0 \cdot v - \sum_l b_l \cdot h_l - v^\top W_1 h_1 - \sum_l h_l^\top W_{l+1} h_{l+1}
 
     A middle layer feels both of its neighbours: :math:`p(h_1 \mid v, h_2) = \sigma(b_1 + W_1^\top v
     + W_2 h_2)`. Gaussian visible units have the energy of :class:`pyroebm.energies.GaussianRBM` in
@@ -41,7 +41,7 @@ class DeepBoltzmannMachine(LayeredEnergy):
 
     Raises:
         ValueError: if there are fewer than three layers, a size is below 1, ``visible`` is neither,
-        or a parameter does not fit.
+            or a parameter does not fit.
 
     Example:
         >>> machine = DeepBoltzmannMachine([4, 3, 2])

@@ -204,7 +204,7 @@ class FeatureLatentJoint(Energy):
 
         Raises:
             ValueError: for ``visible``, whose conditional has no closed form, and for what is no
-            block.
+                block.
         """
         if block == "visible":
             raise ValueError(

@@ -47,7 +47,7 @@ class Lattice(Energy):
 
     Raises:
         ValueError: if ``shape`` has not one or two sides, a side is too short, or a number is not
-        finite.
+            finite.
 
     Example:
         >>> isinstance(Ising((3, 3)), Lattice)
@@ -198,7 +198,7 @@ class Ising(Lattice):
 
     Raises:
         ValueError: if ``shape`` has not one or two sides, a side is too short, or a number is not
-        finite.
+            finite.
 
     Example:
         >>> e = Ising((3, 3), coupling=0.2)
@@ -242,7 +242,7 @@ class Potts(Lattice):
 
     Raises:
         ValueError: if ``shape`` has not one or two sides, a side or q is too small, or a number is
-        not finite.
+            not finite.
 
     Example:
         >>> e = Potts((3,), num_colours=3, coupling=0.0)

@@ -29,8 +29,8 @@ class Layers(NamedTuple):
 
     .. math::
 
-        E(x) = C + \tfrac12 \sum_i \Lambda_i x_{0i}^2 - \sum_l b_l \cdot x_l - \sum_l x_l^\top W_l\,
-        x_{l+1}
+        E(x) = C + \tfrac12 \sum_i \Lambda_i x_{0i}^2 - \sum_l b_l \cdot x_l
+        - \sum_l x_l^\top W_l\, x_{l+1}
 
     linear in all its parameters. Units are bits, those of layer 0 real numbers where there is a
     precision (Welling, Rosen-Zvi and Hinton, "Exponential Family Harmoniums", 2005).

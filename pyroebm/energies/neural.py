@@ -113,7 +113,7 @@ class NeuralEnergy(Energy):
 
         Raises:
             ValueError: if there is no envelope, ``factor`` is not positive, or the data do not fit
-            or do not vary.
+                or do not vary.
         """
         if self.scale is None:
             raise ValueError("fit_envelope needs an envelope: give scale when the energy is made")

@@ -23,8 +23,8 @@ class ProductOfExpertsEnergy(Energy):
 
     .. math::
 
-        E(x) = \frac{|x|^2}{\sigma^2} - b^\top x - \sum_i \log\bigl(1 + e^{w_i^\top f(x) +
-        c_i}\bigr)
+        E(x)
+        = \frac{|x|^2}{\sigma^2} - b^\top x - \sum_i \log\bigl(1 + e^{w_i^\top f(x) + c_i}\bigr)
 
     An expert is a hidden bit summed out: :math:`e^{-E}` is a normal law times :math:`\prod_i (1 +
     e^{w_i^\top f(x) + c_i})`, so that :math:`Z < \infty` where f grows no faster than :math:`|x|`.

@@ -72,8 +72,8 @@ class BernoulliRBM(RBM):
 
     .. math::
 
-        E(v, h) = -v^\top W h - b \cdot v - c \cdot h, \qquad F(v) = -b \cdot v - \sum_j \log(1 +
-        e^{c_j + (v^\top W)_j})
+        E(v, h) = -v^\top W h - b \cdot v - c \cdot h, \qquad
+        F(v) = -b \cdot v - \sum_j \log(1 + e^{c_j + (v^\top W)_j})
 
     As an energy it is F, over visible units; :meth:`joint` is E. With few units in one layer, log
     Z, likelihoods and draws are exact.
@@ -143,8 +143,8 @@ class GaussianRBM(RBM):
 
     .. math::
 
-        E(v, h) = \sum_i \frac{(v_i - b_i)^2}{2 \sigma_i^2} - \sum_{ij} \frac{v_i}{s_i} W_{ij} h_j -
-        c \cdot h
+        E(v, h) = \sum_i \frac{(v_i - b_i)^2}{2 \sigma_i^2} - \sum_{ij} \frac{v_i}{s_i} W_{ij} h_j
+        - c \cdot h
 
     with :math:`s = \sigma` in the convention ``"hinton"`` (Hinton and Salakhutdinov, 2006) and
     :math:`s = \sigma^2` in that of ``"cho"`` (Cho, Ilin and Raiko, 2011): :math:`v_i | h` is normal
@@ -165,7 +165,7 @@ class GaussianRBM(RBM):
 
     Raises:
         ValueError: if a size is below 1, the convention is neither, or a parameter has another
-        shape or is not finite.
+            shape or is not finite.
 
     Example:
         >>> rbm = GaussianRBM(2, 1, weight=torch.tensor([[2.0], [0.0]]))

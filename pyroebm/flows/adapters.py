@@ -31,7 +31,7 @@ class ZukoTransform(Bijection):
 
     Raises:
         ValueError: if ``dim`` < 1; when called, if the last dimension is not ``dim`` or the image
-        is of another shape or dtype.
+            is of another shape or dtype.
 
     Example:
         >>> import zuko, pyro.distributions as dist

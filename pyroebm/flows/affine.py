@@ -79,8 +79,8 @@ class AffineCoupling(Bijection):
 
     .. math::
 
-        x_a = z_a, \qquad x_b = e^{r(z_a)} z_b + m(z_a), \qquad \log|\det \partial x/\partial z| =
-        \sum_i r_i(z_a).
+        x_a = z_a, \qquad x_b = e^{r(z_a)} z_b + m(z_a), \qquad
+        \log|\det \partial x/\partial z| = \sum_i r_i(z_a).
 
     The log-scale is clamped softly, :math:`r = c \tanh(s / c)` or :math:`r = \tfrac{2c}{\pi}
     \arctan(s / c)` (Ardizzone et al., "Analyzing inverse problems with invertible neural networks",

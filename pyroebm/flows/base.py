@@ -200,8 +200,8 @@ class StudentBase(Base):
 
     .. math::
 
-        z_i = \epsilon_i \big/ \sqrt{\chi^2_{\nu_i} / \nu_i}, \qquad \nu_i = b +
-        \mathrm{softplus}(r_i)
+        z_i = \epsilon_i \big/ \sqrt{\chi^2_{\nu_i} / \nu_i}, \qquad
+        \nu_i = b + \mathrm{softplus}(r_i)
 
     The gradient in :math:`\nu` is torch's implicit one of the gamma distribution. Tails that a
     smooth flow leaves as they are must be right in the base (Jaini, Kobyzev, Yu and Brubaker,

@@ -35,8 +35,8 @@ class PairField(Bijection):
 
     .. math::
 
-        \nabla_u \cdot \dot u = (n - 1)\, k\, a + \frac2n \sum_{i<j} \Bigl(k\, \phi + |r_{ij}|\,
-        \frac{\partial \phi}{\partial |r_{ij}|}\Bigr)
+        \nabla_u \cdot \dot u = (n - 1)\, k\, a + \frac2n \sum_{i<j}
+        \Bigl(k\, \phi + |r_{ij}|\, \frac{\partial \phi}{\partial |r_{ij}|}\Bigr)
 
     Runge and Kutta's rule of fourth order integrates both; the inverse takes the steps back. Its
     error falls with the fourth power of the number of steps, up to the kinks in the splines' third

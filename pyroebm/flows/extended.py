@@ -28,7 +28,7 @@ class Extended(Energy):
 
     Raises:
         ValueError: if the energy's event has not d entries, or if its support is not all of
-        :math:`R^d`.
+            :math:`R^d`.
 
     Example:
         >>> from pyroebm.targets import DoubleWell

@@ -246,8 +246,8 @@ class Flow(Saved):
 
         .. math::
 
-            \log \frac1K \sum_k \frac{q(x, y_k)}{N(y_k \mid M(x), \Sigma(x))}, \qquad y_k \sim
-            N(M(x), \Sigma(x)).
+            \log \frac1K \sum_k \frac{q(x, y_k)}{N(y_k \mid M(x), \Sigma(x))}, \qquad
+            y_k \sim N(M(x), \Sigma(x)).
 
         Args:
             x: shape ``(*batch, d)``.
@@ -260,7 +260,8 @@ class Flow(Saved):
 
         Raises:
             ValueError: if a shape, dtype or number is wrong, if ``method`` is unknown, or a grid is
-            asked for where D - d > 1. ArithmeticError: if the quadrature does not settle.
+                asked for where D - d > 1.
+            ArithmeticError: if the quadrature does not settle.
         """
         self._check(x, "x", self.dim)
         if method not in ("auto", "grid", "bound"):

@@ -112,7 +112,7 @@ def multiplication_table(elements: Tensor) -> Tensor:
 
     Raises:
         ValueError: if the elements are not the whole of a group: no identity, one twice, or a
-        product that is not among them.
+            product that is not among them.
 
     Example:
         >>> multiplication_table(sign_flips(1))

@@ -134,7 +134,7 @@ def importance_sample(
     Raises:
         ValueError: if ``n`` or ``batch_size`` < 1, or if shapes, dtypes or devices do not fit.
         FloatingPointError: if a log weight is NaN or +inf (with their numbers), or if every weight
-        is 0.
+            is 0.
 
     Example:
         >>> import pyro.distributions as dist

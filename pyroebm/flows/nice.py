@@ -141,7 +141,7 @@ class RedundantNICE(Flow):
 
         Raises:
             NotImplementedError: for D > d, where x is a marginal of the flow and only the joint has
-            a closed form.
+                a closed form.
         """
         if self.total_dim > self.dim:
             raise NotImplementedError(

@@ -149,10 +149,8 @@ def judge_flow(
         >>> from pyroebm.targets import DoubleWell
         >>> flow = NICE(1)
         >>> with torch.no_grad():  # the best normal law within the left well
-        ...     _ = (
-        ...         flow.linear.log_diagonal.fill_(math.log(0.245)),
-        ...         flow.transform.parts[-1].offset.fill_(-1.413),
-        ...     )
+        ...     _ = flow.linear.log_diagonal.fill_(math.log(0.245))
+        ...     _ = flow.transform.parts[-1].offset.fill_(-1.413)
         >>> report = judge_flow(flow, DoubleWell(), n=1000)
         >>> report.weighted.ess_fraction > 0.8, report.missing, report.forward_ess < 0.01
         (True, (1,), True)

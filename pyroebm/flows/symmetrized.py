@@ -134,8 +134,8 @@ class Symmetrized(Flow):
 
         .. math::
 
-            \sum_g \pi_g \big(U(g x_0) - \log N(y_0 \mid M(g x_0), \Sigma(g x_0)) + \log q(g x_0,
-            y_0)\big)
+            \sum_g \pi_g
+            \big(U(g x_0) - \log N(y_0 \mid M(g x_0), \Sigma(g x_0)) + \log q(g x_0, y_0)\big)
 
         Its mean over z is that of the same bracket over draws; its noise is smaller, and its
         gradient reaches :math:`\pi`.

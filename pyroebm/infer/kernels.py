@@ -124,7 +124,7 @@ class NUTS(Settings):
 
     Raises:
         ValueError: unless exactly one of ``model`` and ``potential_fn`` is given; if a setting is
-        out of its range.
+            out of its range.
 
     Example:
         >>> import pyro.distributions as dist
@@ -182,10 +182,10 @@ class HMC(Settings):
     Args:
         trajectory_length: length of a trajectory; None is :math:`2 \pi`.
         num_steps: leapfrog steps of a trajectory; goes before ``trajectory_length``.
-        min_stepsize, max_stepsize: ignored. model, potential_fn, step_size, adapt_step_size,
-        adapt_mass_matrix, full_mass, transforms, max_plate_nesting,
-            jit_compile, jit_options, ignore_jit_warnings, target_accept_prob, init_strategy: as for
-                :class:`NUTS`.
+        min_stepsize, max_stepsize: ignored.
+        model, potential_fn, step_size, adapt_step_size, adapt_mass_matrix, full_mass, transforms,
+            max_plate_nesting, jit_compile, jit_options, ignore_jit_warnings, target_accept_prob,
+            init_strategy: as for :class:`NUTS`.
 
     Raises:
         ValueError: as :class:`NUTS`.

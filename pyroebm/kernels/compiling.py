@@ -35,8 +35,9 @@ class CompiledKernel(Kernel[S]):
             ``MCMC(compile="auto")``. None compiles in any case.
 
     Raises:
-        ValueError: if ``kernel`` is none, or ``planned_steps`` < 1. RuntimeError: at the first
-        step, if ``planned_steps`` is None and the energy cannot be compiled; else it warns.
+        ValueError: if ``kernel`` is none, or ``planned_steps`` < 1.
+        RuntimeError: at the first step, if ``planned_steps`` is None and the energy cannot be
+            compiled; else it warns.
 
     Example:
         >>> from pyroebm.kernels import ULA

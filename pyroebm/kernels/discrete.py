@@ -52,8 +52,8 @@ class GibbsWithGradients(RelaxedKernel):
 
     .. math::
 
-        q(i, v \mid x) \propto \exp\bigl(-\tfrac12 \nabla E(x)_i \cdot (v - x_i)\bigr), \qquad v \ne
-        x_i
+        q(i, v \mid x) \propto \exp\bigl(-\tfrac12 \nabla E(x)_i \cdot (v - x_i)\bigr), \qquad
+        v \ne x_i
 
     the locally balanced proposal of Zanella (2020), and is accepted by the Metropolis-Hastings
     ratio, with the reverse proposal from the gradient at the new state. A step costs one gradient,
@@ -98,8 +98,8 @@ class DULA(RelaxedKernel):
 
     .. math::
 
-        q_i(v \mid x) \propto \exp\Bigl(-\tfrac12 \nabla E(x)_i \cdot (v - x_i) - \frac{|v -
-        x_i|^2}{2 \epsilon^2}\Bigr)
+        q_i(v \mid x) \propto
+        \exp\Bigl(-\tfrac12 \nabla E(x)_i \cdot (v - x_i) - \frac{|v - x_i|^2}{2 \epsilon^2}\Bigr)
 
     This is the Langevin proposal of step :math:`\epsilon`, a normal law, restricted to the support;
     the paper's :math:`\alpha` is :math:`\epsilon^2`. The energy must accept real numbers

@@ -104,9 +104,8 @@ class ChEESAdaptation:
     .. math::
 
         \operatorname{ChEES}(T) = \tfrac14 E\bigl[(|x' - \bar x'|^2 - |x - \bar x|^2)^2\bigr],
-        \qquad
-        \frac{\partial}{\partial \log T} = E\bigl[t\, (|x' - \bar x'|^2 - |x - \bar x|^2)\, (x' -
-        \bar x') \cdot v'\bigr]
+        \qquad \frac{\partial}{\partial \log T}
+        = E\bigl[t\, (|x' - \bar x'|^2 - |x - \bar x|^2)\, (x' - \bar x') \cdot v'\bigr]
 
     with :math:`x'` the end of a trajectory of time t, :math:`v'` its velocity there, and every
     chain weighted by its acceptance probability. Coordinates are measured in standard deviations.

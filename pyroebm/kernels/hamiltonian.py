@@ -75,9 +75,8 @@ def leapfrog(
 
     .. math::
 
-        p \leftarrow p - \tfrac{\epsilon}{2} A^\top \nabla E(q), \quad q \leftarrow q + \epsilon A
-        p, \quad
-        p \leftarrow p - \tfrac{\epsilon}{2} A^\top \nabla E(q)
+        p \leftarrow p - \tfrac{\epsilon}{2} A^\top \nabla E(q), \quad
+        q \leftarrow q + \epsilon A p, \quad p \leftarrow p - \tfrac{\epsilon}{2} A^\top \nabla E(q)
 
     Args:
         energy: the energy of the positions.

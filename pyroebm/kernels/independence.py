@@ -60,8 +60,8 @@ class IndependenceMetropolis(Kernel[IndependenceState]):
 
     .. math::
 
-        x' \sim q, \qquad \text{accepted with } \min\Big(1, \frac{e^{-E(x')} q(x)}{e^{-E(x)}
-        q(x')}\Big)
+        x' \sim q, \qquad
+        \text{accepted with } \min\Big(1, \frac{e^{-E(x')} q(x)}{e^{-E(x)} q(x')}\Big)
 
     With a flow fitted to the energy as q, chains jump between modes. Where q has lighter tails than
     the target a chain may wait very long there: look at the longest stretch without a move, or take

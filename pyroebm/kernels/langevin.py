@@ -35,8 +35,8 @@ class ULA(GradientKernel):
 
     .. math::
 
-        x' = x - \frac{\epsilon^2}{2} M^{-1} \nabla E(x) + \epsilon \sqrt{T M^{-1}}\, n, \qquad n
-        \sim N(0, I)
+        x' = x - \frac{\epsilon^2}{2} M^{-1} \nabla E(x) + \epsilon \sqrt{T M^{-1}}\, n, \qquad
+        n \sim N(0, I)
 
     On N(0, 1) with T = 1 it leaves the variance :math:`1 / (1 - \epsilon^2 / 4)` and not 1. A
     proposal with a non-finite energy or gradient is refused and counted as diverging; every other

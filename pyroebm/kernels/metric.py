@@ -100,9 +100,8 @@ class LowRank(NamedTuple):
         values: variances :math:`\lambda > 0` along them after scaling, shape ``(rank,)``.
 
     Example:
-        >>> LowRank(torch.ones(2), torch.tensor([[1.0], [0.0]]), torch.tensor([9.0])).apply(
-        ...     torch.ones(1, 2)
-        ... )
+        >>> metric = LowRank(torch.ones(2), torch.tensor([[1.0], [0.0]]), torch.tensor([9.0]))
+        >>> metric.apply(torch.ones(1, 2))
         tensor([[3., 1.]])
     """
 

@@ -42,8 +42,7 @@ def turn(u: Tensor, force: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
     .. math::
 
         u' = \frac{u + e (\sinh \delta + c (\cosh \delta - 1))}{\cosh \delta + c \sinh \delta},
-        \qquad
-        \Delta K = (d - 1) \log(\cosh \delta + c \sinh \delta)
+        \qquad \Delta K = (d - 1) \log(\cosh \delta + c \sinh \delta)
 
     The map shrinks areas of the sphere by :math:`e^{-\Delta K}`, so :math:`E + K` takes the place
     of the Hamiltonian.
@@ -143,7 +142,7 @@ class MCLMC(MomentumKernel):
 
     Raises:
         ValueError: if a setting is not positive and finite; at the start, if events have fewer than
-        2 entries.
+            2 entries.
 
     Example:
         >>> from pyroebm.targets import Gaussian
@@ -318,7 +317,7 @@ class AdjustedMCLMC(GradientKernel):
 
     Raises:
         ValueError: if a setting is not positive and finite; at the start, if events have fewer than
-        2 entries.
+            2 entries.
 
     Example:
         >>> from pyroebm.targets import Gaussian

@@ -48,9 +48,8 @@ class StochasticGradientLangevin(ContinuousKernel[CountedState]):
 
     .. math::
 
-        x' = x - \frac{\epsilon_t^2}{2} M^{-1} \nabla \hat E_t(x) + \epsilon_t A n, \qquad n \sim
-        N(0, I), \qquad
-        \epsilon_t^2 = \epsilon^2 (1 + t / b)^{-\gamma}
+        x' = x - \frac{\epsilon_t^2}{2} M^{-1} \nabla \hat E_t(x) + \epsilon_t A n, \qquad
+        n \sim N(0, I), \qquad \epsilon_t^2 = \epsilon^2 (1 + t / b)^{-\gamma}
 
     :math:`\hat E_t` is :meth:`pyroebm.MinibatchEnergy.subsample`, fresh in each step and common to
     all chains: chains are independent given the minibatches alone. The noise of the gradient adds

@@ -179,8 +179,8 @@ class MetropolisUnderdamped(_Underdamped):
 
     .. math::
 
-        p \leftarrow e^{-\gamma \epsilon} p + \sqrt{1 - e^{-2 \gamma \epsilon}}\, n, \qquad n \sim
-        N(0, I),
+        p \leftarrow e^{-\gamma \epsilon} p + \sqrt{1 - e^{-2 \gamma \epsilon}}\, n, \qquad
+        n \sim N(0, I),
 
     then one leapfrog step, accepted with :math:`\min(1, e^{H_0 - H_1})`. On rejection the momentum
     is turned round: without that the target would not be left unchanged. Each rejection undoes the

@@ -266,7 +266,7 @@ class MCMC(AbstractMCMC):
 
         Raises:
             ValueError: if there is no run to go on from, or if that in the folder is of other
-            settings or of another energy.
+                settings or of another energy.
         """
         if (energy is None) != (store is None):
             raise ValueError(
@@ -314,7 +314,7 @@ class MCMC(AbstractMCMC):
 
         Raises:
             ValueError: if the state is of other settings (kernel, chains, thinning), or of another
-            energy.
+                energy.
         """
         self._load(state, self._bound(energy), None)
 

@@ -42,7 +42,7 @@ def convolutions(
 
     Raises:
         ValueError: if ``event_shape`` has not three sizes, ``channels`` is empty or not positive,
-        or ``activation`` is unknown.
+            or ``activation`` is unknown.
 
     Example:
         >>> convolutions((1, 8, 8), 10, (4, 8))(torch.ones(5, 1, 8, 8)).shape

@@ -55,8 +55,8 @@ class Adversarial(Objective):
 
     .. math::
 
-        \log Z \ge E_q[-E] + H(q), \qquad \max_\theta \min_q \; E_q[E_\theta] - H(q) -
-        E_{data}[E_\theta]
+        \log Z \ge E_q[-E] + H(q), \qquad
+        \max_\theta \min_q \; E_q[E_\theta] - H(q) - E_{data}[E_\theta]
 
     The inner minimum, at q = p, is the mean log-likelihood; for any fixed q the value is an *upper*
     bound of it, by :math:`KL(q \| p)`. A subclass says in :meth:`negative` what q is. The two

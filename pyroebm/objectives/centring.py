@@ -76,7 +76,7 @@ class Centring(nn.Module):
 
         Raises:
             ValueError: if the energy has no layers, or its parameters are others than their weights
-            and biases.
+                and biases.
         """
         layers = _trained_layers(energy)
         self._move(layers, batch, facts)
@@ -134,7 +134,7 @@ class Sparsity(nn.Module):
 
     Raises:
         ValueError: if ``target`` is outside (0, 1), ``cost`` is negative, or the energy is no
-        machine of layers.
+            machine of layers.
 
     Example:
         >>> from pyroebm.energies import BernoulliRBM
@@ -158,9 +158,8 @@ class Sparsity(nn.Module):
         layers = energy.layers()
         x = mean_field(layers, visible(layers, batch, type(energy).__name__))
         hidden: list[Tensor | None] = [None] * len(x)
-        for side, beside in zip(
-            reversed(layers.sides()), (x, hidden), strict=True
-        ):  # the odd from the even, then these from them
+        # the odd from the even, then these from them
+        for side, beside in zip(reversed(layers.sides()), (x, hidden), strict=True):
             for layer in side:
                 hidden[layer] = layers.mean(layer, layers.field(layer, beside)) if layer else None
         gaps = [self.target - mean.mean(0) for mean in hidden if mean is not None]

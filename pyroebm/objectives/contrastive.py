@@ -87,9 +87,8 @@ class ContrastiveDivergence(Objective):
         ...     rbm, data, generator=torch.Generator().manual_seed(0)
         ... )
         >>> loss.backward()
-        >>> bool(
-        ...     (rbm.visible_bias.grad <= 0).all()
-        ... )  # descent raises the biases of units that are always on
+        >>> # descent raises the biases of units that are always on
+        >>> bool((rbm.visible_bias.grad <= 0).all())
         True
     """
 

@@ -23,8 +23,8 @@ class DenoisingScoreMatching(Objective):
 
     .. math::
 
-        L = \frac1n \sum_i \Big[ \tfrac12 |\nabla E(\tilde x_i)|^2 - \frac{z_i^T \nabla E(\tilde
-        x_i)}{\sigma} \Big],
+        L = \frac1n \sum_i
+        \Big[ \tfrac12 |\nabla E(\tilde x_i)|^2 - \frac{z_i^T \nabla E(\tilde x_i)}{\sigma} \Big],
         \qquad \tilde x_i = x_i + \sigma z_i, \quad z_i \sim N(0, I)
 
     This is Vincent's :math:`\tfrac12 |\nabla E(\tilde x) - z / \sigma|^2` without :math:`|z|^2 / 2
@@ -43,8 +43,8 @@ class DenoisingScoreMatching(Objective):
 
     .. math::
 
-        \frac{z^T \big(\nabla E(\tilde x) - \nabla E(x)\big)}{\sigma} = z^T \nabla^2 E(x) \, z +
-        O(\sigma)
+        \frac{z^T \big(\nabla E(\tilde x) - \nabla E(x)\big)}{\sigma}
+        = z^T \nabla^2 E(x) \, z + O(\sigma)
 
     so that L tends to sliced score matching, at a second gradient for each row. It pays where
     :math:`\sigma` is small beside the details of E; where it is large :math:`\nabla E(x)` has
@@ -58,17 +58,14 @@ class DenoisingScoreMatching(Objective):
 
     Raises:
         ValueError: if a :math:`\sigma` or weight is not positive and finite, their numbers differ,
-        or the support is not real.
+            or the support is not real.
 
     Example:
         >>> from pyroebm.targets import Gaussian
-        >>> noise, x = (
-        ...     torch.Generator().manual_seed(0),
-        ...     torch.randn(100_000, generator=torch.Generator().manual_seed(1)),
-        ... )
-        >>> loss, facts = DenoisingScoreMatching(0.5, control_variate=True)(
-        ...     Gaussian(0.0), x, generator=noise
-        ... )
+        >>> noise = torch.Generator().manual_seed(0)
+        >>> x = torch.randn(100_000, generator=torch.Generator().manual_seed(1))
+        >>> objective = DenoisingScoreMatching(0.5, control_variate=True)
+        >>> loss, facts = objective(Gaussian(0.0), x, generator=noise)
         >>> round(float(loss.detach()), 2)  # (1 + 0.25) / 2 - 1
         -0.38
     """

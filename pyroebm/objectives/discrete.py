@@ -36,7 +36,7 @@ class SiteObjective(Objective):
 
     Raises:
         ValueError: if the support is not discrete, a row is not in it, or ``sites`` is not from 1
-        to the number of sites.
+            to the number of sites.
 
     Example:
         >>> from pyroebm.energies import Ising

@@ -51,7 +51,7 @@ class ImprovedCD(PersistentCD):
 
     Raises:
         ValueError: if a number is out of range, ``kernel`` has a metric or is another, or the
-        energy is not over real numbers.
+            energy is not over real numbers.
 
     Example:
         >>> from pyroebm.energies import MLPEnergy

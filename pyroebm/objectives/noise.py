@@ -86,7 +86,7 @@ class Noise:
 
         Raises:
             ValueError: if the noise has not the event shape, dtype or device of the energy, or
-            leaves its support.
+                leaves its support.
         """
         self._check(energy)
         with torch.no_grad():
@@ -108,7 +108,7 @@ class Noise:
 
         Raises:
             ValueError: if data or noise do not fit the energy, or the noise has no mass where a row
-            of data is.
+                of data is.
         """
         self.check(energy, x)
         with torch.no_grad():
@@ -183,7 +183,7 @@ def gaussian_noise(data: Tensor, scale: float = 1.0) -> Distribution:
 
     Raises:
         ValueError: if there are fewer than two rows, ``scale`` is not positive, or the data do not
-        vary in every direction.
+            vary in every direction.
 
     Example:
         >>> noise = gaussian_noise(

@@ -50,7 +50,7 @@ class NoiseContrastive(Objective):
 
     Raises:
         ValueError: if ``nu`` is not positive, the noise does not fit the energy, or it has no mass
-        where there are data.
+            where there are data.
 
     Example:
         >>> import pyro.distributions as dist
@@ -127,7 +127,7 @@ class RankingNCE(Objective):
 
     Raises:
         ValueError: if ``num_negatives`` < 1, the noise does not fit the energy, or it has no mass
-        where there are data.
+            where there are data.
 
     Example:
         >>> import pyro.distributions as dist
@@ -200,7 +200,7 @@ class ConditionalNCE(Objective):
 
     Raises:
         ValueError: if ``noise_scale`` is not positive or does not fit, ``num_negatives`` < 1, or
-        the support is not real.
+            the support is not real.
 
     Example:
         >>> from pyroebm.targets import Gaussian

@@ -85,7 +85,7 @@ class PersistentCD(Objective):
 
     Raises:
         ValueError: if a number is out of range, ``betas`` do not fall from 1 or do not apply, or a
-        batch does not fit the energy.
+            batch does not fit the energy.
 
     Example:
         >>> from pyroebm.energies import BernoulliRBM

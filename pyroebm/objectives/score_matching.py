@@ -46,7 +46,7 @@ class ScoreMatching(Objective):
 
     Raises:
         ValueError: if ``noise`` is negative or not finite, the support is not real, or the energy
-        has no second derivative.
+            has no second derivative.
 
     Example:
         >>> from pyroebm.targets import Gaussian
@@ -83,9 +83,8 @@ class NonNegativeScoreMatching(Objective):
 
     .. math::
 
-        L = \frac1n \sum_i \sum_j \Big[ \tfrac12 (x_{ij} \, \partial_j E)^2 - 2 x_{ij} \, \partial_j
-        E
-        - x_{ij}^2 \, \partial_j^2 E \Big]
+        L = \frac1n \sum_i \sum_j \Big[ \tfrac12 (x_{ij} \, \partial_j E)^2
+        - 2 x_{ij} \, \partial_j E - x_{ij}^2 \, \partial_j^2 E \Big]
 
     which is :math:`\tfrac12 E |x \odot (\nabla \log p_{data} - \nabla \log p)|^2` up to what
     depends on the data alone. The weight x makes the terms at the edge vanish, where plain score
@@ -94,7 +93,7 @@ class NonNegativeScoreMatching(Objective):
 
     Raises:
         ValueError: if the support is neither positive nor nonnegative, or an entry of the batch is
-        negative.
+            negative.
 
     Example:
         >>> from pyroebm.targets import Exponential

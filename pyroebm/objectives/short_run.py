@@ -33,8 +33,8 @@ class ShortRun(Objective):
 
     .. math::
 
-        L = \frac1n \sum_i E(x_i) - \frac1m \sum_j E(\tilde x_j), \qquad \tilde x_j = K^k(x_0),
-        \quad x_0 \sim p_0
+        L = \frac1n \sum_i E(x_i) - \frac1m \sum_j E(\tilde x_j), \qquad
+        \tilde x_j = K^k(x_0), \quad x_0 \sim p_0
 
     with :math:`\tilde x_j` held fixed. Chains so short have not converged: what learns the law of
     the data is the *sampler*, k steps from :math:`p_0`, which :meth:`sample` draws from; the energy
@@ -52,14 +52,12 @@ class ShortRun(Objective):
 
     Raises:
         ValueError: if a number is out of range, ``kernel`` is no kernel, or states do not fit the
-        energy.
+            energy.
 
     Example:
         >>> from pyroebm.energies import MLPEnergy
-        >>> energy, objective = (
-        ...     MLPEnergy((2,), (8,)),
-        ...     ShortRun(k=10, kernel=langevin(drift=0.01, noise=0.01)),
-        ... )
+        >>> energy = MLPEnergy((2,), (8,))
+        >>> objective = ShortRun(k=10, kernel=langevin(drift=0.01, noise=0.01))
         >>> loss, facts = objective(energy, torch.randn(5, 2))
         >>> round(float(facts["temperature"]), 6)
         0.005

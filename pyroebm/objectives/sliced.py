@@ -29,9 +29,8 @@ class SlicedScoreMatching(Objective):
 
     .. math::
 
-        L = \frac{1}{nM} \sum_{i,m} \Big[ \tfrac12 (v_{im}^T \nabla E(x_i))^2 - v_{im}^T \nabla^2
-        E(x_i) \, v_{im} \Big],
-        \qquad E[v v^T] = I
+        L = \frac{1}{nM} \sum_{i,m} \Big[ \tfrac12 (v_{im}^T \nabla E(x_i))^2
+        - v_{im}^T \nabla^2 E(x_i) \, v_{im} \Big], \qquad E[v v^T] = I
 
     Its mean over v is :class:`ScoreMatching`'s loss, at M Hessian-vector products in place of d.
     With ``variance_reduced`` the first term is its mean :math:`\tfrac12 |\nabla E|^2`, which for
@@ -45,8 +44,8 @@ class SlicedScoreMatching(Objective):
 
     .. math::
 
-        v^T \nabla^2 E \, v \approx \frac{E(x + \epsilon v) + E(x - \epsilon v) - 2
-        E(x)}{\epsilon^2}, \qquad
+        v^T \nabla^2 E \, v
+        \approx \frac{E(x + \epsilon v) + E(x - \epsilon v) - 2 E(x)}{\epsilon^2}, \qquad
         v^T \nabla E \approx \frac{E(x + \epsilon v) - E(x - \epsilon v)}{2 \epsilon}
 
     Without ``variance_reduced`` it then takes no derivative in x at all. Rounding adds an error of

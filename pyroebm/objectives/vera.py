@@ -50,10 +50,9 @@ def latent_score(
 
     .. math::
 
-        \nabla_x \log q(x) = E_{q(z \mid x)}\Bigl[\frac{g(z) - x}{s^2}\Bigr] \approx \sum_k w_k
-        \frac{g(z_k) - x}{s^2},
-        \qquad z_k \sim N(z_0, \eta^2 I), \qquad w_k \propto \frac{N(x \mid g(z_k), s^2 I)\,
-        N(z_k)}{N(z_k \mid z_0, \eta^2 I)}
+        \nabla_x \log q(x) = E_{q(z \mid x)}\Bigl[\frac{g(z) - x}{s^2}\Bigr]
+        \approx \sum_k w_k \frac{g(z_k) - x}{s^2}, \qquad z_k \sim N(z_0, \eta^2 I), \qquad
+        w_k \propto \frac{N(x \mid g(z_k), s^2 I)\, N(z_k)}{N(z_k \mid z_0, \eta^2 I)}
 
     with :math:`z_0` the latents that x was made of, themselves a draw of :math:`q(z \mid x)`
     (Grathwohl et al., "No MCMC for me", 2021). Its bias and its variance fall as 1 / K. Row i
@@ -114,8 +113,8 @@ class VERA(Adversarial):
 
     .. math::
 
-        \nabla_\phi H(q_\phi) = -E_{z, \varepsilon}\bigl[\nabla_x \log q(x)^\top\, \partial x /
-        \partial \phi\bigr],
+        \nabla_\phi H(q_\phi)
+        = -E_{z, \varepsilon}\bigl[\nabla_x \log q(x)^\top\, \partial x / \partial \phi\bigr],
         \qquad x = g_\phi(z) + s_\phi\, \varepsilon
 
     with :func:`latent_score` for the score. The width :math:`\eta` is trained, as loss
@@ -133,7 +132,7 @@ class VERA(Adversarial):
 
     Raises:
         ValueError: as :class:`Adversarial` and :func:`latent_score`, and if the generator does not
-        fit the energy.
+            fit the energy.
 
     Example:
         >>> from pyroebm.nn import MLPGenerator

@@ -45,9 +45,8 @@ def ais(
 
     .. math::
 
-        \hat Z = \frac{Z_0}{n} \sum_{i=1}^n \prod_{k=0}^{K-1} e^{E_{\beta_k}(x_k^i) -
-        E_{\beta_{k+1}}(x_k^i)}, \qquad
-        E_\beta = (1 - \beta) E_0 + \beta E
+        \hat Z = \frac{Z_0}{n} \sum_{i=1}^n \prod_{k=0}^{K-1}
+        e^{E_{\beta_k}(x_k^i) - E_{\beta_{k+1}}(x_k^i)}, \qquad E_\beta = (1 - \beta) E_0 + \beta E
 
     with :math:`x_0` drawn from the base, and :math:`x_k` by a move that leaves
     :math:`e^{-E_{\beta_k}}` unchanged. Z is unbiased, and so its logarithm is low on average: a
@@ -122,8 +121,8 @@ def reverse_ais(
 
     .. math::
 
-        \log \hat Z = \log Z_0 - \log \frac1n \sum_{i=1}^n \prod_{k=K}^{1} e^{E_{\beta_k}(x_k^i) -
-        E_{\beta_{k-1}}(x_k^i)}
+        \log \hat Z = \log Z_0
+        - \log \frac1n \sum_{i=1}^n \prod_{k=K}^{1} e^{E_{\beta_k}(x_k^i) - E_{\beta_{k-1}}(x_k^i)}
 
     With :math:`x_K` drawn exactly from the energy the mean weight is unbiased for :math:`Z_0 / Z`,
     so :math:`\log \hat Z` is high on average. States of a Markov chain give no bound: where the

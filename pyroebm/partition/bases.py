@@ -190,9 +190,8 @@ def base_rates(
 
     Example:
         >>> from pyroebm.energies import BernoulliRBM
-        >>> base_rates(BernoulliRBM(2, 3), torch.tensor([[1.0, 0.0], [1.0, 1.0]])).biases[
-        ...     0
-        ... ]  # log 3 and log 1
+        >>> base = base_rates(BernoulliRBM(2, 3), torch.tensor([[1.0, 0.0], [1.0, 1.0]]))
+        >>> base.biases[0]  # log 3 and log 1
         tensor([1.0986, 0.0000])
     """
     if isinstance(energy, LayeredMachine):

@@ -77,8 +77,7 @@ def bridge(
     .. math::
 
         \frac{Z}{Z_0} = \frac{E_{x \sim p_0}[e^{-E(x)} h(x)]}{E_{x \sim p}[e^{-E_0(x)} h(x)]},
-        \qquad
-        h \propto \frac{1}{n\, e^{-E} / Z + n_0\, e^{-E_0} / Z_0}
+        \qquad h \propto \frac{1}{n\, e^{-E} / Z + n_0\, e^{-E_0} / Z_0}
 
     h contains Z itself; the fixed point of their iteration is found as the root of a monotone
     function. The base should overlap the energy: far from it, go there by :func:`ais`.

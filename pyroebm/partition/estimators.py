@@ -108,9 +108,8 @@ def thermodynamic_integration(
 
     .. math::
 
-        \log \frac{Z}{Z_0} = -\int_0^1 m(\beta)\, d\beta \approx -\sum_k \Bigl[\frac{h_k}{2} (m_k +
-        m_{k+1})
-        + \frac{h_k^2}{12} (v_{k+1} - v_k)\Bigr]
+        \log \frac{Z}{Z_0} = -\int_0^1 m(\beta)\, d\beta
+        \approx -\sum_k \Bigl[\frac{h_k}{2} (m_k + m_{k+1}) + \frac{h_k^2}{12} (v_{k+1} - v_k)\Bigr]
 
     with mean :math:`m_k` and variance :math:`v_k` of :math:`E - E_0` at :math:`\beta_k`, and
     :math:`h_k = \beta_{k+1} - \beta_k`: the trapezium rule with its first correction, since

@@ -43,8 +43,8 @@ class LayeredPath:
 
     .. math::
 
-        \log w_\beta^{\beta'}(y) = \log f_{\beta'}(y) - \log f_\beta(y), \qquad f_\beta(y) = \sum_z
-        e^{-E_\beta(y, z)}
+        \log w_\beta^{\beta'}(y) = \log f_{\beta'}(y) - \log f_\beta(y), \qquad
+        f_\beta(y) = \sum_z e^{-E_\beta(y, z)}
 
     and a move draws z given y, then y given z (Salakhutdinov and Murray, 2008; for three layers
     Salakhutdinov and Hinton, "Deep Boltzmann machines", 2009). Fields are linear in :math:`\beta`
@@ -148,10 +148,8 @@ class LayerGibbs(DiscreteKernel[PointState]):
         >>> from pyroebm.energies import BernoulliRBM
         >>> from pyroebm.partition.bases import base_energy
         >>> joint = BernoulliRBM(3, 2).joint()
-        >>> path, kernel = (
-        ...     Path(joint, torch.tensor([0.0, 1.0]), base_energy(joint, None)),
-        ...     LayerGibbs(),
-        ... )
+        >>> path = Path(joint, torch.tensor([0.0, 1.0]), base_energy(joint, None))
+        >>> kernel = LayerGibbs()
         >>> state, info = kernel.step(path, kernel.init(path, joint.initial(2)))
         >>> state.x.shape, info.n_steps
         (torch.Size([2, 5]), tensor([2, 2]))

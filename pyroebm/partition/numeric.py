@@ -134,8 +134,8 @@ def quadrature(
 
     Raises:
         ValueError: if the energy is discrete or has more dimensions, the bounds do not fit, or no
-        box is found. FloatingPointError: if an energy is NaN or -inf, or the density is 0
-        everywhere.
+            box is found.
+        FloatingPointError: if an energy is NaN or -inf, or the density is 0 everywhere.
 
     Example:
         >>> from pyroebm.targets import DoubleWell
@@ -176,8 +176,9 @@ def expectation(
         rule of :func:`quadrature`: at most the tolerance unless ``max_panels`` were reached.
 
     Raises:
-        ValueError: as :func:`quadrature`, and if f gives another shape. FloatingPointError: as
-        :func:`quadrature`, and if f is NaN or infinite where the density is not 0.
+        ValueError: as :func:`quadrature`, and if f gives another shape.
+        FloatingPointError: as :func:`quadrature`, and if f is NaN or infinite where the density is
+            not 0.
 
     Example:
         >>> from pyroebm.targets import DoubleWell

@@ -185,7 +185,7 @@ class FlowGuide(AutoContinuous):
 
         Raises:
             ValueError: if the model has no fixed density (a plate that subsamples); if its dtype is
-            not the flow's.
+                not the flow's.
         """
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)

@@ -101,7 +101,7 @@ class ModelEnergy(RowwiseEnergy):
 
     Raises:
         ValueError: if the model has no latents, a discrete one, or a plate that subsamples; if its
-        density is random.
+            density is random.
 
     Example:
         >>> import pyro.distributions as dist

@@ -156,7 +156,7 @@ def as_floats(dtype: torch.dtype | None, **values: Any) -> list[Tensor]:
 
     Raises:
         ValueError: naming the argument, if a value is not finite or if ``dtype`` is no
-        floating-point type.
+            floating-point type.
     """
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"dtype must be a floating-point type, got dtype={dtype}")

@@ -243,7 +243,7 @@ class Dirichlet(ExponentialFamily):
 
     Raises:
         ValueError: if ``concentration`` is not positive and finite or has no last dimension of size
-        2 or more.
+            2 or more.
 
     Example:
         >>> e = Dirichlet([1.0, 2.0, 1.0])

@@ -60,9 +60,8 @@ class NoisyCurves(Plane):
         >>> line = NoisyCurves(
         ...     lambda u: torch.stack([4 * u, 0 * u], -1).unsqueeze(0), noise=0.5, nodes=40
         ... )
-        >>> round(
-        ...     float(line(torch.tensor([2.0, 0.0]))), 4
-        ... )  # log 4 of the line, and of N(0, 0.25) at 0
+        >>> value = float(line(torch.tensor([2.0, 0.0])))
+        >>> round(value, 4)  # log 4 of the line, and of N(0, 0.25) at 0
         1.6121
     """
 

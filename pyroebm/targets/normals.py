@@ -248,7 +248,7 @@ class GaussianMixture(_Normals):
 
     Raises:
         ValueError: as :class:`Gaussian`, and if ``weights`` is not positive or not of shape
-        ``(k,)``.
+            ``(k,)``.
 
     Example:
         >>> e = GaussianMixture([[-3.0], [3.0]], scale=0.5, weights=[1.0, 3.0])

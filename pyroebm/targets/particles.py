@@ -150,9 +150,8 @@ class LennardJones(Particles):
 
     Example:
         >>> e = LennardJones("once", particles=2)
-        >>> round(
-        ...     float(e(e.coordinates(torch.tensor([[0.0, 0.0, 0.0], [1.0, 0.0, 0.0]])))), 6
-        ... )  # -1 and two springs of 1/8
+        >>> x = e.coordinates(torch.tensor([[0.0, 0.0, 0.0], [1.0, 0.0, 0.0]]))
+        >>> round(float(e(x)), 6)  # -1 and two springs of 1/8
         -0.75
     """
 

@@ -23,9 +23,8 @@ class Circles(Plane):
 
     .. math::
 
-        p(x) = \frac1K \sum_k \frac1{2 \pi \sigma^2} e^{-(|x| - R_k)^2 / 2 \sigma^2} \tilde I_0(|x|
-        R_k / \sigma^2),
-        \qquad \tilde I_0(t) = e^{-t} I_0(t)
+        p(x) = \frac1K \sum_k \frac1{2 \pi \sigma^2} e^{-(|x| - R_k)^2 / 2 \sigma^2}
+        \tilde I_0(|x| R_k / \sigma^2), \qquad \tilde I_0(t) = e^{-t} I_0(t)
 
     The defaults are the law of scikit-learn's ``make_circles(factor=0.5, noise=0.08)`` times 3
     (Grathwohl et al., 2021).
@@ -154,7 +153,7 @@ class Pinwheel(Plane):
 
     Raises:
         ValueError: if a deviation or ``scale`` is not positive, ``rate`` is not finite, or ``arms``
-        is below 3.
+            is below 3.
 
     Example:
         >>> Pinwheel().variance

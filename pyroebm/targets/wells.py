@@ -84,8 +84,8 @@ class ManyWell(Target):
 
     .. math::
 
-        E(x) = \sum_i a_i^4 - 6 a_i^2 - \tfrac12 a_i + \tfrac12 b_i^2, \qquad x = (a_1, b_1, a_2,
-        b_2, \dots)
+        E(x) = \sum_i a_i^4 - 6 a_i^2 - \tfrac12 a_i + \tfrac12 b_i^2, \qquad
+        x = (a_1, b_1, a_2, b_2, \dots)
 
     The well of a state is read off the signs of its :math:`a_i`: bit i of :meth:`mode_of` is
     :math:`a_i > 0`. The weights are given up to 16 pairs; beyond, they are the products of

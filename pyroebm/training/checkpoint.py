@@ -164,7 +164,7 @@ class Checkpoint:
 
         Raises:
             ValueError: if there is no such file, it is damaged or no checkpoint, or it is one of
-            other settings or modules.
+                other settings or modules.
         """
         try:
             file, _ = read_tensors(self.path)

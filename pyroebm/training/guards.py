@@ -103,7 +103,7 @@ class Rollback:
 
         Raises:
             FloatingPointError: if the guard does not roll back, has done so too often, or no step
-            went well so far.
+                went well so far.
         """
         if not self.kept or self.count >= self.guard.max_rollbacks:
             after = f" after {self.count} rollbacks" if self.count else ""

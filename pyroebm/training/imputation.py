@@ -127,7 +127,7 @@ def complete(
 
     Raises:
         ValueError: if ``observed`` does not fit the model, ``known`` does not fit ``observed``, or
-        ``steps`` < 1.
+            ``steps`` < 1.
 
     Example:
         >>> from pyroebm.energies import BernoulliRBM

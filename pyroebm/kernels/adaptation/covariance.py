@@ -94,9 +94,8 @@ class PooledCovariance(NamedTuple):
         squares: sum of outer products of deviations, shape ``(dim, dim)``.
 
     Example:
-        >>> PooledCovariance.start(torch.zeros(1, 2)).update(
-        ...     torch.tensor([[0.0, 1.0], [2.0, 1.0]])
-        ... ).squares
+        >>> pooled = PooledCovariance.start(torch.zeros(1, 2))
+        >>> pooled.update(torch.tensor([[0.0, 1.0], [2.0, 1.0]])).squares
         tensor([[2., 0.],
                 [0., 0.]])
     """
@@ -155,9 +154,8 @@ class PooledRows(NamedTuple):
         steps: steps seen.
 
     Example:
-        >>> x = torch.randn(200, 3, generator=torch.Generator().manual_seed(0)) * torch.tensor(
-        ...     [1.0, 2.0, 3.0]
-        ... )
+        >>> x = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
+        >>> x = x * torch.tensor([1.0, 2.0, 3.0])
         >>> PooledRows.start(x, rank=2).update(x, x / torch.tensor([1.0, 4.0, 9.0])).metric().scale
         tensor([1., 2., 3.])
     """

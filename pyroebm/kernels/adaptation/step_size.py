@@ -35,8 +35,7 @@ class DualAveraging(NamedTuple):
     .. math::
 
         \bar H_t = (1 - \tfrac{1}{t + t_0}) \bar H_{t-1} + \tfrac{1}{t + t_0} (\delta - \alpha_t),
-        \quad
-        \log\epsilon_t = \mu - \tfrac{\sqrt t}{\gamma} \bar H_t
+        \quad \log\epsilon_t = \mu - \tfrac{\sqrt t}{\gamma} \bar H_t
 
     Every field but the count is a number, or a tensor ``(chains,)`` where each chain tunes a step
     size of its own.
@@ -52,9 +51,8 @@ class DualAveraging(NamedTuple):
         >>> tuning = DualAveraging.start(0.1)
         >>> tuning.update(1.0, target=0.8).log_step > tuning.log_step
         True
-        >>> DualAveraging.start(torch.tensor([0.1, 0.2])).update(
-        ...     torch.tensor([1.0, 0.0]), target=0.8
-        ... ).step_size.shape
+        >>> tuning = DualAveraging.start(torch.tensor([0.1, 0.2]))
+        >>> tuning.update(torch.tensor([1.0, 0.0]), target=0.8).step_size.shape
         torch.Size([2])
     """
 

@@ -127,7 +127,7 @@ class WindowAdaptation:
 
     Raises:
         ValueError: if a setting is not one of these; if "low_rank" is asked of a kernel whose
-        states have no gradient.
+            states have no gradient.
 
     Example:
         >>> from pyroebm.kernels import HMC

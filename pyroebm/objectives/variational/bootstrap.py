@@ -43,8 +43,8 @@ class AlphaBootstrap(Objective):
 
     .. math::
 
-        \nabla_\theta \log \int \frac{p(x)^2}{q_\theta(x)} dx = -E_{x \sim p^2 / q}[\nabla_\theta
-        \log q_\theta(x)]
+        \nabla_\theta \log \int \frac{p(x)^2}{q_\theta(x)} dx
+        = -E_{x \sim p^2 / q}[\nabla_\theta \log q_\theta(x)]
 
     Mass that q lacks counts there more than anything else. States of the law proportional to
     :math:`p^2 / q` come from annealed importance sampling: draws of q, moved by Hamiltonian steps
@@ -78,9 +78,7 @@ class AlphaBootstrap(Objective):
         ...     generator=torch.Generator().manual_seed(0),
         ... )
         >>> loss.backward()
-        >>> bool(
-        ...     flow.transform.parts[-1].offset.grad[0] < 0
-        ... )  # descent moves the flow towards the target
+        >>> bool(flow.transform.parts[-1].offset.grad[0] < 0)  # descent moves q to its target
         True
     """
 

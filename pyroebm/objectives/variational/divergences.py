@@ -26,8 +26,8 @@ class ForwardKL(Objective):
 
     .. math::
 
-        L = -E_{x \sim p} E_{y \sim N(M(x), \Sigma(x))} [\log q(x, y) - \log N(y \mid M(x),
-        \Sigma(x))]
+        L = -E_{x \sim p} E_{y \sim N(M(x), \Sigma(x))}
+        [\log q(x, y) - \log N(y \mid M(x), \Sigma(x))]
 
     For D = d this is :math:`-E_p \log q(x)`. Up to the entropy of p it is the divergence of the
     extended laws, at least that of x alone. The draws may come from any kernel, with weights where
@@ -43,7 +43,7 @@ class ForwardKL(Objective):
 
     Raises:
         ValueError: if the numbers of draws and weights differ, a draw or all weights are not
-        finite, or ``gradient`` is unknown.
+            finite, or ``gradient`` is unknown.
 
     Example:
         >>> from pyroebm.flows import NICE
@@ -106,7 +106,7 @@ class ForwardKL(Objective):
 
         Raises:
             ValueError: if the flow does not fit the energy, or the path gradient is asked for where
-            D > d.
+                D > d.
         """
         check_counts({"num_samples": 2}, num_samples)
         extended = flow.extend(energy if beta == 1.0 else beta * energy)

@@ -30,9 +30,8 @@ def match_flow(
 
     .. math::
 
-        \min_w E\, |v_w(u_t, t) - (u - z)|^2 + \lambda |w|^2, \qquad u_t = (1 - t) z + t u, \quad z
-        \sim N(0, I), \quad
-        t \sim U(0, 1)
+        \min_w E\, |v_w(u_t, t) - (u - z)|^2 + \lambda |w|^2, \qquad u_t = (1 - t) z + t u, \quad
+        z \sim N(0, I), \quad t \sim U(0, 1)
 
     over draws u and noise z paired at random. The velocity with the least first term carries N(0,
     I) to the law of the draws. This one is linear in its weights, :math:`v_w = F w`, so the least
@@ -58,10 +57,8 @@ def match_flow(
 
     Example:
         >>> from pyroebm.core.rng import seeded_generator
-        >>> flow, draws = (
-        ...     EquivariantFlow(3, 2),
-        ...     2.0 * torch.randn(5000, 4, generator=seeded_generator(0)),
-        ... )
+        >>> flow = EquivariantFlow(3, 2)
+        >>> draws = 2.0 * torch.randn(5000, 4, generator=seeded_generator(0))
         >>> round(match_flow(flow, draws), 1)
         0.4
         >>> round(float(flow.push(flow.draw_noise(5000, seeded_generator(1)))[0].std().detach()), 1)

@@ -26,8 +26,8 @@ class ReverseKL(Objective):
 
     .. math::
         J_R = E[U(x)] - \log|\det S| + \tfrac12 E[\log\det \Sigma(x)]
-            + \tfrac12 E[(y - M(x))^\top \Sigma(x)^{-1} (y - M(x))] + \tfrac{D - d}{2} \log 2\pi -
-            H(z) + \log C
+        + \tfrac12 E[(y - M(x))^\top \Sigma(x)^{-1} (y - M(x))] + \tfrac{D - d}{2} \log 2\pi
+        - H(z) + \log C
 
     For D = d it is the divergence J itself. It is minus the ELBO of the model :math:`p(x) N(y \mid
     M(x), \Sigma(x))` with the flow as guide (:mod:`pyroebm.ppl.svi`). An estimate may fall below 0

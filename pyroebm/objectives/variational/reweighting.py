@@ -30,8 +30,8 @@ class AnnealedReweighting(Objective):
 
     .. math::
 
-        L = -\sum_i \bar w_i \log q_\theta(x_i), \qquad w_i = e^{-\beta U(x_i)} / q(x_i), \qquad x_i
-        \sim q
+        L = -\sum_i \bar w_i \log q_\theta(x_i), \qquad w_i = e^{-\beta U(x_i)} / q(x_i), \qquad
+        x_i \sim q
 
     Draws of q fill a buffer, from which ``reuse`` batches are taken in proportion to the weights
     (:class:`ForwardKL`); then q, as it is by then, fills it anew. A mode that q holds at a high
@@ -71,11 +71,10 @@ class AnnealedReweighting(Objective):
         ...     generator=torch.Generator().manual_seed(0),
         ... )
         >>> loss.backward()
-        >>> (
-        ...     bool(flow.transform.parts[-1].offset.grad[0] < 0),
-        ...     float(facts["evaluations"]),
-        ... )  # descent moves q to its target
-        (True, 4096.0)
+        >>> bool(flow.transform.parts[-1].offset.grad[0] < 0)  # descent moves q to its target
+        True
+        >>> float(facts["evaluations"])
+        4096.0
     """
 
     batches: Tensor
