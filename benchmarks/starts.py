@@ -41,8 +41,7 @@ from benchmarks.suite.cases import CASES as SAMPLER_CASES
 from benchmarks.suite.cases import eight_schools_truth
 from benchmarks.suite.measure import Row, row
 from pyroebm import MCMC, NUTS, Energy, ModelEnergy, WindowAdaptation, __version__
-from pyroebm.core import Unconstrained
-from pyroebm.core.rng import seeded_generator
+from pyroebm.core import Unconstrained, seeded_generator
 from pyroebm.diagnostics import ess_bulk, mcse_mean, r_hat
 from pyroebm.kernels import Diagonal, Info, State
 from pyroebm.kernels.adaptation import draw_starts

@@ -23,7 +23,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from models.recipe import Recipe, run
 from pyroebm import Energy
-from pyroebm.core.rng import seeded_generator
+from pyroebm.core import seeded_generator
 from pyroebm.energies import MLPEnergy
 from pyroebm.flows import NICE, RedundantNICE
 from pyroebm.nn import MLPGenerator

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from models.flow_cases import CASES, Case, Facts, Fitted
 from models.recipe import Recipe, run
-from pyroebm.core.rng import seeded_generator
+from pyroebm.core import seeded_generator
 from pyroebm.flows import FlowReport
 
 #: Columns of the table, and the fact that each shows.

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from models.recipe import Recipe, run
-from pyroebm.core.enumeration import all_bits
+from pyroebm.core import all_bits
 from pyroebm.data import bars_and_stripes, parity
 from pyroebm.diagnostics.plots import plot_images
 from pyroebm.energies import BernoulliRBM, BoltzmannMachine

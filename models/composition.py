@@ -22,8 +22,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from models.recipe import Recipe, run
 from pyroebm import HMC, MCMC, NUTS, Energy
-from pyroebm.core import Conditioned
-from pyroebm.core.rng import seeded_generator
+from pyroebm.core import Conditioned, seeded_generator
 from pyroebm.energies import MLPEnergy
 from pyroebm.objectives import PersistentCD
 from pyroebm.targets import Gaussian

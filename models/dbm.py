@@ -27,8 +27,7 @@ from models.machines import (
 )
 from models.recipe import Recipe, run
 from pyroebm.diagnostics.plots import plot_images
-from pyroebm.energies import DeepBoltzmannMachine
-from pyroebm.energies.layered import LayeredMachine
+from pyroebm.energies import DeepBoltzmannMachine, LayeredMachine
 from pyroebm.training import pretrain_boltzmann_machine
 
 #: Published for 784-500-1000 on MNIST: Salakhutdinov and Hinton (2009), as quoted in a

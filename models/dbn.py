@@ -26,8 +26,7 @@ from models.machines import (
 )
 from models.recipe import Recipe, run
 from pyroebm.diagnostics.plots import plot_images
-from pyroebm.energies import DeepBeliefNetwork
-from pyroebm.energies.layered import LayeredMachine
+from pyroebm.energies import DeepBeliefNetwork, LayeredMachine
 from pyroebm.training import pretrain_belief_network
 
 

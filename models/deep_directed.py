@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from models.adversarial_flow import Judge, draws_of, play
 from models.recipe import Recipe, run
-from pyroebm.core.rng import seeded_generator
+from pyroebm.core import seeded_generator
 from pyroebm.data import digits
 from pyroebm.diagnostics import energy_distance
 from pyroebm.diagnostics.plots import plot_images

@@ -24,8 +24,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from models.recipe import Recipe, run
 from pyroebm import HMC, MALA, Energy
-from pyroebm.core import DistributionEnergy
-from pyroebm.core.rng import seeded_generator
+from pyroebm.core import DistributionEnergy, seeded_generator
 from pyroebm.data import digits
 from pyroebm.diagnostics.plots import plot_images
 from pyroebm.energies import MLPEnergy

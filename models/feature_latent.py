@@ -28,7 +28,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from models.plane import GridLikelihood
 from models.recipe import Kind, Recipe, run
 from pyroebm import HMC, MCMC, NUTS
-from pyroebm.core.rng import seeded_generator
+from pyroebm.core import seeded_generator
 from pyroebm.data import digits
 from pyroebm.diagnostics import energy_distance
 from pyroebm.diagnostics.plots import plot_images

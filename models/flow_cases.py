@@ -18,8 +18,7 @@ from torch import Tensor
 from models import particles
 from models.recipe import counted
 from pyroebm import HMC, MCMC, FlowGuide
-from pyroebm.core import Energy
-from pyroebm.core.rng import seeded_generator
+from pyroebm.core import Energy, seeded_generator
 from pyroebm.flows import (
     NICE,
     AutoregressiveFlow,

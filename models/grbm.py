@@ -16,8 +16,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from models.recipe import Recipe, run
-from pyroebm.data import LAPLACE_LOG_LIKELIHOOD, image_patches, laplace_mixture
-from pyroebm.data.datasets import whitened
+from pyroebm.data import LAPLACE_LOG_LIKELIHOOD, image_patches, laplace_mixture, whitened
 from pyroebm.diagnostics.plots import plot_images
 from pyroebm.energies import GaussianRBM
 from pyroebm.objectives import ContrastiveDivergence, ExactLikelihood, Objective, PersistentCD

@@ -26,7 +26,7 @@ from torch.nn.functional import one_hot
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from models.recipe import Recipe, run
-from pyroebm.core.rng import seeded_generator
+from pyroebm.core import seeded_generator
 from pyroebm.data import digits, image_patches
 from pyroebm.diagnostics.plots import plot_images
 from pyroebm.energies import ClassifierEnergy

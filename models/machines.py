@@ -18,8 +18,7 @@ from torch.optim.lr_scheduler import LinearLR
 from models.recipe import Recipe
 from pyroebm.data import digits, load_binary
 from pyroebm.diagnostics.plots import plot_images
-from pyroebm.energies import BernoulliRBM, DeepBeliefNetwork, DeepBoltzmannMachine
-from pyroebm.energies.layered import LayeredMachine
+from pyroebm.energies import BernoulliRBM, DeepBeliefNetwork, DeepBoltzmannMachine, LayeredMachine
 from pyroebm.objectives import Centring, PersistentCD
 from pyroebm.partition import Bracket, base_rates, bracket
 from pyroebm.training import Classifier, complete, fine_tune, fit

@@ -24,8 +24,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from models.recipe import Recipe, run
 from pyroebm import Energy
-from pyroebm.core.enumeration import all_bits
-from pyroebm.core.rng import seeded_generator
+from pyroebm.core import all_bits, seeded_generator
 from pyroebm.energies import BoltzmannMachine, MLPEnergy
 from pyroebm.flows import Flow, FlowEnergy
 from pyroebm.objectives import (

@@ -23,7 +23,7 @@ from tqdm import trange
 
 from models.recipe import Recipe, run
 from pyroebm import HMC, MALA, MCMC, NUTS, Jumps, Kernel
-from pyroebm.core.rng import seeded_generator
+from pyroebm.core import seeded_generator
 from pyroebm.diagnostics import energy_distance
 from pyroebm.energies import Tilted
 from pyroebm.flows import NICE

@@ -281,6 +281,7 @@ def test_layers_are_the_documented_ones() -> None:
 UNPICKLERS = ("pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal")
 LOADERS = (
     "torch.load",
+    "torch.serialization.load",
     "torch.hub.load",
     "torch.jit.load",
     "pandas.read_pickle",
@@ -327,7 +328,8 @@ def pickle_loading(source: str) -> list[str]:
             ]
         elif isinstance(node, ast.Call):
             called = _dotted(node.func, names)
-            if called in LOADERS:
+            positional = called == "numpy.load" and len(node.args) > 2
+            if called in LOADERS or positional:
                 wrong.append(f"line {node.lineno}: calls {called}")
             for keyword in node.keywords:
                 off = isinstance(keyword.value, ast.Constant) and keyword.value.value is False
@@ -350,6 +352,8 @@ def test_no_pickle_is_loaded(path: Path) -> None:
         "import pickle",
         "from joblib import load",
         "import numpy as np\nnp.load('x', allow_pickle=True)",
+        "import numpy as np\nnp.load('x', None, True)",
+        "import torch\ntorch.serialization.load('x')",
         "import numpy as np\nnp.load('x', allow_pickle=flag)",
         "import pyro\npyro.get_param_store().load('x')",
     ],
@@ -369,37 +373,38 @@ def test_pickle_checker_allows() -> None:
 
 
 # One place for each hazard: files, and what torch calls private.
-FILE_CALLS = {"open", "np.load", "np.save", "np.savez", "json.load", "json.dump"}
+FILE_CALLS = {
+    *("open", "os.replace", "os.remove", "os.rename", "json.load", "json.dump", "h5py.File"),
+    *(f"numpy.{name}" for name in ("load", "save", "savez", "savez_compressed")),
+    *("numpy.loadtxt", "numpy.savetxt", "torch.save", "matplotlib.pyplot.imsave"),
+    *("zipfile.ZipFile", "tarfile.open"),
+    *(f"shutil.{name}" for name in ("copy", "copy2", "copyfile", "copytree", "move", "rmtree")),
+    *("xarray.open_dataset", "xarray.open_mfdataset", "xarray.load_dataset"),
+}
 FILE_METHODS = {
-    "open",
-    "open_dataset",
-    "read_bytes",
-    "read_text",
-    "savefig",
-    "to_netcdf",
-    "write_bytes",
-    "write_text",
+    *("open", "read_bytes", "read_text", "write_bytes", "write_text", "unlink", "rename"),
+    *("savefig", "to_netcdf", "to_csv", "to_json", "tofile"),
 }
 FILE_MODULES = ("gzip", "safetensors", "tempfile")
 
 
+def _imports(node: ast.Import | ast.ImportFrom) -> list[str]:
+    """The dotted modules of an import, and for `from a import b` what is imported."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    return [f"{node.module or ''}.{alias.name}" for alias in node.names]
+
+
 def file_access(source: str) -> list[str]:
     """Lines that read or write a file."""
-    wrong = []
-    for node in ast.walk(ast.parse(source)):
+    tree = ast.parse(source)
+    names, wrong = _aliases(tree), []
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import | ast.ImportFrom):
-            modules = (
-                [a.name for a in node.names]
-                if isinstance(node, ast.Import)
-                else [node.module or ""]
-            )
-            wrong += [
-                f"line {node.lineno}: imports {m}"
-                for m in modules
-                if m.split(".")[0] in FILE_MODULES
-            ]
+            found = [m for m in _imports(node) if m.split(".")[0] in FILE_MODULES]
+            wrong += [f"line {node.lineno}: imports {m}" for m in found[:1]]
         elif isinstance(node, ast.Call):
-            called = ast.unparse(node.func)
+            called = _dotted(node.func, names)
             method = isinstance(node.func, ast.Attribute) and node.func.attr in FILE_METHODS
             if method or called in FILE_CALLS:
                 wrong.append(f"line {node.lineno}: calls {called}")
@@ -418,12 +423,22 @@ def test_files_are_read_and_written_in_one_module(path: Path) -> None:
         "open('x')",
         "Path('x').write_text('')",
         "figure.savefig('x')",
-        "np.load('x')",
-        "from safetensors.torch import load_file",
+        "import numpy as np\nnp.load('x')",
+        "import numpy\nnumpy.savez_compressed('x')",
+        "import torch\ntorch.save({}, 'x')",
+        "from json import load\nload(f)",
+        "import os\nos.replace('x', 'y')",
+        "path.unlink()",
+        "from safetensors.torch import load_file, save_file",
+        "import xarray\nxarray.open_dataset('x')",
     ],
 )
 def test_file_checker_catches(source: str) -> None:
     assert len(file_access(source)) == 1
+
+
+#: Private attributes of tensors and modules.
+PRIVATE = {"_version", "_parameters", "_buffers", "_modules"}
 
 
 def private_torch(source: str) -> list[str]:
@@ -431,20 +446,17 @@ def private_torch(source: str) -> list[str]:
     tree = ast.parse(source)
     names, wrong = _aliases(tree), []
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "torch":
-            parts = [*(node.module or "").split("."), *(a.name for a in node.names)]
-            wrong += [
-                f"line {node.lineno}: imports {part}" for part in parts if part.startswith("_")
-            ]
-        elif (
-            isinstance(node, ast.Attribute)
-            and node.attr.startswith("_")
-            and not node.attr.startswith("__")
-        ):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            for imported in _imports(node):
+                first, *parts = imported.split(".")
+                if first == "torch" and any(part.startswith("_") for part in parts):
+                    wrong.append(f"line {node.lineno}: imports {imported}")
+        elif isinstance(node, ast.Attribute) and node.attr.startswith("_"):
             dotted = _dotted(node, names)
-            wrong += (
-                [f"line {node.lineno}: names {dotted}"] if dotted.split(".")[0] == "torch" else []
-            )
+            own = dotted.split(".")[0] in ("self", "cls")
+            of_torch = dotted.split(".")[0] == "torch" and not node.attr.startswith("__")
+            if of_torch or (node.attr in PRIVATE and not own):
+                wrong.append(f"line {node.lineno}: names {dotted}")
     return wrong
 
 
@@ -462,6 +474,9 @@ def test_private_torch_is_in_one_module(path: Path) -> None:
         "import torch\ntorch._foreach_norm([])",
         "from torch import nn\nnn.modules.batchnorm._BatchNorm",
         "from torch._inductor import compile",
+        "import torch._dynamo",
+        "import torch._inductor.config as c",
+        "def f(tensor):\n    return tensor._version",
         "from torch.utils._pytree import tree_leaves",
     ],
 )

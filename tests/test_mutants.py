@@ -17,10 +17,10 @@ from lib.scripts import ROOT
 
 #: Name: (file, what stands there, what the mutant has, tests of which one must fail).
 MUTANTS: dict[str, tuple[str, str, str, str]] = {
-    "file written in place": (
+    "two writers share a temporary file": (
         "core/files.py",
         'temporary = path.with_name(f"{path.name}{by}.part")',
-        "temporary = path",
+        'temporary = path.with_name(f"{path.name}.part")',
         "tests/core/test_files.py",
     ),
     "no cap on step sizes that are shared": (
@@ -53,7 +53,7 @@ MUTANTS: dict[str, tuple[str, str, str, str]] = {
         "moves = self.moves",
         "tests/kernels/test_starts.py tests/mcmc/test_mcmc.py",
     ),
-    "reference at the wrong end of the path": (
+    "the reference keeps its weight": (
         "core/annealing_path.py",
         "beta * self.energy(x) + (1.0 - beta) * self.reference(x)",
         "beta * self.energy(x) + self.reference(x)",
@@ -92,23 +92,39 @@ MUTANTS: dict[str, tuple[str, str, str, str]] = {
 }
 
 
+def run_on_a_copy(folder: Path, tests: list[str], change: tuple[str, str, str] | None) -> int:
+    """The exit code of tests in a copy of the checkout, of which one file may be changed."""
+    for name in ("pyroebm", "tests", "scripts"):
+        skipped = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, folder / name, ignore=skipped)
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, folder / name)
+    if change is not None:
+        file, right, wrong = change
+        source = (folder / "pyroebm" / file).read_text(encoding="utf-8")
+        (folder / "pyroebm" / file).write_text(source.replace(right, wrong), encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": str(folder), "MPLBACKEND": "Agg"}
+    where = [sys.executable, "-c", "import pyroebm; print(pyroebm.__file__)"]
+    imported = subprocess.run(where, cwd=folder, env=environment, capture_output=True, text=True)
+    assert Path(imported.stdout.strip()).is_relative_to(folder), imported.stderr
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    print(done.stdout[-2000:])
+    return done.returncode
+
+
+@pytest.mark.slow
+def test_without_a_change_the_tests_pass(tmp_path: Path) -> None:
+    tests = sorted({test for *_, named in MUTANTS.values() for test in named.split()})
+    assert run_on_a_copy(tmp_path, tests, None) == pytest.ExitCode.OK
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_mutant_is_caught(name: str, tmp_path: Path) -> None:
-    file, right, wrong, tests = MUTANTS[name]
-    for folder in ("pyroebm", "tests"):
-        shutil.copytree(
-            ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__")
-        )
-    for single in ("pyproject.toml", "README.md"):
-        shutil.copy(ROOT / single, tmp_path / single)
-    source = (tmp_path / "pyroebm" / file).read_text(encoding="utf-8")
-    assert source.count(right) == 1
-    (tmp_path / "pyroebm" / file).write_text(source.replace(right, wrong), encoding="utf-8")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests.split()]
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "MPLBACKEND": "Agg"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == pytest.ExitCode.TESTS_FAILED, done.stdout[-2000:]
+    *change, tests = MUTANTS[name]
+    code = run_on_a_copy(tmp_path, tests.split(), (change[0], change[1], change[2]))
+    assert code == pytest.ExitCode.TESTS_FAILED
 
 
 @pytest.mark.parametrize("name", MUTANTS)

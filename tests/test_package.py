@@ -36,6 +36,11 @@ def test_version_has_a_changelog_entry() -> None:
     assert f"## [{pyroebm.__version__}]" in text
 
 
+def test_the_citation_is_of_this_version() -> None:
+    text = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\nversion: {pyroebm.__version__}\n" in text
+
+
 def test_all_has_no_duplicates() -> None:
     assert len(pyroebm.__all__) == len(set(pyroebm.__all__))
 
@@ -117,7 +122,8 @@ def undeclared(source: str, declared: set[str], *, everywhere: bool = True) -> s
     ours = {
         "pyroebm",
         "models",
-        *(p.stem for folder in ("tests", "scripts") for p in (ROOT / folder).glob("*.py")),
+        "lib",
+        *(p.stem for folder in ("tests", "scripts") for p in (ROOT / folder).rglob("*.py")),
     }
     modules = imported(source, everywhere=everywhere) - set(sys.stdlib_module_names) - ours
     return {name for name in modules if not _names(distributions().get(name, [name])) & declared}
@@ -136,7 +142,7 @@ def test_what_the_package_imports_is_declared(path: Path) -> None:
 
 @pytest.mark.parametrize("folder", ["tests", "scripts", "notebooks", "models"])
 def test_what_a_developer_imports_is_declared(folder: str) -> None:
-    sources = [path.read_text(encoding="utf-8") for path in sorted((ROOT / folder).glob("*.py"))]
+    sources = [path.read_text(encoding="utf-8") for path in sorted((ROOT / folder).rglob("*.py"))]
     allowed = (
         RUNTIME
         | EXTRAS["flows"]

@@ -8,7 +8,9 @@ import tyro
 
 from pyroebm import __version__
 
-__all__ = ["main"]
+__all__ = [
+    "main",
+]
 
 
 def run_demo_command(

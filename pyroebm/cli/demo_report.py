@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 from torch import Tensor
 
 from pyroebm.core.files import write_figure
-from pyroebm.diagnostics import plots as plotting
+from pyroebm.diagnostics import plots
 from pyroebm.flows import ImportanceResult
 from pyroebm.mcmc.sampler import MCMC
 from pyroebm.targets import DoubleWell
@@ -51,7 +51,7 @@ def draw_figures(
     """The two figures of the demo, as files in ``out``."""
     limits = (-2.25, 1.95)
     fig, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
-    plotting.plot_potential(
+    plots.plot_potential(
         energy,
         x,
         report["truth"]["log_z"],
@@ -59,7 +59,7 @@ def draw_figures(
         label="redundant NICE, direct draws",
         ax=axes[0],
     )
-    plotting.plot_potential(
+    plots.plot_potential(
         energy,
         weighted.x,
         weighted.log_z,
@@ -76,7 +76,7 @@ def draw_figures(
         LABELS[name]: (facts["right_mass"], facts["right_mass_se"] or float("nan"))
         for name, facts in report.items()
     }
-    plotting.plot_mode_masses(
+    plots.plot_mode_masses(
         {k: v for k, v in masses.items() if k != "truth"},
         energy.right_mass,
         "P(x > 0.126) +- 2 standard errors",
@@ -88,11 +88,11 @@ def draw_figures(
 
     draws, stats = mcmc.get_samples(group_by_chain=True)["x"], mcmc.get_stats()
     fig, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
-    plotting.plot_trace(draws[:, :1000], ax=axes[0]).set_title("the first draws of three chains")
-    plotting.plot_rank(draws, ax=axes[1]).set_title(
+    plots.plot_trace(draws[:, :1000], ax=axes[0]).set_title("the first draws of three chains")
+    plots.plot_rank(draws, ax=axes[1]).set_title(
         f"ranks of {draws.shape[0]} chains, R-hat {report['nuts']['r_hat']:.4f}"
     )
-    plotting.plot_energy_levels(stats["energy"], ax=axes[2]).set_title(
+    plots.plot_energy_levels(stats["energy"], ax=axes[2]).set_title(
         f"energies, least BFMI {report['nuts']['bfmi']:.2f}"
     )
     write_figure(out / "mixing.png", fig)

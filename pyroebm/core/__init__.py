@@ -4,7 +4,9 @@ numbers, files."""
 from pyroebm.core.annealing_path import DistributionEnergy, Path
 from pyroebm.core.derivatives import curvatures, unit_directions
 from pyroebm.core.energy import Energy, Sum, Tempered, score, value_and_grad
+from pyroebm.core.enumeration import all_bits
 from pyroebm.core.minibatch import MinibatchEnergy
+from pyroebm.core.rng import seeded_generator
 from pyroebm.core.statistics import Estimate
 from pyroebm.core.supports import spin
 from pyroebm.core.wrappers import (
@@ -30,8 +32,10 @@ __all__ = [
     "Tempered",
     "Unconstrained",
     "Unnormalized",
+    "all_bits",
     "curvatures",
     "score",
+    "seeded_generator",
     "spin",
     "unit_directions",
     "value_and_grad",

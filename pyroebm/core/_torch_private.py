@@ -16,11 +16,13 @@ __all__ = [
     "all_true",
     "compile_graph",
     "copy_each",
+    "held_by",
     "is_being_traced",
     "multiply_each",
     "norm_of_each",
     "standard_gamma",
     "tree_leaves",
+    "version_of",
 ]
 
 #: What batch normalisations of all dimensions have in common.
@@ -68,3 +70,23 @@ def multiply_each(tensors: list[Tensor] | tuple[Tensor, ...], by: Tensor) -> tup
 def norm_of_each(tensors: list[Tensor] | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Euclidean norms, in one call."""
     return torch._foreach_norm(tensors)
+
+
+def held_by(*roots: nn.Module) -> tuple[list[nn.Module], list[Tensor]]:
+    """All modules in the given ones, and their parameters and buffers; torch's own iterators take
+    five times as long."""
+    modules, tensors = list(roots), []
+    for module in modules:  # which grows by the children of each
+        modules += [child for child in module._modules.values() if child is not None]
+        tensors += [
+            t
+            for named in (module._parameters, module._buffers)
+            for t in named.values()
+            if t is not None
+        ]
+    return modules, tensors
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor was written to in place."""
+    return tensor._version

@@ -29,6 +29,7 @@ __all__ = [
     "read_json",
     "read_tensors",
     "read_text",
+    "remove",
     "to_bytes",
     "write_figure",
     "write_groups",
@@ -187,6 +188,11 @@ def write_netcdf(path: Path, data: Any) -> None:
     """Write ArviZ's InferenceData or DataTree as a netCDF file."""
     with written_whole(path) as temporary:
         data.to_netcdf(str(temporary))
+
+
+def remove(path: Path) -> None:
+    """Remove a file."""
+    path.unlink()
 
 
 def write_figure(path: Path, figure: Any, dpi: int = 150) -> None:

@@ -89,7 +89,7 @@ def subsample(energy: Energy, generator: torch.Generator | None = None) -> Energ
     """An energy of which ``energy`` is the expectation: that of a random minibatch wherever it has
     one, else itself.
 
-    Looks into sums, tempered energies, unconstrained coordinates and compiled views.
+    Looks into sums, tempered energies, unconstrained coordinates and compiled energies.
 
     Example:
         >>> from pyroebm.targets import DoubleWell

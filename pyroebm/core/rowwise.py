@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
-from pyroebm.core._torch_private import all_true, is_being_traced
+from pyroebm.core._torch_private import all_true, is_being_traced, version_of
 from pyroebm.core.energy import Energy, unchecked_value_and_grad
 from pyroebm.core.supports import event_numel
 from pyroebm.core.wrappers import eval_mode
@@ -67,7 +67,7 @@ class RowsFailAlone(TorchFunctionMode):
 
 
 def _version(tensor: Tensor) -> tuple[int, int]:
-    return id(tensor), 0 if tensor.is_inference() else tensor._version
+    return id(tensor), 0 if tensor.is_inference() else version_of(tensor)
 
 
 def _folded(module: fx.GraphModule) -> fx.GraphModule:

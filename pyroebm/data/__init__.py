@@ -10,6 +10,7 @@ from pyroebm.data.datasets import (
     laplace_mixture,
     parity,
     quantised,
+    whitened,
 )
 from pyroebm.data.readers import FASHION_MNIST, load_binary, read_idx
 
@@ -26,4 +27,5 @@ __all__ = [
     "parity",
     "quantised",
     "read_idx",
+    "whitened",
 ]

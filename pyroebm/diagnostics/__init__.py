@@ -2,6 +2,7 @@
 containers. Figures are in `plots`."""
 
 from pyroebm.core.statistics import (
+    Estimate,
     arviz,
     bfmi,
     energy_distance,
@@ -21,6 +22,7 @@ from pyroebm.diagnostics.streaming import StreamingMoments
 from pyroebm.diagnostics.stuck import describe_stuck, stuck_chains
 
 __all__ = [
+    "Estimate",
     "StreamingMoments",
     "Verdict",
     "arviz",

@@ -6,6 +6,7 @@ from pyroebm.energies.classifier import ClassifierEnergy
 from pyroebm.energies.deep import DeepBoltzmannMachine
 from pyroebm.energies.features import FeatureLatentEnergy
 from pyroebm.energies.lattice import Ising, Potts
+from pyroebm.energies.layered import LayeredMachine
 from pyroebm.energies.layers import Layers
 from pyroebm.energies.neural import ConvEnergy, MLPEnergy, NeuralEnergy
 from pyroebm.energies.products import ProductOfExpertsEnergy
@@ -23,6 +24,7 @@ __all__ = [
     "FeatureLatentEnergy",
     "GaussianRBM",
     "Ising",
+    "LayeredMachine",
     "Layers",
     "MLPEnergy",
     "NeuralEnergy",

@@ -11,4 +11,8 @@ ignored. Discrete latents, which Pyro enumerates, are refused with the ways out.
 from pyroebm.infer.kernels import HMC, NUTS
 from pyroebm.infer.mcmc import MCMC
 
-__all__ = ["HMC", "MCMC", "NUTS"]
+__all__ = [
+    "HMC",
+    "MCMC",
+    "NUTS",
+]

@@ -3,4 +3,7 @@
 from pyroebm.mcmc.sampler import MCMC
 from pyroebm.mcmc.storage import open_run
 
-__all__ = ["MCMC", "open_run"]
+__all__ = [
+    "MCMC",
+    "open_run",
+]

@@ -15,6 +15,7 @@ from pyroebm.core.files import (
     read_group,
     read_json,
     read_tensors,
+    remove,
     write_groups,
     write_json,
     write_tensors,
@@ -141,7 +142,7 @@ class Part:
         state that is gone on from."""
         for start, path in _files(self.store.folder, self.block, self.phase):
             if start >= count:
-                path.unlink()
+                remove(path)
 
 
 def open_run(folder: str | Path, thinning: int = 1) -> Any:

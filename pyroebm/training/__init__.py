@@ -5,7 +5,6 @@ from pyroebm.training.batches import Batches
 from pyroebm.training.distributed import (
     average_gradients,
     connected_ranks,
-    gather_bytes,
     process_group,
     ranks,
     same_start,
@@ -27,7 +26,6 @@ __all__ = [
     "connected_ranks",
     "fine_tune",
     "fit",
-    "gather_bytes",
     "pretrain_belief_network",
     "pretrain_boltzmann_machine",
     "process_group",

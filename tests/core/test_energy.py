@@ -1,4 +1,4 @@
-"""The energy, its algebra, its views and its supports."""
+"""The energy, its algebra, its wrappers and its supports."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from pyroebm import DMALA, DULA, BlockGibbs, Energy, Gibbs, GibbsWithGradients, 
 from pyroebm.core import spin
 from pyroebm.energies.spins import SpinBernoulli
 
-#: One line for a kernel: every test below that takes ``name`` runs on it.
+#: One line for a kernel: every test that takes ``name`` runs on it.
 DISCRETE: dict[str, Callable[[], Kernel[Any]]] = {
     "gibbs": Gibbs,
     "gibbs-random": lambda: Gibbs(scan="random"),

@@ -53,7 +53,7 @@ class Wide:
         return torch.distributions.Normal(0.3, 1.5, validate_args=False).log_prob(x).sum(-1)
 
 
-#: One line for a kernel: every test below that takes ``kernel`` runs on it.
+#: One line for a kernel: every test that takes ``kernel`` runs on it.
 KERNELS: dict[str, Callable[[], Kernel]] = {
     "ula": lambda: ULA(step_size=0.2),
     "mala": lambda: MALA(step_size=0.6),

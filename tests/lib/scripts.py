@@ -1,4 +1,4 @@
-"""What several test files need: `from lib.scripts import load_script`."""
+"""The root of the checkout, and scripts as modules: `from lib.scripts import load_script`."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from pyroebm.targets import DW4, Gaussian, LennardJones, Particles, Phi4, Target
 pytestmark = pytest.mark.usefixtures("float64")
 
 
-#: Targets without exact draws; those with them are in tests/test_targets.py.
+#: Targets without exact draws; those with them are in tests/targets/test_targets.py.
 PHYSICS: dict[str, Callable[..., Target]] = {
     "phi4": Phi4,
     "phi4_broken": partial(Phi4, 5, -1.0, 0.3),

@@ -4,4 +4,10 @@ from pyroebm.kernels.adaptation.starts import draw_starts
 from pyroebm.kernels.adaptation.step_size import DualAveraging, find_step_size
 from pyroebm.kernels.adaptation.windows import Adaptation, WindowAdaptation
 
-__all__ = ["Adaptation", "DualAveraging", "WindowAdaptation", "draw_starts", "find_step_size"]
+__all__ = [
+    "Adaptation",
+    "DualAveraging",
+    "WindowAdaptation",
+    "draw_starts",
+    "find_step_size",
+]

@@ -2,4 +2,6 @@
 
 from pyroebm.kernels.nuts.lockstep import NUTS
 
-__all__ = ["NUTS"]
+__all__ = [
+    "NUTS",
+]

@@ -9,18 +9,18 @@ import numpy as np
 import pytest
 import torch
 
-from pyroebm.diagnostics import plots as plotting
+from pyroebm.diagnostics import plots
 from pyroebm.targets import DoubleWell
 
 DRAWS = torch.randn(5, 400, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 PLOTS = {
-    "potential": lambda ax: plotting.plot_potential(DoubleWell(), DRAWS, 5.03, ax=ax),
-    "masses": lambda ax: plotting.plot_mode_masses(
+    "potential": lambda ax: plots.plot_potential(DoubleWell(), DRAWS, 5.03, ax=ax),
+    "masses": lambda ax: plots.plot_mode_masses(
         {"a": (0.1, 0.02), "b": (0.0, math.nan)}, 0.12, ax=ax
     ),
-    "trace": lambda ax: plotting.plot_trace(DRAWS, ax=ax),
-    "rank": lambda ax: plotting.plot_rank(DRAWS, ax=ax),
-    "energy": lambda ax: plotting.plot_energy_levels(DRAWS, ax=ax),
+    "trace": lambda ax: plots.plot_trace(DRAWS, ax=ax),
+    "rank": lambda ax: plots.plot_rank(DRAWS, ax=ax),
+    "energy": lambda ax: plots.plot_energy_levels(DRAWS, ax=ax),
 }
 
 
@@ -35,7 +35,7 @@ def test_a_plot_draws_on_the_axes_it_is_given_and_returns_them(name: str) -> Non
 def test_the_potential_from_exact_draws_is_the_true_one_with_gaps_where_nothing_is_known() -> None:
     energy = DoubleWell().double()
     x = energy.sample(400_000, torch.Generator().manual_seed(0))
-    ax = plotting.plot_potential(energy, x, energy.log_z, limits=(-1.9, -1.0), bins=20)
+    ax = plots.plot_potential(energy, x, energy.log_z, limits=(-1.9, -1.0), bins=20)
     line = ax.get_lines()[1]
     at, estimate = np.asarray(line.get_xdata()), np.asarray(line.get_ydata())
     inside = ((x > -1.9) & (x < -1.0)).sum().item() / len(x)
@@ -48,7 +48,7 @@ def test_the_potential_from_exact_draws_is_the_true_one_with_gaps_where_nothing_
     )
     assert 0.5 < inside < 1
     gaps = (
-        plotting.plot_potential(energy, torch.tensor([-1.0, 1.0]), 0.0, bins=10)
+        plots.plot_potential(energy, torch.tensor([-1.0, 1.0]), 0.0, bins=10)
         .get_lines()[1]
         .get_ydata()
     )
@@ -58,13 +58,13 @@ def test_the_potential_from_exact_draws_is_the_true_one_with_gaps_where_nothing_
 def test_weights_move_the_estimate() -> None:
     x = torch.tensor([0.0] * 50 + [1.0] * 50)
     log_weights = torch.where(x == 0, math.log(3.0), 0.0)
-    line = plotting.plot_potential(lambda x: x, x, 0.0, log_weights, bins=2).get_lines()[1]
+    line = plots.plot_potential(lambda x: x, x, 0.0, log_weights, bins=2).get_lines()[1]
     left, right = np.asarray(line.get_ydata())
     assert math.isclose(right - left, math.log(3.0), rel_tol=1e-6)
 
 
 def test_level_ranks_are_level() -> None:
-    ax = plotting.plot_rank(DRAWS, bins=4)
+    ax = plots.plot_rank(DRAWS, bins=4)
     assert ax.get_ylim()[0] == 0.0
-    apart = plotting.plot_rank(DRAWS + 10 * torch.arange(5).unsqueeze(1), bins=5)
+    apart = plots.plot_rank(DRAWS + 10 * torch.arange(5).unsqueeze(1), bins=5)
     assert apart.get_ylim()[1] > 2.0
