@@ -34,7 +34,9 @@ from pyroebm.objectives import Centring, PersistentCD
 from pyroebm.partition import ais, base_rates
 from pyroebm.training import fit
 
-VISIBLE, HIDDEN, BATCH = 784, 500, 100
+VISIBLE = 784
+HIDDEN = 500
+BATCH = 100
 Timed = Callable[[int], Any]
 
 
@@ -71,11 +73,9 @@ def products(dtype: torch.dtype = torch.float32) -> Timed:
     """What PCD-1 cannot do without: the fields of data and chains, both products of the gradient,
     one way down."""
     rbm, x = machine(dtype), data(BATCH).to(dtype)
-    w, h, both = (
-        rbm.weight.detach(),
-        torch.rand(BATCH, HIDDEN, dtype=dtype),
-        torch.rand(2 * BATCH, HIDDEN, dtype=dtype),
-    )
+    w = rbm.weight.detach()
+    h = torch.rand(BATCH, HIDDEN, dtype=dtype)
+    both = torch.rand(2 * BATCH, HIDDEN, dtype=dtype)
     pair = torch.cat([x, x])
 
     def steps(n: int) -> None:
@@ -143,7 +143,9 @@ def our_ais() -> Timed:
 
 def ais_products() -> Timed:
     """Up and down once for each temperature."""
-    w, v, h = machine().weight.detach(), data(BATCH), torch.rand(BATCH, HIDDEN)
+    w = machine().weight.detach()
+    v = data(BATCH)
+    h = torch.rand(BATCH, HIDDEN)
 
     def steps(n: int) -> None:
         for _ in range(n):

@@ -100,7 +100,9 @@ def our_energy() -> NeuralEnergy:
 
 
 def our_chains(kernel: Kernel[Any], steps: int, compiled: bool) -> Timed:
-    energy, x, generator = our_energy(), starts(), torch.Generator().manual_seed(2)
+    energy = our_energy()
+    x = starts()
+    generator = torch.Generator().manual_seed(2)
     kernel = CompiledKernel(kernel) if compiled else kernel
     return lambda: advance(energy, kernel, x, steps, generator)
 

@@ -69,11 +69,9 @@ class Judge:
 
     def __init__(self, target: GaussianMixture) -> None:
         axis = torch.linspace(-10.0, 10.0, 401)
-        self.axis, self.grid, self.cell = (
-            axis,
-            torch.cartesian_prod(axis, axis),
-            float(axis[1] - axis[0]) ** 2,
-        )
+        self.axis = axis
+        self.grid = torch.cartesian_prod(axis, axis)
+        self.cell = float(axis[1] - axis[0]) ** 2
         self.log_law = -target(self.grid)
         self.entropy = -self.expected(self.log_law)
 

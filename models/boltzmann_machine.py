@@ -91,7 +91,9 @@ def main(
     three_spins(recipe)
 
     ceilings = {"bars and stripes": -2.59930, "parity": -math.log(4.0)}
-    patterns, bits, curves = bars_and_stripes(3), parity(3), {}
+    patterns = bars_and_stripes(3)
+    bits = parity(3)
+    curves = {}
     machines: dict[str, tuple[BoltzmannMachine | BernoulliRBM, Tensor, str]] = {
         "bars and stripes, 6 hidden units": (BoltzmannMachine(9, 6), patterns, "bars and stripes"),
         "parity, visible units only": (BoltzmannMachine(3), bits, "parity"),

@@ -90,7 +90,11 @@ def main(
     learning_rate = learning_rate or (0.05 if data is None else 0.01)
     fine_epochs = 100 if data is None else 30
     if quick:
-        images, first, epochs, temperatures, fine_epochs = images.fewer(200), 2, 2, 100, 1
+        images = images.fewer(200)
+        first = 2
+        epochs = 2
+        temperatures = 100
+        fine_epochs = 1
     recipe = Recipe(
         "dbm",
         out,

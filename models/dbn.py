@@ -102,7 +102,11 @@ def main(
     )
     fine_epochs = 100 if data is None else 30
     if quick:
-        images, epochs, temperatures, samples, fine_epochs = images.fewer(200), 2, 100, 10, 1
+        images = images.fewer(200)
+        epochs = 2
+        temperatures = 100
+        samples = 10
+        fine_epochs = 1
     recipe = Recipe(
         "dbn",
         out,

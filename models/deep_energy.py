@@ -171,11 +171,15 @@ def stability(
 ) -> tuple[Tensor, list[tuple[int, float]]]:
     """Chains of the buffer go on ten times as long as they have been going in training; mean
     energies on the way."""
-    x, generator, readings = chains, seeded_generator(recipe.seed, spawned=1), [energy(chains)]
+    x = chains
+    generator = seeded_generator(recipe.seed, spawned=1)
+    readings = [energy(chains)]
     for _ in range(10):
         x, rate = advance(energy, MALA(0.4), x, age, generator)
         readings.append(energy(x))
-    first, middle, last = readings[0], readings[5], readings[10]
+    first = readings[0]
+    middle = readings[5]
+    last = readings[10]
     recipe.add_mean("energy: test images", energy(data))
     recipe.add_mean("energy: chains after training", first)
     recipe.add_mean("energy: chains 10 times as old", last)

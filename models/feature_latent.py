@@ -221,11 +221,9 @@ def on_digits(
     def noised(x: Tensor) -> Tensor:
         return x + NOISE * torch.randn(x.shape, generator=noise, dtype=x.dtype)
 
-    data, train_once, test = (
-        noised(split.train.repeat(20, 1)),
-        noised(split.train),
-        noised(split.test),
-    )
+    data = noised(split.train.repeat(20, 1))
+    train_once = noised(split.train)
+    test = noised(split.test)
     white = Whitening(data)
     chains = PersistentCD(100, k=1 if quick else 2, kernel=HMC(0.15, num_steps=10))
     net = features(64, 128, 1.0, data.dtype, noise)
@@ -287,7 +285,9 @@ def main(
         progress: show bars; on a terminal without.
     """
     if quick:
-        seeds, steps, digit_steps = 1, 40, 20
+        seeds = 1
+        steps = 40
+        digit_steps = 20
     recipe = Recipe(
         "feature_latent",
         out,

@@ -134,7 +134,9 @@ def scores(energy: ClassifierEnergy, name: str) -> dict[str, Callable[[Tensor], 
 def draws_of_classes(energy: ClassifierEnergy, labels: Tensor, steps: int, seed: int) -> Tensor:
     """The end of a chain for each label, from the envelope's law on: rows of
     ``energy.given(labels)``."""
-    target, noise, kernel = energy.given(labels), seeded_generator(seed, spawned=2), MALA(STEP)
+    target = energy.given(labels)
+    noise = seeded_generator(seed, spawned=2)
+    kernel = MALA(STEP)
     state = kernel.init(target, target.initial(len(labels), noise), noise)
     for _ in range(steps):
         state, _ = kernel.step(target, state, noise)
@@ -169,7 +171,9 @@ def main(
         progress: show bars; on a terminal without.
     """
     if quick:
-        seeds, steps, sweeps = 2, 30, 5
+        seeds = 2
+        steps = 30
+        sweeps = 5
     recipe = Recipe(
         "jem",
         out,

@@ -54,7 +54,9 @@ class Images:
         test_labels: Tensor,
         binarisation: str,
     ) -> None:
-        self.train, self.test, self.binarisation = train.float(), test.float(), binarisation
+        self.train = train.float()
+        self.test = test.float()
+        self.binarisation = binarisation
         self.train_labels, self.test_labels = train_labels.long(), test_labels.long()
         side = math.isqrt(train.shape[1])
         self.shape = (side, side)

@@ -198,7 +198,9 @@ def plane(
             recipe, name, energy, log_z, test, time.perf_counter() - began
         )
 
-    energy, game, began = Perceptron(data, seed), FlowContrastive(flow), time.perf_counter()
+    energy = Perceptron(data, seed)
+    game = FlowContrastive(flow)
+    began = time.perf_counter()
     train(energy, game, data, steps, seed, progress, {"energy": 3e-3, "flow": 3e-4})
     name, seconds = "NCE, flow trained along", time.perf_counter() - began
     densities[name], divergences[name] = judge(

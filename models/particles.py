@@ -292,7 +292,9 @@ def judged(done: Case, *, quick: bool = False, matched: bool = False) -> Judgeme
         quick: a few draws only.
         matched: judge the flow as it was after flow matching.
     """
-    began, energy, seed = time.process_time(), done.energy, 1000 + done.seed
+    began = time.process_time()
+    energy = done.energy
+    seed = 1000 + done.seed
     generator = seeded_generator(seed)
     flow = done.matched if matched else done.flow
     n, some = (200, 100) if quick else (10_000, 2000)

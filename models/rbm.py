@@ -129,7 +129,10 @@ def main(
     decay = data is None if decay is None else decay
     seeds = seeds or (3 if data is None else 1)
     if quick:
-        images, epochs, seeds, temperatures = images.fewer(200), 2, 1, 100
+        images = images.fewer(200)
+        epochs = 2
+        seeds = 1
+        temperatures = 100
     recipe = Recipe(
         "rbm",
         out,

@@ -43,7 +43,9 @@ class Recipe:
     """
 
     def __init__(self, name: str, out: Path | None, seed: int, **config: Any) -> None:
-        self.name, self.seed, self.config = name, seed, config
+        self.name = name
+        self.seed = seed
+        self.config = config
         self.out = Path("runs", name) if out is None else out
         self.out.mkdir(parents=True, exist_ok=True)
         self.metrics: dict[str, dict[str, Any]] = {}

@@ -115,11 +115,9 @@ def plane(recipe: Recipe, steps: int, points: int, progress: bool | None) -> dic
         )
         energy.fit_envelope(data)
         seconds = train(energy, objective, data, steps, 3e-3, 256, recipe.seed, progress)
-        log_z, test, unnoised = (
-            quadrature(energy, tolerance=TOLERANCE),
-            law.sample(points, noise),
-            circle().sample(points, noise),
-        )
+        log_z = quadrature(energy, tolerance=TOLERANCE)
+        test = law.sample(points, noise)
+        unnoised = circle().sample(points, noise)
         recipe.add_mean(
             f"circle, {name}: nats above its law",
             energy(test) + log_z.value - law(test),
@@ -140,7 +138,9 @@ def plane(recipe: Recipe, steps: int, points: int, progress: bool | None) -> dic
 def two_modes(recipe: Recipe, steps: int, points: int, progress: bool | None) -> None:
     """Weights .9 and .1 with emptiness between them: what the score does not say, wide noise
     does."""
-    means, deviation, ladder = torch.tensor([[-3.0, 0.0], [3.0, 0.0]]), 0.6, (0.2, 0.8, 2.0)
+    means = torch.tensor([[-3.0, 0.0], [3.0, 0.0]])
+    deviation = 0.6
+    ladder = (0.2, 0.8, 2.0)
     weights = torch.tensor([0.9, 0.1])
     law = GaussianMixture(means, scale=deviation, weights=weights)
     data = law.sample(points, torch.Generator().manual_seed(recipe.seed))

@@ -161,7 +161,9 @@ def main(
         progress: show bars; on a terminal without.
     """
     if quick:
-        seeds, steps, finish = 1, 60, 30
+        seeds = 1
+        steps = 60
+        finish = 30
     recipe = Recipe("tilting", out, seed, seeds=seeds, steps=steps, finish=finish, quick=quick)
     n, chains = (500, 50) if quick else (4000, 400)
     found = defaultdict[str, list[float]](list)

@@ -487,7 +487,7 @@ def test_private_checker_catches(source: str) -> None:
 def test_parallel_assignment_is_of_two_at_most() -> None:
     """One statement a line: `a, b, c = 1, 2, 3` hides what becomes of what."""
     wrong = []
-    for path in SOURCES:
+    for path in [*SOURCES, *SCRIPTS, *sorted((ROOT / "tests").rglob("*.py"))]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             tuples = isinstance(node, ast.Assign) and all(
                 isinstance(side, ast.Tuple) for side in (node.targets[0], node.value)

@@ -10,6 +10,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from lib.checks import within_se
+from lib.tempered import separated
 from torch import Tensor
 
 from pyroebm import HMC, MALA, ULA, DistributionEnergy, Energy, SMCResult, smc, tempered_smc
@@ -25,11 +26,6 @@ def wide(dim: int | None = None, scale: float = 2.0) -> Gaussian:
     return Gaussian(
         number(0.0) if dim is None else torch.zeros(dim, dtype=torch.float64), scale=scale
     )
-
-
-def separated() -> GaussianMixture:
-    means = torch.tensor([[-5.0, 0.0], [5.0, 0.0]], dtype=torch.float64)
-    return GaussianMixture(means, weights=[0.8, 0.2])
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,9 @@ from pyroebm.objectives import CompiledKL, ReverseKL, fit_flow
 
 __all__ = ["COUPLINGS", "HIDDEN", "CONTESTANTS", "bare"]
 
-COUPLINGS, HIDDEN, LR = 6, (64, 64), 2e-3
+COUPLINGS = 6
+HIDDEN = (64, 64)
+LR = 2e-3
 Step = Callable[[], Any]
 
 

@@ -98,7 +98,9 @@ def eight_schools_data() -> tuple[Array, Array]:
 
 # mu, tau, theta_1, ..., theta_8 from the non-centred coordinates
 def _effects(draws: Array) -> Array:
-    mu, tau, eta = draws[..., :1], draws[..., 1:2], draws[..., 2:]
+    mu = draws[..., :1]
+    tau = draws[..., 1:2]
+    eta = draws[..., 2:]
     return np.concatenate([mu, tau, mu + tau * eta], axis=-1)
 
 
@@ -145,7 +147,9 @@ def _stein(draws: Array) -> Array:
 def net_weights() -> list[tuple[Array, Array]]:
     """Weights (standard deviation gain / sqrt(fan in)) and biases (gain) of a 2-128-128-1 network:
     a skewed, peaked mode and a shoulder beside it."""
-    rng, widths, gains = np.random.default_rng(3), (2, 128, 128, 1), (3.0, 2.0, 1.0)
+    rng = np.random.default_rng(3)
+    widths = (2, 128, 128, 1)
+    gains = (3.0, 2.0, 1.0)
     return [
         (gain * rng.standard_normal((out, into)) / np.sqrt(into), gain * rng.standard_normal(out))
         for gain, into, out in zip(gains, widths[:-1], widths[1:], strict=True)

@@ -30,7 +30,10 @@ from pyroebm.objectives import (
 
 __all__ = ["BATCH", "FITTERS", "Fitter", "Training"]
 
-BATCH, LR, HIDDEN, CLIP = 512, 2e-3, (64, 64), 100.0
+BATCH = 512
+LR = 2e-3
+HIDDEN = (64, 64)
+CLIP = 100.0
 
 
 @dataclasses.dataclass(frozen=True)

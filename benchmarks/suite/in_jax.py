@@ -35,7 +35,9 @@ def _net(x: Array) -> Array:
 
 def _eight_schools(x: Array) -> Array:
     y, sigma = cases.eight_schools_data()
-    mu, log_tau, eta = x[0], x[1], x[2:]
+    mu = x[0]
+    log_tau = x[1]
+    eta = x[2:]
     tau = jnp.exp(log_tau)
     prior = -0.5 * (mu / 5.0) ** 2 - jnp.log1p((tau / 5.0) ** 2) + log_tau - 0.5 * jnp.sum(eta**2)
     return prior - 0.5 * jnp.sum(((y - mu - tau * eta) / sigma) ** 2)

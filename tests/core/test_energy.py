@@ -232,7 +232,9 @@ def test_a_broken_row_touches_no_other() -> None:
 
 
 def test_sum_is_a_product_of_experts() -> None:
-    a, b, c = Gaussian([0.0, 1.0]), Gaussian([1.0, 0.0], scale=2.0), Quadratic((2,))
+    a = Gaussian([0.0, 1.0])
+    b = Gaussian([1.0, 0.0], scale=2.0)
+    c = Quadratic((2,))
     x = randn(5, 2)
     torch.testing.assert_close((a + b + c)(x), a(x) + b(x) + c(x))
     torch.testing.assert_close(Sum(a, b, c)(x), (a + b + c)(x))
@@ -277,7 +279,9 @@ def test_tempering() -> None:
 
 
 def test_log_ratio_needs_no_z() -> None:
-    e, a, b = DoubleWell(), randn(4), randn(4, seed=1)
+    e = DoubleWell()
+    a = randn(4)
+    b = randn(4, seed=1)
     torch.testing.assert_close(e.log_ratio(a, b), e(b) - e(a))
     assert e.log_ratio(a, b[0]).shape == (4,)
     mode, hill = torch.tensor(-1.473), torch.tensor(0.126)
@@ -361,7 +365,9 @@ def test_conditioned_gaussian_is_the_conditional(
 ) -> None:
     d = math.prod(event)
     a = randn(d, 2 * d)
-    mean, covariance, seen = randn(*event, seed=1), a @ a.T / d, randn(*event, seed=2)
+    mean = randn(*event, seed=1)
+    covariance = a @ a.T / d
+    seen = randn(*event, seed=2)
     mask = torch.zeros(d, dtype=torch.bool)
     mask[list(clamped)] = True
     e = Conditioned(Gaussian(mean, covariance=covariance), seen, mask.reshape(event))

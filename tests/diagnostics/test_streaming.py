@@ -119,7 +119,9 @@ def test_short_chains_from_few_points_mix_for_the_nested_and_not_for_the_plain()
 
 def test_errors_know_of_autocorrelation() -> None:
     """Effective draws of an autoregression: n (1 - phi) / (1 + phi)."""
-    phi, chains, draws = 0.6, 2000, 100
+    phi = 0.6
+    chains = 2000
+    draws = 100
     x = autoregression(chains, draws + 20, phi)[:, 20:]
     moments = streamed(x)
     truth = (
@@ -142,11 +144,9 @@ def test_a_run_that_keeps_moments_keeps_no_draw_and_has_the_same_ones(tmp_path: 
     kept, lean = MCMC(MALA(), **settings), MCMC(MALA(), keep="moments", **settings)  # type: ignore[arg-type]
     kept.run(Exponential(2.0).double())
     lean.run(Exponential(2.0).double())
-    x, stats, moments = (
-        kept.get_samples(group_by_chain=True)["x"],
-        kept.get_stats(),
-        lean.get_moments(),
-    )
+    x = kept.get_samples(group_by_chain=True)["x"]
+    stats = kept.get_stats()
+    moments = lean.get_moments()
     torch.testing.assert_close(moments["x"].mean, x.mean(1))
     torch.testing.assert_close(moments["x"].variances(), x.var((0, 1), unbiased=False))
     for name in ("lp", "acceptance_rate", "diverging", "n_steps"):
@@ -164,7 +164,10 @@ def test_moments_are_resumed_too(tmp_path: Path) -> None:
     def lean() -> MCMC:
         return Counted(MALA(), 30, 20, num_chains=6, seed=0, chain_batch_size=4, keep="moments")
 
-    whole, broken, other, counted = lean(), lean(), lean(), Stops()
+    whole = lean()
+    broken = lean()
+    other = lean()
+    counted = Stops()
     whole.run(counted)
     with pytest.warns(RuntimeWarning, match="interrupted during sampling"):
         broken.run(Stops(counted.calls - 30), store=tmp_path / "run")

@@ -112,7 +112,9 @@ def by_hand(machine: LayeredMachine, x: Tensor) -> float:
     """The energy of one joint state, unit by unit, from the published formulas and not from natural
     parameters."""
     if isinstance(machine, BernoulliRBM):
-        weights, biases, sigma = [machine.weight], [machine.visible_bias, machine.hidden_bias], None
+        weights = [machine.weight]
+        biases = [machine.visible_bias, machine.hidden_bias]
+        sigma = None
     elif isinstance(machine, GaussianRBM):
         weights, biases = [machine.weight], [machine.visible_bias, machine.hidden_bias]
         sigma = machine.log_sigma.exp()
@@ -542,7 +544,9 @@ def test_supports_of_layers_are_compared_part_by_part() -> None:
 @pytest.mark.parametrize("sizes", [[4, 3, 2], [3, 4, 2, 3]])
 def test_a_classifier_starts_as_its_machine(sizes: list[int]) -> None:
     """Its last hidden layer is that of mean field, or of the recognition pass."""
-    machine, net, v = deep(sizes).requires_grad_(False), network(sizes), all_bits(sizes[0], F64)
+    machine = deep(sizes).requires_grad_(False)
+    net = network(sizes)
+    v = all_bits(sizes[0], F64)
     found: list[Tensor] = []
     for model in (machine, net):
         classifier = Classifier(model, 3, mean_field_steps=2000)

@@ -162,7 +162,9 @@ def test_linear_features_make_a_gaussian_machine() -> None:
 
 
 def test_persistent_chains_have_the_exact_gradient() -> None:
-    energy, data, gradients = make(), torch.randn(40, 2, dtype=F64, generator=seeded(4)), []
+    energy = make()
+    data = torch.randn(40, 2, dtype=F64, generator=seeded(4))
+    gradients = []
     for run in range(60):
         objective, noise = PersistentCD(num_chains=200, k=4, kernel=MALA(0.7)), seeded(30 + run)
         for _ in range(20):

@@ -95,7 +95,9 @@ def test_gradients_in_x_are_those_of_differences(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in NEURAL if name != "given"])
 def test_weights_come_from_the_generator_alone(name: str) -> None:
     state = torch.random.get_rng_state()
-    one, two, other = NEURAL[name](0), NEURAL[name](0), NEURAL[name](1)
+    one = NEURAL[name](0)
+    two = NEURAL[name](0)
+    other = NEURAL[name](1)
     assert torch.equal(torch.random.get_rng_state(), state)
     pairs = zip(
         one.state_dict().items(),

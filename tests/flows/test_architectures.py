@@ -17,7 +17,7 @@ import pytest
 import torch
 import zuko
 from lib.checks import mean_and_se, within_se
-from lib.reseed import problem_generator
+from lib.flow_cases import noise, stirred
 from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoNormalizingFlow
@@ -59,20 +59,6 @@ from pyroebm.targets import Gaussian
 F64 = torch.float64
 CPU = torch.device("cpu")
 M = TypeVar("M", bound=nn.Module)
-
-
-def noise(*shape: int, seed: int = 7) -> Tensor:
-    return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(seed))
-
-
-def stirred(module: M, seed: int = 5, scale: float = 0.3) -> M:
-    generator = problem_generator(seed)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter += scale * torch.randn(parameter.shape, dtype=F64, generator=generator).to(
-                parameter.dtype
-            )
-    return module
 
 
 # --------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from lib.checks import mean_and_se, within_se
+from lib.flow_cases import noise
 from lib.reseed import problem_generator
 from torch import Tensor
 
@@ -26,10 +27,6 @@ F64 = torch.float64
 CPU = torch.device("cpu")
 SHAPES = [(2, 1), (3, 2), (4, 2), (5, 3)]
 shapes = pytest.mark.parametrize(("particles", "space"), SHAPES)
-
-
-def noise(*shape: int, seed: int = 7) -> Tensor:
-    return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(seed))
 
 
 def stirred(flow: EquivariantFlow, seed: int = 5) -> EquivariantFlow:
@@ -288,7 +285,10 @@ def test_matching_solves_the_normal_equations_and_says_what_it_explains() -> Non
         2.0 * noise(300, 6),
     )
     explained = match_flow(flow, draws, num_pairs=700, ridge=1e-9, batch_size=300, seed=3)
-    generator, residuals, targets, gradients = seeded_generator(3), [], [], []
+    generator = seeded_generator(3)
+    residuals = []
+    targets = []
+    gradients = []
     for n in (300, 300, 100):  # the same numbers, in the same order
         chosen = (uniform((n,), generator, F64, CPU) * len(draws)).long()
         u, z = draws[chosen], standard_normal((n, 6), generator, F64, CPU)

@@ -15,7 +15,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from lib.checks import mean_and_se, within_se
-from lib.reseed import problem_generator
+from lib.flow_cases import noise, stirred
 from pyro.distributions.transforms import affine_coupling
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -55,22 +55,6 @@ from pyroebm.targets import DoubleWell, Exponential, Gaussian
 
 F64 = torch.float64
 M = TypeVar("M", bound=nn.Module)
-
-
-def noise(*shape: int, seed: int = 7) -> Tensor:
-    return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(seed))
-
-
-def stirred(module: M, seed: int = 5, scale: float = 0.3) -> M:
-    """The module with every parameter moved at random: away from the identity that fresh flows
-    are."""
-    generator = problem_generator(seed)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter += scale * torch.randn(parameter.shape, dtype=F64, generator=generator).to(
-                parameter.dtype
-            )
-    return module
 
 
 def affine_flow(dtype: torch.dtype = F64) -> Flow:

@@ -197,7 +197,9 @@ def beta_binomial_case() -> tuple[tuple[Tensor, ...], dict]:
 
 def normal_gamma_case() -> tuple[tuple[Tensor, ...], dict]:
     y = torch.tensor([0.5, 1.5, 2.0, -0.5, 1.0])
-    n, k, shape = len(y), 2.0 + len(y), torch.tensor(2.0 + len(y) / 2)
+    n = len(y)
+    k = 2.0 + len(y)
+    shape = torch.tensor(2.0 + len(y) / 2)
     rate = 1.0 + ((y - y.mean()) ** 2).sum() / 2 + 2.0 * n * y.mean() ** 2 / (2 * k)
     mean = n * y.mean() / k
     return (y,), {

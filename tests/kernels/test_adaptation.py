@@ -151,7 +151,9 @@ def test_chains_that_stand_still_teach_nothing(metric: str) -> None:
     x = torch.randn(50, 4, 2, dtype=double, generator=torch.Generator().manual_seed(0))
     x[:, 1] = 1e6
     moved = torch.tensor([True, False, True, True])
-    some, three, none = start(x[0]), start(x[0, moved]), start(x[0])
+    some = start(x[0])
+    three = start(x[0, moved])
+    none = start(x[0])
     for q in x:
         some, three = some.update(q, q, moved), three.update(q[moved], q[moved])
         none = none.update(q, q, torch.zeros(4, dtype=torch.bool))
@@ -374,11 +376,9 @@ def test_a_short_warm_up_leaves_a_step_size_that_moves(steps: int) -> None:
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_a_new_metric_starts_the_step_size_anew(metric: Any) -> None:
-    energy, plan, generator = (
-        Normal((2,)).double(),
-        WindowAdaptation(metric=metric),
-        torch.Generator().manual_seed(0),
-    )
+    energy = Normal((2,)).double()
+    plan = WindowAdaptation(metric=metric)
+    generator = torch.Generator().manual_seed(0)
     kernel: Kernel = MALA()
     state = kernel.init(energy, energy.initial(8, generator))
     kernel, memory = plan.start(kernel, energy, state, generator)
@@ -496,7 +496,9 @@ def test_a_chain_that_starts_far_out_comes_home() -> None:
 
 def test_a_chain_that_the_shared_step_size_leaves_behind_gets_its_own() -> None:
     """It is in the group when the last window ends, and falls into a narrow place after it."""
-    energy, plan, steps = TwoWidths().double(), WindowAdaptation(metric=None), 200
+    energy = TwoWidths().double()
+    plan = WindowAdaptation(metric=None)
+    steps = 200
     x = torch.full((8,), 100.0, dtype=double)
     generator = torch.Generator().manual_seed(17)
     state = MALA().init(energy, x)
@@ -584,7 +586,9 @@ def test_step_sizes_of_chains_do_not_hear_of_each_other() -> None:
     )
     found = []
     for last in (1.0, -1.0):
-        kernel, warmup, generator = start, memory, torch.Generator().manual_seed(1)
+        kernel = start
+        warmup = memory
+        generator = torch.Generator().manual_seed(1)
         state = kernel.init(energy, x * torch.tensor([1.0, 1.0, 1.0, last]))
         for _ in range(80):
             kernel, state, _, warmup = plan.step(kernel, energy, state, warmup, 80, generator)
@@ -625,7 +629,9 @@ def leaves(memory: Any) -> list[type]:
 
 def test_a_window_that_tells_nothing_keeps_the_metric() -> None:
     old = torch.full((2,), 3.0, dtype=double)
-    kernel, plan, energy = MALA(inverse_mass=old), WindowAdaptation(), Normal((2,)).double()
+    kernel = MALA(inverse_mass=old)
+    plan = WindowAdaptation()
+    energy = Normal((2,)).double()
     state = kernel.init(energy, torch.zeros(4, 2, dtype=double))
     _, info = kernel.step(energy, state)
     kernel, memory = plan.start(kernel, energy, state)

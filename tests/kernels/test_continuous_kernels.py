@@ -293,11 +293,9 @@ def test_the_heat_of_the_bath_is_no_energy_error() -> None:
 
 
 def test_baoab_beyond_its_stability_refuses_and_says_so() -> None:
-    energy, kernel, generator = (
-        DoubleWell().double(),
-        UnderdampedLangevin(step_size=1.0),
-        torch.Generator().manual_seed(0),
-    )
+    energy = DoubleWell().double()
+    kernel = UnderdampedLangevin(step_size=1.0)
+    generator = torch.Generator().manual_seed(0)
     state, diverged = kernel.init(energy, torch.ones(64, dtype=torch.float64), generator), 0
     for _ in range(50):
         state, info = kernel.step(energy, state, generator)
@@ -482,11 +480,9 @@ def assert_unbiased() -> None:
 
 def test_minibatch_gradients_are_unbiased_and_every_datum_is_drawn_alike() -> None:
     assert_unbiased()
-    energy, generator, counts = (
-        posterior(2),
-        torch.Generator().manual_seed(0),
-        torch.zeros(6, dtype=torch.float64),
-    )
+    energy = posterior(2)
+    generator = torch.Generator().manual_seed(0)
+    counts = torch.zeros(6, dtype=torch.float64)
     for _ in range(3000):
         counts += torch.isin(energy.data, energy.subsample(generator).data)
     within_se(counts / 3000, np.full(6, 1 / 3), math.sqrt(2 / 9 / 3000))
@@ -512,7 +508,9 @@ def test_minibatches_are_found_inside_other_views() -> None:
 def assert_sgld_theory() -> None:
     """With e = eps^2 / 2, precision L and gradient noise of variance V: variance (2 e + e^2 V) / (1
     - (1 - e L)^2)."""
-    total, size, eps = 50, 5, 0.15
+    total = 50
+    size = 5
+    eps = 0.15
     energy = posterior(size, total)
     precision, spread = 1.0 + total, float(energy.data.var())
     noise = total**2 / size * spread * (1 - size / total)  # without replacement

@@ -76,11 +76,9 @@ EXACT_CASES = [(name, space) for name, space in CASES if name in EXACT and space
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("name", "space"), CASES)
 def test_step_keeps_shapes_types_and_support(name: str, space: str, dtype: torch.dtype) -> None:
-    energy, kernel, generator = (
-        build(name, space).to(dtype),
-        DISCRETE[name](),
-        torch.Generator().manual_seed(0),
-    )
+    energy = build(name, space).to(dtype)
+    kernel = DISCRETE[name]()
+    generator = torch.Generator().manual_seed(0)
     state = kernel.init(energy, energy.initial(6, generator), generator)
     new, info = kernel.step(energy, state, generator)
     assert new.x.shape == (6, *energy.event_shape)
@@ -121,7 +119,9 @@ def test_rows_are_independent(name: str, space: str) -> None:
 @pytest.mark.parametrize("space", ["bits", "spins", "one-hot"])
 @pytest.mark.parametrize("name", DISCRETE)
 def test_a_nan_rejects_its_row_counts_it_and_touches_no_other(name: str, space: str) -> None:
-    fragile, clean, kernel = Fragile(space), Bipartite(space), DISCRETE[name]()
+    fragile = Fragile(space)
+    clean = Bipartite(space)
+    kernel = DISCRETE[name]()
     x = fragile.initial(1000, torch.Generator().manual_seed(1))
     state, info = kernel.step(fragile, kernel.init(fragile, x), torch.Generator().manual_seed(0))
     assert torch.isfinite(state.energy).all()

@@ -208,7 +208,9 @@ def test_leapfrog_is_of_second_order_reversible_and_volume_preserving() -> None:
     torch.testing.assert_close(-p2, p)
 
     def one(z: Tensor) -> Tensor:  # differentiable copy of the map, for its Jacobian
-        q, p, eps = z[:1], z[1:], 0.05
+        q = z[:1]
+        p = z[1:]
+        eps = 0.05
         grad = lambda x: 4 * x**3 - 8 * x + 1  # noqa: E731
         p = p - 0.5 * eps * scale * grad(q)
         q = q + eps * scale * p
@@ -338,7 +340,9 @@ def test_steps_are_as_many_calls_of_step(name: str) -> None:
     first = kernel.init(
         energy, energy.sample(6, torch.Generator().manual_seed(0)), torch.Generator().manual_seed(1)
     )
-    state, rates, generator = first, [], torch.Generator().manual_seed(2)
+    state = first
+    rates = []
+    generator = torch.Generator().manual_seed(2)
     for _ in range(5):
         state, info = kernel.step(energy, state, generator)
         rates.append(info.acceptance_rate)
@@ -353,7 +357,9 @@ def test_langevin_steps_refuse_a_row_that_is_not_finite_and_no_other() -> None:
     energy, kernel = Fragile().double(), ULA(step_size=0.5)
     x = torch.linspace(-1.4, 1.4, 64, dtype=torch.float64)
     state, rate = kernel.steps(energy, kernel.init(energy, x), 8, torch.Generator().manual_seed(0))
-    one, generator, taken = kernel.init(energy, x), torch.Generator().manual_seed(0), []
+    one = kernel.init(energy, x)
+    generator = torch.Generator().manual_seed(0)
+    taken = []
     for _ in range(8):
         one, info = kernel.step(energy, one, generator)
         taken.append(info.accepted)

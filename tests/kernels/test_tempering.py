@@ -12,7 +12,7 @@ import pytest
 import torch
 from lib.checks import within_se
 from lib.kernel_cases import EXACT, build
-from lib.tempered import state_at
+from lib.tempered import separated, state_at
 from scipy import stats
 from torch import Tensor
 
@@ -186,11 +186,9 @@ def exact_rates(betas: Tensor) -> Tensor:
 
 
 def test_swap_rates_barrier_and_mean_energies_are_those_of_theory() -> None:
-    energy, generator, chains = (
-        Gaussian(torch.zeros(2, dtype=torch.float64)),
-        torch.Generator().manual_seed(0),
-        2_000,
-    )
+    energy = Gaussian(torch.zeros(2, dtype=torch.float64))
+    generator = torch.Generator().manual_seed(0)
+    chains = 2_000
     betas = torch.tensor([1.0, 0.6, 0.2, 0.1], dtype=torch.float64)
     kernel = ParallelTempering(HMC(0.5 / betas.sqrt(), num_steps=4), betas)
     x = torch.randn(chains, 4, 2, generator=generator, dtype=torch.float64) / betas.sqrt().reshape(
@@ -283,12 +281,6 @@ def mass_of(mcmc: MCMC, energy: Energy, inside: Tensor | None = None) -> tuple[f
     x = mcmc.get_samples(group_by_chain=True)["x"]
     share = (energy.mode_of(x) == 1).double().mean(1)
     return float(share.mean()), float(share.std() / math.sqrt(len(share)))
-
-
-def separated() -> GaussianMixture:
-    """Two modes ten standard deviations apart."""
-    means = torch.tensor([[-5.0, 0.0], [5.0, 0.0]], dtype=torch.float64)
-    return GaussianMixture(means, weights=[0.8, 0.2])
 
 
 def test_separated_modes_get_their_weights_where_plain_chains_keep_where_they_started() -> None:
@@ -569,7 +561,9 @@ def test_a_run_that_was_saved_goes_on_bit_for_bit(reference: Energy | None) -> N
     def sampler(num_samples: int) -> MCMC:
         return MCMC(ParallelTempering(MALA(), betas, reference), num_samples, 100, 6, seed=5)
 
-    whole, part, loaded = sampler(50), sampler(30), sampler(30)
+    whole = sampler(50)
+    part = sampler(30)
+    loaded = sampler(30)
     whole.run(energy)
     part.run(energy)
     loaded.load_state_dict(part.state_dict(), energy)

@@ -169,7 +169,9 @@ class EightSchools(Energy):
         self.register_buffer("sigma", torch.tensor(SIGMA, dtype=torch.float64))
 
     def forward(self, u: Tensor) -> Tensor:
-        mu, log_tau, z = u[..., 0], u[..., 1], u[..., 2:]
+        mu = u[..., 0]
+        log_tau = u[..., 1]
+        z = u[..., 2:]
         residual = (self.y - self.effects(u)) / self.sigma
         prior = (
             mu**2 / 50 + torch.log1p(torch.exp(2 * log_tau) / 25) - log_tau + 0.5 * (z**2).sum(-1)

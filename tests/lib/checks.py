@@ -30,7 +30,9 @@ def within_se(estimate: Any, truth: Any, se: Any, k: float = 5.0, what: str = "e
             ...
         AssertionError: estimate 1 is not within 5 standard errors of 2: off by -1 = -10 ...
     """
-    e, t, s = _array(estimate), _array(truth), _array(se)
+    e = _array(estimate)
+    t = _array(truth)
+    s = _array(se)
     if t.ndim and e.shape != t.shape:
         raise AssertionError(
             f"{what} has shape {e.shape}, the truth has shape {t.shape}: they would broadcast"

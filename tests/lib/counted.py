@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyroebm import MCMC, Energy
+from pyroebm import MCMC, Energy, Kernel
 
 
 class Stops(Energy):
@@ -18,7 +18,10 @@ class Stops(Energy):
 
     def __init__(self, at: int = -1, act: Callable[[], None] | None = None) -> None:
         super().__init__((2,))
-        self.calls, self.at, self.act = -(10**9), at, act  # until a run begins
+        # until a run begins
+        self.calls = -(10**9)
+        self.at = at
+        self.act = act
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
@@ -34,3 +37,16 @@ class Counted(MCMC):
         if isinstance(self._target.energy, Stops):
             self._target.energy.calls = 0
         super()._advance(*arguments)
+
+
+def driven(kernel: Kernel, chains: int = 8, **options: object) -> MCMC:
+    """Blocks of 3, 3 and 2 chains; a warm-up long enough for a metric."""
+    settings = {
+        "num_samples": 6,
+        "warmup_steps": 62,
+        "seed": 5,
+        "chain_batch_size": 3,
+        "thinning": 2,
+        **options,
+    }
+    return Counted(kernel, num_chains=chains, **settings)  # type: ignore[arg-type]

@@ -1,16 +1,20 @@
-"""States of parallel tempering."""
+"""Two modes far apart, and states of parallel tempering with given replicas."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from pyroebm import (
-    Energy,
-    ParallelTempering,
-)
+from pyroebm import Energy, ParallelTempering
 from pyroebm.kernels import TemperedState
 from pyroebm.kernels.tempering import by_chain
+from pyroebm.targets import GaussianMixture
+
+
+def separated() -> GaussianMixture:
+    """Two modes ten standard deviations apart, of weights .8 and .2."""
+    means = torch.tensor([[-5.0, 0.0], [5.0, 0.0]], dtype=torch.float64)
+    return GaussianMixture(means, weights=[0.8, 0.2])
 
 
 def state_at(

@@ -17,7 +17,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from lib.counted import Counted, Stops
+from lib.counted import Stops, driven
 from lib.discrete_cases import DISCRETE
 from lib.discrete_cases import build as discrete_energy
 from lib.kernel_cases import KERNELS, build
@@ -34,19 +34,6 @@ from pyroebm.mcmc.chains import Layout
 from pyroebm.mcmc.storage import Store
 from pyroebm.targets import DoubleWell, Exponential
 from pyroebm.training import distributed
-
-
-def driven(kernel: Kernel, chains: int = 8, **options: object) -> MCMC:
-    """Blocks of 3, 3 and 2 chains; a warm-up long enough for a metric."""
-    settings = {
-        "num_samples": 6,
-        "warmup_steps": 62,
-        "seed": 5,
-        "chain_batch_size": 3,
-        "thinning": 2,
-        **options,
-    }
-    return Counted(kernel, num_chains=chains, **settings)  # type: ignore[arg-type]
 
 
 def assert_same(a: MCMC, b: MCMC) -> None:
@@ -200,11 +187,9 @@ class Ends(MCMC):
 def test_a_compiled_run_resumes_from_its_folder_as_if_uninterrupted(tmp_path: Path) -> None:
     energy = DoubleWell()
     settings = {"warmup_steps": 62, "num_chains": 6, "chain_batch_size": 3, "compile": True}
-    whole, broken, again = (
-        MCMC(MALA(), 6, seed=5, **settings),
-        Ends(MALA(), 6, seed=5, **settings),
-        MCMC(MALA(), 6, **settings),
-    )
+    whole = MCMC(MALA(), 6, seed=5, **settings)
+    broken = Ends(MALA(), 6, seed=5, **settings)
+    again = MCMC(MALA(), 6, **settings)
     whole.run(energy)
     with pytest.warns(RuntimeWarning, match="interrupted during warm-up"):
         broken.run(energy, store=tmp_path)
@@ -215,7 +200,10 @@ def test_a_compiled_run_resumes_from_its_folder_as_if_uninterrupted(tmp_path: Pa
 
 @pytest.mark.parametrize("forgotten", ["rng", "memory", "kernel"])
 def test_mutants_that_forget_a_part_of_the_state_are_caught(forgotten: str) -> None:
-    whole, broken, other, early = driven(HMC()), driven(HMC()), driven(HMC()), driven(HMC())
+    whole = driven(HMC())
+    broken = driven(HMC())
+    other = driven(HMC())
+    early = driven(HMC())
     whole.run(Stops())
     for mcmc, at in ((broken, 500), (early, 200)):
         with pytest.warns(RuntimeWarning, match="interrupted during warm-up"):
@@ -418,9 +406,9 @@ def test_a_large_run_says_beforehand_what_it_takes(
 
 KILLED = """
     import itertools, os, signal, sys
-    sys.path[:0] = ["tests", "tests/mcmc"]
     from pyroebm.mcmc import sampler
-    from test_long_runs import Stops, driven, NUTS
+    from lib.counted import Stops, driven
+    from pyroebm import NUTS
     # a clock that is looked at once in every turn of the blocks
     sampler.time.monotonic = itertools.count().__next__
     energy = Stops(int(sys.argv[2]), lambda: os.kill(os.getpid(), signal.SIGKILL))
@@ -429,9 +417,9 @@ KILLED = """
 RANK = """
     import sys
     import torch.distributed as dist
-    sys.path[:0] = ["tests", "tests/mcmc"]
     from pyroebm.training import distributed
-    from test_long_runs import Stops, driven, NUTS
+    from lib.counted import Stops, driven
+    from pyroebm import NUTS
     method = "file://" + sys.argv[1] + ".rendezvous"
     dist.init_process_group("gloo", init_method=method, rank=int(sys.argv[2]), world_size=2)
     driven(NUTS(), ranks=distributed.ranks()).run(Stops(), store=sys.argv[1])
@@ -441,10 +429,10 @@ RANK = """
 
 
 def start(script: str, *arguments: str) -> subprocess.Popen[bytes]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(script), *arguments], cwd=ROOT, env=environment
-    )
+    paths = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    command = [sys.executable, "-c", textwrap.dedent(script), *arguments]
+    return subprocess.Popen(command, cwd=ROOT, env=environment)
 
 
 def test_a_killed_process_loses_no_draw_that_was_written(tmp_path: Path) -> None:

@@ -45,7 +45,9 @@ class Stops(Energy):
 
     def __init__(self, at: int, error: type[BaseException] = KeyboardInterrupt) -> None:
         super().__init__()
-        self.calls, self.at, self.error = 0, at, error
+        self.calls = 0
+        self.at = at
+        self.error = error
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1

@@ -496,7 +496,9 @@ def test_a_flow_that_is_the_model_has_no_gradient() -> None:
 
 
 def test_the_gradient_penalty_is_the_written_one() -> None:
-    energy, flow, data = Learned(), NICE(2, dtype=F64), standard_normal((6, 2), seeded(2), F64, CPU)
+    energy = Learned()
+    flow = NICE(2, dtype=F64)
+    data = standard_normal((6, 2), seeded(2), F64, CPU)
     plain, with_it = (
         AdversarialFlow(flow, gradient_penalty=gamma).losses(energy, data, generator=seeded(0))
         for gamma in (0.0, 0.7)
@@ -590,7 +592,10 @@ LOG_ETA = torch.tensor(0.7, dtype=F64).log()
 def test_the_latent_score_is_that_of_the_normal_law() -> None:
     """The mean over many proposals at each of a few points; the unnormalised weights have the mean
     q(x)."""
-    model, rows, copies, k = linear(), 4, 400, 2000
+    model = linear()
+    rows = 4
+    copies = 400
+    k = 2000
     z = model.draw_noise(rows, seeded(1))
     x = model.emit(z, seeded(2)).detach()
     law = law_of(model)
@@ -680,11 +685,9 @@ def test_vera_has_the_gradient_of_the_exact_objective() -> None:
 def test_the_width_of_proposals_is_trained() -> None:
     """The mean of log q rises to its maximum over widths, where the score is better than at that of
     the ELBO."""
-    objective, energy, noise = (
-        VERA(linear(), num_samples=400, eta=0.2),
-        Gaussian(torch.zeros(3, dtype=F64)),
-        seeded(0),
-    )
+    objective = VERA(linear(), num_samples=400, eta=0.2)
+    energy = Gaussian(torch.zeros(3, dtype=F64))
+    noise = seeded(0)
     optimizer = torch.optim.Adam([objective.log_eta], lr=0.05)
     for _ in range(120):
         losses, facts = objective.losses(energy, torch.zeros(1, 3, dtype=F64), generator=noise)

@@ -286,7 +286,9 @@ def test_cd_tends_to_the_exact_gradient() -> None:
 
 
 def test_cd_by_a_kernel_is_the_same_where_the_kernel_mixes() -> None:
-    rbm, noise, rows = oracle_rbm(), seeded(8), DATA.repeat(40, 1)
+    rbm = oracle_rbm()
+    noise = seeded(8)
+    rows = DATA.repeat(40, 1)
     objective = ContrastiveDivergence(k=15, kernel=Gibbs())
     draws = torch.stack(
         [flat_grad(rbm, objective(rbm, rows, generator=noise)[0]) for _ in range(40)]

@@ -323,7 +323,9 @@ def test_errors_beside_maximum_likelihood() -> None:
     """Replicated fits to 2,000 draws of three spins: all are centred on the truth, and none beats
     maximum likelihood, whose covariance is the inverse Fisher information."""
     truth, states = Pairs((3,), spin), every_state([-1.0, 1.0], (3,))
-    p, n, fits = law(truth, states), 2000, 400
+    p = law(truth, states)
+    n = 2000
+    fits = 400
     draws = torch.multinomial(p.expand(fits, -1), n, replacement=True, generator=seeded(0))
     shares = torch.stack([(draws == k).sum(1) for k in range(len(states))], 1).to(F64) / n
     flips = torch.stack([states * (1 - 2 * torch.eye(3, dtype=F64)[s]) for s in range(3)], 1)

@@ -293,7 +293,9 @@ def expected_binary(energy: Bell, log_z: Tensor, data: Tensor, nu: float, scale:
 
 
 def check_gradient(make: Callable[..., NoiseContrastive], nu: float, repeats: int = 400) -> None:
-    energy, data, noise = Bell((), 0.3, 1.4), randn(8, seed=4), seeded(5)
+    energy = Bell((), 0.3, 1.4)
+    data = randn(8, seed=4)
+    noise = seeded(5)
     objective = make(normal(scale=1.5), nu=nu, log_z=0.9)
     parameters = [*energy.parameters(), objective.log_z]
     truth = torch.stack(
@@ -344,7 +346,9 @@ def minimise(energy: nn.Module, objective: nn.Module, batch: Tensor) -> None:
 def check_stationary(objective: Objective, repeats: int = 300) -> None:
     """At the truth the expected gradient is zero, with noise that is another law than the
     data's."""
-    energy, noise, draws = Bell((), 0.4, 1.6), seeded(6), []
+    energy = Bell((), 0.4, 1.6)
+    noise = seeded(6)
+    draws = []
     for _ in range(repeats):
         data = 0.4 + torch.randn(400, generator=noise, dtype=F64) / math.sqrt(1.6)
         loss = objective(energy, data, generator=noise)[0]
@@ -439,7 +443,9 @@ def asymptotic_variance(width: float, nu: float = 1.0) -> float:
 def test_what_the_width_of_the_noise_does() -> None:
     """The error of the fits is that of theory: least a little beyond the data's width, growing
     slowly with wider noise and fast with narrower."""
-    n, fits, widths = 1000, 150, (0.75, 1.0, 1.5, 5.0)
+    n = 1000
+    fits = 150
+    widths = (0.75, 1.0, 1.5, 5.0)
     truths = {width: asymptotic_variance(width) for width in widths}
     assert truths[1.0] == pytest.approx(4.0)
     assert truths[1.5] < truths[1.0] < truths[0.75], truths
@@ -510,7 +516,9 @@ def test_fits_are_centred_on_the_truth(objective: Objective) -> None:
 def test_ranking_by_hand() -> None:
     """Each row among its own draws: the softmax of energies less log q, row by row; an importance
     sample of Z."""
-    energy, x, y = Bell((2,), 0.2, 0.7), randn(3, 2), 1.5 * randn(12, 2, seed=1)
+    energy = Bell((2,), 0.2, 0.7)
+    x = randn(3, 2)
+    y = 1.5 * randn(12, 2, seed=1)
     noise = normal((2,), 1.5)
     loss, facts = RankingNCE(noise, 4).contrast(energy, x, noise.log_prob(x), y, noise.log_prob(y))
     total = 0.0
@@ -526,7 +534,9 @@ def test_ranking_by_hand() -> None:
 
 
 def test_conditional_by_hand() -> None:
-    energy, x, y = Bell((2,), 0.2, 0.7), randn(3, 2), randn(6, 2, seed=1)
+    energy = Bell((2,), 0.2, 0.7)
+    x = randn(3, 2)
+    y = randn(6, 2, seed=1)
     loss, facts = ConditionalNCE(1.0, 2).contrast(energy, x, y)
     rises = [
         float((energy(y[3 * k + i]) - energy(x[i])).detach()) for k in range(2) for i in range(3)
@@ -600,7 +610,9 @@ def test_losses_of_energy_and_flow_are_apart() -> None:
 
 
 def test_the_sum_of_the_losses_has_each_one_s_gradients() -> None:
-    objective, energy, batch = FlowContrastive(nice(2), log_z=0.3), Bell((2,)), randn(20, 2)
+    objective = FlowContrastive(nice(2), log_z=0.3)
+    energy = Bell((2,))
+    batch = randn(20, 2)
     losses, _ = objective.losses(energy, batch, generator=seeded(3))
     total, facts = objective(energy, batch, generator=seeded(3))
     torch.testing.assert_close(total, losses["energy"] + losses["flow"])
@@ -613,7 +625,9 @@ def test_the_sum_of_the_losses_has_each_one_s_gradients() -> None:
 def test_a_flow_trained_along_comes_to_the_data() -> None:
     """Noise far off at first: in the end the flow is near the data, and E + c near -log p."""
     data = 2.0 + 0.5 * randn(2000, 2)
-    energy, objective, noise = Bell((2,), 1.0, 1.0), FlowContrastive(nice(2), log_z=1.0), seeded(0)
+    energy = Bell((2,), 1.0, 1.0)
+    objective = FlowContrastive(nice(2), log_z=1.0)
+    noise = seeded(0)
     optimizers = {
         name: torch.optim.Adam(p, lr=0.02) for name, p in objective.trained(energy).items()
     }
@@ -642,11 +656,9 @@ def test_a_flow_trained_along_comes_to_the_data() -> None:
 @pytest.mark.parametrize("shape", [(2,), (1, 2, 1)])
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
 def test_a_learning_flow_takes_every_event(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    energy, objective, batch = (
-        Bell(shape, dtype=dtype),
-        FlowContrastive(nice(2, dtype)),
-        randn(6, *shape, dtype=dtype),
-    )
+    energy = Bell(shape, dtype=dtype)
+    objective = FlowContrastive(nice(2, dtype))
+    batch = randn(6, *shape, dtype=dtype)
     (losses, facts), (again, _) = (
         objective.losses(energy, batch, generator=seeded(1)) for _ in range(2)
     )

@@ -333,7 +333,11 @@ def test_replayed_chains_of_a_frozen_energy_are_exact() -> None:
 def test_a_short_run_is_its_closed_form() -> None:
     """k steps of ULA on a normal law from a point: mean and variance by recursion, at a temperature
     of its own."""
-    energy, eps, temperature, k, n = Bowl(), 0.5, 0.3, 6, 20_000
+    energy = Bowl()
+    eps = 0.5
+    temperature = 0.3
+    k = 6
+    n = 20_000
     kernel = ULA(eps, temperature=temperature)
     objective = ShortRun(k, kernel, num_chains=n, initial=lambda m, _: torch.zeros(m, 2, dtype=F64))
     x = objective.sample(energy, n, seeded(0))
@@ -423,7 +427,10 @@ def quadrature_terms(
 def improved_gradients(
     make: Callable[[int], ImprovedCD], points: Tensor, copies: int, repeats: int
 ) -> Tensor:
-    energy, data, noise, draws = Quartic(), torch.tensor([0.5, -1.0], dtype=F64), seeded(7), []
+    energy = Quartic()
+    data = torch.tensor([0.5, -1.0], dtype=F64)
+    noise = seeded(7)
+    draws = []
     for _ in range(repeats):
         objective = make(copies * len(points))
         objective.chains = points.repeat(copies)
@@ -478,7 +485,9 @@ def test_minus_one_is_the_exact_gradient_of_the_difference() -> None:
 def test_the_entropy_s_gradient_is_that_of_a_normal_law() -> None:
     """Chains drawn from N(0, s^2) and one step on a normal law: q is normal with a variance that
     the precision sets."""
-    eps, spread, precision = 0.8, 2.0, torch.tensor([0.5, 1.0, 1.5, 0.8], dtype=F64)
+    eps = 0.8
+    spread = 2.0
+    precision = torch.tensor([0.5, 1.0, 1.5, 0.8], dtype=F64)
 
     class Precise(Energy):
         def __init__(self) -> None:

@@ -129,7 +129,9 @@ def check_mean_gradient(
     objective: Objective, shape: tuple[int, ...], truth: Callable[[Energy, Tensor], Tensor]
 ) -> None:
     """Over many draws the loss and its gradient average to the truth's."""
-    energy, x, noise = network(shape), rows(shape, 4), seeded(11)
+    energy = network(shape)
+    x = rows(shape, 4)
+    noise = seeded(11)
     exact = truth(energy, x)
     exact = torch.cat([exact.detach().reshape(1), flat_grad(energy, exact)])
     draws = []
@@ -285,7 +287,9 @@ def test_directions_have_unit_covariance(law: str) -> None:
 
 @pytest.mark.parametrize("reduced", [True, False])
 def test_the_error_falls_as_one_over_the_root_of_the_projections(reduced: bool) -> None:
-    energy, x, noise = network((4,)), rows((4,), 1).repeat(2_400, 1), seeded(7)
+    energy = network((4,))
+    x = rows((4,), 1).repeat(2_400, 1)
+    noise = seeded(7)
     exact = float(by_hessian(energy, x[:1]).detach())
     with torch.no_grad():
         for m in (1, 4, 16):
@@ -304,7 +308,9 @@ def test_the_error_falls_as_one_over_the_root_of_the_projections(reduced: bool) 
 def test_the_variance_of_both_forms(at: float) -> None:
     """2 |H|^2, and |g|^4 / 2 - 2 g'Hg more without variance reduction: away from the mode much,
     near it less than nothing."""
-    energy, x, n = Quadratic(torch.linalg.inv(S)), torch.full((1, 2), at, dtype=F64), 500
+    energy = Quadratic(torch.linalg.inv(S))
+    x = torch.full((1, 2), at, dtype=F64)
+    n = 500
     hessian = energy.precision.detach()
     g = x[0] @ hessian
     reduced = 2.0 * float((hessian**2).sum())
@@ -324,7 +330,9 @@ def test_the_variance_of_both_forms(at: float) -> None:
 @pytest.mark.parametrize("reduced", [True, False])
 @pytest.mark.parametrize("shape", [(), (1, 2, 2)], ids=str)
 def test_differences_are_of_second_order(shape: tuple[int, ...], reduced: bool) -> None:
-    energy, x, errors = network(shape), rows(shape), []
+    energy = network(shape)
+    x = rows(shape)
+    errors = []
     truth = flat_grad(energy, SlicedScoreMatching(2, reduced)(energy, x, generator=seeded(8))[0])
     for eps in (0.1, 0.05, 0.025):
         loss, _ = SlicedScoreMatching(2, reduced, finite_difference=eps)(
@@ -774,11 +782,9 @@ def without_sigma(energy: Energy, batch: Tensor, squared: Tensor, laplacian: Ten
     return MATCHED(energy, batch, squared, 0.5 * laplacian)
 
 
-ORIGINAL, STANDARD_NORMAL, MATCHED = (
-    sliced_module.projections_like,
-    denoising_module.standard_normal,
-    denoising_module.matched,
-)
+ORIGINAL = sliced_module.projections_like
+STANDARD_NORMAL = denoising_module.standard_normal
+MATCHED = denoising_module.matched
 Check = Callable[[], None]
 FLAT: Check = functools.partial(check_exact, (3,))
 SLICED: Check = functools.partial(

@@ -101,7 +101,7 @@ def made(
     case: str, name: str, stir: float = 0.1, kind: type[FlowGuide] = FlowGuide
 ) -> tuple[FlowGuide, tuple[Any, ...]]:
     model, args, dim = CASES[case]
-    return kind(model, stirred(FLOWS[name](dim), stir)), args
+    return kind(model, stirred(FLOWS[name](dim), scale=stir)), args
 
 
 # --------------------------------------------------------------------------------------------------
@@ -144,7 +144,7 @@ def test_svi_is_our_reverse_kl_draw_by_draw(case: str, name: str) -> None:
 @pytest.mark.parametrize("name", ["NICE", "redundant"])
 def test_sticking_the_landing_is_ours_too(name: str) -> None:
     model, args, dim = CASES["constrained"]
-    check_losses_agree(FlowGuide(model, stirred(FLOWS[name](dim), 0.1), stl=True), args)
+    check_losses_agree(FlowGuide(model, stirred(FLOWS[name](dim), scale=0.1), stl=True), args)
 
 
 @every_flow
@@ -520,7 +520,7 @@ def test_an_energy_of_another_dtype_or_without_fixed_density_is_refused() -> Non
 
 def test_svi_takes_minibatches_of_data() -> None:
     """The ELBO of a minibatch has the full one as its mean."""
-    guide = FlowGuide(minibatch, stirred(FLOWS["redundant"](1)))
+    guide = FlowGuide(minibatch, stirred(FLOWS["redundant"](1), scale=0.15))
     full = FlowGuide(normal, guide.flow)
     full(Y)
     pyro.set_rng_seed(0)

@@ -147,7 +147,8 @@ def check_moments(target: Target, x: Tensor) -> None:
     moments."""
     mean, variance = target.mean, target.variance
     if isinstance(target, Funnel):
-        x, mean, variance = target.whiten(x), torch.zeros_like(mean), torch.ones_like(mean)
+        x = target.whiten(x)
+        mean, variance = torch.zeros_like(mean), torch.ones_like(mean)
     within_se(x.mean(0), mean, mean_and_se(x)[1], what="mean")
     squares = (x - mean) ** 2
     within_se(squares.mean(0), variance, mean_and_se(squares)[1], what="variance")
@@ -570,7 +571,9 @@ def test_bent_moments(name: str, mean: tuple[float, ...], squares: tuple[float, 
 
 def test_fourth_moments_of_draws() -> None:
     """Var[x^2]: banana's x1 4610; Rosenbrock 6, 668.02; whitened funnel 2."""
-    banana, valley, funnel = make("banana"), make("rosenbrock"), make("funnel")
+    banana = make("banana")
+    valley = make("rosenbrock")
+    funnel = make("funnel")
     for squares, second, truth in (
         (banana.sample(200_000, seeded())[:, 1:] ** 2, [19.0], [4610.0]),
         (valley.sample(200_000, seeded()) ** 2, [2.0, 10.1], [6.0, 668.02]),

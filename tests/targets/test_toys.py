@@ -343,7 +343,9 @@ def test_the_recipe_sees_divergences() -> None:
     """Of eight normal laws and the same with noise: the blurred density is that of wider ones, and
     KL is 0 or a quadrature's."""
     law = toy2d.LAWS["8 Gaussians"]
-    sight, narrow, noise = toy2d.Sight(law, 240), eight_gaussians(F), 0.2
+    sight = toy2d.Sight(law, 240)
+    narrow = eight_gaussians(F)
+    noise = 0.2
     wide = GaussianMixture(narrow.loc, scale=math.hypot(0.5 / 1.414, noise))
     torch.testing.assert_close(
         sight.blurred(noise).flatten(), torch.exp(-wide(sight.x)), rtol=0.0, atol=1e-6

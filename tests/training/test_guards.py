@@ -63,7 +63,9 @@ class Shaken(PersistentCD):
 
     def __init__(self, at: tuple[int, ...] = (), wrong: float = math.nan) -> None:
         super().__init__(num_chains=6, kernel=ULA(0.3))
-        self._at, self._wrong, self._calls = at, wrong, 0
+        self._at = at
+        self._wrong = wrong
+        self._calls = 0
 
     def forward(
         self, energy: Energy, batch: Tensor, *, generator: Any = None

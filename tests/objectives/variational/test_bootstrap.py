@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from lib.checks import within_se
+from lib.flow_cases import normal_flow
 from lib.seeds import seeded
 from torch import Tensor
 
@@ -18,14 +19,6 @@ from pyroebm.partition import ais
 from pyroebm.targets import DoubleWell, Gaussian, GaussianMixture
 
 pytestmark = pytest.mark.usefixtures("float64")
-
-
-def normal_flow(mean: float = 0.3, deviation: float = 1.4) -> NICE:
-    flow = NICE(1)
-    with torch.no_grad():
-        flow.linear.log_diagonal.fill_(math.log(deviation))
-        flow.transform.parts[-1].offset.fill_(mean)
-    return flow
 
 
 def exact_gradient(flow: NICE, energy: Energy) -> Tensor:
@@ -68,7 +61,9 @@ class _Plain(AlphaBootstrap):
 
 
 def test_a_mutant_that_anneals_to_the_target_itself_is_caught() -> None:
-    flow, energy, found = normal_flow(), Gaussian(0.5, scale=0.8), []
+    flow = normal_flow()
+    energy = Gaussian(0.5, scale=0.8)
+    found = []
     for seed in range(40):
         loss, _ = _Plain(1, reuse=1)(flow, energy, num_samples=4000, generator=seeded(seed))
         found.append(

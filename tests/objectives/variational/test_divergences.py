@@ -119,7 +119,9 @@ def test_every_objective_repeats_itself_and_goes_on_where_it_was_saved(
             for seed in seeds
         ]
 
-    one, two, saved = make(draws), make(draws), make(draws)
+    one = make(draws)
+    two = make(draws)
+    saved = make(draws)
     assert losses(one, range(3)) == losses(two, range(3))
     saved.load_state_dict(one.state_dict())
     assert losses(saved, range(3, 6)) == losses(one, range(3, 6)) != losses(two, range(6, 9))

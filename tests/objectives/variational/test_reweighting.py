@@ -9,6 +9,7 @@ import math
 import pytest
 import torch
 from lib.checks import within_se
+from lib.flow_cases import normal_flow
 from lib.seeds import seeded
 from torch import Tensor
 
@@ -19,14 +20,6 @@ from pyroebm.objectives import AlphaBootstrap, AnnealedReweighting, Objective, f
 from pyroebm.targets import DoubleWell, Gaussian, GaussianMixture
 
 pytestmark = pytest.mark.usefixtures("float64")
-
-
-def normal_flow(mean: float = 0.3, deviation: float = 1.4) -> NICE:
-    flow = NICE(1)
-    with torch.no_grad():
-        flow.linear.log_diagonal.fill_(math.log(deviation))
-        flow.transform.parts[-1].offset.fill_(mean)
-    return flow
 
 
 def slope(loss: Tensor, flow: NICE) -> Tensor:
@@ -56,7 +49,9 @@ class Walled(Energy):
 def check_gradient(objective: type[AnnealedReweighting], energy: Energy, beta: float) -> None:
     """That of the forward divergence at beta, by quadrature; the ratio of sums is biased by 1 /
     buffer_size."""
-    flow, generator, found = normal_flow(), seeded(1), []
+    flow = normal_flow()
+    generator = seeded(1)
+    found = []
     for _ in range(40):
         loss, facts = objective(0.2, 20_000, 1)(
             flow, energy, num_samples=2000, beta=beta, generator=generator
@@ -106,7 +101,10 @@ def test_mutants_of_the_weights_are_caught(mutant: type[AnnealedReweighting]) ->
 
 
 def test_at_the_optimum_all_weights_are_one_and_the_mean_gradient_is_zero() -> None:
-    flow, energy, generator, found = normal_flow(0.5, 0.8), TARGETS[0][0], seeded(), []
+    flow = normal_flow(0.5, 0.8)
+    energy = TARGETS[0][0]
+    generator = seeded()
+    found = []
     for _ in range(60):
         loss, facts = AnnealedReweighting(reuse=1)(
             flow, energy, num_samples=500, generator=generator
@@ -118,7 +116,9 @@ def test_at_the_optimum_all_weights_are_one_and_the_mean_gradient_is_zero() -> N
 
 
 def test_redundant_latents_are_weighed_as_importance_sampling_weighs_them() -> None:
-    flow, energy, generator = RedundantNICE(1, 3, hidden=(8,)), DoubleWell(), seeded(5)
+    flow = RedundantNICE(1, 3, hidden=(8,))
+    energy = DoubleWell()
+    generator = seeded(5)
     with torch.no_grad():
         for parameter in flow.parameters():
             parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
@@ -162,11 +162,9 @@ def test_temperature_and_tempering_against_closed_forms() -> None:
 def test_draws_of_weight_0_count_against_the_effective_sample_size() -> None:
     """Of N(2, 1) a share of 0.16 is below the wall, the bound of what any tempering has: nothing is
     reached."""
-    flow, energy, share = (
-        normal_flow(2.0, 1.0),
-        Walled(math.inf),
-        0.5 * math.erfc(1.0 / math.sqrt(2.0)),
-    )
+    flow = normal_flow(2.0, 1.0)
+    energy = Walled(math.inf)
+    share = 0.5 * math.erfc(1.0 / math.sqrt(2.0))
     objective = AnnealedReweighting(0.3, 10_000)
     _, facts = objective(flow, energy, num_samples=2, generator=seeded())
     assert float(facts["tempering"]) == 0.0
@@ -183,11 +181,9 @@ def test_draws_of_weight_0_count_against_the_effective_sample_size() -> None:
 
 @pytest.mark.parametrize("make", [AnnealedReweighting, AlphaBootstrap])
 def test_another_flow_or_energy_gets_draws_of_its_own(make: type[Objective]) -> None:
-    first, second, energies = (
-        NICE(2),
-        NICE(2),
-        [Gaussian(torch.full((2,), mean)) for mean in (5.0, -5.0)],
-    )
+    first = NICE(2)
+    second = NICE(2)
+    energies = [Gaussian(torch.full((2,), mean)) for mean in (5.0, -5.0)]
     objective, asked = make(), [0]
     energies[1].register_forward_hook(
         lambda module, inputs, values: asked.__setitem__(0, asked[0] + values.numel())
@@ -201,12 +197,10 @@ def test_another_flow_or_energy_gets_draws_of_its_own(make: type[Objective]) -> 
 
 
 def test_the_temperature_is_bounded_by_the_call_and_stays_between_refreshes() -> None:
-    flow, energy, objective, reached = (
-        NICE(1),
-        Gaussian(torch.zeros(1)),
-        AnnealedReweighting(reuse=2),
-        [],
-    )
+    flow = NICE(1)
+    energy = Gaussian(torch.zeros(1))
+    objective = AnnealedReweighting(reuse=2)
+    reached = []
     for beta in (0.5, 1.0, 0.8, 0.9, 0.6, 1.0):
         _, facts = objective(flow, energy, num_samples=2, beta=beta, generator=seeded())
         reached.append(float(facts["reached_beta"]))
@@ -217,11 +211,9 @@ def test_the_temperature_is_bounded_by_the_call_and_stays_between_refreshes() ->
 @pytest.mark.parametrize("beta", [0.4, 1.0])
 def test_a_linear_flow_becomes_the_gaussian_of_the_temperature(beta: float) -> None:
     covariance = torch.tensor([[1.0, 0.6], [0.6, 0.8]])
-    energy, flow, objective = (
-        Gaussian([0.5, -0.5], covariance=covariance),
-        NICE(2, couplings=0),
-        AnnealedReweighting(),
-    )
+    energy = Gaussian([0.5, -0.5], covariance=covariance)
+    flow = NICE(2, couplings=0)
+    objective = AnnealedReweighting()
     # the schedule of fit_flow ends at 1: the energy is that of the temperature
     steps = fit_flow(
         flow, beta * energy, objective, steps=250, num_samples=500, lr=0.05, beta_start=0.3, seed=1

@@ -14,7 +14,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from lib.checks import mean_and_se, within_se
-from lib.flow_cases import F64, stirred
+from lib.flow_cases import F64, noise, stirred
 from pyro.distributions.transforms import affine_coupling
 from pyro.infer import SVI, Predictive, Trace_ELBO
 from scipy.optimize import minimize
@@ -37,15 +37,11 @@ from pyroebm.ppl import flow_guide, flow_model
 from pyroebm.targets import DoubleWell, Gaussian
 
 
-def noise(*shape: int, seed: int = 7) -> Tensor:
-    return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(seed))
-
-
 def redundant(
     dim: int = 1, total_dim: int = 2, hidden: int = 8, scale: float = 0.15
 ) -> RedundantNICE:
     flow = RedundantNICE(dim, total_dim, couplings=2, hidden=(hidden,), dtype=F64)
-    stirred(flow, scale)
+    stirred(flow, scale=scale)
     return flow
 
 
@@ -148,7 +144,7 @@ def test_j_of_two_dimensions_is_the_written_formula() -> None:
 @pytest.mark.parametrize("dim", [1, 3])
 def test_j_of_a_gaussian_target_is_the_analytic_divergence(dim: int) -> None:
     flow = NICE(dim, couplings=0, dtype=F64)
-    stirred(flow, 0.5)
+    stirred(flow, scale=0.5)
     s, c = flow.linear.matrix().detach(), flow.transform.parts[-1].offset.detach()
     covariance = torch.eye(dim, dtype=F64) + 0.3
     q, p = (
@@ -237,11 +233,11 @@ def cached_affine() -> Flow:
     flow = Flow(
         [affine_coupling(2, hidden_dims=[4]), affine_coupling(2, hidden_dims=[4])], 2, 2
     ).double()
-    return stirred(flow, 0.3)
+    return stirred(flow)
 
 
 AT_OPTIMUM: dict[str, Callable[[], Flow]] = {
-    "nice1": lambda: stirred(NICE(1, dtype=F64)),
+    "nice1": lambda: stirred(NICE(1, dtype=F64), scale=0.15),
     "nice2": lambda: redundant(2, 2),
     "nice3": lambda: redundant(3, 3),
     "pyro_affine": cached_affine,
@@ -276,7 +272,9 @@ def test_stl_and_total_gradients_agree_in_mean(dim: int, total_dim: int) -> None
 
 
 def test_entropy_form_does_not_change_the_gradient() -> None:
-    flow, energy, z = redundant(1, 3), DoubleWell(dtype=F64), noise(64, 3)
+    flow = redundant(1, 3)
+    energy = DoubleWell(dtype=F64)
+    z = noise(64, 3)
     for kind in ("total", "stl"):
         sampled, exact = (
             gradient(flow, energy, ReverseKL(entropy, kind), z) for entropy in ("sampled", "exact")
@@ -290,7 +288,7 @@ def test_entropy_form_does_not_change_the_gradient() -> None:
 
 SYSTEMS: dict[str, Callable[[], tuple[Flow, Energy]]] = {
     "scalar_redundant": lambda: (redundant(1, 3), DoubleWell(dtype=F64)),
-    "scalar": lambda: (stirred(NICE(1, dtype=F64)), DoubleWell(dtype=F64)),
+    "scalar": lambda: (stirred(NICE(1, dtype=F64), scale=0.15), DoubleWell(dtype=F64)),
     "vector_redundant": lambda: (redundant(2, 3), Gaussian([0.5, -1.0], scale=0.7, dtype=F64)),
     "image": lambda: (redundant(4, 4), Gaussian(torch.zeros(1, 2, 2), dtype=F64)),
     "pyro_affine": lambda: (cached_affine(), Gaussian([0.5, -1.0], dtype=F64)),
@@ -332,7 +330,7 @@ def _first(flow: Flow) -> Tensor:
 
 def test_svi_trains_every_parameter_and_leaves_the_energy_alone() -> None:
     flow = redundant(1, 3)
-    energy = Known(stirred(NICE(1, dtype=F64)))
+    energy = Known(stirred(NICE(1, dtype=F64), scale=0.15))
     energy.flow.requires_grad_(True)
     before = {name: p.detach().clone() for name, p in flow.named_parameters()}
     elbo = Trace_ELBO(num_particles=16, vectorize_particles=True)
@@ -401,7 +399,7 @@ def test_loop_yields_its_schedule_and_repeats_itself(capsys: pytest.CaptureFixtu
 
 
 def test_loop_may_be_left_and_options_are_heard() -> None:
-    flow, energy = redundant(), Known(stirred(NICE(1, dtype=F64)))
+    flow, energy = redundant(), Known(stirred(NICE(1, dtype=F64), scale=0.15))
     energy.flow.requires_grad_(True)
     seen: list[dict[str, object]] = []
 
@@ -441,7 +439,10 @@ class Cliff(Energy):
 
     def __init__(self, at: int, gradient_only: bool = False, times: int = 1000) -> None:
         super().__init__(())
-        self.at, self.gradient_only, self.times, self.calls = at, gradient_only, times, 0
+        self.at = at
+        self.gradient_only = gradient_only
+        self.times = times
+        self.calls = 0
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
@@ -686,7 +687,7 @@ class _Uncarried(AdditiveCoupling):
 
 
 def test_mutant_stl_that_does_not_carry_the_score_is_caught() -> None:
-    flow = stirred(NICE(2, couplings=2, hidden=(8,), dtype=F64))
+    flow = stirred(NICE(2, couplings=2, hidden=(8,), dtype=F64), scale=0.15)
     check_stl_has_no_noise_at_the_optimum(flow)
     flow.transform.parts[0].__class__ = _Uncarried
     with pytest.raises(AssertionError, match="the path derivative is not 0"):
@@ -694,7 +695,7 @@ def test_mutant_stl_that_does_not_carry_the_score_is_caught() -> None:
 
 
 def test_mutant_stl_without_detached_parameters_is_caught() -> None:
-    flow = stirred(_NotDetached(2, couplings=2, hidden=(8,), dtype=F64))
+    flow = stirred(_NotDetached(2, couplings=2, hidden=(8,), dtype=F64), scale=0.15)
     with pytest.raises(AssertionError, match="the path derivative is not 0"):
         check_stl_has_no_noise_at_the_optimum(flow)
 
