@@ -367,7 +367,7 @@ run(
     "reverse double well",
     DoubleWell(dtype=F64),
     lambda e: partition.reverse_ais(
-        e, base=Gaussian(torch.tensor(0.0, dtype=F64), scale=2.0), betas=600
+        e, base=Gaussian(torch.tensor(0.0, dtype=F64)), betas=300, num_chains=400
     ),
 )
 run("both ways RBM", rbm(), lambda e: partition.bracket(e, betas=30).combined)
@@ -416,7 +416,7 @@ run(
     "TI double well",
     DoubleWell(dtype=F64),
     lambda e: partition.thermodynamic_integration(
-        e, Gaussian(torch.tensor(0.0, dtype=F64), scale=1.5), None, 12, 100, 100
+        e, Gaussian(torch.tensor(0.0, dtype=F64), scale=1.5), None, 32, 100, 100
     ),
 )
 run(

@@ -102,20 +102,18 @@ def test_exact_training_reaches_the_ceiling(centred: bool) -> None:
 
 
 def test_pcd_training_raises_the_likelihood() -> None:
+    """To -1.798, with a standard deviation of .007 over 14 seeds, as the rate falls to 0; with a
+    constant one it wanders."""
     machine = rbm(hidden=6)
     before = float(machine.log_likelihood(DATA).mean().detach())
-    plain = functools.partial(torch.optim.SGD, lr=0.1, fused=True)
-    last(
-        fit(
-            machine,
-            PersistentCD(100),
-            DATA,
-            steps=3500,
-            batch_size=8,
-            optimizer=plain,
-            transform=Centring(),
-        )
-    )
+    options = {
+        "optimizer": functools.partial(torch.optim.SGD, lr=0.3, fused=True),
+        "schedule": functools.partial(
+            torch.optim.lr_scheduler.LinearLR, start_factor=1.0, end_factor=0.0, total_iters=3500
+        ),
+        "transform": Centring(),
+    }
+    last(fit(machine, PersistentCD(100), DATA, steps=3500, batch_size=8, **options))
     after = float(machine.log_likelihood(DATA).mean().detach())
     assert after > max(-1.95, before + 0.5), (before, after)
 
