@@ -69,7 +69,7 @@ MUTANTS: dict[str, tuple[str, str, str, str]] = {
         "mcmc/storage.py",
         "if start >= count:",
         "if start < 0:",
-        "tests/mcmc/test_long_runs.py",
+        "tests/mcmc/test_storage.py",
     ),
     "gradient counts of thinned steps are lost": (
         "mcmc/chains.py",
@@ -81,7 +81,7 @@ MUTANTS: dict[str, tuple[str, str, str, str]] = {
         "nn/conv.py",
         "stride = 1 if k == 0 else 2",
         "stride = 2",
-        "tests/energies/test_neural.py",
+        "tests/nn/test_conv.py",
     ),
     "a file's group is read whole": (
         "core/files.py",
