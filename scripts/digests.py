@@ -93,6 +93,7 @@ EXEMPT = {
     "ImportanceResult": "returned by importance_sample",
     "Info": "returned by steps",
     "Kernel": "base class",
+    "LayeredMachine": "base class",
     "LogZ": "returned by the estimators",
     "Objective": "base class",
     "Particles": "base class",
