@@ -17,7 +17,7 @@ from pyroebm.core.energy import Energy, check_energy
 from pyroebm.core.rng import seeded_generator, uniform
 from pyroebm.core.statistics import effective, log_mean, too_few
 from pyroebm.core.wrappers import Unconstrained, eval_mode
-from pyroebm.kernels.adaptation.windows import find_step_size
+from pyroebm.kernels.adaptation.step_size import find_step_size
 from pyroebm.kernels.base import Kernel, check_kernel
 
 __all__ = ["SMCResult", "systematic", "tempered_smc"]

@@ -1,4 +1,5 @@
-"""Every private part of torch that the package uses: a change of torch is mended here."""
+"""The private functions and attributes of torch that the package uses, in one module, so that a
+change in torch is handled here."""
 
 from __future__ import annotations
 
@@ -45,7 +46,7 @@ def is_being_traced() -> bool:
 def compile_graph(
     graph: fx.GraphModule, examples: Sequence[Tensor], options: dict[str, Any]
 ) -> Callable[..., tuple[Tensor, ...]]:
-    """A graph of plain operations as TorchInductor has it."""
+    """Compile a graph of plain tensor operations with TorchInductor."""
     # a second of imports, for those alone who compile
     from torch._inductor import compile as inductor
 
@@ -58,7 +59,7 @@ def standard_gamma(shapes: Tensor, generator: torch.Generator | None) -> Tensor:
 
 
 def copy_each(to: list[Tensor], source: list[Tensor]) -> None:
-    """Copy tensors in one call."""
+    """Copy each tensor of ``source`` into the one at its place in ``to``, in one call."""
     torch._foreach_copy_(to, source)
 
 

@@ -1,5 +1,8 @@
-"""Every file that the package reads or writes. What is written is there whole or not at all;
-nothing is unpickled."""
+"""Read and write files: the one module of the package that does.
+
+A file is written under a temporary name and then renamed, so that an interrupted process leaves the
+old file or the new one. Only :func:`append_line` writes in place. No pickle is loaded.
+"""
 
 from __future__ import annotations
 

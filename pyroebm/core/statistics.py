@@ -46,10 +46,12 @@ def arviz() -> Any:
 
 
 def is_new_arviz() -> bool:
+    """Whether the installed ArviZ is of the 1.x line, whose functions and containers differ."""
     return int(arviz().__version__.split(".")[0]) >= 1
 
 
 def as_array(draws: Tensor | np.ndarray, name: str = "draws") -> np.ndarray:
+    """Draws as a NumPy array; ValueError unless they have a chain and a draw dimension."""
     array = draws.detach().cpu().numpy() if isinstance(draws, Tensor) else np.asarray(draws)
     if array.ndim < 2:
         raise ValueError(f"{name} must have shape (chains, draws, *event), got shape {array.shape}")

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from pyroebm.core.energy import Energy
-from pyroebm.kernels.adaptation.windows import PooledVariance, windows
+from pyroebm.kernels.adaptation.covariance import PooledVariance
+from pyroebm.kernels.adaptation.windows import windows
 from pyroebm.kernels.base import (
     GradientKernel,
     Info,

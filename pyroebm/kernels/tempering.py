@@ -15,7 +15,8 @@ from torch import Tensor
 from pyroebm.core.annealing_path import Path, in_the_coordinates_of
 from pyroebm.core.energy import Energy, unchecked_value_and_grad
 from pyroebm.core.supports import is_discrete
-from pyroebm.kernels.adaptation.windows import DualAveraging, windows
+from pyroebm.kernels.adaptation.step_size import DualAveraging
+from pyroebm.kernels.adaptation.windows import windows
 from pyroebm.kernels.base import Info, Kernel, check_kernel, uniform_like
 
 __all__ = [

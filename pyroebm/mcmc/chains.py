@@ -124,10 +124,8 @@ class Record:
             def extended(t: Tensor) -> Tensor:
                 return torch.cat([t, t.new_empty((more, *t.shape[1:]))])
 
-            self.x, self._stats = (
-                extended(self.x),
-                {name: extended(value) for name, value in self._stats.items()},
-            )
+            self.x = extended(self.x)
+            self._stats = {name: extended(value) for name, value in self._stats.items()}
 
     def load(self, x: Tensor, stats: dict[str, Tensor]) -> None:
         """Take over draws kept elsewhere."""

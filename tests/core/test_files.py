@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import xarray
 
 from pyroebm.core import files
 from pyroebm.core.files import SafetensorError
@@ -91,7 +92,6 @@ def test_bytes_are_unzipped_by_name(tmp_path: Path) -> None:
 
 
 def test_groups_come_back_thinned(tmp_path: Path) -> None:
-    xarray = pytest.importorskip("xarray")
     draws = xarray.Dataset({"x": (("chain", "draw"), np.arange(12.0).reshape(2, 6))})
     files.write_groups(tmp_path / "a.nc", {"posterior": draws}, {"seed": 3})
     found = files.read_group(tmp_path / "a.nc", "posterior", slice(1, None, 2))

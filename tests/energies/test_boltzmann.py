@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from lib.checks import within_se
+from lib.machines import LOG_Z, oracle_rbm
 from lib.reseed import problem_generator
 from torch import Tensor
 from torch.distributions import constraints
@@ -43,20 +44,6 @@ F64 = torch.float64
 
 def normal(*shape: int, seed: int, scale: float = 0.7) -> Tensor:
     return scale * torch.randn(*shape, generator=problem_generator(seed), dtype=F64)
-
-
-def oracle_rbm() -> BernoulliRBM:
-    """W_ij = sin(3i + j + 1), b_i = cos(i + 1), c_j = sin(2j + 1) / 2."""
-    i, j = torch.arange(4.0, dtype=F64), torch.arange(3.0, dtype=F64)
-    weight = torch.sin(3 * i.unsqueeze(1) + j + 1)
-    return BernoulliRBM(
-        4,
-        3,
-        weight=weight,
-        visible_bias=torch.cos(i + 1),
-        hidden_bias=torch.sin(2 * j + 1) / 2,
-        dtype=F64,
-    )
 
 
 def deep(sizes: list[int], visible: str = "bits") -> DeepBoltzmannMachine:
@@ -276,7 +263,7 @@ def test_mixed_layers_are_the_geometric_path() -> None:
 
 def test_small_rbm_of_the_oracles() -> None:
     rbm = oracle_rbm().requires_grad_(False)
-    assert rbm.log_z == pytest.approx(5.321338579890, abs=1e-11)
+    assert rbm.log_z == pytest.approx(LOG_Z, abs=1e-11)
     state = torch.tensor([1.0, 0.0, 1.0, 1.0], dtype=F64)
     assert float(rbm.log_likelihood(state)) == pytest.approx(-3.044979315380, abs=1e-11)
     states = all_bits(4, F64)

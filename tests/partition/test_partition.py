@@ -13,6 +13,8 @@ import pyro.distributions as dist
 import pytest
 import torch
 from lib.checks import mean_and_se, within_se
+from lib.machines import LOG_Z
+from lib.machines import oracle_rbm as oracle
 from lib.reseed import problem_generator
 from torch import Tensor
 from tqdm import tqdm
@@ -56,23 +58,6 @@ from pyroebm.targets import (
 )
 
 F64 = torch.float64
-
-
-def rbm(dtype: torch.dtype = F64) -> BernoulliRBM:
-    """That of the oracles: log Z 5.321338579890."""
-    i, j = torch.arange(4, dtype=F64), torch.arange(3, dtype=F64)
-    weight = torch.sin(3 * i.unsqueeze(1) + j + 1)
-    return BernoulliRBM(
-        4,
-        3,
-        weight=weight,
-        visible_bias=torch.cos(i + 1),
-        hidden_bias=torch.sin(2 * j + 1) / 2,
-        dtype=dtype,
-    )
-
-
-RBM_LOG_Z = 5.321338579890
 
 
 def grbm() -> GaussianRBM:
@@ -157,10 +142,10 @@ class Spins(Energy):
 @pytest.mark.parametrize(
     ("energy", "truth", "method"),
     [
-        (rbm(), RBM_LOG_Z, "of one side"),
-        (rbm().joint(), RBM_LOG_Z, "of one side"),
-        (rbm() * 1.0, RBM_LOG_Z, "sum over 2^4 states"),
-        (rbm().joint() * 1.0, RBM_LOG_Z, "sum over 2^7 states"),
+        (oracle(), LOG_Z, "of one side"),
+        (oracle().joint(), LOG_Z, "of one side"),
+        (oracle() * 1.0, LOG_Z, "sum over 2^4 states"),
+        (oracle().joint() * 1.0, LOG_Z, "sum over 2^7 states"),
         (Spins().double(), math.log(172.42019), "sum over 2^3 states"),
         (Ising((3, 3), 0.2, dtype=F64), 6.669745, "known"),
         (Ising((3, 3), 0.6, dtype=F64) * 1.0, 11.587695, "sum over 2^9 states"),
@@ -174,7 +159,7 @@ class Spins(Energy):
 )
 def test_exact_values(energy: Energy, truth: float, method: str) -> None:
     result = partition.exact(energy)
-    assert math.isclose(result.value, truth, abs_tol=2e-6 if truth != RBM_LOG_Z else 1e-11)
+    assert math.isclose(result.value, truth, abs_tol=2e-6 if truth != LOG_Z else 1e-11)
     assert (result.kind, result.standard_error, result.ess) == ("exact", 0.0, None)
     assert method in result.method
 
@@ -194,12 +179,12 @@ def test_exact_is_in_float64_whatever_the_energy_is() -> None:
         weight=weight + weight.mT,
         bias=3.0 * torch.randn(16, generator=torch.Generator().manual_seed(1)),
     )
-    for machine in (rbm(torch.float32), dense):
+    for machine in (oracle(dtype=torch.float32), dense):
         double = copy.deepcopy(machine).double()
         truth = float(torch.logsumexp(-double(all_bits(double.event_shape[0], F64)), 0).detach())
         for found in (partition.exact(machine).value, machine.log_z):
             assert math.isclose(found, truth, rel_tol=1e-13)
-    assert math.isclose(partition.exact(rbm(torch.float32)).value, RBM_LOG_Z, abs_tol=1e-6)
+    assert math.isclose(partition.exact(oracle(dtype=torch.float32)).value, LOG_Z, abs_tol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -321,10 +306,10 @@ def base(energy: Energy) -> Energy | Layers:
     return partition.base_rates(energy, data_of(energy))
 
 
-run("AIS RBM", rbm(), lambda e: partition.ais(e, base(e), betas=100))
-run("AIS RBM, uniform", rbm(), lambda e: partition.ais(e, betas=100))
-run("AIS joint", rbm().joint(), lambda e: partition.ais(e, base(e), betas=100))
-run("AIS RBM by sites", rbm(), lambda e: partition.ais(e, base(e), Gibbs(), betas=50))
+run("AIS RBM", oracle(), lambda e: partition.ais(e, base(e), betas=100))
+run("AIS RBM, uniform", oracle(), lambda e: partition.ais(e, betas=100))
+run("AIS joint", oracle().joint(), lambda e: partition.ais(e, base(e), betas=100))
+run("AIS RBM by sites", oracle(), lambda e: partition.ais(e, base(e), Gibbs(), betas=50))
 run("AIS GRBM", grbm(), lambda e: partition.ais(e, base(e), betas=100))
 run("AIS GRBM, own variances", grbm(), lambda e: partition.ais(e, betas=100))
 run(
@@ -359,7 +344,7 @@ run(
     Exponential(dtype=F64),
     lambda e: partition.ais(e, dist.Gamma(torch.tensor(2.0, dtype=F64), 2.0), betas=60),
 )
-run("reverse RBM", rbm(), lambda e: partition.reverse_ais(e, base=base(e), betas=100))
+run("reverse RBM", oracle(), lambda e: partition.reverse_ais(e, base=base(e), betas=100))
 run("reverse GRBM", grbm(), lambda e: partition.reverse_ais(e, base=base(e), betas=100))
 run("reverse deep", deep(), lambda e: partition.reverse_ais(e, betas=200))
 run("reverse deep Gaussian", deep(True), lambda e: partition.reverse_ais(e, betas=200))
@@ -370,9 +355,9 @@ run(
         e, base=Gaussian(torch.tensor(0.0, dtype=F64)), betas=300, num_chains=400
     ),
 )
-run("both ways RBM", rbm(), lambda e: partition.bracket(e, betas=30).combined)
+run("both ways RBM", oracle(), lambda e: partition.bracket(e, betas=30).combined)
 run("both ways deep", deep(), lambda e: partition.bracket(e, betas=30).combined)
-run("SMC RBM", rbm(), lambda e: partition.smc(e, base(e), num_particles=256))
+run("SMC RBM", oracle(), lambda e: partition.smc(e, base(e), num_particles=256))
 run("SMC GRBM", grbm(), lambda e: partition.smc(e, num_particles=256))
 run("SMC deep", deep(), lambda e: partition.smc(e, num_particles=256))
 run("SMC Ising", ISING, lambda e: partition.smc(e, num_particles=128, moves=2))
@@ -383,7 +368,7 @@ run(
         e, Gaussian(torch.tensor(0.0, dtype=F64), scale=2.0), num_particles=256
     ),
 )
-run("bridge RBM", rbm(), lambda e: partition.bridge(e, base=base(e)))
+run("bridge RBM", oracle(), lambda e: partition.bridge(e, base=base(e)))
 run("bridge GRBM", grbm(), lambda e: partition.bridge(e, base=base(e)))
 run(
     "bridge double well",
@@ -392,7 +377,7 @@ run(
 )
 run(
     "TI RBM",
-    rbm(),
+    oracle(),
     lambda e: partition.thermodynamic_integration(e, base(e), num_temperatures=8, num_samples=150),
 )
 run(
@@ -421,7 +406,7 @@ run(
 )
 run(
     "importance RBM",
-    rbm(),
+    oracle(),
     lambda e: partition.importance(
         e, dist.Bernoulli(torch.full((4,), 0.5, dtype=F64)).to_event(1), 5_000
     ),
@@ -471,12 +456,12 @@ def test_all_agree_with_the_exact_value(name: str) -> None:
 
 
 def test_bridge_counts_what_the_draws_of_a_chain_are_worth() -> None:
-    joint = rbm().joint()
+    joint = oracle().joint()
     mcmc = MCMC(BlockGibbs(), num_samples=500, warmup_steps=50, num_chains=8, seed=7)
     mcmc.run(joint)
     draws = mcmc.get_samples(group_by_chain=True)["x"]
     chains, alone = partition.bridge(joint, draws), partition.bridge(joint, draws.flatten(0, 1))
-    within_se(chains.value, RBM_LOG_Z, chains.standard_error)
+    within_se(chains.value, LOG_Z, chains.standard_error)
     assert chains.standard_error > alone.standard_error
 
 
@@ -485,7 +470,7 @@ def test_bridge_counts_what_the_draws_of_a_chain_are_worth() -> None:
 
 def test_kinds() -> None:
     energy, wide = DoubleWell(dtype=F64), Gaussian(torch.tensor(0.0, dtype=F64), scale=2.0)
-    machine, states = rbm(), rbm().initial(20, torch.Generator().manual_seed(1))
+    machine, states = oracle(), oracle().initial(20, torch.Generator().manual_seed(1))
     assert partition.ais(machine, betas=5).kind == "lower"
     assert partition.ais(energy, wide, MALA(), betas=5).kind == "lower"
     assert partition.ais(energy, wide, ULA(), betas=5).kind == "estimate"
@@ -511,7 +496,7 @@ def test_kinds() -> None:
 
 
 def test_a_result_says_what_it_is() -> None:
-    both = partition.bracket(rbm(), betas=10, num_chains=20)
+    both = partition.bracket(oracle(), betas=10, num_chains=20)
     assert isinstance(both, Bracket)
     assert [line.split("(")[1].split(":")[0] for line in str(both).splitlines()] == [
         "AIS; lower",
@@ -524,7 +509,7 @@ def test_a_result_says_what_it_is() -> None:
     assert both.forward.log_weights.shape == (20,)
     assert f"ESS {both.forward.ess:.4g} of 20" in str(both.forward)
     assert "high on average" in both.reverse.bias
-    one = partition.bracket(rbm(), betas=10, num_chains=1)
+    one = partition.bracket(oracle(), betas=10, num_chains=1)
     assert all(
         math.isnan(result.standard_error) for result in (one.forward, one.reverse, one.combined)
     )
@@ -548,13 +533,13 @@ def ratio(result: LogZ, truth: float) -> Tensor:
 
 
 BIASED: dict[str, tuple[Energy, Callable[[Energy], LogZ]]] = {
-    "RBM": (rbm(), lambda e: partition.ais(e, base(e), betas=SHORT, num_chains=MANY)),
+    "RBM": (oracle(), lambda e: partition.ais(e, base(e), betas=SHORT, num_chains=MANY)),
     "RBM by sites": (
-        rbm(),
+        oracle(),
         lambda e: partition.ais(e, base(e), Gibbs(), betas=SHORT, num_chains=MANY),
     ),
     "RBM by layers": (
-        rbm().joint(),
+        oracle().joint(),
         lambda e: partition.ais(e, base(e), LayerGibbs(), betas=SHORT, num_chains=MANY),
     ),
     "GRBM": (grbm(), lambda e: partition.ais(e, base(e), betas=SHORT, num_chains=MANY)),
@@ -571,11 +556,11 @@ BIASED: dict[str, tuple[Energy, Callable[[Energy], LogZ]]] = {
     "deep": (deep(), lambda e: partition.ais(e, betas=SHORT, num_chains=MANY)),
     "deep Gaussian": (deep(True), lambda e: partition.ais(e, betas=SHORT, num_chains=MANY)),
     "reverse RBM": (
-        rbm(),
+        oracle(),
         lambda e: partition.reverse_ais(e, base=base(e), betas=SHORT, num_chains=MANY),
     ),
     "reverse RBM by sites": (
-        rbm(),
+        oracle(),
         lambda e: partition.reverse_ais(e, None, base(e), Gibbs(), betas=SHORT, num_chains=MANY),
     ),
     "reverse GRBM": (
@@ -640,10 +625,10 @@ def test_standard_errors_are_the_spread_of_repeated_runs() -> None:
 
 def test_start_may_be_visible_or_of_all_units() -> None:
     """From exact draws given by hand the weights are unbiased whichever units they have."""
-    machine, generator = rbm(), torch.Generator().manual_seed(5)
+    machine, generator = oracle(), torch.Generator().manual_seed(5)
     joint = torch.cat(machine.draw_layers(MANY, generator), 1)
     for start in (joint, joint[:, :4]):
-        mean, se = mean_and_se(ratio(partition.reverse_ais(machine, start, betas=SHORT), RBM_LOG_Z))
+        mean, se = mean_and_se(ratio(partition.reverse_ais(machine, start, betas=SHORT), LOG_Z))
         within_se(mean, 1.0, se)
 
 
@@ -800,12 +785,12 @@ def test_an_rbm_costs_two_products_a_temperature(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(
         Layers, "field", lambda self, layer, x: calls.append(layer) or field(self, layer, x)
     )
-    partition.ais(rbm(), betas=50)
+    partition.ais(oracle(), betas=50)
     assert len(calls) == 1 + 2 * 49
 
 
 def test_the_side_with_fewer_units_is_kept() -> None:
-    assert LayeredPath(partition.base_rates(rbm()), rbm().layers()).kept == [1]
+    assert LayeredPath(partition.base_rates(oracle()), oracle().layers()).kept == [1]
     wide = BernoulliRBM(2, 5)
     assert LayeredPath(partition.base_rates(wide), wide.layers()).kept == [0]
     assert LayeredPath(partition.base_rates(deep()), deep().layers()).kept == [1]
@@ -849,7 +834,7 @@ def test_a_schedule_evens_out_the_increments() -> None:
 
 def test_base_rates_are_those_of_the_data() -> None:
     bits = torch.tensor([[1.0, 0.0, 1.0, 1.0], [1.0, 0.0, 0.0, 1.0]], dtype=F64)
-    layers = partition.base_rates(rbm(), bits)
+    layers = partition.base_rates(oracle(), bits)
     assert isinstance(layers, Layers)
     torch.testing.assert_close(torch.sigmoid(layers.biases[0]), (bits.sum(0) + 1) / 4)
     sites = partition.base_rates(Ising((3, 3), dtype=F64), torch.ones(6, 3, 3, dtype=F64))
@@ -870,7 +855,7 @@ def test_base_rates_are_those_of_the_data() -> None:
 
 
 @pytest.mark.parametrize(
-    "machine", [rbm(), rbm().joint(), grbm(), grbm().joint(), deep(), deep(True)]
+    "machine", [oracle(), oracle().joint(), grbm(), grbm().joint(), deep(), deep(True)]
 )
 def test_independent_layers_are_a_density_with_its_draws(machine: LayeredMachine) -> None:
     energy = IndependentLayers(partition.base_rates(machine), machine)  # type: ignore[arg-type]
@@ -902,35 +887,35 @@ def test_bars_are_off_where_nobody_looks(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(walk, "tqdm", watched)
     for progress in (None, True, False):
-        partition.ais(rbm(), betas=5, progress=progress)
+        partition.ais(oracle(), betas=5, progress=progress)
     # None: tqdm looks whether it writes to a terminal
     assert asked == [(None, 5), (False, 5), (True, 5)]
 
 
 def test_same_seed_same_weights() -> None:
-    one, two, other = (partition.ais(rbm(), betas=10, seed=seed) for seed in (0, 0, 1))
+    one, two, other = (partition.ais(oracle(), betas=10, seed=seed) for seed in (0, 0, 1))
     assert torch.equal(one.log_weights, two.log_weights)  # type: ignore[arg-type]
     assert one.value != other.value
     state = torch.get_rng_state()
-    both = [partition.bracket(rbm(), betas=10, seed=3) for _ in range(2)]
+    both = [partition.bracket(oracle(), betas=10, seed=3) for _ in range(2)]
     assert str(both[0]) == str(both[1])
     assert torch.equal(state, torch.get_rng_state())
 
 
 def test_float32_agrees_and_sums_its_weights_in_float64() -> None:
-    machine = rbm(torch.float32)
+    machine = oracle(dtype=torch.float32)
     for result in (
         partition.ais(machine, betas=100),
         partition.reverse_ais(machine, betas=100),
         partition.smc(machine, num_particles=256),
     ):
-        within_se(result.value, RBM_LOG_Z, result.standard_error)
+        within_se(result.value, LOG_Z, result.standard_error)
         assert result.log_weights is not None
         assert result.log_weights.dtype == F64
 
 
 def test_no_gradient_is_left_behind() -> None:
-    machine = rbm()
+    machine = oracle()
     result = partition.bracket(machine, betas=5).forward
     assert result.log_weights is not None
     assert not result.log_weights.requires_grad
@@ -988,21 +973,27 @@ LARGE = BernoulliRBM(40, 30, dtype=F64)
     ("call", "message"),
     [
         (lambda: partition.ais(3.0), "energy must be a pyroebm.Energy"),
-        (lambda: partition.ais(rbm(), betas=0), "betas must be at least 1, got betas=0"),
+        (lambda: partition.ais(oracle(), betas=0), "betas must be at least 1, got betas=0"),
         (
-            lambda: partition.ais(rbm(), betas=torch.tensor([0.0, 0.7, 0.5, 1.0])),
+            lambda: partition.ais(oracle(), betas=torch.tensor([0.0, 0.7, 0.5, 1.0])),
             "rises from 0 to 1",
         ),
-        (lambda: partition.ais(rbm(), betas=torch.tensor([0.1, 1.0])), "rises from 0 to 1"),
-        (lambda: partition.ais(rbm(), num_chains=0), "num_chains must be an integer of at least 1"),
-        (lambda: partition.ais(rbm(), kernel=Gibbs), r"write Gibbs\(\)"),
+        (lambda: partition.ais(oracle(), betas=torch.tensor([0.1, 1.0])), "rises from 0 to 1"),
         (
-            lambda: partition.ais(rbm(), partition.base_rates(OTHER)),
+            lambda: partition.ais(oracle(), num_chains=0),
+            "num_chains must be an integer of at least 1",
+        ),
+        (lambda: partition.ais(oracle(), kernel=Gibbs), r"write Gibbs\(\)"),
+        (
+            lambda: partition.ais(oracle(), partition.base_rates(OTHER)),
             r"sizes \[4, 3\] with visible bits, got sizes \[5, 3\]",
         ),
-        (lambda: partition.ais(rbm(), rbm().layers()), "base must have weights of zero"),
         (
-            lambda: partition.ais(rbm(torch.float32), partition.base_rates(rbm())),
+            lambda: partition.ais(oracle(), oracle().layers()),
+            "base must have weights of zero",
+        ),
+        (
+            lambda: partition.ais(oracle(dtype=torch.float32), partition.base_rates(oracle())),
             "dtype and device of the energy",
         ),
         (lambda: partition.ais(WELL), "base must be given for DoubleWell"),
@@ -1011,7 +1002,7 @@ LARGE = BernoulliRBM(40, 30, dtype=F64)
             "base must be Layers, a distribution, or an Energy with exact draws",
         ),
         (
-            lambda: partition.ais(WELL, partition.base_rates(rbm())),
+            lambda: partition.ais(WELL, partition.base_rates(oracle())),
             "base may be Layers for an energy made of layers",
         ),
         (
@@ -1019,20 +1010,23 @@ LARGE = BernoulliRBM(40, 30, dtype=F64)
             "start must be given: BernoulliRBM has no exact draws",
         ),
         (
-            lambda: partition.reverse_ais(rbm(), torch.zeros(3, 5, dtype=F64)),
+            lambda: partition.reverse_ais(oracle(), torch.zeros(3, 5, dtype=F64)),
             r"start must have shape \(n, 4\) or \(n, 7\)",
         ),
         (
             lambda: partition.reverse_ais(deep(), torch.zeros(3, 4, dtype=F64)),
             r"start must have shape \(n, 10\)",
         ),
-        (lambda: partition.reverse_ais(rbm(), torch.zeros(3, 4)), "start must be torch.float64"),
         (
-            lambda: partition.reverse_ais(rbm(), torch.full((3, 4), math.nan, dtype=F64)),
+            lambda: partition.reverse_ais(oracle(), torch.zeros(3, 4)),
+            "start must be torch.float64",
+        ),
+        (
+            lambda: partition.reverse_ais(oracle(), torch.full((3, 4), math.nan, dtype=F64)),
             "start must hold states",
         ),
         (
-            lambda: partition.reverse_ais(rbm(), torch.full((3, 7), 0.5, dtype=F64)),
+            lambda: partition.reverse_ais(oracle(), torch.full((3, 7), 0.5, dtype=F64)),
             "start must hold states",
         ),
         (
@@ -1042,7 +1036,7 @@ LARGE = BernoulliRBM(40, 30, dtype=F64)
         (lambda: partition.exact(LARGE), r"sum over 2\^30 states, more than max_units=24"),
         (lambda: partition.exact(Ising((5, 5)) * 1.0), r"sum over 2\^25 states"),
         (lambda: partition.exact(WELL * 0.5), "exact needs a discrete energy"),
-        (lambda: partition.quadrature(rbm()), "discrete"),
+        (lambda: partition.quadrature(oracle()), "discrete"),
         (
             lambda: partition.quadrature(Gaussian(torch.zeros(3))),
             "one or two unconstrained entries, but Gaussian has 3",
@@ -1050,15 +1044,15 @@ LARGE = BernoulliRBM(40, 30, dtype=F64)
         (lambda: partition.quadrature(WELL, [(1.0, 0.0)]), "bounds must be 1 finite pairs"),
         (lambda: partition.bridge(LARGE), "draws must be given"),
         (
-            lambda: partition.bridge(rbm(), torch.zeros(4, dtype=F64)),
+            lambda: partition.bridge(oracle(), torch.zeros(4, dtype=F64)),
             r"draws must have shape \(n, \*event\)",
         ),
         (
-            lambda: partition.bridge(rbm(), num_draws=1),
+            lambda: partition.bridge(oracle(), num_draws=1),
             "num_draws must be an integer of at least 2",
         ),
         (
-            lambda: partition.thermodynamic_integration(rbm(), num_temperatures=1),
+            lambda: partition.thermodynamic_integration(oracle(), num_temperatures=1),
             "num_temperatures must be an integer",
         ),
         (
@@ -1066,19 +1060,20 @@ LARGE = BernoulliRBM(40, 30, dtype=F64)
             "ULA is not exact",
         ),
         (
-            lambda: partition.base_rates(rbm(), torch.zeros(3, 5)),
+            lambda: partition.base_rates(oracle(), torch.zeros(3, 5)),
             r"visible units of shape \(n, 4\)",
         ),
         (
             lambda: partition.base_rates(Ising((3, 3)), torch.zeros(3, 5)),
             r"data must have shape \(n, \*\(3, 3\)\)",
         ),
-        (lambda: partition.base_rates(rbm(), torch.full((3, 4), 2.0)), "from 0 to 1"),
+        (lambda: partition.base_rates(oracle(), torch.full((3, 4), 2.0)), "from 0 to 1"),
         (lambda: partition.base_rates(boltzmann(), torch.zeros(3, 9)), "data must lie in support"),
         (lambda: partition.base_rates(grbm(), torch.ones(3, 2)), "vary in every column"),
         (
             lambda: LayerGibbs().step(
-                rbm().joint(), LayerGibbs().init(rbm().joint(), rbm().joint().initial(1))
+                oracle().joint(),
+                LayerGibbs().init(oracle().joint(), oracle().joint().initial(1)),
             ),
             "moves on the Path",
         ),
@@ -1089,7 +1084,7 @@ def test_bad_arguments_are_refused(call: Callable[[], object], message: str) -> 
         call()
 
 
-@pytest.mark.parametrize("make", [rbm, boltzmann, lambda: DeepBoltzmannMachine([4, 3, 2])])
+@pytest.mark.parametrize("make", [oracle, boltzmann, lambda: DeepBoltzmannMachine([4, 3, 2])])
 def test_a_machine_that_is_no_law_has_no_value_and_no_draws(make: Callable[[], Any]) -> None:
     machine = make()
     with torch.no_grad():
