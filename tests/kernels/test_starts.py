@@ -155,15 +155,12 @@ class Centered(Energy):
 
     event_shape = torch.Size((1,))
 
-    first: Tensor | None = None  # the first candidates
-
     def forward(self, x: Tensor) -> Tensor:
         own = torch.arange(8.0, dtype=double).unsqueeze(1)
         return 0.5 * ((x - own) ** 2).sum(-1) + torch.where(x[:, 0] > 0, 0.0, torch.inf)
 
     def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        first, self.first = self.first, None
-        return torch.randn(n, 1, dtype=double, generator=generator) if first is None else first
+        return torch.randn(n, 1, dtype=double, generator=generator)
 
 
 def test_energies_may_hold_something_for_each_row() -> None:
@@ -171,14 +168,31 @@ def test_energies_may_hold_something_for_each_row() -> None:
     assert float(x.min()) > 0.0
 
 
-def test_the_step_size_of_the_trial_is_not_that_of_one_chain() -> None:
-    """Only one of the first candidates is finite: with a step size from its lone acceptance, one
-    run in nine started outside."""
-    energy = Centered().double()
-    for seed in range(100):
-        energy.first = torch.where(torch.arange(8) == 2, 1.66, -1.0).double().unsqueeze(1)
-        x = draw_starts(NUTS(), energy, 8, torch.Generator().manual_seed(seed))
-        assert float(x.min()) > 0.0
+class Slopes(Energy):
+    """A normal of scale .01 about 0, one of scale 1,000 about 5,000, and no density below -1."""
+
+    def __init__(self) -> None:
+        super().__init__(())
+        self.rounds = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        near = torch.where(x > 1000.0, ((x - 5000.0) / 1000.0).square(), (x / 0.01).square())
+        return torch.where(x < -1.0, torch.inf, 0.5 * near)
+
+    def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        self.rounds += 1
+        x = 0.01 * torch.randn(n, dtype=torch.float64, generator=generator)
+        x = torch.full_like(x, -2.0) if self.rounds == 1 else x
+        return torch.where(torch.arange(n) == 0, 5000.0, x)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_one_finite_candidate_does_not_set_the_step_size_of_all(seed: int) -> None:
+    """Its step size, of hundreds, would have each candidate of the seven others refused."""
+    energy = Slopes().double()
+    x = draw_starts(NUTS(), energy, 8, torch.Generator().manual_seed(seed))
+    assert torch.isfinite(energy(x)).all()
+    assert energy.rounds < 20
 
 
 def test_where_no_step_is_accepted_the_last_finite_candidate_is_taken() -> None:

@@ -12,7 +12,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from lib.checks import mean_and_se, within_se
-from lib.reseed import problem_generator
+from lib.reseed import fixed_problem, problem_generator
 from lib.seeds import seeded
 from torch import Tensor, nn
 from torch.distributions import constraints
@@ -626,7 +626,8 @@ def test_a_flow_trained_along_comes_to_the_data() -> None:
     """Noise far off at first: in the end the flow is near the data, and E + c near -log p."""
     data = 2.0 + 0.5 * randn(2000, 2)
     energy = Bell((2,), 1.0, 1.0)
-    objective = FlowContrastive(nice(2), log_z=1.0)
+    with fixed_problem():  # a flow that begins far off
+        objective = FlowContrastive(nice(2), log_z=1.0)
     noise = seeded(0)
     optimizers = {
         name: torch.optim.Adam(p, lr=0.02) for name, p in objective.trained(energy).items()
