@@ -12,7 +12,7 @@ from pyroebm.kernels.independence import IndependenceMetropolis, Jumps, Proposal
 from pyroebm.kernels.langevin import MALA, ULA
 from pyroebm.kernels.metric import Dense, Diagonal, LowRank
 from pyroebm.kernels.microcanonical import MCLMC, AdjustedMCLMC, EnergyVarianceAdaptation
-from pyroebm.kernels.nuts.lockstep import NUTS
+from pyroebm.kernels.nuts.kernel import NUTS, LockstepNUTS
 from pyroebm.kernels.random_walk import RandomWalk
 from pyroebm.kernels.stochastic import StochasticGradientLangevin
 from pyroebm.kernels.tempering import (
@@ -45,6 +45,7 @@ __all__ = [
     "Jumps",
     "Kernel",
     "LadderAdaptation",
+    "LockstepNUTS",
     "LowRank",
     "MALA",
     "MCLMC",

@@ -52,7 +52,8 @@ class Info(NamedTuple):
 
     Example:
         >>> Info._fields
-        ('acceptance_rate', 'accepted', 'diverging', 'energy', 'n_steps', 'step_size', 'tree_depth')
+        ('acceptance_rate', 'accepted', 'diverging', 'energy', 'n_steps', 'step_size', 'tree_depth',
+        'reached_max_treedepth')
     """
 
     acceptance_rate: Tensor  #: mean Metropolis probability of what was proposed, in [0, 1]
@@ -63,6 +64,8 @@ class Info(NamedTuple):
     n_steps: Tensor  #: gradient evaluations (of Gibbs kernels: sites or blocks drawn)
     step_size: Tensor | None = None  #: step size used, where there is one
     tree_depth: Tensor | None = None  #: doublings of the trajectory (NUTS only)
+    #: whether the trajectory ended at the largest depth allowed, without a turn (NUTS only)
+    reached_max_treedepth: Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -94,6 +97,9 @@ class Kernel(abc.ABC, Generic[S]):
     #: settings that warm-up may change, which a checkpoint keeps.
     learned: ClassVar[tuple[str, ...]] = ()
 
+    #: what is worth compiling: "loops", the inner loops with the energy inlined, or "gradient", the
+    #: energy and its gradient alone.
+    compiles: ClassVar[str] = "loops"
     #: gradient evaluations that one step may be expected to take, for planning.
     expected_gradients: ClassVar[float] = 1.0
 
@@ -132,6 +138,11 @@ class Kernel(abc.ABC, Generic[S]):
             state, info = self.step(energy, state, generator)
             rates.append(info.acceptance_rate)
         return state, torch.stack(rates).mean(0)
+
+    def runs_ahead(self, energy: Energy) -> bool:
+        """Whether a chain may be draws ahead of the others, so that none waits; see
+        :class:`pyroebm.kernels.nuts.driver.Chains`."""
+        return False
 
     def refresh(self, energy: Energy, state: S) -> S:
         """The same positions (and momenta) under an energy that may have been trained since: its

@@ -1,7 +1,8 @@
-"""The no-U-turn sampler."""
+"""The no-U-turn sampler: asynchronous chains on CPUs, chains in lock-step elsewhere."""
 
-from pyroebm.kernels.nuts.lockstep import NUTS
+from pyroebm.kernels.nuts.kernel import NUTS, LockstepNUTS
 
 __all__ = [
     "NUTS",
+    "LockstepNUTS",
 ]

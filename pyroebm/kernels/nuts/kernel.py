@@ -1,0 +1,110 @@
+"""The no-U-turn sampler: its settings, and which of its two implementations takes a step."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+from typing import ClassVar
+
+import torch
+
+from pyroebm.core.energy import Energy
+from pyroebm.kernels.base import GradientKernel, Info, State
+from pyroebm.kernels.nuts import lockstep
+
+__all__ = ["NUTS", "LockstepNUTS"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class NUTS(GradientKernel):
+    r"""Multinomial no-U-turn sampler (Hoffman and Gelman, 2014; Betancourt, 2017): exact.
+
+    A trajectory doubles forwards or backwards in time until its ends approach each other; the next
+    state is drawn from its leaves with weights :math:`e^{-H}`, biased towards the newer half. The
+    tree is built by iteration, with one stored left end for each level (Phan, Pradhan and
+    Jankowiak, 2019).
+
+    On a CPU each chain takes its next leapfrog step as soon as its gradient is there
+    (:class:`pyroebm.MCMC` lets chains run ahead of each other over many draws; :meth:`step` makes
+    the same draws one by one). Elsewhere all chains take each leapfrog step together, and a chain
+    that is done waits: :class:`LockstepNUTS`. The two draw other random numbers.
+
+    Args:
+        step_size: :math:`\epsilon`; warm-up aims at an acceptance rate of 0.8.
+        inverse_mass: :math:`M^{-1}`: a tensor is its diagonal, shape of one event, or a metric;
+            None is the identity.
+        max_tree_depth: most doublings, 1 to 20: at most :math:`2^{depth} - 1` leapfrog steps.
+
+    Raises:
+        ValueError: if a setting is out of its range.
+
+    Example:
+        >>> from pyroebm.targets import DoubleWell
+        >>> kernel, energy = NUTS(step_size=0.2), DoubleWell()
+        >>> state = kernel.init(energy, energy.initial(8))
+        >>> state, info = kernel.step(energy, state, torch.Generator().manual_seed(0))
+        >>> state.x.shape, bool((info.n_steps <= 2**info.tree_depth - 1).all())
+        (torch.Size([8]), True)
+    """
+
+    max_tree_depth: int = 10
+
+    target_acceptance: ClassVar[float | None] = 0.8
+    has_momentum: ClassVar[bool] = True
+    compiles: ClassVar[str] = "gradient"
+    expected_gradients: ClassVar[float] = 10.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 1 <= self.max_tree_depth <= 20:
+            raise ValueError(
+                "NUTS: max_tree_depth must be from 1 to 20, got"
+                f" max_tree_depth={self.max_tree_depth}"
+            )
+
+    def probe(self) -> NUTS:
+        return self.replace(max_tree_depth=1)
+
+    def runs_ahead(self, energy: Energy) -> bool:
+        return (
+            energy.device.type == "cpu"
+            and energy.dtype in (torch.float32, torch.float64)
+            and _has_numba()
+        )
+
+    def step(
+        self, energy: Energy, state: State, generator: torch.Generator | None = None
+    ) -> tuple[State, Info]:
+        if not self.runs_ahead(energy):
+            return lockstep.step(self, energy, state, generator)
+        from pyroebm.kernels.nuts.driver import Chains
+
+        chains = Chains(energy, state, generator, self.max_tree_depth)
+        chains.set(self.step_size, self.inverse_mass)
+        chains.run(1, 1)
+        slab = chains.take(1)
+        return slab.state(energy), slab.report(0)
+
+
+@functools.cache
+def _has_numba() -> bool:
+    return importlib.util.find_spec("numba") is not None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LockstepNUTS(NUTS):
+    """:class:`NUTS` with all chains in lock-step, in plain tensor operations: what NUTS is on a
+    GPU, on any device.
+
+    Args:
+        step_size, inverse_mass, max_tree_depth: as for :class:`NUTS`.
+
+    Example:
+        >>> from pyroebm.targets import DoubleWell
+        >>> LockstepNUTS().runs_ahead(DoubleWell())
+        False
+    """
+
+    def runs_ahead(self, energy: Energy) -> bool:
+        return False
