@@ -49,8 +49,13 @@ def compile_graph(
     """Compile a graph of plain tensor operations with TorchInductor."""
     # a second of imports, for those alone who compile
     from torch._inductor import compile as inductor
+    from torch._inductor import config
 
-    return cast(Callable[..., tuple[Tensor, ...]], inductor(graph, list(examples), options=options))
+    # The instruction set is that of the processor: asking the compiler about it takes 8 s. One
+    # thread compiles here, so that no pool of processes has to be started, or told of Ctrl-C.
+    with config.patch({"cpp.vec_isa_ok": True, "compile_threads": 1}):
+        compiled = inductor(graph, list(examples), options=options)
+    return cast(Callable[..., tuple[Tensor, ...]], compiled)
 
 
 def standard_gamma(shapes: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -3,10 +3,12 @@ TorchInductor."""
 
 from __future__ import annotations
 
+import contextlib
+import math
 import shutil
 import warnings
-from collections.abc import Callable, Hashable
-from typing import Any, Literal, Protocol
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -43,6 +45,125 @@ _COMPILE_SECONDS = 30.0
 _SECONDS_PER_STEP = 250e-6
 _SECONDS_PER_ENTRY = 15e-9
 
+#: What one evaluation of a captured gradient takes without compiling it, and what compiling it
+#: takes with cold caches. A compiled one takes a fifth or less.
+_SECONDS_PER_CALL = 30e-6
+_SECONDS_PER_OPERATION = 3e-6
+_SECONDS_PER_RESULT = 0.5e-9
+_COMPILE_GRADIENT_SECONDS = 2.5
+_COMPILE_SECONDS_PER_OPERATION = 0.015
+_SAVED = 0.8
+
+#: Gradients below which compiling is not thought of: it would not repay even its imports.
+_FEW_GRADIENTS = 2000
+
+
+class Captured(NamedTuple):
+    """Value and gradient of a batch as a plain graph of tensor operations, and the tensors that the
+    energy holds: its inputs after x."""
+
+    graph: GraphModule
+    held: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, energy: Energy, shape: torch.Size) -> Captured:
+        """Capture a batch of this shape.
+
+        Raises:
+            ValueError: if random numbers are drawn.
+        """
+        count = shape[: len(shape) - len(energy.event_shape)].numel()
+        x = energy.initial(count, torch.Generator(energy.device).manual_seed(0)).reshape(shape)
+        graph = make_fx(lambda x: unchecked_value_and_grad(energy, x))(x)
+        drawn = [
+            str(n.target)
+            for n in graph.graph.nodes
+            if torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ())
+        ]
+        if drawn:
+            raise ValueError(
+                f"an energy that is compiled must draw no random numbers, got {drawn[0]} in its"
+                " forward"
+            )
+        graph.graph.eliminate_dead_code()
+        return cls(graph, _lift_constants(graph))
+
+    def seconds(self) -> tuple[float, float]:
+        """About how long one evaluation of the graph takes without compiling it, and how long
+        compiling takes: from the number of operations and of entries, so that they are the same
+        everywhere."""
+        calls = [node for node in self.graph.graph.nodes if node.op == "call_function"]
+        values = [node.meta.get("val") for node in calls]
+        entries = sum(value.numel() for value in values if isinstance(value, Tensor))
+        return (
+            _SECONDS_PER_CALL
+            + len(calls) * _SECONDS_PER_OPERATION
+            + entries * _SECONDS_PER_RESULT,
+            _COMPILE_GRADIENT_SECONDS + len(calls) * _COMPILE_SECONDS_PER_OPERATION,
+        )
+
+
+class CompiledGradient(Energy):
+    """An energy whose value and gradient are compiled, for kernels that ask for nothing else.
+
+    Parameters and other tensors that the energy holds are inputs of the compiled graph, so that
+    training them in place is seen; what Python decided while the graph was captured (attributes,
+    branches) is not looked at again. There is a graph for each batch shape that was prepared;
+    batches of other shapes run as they are.
+
+    Args:
+        energy: an energy of continuous support whose forward is made of torch operations alone,
+            without random numbers.
+
+    Example:
+        >>> from pyroebm.core import value_and_grad
+        >>> from pyroebm.targets import DoubleWell
+        >>> energy, x = CompiledGradient(DoubleWell()), torch.tensor([1.0, 2.0])
+        >>> energy.prepare(x.shape)
+        >>> value_and_grad(energy, x)
+        (tensor([-2., 10.]), tensor([-3., 24.]))
+    """
+
+    def __init__(self, energy: Energy) -> None:
+        super().__init__(energy.event_shape, energy.support)
+        self.energy = energy
+        self._captured: dict[torch.Size, Captured] = {}
+        self._calls: dict[torch.Size, tuple[_Call, tuple[Tensor, ...]]] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.energy(x)
+
+    def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        return self.energy.initial(n, generator)
+
+    def captured(self, shape: torch.Size) -> Captured:
+        """Value and gradient of a batch of this shape."""
+        if shape not in self._captured:
+            self._captured[shape] = Captured.of(self.energy, shape)
+        return self._captured[shape]
+
+    def prepare(self, shape: torch.Size) -> None:
+        """Compile value and gradient of a batch of this shape, unless that was done."""
+        if shape in self._calls:
+            return
+        graph, held = self.captured(shape)
+        known = (shape, self.energy.dtype, self.energy.device, graph.code, *map(_kind, held))
+        if known not in _graphs:
+            if len(_graphs) >= _MAX_GRAPHS:
+                _graphs.pop(next(iter(_graphs)))
+            x = torch.zeros(shape, dtype=self.energy.dtype, device=self.energy.device)
+            with torch.no_grad(), _quiet_compiler():
+                _graphs[known] = compile_graph(graph, [x, *held], _OPTIONS)
+        self._calls[shape] = _graphs[known], held
+
+    def _value_and_grad(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        found = self._calls.get(x.shape)
+        if found is None:
+            return self.energy._value_and_grad(x)
+        call, held = found
+        values, grad = call(x, *held)
+        return values, grad
+
 
 class Compiled(Energy):
     """An energy whose kernels run their inner loops as compiled blocks; its values are those of the
@@ -75,7 +196,7 @@ class Compiled(Energy):
         super().__init__(energy.event_shape, energy.support)
         self.energy, self.must = energy, must
         self._calls: dict[Hashable, tuple[_Call, tuple[Tensor, ...]]] = {}
-        self._gradients: dict[torch.Size, tuple[GraphModule, tuple[Tensor, ...]]] = {}
+        self._gradients: dict[torch.Size, Captured] = {}
 
     def forward(self, x: Tensor) -> Tensor:
         return self.energy(x)
@@ -90,7 +211,7 @@ class Compiled(Energy):
         key = (block, *static.items(), *map(_kind, tensors))
         if key not in self._calls:
             try:
-                self._calls[key] = self._compile(key, block, tensors, static)
+                self.attempt(block, tensors, static)
             # tracing and compiling fail in as many ways as there are energies and machines
             except Exception as error:
                 said = f"{type(self.energy).__name__} cannot be compiled ({_reason(error)})"
@@ -100,6 +221,13 @@ class Compiled(Energy):
                 self._calls[key] = (lambda *inputs: block(self.energy, *inputs, **static)), ()
         call, constants = self._calls[key]
         return call(*[t.contiguous() for t in tensors], *constants)
+
+    def attempt(
+        self, block: Block, tensors: tuple[Tensor, ...], static: dict[str, Any]
+    ) -> None:
+        """Compile ``block(energy, *tensors, **static)``, or raise what stands in the way."""
+        key = (block, *static.items(), *map(_kind, tensors))
+        self._calls[key] = self._compile(key, block, tensors, static)
 
     def _compile(
         self, key: Hashable, block: Block, tensors: tuple[Tensor, ...], static: dict[str, Any]
@@ -131,27 +259,9 @@ class Compiled(Energy):
             _graphs[known] = compiled_call(function, (*examples, *_copies(constants)))
         return _graphs[known], constants
 
-    def _gradient(self, shape: torch.Size) -> tuple[GraphModule, tuple[Tensor, ...]]:
-        """The graph of value and gradient of a batch, and the tensors that the energy holds: its
-        inputs after x."""
+    def _gradient(self, shape: torch.Size) -> Captured:
         if shape not in self._gradients:
-            rows = shape[: len(shape) - len(self.event_shape)].numel()
-            x = self.energy.initial(
-                rows, torch.Generator(self.energy.device).manual_seed(0)
-            ).reshape(shape)
-            graph = make_fx(lambda x: unchecked_value_and_grad(self.energy, x))(x)
-            drawn = [
-                str(n.target)
-                for n in graph.graph.nodes
-                if torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ())
-            ]
-            if drawn:
-                raise ValueError(
-                    f"an energy that is compiled must draw no random numbers, got {drawn[0]} in"
-                    " its forward"
-                )
-            graph.graph.eliminate_dead_code()
-            self._gradients[shape] = graph, _lift_constants(graph)
+            self._gradients[shape] = Captured.of(self.energy, shape)
         return self._gradients[shape]
 
 
@@ -212,12 +322,18 @@ def compiled_call(
     held = _lift_constants(graph)  # numbers that the block itself made into tensors
     # The graph is made of plain operations, so the compiler needs no look at Python, nor guards at
     # every call.
-    with torch.no_grad(), warnings.catch_warnings():
-        # torch's own modules warn of each other
-        for category in (DeprecationWarning, FutureWarning):
-            warnings.simplefilter("ignore", category)
+    with torch.no_grad(), _quiet_compiler():
         compiled = compile_graph(graph, [*examples, *held], options)
     return (lambda *inputs: compiled(*inputs, *held)) if held else compiled
+
+
+@contextlib.contextmanager
+def _quiet_compiler() -> Iterator[None]:
+    """Without what torch's own modules warn of each other."""
+    with warnings.catch_warnings():
+        for category in (DeprecationWarning, FutureWarning):
+            warnings.simplefilter("ignore", category)
+        yield
 
 
 def _kind(tensor: Tensor) -> Hashable:
@@ -250,8 +366,8 @@ def _lift_constants(graph: GraphModule) -> tuple[Tensor, ...]:
 
 
 def is_compiled(energy: Energy) -> bool:
-    """Whether blocks of this energy are compiled, so that larger ones are worth more."""
-    return isinstance(energy, Compiled)
+    """Whether this is a compiled view of an energy."""
+    return isinstance(energy, Compiled | CompiledGradient)
 
 
 def fused(block: Block, energy: Energy, *tensors: Tensor, **static: Any) -> tuple[Tensor, ...]:
@@ -284,58 +400,83 @@ class _Planned(Protocol):
     def expected_gradients(self) -> float: ...
     @property
     def discrete(self) -> bool: ...
+    @property
+    def compiles(self) -> str: ...
 
 
 def choose_compiled(
-    energy: Energy, compile: bool | Literal["auto"], kernel: _Planned, chains: int, steps: int
+    energy: Energy,
+    compile: bool | Literal["auto"],
+    kernel: _Planned,
+    chains: int,
+    steps: int,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Energy:
     """The energy, compiled if that was asked for, or if the work ahead repays it.
 
     Args:
         energy: what the kernel moves on.
-        compile: True, False, or "auto": from the number of entries of a state and the steps that
-            are planned, never from timings, so that the choice is the same everywhere.
-        kernel: the kernel, which knows about how many gradients one of its steps takes.
+        compile: True, False, or "auto": from counts (operations of a gradient, entries of a state,
+            steps planned), never from timings, so that the choice is the same everywhere.
+        kernel: the kernel, which knows about how many gradients one of its steps takes, and whether
+            its inner loops are worth compiling, or the gradient alone.
         chains: number of chains.
         steps: steps planned for each chain.
+        say: takes a message before a compilation that takes seconds.
 
     Raises:
         ValueError: if ``compile`` is none of the three.
         RuntimeError: if ``compile`` is True and there is no C++ compiler or the energy cannot be
-            traced, with the reason.
+            captured, with the reason.
     """
     if compile not in (True, False, "auto"):
         raise ValueError(f'compile must be True, False or "auto", got compile={compile!r}')
-    if compile is False or kernel.discrete:
+    if compile is False or kernel.discrete or is_compiled(energy):
         return energy
+    gradients = steps * kernel.expected_gradients
+    loops = kernel.compiles == "loops"
     entries = chains * max(1, energy.event_shape.numel())
-    saved = steps * kernel.expected_gradients * (_SECONDS_PER_STEP + _SECONDS_PER_ENTRY * entries)
-    if compile == "auto" and saved < 2.0 * _COMPILE_SECONDS:
+    saved = gradients * (_SECONDS_PER_STEP + _SECONDS_PER_ENTRY * entries)
+    if compile == "auto" and (
+        saved < 2.0 * _COMPILE_SECONDS if loops else gradients < _FEW_GRADIENTS
+    ):
         return energy
-    compiled = Compiled(energy)
     try:
         if energy.device.type == "cpu" and not any(
             shutil.which(name) for name in ("g++", "clang++", "c++", "cl")
         ):
-            raise RuntimeError(
-                f"{type(energy).__name__} cannot be compiled (no C++ compiler was found); use"
-                " compile=False"
-            )
-        compiled.run(
-            _probe, (energy.initial(2, torch.Generator(energy.device).manual_seed(0)),), {}
-        )
-    except RuntimeError as error:
+            raise RuntimeError("no C++ compiler was found")
+        if loops:
+            return _compiled_loops(energy, compile is True, say)
+        return _compiled_gradient(energy, compile is True, chains, gradients, say)
+    # capturing and compiling fail in as many ways as there are energies and machines
+    except Exception as error:
+        reason = str(error) if type(error) is RuntimeError else _reason(error)
+        said = f"{type(energy).__name__} cannot be compiled ({reason})"
         if compile is True:
-            raise
-        warnings.warn(
-            f"{str(error).removesuffix('; use compile=False')} and runs as it is",
-            RuntimeWarning,
-            stacklevel=3,
-        )
+            raise RuntimeError(f"{said}; use compile=False") from error
+        warnings.warn(f"{said} and runs as it is", RuntimeWarning, stacklevel=3)
         return energy
-    # a later block may fail where this one did not: a run that was not told to compile goes on
-    compiled.must = compile is True
-    return compiled
+
+
+def _compiled_loops(energy: Energy, must: bool, say: Callable[[str], None]) -> Energy:
+    say("compiling the kernel, up to a minute, once for this energy")
+    # a later block may fail where this one does not: a run that was not told to compile goes on
+    view = Compiled(energy, must)
+    view.attempt(_probe, (energy.initial(2, torch.Generator(energy.device).manual_seed(0)),), {})
+    return view
+
+
+def _compiled_gradient(
+    energy: Energy, must: bool, chains: int, gradients: float, say: Callable[[str], None]
+) -> Energy:
+    view, shape = CompiledGradient(energy), torch.Size((chains, *energy.event_shape))
+    eager, compiling = view.captured(shape).seconds()
+    if not must and gradients * _SAVED * eager < compiling:
+        return energy
+    say(f"compiling the gradient, about {math.ceil(compiling)} s, once for this model")
+    view.prepare(shape)
+    return view
 
 
 def _reason(error: Exception) -> str:

@@ -75,6 +75,17 @@ class Energy(nn.Module):
             f"{type(self).__name__} must define forward(x): (*batch, *event_shape) -> (*batch)"
         )
 
+    def _value_and_grad(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What :func:`unchecked_value_and_grad` returns."""
+        with (
+            torch.inference_mode(False)
+            if torch.is_inference_mode_enabled()
+            else torch.enable_grad()
+        ):
+            x = (x.clone() if x.is_inference() else x.detach()).requires_grad_(True)
+            values, grad = _grad(self, x, create_graph=False)
+        return values.detach(), grad
+
     # every evaluation passes here: a broadcast mistake is caught where it is made
     def __call__(self, x: Tensor) -> Tensor:
         batch = self.batch_shape(x)
@@ -310,10 +321,7 @@ def value_and_grad(energy: Energy, x: Tensor) -> tuple[Tensor, Tensor]:
 
 def unchecked_value_and_grad(energy: Energy, x: Tensor) -> tuple[Tensor, Tensor]:
     """:func:`value_and_grad` for inner loops, whose states passed the front door once."""
-    with torch.inference_mode(False) if torch.is_inference_mode_enabled() else torch.enable_grad():
-        x = (x.clone() if x.is_inference() else x.detach()).requires_grad_(True)
-        values, grad = _grad(energy, x, create_graph=False)
-    return values.detach(), grad
+    return energy._value_and_grad(x)
 
 
 def score(energy: Energy, x: Tensor) -> Tensor:

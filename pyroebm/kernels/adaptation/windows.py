@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
@@ -63,9 +64,11 @@ def windows(
     Example:
         >>> windows(1000)
         [(15, 30), (30, 60), (60, 120), (120, 240), (240, 950)]
+        >>> windows(50)
+        [(7, 25)]
     """
-    # a new metric needs a new step size, and that needs some tens of steps: too short for both
-    if steps < 60:
+    # a new metric needs a new step size, and that needs some steps: too short for both
+    if steps < 20:
         return []
     if initial + first + final > steps:
         initial, final = int(0.15 * steps), int(0.5 * steps)
@@ -119,8 +122,8 @@ class WindowAdaptation:
             directions; None leaves it as it is. A kernel without one learns none.
         step_size: "grouped", as above; "per_chain", one for each chain throughout; "pooled", one
             for all, tuned to their mean acceptance rate, which until the last window ends counts as
-            0 while a chain has yet to move. Kernels on discrete supports have one for all, tuned to
-            the mean acceptance rate.
+            0 while a chain has yet to move; None leaves it as it is. Kernels on discrete supports
+            have one for all, tuned to the mean acceptance rate.
         initial, first, final: lengths of the first buffer, of the first window and of the last
             buffer.
         rank: for "low_rank", leading directions to take of the draws, and as many of the gradients.
@@ -144,12 +147,9 @@ class WindowAdaptation:
         torch.Size([3])
     """
 
-    #: whether warm-up changes the step size; :func:`pyroebm.kernels.adaptation.draw_starts` asks.
-    adapts_step_size: ClassVar[bool] = True
-
     target_acceptance: float | None = None
     metric: Literal["diagonal", "dense", "low_rank"] | None = "diagonal"
-    step_size: Literal["grouped", "per_chain", "pooled"] = "grouped"
+    step_size: Literal["grouped", "per_chain", "pooled"] | None = "grouped"
     initial: int = 15
     first: int = 15
     final: int = 50
@@ -166,9 +166,9 @@ class WindowAdaptation:
                 f"metric must be one of {', '.join(map(repr, METRICS))}, or None, got"
                 f" metric={self.metric!r}"
             )
-        if self.step_size not in STEP_SIZES:
+        if self.step_size not in (*STEP_SIZES, None):
             raise ValueError(
-                f"step_size must be one of {', '.join(map(repr, STEP_SIZES))}, got"
+                f"step_size must be one of {', '.join(map(repr, STEP_SIZES))}, or None, got"
                 f" step_size={self.step_size!r}"
             )
         if self.rank < 1:
@@ -186,15 +186,13 @@ class WindowAdaptation:
             return kernel, Warmup(None, None, None, None, None, 0)
         pooled = self._empty(kernel, state)
         still = torch.zeros(len(state.energy), dtype=torch.bool, device=state.energy.device)
+        rates = torch.zeros_like(state.energy, dtype=torch.float64)
+        if self.step_size is None:
+            return kernel, Warmup(None, pooled, still, still, rates, 0)
         together = ~still if self._shares(kernel) else still
         size = find_step_size(kernel, energy, state, generator, together)
         return kernel.replace(step_size=size), Warmup(
-            DualAveraging.start(size),
-            pooled,
-            together,
-            still,
-            torch.zeros_like(state.energy, dtype=torch.float64),
-            0,
+            DualAveraging.start(size), pooled, together, still, rates, 0
         )
 
     def step(
@@ -208,80 +206,151 @@ class WindowAdaptation:
     ) -> tuple[Kernel[Any], Any, Info, Warmup]:
         """One step of the kernel, and what is learned from it."""
         state, info = kernel.step(energy, state, generator)
-        kernel, memory = self.update(kernel, energy, state, info, memory, steps, generator)
+        tuning, target = memory.tuning, self.aims_at(kernel)
+        if tuning is not None and target is not None:
+            overdue = self._overdue(memory, info, target, steps)
+            together = overdue if memory.together is None else memory.together
+            rates = self._rates(info.acceptance_rate.double(), together, overdue)
+            tuning = tuning.update(rates, target)
+            kernel = kernel.replace(step_size=tuning.step_size)
+        kernel, memory = self.learn(
+            kernel, energy, [(state, info)], memory._replace(tuning=tuning), steps, generator
+        )
         return kernel, state, info, memory
 
-    def update(
+    def free_steps(self, kernel: Kernel[Any], memory: Warmup, steps: int) -> int:
+        """Steps that each chain may take by itself before all meet, each with a step size of its
+        own: up to the end of the window; 0 where chains share a step size.
+
+        In these steps the dual averaging of ``memory`` is the chains' own business, and
+        :meth:`learn` is told of what came of it.
+        """
+        if memory.moved is None:
+            return steps - memory.step
+        if memory.tuning is not None and (memory.together is None or bool(memory.together.any())):
+            return 0
+        ends = [stop for _, stop in self._windows(steps) if stop > memory.step]
+        return (ends[0] if ends else steps) - memory.step
+
+    def aims_at(self, kernel: Kernel[Any]) -> float | None:
+        """The acceptance rate that step sizes are tuned to; None where there is none."""
+        if kernel.target_acceptance is None or self.target_acceptance is None:
+            return kernel.target_acceptance
+        return self.target_acceptance
+
+    def learn(
+        self,
+        kernel: Kernel[Any],
+        energy: Energy,
+        taken: Sequence[tuple[AnyState, Info]],
+        memory: Warmup,
+        steps: int,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Kernel[Any], Warmup]:
+        """What is learned from steps that were taken, none of them beyond the end of a window; the
+        last step of the warm-up fixes the step sizes.
+
+        Args:
+            kernel: the kernel, with the step size that comes next.
+            energy: what it moves on.
+            taken: states and reports of the steps from number ``memory.step`` on.
+            memory: from before these steps, but for ``tuning``, which knows of them.
+            steps: steps of the whole warm-up.
+            generator: source of randomness, for a first guess of new step sizes.
+        """
+        tuning, pooled, together, moved, rates, step = memory
+        if moved is None or rates is None or together is None:
+            return kernel, memory._replace(step=step + len(taken))
+        plan = self._windows(steps)
+        for state, info in taken:
+            rates = rates + info.acceptance_rate
+            moved = moved | info.accepted
+            if pooled is not None and any(start <= step < stop for start, stop in plan):
+                grad: Any = rows(state.grad) if hasattr(state, "grad") else None
+                pooled = pooled.update(rows(state.x), grad, moved)
+            step += 1
+        memory = Warmup(tuning, pooled, together, moved, rates, step)
+        state = taken[-1][0]
+        if step in [stop for _, stop in plan]:
+            kernel, memory = self._end_window(
+                kernel, energy, state, memory, step == plan[-1][1], generator
+            )
+        if step == steps and memory.tuning is not None:
+            kernel, memory = self._end(kernel, energy, state, memory, bool(plan), generator)
+        return kernel, memory
+
+    def _end_window(
         self,
         kernel: Kernel[Any],
         energy: Energy,
         state: AnyState,
-        info: Info,
-        warmup: Warmup,
-        steps: int,
-        generator: torch.Generator | None = None,
+        memory: Warmup,
+        is_last: bool,
+        generator: torch.Generator | None,
     ) -> tuple[Kernel[Any], Warmup]:
-        """The kernel for the next step, after step number ``warmup.step`` of ``steps``; the last
-        one fixes the average."""
-        tuning, pooled, together, moved, rates, step = warmup
-        if (
-            tuning is None
-            or together is None
-            or moved is None
-            or rates is None
-            or kernel.target_acceptance is None
-        ):
-            return kernel, warmup._replace(step=step + 1)
-        target = (
-            kernel.target_acceptance if self.target_acceptance is None else self.target_acceptance
-        )
-        rates = rates + info.acceptance_rate
-        moved = moved | info.accepted
-        plan = windows(steps, self.initial, self.first, self.final)
-        # A chain that is accepted at the rate aimed at has moved in so many steps, but for a chance
-        # of 1e-4.
-        seen = step + 1 - max([stop for _, stop in plan if stop <= step], default=0)
-        overdue = (1.0 - target) ** seen < 1e-4 and (not plan or step < plan[-1][1])
-        tuning = tuning.update(
-            self._rates(info.acceptance_rate.double(), together, ~moved & overdue), target
-        )
-        kernel = kernel.replace(step_size=tuning.step_size)
-        if pooled is not None and any(start <= step < stop for start, stop in plan):
-            grad: Any = rows(state.grad) if hasattr(state, "grad") else None
-            pooled = pooled.update(rows(state.x), grad, moved)
-        ends = [stop for _, stop in plan]
-        if step + 1 in ends:
-            moved = torch.zeros_like(moved)
-            if pooled is not None:
-                before = kernel.inverse_mass if isinstance(kernel.inverse_mass, Tensor) else None  # type: ignore[attr-defined]
-                learned = pooled.metric(before)
-                kernel = kernel if learned is None else kernel.replace(inverse_mass=learned)
-                pooled = self._empty(kernel, state)
-            if self.step_size == "grouped" and not kernel.discrete and step + 1 == ends[-1]:
+        """The metric of a window, and new step sizes for it."""
+        tuning, pooled, together, moved, rates, step = memory
+        if pooled is not None:
+            before = kernel.inverse_mass if isinstance(kernel.inverse_mass, Tensor) else None  # type: ignore[attr-defined]
+            learned = pooled.metric(before)
+            kernel = kernel if learned is None else kernel.replace(inverse_mass=learned)
+            pooled = self._empty(kernel, state)
+        if tuning is not None and rates is not None:
+            groups = self.step_size == "grouped" and not kernel.discrete
+            if groups and is_last:
                 together = near_the_median(torch.as_tensor(tuning.average))
             if pooled is not None or self.step_size == "grouped":
                 size = find_step_size(kernel, energy, state, generator, together)
                 kernel = kernel.replace(step_size=size)
                 tuning = DualAveraging.start(size)
                 rates = torch.zeros_like(rates)
-        if step + 1 == steps:
-            # Dual averaging begins by overshooting: an average of a few steps is worth less than a
-            # look at where the chains are.
-            few = tuning.steps < 15
-            size = (
-                0.5 * find_step_size(kernel, energy, state, generator, together)
-                if few
-                else tuning.average
-            )
-            if self.step_size == "grouped" and not kernel.discrete:
-                together = together if ends else near_the_median(torch.as_tensor(size))
-                left_behind = together & (rates < 0.25 * target * tuning.steps)
-                if not few and bool(left_behind.any()):
-                    together = together & ~left_behind
-                    guess = find_step_size(kernel, energy, state, generator, together)
-                    size = torch.where(left_behind, 0.5 * guess, size)
-            kernel = kernel.replace(step_size=_shared(size, together))
-        return kernel, Warmup(tuning, pooled, together, moved, rates, step + 1)
+        moved = None if moved is None else torch.zeros_like(moved)
+        return kernel, Warmup(tuning, pooled, together, moved, rates, step)
+
+    def _end(
+        self,
+        kernel: Kernel[Any],
+        energy: Energy,
+        state: AnyState,
+        memory: Warmup,
+        has_windows: bool,
+        generator: torch.Generator | None,
+    ) -> tuple[Kernel[Any], Warmup]:
+        """The step sizes for the draws."""
+        tuning, _, together, _, rates, _ = memory
+        target = self.aims_at(kernel)
+        if tuning is None or together is None or rates is None or target is None:
+            return kernel, memory
+        # Dual averaging begins by overshooting: an average of a few steps is worth less than a look
+        # at where the chains are.
+        few = tuning.steps < 15
+        size = (
+            0.5 * find_step_size(kernel, energy, state, generator, together)
+            if few
+            else tuning.average
+        )
+        if self.step_size == "grouped" and not kernel.discrete:
+            together = together if has_windows else near_the_median(torch.as_tensor(size))
+            left_behind = together & (rates < 0.25 * target * tuning.steps)
+            if not few and bool(left_behind.any()):
+                together = together & ~left_behind
+                guess = find_step_size(kernel, energy, state, generator, together)
+                size = torch.where(left_behind, 0.5 * guess, size)
+        return kernel.replace(step_size=_shared(size, together)), memory._replace(
+            together=together
+        )
+
+    def _windows(self, steps: int) -> list[tuple[int, int]]:
+        return windows(steps, self.initial, self.first, self.final)
+
+    def _overdue(self, memory: Warmup, info: Info, target: float, steps: int) -> Tensor:
+        """The chains that should have moved since the window began, and have not: one that is
+        accepted at the rate aimed at has moved in so many steps, but for a chance of 1e-4."""
+        plan, step = self._windows(steps), memory.step
+        seen = step + 1 - max([stop for _, stop in plan if stop <= step], default=0)
+        late = (1.0 - target) ** seen < 1e-4 and (not plan or step < plan[-1][1])
+        moved = info.accepted if memory.moved is None else memory.moved | info.accepted
+        return ~moved & late
 
     def _shares(self, kernel: Kernel[Any]) -> bool:
         """Whether all chains have one step size from the start."""
@@ -289,10 +358,7 @@ class WindowAdaptation:
 
     def _rates(self, rates: Tensor, together: Tensor, overdue: Tensor) -> float | Tensor:
         """What dual averaging is told: a number where all chains share a step size, else a rate for
-        each.
-
-        ``overdue`` are the chains that should have moved since the window began, and have not.
-        """
+        each."""
         if not bool(together.all()):
             return shared_mean(rates, together)
         return 0.0 if self.step_size == "pooled" and bool(overdue.any()) else float(rates.mean())
