@@ -68,10 +68,10 @@ mcmc.run(energy)
 mcmc.summary()
 
 # %% [markdown]
-# The table is ArviZ's. Look at $\hat R$: above 1.01 the chains do not agree with each other yet. The verdict says it in words:
+# The table is ArviZ's. Look at $\hat R$: above 1.01 the chains do not agree with each other yet. The diagnosis says it in words:
 
 # %%
-print(mcmc.verdict())
+print(mcmc.diagnose())
 
 # %% [markdown]
 # Each chain crosses the barrier only every hundred draws or so, so the time it happened to spend on the right still differs from chain
@@ -89,7 +89,7 @@ mcmc = MCMC(NUTS(), 1000, warmup_steps=300, num_chains=64, seed=0, adaptation=Wi
 mcmc.run(energy)
 mcmc.run_more(9000)
 data = mcmc.to_arviz()
-print(mcmc.verdict())
+print(mcmc.diagnose())
 az.plot_rank(data.sel(chain=[0, 1, 2, 3]), var_names="x");
 # %% [markdown]
 # ArviZ's energy plot compares the Hamiltonians that the chains visit with their changes from one draw to the next. If the changes were

@@ -484,7 +484,13 @@ def from_state_dict() -> Any:
 def judged() -> Any:
     mcmc = sampled(ebm.MALA(0.3), wells(), num_samples=60)
     posterior = mcmc.to_arviz()["posterior"]["x"].values
-    return mcmc.verdict(), mcmc.diagnostics(), mcmc.stuck_chains(), posterior, mcmc.summary().values
+    return (
+        mcmc.diagnose(),
+        mcmc.diagnostics(),
+        mcmc.stuck_chains(),
+        posterior,
+        mcmc.summary().values,
+    )
 
 
 def subsampled() -> Any:

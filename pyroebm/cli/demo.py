@@ -85,11 +85,11 @@ def sample_nuts(
     while facts["draws"] < most and not (facts["r_hat"] < 1.01 and facts["right_mass_se"] < 0.0029):
         mcmc.run_more(min(9000 if facts == early else 2000, most - facts["draws"]))
         facts = _facts_of_draws(mcmc.get_samples(group_by_chain=True)["x"], began)
-    verdict = mcmc.verdict()
+    diagnosis = mcmc.diagnose()
     facts |= {
-        "divergences": verdict.divergences,
-        "bfmi": verdict.min_bfmi,
-        "verdict": str(verdict),
+        "divergences": diagnosis.divergences,
+        "bfmi": diagnosis.min_bfmi,
+        "diagnosis": str(diagnosis),
         "at_1000_draws": early,
     }
     return mcmc, facts

@@ -1,4 +1,4 @@
-"""Whether chains mixed: R-hat, effective sample sizes, verdicts, Stein residuals, ArviZ's
+"""Whether chains mixed: R-hat, effective sample sizes, diagnoses, Stein residuals, ArviZ's
 containers. Figures are in `plots`."""
 
 from pyroebm.core.statistics import (
@@ -16,7 +16,7 @@ from pyroebm.core.statistics import (
     r_hat,
 )
 from pyroebm.diagnostics.arviz_data import summary, to_arviz
-from pyroebm.diagnostics.convergence import Verdict, mode_masses, verdict
+from pyroebm.diagnostics.convergence import Diagnosis, diagnose, mode_masses
 from pyroebm.diagnostics.stein import stein_residual, stein_z
 from pyroebm.diagnostics.streaming import StreamingMoments
 from pyroebm.diagnostics.stuck import describe_stuck, stuck_chains
@@ -24,10 +24,11 @@ from pyroebm.diagnostics.stuck import describe_stuck, stuck_chains
 __all__ = [
     "Estimate",
     "StreamingMoments",
-    "Verdict",
+    "Diagnosis",
     "arviz",
     "bfmi",
     "describe_stuck",
+    "diagnose",
     "energy_distance",
     "ess_bulk",
     "ess_tail",
@@ -43,5 +44,4 @@ __all__ = [
     "stuck_chains",
     "summary",
     "to_arviz",
-    "verdict",
 ]

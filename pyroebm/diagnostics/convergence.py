@@ -1,4 +1,4 @@
-"""Whether chains mixed: masses of modes with their errors, and a verdict on a run."""
+"""Whether chains mixed: masses of modes with their errors, and a diagnosis of a run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from pyroebm.core.statistics import bfmi, ess_bulk, ess_tail, mcse_mean, r_hat
 from pyroebm.diagnostics.stuck import describe_stuck, stuck_chains
 
-__all__ = ["mode_masses", "Verdict", "verdict"]
+__all__ = ["mode_masses", "Diagnosis", "diagnose"]
 
 
 def mode_masses(modes: Tensor, num_modes: int) -> tuple[np.ndarray, np.ndarray]:
@@ -39,7 +39,7 @@ def mode_masses(modes: Tensor, num_modes: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Verdict:
+class Diagnosis:
     """Whether a run can be trusted, and why not.
 
     Args:
@@ -52,7 +52,7 @@ class Verdict:
             NaN where nobody looked.
 
     Example:
-        >>> print(Verdict(True, 1.001, 5000.0, 4000.0, 0.9, 0, ()))
+        >>> print(Diagnosis(True, 1.001, 5000.0, 4000.0, 0.9, 0, ()))
         Mixed: R-hat 1.001, bulk ESS 5000, tail ESS 4000, no divergences.
     """
 
@@ -76,7 +76,7 @@ class Verdict:
 
 
 class KernelFacts(Protocol):
-    """What a verdict asks of a kernel."""
+    """What a diagnosis asks of a kernel."""
 
     @property
     def exact(self) -> bool: ...
@@ -84,14 +84,14 @@ class KernelFacts(Protocol):
     def has_momentum(self) -> bool: ...
 
 
-def verdict(
+def diagnose(
     draws: Tensor,
     stats: Mapping[str, Tensor],
     max_r_hat: float = 1.01,
     min_ess: float = 400.0,
     kernel: KernelFacts | None = None,
     stein_z: float = float("nan"),
-) -> Verdict:
+) -> Diagnosis:
     r"""Judge a run by R-hat, effective sample size, BFMI and divergences (thresholds of Vehtari et
     al., 2021, and Stan).
 
@@ -111,7 +111,7 @@ def verdict(
 
     Example:
         >>> x = torch.randn(4, 500, generator=torch.Generator().manual_seed(0))
-        >>> verdict(x, {"diverging": torch.zeros(4, 500, dtype=torch.bool)}).mixed
+        >>> diagnose(x, {"diverging": torch.zeros(4, 500, dtype=torch.bool)}).mixed
         True
     """
     chains, count = draws.shape[:2]
@@ -173,6 +173,6 @@ def verdict(
             " take an exact kernel, or warm"
             " up longer."
         )
-    return Verdict(
+    return Diagnosis(
         not problems, worst_r_hat, bulk, tail, least_bfmi, diverging, tuple(problems), stein_z
     )

@@ -18,7 +18,7 @@ from torch import Tensor
 from pyroebm.core.rng import seeded_generator
 from pyroebm.core.rowwise import RowwiseEnergy
 from pyroebm.diagnostics.arviz_data import to_arviz
-from pyroebm.diagnostics.convergence import Verdict
+from pyroebm.diagnostics.convergence import Diagnosis
 from pyroebm.diagnostics.stuck import describe_stuck
 from pyroebm.infer.kernels import HMC, NUTS, Settings
 from pyroebm.kernels.base import ContinuousKernel
@@ -288,9 +288,9 @@ class MCMC(AbstractMCMC):
         facts = {"kernel": type(self.kernel).__name__, "seed": str(run.seed)}
         return to_arviz(self._samples, run.get_stats(), attrs=facts)
 
-    def verdict(self, max_r_hat: float = 1.01, min_ess: float = 400.0) -> Verdict:
-        """Whether the chains mixed, in plain words; see :func:`pyroebm.diagnostics.verdict`."""
-        return self._finished().verdict(max_r_hat, min_ess)
+    def diagnose(self, max_r_hat: float = 1.01, min_ess: float = 400.0) -> Diagnosis:
+        """Whether the chains mixed, in plain words; see :func:`pyroebm.diagnostics.diagnose`."""
+        return self._finished().diagnose(max_r_hat, min_ess)
 
     def _finished(self) -> _Hooked:
         if self._run is None:

@@ -85,7 +85,7 @@ class Kernel(abc.ABC, Generic[S]):
     #: acceptance rate that warm-up aims at; None for a kernel that accepts everything and so cannot
     #: be tuned by it.
     target_acceptance: ClassVar[float | None] = None
-    #: whether the target is left unchanged; False is said in the verdict of every run.
+    #: whether the target is left unchanged; False is said in the diagnosis of every run.
     exact: ClassVar[bool] = True
     #: whether ``Info.energy`` is a Hamiltonian with a momentum in it, of which BFMI says something.
     has_momentum: ClassVar[bool] = False

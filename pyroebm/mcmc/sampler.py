@@ -601,12 +601,12 @@ class MCMC(AbstractMCMC):
         self._warn_of_stuck_chains(stacklevel=3)
         return diagnostics.summary(self.to_arviz(), **options)
 
-    def verdict(self, max_r_hat: float = 1.01, min_ess: float = 400.0) -> diagnostics.Verdict:
-        """Whether the chains mixed, in plain words; see :func:`pyroebm.diagnostics.verdict`."""
+    def diagnose(self, max_r_hat: float = 1.01, min_ess: float = 400.0) -> diagnostics.Diagnosis:
+        """Whether the chains mixed, in plain words; see :func:`pyroebm.diagnostics.diagnose`."""
         draws, kernel = self._draws(), self.plan.kernel
         with eval_mode(self._target):
             residual = float("nan") if kernel.discrete else stein_residual(self._target, draws)
-        return diagnostics.verdict(draws, self.get_stats(), max_r_hat, min_ess, kernel, residual)
+        return diagnostics.diagnose(draws, self.get_stats(), max_r_hat, min_ess, kernel, residual)
 
     def diagnostics(self) -> dict[str, Any]:
         """As Pyro's: effective sample size and R-hat of each site, divergences and acceptance rates

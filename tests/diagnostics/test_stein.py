@@ -61,12 +61,12 @@ def test_a_shift_of_a_tenth_of_a_deviation_fails() -> None:
     assert stein_residual(energy, grouped(energy) + shift) > 5
 
 
-def test_the_verdict_names_the_bias_of_langevin_at_a_large_step_and_clears_nuts() -> None:
+def test_the_diagnosis_names_the_bias_of_langevin_at_a_large_step_and_clears_nuts() -> None:
     energy = Gaussian(torch.zeros(2, dtype=torch.float64))
     for kernel, biased in ((ULA(1.0), True), (NUTS(), False)):
         mcmc = MCMC(kernel, 1000, 200, 16, seed=0)
         mcmc.run(energy)
-        judged = mcmc.verdict()
+        judged = mcmc.diagnose()
         assert (judged.stein_z > 5) == biased
         assert ("do not fit the gradient" in str(judged)) == biased
         assert judged.mixed != biased

@@ -488,7 +488,7 @@ def test_results_are_read_as_in_pyro(capsys: pytest.CaptureFixture[str]) -> None
     assert {"lp", "energy", "diverging", "acceptance_rate", "n_steps", "tree_depth"} <= set(
         data.sample_stats.data_vars
     )
-    assert mcmc.verdict(max_r_hat=2.0, min_ess=1.0).mixed
+    assert mcmc.diagnose(max_r_hat=2.0, min_ess=1.0).mixed
     predicted = Predictive(normal_gamma, mcmc.get_samples(), return_sites=["y", "mean"])(
         torch.zeros(5)
     )

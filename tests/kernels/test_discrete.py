@@ -591,7 +591,7 @@ def test_mcmc_runs_reports_and_resumes(name: str) -> None:
     assert data.posterior["x"].shape == (8, 60, 2, 3)
     assert ("step_size" in data.sample_stats) == hasattr(mcmc.kernel, "step_size")
     assert len(mcmc.summary()) == 6
-    assert ("not exact" in str(mcmc.verdict())) == (name == "dula")
+    assert ("not exact" in str(mcmc.diagnose())) == (name == "dula")
     assert mcmc.diagnostics()["x"]["r_hat"].shape == (2, 3)
     saved = mcmc.state_dict()
     mcmc.run_more(20)
@@ -606,7 +606,7 @@ def test_mcmc_of_entries_that_never_move_says_so() -> None:
     mcmc.run(
         Ising((2, 3), coupling=0.0, field=torch.tensor([[50.0, 0, 0], [0, 0, 0]]), periodic=False)
     )
-    assert "an entry that never moved" in str(mcmc.verdict())
+    assert "an entry that never moved" in str(mcmc.diagnose())
     r_hat = mcmc.diagnostics()["x"]["r_hat"]
     assert r_hat.isnan().sum() == 1
     assert r_hat.isnan()[0, 0]

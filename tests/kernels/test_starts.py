@@ -14,7 +14,7 @@ from torch import Tensor
 from benchmarks import starts
 from benchmarks.suite.cases import CASES as SAMPLER_CASES
 from pyroebm import HMC, MALA, MCMC, NUTS, Energy, RandomWalk, WindowAdaptation, infer
-from pyroebm.diagnostics import describe_stuck, stuck_chains, verdict
+from pyroebm.diagnostics import describe_stuck, diagnose, stuck_chains
 from pyroebm.kernels.adaptation import draw_starts
 from pyroebm.targets import DoubleWell, Exponential
 
@@ -273,7 +273,7 @@ def test_a_chain_that_never_moves_is_named_everywhere(tmp_path: Any) -> None:
     assert mcmc.stuck_chains() == [1]
     with pytest.warns(RuntimeWarning, match="Chain 1 of 4 never moved"):
         mcmc.summary()
-    found = mcmc.verdict()
+    found = mcmc.diagnose()
     assert found.problems[0].startswith(
         "Chain 1 of 4 never moved after warm-up (energy 2.5e+11; others"
     )
@@ -299,7 +299,7 @@ def test_a_rank_names_its_chains_by_their_numbers_in_the_run() -> None:
 def test_divergences_of_chains_that_are_not_called_stuck_are_reported() -> None:
     mcmc = MCMC(NUTS(50.0), 20, 0, 4, seed=0, adaptation=None)
     mcmc.run(Wall().double() * 1e6)
-    assert any("80 of 80 draws diverged" in problem for problem in mcmc.verdict().problems)
+    assert any("80 of 80 draws diverged" in problem for problem in mcmc.diagnose().problems)
 
 
 def test_pyros_summary_names_it(capsys: pytest.CaptureFixture[str]) -> None:
@@ -340,10 +340,10 @@ def test_what_is_said_fits_one_several_and_all() -> None:
     assert describe_stuck([], 3, torch.ones(3)) == ""
 
 
-def test_a_verdict_of_draws_alone_names_it_too() -> None:
+def test_a_diagnosis_of_draws_alone_names_it_too() -> None:
     draws = torch.randn(4, 300, generator=torch.Generator().manual_seed(0))
     draws[2] = 1.0
-    found = verdict(draws, {"diverging": torch.zeros(4, 300, dtype=torch.bool)})
+    found = diagnose(draws, {"diverging": torch.zeros(4, 300, dtype=torch.bool)})
     assert found.problems[0].startswith(
         "Chain 2 of 4 never moved after warm-up. Start it elsewhere"
     )

@@ -269,7 +269,7 @@ def test_a_run_that_streams_is_the_run_in_memory(
     # memory is bounded whatever the length
     assert {len(block.record.x) for block in stored._blocks} == {4, 6}
     assert_same(memory, stored)
-    assert str(memory.verdict()) == str(stored.verdict())
+    assert str(memory.diagnose()) == str(stored.diagnose())
     a, b = memory.to_arviz(), open_run(tmp_path)
     for group in ("posterior", "sample_stats", "warmup_posterior", "warmup_sample_stats"):
         assert set(a[group].data_vars) == set(b[group].data_vars)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pyroebm import HMC, MALA, MCMC, NUTS, ULA, Energy, ParallelTempering, WindowAdaptation
 from pyroebm.core.statistics import arviz, bfmi, ess_bulk, mcse_mean, r_hat
-from pyroebm.diagnostics import Verdict, mode_masses, to_arviz, verdict
+from pyroebm.diagnostics import Diagnosis, diagnose, mode_masses, to_arviz
 from pyroebm.targets import (
     BernoulliProduct,
     Beta,
@@ -337,13 +337,13 @@ def test_numpy_integers_are_integers() -> None:
     assert sampled(DoubleWell(), np.int64(5), np.int64(5)).get_samples()["x"].shape == (40,)  # type: ignore[arg-type]
 
 
-def test_the_verdict_says_that_an_inexact_kernel_is_inexact() -> None:
+def test_the_diagnosis_says_that_an_inexact_kernel_is_inexact() -> None:
     mcmc = MCMC(ULA(1.8), 1000, 100, 16, seed=0)
     mcmc.run(Gaussian(torch.zeros(2)))
     assert float(mcmc.get_samples()["x"].var()) > 4  # the truth is 1, and all chains agree on it
-    assert not mcmc.verdict().mixed
-    assert "not exact" in str(mcmc.verdict())
-    assert "BFMI" not in str(mcmc.verdict())
+    assert not mcmc.diagnose().mixed
+    assert "not exact" in str(mcmc.diagnose())
+    assert "BFMI" not in str(mcmc.diagnose())
 
 
 def test_the_broadcast_mistake_names_both_shapes() -> None:
@@ -411,55 +411,55 @@ def test_summary_and_pyro_style_diagnostics() -> None:
 # Diagnostics
 
 
-def test_verdict_sees_chains_that_disagree_short_runs_and_divergences() -> None:
+def test_a_diagnosis_sees_chains_that_disagree_short_runs_and_divergences() -> None:
     noise = torch.randn(4, 1000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     calm = {"diverging": torch.zeros(4, 1000, dtype=torch.bool), "energy": noise.clone()}
-    assert verdict(noise, calm).mixed
-    apart = verdict(noise + torch.arange(4.0).unsqueeze(1), calm)
+    assert diagnose(noise, calm).mixed
+    apart = diagnose(noise + torch.arange(4.0).unsqueeze(1), calm)
     assert not apart.mixed
     assert "R-hat should be below" in str(apart)
     assert "effective sample size" in str(
-        verdict(noise[:, :50], {k: v[:, :50] for k, v in calm.items()})
+        diagnose(noise[:, :50], {k: v[:, :50] for k, v in calm.items()})
     )
-    assert "One chain alone" in str(verdict(noise[:1], {k: v[:1] for k, v in calm.items()}))
+    assert "One chain alone" in str(diagnose(noise[:1], {k: v[:1] for k, v in calm.items()}))
     wild = {**calm, "diverging": calm["diverging"].clone()}
     wild["diverging"][2, 5] = True
-    assert verdict(noise, wild).divergences == 1
+    assert diagnose(noise, wild).divergences == 1
     slow = {**calm, "energy": noise.cumsum(1)}
-    assert "BFMI" in str(verdict(noise, slow))
-    assert isinstance(verdict(noise, calm), Verdict)
+    assert "BFMI" in str(diagnose(noise, slow))
+    assert isinstance(diagnose(noise, calm), Diagnosis)
 
 
-def test_the_verdict_is_of_the_worst_entry_and_its_thresholds_are_the_fields() -> None:
+def test_the_diagnosis_is_of_the_worst_entry_and_its_thresholds_are_the_fields() -> None:
     x = torch.randn(4, 1000, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     calm = {"diverging": torch.zeros(4, 1000, dtype=torch.bool)}
-    assert verdict(x, calm).mixed
+    assert diagnose(x, calm).mixed
     sticky = x.clone()
     sticky[..., 1] = x[:, :50, 1].repeat_interleave(20, 1)
-    judged = verdict(sticky, calm)
+    judged = diagnose(sticky, calm)
     assert judged.ess_bulk == float(ess_bulk(sticky).min()) < 400
     assert judged.r_hat == float(r_hat(sticky).max())
     # R-hat between 1.01 and 1.1
     slightly = x + 0.22 * torch.arange(4.0).reshape(4, 1, 1) * torch.tensor([0.0, 1.0])
     assert 1.02 < float(r_hat(slightly).max()) < 1.09
-    assert "R-hat should be below 1.01" in str(verdict(slightly, calm))
-    assert "not defined" in str(verdict(x[:, :3], {k: v[:, :3] for k, v in calm.items()}))
+    assert "R-hat should be below 1.01" in str(diagnose(slightly, calm))
+    assert "not defined" in str(diagnose(x[:, :3], {k: v[:, :3] for k, v in calm.items()}))
     for rate, expected in ((0.1, True), (0.5, False)):
         seen = {**calm, "acceptance_rate": torch.full((4, 1000), rate)}
         assert (
             "acceptance rate is 0.1: the kernel hardly moves, and has no step size"
-            in str(verdict(x, seen))
+            in str(diagnose(x, seen))
         ) == expected
         seen["step_size"] = torch.ones(4, 1000)
         assert (
-            "acceptance rate is 0.1: the step size is too large" in str(verdict(x, seen))
+            "acceptance rate is 0.1: the step size is too large" in str(diagnose(x, seen))
         ) == expected
     # energies of a first-order autoregression have BFMI 2 (1 - phi)
     for phi, expected in ((0.93, False), (0.7, True)):
         energy, noise = torch.zeros(4, 1000, dtype=torch.float64), x[..., 0]
         for t in range(1, 1000):
             energy[:, t] = phi * energy[:, t - 1] + noise[:, t]
-        assert ("BFMI" not in str(verdict(x, {**calm, "energy": energy}))) == expected
+        assert ("BFMI" not in str(diagnose(x, {**calm, "energy": energy}))) == expected
 
 
 def test_statistics_keep_the_event_shape_and_know_autocorrelation() -> None:
@@ -494,7 +494,7 @@ def test_numbers_in_arrays_of_one_entry_are_numbers(monkeypatch: pytest.MonkeyPa
     for name, call in calls.items():
         np.testing.assert_array_equal(call(x), plain[name])
     np.testing.assert_array_equal(mode_masses((x[..., 0] > 0).long(), 2), masses)
-    assert verdict(x, {"diverging": torch.zeros(4, 50)}).r_hat == plain["rhat"].max()
+    assert diagnose(x, {"diverging": torch.zeros(4, 50)}).r_hat == plain["rhat"].max()
     monkeypatch.setattr(arviz(), "mcse", lambda *a, **k: np.zeros(2))
     with pytest.raises(ValueError, match="size 1"):
         mcse_mean(x)
