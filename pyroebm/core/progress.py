@@ -137,7 +137,8 @@ class Progress:
         return f"{self.count}{of} {self.unit}s"
 
     def _numbers(self, rate: float) -> list[str]:
-        speed = [f"{rate:.{0 if rate >= 10.0 else 2}f} {self.unit}s/s"] if rate > 0.0 else []
+        digits = ".0f" if rate >= 10.0 else ".2g"
+        speed = [f"{rate:{digits}} {self.unit}s/s"] if rate > 0.0 else []
         return speed + [_named(name, note) for name, note in self._notes.items()]
 
     def _draw(self, parts: list[str]) -> None:
@@ -237,7 +238,17 @@ def _display(stream: TextIO, total: int | None) -> _Display:
     publisher = _notebook_publisher()
     if publisher is not None:
         return _Notebook(publisher)
-    return _Terminal(stream, total) if stream.isatty() else _LogFile(stream)
+    return _Terminal(stream, total) if _is_terminal(stream) else _LogFile(stream)
+
+
+def _is_terminal(stream: TextIO) -> bool:
+    """Whether there is room for a bar: a pseudo-terminal whose size was never set has none."""
+    if not stream.isatty():
+        return False
+    try:
+        return min(os.get_terminal_size(stream.fileno())) > 0
+    except (OSError, ValueError):  # a console that is no file
+        return True
 
 
 def _notebook_publisher() -> Any:

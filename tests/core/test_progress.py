@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
+import os
 import re
+import struct
 import subprocess
 import sys
+import termios
 import types
 from pathlib import Path
 from typing import Any
@@ -160,8 +164,8 @@ def test_a_total_that_is_not_known(clock: Clock, log_file: Stream) -> None:
             progress.note(beta=0.25 * k)
             progress.update()
     assert log_file.getvalue().splitlines() == [
-        "SMC: 2 temperatures, 1.00 temperatures/s, beta 0.5",
-        "SMC: 3 temperatures in 3 s, 1.00 temperatures/s, beta 0.75",
+        "SMC: 2 temperatures, 1 temperatures/s, beta 0.5",
+        "SMC: 3 temperatures in 3 s, 1 temperatures/s, beta 0.75",
     ]
 
 
@@ -171,8 +175,8 @@ def test_what_was_done_before_does_not_count_for_the_rate(clock: Clock, log_file
             clock.now += 0.125
             progress.update()
     first, last = log_file.getvalue().splitlines()
-    assert first == "fit: 920/1000 steps, 8.00 steps/s, 10 s left"
-    assert last == "fit: 944/1000 steps in 5 s, 8.00 steps/s"
+    assert first == "fit: 920/1000 steps, 8 steps/s, 10 s left"
+    assert last == "fit: 944/1000 steps in 5 s, 8 steps/s"
 
 
 def test_the_rate_follows_a_change_of_speed(clock: Clock, log_file: Stream) -> None:
@@ -227,6 +231,13 @@ def test_an_update_that_is_not_due_looks_at_the_clock_alone(
         for _ in range(1000):
             progress.update()
     assert progress.count == 1000
+
+
+def test_a_slow_rate_keeps_its_digits(clock: Clock, log_file: Stream) -> None:
+    with Progress(10, "fine_tune", "epoch", clock=clock) as progress:
+        clock.now += 400.0
+        progress.update()
+    assert log_file.getvalue().startswith("fine_tune: 1/10 epochs, 0.0025 epochs/s, 60 min left\n")
 
 
 @pytest.mark.parametrize(
@@ -354,14 +365,33 @@ def test_a_terminal_has_a_bar(clock: Clock, terminal: Stream) -> None:
     assert terminal.getvalue().count("\n") == 1  # what remains of it is one line
 
 
+@pytest.mark.parametrize("rows", [0, 40])
+def test_a_terminal_of_unknown_size_has_lines(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch, rows: int
+) -> None:
+    theirs, ours = os.openpty()
+    fcntl.ioctl(ours, termios.TIOCSWINSZ, struct.pack("HHHH", rows, 100, 0, 0))
+    try:
+        with open(ours, "w", closefd=False) as stream:
+            monkeypatch.setattr(module, "sys", types.SimpleNamespace(stderr=stream, modules={}))
+            _run(clock, 4, 1.0)
+        shown = os.read(theirs, 10_000).decode()
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    assert "4/4 draws in 4 s, 1 draws/s" in shown
+    assert ("100%|" in shown) == (rows > 0)
+    assert ("sampling, 4 chains: 4/4" in shown) == (rows == 0)
+
+
 def test_a_terminal_without_a_total(clock: Clock, terminal: Stream) -> None:
     with Progress(None, "SMC", "temperature", clock=clock) as progress:
         for _ in range(4):
             clock.now += 1.0
             progress.update()
     frames = _bars(terminal)
-    assert frames[0] == "SMC: 1 temperatures, 1.00 temperatures/s"
-    assert frames[-1] == "SMC: 4 temperatures in 4 s, 1.00 temperatures/s"
+    assert frames[0] == "SMC: 1 temperatures, 1 temperatures/s"
+    assert frames[-1] == "SMC: 4 temperatures in 4 s, 1 temperatures/s"
 
 
 def test_a_message_is_a_line_above_the_bar(clock: Clock, terminal: Stream) -> None:
@@ -370,7 +400,7 @@ def test_a_message_is_a_line_above_the_bar(clock: Clock, terminal: Stream) -> No
         clock.now += 1.0
         progress.update()
     assert "\rcompiling the gradient\n" in terminal.getvalue()
-    assert _bars(terminal)[-1].endswith("1/10 steps in 1 s, 1.00 steps/s")
+    assert _bars(terminal)[-1].endswith("1/10 steps in 1 s, 1 steps/s")
 
 
 def test_a_message_is_a_line_of_a_log_file(clock: Clock, log_file: Stream) -> None:
