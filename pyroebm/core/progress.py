@@ -110,13 +110,14 @@ class Progress:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        display = self._display
+        if display is not None:
+            if self._shown:
+                seconds = self._clock() - self._began
+                rate = (self.count - self._done) / seconds if seconds > 0.0 else 0.0
+                self._draw([f"{self._counted()} in {_duration(seconds)}", *self._numbers(rate)])
+            self._attempt(display.close)
         self._due = math.inf
-        if self._shown:
-            seconds = self._clock() - self._began
-            rate = (self.count - self._done) / seconds if seconds > 0.0 else 0.0
-            self._draw([f"{self._counted()} in {_duration(seconds)}", *self._numbers(rate)])
-        if self._display is not None:
-            self._attempt(self._display.close)
 
     def _state(self) -> list[str]:
         """The parts of a line: the count, the recent rate, the notes, the time left."""
@@ -145,9 +146,9 @@ class Progress:
         display = self._display
         if display is not None:
             self._shown = True
-            self._attempt(lambda: display.draw(self.label, ", ".join(parts), self.count))
-            # from the end of the drawing: notes may take time to compute
+            # from now: the notes may have taken time to compute
             self._due = self._clock() + display.interval
+            self._attempt(lambda: display.draw(self.label, ", ".join(parts), self.count))
 
     def _attempt(self, write: Callable[[], None]) -> None:
         try:

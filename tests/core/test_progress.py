@@ -150,6 +150,15 @@ def test_a_short_run_writes_nothing(clock: Clock, log_file: Stream) -> None:
     assert log_file.writes == 0
 
 
+def test_nothing_follows_the_last_line(clock: Clock, log_file: Stream) -> None:
+    progress = _run(clock, 10, 1.0)
+    written = log_file.getvalue()
+    for _ in range(10):
+        clock.now += 10.0
+        progress.update()
+    assert log_file.getvalue() == written
+
+
 def test_from_the_start_on_where_it_is_asked_for(clock: Clock, log_file: Stream) -> None:
     _run(clock, 10, 0.01, show=True)
     first, last = log_file.getvalue().splitlines()
@@ -287,18 +296,26 @@ def test_without_a_stderr(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_stream_that_fails_does_not_end_the_computation(
     clock: Clock, monkeypatch: pytest.MonkeyPatch, error: Exception, is_terminal: bool
 ) -> None:
-    stream = _stderr(monkeypatch, is_terminal)
+    stream, asked = _stderr(monkeypatch, is_terminal), list[float]()
+
+    def loss() -> float:
+        asked.append(clock.now)
+        return 0.5
+
     with Progress(100, "fit", show=True, clock=clock) as progress:
         progress.update()
 
         def fail(text: str) -> int:
             raise error
 
+        progress.note(loss=loss)
         monkeypatch.setattr(stream, "write", fail)
         for _ in range(50):
             clock.now += 1.0
             progress.update()
     assert progress.count == 51
+    if not is_terminal:  # tqdm keeps such errors to itself
+        assert len(asked) == 1
 
 
 # Interrupted
