@@ -23,6 +23,24 @@ MUTANTS: dict[str, tuple[str, str, str, str]] = {
         'temporary = path.with_name(f"{path.name}.part")',
         "tests/core/test_files.py",
     ),
+    "the rate never forgets": (
+        "core/progress.py",
+        "kept = math.exp(-seconds / RATE_SECONDS)",
+        "kept = 1.0",
+        "tests/core/test_progress.py",
+    ),
+    "the rate counts what was done before": (
+        "core/progress.py",
+        "(self.count - self._done) / seconds",
+        "self.count / seconds",
+        "tests/core/test_progress.py",
+    ),
+    "fit shows no progress": (
+        "training/loop.py",
+        'with Progress(total, "fit", show=show, done=done) as shown:',
+        'with Progress(total, "fit", show=False, done=done) as shown:',
+        "tests/core/test_progress.py",
+    ),
     "no cap on step sizes that are shared": (
         "kernels/adaptation/step_size.py",
         "<= math.log(2.0)",
