@@ -14,12 +14,12 @@ import torch
 from pyro.infer.mcmc.api import AbstractMCMC
 from pyro.infer.mcmc.util import select_samples
 from torch import Tensor
-from tqdm import tqdm
 
 from pyroebm import diagnostics
 from pyroebm.core._checks import check_counts
 from pyroebm.core.compilation import choose_compiled, is_compiled
 from pyroebm.core.energy import Energy, check_energy
+from pyroebm.core.progress import Progress
 from pyroebm.core.rng import fresh_seed, seeded_generator
 from pyroebm.core.serialization import from_text, to_text
 from pyroebm.core.wrappers import Unconstrained, eval_mode
@@ -45,6 +45,10 @@ def _joined(states: list[Any]) -> Any:
     return type(states[0])(
         *(torch.cat(part) if isinstance(part[0], Tensor) else _joined(part) for part in parts)
     )
+
+
+def _mean_of(parts: list[Tensor]) -> float:
+    return float(torch.cat([part.double().flatten() for part in parts]).mean())
 
 
 #: Bytes of draws that a run which streams to a folder holds in memory, all blocks together.
@@ -78,7 +82,8 @@ class MCMC(AbstractMCMC):
         save_warmup: whether to keep the draws of the warm-up too.
         keep: ``"draws"``, or ``"moments"``: means and variances of each chain in place of any draw,
             see :meth:`get_moments`.
-        progress: show a progress bar; None shows one on a terminal (that of rank 0).
+        progress: True shows it, False hides it, None shows it where it takes longer than a second.
+            Of several ranks the first shows it.
         site: name of the variable in the results.
         chain_batch_size: chains of one block. More of them share one step's overhead, and one
             adaptation.
@@ -402,7 +407,7 @@ class MCMC(AbstractMCMC):
 
     def _say(self, text: str) -> None:
         if self.progress is not False and self.layout.ranks[0] == 0:
-            tqdm.write(text, file=sys.stderr)
+            print(text, file=sys.stderr)
 
     def _block(
         self,
@@ -478,15 +483,18 @@ class MCMC(AbstractMCMC):
         far."""
         most = 1 if self._one_by_one else AT_ONCE
         behind, turn = [block for block in self._blocks if left(block) > 0], 0
-        disable = self.layout.ranks[0] > 0 or None if self.progress is None else not self.progress
-        with tqdm(
-            total=sum(map(left, behind)),
-            desc=f"{label} ({self.num_chains} chains)",
-            disable=disable,
-        ) as bar:
+        show = self.progress if self.layout.ranks[0] == 0 else False
+        total = sum(left(block) * len(block.state.x) for block in behind)
+        for block in behind:
+            block.divergences = torch.zeros_like(block.divergences)
+        with Progress(total, f"{label}, {self.num_chains} chains", "draw", show) as shown:
+            shown.note(
+                divergences=lambda: int(sum(block.divergences for block in self._blocks)),
+                acceptance=lambda: _mean_of([block.acceptance for block in self._blocks]),
+            )
             while behind:
                 for block in behind:
-                    bar.update(step(block, most))
+                    shown.update(step(block, most) * len(block.state.x))
                 self._after_turn(label, turn)
                 behind, turn = [block for block in behind if left(block) > 0], turn + 1
 

@@ -341,7 +341,9 @@ def test_windows_are_disjoint_and_inside(steps: int) -> None:
     assert all(0 <= start < stop <= steps for start, stop in found)
     assert all(a[1] == b[0] for a, b in itertools.pairwise(found))
     assert bool(found) == (steps >= 20)
-    assert not found or steps - found[-1][1] >= min(30, steps // 2)  # room for a new step size after the last metric
+    assert not found or steps - found[-1][1] >= min(
+        30, steps // 2
+    )  # room for a new step size after the last metric
 
 
 # Warm-up

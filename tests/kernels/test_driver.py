@@ -24,9 +24,7 @@ from pyroebm.kernels.nuts.driver import Chains
 from pyroebm.targets import DoubleWell, Gaussian
 
 DIM = 3
-COVARIANCE = torch.tensor(
-    [[1.0, 0.6, 0.0], [0.6, 2.0, 0.3], [0.0, 0.3, 0.5]], dtype=torch.float64
-)
+COVARIANCE = torch.tensor([[1.0, 0.6, 0.0], [0.6, 2.0, 0.3], [0.0, 0.3, 0.5]], dtype=torch.float64)
 METRICS: dict[str, Tensor | Metric | None] = {
     "identity": None,
     "diagonal": torch.tensor([0.5, 1.5, 0.7], dtype=torch.float64),
@@ -83,9 +81,7 @@ def together(
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("metric", METRICS)
-def test_chains_that_run_ahead_draw_what_single_steps_draw(
-    metric: str, dtype: torch.dtype
-) -> None:
+def test_chains_that_run_ahead_draw_what_single_steps_draw(metric: str, dtype: torch.dtype) -> None:
     """Bit for bit, however far they may run ahead and however many draws are taken at once."""
     energy: Energy = Uneven().to(dtype)
     kernel, x = NUTS(0.3, METRICS[metric], max_tree_depth=6), starts(5, dtype)

@@ -65,7 +65,9 @@ KERNELS: dict[str, Callable[[], Kernel]] = {
     "tempering": lambda: ParallelTempering(HMC(step_size=0.3, num_steps=3), betas=[1.0, 0.5, 0.2]),
     "nuts-metric": lambda: NUTS(step_size=0.6, inverse_mass=torch.tensor(0.5)),
     "nuts-low-rank": lambda: NUTS(step_size=0.6, inverse_mass=NARROW),
-    "lockstep-dense": lambda: LockstepNUTS(step_size=0.6, inverse_mass=Dense(torch.tensor([[0.7]]))),
+    "lockstep-dense": lambda: LockstepNUTS(
+        step_size=0.6, inverse_mass=Dense(torch.tensor([[0.7]]))
+    ),
     "nuts-dense": lambda: NUTS(step_size=0.6, inverse_mass=Dense(torch.tensor([[0.7]]))),
     "hmc-low-rank": lambda: HMC(step_size=0.4, num_steps=4, inverse_mass=NARROW),
     "random-walk": lambda: RandomWalk(step_size=0.5),
