@@ -7,6 +7,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -87,6 +88,9 @@ class MCMC(AbstractMCMC):
         site: name of the variable in the results.
         chain_batch_size: chains of one block. More of them share one step's overhead, and one
             adaptation.
+        num_threads: threads among which the blocks are shared. The draws do not depend on it.
+            Compiled gradients and :class:`NUTS` leave the interpreter to the other threads; what is
+            done in Python does not.
         ranks: number of this process and of all, which share the blocks; see
             :func:`pyroebm.training.ranks`. Results in memory are of this process's chains.
 
@@ -125,13 +129,19 @@ class MCMC(AbstractMCMC):
         progress: bool | None = None,
         site: str = "x",
         chain_batch_size: int = 64,
+        num_threads: int = 1,
         ranks: tuple[int, int] = (0, 1),
     ) -> None:
         check_kernel(kernel)
         check_counts(
             {"num_samples": 1, "num_chains": 1, "thinning": 1}, num_samples, num_chains, thinning
         )
-        check_counts({"warmup_steps": 0, "chain_batch_size": 1}, warmup_steps, chain_batch_size)
+        check_counts(
+            {"warmup_steps": 0, "chain_batch_size": 1, "num_threads": 1},
+            warmup_steps,
+            chain_batch_size,
+            num_threads,
+        )
         self.layout = Layout(num_chains, chain_batch_size, ranks)
         if ranks[1] > 1 and seed is None:
             raise ValueError(
@@ -155,6 +165,7 @@ class MCMC(AbstractMCMC):
         self.site = site
         self.transforms = {}
         self.compile = compile
+        self.num_threads = num_threads
         self.interrupted = False
         self._goal = 0
         self._stopped = False  # while compiling
@@ -457,11 +468,14 @@ class MCMC(AbstractMCMC):
                 for block in self._blocks:
                     block.make_room(goal)
                 self._save()
-                self._take_turns("warm-up", Block.warm_up, lambda block: block.warm_left)
+                most = 1 if self._one_by_one else AT_ONCE
+                self._take_turns(
+                    "warm-up", lambda block: block.warm_up(most), lambda block: block.warm_left
+                )
                 phase = "sampling"
                 self._take_turns(
                     "sample",
-                    lambda block, most: block.draw(goal, most),
+                    lambda block: block.draw(goal, most),
                     lambda block: goal - block.count,
                 )
             self._warn_of_stuck_chains(stacklevel=4)
@@ -477,24 +491,28 @@ class MCMC(AbstractMCMC):
             self._save()
 
     def _take_turns(
-        self, label: str, step: Callable[[Block, int], int], left: Callable[[Block], int]
+        self, label: str, step: Callable[[Block], int], left: Callable[[Block], int]
     ) -> None:
         """Some steps of each block in turn, so that an interrupt finds all of them about equally
         far."""
-        most = 1 if self._one_by_one else AT_ONCE
         behind, turn = [block for block in self._blocks if left(block) > 0], 0
         show = self.progress if self.layout.ranks[0] == 0 else False
         total = sum(left(block) * len(block.state.x) for block in behind)
         for block in behind:
             block.divergences = torch.zeros_like(block.divergences)
-        with Progress(total, f"{label}, {self.num_chains} chains", "draw", show) as shown:
+        with (
+            Progress(total, f"{label}, {self.num_chains} chains", "draw", show) as shown,
+            ThreadPoolExecutor(self.num_threads) as pool,
+        ):
+            # a thread is begun when it is first needed
+            each: Any = map if self.num_threads == 1 else pool.map
             shown.note(
                 divergences=lambda: int(sum(block.divergences for block in self._blocks)),
                 acceptance=lambda: _mean_of([block.acceptance for block in self._blocks]),
             )
             while behind:
-                for block in behind:
-                    shown.update(step(block, most) * len(block.state.x))
+                for block, number in zip(behind, each(step, behind), strict=True):
+                    shown.update(number * len(block.state.x))
                 self._after_turn(label, turn)
                 behind, turn = [block for block in behind if left(block) > 0], turn + 1
 
