@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 __all__ = [
     "BatchNorm",
-    "IntegerMasks",
+    "FixedShapes",
     "TraceInputsOnly",
     "all_true",
     "compile_graph",
@@ -48,9 +48,10 @@ def outside_transforms() -> Iterator[None]:
         yield
 
 
-class IntegerMasks(TorchDispatchMode):
-    """Within ``make_fx``: a mask that indexes and that no input enters becomes integers. The shapes
-    of a graph that is to be compiled may not depend on data."""
+class FixedShapes(TorchDispatchMode):
+    """Within ``make_fx``: no shape depends on data that are not inputs, as a compiler wants it. A
+    mask that no input enters becomes integers where it indexes; places that are looked for in such
+    data are found now."""
 
     INDEXING: ClassVar = {
         torch.ops.aten.index,
@@ -68,13 +69,24 @@ class IntegerMasks(TorchDispatchMode):
         return not isinstance(leaf, Tensor) or storage_of(leaf) not in self.entered
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if all(map(self.is_constant, tree_leaves((args, kwargs)))):
-            return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func is torch.ops.aten.masked_select.default:
+            x, mask = torch.broadcast_tensors(*args)
+            func, args = torch.ops.aten.index.Tensor, (x, [mask])
+        leaves = tree_leaves((args, kwargs))
         if func.overloadpacket in self.INDEXING:
             args = (args[0], list(self._integers(args[1])), *args[2:])
-        out = func(*args, **(kwargs or {}))
-        leaves = (leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor))
-        self.entered.update((storage_of(leaf), leaf) for leaf in leaves)
+        elif (
+            torch.Tag.dynamic_output_shape in func.tags
+            and all(map(self.is_constant, leaves))
+            and not any(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in leaves)
+        ):
+            with disable_proxy_modes_tracing():
+                return func(*args, **kwargs)
+        out = func(*args, **kwargs)
+        if not all(map(self.is_constant, leaves)):
+            results = (leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor))
+            self.entered.update((storage_of(result), result) for result in results)
         return out
 
     def _integers(self, indices: Sequence[Tensor | None]) -> Iterator[Tensor | None]:
@@ -87,7 +99,7 @@ class IntegerMasks(TorchDispatchMode):
                 yield index
 
 
-class TraceInputsOnly(IntegerMasks):
+class TraceInputsOnly(FixedShapes):
     """Within ``make_fx``, of functional operations: record those that the input enters, and run all
     others now. What the input does not enter is a constant of the graph, and Python may read it."""
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pyroebm.core._torch_private import IntegerMasks, compile_graph
+from pyroebm.core._torch_private import FixedShapes, compile_graph
 from pyroebm.core.energy import Energy, unchecked_value_and_grad
 
 __all__ = ["Compiled", "choose_compiled", "compiled_call", "fused", "is_compiled"]
@@ -76,7 +76,7 @@ class Captured(NamedTuple):
         x = energy.initial(count, torch.Generator(energy.device).manual_seed(0)).reshape(shape)
 
         def traced(x: Tensor) -> tuple[Tensor, Tensor]:
-            with IntegerMasks(x):
+            with FixedShapes(x):
                 return unchecked_value_and_grad(energy, x)
 
         graph = make_fx(traced)(x)
