@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pyroebm.core._torch_private import compile_graph
+from pyroebm.core._torch_private import FixedShapes, compile_graph
 from pyroebm.core.energy import Energy, unchecked_value_and_grad
 
 __all__ = ["Compiled", "choose_compiled", "compiled_call", "fused", "is_compiled"]
@@ -74,7 +74,12 @@ class Captured(NamedTuple):
         """
         count = shape[: len(shape) - len(energy.event_shape)].numel()
         x = energy.initial(count, torch.Generator(energy.device).manual_seed(0)).reshape(shape)
-        graph = make_fx(lambda x: unchecked_value_and_grad(energy, x))(x)
+
+        def traced(x: Tensor) -> tuple[Tensor, Tensor]:
+            with FixedShapes(x):
+                return unchecked_value_and_grad(energy, x)
+
+        graph = make_fx(traced)(x)
         drawn = [
             str(n.target)
             for n in graph.graph.nodes

@@ -24,7 +24,7 @@ from pyroebm.core.compilation import (
     fused,
     is_compiled,
 )
-from pyroebm.core.energy import value_and_grad
+from pyroebm.core.energy import unchecked_value_and_grad, value_and_grad
 from pyroebm.targets import DoubleWell, Gaussian, scales_gaussian
 
 pytestmark = pytest.mark.skipif(
@@ -56,6 +56,25 @@ class Scaled(Energy):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.scale * (x**2).sum(-1)
+
+
+class Masked(Energy):
+    """Constant masks as indices: of what comes in, of what is written to, of a parameter."""
+
+    mask: Tensor
+
+    def __init__(self) -> None:
+        super().__init__((3,))
+        self.weights = nn.Parameter(torch.tensor([1.0, 2.0, 3.0]))
+        self.register_buffer("mask", torch.tensor([True, False, True]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        shifted = torch.zeros_like(x)
+        shifted[..., self.mask] = x[..., self.mask] + self.weights[self.mask]
+        late = torch.ones(3, dtype=torch.bool)
+        late[0] = False
+        kept = torch.masked_select(self.weights, late)
+        return (shifted**2).sum(-1) + (kept * x[..., late] ** 2).sum(-1)
 
 
 class Noisy(Energy):
@@ -129,6 +148,19 @@ def test_parameters_are_inputs_so_that_training_in_place_is_seen() -> None:
     assert not torch.allclose(before, after)
     torch.testing.assert_close(after, run(kernel, energy, x, 3))
     assert all(parameter.grad is None for parameter in energy.parameters())
+
+
+def gradient(energy: Energy, x: Tensor) -> tuple[Tensor, Tensor]:
+    return unchecked_value_and_grad(energy, x)
+
+
+def test_constant_masks_are_compiled() -> None:
+    energy = Masked()
+    view, x = Compiled(energy), torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(fused(gradient, view, x), gradient(energy, x))
+    with torch.no_grad():
+        energy.weights.mul_(2.0)
+    torch.testing.assert_close(fused(gradient, view, x), gradient(energy, x))
 
 
 def test_two_energies_of_equal_code_share_a_graph_and_keep_their_own_numbers() -> None:
