@@ -111,18 +111,21 @@ def stopwatch_rows(job: Job, turns: Sequence[Sequence[dict[str, Any]]]) -> list[
         if metric != "seconds":
             columns[metric] = [answer["metrics"][metric] for answers in turns for answer in answers]
     return [
-        row(job.case, job.library, metric, values, settings) | {"version": turns[0][0]["version"]}
+        row(f"stopwatch {job.case}", job.library, metric, values, settings)
+        | {"version": turns[0][0]["version"]}
         for metric, values in columns.items()
         if None not in values
     ]
 
 
-def finished(path: Path) -> set[tuple[str, str, str]]:
-    """Case, library and method of the rows in a file, with the rounds that they have."""
+def finished(path: Path, job: Job) -> bool:
+    """Whether a file has rows of all rounds of a job."""
     rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-    return {
-        (r["case"], r["library"], r["settings"]["method"], r["settings"]["repeats"]) for r in rows
-    }
+    return any(
+        (r["case"], r["library"]) == (f"stopwatch {job.case}", job.library)
+        and all(r["settings"][key] == getattr(job, key) for key in ("method", "repeats"))
+        for r in rows
+    )
 
 
 def main() -> int:
@@ -159,14 +162,12 @@ def main() -> int:
             f"{name}: missing, no rows (pip install -c benchmarks/constraints.txt -e '.[bench]')",
             flush=True,
         )
-    done = finished(path) if options.resume else set()
     failures = 0
     for jobs in plan(options.quick, options.only, cases, options.repeats, options.limit):
         waiting = [
             job
             for job in jobs
-            if job.library not in missing
-            and (job.case, job.library, job.method, job.repeats) not in done
+            if job.library not in missing and not (options.resume and finished(path, job))
         ]
         turns: dict[str, list[list[dict[str, Any]]]] = {}
         for seed in range(1, 1 + max((job.repeats for job in waiting), default=0)):
