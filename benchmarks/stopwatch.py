@@ -186,7 +186,8 @@ def main() -> int:
                 print(
                     f"{label}: {first['seconds']:.1f} s, {second['seconds']:.1f} s in a second"
                     f" process, worst R-hat {first['worst_r_hat']:.3f}, ESS"
-                    f" {first['min_ess']:.0f}, {first['divergences']} divergences",
+                    f" {first['min_ess']:.0f}, {first['divergences']} divergences;"
+                    f" {first['cpu_share']:.0%} and {second['cpu_share']:.0%} of a core",
                     flush=True,
                 )
     print(f"written to {path}" + (f"; {failures} failed" if failures else ""))

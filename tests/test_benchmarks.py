@@ -471,6 +471,7 @@ def answer(seconds: float, r_hat: float = 1.01) -> dict[str, Any]:
     """What the stopwatch's worker says of a run."""
     metrics = {
         "seconds": seconds,
+        "cpu_share": 1.0,
         "sampling_seconds": None,
         "gradients": 28_000,
         "divergences": 0,

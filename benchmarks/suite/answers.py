@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -265,18 +266,24 @@ def judged(case: Case, samples: Mapping[str, Any]) -> dict[str, float | None]:
 def measured(
     job: dict[str, Any], seed: int, posteriordb: str | None, began: float
 ) -> dict[str, Any]:
-    """The numbers of a run, seconds from ``began`` to the printed table, and the library's
-    version."""
+    """The numbers of a run and the library's version.
+
+    Seconds are those from ``began`` to the printed table. The share of them in which the process
+    and its compilers had the core says whether the machine was quiet.
+    """
     own = Job(**job)
     cases = MODEL_CASES | (posteriordb_cases(Path(posteriordb)) if posteriordb else {})
     case = cases[own.case]
     collect = ANSWERS[own.library](case, own, seed)
     sys.stdout.flush()
-    seconds, answer = time.perf_counter() - began, collect()
+    seconds = time.perf_counter() - began
+    cpu_share = sum(os.times()[:4]) / seconds
+    answer = collect()
     if scale := own.options.get("sampling_scaled_by"):
         seconds += (scale - 1) * answer.sampling_seconds
     metrics = {
         "seconds": seconds,
+        "cpu_share": cpu_share,
         "sampling_seconds": answer.sampling_seconds,
         "gradients": answer.gradients,
         "divergences": answer.divergences,

@@ -33,7 +33,8 @@ class Job:
         chains: number of chains; 0 where the method sets it itself.
         num_warmup, num_samples: steps of each chain.
         repeats: most runs to take the median of.
-        budget: seconds after which no further run begins.
+        budget: seconds after which no further run begins; for benchmarks/stopwatch.py, those after
+            which a process is stopped.
         options: what only this library is told.
     """
 
