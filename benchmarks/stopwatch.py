@@ -118,6 +118,18 @@ def stopwatch_rows(job: Job, turns: Sequence[Sequence[dict[str, Any]]]) -> list[
     ]
 
 
+def told(answers: Sequence[dict[str, Any]]) -> str:
+    """A turn in one line."""
+    first, second = (answer["metrics"] for answer in answers)
+    facts = [
+        f"{first['seconds']:.1f} s and {second['seconds']:.1f} s in a second process",
+        f"{first['cpu_share']:.0%} and {second['cpu_share']:.0%} of a core",
+    ]
+    for name in ("min_ess", "worst_r_hat", "worst_z", "gradients", "divergences"):
+        facts += [] if first[name] is None else [f"{name} {first[name]:.4g}"]
+    return ", ".join(facts)
+
+
 def finished(path: Path, job: Job) -> bool:
     """Whether a file has rows of all rounds of a job."""
     rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
@@ -182,14 +194,7 @@ def main() -> int:
                 own = turns.setdefault(f"{job.library} {job.method}", [])
                 own.append(answers)
                 write(path, stopwatch_rows(job, own))
-                first, second = (answer["metrics"] for answer in answers)
-                print(
-                    f"{label}: {first['seconds']:.1f} s, {second['seconds']:.1f} s in a second"
-                    f" process, worst R-hat {first['worst_r_hat']:.3f}, ESS"
-                    f" {first['min_ess']:.0f}, {first['divergences']} divergences;"
-                    f" {first['cpu_share']:.0%} and {second['cpu_share']:.0%} of a core",
-                    flush=True,
-                )
+                print(f"{label}: {told(answers)}", flush=True)
     print(f"written to {path}" + (f"; {failures} failed" if failures else ""))
     return 1 if failures else 0
 
