@@ -347,7 +347,9 @@ def stopwatch_table(rows: list[Row]) -> str:
             key = (row["library"], row["version"], row["settings"]["method"])
             of_case = found.setdefault(row["case"].removeprefix("stopwatch "), {})
             of_case.setdefault(key, {})[row["metric"]] = row
-    body, losses = [], []
+    compared = 0
+    body: list[list[str]] = []
+    losses: list[str] = []
     for case, title in STOPWATCH_TITLES.items():
         own = found.get(case, {})
         for (library, version, method), metrics in own.items():
@@ -362,16 +364,19 @@ def stopwatch_table(rows: list[Row]) -> str:
                 )
                 ratio = metrics[phase]["value"] / rival if rival else None
                 cells += [_with_spread(metrics[phase], True), number(ratio)]
-                if library == "pyroebm" and ratio is not None and ratio > 1.0:
-                    losses.append(f"{title} ({label}: {number(ratio)})")
+                if library == "pyroebm" and ratio is not None:
+                    compared += 1
+                    losses += [f"{title} ({label}: {number(ratio)})"] if ratio > 1.0 else []
             cells += [_with_spread(metrics.get(name), False) for _, name in STOPWATCH_COLUMNS]
             body.append([*cells, str(settings["repeats"])])
     if not body:
         return NOTHING
     headings = [h for label in STOPWATCH_PHASES.values() for h in (f"s, {label}", "/ NumPyro")]
     headings += [heading for heading, _ in STOPWATCH_COLUMNS]
-    slower = f"Slower than NumPyro's faster mode: {'; '.join(losses) or 'nowhere'}."
-    return f"{table(['case', '', *headings, 'runs'], body)}\n{slower}\n"
+    slower = "; ".join(
+        [f"Slower than NumPyro's faster mode in {len(losses)} of {compared}", *losses]
+    )
+    return f"{table(['case', '', *headings, 'runs'], body)}\n{slower}.\n"
 
 
 def efficiency_table(rows: list[Row]) -> str:
