@@ -394,6 +394,10 @@ def fused(block: Block, energy: Energy, *tensors: Tensor, **static: Any) -> tupl
     return block(energy, *tensors, **static)
 
 
+class _NoCompilerError(RuntimeError):
+    """There is nothing to compile with."""
+
+
 class _Planned(Protocol):
     """What a choice asks of a kernel."""
 
@@ -446,13 +450,13 @@ def choose_compiled(
         if energy.device.type == "cpu" and not any(
             shutil.which(name) for name in ("g++", "clang++", "c++", "cl")
         ):
-            raise RuntimeError("no C++ compiler was found")
+            raise _NoCompilerError("no C++ compiler was found")
         if loops:
             return _compiled_loops(energy, compile is True, say)
         return _compiled_gradient(energy, compile is True, chains, gradients, say)
     # capturing and compiling fail in as many ways as there are energies and machines
     except Exception as error:
-        reason = str(error) if type(error) is RuntimeError else _reason(error)
+        reason = str(error) if isinstance(error, _NoCompilerError) else _reason(error)
         said = f"{type(energy).__name__} cannot be compiled ({reason})"
         if compile is True:
             raise RuntimeError(f"{said}; use compile=False") from error
