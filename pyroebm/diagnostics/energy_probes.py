@@ -1,0 +1,163 @@
+"""What the energy says of a run that went wrong: where it is not finite near draws that diverged,
+and where it does not rise far from all draws."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyroebm.core.energy import Energy, unchecked_value_and_grad
+from pyroebm.core.rng import seeded_generator, standard_normal
+from pyroebm.kernels.hamiltonian import MAX_ENERGY_ERROR
+
+__all__ = ["Edge", "Tail", "find_edge", "find_tail"]
+
+#: Distances along a line from a divergent draw, in standard deviations.
+RADII = torch.logspace(-2.0, 0.5, 16, dtype=torch.float64)
+#: Distances along an axis, in those of the farthest draw: three decades, with their ends.
+POINTS = 16
+DISTANCES = torch.logspace(-1.0, 2.0, 3 * POINTS + 1, dtype=torch.float64)
+#: Nats that the mass of a decade may lose to the one before where the density is 1 / distance,
+#: which has the same mass in each: the error of the sum.
+SLACK = 0.05
+#: States of one evaluation of the energy.
+ROWS = 4096
+
+
+class Edge(NamedTuple):
+    """Where an energy stops being finite."""
+
+    share: float  #: of the lines tried, those that meet a state of non-finite energy or gradient
+    state: Tensor  #: the first such state, shape ``event``
+    energy: float  #: the energy there
+    coordinate: int | None  #: the flat coordinate that makes it so; None where no single one does
+
+
+class Tail(NamedTuple):
+    """An axis along which a density cannot be normalized."""
+
+    near: Tensor  #: the state at the distance of the farthest draw, shape ``event``
+    far: Tensor  #: that at the last distance of finite energy
+    energies: tuple[float, float]  #: the energies of both
+
+
+def find_edge(energy: Energy, states: Tensor, scale: Tensor) -> Edge | None:
+    """Look for states of non-finite energy or gradient on one random line from each of some draws.
+
+    A state counts where the energy does not rise by more than a divergence on the way to it: a
+    trajectory can then reach it.
+
+    Args:
+        energy: the energy.
+        states: draws of finite energy, shape ``(n, *event)``.
+        scale: standard deviations of the coordinates, shape ``event``.
+
+    Returns:
+        the first on the lines; None if there is none.
+
+    Example:
+        >>> from pyroebm.core import Unnormalized
+        >>> x = torch.linspace(0.1, 3.0, 30)
+        >>> edge = find_edge(Unnormalized(lambda x: torch.log(x) - x), x, torch.tensor(1.0))
+        >>> float(edge.state) < 0, edge.energy, edge.coordinate
+        (True, nan, 0)
+    """
+    noise = standard_normal(
+        states.shape, seeded_generator(0, states.device), states.dtype, states.device
+    )
+    radii = RADII.to(states).reshape(-1, *[1] * (states.dim() - 1))
+    points = states.unsqueeze(1) + radii * (scale * noise).unsqueeze(1)
+    values, finite = _evaluate(energy, points)
+    start, _ = _evaluate(energy, states)
+    over = finite & (values - start.unsqueeze(1) > MAX_ENERGY_ERROR)
+    found = ~finite & (over.cumsum(1) == 0)
+    lines = found.any(1).nonzero().flatten()
+    if not len(lines):
+        return None
+    line = int(lines[0])
+    at = int(found[line].int().argmax())
+    outside = points[line, at]
+    inside = points[line, at - 1] if at else states[line]
+    single = inside.flatten().repeat(inside.numel(), 1)
+    single.diagonal().copy_(outside.flatten())
+    guilty = (~_evaluate(energy, single.reshape(-1, *inside.shape))[1]).nonzero().flatten()
+    return Edge(
+        len(lines) / len(states),
+        outside,
+        float(values[line, at]),
+        int(guilty[0]) if len(guilty) else None,
+    )
+
+
+def find_tail(energy: Energy, base: Tensor, coordinate: int, distance: float) -> Tail | None:
+    r"""Look for a tail of one coordinate that has no finite integral, the others held fixed.
+
+    .. math:: \int_{10^k}^{10^{k+1}} e^{-E(x + t d e_i)} dt
+
+    must fall from decade to decade, for k = -1, 0, 1, on both sides. It stays the same for a
+    density 1 / t and rises for a constant one.
+
+    Args:
+        energy: the energy.
+        base: x, shape ``event``.
+        coordinate: i, its number in the flat event.
+        distance: d, that of the farthest draw.
+
+    Returns:
+        the tail; None if there is none.
+
+    Example:
+        >>> from pyroebm.core import Unnormalized
+        >>> tail = find_tail(Unnormalized(lambda x: x**2), torch.tensor(0.0), 0, 5.0)
+        >>> float(tail.near), tail.energies
+        (5.0, (-25.0, -250000.0))
+        >>> find_tail(Unnormalized(lambda x: -torch.log1p(x**2)), torch.tensor(0.0), 0, 5.0)
+    """
+    distances = DISTANCES.to(base)
+    for side in (1.0, -1.0):
+        points = base.flatten().repeat(len(distances), 1)
+        points[:, coordinate] += side * distance * distances
+        points = points.reshape(-1, *base.shape)
+        values = _values(energy, points).double()
+        if not _decades_fall(values):
+            last = int(torch.isfinite(values).nonzero()[-1])
+            return Tail(points[POINTS], points[last], (float(values[POINTS]), float(values[last])))
+    return None
+
+
+def _decades_fall(values: Tensor) -> bool:
+    """Whether the mass of some decade is less than that of the one before. No mass is where the
+    energy is +inf or NaN; where it is -inf the number was too large for its type, and nothing is
+    known."""
+    weight = torch.where(values.isnan(), -math.inf, -values) + DISTANCES.log().to(values.device)
+    masses = []
+    for first in range(0, 3 * POINTS, POINTS):
+        part = weight[first : first + POINTS + 1]
+        part = part[part != math.inf]
+        if len(part):
+            masses.append(float(torch.logsumexp(part, 0)) - math.log(len(part)))
+    return len(masses) < 2 or any(
+        after < before - SLACK or after == -math.inf for before, after in itertools.pairwise(masses)
+    )
+
+
+def _values(energy: Energy, states: Tensor) -> Tensor:
+    with torch.no_grad():
+        return torch.cat([energy(part) for part in states.split(ROWS)])
+
+
+def _evaluate(energy: Energy, points: Tensor) -> tuple[Tensor, Tensor]:
+    """Energies ``(*batch)``, and whether they and their gradients are finite."""
+    event = energy.event_shape
+    rows = points.reshape(-1, *event)
+    values, grads = zip(
+        *(unchecked_value_and_grad(energy, part) for part in rows.split(ROWS)), strict=True
+    )
+    value = torch.cat(values)
+    finite = torch.isfinite(value) & torch.isfinite(torch.cat(grads).reshape(len(rows), -1)).all(1)
+    batch = points.shape[: points.dim() - len(event)]
+    return value.reshape(batch), finite.reshape(batch)
