@@ -24,28 +24,6 @@ __all__ = ["HMC", "NUTS", "Settings"]
 MAX_STEPS = 1024
 
 
-class _FixedStep(WindowAdaptation):
-    """A warm-up that learns the metric and leaves the step size alone."""
-
-    adapts_step_size = False
-
-    def start(self, kernel: Any, energy: Energy, state: Any, generator: Any = None) -> Any:
-        started, memory = super().start(kernel, energy, state, generator)
-        return started.replace(step_size=kernel.step_size), memory
-
-    def step(
-        self,
-        kernel: Any,
-        energy: Energy,
-        state: Any,
-        memory: Any,
-        steps: int,
-        generator: Any = None,
-    ) -> Any:
-        adapted, state, info, memory = super().step(kernel, energy, state, memory, steps, generator)
-        return adapted.replace(step_size=kernel.step_size), state, info, memory
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Trajectory(kernels.HMC):
     """HMC whose number of steps follows the step size: a trajectory of about one length."""
@@ -91,11 +69,14 @@ class Settings(abc.ABC):
         self.init_strategy = init_strategy
         self.step_size = self.start_step_size = step_size
         step, mass = adapt
-        kind = WindowAdaptation if step else _FixedStep
         metric: Literal["dense", "diagonal"] | None = (
             ("dense" if full_mass else "diagonal") if mass else None
         )
-        self.adaptation = kind(target_accept_prob, metric=metric) if step or mass else None
+        self.adaptation = (
+            WindowAdaptation(target_accept_prob, metric, "grouped" if step else None)
+            if step or mass
+            else None
+        )
 
     @abc.abstractmethod
     def build(self) -> Kernel[Any]:

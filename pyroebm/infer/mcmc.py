@@ -68,6 +68,10 @@ class _Hooked(mcmc.MCMC):
 
     after_step: Callable[[str, int], None] | None = None
 
+    @property
+    def _one_by_one(self) -> bool:  # type: ignore[override]
+        return self.after_step is not None
+
     def step_size(self) -> float:
         """The step size as it is now: the median over chains."""
         return float(torch.as_tensor(cast(ContinuousKernel[Any], self.kernel).step_size).median())

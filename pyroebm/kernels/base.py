@@ -15,7 +15,7 @@ from pyroebm.core.rng import standard_normal, uniform
 from pyroebm.core.supports import is_discrete, is_real
 from pyroebm.kernels.metric import Metric, metric_tensors
 
-__all__ = ["State", "Info", "Kernel", "ContinuousKernel", "AnyState"]
+__all__ = ["State", "Info", "Steps", "Kernel", "ContinuousKernel", "AnyState"]
 
 
 class AnyState(Protocol):
@@ -66,6 +66,48 @@ class Info(NamedTuple):
     tree_depth: Tensor | None = None  #: doublings of the trajectory (NUTS only)
     #: whether the trajectory ended at the largest depth allowed, without a turn (NUTS only)
     reached_max_treedepth: Tensor | None = None
+
+
+class Steps(NamedTuple):
+    """Steps, or draws, of every chain, in order.
+
+    Example:
+        >>> from pyroebm.kernels import MALA
+        >>> from pyroebm.targets import DoubleWell
+        >>> kernel, energy = MALA(), DoubleWell()
+        >>> steps = Steps.of(*kernel.step(energy, kernel.init(energy, torch.zeros(4))))
+        >>> steps.count, steps.x.shape
+        (1, torch.Size([1, 4]))
+    """
+
+    last: Any  #: the state after the last of them
+    x: Tensor  #: positions, shape ``(steps, chains, *event)``
+    grad: Tensor | None  #: gradients there, where states have them
+    energy: Tensor  #: energies there, shape ``(steps, chains)``
+    info: Info  #: each field of shape ``(steps, chains)``
+    tuning: Any = None  #: of the step sizes of chains that take steps by themselves
+
+    @classmethod
+    def of(cls, state: AnyState, info: Info) -> Steps:
+        """One step."""
+        report = Info(*(None if value is None else value.unsqueeze(0) for value in info))
+        grad: Tensor | None = getattr(state, "grad", None)
+        return cls(
+            state,
+            state.x.unsqueeze(0),
+            None if grad is None else grad.unsqueeze(0),
+            state.energy.unsqueeze(0),
+            report,
+        )
+
+    @property
+    def count(self) -> int:
+        """Number of steps."""
+        return len(self.x)
+
+    def report(self, step: int) -> Info:
+        """The report of one of the steps."""
+        return Info(*(None if value is None else value[step] for value in self.info))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,8 +15,11 @@ from pyroebm.core.energy import Energy
 from pyroebm.core.serialization import from_text, pack, to_text, unpack
 from pyroebm.core.supports import event_numel, inside
 from pyroebm.diagnostics.streaming import StreamingMoments
-from pyroebm.kernels.adaptation.windows import Adaptation
-from pyroebm.kernels.base import AnyState, Info, Kernel, rows
+from pyroebm.kernels.adaptation.windows import Adaptation, WindowAdaptation
+from pyroebm.kernels.base import AnyState, Info, Kernel, Steps
+
+if TYPE_CHECKING:
+    from pyroebm.kernels.nuts.driver import Chains
 
 __all__ = [
     "Block",
@@ -29,6 +32,12 @@ __all__ = [
     "bytes_per_draw",
     "merged",
 ]
+
+#: Bytes of finished draws that chains which run ahead of the others may hold.
+AHEAD = 2**26
+
+#: Draws that are taken together from such chains, if they come fast.
+TOGETHER = 64
 
 #: Bytes of draws from which on a run says beforehand what it will take.
 LARGE = 2**30
@@ -70,19 +79,25 @@ class Record:
         """Draws of each chain."""
         return self.spilled + self.filled
 
-    def write(self, state: AnyState, info: Info) -> None:
-        """Put one draw of every chain after those filled. It is there when the caller raises
-        ``filled``."""
+    @property
+    def room(self) -> int:
+        """Draws that can be written before something else has to be done."""
         if self.part is not None and self.filled == len(self.x):
             self.spill()
-        facts = {"lp": -state.energy} | {
+        return len(self.x) - self.filled
+
+    def write(self, x: Tensor, energy: Tensor, info: Info) -> None:
+        """Put draws of every chain, ``(draws, chains, *event)``, after those filled. They are there
+        when the caller raises ``filled``."""
+        facts = {"lp": -energy} | {
             k: v for k, v in info._asdict().items() if v is not None and k != "accepted"
         }
+        stop = self.filled + len(x)
         for name, value in facts.items():
             if name not in self._stats:
-                self._stats[name] = value.new_empty((len(self.x), len(value)))
-            self._stats[name][self.filled] = value
-        self.x[self.filled] = state.x
+                self._stats[name] = value.new_empty((len(self.x), value.shape[1]))
+            self._stats[name][self.filled : stop] = value
+        self.x[self.filled : stop] = x
 
     def spill(self) -> None:
         """Write what is filled to the part."""
@@ -134,9 +149,9 @@ class Record:
 
 
 def bytes_per_draw(target: Energy) -> int:
-    """Memory of one draw of one chain: the state, four statistics of its type, two counts and a
-    flag."""
-    return (event_numel(target.event_shape) + 4) * target.dtype.itemsize + 17
+    """Memory of one draw of one chain: the state, four statistics of its type, two counts and two
+    flags."""
+    return (event_numel(target.event_shape) + 4) * target.dtype.itemsize + 18
 
 
 def announce(draws: int, chains: int, target: Energy, streams: bool) -> None:
@@ -297,6 +312,8 @@ class Block:
         self.moving = target
         self.kernel, self.state = plan.kernel, plan.kernel.init(target, start, generator)
         self.memory: Any = None  #: of the adaptation
+        #: chains that run ahead of each other, at trajectories of their own
+        self._chains: Chains | None = None
         self.warm_left = plan.warmup_steps  #: steps of warm-up to go
         warm_part, part = parts or (None, None)
         self.warmup = Record(self.state, room, warm_part)
@@ -306,69 +323,138 @@ class Block:
         self.moves = torch.zeros(len(start), dtype=torch.long, device=start.device)
         self.named, self.moments = named, dict[str, StreamingMoments]()
 
-    def warm_up(self) -> None:
-        """One step of the warm-up."""
+    def warm_up(self, most: int = 1) -> int:
+        """One step of the warm-up, or as many as all chains have taken, if a chain may run ahead of
+        the others; at most ``most``. Return how many."""
         plan, before = self.plan, self.generator.get_state()
         try:
-            kernel, memory = self.kernel, self.memory
-            if plan.adaptation is None:
-                state, info = kernel.step(self.moving, self.state, self.generator)
+            kernel, memory, adaptation = self.kernel, self.memory, plan.adaptation
+            if adaptation is not None and self.warm_left == plan.warmup_steps:
+                kernel, memory = adaptation.start(kernel, self.moving, self.state, self.generator)
+            most = min(most, self.warmup.room) if plan.save_warmup else most
+            free = self._free_steps(kernel, memory)
+            if free:
+                taken = self._taken(kernel, free, most, memory)
+                if adaptation is not None:
+                    kernel, memory = self._learned(adaptation, kernel, memory, taken)
+            elif adaptation is None:
+                taken = Steps.of(*kernel.step(self.moving, self.state, self.generator))
             else:
-                if self.warm_left == plan.warmup_steps:
-                    kernel, memory = plan.adaptation.start(
-                        kernel, self.moving, self.state, self.generator
-                    )
-                kernel, state, info, memory = plan.adaptation.step(
+                kernel, state, info, memory = adaptation.step(
                     kernel, self.moving, self.state, memory, plan.warmup_steps, self.generator
                 )
+                taken = Steps.of(state, info)
             if plan.save_warmup:
-                self.warmup.write(state, info)
+                self.warmup.write(taken.x, taken.energy, taken.info)
+            chains = self._chains if taken.count < free else None
         except BaseException:
+            self._chains = None
             self.generator.set_state(before)
             raise
         # Assignments alone, from here on: Python looks for Ctrl-C at calls, so that it finds a step
         # done or not begun.
         self.kernel = kernel
-        self.state = state
+        self.state = taken.last
         self.memory = memory
-        self.warm_left -= 1
-        self.warmup.filled += plan.save_warmup
+        self._chains = chains
+        self.warm_left -= taken.count
+        self.warmup.filled += taken.count * plan.save_warmup
+        return taken.count
 
-    def draw(self) -> None:
-        """One kept draw of every chain."""
+    def _free_steps(self, kernel: Kernel[Any], memory: Any) -> int:
+        """Steps of the warm-up that each chain may take by itself from here."""
+        if not kernel.runs_ahead(self.moving):
+            return 0
+        adaptation = self.plan.adaptation
+        if adaptation is None:
+            return self.warm_left
+        if not isinstance(adaptation, WindowAdaptation):
+            return 0
+        return adaptation.free_steps(kernel, memory, self.plan.warmup_steps)
+
+    def _learned(
+        self, adaptation: Any, kernel: Kernel[Any], memory: Any, taken: Steps
+    ) -> tuple[Kernel[Any], Any]:
+        """What warm-up learns from steps that chains took by themselves."""
+        if taken.tuning is not None:
+            memory = memory._replace(tuning=taken.tuning)
+            kernel = kernel.replace(step_size=taken.tuning.step_size)
+        learned: tuple[Kernel[Any], Any] = adaptation.learn(
+            kernel, self.moving, taken, memory, self.plan.warmup_steps, self.generator
+        )
+        return learned
+
+    def _taken(
+        self, kernel: Any, left: int, most: int, memory: Any = None, thinning: int = 1
+    ) -> Steps:
+        """At least one step, or draw, of all chains, and at most ``most``, of those that each takes
+        by itself; no chain takes more than ``left``."""
+        from pyroebm.kernels.nuts.driver import Chains
+
+        if self._chains is None:
+            ahead = min(left, max(2, AHEAD // (len(self.state.x) * bytes_per_draw(self.target))))
+            self._chains = Chains(
+                self.moving, self.state, self.generator, kernel.max_tree_depth, thinning, ahead
+            )
+            adaptation = self.plan.adaptation
+            tuning = getattr(memory, "tuning", None)
+            target = adaptation.aims_at(kernel) if tuning is not None else 0.0
+            self._chains.set(kernel.step_size, kernel.inverse_mass, tuning, target)
+        chains = self._chains
+        chains.run(chains.taken + min(most, TOGETHER), chains.taken + left)
+        return chains.take(most)
+
+    def draw(self, goal: int, most: int = 1) -> int:
+        """One kept draw of every chain, or as many as all chains have made, if a chain may run
+        ahead of the others; at most ``most``, and up to ``goal`` in all. Return how many."""
         before = self.generator.get_state()
         try:
-            state, infos = self.state, []
-            for _ in range(self.plan.thinning):
-                state, info = self.kernel.step(self.moving, state, self.generator)
-                infos.append(info)
-            info, moments = merged(infos), self.moments
-            if self.named is None:
-                self.record.write(state, info)
+            most = min(most, goal - self.count, self.record.room if self.named is None else most)
+            if self.kernel.runs_ahead(self.moving):
+                taken = self._taken(
+                    self.kernel, goal - self.count, most, thinning=self.plan.thinning
+                )
             else:
-                moments = self._observed(self.named(state.x), state, info)
-            moves = self.moves + (rows(state.x) != rows(self.state.x)).any(1)
+                state, infos = self.state, []
+                for _ in range(self.plan.thinning):
+                    state, info = self.kernel.step(self.moving, state, self.generator)
+                    infos.append(info)
+                taken = Steps.of(state, merged(infos))
+            moments = self.moments
+            if self.named is None:
+                self.record.write(taken.x, taken.energy, taken.info)
+            else:
+                moments = self._observed(taken)
+            path = torch.cat([self.state.x.unsqueeze(0), taken.x])
+            moves = self.moves + (path[1:] != path[:-1]).unsqueeze(2).flatten(2).any(2).sum(0)
+            chains = self._chains if self.count + taken.count < goal else None
         except BaseException:
+            self._chains = None
             self.generator.set_state(before)
             raise
-        self.state = state
+        self.state = taken.last
         self.moments = moments
         self.moves = moves
-        self.count += 1
-        self.record.filled += self.named is None
+        self._chains = chains
+        self.count += taken.count
+        self.record.filled += taken.count * (self.named is None)
+        return taken.count
 
-    def _observed(
-        self, variables: dict[str, Tensor], state: AnyState, info: Info
-    ) -> dict[str, StreamingMoments]:
-        stats = {name: getattr(info, name) for name in ("acceptance_rate", "diverging", "n_steps")}
-        seen = {
-            name: value.double()
-            for name, value in {**variables, "lp": -state.energy, **stats}.items()
-        }
-        return {
-            name: (self.moments.get(name) or StreamingMoments.start(value)).update(value)
-            for name, value in seen.items()
-        }
+    def _observed(self, taken: Steps) -> dict[str, StreamingMoments]:
+        names = ("acceptance_rate", "diverging", "n_steps")
+        moments = self.moments
+        for i in range(taken.count):
+            named = {} if self.named is None else self.named(taken.x[i])
+            stats = {name: getattr(taken.info, name)[i] for name in names}
+            seen = {
+                name: value.double()
+                for name, value in {**named, "lp": -taken.energy[i], **stats}.items()
+            }
+            moments = {
+                name: (moments.get(name) or StreamingMoments.start(value)).update(value)
+                for name, value in seen.items()
+            }
+        return moments
 
     def make_room(self, count: int) -> None:
         """Make room for the rest of the warm-up and for ``count`` draws in all."""
@@ -379,6 +465,7 @@ class Block:
     def refresh(self) -> None:
         """Take the energies anew: the target may have been trained since."""
         self.state = self.kernel.refresh(self.target, self.state)
+        self._chains = None
 
     def state_dict(self, draws: bool = True) -> dict[str, Tensor]:
         """All that the block needs to go on, as tensors; ``draws``: and every draw."""

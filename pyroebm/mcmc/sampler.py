@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -25,7 +26,7 @@ from pyroebm.core.wrappers import Unconstrained, eval_mode
 from pyroebm.diagnostics.streaming import StreamingMoments
 from pyroebm.diagnostics.stuck import describe_stuck, stuck_chains
 from pyroebm.kernels.adaptation.starts import draw_starts
-from pyroebm.kernels.adaptation.windows import Adaptation, resolve
+from pyroebm.kernels.adaptation.windows import Adaptation, WindowAdaptation, resolve
 from pyroebm.kernels.base import Kernel, check_kernel
 from pyroebm.mcmc.chains import Block, Layout, Plan, Record, announce, bytes_per_draw, check_initial
 from pyroebm.mcmc.storage import Store
@@ -47,6 +48,9 @@ def _joined(states: list[Any]) -> Any:
 
 #: Bytes of draws that a run which streams to a folder holds in memory, all blocks together.
 BUFFER = 2**28
+
+#: Most steps of one turn, where chains run ahead of each other.
+AT_ONCE = 1024
 
 
 class MCMC(AbstractMCMC):
@@ -96,6 +100,9 @@ class MCMC(AbstractMCMC):
         torch.Size([16, 100])
     """
 
+    #: whether what is done between turns is done after each step, and not after some
+    _one_by_one = False
+
     def __init__(
         self,
         kernel: Kernel[Any],
@@ -144,6 +151,7 @@ class MCMC(AbstractMCMC):
         self.compile = compile
         self.interrupted = False
         self._goal = 0
+        self._stopped = False  # while compiling
         self._blocks: list[Block] = []
         self._store: Store | None = None
 
@@ -202,16 +210,10 @@ class MCMC(AbstractMCMC):
                     seeded_generator(self.seed, energy.device, number),
                 )
                 if initial is None:
-                    adapts = self.plan.warmup_steps > 0 and getattr(
-                        self.plan.adaptation, "adapts_step_size", True
-                    )
-                    x = draw_starts(
-                        self.plan.kernel,
-                        target,
-                        len(chains),
-                        generator,
-                        adapts and self.plan.adaptation is not None,
-                    )
+                    adapts = self.plan.warmup_steps > 0 and self.plan.adaptation is not None
+                    if isinstance(self.plan.adaptation, WindowAdaptation):
+                        adapts = adapts and self.plan.adaptation.step_size is not None
+                    x = draw_starts(self.plan.kernel, target, len(chains), generator, adapts)
                 else:
                     x = target.unconstrain(initial[chains.start : chains.stop])
                 blocks.append(self._block(number, target, x, generator, folder))
@@ -286,6 +288,8 @@ class MCMC(AbstractMCMC):
                 "there is nothing to resume: call run(energy) or load_state_dict(state, energy)"
                 " first"
             )
+        if not self.compiled:
+            self._compile(self._target, self._blocks, self.num_samples)
         self._advance(max(self._goal, self.num_samples), checkpoint_every)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -336,7 +340,7 @@ class MCMC(AbstractMCMC):
                 if k.startswith(f"{number}.")
             }
             saved = from_text(own["settings"].cpu())
-            seed, settings = saved.pop("seed"), self._settings(saved["warm_left"])
+            seed, settings = saved.pop("seed"), self._settings(target, saved["warm_left"])
             if saved != settings:
                 raise ValueError(
                     f"the state must be of the settings of this run, {settings}, got {saved}"
@@ -356,22 +360,22 @@ class MCMC(AbstractMCMC):
                         " kept with the draws"
                     )
             blocks.append(block)
-        self._compile(target, blocks, self.num_samples)
         self._target = target
         self._blocks = blocks
         self._store = store
         self.seed = seed
         self._goal, self.interrupted = 0, False
 
-    def _settings(self, warm_left: int) -> dict[str, Any]:
+    def _settings(self, target: Energy, warm_left: int) -> dict[str, Any]:
         return self.plan.settings(warm_left) | {
             "num_chains": self.num_chains,
             "chain_batch_size": self.layout.size,
             "keep": self.keep,
+            "runs_ahead": self.plan.kernel.runs_ahead(target),
         }
 
     def _state_of(self, block: Block, draws: bool = True) -> dict[str, Tensor]:
-        settings = self._settings(block.warm_left) | {"seed": self.seed}
+        settings = self._settings(block.target, block.warm_left) | {"seed": self.seed}
         return block.state_dict(draws) | {"settings": to_text(settings)}
 
     def _bound(self, energy: Energy) -> Unconstrained:
@@ -385,10 +389,19 @@ class MCMC(AbstractMCMC):
             len(self.layout.chains(0)),
             self.plan.warmup_steps + goal * self.plan.thinning,
         )
-        with eval_mode(target):
-            moving = choose_compiled(target, self.compile, self.plan.kernel, chains, steps)
+        kernel = self.plan.kernel
+        try:
+            with eval_mode(target):
+                moving = choose_compiled(target, self.compile, kernel, chains, steps, self._say)
+        except KeyboardInterrupt:  # is met again, and reported, where the chains would move
+            self._stopped = True
+            return
         for block in blocks:
             block.moving = moving
+
+    def _say(self, text: str) -> None:
+        if self.progress is not False and self.layout.ranks[0] == 0:
+            tqdm.write(text, file=sys.stderr)
 
     def _block(
         self,
@@ -423,21 +436,28 @@ class MCMC(AbstractMCMC):
         self.interrupted = False
         self._goal = goal
         self._every = checkpoint_every
-        phase = "warm-up"
+        phase = "compilation" if self._stopped else "warm-up"
         if self.keep == "draws":
             draws, chains = (
                 goal + self.plan.warmup_steps * self.plan.save_warmup,
                 sum(len(b.state.x) for b in self._blocks),
             )
             announce(draws, chains, self._target, self._store is not None)
+        stopped, self._stopped = self._stopped, False
         try:
+            if stopped:
+                raise KeyboardInterrupt
             with eval_mode(self._target):
                 for block in self._blocks:
                     block.make_room(goal)
                 self._save()
                 self._take_turns("warm-up", Block.warm_up, lambda block: block.warm_left)
                 phase = "sampling"
-                self._take_turns("sample", Block.draw, lambda block: goal - block.count)
+                self._take_turns(
+                    "sample",
+                    lambda block, most: block.draw(goal, most),
+                    lambda block: goal - block.count,
+                )
             self._warn_of_stuck_chains(stacklevel=4)
         except KeyboardInterrupt:
             self.interrupted = True
@@ -451,9 +471,11 @@ class MCMC(AbstractMCMC):
             self._save()
 
     def _take_turns(
-        self, label: str, step: Callable[[Block], None], left: Callable[[Block], int]
+        self, label: str, step: Callable[[Block, int], int], left: Callable[[Block], int]
     ) -> None:
-        """One step of each block in turn, so that an interrupt finds all of them equally far."""
+        """Some steps of each block in turn, so that an interrupt finds all of them about equally
+        far."""
+        most = 1 if self._one_by_one else AT_ONCE
         behind, turn = [block for block in self._blocks if left(block) > 0], 0
         disable = self.layout.ranks[0] > 0 or None if self.progress is None else not self.progress
         with tqdm(
@@ -463,8 +485,7 @@ class MCMC(AbstractMCMC):
         ) as bar:
             while behind:
                 for block in behind:
-                    step(block)
-                    bar.update()
+                    bar.update(step(block, most))
                 self._after_turn(label, turn)
                 behind, turn = [block for block in behind if left(block) > 0], turn + 1
 

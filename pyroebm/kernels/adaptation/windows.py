@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
@@ -17,7 +16,7 @@ from pyroebm.kernels.adaptation.step_size import (
     near_the_median,
     shared_mean,
 )
-from pyroebm.kernels.base import AnyState, Info, Kernel, rows
+from pyroebm.kernels.base import AnyState, Info, Kernel, Steps, rows
 
 __all__ = ["Adaptation", "WindowAdaptation", "Warmup", "windows"]
 
@@ -206,17 +205,30 @@ class WindowAdaptation:
     ) -> tuple[Kernel[Any], Any, Info, Warmup]:
         """One step of the kernel, and what is learned from it."""
         state, info = kernel.step(energy, state, generator)
+        kernel, memory = self.update(kernel, energy, state, info, memory, steps, generator)
+        return kernel, state, info, memory
+
+    def update(
+        self,
+        kernel: Kernel[Any],
+        energy: Energy,
+        state: AnyState,
+        info: Info,
+        memory: Warmup,
+        steps: int,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Kernel[Any], Warmup]:
+        """The kernel for the next step, after step number ``memory.step`` of ``steps``."""
         tuning, target = memory.tuning, self.aims_at(kernel)
         if tuning is not None and target is not None:
             overdue = self._overdue(memory, info, target, steps)
             together = overdue if memory.together is None else memory.together
-            rates = self._rates(info.acceptance_rate.double(), together, overdue)
-            tuning = tuning.update(rates, target)
+            tuning = tuning.update(
+                self._rates(info.acceptance_rate.double(), together, overdue), target
+            )
             kernel = kernel.replace(step_size=tuning.step_size)
-        kernel, memory = self.learn(
-            kernel, energy, [(state, info)], memory._replace(tuning=tuning), steps, generator
-        )
-        return kernel, state, info, memory
+        memory = memory._replace(tuning=tuning)
+        return self.learn(kernel, energy, Steps.of(state, info), memory, steps, generator)
 
     def free_steps(self, kernel: Kernel[Any], memory: Warmup, steps: int) -> int:
         """Steps that each chain may take by itself before all meet, each with a step size of its
@@ -242,7 +254,7 @@ class WindowAdaptation:
         self,
         kernel: Kernel[Any],
         energy: Energy,
-        taken: Sequence[tuple[AnyState, Info]],
+        taken: Steps,
         memory: Warmup,
         steps: int,
         generator: torch.Generator | None = None,
@@ -253,24 +265,25 @@ class WindowAdaptation:
         Args:
             kernel: the kernel, with the step size that comes next.
             energy: what it moves on.
-            taken: states and reports of the steps from number ``memory.step`` on.
+            taken: the steps from number ``memory.step`` on.
             memory: from before these steps, but for ``tuning``, which knows of them.
             steps: steps of the whole warm-up.
             generator: source of randomness, for a first guess of new step sizes.
         """
         tuning, pooled, together, moved, rates, step = memory
         if moved is None or rates is None or together is None:
-            return kernel, memory._replace(step=step + len(taken))
+            return kernel, memory._replace(step=step + taken.count)
         plan = self._windows(steps)
-        for state, info in taken:
-            rates = rates + info.acceptance_rate
-            moved = moved | info.accepted
+        # step by step: what is learned must not depend on how many come together
+        for i in range(taken.count):
+            rates = rates + taken.info.acceptance_rate[i]
+            moved = moved | taken.info.accepted[i]
             if pooled is not None and any(start <= step < stop for start, stop in plan):
-                grad: Any = rows(state.grad) if hasattr(state, "grad") else None
-                pooled = pooled.update(rows(state.x), grad, moved)
+                grad: Any = None if taken.grad is None else rows(taken.grad[i])
+                pooled = pooled.update(rows(taken.x[i]), grad, moved)
             step += 1
         memory = Warmup(tuning, pooled, together, moved, rates, step)
-        state = taken[-1][0]
+        state = taken.last
         if step in [stop for _, stop in plan]:
             kernel, memory = self._end_window(
                 kernel, energy, state, memory, step == plan[-1][1], generator

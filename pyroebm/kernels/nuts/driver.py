@@ -12,8 +12,9 @@ All that numba compiles is in this file, for its cache does not notice an edit i
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numba
 import numpy as np
@@ -22,11 +23,14 @@ from torch import Tensor
 
 from pyroebm.core.energy import Energy
 from pyroebm.kernels.adaptation.step_size import DualAveraging
-from pyroebm.kernels.base import Info, State, column, row_value_and_grad, rows, state_of_rows
+from pyroebm.kernels.base import Info, State, Steps, column, row_value_and_grad, rows
 from pyroebm.kernels.hamiltonian import MAX_ENERGY_ERROR
 from pyroebm.kernels.metric import Diagonal, Identity, Metric, metric_of
 
-__all__ = ["Chains", "Slab"]
+__all__ = ["Chains"]
+
+#: Seconds after which finished draws are handed over, be they few: what Ctrl-C may cost.
+LONG = 0.05
 
 # Rows of the vectors of a chain. END and END + 3 are the two ends of the trajectory, each a
 # position z relative to where the trajectory began, a momentum and a gradient, all in whitened
@@ -424,24 +428,6 @@ def tick(
     return least
 
 
-class Slab(NamedTuple):
-    """Draws that all chains have finished, in order, with what came with them."""
-
-    x: Tensor  #: ``(draws, chains, dim)``
-    grad: Tensor  #: ``(draws, chains, dim)``
-    energy: Tensor  #: ``(draws, chains)``
-    info: Info  #: each field ``(draws, chains)``
-    tuning: DualAveraging | None  #: of the step sizes, after the last draw
-
-    def state(self, energy: Energy, draw: int = -1) -> State:
-        """The states after one of the draws."""
-        return state_of_rows(energy, self.x[draw], self.energy[draw], self.grad[draw])
-
-    def report(self, draw: int) -> Info:
-        """The report of one of the draws."""
-        return Info(*(None if field is None else field[draw] for field in self.info))
-
-
 class Chains:
     """A batch of no-U-turn chains, each at a leapfrog step of its own.
 
@@ -536,29 +522,24 @@ class Chains:
             *(part.numpy() for part in self._ring),
         )
 
-    def run(self, until: int, limit: int) -> int:
-        """Go on until every chain has ``until`` draws, and none more than ``limit``.
-
-        Both count from the beginning. Return how many draws all chains have.
-        """
+    def run(self, until: int, limit: int) -> None:
+        """Go on until every chain has ``until`` draws, and none more than ``limit``; both count
+        from the beginning. If that takes long, stop when every chain has one draw to take."""
         limit = min(limit, self.taken + self.ahead)
-        settings = (
-            limit,
-            self.max_tree_depth,
-            self.thinning,
-            self._target,
-            self._is_diagonal,
-        )
+        until = min(until, limit)
+        settings = (limit, self.max_tree_depth, self.thinning, self._target, self._is_diagonal)
         self._draw_seeds(limit * self.thinning)
         under_way = bool(self._counts[:, ACTIVE].any())
         nothing = self._arrays[0]
         answers = (self._numbers[:, ENERGY].astype(nothing.dtype), nothing, nothing)
-        while self.finished < min(until, limit):
+        stop = time.monotonic() + LONG
+        while self.finished < until:
             if under_way:
                 answers = self._ask()
             self.finished = tick(*answers, *self._arrays, *settings)
             under_way = True
-        return self.finished
+            if self.finished > self.taken and time.monotonic() > stop:
+                break
 
     def _ask(self) -> tuple[Any, Any, Any]:
         """Energies and gradients at the chains' positions, and gradients in whitened
@@ -580,32 +561,28 @@ class Chains:
             self._seeds[np.arange(self._seeded, steps) % len(self._seeds)] = drawn
             self._seeded = steps
 
-    def take(self, most: int) -> Slab:
+    def take(self, most: int) -> Steps:
         """Take at most so many of the draws that all chains have finished, in order."""
         count = min(most, self.finished - self.taken)
         places = torch.arange(self.taken, self.taken + count) % self.ahead
-        x, numbers, counts, tuned = (part[places] for part in self._ring)
+        where, numbers, counts, tuned = (part[places] for part in self._ring)
         torch.randint(2**63 - 1, (count * self.thinning,), generator=self.generator)
         self.taken += count
-        rates, sizes = numbers[..., RATE], numbers[..., SIZE]
         info = Info(
-            acceptance_rate=rates,
+            acceptance_rate=numbers[..., RATE],
             accepted=counts[..., ACCEPTED] > 0,
             diverging=counts[..., DIVERGED] > 0,
             energy=numbers[..., HAMILTONIAN],
             n_steps=counts[..., LEAPFROGS],
-            step_size=sizes,
+            step_size=numbers[..., SIZE],
             tree_depth=counts[..., TREE_DEPTH],
             reached_max_treedepth=counts[..., REACHED] > 0,
         )
         tuning = self._tuning
-        if tuning is not None and count:
+        if tuning is not None:
             log_step, log_average, error = tuned[-1].unbind(-1)
-            tuning = DualAveraging(
-                tuning.mu,
-                log_step,
-                log_average,
-                error,
-                tuning.steps + (self.taken - self._met) * self.thinning,
-            )
-        return Slab(x[:, :, 0], x[:, :, 1], -numbers[..., LP], info, tuning)
+            steps = tuning.steps + (self.taken - self._met) * self.thinning
+            tuning = DualAveraging(tuning.mu, log_step, log_average, error, steps)
+        x, grad = where.reshape(*where.shape[:3], *self.energy.event_shape).unbind(2)
+        energy = -numbers[..., LP]
+        return Steps(State(x[-1], energy[-1], grad[-1]), x, grad, energy, info, tuning)

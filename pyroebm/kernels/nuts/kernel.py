@@ -83,8 +83,8 @@ class NUTS(GradientKernel):
         chains = Chains(energy, state, generator, self.max_tree_depth)
         chains.set(self.step_size, self.inverse_mass)
         chains.run(1, 1)
-        slab = chains.take(1)
-        return slab.state(energy), slab.report(0)
+        steps = chains.take(1)
+        return steps.last, steps.report(0)
 
 
 @functools.cache
