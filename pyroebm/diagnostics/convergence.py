@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyroebm.core.energy import Energy
 from pyroebm.core.statistics import bfmi, ess_bulk, ess_tail, mcse_mean, r_hat
-from pyroebm.diagnostics.energy_probes import find_edge, find_tail
+from pyroebm.diagnostics.energy_probes import Tail, find_edge, find_tail, flat_part
 from pyroebm.diagnostics.stein import stein_residual
 from pyroebm.diagnostics.stuck import describe_chains, describe_range, describe_stuck, stuck_chains
 
@@ -163,7 +163,7 @@ def diagnose(
         >>> x = torch.randn(4, 500, 2, generator=torch.Generator().manual_seed(0))
         >>> calm = {"diverging": torch.zeros(4, 500, dtype=torch.bool)}
         >>> print(diagnose(x, calm))
-        Mixed: R-hat 1.004, bulk ESS 2042, tail ESS 1954, no divergences.
+        Mixed: R-hat 1.001, bulk ESS 1927, tail ESS 1918, no divergences.
         >>> x[2, :, 1] += 5.0
         >>> finding = diagnose(x, calm).findings[0]
         >>> finding.kind, finding.chains, finding.entries
@@ -229,8 +229,10 @@ class _Run:
 
     def findings(self, max_r_hat: float, min_ess: float) -> tuple[Finding, ...]:
         """Causes first. What follows from one that was found is left out."""
-        suspect = self.stuck or not (
-            _largest(self.moved.r_hat) < max_r_hat and self.moved.least_ess() >= min_ess
+        suspect = (
+            self.stuck
+            or not bool(torch.isfinite(self.states).all())
+            or not (_largest(self.moved.r_hat) < max_r_hat and self.moved.least_ess() >= min_ess)
         )
         unbounded = self.unbounded() if suspect else None
         nonfinite = None if unbounded else self.nonfinite()
@@ -270,18 +272,13 @@ class _Run:
             entries = [self.names[k] for k in infinite.tolist()]
             seen = f" Draws of {_listed(entries)} are not finite in {describe_chains(chains)}."
         if len(rows):
-            base, distances = self.base(rows)
-            for k in self.drifting():
-                tail = find_tail(self.energy, base, k, float(distances[k]))
-                if tail is not None:
-                    name, (near, far) = self.entry(tail.near.flatten(), k, tail.far.flatten())
-                    if not entries:
-                        seen = (
-                            f" The energy goes from {tail.energies[0]:.4g} at {name} = {near:.4g},"
-                            f" as far out as the draws, to {tail.energies[1]:.4g} at {name} ="
-                            f" {far:.4g}."
-                        )
-                    entries.append(name)
+            for tail, coordinates in self.tails(rows):
+                name, (near, far) = self.entry(tail.near, coordinates[0], tail.far)
+                seen = seen or (
+                    f" The energy goes from {tail.energies[0]:.4g} at {name} = {near:.4g}, as far"
+                    f" out as the draws, to {tail.energies[1]:.4g} at {name} = {far:.4g}."
+                )
+                entries += [self.entry(tail.near, k)[0] for k in coordinates]
         if not entries:
             return None
         entries = list(dict.fromkeys(entries))
@@ -291,23 +288,38 @@ class _Run:
         )
         return Finding("unbounded", message, entries=tuple(entries))
 
-    def base(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """A draw of median energy, shape ``event``, and how far draws are from it in each
-        coordinate, ``(dim,)``."""
+    def tails(self, rows: Tensor) -> list[tuple[Tail, list[int]]]:
+        """Directions from a draw of median energy in which the density cannot be normalized, and
+        their leading coordinates: single coordinates, those first whose means differ most between
+        halves of chains; if there is none, what has no curvature of the way to the farthest draw.
+        ``rows`` are the finite draws, ``(n, dim)``."""
         energy: Any = self.energy
         some = rows[torch.linspace(0, len(rows) - 1, PLACES).long()]
         with torch.no_grad():
             values = energy(some.reshape(-1, *energy.event_shape))
         base = some[int(values.median(0).indices)]
-        distances = (rows - base).abs().amax(0)
-        return base.reshape(energy.event_shape), torch.where(distances > 0, distances, 1.0)
-
-    def drifting(self) -> list[int]:
-        """Coordinates, those first whose means differ most between halves of chains."""
+        ways = rows - base
+        far = ways.abs().amax(0)
         half = self.states.shape[1] // 2
         parts = self.states[:, : 2 * half].double().reshape(2 * len(self.states), half, -1)
         ratio = (parts.mean(1).std(0) / parts.std(1).mean(0)).nan_to_num(nan=torch.inf)
-        return ratio.topk(min(CLOSELY, len(ratio))).indices.tolist()
+        drifting = ratio.topk(min(CLOSELY, len(ratio))).indices.tolist()
+        found = []
+        for k in drifting:
+            direction = torch.zeros_like(base)
+            direction[k] = far[k] if far[k] > 0 else 1.0
+            tail = find_tail(energy, *_events(energy, base, direction))
+            found += [(tail, [k])] if tail else []
+        if found or not 1 < len(base) <= PLACES:
+            return found
+        way = ways[int(ways.double().norm(dim=1).argmax())]
+        flat = flat_part(energy, *_events(energy, base, way))
+        if not flat.norm() > 0.1 * way.norm():
+            return []
+        tail = find_tail(energy, *_events(energy, base, flat))
+        size = flat.flatten().abs()
+        leading = size.argsort(descending=True)[: int((size > 0.1 * size.max()).sum())]
+        return [(tail, leading.tolist())] if tail else []
 
     def nonfinite(self) -> Finding | None:
         """Non-finite energies near draws that diverged."""
@@ -326,7 +338,7 @@ class _Run:
         value = edge.energy if not np.isfinite(edge.energy) else "not finite"
         where, entries = "", tuple[str, ...]()
         if edge.coordinate is not None:
-            name, (at,) = self.entry(edge.state.flatten(), edge.coordinate)
+            name, (at,) = self.entry(edge.state, edge.coordinate)
             where, entries = f" at {name} = {at:.4g}", (name,)
         message = (
             f"{what} is {value}{where}, and on {100 * edge.share:.0f} % of the lines tried from"
@@ -410,19 +422,20 @@ class _Run:
             for k, h in zip(few, halves, strict=True)
             if h >= max(1.05, 0.5 * (1.0 + self.moved.r_hat[k]))
         ]
-        others = f"{len(failing)} of {len(self.names)} entries"
+        share = f" in {len(failing)} of {len(self.names)} entries" if len(self.names) > 1 else ""
         if moving:
             entries = tuple(name for name, _ in moving)
+            have = "has" if len(entries) == 1 else "have"
             message = (
-                f"{_listed(entries)} has not settled: the two halves of a chain differ (R-hat"
-                f" {moving[0][1]:.2f}, median of the chains). R-hat should be below {max_r_hat}:"
-                f" it is not for {others}. Draw more, warm up longer, or reparametrize."
+                f"{_listed(entries)} {have} not settled: the two halves of a chain differ (R-hat"
+                f" {moving[0][1]:.2f}, median of the chains). R-hat should be below {max_r_hat}"
+                f" and is not{share}. Draw more, warm up longer, or reparametrize."
             )
             return Finding("unsettled", message, entries=entries)
         entries = tuple(self.names[k] for k in few)
         message = (
-            f"R-hat should be below {max_r_hat}: the chains disagree in {others},"
-            f" {_listed(entries)} the most (R-hat {self.moved.r_hat[failing[0]]:.3f}). Draw more,"
+            f"R-hat should be below {max_r_hat}: the chains disagree in {_listed(entries)} (R-hat"
+            f" {self.moved.r_hat[failing[0]]:.3f}) and above the limit{share}. Draw more,"
             " or temper between modes."
         )
         return Finding("r_hat", message, entries=entries)
@@ -546,14 +559,14 @@ class _Run:
     def entry(self, state: Tensor, coordinate: int, *more: Tensor) -> tuple[str, list[float]]:
         """The entry of the results that a flat coordinate moves, by trying, and its values at
         ``state`` and at ``more`` of them."""
-        moved = state.clone()
-        moved[coordinate] += self.scale()[coordinate]
-        rows = torch.stack([moved, state, *more]).reshape(-1, *self.draws.shape[2:])
-        _, values = _entries(self.named(rows.unsqueeze(0)))
+        flat = torch.stack([state.flatten(), *(other.flatten() for other in more)])
+        moved = flat[:1].clone()
+        moved[0, coordinate] += self.scale()[coordinate]
+        rows = torch.cat([moved, flat]).reshape(1, -1, *self.draws.shape[2:])
+        _, values = _entries(self.named(rows))
         changed = (values[0, 0] != values[0, 1]).nonzero().flatten()
         if not len(changed):
-            flat = rows.flatten(1)[1:, coordinate]
-            return f"unconstrained coordinate {coordinate}", flat.tolist()
+            return f"unconstrained coordinate {coordinate}", flat[:, coordinate].tolist()
         return self.names[int(changed[0])], values[0, 1:, int(changed[0])].tolist()
 
 
@@ -587,6 +600,10 @@ def _entries(sites: Mapping[str, Tensor]) -> tuple[list[str], Tensor]:
         for index in np.ndindex(*draws.shape[2:])
     ]
     return names, torch.cat([d.reshape(*d.shape[:2], -1) for d in sites.values()], 2)
+
+
+def _events(energy: Energy, *flat: Tensor) -> list[Tensor]:
+    return [t.reshape(energy.event_shape) for t in flat]
 
 
 def _listed(names: Sequence[str], count: int | None = None) -> str:

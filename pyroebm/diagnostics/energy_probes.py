@@ -1,5 +1,5 @@
 """What the energy says of a run that went wrong: where it is not finite near draws that diverged,
-and where it does not rise far from all draws."""
+and directions in which it does not rise far from all draws."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pyroebm.core.energy import Energy, unchecked_value_and_grad
 from pyroebm.core.rng import seeded_generator, standard_normal
 from pyroebm.kernels.hamiltonian import MAX_ENERGY_ERROR
 
-__all__ = ["Edge", "Tail", "find_edge", "find_tail"]
+__all__ = ["Edge", "Tail", "find_edge", "find_tail", "flat_part"]
 
 #: Distances along a line from a divergent draw, in standard deviations.
 RADII = torch.logspace(-2.0, 0.5, 16, dtype=torch.float64)
@@ -38,7 +38,7 @@ class Edge(NamedTuple):
 
 
 class Tail(NamedTuple):
-    """An axis along which a density cannot be normalized."""
+    """A direction in which a density cannot be normalized."""
 
     near: Tensor  #: the state at the distance of the farthest draw, shape ``event``
     far: Tensor  #: that at the last distance of finite energy
@@ -93,10 +93,10 @@ def find_edge(energy: Energy, states: Tensor, scale: Tensor) -> Edge | None:
     )
 
 
-def find_tail(energy: Energy, base: Tensor, coordinate: int, distance: float) -> Tail | None:
-    r"""Look for a tail of one coordinate that has no finite integral, the others held fixed.
+def find_tail(energy: Energy, base: Tensor, direction: Tensor) -> Tail | None:
+    r"""Look for a tail without a finite integral on the line through a draw in some direction.
 
-    .. math:: \int_{10^k}^{10^{k+1}} e^{-E(x + t d e_i)} dt
+    .. math:: \int_{10^k}^{10^{k+1}} e^{-E(x + t d)} dt
 
     must fall from decade to decade, for k = -1, 0, 1, on both sides. It stays the same for a
     density 1 / t and rises for a constant one.
@@ -104,29 +104,64 @@ def find_tail(energy: Energy, base: Tensor, coordinate: int, distance: float) ->
     Args:
         energy: the energy.
         base: x, shape ``event``.
-        coordinate: i, its number in the flat event.
-        distance: d, that of the farthest draw.
+        direction: d, as long as the farthest draw is away, shape ``event``.
 
     Returns:
         the tail; None if there is none.
 
     Example:
         >>> from pyroebm.core import Unnormalized
-        >>> tail = find_tail(Unnormalized(lambda x: x**2), torch.tensor(0.0), 0, 5.0)
+        >>> zero, far = torch.tensor(0.0), torch.tensor(5.0)
+        >>> tail = find_tail(Unnormalized(lambda x: x**2), zero, far)
         >>> float(tail.near), tail.energies
         (5.0, (-25.0, -250000.0))
-        >>> find_tail(Unnormalized(lambda x: -torch.log1p(x**2)), torch.tensor(0.0), 0, 5.0)
+        >>> find_tail(Unnormalized(lambda x: -torch.log1p(x**2)), zero, far)
     """
-    distances = DISTANCES.to(base)
+    distances = DISTANCES.to(base).reshape(-1, *[1] * base.dim())
     for side in (1.0, -1.0):
-        points = base.flatten().repeat(len(distances), 1)
-        points[:, coordinate] += side * distance * distances
-        points = points.reshape(-1, *base.shape)
-        values = _values(energy, points).double()
+        points = base + side * distances * direction
+        with torch.no_grad():
+            values = energy(points).double()
         if not _decades_fall(values):
             last = int(torch.isfinite(values).nonzero()[-1])
-            return Tail(points[POINTS], points[last], (float(values[POINTS]), float(values[last])))
+            near = float(values[POINTS]), float(values[last])
+            return Tail(points[POINTS], points[last], near)
     return None
+
+
+def flat_part(energy: Energy, base: Tensor, direction: Tensor) -> Tensor:
+    r"""The part of a direction in which the energy has no curvature.
+
+    .. math:: d - H^+ H d
+
+    with the Hessian H by differences of gradients: draws that drift along an invariance of the
+    energy (all logits shifted alike) move in the other directions too.
+
+    Args:
+        energy: the energy.
+        base: where the Hessian is taken, shape ``event``.
+        direction: d, shape ``event``.
+
+    Returns:
+        the part, shape ``event``; 0 where the Hessian is not finite.
+
+    Example:
+        >>> from pyroebm.core import Unnormalized
+        >>> energy = Unnormalized(lambda x: -((x[..., 0] - x[..., 1]) ** 2), event_shape=(2,))
+        >>> flat_part(energy, torch.zeros(2), torch.tensor([3.0, 1.0])).round()
+        tensor([2., 2.])
+    """
+    size = base.numel()
+    step = torch.finfo(base.dtype).eps ** (1 / 3) * base.flatten().abs().clamp(min=1.0)
+    points = base.flatten() + torch.cat([torch.diag(step), -torch.diag(step)])
+    grads = unchecked_value_and_grad(energy, points.reshape(-1, *base.shape))[1]
+    ahead, behind = grads.reshape(2, size, size)
+    hessian = (ahead - behind) / (2.0 * step.unsqueeze(1))
+    if not bool(torch.isfinite(hessian).all()):
+        return torch.zeros_like(direction)
+    flat = direction.flatten()
+    inverse = torch.linalg.pinv(0.5 * (hessian + hessian.T), rtol=1e-3, hermitian=True)
+    return (flat - inverse @ (hessian @ flat)).reshape(base.shape)
 
 
 def _decades_fall(values: Tensor) -> bool:
@@ -143,11 +178,6 @@ def _decades_fall(values: Tensor) -> bool:
     return len(masses) < 2 or any(
         after < before - SLACK or after == -math.inf for before, after in itertools.pairwise(masses)
     )
-
-
-def _values(energy: Energy, states: Tensor) -> Tensor:
-    with torch.no_grad():
-        return torch.cat([energy(part) for part in states.split(ROWS)])
 
 
 def _evaluate(energy: Energy, points: Tensor) -> tuple[Tensor, Tensor]:
