@@ -100,7 +100,7 @@ class Diagnosis:
         return (
             f"{'Mixed' if self.mixed else 'Not mixed'}: R-hat {self.r_hat:.3f}, bulk ESS"
             f" {self.ess_bulk:.0f}, tail ESS {self.ess_tail:.0f},"
-            f" {self.divergences or 'no'} divergences."
+            f" {self.divergences or 'no'} divergence{'' if self.divergences == 1 else 's'}."
         )
 
     def __str__(self) -> str:
@@ -270,7 +270,8 @@ class _Run:
             chains = self.numbered(bad.any(2).any(1).nonzero().flatten().tolist())
             infinite = (~torch.isfinite(self.values)).any(1).any(0).nonzero().flatten()
             entries = [self.names[k] for k in infinite.tolist()]
-            seen = f" Draws of {_listed(entries)} are not finite in {describe_chains(chains)}."
+            where = describe_chains(chains).lower()
+            seen = f" Draws of {_listed(entries)} are not finite in {where}."
         if len(rows):
             for tail, coordinates in self.tails(rows):
                 name, (near, far) = self.entry(tail.near, coordinates[0], tail.far)
@@ -463,9 +464,10 @@ class _Run:
         most = ""
         if len(counts) > 1 and 2 * int(counts[worst]) > total:
             chains = self.numbered([self.free[worst]])
-            most = f" ({int(counts[worst])} of them in {describe_chains(chains).lower()})"
+            share = "" if int(counts[worst]) == total else f"{int(counts[worst])} of them "
+            most = f" ({share}in {describe_chains(chains).lower()})"
         message = (
-            f"{total} of {self.draws[self.free, :, ...].shape[:2].numel()} draws diverged{most}."
+            f"{total} of {len(self.free) * self.draws.shape[1]} draws diverged{most}."
             " Raise target_acceptance, lower a step size that is fixed, or reparametrize."
         )
         return Finding("divergences", message, chains)
@@ -498,16 +500,16 @@ class _Run:
         if not bool(low.any()):
             return None
         chains = self.numbered([c for c, bad in zip(self.free, low.tolist(), strict=True) if bad])
-        others = "" if bool(low.all()) else f", of the others {float(rates[~low].mean()):.2g}"
+        of, others = "", ""
+        if not bool(low.all()):
+            of = f" of {describe_chains(chains, self.num_chains).lower()}"
+            others = f", of the others {float(rates[~low].mean()):.2g}"
         way_out = (
             "The step size is too large there: warm up longer, or lower it where it is fixed."
             if "step_size" in self.stats
             else "The kernel has no step size to lower: take another one, or temper."
         )
-        message = (
-            f"The mean acceptance rate of {describe_chains(chains, self.num_chains).lower()} is"
-            f" {describe_range(rates[low])}{others}. {way_out}"
-        )
+        message = f"The mean acceptance rate{of} is {describe_range(rates[low])}{others}. {way_out}"
         return Finding("acceptance", message, chains)
 
     def small_bfmi(self) -> Finding | None:
