@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyroebm.core.energy import Energy
 from pyroebm.core.statistics import bfmi, ess_bulk, ess_tail, mcse_mean, r_hat
-from pyroebm.diagnostics.energy_probes import Tail, find_edge, find_tail, flat_part
+from pyroebm.diagnostics.energy_probes import Tail, find_edge, find_tail, flat_part, has_gradient
 from pyroebm.diagnostics.stein import stein_residual
 from pyroebm.diagnostics.stuck import describe_chains, describe_range, describe_stuck, stuck_chains
 
@@ -181,8 +181,8 @@ CLOSELY = 32
 PLACES = 256
 #: Entries that a message lists.
 LISTED = 3
-#: Share of those lines, or of the draws that reached the maximum tree depth, that is reported.
-SHARE = 0.01
+#: Shares that are reported: of those lines, and of trajectories cut short.
+LINES, CUT_SHORT = 0.05, 0.01
 
 
 class _Run:
@@ -199,7 +199,8 @@ class _Run:
         first_chain: int,
         num_chains: int,
     ) -> None:
-        self.draws, self.stats, self.kernel, self.named = draws, stats, kernel, named
+        self.draws, self.stats = draws, stats
+        self.kernel, self.named = kernel, named
         self.first_chain, self.num_chains = first_chain, num_chains
         self.energy = None if kernel is not None and kernel.discrete else energy
         self.states = draws.reshape(*draws.shape[:2], -1)
@@ -239,6 +240,7 @@ class _Run:
         found = [self.never_moved(), unbounded, nonfinite]
         if self.free and not unbounded:
             found += [
+                self.alone(),
                 self.constant(),
                 self.mixing(max_r_hat) or self.small_ess(min_ess),
                 None if nonfinite else self.divergences(),
@@ -291,36 +293,42 @@ class _Run:
 
     def tails(self, rows: Tensor) -> list[tuple[Tail, list[int]]]:
         """Directions from a draw of median energy in which the density cannot be normalized, and
-        their leading coordinates: single coordinates, those first whose means differ most between
-        halves of chains; if there is none, what has no curvature of the way to the farthest draw.
-        ``rows`` are the finite draws, ``(n, dim)``."""
+        their leading coordinates: single coordinates; if there is none, what has no curvature of
+        the way to the farthest draw. ``rows`` are the finite draws, ``(n, dim)``."""
         energy: Any = self.energy
+        event = energy.event_shape
         some = rows[torch.linspace(0, len(rows) - 1, PLACES).long()]
         with torch.no_grad():
-            values = energy(some.reshape(-1, *energy.event_shape))
+            values = energy(some.reshape(-1, *event))
         base = some[int(values.median(0).indices)]
         ways = rows - base
         far = ways.abs().amax(0)
-        half = self.states.shape[1] // 2
-        parts = self.states[:, : 2 * half].double().reshape(2 * len(self.states), half, -1)
-        ratio = (parts.mean(1).std(0) / parts.std(1).mean(0)).nan_to_num(nan=torch.inf)
-        drifting = ratio.topk(min(CLOSELY, len(ratio))).indices.tolist()
         found = []
-        for k in drifting:
+        for k in self.drifting():
             direction = torch.zeros_like(base)
             direction[k] = far[k] if far[k] > 0 else 1.0
-            tail = find_tail(energy, *_events(energy, base, direction))
+            tail = find_tail(energy, base.reshape(event), direction.reshape(event))
             found += [(tail, [k])] if tail else []
-        if found or not 1 < len(base) <= PLACES:
+        if found or len(base) > PLACES or not has_gradient(energy, some.reshape(-1, *event)):
             return found
         way = ways[int(ways.double().norm(dim=1).argmax())]
-        flat = flat_part(energy, *_events(energy, base, way))
-        if not flat.norm() > 0.1 * way.norm():
+        flat = flat_part(energy, base.reshape(event), way.reshape(event))
+        tail = find_tail(energy, base.reshape(event), flat)
+        if tail is None or not flat.norm() > 0.1 * way.norm():
             return []
-        tail = find_tail(energy, *_events(energy, base, flat))
         size = flat.flatten().abs()
         leading = size.argsort(descending=True)[: int((size > 0.1 * size.max()).sum())]
-        return [(tail, leading.tolist())] if tail else []
+        return [(tail, leading.tolist())]
+
+    def drifting(self) -> list[int]:
+        """Coordinates, those first whose means differ most between halves of chains."""
+        half = self.states.shape[1] // 2
+        parts = self.states[:, : 2 * half].double().reshape(2 * len(self.states), half, -1)
+        within = parts.std(1, correction=0).mean(0)
+        ratio = parts.mean(1).std(0, correction=0) / within
+        order = ratio.nan_to_num(nan=torch.inf).argsort(descending=True)
+        found: list[int] = order[:CLOSELY].tolist()
+        return found
 
     def nonfinite(self) -> Finding | None:
         """Non-finite energies near draws that diverged."""
@@ -333,7 +341,7 @@ class _Run:
             places.reshape(-1, *self.energy.event_shape),
             self.scale().reshape(self.energy.event_shape),
         )
-        if edge is None or edge.share < SHARE:
+        if edge is None or edge.share < LINES:
             return None
         what = "The energy" if not np.isfinite(edge.energy) else "The gradient of the energy"
         value = edge.energy if not np.isfinite(edge.energy) else "not finite"
@@ -347,6 +355,12 @@ class _Run:
             " which it is finite (support=), or mend its numbers there."
         )
         return Finding("nonfinite", message, entries=entries)
+
+    def alone(self) -> Finding | None:
+        """A single chain."""
+        if self.num_chains > 1:
+            return None
+        return Finding("one_chain", "One chain alone cannot show that it mixed. Run at least 4.")
 
     def constant(self) -> Finding | None:
         """Coordinates that never moved while others did."""
@@ -364,13 +378,9 @@ class _Run:
     def mixing(self, max_r_hat: float) -> Finding | None:
         """What a large R-hat means: a chain that disagrees, entries that have not settled, or
         chains that disagree with each other."""
-        if self.num_chains < 2:
-            return Finding(
-                "one_chain", "One chain alone cannot show that it mixed; run at least 4."
-            )
+        if self.draws.shape[1] < 4:
+            return Finding("r_hat", "R-hat is not defined for fewer than 4 draws. Draw more.")
         found = self.moved.r_hat
-        if np.isnan(found).all() and len(self.free) > 1:
-            return Finding("r_hat", "R-hat is not defined: too few draws; draw more.")
         order = np.argsort(-np.nan_to_num(found, nan=-np.inf, posinf=np.inf))
         failing = [int(k) for k in order if found[k] >= max_r_hat]
         if not failing:
@@ -477,7 +487,7 @@ class _Run:
         if "reached_max_treedepth" not in self.stats:
             return None
         shares = self.stats["reached_max_treedepth"][self.free].double().mean(1)
-        if float(shares.mean()) < SHARE:
+        if float(shares.mean()) < CUT_SHORT:
             return None
         worst = int(shares.argmax())
         chains = self.numbered([self.free[worst]])
@@ -602,10 +612,6 @@ def _entries(sites: Mapping[str, Tensor]) -> tuple[list[str], Tensor]:
         for index in np.ndindex(*draws.shape[2:])
     ]
     return names, torch.cat([d.reshape(*d.shape[:2], -1) for d in sites.values()], 2)
-
-
-def _events(energy: Energy, *flat: Tensor) -> list[Tensor]:
-    return [t.reshape(energy.event_shape) for t in flat]
 
 
 def _listed(names: Sequence[str], count: int | None = None) -> str:

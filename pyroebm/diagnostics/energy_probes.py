@@ -12,9 +12,10 @@ from torch import Tensor
 
 from pyroebm.core.energy import Energy, unchecked_value_and_grad
 from pyroebm.core.rng import seeded_generator, standard_normal
+from pyroebm.core.rowwise import RowsFailAlone
 from pyroebm.kernels.hamiltonian import MAX_ENERGY_ERROR
 
-__all__ = ["Edge", "Tail", "find_edge", "find_tail", "flat_part"]
+__all__ = ["Edge", "Tail", "find_edge", "find_tail", "flat_part", "has_gradient"]
 
 #: Distances along a line from a divergent draw, in standard deviations.
 RADII = torch.logspace(-2.0, 0.5, 16, dtype=torch.float64)
@@ -43,6 +44,18 @@ class Tail(NamedTuple):
     near: Tensor  #: the state at the distance of the farthest draw, shape ``event``
     far: Tensor  #: that at the last distance of finite energy
     energies: tuple[float, float]  #: the energies of both
+
+
+def has_gradient(energy: Energy, states: Tensor) -> bool:
+    """Whether an energy reaches its states ``(n, *event)`` through autograd.
+
+    Example:
+        >>> from pyroebm.core import Unnormalized
+        >>> has_gradient(Unnormalized(lambda x: -x.detach()), torch.zeros(1))
+        False
+    """
+    with torch.enable_grad():
+        return energy(states[:1].detach().requires_grad_(True)).requires_grad
 
 
 def find_edge(energy: Energy, states: Tensor, scale: Tensor) -> Edge | None:
@@ -120,7 +133,7 @@ def find_tail(energy: Energy, base: Tensor, direction: Tensor) -> Tail | None:
     distances = DISTANCES.to(base).reshape(-1, *[1] * base.dim())
     for side in (1.0, -1.0):
         points = base + side * distances * direction
-        with torch.no_grad():
+        with torch.no_grad(), RowsFailAlone():
             values = energy(points).double()
         if not _decades_fall(values):
             last = int(torch.isfinite(values).nonzero()[-1])
@@ -154,7 +167,8 @@ def flat_part(energy: Energy, base: Tensor, direction: Tensor) -> Tensor:
     size = base.numel()
     step = torch.finfo(base.dtype).eps ** (1 / 3) * base.flatten().abs().clamp(min=1.0)
     points = base.flatten() + torch.cat([torch.diag(step), -torch.diag(step)])
-    grads = unchecked_value_and_grad(energy, points.reshape(-1, *base.shape))[1]
+    with RowsFailAlone():
+        grads = unchecked_value_and_grad(energy, points.reshape(-1, *base.shape))[1]
     ahead, behind = grads.reshape(2, size, size)
     hessian = (ahead - behind) / (2.0 * step.unsqueeze(1))
     if not bool(torch.isfinite(hessian).all()):
@@ -181,13 +195,18 @@ def _decades_fall(values: Tensor) -> bool:
 
 
 def _evaluate(energy: Energy, points: Tensor) -> tuple[Tensor, Tensor]:
-    """Energies ``(*batch)``, and whether they and their gradients are finite."""
+    """Energies ``(*batch)``, and whether they and their gradients, where there are any, are
+    finite."""
     event = energy.event_shape
     rows = points.reshape(-1, *event)
-    values, grads = zip(
-        *(unchecked_value_and_grad(energy, part) for part in rows.split(ROWS)), strict=True
-    )
-    value = torch.cat(values)
-    finite = torch.isfinite(value) & torch.isfinite(torch.cat(grads).reshape(len(rows), -1)).all(1)
+    with RowsFailAlone():
+        if has_gradient(energy, rows):
+            parts = [unchecked_value_and_grad(energy, part) for part in rows.split(ROWS)]
+            value, grad = (torch.cat(part) for part in zip(*parts, strict=True))
+            finite = torch.isfinite(value) & torch.isfinite(grad.reshape(len(rows), -1)).all(1)
+        else:
+            with torch.no_grad():
+                value = torch.cat([energy(part) for part in rows.split(ROWS)])
+            finite = torch.isfinite(value)
     batch = points.shape[: points.dim() - len(event)]
     return value.reshape(batch), finite.reshape(batch)

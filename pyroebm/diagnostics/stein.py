@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pyroebm.core.energy import Energy, value_and_grad
 from pyroebm.core.statistics import mcse_mean
+from pyroebm.diagnostics.energy_probes import has_gradient
 
 __all__ = ["stein_residual", "stein_z"]
 
@@ -81,9 +82,8 @@ def stein_residual(energy: Energy, draws: Tensor, most: int = 2**16) -> float:
     draws = draws[:, :: -(-draws.shape[1] * chains // most)]
     rows = draws.reshape(-1, *draws.shape[2:])
     mean, scores = rows.mean(0), []
-    with torch.enable_grad():
-        if not energy(rows[:1].detach().requires_grad_(True)).requires_grad:
-            return float("nan")
+    if not has_gradient(energy, rows):
+        return float("nan")
     for part in rows.split(ROWS):
         with torch.no_grad():
             if not bool(torch.isfinite(energy(mean + 2.0 * (part - mean))).all()):

@@ -144,6 +144,24 @@ def test_an_infinite_gradient_is_named_too() -> None:
     assert math.isfinite(edge.energy)
 
 
+def test_an_energy_that_checks_its_arguments_or_has_no_gradient_is_probed_too() -> None:
+    def checked(x: Tensor) -> Tensor:
+        with pyro.validation_enabled(True):
+            scale = x[..., 0].exp()  # 0 and inf far out
+            return dist.Normal(0.0, scale, validate_args=True).log_prob(x[..., 1].detach())
+
+    x = normal(4, 100, 2)
+    x[..., 0] += 3.0 * torch.arange(4.0)[:, None]
+    stats = calm(x)
+    stats["diverging"][:] = True
+    assert "unbounded" in found(diagnose(x, stats, energy=energy_of(checked, (2,))))
+    cut = energy_of(
+        lambda x: torch.log(x.detach()).sum(-1) - 0.5 * x.detach().square().sum(-1), (2,)
+    )
+    x = x.abs()
+    assert found(diagnose(x, stats, energy=cut))["nonfinite"].entries in {("x[0]",), ("x[1]",)}
+
+
 def test_a_cliff_before_the_edge_is_the_cause_instead() -> None:
     def wall(x: Tensor) -> Tensor:
         return torch.where(x > 0, -x, torch.where(x > -2.0, -1e4 + 0 * x, math.nan))
