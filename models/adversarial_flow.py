@@ -88,7 +88,7 @@ class Judge:
     @torch.no_grad()
     def __call__(self, energy: Energy) -> dict[str, float]:
         """log Z, the mean log-likelihood under the true law, and the mass on the left."""
-        log_z, values = quadrature(energy, tolerance=1e-5).value, energy(self.grid)
+        log_z, values = quadrature(energy, tolerance=1e-5, progress=False).value, energy(self.grid)
         left = torch.softmax(-values, 0)[self.grid[:, 0] < 0.0].sum()
         return {
             "log_z": log_z,
@@ -163,7 +163,7 @@ def main(
         seed: of data, weights and games.
         quick: a few steps only, to see that everything runs.
         out: folder of metrics.json and the figure; runs/adversarial_flow without.
-        progress: show bars; on a terminal without.
+        progress: show progress; by default of what takes longer than a second.
     """
     steps, n, hidden, every = (
         (20, 2_000, (16, 16), 10) if quick else (steps, 100_000, (64, 64), max(1, steps // 12))

@@ -18,11 +18,10 @@ import matplotlib.pyplot as plt
 import torch
 from matplotlib.axes import Axes
 from torch import Tensor
-from tqdm import tqdm
 
 from models.flow_cases import CASES, Case, Facts, Fitted
 from models.recipe import Recipe, run
-from pyroebm.core import seeded_generator
+from pyroebm.core import Progress, seeded_generator
 from pyroebm.flows import FlowReport
 
 #: Columns of the table, and the fact that each shows.
@@ -161,7 +160,7 @@ def main(
         seed: the first of the seeds.
         quick: a few steps only, to see that everything runs.
         out: folder of metrics.json, the table and the figure; runs/boltzmann_flows without.
-        progress: show a bar; on a terminal without.
+        progress: show progress; by default of what takes longer than a second.
     """
     if unknown := set(only) - set(CASES):
         raise ValueError(f"only must be of {', '.join(CASES)}, got {', '.join(sorted(unknown))}")
@@ -177,39 +176,38 @@ def main(
         squeeze=False,
     )
     found: dict[str, list[Facts]] = {}
-    bar = tqdm(
-        total=len(only) * seeds, desc="fits", disable=None if progress is None else not progress
-    )
-    for ax, name in zip(axes.flat, only, strict=False):
-        case = CASES[name]
-        for number in range(seed, seed + seeds):
-            torch.manual_seed(number)
-            fitted = case.fit(number, quick)
-            report, more = case.judged(fitted, n, number, quick)
-            found.setdefault(name, []).append(facts_of(report, fitted, more))
-            if number == seed:
-                truth = None if fitted.draws is None else fitted.draws.flatten(0, 1)
-                if truth is None and fitted.energy.has_exact_draws:
-                    truth = fitted.energy.sample(min(n, 100_000), seeded_generator(number))
-                draw(ax, case, report, truth)
-                print(f"\n{case.title}\n{report}", flush=True)
-            bar.update()
-        for key in found[name][0]:
-            values = [facts[key] for facts in found[name]]
-            numbers = torch.tensor([value for value, _ in values], dtype=torch.float64)
-            if not bool(numbers.isfinite().all()):  # as Pareto k where all weights are equal
-                print(f"{name}: {key} is {numbers.tolist()}, no metric")
-                continue
-            spread = numbers.std() / math.sqrt(seeds) if seeds > 1 else values[0][1]
-            note = (
-                ""
-                if seeds == 1
-                else "seeds: "
-                + ", ".join(f"{v:.5g}" + ("" if e is None else f" +- {e:.1g}") for v, e in values)
-            )
-            recipe.add(f"{name}: {key}", numbers.mean(), spread, "estimate", note)
-        recipe.text("table.md", table(found))
-    bar.close()
+    with Progress(len(only) * seeds, "boltzmann_flows", "fit", progress) as shown:
+        for ax, name in zip(axes.flat, only, strict=False):
+            case = CASES[name]
+            for number in range(seed, seed + seeds):
+                torch.manual_seed(number)
+                fitted = case.fit(number, quick)
+                report, more = case.judged(fitted, n, number, quick)
+                found.setdefault(name, []).append(facts_of(report, fitted, more))
+                if number == seed:
+                    truth = None if fitted.draws is None else fitted.draws.flatten(0, 1)
+                    if truth is None and fitted.energy.has_exact_draws:
+                        truth = fitted.energy.sample(min(n, 100_000), seeded_generator(number))
+                    draw(ax, case, report, truth)
+                    print(f"\n{case.title}\n{report}", flush=True)
+                shown.update()
+            for key in found[name][0]:
+                values = [facts[key] for facts in found[name]]
+                numbers = torch.tensor([value for value, _ in values], dtype=torch.float64)
+                if not bool(numbers.isfinite().all()):  # as Pareto k where all weights are equal
+                    print(f"{name}: {key} is {numbers.tolist()}, no metric")
+                    continue
+                spread = numbers.std() / math.sqrt(seeds) if seeds > 1 else values[0][1]
+                note = (
+                    ""
+                    if seeds == 1
+                    else "seeds: "
+                    + ", ".join(
+                        f"{v:.5g}" + ("" if e is None else f" +- {e:.1g}") for v, e in values
+                    )
+                )
+                recipe.add(f"{name}: {key}", numbers.mean(), spread, "estimate", note)
+            recipe.text("table.md", table(found))
     for ax in axes.flat[len(only) :]:
         ax.set_visible(False)
     axes.flat[0].legend(fontsize=8)

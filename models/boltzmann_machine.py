@@ -85,7 +85,7 @@ def main(
         seed: of the starting weights.
         quick: a few steps only, to see that everything runs.
         out: folder of metrics.json and the figure; runs/boltzmann_machine without.
-        progress: show bars; on a terminal without.
+        progress: show progress; by default of what takes longer than a second.
     """
     recipe = Recipe("boltzmann_machine", out, seed, quick=quick)
     three_spins(recipe)

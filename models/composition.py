@@ -122,7 +122,7 @@ def main(
         seed: the first of the seeds.
         quick: a few steps only, to see that everything runs.
         out: folder of metrics.json and the figure; runs/composition without.
-        progress: show bars; on a terminal without.
+        progress: show progress; by default of what takes longer than a second.
     """
     if quick:
         seeds, steps = 1, 50

@@ -79,7 +79,7 @@ def main(
         seed: of weights and draws.
         quick: a few batches only, to see that everything runs.
         out: folder of metrics.json and the figure; runs/dbm without.
-        progress: show bars; on a terminal without.
+        progress: show progress; by default of what takes longer than a second.
     """
     images = load_images(data)
     sizes = sizes or ((64, 32) if data is None else (500, 1000))

@@ -92,7 +92,7 @@ def main(
         seed: of weights and draws.
         quick: a few batches only, to see that everything runs.
         out: folder of metrics.json and the figure; runs/dbn without.
-        progress: show bars; on a terminal without.
+        progress: show progress; by default of what takes longer than a second.
     """
     images = load_images(data)
     sizes = sizes or ((100, 64) if data is None else (500, 784))

@@ -190,7 +190,7 @@ def main(
         seed: of data, weights and games.
         quick: a few steps only, to see that everything runs.
         out: folder of metrics.json and the figure; runs/deep_directed without.
-        progress: show bars; on a terminal without.
+        progress: show progress; by default of what takes longer than a second.
     """
     recipe = Recipe("deep_directed", out, seed, steps=steps, quick=quick)
     steps, width = (20, 16) if quick else (steps, 128)

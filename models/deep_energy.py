@@ -209,7 +209,7 @@ def main(
         seed: of weights, noise and chains.
         quick: a few steps only, to see that everything runs.
         out: folder of metrics.json and the figure; runs/deep_energy without.
-        progress: show bars; on a terminal without.
+        progress: show progress; by default of what takes longer than a second.
     """
     steps, hidden, betas, n = (20, 32, 20, 20) if quick else (steps, hidden, 1000, 200)
     recipe = Recipe(

@@ -172,7 +172,7 @@ def in_two_dimensions(
         }
         for name, (objective, length) in lines.items():
             energy = trained(objective, length, 1e-2 if name == "likelihood" else 5e-3)
-            log_z = quadrature(energy, tolerance=1e-5).value
+            log_z = quadrature(energy, tolerance=1e-5, progress=progress).value
             numbers[f"{name}: test NLL"] = -float(white.log_likelihood(energy, test, log_z).mean())
             numbers[f"{name}: above the oracle"] = numbers[f"{name}: test NLL"] - oracle
         samples, warm, num_chains = (10, 20, 16) if quick else (50, 200, 64)
@@ -282,7 +282,7 @@ def main(
         seed: the first of the seeds.
         quick: a few steps only, to see that everything runs.
         out: folder of metrics.json and the figure; runs/feature_latent without.
-        progress: show bars; on a terminal without.
+        progress: show progress; by default of what takes longer than a second.
     """
     if quick:
         seeds = 1

@@ -79,7 +79,13 @@ class Case:
         if self.judge is not None:
             return self.judge(fitted, n, seed, quick)
         report = judge_flow(
-            fitted.flow, fitted.energy, n, draws=fitted.draws, num_distances=min(n, 4000), seed=seed
+            fitted.flow,
+            fitted.energy,
+            n,
+            draws=fitted.draws,
+            num_distances=min(n, 4000),
+            seed=seed,
+            progress=False,
         )
         return report, self.facts(report, fitted.energy)
 

@@ -176,7 +176,7 @@ def main(
         seed: of data and weights.
         quick: a few batches only, to see that everything runs.
         out: folder of metrics.json and the figure; runs/grbm without.
-        progress: show bars; on a terminal without.
+        progress: show progress; by default of what takes longer than a second.
     """
     recipe = Recipe("grbm", out, seed, starts=starts, hidden=hidden, side=side, quick=quick)
     epochs, points, n = (1, 4_000, 2_500) if quick else (50, 100_000, 50_000)

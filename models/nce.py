@@ -125,11 +125,12 @@ def judge(
     log_z: Tensor | None,
     test: Tensor,
     seconds: float,
+    progress: bool | None,
 ) -> tuple[Tensor, float]:
     """Test NLL with log Z by quadrature, the divergence from the truth on a grid, the masses of the
     modes; log p on the grid."""
     target, (nodes, area) = five_gaussians(), grid(281)
-    exact = quadrature(energy, tolerance=1e-5)
+    exact = quadrature(energy, tolerance=1e-5, progress=progress)
     with torch.no_grad():
         recipe.add_mean(
             f"{name}: test NLL",
@@ -195,7 +196,7 @@ def plane(
         train(energy, objective, data, steps, seed, progress)
         log_z = objective.log_z.detach() if isinstance(objective, NoiseContrastive) else None
         densities[name], divergences[name] = judge(
-            recipe, name, energy, log_z, test, time.perf_counter() - began
+            recipe, name, energy, log_z, test, time.perf_counter() - began, progress
         )
 
     energy = Perceptron(data, seed)
@@ -204,7 +205,7 @@ def plane(
     train(energy, game, data, steps, seed, progress, {"energy": 3e-3, "flow": 3e-4})
     name, seconds = "NCE, flow trained along", time.perf_counter() - began
     densities[name], divergences[name] = judge(
-        recipe, name, energy, game.log_z.detach(), test, seconds
+        recipe, name, energy, game.log_z.detach(), test, seconds, progress
     )
     recipe.add_mean("flow trained along: test NLL", -flow.log_prob(test).detach(), "exact")
     return densities, divergences
@@ -329,7 +330,7 @@ def main(
         seed: of data, weights and noise.
         quick: a few steps only, to see that everything runs.
         out: folder of metrics.json and the figure; runs/nce without.
-        progress: show bars; on a terminal without.
+        progress: show progress; by default of what takes longer than a second.
     """
     recipe = Recipe("nce", out, seed, rows=rows, steps=steps, quick=quick)
     densities, divergences = plane(recipe, 500 if quick else rows, 10 if quick else steps, progress)

@@ -234,7 +234,7 @@ def trained(
     """
     energy = system.make().float()
     flow = EquivariantFlow(energy.particles, energy.space, dtype=F64, **system.flow)
-    match_flow(flow, draws, 500 if quick else 20_000, seed=seed)
+    match_flow(flow, draws, 500 if quick else 20_000, seed=seed, progress=False)
     first = copy.deepcopy(flow)
     flow.float()
     steps, batch = (10, 64) if quick else (system.steps, system.batch)
@@ -303,7 +303,13 @@ def judged(done: Case, *, quick: bool = False, matched: bool = False) -> Judgeme
     fresh = moved(energy, held[:, -last:].flatten(0, 1), generator)
     with counted(energy) as rows:
         report = judge_flow(
-            flow, energy, n, fresh.reshape(len(held), last, -1), num_distances=some, seed=seed
+            flow,
+            energy,
+            n,
+            fresh.reshape(len(held), last, -1),
+            num_distances=some,
+            seed=seed,
+            progress=False,
         )
         between = bridge(
             energy, held[:, :: 2 if quick else 5], FlowEnergy(flow), generator=generator
@@ -312,7 +318,13 @@ def judged(done: Case, *, quick: bool = False, matched: bool = False) -> Judgeme
             torch.zeros(flow.dim, dtype=F64), scale=SYSTEMS[done.name].spread, dtype=F64
         )
         walked = smc(
-            energy, start, HMC(num_steps=8), 16 if quick else 256, islands=8, generator=generator
+            energy,
+            start,
+            HMC(num_steps=8),
+            16 if quick else 256,
+            islands=8,
+            generator=generator,
+            progress=False,
         )
     far, near = distances(energy, fresh), distances(energy, report.weighted.x[:some])
     z = flow.draw_noise(200, generator)

@@ -120,7 +120,7 @@ def main(
         seed: of the first machine.
         quick: a few batches only, to see that everything runs.
         out: folder of metrics.json and the figure; runs/rbm without.
-        progress: show bars; on a terminal without.
+        progress: show progress; by default of what takes longer than a second.
     """
     images = load_images(data)
     images = images.inverted() if invert else images

@@ -115,7 +115,7 @@ def plane(recipe: Recipe, steps: int, points: int, progress: bool | None) -> dic
         )
         energy.fit_envelope(data)
         seconds = train(energy, objective, data, steps, 3e-3, 256, recipe.seed, progress)
-        log_z = quadrature(energy, tolerance=TOLERANCE)
+        log_z = quadrature(energy, tolerance=TOLERANCE, progress=progress)
         test = law.sample(points, noise)
         unnoised = circle().sample(points, noise)
         recipe.add_mean(
@@ -157,9 +157,9 @@ def two_modes(recipe: Recipe, steps: int, points: int, progress: bool | None) ->
         train(energy, objective, data, steps, 3e-3, 256, recipe.seed, progress)
         recipe.add(
             f"two modes, {name}: mass on the right",
-            right(energy),
+            right(energy, progress),
             kind="exact",
-            note=f"of its law {right(truth):.4f}",
+            note=f"of its law {right(truth, progress):.4f}",
         )
         recipe.add(
             f"two modes, {name}: Fisher divergence",
@@ -167,10 +167,10 @@ def two_modes(recipe: Recipe, steps: int, points: int, progress: bool | None) ->
         )
 
 
-def right(energy: Energy) -> float:
+def right(energy: Energy, progress: bool | None) -> float:
     """Probability of the right half-plane, by quadrature."""
     halves = [
-        quadrature(energy, [side, (-10.0, 10.0)], tolerance=TOLERANCE).value
+        quadrature(energy, [side, (-10.0, 10.0)], tolerance=TOLERANCE, progress=progress).value
         for side in ((-12.0, 0.0), (0.0, 12.0))
     ]
     return 1.0 / (1.0 + math.exp(halves[0] - halves[1]))
@@ -185,7 +185,7 @@ def positive(recipe: Recipe, steps: int, points: int, progress: bool | None) -> 
     train(energy, NonNegativeScoreMatching(), data, steps, 3e-3, 256, recipe.seed, progress)
     gap = (
         energy(test)
-        + quadrature(energy, tolerance=TOLERANCE).value
+        + quadrature(energy, tolerance=TOLERANCE, progress=progress).value
         - law(test)
         - (law.log_z or 0.0)
     )
@@ -294,7 +294,7 @@ def main(
         seed: of data, weights and noise.
         quick: a few steps only, to see that everything runs.
         out: folder of metrics.json and the figure; runs/score_matching without.
-        progress: show bars; on a terminal without.
+        progress: show progress; by default of what takes longer than a second.
     """
     recipe = Recipe("score_matching", out, seed, quick=quick)
     steps, points, pictures, chain = (20, 1_000, 5, 20) if quick else (2_000, 20_000, 1_500, 500)

@@ -19,11 +19,10 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
-from tqdm import trange
 
 from models.recipe import Recipe, run
 from pyroebm import HMC, MALA, MCMC, NUTS, Jumps, Kernel
-from pyroebm.core import seeded_generator
+from pyroebm.core import Progress, seeded_generator
 from pyroebm.diagnostics import energy_distance
 from pyroebm.energies import Tilted
 from pyroebm.flows import NICE
@@ -71,23 +70,24 @@ class GAN:
             for net in (self.judge, self.generate)
         ]
         slower = torch.optim.lr_scheduler.CosineAnnealingLR(optimizers[0], steps + finish)
-        for step in trange(
-            steps + finish, desc="GAN", disable=None if progress is None else not progress
-        ):
-            with torch.no_grad():
-                fake = self.generate(self.latents(self.batch))
-            self._step(
-                optimizers[0],
-                (
-                    softplus(-self.judge(data(self.batch, self.noise))) + softplus(self.judge(fake))
-                ).mean(),
-            )
-            if step < steps:
+        with Progress(steps + finish, "GAN", show=progress) as shown:
+            for step in range(steps + finish):
+                with torch.no_grad():
+                    fake = self.generate(self.latents(self.batch))
                 self._step(
-                    optimizers[1],
-                    softplus(-self.judge(self.generate(self.latents(self.batch)))).mean(),
+                    optimizers[0],
+                    (
+                        softplus(-self.judge(data(self.batch, self.noise)))
+                        + softplus(self.judge(fake))
+                    ).mean(),
                 )
-            slower.step()
+                if step < steps:
+                    self._step(
+                        optimizers[1],
+                        softplus(-self.judge(self.generate(self.latents(self.batch)))).mean(),
+                    )
+                slower.step()
+                shown.update()
         for net in (self.judge, self.generate):
             net.requires_grad_(False)
 
@@ -158,7 +158,7 @@ def main(
         seed: the first of the seeds.
         quick: a few steps only, to see that everything runs.
         out: folder of metrics.json and the figure; runs/tilting without.
-        progress: show bars; on a terminal without.
+        progress: show progress; by default of what takes longer than a second.
     """
     if quick:
         seeds = 1

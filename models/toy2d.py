@@ -233,10 +233,17 @@ class Sight:
 
 
 def judge(
-    recipe: Recipe, key: str, energy: Energy, line: Line, law: Law, sight: Sight, test: Tensor
+    recipe: Recipe,
+    key: str,
+    energy: Energy,
+    line: Line,
+    law: Law,
+    sight: Sight,
+    test: Tensor,
+    progress: bool | None,
 ) -> Tensor:
     """Exact test NLL and divergences; the model's log density on the grid."""
-    log_z = quadrature(energy, tolerance=1e-5)
+    log_z = quadrature(energy, tolerance=1e-5, progress=progress)
     log_model = -energy(sight.x) - log_z.value
     nll, oracle = energy(test) + log_z.value, law.make()(test)
     recipe.add_mean(f"{key}: test NLL", nll, log_z.kind)
@@ -295,7 +302,7 @@ def toys(
                 line, law, data, max(2, round(share * line.steps)), recipe.seed, progress
             )
             seconds = time.process_time() - began
-            log_model = judge(recipe, f"{name}, {label}", energy, line, law, sight, test)
+            log_model = judge(recipe, f"{name}, {label}", energy, line, law, sight, test, progress)
             recipe.add(
                 f"{name}, {label}: seconds", seconds, kind="estimate", note="of one processor"
             )
@@ -334,7 +341,11 @@ def weights(
         line = LINES[label]
         energy = train(line, PAIR, data, max(2, round(share * line.steps)), recipe.seed, progress)
         mass, change = expectation(
-            energy, lambda x: (x[:, 0] > 0).double(), [(-10.0, 10.0)] * 2, tolerance=1e-5
+            energy,
+            lambda x: (x[:, 0] > 0).double(),
+            [(-10.0, 10.0)] * 2,
+            tolerance=1e-5,
+            progress=progress,
         )
         kind: Kind = "exact" if change <= 1e-4 else "estimate"
         masses[label] = (
@@ -395,7 +406,7 @@ def main(
         seed: of data, weights and noise.
         quick: a few steps of a few objectives on two laws.
         out: folder of metrics.json and the figure; runs/toy2d without.
-        progress: show bars; on a terminal without.
+        progress: show progress; by default of what takes longer than a second.
     """
     if unknown := [name for name in only if name not in (*LAWS, *LINES, "weights")]:
         raise ValueError(f"only takes {', '.join([*LAWS, 'weights', *LINES])}, got {unknown}")

@@ -14,6 +14,7 @@ from torch.distributions import Distribution
 
 from pyroebm.core.annealing_path import DistributionEnergy, Path
 from pyroebm.core.energy import Energy, check_energy
+from pyroebm.core.progress import Progress
 from pyroebm.core.rng import seeded_generator, uniform
 from pyroebm.core.statistics import effective, log_mean, too_few
 from pyroebm.core.wrappers import Unconstrained, eval_mode
@@ -102,6 +103,7 @@ def tempered_smc(
     pilot: SMCResult | None = None,
     seed: int = 0,
     generator: torch.Generator | None = None,
+    progress: bool | None = None,
 ) -> SMCResult:
     r"""Carry particles from ``base`` to ``energy`` along :math:`E_\beta = (1 - \beta) V + \beta U`,
     and estimate log Z.
@@ -132,6 +134,7 @@ def tempered_smc(
             unbiased.
         seed: of a generator on the energy's device.
         generator: in place of ``seed``.
+        progress: True shows it, False hides it, None shows it where it takes longer than a second.
 
     Raises:
         ValueError: if a setting is out of its range, if ``base`` does not fit, or if the kernel is
@@ -170,7 +173,8 @@ def tempered_smc(
         )
     generator = seeded_generator(seed, energy.device) if generator is None else generator
     target, reference = (Unconstrained(e, keep_discrete=kernel.discrete) for e in (energy, base))
-    with eval_mode(energy):
+    known = None if pilot is None else len(pilot.step_sizes)
+    with eval_mode(energy), Progress(known, "SMC", "temperature", progress) as shown:
         run = _Run(target, reference, kernel, (islands, num_particles), generator)
         run.leave_out_infinite()
         level = 0
@@ -180,6 +184,8 @@ def tempered_smc(
             )
             run.move(moves, None if pilot is None else float(pilot.step_sizes[level]))
             level += 1
+            shown.note(beta=run.beta, acceptance=run.acceptance[-1])
+            shown.update()
     return run.result(target.constrain(run.x), base.log_z, "estimate" if pilot is None else "lower")
 
 

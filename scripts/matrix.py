@@ -50,13 +50,13 @@ def lower_bounds(project: dict[str, Any]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Environment:
-    """A version of Python, the text of a constraints file, and what is installed beside the wheel
-    and what its tests need."""
+    """A version of Python, the text of a constraints file, and what is removed after the wheel and
+    what its tests need are installed."""
 
     name: str
     python: str
     constraints: str = ""
-    beside: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
 
     @property
     def folder(self) -> Path:
@@ -73,7 +73,7 @@ class Environment:
 
 ENVIRONMENTS = (
     Environment("pinned", "3.11", PINS),
-    Environment("pinned-numba", "3.11", PINS, ("numba",)),
+    Environment("without-numba", "3.11", PINS, without=("numba", "llvmlite")),
     Environment("newest-3.12", "3.12"),
     Environment("newest-3.13", "3.13"),
     Environment(
@@ -132,9 +132,10 @@ def stage_install(environment: Environment, wheel: Path) -> str:
     # PIP_CONSTRAINT takes the place of the constraints in pip's settings; the index, certificates
     # and wheels named there stay
     lifted = {"PIP_CONSTRAINT": os.devnull}
-    install(
-        environment.venv, "-c", constraints, f"{wheel}[dev,flows]", *environment.beside, more=lifted
-    )
+    install(environment.venv, "-c", constraints, f"{wheel}[dev,flows]", more=lifted)
+    if environment.without:
+        pip = (environment.interpreter, "-m", "pip", "uninstall", "-q", "-y")
+        run(*pip, *environment.without, cwd=environment.folder)
     return run(environment.interpreter, "-m", "pip", "freeze", cwd=environment.folder)
 
 

@@ -507,3 +507,9 @@ def test_no_assert_statement(path: Path) -> None:
         if isinstance(n, ast.Assert)
     ]
     assert not lines, f"{path.relative_to(ROOT)} has assert statements on lines {lines}"
+
+
+def test_progress_is_shown_by_one_module() -> None:
+    using = {module_name(path) for path in (*SOURCES, *SCRIPTS) if "tqdm" in path.read_text()}
+    using -= {"scripts.notebooks"}  # which names it in a comment
+    assert using == {"pyroebm.core.progress"}

@@ -23,6 +23,24 @@ MUTANTS: dict[str, tuple[str, str, str, str]] = {
         'temporary = path.with_name(f"{path.name}.part")',
         "tests/core/test_files.py",
     ),
+    "the rate never forgets": (
+        "core/progress.py",
+        "kept = math.exp(-seconds / RATE_SECONDS)",
+        "kept = 1.0",
+        "tests/core/test_progress.py",
+    ),
+    "the rate counts what was done before": (
+        "core/progress.py",
+        "(self.count - self._done) / seconds",
+        "self.count / seconds",
+        "tests/core/test_progress.py",
+    ),
+    "fit shows no progress": (
+        "training/loop.py",
+        'with Progress(total, "fit", show=show, done=done) as shown:',
+        'with Progress(total, "fit", show=False, done=done) as shown:',
+        "tests/core/test_progress.py",
+    ),
     "no cap on step sizes that are shared": (
         "kernels/adaptation/step_size.py",
         "<= math.log(2.0)",
@@ -49,7 +67,7 @@ MUTANTS: dict[str, tuple[str, str, str, str]] = {
     ),
     "a chain that moved counts as stuck": (
         "mcmc/chains.py",
-        "moves = self.moves + (rows(state.x) != rows(self.state.x)).any(1)",
+        "moves = self.moves + (path[1:] != path[:-1]).unsqueeze(2).flatten(2).any(2).sum(0)",
         "moves = self.moves",
         "tests/kernels/test_starts.py tests/mcmc/test_mcmc.py",
     ),
@@ -82,6 +100,42 @@ MUTANTS: dict[str, tuple[str, str, str, str]] = {
         "stride = 1 if k == 0 else 2",
         "stride = 2",
         "tests/nn/test_conv.py",
+    ),
+    "the first leaf's momentum is left out between the ends": (
+        "kernels/nuts/driver.py",
+        "way += a - before[i]",
+        "way -= before[i]",
+        "tests/kernels/test_driver.py",
+    ),
+    "the newer half is always taken": (
+        "kernels/nuts/driver.py",
+        "< number[SUB_WEIGHT] - number[WEIGHT]:",
+        "< np.inf:",
+        "tests/kernels/test_driver.py",
+    ),
+    "half a kick is a kick": (
+        "kernels/nuts/driver.py",
+        "        p[i] -= 0.5 * step * g[i]\n        kinetic",
+        "        p[i] -= 1.0 * step * g[i]\n        kinetic",
+        "tests/kernels/test_driver.py",
+    ),
+    "a leaf weighs as much as any": (
+        "kernels/nuts/driver.py",
+        "number[SUB_WEIGHT] = _log_add(number[SUB_WEIGHT], -error)",
+        "number[SUB_WEIGHT] = _log_add(number[SUB_WEIGHT], 0.0)",
+        "tests/kernels/test_driver.py",
+    ),
+    "momenta are 5 % too large": (
+        "kernels/nuts/driver.py",
+        "math.sqrt(-2.0 * math.log(_unit(a)))",
+        "1.05 * math.sqrt(-2.0 * math.log(_unit(a)))",
+        "tests/kernels/test_driver.py",
+    ),
+    "what is learned depends on how many steps come together": (
+        "kernels/adaptation/windows.py",
+        "moved = moved | taken.info.accepted[i]",
+        "moved = moved | taken.info.accepted.any(0)",
+        "tests/kernels/test_driver.py",
     ),
     "a file's group is read whole": (
         "core/files.py",

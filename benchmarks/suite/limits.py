@@ -14,8 +14,7 @@ from benchmarks.suite.cases import CASES
 from benchmarks.suite.in_torch import energy
 from benchmarks.suite.measure import Job, Row, row
 from benchmarks.suite.with_pyroebm import clocked_run
-from pyroebm import Energy
-from pyroebm.core.compilation import Compiled, fused
+from pyroebm.core.compilation import CompiledGradient
 from pyroebm.core.energy import unchecked_value_and_grad
 from pyroebm.targets import scales_gaussian
 
@@ -39,22 +38,22 @@ def _microseconds(call: Callable[[], Any], repeats: int, seconds: float) -> list
     return found
 
 
-def _gradient(energy: Energy, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return unchecked_value_and_grad(energy, x)
-
-
 def gradient_rows(job: Job) -> list[Row]:
     """Microseconds for the energies and gradients of a batch: the limit of every sampler on this
     energy."""
     target, rows = energy(job.case), []
     for chains in (1, 256):
         x = torch.as_tensor(CASES[job.case].starts(chains, 0))
-        for mode, view in (("eager", target), ("compiled", Compiled(target))):
+        compiled = CompiledGradient(target)
+        compiled.prepare(x.shape)
+        for mode, view in (("eager", target), ("compiled", compiled)):
             torch.testing.assert_close(
-                fused(_gradient, view, x), unchecked_value_and_grad(target, x)
+                unchecked_value_and_grad(view, x), unchecked_value_and_grad(target, x)
             )
             values = _microseconds(
-                lambda view=view, x=x: fused(_gradient, view, x), job.repeats, job.budget / 1000
+                lambda view=view, x=x: unchecked_value_and_grad(view, x),
+                job.repeats,
+                job.budget / 1000,
             )
             settings = job.settings(job.repeats) | {"chains": chains, "mode": mode}
             rows.append(row(job.case, job.library, "gradient_us", values, settings))

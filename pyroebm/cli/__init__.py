@@ -23,7 +23,7 @@ def run_demo_command(
         out: folder for report.json, double_well.png, mixing.png and chains.nc.
         seed: seed of everything.
         quick: a few seconds in place of a minute or two; the numbers are then rough.
-        progress: show progress bars; by default on a terminal only.
+        progress: show progress; by default of what takes longer than a second.
     """
     import torch
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pyroebm.cli.demo_report import conclusion, draw_figures, table
 from pyroebm.core.files import write_json, write_netcdf
+from pyroebm.core.progress import Progress
 from pyroebm.core.statistics import ess_bulk, mcse_mean, r_hat
 from pyroebm.core.wrappers import PotentialFn
 from pyroebm.flows import NICE, RedundantNICE, importance_sample
@@ -95,19 +96,24 @@ def sample_nuts(
     return mcmc, facts
 
 
-def sample_pyro_nuts(energy: DoubleWell, seed: int, chains: int, draws: int) -> Facts:
+def sample_pyro_nuts(
+    energy: DoubleWell, seed: int, chains: int, draws: int, progress: bool | None
+) -> Facts:
     """Pyro's own NUTS through the same potential, chain after chain (in one process, as it runs
     where cores are few)."""
     began = time.perf_counter()
     potential = PotentialFn(energy)
+    warmup_steps = 300
+    total = chains * (warmup_steps + draws)
     kept = []
-    with _forked_seed(seed):
+    with _forked_seed(seed), Progress(total, "Pyro's NUTS", show=progress) as shown:
         for _ in range(chains):
             mcmc = PyroMCMC(
                 PyroNUTS(potential_fn=potential, target_accept_prob=0.95),
                 num_samples=draws,
-                warmup_steps=300,
+                warmup_steps=warmup_steps,
                 initial_params=potential.initial_params(),
+                hook_fn=lambda *_: shown.update(),
                 disable_progbar=True,
             )
             mcmc.run()
@@ -124,12 +130,18 @@ def fit(flow: Flow, energy: DoubleWell, steps: int, seed: int, progress: bool | 
 
 
 def flow_facts(
-    flow: Flow, energy: DoubleWell, n: int, seed: int, seconds: float, name: str
+    flow: Flow,
+    energy: DoubleWell,
+    n: int,
+    seed: int,
+    seconds: float,
+    name: str,
+    progress: bool | None,
 ) -> tuple[Tensor, Facts]:
     """Direct draws of a flow, uncorrected, and J or J_R with log C in it."""
     with torch.no_grad():
         x = flow.push(flow.draw_noise(n, torch.Generator().manual_seed(seed)))[0][:, 0]
-    value, error = evaluate_j(flow, energy, n, seed=seed + 1)
+    value, error = evaluate_j(flow, energy, n, seed=seed + 1, progress=progress)
     mass = float((x > BARRIER).double().mean())
     return x, {
         "mean": float(x.mean()),
@@ -169,7 +181,7 @@ def run_demo(out: Path, seed: int = 0, quick: bool = False, progress: bool | Non
         out: folder, made if absent.
         seed: seed of everything.
         quick: a few seconds in place of a minute or two: numbers are then rough.
-        progress: show progress bars; None shows them on a terminal.
+        progress: True shows it, False hides it, None shows it where it takes longer than a second.
 
     Returns:
         the report.
@@ -191,25 +203,24 @@ def run_demo(out: Path, seed: int = 0, quick: bool = False, progress: bool | Non
     print(f"NUTS, {chains} chains ...")
     mcmc, report["nuts"] = sample_nuts(energy, seeds[0], chains, most, progress)
     print("Pyro's NUTS through the same potential, 4 chains ...")
-    report["pyro_nuts"] = sample_pyro_nuts(energy, seeds[1], 4, pyro_draws)
+    report["pyro_nuts"] = sample_pyro_nuts(energy, seeds[1], 4, pyro_draws, progress)
 
     print(
         "NICE with D = 1: one dimension leaves nothing to couple, so this is a Gaussian with a"
         " learned shift ..."
     )
     nice = NICE(dim=1, dtype=torch.float64, seed=seeds[2])
-    _, report["nice"] = flow_facts(
-        nice, energy, n, seeds[3], fit(nice, energy, 2 * steps, seeds[2], progress), "j"
-    )
+    seconds = fit(nice, energy, 2 * steps, seeds[2], progress)
+    _, report["nice"] = flow_facts(nice, energy, n, seeds[3], seconds, "j", progress)
 
     draws, by_dim = {}, {}
     for total_dim in (2, 3):
         print(f"Redundant NICE with D = {total_dim} ...")
         flow = RedundantNICE(dim=1, total_dim=total_dim, dtype=torch.float64, seed=seeds[2])
         seconds = fit(flow, energy, steps, seeds[2], progress)
-        x, facts = flow_facts(flow, energy, n, seeds[3], seconds, "j_r")
+        x, facts = flow_facts(flow, energy, n, seeds[3], seconds, "j_r", progress)
         began = time.perf_counter()
-        result = importance_sample(flow, energy, n, seed=seeds[4])
+        result = importance_sample(flow, energy, n, seed=seeds[4], progress=progress)
         draws[total_dim] = (x, result)
         by_dim[total_dim] = (facts, _weighted_facts(result, seconds + time.perf_counter() - began))
     bounds = {1: report["nice"]["j"]} | {d: facts["j_r"] for d, (facts, _) in by_dim.items()}

@@ -6,6 +6,7 @@ from pyroebm.core.derivatives import curvatures, unit_directions
 from pyroebm.core.energy import Energy, Sum, Tempered, score, value_and_grad
 from pyroebm.core.enumeration import all_bits
 from pyroebm.core.minibatch import MinibatchEnergy
+from pyroebm.core.progress import Progress
 from pyroebm.core.rng import seeded_generator
 from pyroebm.core.statistics import Estimate
 from pyroebm.core.supports import spin
@@ -27,6 +28,7 @@ __all__ = [
     "MinibatchEnergy",
     "Path",
     "PotentialFn",
+    "Progress",
     "Relaxed",
     "Sum",
     "Tempered",

@@ -48,12 +48,17 @@ def compile_graph(
 ) -> Callable[..., tuple[Tensor, ...]]:
     """Compile a graph of plain tensor operations with TorchInductor."""
     # a second of imports, for those alone who compile
+    from torch._guards import TracingContext, tracing
     from torch._inductor import compile as inductor
     from torch._inductor import config
+    from torch._subclasses import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
     # The instruction set is that of the processor: asking the compiler about it takes 8 s. One
-    # thread compiles here, so that no pool of processes has to be started, or told of Ctrl-C.
-    with config.patch({"cpp.vec_isa_ok": True, "compile_threads": 1}):
+    # thread compiles here, so that no pool of processes has to be started, or told of Ctrl-C. The
+    # cache that a second process finds asks for an environment of shapes, though all are fixed.
+    known = TracingContext(FakeTensorMode(shape_env=ShapeEnv()))
+    with config.patch({"cpp.vec_isa_ok": True, "compile_threads": 1}), tracing(known):
         compiled = inductor(graph, list(examples), options=options)
     return cast(Callable[..., tuple[Tensor, ...]], compiled)
 

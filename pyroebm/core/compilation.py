@@ -96,9 +96,7 @@ class Captured(NamedTuple):
         values = [node.meta.get("val") for node in calls]
         entries = sum(value.numel() for value in values if isinstance(value, Tensor))
         return (
-            _SECONDS_PER_CALL
-            + len(calls) * _SECONDS_PER_OPERATION
-            + entries * _SECONDS_PER_RESULT,
+            _SECONDS_PER_CALL + len(calls) * _SECONDS_PER_OPERATION + entries * _SECONDS_PER_RESULT,
             _COMPILE_GRADIENT_SECONDS + len(calls) * _COMPILE_SECONDS_PER_OPERATION,
         )
 
@@ -222,9 +220,7 @@ class Compiled(Energy):
         call, constants = self._calls[key]
         return call(*[t.contiguous() for t in tensors], *constants)
 
-    def attempt(
-        self, block: Block, tensors: tuple[Tensor, ...], static: dict[str, Any]
-    ) -> None:
+    def attempt(self, block: Block, tensors: tuple[Tensor, ...], static: dict[str, Any]) -> None:
         """Compile ``block(energy, *tensors, **static)``, or raise what stands in the way."""
         key = (block, *static.items(), *map(_kind, tensors))
         self._calls[key] = self._compile(key, block, tensors, static)

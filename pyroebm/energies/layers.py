@@ -19,6 +19,7 @@ from torch.distributions import Distribution
 from torch.nn.functional import softplus
 
 from pyroebm.core.enumeration import bit_batches, bits_of, draw_numbers
+from pyroebm.core.progress import Progress
 from pyroebm.core.rng import standard_normal, uniform
 
 __all__ = ["Layers"]
@@ -179,15 +180,23 @@ class Layers(NamedTuple):
         parts = iter(bits.split([self.sizes[layer] for layer in side], -1))
         return [next(parts) if layer in side else None for layer in range(len(self.biases))]
 
-    def log_partition(self) -> Tensor:
+    def log_partition(self, progress: bool | None = False) -> Tensor:
         r""":math:`\log Z` by a sum over every state of the smaller side; differentiable, shape
-        ``()``."""
+        ``()``.
+
+        Args:
+            progress: True shows it, False hides it, None shows it where it takes longer than a
+                second.
+        """
         side = self.smaller_side()
         count = sum(self.sizes[layer] for layer in side)
         batches = bit_batches(count, self.biases[0].dtype, self.biases[0].device)
-        return torch.stack(
-            [torch.logsumexp(-self.free_energy(self.place(bits, side)), 0) for bits in batches]
-        ).logsumexp(0)
+        parts = []
+        with Progress(1 << count, "enumeration", "state", progress) as shown:
+            for bits in batches:
+                parts.append(torch.logsumexp(-self.free_energy(self.place(bits, side)), 0))
+                shown.update(len(bits))
+        return torch.stack(parts).logsumexp(0)
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> list[Tensor]:
         """``n`` exact independent draws of all layers, by inverse CDF over every state of the

@@ -12,6 +12,7 @@ from torch.distributions import Distribution
 
 from pyroebm.core.energy import Energy
 from pyroebm.core.enumeration import draw_numbers
+from pyroebm.core.progress import Progress
 from pyroebm.core.rng import seeded_generator
 from pyroebm.core.statistics import effective, log_mean, pareto_k, too_few
 from pyroebm.core.supports import inside
@@ -110,6 +111,7 @@ def importance_sample(
     seed: int = 0,
     generator: torch.Generator | None = None,
     batch_size: int = 65_536,
+    progress: bool | None = None,
 ) -> ImportanceResult:
     r"""Draw x from a proposal and weigh it for :math:`p(x) = e^{-U(x)} / C`.
 
@@ -127,6 +129,7 @@ def importance_sample(
         seed: of a generator on the proposal's device.
         generator: in place of ``seed``.
         batch_size: draws evaluated at once.
+        progress: True shows it, False hides it, None shows it where it takes longer than a second.
 
     Returns:
         draws, weights and what they say; gradients are not kept.
@@ -157,8 +160,15 @@ def importance_sample(
         else _distribution_weights(proposal, energy)
     )
     sizes = [batch_size] * (n // batch_size) + [n % batch_size] * (n % batch_size > 0)
-    with torch.no_grad(), eval_mode(energy):
-        parts = [draw(size, generator) for size in sizes]
+    parts = []
+    with (
+        torch.no_grad(),
+        eval_mode(energy),
+        Progress(n, "importance sampling", "draw", progress) as shown,
+    ):
+        for size in sizes:
+            parts.append(draw(size, generator))
+            shown.update(size)
     return _summary(
         torch.cat([x for x, _ in parts]), torch.cat([log_w for _, log_w in parts]).double()
     )

@@ -126,6 +126,7 @@ def judge_flow(
     num_distances: int = 2000,
     num_marginal: int = 2000,
     seed: int = 0,
+    progress: bool | None = None,
 ) -> FlowReport:
     r"""Judge a flow by its own draws and by draws of the target.
 
@@ -140,6 +141,7 @@ def judge_flow(
         num_distances: draws of each law for the distances between them.
         num_marginal: draws for the weights of x alone where there are redundant latents.
         seed: of all draws.
+        progress: of the flow's draws, as for :func:`importance_sample`.
 
     Raises:
         ValueError: if a number is below 40, or the flow or the draws do not fit the energy.
@@ -163,7 +165,7 @@ def judge_flow(
         energy.check_states(draws, "draws")
         if draws.dim() == len(energy.event_shape) + 2:
             chains, draws = len(draws), draws.flatten(0, 1)
-    weighted = importance_sample(flow, energy, n, generator=generator)
+    weighted = importance_sample(flow, energy, n, generator=generator, progress=progress)
     elbo = Estimate.of(weighted.log_weights[torch.isfinite(weighted.log_weights)])
     if not bool(torch.isfinite(weighted.log_weights).all()):
         elbo = Estimate(-math.inf, math.nan)  # some of q is where p is not

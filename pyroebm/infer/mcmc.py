@@ -99,7 +99,8 @@ class MCMC(AbstractMCMC):
             values (with a leading chain axis if ``num_chains`` > 1), the stage ``"Warmup"`` or
             ``"Sample"``, and the step's number in it.
         mp_context: ignored.
-        disable_progbar: hide the progress bar.
+        disable_progbar: hide progress, which a run of more than a second otherwise shows: in a
+            terminal, a notebook or a log file.
         disable_validation: run the model without checks of its distributions' arguments; False
             checks the first run of it, None leaves the global setting. The density itself is always
             taken without.

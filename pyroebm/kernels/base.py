@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+from collections.abc import Callable
 from typing import Any, ClassVar, Generic, NamedTuple, Protocol, Self, TypeVar
 
 import torch
@@ -76,7 +77,7 @@ class Steps(NamedTuple):
         >>> from pyroebm.targets import DoubleWell
         >>> kernel, energy = MALA(), DoubleWell()
         >>> steps = Steps.of(*kernel.step(energy, kernel.init(energy, torch.zeros(4))))
-        >>> steps.count, steps.x.shape
+        >>> steps.number, steps.x.shape
         (1, torch.Size([1, 4]))
     """
 
@@ -90,7 +91,7 @@ class Steps(NamedTuple):
     @classmethod
     def of(cls, state: AnyState, info: Info) -> Steps:
         """One step."""
-        report = Info(*(None if value is None else value.unsqueeze(0) for value in info))
+        report = _each(info, lambda value: value.unsqueeze(0))
         grad: Tensor | None = getattr(state, "grad", None)
         return cls(
             state,
@@ -101,13 +102,18 @@ class Steps(NamedTuple):
         )
 
     @property
-    def count(self) -> int:
-        """Number of steps."""
+    def number(self) -> int:
+        """How many there are."""
         return len(self.x)
 
     def report(self, step: int) -> Info:
         """The report of one of the steps."""
-        return Info(*(None if value is None else value[step] for value in self.info))
+        return _each(self.info, lambda value: value[step])
+
+
+def _each(info: Info, change: Callable[[Tensor], Tensor]) -> Info:
+    changed: Any = (None if value is None else change(value) for value in info)
+    return Info(*changed)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

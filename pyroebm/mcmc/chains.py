@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from pyroebm.core.energy import Energy
 from pyroebm.core.serialization import from_text, pack, to_text, unpack
 from pyroebm.core.supports import event_numel, inside
 from pyroebm.diagnostics.streaming import StreamingMoments
+from pyroebm.kernels.adaptation.step_size import DualAveraging
 from pyroebm.kernels.adaptation.windows import Adaptation, WindowAdaptation
 from pyroebm.kernels.base import AnyState, Info, Kernel, Steps
 
@@ -169,7 +169,7 @@ def announce(draws: int, chains: int, target: Energy, streams: bool) -> None:
             f"{draws} draws of {chains} chains will take {size / 2**30:.1f} GiB {where};"
             " thinning=k divides that by k"
         )
-        tqdm.write(said, file=sys.stderr)
+        print(said, file=sys.stderr)
 
 
 def merged(infos: list[Info]) -> Info:
@@ -322,6 +322,9 @@ class Block:
         #: of them, those in which the chain moved
         self.moves = torch.zeros(len(start), dtype=torch.long, device=start.device)
         self.named, self.moments = named, dict[str, StreamingMoments]()
+        #: what the progress shows: divergent steps, and acceptance rates of the steps taken last
+        self.divergences = torch.zeros((), dtype=torch.long, device=start.device)
+        self.acceptance = torch.zeros_like(self.state.energy)
 
     def warm_up(self, most: int = 1) -> int:
         """One step of the warm-up, or as many as all chains have taken, if a chain may run ahead of
@@ -333,10 +336,12 @@ class Block:
                 kernel, memory = adaptation.start(kernel, self.moving, self.state, self.generator)
             most = min(most, self.warmup.room) if plan.save_warmup else most
             free = self._free_steps(kernel, memory)
-            if free:
-                taken = self._taken(kernel, free, most, memory)
-                if adaptation is not None:
-                    kernel, memory = self._learned(adaptation, kernel, memory, taken)
+            if free and isinstance(adaptation, WindowAdaptation):
+                aim = (memory.tuning, adaptation.aims_at(kernel) or 0.0)
+                taken = self._taken(kernel, free, most, *aim)
+                kernel, memory = self._learned(adaptation, kernel, memory, taken)
+            elif free:
+                taken = self._taken(kernel, free, most)
             elif adaptation is None:
                 taken = Steps.of(*kernel.step(self.moving, self.state, self.generator))
             else:
@@ -346,7 +351,8 @@ class Block:
                 taken = Steps.of(state, info)
             if plan.save_warmup:
                 self.warmup.write(taken.x, taken.energy, taken.info)
-            chains = self._chains if taken.count < free else None
+            divergences = self.divergences + taken.info.diverging.sum()
+            chains = self._chains if taken.number < free else None
         except BaseException:
             self._chains = None
             self.generator.set_state(before)
@@ -357,9 +363,11 @@ class Block:
         self.state = taken.last
         self.memory = memory
         self._chains = chains
-        self.warm_left -= taken.count
-        self.warmup.filled += taken.count * plan.save_warmup
-        return taken.count
+        self.divergences = divergences
+        self.acceptance = taken.info.acceptance_rate
+        self.warm_left -= taken.number
+        self.warmup.filled += taken.number * plan.save_warmup
+        return taken.number
 
     def _free_steps(self, kernel: Kernel[Any], memory: Any) -> int:
         """Steps of the warm-up that each chain may take by itself from here."""
@@ -373,19 +381,24 @@ class Block:
         return adaptation.free_steps(kernel, memory, self.plan.warmup_steps)
 
     def _learned(
-        self, adaptation: Any, kernel: Kernel[Any], memory: Any, taken: Steps
+        self, adaptation: WindowAdaptation, kernel: Kernel[Any], memory: Any, taken: Steps
     ) -> tuple[Kernel[Any], Any]:
         """What warm-up learns from steps that chains took by themselves."""
         if taken.tuning is not None:
             memory = memory._replace(tuning=taken.tuning)
             kernel = kernel.replace(step_size=taken.tuning.step_size)
-        learned: tuple[Kernel[Any], Any] = adaptation.learn(
+        return adaptation.learn(
             kernel, self.moving, taken, memory, self.plan.warmup_steps, self.generator
         )
-        return learned
 
     def _taken(
-        self, kernel: Any, left: int, most: int, memory: Any = None, thinning: int = 1
+        self,
+        kernel: Any,
+        left: int,
+        most: int,
+        tuning: DualAveraging | None = None,
+        target: float = 0.0,
+        thinning: int = 1,
     ) -> Steps:
         """At least one step, or draw, of all chains, and at most ``most``, of those that each takes
         by itself; no chain takes more than ``left``."""
@@ -396,9 +409,6 @@ class Block:
             self._chains = Chains(
                 self.moving, self.state, self.generator, kernel.max_tree_depth, thinning, ahead
             )
-            adaptation = self.plan.adaptation
-            tuning = getattr(memory, "tuning", None)
-            target = adaptation.aims_at(kernel) if tuning is not None else 0.0
             self._chains.set(kernel.step_size, kernel.inverse_mass, tuning, target)
         chains = self._chains
         chains.run(chains.taken + min(most, TOGETHER), chains.taken + left)
@@ -427,7 +437,8 @@ class Block:
                 moments = self._observed(taken)
             path = torch.cat([self.state.x.unsqueeze(0), taken.x])
             moves = self.moves + (path[1:] != path[:-1]).unsqueeze(2).flatten(2).any(2).sum(0)
-            chains = self._chains if self.count + taken.count < goal else None
+            divergences = self.divergences + taken.info.diverging.sum()
+            chains = self._chains if self.count + taken.number < goal else None
         except BaseException:
             self._chains = None
             self.generator.set_state(before)
@@ -436,14 +447,16 @@ class Block:
         self.moments = moments
         self.moves = moves
         self._chains = chains
-        self.count += taken.count
-        self.record.filled += taken.count * (self.named is None)
-        return taken.count
+        self.divergences = divergences
+        self.acceptance = taken.info.acceptance_rate
+        self.count += taken.number
+        self.record.filled += taken.number * (self.named is None)
+        return taken.number
 
     def _observed(self, taken: Steps) -> dict[str, StreamingMoments]:
         names = ("acceptance_rate", "diverging", "n_steps")
         moments = self.moments
-        for i in range(taken.count):
+        for i in range(taken.number):
             named = {} if self.named is None else self.named(taken.x[i])
             stats = {name: getattr(taken.info, name)[i] for name in names}
             seen = {

@@ -7,6 +7,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,12 +15,12 @@ import torch
 from pyro.infer.mcmc.api import AbstractMCMC
 from pyro.infer.mcmc.util import select_samples
 from torch import Tensor
-from tqdm import tqdm
 
 from pyroebm import diagnostics
 from pyroebm.core._checks import check_counts
 from pyroebm.core.compilation import choose_compiled, is_compiled
 from pyroebm.core.energy import Energy, check_energy
+from pyroebm.core.progress import Progress
 from pyroebm.core.rng import fresh_seed, seeded_generator
 from pyroebm.core.serialization import from_text, to_text
 from pyroebm.core.wrappers import Unconstrained, eval_mode
@@ -44,6 +45,10 @@ def _joined(states: list[Any]) -> Any:
     return type(states[0])(
         *(torch.cat(part) if isinstance(part[0], Tensor) else _joined(part) for part in parts)
     )
+
+
+def _mean_of(parts: list[Tensor]) -> float:
+    return float(torch.cat([part.double().flatten() for part in parts]).mean())
 
 
 #: Bytes of draws that a run which streams to a folder holds in memory, all blocks together.
@@ -77,10 +82,14 @@ class MCMC(AbstractMCMC):
         save_warmup: whether to keep the draws of the warm-up too.
         keep: ``"draws"``, or ``"moments"``: means and variances of each chain in place of any draw,
             see :meth:`get_moments`.
-        progress: show a progress bar; None shows one on a terminal (that of rank 0).
+        progress: True shows it, False hides it, None shows it where it takes longer than a second.
+            Of several ranks the first shows it.
         site: name of the variable in the results.
         chain_batch_size: chains of one block. More of them share one step's overhead, and one
             adaptation.
+        num_threads: threads among which the blocks are shared. The draws do not depend on it.
+            Compiled gradients and :class:`NUTS` leave the interpreter to the other threads; what is
+            done in Python does not.
         ranks: number of this process and of all, which share the blocks; see
             :func:`pyroebm.training.ranks`. Results in memory are of this process's chains.
 
@@ -119,13 +128,19 @@ class MCMC(AbstractMCMC):
         progress: bool | None = None,
         site: str = "x",
         chain_batch_size: int = 64,
+        num_threads: int = 1,
         ranks: tuple[int, int] = (0, 1),
     ) -> None:
         check_kernel(kernel)
         check_counts(
             {"num_samples": 1, "num_chains": 1, "thinning": 1}, num_samples, num_chains, thinning
         )
-        check_counts({"warmup_steps": 0, "chain_batch_size": 1}, warmup_steps, chain_batch_size)
+        check_counts(
+            {"warmup_steps": 0, "chain_batch_size": 1, "num_threads": 1},
+            warmup_steps,
+            chain_batch_size,
+            num_threads,
+        )
         self.layout = Layout(num_chains, chain_batch_size, ranks)
         if ranks[1] > 1 and seed is None:
             raise ValueError(
@@ -149,6 +164,7 @@ class MCMC(AbstractMCMC):
         self.site = site
         self.transforms = {}
         self.compile = compile
+        self.num_threads = num_threads
         self.interrupted = False
         self._goal = 0
         self._stopped = False  # while compiling
@@ -401,7 +417,7 @@ class MCMC(AbstractMCMC):
 
     def _say(self, text: str) -> None:
         if self.progress is not False and self.layout.ranks[0] == 0:
-            tqdm.write(text, file=sys.stderr)
+            print(text, file=sys.stderr)
 
     def _block(
         self,
@@ -451,11 +467,14 @@ class MCMC(AbstractMCMC):
                 for block in self._blocks:
                     block.make_room(goal)
                 self._save()
-                self._take_turns("warm-up", Block.warm_up, lambda block: block.warm_left)
+                most = 1 if self._one_by_one else AT_ONCE
+                self._take_turns(
+                    "warm-up", lambda block: block.warm_up(most), lambda block: block.warm_left
+                )
                 phase = "sampling"
                 self._take_turns(
                     "sample",
-                    lambda block, most: block.draw(goal, most),
+                    lambda block: block.draw(goal, most),
                     lambda block: goal - block.count,
                 )
             self._warn_of_stuck_chains(stacklevel=4)
@@ -471,21 +490,28 @@ class MCMC(AbstractMCMC):
             self._save()
 
     def _take_turns(
-        self, label: str, step: Callable[[Block, int], int], left: Callable[[Block], int]
+        self, label: str, step: Callable[[Block], int], left: Callable[[Block], int]
     ) -> None:
         """Some steps of each block in turn, so that an interrupt finds all of them about equally
         far."""
-        most = 1 if self._one_by_one else AT_ONCE
         behind, turn = [block for block in self._blocks if left(block) > 0], 0
-        disable = self.layout.ranks[0] > 0 or None if self.progress is None else not self.progress
-        with tqdm(
-            total=sum(map(left, behind)),
-            desc=f"{label} ({self.num_chains} chains)",
-            disable=disable,
-        ) as bar:
+        show = self.progress if self.layout.ranks[0] == 0 else False
+        total = sum(left(block) * len(block.state.x) for block in behind)
+        for block in behind:
+            block.divergences = torch.zeros_like(block.divergences)
+        with (
+            Progress(total, f"{label}, {self.num_chains} chains", "draw", show) as shown,
+            ThreadPoolExecutor(self.num_threads) as pool,
+        ):
+            # a thread is begun when it is first needed
+            each: Any = map if self.num_threads == 1 else pool.map
+            shown.note(
+                divergences=lambda: int(sum(block.divergences for block in self._blocks)),
+                acceptance=lambda: _mean_of([block.acceptance for block in self._blocks]),
+            )
             while behind:
-                for block in behind:
-                    bar.update(step(block, most))
+                for block, number in zip(behind, each(step, behind), strict=True):
+                    shown.update(number * len(block.state.x))
                 self._after_turn(label, turn)
                 behind, turn = [block for block in behind if left(block) > 0], turn + 1
 

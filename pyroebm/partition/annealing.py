@@ -68,7 +68,7 @@ def ais(
         num_chains: n.
         seed: of a generator on the energy's device.
         generator: in place of ``seed``.
-        progress: show a bar; None shows one on a terminal.
+        progress: True shows it, False hides it, None shows it where it takes longer than a second.
 
     Returns:
         kind "lower"; "estimate" with a kernel that is not exact.
@@ -90,7 +90,7 @@ def ais(
     steps = _front_door(energy, kernel, betas, num_chains)
     generator = seeded_generator(seed, energy.device) if generator is None else generator
     with eval_mode(energy), torch.no_grad():
-        path = _path(energy, base, kernel, generator)
+        path = _path(energy, base, kernel, generator, progress)
         if isinstance(path, LayeredPath):
             log_weights = total_weight(
                 path, path.draw_base(num_chains, generator), steps, generator, progress
@@ -157,7 +157,7 @@ def reverse_ais(
         )
     generator = seeded_generator(seed, energy.device) if generator is None else generator
     with eval_mode(energy), torch.no_grad():
-        path = _path(energy, base, kernel, generator)
+        path = _path(energy, base, kernel, generator, progress)
         if isinstance(path, LayeredPath):
             walkers, exact = _enter(path, energy, start, num_chains, generator), True
             log_weights = total_weight(path, walkers, steps, generator, progress)
@@ -258,7 +258,7 @@ def schedule(
         seeded_generator(seed, energy.device),
     )
     with eval_mode(energy), torch.no_grad():
-        path: Any = _path(energy, base, kernel, generator)
+        path: Any = _path(energy, base, kernel, generator, progress)
         if isinstance(path, LayeredPath):
             state: Any = path.draw_base(num_chains, generator)
         else:
@@ -290,7 +290,11 @@ def _front_door(
 
 
 def _path(
-    energy: Energy, base: Base, kernel: Kernel[Any] | None, generator: torch.Generator | None
+    energy: Energy,
+    base: Base,
+    kernel: Kernel[Any] | None,
+    generator: torch.Generator | None,
+    progress: bool | None,
 ) -> LayeredPath | KernelPath:
     """Layers are walked side by side where nothing else was asked for; all else by a kernel."""
     if (
@@ -305,7 +309,16 @@ def _path(
     # of random numbers that no chain sees: given its step sizes, the weights are unbiased
     tunes = kernel is None and moves.target_acceptance is not None
     pilot = (
-        tempered_smc(energy, reference, moves, 256, islands=2, moves=3, generator=generator)
+        tempered_smc(
+            energy,
+            reference,
+            moves,
+            256,
+            islands=2,
+            moves=3,
+            generator=generator,
+            progress=progress,
+        )
         if tunes
         else None
     )

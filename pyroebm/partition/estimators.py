@@ -12,6 +12,7 @@ from torch.distributions import Distribution
 
 from pyroebm.core._checks import check_counts
 from pyroebm.core.energy import Energy, check_energy
+from pyroebm.core.progress import Progress
 from pyroebm.core.rng import seeded_generator
 from pyroebm.core.wrappers import Unconstrained, eval_mode
 from pyroebm.energies.layered import LayeredMachine
@@ -23,7 +24,7 @@ from pyroebm.kernels.base import check_kernel
 from pyroebm.partition.annealing import Base
 from pyroebm.partition.bases import base_energy
 from pyroebm.partition.result import Kind, LogZ
-from pyroebm.partition.walk import bar, default_kernel
+from pyroebm.partition.walk import default_kernel
 from pyroebm.smc import SMCResult, tempered_smc
 
 __all__ = ["importance", "smc", "thermodynamic_integration"]
@@ -41,6 +42,7 @@ def smc(
     pilot: SMCResult | None = None,
     seed: int = 0,
     generator: torch.Generator | None = None,
+    progress: bool | None = None,
 ) -> LogZ:
     """:func:`pyroebm.tempered_smc`, which chooses its temperatures, as a :class:`LogZ`.
 
@@ -52,7 +54,7 @@ def smc(
         base: as for :func:`pyroebm.partition.ais`.
         kernel: None takes block Gibbs for layers, Gibbs for other discrete energies, HMC for
             continuous ones.
-        num_particles, islands, moves, target_ess, pilot, seed, generator: of
+        num_particles, islands, moves, target_ess, pilot, seed, generator, progress: of
             :func:`pyroebm.tempered_smc`.
 
     Returns:
@@ -73,6 +75,7 @@ def smc(
         "moves": moves,
         "target_ess": target_ess,
         "pilot": pilot,
+        "progress": progress,
     }
     with torch.no_grad():
         found = tempered_smc(
@@ -124,7 +127,7 @@ def thermodynamic_integration(
         num_chains: independent copies, at least 2 for a standard error.
         seed: of a generator on the energy's device.
         generator: in place of ``seed``.
-        progress: show a bar; None shows one on a terminal.
+        progress: True shows it, False hides it, None shows it where it takes longer than a second.
 
     Returns:
         kind "estimate". The standard error is from the spread of the chains; it does not see the
@@ -156,7 +159,7 @@ def thermodynamic_integration(
     with (
         eval_mode(energy),
         torch.no_grad(),
-        bar(warmup_steps + num_samples, "tempering", progress) as shown,
+        Progress(warmup_steps + num_samples, "tempering", show=progress) as shown,
     ):
         state = tempering.init(target, target.initial(num_chains, generator), generator)
         if warmup_steps:
@@ -202,6 +205,7 @@ def importance(
     *,
     seed: int = 0,
     generator: torch.Generator | None = None,
+    progress: bool | None = None,
 ) -> LogZ:
     """:func:`pyroebm.flows.importance_sample` from any Pyro distribution, or a flow, as a
     :class:`LogZ`.
@@ -210,7 +214,7 @@ def importance(
         energy: discrete or continuous.
         proposal: normalised, of the energy's event shape, and nowhere 0 where the energy is finite.
         n: number of draws.
-        seed, generator: of the draws.
+        seed, generator, progress: of :func:`pyroebm.flows.importance_sample`.
 
     Returns:
         kind "lower": the mean weight is unbiased. The method's name has the Pareto k, above 0.7 of
@@ -227,7 +231,9 @@ def importance(
         (True, 'lower')
     """
     check_energy(energy)
-    found = importance_sample(proposal, energy, n, seed=seed, generator=generator)
+    found = importance_sample(
+        proposal, energy, n, seed=seed, generator=generator, progress=progress
+    )
     method = f"importance sampling, Pareto k {found.pareto_k:.2f}"
     return LogZ(found.log_z, found.log_z_se, "lower", method, found.ess, found.log_weights)
 

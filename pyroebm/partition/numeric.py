@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyroebm.core.energy import Energy, check_energy
 from pyroebm.core.enumeration import BATCH, state_batches
+from pyroebm.core.progress import Progress
 from pyroebm.core.rng import seeded_generator
 from pyroebm.core.supports import is_discrete, site_values
 from pyroebm.core.wrappers import Unconstrained, check_weighable, eval_mode
@@ -31,7 +32,7 @@ DEPTH = 50.0
 FIRST, FIRST_OF_EXPECTATION = 2, {1: 128, 2: 8}
 
 
-def exact(energy: Energy, max_units: float = 24) -> LogZ:
+def exact(energy: Energy, max_units: float = 24, *, progress: bool | None = None) -> LogZ:
     r""":math:`\log Z` as the energy knows it, or by a sum over every state of a discrete energy, in
     float64.
 
@@ -45,6 +46,7 @@ def exact(energy: Energy, max_units: float = 24) -> LogZ:
             ``log_z``.
         max_units: bits to enumerate at most, :math:`\log_2` of the number of states; each one more
             doubles the time.
+        progress: True shows it, False hides it, None shows it where it takes longer than a second.
 
     Raises:
         ValueError: if there are more states, or if the energy is continuous and knows no ``log_z``.
@@ -62,7 +64,8 @@ def exact(energy: Energy, max_units: float = 24) -> LogZ:
             units = sum(layers.sizes[layer] for layer in layers.smaller_side())
             _check_units(energy, units, max_units)
             return _exact(
-                float(layers.double().log_partition()), f"sum over 2^{units} states of one side"
+                float(layers.double().log_partition(progress)),
+                f"sum over 2^{units} states of one side",
             )
         if energy.log_z is not None:
             return _exact(energy.log_z, "known")
@@ -77,14 +80,16 @@ def exact(energy: Energy, max_units: float = 24) -> LogZ:
         bits = sites * math.log2(len(values))
         _check_units(energy, bits, max_units)
         total = torch.tensor(-math.inf, dtype=torch.float64, device=energy.device)
-        for states in state_batches(values, sites):
-            minus = -energy(states.reshape(-1, *energy.event_shape)).double()
-            wrong = int((minus.isnan() | (minus == math.inf)).sum())
-            if wrong:
-                raise FloatingPointError(
-                    f"{type(energy).__name__} is NaN or -inf at {wrong} of {len(minus)} states"
-                )
-            total = torch.logaddexp(total, minus.logsumexp(0))
+        with Progress(len(values) ** sites, "enumeration", "state", progress) as shown:
+            for states in state_batches(values, sites):
+                minus = -energy(states.reshape(-1, *energy.event_shape)).double()
+                wrong = int((minus.isnan() | (minus == math.inf)).sum())
+                if wrong:
+                    raise FloatingPointError(
+                        f"{type(energy).__name__} is NaN or -inf at {wrong} of {len(minus)} states"
+                    )
+                total = torch.logaddexp(total, minus.logsumexp(0))
+                shown.update(len(states))
     return _exact(float(total), f"sum over 2^{bits:.4g} states")
 
 
@@ -109,6 +114,7 @@ def quadrature(
     *,
     tolerance: float = 1e-8,
     max_panels: int | None = None,
+    progress: bool | None = None,
 ) -> LogZ:
     r""":math:`\log \int e^{-E(x)} dx` in one or two dimensions, by Gauss-Legendre rules in equal
     panels that are halved.
@@ -128,6 +134,7 @@ def quadrature(
         tolerance: change of log Z in nats at which to stop.
         max_panels: of one dimension, a power of two; None is 4,096 for one dimension and 64 for
             two.
+        progress: True shows it, False hides it, None shows it where it takes longer than a second.
 
     Returns:
         kind "exact" where the tolerance was reached, else "estimate".
@@ -142,7 +149,7 @@ def quadrature(
         >>> print(quadrature(DoubleWell(dtype=torch.float64)).value)  # doctest: +ELLIPSIS
         5.03228400...
     """
-    value, _, error, dim = _integrate(energy, None, bounds, tolerance, max_panels)
+    value, _, error, dim = _integrate(energy, None, bounds, tolerance, max_panels, progress)
     return LogZ(
         value, error, "exact" if error <= tolerance else "estimate", f"quadrature in {dim}-D"
     )
@@ -155,6 +162,7 @@ def expectation(
     *,
     tolerance: float = 1e-6,
     max_panels: int | None = None,
+    progress: bool | None = None,
 ) -> tuple[Tensor, float]:
     r""":math:`E_p[f(x)] = \int f(x)\, e^{-E(x)} dx / Z` in one or two dimensions, by the panels of
     :func:`quadrature`.
@@ -168,8 +176,8 @@ def expectation(
         energy: as for :func:`quadrature`.
         function: f, of states ``(n, *event)`` to ``(n,)`` or ``(n, k)``; where the density is 0 it
             is not heeded.
-        bounds, tolerance, max_panels: as for :func:`quadrature`; the tolerance is that of each
-            entry.
+        bounds, tolerance, max_panels, progress: as for :func:`quadrature`; the tolerance is that of
+            each entry.
 
     Returns:
         the expectation, float64, a scalar or ``(k,)``; and the error of its worst entry, by the
@@ -187,7 +195,7 @@ def expectation(
         >>> value
         tensor([-1.2273,  2.0119], dtype=torch.float64)
     """
-    _, mean, error, _ = _integrate(energy, function, bounds, tolerance, max_panels)
+    _, mean, error, _ = _integrate(energy, function, bounds, tolerance, max_panels, progress)
     return mean, error
 
 
@@ -197,6 +205,7 @@ def _integrate(
     bounds: Sequence[tuple[float, float]] | None,
     tolerance: float,
     max_panels: int | None,
+    progress: bool | None,
 ) -> tuple[float, Tensor, float, int]:
     """log Z, the expectation of a function, the error of the one asked for, and the dimensions."""
     check_energy(energy)
@@ -208,11 +217,15 @@ def _integrate(
             f"quadrature needs one or two unconstrained entries, but {type(energy).__name__} has"
             f" {dim}"
         )
-    with torch.no_grad(), eval_mode(energy):
+    with (
+        torch.no_grad(),
+        eval_mode(energy),
+        Progress(None, "quadrature", "node", progress) as shown,
+    ):
         box = _find_box(target, dim) if bounds is None else _checked(bounds, dim)
         limit = (4096 if dim == 1 else 64) if max_panels is None else max_panels
         panels = max(1, min(FIRST if function is None else FIRST_OF_EXPECTATION[dim], limit // 2))
-        found, asked = _panels(target, box, panels, function), int(function is not None)
+        found, asked = _panels(target, box, panels, function, shown), int(function is not None)
 
         def change(other: tuple[Tensor, Tensor]) -> float:
             return float((found[asked] - other[asked]).abs().max())
@@ -220,10 +233,11 @@ def _integrate(
         changes, error = list[float](), math.inf
         while error > tolerance and 2 * panels <= limit:
             panels *= 2
-            before, found = found, _panels(target, box, panels, function)
+            before, found = found, _panels(target, box, panels, function, shown)
             changes.append(change(before))
             if changes[-1] <= tolerance or 2 * panels > limit:
-                changes.append(change(_panels(target, box, math.ceil(GOLDEN * panels), function)))
+                fewer = math.ceil(GOLDEN * panels)
+                changes.append(change(_panels(target, box, fewer, function, shown)))
                 error = max(changes[-2:])
     value, mean = float(found[0]), found[1]
     if not math.isfinite(value):
@@ -265,7 +279,11 @@ def _log_density(target: Energy, axes: Sequence[Tensor]) -> Iterator[tuple[Tenso
 
 
 def _panels(
-    target: Unconstrained, box: Box, panels: int, function: Callable[[Tensor], Tensor] | None
+    target: Unconstrained,
+    box: Box,
+    panels: int,
+    function: Callable[[Tensor], Tensor] | None,
+    shown: Progress,
 ) -> tuple[Tensor, Tensor]:
     """log of the integral over a box with that many panels on each axis, and the expectation of a
     function."""
@@ -295,6 +313,7 @@ def _panels(
                 function, target.constrain(states), values.softmax(0)
             )
         total = both
+        shown.update(len(values))
     return total, mean
 
 

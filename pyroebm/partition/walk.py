@@ -11,10 +11,10 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from pyroebm.core.annealing_path import Path
 from pyroebm.core.energy import Energy
+from pyroebm.core.progress import Progress
 from pyroebm.core.supports import is_discrete
 from pyroebm.core.wrappers import Unconstrained
 from pyroebm.energies.layered import LayeredEnergy
@@ -22,7 +22,7 @@ from pyroebm.kernels import HMC, Gibbs, Kernel
 from pyroebm.partition.layered import LayerGibbs
 from pyroebm.smc import SMCResult
 
-__all__ = ["KernelPath", "as_betas", "bar", "default_kernel", "increments", "total_weight"]
+__all__ = ["KernelPath", "as_betas", "default_kernel", "increments", "total_weight"]
 
 S = TypeVar("S")
 
@@ -112,7 +112,7 @@ def increments(
 
     The weight comes before the move. Temperatures may rise or fall; the last needs no move.
     """
-    with bar(len(betas) - 1, "annealing", progress) as shown:
+    with Progress(len(betas) - 1, "annealing", "temperature", progress) as shown:
         for step, (beta, then) in enumerate(itertools.pairwise(betas), start=2):
             yield path.log_weight(state, beta, then)
             if step < len(betas):
@@ -133,13 +133,6 @@ def total_weight(
     for term in terms:
         total = total + term
     return total
-
-
-def bar(total: int, label: str, progress: bool | None) -> Any:
-    """A progress bar for what takes longer than a second; None shows it on a terminal."""
-    return tqdm(
-        total=total, desc=label, disable=None if progress is None else not progress, delay=1.0
-    )
 
 
 def as_betas(betas: int | Tensor) -> list[float]:

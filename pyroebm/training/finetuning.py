@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from pyroebm.core.progress import Progress
 from pyroebm.energies.belief import DeepBeliefNetwork
 from pyroebm.energies.deep import DeepBoltzmannMachine
 from pyroebm.training.loop import Batches
@@ -140,7 +140,7 @@ def fine_tune(
         batch_size: examples of a batch.
         learning_rate: of Adam.
         seed: of the batches.
-        progress: show a bar; None shows one on a terminal.
+        progress: True shows it, False hides it, None shows it where it takes longer than a second.
 
     Yields:
         number of epochs done, and their last one's mean cross-entropy in nats.
@@ -160,19 +160,20 @@ def fine_tune(
     """
     batches = Batches((visible, labels), batch_size, seed)
     optimizer = torch.optim.Adam(classifier.parameters(), lr=learning_rate)
-    for epoch in tqdm(
-        range(epochs), "fine_tune", disable=None if progress is None else not progress
-    ):
-        total = 0.0
-        for step in range(epoch * len(batches), (epoch + 1) * len(batches)):
-            x, y = batches(step)
-            loss = nn.functional.cross_entropy(classifier(x), y)
-            if not bool(torch.isfinite(loss)):
-                raise FloatingPointError(
-                    f"fine_tune: the loss is {float(loss.detach())} at step {step}"
-                )
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            total += float(loss.detach())
-        yield epoch + 1, total / len(batches)
+    with Progress(epochs * len(batches), "fine_tune", show=progress) as shown:
+        for epoch in range(epochs):
+            total = 0.0
+            for step in range(epoch * len(batches), (epoch + 1) * len(batches)):
+                x, y = batches(step)
+                loss = nn.functional.cross_entropy(classifier(x), y)
+                if not bool(torch.isfinite(loss)):
+                    raise FloatingPointError(
+                        f"fine_tune: the loss is {float(loss.detach())} at step {step}"
+                    )
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                total += float(loss.detach())
+                shown.update()
+            shown.note(loss=total / len(batches))
+            yield epoch + 1, total / len(batches)

@@ -120,7 +120,7 @@ def complete(
         kernel: None takes block Gibbs where the energy has layers, single-site Gibbs on other
             discrete ones, and else NUTS, which adapts for all but the last step.
         seed: of all random numbers; None takes a fresh one.
-        progress: show a bar; None shows one on a terminal.
+        progress: True shows it, False hides it, None shows it where it takes longer than a second.
 
     Returns:
         completed examples, shape ``(n, *visible)``; known entries are those of ``observed``.

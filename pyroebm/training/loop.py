@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel
-from tqdm import tqdm
 
 from pyroebm.core._checks import check_counts
 from pyroebm.core.energy import Energy, check_energy
+from pyroebm.core.progress import Progress
 from pyroebm.core.rng import seeded_generator
 from pyroebm.objectives.base import HasLosses
 from pyroebm.training.batches import Batches, Data
@@ -212,7 +212,7 @@ def fit(
         tensorboard: a folder of curves, where the package tensorboard is installed.
         seed: of the order of the data and of the generator that the objective draws from; torch's
             global one is not used.
-        progress: True, False, or None: a bar on terminals only.
+        progress: True shows it, False hides it, None shows it where it takes longer than a second.
 
     Yields:
         step, loss and facts: the objective's numbers, ``penalty`` where there are any,
@@ -386,23 +386,24 @@ def fit(
         if ranks[1] > 1:
             same_start(parameters)
         saved = time.monotonic()
-        hidden = None if progress is None else not progress
-        for step in tqdm(
-            range(done, total), "fit", initial=done, total=total, disable=ranks[0] > 0 or hidden
-        ):
-            value, facts, due = one(step, time.monotonic() - saved >= checkpoint_every)
-            # before the checkpoint, which so never knows of a step that the log does not
-            if lines is not None:
-                lines.write(step, value, facts)
-            if due or step + 1 == total:
-                save(step)
-                saved = time.monotonic()
-            try:
-                yield step, value, facts
-            # the loop was left; what an exception within a step leaves is never saved
-            except GeneratorExit:
-                save(step)
-                raise
+        show = progress if ranks[0] == 0 else False
+        with Progress(total, "fit", show=show, done=done) as shown:
+            for step in range(done, total):
+                value, facts, due = one(step, time.monotonic() - saved >= checkpoint_every)
+                # before the checkpoint, which so never knows of a step that the log does not
+                if lines is not None:
+                    lines.write(step, value, facts)
+                if due or step + 1 == total:
+                    save(step)
+                    saved = time.monotonic()
+                shown.note(loss=value)
+                shown.update()
+                try:
+                    yield step, value, facts
+                # the loop was left; what an exception within a step leaves is never saved
+                except GeneratorExit:
+                    save(step)
+                    raise
         if lines is not None:
             lines.close()
 

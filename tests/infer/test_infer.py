@@ -4,6 +4,9 @@ its code has another."""
 from __future__ import annotations
 
 import math
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -546,3 +549,45 @@ def discrete() -> None:
 def test_bad_input_is_refused(make: Callable[[], Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         make()
+
+
+SLOW = """
+import time
+
+import pyro
+import pyro.distributions as dist
+import torch
+
+from pyroebm.infer import MCMC, NUTS
+
+
+def model():
+    pyro.sample("x", dist.Normal(0.0, 1.0))
+
+
+def wait(*_):
+    time.sleep(0.05)
+
+
+pyro.set_rng_seed(0)
+MCMC(NUTS(model), 60, 60, num_chains=4, hook_fn=wait{option}).run()
+"""
+
+
+@pytest.mark.parametrize("option", ["", ", disable_progbar=False", ", disable_progbar=True"])
+def test_a_log_file_has_lines_unless_they_are_disabled(option: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", SLOW.format(option=option)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    lines = done.stderr.splitlines()
+    if "True" in option:
+        assert lines == []
+    else:
+        for label in ("warm-up", "sample"):
+            assert re.fullmatch(
+                rf"{label}, 4 chains: 240/240 draws in \d+ s, [\d.]+ draws/s.*",
+                [line for line in lines if line.startswith(label)][-1],
+            )

@@ -25,11 +25,11 @@ from pyroebm import (
     Kernel,
 )
 from pyroebm.core.serialization import pack
-from pyroebm.kernels import Diagonal, hamiltonian, langevin
+from pyroebm.kernels import Diagonal, LockstepNUTS, hamiltonian, langevin
 from pyroebm.kernels.base import rows
 from pyroebm.kernels.hamiltonian import draw_momentum, kinetic, leapfrog
 from pyroebm.kernels.metric import Identity
-from pyroebm.kernels.nuts import lockstep as nuts
+from pyroebm.kernels.nuts import lockstep
 from pyroebm.kernels.nuts.lockstep import _slots
 from pyroebm.targets import DoubleWell, Exponential, Gaussian, GaussianMixture, HalfDisc
 
@@ -284,7 +284,7 @@ def test_ula_samples_at_its_temperature() -> None:
     within_se((after**2).mean(), truth, (after**2).std() / math.sqrt(len(after)))
 
 
-@pytest.mark.parametrize("name", ["mala", "hmc", "nuts"])
+@pytest.mark.parametrize("name", ["mala", "hmc", "nuts", "lockstep"])
 def test_chains_forget_where_they_started(name: str) -> None:
     """Stationarity alone would pass a kernel that never moves."""
     energy = GaussianMixture(torch.tensor([[-1.0], [1.0]], dtype=torch.float64), scale=0.8)
@@ -323,12 +323,12 @@ def test_mutants_no_metropolis_and_wrong_temperature_are_caught() -> None:
         assert_unchanged(NUTS(step_size=0.5), Hot(DoubleWell().double()), chains=300_000)
 
 
-@pytest.mark.parametrize("name", ["mala", "hmc", "nuts"])
+@pytest.mark.parametrize("name", ["mala", "hmc", "lockstep"])
 def test_mutant_wrong_noise_scale_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def loud(q: Tensor, generator: torch.Generator | None) -> Tensor:
         return 1.1 * draw_momentum(q, generator)
 
-    monkeypatch.setattr(nuts, "draw_momentum", loud)
+    monkeypatch.setattr(lockstep, "draw_momentum", loud)
     monkeypatch.setattr(hamiltonian, "draw_momentum", loud)
     with pytest.raises(AssertionError):
         assert_unchanged(KERNELS[name](), DoubleWell().double())
@@ -387,15 +387,15 @@ def test_mutant_metric_that_forgets_its_transpose_is_caught(
 ) -> None:
     monkeypatch.setattr(Diagonal, "transpose", lambda self, g: g)
     with pytest.raises(AssertionError):
-        test_the_metric_is_a_change_of_scale("nuts")
+        test_the_metric_is_a_change_of_scale("lockstep")
 
 
 def test_mutant_nuts_that_always_takes_the_newer_half_is_caught(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(nuts, "uniform_like", lambda x, generator: torch.zeros_like(x))
+    monkeypatch.setattr(lockstep, "uniform_like", lambda x, generator: torch.zeros_like(x))
     with pytest.raises(AssertionError):
-        assert_unchanged(NUTS(step_size=0.5), DoubleWell().double())
+        assert_unchanged(LockstepNUTS(step_size=0.5), DoubleWell().double())
 
 
 # NUTS and its bookkeeping
@@ -422,12 +422,12 @@ def test_a_turn_is_seen_by_the_way_between_the_ends() -> None:
     a, middle, b = (
         torch.tensor([v], dtype=torch.float64) for v in ([1.0, 0.0], [-0.6, 0.0], [0.1, 1.0])
     )
-    assert nuts._is_turning(a, b, a + middle + b).tolist() == [True]
-    assert nuts._is_turning(b, a, a + middle + b).tolist() == [True]
-    assert nuts._is_turning(a, b, a + 0.5 * middle + b).tolist() == [False]
+    assert lockstep._is_turning(a, b, a + middle + b).tolist() == [True]
+    assert lockstep._is_turning(b, a, a + middle + b).tolist() == [True]
+    assert lockstep._is_turning(a, b, a + 0.5 * middle + b).tolist() == [False]
 
 
-@pytest.mark.parametrize("name", ["mala", "hmc", "nuts"])
+@pytest.mark.parametrize("name", ["mala", "hmc", "nuts", "lockstep"])
 def test_the_metric_is_a_change_of_scale(name: str) -> None:
     """Coordinates of scale s with inverse mass s^2 move exactly as those of scale 1 with the
     identity."""
@@ -439,7 +439,7 @@ def test_the_metric_is_a_change_of_scale(name: str) -> None:
     torch.testing.assert_close(scaled / scale, plain)
 
 
-@pytest.mark.parametrize("name", ["mala", "hmc", "nuts"])
+@pytest.mark.parametrize("name", ["mala", "hmc", "nuts", "lockstep"])
 def test_the_reported_hamiltonian_is_that_of_the_state_kept(name: str) -> None:
     """In equilibrium the momentum that comes with the kept state is normal too: kinetic energy d /
     2 on average."""
@@ -453,17 +453,19 @@ def test_the_reported_hamiltonian_is_that_of_the_state_kept(name: str) -> None:
     within_se(kinetic_energy.mean(), 1.5, kinetic_energy.std() / math.sqrt(len(kinetic_energy)))
 
 
-@pytest.mark.parametrize("name", ["mala", "hmc", "nuts"])
+@pytest.mark.parametrize("name", ["mala", "hmc", "nuts", "lockstep"])
 def test_an_error_above_a_thousand_nats_diverges_and_a_smaller_one_does_not(name: str) -> None:
     class Stiff(Energy):
         def forward(self, x: Tensor) -> Tensor:
             return 0.5 * self.stiffness * x**2
 
     energy = Stiff().double()
-    kernel = (NUTS(max_tree_depth=1) if name == "nuts" else HMC(num_steps=1, jitter=0.0)).replace(
-        step_size=1.0
-    )
-    kernel = MALA(step_size=1.0) if name == "mala" else kernel
+    kernel: Kernel = {
+        "mala": MALA(step_size=1.0),
+        "hmc": HMC(step_size=1.0, num_steps=1, jitter=0.0),
+        "nuts": NUTS(step_size=1.0, max_tree_depth=1),
+        "lockstep": LockstepNUTS(step_size=1.0, max_tree_depth=1),
+    }[name]
     for stiffness, expected in ((12.0, False), (1e4, True)):
         energy.stiffness = stiffness
         _, info = kernel.step(

@@ -29,7 +29,7 @@ from pyroebm import (
     StochasticGradientLangevin,
     UnderdampedLangevin,
 )
-from pyroebm.kernels import Dense, LowRank
+from pyroebm.kernels import Dense, LockstepNUTS, LowRank
 from pyroebm.kernels.metric import Metric
 
 #: For an event of one entry: inverse mass 0.5.
@@ -59,10 +59,15 @@ KERNELS: dict[str, Callable[[], Kernel]] = {
     "mala": lambda: MALA(step_size=0.6),
     "hmc": lambda: HMC(step_size=0.3, num_steps=5),
     "nuts": lambda: NUTS(step_size=0.5),
+    "lockstep": lambda: LockstepNUTS(step_size=0.5),
     "mala-metric": lambda: MALA(step_size=0.8, inverse_mass=torch.tensor(0.5)),
     "hmc-metric": lambda: HMC(step_size=0.4, num_steps=4, inverse_mass=torch.tensor(0.5)),
     "tempering": lambda: ParallelTempering(HMC(step_size=0.3, num_steps=3), betas=[1.0, 0.5, 0.2]),
     "nuts-metric": lambda: NUTS(step_size=0.6, inverse_mass=torch.tensor(0.5)),
+    "nuts-low-rank": lambda: NUTS(step_size=0.6, inverse_mass=NARROW),
+    "lockstep-dense": lambda: LockstepNUTS(
+        step_size=0.6, inverse_mass=Dense(torch.tensor([[0.7]]))
+    ),
     "nuts-dense": lambda: NUTS(step_size=0.6, inverse_mass=Dense(torch.tensor([[0.7]]))),
     "hmc-low-rank": lambda: HMC(step_size=0.4, num_steps=4, inverse_mass=NARROW),
     "random-walk": lambda: RandomWalk(step_size=0.5),

@@ -261,7 +261,7 @@ def test_what_is_packed_comes_back_as_it_was_and_strangers_are_refused() -> None
 def test_a_run_that_streams_is_the_run_in_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(driver, "BUFFER", 3 * 3 * 57 * 4)  # room for four draws of a block of three
+    monkeypatch.setattr(driver, "BUFFER", 3 * 3 * 58 * 4)  # room for four draws of a block of three
     energy = Exponential(2.0).double()
     memory, stored = driven(NUTS(), warmup_steps=10), driven(NUTS(), warmup_steps=10)
     memory.run(energy)

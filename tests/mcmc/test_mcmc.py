@@ -76,7 +76,7 @@ def test_shapes_names_and_types(kernel: object, event: tuple[int, ...]) -> None:
     assert data.posterior["x"].shape == (5, 12, *event)
     assert data.warmup_posterior["x"].shape == (5, 30, *event)
     names = {"lp", "energy", "diverging", "acceptance_rate", "step_size", "n_steps"}
-    names |= {"tree_depth"} if isinstance(kernel, NUTS) else set()
+    names |= {"tree_depth", "reached_max_treedepth"} if isinstance(kernel, NUTS) else set()
     assert set(data.sample_stats.data_vars) == set(data.warmup_sample_stats.data_vars) == names
     lp = mcmc.get_stats()["lp"]
     torch.testing.assert_close(lp, -energy(mcmc.get_samples(group_by_chain=True)["x"]))

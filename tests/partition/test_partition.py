@@ -17,7 +17,6 @@ from lib.machines import LOG_Z
 from lib.machines import oracle_rbm as oracle
 from lib.reseed import problem_generator
 from torch import Tensor
-from tqdm import tqdm
 
 from pyroebm import HMC, MALA, MCMC, ULA, BlockGibbs, Energy, Gibbs, Path, partition, spin
 from pyroebm.core import Unnormalized
@@ -878,18 +877,55 @@ def test_a_path_by_sites_has_the_logits_of_its_energies() -> None:
     assert not hasattr(Path(ISING, 0.5, ISING * 0.5), "site_logits")
 
 
-def test_bars_are_off_where_nobody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[object] = []
+def _enumerable() -> Energy:
+    return Ising((3, 3), coupling=0.2, dtype=F64) * 1.0
 
-    def watched(**settings: object) -> object:
-        asked.append((settings["disable"], settings["total"]))
-        return tqdm(**settings)
 
-    monkeypatch.setattr(walk, "tqdm", watched)
-    for progress in (None, True, False):
-        partition.ais(oracle(), betas=5, progress=progress)
-    # None: tqdm looks whether it writes to a terminal
-    assert asked == [(None, 5), (False, 5), (True, 5)]
+SHOWN: dict[str, tuple[Callable[[bool | None], object], str]] = {
+    "ais": (lambda show: partition.ais(oracle(), betas=5, progress=show), "annealing: 5/5 "),
+    "ais with a pilot": (
+        lambda show: partition.ais(
+            Gaussian(0.0), Gaussian(0.0, scale=2.0), betas=2, num_chains=4, progress=show
+        ),
+        "SMC: ",
+    ),
+    "reverse_ais": (
+        lambda show: partition.reverse_ais(oracle(), betas=5, progress=show),
+        "annealing: 5/5 ",
+    ),
+    "schedule": (
+        lambda show: partition.schedule(oracle(), 2, progress=show),
+        "annealing: 200/200 ",
+    ),
+    "smc": (lambda show: partition.smc(oracle(), num_particles=8, progress=show), "SMC: "),
+    "thermodynamic_integration": (
+        lambda show: partition.thermodynamic_integration(
+            oracle(), num_samples=3, warmup_steps=2, num_chains=2, progress=show
+        ),
+        "tempering: 5/5 ",
+    ),
+    "importance": (
+        lambda show: partition.importance(Gaussian(0.0), dist.Normal(0.0, 1.0), 100, progress=show),
+        "importance sampling: 100/100 ",
+    ),
+    "exact": (lambda show: partition.exact(_enumerable(), progress=show), "enumeration: 512/512 "),
+    "exact of layers": (lambda show: partition.exact(oracle(), progress=show), "enumeration: "),
+    "quadrature": (lambda show: partition.quadrature(Gaussian(0.0), progress=show), "quadrature: "),
+    "expectation": (
+        lambda show: partition.expectation(Gaussian(0.0), lambda x: x, progress=show),
+        "quadrature: ",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_estimators_show_progress(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    estimate, said = SHOWN[name]
+    estimate(False)
+    estimate(None)  # shorter than a second or two
+    assert capsys.readouterr().err == ""
+    estimate(True)
+    assert said in capsys.readouterr().err.splitlines()[-1 if name != "ais with a pilot" else 1]
 
 
 def test_same_seed_same_weights() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -272,10 +272,10 @@ class WindowAdaptation:
         """
         tuning, pooled, together, moved, rates, step = memory
         if moved is None or rates is None or together is None:
-            return kernel, memory._replace(step=step + taken.count)
+            return kernel, memory._replace(step=step + taken.number)
         plan = self._windows(steps)
         # step by step: what is learned must not depend on how many come together
-        for i in range(taken.count):
+        for i in range(taken.number):
             rates = rates + taken.info.acceptance_rate[i]
             moved = moved | taken.info.accepted[i]
             if pooled is not None and any(start <= step < stop for start, stop in plan):
@@ -349,9 +349,7 @@ class WindowAdaptation:
                 together = together & ~left_behind
                 guess = find_step_size(kernel, energy, state, generator, together)
                 size = torch.where(left_behind, 0.5 * guess, size)
-        return kernel.replace(step_size=_shared(size, together)), memory._replace(
-            together=together
-        )
+        return kernel.replace(step_size=_shared(size, together)), memory._replace(together=together)
 
     def _windows(self, steps: int) -> list[tuple[int, int]]:
         return windows(steps, self.initial, self.first, self.final)

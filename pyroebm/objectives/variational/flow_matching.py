@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pyroebm.core._checks import check_counts
+from pyroebm.core.progress import Progress
 from pyroebm.core.rng import seeded_generator, standard_normal, uniform
 from pyroebm.flows.equivariant import EquivariantFlow
 
@@ -24,6 +25,7 @@ def match_flow(
     batch_size: int = 500,
     seed: int = 0,
     generator: torch.Generator | None = None,
+    progress: bool | None = None,
 ) -> float:
     r"""Fit a flow to draws by conditional flow matching (Lipman, Chen, Ben-Hamu, Nickel and Le,
     2023), in place.
@@ -47,6 +49,7 @@ def match_flow(
         batch_size: pairs at once.
         seed: of a generator on the flow's device.
         generator: in place of ``seed``.
+        progress: True shows it, False hides it, None shows it where it takes longer than a second.
 
     Returns:
         the share of :math:`E |u - z|^2` that the velocity explains. Pairs cross, so it is far below
@@ -86,21 +89,24 @@ def match_flow(
     weights = flow.field.weights
     gram = torch.zeros(weights.numel(), weights.numel(), dtype=torch.float64, device=flow.device)
     moment, total = gram.new_zeros(len(gram)), 0.0
-    for n in [batch_size] * (num_pairs // batch_size) + [num_pairs % batch_size] * (
+    sizes = [batch_size] * (num_pairs // batch_size) + [num_pairs % batch_size] * (
         num_pairs % batch_size > 0
-    ):
-        chosen = (uniform((n,), generator, torch.float64, flow.device) * len(draws)).long()
-        u, z = draws[chosen], standard_normal((n, flow.dim), generator, flow.dtype, flow.device)
-        t = uniform((n,), generator, flow.dtype, flow.device)
-        features = (
-            flow.field.features(torch.lerp(z, u, t.unsqueeze(-1)), t)
-            .reshape(n * flow.dim, -1)
-            .double()
-        )
-        target = (u - z).flatten().double()
-        gram += features.mT @ features
-        moment += features.mT @ target
-        total += float(target.square().sum())
+    )
+    with Progress(num_pairs, "match_flow", "pair", progress) as shown:
+        for n in sizes:
+            chosen = (uniform((n,), generator, torch.float64, flow.device) * len(draws)).long()
+            u, z = draws[chosen], standard_normal((n, flow.dim), generator, flow.dtype, flow.device)
+            t = uniform((n,), generator, flow.dtype, flow.device)
+            features = (
+                flow.field.features(torch.lerp(z, u, t.unsqueeze(-1)), t)
+                .reshape(n * flow.dim, -1)
+                .double()
+            )
+            target = (u - z).flatten().double()
+            gram += features.mT @ features
+            moment += features.mT @ target
+            total += float(target.square().sum())
+            shown.update(n)
     found = torch.linalg.solve(
         gram + ridge * gram.diagonal().mean() * torch.eye(len(gram)).to(gram), moment
     )

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from pyroebm.core._torch_private import copy_each, norm_of_each
 from pyroebm.core.energy import Energy
+from pyroebm.core.progress import Progress
 from pyroebm.core.rng import seeded_generator
 from pyroebm.core.wrappers import check_weighable, eval_mode
 from pyroebm.flows.flow import Flow
@@ -193,7 +193,7 @@ def fit_flow(
             last that gave a finite loss and gradient.
         seed: of a generator on the flow's device; torch's global one is not used.
         generator: in place of ``seed``.
-        progress: True, False, or None: a bar on terminals only.
+        progress: True shows it, False hides it, None shows it where it takes longer than a second.
 
     Yields:
         step, loss and facts: those of the objective, ``beta``, ``lr``, ``grad_norm`` and
@@ -244,40 +244,44 @@ def fit_flow(
     def loop() -> Iterator[tuple[int, float, dict[str, float]]]:
         finite, skipped = [p.detach().clone() for p in parameters], 0
         top = [group["lr"] for group in chosen.param_groups]
-        for step in tqdm(
-            range(steps), desc="fit_flow", disable=None if progress is None else not progress
-        ):
-            rising = step / (warmup * steps) if step < warmup * steps else 1.0
-            beta, fall = (
-                beta_start + (1.0 - beta_start) * rising,
-                0.5 * (1.0 + math.cos(math.pi * step / steps)),
-            )
-            for group, most in zip(chosen.param_groups, top, strict=True):
-                group["lr"] = most * fall
-            chosen.zero_grad()
-            with eval_mode(energy):
-                loss, seen = objective(
-                    flow, energy, num_samples=num_samples, beta=beta, generator=generator
+        with Progress(steps, "fit_flow", show=progress) as shown:
+            for step in range(steps):
+                rising = step / (warmup * steps) if step < warmup * steps else 1.0
+                beta, fall = (
+                    beta_start + (1.0 - beta_start) * rising,
+                    0.5 * (1.0 + math.cos(math.pi * step / steps)),
                 )
-            if loss.requires_grad:
-                loss.backward(inputs=parameters)
-            norm = float(_grad_norm(parameters, max_grad_norm))
-            value, facts = float(loss.detach()), {name: float(fact) for name, fact in seen.items()}
-            facts |= {"beta": beta, "lr": top[0] * fall, "grad_norm": norm}
-            ok = math.isfinite(value) and math.isfinite(norm)
-            with torch.no_grad():
-                copy_each(*((finite, parameters) if ok else (parameters, finite)))
-            if ok:
-                chosen.step()
-            elif on_nonfinite == "raise":
-                raise FloatingPointError(
-                    f"fit_flow: at step {step} the loss is {value} and the gradient's norm {norm};"
-                    " the parameters were put back"
-                    f" to the last finite ones. Facts: {facts}"
+                for group, most in zip(chosen.param_groups, top, strict=True):
+                    group["lr"] = most * fall
+                chosen.zero_grad()
+                with eval_mode(energy):
+                    loss, seen = objective(
+                        flow, energy, num_samples=num_samples, beta=beta, generator=generator
+                    )
+                if loss.requires_grad:
+                    loss.backward(inputs=parameters)
+                norm = float(_grad_norm(parameters, max_grad_norm))
+                value, facts = (
+                    float(loss.detach()),
+                    {name: float(fact) for name, fact in seen.items()},
                 )
-            else:
-                skipped += 1
-            yield step, value, facts | {"skipped": float(skipped)}
+                facts |= {"beta": beta, "lr": top[0] * fall, "grad_norm": norm}
+                ok = math.isfinite(value) and math.isfinite(norm)
+                with torch.no_grad():
+                    copy_each(*((finite, parameters) if ok else (parameters, finite)))
+                if ok:
+                    chosen.step()
+                elif on_nonfinite == "raise":
+                    raise FloatingPointError(
+                        f"fit_flow: at step {step} the loss is {value} and the gradient's norm"
+                        f" {norm}; the parameters were put back to the last finite ones. Facts:"
+                        f" {facts}"
+                    )
+                else:
+                    skipped += 1
+                shown.note(loss=value)
+                shown.update()
+                yield step, value, facts | {"skipped": float(skipped)}
 
     return loop()
 
@@ -292,6 +296,7 @@ def evaluate_j(
     entropy: str = "sampled",
     batch_size: int = 65_536,
     seed: int = 0,
+    progress: bool | None = None,
 ) -> tuple[float, float]:
     r"""An estimate of :math:`J_R` (of J where D = d) from fresh draws, and its standard error, in
     nats.
@@ -305,6 +310,7 @@ def evaluate_j(
         entropy: as in :class:`ReverseKL`.
         batch_size: draws evaluated at once.
         seed: of the draws.
+        progress: True shows it, False hides it, None shows it where it takes longer than a second.
 
     Raises:
         ValueError: if log C is neither given nor known, or a number is out of range.
@@ -331,9 +337,10 @@ def evaluate_j(
     check_weighable(energy)
     generator, objective = seeded_generator(seed, flow.device), ReverseKL(entropy)
     parts = []
-    for start in range(0, num_samples, batch_size):
-        z = flow.draw_noise(min(batch_size, num_samples - start), generator)
-        with eval_mode(energy):
+    with eval_mode(energy), Progress(num_samples, "evaluate_j", "draw", progress) as shown:
+        for start in range(0, num_samples, batch_size):
+            z = flow.draw_noise(min(batch_size, num_samples - start), generator)
             parts.append(objective.terms(flow, energy, z)[0].double())
+            shown.update(len(z))
     terms = torch.cat(parts)
     return float(terms.mean()) + log_z, float(terms.std()) / math.sqrt(num_samples)

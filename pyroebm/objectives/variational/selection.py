@@ -45,6 +45,7 @@ def select_total_dim(
     make_flow: Callable[[int, int], Flow] | None = None,
     evaluation_samples: int = 100_000,
     seed: int = 0,
+    progress: bool | None = None,
     **fit_options: Any,
 ) -> TotalDimSelection:
     r"""Choose the number D of latent variables by the smallest :math:`J_R`: fit a flow for each
@@ -56,6 +57,7 @@ def select_total_dim(
         make_flow: from (d, D) to a fresh flow; :class:`~pyroebm.flows.RedundantNICE` by default.
         evaluation_samples: draws for the comparison, the same seed for each D.
         seed: of the flows' initial weights, of each fit, and of the comparison.
+        progress: True shows it, False hides it, None shows it where it takes longer than a second.
         fit_options: for :func:`fit_flow`.
 
     Raises:
@@ -83,10 +85,10 @@ def select_total_dim(
     errors = {}
     for total_dim in candidates:
         flow = (nice if make_flow is None else make_flow)(dim, total_dim)
-        for _ in fit_flow(flow, energy, seed=seed, **fit_options):
+        for _ in fit_flow(flow, energy, seed=seed, progress=progress, **fit_options):
             pass
         flows[total_dim] = flow
         values[total_dim], errors[total_dim] = evaluate_j(
-            flow, energy, evaluation_samples, log_z=0.0, seed=seed + 1
+            flow, energy, evaluation_samples, log_z=0.0, seed=seed + 1, progress=progress
         )
     return TotalDimSelection(min(values, key=values.__getitem__), values, errors, flows)
