@@ -126,14 +126,15 @@ def mcse_mean(draws: Tensor | np.ndarray) -> np.ndarray:
 
 def bfmi(energy: Tensor | np.ndarray) -> np.ndarray:
     """Bayesian fraction of missing information (Betancourt, 2016) of each chain, by ArviZ, from
-    Hamiltonians ``(chains, draws)``.
+    Hamiltonians ``(chains, draws)``; NaN for a chain of one energy.
 
     Example:
         >>> bfmi(torch.randn(2, 500, generator=torch.Generator().manual_seed(0))).shape
         (2,)
     """
     array = as_array(energy, "energy")
-    return np.asarray(arviz().bfmi(array))
+    with np.errstate(invalid="ignore"):
+        return np.asarray(arviz().bfmi(array))
 
 
 def pareto_k(log_weights: Tensor | np.ndarray) -> float:

@@ -16,13 +16,14 @@ from pyroebm.core.statistics import (
     r_hat,
 )
 from pyroebm.diagnostics.arviz_data import summary, to_arviz
-from pyroebm.diagnostics.convergence import Diagnosis, diagnose, mode_masses
+from pyroebm.diagnostics.convergence import Diagnosis, Finding, diagnose, mode_masses
 from pyroebm.diagnostics.stein import stein_residual, stein_z
 from pyroebm.diagnostics.streaming import StreamingMoments
 from pyroebm.diagnostics.stuck import describe_stuck, stuck_chains
 
 __all__ = [
     "Estimate",
+    "Finding",
     "StreamingMoments",
     "Diagnosis",
     "arviz",

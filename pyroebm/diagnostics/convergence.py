@@ -1,19 +1,24 @@
-"""Whether chains mixed: masses of modes with their errors, and a diagnosis of a run."""
+"""Whether chains mixed: masses of modes with their errors, and a diagnosis of a run that names the
+cause, the chain and the entry."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Protocol
+import html
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pyroebm.core.energy import Energy
 from pyroebm.core.statistics import bfmi, ess_bulk, ess_tail, mcse_mean, r_hat
-from pyroebm.diagnostics.stuck import describe_stuck, stuck_chains
+from pyroebm.diagnostics.energy_probes import Tail, find_edge, find_tail, flat_part, has_gradient
+from pyroebm.diagnostics.stein import stein_residual
+from pyroebm.diagnostics.stuck import describe_chains, describe_range, describe_stuck, stuck_chains
 
-__all__ = ["mode_masses", "Diagnosis", "diagnose"]
+__all__ = ["mode_masses", "Diagnosis", "Finding", "diagnose"]
 
 
 def mode_masses(modes: Tensor, num_modes: int) -> tuple[np.ndarray, np.ndarray]:
@@ -39,40 +44,71 @@ def mode_masses(modes: Tensor, num_modes: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 @dataclasses.dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong with a run.
+
+    Args:
+        kind: ``"stuck"``, ``"unbounded"``, ``"nonfinite"``, ``"constant"``, ``"disagreement"``,
+            ``"unsettled"``, ``"r_hat"``, ``"ess"``, ``"divergences"``, ``"tree_depth"``,
+            ``"acceptance"``, ``"bfmi"``, ``"stein"``, ``"one_chain"`` or ``"inexact"``.
+        message: what was seen, where, and what to do.
+        chains: numbers of the chains that it names.
+        entries: the entries of sites that it names, such as ``"theta[3]"``, the worst first.
+    """
+
+    kind: str
+    message: str
+    chains: tuple[int, ...] = ()
+    entries: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return self.message
+
+
+@dataclasses.dataclass(frozen=True)
 class Diagnosis:
     """Whether a run can be trusted, and why not.
 
     Args:
-        mixed: True if nothing was found wrong.
-        r_hat, ess_bulk, ess_tail: the worst over all entries.
+        r_hat, ess_bulk, ess_tail: the worst over all entries that are not constant; NaN where there
+            is none, or where there are too few draws.
         min_bfmi: the worst over chains; NaN where no Hamiltonian was kept.
         divergences: number of diverging draws.
-        problems: a sentence for each thing that is wrong, with what to try.
         stein_z: how far the draws are from fitting the gradient of the energy, in standard errors;
-            NaN where nobody looked.
+            NaN where the energy is not known or has no gradient.
+        findings: what is wrong.
 
     Example:
-        >>> print(Diagnosis(True, 1.001, 5000.0, 4000.0, 0.9, 0, ()))
+        >>> print(Diagnosis(1.001, 5000.0, 4000.0, 0.9, 0, 1.2))
         Mixed: R-hat 1.001, bulk ESS 5000, tail ESS 4000, no divergences.
     """
 
-    mixed: bool
     r_hat: float
     ess_bulk: float
     ess_tail: float
     min_bfmi: float
     divergences: int
-    problems: tuple[str, ...]
-    stein_z: float = float("nan")
+    stein_z: float
+    findings: tuple[Finding, ...] = ()
+
+    @property
+    def mixed(self) -> bool:
+        """Whether nothing was found wrong."""
+        return not self.findings
+
+    def _numbers(self) -> str:
+        return (
+            f"{'Mixed' if self.mixed else 'Not mixed'}: R-hat {self.r_hat:.3f}, bulk ESS"
+            f" {self.ess_bulk:.0f}, tail ESS {self.ess_tail:.0f},"
+            f" {self.divergences or 'no'} divergence{'' if self.divergences == 1 else 's'}."
+        )
 
     def __str__(self) -> str:
-        facts = (
-            f"R-hat {self.r_hat:.3f}, bulk ESS {self.ess_bulk:.0f}, tail ESS {self.ess_tail:.0f}, "
-            + (f"{self.divergences} divergences" if self.divergences else "no divergences")
-        )
-        return (
-            f"Mixed: {facts}." if self.mixed else f"Not mixed: {facts}. " + " ".join(self.problems)
-        )
+        return "\n".join([self._numbers(), *(f"- {finding}" for finding in self.findings)])
+
+    def _repr_html_(self) -> str:
+        items = "".join(f"<li>{html.escape(str(finding))}</li>" for finding in self.findings)
+        return f"<p>{self._numbers()}</p>" + (f"<ul>{items}</ul>" if items else "")
 
 
 class KernelFacts(Protocol):
@@ -82,6 +118,10 @@ class KernelFacts(Protocol):
     def exact(self) -> bool: ...
     @property
     def has_momentum(self) -> bool: ...
+    @property
+    def discrete(self) -> bool: ...
+    @property
+    def target_acceptance(self) -> float | None: ...
 
 
 def diagnose(
@@ -89,90 +129,491 @@ def diagnose(
     stats: Mapping[str, Tensor],
     max_r_hat: float = 1.01,
     min_ess: float = 400.0,
+    *,
     kernel: KernelFacts | None = None,
-    stein_z: float = float("nan"),
+    energy: Energy | None = None,
+    named: Callable[[Tensor], Mapping[str, Tensor]] | None = None,
+    first_chain: int = 0,
+    num_chains: int | None = None,
 ) -> Diagnosis:
-    r"""Judge a run by R-hat, effective sample size, BFMI and divergences (thresholds of Vehtari et
-    al., 2021, and Stan).
+    r"""Find what is wrong with a run: the cause, the chains and the entries.
 
-    Agreement between chains is all that this can see: a mode that no chain has visited leaves no
-    trace in it.
+    R-hat, effective sample size, BFMI and divergences have the thresholds of Vehtari et al. (2021)
+    and Stan. With the energy it also finds states near divergent draws at which the energy is not
+    finite, coordinates along which the density cannot be normalized, and draws that do not fit the
+    gradient (:func:`stein_residual`). A cause is reported without its symptoms: the divergences of
+    a chain that never moved are not reported again.
+
+    A mode that no chain has visited leaves no trace in the draws, and is not found.
 
     Args:
         draws: shape ``(chains, draws, *event)``.
-        stats: ``energy`` and ``diverging`` of shape ``(chains, draws)``, as :class:`pyroebm.MCMC`
-            keeps them.
-        max_r_hat: worst :math:`\hat R` to accept.
-        min_ess: least bulk and tail effective sample size to accept.
-        kernel: what made the draws: whether it is exact (agreement of chains cannot see a bias that
-            all share) and whether its ``energy`` is a Hamiltonian; None is an exact kernel with
-            momenta.
-        stein_z: what :func:`pyroebm.diagnostics.stein_z` found; above 5 is too much.
+        stats: ``diverging`` and, where they are known, ``lp``, ``energy``, ``acceptance_rate``,
+            ``step_size`` and ``reached_max_treedepth``, each ``(chains, draws)``, as
+            :meth:`pyroebm.MCMC.get_stats` gives them.
+        max_r_hat: the largest :math:`\hat R` to accept.
+        min_ess: the smallest bulk and tail effective sample size to accept.
+        kernel: the kernel that made the draws; None is an exact one with momenta.
+        energy: the energy in the coordinates of ``draws``; None leaves out what needs it.
+        named: states ``(*batch, *event)`` as the sites of the results; None is one site ``"x"``.
+        first_chain, num_chains: number of the first of these chains, and of all chains of the run,
+            where a rank has some of them.
 
     Example:
-        >>> x = torch.randn(4, 500, generator=torch.Generator().manual_seed(0))
-        >>> diagnose(x, {"diverging": torch.zeros(4, 500, dtype=torch.bool)}).mixed
-        True
+        >>> x = torch.randn(4, 500, 2, generator=torch.Generator().manual_seed(0))
+        >>> calm = {"diverging": torch.zeros(4, 500, dtype=torch.bool)}
+        >>> print(diagnose(x, calm))
+        Mixed: R-hat 1.001, bulk ESS 1927, tail ESS 1918, no divergences.
+        >>> x[2, :, 1] += 5.0
+        >>> finding = diagnose(x, calm).findings[0]
+        >>> finding.kind, finding.chains, finding.entries
+        ('disagreement', (2,), ('x[1]',))
     """
-    chains, count = draws.shape[:2]
-    problems = []
-    moves = (draws[:, 1:] != draws[:, :-1]).unsqueeze(2).flatten(2).any(2).sum(1)
-    if stuck := stuck_chains(moves, count - 1):
-        problems.append(
-            describe_stuck(stuck, chains, -stats["lp"][:, -1] if "lp" in stats else None)
+    sites = named or (lambda x: {"x": x})
+    run = _Run(draws, stats, kernel, energy, sites, first_chain, num_chains or len(draws))
+    return Diagnosis(*run.numbers(), run.findings(max_r_hat, min_ess))
+
+
+#: Entries or coordinates that are looked at closely, the worst first.
+CLOSELY = 32
+#: Lines from divergent draws along which the energy is evaluated, and draws of which one of median
+#: energy is taken.
+PLACES = 256
+#: Entries that a message lists.
+LISTED = 3
+#: Shares that are reported: of those lines, and of trajectories cut short.
+LINES, CUT_SHORT = 0.05, 0.01
+
+
+class _Run:
+    """The draws of a run, and a method for each thing that may be wrong with them. The arguments
+    are those of :func:`diagnose`."""
+
+    def __init__(
+        self,
+        draws: Tensor,
+        stats: Mapping[str, Tensor],
+        kernel: KernelFacts | None,
+        energy: Energy | None,
+        named: Callable[[Tensor], Mapping[str, Tensor]],
+        first_chain: int,
+        num_chains: int,
+    ) -> None:
+        self.draws, self.stats = draws, stats
+        self.kernel, self.named = kernel, named
+        self.first_chain, self.num_chains = first_chain, num_chains
+        self.energy = None if kernel is not None and kernel.discrete else energy
+        self.states = draws.reshape(*draws.shape[:2], -1)
+        self.names, self.values = _entries(named(draws))
+        moves = (self.states[:, 1:] != self.states[:, :-1]).any(2).sum(1)
+        self.stuck = stuck_chains(moves, draws.shape[1] - 1)
+        #: the chains that moved: what happened to them is not to be blamed on those that did not
+        self.free = [chain for chain in range(len(draws)) if chain not in self.stuck]
+        self.all = _Mixing.of(self.values)
+        self.moved = _Mixing.of(self.values[self.free]) if self.stuck and self.free else self.all
+        has_momentum = (kernel is None or kernel.has_momentum) and "energy" in stats
+        self.bfmi = bfmi(stats["energy"]) if has_momentum else np.full(len(draws), np.nan)
+        self.stein_z = float("nan")
+        if self.energy is not None and self.free:
+            self.stein_z = stein_residual(self.energy, draws[self.free])
+
+    def numbers(self) -> tuple[float, float, float, float, int, float]:
+        """What a :class:`Diagnosis` begins with."""
+        return (
+            _largest(self.all.r_hat),
+            -_largest(-self.all.bulk),
+            -_largest(-self.all.tail),
+            -_largest(-self.bfmi),
+            int(self.stats["diverging"].sum()),
+            self.stein_z,
         )
-    worst_r_hat = float(np.max(r_hat(draws)))
-    bulk = float(np.min(ess_bulk(draws)))
-    tail = float(np.min(ess_tail(draws)))
-    if chains < 2:
-        problems.append("One chain alone cannot show that it mixed; run at least 4.")
-    elif not np.isfinite(worst_r_hat):
-        problems.append("R-hat is not defined: too few draws, or an entry that never moved.")
-    elif not worst_r_hat < max_r_hat:
-        problems.append(
-            f"R-hat should be below {max_r_hat}: the chains disagree; draw more, or temper between"
-            " modes."
+
+    def findings(self, max_r_hat: float, min_ess: float) -> tuple[Finding, ...]:
+        """Causes first. What follows from one that was found is left out."""
+        suspect = (
+            self.stuck
+            or not bool(torch.isfinite(self.states).all())
+            or not (_largest(self.moved.r_hat) < max_r_hat and self.moved.least_ess() >= min_ess)
         )
-    if not (bulk >= min_ess and tail >= min_ess):
-        problems.append(f"The effective sample size should be at least {min_ess:.0f}; draw more.")
-    diverging = int(stats["diverging"].sum())
-    free = torch.ones(chains, dtype=torch.bool, device=draws.device)
-    free[stuck] = False
-    if among := int(stats["diverging"][free.to(stats["diverging"].device)].sum()):
-        problems.append(
-            f"{among} of {chains * count} draws diverged: lower the step size, or reparametrise."
+        unbounded = self.unbounded() if suspect else None
+        nonfinite = None if unbounded else self.nonfinite()
+        found = [self.never_moved(), unbounded, nonfinite]
+        if self.free and not unbounded:
+            found += [
+                self.alone(),
+                self.constant(),
+                self.mixing(max_r_hat) or self.small_ess(min_ess),
+                None if nonfinite else self.divergences(),
+                self.tree_depth(),
+                self.acceptance(),
+                self.small_bfmi(),
+                self.stein(),
+            ]
+        return tuple(finding for finding in [*found, self.inexact()] if finding)
+
+    def never_moved(self) -> Finding | None:
+        """Chains that are where they started."""
+        if not self.stuck:
+            return None
+        energies = -self.stats["lp"][:, -1] if "lp" in self.stats else None
+        message = describe_stuck(
+            self.stuck, len(self.draws), energies, self.first_chain, self.num_chains
         )
-    if (
-        "acceptance_rate" in stats
-        and (rate := float(stats["acceptance_rate"].double().mean())) < 0.2
-    ):
-        way_out = "the step size is too large; lower it, or warm up longer"
-        if "step_size" not in stats:
-            way_out = (
-                "the kernel hardly moves, and has no step size to lower; take another one,"
-                " or temper"
+        return Finding("stuck", message, self.numbered(self.stuck))
+
+    def unbounded(self) -> Finding | None:
+        """Coordinates along which the density cannot be normalized."""
+        if self.energy is None:
+            return None
+        bad = ~torch.isfinite(self.states)
+        rows = self.states[~bad.any(2)]
+        entries, seen = [], ""
+        if bool(bad.any()):
+            chains = self.numbered(bad.any(2).any(1).nonzero().flatten().tolist())
+            infinite = (~torch.isfinite(self.values)).any(1).any(0).nonzero().flatten()
+            entries = [self.names[k] for k in infinite.tolist()]
+            where = describe_chains(chains).lower()
+            seen = f" Draws of {_listed(entries)} are not finite in {where}."
+        if len(rows):
+            for tail, coordinates in self.tails(rows):
+                name, (near, far) = self.entry(tail.near, coordinates[0], tail.far)
+                seen = seen or (
+                    f" The energy goes from {tail.energies[0]:.4g} at {name} = {near:.4g}, as far"
+                    f" out as the draws, to {tail.energies[1]:.4g} at {name} = {far:.4g}."
+                )
+                entries += [self.entry(tail.near, k)[0] for k in coordinates]
+        if not entries:
+            return None
+        entries = list(dict.fromkeys(entries))
+        message = (
+            f"The density cannot be normalized along {_listed(entries)}.{seen} Give the energy a"
+            " support, or a term (a prior) that rises there."
+        )
+        return Finding("unbounded", message, entries=tuple(entries))
+
+    def tails(self, rows: Tensor) -> list[tuple[Tail, list[int]]]:
+        """Directions from a draw of median energy in which the density cannot be normalized, and
+        their leading coordinates: single coordinates; if there is none, what has no curvature of
+        the way to the farthest draw. ``rows`` are the finite draws, ``(n, dim)``."""
+        energy: Any = self.energy
+        event = energy.event_shape
+        some = rows[torch.linspace(0, len(rows) - 1, PLACES).long()]
+        with torch.no_grad():
+            values = energy(some.reshape(-1, *event))
+        base = some[int(values.median(0).indices)]
+        ways = rows - base
+        far = ways.abs().amax(0)
+        found = []
+        for k in self.drifting():
+            direction = torch.zeros_like(base)
+            direction[k] = far[k] if far[k] > 0 else 1.0
+            tail = find_tail(energy, base.reshape(event), direction.reshape(event))
+            found += [(tail, [k])] if tail else []
+        if found or len(base) > PLACES or not has_gradient(energy, some.reshape(-1, *event)):
+            return found
+        way = ways[int(ways.double().norm(dim=1).argmax())]
+        flat = flat_part(energy, base.reshape(event), way.reshape(event))
+        tail = find_tail(energy, base.reshape(event), flat)
+        if tail is None or not flat.norm() > 0.1 * way.norm():
+            return []
+        size = flat.flatten().abs()
+        leading = size.argsort(descending=True)[: int((size > 0.1 * size.max()).sum())]
+        return [(tail, leading.tolist())]
+
+    def drifting(self) -> list[int]:
+        """Coordinates, those first whose means differ most between halves of chains."""
+        half = self.states.shape[1] // 2
+        parts = self.states[:, : 2 * half].double().reshape(2 * len(self.states), half, -1)
+        within = parts.std(1, correction=0).mean(0)
+        ratio = parts.mean(1).std(0, correction=0) / within
+        order = ratio.nan_to_num(nan=torch.inf).argsort(descending=True)
+        found: list[int] = order[:CLOSELY].tolist()
+        return found
+
+    def nonfinite(self) -> Finding | None:
+        """Non-finite energies near draws that diverged."""
+        places = self.states[self.stats["diverging"].bool()]
+        if self.energy is None or not len(places):
+            return None
+        places = places[torch.linspace(0, len(places) - 1, PLACES).long()]
+        edge = find_edge(
+            self.energy,
+            places.reshape(-1, *self.energy.event_shape),
+            self.scale().reshape(self.energy.event_shape),
+        )
+        if edge is None or edge.share < LINES:
+            return None
+        what = "The energy" if not np.isfinite(edge.energy) else "The gradient of the energy"
+        value = edge.energy if not np.isfinite(edge.energy) else "not finite"
+        where, entries = "", tuple[str, ...]()
+        if edge.coordinate is not None:
+            name, (at,) = self.entry(edge.state, edge.coordinate)
+            where, entries = f" at {name} = {at:.4g}", (name,)
+        message = (
+            f"{what} is {value}{where}, and on {100 * edge.share:.0f} % of the lines tried from"
+            f" {int(self.stats['diverging'].sum())} divergent draws. Give the energy the support on"
+            " which it is finite (support=), or mend its numbers there."
+        )
+        return Finding("nonfinite", message, entries=entries)
+
+    def alone(self) -> Finding | None:
+        """A single chain."""
+        if self.num_chains > 1:
+            return None
+        return Finding("one_chain", "One chain alone cannot show that it mixed. Run at least 4.")
+
+    def constant(self) -> Finding | None:
+        """Coordinates that never moved while others did."""
+        moved = self.states[self.free]
+        still = (moved.amax(1) == moved.amin(1)).all(0).nonzero().flatten().tolist()
+        if not still:
+            return None
+        entries = tuple(dict.fromkeys(self.entry(moved[0, -1], k)[0] for k in still[:CLOSELY]))
+        message = (
+            f"{_listed(entries, len(still))} never moved in any chain, so that R-hat is not defined"
+            " there. Draw more, or use float64 if the scale is small beside the value."
+        )
+        return Finding("constant", message, entries=entries)
+
+    def mixing(self, max_r_hat: float) -> Finding | None:
+        """What a large R-hat means: a chain that disagrees, entries that have not settled, or
+        chains that disagree with each other."""
+        if self.draws.shape[1] < 4:
+            return Finding("r_hat", "R-hat is not defined for fewer than 4 draws. Draw more.")
+        found = self.moved.r_hat
+        order = np.argsort(-np.nan_to_num(found, nan=-np.inf, posinf=np.inf))
+        failing = [int(k) for k in order if found[k] >= max_r_hat]
+        if not failing:
+            return None
+        return self.outliers(failing[:CLOSELY], max_r_hat) or self.unsettled(failing, max_r_hat)
+
+    def outliers(self, failing: list[int], max_r_hat: float) -> Finding | None:
+        """The few chains without which R-hat is fine."""
+        moved, worst = self.values[self.free].double(), failing[0]
+        if len(moved) < 3:
+            return None
+        mean, sd = moved[..., worst].mean(1), moved[..., worst].std(1)
+        center, spread = mean.median(), sd.median()
+        off = ((mean - center) / spread).abs() + (sd / spread).log().abs()
+        out = ~(off <= 5.0 * off.median())
+        if not 0 < int(out.sum()) <= max(1, len(moved) // 4):
+            return None
+        before, after = self.moved.r_hat[worst], _largest(r_hat(moved[~out][..., failing]))
+        if not after < max(max_r_hat, 1.0 + 0.1 * (before - 1.0)):
+            return None
+        free, name = torch.tensor(self.free), self.names[worst]
+        chains = self.numbered(free[out.cpu()].tolist())
+        energies = ""
+        if "lp" in self.stats:
+            energy = -self.stats["lp"][self.free].double().mean(1)
+            energies = (
+                f"; mean energy {describe_range(energy[out])}, median of the others"
+                f" {float(energy[~out].median()):.3g}"
             )
-        problems.append(f"The mean acceptance rate is {rate:.2g}: {way_out}.")
-    if kernel is not None and not kernel.exact:
-        problems.append(
+        disagree = "disagrees" if len(chains) == 1 else "disagree"
+        message = (
+            f"{describe_chains(chains, self.num_chains)} {disagree} with the others in {name}: mean"
+            f" {describe_range(mean[out])}, theirs {float(mean[~out].mean()):.3g} (sd"
+            f" {float(spread):.2g}){energies}; R-hat is {before:.2f}, and {after:.3f} without."
+            " It may be in a mode of its own (temper between modes), or not have arrived (start"
+            " elsewhere, or warm up longer)."
+        )
+        return Finding("disagreement", message, chains, (name,))
+
+    def unsettled(self, failing: list[int], max_r_hat: float) -> Finding:
+        """Entries that differ between the halves of a chain, else those that differ between
+        chains."""
+        few, half = failing[:8], self.values.shape[1] // 2
+        some = self.free[:: -(-len(self.free) // 16)]
+        halves = np.median(
+            [r_hat(self.values[c, : 2 * half, few].reshape(2, half, -1)) for c in some], axis=0
+        )
+        moving = [
+            (self.names[k], h)
+            for k, h in zip(few, halves, strict=True)
+            if h >= max(1.05, 0.5 * (1.0 + self.moved.r_hat[k]))
+        ]
+        share = f" in {len(failing)} of {len(self.names)} entries" if len(self.names) > 1 else ""
+        if moving:
+            entries = tuple(name for name, _ in moving)
+            have = "has" if len(entries) == 1 else "have"
+            message = (
+                f"{_listed(entries)} {have} not settled: the two halves of a chain differ (R-hat"
+                f" {moving[0][1]:.2f}, median of the chains). R-hat should be below {max_r_hat}"
+                f" and is not{share}. Draw more, warm up longer, or reparametrize."
+            )
+            return Finding("unsettled", message, entries=entries)
+        entries = tuple(self.names[k] for k in few)
+        message = (
+            f"R-hat should be below {max_r_hat}: the chains disagree in {_listed(entries)} (R-hat"
+            f" {self.moved.r_hat[failing[0]]:.3f}) and above the limit{share}. Draw more,"
+            " or temper between modes."
+        )
+        return Finding("r_hat", message, entries=entries)
+
+    def small_ess(self, min_ess: float) -> Finding | None:
+        """The entry of the smallest effective sample size."""
+        if not self.moved.least_ess() < min_ess:
+            return None
+        least = np.fmin(self.moved.bulk, self.moved.tail)
+        worst = int(np.nanargmin(least))
+        message = (
+            f"The effective sample size should be at least {min_ess:.0f}: it is"
+            f" {self.moved.bulk[worst]:.0f} (bulk) and {self.moved.tail[worst]:.0f} (tail) for"
+            f" {self.names[worst]}. Draw more."
+        )
+        return Finding("ess", message, entries=(self.names[worst],))
+
+    def divergences(self) -> Finding | None:
+        """Draws that diverged, and the chain that has more of them than all others."""
+        counts = self.stats["diverging"][self.free].sum(1)
+        total, worst = int(counts.sum()), int(counts.argmax())
+        if not total:
+            return None
+        chains: tuple[int, ...] = ()
+        most = ""
+        if len(counts) > 1 and 2 * int(counts[worst]) > total:
+            chains = self.numbered([self.free[worst]])
+            share = "" if int(counts[worst]) == total else f"{int(counts[worst])} of them "
+            most = f" ({share}in {describe_chains(chains).lower()})"
+        message = (
+            f"{total} of {len(self.free) * self.draws.shape[1]} draws diverged{most}."
+            " Raise target_acceptance, lower a step size that is fixed, or reparametrize."
+        )
+        return Finding("divergences", message, chains)
+
+    def tree_depth(self) -> Finding | None:
+        """Trajectories of NUTS that were cut short."""
+        if "reached_max_treedepth" not in self.stats:
+            return None
+        shares = self.stats["reached_max_treedepth"][self.free].double().mean(1)
+        if float(shares.mean()) < CUT_SHORT:
+            return None
+        worst = int(shares.argmax())
+        chains = self.numbered([self.free[worst]])
+        most, chain = float(shares[worst]), describe_chains(chains).lower()
+        message = (
+            f"{100 * float(shares.mean()):.0f} % of the trajectories reached the maximum tree depth"
+            f" ({100 * most:.0f} % in {chain}). Warm up longer, so that the metric fits the scales,"
+            " reparametrize, or raise max_tree_depth."
+        )
+        return Finding("tree_depth", message, chains)
+
+    def acceptance(self) -> Finding | None:
+        """Chains that accept little."""
+        if "acceptance_rate" not in self.stats:
+            return None
+        target = None if self.kernel is None else self.kernel.target_acceptance
+        least = 0.2 if target is None else min(0.2, 0.5 * target)
+        rates = self.stats["acceptance_rate"][self.free].double().mean(1)
+        low = ~(rates >= least)
+        if not bool(low.any()):
+            return None
+        chains = self.numbered([c for c, bad in zip(self.free, low.tolist(), strict=True) if bad])
+        of, others = "", ""
+        if not bool(low.all()):
+            of = f" of {describe_chains(chains, self.num_chains).lower()}"
+            others = f", of the others {float(rates[~low].mean()):.2g}"
+        way_out = (
+            "The step size is too large there: warm up longer, or lower it where it is fixed."
+            if "step_size" in self.stats
+            else "The kernel has no step size to lower: take another one, or temper."
+        )
+        message = f"The mean acceptance rate{of} is {describe_range(rates[low])}{others}. {way_out}"
+        return Finding("acceptance", message, chains)
+
+    def small_bfmi(self) -> Finding | None:
+        """The chain whose momenta explore the energies most slowly."""
+        found = self.bfmi[self.free]
+        if not (found < 0.3).any():
+            return None
+        worst = int(np.nanargmin(found))
+        chains = self.numbered([self.free[worst]])
+        message = (
+            f"BFMI is {found[worst]:.2f} in {describe_chains(chains).lower()} and below 0.3 in"
+            f" {int((found < 0.3).sum())} of {len(found)} chains: momenta explore the energies"
+            " slowly. Reparametrize heavy tails."
+        )
+        return Finding("bfmi", message, chains)
+
+    def stein(self) -> Finding | None:
+        """Draws that do not fit the gradient of the energy."""
+        if not self.stein_z > 5.0:
+            return None
+        message = (
+            f"The Stein residual is {self.stein_z:.1f} standard errors: the draws do not fit the"
+            " gradient of the energy (a bias of the kernel, chains that have not settled, or an"
+            " energy that jumps). Lower the step size, take an exact kernel, or warm up longer."
+        )
+        return Finding("stein", message)
+
+    def inexact(self) -> Finding | None:
+        """A kernel with a bias."""
+        if self.kernel is None or self.kernel.exact:
+            return None
+        message = (
             "The kernel is not exact: its bias grows with its step size, and no agreement between"
             " chains shows it."
         )
-    has_momentum = (kernel is None or kernel.has_momentum) and "energy" in stats
-    least_bfmi = float(np.min(bfmi(stats["energy"]))) if has_momentum else float("nan")
-    if least_bfmi < 0.3:
-        problems.append(
-            f"BFMI {least_bfmi:.2f} is below 0.3: momenta explore the energies slowly;"
-            " reparametrise heavy tails."
-        )
-    if stein_z > 5.0:
-        problems.append(
-            f"The Stein residual is {stein_z:.1f} standard errors: the draws do not fit the"
-            " gradient of the energy (a bias of the"
-            " kernel, chains that have not settled, or an energy that jumps); lower the step size,"
-            " take an exact kernel, or warm"
-            " up longer."
-        )
-    return Diagnosis(
-        not problems, worst_r_hat, bulk, tail, least_bfmi, diverging, tuple(problems), stein_z
-    )
+        return Finding("inexact", message)
+
+    def numbered(self, chains: Sequence[int]) -> tuple[int, ...]:
+        """Numbers in the run of chains that are numbered from 0 here."""
+        return tuple(self.first_chain + chain for chain in chains)
+
+    def scale(self) -> Tensor:
+        """Standard deviations of the coordinates over the chains that moved, ``(dim,)``; 1 where
+        there is none."""
+        rows = self.states[self.free or slice(None)].flatten(0, 1)
+        found = rows.double().std(0).to(rows.dtype)
+        return torch.where(torch.isfinite(found) & (found > 0), found, 1.0)
+
+    def entry(self, state: Tensor, coordinate: int, *more: Tensor) -> tuple[str, list[float]]:
+        """The entry of the results that a flat coordinate moves, by trying, and its values at
+        ``state`` and at ``more`` of them."""
+        flat = torch.stack([state.flatten(), *(other.flatten() for other in more)])
+        moved = flat[:1].clone()
+        moved[0, coordinate] += self.scale()[coordinate]
+        rows = torch.cat([moved, flat]).reshape(1, -1, *self.draws.shape[2:])
+        _, values = _entries(self.named(rows))
+        changed = (values[0, 0] != values[0, 1]).nonzero().flatten()
+        if not len(changed):
+            return f"unconstrained coordinate {coordinate}", flat[:, coordinate].tolist()
+        return self.names[int(changed[0])], values[0, 1:, int(changed[0])].tolist()
+
+
+class _Mixing(NamedTuple):
+    """ArviZ's statistics of each entry, ``(entries,)``."""
+
+    r_hat: np.ndarray
+    bulk: np.ndarray
+    tail: np.ndarray
+
+    @classmethod
+    def of(cls, values: Tensor) -> _Mixing:
+        return cls(r_hat(values), ess_bulk(values), ess_tail(values))
+
+    def least_ess(self) -> float:
+        return -_largest(-np.concatenate([self.bulk, self.tail]))
+
+
+def _largest(values: np.ndarray) -> float:
+    """The largest that is defined: entries that are constant have no statistic, and must not hide
+    the others; NaN where none is."""
+    defined = values[~np.isnan(values)]
+    return float(defined.max()) if len(defined) else float("nan")
+
+
+def _entries(sites: Mapping[str, Tensor]) -> tuple[list[str], Tensor]:
+    """Names of all entries, as ArviZ writes them, and their draws ``(chains, draws, entries)``."""
+    names = [
+        site + (f"[{', '.join(map(str, index))}]" if index else "")
+        for site, draws in sites.items()
+        for index in np.ndindex(*draws.shape[2:])
+    ]
+    return names, torch.cat([d.reshape(*d.shape[:2], -1) for d in sites.values()], 2)
+
+
+def _listed(names: Sequence[str], count: int | None = None) -> str:
+    more = (count or len(names)) - LISTED
+    return ", ".join(names[:LISTED]) + (f" and {more} more" if more > 0 else "")

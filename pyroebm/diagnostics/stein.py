@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from pyroebm.core.energy import Energy, value_and_grad
 from pyroebm.core.statistics import mcse_mean
+from pyroebm.diagnostics.energy_probes import has_gradient
 
 __all__ = ["stein_residual", "stein_z"]
 
@@ -29,7 +32,9 @@ def stein_z(draws: Tensor, scores: Tensor) -> float:
         scores: s(x), of the same shape.
 
     Returns:
-        the largest :math:`|z|` over the identities of all entries; a few at most for draws of p.
+        the largest :math:`|z|` over the identities of the entries that moved; a few at most for
+        draws of p. NaN where none did; infinite where a score is not finite, or where a mean is off
+        and all draws agree on it.
 
     Example:
         >>> x = torch.randn(4, 1000, 3, generator=torch.Generator().manual_seed(0))
@@ -37,9 +42,20 @@ def stein_z(draws: Tensor, scores: Tensor) -> float:
         (True, False)
     """
     x, s = (t.reshape(*t.shape[:2], -1).double() for t in (draws, scores))
+    moved = (x != x[:1, :1]).flatten(0, 1).any(0)
+    x, s = x[..., moved], s[..., moved]
+    if not s.shape[-1]:
+        return math.nan
+    if not bool(torch.isfinite(s).all()):
+        return math.inf
     products = (x - x.mean((0, 1))) * s + 1.0
     residuals = torch.cat([s, products, products.sum(-1, keepdim=True)], -1)
-    return float(np.max(np.abs(residuals.mean((0, 1)).cpu().numpy()) / mcse_mean(residuals)))
+    off, error = residuals.mean((0, 1)).abs().cpu().numpy(), mcse_mean(residuals)
+    # a residual without variance has no error: 0 / 0 is no distance, and must not hide the others
+    constant = ~(error > 0)
+    error = np.where(constant, np.where(off > 0, 0.0, 1.0), error)
+    with np.errstate(divide="ignore"):
+        return float(np.max(off / error))
 
 
 def stein_residual(energy: Energy, draws: Tensor, most: int = 2**16) -> float:
@@ -66,9 +82,8 @@ def stein_residual(energy: Energy, draws: Tensor, most: int = 2**16) -> float:
     draws = draws[:, :: -(-draws.shape[1] * chains // most)]
     rows = draws.reshape(-1, *draws.shape[2:])
     mean, scores = rows.mean(0), []
-    with torch.enable_grad():
-        if not energy(rows[:1].detach().requires_grad_(True)).requires_grad:
-            return float("nan")
+    if not has_gradient(energy, rows):
+        return float("nan")
     for part in rows.split(ROWS):
         with torch.no_grad():
             if not bool(torch.isfinite(energy(mean + 2.0 * (part - mean))).all()):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-__all__ = ["describe_stuck", "stuck_chains"]
+__all__ = ["describe_chains", "describe_range", "describe_stuck", "stuck_chains"]
 
 #: Acceptance rate that a chain is supposed to have at least.
 LEAST_RATE = 0.1
@@ -50,12 +52,12 @@ def describe_stuck(
 
     Example:
         >>> describe_stuck([1], 3, torch.tensor([2.0, 812.5, 3.5])).split(". ")[0]
-        'Chain 1 of 3 never moved after warm-up (energy 812; others 2 to 3.5)'
+        'Chain 1 of 3 never moved after warm-up (energy 812, median of the others 2)'
     """
     if not stuck:
         return ""
     if len(stuck) == chains:
-        where = f" (energy {_range(energies)})" if energies is not None else ""
+        where = f" (energy {describe_range(energies)})" if energies is not None else ""
         return (
             f"None of {chains} chains moved after warm-up{where}. Start elsewhere (initial=), warm"
             " up longer, take another step"
@@ -65,19 +67,37 @@ def describe_stuck(
     if energies is not None:
         mask = torch.zeros(chains, dtype=torch.bool, device=energies.device)
         mask[stuck] = True
-        where = f" (energy {_range(energies[mask])}; others {_range(energies[~mask])})"
-    chain, it, they = ("Chain", "it", "it") if len(stuck) == 1 else ("Chains", "them", "they")
-    listed = ", ".join(str(first + chain_) for chain_ in stuck[:10]) + (
-        f" and {len(stuck) - 10} more" if len(stuck) > 10 else ""
-    )
+        median = float(energies[~mask].median())
+        where = f" (energy {describe_range(energies[mask])}, median of the others {median:.3g})"
+    it, they = ("it", "it") if len(stuck) == 1 else ("them", "they")
+    named = describe_chains([first + chain for chain in stuck], total or chains)
     return (
-        f"{chain} {listed} of {total or chains} never moved after warm-up{where}. Start {it}"
+        f"{named} never moved after warm-up{where}. Start {it}"
         " elsewhere (initial=, or another"
         " seed), warm up longer, take another step size where it is fixed, or reparametrize the"
         f" model where {they} started."
     )
 
 
-def _range(values: Tensor) -> str:
+def describe_chains(numbers: Sequence[int], total: int | None = None) -> str:
+    """Chains by their numbers, of so many.
+
+    Example:
+        >>> describe_chains([3]), describe_chains([0, 3], 8)
+        ('Chain 3', 'Chains 0, 3 of 8')
+    """
+    more = f" and {len(numbers) - 10} more" if len(numbers) > 10 else ""
+    listed = ", ".join(map(str, numbers[:10])) + more
+    of = "" if total is None else f" of {total}"
+    return f"{'Chain' if len(numbers) == 1 else 'Chains'} {listed}{of}"
+
+
+def describe_range(values: Tensor) -> str:
+    """The range of some numbers, to three digits.
+
+    Example:
+        >>> describe_range(torch.tensor([2.0, 3.5]))
+        '2 to 3.5'
+    """
     low, high = f"{float(values.min()):.3g}", f"{float(values.max()):.3g}"
     return low if low == high else f"{low} to {high}"

@@ -297,7 +297,7 @@ class MCMC(AbstractMCMC):
         return to_arviz(self._samples, run.get_stats(), attrs=facts)
 
     def diagnose(self, max_r_hat: float = 1.01, min_ess: float = 400.0) -> Diagnosis:
-        """Whether the chains mixed, in plain words; see :func:`pyroebm.diagnostics.diagnose`."""
+        """Find what is wrong with the draws; see :func:`pyroebm.diagnostics.diagnose`."""
         return self._finished().diagnose(max_r_hat, min_ess)
 
     def _finished(self) -> _Hooked:

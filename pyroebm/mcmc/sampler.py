@@ -24,7 +24,6 @@ from pyroebm.core.progress import Progress
 from pyroebm.core.rng import fresh_seed, seeded_generator
 from pyroebm.core.serialization import from_text, to_text
 from pyroebm.core.wrappers import Unconstrained, eval_mode
-from pyroebm.diagnostics.stein import stein_residual
 from pyroebm.diagnostics.streaming import StreamingMoments
 from pyroebm.diagnostics.stuck import describe_stuck, stuck_chains
 from pyroebm.kernels.adaptation.starts import draw_starts
@@ -649,11 +648,19 @@ class MCMC(AbstractMCMC):
         return diagnostics.summary(self.to_arviz(), **options)
 
     def diagnose(self, max_r_hat: float = 1.01, min_ess: float = 400.0) -> diagnostics.Diagnosis:
-        """Whether the chains mixed, in plain words; see :func:`pyroebm.diagnostics.diagnose`."""
-        draws, kernel = self._draws(), self.plan.kernel
+        """Find what is wrong with the draws; see :func:`pyroebm.diagnostics.diagnose`."""
         with eval_mode(self._target):
-            residual = float("nan") if kernel.discrete else stein_residual(self._target, draws)
-        return diagnostics.diagnose(draws, self.get_stats(), max_r_hat, min_ess, kernel, residual)
+            return diagnostics.diagnose(
+                self._draws(),
+                self.get_stats(),
+                max_r_hat,
+                min_ess,
+                kernel=self.plan.kernel,
+                energy=self._target,
+                named=functools.partial(named, self._target, self.site),
+                first_chain=self.layout.chains(self.layout.blocks[0]).start,
+                num_chains=self.num_chains,
+            )
 
     def diagnostics(self) -> dict[str, Any]:
         """As Pyro's: effective sample size and R-hat of each site, divergences and acceptance rates

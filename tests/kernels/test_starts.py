@@ -262,7 +262,7 @@ def stuck_run(**options: Any) -> MCMC:
     mcmc = MCMC(NUTS(0.5), 200, 0, 4, seed=0, adaptation=None, **options)
     with pytest.warns(
         RuntimeWarning,
-        match=r"Chain 1 of 4 never moved after warm-up \(energy 2.5e\+11; others .*\)\. Start it",
+        match=r"Chain 1 of 4 never moved after warm-up \(energy 2.5e\+11, median of the others .*\)\. Start it",
     ):
         mcmc.run(Wall().double(), x)
     return mcmc
@@ -274,10 +274,12 @@ def test_a_chain_that_never_moves_is_named_everywhere(tmp_path: Any) -> None:
     with pytest.warns(RuntimeWarning, match="Chain 1 of 4 never moved"):
         mcmc.summary()
     found = mcmc.diagnose()
-    assert found.problems[0].startswith(
-        "Chain 1 of 4 never moved after warm-up (energy 2.5e+11; others"
+    assert found.findings[0].message.startswith(
+        "Chain 1 of 4 never moved after warm-up (energy 2.5e+11, median of the others"
     )
-    assert not any("diverged" in problem for problem in found.problems)  # they are that chain's
+    assert found.findings[0].chains == (1,)
+    # the divergences and the acceptance rate of 0 are that chain's
+    assert {finding.kind for finding in found.findings} <= {"stuck", "r_hat"}
     with pytest.warns(RuntimeWarning, match="Chain 1 of 4 never moved"):
         mcmc.run_more(10)
     other = MCMC(NUTS(0.5), 200, 0, 4, adaptation=None)
@@ -299,7 +301,7 @@ def test_a_rank_names_its_chains_by_their_numbers_in_the_run() -> None:
 def test_divergences_of_chains_that_are_not_called_stuck_are_reported() -> None:
     mcmc = MCMC(NUTS(50.0), 20, 0, 4, seed=0, adaptation=None)
     mcmc.run(Wall().double() * 1e6)
-    assert any("80 of 80 draws diverged" in problem for problem in mcmc.diagnose().problems)
+    assert "80 of 80 draws diverged" in str(mcmc.diagnose())
 
 
 def test_pyros_summary_names_it(capsys: pytest.CaptureFixture[str]) -> None:
@@ -328,7 +330,7 @@ def test_few_steps_and_low_acceptance_are_no_proof() -> None:
 def test_what_is_said_fits_one_several_and_all() -> None:
     energies = torch.arange(30.0)
     assert (
-        "Chains 0, 3 of 30 never moved after warm-up (energy 0 to 3; others 1 to 29)"
+        "Chains 0, 3 of 30 never moved after warm-up (energy 0 to 3, median of the others 15)"
         in describe_stuck([0, 3], 30, energies)
     )
     assert "0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 10 more of 30" in describe_stuck(
@@ -344,6 +346,6 @@ def test_a_diagnosis_of_draws_alone_names_it_too() -> None:
     draws = torch.randn(4, 300, generator=torch.Generator().manual_seed(0))
     draws[2] = 1.0
     found = diagnose(draws, {"diverging": torch.zeros(4, 300, dtype=torch.bool)})
-    assert found.problems[0].startswith(
+    assert found.findings[0].message.startswith(
         "Chain 2 of 4 never moved after warm-up. Start it elsewhere"
     )

@@ -243,7 +243,8 @@ def _weigh(
         kinetic += np.float64(p[i]) * np.float64(p[i])
     # a non-finite gradient is in the momentum, and so in here
     hamiltonian = value + 0.5 * kinetic
-    error = hamiltonian - number[H0] if math.isfinite(hamiltonian) else np.inf
+    # a comparison: reassociation folds the x - x == 0 of numba's isfinite into True
+    error = hamiltonian - number[H0] if abs(hamiltonian) < np.inf else np.inf
     count[GRADIENTS] += 1
     if error > MAX_ENERGY_ERROR:
         return _DIVERGED

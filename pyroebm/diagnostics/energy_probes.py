@@ -1,0 +1,212 @@
+"""What the energy says of a run that went wrong: where it is not finite near draws that diverged,
+and directions in which it does not rise far from all draws."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyroebm.core.energy import Energy, unchecked_value_and_grad
+from pyroebm.core.rng import seeded_generator, standard_normal
+from pyroebm.core.rowwise import RowsFailAlone
+from pyroebm.kernels.hamiltonian import MAX_ENERGY_ERROR
+
+__all__ = ["Edge", "Tail", "find_edge", "find_tail", "flat_part", "has_gradient"]
+
+#: Distances along a line from a divergent draw, in standard deviations.
+RADII = torch.logspace(-2.0, 0.5, 16, dtype=torch.float64)
+#: Distances along an axis, in those of the farthest draw: three decades, with their ends.
+POINTS = 16
+DISTANCES = torch.logspace(-1.0, 2.0, 3 * POINTS + 1, dtype=torch.float64)
+#: Nats that the mass of a decade may lose to the one before where the density is 1 / distance,
+#: which has the same mass in each: the error of the sum.
+SLACK = 0.05
+#: States of one evaluation of the energy.
+ROWS = 4096
+
+
+class Edge(NamedTuple):
+    """Where an energy stops being finite."""
+
+    share: float  #: of the lines tried, those that meet a state of non-finite energy or gradient
+    state: Tensor  #: the first such state, shape ``event``
+    energy: float  #: the energy there
+    coordinate: int | None  #: the flat coordinate that makes it so; None where no single one does
+
+
+class Tail(NamedTuple):
+    """A direction in which a density cannot be normalized."""
+
+    near: Tensor  #: the state at the distance of the farthest draw, shape ``event``
+    far: Tensor  #: that at the last distance of finite energy
+    energies: tuple[float, float]  #: the energies of both
+
+
+def has_gradient(energy: Energy, states: Tensor) -> bool:
+    """Whether an energy reaches its states ``(n, *event)`` through autograd.
+
+    Example:
+        >>> from pyroebm.core import Unnormalized
+        >>> has_gradient(Unnormalized(lambda x: -x.detach()), torch.zeros(1))
+        False
+    """
+    with torch.enable_grad():
+        return energy(states[:1].detach().requires_grad_(True)).requires_grad
+
+
+def find_edge(energy: Energy, states: Tensor, scale: Tensor) -> Edge | None:
+    """Look for states of non-finite energy or gradient on one random line from each of some draws.
+
+    A state counts where the energy does not rise by more than a divergence on the way to it: a
+    trajectory can then reach it.
+
+    Args:
+        energy: the energy.
+        states: draws of finite energy, shape ``(n, *event)``.
+        scale: standard deviations of the coordinates, shape ``event``.
+
+    Returns:
+        the first on the lines; None if there is none.
+
+    Example:
+        >>> from pyroebm.core import Unnormalized
+        >>> x = torch.linspace(0.1, 3.0, 30)
+        >>> edge = find_edge(Unnormalized(lambda x: torch.log(x) - x), x, torch.tensor(1.0))
+        >>> float(edge.state) < 0, edge.energy, edge.coordinate
+        (True, nan, 0)
+    """
+    noise = standard_normal(
+        states.shape, seeded_generator(0, states.device), states.dtype, states.device
+    )
+    radii = RADII.to(states).reshape(-1, *[1] * (states.dim() - 1))
+    points = states.unsqueeze(1) + radii * (scale * noise).unsqueeze(1)
+    values, finite = _evaluate(energy, points)
+    start, _ = _evaluate(energy, states)
+    over = finite & (values - start.unsqueeze(1) > MAX_ENERGY_ERROR)
+    found = ~finite & (over.cumsum(1) == 0)
+    lines = found.any(1).nonzero().flatten()
+    if not len(lines):
+        return None
+    line = int(lines[0])
+    at = int(found[line].int().argmax())
+    outside = points[line, at]
+    inside = points[line, at - 1] if at else states[line]
+    single = inside.flatten().repeat(inside.numel(), 1)
+    single.diagonal().copy_(outside.flatten())
+    guilty = (~_evaluate(energy, single.reshape(-1, *inside.shape))[1]).nonzero().flatten()
+    return Edge(
+        len(lines) / len(states),
+        outside,
+        float(values[line, at]),
+        int(guilty[0]) if len(guilty) else None,
+    )
+
+
+def find_tail(energy: Energy, base: Tensor, direction: Tensor) -> Tail | None:
+    r"""Look for a tail without a finite integral on the line through a draw in some direction.
+
+    .. math:: \int_{10^k}^{10^{k+1}} e^{-E(x + t d)} dt
+
+    must fall from decade to decade, for k = -1, 0, 1, on both sides. It stays the same for a
+    density 1 / t and rises for a constant one.
+
+    Args:
+        energy: the energy.
+        base: x, shape ``event``.
+        direction: d, as long as the farthest draw is away, shape ``event``.
+
+    Returns:
+        the tail; None if there is none.
+
+    Example:
+        >>> from pyroebm.core import Unnormalized
+        >>> zero, far = torch.tensor(0.0), torch.tensor(5.0)
+        >>> tail = find_tail(Unnormalized(lambda x: x**2), zero, far)
+        >>> float(tail.near), tail.energies
+        (5.0, (-25.0, -250000.0))
+        >>> find_tail(Unnormalized(lambda x: -torch.log1p(x**2)), zero, far)
+    """
+    distances = DISTANCES.to(base).reshape(-1, *[1] * base.dim())
+    for side in (1.0, -1.0):
+        points = base + side * distances * direction
+        with torch.no_grad(), RowsFailAlone():
+            values = energy(points).double()
+        if not _decades_fall(values):
+            last = int(torch.isfinite(values).nonzero()[-1])
+            near = float(values[POINTS]), float(values[last])
+            return Tail(points[POINTS], points[last], near)
+    return None
+
+
+def flat_part(energy: Energy, base: Tensor, direction: Tensor) -> Tensor:
+    r"""The part of a direction in which the energy has no curvature.
+
+    .. math:: d - H^+ H d
+
+    with the Hessian H by differences of gradients: draws that drift along an invariance of the
+    energy (all logits shifted alike) move in the other directions too.
+
+    Args:
+        energy: the energy.
+        base: where the Hessian is taken, shape ``event``.
+        direction: d, shape ``event``.
+
+    Returns:
+        the part, shape ``event``; 0 where the Hessian is not finite.
+
+    Example:
+        >>> from pyroebm.core import Unnormalized
+        >>> energy = Unnormalized(lambda x: -((x[..., 0] - x[..., 1]) ** 2), event_shape=(2,))
+        >>> flat_part(energy, torch.zeros(2), torch.tensor([3.0, 1.0])).round()
+        tensor([2., 2.])
+    """
+    size = base.numel()
+    step = torch.finfo(base.dtype).eps ** (1 / 3) * base.flatten().abs().clamp(min=1.0)
+    points = base.flatten() + torch.cat([torch.diag(step), -torch.diag(step)])
+    with RowsFailAlone():
+        grads = unchecked_value_and_grad(energy, points.reshape(-1, *base.shape))[1]
+    ahead, behind = grads.reshape(2, size, size)
+    hessian = (ahead - behind) / (2.0 * step.unsqueeze(1))
+    if not bool(torch.isfinite(hessian).all()):
+        return torch.zeros_like(direction)
+    flat = direction.flatten()
+    inverse = torch.linalg.pinv(0.5 * (hessian + hessian.T), rtol=1e-3, hermitian=True)
+    return (flat - inverse @ (hessian @ flat)).reshape(base.shape)
+
+
+def _decades_fall(values: Tensor) -> bool:
+    """Whether the mass of some decade is less than that of the one before. No mass is where the
+    energy is +inf or NaN; where it is -inf the number was too large for its type, and nothing is
+    known."""
+    weight = torch.where(values.isnan(), -math.inf, -values) + DISTANCES.log().to(values.device)
+    masses = []
+    for first in range(0, 3 * POINTS, POINTS):
+        part = weight[first : first + POINTS + 1]
+        part = part[part != math.inf]
+        if len(part):
+            masses.append(float(torch.logsumexp(part, 0)) - math.log(len(part)))
+    return len(masses) < 2 or any(
+        after < before - SLACK or after == -math.inf for before, after in itertools.pairwise(masses)
+    )
+
+
+def _evaluate(energy: Energy, points: Tensor) -> tuple[Tensor, Tensor]:
+    """Energies ``(*batch)``, and whether they and their gradients, where there are any, are
+    finite."""
+    event = energy.event_shape
+    rows = points.reshape(-1, *event)
+    with RowsFailAlone():
+        if has_gradient(energy, rows):
+            parts = [unchecked_value_and_grad(energy, part) for part in rows.split(ROWS)]
+            value, grad = (torch.cat(part) for part in zip(*parts, strict=True))
+            finite = torch.isfinite(value) & torch.isfinite(grad.reshape(len(rows), -1)).all(1)
+        else:
+            with torch.no_grad():
+                value = torch.cat([energy(part) for part in rows.split(ROWS)])
+            finite = torch.isfinite(value)
+    batch = points.shape[: points.dim() - len(event)]
+    return value.reshape(batch), finite.reshape(batch)
