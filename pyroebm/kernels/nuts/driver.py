@@ -211,7 +211,8 @@ def _leap(
 ) -> Any:
     """Half a step of the momentum and one of the position; whether the position is finite."""
     end = END + 3 * count[DIRECTION]
-    way, p, g, home = vector[end], vector[end + 1], vector[end + 2], vector[HOME]
+    way, home = vector[end], vector[HOME]
+    p, g = vector[end + 1], vector[end + 2]
     step = number[STEP] if count[DIRECTION] == 1 else -number[STEP]
     zero = 0.0
     for i in range(len(way)):
@@ -347,7 +348,9 @@ def _finish(
     slot_i[DIVERGED] = count[KEPT_DIVERGED]
     slot_i[ACCEPTED] = count[MOVED]
     slot_i[REACHED] = outcome == _FULL
-    slot_t[0], slot_t[1], slot_t[2] = number[LOG_STEP], number[LOG_AVERAGE], number[ERROR]
+    slot_t[0] = number[LOG_STEP]
+    slot_t[1] = number[LOG_AVERAGE]
+    slot_t[2] = number[ERROR]
     number[KEPT_ACCEPTANCE] = 0.0
     count[KEPT_GRADIENTS] = count[KEPT_DIVERGED] = 0
     count[DRAWS] += 1
@@ -395,7 +398,8 @@ def tick(
     """
     least = limit
     for row in range(len(counts)):
-        vector, number, count = vectors[row], numbers[row], counts[row]
+        vector, number = vectors[row], numbers[row]
+        count = counts[row]
         scale = scales[row % len(scales)]
         key = np.uint64(seeds[count[STEPS] % len(seeds)])
         outcome, depth = _GOES_ON, count[DEPTH] + 1
