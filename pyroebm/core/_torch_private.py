@@ -130,6 +130,7 @@ def compile_graph(
 ) -> Callable[..., tuple[Tensor, ...]]:
     """Compile a graph of plain tensor operations with TorchInductor."""
     # a second of imports, for those alone who compile
+    from torch._functorch import config as autograd_config
     from torch._guards import TracingContext, tracing
     from torch._inductor import compile as inductor
     from torch._inductor import config
@@ -138,9 +139,14 @@ def compile_graph(
 
     # The instruction set is that of the processor: asking the compiler about it takes 8 s. One
     # thread compiles here, so that no pool of processes has to be started, or told of Ctrl-C. The
-    # cache that a second process finds asks for an environment of shapes, though all are fixed.
+    # cache that a second process finds asks for an environment of shapes, though all are fixed; the
+    # one of autograd has no use for a graph without it, and logs a failure for some.
     known = TracingContext(FakeTensorMode(shape_env=ShapeEnv()))
-    with config.patch({"cpp.vec_isa_ok": True, "compile_threads": 1}), tracing(known):
+    with (
+        config.patch({"cpp.vec_isa_ok": True, "compile_threads": 1}),
+        autograd_config.patch(enable_autograd_cache=False),
+        tracing(known),
+    ):
         compiled = inductor(graph, list(examples), options=options)
     return cast(Callable[..., tuple[Tensor, ...]], compiled)
 
