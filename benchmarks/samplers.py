@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,18 +78,38 @@ def plan(
     ]
 
 
+def in_process(
+    module: str,
+    content: Any,
+    environment: Mapping[str, str] | None = None,
+    limit: float | None = None,
+) -> tuple[Any, str | None]:
+    """What a worker module makes of some content, in a process of its own, or None and what went
+    wrong; both are JSON."""
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = Path(folder, "content.json"), Path(folder, "answer.json")
+        source.write_text(json.dumps(content), encoding="utf-8")
+        try:
+            done = subprocess.run(
+                [sys.executable, "-m", module, str(source), str(target)],
+                cwd=ROOT,
+                env=os.environ | ENVIRONMENT | dict(environment or {}),
+                capture_output=True,
+                text=True,
+                timeout=limit,
+            )
+        except subprocess.TimeoutExpired:
+            return None, f"stopped after {limit:.0f} s"
+        if done.returncode:
+            said = done.stderr.strip().splitlines()
+            return None, (said or [f"exit status {done.returncode}"])[-1]
+        return json.loads(target.read_text(encoding="utf-8")), None
+
+
 def work(job: Job) -> tuple[list[Row], str | None]:
     """Rows of a job done in its own process, or none and what went wrong."""
-    with tempfile.TemporaryDirectory() as folder:
-        source, target = Path(folder, "job.json"), Path(folder, "rows.json")
-        source.write_text(json.dumps(dataclasses.asdict(job)), encoding="utf-8")
-        command = [sys.executable, "-m", "benchmarks.suite.worker", str(source), str(target)]
-        done = subprocess.run(
-            command, cwd=ROOT, env=os.environ | ENVIRONMENT, capture_output=True, text=True
-        )
-        if done.returncode:
-            return [], (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-        return json.loads(target.read_text(encoding="utf-8")), None
+    rows, problem = in_process("benchmarks.suite.worker", dataclasses.asdict(job))
+    return rows or [], problem
 
 
 def _measured(row: Row) -> tuple[str, str, str]:

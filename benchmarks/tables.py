@@ -4,7 +4,8 @@
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`, where NAME is a case of
 benchmarks/samplers.py, benchmarks/boltzmann.py or benchmarks/flows.py, `training`, `starts`,
-`efficiency`, `gradients` or a curve; what stood there before goes. A table without rows says so.
+`stopwatch`, `efficiency`, `gradients` or a curve; what stood there before goes. A table without
+rows says so.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ import re
 from pathlib import Path
 
 from benchmarks.starts import CASES as STARTS_CASES
-from benchmarks.suite.cases import CASES
+from benchmarks.suite.cases import CASES, MODEL_CASES
 from benchmarks.suite.flow_cases import FLOW_CASES
 from benchmarks.suite.measure import Row
+from benchmarks.suite.posteriordb import DENSITIES
 
 __all__ = ["fill", "read_rows"]
 
@@ -49,6 +51,23 @@ FLOW_COLUMNS = (
     ("steps", "steps"),
     ("evaluations", "evaluations"),
     ("s", "seconds"),
+)
+
+#: Cases of benchmarks/stopwatch.py, and its two processes: metric, heading.
+STOPWATCH_TITLES = {name: case.title for name, case in {**MODEL_CASES, **DENSITIES}.items()}
+STOPWATCH_PHASES = {
+    "seconds_empty_caches": "empty caches",
+    "seconds_second_process": "second process",
+}
+
+#: Columns of the stopwatch's table after its seconds: heading, metric.
+STOPWATCH_COLUMNS = (
+    ("sampling s", "sampling_seconds"),
+    ("gradients", "gradients"),
+    ("ESS", "min_ess"),
+    ("R-hat", "worst_r_hat"),
+    ("divergences", "divergences"),
+    ("worst z", "worst_z"),
 )
 
 #: Columns of a case's table: heading, metric, whether its spread is shown.
@@ -318,6 +337,48 @@ def starts_table(rows: list[Row]) -> str:
     )
 
 
+def stopwatch_table(rows: list[Row]) -> str:
+    """A line a case and contestant of benchmarks/stopwatch.py: seconds with empty caches and in a
+    second process, each as a multiple of NumPyro's faster mode, then what the draws are worth.
+    Below it, where pyroebm is the slower one."""
+    found: dict[str, dict[tuple[str, str, str], dict[str, Row]]] = {}
+    for row in rows:
+        if row["case"].startswith("stopwatch "):
+            key = (row["library"], row["version"], row["settings"]["method"])
+            of_case = found.setdefault(row["case"].removeprefix("stopwatch "), {})
+            of_case.setdefault(key, {})[row["metric"]] = row
+    compared = 0
+    body: list[list[str]] = []
+    losses: list[str] = []
+    for case, title in STOPWATCH_TITLES.items():
+        own = found.get(case, {})
+        for (library, version, method), metrics in own.items():
+            settings = metrics["seconds_empty_caches"]["settings"]
+            steps = f"4 x ({settings['num_warmup']:,} + {settings['num_samples']:,})"
+            scale = settings.get("sampling_scaled_by")
+            scaled = f", seconds of sampling x {scale}" if scale else ""
+            cells = [title, f"{library} {version} {method}, {steps}{scaled}"]
+            for phase, label in STOPWATCH_PHASES.items():
+                rival = min(
+                    (m[phase]["value"] for k, m in own.items() if k[0] == "numpyro"), default=None
+                )
+                ratio = metrics[phase]["value"] / rival if rival else None
+                cells += [_with_spread(metrics[phase], True), number(ratio)]
+                if library == "pyroebm" and ratio is not None:
+                    compared += 1
+                    losses += [f"{title} ({label}: {number(ratio)})"] if ratio > 1.0 else []
+            cells += [_with_spread(metrics.get(name), False) for _, name in STOPWATCH_COLUMNS]
+            body.append([*cells, str(settings["repeats"])])
+    if not body:
+        return NOTHING
+    headings = [h for label in STOPWATCH_PHASES.values() for h in (f"s, {label}", "/ NumPyro")]
+    headings += [heading for heading, _ in STOPWATCH_COLUMNS]
+    slower = "; ".join(
+        [f"Slower than NumPyro's faster mode in {len(losses)} of {compared}", *losses]
+    )
+    return f"{table(['case', '', *headings, 'runs'], body)}\n{slower}.\n"
+
+
 def efficiency_table(rows: list[Row]) -> str:
     """Effective draws a gradient of each case, a column a rule of benchmarks/starts.py, with
     standard errors."""
@@ -363,6 +424,8 @@ def fill(page: str, rows: list[Row]) -> str:
             text = training_table(rows)
         elif name == "starts":
             text = starts_table(rows)
+        elif name == "stopwatch":
+            text = stopwatch_table(rows)
         elif name == "efficiency":
             text = efficiency_table(rows)
         elif name == "gradients":

@@ -3,6 +3,7 @@ them. No peer is needed."""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import math
@@ -10,15 +11,20 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyro
 import pytest
 import torch
+from scipy import stats
 
-from benchmarks import boltzmann, flows, samplers, starts, tables, training
-from benchmarks.suite import additive, cases, fitters
+from benchmarks import boltzmann, flows, samplers, starts, stopwatch, tables, training
+from benchmarks.suite import additive, answers, cases, fitters, in_pyro
+from benchmarks.suite.cases import Array
 from benchmarks.suite.flow_cases import FLOW_CASES, Counted, judge
-from benchmarks.suite.measure import Job, Row, Run, sampler_rows, time_runs
+from benchmarks.suite.measure import Job, Row, Run, sampler_rows, time_runs, worst_z
+from benchmarks.suite.posteriordb import DENSITIES, posteriordb_cases
 from pyroebm import Energy
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -57,8 +63,10 @@ def test_modules_import_without_peers() -> None:
     """In a process that cannot import a peer, all that the command line needs is there."""
     code = (
         "import sys\n"
-        "sys.modules.update(dict.fromkeys(['jax', 'numpyro', 'blackjax', 'optax']))\n"
-        "import benchmarks.samplers, benchmarks.tables, benchmarks.suite.worker\n"
+        "peers = ['jax', 'numpyro', 'blackjax', 'optax', 'pymc', 'nutpie', 'owalnuts']\n"
+        "sys.modules.update(dict.fromkeys(peers))\n"
+        "import benchmarks.samplers, benchmarks.stopwatch, benchmarks.tables\n"
+        "import benchmarks.suite.worker, benchmarks.suite.answers\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -265,6 +273,7 @@ def test_docs_page_is_what_the_results_make() -> None:
         "training",
         "nice",
         "starts",
+        "stopwatch",
         "efficiency",
         *FLOW_CASES,
     }
@@ -431,6 +440,10 @@ def test_constraints_pin_the_peers() -> None:
         "ebmkit",
         "normflows",
         "zuko",
+        "nutpie",
+        "owalnuts",
+        "pymc",
+        "numba",
     ):
         assert re.search(rf"^{library}==[\w.]+$", pins, flags=re.M), library
 
@@ -452,3 +465,280 @@ def test_starts_are_counted_and_make_tables() -> None:
         assert len(widths) == 1
         assert "NUTS, " in text
     assert tables.starts_table([]) == tables.efficiency_table([]) == tables.NOTHING
+
+
+def answer(seconds: float, r_hat: float = 1.01) -> dict[str, Any]:
+    """What the stopwatch's worker says of a run."""
+    metrics = {
+        "seconds": seconds,
+        "cpu_share": 1.0,
+        "sampling_seconds": None,
+        "gradients": 28_000,
+        "divergences": 0,
+        "min_ess": 900.0,
+        "worst_r_hat": r_hat,
+        "worst_z": None,
+    }
+    return {"metrics": metrics, "version": "1.2", "pinned": True}
+
+
+def run_stopwatch(
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    seconds: dict[str, tuple[float, float]],
+    *arguments: str,
+) -> list[str]:
+    """The turns that a command line takes, with made-up clocks: seconds of the two processes for
+    each library and method, none for one that fails."""
+    turns: list[str] = []
+
+    def take_turn(job: Job, seed: int, database: Path | None) -> tuple[list[dict[str, Any]], str]:
+        name = f"{job.library} {job.method}"
+        turns.append(f"{seed} {name}")
+        return ([answer(s) for s in seconds[name]], "") if name in seconds else ([], "no luck")
+
+    monkeypatch.setattr(stopwatch, "take_turn", take_turn)
+    monkeypatch.setattr(
+        stopwatch.importlib.util, "find_spec", lambda name: name != "nutpie" or None
+    )
+    monkeypatch.setattr(sys, "argv", ["stopwatch", "--out", str(folder), *arguments])
+    stopwatch.main()
+    return turns
+
+
+CLOCKS = {
+    "pyroebm NUTS": (9.0, 6.0),
+    "numpyro NUTS, vectorized": (12.0, 5.0),
+    "numpyro NUTS, sequential": (10.0, 8.0),
+    "blackjax NUTS": (20.0, 20.0),
+    "owalnuts WALNUTS": (7.0, 7.0),
+}
+
+
+def test_stopwatch_takes_turns_and_tells_losses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    turns = run_stopwatch(tmp_path, monkeypatch, CLOCKS, "--case", "gp", "--repeats", "2")
+    assert turns == [f"1 {name}" for name in [*CLOCKS, "pyro NUTS"]] + [f"2 {n}" for n in CLOCKS]
+    said = capsys.readouterr().out
+    assert "nutpie: missing, no rows" in said
+    assert "gp, round 1 of 2: pyro NUTS: FAILED: no luck" in said
+    rows = tables.read_rows(tmp_path)
+    check_rows(rows)
+    assert {(row["library"], row["settings"]["repeats"]) for row in rows} == {
+        (name.split()[0], 2) for name in CLOCKS
+    }
+    text = tables.stopwatch_table(rows)
+    # cold against the sequential mode, warm against the vectorized one
+    ours = next(line for line in text.splitlines() if "pyroebm 1.2" in line)
+    assert [cell.strip() for cell in ours.split("|")][3:7] == ["9.00", "0.900", "6.00", "1.20"]
+    assert "faster mode in 1 of 2; Gaussian process, 50 points (second process: 1.20)." in text
+    assert "(empty caches" not in text
+    assert tables.stopwatch_table([]) == tables.NOTHING
+    # rows of the same case and library as in benchmarks/samplers.py are another table's
+    assert tables.case_table("gp", rows) == tables.NOTHING
+
+
+def test_stopwatch_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What has all its rounds is left out; what failed, or has fewer, has all its turns again."""
+    some = ("--case", "net", "--repeats", "2")
+    run_stopwatch(tmp_path, monkeypatch, CLOCKS, *some)
+    run_stopwatch(tmp_path, monkeypatch, CLOCKS, *some[:3], "1", "--only", "blackjax")
+    turns = run_stopwatch(tmp_path, monkeypatch, CLOCKS, *some, "--resume")
+    assert turns == ["1 blackjax NUTS", "1 pyro NUTS", "2 blackjax NUTS"]
+
+
+def test_stopwatch_needs_a_file_for_posteriordb(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_stopwatch(tmp_path, monkeypatch, CLOCKS, "--case", "garch") == []
+    assert "skipped, since they need --posteriordb FILE: garch" in capsys.readouterr().out
+
+
+def test_clock_starts_before_any_library() -> None:
+    """What the stopwatch's worker imports itself brings none of the libraries with it."""
+    code = (
+        "import sys, benchmarks.suite.stopwatch_worker, benchmarks.suite.answers\n"
+        "slow = {'torch', 'pyro', 'pyroebm', 'jax', 'numpyro', 'arviz', 'scipy', 'numba', 'pymc'}\n"
+        "assert not slow & set(sys.modules), slow & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_stopwatch_measures_us() -> None:
+    """The worker's numbers of a short run of ours."""
+    ((job, *_),) = stopwatch.plan(True, "pyroebm", ["eight_schools"], 1, 100.0)
+    content = {"job": dataclasses.asdict(job), "seed": 1, "posteriordb": None}
+    found, problem = samplers.in_process("benchmarks.suite.stopwatch_worker", content)
+    assert problem is None
+    metrics = found["metrics"]
+    assert metrics["seconds"] > 0.0
+    assert 0.0 < metrics["min_ess"] <= 4 * 100 * math.log10(4 * 100)
+    assert metrics["worst_r_hat"] < 1.2
+    assert metrics["worst_z"] < 5.0
+    assert metrics["gradients"] >= 4 * 100
+
+
+def test_entries_that_never_change_are_not_judged() -> None:
+    """A Cholesky factor of a correlation matrix has two of them: R-hat would be no number."""
+    case = cases.MODEL_CASES["slopes"]
+    draws = np.random.default_rng(0).standard_normal((4, 100, case.dim))
+    samples = case.split(draws)
+    samples["chol"][..., 0, :] = [1.0, 0.0]
+    found = answers.judged(case, samples)
+    assert found["worst_z"] is None
+    assert found["worst_r_hat"] < 1.1
+    # the worst of many entries counts
+    samples["z"][0] += 10.0
+    assert answers.judged(case, samples)["worst_r_hat"] > 1.5
+
+
+def test_process_that_takes_too_long_is_stopped() -> None:
+    _, problem = samplers.in_process("benchmarks.suite.stopwatch_worker", {}, limit=0.01)
+    assert problem == "stopped after 0 s"
+
+
+# The densities of posteriordb as their Stan programs define them, up to a constant: from the data
+# of the program and the parameters in the order of the reference.
+def _stan_lags(d: dict[str, Any], p: Array) -> float:
+    y, order = np.array(d["y"]), d["K"]
+    mean = [p[0] + sum(p[k] * y[t - k] for k in range(1, order + 1)) for t in range(order, len(y))]
+    prior = stats.norm.logpdf(p[: order + 1], 0, 10).sum() + stats.halfcauchy.logpdf(p[-1], 0, 2.5)
+    return prior + stats.norm.logpdf(y[order:], mean, p[-1]).sum()
+
+
+def _stan_arma(d: dict[str, Any], p: Array) -> float:
+    (mu, phi, theta, sigma), y = p, d["y"]
+    errors = [y[0] - (mu + phi * mu)]
+    for t in range(1, len(y)):
+        errors.append(y[t] - (mu + phi * y[t - 1] + theta * errors[t - 1]))
+    prior = stats.norm.logpdf(p[:3], 0, [10, 2, 2]).sum() + stats.halfcauchy.logpdf(sigma, 0, 2.5)
+    return prior + stats.norm.logpdf(errors, 0, sigma).sum()
+
+
+def _stan_garch(d: dict[str, Any], p: Array) -> float:
+    mu, alpha0, alpha1, beta1 = p
+    y = d["y"]
+    sigma = [d["sigma1"]]
+    for t in range(1, len(y)):
+        sigma.append(np.sqrt(alpha0 + alpha1 * (y[t - 1] - mu) ** 2 + beta1 * sigma[t - 1] ** 2))
+    return stats.norm.logpdf(y, mu, sigma).sum()
+
+
+def _stan_iq(d: dict[str, Any], p: Array) -> float:
+    mean = p[0] + p[1] * np.array(d["mom_iq"])
+    return (
+        stats.halfcauchy.logpdf(p[2], 0, 2.5) + stats.norm.logpdf(d["kid_score"], mean, p[2]).sum()
+    )
+
+
+def _stan_interaction(d: dict[str, Any], p: Array) -> float:
+    school, iq = (np.array(d[name]) - np.mean(d[name]) for name in ("mom_hs", "mom_iq"))
+    mean = p[0] + p[1] * school + p[2] * iq + p[3] * school * iq
+    return stats.norm.logpdf(d["kid_score"], mean, p[4]).sum()
+
+
+def _stan_gp(d: dict[str, Any], p: Array) -> float:
+    (rho, alpha, sigma), x = p, np.array(d["x"])
+    cov = alpha**2 * np.exp(-((x[:, None] - x) ** 2) / (2 * rho**2)) + sigma * np.eye(len(x))
+    prior = (
+        stats.gamma.logpdf(rho, 25, scale=0.25) + stats.norm.logpdf([alpha, sigma], 0, [2, 1]).sum()
+    )
+    return prior + stats.multivariate_normal.logpdf(d["y"], np.zeros(len(x)), cov)
+
+
+def _stan_mixture(d: dict[str, Any], p: Array) -> float:
+    prior = stats.norm.logpdf(p[:4], 0, 2).sum() + stats.beta.logpdf(p[4], 5, 5)
+    parts = [
+        w * stats.norm.pdf(d["y"], m, s)
+        for w, m, s in zip((p[4], 1 - p[4]), p[:2], p[2:4], strict=True)
+    ]
+    return prior + np.log(np.add(*parts)).sum()
+
+
+def _stan_blr(d: dict[str, Any], p: Array) -> float:
+    return (
+        stats.norm.logpdf(p, 0, 10).sum()
+        + stats.norm.logpdf(d["y"], np.array(d["X"]) @ p[:5], p[5]).sum()
+    )
+
+
+def _stan_earnings(d: dict[str, Any], p: Array) -> float:
+    height, male = np.array(d["height"]), np.array(d["male"])
+    mean = p[0] + p[1] * height + p[2] * male + p[3] * height * male
+    return stats.norm.logpdf(np.log(d["earn"]), mean, p[4]).sum()
+
+
+STAN = {
+    "ark": _stan_lags,
+    "arma": _stan_arma,
+    "garch": _stan_garch,
+    "kidscore_iq": _stan_iq,
+    "kidscore_interaction": _stan_interaction,
+    "gp_regression": _stan_gp,
+    "mixture": _stan_mixture,
+    "blr": _stan_blr,
+    "earnings": _stan_earnings,
+}
+
+
+def made_up_posteriordb(path: Path) -> dict[str, Any]:
+    """A file in the format of the user's, of random data."""
+    rng = np.random.default_rng(0)
+    y, x = rng.standard_normal(12).tolist(), np.linspace(-2.0, 2.0, 12).tolist()
+    iq, school = rng.normal(100.0, 15.0, 12).tolist(), rng.integers(0, 2, 12).tolist()
+    data = {
+        "ark": {"K": 5, "T": 12, "y": y},
+        "arma": {"T": 12, "y": y},
+        "garch": {"T": 12, "y": y, "sigma1": 0.5},
+        "kidscore_iq": {"kid_score": x, "mom_iq": iq},
+        "kidscore_interaction": {"kid_score": y, "mom_iq": iq, "mom_hs": school},
+        "gp_regression": {"x": x, "y": y},
+        "mixture": {"y": y},
+        "blr": {"X": rng.standard_normal((12, 5)).tolist(), "y": y},
+        "earnings": {"earn": iq, "height": x, "male": school},
+    }
+    numbers = {"mean": 1.0, "mean_square": 2.0, "mcse_mean": 0.1, "mcse_mean_square": 0.2}
+    content = {
+        density.posterior: {
+            "data": data[name],
+            "reference": {
+                str(i): numbers for i in range(sum(math.prod(s) for s in density.sites.values()))
+            },
+        }
+        for name, density in DENSITIES.items()
+    }
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return data
+
+
+@pytest.mark.parametrize("name", DENSITIES)
+def test_models_are_the_stan_programs(name: str, tmp_path: Path, float64: None) -> None:
+    """Differences of log densities between states, in the coordinates of the model, whose volume
+    element the flat prior of GARCH's last coordinate brings."""
+    data = made_up_posteriordb(tmp_path / "posteriordb.json")[name]
+    case = posteriordb_cases(tmp_path / "posteriordb.json")[name]
+    draws = np.random.default_rng(1).uniform(0.2, 0.9, (1, 6, case.dim))
+    parameters = case.quantities(draws)[0, :, : len(case.truth()) // 2]
+    expected = np.array([STAN[name](data, p) for p in parameters])
+    if name == "garch":
+        expected += np.log1p(-parameters[:, 2])
+    found = []
+    for draw in draws[0]:
+        given = {site: torch.as_tensor(value) for site, value in case.split(draw).items()}
+        model = pyro.poutine.condition(in_pyro.MODELS[name], data=given)
+        trace = pyro.poutine.trace(model).get_trace(*in_pyro.tensors(case.arguments()))
+        found.append(float(trace.log_prob_sum()))
+    np.testing.assert_allclose(np.array(found) - found[0], expected - expected[0], rtol=1e-9)
+
+
+def test_truth_that_is_an_estimate_has_an_error() -> None:
+    """Exact draws against a reference three of whose own standard errors away is z = 3, not
+    more."""
+    case = cases.CASES["normal"]
+    off = dataclasses.replace(
+        case, truth=lambda: case.truth() + 300.0, truth_error=lambda: np.full(100, 100.0)
+    )
+    assert worst_z(off, exact_run(1).draws) == pytest.approx(3.0, abs=0.1)
+    assert worst_z(dataclasses.replace(case, truth=None), exact_run(1).draws) is None

@@ -16,11 +16,15 @@ import numpy as np
 
 __all__ = [
     "CASES",
+    "MODEL_CASES",
     "Case",
     "eight_schools_data",
     "eight_schools_truth",
+    "first_and_second_moments",
+    "gp_data",
     "logistic_data",
     "net_weights",
+    "slopes_data",
 ]
 
 Array = np.ndarray
@@ -37,16 +41,18 @@ class Case:
         title: as in the docs.
         sites: shape of each variable, in the order of the coordinates.
         quantities: from draws ``(chains, draws, dim)`` to ``(chains, draws, k)`` functions of them.
-        truth: their exact means, shape ``(k,)``.
-        is_model: written as a Pyro model, not as an energy.
+        truth: their exact means, shape ``(k,)``; None where they are not known.
+        truth_error: standard errors of ``truth``, where it is an estimate itself.
+        arguments: what the case's model is called with; None where it is an energy, not a model.
     """
 
     name: str
     title: str
     sites: Mapping[str, tuple[int, ...]]
     quantities: Callable[[Array], Array]
-    truth: Callable[[], Array]
-    is_model: bool = False
+    truth: Callable[[], Array] | None
+    truth_error: Callable[[], Array | float] = lambda: 0.0
+    arguments: Callable[[], tuple[Array, ...]] | None = None
 
     @property
     def dim(self) -> int:
@@ -77,13 +83,14 @@ class Case:
 SCALES = np.logspace(-1.0, 1.0, 50)
 
 
-def _first_and_second_moments(draws: Array) -> Array:
+def first_and_second_moments(draws: Array) -> Array:
+    """Each coordinate and its square."""
     return np.concatenate([draws, draws**2], axis=-1)
 
 
 def _funnel_whitened(draws: Array) -> Array:
     theta, rest = draws[..., :1], draws[..., 1:]
-    return _first_and_second_moments(
+    return first_and_second_moments(
         np.concatenate([theta / 3.0, rest * np.exp(-theta / 2.0)], axis=-1)
     )
 
@@ -144,6 +151,27 @@ def _stein(draws: Array) -> Array:
 
 
 @cache
+def slopes_data() -> tuple[Array, Array, Array]:
+    """Group, covariate and response of 20 observations in each of 15 groups, ``(300,)`` each;
+    intercepts and slopes of the groups are correlated."""
+    rng = np.random.default_rng(1)
+    group = np.repeat(np.arange(15), 20)
+    scales, correlation = np.array([1.0, 0.5]), np.array([[1.0, 0.5], [0.5, 1.0]])
+    covariance = correlation * np.outer(scales, scales)
+    intercept, slope = rng.multivariate_normal([1.0, -0.5], covariance, size=15).T
+    x = rng.standard_normal(group.size)
+    return group, x, intercept[group] + slope[group] * x + 0.5 * rng.standard_normal(group.size)
+
+
+@cache
+def gp_data() -> tuple[Array, Array]:
+    """Inputs and noisy values of a smooth function, ``(50,)`` each."""
+    rng = np.random.default_rng(2)
+    x = np.sort(rng.uniform(0.0, 10.0, 50))
+    return x, np.sin(x) + 0.3 * x + 0.3 * rng.standard_normal(50)
+
+
+@cache
 def net_weights() -> list[tuple[Array, Array]]:
     """Weights (standard deviation gain / sqrt(fan in)) and biases (gain) of a 2-128-128-1 network:
     a skewed, peaked mode and a shoulder beside it."""
@@ -171,9 +199,7 @@ def _net_truth() -> Array:
     axis = np.linspace(-20.0, 20.0, 401)
     grid = np.stack(np.meshgrid(axis, axis, indexing="ij"), -1).reshape(-1, 2)
     energy = net_energy(grid)
-    return np.average(
-        _first_and_second_moments(grid), axis=0, weights=np.exp(energy.min() - energy)
-    )
+    return np.average(first_and_second_moments(grid), axis=0, weights=np.exp(energy.min() - energy))
 
 
 CASES = {
@@ -183,7 +209,7 @@ CASES = {
             "normal",
             "50-d normal, scales 0.1 to 10",
             {"x": (50,)},
-            _first_and_second_moments,
+            first_and_second_moments,
             lambda: np.concatenate([np.zeros(50), SCALES**2]),
         ),
         Case(
@@ -192,7 +218,7 @@ CASES = {
             {"mu": (), "tau": (), "eta": (8,)},
             _effects,
             eight_schools_truth,
-            is_model=True,
+            arguments=eight_schools_data,
         ),
         Case(
             "logistic",
@@ -200,7 +226,7 @@ CASES = {
             {"beta": (25,)},
             _stein,
             lambda: np.append(np.zeros(25), 25.0),
-            is_model=True,
+            arguments=logistic_data,
         ),
         Case(
             "funnel",
@@ -209,6 +235,36 @@ CASES = {
             _funnel_whitened,
             lambda: np.repeat([0.0, 1.0], 10),
         ),
-        Case("net", "2-128-128-1 SiLU net", {"x": (2,)}, _first_and_second_moments, _net_truth),
+        Case("net", "2-128-128-1 SiLU net", {"x": (2,)}, first_and_second_moments, _net_truth),
+    )
+}
+
+#: The cases that a person writes as a model in each library, for benchmarks/stopwatch.py. Another
+#: table than CASES, since two of them have no known truth and two have other sites.
+MODEL_CASES = {
+    case.name: case
+    for case in (
+        CASES["eight_schools"],
+        Case(
+            "slopes",
+            "Varying slopes, LKJ, 15 x 20",
+            {"mu": (2,), "scales": (2,), "chol": (2, 2), "z": (15, 2), "noise": ()},
+            first_and_second_moments,
+            None,
+            arguments=slopes_data,
+        ),
+        CASES["logistic"],
+        Case(
+            "gp",
+            "Gaussian process, 50 points",
+            {"length": (), "amplitude": (), "noise": ()},
+            first_and_second_moments,
+            None,
+            arguments=gp_data,
+        ),
+        dataclasses.replace(CASES["funnel"], sites={"theta": (), "x": (9,)}, arguments=lambda: ()),
+        dataclasses.replace(
+            CASES["net"], arguments=lambda: tuple(array for pair in net_weights() for array in pair)
+        ),
     )
 }

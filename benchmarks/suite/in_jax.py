@@ -1,4 +1,4 @@
-"""The cases as log densities in JAX and as NumPyro models, float64 (JAX_ENABLE_X64=1)."""
+"""The cases as log densities in JAX, float64 (JAX_ENABLE_X64=1)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from benchmarks.suite import cases
 
-__all__ = ["constrain", "log_density", "model"]
+__all__ = ["constrain", "log_density"]
 
 Array = Any
 
@@ -65,27 +65,3 @@ def constrain(name: str, draws: np.ndarray) -> np.ndarray:
     if name != "eight_schools":
         return draws
     return np.concatenate([draws[..., :1], np.exp(draws[..., 1:2]), draws[..., 2:]], axis=-1)
-
-
-def model(name: str) -> tuple[Callable[..., None], tuple[np.ndarray, ...]]:
-    """A case as a NumPyro model and its arguments."""
-    import numpyro
-    import numpyro.distributions as dist
-
-    def eight_schools(y: Array, sigma: Array) -> None:
-        mu = numpyro.sample("mu", dist.Normal(0.0, 5.0))
-        tau = numpyro.sample("tau", dist.HalfCauchy(5.0))
-        with numpyro.plate("schools", 8):
-            eta = numpyro.sample("eta", dist.Normal(0.0, 1.0))
-            numpyro.sample("obs", dist.Normal(mu + tau * eta, sigma), obs=y)
-
-    def logistic(x: Array, y: Array) -> None:
-        beta = numpyro.sample("beta", dist.Normal(jnp.zeros(x.shape[1]), 1.0).to_event(1))
-        with numpyro.plate("data", len(y)):
-            numpyro.sample("obs", dist.Bernoulli(logits=x @ beta), obs=y)
-
-    function, data = {
-        "eight_schools": (eight_schools, cases.eight_schools_data),
-        "logistic": (logistic, cases.logistic_data),
-    }[name]
-    return function, data()

@@ -1,5 +1,9 @@
 """From runs to rows: how a sampler is timed, what its draws are worth, and whether they are
-right."""
+right.
+
+The diagnostics are imported by the functions that use them: benchmarks/stopwatch.py measures how
+long the first import of a library takes, and must not import another one before.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +16,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.suite.cases import Case
-from pyroebm.diagnostics import convergence as diagnostics
 
-__all__ = ["Job", "Run", "Row", "row", "sampler_rows", "time_runs"]
+__all__ = ["Job", "Run", "Row", "row", "sampler_rows", "time_runs", "worst_z"]
 
 Row = dict[str, Any]
 
@@ -30,7 +33,8 @@ class Job:
         chains: number of chains; 0 where the method sets it itself.
         num_warmup, num_samples: steps of each chain.
         repeats: most runs to take the median of.
-        budget: seconds after which no further run begins.
+        budget: seconds after which no further run begins; for benchmarks/stopwatch.py, those after
+            which a process is stopped.
         options: what only this library is told.
     """
 
@@ -108,13 +112,16 @@ def time_runs(
     return runs, None if first is None else first - float(np.median([r.seconds for r in runs]))
 
 
-def worst_z(case: Case, draws: np.ndarray) -> float:
-    """Largest error of a mean whose truth is known, in Monte Carlo standard errors (Vehtari et al.,
-    2021)."""
+def worst_z(case: Case, draws: np.ndarray) -> float | None:
+    """Largest error of a mean in standard errors, those of the draws (Vehtari et al., 2021) and of
+    the truth combined; None where the case knows no truth."""
+    from pyroebm.diagnostics import convergence as diagnostics
+
+    if case.truth is None:
+        return None
     quantities = case.quantities(draws)
-    return float(
-        np.max(np.abs(quantities.mean((0, 1)) - case.truth()) / diagnostics.mcse_mean(quantities))
-    )
+    error = np.hypot(diagnostics.mcse_mean(quantities), case.truth_error())
+    return float(np.max(np.abs(quantities.mean((0, 1)) - case.truth()) / error))
 
 
 def row(case: str, library: str, metric: str, values: list[float], settings: dict[str, Any]) -> Row:
@@ -134,6 +141,8 @@ def row(case: str, library: str, metric: str, values: list[float], settings: dic
 
 def sampler_rows(job: Job, case: Case, runs: list[Run], compile_seconds: float | None) -> list[Row]:
     """All rows of a sampler on a case; what is compiled never counts as less than nothing."""
+    from pyroebm.diagnostics import convergence as diagnostics
+
     ess = [float(np.min(diagnostics.ess_bulk(r.draws))) for r in runs]
     compiling = max(compile_seconds or 0.0, 0.0)
     columns = {

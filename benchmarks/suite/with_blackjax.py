@@ -63,18 +63,25 @@ def _chees(job: Job, density: Callable[[Array], Array]) -> tuple[Callable, Calla
     return warm_up, step
 
 
-def sampler(job: Job, case: Case) -> Callable[[int], Run]:
-    """From a seed to a run."""
-    warm_up, step = {"NUTS": _nuts, "ChEES": _chees}[job.method](job, log_density(case.name))
+def phases(job: Job, density: Callable[[Any], Array]) -> tuple[Callable, Callable]:
+    """Compiled functions of a key and starts ``(chains, ...)``, and of a key and what the first one
+    returns: warm-up, and draws ``(draws, chains, ...)`` with their numbers of gradients and
+    divergences."""
+    warm_up, step = {"NUTS": _nuts, "ChEES": _chees}[job.method](job, density)
 
-    def draw(key: Array, states: Any, parameters: Any) -> tuple[Array, Array]:
-        def body(states: Any, key: Array) -> tuple[Any, tuple[Array, Array]]:
+    def draw(key: Array, states: Any, parameters: Any) -> tuple[Any, Array, Array]:
+        def body(states: Any, key: Array) -> tuple[Any, tuple[Any, Array, Array]]:
             states, info = step(jax.random.split(key, job.chains), states, parameters)
-            return states, (states.position, info.num_integration_steps)
+            return states, (states.position, info.num_integration_steps, info.is_divergent)
 
         return jax.lax.scan(body, states, jax.random.split(key, job.num_samples))[1]
 
-    warm_up, draw = jax.jit(warm_up), jax.jit(draw)
+    return jax.jit(warm_up), jax.jit(draw)
+
+
+def sampler(job: Job, case: Case) -> Callable[[int], Run]:
+    """From a seed to a run."""
+    warm_up, draw = phases(job, log_density(case.name))
 
     def run(seed: int) -> Run:
         warm_key, key = jax.random.split(jax.random.key(seed))
@@ -82,7 +89,7 @@ def sampler(job: Job, case: Case) -> Callable[[int], Run]:
         begin = time.perf_counter()
         states, parameters = jax.block_until_ready(warm_up(warm_key, starts))
         warm = time.perf_counter()
-        positions, steps = jax.block_until_ready(draw(key, states, parameters))
+        positions, steps, _ = jax.block_until_ready(draw(key, states, parameters))
         end = time.perf_counter()
         draws = constrain(case.name, np.asarray(positions).swapaxes(0, 1))
         return Run(draws, warm - begin, end - warm, int(np.asarray(steps).sum()))

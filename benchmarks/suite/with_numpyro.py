@@ -17,7 +17,8 @@ from numpyro.infer import NUTS
 from numpyro.infer.util import initialize_model
 
 from benchmarks.suite.cases import Case
-from benchmarks.suite.in_jax import log_density, model
+from benchmarks.suite.in_jax import log_density
+from benchmarks.suite.in_numpyro import MODELS
 from benchmarks.suite.measure import Job, Run
 
 COMPILES = True
@@ -27,10 +28,12 @@ def sampler(job: Job, case: Case) -> Callable[[int], Run]:
     """From a seed to a run. A model becomes its potential once, so that no later run pays for
     tracing it."""
     constrain: Callable[[Any], Any] = lambda z: z  # noqa: E731
-    if case.is_model:
-        function, arguments = model(case.name)
+    if case.arguments is not None:
         info = initialize_model(
-            jax.random.key(0), function, model_args=arguments, dynamic_args=False
+            jax.random.key(0),
+            MODELS[case.name],
+            model_args=case.arguments(),
+            dynamic_args=False,
         )
         potential, constrain = info.potential_fn, jax.jit(jax.vmap(jax.vmap(info.postprocess_fn)))
     else:

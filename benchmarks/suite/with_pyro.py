@@ -13,7 +13,8 @@ from pyro.infer import MCMC, NUTS
 from pyro.infer.mcmc import hmc, nuts
 
 from benchmarks.suite.cases import Case
-from benchmarks.suite.in_torch import energy, model
+from benchmarks.suite.in_pyro import MODELS, tensors
+from benchmarks.suite.in_torch import energy
 from benchmarks.suite.measure import Job, Run
 from pyroebm.core import PotentialFn
 
@@ -35,12 +36,16 @@ def sampler(job: Job, case: Case) -> Callable[[int], Run]:
     """From a seed to a run of one chain."""
     counter = _Counter()
     nuts.velocity_verlet = counter
-    potential = None if case.is_model else PotentialFn(energy(case.name), "x")
+    arguments = () if case.arguments is None else tensors(case.arguments())
+    given = (
+        {"potential_fn": PotentialFn(energy(case.name), "x")}
+        if case.arguments is None
+        else {"model": MODELS[case.name]}
+    )
 
     def run(seed: int) -> Run:
         pyro.set_rng_seed(seed)
-        function, arguments = model(case.name) if case.is_model else (None, ())
-        kernel = NUTS(function) if case.is_model else NUTS(potential_fn=potential)
+        kernel = NUTS(**given)
         starts = {n: torch.as_tensor(v) for n, v in case.split(case.starts(1, seed)[0]).items()}
         warm: list[tuple[float, int]] = []
 

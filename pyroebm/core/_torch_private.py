@@ -3,26 +3,34 @@ change in torch is handled here."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, cast
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, fx, nn
-from torch._C._functorch import peek_interpreter_stack
-from torch.utils._python_dispatch import _get_current_dispatch_mode
-from torch.utils._pytree import tree_leaves
+from torch._C._functorch import is_batchedtensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 __all__ = [
     "BatchNorm",
+    "FixedShapes",
+    "TraceInputsOnly",
     "all_true",
     "compile_graph",
     "copy_each",
     "held_by",
-    "is_being_traced",
+    "is_batchedtensor",
     "multiply_each",
     "norm_of_each",
+    "outside_transforms",
     "standard_gamma",
+    "storage_of",
     "tree_leaves",
+    "tree_map_only",
     "version_of",
 ]
 
@@ -33,14 +41,88 @@ BatchNorm = nn.modules.batchnorm._BatchNorm
 all_true = torch._is_all_true
 
 
-def is_being_traced() -> bool:
-    """Whether tensors are those of a transform (``vmap``, ``grad``), of a dispatch mode, or of a
-    compiler."""
-    return (
-        torch.compiler.is_compiling()
-        or peek_interpreter_stack() is not None
-        or _get_current_dispatch_mode() is not None
-    )
+@contextlib.contextmanager
+def outside_transforms() -> Iterator[None]:
+    """Inside, no transform (``vmap``, ``grad``) and no dispatch mode of a caller is active."""
+    with temporarily_clear_interpreter_stack(), _disable_current_modes():
+        yield
+
+
+class FixedShapes(TorchDispatchMode):
+    """Within ``make_fx``: no shape depends on data that are not inputs, as a compiler wants it. A
+    mask that no input enters becomes integers where it indexes; places that are looked for in such
+    data are found now."""
+
+    INDEXING: ClassVar = {
+        torch.ops.aten.index,
+        torch.ops.aten.index_put,
+        torch.ops.aten.index_put_,
+    }
+
+    def __init__(self, x: Tensor) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        #: what the input enters, by storage; an entry keeps its storage, and so its number
+        self.entered = {storage_of(x): x}
+
+    def is_constant(self, leaf: Any) -> bool:
+        """Whether this argument of an operation is none that the input enters."""
+        return not isinstance(leaf, Tensor) or storage_of(leaf) not in self.entered
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.aten.masked_select.default:
+            x, mask = torch.broadcast_tensors(*args)
+            func, args = torch.ops.aten.index.Tensor, (x, [mask])
+        leaves = tree_leaves((args, kwargs))
+        if func.overloadpacket in self.INDEXING:
+            args = (args[0], list(self._integers(args[1])), *args[2:])
+        elif (
+            torch.Tag.dynamic_output_shape in func.tags
+            and all(map(self.is_constant, leaves))
+            and not any(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in leaves)
+        ):
+            with disable_proxy_modes_tracing():
+                return func(*args, **kwargs)
+        out = func(*args, **kwargs)
+        if not all(map(self.is_constant, leaves)):
+            results = (leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor))
+            self.entered.update((storage_of(result), result) for result in results)
+        return out
+
+    def _integers(self, indices: Sequence[Tensor | None]) -> Iterator[Tensor | None]:
+        for index in indices:
+            is_mask = index is not None and index.dtype in {torch.bool, torch.uint8}
+            if index is not None and is_mask and self.is_constant(index):
+                with disable_proxy_modes_tracing():
+                    yield from index.nonzero().unbind(1)
+            else:
+                yield index
+
+
+class TraceInputsOnly(FixedShapes):
+    """Within ``make_fx``, of functional operations: record those that the input enters, and run all
+    others now. What the input does not enter is a constant of the graph, and Python may read it."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.copy.default:  # which has no derivative
+            to, source = args[:2]
+            with self:
+                return source.to(to).expand(to.shape).contiguous()
+        with disable_proxy_modes_tracing():
+            if all(map(self.is_constant, tree_leaves((args, kwargs)))):
+                return func(*args, **(kwargs or {}))
+            # a compiled graph wants the strides of a plain tensor
+            args, kwargs = tree_map_only(
+                Tensor, lambda x: x.contiguous() if self.is_constant(x) else x, (args, kwargs)
+            )
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def storage_of(tensor: Tensor) -> int:
+    """A number that tensors on the same memory share, while one of them exists."""
+    if tensor.layout != torch.strided:
+        return id(tensor)
+    return int(tensor.untyped_storage()._cdata)
 
 
 def compile_graph(

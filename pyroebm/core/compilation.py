@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pyroebm.core._torch_private import compile_graph
+from pyroebm.core._torch_private import FixedShapes, compile_graph
 from pyroebm.core.energy import Energy, unchecked_value_and_grad
 
 __all__ = ["Compiled", "choose_compiled", "compiled_call", "fused", "is_compiled"]
@@ -74,7 +74,12 @@ class Captured(NamedTuple):
         """
         count = shape[: len(shape) - len(energy.event_shape)].numel()
         x = energy.initial(count, torch.Generator(energy.device).manual_seed(0)).reshape(shape)
-        graph = make_fx(lambda x: unchecked_value_and_grad(energy, x))(x)
+
+        def traced(x: Tensor) -> tuple[Tensor, Tensor]:
+            with FixedShapes(x):
+                return unchecked_value_and_grad(energy, x)
+
+        graph = make_fx(traced)(x)
         drawn = [
             str(n.target)
             for n in graph.graph.nodes
@@ -389,6 +394,10 @@ def fused(block: Block, energy: Energy, *tensors: Tensor, **static: Any) -> tupl
     return block(energy, *tensors, **static)
 
 
+class _NoCompilerError(RuntimeError):
+    """There is nothing to compile with."""
+
+
 class _Planned(Protocol):
     """What a choice asks of a kernel."""
 
@@ -441,13 +450,13 @@ def choose_compiled(
         if energy.device.type == "cpu" and not any(
             shutil.which(name) for name in ("g++", "clang++", "c++", "cl")
         ):
-            raise RuntimeError("no C++ compiler was found")
+            raise _NoCompilerError("no C++ compiler was found")
         if loops:
             return _compiled_loops(energy, compile is True, say)
         return _compiled_gradient(energy, compile is True, chains, gradients, say)
     # capturing and compiling fail in as many ways as there are energies and machines
     except Exception as error:
-        reason = str(error) if type(error) is RuntimeError else _reason(error)
+        reason = str(error) if isinstance(error, _NoCompilerError) else _reason(error)
         said = f"{type(energy).__name__} cannot be compiled ({reason})"
         if compile is True:
             raise RuntimeError(f"{said}; use compile=False") from error

@@ -14,7 +14,16 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
-from pyroebm.core._torch_private import all_true, is_being_traced, version_of
+from pyroebm.core._torch_private import (
+    TraceInputsOnly,
+    all_true,
+    is_batchedtensor,
+    outside_transforms,
+    storage_of,
+    tree_leaves,
+    tree_map_only,
+    version_of,
+)
 from pyroebm.core.energy import Energy, unchecked_value_and_grad
 from pyroebm.core.supports import event_numel
 from pyroebm.core.wrappers import eval_mode
@@ -66,31 +75,120 @@ class RowsFailAlone(TorchFunctionMode):
         return self.STAND_INS.get(func, func)(*args, **(kwargs or {}))
 
 
+def _setitem(x: Tensor, index: Any, value: Any) -> None:
+    if (
+        isinstance(index, Tensor)
+        and index.dtype == torch.bool
+        and not (isinstance(value, Tensor) and value.dim())
+    ):
+        mask = index.reshape(index.shape + (1,) * (x.dim() - index.dim()))
+        x.copy_(_masked_fill(x, mask, value))
+    else:
+        x[index] = value
+
+
+def _masked_fill(x: Tensor, mask: Tensor, value: Any) -> Tensor:
+    if isinstance(value, Tensor):
+        return torch.where(mask, value.to(x.dtype), x)
+    return x.masked_fill(mask, value)
+
+
+def _masked_select(x: Tensor, mask: Tensor) -> Tensor:
+    x, mask = torch.broadcast_tensors(x, mask)
+    return x[mask]
+
+
+def _masked_scatter(x: Tensor, mask: Tensor, source: Tensor) -> Tensor:
+    if is_batchedtensor(mask):
+        return x.masked_scatter(mask, source)
+    x, mask = torch.broadcast_tensors(x, mask)
+    return x.index_put((mask,), source.reshape(-1)[: int(mask.sum())])
+
+
+#: Methods that change what a tensor is, and not its values.
+_CHANGE_NO_VALUES = {
+    f"{name}_"
+    for name in (
+        *("as_strided", "detach", "rename", "resize", "resize_as", "squeeze", "swapaxes"),
+        *("swapdims", "t", "transpose", "unsqueeze"),
+    )
+}
+
+
+def _in_place(func: Any) -> tuple[bool, Callable[..., Any] | None]:
+    """Whether a function writes into its first argument, by torch's rule for names, and the method
+    that returns what it writes, if there is one: of ``add_`` it is ``Tensor.add``."""
+    name: str = getattr(func, "__name__", "")
+    if name.startswith("__i") and hasattr(Tensor, f"__{name[3:]}"):  # __iadd__ and __add__
+        return True, getattr(Tensor, f"__{name[3:]}")
+    if name == "__setitem__" or not name.endswith("_") or name.endswith("__"):
+        return name == "__setitem__", None
+    method = None if name in _CHANGE_NO_VALUES else getattr(Tensor, name[:-1], None)
+    return True, method if callable(method) else None
+
+
+class RowsInABatch(TorchFunctionMode):
+    """Inside, what ``vmap`` cannot do with a row is done in another way, if shapes do not depend on
+    the row: assignment of one number where a mask holds, selection by a mask that no row enters,
+    ``x.data``, and writing into a tensor that no row enters.
+
+    A tensor that no row enters becomes one for each row when a value of a row is written into it.
+    The author's variables keep the old tensor and its views: where one of them is an argument
+    afterwards, the new tensor, or a view of it, takes its place.
+
+    Args:
+        row: the row, within ``vmap``.
+    """
+
+    STAND_INS: ClassVar[dict[Any, Callable[..., Any]]] = {
+        Tensor.__setitem__: _setitem,
+        torch.masked_fill: _masked_fill,
+        Tensor.masked_fill: _masked_fill,
+        torch.masked_select: _masked_select,
+        Tensor.masked_select: _masked_select,
+        torch.masked_scatter: _masked_scatter,
+        Tensor.masked_scatter: _masked_scatter,
+        Tensor.data.__get__: Tensor.detach,  # type: ignore[attr-defined]
+    }
+
+    def __init__(self, row: Tensor) -> None:
+        super().__init__()
+        self.row = row
+        #: by storage: the flat copy, and a tensor that keeps the storage alive
+        self.copies: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        writes, result = _in_place(func)
+        writes = writes and isinstance(next(iter(args), None), Tensor)
+        if writes and not is_batchedtensor(args[0]):
+            given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+            if any(is_batchedtensor(self._current(tensor)) for tensor in given):
+                self._copy(args[0])
+        if self.copies:
+            args, kwargs = tree_map_only(Tensor, self._current, (args, kwargs))
+        if writes and result is not None and is_batchedtensor(args[0]):
+            # vmap knows more functions that return a result than functions that write one
+            return args[0].copy_(self.STAND_INS.get(result, result)(*args, **kwargs))
+        return self.STAND_INS.get(func, func)(*args, **kwargs)
+
+    def _copy(self, old: Tensor) -> None:
+        if storage_of(old) not in self.copies:
+            flat = old.as_strided((old.untyped_storage().nbytes() // old.element_size(),), (1,), 0)
+            copy = self.row.new_empty(flat.shape, dtype=old.dtype, device=old.device).copy_(flat)
+            self.copies[storage_of(old)] = copy, old
+
+    def _current(self, tensor: Tensor) -> Tensor:
+        if is_batchedtensor(tensor) or storage_of(tensor) not in self.copies:
+            return tensor
+        copy, _ = self.copies[storage_of(tensor)]
+        if tensor.is_contiguous() and tensor.numel() == copy.numel():
+            return copy.view(tensor.shape)  # the usual case, in a graph that is easy to compile
+        return copy.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
 def _version(tensor: Tensor) -> tuple[int, int]:
     return id(tensor), 0 if tensor.is_inference() else version_of(tensor)
-
-
-def _folded(module: fx.GraphModule) -> fx.GraphModule:
-    """The graph with all that no row enters computed once, and without what nobody uses."""
-    known: dict[fx.Node, Any] = {}
-    for node in module.graph.nodes:
-        if node.op == "get_attr":
-            known[node] = getattr(module, str(node.target))
-        elif node.op == "call_function" and all(source in known for source in node.all_input_nodes):
-            args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
-            known[node] = node.target(*args, **kwargs)
-    for node, value in known.items():
-        if (
-            node.op == "call_function"
-            and isinstance(value, Tensor)
-            and any(user not in known for user in node.users)
-        ):
-            module.register_buffer(f"folded_{node.name}", value)
-            with module.graph.inserting_before(node):
-                node.replace_all_uses_with(module.graph.get_attr(f"folded_{node.name}"))
-    module.graph.eliminate_dead_code()
-    module.recompile()
-    return module
 
 
 class RowwiseEnergy(Energy):
@@ -103,13 +201,14 @@ class RowwiseEnergy(Energy):
 
     - ``"graph"``: :func:`torch.func.vmap` over the rows, captured once by ``make_fx`` for each
       batch shape as a plain graph of tensor operations without Python in it, and replayed;
-    - ``"vmap"``: the same without the capture;
+    - ``"vmap"``: the same without the capture, with a warning that says why;
     - ``"loop"``: one row after the other, with a warning that says why.
 
-    Everything but the rows is a constant of a captured graph. What :meth:`constants` lists is
+    What no row enters is computed once, while a graph is captured, and is a constant of the graph:
+    Python may branch on it, and it may be a mask that indexes. What :meth:`constants` lists is
     watched: when one of these tensors is replaced or written to, the next call captures anew. Under
-    a transform of somebody else (``make_fx``, ``vmap``, ``grad``) nothing is replayed: the rows run
-    through ``vmap``, so that an energy can be inlined in a larger graph.
+    a transform of somebody else (``make_fx``, ``vmap``, ``grad``) the graph is replayed as well, so
+    that an energy can be inlined in a larger graph, with the constants of that time.
 
     Args:
         shapes: name and unconstrained shape of each variable, in the order of the flat vector.
@@ -178,26 +277,36 @@ class RowwiseEnergy(Energy):
         if self.batching == "loop":
             with RowsFailAlone():
                 values = torch.stack([self.row_energy(row) for row in rows])
-        elif self.batching == "vmap" or is_being_traced():
+        elif self.batching == "vmap" or torch.compiler.is_compiling():
             values = self._vmapped(rows)
         else:
             values = self._graph(rows)(rows)
         return values.reshape(u.shape[:-1])
 
     def _vmapped(self, rows: Tensor) -> Tensor:
-        with RowsFailAlone():
-            values: Tensor = torch.func.vmap(self.row_energy)(rows)
+        def value(row: Tensor) -> Tensor:
+            with RowsFailAlone(), RowsInABatch(row):
+                return self.row_energy(row)
+
+        # a draw that the energy does not depend on, such as a prediction, may differ in each row
+        values: Tensor = torch.func.vmap(value, randomness="different")(rows)
+        return values
+
+    def _traced(self, rows: Tensor) -> Tensor:
+        with TraceInputsOnly(rows):  # functional, so that no replay writes into a constant
+            values: Tensor = torch.func.functionalize(self._vmapped)(rows)
         return values
 
     def _graph(self, rows: Tensor) -> fx.GraphModule:
         constants = self.constants()
         key = (rows.shape, rows.dtype, rows.device, self.training, *map(_version, constants))
         if key not in self._graphs:
-            with torch.inference_mode(False), torch.no_grad():
-                # Functional, so that no replay writes into a folded constant.
-                functional = torch.func.functionalize(self._vmapped)
-                graph = make_fx(lambda r: functional(r))(torch.zeros_like(rows))
-                graph = _folded(graph)
+            with outside_transforms(), torch.inference_mode(False), torch.no_grad():
+                zeros = torch.zeros(rows.shape, dtype=rows.dtype, device=rows.device)
+                graph = make_fx(lambda r: self._traced(r))(zeros)
+            # nothing in it has effects, draws that do not enter the energy included
+            graph.graph.eliminate_dead_code(lambda node: node.op in {"placeholder", "output"})
+            graph.recompile()
             while len(self._graphs) >= MAX_GRAPHS:
                 del self._graphs[next(iter(self._graphs))]
             self._graphs[key] = graph, constants  # the constants are kept alive: an id stays theirs
@@ -213,37 +322,49 @@ class RowwiseEnergy(Energy):
         with eval_mode(self):
             self.batching = "loop"
             expected, again = unchecked_value_and_grad(self, rows), self(rows)
-            if not torch.allclose(expected[0], again.detach(), rtol=0.0, atol=0.0, equal_nan=True):
+            # sums may be taken in another order the next time, by threads or by alignment
+            tolerance = torch.finfo(self.dtype).eps ** 0.5
+            if not torch.allclose(
+                expected[0], again.detach(), rtol=tolerance, atol=tolerance, equal_nan=True
+            ):
                 raise ValueError(
                     f"{type(self).__name__} must be a function of its variables, but gave"
                     f" {expected[0].tolist()} and then"
                     f" {again.tolist()} for the same rows: a random number that is no sample site"
                     " enters it"
                 )
-            for way in ("graph", "vmap"):
-                self.batching = way
-                try:
-                    found = unchecked_value_and_grad(self, rows)
-                except Exception as error:  # whatever vmap or the capture cannot do, the loop can
-                    said = str(error).strip()
-                    reason = f"{type(error).__name__}: {said.splitlines()[0] if said else ''}"
-                else:
-                    if all(
-                        torch.allclose(a, b, rtol=1e-3, atol=1e-3, equal_nan=True)
-                        for a, b in zip(found, expected, strict=True)
-                    ):
-                        return
-                    there = found[0].tolist()
-                    reason = f"its values there are {there}, those of a loop {expected[0].tolist()}"
-            self.batching = "loop"
+            uncaptured = self._why_not("graph", rows, expected)
+            if uncaptured is None:
+                return
+            unbatched = self._why_not("vmap", rows, expected)
+            if unbatched is not None:
+                self.batching = "loop"
         warnings.warn(
-            f"{self._name()} cannot be vectorised with torch.func.vmap and runs chain by chain,"
-            f" which is slow: {reason}."
+            f"{self._name()} cannot be captured as a graph and runs in Python at each step, which"
+            f" is slow: {uncaptured.rstrip('. ')}."
+            " A graph has no gradients but those of its operations: not those of an"
+            " autograd.Function, of torch.no_grad() or of writes into x.data"
+            if unbatched is None
+            else f"{self._name()} cannot be vectorised with torch.func.vmap and runs chain by"
+            f" chain, which is slow: {unbatched.rstrip('. ')}."
             " Branches and shapes that depend on a latent value are written with torch.where and"
             " masks",
             RuntimeWarning,
             stacklevel=4,
         )
+
+    def _why_not(self, way: str, rows: Tensor, expected: tuple[Tensor, Tensor]) -> str | None:
+        """Take ``way``; in one line, why it does not give what a loop gives."""
+        self.batching = way
+        try:
+            found = unchecked_value_and_grad(self, rows)
+        except Exception as error:  # whatever vmap or the capture cannot do, the loop can
+            said = str(error).strip()
+            return f"{type(error).__name__}: {said.splitlines()[0] if said else ''}"
+        for what, a, b in zip(("values", "gradients"), found, expected, strict=True):
+            if not torch.allclose(a, b, rtol=1e-3, atol=1e-3, equal_nan=True):
+                return f"its {what} differ from those of a loop by {float((a - b).abs().max()):.3g}"
+        return None
 
     def _name(self) -> str:
         return type(self).__name__

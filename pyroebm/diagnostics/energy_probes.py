@@ -183,7 +183,7 @@ def _decades_fall(values: Tensor) -> bool:
     energy is +inf or NaN; from where it is -inf, numbers are too large for their type, and what
     counts is whether the mass of an interval of log t rises up to there."""
     weight = torch.where(values.isnan(), -math.inf, -values) + DISTANCES.log().to(values.device)
-    masses = []
+    masses: list[float] = []
     for first in range(0, 3 * POINTS, POINTS):
         part = weight[first : first + POINTS + 1]
         known = part[part != math.inf]

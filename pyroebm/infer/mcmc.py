@@ -55,6 +55,9 @@ class PotentialEnergy(RowwiseEnergy):
         with pyro.validation_enabled(False):
             return self.potential(self.split(u))
 
+    def _name(self) -> str:
+        return "the potential_fn"
+
     def named(self, x: Tensor, site: str = "x") -> dict[str, Tensor]:
         parts = self.split(x)
         return {

@@ -331,7 +331,8 @@ class Block:
         the others; at most ``most``. Return how many."""
         plan, before = self.plan, self.generator.get_state()
         try:
-            kernel, memory, adaptation = self.kernel, self.memory, plan.adaptation
+            kernel, memory = self.kernel, self.memory
+            adaptation = plan.adaptation
             if adaptation is not None and self.warm_left == plan.warmup_steps:
                 kernel, memory = adaptation.start(kernel, self.moving, self.state, self.generator)
             most = min(most, self.warmup.room) if plan.save_warmup else most

@@ -86,8 +86,10 @@ class ModelEnergy(RowwiseEnergy):
     watched, and one that is replaced or written to is seen in the next call; data that the model
     takes from elsewhere (a global, a closure) are read once.
 
-    A model that ``vmap`` cannot run (Python branches on a latent, shapes that depend on one) runs
-    chain by chain, with a RuntimeWarning that names the reason.
+    Latents may be written into tensors (``v = torch.zeros(3); v[:2] = latent``), constant masks may
+    index, and Python may branch on what no latent enters. A model that ``vmap`` cannot run (Python
+    branches on a latent, shapes that depend on one) runs chain by chain, with a RuntimeWarning that
+    names the reason.
 
     Args:
         model: a Pyro model.

@@ -18,6 +18,7 @@ from lib.checks import within_se
 from pyro import poutine
 from pyro.infer import Predictive
 from pyro.infer.autoguide.initialization import init_to_median, init_to_value
+from pyro.infer.mcmc.util import initialize_model
 from torch import Tensor
 from torch.distributions.transforms import ExpTransform
 
@@ -342,6 +343,20 @@ def test_a_potential_is_sampled_and_transforms_map_its_draws_back(jacobian: floa
     else:  # the transforms bring no Jacobian of their own: what the potential lacks is seen
         with pytest.raises(AssertionError, match="standard errors"):
             check_moments(mcmc, truth)
+
+
+def test_a_potential_of_pyros_own_is_sampled() -> None:
+    def model(y: Tensor) -> None:
+        rate = pyro.sample("rate", dist.Gamma(2.0, 1.0))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Poisson(rate), obs=y)
+
+    pyro.set_rng_seed(0)
+    y = torch.tensor([2.0, 4.0, 3.0])
+    start, potential, transforms, _ = initialize_model(model, (y,), num_chains=96)
+    kernel = NUTS(potential_fn=potential, transforms=transforms)
+    mcmc = draws_of(kernel, initial_params=start)
+    check_moments(mcmc, {"rate": (11 / 4, 11 * 12 / 16)})  # Gamma(11, 4)
 
 
 def test_a_potential_with_a_branch_runs_chain_by_chain() -> None:

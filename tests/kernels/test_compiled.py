@@ -1,9 +1,13 @@
-"""Compiled blocks: the same draws as without them, nothing stale, and honest about what cannot be
-compiled."""
+"""Compiled loops and gradients: the same draws as without them, nothing stale, and what cannot be
+compiled is named."""
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +17,14 @@ from torch import Tensor, nn
 
 import pyroebm.core.compilation
 from pyroebm import HMC, MALA, MCMC, NUTS, Energy, Kernel
-from pyroebm.core.compilation import Compiled, choose_compiled, fused
+from pyroebm.core.compilation import (
+    Compiled,
+    CompiledGradient,
+    choose_compiled,
+    fused,
+    is_compiled,
+)
+from pyroebm.core.energy import unchecked_value_and_grad, value_and_grad
 from pyroebm.targets import DoubleWell, Gaussian, scales_gaussian
 
 pytestmark = pytest.mark.skipif(
@@ -47,6 +58,25 @@ class Scaled(Energy):
         return self.scale * (x**2).sum(-1)
 
 
+class Masked(Energy):
+    """Constant masks as indices: of what comes in, of what is written to, of a parameter."""
+
+    mask: Tensor
+
+    def __init__(self) -> None:
+        super().__init__((3,))
+        self.weights = nn.Parameter(torch.tensor([1.0, 2.0, 3.0]))
+        self.register_buffer("mask", torch.tensor([True, False, True]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        shifted = torch.zeros_like(x)
+        shifted[..., self.mask] = x[..., self.mask] + self.weights[self.mask]
+        late = torch.ones(3, dtype=torch.bool)
+        late[0] = False
+        kept = torch.masked_select(self.weights, late)
+        return (shifted**2).sum(-1) + (kept * x[..., late] ** 2).sum(-1)
+
+
 class Noisy(Energy):
     def forward(self, x: Tensor) -> Tensor:
         return x**2 + 0.0 * torch.rand_like(x)
@@ -57,14 +87,23 @@ def no_leftovers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pyroebm.core.compilation, "_graphs", {})
 
 
-@pytest.mark.parametrize("name", ["mala", "hmc", "nuts-metric"])
+def compiled_for(kernel: Kernel[Any], energy: Energy, shape: torch.Size) -> Energy:
+    """What the kernel asks to be compiled."""
+    if kernel.compiles == "loops":
+        return Compiled(energy)
+    view = CompiledGradient(energy)
+    view.prepare(shape)
+    return view
+
+
+@pytest.mark.parametrize("name", ["mala", "hmc", "nuts-metric", "lockstep"])
 def test_compiled_kernels_draw_what_eager_ones_draw(name: str) -> None:
     energy = DoubleWell().double()
     x = energy.sample(40, torch.Generator().manual_seed(0))
-    # trees of several levels: blocks of four leaves, and checks between them
-    kernel = build(name).replace(step_size=0.15)
+    kernel = build(name).replace(step_size=0.15)  # trees of several levels
+    view = compiled_for(kernel, energy, x.shape)
     torch.testing.assert_close(
-        run(kernel, Compiled(energy), x, 6), run(kernel, energy, x, 6), rtol=1e-9, atol=1e-9
+        run(kernel, view, x, 6), run(kernel, energy, x, 6), rtol=1e-9, atol=1e-9
     )
 
 
@@ -76,9 +115,8 @@ def test_compiled_kernels_draw_what_eager_ones_draw(name: str) -> None:
 def test_a_nan_row_in_a_compiled_block_touches_no_other(kernel: Kernel[Any]) -> None:
     x = torch.linspace(-1.4, 1.4, 16, dtype=torch.float64)
     energy = Fragile().double()
-    state, info = kernel.step(
-        Compiled(energy), kernel.init(energy, x), torch.Generator().manual_seed(0)
-    )
+    view = compiled_for(kernel, energy, x.shape)
+    state, info = kernel.step(view, kernel.init(energy, x), torch.Generator().manual_seed(0))
     eager, expected = kernel.step(energy, kernel.init(energy, x), torch.Generator().manual_seed(0))
     assert info.diverging.any()
     assert torch.equal(info.diverging, expected.diverging)
@@ -112,6 +150,19 @@ def test_parameters_are_inputs_so_that_training_in_place_is_seen() -> None:
     assert all(parameter.grad is None for parameter in energy.parameters())
 
 
+def gradient(energy: Energy, x: Tensor) -> tuple[Tensor, Tensor]:
+    return unchecked_value_and_grad(energy, x)
+
+
+def test_constant_masks_are_compiled() -> None:
+    energy = Masked()
+    view, x = Compiled(energy), torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(fused(gradient, view, x), gradient(energy, x))
+    with torch.no_grad():
+        energy.weights.mul_(2.0)
+    torch.testing.assert_close(fused(gradient, view, x), gradient(energy, x))
+
+
 def test_two_energies_of_equal_code_share_a_graph_and_keep_their_own_numbers() -> None:
     one, two = (Gaussian(torch.full((2,), mean, dtype=torch.float64)) for mean in (0.0, 5.0))
     x = torch.zeros(4, 2, dtype=torch.float64)
@@ -138,13 +189,14 @@ def test_an_input_that_comes_twice_is_not_taken_for_one() -> None:
 def test_what_cannot_be_compiled_says_so_and_runs_as_it_is(
     energy: Energy, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(
-        RuntimeError, match=f"{type(energy).__name__} cannot be compiled .*{reason}"
-    ):
-        choose_compiled(energy, True, NUTS(), 4, 10)
     monkeypatch.setattr(pyroebm.core.compilation, "_COMPILE_SECONDS", 0.0)
-    with pytest.warns(RuntimeWarning, match=r"cannot be compiled \(.*\) and runs as it is"):
-        assert choose_compiled(energy, "auto", NUTS(), 4, 10) is energy
+    for kernel in (NUTS(), HMC()):
+        with pytest.raises(
+            RuntimeError, match=f"{type(energy).__name__} cannot be compiled .*{reason}"
+        ):
+            choose_compiled(energy, True, kernel, 4, 10)
+        with pytest.warns(RuntimeWarning, match=r"cannot be compiled \(.*\) and runs as it is"):
+            assert choose_compiled(energy, "auto", kernel, 4, 10**6) is energy
 
 
 def test_a_later_block_that_fails_stops_no_run_that_was_not_told_to_compile(
@@ -192,10 +244,100 @@ def test_without_a_compiler_it_runs_as_it_is_and_says_so(monkeypatch: pytest.Mon
 def test_auto_decides_from_shapes_and_planned_steps(
     kernel: Kernel, chains: int, steps: int, compiled: bool
 ) -> None:
-    assert (
-        isinstance(choose_compiled(scales_gaussian(), "auto", kernel, chains, steps), Compiled)
-        == compiled
+    energy = scales_gaussian()
+    said: list[str] = []
+    view = choose_compiled(energy, "auto", kernel, chains, steps, said.append)
+    assert is_compiled(view) == compiled == bool(said)
+
+
+class Long(Energy):
+    """A recurrence: many small operations, as in a time series."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = x
+        for _ in range(60):
+            state = 0.9 * state + 0.1 * torch.tanh(state)
+        return 0.5 * state**2
+
+
+def test_a_gradient_of_many_operations_is_compiled_for_fewer_steps() -> None:
+    """What decides is what the gradient costs, and not the number of steps alone."""
+    short, long = DoubleWell().double(), Long().double()
+    assert is_compiled(choose_compiled(long, "auto", NUTS(), 4, 2_000))
+    assert not is_compiled(choose_compiled(short, "auto", NUTS(), 4, 2_000))
+
+
+def test_a_compiled_gradient_sees_parameters_trained_in_place_and_other_shapes() -> None:
+    torch.manual_seed(0)
+    energy = Net().double()
+    x = energy.initial(8, torch.Generator().manual_seed(1))
+    view = CompiledGradient(energy)
+    view.prepare(x.shape)
+    for factor in (1.0, 3.0):
+        with torch.no_grad():
+            for parameter in energy.parameters():
+                parameter.mul_(factor)
+        for part in (x, x[:3]):  # a batch of another size runs as it is
+            found, expected = value_and_grad(view, part), value_and_grad(energy, part)
+            torch.testing.assert_close(found, expected)
+
+
+INTERRUPTED = """
+import os, signal, sys, threading, torch
+from pyroebm import MCMC, NUTS
+from pyroebm.core import _torch_private, compilation
+from pyroebm.targets import DoubleWell
+compile_graph = compilation.compile_graph
+def noticed(*arguments):
+    # as a terminal does: the signal goes to the whole group of processes
+    threading.Timer(float(sys.argv[1]), os.killpg, (os.getpgrp(), signal.SIGINT)).start()
+    return compile_graph(*arguments)
+compilation.compile_graph = noticed
+mcmc = MCMC(NUTS(), 50, 50, 4, seed=0, compile=True, progress=False)
+mcmc.run(DoubleWell().double())
+assert mcmc.interrupted
+compilation.compile_graph = compile_graph
+mcmc.resume()
+print(mcmc.get_samples(group_by_chain=True)["x"].shape, mcmc.compiled)
+"""
+
+
+@pytest.mark.parametrize("delay", [0.3, 1.5])
+def test_ctrl_c_while_compiling_ends_as_cleanly_as_anywhere(delay: float, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, str(delay)],
+        env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        start_new_session=True,
+        timeout=120,
     )
+    assert done.stdout.strip() == "torch.Size([4, 50]) True", done.stderr
+    assert "Traceback" not in done.stderr
+    assert "interrupted during compilation: 0 draws of each chain were kept" in done.stderr
+
+
+def test_a_second_process_finds_the_compiled_gradient(tmp_path: Path) -> None:
+    script = """
+from torch._dynamo.utils import counters
+import torch
+from pyroebm.core.compilation import CompiledGradient
+from pyroebm.targets import DoubleWell
+view = CompiledGradient(DoubleWell().double())
+view.prepare(torch.Size([4]))
+print(counters["inductor"]["fxgraph_cache_hit"], counters["inductor"]["fxgraph_cache_miss"])
+"""
+    found = [
+        subprocess.run(
+            [sys.executable, "-c", script],
+            env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.split()
+        for _ in range(2)
+    ]
+    assert found == [["0", "1"], ["1", "0"]]
 
 
 def test_mcmc_compiled_draws_what_it_draws_without_and_tells_the_choice() -> None:

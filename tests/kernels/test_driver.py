@@ -53,7 +53,8 @@ def starts(chains: int, dtype: torch.dtype = torch.float64) -> Tensor:
 
 def one_by_one(kernel: NUTS, energy: Energy, x: Tensor, draws: int) -> list[Tensor]:
     """Positions, reports and the generator after as many calls of ``step``."""
-    generator, state, found = torch.Generator().manual_seed(0), kernel.init(energy, x), []
+    generator, state = torch.Generator().manual_seed(0), kernel.init(energy, x)
+    found = []
     for _ in range(draws):
         state, info = kernel.step(energy, state, generator)
         found.append(torch.stack([state.x.sum(-1), info.energy, info.n_steps, info.tree_depth]))
@@ -94,7 +95,8 @@ def test_chains_that_run_ahead_draw_what_single_steps_draw(metric: str, dtype: t
 
 
 def test_a_chain_does_not_depend_on_the_others() -> None:
-    kernel, energy, x = NUTS(0.4), Uneven().double(), starts(6)
+    kernel, energy = NUTS(0.4), Uneven().double()
+    x = starts(6)
     other = torch.cat([x[:2], starts(4) + 1.0])
     (a, *_), (b, *_) = (together(kernel, energy, start, 25, 64, 25) for start in (x, other))
     assert torch.equal(a[..., :2], b[..., :2])
@@ -102,7 +104,8 @@ def test_a_chain_does_not_depend_on_the_others() -> None:
 
 
 def test_thinning_keeps_every_other_state_and_counts_all_gradients() -> None:
-    kernel, energy, x = NUTS(0.4), DoubleWell().double(), torch.linspace(-2, 2, 4).double()
+    kernel, energy = NUTS(0.4), DoubleWell().double()
+    x = torch.linspace(-2, 2, 4).double()
     steps = []
     for thinning, draws in ((1, 20), (2, 10)):
         generator = torch.Generator().manual_seed(0)
@@ -120,7 +123,8 @@ def test_thinning_keeps_every_other_state_and_counts_all_gradients() -> None:
 
 
 def test_step_sizes_are_tuned_as_by_dual_averaging() -> None:
-    kernel, energy, x = NUTS(0.1), DoubleWell().double(), torch.linspace(-2, 2, 4).double()
+    kernel, energy = NUTS(0.1), DoubleWell().double()
+    x = torch.linspace(-2, 2, 4).double()
     tuning = DualAveraging.start(torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64))
     chains = Chains(energy, kernel.init(energy, x), None, 10, ahead=64)
     chains.set(tuning.step_size, None, tuning, 0.8)

@@ -3,6 +3,7 @@ sample it."""
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from lib.checks import within_se
+from lib.graphs import data_dependent
 from lib.pyro_models import EFFECT, SIGMA, eight_schools, nested_support
 from pyro import poutine
 from pyro.infer.autoguide.initialization import init_to_median, init_to_sample, init_to_value
@@ -24,9 +26,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import pyroebm.infer
 from pyroebm import MCMC, NUTS, Boltzmann, ModelEnergy, value_and_grad
 from pyroebm.core import Energy, PotentialFn, Unnormalized
-from pyroebm.core.compilation import choose_compiled
+from pyroebm.core.compilation import Compiled, choose_compiled, fused
+from pyroebm.core.energy import unchecked_value_and_grad
 from pyroebm.core.rowwise import MAX_GRAPHS
 from pyroebm.core.statistics import mcse_mean
+from pyroebm.infer.mcmc import PotentialEnergy
 from pyroebm.targets import BernoulliProduct, DoubleWell
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -122,6 +126,67 @@ def reparametrised(y: Tensor) -> None:
             pyro.sample("y", dist.Normal(z, 1.0), obs=y)
 
 
+def varying_slopes(x: Tensor, y: Tensor, group: Tensor) -> None:
+    """Correlated offsets and slopes of groups."""
+    cholesky = pyro.sample("cholesky", dist.LKJCholesky(2, 2.0))
+    scale = pyro.sample("scale", dist.HalfNormal(1.0).expand([2]).to_event(1))
+    with pyro.plate("groups", 4):
+        effects = pyro.sample(
+            "effects",
+            dist.MultivariateNormal(torch.zeros(2), scale_tril=scale[:, None] * cholesky),
+        )
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal(effects[group, 0] + effects[group, 1] * x, 1.0), obs=y)
+
+
+def correlations() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # Pyro's older name of LKJCholesky
+        cholesky = pyro.sample("cholesky", dist.LKJCorrCholesky(4, torch.tensor(3.0)))
+    matrix = pyro.sample("matrix", dist.LKJ(3, 2.0))
+    pyro.factor("f", -(cholesky.sum() ** 2) - (matrix @ matrix).sum())
+
+
+def counts(y: Tensor) -> None:
+    p = pyro.sample("p", dist.Dirichlet(torch.ones(3)))
+    logits = pyro.sample("logits", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+    pyro.sample("total", dist.Multinomial(10, p), obs=y[0])
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Multinomial(10, logits=logits), obs=y)
+
+
+def mixed_counts(y: Tensor) -> None:
+    weights = pyro.sample("weights", dist.Dirichlet(torch.ones(2)))
+    with pyro.plate("components", 2):
+        p = pyro.sample("p", dist.Dirichlet(torch.ones(3)))
+    with pyro.plate("data", len(y)):
+        parts = dist.MixtureSameFamily(dist.Categorical(weights), dist.Multinomial(10, p))
+        pyro.sample("y", parts, obs=y)
+
+
+def imputed(y: Tensor) -> None:
+    """Values of y below 0 are missing; each depends on the one before."""
+    missing = y < 0
+    known = bool(missing.any()) and not torch.equal(y, -y)
+    filled = y.clone()
+    if known:
+        gaps = dist.Normal(0.0, 2.0).expand([int(missing.sum())]).to_event(1)
+        filled[missing] = pyro.sample("gaps", gaps)
+    drift = pyro.sample("drift", dist.Normal(0.0, 1.0))
+    level = torch.zeros(len(y))
+    level[0] = drift
+    for t in range(1, len(y)):
+        level[t] += 0.9 * filled[t - 1]
+    level += drift
+    pyro.sample("filled", dist.Normal(level, 1.0).to_event(1), obs=filled)
+    pyro.sample("known", dist.Normal(drift, 1.0).expand([len(y)]).mask(~missing), obs=y)
+
+
+def sparse_counts(y: Tensor) -> None:
+    rate = pyro.sample("rate", dist.Gamma(torch.ones(len(y)), 1.0).to_event(1))
+    pyro.sample("y", dist.Poisson(rate, is_sparse=True).to_event(1), obs=y)
+
+
 def branching() -> None:
     x = pyro.sample("x", dist.Normal(0.0, 1.0))
     pyro.sample("y", dist.Normal(x if x > 0 else 2 * x, 1.0), obs=torch.tensor(0.3))
@@ -129,6 +194,9 @@ def branching() -> None:
 
 def data(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(7))
+
+
+COUNTS = torch.tensor([[3.0, 0.0, 7.0], [1.0, 2.0, 7.0]], dtype=torch.float64)
 
 
 MODELS: dict[str, tuple[Callable[..., Any], Callable[[], tuple[Tensor, ...]]]] = {
@@ -145,6 +213,12 @@ MODELS: dict[str, tuple[Callable[..., Any], Callable[[], tuple[Tensor, ...]]]] =
     "mixture": (mixture, lambda: (data(20),)),
     "weighted": (weighted, lambda: (data(6),)),
     "reparametrised": (reparametrised, lambda: (data(5),)),
+    "varying_slopes": (varying_slopes, lambda: (data(12), data(12) + 1.0, torch.arange(12) % 4)),
+    "correlations": (correlations, tuple),
+    "counts": (counts, lambda: (COUNTS,)),
+    "mixed_counts": (mixed_counts, lambda: (COUNTS,)),
+    "imputed": (imputed, lambda: (data(8),)),
+    "sparse_counts": (sparse_counts, lambda: (COUNTS[0],)),
 }
 
 
@@ -200,6 +274,35 @@ def test_density_is_that_of_the_trace(name: str) -> None:
     torch.testing.assert_close(energy(u[0]).detach(), theirs[0], rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(
         PotentialFn(energy)({"x": u[0]}).detach(), theirs[0], rtol=1e-9, atol=1e-9
+    )
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_graphs_are_those_of_a_loop_and_can_be_compiled(name: str) -> None:
+    model, make = MODELS[name]
+    with pyro.validation_enabled(False):  # as pyro.infer.MCMC does
+        start, potential, transforms, _ = initialize_model(model, make(), num_chains=2)
+    for energy in (ModelEnergy(model, *make()), PotentialEnergy(potential, start, transforms)):
+        u = points(energy, 5)
+        assert energy.batching == "graph"
+        assert not data_dependent(energy, u)
+        found = value_and_grad(energy, u)
+        energy.batching = "loop"
+        torch.testing.assert_close(found, value_and_grad(energy, u), rtol=1e-10, atol=1e-10)
+
+
+def gradient(energy: Energy, x: Tensor) -> tuple[Tensor, Tensor]:
+    return unchecked_value_and_grad(energy, x)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiling needs a C++ compiler")
+@pytest.mark.parametrize("name", ["varying_slopes", "counts"])
+def test_gradients_of_models_with_masks_are_compiled(name: str) -> None:
+    model, make = MODELS[name]
+    energy = ModelEnergy(model, *make())
+    u = points(energy, 4)
+    torch.testing.assert_close(
+        fused(gradient, Compiled(energy), u), value_and_grad(energy, u), rtol=1e-10, atol=1e-10
     )
 
 

@@ -42,24 +42,48 @@ END = 9
 STORED = 15  # momentum and sum of momenta at the left ends of subtrees, two rows for each level
 
 # Numbers of a chain.
-ENERGY, H0, STEP = 0, 1, 2
-WEIGHT, SUB_WEIGHT = 3, 4
-PROPOSAL_ENERGY, PROPOSAL_H, SUB_ENERGY, SUB_H = 5, 6, 7, 8
-ACCEPTANCE, KEPT_ACCEPTANCE = 9, 10
-MU, LOG_STEP, LOG_AVERAGE, ERROR = 11, 12, 13, 14
+(
+    ENERGY,
+    H0,
+    STEP,
+    WEIGHT,
+    SUB_WEIGHT,
+    PROPOSAL_ENERGY,
+    PROPOSAL_H,
+    SUB_ENERGY,
+    SUB_H,
+    ACCEPTANCE,
+    KEPT_ACCEPTANCE,
+    MU,
+    LOG_STEP,
+    LOG_AVERAGE,
+    ERROR,
+) = range(15)
 NUMBERS = 15
 
 # Counts of a chain.
-ACTIVE, DRAWS, STEPS = 0, 1, 2
-DEPTH, LEAF, DIRECTION, GRADIENTS, RANDOM, MOVED, TUNED = 3, 4, 5, 6, 7, 8, 9
-KEPT_GRADIENTS, KEPT_DIVERGED = 10, 11
+(
+    ACTIVE,
+    DRAWS,
+    STEPS,
+    DEPTH,
+    LEAF,
+    DIRECTION,
+    GRADIENTS,
+    RANDOM,
+    MOVED,
+    TUNED,
+    KEPT_GRADIENTS,
+    KEPT_DIVERGED,
+) = range(12)
 COUNTS = 12
 
 # Statistics of a draw.
-LP, RATE, HAMILTONIAN, SIZE = 0, 1, 2, 3
-LEAPFROGS, TREE_DEPTH, DIVERGED, ACCEPTED, REACHED = 0, 1, 2, 3, 4
+LP, RATE, HAMILTONIAN, SIZE = range(4)
+LEAPFROGS, TREE_DEPTH, DIVERGED, ACCEPTED, REACHED = range(5)
 
-_GOES_ON, _TURNED, _DIVERGED, _FULL = 0, 1, 2, 3
+# What came of a leapfrog step.
+_GOES_ON, _TURNED, _DIVERGED, _FULL = range(4)
 
 _MASK, _SHIFT = np.uint64(0xFFFFFFFF), np.uint64(32)
 _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
@@ -83,10 +107,12 @@ def _compiled(function: Callable[..., Any]) -> Any:
 def philox(key: Any, counter: Any, row: Any, domain: Any) -> Any:
     """Two random numbers of 64 bits: Philox 4 x 32 with ten rounds (Salmon et al., 2011)."""
     k0, k1 = key & _MASK, key >> _SHIFT
-    c0, c1, c2, c3 = counter & _MASK, counter >> _SHIFT, row & _MASK, domain & _MASK
+    c0, c1 = counter & _MASK, counter >> _SHIFT
+    c2, c3 = row & _MASK, domain & _MASK
     for _ in range(10):
         a, b = _M0 * c0, _M1 * c2
-        c0, c1, c2, c3 = (b >> _SHIFT) ^ c1 ^ k0, b & _MASK, (a >> _SHIFT) ^ c3 ^ k1, a & _MASK
+        c0, c1 = (b >> _SHIFT) ^ c1 ^ k0, b & _MASK
+        c2, c3 = (a >> _SHIFT) ^ c3 ^ k1, a & _MASK
         k0, k1 = (k0 + _W0) & _MASK, (k1 + _W1) & _MASK
     return (c0 << _SHIFT) | c1, (c2 << _SHIFT) | c3
 
@@ -185,7 +211,8 @@ def _leap(
 ) -> Any:
     """Half a step of the momentum and one of the position; whether the position is finite."""
     end = END + 3 * count[DIRECTION]
-    way, p, g, home = vector[end], vector[end + 1], vector[end + 2], vector[HOME]
+    way, home = vector[end], vector[HOME]
+    p, g = vector[end + 1], vector[end + 2]
     step = number[STEP] if count[DIRECTION] == 1 else -number[STEP]
     zero = 0.0
     for i in range(len(way)):
@@ -321,7 +348,9 @@ def _finish(
     slot_i[DIVERGED] = count[KEPT_DIVERGED]
     slot_i[ACCEPTED] = count[MOVED]
     slot_i[REACHED] = outcome == _FULL
-    slot_t[0], slot_t[1], slot_t[2] = number[LOG_STEP], number[LOG_AVERAGE], number[ERROR]
+    slot_t[0] = number[LOG_STEP]
+    slot_t[1] = number[LOG_AVERAGE]
+    slot_t[2] = number[ERROR]
     number[KEPT_ACCEPTANCE] = 0.0
     count[KEPT_GRADIENTS] = count[KEPT_DIVERGED] = 0
     count[DRAWS] += 1
@@ -369,7 +398,8 @@ def tick(
     """
     least = limit
     for row in range(len(counts)):
-        vector, number, count = vectors[row], numbers[row], counts[row]
+        vector, number = vectors[row], numbers[row]
+        count = counts[row]
         scale = scales[row % len(scales)]
         key = np.uint64(seeds[count[STEPS] % len(seeds)])
         outcome, depth = _GOES_ON, count[DEPTH] + 1
