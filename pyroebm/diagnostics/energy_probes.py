@@ -22,8 +22,8 @@ RADII = torch.logspace(-2.0, 0.5, 16, dtype=torch.float64)
 #: Distances along an axis, in those of the farthest draw: three decades, with their ends.
 POINTS = 16
 DISTANCES = torch.logspace(-1.0, 2.0, 3 * POINTS + 1, dtype=torch.float64)
-#: Nats that the mass of a decade may lose to the one before where the density is 1 / distance,
-#: which has the same mass in each: the error of the sum.
+#: Nats that the mass of a decade may lose to the one before where both are the same (that of 1 /
+#: distance): the rounding of energies in float32.
 SLACK = 0.05
 #: States of one evaluation of the energy.
 ROWS = 4096
@@ -180,15 +180,19 @@ def flat_part(energy: Energy, base: Tensor, direction: Tensor) -> Tensor:
 
 def _decades_fall(values: Tensor) -> bool:
     """Whether the mass of some decade is less than that of the one before. No mass is where the
-    energy is +inf or NaN; where it is -inf the number was too large for its type, and nothing is
-    known."""
+    energy is +inf or NaN; from where it is -inf, numbers are too large for their type, and what
+    counts is whether the mass of an interval of log t rises up to there."""
     weight = torch.where(values.isnan(), -math.inf, -values) + DISTANCES.log().to(values.device)
-    masses = []
+    masses: list[float] = []
     for first in range(0, 3 * POINTS, POINTS):
         part = weight[first : first + POINTS + 1]
-        part = part[part != math.inf]
-        if len(part):
-            masses.append(float(torch.logsumexp(part, 0)) - math.log(len(part)))
+        known = part[part != math.inf]
+        if len(known) < len(part):
+            if masses and len(known):
+                rises = bool(known[-1] >= known.max() - SLACK)
+                masses.append(masses[-1] if rises else -math.inf)
+            break
+        masses.append(float(torch.logsumexp(part, 0)))
     return len(masses) < 2 or any(
         after < before - SLACK or after == -math.inf for before, after in itertools.pairwise(masses)
     )

@@ -99,14 +99,29 @@ def test_draws_at_infinity_are_named_with_their_chains() -> None:
         lambda x: -torch.log1p(x**2),
         lambda x: -(x**2) / 2,
         lambda x: -x.abs(),
+        lambda x: torch.where(x > -8.0, 0.5 * x - x.exp(), math.inf),
         lambda x: torch.where(x.abs() < 3.0, 0 * x, -math.inf),
         lambda x: torch.where(x.abs() < 30.0, 0 * x, math.nan),
     ],
-    ids=["Cauchy", "normal", "Laplace", "box", "box of NaN"],
+    ids=[
+        "Cauchy",
+        "normal",
+        "Laplace",
+        "log of a gamma variable, underflowed",
+        "box",
+        "box of NaN",
+    ],
 )
 def test_a_proper_tail_is_none(log_density: Any) -> None:
     energy = energy_of(log_density)
     assert find_tail(energy, torch.tensor(0.3, dtype=double), torch.tensor(2.0).double()) is None
+
+
+def test_equal_masses_of_all_decades_are_no_fall() -> None:
+    """Energies of 1 / x in float32, with a constant that leaves them few digits."""
+    energy = Unnormalized(lambda x: 1000.0 - torch.log(x.abs()))
+    for distance in range(1, 20):
+        assert find_tail(energy, torch.tensor(0.0), torch.tensor(float(distance))) is not None
 
 
 def test_a_scale_that_overflows_is_no_proper_tail() -> None:
@@ -164,10 +179,10 @@ def test_an_energy_that_checks_its_arguments_or_has_no_gradient_is_probed_too() 
 
 def test_a_cliff_before_the_edge_is_the_cause_instead() -> None:
     def wall(x: Tensor) -> Tensor:
-        return torch.where(x > 0, -x, torch.where(x > -2.0, -1e4 + 0 * x, math.nan))
+        return torch.where(x > 0, -x, torch.where(x > -1.0, -1e4 + 0 * x, math.nan))
 
-    x = torch.linspace(0.1, 3.0, 50, dtype=double)
-    assert find_edge(energy_of(wall), x, 0.3 * x.std()) is None
+    x = torch.linspace(0.1, 2.0, 50, dtype=double)
+    assert find_edge(energy_of(wall), x, torch.tensor(1.0, dtype=double)) is None
 
 
 def test_divergences_of_a_finite_energy_name_the_chain_that_has_them() -> None:
@@ -337,8 +352,8 @@ def test_a_constant_coordinate_does_not_silence_the_stein_residual() -> None:
     assert math.isnan(stein_z(torch.ones(4, 50, 2), torch.ones(4, 50, 2)))
     scores[0, 0, 0] = math.nan
     assert stein_z(x, scores) == math.inf
-    # a score that all draws agree on has no error, and is not 0
-    assert stein_z(x, torch.ones_like(x)) == math.inf
+    # what all draws agree on has no error: a score of 1, and of 0 the variance of x
+    assert stein_z(x, torch.ones_like(x)) == stein_z(x, torch.zeros_like(x)) == math.inf
     energy = energy_of(lambda x: -0.5 * x[..., ::2].square().sum(-1) + 0 * x[..., 1], (3,))
     assert stein_residual(energy, biased) > 5
 

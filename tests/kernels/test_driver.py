@@ -198,6 +198,22 @@ print([*state.x.tolist(), *info.n_steps.tolist()])
     np.testing.assert_allclose(a, b, rtol=1e-9)
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_an_energy_that_is_not_finite_diverges(bad: float) -> None:
+    """Also where the compiler may reorder sums: `x - x` is 0 to it."""
+
+    class Half(Energy):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.where(x > 0, x, bad)
+
+    energy = Half().double()
+    state = NUTS(100.0).init(energy, torch.ones(64, dtype=torch.float64))
+    state, info = NUTS(100.0).step(energy, state, torch.Generator().manual_seed(0))
+    assert info.diverging.any()
+    assert bool((state.x > 0).all())
+    assert bool((info.acceptance_rate[info.n_steps == 1] <= 0.5).any())
+
+
 def test_no_energy_is_asked_about_an_infinity() -> None:
     class Strict(Energy):
         def forward(self, x: Tensor) -> Tensor:
