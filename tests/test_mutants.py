@@ -103,26 +103,26 @@ MUTANTS: dict[str, tuple[str, str, str, str]] = {
     ),
     "the first leaf's momentum is left out between the ends": (
         "kernels/nuts/driver.py",
-        "way += a - before[i]",
-        "way -= before[i]",
+        "way += a - vectors[row, before, i]",
+        "way -= vectors[row, before, i]",
         "tests/kernels/test_driver.py",
     ),
     "the newer half is always taken": (
         "kernels/nuts/driver.py",
-        "< number[SUB_WEIGHT] - number[WEIGHT]:",
+        "< numbers[row, SUB_WEIGHT] - numbers[row, WEIGHT]:",
         "< np.inf:",
         "tests/kernels/test_driver.py",
     ),
     "half a kick is a kick": (
         "kernels/nuts/driver.py",
-        "        p[i] -= 0.5 * step * g[i]\n        kinetic",
-        "        p[i] -= 1.0 * step * g[i]\n        kinetic",
+        "p = vectors[row, end + 1, i] - 0.5 * step",
+        "p = vectors[row, end + 1, i] - 1.0 * step",
         "tests/kernels/test_driver.py",
     ),
     "a leaf weighs as much as any": (
         "kernels/nuts/driver.py",
-        "number[SUB_WEIGHT] = _log_add(number[SUB_WEIGHT], -error)",
-        "number[SUB_WEIGHT] = _log_add(number[SUB_WEIGHT], 0.0)",
+        "weight = _log_add(numbers[row, SUB_WEIGHT], -error)",
+        "weight = _log_add(numbers[row, SUB_WEIGHT], 0.0)",
         "tests/kernels/test_driver.py",
     ),
     "momenta are 5 % too large": (

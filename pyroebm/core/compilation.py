@@ -1,5 +1,5 @@
-"""Compiled blocks: the inner loops of kernels as graphs with the energy inlined, for
-TorchInductor."""
+"""Compilation by TorchInductor: the gradient of an energy, or the inner loops of kernels with the
+energy inlined."""
 
 from __future__ import annotations
 
@@ -38,6 +38,9 @@ _MAX_GRAPHS = 256
 _OPTIONS: dict[str, Any] = (
     {"cpp.simdlen": 256} if torch.backends.cpu.get_cpu_capability() == "AVX512" else {}
 )
+
+#: Shapes and strides of what a gradient is asked with are those that it was compiled for.
+_UNCHECKED = _OPTIONS | {"size_asserts": False, "alignment_asserts": False}
 
 #: What compiling the blocks of a kernel takes with cold caches, and what one eager leapfrog step
 #: takes beyond a compiled one.
@@ -156,7 +159,7 @@ class CompiledGradient(Energy):
                 _graphs.pop(next(iter(_graphs)))
             x = torch.zeros(shape, dtype=self.energy.dtype, device=self.energy.device)
             with torch.no_grad(), _quiet_compiler():
-                _graphs[known] = compile_graph(graph, [x, *held], _OPTIONS)
+                _graphs[known] = compile_graph(graph, [x, *_copies(held)], _UNCHECKED)
         self._calls[shape] = _graphs[known], held
 
     def _value_and_grad(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -211,6 +214,7 @@ class Compiled(Energy):
         self, block: Block, tensors: tuple[Tensor, ...], static: dict[str, Any]
     ) -> tuple[Tensor, ...]:
         """``block(energy, *tensors, **static)`` as one compiled call."""
+        tensors = tuple(tensor.contiguous() for tensor in tensors)
         key = (block, *static.items(), *map(_kind, tensors))
         if key not in self._calls:
             try:
@@ -223,7 +227,7 @@ class Compiled(Energy):
                 warnings.warn(f"{said} and runs as it is", RuntimeWarning, stacklevel=4)
                 self._calls[key] = (lambda *inputs: block(self.energy, *inputs, **static)), ()
         call, constants = self._calls[key]
-        return call(*[t.contiguous() for t in tensors], *constants)
+        return call(*tensors, *constants)
 
     def attempt(self, block: Block, tensors: tuple[Tensor, ...], static: dict[str, Any]) -> None:
         """Compile ``block(energy, *tensors, **static)``, or raise what stands in the way."""
@@ -338,13 +342,19 @@ def _quiet_compiler() -> Iterator[None]:
 
 
 def _kind(tensor: Tensor) -> Hashable:
-    return tensor.shape, tensor.dtype, tensor.device
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
 
 def _copies(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Of each input one: a tensor that comes twice would be traced as one input, and need not come
-    twice the next time."""
-    return tuple(t.detach().clone(memory_format=torch.contiguous_format) for t in tensors)
+    """Of each input one with its strides: a tensor that comes twice would be traced as one input,
+    and need not come twice the next time."""
+    copies = tuple(
+        torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in tensors
+    )
+    for copy, tensor in zip(copies, tensors, strict=True):
+        if 0 not in copy.stride():
+            copy.copy_(tensor.detach())
+    return copies
 
 
 def _lift_constants(graph: GraphModule) -> tuple[Tensor, ...]:

@@ -74,9 +74,10 @@ class MCMC(AbstractMCMC):
             global generator is used.
         thinning: keep one draw in so many steps; divergences and gradient counts of the others are
             kept with it.
-        compile: whether the kernel's inner loops become compiled blocks: True, False, or "auto",
-            which compiles where the steps planned for one block repay the half minute that it may
-            take. Draws are the same up to rounding. ``.compiled`` tells the choice.
+        compile: whether the gradient (of :class:`NUTS`) or the kernel's inner loops (of others) are
+            compiled: True, False, or "auto", which compiles where the steps planned for one block
+            repay it. A gradient takes seconds, once for a model on this machine, inner loops half a
+            minute. Draws are the same up to rounding. ``.compiled`` tells the choice.
         adaptation: how to adapt: the kernel's own way, or a :class:`pyroebm.WindowAdaptation`; None
             leaves it as it is.
         save_warmup: whether to keep the draws of the warm-up too.
@@ -183,7 +184,7 @@ class MCMC(AbstractMCMC):
 
     @property
     def compiled(self) -> bool | None:
-        """Whether the last run used compiled blocks; None before the first."""
+        """Whether the last run was compiled; None before the first."""
         return is_compiled(self._blocks[0].moving) if self._blocks else None
 
     def run(

@@ -172,6 +172,36 @@ def test_two_energies_of_equal_code_share_a_graph_and_keep_their_own_numbers() -
     torch.testing.assert_close(b, run(MALA(step_size=0.5), two, x, 2))
 
 
+class Strided(Energy):
+    """Holds tensors of any strides, one of them twice."""
+
+    def __init__(self, matrix: Tensor, vector: Tensor) -> None:
+        super().__init__((3,))
+        self.matrix, self.vector, self.again = matrix, vector, vector
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ((x @ self.matrix - self.vector) ** 2).sum(-1) + (x * self.again).sum(-1)
+
+
+@pytest.mark.parametrize("compiled", ["loops", "gradient"])
+def test_tensors_of_any_strides_are_held(compiled: str) -> None:
+    """Energies of equal code, whose tensors differ in strides alone, or come twice and once."""
+    x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    square = torch.arange(9.0).reshape(3, 3)
+    for matrix in (square, square.mT, torch.arange(3.0).expand(3, 3), torch.ones(6, 3)[::2]):
+        energy = Strided(matrix, torch.arange(6.0)[::2])
+        for again in (energy.vector, torch.ones(6)[::2]):
+            energy.again = again
+            view: Energy = Compiled(energy)
+            if compiled == "gradient":
+                view = CompiledGradient(energy)
+                view.prepare(x.shape)
+                found = unchecked_value_and_grad(view, x)
+            else:
+                found = fused(gradient, view, x)
+            torch.testing.assert_close(found, gradient(energy, x))
+
+
 def double(energy: Energy, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
     return x + energy(y), y
 

@@ -6,7 +6,9 @@ import math
 import os
 import subprocess
 import sys
+from typing import Any
 
+import numba
 import numpy as np
 import pytest
 import torch
@@ -22,6 +24,20 @@ from pyroebm.kernels.metric import Metric
 from pyroebm.kernels.nuts import driver
 from pyroebm.kernels.nuts.driver import Chains
 from pyroebm.targets import DoubleWell, Gaussian
+
+_PHILOX = driver._philox
+_DRAW = driver._draw_momenta
+
+
+@numba.njit
+def _philox(key: Any, counter: Any, row: Any, domain: Any) -> Any:
+    return _PHILOX(key, counter, row, domain)
+
+
+@numba.njit
+def _draw_momenta(vectors: Any, row: Any, key: Any) -> Any:
+    _DRAW(vectors, row, 0, key)
+
 
 DIM = 3
 COVARIANCE = torch.tensor([[1.0, 0.6, 0.0], [0.6, 2.0, 0.3], [0.0, 0.3, 0.5]], dtype=torch.float64)
@@ -154,17 +170,16 @@ def test_random_numbers_are_those_of_philox() -> None:
     for counter, key, words in known:
         c0, c1, c2, c3 = (np.uint64(word) for word in counter)
         shift = np.uint64(32)
-        found = driver.philox(
-            np.uint64(key[0]) | np.uint64(key[1]) << shift, c0 | c1 << shift, c2, c3
-        )
+        found = _philox(np.uint64(key[0]) | np.uint64(key[1]) << shift, c0 | c1 << shift, c2, c3)
         parts = [int(part) for pair in found for part in (int(pair) >> 32, int(pair) & 0xFFFFFFFF)]
         assert " ".join(f"{part:08x}" for part in parts) == words
 
 
 def test_momenta_are_standard_normal_and_differ_by_row_and_key() -> None:
-    draws = np.zeros((400, 51))
-    for row in range(len(draws)):
-        driver._draw_momentum(draws[row], row, np.uint64(7 + row // 200))
+    vectors = np.zeros((400, 1, 51))
+    for row in range(len(vectors)):
+        _draw_momenta(vectors, row, np.uint64(7 + row // 200))
+    draws = vectors[:, 0]
     assert stats.kstest(draws.ravel(), "norm").pvalue > 1e-4
     assert len(np.unique(draws)) == draws.size
     correlation = np.corrcoef(draws.T)[np.triu_indices(51, 1)]

@@ -75,8 +75,9 @@ NUMBERS = 15
     TUNED,
     KEPT_GRADIENTS,
     KEPT_DIVERGED,
-) = range(12)
-COUNTS = 12
+    SEED,
+) = range(13)
+COUNTS = 13
 
 # Statistics of a draw.
 LP, RATE, HAMILTONIAN, SIZE = range(4)
@@ -84,6 +85,8 @@ LEAPFROGS, TREE_DEPTH, DIVERGED, ACCEPTED, REACHED = range(5)
 
 # What came of a leapfrog step.
 _GOES_ON, _TURNED, _DIVERGED, _FULL = range(4)
+
+_FLAGS = {"contract", "reassoc", "nsz"}
 
 _MASK, _SHIFT = np.uint64(0xFFFFFFFF), np.uint64(32)
 _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
@@ -96,15 +99,26 @@ def _compiled(function: Callable[..., Any]) -> Any:
 
     Infinities and NaN keep their meaning.
     """
-    flags = {"contract", "reassoc", "nsz"}
     try:
-        return numba.njit(cache=True, nogil=True, error_model="numpy", fastmath=flags)(function)
+        return numba.njit(cache=True, nogil=True, error_model="numpy", fastmath=_FLAGS)(function)
     except RuntimeError:  # no folder for the cache
-        return numba.njit(nogil=True, error_model="numpy", fastmath=flags)(function)
+        return numba.njit(nogil=True, error_model="numpy", fastmath=_FLAGS)(function)
 
 
-@_compiled
-def philox(key: Any, counter: Any, row: Any, domain: Any) -> Any:
+def _inlined(function: Callable[..., Any]) -> Any:
+    """``function`` as a part of what calls it, and nothing on its own: compiled once, with it."""
+    return numba.njit(
+        nogil=True,
+        error_model="numpy",
+        fastmath=_FLAGS,
+        forceinline=True,
+        no_cpython_wrapper=True,
+        no_cfunc_wrapper=True,
+    )(function)
+
+
+@_inlined
+def _philox(key: Any, counter: Any, row: Any, domain: Any) -> Any:
     """Two random numbers of 64 bits: Philox 4 x 32 with ten rounds (Salmon et al., 2011)."""
     k0, k1 = key & _MASK, key >> _SHIFT
     c0, c1 = counter & _MASK, counter >> _SHIFT
@@ -117,243 +131,266 @@ def philox(key: Any, counter: Any, row: Any, domain: Any) -> Any:
     return (c0 << _SHIFT) | c1, (c2 << _SHIFT) | c3
 
 
-@_compiled
+@_inlined
 def _unit(bits: Any) -> Any:
     """Bits as a number in (0, 1)."""
     return (np.float64(bits >> _ELEVEN) + 0.5) * 1.1102230246251565e-16
 
 
-@_compiled
-def _uniform(count: Any, row: Any, key: Any) -> Any:
+@_inlined
+def _uniform(counts: Any, row: Any) -> Any:
     """The next uniform number of a trajectory."""
-    count[RANDOM] += 1
-    bits, _ = philox(key, np.uint64(count[RANDOM]), np.uint64(row), np.uint64(0))
+    counts[row, RANDOM] += 1
+    key, counter = np.uint64(counts[row, SEED]), np.uint64(counts[row, RANDOM])
+    bits, _ = _philox(key, counter, np.uint64(row), np.uint64(0))
     return _unit(bits)
 
 
-@_compiled
-def _draw_momentum(p: Any, row: Any, key: Any) -> Any:
-    """Fill ``p`` with standard normal numbers (Box and Muller, 1958)."""
-    n = len(p)
-    for i in range((n + 1) // 2):
-        a, b = philox(key, np.uint64(i), np.uint64(row), np.uint64(1))
+@_inlined
+def _draw_momenta(vectors: Any, row: Any, place: Any, key: Any) -> Any:
+    """Fill a vector with standard normal numbers (Box and Muller, 1958)."""
+    size = vectors.shape[2]
+    for i in range((size + 1) // 2):
+        a, b = _philox(key, np.uint64(i), np.uint64(row), np.uint64(1))
         radius, angle = math.sqrt(-2.0 * math.log(_unit(a))), 2.0 * math.pi * _unit(b)
-        p[2 * i] = radius * math.cos(angle)
-        if 2 * i + 1 < n:
-            p[2 * i + 1] = radius * math.sin(angle)
+        vectors[row, place, 2 * i] = radius * math.cos(angle)
+        if 2 * i + 1 < size:
+            vectors[row, place, 2 * i + 1] = radius * math.sin(angle)
 
 
-@_compiled
-def _copy(to: Any, source: Any) -> Any:
-    for i in range(len(to)):
-        to[i] = source[i]
+@_inlined
+def _move(vectors: Any, row: Any, to: Any, source: Any) -> Any:
+    for i in range(vectors.shape[2]):
+        vectors[row, to, i] = vectors[row, source, i]
 
 
-@_compiled
+@_inlined
 def _log_add(a: Any, b: Any) -> Any:
     top, low = max(a, b), min(a, b)
     return top if low == -np.inf else top + math.log1p(math.exp(low - top))
 
 
-@_compiled
-def _is_turning(p_a: Any, p_b: Any, total: Any, before: Any, corrected: Any) -> Any:
+@_inlined
+def _is_turning(vectors: Any, row: Any, p_a: Any, p_b: Any, total: Any, before: Any) -> Any:
     """Whether the ends of a trajectory move towards each other.
 
-    ``total - before`` is the sum of momenta from one end to the other; with ``corrected``, the
-    momentum of the first leaf, which is in ``before``, is added. Half of both ends is taken off:
-    the trapezoidal rule for the distance between the ends.
+    ``total`` is the sum of momenta up to the later end. Where ``before`` is a place and not -1, it
+    is the same sum at the first leaf, which is itself part of the trajectory. Half of both ends is
+    taken off: the trapezoidal rule for the distance between the ends.
     """
     along_a = along_b = 0.0
-    for i in range(len(p_a)):
-        a, b = np.float64(p_a[i]), np.float64(p_b[i])
-        way = total[i] - 0.5 * (a + b)
-        if corrected:
-            way += a - before[i]
+    for i in range(vectors.shape[2]):
+        a, b = np.float64(vectors[row, p_a, i]), np.float64(vectors[row, p_b, i])
+        way = vectors[row, total, i] - 0.5 * (a + b)
+        if before >= 0:
+            way += a - vectors[row, before, i]
         along_a += a * way
         along_b += b * way
     return min(along_a, along_b) <= 0.0
 
 
-@_compiled
-def _begin(vector: Any, number: Any, count: Any, row: Any, key: Any) -> Any:
+@_inlined
+def _begin(vectors: Any, numbers: Any, counts: Any, seeds: Any, row: Any) -> Any:
     """Begin a trajectory at the last proposal, with a new momentum."""
-    size = vector.shape[1]
-    p = vector[END + 1]
-    _draw_momentum(p, row, key)
+    counts[row, SEED] = seeds[counts[row, STEPS] % len(seeds)]
+    _draw_momenta(vectors, row, END + 1, np.uint64(counts[row, SEED]))
     kinetic = 0.0
-    for i in range(size):
-        vector[HOME, i] = vector[PROPOSAL, i]
-        vector[END, i] = vector[END + 3, i] = 0.0
-        vector[END + 2, i] = vector[END + 5, i] = vector[PROPOSAL + 2, i]
-        vector[END + 4, i] = vector[SUM, i] = p[i]
-        kinetic += np.float64(p[i]) * np.float64(p[i])
-    number[H0] = number[ENERGY] + 0.5 * kinetic
-    number[PROPOSAL_ENERGY], number[PROPOSAL_H] = number[ENERGY], number[H0]
-    number[WEIGHT] = number[ACCEPTANCE] = 0.0
-    count[ACTIVE] = 1
-    count[DEPTH] = count[GRADIENTS] = count[RANDOM] = count[MOVED] = 0
-    _double(vector, number, count, row, key)
+    for i in range(vectors.shape[2]):
+        p, g = vectors[row, END + 1, i], vectors[row, PROPOSAL + 2, i]
+        vectors[row, HOME, i] = vectors[row, PROPOSAL, i]
+        vectors[row, END, i] = vectors[row, END + 3, i] = 0.0
+        vectors[row, END + 2, i] = vectors[row, END + 5, i] = g
+        vectors[row, END + 4, i] = vectors[row, SUM, i] = p
+        kinetic += np.float64(p) * np.float64(p)
+    numbers[row, H0] = numbers[row, ENERGY] + 0.5 * kinetic
+    numbers[row, PROPOSAL_ENERGY] = numbers[row, ENERGY]
+    numbers[row, PROPOSAL_H] = numbers[row, H0]
+    numbers[row, WEIGHT] = numbers[row, ACCEPTANCE] = 0.0
+    counts[row, ACTIVE] = 1
+    counts[row, DEPTH] = counts[row, GRADIENTS] = counts[row, RANDOM] = counts[row, MOVED] = 0
+    _double(vectors, numbers, counts, row)
 
 
-@_compiled
-def _double(vector: Any, number: Any, count: Any, row: Any, key: Any) -> Any:
+@_inlined
+def _double(vectors: Any, numbers: Any, counts: Any, row: Any) -> Any:
     """Begin a doubling, forwards or backwards in time with equal chances."""
-    count[DIRECTION] = 1 if _uniform(count, row, key) < 0.5 else 0
-    count[LEAF] = 0
-    number[SUB_WEIGHT] = -np.inf
-    for i in range(vector.shape[1]):
-        vector[SUB_SUM, i] = 0.0
+    counts[row, DIRECTION] = 1 if _uniform(counts, row) < 0.5 else 0
+    counts[row, LEAF] = 0
+    numbers[row, SUB_WEIGHT] = -np.inf
+    for i in range(vectors.shape[2]):
+        vectors[row, SUB_SUM, i] = 0.0
 
 
-@_compiled
+@_inlined
 def _leap(
-    vector: Any, number: Any, count: Any, scale: Any, q: Any, z: Any, is_diagonal: Any
+    vectors: Any, numbers: Any, counts: Any, scales: Any, q: Any, z: Any, row: Any, is_diagonal: Any
 ) -> Any:
     """Half a step of the momentum and one of the position; whether the position is finite."""
-    end = END + 3 * count[DIRECTION]
-    way, home = vector[end], vector[HOME]
-    p, g = vector[end + 1], vector[end + 2]
-    step = number[STEP] if count[DIRECTION] == 1 else -number[STEP]
+    end = END + 3 * counts[row, DIRECTION]
+    step = numbers[row, STEP] if counts[row, DIRECTION] == 1 else -numbers[row, STEP]
     zero = 0.0
-    for i in range(len(way)):
-        p[i] -= 0.5 * step * g[i]
-        way[i] += step * p[i]
+    for i in range(vectors.shape[2]):
+        vectors[row, end + 1, i] -= 0.5 * step * vectors[row, end + 2, i]
+        vectors[row, end, i] += step * vectors[row, end + 1, i]
     if is_diagonal:
-        for i in range(len(way)):
-            q[i] = home[i] + scale[i] * way[i]
-            zero += q[i] * 0.0
+        own = row if len(scales) > 1 else 0
+        for i in range(vectors.shape[2]):
+            q[row, i] = vectors[row, HOME, i] + scales[own, i] * vectors[row, end, i]
+            zero += q[row, i] * 0.0
     else:
-        for i in range(len(way)):
-            z[i] = way[i]
-            zero += way[i] * 0.0
+        for i in range(vectors.shape[2]):
+            z[row, i] = vectors[row, end, i]
+            zero += z[row, i] * 0.0
     return zero == 0.0
 
 
-@_compiled
+@_inlined
 def _weigh(
-    vector: Any, number: Any, count: Any, q: Any, value: Any, grad: Any, row: Any, key: Any
+    vectors: Any,
+    numbers: Any,
+    counts: Any,
+    scales: Any,
+    values: Any,
+    grads: Any,
+    whitened: Any,
+    q: Any,
+    row: Any,
+    is_diagonal: Any,
 ) -> Any:
     """Finish a leapfrog step, weigh its leaf and look for turns of the subtrees that end with
     it."""
-    end = END + 3 * count[DIRECTION]
-    p, g = vector[end + 1], vector[end + 2]
-    step = number[STEP] if count[DIRECTION] == 1 else -number[STEP]
+    end = END + 3 * counts[row, DIRECTION]
+    step = numbers[row, STEP] if counts[row, DIRECTION] == 1 else -numbers[row, STEP]
+    if is_diagonal:
+        own = row if len(scales) > 1 else 0
+        for i in range(vectors.shape[2]):
+            vectors[row, end + 2, i] = scales[own, i] * grads[row, i]
+    else:
+        for i in range(vectors.shape[2]):
+            vectors[row, end + 2, i] = whitened[row, i]
     kinetic = 0.0
-    for i in range(len(p)):
-        p[i] -= 0.5 * step * g[i]
-        kinetic += np.float64(p[i]) * np.float64(p[i])
+    for i in range(vectors.shape[2]):
+        p = vectors[row, end + 1, i] - 0.5 * step * vectors[row, end + 2, i]
+        vectors[row, end + 1, i] = p
+        kinetic += np.float64(p) * np.float64(p)
     # a non-finite gradient is in the momentum, and so in here
+    value = np.float64(values[row])
     hamiltonian = value + 0.5 * kinetic
     # a comparison: reassociation folds the x - x == 0 of numba's isfinite into True
-    error = hamiltonian - number[H0] if abs(hamiltonian) < np.inf else np.inf
-    count[GRADIENTS] += 1
+    error = hamiltonian - numbers[row, H0] if abs(hamiltonian) < np.inf else np.inf
+    counts[row, GRADIENTS] += 1
     if error > MAX_ENERGY_ERROR:
         return _DIVERGED
-    number[ACCEPTANCE] += math.exp(-error) if error > 0.0 else 1.0
-    number[SUB_WEIGHT] = _log_add(number[SUB_WEIGHT], -error)
-    if math.log(_uniform(count, row, key)) < -error - number[SUB_WEIGHT]:
-        _copy(vector[SUB], q)
-        _copy(vector[SUB + 1], grad)
-        _copy(vector[SUB + 2], g)
-        number[SUB_ENERGY], number[SUB_H] = value, hamiltonian
-    total = vector[SUB_SUM]
-    for i in range(len(p)):
-        total[i] += p[i]
+    numbers[row, ACCEPTANCE] += math.exp(-error) if error > 0.0 else 1.0
+    weight = _log_add(numbers[row, SUB_WEIGHT], -error)
+    numbers[row, SUB_WEIGHT] = weight
+    if math.log(_uniform(counts, row)) < -error - weight:
+        for i in range(vectors.shape[2]):
+            vectors[row, SUB, i] = q[row, i]
+            vectors[row, SUB + 1, i] = grads[row, i]
+            vectors[row, SUB + 2, i] = vectors[row, end + 2, i]
+        numbers[row, SUB_ENERGY], numbers[row, SUB_H] = value, hamiltonian
+    for i in range(vectors.shape[2]):
+        vectors[row, SUB_SUM, i] += vectors[row, end + 1, i]
     # An even leaf is kept in the slot of the number of ones in leaf // 2; an odd one closes the
     # subtrees of as many slots as it has trailing ones.
-    leaf = count[LEAF]
-    high, rest = 0, leaf >> 1
+    leaf = counts[row, LEAF]
+    slot, rest = 0, leaf >> 1
     while rest:
-        high += rest & 1
+        slot += rest & 1
         rest >>= 1
     if leaf % 2 == 0:
-        _copy(vector[STORED + 2 * high], p)
-        _copy(vector[STORED + 2 * high + 1], total)
-    else:
-        closing = leaf
-        slot = high
-        while closing & 1:
-            stored = STORED + 2 * slot
-            if _is_turning(vector[stored], p, total, vector[stored + 1], True):
-                return _TURNED
-            closing >>= 1
-            slot -= 1
-    count[LEAF] = leaf + 1
-    return _FULL if count[LEAF] == 1 << count[DEPTH] else _GOES_ON
+        _move(vectors, row, STORED + 2 * slot, end + 1)
+        _move(vectors, row, STORED + 2 * slot + 1, SUB_SUM)
+    closing = leaf
+    while closing & 1:
+        stored = STORED + 2 * slot
+        if _is_turning(vectors, row, stored, end + 1, SUB_SUM, stored + 1):
+            return _TURNED
+        closing >>= 1
+        slot -= 1
+    counts[row, LEAF] = leaf + 1
+    return _FULL if counts[row, LEAF] == 1 << counts[row, DEPTH] else _GOES_ON
 
 
-@_compiled
-def _merge(vector: Any, number: Any, count: Any, row: Any, key: Any) -> Any:
+@_inlined
+def _merge(vectors: Any, numbers: Any, counts: Any, row: Any) -> Any:
     """Join a doubling to its trajectory: biased progressive draw between the halves, min(1, w_new /
     w_old), and a last look for a turn."""
-    if math.log(_uniform(count, row, key)) < number[SUB_WEIGHT] - number[WEIGHT]:
+    if math.log(_uniform(counts, row)) < numbers[row, SUB_WEIGHT] - numbers[row, WEIGHT]:
         for part in range(3):
-            _copy(vector[PROPOSAL + part], vector[SUB + part])
-        number[PROPOSAL_ENERGY], number[PROPOSAL_H] = number[SUB_ENERGY], number[SUB_H]
-        count[MOVED] = 1
-    number[WEIGHT] = _log_add(number[WEIGHT], number[SUB_WEIGHT])
-    total, more = vector[SUM], vector[SUB_SUM]
-    for i in range(len(total)):
-        total[i] += more[i]
-    return _is_turning(vector[END + 1], vector[END + 4], total, total, False)
+            _move(vectors, row, PROPOSAL + part, SUB + part)
+        numbers[row, PROPOSAL_ENERGY] = numbers[row, SUB_ENERGY]
+        numbers[row, PROPOSAL_H] = numbers[row, SUB_H]
+        counts[row, MOVED] = 1
+    numbers[row, WEIGHT] = _log_add(numbers[row, WEIGHT], numbers[row, SUB_WEIGHT])
+    for i in range(vectors.shape[2]):
+        vectors[row, SUM, i] += vectors[row, SUB_SUM, i]
+    counts[row, DEPTH] += 1
+    return _is_turning(vectors, row, END + 1, END + 4, SUM, -1)
 
 
-@_compiled
-def _tune(number: Any, count: Any, rate: Any, target: Any) -> Any:
+@_inlined
+def _tune(numbers: Any, counts: Any, row: Any, rate: Any, target: Any) -> Any:
     """One update of the dual averaging of the logarithm of the step size; see
     :class:`pyroebm.kernels.adaptation.DualAveraging`."""
-    count[TUNED] += 1
-    steps = np.float64(count[TUNED])
+    counts[row, TUNED] += 1
+    steps = np.float64(counts[row, TUNED])
     weight = 1.0 / (steps + 10.0)
-    number[ERROR] = (1.0 - weight) * number[ERROR] + weight * (target - rate)
-    number[LOG_STEP] = number[MU] - math.sqrt(steps) / 0.1 * number[ERROR]
+    numbers[row, ERROR] = (1.0 - weight) * numbers[row, ERROR] + weight * (target - rate)
+    log_step = numbers[row, MU] - math.sqrt(steps) / 0.1 * numbers[row, ERROR]
     decay = steps**-0.75
-    number[LOG_AVERAGE] = decay * number[LOG_STEP] + (1.0 - decay) * number[LOG_AVERAGE]
-    number[STEP] = math.exp(min(number[LOG_STEP], 60.0))
+    numbers[row, LOG_STEP] = log_step
+    numbers[row, LOG_AVERAGE] = decay * log_step + (1.0 - decay) * numbers[row, LOG_AVERAGE]
+    numbers[row, STEP] = math.exp(min(log_step, 60.0))
 
 
-@_compiled
+@_inlined
 def _finish(
-    vector: Any,
-    number: Any,
-    count: Any,
-    slot_x: Any,
-    slot_f: Any,
-    slot_i: Any,
-    slot_t: Any,
+    vectors: Any,
+    numbers: Any,
+    counts: Any,
+    ring_x: Any,
+    ring_f: Any,
+    ring_i: Any,
+    ring_t: Any,
+    row: Any,
     outcome: Any,
     depth: Any,
     thinning: Any,
     target: Any,
 ) -> Any:
     """End a trajectory; after ``thinning`` of them, record the draw."""
-    number[ENERGY] = number[PROPOSAL_ENERGY]
-    rate, size = number[ACCEPTANCE] / count[GRADIENTS], number[STEP]
-    number[KEPT_ACCEPTANCE] += rate
-    count[KEPT_GRADIENTS] += count[GRADIENTS]
-    count[KEPT_DIVERGED] |= outcome == _DIVERGED
+    numbers[row, ENERGY] = numbers[row, PROPOSAL_ENERGY]
+    size = numbers[row, STEP]
+    rate = numbers[row, ACCEPTANCE] / counts[row, GRADIENTS]
+    numbers[row, KEPT_ACCEPTANCE] += rate
+    counts[row, KEPT_GRADIENTS] += counts[row, GRADIENTS]
+    counts[row, KEPT_DIVERGED] |= outcome == _DIVERGED
     if target > 0.0:
-        _tune(number, count, rate, target)
-    count[STEPS] += 1
-    if count[STEPS] % thinning:
+        _tune(numbers, counts, row, rate, target)
+    counts[row, STEPS] += 1
+    if counts[row, STEPS] % thinning:
         return
-    _copy(slot_x[0], vector[PROPOSAL])
-    _copy(slot_x[1], vector[PROPOSAL + 1])
-    slot_f[LP] = -number[ENERGY]
-    slot_f[RATE] = number[KEPT_ACCEPTANCE] / thinning
-    slot_f[HAMILTONIAN] = number[PROPOSAL_H]
-    slot_f[SIZE] = size
-    slot_i[LEAPFROGS] = count[KEPT_GRADIENTS]
-    slot_i[TREE_DEPTH] = depth
-    slot_i[DIVERGED] = count[KEPT_DIVERGED]
-    slot_i[ACCEPTED] = count[MOVED]
-    slot_i[REACHED] = outcome == _FULL
-    slot_t[0] = number[LOG_STEP]
-    slot_t[1] = number[LOG_AVERAGE]
-    slot_t[2] = number[ERROR]
-    number[KEPT_ACCEPTANCE] = 0.0
-    count[KEPT_GRADIENTS] = count[KEPT_DIVERGED] = 0
-    count[DRAWS] += 1
+    slot = counts[row, DRAWS] % len(ring_x)
+    for i in range(vectors.shape[2]):
+        ring_x[slot, row, 0, i] = vectors[row, PROPOSAL, i]
+        ring_x[slot, row, 1, i] = vectors[row, PROPOSAL + 1, i]
+    ring_f[slot, row, LP] = -numbers[row, ENERGY]
+    ring_f[slot, row, RATE] = numbers[row, KEPT_ACCEPTANCE] / thinning
+    ring_f[slot, row, HAMILTONIAN] = numbers[row, PROPOSAL_H]
+    ring_f[slot, row, SIZE] = size
+    ring_i[slot, row, LEAPFROGS] = counts[row, KEPT_GRADIENTS]
+    ring_i[slot, row, TREE_DEPTH] = depth
+    ring_i[slot, row, DIVERGED] = counts[row, KEPT_DIVERGED]
+    ring_i[slot, row, ACCEPTED] = counts[row, MOVED]
+    ring_i[slot, row, REACHED] = outcome == _FULL
+    ring_t[slot, row, 0] = numbers[row, LOG_STEP]
+    ring_t[slot, row, 1] = numbers[row, LOG_AVERAGE]
+    ring_t[slot, row, 2] = numbers[row, ERROR]
+    numbers[row, KEPT_ACCEPTANCE] = 0.0
+    counts[row, KEPT_GRADIENTS] = counts[row, KEPT_DIVERGED] = 0
+    counts[row, DRAWS] += 1
 
 
 @_compiled
@@ -381,6 +418,9 @@ def tick(
     """Take every chain that is in a trajectory to its next question, and begin trajectories of
     those that have fewer than ``limit`` draws. Return the least number of draws of a chain.
 
+    Arrays are indexed and never sliced: a slice would count references, which costs more than most
+    of what is done with it.
+
     Args:
         values, grads: energies and gradients at ``q``, ``(chains,)`` and ``(chains, dim)``.
         whitened: the gradients in whitened coordinates; not read if the metric is a diagonal.
@@ -398,64 +438,51 @@ def tick(
     """
     least = limit
     for row in range(len(counts)):
-        vector, number = vectors[row], numbers[row]
-        count = counts[row]
-        scale = scales[row % len(scales)]
-        key = np.uint64(seeds[count[STEPS] % len(seeds)])
-        outcome, depth = _GOES_ON, count[DEPTH] + 1
-        if count[ACTIVE]:
-            value = np.float64(values[row])
-            if is_diagonal:
-                g = vector[END + 3 * count[DIRECTION] + 2]
-                for i in range(len(g)):
-                    g[i] = scale[i] * grads[row, i]
-            else:
-                _copy(vector[END + 3 * count[DIRECTION] + 2], whitened[row])
-            outcome = _weigh(vector, number, count, q[row], value, grads[row], row, key)
+        outcome, depth = _GOES_ON, counts[row, DEPTH] + 1
+        if counts[row, ACTIVE]:
+            outcome = _weigh(
+                vectors, numbers, counts, scales, values, grads, whitened, q, row, is_diagonal
+            )
             if outcome == _FULL:
-                turns = _merge(vector, number, count, row, key)
-                count[DEPTH] += 1
-                if turns:
-                    outcome, depth = _TURNED, count[DEPTH]
-                elif count[DEPTH] < max_depth:
+                if _merge(vectors, numbers, counts, row):
+                    outcome = _TURNED
+                elif counts[row, DEPTH] < max_depth:
                     outcome = _GOES_ON
-                    _double(vector, number, count, row, key)
-                else:
-                    depth = count[DEPTH]
-        elif count[DRAWS] < limit:
-            _begin(vector, number, count, row, key)
+                    _double(vectors, numbers, counts, row)
+                depth = counts[row, DEPTH]
+        elif counts[row, DRAWS] < limit:
+            _begin(vectors, numbers, counts, seeds, row)
         else:
             continue
         while True:
             if outcome != _GOES_ON:
-                slot = count[DRAWS] % len(ring_x)
                 _finish(
-                    vector,
-                    number,
-                    count,
-                    ring_x[slot, row],
-                    ring_f[slot, row],
-                    ring_i[slot, row],
-                    ring_t[slot, row],
+                    vectors,
+                    numbers,
+                    counts,
+                    ring_x,
+                    ring_f,
+                    ring_i,
+                    ring_t,
+                    row,
                     outcome,
                     depth,
                     thinning,
                     target,
                 )
-                if count[DRAWS] >= limit:
+                if counts[row, DRAWS] >= limit:
                     # at rest, at a point that can be asked about
-                    count[ACTIVE] = 0
-                    for i in range(vector.shape[1]):
-                        q[row, i] = vector[PROPOSAL, i]
+                    counts[row, ACTIVE] = 0
+                    for i in range(vectors.shape[2]):
+                        q[row, i] = vectors[row, PROPOSAL, i]
                     break
-                key = np.uint64(seeds[count[STEPS] % len(seeds)])
-                _begin(vector, number, count, row, key)
-            if _leap(vector, number, count, scale, q[row], z[row], is_diagonal):
+                _begin(vectors, numbers, counts, seeds, row)
+            if _leap(vectors, numbers, counts, scales, q, z, row, is_diagonal):
                 break
             # no energy is asked about a NaN or an infinity
-            count[GRADIENTS] += 1
-            outcome, depth = _DIVERGED, count[DEPTH] + 1
-        least = min(least, count[DRAWS])
+            counts[row, GRADIENTS] += 1
+            outcome, depth = _DIVERGED, counts[row, DEPTH] + 1
+        least = min(least, counts[row, DRAWS])
     return least
 
 
