@@ -52,9 +52,8 @@ class Info(NamedTuple):
     """What a person wants to know of one step; every field has shape ``(chains,)``.
 
     Example:
-        >>> Info._fields
-        ('acceptance_rate', 'accepted', 'diverging', 'energy', 'n_steps', 'step_size', 'tree_depth',
-        'reached_max_treedepth')
+        >>> Info._fields[:5]
+        ('acceptance_rate', 'accepted', 'diverging', 'energy', 'n_steps')
     """
 
     acceptance_rate: Tensor  #: mean Metropolis probability of what was proposed, in [0, 1]

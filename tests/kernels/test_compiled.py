@@ -177,7 +177,8 @@ class Strided(Energy):
 
     def __init__(self, matrix: Tensor, vector: Tensor) -> None:
         super().__init__((3,))
-        self.matrix, self.vector, self.again = matrix, vector, vector
+        self.matrix = matrix
+        self.vector = self.again = vector
 
     def forward(self, x: Tensor) -> Tensor:
         return ((x @ self.matrix - self.vector) ** 2).sum(-1) + (x * self.again).sum(-1)

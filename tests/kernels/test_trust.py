@@ -243,6 +243,7 @@ SCHOOLS: dict[str, tuple[int, int]] = {
     "mala": (300, 4000),
     "hmc": (200, 300),
     "nuts": (150, 150),
+    "lockstep": (150, 150),
     "random-walk": (1600, 4000),
     "barker": (400, 2000),
     "metropolis-underdamped": (400, 1500),

@@ -107,14 +107,7 @@ def _compiled(function: Callable[..., Any]) -> Any:
 
 def _inlined(function: Callable[..., Any]) -> Any:
     """``function`` as a part of what calls it, and nothing on its own: compiled once, with it."""
-    return numba.njit(
-        nogil=True,
-        error_model="numpy",
-        fastmath=_FLAGS,
-        forceinline=True,
-        no_cpython_wrapper=True,
-        no_cfunc_wrapper=True,
-    )(function)
+    return numba.njit(forceinline=True, error_model="numpy", fastmath=_FLAGS)(function)
 
 
 @_inlined
