@@ -68,6 +68,8 @@ def process_group() -> Iterator[tuple[int, int]]:
     torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     try:
         yield ranks()
+        # none leaves while another still listens to it
+        torch.distributed.barrier()
     finally:
         torch.distributed.destroy_process_group()
 
