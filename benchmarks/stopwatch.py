@@ -71,11 +71,11 @@ def plan(
 
 
 def caches(folder: str) -> dict[str, str]:
-    """Environment in which all compiled code that a library keeps is kept in ``folder``."""
+    """Environment in which all compiled code that a library keeps by default is kept in
+    ``folder``; JAX keeps none."""
     return {
         "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor",
         "NUMBA_CACHE_DIR": f"{folder}/numba",
-        "JAX_COMPILATION_CACHE_DIR": f"{folder}/jax",
         "PYTENSOR_FLAGS": f"base_compiledir={folder}/pytensor",
     }
 
