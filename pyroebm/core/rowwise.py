@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import abc
 import itertools
+import threading
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
@@ -32,6 +33,11 @@ __all__ = ["RowsFailAlone", "RowwiseEnergy"]
 
 #: Graphs kept at a time: one for each batch shape, type and device.
 MAX_GRAPHS = 8
+
+
+#: The author's code runs in one thread at a time: Pyro's stack of messengers, and what a capture
+#: changes in torch, belong to all threads.
+ONE_AT_A_TIME = threading.RLock()
 
 
 def _cholesky(a: Tensor, upper: bool = False) -> Tensor:
@@ -275,10 +281,11 @@ class RowwiseEnergy(Energy):
     def forward(self, u: Tensor) -> Tensor:
         rows = u.reshape(-1, *self.event_shape)
         if self.batching == "loop":
-            with RowsFailAlone():
+            with ONE_AT_A_TIME, RowsFailAlone():
                 values = torch.stack([self.row_energy(row) for row in rows])
         elif self.batching == "vmap" or torch.compiler.is_compiling():
-            values = self._vmapped(rows)
+            with ONE_AT_A_TIME:
+                values = self._vmapped(rows)
         else:
             values = self._graph(rows)(rows)
         return values.reshape(u.shape[:-1])
@@ -301,7 +308,7 @@ class RowwiseEnergy(Energy):
         constants = self.constants()
         key = (rows.shape, rows.dtype, rows.device, self.training, *map(_version, constants))
         if key not in self._graphs:
-            with outside_transforms(), torch.inference_mode(False), torch.no_grad():
+            with ONE_AT_A_TIME, outside_transforms(), torch.inference_mode(False), torch.no_grad():
                 zeros = torch.zeros(rows.shape, dtype=rows.dtype, device=rows.device)
                 graph = make_fx(lambda r: self._traced(r))(zeros)
             # nothing in it has effects, draws that do not enter the energy included

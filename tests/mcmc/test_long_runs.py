@@ -27,7 +27,7 @@ from torch import Tensor
 
 from pyroebm import HMC, MALA, MCMC, NUTS, ChEES, Energy, ModelEnergy, open_run
 from pyroebm.core.serialization import from_text, pack, to_text, unpack
-from pyroebm.kernels import Kernel
+from pyroebm.kernels import Kernel, LockstepNUTS
 from pyroebm.mcmc import chains as record
 from pyroebm.mcmc import sampler as driver
 from pyroebm.mcmc.chains import Layout
@@ -469,3 +469,61 @@ def test_ranks_are_those_of_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
     mcmc = MCMC(MALA(), 5, 0, num_chains=6, seed=0, chain_batch_size=2, ranks=distributed.ranks())
     mcmc.run(DoubleWell())
     assert mcmc.get_samples(group_by_chain=True)["x"].shape == (2, 5)
+
+
+def model(y: Tensor) -> None:
+    scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+    pyro.sample("y", dist.Normal(0.0, scale).expand([len(y)]).to_event(1), obs=y)
+
+
+def branching(y: Tensor) -> None:
+    scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+    wide = float(scale.detach()) > 1.0  # runs chain by chain, in Python
+    pyro.sample("y", dist.Normal(0.0, scale if wide else scale**2).expand([3]).to_event(1), obs=y)
+
+
+@pytest.mark.filterwarnings("ignore:the model 'branching' cannot be:RuntimeWarning")
+@pytest.mark.parametrize("name", ["energy", "hmc", "model", "branching"])
+def test_threads_change_no_draw(name: str) -> None:
+    y = torch.tensor([0.3, -1.0, 2.0], dtype=torch.float64)
+    energy: Energy = DoubleWell().double()
+    if name in ("model", "branching"):
+        energy = ModelEnergy({"model": model, "branching": branching}[name], y)
+    kernel = HMC() if name == "hmc" else NUTS()
+    found = []
+    for threads in (1, 3):
+        mcmc = MCMC(
+            kernel, 12, 25, 7, seed=0, chain_batch_size=2, num_threads=threads, compile=False
+        )
+        mcmc.run(energy)
+        mcmc.run_more(5)
+        found.append(next(iter(mcmc.get_samples(group_by_chain=True).values())))
+    assert found[0].shape == (7, 17)
+    assert torch.equal(*found)
+
+
+def test_a_run_goes_on_under_the_implementation_that_began_it() -> None:
+    mcmc, energy = MCMC(NUTS(), 10, 10, 4, seed=0), DoubleWell().double()
+    mcmc.run(energy)
+    other = MCMC(LockstepNUTS(), 10, 10, 4, seed=0)
+    with pytest.raises(ValueError, match=r"'kernel': 'LockstepNUTS'.*'runs_ahead': False"):
+        other.load_state_dict(mcmc.state_dict(), energy)
+
+
+def test_without_numba_chains_move_in_lock_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what numba's chains drew is not continued."""
+    energy, state = DoubleWell().double(), None
+    found = []
+    for has_numba in (True, False):
+        monkeypatch.setattr("pyroebm.kernels.nuts.kernel._has_numba", lambda h=has_numba: h)
+        mcmc = MCMC(NUTS(), 10, 10, 4, seed=0)
+        mcmc.run(energy)
+        found.append(mcmc.get_samples()["x"])
+        if state is not None:
+            with pytest.raises(ValueError, match="'runs_ahead': False"):
+                MCMC(NUTS(), 10, 10, 4, seed=0).load_state_dict(state, energy)
+        state = mcmc.state_dict()
+    lockstep = MCMC(LockstepNUTS(), 10, 10, 4, seed=0)
+    lockstep.run(energy)
+    assert torch.equal(found[1], lockstep.get_samples()["x"])
+    assert not torch.equal(*found)
