@@ -68,6 +68,11 @@ class CompiledKernel(Kernel[S]):
         return self.kernel.discrete
 
     @property
+    def compiles(self) -> str:  # type: ignore[override]
+        """As the kernel inside."""
+        return self.kernel.compiles
+
+    @property
     def expected_gradients(self) -> float:  # type: ignore[override]
         """As the kernel inside."""
         return self.kernel.expected_gradients

@@ -33,8 +33,8 @@ __all__ = [
     "merged",
 ]
 
-#: Bytes of finished draws that chains which run ahead of the others may hold.
-AHEAD = 2**26
+#: Bytes of finished draws that the chains of a block which run ahead of the others may hold.
+AHEAD = 2**24
 
 #: Draws that are taken together from such chains, if they come fast.
 TOGETHER = 64
