@@ -697,8 +697,8 @@ def test_marginal_by_grid_integrates_to_one_and_bounds_are_below_it() -> None:
     assert flow.log_prob_x(x[:0].unsqueeze(-1)).shape == (0,)
     assert abs(float(log_q.exp().sum() * step) - 1.0) < 1e-6
     # where the ratios have a moderate variance
-    few = torch.linspace(-1.0, 1.0, 5, dtype=F64).unsqueeze(-1)
-    truth, repeats = flow.log_prob_x(few), few.expand(20_000, 5, 1)
+    few = torch.linspace(-1.0, 0.0, 5, dtype=F64).unsqueeze(-1)
+    truth, repeats = flow.log_prob_x(few), few.expand(5_000, 5, 1)
     generator, gaps = seeded_generator(3), []
     for k in (1, 32):
         with torch.no_grad():
