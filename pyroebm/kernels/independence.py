@@ -73,7 +73,8 @@ class IndependenceMetropolis(Kernel[IndependenceState]):
 
     Raises:
         ValueError: if ``proposal`` has not the methods of :class:`Proposal`; at the start, if it
-            does not fit the energy, or a chain starts where energy or q are not finite.
+            does not fit the energy, or a chain starts where energy or q are not finite; at a step,
+            if its draws have another dtype or device than the energy.
 
     Example:
         >>> from pyroebm.flows import NICE
@@ -118,7 +119,8 @@ class IndependenceMetropolis(Kernel[IndependenceState]):
     ) -> tuple[IndependenceState, Info]:
         with torch.no_grad():
             x, log_q = self.proposal.push(self.proposal.draw_noise(len(state.x), generator))
-            x = x.reshape(state.x.shape)
+            x = x.reshape(len(x), *energy.event_shape)
+            energy.check_states(x, "the proposal's draw")
             new = IndependenceState(x, energy(x), log_q)
         error = (new.energy + new.log_q) - (state.energy + state.log_q)
         finite = torch.isfinite(error) & torch.isfinite(new.energy)

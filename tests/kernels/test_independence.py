@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 from lib.checks import within_se
+from lib.kernel_cases import Wide
 from lib.reseed import problem_generator
 from lib.seeds import seeded
 from torch import Tensor
@@ -83,6 +84,20 @@ class _NoRatio(IndependenceMetropolis):
             energy, state._replace(energy=torch.full_like(state.energy, 1e3)), generator
         )
         return new, info
+
+
+@pytest.mark.parametrize("name", ["independence", "jumps"])
+def test_proposals_of_another_dtype_are_refused(name: str) -> None:
+    """Silently, they would be rounded."""
+    energy, kernel = Gaussian(torch.zeros(2)), KERNELS[name]()
+    state = kernel.init(energy, energy.initial(4, seeded(1)))
+    coarse = kernel.replace(proposal=Wide(2, torch.float32))
+    with pytest.raises(
+        ValueError,
+        match=r"the proposal's draw must have the dtype of the energy: Gaussian has dtype"
+        r" torch\.float64, the proposal's draw has torch\.float32",
+    ):
+        coarse.step(energy, state, seeded(2))
 
 
 @pytest.mark.parametrize("mutant", [_NoDensity, _NoRatio])

@@ -54,7 +54,7 @@ def events(energy: Energy, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", KERNELS)
 def test_step_keeps_shapes_and_types(name: str, dtype: torch.dtype, event: tuple[int, ...]) -> None:
     energy = Normal(event).to(dtype)
-    kernel, generator = build(name, event), torch.Generator().manual_seed(0)
+    kernel, generator = build(name, event, dtype), torch.Generator().manual_seed(0)
     if math.prod(event) < kernel.least_dim:
         with pytest.raises(
             ValueError, match=r"needs events of at least 2 entries, but Normal has event_shape \(\)"

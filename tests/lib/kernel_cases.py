@@ -39,11 +39,12 @@ NARROW = LowRank(torch.tensor([0.5]), torch.tensor([[1.0]]), torch.tensor([2.0])
 class Wide:
     """A proposal: independent entries, normal with mean .3 and deviation 1.5."""
 
-    def __init__(self, dim: int = 1) -> None:
+    def __init__(self, dim: int = 1, dtype: torch.dtype = torch.float64) -> None:
         self.dim = dim
+        self.dtype = dtype
 
     def draw_noise(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        return torch.randn(n, self.dim, generator=generator)
+        return torch.randn(n, self.dim, dtype=self.dtype, generator=generator)
 
     def push(self, z: Tensor) -> tuple[Tensor, Tensor]:
         x = 0.3 + 1.5 * z
@@ -109,10 +110,10 @@ def widened(metric: Tensor | Metric | None, event: tuple[int, ...]) -> Tensor | 
     return metric
 
 
-def build(name: str, event: tuple[int, ...] = ()) -> Kernel:
+def build(name: str, event: tuple[int, ...] = (), dtype: torch.dtype = torch.float64) -> Kernel:
     kernel = KERNELS[name]()
     if hasattr(kernel, "proposal"):
-        kernel = kernel.replace(proposal=Wide(math.prod(event)))
+        kernel = kernel.replace(proposal=Wide(math.prod(event), dtype))
     if isinstance(kernel, IndependenceMetropolis):
         return kernel
     return kernel.replace(inverse_mass=widened(kernel.inverse_mass, event))
