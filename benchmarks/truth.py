@@ -1,0 +1,86 @@
+"""Whether default runs give the right answers: the densities of posteriordb and others of known
+moments, with 4 and with 64 chains.
+
+    python -m benchmarks.truth --posteriordb FILE [--case CASE] [--seeds N] [--quick] [--out DIR]
+
+Each run is `pyroebm.infer`'s NUTS at its defaults, 1,000 steps of warm-up and 1,000 draws of each
+chain. Rows go to DIR/truth.json: the largest error of a mean or a mean square in standard errors of
+the draws and of the reference combined, the number of divergences, the largest R-hat.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import pyro
+import torch
+
+from benchmarks.samplers import QUICK_RESULTS, RESULTS, write
+from benchmarks.suite.cases import MODEL_CASES, Case
+from benchmarks.suite.in_pyro import MODELS, tensors
+from benchmarks.suite.measure import Row, row, worst_z
+from benchmarks.suite.posteriordb import DENSITIES, posteriordb_cases
+from pyroebm import __version__
+from pyroebm.diagnostics import r_hat
+from pyroebm.infer import MCMC, NUTS
+
+CHAINS = (4, 64)
+
+
+def measure(case: Case, chains: int, steps: int, seeds: int) -> list[Row]:
+    """The rows of one case with so many chains."""
+    found: dict[str, list[float]] = {"worst_z": [], "divergences": [], "worst_r_hat": []}
+    for seed in range(seeds):
+        pyro.set_rng_seed(seed)
+        mcmc = MCMC(NUTS(MODELS[case.name]), steps, steps, num_chains=chains)
+        mcmc.run(*tensors(case.arguments()))
+        samples = mcmc.get_samples(group_by_chain=True)
+        draws = case.join({site: np.asarray(value) for site, value in samples.items()})
+        z = worst_z(case, draws)
+        found["worst_z"].append(math.nan if z is None else z)
+        found["divergences"].append(int(mcmc.get_stats()["diverging"].sum()))
+        found["worst_r_hat"].append(float(np.max(r_hat(torch.as_tensor(draws)))))
+    settings = {"method": "NUTS", "chains": chains, "num_warmup": steps, "num_samples": steps}
+    settings["seeds"] = seeds
+    return [
+        row(f"truth {case.name}", "pyroebm", metric, values, settings) | {"version": __version__}
+        for metric, values in found.items()
+    ]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.truth", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("--posteriordb", type=Path, help="the user's file of posteriordb")
+    parser.add_argument("--case", choices=[*MODEL_CASES, *DENSITIES], help="this case alone")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each (default 3)")
+    parser.add_argument("--quick", action="store_true", help="4 x (100 + 100), once")
+    parser.add_argument("--out", type=Path, default=None, help="folder of truth.json")
+    asked = parser.parse_args()
+    torch.set_default_dtype(torch.float64)
+    cases = {name: case for name, case in MODEL_CASES.items() if case.truth is not None}
+    if asked.posteriordb is None:
+        print("the cases of posteriordb are left out: --posteriordb FILE names the user's file")
+    else:
+        cases |= posteriordb_cases(asked.posteriordb)
+    out = asked.out or (QUICK_RESULTS if asked.quick else RESULTS)
+    for name, case in cases.items():
+        if asked.case not in (None, name):
+            continue
+        for chains in CHAINS[:1] if asked.quick else CHAINS:
+            rows = measure(case, chains, *((100, 1) if asked.quick else (1000, asked.seeds)))
+            write(out / "truth.json", rows)
+            said = ", ".join(f"{r['metric']} {r['value']} {r['spread']}" for r in rows)
+            print(f"{name}, {chains} chains: {said}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
