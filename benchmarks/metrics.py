@@ -50,6 +50,9 @@ class _OfDraws(WindowAdaptation):
 
 METRICS = {"draws": _OfDraws, "draws and gradients": WindowAdaptation}
 
+#: What rows call NUTS, before the name of the metric.
+METHOD = "NUTS, metric from "
+
 
 def case_rows(case: Case, metric: str, seeds: int, steps: int, compile: bool = True) -> list[Row]:
     """Rows of a case with a metric, after so many steps of warm-up and as many draws: medians over
@@ -81,7 +84,7 @@ def case_rows(case: Case, metric: str, seeds: int, steps: int, compile: bool = T
         for name, value in found.items():
             columns.setdefault(name, []).append(value)
     settings = {
-        "method": f"NUTS, metric from {metric}",
+        "method": METHOD + metric,
         "chains": CHAINS,
         "repeats": seeds,
         "warmup": steps,

@@ -19,7 +19,7 @@ import pytest
 import torch
 from scipy import stats
 
-from benchmarks import boltzmann, flows, samplers, starts, stopwatch, tables, training
+from benchmarks import boltzmann, flows, metrics, samplers, starts, stopwatch, tables, training
 from benchmarks.suite import additive, answers, cases, fitters, in_pyro
 from benchmarks.suite.cases import Array
 from benchmarks.suite.flow_cases import FLOW_CASES, Counted, judge
@@ -274,6 +274,7 @@ def test_docs_page_is_what_the_results_make() -> None:
         "nice",
         "starts",
         "stopwatch",
+        "metrics",
         "efficiency",
         *FLOW_CASES,
     }
@@ -465,6 +466,24 @@ def test_starts_are_counted_and_make_tables() -> None:
         assert len(widths) == 1
         assert "NUTS, " in text
     assert tables.starts_table([]) == tables.efficiency_table([]) == tables.NOTHING
+
+
+def test_metrics_are_compared_and_make_a_table() -> None:
+    """Three lines for a case: each with its metric, and the median of one ratio."""
+    case = cases.MODEL_CASES["eight_schools"]
+    rows = [
+        row
+        for metric in metrics.METRICS
+        for row in metrics.case_rows(case, metric, seeds=2, steps=30, compile=False)
+    ]
+    check_rows(rows)
+    value = {(row["settings"]["method"], row["metric"]): row["value"] for row in rows}
+    old, new = (value[metrics.METHOD + metric, "ess_per_gradient"] for metric in metrics.METRICS)
+    assert old != new  # the two learn different metrics
+    text = tables.metrics_table(rows)
+    assert len({line.count("|") for line in text.splitlines() if line.startswith("|")}) == 1
+    assert f"draws and gradients over draws: {new / old:.3f} (" in text
+    assert tables.metrics_table([]) == tables.NOTHING
 
 
 def answer(seconds: float, r_hat: float = 1.01) -> dict[str, Any]:

@@ -113,8 +113,8 @@ class PooledDiagonal(NamedTuple):
     Example:
         >>> x = torch.tensor([[1.0, 2.0], [-1.0, 4.0], [2.0, 9.0]])
         >>> pooled = PooledDiagonal.start(x).update(x, x / torch.tensor([4.0, 9.0]))
-        >>> pooled.metric(torch.tensor([4.0, 9.0]))
-        tensor([4.0000, 9.0000])
+        >>> pooled.metric(torch.tensor([4.0, 9.0])).round()
+        tensor([4., 9.])
     """
 
     both: PooledVariance
