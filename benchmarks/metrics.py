@@ -20,11 +20,12 @@ import argparse
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+from torch import Tensor
 
 from benchmarks.samplers import QUICK_RESULTS, RESULTS, ROOT, write
 from benchmarks.stopwatch import CASES
@@ -35,20 +36,52 @@ from benchmarks.suite.measure import Row, row
 from benchmarks.suite.posteriordb import posteriordb_cases
 from pyroebm import MCMC, NUTS, ModelEnergy, WindowAdaptation, __version__
 from pyroebm.kernels import Kernel
-from pyroebm.kernels.adaptation.covariance import PooledVariance
+from pyroebm.kernels.adaptation.covariance import PooledVariance, shrunk
 from pyroebm.kernels.base import AnyState, rows
 
 CHAINS = 4
 
 
-class _OfDraws(WindowAdaptation):
-    """The variances of the draws alone."""
+class PooledDiagonal(NamedTuple):
+    r"""Variances of the draws and of the gradients of all chains together, and the diagonal that
+    fits both.
 
-    def _empty(self, kernel: Kernel[Any], state: AnyState) -> PooledVariance:
-        return PooledVariance.start(rows(state.x))
+    .. math:: v_i = \sqrt{\operatorname{Var}(x_i) / \operatorname{Var}(\partial_i E)}
+
+    It minimizes the Fisher divergence between the target and normal densities with independent
+    entries (Seyboldt, Carlson and Carpenter, 2024). Where the target is such a density, any two
+    draws determine it, since the gradients are linear in the draws.
+
+    Args:
+        both: moments of rows with a draw and its gradient side by side.
+    """
+
+    both: PooledVariance
+
+    @classmethod
+    def start(cls, like: Tensor) -> PooledDiagonal:
+        """Empty, for rows shaped as ``like`` ``(chains, dim)``."""
+        return cls(PooledVariance.start(torch.cat([like, like], 1)))
+
+    def update(self, q: Tensor, grad: Tensor, moved: Tensor | None = None) -> PooledDiagonal:
+        """Add rows ``(chains, dim)``, of the chains that ``moved`` (None: of all)."""
+        return PooledDiagonal(self.both.update(torch.cat([q, grad], 1), moved=moved))
+
+    def metric(self, before: Tensor | None = None) -> Tensor | None:
+        """The diagonal, drawn towards the one ``before`` as :meth:`PooledVariance.metric` does; an
+        entry whose draws or gradients have a variance of 0 keeps the one before."""
+        draws, grads = self.both.variance().chunk(2)
+        return shrunk((draws / grads).sqrt(), self.both.draws, before)
 
 
-METRICS = {"draws": _OfDraws, "draws and gradients": WindowAdaptation}
+class DrawsAndGradients(WindowAdaptation):
+    """Windows that end with that diagonal."""
+
+    def _empty(self, kernel: Kernel[Any], state: AnyState) -> Any:
+        return PooledDiagonal.start(rows(state.x))
+
+
+METRICS = {"draws": WindowAdaptation, "draws and gradients": DrawsAndGradients}
 
 #: What rows call NUTS, before the name of the metric.
 METHOD = "NUTS, metric from "

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyroebm.kernels.metric import Dense, LowRank
 
-__all__ = ["PooledCovariance", "PooledDiagonal", "PooledRows", "PooledVariance"]
+__all__ = ["PooledCovariance", "PooledRows", "PooledVariance", "shrunk"]
 
 #: Most rows that are kept for a low-rank metric (three steps of all chains are, however many the
 #: chains).
@@ -28,18 +28,6 @@ def _merged(draws: int, mean: Tensor, q: Tensor) -> tuple[int, Tensor, Tensor, T
     total, delta = draws + len(q), q.mean(0) - mean
     gap = delta * (draws * len(q) / total) ** 0.5
     return total, mean + delta * (len(q) / total), q - q.mean(0), gap
-
-
-def _shrunk(log_variance: Tensor, draws: int, before: Tensor | None) -> Tensor | None:
-    """Variances from their logarithms, drawn towards those ``before`` (None: 1) as if five more
-    draws had said so; an entry that is not finite keeps the one before, and None says that all
-    do."""
-    known = torch.isfinite(log_variance)
-    if not bool(known.any()):
-        return None
-    old = torch.ones_like(log_variance) if before is None else before.reshape(-1).to(log_variance)
-    learned = ((draws * log_variance + 5.0 * old.log()) / (draws + 5.0)).exp()
-    return torch.where(known, learned, old)
 
 
 class PooledVariance(NamedTuple):
@@ -78,62 +66,38 @@ class PooledVariance(NamedTuple):
         draws, mean, deviations, gap = _merged(self.draws, self.mean, q)
         return PooledVariance(draws, mean, self.squares + (deviations**2).sum(0) + gap**2)
 
-    def metric(self, before: Tensor | None = None) -> Tensor | None:
-        r"""The variances, drawn towards those ``before`` (None: 1) as if five more draws had said
-        so.
-
-        .. math:: \log v = \frac{n \log s^2 + 5 \log v_0}{n + 5}
-
-        The mean of logarithms has no unit, so that no scale is too small to be learned. A variance
-        that is 0 or not finite says nothing: that entry keeps the one before.
-        """
-        return _shrunk(self.variance().log(), self.draws, before)
-
     def variance(self) -> Tensor:
-        """The variances, shape ``(dim,)``; 0 where deviations are no more than rounding of the
-        mean, or are not finite."""
+        """The variances, shape ``(dim,)``; 0 where they are no more than rounding of the mean, or
+        not finite."""
         variance = self.squares / (self.draws - 1)
         resolution = 16.0 * torch.finfo(variance.dtype).eps * self.mean
-        return torch.where(variance > resolution**2, variance, 0.0)
-
-
-class PooledDiagonal(NamedTuple):
-    r"""Variances of the draws and of the gradients of all chains together, for the diagonal metric
-    that fits both.
-
-    .. math:: v_i = \sqrt{\operatorname{Var}(x_i) / \operatorname{Var}(\partial_i E)}
-
-    It minimizes the Fisher divergence between the target and a normal density with independent
-    entries (Seyboldt, Carlson and Carpenter, 2024). Where the target is such a density, it is exact
-    from any two draws, since the gradients are linear in the draws.
-
-    Args:
-        both: moments of rows with a draw and its gradient side by side.
-
-    Example:
-        >>> x = torch.tensor([[1.0, 2.0], [-1.0, 4.0], [2.0, 9.0]])
-        >>> pooled = PooledDiagonal.start(x).update(x, x / torch.tensor([4.0, 9.0]))
-        >>> pooled.metric(torch.tensor([4.0, 9.0])).round()
-        tensor([4., 9.])
-    """
-
-    both: PooledVariance
-
-    @classmethod
-    def start(cls, like: Tensor) -> PooledDiagonal:
-        """Empty, for rows shaped as ``like`` ``(chains, dim)``."""
-        return cls(PooledVariance.start(torch.cat([like, like], 1)))
-
-    def update(self, q: Tensor, grad: Tensor, moved: Tensor | None = None) -> PooledDiagonal:
-        """Add rows ``(chains, dim)``, of the chains that ``moved`` (None: of all)."""
-        return PooledDiagonal(self.both.update(torch.cat([q, grad], 1), moved=moved))
+        told = torch.isfinite(variance) & (variance > resolution**2)
+        return torch.where(told, variance, 0.0)
 
     def metric(self, before: Tensor | None = None) -> Tensor | None:
-        """The variances, drawn towards those ``before`` as in :meth:`PooledVariance.metric`; an
-        entry whose draws or gradients have a variance of 0, or one that is not finite, keeps the
-        one before."""
-        draws, grads = self.both.variance().log().chunk(2)
-        return _shrunk(0.5 * (draws - grads), self.both.draws, before)
+        """The variances, shrunk towards those ``before``."""
+        return shrunk(self.variance(), self.draws, before)
+
+
+def shrunk(variance: Tensor, draws: int, before: Tensor | None = None) -> Tensor | None:
+    r"""Variances of so many draws, shrunk towards those ``before`` (None: 1) as if five more draws
+    had said so.
+
+    .. math:: \log v = \frac{n \log s^2 + 5 \log v_0}{n + 5}
+
+    The mean of logarithms has no unit, so that no scale is too small to be learned. An entry that
+    is 0 or not finite keeps the one before; None says that all do.
+
+    Example:
+        >>> shrunk(torch.tensor([4.0, 0.0]), 5)
+        tensor([2., 1.])
+    """
+    known = torch.isfinite(variance) & (variance > 0.0)
+    if not bool(known.any()):
+        return None
+    old = torch.ones_like(variance) if before is None else before.reshape(-1).to(variance)
+    weight = draws / (draws + 5.0)
+    return torch.where(known, variance.pow(weight) * old.pow(1.0 - weight), old)
 
 
 class PooledCovariance(NamedTuple):

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from pyroebm.core.energy import Energy
-from pyroebm.kernels.adaptation.covariance import (
-    PooledCovariance,
-    PooledDiagonal,
-    PooledRows,
-    PooledVariance,
-)
+from pyroebm.kernels.adaptation.covariance import PooledCovariance, PooledRows, PooledVariance
 from pyroebm.kernels.adaptation.step_size import (
     DualAveraging,
     find_step_size,
@@ -24,8 +19,6 @@ from pyroebm.kernels.adaptation.step_size import (
 from pyroebm.kernels.base import AnyState, Info, Kernel, Steps, rows
 
 __all__ = ["Adaptation", "WindowAdaptation", "Warmup", "windows"]
-
-Pooled: TypeAlias = PooledVariance | PooledDiagonal | PooledCovariance | PooledRows
 
 METRICS = ("diagonal", "dense", "low_rank")
 STEP_SIZES = ("grouped", "per_chain", "pooled")
@@ -97,7 +90,7 @@ class Warmup(NamedTuple):
     where nothing is learned."""
 
     tuning: DualAveraging | None
-    pooled: Pooled | None
+    pooled: PooledVariance | PooledCovariance | PooledRows | None
     together: Tensor | None  #: which chains share one step size, ``(chains,)``
     moved: Tensor | None  #: which chains moved in this window, ``(chains,)``
     #: sum of the acceptance rates of each chain since the step sizes were set anew, ``(chains,)``
@@ -381,15 +374,17 @@ class WindowAdaptation:
             return shared_mean(rates, together)
         return 0.0 if self.step_size == "pooled" and bool(overdue.any()) else float(rates.mean())
 
-    def _empty(self, kernel: Kernel[Any], state: AnyState) -> Pooled | None:
+    def _empty(
+        self, kernel: Kernel[Any], state: AnyState
+    ) -> PooledVariance | PooledCovariance | PooledRows | None:
         if not self.metric or not hasattr(kernel, "inverse_mass"):
             return None
-        q, has_gradients = rows(state.x), hasattr(state, "grad")
-        if self.metric == "dense":
-            return PooledCovariance.start(q)
-        if self.metric == "diagonal":
-            return (PooledDiagonal if has_gradients else PooledVariance).start(q)
-        if not has_gradients:
+        q = rows(state.x)
+        if self.metric != "low_rank":
+            return (
+                PooledVariance.start(q) if self.metric == "diagonal" else PooledCovariance.start(q)
+            )
+        if not hasattr(state, "grad"):
             raise ValueError(
                 "metric='low_rank' is learned from gradients, and the states of"
                 f" {type(kernel).__name__} have none:"
