@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import statistics
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -107,9 +108,9 @@ def case_rows(case: Case, metric: str, seeds: int, steps: int, compile: bool = T
         mcmc.run(energy)
         stats = mcmc.get_stats()
         found = judged(case, mcmc.get_samples(group_by_chain=True))
-        gradients = int(stats["n_steps"].sum())
+        ess, gradients = found["min_ess"], int(stats["n_steps"].sum())
         found |= {
-            "ess_per_gradient": found["min_ess"] / gradients,
+            "ess_per_gradient": None if ess is None else ess / gradients,
             "gradients": gradients,
             "warmup_gradients": int(mcmc.get_stats(warmup=True)["n_steps"].sum()),
             "divergences": int(stats["diverging"].sum()),
@@ -124,8 +125,9 @@ def case_rows(case: Case, metric: str, seeds: int, steps: int, compile: bool = T
         "draws": steps,
     }
     facts = [
-        f"{name} {float(torch.tensor(columns[name]).median()):.4g}"
+        f"{name} {statistics.median(columns[name]):.4g}"
         for name in ("ess_per_gradient", "warmup_gradients", "divergences", "worst_r_hat")
+        if None not in columns[name]
     ]
     print(
         f"{case.name:20} {metric:20} {', '.join(facts)}, {time.perf_counter() - began:.0f} s",
