@@ -4,8 +4,8 @@
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`, where NAME is a case of
 benchmarks/samplers.py, benchmarks/boltzmann.py or benchmarks/flows.py, `training`, `starts`,
-`stopwatch`, `efficiency`, `gradients` or a curve; what stood there before goes. A table without
-rows says so.
+`stopwatch`, `metrics`, `efficiency`, `gradients` or a curve; what stood there before goes. A table
+without rows says so.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 from pathlib import Path
 
+from benchmarks.metrics import METHOD, METRICS
 from benchmarks.starts import CASES as STARTS_CASES
 from benchmarks.suite.cases import CASES, MODEL_CASES
 from benchmarks.suite.flow_cases import FLOW_CASES
@@ -53,8 +55,10 @@ FLOW_COLUMNS = (
     ("s", "seconds"),
 )
 
-#: Cases of benchmarks/stopwatch.py, and its two processes: metric, heading.
-STOPWATCH_TITLES = {name: case.title for name, case in {**MODEL_CASES, **DENSITIES}.items()}
+#: Cases of benchmarks/stopwatch.py and benchmarks/metrics.py.
+MODEL_TITLES = {name: case.title for name, case in {**MODEL_CASES, **DENSITIES}.items()}
+
+#: The stopwatch's two processes: metric, heading.
 STOPWATCH_PHASES = {
     "seconds_empty_caches": "empty caches",
     "seconds_second_process": "second process",
@@ -68,6 +72,13 @@ STOPWATCH_COLUMNS = (
     ("R-hat", "worst_r_hat"),
     ("divergences", "divergences"),
     ("worst z", "worst_z"),
+)
+
+#: Columns of the metrics' table: heading, metric.
+METRIC_COLUMNS = (
+    ("warm-up gradients", "warmup_gradients"),
+    ("gradients", "gradients"),
+    ("divergences", "divergences"),
 )
 
 #: Columns of a case's table: heading, metric, whether its spread is shown.
@@ -350,7 +361,7 @@ def stopwatch_table(rows: list[Row]) -> str:
     compared = 0
     body: list[list[str]] = []
     losses: list[str] = []
-    for case, title in STOPWATCH_TITLES.items():
+    for case, title in MODEL_TITLES.items():
         own = found.get(case, {})
         for (library, version, method), metrics in own.items():
             settings = metrics["seconds_empty_caches"]["settings"]
@@ -377,6 +388,57 @@ def stopwatch_table(rows: list[Row]) -> str:
         [f"Slower than NumPyro's faster mode in {len(losses)} of {compared}", *losses]
     )
     return f"{table(['case', '', *headings, 'runs'], body)}\n{slower}.\n"
+
+
+def metrics_table(rows: list[Row]) -> str:
+    """A line a case and metric of benchmarks/metrics.py: effective draws a gradient, as a multiple
+    of those with the first metric too, then what the warm-up took and what the draws are worth.
+    Below it, the median of the multiples over the cases."""
+    found: dict[tuple[str, str], dict[str, Row]] = {}
+    for row in rows:
+        if row["case"].startswith("metrics "):
+            metric = row["settings"]["method"].removeprefix(METHOD)
+            key = (row["case"].removeprefix("metrics "), metric)
+            found.setdefault(key, {})[row["metric"]] = row
+    first, *others = METRICS
+    ratios: dict[str, list[float]] = {metric: [] for metric in METRICS}
+    body: list[list[str]] = []
+    for case, title in MODEL_TITLES.items():
+        base = found.get((case, first), {}).get("ess_per_gradient")
+        for metric in METRICS:
+            if (own := found.get((case, metric))) is None:
+                continue
+            ess = own.get("ess_per_gradient")
+            ratio = ess["value"] / base["value"] if ess and base else None
+            ratios[metric] += [] if ratio is None else [ratio]
+            cells = [_with_spread(own.get(name), False) for _, name in METRIC_COLUMNS]
+            r_hat = number(own["worst_r_hat"]["spread"][1]) if "worst_r_hat" in own else "-"
+            seeds = str(own["divergences"]["settings"]["repeats"])
+            line = [title, metric, _with_spread(ess, True), number(ratio), *cells, r_hat, seeds]
+            body.append(line)
+    if not body:
+        return NOTHING
+    headings = [heading for heading, _ in METRIC_COLUMNS]
+    made = table(
+        [
+            "case",
+            "metric from",
+            "ESS/gradient",
+            f"/ {first}",
+            *headings,
+            "largest R-hat",
+            "seeds",
+        ],
+        body,
+    )
+    medians = "".join(
+        f"\nMedian over {len(ratios[metric])} cases of the ESS a gradient, {metric} over {first}:"
+        f" {statistics.median(ratios[metric]):.3f} ({min(ratios[metric]):.3f} to"
+        f" {max(ratios[metric]):.3f}).\n"
+        for metric in others
+        if ratios[metric]
+    )
+    return made + medians
 
 
 def efficiency_table(rows: list[Row]) -> str:
@@ -426,6 +488,8 @@ def fill(page: str, rows: list[Row]) -> str:
             text = starts_table(rows)
         elif name == "stopwatch":
             text = stopwatch_table(rows)
+        elif name == "metrics":
+            text = metrics_table(rows)
         elif name == "efficiency":
             text = efficiency_table(rows)
         elif name == "gradients":

@@ -17,15 +17,19 @@ import numpy as np
 import pyro
 import pytest
 import torch
+from lib.checks import within_se
 from scipy import stats
+from torch import Tensor
 
-from benchmarks import boltzmann, flows, samplers, starts, stopwatch, tables, training
+from benchmarks import boltzmann, flows, metrics, samplers, starts, stopwatch, tables, training
 from benchmarks.suite import additive, answers, cases, fitters, in_pyro
 from benchmarks.suite.cases import Array
 from benchmarks.suite.flow_cases import FLOW_CASES, Counted, judge
 from benchmarks.suite.measure import Job, Row, Run, sampler_rows, time_runs, worst_z
 from benchmarks.suite.posteriordb import DENSITIES, posteriordb_cases
 from pyroebm import Energy
+from pyroebm.kernels.adaptation.covariance import PooledVariance, shrunk
+from pyroebm.targets import Gaussian
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -274,6 +278,7 @@ def test_docs_page_is_what_the_results_make() -> None:
         "nice",
         "starts",
         "stopwatch",
+        "metrics",
         "efficiency",
         *FLOW_CASES,
     }
@@ -465,6 +470,111 @@ def test_starts_are_counted_and_make_tables() -> None:
         assert len(widths) == 1
         assert "NUTS, " in text
     assert tables.starts_table([]) == tables.efficiency_table([]) == tables.NOTHING
+
+
+VARIANCES = torch.tensor([1e-14, 1e-2, 1.0, 1e6], dtype=torch.float64)
+
+
+def normal_rows(covariance: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Draws of N(1, covariance) and the energy's gradients there."""
+    energy = Gaussian(torch.ones(len(covariance), dtype=torch.float64), covariance)
+    x = energy.sample(n, torch.Generator().manual_seed(2))
+    return x, (x - 1) @ torch.linalg.inv(covariance)
+
+
+def check_diagonal() -> None:
+    """Three draws of a normal with independent entries determine its variances, but for what those
+    before count; many draws of a correlated one the roots of variances over precisions."""
+    x, g = normal_rows(VARIANCES.diag(), 3)
+    before = torch.tensor([1.0, 1.0, 4.0, 0.5], dtype=torch.float64)
+    exact = torch.exp((3 * VARIANCES.log() + 5 * before.log()) / 8)
+    found = metrics.PooledDiagonal.start(x).update(x, g).metric(before)
+    torch.testing.assert_close(found, exact, rtol=1e-6, atol=0.0)
+    n, covariance = 20_000, torch.tensor([[4.0, 1.5], [1.5, 1.0]], dtype=torch.float64)
+    x, g = normal_rows(covariance, n)
+    found = metrics.PooledDiagonal.start(x).update(x, g).metric()
+    variance, precision = covariance.diagonal(), torch.linalg.inv(covariance).diagonal()
+    # The logarithm of a variance has error sqrt(2 / n). The covariance of a draw and its gradient
+    # is 1, and the errors of their variances correlate by the square of their correlation.
+    error = ((1.0 - 1.0 / (variance * precision)) / n).sqrt()
+    within_se(found.log() * (n + 5) / n, 0.5 * (variance / precision).log(), error)
+
+
+def test_diagonal_fits_draws_and_gradients() -> None:
+    check_diagonal()
+
+
+def test_diagonals_agree_where_variances_of_draws_and_gradients_are_inverse() -> None:
+    x = torch.randn(50, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    both = metrics.PooledDiagonal.start(x).update(x, x.flip(0) / x.var(0))
+    torch.testing.assert_close(both.metric(), PooledVariance.start(x).update(x).metric())
+
+
+def test_diagonal_has_no_unit_and_leaves_out_chains_that_stand_still() -> None:
+    """Coordinates in other units; the second of four chains never moves, far from the others."""
+    x, g = torch.randn(2, 50, 4, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x[:, 1] = 1e6
+    moved = torch.tensor([True, False, True, True])
+    units = torch.tensor([1e-7, 1e3], dtype=torch.float64)
+    before = torch.tensor([0.5, 2.0], dtype=torch.float64)
+    three = metrics.PooledDiagonal.start(x[0, moved])
+    scaled = metrics.PooledDiagonal.start(x[0])
+    for q, grad in zip(x, g, strict=True):
+        three = three.update(q[moved], grad[moved])
+        scaled = scaled.update(q * units, grad / units, moved)
+    expected = three.metric(before) * units**2
+    torch.testing.assert_close(scaled.metric(before * units**2), expected, rtol=1e-9, atol=0.0)
+
+
+def test_diagonal_keeps_entries_that_tell_nothing() -> None:
+    """Draws, then gradients, that are constant; those that overflow; one entry is learned."""
+    x = torch.randn(150, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    g = x.clone()
+    x[:, 0], g[:, 1] = 0.1, 0.1
+    x[:, 2], g[:, 3] = 1e200 * x[:, 2], 1e200 * g[:, 3]
+    before = torch.tensor([6.0, 7.0, 8.0, 9.0, 10.0], dtype=torch.float64)
+    both = metrics.PooledDiagonal.start(x)
+    for q, grad in zip(x.split(3), g.split(3), strict=True):
+        both = both.update(q, grad)
+    assert (both.metric(before) == before).tolist() == [True] * 4 + [False]
+    assert metrics.PooledDiagonal.start(x).metric(before) is None
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        lambda draws, grads: draws,
+        lambda draws, grads: 1.0 / grads,
+        lambda draws, grads: draws / grads,
+        lambda draws, grads: (draws * grads).sqrt(),
+    ],
+    ids=["draws alone", "gradients alone", "no root", "not inverted"],
+)
+def test_mutant_diagonals_are_caught(broken: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def metric(self: metrics.PooledDiagonal, before: Tensor | None = None) -> Tensor | None:
+        return shrunk(broken(*self.both.variance().chunk(2)), self.both.draws, before)
+
+    monkeypatch.setattr(metrics.PooledDiagonal, "metric", metric)
+    with pytest.raises(AssertionError):
+        check_diagonal()
+
+
+def test_metrics_are_compared_and_make_a_table() -> None:
+    """A line for each metric, and the median of one ratio."""
+    case = cases.MODEL_CASES["eight_schools"]
+    rows = [
+        row
+        for metric in metrics.METRICS
+        for row in metrics.case_rows(case, metric, seeds=2, steps=30, compile=False)
+    ]
+    check_rows(rows)
+    value = {(row["settings"]["method"], row["metric"]): row["value"] for row in rows}
+    old, new = (value[metrics.METHOD + metric, "ess_per_gradient"] for metric in metrics.METRICS)
+    assert old != new  # the two learn different metrics
+    text = tables.metrics_table(rows)
+    assert len({line.count("|") for line in text.splitlines() if line.startswith("|")}) == 1
+    assert f"draws and gradients over draws: {new / old:.3f} (" in text
+    assert tables.metrics_table([]) == tables.NOTHING
 
 
 def answer(seconds: float, r_hat: float = 1.01) -> dict[str, Any]:

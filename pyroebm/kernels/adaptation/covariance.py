@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyroebm.kernels.metric import Dense, LowRank
 
-__all__ = ["PooledCovariance", "PooledRows", "PooledVariance"]
+__all__ = ["PooledCovariance", "PooledRows", "PooledVariance", "shrunk"]
 
 #: Most rows that are kept for a low-rank metric (three steps of all chains are, however many the
 #: chains).
@@ -66,23 +66,38 @@ class PooledVariance(NamedTuple):
         draws, mean, deviations, gap = _merged(self.draws, self.mean, q)
         return PooledVariance(draws, mean, self.squares + (deviations**2).sum(0) + gap**2)
 
+    def variance(self) -> Tensor:
+        """The variances, shape ``(dim,)``; 0 where they are no more than rounding of the mean, or
+        not finite."""
+        variance = self.squares / (self.draws - 1)
+        resolution = 16.0 * torch.finfo(variance.dtype).eps * self.mean
+        told = torch.isfinite(variance) & (variance > resolution**2)
+        return torch.where(told, variance, 0.0)
+
     def metric(self, before: Tensor | None = None) -> Tensor | None:
-        r"""The variances, drawn towards those ``before`` (None: 1) as if five more draws had said
-        so.
+        """The variances, shrunk towards those ``before``."""
+        return shrunk(self.variance(), self.draws, before)
 
-        .. math:: \log v = \frac{n \log s^2 + 5 \log v_0}{n + 5}
 
-        The mean of logarithms has no unit, so that no scale is too small to be learned; a variance
-        of 0 says nothing.
-        """
-        if self.draws < 2:
-            return None
-        old = (
-            torch.ones_like(self.squares) if before is None else before.reshape(-1).to(self.squares)
-        )
-        variance, weight = self.squares / (self.draws - 1), self.draws / (self.draws + 5.0)
-        learned = torch.where(variance > 0.0, variance.pow(weight) * old.pow(1.0 - weight), old)
-        return learned if bool((torch.isfinite(learned) & torch.isfinite(variance)).all()) else None
+def shrunk(variance: Tensor, draws: int, before: Tensor | None = None) -> Tensor | None:
+    r"""Variances of so many draws, shrunk towards those ``before`` (None: 1) as if five more draws
+    had said so.
+
+    .. math:: \log v = \frac{n \log s^2 + 5 \log v_0}{n + 5}
+
+    The mean of logarithms has no unit, so that no scale is too small to be learned. An entry that
+    is 0 or not finite keeps the one before; None says that all do.
+
+    Example:
+        >>> shrunk(torch.tensor([4.0, 0.0]), 5)
+        tensor([2., 1.])
+    """
+    known = torch.isfinite(variance) & (variance > 0.0)
+    if not bool(known.any()):
+        return None
+    old = torch.ones_like(variance) if before is None else before.reshape(-1).to(variance)
+    weight = draws / (draws + 5.0)
+    return torch.where(known, variance.pow(weight) * old.pow(1.0 - weight), old)
 
 
 class PooledCovariance(NamedTuple):
