@@ -7,7 +7,7 @@ import contextlib
 import math
 import shutil
 import warnings
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -169,7 +169,7 @@ class CompiledGradient(Energy):
         if found is None:
             return self.energy._value_and_grad(x)
         call, held = found
-        values, grad = call(x, *held)
+        values, grad = call(x.contiguous(), *held)
         return values, grad
 
 
@@ -428,6 +428,7 @@ def choose_compiled(
     chains: int,
     steps: int,
     say: Callable[[str], None] = lambda text: None,
+    sizes: Iterable[int] | None = None,
 ) -> Energy:
     """The energy, compiled if that was asked for, or if the work ahead repays it.
 
@@ -437,8 +438,9 @@ def choose_compiled(
             steps planned), never from timings, so that the choice is the same everywhere.
         kernel: the kernel, which knows about how many gradients one of its steps takes, and whether
             its inner loops are worth compiling, or the gradient alone.
-        chains: number of chains.
+        chains: number of chains, which the choice depends on.
         steps: steps planned for each chain.
+        sizes: numbers of chains for which a gradient is compiled; None is ``chains`` alone.
         say: takes a message before a compilation that takes seconds.
 
     Raises:
@@ -465,7 +467,8 @@ def choose_compiled(
             raise _NoCompilerError("no C++ compiler was found")
         if loops:
             return _compiled_loops(energy, compile is True, say)
-        return _compiled_gradient(energy, compile is True, chains, gradients, say)
+        batches = (chains,) if sizes is None else tuple(sizes)
+        return _compiled_gradient(energy, compile is True, chains, gradients, say, batches)
     # capturing and compiling fail in as many ways as there are energies and machines
     except Exception as error:
         reason = str(error) if isinstance(error, _NoCompilerError) else _reason(error)
@@ -485,14 +488,21 @@ def _compiled_loops(energy: Energy, must: bool, say: Callable[[str], None]) -> E
 
 
 def _compiled_gradient(
-    energy: Energy, must: bool, chains: int, gradients: float, say: Callable[[str], None]
+    energy: Energy,
+    must: bool,
+    chains: int,
+    gradients: float,
+    say: Callable[[str], None],
+    sizes: tuple[int, ...],
 ) -> Energy:
-    view, shape = CompiledGradient(energy), torch.Size((chains, *energy.event_shape))
-    eager, compiling = view.captured(shape).seconds()
+    view = CompiledGradient(energy)
+    eager, compiling = view.captured(torch.Size((chains, *energy.event_shape))).seconds()
     if not must and gradients * _SAVED * eager < compiling:
         return energy
-    say(f"compiling the gradient, about {math.ceil(compiling)} s, once for this model")
-    view.prepare(shape)
+    seconds = math.ceil(compiling * len(set(sizes)))
+    say(f"compiling the gradient, about {seconds} s, once for this model")
+    for size in sorted(set(sizes)):
+        view.prepare(torch.Size((size, *energy.event_shape)))
     return view
 
 

@@ -62,14 +62,16 @@ class RowsFailAlone(TorchFunctionMode):
     """Inside, what would raise for a whole batch because of one row is NaN in that row: a
     factorisation that does not exist.
 
-    The checks that a distribution with ``validate_args=True`` makes of a batch are passed: its
-    density is not finite where its arguments are out of their range.
+    The checks that a distribution with ``validate_args=True`` makes of a batch are passed. Beyond
+    the range of its arguments a density is then what its formula gives, as in Pyro without
+    validation: NaN or infinite for most distributions, finite for some (a Beta, a Categorical).
     """
 
     STAND_INS: ClassVar[dict[Any, Callable[..., Any]]] = {
         torch.linalg.cholesky: _cholesky,
-        torch.cholesky: _cholesky,
-        Tensor.cholesky: _cholesky,
+        # deprecated, and to be removed from torch
+        getattr(torch, "cholesky", None): _cholesky,
+        getattr(Tensor, "cholesky", None): _cholesky,
         torch.linalg.inv: _inverse,
         torch.inverse: _inverse,
         Tensor.inverse: _inverse,
@@ -193,7 +195,8 @@ class RowsInABatch(TorchFunctionMode):
         return copy.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
-def _version(tensor: Tensor) -> tuple[int, int]:
+def version(tensor: Tensor) -> tuple[int, int]:
+    """Which tensor this is, and how often it was written to."""
     return id(tensor), 0 if tensor.is_inference() else version_of(tensor)
 
 
@@ -306,7 +309,7 @@ class RowwiseEnergy(Energy):
 
     def _graph(self, rows: Tensor) -> fx.GraphModule:
         constants = self.constants()
-        key = (rows.shape, rows.dtype, rows.device, self.training, *map(_version, constants))
+        key = (rows.shape, rows.dtype, rows.device, self.training, *map(version, constants))
         if key not in self._graphs:
             with ONE_AT_A_TIME, outside_transforms(), torch.inference_mode(False), torch.no_grad():
                 zeros = torch.zeros(rows.shape, dtype=rows.dtype, device=rows.device)

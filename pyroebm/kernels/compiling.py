@@ -13,6 +13,7 @@ from torch import Tensor
 from pyroebm.core._checks import check_counts
 from pyroebm.core.compilation import choose_compiled, is_compiled
 from pyroebm.core.energy import Energy
+from pyroebm.core.rowwise import RowwiseEnergy, version
 from pyroebm.core.wrappers import Unconstrained
 from pyroebm.kernels.base import Info, Kernel, S, check_kernel
 
@@ -109,12 +110,19 @@ class CompiledKernel(Kernel[S]):
         return _views[self][1] or energy
 
 
-def _held(energy: Energy) -> list[int]:
-    """Where an energy holds its tensors: elsewhere, they are others."""
-    return [tensor.data_ptr() for tensor in itertools.chain(energy.parameters(), energy.buffers())]
+def _held(energy: Energy) -> list[Any]:
+    """Where an energy holds its tensors: elsewhere, they are others. What a model derives from its
+    constants is part of the compiled graph, so there it matters whether they were written to."""
+    held: list[Any] = [
+        tensor.data_ptr() for tensor in itertools.chain(energy.parameters(), energy.buffers())
+    ]
+    for module in energy.modules():
+        if isinstance(module, RowwiseEnergy):
+            held += [version(tensor) for tensor in module.constants()]
+    return held
 
 
 #: What each kernel last met, and its compiled view, if there is one.
 _views: WeakKeyDictionary[
-    CompiledKernel[Any], tuple[tuple[Energy, bool, list[int]], Energy | None]
+    CompiledKernel[Any], tuple[tuple[Energy, bool, list[Any]], Energy | None]
 ] = WeakKeyDictionary()

@@ -353,7 +353,8 @@ class Block:
             if plan.save_warmup:
                 self.warmup.write(taken.x, taken.energy, taken.info)
             divergences = self.divergences + taken.info.diverging.sum()
-            chains = self._chains if taken.number < free else None
+            number = taken.number
+            chains = self._chains if number < free else None
         except BaseException:
             self._chains = None
             self.generator.set_state(before)
@@ -366,9 +367,9 @@ class Block:
         self._chains = chains
         self.divergences = divergences
         self.acceptance = taken.info.acceptance_rate
-        self.warm_left -= taken.number
-        self.warmup.filled += taken.number * plan.save_warmup
-        return taken.number
+        self.warm_left -= number
+        self.warmup.filled += number * plan.save_warmup
+        return number
 
     def _free_steps(self, kernel: Kernel[Any], memory: Any) -> int:
         """Steps of the warm-up that each chain may take by itself from here."""
@@ -406,7 +407,8 @@ class Block:
         from pyroebm.kernels.nuts.driver import Chains
 
         if self._chains is None:
-            ahead = min(left, max(2, AHEAD // (len(self.state.x) * bytes_per_draw(self.target))))
+            room = AHEAD // Chains.bytes_per_draw(self.state.x)
+            ahead = min(left, max(2, room))
             self._chains = Chains(
                 self.moving, self.state, self.generator, kernel.max_tree_depth, thinning, ahead
             )
@@ -439,7 +441,8 @@ class Block:
             path = torch.cat([self.state.x.unsqueeze(0), taken.x])
             moves = self.moves + (path[1:] != path[:-1]).unsqueeze(2).flatten(2).any(2).sum(0)
             divergences = self.divergences + taken.info.diverging.sum()
-            chains = self._chains if self.count + taken.number < goal else None
+            number = taken.number
+            chains = self._chains if self.count + number < goal else None
         except BaseException:
             self._chains = None
             self.generator.set_state(before)
@@ -450,9 +453,9 @@ class Block:
         self._chains = chains
         self.divergences = divergences
         self.acceptance = taken.info.acceptance_rate
-        self.count += taken.number
-        self.record.filled += taken.number * (self.named is None)
-        return taken.number
+        self.count += number
+        self.record.filled += number * (self.named is None)
+        return number
 
     def _observed(self, taken: Steps) -> dict[str, StreamingMoments]:
         names = ("acceptance_rate", "diverging", "n_steps")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
+import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -49,6 +51,35 @@ def _joined(states: list[Any]) -> Any:
 
 def _mean_of(parts: list[Tensor]) -> float:
     return float(torch.cat([part.double().flatten() for part in parts]).mean())
+
+
+@contextlib.contextmanager
+def _threads(number: int) -> Iterator[Callable[..., Iterator[int]]]:
+    """A ``map`` that works in so many threads, all of which have stopped in the end: a second
+    Ctrl-C does not leave them behind either."""
+    if number == 1:
+        yield map
+        return
+    inference = torch.is_inference_mode_enabled()  # which belongs to a thread
+
+    def each(function: Callable[[Block], int], blocks: list[Block]) -> Iterator[int]:
+        def within(block: Block) -> int:
+            with torch.inference_mode(inference):
+                return function(block)
+
+        return pool.map(within, blocks)
+
+    pool = ThreadPoolExecutor(number)
+    try:
+        yield each
+    finally:
+        again = True
+        while again:
+            try:
+                pool.shutdown(wait=True, cancel_futures=True)
+                again = False
+            except KeyboardInterrupt:
+                continue
 
 
 #: Bytes of draws that a run which streams to a folder holds in memory, all blocks together.
@@ -217,6 +248,8 @@ class MCMC(AbstractMCMC):
         folder = (
             None if store is None else Store(store, functools.partial(named, target, self.site))
         )
+        if self.plan.kernel.runs_ahead(target):
+            self._compile_driver(target.dtype)
         with eval_mode(energy):
             if initial is not None:
                 check_initial(energy, initial, self.num_chains)
@@ -409,12 +442,29 @@ class MCMC(AbstractMCMC):
         kernel = self.plan.kernel
         try:
             with eval_mode(target):
-                moving = choose_compiled(target, self.compile, kernel, chains, steps, self._say)
+                sizes = [len(block.state.x) for block in blocks]
+                moving = choose_compiled(
+                    target, self.compile, kernel, chains, steps, self._say, sizes
+                )
         except KeyboardInterrupt:  # is met again, and reported, where the chains would move
             self._stopped = True
             return
         for block in blocks:
             block.moving = moving
+
+    def _compile_driver(self, dtype: torch.dtype) -> None:
+        """Let numba compile what moves NUTS's chains, and say so if it takes longer than a
+        second."""
+        from pyroebm.kernels.nuts.driver import compile_for
+
+        said = "compiling NUTS, about 4 s, once on this machine"
+        timer = threading.Timer(1.0, self._say, [said])
+        timer.daemon = True
+        timer.start()
+        try:
+            compile_for(dtype)
+        finally:
+            timer.cancel()
 
     def _say(self, text: str) -> None:
         if self.progress is not False and self.layout.ranks[0] == 0:
@@ -502,10 +552,8 @@ class MCMC(AbstractMCMC):
             block.divergences = torch.zeros_like(block.divergences)
         with (
             Progress(total, f"{label}, {self.num_chains} chains", "draw", show) as shown,
-            ThreadPoolExecutor(self.num_threads) as pool,
+            _threads(self.num_threads) as each,
         ):
-            # a thread is begun when it is first needed
-            each: Any = map if self.num_threads == 1 else pool.map
             shown.note(
                 divergences=lambda: int(sum(block.divergences for block in self._blocks)),
                 acceptance=lambda: _mean_of([block.acceptance for block in self._blocks]),

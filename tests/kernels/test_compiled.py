@@ -308,7 +308,8 @@ def test_a_compiled_gradient_sees_parameters_trained_in_place_and_other_shapes()
         with torch.no_grad():
             for parameter in energy.parameters():
                 parameter.mul_(factor)
-        for part in (x, x[:3]):  # a batch of another size runs as it is
+        # a batch of another size runs as it is, and one of other strides is read by them
+        for part in (x, x[:3], x.mT.contiguous().mT, x[:1].expand(8, 3)):
             found, expected = value_and_grad(view, part), value_and_grad(energy, part)
             torch.testing.assert_close(found, expected)
 

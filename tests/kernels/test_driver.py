@@ -317,3 +317,61 @@ def test_short_warm_ups_learn_a_metric() -> None:
     mcmc = MCMC(NUTS(), num_samples=100, warmup_steps=50, num_chains=4, seed=0)
     mcmc.run(Gaussian(torch.zeros(3, dtype=torch.float64), scale=scale))
     assert float(mcmc.get_stats()["n_steps"].double().mean()) < 30
+
+
+@pytest.mark.parametrize("metric", [None, Dense.of_covariance(COVARIANCE), METRICS["low rank"]])
+def test_a_row_that_ended_at_an_infinity_is_asked_about_no_more(metric: Any) -> None:
+    """The first chain ends at once and rests, while the second goes on."""
+    asked: list[Tensor] = []
+
+    class Noted(Energy):
+        def __init__(self) -> None:
+            super().__init__((DIM,))
+
+        def forward(self, x: Tensor) -> Tensor:
+            asked.append(x.detach().clone())
+            return 0.5 * (x**2).sum(-1)
+
+    energy, x = Noted().double(), starts(2)
+    kernel = NUTS(torch.tensor([1e200, 0.1], dtype=torch.float64), metric)
+    state = kernel.init(energy, x)
+    for _ in range(3):
+        state, info = kernel.step(energy, state, torch.Generator().manual_seed(0))
+    assert info.diverging.tolist() == [True, False]
+    assert all(bool(torch.isfinite(points).all()) for points in asked)
+
+
+def test_what_counts_as_a_divergence_is_not_kept_in_a_cache(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    energy = DoubleWell().double()
+    state = NUTS().init(energy, torch.full((64,), 3.0, dtype=torch.float64))
+    kernel = NUTS(0.25, max_tree_depth=1)
+    rates = []
+    for threshold in (1000.0, 1e-6):
+        monkeypatch.setattr(driver, "MAX_ENERGY_ERROR", threshold)
+        _, info = kernel.step(energy, state, torch.Generator().manual_seed(0))
+        rates.append(float(info.diverging.double().mean()))
+    assert rates[0] < 0.2 < rates[1]
+
+
+def test_numba_that_cannot_be_imported_is_named_and_left_out(tmp_path: Any) -> None:
+    (tmp_path / "numba.py").write_text('raise ImportError("Numba needs NumPy 2.3 or less")')
+    script = """
+import torch
+from pyroebm import MCMC, NUTS
+from pyroebm.targets import DoubleWell
+mcmc = MCMC(NUTS(), 5, 5, 4, seed=0)
+mcmc.run(DoubleWell())
+print(mcmc.get_samples()["x"].shape)
+"""
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == "torch.Size([20])"
+    assert "numba cannot be imported (Numba needs NumPy 2.3 or less)" in done.stderr

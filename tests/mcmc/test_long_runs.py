@@ -9,8 +9,10 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyro
@@ -26,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pyroebm import HMC, MALA, MCMC, NUTS, ChEES, Energy, ModelEnergy, open_run
+from pyroebm.core.compilation import CompiledGradient
 from pyroebm.core.serialization import from_text, pack, to_text, unpack
 from pyroebm.kernels import Kernel, LockstepNUTS
 from pyroebm.mcmc import chains as record
@@ -527,3 +530,64 @@ def test_without_numba_chains_move_in_lock_step(monkeypatch: pytest.MonkeyPatch)
     lockstep.run(energy)
     assert torch.equal(found[1], lockstep.get_samples()["x"])
     assert not torch.equal(*found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("cut", [5, 20, 40, 60])
+def test_a_state_inside_a_window_goes_on_bit_for_bit(cut: int, dtype: torch.dtype) -> None:
+    """The step sizes that each chain tunes by itself are kept in full."""
+    energy = DoubleWell().to(dtype)
+
+    def driven_(**options: Any) -> MCMC:
+        mcmc = MCMC(NUTS(), 20, 100, 5, seed=0, **options)
+        mcmc._one_by_one = True
+        return mcmc
+
+    whole, part, rest = driven_(), driven_(), driven_()
+    whole.run(energy)
+    after_turn = part._after_turn
+
+    def stop(label: str, turn: int) -> None:
+        after_turn(label, turn)
+        if label == "warm-up" and turn == cut:
+            raise KeyboardInterrupt
+
+    part._after_turn = stop  # type: ignore[method-assign]
+    with pytest.warns(RuntimeWarning, match="interrupted during warm-up"):
+        part.run(energy)
+    rest.load_state_dict(part.state_dict(), energy)
+    rest.resume()
+    assert_same(whole, rest)
+
+
+def test_threads_take_the_mode_of_the_caller() -> None:
+    energy = DoubleWell().double()
+    with torch.inference_mode():
+        mcmc = MCMC(NUTS(), 5, 5, 4, seed=0, chain_batch_size=2, num_threads=2)
+        mcmc.run(energy)
+    assert mcmc.get_samples()["x"].shape == (20,)
+
+
+def test_an_exception_in_a_thread_is_raised_and_leaves_none_behind() -> None:
+    class Broken(DoubleWell):
+        calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            if self.calls > 200:
+                raise ZeroDivisionError("broken")
+            return super().forward(x)
+
+    before = threading.active_count()
+    mcmc = MCMC(NUTS(), 50, 50, 6, seed=0, chain_batch_size=2, num_threads=3, compile=False)
+    with pytest.raises(ZeroDivisionError, match="broken"):
+        mcmc.run(Broken().double())
+    assert threading.active_count() == before
+
+
+def test_every_size_of_block_is_compiled() -> None:
+    mcmc = MCMC(NUTS(), 5, 5, 7, seed=0, chain_batch_size=4, compile=True, progress=False)
+    mcmc.run(DoubleWell().double())
+    (view,) = {block.moving for block in mcmc._blocks}
+    assert isinstance(view, CompiledGradient)
+    assert set(view._calls) == {torch.Size([4]), torch.Size([3])}

@@ -11,6 +11,7 @@ All that numba compiles is in this file, for its cache does not notice an edit i
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -27,7 +28,7 @@ from pyroebm.kernels.base import Info, State, Steps, column, row_value_and_grad,
 from pyroebm.kernels.hamiltonian import MAX_ENERGY_ERROR
 from pyroebm.kernels.metric import Diagonal, Identity, Metric, metric_of
 
-__all__ = ["Chains"]
+__all__ = ["Chains", "compile_for"]
 
 #: Seconds after which finished draws are handed over, be they few: what Ctrl-C may cost.
 LONG = 0.05
@@ -249,6 +250,7 @@ def _weigh(
     q: Any,
     row: Any,
     is_diagonal: Any,
+    max_error: Any,
 ) -> Any:
     """Finish a leapfrog step, weigh its leaf and look for turns of the subtrees that end with
     it."""
@@ -272,7 +274,7 @@ def _weigh(
     # a comparison: reassociation folds the x - x == 0 of numba's isfinite into True
     error = hamiltonian - numbers[row, H0] if abs(hamiltonian) < np.inf else np.inf
     counts[row, GRADIENTS] += 1
-    if error > MAX_ENERGY_ERROR:
+    if error > max_error:
         return _DIVERGED
     numbers[row, ACCEPTANCE] += math.exp(-error) if error > 0.0 else 1.0
     weight = _log_add(numbers[row, SUB_WEIGHT], -error)
@@ -407,6 +409,7 @@ def tick(
     thinning: Any,
     target: Any,
     is_diagonal: Any,
+    max_error: Any,
 ) -> Any:
     """Take every chain that is in a trajectory to its next question, and begin trajectories of
     those that have fewer than ``limit`` draws. Return the least number of draws of a chain.
@@ -417,8 +420,9 @@ def tick(
     Args:
         values, grads: energies and gradients at ``q``, ``(chains,)`` and ``(chains, dim)``.
         whitened: the gradients in whitened coordinates; not read if the metric is a diagonal.
-        q: positions; where the metric is a diagonal, what is asked next is written here,
-        z: and else here, in whitened coordinates relative to the beginning of the trajectory.
+        q: positions. What is asked next is written here if the metric is a diagonal.
+        z: positions in whitened coordinates, relative to where the trajectory began. What is asked
+            next is written here if the metric is no diagonal; else it is ``q``.
         vectors, numbers, counts: the state of the chains.
         scales: square roots of the diagonal of the inverse mass, ``(chains or 1, dim)``.
         seeds: key of each trajectory, at its number modulo their length.
@@ -428,13 +432,24 @@ def tick(
         thinning: trajectories from one draw to the next.
         target: acceptance rate to which the step size of each chain is tuned; 0 leaves it.
         is_diagonal: whether the metric is ``scales``.
+        max_error: energy error above which a leaf diverges.
     """
     least = limit
     for row in range(len(counts)):
         outcome, depth = _GOES_ON, counts[row, DEPTH] + 1
         if counts[row, ACTIVE]:
             outcome = _weigh(
-                vectors, numbers, counts, scales, values, grads, whitened, q, row, is_diagonal
+                vectors,
+                numbers,
+                counts,
+                scales,
+                values,
+                grads,
+                whitened,
+                q,
+                row,
+                is_diagonal,
+                max_error,
             )
             if outcome == _FULL:
                 if _merge(vectors, numbers, counts, row):
@@ -467,6 +482,8 @@ def tick(
                     # at rest, at a point that can be asked about
                     counts[row, ACTIVE] = 0
                     for i in range(vectors.shape[2]):
+                        vectors[row, HOME, i] = vectors[row, PROPOSAL, i]
+                        z[row, i] = 0.0
                         q[row, i] = vectors[row, PROPOSAL, i]
                     break
                 _begin(vectors, numbers, counts, seeds, row)
@@ -532,6 +549,11 @@ class Chains:
             torch.empty(ahead, chains, 3, dtype=torch.float64),
         )
 
+    @staticmethod
+    def bytes_per_draw(x: Tensor) -> int:
+        """Memory of a draw of all chains that waits to be taken, for states ``x``."""
+        return 2 * x.nbytes + len(x) * (4 * x.element_size() + 8 * (5 + 3))
+
     def set(
         self,
         step_size: float | Tensor,
@@ -539,7 +561,7 @@ class Chains:
         tuning: DualAveraging | None = None,
         target: float = 0.0,
     ) -> None:
-        """Give the settings of the trajectories from here on, where all chains have met.
+        """Set what trajectories use from here on. No chain may be in a trajectory.
 
         Args:
             step_size: a number, or one for each chain.
@@ -562,6 +584,8 @@ class Chains:
             for place, value in zip((MU, LOG_STEP, LOG_AVERAGE, ERROR), tuning[:4], strict=True):
                 numbers[:, place] = torch.as_tensor(value).numpy()
             self._counts[:, TUNED] = tuning.steps
+            # as the driver takes it, whatever the type of the states
+            numbers[:, STEP] = [math.exp(min(log, 60.0)) for log in numbers[:, LOG_STEP]]
         self._arrays = (
             q.numpy(),
             self._z.numpy(),
@@ -578,7 +602,14 @@ class Chains:
         from the beginning. If that takes long, stop when every chain has one draw to take."""
         limit = min(limit, self.taken + self.ahead)
         until = min(until, limit)
-        settings = (limit, self.max_tree_depth, self.thinning, self._target, self._is_diagonal)
+        settings = (
+            limit,
+            self.max_tree_depth,
+            self.thinning,
+            self._target,
+            self._is_diagonal,
+            MAX_ENERGY_ERROR,
+        )
         self._draw_seeds(limit * self.thinning)
         under_way = bool(self._counts[:, ACTIVE].any())
         nothing = self._arrays[0]
@@ -637,3 +668,19 @@ class Chains:
         x, grad = where.reshape(*where.shape[:3], *self.energy.event_shape).unbind(2)
         energy = -numbers[..., LP]
         return Steps(State(x[-1], energy[-1], grad[-1]), x, grad, energy, info, tuning)
+
+
+class _Flat(Energy):
+    """The least that chains can move on."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 0.5 * x**2
+
+
+@functools.cache
+def compile_for(dtype: torch.dtype) -> None:
+    """Have numba compile the driver for states of this type, or find it in its cache."""
+    x = torch.zeros(1, dtype=dtype)
+    chains = Chains(_Flat().to(dtype), State(x, x, x), torch.Generator(), 1)
+    chains.set(1.0, None)
+    chains.run(1, 1)

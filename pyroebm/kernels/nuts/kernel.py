@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
+import warnings
 from typing import ClassVar
 
 import torch
@@ -89,7 +90,19 @@ class NUTS(GradientKernel):
 
 @functools.cache
 def _has_numba() -> bool:
-    return importlib.util.find_spec("numba") is not None
+    if importlib.util.find_spec("numba") is None:
+        return False
+    try:
+        import numba  # noqa: F401
+    except ImportError as error:
+        warnings.warn(
+            f"numba cannot be imported ({error}): NUTS moves its chains in lock-step, which is"
+            " slower",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return False
+    return True
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
