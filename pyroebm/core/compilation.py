@@ -500,7 +500,7 @@ def _compiled_gradient(
     if not must and gradients * _SAVED * eager < compiling:
         return energy
     seconds = math.ceil(compiling * len(set(sizes)))
-    say(f"compiling the gradient, about {seconds} s, once for this model")
+    say(f"compiling the gradient, about {seconds} s the first time")
     for size in sorted(set(sizes)):
         view.prepare(torch.Size((size, *energy.event_shape)))
     return view

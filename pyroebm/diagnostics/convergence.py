@@ -174,6 +174,9 @@ def diagnose(
     return Diagnosis(*run.numbers(), run.findings(max_r_hat, min_ess))
 
 
+#: R-hat from which on single chains are held to be the cause.
+CLEAR = 1.05
+
 #: Entries or coordinates that are looked at closely, the worst first.
 CLOSELY = 32
 #: Lines from divergent draws along which the energy is evaluated, and draws of which one of median
@@ -390,13 +393,14 @@ class _Run:
     def outliers(self, failing: list[int], max_r_hat: float) -> Finding | None:
         """The few chains without which R-hat is fine."""
         moved, worst = self.values[self.free].double(), failing[0]
-        if len(moved) < 3:
+        # where R-hat fails by a little, leaving out any chain may mend it
+        if len(moved) < 3 or self.moved.r_hat[worst] < CLEAR:
             return None
         mean, sd = moved[..., worst].mean(1), moved[..., worst].std(1)
         center, spread = mean.median(), sd.median()
         off = ((mean - center) / spread).abs() + (sd / spread).log().abs()
         out = ~(off <= 5.0 * off.median())
-        if not 0 < int(out.sum()) <= max(1, len(moved) // 4):
+        if not 0 < int(out.sum()) <= max(1, len(moved) // 8):
             return None
         before, after = self.moved.r_hat[worst], _largest(r_hat(moved[~out][..., failing]))
         if not after < max(max_r_hat, 1.0 + 0.1 * (before - 1.0)):
@@ -415,8 +419,8 @@ class _Run:
             f"{describe_chains(chains, self.num_chains)} {disagree} with the others in {name}: mean"
             f" {describe_range(mean[out])}, theirs {float(mean[~out].mean()):.3g} (sd"
             f" {float(spread):.2g}){energies}; R-hat is {before:.2f}, and {after:.3f} without."
-            " It may be in a mode of its own (temper between modes), or not have arrived (start"
-            " elsewhere, or warm up longer)."
+            " It may be in a mode of its own, which counts (temper between modes), or not have"
+            " arrived (start elsewhere, or warm up longer)."
         )
         return Finding("disagreement", message, chains, (name,))
 

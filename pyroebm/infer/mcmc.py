@@ -89,7 +89,9 @@ class MCMC(AbstractMCMC):
     """Run NUTS or HMC with the arguments of ``pyro.infer.MCMC``; all chains are one batch in one
     process.
 
-    ``pyro.set_rng_seed`` decides the run: its seed is drawn from torch's global generator.
+    ``pyro.set_rng_seed`` decides the run: its seed is drawn from torch's global generator. Ctrl-C
+    keeps the draws that all chains have finished; to go on from them, or to stream them to a
+    folder, run :class:`pyroebm.ModelEnergy` under :class:`pyroebm.MCMC`.
 
     Args:
         kernel: :class:`NUTS` or :class:`HMC` of this module.

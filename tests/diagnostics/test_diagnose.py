@@ -470,3 +470,15 @@ def test_statistics_have_the_names_of_arvizs_schema() -> None:
     assert arviz().bfmi(
         to_arviz(mcmc.get_samples(group_by_chain=True), mcmc.get_stats())
     ).shape == (4,)
+
+
+def test_no_chain_is_blamed_where_r_hat_fails_by_a_little() -> None:
+    """Whatever chain is left out, the rest would pass."""
+    x = torch.randn(4, 500, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x[1] += 0.3
+    found = diagnose(x, {"diverging": torch.zeros(4, 500, dtype=torch.bool)})
+    assert 1.01 < found.r_hat < 1.05
+    assert not any(finding.kind == "disagreement" for finding in found.findings)
+    x[1] += 2.0
+    found = diagnose(x, {"diverging": torch.zeros(4, 500, dtype=torch.bool)})
+    assert [f.chains for f in found.findings if f.kind == "disagreement"] == [(1,)]
