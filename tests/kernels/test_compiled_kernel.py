@@ -7,14 +7,17 @@ import copy
 import shutil
 from typing import Any
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from lib.kernel_cases import Fragile
+from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.distributions import constraints
 
 import pyroebm.core.compilation
-from pyroebm import MALA, ULA, Energy
+from pyroebm import HMC, MALA, NUTS, ULA, Energy, ModelEnergy
 from pyroebm.core.compilation import Compiled
 from pyroebm.kernels import CompiledKernel, Gibbs, Kernel, compiling
 from pyroebm.objectives import ContrastiveDivergence, PersistentCD
@@ -166,3 +169,28 @@ def test_mutant_view_that_is_never_made_anew_is_caught(monkeypatch: pytest.Monke
     monkeypatch.setattr(compiling, "_held", lambda energy: [])
     with pytest.raises(AssertionError):
         test_an_energy_that_moved_or_another_one_is_not_taken_for_the_one_before()
+
+
+class Trained(PyroModule[nn.Module]):
+    """A model whose scale is derived from a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros((), dtype=torch.float64))
+
+    def forward(self) -> None:
+        pyro.sample("x", dist.Normal(self.w.exp(), 1.0))
+
+
+@pytest.mark.parametrize("kernel", [NUTS(0.3), HMC(0.3, num_steps=2)], ids=["nuts", "hmc"])
+def test_a_model_trained_between_steps_is_seen(kernel: Kernel[Any]) -> None:
+    model = Trained()
+    energy = ModelEnergy(model)
+    chains: Kernel[Any] = CompiledKernel(kernel)
+    state = chains.init(energy, torch.zeros(4, 1, dtype=torch.float64))
+    for value in (0.0, 2.0):
+        with torch.no_grad():
+            model.w.fill_(value)
+        state = chains.refresh(energy, state)
+        state, _ = chains.step(energy, state, torch.Generator().manual_seed(0))
+        torch.testing.assert_close(state.energy, energy(state.x).detach())
