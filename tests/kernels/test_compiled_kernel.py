@@ -171,7 +171,7 @@ def test_mutant_view_that_is_never_made_anew_is_caught(monkeypatch: pytest.Monke
         test_an_energy_that_moved_or_another_one_is_not_taken_for_the_one_before()
 
 
-class Trained(PyroModule[nn.Module]):
+class Learned(PyroModule[nn.Module]):
     """A model whose scale is derived from a parameter."""
 
     def __init__(self) -> None:
@@ -184,7 +184,7 @@ class Trained(PyroModule[nn.Module]):
 
 @pytest.mark.parametrize("kernel", [NUTS(0.3), HMC(0.3, num_steps=2)], ids=["nuts", "hmc"])
 def test_a_model_trained_between_steps_is_seen(kernel: Kernel[Any]) -> None:
-    model = Trained()
+    model = Learned()
     energy = ModelEnergy(model)
     chains: Kernel[Any] = CompiledKernel(kernel)
     state = chains.init(energy, torch.zeros(4, 1, dtype=torch.float64))
