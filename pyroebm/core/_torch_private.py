@@ -141,13 +141,14 @@ def compile_graph(
     # thread compiles here, so that no pool of processes has to be started, or told of Ctrl-C. The
     # cache that a second process finds asks for an environment of shapes, though all are fixed; the
     # one of autograd has no use for a graph without it, and logs a failure for some.
-    known = TracingContext(FakeTensorMode(shape_env=ShapeEnv()))
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    fakes = [mode.from_tensor(example, static_shapes=True) for example in examples]
     with (
         config.patch({"cpp.vec_isa_ok": True, "compile_threads": 1}),
         autograd_config.patch(enable_autograd_cache=False),
-        tracing(known),
+        tracing(TracingContext(mode)),
     ):
-        compiled = inductor(graph, list(examples), options=options)
+        compiled = inductor(graph, fakes, options=options)
     return cast(Callable[..., tuple[Tensor, ...]], compiled)
 
 

@@ -113,6 +113,17 @@ def _masked_scatter(x: Tensor, mask: Tensor, source: Tensor) -> Tensor:
     return x.index_put((mask,), source.reshape(-1)[: int(mask.sum())])
 
 
+def _cut_off(x: Tensor) -> Tensor:
+    """``x`` on the same memory, without a gradient.
+
+    A capture may record ``detach`` as an alias, which has one. Integers have none.
+    """
+    if not x.is_floating_point():
+        return x.detach()
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+    return x.view(integers).view(x.dtype)
+
+
 #: Methods that change what a tensor is, and not its values.
 _CHANGE_NO_VALUES = {
     f"{name}_"
@@ -156,7 +167,9 @@ class RowsInABatch(TorchFunctionMode):
         Tensor.masked_select: _masked_select,
         torch.masked_scatter: _masked_scatter,
         Tensor.masked_scatter: _masked_scatter,
-        Tensor.data.__get__: Tensor.detach,  # type: ignore[attr-defined]
+        Tensor.data.__get__: _cut_off,  # type: ignore[attr-defined]
+        Tensor.detach: _cut_off,
+        torch.detach: _cut_off,
     }
 
     def __init__(self, row: Tensor) -> None:
