@@ -4,8 +4,8 @@
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`, where NAME is a case of
 benchmarks/samplers.py, benchmarks/boltzmann.py or benchmarks/flows.py, `training`, `starts`,
-`stopwatch`, `metrics`, `efficiency`, `gradients` or a curve; what stood there before goes. A table
-without rows says so.
+`stopwatch`, `metrics`, `truth`, `efficiency`, `gradients` or a curve; what stood there before goes.
+A table without rows says so.
 """
 
 from __future__ import annotations
@@ -463,6 +463,26 @@ def efficiency_table(rows: list[Row]) -> str:
     return table(["ESS a gradient, 64 chains", *rules], body) if body else NOTHING
 
 
+def truth_table(rows: list[Row]) -> str:
+    """A line a case and number of chains of benchmarks/truth.py."""
+    found: dict[tuple[str, int], dict[str, Row]] = {}
+    for row in rows:
+        if row["case"].startswith("truth "):
+            key = row["case"].removeprefix("truth "), row["settings"]["chains"]
+            found.setdefault(key, {})[row["metric"]] = row
+    body = [
+        [
+            MODEL_TITLES[case],
+            str(chains),
+            *(number(metrics[name]["value"]) for name in ("worst_z", "divergences", "worst_r_hat")),
+            str(metrics["worst_z"]["settings"]["seeds"]),
+        ]
+        for (case, chains), metrics in found.items()
+    ]
+    headings = ["case", "chains", "worst z", "divergences", "R-hat", "seeds"]
+    return table(headings, body) if body else NOTHING
+
+
 def fill(page: str, rows: list[Row]) -> str:
     """The page with every table made anew.
 
@@ -490,6 +510,8 @@ def fill(page: str, rows: list[Row]) -> str:
             text = stopwatch_table(rows)
         elif name == "metrics":
             text = metrics_table(rows)
+        elif name == "truth":
+            text = truth_table(rows)
         elif name == "efficiency":
             text = efficiency_table(rows)
         elif name == "gradients":

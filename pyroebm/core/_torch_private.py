@@ -142,7 +142,7 @@ def compile_graph(
     # cache that a second process finds asks for an environment of shapes, though all are fixed; the
     # one of autograd has no use for a graph without it, and logs a failure for some.
     mode = FakeTensorMode(shape_env=ShapeEnv())
-    fakes = [mode.from_tensor(example, static_shapes=True) for example in examples]
+    fakes: list[Any] = [mode.from_tensor(example, static_shapes=True) for example in examples]
     with (
         config.patch({"cpp.vec_isa_ok": True, "compile_threads": 1}),
         autograd_config.patch(enable_autograd_cache=False),
