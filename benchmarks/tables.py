@@ -475,7 +475,7 @@ def truth_table(rows: list[Row]) -> str:
             MODEL_TITLES[case],
             str(chains),
             *(number(metrics[name]["value"]) for name in ("worst_z", "divergences", "worst_r_hat")),
-            str(metrics["worst_z"]["settings"]["seeds"]),
+            str(metrics["worst_z"]["settings"]["repeats"]),
         ]
         for (case, chains), metrics in found.items()
     ]

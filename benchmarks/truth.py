@@ -47,7 +47,7 @@ def measure(case: Case, chains: int, steps: int, seeds: int) -> list[Row]:
         found["divergences"].append(int(mcmc.get_stats()["diverging"].sum()))
         found["worst_r_hat"].append(float(np.max(r_hat(torch.as_tensor(draws)))))
     settings = {"method": "NUTS", "chains": chains, "num_warmup": steps, "num_samples": steps}
-    settings["seeds"] = seeds
+    settings["repeats"] = seeds
     return [
         row(f"truth {case.name}", "pyroebm", metric, values, settings) | {"version": __version__}
         for metric, values in found.items()

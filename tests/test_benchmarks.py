@@ -21,7 +21,17 @@ from lib.checks import within_se
 from scipy import stats
 from torch import Tensor
 
-from benchmarks import boltzmann, flows, metrics, samplers, starts, stopwatch, tables, training
+from benchmarks import (
+    boltzmann,
+    flows,
+    metrics,
+    samplers,
+    starts,
+    stopwatch,
+    tables,
+    training,
+    truth,
+)
 from benchmarks.suite import additive, answers, cases, fitters, in_pyro
 from benchmarks.suite.cases import Array
 from benchmarks.suite.flow_cases import FLOW_CASES, Counted, judge
@@ -279,9 +289,20 @@ def test_docs_page_is_what_the_results_make() -> None:
         "starts",
         "stopwatch",
         "metrics",
+        "truth",
         "efficiency",
         *FLOW_CASES,
     }
+
+
+def test_truth_holds_draws_against_known_moments() -> None:
+    rows = truth.measure(cases.MODEL_CASES["eight_schools"], chains=4, steps=60, seeds=2)
+    check_rows(rows)
+    assert {row["metric"] for row in rows} == {"worst_z", "divergences", "worst_r_hat"}
+    assert all(row["settings"]["repeats"] == 2 and row["version"] for row in rows)
+    made = tables.truth_table(rows)
+    assert "| Eight schools, non-centred | 4 |" in made
+    assert tables.truth_table([]) == tables.NOTHING
 
 
 def test_machines_take_turns() -> None:

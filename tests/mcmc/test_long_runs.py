@@ -543,7 +543,8 @@ def test_a_state_inside_a_window_goes_on_bit_for_bit(cut: int, dtype: torch.dtyp
         mcmc._one_by_one = True
         return mcmc
 
-    whole, part, rest = driven_(), driven_(), driven_()
+    whole, part = driven_(), driven_()
+    rest = driven_()
     whole.run(energy)
     after_turn = part._after_turn
 
