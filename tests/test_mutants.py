@@ -133,8 +133,8 @@ MUTANTS: dict[str, tuple[str, str, str, str]] = {
     ),
     "what is learned depends on how many steps come together": (
         "kernels/adaptation/windows.py",
-        "moved = moved | taken.info.accepted[i]",
-        "moved = moved | taken.info.accepted.any(0)",
+        "pooled = pooled.update(rows(taken.x[i]), grad, moved)",
+        "pooled = pooled.update(rows(taken.x[-1]), grad, moved)",
         "tests/kernels/test_driver.py",
     ),
     "a file's group is read whole": (

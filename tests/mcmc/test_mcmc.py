@@ -162,9 +162,15 @@ def test_run_more_equals_one_longer_run_and_a_saved_run_goes_on_the_same(tmp_pat
         MCMC(NUTS(), 1, num_chains=8).load_state_dict({}, energy)
 
 
-def test_thinning_keeps_every_kth_draw_and_the_counts_of_the_rest() -> None:
+@pytest.mark.parametrize("kernel", [NUTS(), HMC(num_steps=4)], ids=["nuts", "hmc"])
+def test_thinning_keeps_every_kth_draw_and_the_counts_of_the_rest(kernel: NUTS | HMC) -> None:
     energy = DoubleWell().double()
-    full, thin = sampled(energy, 60, 50), sampled(energy, 20, 50, thinning=3)
+    full, thin = (
+        MCMC(kernel, draws, 50, 8, seed=0, thinning=thinning)
+        for draws, thinning in ((60, 1), (20, 3))
+    )
+    full.run(energy)
+    thin.run(energy)
     assert torch.equal(
         thin.get_samples(group_by_chain=True)["x"],
         full.get_samples(group_by_chain=True)["x"][:, 2::3],
