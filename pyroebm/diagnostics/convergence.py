@@ -450,8 +450,8 @@ class _Run:
         entries = tuple(self.names[k] for k in few)
         message = (
             f"R-hat should be below {max_r_hat}: the chains disagree in {_listed(entries)} (R-hat"
-            f" {self.moved.r_hat[failing[0]]:.3f}) and above the limit{share}. Draw more,"
-            " or temper between modes."
+            f" {self.moved.r_hat[failing[0]]:.3f}){share and f'; it is not{share}'}. Draw more, or"
+            " temper between modes."
         )
         return Finding("r_hat", message, entries=entries)
 
