@@ -124,13 +124,13 @@ def case_rows(case: Case, metric: str, seeds: int, steps: int, compile: bool = T
         "warmup": steps,
         "draws": steps,
     }
-    facts = [
+    numbers = [
         f"{name} {statistics.median(columns[name]):.4g}"
         for name in ("ess_per_gradient", "warmup_gradients", "divergences", "worst_r_hat")
         if None not in columns[name]
     ]
     print(
-        f"{case.name:20} {metric:20} {', '.join(facts)}, {time.perf_counter() - began:.0f} s",
+        f"{case.name:20} {metric:20} {', '.join(numbers)}, {time.perf_counter() - began:.0f} s",
         flush=True,
     )
     return [

@@ -121,13 +121,13 @@ def stopwatch_rows(job: Job, turns: Sequence[Sequence[dict[str, Any]]]) -> list[
 def told(answers: Sequence[dict[str, Any]]) -> str:
     """A turn in one line."""
     first, second = (answer["metrics"] for answer in answers)
-    facts = [
+    numbers = [
         f"{first['seconds']:.1f} s and {second['seconds']:.1f} s in a second process",
         f"{first['cpu_share']:.0%} and {second['cpu_share']:.0%} of a core",
     ]
     for name in ("min_ess", "worst_r_hat", "worst_z", "gradients", "divergences"):
-        facts += [] if first[name] is None else [f"{name} {first[name]:.4g}"]
-    return ", ".join(facts)
+        numbers += [] if first[name] is None else [f"{name} {first[name]:.4g}"]
+    return ", ".join(numbers)
 
 
 def finished(path: Path, job: Job) -> bool:

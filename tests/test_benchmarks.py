@@ -38,6 +38,7 @@ from benchmarks.suite.flow_cases import FLOW_CASES, Counted, judge
 from benchmarks.suite.measure import Job, Row, Run, sampler_rows, time_runs, worst_z
 from benchmarks.suite.posteriordb import DENSITIES, posteriordb_cases
 from pyroebm import Energy
+from pyroebm.core.statistics import mcse_mean
 from pyroebm.kernels.adaptation.covariance import PooledVariance, shrunk
 from pyroebm.targets import Gaussian
 
@@ -865,11 +866,16 @@ def test_models_are_the_stan_programs(name: str, tmp_path: Path, float64: None) 
 
 
 def test_truth_that_is_an_estimate_has_an_error() -> None:
-    """Exact draws against a reference three of whose own standard errors away is z = 3, not
-    more."""
-    case = cases.CASES["normal"]
+    """A reference three of its own standard errors away from the means of the draws: z is 3 less
+    what the errors of the draws add."""
+    case, draws = cases.CASES["normal"], exact_run(1).draws
+    quantities = case.quantities(draws)
     off = dataclasses.replace(
-        case, truth=lambda: case.truth() + 300.0, truth_error=lambda: np.full(100, 100.0)
+        case,
+        truth=lambda: quantities.mean((0, 1)) + 300.0,
+        truth_error=lambda: np.full(100, 100.0),
     )
-    assert worst_z(off, exact_run(1).draws) == pytest.approx(3.0, abs=0.1)
+    expected = float((300.0 / np.hypot(mcse_mean(quantities), 100.0)).max())
+    assert worst_z(off, draws) == pytest.approx(expected)
+    assert 2.9 < expected < 3.0
     assert worst_z(dataclasses.replace(case, truth=None), exact_run(1).draws) is None

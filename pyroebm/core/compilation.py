@@ -19,7 +19,14 @@ from pyroebm.core._torch_private import FixedShapes, compile_graph
 from pyroebm.core.energy import Energy, unchecked_value_and_grad
 from pyroebm.core.rowwise import RowsFailAlone
 
-__all__ = ["Compiled", "choose_compiled", "compiled_call", "fused", "is_compiled"]
+__all__ = [
+    "Compiled",
+    "CompiledGradient",
+    "choose_compiled",
+    "compiled_call",
+    "fused",
+    "is_compiled",
+]
 
 #: A pure function of an energy and tensors, with static settings; what it returns is a tuple of
 #: tensors.
@@ -58,7 +65,7 @@ _COMPILE_GRADIENT_SECONDS = 2.5
 _COMPILE_SECONDS_PER_OPERATION = 0.015
 _SAVED = 0.8
 
-#: Gradients below which compiling is not thought of: it would not repay even its imports.
+#: Runs of fewer gradients are not compiled: that would not repay its imports.
 _FEW_GRADIENTS = 2000
 
 
@@ -116,8 +123,9 @@ class CompiledGradient(Energy):
 
     Parameters and other tensors that the energy holds are inputs of the compiled graph, so that
     training them in place is seen; what Python decided while the graph was captured (attributes,
-    branches) is not looked at again. There is a graph for each batch shape that was prepared;
-    batches of other shapes run as they are.
+    branches) is not looked at again, nor what a :class:`pyroebm.core.rowwise.RowwiseEnergy` derives
+    from its constants. There is a graph for each batch shape that was prepared; batches of other
+    shapes run as they are.
 
     Args:
         energy: an energy of continuous support whose forward is made of torch operations alone,

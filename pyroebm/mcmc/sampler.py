@@ -55,8 +55,8 @@ def _mean_of(parts: list[Tensor]) -> float:
 
 @contextlib.contextmanager
 def _threads(number: int) -> Iterator[Callable[..., Iterator[int]]]:
-    """A ``map`` that works in so many threads, all of which have stopped in the end: a second
-    Ctrl-C does not leave them behind either."""
+    """A ``map`` over a number of threads. All of them have stopped when it is left, after a second
+    Ctrl-C too."""
     if number == 1:
         yield map
         return
@@ -107,8 +107,9 @@ class MCMC(AbstractMCMC):
             kept with it.
         compile: whether the gradient (of :class:`NUTS`) or the kernel's inner loops (of others) are
             compiled: True, False, or "auto", which compiles where the steps planned for one block
-            repay it. A gradient takes seconds, once for a model on this machine, inner loops half a
-            minute. Draws are the same up to rounding. ``.compiled`` tells the choice.
+            repay it. Compiling a gradient takes seconds, once for a model on this machine; inner
+            loops take half a minute. Draws are the same up to rounding. ``.compiled`` tells the
+            choice.
         adaptation: how to adapt: the kernel's own way, or a :class:`pyroebm.WindowAdaptation`; None
             leaves it as it is.
         save_warmup: whether to keep the draws of the warm-up too.
@@ -120,8 +121,8 @@ class MCMC(AbstractMCMC):
         chain_batch_size: chains of one block. More of them share one step's overhead, and one
             adaptation.
         num_threads: threads among which the blocks are shared. The draws do not depend on it.
-            Compiled gradients and :class:`NUTS` leave the interpreter to the other threads; what is
-            done in Python does not.
+            Compiled gradients and :class:`NUTS` run at the same time in several threads; kernels
+            and energies in Python take turns.
         ranks: number of this process and of all, which share the blocks; see
             :func:`pyroebm.training.ranks`. Results in memory are of this process's chains.
 
@@ -446,7 +447,7 @@ class MCMC(AbstractMCMC):
                 moving = choose_compiled(
                     target, self.compile, kernel, chains, steps, self._say, sizes
                 )
-        except KeyboardInterrupt:  # is met again, and reported, where the chains would move
+        except KeyboardInterrupt:  # raised again, and reported, by _advance
             self._stopped = True
             return
         for block in blocks:
