@@ -50,7 +50,20 @@ def execute(script: Path, folder: Path) -> NotebookNode:
         extra_arguments=["--log-level=ERROR"],
     )
     client.execute(env=os.environ | ENVIRONMENT)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if not only_compiling(output)]
     return notebook
+
+
+def only_compiling(output: NotebookNode) -> bool:
+    """Whether an output says only that something is compiled: what a machine sees once is not part
+    of a notebook."""
+    return (
+        output.output_type == "stream"
+        and output.name == "stderr"
+        and all(line.startswith("compiling ") for line in output.text.splitlines())
+    )
 
 
 def main(*names: str) -> int:

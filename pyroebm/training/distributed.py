@@ -65,6 +65,10 @@ def process_group() -> Iterator[tuple[int, int]]:
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+    # Before the group: its functions take the group that is there at import as their default and
+    # so keep it, and its threads, to the end of the interpreter, where they abort the process.
+    from torch.distributed.nn import functional  # noqa: F401
+
     torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     try:
         yield ranks()

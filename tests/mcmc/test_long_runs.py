@@ -420,6 +420,7 @@ KILLED = """
 RANK = """
     import sys
     import torch.distributed as dist
+    import torch.distributed.nn  # before the group, which it would keep to the end
     from pyroebm.training import distributed
     from lib.counted import Stops, driven
     from pyroebm import NUTS
