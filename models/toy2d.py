@@ -183,7 +183,9 @@ def train(
     torch.manual_seed(seed)  # of flows and generators
     data = data.float()
     generator = torch.Generator().manual_seed(seed)
-    energy = MLPEnergy((2,), hidden=(128, 128), scale=1.0, dtype=torch.float32, generator=generator)
+    energy = MLPEnergy(
+        (2,), hidden_sizes=(128, 128), scale=1.0, dtype=torch.float32, generator=generator
+    )
     energy.fit_envelope(data)
     average = AveragedModel(energy, multi_avg_fn=get_ema_multi_avg_fn(1.0 - min(0.5, 20.0 / steps)))
     adam = functools.partial(torch.optim.Adam, betas=(line.momentum, 0.999), fused=True)

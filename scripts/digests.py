@@ -232,7 +232,7 @@ def product_energy() -> Energy:
 
 
 def small_flow() -> nn.Module:
-    return stirred(ebm.NICE(2, couplings=2, hidden=(8,)), 0.2)
+    return stirred(ebm.NICE(2, couplings=2, hidden_sizes=(8,)), 0.2)
 
 
 class Quadratic(Energy):
@@ -555,8 +555,8 @@ SAMPLING: dict[str, Make] = {
     "transported": lambda: chains(ebm.NUTS(), ebm.Transported(small_flow(), wells())),
 }
 
-SMALL = {"hidden": (8,)}
-ONE_LAYER = {"layers": 1, "hidden": (8,)}
+SMALL = {"hidden_sizes": (8,)}
+ONE_LAYER = {"layers": 1, "hidden_sizes": (8,)}
 
 
 def zuko_layer(flow: Any) -> nn.Module:

@@ -265,7 +265,7 @@ def _couplings(dim: int, scale: float) -> Flow:
 
 def _autoregressive(dim: int, scale: float) -> Flow:
     return AutoregressiveFlow(
-        dim, layers=2, hidden=(32, 32), scale=scale, seed=torch.initial_seed()
+        dim, layers=2, hidden_sizes=(32, 32), scale=scale, seed=torch.initial_seed()
     )
 
 

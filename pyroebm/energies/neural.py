@@ -194,7 +194,7 @@ class MLPEnergy(NeuralEnergy):
 
     Args:
         event_shape: shape of one event; it is flattened.
-        hidden: widths of the hidden layers.
+        hidden_sizes: widths of the hidden layers.
         activation: "silu", "tanh", "gelu", "softplus" or "relu".
         support, scale, centre: as in :class:`NeuralEnergy`.
         spectral_norm: divide hidden weights by their largest singular value (Miyato et al., 2018).
@@ -202,10 +202,11 @@ class MLPEnergy(NeuralEnergy):
         generator: source of the initial weights.
 
     Raises:
-        ValueError: as :class:`NeuralEnergy`, and if ``hidden`` or ``activation`` is none of these.
+        ValueError: as :class:`NeuralEnergy`, and if ``hidden_sizes`` or ``activation`` is out of
+            range.
 
     Example:
-        >>> energy = MLPEnergy((2,), hidden=(128, 128), scale=2.0)
+        >>> energy = MLPEnergy((2,), hidden_sizes=(128, 128), scale=2.0)
         >>> energy(torch.tensor([[2.0, 0.0]])).detach()
         tensor([0.5000])
     """
@@ -213,7 +214,7 @@ class MLPEnergy(NeuralEnergy):
     def __init__(
         self,
         event_shape: Sequence[int],
-        hidden: Sequence[int] = (128, 128),
+        hidden_sizes: Sequence[int] = (128, 128),
         *,
         activation: str = "silu",
         support: Constraint = constraints.real,
@@ -227,7 +228,7 @@ class MLPEnergy(NeuralEnergy):
         layers = mlp(
             entries,
             1,
-            hidden,
+            hidden_sizes,
             activation=activation,
             spectral_norm=spectral_norm,
             dtype=dtype,

@@ -94,7 +94,7 @@ class AffineCoupling(Bijection):
         flip: exchange the two parts.
         clamp: c > 0, in nats.
         soft: ``"tanh"`` or ``"arctan"``.
-        hidden: widths of the default conditioner's hidden layers.
+        hidden_sizes: widths of the default conditioner's hidden layers.
         activation: of the default conditioner.
         dtype: of the default conditioner's parameters.
         generator: source of the default conditioner's initial hidden weights.
@@ -126,7 +126,7 @@ class AffineCoupling(Bijection):
         flip: bool = False,
         clamp: float = 2.0,
         soft: str = "tanh",
-        hidden: Sequence[int] = (64, 64),
+        hidden_sizes: Sequence[int] = (64, 64),
         activation: str = "silu",
         dtype: torch.dtype | None = None,
         generator: torch.Generator | None = None,
@@ -149,7 +149,7 @@ class AffineCoupling(Bijection):
         self.register_buffer("back", torch.cat((passing, moved)).argsort(), persistent=False)
         sizes = (len(passing), 2 * len(moved))
         self.net = (
-            mlp(*sizes, hidden, activation=activation, dtype=dtype, generator=generator)
+            mlp(*sizes, hidden_sizes, activation=activation, dtype=dtype, generator=generator)
             if net is None
             else net
         )

@@ -38,7 +38,7 @@ class RedundantNICE(Flow):
         total_dim: D; equal to ``dim`` there are no latents, as in :class:`NICE`.
         couplings: number of additive couplings, alternating; none where D = 1, which has nothing to
             couple.
-        hidden: widths of the hidden layers of every network.
+        hidden_sizes: widths of the hidden layers of every network.
         shift: learn c; without it c = 0.
         activation: ``"silu"`` or ``"tanh"``.
         base: density of z; None is the standard normal.
@@ -60,7 +60,7 @@ class RedundantNICE(Flow):
         dim: int,
         total_dim: int,
         couplings: int = 6,
-        hidden: Sequence[int] = (64, 64),
+        hidden_sizes: Sequence[int] = (64, 64),
         shift: bool = True,
         *,
         activation: str = "silu",
@@ -81,7 +81,7 @@ class RedundantNICE(Flow):
             AdditiveCoupling(
                 total_dim,
                 flip=bool(k % 2),
-                hidden=hidden,
+                hidden_sizes=hidden_sizes,
                 activation=activation,
                 dtype=dtype,
                 generator=generator,
@@ -96,7 +96,7 @@ class RedundantNICE(Flow):
             conditional = ConditionalGaussian(
                 dim,
                 total_dim - dim,
-                hidden,
+                hidden_sizes,
                 activation=activation,
                 dtype=dtype,
                 generator=generator,
@@ -106,7 +106,7 @@ class RedundantNICE(Flow):
             "dim": dim,
             "total_dim": total_dim,
             "couplings": couplings,
-            "hidden": list(hidden),
+            "hidden_sizes": list(hidden_sizes),
             "shift": shift,
             "activation": activation,
             "base": base,
@@ -164,7 +164,7 @@ class NICE(RedundantNICE):
     Args:
         dim: d, entries of x.
         couplings: number of additive couplings, alternating; none where d = 1.
-        hidden: widths of their networks' hidden layers.
+        hidden_sizes: widths of their networks' hidden layers.
         shift: learn c; without it c = 0.
         activation: ``"silu"`` or ``"tanh"``.
         base: density of z; None is the standard normal.
@@ -184,7 +184,7 @@ class NICE(RedundantNICE):
         self,
         dim: int,
         couplings: int = 6,
-        hidden: Sequence[int] = (64, 64),
+        hidden_sizes: Sequence[int] = (64, 64),
         shift: bool = True,
         *,
         activation: str = "silu",
@@ -196,7 +196,7 @@ class NICE(RedundantNICE):
             dim,
             dim,
             couplings,
-            hidden,
+            hidden_sizes,
             shift,
             activation=activation,
             base=base,

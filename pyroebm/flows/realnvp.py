@@ -32,7 +32,7 @@ class RealNVP(Flow):
     Args:
         dim: d, entries of x.
         layers: L, of :class:`AffineCoupling`; none where D = 1, which has nothing to couple.
-        hidden: widths of the conditioners' hidden layers.
+        hidden_sizes: widths of the conditioners' hidden layers.
         total_dim: D; None is d. Above it there are redundant latents, as in :class:`RedundantNICE`.
         mask: ``"halves"`` or ``"alternating"``, of the first pair.
         clamp: largest log-scale of one layer, in nats.
@@ -48,7 +48,7 @@ class RealNVP(Flow):
         ValueError: if an argument is out of range.
 
     Example:
-        >>> flow = RealNVP(2, layers=4, hidden=(16,), loft=100.0)
+        >>> flow = RealNVP(2, layers=4, hidden_sizes=(16,), loft=100.0)
         >>> flow.log_prob(torch.zeros(2)).detach()
         tensor(-1.8379)
     """
@@ -57,7 +57,7 @@ class RealNVP(Flow):
         self,
         dim: int,
         layers: int = 6,
-        hidden: Sequence[int] = (64, 64),
+        hidden_sizes: Sequence[int] = (64, 64),
         total_dim: int | None = None,
         mask: str = "halves",
         clamp: float = 2.0,
@@ -82,7 +82,7 @@ class RealNVP(Flow):
         dtype = torch.get_default_dtype() if dtype is None else dtype
         generator = seeded_generator(seed)
         net: dict[str, Any] = {
-            "hidden": hidden,
+            "hidden_sizes": hidden_sizes,
             "activation": activation,
             "dtype": dtype,
             "generator": generator,
@@ -103,7 +103,7 @@ class RealNVP(Flow):
         self._config = {
             "dim": dim,
             "layers": layers,
-            "hidden": list(hidden),
+            "hidden_sizes": list(hidden_sizes),
             "total_dim": total_dim,
             "mask": mask,
             "clamp": clamp,

@@ -50,7 +50,7 @@ class SplineFlow(Flow):
     Args:
         dim: d.
         layers: L.
-        hidden: widths of the conditioners' hidden layers.
+        hidden_sizes: widths of the conditioners' hidden layers.
         bins: of each spline.
         bound: B, in units of the base.
         scale: of the initial S.
@@ -75,7 +75,7 @@ class SplineFlow(Flow):
         self,
         dim: int,
         layers: int = 6,
-        hidden: Sequence[int] = (64, 64),
+        hidden_sizes: Sequence[int] = (64, 64),
         bins: int = 8,
         bound: float = 5.0,
         scale: float = 1.0,
@@ -96,7 +96,10 @@ class SplineFlow(Flow):
             "shapes": [(bins,), (bins,), (bins - 1,)],
         }
         if dim > 1:
-            common |= {"hidden_features": tuple(hidden), "activation": _activation(activation)}
+            common |= {
+                "hidden_features": tuple(hidden_sizes),
+                "activation": _activation(activation),
+            }
         parts: list[Any] = []
         masks = coupling_masks(dim, "halves", layers, generator)
         for k in range(layers):
@@ -116,7 +119,7 @@ class SplineFlow(Flow):
         self._config = {
             "dim": dim,
             "layers": layers,
-            "hidden": list(hidden),
+            "hidden_sizes": list(hidden_sizes),
             "bins": bins,
             "bound": bound,
             "scale": scale,
@@ -138,7 +141,7 @@ class AutoregressiveFlow(Flow):
     Args:
         dim: d.
         layers: how many.
-        hidden: widths of the networks' hidden layers.
+        hidden_sizes: widths of the networks' hidden layers.
         fast: ``"draw"`` or ``"density"``.
         scale: of the initial matrix of the final affine layer.
         activation: one of :data:`pyroebm.nn.ACTIVATIONS`.
@@ -151,7 +154,7 @@ class AutoregressiveFlow(Flow):
         ValueError: if an argument is out of range.
 
     Example:
-        >>> AutoregressiveFlow(3, layers=2, hidden=(8,)).log_prob(torch.zeros(3)).detach()
+        >>> AutoregressiveFlow(3, layers=2, hidden_sizes=(8,)).log_prob(torch.zeros(3)).detach()
         tensor(-2.7568)
     """
 
@@ -159,7 +162,7 @@ class AutoregressiveFlow(Flow):
         self,
         dim: int,
         layers: int = 4,
-        hidden: Sequence[int] = (64, 64),
+        hidden_sizes: Sequence[int] = (64, 64),
         fast: str = "draw",
         scale: float = 1.0,
         *,
@@ -175,7 +178,7 @@ class AutoregressiveFlow(Flow):
         dtype = torch.get_default_dtype() if dtype is None else dtype
         common: dict[str, Any] = {}
         if dim > 1:
-            common = {"hidden_features": tuple(hidden), "activation": _activation(activation)}
+            common = {"hidden_features": tuple(hidden_sizes), "activation": _activation(activation)}
         parts: list[Any] = []
         for k in range(layers):
             order = torch.arange(dim) if k % 2 == 0 else torch.arange(dim).flip(0)
@@ -186,7 +189,7 @@ class AutoregressiveFlow(Flow):
         self._config = {
             "dim": dim,
             "layers": layers,
-            "hidden": list(hidden),
+            "hidden_sizes": list(hidden_sizes),
             "fast": fast,
             "scale": scale,
             "activation": activation,
@@ -209,7 +212,7 @@ class ContinuousFlow(Flow):
 
     Args:
         dim: d.
-        hidden: widths of the hidden layers of f.
+        hidden_sizes: widths of the hidden layers of f.
         frequencies: of the sines and cosines of t that f sees.
         atol: absolute tolerance of the solver.
         rtol: relative tolerance.
@@ -224,14 +227,14 @@ class ContinuousFlow(Flow):
         ValueError: if an argument is out of range.
 
     Example:
-        >>> ContinuousFlow(2, hidden=(8,)).log_prob(torch.zeros(2)).detach()
+        >>> ContinuousFlow(2, hidden_sizes=(8,)).log_prob(torch.zeros(2)).detach()
         tensor(-1.8379)
     """
 
     def __init__(
         self,
         dim: int,
-        hidden: Sequence[int] = (64, 64),
+        hidden_sizes: Sequence[int] = (64, 64),
         frequencies: int = 3,
         atol: float = 1e-6,
         rtol: float = 1e-5,
@@ -256,7 +259,7 @@ class ContinuousFlow(Flow):
             "freqs": frequencies,
             "atol": atol,
             "rtol": rtol,
-            "hidden_features": tuple(hidden),
+            "hidden_features": tuple(hidden_sizes),
         }
         options["activation"] = _activation(activation)
         layer = zuko_layer(
@@ -265,7 +268,7 @@ class ContinuousFlow(Flow):
         super().__init__([layer, *_affine_end(dim, scale, dtype)], dim, dim, base=base)
         self._config = {
             "dim": dim,
-            "hidden": list(hidden),
+            "hidden_sizes": list(hidden_sizes),
             "frequencies": frequencies,
             "atol": atol,
             "rtol": rtol,

@@ -130,7 +130,7 @@ class MLPGenerator(Generator):
     Args:
         event_shape: shape of one event.
         latent_dim: entries of z.
-        hidden: widths of the hidden layers.
+        hidden_sizes: widths of the hidden layers.
         batch_norm: normalise each hidden layer before its activation (Ioffe and Szegedy, 2015),
             which couples the rows of a batch in training.
         activation: as in :class:`~pyroebm.energies.MLPEnergy`.
@@ -139,10 +139,12 @@ class MLPGenerator(Generator):
         generator: source of the initial weights.
 
     Raises:
-        ValueError: as :class:`Generator`, and if ``hidden`` or ``activation`` is none.
+        ValueError: as :class:`Generator`, and if ``hidden_sizes`` or ``activation`` is none.
 
     Example:
-        >>> MLPGenerator((1, 8, 8), latent_dim=10, hidden=(32, 32), batch_norm=True).sample(3).shape
+        >>> MLPGenerator((1, 8, 8), latent_dim=10, hidden_sizes=(32, 32), batch_norm=True).sample(
+        ...     3
+        ... ).shape
         torch.Size([3, 1, 8, 8])
     """
 
@@ -150,7 +152,7 @@ class MLPGenerator(Generator):
         self,
         event_shape: Sequence[int],
         latent_dim: int,
-        hidden: Sequence[int] = (128, 128),
+        hidden_sizes: Sequence[int] = (128, 128),
         *,
         batch_norm: bool = False,
         activation: str = "silu",
@@ -163,7 +165,7 @@ class MLPGenerator(Generator):
         net = mlp(
             latent_dim,
             entries,
-            hidden,
+            hidden_sizes,
             activation=activation,
             zero_last=False,
             dtype=dtype,

@@ -236,7 +236,7 @@ class DeepDirected(Adversarial):
     Example:
         >>> from pyroebm.nn import MLPGenerator
         >>> from pyroebm.targets import Gaussian
-        >>> model = MLPGenerator((2,), latent_dim=2, hidden=(8,), batch_norm=True)
+        >>> model = MLPGenerator((2,), latent_dim=2, hidden_sizes=(8,), batch_norm=True)
         >>> losses, facts = DeepDirected(model).losses(Gaussian(torch.zeros(2)), torch.zeros(5, 2))
         >>> round(float(facts["entropy_surrogate"]), 4)  # 8 units of scale 1
         11.3515

@@ -232,7 +232,10 @@ def test_what_is_no_good_density_is_warned_of(make: Callable[[], Any], said: str
             r"scale must be a number or of the event_shape \(2,\), got shape \(3,\)",
         ),
         (lambda: MLPEnergy((2,), centre=torch.ones(3)), "centre must be a number"),
-        (lambda: MLPEnergy((2,), hidden=()), r"hidden must hold .* got hidden=\(\)"),
+        (
+            lambda: MLPEnergy((2,), hidden_sizes=()),
+            r"hidden_sizes must hold .* got hidden_sizes=\(\)",
+        ),
         (
             lambda: ConvEnergy((1, 4, 4), channels=(0,)),
             r"channels must hold .* got channels=\(0,\)",

@@ -67,7 +67,9 @@ M = TypeVar("M", bound=nn.Module)
 
 @pytest.mark.parametrize("soft", ["tanh", "arctan"])
 def test_no_layer_stretches_by_more_than_the_clamp(soft: str) -> None:
-    layer = stirred(AffineCoupling(4, hidden=(8,), clamp=0.7, soft=soft, dtype=F64), scale=30.0)
+    layer = stirred(
+        AffineCoupling(4, hidden_sizes=(8,), clamp=0.7, soft=soft, dtype=F64), scale=30.0
+    )
     log_det = layer.with_log_det(10.0 * noise(200, 4))[1].detach()
     assert float(log_det.abs().max()) <= 2 * 0.7 + 1e-12
     assert float(log_det.abs().max()) > 0.7  # it is reached
@@ -105,7 +107,8 @@ def test_every_entry_of_a_realnvp_depends_on_every_other_and_without_shuffles_so
     assert bool((jacobian.abs() > 1e-6).all())
     # two couplings without permutation: what passed first has seen no neighbour of its own half
     pair = [
-        stirred(AffineCoupling(6, hidden=(16,), flip=flip, dtype=F64)) for flip in (True, False)
+        stirred(AffineCoupling(6, hidden_sizes=(16,), flip=flip, dtype=F64))
+        for flip in (True, False)
     ]
     jacobian = torch.autograd.functional.jacobian(lambda z: Flow(pair, 6, 6).push(z)[0], noise(6))
     assert bool((jacobian[:3, :3][~torch.eye(3, dtype=torch.bool)] == 0).all())
@@ -755,8 +758,8 @@ def _spline_upside_down() -> Any:
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: stirred(_Unsummed(4, hidden=(8,), dtype=F64)),
-        lambda: stirred(_Unclamped(4, hidden=(8,), clamp=0.3, dtype=F64)),
+        lambda: stirred(_Unsummed(4, hidden_sizes=(8,), dtype=F64)),
+        lambda: stirred(_Unclamped(4, hidden_sizes=(8,), clamp=0.3, dtype=F64)),
         lambda: _LoftUpsideDown(4, 0.5),
         _spline_upside_down,
     ],

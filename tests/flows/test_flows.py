@@ -105,10 +105,10 @@ def zuko_layer(flow: Flow) -> Transform:
 
 
 TRANSFORMS: dict[str, Callable[[], Transform]] = {
-    "coupling2": partial(AdditiveCoupling, 2, hidden=(8,), dtype=F64),
-    "coupling2_flip": partial(AdditiveCoupling, 2, hidden=(8, 8), flip=True, dtype=F64),
-    "coupling5": partial(AdditiveCoupling, 5, hidden=(8,), activation="tanh", dtype=F64),
-    "coupling5_flip": partial(AdditiveCoupling, 5, hidden=(8,), flip=True, dtype=F64),
+    "coupling2": partial(AdditiveCoupling, 2, hidden_sizes=(8,), dtype=F64),
+    "coupling2_flip": partial(AdditiveCoupling, 2, hidden_sizes=(8, 8), flip=True, dtype=F64),
+    "coupling5": partial(AdditiveCoupling, 5, hidden_sizes=(8,), activation="tanh", dtype=F64),
+    "coupling5_flip": partial(AdditiveCoupling, 5, hidden_sizes=(8,), flip=True, dtype=F64),
     "coupling_own_net": lambda: AdditiveCoupling(
         4, nn.Sequential(nn.Linear(2, 2), nn.Tanh()).double()
     ),
@@ -117,13 +117,15 @@ TRANSFORMS: dict[str, Callable[[], Transform]] = {
     "plu4_rotation": lambda: PLULinear(torch.linalg.qr(noise(4, 4))[0]),
     "shift": lambda: Shift(noise(3)),
     "permutation": lambda: Permutation([2, 0, 3, 1]),
-    "affine2": partial(AffineCoupling, 2, hidden=(8,), dtype=F64),
-    "affine5_flip": partial(AffineCoupling, 5, hidden=(8,), flip=True, soft="arctan", dtype=F64),
+    "affine2": partial(AffineCoupling, 2, hidden_sizes=(8,), dtype=F64),
+    "affine5_flip": partial(
+        AffineCoupling, 5, hidden_sizes=(8,), flip=True, soft="arctan", dtype=F64
+    ),
     "affine5_alternating": partial(
-        AffineCoupling, 5, hidden=(8,), mask="alternating", clamp=0.5, dtype=F64
+        AffineCoupling, 5, hidden_sizes=(8,), mask="alternating", clamp=0.5, dtype=F64
     ),
     "affine4_own_mask": partial(
-        AffineCoupling, 4, mask=[True, False, True, True], hidden=(8,), dtype=F64
+        AffineCoupling, 4, mask=[True, False, True, True], hidden_sizes=(8,), dtype=F64
     ),
     "loft": partial(Loft, 3, threshold=0.5),
     "spline1": lambda: zuko_layer(SplineFlow(1, 1, dtype=F64)),
@@ -143,14 +145,14 @@ TRANSFORMS: dict[str, Callable[[], Transform]] = {
 FLOWS: dict[str, Callable[..., Flow]] = {
     "nice1": partial(NICE, 1),
     "nice1_centred": partial(NICE, 1, shift=False),
-    "nice2": partial(NICE, 2, hidden=(16,)),
-    "nice2_tanh": partial(NICE, 2, couplings=2, hidden=(16, 16), activation="tanh"),
-    "nice5": partial(NICE, 5, couplings=3, hidden=(8,)),
-    "redundant_equal": partial(RedundantNICE, 2, 2, hidden=(8,)),
-    "redundant_1_2": partial(RedundantNICE, 1, 2, hidden=(16,)),
-    "redundant_1_3": partial(RedundantNICE, 1, 3, hidden=(8, 8)),
-    "redundant_3_4": partial(RedundantNICE, 3, 4, couplings=2, hidden=(8,)),
-    "redundant_2_5": partial(RedundantNICE, 2, 5, hidden=(8,), shift=False),
+    "nice2": partial(NICE, 2, hidden_sizes=(16,)),
+    "nice2_tanh": partial(NICE, 2, couplings=2, hidden_sizes=(16, 16), activation="tanh"),
+    "nice5": partial(NICE, 5, couplings=3, hidden_sizes=(8,)),
+    "redundant_equal": partial(RedundantNICE, 2, 2, hidden_sizes=(8,)),
+    "redundant_1_2": partial(RedundantNICE, 1, 2, hidden_sizes=(16,)),
+    "redundant_1_3": partial(RedundantNICE, 1, 3, hidden_sizes=(8, 8)),
+    "redundant_3_4": partial(RedundantNICE, 3, 4, couplings=2, hidden_sizes=(8,)),
+    "redundant_2_5": partial(RedundantNICE, 2, 5, hidden_sizes=(8,), shift=False),
     "pyro_affine": affine_flow,
     "realnvp1": partial(RealNVP, 1),
     "realnvp2": partial(RealNVP, 2, 4, (8,)),
@@ -262,7 +264,7 @@ def test_transform_refuses_other_sizes(name: str) -> None:
 
 @pytest.mark.parametrize("flip", [False, True])
 def test_coupling_moves_one_part_by_a_function_of_the_other(flip: bool) -> None:
-    layer = stirred(AdditiveCoupling(5, flip=flip, hidden=(8,), dtype=F64))
+    layer = stirred(AdditiveCoupling(5, flip=flip, hidden_sizes=(8,), dtype=F64))
     z = noise(6, 5)
     passing = torch.arange(5) >= 2 if flip else torch.arange(5) < 2
     moved = layer(z) - z
@@ -324,7 +326,7 @@ def test_other_refusals() -> None:
         AdditiveCoupling(1)
     with pytest.raises(ValueError, match="offset must be a vector"):
         Shift(torch.zeros(2, 2))
-    with pytest.raises(ValueError, match=r"hidden must hold .* got hidden=\(\)"):
+    with pytest.raises(ValueError, match=r"hidden_sizes must hold .* got hidden_sizes=\(\)"):
         mlp(1, 1, ())
     with pytest.raises(ValueError, match=r"activation must be one of .* got activation='sine'"):
         NICE(2, activation="sine")
@@ -518,7 +520,10 @@ class _Scaled(Flow):
 
 
 def test_path_of_a_flow_with_a_push_of_its_own_is_of_that_push() -> None:
-    flow, z = stirred(_Scaled([AdditiveCoupling(2, hidden=(8,), dtype=F64)], 2, 2)), noise(4, 2)
+    flow, z = (
+        stirred(_Scaled([AdditiveCoupling(2, hidden_sizes=(8,), dtype=F64)], 2, 2)),
+        noise(4, 2),
+    )
     xy, log_q, path = flow.push_path(z)
     torch.testing.assert_close((xy, log_q, path), (*flow.push(z), flow.log_prob(xy)))
 
@@ -564,7 +569,7 @@ def test_checks_of_arguments(name: str) -> None:
 
 def test_nice_is_redundant_nice_without_latents() -> None:
     a, b = (build(n) for n in ("nice2", "redundant_equal"))
-    a = stirred(NICE(2, hidden=(8,), dtype=F64))
+    a = stirred(NICE(2, hidden_sizes=(8,), dtype=F64))
     z = noise(4, 2)
     assert torch.equal(a.push(z)[0], b.push(z)[0])
     assert torch.equal(a.log_prob_x(z), b.log_prob_x(z))
@@ -617,7 +622,7 @@ class Quartic(Energy):
 @pytest.mark.parametrize("extra", [0, 1, 2])
 def test_extended_energy_for_any_event_shape(shape: tuple[int, ...], extra: int) -> None:
     energy, d = Quartic(shape).double(), math.prod(shape)
-    flow = stirred(RedundantNICE(d, d + extra, couplings=1, hidden=(8,), dtype=F64))
+    flow = stirred(RedundantNICE(d, d + extra, couplings=1, hidden_sizes=(8,), dtype=F64))
     extended = flow.extend(energy)
     assert extended.event_shape == (d + extra,)
     xy = noise(4, 3, d + extra)
@@ -677,7 +682,9 @@ def linear_gaussian(
     dim: int, total_dim: int, scale: float = 0.5
 ) -> tuple[RedundantNICE, dist.MultivariateNormal]:
     """A flow without couplings is a Gaussian, and so is its x."""
-    flow = stirred(RedundantNICE(dim, total_dim, couplings=0, hidden=(8,), dtype=F64), scale=scale)
+    flow = stirred(
+        RedundantNICE(dim, total_dim, couplings=0, hidden_sizes=(8,), dtype=F64), scale=scale
+    )
     s, c = flow.linear.matrix().detach(), flow.transform.parts[-1].offset.detach()
     return flow, dist.MultivariateNormal(c[:dim], (s @ s.T)[:dim, :dim])
 
@@ -788,7 +795,7 @@ class _HalvedAffine(IndependentTransform):
 MUTANTS: dict[str, Callable[[], Transform]] = {
     "halved S": lambda: _HalvedPLU(noise(4, 4)),
     "flipped S": lambda: _FlippedPLU(noise(4, 4)),
-    "coupling that scales": lambda: stirred(_ScalingCoupling(4, hidden=(8,), dtype=F64)),
+    "coupling that scales": lambda: stirred(_ScalingCoupling(4, hidden_sizes=(8,), dtype=F64)),
     "halved coupling": lambda: _HalvedAffine(AffineTransform(0.0, noise(4).exp()), 1),
 }
 
@@ -810,7 +817,7 @@ def test_domain_is_that_of_vectors() -> None:
 
 @pytest.mark.gpu
 def test_device_moves(tmp_path: Path) -> None:
-    flow = stirred(RedundantNICE(1, 2, hidden=(8,), dtype=F64)).to("cuda")
+    flow = stirred(RedundantNICE(1, 2, hidden_sizes=(8,), dtype=F64)).to("cuda")
     assert flow.device.type == "cuda"
     assert flow().sample((3,)).is_cuda
     flow.save(tmp_path / "flow.safetensors")

@@ -52,7 +52,7 @@ Make = Callable[[tuple[int, ...], torch.dtype], Adversarial]
 
 OBJECTIVES: dict[str, Make] = {
     "flow": lambda event, dtype: AdversarialFlow(
-        NICE(numel(event), couplings=2, hidden=(8,), dtype=dtype)
+        NICE(numel(event), couplings=2, hidden_sizes=(8,), dtype=dtype)
     ),
     "total gradient": lambda event, dtype: AdversarialFlow(
         NICE(numel(event), 2, (8,), dtype=dtype), 16, gradient="total"
@@ -390,7 +390,7 @@ def check_flow_bound(make: Callable[[Flow], Adversarial]) -> None:
     """In 2-D without latents: the bound is above the log-likelihood by KL(q || p)."""
     with fixed_problem():
         energy = perturbed(MLPEnergy((2,), (8,), scale=1.0, dtype=F64, generator=seeded(2)), 0.2)
-        flow = perturbed(NICE(2, couplings=2, hidden=(8,), dtype=F64), 0.15)
+        flow = perturbed(NICE(2, couplings=2, hidden_sizes=(8,), dtype=F64), 0.15)
     axis = torch.linspace(-9.0, 9.0, 601, dtype=F64)
     grid, cell = torch.cartesian_prod(axis, axis), float(axis[1] - axis[0]) ** 2
     with torch.no_grad():
@@ -415,7 +415,9 @@ def test_the_redundant_bound_is_j_r() -> None:
     """In 1-D with one latent: J_R by quadrature over (x, y), above KL of the marginal, above 0."""
     energy = DoubleWell(dtype=F64)
     with fixed_problem():
-        flow = perturbed(RedundantNICE(1, 2, couplings=4, hidden=(8,), dtype=F64), 0.25, seed=3)
+        flow = perturbed(
+            RedundantNICE(1, 2, couplings=4, hidden_sizes=(8,), dtype=F64), 0.25, seed=3
+        )
     axis = torch.linspace(-12.0, 12.0, 1201, dtype=F64)
     grid, step = torch.cartesian_prod(axis, axis), float(axis[1] - axis[0])
     assert energy.log_z is not None

@@ -485,7 +485,7 @@ def test_a_checkpoint_is_of_one_ladder_and_one_estimator(
     changed: dict[str, Any], tmp_path: Path
 ) -> None:
     """Settings that are tuples and truths count, as numbers and words do."""
-    energy = MLPEnergy((2,), hidden=(4,), dtype=torch.float64)
+    energy = MLPEnergy((2,), hidden_sizes=(4,), dtype=torch.float64)
     options: dict[str, Any] = {"checkpoint": tmp_path / "run.safetensors", "batch_size": 4}
     data = torch.randn(8, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     given = {"sigma": (0.1, 0.2), "control_variate": False}

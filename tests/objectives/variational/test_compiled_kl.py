@@ -28,7 +28,7 @@ from pyroebm.objectives.variational import compiled_kl as module
 from pyroebm.targets import DoubleWell, Gaussian
 
 F64 = torch.float64
-SMALL: dict[str, Any] = {"hidden": (8,), "dtype": F64}
+SMALL: dict[str, Any] = {"hidden_sizes": (8,), "dtype": F64}
 FLOWS: dict[str, Callable[[], tuple[Flow, Energy]]] = {
     "nice": lambda: (NICE(2, couplings=2, **SMALL), Gaussian([0.5, -1.0], scale=0.7, dtype=F64)),
     "redundant": lambda: (RedundantNICE(1, 2, couplings=2, **SMALL), DoubleWell(dtype=F64)),

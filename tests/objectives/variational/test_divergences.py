@@ -93,8 +93,8 @@ def test_every_objective_trains_on_events_of_any_shape(
     energy = Gaussian(torch.ones(shape, dtype=dtype))
     dim = math.prod(shape)
     for flow in (
-        NICE(dim, hidden=(4,), dtype=dtype),
-        RedundantNICE(dim, dim + 1, hidden=(4,), dtype=dtype),
+        NICE(dim, hidden_sizes=(4,), dtype=dtype),
+        RedundantNICE(dim, dim + 1, hidden_sizes=(4,), dtype=dtype),
     ):
         loss, facts = make(energy.sample(500, seeded()))(
             flow, energy, num_samples=500, generator=seeded()
@@ -111,7 +111,7 @@ def test_every_objective_trains_on_events_of_any_shape(
 def test_every_objective_repeats_itself_and_goes_on_where_it_was_saved(
     make: Callable[..., Objective],
 ) -> None:
-    draws, flow = TARGET.sample(50, seeded()), stirred(NICE(2, hidden=(4,)))
+    draws, flow = TARGET.sample(50, seeded()), stirred(NICE(2, hidden_sizes=(4,)))
 
     def losses(objective: Objective, seeds: range) -> list[float]:
         return [
@@ -148,7 +148,9 @@ def test_the_best_linear_flow_on_draws_has_their_covariance() -> None:
 
 
 @pytest.mark.parametrize(
-    "make", [linear, lambda: stirred(NICE(2, couplings=2, hidden=(8,)))], ids=["linear", "nice"]
+    "make",
+    [linear, lambda: stirred(NICE(2, couplings=2, hidden_sizes=(8,)))],
+    ids=["linear", "nice"],
 )
 def test_path_gradients_have_the_mean_of_the_total_ones(make: object) -> None:
     """On fresh draws of the target; the batch is drawn from 200,000 of them."""
@@ -166,7 +168,7 @@ def test_path_gradients_have_the_mean_of_the_total_ones(make: object) -> None:
 def test_path_gradients_reach_a_learned_base() -> None:
     base = MixtureBase(2, 3, learn_weights=True, dtype=torch.float64)
     flow, draws = (
-        stirred(NICE(2, couplings=1, hidden=(4,), base=base)),
+        stirred(NICE(2, couplings=1, hidden_sizes=(4,), base=base)),
         TARGET.sample(20_000, seeded()),
     )
     total, path = (
@@ -227,7 +229,7 @@ def test_redundant_latents_enter_forward_kl_as_they_should() -> None:
 
 def test_forward_kl_finds_both_modes_and_reverse_kl_need_not() -> None:
     energy = GaussianMixture([[-4.0, 0.0], [4.0, 0.0]], scale=0.7, weights=[0.8, 0.2])
-    flow = RedundantNICE(2, 3, couplings=6, hidden=(32, 32))
+    flow = RedundantNICE(2, 3, couplings=6, hidden_sizes=(32, 32))
     for _ in fit_flow(
         flow,
         energy,
@@ -246,7 +248,7 @@ def test_forward_kl_finds_both_modes_and_reverse_kl_need_not() -> None:
 
 
 def test_log_variance_is_half_the_variance_of_the_log_weights() -> None:
-    flow, energy = stirred(NICE(2, couplings=2, hidden=(8,))), TARGET
+    flow, energy = stirred(NICE(2, couplings=2, hidden_sizes=(8,))), TARGET
     loss, facts = LogVariance()(flow, energy, num_samples=4000, generator=seeded())
     z = flow.draw_noise(4000, seeded())
     x, log_q = flow.push(z)
@@ -256,7 +258,7 @@ def test_log_variance_is_half_the_variance_of_the_log_weights() -> None:
 
 
 def test_on_policy_its_gradient_is_that_of_the_reverse_divergence() -> None:
-    flow = stirred(NICE(2, couplings=2, hidden=(8,)))
+    flow = stirred(NICE(2, couplings=2, hidden_sizes=(8,)))
     ours, reverse = (
         many(kind, flow, TARGET, 60, 500) for kind in (LogVariance(), ReverseKL(gradient="total"))
     )

@@ -116,7 +116,7 @@ def test_at_the_optimum_all_weights_are_one_and_the_mean_gradient_is_zero() -> N
 
 
 def test_redundant_latents_are_weighed_as_importance_sampling_weighs_them() -> None:
-    flow = RedundantNICE(1, 3, hidden=(8,))
+    flow = RedundantNICE(1, 3, hidden_sizes=(8,))
     energy = DoubleWell()
     generator = seeded(5)
     with torch.no_grad():
@@ -247,7 +247,7 @@ def test_it_keeps_a_small_mode() -> None:
     masses = []
     for seed in range(12):
         flow, objective = (
-            RealNVP(2, layers=4, hidden=(32,), scale=3.0, seed=seed),
+            RealNVP(2, layers=4, hidden_sizes=(32,), scale=3.0, seed=seed),
             AnnealedReweighting(buffer_size=2048),
         )
         for _ in fit_flow(
@@ -265,7 +265,7 @@ def test_it_keeps_a_small_mode() -> None:
 
 
 def test_the_buffer_is_kept_saved_and_taken_back() -> None:
-    flow, energy = RedundantNICE(1, 2, hidden=(8,)), DoubleWell()
+    flow, energy = RedundantNICE(1, 2, hidden_sizes=(8,)), DoubleWell()
     objective, fresh = (
         AnnealedReweighting(buffer_size=300, reuse=3),
         AnnealedReweighting(buffer_size=300, reuse=3),
@@ -290,7 +290,7 @@ def test_the_buffer_is_kept_saved_and_taken_back() -> None:
 def test_a_run_of_one_seed_repeats_itself_and_of_another_does_not() -> None:
     losses = []
     for seed in (0, 0, 1):
-        flow = NICE(2, couplings=2, hidden=(8,))
+        flow = NICE(2, couplings=2, hidden_sizes=(8,))
         steps = fit_flow(
             flow,
             Gaussian([1.0, 0.0]),
