@@ -237,11 +237,11 @@ def main(
     axes[0].set(title="energies of data and of samples", xlabel="E")
     axes[0].legend(loc="upper right", fontsize=8)
     axes[1].plot(*zip(*way, strict=True), "o-", color="tab:green", label="chains")
-    for name, x, colour in (
+    for name, x, color in (
         ("training images", pixels.train[:2000], "tab:blue"),
         ("test images", pixels.test, "tab:orange"),
     ):
-        axes[1].axhline(float(energy(x).mean()), color=colour, label=name)
+        axes[1].axhline(float(energy(x).mean()), color=color, label=name)
     axes[1].set(title="chains run on", xlabel="steps after training", ylabel="mean energy")
     axes[1].legend(fontsize=8)
     for ax, x, title in ((axes[2], pixels.test, "test images, noised"), (axes[3], old, "samples")):

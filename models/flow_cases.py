@@ -157,7 +157,7 @@ class TurnedManyWell(ManyWell):
 
 
 def many_well(kind: type[ManyWell], pairs: int, seed: int, quick: bool) -> Fitted:
-    flow = SplineFlow(2 * pairs, layers=4, hidden_sizes=(128,), dtype=torch.float32, seed=seed)
+    flow = SplineFlow(2 * pairs, num_layers=4, hidden_sizes=(128,), dtype=torch.float32, seed=seed)
     settings: dict[str, Any] = {
         "objective": ReverseKL(gradient="total"),
         "steps": 2000,
@@ -184,7 +184,13 @@ def mixture(
     make: Callable[..., GaussianMixture], scale: float, beta_start: float, seed: int, quick: bool
 ) -> Fitted:
     flow = SplineFlow(
-        2, layers=4, hidden_sizes=(64, 64), bins=16, scale=scale, dtype=torch.float32, seed=seed
+        2,
+        num_layers=4,
+        hidden_sizes=(64, 64),
+        num_bins=16,
+        scale=scale,
+        dtype=torch.float32,
+        seed=seed,
     )
     settings: dict[str, Any] = {
         "objective": AnnealedReweighting(),
@@ -196,14 +202,21 @@ def mixture(
 
 
 def funnel(seed: int, quick: bool) -> Fitted:
-    flow = AutoregressiveFlow(10, layers=2, hidden_sizes=(32, 32), dtype=torch.float32, seed=seed)
+    flow = AutoregressiveFlow(
+        10, num_layers=2, hidden_sizes=(32, 32), dtype=torch.float32, seed=seed
+    )
     settings: dict[str, Any] = {"steps": 2000, "num_samples": 256, "lr": 5e-3, "beta_start": 1.0}
     return train(lambda dtype: Funnel(dtype=dtype), flow, seed, quick, **settings)
 
 
 def ring(seed: int, quick: bool) -> Fitted:
     flow = SplineFlow(
-        16, layers=2, hidden_sizes=(128, 128), autoregressive=True, dtype=torch.float32, seed=seed
+        16,
+        num_layers=2,
+        hidden_sizes=(128, 128),
+        autoregressive=True,
+        dtype=torch.float32,
+        seed=seed,
     )
     settings: dict[str, Any] = {
         "objective": ReverseKL(gradient="total"),
@@ -232,7 +245,7 @@ def flipped_chains(energy: Energy, seed: int, quick: bool) -> Tensor:
 
 
 def free_field(seed: int, quick: bool) -> Fitted:
-    flow = NICE(16, couplings=0, dtype=torch.float64, seed=seed)
+    flow = NICE(16, num_layers=0, dtype=torch.float64, seed=seed)
     settings: dict[str, Any] = {"steps": 3000, "num_samples": 128, "lr": 1e-2, "beta_start": 1.0}
     return train(
         lambda dtype: Phi4(16, m2=1.0, lam=0.0, dtype=dtype), flow, seed, quick, **settings
@@ -385,7 +398,9 @@ CASES: dict[str, Case] = {
     "schools": Case(
         "eight schools, RealNVP",
         lambda s, q: eight_schools(
-            lambda seed: RealNVP(10, layers=4, hidden_sizes=(32,), dtype=torch.float64, seed=seed),
+            lambda seed: RealNVP(
+                10, num_layers=4, hidden_sizes=(32,), dtype=torch.float64, seed=seed
+            ),
             s,
             q,
         ),
@@ -397,7 +412,7 @@ CASES: dict[str, Case] = {
         "eight schools, redundant NICE D = 12",
         lambda s, q: eight_schools(
             lambda seed: RedundantNICE(
-                10, 12, couplings=4, hidden_sizes=(32,), dtype=torch.float64, seed=seed
+                10, 12, num_layers=4, hidden_sizes=(32,), dtype=torch.float64, seed=seed
             ),
             s,
             q,

@@ -40,7 +40,7 @@ KERNELS: dict[str, Kernel[Any]] = {
     "HMC": HMC(num_steps=8),
     "NUTS": NUTS(),
     "HMC and jumps": Jumps(
-        HMC(num_steps=8), NICE(2, couplings=0, shift=False, dtype=torch.float64), every=5
+        HMC(num_steps=8), NICE(2, num_layers=0, shift=False, dtype=torch.float64), every=5
     ),
 }
 

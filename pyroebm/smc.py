@@ -97,8 +97,8 @@ def tempered_smc(
     kernel: Kernel[Any],
     num_particles: int = 1024,
     *,
-    islands: int = 8,
-    moves: int = 5,
+    num_islands: int = 8,
+    num_moves: int = 5,
     target_ess: float = 0.9,
     pilot: SMCResult | None = None,
     seed: int = 0,
@@ -116,9 +116,9 @@ def tempered_smc(
     (Del Moral, Doucet and Jasra, 2006). Each temperature is the furthest that keeps the conditional
     effective sample size at ``target_ess`` of the particles (Zhou, Johansen and Aston, 2016), found
     by bisection. An island whose effective sample size falls below half is resampled
-    systematically. Then ``moves`` steps of the kernel follow, whose step size is drawn towards its
-    target acceptance rate after each. Islands are independent runs, but for the temperatures and
-    step sizes, which they share.
+    systematically. Then ``num_moves`` steps of the kernel follow, whose step size is drawn towards
+    its target acceptance rate after each. Islands are independent runs, but for the temperatures
+    and step sizes, which they share.
 
     Args:
         energy: U; a constrained support is sampled in unconstrained coordinates.
@@ -126,8 +126,8 @@ def tempered_smc(
             as :class:`pyroebm.targets.Gaussian`, or a Pyro distribution.
         kernel: how particles move; it must be exact.
         num_particles: N, particles of one island.
-        islands: G, at least 2 for a standard error.
-        moves: steps of the kernel at each temperature.
+        num_islands: G, at least 2 for a standard error.
+        num_moves: steps of the kernel at each temperature.
         target_ess: conditional effective sample size to keep, as a fraction in (0, 1); nearer 1
             means more temperatures.
         pilot: an earlier result, whose temperatures and step sizes are taken as they are; Z is then
@@ -154,8 +154,8 @@ def tempered_smc(
     check_kernel(kernel)
     for name, value, least in (
         ("num_particles", num_particles, 2),
-        ("islands", islands, 1),
-        ("moves", moves, 1),
+        ("num_islands", num_islands, 1),
+        ("num_moves", num_moves, 1),
     ):
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {name}={value}")
@@ -175,14 +175,14 @@ def tempered_smc(
     target, reference = (Unconstrained(e, keep_discrete=kernel.discrete) for e in (energy, base))
     known = None if pilot is None else len(pilot.step_sizes)
     with eval_mode(energy), Progress(known, "SMC", "temperature", progress) as shown:
-        run = _Run(target, reference, kernel, (islands, num_particles), generator)
+        run = _Run(target, reference, kernel, (num_islands, num_particles), generator)
         run.leave_out_infinite()
         level = 0
         while run.beta < 1.0:
             run.advance(
                 run.next_beta(target_ess) if pilot is None else float(pilot.betas[level + 1])
             )
-            run.move(moves, None if pilot is None else float(pilot.step_sizes[level]))
+            run.move(num_moves, None if pilot is None else float(pilot.step_sizes[level]))
             level += 1
             shown.note(beta=run.beta, acceptance=run.acceptance[-1])
             shown.update()

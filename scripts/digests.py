@@ -197,7 +197,7 @@ def stirred(module: Any, scale: float = 0.3, seed: int = 5) -> Any:
 
 
 def wells() -> Energy:
-    return ebm.ManyWell(pairs=1)
+    return ebm.ManyWell(num_pairs=1)
 
 
 def perceptron() -> Energy:
@@ -232,7 +232,7 @@ def product_energy() -> Energy:
 
 
 def small_flow() -> nn.Module:
-    return stirred(ebm.NICE(2, couplings=2, hidden_sizes=(8,)), 0.2)
+    return stirred(ebm.NICE(2, num_layers=2, hidden_sizes=(8,)), 0.2)
 
 
 class Quadratic(Energy):
@@ -541,8 +541,8 @@ SAMPLING: dict[str, Make] = {
         ebm.Gaussian(torch.zeros(2), scale=3.0),
         ebm.HMC(0.3, num_steps=3),
         64,
-        islands=4,
-        moves=2,
+        num_islands=4,
+        num_moves=2,
     ),
     "smc-discrete": lambda: ebm.tempered_smc(
         ebm.Ising((3, 3), 0.3),
@@ -556,7 +556,7 @@ SAMPLING: dict[str, Make] = {
 }
 
 SMALL = {"hidden_sizes": (8,)}
-ONE_LAYER = {"layers": 1, "hidden_sizes": (8,)}
+ONE_LAYER = {"num_layers": 1, "hidden_sizes": (8,)}
 
 
 def zuko_layer(flow: Any) -> nn.Module:
@@ -568,13 +568,13 @@ def symmetrized(weights: str = "uniform") -> nn.Module:
 
 
 def equivariant() -> nn.Module:
-    return ebm.EquivariantFlow(4, 2, cells=6, stages=2, steps=8)
+    return ebm.EquivariantFlow(4, 2, num_cells=6, num_stages=2, num_steps=8)
 
 
 FLOWS: dict[str, Make] = {
     "autoregressive": lambda: ebm.AutoregressiveFlow(3, 2, **SMALL),
     "autoregressive-density": lambda: ebm.AutoregressiveFlow(2, 2, fast="density", **SMALL),
-    "continuous": lambda: ebm.ContinuousFlow(2, (4,), frequencies=1),
+    "continuous": lambda: ebm.ContinuousFlow(2, (4,), num_frequencies=1),
     "equivariant": equivariant,
     "flow-of-transforms": lambda: ebm.Flow(
         [ebm.AffineCoupling(3, generator=seeded(1), **SMALL), ebm.Permutation([2, 0, 1])],
@@ -603,7 +603,7 @@ TRANSFORMS: dict[str, Make] = {
     "additive-coupling": lambda: ebm.AdditiveCoupling(3, generator=seeded(1), **SMALL),
     "affine-coupling": lambda: ebm.AffineCoupling(3, generator=seeded(1), **SMALL),
     "loft": lambda: ebm.Loft(3, threshold=0.5),
-    "pair-field": lambda: ebm.PairField(4, 2, cells=6, stages=2, steps=8),
+    "pair-field": lambda: ebm.PairField(4, 2, num_cells=6, num_stages=2, num_steps=8),
     "permutation": lambda: ebm.Permutation([2, 0, 1]),
     "plu-linear": lambda: ebm.PLULinear(torch.linalg.qr(normal(3, 3))[0]),
     "shift": lambda: ebm.Shift(normal(3)),
@@ -645,7 +645,7 @@ FLOW_USES: dict[str, Make] = {
     "energy": lambda: energy_facts(ebm.FlowEnergy(small_flow())),
     "extended": extended,
     "group-generated": lambda: ebm.generated_group(torch.tensor([QUARTER_TURN, REFLECTION])),
-    "group-permutations": lambda: ebm.permutations(3, coordinates=2),
+    "group-permutations": lambda: ebm.permutations(3, num_coordinates=2),
     "importance": lambda: ebm.importance_sample(small_flow(), wells(), 500),
     "importance-distribution": lambda: ebm.importance_sample(
         dist.StudentT(5.0, torch.zeros(2), 2.0).to_event(1),
@@ -820,7 +820,7 @@ TARGETS: dict[str, Make] = {
     "lennard-jones": lambda: ebm.LennardJones("once", 5),
     "log-normal": lambda: ebm.LogNormal([0.3, -1.0], [0.5, 0.25]),
     "many-well": lambda: ebm.ManyWell(2),
-    "noisy-curves": lambda: ebm.NoisyCurves(line, noise=0.5, nodes=40),
+    "noisy-curves": lambda: ebm.NoisyCurves(line, noise=0.5, num_nodes=40),
     "phi4": lambda: ebm.Phi4(6),
     "phi4-free": lambda: ebm.Phi4(6, 1.0, 0.0),
     "pinwheel": lambda: ebm.Pinwheel(),
@@ -860,7 +860,7 @@ def deep_facts(visible: str) -> Any:
 
 def belief_facts() -> Any:
     network, v = belief_network(), bits()
-    drawn = network.sample(4, seeded(1), gibbs_steps=5)
+    drawn = network.sample(4, seeded(1), num_steps=5)
     bounds = network.variational_bound(v), network.log_weights(v, 3, seeded(2))
     return drawn, bounds, network.log_likelihood(v), energy_facts(network.joint())
 
@@ -953,7 +953,7 @@ PARTITION: dict[str, Make] = {
     "ais-continuous": lambda: ebm.ais(wells(), ebm.Gaussian(torch.zeros(2), scale=2.0), **SHORT),
     "ais-ising": lambda: ebm.ais(ebm.Ising((3, 3), 0.3), **SHORT),
     "bracket": both_ways,
-    "bridge": lambda: ebm.bridge(wells(), base=ebm.Gaussian(torch.zeros(2)), num_draws=100),
+    "bridge": lambda: ebm.bridge(wells(), base=ebm.Gaussian(torch.zeros(2)), num_samples=100),
     "exact": lambda: ebm.exact(ebm.Ising((3, 3), 0.3) * 1.0),
     "exact-deep": lambda: ebm.exact(deep_machine()),
     "expectation": lambda: ebm.expectation(ebm.DoubleWell(), lambda x: torch.stack([x, x * x], -1)),
@@ -971,7 +971,7 @@ PARTITION: dict[str, Make] = {
         wells(),
         ebm.Gaussian(torch.zeros(2), scale=2.0),
         num_particles=32,
-        moves=1,
+        num_moves=1,
     ),
     "thermodynamic-integration": lambda: ebm.thermodynamic_integration(
         machine(),

@@ -54,7 +54,7 @@ def wide(dim: int | None = None, scale: float = 2.0) -> Gaussian:
     ],
 )
 def test_log_z_is_the_exact_one(energy: Energy, base: Energy, particles: int) -> None:
-    result = tempered_smc(energy, base, HMC(num_steps=4), particles, islands=24, seed=1)
+    result = tempered_smc(energy, base, HMC(num_steps=4), particles, num_islands=24, seed=1)
     within_se(result.log_z, energy.log_z, result.log_z_se, what="log Z")
     assert result.log_z_se < 0.06
     assert result.kind == "estimate"
@@ -72,7 +72,7 @@ def test_log_z_is_the_exact_one(energy: Energy, base: Energy, particles: int) ->
 
 def test_separated_modes_get_their_weights() -> None:
     energy = separated()
-    result = tempered_smc(energy, wide(2, 5.0), HMC(num_steps=4), 512, islands=32, seed=2)
+    result = tempered_smc(energy, wide(2, 5.0), HMC(num_steps=4), 512, num_islands=32, seed=2)
     mass, se = result.expectation(lambda x: energy.mode_of(x) == 1)
     assert se < 0.01
     within_se(mass, 0.2, se)
@@ -83,9 +83,9 @@ def test_separated_modes_get_their_weights() -> None:
 def unbiased(seed: int = 3) -> SMCResult:
     """Islands of eight particles, where log Z is off by .1: their mean Z is not."""
     energy = DoubleWell(dtype=torch.float64)
-    pilot = tempered_smc(energy, wide(), MALA(), 64, islands=16, moves=2, seed=seed)
+    pilot = tempered_smc(energy, wide(), MALA(), 64, num_islands=16, num_moves=2, seed=seed)
     return tempered_smc(
-        energy, wide(), MALA(), 8, islands=8_000, moves=2, pilot=pilot, seed=seed + 1
+        energy, wide(), MALA(), 8, num_islands=8_000, num_moves=2, pilot=pilot, seed=seed + 1
     )
 
 
@@ -102,7 +102,7 @@ def test_z_is_unbiased_along_the_temperatures_of_a_pilot_and_log_z_low() -> None
 def test_the_standard_error_is_the_spread_of_repeated_runs() -> None:
     energy = DoubleWell(dtype=torch.float64)
     runs = [
-        tempered_smc(energy, wide(), MALA(), 64, islands=8, moves=2, seed=seed)
+        tempered_smc(energy, wide(), MALA(), 64, num_islands=8, num_moves=2, seed=seed)
         for seed in range(40)
     ]
     spread = torch.tensor([run.log_z for run in runs]).std()
@@ -206,13 +206,13 @@ def test_same_seed_same_particles() -> None:
 
 
 def test_one_island_has_no_standard_error() -> None:
-    result = tempered_smc(DoubleWell(dtype=torch.float64), wide(), MALA(), 64, islands=1)
+    result = tempered_smc(DoubleWell(dtype=torch.float64), wide(), MALA(), 64, num_islands=1)
     assert math.isnan(result.log_z_se)
     assert math.isnan(float(result.expectation(lambda x: x)[1]))
 
 
 def test_islands_of_which_one_decides_have_no_standard_error() -> None:
-    result = tempered_smc(DoubleWell(dtype=torch.float64), wide(), MALA(), 64, islands=16)
+    result = tempered_smc(DoubleWell(dtype=torch.float64), wide(), MALA(), 64, num_islands=16)
     uneven = torch.linspace(0.0, 40.0, 16, dtype=torch.float64)
     one = dataclasses.replace(
         result, island_log_z=uneven, log_weights=result.log_weights + uneven.repeat_interleave(64)
@@ -241,8 +241,8 @@ def test_energies_that_are_no_density_are_refused() -> None:
     ("change", "message"),
     [
         ({"num_particles": 1}, "num_particles must be at least 2, got num_particles=1"),
-        ({"islands": 0}, "islands must be at least 1"),
-        ({"moves": 0}, "moves must be at least 1"),
+        ({"num_islands": 0}, "num_islands must be at least 1"),
+        ({"num_moves": 0}, "num_moves must be at least 1"),
         ({"target_ess": 1.0}, r"target_ess must be in \(0, 1\)"),
         ({"kernel": ULA()}, "ULA is not exact"),
         (

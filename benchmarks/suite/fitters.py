@@ -265,19 +265,19 @@ def _couplings(dim: int, scale: float) -> Flow:
 
 def _autoregressive(dim: int, scale: float) -> Flow:
     return AutoregressiveFlow(
-        dim, layers=2, hidden_sizes=(32, 32), scale=scale, seed=torch.initial_seed()
+        dim, num_layers=2, hidden_sizes=(32, 32), scale=scale, seed=torch.initial_seed()
     )
 
 
 def _splines(dim: int, scale: float) -> Flow:
-    return SplineFlow(dim, layers=4, scale=scale, seed=torch.initial_seed())
+    return SplineFlow(dim, num_layers=4, scale=scale, seed=torch.initial_seed())
 
 
 def _fine_splines(dim: int, scale: float) -> Flow:
     return SplineFlow(
         dim,
-        layers=min(dim, 2),
-        bins=16,
+        num_layers=min(dim, 2),
+        num_bins=16,
         scale=scale,
         autoregressive=dim > 1,
         seed=torch.initial_seed(),
@@ -286,7 +286,7 @@ def _fine_splines(dim: int, scale: float) -> Flow:
 
 def _narrow_splines(dim: int, scale: float) -> Flow:
     # so that the modes are within the bins, 5 on either side
-    return SplineFlow(dim, layers=4, bins=16, scale=0.4 * scale, seed=torch.initial_seed())
+    return SplineFlow(dim, num_layers=4, num_bins=16, scale=0.4 * scale, seed=torch.initial_seed())
 
 
 def _even(dim: int, scale: float) -> Flow:

@@ -128,11 +128,11 @@ class DeepBeliefNetwork(nn.Module):
         return states
 
     def sample(
-        self, n: int, generator: torch.Generator | None = None, gibbs_steps: int = 1000
+        self, n: int, generator: torch.Generator | None = None, num_steps: int = 1000
     ) -> Tensor:
         """``n`` draws of v: of the top, and one pass down.
 
-        Exact where the top can be enumerated, else after ``gibbs_steps`` of Gibbs sampling in it,
+        Exact where the top can be enumerated, else after ``num_steps`` of Gibbs sampling in it,
         from its visible biases.
         """
         with torch.no_grad():
@@ -140,7 +140,7 @@ class DeepBeliefNetwork(nn.Module):
                 return self.down(self.top.sample(n, generator), generator)[0]
             layers = self.top.layers()
             state = layers.draw(0, self.top.visible_bias.expand(n, -1), generator)
-            for _ in range(gibbs_steps):
+            for _ in range(num_steps):
                 hidden = layers.draw(1, layers.field(1, [state, None]), generator)
                 state = layers.draw(0, layers.field(0, [None, hidden]), generator)
             return self.down(state, generator)[0]

@@ -242,7 +242,7 @@ class ConvEnergy(NeuralEnergy):
     r"""A convolutional network of images as :class:`NeuralEnergy`; it starts as its envelope.
 
     Args:
-        event_shape: (colours, height, width).
+        event_shape: (colors, height, width).
         channels: filters of each layer; the first at full size, each further one halves it.
         activation, support, scale, centre, spectral_norm, dtype, generator: as in
             :class:`MLPEnergy`.

@@ -48,7 +48,9 @@ def coupling_mask(dim: int, mask: str | Sequence[bool] | Tensor) -> Tensor:
     return passing
 
 
-def coupling_masks(dim: int, mask: str, layers: int, generator: torch.Generator) -> list[Tensor]:
+def coupling_masks(
+    dim: int, mask: str, num_layers: int, generator: torch.Generator
+) -> list[Tensor]:
     """Masks of layers in pairs, each pair moving every entry; for each pair but the first the
     entries are shuffled.
 
@@ -58,13 +60,13 @@ def coupling_masks(dim: int, mask: str, layers: int, generator: torch.Generator)
     Args:
         dim: D.
         mask: of the first layer, as in :func:`coupling_mask`.
-        layers: how many.
+        num_layers: how many.
         generator: source of the shuffles.
     """
     if dim < 2:
         return []
     passing, masks = coupling_mask(dim, mask), []
-    for k in range(layers):
+    for k in range(num_layers):
         if k and k % 2 == 0 and dim > 2:
             passing = passing[torch.randperm(dim, generator=generator)]
         masks.append(passing if k % 2 == 0 else ~passing)

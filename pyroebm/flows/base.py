@@ -98,17 +98,17 @@ class MixtureBase(Base):
 
     Args:
         dim: D.
-        components: K.
+        num_components: K.
         spread: standard deviation of the initial means, in units of the initial scale 1.
         learn_weights: learn w too; otherwise it is uniform.
         dtype: of the parameters (default torch's).
         seed: of the initial means.
 
     Raises:
-        ValueError: if ``dim`` or ``components`` < 1, or ``spread`` is negative.
+        ValueError: if ``dim`` or ``num_components`` < 1, or ``spread`` is negative.
 
     Example:
-        >>> base = MixtureBase(2, components=3)
+        >>> base = MixtureBase(2, num_components=3)
         >>> base.draw(5, None, torch.float32, torch.device("cpu")).shape, base.weights
         (torch.Size([5, 2]), tensor([0.3333, 0.3333, 0.3333]))
     """
@@ -116,24 +116,24 @@ class MixtureBase(Base):
     def __init__(
         self,
         dim: int,
-        components: int,
+        num_components: int,
         spread: float = 2.0,
         learn_weights: bool = False,
         *,
         dtype: torch.dtype | None = None,
         seed: int = 0,
     ) -> None:
-        check_counts({"components": 1}, components)
+        check_counts({"num_components": 1}, num_components)
         if not spread >= 0.0:
             raise ValueError(f"spread must not be negative, got spread={spread}")
         super().__init__(dim)
         dtype = torch.get_default_dtype() if dtype is None else dtype
         start = standard_normal(
-            (components, dim), seeded_generator(seed), dtype, torch.device("cpu")
+            (num_components, dim), seeded_generator(seed), dtype, torch.device("cpu")
         )
         self.loc = nn.Parameter(spread * start)
-        self.log_scale = nn.Parameter(torch.zeros(components, dim, dtype=dtype))
-        logits = torch.zeros(components, dtype=dtype)
+        self.log_scale = nn.Parameter(torch.zeros(num_components, dim, dtype=dtype))
+        logits = torch.zeros(num_components, dtype=dtype)
         self.logits: Tensor
         if learn_weights:
             self.logits = nn.Parameter(logits)
@@ -141,7 +141,7 @@ class MixtureBase(Base):
             self.register_buffer("logits", logits)
         self._config = {
             "dim": dim,
-            "components": components,
+            "num_components": num_components,
             "spread": spread,
             "learn_weights": learn_weights,
             "seed": seed,

@@ -36,8 +36,8 @@ class RedundantNICE(Flow):
     Args:
         dim: d, entries of x (1 for a scalar energy).
         total_dim: D; equal to ``dim`` there are no latents, as in :class:`NICE`.
-        couplings: number of additive couplings, alternating; none where D = 1, which has nothing to
-            couple.
+        num_layers: number of additive couplings, alternating; none where D = 1, which has nothing
+            to couple.
         hidden_sizes: widths of the hidden layers of every network.
         shift: learn c; without it c = 0.
         activation: ``"silu"`` or ``"tanh"``.
@@ -59,7 +59,7 @@ class RedundantNICE(Flow):
         self,
         dim: int,
         total_dim: int,
-        couplings: int = 6,
+        num_layers: int = 6,
         hidden_sizes: Sequence[int] = (64, 64),
         shift: bool = True,
         *,
@@ -68,8 +68,8 @@ class RedundantNICE(Flow):
         dtype: torch.dtype | None = None,
         seed: int = 0,
     ) -> None:
-        if couplings < 0:
-            raise ValueError(f"couplings must not be negative, got couplings={couplings}")
+        if num_layers < 0:
+            raise ValueError(f"num_layers must not be negative, got num_layers={num_layers}")
         if not 1 <= dim <= total_dim:
             raise ValueError(
                 f"dim and total_dim must satisfy 1 <= dim <= total_dim, got dim={dim},"
@@ -86,7 +86,7 @@ class RedundantNICE(Flow):
                 dtype=dtype,
                 generator=generator,
             )
-            for k in range(couplings if total_dim > 1 else 0)
+            for k in range(num_layers if total_dim > 1 else 0)
         ]
         layers.append(PLULinear(torch.eye(total_dim, dtype=dtype)))
         if shift:
@@ -105,7 +105,7 @@ class RedundantNICE(Flow):
         self._config = {
             "dim": dim,
             "total_dim": total_dim,
-            "couplings": couplings,
+            "num_layers": num_layers,
             "hidden_sizes": list(hidden_sizes),
             "shift": shift,
             "activation": activation,
@@ -163,7 +163,7 @@ class NICE(RedundantNICE):
 
     Args:
         dim: d, entries of x.
-        couplings: number of additive couplings, alternating; none where d = 1.
+        num_layers: number of additive couplings, alternating; none where d = 1.
         hidden_sizes: widths of their networks' hidden layers.
         shift: learn c; without it c = 0.
         activation: ``"silu"`` or ``"tanh"``.
@@ -183,7 +183,7 @@ class NICE(RedundantNICE):
     def __init__(
         self,
         dim: int,
-        couplings: int = 6,
+        num_layers: int = 6,
         hidden_sizes: Sequence[int] = (64, 64),
         shift: bool = True,
         *,
@@ -195,7 +195,7 @@ class NICE(RedundantNICE):
         super().__init__(
             dim,
             dim,
-            couplings,
+            num_layers,
             hidden_sizes,
             shift,
             activation=activation,

@@ -31,7 +31,7 @@ class RealNVP(Flow):
 
     Args:
         dim: d, entries of x.
-        layers: L, of :class:`AffineCoupling`; none where D = 1, which has nothing to couple.
+        num_layers: L, of :class:`AffineCoupling`; none where D = 1, which has nothing to couple.
         hidden_sizes: widths of the conditioners' hidden layers.
         total_dim: D; None is d. Above it there are redundant latents, as in :class:`RedundantNICE`.
         mask: ``"halves"`` or ``"alternating"``, of the first pair.
@@ -48,7 +48,7 @@ class RealNVP(Flow):
         ValueError: if an argument is out of range.
 
     Example:
-        >>> flow = RealNVP(2, layers=4, hidden_sizes=(16,), loft=100.0)
+        >>> flow = RealNVP(2, num_layers=4, hidden_sizes=(16,), loft=100.0)
         >>> flow.log_prob(torch.zeros(2)).detach()
         tensor(-1.8379)
     """
@@ -56,7 +56,7 @@ class RealNVP(Flow):
     def __init__(
         self,
         dim: int,
-        layers: int = 6,
+        num_layers: int = 6,
         hidden_sizes: Sequence[int] = (64, 64),
         total_dim: int | None = None,
         mask: str = "halves",
@@ -70,7 +70,7 @@ class RealNVP(Flow):
         dtype: torch.dtype | None = None,
         seed: int = 0,
     ) -> None:
-        check_counts({"dim": 1, "layers": 0}, dim, layers)
+        check_counts({"dim": 1, "num_layers": 0}, dim, num_layers)
         total = dim if total_dim is None else total_dim
         if total < dim:
             raise ValueError(
@@ -88,7 +88,7 @@ class RealNVP(Flow):
             "generator": generator,
         }
         parts: list[Any] = []
-        masks = coupling_masks(total, mask, layers, generator)
+        masks = coupling_masks(total, mask, num_layers, generator)
         parts += [
             AffineCoupling(total, mask=passing, clamp=clamp, soft=soft, **net) for passing in masks
         ]
@@ -102,7 +102,7 @@ class RealNVP(Flow):
         super().__init__(parts, dim, total, conditional, base)
         self._config = {
             "dim": dim,
-            "layers": layers,
+            "num_layers": num_layers,
             "hidden_sizes": list(hidden_sizes),
             "total_dim": total_dim,
             "mask": mask,

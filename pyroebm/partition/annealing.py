@@ -314,8 +314,8 @@ def _path(
             reference,
             moves,
             256,
-            islands=2,
-            moves=3,
+            num_islands=2,
+            num_moves=3,
             generator=generator,
             progress=progress,
         )

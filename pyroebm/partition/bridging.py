@@ -66,7 +66,7 @@ def bridge(
     energy: Energy,
     draws: Tensor | None = None,
     base: Layers | Energy | Distribution | None = None,
-    num_draws: int = 10_000,
+    num_samples: int = 10_000,
     *,
     seed: int = 0,
     generator: torch.Generator | None = None,
@@ -86,10 +86,10 @@ def bridge(
         energy: E.
         draws: of the energy: independent ones ``(n, *event)``, or those of Markov chains ``(chains,
             n, *event)``, as ``mcmc.get_samples(group_by_chain=True)`` has them; an effective sample
-            size of the log ratio (Vehtari et al., 2021) then counts for n. None draws ``num_draws``
-            exactly, where the energy has such draws.
+            size of the log ratio (Vehtari et al., 2021) then counts for n. None draws
+            ``num_samples`` exactly, where the energy has such draws.
         base: :math:`E_0`, as for :func:`ais`; as many draws of it are made as there are ``draws``.
-        num_draws: n where ``draws`` is None.
+        num_samples: n where ``draws`` is None.
         seed: of a generator on the energy's device.
         generator: in place of ``seed``.
 
@@ -107,7 +107,7 @@ def bridge(
         True
     """
     check_energy(energy)
-    check_counts({"num_draws": 2}, num_draws)
+    check_counts({"num_samples": 2}, num_samples)
     reference = base_energy(energy, base)
     generator = seeded_generator(seed, energy.device) if generator is None else generator
     if draws is None:
@@ -116,7 +116,7 @@ def bridge(
                 f"draws must be given: {type(energy).__name__} has no exact draws; take those of"
                 " MCMC"
             )
-        draws = energy.sample(num_draws, generator)
+        draws = energy.sample(num_samples, generator)
     energy.check_states(draws, "draws")
     batch = energy.batch_shape(draws)
     if len(batch) not in (1, 2) or batch.numel() < 2:

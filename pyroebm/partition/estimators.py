@@ -36,8 +36,8 @@ def smc(
     kernel: Kernel[Any] | None = None,
     num_particles: int = 1024,
     *,
-    islands: int = 8,
-    moves: int = 5,
+    num_islands: int = 8,
+    num_moves: int = 5,
     target_ess: float = 0.9,
     pilot: SMCResult | None = None,
     seed: int = 0,
@@ -71,8 +71,8 @@ def smc(
     """
     energy, reference, moving = _sampled(energy, base, kernel)
     settings: dict[str, Any] = {
-        "islands": islands,
-        "moves": moves,
+        "num_islands": num_islands,
+        "num_moves": num_moves,
         "target_ess": target_ess,
         "pilot": pilot,
         "progress": progress,

@@ -73,7 +73,7 @@ class _Normals(Target):
         return 0.5 * event_numel(self.event_shape) * LOG_TWO_PI - event_sum(logs, dims)
 
     # inverse of the whitening, float64: what noise is multiplied by
-    def _colouring(self) -> Tensor:
+    def _coloring(self) -> Tensor:
         return (
             _inverse(self.whitening.double())
             if self.dense
@@ -81,7 +81,7 @@ class _Normals(Target):
         )
 
     def _variances(self) -> Tensor:  # (*stack, *event), float64
-        squares = self._colouring().square()
+        squares = self._coloring().square()
         return (
             squares.sum(-1).reshape(squares.shape[:-2] + self.event_shape)
             if self.dense
@@ -90,12 +90,12 @@ class _Normals(Target):
 
     def _draw_part(self, n: int, part: Any, generator: torch.Generator | None) -> Tensor:
         # part: an index into the stack for each draw; the empty tuple where there is no stack
-        noise, colouring = self._normal((n, *self.event_shape), generator), self._colouring()
+        noise, coloring = self._normal((n, *self.event_shape), generator), self._coloring()
         if not self.dense:
-            return self.loc[part] + colouring[part] * noise
-        colouring = colouring[part] if colouring.dim() > 2 else colouring
+            return self.loc[part] + coloring[part] * noise
+        coloring = coloring[part] if coloring.dim() > 2 else coloring
         return self.loc[part] + torch.einsum(
-            "...ed,...d->...e", colouring, noise.reshape(n, -1)
+            "...ed,...d->...e", coloring, noise.reshape(n, -1)
         ).reshape(noise.shape)
 
     def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
@@ -194,8 +194,8 @@ class Gaussian(_Normals):
     @property
     def covariance(self) -> Tensor:
         """Covariance of flattened events, shape ``(d, d)``."""
-        colouring = self._colouring()
-        return (colouring @ colouring.mT if self.dense else colouring.square().flatten().diag()).to(
+        coloring = self._coloring()
+        return (coloring @ coloring.mT if self.dense else coloring.square().flatten().diag()).to(
             self.dtype
         )
 

@@ -145,15 +145,15 @@ class Pinwheel(Plane):
     :math:`10^{-8}` of the mass.
 
     Args:
-        arms: K.
+        num_arms: K.
         radial, tangential: :math:`\sigma_r, \sigma_t > 0`.
         rate: :math:`\gamma`.
         scale: :math:`s > 0`.
         dtype: floating-point type; None for torch's default.
 
     Raises:
-        ValueError: if a deviation or ``scale`` is not positive, ``rate`` is not finite, or ``arms``
-            is below 3.
+        ValueError: if a deviation or ``scale`` is not positive, ``rate`` is not finite, or
+            ``num_arms`` is below 3.
 
     Example:
         >>> Pinwheel().variance
@@ -165,18 +165,18 @@ class Pinwheel(Plane):
 
     def __init__(
         self,
-        arms: int = 5,
+        num_arms: int = 5,
         radial: float = 0.3,
         tangential: float = 0.1,
         rate: float = 0.25,
         scale: float = 2.0,
         dtype: torch.dtype | None = None,
     ) -> None:
-        check_counts({"arms": 3}, arms)  # of two arms x would have no equal variances
+        check_counts({"num_arms": 3}, num_arms)  # of two arms x would have no equal variances
         check_positive(radial=radial, tangential=tangential, scale=scale)
         check_each("finite", torch.isfinite, rate=rate)
         super().__init__(dtype=dtype)
-        self.arms = arms
+        self.num_arms = num_arms
         self.spread = (radial, tangential)
         self.rate = rate
         self.scale = scale
@@ -195,7 +195,7 @@ class Pinwheel(Plane):
 
         # a whole number of them at a root
         def turns(angle: Tensor, f: tuple[Tensor, Tensor]) -> Tensor:
-            return (angle - self.rate * f[0].exp()) * (self.arms / (2.0 * math.pi))
+            return (angle - self.rate * f[0].exp()) * (self.num_arms / (2.0 * math.pi))
 
         with torch.no_grad():
             edges = torch.linspace(
@@ -206,7 +206,7 @@ class Pinwheel(Plane):
             floors = level.floor()
             crossed = floors[..., 1:] != floors[..., :-1]
             likely = torch.where(crossed, self._log_normal(f)[..., 1:], -math.inf)
-            cell = likely.topk(self.arms + self.candidates, -1).indices
+            cell = likely.topk(self.num_arms + self.candidates, -1).indices
             goal = torch.maximum(floors[..., 1:], floors[..., :-1]).gather(-1, cell)
             low, width = edges[cell], 2.0 * math.pi / self.cells
             below, above = level.gather(-1, cell), level.gather(-1, cell + 1)
@@ -221,7 +221,7 @@ class Pinwheel(Plane):
         for _ in range(2):  # with the graph: a root's first and second derivatives in x
             angle = self._newton(angle, goal, turned)
         f = turned(angle)
-        log_det = self._slope(f).abs().log() + math.log(self.arms * self.scale**2)
+        log_det = self._slope(f).abs().log() + math.log(self.num_arms * self.scale**2)
         terms = torch.where(found, self._log_normal(f) - log_det, -math.inf)
         return -torch.logsumexp(terms, -1) + 0.0 * x.sum(-1)  # NaN where x is
 
@@ -233,7 +233,7 @@ class Pinwheel(Plane):
     ) -> Tensor:
         f = turned(angle)
         return angle - (
-            angle - self.rate * f[0].exp() - goal * (2.0 * math.pi / self.arms)
+            angle - self.rate * f[0].exp() - goal * (2.0 * math.pi / self.num_arms)
         ) / self._slope(f)
 
     @property
@@ -249,8 +249,8 @@ class Pinwheel(Plane):
     def _draw(self, n: int, generator: torch.Generator | None) -> Tensor:
         first, second = self._normal((2, n), generator)
         first, second = 1.0 + self.spread[0] * first, self.spread[1] * second
-        arm = (self._uniform((n,), generator) * self.arms).floor()
-        angle = 2.0 * math.pi / self.arms * arm + self.rate * first.exp()
+        arm = (self._uniform((n,), generator) * self.num_arms).floor()
+        angle = 2.0 * math.pi / self.num_arms * arm + self.rate * first.exp()
         cos, sin = angle.cos(), angle.sin()
         return self.scale * torch.stack(
             [first * cos + second * sin, second * cos - first * sin], -1

@@ -240,7 +240,7 @@ def test_what_is_no_good_density_is_warned_of(make: Callable[[], Any], said: str
             lambda: ConvEnergy((1, 4, 4), channels=(0,)),
             r"channels must hold .* got channels=\(0,\)",
         ),
-        (lambda: ConvEnergy((4, 4)), r"event_shape must be \(colours, height, width\)"),
+        (lambda: ConvEnergy((4, 4)), r"event_shape must be \(colors, height, width\)"),
         (lambda: MLPEnergy((2,), activation="sine"), "activation must be one of"),
         (
             lambda: NeuralEnergy(net_of(2, 4, 3), (2,), scale=1.0)(torch.zeros(5, 2)),

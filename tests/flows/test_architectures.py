@@ -293,7 +293,7 @@ def test_fixed_weights_and_degrees_stay_and_bases_refuse() -> None:
     with pytest.raises(ValueError, match=r"least=2\.0, df=1\.5"):
         StudentBase(2, df=1.5)
     with pytest.raises(
-        ValueError, match=r"components must be an integer of at least 1, got components=0"
+        ValueError, match=r"num_components must be an integer of at least 1, got num_components=0"
     ):
         MixtureBase(2, 0)
     with pytest.raises(ValueError, match="spread=-1"):
@@ -508,7 +508,7 @@ def test_groups_have_their_sizes() -> None:
         "third turns": 3,
     }
     assert len(permutations(4)) == 24
-    swapped = permutations(2, coordinates=2)[1] @ torch.arange(4.0)
+    swapped = permutations(2, num_coordinates=2)[1] @ torch.arange(4.0)
     assert swapped.tolist() == [2.0, 3.0, 0.0, 1.0]
     table = multiplication_table(permutations(3))
     assert all(sorted(row) == list(range(6)) for row in table.tolist())
@@ -641,7 +641,7 @@ def test_a_plain_guide_by_hand_and_composition(name: str) -> None:
 def test_zuko_s_nice_is_affine_and_ours_is_not() -> None:
     z = noise(5, 2).float()
     assert bool((stirred(zuko_transform("NICE")).with_log_det(z)[1] != 0).all())
-    ours = stirred(NICE(2, couplings=2)).transform.parts[0]
+    ours = stirred(NICE(2, num_layers=2)).transform.parts[0]
     assert bool((ours.log_abs_det_jacobian(z, z) == 0).all())
 
 
@@ -658,7 +658,7 @@ def test_a_spline_cannot_reach_beyond_its_bound() -> None:
 
 
 def test_a_continuous_flow_learns_in_eval_mode_too() -> None:
-    flow = ContinuousFlow(2, (4,), frequencies=1, atol=1e-4, rtol=1e-4).eval()
+    flow = ContinuousFlow(2, (4,), num_frequencies=1, atol=1e-4, rtol=1e-4).eval()
     flow.log_prob(torch.ones(3, 2)).sum().backward()
     assert any(
         bool((p.grad != 0).any())
@@ -677,8 +677,10 @@ def test_refusals_of_zuko_flows(monkeypatch: pytest.MonkeyPatch) -> None:
         ContinuousFlow(2, atol=1e-8)
     with pytest.raises(ValueError, match="bound must be positive and finite, got bound=0"):
         SplineFlow(2, bound=0.0)
-    with pytest.raises(ValueError, match="bins must be an integer of at least 2, got bins=1"):
-        SplineFlow(2, bins=1)
+    with pytest.raises(
+        ValueError, match="num_bins must be an integer of at least 2, got num_bins=1"
+    ):
+        SplineFlow(2, num_bins=1)
     with pytest.raises(ValueError, match="fast='both'"):
         AutoregressiveFlow(2, fast="both")
     with pytest.raises(ValueError, match="activation='sine'"):

@@ -41,7 +41,9 @@ def random_flow(
     particles: int = 4, space: int = 2, steps: int = 60, **options: Any
 ) -> EquivariantFlow:
     return stirred(
-        EquivariantFlow(particles, space, cells=10, stages=2, steps=steps, dtype=F64, **options)
+        EquivariantFlow(
+            particles, space, num_cells=10, num_stages=2, num_steps=steps, dtype=F64, **options
+        )
     )
 
 
@@ -54,7 +56,7 @@ def moved(frame: Particles, u: Tensor) -> dict[str, Tensor]:
     x = frame.positions(u)
     turn = torch.linalg.qr(noise(len(x), frame.space, frame.space, seed=1))[0]
     turn = turn * torch.linalg.det(turn).sign()[:, None, None] if frame.space % 2 else turn
-    order = noise(len(x), frame.particles, seed=2).argsort(1)
+    order = noise(len(x), frame.num_particles, seed=2).argsort(1)
     flip = torch.ones(frame.space, dtype=F64)
     flip[0] = -1.0
     return {
@@ -69,7 +71,7 @@ def moved(frame: Particles, u: Tensor) -> dict[str, Tensor]:
 
 
 def check_symmetry(flow: EquivariantFlow) -> None:
-    frame = Frame(flow.field.particles, flow.field.space, F64)
+    frame = Frame(flow.field.num_particles, flow.field.space, F64)
     u = 1.5 * noise(6, flow.dim)
     images, pushed = moved(frame, u), moved(frame, flow.push(u)[0])
     for name, image in images.items():
@@ -120,7 +122,7 @@ def check_features(field: PairField) -> None:
     at, and beyond the reach."""
     u = torch.cat([1.5 * noise(5, field.dim), 30.0 * noise(1, field.dim)])
     for step, fields in enumerate(field._in_time()):
-        t = torch.full((len(u),), step / (2 * field.steps), dtype=F64)
+        t = torch.full((len(u),), step / (2 * field.num_steps), dtype=F64)
         linear = (field.features(u, t) * field.weights).sum((-2, -1))
         torch.testing.assert_close(
             linear, field._velocity(field._by_axis(u), *fields)[0].mT.flatten(1)
@@ -132,12 +134,12 @@ def check_features(field: PairField) -> None:
 
 @shapes
 def test_density_moves_with_turns_reflections_and_renumbering(particles: int, space: int) -> None:
-    check_symmetry(random_flow(particles, space, steps=6))
+    check_symmetry(random_flow(particles, space, num_steps=6))
 
 
 @shapes
 def test_divergence_is_the_trace_in_the_mean_free_subspace(particles: int, space: int) -> None:
-    check_divergence(random_flow(particles, space, steps=3).field)
+    check_divergence(random_flow(particles, space, num_steps=3).field)
 
 
 @shapes
@@ -147,7 +149,7 @@ def test_log_determinant_is_autograd_s(particles: int, space: int) -> None:
 
 @shapes
 def test_velocity_is_linear_in_the_weights(particles: int, space: int) -> None:
-    check_features(random_flow(particles, space, steps=3).field)
+    check_features(random_flow(particles, space, num_steps=3).field)
 
 
 def test_two_particles_on_a_line_integrate_to_one() -> None:
@@ -161,12 +163,12 @@ def test_doubling_the_steps_shrinks_the_error_of_points_densities_and_the_way_ba
     """By nearly 16, the splines' kinks apart; and to the stated bounds at 60 steps."""
     flow = random_flow(particles, space)
     z = noise(20, flow.dim)
-    flow.steps = 480
+    flow.num_steps = 480
     with torch.no_grad():
         x, log_q = flow.push(z)
         wrong = {}
         for steps in (30, 60):
-            flow.steps = steps
+            flow.num_steps = steps
             there, density = flow.push(z)
             back = flow.transform.inv(there)
             wrong[steps] = [
@@ -180,16 +182,16 @@ def test_doubling_the_steps_shrinks_the_error_of_points_densities_and_the_way_ba
 
 
 def test_coordinates_are_those_of_the_targets_and_the_mean_stays() -> None:
-    for target in (DW4(F64), LennardJones("once", particles=5, dtype=F64)):
-        basis = mean_free_basis(target.particles, F64)
+    for target in (DW4(F64), LennardJones("once", num_particles=5, dtype=F64)):
+        basis = mean_free_basis(target.num_particles, F64)
         assert torch.equal(target.basis, basis)
-        torch.testing.assert_close(basis.T @ basis, torch.eye(target.particles - 1, dtype=F64))
-        flow = random_flow(target.particles, target.space, steps=4)
+        torch.testing.assert_close(basis.T @ basis, torch.eye(target.num_particles - 1, dtype=F64))
+        flow = random_flow(target.num_particles, target.space, num_steps=4)
         u = noise(3, flow.dim)
         x = target.positions(u)
         r = target.positions(u)[:, 0] - x[:, -1]
         torch.testing.assert_close(
-            (u.reshape(3, -1, target.space).mT @ flow.field.incidence[target.particles - 2]), r
+            (u.reshape(3, -1, target.space).mT @ flow.field.incidence[target.num_particles - 2]), r
         )
 
 
@@ -205,7 +207,7 @@ def test_fresh_flow_is_the_base_scaled(scale: float) -> None:
 
 
 def test_beyond_the_reach_nothing_moves_but_by_the_pull_and_particles_may_meet() -> None:
-    flow = random_flow(3, 2, steps=4, reach=2.0)
+    flow = random_flow(3, 2, num_steps=4, reach=2.0)
     with torch.no_grad():
         flow.field.weights[:, 0] = 0.0
     far = 50.0 * torch.tensor([[1.0, 0.0, 0.0, 1.0]], dtype=F64)
@@ -216,7 +218,7 @@ def test_beyond_the_reach_nothing_moves_but_by_the_pull_and_particles_may_meet()
 
 
 def test_gradients_reach_the_weights_from_both_sides_and_the_path() -> None:
-    flow = random_flow(3, 2, steps=6)
+    flow = random_flow(3, 2, num_steps=6)
     energy = Gaussian(torch.zeros(4, dtype=F64), dtype=F64)
     for objective in (
         ReverseKL(),
@@ -233,7 +235,7 @@ def test_gradients_reach_the_weights_from_both_sides_and_the_path() -> None:
 
 
 def test_gradient_of_the_likelihood_is_that_of_differences() -> None:
-    flow, x = random_flow(3, 2, steps=6), noise(4, 4)
+    flow, x = random_flow(3, 2, num_steps=6), noise(4, 4)
     (grad,) = torch.autograd.grad(flow.log_prob(x).sum(), flow.field.weights)
     direction, h = noise(*flow.field.weights.shape, seed=3), 1e-5
     values = []
@@ -254,7 +256,7 @@ def test_gradient_of_the_likelihood_is_that_of_differences() -> None:
 def matched(scale: float = 2.0, match: Callable[..., float] = match_flow) -> EquivariantFlow:
     """Fitted to a normal law of another scale, which the pull alone can reach: a(t) of the path is
     known."""
-    flow = EquivariantFlow(3, 2, cells=6, stages=6, dtype=F64)
+    flow = EquivariantFlow(3, 2, num_cells=6, num_stages=6, dtype=F64)
     match(flow, scale * noise(20_000, 4), num_pairs=40_000, ridge=1e-8)
     return flow
 
@@ -281,7 +283,7 @@ def test_matching_finds_the_known_velocity_and_law() -> None:
 
 def test_matching_solves_the_normal_equations_and_says_what_it_explains() -> None:
     flow, draws = (
-        EquivariantFlow(4, 2, reach=12.0, length=2.0, cells=8, stages=3, dtype=F64),
+        EquivariantFlow(4, 2, reach=12.0, length=2.0, num_cells=8, num_stages=3, dtype=F64),
         2.0 * noise(300, 6),
     )
     explained = match_flow(flow, draws, num_pairs=700, ridge=1e-9, batch_size=300, seed=3)
@@ -300,7 +302,7 @@ def test_matching_solves_the_normal_equations_and_says_what_it_explains() -> Non
         gradients.append(torch.einsum("rd,rdqm->qm", residual, features))
     assert float(sum(gradients).abs().max()) < 1e-4 * float(sum(targets))  # type: ignore[union-attr, arg-type]
     assert abs(explained - 1.0 + float(sum(residuals) / sum(targets))) < 1e-6
-    again = EquivariantFlow(4, 2, reach=12.0, length=2.0, cells=8, stages=3, dtype=F64)
+    again = EquivariantFlow(4, 2, reach=12.0, length=2.0, num_cells=8, num_stages=3, dtype=F64)
     match_flow(
         again, draws, num_pairs=700, ridge=1e-9, batch_size=300, generator=seeded_generator(3)
     )
@@ -310,7 +312,7 @@ def test_matching_solves_the_normal_equations_and_says_what_it_explains() -> Non
 
 def test_two_particles_in_a_well_are_matched_refined_and_weighed() -> None:
     """A pair has one distance, which the flow can match; log Z by quadrature over it."""
-    energy = LennardJones("once", particles=2, dtype=F64)
+    energy = LennardJones("once", num_particles=2, dtype=F64)
     r = torch.linspace(1e-3, 12.0, 200_001, dtype=F64)[1:]
     exact = math.log(
         float(
@@ -326,7 +328,7 @@ def test_two_particles_in_a_well_are_matched_refined_and_weighed() -> None:
     chosen = torch.multinomial(weight[::20], 4000, replacement=True, generator=generator)
     direction = torch.nn.functional.normalize(noise(4000, 3), dim=1)
     draws = r[::20][chosen].unsqueeze(1) * direction / math.sqrt(2.0)
-    flow = EquivariantFlow(2, 3, cells=24, steps=20, dtype=F64)
+    flow = EquivariantFlow(2, 3, num_cells=24, num_steps=20, dtype=F64)
     match_flow(flow, draws)
     before = importance_sample(flow, energy, 4000)
     for _ in fit_flow(
@@ -346,11 +348,14 @@ def test_two_particles_in_a_well_are_matched_refined_and_weighed() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"particles": 1}, "particles must be an integer of at least 2, got particles=1"),
+        (
+            {"num_particles": 1},
+            "num_particles must be an integer of at least 2, got num_particles=1",
+        ),
         ({"space": 0}, "space=0"),
-        ({"cells": 0}, "cells=0"),
-        ({"stages": 0}, "stages=0"),
-        ({"steps": 0}, "steps=0"),
+        ({"num_cells": 0}, "num_cells=0"),
+        ({"num_stages": 0}, "num_stages=0"),
+        ({"num_steps": 0}, "num_steps=0"),
         ({"reach": 0.0}, r"reach must be positive and finite, got reach=0\.0"),
         ({"length": math.inf}, "length=inf"),
         ({"scale": -1.0}, r"scale=-1\.0"),
@@ -364,9 +369,9 @@ def test_flow_refuses(options: dict[str, Any], said: str) -> None:
 def test_steps_and_matching_refuse() -> None:
     flow = EquivariantFlow(3, 2, dtype=F64)
     with pytest.raises(ValueError, match="steps=0"):
-        flow.steps = 0
-    flow.steps = 7
-    assert flow.config()["steps"] == flow.field.steps == 7
+        flow.num_steps = 0
+    flow.num_steps = 7
+    assert flow.config()["num_steps"] == flow.field.num_steps == 7
     for draws, said in (
         (noise(5, 3), r"shape \(n, 4\) .* got shape \(5, 3\)"),
         (noise(5, 4).float(), "torch.float32"),
@@ -459,10 +464,10 @@ def test_mutants_of_the_linear_map_and_of_matching_are_caught(
 ) -> None:
     def unscaled(field: PairField, u: Tensor, t: Tensor) -> Tensor:
         features = PairField.features(field, u, t).clone()
-        features[..., 1:] *= field.particles
+        features[..., 1:] *= field.num_particles
         return features
 
-    field = random_flow(steps=3).field
+    field = random_flow(num_steps=3).field
     field.features = unscaled.__get__(field)  # type: ignore[method-assign]
     with pytest.raises(AssertionError, match="not close"):
         check_features(field)
@@ -515,7 +520,7 @@ def test_a_case_is_judged_by_chains_that_it_has_not_seen() -> None:
     assert not torch.equal(done.flow.field.weights, done.matched.field.weights)
     judgement = particles.judged(done, quick=True)
     assert judgement.report.forward_ess is not None
-    assert done.flow.steps == 10
+    assert done.flow.num_steps == 10
     for which in (0, 1):
         half = [found.half(0), found.half(1)]
         half[which] = half[which].flip(-1)
@@ -538,7 +543,7 @@ def test_chains_obey_steins_identity_and_ways_to_log_z_agree() -> None:
     assert max(found.r_hat.values()) < 1.2
     flow = EquivariantFlow(4, 2, dtype=F64, **system.flow)
     match_flow(flow, found.half(0).flatten(0, 1), 8000, seed=1)
-    flow.steps = 120
+    flow.num_steps = 120
     judgement = particles.judged(
         particles.Case("DW4", 1, system.make(), found, flow, flow, [], 0, 0.0)
     )

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("float64")
 
 
 def normal_flow(mean: float, deviation: float, dim: int = 1) -> NICE:
-    flow = NICE(dim, couplings=0)
+    flow = NICE(dim, num_layers=0)
     with torch.no_grad():
         flow.linear.log_diagonal.fill_(math.log(deviation))
         flow.transform.parts[-1].offset.fill_(mean)
@@ -137,7 +137,7 @@ def test_modes_are_counted_and_covered() -> None:
 def test_redundant_latents_have_two_effective_sizes() -> None:
     """y depends on x in q, and N(y | M, S) does not know it: weights on (x, y) vary, those of x
     alone do not."""
-    flow = RedundantNICE(1, 2, couplings=0)
+    flow = RedundantNICE(1, 2, num_layers=0)
     with torch.no_grad():
         flow.linear.below[1, 0] = 0.8  # y = .8 z1 + z2, x = z1: q(x) is the target itself
     report = judge_flow(flow, Gaussian(0.0), n=20_000)

@@ -71,7 +71,7 @@ def continuous_flow(dim: int = 2, dtype: torch.dtype = F64, seed: int = 0) -> Co
     """About as exact as the dtype lets the solver be."""
     tolerance = 1e-6 if dtype == F64 else 1e-4
     return ContinuousFlow(
-        dim, (4,), frequencies=1, atol=tolerance, rtol=tolerance, dtype=dtype, seed=seed
+        dim, (4,), num_frequencies=1, atol=tolerance, rtol=tolerance, dtype=dtype, seed=seed
     )
 
 
@@ -79,7 +79,7 @@ def equivariant_flow(
     particles: int, space: int = 2, dtype: torch.dtype = F64, seed: int = 0
 ) -> EquivariantFlow:
     """No number of it is random: ``seed`` is for the table alone."""
-    return EquivariantFlow(particles, space, cells=6, stages=2, steps=16, dtype=dtype)
+    return EquivariantFlow(particles, space, num_cells=6, num_stages=2, num_steps=16, dtype=dtype)
 
 
 def symmetrized(weights: str = "uniform", dtype: torch.dtype = F64, seed: int = 0) -> Symmetrized:
@@ -146,12 +146,12 @@ FLOWS: dict[str, Callable[..., Flow]] = {
     "nice1": partial(NICE, 1),
     "nice1_centred": partial(NICE, 1, shift=False),
     "nice2": partial(NICE, 2, hidden_sizes=(16,)),
-    "nice2_tanh": partial(NICE, 2, couplings=2, hidden_sizes=(16, 16), activation="tanh"),
-    "nice5": partial(NICE, 5, couplings=3, hidden_sizes=(8,)),
+    "nice2_tanh": partial(NICE, 2, num_layers=2, hidden_sizes=(16, 16), activation="tanh"),
+    "nice5": partial(NICE, 5, num_layers=3, hidden_sizes=(8,)),
     "redundant_equal": partial(RedundantNICE, 2, 2, hidden_sizes=(8,)),
     "redundant_1_2": partial(RedundantNICE, 1, 2, hidden_sizes=(16,)),
     "redundant_1_3": partial(RedundantNICE, 1, 3, hidden_sizes=(8, 8)),
-    "redundant_3_4": partial(RedundantNICE, 3, 4, couplings=2, hidden_sizes=(8,)),
+    "redundant_3_4": partial(RedundantNICE, 3, 4, num_layers=2, hidden_sizes=(8,)),
     "redundant_2_5": partial(RedundantNICE, 2, 5, hidden_sizes=(8,), shift=False),
     "pyro_affine": affine_flow,
     "realnvp1": partial(RealNVP, 1),
@@ -334,8 +334,8 @@ def test_other_refusals() -> None:
         ConditionalGaussian(0, 1)
     with pytest.raises(ValueError, match="1 <= dim <= total_dim, got dim=3, total_dim=2"):
         RedundantNICE(3, 2)
-    with pytest.raises(ValueError, match="couplings=-1"):
-        NICE(2, couplings=-1)
+    with pytest.raises(ValueError, match="num_layers=-1"):
+        NICE(2, num_layers=-1)
     with pytest.raises(ValueError, match=r"1 <= dim <= total_dim, got dim=0"):
         Flow([], 0, 0)
     with pytest.raises(ValueError, match=r"conditional must be of dim=1 and extra=1 .* got None"):
@@ -622,7 +622,7 @@ class Quartic(Energy):
 @pytest.mark.parametrize("extra", [0, 1, 2])
 def test_extended_energy_for_any_event_shape(shape: tuple[int, ...], extra: int) -> None:
     energy, d = Quartic(shape).double(), math.prod(shape)
-    flow = stirred(RedundantNICE(d, d + extra, couplings=1, hidden_sizes=(8,), dtype=F64))
+    flow = stirred(RedundantNICE(d, d + extra, num_layers=1, hidden_sizes=(8,), dtype=F64))
     extended = flow.extend(energy)
     assert extended.event_shape == (d + extra,)
     xy = noise(4, 3, d + extra)
@@ -683,7 +683,7 @@ def linear_gaussian(
 ) -> tuple[RedundantNICE, dist.MultivariateNormal]:
     """A flow without couplings is a Gaussian, and so is its x."""
     flow = stirred(
-        RedundantNICE(dim, total_dim, couplings=0, hidden_sizes=(8,), dtype=F64), scale=scale
+        RedundantNICE(dim, total_dim, num_layers=0, hidden_sizes=(8,), dtype=F64), scale=scale
     )
     s, c = flow.linear.matrix().detach(), flow.transform.parts[-1].offset.detach()
     return flow, dist.MultivariateNormal(c[:dim], (s @ s.T)[:dim, :dim])

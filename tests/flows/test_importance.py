@@ -33,7 +33,7 @@ F64 = torch.float64
 def stirred_flow(dim: int = 1, total_dim: int = 2, scale: float = 0.05) -> RedundantNICE:
     """Near the identity, and the same for every seed: further off, weights have no variance."""
     with fixed_problem():
-        flow = RedundantNICE(dim, total_dim, couplings=2, hidden_sizes=(8,), dtype=F64)
+        flow = RedundantNICE(dim, total_dim, num_layers=2, hidden_sizes=(8,), dtype=F64)
     generator = problem_generator(3)
     with torch.no_grad():
         for parameter in flow.parameters():

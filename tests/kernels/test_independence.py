@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("float64")
 
 def broad(dim: int, scale: float, shift: float = 0.0) -> NICE:
     """A normal law of that deviation as a flow."""
-    flow = NICE(dim, couplings=0)
+    flow = NICE(dim, num_layers=0)
     with torch.no_grad():
         flow.linear.log_diagonal.fill_(torch.tensor(scale).log())
         flow.transform.parts[-1].offset.fill_(shift)

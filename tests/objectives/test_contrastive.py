@@ -89,8 +89,8 @@ class Spins(Energy):
         return -((x @ torch.triu(self.coupling, 1)) * x).sum(-1) - x @ self.field
 
 
-class Colours(Energy):
-    """Two one-hot sites of three colours each."""
+class Colors(Energy):
+    """Two one-hot sites of three colors each."""
 
     def __init__(self) -> None:
         super().__init__((2, 3), constraints.one_hot)
@@ -533,8 +533,8 @@ def enumerated_pseudolikelihood(energy: Energy, data: Tensor, every: Tensor, wid
 
 
 def table() -> list[tuple[Energy, Tensor, int]]:
-    colours = torch.eye(3, dtype=F64)[torch.tensor(list(itertools.product(range(3), repeat=2)))]
-    return [(oracle_rbm(), BITS, 1), (Spins(), states([-1.0, 1.0], 4), 1), (Colours(), colours, 3)]
+    colors = torch.eye(3, dtype=F64)[torch.tensor(list(itertools.product(range(3), repeat=2)))]
+    return [(oracle_rbm(), BITS, 1), (Spins(), states([-1.0, 1.0], 4), 1), (Colors(), colors, 3)]
 
 
 @pytest.mark.parametrize(("energy", "every", "width"), table(), ids=["bits", "spins", "one-hot"])
@@ -682,7 +682,7 @@ def test_sparsity_is_the_written_penalty() -> None:
         (lambda: ContrastiveDivergence()(oracle_rbm(), DATA[:0]), "n at least 1"),
         (lambda: PersistentCD()(oracle_rbm(), DATA[:0]), "n at least 1"),
         (lambda: ExactLikelihood()(Spins(), BITS), "has none"),
-        (lambda: Pseudolikelihood(0), "sites must be"),
+        (lambda: Pseudolikelihood(0), "num_sites must be"),
         (lambda: Pseudolikelihood(5)(oracle_rbm(), DATA), "at most the 4 sites"),
         (lambda: Pseudolikelihood()(Gaussian(torch.zeros(2, dtype=F64)), DATA[:, :2]), "discrete"),
         (lambda: Pseudolikelihood()(oracle_rbm(), 0.5 * DATA), "batch must hold states"),

@@ -81,7 +81,7 @@ def every_state(values: Sequence[Any], shape: Sequence[int]) -> Tensor:
     return torch.tensor(sites, dtype=F64).reshape(len(sites), *shape)
 
 
-def colours(sites: int) -> Tensor:
+def colors(sites: int) -> Tensor:
     return torch.eye(3, dtype=F64)[torch.tensor(list(itertools.product(range(3), repeat=sites)))]
 
 
@@ -90,7 +90,7 @@ MODELS: dict[str, tuple[Energy, Tensor, int]] = {
     "bits": (Pairs((4,), constraints.boolean), every_state([0.0, 1.0], (4,)), 1),
     "spins": (Pairs((2, 2), spin), every_state([-1.0, 1.0], (2, 2)), 1),
     "one scalar bit": (Pairs((), constraints.boolean), every_state([0.0, 1.0], ()), 1),
-    "one-hot": (Pairs((2, 3), constraints.one_hot), colours(2), 3),
+    "one-hot": (Pairs((2, 3), constraints.one_hot), colors(2), 3),
     "integers": (
         Pairs((2,), constraints.integer_interval(-1, 2)),
         every_state([-1.0, 0.0, 1.0, 2.0], (2,)),
@@ -405,7 +405,7 @@ def test_a_machine_near_its_maximum_likelihood() -> None:
 def test_bad_input_is_refused(kind: type[SiteObjective]) -> None:
     energy, states, _ = MODELS["bits"]
     calls: list[tuple[Callable[[], Any], str]] = [
-        (lambda: kind(0), "sites must be"),
+        (lambda: kind(0), "num_sites must be"),
         (lambda: kind(5)(energy, states), "at most the 4 sites"),
         (
             lambda: kind()(Gaussian(torch.zeros(2, dtype=F64)), states[:, :2]),

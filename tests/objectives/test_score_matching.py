@@ -678,7 +678,7 @@ def test_a_linear_energy_without_parameters_is_refused_too() -> None:
 BAD: list[tuple[Callable[[], Any], str]] = [
     (lambda: ScoreMatching(noise=-1.0), "noise must be finite and not negative"),
     (lambda: ScoreMatching(noise=math.nan), "noise must be finite"),
-    (lambda: SlicedScoreMatching(0), "projections must be an integer of at least 1"),
+    (lambda: SlicedScoreMatching(0), "num_projections must be an integer of at least 1"),
     (lambda: SlicedScoreMatching(law="cube"), "law must be one of"),
     (lambda: SlicedScoreMatching(finite_difference=0.0), "finite_difference must be positive"),
     (lambda: DenoisingScoreMatching(0.0), "sigma and weights must be positive"),
@@ -724,7 +724,7 @@ BAD: list[tuple[Callable[[], Any], str]] = [
     ),
     (
         lambda: sliced_fisher_divergence(Gaussian(0.0), Gaussian(1.0), torch.ones(3), 0),
-        "projections must be",
+        "num_projections must be",
     ),
     (
         lambda: sliced_fisher_divergence(Gaussian(0.0), Gaussian(1.0), torch.ones(3), law="cube"),

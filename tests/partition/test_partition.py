@@ -359,7 +359,7 @@ run("both ways deep", deep(), lambda e: partition.bracket(e, betas=30).combined)
 run("SMC RBM", oracle(), lambda e: partition.smc(e, base(e), num_particles=256))
 run("SMC GRBM", grbm(), lambda e: partition.smc(e, num_particles=256))
 run("SMC deep", deep(), lambda e: partition.smc(e, num_particles=256))
-run("SMC Ising", ISING, lambda e: partition.smc(e, num_particles=128, moves=2))
+run("SMC Ising", ISING, lambda e: partition.smc(e, num_particles=128, num_moves=2))
 run(
     "SMC double well",
     DoubleWell(dtype=F64),
@@ -487,7 +487,7 @@ def test_kinds() -> None:
     assert partition.smc(energy, wide, MALA(), 64).kind == "estimate"
     pilot = partition.estimators.tempered_smc(energy, wide, MALA(), 64)
     assert partition.smc(energy, wide, MALA(), 64, pilot=pilot, seed=1).kind == "lower"
-    assert partition.bridge(energy, base=wide, num_draws=100).kind == "estimate"
+    assert partition.bridge(energy, base=wide, num_samples=100).kind == "estimate"
     assert (
         partition.importance(energy, dist.Normal(torch.tensor(-1.0, dtype=F64), 1.2), 100).kind
         == "lower"
@@ -840,11 +840,11 @@ def test_base_rates_are_those_of_the_data() -> None:
     torch.testing.assert_close(
         sites(torch.ones(1, 3, 3, dtype=F64)), torch.tensor([-9 * math.log(7 / 8)], dtype=F64)
     )
-    colours = partition.base_rates(Potts((3,), 3, dtype=F64))
-    draws = colours.sample(3000, torch.Generator().manual_seed(0))
+    colors = partition.base_rates(Potts((3,), 3, dtype=F64))
+    draws = colors.sample(3000, torch.Generator().manual_seed(0))
     mean, se = mean_and_se(draws[:, 0, 0])
     within_se(mean, 1 / 3, se)
-    assert math.isclose(partition.exact(colours * 1.0).value, 0.0, abs_tol=1e-12)
+    assert math.isclose(partition.exact(colors * 1.0).value, 0.0, abs_tol=1e-12)
     x = torch.randn(500, 2, generator=torch.Generator().manual_seed(0), dtype=F64) * 3.0 + 1.0
     normal = partition.base_rates(grbm(), x)
     assert isinstance(normal, Layers)
@@ -1084,8 +1084,8 @@ LARGE = BernoulliRBM(40, 30, dtype=F64)
             r"draws must have shape \(n, \*event\)",
         ),
         (
-            lambda: partition.bridge(oracle(), num_draws=1),
-            "num_draws must be an integer of at least 2",
+            lambda: partition.bridge(oracle(), num_samples=1),
+            "num_samples must be an integer of at least 2",
         ),
         (
             lambda: partition.thermodynamic_integration(oracle(), num_temperatures=1),

@@ -89,10 +89,10 @@ CASES: dict[str, tuple[Callable[..., None], tuple[Any, ...], int]] = {
     ),
 }
 FLOWS: dict[str, Callable[[int], Flow]] = {
-    "NICE": lambda d: NICE(d, couplings=2, hidden_sizes=(8,), dtype=torch.float64),
-    "RealNVP": lambda d: RealNVP(d, layers=2, hidden_sizes=(8,), dtype=torch.float64),
+    "NICE": lambda d: NICE(d, num_layers=2, hidden_sizes=(8,), dtype=torch.float64),
+    "RealNVP": lambda d: RealNVP(d, num_layers=2, hidden_sizes=(8,), dtype=torch.float64),
     "redundant": lambda d: RedundantNICE(
-        d, d + 2, couplings=2, hidden_sizes=(8,), dtype=torch.float64
+        d, d + 2, num_layers=2, hidden_sizes=(8,), dtype=torch.float64
     ),
 }
 every_case = pytest.mark.parametrize("case", CASES)
@@ -343,9 +343,9 @@ def test_constrained_conjugate_posteriors_are_exact_after_weighting(name: str) -
 def test_eight_schools_agrees_with_the_reference_after_weighting(name: str) -> None:
     """Against posteriordb's reference draws of eight_schools_noncentered, ten thousand of them."""
     flow = (
-        RealNVP(10, layers=4, hidden_sizes=(32,))
+        RealNVP(10, num_layers=4, hidden_sizes=(32,))
         if name == "RealNVP"
-        else RedundantNICE(10, 12, couplings=4, hidden_sizes=(32,))
+        else RedundantNICE(10, 12, num_layers=4, hidden_sizes=(32,))
     )
     guide = FlowGuide(eight_schools, flow)
     energy = trained(

@@ -86,8 +86,8 @@ TARGETS: dict[str, Callable[..., Target]] = {
     "funnel": Funnel,
     "funnel2": partial(Funnel, dim=2, variance=3.0),
     "rosenbrock": Rosenbrock,
-    "many_well": partial(ManyWell, pairs=3),
-    "many_well_pair": partial(ManyWell, pairs=1),
+    "many_well": partial(ManyWell, num_pairs=3),
+    "many_well_pair": partial(ManyWell, num_pairs=1),
     "many_well_32": ManyWell,
     "ring": Ring,
     "half_disc": HalfDisc,
@@ -553,7 +553,7 @@ def test_many_well_numbers() -> None:
     assert float(ManyWell(2, torch.float64).mode_weights[2]) == pytest.approx(
         e.left_mass * (1 - e.left_mass)
     )
-    many = ManyWell(pairs=17)
+    many = ManyWell(num_pairs=17)
     assert many.mode_weights is None
     with pytest.raises(NotImplementedError, match="mode_weights is None"):
         many.mode_of(torch.zeros(34))
@@ -727,7 +727,7 @@ def test_a_target_without_truth_says_none() -> None:
         (lambda: Rosenbrock(noise=0.0), "noise must be positive"),
         (lambda: Funnel(dim=1), "dim must be at least 2, got dim=1"),
         (lambda: Funnel(variance=0.0), "variance must be positive"),
-        (lambda: ManyWell(0), "pairs must be at least 1, got pairs=0"),
+        (lambda: ManyWell(0), "num_pairs must be at least 1, got num_pairs=0"),
         (lambda: Exponential(0.0), "rate must be positive"),
         (lambda: Gamma(1.0, -1.0), "rate must be positive"),
         (lambda: Gamma(torch.ones(2), torch.ones(3)), r"shape \(2,\), rate \(3,\)"),

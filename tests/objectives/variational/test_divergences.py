@@ -67,7 +67,7 @@ TARGET = Gaussian([0.5, -0.5], covariance=[[1.0, 0.6], [0.6, 0.8]], dtype=torch.
 
 
 def linear(dim: int = 2) -> NICE:
-    return NICE(dim, couplings=0)
+    return NICE(dim, num_layers=0)
 
 
 # What every objective of a flow does, from a constructor that is given draws of the target
@@ -149,7 +149,7 @@ def test_the_best_linear_flow_on_draws_has_their_covariance() -> None:
 
 @pytest.mark.parametrize(
     "make",
-    [linear, lambda: stirred(NICE(2, couplings=2, hidden_sizes=(8,)))],
+    [linear, lambda: stirred(NICE(2, num_layers=2, hidden_sizes=(8,)))],
     ids=["linear", "nice"],
 )
 def test_path_gradients_have_the_mean_of_the_total_ones(make: object) -> None:
@@ -168,7 +168,7 @@ def test_path_gradients_have_the_mean_of_the_total_ones(make: object) -> None:
 def test_path_gradients_reach_a_learned_base() -> None:
     base = MixtureBase(2, 3, learn_weights=True, dtype=torch.float64)
     flow, draws = (
-        stirred(NICE(2, couplings=1, hidden_sizes=(4,), base=base)),
+        stirred(NICE(2, num_layers=1, hidden_sizes=(4,), base=base)),
         TARGET.sample(20_000, seeded()),
     )
     total, path = (
@@ -218,7 +218,7 @@ def test_weights_choose_the_draws() -> None:
 def test_redundant_latents_enter_forward_kl_as_they_should() -> None:
     """For a flow whose y is independent of x and the standard normal, the loss is that of x
     alone."""
-    wide, plain = RedundantNICE(2, 3, couplings=0), linear()
+    wide, plain = RedundantNICE(2, 3, num_layers=0), linear()
     draws = TARGET.sample(5000, seeded())
     found, facts = ForwardKL(draws)(wide, TARGET, num_samples=5000, generator=seeded(1))
     assert float(found.detach()) == pytest.approx(
@@ -229,7 +229,7 @@ def test_redundant_latents_enter_forward_kl_as_they_should() -> None:
 
 def test_forward_kl_finds_both_modes_and_reverse_kl_need_not() -> None:
     energy = GaussianMixture([[-4.0, 0.0], [4.0, 0.0]], scale=0.7, weights=[0.8, 0.2])
-    flow = RedundantNICE(2, 3, couplings=6, hidden_sizes=(32, 32))
+    flow = RedundantNICE(2, 3, num_layers=6, hidden_sizes=(32, 32))
     for _ in fit_flow(
         flow,
         energy,
@@ -248,7 +248,7 @@ def test_forward_kl_finds_both_modes_and_reverse_kl_need_not() -> None:
 
 
 def test_log_variance_is_half_the_variance_of_the_log_weights() -> None:
-    flow, energy = stirred(NICE(2, couplings=2, hidden_sizes=(8,))), TARGET
+    flow, energy = stirred(NICE(2, num_layers=2, hidden_sizes=(8,))), TARGET
     loss, facts = LogVariance()(flow, energy, num_samples=4000, generator=seeded())
     z = flow.draw_noise(4000, seeded())
     x, log_q = flow.push(z)
@@ -258,7 +258,7 @@ def test_log_variance_is_half_the_variance_of_the_log_weights() -> None:
 
 
 def test_on_policy_its_gradient_is_that_of_the_reverse_divergence() -> None:
-    flow = stirred(NICE(2, couplings=2, hidden_sizes=(8,)))
+    flow = stirred(NICE(2, num_layers=2, hidden_sizes=(8,)))
     ours, reverse = (
         many(kind, flow, TARGET, 60, 500) for kind in (LogVariance(), ReverseKL(gradient="total"))
     )

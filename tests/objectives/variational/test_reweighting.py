@@ -212,7 +212,7 @@ def test_the_temperature_is_bounded_by_the_call_and_stays_between_refreshes() ->
 def test_a_linear_flow_becomes_the_gaussian_of_the_temperature(beta: float) -> None:
     covariance = torch.tensor([[1.0, 0.6], [0.6, 0.8]])
     energy = Gaussian([0.5, -0.5], covariance=covariance)
-    flow = NICE(2, couplings=0)
+    flow = NICE(2, num_layers=0)
     objective = AnnealedReweighting()
     # the schedule of fit_flow ends at 1: the energy is that of the temperature
     steps = fit_flow(
@@ -229,7 +229,7 @@ def test_a_linear_flow_becomes_the_gaussian_of_the_temperature(beta: float) -> N
 
 def test_a_flow_that_cannot_carry_the_target_says_at_which_temperature_it_stays() -> None:
     energy = GaussianMixture([[-6.0, 0.0], [6.0, 0.0]], scale=0.4)
-    flow = RealNVP(2, layers=0, scale=4.0)
+    flow = RealNVP(2, num_layers=0, scale=4.0)
     steps = fit_flow(
         flow, energy, AnnealedReweighting(), steps=300, num_samples=200, lr=0.02, beta_start=0.01
     )
@@ -247,7 +247,7 @@ def test_it_keeps_a_small_mode() -> None:
     masses = []
     for seed in range(12):
         flow, objective = (
-            RealNVP(2, layers=4, hidden_sizes=(32,), scale=3.0, seed=seed),
+            RealNVP(2, num_layers=4, hidden_sizes=(32,), scale=3.0, seed=seed),
             AnnealedReweighting(buffer_size=2048),
         )
         for _ in fit_flow(
@@ -290,7 +290,7 @@ def test_the_buffer_is_kept_saved_and_taken_back() -> None:
 def test_a_run_of_one_seed_repeats_itself_and_of_another_does_not() -> None:
     losses = []
     for seed in (0, 0, 1):
-        flow = NICE(2, couplings=2, hidden_sizes=(8,))
+        flow = NICE(2, num_layers=2, hidden_sizes=(8,))
         steps = fit_flow(
             flow,
             Gaussian([1.0, 0.0]),

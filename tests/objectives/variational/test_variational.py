@@ -40,7 +40,7 @@ from pyroebm.targets import DoubleWell, Gaussian
 def redundant(
     dim: int = 1, total_dim: int = 2, hidden: int = 8, scale: float = 0.15
 ) -> RedundantNICE:
-    flow = RedundantNICE(dim, total_dim, couplings=2, hidden_sizes=(hidden,), dtype=F64)
+    flow = RedundantNICE(dim, total_dim, num_layers=2, hidden_sizes=(hidden,), dtype=F64)
     stirred(flow, scale=scale)
     return flow
 
@@ -143,7 +143,7 @@ def test_j_of_two_dimensions_is_the_written_formula() -> None:
 
 @pytest.mark.parametrize("dim", [1, 3])
 def test_j_of_a_gaussian_target_is_the_analytic_divergence(dim: int) -> None:
-    flow = NICE(dim, couplings=0, dtype=F64)
+    flow = NICE(dim, num_layers=0, dtype=F64)
     stirred(flow, scale=0.5)
     s, c = flow.linear.matrix().detach(), flow.transform.parts[-1].offset.detach()
     covariance = torch.eye(dim, dtype=F64) + 0.3
@@ -549,7 +549,7 @@ def test_frozen_parameters_stay() -> None:
 
 def test_fit_of_a_gaussian_finds_it() -> None:
     energy = Gaussian([0.5, -0.5], covariance=[[1.0, 0.6], [0.6, 0.8]], dtype=F64)
-    flow = NICE(2, couplings=2, hidden_sizes=(8,), dtype=F64)
+    flow = NICE(2, num_layers=2, hidden_sizes=(8,), dtype=F64)
     start = evaluate_j(flow, energy, 5000)[0]
     run(flow, energy, objective=ReverseKL(), steps=400, num_samples=64, lr=0.02)
     value, se = evaluate_j(flow, energy, 5000)
@@ -632,7 +632,7 @@ def test_choice_of_total_dim_takes_makers_and_refuses() -> None:
 
     def make(dim: int, total_dim: int) -> Flow:
         made.append((dim, total_dim))
-        return RedundantNICE(dim, total_dim, couplings=1, hidden_sizes=(4,), dtype=F64)
+        return RedundantNICE(dim, total_dim, num_layers=1, hidden_sizes=(4,), dtype=F64)
 
     found = select_total_dim(energy, make_flow=make, steps=1, num_samples=4, evaluation_samples=10)
     assert made == [(2, 2), (2, 3), (2, 4)]
@@ -686,7 +686,7 @@ class _Uncarried(AdditiveCoupling):
 
 
 def test_mutant_stl_that_does_not_carry_the_score_is_caught() -> None:
-    flow = stirred(NICE(2, couplings=2, hidden_sizes=(8,), dtype=F64), scale=0.15)
+    flow = stirred(NICE(2, num_layers=2, hidden_sizes=(8,), dtype=F64), scale=0.15)
     check_stl_has_no_noise_at_the_optimum(flow)
     flow.transform.parts[0].__class__ = _Uncarried
     with pytest.raises(AssertionError, match="the path derivative is not 0"):
@@ -694,7 +694,7 @@ def test_mutant_stl_that_does_not_carry_the_score_is_caught() -> None:
 
 
 def test_mutant_stl_without_detached_parameters_is_caught() -> None:
-    flow = stirred(_NotDetached(2, couplings=2, hidden_sizes=(8,), dtype=F64), scale=0.15)
+    flow = stirred(_NotDetached(2, num_layers=2, hidden_sizes=(8,), dtype=F64), scale=0.15)
     with pytest.raises(AssertionError, match="the path derivative is not 0"):
         check_stl_has_no_noise_at_the_optimum(flow)
 
