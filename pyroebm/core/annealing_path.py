@@ -90,8 +90,8 @@ class Path(Energy):
         with torch.no_grad():
             return self.energy(x) if self.reference is None else self.energy(x) - self.reference(x)
 
-    def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        return self.energy.initial(n, generator)
+    def initial(self, num_chains: int, generator: torch.Generator | None = None) -> Tensor:
+        return self.energy.initial(num_chains, generator)
 
     def _site_logits(self, x: Tensor, site: Tensor) -> Tensor:
         """What :class:`pyroebm.kernels.gibbs.HasSiteLogits` asks for, where both ends have it."""
@@ -175,13 +175,13 @@ class DistributionEnergy(Energy):
         values = -self.distribution.log_prob(torch.where(where, x, self._legal))
         return torch.where(legal, values, torch.inf)
 
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+    def sample(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
         where = self.device if generator is None else generator.device
         seed = int(torch.randint(2**63 - 1, (), generator=generator, device=where))
         seeded = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
         with torch.random.fork_rng(seeded), torch.no_grad():
             torch.manual_seed(seed)
-            return self.distribution.sample((n,)).to(self.dtype)
+            return self.distribution.sample((num_samples,)).to(self.dtype)
 
 
 def in_the_coordinates_of(energy: Energy, reference: Energy) -> Energy:

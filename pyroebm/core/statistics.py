@@ -190,7 +190,7 @@ def effective(log_weights: Tensor) -> float:
     return float(ratio.sum() ** 2 / ratio.square().sum())
 
 
-def too_few(ess: float, n: int) -> bool:
+def too_few(ess: float, num_samples: int) -> bool:
     """Whether n weights are too unequal to show how much their mean scatters.
 
     The largest weights then decide the mean, and larger ones have not been drawn yet, so that the
@@ -199,7 +199,7 @@ def too_few(ess: float, n: int) -> bool:
     of 100 cases where it is so, else in 2 of 100 for 50 weights, 4 of 1,000 for 100, 1 of 1,000 for
     200 and less than 2 of 10,000 from 500 on.
     """
-    return ess <= min(0.25 * n, ENOUGH)
+    return ess <= min(0.25 * num_samples, ENOUGH)
 
 
 def log_mean(log_weights: Tensor) -> LogMean:

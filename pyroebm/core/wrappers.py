@@ -99,11 +99,15 @@ class Conditioned(Energy):
     def forward(self, x: Tensor) -> Tensor:
         return self.energy(self.complete(x))
 
-    def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+    def initial(self, num_chains: int, generator: torch.Generator | None = None) -> Tensor:
         # the inner energy knows its domain best
-        states = self.energy.initial(n, generator)[:, ~self.mask]
+        states = self.energy.initial(num_chains, generator)[:, ~self.mask]
         with torch.no_grad():
-            return states if torch.isfinite(self(states)).all() else super().initial(n, generator)
+            return (
+                states
+                if torch.isfinite(self(states)).all()
+                else super().initial(num_chains, generator)
+            )
 
 
 def _log_softplus(g: Tensor) -> Tensor:
@@ -202,8 +206,8 @@ class Relaxed(Energy):
     def forward(self, x: Tensor) -> Tensor:
         return self.energy(x)
 
-    def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        return self.energy.initial(n, generator)
+    def initial(self, num_chains: int, generator: torch.Generator | None = None) -> Tensor:
+        return self.energy.initial(num_chains, generator)
 
 
 class Compressed(Energy):
@@ -240,8 +244,8 @@ class Compressed(Energy):
         above = torch.log1p((values - self.height).clamp(min=0.0)) + self.height
         return torch.where(values > self.height, above, values)  # a NaN stays one
 
-    def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        return self.energy.initial(n, generator)
+    def initial(self, num_chains: int, generator: torch.Generator | None = None) -> Tensor:
+        return self.energy.initial(num_chains, generator)
 
 
 def check_weighable(energy: Energy) -> None:
@@ -298,8 +302,8 @@ class Unconstrained(Energy):
         """Whether the inner energy can be sampled exactly."""
         return self.energy.has_exact_draws
 
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        return self.unconstrain(self.energy.sample(n, generator))
+    def sample(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
+        return self.unconstrain(self.energy.sample(num_samples, generator))
 
     def forward(self, u: Tensor) -> Tensor:
         if self._as_is:
@@ -318,8 +322,8 @@ class Unconstrained(Energy):
         """The inverse of :meth:`constrain`."""
         return x if self._as_is else self.transform.inv(x)
 
-    def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        return self.unconstrain(self.energy.initial(n, generator))
+    def initial(self, num_chains: int, generator: torch.Generator | None = None) -> Tensor:
+        return self.unconstrain(self.energy.initial(num_chains, generator))
 
 
 class PotentialFn:

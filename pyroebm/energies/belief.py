@@ -128,18 +128,18 @@ class DeepBeliefNetwork(nn.Module):
         return states
 
     def sample(
-        self, n: int, generator: torch.Generator | None = None, num_steps: int = 1000
+        self, num_samples: int, generator: torch.Generator | None = None, num_steps: int = 1000
     ) -> Tensor:
-        """``n`` draws of v: of the top, and one pass down.
+        """``num_samples`` draws of v: of the top, and one pass down.
 
         Exact where the top can be enumerated, else after ``num_steps`` of Gibbs sampling in it,
         from its visible biases.
         """
         with torch.no_grad():
             if self.top.has_exact_draws:
-                return self.down(self.top.sample(n, generator), generator)[0]
+                return self.down(self.top.sample(num_samples, generator), generator)[0]
             layers = self.top.layers()
-            state = layers.draw(0, self.top.visible_bias.expand(n, -1), generator)
+            state = layers.draw(0, self.top.visible_bias.expand(num_samples, -1), generator)
             for _ in range(num_steps):
                 hidden = layers.draw(1, layers.field(1, [state, None]), generator)
                 state = layers.draw(0, layers.field(0, [None, hidden]), generator)
@@ -296,9 +296,9 @@ class BeliefJoint(Energy):
         """Where the top has them."""
         return self.network.top.has_exact_draws
 
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+    def sample(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
         with torch.no_grad():
-            top = self.network.top.draw_layers(n, generator)
+            top = self.network.top.draw_layers(num_samples, generator)
             return torch.cat([*self.network.down(top[0], generator), *top[1:]], -1)
 
 

@@ -240,13 +240,13 @@ class BoltzmannMachine(Energy):
         """Where all states can be enumerated."""
         return self._is_small
 
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+    def sample(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
         if not self._is_small:
-            return super().sample(n, generator)
+            return super().sample(num_samples, generator)
         with torch.no_grad():
             log_p = torch.cat([-self(x) for x in self._states(self.event_shape[0])])
         return self._values(
-            bits_of(draw_numbers(log_p, n, generator), self.event_shape[0], self.dtype)
+            bits_of(draw_numbers(log_p, num_samples, generator), self.event_shape[0], self.dtype)
         )
 
     def _values(self, bits: Tensor) -> Tensor:
@@ -299,5 +299,5 @@ class Marginal(Energy):
         """Where the machine has them."""
         return self.machine.has_exact_draws
 
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        return self.machine.sample(n, generator)[:, : self.machine.num_visible]
+    def sample(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
+        return self.machine.sample(num_samples, generator)[:, : self.machine.num_visible]

@@ -146,8 +146,8 @@ class GivenClass(Energy):
         classes = self.y.reshape(-1, *[1] * (len(batch) - 1)) if self.y.dim() else self.y
         return self.classifier.unchecked_joint_energy(x, classes.expand(batch))
 
-    def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        return self.classifier.initial(n, generator)
+    def initial(self, num_chains: int, generator: torch.Generator | None = None) -> Tensor:
+        return self.classifier.initial(num_chains, generator)
 
 
 def check_labels(y: Tensor, batch: Sequence[int], num_classes: int) -> None:

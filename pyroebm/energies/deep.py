@@ -197,9 +197,9 @@ class DeepBoltzmannMachine(LayeredEnergy):
         first = layers.biases[1] + visible @ layers.weights[0]
         return Layers(layers.weights[1:], (first, *layers.biases[2:]), None, offset)
 
-    def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+    def initial(self, num_chains: int, generator: torch.Generator | None = None) -> Tensor:
         """Bits from fair coins; Gaussian visible units from their law given those."""
-        hidden = super().initial(n, generator)
+        hidden = super().initial(num_chains, generator)
         layers = self.layers()
         if layers.precision is None:
             return hidden

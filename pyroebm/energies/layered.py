@@ -93,19 +93,21 @@ class LayeredMachine(Energy):
         """Where the smaller side can be enumerated."""
         return self._is_small
 
-    def draw_layers(self, n: int, generator: torch.Generator | None = None) -> list[Tensor]:
-        """``n`` exact independent draws of all layers; NotImplementedError where none are to be
-        had."""
+    def draw_layers(
+        self, num_samples: int, generator: torch.Generator | None = None
+    ) -> list[Tensor]:
+        """``num_samples`` exact independent draws of all layers; NotImplementedError where none are
+        to be had."""
         if not self._is_small:
             raise NotImplementedError(
                 f"{type(self).__name__} is too large for exact draws; sample joint() with"
                 " BlockGibbs"
             )
         with torch.no_grad():
-            return self.layers().sample(n, generator)
+            return self.layers().sample(num_samples, generator)
 
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        return self.draw_layers(n, generator)[0]
+    def sample(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
+        return self.draw_layers(num_samples, generator)[0]
 
 
 class LayeredEnergy(LayeredMachine):
@@ -164,8 +166,8 @@ class LayeredEnergy(LayeredMachine):
         layers, index = self.layers(), list(self.blocks).index(block)
         return layers.law(index, layers.field(index, layers.split(x)))
 
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        return torch.cat(self.draw_layers(n, generator), -1)
+    def sample(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
+        return torch.cat(self.draw_layers(num_samples, generator), -1)
 
 
 class Joint(LayeredEnergy):
@@ -192,8 +194,8 @@ class Joint(LayeredEnergy):
     def marginal(self) -> Energy:
         return self.machine
 
-    def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        layers, visible = self.layers(), self.machine.initial(n, generator)
+    def initial(self, num_chains: int, generator: torch.Generator | None = None) -> Tensor:
+        layers, visible = self.layers(), self.machine.initial(num_chains, generator)
         with torch.no_grad():
             return torch.cat(
                 [visible, layers.draw(1, layers.field(1, [visible, None]), generator)], -1

@@ -127,14 +127,14 @@ class NeuralEnergy(Energy):
         self.centre.copy_(data.mean(0))
         self.scale.fill_(factor * spread)
 
-    def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+    def initial(self, num_chains: int, generator: torch.Generator | None = None) -> Tensor:
         """Starting states; with an envelope on R^d they are drawn from its normal law, cut to half
         its width."""
         if self.scale is None or not is_real(self.support):
-            return super().initial(n, generator)
+            return super().initial(num_chains, generator)
         where = self.device if generator is None else generator.device
         noise = torch.randn(
-            (n, *self.event_shape), generator=generator, dtype=self.dtype, device=where
+            (num_chains, *self.event_shape), generator=generator, dtype=self.dtype, device=where
         ).to(self.device)
         return self.centre + 0.5 * self.scale * noise
 

@@ -39,9 +39,13 @@ class Base(Saved):
         self.dim = dim
 
     def draw(
-        self, n: int, generator: torch.Generator | None, dtype: torch.dtype, device: torch.device
+        self,
+        num_samples: int,
+        generator: torch.Generator | None,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> Tensor:
-        """``n`` draws of z with gradients in the parameters, shape ``(n, D)``."""
+        """``num_samples`` draws of z with gradients in the parameters, shape ``(n, D)``."""
         raise NotImplementedError(
             f"{type(self).__name__} must define draw(n, generator, dtype, device) -> z"
         )
@@ -68,9 +72,13 @@ class StandardNormal(Base):
     """
 
     def draw(
-        self, n: int, generator: torch.Generator | None, dtype: torch.dtype, device: torch.device
+        self,
+        num_samples: int,
+        generator: torch.Generator | None,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> Tensor:
-        return standard_normal((n, self.dim), generator, dtype, device)
+        return standard_normal((num_samples, self.dim), generator, dtype, device)
 
     def log_prob(self, z: Tensor) -> Tensor:
         return -0.5 * (z.square().sum(-1) + self.dim * LOG_2PI)
@@ -153,13 +161,17 @@ class MixtureBase(Base):
         return self.logits.softmax(0)
 
     def draw(
-        self, n: int, generator: torch.Generator | None, dtype: torch.dtype, device: torch.device
+        self,
+        num_samples: int,
+        generator: torch.Generator | None,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> Tensor:
-        u = uniform((n, 1), generator, dtype, device)
+        u = uniform((num_samples, 1), generator, dtype, device)
         # the last sum may be rounded to below u
         k = (u > self.weights.detach().cumsum(0)).sum(-1).clamp(max=len(self.logits) - 1)
         z = self.loc[k] + self.log_scale[k].exp() * standard_normal(
-            (n, self.dim), generator, dtype, device
+            (num_samples, self.dim), generator, dtype, device
         )
         if not self.logits.requires_grad:
             return z
@@ -256,10 +268,14 @@ class StudentBase(Base):
         return dist.StudentT(self.df, validate_args=False)
 
     def draw(
-        self, n: int, generator: torch.Generator | None, dtype: torch.dtype, device: torch.device
+        self,
+        num_samples: int,
+        generator: torch.Generator | None,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> Tensor:
         with drawing_from(generator):
-            return self._law().rsample((n,))
+            return self._law().rsample((num_samples,))
 
     def log_prob(self, z: Tensor) -> Tensor:
         return self._law().log_prob(z).sum(-1)

@@ -93,22 +93,22 @@ class ImportanceResult:
         error = (weights * (values - mean)).square().sum(0).sqrt()
         return mean, torch.full_like(error, math.inf) if too_few(self.ess, len(self.x)) else error
 
-    def resample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """``n`` independent draws from the weighted ones, shape ``(n, *event)``: nearly from p
-        where ``ess`` is large.
+    def resample(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
+        """``num_samples`` independent draws from the weighted ones, shape ``(n, *event)``: nearly
+        from p where ``ess`` is large.
 
         Raises:
-            ValueError: if ``n`` < 1.
+            ValueError: if ``num_samples`` < 1.
         """
-        if n < 1:
-            raise ValueError(f"n must be at least 1, got n={n}")
-        return self.x[draw_numbers(self.log_weights, n, generator)]
+        if num_samples < 1:
+            raise ValueError(f"num_samples must be at least 1, got num_samples={num_samples}")
+        return self.x[draw_numbers(self.log_weights, num_samples, generator)]
 
 
 def importance_sample(
     proposal: Flow | Distribution,
     energy: Energy,
-    n: int = 100_000,
+    num_samples: int = 100_000,
     *,
     seed: int = 0,
     generator: torch.Generator | None = None,
@@ -127,7 +127,7 @@ def importance_sample(
         proposal: a flow for the energy, or a Pyro distribution of the energy's event shape. The
             latter draws from torch's global generator, which is seeded for it and put back.
         energy: U.
-        n: number of draws.
+        num_samples: number of draws.
         seed: of a generator on the proposal's device.
         generator: in place of ``seed``.
         batch_size: draws evaluated at once.
@@ -137,7 +137,8 @@ def importance_sample(
         draws, weights and what they say; gradients are not kept.
 
     Raises:
-        ValueError: if ``n`` or ``batch_size`` < 1, or if shapes, dtypes or devices do not fit.
+        ValueError: if ``num_samples`` or ``batch_size`` < 1, or if shapes, dtypes or devices do not
+            fit.
         FloatingPointError: if a log weight is NaN or +inf (with their numbers), or if every weight
             is 0.
 
@@ -148,7 +149,7 @@ def importance_sample(
         >>> abs(result.log_z - 0.5 * math.log(2 * math.pi)) < 5 * result.log_z_se
         True
     """
-    for name, value in (("n", n), ("batch_size", batch_size)):
+    for name, value in (("num_samples", num_samples), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {name}={value}")
     check_weighable(energy)
@@ -161,12 +162,14 @@ def importance_sample(
         if isinstance(proposal, Flow)
         else _distribution_weights(proposal, energy)
     )
-    sizes = [batch_size] * (n // batch_size) + [n % batch_size] * (n % batch_size > 0)
+    sizes = [batch_size] * (num_samples // batch_size) + [num_samples % batch_size] * (
+        num_samples % batch_size > 0
+    )
     parts = []
     with (
         torch.no_grad(),
         eval_mode(energy),
-        Progress(n, "importance sampling", "draw", progress) as shown,
+        Progress(num_samples, "importance sampling", "draw", progress) as shown,
     ):
         for size in sizes:
             parts.append(draw(size, generator))

@@ -83,9 +83,9 @@ class Generator(nn.Module):
         """s, a scalar; 0 without noise."""
         return self._anchor.new_zeros(()) if self.log_sigma is None else self.log_sigma.exp()
 
-    def draw_noise(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """``n`` draws of z, shape ``(n, latent_dim)``."""
-        return standard_normal((n, self.latent_dim), generator, self.dtype, self.device)
+    def draw_noise(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
+        """``num_samples`` draws of z, shape ``(n, latent_dim)``."""
+        return standard_normal((num_samples, self.latent_dim), generator, self.dtype, self.device)
 
     def forward(self, z: Tensor) -> Tensor:
         """g(z): ``(n, latent_dim) -> (n, *event)``."""
@@ -112,16 +112,16 @@ class Generator(nn.Module):
         )
 
     @torch.no_grad()
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """``n`` draws, shape ``(n, *event_shape)``, in eval mode: batch normalisation takes its
-        running statistics, so that a row does not depend on the others.
+    def sample(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
+        """``num_samples`` draws, shape ``(n, *event_shape)``, in eval mode: batch normalisation
+        takes its running statistics, so that a row does not depend on the others.
 
         Raises:
-            ValueError: if ``n`` < 1.
+            ValueError: if ``num_samples`` < 1.
         """
-        check_counts({"n": 1}, n)
+        check_counts({"num_samples": 1}, num_samples)
         with eval_mode(self):
-            return self.emit(self.draw_noise(n, generator), generator)
+            return self.emit(self.draw_noise(num_samples, generator), generator)
 
 
 class MLPGenerator(Generator):

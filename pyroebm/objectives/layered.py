@@ -107,7 +107,7 @@ class Contrast(torch.autograd.Function):
 
 
 def contrast(
-    layers: Layers, even: Kept, fields: dict[int, Tensor], n: int
+    layers: Layers, even: Kept, fields: dict[int, Tensor], num_data: int
 ) -> tuple[Tensor, dict[str, Tensor]]:
     r""":math:`\frac1n \sum F - \frac1m \sum F` of the first n rows and of the m others, and facts.
 
@@ -116,17 +116,20 @@ def contrast(
         even: rows of the even layers, or of their means; None for the odd ones, which are summed
             out.
         fields: of the odd layers.
-        n: rows of data.
+        num_data: rows of data.
     """
     with torch.no_grad():
         x = [layers.mean(k, fields[k]) if kept is None else kept for k, kept in enumerate(even)]
         free = layers.free_energy(even, fields)
-        data, model = free[:n].mean(), free[n:].mean()
+        data, model = free[:num_data].mean(), free[num_data:].mean()
         signs = torch.cat(
-            [free.new_full((n,), -1.0 / n), free.new_full((len(free) - n,), 1.0 / (len(free) - n))]
+            [
+                free.new_full((num_data,), -1.0 / num_data),
+                free.new_full((len(free) - num_data,), 1.0 / (len(free) - num_data)),
+            ]
         )
         facts = {"energy_data": data, "energy_model": model, "energy_gap": data - model}
-        facts |= {f"mean_{k}": layer[:n].mean(0) for k, layer in enumerate(x)}
+        facts |= {f"mean_{k}": layer[:num_data].mean(0) for k, layer in enumerate(x)}
     own = [
         *layers.weights,
         *layers.biases,

@@ -201,7 +201,7 @@ def _integral(slopes: Tensor, betas: Tensor) -> Tensor:
 def importance(
     energy: Energy,
     proposal: Flow | Distribution,
-    n: int = 100_000,
+    num_samples: int = 100_000,
     *,
     seed: int = 0,
     generator: torch.Generator | None = None,
@@ -213,7 +213,7 @@ def importance(
     Args:
         energy: discrete or continuous.
         proposal: normalised, of the energy's event shape, and nowhere 0 where the energy is finite.
-        n: number of draws.
+        num_samples: number of draws.
         seed, generator, progress: of :func:`pyroebm.flows.importance_sample`.
 
     Returns:
@@ -232,7 +232,7 @@ def importance(
     """
     check_energy(energy)
     found = importance_sample(
-        proposal, energy, n, seed=seed, generator=generator, progress=progress
+        proposal, energy, num_samples, seed=seed, generator=generator, progress=progress
     )
     method = f"importance sampling, Pareto k {found.pareto_k:.2f}"
     return LogZ(found.log_z, found.log_z_se, "lower", method, found.ess, found.log_weights)

@@ -84,9 +84,9 @@ class LayeredPath:
         kept = [part if layer in self.kept else None for layer, part in enumerate(x)]
         return Walkers(kept, {layer: self.target.field(layer, kept) for layer in self.summed})
 
-    def draw_base(self, n: int, generator: torch.Generator | None = None) -> Walkers:
+    def draw_base(self, num_samples: int, generator: torch.Generator | None = None) -> Walkers:
         """Exact draws at temperature 0."""
-        return self.enter(draw_independent(self.base, self.kept, n, generator))
+        return self.enter(draw_independent(self.base, self.kept, num_samples, generator))
 
     def log_weight(self, walkers: Walkers, beta: float, then: float) -> Tensor:
         r""":math:`\log w_\beta^{\beta'}` in float64, shape ``(rows,)``. Units are subtracted before

@@ -57,8 +57,8 @@ class _Bent(Target):
         (m, v), (bend, _) = self.first, self.curve
         return self._number([v, bend**2 * (2.0 * v * v + 4.0 * m * m * v) + self.noise])
 
-    def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        return self._within_two_deviations(n, generator)
+    def initial(self, num_chains: int, generator: torch.Generator | None = None) -> Tensor:
+        return self._within_two_deviations(num_chains, generator)
 
     def _draw(self, n: int, generator: torch.Generator | None) -> Tensor:
         (m, v), (bend, shift) = self.first, self.curve

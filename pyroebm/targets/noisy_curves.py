@@ -29,8 +29,8 @@ class Plane(Target):
     def _log_z(self) -> float:
         return 0.0
 
-    def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        return self._within_two_deviations(n, generator)
+    def initial(self, num_chains: int, generator: torch.Generator | None = None) -> Tensor:
+        return self._within_two_deviations(num_chains, generator)
 
 
 class NoisyCurves(Plane):

@@ -98,8 +98,8 @@ class _Normals(Target):
             "...ed,...d->...e", coloring, noise.reshape(n, -1)
         ).reshape(noise.shape)
 
-    def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        return self._within_two_deviations(n, generator)
+    def initial(self, num_chains: int, generator: torch.Generator | None = None) -> Tensor:
+        return self._within_two_deviations(num_chains, generator)
 
 
 def _whiten_diagonal(scale: Tensor, loc: Tensor, stack: int) -> Tensor:

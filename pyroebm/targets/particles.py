@@ -78,16 +78,16 @@ class Particles(Target):
         return self._number(torch.zeros(self.event_shape))
 
     def _place(
-        self, n: int, generator: torch.Generator | None, radius: float, apart: float
+        self, num_chains: int, generator: torch.Generator | None, radius: float, apart: float
     ) -> Tensor:
         """Particles put one by one into a ball, each at the first of many random places that is
         clear of the others."""
-        if n < 1:
-            raise ValueError(f"n must be at least 1, got n={n}")
-        x = self._normal((n, 0, self.space), generator)
+        if num_chains < 1:
+            raise ValueError(f"num_chains must be at least 1, got num_chains={num_chains}")
+        x = self._normal((num_chains, 0, self.space), generator)
         for _ in range(self.num_particles):
-            tries = self._normal((n, 256, self.space), generator)
-            depth = self._uniform((n, 256, 1), generator) ** (1.0 / self.space)
+            tries = self._normal((num_chains, 256, self.space), generator)
+            depth = self._uniform((num_chains, 256, 1), generator) ** (1.0 / self.space)
             tries = radius * depth * tries / tries.norm(dim=-1, keepdim=True)
             nearest = (
                 torch.cdist(tries, x).amin(-1)
@@ -96,7 +96,7 @@ class Particles(Target):
             )
             clear = nearest >= apart
             chosen = torch.where(clear.any(1), clear.to(torch.int8).argmax(1), nearest.argmax(1))
-            x = torch.cat([x, tries[torch.arange(n), chosen].unsqueeze(1)], 1)
+            x = torch.cat([x, tries[torch.arange(num_chains), chosen].unsqueeze(1)], 1)
         return self.coordinates(x.to(self.dtype))
 
 
@@ -127,8 +127,8 @@ class DW4(Particles):
         off = self.squared_distances(self.positions(u)).sqrt() - 4.0
         return (off.square() * (0.9 * off.square() - 4.0)).sum(-1)
 
-    def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        return self._place(n, generator, radius=4.0, apart=1.5)
+    def initial(self, num_chains: int, generator: torch.Generator | None = None) -> Tensor:
+        return self._place(num_chains, generator, radius=4.0, apart=1.5)
 
 
 class LennardJones(Particles):
@@ -176,9 +176,9 @@ class LennardJones(Particles):
         depth = self.epsilon * (2.0 if self.convention == "twice" else 1.0)
         return depth * (sixth * (sixth - 2.0)).sum(-1) + 0.5 * u.square().sum(-1)
 
-    def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+    def initial(self, num_chains: int, generator: torch.Generator | None = None) -> Tensor:
         return self._place(
-            n, generator, radius=0.75 * self.num_particles ** (1.0 / 3.0), apart=0.85
+            num_chains, generator, radius=0.75 * self.num_particles ** (1.0 / 3.0), apart=0.85
         )
 
     def extra_repr(self) -> str:

@@ -122,8 +122,8 @@ class Checkerboard(Plane):
         # of each coordinate alone, which is uniform on [-4, 4]
         return self._number([16.0 / 3.0] * 2)
 
-    def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        return self.sample(n, generator)
+    def initial(self, num_chains: int, generator: torch.Generator | None = None) -> Tensor:
+        return self.sample(num_chains, generator)
 
     def _draw(self, n: int, generator: torch.Generator | None) -> Tensor:
         x, y, row = self._uniform((3, n), generator)

@@ -183,7 +183,7 @@ def test_expectation_and_resample_refuse() -> None:
     result = importance_sample(normal(0.0, 1.0), Gaussian(0.0, dtype=F64), 10)
     with pytest.raises(ValueError, match=r"f must map 10 draws to as many values, got shape \(\)"):
         result.expectation(torch.sum)
-    with pytest.raises(ValueError, match="n must be at least 1, got n=0"):
+    with pytest.raises(ValueError, match="num_samples must be at least 1, got num_samples=0"):
         result.resample(0)
 
 
@@ -400,7 +400,7 @@ def test_weights_that_are_all_zero_raise() -> None:
 
 def test_refusals() -> None:
     energy = Gaussian([0.0, 0.0], dtype=F64)
-    with pytest.raises(ValueError, match="n must be at least 1, got n=0"):
+    with pytest.raises(ValueError, match="num_samples must be at least 1, got num_samples=0"):
         importance_sample(NICE(2, dtype=F64), energy, 0)
     with pytest.raises(ValueError, match="batch_size=0"):
         importance_sample(NICE(2, dtype=F64), energy, 10, batch_size=0)

@@ -312,8 +312,8 @@ class Hot(Energy):
     def forward(self, x: Tensor) -> Tensor:
         return self.energy(x) / 1.03
 
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        return self.energy.sample(n, generator)
+    def sample(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
+        return self.energy.sample(num_samples, generator)
 
 
 def test_mutants_no_metropolis_and_wrong_temperature_are_caught() -> None:

@@ -134,8 +134,8 @@ class Pair(Energy):
     def forward(self, x: Tensor) -> Tensor:
         return self.energy(x).sum(-1)
 
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        return self.energy.sample(2 * n, generator).reshape(n, 2)
+    def sample(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
+        return self.energy.sample(2 * num_samples, generator).reshape(num_samples, 2)
 
 
 class Fragile(Energy):

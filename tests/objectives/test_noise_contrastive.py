@@ -97,11 +97,11 @@ class Spread(dist.Categorical):
     expectations."""
 
     def sample(self, sample_shape: Any = ()) -> Tensor:
-        n = math.prod(sample_shape)
-        counts = (self.probs * n).round().long()
+        num_samples = math.prod(sample_shape)
+        counts = (self.probs * num_samples).round().long()
         return (
             torch.arange(len(counts)).repeat_interleave(counts)
-            if n > 1
+            if num_samples > 1
             else super().sample(sample_shape)
         )
 

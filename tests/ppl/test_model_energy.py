@@ -567,7 +567,7 @@ def test_bad_data_and_bad_values_are_named() -> None:
         energy.join({"z": good["z"]})
     with pytest.raises(ValueError, match=r"'z' must have shape"):
         energy.join(energy.split(points(energy, 2)) | {"z": torch.zeros(2, 3)})
-    with pytest.raises(ValueError, match="n must be at least 1"):
+    with pytest.raises(ValueError, match="num_chains must be at least 1"):
         energy.initial(0)
 
 

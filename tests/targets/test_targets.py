@@ -263,7 +263,7 @@ def test_initial_is_legal_and_repeatable(name: str) -> None:
     assert not x.requires_grad
     assert torch.equal(x, target.initial(200, seeded()))
     assert not torch.equal(x, target.initial(200, seeded(1)))
-    with pytest.raises(ValueError, match="n must be at least 1, got n=0"):
+    with pytest.raises(ValueError, match=r"num_(chains|samples) must be at least 1, got num_\1=0"):
         target.initial(0)
 
 
@@ -290,7 +290,7 @@ def test_draws_are_legal_and_repeatable(name: str) -> None:
         first = target.sample(3)
         torch.manual_seed(5)
         assert torch.equal(first, target.sample(3))
-    with pytest.raises(ValueError, match="n must be at least 1, got n=0"):
+    with pytest.raises(ValueError, match="num_samples must be at least 1, got num_samples=0"):
         target.sample(0)
 
 
