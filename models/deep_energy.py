@@ -149,7 +149,7 @@ def judge(
         HMC(0.25, num_steps=4),
         betas,
         len(states),
-        seed=recipe.seed,
+        generator=torch.Generator().manual_seed(recipe.seed),
         progress=progress,
     )
     for name, estimate in (

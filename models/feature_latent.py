@@ -237,7 +237,7 @@ def on_digits(
         base,
         betas=20 if quick else 300,
         num_chains=100,
-        seed=recipe.seed,
+        generator=torch.Generator().manual_seed(recipe.seed),
         progress=False,
     )
     recipe.add_mean(

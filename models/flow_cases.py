@@ -84,7 +84,7 @@ class Case:
             n,
             draws=fitted.draws,
             num_distances=min(n, 4000),
-            seed=seed,
+            generator=torch.Generator().manual_seed(seed),
             progress=False,
         )
         return report, self.facts(report, fitted.energy)

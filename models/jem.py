@@ -95,7 +95,9 @@ def outliers(test: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
     """What is no digit: uniform pixels, digits with their pixels shuffled, patches of photographs,
     means of two digits; all with the same noise."""
     n = len(test)
-    patches = image_patches(n, side=8, seed=3, whiten=False, dtype=test.dtype)
+    patches = image_patches(
+        n, side=8, generator=torch.Generator().manual_seed(3), whiten=False, dtype=test.dtype
+    )
     low, high = patches.amin(1, keepdim=True), patches.amax(1, keepdim=True)
     shuffled = torch.stack([image[torch.randperm(64, generator=generator)] for image in test])
     uniform = torch.rand(n, 64, generator=generator, dtype=test.dtype)

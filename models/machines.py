@@ -193,7 +193,13 @@ def machine_bracket(
     start, joint = torch.cat(gibbs(machine, seeds, sweeps, seed + 1), 1), machine.joint()
     base = base_rates(joint, data.to(machine.dtype))
     return bracket(
-        joint, start, base, betas=temperatures, num_chains=chains, seed=seed, progress=progress
+        joint,
+        start,
+        base,
+        betas=temperatures,
+        num_chains=chains,
+        generator=torch.Generator().manual_seed(seed),
+        progress=progress,
     )
 
 

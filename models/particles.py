@@ -308,7 +308,7 @@ def judged(done: Case, *, quick: bool = False, matched: bool = False) -> Judgeme
             n,
             fresh.reshape(len(held), last, -1),
             num_distances=some,
-            seed=seed,
+            generator=torch.Generator().manual_seed(seed),
             progress=False,
         )
         between = bridge(

@@ -15,7 +15,7 @@ from torch.distributions import Distribution
 from pyroebm.core.annealing_path import DistributionEnergy, Path
 from pyroebm.core.energy import Energy, check_energy
 from pyroebm.core.progress import Progress
-from pyroebm.core.rng import seeded_generator, uniform
+from pyroebm.core.rng import uniform
 from pyroebm.core.statistics import effective, log_mean, too_few
 from pyroebm.core.wrappers import Unconstrained, eval_mode
 from pyroebm.kernels.adaptation.step_size import find_step_size
@@ -101,7 +101,6 @@ def tempered_smc(
     num_moves: int = 5,
     target_ess: float = 0.9,
     pilot: SMCResult | None = None,
-    seed: int = 0,
     generator: torch.Generator | None = None,
     progress: bool | None = None,
 ) -> SMCResult:
@@ -132,8 +131,7 @@ def tempered_smc(
             means more temperatures.
         pilot: an earlier result, whose temperatures and step sizes are taken as they are; Z is then
             unbiased.
-        seed: of a generator on the energy's device.
-        generator: in place of ``seed``.
+        generator: source of the draws; None is torch's default generator.
         progress: True shows it, False hides it, None shows it where it takes longer than a second.
 
     Raises:
@@ -171,7 +169,6 @@ def tempered_smc(
             "base must be a distribution, or an Energy with exact draws and a known log_z, got"
             f" {base}"
         )
-    generator = seeded_generator(seed, energy.device) if generator is None else generator
     target, reference = (Unconstrained(e, keep_discrete=kernel.discrete) for e in (energy, base))
     known = None if pilot is None else len(pilot.step_sizes)
     with eval_mode(energy), Progress(known, "SMC", "temperature", progress) as shown:

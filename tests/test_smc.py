@@ -54,7 +54,14 @@ def wide(dim: int | None = None, scale: float = 2.0) -> Gaussian:
     ],
 )
 def test_log_z_is_the_exact_one(energy: Energy, base: Energy, particles: int) -> None:
-    result = tempered_smc(energy, base, HMC(num_steps=4), particles, num_islands=24, seed=1)
+    result = tempered_smc(
+        energy,
+        base,
+        HMC(num_steps=4),
+        particles,
+        num_islands=24,
+        generator=torch.Generator().manual_seed(1),
+    )
     within_se(result.log_z, energy.log_z, result.log_z_se, what="log Z")
     assert result.log_z_se < 0.06
     assert result.kind == "estimate"
@@ -72,7 +79,14 @@ def test_log_z_is_the_exact_one(energy: Energy, base: Energy, particles: int) ->
 
 def test_separated_modes_get_their_weights() -> None:
     energy = separated()
-    result = tempered_smc(energy, wide(2, 5.0), HMC(num_steps=4), 512, num_islands=32, seed=2)
+    result = tempered_smc(
+        energy,
+        wide(2, 5.0),
+        HMC(num_steps=4),
+        512,
+        num_islands=32,
+        generator=torch.Generator().manual_seed(2),
+    )
     mass, se = result.expectation(lambda x: energy.mode_of(x) == 1)
     assert se < 0.01
     within_se(mass, 0.2, se)
@@ -83,9 +97,24 @@ def test_separated_modes_get_their_weights() -> None:
 def unbiased(seed: int = 3) -> SMCResult:
     """Islands of eight particles, where log Z is off by .1: their mean Z is not."""
     energy = DoubleWell(dtype=torch.float64)
-    pilot = tempered_smc(energy, wide(), MALA(), 64, num_islands=16, num_moves=2, seed=seed)
+    pilot = tempered_smc(
+        energy,
+        wide(),
+        MALA(),
+        64,
+        num_islands=16,
+        num_moves=2,
+        generator=torch.Generator().manual_seed(seed),
+    )
     return tempered_smc(
-        energy, wide(), MALA(), 8, num_islands=8_000, num_moves=2, pilot=pilot, seed=seed + 1
+        energy,
+        wide(),
+        MALA(),
+        8,
+        num_islands=8_000,
+        num_moves=2,
+        pilot=pilot,
+        generator=torch.Generator().manual_seed(seed + 1),
     )
 
 
@@ -102,7 +131,15 @@ def test_z_is_unbiased_along_the_temperatures_of_a_pilot_and_log_z_low() -> None
 def test_the_standard_error_is_the_spread_of_repeated_runs() -> None:
     energy = DoubleWell(dtype=torch.float64)
     runs = [
-        tempered_smc(energy, wide(), MALA(), 64, num_islands=8, num_moves=2, seed=seed)
+        tempered_smc(
+            energy,
+            wide(),
+            MALA(),
+            64,
+            num_islands=8,
+            num_moves=2,
+            generator=torch.Generator().manual_seed(seed),
+        )
         for seed in range(40)
     ]
     spread = torch.tensor([run.log_z for run in runs]).std()
@@ -197,7 +234,13 @@ def test_a_distribution_as_an_energy() -> None:
 
 def test_same_seed_same_particles() -> None:
     a, b, c = (
-        tempered_smc(DoubleWell(dtype=torch.float64), wide(), MALA(), 16, seed=seed)
+        tempered_smc(
+            DoubleWell(dtype=torch.float64),
+            wide(),
+            MALA(),
+            16,
+            generator=torch.Generator().manual_seed(seed),
+        )
         for seed in (0, 0, 1)
     )
     assert torch.equal(a.x, b.x)

@@ -220,7 +220,9 @@ def run_demo(out: Path, seed: int = 0, quick: bool = False, progress: bool | Non
         seconds = fit(flow, energy, steps, seeds[2], progress)
         x, facts = flow_facts(flow, energy, n, seeds[3], seconds, "j_r", progress)
         began = time.perf_counter()
-        result = importance_sample(flow, energy, n, seed=seeds[4], progress=progress)
+        result = importance_sample(
+            flow, energy, n, generator=torch.Generator().manual_seed(seeds[4]), progress=progress
+        )
         draws[total_dim] = (x, result)
         by_dim[total_dim] = (facts, _weighted_facts(result, seconds + time.perf_counter() - began))
     bounds = {1: report["nice"]["j"]} | {d: facts["j_r"] for d, (facts, _) in by_dim.items()}

@@ -11,7 +11,7 @@ from torch.distributions import Distribution
 
 from pyroebm.core.compilation import Compiled
 from pyroebm.core.energy import Energy
-from pyroebm.core.rng import seeded_generator
+from pyroebm.core.rng import draw_from, seeded_generator
 from pyroebm.core.supports import inside, same_support
 from pyroebm.core.wrappers import Unconstrained
 
@@ -138,8 +138,8 @@ class DistributionEnergy(Energy):
     :math:`\log Z = 0`.
 
     Args:
-        distribution: of Pyro or torch, with an empty batch shape. It draws from torch's global
-            generator, which is seeded for it from the generator given, and put back.
+        distribution: of Pyro or torch, with an empty batch shape. Its draws are those of
+            :func:`pyroebm.core.rng.draw_from`.
         dtype: floating-point type of its draws; None for torch's default.
 
     Raises:
@@ -176,12 +176,8 @@ class DistributionEnergy(Energy):
         return torch.where(legal, values, torch.inf)
 
     def sample(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
-        where = self.device if generator is None else generator.device
-        seed = int(torch.randint(2**63 - 1, (), generator=generator, device=where))
-        seeded = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-        with torch.random.fork_rng(seeded), torch.no_grad():
-            torch.manual_seed(seed)
-            return self.distribution.sample((num_samples,)).to(self.dtype)
+        with torch.no_grad():
+            return draw_from(self.distribution, num_samples, generator).to(self.dtype)
 
 
 def in_the_coordinates_of(energy: Energy, reference: Energy) -> Energy:

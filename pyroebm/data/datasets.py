@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyroebm.core._checks import check_counts
 from pyroebm.core.enumeration import all_bits
-from pyroebm.core.rng import seeded_generator, uniform
+from pyroebm.core.rng import uniform
 
 __all__ = [
     "LAPLACE_LOG_LIKELIHOOD",
@@ -145,7 +145,10 @@ def digits(threshold: float | None = 8, dtype: torch.dtype | None = None) -> Spl
 
 
 def laplace_mixture(
-    num_samples: int = 100_000, seed: int = 0, dtype: torch.dtype | None = None
+    num_samples: int = 100_000,
+    *,
+    dtype: torch.dtype | None = None,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     r"""Two independent Laplace sources of unit variance, mixed and ZCA-whitened (Bell and
     Sejnowski, 1997): a problem of independent component analysis, for Gaussian machines.
@@ -158,8 +161,8 @@ def laplace_mixture(
 
     Args:
         num_samples: number of points.
-        seed: of A and s.
         dtype: floating-point type; None for torch's default.
+        generator: source of the draws; None is torch's default generator.
 
     Returns:
         shape ``(n, 2)``, of mean 0 and covariance I.
@@ -173,7 +176,6 @@ def laplace_mixture(
                 [0., 1.]], dtype=torch.float64)
     """
     check_counts({"num_samples": 3}, num_samples)
-    generator = seeded_generator(seed)
     mixing = 2.0 * torch.rand(2, 2, dtype=torch.float64, generator=generator) - 1.0
     u = torch.rand(num_samples, 2, dtype=torch.float64, generator=generator) - 0.5
     sources = -u.sign() * torch.log1p(-2.0 * u.abs()) / math.sqrt(2.0)
@@ -183,9 +185,10 @@ def laplace_mixture(
 def image_patches(
     num_patches: int = 10_000,
     side: int = 8,
-    seed: int = 0,
     whiten: bool = True,
+    *,
     dtype: torch.dtype | None = None,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     """Random patches of scikit-learn's two photographs ("china", "flower"), in shades of grey from
     0 to 1.
@@ -193,10 +196,10 @@ def image_patches(
     Args:
         num_patches: number of patches.
         side: pixels of a side.
-        seed: of their places.
         whiten: subtract each patch's own mean, then ZCA-whiten (the direction that this leaves
             empty stays so).
         dtype: floating-point type; None for torch's default.
+        generator: source of the places; None is torch's default generator.
 
     Returns:
         shape ``(n, side * side)``.
@@ -220,9 +223,7 @@ def image_patches(
     if side > min(grey.shape[1:]):
         raise ValueError(f"side must be at most {min(grey.shape[1:])}, got side={side}")
     windows = grey.unfold(1, side, 1).unfold(2, side, 1)
-    places = torch.randint(
-        windows.shape[:3].numel(), (num_patches,), generator=seeded_generator(seed)
-    )
+    places = torch.randint(windows.shape[:3].numel(), (num_patches,), generator=generator)
     image, place = places // windows.shape[1:3].numel(), places % windows.shape[1:3].numel()
     patches = windows[image, place // windows.shape[2], place % windows.shape[2]].reshape(
         num_patches, -1

@@ -13,7 +13,7 @@ from torch.distributions import Distribution
 from pyroebm.core.energy import Energy
 from pyroebm.core.enumeration import draw_numbers
 from pyroebm.core.progress import Progress
-from pyroebm.core.rng import seeded_generator
+from pyroebm.core.rng import draw_from
 from pyroebm.core.statistics import effective, log_mean, pareto_k, too_few
 from pyroebm.core.supports import inside
 from pyroebm.core.wrappers import check_weighable, eval_mode
@@ -110,7 +110,6 @@ def importance_sample(
     energy: Energy,
     num_samples: int = 100_000,
     *,
-    seed: int = 0,
     generator: torch.Generator | None = None,
     batch_size: int = 65_536,
     progress: bool | None = None,
@@ -125,11 +124,10 @@ def importance_sample(
 
     Args:
         proposal: a flow for the energy, or a Pyro distribution of the energy's event shape. The
-            latter draws from torch's global generator, which is seeded for it and put back.
+            latter draws from torch's default generator, see :func:`pyroebm.core.rng.draw_from`.
         energy: U.
         num_samples: number of draws.
-        seed: of a generator on the proposal's device.
-        generator: in place of ``seed``.
+        generator: source of the draws; None is torch's default generator.
         batch_size: draws evaluated at once.
         progress: True shows it, False hides it, None shows it where it takes longer than a second.
 
@@ -153,10 +151,6 @@ def importance_sample(
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {name}={value}")
     check_weighable(energy)
-    if generator is None:
-        generator = seeded_generator(
-            seed, proposal.device if isinstance(proposal, Flow) else energy.device
-        )
     draw = (
         _flow_weights(proposal, energy)
         if isinstance(proposal, Flow)
@@ -179,13 +173,13 @@ def importance_sample(
     )
 
 
-_Draw = Callable[[int, torch.Generator], tuple[Tensor, Tensor]]
+_Draw = Callable[[int, torch.Generator | None], tuple[Tensor, Tensor]]
 
 
 def _flow_weights(flow: Flow, energy: Energy) -> _Draw:
     target = flow.extend(energy)
 
-    def draw(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def draw(n: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         xy, log_q = flow.push(flow.draw_noise(n, generator))
         return target.split(xy)[0], -target(xy) - log_q
 
@@ -205,11 +199,8 @@ def _distribution_weights(proposal: Distribution, energy: Energy) -> _Draw:
             " goes in itself, not called"
         )
 
-    def draw(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        seed = int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device))
-        with torch.random.fork_rng([energy.device] if energy.device.type == "cuda" else []):
-            torch.manual_seed(seed)
-            x = proposal.sample((n,))
+    def draw(n: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        x = draw_from(proposal, n, generator)
         energy.check_states(x, "the proposal's draw")
         legal = inside(energy.support, x, len(energy.event_shape))
         log_weights = torch.full((n,), -torch.inf, dtype=energy.dtype, device=energy.device)

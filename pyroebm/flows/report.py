@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyroebm.core._checks import check_counts
 from pyroebm.core.energy import Energy
-from pyroebm.core.rng import seeded_generator
+from pyroebm.core.rng import subset
 from pyroebm.core.statistics import (
     Estimate,
     energy_distance,
@@ -125,7 +125,7 @@ def judge_flow(
     *,
     num_distances: int = 2000,
     num_marginal: int = 2000,
-    seed: int = 0,
+    generator: torch.Generator | None = None,
     progress: bool | None = None,
 ) -> FlowReport:
     r"""Judge a flow by its own draws and by draws of the target.
@@ -140,7 +140,7 @@ def judge_flow(
             count as independent in the errors of the EUBO and of distances.
         num_distances: draws of each law for the distances between them.
         num_marginal: draws for the weights of x alone where there are redundant latents.
-        seed: of all draws.
+        generator: source of the draws; None is torch's default generator.
         progress: of the flow's draws, as for :func:`importance_sample`.
 
     Raises:
@@ -163,7 +163,6 @@ def judge_flow(
         num_distances,
         num_marginal,
     )
-    generator = seeded_generator(seed, flow.device)
     target = flow.extend(energy)
     chains = None
     if draws is not None:
@@ -194,7 +193,7 @@ def judge_flow(
     some = min(num_distances, num_samples)
     far = near = discrepancy = None
     if draws is not None:
-        some_draws = torch.randperm(len(draws), generator=generator, device=generator.device)[:some]
+        some_draws = subset(len(draws), some, generator, flow.device)
         # a chain's beside each other, for the groups of the jackknife
         y = draws[some_draws.sort().values.to(draws.device)]
         far, discrepancy = (

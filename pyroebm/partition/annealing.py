@@ -11,7 +11,6 @@ from torch.distributions import Distribution
 
 from pyroebm.core._checks import check_counts
 from pyroebm.core.energy import Energy, check_energy
-from pyroebm.core.rng import seeded_generator
 from pyroebm.core.wrappers import eval_mode
 from pyroebm.energies.layered import LayeredEnergy, LayeredMachine
 from pyroebm.energies.layers import Layers
@@ -36,7 +35,6 @@ def ais(
     betas: int | Tensor = 1000,
     num_chains: int = 100,
     *,
-    seed: int = 0,
     generator: torch.Generator | None = None,
     progress: bool | None = None,
 ) -> LogZ:
@@ -66,8 +64,7 @@ def ais(
         betas: number K of even steps, or a schedule :math:`0 = \beta_0 < \dots < \beta_K = 1`,
             shape ``(K + 1,)``, for example that of :func:`schedule`.
         num_chains: n.
-        seed: of a generator on the energy's device.
-        generator: in place of ``seed``.
+        generator: source of the draws; None is torch's default generator.
         progress: True shows it, False hides it, None shows it where it takes longer than a second.
 
     Returns:
@@ -88,7 +85,6 @@ def ais(
         ('lower', True)
     """
     steps = _front_door(energy, kernel, betas, num_chains)
-    generator = seeded_generator(seed, energy.device) if generator is None else generator
     with eval_mode(energy), torch.no_grad():
         path = _path(energy, base, kernel, generator, progress)
         if isinstance(path, LayeredPath):
@@ -112,7 +108,6 @@ def reverse_ais(
     betas: int | Tensor = 1000,
     num_chains: int = 100,
     *,
-    seed: int = 0,
     generator: torch.Generator | None = None,
     progress: bool | None = None,
 ) -> LogZ:
@@ -133,7 +128,7 @@ def reverse_ais(
         start: :math:`x_K`, states of the energy ``(n, *event)`` from a Markov chain; for an RBM
             visible states ``(n, n_0)`` or those of all units ``(n, n_0 + n_1)``. None draws
             ``num_chains`` exactly, where ``energy.has_exact_draws``.
-        base, kernel, betas, num_chains, seed, generator, progress: as for :func:`ais`; ``betas``
+        base, kernel, betas, num_chains, generator, progress: as for :func:`ais`; ``betas``
             rises here too.
 
     Returns:
@@ -155,7 +150,6 @@ def reverse_ais(
             f"start must be given: {type(energy).__name__} has no exact draws. Draw states with"
             " MCMC, and let it run for long"
         )
-    generator = seeded_generator(seed, energy.device) if generator is None else generator
     with eval_mode(energy), torch.no_grad():
         path = _path(energy, base, kernel, generator, progress)
         if isinstance(path, LayeredPath):
@@ -186,15 +180,15 @@ def bracket(
     betas: int | Tensor = 1000,
     num_chains: int = 100,
     *,
-    seed: int = 0,
+    generator: torch.Generator | None = None,
     progress: bool | None = None,
 ) -> Bracket:
     """:func:`ais` and :func:`reverse_ais` with one schedule, and the acceptance ratio of their
     weights. Prints as three lines.
 
     Args:
-        energy, start, base, kernel, betas, num_chains, seed, progress: as for :func:`reverse_ais`.
-            The two directions have random numbers of their own.
+        energy, start, base, kernel, betas, num_chains, generator, progress: as for
+            :func:`reverse_ais`.
 
     Raises:
         ValueError, FloatingPointError: as :func:`reverse_ais`.
@@ -205,11 +199,10 @@ def bracket(
         >>> result.forward.kind, result.reverse.kind, result.width < 0.1
         ('lower', 'upper', True)
     """
-    one, two = (seeded_generator(seed, energy.device, spawned=number) for number in range(2))
     reverse = reverse_ais(
-        energy, start, base, kernel, betas, num_chains, generator=two, progress=progress
+        energy, start, base, kernel, betas, num_chains, generator=generator, progress=progress
     )
-    forward = ais(energy, base, kernel, betas, num_chains, generator=one, progress=progress)
+    forward = ais(energy, base, kernel, betas, num_chains, generator=generator, progress=progress)
     return Bracket(forward, reverse, acceptance_ratio(forward, reverse))
 
 
@@ -221,7 +214,7 @@ def schedule(
     pilot: int = 200,
     num_chains: int = 100,
     *,
-    seed: int = 1,
+    generator: torch.Generator | None = None,
     progress: bool | None = None,
 ) -> Tensor:
     r"""Temperatures at which the weights of AIS vary equally much.
@@ -233,9 +226,8 @@ def schedule(
 
     Args:
         num_temperatures: K, steps of the schedule.
-        energy, base, kernel, num_chains, progress: as for :func:`ais`.
+        energy, base, kernel, num_chains, generator, progress: as for :func:`ais`.
         pilot: even steps of the short run.
-        seed: of the short run; not that of the long one.
 
     Returns:
         betas, float64, shape ``(num_temperatures + 1,)``, for :func:`ais`.
@@ -253,10 +245,7 @@ def schedule(
     check_counts(
         {"num_temperatures": 1, "pilot": 1, "num_chains": 2}, num_temperatures, pilot, num_chains
     )
-    steps, generator = (
-        _front_door(energy, kernel, pilot, num_chains),
-        seeded_generator(seed, energy.device),
-    )
+    steps = _front_door(energy, kernel, pilot, num_chains)
     with eval_mode(energy), torch.no_grad():
         path: Any = _path(energy, base, kernel, generator, progress)
         if isinstance(path, LayeredPath):

@@ -16,7 +16,6 @@ from torch.distributions import Distribution
 from pyroebm.core._checks import check_counts
 from pyroebm.core.annealing_path import Path
 from pyroebm.core.energy import Energy, check_energy
-from pyroebm.core.rng import seeded_generator
 from pyroebm.core.statistics import ess_bulk
 from pyroebm.core.supports import is_discrete
 from pyroebm.core.wrappers import Unconstrained, eval_mode
@@ -68,7 +67,6 @@ def bridge(
     base: Layers | Energy | Distribution | None = None,
     num_samples: int = 10_000,
     *,
-    seed: int = 0,
     generator: torch.Generator | None = None,
 ) -> LogZ:
     r"""Bridge sampling with the optimal bridge (Bennett, 1976; Meng and Wong, 1996), from draws of
@@ -90,8 +88,7 @@ def bridge(
             ``num_samples`` exactly, where the energy has such draws.
         base: :math:`E_0`, as for :func:`ais`; as many draws of it are made as there are ``draws``.
         num_samples: n where ``draws`` is None.
-        seed: of a generator on the energy's device.
-        generator: in place of ``seed``.
+        generator: source of the draws; None is torch's default generator.
 
     Returns:
         kind "estimate".
@@ -109,7 +106,6 @@ def bridge(
     check_energy(energy)
     check_counts({"num_samples": 2}, num_samples)
     reference = base_energy(energy, base)
-    generator = seeded_generator(seed, energy.device) if generator is None else generator
     if draws is None:
         if not energy.has_exact_draws:
             raise ValueError(

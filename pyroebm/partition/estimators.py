@@ -13,7 +13,6 @@ from torch.distributions import Distribution
 from pyroebm.core._checks import check_counts
 from pyroebm.core.energy import Energy, check_energy
 from pyroebm.core.progress import Progress
-from pyroebm.core.rng import seeded_generator
 from pyroebm.core.wrappers import Unconstrained, eval_mode
 from pyroebm.energies.layered import LayeredMachine
 from pyroebm.energies.layers import Layers
@@ -40,7 +39,6 @@ def smc(
     num_moves: int = 5,
     target_ess: float = 0.9,
     pilot: SMCResult | None = None,
-    seed: int = 0,
     generator: torch.Generator | None = None,
     progress: bool | None = None,
 ) -> LogZ:
@@ -54,7 +52,7 @@ def smc(
         base: as for :func:`pyroebm.partition.ais`.
         kernel: None takes block Gibbs for layers, Gibbs for other discrete energies, HMC for
             continuous ones.
-        num_particles, islands, moves, target_ess, pilot, seed, generator, progress: of
+        num_particles, num_islands, num_moves, target_ess, pilot, generator, progress: of
             :func:`pyroebm.tempered_smc`.
 
     Returns:
@@ -79,7 +77,7 @@ def smc(
     }
     with torch.no_grad():
         found = tempered_smc(
-            energy, reference, moving, num_particles, seed=seed, generator=generator, **settings
+            energy, reference, moving, num_particles, generator=generator, **settings
         )
     ess = float((2 * found.log_weights.logsumexp(0) - (2 * found.log_weights).logsumexp(0)).exp())
     kind: Kind = "lower" if found.kind == "lower" else "estimate"
@@ -102,7 +100,6 @@ def thermodynamic_integration(
     warmup_steps: int = 250,
     num_chains: int = 32,
     *,
-    seed: int = 0,
     generator: torch.Generator | None = None,
     progress: bool | None = None,
 ) -> LogZ:
@@ -125,8 +122,7 @@ def thermodynamic_integration(
         num_samples: steps whose :math:`E - E_0` are averaged.
         warmup_steps: steps before them.
         num_chains: independent copies, at least 2 for a standard error.
-        seed: of a generator on the energy's device.
-        generator: in place of ``seed``.
+        generator: source of the draws; None is torch's default generator.
         progress: True shows it, False hides it, None shows it where it takes longer than a second.
 
     Returns:
@@ -150,7 +146,6 @@ def thermodynamic_integration(
     least = {"num_temperatures": 2, "num_samples": 2, "warmup_steps": 0, "num_chains": 1}
     check_counts(least, num_temperatures, num_samples, warmup_steps, num_chains)
     energy, reference, moving = _sampled(energy, base, kernel)
-    generator = seeded_generator(seed, energy.device) if generator is None else generator
     tempering = ParallelTempering(
         moving, torch.linspace(1.0, 0.0, num_temperatures, dtype=torch.float64), reference
     )
@@ -203,7 +198,6 @@ def importance(
     proposal: Flow | Distribution,
     num_samples: int = 100_000,
     *,
-    seed: int = 0,
     generator: torch.Generator | None = None,
     progress: bool | None = None,
 ) -> LogZ:
@@ -214,7 +208,7 @@ def importance(
         energy: discrete or continuous.
         proposal: normalised, of the energy's event shape, and nowhere 0 where the energy is finite.
         num_samples: number of draws.
-        seed, generator, progress: of :func:`pyroebm.flows.importance_sample`.
+        generator, progress: of :func:`pyroebm.flows.importance_sample`.
 
     Returns:
         kind "lower": the mean weight is unbiased. The method's name has the Pareto k, above 0.7 of
@@ -231,9 +225,7 @@ def importance(
         (True, 'lower')
     """
     check_energy(energy)
-    found = importance_sample(
-        proposal, energy, num_samples, seed=seed, generator=generator, progress=progress
-    )
+    found = importance_sample(proposal, energy, num_samples, generator=generator, progress=progress)
     method = f"importance sampling, Pareto k {found.pareto_k:.2f}"
     return LogZ(found.log_z, found.log_z_se, "lower", method, found.ess, found.log_weights)
 

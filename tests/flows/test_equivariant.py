@@ -38,11 +38,17 @@ def stirred(flow: EquivariantFlow, seed: int = 5) -> EquivariantFlow:
 
 
 def random_flow(
-    particles: int = 4, space: int = 2, steps: int = 60, **options: Any
+    num_particles: int = 4, space: int = 2, num_steps: int = 60, **options: Any
 ) -> EquivariantFlow:
     return stirred(
         EquivariantFlow(
-            particles, space, num_cells=10, num_stages=2, num_steps=steps, dtype=F64, **options
+            num_particles,
+            space,
+            num_cells=10,
+            num_stages=2,
+            num_steps=num_steps,
+            dtype=F64,
+            **options,
         )
     )
 
@@ -435,9 +441,9 @@ class _Tilted(PairField):
 
 
 def mutated(
-    mutant: type[PairField], particles: int = 4, space: int = 2, steps: int = 60
+    mutant: type[PairField], num_particles: int = 4, space: int = 2, num_steps: int = 60
 ) -> EquivariantFlow:
-    flow = random_flow(particles, space, steps)
+    flow = random_flow(num_particles, space, num_steps)
     flow.field.__class__ = mutant
     return flow
 

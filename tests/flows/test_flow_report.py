@@ -28,7 +28,12 @@ def test_figures_between_normal_laws() -> None:
     """p = N(0, 1), q = N(m, s^2) in one dimension, s^2 > 1/2, so that all moments of the weights
     exist."""
     mean, deviation = 0.3, 1.3
-    report = judge_flow(normal_flow(mean, deviation), Gaussian(0.0), num_samples=200_000, seed=1)
+    report = judge_flow(
+        normal_flow(mean, deviation),
+        Gaussian(0.0),
+        num_samples=200_000,
+        generator=torch.Generator().manual_seed(1),
+    )
     log_z = 0.5 * math.log(2 * math.pi)
     kl_qp = 0.5 * (deviation**2 + mean**2 - 1.0) - math.log(deviation)
     kl_pq = 0.5 * (1.0 + mean**2) / deviation**2 - 0.5 + math.log(deviation)
@@ -108,7 +113,10 @@ def test_errors_count_chains_and_not_their_draws() -> None:
         chains = torch.randn(50, 1, generator=noise).expand(50, 8)
         mixed = chains.flatten()[torch.randperm(400, generator=noise)]
         found = [
-            judge_flow(flow, Gaussian(0.0), 400, draws, seed=seed) for draws in (chains, mixed)
+            judge_flow(
+                flow, Gaussian(0.0), 400, draws, generator=torch.Generator().manual_seed(seed)
+            )
+            for draws in (chains, mixed)
         ]
         reports.append([(r.eubo, r.energy_distance, r.discrepancy) for r in found])
     # (30, chains or draws, three figures, value or error)

@@ -52,7 +52,10 @@ def normal(mean: float, scale: float) -> dist.Normal:
 def check_unbiased_and_calibrated(weigh: object, energy: Energy, repeats: int = 200) -> None:
     """Over repetitions: the mean weight is C, and errors are of the size that the standard errors
     say."""
-    results = [importance_sample(weigh, energy, 400, seed=seed) for seed in range(repeats)]  # type: ignore[arg-type]
+    results = [
+        importance_sample(weigh, energy, 400, generator=torch.Generator().manual_seed(seed))
+        for seed in range(repeats)
+    ]  # type: ignore[arg-type]
     assert energy.log_z is not None
     z = np.exp([r.log_z - energy.log_z for r in results])
     mean, se = mean_and_se(z)
@@ -189,7 +192,9 @@ def test_expectation_and_resample_refuse() -> None:
 
 def test_resampled_draws_follow_the_target() -> None:
     energy = Gaussian(0.5, scale=0.7, dtype=F64)
-    result = importance_sample(normal(0.0, 1.5), energy, 200_000, seed=1)
+    result = importance_sample(
+        normal(0.0, 1.5), energy, 200_000, generator=torch.Generator().manual_seed(1)
+    )
     draws = result.resample(20_000, seeded_generator(2))
     assert torch.equal(draws, result.resample(20_000, seeded_generator(2)))
     within_se(*_against(draws, number(0.5)))
@@ -221,7 +226,12 @@ def test_equal_weights_are_the_best_there_is() -> None:
 def test_ess_of_a_wide_normal_is_known(scale: float) -> None:
     """For N(0, 1) from N(0, s^2) the weights' E[w]^2 / E[w^2] is sqrt(2 s^2 - 1) / s^2."""
     fractions = [
-        importance_sample(normal(0.0, scale), Gaussian(0.0, dtype=F64), 20_000, seed=s).ess_fraction
+        importance_sample(
+            normal(0.0, scale),
+            Gaussian(0.0, dtype=F64),
+            20_000,
+            generator=torch.Generator().manual_seed(s),
+        ).ess_fraction
         for s in range(30)
     ]
     truth = math.sqrt(2 * scale**2 - 1) / scale**2
@@ -233,7 +243,12 @@ def test_ess_of_a_wide_normal_is_known(scale: float) -> None:
 def test_pareto_k_of_exponentials_is_known(rate: float) -> None:
     """For Exponential(1) from Exponential(r) the weights are exactly Pareto, with shape 1 - 1/r."""
     proposal, energy = dist.Exponential(number(rate)), Exponential(1.0, dtype=F64)
-    shapes = [importance_sample(proposal, energy, MANY, seed=s).pareto_k for s in range(12)]
+    shapes = [
+        importance_sample(
+            proposal, energy, MANY, generator=torch.Generator().manual_seed(s)
+        ).pareto_k
+        for s in range(12)
+    ]
     mean, se = mean_and_se(shapes)
     within_se(mean, 1.0 - 1.0 / rate, se)
 
@@ -315,7 +330,10 @@ def test_ess_and_pareto_k_do_not_see_a_mode_that_no_draw_came_near() -> None:
     proposal's density is absurd.
     """
     energy, proposal = DoubleWell(dtype=F64), normal(-1.35, 0.3)
-    results = [importance_sample(proposal, energy, 1000, seed=seed) for seed in range(41)]
+    results = [
+        importance_sample(proposal, energy, 1000, generator=torch.Generator().manual_seed(seed))
+        for seed in range(41)
+    ]
     right = [result.expectation(lambda x: (x > energy.barrier).double()) for result in results]
     assert np.median(right, axis=0).tolist() == [0.0, 0.0]
     assert np.median([result.ess_fraction for result in results]) > 0.85
@@ -341,7 +359,10 @@ def test_the_best_single_gaussian_for_the_double_well() -> None:
     runs say anything.
     """
     energy, proposal = DoubleWell(dtype=F64), normal(-1.413, 0.245)
-    small = [importance_sample(proposal, energy, 1000, seed=seed) for seed in range(41)]
+    small = [
+        importance_sample(proposal, energy, 1000, generator=torch.Generator().manual_seed(seed))
+        for seed in range(41)
+    ]
     ess, k, log_z = (
         np.median([getattr(each, name) for each in small])
         for name in ("ess_fraction", "pareto_k", "log_z")
@@ -349,7 +370,7 @@ def test_the_best_single_gaussian_for_the_double_well() -> None:
     assert ess > 0.9
     assert k > 0.7
     assert abs(log_z - 4.96) < 0.02
-    large = importance_sample(proposal, energy, 200_000, seed=0)
+    large = importance_sample(proposal, energy, 200_000, generator=torch.Generator().manual_seed(0))
     kl, kl_se = mean_and_se(energy.log_z - large.log_weights)
     within_se(kl, 0.0966, np.hypot(kl_se, 5e-5))
     assert large.ess_fraction < ess
@@ -372,7 +393,9 @@ class Walled(Energy):
 
 def test_infinite_energy_is_a_weight_of_zero() -> None:
     energy = Walled(0.0, math.inf).double()
-    result = importance_sample(normal(0.0, 1.0), energy, 50_000, seed=0)
+    result = importance_sample(
+        normal(0.0, 1.0), energy, 50_000, generator=torch.Generator().manual_seed(0)
+    )
     assert bool((result.log_weights[result.x < 0] == -math.inf).all())
     assert abs(result.log_z - math.log(0.5 * math.sqrt(2 * math.pi))) < 5 * result.log_z_se
     assert result.ess_fraction == pytest.approx(float((result.x >= 0).double().mean()))
@@ -387,10 +410,23 @@ def test_other_weights_that_are_not_finite_raise_with_their_number(
     outside: float, said: str
 ) -> None:
     negative = int(
-        (importance_sample(normal(0.0, 1.0), Gaussian(0.0, dtype=F64), 100, seed=1).x < 0.0).sum()
+        (
+            importance_sample(
+                normal(0.0, 1.0),
+                Gaussian(0.0, dtype=F64),
+                100,
+                generator=torch.Generator().manual_seed(1),
+            ).x
+            < 0.0
+        ).sum()
     )
     with pytest.raises(FloatingPointError, match=f"of n=100 log weights {said.format(negative)}"):
-        importance_sample(normal(0.0, 1.0), Walled(0.0, outside).double(), 100, seed=1)
+        importance_sample(
+            normal(0.0, 1.0),
+            Walled(0.0, outside).double(),
+            100,
+            generator=torch.Generator().manual_seed(1),
+        )
 
 
 def test_weights_that_are_all_zero_raise() -> None:
@@ -421,7 +457,8 @@ def test_seeds_batches_and_the_global_generator() -> None:
     before = torch.get_rng_state()
     for proposal in (stirred_flow(1, 2), dist.Normal(torch.zeros(1, dtype=F64), 1.0).to_event(1)):
         runs: list[ImportanceResult] = [
-            importance_sample(proposal, energy, 100, seed=s) for s in (0, 0, 1)
+            importance_sample(proposal, energy, 100, generator=torch.Generator().manual_seed(s))
+            for s in (0, 0, 1)
         ]
         assert torch.equal(runs[0].log_weights, runs[1].log_weights)
         assert not torch.equal(runs[0].log_weights, runs[2].log_weights)

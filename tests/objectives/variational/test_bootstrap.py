@@ -170,10 +170,10 @@ def test_annealing_from_a_flow_to_its_target() -> None:
         HMC(0.2, num_steps=5),
         betas=30,
         num_chains=400,
-        seed=1,
+        generator=torch.Generator().manual_seed(1),
     )
     within_se(result.value, energy.log_z, result.standard_error)
-    plain = importance_sample(flow, energy, 400, seed=1)
+    plain = importance_sample(flow, energy, 400, generator=torch.Generator().manual_seed(1))
     assert result.standard_error < plain.log_z_se
 
 
