@@ -84,7 +84,8 @@ def opponents(data: Tensor, width: int, seed: int) -> dict[str, Callable[[], Adv
             normalised(data, 4, width, 0.45, seed), gradient_penalty=PENALTY
         ),
         "flow": lambda: AdversarialFlow(
-            RedundantNICE(2, 4, hidden_sizes=hidden, seed=seed), gradient_penalty=PENALTY
+            RedundantNICE(2, 4, hidden_sizes=hidden, generator=torch.Generator().manual_seed(seed)),
+            gradient_penalty=PENALTY,
         ),
     }
 

@@ -112,7 +112,7 @@ def train(
 
 
 def double_well(seed: int, quick: bool) -> Fitted:
-    flow = RedundantNICE(1, 2, dtype=torch.float32, seed=seed)
+    flow = RedundantNICE(1, 2, dtype=torch.float32, generator=torch.Generator().manual_seed(seed))
     return train(lambda dtype: DoubleWell(dtype=dtype), flow, seed, quick, steps=2000)
 
 
@@ -157,7 +157,13 @@ class TurnedManyWell(ManyWell):
 
 
 def many_well(kind: type[ManyWell], pairs: int, seed: int, quick: bool) -> Fitted:
-    flow = SplineFlow(2 * pairs, num_layers=4, hidden_sizes=(128,), dtype=torch.float32, seed=seed)
+    flow = SplineFlow(
+        2 * pairs,
+        num_layers=4,
+        hidden_sizes=(128,),
+        dtype=torch.float32,
+        generator=torch.Generator().manual_seed(seed),
+    )
     settings: dict[str, Any] = {
         "objective": ReverseKL(gradient="total"),
         "steps": 2000,
@@ -190,7 +196,7 @@ def mixture(
         num_bins=16,
         scale=scale,
         dtype=torch.float32,
-        seed=seed,
+        generator=torch.Generator().manual_seed(seed),
     )
     settings: dict[str, Any] = {
         "objective": AnnealedReweighting(),
@@ -203,7 +209,11 @@ def mixture(
 
 def funnel(seed: int, quick: bool) -> Fitted:
     flow = AutoregressiveFlow(
-        10, num_layers=2, hidden_sizes=(32, 32), dtype=torch.float32, seed=seed
+        10,
+        num_layers=2,
+        hidden_sizes=(32, 32),
+        dtype=torch.float32,
+        generator=torch.Generator().manual_seed(seed),
     )
     settings: dict[str, Any] = {"steps": 2000, "num_samples": 256, "lr": 5e-3, "beta_start": 1.0}
     return train(lambda dtype: Funnel(dtype=dtype), flow, seed, quick, **settings)
@@ -216,7 +226,7 @@ def ring(seed: int, quick: bool) -> Fitted:
         hidden_sizes=(128, 128),
         autoregressive=True,
         dtype=torch.float32,
-        seed=seed,
+        generator=torch.Generator().manual_seed(seed),
     )
     settings: dict[str, Any] = {
         "objective": ReverseKL(gradient="total"),
@@ -245,7 +255,9 @@ def flipped_chains(energy: Energy, seed: int, quick: bool) -> Tensor:
 
 
 def free_field(seed: int, quick: bool) -> Fitted:
-    flow = NICE(16, num_layers=0, dtype=torch.float64, seed=seed)
+    flow = NICE(
+        16, num_layers=0, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+    )
     settings: dict[str, Any] = {"steps": 3000, "num_samples": 128, "lr": 1e-2, "beta_start": 1.0}
     return train(
         lambda dtype: Phi4(16, m2=1.0, lam=0.0, dtype=dtype), flow, seed, quick, **settings
@@ -399,7 +411,11 @@ CASES: dict[str, Case] = {
         "eight schools, RealNVP",
         lambda s, q: eight_schools(
             lambda seed: RealNVP(
-                10, num_layers=4, hidden_sizes=(32,), dtype=torch.float64, seed=seed
+                10,
+                num_layers=4,
+                hidden_sizes=(32,),
+                dtype=torch.float64,
+                generator=torch.Generator().manual_seed(seed),
             ),
             s,
             q,
@@ -412,7 +428,12 @@ CASES: dict[str, Case] = {
         "eight schools, redundant NICE D = 12",
         lambda s, q: eight_schools(
             lambda seed: RedundantNICE(
-                10, 12, num_layers=4, hidden_sizes=(32,), dtype=torch.float64, seed=seed
+                10,
+                12,
+                num_layers=4,
+                hidden_sizes=(32,),
+                dtype=torch.float64,
+                generator=torch.Generator().manual_seed(seed),
             ),
             s,
             q,

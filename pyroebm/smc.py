@@ -196,7 +196,7 @@ class _Run:
         reference: Energy,
         kernel: Kernel[Any],
         shape: tuple[int, int],
-        generator: torch.Generator,
+        generator: torch.Generator | None,
     ) -> None:
         self.target = target
         self.reference = reference

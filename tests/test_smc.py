@@ -275,7 +275,7 @@ class Broken(Energy):
 
 def test_energies_that_are_no_density_are_refused() -> None:
     with pytest.raises(FloatingPointError, match="NaN or -inf at 128 of 128 draws"):
-        tempered_smc(Broken(math.nan).double(), wide(), MALA(), 16)
+        tempered_smc(Broken(math.nan).double(), wide(scale=0.1), MALA(), 16)
     with pytest.raises(FloatingPointError, match="all particles of 8 of 8 islands have weight 0"):
         tempered_smc(Broken(math.inf).double(), wide(scale=0.1), MALA(), 16)
 

@@ -209,14 +209,19 @@ def run_demo(out: Path, seed: int = 0, quick: bool = False, progress: bool | Non
         "NICE with D = 1: one dimension leaves nothing to couple, so this is a Gaussian with a"
         " learned shift ..."
     )
-    nice = NICE(dim=1, dtype=torch.float64, seed=seeds[2])
+    nice = NICE(dim=1, dtype=torch.float64, generator=torch.Generator().manual_seed(seeds[2]))
     seconds = fit(nice, energy, 2 * steps, seeds[2], progress)
     _, report["nice"] = flow_facts(nice, energy, n, seeds[3], seconds, "j", progress)
 
     draws, by_dim = {}, {}
     for total_dim in (2, 3):
         print(f"Redundant NICE with D = {total_dim} ...")
-        flow = RedundantNICE(dim=1, total_dim=total_dim, dtype=torch.float64, seed=seeds[2])
+        flow = RedundantNICE(
+            dim=1,
+            total_dim=total_dim,
+            dtype=torch.float64,
+            generator=torch.Generator().manual_seed(seeds[2]),
+        )
         seconds = fit(flow, energy, steps, seeds[2], progress)
         x, facts = flow_facts(flow, energy, n, seeds[3], seconds, "j_r", progress)
         began = time.perf_counter()

@@ -41,6 +41,7 @@ class DeepBeliefNetwork(nn.Module):
     Args:
         sizes: units of each layer, the visible one first; at least two (a single RBM).
         dtype: floating-point type; None for torch's default.
+        generator: source of the initial weights; None is torch's default generator.
 
     Attributes:
         rbms: the layers from below, the last of them ``top``.
@@ -56,13 +57,22 @@ class DeepBeliefNetwork(nn.Module):
         True
     """
 
-    def __init__(self, sizes: Sequence[int], *, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        *,
+        dtype: torch.dtype | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
         super().__init__()
         if len(sizes) < 2:
             raise ValueError(f"sizes must name two layers or more, got sizes={list(sizes)}")
         check_sizes("DeepBeliefNetwork", **{f"sizes[{k}]": size for k, size in enumerate(sizes)})
         self.rbms = nn.ModuleList(
-            [BernoulliRBM(a, b, dtype=dtype) for a, b in itertools.pairwise(sizes)]
+            [
+                BernoulliRBM(a, b, dtype=dtype, generator=generator)
+                for a, b in itertools.pairwise(sizes)
+            ]
         )
 
     @property
@@ -85,7 +95,9 @@ class DeepBeliefNetwork(nn.Module):
             raise ValueError(f"rbms[{k}] must be a BernoulliRBM, got {type(rbm).__name__}")
         return rbm
 
-    def grow(self, num_hidden: int, tied: bool = True) -> None:
+    def grow(
+        self, num_hidden: int, tied: bool = True, generator: torch.Generator | None = None
+    ) -> None:
         r"""Put a new RBM on top.
 
         Args:
@@ -93,6 +105,7 @@ class DeepBeliefNetwork(nn.Module):
             tied: start it from the transposed weights and swapped biases of the one below, which
                 leaves the likelihood as it is (Hinton, Osindero and Teh, 2006); its hidden units
                 are then as many as the visible ones of that.
+            generator: source of weights that are not tied; None is torch's default generator.
 
         Raises:
             ValueError: if a tied start has another number of units.
@@ -106,7 +119,12 @@ class DeepBeliefNetwork(nn.Module):
             )
         start = {"weight": below.weight.mT, "hidden_bias": below.visible_bias} if tied else {}
         fresh = BernoulliRBM(
-            hidden, num_hidden, visible_bias=below.hidden_bias, dtype=below.dtype, **start
+            hidden,
+            num_hidden,
+            visible_bias=below.hidden_bias,
+            dtype=below.dtype,
+            generator=generator,
+            **start,
         )
         self.rbms.append(fresh.to(below.device))
 

@@ -43,6 +43,7 @@ class BoltzmannMachine(Energy):
             of :math:`\langle x_i x_j \rangle` in each of the two places of a pair.
         bias: b, shape ``(n,)``; None is 0.
         dtype: floating-point type; None for torch's default.
+        generator: source of the initial weights; None is torch's default generator.
 
     Attributes:
         log_z: by enumeration in float64, up to about 20 units; None above.
@@ -71,6 +72,7 @@ class BoltzmannMachine(Energy):
         weight: Tensor | None = None,
         bias: Tensor | None = None,
         dtype: torch.dtype | None = None,
+        generator: torch.Generator | None = None,
     ) -> None:
         check_sizes(
             "BoltzmannMachine",
@@ -86,7 +88,7 @@ class BoltzmannMachine(Energy):
         self.num_visible = num_visible
         self.num_hidden = num_hidden
         self.units = units
-        self.weight = parameter("weight", weight, (n, n), 0.01, dtype)
+        self.weight = parameter("weight", weight, (n, n), 0.01, dtype, generator)
         if weight is None:
             self.weight.data = self.weight.data.triu(1) + self.weight.data.triu(1).mT
         if not torch.equal(self.weight, self.weight.mT) or bool(self.weight.diagonal().any()):

@@ -230,13 +230,18 @@ def check_sizes(name: str, **sizes: object) -> None:
 
 
 def parameter(
-    name: str, value: Tensor | None, shape: Sequence[int], std: float, dtype: torch.dtype | None
+    name: str,
+    value: Tensor | None,
+    shape: Sequence[int],
+    std: float,
+    dtype: torch.dtype | None,
+    generator: torch.Generator | None = None,
 ) -> nn.Parameter:
     """A trainable copy of ``value``, or normal numbers of standard deviation ``std``; ValueError
     unless it fits and is finite."""
     dtype = torch.get_default_dtype() if dtype is None else dtype
     start = (
-        std * torch.randn(tuple(shape), dtype=dtype)
+        std * torch.randn(tuple(shape), dtype=dtype, generator=generator)
         if value is None
         else torch.as_tensor(value).detach().to(dtype, copy=True)
     )

@@ -49,7 +49,7 @@ def coupling_mask(dim: int, mask: str | Sequence[bool] | Tensor) -> Tensor:
 
 
 def coupling_masks(
-    dim: int, mask: str, num_layers: int, generator: torch.Generator
+    dim: int, mask: str, num_layers: int, generator: torch.Generator | None
 ) -> list[Tensor]:
     """Masks of layers in pairs, each pair moving every entry; for each pair but the first the
     entries are shuffled.

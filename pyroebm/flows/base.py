@@ -14,7 +14,7 @@ from torch.distributions import constraints
 from torch.nn.functional import softplus
 
 from pyroebm.core._checks import check_counts
-from pyroebm.core.rng import drawing_from, seeded_generator, standard_normal, uniform
+from pyroebm.core.rng import drawing_from, standard_normal, uniform
 from pyroebm.flows.networks import LOG_2PI
 from pyroebm.flows.saving import Saved
 
@@ -110,7 +110,7 @@ class MixtureBase(Base):
         spread: standard deviation of the initial means, in units of the initial scale 1.
         learn_weights: learn w too; otherwise it is uniform.
         dtype: of the parameters (default torch's).
-        seed: of the initial means.
+        generator: source of the initial means; None is torch's default generator.
 
     Raises:
         ValueError: if ``dim`` or ``num_components`` < 1, or ``spread`` is negative.
@@ -129,16 +129,14 @@ class MixtureBase(Base):
         learn_weights: bool = False,
         *,
         dtype: torch.dtype | None = None,
-        seed: int = 0,
+        generator: torch.Generator | None = None,
     ) -> None:
         check_counts({"num_components": 1}, num_components)
         if not spread >= 0.0:
             raise ValueError(f"spread must not be negative, got spread={spread}")
         super().__init__(dim)
         dtype = torch.get_default_dtype() if dtype is None else dtype
-        start = standard_normal(
-            (num_components, dim), seeded_generator(seed), dtype, torch.device("cpu")
-        )
+        start = standard_normal((num_components, dim), generator, dtype, torch.device("cpu"))
         self.loc = nn.Parameter(spread * start)
         self.log_scale = nn.Parameter(torch.zeros(num_components, dim, dtype=dtype))
         logits = torch.zeros(num_components, dtype=dtype)
@@ -152,7 +150,6 @@ class MixtureBase(Base):
             "num_components": num_components,
             "spread": spread,
             "learn_weights": learn_weights,
-            "seed": seed,
         }
 
     @property

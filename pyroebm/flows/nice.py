@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyroebm.core.rng import seeded_generator
 from pyroebm.flows.base import Base, StandardNormal
 from pyroebm.flows.coupling import AdditiveCoupling
 from pyroebm.flows.flow import Flow
@@ -43,7 +42,7 @@ class RedundantNICE(Flow):
         activation: ``"silu"`` or ``"tanh"``.
         base: density of z; None is the standard normal.
         dtype: of the parameters (default torch's).
-        seed: of the initial hidden weights; torch's global generator is not used.
+        generator: source of the initial weights; None is torch's default generator.
 
     Raises:
         ValueError: if a number is out of range or an activation unknown.
@@ -66,7 +65,7 @@ class RedundantNICE(Flow):
         activation: str = "silu",
         base: Base | None = None,
         dtype: torch.dtype | None = None,
-        seed: int = 0,
+        generator: torch.Generator | None = None,
     ) -> None:
         if num_layers < 0:
             raise ValueError(f"num_layers must not be negative, got num_layers={num_layers}")
@@ -76,7 +75,6 @@ class RedundantNICE(Flow):
                 f" total_dim={total_dim}"
             )
         dtype = torch.get_default_dtype() if dtype is None else dtype
-        generator = seeded_generator(seed)
         layers: list[Any] = [
             AdditiveCoupling(
                 total_dim,
@@ -110,7 +108,6 @@ class RedundantNICE(Flow):
             "shift": shift,
             "activation": activation,
             "base": base,
-            "seed": seed,
         }
 
     @property
@@ -169,7 +166,7 @@ class NICE(RedundantNICE):
         activation: ``"silu"`` or ``"tanh"``.
         base: density of z; None is the standard normal.
         dtype: of the parameters (default torch's).
-        seed: of the initial hidden weights; torch's global generator is not used.
+        generator: source of the initial weights; None is torch's default generator.
 
     Raises:
         ValueError: if a number is out of range or an activation unknown.
@@ -190,7 +187,7 @@ class NICE(RedundantNICE):
         activation: str = "silu",
         base: Base | None = None,
         dtype: torch.dtype | None = None,
-        seed: int = 0,
+        generator: torch.Generator | None = None,
     ) -> None:
         super().__init__(
             dim,
@@ -201,6 +198,6 @@ class NICE(RedundantNICE):
             activation=activation,
             base=base,
             dtype=dtype,
-            seed=seed,
+            generator=generator,
         )
         del self._config["total_dim"]

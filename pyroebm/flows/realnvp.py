@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from pyroebm.core._checks import check_counts
-from pyroebm.core.rng import seeded_generator
 from pyroebm.flows.affine import AffineCoupling, Loft, coupling_masks
 from pyroebm.flows.base import Base
 from pyroebm.flows.flow import Flow
@@ -42,7 +41,8 @@ class RealNVP(Flow):
         activation: one of :data:`pyroebm.nn.ACTIVATIONS`.
         base: density of z; None is the standard normal.
         dtype: of the parameters (default torch's).
-        seed: of the initial hidden weights and of who is coupled to whom.
+        generator: source of the initial weights and of who is coupled to whom; None is torch's
+            default generator.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -68,7 +68,7 @@ class RealNVP(Flow):
         activation: str = "silu",
         base: Base | None = None,
         dtype: torch.dtype | None = None,
-        seed: int = 0,
+        generator: torch.Generator | None = None,
     ) -> None:
         check_counts({"dim": 1, "num_layers": 0}, dim, num_layers)
         total = dim if total_dim is None else total_dim
@@ -80,7 +80,6 @@ class RealNVP(Flow):
         if not scale > 0.0:
             raise ValueError(f"scale must be positive, got scale={scale}")
         dtype = torch.get_default_dtype() if dtype is None else dtype
-        generator = seeded_generator(seed)
         net: dict[str, Any] = {
             "hidden_sizes": hidden_sizes,
             "activation": activation,
@@ -112,5 +111,4 @@ class RealNVP(Flow):
             "scale": scale,
             "activation": activation,
             "base": base,
-            "seed": seed,
         }

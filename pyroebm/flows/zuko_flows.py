@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from pyroebm.core._checks import check_counts
-from pyroebm.core.rng import seeded_generator
 from pyroebm.flows.adapters import installed_zuko, reversed_layer, zuko_layer
 from pyroebm.flows.affine import coupling_masks
 from pyroebm.flows.base import Base
@@ -59,7 +58,8 @@ class SplineFlow(Flow):
         activation: one of :data:`pyroebm.nn.ACTIVATIONS`.
         base: density of z; None is the standard normal.
         dtype: of the parameters (default torch's).
-        seed: of the initial weights and of who is coupled to whom.
+        generator: source of the initial weights and of who is coupled to whom; None is torch's
+            default generator.
 
     Raises:
         ImportError: if zuko is not installed.
@@ -84,12 +84,12 @@ class SplineFlow(Flow):
         activation: str = "silu",
         base: Base | None = None,
         dtype: torch.dtype | None = None,
-        seed: int = 0,
+        generator: torch.Generator | None = None,
     ) -> None:
         check_counts({"dim": 1, "num_layers": 1, "num_bins": 2}, dim, num_layers, num_bins)
         if not (bound > 0.0 and math.isfinite(bound)):
             raise ValueError(f"bound must be positive and finite, got bound={bound}")
-        zuko, generator = installed_zuko(), seeded_generator(seed)
+        zuko = installed_zuko()
         dtype = torch.get_default_dtype() if dtype is None else dtype
         common: dict[str, Any] = {
             "univariate": functools.partial(zuko.transforms.MonotonicRQSTransform, bound=bound),
@@ -126,7 +126,6 @@ class SplineFlow(Flow):
             "autoregressive": autoregressive,
             "activation": activation,
             "base": base,
-            "seed": seed,
         }
 
 
@@ -147,7 +146,7 @@ class AutoregressiveFlow(Flow):
         activation: one of :data:`pyroebm.nn.ACTIVATIONS`.
         base: density of z; None is the standard normal.
         dtype: of the parameters (default torch's).
-        seed: of the initial weights.
+        generator: source of the initial weights; None is torch's default generator.
 
     Raises:
         ImportError: if zuko is not installed.
@@ -169,12 +168,12 @@ class AutoregressiveFlow(Flow):
         activation: str = "silu",
         base: Base | None = None,
         dtype: torch.dtype | None = None,
-        seed: int = 0,
+        generator: torch.Generator | None = None,
     ) -> None:
         check_counts({"dim": 1, "num_layers": 1}, dim, num_layers)
         if fast not in ("draw", "density"):
             raise ValueError(f"fast must be 'draw' or 'density', got fast={fast!r}")
-        zuko, generator = installed_zuko(), seeded_generator(seed)
+        zuko = installed_zuko()
         dtype = torch.get_default_dtype() if dtype is None else dtype
         common: dict[str, Any] = {}
         if dim > 1:
@@ -194,7 +193,6 @@ class AutoregressiveFlow(Flow):
             "scale": scale,
             "activation": activation,
             "base": base,
-            "seed": seed,
         }
 
 
@@ -220,7 +218,7 @@ class ContinuousFlow(Flow):
         activation: one of :data:`pyroebm.nn.ACTIVATIONS`; a smooth one.
         base: density of z; None is the standard normal.
         dtype: of the parameters (default torch's).
-        seed: of the initial weights.
+        generator: source of the initial weights; None is torch's default generator.
 
     Raises:
         ImportError: if zuko is not installed.
@@ -243,7 +241,7 @@ class ContinuousFlow(Flow):
         activation: str = "silu",
         base: Base | None = None,
         dtype: torch.dtype | None = None,
-        seed: int = 0,
+        generator: torch.Generator | None = None,
     ) -> None:
         check_counts({"dim": 1, "num_frequencies": 1}, dim, num_frequencies)
         dtype = torch.get_default_dtype() if dtype is None else dtype
@@ -262,9 +260,7 @@ class ContinuousFlow(Flow):
             "hidden_features": tuple(hidden_sizes),
         }
         options["activation"] = _activation(activation)
-        layer = zuko_layer(
-            zuko.flows.continuous.FFJTransform, dim, seeded_generator(seed), dtype, **options
-        )
+        layer = zuko_layer(zuko.flows.continuous.FFJTransform, dim, generator, dtype, **options)
         super().__init__([layer, *_affine_end(dim, scale, dtype)], dim, dim, base=base)
         self._config = {
             "dim": dim,
@@ -275,5 +271,4 @@ class ContinuousFlow(Flow):
             "scale": scale,
             "activation": activation,
             "base": base,
-            "seed": seed,
         }

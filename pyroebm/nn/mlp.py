@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
+from pyroebm.core.rng import drawing_from
+
 __all__ = [
     "ACTIVATIONS",
     "frozen",
@@ -124,11 +126,7 @@ def start_weights(
 
 
 def bound_by_spectral_norm(layers: Sequence[nn.Module], generator: torch.Generator | None) -> None:
-    """Spectral norms; their power iteration starts from torch's global stream, which is put
-    back."""
-    seed = torch.randint(2**62, (), generator=generator)
-    with torch.random.fork_rng(devices=[]):
-        # torch.manual_seed would seed every GPU as well
-        torch.default_generator.manual_seed(int(seed))
+    """Spectral norms, whose power iteration starts from random vectors."""
+    with drawing_from(generator):
         for layer in layers:
             parametrizations.spectral_norm(layer)

@@ -108,7 +108,7 @@ def test_mutants_are_caught(mutant: type[IndependenceMetropolis]) -> None:
 
 def test_redundant_latents_move_on_the_extended_energy() -> None:
     energy = DoubleWell()
-    flow = RedundantNICE(1, 2, seed=3)
+    flow = RedundantNICE(1, 2, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         for parameter in flow.parameters():
             parameter += 0.1 * torch.randn(parameter.shape, generator=problem_generator(4))

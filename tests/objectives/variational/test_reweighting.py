@@ -247,7 +247,13 @@ def test_it_keeps_a_small_mode() -> None:
     masses = []
     for seed in range(12):
         flow, objective = (
-            RealNVP(2, num_layers=4, hidden_sizes=(32,), scale=3.0, seed=seed),
+            RealNVP(
+                2,
+                num_layers=4,
+                hidden_sizes=(32,),
+                scale=3.0,
+                generator=torch.Generator().manual_seed(seed),
+            ),
             AnnealedReweighting(buffer_size=2048),
         )
         for _ in fit_flow(

@@ -595,7 +595,10 @@ def test_redundant_latents_find_both_wells_in_a_short_run() -> None:
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("total_dim", [2, 3])
 def test_defaults_fit_the_double_well(total_dim: int, seed: int) -> None:
-    energy, flow = DoubleWell(), RedundantNICE(1, total_dim, seed=seed)
+    energy, flow = (
+        DoubleWell(),
+        RedundantNICE(1, total_dim, generator=torch.Generator().manual_seed(seed)),
+    )
     run(flow, energy, seed=seed)
     result = importance_sample(flow, energy, 500_000, generator=torch.Generator().manual_seed(seed))
     right, _ = result.expectation(lambda x: (x > energy.barrier).double())
