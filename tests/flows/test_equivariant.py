@@ -369,12 +369,12 @@ def test_two_particles_in_a_well_are_matched_refined_and_weighed() -> None:
 )
 def test_flow_refuses(options: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        EquivariantFlow(**{"particles": 3, "space": 2} | options)
+        EquivariantFlow(**{"num_particles": 3, "space": 2} | options)
 
 
 def test_steps_and_matching_refuse() -> None:
     flow = EquivariantFlow(3, 2, dtype=F64)
-    with pytest.raises(ValueError, match="steps=0"):
+    with pytest.raises(ValueError, match="num_steps=0"):
         flow.num_steps = 0
     flow.num_steps = 7
     assert flow.config()["num_steps"] == flow.field.num_steps == 7
@@ -451,7 +451,7 @@ def mutated(
 @pytest.mark.parametrize("mutant", [_NoSlope, _WholeSpace, _EachPairOnce])
 def test_mutants_of_the_divergence_are_caught(mutant: type[PairField]) -> None:
     for check in (
-        lambda: check_divergence(mutated(mutant, steps=3).field),
+        lambda: check_divergence(mutated(mutant, num_steps=3).field),
         lambda: check_log_det(mutated(mutant)),
     ):
         with pytest.raises(AssertionError, match="not close"):
@@ -462,7 +462,7 @@ def test_mutants_of_the_divergence_are_caught(mutant: type[PairField]) -> None:
 @pytest.mark.parametrize("mutant", [_Numbered, _Tilted])
 def test_mutants_of_the_symmetry_are_caught(mutant: type[PairField]) -> None:
     with pytest.raises(AssertionError, match="not close"):
-        check_symmetry(mutated(mutant, steps=4))
+        check_symmetry(mutated(mutant, num_steps=4))
 
 
 def test_mutants_of_the_linear_map_and_of_matching_are_caught(

@@ -451,21 +451,25 @@ def test_refusals() -> None:
         importance_sample(NICE(3, dtype=F64), energy, 10)
 
 
-def test_seeds_batches_and_the_global_generator() -> None:
+def test_generators_and_batches() -> None:
     energy = Gaussian([0.0], dtype=F64)
-    torch.manual_seed(5)
-    before = torch.get_rng_state()
     for proposal in (stirred_flow(1, 2), dist.Normal(torch.zeros(1, dtype=F64), 1.0).to_event(1)):
+        before = torch.get_rng_state()
         runs: list[ImportanceResult] = [
             importance_sample(proposal, energy, 100, generator=torch.Generator().manual_seed(s))
             for s in (0, 0, 1)
         ]
+        assert torch.equal(torch.get_rng_state(), before), "a generator decides alone"
         assert torch.equal(runs[0].log_weights, runs[1].log_weights)
         assert not torch.equal(runs[0].log_weights, runs[2].log_weights)
-        batched = importance_sample(proposal, energy, 100, batch_size=30)
-        assert batched.x.shape == (100, 1)
-        assert len(batched.x.unique()) == 100
-    assert torch.equal(torch.get_rng_state(), before)
+        batched = []
+        for _ in range(2):  # without one, torch's default generator decides, as in torch
+            torch.manual_seed(5)
+            batched.append(importance_sample(proposal, energy, 100, batch_size=30))
+        assert batched[0].x.shape == (100, 1)
+        assert len(batched[0].x.unique()) == 100
+        assert torch.equal(batched[0].log_weights, batched[1].log_weights)
+        assert not torch.equal(torch.get_rng_state(), before)
 
 
 def test_single_precision_is_weighed_in_double() -> None:
