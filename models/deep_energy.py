@@ -110,13 +110,13 @@ def baselines(recipe: Recipe, pixels: Pixels) -> None:
         - 32.0 * math.log(2.0 * math.pi)
     )
     recipe.add_mean("Gaussian: test log-likelihood", gauss, "exact", "+- is that of the test set")
-    centres = digits(threshold=None).train
-    train, test = (pixels.images(part) for part in (pixels.train[: len(centres)], pixels.test))
+    centers = digits(threshold=None).train
+    train, test = (pixels.images(part) for part in (pixels.train[: len(centers)], pixels.test))
     # the first copy of each image, without its own kernel
-    left_out = (torch.cdist(train, centres) ** 2).fill_diagonal_(math.inf)
+    left_out = (torch.cdist(train, centers) ** 2).fill_diagonal_(math.inf)
     widths = torch.linspace(0.1, 0.4, 31).tolist()
     width = max(widths, key=lambda width: float(kernel_density(left_out, width).mean()))
-    values = kernel_density(torch.cdist(test, centres) ** 2, width)
+    values = kernel_density(torch.cdist(test, centers) ** 2, width)
     recipe.add_mean(
         "kernel density: test log-likelihood",
         values,
@@ -126,7 +126,7 @@ def baselines(recipe: Recipe, pixels: Pixels) -> None:
 
 
 def kernel_density(squares: Tensor, width: float) -> Tensor:
-    """Log-density of each row under normal laws of that width around all centres, of squared
+    """Log-density of each row under normal laws of that width around all centers, of squared
     distances."""
     values = torch.logsumexp(-0.5 * squares / width**2, 1) - math.log(squares.shape[1])
     return values - 64.0 * math.log(width * math.sqrt(2.0 * math.pi))
@@ -147,8 +147,8 @@ def judge(
         states,
         base,
         HMC(0.25, num_steps=4),
-        betas,
-        len(states),
+        betas=betas,
+        num_chains=len(states),
         generator=torch.Generator().manual_seed(recipe.seed),
         progress=progress,
     )

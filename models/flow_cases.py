@@ -279,7 +279,7 @@ REFERENCE = {
 
 
 def schools(effects: Tensor, errors: Tensor) -> None:
-    """Rubin's eight schools (1981), non-centred, with posteriordb's priors."""
+    """Rubin's eight schools (1981), non-centered, with posteriordb's priors."""
     mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
     tau = pyro.sample("tau", dist.HalfCauchy(5.0))
     with pyro.plate("schools", 8):

@@ -19,7 +19,7 @@ from models.recipe import Recipe
 from pyroebm.data import digits, load_binary
 from pyroebm.diagnostics.plots import plot_images
 from pyroebm.energies import BernoulliRBM, DeepBeliefNetwork, DeepBoltzmannMachine, LayeredMachine
-from pyroebm.objectives import Centring, PersistentCD
+from pyroebm.objectives import Centering, PersistentCD
 from pyroebm.partition import Bracket, base_rates, bracket
 from pyroebm.training import Classifier, complete, fine_tune, fit
 
@@ -128,7 +128,7 @@ def train_pcd(
     epochs: int,
     learning_rate: float,
     *,
-    centred: bool = True,
+    centered: bool = True,
     decay: bool = False,
     batch_size: int = 100,
     chains: int = 100,
@@ -158,7 +158,7 @@ def train_pcd(
         batch_size=batch_size,
         optimizer=functools.partial(torch.optim.SGD, lr=learning_rate, fused=True),
         schedule=schedule,
-        transform=Centring() if centred else None,
+        transform=Centering() if centered else None,
         checkpoint=checkpoint,
         resume=checkpoint is not None,
         seed=seed,

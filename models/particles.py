@@ -57,7 +57,7 @@ class System:
 
 SYSTEMS: dict[str, System] = {
     "DW4": System(
-        lambda: DW4(F64),
+        lambda: DW4(dtype=F64),
         0.1,
         5,
         5,

@@ -163,7 +163,7 @@ def tempered_smc(
         raise ValueError(
             f"kernel must leave its target unchanged, but {type(kernel).__name__} is not exact"
         )
-    base = DistributionEnergy(base, energy.dtype) if isinstance(base, Distribution) else base
+    base = DistributionEnergy(base, dtype=energy.dtype) if isinstance(base, Distribution) else base
     if not (isinstance(base, Energy) and base.has_exact_draws and base.log_z is not None):
         raise ValueError(
             "base must be a distribution, or an Energy with exact draws and a known log_z, got"

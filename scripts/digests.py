@@ -682,15 +682,15 @@ def noise_law() -> Any:
     return ebm.gaussian_noise(moons(), 1.5)
 
 
-def centred(energy: Energy) -> Any:
-    options = {"transform": ebm.Centring(0.2), "penalties": [ebm.Sparsity(0.1, 1.0)]}
+def centered(energy: Energy) -> Any:
+    options = {"transform": ebm.Centering(0.2), "penalties": [ebm.Sparsity(0.1, 1.0)]}
     return trained(ebm.PersistentCD(8), energy, bits(), **options), options["transform"]
 
 
 OBJECTIVES: dict[str, Make] = {
     "adversarial-flow": lambda: of_data(ebm.AdversarialFlow(small_flow(), gradient_penalty=0.1)),
-    "centring-and-sparsity": lambda: centred(machine()),
-    "centring-deep": lambda: centred(deep_machine()),
+    "centering-and-sparsity": lambda: centered(machine()),
+    "centering-deep": lambda: centered(deep_machine()),
     "conditional-nce": lambda: of_data(ebm.ConditionalNCE(0.5, 2)),
     "contrastive-divergence": lambda: of_data(short_chains()),
     "contrastive-divergence-bits": lambda: of_bits(ebm.ContrastiveDivergence(2)),
@@ -987,7 +987,7 @@ def resumed_training(folder: Path) -> Any:
     """Broken off after a few steps, and gone on with from the checkpoint by another machine."""
 
     def run(energy: Energy, resume: bool, stop: int) -> Any:
-        objective, transform = ebm.PersistentCD(6, betas=(1.0, 0.5)), ebm.Centring(0.1)
+        objective, transform = ebm.PersistentCD(6, betas=(1.0, 0.5)), ebm.Centering(0.1)
         settings = {"steps": 7, "batch_size": 6, "seed": 5, "progress": False, "resume": resume}
         files = {"checkpoint": folder / "run.safetensors", "log": folder / "log.jsonl"}
         steps = ebm.fit(energy, objective, bits(), transform=transform, **files, **settings)

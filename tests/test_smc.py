@@ -219,7 +219,7 @@ def test_systematic_resampling_keeps_the_whole_part_of_each_weight() -> None:
 
 
 def test_a_distribution_as_an_energy() -> None:
-    energy = DistributionEnergy(dist.Gamma(number(2.0), number(1.0)), torch.float64)
+    energy = DistributionEnergy(dist.Gamma(number(2.0), number(1.0)), dtype=torch.float64)
     x = torch.tensor([0.5, -1.0, math.nan], dtype=torch.float64)
     assert energy(x)[1:].tolist() == [math.inf, math.inf]
     assert math.isclose(float(energy(x)[0]), 0.5 - math.log(0.5))

@@ -155,7 +155,7 @@ class DistributionEnergy(Energy):
     log_z = 0.0
     has_exact_draws = True
 
-    def __init__(self, distribution: Distribution, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, distribution: Distribution, *, dtype: torch.dtype | None = None) -> None:
         if distribution.batch_shape or not getattr(distribution, "normalized", True):
             raise ValueError(
                 "distribution must be normalised and have batch_shape (), got"

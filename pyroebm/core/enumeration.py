@@ -16,7 +16,7 @@ BATCH = 1 << 14
 
 
 def all_bits(
-    num_bits: int, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    num_bits: int, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
 ) -> Tensor:
     r"""All :math:`2^n` rows of n bits, shape ``(2**n, n)``, counted up with the first bit the
     highest.

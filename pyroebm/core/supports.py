@@ -204,14 +204,14 @@ def search_finite(
     draw: Callable[[int], Tensor],
     energy: Callable[[Tensor], Tensor],
     num_chains: int,
-    tries: int = 100,
+    num_tries: int = 100,
 ) -> Tensor:
     """``num_chains`` states from ``draw(count)`` at which ``energy`` is finite: the rows where it
     is not are drawn again."""
     if num_chains < 1:
         raise ValueError(f"num_chains must be at least 1, got num_chains={num_chains}")
     states = draw(num_chains)
-    for _ in range(tries):
+    for _ in range(num_tries):
         with torch.no_grad():
             bad = ~torch.isfinite(energy(states))
         if not bad.any():
@@ -220,7 +220,7 @@ def search_finite(
     raise ValueError(
         f"{name}.initial found no state of finite energy for {int(bad.sum())} of"
         f" num_chains={num_chains} rows in"
-        f" {tries} tries;"
+        f" {num_tries} tries;"
         " override initial(n, generator) with states inside the domain"
     )
 

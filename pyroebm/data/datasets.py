@@ -49,7 +49,7 @@ class Split(NamedTuple):
     binarisation: str
 
 
-def bars_and_stripes(side: int, dtype: torch.dtype | None = None) -> Tensor:
+def bars_and_stripes(side: int, *, dtype: torch.dtype | None = None) -> Tensor:
     r"""Bars and stripes (MacKay, 2003): every n x n image whose rows, or whose columns, are each
     all on or all off.
 
@@ -73,12 +73,12 @@ def bars_and_stripes(side: int, dtype: torch.dtype | None = None) -> Tensor:
         (torch.Size([8, 4]), torch.Size([6, 4]))
     """
     _check_bits("side", side)
-    bits = all_bits(side, dtype)
+    bits = all_bits(side, dtype=dtype)
     rows = bits.unsqueeze(2).expand(-1, side, side)
     return torch.cat([rows, rows.mT]).reshape(-1, side * side)
 
 
-def parity(num_bits: int, dtype: torch.dtype | None = None) -> Tensor:
+def parity(num_bits: int, *, dtype: torch.dtype | None = None) -> Tensor:
     r"""Every n bits with an even number of ones: no statistic of fewer than n of them tells it from
     fair coins.
 
@@ -100,11 +100,11 @@ def parity(num_bits: int, dtype: torch.dtype | None = None) -> Tensor:
                 [1., 1., 0.]])
     """
     _check_bits("num_bits", num_bits)
-    bits = all_bits(num_bits, dtype)
+    bits = all_bits(num_bits, dtype=dtype)
     return bits[bits.sum(1) % 2 == 0]
 
 
-def digits(threshold: float | None = 8, dtype: torch.dtype | None = None) -> Split:
+def digits(threshold: float | None = 8, *, dtype: torch.dtype | None = None) -> Split:
     """Scikit-learn's 8 x 8 digits (Alpaydin and Kaynak, 1998; 1,797 images, pixels from 0 to 16).
 
     The split, 1,437 and 360, is scikit-learn's ``train_test_split`` with ``stratify=labels,

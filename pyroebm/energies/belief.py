@@ -239,11 +239,15 @@ class DeepBeliefNetwork(nn.Module):
             )
         if len(self.rbms) == 1:
             return -self.top(visible) - self._top_log_z(log_z)
-        log_p = -self.top(all_bits(self.sizes[-2], visible.dtype, visible.device))
+        log_p = -self.top(all_bits(self.sizes[-2], dtype=visible.dtype, device=visible.device))
         for k in range(len(self.rbms) - 2, -1, -1):
-            above = all_bits(self.sizes[k + 1], visible.dtype, visible.device)
+            above = all_bits(self.sizes[k + 1], dtype=visible.dtype, device=visible.device)
             field = self.rbm(k).layers().field(0, [None, above])
-            below = visible if k == 0 else all_bits(self.sizes[k], visible.dtype, visible.device)
+            below = (
+                visible
+                if k == 0
+                else all_bits(self.sizes[k], dtype=visible.dtype, device=visible.device)
+            )
             conditional = below @ field.mT - softplus(field).sum(-1)  # (*batch, states above)
             log_p = torch.logsumexp(conditional + log_p, -1)
         return log_p - self._top_log_z(log_z)

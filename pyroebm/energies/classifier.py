@@ -38,7 +38,7 @@ class ClassifierEnergy(NeuralEnergy):
         net: f, a module ``(n, *event) -> (n, K)``.
         event_shape: shape of one event.
         num_classes: K.
-        support, scale, centre: as in :class:`~pyroebm.energies.NeuralEnergy`, with its warnings.
+        support, scale, center: as in :class:`~pyroebm.energies.NeuralEnergy`, with its warnings.
 
     Raises:
         ValueError: if ``num_classes`` < 1, the logits have another shape, or as
@@ -59,10 +59,10 @@ class ClassifierEnergy(NeuralEnergy):
         *,
         support: Constraint = constraints.real,
         scale: float | Tensor | None = None,
-        centre: float | Tensor = 0.0,
+        center: float | Tensor = 0.0,
     ) -> None:
         check_counts({"num_classes": 1}, num_classes)
-        super().__init__(net, event_shape, support=support, scale=scale, centre=centre)
+        super().__init__(net, event_shape, support=support, scale=scale, center=center)
         self.num_classes = num_classes
 
     def forward(self, x: Tensor) -> Tensor:

@@ -211,6 +211,7 @@ class Ising(Lattice):
         shape: Sequence[int],
         coupling: float = 1.0,
         field: Any = 0.0,
+        *,
         periodic: bool = True,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -256,6 +257,7 @@ class Potts(Lattice):
         num_colors: int,
         coupling: float = 1.0,
         field: Any = 0.0,
+        *,
         periodic: bool = True,
         dtype: torch.dtype | None = None,
     ) -> None:

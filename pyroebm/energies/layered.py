@@ -211,12 +211,12 @@ def layered_support(sizes: Sequence[int], gaussian: bool) -> Constraint:
     )
 
 
-def layer_names(count: int) -> list[str]:
+def layer_names(num_layers: int) -> list[str]:
     """``visible``, and ``hidden``, or ``hidden1``, ``hidden2`` and so on."""
     return (
         ["visible", "hidden"]
-        if count == 2
-        else ["visible", *(f"hidden{k}" for k in range(1, count))]
+        if num_layers == 2
+        else ["visible", *(f"hidden{k}" for k in range(1, num_layers))]
     )
 
 

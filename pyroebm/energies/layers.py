@@ -180,7 +180,7 @@ class Layers(NamedTuple):
         parts = iter(bits.split([self.sizes[layer] for layer in side], -1))
         return [next(parts) if layer in side else None for layer in range(len(self.biases))]
 
-    def log_partition(self, progress: bool | None = False) -> Tensor:
+    def log_partition(self, *, progress: bool | None = False) -> Tensor:
         r""":math:`\log Z` by a sum over every state of the smaller side; differentiable, shape
         ``()``.
 

@@ -57,7 +57,7 @@ class Tilted(Energy):
         dtype: torch.dtype | None = None,
     ) -> None:
         if isinstance(base, Distribution):
-            base = DistributionEnergy(base, dtype)
+            base = DistributionEnergy(base, dtype=dtype)
         if not isinstance(base, Energy) or not callable(f):
             raise ValueError(
                 "Tilted takes an Energy or a distribution, and a function of its events, got"

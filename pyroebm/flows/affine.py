@@ -146,9 +146,10 @@ class AffineCoupling(Bijection):
         self.clamp, self.soft = float(clamp), soft
         passes = coupling_mask(dim, mask) != flip
         passing, moved = passes.nonzero().squeeze(-1), (~passes).nonzero().squeeze(-1)
-        self.register_buffer("passing", passing, persistent=False)
-        self.register_buffer("moved", moved, persistent=False)
-        self.register_buffer("back", torch.cat((passing, moved)).argsort(), persistent=False)
+        # in the state: a shuffle of the flow may have chosen them
+        self.register_buffer("passing", passing)
+        self.register_buffer("moved", moved)
+        self.register_buffer("back", torch.cat((passing, moved)).argsort())
         sizes = (len(passing), 2 * len(moved))
         self.net = (
             mlp(*sizes, hidden_sizes, activation=activation, dtype=dtype, generator=generator)

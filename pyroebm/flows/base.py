@@ -41,13 +41,13 @@ class Base(Saved):
     def draw(
         self,
         num_samples: int,
-        generator: torch.Generator | None,
         dtype: torch.dtype,
         device: torch.device,
+        generator: torch.Generator | None = None,
     ) -> Tensor:
         """``num_samples`` draws of z with gradients in the parameters, shape ``(n, D)``."""
         raise NotImplementedError(
-            f"{type(self).__name__} must define draw(n, generator, dtype, device) -> z"
+            f"{type(self).__name__} must define draw(num_samples, dtype, device, generator) -> z"
         )
 
     def log_prob(self, z: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ class Base(Saved):
 
     def distribution(self, dtype: torch.dtype, device: torch.device) -> dist.Distribution:
         """The Pyro distribution of z, event shape ``(D,)``."""
-        return Drawn(lambda n: self.draw(n, None, dtype, device), self.log_prob, self.dim)
+        return Drawn(lambda n: self.draw(n, dtype, device), self.log_prob, self.dim)
 
 
 class StandardNormal(Base):
@@ -74,9 +74,9 @@ class StandardNormal(Base):
     def draw(
         self,
         num_samples: int,
-        generator: torch.Generator | None,
         dtype: torch.dtype,
         device: torch.device,
+        generator: torch.Generator | None = None,
     ) -> Tensor:
         return standard_normal((num_samples, self.dim), generator, dtype, device)
 
@@ -117,7 +117,7 @@ class MixtureBase(Base):
 
     Example:
         >>> base = MixtureBase(2, num_components=3)
-        >>> base.draw(5, None, torch.float32, torch.device("cpu")).shape, base.weights
+        >>> base.draw(5, torch.float32, torch.device("cpu")).shape, base.weights
         (torch.Size([5, 2]), tensor([0.3333, 0.3333, 0.3333]))
     """
 
@@ -160,9 +160,9 @@ class MixtureBase(Base):
     def draw(
         self,
         num_samples: int,
-        generator: torch.Generator | None,
         dtype: torch.dtype,
         device: torch.device,
+        generator: torch.Generator | None = None,
     ) -> Tensor:
         u = uniform((num_samples, 1), generator, dtype, device)
         # the last sum may be rounded to below u
@@ -267,9 +267,9 @@ class StudentBase(Base):
     def draw(
         self,
         num_samples: int,
-        generator: torch.Generator | None,
         dtype: torch.dtype,
         device: torch.device,
+        generator: torch.Generator | None = None,
     ) -> Tensor:
         with drawing_from(generator):
             return self._law().rsample((num_samples,))

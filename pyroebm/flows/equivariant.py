@@ -61,6 +61,7 @@ class PairField(Bijection):
         self,
         num_particles: int,
         space: int,
+        *,
         reach: float = 8.0,
         length: float = 1.0,
         num_cells: int = 32,
@@ -214,17 +215,25 @@ class EquivariantFlow(Flow):
         self,
         num_particles: int,
         space: int,
+        *,
         reach: float = 8.0,
         length: float = 1.0,
         num_cells: int = 32,
         num_stages: int = 6,
         num_steps: int = 20,
         scale: float = 1.0,
-        *,
         dtype: torch.dtype | None = None,
     ) -> None:
         field = PairField(
-            num_particles, space, reach, length, num_cells, num_stages, num_steps, scale, dtype
+            num_particles,
+            space,
+            reach=reach,
+            length=length,
+            num_cells=num_cells,
+            num_stages=num_stages,
+            num_steps=num_steps,
+            scale=scale,
+            dtype=dtype,
         )
         super().__init__([field], field.dim, field.dim)
         self._config = {

@@ -135,7 +135,7 @@ class Flow(Saved):
     def draw_noise(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
         """``num_samples`` draws of z, shape ``(n, D)``, with gradients in the parameters of the
         base where it has any."""
-        return self.base.draw(num_samples, generator, self.dtype, self.device)
+        return self.base.draw(num_samples, self.dtype, self.device, generator)
 
     def push(self, z: Tensor) -> tuple[Tensor, Tensor]:
         r"""(x, y) and :math:`\log q(x, y)` of z, without any inverse: ``(*batch, D) -> (*batch, D),

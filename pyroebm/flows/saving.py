@@ -89,7 +89,7 @@ class Saved(nn.Module):
         return cast(Self, _load(path, device, cls.__name__))
 
 
-def load_flow(path: str | Path, device: torch.device | str = "cpu") -> Saved:
+def load_flow(path: str | Path, *, device: torch.device | str = "cpu") -> Saved:
     """The flow that its ``save`` wrote, whichever class the file names.
 
     Args:

@@ -84,6 +84,7 @@ class StochasticGradientLangevin(ContinuousKernel[CountedState]):
     """
 
     decay: float = 0.0
+    _: dataclasses.KW_ONLY
     delay: float = 1.0
 
     exact: ClassVar[bool] = False

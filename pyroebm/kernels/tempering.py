@@ -191,12 +191,13 @@ class ParallelTempering(Kernel[TemperedState]):
         """Step sizes and temperatures, tuned together."""
         return LadderAdaptation()
 
-    def path(self, energy: Energy, chains: int) -> Path:
-        """The energy of all replicas as rows ``chains * R``, those of one chain side by side."""
+    def path(self, energy: Energy, num_chains: int) -> Path:
+        """The energy of all replicas as rows ``num_chains * R``, those of one chain side by
+        side."""
         reference = (
             None if self.reference is None else in_the_coordinates_of(energy, self.reference)
         )
-        return Path(energy, self.betas.repeat(chains), reference)
+        return Path(energy, self.betas.repeat(num_chains), reference)
 
     def init(
         self, energy: Energy, x: Tensor, generator: torch.Generator | None = None
@@ -433,6 +434,7 @@ class LadderAdaptation:
 
     target_acceptance: float | None = None
     ladder: bool = True
+    _: dataclasses.KW_ONLY
     initial: int = 15
     first: int = 15
     final: int = 50

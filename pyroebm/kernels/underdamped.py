@@ -125,6 +125,7 @@ class UnderdampedLangevin(_Underdamped):
         tensor(True)
     """
 
+    _: dataclasses.KW_ONLY
     temperature: float = 1.0
 
     exact: ClassVar[bool] = False

@@ -658,9 +658,9 @@ class MCMC(AbstractMCMC):
         return diagnostics.to_arviz(
             samples,
             stats,
-            self.get_samples(group_by_chain=True, warmup=True) if warm else None,
-            self.get_stats(warmup=True) if warm else None,
-            self._facts(),
+            warmup_posterior=self.get_samples(group_by_chain=True, warmup=True) if warm else None,
+            warmup_sample_stats=self.get_stats(warmup=True) if warm else None,
+            attrs=self._facts(),
         )
 
     def stuck_chains(self) -> list[int]:

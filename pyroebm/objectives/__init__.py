@@ -2,7 +2,7 @@
 
 from pyroebm.objectives.adversarial import Adversarial, AdversarialFlow, DeepDirected
 from pyroebm.objectives.base import HasLosses, Objective
-from pyroebm.objectives.centring import Centring, Sparsity
+from pyroebm.objectives.centering import Centering, Sparsity
 from pyroebm.objectives.contrastive import ContrastiveDivergence
 from pyroebm.objectives.denoising import DenoisingScoreMatching
 from pyroebm.objectives.discrete import MinimumProbabilityFlow, Pseudolikelihood, RatioMatching
@@ -32,7 +32,7 @@ __all__ = [
     "AdversarialFlow",
     "AlphaBootstrap",
     "AnnealedReweighting",
-    "Centring",
+    "Centering",
     "CompiledKL",
     "ConditionalNCE",
     "ContrastiveDivergence",

@@ -99,7 +99,7 @@ class Adversarial(Objective):
         self.num_samples, self.gradient_penalty = num_samples, float(gradient_penalty)
 
     def negative(
-        self, energy: Energy, num_samples: int, generator: torch.Generator | None
+        self, energy: Energy, num_samples: int, generator: torch.Generator | None = None
     ) -> Negative:
         """The losses of q, and n of its draws. The energy is in eval mode and its parameters are
         constants."""
@@ -209,7 +209,7 @@ class AdversarialFlow(Adversarial):
         self.flow, self.reverse_kl = flow, ReverseKL(gradient=gradient)
 
     def negative(
-        self, energy: Energy, num_samples: int, generator: torch.Generator | None
+        self, energy: Energy, num_samples: int, generator: torch.Generator | None = None
     ) -> Negative:
         loss, *_, xy = self.reverse_kl.estimate(
             self.flow, energy, self.flow.draw_noise(num_samples, generator)
@@ -254,7 +254,7 @@ class DeepDirected(Adversarial):
         self.model = model
 
     def negative(
-        self, energy: Energy, num_samples: int, generator: torch.Generator | None
+        self, energy: Energy, num_samples: int, generator: torch.Generator | None = None
     ) -> Negative:
         check_generator(self.model, energy)
         if num_samples < 2:

@@ -106,7 +106,7 @@ class ContrastiveDivergence(Objective):
     ) -> tuple[Tensor, Facts]:
         """The loss and its facts: ``energy_data``, ``energy_model``, ``energy_gap``; the kernel's
         ``acceptance_rate``; and of layers ``mean_0``, ``mean_1``, ...: mean units of each under the
-        data, which :class:`Centring` reads."""
+        data, which :class:`Centering` reads."""
         if self.kernel is not None or not isinstance(energy, LayeredMachine):
             check_batch(energy, batch)
             end, rate = advance(energy, self.kernel, batch, self.k, generator)

@@ -44,7 +44,7 @@ class Noise:
         if isinstance(law, Distribution):
             with drawing_from(seeded_generator(0)), torch.no_grad():
                 dtype = law.log_prob(law.sample()).dtype
-            self.law = DistributionEnergy(law, dtype)
+            self.law = DistributionEnergy(law, dtype=dtype)
         elif isinstance(law, Flow):
             if law.total_dim != law.dim:
                 raise ValueError(

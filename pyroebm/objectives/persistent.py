@@ -163,7 +163,7 @@ class PersistentCD(Objective):
         )
 
     def take(
-        self, energy: Energy, generator: torch.Generator | None
+        self, energy: Energy, generator: torch.Generator | None = None
     ) -> tuple[Tensor | None, Tensor]:
         """Chains to go on with: their rows in the buffer (None: all), and their states, some of
         them new."""

@@ -75,6 +75,7 @@ class SlicedScoreMatching(Objective):
     def __init__(
         self,
         num_projections: int = 1,
+        *,
         variance_reduced: bool = True,
         law: str = "normal",
         finite_difference: float | None = None,
@@ -120,11 +121,11 @@ class SlicedScoreMatching(Objective):
 
 
 def projections_like(
-    x: Tensor, event_dims: int, count: int, law: str, generator: torch.Generator | None
+    x: Tensor, event_dims: int, num_projections: int, law: str, generator: torch.Generator | None
 ) -> Tensor:
     """Random directions for each event of x, ``(count, *x.shape)``, with E[v v'] = I over the d
     entries of an event."""
-    shape = (count, *x.shape)
+    shape = (num_projections, *x.shape)
     if law == "rademacher":
         return (uniform(shape, generator, x.dtype, x.device) < 0.5).to(x.dtype) * 2.0 - 1.0
     v = standard_normal(shape, generator, x.dtype, x.device)

@@ -147,6 +147,7 @@ class VERA(Adversarial):
         self,
         model: Generator,
         num_proposals: int = 20,
+        *,
         eta: float = 0.1,
         num_samples: int | None = None,
         gradient_penalty: float = 0.0,
@@ -168,7 +169,7 @@ class VERA(Adversarial):
         }
 
     def negative(
-        self, energy: Energy, num_samples: int, generator: torch.Generator | None
+        self, energy: Energy, num_samples: int, generator: torch.Generator | None = None
     ) -> Negative:
         check_generator(self.model, energy)
         z = self.model.draw_noise(num_samples, generator)

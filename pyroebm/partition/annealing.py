@@ -33,8 +33,8 @@ def ais(
     base: Base = None,
     kernel: Kernel[Any] | None = None,
     betas: int | Tensor = 1000,
-    num_chains: int = 100,
     *,
+    num_chains: int = 100,
     generator: torch.Generator | None = None,
     progress: bool | None = None,
 ) -> LogZ:
@@ -105,9 +105,9 @@ def reverse_ais(
     start: Tensor | None = None,
     base: Base = None,
     kernel: Kernel[Any] | None = None,
+    *,
     betas: int | Tensor = 1000,
     num_chains: int = 100,
-    *,
     generator: torch.Generator | None = None,
     progress: bool | None = None,
 ) -> LogZ:
@@ -177,9 +177,9 @@ def bracket(
     start: Tensor | None = None,
     base: Base = None,
     kernel: Kernel[Any] | None = None,
+    *,
     betas: int | Tensor = 1000,
     num_chains: int = 100,
-    *,
     generator: torch.Generator | None = None,
     progress: bool | None = None,
 ) -> Bracket:
@@ -200,9 +200,18 @@ def bracket(
         ('lower', 'upper', True)
     """
     reverse = reverse_ais(
-        energy, start, base, kernel, betas, num_chains, generator=generator, progress=progress
+        energy,
+        start,
+        base,
+        kernel,
+        betas=betas,
+        num_chains=num_chains,
+        generator=generator,
+        progress=progress,
     )
-    forward = ais(energy, base, kernel, betas, num_chains, generator=generator, progress=progress)
+    forward = ais(
+        energy, base, kernel, betas, num_chains=num_chains, generator=generator, progress=progress
+    )
     return Bracket(forward, reverse, acceptance_ratio(forward, reverse))
 
 
@@ -211,9 +220,9 @@ def schedule(
     num_temperatures: int,
     base: Base = None,
     kernel: Kernel[Any] | None = None,
+    *,
     pilot: int = 200,
     num_chains: int = 100,
-    *,
     generator: torch.Generator | None = None,
     progress: bool | None = None,
 ) -> Tensor:

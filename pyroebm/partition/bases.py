@@ -267,7 +267,7 @@ def base_energy(energy: Energy, base: Layers | Energy | Distribution | None) -> 
                 " not"
             )
         return IndependentLayers(base, energy)
-    base = DistributionEnergy(base, energy.dtype) if isinstance(base, Distribution) else base
+    base = DistributionEnergy(base, dtype=energy.dtype) if isinstance(base, Distribution) else base
     if not (isinstance(base, Energy) and base.has_exact_draws and base.log_z is not None):
         raise ValueError(
             "base must be Layers, a distribution, or an Energy with exact draws and a known"

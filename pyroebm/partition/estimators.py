@@ -95,11 +95,11 @@ def thermodynamic_integration(
     energy: Energy,
     base: Base = None,
     kernel: Kernel[Any] | None = None,
+    *,
     num_temperatures: int = 16,
     num_samples: int = 500,
     warmup_steps: int = 250,
     num_chains: int = 32,
-    *,
     generator: torch.Generator | None = None,
     progress: bool | None = None,
 ) -> LogZ:

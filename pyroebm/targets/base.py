@@ -58,6 +58,7 @@ class Target(Energy):
         self,
         event_shape: Sequence[int] | None = None,
         support: Constraint | None = None,
+        *,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(event_shape, support)

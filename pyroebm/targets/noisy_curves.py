@@ -75,6 +75,7 @@ class NoisyCurves(Plane):
         noise: float,
         box: float = 0.0,
         num_nodes: int = 256,
+        *,
         dtype: torch.dtype | None = None,
     ) -> None:
         check_positive(noise=noise)
@@ -172,6 +173,7 @@ class TwoMoons(NoisyCurves):
         noise: float = 0.1,
         scale: float = 1.0,
         shift: tuple[float, float] = (0.0, 0.0),
+        *,
         dtype: torch.dtype | None = None,
     ) -> None:
         check_positive(noise=noise, scale=scale)
@@ -200,7 +202,7 @@ class TwoSpirals(NoisyCurves):
         tensor(True)
     """
 
-    def __init__(self, noise: float = 0.1, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, noise: float = 0.1, *, dtype: torch.dtype | None = None) -> None:
         check_positive(noise=noise)
 
         def arms(u: Tensor) -> Tensor:

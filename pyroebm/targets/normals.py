@@ -173,7 +173,12 @@ class Gaussian(_Normals):
     """
 
     def __init__(
-        self, mean: Any, covariance: Any = None, scale: Any = None, dtype: torch.dtype | None = None
+        self,
+        mean: Any,
+        covariance: Any = None,
+        scale: Any = None,
+        *,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__("mean", mean, scale, covariance, 0, dtype)
 
@@ -204,9 +209,9 @@ class Gaussian(_Normals):
 
 
 def scales_gaussian(
-    dim: int = 50, low: float = 0.1, high: float = 10.0, dtype: torch.dtype | None = None
+    dim: int = 50, low: float = 0.1, high: float = 10.0, *, dtype: torch.dtype | None = None
 ) -> Gaussian:
-    r"""The centred normal law with log-spaced standard deviations, on which step-size and metric
+    r"""The centered normal law with log-spaced standard deviations, on which step-size and metric
     adaptation are judged.
 
     Args:
@@ -264,6 +269,7 @@ class GaussianMixture(_Normals):
         scale: Any = None,
         covariance: Any = None,
         weights: Any = None,
+        *,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__("means", means, scale, covariance, 1, dtype)
@@ -284,9 +290,10 @@ class GaussianMixture(_Normals):
         side: int = 3,
         spacing: float = 5.0,
         variance: float = 0.3,
+        *,
         dtype: torch.dtype | None = None,
     ) -> GaussianMixture:
-        """Equal modes on a ``side`` x ``side`` grid centred on 0: 9 or 25 of them in the papers
+        """Equal modes on a ``side`` x ``side`` grid centered on 0: 9 or 25 of them in the papers
         (Zhang and Chen, 2022).
 
         Args:
@@ -306,7 +313,7 @@ class GaussianMixture(_Normals):
         return cls(means, scale=math.sqrt(variance), dtype=dtype or torch.get_default_dtype())
 
     @classmethod
-    def gmm40(cls, seed: int = 0, dtype: torch.dtype | None = None) -> GaussianMixture:
+    def gmm40(cls, *, seed: int = 0, dtype: torch.dtype | None = None) -> GaussianMixture:
         """The 40 modes of Midgley et al., "Flow Annealed Importance Sampling Bootstrap" (2023), in
         PyTorch's numbers.
 

@@ -1,4 +1,4 @@
-"""Particles without a centre: double-well and Lennard-Jones systems in coordinates where the centre
+"""Particles without a center: double-well and Lennard-Jones systems in coordinates where the center
 of mass is fixed."""
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ __all__ = ["DW4", "LennardJones", "Particles"]
 
 
 class Particles(Target):
-    r"""n equal particles in k dimensions, energy a function of their distances, centre of mass at
+    r"""n equal particles in k dimensions, energy a function of their distances, center of mass at
     the origin.
 
     An event is :math:`u \in R^{(n - 1) k}`, and the positions are :math:`x = B u` with B an
@@ -41,7 +41,7 @@ class Particles(Target):
     basis: Tensor
     ends: Tensor
 
-    def __init__(self, num_particles: int, space: int, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, num_particles: int, space: int, *, dtype: torch.dtype | None = None) -> None:
         if num_particles < 2 or space < 1:
             raise ValueError(
                 f"num_particles must be at least 2 and space at least 1, got"
@@ -120,8 +120,8 @@ class DW4(Particles):
         -8.3966
     """
 
-    def __init__(self, dtype: torch.dtype | None = None) -> None:
-        super().__init__(4, 2, dtype)
+    def __init__(self, *, dtype: torch.dtype | None = None) -> None:
+        super().__init__(4, 2, dtype=dtype)
 
     def forward(self, u: Tensor) -> Tensor:
         off = self.squared_distances(self.positions(u)).sqrt() - 4.0
@@ -132,7 +132,7 @@ class DW4(Particles):
 
 
 class LennardJones(Particles):
-    r"""Particles in space that attract and repel, held together by a spring to their centre
+    r"""Particles in space that attract and repel, held together by a spring to their center
     (Köhler, Klein and Noé, 2020).
 
     .. math::
@@ -163,12 +163,13 @@ class LennardJones(Particles):
         pairs: str,
         num_particles: int = 13,
         epsilon: float = 1.0,
+        *,
         dtype: torch.dtype | None = None,
     ) -> None:
         if pairs not in ("once", "twice"):
             raise ValueError(f'pairs must be "once" or "twice", got pairs={pairs!r}')
         check_positive(epsilon=epsilon)
-        super().__init__(num_particles, 3, dtype)
+        super().__init__(num_particles, 3, dtype=dtype)
         self.convention, self.epsilon = pairs, float(epsilon)
 
     def forward(self, u: Tensor) -> Tensor:

@@ -46,6 +46,7 @@ class Circles(Plane):
         self,
         radii: Sequence[float] = (3.0, 1.5),
         noise: float = 0.24,
+        *,
         dtype: torch.dtype | None = None,
     ) -> None:
         check_positive(radii=torch.tensor(radii), noise=noise)
@@ -53,9 +54,9 @@ class Circles(Plane):
         self.radii, self.noise = tuple(map(float, radii)), float(noise)
 
     @classmethod
-    def rings(cls, dtype: torch.dtype | None = None) -> Circles:
+    def rings(cls, *, dtype: torch.dtype | None = None) -> Circles:
         """Four rings of radii 3, 2.25, 1.5 and 0.75 with noise 0.08 (Grathwohl et al., 2019)."""
-        return cls((3.0, 2.25, 1.5, 0.75), 0.08, dtype)
+        return cls((3.0, 2.25, 1.5, 0.75), 0.08, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         r = torch.linalg.vector_norm(x, dim=-1).unsqueeze(-1) / self.noise
@@ -99,7 +100,7 @@ class Checkerboard(Plane):
         tensor([3.4657,    inf, 3.4657])
     """
 
-    def __init__(self, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, *, dtype: torch.dtype | None = None) -> None:
         super().__init__(dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -166,6 +167,7 @@ class Pinwheel(Plane):
     def __init__(
         self,
         num_arms: int = 5,
+        *,
         radial: float = 0.3,
         tangential: float = 0.1,
         rate: float = 0.25,
@@ -257,7 +259,7 @@ class Pinwheel(Plane):
         )
 
 
-def eight_gaussians(dtype: torch.dtype | None = None) -> GaussianMixture:
+def eight_gaussians(*, dtype: torch.dtype | None = None) -> GaussianMixture:
     """Eight equal normal laws on a circle, radius 4 and deviation 0.5, both over 1.414 (Grathwohl
     et al., 2019).
 

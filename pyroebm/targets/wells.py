@@ -45,7 +45,7 @@ class DoubleWell(Target):
         lambda x: x * x * (x * x - 4.0) + x, -4.0, 4.0, split=barrier
     )
 
-    def __init__(self, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, *, dtype: torch.dtype | None = None) -> None:
         super().__init__(dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -108,7 +108,7 @@ class ManyWell(Target):
         lambda a: a * (a * (a * a - 6.0) - 0.5), -5.0, 5.0, split=0.0
     )
 
-    def __init__(self, num_pairs: int = 16, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, num_pairs: int = 16, *, dtype: torch.dtype | None = None) -> None:
         if num_pairs < 1:
             raise ValueError(f"num_pairs must be at least 1, got num_pairs={num_pairs}")
         super().__init__((2 * num_pairs,), dtype=dtype)
@@ -176,7 +176,7 @@ class HalfDisc(Target):
 
     event_shape = torch.Size()
 
-    def __init__(self, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, *, dtype: torch.dtype | None = None) -> None:
         super().__init__(dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:

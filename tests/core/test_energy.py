@@ -374,9 +374,9 @@ def test_conditioned_gaussian_is_the_conditional(
     free, x = ~mask, randn(6, d - len(clamped), seed=3)
     assert e.event_shape == (d - len(clamped),)
     cross = covariance[free][:, mask] @ torch.linalg.inv(covariance[mask][:, mask])
-    centre = mean.flatten()[free] + cross @ (seen - mean).flatten()[mask]
+    center = mean.flatten()[free] + cross @ (seen - mean).flatten()[mask]
     spread = covariance[free][:, free] - cross @ covariance[mask][:, free]
-    exact = Gaussian(centre, covariance=spread)
+    exact = Gaussian(center, covariance=spread)
     torch.testing.assert_close(e.log_ratio(x[:3], x[3:]), exact.log_ratio(x[:3], x[3:]))
     torch.testing.assert_close(value_and_grad(e, x)[1], value_and_grad(exact, x)[1])
     whole = e.complete(x)

@@ -211,7 +211,7 @@ def gradient_by_draws(base: Any, repeats: int = 200, n: int = 500) -> list[tuple
     generator = seeded_generator(3)
     rows = [
         torch.autograd.grad(
-            statistic(base.draw(n, generator, F64, CPU)).mean(), list(base.parameters())
+            statistic(base.draw(n, F64, CPU, generator)).mean(), list(base.parameters())
         )
         for _ in range(repeats)
     ]
@@ -267,7 +267,7 @@ def test_mutants_of_the_mixture_are_caught(mutant: type[MixtureBase]) -> None:
     ids=["mixture", "student"],
 )
 def test_draws_of_a_base_have_its_density(base: Any, half: float) -> None:
-    z = base.draw(40_000, seeded_generator(1), F64, CPU).detach()
+    z = base.draw(40_000, F64, CPU, seeded_generator(1)).detach()
     axis = torch.linspace(-half, half, 801, dtype=F64)
     grid = torch.cartesian_prod(axis, axis)
     density = base.log_prob(grid).exp().detach() * float(axis[1] - axis[0]) ** 2
@@ -275,9 +275,9 @@ def test_draws_of_a_base_have_its_density(base: Any, half: float) -> None:
         mean, se = mean_and_se(f(z))
         truth = (density.unsqueeze(-1) * f(grid)).sum(0)
         within_se(mean, truth, se)
-    assert torch.equal(z, base.draw(40_000, seeded_generator(1), F64, CPU))
+    assert torch.equal(z, base.draw(40_000, F64, CPU, seeded_generator(1)))
     before = torch.get_rng_state()
-    base.draw(10, seeded_generator(2), F64, CPU)
+    base.draw(10, F64, CPU, seeded_generator(2))
     assert torch.equal(before, torch.get_rng_state())
 
 

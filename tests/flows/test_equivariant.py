@@ -188,7 +188,7 @@ def test_doubling_the_steps_shrinks_the_error_of_points_densities_and_the_way_ba
 
 
 def test_coordinates_are_those_of_the_targets_and_the_mean_stays() -> None:
-    for target in (DW4(F64), LennardJones("once", num_particles=5, dtype=F64)):
+    for target in (DW4(dtype=F64), LennardJones("once", num_particles=5, dtype=F64)):
         basis = mean_free_basis(target.num_particles, F64)
         assert torch.equal(target.basis, basis)
         torch.testing.assert_close(basis.T @ basis, torch.eye(target.num_particles - 1, dtype=F64))
@@ -489,7 +489,7 @@ def test_mutants_of_the_linear_map_and_of_matching_are_caught(
 
 
 def test_moved_rows_keep_their_energy_and_have_the_uniform_law_of_turns() -> None:
-    energy = DW4(F64)
+    energy = DW4(dtype=F64)
     u = energy.initial(1, seeded_generator(0)).expand(20_000, -1)
     images = particles.moved(energy, u, seeded_generator(1))
     torch.testing.assert_close(energy(images), energy(u), rtol=1e-9, atol=1e-9)
@@ -508,7 +508,7 @@ def _with_mean(values: Tensor, truth: Tensor) -> tuple[Any, Tensor, Any]:
 
 
 def test_rows_asked_of_an_energy_are_counted() -> None:
-    energy = DW4(F64)
+    energy = DW4(dtype=F64)
     with counted(energy) as rows:
         energy(noise(3, 5, 6))
         (2.0 * energy)(noise(7, 6))

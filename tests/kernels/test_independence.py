@@ -46,7 +46,7 @@ MIXTURE = GaussianMixture(
 KERNELS = {
     "independence": lambda: IndependenceMetropolis(broad(2, 5.0)),
     "jumps": lambda: Jumps(HMC(0.4, num_steps=3), broad(2, 5.0), every=3),
-    "jumps of an off-centre proposal": lambda: Jumps(MALA(0.7), broad(2, 6.0, shift=2.0), every=1),
+    "jumps of an off-center proposal": lambda: Jumps(MALA(0.7), broad(2, 6.0, shift=2.0), every=1),
 }
 
 

@@ -354,7 +354,7 @@ def test_a_reference_for_a_positive_variable_is_on_its_own_space() -> None:
     import pyro.distributions as dist
 
     gamma = DistributionEnergy(
-        dist.Gamma(torch.tensor(2.0).double(), torch.tensor(0.7).double()), torch.float64
+        dist.Gamma(torch.tensor(2.0).double(), torch.tensor(0.7).double()), dtype=torch.float64
     )
     mcmc = MCMC(
         ParallelTempering(MALA(), [1.0, 0.5, 0.0], gamma), 200, 100, 64, seed=0, save_warmup=False

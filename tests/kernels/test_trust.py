@@ -170,7 +170,7 @@ def test_tempering_keeps_their_moments(target: str) -> None:
 
 
 class EightSchools(Energy):
-    """The non-centred posterior of ``test_model_energy.eight_schools`` by hand: mu, log tau and z
+    """The non-centered posterior of ``test_model_energy.eight_schools`` by hand: mu, log tau and z
     in one vector."""
 
     def __init__(self) -> None:

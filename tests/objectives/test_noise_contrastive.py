@@ -71,7 +71,7 @@ class Bell(Energy):
 
 
 class Scale(Energy):
-    """A centred normal law: the one-parameter energy of the asymptotic oracle."""
+    """A centered normal law: the one-parameter energy of the asymptotic oracle."""
 
     def __init__(self) -> None:
         super().__init__(())
@@ -358,7 +358,7 @@ def check_stationary(objective: Objective, repeats: int = 300) -> None:
 
 
 def check_consistent(objective: Any, n: int = 500, fits: int = 100) -> None:
-    """Replicated fits, each solved to the optimum, are centred on the truth."""
+    """Replicated fits, each solved to the optimum, are centered on the truth."""
     x = 0.4 + randn(fits, n, seed=7) / math.sqrt(1.6)
     if isinstance(objective, ConditionalNCE):
         start = x.repeat(1, objective.num_negatives)
@@ -509,7 +509,7 @@ def test_the_truth_is_stationary(objective: Objective) -> None:
 
 
 @pytest.mark.parametrize("objective", CHAINLESS, ids=IDS)
-def test_fits_are_centred_on_the_truth(objective: Objective) -> None:
+def test_fits_are_centered_on_the_truth(objective: Objective) -> None:
     check_consistent(objective)
 
 

@@ -405,8 +405,8 @@ def quadrature_terms(
     energy, grid = Quartic(), torch.linspace(-9.0, 9.0, 6001, dtype=F64)
     h = grid[1] - grid[0]
     a, b, c = energy.theta
-    centre = points - 0.5 * eps**2 * (a * points**3 + b * points + c)
-    log_q = -0.5 * (grid - centre[:, None]) ** 2 / (eps**2 * temperature)
+    center = points - 0.5 * eps**2 * (a * points**3 + b * points + c)
+    log_q = -0.5 * (grid - center[:, None]) ** 2 / (eps**2 * temperature)
     log_q = torch.logsumexp(log_q, 0) - math.log(
         len(points) * eps * math.sqrt(2.0 * math.pi * temperature)
     )

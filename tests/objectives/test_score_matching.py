@@ -277,7 +277,9 @@ def test_facts_say_whether_the_data_are_draws_of_the_model() -> None:
 def test_slices_average_to_the_exact_gradient(
     shape: tuple[int, ...], reduced: bool, law: str
 ) -> None:
-    check_mean_gradient(SlicedScoreMatching(2, reduced, law), shape, by_hessian)
+    check_mean_gradient(
+        SlicedScoreMatching(2, variance_reduced=reduced, law=law), shape, by_hessian
+    )
 
 
 @pytest.mark.parametrize("law", sliced_module.LAWS)
@@ -294,7 +296,7 @@ def test_the_error_falls_as_one_over_the_root_of_the_projections(reduced: bool) 
     with torch.no_grad():
         for m in (1, 4, 16):
             v = [
-                SlicedScoreMatching(m, reduced)(energy, part, generator=noise)[0]
+                SlicedScoreMatching(m, variance_reduced=reduced)(energy, part, generator=noise)[0]
                 for part in x.split(20)
             ]
             mean, se = mean_and_se((torch.stack(v) - exact) ** 2 * 20 * m)
@@ -319,7 +321,9 @@ def test_the_variance_of_both_forms(at: float) -> None:
     for how, truth in ((True, reduced), (False, reduced + more)):
         noise = seeded(1)
         losses = [
-            float(SlicedScoreMatching(1, how)(energy, x, generator=noise)[0].detach())
+            float(
+                SlicedScoreMatching(1, variance_reduced=how)(energy, x, generator=noise)[0].detach()
+            )
             for _ in range(n)
         ]
         exact = 0.5 * float(g @ g) - float(hessian.trace())
@@ -333,9 +337,11 @@ def test_differences_are_of_second_order(shape: tuple[int, ...], reduced: bool) 
     energy = network(shape)
     x = rows(shape)
     errors = []
-    truth = flat_grad(energy, SlicedScoreMatching(2, reduced)(energy, x, generator=seeded(8))[0])
+    truth = flat_grad(
+        energy, SlicedScoreMatching(2, variance_reduced=reduced)(energy, x, generator=seeded(8))[0]
+    )
     for eps in (0.1, 0.05, 0.025):
-        loss, _ = SlicedScoreMatching(2, reduced, finite_difference=eps)(
+        loss, _ = SlicedScoreMatching(2, variance_reduced=reduced, finite_difference=eps)(
             energy, x, generator=seeded(8)
         )
         errors.append(float((flat_grad(energy, loss) - truth).norm()))

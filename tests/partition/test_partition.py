@@ -165,7 +165,7 @@ def test_exact_values(energy: Energy, truth: float, method: str) -> None:
 
 def test_exact_layers_are_summed_over_all_states() -> None:
     energy = deep()
-    brute = torch.logsumexp(-energy(all_bits(10, F64)), 0)
+    brute = torch.logsumexp(-energy(all_bits(10, dtype=F64)), 0)
     assert math.isclose(partition.exact(energy).value, float(brute), abs_tol=1e-12)
 
 
@@ -180,7 +180,9 @@ def test_exact_is_in_float64_whatever_the_energy_is() -> None:
     )
     for machine in (oracle(dtype=torch.float32), dense):
         double = copy.deepcopy(machine).double()
-        truth = float(torch.logsumexp(-double(all_bits(double.event_shape[0], F64)), 0).detach())
+        truth = float(
+            torch.logsumexp(-double(all_bits(double.event_shape[0], dtype=F64)), 0).detach()
+        )
         for found in (partition.exact(machine).value, machine.log_z):
             assert math.isclose(found, truth, rel_tol=1e-13)
     assert math.isclose(partition.exact(oracle(dtype=torch.float32)).value, LOG_Z, abs_tol=1e-6)
@@ -283,7 +285,7 @@ def test_expectations_refuse_what_is_no_function() -> None:
         partition.expectation(law, lambda x: x.sum())
     with pytest.raises(FloatingPointError, match="function is NaN"):
         partition.expectation(law, lambda x: x[:, 0].log())
-    board = Checkerboard(F64)  # where the density is 0 the function is not asked
+    board = Checkerboard(dtype=F64)  # where the density is 0 the function is not asked
     area, _ = partition.expectation(
         board, lambda x: torch.where(board(x) < math.inf, 1.0, math.nan), [(-4.0, 4.0)] * 2
     )
@@ -400,7 +402,12 @@ run(
     "TI double well",
     DoubleWell(dtype=F64),
     lambda e: partition.thermodynamic_integration(
-        e, Gaussian(torch.tensor(0.0, dtype=F64), scale=1.5), None, 32, 100, 100
+        e,
+        Gaussian(torch.tensor(0.0, dtype=F64), scale=1.5),
+        None,
+        num_temperatures=32,
+        num_samples=100,
+        warmup_steps=100,
     ),
 )
 run(

@@ -156,7 +156,7 @@ def check_moments(target: Target, x: Tensor) -> None:
 
 def check_stein(target: Target, x: Tensor) -> None:
     """E[(u - c) . grad E_u(u)] = degrees of freedom, in unconstrained coordinates, for any constant
-    c: near the centre here."""
+    c: near the center here."""
     free = Unconstrained(target)
     u = free.unconstrain(x)
     products = ((u - u.mean(0)) * value_and_grad(free, u)[1]).reshape(len(u), -1).sum(1)
@@ -550,7 +550,7 @@ def test_many_well_numbers() -> None:
     signs = e.sample(DRAWS, seeded())[:, ::2] < 0
     within_se(signs.double().mean(0), e.left_mass, math.sqrt(0.1557 * 0.8443 / DRAWS))
     assert int(e.mode_of(torch.tensor([-1.0, 0.0, 1.0, 0.0] * 8))) == 0b1010101010101010
-    assert float(ManyWell(2, torch.float64).mode_weights[2]) == pytest.approx(
+    assert float(ManyWell(2, dtype=torch.float64).mode_weights[2]) == pytest.approx(
         e.left_mass * (1 - e.left_mass)
     )
     many = ManyWell(num_pairs=17)
@@ -610,7 +610,7 @@ def test_grids(side: int, modes: int) -> None:
 
 def test_half_disc_at_the_wall() -> None:
     for dtype in (torch.float32, torch.float64):
-        e = HalfDisc(dtype)
+        e = HalfDisc(dtype=dtype)
         edge = torch.nextafter(torch.tensor(1.0, dtype=dtype), torch.tensor(0.0, dtype=dtype))
         x = torch.tensor([0.0, 0.6, 1.0, -1.0, 3.0, -math.inf, math.nan], dtype=dtype)
         energy, grad = value_and_grad(e, torch.cat([x, edge.reshape(1)]))

@@ -347,7 +347,7 @@ def test_the_recipe_sees_divergences() -> None:
     KL is 0 or a quadrature's."""
     law = toy2d.LAWS["8 Gaussians"]
     sight = toy2d.Sight(law, 240)
-    narrow = eight_gaussians(F)
+    narrow = eight_gaussians(dtype=F)
     noise = 0.2
     wide = GaussianMixture(narrow.loc, scale=math.hypot(0.5 / 1.414, noise))
     torch.testing.assert_close(
