@@ -16,7 +16,7 @@ from pyroebm.core.annealing_path import DistributionEnergy, Path
 from pyroebm.core.energy import Energy, check_energy
 from pyroebm.core.progress import Progress
 from pyroebm.core.rng import uniform
-from pyroebm.core.statistics import effective, log_mean, too_few
+from pyroebm.core.statistics import Estimate, Kind, effective, log_mean, too_few
 from pyroebm.core.wrappers import Unconstrained, eval_mode
 from pyroebm.kernels.adaptation.step_size import find_step_size
 from pyroebm.kernels.base import Kernel, check_kernel
@@ -33,12 +33,12 @@ class SMCResult:
         x: the particles, shape ``(G * N, *event)``, those of one island side by side.
         log_weights: log weights in nats, float64, shape ``(G * N,)``; their mean weight is the
             estimate of Z.
-        log_z: log of the mean of the islands' estimates of Z.
-        log_z_se: its standard error, from the spread of the islands (delta method); NaN for one
-            island, ``inf`` where less than a quarter of them decide.
-        kind: "lower" where Z is unbiased, so that ``log_z`` is low on average (Jensen): a run along
-            the temperatures and step sizes of a ``pilot``. "estimate" where they were adapted to
-            the particles: Z then has a bias of order 1 / (G N).
+        log_z: log of the mean of the islands' estimates of Z, with a standard error from the spread
+            of the islands (delta method): NaN for one island, ``inf`` where less than a quarter of
+            them decide. Its kind is "lower" where Z is unbiased, so that the value is low on
+            average (Jensen): a run along the temperatures and step sizes of a ``pilot``. It is
+            "estimate" where they were adapted to the particles: Z then has a bias of order 1 / (G
+            N).
         island_log_z: log Z by each island, shape ``(G,)``.
         betas: the temperatures, from 0 to 1, shape ``(L + 1,)``.
         step_sizes: of the kernel at each level, shape ``(L,)``; NaN where it has none.
@@ -53,15 +53,13 @@ class SMCResult:
         ...     Gaussian(torch.ones(2)), Gaussian(torch.zeros(2), scale=2.0), MALA(), 128
         ... )
         >>> mean, se = result.expectation(lambda x: x)
-        >>> bool(((mean - 1.0).abs() < 5 * se).all()), result.kind
+        >>> bool(((mean - 1.0).abs() < 5 * se).all()), result.log_z.kind
         (True, 'estimate')
     """
 
     x: Tensor
     log_weights: Tensor
-    log_z: float
-    log_z_se: float
-    kind: str
+    log_z: Estimate
     island_log_z: Tensor
     betas: Tensor
     step_sizes: Tensor
@@ -145,7 +143,7 @@ def tempered_smc(
         >>> from pyroebm.targets import DoubleWell, Gaussian
         >>> energy = DoubleWell()
         >>> result = tempered_smc(energy, Gaussian(0.0, scale=2.0), HMC(num_steps=5), 256)
-        >>> abs(result.log_z - energy.log_z) < 5 * result.log_z_se
+        >>> abs(result.log_z.value - energy.log_z) < 5 * result.log_z.standard_error
         True
     """
     check_energy(energy)
@@ -310,7 +308,7 @@ class _Run:
         self.acceptance.append(sum(rates) / moves)
         self.step_sizes.append(float(getattr(kernel, "step_size", math.nan)))
 
-    def result(self, x: Tensor, base_log_z: float, kind: str) -> SMCResult:
+    def result(self, x: Tensor, base_log_z: float, kind: Kind) -> SMCResult:
         islands = base_log_z + self.log_z
         found = log_mean(islands)
         return SMCResult(
@@ -318,9 +316,7 @@ class _Run:
             log_weights=(
                 islands.unsqueeze(1) + self.log_weights + math.log(self.shape[1])
             ).flatten(),
-            log_z=found.value,
-            log_z_se=found.standard_error,
-            kind=kind,
+            log_z=Estimate(found.value, found.standard_error, kind),
             island_log_z=islands,
             betas=torch.tensor(self.betas, dtype=torch.float64),
             step_sizes=torch.tensor(self.step_sizes, dtype=torch.float64),

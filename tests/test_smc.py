@@ -62,16 +62,16 @@ def test_log_z_is_the_exact_one(energy: Energy, base: Energy, particles: int) ->
         num_islands=24,
         generator=torch.Generator().manual_seed(1),
     )
-    within_se(result.log_z, energy.log_z, result.log_z_se, what="log Z")
-    assert result.log_z_se < 0.06
-    assert result.kind == "estimate"
+    within_se(result.log_z.value, energy.log_z, result.log_z.standard_error, what="log Z")
+    assert result.log_z.standard_error < 0.06
+    assert result.log_z.kind == "estimate"
     assert result.betas[0] == 0.0
     assert result.betas[-1] == 1.0
     assert bool((result.betas.diff() > 0).all())
     assert bool((result.ess > 0.4 * particles).all())
     assert float(result.acceptance[-1]) > 0.5
     assert math.isclose(
-        float(result.log_weights.logsumexp(0)) - math.log(24 * particles), result.log_z
+        float(result.log_weights.logsumexp(0)) - math.log(24 * particles), result.log_z.value
     )
     mean, se = result.expectation(lambda x: x)
     within_se(mean, energy.mean, se, what="mean")
@@ -120,10 +120,10 @@ def unbiased(seed: int = 3) -> SMCResult:
 
 def test_z_is_unbiased_along_the_temperatures_of_a_pilot_and_log_z_low() -> None:
     result, truth = unbiased(), DoubleWell().log_z
-    assert result.kind == "lower"
+    assert result.log_z.kind == "lower"
     ratio = (result.island_log_z - truth).exp()
     within_se(ratio.mean(), 1.0, ratio.std() / math.sqrt(len(ratio)), what="Z over its truth")
-    within_se(result.log_z_se, ratio.std() / ratio.mean() / math.sqrt(len(ratio)), 1e-6)
+    within_se(result.log_z.standard_error, ratio.std() / ratio.mean() / math.sqrt(len(ratio)), 1e-6)
     logs = result.island_log_z
     assert logs.mean() + 5 * logs.std() / math.sqrt(len(logs)) < truth, "Jensen's gap must be seen"
 
@@ -142,8 +142,8 @@ def test_the_standard_error_is_the_spread_of_repeated_runs() -> None:
         )
         for seed in range(40)
     ]
-    spread = torch.tensor([run.log_z for run in runs]).std()
-    said = torch.tensor([run.log_z_se for run in runs]).square().mean().sqrt()
+    spread = torch.tensor([run.log_z.value for run in runs]).std()
+    said = torch.tensor([run.log_z.standard_error for run in runs]).square().mean().sqrt()
     within_se(said / spread, 1.0, math.sqrt(1 / (2 * 39) + 1 / (2 * 7 * 40)))
 
 
@@ -250,7 +250,7 @@ def test_same_seed_same_particles() -> None:
 
 def test_one_island_has_no_standard_error() -> None:
     result = tempered_smc(DoubleWell(dtype=torch.float64), wide(), MALA(), 64, num_islands=1)
-    assert math.isnan(result.log_z_se)
+    assert math.isnan(result.log_z.standard_error)
     assert math.isnan(float(result.expectation(lambda x: x)[1]))
 
 

@@ -8,7 +8,7 @@ import importlib
 import math
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ __all__ = [
     "mcse_mean",
     "bfmi",
     "pareto_k",
+    "Kind",
     "LogMean",
     "effective",
     "log_mean",
@@ -34,6 +35,9 @@ __all__ = [
     "median_distance",
     "mode_coverage_entropy",
 ]
+
+#: On which side of the truth a number is: "lower" and "upper" on average.
+Kind = Literal["exact", "estimate", "lower", "upper"]
 
 
 @functools.cache
@@ -241,7 +245,12 @@ GROUPS = 20
 
 
 class Estimate(NamedTuple):
-    """A number and its standard error.
+    """A number, its standard error, and on which side of the truth it is.
+
+    Attributes:
+        value: the number.
+        standard_error: how much it scatters; 0 where it is exact.
+        kind: "exact", "estimate", or "lower" or "upper" where its mean is below or above the truth.
 
     Example:
         >>> print(Estimate(1.0, 0.25))
@@ -250,6 +259,7 @@ class Estimate(NamedTuple):
 
     value: float
     standard_error: float
+    kind: Kind = "estimate"
 
     @classmethod
     def of(cls, values: Tensor) -> Estimate:

@@ -14,7 +14,7 @@ from pyroebm.core.energy import Energy
 from pyroebm.core.enumeration import draw_numbers
 from pyroebm.core.progress import Progress
 from pyroebm.core.rng import draw_from
-from pyroebm.core.statistics import effective, log_mean, pareto_k, too_few
+from pyroebm.core.statistics import Estimate, effective, log_mean, pareto_k, too_few
 from pyroebm.core.supports import inside
 from pyroebm.core.wrappers import check_weighable, eval_mode
 from pyroebm.flows.flow import Flow
@@ -33,10 +33,10 @@ class ImportanceResult:
         x: the draws, shape ``(n, *event)``.
         log_weights: unnormalised log weights in nats, float64, shape ``(n,)``; :math:`-\infty`
             where :math:`U = \infty`.
-        log_z: log of the mean weight, an estimate of log C; the mean weight itself is unbiased for
-            C.
-        log_z_se: its standard error, :math:`\mathrm{sd}(w) / (\bar w \sqrt n)` (delta method);
-            ``inf`` where a few weights decide: ``ess`` at most 400 and at most a quarter of n.
+        log_z: log of the mean weight, an estimate of log C of kind "lower": the mean weight is
+            unbiased for C. Its standard error is :math:`\mathrm{sd}(w) / (\bar w \sqrt n)` (delta
+            method); ``inf`` where a few weights decide: ``ess`` at most 400 and at most a quarter
+            of n.
         ess: effective sample size :math:`(\sum w)^2 / \sum w^2` (Kong, 1992).
         pareto_k: shape of the weights' tail (Vehtari, Simpson, Gelman, Yao and Gabry, "Pareto
             Smoothed Importance Sampling", 2024), by ArviZ; above 0.7 the estimates cannot be
@@ -48,8 +48,7 @@ class ImportanceResult:
 
     x: Tensor
     log_weights: Tensor
-    log_z: float
-    log_z_se: float
+    log_z: Estimate
     ess: float
     pareto_k: float
 
@@ -144,7 +143,8 @@ def importance_sample(
         >>> import pyro.distributions as dist
         >>> from pyroebm.targets import Gaussian
         >>> result = importance_sample(dist.Normal(0.0, 1.5), Gaussian(0.0), 10_000)
-        >>> abs(result.log_z - 0.5 * math.log(2 * math.pi)) < 5 * result.log_z_se
+        >>> log_z = result.log_z
+        >>> abs(log_z.value - 0.5 * math.log(2 * math.pi)) < 5 * log_z.standard_error
         True
     """
     for name, value in (("num_samples", num_samples), ("batch_size", batch_size)):
@@ -232,8 +232,7 @@ def _summary(x: Tensor, log_weights: Tensor) -> ImportanceResult:
     return ImportanceResult(
         x=x,
         log_weights=log_weights,
-        log_z=log_z,
-        log_z_se=error,
+        log_z=Estimate(log_z, error, "lower"),
         ess=ess,
         pareto_k=pareto_k(log_weights),
     )

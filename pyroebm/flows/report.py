@@ -85,7 +85,7 @@ class FlowReport:
         w = self.weighted
         truth = "" if self.log_z is None else f" (exact {self.log_z:.5g})"
         lines = [
-            f"log Z {w.log_z:.5f} +- {w.log_z_se:.2g}{truth}; ELBO {self.elbo}",
+            f"log Z {w.log_z.value:.5f} +- {w.log_z.standard_error:.2g}{truth}; ELBO {self.elbo}",
             f"reverse ESS {w.ess_fraction:.4f} of n, of x alone {self.marginal_ess:.4f} (gap"
             f" {self.redundancy_gap:.4f});"
             f" Pareto k {w.pareto_k:.2f}",
@@ -250,16 +250,21 @@ def _findings(report: FlowReport) -> tuple[str, ...]:
     rounding = 1e-12 * max(1.0, abs(report.log_z or 0.0))
     if (
         report.log_z is not None
-        and abs(weighted.log_z - report.log_z) > 5.0 * weighted.log_z_se + rounding
+        and abs(weighted.log_z.value - report.log_z)
+        > 5.0 * weighted.log_z.standard_error + rounding
     ):
-        off = (weighted.log_z - report.log_z) / weighted.log_z_se if weighted.log_z_se else math.inf
+        off = (
+            (weighted.log_z.value - report.log_z) / weighted.log_z.standard_error
+            if weighted.log_z.standard_error
+            else math.inf
+        )
         said.append(f"log Z is {off:+.3g} of its standard errors from the exact one")
-    if math.isinf(weighted.log_z_se):
+    if math.isinf(weighted.log_z.standard_error):
         few, n = weighted.ess, len(weighted.log_weights)
         told = (
             ""
             if report.log_z is None
-            else f", which is {weighted.log_z - report.log_z:+.3g} from the exact one"
+            else f", which is {weighted.log_z.value - report.log_z:+.3g} from the exact one"
         )
         said.append(
             f"a few weights decide (ESS {few:.0f} of {n}): log Z{told}, has no standard error"

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal
 
 from torch import Tensor
 
-from pyroebm.core.statistics import log_mean
+from pyroebm.core.statistics import Kind, log_mean
 
-__all__ = ["Bracket", "Kind", "LogZ"]
-
-Kind = Literal["exact", "estimate", "lower", "upper"]
+__all__ = ["Bracket", "LogZ"]
 
 BIAS: dict[str, str] = {
     "exact": "no bias",

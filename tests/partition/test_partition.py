@@ -32,6 +32,7 @@ from pyroebm.energies import (
     Potts,
 )
 from pyroebm.energies.layered import LayeredEnergy, LayeredMachine
+from pyroebm.flows import importance_sample
 from pyroebm.kernels.gibbs import conditional_logits, offered_logits
 from pyroebm.kernels.sites import to_sites
 from pyroebm.partition import (
@@ -413,8 +414,10 @@ run(
 run(
     "importance RBM",
     oracle(),
-    lambda e: partition.importance(
-        e, dist.Bernoulli(torch.full((4,), 0.5, dtype=F64)).to_event(1), 5_000
+    lambda e: (
+        importance_sample(
+            dist.Bernoulli(torch.full((4,), 0.5, dtype=F64)).to_event(1), e, 5_000
+        ).log_z
     ),
 )
 run("AIS Boltzmann machine", boltzmann(), lambda e: partition.ais(e, betas=60), 0.3)
@@ -447,7 +450,7 @@ run(
 run(
     "importance",
     DoubleWell(dtype=F64),
-    lambda e: partition.importance(e, dist.Normal(torch.tensor(-1.0, dtype=F64), 1.2), 20_000),
+    lambda e: importance_sample(dist.Normal(torch.tensor(-1.0, dtype=F64), 1.2), e, 20_000).log_z,
 )
 
 
@@ -501,7 +504,7 @@ def test_kinds() -> None:
     )
     assert partition.bridge(energy, base=wide, num_samples=100).kind == "estimate"
     assert (
-        partition.importance(energy, dist.Normal(torch.tensor(-1.0, dtype=F64), 1.2), 100).kind
+        importance_sample(dist.Normal(torch.tensor(-1.0, dtype=F64), 1.2), energy, 100).log_z.kind
         == "lower"
     )
 
@@ -918,10 +921,6 @@ SHOWN: dict[str, tuple[Callable[[bool | None], object], str]] = {
             oracle(), num_samples=3, warmup_steps=2, num_chains=2, progress=show
         ),
         "tempering: 5/5 ",
-    ),
-    "importance": (
-        lambda show: partition.importance(Gaussian(0.0), dist.Normal(0.0, 1.0), 100, progress=show),
-        "importance sampling: 100/100 ",
     ),
     "exact": (lambda show: partition.exact(_enumerable(), progress=show), "enumeration: 512/512 "),
     "exact of layers": (lambda show: partition.exact(oracle(), progress=show), "enumeration: "),

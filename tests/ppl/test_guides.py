@@ -331,7 +331,7 @@ def test_constrained_conjugate_posteriors_are_exact_after_weighting(name: str) -
         + math.lgamma(4)
         - math.lgamma(3)
     )
-    within_se(result.log_z, evidence, result.log_z_se, what="log evidence")
+    within_se(result.log_z.value, evidence, result.log_z.standard_error, what="log evidence")
     for site, truths in EXACT.items():
         for power, truth in enumerate(truths, start=1):
             value, se = result.expectation(lambda x, s=site, k=power: energy.constrain(x)[s] ** k)  # type: ignore[misc]
