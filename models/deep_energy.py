@@ -28,7 +28,7 @@ from pyroebm.core import DistributionEnergy, seeded_generator
 from pyroebm.data import digits
 from pyroebm.diagnostics.plots import plot_images
 from pyroebm.energies import MLPEnergy
-from pyroebm.objectives import PersistentCD
+from pyroebm.objectives import PersistentCD, ReplayBufferCD
 from pyroebm.objectives.contrastive import advance
 from pyroebm.partition import bracket
 from pyroebm.training import Guard, fit
@@ -79,7 +79,7 @@ def train(
     energy = MLPEnergy(
         (1, 8, 8), (hidden, hidden), scale=1.0, dtype=data.dtype, generator=seeded_generator(seed)
     )
-    objective = PersistentCD(100, k, MALA(0.4), buffer_size=500, restart=0.01)
+    objective = ReplayBufferCD(100, k, MALA(0.4), buffer_size=500, restart=0.01)
     mean = AveragedModel(energy, multi_avg_fn=get_ema_multi_avg_fn(0.99))
     loop = fit(
         energy,

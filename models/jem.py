@@ -32,7 +32,7 @@ from pyroebm.diagnostics.plots import plot_images
 from pyroebm.energies import ClassifierEnergy
 from pyroebm.kernels import MALA
 from pyroebm.nn import mlp
-from pyroebm.objectives import Hybrid, PersistentCD
+from pyroebm.objectives import Hybrid, ReplayBufferCD
 from pyroebm.training import fit
 
 #: Standard deviation of the noise on pixels between 0 and 1: without it many pixels are constant,
@@ -200,7 +200,7 @@ def main(
 
     wanted, found = torch.arange(CLASSES).repeat(8), defaultdict[str, list[float]](list)
     for number in range(seed, seed + seeds):
-        chains = PersistentCD(100, k=sweeps, kernel=MALA(STEP))
+        chains = ReplayBufferCD(100, k=sweeps, kernel=MALA(STEP))
         chains.chains = rows[
             torch.randperm(len(rows), generator=seeded_generator(number))[:100]
         ].clone()

@@ -38,8 +38,8 @@ from pyroebm.objectives import (
     FlowContrastive,
     NoiseContrastive,
     Objective,
-    PersistentCD,
     RankingNCE,
+    ReplayBufferCD,
     ScoreMatching,
     SlicedScoreMatching,
     gaussian_noise,
@@ -132,14 +132,14 @@ LINES = {
         blind=STAY,
     ),
     "PCD-10": Line(
-        lambda law, data: PersistentCD(256, 10, MALA(1.5 * law.width), restart=0.05),
+        lambda law, data: ReplayBufferCD(256, 10, MALA(1.5 * law.width), restart=0.05),
         2000,
         {"energy": 2e-3},
         0.0,
         blind=STAY,
     ),
     "PCD, jumps": Line(
-        lambda law, data: PersistentCD(256, 1, jumps(law, data)), 3000, {"energy": 2e-2}
+        lambda law, data: ReplayBufferCD(256, 1, jumps(law, data)), 3000, {"energy": 2e-2}
     ),
     "score": Line(lambda law, data: ScoreMatching(), 1500, blind=SCORE),
     "sliced": Line(lambda law, data: SlicedScoreMatching(), 1500, blind=SCORE),

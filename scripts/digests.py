@@ -723,11 +723,11 @@ OBJECTIVES: dict[str, Make] = {
     ),
     "persistent-cd": lambda: of_bits(ebm.PersistentCD(8, 2)),
     "persistent-cd-compiled": lambda: of_data(
-        ebm.PersistentCD(8, 2, ebm.CompiledKernel(ebm.ULA(0.1))),
+        ebm.ReplayBufferCD(8, 2, ebm.CompiledKernel(ebm.ULA(0.1))),
     ),
     "persistent-cd-deep": lambda: of_bits(ebm.PersistentCD(8, 2), deep_machine()),
     "persistent-cd-replay": lambda: of_data(
-        ebm.PersistentCD(8, 2, ebm.ULA(0.1), buffer_size=30, restart=0.3),
+        ebm.ReplayBufferCD(8, 2, ebm.ULA(0.1), buffer_size=30, restart=0.3),
     ),
     "persistent-cd-tempered": lambda: of_bits(ebm.PersistentCD(6, betas=[1.0, 0.5])),
     "pseudolikelihood": lambda: of_bits(ebm.Pseudolikelihood(2), stirred(ebm.BoltzmannMachine(4))),

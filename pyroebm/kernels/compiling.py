@@ -42,8 +42,8 @@ class CompiledKernel(Kernel[S]):
 
     Example:
         >>> from pyroebm.kernels import ULA
-        >>> from pyroebm.objectives import PersistentCD
-        >>> objective = PersistentCD(
+        >>> from pyroebm.objectives import ReplayBufferCD
+        >>> objective = ReplayBufferCD(
         ...     256, k=20, kernel=CompiledKernel(ULA(0.1), num_planned_steps=20 * 5000)
         ... )
         >>> objective.kernel.step_size, objective.kernel.exact

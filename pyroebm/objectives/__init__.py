@@ -13,7 +13,7 @@ from pyroebm.objectives.improved import ImprovedCD
 from pyroebm.objectives.likelihood import ExactLikelihood, MeanFieldLikelihood
 from pyroebm.objectives.noise import gaussian_noise
 from pyroebm.objectives.noise_contrastive import ConditionalNCE, NoiseContrastive, RankingNCE
-from pyroebm.objectives.persistent import PersistentCD
+from pyroebm.objectives.persistent import PersistentCD, ReplayBufferCD
 from pyroebm.objectives.score_matching import NonNegativeScoreMatching, ScoreMatching
 from pyroebm.objectives.short_run import ShortRun, langevin
 from pyroebm.objectives.sliced import SlicedScoreMatching
@@ -51,6 +51,7 @@ __all__ = [
     "NonNegativeScoreMatching",
     "Objective",
     "PersistentCD",
+    "ReplayBufferCD",
     "Pseudolikelihood",
     "RankingNCE",
     "RatioMatching",

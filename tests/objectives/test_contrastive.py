@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -39,6 +40,7 @@ from pyroebm.objectives import (
     MeanFieldLikelihood,
     PersistentCD,
     Pseudolikelihood,
+    ReplayBufferCD,
     Sparsity,
 )
 from pyroebm.objectives import contrastive as contrastive_module
@@ -198,7 +200,7 @@ def check_pcd(
     )
 
 
-def check_identity_keeps_chains(objective: PersistentCD) -> None:
+def check_identity_keeps_chains(objective: ReplayBufferCD) -> None:
     rbm, noise = oracle_rbm(), seeded(0)
     objective(rbm, DATA, generator=noise)
     assert objective.chains is not None
@@ -418,14 +420,14 @@ def test_pcd_of_spins_by_the_default_kernel() -> None:
     energy, every = Spins(), states([-1.0, 1.0], 4)
     data = every[[0, 3, 9, 15]]
     truth = flat_grad(energy, energy(data).mean() + torch.logsumexp(-energy(every), 0))
-    check_pcd(lambda: PersistentCD(num_chains=60), energy, data, truth, burn=8, steps=3)
+    check_pcd(lambda: ReplayBufferCD(num_chains=60), energy, data, truth, burn=8, steps=3)
 
 
 def test_pcd_of_real_numbers_by_a_kernel() -> None:
     energy, data = Learned(), torch.randn(6, 2, dtype=F64, generator=seeded(2))
     truth = flat_grad(energy, energy(data).mean() + energy.log_partition())
     check_pcd(
-        lambda: PersistentCD(num_chains=60, k=5, kernel=MALA(1.2)),
+        lambda: ReplayBufferCD(num_chains=60, k=5, kernel=MALA(1.2)),
         energy,
         data,
         truth,
@@ -448,7 +450,7 @@ class Identity(DiscreteKernel[PointState]):
 
 
 def test_an_identity_kernel_keeps_the_chains() -> None:
-    check_identity_keeps_chains(PersistentCD(num_chains=len(DATA), kernel=Identity()))
+    check_identity_keeps_chains(ReplayBufferCD(num_chains=len(DATA), kernel=Identity()))
 
 
 def test_chains_are_part_of_the_state() -> None:
@@ -466,10 +468,16 @@ def test_chains_are_part_of_the_state() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"betas": (1.0, 0.5)}, {"kernel": Gibbs()}], ids=["layers", "betas", "kernel"]
+    "make",
+    [
+        PersistentCD,
+        partial(PersistentCD, betas=(1.0, 0.5)),
+        partial(ReplayBufferCD, kernel=Gibbs()),
+    ],
+    ids=["layers", "betas", "kernel"],
 )
-def test_chains_of_another_machine_or_number_are_refused(options: dict[str, Any]) -> None:
-    objective, other = PersistentCD(num_chains=7, **options), PersistentCD(num_chains=9, **options)
+def test_chains_of_another_machine_or_number_are_refused(make: Callable[[int], Any]) -> None:
+    objective, other = make(7), make(9)
     objective(oracle_rbm(), DATA, generator=seeded(0))
     other.load_state_dict(objective.state_dict())
     wide = BernoulliRBM(5, 4, dtype=F64)
@@ -675,8 +683,8 @@ def test_sparsity_is_the_written_penalty() -> None:
         (lambda: ContrastiveDivergence(kernel=Gibbs), "an instance"),  # type: ignore[arg-type]
         (lambda: PersistentCD(0), "num_chains must be"),
         (lambda: PersistentCD(betas=(0.5, 1.0)), "fall from 1"),
-        (lambda: PersistentCD(kernel=Gibbs(), betas=(1.0, 0.5)), "got both"),
-        (lambda: PersistentCD(betas=(1.0, 0.5))(Spins(), BITS), "no machine of layers"),
+        (lambda: PersistentCD(betas=(1.0, 0.5))(Spins(), BITS), "Spins is none: give Replay"),
+        (lambda: ReplayBufferCD()(oracle_rbm(), DATA), r"give kernel .* or PersistentCD"),
         (lambda: ContrastiveDivergence()(oracle_rbm(), DATA[:, :3]), "visible units"),
         (lambda: ContrastiveDivergence()(oracle_rbm(), DATA.float()), "visible units"),
         (lambda: ContrastiveDivergence()(oracle_rbm(), DATA[:0]), "n at least 1"),
@@ -733,7 +741,7 @@ def test_mutants_of_cd_are_caught(mutant: nn.Module) -> None:
         check_cd(mutant, 1)
 
 
-class Overwritten(PersistentCD):
+class Overwritten(ReplayBufferCD):
     def forward(
         self, energy: Any, batch: Tensor, *, generator: torch.Generator | None = None
     ) -> Any:

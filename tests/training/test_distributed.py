@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pyroebm.energies import BernoulliRBM, MLPEnergy
 from pyroebm.kernels import ULA
-from pyroebm.objectives import Centering, ExactLikelihood, PersistentCD
+from pyroebm.objectives import Centering, ExactLikelihood, ReplayBufferCD
 from pyroebm.training import Batches, Guard, distributed, fit, read_log
 
 F64 = torch.float64
@@ -81,7 +81,7 @@ def chained(
     energy = MLPEnergy(
         (2,), (8,), scale=2.0, dtype=F64, generator=torch.Generator().manual_seed(seed)
     )
-    objective = PersistentCD(5, 2, ULA(0.3), buffer_size=20, restart=0.1)
+    objective = ReplayBufferCD(5, 2, ULA(0.3), buffer_size=20, restart=0.1)
     data = torch.randn(30, 2, dtype=F64, generator=torch.Generator().manual_seed(1))
     options: dict[str, Any] = (
         {}

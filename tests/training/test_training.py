@@ -26,6 +26,7 @@ from pyroebm.objectives import (
     Hybrid,
     PersistentCD,
     Pseudolikelihood,
+    ReplayBufferCD,
     Sparsity,
 )
 from pyroebm.training import Batches, fit
@@ -474,7 +475,7 @@ def test_where_an_object_lies_in_memory_is_no_setting() -> None:
         draw_noise = push = log_prob = print
 
     said = [
-        settings_of("o", PersistentCD(5, 1, IndependenceMetropolis(Proposal()))) for _ in range(2)
+        settings_of("o", ReplayBufferCD(5, 1, IndependenceMetropolis(Proposal()))) for _ in range(2)
     ]
     assert said[0] == said[1]
     assert "IndependenceMetropolis" in said[0]["o.kernel"]
