@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from models.recipe import Recipe, run
-from pyroebm import HMC, MALA, MCMC, NUTS, Jumps, Kernel
+from pyroebm import HMC, MALA, MCMC, NUTS
 from pyroebm.core import Progress, seeded_generator
 from pyroebm.diagnostics import energy_distance
 from pyroebm.energies import Tilted
 from pyroebm.flows import NICE
+from pyroebm.kernels import Jumps, Kernel
 from pyroebm.nn import mlp
 from pyroebm.targets import Gaussian
 

@@ -13,8 +13,9 @@ from lib.checks import within_se
 from lib.tempered import separated
 from torch import Tensor
 
-from pyroebm import HMC, MALA, ULA, DistributionEnergy, Energy, SMCResult, smc, tempered_smc
-from pyroebm.smc import systematic
+from pyroebm import HMC, MALA, ULA, Energy, smc
+from pyroebm.core import DistributionEnergy
+from pyroebm.smc import SMCResult, systematic, tempered_smc
 from pyroebm.targets import DoubleWell, Exponential, Gaussian, GaussianMixture, HalfDisc, ManyWell
 
 

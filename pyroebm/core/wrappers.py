@@ -193,7 +193,7 @@ class Relaxed(Energy):
         energy: an energy whose ``forward`` accepts real numbers, and reaches them through autograd.
 
     Example:
-        >>> from pyroebm import value_and_grad
+        >>> from pyroebm.core import value_and_grad
         >>> from pyroebm.targets import BernoulliProduct
         >>> value_and_grad(Relaxed(BernoulliProduct([1.0, 2.0])), torch.tensor([[1.0, 0.0]]))
         (tensor([-1.]), tensor([[-1., -2.]]))

@@ -42,7 +42,8 @@ class Lattice(Energy):
 
     Attributes:
         blocks: the two halves of the checkerboard, "even" and "odd", as indices into the flat
-            event: what :class:`pyroebm.BlockGibbs` asks for. A periodic side of odd length has no
+            event: what :class:`pyroebm.kernels.BlockGibbs` asks for. A periodic side of odd length
+                has no
             checkerboard, and then there is no such attribute.
 
     Raises:

@@ -112,7 +112,7 @@ class LayeredMachine(Energy):
 
 class LayeredEnergy(LayeredMachine):
     """An energy over all layers side by side in one flat event, with the layers as blocks for
-    :class:`pyroebm.BlockGibbs`.
+    :class:`pyroebm.kernels.BlockGibbs`.
 
     Attributes:
         blocks: where each layer lies in the event, by name: ``visible``, then ``hidden`` or

@@ -1,6 +1,7 @@
 """Markov kernels on rows: each file one algorithm, each kernel a frozen set of settings with
 ``init`` and ``step``."""
 
+from pyroebm.kernels.adaptation.windows import WindowAdaptation
 from pyroebm.kernels.barker import Barker
 from pyroebm.kernels.base import ContinuousKernel, GradientKernel, Info, Kernel, State
 from pyroebm.kernels.compiling import CompiledKernel
@@ -60,4 +61,5 @@ __all__ = [
     "TemperingReport",
     "ULA",
     "UnderdampedLangevin",
+    "WindowAdaptation",
 ]

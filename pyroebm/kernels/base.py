@@ -202,8 +202,8 @@ class Kernel(abc.ABC, Generic[S]):
         return new
 
     def own_adaptation(self) -> Any:
-        """An adaptation of its own, in place of :class:`pyroebm.WindowAdaptation`; None where that
-        one serves."""
+        """An adaptation of its own, in place of :class:`pyroebm.kernels.WindowAdaptation`; None
+        where that one serves."""
         return None
 
     def check_start(self, energy: Energy, x: Tensor) -> None:
@@ -322,7 +322,7 @@ def rows(x: Tensor) -> Tensor:
 
 
 def row_value_and_grad(energy: Energy, q: Tensor) -> tuple[Tensor, Tensor]:
-    """:func:`pyroebm.value_and_grad` on rows ``(chains, dim)``."""
+    """:func:`pyroebm.core.value_and_grad` on rows ``(chains, dim)``."""
     # rows are events: views that change nothing take their time as well
     if len(energy.event_shape) == 1:
         return unchecked_value_and_grad(energy, q)

@@ -411,8 +411,8 @@ class LadderAdaptation:
         target_acceptance: acceptance rate to aim at; None takes the inner kernel's own.
         ladder: whether to move the temperatures between the two ends.
         initial, first, final: lengths of the first buffer, of the first round and of the last
-            buffer, as in :class:`pyroebm.WindowAdaptation`. Below 60 steps of warm-up there are no
-            rounds.
+            buffer, as in :class:`pyroebm.kernels.WindowAdaptation`. Below 60 steps of warm-up there
+            are no rounds.
 
     Raises:
         ValueError: if ``target_acceptance`` is outside (0, 1).

@@ -38,7 +38,7 @@ def fisher_divergence(energy: Energy, truth: Energy | Score, x: Tensor) -> Estim
 
     Raises:
         ValueError: if there are fewer than two rows, the truth's score has another shape, or as
-            :func:`~pyroebm.value_and_grad`.
+            :func:`~pyroebm.core.value_and_grad`.
 
     Example:
         >>> from pyroebm.targets import Gaussian

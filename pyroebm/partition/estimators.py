@@ -38,7 +38,7 @@ def smc(
     generator: torch.Generator | None = None,
     progress: bool | None = None,
 ) -> LogZ:
-    """:func:`pyroebm.tempered_smc`, which chooses its temperatures, as a :class:`LogZ`.
+    """:func:`pyroebm.smc.tempered_smc`, which chooses its temperatures, as a :class:`LogZ`.
 
     A machine made of layers is sampled over all its units, by :class:`LayerGibbs`, unless a kernel
     or another base is given.
@@ -49,13 +49,13 @@ def smc(
         kernel: None takes block Gibbs for layers, Gibbs for other discrete energies, HMC for
             continuous ones.
         num_particles, num_islands, num_moves, target_ess, pilot, generator, progress: of
-            :func:`pyroebm.tempered_smc`.
+            :func:`pyroebm.smc.tempered_smc`.
 
     Returns:
         kind "lower" along the temperatures of a ``pilot``, "estimate" where they were adapted.
 
     Raises:
-        ValueError, FloatingPointError: as :func:`pyroebm.tempered_smc`.
+        ValueError, FloatingPointError: as :func:`pyroebm.smc.tempered_smc`.
 
     Example:
         >>> from pyroebm.energies import BernoulliRBM

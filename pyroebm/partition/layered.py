@@ -138,11 +138,11 @@ class LayeredPath:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LayerGibbs(DiscreteKernel[PointState]):
-    """Block Gibbs sampling on the :class:`pyroebm.Path` from :class:`IndependentLayers` to a
+    """Block Gibbs sampling on the :class:`pyroebm.core.Path` from :class:`IndependentLayers` to a
     machine over all its layers.
 
-    What :class:`pyroebm.BlockGibbs` is for one energy; each row may be at a temperature of its own,
-    so that tempered SMC and parallel tempering can use it.
+    What :class:`pyroebm.kernels.BlockGibbs` is for one energy; each row may be at a temperature of
+    its own, so that tempered SMC and parallel tempering can use it.
 
     Example:
         >>> from pyroebm.energies import BernoulliRBM

@@ -36,8 +36,8 @@ class WeightedPath(Protocol[S]):
 
 
 class KernelPath:
-    """The :class:`pyroebm.Path` from a base to an energy in unconstrained coordinates, on which any
-    kernel moves.
+    """The :class:`pyroebm.core.Path` from a base to an energy in unconstrained coordinates, on
+    which any kernel moves.
 
     Args:
         energy, base: the two ends.

@@ -17,8 +17,18 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.distributions.constraints import Constraint
 
-from pyroebm import Energy, Sum, Tempered, Unconstrained, score, spin, value_and_grad
-from pyroebm.core import Conditioned, PotentialFn, Unnormalized
+from pyroebm import Energy
+from pyroebm.core import (
+    Conditioned,
+    PotentialFn,
+    Sum,
+    Tempered,
+    Unconstrained,
+    Unnormalized,
+    score,
+    spin,
+    value_and_grad,
+)
 from pyroebm.core.supports import (
     base_constraint,
     event_sum,

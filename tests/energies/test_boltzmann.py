@@ -17,7 +17,7 @@ from lib.reseed import problem_generator
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyroebm import MCMC, BlockGibbs, Boltzmann, Energy, Gibbs
+from pyroebm import MCMC, Boltzmann, Energy, Gibbs
 from pyroebm.core.enumeration import all_bits
 from pyroebm.core.supports import same_support
 from pyroebm.energies import (
@@ -32,6 +32,7 @@ from pyroebm.energies import (
     compose,
 )
 from pyroebm.energies.layered import LayeredMachine
+from pyroebm.kernels import BlockGibbs
 from pyroebm.training import (
     Classifier,
     complete,

@@ -13,9 +13,9 @@ from lib.checks import mean_and_se, within_se
 from lib.seeds import flat_grad, seeded
 from torch import Tensor, nn
 
-from pyroebm import MCMC, NUTS, BlockGibbs, Energy
+from pyroebm import MCMC, NUTS, Energy
 from pyroebm.energies import FeatureLatentEnergy, GaussianRBM
-from pyroebm.kernels import MALA
+from pyroebm.kernels import MALA, BlockGibbs
 from pyroebm.nn import mlp
 from pyroebm.objectives import ContrastiveDivergence, Objective, ReplayBufferCD
 from pyroebm.partition import quadrature

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from pyroebm import MCMC, NUTS, spin, value_and_grad
+from pyroebm import MCMC, NUTS
+from pyroebm.core import spin, value_and_grad
 from pyroebm.energies import ConvEnergy, MLPEnergy, NeuralEnergy
 from pyroebm.nn import ACTIVATIONS, convolutions, mlp
 from pyroebm.partition import quadrature

@@ -16,28 +16,22 @@ from lib.kernel_cases import KERNELS, Fragile, Normal, Pair, assert_unchanged, r
 from scipy import integrate
 from torch import Tensor
 
-from pyroebm import (
-    MCLMC,
-    MCMC,
-    AdjustedMCLMC,
-    Barker,
-    ChEES,
-    Energy,
-    MinibatchEnergy,
-    RandomWalk,
-    StochasticGradientLangevin,
-    Unconstrained,
-    UnderdampedLangevin,
-    WindowAdaptation,
-)
-from pyroebm.core import value_and_grad
+from pyroebm import MCMC, ChEES, Energy
+from pyroebm.core import MinibatchEnergy, Unconstrained, value_and_grad
 from pyroebm.core.compilation import Compiled
 from pyroebm.core.minibatch import subsample
 from pyroebm.kernels import (
+    MCLMC,
+    AdjustedMCLMC,
+    Barker,
     ChEESAdaptation,
     Dense,
     EnergyVarianceAdaptation,
     LowRank,
+    RandomWalk,
+    StochasticGradientLangevin,
+    UnderdampedLangevin,
+    WindowAdaptation,
     barker,
     ensemble,
     microcanonical,

@@ -11,9 +11,9 @@ from lib.reseed import problem_generator
 from lib.seeds import seeded
 from torch import Tensor
 
-from pyroebm import HMC, MALA, MCMC, ChEES, Energy, IndependenceMetropolis, Jumps, Kernel
+from pyroebm import HMC, MALA, MCMC, ChEES, Energy
 from pyroebm.flows import NICE, RedundantNICE
-from pyroebm.kernels import Gibbs
+from pyroebm.kernels import Gibbs, IndependenceMetropolis, Jumps, Kernel
 from pyroebm.kernels.independence import IndependenceState
 from pyroebm.targets import DoubleWell, Gaussian, GaussianMixture
 

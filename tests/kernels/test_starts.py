@@ -13,8 +13,9 @@ from torch import Tensor
 
 from benchmarks import starts
 from benchmarks.suite.cases import CASES as SAMPLER_CASES
-from pyroebm import HMC, MALA, MCMC, NUTS, Energy, RandomWalk, WindowAdaptation, infer
+from pyroebm import HMC, MALA, MCMC, NUTS, Energy, infer
 from pyroebm.diagnostics import describe_stuck, diagnose, stuck_chains
+from pyroebm.kernels import RandomWalk, WindowAdaptation
 from pyroebm.kernels.adaptation import draw_starts
 from pyroebm.targets import DoubleWell, Exponential
 

@@ -16,27 +16,20 @@ from lib.tempered import separated, state_at
 from scipy import stats
 from torch import Tensor
 
-from pyroebm import (
-    DMALA,
-    HMC,
-    MALA,
-    MCMC,
-    NUTS,
-    ULA,
-    DistributionEnergy,
-    Energy,
-    Gibbs,
-    GibbsWithGradients,
-    Info,
-    Kernel,
-    ParallelTempering,
-    Path,
-    Unconstrained,
-    spin,
-)
+from pyroebm import HMC, MALA, MCMC, NUTS, ULA, Energy, Gibbs, ParallelTempering
+from pyroebm.core import DistributionEnergy, Path, Unconstrained, spin
 from pyroebm.core.compilation import Compiled
 from pyroebm.energies import Ising
-from pyroebm.kernels import GradientKernel, LadderAdaptation, hamiltonian, tempering
+from pyroebm.kernels import (
+    DMALA,
+    GibbsWithGradients,
+    GradientKernel,
+    Info,
+    Kernel,
+    LadderAdaptation,
+    hamiltonian,
+    tempering,
+)
 from pyroebm.kernels.base import column
 from pyroebm.kernels.tempering import by_row, respaced, swapped_order
 from pyroebm.targets import DoubleWell, Exponential, Gaussian, GaussianMixture

@@ -21,18 +21,9 @@ from torch import Tensor
 from torch.distributions import constraints
 from torch.distributions.constraints import Constraint
 
-from pyroebm import (
-    HMC,
-    MCMC,
-    ULA,
-    Energy,
-    Kernel,
-    ModelEnergy,
-    ParallelTempering,
-    WindowAdaptation,
-    spin,
-)
-from pyroebm.kernels import hamiltonian
+from pyroebm import HMC, MCMC, ULA, Energy, ModelEnergy, ParallelTempering
+from pyroebm.core import spin
+from pyroebm.kernels import Kernel, WindowAdaptation, hamiltonian
 from pyroebm.targets import Banana, Funnel, GaussianMixture, Rosenbrock
 from pyroebm.targets.curved import _Bent
 

@@ -10,26 +10,22 @@ from scipy import stats
 from torch import Tensor
 
 from lib.checks import within_se
-from pyroebm import (
-    HMC,
-    MALA,
+from pyroebm import HMC, MALA, NUTS, ULA, ChEES, Energy, ParallelTempering
+from pyroebm.kernels import (
     MCLMC,
-    NUTS,
-    ULA,
     AdjustedMCLMC,
     Barker,
-    ChEES,
-    Energy,
+    Dense,
     IndependenceMetropolis,
     Jumps,
     Kernel,
+    LockstepNUTS,
+    LowRank,
     MetropolisUnderdamped,
-    ParallelTempering,
     RandomWalk,
     StochasticGradientLangevin,
     UnderdampedLangevin,
 )
-from pyroebm.kernels import Dense, LockstepNUTS, LowRank
 from pyroebm.kernels.metric import Metric
 
 #: For an event of one entry: inverse mass 0.5.

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.distributions.constraints import Constraint
 
-from pyroebm import Energy, Unconstrained
-from pyroebm.core import curvatures, unit_directions
+from pyroebm import Energy
+from pyroebm.core import Unconstrained, curvatures, unit_directions
 from pyroebm.data import dequantised, digits, quantised
 from pyroebm.energies import MLPEnergy
 from pyroebm.objectives import (

@@ -18,8 +18,8 @@ from lib.machines import oracle_rbm as oracle
 from lib.reseed import problem_generator
 from torch import Tensor
 
-from pyroebm import HMC, MALA, MCMC, ULA, BlockGibbs, Energy, Gibbs, Path, partition, spin
-from pyroebm.core import Unnormalized
+from pyroebm import HMC, MALA, MCMC, ULA, Energy, Gibbs, partition
+from pyroebm.core import Path, Unnormalized, spin
 from pyroebm.core.enumeration import all_bits
 from pyroebm.energies import (
     BernoulliRBM,
@@ -33,6 +33,7 @@ from pyroebm.energies import (
 )
 from pyroebm.energies.layered import LayeredEnergy, LayeredMachine
 from pyroebm.flows import importance_sample
+from pyroebm.kernels import BlockGibbs
 from pyroebm.kernels.gibbs import conditional_logits, offered_logits
 from pyroebm.kernels.sites import to_sites
 from pyroebm.partition import (

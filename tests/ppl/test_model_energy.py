@@ -24,8 +24,8 @@ from torch.distributions import biject_to, constraints
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import pyroebm.infer
-from pyroebm import MCMC, NUTS, Boltzmann, ModelEnergy, value_and_grad
-from pyroebm.core import Energy, PotentialFn, Unnormalized
+from pyroebm import MCMC, NUTS, Boltzmann, ModelEnergy
+from pyroebm.core import Energy, PotentialFn, Unnormalized, value_and_grad
 from pyroebm.core.compilation import Compiled, choose_compiled, fused
 from pyroebm.core.energy import unchecked_value_and_grad
 from pyroebm.core.rowwise import MAX_GRAPHS

@@ -13,7 +13,8 @@ from lib.checks import within_se
 from lib.seeds import seeded
 from torch import Tensor
 
-from pyroebm import HMC, MCMC, value_and_grad
+from pyroebm import HMC, MCMC
+from pyroebm.core import value_and_grad
 from pyroebm.targets import DW4, Gaussian, LennardJones, Particles, Phi4, Target
 
 pytestmark = pytest.mark.usefixtures("float64")

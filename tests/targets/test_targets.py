@@ -18,7 +18,7 @@ from scipy.integrate import quad
 from torch import Tensor
 from torch import distributions as td
 
-from pyroebm import Unconstrained, value_and_grad
+from pyroebm.core import Unconstrained, value_and_grad
 from pyroebm.core.supports import base_constraint, is_discrete, is_real
 from pyroebm.targets import (
     Banana,

@@ -15,7 +15,8 @@ from sklearn.datasets import make_circles, make_moons
 from torch import Tensor
 
 from models import toy2d
-from pyroebm import Energy, value_and_grad
+from pyroebm import Energy
+from pyroebm.core import value_and_grad
 from pyroebm.partition import expectation
 from pyroebm.targets import (
     Checkerboard,

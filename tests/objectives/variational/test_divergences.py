@@ -13,10 +13,11 @@ from lib.seeds import seeded
 from pyro.distributions.transforms import affine_coupling
 from torch import Tensor, nn
 
-from pyroebm import HMC, Energy, IndependenceMetropolis, Jumps, value_and_grad
-from pyroebm.core import Compressed
+from pyroebm import HMC, Energy
+from pyroebm.core import Compressed, value_and_grad
 from pyroebm.core.wrappers import check_weighable
 from pyroebm.flows import NICE, Flow, MixtureBase, RedundantNICE, importance_sample
+from pyroebm.kernels import IndependenceMetropolis, Jumps
 from pyroebm.objectives import (
     AlphaBootstrap,
     AnnealedReweighting,
