@@ -437,7 +437,7 @@ ADAPTATION: dict[str, Make] = {
     "energy-variance": lambda: tuned(ebm.MCLMC(), ebm.EnergyVarianceAdaptation(memory=10)),
     "ladder": lambda: tuned(
         ebm.ParallelTempering(ebm.HMC(num_steps=3), [1.0, 0.5, 0.2]),
-        ebm.LadderAdaptation(initial=10, first=10, final=15),
+        ebm.LadderAdaptation(),
     ),
     "low-rank": lambda: tuned(ebm.NUTS(), windows(metric="low_rank"), ebm.scales_gaussian(6)),
     "no-metric": lambda: tuned(ebm.MALA(), windows(metric=None)),
@@ -584,7 +584,7 @@ FLOWS: dict[str, Make] = {
     ),
     "nice": lambda: ebm.NICE(2, **SMALL),
     "nice-scalar": lambda: ebm.NICE(1, shift=False, **SMALL),
-    "realnvp": lambda: ebm.RealNVP(3, 4, mask="alternating", soft="arctan", loft=3.0, **SMALL),
+    "realnvp": lambda: ebm.RealNVP(3, 4, mask="alternating", loft=3.0, **SMALL),
     "realnvp-mixture": lambda: ebm.RealNVP(
         2,
         2,
@@ -631,7 +631,7 @@ def extended() -> Any:
 def judged_flow(flow: Any) -> Any:
     mixture = ebm.GaussianMixture([[-2.0, 0.0], [2.0, 0.0]], scale=0.5, weights=[0.9, 0.1])
     draws = mixture.sample(100, seeded(4))
-    return ebm.judge_flow(flow, mixture, 400, draws, num_distances=50, num_marginal=40)
+    return ebm.judge_flow(flow, mixture, 400, draws, num_distances=50)
 
 
 def conditional() -> Any:

@@ -68,7 +68,6 @@ KEYWORD_ONLY = {"dtype", "progress", "seed"}
 EXEMPT: dict[str, tuple[str, str]] = {
     "pyroebm.infer.*": ("*", "the names and arguments are Pyro's"),
     "pyroebm.data.readers.load_binary": ("randomness", "its seed is part of the data's record"),
-    "pyroebm.targets.normals.GaussianMixture.gmm40": ("randomness", "the seed of the paper"),
     "pyroebm.mcmc.sampler.MCMC.load_state_dict": ("order", "torch's name and order"),
     "pyroebm.diagnostics.convergence.Diagnosis": ("counts", "a result"),
     "pyroebm.flows.report.FlowReport": ("counts", "a result"),

@@ -84,9 +84,9 @@ class AffineCoupling(Bijection):
         x_a = z_a, \qquad x_b = e^{r(z_a)} z_b + m(z_a), \qquad
         \log|\det \partial x/\partial z| = \sum_i r_i(z_a).
 
-    The log-scale is clamped softly, :math:`r = c \tanh(s / c)` or :math:`r = \tfrac{2c}{\pi}
-    \arctan(s / c)` (Ardizzone et al., "Analyzing inverse problems with invertible neural networks",
-    2019): no layer stretches by more than :math:`e^c`.
+    The log-scale is clamped softly, :math:`r = c \tanh(s / c)` (Ardizzone et al., "Analyzing
+    inverse problems with invertible neural networks", 2019): no layer stretches by more than
+    :math:`e^c`.
 
     Args:
         dim: D, entries of z and of x, at least 2.
@@ -95,7 +95,6 @@ class AffineCoupling(Bijection):
         mask: which entries pass, as in :func:`coupling_mask`.
         flip: exchange the two parts.
         clamp: c > 0, in nats.
-        soft: ``"tanh"`` or ``"arctan"``.
         hidden_sizes: widths of the default conditioner's hidden layers.
         activation: of the default conditioner.
         dtype: of the default conditioner's parameters.
@@ -127,7 +126,6 @@ class AffineCoupling(Bijection):
         mask: str | Sequence[bool] | Tensor = "halves",
         flip: bool = False,
         clamp: float = 2.0,
-        soft: str = "tanh",
         hidden_sizes: Sequence[int] = (64, 64),
         activation: str = "silu",
         dtype: torch.dtype | None = None,
@@ -137,13 +135,10 @@ class AffineCoupling(Bijection):
             raise ValueError(
                 f"dim must be at least 2, for one entry to move another, got dim={dim}"
             )
-        if not (clamp > 0.0 and math.isfinite(clamp)) or soft not in ("tanh", "arctan"):
-            raise ValueError(
-                f"clamp must be positive and soft 'tanh' or 'arctan', got clamp={clamp},"
-                f" soft={soft!r}"
-            )
+        if not (clamp > 0.0 and math.isfinite(clamp)):
+            raise ValueError(f"clamp must be positive and finite, got clamp={clamp}")
         super().__init__(dim)
-        self.clamp, self.soft = float(clamp), soft
+        self.clamp = float(clamp)
         passes = coupling_mask(dim, mask) != flip
         passing, moved = passes.nonzero().squeeze(-1), (~passes).nonzero().squeeze(-1)
         # in the state: a shuffle of the flow may have chosen them
@@ -169,9 +164,7 @@ class AffineCoupling(Bijection):
                 f" it gave {tuple(out.shape)} and {out.dtype}"
             )
         s, shift = out.chunk(2, dim=-1)
-        if self.soft == "tanh":
-            return passing, moved, self.clamp * torch.tanh(s / self.clamp), shift
-        return passing, moved, (2.0 * self.clamp / math.pi) * torch.atan(s / self.clamp), shift
+        return passing, moved, self.clamp * torch.tanh(s / self.clamp), shift
 
     def _join(self, passing: Tensor, moved: Tensor) -> Tensor:
         return torch.cat((passing, moved), dim=-1).index_select(-1, self.back)

@@ -35,7 +35,6 @@ class RealNVP(Flow):
         total_dim: D; None is d. Above it there are redundant latents, as in :class:`RedundantNICE`.
         mask: ``"halves"`` or ``"alternating"``, of the first pair.
         clamp: largest log-scale of one layer, in nats.
-        soft: ``"tanh"`` or ``"arctan"``, how it is clamped.
         loft: threshold of the tail layer :class:`Loft`; None has none.
         scale: of the initial S.
         activation: one of :data:`pyroebm.nn.ACTIVATIONS`.
@@ -62,7 +61,6 @@ class RealNVP(Flow):
         total_dim: int | None = None,
         mask: str = "halves",
         clamp: float = 2.0,
-        soft: str = "tanh",
         loft: float | None = None,
         scale: float = 1.0,
         activation: str = "silu",
@@ -88,9 +86,7 @@ class RealNVP(Flow):
         }
         parts: list[Any] = []
         masks = coupling_masks(total, mask, num_layers, generator)
-        parts += [
-            AffineCoupling(total, mask=passing, clamp=clamp, soft=soft, **net) for passing in masks
-        ]
+        parts += [AffineCoupling(total, mask=passing, clamp=clamp, **net) for passing in masks]
         parts += [
             PLULinear(scale * torch.eye(total, dtype=dtype)),
             Shift(torch.zeros(total, dtype=dtype)),
@@ -106,7 +102,6 @@ class RealNVP(Flow):
             "total_dim": total_dim,
             "mask": mask,
             "clamp": clamp,
-            "soft": soft,
             "loft": loft,
             "scale": scale,
             "activation": activation,

@@ -26,6 +26,8 @@ __all__ = ["FlowReport", "judge_flow"]
 
 #: A mode with less than this part of its weight among the flow's draws is called missing.
 MISSING = 0.1
+#: Draws for the weights of x alone, where there are redundant latents.
+MARGINAL = 2000
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -124,7 +126,6 @@ def judge_flow(
     draws: Tensor | None = None,
     *,
     num_distances: int = 2000,
-    num_marginal: int = 2000,
     generator: torch.Generator | None = None,
     progress: bool | None = None,
 ) -> FlowReport:
@@ -139,7 +140,6 @@ def judge_flow(
             chains ``(chains, m, *event)``, which must have mixed. Chains, not their draws, then
             count as independent in the errors of the EUBO and of distances.
         num_distances: draws of each law for the distances between them.
-        num_marginal: draws for the weights of x alone where there are redundant latents.
         generator: source of the draws; None is torch's default generator.
         progress: of the flow's draws, as for :func:`importance_sample`.
 
@@ -157,12 +157,7 @@ def judge_flow(
         >>> report.weighted.ess_fraction > 0.8, report.missing, report.forward_ess < 0.01
         (True, (1,), True)
     """
-    check_counts(
-        {"num_samples": 40, "num_distances": 40, "num_marginal": 40},
-        num_samples,
-        num_distances,
-        num_marginal,
-    )
+    check_counts({"num_samples": 40, "num_distances": 40}, num_samples, num_distances)
     target = flow.extend(energy)
     chains = None
     if draws is not None:
@@ -176,7 +171,7 @@ def judge_flow(
     marginal, evaluations = weighted.ess_fraction, num_samples
     with torch.no_grad(), eval_mode(energy):
         if flow.conditional is not None:
-            x = weighted.x[:num_marginal]
+            x = weighted.x[:MARGINAL]
             log_q = flow.log_prob_x(target.vectors(x), generator=generator)
             marginal = ess_fraction(-energy(x).double() - log_q.double())
             evaluations += len(x)

@@ -410,9 +410,6 @@ class LadderAdaptation:
     Args:
         target_acceptance: acceptance rate to aim at; None takes the inner kernel's own.
         ladder: whether to move the temperatures between the two ends.
-        initial, first, final: lengths of the first buffer, of the first round and of the last
-            buffer, as in :class:`pyroebm.kernels.WindowAdaptation`. Below 60 steps of warm-up there
-            are no rounds.
 
     Raises:
         ValueError: if ``target_acceptance`` is outside (0, 1).
@@ -434,10 +431,6 @@ class LadderAdaptation:
 
     target_acceptance: float | None = None
     ladder: bool = True
-    _: dataclasses.KW_ONLY
-    initial: int = 15
-    first: int = 15
-    final: int = 50
 
     def __post_init__(self) -> None:
         if self.target_acceptance is not None and not 0.0 < self.target_acceptance < 1.0:
@@ -473,7 +466,7 @@ class LadderAdaptation:
         generator: torch.Generator | None = None,
     ) -> tuple[ParallelTempering, TemperedState, Info, LadderMemory]:
         """One step of a warm-up of ``steps``, and what is learned from it."""
-        rounds = windows(steps, self.initial, self.first, self.final) if self.ladder else []
+        rounds = windows(steps) if self.ladder else []
         if any(memory.step == begin for begin, _ in rounds):
             state = kernel.restart(state)
         state, info, inner = kernel.transition(energy, state, generator)

@@ -25,6 +25,9 @@ from pyroebm.smc import tempered_smc
 
 __all__ = ["Base", "ais", "bracket", "reverse_ais", "schedule"]
 
+#: Even steps of the short run by which :func:`schedule` chooses temperatures.
+PILOT_STEPS = 200
+
 Base = Layers | Energy | Distribution | None
 
 
@@ -221,7 +224,6 @@ def schedule(
     base: Base = None,
     kernel: Kernel[Any] | None = None,
     *,
-    pilot: int = 200,
     num_chains: int = 100,
     generator: torch.Generator | None = None,
     progress: bool | None = None,
@@ -236,7 +238,6 @@ def schedule(
     Args:
         num_temperatures: K, steps of the schedule.
         energy, base, kernel, num_chains, generator, progress: as for :func:`ais`.
-        pilot: even steps of the short run.
 
     Returns:
         betas, float64, shape ``(num_temperatures + 1,)``, for :func:`ais`.
@@ -251,10 +252,8 @@ def schedule(
         >>> schedule(rbm, 4).diff().argmin()  # half-way the units begin to hold together
         tensor(1)
     """
-    check_counts(
-        {"num_temperatures": 1, "pilot": 1, "num_chains": 2}, num_temperatures, pilot, num_chains
-    )
-    steps = _front_door(energy, kernel, pilot, num_chains)
+    check_counts({"num_temperatures": 1, "num_chains": 2}, num_temperatures, num_chains)
+    steps = _front_door(energy, kernel, PILOT_STEPS, num_chains)
     with eval_mode(energy), torch.no_grad():
         path: Any = _path(energy, base, kernel, generator, progress)
         if isinstance(path, LayeredPath):

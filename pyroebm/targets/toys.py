@@ -136,7 +136,7 @@ class Pinwheel(Plane):
     r"""The pinwheel of Johnson et al. (2016): a normal law on each of K arms, sheared by a turn
     that grows along the arm.
 
-    .. math:: f \sim N\big((1, 0), \operatorname{diag}(\sigma_r^2, \sigma_t^2)\big), \quad
+    .. math:: f \sim N\big((1, 0), \operatorname{diag}(0.3^2, 0.1^2)\big), \quad
         x = s\, R(-\psi) f, \quad \psi = \frac{2 \pi k}K + \gamma e^{f_1}
 
     with R a rotation. The density is a sum over all f from which x comes, :math:`\psi - \gamma
@@ -147,13 +147,12 @@ class Pinwheel(Plane):
 
     Args:
         num_arms: K.
-        radial, tangential: :math:`\sigma_r, \sigma_t > 0`.
         rate: :math:`\gamma`.
         scale: :math:`s > 0`.
         dtype: floating-point type; None for torch's default.
 
     Raises:
-        ValueError: if a deviation or ``scale`` is not positive, ``rate`` is not finite, or
+        ValueError: if ``scale`` is not positive, ``rate`` is not finite, or
             ``num_arms`` is below 3.
 
     Example:
@@ -161,6 +160,7 @@ class Pinwheel(Plane):
         tensor([2.2000, 2.2000])
     """
 
+    spread = (0.3, 0.1)  # radial and tangential deviation of f
     cells = 128  # of the angle, in which roots are looked for
     candidates = 3  # more than the number of arms
 
@@ -168,18 +168,15 @@ class Pinwheel(Plane):
         self,
         num_arms: int = 5,
         *,
-        radial: float = 0.3,
-        tangential: float = 0.1,
         rate: float = 0.25,
         scale: float = 2.0,
         dtype: torch.dtype | None = None,
     ) -> None:
         check_counts({"num_arms": 3}, num_arms)  # of two arms x would have no equal variances
-        check_positive(radial=radial, tangential=tangential, scale=scale)
+        check_positive(scale=scale)
         check_each("finite", torch.isfinite, rate=rate)
         super().__init__(dtype=dtype)
         self.num_arms = num_arms
-        self.spread = (radial, tangential)
         self.rate = rate
         self.scale = scale
 

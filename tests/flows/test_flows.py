@@ -152,9 +152,7 @@ TRANSFORMS: dict[str, Callable[[], Transform]] = {
     "shift": lambda: Shift(noise(3)),
     "permutation": lambda: Permutation([2, 0, 3, 1]),
     "affine2": partial(AffineCoupling, 2, hidden_sizes=(8,), dtype=F64),
-    "affine5_flip": partial(
-        AffineCoupling, 5, hidden_sizes=(8,), flip=True, soft="arctan", dtype=F64
-    ),
+    "affine5_flip": partial(AffineCoupling, 5, hidden_sizes=(8,), flip=True, dtype=F64),
     "affine5_alternating": partial(
         AffineCoupling, 5, hidden_sizes=(8,), mask="alternating", clamp=0.5, dtype=F64
     ),
@@ -190,7 +188,7 @@ FLOWS: dict[str, Callable[..., Flow]] = {
     "pyro_affine": affine_flow,
     "realnvp1": partial(RealNVP, 1),
     "realnvp2": partial(RealNVP, 2, 4, (8,)),
-    "realnvp5_loft": partial(RealNVP, 5, 4, (8,), mask="alternating", soft="arctan", loft=3.0),
+    "realnvp5_loft": partial(RealNVP, 5, 4, (8,), mask="alternating", loft=3.0),
     "realnvp_1_3": partial(RealNVP, 1, 4, (8,), total_dim=3),
     "realnvp_mixture": partial(mixed, partial(RealNVP, 2, 2, (8,))),
     "realnvp_student": heavy,

@@ -390,7 +390,7 @@ def test_pcd_of_hidden_units_tied_to_each_other(units: str) -> None:
     )
     grads = []
     for run in range(40):
-        objective, noise = PersistentCD(num_chains=50), seeded(100 + run)
+        objective, noise = ReplayBufferCD(num_chains=50), seeded(100 + run)
         for _ in range(10):
             loss, facts = objective(machine, seen, generator=noise)
         grads.append(flat_grad(machine, loss))

@@ -843,7 +843,7 @@ def test_a_schedule_evens_out_the_increments() -> None:
         spread[name] = float(speed.std() / speed.mean())
     assert spread["tuned"] < 0.7 * spread["even"], spread
     halves = partition.schedule(
-        HalfDisc(dtype=F64), 5, Gaussian(torch.tensor(0.0, dtype=F64)), MALA(0.5), pilot=10
+        HalfDisc(dtype=F64), 5, Gaussian(torch.tensor(0.0, dtype=F64)), MALA(0.5)
     )
     assert len(halves) == 6  # draws outside of the disc are left out
     result = partition.ais(strong, betas=betas)

@@ -390,7 +390,7 @@ def test_other_objectives_and_the_report_take_the_same_flow() -> None:
     )
     assert steps[-1][1] < steps[0][1]
     assert float(guide.median()["mean"]) == pytest.approx(mean, abs=4.0 * deviation / 500**0.5)
-    report = judge_flow(guide.flow, energy, 2000, draws=draws, num_distances=200, num_marginal=200)
+    report = judge_flow(guide.flow, energy, 2000, draws=draws, num_distances=200)
     assert report.weighted.ess_fraction > 0.5
     assert report.forward_ess is not None
 

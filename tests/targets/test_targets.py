@@ -595,7 +595,6 @@ def test_gmm40_is_pytorchs() -> None:
         float(torch.nn.functional.softplus(D(1.0)))
     )
     assert torch.allclose(e.mode_weights, D(1 / 40))
-    assert not torch.equal(GaussianMixture.gmm40(seed=1).loc, GaussianMixture.gmm40().loc)
 
 
 @pytest.mark.parametrize(("side", "modes"), [(3, 9), (5, 25)])

@@ -331,7 +331,7 @@ def test_edges_of_the_board_belong_to_its_black_squares() -> None:
         (lambda: Circles((1.0, -1.0)), "radii must be positive"),
         (lambda: Circles(noise=0.0), "noise must be positive"),
         (lambda: Pinwheel(num_arms=2), "arms must be an integer of at least 3"),
-        (lambda: Pinwheel(tangential=0.0), "tangential must be positive"),
+        (lambda: Pinwheel(scale=0.0), "scale must be positive"),
         (lambda: Pinwheel(rate=math.inf), "rate must be finite"),
     ],
 )
