@@ -16,7 +16,7 @@ from pyroebm.core.rng import standard_normal, uniform
 from pyroebm.core.supports import is_discrete, is_real
 from pyroebm.kernels.metric import Metric, metric_tensors
 
-__all__ = ["State", "Info", "Steps", "Kernel", "ContinuousKernel", "AnyState"]
+__all__ = ["PointState", "State", "Info", "Steps", "Kernel", "ContinuousKernel", "AnyState"]
 
 
 class AnyState(Protocol):
@@ -30,6 +30,21 @@ class AnyState(Protocol):
 
 
 S = TypeVar("S", bound=AnyState)
+
+
+class PointState(NamedTuple):
+    """What the next step of a kernel without gradients needs. Row i of each field belongs to chain
+    i alone.
+
+    Example:
+        >>> from pyroebm.kernels import Gibbs
+        >>> from pyroebm.targets import BernoulliProduct
+        >>> Gibbs().init(BernoulliProduct([1.0, 2.0]), torch.tensor([[1.0, 0.0]]))
+        PointState(x=tensor([[1., 0.]]), energy=tensor([-1.]))
+    """
+
+    x: Tensor  #: positions, shape ``(chains, *event)``
+    energy: Tensor  #: :math:`E(x)`, shape ``(chains,)``, finite
 
 
 class State(NamedTuple):

@@ -15,8 +15,8 @@ from pyroebm.core.annealing_path import Path
 from pyroebm.core.energy import Energy
 from pyroebm.energies.layered import LayeredMachine
 from pyroebm.energies.layers import Layers
-from pyroebm.kernels.base import Info
-from pyroebm.kernels.gibbs import PointState, point_state, swept
+from pyroebm.kernels.base import Info, PointState
+from pyroebm.kernels.gibbs import point_state, swept
 from pyroebm.kernels.sites import DiscreteKernel, author
 from pyroebm.partition.bases import (
     IndependentLayers,

@@ -35,7 +35,8 @@ from pyroebm.core.supports import inside, site_values
 from pyroebm.energies import Ising, Potts
 from pyroebm.kernels import DMALA, DULA, BlockGibbs, GibbsWithGradients, Kernel, discrete, gibbs
 from pyroebm.kernels.adaptation import WindowAdaptation
-from pyroebm.kernels.gibbs import HasBlocks, HasSiteLogits, PointState
+from pyroebm.kernels.base import PointState
+from pyroebm.kernels.gibbs import HasBlocks, HasSiteLogits
 from pyroebm.kernels.sites import draw_index
 from pyroebm.ppl import PyroKernel
 from pyroebm.targets import BernoulliProduct, DoubleWell

@@ -31,7 +31,8 @@ from pyroebm.energies import (
 )
 from pyroebm.energies.layered import LayeredEnergy, LayeredMachine
 from pyroebm.kernels import MALA, Gibbs, Info
-from pyroebm.kernels.gibbs import PointState, point_state
+from pyroebm.kernels.base import PointState
+from pyroebm.kernels.gibbs import point_state
 from pyroebm.kernels.sites import DiscreteKernel
 from pyroebm.objectives import (
     Centering,
