@@ -30,7 +30,7 @@ from pyroebm.diagnostics.plots import plot_images
 from pyroebm.energies import MLPEnergy
 from pyroebm.objectives import PersistentCD, ReplayBufferCD
 from pyroebm.objectives.contrastive import advance
-from pyroebm.partition import bracket
+from pyroebm.partition import bidirectional_ais
 from pyroebm.training import Guard, fit
 
 
@@ -142,7 +142,7 @@ def judge(
 ) -> None:
     """log Z from the envelope, both ways in float64, and what it makes of the test images."""
     base = DistributionEnergy(Independent(Normal(torch.zeros(1, 8, 8), torch.ones(1, 8, 8)), 3))
-    found = bracket(
+    found = bidirectional_ais(
         energy,
         states,
         base,

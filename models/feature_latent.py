@@ -35,7 +35,7 @@ from pyroebm.diagnostics.plots import plot_images
 from pyroebm.energies import FeatureLatentEnergy
 from pyroebm.nn import mlp
 from pyroebm.objectives import Objective, PersistentCD, ReplayBufferCD
-from pyroebm.partition import bracket, quadrature
+from pyroebm.partition import bidirectional_ais, quadrature
 from pyroebm.targets import Gaussian, TwoMoons
 from pyroebm.training import fit
 
@@ -231,7 +231,7 @@ def on_digits(
         white(data), chains, net, num_hidden, steps, 3e-3, recipe.seed, progress
     ).requires_grad_(False)
     base = Gaussian(torch.zeros_like(white.mean), covariance=0.5 * torch.eye(64, dtype=data.dtype))
-    found = bracket(
+    found = bidirectional_ais(
         energy,
         chains.chains,
         base,

@@ -20,7 +20,7 @@ from pyroebm.data import digits, load_binary
 from pyroebm.diagnostics.plots import plot_images
 from pyroebm.energies import BernoulliRBM, DeepBeliefNetwork, DeepBoltzmannMachine, LayeredMachine
 from pyroebm.objectives import Centering, PersistentCD
-from pyroebm.partition import Bracket, base_rates, bracket
+from pyroebm.partition import BidirectionalAIS, base_rates, bidirectional_ais
 from pyroebm.training import Classifier, complete, fine_tune, fit
 
 __all__ = [
@@ -177,7 +177,7 @@ def machine_bracket(
     sweeps: int,
     seed: int,
     progress: bool | None,
-) -> Bracket:
+) -> BidirectionalAIS:
     """AIS and reverse AIS of a machine in float64, from the base rates of the data.
 
     The latter starts from Gibbs chains, of which half begin at training images and half at draws of
@@ -192,7 +192,7 @@ def machine_bracket(
     )
     start, joint = torch.cat(gibbs(machine, seeds, sweeps, seed + 1), 1), machine.joint()
     base = base_rates(joint, data.to(machine.dtype))
-    return bracket(
+    return bidirectional_ais(
         joint,
         start,
         base,

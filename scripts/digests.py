@@ -84,7 +84,7 @@ EXEMPT = {
     "Adversarial": "base class",
     "Base": "base class",
     "Bijection": "base class",
-    "Bracket": "returned by bracket",
+    "BidirectionalAIS": "returned by bidirectional_ais",
     "ContinuousKernel": "base class",
     "ExponentialFamily": "base class",
     "FlowReport": "returned by judge_flow",
@@ -937,8 +937,8 @@ ENERGIES: dict[str, Make] = {
 
 
 def both_ways() -> Any:
-    both = ebm.bracket(machine(), betas=10, num_chains=8)
-    return both, ebm.acceptance_ratio(both.forward, both.reverse)
+    both = ebm.bidirectional_ais(machine(), betas=10, num_chains=8)
+    return both, ebm.bennett_acceptance_ratio(both.forward, both.reverse)
 
 
 def layered_path() -> Any:
@@ -952,7 +952,7 @@ PARTITION: dict[str, Make] = {
     "ais": lambda: ebm.ais(machine(), ebm.base_rates(machine(), bits()), **SHORT),
     "ais-continuous": lambda: ebm.ais(wells(), ebm.Gaussian(torch.zeros(2), scale=2.0), **SHORT),
     "ais-ising": lambda: ebm.ais(ebm.Ising((3, 3), 0.3), **SHORT),
-    "bracket": both_ways,
+    "bidirectional_ais": both_ways,
     "bridge": lambda: ebm.bridge(wells(), base=ebm.Gaussian(torch.zeros(2)), num_samples=100),
     "exact": lambda: ebm.exact(ebm.Ising((3, 3), 0.3) * 1.0),
     "exact-deep": lambda: ebm.exact(deep_machine()),

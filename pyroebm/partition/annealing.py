@@ -17,13 +17,13 @@ from pyroebm.energies.layers import Layers
 from pyroebm.kernels import Kernel
 from pyroebm.kernels.base import check_kernel
 from pyroebm.partition.bases import base_energy, base_rates
-from pyroebm.partition.bridging import acceptance_ratio
+from pyroebm.partition.bridging import bennett_acceptance_ratio
 from pyroebm.partition.layered import LayeredPath, Walkers
-from pyroebm.partition.result import Bracket, LogZ, from_weights
+from pyroebm.partition.result import BidirectionalAIS, LogZ, from_weights
 from pyroebm.partition.walk import KernelPath, as_betas, default_kernel, increments, total_weight
 from pyroebm.smc import tempered_smc
 
-__all__ = ["Base", "ais", "bracket", "reverse_ais", "schedule"]
+__all__ = ["Base", "ais", "bidirectional_ais", "reverse_ais", "schedule"]
 
 #: Even steps of the short run by which :func:`schedule` chooses temperatures.
 PILOT_STEPS = 200
@@ -175,7 +175,7 @@ def reverse_ais(
     )
 
 
-def bracket(
+def bidirectional_ais(
     energy: Energy,
     start: Tensor | None = None,
     base: Base = None,
@@ -185,7 +185,7 @@ def bracket(
     num_chains: int = 100,
     generator: torch.Generator | None = None,
     progress: bool | None = None,
-) -> Bracket:
+) -> BidirectionalAIS:
     """:func:`ais` and :func:`reverse_ais` with one schedule, and the acceptance ratio of their
     weights. Prints as three lines.
 
@@ -198,7 +198,7 @@ def bracket(
 
     Example:
         >>> from pyroebm.energies import BernoulliRBM
-        >>> result = bracket(BernoulliRBM(3, 2, weight=torch.ones(3, 2)), betas=100)
+        >>> result = bidirectional_ais(BernoulliRBM(3, 2, weight=torch.ones(3, 2)), betas=100)
         >>> result.forward.kind, result.reverse.kind, result.width < 0.1
         ('lower', 'upper', True)
     """
@@ -215,7 +215,7 @@ def bracket(
     forward = ais(
         energy, base, kernel, betas, num_chains=num_chains, generator=generator, progress=progress
     )
-    return Bracket(forward, reverse, acceptance_ratio(forward, reverse))
+    return BidirectionalAIS(forward, reverse, bennett_acceptance_ratio(forward, reverse))
 
 
 def schedule(

@@ -23,10 +23,10 @@ from pyroebm.energies.layers import Layers
 from pyroebm.partition.bases import base_energy
 from pyroebm.partition.result import LogZ
 
-__all__ = ["acceptance_ratio", "bridge"]
+__all__ = ["bennett_acceptance_ratio", "bridge"]
 
 
-def acceptance_ratio(forward: LogZ, reverse: LogZ) -> LogZ:
+def bennett_acceptance_ratio(forward: LogZ, reverse: LogZ) -> LogZ:
     r"""Bennett's acceptance ratio (1976) of two annealed runs along one schedule, in both
     directions (Crooks, 2000).
 
@@ -45,14 +45,15 @@ def acceptance_ratio(forward: LogZ, reverse: LogZ) -> LogZ:
 
     Example:
         >>> from pyroebm.energies import BernoulliRBM
-        >>> from pyroebm.partition import bracket
-        >>> both = bracket(BernoulliRBM(3, 2, weight=torch.ones(3, 2)), betas=20)
-        >>> acceptance_ratio(both.forward, both.reverse).value == both.combined.value
+        >>> from pyroebm.partition import bidirectional_ais
+        >>> both = bidirectional_ais(BernoulliRBM(3, 2, weight=torch.ones(3, 2)), betas=20)
+        >>> bennett_acceptance_ratio(both.forward, both.reverse).value == both.combined.value
         True
     """
     if forward.log_weights is None or reverse.log_weights is None:
         raise ValueError(
-            "acceptance_ratio needs the log weights of a forward and a reverse run, got none in"
+            "bennett_acceptance_ratio needs the log weights of a forward and a reverse run, got"
+            " none in"
             " one of them"
         )
     ahead, back = (result.log_weights.cpu().numpy() for result in (forward, reverse))  # type: ignore[union-attr]

@@ -37,7 +37,7 @@ from pyroebm.kernels import BlockGibbs
 from pyroebm.kernels.gibbs import conditional_logits, offered_logits
 from pyroebm.kernels.sites import to_sites
 from pyroebm.partition import (
-    Bracket,
+    BidirectionalAIS,
     IndependentLayers,
     LayeredPath,
     LayerGibbs,
@@ -358,8 +358,8 @@ run(
         e, base=Gaussian(torch.tensor(0.0, dtype=F64)), betas=300, num_chains=400
     ),
 )
-run("both ways RBM", oracle(), lambda e: partition.bracket(e, betas=30).combined)
-run("both ways deep", deep(), lambda e: partition.bracket(e, betas=30).combined)
+run("both ways RBM", oracle(), lambda e: partition.bidirectional_ais(e, betas=30).combined)
+run("both ways deep", deep(), lambda e: partition.bidirectional_ais(e, betas=30).combined)
 run("SMC RBM", oracle(), lambda e: partition.smc(e, base(e), num_particles=256))
 run("SMC GRBM", grbm(), lambda e: partition.smc(e, num_particles=256))
 run("SMC deep", deep(), lambda e: partition.smc(e, num_particles=256))
@@ -511,8 +511,8 @@ def test_kinds() -> None:
 
 
 def test_a_result_says_what_it_is() -> None:
-    both = partition.bracket(oracle(), betas=10, num_chains=20)
-    assert isinstance(both, Bracket)
+    both = partition.bidirectional_ais(oracle(), betas=10, num_chains=20)
+    assert isinstance(both, BidirectionalAIS)
     assert [line.split("(")[1].split(":")[0] for line in str(both).splitlines()] == [
         "AIS; lower",
         "reverse AIS; upper",
@@ -524,7 +524,7 @@ def test_a_result_says_what_it_is() -> None:
     assert both.forward.log_weights.shape == (20,)
     assert f"ESS {both.forward.ess:.4g} of 20" in str(both.forward)
     assert "high on average" in both.reverse.bias
-    one = partition.bracket(oracle(), betas=10, num_chains=1)
+    one = partition.bidirectional_ais(oracle(), betas=10, num_chains=1)
     assert all(
         math.isnan(result.standard_error) for result in (one.forward, one.reverse, one.combined)
     )
@@ -619,7 +619,7 @@ def test_weights_are_unbiased_and_logs_on_their_side(name: str) -> None:
 def test_standard_errors_are_the_spread_of_repeated_runs() -> None:
     repeats, strong = 120, randomised(BernoulliRBM(5, 4, dtype=F64))
     brackets = [
-        partition.bracket(
+        partition.bidirectional_ais(
             strong, betas=6, num_chains=200, generator=torch.Generator().manual_seed(seed)
         )
         for seed in range(repeats)
@@ -952,7 +952,7 @@ def test_same_seed_same_weights() -> None:
     assert one.value != other.value
     state = torch.get_rng_state()
     both = [
-        partition.bracket(oracle(), betas=10, generator=torch.Generator().manual_seed(3))
+        partition.bidirectional_ais(oracle(), betas=10, generator=torch.Generator().manual_seed(3))
         for _ in range(2)
     ]
     assert str(both[0]) == str(both[1])
@@ -973,7 +973,7 @@ def test_float32_agrees_and_sums_its_weights_in_float64() -> None:
 
 def test_no_gradient_is_left_behind() -> None:
     machine = oracle()
-    result = partition.bracket(machine, betas=5).forward
+    result = partition.bidirectional_ais(machine, betas=5).forward
     assert result.log_weights is not None
     assert not result.log_weights.requires_grad
     assert all(parameter.grad is None for parameter in machine.parameters())
