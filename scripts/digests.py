@@ -384,7 +384,7 @@ CONTINUOUS: dict[str, Make] = {
     "mala": lambda: ebm.MALA(0.5),
     "mala-metric": lambda: ebm.MALA(0.5, torch.tensor([0.5, 2.0])),
     "mclmc": lambda: ebm.MCLMC(0.3),
-    "metropolis-underdamped": lambda: ebm.MetropolisUnderdamped(0.3),
+    "metropolis-underdamped": lambda: ebm.GHMC(0.3),
     "nuts": lambda: ebm.NUTS(0.5),
     "random-walk": lambda: ebm.RandomWalk(0.5),
     "sgld": lambda: ebm.StochasticGradientLangevin(0.1, decay=0.5),
@@ -395,7 +395,7 @@ CONTINUOUS: dict[str, Make] = {
         ebm.Gaussian(torch.zeros(2), scale=2.0),
     ),
     "ula": lambda: ebm.ULA(0.1),
-    "underdamped": lambda: ebm.UnderdampedLangevin(0.2),
+    "underdamped": lambda: ebm.BAOAB(0.2),
 }
 DISCRETE: dict[str, Make] = {
     "block-gibbs": lambda: chains(ebm.BlockGibbs(), machine().joint()),

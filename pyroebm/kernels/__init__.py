@@ -22,7 +22,7 @@ from pyroebm.kernels.tempering import (
     TemperedState,
     TemperingReport,
 )
-from pyroebm.kernels.underdamped import MetropolisUnderdamped, UnderdampedLangevin
+from pyroebm.kernels.underdamped import BAOAB, GHMC
 
 __all__ = [
     "AdjustedMCLMC",
@@ -50,7 +50,7 @@ __all__ = [
     "LowRank",
     "MALA",
     "MCLMC",
-    "MetropolisUnderdamped",
+    "GHMC",
     "NUTS",
     "ParallelTempering",
     "Proposal",
@@ -60,6 +60,6 @@ __all__ = [
     "TemperedState",
     "TemperingReport",
     "ULA",
-    "UnderdampedLangevin",
+    "BAOAB",
     "WindowAdaptation",
 ]

@@ -12,6 +12,8 @@ from torch import Tensor
 from lib.checks import within_se
 from pyroebm import HMC, MALA, NUTS, ULA, ChEES, Energy, ParallelTempering
 from pyroebm.kernels import (
+    BAOAB,
+    GHMC,
     MCLMC,
     AdjustedMCLMC,
     Barker,
@@ -21,10 +23,8 @@ from pyroebm.kernels import (
     Kernel,
     LockstepNUTS,
     LowRank,
-    MetropolisUnderdamped,
     RandomWalk,
     StochasticGradientLangevin,
-    UnderdampedLangevin,
 )
 from pyroebm.kernels.metric import Metric
 
@@ -70,8 +70,8 @@ KERNELS: dict[str, Callable[[], Kernel]] = {
     "random-walk": lambda: RandomWalk(step_size=0.5),
     "barker": lambda: Barker(step_size=0.5),
     "barker-metric": lambda: Barker(step_size=0.7, inverse_mass=torch.tensor(0.5)),
-    "underdamped": lambda: UnderdampedLangevin(step_size=0.2),
-    "metropolis-underdamped": lambda: MetropolisUnderdamped(step_size=0.3),
+    "underdamped": lambda: BAOAB(step_size=0.2),
+    "metropolis-underdamped": lambda: GHMC(step_size=0.3),
     "sgld": lambda: StochasticGradientLangevin(step_size=0.2, decay=0.5),
     "mclmc": lambda: MCLMC(step_size=0.3),
     "adjusted-mclmc": lambda: AdjustedMCLMC(step_size=0.3),
@@ -82,9 +82,7 @@ KERNELS: dict[str, Callable[[], Kernel]] = {
     ),
     "independence": lambda: IndependenceMetropolis(Wide()),
     "jumps": lambda: Jumps(HMC(step_size=0.3, num_steps=3), Wide(), every=2),
-    "metropolis-underdamped-metric": lambda: MetropolisUnderdamped(
-        step_size=0.4, inverse_mass=torch.tensor(0.5)
-    ),
+    "metropolis-underdamped-metric": lambda: GHMC(step_size=0.4, inverse_mass=torch.tensor(0.5)),
 }
 
 
