@@ -894,7 +894,7 @@ ENERGIES: dict[str, Make] = {
     "compose": lambda: energy_facts(
         ebm.compose([machine(), stirred(ebm.BernoulliRBM(3, 2), seed=6)]),
     ),
-    "compressed": lambda: energy_facts(ebm.Compressed(ebm.LennardJones("once", 4), 5.0)),
+    "compressed": lambda: energy_facts(ebm.LogRegularized(ebm.LennardJones("once", 4), 5.0)),
     "conditioned": lambda: energy_facts(
         ebm.Conditioned(ebm.Phi4(6), torch.zeros(6), torch.arange(6) < 2),
     ),

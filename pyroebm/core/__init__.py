@@ -11,8 +11,8 @@ from pyroebm.core.rng import seeded_generator
 from pyroebm.core.statistics import Estimate
 from pyroebm.core.supports import spin
 from pyroebm.core.wrappers import (
-    Compressed,
     Conditioned,
+    LogRegularized,
     PotentialFn,
     Relaxed,
     Unconstrained,
@@ -20,7 +20,7 @@ from pyroebm.core.wrappers import (
 )
 
 __all__ = [
-    "Compressed",
+    "LogRegularized",
     "Conditioned",
     "DistributionEnergy",
     "Energy",

@@ -18,7 +18,7 @@ from pyroebm.core.energy import Energy
 from pyroebm.core.supports import base_constraint, event_sum, is_discrete, is_real, unconstraining
 
 __all__ = [
-    "Compressed",
+    "LogRegularized",
     "Conditioned",
     "check_weighable",
     "Unnormalized",
@@ -210,7 +210,7 @@ class Relaxed(Energy):
         return self.energy.initial(num_chains, generator)
 
 
-class Compressed(Energy):
+class LogRegularized(Energy):
     r"""An energy whose heights are taken as their logarithm above a bound, so that a far start
     gives no huge gradient.
 
@@ -228,7 +228,7 @@ class Compressed(Energy):
 
     Example:
         >>> from pyroebm.targets import Gaussian
-        >>> Compressed(Gaussian(0.0), 10.0)(torch.tensor([2.0, 1000.0]))
+        >>> LogRegularized(Gaussian(0.0), 10.0)(torch.tensor([2.0, 1000.0]))
         tensor([ 2.0000, 23.1223])
     """
 
@@ -249,11 +249,12 @@ class Compressed(Energy):
 
 
 def check_weighable(energy: Energy) -> None:
-    """ValueError if an energy, or one that it is made of, is :class:`Compressed`: for what makes
-    weights or log Z of values."""
-    if any(isinstance(module, Compressed) for module in energy.modules()):
+    """ValueError if an energy, or one that it is made of, is :class:`LogRegularized`: for what
+    makes weights or log Z of values."""
+    if any(isinstance(module, LogRegularized) for module in energy.modules()):
         raise ValueError(
-            "energy must not be Compressed: its values are for gradients, and weights made of them"
+            "energy must not be LogRegularized: its values are for gradients, and weights made of"
+            " them"
             " are wrong"
         )
 

@@ -14,7 +14,7 @@ from pyro.distributions.transforms import affine_coupling
 from torch import Tensor, nn
 
 from pyroebm import HMC, Energy
-from pyroebm.core import Compressed, value_and_grad
+from pyroebm.core import LogRegularized, value_and_grad
 from pyroebm.core.wrappers import check_weighable
 from pyroebm.flows import NICE, Flow, MixtureBase, RedundantNICE, importance_sample
 from pyroebm.kernels import IndependenceMetropolis, Jumps
@@ -319,7 +319,7 @@ def test_objectives_are_saved_with_their_draws() -> None:
             lambda: ForwardKL(torch.zeros(3, 2), gradient="path")(RedundantNICE(2, 3), TARGET, 5),
             "the path gradient is for flows with D = d",
         ),
-        (lambda: Compressed(TARGET, math.inf), "height must be finite, got height=inf"),
+        (lambda: LogRegularized(TARGET, math.inf), "height must be finite, got height=inf"),
     ],
 )
 def test_refusals(make: object, said: str) -> None:
@@ -327,12 +327,12 @@ def test_refusals(make: object, said: str) -> None:
         make()  # type: ignore[operator]
 
 
-# Compressed energies
+# Log-regularized energies
 
 
 def test_compressed_above_its_height_alone() -> None:
     inner = DoubleWell()
-    energy = Compressed(inner, 3.0)
+    energy = LogRegularized(inner, 3.0)
     x = torch.linspace(-4.0, 4.0, 81)
     values, grad = value_and_grad(energy, x)
     truth, slope = value_and_grad(inner, x)
@@ -341,17 +341,17 @@ def test_compressed_above_its_height_alone() -> None:
     assert torch.equal(grad[below], slope[below])
     torch.testing.assert_close(values[~below], 3.0 + torch.log1p(truth[~below] - 3.0))
     torch.testing.assert_close(grad[~below], slope[~below] / (truth[~below] - 2.0))
-    assert Compressed(inner, 3.0)(torch.tensor([math.nan, math.inf]))[0].isnan()
+    assert LogRegularized(inner, 3.0)(torch.tensor([math.nan, math.inf]))[0].isnan()
     assert energy.log_z is None
 
 
 def test_no_weight_is_made_of_a_compressed_energy() -> None:
-    energy = Compressed(DoubleWell(), 3.0)
+    energy = LogRegularized(DoubleWell(), 3.0)
     check_weighable(DoubleWell())
     for hidden in (energy, 0.5 * energy):
-        with pytest.raises(ValueError, match="must not be Compressed"):
+        with pytest.raises(ValueError, match="must not be LogRegularized"):
             importance_sample(RedundantNICE(1, 2), hidden, 100)
-    flow, vector = NICE(2), Compressed(Gaussian(torch.zeros(2)), 3.0)
+    flow, vector = NICE(2), LogRegularized(Gaussian(torch.zeros(2)), 3.0)
     x, base = torch.zeros(4, 2), Gaussian(torch.zeros(2))
     for made in (
         lambda: ais(vector, base),
@@ -364,5 +364,5 @@ def test_no_weight_is_made_of_a_compressed_energy() -> None:
         lambda: AlphaBootstrap()(flow, vector, 10),
         lambda: AnnealedReweighting()(flow, vector, 10),
     ):
-        with pytest.raises(ValueError, match="must not be Compressed"):
+        with pytest.raises(ValueError, match="must not be LogRegularized"):
             made()

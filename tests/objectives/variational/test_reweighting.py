@@ -14,7 +14,7 @@ from lib.seeds import seeded
 from torch import Tensor
 
 from pyroebm import Energy
-from pyroebm.core import Compressed
+from pyroebm.core import LogRegularized
 from pyroebm.flows import NICE, Flow, RealNVP, RedundantNICE, importance_sample
 from pyroebm.objectives import AlphaBootstrap, AnnealedReweighting, Objective, fit_flow
 from pyroebm.targets import DoubleWell, Gaussian, GaussianMixture
@@ -371,8 +371,8 @@ def test_a_weight_that_is_no_number_is_said(above: float) -> None:
             "energy must have events of dim=2 entries",
         ),
         (
-            lambda: AnnealedReweighting()(NICE(1), 0.5 * Compressed(DoubleWell(), 3.0)),
-            "energy must not be Compressed",
+            lambda: AnnealedReweighting()(NICE(1), 0.5 * LogRegularized(DoubleWell(), 3.0)),
+            "energy must not be LogRegularized",
         ),
     ],
 )
