@@ -26,7 +26,7 @@ from pyroebm.core import Progress, seeded_generator
 from pyroebm.diagnostics import energy_distance
 from pyroebm.energies import Tilted
 from pyroebm.flows import NICE
-from pyroebm.kernels import Jumps, Kernel
+from pyroebm.kernels import Kernel, LocalGlobalMixture
 from pyroebm.nn import mlp
 from pyroebm.targets import Gaussian
 
@@ -40,7 +40,7 @@ KERNELS: dict[str, Kernel[Any]] = {
     "MALA": MALA(),
     "HMC": HMC(num_steps=8),
     "NUTS": NUTS(),
-    "HMC and jumps": Jumps(
+    "HMC and jumps": LocalGlobalMixture(
         HMC(num_steps=8), NICE(2, num_layers=0, shift=False, dtype=torch.float64), every=5
     ),
 }

@@ -27,7 +27,7 @@ from pyroebm.core import Energy
 from pyroebm.diagnostics.plots import plot_mode_masses
 from pyroebm.energies import MLPEnergy
 from pyroebm.flows import Flow
-from pyroebm.kernels import MALA, Jumps
+from pyroebm.kernels import MALA, LocalGlobalMixture
 from pyroebm.nn import MLPGenerator
 from pyroebm.objectives import (
     VERA,
@@ -94,10 +94,10 @@ def flow(data: Tensor, couplings: int) -> Flow:
     return Flow([*parts, wide], 2, 2).to(data.dtype)
 
 
-def jumps(law: Law, data: Tensor) -> Jumps:
+def jumps(law: Law, data: Tensor) -> LocalGlobalMixture:
     """Three Langevin steps within a mode, then a proposal from anywhere: chains see whatever mass
     the energy has, and where."""
-    return Jumps(MALA(1.5 * law.width), flow(data, 0), every=3)
+    return LocalGlobalMixture(MALA(1.5 * law.width), flow(data, 0), every=3)
 
 
 def vera(law: Law, data: Tensor) -> VERA:

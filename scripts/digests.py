@@ -379,7 +379,7 @@ CONTINUOUS: dict[str, Make] = {
         5,
     ),
     "independence": lambda: ebm.IndependenceMetropolis(small_flow()),
-    "jumps": lambda: ebm.Jumps(ebm.HMC(0.3, num_steps=3), small_flow(), every=2),
+    "jumps": lambda: ebm.LocalGlobalMixture(ebm.HMC(0.3, num_steps=3), small_flow(), every=2),
     "langevin": lambda: ebm.langevin(drift=0.02, noise=0.1),
     "mala": lambda: ebm.MALA(0.5),
     "mala-metric": lambda: ebm.MALA(0.5, torch.tensor([0.5, 2.0])),

@@ -9,7 +9,7 @@ from pyroebm.kernels.discrete import DMALA, DULA, GibbsWithGradients
 from pyroebm.kernels.ensemble import ChEES, ChEESAdaptation
 from pyroebm.kernels.gibbs import BlockGibbs, Gibbs
 from pyroebm.kernels.hmc import HMC
-from pyroebm.kernels.independence import IndependenceMetropolis, Jumps, Proposal
+from pyroebm.kernels.independence import IndependenceMetropolis, LocalGlobalMixture, Proposal
 from pyroebm.kernels.langevin import MALA, ULA
 from pyroebm.kernels.metric import Dense, Diagonal, LowRank
 from pyroebm.kernels.microcanonical import MCLMC, AdjustedMCLMC, EnergyVarianceAdaptation
@@ -43,7 +43,7 @@ __all__ = [
     "HMC",
     "IndependenceMetropolis",
     "Info",
-    "Jumps",
+    "LocalGlobalMixture",
     "Kernel",
     "LadderAdaptation",
     "LockstepNUTS",

@@ -19,8 +19,8 @@ from pyroebm.kernels import (
     Barker,
     Dense,
     IndependenceMetropolis,
-    Jumps,
     Kernel,
+    LocalGlobalMixture,
     LockstepNUTS,
     LowRank,
     RandomWalk,
@@ -81,7 +81,7 @@ KERNELS: dict[str, Callable[[], Kernel]] = {
         step_size=0.4, trajectory_length=2.0, inverse_mass=torch.tensor(0.5)
     ),
     "independence": lambda: IndependenceMetropolis(Wide()),
-    "jumps": lambda: Jumps(HMC(step_size=0.3, num_steps=3), Wide(), every=2),
+    "jumps": lambda: LocalGlobalMixture(HMC(step_size=0.3, num_steps=3), Wide(), every=2),
     "metropolis-underdamped-metric": lambda: GHMC(step_size=0.4, inverse_mass=torch.tensor(0.5)),
 }
 

@@ -17,7 +17,7 @@ from pyroebm import HMC, Energy
 from pyroebm.core import LogRegularized, value_and_grad
 from pyroebm.core.wrappers import check_weighable
 from pyroebm.flows import NICE, Flow, MixtureBase, RedundantNICE, importance_sample
-from pyroebm.kernels import IndependenceMetropolis, Jumps
+from pyroebm.kernels import IndependenceMetropolis, LocalGlobalMixture
 from pyroebm.objectives import (
     AlphaBootstrap,
     AnnealedReweighting,
@@ -360,7 +360,7 @@ def test_no_weight_is_made_of_a_compressed_energy() -> None:
         lambda: quadrature(energy),
         lambda: evaluate_j(flow, vector, 100, log_z=0.0),
         lambda: IndependenceMetropolis(flow).init(vector, x),
-        lambda: Jumps(HMC(), flow).init(vector, x),
+        lambda: LocalGlobalMixture(HMC(), flow).init(vector, x),
         lambda: AlphaBootstrap()(flow, vector, 10),
         lambda: AnnealedReweighting()(flow, vector, 10),
     ):
