@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyroebm.core.annealing_path import DistributionEnergy, Path
+from pyroebm.core.annealing_path import DistributionEnergy, GeometricPath
 from pyroebm.core.energy import Energy, check_energy
 from pyroebm.core.progress import Progress
 from pyroebm.core.rng import uniform
@@ -215,7 +215,10 @@ class _Run:
 
     def _slope(self) -> Tensor:
         return (
-            Path(self.target, self.beta, self.reference).slope(self.x).double().reshape(self.shape)
+            GeometricPath(self.target, self.beta, self.reference)
+            .slope(self.x)
+            .double()
+            .reshape(self.shape)
         )
 
     def leave_out_infinite(self) -> None:
@@ -289,7 +292,7 @@ class _Run:
     def move(self, moves: int, step_size: float | None) -> None:
         """Steps of the kernel at this temperature, with a step size given, or drawn towards the
         target acceptance rate."""
-        path, kernel = Path(self.target, self.beta, self.reference), self.kernel
+        path, kernel = GeometricPath(self.target, self.beta, self.reference), self.kernel
         state, aim = kernel.init(path, self.x, self.generator), kernel.target_acceptance
         tuned = aim is not None and step_size is None
         if step_size is not None and hasattr(kernel, "step_size"):

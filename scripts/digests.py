@@ -878,7 +878,7 @@ def of_classes(energy: Any) -> Any:
 
 
 def on_a_path() -> Any:
-    path = ebm.Path(wells(), torch.tensor([1.0, 0.5, 0.0]), ebm.Gaussian(torch.zeros(2)))
+    path = ebm.GeometricPath(wells(), torch.tensor([1.0, 0.5, 0.0]), ebm.Gaussian(torch.zeros(2)))
     return path(normal(3, 2)), path.slope(normal(3, 2))
 
 

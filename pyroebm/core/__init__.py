@@ -1,7 +1,7 @@
 """Energies and what everything else stands on: supports, gradients, wrappers, compilation, random
 numbers, files."""
 
-from pyroebm.core.annealing_path import DistributionEnergy, Path
+from pyroebm.core.annealing_path import DistributionEnergy, GeometricPath
 from pyroebm.core.derivatives import curvatures, unit_directions
 from pyroebm.core.energy import Energy, Sum, Tempered, score, value_and_grad
 from pyroebm.core.enumeration import all_bits
@@ -26,7 +26,7 @@ __all__ = [
     "Energy",
     "Estimate",
     "MinibatchEnergy",
-    "Path",
+    "GeometricPath",
     "PotentialFn",
     "Progress",
     "Relaxed",

@@ -15,10 +15,10 @@ from pyroebm.core.rng import draw_from, seeded_generator
 from pyroebm.core.supports import inside, same_support
 from pyroebm.core.wrappers import Unconstrained
 
-__all__ = ["DistributionEnergy", "Path", "in_the_coordinates_of"]
+__all__ = ["DistributionEnergy", "GeometricPath", "in_the_coordinates_of"]
 
 
-class Path(Energy):
+class GeometricPath(Energy):
     r"""The path of densities from a reference :math:`V` to an energy :math:`U`, each row at a point
     of its own.
 
@@ -42,7 +42,7 @@ class Path(Energy):
 
     Example:
         >>> from pyroebm.targets import DoubleWell, Gaussian
-        >>> path = Path(DoubleWell(), torch.tensor([1.0, 0.5, 0.0]), Gaussian(0.0))
+        >>> path = GeometricPath(DoubleWell(), torch.tensor([1.0, 0.5, 0.0]), Gaussian(0.0))
         >>> path(torch.ones(3))
         tensor([-2.0000, -0.7500,  0.5000])
         >>> path.slope(torch.ones(3))

@@ -12,7 +12,7 @@ import torch
 from scipy.interpolate import PchipInterpolator
 from torch import Tensor
 
-from pyroebm.core.annealing_path import Path, in_the_coordinates_of
+from pyroebm.core.annealing_path import GeometricPath, in_the_coordinates_of
 from pyroebm.core.energy import Energy, unchecked_value_and_grad
 from pyroebm.core.supports import is_discrete
 from pyroebm.kernels.adaptation.step_size import DualAveraging
@@ -191,13 +191,13 @@ class ParallelTempering(Kernel[TemperedState]):
         """Step sizes and temperatures, tuned together."""
         return LadderAdaptation()
 
-    def path(self, energy: Energy, num_chains: int) -> Path:
+    def path(self, energy: Energy, num_chains: int) -> GeometricPath:
         """The energy of all replicas as rows ``num_chains * R``, those of one chain side by
         side."""
         reference = (
             None if self.reference is None else in_the_coordinates_of(energy, self.reference)
         )
-        return Path(energy, self.betas.repeat(num_chains), reference)
+        return GeometricPath(energy, self.betas.repeat(num_chains), reference)
 
     def init(
         self, energy: Energy, x: Tensor, generator: torch.Generator | None = None
@@ -364,7 +364,7 @@ def _each(state: T, f: Callable[[Tensor], Tensor]) -> T:
 
 
 def _with_fresh_reference(
-    path: Path, reference: Energy, inner: Any, generator: torch.Generator | None
+    path: GeometricPath, reference: Energy, inner: Any, generator: torch.Generator | None
 ) -> Tensor:
     """Positions ``(chains, R, *event)`` of an inner state with the last replica drawn from the
     reference.

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from pyroebm.core._checks import check_counts
-from pyroebm.core.annealing_path import Path
+from pyroebm.core.annealing_path import GeometricPath
 from pyroebm.core.energy import Energy, check_energy
 from pyroebm.core.statistics import ess_bulk
 from pyroebm.core.supports import is_discrete
@@ -123,7 +123,7 @@ def bridge(
     target, start = (
         Unconstrained(e, keep_discrete=is_discrete(energy.support)) for e in (energy, reference)
     )
-    path = Path(target, 1.0, start)
+    path = GeometricPath(target, 1.0, start)
     with eval_mode(energy), torch.no_grad():
         own = -path.slope(target.unconstrain(draws)).double().cpu()
         other = -path.slope(start.sample(batch.numel(), generator)).double().cpu()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from pyroebm.core.annealing_path import Path
+from pyroebm.core.annealing_path import GeometricPath
 from pyroebm.core.energy import Energy
 from pyroebm.energies.layered import LayeredMachine
 from pyroebm.energies.layers import Layers
@@ -138,8 +138,8 @@ class LayeredPath:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LayerGibbs(DiscreteKernel[PointState]):
-    """Block Gibbs sampling on the :class:`pyroebm.core.Path` from :class:`IndependentLayers` to a
-    machine over all its layers.
+    """Block Gibbs sampling on the :class:`pyroebm.core.GeometricPath` from
+    :class:`IndependentLayers` to a machine over all its layers.
 
     What :class:`pyroebm.kernels.BlockGibbs` is for one energy; each row may be at a temperature of
     its own, so that tempered SMC and parallel tempering can use it.
@@ -148,7 +148,7 @@ class LayerGibbs(DiscreteKernel[PointState]):
         >>> from pyroebm.energies import BernoulliRBM
         >>> from pyroebm.partition.bases import base_energy
         >>> joint = BernoulliRBM(3, 2).joint()
-        >>> path = Path(joint, torch.tensor([0.0, 1.0]), base_energy(joint, None))
+        >>> path = GeometricPath(joint, torch.tensor([0.0, 1.0]), base_energy(joint, None))
         >>> kernel = LayerGibbs()
         >>> state, info = kernel.step(path, kernel.init(path, joint.initial(2)))
         >>> state.x.shape, info.n_steps
@@ -180,12 +180,13 @@ class LayerGibbs(DiscreteKernel[PointState]):
 
 
 def _ends(energy: Energy) -> tuple[Layers, Layers, Tensor]:
-    if isinstance(energy, Path) and energy.reference is not None:
+    if isinstance(energy, GeometricPath) and energy.reference is not None:
         base, target = author(energy.reference), author(energy.energy)
         if isinstance(base, IndependentLayers) and isinstance(target, LayeredMachine):
             return base.layers, target.layers(), energy.betas
     raise ValueError(
-        "LayerGibbs moves on the Path from IndependentLayers to a machine made of layers, got"
+        "LayerGibbs moves on the GeometricPath from IndependentLayers to a machine made of layers,"
+        " got"
         f" {type(energy).__name__};"
         " BlockGibbs moves on the machine itself"
     )

@@ -17,7 +17,7 @@ from scipy import stats
 from torch import Tensor
 
 from pyroebm import HMC, MALA, MCMC, NUTS, ULA, Energy, Gibbs, ParallelTempering
-from pyroebm.core import DistributionEnergy, Path, Unconstrained, spin
+from pyroebm.core import DistributionEnergy, GeometricPath, Unconstrained, spin
 from pyroebm.core.compilation import Compiled
 from pyroebm.energies import Ising
 from pyroebm.kernels import (
@@ -49,7 +49,7 @@ def draws(energy: Energy, kernel: ParallelTempering, n: int, generator: torch.Ge
     """Exact draws ``(n, R)`` of a scalar variable at every temperature, by inverse CDF on a
     grid."""
     laws = [
-        TabulatedLaw(Path(energy, beta, kernel.reference), -16.0, 16.0, split=0.0)
+        TabulatedLaw(GeometricPath(energy, beta, kernel.reference), -16.0, 16.0, split=0.0)
         for beta in kernel.betas.tolist()
     ]
     return torch.stack(
@@ -587,16 +587,19 @@ def test_a_run_that_was_saved_goes_on_bit_for_bit(reference: Energy | None) -> N
             "reference must have exact draws, but Tempered",
         ),
         (lambda: LadderAdaptation(target_acceptance=1.0), r"target_acceptance must be in \(0, 1\)"),
-        (lambda: Path(DoubleWell(), 1.5), r"betas must be one number in \[0, 1\]"),
+        (lambda: GeometricPath(DoubleWell(), 1.5), r"betas must be one number in \[0, 1\]"),
         (
-            lambda: Path(DoubleWell(), 0.5, Gaussian(torch.zeros(2))),
+            lambda: GeometricPath(DoubleWell(), 0.5, Gaussian(torch.zeros(2))),
             "reference must have the event_shape",
         ),
         (
-            lambda: Path(DoubleWell(), 0.5, Exponential()),
+            lambda: GeometricPath(DoubleWell(), 0.5, Exponential()),
             "reference must have the event_shape, support",
         ),
-        (lambda: Path(DoubleWell(), [0.5, 1.0])(torch.zeros(3)), "one row for each of 2 betas"),
+        (
+            lambda: GeometricPath(DoubleWell(), [0.5, 1.0])(torch.zeros(3)),
+            "one row for each of 2 betas",
+        ),
         (
             lambda: LadderAdaptation().start(NUTS(), DoubleWell(), None),
             "for ParallelTempering, got NUTS",

@@ -19,7 +19,7 @@ from lib.reseed import problem_generator
 from torch import Tensor
 
 from pyroebm import HMC, MALA, MCMC, ULA, Energy, Gibbs, partition
-from pyroebm.core import Path, Unnormalized, spin
+from pyroebm.core import GeometricPath, Unnormalized, spin
 from pyroebm.core.enumeration import all_bits
 from pyroebm.energies import (
     BernoulliRBM,
@@ -886,14 +886,14 @@ def test_a_path_by_sites_has_the_logits_of_its_energies() -> None:
     """The path offers what both ends offer; without it Gibbs takes the energies, and draws the
     same."""
     start = partition.base_rates(ISING, ISING.initial(50, torch.Generator().manual_seed(1)))
-    path = Path(ISING, torch.tensor([0.0, 0.3, 1.0]), start)
+    path = GeometricPath(ISING, torch.tensor([0.0, 0.3, 1.0]), start)
     x, site = ISING.initial(3, torch.Generator().manual_seed(2)), torch.tensor([0, 4, 8])
     spins = torch.tensor([[-1.0], [1.0]], dtype=F64)
     offered = offered_logits(path, to_sites(x, spins), site, spins).log_softmax(1)
     torch.testing.assert_close(
         offered, conditional_logits(path, to_sites(x, spins), site, spins).log_softmax(1)
     )
-    assert not hasattr(Path(ISING, 0.5, ISING * 0.5), "site_logits")
+    assert not hasattr(GeometricPath(ISING, 0.5, ISING * 0.5), "site_logits")
 
 
 def _enumerable() -> Energy:
@@ -1132,7 +1132,7 @@ LARGE = BernoulliRBM(40, 30, dtype=F64)
                 oracle().joint(),
                 LayerGibbs().init(oracle().joint(), oracle().joint().initial(1)),
             ),
-            "moves on the Path",
+            "moves on the GeometricPath",
         ),
     ],
 )
