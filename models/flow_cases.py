@@ -128,7 +128,7 @@ class TurnedManyWell(ManyWell):
     turn: Tensor
 
     def __init__(self, pairs: int, dtype: torch.dtype | None = None) -> None:
-        super().__init__(pairs, dtype)
+        super().__init__(pairs, dtype=dtype)
         noise = torch.randn(
             2 * pairs, 2 * pairs, dtype=torch.float64, generator=seeded_generator(0)
         )

@@ -240,11 +240,12 @@ def parameter(
     """A trainable copy of ``value``, or normal numbers of standard deviation ``std``; ValueError
     unless it fits and is finite."""
     dtype = torch.get_default_dtype() if dtype is None else dtype
-    start = (
-        std * torch.randn(tuple(shape), dtype=dtype, generator=generator)
-        if value is None
-        else torch.as_tensor(value).detach().to(dtype, copy=True)
-    )
+    if value is not None:
+        start = torch.as_tensor(value).detach().to(dtype, copy=True)
+    elif std:
+        start = std * torch.randn(tuple(shape), dtype=dtype, generator=generator)
+    else:
+        start = torch.zeros(tuple(shape), dtype=dtype)
     if tuple(start.shape) != tuple(shape) or not bool(torch.isfinite(start).all()):
         raise ValueError(
             f"{name} must be finite and have shape {tuple(shape)}, got shape {tuple(start.shape)}:"

@@ -77,7 +77,7 @@ def moved(frame: Particles, u: Tensor) -> dict[str, Tensor]:
 
 
 def check_symmetry(flow: EquivariantFlow) -> None:
-    frame = Frame(flow.field.num_particles, flow.field.space, F64)
+    frame = Frame(flow.field.num_particles, flow.field.space, dtype=F64)
     u = 1.5 * noise(6, flow.dim)
     images, pushed = moved(frame, u), moved(frame, flow.push(u)[0])
     for name, image in images.items():

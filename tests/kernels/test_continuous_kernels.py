@@ -211,7 +211,7 @@ def test_baoab_has_no_bias_in_the_positions_of_an_oscillator(
     """Its momenta have variance T (1 - eps^2 / 4), its positions T exactly (Leimkuhler and
     Matthews, 2013)."""
     kernel, generator = (
-        BAOAB(step_size, None, friction, temperature),
+        BAOAB(step_size, None, friction, temperature=temperature),
         torch.Generator().manual_seed(1),
     )
     energy = Normal().double()

@@ -63,7 +63,7 @@ class Duel(Objective):
         return {"energy": list(energy.parameters()), "generator": [self.generator]}
 
 
-class Shaken(PersistentCD):
+class Shaken(ReplayBufferCD):
     """Persistent chains with a loss that is no number, or a gap out of bounds, at some calls."""
 
     def __init__(self, at: tuple[int, ...] = (), wrong: float = math.nan) -> None:
