@@ -25,6 +25,7 @@ from pyroebm.objectives import (
     HasLosses,
     Objective,
     PersistentCD,
+    ReplayBufferCD,
 )
 from pyroebm.training import Guard, TrainingLog, fit, read_log
 from pyroebm.training import loop as training
