@@ -110,13 +110,13 @@ def main(
     recipe.add_mean("independent bits: test log-likelihood", floor(images), "exact")
 
     def train(machine: LayeredMachine, inputs: Tensor) -> None:
-        # Copies share one parameter, whose gradient is not one of the layers': no centring here.
+        # Copies share one parameter, whose gradient is not one of the layers': no centering here.
         for _ in train_pcd(
             machine,
             inputs,
             first,
             0.5 * learning_rate,
-            centred=False,
+            centered=False,
             decay=True,
             seed=seed,
             progress=progress,

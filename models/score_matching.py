@@ -19,7 +19,8 @@ from torch.distributions import constraints
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from models.recipe import Recipe, run
-from pyroebm import MALA, MCMC, Energy, score
+from pyroebm import MALA, MCMC, Energy
+from pyroebm.core import score
 from pyroebm.data import dequantised, digits
 from pyroebm.diagnostics.plots import plot_images
 from pyroebm.energies import MLPEnergy

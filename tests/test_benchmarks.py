@@ -304,7 +304,7 @@ def test_truth_holds_draws_against_known_moments() -> None:
     assert {row["metric"] for row in rows} == {"worst_z", "divergences", "worst_r_hat"}
     assert all(row["settings"]["repeats"] == 2 and row["version"] for row in rows)
     made = tables.truth_table(rows)
-    assert "| Eight schools, non-centred | 4 |" in made
+    assert "| Eight schools, non-centered | 4 |" in made
     assert tables.truth_table([]) == tables.NOTHING
 
 

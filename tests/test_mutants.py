@@ -61,7 +61,7 @@ MUTANTS: dict[str, tuple[str, str, str, str]] = {
     ),
     "error bars of few weights": (
         "core/statistics.py",
-        "return ess <= min(0.25 * n, ENOUGH)",
+        "return ess <= min(0.25 * num_samples, ENOUGH)",
         "return ess < 0.0",
         "tests/flows/test_importance.py pyroebm/core/statistics.py",
     ),
@@ -91,7 +91,7 @@ MUTANTS: dict[str, tuple[str, str, str, str]] = {
     ),
     "draws after the checkpoint are kept": (
         "mcmc/storage.py",
-        "if start >= count:",
+        "if start >= num_draws:",
         "if start < 0:",
         "tests/mcmc/test_storage.py",
     ),

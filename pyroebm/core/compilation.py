@@ -149,8 +149,8 @@ class CompiledGradient(Energy):
     def forward(self, x: Tensor) -> Tensor:
         return self.energy(x)
 
-    def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        return self.energy.initial(n, generator)
+    def initial(self, num_chains: int, generator: torch.Generator | None = None) -> Tensor:
+        return self.energy.initial(num_chains, generator)
 
     def captured(self, shape: torch.Size) -> Captured:
         """Value and gradient of a batch of this shape."""
@@ -238,8 +238,8 @@ class Compiled(Energy):
     def forward(self, x: Tensor) -> Tensor:
         return self.energy(x)
 
-    def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        return self.energy.initial(n, generator)
+    def initial(self, num_chains: int, generator: torch.Generator | None = None) -> Tensor:
+        return self.energy.initial(num_chains, generator)
 
     def run(
         self, block: Block, tensors: tuple[Tensor, ...], static: dict[str, Any]

@@ -132,10 +132,10 @@ class Flow(Saved):
             self.base.distribution(self.dtype, self.device), list(self.transform.parts)
         )
 
-    def draw_noise(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """``n`` draws of z, shape ``(n, D)``, with gradients in the parameters of the base where it
-        has any."""
-        return self.base.draw(n, generator, self.dtype, self.device)
+    def draw_noise(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
+        """``num_samples`` draws of z, shape ``(n, D)``, with gradients in the parameters of the
+        base where it has any."""
+        return self.base.draw(num_samples, self.dtype, self.device, generator)
 
     def push(self, z: Tensor) -> tuple[Tensor, Tensor]:
         r"""(x, y) and :math:`\log q(x, y)` of z, without any inverse: ``(*batch, D) -> (*batch, D),

@@ -16,7 +16,7 @@ from lib.kernel_cases import Fragile, build, run
 from torch import Tensor, nn
 
 import pyroebm.core.compilation
-from pyroebm import HMC, MALA, MCMC, NUTS, Energy, Kernel
+from pyroebm import HMC, MALA, MCMC, NUTS, Energy
 from pyroebm.core.compilation import (
     Compiled,
     CompiledGradient,
@@ -25,6 +25,7 @@ from pyroebm.core.compilation import (
     is_compiled,
 )
 from pyroebm.core.energy import unchecked_value_and_grad, value_and_grad
+from pyroebm.kernels import Kernel
 from pyroebm.targets import DoubleWell, Gaussian, scales_gaussian
 
 pytestmark = pytest.mark.skipif(
