@@ -325,9 +325,7 @@ class Conversion:
             str(rest[0]) if len(rest) == 1 else str(tuple(rest))
         )
 
-    def _complain_of_numbers(
-        self, part: Tensor, start: int, columns: Sequence[Any] | None
-    ) -> None:
+    def _complain_of_numbers(self, part: Tensor, start: int, columns: Sequence[Any] | None) -> None:
         bad = ~torch.isfinite(part)
         value = float(part[bad][0])
         mend = (

@@ -15,7 +15,7 @@ __all__ = ["TrainingLog", "read_log"]
 
 
 class TrainingLog:
-    """One line of JSON for a step, ``{"step", "loss", "seconds", ...metrics}``, and one point of each
+    """One JSON line for a step, ``{"step", "loss", "seconds", ...metrics}``, and one point of each
     TensorBoard curve.
 
     Args:

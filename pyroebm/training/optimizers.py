@@ -148,9 +148,7 @@ def make_schedule(
                 'schedule must be None, "constant", "cosine" or a function from the optimizer to a'
                 f" torch.optim.lr_scheduler, got {schedule!r}"
             )
-        return LambdaLR(
-            optimizer, lambda step: 0.5 * (1.0 + math.cos(math.pi * step / num_steps))
-        )
+        return LambdaLR(optimizer, lambda step: 0.5 * (1.0 + math.cos(math.pi * step / num_steps)))
     return schedule(optimizer)
 
 

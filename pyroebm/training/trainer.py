@@ -19,7 +19,7 @@ from pyroebm.core.progress import Progress
 from pyroebm.core.rng import fresh_seed, seeded_generator
 from pyroebm.objectives.base import HasLosses, Objective
 from pyroebm.training.checkpoint import Checkpoint, TrainingState, saved_seed, settings_of
-from pyroebm.training.data import Batches, Data, Passes, batches_of, module_dtype
+from pyroebm.training.data import Data, Passes, batches_of, module_dtype
 from pyroebm.training.distributed import (
     average_gradients,
     connected_ranks,
@@ -290,9 +290,7 @@ class Trainer:
             if there:
                 self.restore()
         self._log = (
-            TrainingLog(log, tensorboard, log_every, self.steps_done, resume)
-            if rank == 0
-            else None
+            TrainingLog(log, tensorboard, log_every, self.steps_done, resume) if rank == 0 else None
         )
         if self._ranks[1] > 1:
             same_start(self._parameters)
@@ -500,9 +498,7 @@ class Trainer:
             metrics = metrics | {"penalty": penalty.detach()}
         for number, (key, player) in enumerate(self._players.items(), 1):
             player.optimizer.zero_grad()
-            losses[key].backward(
-                inputs=player.parameters, retain_graph=number < len(self._players)
-            )
+            losses[key].backward(inputs=player.parameters, retain_graph=number < len(self._players))
         return metrics | {f"loss_{key}": loss.detach() for key, loss in losses.items()}
 
     def _update(self, number: int, due: bool) -> tuple[float, dict[str, float], bool]:

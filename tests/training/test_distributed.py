@@ -50,9 +50,7 @@ def centred() -> dict[str, Tensor]:
     """Gradients of means over rows, transformed by offsets that are means over rows."""
     machine, centring = rbm(), Centring(rate=0.3)
     loss = ExactLikelihood()
-    fit(
-        machine, Means(loss), BITS, num_steps=6, batch_size=10, optimizer=SGD, transform=centring
-    )
+    fit(machine, Means(loss), BITS, num_steps=6, batch_size=10, optimizer=SGD, transform=centring)
     return {**machine.state_dict(), **centring.state_dict()}
 
 

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from pyroebm import Energy
+from pyroebm.core.rng import seeded_generator
 from pyroebm.energies import MLPEnergy
 from pyroebm.kernels import ULA
 from pyroebm.objectives import ContrastiveDivergence, HasLosses, Objective, PersistentCD
-from pyroebm.core.rng import seeded_generator
 from pyroebm.training import Batches, Guard, Step, TrainingLog, fit, fit_steps, read_log
 
 F64 = torch.float64
@@ -94,7 +94,8 @@ def check_duel() -> None:
     """Two steps of each player by hand, from gradients at one point; each loss moves its own
     parameters alone."""
     energy, duel = net(), Duel()
-    found = end(fit_steps(
+    found = end(
+        fit_steps(
             energy,
             duel,
             DATA,
@@ -150,7 +151,9 @@ def test_a_loss_that_leaks_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_schedules_of_several_losses() -> None:
     plan = functools.partial(torch.optim.lr_scheduler.ExponentialLR, gamma=0.5)
-    found = end(fit_steps(net(), Duel(), DATA, num_steps=3, optimizer=SGD, schedule={"energy": plan}))
+    found = end(
+        fit_steps(net(), Duel(), DATA, num_steps=3, optimizer=SGD, schedule={"energy": plan})
+    )
     assert [step.metrics["lr"] for step in found] == [0.05, 0.025, 0.0125]
 
 
@@ -225,7 +228,9 @@ def test_a_rollback_goes_back_and_goes_on() -> None:
     next."""
     energy, objective = net(), Shaken((7,))
     states: dict[int, dict[str, Tensor]] = {}
-    run = fit_steps(energy, objective, DATA, num_steps=12, batch_size=6, guard=Guard(rollback=True, every=3))
+    run = fit_steps(
+        energy, objective, DATA, num_steps=12, batch_size=6, guard=Guard(rollback=True, every=3)
+    )
     found = []
 
     def watch() -> None:
@@ -252,7 +257,8 @@ def test_a_rollback_goes_back_and_goes_on() -> None:
 def test_schedules_go_on_through_a_rollback() -> None:
     plan = functools.partial(torch.optim.lr_scheduler.ExponentialLR, gamma=0.5)
     with pytest.warns(RuntimeWarning, match="rollback 1"):
-        found = end(fit_steps(
+        found = end(
+            fit_steps(
                 net(),
                 Shaken((3,)),
                 DATA,
@@ -286,9 +292,14 @@ def test_a_gap_out_of_bounds() -> None:
     with pytest.raises(
         FloatingPointError, match=r"at step 2 energy_gap is -1e\+06, beyond max_energy_gap=100"
     ):
-        end(fit_steps(net(), Shaken((2,), -1e6), DATA, num_steps=5, guard=Guard(max_energy_gap=100.0)))
+        end(
+            fit_steps(
+                net(), Shaken((2,), -1e6), DATA, num_steps=5, guard=Guard(max_energy_gap=100.0)
+            )
+        )
     with pytest.warns(RuntimeWarning, match="energy_gap is"):
-        found = end(fit_steps(
+        found = end(
+            fit_steps(
                 net(),
                 Shaken((2,), 1e6),
                 DATA,
@@ -325,7 +336,8 @@ def without_seconds(path: Path) -> list[dict[str, float]]:
 
 
 def test_a_log_has_a_line_for_a_step(tmp_path: Path) -> None:
-    found = end(fit_steps(
+    found = end(
+        fit_steps(
             net(),
             ContrastiveDivergence(),
             DATA,
@@ -344,13 +356,19 @@ def test_a_log_has_a_line_for_a_step(tmp_path: Path) -> None:
         fit(net(), ContrastiveDivergence(), DATA, num_steps=7, log=tmp_path / "deep" / "run.jsonl")
     with pytest.raises(ValueError, match="log_every must be"):
         fit(
-            net(), ContrastiveDivergence(), DATA, num_steps=7, log=tmp_path / "other.jsonl", log_every=0
+            net(),
+            ContrastiveDivergence(),
+            DATA,
+            num_steps=7,
+            log=tmp_path / "other.jsonl",
+            log_every=0,
         )
 
 
 def test_numbers_that_are_not_finite_are_in_the_log(tmp_path: Path) -> None:
     with pytest.warns(RuntimeWarning, match="rollback"):
-        end(fit_steps(
+        end(
+            fit_steps(
                 net(),
                 Shaken((2,)),
                 DATA,
@@ -420,7 +438,8 @@ SCRIPT = """
 
 def whole(case: str, log: Path) -> dict[str, Tensor]:
     energy, objective = net(), eval(CASES[case])
-    end(fit_steps(
+    end(
+        fit_steps(
             energy,
             objective,
             DATA,
@@ -456,7 +475,16 @@ def test_killed_and_resumed_is_uninterrupted(case: str, tmp_path: Path) -> None:
         "resume": True,
         "guard": Guard(rollback=True, every=5),
     }
-    rest = end(fit_steps(energy, objective, DATA, num_steps=20, batch_size=7, log=tmp_path / "run.jsonl", **options)
+    rest = end(
+        fit_steps(
+            energy,
+            objective,
+            DATA,
+            num_steps=20,
+            batch_size=7,
+            log=tmp_path / "run.jsonl",
+            **options,
+        )
     )
     assert [step.number for step in rest] == list(range(12, 20))
     found = {

@@ -28,9 +28,8 @@ from pyroebm.objectives import (
     Pseudolikelihood,
     Sparsity,
 )
-from pyroebm.training import Batches, Step, Trainer, fit, fit_steps
+from pyroebm.training import Batches, Step, fit, fit_steps, optimizers
 from pyroebm.training.checkpoint import Checkpoint, settings_of
-from pyroebm.training import optimizers
 from pyroebm.training.optimizers import parameter_groups
 
 F64 = torch.float64
@@ -175,7 +174,8 @@ def test_clipping_and_learned_objectives() -> None:
 
     machine, objective = rbm(), Scaled()
     start = [p.detach().clone() for p in (*machine.parameters(), *objective.parameters())]
-    metrics = last(fit_steps(
+    metrics = last(
+        fit_steps(
             machine,
             objective,
             DATA,
@@ -207,7 +207,8 @@ def check_decay() -> None:
         return 0.0 * sum(p.sum() for p in energy.parameters()), {}
 
     weight = machine.weight.detach().clone()
-    last(fit_steps(
+    last(
+        fit_steps(
             machine,
             nothing,
             DATA,
@@ -406,7 +407,14 @@ def test_checkpoints_at_the_front_door(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="settings of this training"):
         fit(rbm(), ContrastiveDivergence(k=2), DATA, num_steps=4, resume=True, **options)
     with pytest.raises(ValueError, match="settings of this training"):
-        fit(rbm().float(), ContrastiveDivergence(), DATA.float(), num_steps=4, resume=True, **options)
+        fit(
+            rbm().float(),
+            ContrastiveDivergence(),
+            DATA.float(),
+            num_steps=4,
+            resume=True,
+            **options,
+        )
     with pytest.raises(ValueError, match="of another module"):
         fit(
             BernoulliRBM(DATA.shape[1], 7, dtype=DATA.dtype),
@@ -434,7 +442,8 @@ def test_a_checkpoint_is_of_one_kernel_and_of_the_objectives_inside(tmp_path: Pa
 
     def run(k: int, size: float, steps: int, resume: bool) -> None:
         energy = ClassifierEnergy(torch.nn.Linear(2, 3), (2,), 3, scale=1.0)
-        last(fit_steps(
+        last(
+            fit_steps(
                 energy,
                 Hybrid(ContrastiveDivergence(k, ULA(size))),
                 data,
@@ -488,8 +497,17 @@ def test_a_checkpoint_is_of_one_ladder_and_one_estimator(
     data = torch.randn(8, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     given = {"sigma": (0.1, 0.2), "control_variate": False}
     last(fit_steps(energy, DenoisingScoreMatching(**given), data, num_steps=2, **options))
-    last(fit_steps(energy, DenoisingScoreMatching(**given), data, num_steps=3, resume=True, **options))
+    last(
+        fit_steps(
+            energy, DenoisingScoreMatching(**given), data, num_steps=3, resume=True, **options
+        )
+    )
     with pytest.raises(ValueError, match="settings of this training"):
         fit(
-            energy, DenoisingScoreMatching(**given | changed), data, num_steps=4, resume=True, **options
+            energy,
+            DenoisingScoreMatching(**given | changed),
+            data,
+            num_steps=4,
+            resume=True,
+            **options,
         )
