@@ -405,11 +405,10 @@ class Conversion:
                 values.shape
             )
         if values.dtype.kind not in "biuf":
-            bad = next((v for v in values.flat if not _is_number(v)), None)
-            row = next((k for k, v in enumerate(values.flat) if not _is_number(v)), 0)
+            row, bad = next((k, v) for k, v in enumerate(values.flat) if not _is_number(v))
             where = f" in row {row}" if values.ndim == 1 else ""
             raise ValueError(
-                f"{self.argument} must be numbers, got {what} of {values.dtype} with {bad!r}"
+                f"{self.argument} must be numbers, got {what} of {values.dtype} with {str(bad)!r}"
                 f"{where}: leave it out (drop), or number its values (pandas.factorize)"
             )
         if values.dtype.kind == "f" and values.dtype.itemsize > 8:
