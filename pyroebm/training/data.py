@@ -152,8 +152,17 @@ class Passes:
         self._left: Iterator[Batch] = iter(())
 
     def __len__(self) -> int:
-        """Batches of a pass."""
-        return len(self.loader)
+        """Batches of a pass.
+
+        Raises:
+            ValueError: if the loader does not know.
+        """
+        try:
+            return len(self.loader)
+        except TypeError as error:
+            raise ValueError(
+                "the DataLoader does not know how many batches it has: give num_steps"
+            ) from error
 
     def __call__(self, step: int) -> Batch:
         """The next batch, whatever ``step`` is."""

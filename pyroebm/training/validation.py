@@ -16,7 +16,9 @@ from pyroebm.objectives.base import HasLosses
 from pyroebm.training.data import Batches, Passes, module_dtype
 from pyroebm.training.distributed import average_gradients, connected_ranks
 
-__all__ = ["Validation", "rows_of"]
+__all__ = ["AnyObjective", "Validation", "rows_of"]
+
+AnyObjective = Callable[..., tuple[Tensor, dict[str, Tensor]]] | HasLosses
 
 
 def rows_of(batch: Any) -> int:
@@ -50,7 +52,7 @@ class Validation:
 
     def __init__(
         self,
-        objective: Callable[..., Any],
+        objective: AnyObjective,
         batches: Batches | Passes,
         seed: int = 0,
         patience: int | None = None,

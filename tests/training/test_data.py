@@ -336,10 +336,11 @@ def test_a_stream_needs_a_loader() -> None:
 
     with pytest.raises(ValueError, match=r"give DataLoader\(\.\.\.\)"):
         batches_of(Stream(), MLPEnergy((3,)), 4)
-    history = fit(
-        MLPEnergy((3,)), ContrastiveDivergence(), DataLoader(Stream(), batch_size=4), num_steps=5
-    )
+    loader = DataLoader(Stream(), batch_size=4)
+    history = fit(MLPEnergy((3,)), ContrastiveDivergence(), loader, num_steps=5)
     assert len(history["loss"]) == 5
+    with pytest.raises(ValueError, match="how many batches it has: give num_steps"):
+        fit(MLPEnergy((3,)), ContrastiveDivergence(), loader, num_epochs=1)
 
 
 # --------------------------------------------------------------------------------------------------
