@@ -348,7 +348,8 @@ class Conversion:
         )
 
     def _complain_of_support(self, events: Tensor, fits: Tensor, start: int) -> None:
-        base, low, high = base_constraint(self.support), float(events.min()), float(events.max())
+        base = base_constraint(self.support)
+        low, high = float(events.min()), float(events.max())
         if base.event_dim == 0:
             allowed = base.check(events)
             if self.means:

@@ -102,7 +102,8 @@ class Validation:
 
     def _judge(self, loss: float, step: int) -> None:
         if loss < self.lowest:
-            self.lowest, self.best_step, self.waited = loss, step, 0
+            self.lowest, self.best_step = loss, step
+            self.waited = 0
             self.best = {
                 f"{name}.{key}": value.detach().clone()
                 for name, module in self.modules.items()
