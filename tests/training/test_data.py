@@ -24,7 +24,13 @@ from pyroebm.energies import (
     MLPEnergy,
 )
 from pyroebm.flows import NICE, RedundantNICE
-from pyroebm.objectives import ContrastiveDivergence, CrossEntropy, Hybrid, PersistentCD
+from pyroebm.objectives import (
+    ContrastiveDivergence,
+    CrossEntropy,
+    Hybrid,
+    PersistentCD,
+    ReplayBufferCD,
+)
 from pyroebm.targets import Gaussian
 from pyroebm.training import fit, pretrain_belief_network
 from pyroebm.training.data import batches_of
@@ -244,8 +250,12 @@ def test_the_row_is_counted_over_the_whole_table() -> None:
 def check_supports() -> None:
     bits = (NUMBERS > 0).double()
     grey = 255.0 * bits
-    for machine in (BernoulliRBM(3, 2, dtype=F64), BoltzmannMachine(3, dtype=F64)):
-        for objective in (ContrastiveDivergence(), PersistentCD(4)):
+    machines = (
+        (BernoulliRBM(3, 2, dtype=F64), PersistentCD(4)),
+        (BoltzmannMachine(3, dtype=F64), ReplayBufferCD(4)),
+    )
+    for machine, chains in machines:
+        for objective in (ContrastiveDivergence(), chains):
             for data, said in (
                 (grey, r"got 255 in row \d, column \d.*: \(data > 127\) \* 1\.0"),
                 (2.0 * bits - 1.0, r"got -1 in row \d, column \d.*: \(data \+ 1\) / 2"),
