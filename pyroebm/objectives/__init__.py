@@ -17,6 +17,7 @@ from pyroebm.objectives.persistent import PersistentCD
 from pyroebm.objectives.score_matching import NonNegativeScoreMatching, ScoreMatching
 from pyroebm.objectives.short_run import ShortRun, langevin
 from pyroebm.objectives.sliced import SlicedScoreMatching
+from pyroebm.objectives.variational.base import FlowObjective
 from pyroebm.objectives.variational.bootstrap import AlphaBootstrap
 from pyroebm.objectives.variational.compiled_kl import CompiledKL
 from pyroebm.objectives.variational.divergences import ForwardKL, LogVariance
@@ -40,6 +41,7 @@ __all__ = [
     "DenoisingScoreMatching",
     "ExactLikelihood",
     "FlowContrastive",
+    "FlowObjective",
     "ForwardKL",
     "HasLosses",
     "Hybrid",

@@ -54,6 +54,7 @@ from pyroebm.flows import (
 from pyroebm.flows.affine import coupling_mask
 from pyroebm.flows.groups import multiplication_table
 from pyroebm.objectives import ReverseKL, SymmetrizedKL, fit_flow
+from pyroebm.objectives.variational.reverse_kl import kl_summands
 from pyroebm.targets import Gaussian
 
 F64 = torch.float64
@@ -311,7 +312,7 @@ def test_a_student_base_reaches_a_heavy_tail_that_a_normal_one_does_not() -> Non
     found = {}
     for name, base in (("normal", None), ("student", StudentBase(1, df=8.0, dtype=F64))):
         flow = NICE(1, base=base, dtype=F64)
-        for _ in fit_flow(flow, energy, ReverseKL(), steps=150, num_samples=128, lr=5e-2, seed=1):
+        for _ in fit_flow(flow, ReverseKL(energy, 128), num_steps=150, lr=5e-2, seed=1):
             pass
         found[name] = flow
     x = torch.tensor([[0.0], [60.0]], dtype=F64)
@@ -414,7 +415,7 @@ def test_summed_terms_have_the_mean_of_pushed_ones_and_less_noise(weights: str) 
         flow.draw_noise(20_000, seeded_generator(1)),
     )
     with torch.no_grad():
-        summed, single = flow.terms(energy, z)[0], ReverseKL().terms(flow, energy, z)[0]
+        summed, single = flow.terms(energy, z)[0], kl_summands(flow, energy, z)[0]
     # what the choice of an image adds: of mean 0 given z, so that variances add
     chosen = single - summed
     for noise_of in (chosen, chosen * (summed - summed.mean())):
@@ -434,14 +435,14 @@ def test_summed_terms_give_the_weights_their_gradient_and_pushes_none() -> None:
     truth = torch.autograd.grad(kl, flow.logits)[0]
     rows = []
     for seed in range(100):
-        loss, _ = SymmetrizedKL()(flow, energy, 200, generator=seeded_generator(seed))
+        loss, _ = SymmetrizedKL(energy, 200)(flow, generator=seeded_generator(seed))
         rows.append(torch.autograd.grad(loss, flow.logits)[0])
     within_se(*_against(torch.stack(rows), truth))
-    loss, _ = ReverseKL(gradient="total")(flow, energy, 50)
+    loss, _ = ReverseKL(energy, 50, gradient="total")(flow)
     assert torch.autograd.grad(loss, flow.logits, allow_unused=True)[0] is None
     assert not flow().has_rsample
     with pytest.raises(ValueError, match="flow must be Symmetrized, got NICE"):
-        SymmetrizedKL()(NICE(2, dtype=F64), energy)
+        SymmetrizedKL(energy)(NICE(2, dtype=F64))
 
 
 def _against(rows: Tensor, truth: Tensor) -> tuple[Any, Tensor, Any]:
@@ -465,7 +466,7 @@ def test_learned_weights_find_unequal_masses() -> None:
         Symmetrized(NICE(1, dtype=F64), sign_flips(1), "learned"),
         TwoWells((1,)).double(),
     )
-    for _ in fit_flow(flow, energy, SymmetrizedKL(), steps=400, num_samples=128, lr=3e-2):
+    for _ in fit_flow(flow, SymmetrizedKL(energy, 128), num_steps=400, lr=3e-2):
         pass
     assert abs(float(flow.log_weights().detach().exp().max()) - 0.8) < 0.01
     assert importance_sample(flow, energy, 5000).ess_fraction > 0.99

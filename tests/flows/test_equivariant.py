@@ -219,13 +219,13 @@ def test_gradients_reach_the_weights_from_both_sides_and_the_path() -> None:
     flow = random_flow(3, 2, steps=6)
     energy = Gaussian(torch.zeros(4, dtype=F64), dtype=F64)
     for objective in (
-        ReverseKL(),
-        ReverseKL(gradient="total"),
-        ForwardKL(noise(50, 4)),
-        ForwardKL(noise(50, 4), gradient="path"),
+        ReverseKL(energy, 64),
+        ReverseKL(energy, 64, gradient="total"),
+        ForwardKL(noise(50, 4), num_samples=64),
+        ForwardKL(noise(50, 4), energy=energy, num_samples=64, gradient="path"),
     ):
         flow.zero_grad()
-        objective(flow, energy, 64, generator=seeded_generator(1))[0].backward()
+        objective(flow, generator=seeded_generator(1))[0].backward()
         grad = flow.field.weights.grad
         assert grad is not None
         assert bool(torch.isfinite(grad).all())
@@ -329,9 +329,7 @@ def test_two_particles_in_a_well_are_matched_refined_and_weighed() -> None:
     flow = EquivariantFlow(2, 3, cells=24, steps=20, dtype=F64)
     match_flow(flow, draws)
     before = importance_sample(flow, energy, 4000)
-    for _ in fit_flow(
-        flow, energy, ForwardKL(draws), steps=40, num_samples=128, lr=1e-2, beta_start=1.0
-    ):
+    for _ in fit_flow(flow, ForwardKL(draws, num_samples=128), num_steps=40, lr=1e-2):
         pass
     after = importance_sample(flow, energy, 4000)
     assert after.ess_fraction > max(before.ess_fraction, 0.9)

@@ -397,10 +397,9 @@ def test_density_integrates_to_one(name: str) -> None:
 @flows
 def test_every_parameter_gets_a_gradient(name: str) -> None:
     flow = build(name)
-    objective = SymmetrizedKL() if isinstance(flow, Symmetrized) else ReverseKL()
-    loss, _ = objective(
-        flow, Gaussian(torch.ones(flow.dim), dtype=F64), 64, generator=seeded_generator(1)
-    )
+    objective = SymmetrizedKL if isinstance(flow, Symmetrized) else ReverseKL
+    energy = Gaussian(torch.ones(flow.dim), dtype=F64)
+    loss, _ = objective(energy, 64)(flow, generator=seeded_generator(1))
     loss.backward()
     for parameter_name, parameter in flow.named_parameters():
         assert parameter.grad is not None, parameter_name

@@ -117,7 +117,7 @@ def losses(guide: FlowGuide, args: tuple[Any, ...], n: int = 16) -> tuple[Tensor
     theirs = elbo.differentiable_loss(guide.extended, guide, *args)
     torch.manual_seed(3)
     z = flow.base.distribution(flow.dtype, flow.device).expand((n, 1, 1)).sample().flatten(0, 2)
-    ours, _ = ReverseKL(gradient="stl" if guide.stl else "total")(flow, energy, z=z)
+    ours, _ = ReverseKL(energy, gradient="stl" if guide.stl else "total").loss_at(flow, z)
     return theirs, ours
 
 
@@ -155,7 +155,7 @@ def test_one_particle_at_a_time_is_the_same_loss(name: str) -> None:
     theirs = Trace_ELBO(num_particles=5).loss(guide.extended, guide, *args)
     torch.manual_seed(4)
     z = torch.stack([flow.base.distribution(flow.dtype, flow.device).sample() for _ in range(5)])
-    assert theirs == pytest.approx(float(ReverseKL()(flow, energy, z=z)[0].detach()), rel=1e-9)
+    assert theirs == pytest.approx(float(ReverseKL(energy).loss_at(flow, z)[0].detach()), rel=1e-9)
 
 
 def test_the_model_itself_is_enough_for_a_plain_flow() -> None:
@@ -187,7 +187,8 @@ def test_svi_and_our_loop_train_the_same_parameters(name: str) -> None:
         if p is ours[key] and not torch.equal(p, start[key])
     ]
     assert len(moved) == len(start)
-    for _ in fit_flow(guide.flow, energy, steps=30, beta_start=1.0, num_samples=64, lr=1e-2):
+    objective = ReverseKL(energy, 64, beta_start=1.0)
+    for _ in fit_flow(guide.flow, objective, num_steps=30, lr=1e-2):
         pass
     stored = {id(p) for _, p in pyro.get_param_store().named_parameters()}
     assert stored == {id(p) for p in guide.flow.parameters()} == {id(p) for p in ours.values()}
@@ -275,11 +276,16 @@ def test_set_up_leaves_the_random_stream_alone() -> None:
 # What a fit reaches
 
 
-def trained(guide: FlowGuide, args: tuple[Any, ...], steps: int = 400, **options: Any) -> Energy:
+def trained(
+    guide: FlowGuide,
+    args: tuple[Any, ...],
+    num_steps: int = 400,
+    lr: float = 1e-2,
+    **options: Any,
+) -> Energy:
     energy = guide.energy(*args)
-    for _ in fit_flow(
-        guide.flow, energy, steps=steps, **{"num_samples": 128, "lr": 1e-2, **options}
-    ):
+    objective = ReverseKL(energy, **{"num_samples": 128, **options})
+    for _ in fit_flow(guide.flow, objective, num_steps=num_steps, lr=lr):
         pass
     return energy
 
@@ -375,17 +381,7 @@ def test_other_objectives_and_the_report_take_the_same_flow() -> None:
     energy = guide.energy(*args)
     mean, deviation = float(Y.sum()) / 3.25, 3.25**-0.5
     draws = mean + deviation * torch.randn(500, 1, generator=torch.Generator().manual_seed(0))
-    steps = list(
-        fit_flow(
-            guide.flow,
-            energy,
-            ForwardKL(draws),
-            steps=150,
-            num_samples=128,
-            lr=2e-2,
-            beta_start=1.0,
-        )
-    )
+    steps = list(fit_flow(guide.flow, ForwardKL(draws, num_samples=128), num_steps=150, lr=2e-2))
     assert steps[-1][1] < steps[0][1]
     assert float(guide.median()["mean"]) == pytest.approx(mean, abs=4.0 * deviation / 500**0.5)
     report = judge_flow(guide.flow, energy, 2000, draws=draws, num_distances=200, num_marginal=200)
@@ -571,7 +567,7 @@ def test_losses_catch(mutant: type[FlowGuide]) -> None:
     theirs = Trace_ELBO(num_particles=3).loss(guide.extended, guide, *args)
     torch.manual_seed(4)
     z = torch.stack([flow.base.distribution(flow.dtype, flow.device).sample() for _ in range(3)])
-    assert theirs != pytest.approx(float(ReverseKL()(flow, energy, z=z)[0].detach()), rel=1e-3)
+    assert theirs != pytest.approx(float(ReverseKL(energy).loss_at(flow, z)[0].detach()), rel=1e-3)
 
 
 class WithoutDeterminant(Transported):

@@ -1,5 +1,6 @@
 """Objectives that fit a flow to an energy."""
 
+from pyroebm.objectives.variational.base import FlowObjective
 from pyroebm.objectives.variational.bootstrap import AlphaBootstrap
 from pyroebm.objectives.variational.compiled_kl import CompiledKL
 from pyroebm.objectives.variational.divergences import ForwardKL, LogVariance
@@ -13,6 +14,7 @@ __all__ = [
     "AlphaBootstrap",
     "AnnealedReweighting",
     "CompiledKL",
+    "FlowObjective",
     "ForwardKL",
     "LogVariance",
     "ReverseKL",

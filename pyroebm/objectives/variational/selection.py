@@ -10,7 +10,8 @@ from pyroebm.core.energy import Energy
 from pyroebm.core.supports import event_numel
 from pyroebm.flows.flow import Flow
 from pyroebm.flows.nice import RedundantNICE
-from pyroebm.objectives.variational.reverse_kl import evaluate_j, fit_flow
+from pyroebm.objectives.variational.base import FlowObjective
+from pyroebm.objectives.variational.reverse_kl import ReverseKL, evaluate_j, fit_flow
 
 __all__ = ["TotalDimSelection", "select_total_dim"]
 
@@ -43,6 +44,7 @@ def select_total_dim(
     candidates: Sequence[int] | None = None,
     *,
     make_flow: Callable[[int, int], Flow] | None = None,
+    make_objective: Callable[[Energy], FlowObjective] = ReverseKL,
     evaluation_samples: int = 100_000,
     seed: int = 0,
     progress: bool | None = None,
@@ -55,6 +57,8 @@ def select_total_dim(
         energy: U, of d entries.
         candidates: values of D, each at least d; ``(d, d + 1, d + 2)`` by default.
         make_flow: from (d, D) to a fresh flow; :class:`~pyroebm.flows.RedundantNICE` by default.
+        make_objective: from the energy to the objective of a fit, such as
+            ``functools.partial(ReverseKL, num_samples=64)``.
         evaluation_samples: draws for the comparison, the same seed for each D.
         seed: of the flows' initial weights, of each fit, and of the comparison.
         progress: True shows it, False hides it, None shows it where it takes longer than a second.
@@ -65,7 +69,7 @@ def select_total_dim(
 
     Example:
         >>> from pyroebm.targets import DoubleWell
-        >>> found = select_total_dim(DoubleWell(), (1, 2), steps=2, evaluation_samples=100)
+        >>> found = select_total_dim(DoubleWell(), (1, 2), num_steps=2, evaluation_samples=100)
         >>> sorted(found.values), found.flow.total_dim == found.total_dim
         ([1, 2], True)
     """
@@ -85,7 +89,9 @@ def select_total_dim(
     errors = {}
     for total_dim in candidates:
         flow = (nice if make_flow is None else make_flow)(dim, total_dim)
-        for _ in fit_flow(flow, energy, seed=seed, progress=progress, **fit_options):
+        for _ in fit_flow(
+            flow, make_objective(energy), seed=seed, progress=progress, **fit_options
+        ):
             pass
         flows[total_dim] = flow
         values[total_dim], errors[total_dim] = evaluate_j(
