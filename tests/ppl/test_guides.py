@@ -311,7 +311,7 @@ def test_the_conjugate_normal_posterior_is_reached_by_svi() -> None:
 @pytest.mark.parametrize("name", ["RealNVP", "redundant"])
 def test_constrained_conjugate_posteriors_are_exact_after_weighting(name: str) -> None:
     guide, args = made("constrained", name, 0.0)
-    energy = trained(guide, args, steps=250)
+    energy = trained(guide, args, num_steps=250)
     # however well the flow fits: with too few weights there is no error
     result = importance_sample(guide.flow, energy, 20_000)
     assert result.pareto_k < 0.7
