@@ -780,7 +780,7 @@ VARIATIONAL: dict[str, Make] = {
     "annealed-reweighting": lambda: of_flow(ebm.AnnealedReweighting(buffer_size=200, reuse=2)),
     "compiled-kl": lambda: of_flow(ebm.CompiledKL()),
     "default": lambda: of_flow(None, ebm.RealNVP(2, 2, **SMALL)),
-    "evaluate-j": lambda: ebm.evaluate_j(small_flow(), wells(), 300),
+    "estimate-augmented-kl": lambda: ebm.estimate_augmented_kl(small_flow(), wells(), 300),
     "flow-guide": guided,
     "forward-kl": lambda: of_flow(ebm.ForwardKL(flow_draws())),
     "forward-kl-path": lambda: of_flow(ebm.ForwardKL(flow_draws(), gradient="path")),

@@ -28,7 +28,7 @@ from pyroebm.flows.flow import Flow
 from pyroebm.kernels import NUTS
 from pyroebm.kernels.adaptation.windows import WindowAdaptation
 from pyroebm.mcmc.sampler import MCMC
-from pyroebm.objectives import evaluate_j, fit_flow
+from pyroebm.objectives import estimate_augmented_kl, fit_flow
 from pyroebm.targets import DoubleWell
 
 __all__ = ["BARRIER", "run_demo"]
@@ -141,7 +141,7 @@ def flow_facts(
     """Direct draws of a flow, uncorrected, and J or J_R with log C in it."""
     with torch.no_grad():
         x = flow.push(flow.draw_noise(n, torch.Generator().manual_seed(seed)))[0][:, 0]
-    value, error = evaluate_j(flow, energy, n, seed=seed + 1, progress=progress)
+    value, error = estimate_augmented_kl(flow, energy, n, seed=seed + 1, progress=progress)
     mass = float((x > BARRIER).double().mean())
     return x, {
         "mean": float(x.mean()),

@@ -22,7 +22,7 @@ from pyroebm.objectives.variational.bootstrap import AlphaBootstrap
 from pyroebm.objectives.variational.compiled_kl import CompiledKL
 from pyroebm.objectives.variational.divergences import ForwardKL, LogVariance
 from pyroebm.objectives.variational.flow_matching import match_flow
-from pyroebm.objectives.variational.reverse_kl import ReverseKL, evaluate_j, fit_flow
+from pyroebm.objectives.variational.reverse_kl import ReverseKL, estimate_augmented_kl, fit_flow
 from pyroebm.objectives.variational.reweighting import AnnealedReweighting
 from pyroebm.objectives.variational.selection import TotalDimSelection, select_total_dim
 from pyroebm.objectives.variational.symmetric import SymmetrizedKL
@@ -64,7 +64,7 @@ __all__ = [
     "SymmetrizedKL",
     "TotalDimSelection",
     "VERA",
-    "evaluate_j",
+    "estimate_augmented_kl",
     "fisher_divergence",
     "fit_flow",
     "gaussian_noise",

@@ -17,7 +17,14 @@ from pyroebm.core.wrappers import check_weighable, eval_mode
 from pyroebm.flows.flow import Flow
 from pyroebm.objectives.variational.base import FlowObjective
 
-__all__ = ["ReverseKL", "check_options", "estimate_kl", "evaluate_j", "fit_flow", "kl_summands"]
+__all__ = [
+    "ReverseKL",
+    "check_options",
+    "estimate_augmented_kl",
+    "estimate_kl",
+    "fit_flow",
+    "kl_summands",
+]
 
 
 def kl_summands(
@@ -161,7 +168,7 @@ def fit_flow(
 
 
 @torch.no_grad()
-def evaluate_j(
+def estimate_augmented_kl(
     flow: Flow,
     energy: Energy,
     num_samples: int = 100_000,
@@ -192,7 +199,7 @@ def evaluate_j(
     Example:
         >>> from pyroebm.flows import NICE
         >>> from pyroebm.targets import Gaussian
-        >>> value, error = evaluate_j(
+        >>> value, error = estimate_augmented_kl(
         ...     NICE(1), Gaussian(1.0), 10_000
         ... )  # KL(N(0, 1) || N(1, 1)) = 0.5
         >>> abs(value - 0.5) < 5 * error
@@ -209,7 +216,10 @@ def evaluate_j(
     check_weighable(energy)
     generator = seeded_generator(seed, flow.device)
     parts = []
-    with eval_mode(energy), Progress(num_samples, "evaluate_j", "draw", progress) as shown:
+    with (
+        eval_mode(energy),
+        Progress(num_samples, "estimate_augmented_kl", "draw", progress) as shown,
+    ):
         for start in range(0, num_samples, batch_size):
             z = flow.draw_noise(min(batch_size, num_samples - start), generator)
             parts.append(kl_summands(flow, energy, z, entropy)[0].double())

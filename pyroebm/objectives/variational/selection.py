@@ -11,7 +11,7 @@ from pyroebm.core.supports import event_numel
 from pyroebm.flows.flow import Flow
 from pyroebm.flows.nice import RedundantNICE
 from pyroebm.objectives.variational.base import FlowObjective
-from pyroebm.objectives.variational.reverse_kl import ReverseKL, evaluate_j, fit_flow
+from pyroebm.objectives.variational.reverse_kl import ReverseKL, estimate_augmented_kl, fit_flow
 
 __all__ = ["TotalDimSelection", "select_total_dim"]
 
@@ -94,7 +94,7 @@ def select_total_dim(
         ):
             pass
         flows[total_dim] = flow
-        values[total_dim], errors[total_dim] = evaluate_j(
+        values[total_dim], errors[total_dim] = estimate_augmented_kl(
             flow, energy, evaluation_samples, log_z=0.0, seed=seed + 1, progress=progress
         )
     return TotalDimSelection(min(values, key=values.__getitem__), values, errors, flows)

@@ -24,7 +24,7 @@ from pyroebm.objectives import (
     ForwardKL,
     LogVariance,
     ReverseKL,
-    evaluate_j,
+    estimate_augmented_kl,
     fit_flow,
 )
 from pyroebm.partition import ais, bridge, quadrature, smc
@@ -370,7 +370,7 @@ def test_no_weight_is_made_of_a_compressed_energy() -> None:
         lambda: smc(vector, base),
         lambda: bridge(vector, torch.zeros(10, 2), base),
         lambda: quadrature(energy),
-        lambda: evaluate_j(flow, vector, 100, log_z=0.0),
+        lambda: estimate_augmented_kl(flow, vector, 100, log_z=0.0),
         lambda: IndependenceMetropolis(flow).init(vector, x),
         lambda: Jumps(HMC(), flow).init(vector, x),
         lambda: AlphaBootstrap(vector),

@@ -37,7 +37,7 @@ from pyroebm.objectives import (
     FlowObjective,
     ForwardKL,
     ReverseKL,
-    evaluate_j,
+    estimate_augmented_kl,
     fit_flow,
     select_total_dim,
 )
@@ -107,7 +107,7 @@ def j_r_by_quadrature(flow: RedundantNICE, energy: Energy) -> float:
 def check_j_r(flow: RedundantNICE, energy: Energy) -> None:
     truth = j_r_by_quadrature(flow, energy)
     for entropy in ("sampled", "exact"):
-        value, se = evaluate_j(flow, energy, 40_000, entropy=entropy)
+        value, se = estimate_augmented_kl(flow, energy, 40_000, entropy=entropy)
         within_se(value, truth, se, what=f"J_R with the {entropy} entropy")
 
 
@@ -163,7 +163,7 @@ def test_j_of_a_gaussian_target_is_the_analytic_divergence(dim: int) -> None:
     truth = torch.distributions.kl_divergence(q, p)
     energy = Gaussian(torch.ones(dim), covariance=covariance, dtype=F64)
     for entropy in ("sampled", "exact"):
-        value, se = evaluate_j(flow, energy, 40_000, entropy=entropy)
+        value, se = estimate_augmented_kl(flow, energy, 40_000, entropy=entropy)
         within_se(value, truth, se)
 
 
@@ -172,7 +172,7 @@ def test_j_r_bounds_the_divergence_of_the_marginal() -> None:
     x = torch.linspace(-8.0, 8.0, 801, dtype=F64)
     log_q = flow.log_prob_x(x.unsqueeze(-1))
     kl = float((log_q.exp() * (log_q + energy(x) + energy.log_z)).sum() * (x[1] - x[0]))
-    value, se = evaluate_j(flow, energy, 40_000)
+    value, se = estimate_augmented_kl(flow, energy, 40_000)
     assert kl > 0.0
     assert value > kl - 5 * se
     assert j_r_by_quadrature(flow, energy) > kl + 1e-3  # strictly: M and Sigma are not those of q
@@ -181,10 +181,11 @@ def test_j_r_bounds_the_divergence_of_the_marginal() -> None:
 def test_sampled_entropy_has_the_smaller_error_near_the_optimum() -> None:
     flow = redundant(2, 2)
     errors = [
-        evaluate_j(flow, Known(flow), 2000, entropy=entropy)[1] for entropy in ("sampled", "exact")
+        estimate_augmented_kl(flow, Known(flow), 2000, entropy=entropy)[1]
+        for entropy in ("sampled", "exact")
     ]
     assert errors[0] < 1e-12 < 0.01 < errors[1]
-    assert abs(evaluate_j(flow, Known(flow), 2000)[0]) < 1e-12  # J >= 0, and 0 here
+    assert abs(estimate_augmented_kl(flow, Known(flow), 2000)[0]) < 1e-12  # J >= 0, and 0 here
 
 
 def test_metrics_and_what_is_not_guessed() -> None:
@@ -207,13 +208,16 @@ def test_metrics_and_what_is_not_guessed() -> None:
     with pytest.raises(
         ValueError, match=r"log C of Unnormalized is not known.*log_z=0.0 for J_R - log C"
     ):
-        evaluate_j(flow, unknown)
-    assert math.isfinite(evaluate_j(flow, unknown, 100, log_z=0.0)[0])
+        estimate_augmented_kl(flow, unknown)
+    assert math.isfinite(estimate_augmented_kl(flow, unknown, 100, log_z=0.0)[0])
 
 
 def test_objective_refuses() -> None:
     flow, energy = redundant(), DoubleWell(dtype=F64)
-    for make in (lambda **wrong: ReverseKL(energy, **wrong), partial(evaluate_j, flow, energy)):
+    for make in (
+        lambda **wrong: ReverseKL(energy, **wrong),
+        partial(estimate_augmented_kl, flow, energy),
+    ):
         with pytest.raises(
             ValueError, match=r"entropy must be one of \('sampled', 'exact'\), got entropy='closed'"
         ):
@@ -225,7 +229,7 @@ def test_objective_refuses() -> None:
     with pytest.raises(ValueError, match=r"gradient must be one of .* got gradient='path'"):
         ReverseKL(energy, gradient="path")
     with pytest.raises(ValueError, match="batch_size must be an integer of at least 2"):
-        evaluate_j(flow, energy, batch_size=1)
+        estimate_augmented_kl(flow, energy, batch_size=1)
     with pytest.raises(ValueError, match="dim=1 entries"):
         ReverseKL(Gaussian([0.0, 0.0], dtype=F64))(flow)
     with pytest.raises(ValueError, match="one dtype"):
@@ -489,9 +493,9 @@ def test_frozen_parameters_stay() -> None:
 def test_fit_of_a_gaussian_finds_it() -> None:
     energy = Gaussian([0.5, -0.5], covariance=[[1.0, 0.6], [0.6, 0.8]], dtype=F64)
     flow = NICE(2, couplings=2, hidden=(8,), dtype=F64)
-    start = evaluate_j(flow, energy, 5000)[0]
+    start = estimate_augmented_kl(flow, energy, 5000)[0]
     run(flow, ReverseKL(energy, 64), num_steps=400, lr=0.02)
-    value, se = evaluate_j(flow, energy, 5000)
+    value, se = estimate_augmented_kl(flow, energy, 5000)
     assert start > 0.3
     assert -5 * se <= value < 1e-3
 
@@ -522,7 +526,7 @@ def test_redundant_latents_find_both_wells_in_a_short_run() -> None:
     well, and of any Gaussian; weighted, the right well has its mass."""
     energy, flow = DoubleWell(), RedundantNICE(1, 2)
     run(flow, ReverseKL(energy), num_steps=500, lr=5e-3)
-    j_r, se = evaluate_j(flow, energy)
+    j_r, se = estimate_augmented_kl(flow, energy)
     assert -5 * se <= j_r < -math.log1p(-energy.right_mass) - 5 * se < 0.0966
     result = importance_sample(flow, energy, 100_000)
     within_se(result.log_z, energy.log_z, result.log_z_se)
@@ -541,14 +545,14 @@ def test_defaults_fit_the_double_well(total_dim: int, seed: int) -> None:
     assert result.ess_fraction > 0.97
     assert abs(result.log_z - energy.log_z) < 0.003
     assert abs(float(right) - energy.right_mass) < 0.002
-    assert evaluate_j(flow, energy)[0] < 0.015
+    assert estimate_augmented_kl(flow, energy)[0] < 0.015
 
 
 @pytest.mark.slow
 def test_defaults_give_plain_nice_its_best_gaussian() -> None:
     energy, flow = DoubleWell(), NICE(1)
     run(flow, ReverseKL(energy), num_steps=3000)
-    value, se = evaluate_j(flow, energy, 400_000)
+    value, se = estimate_augmented_kl(flow, energy, 400_000)
     within_se(value, 0.0966, np.hypot(se, 5e-4))
 
 
@@ -565,7 +569,7 @@ def test_the_smallest_j_r_chooses_redundant_latents() -> None:
     assert found.total_dim == 2
     assert found.flow is found.flows[2]
     assert found.values[1] - found.values[2] > 5 * math.hypot(*found.standard_errors.values())
-    value, _ = evaluate_j(found.flows[1], energy, 20_000, seed=1)
+    value, _ = estimate_augmented_kl(found.flows[1], energy, 20_000, seed=1)
     # values leave out log C, which all share
     assert value - found.values[1] == pytest.approx(energy.log_z)
 
