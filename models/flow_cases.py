@@ -27,7 +27,7 @@ from pyroebm.flows import (
     RealNVP,
     RedundantNICE,
     SplineFlow,
-    judge_flow,
+    evaluate_flow,
 )
 from pyroebm.objectives import AnnealedReweighting, ReverseKL, fit_flow
 from pyroebm.targets import DoubleWell, Funnel, GaussianMixture, ManyWell, Phi4
@@ -63,8 +63,8 @@ class Case:
         label: of the figure's axis, and
         observable: what is drawn there, ``(n, *event) -> (n,)``, or ``(n, 2)``.
         facts: what the report does not have, from it and the target.
-        judge: in place of :func:`judge_flow`, from what was fitted, the number of draws, a seed and
-            whether the run is quick, to the report and to facts that it does not have.
+        judge: in place of :func:`evaluate_flow`, from what was fitted, the number of draws, a seed
+            and whether the run is quick, to the report and to facts that it does not have.
     """
 
     title: str
@@ -78,7 +78,7 @@ class Case:
         """The report on a flow, and facts beside it."""
         if self.judge is not None:
             return self.judge(fitted, n, seed, quick)
-        report = judge_flow(
+        report = evaluate_flow(
             fitted.flow,
             fitted.energy,
             n,

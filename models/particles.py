@@ -18,7 +18,7 @@ from pyroebm import HMC, MCMC
 from pyroebm.core import Estimate, value_and_grad
 from pyroebm.core.rng import seeded_generator, standard_normal, uniform
 from pyroebm.diagnostics import energy_distance, ess_bulk, r_hat
-from pyroebm.flows import EquivariantFlow, FlowEnergy, FlowReport, judge_flow
+from pyroebm.flows import EquivariantFlow, FlowEnergy, FlowReport, evaluate_flow
 from pyroebm.kernels import ParallelTempering
 from pyroebm.objectives import ForwardKL, fit_flow, match_flow
 from pyroebm.partition import LogZ, bridge, smc
@@ -302,7 +302,7 @@ def judged(done: Case, *, quick: bool = False, matched: bool = False) -> Judgeme
     last = min(held.shape[1], -(-some // len(held)))  # draws of each chain
     fresh = moved(energy, held[:, -last:].flatten(0, 1), generator)
     with counted(energy) as rows:
-        report = judge_flow(
+        report = evaluate_flow(
             flow,
             energy,
             n,

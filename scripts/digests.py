@@ -87,7 +87,7 @@ EXEMPT = {
     "Bracket": "returned by bracket",
     "ContinuousKernel": "base class",
     "ExponentialFamily": "base class",
-    "FlowReport": "returned by judge_flow",
+    "FlowReport": "returned by evaluate_flow",
     "GradientKernel": "base class",
     "HasLosses": "protocol",
     "ImportanceResult": "returned by importance_sample",
@@ -631,7 +631,7 @@ def extended() -> Any:
 def judged_flow(flow: Any) -> Any:
     mixture = ebm.GaussianMixture([[-2.0, 0.0], [2.0, 0.0]], scale=0.5, weights=[0.9, 0.1])
     draws = mixture.sample(100, seeded(4))
-    return ebm.judge_flow(flow, mixture, 400, draws, num_distances=50, num_marginal=40)
+    return ebm.evaluate_flow(flow, mixture, 400, draws, num_distances=50, num_marginal=40)
 
 
 def conditional() -> Any:

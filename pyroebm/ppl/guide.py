@@ -43,8 +43,8 @@ class FlowGuide(AutoContinuous):
 
     With D = d it goes into ``pyro.infer.reparam.NeuTraReparam`` once it has been called; with any D
     our kernels run on :class:`pyroebm.flows.Transported`. The fit may have missed a mode, which no
-    ELBO shows: weigh its draws (:func:`pyroebm.flows.importance_sample`) and judge it
-    (:func:`pyroebm.flows.judge_flow`).
+    ELBO shows: weight its draws (:func:`pyroebm.flows.importance_sample`) and evaluate it
+    (:func:`pyroebm.flows.evaluate_flow`).
 
     Args:
         model: a Pyro model; rows of data may be subsampled if no latent is among them.

@@ -29,8 +29,8 @@ from pyroebm.flows import (
     RealNVP,
     RedundantNICE,
     Transported,
+    evaluate_flow,
     importance_sample,
-    judge_flow,
 )
 from pyroebm.objectives import ForwardKL, ReverseKL, fit_flow
 
@@ -384,7 +384,9 @@ def test_other_objectives_and_the_report_take_the_same_flow() -> None:
     steps = list(fit_flow(guide.flow, ForwardKL(draws, num_samples=128), num_steps=150, lr=2e-2))
     assert steps[-1][1] < steps[0][1]
     assert float(guide.median()["mean"]) == pytest.approx(mean, abs=4.0 * deviation / 500**0.5)
-    report = judge_flow(guide.flow, energy, 2000, draws=draws, num_distances=200, num_marginal=200)
+    report = evaluate_flow(
+        guide.flow, energy, 2000, draws=draws, num_distances=200, num_marginal=200
+    )
     assert report.weighted.ess_fraction > 0.5
     assert report.forward_ess is not None
 
