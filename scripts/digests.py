@@ -957,7 +957,6 @@ PARTITION: dict[str, Make] = {
     "exact": lambda: ebm.exact(ebm.Ising((3, 3), 0.3) * 1.0),
     "exact-deep": lambda: ebm.exact(deep_machine()),
     "expectation": lambda: ebm.expectation(ebm.DoubleWell(), lambda x: torch.stack([x, x * x], -1)),
-    "importance": lambda: ebm.importance(ebm.Gaussian(0.0), dist.StudentT(5.0, 0.0, 1.0), 300),
     "independent-layers": lambda: energy_facts(
         ebm.IndependentLayers(ebm.base_rates(machine(), bits()), machine()),
     ),

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyroebm.core.energy import Energy
+from pyroebm.core._checks import check_counts
+from pyroebm.core.energy import Energy, check_energy
 from pyroebm.core.enumeration import draw_numbers
 from pyroebm.core.progress import Progress
 from pyroebm.core.rng import seeded_generator
@@ -108,7 +109,7 @@ class ImportanceResult:
 def importance_sample(
     proposal: Flow | Distribution,
     energy: Energy,
-    n: int = 100_000,
+    num_samples: int = 100_000,
     *,
     seed: int = 0,
     generator: torch.Generator | None = None,
@@ -127,7 +128,7 @@ def importance_sample(
         proposal: a flow for the energy, or a Pyro distribution of the energy's event shape. The
             latter draws from torch's global generator, which is seeded for it and put back.
         energy: U.
-        n: number of draws.
+        num_samples: number of draws.
         seed: of a generator on the proposal's device.
         generator: in place of ``seed``.
         batch_size: draws evaluated at once.
@@ -137,7 +138,8 @@ def importance_sample(
         draws, weights and what they say; gradients are not kept.
 
     Raises:
-        ValueError: if ``n`` or ``batch_size`` < 1, or if shapes, dtypes or devices do not fit.
+        ValueError: if ``num_samples`` or ``batch_size`` < 1, or if shapes, dtypes or devices do not
+            fit.
         FloatingPointError: if a log weight is NaN or +inf (with their numbers), or if every weight
             is 0.
 
@@ -148,9 +150,8 @@ def importance_sample(
         >>> abs(result.log_z - 0.5 * math.log(2 * math.pi)) < 5 * result.log_z_se
         True
     """
-    for name, value in (("n", n), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {name}={value}")
+    check_counts({"num_samples": 1, "batch_size": 1}, num_samples, batch_size)
+    check_energy(energy)
     check_weighable(energy)
     if generator is None:
         generator = seeded_generator(
@@ -161,12 +162,13 @@ def importance_sample(
         if isinstance(proposal, Flow)
         else _distribution_weights(proposal, energy)
     )
-    sizes = [batch_size] * (n // batch_size) + [n % batch_size] * (n % batch_size > 0)
+    whole, rest = divmod(num_samples, batch_size)
+    sizes = [batch_size] * whole + [rest] * (rest > 0)
     parts = []
     with (
         torch.no_grad(),
         eval_mode(energy),
-        Progress(n, "importance sampling", "draw", progress) as shown,
+        Progress(num_samples, "importance sampling", "draw", progress) as shown,
     ):
         for size in sizes:
             parts.append(draw(size, generator))
@@ -226,13 +228,13 @@ def _summary(x: Tensor, log_weights: Tensor) -> ImportanceResult:
     nan, infinite = int(log_weights.isnan().sum()), int((log_weights == math.inf).sum())
     if nan or infinite:
         raise FloatingPointError(
-            f"of n={n} log weights {nan} are NaN and {infinite} are +inf: the energy or the"
+            f"of {n} log weights {nan} are NaN and {infinite} are +inf: the energy or the"
             " proposal's density"
             " is not finite there"
         )
     if bool((log_weights == -math.inf).all()):
         raise FloatingPointError(
-            f"all n={n} weights are 0: no draw of the proposal lies where the energy is finite"
+            f"all {n} weights are 0: no draw of the proposal lies where the energy is finite"
         )
     log_z, error, ess = log_mean(log_weights)
     return ImportanceResult(

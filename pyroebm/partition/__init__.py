@@ -4,7 +4,7 @@ which it errs."""
 from pyroebm.partition.annealing import ais, bracket, reverse_ais, schedule
 from pyroebm.partition.bases import IndependentLayers, IndependentSites, base_rates
 from pyroebm.partition.bridging import acceptance_ratio, bridge
-from pyroebm.partition.estimators import importance, smc, thermodynamic_integration
+from pyroebm.partition.estimators import smc, thermodynamic_integration
 from pyroebm.partition.layered import LayeredPath, LayerGibbs
 from pyroebm.partition.numeric import exact, expectation, quadrature
 from pyroebm.partition.result import Bracket, LogZ
@@ -23,7 +23,6 @@ __all__ = [
     "bridge",
     "exact",
     "expectation",
-    "importance",
     "quadrature",
     "reverse_ais",
     "schedule",

@@ -1,5 +1,4 @@
-"""log Z from other machines of the library: tempered SMC, parallel tempering, importance
-sampling."""
+"""log Z by tempered SMC and by thermodynamic integration over the chains of parallel tempering."""
 
 from __future__ import annotations
 
@@ -8,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution
 
 from pyroebm.core._checks import check_counts
 from pyroebm.core.energy import Energy, check_energy
@@ -17,8 +15,6 @@ from pyroebm.core.rng import seeded_generator
 from pyroebm.core.wrappers import Unconstrained, eval_mode
 from pyroebm.energies.layered import LayeredMachine
 from pyroebm.energies.layers import Layers
-from pyroebm.flows.flow import Flow
-from pyroebm.flows.importance import importance_sample
 from pyroebm.kernels import Kernel, ParallelTempering
 from pyroebm.kernels.base import check_kernel
 from pyroebm.partition.annealing import Base
@@ -27,7 +23,7 @@ from pyroebm.partition.result import Kind, LogZ
 from pyroebm.partition.walk import default_kernel
 from pyroebm.smc import SMCResult, tempered_smc
 
-__all__ = ["importance", "smc", "thermodynamic_integration"]
+__all__ = ["smc", "thermodynamic_integration"]
 
 
 def smc(
@@ -196,46 +192,6 @@ def _integral(slopes: Tensor, betas: Tensor) -> Tensor:
     step = -betas.diff()
     trapezium = 0.5 * step * (mean[:, 1:] + mean[:, :-1])
     return -(trapezium + step.square() / 12.0 * (variance[:, :-1] - variance[:, 1:])).sum(1)
-
-
-def importance(
-    energy: Energy,
-    proposal: Flow | Distribution,
-    n: int = 100_000,
-    *,
-    seed: int = 0,
-    generator: torch.Generator | None = None,
-    progress: bool | None = None,
-) -> LogZ:
-    """:func:`pyroebm.flows.importance_sample` from any Pyro distribution, or a flow, as a
-    :class:`LogZ`.
-
-    Args:
-        energy: discrete or continuous.
-        proposal: normalised, of the energy's event shape, and nowhere 0 where the energy is finite.
-        n: number of draws.
-        seed, generator, progress: of :func:`pyroebm.flows.importance_sample`.
-
-    Returns:
-        kind "lower": the mean weight is unbiased. The method's name has the Pareto k, above 0.7 of
-        which nothing can be trusted.
-
-    Raises:
-        ValueError, FloatingPointError: as :func:`pyroebm.flows.importance_sample`.
-
-    Example:
-        >>> import pyro.distributions as dist
-        >>> from pyroebm.targets import Gaussian
-        >>> result = importance(Gaussian(0.0), dist.StudentT(5.0, 0.0, 1.0), 10_000)
-        >>> abs(result.value - 0.5 * math.log(2 * math.pi)) < 5 * result.standard_error, result.kind
-        (True, 'lower')
-    """
-    check_energy(energy)
-    found = importance_sample(
-        proposal, energy, n, seed=seed, generator=generator, progress=progress
-    )
-    method = f"importance sampling, Pareto k {found.pareto_k:.2f}"
-    return LogZ(found.log_z, found.log_z_se, "lower", method, found.ess, found.log_weights)
 
 
 def _sampled(

@@ -22,8 +22,10 @@ from pyroebm.core import Unnormalized
 from pyroebm.core import statistics as weights
 from pyroebm.core.rng import seeded_generator
 from pyroebm.core.statistics import log_mean, pareto_k
+from pyroebm.energies import BernoulliRBM
 from pyroebm.flows import NICE, ImportanceResult, RedundantNICE, importance_sample
 from pyroebm.flows.importance import _summary
+from pyroebm.partition import exact
 from pyroebm.partition.result import from_weights
 from pyroebm.targets import DoubleWell, Exponential, Gaussian
 
@@ -389,18 +391,35 @@ def test_other_weights_that_are_not_finite_raise_with_their_number(
     negative = int(
         (importance_sample(normal(0.0, 1.0), Gaussian(0.0, dtype=F64), 100, seed=1).x < 0.0).sum()
     )
-    with pytest.raises(FloatingPointError, match=f"of n=100 log weights {said.format(negative)}"):
+    with pytest.raises(FloatingPointError, match=f"of 100 log weights {said.format(negative)}"):
         importance_sample(normal(0.0, 1.0), Walled(0.0, outside).double(), 100, seed=1)
 
 
 def test_weights_that_are_all_zero_raise() -> None:
-    with pytest.raises(FloatingPointError, match="all n=100 weights are 0"):
+    with pytest.raises(FloatingPointError, match="all 100 weights are 0"):
         importance_sample(normal(0.0, 1.0), Walled(100.0, math.inf).double(), 100)
+
+
+def test_a_distribution_weights_a_machine_with_binary_units(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rbm = BernoulliRBM(4, 3, dtype=F64)
+    with torch.no_grad():
+        for parameter in rbm.parameters():
+            parameter.copy_(torch.randn(parameter.shape, dtype=F64, generator=problem_generator(2)))
+    proposal = dist.Bernoulli(torch.full((4,), 0.5, dtype=F64)).to_event(1)
+    result = importance_sample(proposal, rbm, 5000, progress=True)
+    within_se(result.log_z, exact(rbm).value, result.log_z_se)
+    assert "importance sampling: 5000/5000 " in capsys.readouterr().err
 
 
 def test_refusals() -> None:
     energy = Gaussian([0.0, 0.0], dtype=F64)
-    with pytest.raises(ValueError, match="n must be at least 1, got n=0"):
+    with pytest.raises(ValueError, match="Energy"):
+        importance_sample(normal(0.0, 1.0), torch.sin, 10)  # type: ignore[arg-type]
+    with pytest.raises(
+        ValueError, match="num_samples must be an integer of at least 1, got num_samples=0"
+    ):
         importance_sample(NICE(2, dtype=F64), energy, 0)
     with pytest.raises(ValueError, match="batch_size=0"):
         importance_sample(NICE(2, dtype=F64), energy, 10, batch_size=0)

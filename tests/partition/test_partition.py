@@ -403,13 +403,6 @@ run(
         e, Gaussian(torch.tensor(0.0, dtype=F64), scale=1.5), None, 32, 100, 100
     ),
 )
-run(
-    "importance RBM",
-    oracle(),
-    lambda e: partition.importance(
-        e, dist.Bernoulli(torch.full((4,), 0.5, dtype=F64)).to_event(1), 5_000
-    ),
-)
 run("AIS Boltzmann machine", boltzmann(), lambda e: partition.ais(e, betas=60), 0.3)
 run(
     "AIS DBM",
@@ -436,11 +429,6 @@ run(
     randomised(DeepBeliefNetwork((3, 3, 2), dtype=F64)).joint(),
     lambda e: partition.ais(e, betas=60),
     0.3,
-)
-run(
-    "importance",
-    DoubleWell(dtype=F64),
-    lambda e: partition.importance(e, dist.Normal(torch.tensor(-1.0, dtype=F64), 1.2), 20_000),
 )
 
 
@@ -488,10 +476,6 @@ def test_kinds() -> None:
     pilot = partition.estimators.tempered_smc(energy, wide, MALA(), 64)
     assert partition.smc(energy, wide, MALA(), 64, pilot=pilot, seed=1).kind == "lower"
     assert partition.bridge(energy, base=wide, num_draws=100).kind == "estimate"
-    assert (
-        partition.importance(energy, dist.Normal(torch.tensor(-1.0, dtype=F64), 1.2), 100).kind
-        == "lower"
-    )
 
 
 def test_a_result_says_what_it_is() -> None:
@@ -903,10 +887,6 @@ SHOWN: dict[str, tuple[Callable[[bool | None], object], str]] = {
             oracle(), num_samples=3, warmup_steps=2, num_chains=2, progress=show
         ),
         "tempering: 5/5 ",
-    ),
-    "importance": (
-        lambda show: partition.importance(Gaussian(0.0), dist.Normal(0.0, 1.0), 100, progress=show),
-        "importance sampling: 100/100 ",
     ),
     "exact": (lambda show: partition.exact(_enumerable(), progress=show), "enumeration: 512/512 "),
     "exact of layers": (lambda show: partition.exact(oracle(), progress=show), "enumeration: "),
