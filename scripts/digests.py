@@ -305,7 +305,7 @@ def target_facts(target: Any) -> Any:
 def flow_facts(flow: Any) -> Any:
     flow = stirred(flow)
     z = flow.draw_noise(6, seeded(1))
-    x, log_q = flow.push(z)
+    x, log_q = flow.forward_and_log_prob(z)
     log_q.sum().backward()
     drawn = flow().sample((3,))
     return z, x, log_q, flow.log_prob(x.detach()), flow.path_log_prob(x.detach()), drawn, flow

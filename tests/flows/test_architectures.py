@@ -102,13 +102,17 @@ class _Single(nn.Module):
 
 def test_every_entry_of_a_realnvp_depends_on_every_other_and_without_shuffles_some_do_not() -> None:
     flow = stirred(RealNVP(6, 6, (16,), mask="alternating", dtype=F64))
-    jacobian = torch.autograd.functional.jacobian(lambda z: flow.push(z)[0], noise(6))
+    jacobian = torch.autograd.functional.jacobian(
+        lambda z: flow.forward_and_log_prob(z)[0], noise(6)
+    )
     assert bool((jacobian.abs() > 1e-6).all())
     # two couplings without permutation: what passed first has seen no neighbour of its own half
     pair = [
         stirred(AffineCoupling(6, hidden=(16,), flip=flip, dtype=F64)) for flip in (True, False)
     ]
-    jacobian = torch.autograd.functional.jacobian(lambda z: Flow(pair, 6, 6).push(z)[0], noise(6))
+    jacobian = torch.autograd.functional.jacobian(
+        lambda z: Flow(pair, 6, 6).forward_and_log_prob(z)[0], noise(6)
+    )
     assert bool((jacobian[:3, :3][~torch.eye(3, dtype=torch.bool)] == 0).all())
 
 
@@ -120,7 +124,10 @@ def test_loft_is_the_identity_inside_and_logarithmic_outside() -> None:
     assert bool(layer(torch.tensor([math.nan, 1.0, 1.0])).isnan()[0])
     wide = RealNVP(1, 0, loft=4.0, scale=50.0, dtype=F64)
     assert float(
-        wide.push(wide.draw_noise(1000, seeded_generator(0)))[0].detach().abs().max()
+        wide.forward_and_log_prob(wide.draw_noise(1000, seeded_generator(0)))[0]
+        .detach()
+        .abs()
+        .max()
     ) < 4.0 + math.log(400.0)
 
 
@@ -176,8 +183,10 @@ def test_refusals_of_layers() -> None:
 def test_fresh_flow_is_its_base_scaled(make: Callable[..., Flow], scale: float) -> None:
     flow = make(3, scale=scale, dtype=F64)
     z = noise(5, 3)
-    torch.testing.assert_close(flow.push(z)[0], scale * z)
-    torch.testing.assert_close(flow.push(z)[1], StandardNormal(3).log_prob(z) - 3 * math.log(scale))
+    torch.testing.assert_close(flow.forward_and_log_prob(z)[0], scale * z)
+    torch.testing.assert_close(
+        flow.forward_and_log_prob(z)[1], StandardNormal(3).log_prob(z) - 3 * math.log(scale)
+    )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -366,7 +375,7 @@ def check_density_is_the_sum(flow: Symmetrized, inner: Flow, xy: Tensor) -> None
     torch.testing.assert_close(
         flow.log_prob(xy), torch.stack(parts).logsumexp(0), rtol=1e-9, atol=1e-9
     )
-    pushed, log_q = flow.push(flow.draw_noise(50, seeded_generator(4)))
+    pushed, log_q = flow.forward_and_log_prob(flow.draw_noise(50, seeded_generator(4)))
     torch.testing.assert_close(log_q, flow.log_prob(pushed), rtol=1e-9, atol=1e-9)
 
 
@@ -377,7 +386,7 @@ def test_symmetrised_density_is_the_sum_over_the_group(name: str, weights: str) 
     check_density_is_the_sum(flow, inner, noise(6, 2))
     counts = (flow.log_weights().exp() * 20_000).detach()
     z = flow.draw_noise(20_000, seeded_generator(5))
-    x, x0 = flow.push(z)[0], inner.push(z[:, :-1])[0]
+    x, x0 = flow.forward_and_log_prob(z)[0], inner.forward_and_log_prob(z[:, :-1])[0]
     hits = torch.stack([((x0 @ g.T - x).abs().amax(-1) < 1e-9).sum() for g in flow.elements])
     within_se(hits.double(), counts, counts.sqrt())
 
@@ -649,10 +658,10 @@ def test_a_spline_cannot_reach_beyond_its_bound() -> None:
     for part in splines:
         stirred(part, scale=3.0)  # whatever the splines have learned
     inside = 9.99 * torch.rand(4000, 2, dtype=F64, generator=seeded_generator(0)) - 4.995
-    x = flow.push(inside)[0]
+    x = flow.forward_and_log_prob(inside)[0]
     assert 9.0 < float(x.detach().abs().max()) <= 10.0  # scale times bound
     outside = torch.tensor([[6.0, -7.0]], dtype=F64)
-    torch.testing.assert_close(flow.push(outside)[0].detach(), 2.0 * outside)
+    torch.testing.assert_close(flow.forward_and_log_prob(outside)[0].detach(), 2.0 * outside)
 
 
 def test_a_continuous_flow_learns_in_eval_mode_too() -> None:
@@ -740,7 +749,7 @@ class _ZukoUpsideDown(ZukoTransform):
 def check_both_ways(flow: Flow, layer: Any, z: Tensor) -> None:
     """The density of what is pushed, and of the same point pulled back, against autograd's
     Jacobian."""
-    x, log_q = flow.push(z)
+    x, log_q = flow.forward_and_log_prob(z)
     jacobian = torch.stack([torch.autograd.functional.jacobian(layer, row) for row in z])
     truth = StandardNormal(4).log_prob(z) - torch.linalg.slogdet(jacobian).logabsdet
     torch.testing.assert_close(log_q, truth)

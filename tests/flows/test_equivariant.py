@@ -71,10 +71,12 @@ def moved(frame: Particles, u: Tensor) -> dict[str, Tensor]:
 def check_symmetry(flow: EquivariantFlow) -> None:
     frame = Frame(flow.field.particles, flow.field.space, F64)
     u = 1.5 * noise(6, flow.dim)
-    images, pushed = moved(frame, u), moved(frame, flow.push(u)[0])
+    images, pushed = moved(frame, u), moved(frame, flow.forward_and_log_prob(u)[0])
     for name, image in images.items():
         torch.testing.assert_close(flow.log_prob(image), flow.log_prob(u), rtol=1e-9, atol=1e-9)
-        torch.testing.assert_close(flow.push(image)[0], pushed[name], rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(
+            flow.forward_and_log_prob(image)[0], pushed[name], rtol=1e-9, atol=1e-9
+        )
 
 
 def check_divergence(field: PairField) -> None:
@@ -102,10 +104,13 @@ def check_log_det(flow: EquivariantFlow) -> None:
     """Of the whole flow, integrated finely, against autograd."""
     z = noise(3, flow.dim)
     jacobian = torch.stack(
-        [torch.autograd.functional.jacobian(lambda row: flow.push(row)[0], row) for row in z]
+        [
+            torch.autograd.functional.jacobian(lambda row: flow.forward_and_log_prob(row)[0], row)
+            for row in z
+        ]
     )
     expected = flow.base.log_prob(z) - torch.linalg.slogdet(jacobian).logabsdet
-    torch.testing.assert_close(flow.push(z)[1], expected, rtol=0.0, atol=1e-5)
+    torch.testing.assert_close(flow.forward_and_log_prob(z)[1], expected, rtol=0.0, atol=1e-5)
 
 
 def integral(flow: EquivariantFlow) -> float:
@@ -163,11 +168,11 @@ def test_doubling_the_steps_shrinks_the_error_of_points_densities_and_the_way_ba
     z = noise(20, flow.dim)
     flow.steps = 480
     with torch.no_grad():
-        x, log_q = flow.push(z)
+        x, log_q = flow.forward_and_log_prob(z)
         wrong = {}
         for steps in (30, 60):
             flow.steps = steps
-            there, density = flow.push(z)
+            there, density = flow.forward_and_log_prob(z)
             back = flow.transform.inv(there)
             wrong[steps] = [
                 (a - b).abs().reshape(len(z), -1).amax(1)
@@ -197,7 +202,7 @@ def test_coordinates_are_those_of_the_targets_and_the_mean_stays() -> None:
 def test_fresh_flow_is_the_base_scaled(scale: float) -> None:
     flow = EquivariantFlow(3, 2, scale=scale, dtype=F64)
     z = noise(5, 4)
-    x, log_q = flow.push(z)
+    x, log_q = flow.forward_and_log_prob(z)
     torch.testing.assert_close(x, scale * z, rtol=1e-6, atol=0.0)
     torch.testing.assert_close(
         log_q, flow.base.log_prob(z) - 4.0 * math.log(scale), rtol=1e-6, atol=1e-9
@@ -209,7 +214,7 @@ def test_beyond_the_reach_nothing_moves_but_by_the_pull_and_particles_may_meet()
     with torch.no_grad():
         flow.field.weights[:, 0] = 0.0
     far = 50.0 * torch.tensor([[1.0, 0.0, 0.0, 1.0]], dtype=F64)
-    assert torch.equal(flow.push(far)[0], far)
+    assert torch.equal(flow.forward_and_log_prob(far)[0], far)
     met = torch.zeros(1, 4, dtype=F64, requires_grad=True)
     (grad,) = torch.autograd.grad(flow.log_prob(met).sum(), met)
     assert bool((grad == 0.0).all())

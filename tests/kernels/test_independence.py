@@ -66,11 +66,11 @@ class _NoDensity(IndependenceMetropolis):
         self, energy: Energy, state: IndependenceState, generator: torch.Generator | None = None
     ) -> tuple:
         flat = state._replace(log_q=torch.zeros_like(state.log_q))
-        proposal, push = self.proposal, self.proposal.push
+        proposal, push = self.proposal, self.proposal.forward_and_log_prob
         blind = type(
             "Blind", (), {"draw_noise": proposal.draw_noise, "log_prob": proposal.log_prob}
         )()
-        blind.push = lambda z: (push(z)[0], torch.zeros(len(z)))
+        blind.forward_and_log_prob = lambda z: (push(z)[0], torch.zeros(len(z)))
         return IndependenceMetropolis(blind).step(energy, flat, generator)
 
 
@@ -144,7 +144,7 @@ def test_warm_up_tunes_the_local_kernel() -> None:
     [
         (
             lambda: IndependenceMetropolis(torch.nn.Identity()),
-            "proposal must have draw_noise, push and log_prob",
+            "proposal must have draw_noise, forward_and_log_prob and log_prob",
         ),
         (
             lambda: Jumps(HMC(), broad(2, 1.0), every=0),

@@ -450,7 +450,7 @@ def exact_flow(energy: Learned) -> Flow:
     scale = (-0.5 * energy.log_precision.detach()).exp()
     flow = NICE(2, couplings=0, dtype=F64)
     with torch.no_grad():  # a fresh flow is z: S = diag(scale), shifted by the mean
-        images = flow.push(torch.eye(2, dtype=F64))[0]
+        images = flow.forward_and_log_prob(torch.eye(2, dtype=F64))[0]
         torch.testing.assert_close(images, torch.eye(2, dtype=F64))
     return Flow(
         [
@@ -819,7 +819,7 @@ class Attached(AdversarialFlow):
         self, energy: Energy, batch: Tensor, *, generator: torch.Generator | None = None
     ) -> Any:
         losses, facts = super().losses(energy, batch, generator=generator)
-        x = self.flow.push(self.flow.draw_noise(len(batch), generator))[0]
+        x = self.flow.forward_and_log_prob(self.flow.draw_noise(len(batch), generator))[0]
         return losses | {"energy": energy(batch).mean() - energy(x).mean()}, facts
 
 

@@ -239,7 +239,7 @@ def test_sites_are_those_of_the_energy(case: str, name: str) -> None:
         guide.sample(6, torch.Generator().manual_seed(1)),
         torch.Generator().manual_seed(1),
     )
-    x = guide.flow.push(guide.flow.draw_noise(6, generator))[0][:, : guide.flow.dim]
+    x = guide.flow.forward_and_log_prob(guide.flow.draw_noise(6, generator))[0][:, : guide.flow.dim]
     again = energy.constrain(x.detach())
     assert {key: value.shape[1:] for key, value in draws.items()} == energy.sites
     for key, value in draws.items():
@@ -428,8 +428,13 @@ def check_transported(energy: Energy, flow: Flow) -> None:
     transported = Transported(flow, energy)
     z = torch.randn(4, flow.total_dim, generator=torch.Generator().manual_seed(2))
     for row in z:
-        jacobian = torch.autograd.functional.jacobian(lambda r: flow.push(r)[0], row)
-        expected = flow.extend(energy)(flow.push(row)[0]) - torch.linalg.slogdet(jacobian).logabsdet
+        jacobian = torch.autograd.functional.jacobian(
+            lambda r: flow.forward_and_log_prob(r)[0], row
+        )
+        expected = (
+            flow.extend(energy)(flow.forward_and_log_prob(row)[0])
+            - torch.linalg.slogdet(jacobian).logabsdet
+        )
         torch.testing.assert_close(transported(row), expected)
 
 
@@ -574,7 +579,7 @@ def test_losses_catch(mutant: type[FlowGuide]) -> None:
 
 class WithoutDeterminant(Transported):
     def forward(self, z: Tensor) -> Tensor:
-        return self.extended(self.flow.push(z)[0])
+        return self.extended(self.flow.forward_and_log_prob(z)[0])
 
 
 def test_transported_catches_a_missing_determinant(monkeypatch: pytest.MonkeyPatch) -> None:

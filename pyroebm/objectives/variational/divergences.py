@@ -134,7 +134,7 @@ class ForwardKL(FlowObjective):
         # not
         with frozen(flow):
             # a copy: transforms that cache would give back x, parameters and all
-            image, log_q = flow.push(z.clone())
+            image, log_q = flow.forward_and_log_prob(z.clone())
             path = -(flow.extend(self.energy)(image) + log_q).mean()
         # a base that is learned has no path but its own density at z
         path = path - flow.base.log_prob(z.detach()).mean()
@@ -198,7 +198,7 @@ class LogVariance(FlowObjective):
         extended = flow.extend(self.target)
         fresh = self.num_samples if self.draws is None else self.num_samples // 2
         with torch.no_grad():
-            xy = flow.push(flow.draw_noise(fresh, generator))[0]
+            xy = flow.forward_and_log_prob(flow.draw_noise(fresh, generator))[0]
             if self.draws is not None:
                 count = self.num_samples - fresh
                 u = uniform((count,), generator, torch.float64, self.draws.device)

@@ -32,7 +32,7 @@ def kl_summands(
 ) -> tuple[Tensor, Tensor, Tensor]:
     r"""Return what is averaged over z ``(n, D)``: the summands of :math:`J_R - \log C` ``(n,)``;
     the augmented energies ``(n,)``; and (x, y) ``(n, D)``."""
-    xy, log_q = flow.push(z)
+    xy, log_q = flow.forward_and_log_prob(z)
     return *_summands(flow, energy, xy, log_q, entropy), xy
 
 
@@ -44,7 +44,7 @@ def estimate_kl(
     if gradient == "total":
         summands, augmented, xy = kl_summands(flow, energy, z, entropy)
         return summands.mean(), summands, augmented, xy
-    xy, log_q, path_log_q = flow.push_path(z)
+    xy, log_q, path_log_q = flow.forward_and_path_log_prob(z)
     summands, augmented = _summands(flow, energy, xy, log_q, entropy)
     path = (augmented + path_log_q).mean()
     return path + (summands.mean() - path).detach(), summands, augmented, xy

@@ -82,7 +82,7 @@ def j_r_by_quadrature(flow: RedundantNICE, energy: Energy) -> float:
     )
     d, extra = flow.dim, flow.total_dim - flow.dim
     with torch.no_grad():
-        xy = flow.push(z)[0]
+        xy = flow.forward_and_log_prob(z)[0]
         terms = (
             energy(xy[:, :d].reshape(-1, *energy.event_shape))
             - torch.linalg.slogdet(flow.linear.matrix()).logabsdet
@@ -196,7 +196,7 @@ def test_metrics_and_what_is_not_guessed() -> None:
     assert not any(metric.requires_grad for metric in metrics.values())
     assert metrics["augmented_kl"] == loss.detach() + energy.log_z
     assert metrics["negative_elbo"] == loss.detach()
-    xy, log_q = flow.push(z)
+    xy, log_q = flow.forward_and_log_prob(z)
     terms = flow.extend(energy)(xy) + log_q
     torch.testing.assert_close(metrics["standard_error"], terms.detach().std() / 10.0)
     objective.beta = 0.5
@@ -629,8 +629,8 @@ def test_mutants_of_j_r_are_caught(mutant: type[nn.Module]) -> None:
 
 
 class _NotDetached(NICE):
-    def push_path(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        xy, log_q = self.push(z)
+    def forward_and_path_log_prob(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        xy, log_q = self.forward_and_log_prob(z)
         return xy, log_q, self.log_prob(xy)
 
 
