@@ -117,7 +117,7 @@ def draws_of(objective: Any, n: int, seed: int) -> Tensor:
     noise = seeded_generator(seed, spawned=3)
     if isinstance(objective, AdversarialFlow):
         with torch.no_grad():
-            return objective.flow.forward_and_log_prob(objective.flow.draw_noise(n, noise))[0][
+            return objective.flow.forward_and_log_prob(objective.flow.rsample_base(n, noise))[0][
                 :, :2
             ]
     drawn: Tensor = objective.model.sample(n, noise)

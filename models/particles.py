@@ -327,7 +327,7 @@ def judged(done: Case, *, quick: bool = False, matched: bool = False) -> Judgeme
             progress=False,
         )
     far, near = distances(energy, fresh), distances(energy, report.weighted.x[:some])
-    z = flow.draw_noise(200, generator)
+    z = flow.rsample_base(200, generator)
     back = flow.transform.inv(flow.forward_and_log_prob(z)[0])
     log_q, fine = flow.log_prob(fresh[:200]), flow.steps
     flow.steps = fine // 2

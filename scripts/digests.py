@@ -304,7 +304,7 @@ def target_facts(target: Any) -> Any:
 
 def flow_facts(flow: Any) -> Any:
     flow = stirred(flow)
-    z = flow.draw_noise(6, seeded(1))
+    z = flow.rsample_base(6, seeded(1))
     x, log_q = flow.forward_and_log_prob(z)
     log_q.sum().backward()
     drawn = flow().sample((3,))
@@ -318,7 +318,7 @@ def transform_facts(transform: Any) -> Any:
 
 
 def base_facts(base: Any) -> Any:
-    z = stirred(base).draw(6, seeded(1), torch.float64, torch.device("cpu"))
+    z = stirred(base).rsample(6, seeded(1), torch.float64, torch.device("cpu"))
     return z, base.log_prob(z), base.distribution(torch.float64, torch.device("cpu")).sample((3,))
 
 

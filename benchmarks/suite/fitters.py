@@ -84,7 +84,7 @@ def ours(
     )
 
     def draw(n: int) -> tuple[Tensor, Tensor]:
-        xy, log_q = flow.forward_and_log_prob(flow.draw_noise(n))
+        xy, log_q = flow.forward_and_log_prob(flow.rsample_base(n))
         return xy[:, : flow.dim], -target(xy) - log_q
 
     def log_weights(x: Tensor) -> Tensor:

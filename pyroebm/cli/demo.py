@@ -140,7 +140,7 @@ def flow_facts(
 ) -> tuple[Tensor, Facts]:
     """Direct draws of a flow, uncorrected, and J or J_R with log C in it."""
     with torch.no_grad():
-        x = flow.forward_and_log_prob(flow.draw_noise(n, torch.Generator().manual_seed(seed)))[0][
+        x = flow.forward_and_log_prob(flow.rsample_base(n, torch.Generator().manual_seed(seed)))[0][
             :, 0
         ]
     value, error = estimate_augmented_kl(flow, energy, n, seed=seed + 1, progress=progress)

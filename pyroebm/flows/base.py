@@ -24,7 +24,7 @@ __all__ = ["Base", "Drawn", "MixtureBase", "StandardNormal", "StudentBase"]
 class Base(Saved):
     r"""A density of z on :math:`R^D` with reparameterised draws.
 
-    Subclasses write :meth:`draw` and :meth:`log_prob`.
+    Subclasses write :meth:`rsample` and :meth:`log_prob`.
 
     Args:
         dim: D.
@@ -38,12 +38,12 @@ class Base(Saved):
         super().__init__()
         self.dim = dim
 
-    def draw(
+    def rsample(
         self, n: int, generator: torch.Generator | None, dtype: torch.dtype, device: torch.device
     ) -> Tensor:
         """``n`` draws of z with gradients in the parameters, shape ``(n, D)``."""
         raise NotImplementedError(
-            f"{type(self).__name__} must define draw(n, generator, dtype, device) -> z"
+            f"{type(self).__name__} must define rsample(n, generator, dtype, device) -> z"
         )
 
     def log_prob(self, z: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ class Base(Saved):
 
     def distribution(self, dtype: torch.dtype, device: torch.device) -> dist.Distribution:
         """The Pyro distribution of z, event shape ``(D,)``."""
-        return Drawn(lambda n: self.draw(n, None, dtype, device), self.log_prob, self.dim)
+        return Drawn(lambda n: self.rsample(n, None, dtype, device), self.log_prob, self.dim)
 
 
 class StandardNormal(Base):
@@ -67,7 +67,7 @@ class StandardNormal(Base):
         tensor(-1.8379)
     """
 
-    def draw(
+    def rsample(
         self, n: int, generator: torch.Generator | None, dtype: torch.dtype, device: torch.device
     ) -> Tensor:
         return standard_normal((n, self.dim), generator, dtype, device)
@@ -109,7 +109,7 @@ class MixtureBase(Base):
 
     Example:
         >>> base = MixtureBase(2, components=3)
-        >>> base.draw(5, None, torch.float32, torch.device("cpu")).shape, base.weights
+        >>> base.rsample(5, None, torch.float32, torch.device("cpu")).shape, base.weights
         (torch.Size([5, 2]), tensor([0.3333, 0.3333, 0.3333]))
     """
 
@@ -152,7 +152,7 @@ class MixtureBase(Base):
         """w, shape ``(K,)``."""
         return self.logits.softmax(0)
 
-    def draw(
+    def rsample(
         self, n: int, generator: torch.Generator | None, dtype: torch.dtype, device: torch.device
     ) -> Tensor:
         u = uniform((n, 1), generator, dtype, device)
@@ -255,7 +255,7 @@ class StudentBase(Base):
     def _law(self) -> dist.StudentT:
         return dist.StudentT(self.df, validate_args=False)
 
-    def draw(
+    def rsample(
         self, n: int, generator: torch.Generator | None, dtype: torch.dtype, device: torch.device
     ) -> Tensor:
         with drawing_from(generator):

@@ -49,7 +49,7 @@ class FlowEnergy(Energy):
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         with torch.no_grad():
-            return self.flow.forward_and_log_prob(self.flow.draw_noise(n, generator))[0]
+            return self.flow.forward_and_log_prob(self.flow.rsample_base(n, generator))[0]
 
     def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         return self.sample(n, generator)

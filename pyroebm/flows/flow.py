@@ -132,10 +132,10 @@ class Flow(Saved):
             self.base.distribution(self.dtype, self.device), list(self.transform.parts)
         )
 
-    def draw_noise(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+    def rsample_base(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """``n`` draws of z, shape ``(n, D)``, with gradients in the parameters of the base where it
         has any."""
-        return self.base.draw(n, generator, self.dtype, self.device)
+        return self.base.rsample(n, generator, self.dtype, self.device)
 
     def forward_and_log_prob(self, z: Tensor) -> tuple[Tensor, Tensor]:
         r"""(x, y) and :math:`\log q(x, y)` of z, without any inverse: ``(*batch, D) -> (*batch, D),
@@ -288,7 +288,7 @@ class Flow(Saved):
 
     @torch.no_grad()
     def _log_marginal(self, x: Tensor) -> Tensor:
-        y = self.forward_and_log_prob(self.draw_noise(4096, seeded_generator(0, self.device)))[0][
+        y = self.forward_and_log_prob(self.rsample_base(4096, seeded_generator(0, self.device)))[0][
             :, -1
         ]
         flat = x.reshape(-1, self.dim)

@@ -185,7 +185,7 @@ def _flow_weights(flow: Flow, energy: Energy) -> _Draw:
     target = flow.extend(energy)
 
     def draw(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        xy, log_q = flow.forward_and_log_prob(flow.draw_noise(n, generator))
+        xy, log_q = flow.forward_and_log_prob(flow.rsample_base(n, generator))
         return target.split(xy)[0], -target(xy) - log_q
 
     return draw

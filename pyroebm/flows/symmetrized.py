@@ -105,9 +105,9 @@ class Symmetrized(Flow):
             return self.elements.new_full((len(self.elements),), -math.log(len(self.elements)))
         return self.logits.log_softmax(0)
 
-    def draw_noise(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+    def rsample_base(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """``n`` draws of z and of the uniform number that chooses g, shape ``(n, D + 1)``."""
-        z = super().draw_noise(n, generator)
+        z = super().rsample_base(n, generator)
         return torch.cat((z, uniform((n, 1), generator, z.dtype, z.device)), dim=-1)
 
     def forward_and_log_prob(self, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -186,7 +186,7 @@ class Symmetrized(Flow):
         path = self.path_log_prob if stl else None
         reparameterised = self.weights == "uniform"
         return Drawn(
-            lambda n: self.forward_and_log_prob(self.draw_noise(n))[0],
+            lambda n: self.forward_and_log_prob(self.rsample_base(n))[0],
             self.log_prob,
             self.total_dim,
             path,

@@ -60,4 +60,4 @@ class Transported(Energy):
 
     def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         with torch.no_grad():
-            return self.flow.draw_noise(n, generator)
+            return self.flow.rsample_base(n, generator)

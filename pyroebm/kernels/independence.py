@@ -36,7 +36,7 @@ class Proposal(Protocol):
         True
     """
 
-    def draw_noise(self, n: int, generator: torch.Generator | None = None, /) -> Tensor: ...
+    def rsample_base(self, n: int, generator: torch.Generator | None = None, /) -> Tensor: ...
     def forward_and_log_prob(self, z: Tensor, /) -> tuple[Tensor, Tensor]: ...
     def log_prob(self, x: Tensor, /) -> Tensor: ...
 
@@ -90,7 +90,7 @@ class IndependenceMetropolis(Kernel[IndependenceState]):
     def __post_init__(self) -> None:
         if not isinstance(self.proposal, Proposal):
             raise ValueError(
-                "proposal must have draw_noise, forward_and_log_prob and log_prob, as a Flow has,"
+                "proposal must have rsample_base, forward_and_log_prob and log_prob, as a Flow has,"
                 f" got {type(self.proposal).__name__}"
             )
 
@@ -119,7 +119,7 @@ class IndependenceMetropolis(Kernel[IndependenceState]):
     ) -> tuple[IndependenceState, Info]:
         with torch.no_grad():
             x, log_q = self.proposal.forward_and_log_prob(
-                self.proposal.draw_noise(len(state.x), generator)
+                self.proposal.rsample_base(len(state.x), generator)
             )
             x = x.reshape(len(x), *energy.event_shape)
             energy.check_states(x, "the proposal's draw")

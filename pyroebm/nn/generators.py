@@ -83,7 +83,7 @@ class Generator(nn.Module):
         """s, a scalar; 0 without noise."""
         return self._anchor.new_zeros(()) if self.log_sigma is None else self.log_sigma.exp()
 
-    def draw_noise(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+    def sample_latent(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """``n`` draws of z, shape ``(n, latent_dim)``."""
         return standard_normal((n, self.latent_dim), generator, self.dtype, self.device)
 
@@ -121,7 +121,7 @@ class Generator(nn.Module):
         """
         check_counts({"n": 1}, n)
         with eval_mode(self):
-            return self.emit(self.draw_noise(n, generator), generator)
+            return self.emit(self.sample_latent(n, generator), generator)
 
 
 class MLPGenerator(Generator):

@@ -208,7 +208,7 @@ class AdversarialFlow(Adversarial):
         self.flow, self.gradient = flow, gradient
 
     def negative(self, energy: Energy, n: int, generator: torch.Generator | None) -> Negative:
-        z = self.flow.draw_noise(n, generator)
+        z = self.flow.rsample_base(n, generator)
         loss, *_, xy = estimate_kl(self.flow, energy, z, gradient=self.gradient)
         return Negative({"generator": loss}, self.flow.extend(energy).split(xy)[0], None, {})
 
@@ -257,7 +257,7 @@ class DeepDirected(Adversarial):
                 " rows"
             )
         x, entropy = (
-            self.model.emit(self.model.draw_noise(n, generator), generator),
+            self.model.emit(self.model.sample_latent(n, generator), generator),
             batch_norm_entropy(self.model),
         )
         return Negative(

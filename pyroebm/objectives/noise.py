@@ -91,7 +91,7 @@ class Noise:
         self._check(energy)
         with torch.no_grad():
             if isinstance(self.law, Flow):
-                x, log_q = self.law.forward_and_log_prob(self.law.draw_noise(n, generator))
+                x, log_q = self.law.forward_and_log_prob(self.law.rsample_base(n, generator))
                 x = x.reshape(n, *energy.event_shape)
             else:
                 x = self.law.sample(n, generator)

@@ -207,7 +207,7 @@ class FlowGuide(AutoContinuous):
     def sample(self, n: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """``n`` draws of the guide, unweighted, as a dict of ``(n, *shape)``."""
         self._ready()
-        xy, _ = self.flow.forward_and_log_prob(self.flow.draw_noise(n, generator))
+        xy, _ = self.flow.forward_and_log_prob(self.flow.rsample_base(n, generator))
         return self.constrain(xy[:, : self.flow.dim])
 
     def quantiles(

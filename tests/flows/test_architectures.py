@@ -124,7 +124,7 @@ def test_loft_is_the_identity_inside_and_logarithmic_outside() -> None:
     assert bool(layer(torch.tensor([math.nan, 1.0, 1.0])).isnan()[0])
     wide = RealNVP(1, 0, loft=4.0, scale=50.0, dtype=F64)
     assert float(
-        wide.forward_and_log_prob(wide.draw_noise(1000, seeded_generator(0)))[0]
+        wide.forward_and_log_prob(wide.rsample_base(1000, seeded_generator(0)))[0]
         .detach()
         .abs()
         .max()
@@ -218,7 +218,7 @@ def gradient_by_draws(base: Any, repeats: int = 200, n: int = 500) -> list[tuple
     generator = seeded_generator(3)
     rows = [
         torch.autograd.grad(
-            statistic(base.draw(n, generator, F64, CPU)).mean(), list(base.parameters())
+            statistic(base.rsample(n, generator, F64, CPU)).mean(), list(base.parameters())
         )
         for _ in range(repeats)
     ]
@@ -274,7 +274,7 @@ def test_mutants_of_the_mixture_are_caught(mutant: type[MixtureBase]) -> None:
     ids=["mixture", "student"],
 )
 def test_draws_of_a_base_have_its_density(base: Any, half: float) -> None:
-    z = base.draw(40_000, seeded_generator(1), F64, CPU).detach()
+    z = base.rsample(40_000, seeded_generator(1), F64, CPU).detach()
     axis = torch.linspace(-half, half, 801, dtype=F64)
     grid = torch.cartesian_prod(axis, axis)
     density = base.log_prob(grid).exp().detach() * float(axis[1] - axis[0]) ** 2
@@ -282,9 +282,9 @@ def test_draws_of_a_base_have_its_density(base: Any, half: float) -> None:
         mean, se = mean_and_se(f(z))
         truth = (density.unsqueeze(-1) * f(grid)).sum(0)
         within_se(mean, truth, se)
-    assert torch.equal(z, base.draw(40_000, seeded_generator(1), F64, CPU))
+    assert torch.equal(z, base.rsample(40_000, seeded_generator(1), F64, CPU))
     before = torch.get_rng_state()
-    base.draw(10, seeded_generator(2), F64, CPU)
+    base.rsample(10, seeded_generator(2), F64, CPU)
     assert torch.equal(before, torch.get_rng_state())
 
 
@@ -375,7 +375,7 @@ def check_density_is_the_sum(flow: Symmetrized, inner: Flow, xy: Tensor) -> None
     torch.testing.assert_close(
         flow.log_prob(xy), torch.stack(parts).logsumexp(0), rtol=1e-9, atol=1e-9
     )
-    pushed, log_q = flow.forward_and_log_prob(flow.draw_noise(50, seeded_generator(4)))
+    pushed, log_q = flow.forward_and_log_prob(flow.rsample_base(50, seeded_generator(4)))
     torch.testing.assert_close(log_q, flow.log_prob(pushed), rtol=1e-9, atol=1e-9)
 
 
@@ -385,7 +385,7 @@ def test_symmetrised_density_is_the_sum_over_the_group(name: str, weights: str) 
     flow, inner = two_dimensional(name, weights)
     check_density_is_the_sum(flow, inner, noise(6, 2))
     counts = (flow.log_weights().exp() * 20_000).detach()
-    z = flow.draw_noise(20_000, seeded_generator(5))
+    z = flow.rsample_base(20_000, seeded_generator(5))
     x, x0 = flow.forward_and_log_prob(z)[0], inner.forward_and_log_prob(z[:, :-1])[0]
     hits = torch.stack([((x0 @ g.T - x).abs().amax(-1) < 1e-9).sum() for g in flow.elements])
     within_se(hits.double(), counts, counts.sqrt())
@@ -421,7 +421,7 @@ def test_summed_terms_have_the_mean_of_pushed_ones_and_less_noise(weights: str) 
     flow, _ = two_dimensional("dihedral", weights)
     energy, z = (
         Gaussian(torch.ones(2, dtype=F64), dtype=F64),
-        flow.draw_noise(20_000, seeded_generator(1)),
+        flow.rsample_base(20_000, seeded_generator(1)),
     )
     with torch.no_grad():
         summed, single = flow.terms(energy, z)[0], kl_summands(flow, energy, z)[0]

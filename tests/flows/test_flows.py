@@ -186,7 +186,7 @@ def build(name: str, scale: float = 0.3) -> Flow:
 
 def base_noise(flow: Flow, n: int) -> Tensor:
     """Draws of z, without a graph."""
-    return flow.draw_noise(n, seeded_generator(7)).detach()
+    return flow.rsample_base(n, seeded_generator(7)).detach()
 
 
 def close(name: str, exact: float) -> dict[str, float]:

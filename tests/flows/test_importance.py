@@ -133,7 +133,7 @@ def test_mutant_that_halves_the_determinant_is_caught() -> None:
 def test_weight_is_the_written_formula() -> None:
     flow, energy = stirred_flow(1, 3), DoubleWell(dtype=F64)
     result = importance_sample(flow, energy, 50, generator=seeded_generator(4))
-    z = flow.draw_noise(50, seeded_generator(4))
+    z = flow.rsample_base(50, seeded_generator(4))
     xy = flow.forward_and_log_prob(z)[0].detach()
     assert flow.conditional is not None
     with torch.no_grad():

@@ -239,7 +239,9 @@ def test_sites_are_those_of_the_energy(case: str, name: str) -> None:
         guide.sample(6, torch.Generator().manual_seed(1)),
         torch.Generator().manual_seed(1),
     )
-    x = guide.flow.forward_and_log_prob(guide.flow.draw_noise(6, generator))[0][:, : guide.flow.dim]
+    x = guide.flow.forward_and_log_prob(guide.flow.rsample_base(6, generator))[0][
+        :, : guide.flow.dim
+    ]
     again = energy.constrain(x.detach())
     assert {key: value.shape[1:] for key, value in draws.items()} == energy.sites
     for key, value in draws.items():

@@ -198,7 +198,7 @@ class LogVariance(FlowObjective):
         extended = flow.extend(self.target)
         fresh = self.num_samples if self.draws is None else self.num_samples // 2
         with torch.no_grad():
-            xy = flow.forward_and_log_prob(flow.draw_noise(fresh, generator))[0]
+            xy = flow.forward_and_log_prob(flow.rsample_base(fresh, generator))[0]
             if self.draws is not None:
                 count = self.num_samples - fresh
                 u = uniform((count,), generator, torch.float64, self.draws.device)

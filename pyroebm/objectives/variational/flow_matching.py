@@ -66,7 +66,7 @@ def match_flow(
         0.4
         >>> round(
         ...     float(
-        ...         flow.forward_and_log_prob(flow.draw_noise(5000, seeded_generator(1)))[0]
+        ...         flow.forward_and_log_prob(flow.rsample_base(5000, seeded_generator(1)))[0]
         ...         .std()
         ...         .detach()
         ...     ),

@@ -122,7 +122,7 @@ class ReverseKL(FlowObjective):
     def loss(
         self, flow: Flow, generator: torch.Generator | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.loss_at(flow, flow.draw_noise(self.num_samples, generator))
+        return self.loss_at(flow, flow.rsample_base(self.num_samples, generator))
 
     def loss_at(self, flow: Flow, z: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss and its metrics at given noise z ``(n, D)``."""
@@ -221,7 +221,7 @@ def estimate_augmented_kl(
         Progress(num_samples, "estimate_augmented_kl", "draw", progress) as shown,
     ):
         for start in range(0, num_samples, batch_size):
-            z = flow.draw_noise(min(batch_size, num_samples - start), generator)
+            z = flow.rsample_base(min(batch_size, num_samples - start), generator)
             parts.append(kl_summands(flow, energy, z, entropy)[0].double())
             shown.update(len(z))
     terms = torch.cat(parts)

@@ -156,7 +156,7 @@ class AnnealedReweighting(FlowObjective):
         r"""Draws x of finite energy, U(x), and :math:`\log N(y \mid M(x), \Sigma(x)) - \log q(x,
         y)`, both in float64."""
         target = flow.extend(self.energy)
-        xy, log_q = flow.forward_and_log_prob(flow.draw_noise(self.buffer_size, generator))
+        xy, log_q = flow.forward_and_log_prob(flow.rsample_base(self.buffer_size, generator))
         x, y = target.split(xy)
         energies = self.energy(x).double()
         log_ratio = (

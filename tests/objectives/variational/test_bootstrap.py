@@ -157,7 +157,7 @@ def test_it_finds_the_mode_that_the_reverse_divergence_leaves_out() -> None:
             flow.linear.log_diagonal.fill_(-0.35)
         for _ in fit_flow(flow, objective, num_steps=250, lr=5e-3, seed=2):
             pass
-        x = flow.forward_and_log_prob(flow.draw_noise(5000, seeded(3)))[0].detach()
+        x = flow.forward_and_log_prob(flow.rsample_base(5000, seeded(3)))[0].detach()
         missing[name] = float((energy.mode_of(x) == 1).double().mean())
     assert missing["reverse"] < 0.01
     assert missing["alpha"] > 0.1

@@ -231,7 +231,7 @@ def test_forward_kl_finds_both_modes_and_reverse_kl_need_not() -> None:
     objective = ForwardKL(energy.sample(4000, seeded()), num_samples=256)
     for _ in fit_flow(flow, objective, num_steps=400, lr=5e-3, seed=0):
         pass
-    x = flow.forward_and_log_prob(flow.draw_noise(20_000, seeded(1)))[0][:, :2].detach()
+    x = flow.forward_and_log_prob(flow.rsample_base(20_000, seeded(1)))[0][:, :2].detach()
     assert float((energy.mode_of(x) == 1).double().mean()) == pytest.approx(0.2, abs=0.06)
 
 
@@ -241,7 +241,7 @@ def test_forward_kl_finds_both_modes_and_reverse_kl_need_not() -> None:
 def test_log_variance_is_half_the_variance_of_the_log_weights() -> None:
     flow, energy = stirred(NICE(2, couplings=2, hidden=(8,))), TARGET
     loss, metrics = LogVariance(energy, num_samples=4000)(flow, generator=seeded())
-    z = flow.draw_noise(4000, seeded())
+    z = flow.rsample_base(4000, seeded())
     x, log_q = flow.forward_and_log_prob(z)
     log_weights = -energy(x) - log_q
     assert float(loss.detach()) == pytest.approx(0.5 * float(log_weights.detach().var()))

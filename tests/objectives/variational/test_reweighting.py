@@ -243,7 +243,7 @@ def test_it_keeps_a_small_mode() -> None:
         )
         for _ in fit_flow(flow, objective, num_steps=300, lr=5e-3, seed=seed):
             pass
-        x = flow.forward_and_log_prob(flow.draw_noise(20_000, seeded(seed)))[0].detach()
+        x = flow.forward_and_log_prob(flow.rsample_base(20_000, seeded(seed)))[0].detach()
         masses.append((energy.mode_of(x) == 1).double().mean())
     mass = torch.stack(masses)
     within_se(mass.mean(), 0.2, mass.std() / 12**0.5)
