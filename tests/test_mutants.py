@@ -36,9 +36,9 @@ MUTANTS: dict[str, tuple[str, str, str, str]] = {
         "tests/core/test_progress.py",
     ),
     "fit shows no progress": (
-        "training/loop.py",
-        'with Progress(total, "fit", show=show, done=done) as shown:',
-        'with Progress(total, "fit", show=False, done=done) as shown:',
+        "training/trainer.py",
+        'with Progress(self.num_steps, "fit", show=show, done=self.steps_done) as shown:',
+        'with Progress(self.num_steps, "fit", show=False, done=self.steps_done) as shown:',
         "tests/core/test_progress.py",
     ),
     "no cap on step sizes that are shared": (
