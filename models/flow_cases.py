@@ -29,14 +29,14 @@ from pyroebm.flows import (
     SplineFlow,
     evaluate_flow,
 )
-from pyroebm.objectives import AnnealedReweighting, ReverseKL, fit_flow
+from pyroebm.objectives import AnnealedReweighting, FlowObjective, ReverseKL
 from pyroebm.targets import DoubleWell, Funnel, GaussianMixture, ManyWell, Phi4
+from pyroebm.training import fit
 
 __all__ = ["CASES", "Case", "Fitted"]
 
 #: A fact beside those of the report: its value and its standard error.
 Facts = dict[str, tuple[float, float | None]]
-QUICK = {"steps": 5, "num_samples": 64}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,15 +96,21 @@ def train(
     seed: int,
     quick: bool,
     draws: Callable[[Energy, int, bool], Tensor] | None = None,
+    *,
+    objective: Callable[..., FlowObjective] = ReverseKL,
+    num_steps: int,
+    num_samples: int = 512,
+    lr: float | None = None,
     **settings: Any,
 ) -> Fitted:
-    """Train a flow by ``fit_flow`` in its own dtype, and hand over both in float64."""
+    """Train a flow in its own dtype by an objective with these settings, and return both in
+    float64."""
+    if quick:
+        num_steps, num_samples = 5, 64
     energy, began = make(flow.dtype), time.process_time()
     with counted(energy) as rows:
-        for _ in fit_flow(
-            flow, energy, **{**settings, **(QUICK if quick else {})}, seed=seed, progress=False
-        ):
-            pass
+        made = objective(energy, num_samples=num_samples, **settings)
+        fit(flow, made, num_steps=num_steps, lr=lr, seed=seed, progress=False)
     seconds, exact = time.process_time() - began, make(torch.float64)
     with counted(exact) as reference_rows:
         reference = None if draws is None else draws(exact, seed + 1000, quick)
@@ -113,7 +119,7 @@ def train(
 
 def double_well(seed: int, quick: bool) -> Fitted:
     flow = RedundantNICE(1, 2, dtype=torch.float32, seed=seed)
-    return train(lambda dtype: DoubleWell(dtype=dtype), flow, seed, quick, steps=2000)
+    return train(lambda dtype: DoubleWell(dtype=dtype), flow, seed, quick, num_steps=2000)
 
 
 def right_mass(report: FlowReport, energy: Energy) -> Facts:
@@ -159,8 +165,8 @@ class TurnedManyWell(ManyWell):
 def many_well(kind: type[ManyWell], pairs: int, seed: int, quick: bool) -> Fitted:
     flow = SplineFlow(2 * pairs, layers=4, hidden=(128,), dtype=torch.float32, seed=seed)
     settings: dict[str, Any] = {
-        "objective": ReverseKL(gradient="total"),
-        "steps": 2000,
+        "gradient": "total",
+        "num_steps": 2000,
         "num_samples": 256,
         "lr": 3e-3,
     }
@@ -187,8 +193,8 @@ def mixture(
         2, layers=4, hidden=(64, 64), bins=16, scale=scale, dtype=torch.float32, seed=seed
     )
     settings: dict[str, Any] = {
-        "objective": AnnealedReweighting(),
-        "steps": 600,
+        "objective": AnnealedReweighting,
+        "num_steps": 600,
         "lr": 3e-3,
         "beta_start": beta_start,
     }
@@ -197,7 +203,12 @@ def mixture(
 
 def funnel(seed: int, quick: bool) -> Fitted:
     flow = AutoregressiveFlow(10, layers=2, hidden=(32, 32), dtype=torch.float32, seed=seed)
-    settings: dict[str, Any] = {"steps": 2000, "num_samples": 256, "lr": 5e-3, "beta_start": 1.0}
+    settings: dict[str, Any] = {
+        "num_steps": 2000,
+        "num_samples": 256,
+        "lr": 5e-3,
+        "beta_start": 1.0,
+    }
     return train(lambda dtype: Funnel(dtype=dtype), flow, seed, quick, **settings)
 
 
@@ -206,8 +217,8 @@ def ring(seed: int, quick: bool) -> Fitted:
         16, layers=2, hidden=(128, 128), autoregressive=True, dtype=torch.float32, seed=seed
     )
     settings: dict[str, Any] = {
-        "objective": ReverseKL(gradient="total"),
-        "steps": 2000,
+        "gradient": "total",
+        "num_steps": 2000,
         "num_samples": 256,
         "lr": 3e-3,
     }
@@ -233,7 +244,12 @@ def flipped_chains(energy: Energy, seed: int, quick: bool) -> Tensor:
 
 def free_field(seed: int, quick: bool) -> Fitted:
     flow = NICE(16, couplings=0, dtype=torch.float64, seed=seed)
-    settings: dict[str, Any] = {"steps": 3000, "num_samples": 128, "lr": 1e-2, "beta_start": 1.0}
+    settings: dict[str, Any] = {
+        "num_steps": 3000,
+        "num_samples": 128,
+        "lr": 1e-2,
+        "beta_start": 1.0,
+    }
     return train(
         lambda dtype: Phi4(16, m2=1.0, lam=0.0, dtype=dtype), flow, seed, quick, **settings
     )
@@ -264,7 +280,12 @@ def schools(effects: Tensor, errors: Tensor) -> None:
 
 def eight_schools(make: Callable[[int], Flow], seed: int, quick: bool) -> Fitted:
     guide = FlowGuide(schools, make(seed))
-    settings: dict[str, Any] = {"steps": 1000, "num_samples": 256, "lr": 5e-3, "beta_start": 1.0}
+    settings: dict[str, Any] = {
+        "num_steps": 1000,
+        "num_samples": 256,
+        "lr": 5e-3,
+        "beta_start": 1.0,
+    }
     energy = guide.energy(torch.tensor(EFFECTS).double(), torch.tensor(ERRORS).double())
     return train(lambda dtype: energy, guide.flow, seed, quick, **settings)
 

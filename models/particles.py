@@ -20,9 +20,10 @@ from pyroebm.core.rng import seeded_generator, standard_normal, uniform
 from pyroebm.diagnostics import energy_distance, ess_bulk, r_hat
 from pyroebm.flows import EquivariantFlow, FlowEnergy, FlowReport, evaluate_flow
 from pyroebm.kernels import ParallelTempering
-from pyroebm.objectives import ForwardKL, fit_flow, match_flow
+from pyroebm.objectives import ForwardKL, match_flow
 from pyroebm.partition import LogZ, bridge, smc
 from pyroebm.targets import DW4, Gaussian, LennardJones, Particles
+from pyroebm.training import Guard, fit
 
 __all__ = [
     "SYSTEMS",
@@ -238,24 +239,17 @@ def trained(
     first = copy.deepcopy(flow)
     flow.float()
     steps, batch = (10, 64) if quick else (system.steps, system.batch)
-    settings: dict[str, Any] = {
-        "lr": system.lr,
-        "beta_start": 1.0,
-        "max_grad_norm": 10.0,
-        "on_nonfinite": "skip",
-        "seed": seed,
-    }
-    fitting = fit_flow(
+    history = fit(
         flow,
-        energy,
-        ForwardKL(draws.float()),
-        steps=steps,
-        num_samples=batch,
+        ForwardKL(draws.float(), num_samples=batch),
+        num_steps=steps,
+        lr=system.lr,
+        max_grad_norm=10.0,
+        guard=Guard(rollback=True, max_rollbacks=steps),
+        seed=seed,
         progress=False,
-        **settings,
     )
-    losses = [loss for _, loss, _ in fitting]
-    return first, flow.double(), losses
+    return first, flow.double(), history["loss"].tolist()
 
 
 def case(name: str, seed: int = 0, quick: bool = False) -> Case:

@@ -23,9 +23,8 @@ from pyroebm.objectives.variational.bootstrap import AlphaBootstrap
 from pyroebm.objectives.variational.compiled_kl import CompiledKL
 from pyroebm.objectives.variational.divergences import ForwardKL, LogVariance
 from pyroebm.objectives.variational.flow_matching import match_flow
-from pyroebm.objectives.variational.reverse_kl import ReverseKL, estimate_augmented_kl, fit_flow
+from pyroebm.objectives.variational.reverse_kl import ReverseKL, estimate_augmented_kl
 from pyroebm.objectives.variational.reweighting import AnnealedReweighting
-from pyroebm.objectives.variational.selection import TotalDimSelection, select_total_dim
 from pyroebm.objectives.variational.symmetric import SymmetrizedKL
 from pyroebm.objectives.vera import VERA
 
@@ -64,14 +63,11 @@ __all__ = [
     "SlicedScoreMatching",
     "Sparsity",
     "SymmetrizedKL",
-    "TotalDimSelection",
     "VERA",
     "estimate_augmented_kl",
     "fisher_divergence",
-    "fit_flow",
     "gaussian_noise",
     "langevin",
     "match_flow",
-    "select_total_dim",
     "sliced_fisher_divergence",
 ]

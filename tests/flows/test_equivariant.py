@@ -20,8 +20,9 @@ from models.recipe import counted
 from pyroebm.core.rng import seeded_generator, standard_normal, uniform
 from pyroebm.core.supports import mean_free_basis
 from pyroebm.flows import EquivariantFlow, PairField, importance_sample
-from pyroebm.objectives import ForwardKL, ReverseKL, fit_flow, match_flow
+from pyroebm.objectives import ForwardKL, ReverseKL, match_flow
 from pyroebm.targets import DW4, Gaussian, LennardJones, Particles
+from pyroebm.training import fit
 
 F64 = torch.float64
 CPU = torch.device("cpu")
@@ -334,8 +335,7 @@ def test_two_particles_in_a_well_are_matched_refined_and_weighed() -> None:
     flow = EquivariantFlow(2, 3, cells=24, steps=20, dtype=F64)
     match_flow(flow, draws)
     before = importance_sample(flow, energy, 4000)
-    for _ in fit_flow(flow, ForwardKL(draws, num_samples=128), num_steps=40, lr=1e-2):
-        pass
+    fit(flow, ForwardKL(draws, num_samples=128), num_steps=40, lr=1e-2)
     after = importance_sample(flow, energy, 4000)
     assert after.ess_fraction > max(before.ess_fraction, 0.9)
     for result in (before, after):

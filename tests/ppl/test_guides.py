@@ -32,7 +32,8 @@ from pyroebm.flows import (
     evaluate_flow,
     importance_sample,
 )
-from pyroebm.objectives import ForwardKL, ReverseKL, fit_flow
+from pyroebm.objectives import ForwardKL, ReverseKL
+from pyroebm.training import fit
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -188,8 +189,7 @@ def test_svi_and_our_loop_train_the_same_parameters(name: str) -> None:
     ]
     assert len(moved) == len(start)
     objective = ReverseKL(energy, 64, beta_start=1.0)
-    for _ in fit_flow(guide.flow, objective, num_steps=30, lr=1e-2):
-        pass
+    fit(guide.flow, objective, num_steps=30, lr=1e-2)
     stored = {id(p) for _, p in pyro.get_param_store().named_parameters()}
     assert stored == {id(p) for p in guide.flow.parameters()} == {id(p) for p in ours.values()}
     elbo = Trace_ELBO(num_particles=500, vectorize_particles=True)
@@ -287,8 +287,7 @@ def trained(
 ) -> Energy:
     energy = guide.energy(*args)
     objective = ReverseKL(energy, **{"num_samples": 128, **options})
-    for _ in fit_flow(guide.flow, objective, num_steps=num_steps, lr=lr):
-        pass
+    fit(guide.flow, objective, num_steps=num_steps, lr=lr)
     return energy
 
 
@@ -383,8 +382,8 @@ def test_other_objectives_and_the_report_take_the_same_flow() -> None:
     energy = guide.energy(*args)
     mean, deviation = float(Y.sum()) / 3.25, 3.25**-0.5
     draws = mean + deviation * torch.randn(500, 1, generator=torch.Generator().manual_seed(0))
-    steps = list(fit_flow(guide.flow, ForwardKL(draws, num_samples=128), num_steps=150, lr=2e-2))
-    assert steps[-1][1] < steps[0][1]
+    history = fit(guide.flow, ForwardKL(draws, num_samples=128), num_steps=150, lr=2e-2)
+    assert history["loss"][-1] < history["loss"][0]
     assert float(guide.median()["mean"]) == pytest.approx(mean, abs=4.0 * deviation / 500**0.5)
     report = evaluate_flow(
         guide.flow, energy, 2000, draws=draws, num_distances=200, num_marginal=200

@@ -5,9 +5,8 @@ from pyroebm.objectives.variational.bootstrap import AlphaBootstrap
 from pyroebm.objectives.variational.compiled_kl import CompiledKL
 from pyroebm.objectives.variational.divergences import ForwardKL, LogVariance
 from pyroebm.objectives.variational.flow_matching import match_flow
-from pyroebm.objectives.variational.reverse_kl import ReverseKL, estimate_augmented_kl, fit_flow
+from pyroebm.objectives.variational.reverse_kl import ReverseKL, estimate_augmented_kl
 from pyroebm.objectives.variational.reweighting import AnnealedReweighting
-from pyroebm.objectives.variational.selection import TotalDimSelection, select_total_dim
 from pyroebm.objectives.variational.symmetric import SymmetrizedKL
 
 __all__ = [
@@ -19,9 +18,6 @@ __all__ = [
     "LogVariance",
     "ReverseKL",
     "SymmetrizedKL",
-    "TotalDimSelection",
     "estimate_augmented_kl",
-    "fit_flow",
     "match_flow",
-    "select_total_dim",
 ]

@@ -4,7 +4,6 @@ reached."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -22,7 +21,6 @@ __all__ = [
     "check_options",
     "estimate_augmented_kl",
     "estimate_kl",
-    "fit_flow",
     "kl_summands",
 ]
 
@@ -140,31 +138,6 @@ class ReverseKL(FlowObjective):
     def estimate(self, flow: Flow, z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """:func:`estimate_kl` of the target."""
         return estimate_kl(flow, self.target, z, self.entropy, self.gradient)
-
-
-def fit_flow(
-    flow: Flow,
-    objective: FlowObjective,
-    *,
-    num_steps: int = 3000,
-    lr: float | None = None,
-    seed: int = 0,
-    progress: bool | None = None,
-) -> Iterator[tuple[int, float, dict[str, float]]]:
-    """Stands in for ``fit_steps`` until it is there."""
-    top = objective.lr if lr is None else lr
-    parameters = [p for p in flow.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(parameters, lr=top, fused=True)
-    generator = seeded_generator(seed, flow.device)
-    for step in range(num_steps):
-        objective.begin_step(step, num_steps)
-        fall = 0.5 * (1.0 + math.cos(math.pi * step / num_steps))
-        optimizer.param_groups[0]["lr"] = top * fall
-        optimizer.zero_grad()
-        loss, seen = objective(flow, generator=generator)
-        loss.backward(inputs=parameters)
-        optimizer.step()
-        yield step, float(loss.detach()), {name: float(metric) for name, metric in seen.items()}
 
 
 @torch.no_grad()

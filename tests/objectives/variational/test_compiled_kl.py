@@ -23,9 +23,10 @@ from pyroebm.flows import (
     Symmetrized,
     sign_flips,
 )
-from pyroebm.objectives import CompiledKL, ReverseKL, fit_flow
+from pyroebm.objectives import CompiledKL, ReverseKL
 from pyroebm.objectives.variational import compiled_kl as module
 from pyroebm.targets import DoubleWell, Gaussian
+from pyroebm.training import fit
 
 F64 = torch.float64
 SMALL: dict[str, Any] = {"hidden": (8,), "dtype": F64}
@@ -116,9 +117,9 @@ def test_one_graph_serves_a_fit_and_another_flow_gets_its_own(
     flow, energy = FLOWS["nice"]()
     objective = CompiledKL(energy, 16)
     for count in (1, 2):
-        losses = [loss for _, loss, _ in fit_flow(flow, objective, num_steps=5)]
+        losses = fit(flow, objective, num_steps=5)["loss"]
         flow, energy = FLOWS["nice"]()
-        eager = [loss for _, loss, _ in fit_flow(flow, ReverseKL(energy, 16), num_steps=5)]
+        eager = fit(flow, ReverseKL(energy, 16), num_steps=5)["loss"]
         torch.testing.assert_close(losses, eager)
         assert len(made) == count
         flow, _ = FLOWS["nice"]()

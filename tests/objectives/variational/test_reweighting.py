@@ -16,8 +16,9 @@ from torch import Tensor
 from pyroebm import Energy
 from pyroebm.core import Compressed
 from pyroebm.flows import NICE, Flow, RealNVP, RedundantNICE, importance_sample
-from pyroebm.objectives import AlphaBootstrap, AnnealedReweighting, FlowObjective, fit_flow
+from pyroebm.objectives import AlphaBootstrap, AnnealedReweighting, FlowObjective
 from pyroebm.targets import DoubleWell, Gaussian, GaussianMixture
+from pyroebm.training import History, fit
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -46,6 +47,10 @@ class Walled(Energy):
 def at(beta: float, objective: AnnealedReweighting) -> AnnealedReweighting:
     objective.beta = beta
     return objective
+
+
+def last(history: History) -> dict[str, float]:
+    return {name: float(values[-1]) for name, values in history.items()}
 
 
 # The gradient
@@ -211,7 +216,7 @@ def test_a_linear_flow_becomes_the_gaussian_of_the_temperature(beta: float) -> N
     flow = NICE(2, couplings=0)
     # the schedule ends at 1: the energy is that of the temperature
     objective = AnnealedReweighting(beta * energy, 500, beta_start=0.3)
-    *_, (_, _, metrics) = fit_flow(flow, objective, num_steps=250, lr=0.05, seed=1)
+    metrics = last(fit(flow, objective, num_steps=250, lr=0.05, seed=1))
     assert (metrics["reached_beta"], metrics["tempering"]) == (1.0, 1.0)
     assert metrics["ess_fraction"] > 0.99
     matrix = flow.linear.matrix().detach()
@@ -224,7 +229,7 @@ def test_a_flow_that_cannot_carry_the_target_says_at_which_temperature_it_stays(
     energy = GaussianMixture([[-6.0, 0.0], [6.0, 0.0]], scale=0.4)
     flow = RealNVP(2, layers=0, scale=4.0)
     objective = AnnealedReweighting(energy, 200, beta_start=0.01)
-    *_, (_, _, metrics) = fit_flow(flow, objective, num_steps=300, lr=0.02)
+    metrics = last(fit(flow, objective, num_steps=300, lr=0.02))
     assert metrics["beta"] == 1.0
     assert 0.01 < metrics["reached_beta"] < 0.5
     assert metrics["tempering"] <= 1.0
@@ -241,8 +246,7 @@ def test_it_keeps_a_small_mode() -> None:
             RealNVP(2, layers=4, hidden=(32,), scale=3.0, seed=seed),
             AnnealedReweighting(energy, 256, buffer_size=2048, beta_start=0.02),
         )
-        for _ in fit_flow(flow, objective, num_steps=300, lr=5e-3, seed=seed):
-            pass
+        fit(flow, objective, num_steps=300, lr=5e-3, seed=seed)
         x = flow.forward_and_log_prob(flow.rsample_base(20_000, seeded(seed)))[0].detach()
         masses.append((energy.mode_of(x) == 1).double().mean())
     mass = torch.stack(masses)
@@ -278,8 +282,7 @@ def test_a_run_of_one_seed_repeats_itself_and_of_another_does_not() -> None:
     for seed in (0, 0, 1):
         flow = NICE(2, couplings=2, hidden=(8,))
         objective = AnnealedReweighting(Gaussian([1.0, 0.0]), 64, reuse=2)
-        steps = fit_flow(flow, objective, num_steps=5, seed=seed)
-        losses.append([loss for _, loss, _ in steps])
+        losses.append(fit(flow, objective, num_steps=5, seed=seed)["loss"].tolist())
     assert losses[0] == losses[1] != losses[2]
 
 

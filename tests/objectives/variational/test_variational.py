@@ -38,12 +38,11 @@ from pyroebm.objectives import (
     ForwardKL,
     ReverseKL,
     estimate_augmented_kl,
-    fit_flow,
-    select_total_dim,
 )
 from pyroebm.objectives.variational.reverse_kl import kl_summands
 from pyroebm.ppl import flow_guide, flow_model
 from pyroebm.targets import DoubleWell, Gaussian
+from pyroebm.training import fit
 
 
 def redundant(
@@ -389,24 +388,26 @@ def test_users_read_x_and_y_and_may_bring_their_own_model() -> None:
 # The loop
 
 
-def run(flow: Flow, objective: FlowObjective, **options: Any) -> list[dict[str, float]]:
-    """Metrics of each step, the loss among them."""
-    return [metrics | {"loss": loss} for _, loss, metrics in fit_flow(flow, objective, **options)]
-
-
 def test_a_fit_follows_its_schedule_and_repeats_itself() -> None:
     before = torch.get_rng_state()
     flows = [RedundantNICE(1, 2, hidden=(8,), dtype=F64) for _ in range(3)]
     histories = [
-        run(f, ReverseKL(DoubleWell(dtype=F64), 16), num_steps=10, lr=0.01, seed=s)
+        fit(f, ReverseKL(DoubleWell(dtype=F64), 16), num_steps=10, lr=0.01, seed=s)
         for f, s in zip(flows, (0, 0, 1), strict=True)
     ]
-    assert histories[0] == histories[1]
-    assert histories[0] != histories[2]
+    one, again, other = (history["loss"].tolist() for history in histories)
+    assert one == again != other
     assert torch.equal(torch.get_rng_state(), before)
-    assert [m["beta"] for m in histories[0]] == pytest.approx([0.1, 0.325, 0.55, 0.775] + [1.0] * 6)
-    assert all("augmented_kl" in m for m in histories[0][4:])
-    assert not any("augmented_kl" in m for m in histories[0][:4])
+    history = histories[0]
+    assert history["beta"] == pytest.approx([0.1, 0.325, 0.55, 0.775] + [1.0] * 6)
+    assert history["lr"] == pytest.approx(
+        [0.005 * (1 + math.cos(math.pi * k / 10)) for k in range(10)]
+    )
+    # log C is known where beta is 1
+    assert np.isfinite(history["augmented_kl"]).tolist() == [False] * 4 + [True] * 6
+    assert (history["grad_norm"] > 0).all()
+    flow = RedundantNICE(1, 2, hidden=(8,), dtype=F64)
+    assert fit(flow, ReverseKL(DoubleWell(dtype=F64)), num_steps=1)["lr"] == ReverseKL.lr
 
 
 def test_beta_rises_over_a_fraction_of_the_steps_and_is_1_elsewhere() -> None:
@@ -449,7 +450,7 @@ def test_the_energy_is_in_eval_mode_and_no_part_of_the_objective() -> None:
     assert objective.state_dict() == {}
     objective.float()
     assert net.c.dtype == F64
-    run(redundant(), objective, num_steps=2)
+    fit(redundant(), objective, num_steps=2)
     assert net.seen
     assert not any(net.seen)
     assert energy.training
@@ -482,7 +483,7 @@ def test_frozen_parameters_stay() -> None:
     flow = redundant()
     flow.linear.requires_grad_(False)
     before = flow.linear.matrix()
-    run(flow, ReverseKL(DoubleWell(dtype=F64), 8), num_steps=2)
+    fit(flow, ReverseKL(DoubleWell(dtype=F64), 8), num_steps=2)
     assert torch.equal(flow.linear.matrix(), before)
 
 
@@ -494,7 +495,7 @@ def test_fit_of_a_gaussian_finds_it() -> None:
     energy = Gaussian([0.5, -0.5], covariance=[[1.0, 0.6], [0.6, 0.8]], dtype=F64)
     flow = NICE(2, couplings=2, hidden=(8,), dtype=F64)
     start = estimate_augmented_kl(flow, energy, 5000)[0]
-    run(flow, ReverseKL(energy, 64), num_steps=400, lr=0.02)
+    fit(flow, ReverseKL(energy, 64), num_steps=400, lr=0.02)
     value, se = estimate_augmented_kl(flow, energy, 5000)
     assert start > 0.3
     assert -5 * se <= value < 1e-3
@@ -517,7 +518,7 @@ def test_in_one_dimension_nice_is_a_gaussian_and_reaches_the_best_one(
     ).fun
     assert best == pytest.approx(published, abs=1e-4)
     flow = NICE(1, shift=shift, dtype=F64)
-    run(flow, ReverseKL(energy, 256), num_steps=700, lr=0.02)
+    fit(flow, ReverseKL(energy, 256), num_steps=700, lr=0.02)
     assert j_r_by_quadrature(flow, energy) == pytest.approx(best, abs=1e-3)
 
 
@@ -525,7 +526,7 @@ def test_redundant_latents_find_both_wells_in_a_short_run() -> None:
     """A sixth of the default steps: J_R is below the divergence of any density without the right
     well, and of any Gaussian; weighted, the right well has its mass."""
     energy, flow = DoubleWell(), RedundantNICE(1, 2)
-    run(flow, ReverseKL(energy), num_steps=500, lr=5e-3)
+    fit(flow, ReverseKL(energy), num_steps=500, lr=5e-3)
     j_r, se = estimate_augmented_kl(flow, energy)
     assert -5 * se <= j_r < -math.log1p(-energy.right_mass) - 5 * se < 0.0966
     result = importance_sample(flow, energy, 100_000)
@@ -539,7 +540,7 @@ def test_redundant_latents_find_both_wells_in_a_short_run() -> None:
 @pytest.mark.parametrize("total_dim", [2, 3])
 def test_defaults_fit_the_double_well(total_dim: int, seed: int) -> None:
     energy, flow = DoubleWell(), RedundantNICE(1, total_dim, seed=seed)
-    run(flow, ReverseKL(energy), num_steps=3000, seed=seed)
+    fit(flow, ReverseKL(energy), num_steps=3000, seed=seed)
     result = importance_sample(flow, energy, 500_000, seed=seed)
     right, _ = result.expectation(lambda x: (x > energy.barrier).double())
     assert result.ess_fraction > 0.97
@@ -551,50 +552,9 @@ def test_defaults_fit_the_double_well(total_dim: int, seed: int) -> None:
 @pytest.mark.slow
 def test_defaults_give_plain_nice_its_best_gaussian() -> None:
     energy, flow = DoubleWell(), NICE(1)
-    run(flow, ReverseKL(energy), num_steps=3000)
+    fit(flow, ReverseKL(energy), num_steps=3000)
     value, se = estimate_augmented_kl(flow, energy, 400_000)
     within_se(value, 0.0966, np.hypot(se, 5e-4))
-
-
-def test_the_smallest_j_r_chooses_redundant_latents() -> None:
-    energy = DoubleWell()
-    found = select_total_dim(
-        energy,
-        (1, 2),
-        make_objective=partial(ReverseKL, num_samples=256),
-        num_steps=300,
-        lr=5e-3,
-        evaluation_samples=20_000,
-    )
-    assert found.total_dim == 2
-    assert found.flow is found.flows[2]
-    assert found.values[1] - found.values[2] > 5 * math.hypot(*found.standard_errors.values())
-    value, _ = estimate_augmented_kl(found.flows[1], energy, 20_000, seed=1)
-    # values leave out log C, which all share
-    assert value - found.values[1] == pytest.approx(energy.log_z)
-
-
-def test_choice_of_total_dim_takes_makers_and_refuses() -> None:
-    energy = Gaussian([0.0, 0.0], dtype=F64)
-    made: list[tuple[int, int]] = []
-
-    def make(dim: int, total_dim: int) -> Flow:
-        made.append((dim, total_dim))
-        return RedundantNICE(dim, total_dim, couplings=1, hidden=(4,), dtype=F64)
-
-    found = select_total_dim(
-        energy,
-        make_flow=make,
-        make_objective=partial(ReverseKL, num_samples=4),
-        num_steps=1,
-        evaluation_samples=10,
-    )
-    assert made == [(2, 2), (2, 3), (2, 4)]
-    assert set(found.flows) == {2, 3, 4}
-    with pytest.raises(ValueError, match=r"at least d=2, got candidates=\(1, 2\)"):
-        select_total_dim(energy, (1, 2))
-    with pytest.raises(ValueError, match=r"got candidates=\(\)"):
-        select_total_dim(energy, ())
 
 
 # --------------------------------------------------------------------------------------------------
