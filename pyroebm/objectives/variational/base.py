@@ -78,7 +78,9 @@ class FlowObjective(Objective):
             )
         # past nn.Module, which would register it
         object.__setattr__(self, "_energy", energy)
-        self.num_samples, self.beta_start, self.anneal = num_samples, beta_start, anneal
+        self.num_samples = num_samples
+        self.beta_start = beta_start
+        self.anneal = anneal
         self._beta = 1.0
 
     @property
