@@ -45,6 +45,7 @@ from pyroebm.ppl.guide import FlowGuide
 from pyroebm.ppl.kernel import PyroKernel
 from pyroebm.ppl.model import ModelEnergy
 from pyroebm.smc import SMCResult, tempered_smc
+from pyroebm.training.fit import fit, fit_steps
 
 __version__ = "0.1.0"
 
@@ -109,6 +110,8 @@ __all__ = [
     "UnderdampedLangevin",
     "WindowAdaptation",
     "__version__",
+    "fit",
+    "fit_steps",
     "initial_states",
     "open_run",
     "score",

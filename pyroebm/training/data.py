@@ -152,8 +152,17 @@ class Passes:
         self._left: Iterator[Batch] = iter(())
 
     def __len__(self) -> int:
-        """Batches of a pass."""
-        return len(self.loader)
+        """Batches of a pass.
+
+        Raises:
+            ValueError: if the loader does not know.
+        """
+        try:
+            return len(self.loader)
+        except TypeError as error:
+            raise ValueError(
+                "the DataLoader does not know how many batches it has: give num_steps"
+            ) from error
 
     def __call__(self, step: int) -> Batch:
         """The next batch, whatever ``step`` is."""
@@ -339,7 +348,8 @@ class Conversion:
         )
 
     def _complain_of_support(self, events: Tensor, fits: Tensor, start: int) -> None:
-        base, low, high = base_constraint(self.support), float(events.min()), float(events.max())
+        base = base_constraint(self.support)
+        low, high = float(events.min()), float(events.max())
         if base.event_dim == 0:
             allowed = base.check(events)
             if self.means:
@@ -405,11 +415,10 @@ class Conversion:
                 values.shape
             )
         if values.dtype.kind not in "biuf":
-            bad = next((v for v in values.flat if not _is_number(v)), None)
-            row = next((k for k, v in enumerate(values.flat) if not _is_number(v)), 0)
+            row, bad = next((k, v) for k, v in enumerate(values.flat) if not _is_number(v))
             where = f" in row {row}" if values.ndim == 1 else ""
             raise ValueError(
-                f"{self.argument} must be numbers, got {what} of {values.dtype} with {bad!r}"
+                f"{self.argument} must be numbers, got {what} of {values.dtype} with {str(bad)!r}"
                 f"{where}: leave it out (drop), or number its values (pandas.factorize)"
             )
         if values.dtype.kind == "f" and values.dtype.itemsize > 8:

@@ -25,7 +25,7 @@ AnyOptimizer = str | MakeOptimizer | Optimizer
 AnySchedule = str | MakeSchedule
 
 #: The optimizers of ``torch.optim`` by their names in small letters.
-NAMES = {
+NAMES: dict[str, Callable[..., Optimizer]] = {
     name.lower(): value
     for name, value in vars(torch.optim).items()
     if isinstance(value, type) and issubclass(value, Optimizer) and value is not Optimizer
@@ -90,9 +90,8 @@ def make_optimizer(
                 f"optimizer must be the name of a class of torch.optim, got {optimizer!r}; near it:"
                 f" {near or sorted(NAMES)}"
             )
-        fused = {"fused": True} if kind in FUSED else {}
-        made: Optimizer = kind(groups, lr=default_lr if lr is None else lr, **fused)
-        return made
+        options = {"lr": default_lr if lr is None else lr}
+        return kind(groups, **options | ({"fused": True} if kind in FUSED else {}))
     if lr is not None:
         raise ValueError(
             f"lr={lr} goes with the name of an optimizer: an optimizer, or a function that makes"

@@ -30,11 +30,9 @@ from pyroebm.training.guards import Guard, Rollback
 from pyroebm.training.history import History
 from pyroebm.training.log import TrainingLog
 from pyroebm.training.optimizers import AnyOptimizer, AnySchedule, make_players
-from pyroebm.training.validation import Validation, rows_of
+from pyroebm.training.validation import AnyObjective, Validation, rows_of
 
 __all__ = ["Step", "Trainer"]
-
-AnyObjective = Callable[..., tuple[Tensor, dict[str, Tensor]]] | HasLosses
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,7 +265,7 @@ class Trainer:
         self._stop_requested = self._stopped = False
         self._checkpoint: Checkpoint | None = None
         if checkpoint is not None:
-            settings = {name: type(part).__name__ for name, part in parts.items()}
+            settings: dict[str, Any] = {name: type(part).__name__ for name, part in parts.items()}
             settings |= {
                 f"{key}.{name}": type(part).__name__
                 for key, player in self._players.items()

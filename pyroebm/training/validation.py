@@ -16,7 +16,9 @@ from pyroebm.objectives.base import HasLosses
 from pyroebm.training.data import Batches, Passes, module_dtype
 from pyroebm.training.distributed import average_gradients, connected_ranks
 
-__all__ = ["Validation", "rows_of"]
+__all__ = ["AnyObjective", "Validation", "rows_of"]
+
+AnyObjective = Callable[..., tuple[Tensor, dict[str, Tensor]]] | HasLosses
 
 
 def rows_of(batch: Any) -> int:
@@ -50,7 +52,7 @@ class Validation:
 
     def __init__(
         self,
-        objective: Callable[..., Any],
+        objective: AnyObjective,
         batches: Batches | Passes,
         seed: int = 0,
         patience: int | None = None,
@@ -100,7 +102,8 @@ class Validation:
 
     def _judge(self, loss: float, step: int) -> None:
         if loss < self.lowest:
-            self.lowest, self.best_step, self.waited = loss, step, 0
+            self.lowest, self.best_step = loss, step
+            self.waited = 0
             self.best = {
                 f"{name}.{key}": value.detach().clone()
                 for name, module in self.modules.items()
