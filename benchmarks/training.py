@@ -34,7 +34,7 @@ from benchmarks.suite.measure import Row, row
 from pyroebm.energies import NeuralEnergy
 from pyroebm.kernels import HMC, ULA, CompiledKernel, Kernel
 from pyroebm.nn import mlp
-from pyroebm.objectives import PersistentCD
+from pyroebm.objectives import ReplayBufferCD
 from pyroebm.objectives.contrastive import advance
 from pyroebm.training import Trainer
 
@@ -111,7 +111,7 @@ def our_update(compiled: bool) -> Timed:
     """The public loop, with all that it looks after; the chains are there, as after some
     training."""
     energy, kernel = our_energy(), ULA(EPS)
-    objective = PersistentCD(
+    objective = ReplayBufferCD(
         CHAINS, WORK["pcd update"]["steps"], CompiledKernel(kernel) if compiled else kernel
     )
     objective.chains = starts()

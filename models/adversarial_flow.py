@@ -86,8 +86,12 @@ def opponents(hidden: tuple[int, int], seed: int) -> dict[str, Callable[[], Adve
     data is held down."""
     noise = seeded_generator(seed, spawned=2)
     return {
-        "NICE, D = 2": lambda: AdversarialFlow(NICE(2, hidden=hidden, seed=seed)),
-        "redundant, D = 4": lambda: AdversarialFlow(RedundantNICE(2, 4, hidden=hidden, seed=seed)),
+        "NICE, D = 2": lambda: AdversarialFlow(
+            NICE(2, hidden_sizes=hidden, generator=torch.Generator().manual_seed(seed))
+        ),
+        "redundant, D = 4": lambda: AdversarialFlow(
+            RedundantNICE(2, 4, hidden_sizes=hidden, generator=torch.Generator().manual_seed(seed))
+        ),
         "VERA": lambda: VERA(
             MLPGenerator((2,), 2, hidden, sigma=0.3, generator=noise),
             eta=0.5,

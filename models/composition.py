@@ -22,7 +22,7 @@ from models.recipe import Recipe, run
 from pyroebm import HMC, MCMC, NUTS, Energy
 from pyroebm.core import Conditioned, seeded_generator
 from pyroebm.energies import MLPEnergy
-from pyroebm.objectives import PersistentCD
+from pyroebm.objectives import ReplayBufferCD
 from pyroebm.targets import Gaussian
 from pyroebm.training import fit
 
@@ -81,7 +81,7 @@ def train(data: Tensor, hidden: int, steps: int, seed: int, progress: bool | Non
     """Persistent chains under HMC, at a rate that falls to 0."""
     energy = MLPEnergy((2,), (hidden, hidden), scale=1.0, generator=seeded_generator(seed))
     energy.fit_envelope(data, factor=1.5)
-    objective = PersistentCD(300, k=1, kernel=HMC(step_size=0.15, num_steps=8))
+    objective = ReplayBufferCD(300, k=1, kernel=HMC(step_size=0.15, num_steps=8))
     fit(
         energy,
         objective,

@@ -114,7 +114,7 @@ def main(
         [images.train.shape[1], *sizes],
         images.train,
         PersistentCD(num_chains=100),
-        # Copies share one parameter, whose gradient is not one of the layers': no centring here.
+        # Copies share one parameter, whose gradient is not one of the layers': no centering here.
         **pcd_options(images.train, first, 0.5 * learning_rate, decay=True),
         seed=seed,
         progress=progress,

@@ -137,9 +137,7 @@ def main(
     plot_images(first.weight.detach().mT[:100], images.shape, limits=None, ax=axes[0]).set_title(
         "receptive fields, layer 1"
     )
-    drawn = network.sample(
-        64, torch.Generator().manual_seed(seed), gibbs_steps=50 if quick else 2000
-    )
+    drawn = network.sample(64, torch.Generator().manual_seed(seed), num_steps=50 if quick else 2000)
     plot_images(drawn, images.shape, ax=axes[1]).set_title("draws: Gibbs in the top, one pass down")
     axes[2].plot(range(len(curve)), curve, marker=".")
     axes[2].set(

@@ -85,7 +85,8 @@ def opponents(data: Tensor, width: int, seed: int) -> dict[str, Callable[[], Adv
             normalised(data, 4, width, 0.45, seed), gradient_penalty=PENALTY
         ),
         "flow": lambda: AdversarialFlow(
-            RedundantNICE(2, 4, hidden=hidden, seed=seed), gradient_penalty=PENALTY
+            RedundantNICE(2, 4, hidden_sizes=hidden, generator=torch.Generator().manual_seed(seed)),
+            gradient_penalty=PENALTY,
         ),
     }
 
@@ -152,25 +153,25 @@ def images(
     # grey levels are 17: dequantised
     train = split.train + torch.rand(split.train.shape, generator=noise) / 16.0
     test = split.test + torch.rand(split.test.shape, generator=noise) / 16.0
-    centre = train.mean(0)
+    center = train.mean(0)
     energy = experts(64, width, width, 1.0, recipe.seed)
     objective = DeepDirected(
-        normalised(train - centre, 16, width, 0.05, recipe.seed), gradient_penalty=PENALTY
+        normalised(train - center, 16, width, 0.05, recipe.seed), gradient_penalty=PENALTY
     )
     fit(
         energy,
         objective,
-        train - centre,
+        train - center,
         **game(RATES, steps),
         seed=recipe.seed,
         progress=progress,
     )
-    drawn = draws_of(objective, 1_000, recipe.seed) + centre
+    drawn = draws_of(objective, 1_000, recipe.seed) + center
     shuffled = torch.stack(
         [column[torch.randperm(len(test), generator=noise)] for column in test.mT], 1
     )
     images = {"test set": test, "generator": drawn, "shuffled pixels": shuffled}
-    energies = {name: energy(x - centre).detach() for name, x in images.items()}
+    energies = {name: energy(x - center).detach() for name, x in images.items()}
     for name, values in energies.items():
         recipe.add_mean(f"digits: energy, {name}", values)
     for name in ("generator", "shuffled pixels"):

@@ -32,8 +32,8 @@ from pyroebm.diagnostics import energy_distance
 from pyroebm.diagnostics.plots import plot_images
 from pyroebm.energies import FeatureLatentEnergy
 from pyroebm.nn import mlp
-from pyroebm.objectives import Objective, PersistentCD
-from pyroebm.partition import bracket, quadrature
+from pyroebm.objectives import Objective, PersistentCD, ReplayBufferCD
+from pyroebm.partition import bidirectional_ais, quadrature
 from pyroebm.targets import Gaussian, TwoMoons
 from pyroebm.training import fit
 
@@ -163,7 +163,7 @@ def in_two_dimensions(
 
         lines = {
             "likelihood": (GridLikelihood(6.0, 40), steps // 2),
-            "PCD": (PersistentCD(256, kernel=HMC(0.08, num_steps=8)), steps),
+            "PCD": (ReplayBufferCD(256, kernel=HMC(0.08, num_steps=8)), steps),
         }
         for name, (objective, length) in lines.items():
             energy = trained(objective, length, 1e-2 if name == "likelihood" else 5e-3)
@@ -220,19 +220,19 @@ def on_digits(
     train_once = noised(split.train)
     test = noised(split.test)
     white = Whitening(data)
-    chains = PersistentCD(100, k=1 if quick else 2, kernel=HMC(0.15, num_steps=10))
+    chains = ReplayBufferCD(100, k=1 if quick else 2, kernel=HMC(0.15, num_steps=10))
     net = features(64, 128, 1.0, data.dtype, noise)
     energy = train(
         white(data), chains, net, num_hidden, steps, 3e-3, recipe.seed, progress
     ).requires_grad_(False)
     base = Gaussian(torch.zeros_like(white.mean), covariance=0.5 * torch.eye(64, dtype=data.dtype))
-    found = bracket(
+    found = bidirectional_ais(
         energy,
         chains.chains,
         base,
         betas=20 if quick else 300,
         num_chains=100,
-        seed=recipe.seed,
+        generator=torch.Generator().manual_seed(recipe.seed),
         progress=False,
     )
     recipe.add_mean(

@@ -85,7 +85,7 @@ def laplace(
 ) -> tuple[GaussianRBM, Tensor]:
     """The published setting (4 hidden units, CD-1, batches of 1,000, 50 epochs), and exact maximum
     likelihood from there."""
-    x = laplace_mixture(points, recipe.seed)
+    x = laplace_mixture(points, generator=torch.Generator().manual_seed(recipe.seed))
     data, test = x[: points // 2], x[points // 2 :]
     recipe.add("Laplace: truth", LAPLACE_LOG_LIKELIHOOD, kind="exact")
     recipe.add("Laplace: Gaussian", 2 * GAUSSIAN, kind="exact")
@@ -134,7 +134,11 @@ def patches(
 ) -> GaussianRBM:
     """Whitened patches of two photographs, of which a normal law knows nothing but the
     covariance."""
-    x = whitened(image_patches(n, side=side, seed=recipe.seed, whiten=False))
+    x = whitened(
+        image_patches(
+            n, side=side, generator=torch.Generator().manual_seed(recipe.seed), whiten=False
+        )
+    )
     data, test = x[: n // 5 * 4], x[n // 5 * 4 :]
     recipe.add_mean(
         "patches: Gaussian, test",

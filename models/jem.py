@@ -30,7 +30,7 @@ from pyroebm.diagnostics.plots import plot_images
 from pyroebm.energies import ClassifierEnergy
 from pyroebm.kernels import MALA
 from pyroebm.nn import mlp
-from pyroebm.objectives import Hybrid, PersistentCD
+from pyroebm.objectives import Hybrid, ReplayBufferCD
 from pyroebm.training import fit
 
 #: Standard deviation of the noise on pixels between 0 and 1: without it many pixels are constant,
@@ -85,7 +85,9 @@ def outliers(test: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
     """What is no digit: uniform pixels, digits with their pixels shuffled, patches of photographs,
     means of two digits; all with the same noise."""
     n = len(test)
-    patches = image_patches(n, side=8, seed=3, whiten=False, dtype=test.dtype)
+    patches = image_patches(
+        n, side=8, generator=torch.Generator().manual_seed(3), whiten=False, dtype=test.dtype
+    )
     low, high = patches.amin(1, keepdim=True), patches.amax(1, keepdim=True)
     shuffled = torch.stack([image[torch.randperm(64, generator=generator)] for image in test])
     uniform = torch.rand(n, 64, generator=generator, dtype=test.dtype)
@@ -188,7 +190,7 @@ def main(
 
     wanted, found = torch.arange(CLASSES).repeat(8), defaultdict[str, list[float]](list)
     for number in range(seed, seed + seeds):
-        chains = PersistentCD(100, k=sweeps, kernel=MALA(STEP))
+        chains = ReplayBufferCD(100, k=sweeps, kernel=MALA(STEP))
         chains.chains = rows[
             torch.randperm(len(rows), generator=seeded_generator(number))[:100]
         ].clone()

@@ -19,8 +19,8 @@ from models.recipe import Recipe
 from pyroebm.data import digits, load_binary
 from pyroebm.diagnostics.plots import plot_images
 from pyroebm.energies import BernoulliRBM, DeepBeliefNetwork, DeepBoltzmannMachine, LayeredMachine
-from pyroebm.objectives import Centring, CrossEntropy, PersistentCD
-from pyroebm.partition import Bracket, base_rates, bracket
+from pyroebm.objectives import Centering, CrossEntropy, PersistentCD
+from pyroebm.partition import BidirectionalAIS, base_rates, bidirectional_ais
 from pyroebm.training import Classifier, complete, fit, fit_steps
 
 __all__ = [
@@ -145,7 +145,7 @@ def train_pcd(
     epochs: int,
     learning_rate: float,
     *,
-    centred: bool = True,
+    centered: bool = True,
     decay: bool = False,
     batch_size: int = 100,
     chains: int = 100,
@@ -166,7 +166,7 @@ def train_pcd(
         PersistentCD(num_chains=chains, k=k),
         data,
         **pcd_options(data, epochs, learning_rate, decay=decay, batch_size=batch_size),
-        transform=Centring() if centred else None,
+        transform=Centering() if centered else None,
         checkpoint=checkpoint,
         resume=checkpoint is not None,
         seed=seed,
@@ -186,7 +186,7 @@ def machine_bracket(
     sweeps: int,
     seed: int,
     progress: bool | None,
-) -> Bracket:
+) -> BidirectionalAIS:
     """AIS and reverse AIS of a machine in float64, from the base rates of the data.
 
     The latter starts from Gibbs chains, of which half begin at training images and half at draws of
@@ -201,8 +201,14 @@ def machine_bracket(
     )
     start, joint = torch.cat(gibbs(machine, seeds, sweeps, seed + 1), 1), machine.joint()
     base = base_rates(joint, data.to(machine.dtype))
-    return bracket(
-        joint, start, base, betas=temperatures, num_chains=chains, seed=seed, progress=progress
+    return bidirectional_ais(
+        joint,
+        start,
+        base,
+        betas=temperatures,
+        num_chains=chains,
+        generator=torch.Generator().manual_seed(seed),
+        progress=progress,
     )
 
 

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from models.recipe import Recipe, run
-from pyroebm import MALA, MCMC, Energy, score
+from pyroebm import MALA, MCMC, Energy
+from pyroebm.core import score
 from pyroebm.data import dequantised, digits
 from pyroebm.diagnostics.plots import plot_images
 from pyroebm.energies import MLPEnergy

@@ -89,6 +89,12 @@ MUTANTS: dict[str, tuple[str, str, str, str]] = {
         "pass",
         "tests/training/test_fit.py",
     ),
+    "a recorded kernel is left out": (
+        "core/_torch_private.py",
+        "for call in tape:",
+        "for call in tape[:-1]:",
+        "tests/kernels/test_compiled.py",
+    ),
     "no cap on step sizes that are shared": (
         "kernels/adaptation/step_size.py",
         "<= math.log(2.0)",
@@ -103,7 +109,7 @@ MUTANTS: dict[str, tuple[str, str, str, str]] = {
     ),
     "error bars of few weights": (
         "core/statistics.py",
-        "return ess <= min(0.25 * n, ENOUGH)",
+        "return ess <= min(0.25 * num_samples, ENOUGH)",
         "return ess < 0.0",
         "tests/flows/test_importance.py pyroebm/core/statistics.py",
     ),
@@ -133,7 +139,7 @@ MUTANTS: dict[str, tuple[str, str, str, str]] = {
     ),
     "draws after the checkpoint are kept": (
         "mcmc/storage.py",
-        "if start >= count:",
+        "if start >= num_draws:",
         "if start < 0:",
         "tests/mcmc/test_storage.py",
     ),

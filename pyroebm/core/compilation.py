@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pyroebm.core._torch_private import FixedShapes, compile_graph
+from pyroebm.core._torch_private import FixedShapes, compile_graph, record_calls
 from pyroebm.core.energy import Energy, unchecked_value_and_grad
 from pyroebm.core.rowwise import RowsFailAlone
 
@@ -149,8 +149,8 @@ class CompiledGradient(Energy):
     def forward(self, x: Tensor) -> Tensor:
         return self.energy(x)
 
-    def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        return self.energy.initial(n, generator)
+    def initial(self, num_chains: int, generator: torch.Generator | None = None) -> Tensor:
+        return self.energy.initial(num_chains, generator)
 
     def captured(self, shape: torch.Size) -> Captured:
         """Value and gradient of a batch of this shape."""
@@ -179,6 +179,27 @@ class CompiledGradient(Energy):
         call, held = found
         values, grad = call(x.contiguous(), *held)
         return values, grad
+
+    def bound_to(self, x: Tensor) -> tuple[Tensor, Tensor, Callable[[], None]] | None:
+        """Value and gradient of a batch that stays in one place in memory.
+
+        Args:
+            x: states, contiguous, which are changed in place.
+
+        Returns:
+            the values, the gradient, and a function that computes both anew in place; None where
+            the graph allows no such thing, or none was prepared.
+        """
+        found = self._calls.get(x.shape)
+        if found is None or x.device.type != "cpu":
+            return None
+        call, held = found
+        with torch.no_grad():
+            recorded = record_calls(call, (x, *held))
+        if recorded is None:
+            return None
+        (values, grad), compute = recorded
+        return values, grad, compute
 
 
 class Compiled(Energy):
@@ -217,8 +238,8 @@ class Compiled(Energy):
     def forward(self, x: Tensor) -> Tensor:
         return self.energy(x)
 
-    def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        return self.energy.initial(n, generator)
+    def initial(self, num_chains: int, generator: torch.Generator | None = None) -> Tensor:
+        return self.energy.initial(num_chains, generator)
 
     def run(
         self, block: Block, tensors: tuple[Tensor, ...], static: dict[str, Any]

@@ -134,12 +134,12 @@ class Energy(nn.Module):
         check_same(type(self).__name__, "dtype", self.dtype, name, x.dtype)
         check_same(type(self).__name__, "device", self.device, name, x.device)
 
-    def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """``n`` legal starting states of finite energy, shape ``(n, *event_shape)``.
+    def initial(self, num_chains: int, generator: torch.Generator | None = None) -> Tensor:
+        """``num_chains`` legal starting states of finite energy, shape ``(n, *event_shape)``.
 
         Raises:
-            ValueError: if ``n`` < 1, the support has no default, or no finite energy is found in
-                100 tries.
+            ValueError: if ``num_chains`` < 1, the support has no default, or no finite energy is
+                found in 100 tries.
         """
 
         def draw(count: int) -> Tensor:
@@ -147,11 +147,11 @@ class Energy(nn.Module):
                 self.support, (count, *self.event_shape), generator, self.dtype, self.device
             )
 
-        return search_finite(type(self).__name__, draw, self, n)
+        return search_finite(type(self).__name__, draw, self, num_chains)
 
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """``n`` exact independent draws, shape ``(n, *event_shape)``, where the energy has them
-        (``has_exact_draws``).
+    def sample(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
+        """``num_samples`` exact independent draws, shape ``(n, *event_shape)``, where the energy
+        has them (``has_exact_draws``).
 
         Raises:
             NotImplementedError: if it has none; never returns something that is not a draw.
@@ -242,11 +242,15 @@ class Sum(Energy):
     def forward(self, x: Tensor) -> Tensor:
         return torch.stack([part(x) for part in self.parts]).sum(0)
 
-    def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+    def initial(self, num_chains: int, generator: torch.Generator | None = None) -> Tensor:
         # a part may know its domain better than the support does
-        states = cast(Energy, self.parts[0]).initial(n, generator)
+        states = cast(Energy, self.parts[0]).initial(num_chains, generator)
         with torch.no_grad():
-            return states if torch.isfinite(self(states)).all() else super().initial(n, generator)
+            return (
+                states
+                if torch.isfinite(self(states)).all()
+                else super().initial(num_chains, generator)
+            )
 
 
 class Tempered(Energy):
@@ -281,8 +285,8 @@ class Tempered(Energy):
     def forward(self, x: Tensor) -> Tensor:
         return self.beta * self.energy(x)
 
-    def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        return self.energy.initial(n, generator)
+    def initial(self, num_chains: int, generator: torch.Generator | None = None) -> Tensor:
+        return self.energy.initial(num_chains, generator)
 
     def named(self, x: Tensor, site: str = "x") -> dict[str, Tensor]:
         return self.energy.named(x, site)

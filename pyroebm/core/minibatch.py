@@ -70,8 +70,8 @@ class MinibatchEnergy(Energy):
     def forward(self, x: Tensor) -> Tensor:
         return self.prior(x) + self.total / self.size * self.loss(x, self.data)
 
-    def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        return self.prior.initial(n, generator)
+    def initial(self, num_chains: int, generator: torch.Generator | None = None) -> Tensor:
+        return self.prior.initial(num_chains, generator)
 
     def on(self, rows: Tensor) -> MinibatchEnergy:
         r""":math:`\hat E` on the data numbered ``rows``, shape ``(n,)``."""

@@ -18,7 +18,7 @@ from pyroebm.core.energy import Energy
 from pyroebm.core.supports import base_constraint, event_sum, is_discrete, is_real, unconstraining
 
 __all__ = [
-    "Compressed",
+    "LogRegularized",
     "Conditioned",
     "check_weighable",
     "Unnormalized",
@@ -99,11 +99,15 @@ class Conditioned(Energy):
     def forward(self, x: Tensor) -> Tensor:
         return self.energy(self.complete(x))
 
-    def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+    def initial(self, num_chains: int, generator: torch.Generator | None = None) -> Tensor:
         # the inner energy knows its domain best
-        states = self.energy.initial(n, generator)[:, ~self.mask]
+        states = self.energy.initial(num_chains, generator)[:, ~self.mask]
         with torch.no_grad():
-            return states if torch.isfinite(self(states)).all() else super().initial(n, generator)
+            return (
+                states
+                if torch.isfinite(self(states)).all()
+                else super().initial(num_chains, generator)
+            )
 
 
 def _log_softplus(g: Tensor) -> Tensor:
@@ -189,7 +193,7 @@ class Relaxed(Energy):
         energy: an energy whose ``forward`` accepts real numbers, and reaches them through autograd.
 
     Example:
-        >>> from pyroebm import value_and_grad
+        >>> from pyroebm.core import value_and_grad
         >>> from pyroebm.targets import BernoulliProduct
         >>> value_and_grad(Relaxed(BernoulliProduct([1.0, 2.0])), torch.tensor([[1.0, 0.0]]))
         (tensor([-1.]), tensor([[-1., -2.]]))
@@ -202,11 +206,11 @@ class Relaxed(Energy):
     def forward(self, x: Tensor) -> Tensor:
         return self.energy(x)
 
-    def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        return self.energy.initial(n, generator)
+    def initial(self, num_chains: int, generator: torch.Generator | None = None) -> Tensor:
+        return self.energy.initial(num_chains, generator)
 
 
-class Compressed(Energy):
+class LogRegularized(Energy):
     r"""An energy whose heights are taken as their logarithm above a bound, so that a far start
     gives no huge gradient.
 
@@ -224,7 +228,7 @@ class Compressed(Energy):
 
     Example:
         >>> from pyroebm.targets import Gaussian
-        >>> Compressed(Gaussian(0.0), 10.0)(torch.tensor([2.0, 1000.0]))
+        >>> LogRegularized(Gaussian(0.0), 10.0)(torch.tensor([2.0, 1000.0]))
         tensor([ 2.0000, 23.1223])
     """
 
@@ -240,16 +244,17 @@ class Compressed(Energy):
         above = torch.log1p((values - self.height).clamp(min=0.0)) + self.height
         return torch.where(values > self.height, above, values)  # a NaN stays one
 
-    def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        return self.energy.initial(n, generator)
+    def initial(self, num_chains: int, generator: torch.Generator | None = None) -> Tensor:
+        return self.energy.initial(num_chains, generator)
 
 
 def check_weighable(energy: Energy) -> None:
-    """ValueError if an energy, or one that it is made of, is :class:`Compressed`: for what makes
-    weights or log Z of values."""
-    if any(isinstance(module, Compressed) for module in energy.modules()):
+    """ValueError if an energy, or one that it is made of, is :class:`LogRegularized`: for what
+    makes weights or log Z of values."""
+    if any(isinstance(module, LogRegularized) for module in energy.modules()):
         raise ValueError(
-            "energy must not be Compressed: its values are for gradients, and weights made of them"
+            "energy must not be LogRegularized: its values are for gradients, and weights made of"
+            " them"
             " are wrong"
         )
 
@@ -298,8 +303,8 @@ class Unconstrained(Energy):
         """Whether the inner energy can be sampled exactly."""
         return self.energy.has_exact_draws
 
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        return self.unconstrain(self.energy.sample(n, generator))
+    def sample(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
+        return self.unconstrain(self.energy.sample(num_samples, generator))
 
     def forward(self, u: Tensor) -> Tensor:
         if self._as_is:
@@ -318,8 +323,8 @@ class Unconstrained(Energy):
         """The inverse of :meth:`constrain`."""
         return x if self._as_is else self.transform.inv(x)
 
-    def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        return self.unconstrain(self.energy.initial(n, generator))
+    def initial(self, num_chains: int, generator: torch.Generator | None = None) -> Tensor:
+        return self.unconstrain(self.energy.initial(num_chains, generator))
 
 
 class PotentialFn:

@@ -215,11 +215,11 @@ def plot_energy_levels(energy: Tensor | np.ndarray, bins: int = 60, ax: Axes | N
         'Hamiltonian - mean'
     """
     ax, levels = _axes(ax), _array(energy)
-    centred = (levels - levels.mean()).reshape(-1)
+    centered = (levels - levels.mean()).reshape(-1)
     changes = np.diff(levels, axis=1).reshape(-1)
-    low, high = np.quantile(np.concatenate([centred, changes]), [0.001, 0.999])
+    low, high = np.quantile(np.concatenate([centered, changes]), [0.001, 0.999])
     edges = np.linspace(low, high, bins + 1)
-    for values, color, label in ((centred, TRUTH, "marginal"), (changes, ESTIMATE, "change")):
+    for values, color, label in ((centered, TRUTH, "marginal"), (changes, ESTIMATE, "change")):
         ax.stairs(
             np.histogram(values, edges, density=True)[0], edges, color=color, lw=1.5, label=label
         )

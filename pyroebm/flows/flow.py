@@ -132,10 +132,10 @@ class Flow(Saved):
             self.base.distribution(self.dtype, self.device), list(self.transform.parts)
         )
 
-    def rsample_base(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """``n`` draws of z, shape ``(n, D)``, with gradients in the parameters of the base where it
-        has any."""
-        return self.base.rsample(n, generator, self.dtype, self.device)
+    def rsample_base(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
+        """``num_samples`` draws of z, shape ``(n, D)``, with gradients in the parameters of the
+        base where it has any."""
+        return self.base.rsample(num_samples, self.dtype, self.device, generator)
 
     def forward_and_log_prob(self, z: Tensor) -> tuple[Tensor, Tensor]:
         r"""(x, y) and :math:`\log q(x, y)` of z, without any inverse: ``(*batch, D) -> (*batch, D),

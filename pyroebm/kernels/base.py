@@ -16,7 +16,7 @@ from pyroebm.core.rng import standard_normal, uniform
 from pyroebm.core.supports import is_discrete, is_real
 from pyroebm.kernels.metric import Metric, metric_tensors
 
-__all__ = ["State", "Info", "Steps", "Kernel", "ContinuousKernel", "AnyState"]
+__all__ = ["PointState", "State", "Info", "Steps", "Kernel", "ContinuousKernel", "AnyState"]
 
 
 class AnyState(Protocol):
@@ -30,6 +30,21 @@ class AnyState(Protocol):
 
 
 S = TypeVar("S", bound=AnyState)
+
+
+class PointState(NamedTuple):
+    """What the next step of a kernel without gradients needs. Row i of each field belongs to chain
+    i alone.
+
+    Example:
+        >>> from pyroebm.kernels import Gibbs
+        >>> from pyroebm.targets import BernoulliProduct
+        >>> Gibbs().init(BernoulliProduct([1.0, 2.0]), torch.tensor([[1.0, 0.0]]))
+        PointState(x=tensor([[1., 0.]]), energy=tensor([-1.]))
+    """
+
+    x: Tensor  #: positions, shape ``(chains, *event)``
+    energy: Tensor  #: :math:`E(x)`, shape ``(chains,)``, finite
 
 
 class State(NamedTuple):
@@ -202,8 +217,8 @@ class Kernel(abc.ABC, Generic[S]):
         return new
 
     def own_adaptation(self) -> Any:
-        """An adaptation of its own, in place of :class:`pyroebm.WindowAdaptation`; None where that
-        one serves."""
+        """An adaptation of its own, in place of :class:`pyroebm.kernels.WindowAdaptation`; None
+        where that one serves."""
         return None
 
     def check_start(self, energy: Energy, x: Tensor) -> None:
@@ -322,7 +337,7 @@ def rows(x: Tensor) -> Tensor:
 
 
 def row_value_and_grad(energy: Energy, q: Tensor) -> tuple[Tensor, Tensor]:
-    """:func:`pyroebm.value_and_grad` on rows ``(chains, dim)``."""
+    """:func:`pyroebm.core.value_and_grad` on rows ``(chains, dim)``."""
     # rows are events: views that change nothing take their time as well
     if len(energy.event_shape) == 1:
         return unchecked_value_and_grad(energy, q)

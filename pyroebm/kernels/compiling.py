@@ -31,32 +31,32 @@ class CompiledKernel(Kernel[S]):
 
     Args:
         kernel: any kernel; one on discrete supports runs as it is.
-        planned_steps: steps that each chain is to take in all. Compiling takes some ten seconds: it
-            is left alone where these steps would not repay them, by the same rule as
+        num_planned_steps: steps that each chain is to take in all. Compiling takes some ten
+            seconds: it is left alone where these steps would not repay them, by the same rule as
             ``MCMC(compile="auto")``. None compiles in any case.
 
     Raises:
-        ValueError: if ``kernel`` is none, or ``planned_steps`` < 1.
-        RuntimeError: at the first step, if ``planned_steps`` is None and the energy cannot be
+        ValueError: if ``kernel`` is none, or ``num_planned_steps`` < 1.
+        RuntimeError: at the first step, if ``num_planned_steps`` is None and the energy cannot be
             compiled; else it warns.
 
     Example:
         >>> from pyroebm.kernels import ULA
-        >>> from pyroebm.objectives import PersistentCD
-        >>> objective = PersistentCD(
-        ...     256, k=20, kernel=CompiledKernel(ULA(0.1), planned_steps=20 * 5000)
+        >>> from pyroebm.objectives import ReplayBufferCD
+        >>> objective = ReplayBufferCD(
+        ...     256, k=20, kernel=CompiledKernel(ULA(0.1), num_planned_steps=20 * 5000)
         ... )
         >>> objective.kernel.step_size, objective.kernel.exact
         (0.1, False)
     """
 
     kernel: Kernel[S]
-    planned_steps: int | None = None
+    num_planned_steps: int | None = None
 
     def __post_init__(self) -> None:
         check_kernel(self.kernel)
-        if self.planned_steps is not None:
-            check_counts({"planned_steps": 1}, self.planned_steps)
+        if self.num_planned_steps is not None:
+            check_counts({"num_planned_steps": 1}, self.num_planned_steps)
 
     @property
     def exact(self) -> bool:  # type: ignore[override]
@@ -102,7 +102,7 @@ class CompiledKernel(Kernel[S]):
         source = energy.energy if isinstance(energy, Unconstrained) else energy
         seen = (source, energy.training, _held(energy))
         if self not in _views or _views[self][0] != seen:
-            steps = self.planned_steps
+            steps = self.num_planned_steps
             view = choose_compiled(
                 energy, True if steps is None else "auto", self.kernel, chains, steps or 1
             )

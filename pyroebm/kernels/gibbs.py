@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -12,24 +12,10 @@ from torch.distributions import Distribution
 
 from pyroebm.core.energy import Energy
 from pyroebm.core.rng import drawing_from
-from pyroebm.kernels.base import Info, choose, rows, uniform_like
+from pyroebm.kernels.base import Info, PointState, choose, rows, uniform_like
 from pyroebm.kernels.sites import DiscreteKernel, author, draw_index, to_sites, values_of
 
-__all__ = ["BlockGibbs", "Gibbs", "HasBlocks", "HasSiteLogits", "PointState"]
-
-
-class PointState(NamedTuple):
-    """What the next step of a kernel without gradients needs. Row i of each field belongs to chain
-    i alone.
-
-    Example:
-        >>> from pyroebm.targets import BernoulliProduct
-        >>> Gibbs().init(BernoulliProduct([1.0, 2.0]), torch.tensor([[1.0, 0.0]]))
-        PointState(x=tensor([[1., 0.]]), energy=tensor([-1.]))
-    """
-
-    x: Tensor  #: positions, shape ``(chains, *event)``
-    energy: Tensor  #: :math:`E(x)`, shape ``(chains,)``, finite
+__all__ = ["BlockGibbs", "Gibbs", "HasBlocks", "HasSiteLogits"]
 
 
 @runtime_checkable

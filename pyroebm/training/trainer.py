@@ -98,7 +98,7 @@ class Trainer:
         penalties: each called as ``penalty(module, batch)`` and added to the loss, for example
             :class:`~pyroebm.objectives.Sparsity`.
         transform: called as ``transform(module, batch, metrics)`` when the gradients are there, to
-            change them in place, for example :class:`~pyroebm.objectives.Centring`.
+            change them in place, for example :class:`~pyroebm.objectives.Centering`.
         average: a running mean of parameters, updated after each step, such as
             ``AveragedModel(energy, multi_avg_fn=get_ema_multi_avg_fn(0.999))`` of
             ``torch.optim.swa_utils``; ``average.module`` is the module to use.

@@ -13,11 +13,11 @@ from lib.checks import mean_and_se, within_se
 from lib.seeds import flat_grad, seeded
 from torch import Tensor, nn
 
-from pyroebm import MCMC, NUTS, BlockGibbs, Energy
+from pyroebm import MCMC, NUTS, Energy
 from pyroebm.energies import FeatureLatentEnergy, GaussianRBM
-from pyroebm.kernels import MALA
+from pyroebm.kernels import MALA, BlockGibbs
 from pyroebm.nn import mlp
-from pyroebm.objectives import ContrastiveDivergence, Objective, PersistentCD
+from pyroebm.objectives import ContrastiveDivergence, Objective, ReplayBufferCD
 from pyroebm.partition import quadrature
 from pyroebm.training import fit
 
@@ -166,7 +166,7 @@ def test_persistent_chains_have_the_exact_gradient() -> None:
     data = torch.randn(40, 2, dtype=F64, generator=seeded(4))
     gradients = []
     for run in range(60):
-        objective, noise = PersistentCD(num_chains=200, k=4, kernel=MALA(0.7)), seeded(30 + run)
+        objective, noise = ReplayBufferCD(num_chains=200, k=4, kernel=MALA(0.7)), seeded(30 + run)
         for _ in range(20):
             objective(energy, data, generator=noise)
         gradients.append(flat_grad(energy, objective(energy, data, generator=noise)[0]))

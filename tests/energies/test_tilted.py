@@ -18,7 +18,7 @@ from pyroebm import MCMC, NUTS, Energy
 from pyroebm.energies import MLPEnergy, Tilted
 from pyroebm.kernels import HMC, MALA, Kernel
 from pyroebm.nn import convolutions, mlp
-from pyroebm.objectives import PersistentCD
+from pyroebm.objectives import ReplayBufferCD
 from pyroebm.partition import quadrature
 from pyroebm.targets import DoubleWell, Gaussian
 from pyroebm.training import fit_steps
@@ -165,7 +165,7 @@ def test_a_tilt_is_learned_on_a_frozen_base() -> None:
     means = []
     loop = fit_steps(
         tilted,
-        PersistentCD(400, k=3, kernel=MALA(1.2)),
+        ReplayBufferCD(400, k=3, kernel=MALA(1.2)),
         data,
         num_steps=300,
         batch_size=500,

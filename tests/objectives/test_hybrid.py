@@ -24,7 +24,7 @@ from pyroebm.objectives import (
     ContrastiveDivergence,
     Hybrid,
     Objective,
-    PersistentCD,
+    ReplayBufferCD,
     SlicedScoreMatching,
 )
 from pyroebm.partition import quadrature
@@ -237,7 +237,7 @@ def test_the_gradient_is_that_of_the_likelihood(mode: str) -> None:
 @pytest.mark.parametrize("mode", ["joint", "marginal"])
 def test_persistent_chains_have_the_exact_gradient(mode: str) -> None:
     check_sampled(
-        lambda: Hybrid(PersistentCD(400, k=4, kernel=MALA(1.2)), mode=mode), mode, burn=15
+        lambda: Hybrid(ReplayBufferCD(400, k=4, kernel=MALA(1.2)), mode=mode), mode, burn=15
     )  # type: ignore[arg-type]
 
 
@@ -279,8 +279,8 @@ def test_the_weight_is_of_the_generative_term() -> None:
 
 OBJECTIVES: dict[str, Callable[[], Hybrid]] = {
     "classifier": lambda: Hybrid(),
-    "joint": lambda: Hybrid(PersistentCD(8, k=2)),
-    "marginal": lambda: Hybrid(PersistentCD(8, k=2), mode="marginal"),
+    "joint": lambda: Hybrid(ReplayBufferCD(8, k=2)),
+    "marginal": lambda: Hybrid(ReplayBufferCD(8, k=2), mode="marginal"),
     "conditional": lambda: Hybrid(ContrastiveDivergence(2), mode="conditional", weight=0.5),
 }
 
@@ -358,7 +358,7 @@ def test_a_mixture_is_learned() -> None:
     energy = mixture_energy()
     nn.init.zeros_(energy.net.weight)
     nn.init.zeros_(energy.net.bias)
-    objective = Hybrid(PersistentCD(500, k=5, kernel=MALA(1.2)))
+    objective = Hybrid(ReplayBufferCD(500, k=5, kernel=MALA(1.2)))
     data = mixture_draws(3000, 20)
     fit(energy, objective, data, num_steps=400, batch_size=300, lr=0.03, progress=False)
     x, y = mixture_draws(4000, 30)
@@ -375,7 +375,7 @@ def test_what_does_not_fit_is_refused() -> None:
         ({"weight": 0.0}, "weight must be positive and finite, got weight=0.0"),
         ({"generative": 3}, "generative must be an Objective or None, got int"),
         ({"mode": "marginal"}, "give generative"),
-        ({"mode": "conditional", "generative": PersistentCD()}, "cannot take PersistentCD"),
+        ({"mode": "conditional", "generative": ReplayBufferCD()}, "cannot take ReplayBufferCD"),
         (
             {"mode": "conditional", "generative": AdversarialFlow(NICE(2))},
             "one law for all classes",

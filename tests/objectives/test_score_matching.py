@@ -20,8 +20,8 @@ from torch.distributions import constraints
 from torch.distributions.constraints import Constraint
 from torch.utils.data import DataLoader
 
-from pyroebm import Energy, Unconstrained
-from pyroebm.core import curvatures, unit_directions
+from pyroebm import Energy
+from pyroebm.core import Unconstrained, curvatures, unit_directions
 from pyroebm.data import dequantised, digits, quantised
 from pyroebm.energies import MLPEnergy
 from pyroebm.objectives import (
@@ -278,7 +278,9 @@ def test_facts_say_whether_the_data_are_draws_of_the_model() -> None:
 def test_slices_average_to_the_exact_gradient(
     shape: tuple[int, ...], reduced: bool, law: str
 ) -> None:
-    check_mean_gradient(SlicedScoreMatching(2, reduced, law), shape, by_hessian)
+    check_mean_gradient(
+        SlicedScoreMatching(2, variance_reduced=reduced, law=law), shape, by_hessian
+    )
 
 
 @pytest.mark.parametrize("law", sliced_module.LAWS)
@@ -295,7 +297,7 @@ def test_the_error_falls_as_one_over_the_root_of_the_projections(reduced: bool) 
     with torch.no_grad():
         for m in (1, 4, 16):
             v = [
-                SlicedScoreMatching(m, reduced)(energy, part, generator=noise)[0]
+                SlicedScoreMatching(m, variance_reduced=reduced)(energy, part, generator=noise)[0]
                 for part in x.split(20)
             ]
             mean, se = mean_and_se((torch.stack(v) - exact) ** 2 * 20 * m)
@@ -320,7 +322,9 @@ def test_the_variance_of_both_forms(at: float) -> None:
     for how, truth in ((True, reduced), (False, reduced + more)):
         noise = seeded(1)
         losses = [
-            float(SlicedScoreMatching(1, how)(energy, x, generator=noise)[0].detach())
+            float(
+                SlicedScoreMatching(1, variance_reduced=how)(energy, x, generator=noise)[0].detach()
+            )
             for _ in range(n)
         ]
         exact = 0.5 * float(g @ g) - float(hessian.trace())
@@ -334,9 +338,11 @@ def test_differences_are_of_second_order(shape: tuple[int, ...], reduced: bool) 
     energy = network(shape)
     x = rows(shape)
     errors = []
-    truth = flat_grad(energy, SlicedScoreMatching(2, reduced)(energy, x, generator=seeded(8))[0])
+    truth = flat_grad(
+        energy, SlicedScoreMatching(2, variance_reduced=reduced)(energy, x, generator=seeded(8))[0]
+    )
     for eps in (0.1, 0.05, 0.025):
-        loss, _ = SlicedScoreMatching(2, reduced, finite_difference=eps)(
+        loss, _ = SlicedScoreMatching(2, variance_reduced=reduced, finite_difference=eps)(
             energy, x, generator=seeded(8)
         )
         errors.append(float((flat_grad(energy, loss) - truth).norm()))
@@ -688,7 +694,7 @@ def test_a_linear_energy_without_parameters_is_refused_too() -> None:
 BAD: list[tuple[Callable[[], Any], str]] = [
     (lambda: ScoreMatching(noise=-1.0), "noise must be finite and not negative"),
     (lambda: ScoreMatching(noise=math.nan), "noise must be finite"),
-    (lambda: SlicedScoreMatching(0), "projections must be an integer of at least 1"),
+    (lambda: SlicedScoreMatching(0), "num_projections must be an integer of at least 1"),
     (lambda: SlicedScoreMatching(law="cube"), "law must be one of"),
     (lambda: SlicedScoreMatching(finite_difference=0.0), "finite_difference must be positive"),
     (lambda: DenoisingScoreMatching(0.0), "sigma and weights must be positive"),
@@ -734,7 +740,7 @@ BAD: list[tuple[Callable[[], Any], str]] = [
     ),
     (
         lambda: sliced_fisher_divergence(Gaussian(0.0), Gaussian(1.0), torch.ones(3), 0),
-        "projections must be",
+        "num_projections must be",
     ),
     (
         lambda: sliced_fisher_divergence(Gaussian(0.0), Gaussian(1.0), torch.ones(3), law="cube"),

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pyroebm.energies import BernoulliRBM, MLPEnergy
 from pyroebm.kernels import ULA
-from pyroebm.objectives import Centring, ExactLikelihood, PersistentCD
+from pyroebm.objectives import Centering, ExactLikelihood, ReplayBufferCD
 from pyroebm.training import Batches, Guard, distributed, fit, fit_steps, read_log
 
 F64 = torch.float64
@@ -46,16 +46,16 @@ def exactly(seed: int = 0, **options: Any) -> dict[str, Tensor]:
     }
 
 
-def centred() -> dict[str, Tensor]:
+def centered() -> dict[str, Tensor]:
     """Gradients of means over rows, transformed by offsets that are means over rows."""
-    machine, centring = rbm(), Centring(rate=0.3)
+    machine, centering = rbm(), Centering(rate=0.3)
     loss = ExactLikelihood()
-    fit(machine, Means(loss), BITS, num_steps=6, batch_size=10, optimizer=SGD, transform=centring)
-    return {**machine.state_dict(), **centring.state_dict()}
+    fit(machine, Means(loss), BITS, num_steps=6, batch_size=10, optimizer=SGD, transform=centering)
+    return {**machine.state_dict(), **centering.state_dict()}
 
 
 class Means(torch.nn.Module):
-    """The exact likelihood, saying the mean units that :class:`Centring` reads."""
+    """The exact likelihood, saying the mean units that :class:`Centering` reads."""
 
     def __init__(self, inner: ExactLikelihood) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ def chained(
     energy = MLPEnergy(
         (2,), (8,), scale=2.0, dtype=F64, generator=torch.Generator().manual_seed(seed)
     )
-    objective = PersistentCD(5, 2, ULA(0.3), buffer_size=20, restart=0.1)
+    objective = ReplayBufferCD(5, 2, ULA(0.3), buffer_size=20, restart=0.1)
     data = torch.randn(30, 2, dtype=F64, generator=torch.Generator().manual_seed(1))
     options: dict[str, Any] = (
         {}
@@ -112,7 +112,7 @@ SCRIPT = """
         assert world == 2
         # all begin where the first does
         out |= {f"exactly.{k}": v for k, v in exactly(seed=rank).items()}
-        out |= {f"centred.{k}": v for k, v in centred().items()}
+        out |= {f"centered.{k}": v for k, v in centered().items()}
         out |= {f"whole.{k}": v for k, v in chained(None).items()}
         chained(folder, stop=4)
         out |= {f"resumed.{k}": v for k, v in chained(folder, seed=7).items()}
@@ -166,7 +166,7 @@ def test_averaged_gradients_are_those_of_one_process(two: Any) -> None:
     _, found = two
     for rank in found:
         torch.testing.assert_close(part(rank, "exactly"), exactly(), rtol=1e-10, atol=1e-12)
-        torch.testing.assert_close(part(rank, "centred"), centred(), rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(part(rank, "centered"), centered(), rtol=1e-10, atol=1e-12)
         torch.testing.assert_close(rank["averaged"], torch.full((2,), 1.75, dtype=F64))
         assert float(rank["metric"]) == 0.75
 

@@ -29,6 +29,7 @@ from pyroebm.objectives import (
     Objective,
     PersistentCD,
     Pseudolikelihood,
+    ReplayBufferCD,
 )
 from pyroebm.training import History, Trainer, fit, fit_steps, read_log
 from pyroebm.training.checkpoint import saved_seed
@@ -210,7 +211,7 @@ def test_objectives_prepare_each_step_and_have_defaults() -> None:
 
         def forward(self, flow: NICE, batch: None, *, generator: Any = None) -> Any:
             assert batch is None
-            z = flow.draw_noise(16, generator)
+            z = flow.rsample_base(16, generator)
             return -flow.log_prob(z).mean(), {"share": torch.tensor(self._share)}
 
     history = fit(NICE(2), Annealed(), num_steps=4)
@@ -334,7 +335,7 @@ def test_validation_leaves_the_training_alone() -> None:
     ends = []
     for validation in (None, OTHERS):
         modes: set[bool] = set()
-        energy, objective = Moody(), PersistentCD(5, 2, ULA(0.3))
+        energy, objective = Moody(), ReplayBufferCD(5, 2, ULA(0.3))
         energy.train()
         fit(energy, objective, DATA, num_steps=8, batch_size=6, validation=validation)
         assert objective.chains is not None

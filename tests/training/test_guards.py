@@ -22,7 +22,13 @@ from pyroebm import Energy
 from pyroebm.core.rng import seeded_generator
 from pyroebm.energies import MLPEnergy
 from pyroebm.kernels import ULA
-from pyroebm.objectives import ContrastiveDivergence, HasLosses, Objective, PersistentCD
+from pyroebm.objectives import (
+    ContrastiveDivergence,
+    HasLosses,
+    Objective,
+    PersistentCD,
+    ReplayBufferCD,
+)
 from pyroebm.training import Batches, Guard, Step, TrainingLog, fit, fit_steps, read_log
 
 F64 = torch.float64
@@ -59,7 +65,7 @@ class Duel(Objective):
         return {"energy": list(energy.parameters()), "generator": [self.generator]}
 
 
-class Shaken(PersistentCD):
+class Shaken(ReplayBufferCD):
     """Persistent chains with a loss that is no number, or a gap out of bounds, at some calls."""
 
     def __init__(self, at: tuple[int, ...] = (), wrong: float = math.nan) -> None:
@@ -415,7 +421,7 @@ def test_tensorboard_is_written_or_named(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 CASES = {
-    "replay": "PersistentCD(8, 3, ULA(0.3), buffer_size=40, restart=0.2)",
+    "replay": "ReplayBufferCD(8, 3, ULA(0.3), buffer_size=40, restart=0.2)",
     "players": "Duel()",
     "rolled back": "Shaken((4, 14))",
 }

@@ -40,7 +40,7 @@ def test_choice_of_total_dim_takes_makers_and_refuses() -> None:
 
     def make(dim: int, total_dim: int) -> Flow:
         made.append((dim, total_dim))
-        return RedundantNICE(dim, total_dim, couplings=1, hidden=(4,), dtype=F64)
+        return RedundantNICE(dim, total_dim, num_layers=1, hidden_sizes=(4,), dtype=F64)
 
     found = select_total_dim(
         energy,

@@ -19,13 +19,14 @@ from pyroebm.data import bars_and_stripes
 from pyroebm.energies import BernoulliRBM, ClassifierEnergy, MLPEnergy
 from pyroebm.kernels import ULA, IndependenceMetropolis
 from pyroebm.objectives import (
-    Centring,
+    Centering,
     ContrastiveDivergence,
     DenoisingScoreMatching,
     ExactLikelihood,
     Hybrid,
     PersistentCD,
     Pseudolikelihood,
+    ReplayBufferCD,
     Sparsity,
 )
 from pyroebm.training import Batches, Step, fit, fit_steps, optimizers
@@ -80,8 +81,8 @@ def last(steps: Iterator[Step]) -> Step:
 # What it does
 
 
-@pytest.mark.parametrize("centred", [False, True])
-def test_exact_training_reaches_the_ceiling(centred: bool) -> None:
+@pytest.mark.parametrize("centered", [False, True])
+def test_exact_training_reaches_the_ceiling(centered: bool) -> None:
     """Bars and stripes: the mean log-likelihood comes within .02 nats of the entropy of the
     data."""
     machine = rbm(hidden=6)
@@ -92,7 +93,7 @@ def test_exact_training_reaches_the_ceiling(centred: bool) -> None:
         num_steps=1500,
         batch_size=8,
         optimizer=functools.partial(torch.optim.SGD, lr=0.5, momentum=0.9),
-        transform=Centring() if centred else None,
+        transform=Centering() if centered else None,
     )
     step = last(steps)
     loss, metrics = step.loss, step.metrics
@@ -111,7 +112,7 @@ def test_pcd_training_raises_the_likelihood() -> None:
         "schedule": functools.partial(
             torch.optim.lr_scheduler.LinearLR, start_factor=1.0, end_factor=0.0, total_iters=3500
         ),
-        "transform": Centring(),
+        "transform": Centering(),
     }
     last(fit_steps(machine, PersistentCD(100), DATA, num_steps=3500, batch_size=8, **options))
     after = float(machine.log_likelihood(DATA).mean().detach())
@@ -305,7 +306,7 @@ def everything(
     average."""
     parts: dict[str, Any] = {
         "objective": PersistentCD(6, betas=(1.0, 0.5)) if objective is None else objective(),
-        "transform": Centring(rate=0.1) if isinstance(machine, BernoulliRBM) else None,
+        "transform": Centering(rate=0.1) if isinstance(machine, BernoulliRBM) else None,
         "average": AveragedModel(machine, multi_avg_fn=get_ema_multi_avg_fn(0.9)),
     }
     plan = functools.partial(torch.optim.lr_scheduler.ExponentialLR, gamma=0.95)
@@ -481,7 +482,7 @@ def test_where_an_object_lies_in_memory_is_no_setting() -> None:
         rsample_base = forward_and_log_prob = log_prob = print
 
     said = [
-        settings_of("o", PersistentCD(5, 1, IndependenceMetropolis(Proposal()))) for _ in range(2)
+        settings_of("o", ReplayBufferCD(5, 1, IndependenceMetropolis(Proposal()))) for _ in range(2)
     ]
     assert said[0] == said[1]
     assert "IndependenceMetropolis" in said[0]["o.kernel"]
@@ -492,7 +493,7 @@ def test_a_checkpoint_is_of_one_ladder_and_one_estimator(
     changed: dict[str, Any], tmp_path: Path
 ) -> None:
     """Settings that are tuples and truths count, as numbers and words do."""
-    energy = MLPEnergy((2,), hidden=(4,), dtype=torch.float64)
+    energy = MLPEnergy((2,), hidden_sizes=(4,), dtype=torch.float64)
     options: dict[str, Any] = {"checkpoint": tmp_path / "run.safetensors", "batch_size": 4}
     data = torch.randn(8, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     given = {"sigma": (0.1, 0.2), "control_variate": False}

@@ -14,7 +14,7 @@ from lib.seeds import seeded
 from torch import Tensor
 
 from pyroebm import Energy
-from pyroebm.core import Compressed
+from pyroebm.core import LogRegularized
 from pyroebm.flows import NICE, Flow, RealNVP, RedundantNICE, importance_sample
 from pyroebm.objectives import AlphaBootstrap, AnnealedReweighting, FlowObjective
 from pyroebm.targets import DoubleWell, Gaussian, GaussianMixture
@@ -122,7 +122,7 @@ def test_at_the_optimum_all_weights_are_one_and_the_mean_gradient_is_zero() -> N
 
 
 def test_redundant_latents_are_weighed_as_importance_sampling_weighs_them() -> None:
-    flow = RedundantNICE(1, 3, hidden=(8,))
+    flow = RedundantNICE(1, 3, hidden_sizes=(8,))
     energy = DoubleWell()
     generator = seeded(5)
     with torch.no_grad():
@@ -213,7 +213,7 @@ def test_the_temperature_is_bounded_by_that_of_the_step_and_stays_between_refres
 def test_a_linear_flow_becomes_the_gaussian_of_the_temperature(beta: float) -> None:
     covariance = torch.tensor([[1.0, 0.6], [0.6, 0.8]])
     energy = Gaussian([0.5, -0.5], covariance=covariance)
-    flow = NICE(2, couplings=0)
+    flow = NICE(2, num_layers=0)
     # the schedule ends at 1: the energy is that of the temperature
     objective = AnnealedReweighting(beta * energy, 500, beta_start=0.3)
     metrics = last(fit(flow, objective, num_steps=250, lr=0.05, seed=1))
@@ -227,7 +227,7 @@ def test_a_linear_flow_becomes_the_gaussian_of_the_temperature(beta: float) -> N
 
 def test_a_flow_that_cannot_carry_the_target_says_at_which_temperature_it_stays() -> None:
     energy = GaussianMixture([[-6.0, 0.0], [6.0, 0.0]], scale=0.4)
-    flow = RealNVP(2, layers=0, scale=4.0)
+    flow = RealNVP(2, num_layers=0, scale=4.0)
     objective = AnnealedReweighting(energy, 200, beta_start=0.01)
     metrics = last(fit(flow, objective, num_steps=300, lr=0.02))
     assert metrics["beta"] == 1.0
@@ -243,7 +243,13 @@ def test_it_keeps_a_small_mode() -> None:
     masses = []
     for seed in range(12):
         flow, objective = (
-            RealNVP(2, layers=4, hidden=(32,), scale=3.0, seed=seed),
+            RealNVP(
+                2,
+                num_layers=4,
+                hidden_sizes=(32,),
+                scale=3.0,
+                generator=torch.Generator().manual_seed(seed),
+            ),
             AnnealedReweighting(energy, 256, buffer_size=2048, beta_start=0.02),
         )
         fit(flow, objective, num_steps=300, lr=5e-3, seed=seed)
@@ -258,7 +264,7 @@ def test_it_keeps_a_small_mode() -> None:
 
 
 def test_the_buffer_is_kept_saved_and_taken_back() -> None:
-    flow, energy = RedundantNICE(1, 2, hidden=(8,)), DoubleWell()
+    flow, energy = RedundantNICE(1, 2, hidden_sizes=(8,)), DoubleWell()
     objective, fresh = (
         AnnealedReweighting(energy, 50, buffer_size=300, reuse=3),
         AnnealedReweighting(energy, 50, buffer_size=300, reuse=3),
@@ -280,7 +286,7 @@ def test_the_buffer_is_kept_saved_and_taken_back() -> None:
 def test_a_run_of_one_seed_repeats_itself_and_of_another_does_not() -> None:
     losses = []
     for seed in (0, 0, 1):
-        flow = NICE(2, couplings=2, hidden=(8,))
+        flow = NICE(2, num_layers=2, hidden_sizes=(8,))
         objective = AnnealedReweighting(Gaussian([1.0, 0.0]), 64, reuse=2)
         losses.append(fit(flow, objective, num_steps=5, seed=seed)["loss"].tolist())
     assert losses[0] == losses[1] != losses[2]
@@ -351,8 +357,8 @@ def test_a_weight_that_is_no_number_is_said(above: float) -> None:
             "energy must have events of dim=2 entries",
         ),
         (
-            lambda: AnnealedReweighting(0.5 * Compressed(DoubleWell(), 3.0)),
-            "energy must not be Compressed",
+            lambda: AnnealedReweighting(0.5 * LogRegularized(DoubleWell(), 3.0)),
+            "energy must not be LogRegularized",
         ),
     ],
 )
