@@ -286,7 +286,7 @@ def test_the_buffer_is_kept_saved_and_taken_back() -> None:
 def test_a_run_of_one_seed_repeats_itself_and_of_another_does_not() -> None:
     losses = []
     for seed in (0, 0, 1):
-        flow = NICE(2, num_layers=2, hidden_sizes=(8,))
+        flow = NICE(2, num_layers=2, hidden_sizes=(8,), generator=seeded())
         objective = AnnealedReweighting(Gaussian([1.0, 0.0]), 64, reuse=2)
         losses.append(fit(flow, objective, num_steps=5, seed=seed)["loss"].tolist())
     assert losses[0] == losses[1] != losses[2]
