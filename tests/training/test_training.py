@@ -479,7 +479,7 @@ def test_numbers_that_would_turn_a_step_around_are_refused(wrong: dict[str, Any]
 
 def test_where_an_object_lies_in_memory_is_no_setting() -> None:
     class Proposal:
-        draw_noise = push = log_prob = print
+        rsample_base = forward_and_log_prob = log_prob = print
 
     said = [
         settings_of("o", ReplayBufferCD(5, 1, IndependenceMetropolis(Proposal()))) for _ in range(2)
