@@ -369,7 +369,7 @@ def test_interrupted_and_resumed_is_uninterrupted(tmp_path: Path, optimizer: Any
     check_resumed(tmp_path, rbm, optimizer=optimizer)
 
 
-@pytest.mark.parametrize("objective", [PersistentCD, ContrastiveDivergence], ids=["pcd", "cd"])
+@pytest.mark.parametrize("objective", [ReplayBufferCD, ContrastiveDivergence], ids=["pcd", "cd"])
 def test_neural_energies_resume_too(tmp_path: Path, objective: Callable[[], Any]) -> None:
     check_resumed(tmp_path, Bowl, objective=objective)
 
