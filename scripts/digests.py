@@ -1012,7 +1012,7 @@ def resumed_training(folder: Path) -> Any:
 
 
 def fine_tuned(model: Any) -> Any:
-    classifier, labels = ebm.Classifier(model, 3, 5), torch.arange(16) % 3
+    classifier, labels = ebm.Classifier(model, 3, num_sweeps=5), torch.arange(16) % 3
     options = {"num_epochs": 2, "batch_size": 8, "progress": False}
     history = ebm.fit(classifier, ebm.CrossEntropy(), (bits(), labels), **options)
     return history["loss"], classifier, classifier.error(bits(), labels)

@@ -547,7 +547,7 @@ def test_a_classifier_starts_as_its_machine(sizes: list[int]) -> None:
     v = all_bits(sizes[0], dtype=F64)
     found: list[Tensor] = []
     for model in (machine, net):
-        classifier = Classifier(model, 3, mean_field_steps=2000)
+        classifier = Classifier(model, 3, num_sweeps=2000)
         classifier.readout.register_forward_pre_hook(
             lambda _, inputs: found.append(inputs[0].detach())
         )

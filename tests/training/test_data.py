@@ -298,7 +298,7 @@ def test_a_dataset_resumes_and_is_shared_as_rows_are() -> None:
     ours, theirs = batches_of(NUMBERS, energy, 4, seed=3), batches_of(Rows(), energy, 4, seed=3)
     for step in (5, 0, 3):
         torch.testing.assert_close(ours(step), theirs(step))
-    share = batches_of(Rows(), energy, 4, 3, (1, 2))
+    share = batches_of(Rows(), energy, 4, seed=3, ranks=(1, 2))
     torch.testing.assert_close(share(1), theirs(1)[1::2])
 
 
@@ -336,7 +336,7 @@ def test_a_loader_is_iterated_as_it_is(tmp_path: Any) -> None:
     with pytest.raises(ValueError, match="must have batches, got none"):
         fit(MLPEnergy((3,)), objective, DataLoader(NUMBERS[:0]), num_steps=1)
     with pytest.raises(ValueError, match="in 2 processes"):
-        batches_of(loader, MLPEnergy((3,)), 4, 0, (0, 2))
+        batches_of(loader, MLPEnergy((3,)), 4, ranks=(0, 2))
 
 
 def test_a_stream_needs_a_loader() -> None:
