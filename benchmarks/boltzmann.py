@@ -57,14 +57,19 @@ def ours(centered: bool) -> Timed:
     """The public loop, with all that it looks after."""
     x, rbm = data(), machine()
     transform = Centering() if centered else None
-    optimizer = functools.partial(torch.optim.SGD, lr=0.01, fused=True)
     objective = PersistentCD(num_chains=BATCH)
 
     def steps(n: int) -> None:
-        for _ in fit(
-            rbm, objective, x, steps=n, optimizer=optimizer, transform=transform, progress=False
-        ):
-            pass
+        fit(
+            rbm,
+            objective,
+            x,
+            num_steps=n,
+            optimizer="sgd",
+            lr=0.01,
+            transform=transform,
+            progress=False,
+        )
 
     return steps
 

@@ -36,7 +36,7 @@ from pyroebm.kernels import HMC, ULA, CompiledKernel, Kernel
 from pyroebm.nn import mlp
 from pyroebm.objectives import ReplayBufferCD
 from pyroebm.objectives.contrastive import advance
-from pyroebm.training import fit
+from pyroebm.training import Trainer
 
 CHAINS, EPS = 256, 0.1
 #: Case: Langevin steps, Langevin steps of an update, trajectories and their leapfrog steps.
@@ -115,10 +115,8 @@ def our_update(compiled: bool) -> Timed:
         CHAINS, WORK["pcd update"]["steps"], CompiledKernel(kernel) if compiled else kernel
     )
     objective.chains = starts()
-    turns: Iterator[Any] = fit(
-        energy, objective, starts(4096), steps=10**9, batch_size=CHAINS, progress=False
-    )
-    return lambda: next(turns)
+    trainer = Trainer(energy, objective, starts(4096), num_steps=10**9, batch_size=CHAINS)
+    return trainer.step
 
 
 def torchebm_model() -> Any:

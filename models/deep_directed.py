@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from models.adversarial_flow import Judge, draws_of, play
+from models.adversarial_flow import Judge, draws_of, game
 from models.recipe import Recipe, run
 from pyroebm.core import seeded_generator
 from pyroebm.data import digits
@@ -33,6 +33,7 @@ from pyroebm.flows import RedundantNICE
 from pyroebm.nn import Generator, MLPGenerator, mlp
 from pyroebm.objectives import Adversarial, AdversarialFlow, DeepDirected
 from pyroebm.targets import GaussianMixture
+from pyroebm.training import fit
 
 #: The energy moves slowly, and its slope at the data is held down: else it tilts away before the
 #: generator can follow.
@@ -111,10 +112,14 @@ def mixture(
     law = torch.softmax(judge.log_law, 0)
     for name, make in opponents(data, width, recipe.seed).items():
         energy, objective = experts(2, width, width, 1.0, recipe.seed), make()
-        for _ in play(
-            energy, objective, data, RATES, steps=steps, seed=recipe.seed, progress=progress
-        ):
-            pass
+        fit(
+            energy,
+            objective,
+            data,
+            **game(RATES, steps),
+            seed=recipe.seed,
+            progress=progress,
+        )
         found, drawn = judge(energy.requires_grad_(False)), draws_of(objective, 4_000, recipe.seed)
         below = -judge.entropy - found["log_likelihood"]
         recipe.add(
@@ -153,10 +158,14 @@ def images(
     objective = DeepDirected(
         normalised(train - center, 16, width, 0.05, recipe.seed), gradient_penalty=PENALTY
     )
-    for _ in play(
-        energy, objective, train - center, RATES, steps=steps, seed=recipe.seed, progress=progress
-    ):
-        pass
+    fit(
+        energy,
+        objective,
+        train - center,
+        **game(RATES, steps),
+        seed=recipe.seed,
+        progress=progress,
+    )
     drawn = draws_of(objective, 1_000, recipe.seed) + center
     shuffled = torch.stack(
         [column[torch.randperm(len(test), generator=noise)] for column in test.mT], 1

@@ -10,7 +10,6 @@ python -m models.deep_energy [--seed N] [--quick] [--out DIR]
 
 from __future__ import annotations
 
-import functools
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +18,6 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 from torch.distributions import Independent, Normal
-from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from models.recipe import Recipe, run
@@ -81,23 +79,22 @@ def train(
     )
     objective = ReplayBufferCD(100, k, MALA(0.4), buffer_size=500, restart=0.01)
     mean = AveragedModel(energy, multi_avg_fn=get_ema_multi_avg_fn(0.99))
-    loop = fit(
+    history = fit(
         energy,
         objective,
         data,
-        steps=steps,
+        num_steps=steps,
         batch_size=100,
         average=mean,
         seed=seed,
         progress=progress,
-        optimizer=functools.partial(torch.optim.AdamW, lr=5e-3, fused=True),
+        optimizer="adamw",
+        lr=5e-3,
         weight_decay=0.7,
-        schedule=functools.partial(CosineAnnealingLR, T_max=steps),
+        schedule="cosine",
         guard=Guard(rollback=True, max_energy_gap=100.0),
     )
-    gap = 0.0
-    for _, _, facts in loop:
-        gap = facts["energy_gap"]
+    gap = float(history["energy_gap"][-1])
     return mean.module.requires_grad_(False).eval(), objective, gap
 
 

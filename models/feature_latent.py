@@ -13,7 +13,6 @@ python -m models.feature_latent [--seed N] [--quick] [--out DIR]
 from __future__ import annotations
 
 import copy
-import functools
 import math
 from collections import defaultdict
 from pathlib import Path
@@ -22,7 +21,6 @@ import matplotlib.pyplot as plt
 import torch
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from models.plane import GridLikelihood
@@ -103,22 +101,19 @@ def train(
             torch.randperm(len(data), generator=noise)[: objective.num_chains]
         ].clone()
     average = AveragedModel(energy, multi_avg_fn=get_ema_multi_avg_fn(0.98))
-    optimizer = functools.partial(torch.optim.Adam, lr=rate, fused=True)
-    loop = fit(
+    fit(
         energy,
         objective,
         data,
-        steps=steps,
+        num_steps=steps,
         batch_size=256,
-        optimizer=optimizer,
+        lr=rate,
+        schedule="cosine",
         max_grad_norm=10.0,
         average=average,
-        schedule=functools.partial(CosineAnnealingLR, T_max=steps),
         seed=seed,
         progress=progress,
     )
-    for _ in loop:
-        pass
     return copy.deepcopy(average.module)
 
 

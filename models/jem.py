@@ -13,7 +13,6 @@ python -m models.jem [--seed N] [--quick] [--out DIR]
 
 from __future__ import annotations
 
-import functools
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +22,6 @@ import torch
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 from torch.nn.functional import one_hot
-from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from models.recipe import Recipe, run
 from pyroebm.core import seeded_generator
@@ -61,24 +59,16 @@ def train(
     net = mlp(64, CLASSES, (hidden, hidden), zero_last=False, dtype=data[0].dtype, generator=start)
     energy = ClassifierEnergy(net, (64,), CLASSES, scale=1.0)
     energy.fit_envelope(data[0], factor=1.0)
-    optimizer, schedule = (
-        functools.partial(torch.optim.Adam, lr=1e-3),
-        functools.partial(CosineAnnealingLR, T_max=steps),
-    )
-    loop = fit(
+    fit(
         energy,
         objective,
         data,
-        steps=steps,
-        batch_size=100,
-        optimizer=optimizer,
-        schedule=schedule,
+        num_steps=steps,
+        schedule="cosine",
         max_grad_norm=10.0,
         seed=seed,
         progress=progress,
     )
-    for _ in loop:
-        pass
     return energy.requires_grad_(False).eval()
 
 

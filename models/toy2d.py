@@ -18,7 +18,6 @@ import matplotlib.pyplot as plt
 import torch
 from pyro.distributions.transforms import LowerCholeskyAffine, Permute, affine_coupling
 from torch import Tensor
-from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from models.plane import GridLikelihood
@@ -190,22 +189,19 @@ def train(
     average = AveragedModel(energy, multi_avg_fn=get_ema_multi_avg_fn(1.0 - min(0.5, 20.0 / steps)))
     adam = functools.partial(torch.optim.Adam, betas=(line.momentum, 0.999), fused=True)
     optimizers = {player: functools.partial(adam, lr=rate) for player, rate in line.rates.items()}
-    schedule = functools.partial(CosineAnnealingLR, T_max=steps)
-    loop = fit(
+    fit(
         energy,
         line.make(law, data),
         data,
-        steps=steps,
+        num_steps=steps,
         batch_size=256,
         optimizer=optimizers,
-        schedule=schedule,
+        schedule="cosine",
         max_grad_norm=10.0,
         average=average,
         seed=seed,
         progress=progress,
     )
-    for _ in loop:
-        pass
     return copy.deepcopy(average.module).double().requires_grad_(False)
 
 

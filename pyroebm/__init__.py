@@ -15,6 +15,7 @@ from pyroebm.mcmc.storage import open_run
 from pyroebm.ppl.distribution import Boltzmann
 from pyroebm.ppl.guide import FlowGuide
 from pyroebm.ppl.model import ModelEnergy
+from pyroebm.training.fit import fit, fit_steps
 
 __version__ = "0.1.0"
 
@@ -54,6 +55,8 @@ __all__ = [
     "ULA",
     "__version__",
     "diagnose",
+    "fit",
+    "fit_steps",
     "importance_sample",
     "open_run",
 ]

@@ -323,9 +323,10 @@ def base_facts(base: Any) -> Any:
 
 
 def trained(objective: Any, energy: Energy, data: Any, **options: Any) -> Any:
-    """Losses and facts of a few steps; then weights, gradients, and the objective's own state."""
-    settings = {"steps": 3, "batch_size": 8, "seed": 2, "progress": False}
-    return list(ebm.fit(energy, objective, data, **settings | options)), energy, objective
+    """Losses and metrics of a few steps; then weights, gradients, and the objective's own state."""
+    settings = {"num_steps": 3, "batch_size": 8, "seed": 2, "progress": False}
+    steps = list(ebm.fit_steps(energy, objective, data, **settings | options))
+    return steps, energy, objective
 
 
 def moons() -> Tensor:
@@ -990,9 +991,9 @@ def resumed_training(folder: Path) -> Any:
 
     def run(energy: Energy, resume: bool, stop: int) -> Any:
         objective, transform = ebm.PersistentCD(6, betas=(1.0, 0.5)), ebm.Centering(0.1)
-        settings = {"steps": 7, "batch_size": 6, "seed": 5, "progress": False, "resume": resume}
+        settings = {"num_steps": 7, "batch_size": 6, "seed": 5, "progress": False, "resume": resume}
         files = {"checkpoint": folder / "run.safetensors", "log": folder / "log.jsonl"}
-        steps = ebm.fit(energy, objective, bits(), transform=transform, **files, **settings)
+        steps = ebm.fit_steps(energy, objective, bits(), transform=transform, **files, **settings)
         seen = list(itertools.islice(steps, stop))
         steps.close()
         return seen, energy, objective, transform
@@ -1001,14 +1002,11 @@ def resumed_training(folder: Path) -> Any:
     return runs, [timeless(row) for row in ebm.read_log(folder / "log.jsonl")]
 
 
-def briefly(rbm: Any, data: Tensor) -> None:
-    list(ebm.fit(rbm, ebm.ContrastiveDivergence(), data, steps=3, batch_size=8, progress=False))
-
-
 def fine_tuned(model: Any) -> Any:
     classifier, labels = ebm.Classifier(model, 3, 5), torch.arange(16) % 3
-    losses = list(ebm.fine_tune(classifier, bits(), labels, 2, batch_size=8, progress=False))
-    return losses, classifier, classifier.error(bits(), labels)
+    options = {"num_epochs": 2, "batch_size": 8, "progress": False}
+    history = ebm.fit(classifier, ebm.CrossEntropy(), (bits(), labels), **options)
+    return history["loss"], classifier, classifier.error(bits(), labels)
 
 
 def completed(model: Any, observed: Tensor) -> Tensor:
@@ -1018,7 +1016,7 @@ def completed(model: Any, observed: Tensor) -> Tensor:
 
 def rolled_back() -> Any:
     guard = ebm.Guard(rollback=True, every=2, max_rollbacks=50, max_energy_gap=0.6)
-    objective, options = ebm.PersistentCD(8), {"guard": guard, "steps": 8}
+    objective, options = ebm.PersistentCD(8), {"guard": guard, "num_steps": 8}
     return trained(objective, stirred(ebm.BernoulliRBM(4, 3), 1.0), bits(), **options)
 
 
@@ -1032,6 +1030,8 @@ def optimized() -> Any:
     return trained(short_chains(), perceptron(), moons(), **options)
 
 
+BRIEFLY: dict[str, Any] = {"num_steps": 3, "batch_size": 8, "progress": False}
+
 TRAINING: dict[str, Make] = {
     "checkpoint": lambda: scratch(resumed_training),
     "complete-deep": lambda: completed(deep_machine(), bits()),
@@ -1043,13 +1043,14 @@ TRAINING: dict[str, Make] = {
     "fine-tune-deep": lambda: fine_tuned(deep_machine()),
     "guard": rolled_back,
     "optimizer": optimized,
-    "pretrain-belief": lambda: ebm.pretrain_belief_network([4, 3, 4], bits(), briefly),
-    "pretrain-boltzmann": lambda: ebm.pretrain_boltzmann_machine([4, 3, 2], bits(), briefly),
+    "pretrain-belief": lambda: ebm.pretrain_belief_network(
+        [4, 3, 4], bits(), ebm.ContrastiveDivergence(), **BRIEFLY
+    ),
+    "pretrain-boltzmann": lambda: ebm.pretrain_boltzmann_machine(
+        [4, 3, 2], bits(), ebm.ContrastiveDivergence(), **BRIEFLY
+    ),
     "pretrain-gaussian": lambda: ebm.pretrain_boltzmann_machine(
-        [4, 3, 2],
-        normal(16, 4),
-        briefly,
-        visible="gaussian",
+        [4, 3, 2], normal(16, 4), ebm.ContrastiveDivergence(), visible="gaussian", **BRIEFLY
     ),
 }
 

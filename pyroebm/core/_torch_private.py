@@ -156,9 +156,8 @@ def compile_graph(
     return cast(Callable[..., tuple[Tensor, ...]], compiled)
 
 
-#: What the Python part of a compiled graph may name for its calls to be recorded: allocations, views
-#: and operations with an output that is given. What else there is, such as an operation without a
-#: kernel of TorchInductor's, makes tensors of its own at each call.
+#: What the Python part of a compiled graph may name for its calls to be recorded: allocations,
+#: views, and operations on an output that exists. Other operations allocate at each call.
 _RECORDABLE = re.compile(
     r"cpp_fused\w*|empty_strided_cpu|reinterpret_tensor|extern_kernels|(ba)?(add)?b?mm|clear|torch"
     r"|float(16|32|64)|bfloat16|u?int\d+|bool|assert_(size_stride|alignment)"

@@ -165,6 +165,24 @@ class Energy(nn.Module):
         the common batch shape."""
         return self(x2) - self(x1)
 
+    def score_samples(self, x: Tensor) -> Tensor:
+        r"""Log-density :math:`\log p(x) = -E(x) - \log Z` where ``log_z`` is known, else
+        :math:`-E(x)`, in nats, as scikit-learn's density estimators call it.
+
+        Args:
+            x: events, shape ``(*batch, *event)``.
+
+        Returns:
+            shape ``(*batch)``; higher where x is more probable.
+
+        Example:
+            >>> from pyroebm.targets import Gaussian
+            >>> Gaussian(0.0).score_samples(torch.tensor([0.0]))  # -log(2 pi) / 2
+            tensor([-0.9189])
+        """
+        log_z = self.log_z
+        return -self(x) if log_z is None else -self(x) - log_z
+
     def named(self, x: Tensor, site: str = "x") -> dict[str, Tensor]:
         """States as the variables that results show, each ``(*batch, *shape)``: here one, called
         ``site``."""

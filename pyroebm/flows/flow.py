@@ -283,6 +283,25 @@ class Flow(Saved):
         log_ratio = self.log_prob(torch.cat((x, y), dim=-1)) - self.conditional.log_prob(y, x)
         return log_ratio.logsumexp(0) - math.log(num_samples)
 
+    def score_samples(self, x: Tensor) -> Tensor:
+        r"""Log-density :math:`\log q(x)` in nats, as scikit-learn's density estimators call it.
+
+        Args:
+            x: shape ``(*batch, d)``.
+
+        Returns:
+            shape ``(*batch)``.
+
+        Raises:
+            ValueError: if D - d > 1: :meth:`log_prob_x` has a lower bound then.
+        """
+        if self.total_dim - self.dim > 1:
+            raise ValueError(
+                f"the density of x is an integral over {self.total_dim - self.dim} latent entries:"
+                ' log_prob_x(x, method="bound") is a lower bound of it'
+            )
+        return self.log_prob_x(x)
+
     @torch.no_grad()
     def _log_marginal(self, x: Tensor) -> Tensor:
         y = self.push(self.draw_noise(4096, seeded_generator(0, self.device)))[0][:, -1]

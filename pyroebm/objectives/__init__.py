@@ -3,6 +3,7 @@
 from pyroebm.objectives.adversarial import Adversarial, AdversarialFlow, DeepDirected
 from pyroebm.objectives.base import HasLosses, Objective
 from pyroebm.objectives.centering import Centering, Sparsity
+from pyroebm.objectives.classification import CrossEntropy
 from pyroebm.objectives.contrastive import ContrastiveDivergence
 from pyroebm.objectives.denoising import DenoisingScoreMatching
 from pyroebm.objectives.discrete import MinimumProbabilityFlow, Pseudolikelihood, RatioMatching
@@ -36,6 +37,7 @@ __all__ = [
     "CompiledKL",
     "ConditionalNCE",
     "ContrastiveDivergence",
+    "CrossEntropy",
     "DeepDirected",
     "DenoisingScoreMatching",
     "ExactLikelihood",

@@ -33,7 +33,9 @@ from pyroebm.energies import (
 )
 from pyroebm.energies.layered import LayeredMachine
 from pyroebm.kernels import BlockGibbs
+from pyroebm.objectives import Objective
 from pyroebm.training import (
+    Batches,
     Classifier,
     complete,
     pretrain_belief_network,
@@ -491,24 +493,32 @@ def test_a_composed_machine_feels_half_of_each_neighbour(first: Callable[[], Any
 
 
 def test_pretraining_feeds_each_layer_what_those_below_make_of_the_data() -> None:
-    """A trainer that sets known parameters: the next layer's inputs are the means of the ones
-    below, in both kinds of stack."""
-    data, seen = all_bits(4, dtype=F64), list[Tensor]()
+    """A plain gradient step of rate 1 leads to known parameters: the next layer's inputs are the
+    means of the ones below, in both kinds of stack."""
+    data, seen = all_bits(4, F64), list[Tensor]()
+    back = Batches(torch.arange(len(data)), len(data)).numbers(0).argsort()
 
-    def train(machine: LayeredMachine, inputs: Tensor) -> None:
-        seen.append(inputs)
-        with torch.no_grad():
-            for k, p in enumerate(machine.parameters()):
-                p.copy_(normal(*p.shape, seed=len(seen) + k))
+    class Known(Objective):
+        def forward(
+            self, machine: LayeredMachine, batch: Tensor, *, generator: Any = None
+        ) -> tuple[Tensor, dict[str, Tensor]]:
+            seen.append(batch[back])
+            squares = [
+                (p - normal(*p.shape, seed=len(seen) + k)).square().sum()
+                for k, p in enumerate(machine.parameters())
+            ]
+            return 0.5 * torch.stack(squares).sum(), {}
 
-    net = pretrain_belief_network([4, 3, 4, 2], data, train).requires_grad_(False)
+    options: dict[str, Any] = {"num_steps": 1, "optimizer": "sgd", "lr": 1.0}
+    net = pretrain_belief_network([4, 3, 4, 2], data, Known(), **options).requires_grad_(False)
     one = torch.sigmoid(data @ net.rbm(0).weight + net.rbm(0).hidden_bias)
     two = torch.sigmoid(one @ net.rbm(1).weight + net.rbm(1).hidden_bias)
     for found, truth in zip(seen, (data, one, two), strict=True):
         torch.testing.assert_close(found, truth)
 
     seen.clear()
-    machine = pretrain_boltzmann_machine([4, 3, 2, 3], data, train).requires_grad_(False)
+    machine = pretrain_boltzmann_machine([4, 3, 2, 3], data, Known(), **options)
+    machine.requires_grad_(False)
     # the hidden bias is the third parameter of the first RBM
     w, first_bias = machine.weights[0], normal(3, seed=3)
     first = torch.sigmoid(2.0 * (data @ w + first_bias))

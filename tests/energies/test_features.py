@@ -260,16 +260,9 @@ def test_it_learns_a_ring() -> None:
     )
     features = mlp(2, 16, (32,), activation="tanh", zero_last=False, dtype=F64, generator=seeded(0))
     energy = FeatureLatentEnergy(features, (2,), 8, generator=seeded(1))
-    for _ in fit(
-        energy, ExactOnGrid(), data, steps=200, batch_size=900, progress=False, optimizer=adam
-    ):
-        pass
+    fit(energy, ExactOnGrid(), data, num_steps=200, batch_size=900, lr=0.02, progress=False)
     reached = -float(energy(data).mean().detach()) - quadrature(energy, tolerance=1e-4).value
     assert reached > normal + 0.5, (reached, normal)
-
-
-def adam(groups: list[dict[str, object]]) -> torch.optim.Optimizer:
-    return torch.optim.Adam(groups, lr=0.02)
 
 
 def test_contrastive_gradients_reach_the_features() -> None:

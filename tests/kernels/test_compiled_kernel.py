@@ -62,8 +62,7 @@ def data() -> Tensor:
 
 def trained(kernel: Kernel[Any], steps: int = 6) -> Trained:
     energy, objective = Net(), ReplayBufferCD(8, k=6, kernel=kernel)
-    for _ in fit(energy, objective, data(), steps=steps, batch_size=8, progress=False):
-        pass
+    fit(energy, objective, data(), num_steps=steps, batch_size=8, progress=False)
     assert objective.chains is not None
     return [p.detach().clone() for p in energy.parameters()], objective.chains
 

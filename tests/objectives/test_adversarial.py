@@ -29,7 +29,7 @@ from pyroebm.objectives.adversarial import Negative, batch_norm_entropy
 from pyroebm.objectives.vera import latent_score
 from pyroebm.partition import quadrature
 from pyroebm.targets import Beta, DoubleWell, Gaussian
-from pyroebm.training import fit
+from pyroebm.training import fit_steps
 
 F64 = torch.float64
 CPU = torch.device("cpu")
@@ -212,11 +212,11 @@ def test_fit_trains_both_and_goes_on_where_it_stopped(name: str, tmp_path: Path)
         energy, objective, _ = pair(name, (2,))
         before = [p.detach().clone() for p in [*energy.parameters(), *objective.parameters()]]
         for resume in (False,) if stop is None else (False, True):
-            loop = fit(
-                energy, objective, data, steps=6, batch_size=3, checkpoint=path, resume=resume
+            loop = fit_steps(
+                energy, objective, data, num_steps=6, batch_size=3, checkpoint=path, resume=resume
             )
-            for step, _, _ in loop:
-                if not resume and step == stop:
+            for step in loop:
+                if not resume and step.number == stop:
                     loop.close()
             if stop is not None and not resume:
                 energy, objective, _ = pair(name, (2,))

@@ -275,21 +275,9 @@ def test_training_by_fit(name: str) -> None:
     data = states[torch.multinomial(p, 500, replacement=True, generator=seeded(2))]
     energy = Pairs((4,), constraints.boolean, scale=0.0)
     before = float(p @ (p.log() - law(energy, states).log()))
-    for _ in fit(
-        energy,
-        OBJECTIVES[name][0](),
-        data,
-        steps=150,
-        batch_size=100,
-        optimizer=adam,
-        progress=False,
-    ):
-        pass
+    objective = OBJECTIVES[name][0]()
+    fit(energy, objective, data, num_steps=150, batch_size=100, lr=0.03, progress=False)
     assert float(p @ (p.log() - law(energy, states).log())) < 0.2 * before
-
-
-def adam(groups: Any) -> torch.optim.Optimizer:
-    return torch.optim.Adam(groups, lr=0.03)
 
 
 def newton(

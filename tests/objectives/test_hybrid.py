@@ -28,7 +28,7 @@ from pyroebm.objectives import (
     SlicedScoreMatching,
 )
 from pyroebm.partition import quadrature
-from pyroebm.training import fit
+from pyroebm.training import fit, fit_steps
 
 F64 = torch.float64
 MEANS = torch.tensor([[1.5, 0.0], [-1.0, 1.0], [0.0, -1.5]], dtype=F64)
@@ -308,10 +308,14 @@ def test_every_mode_on_every_shape(name: str, shape: tuple[int, ...], dtype: tor
     spoiled = batch[0].clone()
     spoiled[1] = torch.nan
     with pytest.raises((ValueError, FloatingPointError), match=r"nan|finite"):
-        for _ in fit(
-            energy, OBJECTIVES[name](), (spoiled, batch[1]), steps=1, batch_size=6, progress=False
-        ):
-            pass
+        fit(
+            energy,
+            OBJECTIVES[name](),
+            (spoiled, batch[1]),
+            num_steps=1,
+            batch_size=6,
+            progress=False,
+        )
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -320,18 +324,18 @@ def test_training_goes_on_where_it_stopped(name: str, tmp_path: Path) -> None:
 
     def train(until: int, **options: object) -> ClassifierEnergy:
         energy = deep_energy()
-        loop = fit(
+        loop = fit_steps(
             energy,
             OBJECTIVES[name](),
             data,
-            steps=12,
+            num_steps=12,
             batch_size=20,
             seed=3,
             progress=False,
             **options,
         )  # type: ignore[arg-type]
-        for step, _, _ in loop:
-            if step == until:
+        for step in loop:
+            if step.number == until:
                 break
         loop.close()  # type: ignore[attr-defined]
         return energy
@@ -355,17 +359,8 @@ def test_a_mixture_is_learned() -> None:
     nn.init.zeros_(energy.net.weight)
     nn.init.zeros_(energy.net.bias)
     objective = Hybrid(ReplayBufferCD(500, k=5, kernel=MALA(1.2)))
-    rate = {"optimizer": lambda groups: torch.optim.Adam(groups, lr=0.03)}
-    for _ in fit(
-        energy,
-        objective,
-        mixture_draws(3000, 20),
-        steps=400,
-        batch_size=300,
-        progress=False,
-        **rate,
-    ):
-        pass
+    data = mixture_draws(3000, 20)
+    fit(energy, objective, data, num_steps=400, batch_size=300, lr=0.03, progress=False)
     x, y = mixture_draws(4000, 30)
     truth = WEIGHTS.log()[y] + MultivariateNormal(MEANS[y], torch.eye(2, dtype=F64)).log_prob(x)
     found = -energy.joint_energy(x, y).detach() - quadrature(energy).value

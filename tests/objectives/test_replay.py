@@ -115,8 +115,8 @@ def test_single_precision_and_training(name: str) -> None:
     data = torch.randn(40, 2, generator=seeded(6)) * 0.5 + 1.0
     energy = of_shape((2,), torch.float32)
     far = data - 2.5
-    found = list(fit(energy, OBJECTIVES[name](), data, steps=60, batch_size=20))
-    assert all(math.isfinite(loss) for _, loss, _ in found)
+    history = fit(energy, OBJECTIVES[name](), data, num_steps=60, batch_size=20)
+    assert all(map(math.isfinite, history["loss"]))
     assert float((energy(data).mean() - energy(far).mean()).detach()) < -0.05, (
         "data has less energy than what is far from it"
     )
