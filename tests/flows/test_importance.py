@@ -365,8 +365,10 @@ def test_the_best_single_gaussian_for_the_double_well() -> None:
         for seed in range(41)
     ]
     ess, k, log_z = (
-        np.median([getattr(each, name) for each in small])
-        for name in ("ess_fraction", "pareto_k", "log_z")
+        np.median(values)
+        for values in zip(
+            *((each.ess_fraction, each.pareto_k, each.log_z.value) for each in small), strict=True
+        )
     )
     assert ess > 0.9
     assert k > 0.7
