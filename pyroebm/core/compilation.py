@@ -8,7 +8,7 @@ import math
 import shutil
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -28,14 +28,13 @@ __all__ = [
     "is_compiled",
 ]
 
-#: A pure function of an energy and tensors, with static settings; what it returns is a tuple of
-#: tensors.
-Block = Callable[..., tuple[Tensor, ...]]
+#: A compiled function takes tensors one by one.
+_Call = Callable[..., Any]
 
-_Call = Callable[..., tuple[Tensor, ...]]
+T = TypeVar("T")
 
-#: Compiled blocks of this process: by block, settings, shapes, and the code of the energy's graphs,
-#: whose constants are inputs.
+#: Compiled functions of this process: by function, settings, shapes, and the code of the energy's
+#: graphs, whose constants are inputs.
 _graphs: dict[Hashable, _Call] = {}
 #: The batch shapes that a block asks the energy about.
 _shapes: dict[Hashable, tuple[torch.Size, ...]] = {}
@@ -220,38 +219,48 @@ class Compiled(Energy):
     def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         return self.energy.initial(n, generator)
 
-    def run(
-        self, block: Block, tensors: tuple[Tensor, ...], static: dict[str, Any]
-    ) -> tuple[Tensor, ...]:
-        """``block(energy, *tensors, **static)`` as one compiled call."""
-        tensors = tuple(tensor.contiguous() for tensor in tensors)
-        key = (block, *static.items(), *map(_kind, tensors))
+    def run(self, block: Callable[..., T], inputs: tuple[Any, ...], static: dict[str, Any]) -> T:
+        """``block(energy, *inputs, **static)`` as one compiled call."""
+        tensors: list[Tensor] = []
+        key = (block, *static.items(), _flatten(inputs, tensors))
         if key not in self._calls:
             try:
-                self.attempt(block, tensors, static)
+                self.attempt(block, inputs, static)
             # tracing and compiling fail in as many ways as there are energies and machines
             except Exception as error:
                 said = f"{type(self.energy).__name__} cannot be compiled ({_reason(error)})"
                 if self.must:
                     raise RuntimeError(f"{said}; use compile=False") from error
                 warnings.warn(f"{said} and runs as it is", RuntimeWarning, stacklevel=4)
-                self._calls[key] = (lambda *inputs: block(self.energy, *inputs, **static)), ()
-        call, constants = self._calls[key]
-        return call(*tensors, *constants)
 
-    def attempt(self, block: Block, tensors: tuple[Tensor, ...], static: dict[str, Any]) -> None:
-        """Compile ``block(energy, *tensors, **static)``, or raise what stands in the way."""
-        key = (block, *static.items(), *map(_kind, tensors))
-        self._calls[key] = self._compile(key, block, tensors, static)
+                def as_it_is(*given: Tensor) -> T:
+                    return block(self.energy, *_unflatten(key[-1], iter(given)), **static)
+
+                self._calls[key] = as_it_is, ()
+        call, constants = self._calls[key]
+        return cast(T, call(*tensors, *constants))
+
+    def attempt(
+        self, block: Callable[..., Any], inputs: tuple[Any, ...], static: dict[str, Any]
+    ) -> None:
+        """Compile ``block(energy, *inputs, **static)``, or raise what stands in the way."""
+        tensors: list[Tensor] = []
+        structure = _flatten(inputs, tensors)
+        key = (block, *static.items(), structure)
+        examples = _copies(tuple(tensors))
+
+        def flat(energy: Energy, *given: Tensor) -> Any:
+            return block(energy, *_unflatten(structure, iter(given)), **static)
+
+        self._calls[key] = self._compile(key, flat, examples)
 
     def _compile(
-        self, key: Hashable, block: Block, tensors: tuple[Tensor, ...], static: dict[str, Any]
+        self, key: Hashable, flat: Callable[..., Any], examples: tuple[Tensor, ...]
     ) -> tuple[_Call, tuple[Tensor, ...]]:
-        examples = _copies(tensors)
         shapes = _shapes.get((key, self.event_shape))
         if shapes is None:
             seen = _Seen(self.energy)
-            block(seen, *examples, **static)
+            flat(seen, *examples)
             shapes = _shapes[key, self.event_shape] = tuple(dict.fromkeys(seen.shapes))
         gradients = [self._gradient(shape) for shape in shapes]
         constants = tuple(c for _, held in gradients for c in held)
@@ -265,13 +274,20 @@ class Compiled(Energy):
             if len(_graphs) >= _MAX_GRAPHS:
                 _graphs.pop(next(iter(_graphs)))
 
+            returned: list[Hashable] = []
+
             def function(*inputs: Tensor) -> tuple[Tensor, ...]:
                 held, replayed = list(inputs[len(examples) :]), {}
                 for shape, (graph, constants) in zip(shapes, gradients, strict=True):
                     replayed[shape] = graph, [held.pop(0) for _ in constants]
-                return block(_Replayed(self.energy, replayed), *inputs[: len(examples)], **static)
+                out: list[Tensor] = []
+                returned[:] = [
+                    _flatten(flat(_Replayed(self.energy, replayed), *inputs[: len(examples)]), out)
+                ]
+                return tuple(out)
 
-            _graphs[known] = compiled_call(function, (*examples, *_copies(constants)))
+            compiled = compiled_call(function, (*examples, *_copies(constants)))
+            _graphs[known] = lambda *inputs: _unflatten(returned[0], iter(compiled(*inputs)))
         return _graphs[known], constants
 
     def _gradient(self, shape: torch.Size) -> Captured:
@@ -355,6 +371,24 @@ def _kind(tensor: Tensor) -> Hashable:
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
 
+def _flatten(value: Any, tensors: list[Tensor]) -> Hashable:
+    """Append the tensors of a structure, a tensor or a (named) tuple of structures, and return all
+    else that is to be known of it: types, and the kinds of its tensors."""
+    if isinstance(value, Tensor):
+        tensors.append(value.contiguous())
+        return _kind(tensors[-1])
+    return type(value), tuple([_flatten(part, tensors) for part in value])
+
+
+def _unflatten(structure: Any, tensors: Iterator[Tensor]) -> Any:
+    """The inverse of :func:`_flatten`."""
+    if not isinstance(structure[0], type):
+        return next(tensors)
+    kind, parts = structure
+    made = [_unflatten(part, tensors) for part in parts]
+    return tuple(made) if kind is tuple else kind(*made)
+
+
 def _copies(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Of each input one with its strides: a tensor that comes twice would be traced as one input,
     and need not come twice the next time."""
@@ -391,27 +425,30 @@ def is_compiled(energy: Energy) -> bool:
     return isinstance(energy, Compiled | CompiledGradient)
 
 
-def fused(block: Block, energy: Energy, *tensors: Tensor, **static: Any) -> tuple[Tensor, ...]:
-    """``block(energy, *tensors, **static)``: as one compiled block for a :class:`Compiled` energy,
-    as it is for another.
+def fused(block: Callable[..., T], energy: Energy, *inputs: Any, **static: Any) -> T:
+    """``block(energy, *inputs, **static)``: as one compiled function for a :class:`Compiled`
+    energy, as it is for another.
 
     Args:
         block: a function at the top of a module, pure and without random numbers (noise is an
-            argument).
+            argument); it returns a tensor, or a structure like those of ``inputs``.
         energy: the energy.
-        tensors: everything that changes from call to call.
+        inputs: everything that changes from call to call: tensors, and tuples of them, named or
+            not and nested at will, such as states and metrics.
         static: settings of which each combination is a graph of its own.
 
     Example:
+        >>> from pyroebm.kernels import State
         >>> from pyroebm.targets import DoubleWell
-        >>> def square(energy, x, times):
-        ...     return (times * energy(x) ** 2,)
-        >>> fused(square, DoubleWell(), torch.tensor([1.0]), times=2)
-        (tensor([8.]),)
+        >>> def moved(energy, state, by):
+        ...     return State(state.x + by, energy(state.x + by), state.grad)
+        >>> state = State(torch.zeros(1), torch.zeros(1), torch.ones(1))
+        >>> fused(moved, DoubleWell(), state, torch.ones(1)).energy
+        tensor([-2.])
     """
     if isinstance(energy, Compiled):
-        return energy.run(block, tensors, static)
-    return block(energy, *tensors, **static)
+        return energy.run(block, inputs, static)
+    return block(energy, *inputs, **static)
 
 
 class _NoCompilerError(RuntimeError):
