@@ -16,7 +16,7 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyroebm.core._torch_private import FixedShapes, compile_graph
-from pyroebm.core.energy import Energy, unchecked_value_and_grad
+from pyroebm.core.energy import Energy, View, unchecked_value_and_grad
 from pyroebm.core.rowwise import RowsFailAlone
 
 __all__ = [
@@ -117,7 +117,37 @@ class Captured(NamedTuple):
         )
 
 
-class CompiledGradient(Energy):
+class CompiledView(View):
+    """An energy compiled for kernels; its values, and all that it can do beyond them, are those of
+    the energy.
+
+    Example:
+        >>> from pyroebm.targets import DoubleWell
+        >>> isinstance(Compiled(DoubleWell()), CompiledView)
+        True
+    """
+
+    @property
+    def log_z(self) -> float | None:
+        """That of the energy."""
+        return self.energy.log_z
+
+    @property
+    def has_exact_draws(self) -> bool:
+        """Whether the energy can be sampled exactly."""
+        return self.energy.has_exact_draws
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        return self.energy.sample(n, generator)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.energy(x)
+
+    def subsample(self, generator: torch.Generator | None = None) -> Energy:
+        return self.energy.subsample(generator)
+
+
+class CompiledGradient(CompiledView):
     """An energy whose value and gradient are compiled, for kernels that ask for nothing else.
 
     Parameters and other tensors that the energy holds are inputs of the compiled graph, so that
@@ -140,16 +170,9 @@ class CompiledGradient(Energy):
     """
 
     def __init__(self, energy: Energy) -> None:
-        super().__init__(energy.event_shape, energy.support)
-        self.energy = energy
+        super().__init__(energy)
         self._captured: dict[torch.Size, Captured] = {}
         self._calls: dict[torch.Size, tuple[_Call, tuple[Tensor, ...]]] = {}
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.energy(x)
-
-    def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        return self.energy.initial(n, generator)
 
     def captured(self, shape: torch.Size) -> Captured:
         """Value and gradient of a batch of this shape."""
@@ -180,7 +203,7 @@ class CompiledGradient(Energy):
         return values, grad
 
 
-class Compiled(Energy):
+class Compiled(CompiledView):
     """An energy whose kernels run their inner loops as compiled blocks; its values are those of the
     energy.
 
@@ -208,16 +231,10 @@ class Compiled(Energy):
     """
 
     def __init__(self, energy: Energy, must: bool = True) -> None:
-        super().__init__(energy.event_shape, energy.support)
-        self.energy, self.must = energy, must
+        super().__init__(energy)
+        self.must = must
         self._calls: dict[Hashable, tuple[_Call, tuple[Tensor, ...]]] = {}
         self._gradients: dict[torch.Size, Captured] = {}
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.energy(x)
-
-    def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        return self.energy.initial(n, generator)
 
     def run(self, block: Callable[..., T], inputs: tuple[Any, ...], static: dict[str, Any]) -> T:
         """``block(energy, *inputs, **static)`` as one compiled call."""
@@ -422,7 +439,7 @@ def _lift_constants(graph: GraphModule) -> tuple[Tensor, ...]:
 
 def is_compiled(energy: Energy) -> bool:
     """Whether this is a compiled view of an energy."""
-    return isinstance(energy, Compiled | CompiledGradient)
+    return isinstance(energy, CompiledView)
 
 
 def fused(block: Callable[..., T], energy: Energy, *inputs: Any, **static: Any) -> T:
@@ -482,7 +499,7 @@ def choose_compiled(
         compile: True, False, or "auto": from counts (operations of a gradient, entries of a state,
             steps planned), never from timings, so that the choice is the same everywhere.
         kernel: the kernel, which knows about how many gradients one of its steps takes, and whether
-            its inner loops are worth compiling, or the gradient alone.
+            its inner loops are worth compiling, the gradient alone, or nothing.
         chains: number of chains, which the choice depends on.
         steps: steps planned for each chain.
         sizes: numbers of chains for which a gradient is compiled; None is ``chains`` alone.
@@ -495,7 +512,7 @@ def choose_compiled(
     """
     if compile not in (True, False, "auto"):
         raise ValueError(f'compile must be True, False or "auto", got compile={compile!r}')
-    if compile is False or kernel.discrete or is_compiled(energy):
+    if compile is False or kernel.compiles == "nothing" or kernel.discrete or is_compiled(energy):
         return energy
     gradients = steps * kernel.expected_gradients
     loops = kernel.compiles == "loops"

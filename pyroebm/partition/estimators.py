@@ -14,7 +14,7 @@ from pyroebm.core._checks import check_counts
 from pyroebm.core.energy import Energy, check_energy
 from pyroebm.core.progress import Progress
 from pyroebm.core.rng import seeded_generator
-from pyroebm.core.wrappers import Unconstrained, eval_mode
+from pyroebm.core.wrappers import eval_mode, unconstrain
 from pyroebm.energies.layered import LayeredMachine
 from pyroebm.energies.layers import Layers
 from pyroebm.flows.flow import Flow
@@ -154,7 +154,7 @@ def thermodynamic_integration(
     tempering = ParallelTempering(
         moving, torch.linspace(1.0, 0.0, num_temperatures, dtype=torch.float64), reference
     )
-    target, plan = Unconstrained(energy, keep_discrete=moving.discrete), tempering.own_adaptation()
+    target, plan = unconstrain(energy), tempering.own_adaptation()
     slopes = []
     with (
         eval_mode(energy),

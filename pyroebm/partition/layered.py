@@ -17,7 +17,7 @@ from pyroebm.energies.layered import LayeredMachine
 from pyroebm.energies.layers import Layers
 from pyroebm.kernels.base import Info
 from pyroebm.kernels.gibbs import PointState, point_state, swept
-from pyroebm.kernels.sites import DiscreteKernel, author
+from pyroebm.kernels.sites import DiscreteKernel
 from pyroebm.partition.bases import (
     IndependentLayers,
     check_base,
@@ -181,7 +181,7 @@ class LayerGibbs(DiscreteKernel[PointState]):
 
 def _ends(energy: Energy) -> tuple[Layers, Layers, Tensor]:
     if isinstance(energy, Path) and energy.reference is not None:
-        base, target = author(energy.reference), author(energy.energy)
+        base, target = energy.reference, energy.energy
         if isinstance(base, IndependentLayers) and isinstance(target, LayeredMachine):
             return base.layers, target.layers(), energy.betas
     raise ValueError(

@@ -10,7 +10,7 @@ from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from torch import Tensor
 
 from pyroebm.core.energy import Energy, check_energy
-from pyroebm.core.wrappers import PotentialFn, Unconstrained, eval_mode
+from pyroebm.core.wrappers import PotentialFn, eval_mode, unconstrain
 from pyroebm.kernels.adaptation.starts import draw_starts
 from pyroebm.kernels.adaptation.windows import Adaptation, resolve
 from pyroebm.kernels.base import Kernel, check_kernel
@@ -61,7 +61,7 @@ class PyroKernel(MCMCKernel):
         self.start_kernel = kernel
         self.site = site
         self.adaptation = resolve(kernel, adaptation)
-        self.target = Unconstrained(energy, keep_discrete=kernel.discrete)
+        self.target = unconstrain(energy)
         self.transforms = {} if kernel.discrete else PotentialFn(energy, site).transforms
         self._initial: Tensor | None = None
 
@@ -127,7 +127,7 @@ class PyroKernel(MCMCKernel):
 
     def logging(self) -> OrderedDict[str, str]:
         facts = OrderedDict([("acc. prob", f"{self._acceptance_rate():.3f}")])
-        if (size := getattr(self.kernel, "step_size", None)) is not None:
+        if (size := self.kernel.step_size) is not None:
             facts["step size"] = f"{float(torch.as_tensor(size).mean()):.2e}"
         return facts
 

@@ -32,8 +32,6 @@ from pyroebm.energies import (
     Potts,
 )
 from pyroebm.energies.layered import LayeredEnergy, LayeredMachine
-from pyroebm.kernels.gibbs import conditional_logits, offered_logits
-from pyroebm.kernels.sites import to_sites
 from pyroebm.partition import (
     Bracket,
     IndependentLayers,
@@ -864,17 +862,15 @@ def test_independent_layers_are_a_density_with_its_draws(machine: LayeredMachine
 
 
 def test_a_path_by_sites_has_the_logits_of_its_energies() -> None:
-    """The path offers what both ends offer; without it Gibbs takes the energies, and draws the
-    same."""
+    """The path combines the conditionals of both ends; they are those of its energies."""
     start = partition.base_rates(ISING, ISING.initial(50, torch.Generator().manual_seed(1)))
     path = Path(ISING, torch.tensor([0.0, 0.3, 1.0]), start)
     x, site = ISING.initial(3, torch.Generator().manual_seed(2)), torch.tensor([0, 4, 8])
-    spins = torch.tensor([[-1.0], [1.0]], dtype=F64)
-    offered = offered_logits(path, to_sites(x, spins), site, spins).log_softmax(1)
-    torch.testing.assert_close(
-        offered, conditional_logits(path, to_sites(x, spins), site, spins).log_softmax(1)
-    )
-    assert not hasattr(Path(ISING, 0.5, ISING * 0.5), "site_logits")
+    for ends in (path, Path(ISING, 0.5, ISING * 0.5), Path(ISING, 0.5)):
+        torch.testing.assert_close(
+            ends.site_logits(x, site).log_softmax(1),
+            Energy.site_logits(ends, x, site).log_softmax(1),
+        )
 
 
 def _enumerable() -> Energy:

@@ -16,7 +16,7 @@ from pyroebm.kernels.adaptation.step_size import (
     near_the_median,
     shared_mean,
 )
-from pyroebm.kernels.base import AnyState, Info, Kernel, Steps, rows
+from pyroebm.kernels.base import AnyState, HasGradient, Info, Kernel, Steps, rows
 
 __all__ = ["Adaptation", "WindowAdaptation", "Warmup", "windows"]
 
@@ -304,7 +304,7 @@ class WindowAdaptation:
         """The metric of a window, and new step sizes for it."""
         tuning, pooled, together, moved, rates, step = memory
         if pooled is not None:
-            before = kernel.inverse_mass if isinstance(kernel.inverse_mass, Tensor) else None  # type: ignore[attr-defined]
+            before = kernel.inverse_mass if isinstance(kernel.inverse_mass, Tensor) else None
             learned = pooled.metric(before)
             kernel = kernel if learned is None else kernel.replace(inverse_mass=learned)
             pooled = self._empty(kernel, state)
@@ -377,14 +377,14 @@ class WindowAdaptation:
     def _empty(
         self, kernel: Kernel[Any], state: AnyState
     ) -> PooledVariance | PooledCovariance | PooledRows | None:
-        if not self.metric or not hasattr(kernel, "inverse_mass"):
+        if not self.metric or "inverse_mass" not in kernel.learned:
             return None
         q = rows(state.x)
         if self.metric != "low_rank":
             return (
                 PooledVariance.start(q) if self.metric == "diagonal" else PooledCovariance.start(q)
             )
-        if not hasattr(state, "grad"):
+        if not isinstance(state, HasGradient):
             raise ValueError(
                 "metric='low_rank' is learned from gradients, and the states of"
                 f" {type(kernel).__name__} have none:"
