@@ -401,15 +401,12 @@ class LadderAdaptation:
 
     Example:
         >>> from pyroebm.kernels import MALA, ParallelTempering
+        >>> from pyroebm.kernels.adaptation import warmup
         >>> from pyroebm.targets import DoubleWell
         >>> energy, generator = DoubleWell(), torch.Generator().manual_seed(0)
         >>> kernel, plan = ParallelTempering(MALA(), betas=[1.0, 0.9, 0.1]), LadderAdaptation()
         >>> state = kernel.init(energy, energy.initial(64, generator), generator)
-        >>> kernel, memory = plan.start(kernel, energy, state, generator)
-        >>> for _ in range(200):
-        ...     kernel, state, info, memory = plan.step(
-        ...         kernel, energy, state, memory, 200, generator
-        ...     )
+        >>> kernel, state = warmup(kernel, energy, state, 200, plan, generator=generator)
         >>> 0.3 < kernel.betas[1] < 0.7, kernel.step_size.shape
         (tensor(True), torch.Size([3]))
     """

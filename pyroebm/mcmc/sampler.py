@@ -138,8 +138,10 @@ class MCMC(AbstractMCMC):
         torch.Size([16, 100])
     """
 
-    #: whether what is done between turns is done after each step, and not after some
-    _one_by_one = False
+    @property
+    def _one_by_one(self) -> bool:
+        """Whether what is done between turns is done after each step, and not after some."""
+        return False
 
     def __init__(
         self,
