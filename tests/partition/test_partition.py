@@ -718,13 +718,25 @@ def test_mutant_precision_of_the_target_all_along_is_caught(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(
-        layered,
-        "_on_the_way",
-        lambda start, target, beta: target._replace(
+        Layers,
+        "at",
+        lambda target, beta, base: target._replace(
             weights=(), biases=(), offset=beta * target.offset
         ),
     )
     caught("GRBM")
+
+
+def test_mutant_sweep_that_forgets_its_temperature_is_caught(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    draw_side = Layers.draw_side
+
+    def hot(self: Layers, *args: Any, beta: Any = None, base: Any = None, **options: Any) -> Any:
+        return draw_side(self, *args, **options)
+
+    monkeypatch.setattr(Layers, "draw_side", hot)
+    caught("RBM")
 
 
 def test_mutant_sign_of_the_correction_is_caught() -> None:
