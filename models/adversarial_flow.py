@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
-from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from models.recipe import Recipe, run
 from pyroebm import Energy
@@ -30,37 +29,22 @@ from pyroebm.nn import MLPGenerator
 from pyroebm.objectives import VERA, Adversarial, AdversarialFlow, evaluate_j
 from pyroebm.partition import quadrature
 from pyroebm.targets import GaussianMixture
-from pyroebm.training import fit
+from pyroebm.training import fit_steps
 
 TARGET = {"means": [[-2.0, 0.0], [2.0, 0.0]], "scale": 0.5, "weights": [0.9, 0.1]}
 RATES = {"energy": 3e-4, "generator": 1e-3}
 GENERATOR_RATES = {"energy": 5e-4, "generator": 3e-3, "posterior": 1e-2}
 
 
-def play(
-    energy: Energy,
-    objective: Adversarial,
-    data: Tensor,
-    rates: dict[str, float],
-    *,
-    steps: int,
-    batch_size: int = 256,
-    seed: int = 0,
-    progress: bool | None = None,
-) -> Iterator[tuple[int, float, dict[str, float]]]:
-    """`fit` with an Adam for each loss, whose rates fall to 0."""
+def game(rates: Mapping[str, float], steps: int) -> dict[str, Any]:
+    """Options of ``fit``: an Adam for each loss, whose rates fall to 0."""
     adam = functools.partial(torch.optim.Adam, betas=(0.5, 0.999), fused=True)
-    return fit(
-        energy,
-        objective,
-        data,
-        steps=steps,
-        batch_size=batch_size,
-        seed=seed,
-        progress=progress,
-        optimizer={name: functools.partial(adam, lr=rate) for name, rate in rates.items()},
-        schedule=functools.partial(CosineAnnealingLR, T_max=steps),
-    )
+    return {
+        "num_steps": steps,
+        "batch_size": 256,
+        "optimizer": {name: functools.partial(adam, lr=rate) for name, rate in rates.items()},
+        "schedule": "cosine",
+    }
 
 
 class Judge:
@@ -102,8 +86,12 @@ def opponents(hidden: tuple[int, int], seed: int) -> dict[str, Callable[[], Adve
     data is held down."""
     noise = seeded_generator(seed, spawned=2)
     return {
-        "NICE, D = 2": lambda: AdversarialFlow(NICE(2, hidden=hidden, seed=seed)),
-        "redundant, D = 4": lambda: AdversarialFlow(RedundantNICE(2, 4, hidden=hidden, seed=seed)),
+        "NICE, D = 2": lambda: AdversarialFlow(
+            NICE(2, hidden_sizes=hidden, generator=torch.Generator().manual_seed(seed))
+        ),
+        "redundant, D = 4": lambda: AdversarialFlow(
+            RedundantNICE(2, 4, hidden_sizes=hidden, generator=torch.Generator().manual_seed(seed))
+        ),
         "VERA": lambda: VERA(
             MLPGenerator((2,), 2, hidden, sigma=0.3, generator=noise),
             eta=0.5,
@@ -182,13 +170,14 @@ def main(
         rates = RATES if isinstance(objective, AdversarialFlow) else GENERATOR_RATES
         bounds: list[float] = []
         curves[name] = []
-        for step, _, facts in play(
-            energy, objective, data, rates, steps=steps, seed=seed, progress=progress
+        for step in fit_steps(
+            energy, objective, data, **game(rates, steps), seed=seed, progress=progress
         ):
-            bounds.append(facts.get("log_likelihood_bound", math.nan))
-            if (step + 1) % every == 0:
+            done = step.number + 1
+            bounds.append(step.metrics.get("log_likelihood_bound", math.nan))
+            if done % every == 0:
                 curves[name].append(
-                    (step + 1, sum(bounds[-every:]) / every, judge.log_likelihood(energy))
+                    (done, sum(bounds[-every:]) / every, judge.log_likelihood(energy))
                 )
         q, left = report(recipe, name, energy.requires_grad_(False), objective, judge, n)
         shown[name] = (energy(judge.grid), q, left)

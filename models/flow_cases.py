@@ -84,7 +84,7 @@ class Case:
             n,
             draws=fitted.draws,
             num_distances=min(n, 4000),
-            seed=seed,
+            generator=torch.Generator().manual_seed(seed),
             progress=False,
         )
         return report, self.facts(report, fitted.energy)
@@ -112,7 +112,7 @@ def train(
 
 
 def double_well(seed: int, quick: bool) -> Fitted:
-    flow = RedundantNICE(1, 2, dtype=torch.float32, seed=seed)
+    flow = RedundantNICE(1, 2, dtype=torch.float32, generator=torch.Generator().manual_seed(seed))
     return train(lambda dtype: DoubleWell(dtype=dtype), flow, seed, quick, steps=2000)
 
 
@@ -128,7 +128,7 @@ class TurnedManyWell(ManyWell):
     turn: Tensor
 
     def __init__(self, pairs: int, dtype: torch.dtype | None = None) -> None:
-        super().__init__(pairs, dtype)
+        super().__init__(pairs, dtype=dtype)
         noise = torch.randn(
             2 * pairs, 2 * pairs, dtype=torch.float64, generator=seeded_generator(0)
         )
@@ -157,7 +157,13 @@ class TurnedManyWell(ManyWell):
 
 
 def many_well(kind: type[ManyWell], pairs: int, seed: int, quick: bool) -> Fitted:
-    flow = SplineFlow(2 * pairs, layers=4, hidden=(128,), dtype=torch.float32, seed=seed)
+    flow = SplineFlow(
+        2 * pairs,
+        num_layers=4,
+        hidden_sizes=(128,),
+        dtype=torch.float32,
+        generator=torch.Generator().manual_seed(seed),
+    )
     settings: dict[str, Any] = {
         "objective": ReverseKL(gradient="total"),
         "steps": 2000,
@@ -184,7 +190,13 @@ def mixture(
     make: Callable[..., GaussianMixture], scale: float, beta_start: float, seed: int, quick: bool
 ) -> Fitted:
     flow = SplineFlow(
-        2, layers=4, hidden=(64, 64), bins=16, scale=scale, dtype=torch.float32, seed=seed
+        2,
+        num_layers=4,
+        hidden_sizes=(64, 64),
+        num_bins=16,
+        scale=scale,
+        dtype=torch.float32,
+        generator=torch.Generator().manual_seed(seed),
     )
     settings: dict[str, Any] = {
         "objective": AnnealedReweighting(),
@@ -196,14 +208,25 @@ def mixture(
 
 
 def funnel(seed: int, quick: bool) -> Fitted:
-    flow = AutoregressiveFlow(10, layers=2, hidden=(32, 32), dtype=torch.float32, seed=seed)
+    flow = AutoregressiveFlow(
+        10,
+        num_layers=2,
+        hidden_sizes=(32, 32),
+        dtype=torch.float32,
+        generator=torch.Generator().manual_seed(seed),
+    )
     settings: dict[str, Any] = {"steps": 2000, "num_samples": 256, "lr": 5e-3, "beta_start": 1.0}
     return train(lambda dtype: Funnel(dtype=dtype), flow, seed, quick, **settings)
 
 
 def ring(seed: int, quick: bool) -> Fitted:
     flow = SplineFlow(
-        16, layers=2, hidden=(128, 128), autoregressive=True, dtype=torch.float32, seed=seed
+        16,
+        num_layers=2,
+        hidden_sizes=(128, 128),
+        autoregressive=True,
+        dtype=torch.float32,
+        generator=torch.Generator().manual_seed(seed),
     )
     settings: dict[str, Any] = {
         "objective": ReverseKL(gradient="total"),
@@ -232,7 +255,9 @@ def flipped_chains(energy: Energy, seed: int, quick: bool) -> Tensor:
 
 
 def free_field(seed: int, quick: bool) -> Fitted:
-    flow = NICE(16, couplings=0, dtype=torch.float64, seed=seed)
+    flow = NICE(
+        16, num_layers=0, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+    )
     settings: dict[str, Any] = {"steps": 3000, "num_samples": 128, "lr": 1e-2, "beta_start": 1.0}
     return train(
         lambda dtype: Phi4(16, m2=1.0, lam=0.0, dtype=dtype), flow, seed, quick, **settings
@@ -254,7 +279,7 @@ REFERENCE = {
 
 
 def schools(effects: Tensor, errors: Tensor) -> None:
-    """Rubin's eight schools (1981), non-centred, with posteriordb's priors."""
+    """Rubin's eight schools (1981), non-centered, with posteriordb's priors."""
     mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
     tau = pyro.sample("tau", dist.HalfCauchy(5.0))
     with pyro.plate("schools", 8):
@@ -385,7 +410,15 @@ CASES: dict[str, Case] = {
     "schools": Case(
         "eight schools, RealNVP",
         lambda s, q: eight_schools(
-            lambda seed: RealNVP(10, layers=4, hidden=(32,), dtype=torch.float64, seed=seed), s, q
+            lambda seed: RealNVP(
+                10,
+                num_layers=4,
+                hidden_sizes=(32,),
+                dtype=torch.float64,
+                generator=torch.Generator().manual_seed(seed),
+            ),
+            s,
+            q,
         ),
         r"$\mu$",
         lambda x: x[:, 0],
@@ -395,7 +428,12 @@ CASES: dict[str, Case] = {
         "eight schools, redundant NICE D = 12",
         lambda s, q: eight_schools(
             lambda seed: RedundantNICE(
-                10, 12, couplings=4, hidden=(32,), dtype=torch.float64, seed=seed
+                10,
+                12,
+                num_layers=4,
+                hidden_sizes=(32,),
+                dtype=torch.float64,
+                generator=torch.Generator().manual_seed(seed),
             ),
             s,
             q,

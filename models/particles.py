@@ -57,11 +57,11 @@ class System:
 
 SYSTEMS: dict[str, System] = {
     "DW4": System(
-        lambda: DW4(F64),
+        lambda: DW4(dtype=F64),
         0.1,
         5,
         5,
-        {"reach": 12.0, "length": 2.0, "steps": 32},
+        {"reach": 12.0, "length": 2.0, "num_steps": 32},
         1e-2,
         256,
         600,
@@ -72,7 +72,7 @@ SYSTEMS: dict[str, System] = {
         0.4,
         5,
         10,
-        {"reach": 8.0, "cells": 40},
+        {"reach": 8.0, "num_cells": 40},
         4e-3,
         128,
         400,
@@ -83,7 +83,7 @@ SYSTEMS: dict[str, System] = {
         0.3,
         7,
         10,
-        {"reach": 8.0, "cells": 40},
+        {"reach": 8.0, "num_cells": 40},
         6e-3,
         128,
         400,
@@ -233,7 +233,7 @@ def trained(
         quick: a few steps only.
     """
     energy = system.make().float()
-    flow = EquivariantFlow(energy.particles, energy.space, dtype=F64, **system.flow)
+    flow = EquivariantFlow(energy.num_particles, energy.space, dtype=F64, **system.flow)
     match_flow(flow, draws, 500 if quick else 20_000, seed=seed, progress=False)
     first = copy.deepcopy(flow)
     flow.float()
@@ -269,7 +269,7 @@ def case(name: str, seed: int = 0, quick: bool = False) -> Case:
     system, began = SYSTEMS[name], time.process_time()
     found = reference(system, seed, 8, 12, 8) if quick else reference(system, seed)
     first, flow, losses = trained(system, found.half(0).flatten(0, 1), seed, quick)
-    first.steps = flow.steps = 10 if quick else 60
+    first.num_steps = flow.num_steps = 10 if quick else 60
     return Case(
         name,
         seed,
@@ -308,7 +308,7 @@ def judged(done: Case, *, quick: bool = False, matched: bool = False) -> Judgeme
             n,
             fresh.reshape(len(held), last, -1),
             num_distances=some,
-            seed=seed,
+            generator=torch.Generator().manual_seed(seed),
             progress=False,
         )
         between = bridge(
@@ -322,17 +322,17 @@ def judged(done: Case, *, quick: bool = False, matched: bool = False) -> Judgeme
             start,
             HMC(num_steps=8),
             16 if quick else 256,
-            islands=8,
+            num_islands=8,
             generator=generator,
             progress=False,
         )
     far, near = distances(energy, fresh), distances(energy, report.weighted.x[:some])
     z = flow.draw_noise(200, generator)
     back = flow.transform.inv(flow.push(z)[0])
-    log_q, fine = flow.log_prob(fresh[:200]), flow.steps
-    flow.steps = fine // 2
+    log_q, fine = flow.log_prob(fresh[:200]), flow.num_steps
+    flow.num_steps = fine // 2
     rough = flow.log_prob(fresh[:200])
-    flow.steps = fine
+    flow.num_steps = fine
     return Judgement(
         report=report,
         distances=energy_distance(near, far),

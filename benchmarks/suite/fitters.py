@@ -260,38 +260,53 @@ def with_pyro(what: str, energy: Counted, scale: float, steps: int) -> Training:
 
 
 def _couplings(dim: int, scale: float) -> Flow:
-    return RealNVP(dim, scale=scale, seed=torch.initial_seed())
+    return RealNVP(dim, scale=scale, generator=torch.Generator().manual_seed(torch.initial_seed()))
 
 
 def _autoregressive(dim: int, scale: float) -> Flow:
     return AutoregressiveFlow(
-        dim, layers=2, hidden=(32, 32), scale=scale, seed=torch.initial_seed()
+        dim,
+        num_layers=2,
+        hidden_sizes=(32, 32),
+        scale=scale,
+        generator=torch.Generator().manual_seed(torch.initial_seed()),
     )
 
 
 def _splines(dim: int, scale: float) -> Flow:
-    return SplineFlow(dim, layers=4, scale=scale, seed=torch.initial_seed())
+    return SplineFlow(
+        dim,
+        num_layers=4,
+        scale=scale,
+        generator=torch.Generator().manual_seed(torch.initial_seed()),
+    )
 
 
 def _fine_splines(dim: int, scale: float) -> Flow:
     return SplineFlow(
         dim,
-        layers=min(dim, 2),
-        bins=16,
+        num_layers=min(dim, 2),
+        num_bins=16,
         scale=scale,
         autoregressive=dim > 1,
-        seed=torch.initial_seed(),
+        generator=torch.Generator().manual_seed(torch.initial_seed()),
     )
 
 
 def _narrow_splines(dim: int, scale: float) -> Flow:
     # so that the modes are within the bins, 5 on either side
-    return SplineFlow(dim, layers=4, bins=16, scale=0.4 * scale, seed=torch.initial_seed())
+    return SplineFlow(
+        dim,
+        num_layers=4,
+        num_bins=16,
+        scale=0.4 * scale,
+        generator=torch.Generator().manual_seed(torch.initial_seed()),
+    )
 
 
 def _even(dim: int, scale: float) -> Flow:
     return Symmetrized(
-        RealNVP(dim, scale=scale, seed=torch.initial_seed()),
+        RealNVP(dim, scale=scale, generator=torch.Generator().manual_seed(torch.initial_seed())),
         torch.stack([torch.eye(dim), -torch.eye(dim)]),
     )
 
@@ -303,7 +318,9 @@ _OURS: dict[str, dict[str, Fitter]] = {
     "double well": {
         "RedundantNICE, D = 2": functools.partial(
             ours,
-            lambda dim, scale: RedundantNICE(dim, dim + 1, seed=torch.initial_seed()),
+            lambda dim, scale: RedundantNICE(
+                dim, dim + 1, generator=torch.Generator().manual_seed(torch.initial_seed())
+            ),
             ReverseKL,
         ),
         "SplineFlow, 16 bins": functools.partial(ours, _fine_splines, _total),

@@ -165,8 +165,8 @@ def _weighted_facts(result: Any, seconds: float) -> Facts:
         "var": float(square - mean**2),
         "right_mass": float(mass),
         "right_mass_se": float(mass_se),
-        "log_z": result.log_z,
-        "log_z_se": result.log_z_se,
+        "log_z": result.log_z.value,
+        "log_z_se": result.log_z.standard_error,
         "ess_fraction": result.ess_fraction,
         "pareto_k": result.pareto_k,
         "seconds": seconds,
@@ -209,18 +209,25 @@ def run_demo(out: Path, seed: int = 0, quick: bool = False, progress: bool | Non
         "NICE with D = 1: one dimension leaves nothing to couple, so this is a Gaussian with a"
         " learned shift ..."
     )
-    nice = NICE(dim=1, dtype=torch.float64, seed=seeds[2])
+    nice = NICE(dim=1, dtype=torch.float64, generator=torch.Generator().manual_seed(seeds[2]))
     seconds = fit(nice, energy, 2 * steps, seeds[2], progress)
     _, report["nice"] = flow_facts(nice, energy, n, seeds[3], seconds, "j", progress)
 
     draws, by_dim = {}, {}
     for total_dim in (2, 3):
         print(f"Redundant NICE with D = {total_dim} ...")
-        flow = RedundantNICE(dim=1, total_dim=total_dim, dtype=torch.float64, seed=seeds[2])
+        flow = RedundantNICE(
+            dim=1,
+            total_dim=total_dim,
+            dtype=torch.float64,
+            generator=torch.Generator().manual_seed(seeds[2]),
+        )
         seconds = fit(flow, energy, steps, seeds[2], progress)
         x, facts = flow_facts(flow, energy, n, seeds[3], seconds, "j_r", progress)
         began = time.perf_counter()
-        result = importance_sample(flow, energy, n, seed=seeds[4], progress=progress)
+        result = importance_sample(
+            flow, energy, n, generator=torch.Generator().manual_seed(seeds[4]), progress=progress
+        )
         draws[total_dim] = (x, result)
         by_dim[total_dim] = (facts, _weighted_facts(result, seconds + time.perf_counter() - began))
     bounds = {1: report["nice"]["j"]} | {d: facts["j_r"] for d, (facts, _) in by_dim.items()}

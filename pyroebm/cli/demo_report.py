@@ -62,7 +62,7 @@ def draw_figures(
     plots.plot_potential(
         energy,
         weighted.x,
-        weighted.log_z,
+        weighted.log_z.value,
         weighted.log_weights,
         limits,
         label="the same, importance weighted",

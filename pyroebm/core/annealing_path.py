@@ -15,13 +15,13 @@ from pyroebm.core.conditionals import (
     product_of_powers,
 )
 from pyroebm.core.energy import Energy, View
-from pyroebm.core.rng import seeded_generator
+from pyroebm.core.rng import draw_from, seeded_generator
 from pyroebm.core.supports import inside, same_support
 
-__all__ = ["DistributionEnergy", "Path"]
+__all__ = ["DistributionEnergy", "GeometricPath"]
 
 
-class Path(View):
+class GeometricPath(View):
     r"""The path of densities from a reference :math:`V` to an energy :math:`U`, each row at a point
     of its own.
 
@@ -41,7 +41,7 @@ class Path(View):
 
     Example:
         >>> from pyroebm.targets import DoubleWell, Gaussian
-        >>> path = Path(DoubleWell(), torch.tensor([1.0, 0.5, 0.0]), Gaussian(0.0))
+        >>> path = GeometricPath(DoubleWell(), torch.tensor([1.0, 0.5, 0.0]), Gaussian(0.0))
         >>> path(torch.ones(3))
         tensor([-2.0000, -0.7500,  0.5000])
         >>> path.slope(torch.ones(3))
@@ -140,8 +140,8 @@ class DistributionEnergy(Energy):
     :math:`\log Z = 0`.
 
     Args:
-        distribution: of Pyro or torch, with an empty batch shape. It draws from torch's global
-            generator, which is seeded for it from the generator given, and put back.
+        distribution: of Pyro or torch, with an empty batch shape. Its draws are those of
+            :func:`pyroebm.core.rng.draw_from`.
         dtype: floating-point type of its draws; None for torch's default.
 
     Raises:
@@ -157,7 +157,7 @@ class DistributionEnergy(Energy):
     log_z = 0.0
     has_exact_draws = True
 
-    def __init__(self, distribution: Distribution, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, distribution: Distribution, *, dtype: torch.dtype | None = None) -> None:
         if distribution.batch_shape or not getattr(distribution, "normalized", True):
             raise ValueError(
                 "distribution must be normalised and have batch_shape (), got"
@@ -177,10 +177,6 @@ class DistributionEnergy(Energy):
         values = -self.distribution.log_prob(torch.where(where, x, self._legal))
         return torch.where(legal, values, torch.inf)
 
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        where = self.device if generator is None else generator.device
-        seed = int(torch.randint(2**63 - 1, (), generator=generator, device=where))
-        seeded = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-        with torch.random.fork_rng(seeded), torch.no_grad():
-            torch.manual_seed(seed)
-            return self.distribution.sample((n,)).to(self.dtype)
+    def sample(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
+        with torch.no_grad():
+            return draw_from(self.distribution, num_samples, generator).to(self.dtype)

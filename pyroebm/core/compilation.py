@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pyroebm.core._torch_private import FixedShapes, compile_graph
+from pyroebm.core._torch_private import FixedShapes, compile_graph, record_calls
 from pyroebm.core.energy import Energy, View, unchecked_value_and_grad
 from pyroebm.core.rowwise import RowsFailAlone
 
@@ -201,6 +201,27 @@ class CompiledGradient(CompiledView):
         call, held = found
         values, grad = call(x.contiguous(), *held)
         return values, grad
+
+    def bound_to(self, x: Tensor) -> tuple[Tensor, Tensor, Callable[[], None]] | None:
+        """Value and gradient of a batch that stays in one place in memory.
+
+        Args:
+            x: states, contiguous, which are changed in place.
+
+        Returns:
+            the values, the gradient, and a function that computes both anew in place; None where
+            the graph allows no such thing, or none was prepared.
+        """
+        found = self._calls.get(x.shape)
+        if found is None or x.device.type != "cpu":
+            return None
+        call, held = found
+        with torch.no_grad():
+            recorded = record_calls(call, (x, *held))
+        if recorded is None:
+            return None
+        (values, grad), compute = recorded
+        return values, grad, compute
 
 
 class Compiled(CompiledView):

@@ -154,12 +154,12 @@ class Energy(nn.Module):
         check_same(type(self).__name__, "dtype", self.dtype, name, x.dtype)
         check_same(type(self).__name__, "device", self.device, name, x.device)
 
-    def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """``n`` legal starting states of finite energy, shape ``(n, *event_shape)``.
+    def initial(self, num_chains: int, generator: torch.Generator | None = None) -> Tensor:
+        """``num_chains`` legal starting states of finite energy, shape ``(n, *event_shape)``.
 
         Raises:
-            ValueError: if ``n`` < 1, the support has no default, or no finite energy is found in
-                100 tries.
+            ValueError: if ``num_chains`` < 1, the support has no default, or no finite energy is
+                found in 100 tries.
         """
 
         def draw(count: int) -> Tensor:
@@ -167,7 +167,7 @@ class Energy(nn.Module):
                 self.support, (count, *self.event_shape), generator, self.dtype, self.device
             )
 
-        return search_finite(type(self).__name__, draw, self, n)
+        return search_finite(type(self).__name__, draw, self, num_chains)
 
     @property
     def log_z(self) -> float | None:
@@ -179,9 +179,9 @@ class Energy(nn.Module):
         """Whether :meth:`sample` draws, or raises."""
         return False
 
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """``n`` exact independent draws, shape ``(n, *event_shape)``, where the energy has them
-        (``has_exact_draws``).
+    def sample(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
+        """``num_samples`` exact independent draws, shape ``(n, *event_shape)``, where the energy
+        has them (``has_exact_draws``).
 
         Raises:
             NotImplementedError: if it has none; never returns something that is not a draw.
@@ -227,6 +227,24 @@ class Energy(nn.Module):
         r""":math:`\log p(x_1) - \log p(x_2) = E(x_2) - E(x_1)`, which needs no :math:`Z`. Shape:
         the common batch shape."""
         return self(x2) - self(x1)
+
+    def score_samples(self, x: Tensor) -> Tensor:
+        r"""Log-density :math:`\log p(x) = -E(x) - \log Z` where ``log_z`` is known, else
+        :math:`-E(x)`, in nats, as scikit-learn's density estimators call it.
+
+        Args:
+            x: events, shape ``(*batch, *event)``.
+
+        Returns:
+            shape ``(*batch)``; higher where x is more probable.
+
+        Example:
+            >>> from pyroebm.targets import Gaussian
+            >>> Gaussian(0.0).score_samples(torch.tensor([0.0]))  # -log(2 pi) / 2
+            tensor([-0.9189])
+        """
+        log_z = self.log_z
+        return -self(x) if log_z is None else -self(x) - log_z
 
     def named(self, x: Tensor, site: str = "x") -> dict[str, Tensor]:
         """States as the variables that results show, each ``(*batch, *shape)``: here one, called
@@ -287,11 +305,15 @@ class Sum(Energy):
     def forward(self, x: Tensor) -> Tensor:
         return torch.stack([part(x) for part in self.parts]).sum(0)
 
-    def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+    def initial(self, num_chains: int, generator: torch.Generator | None = None) -> Tensor:
         # a part may know its domain better than the support does
-        states = self._parts[0].initial(n, generator)
+        states = self._parts[0].initial(num_chains, generator)
         with torch.no_grad():
-            return states if torch.isfinite(self(states)).all() else super().initial(n, generator)
+            return (
+                states
+                if torch.isfinite(self(states)).all()
+                else super().initial(num_chains, generator)
+            )
 
     @property
     def _parts(self) -> list[Energy]:

@@ -66,8 +66,8 @@ class MinibatchEnergy(Energy):
     def forward(self, x: Tensor) -> Tensor:
         return self.prior(x) + self.total / self.size * self.loss(x, self.data)
 
-    def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        return self.prior.initial(n, generator)
+    def initial(self, num_chains: int, generator: torch.Generator | None = None) -> Tensor:
+        return self.prior.initial(num_chains, generator)
 
     def named(self, x: Tensor, site: str = "x") -> dict[str, Tensor]:
         return self.prior.named(x, site)

@@ -18,7 +18,7 @@ from pyroebm.core.energy import Energy, View
 from pyroebm.core.supports import base_constraint, event_sum, is_discrete, is_real, unconstraining
 
 __all__ = [
-    "Compressed",
+    "LogRegularized",
     "Conditioned",
     "check_weighable",
     "Unnormalized",
@@ -100,11 +100,15 @@ class Conditioned(Energy):
     def forward(self, x: Tensor) -> Tensor:
         return self.energy(self.complete(x))
 
-    def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+    def initial(self, num_chains: int, generator: torch.Generator | None = None) -> Tensor:
         # the inner energy knows its domain best
-        states = self.energy.initial(n, generator)[:, ~self.mask]
+        states = self.energy.initial(num_chains, generator)[:, ~self.mask]
         with torch.no_grad():
-            return states if torch.isfinite(self(states)).all() else super().initial(n, generator)
+            return (
+                states
+                if torch.isfinite(self(states)).all()
+                else super().initial(num_chains, generator)
+            )
 
     def site_logits(self, x: Tensor, site: Tensor) -> Tensor:
         free = (~self.mask).flatten().nonzero().squeeze(1)
@@ -212,7 +216,7 @@ class Relaxed(View):
         energy: an energy whose ``forward`` accepts real numbers, and reaches them through autograd.
 
     Example:
-        >>> from pyroebm import value_and_grad
+        >>> from pyroebm.core import value_and_grad
         >>> from pyroebm.targets import BernoulliProduct
         >>> value_and_grad(Relaxed(BernoulliProduct([1.0, 2.0])), torch.tensor([[1.0, 0.0]]))
         (tensor([-1.]), tensor([[-1., -2.]]))
@@ -225,7 +229,7 @@ class Relaxed(View):
         return self.energy(x)
 
 
-class Compressed(View):
+class LogRegularized(View):
     r"""An energy whose heights are taken as their logarithm above a bound, so that a far start
     gives no huge gradient.
 
@@ -243,7 +247,7 @@ class Compressed(View):
 
     Example:
         >>> from pyroebm.targets import Gaussian
-        >>> Compressed(Gaussian(0.0), 10.0)(torch.tensor([2.0, 1000.0]))
+        >>> LogRegularized(Gaussian(0.0), 10.0)(torch.tensor([2.0, 1000.0]))
         tensor([ 2.0000, 23.1223])
     """
 
@@ -261,11 +265,12 @@ class Compressed(View):
 
 
 def check_weighable(energy: Energy) -> None:
-    """ValueError if an energy, or one that it is made of, is :class:`Compressed`: for what makes
-    weights or log Z of values."""
-    if any(isinstance(module, Compressed) for module in energy.modules()):
+    """ValueError if an energy, or one that it is made of, is :class:`LogRegularized`: for what
+    makes weights or log Z of values."""
+    if any(isinstance(module, LogRegularized) for module in energy.modules()):
         raise ValueError(
-            "energy must not be Compressed: its values are for gradients, and weights made of them"
+            "energy must not be LogRegularized: its values are for gradients, and weights made of"
+            " them"
             " are wrong"
         )
 
@@ -306,8 +311,8 @@ class Unconstrained(Energy):
         """Whether the inner energy can be sampled exactly."""
         return self.energy.has_exact_draws
 
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        return self.unconstrain(self.energy.sample(n, generator))
+    def sample(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
+        return self.unconstrain(self.energy.sample(num_samples, generator))
 
     def forward(self, u: Tensor) -> Tensor:
         x = self.transform(u)
@@ -326,8 +331,8 @@ class Unconstrained(Energy):
         u: Tensor = self.transform.inv(x)
         return u
 
-    def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        return self.unconstrain(self.energy.initial(n, generator))
+    def initial(self, num_chains: int, generator: torch.Generator | None = None) -> Tensor:
+        return self.unconstrain(self.energy.initial(num_chains, generator))
 
     def named(self, x: Tensor, site: str = "x") -> dict[str, Tensor]:
         return self.energy.named(self.constrain(x), site)

@@ -43,6 +43,7 @@ class BoltzmannMachine(Energy):
             of :math:`\langle x_i x_j \rangle` in each of the two places of a pair.
         bias: b, shape ``(n,)``; None is 0.
         dtype: floating-point type; None for torch's default.
+        generator: source of the initial weights; None is torch's default generator.
 
     Attributes:
         log_z: by enumeration in float64, up to about 20 units; None above.
@@ -71,6 +72,7 @@ class BoltzmannMachine(Energy):
         weight: Tensor | None = None,
         bias: Tensor | None = None,
         dtype: torch.dtype | None = None,
+        generator: torch.Generator | None = None,
     ) -> None:
         check_sizes(
             "BoltzmannMachine",
@@ -86,7 +88,7 @@ class BoltzmannMachine(Energy):
         self.num_visible = num_visible
         self.num_hidden = num_hidden
         self.units = units
-        self.weight = parameter("weight", weight, (n, n), 0.01, dtype)
+        self.weight = parameter("weight", weight, (n, n), 0.01, dtype, generator)
         if weight is None:
             self.weight.data = self.weight.data.triu(1) + self.weight.data.triu(1).mT
         if not torch.equal(self.weight, self.weight.mT) or bool(self.weight.diagonal().any()):
@@ -240,13 +242,13 @@ class BoltzmannMachine(Energy):
         """Where all states can be enumerated."""
         return self._is_small
 
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+    def sample(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
         if not self._is_small:
-            return super().sample(n, generator)
+            return super().sample(num_samples, generator)
         with torch.no_grad():
             log_p = torch.cat([-self(x) for x in self._states(self.event_shape[0])])
         return self._values(
-            bits_of(draw_numbers(log_p, n, generator), self.event_shape[0], self.dtype)
+            bits_of(draw_numbers(log_p, num_samples, generator), self.event_shape[0], self.dtype)
         )
 
     def _values(self, bits: Tensor) -> Tensor:
@@ -299,5 +301,5 @@ class Marginal(Energy):
         """Where the machine has them."""
         return self.machine.has_exact_draws
 
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        return self.machine.sample(n, generator)[:, : self.machine.num_visible]
+    def sample(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
+        return self.machine.sample(num_samples, generator)[:, : self.machine.num_visible]

@@ -233,7 +233,7 @@ class Layers(NamedTuple):
         parts = iter(bits.split([self.sizes[layer] for layer in side], -1))
         return [next(parts) if layer in side else None for layer in range(len(self.biases))]
 
-    def log_partition(self, progress: bool | None = False) -> Tensor:
+    def log_partition(self, *, progress: bool | None = False) -> Tensor:
         r""":math:`\log Z` by a sum over every state of the smaller side; differentiable, shape
         ``()``.
 
@@ -251,14 +251,16 @@ class Layers(NamedTuple):
                 shown.update(len(bits))
         return torch.stack(parts).logsumexp(0)
 
-    def sample(self, n: int, generator: torch.Generator | None = None) -> list[Tensor]:
-        """``n`` exact independent draws of all layers, by inverse CDF over every state of the
-        smaller side; FloatingPointError where their energies are not finite."""
+    def sample(self, num_samples: int, generator: torch.Generator | None = None) -> list[Tensor]:
+        """``num_samples`` exact independent draws of all layers, by inverse CDF over every state of
+        the smaller side; FloatingPointError where their energies are not finite."""
         side, bias = self.smaller_side(), self.biases[0]
         count = sum(self.sizes[layer] for layer in side)
         batches = bit_batches(count, bias.dtype, bias.device)
         log_p = torch.cat([-self.free_energy(self.place(bits, side)) for bits in batches])
-        drawn = self.place(bits_of(draw_numbers(log_p, n, generator), count, bias.dtype), side)
+        drawn = self.place(
+            bits_of(draw_numbers(log_p, num_samples, generator), count, bias.dtype), side
+        )
         return [
             self.draw(layer, self.field(layer, drawn), generator) if x is None else x
             for layer, x in enumerate(drawn)

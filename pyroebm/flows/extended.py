@@ -92,8 +92,8 @@ class Extended(Energy):
         with torch.no_grad():
             return torch.cat((x, self.conditional.sample(x, 1, generator).squeeze(0)), dim=-1)
 
-    def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        return self.complete(self.energy.initial(n, generator), generator)
+    def initial(self, num_chains: int, generator: torch.Generator | None = None) -> Tensor:
+        return self.complete(self.energy.initial(num_chains, generator), generator)
 
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        return self.complete(self.energy.sample(n, generator), generator)
+    def sample(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
+        return self.complete(self.energy.sample(num_samples, generator), generator)

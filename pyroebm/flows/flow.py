@@ -132,10 +132,10 @@ class Flow(Saved):
             self.base.distribution(self.dtype, self.device), list(self.transform.parts)
         )
 
-    def draw_noise(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """``n`` draws of z, shape ``(n, D)``, with gradients in the parameters of the base where it
-        has any."""
-        return self.base.draw(n, generator, self.dtype, self.device)
+    def draw_noise(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
+        """``num_samples`` draws of z, shape ``(n, D)``, with gradients in the parameters of the
+        base where it has any."""
+        return self.base.draw(num_samples, self.dtype, self.device, generator)
 
     def push(self, z: Tensor) -> tuple[Tensor, Tensor]:
         r"""(x, y) and :math:`\log q(x, y)` of z, without any inverse: ``(*batch, D) -> (*batch, D),
@@ -282,6 +282,25 @@ class Flow(Saved):
         x = x.expand(num_samples, *x.shape)
         log_ratio = self.log_prob(torch.cat((x, y), dim=-1)) - self.conditional.log_prob(y, x)
         return log_ratio.logsumexp(0) - math.log(num_samples)
+
+    def score_samples(self, x: Tensor) -> Tensor:
+        r"""Log-density :math:`\log q(x)` in nats, as scikit-learn's density estimators call it.
+
+        Args:
+            x: shape ``(*batch, d)``.
+
+        Returns:
+            shape ``(*batch)``.
+
+        Raises:
+            ValueError: if D - d > 1: :meth:`log_prob_x` has a lower bound then.
+        """
+        if self.total_dim - self.dim > 1:
+            raise ValueError(
+                f"the density of x is an integral over {self.total_dim - self.dim} latent entries:"
+                ' log_prob_x(x, method="bound") is a lower bound of it'
+            )
+        return self.log_prob_x(x)
 
     @torch.no_grad()
     def _log_marginal(self, x: Tensor) -> Tensor:

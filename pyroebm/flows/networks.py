@@ -34,7 +34,7 @@ class ConditionalGaussian(nn.Module):
     Args:
         dim: d, entries of x.
         extra: k = D - d, entries of y.
-        hidden: widths of the network's hidden layers.
+        hidden_sizes: widths of the network's hidden layers.
         activation: ``"silu"`` or ``"tanh"``.
         dtype: of the parameters.
         generator: source of the initial hidden weights.
@@ -52,7 +52,7 @@ class ConditionalGaussian(nn.Module):
         self,
         dim: int,
         extra: int,
-        hidden: Sequence[int] = (64, 64),
+        hidden_sizes: Sequence[int] = (64, 64),
         *,
         activation: str = "silu",
         dtype: torch.dtype | None = None,
@@ -64,7 +64,7 @@ class ConditionalGaussian(nn.Module):
         self.dim, self.extra = dim, extra
         outputs = 2 * extra + extra * (extra - 1) // 2
         self.net = mlp(
-            dim, outputs, hidden, activation=activation, dtype=dtype, generator=generator
+            dim, outputs, hidden_sizes, activation=activation, dtype=dtype, generator=generator
         )
 
     def parts(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

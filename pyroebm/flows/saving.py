@@ -3,6 +3,7 @@ arguments as JSON."""
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -57,7 +58,11 @@ class Saved(nn.Module):
     def from_config(cls, config: Mapping[str, Any]) -> Self:
         """A fresh module from what :meth:`config` gave."""
         read = {name: _built(value) for name, value in config.items()}
-        return cls(**{**read, "dtype": getattr(torch, config["dtype"])})
+        read["dtype"] = getattr(torch, config["dtype"])
+        if "generator" in inspect.signature(cls).parameters:
+            # what it draws is overwritten: torch's default generator stays as it is
+            read["generator"] = torch.Generator()
+        return cls(**read)
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file of the state_dict, with the class and :meth:`config` in its
@@ -84,7 +89,7 @@ class Saved(nn.Module):
         return cast(Self, _load(path, device, cls.__name__))
 
 
-def load_flow(path: str | Path, device: torch.device | str = "cpu") -> Saved:
+def load_flow(path: str | Path, *, device: torch.device | str = "cpu") -> Saved:
     """The flow that its ``save`` wrote, whichever class the file names.
 
     Args:

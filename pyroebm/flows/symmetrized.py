@@ -105,10 +105,11 @@ class Symmetrized(Flow):
             return self.elements.new_full((len(self.elements),), -math.log(len(self.elements)))
         return self.logits.log_softmax(0)
 
-    def draw_noise(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """``n`` draws of z and of the uniform number that chooses g, shape ``(n, D + 1)``."""
-        z = super().draw_noise(n, generator)
-        return torch.cat((z, uniform((n, 1), generator, z.dtype, z.device)), dim=-1)
+    def draw_noise(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
+        """``num_samples`` draws of z and of the uniform number that chooses g, shape ``(n, D +
+        1)``."""
+        z = super().draw_noise(num_samples, generator)
+        return torch.cat((z, uniform((num_samples, 1), generator, z.dtype, z.device)), dim=-1)
 
     def push(self, z: Tensor) -> tuple[Tensor, Tensor]:
         r"""(x, y) and :math:`\log q(x, y)`, :math:`\pi` held constant: ``(*batch, D + 1) ->

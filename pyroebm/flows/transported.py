@@ -62,6 +62,6 @@ class Transported(Energy):
         with torch.no_grad():
             return self.extended.energy.named(self.variables(x)[0], site)
 
-    def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+    def initial(self, num_chains: int, generator: torch.Generator | None = None) -> Tensor:
         with torch.no_grad():
-            return self.flow.draw_noise(n, generator)
+            return self.flow.draw_noise(num_chains, generator)

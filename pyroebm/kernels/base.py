@@ -31,6 +31,7 @@ __all__ = [
     "ContinuousKernel",
     "Info",
     "Kernel",
+    "PointState",
     "State",
     "Steps",
     "WrappedKernel",
@@ -56,6 +57,21 @@ class HasGradient(Protocol):
 
 
 S = TypeVar("S", bound=AnyState)
+
+
+class PointState(NamedTuple):
+    """What the next step of a kernel without gradients needs. Row i of each field belongs to chain
+    i alone.
+
+    Example:
+        >>> from pyroebm.kernels import Gibbs
+        >>> from pyroebm.targets import BernoulliProduct
+        >>> Gibbs().init(BernoulliProduct([1.0, 2.0]), torch.tensor([[1.0, 0.0]]))
+        PointState(x=tensor([[1., 0.]]), energy=tensor([-1.]))
+    """
+
+    x: Tensor  #: positions, shape ``(chains, *event)``
+    energy: Tensor  #: :math:`E(x)`, shape ``(chains,)``, finite
 
 
 class State(NamedTuple):
@@ -264,8 +280,8 @@ class Kernel(abc.ABC, Generic[S]):
         return new
 
     def own_adaptation(self) -> Any:
-        """An adaptation of its own, in place of :class:`pyroebm.WindowAdaptation`; None where that
-        one serves."""
+        """An adaptation of its own, in place of :class:`pyroebm.kernels.WindowAdaptation`; None
+        where that one serves."""
         return None
 
     def check_start(self, energy: Energy, x: Tensor) -> None:
@@ -462,7 +478,7 @@ def rows(x: Tensor) -> Tensor:
 
 
 def row_value_and_grad(energy: Energy, q: Tensor) -> tuple[Tensor, Tensor]:
-    """:func:`pyroebm.value_and_grad` on rows ``(chains, dim)``."""
+    """:func:`pyroebm.core.value_and_grad` on rows ``(chains, dim)``."""
     # rows are events: views that change nothing take their time as well
     if len(energy.event_shape) == 1:
         return unchecked_value_and_grad(energy, q)

@@ -29,31 +29,31 @@ class CompiledKernel(WrappedKernel[S]):
 
     Args:
         kernel: any kernel; one on discrete supports runs as it is.
-        planned_steps: steps that each chain is to take in all. Compiling takes some ten seconds: it
-            is left alone where these steps would not repay them, by the same rule as
+        num_planned_steps: steps that each chain is to take in all. Compiling takes some ten
+            seconds: it is left alone where these steps would not repay them, by the same rule as
             ``MCMC(compile="auto")``. None compiles in any case.
 
     Raises:
-        ValueError: if ``kernel`` is none, or ``planned_steps`` < 1.
-        RuntimeError: at the first step, if ``planned_steps`` is None and the energy cannot be
+        ValueError: if ``kernel`` is none, or ``num_planned_steps`` < 1.
+        RuntimeError: at the first step, if ``num_planned_steps`` is None and the energy cannot be
             compiled; else it warns.
 
     Example:
         >>> from pyroebm.kernels import ULA
-        >>> from pyroebm.objectives import PersistentCD
-        >>> objective = PersistentCD(
-        ...     256, k=20, kernel=CompiledKernel(ULA(0.1), planned_steps=20 * 5000)
+        >>> from pyroebm.objectives import ReplayBufferCD
+        >>> objective = ReplayBufferCD(
+        ...     256, k=20, kernel=CompiledKernel(ULA(0.1), num_planned_steps=20 * 5000)
         ... )
         >>> objective.kernel.step_size, objective.kernel.exact
         (0.1, False)
     """
 
-    planned_steps: int | None = None
+    num_planned_steps: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.planned_steps is not None:
-            check_counts({"planned_steps": 1}, self.planned_steps)
+        if self.num_planned_steps is not None:
+            check_counts({"num_planned_steps": 1}, self.num_planned_steps)
         object.__setattr__(self, "_last", _Last())
 
     def init(self, energy: Energy, x: Tensor, generator: torch.Generator | None = None) -> S:
@@ -76,7 +76,7 @@ class CompiledKernel(WrappedKernel[S]):
         last: _Last = vars(self)["_last"]
         seen = (type(energy), energy._source, energy.training, _held(energy))
         if last.seen != seen:
-            steps = self.planned_steps
+            steps = self.num_planned_steps
             view = choose_compiled(
                 energy, True if steps is None else "auto", self.kernel, chains, steps or 1
             )

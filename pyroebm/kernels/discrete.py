@@ -150,7 +150,7 @@ class DULA(RelaxedKernel):
         )
 
     def propose(
-        self, energy: Energy, state: State, generator: torch.Generator | None
+        self, energy: Energy, state: State, generator: torch.Generator | None = None
     ) -> tuple[State, Tensor]:
         r"""The proposal x', and :math:`\log q(x \mid x') - \log q(x' \mid x)` of each row."""
         values, x = values_of(energy, state.x), rows(state.x)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -11,24 +11,10 @@ from torch import Tensor
 from pyroebm.core.conditionals import blocks_of, conditional_of
 from pyroebm.core.energy import Energy
 from pyroebm.core.rng import drawing_from
-from pyroebm.kernels.base import Info, choose, rows, uniform_like
+from pyroebm.kernels.base import Info, PointState, choose, rows, uniform_like
 from pyroebm.kernels.sites import DiscreteKernel, draw_index, to_sites, values_of
 
-__all__ = ["BlockGibbs", "Gibbs", "PointState"]
-
-
-class PointState(NamedTuple):
-    """What the next step of a kernel without gradients needs. Row i of each field belongs to chain
-    i alone.
-
-    Example:
-        >>> from pyroebm.targets import BernoulliProduct
-        >>> Gibbs().init(BernoulliProduct([1.0, 2.0]), torch.tensor([[1.0, 0.0]]))
-        PointState(x=tensor([[1., 0.]]), energy=tensor([-1.]))
-    """
-
-    x: Tensor  #: positions, shape ``(chains, *event)``
-    energy: Tensor  #: :math:`E(x)`, shape ``(chains,)``, finite
+__all__ = ["BlockGibbs", "Gibbs"]
 
 
 def point_state(energy: Energy, x: Tensor) -> PointState:

@@ -22,7 +22,13 @@ from pyroebm.kernels.base import (
     uniform_like,
 )
 
-__all__ = ["IndependenceMetropolis", "IndependenceState", "Jumps", "JumpsState", "Proposal"]
+__all__ = [
+    "IndependenceMetropolis",
+    "IndependenceState",
+    "LocalGlobalMixture",
+    "LocalGlobalState",
+    "Proposal",
+]
 
 
 @runtime_checkable
@@ -36,7 +42,9 @@ class Proposal(Protocol):
         True
     """
 
-    def draw_noise(self, n: int, generator: torch.Generator | None = None, /) -> Tensor: ...
+    def draw_noise(
+        self, num_samples: int, generator: torch.Generator | None = None, /
+    ) -> Tensor: ...
     def push(self, z: Tensor, /) -> tuple[Tensor, Tensor]: ...
     def log_prob(self, x: Tensor, /) -> Tensor: ...
 
@@ -65,8 +73,8 @@ class IndependenceMetropolis(Kernel[IndependenceState]):
 
     With a flow fitted to the energy as q, chains jump between modes. Where q has lighter tails than
     the target a chain may wait very long there: look at the longest stretch without a move, or take
-    :class:`Jumps`. A flow with redundant latents moves on ``flow.extend(energy)``, of which x is
-    the first part.
+    :class:`LocalGlobalMixture`. A flow with redundant latents moves on ``flow.extend(energy)``, of
+    which x is the first part.
 
     Args:
         proposal: q, over vectors of as many entries as an event has.
@@ -136,11 +144,11 @@ class IndependenceMetropolis(Kernel[IndependenceState]):
         )
 
 
-class JumpsState(NamedTuple):
-    """A state of :class:`Jumps`.
+class LocalGlobalState(NamedTuple):
+    """A state of :class:`LocalGlobalMixture`.
 
     Example:
-        >>> JumpsState._fields
+        >>> LocalGlobalState._fields
         ('x', 'energy', 'local')
     """
 
@@ -150,7 +158,7 @@ class JumpsState(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Jumps(WrappedKernel[JumpsState]):
+class LocalGlobalMixture(WrappedKernel[LocalGlobalState]):
     r"""A few steps of a local kernel, then one independent proposal (Gabrié, Rotskoff and
     Vanden-Eijnden, 2022): exact.
 
@@ -172,7 +180,10 @@ class Jumps(WrappedKernel[JumpsState]):
         >>> from pyroebm import MALA
         >>> from pyroebm.flows import NICE
         >>> from pyroebm.targets import Gaussian
-        >>> kernel, energy = Jumps(MALA(0.5), NICE(2), every=5), Gaussian(torch.zeros(2))
+        >>> kernel, energy = (
+        ...     LocalGlobalMixture(MALA(0.5), NICE(2), every=5),
+        ...     Gaussian(torch.zeros(2)),
+        ... )
         >>> state, info = kernel.step(energy, kernel.init(energy, energy.initial(8)))
         >>> bool(info.accepted.all()), info.n_steps[0]
         (True, tensor(8))
@@ -205,19 +216,19 @@ class Jumps(WrappedKernel[JumpsState]):
         """Of all local steps, and those about the jump."""
         return self.every * self.kernel.expected_gradients + 3.0
 
-    def probe(self) -> Jumps:
+    def probe(self) -> LocalGlobalMixture:
         return self.replace(kernel=self.kernel.probe(), every=1)
 
     def init(
         self, energy: Energy, x: Tensor, generator: torch.Generator | None = None
-    ) -> JumpsState:
+    ) -> LocalGlobalState:
         IndependenceMetropolis(self.proposal).init(energy, x)
         local = self.kernel.init(energy, x, generator)
-        return JumpsState(local.x, local.energy, local)
+        return LocalGlobalState(local.x, local.energy, local)
 
     def step(
-        self, energy: Energy, state: JumpsState, generator: torch.Generator | None = None
-    ) -> tuple[JumpsState, Info]:
+        self, energy: Energy, state: LocalGlobalState, generator: torch.Generator | None = None
+    ) -> tuple[LocalGlobalState, Info]:
         local, infos = state.local, []
         for _ in range(self.every):
             local, info = self.kernel.step(energy, local, generator)
@@ -233,7 +244,7 @@ class Jumps(WrappedKernel[JumpsState]):
         local = choose(
             moved, self.kernel.init(energy, choose(moved, after, before).x, generator), local
         )
-        return JumpsState(local.x, local.energy, local), infos[-1]._replace(
+        return LocalGlobalState(local.x, local.energy, local), infos[-1]._replace(
             acceptance_rate=torch.stack([info.acceptance_rate for info in infos]).mean(0),
             accepted=moved | torch.stack([info.accepted for info in infos]).any(0),
             diverging=torch.stack([info.diverging for info in infos]).any(0)
@@ -243,6 +254,6 @@ class Jumps(WrappedKernel[JumpsState]):
             n_steps=torch.stack([info.n_steps for info in infos]).sum(0) + 3,
         )
 
-    def refresh(self, energy: Energy, state: JumpsState) -> JumpsState:
+    def refresh(self, energy: Energy, state: LocalGlobalState) -> LocalGlobalState:
         local = self.kernel.refresh(energy, state.local)
-        return JumpsState(local.x, local.energy, local)
+        return LocalGlobalState(local.x, local.energy, local)

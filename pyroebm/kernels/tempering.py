@@ -12,7 +12,7 @@ import torch
 from scipy.interpolate import PchipInterpolator
 from torch import Tensor
 
-from pyroebm.core.annealing_path import Path
+from pyroebm.core.annealing_path import GeometricPath
 from pyroebm.core.energy import Energy, unchecked_value_and_grad
 from pyroebm.core.supports import is_discrete
 from pyroebm.core.wrappers import unconstrain
@@ -179,10 +179,11 @@ class ParallelTempering(WrappedKernel[TemperedState]):
         """Step sizes and temperatures, tuned together."""
         return LadderAdaptation()
 
-    def path(self, energy: Energy, chains: int) -> Path:
-        """The energy of all replicas as rows ``chains * R``, those of one chain side by side."""
+    def path(self, energy: Energy, num_chains: int) -> GeometricPath:
+        """The energy of all replicas as rows ``num_chains * R``, those of one chain side by
+        side."""
         reference = None if self.reference is None else unconstrain(self.reference)
-        return Path(energy, self.betas.repeat(chains), reference)
+        return GeometricPath(energy, self.betas.repeat(num_chains), reference)
 
     def init(
         self, energy: Energy, x: Tensor, generator: torch.Generator | None = None
@@ -346,7 +347,7 @@ def _each(state: T, f: Callable[[Tensor], Tensor]) -> T:
 
 
 def _with_fresh_reference(
-    path: Path, reference: Energy, inner: Any, generator: torch.Generator | None
+    path: GeometricPath, reference: Energy, inner: Any, generator: torch.Generator | None
 ) -> Tensor:
     """Positions ``(chains, R, *event)`` of an inner state with the last replica drawn from the
     reference.
@@ -392,9 +393,6 @@ class LadderAdaptation:
     Args:
         target_acceptance: acceptance rate to aim at; None takes the inner kernel's own.
         ladder: whether to move the temperatures between the two ends.
-        initial, first, final: lengths of the first buffer, of the first round and of the last
-            buffer, as in :class:`pyroebm.WindowAdaptation`. Below 60 steps of warm-up there are no
-            rounds.
 
     Raises:
         ValueError: if ``target_acceptance`` is outside (0, 1).
@@ -413,9 +411,6 @@ class LadderAdaptation:
 
     target_acceptance: float | None = None
     ladder: bool = True
-    initial: int = 15
-    first: int = 15
-    final: int = 50
 
     def __post_init__(self) -> None:
         if self.target_acceptance is not None and not 0.0 < self.target_acceptance < 1.0:
@@ -451,7 +446,7 @@ class LadderAdaptation:
         generator: torch.Generator | None = None,
     ) -> tuple[ParallelTempering, TemperedState, Info, LadderMemory]:
         """One step of a warm-up of ``steps``, and what is learned from it."""
-        rounds = windows(steps, self.initial, self.first, self.final) if self.ladder else []
+        rounds = windows(steps) if self.ladder else []
         if any(memory.step == begin for begin, _ in rounds):
             state = kernel.restart(state)
         state, info, inner = kernel.transition(energy, state, generator)

@@ -106,8 +106,8 @@ class MCMC(AbstractMCMC):
             repay it. Compiling a gradient takes seconds, once for a model on this machine; inner
             loops take half a minute. Draws are the same up to rounding. ``.compiled`` tells the
             choice.
-        adaptation: how to adapt: the kernel's own way, or a :class:`pyroebm.WindowAdaptation`; None
-            leaves it as it is.
+        adaptation: how to adapt: the kernel's own way, or a
+            :class:`pyroebm.kernels.WindowAdaptation`; None leaves it as it is.
         save_warmup: whether to keep the draws of the warm-up too.
         keep: ``"draws"``, or ``"moments"``: means and variances of each chain in place of any draw,
             see :meth:`get_moments`.
@@ -656,9 +656,9 @@ class MCMC(AbstractMCMC):
         return diagnostics.to_arviz(
             samples,
             stats,
-            self.get_samples(group_by_chain=True, warmup=True) if warm else None,
-            self.get_stats(warmup=True) if warm else None,
-            self._facts(),
+            warmup_posterior=self.get_samples(group_by_chain=True, warmup=True) if warm else None,
+            warmup_sample_stats=self.get_stats(warmup=True) if warm else None,
+            attrs=self._facts(),
         )
 
     def stuck_chains(self) -> list[int]:

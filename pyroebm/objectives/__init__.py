@@ -2,7 +2,8 @@
 
 from pyroebm.objectives.adversarial import Adversarial, AdversarialFlow, DeepDirected
 from pyroebm.objectives.base import HasLosses, Objective
-from pyroebm.objectives.centring import Centring, Sparsity
+from pyroebm.objectives.centering import Centering, Sparsity
+from pyroebm.objectives.classification import CrossEntropy
 from pyroebm.objectives.contrastive import ContrastiveDivergence
 from pyroebm.objectives.denoising import DenoisingScoreMatching
 from pyroebm.objectives.discrete import MinimumProbabilityFlow, Pseudolikelihood, RatioMatching
@@ -13,7 +14,7 @@ from pyroebm.objectives.improved import ImprovedCD
 from pyroebm.objectives.likelihood import ExactLikelihood, MeanFieldLikelihood
 from pyroebm.objectives.noise import gaussian_noise
 from pyroebm.objectives.noise_contrastive import ConditionalNCE, NoiseContrastive, RankingNCE
-from pyroebm.objectives.persistent import PersistentCD
+from pyroebm.objectives.persistent import PersistentCD, ReplayBufferCD
 from pyroebm.objectives.score_matching import NonNegativeScoreMatching, ScoreMatching
 from pyroebm.objectives.short_run import ShortRun, langevin
 from pyroebm.objectives.sliced import SlicedScoreMatching
@@ -32,10 +33,11 @@ __all__ = [
     "AdversarialFlow",
     "AlphaBootstrap",
     "AnnealedReweighting",
-    "Centring",
+    "Centering",
     "CompiledKL",
     "ConditionalNCE",
     "ContrastiveDivergence",
+    "CrossEntropy",
     "DeepDirected",
     "DenoisingScoreMatching",
     "ExactLikelihood",
@@ -51,6 +53,7 @@ __all__ = [
     "NonNegativeScoreMatching",
     "Objective",
     "PersistentCD",
+    "ReplayBufferCD",
     "Pseudolikelihood",
     "RankingNCE",
     "RatioMatching",

@@ -28,10 +28,18 @@ class Objective(nn.Module):
         True
     """
 
+    #: Learning rate of Adam where :func:`pyroebm.training.fit` is given none.
+    lr: float = 1e-3
+    #: Its schedule where ``fit`` is given none: None, or "cosine".
+    schedule: str | None = None
+
+    def begin_step(self, step: int, num_steps: int) -> None:
+        """Called before each step of a training, with its number and the number of all."""
+
     def forward(self, *args: Any, **options: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss and its facts."""
+        """The loss and its metrics."""
         raise NotImplementedError(
-            f"{type(self).__name__} must define forward(...) -> (loss, facts)"
+            f"{type(self).__name__} must define forward(...) -> (loss, metrics)"
         )
 
 

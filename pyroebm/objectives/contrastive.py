@@ -71,7 +71,7 @@ class ContrastiveDivergence(Objective):
     Args:
         k: steps of the chain; for layers, sweeps down and up.
         kernel: any of :mod:`pyroebm.kernels`; None sweeps layers, and takes
-            :class:`~pyroebm.BlockGibbs` or :class:`~pyroebm.Gibbs` on discrete supports and
+            :class:`~pyroebm.kernels.BlockGibbs` or :class:`~pyroebm.Gibbs` on discrete supports and
             ``MALA(0.1)`` on others.
         energy_penalty: :math:`\alpha \ge 0` of :math:`\alpha (\overline{E(x)^2} +
             \overline{E(\tilde x)^2})`, which is added to the loss to keep energies near 0 (Du and
@@ -107,7 +107,7 @@ class ContrastiveDivergence(Objective):
     ) -> tuple[Tensor, Facts]:
         """The loss and its facts: ``energy_data``, ``energy_model``, ``energy_gap``; the kernel's
         ``acceptance_rate``; and of layers ``mean_0``, ``mean_1``, ...: mean units of each under the
-        data, which :class:`Centring` reads."""
+        data, which :class:`Centering` reads."""
         if self.kernel is not None or not isinstance(energy, LayeredMachine):
             check_batch(energy, batch)
             end, rate = advance(energy, self.kernel, batch, self.k, generator)

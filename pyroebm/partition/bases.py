@@ -75,11 +75,11 @@ class IndependentSites(Energy):
         log_p = self.log_p[sites.to(self.device)]
         return independent_law(self.support, log_p.expand(len(x), *log_p.shape))
 
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+    def sample(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
         cdf = self.log_p.double().softmax(1).cumsum(1)
-        noise = uniform((n, len(cdf), 1), generator, torch.float64, self.device)
+        noise = uniform((num_samples, len(cdf), 1), generator, torch.float64, self.device)
         index = (noise * cdf[:, -1:] >= cdf[:, :-1]).sum(-1)
-        return self.values[index].reshape(n, *self.event_shape)
+        return self.values[index].reshape(num_samples, *self.event_shape)
 
 
 class IndependentLayers(Energy):
@@ -127,9 +127,12 @@ class IndependentLayers(Energy):
         field = self.layers.biases[layer]
         return self.layers.law(layer, field.expand(len(x), -1))
 
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+    def sample(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
         drawn = draw_independent(
-            self.layers, range(1 if self.visible_only else len(self.layers.biases)), n, generator
+            self.layers,
+            range(1 if self.visible_only else len(self.layers.biases)),
+            num_samples,
+            generator,
         )
         return torch.cat([x for x in drawn if x is not None], -1)
 
@@ -278,7 +281,7 @@ def base_energy(energy: Energy, base: Layers | Energy | Distribution | None) -> 
                 " not"
             )
         return IndependentLayers(base, energy)
-    base = DistributionEnergy(base, energy.dtype) if isinstance(base, Distribution) else base
+    base = DistributionEnergy(base, dtype=energy.dtype) if isinstance(base, Distribution) else base
     if not (isinstance(base, Energy) and base.has_exact_draws and base.log_z is not None):
         raise ValueError(
             "base must be Layers, a distribution, or an Energy with exact draws and a known"

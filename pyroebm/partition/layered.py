@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from pyroebm.core.annealing_path import Path
+from pyroebm.core.annealing_path import GeometricPath
 from pyroebm.core.energy import Energy
 from pyroebm.energies.layered import LayeredMachine
 from pyroebm.energies.layers import Layers
-from pyroebm.kernels.base import Info
-from pyroebm.kernels.gibbs import PointState, point_state, swept
+from pyroebm.kernels.base import Info, PointState
+from pyroebm.kernels.gibbs import point_state, swept
 from pyroebm.kernels.sites import DiscreteKernel
 from pyroebm.partition.bases import (
     IndependentLayers,
@@ -84,9 +84,9 @@ class LayeredPath:
         kept = [part if layer in self.kept else None for layer, part in enumerate(x)]
         return Walkers(kept, {layer: self.target.field(layer, kept) for layer in self.summed})
 
-    def draw_base(self, n: int, generator: torch.Generator | None = None) -> Walkers:
+    def draw_base(self, num_samples: int, generator: torch.Generator | None = None) -> Walkers:
         """Exact draws at temperature 0."""
-        return self.enter(draw_independent(self.base, self.kept, n, generator))
+        return self.enter(draw_independent(self.base, self.kept, num_samples, generator))
 
     def log_weight(self, walkers: Walkers, beta: float, then: float) -> Tensor:
         r""":math:`\log w_\beta^{\beta'}` in float64, shape ``(rows,)``. Units are subtracted before
@@ -129,17 +129,17 @@ class LayeredPath:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LayerGibbs(DiscreteKernel[PointState]):
-    """Block Gibbs sampling on the :class:`pyroebm.Path` from :class:`IndependentLayers` to a
-    machine over all its layers.
+    """Block Gibbs sampling on the :class:`pyroebm.core.GeometricPath` from
+    :class:`IndependentLayers` to a machine over all its layers.
 
-    What :class:`pyroebm.BlockGibbs` is for one energy; each row may be at a temperature of its own,
-    so that tempered SMC and parallel tempering can use it.
+    What :class:`pyroebm.kernels.BlockGibbs` is for one energy; each row may be at a temperature of
+    its own, so that tempered SMC and parallel tempering can use it.
 
     Example:
         >>> from pyroebm.energies import BernoulliRBM
         >>> from pyroebm.partition.bases import base_energy
         >>> joint = BernoulliRBM(3, 2).joint()
-        >>> path = Path(joint, torch.tensor([0.0, 1.0]), base_energy(joint, None))
+        >>> path = GeometricPath(joint, torch.tensor([0.0, 1.0]), base_energy(joint, None))
         >>> kernel = LayerGibbs()
         >>> state, info = kernel.step(path, kernel.init(path, joint.initial(2)))
         >>> state.x.shape, info.n_steps
@@ -167,12 +167,13 @@ class LayerGibbs(DiscreteKernel[PointState]):
 
 
 def _ends(energy: Energy) -> tuple[Layers, Layers, Tensor]:
-    if isinstance(energy, Path) and energy.reference is not None:
+    if isinstance(energy, GeometricPath) and energy.reference is not None:
         base, target = energy.reference, energy.energy
         if isinstance(base, IndependentLayers) and isinstance(target, LayeredMachine):
             return base.layers, target.layers(), energy.betas
     raise ValueError(
-        "LayerGibbs moves on the Path from IndependentLayers to a machine made of layers, got"
+        "LayerGibbs moves on the GeometricPath from IndependentLayers to a machine made of layers,"
+        " got"
         f" {type(energy).__name__};"
         " BlockGibbs moves on the machine itself"
     )

@@ -65,7 +65,7 @@ def exact(energy: Energy, max_units: float = 24, *, progress: bool | None = None
             units = sum(layers.sizes[layer] for layer in layers.smaller_side())
             _check_units(energy, units, max_units)
             return _exact(
-                float(layers.double().log_partition(progress)),
+                float(layers.double().log_partition(progress=progress)),
                 f"sum over 2^{units} states of one side",
             )
         if energy.log_z is not None:
@@ -302,10 +302,10 @@ def _panels(
     axes, weights = [], []
     for low, high in box:
         half = 0.5 * (high - low) / panels
-        centre = low + half * (
+        center = low + half * (
             2.0 * torch.arange(panels, dtype=torch.float64, device=target.device) + 1.0
         )
-        axes.append((centre.unsqueeze(1) + half * node).flatten())
+        axes.append((center.unsqueeze(1) + half * node).flatten())
         weights.append((half * weight).log().repeat(panels))
     total = torch.tensor(-math.inf, dtype=torch.float64, device=target.device)
     mean = torch.zeros((), dtype=torch.float64, device=target.device)

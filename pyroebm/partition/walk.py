@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyroebm.core.annealing_path import Path
+from pyroebm.core.annealing_path import GeometricPath
 from pyroebm.core.conditionals import blocks_of
 from pyroebm.core.energy import Energy
 from pyroebm.core.progress import Progress
@@ -37,8 +37,8 @@ class WeightedPath(Protocol[S]):
 
 
 class KernelPath:
-    """The :class:`pyroebm.Path` from a base to an energy in unconstrained coordinates, on which any
-    kernel moves.
+    """The :class:`pyroebm.core.GeometricPath` from a base to an energy in unconstrained
+    coordinates, on which any kernel moves.
 
     Args:
         energy, base: the two ends.
@@ -57,11 +57,11 @@ class KernelPath:
 
     def log_weight(self, x: Tensor, beta: float, then: float) -> Tensor:
         r""":math:`(\beta - \beta') (U - V)(x)`, float64."""
-        return (beta - then) * Path(self.target, beta, self.reference).slope(x).double()
+        return (beta - then) * GeometricPath(self.target, beta, self.reference).slope(x).double()
 
     def move(self, x: Tensor, beta: float, generator: torch.Generator | None = None) -> Tensor:
         """One step of the kernel at a temperature, from a fresh state."""
-        path, kernel = Path(self.target, beta, self.reference), self.kernel
+        path, kernel = GeometricPath(self.target, beta, self.reference), self.kernel
         if self.pilot is not None:
             kernel = kernel.replace(
                 step_size=float(np.interp(beta, self.pilot.betas[1:], self.pilot.step_sizes))

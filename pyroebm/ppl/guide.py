@@ -204,10 +204,12 @@ class FlowGuide(AutoContinuous):
         }
 
     @torch.no_grad()
-    def sample(self, n: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """``n`` draws of the guide, unweighted, as a dict of ``(n, *shape)``."""
+    def sample(
+        self, num_samples: int, generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
+        """``num_samples`` draws of the guide, unweighted, as a dict of ``(n, *shape)``."""
         self._ready()
-        xy, _ = self.flow.push(self.flow.draw_noise(n, generator))
+        xy, _ = self.flow.push(self.flow.draw_noise(num_samples, generator))
         return self.constrain(xy[:, : self.flow.dim])
 
     def quantiles(

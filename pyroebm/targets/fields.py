@@ -48,6 +48,7 @@ class Phi4(Target):
         length: int = 16,
         m2: float = -4.0,
         lam: float = 6.975,
+        *,
         dtype: torch.dtype | None = None,
     ) -> None:
         if length < 2:

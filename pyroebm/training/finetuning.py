@@ -1,20 +1,17 @@
 """Classifiers that start from a deep belief network or a deep Boltzmann machine, for fine-tuning by
-backpropagation."""
+backpropagation: :class:`pyroebm.objectives.CrossEntropy` with :func:`pyroebm.training.fit`."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
-from pyroebm.core.progress import Progress
 from pyroebm.energies.belief import DeepBeliefNetwork
 from pyroebm.energies.deep import DeepBoltzmannMachine
-from pyroebm.training.loop import Batches
 
-__all__ = ["Classifier", "fine_tune"]
+__all__ = ["Classifier"]
 
 
 class Classifier(nn.Module):
@@ -117,63 +114,3 @@ def _linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
     if bias is not None:
         layer.bias.data.copy_(bias.detach())
     return layer
-
-
-def fine_tune(
-    classifier: nn.Module,
-    visible: Tensor,
-    labels: Tensor,
-    epochs: int,
-    *,
-    batch_size: int = 100,
-    learning_rate: float = 1e-3,
-    seed: int = 0,
-    progress: bool | None = None,
-) -> Iterator[tuple[int, float]]:
-    """Backpropagation of the cross-entropy by Adam, in place, an epoch for each turn of your loop.
-
-    Args:
-        classifier: from ``(n, num_visible)`` to logits.
-        visible: examples, shape ``(N, num_visible)``.
-        labels: int64, shape ``(N,)``.
-        epochs: passes over the examples, at least 1.
-        batch_size: examples of a batch.
-        learning_rate: of Adam.
-        seed: of the batches.
-        progress: True shows it, False hides it, None shows it where it takes longer than a second.
-
-    Yields:
-        number of epochs done, and their last one's mean cross-entropy in nats.
-
-    Raises:
-        FloatingPointError: at a loss that is not finite.
-
-    Example:
-        >>> classifier = Classifier(DeepBeliefNetwork([2, 3]), num_classes=2)
-        >>> x = torch.eye(2).repeat(50, 1)
-        >>> for epoch, loss in fine_tune(
-        ...     classifier, x, x[:, 0].long(), epochs=200, learning_rate=0.05
-        ... ):
-        ...     pass
-        >>> classifier.error(x, x[:, 0].long())
-        0.0
-    """
-    batches = Batches((visible, labels), batch_size, seed)
-    optimizer = torch.optim.Adam(classifier.parameters(), lr=learning_rate)
-    with Progress(epochs * len(batches), "fine_tune", show=progress) as shown:
-        for epoch in range(epochs):
-            total = 0.0
-            for step in range(epoch * len(batches), (epoch + 1) * len(batches)):
-                x, y = batches(step)
-                loss = nn.functional.cross_entropy(classifier(x), y)
-                if not bool(torch.isfinite(loss)):
-                    raise FloatingPointError(
-                        f"fine_tune: the loss is {float(loss.detach())} at step {step}"
-                    )
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                total += float(loss.detach())
-                shown.update()
-            shown.note(loss=total / len(batches))
-            yield epoch + 1, total / len(batches)

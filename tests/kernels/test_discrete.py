@@ -28,28 +28,17 @@ from lib.discrete_cases import (
 from torch import Tensor
 from torch.distributions import Bernoulli, Distribution, Independent, constraints
 
-from pyroebm import (
-    DMALA,
-    DULA,
-    MCMC,
-    NUTS,
-    BlockGibbs,
-    Energy,
-    Gibbs,
-    GibbsWithGradients,
-    Kernel,
-    PyroKernel,
-    value_and_grad,
-)
-from pyroebm.core import Relaxed
+from pyroebm import MCMC, NUTS, Energy, Gibbs
+from pyroebm.core import Relaxed, value_and_grad
 from pyroebm.core.conditionals import HasBlocks
 from pyroebm.core.rng import drawing_from
 from pyroebm.core.supports import inside, site_values
 from pyroebm.energies import Ising, Potts
-from pyroebm.kernels import discrete
+from pyroebm.kernels import DMALA, DULA, BlockGibbs, GibbsWithGradients, Kernel, discrete
 from pyroebm.kernels.adaptation import WindowAdaptation
-from pyroebm.kernels.gibbs import PointState
+from pyroebm.kernels.base import PointState
 from pyroebm.kernels.sites import draw_index
+from pyroebm.ppl import PyroKernel
 from pyroebm.targets import BernoulliProduct, DoubleWell
 
 

@@ -16,16 +16,9 @@ from lib.kernel_cases import EXACT, KERNELS, Fragile, Normal, Pair, assert_uncha
 from scipy import stats
 from torch import Tensor
 
-from pyroebm import (
-    HMC,
-    MALA,
-    NUTS,
-    ULA,
-    Energy,
-    Kernel,
-)
+from pyroebm import HMC, MALA, NUTS, ULA, Energy
 from pyroebm.core.serialization import pack
-from pyroebm.kernels import Diagonal, LockstepNUTS, hamiltonian, langevin
+from pyroebm.kernels import Diagonal, Kernel, LockstepNUTS, hamiltonian, langevin
 from pyroebm.kernels.base import rows
 from pyroebm.kernels.hamiltonian import draw_momentum, kinetic, leapfrog
 from pyroebm.kernels.metric import Identity
@@ -312,8 +305,8 @@ class Hot(Energy):
     def forward(self, x: Tensor) -> Tensor:
         return self.energy(x) / 1.03
 
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        return self.energy.sample(n, generator)
+    def sample(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
+        return self.energy.sample(num_samples, generator)
 
 
 def test_mutants_no_metropolis_and_wrong_temperature_are_caught() -> None:

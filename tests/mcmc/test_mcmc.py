@@ -13,9 +13,10 @@ from lib.checks import within_se
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pyroebm import HMC, MALA, MCMC, NUTS, ULA, Energy, ParallelTempering, WindowAdaptation
+from pyroebm import HMC, MALA, MCMC, NUTS, ULA, Energy, ParallelTempering
 from pyroebm.core.statistics import arviz, bfmi, ess_bulk, mcse_mean, r_hat
 from pyroebm.diagnostics import Diagnosis, diagnose, mode_masses, to_arviz
+from pyroebm.kernels import WindowAdaptation
 from pyroebm.targets import (
     BernoulliProduct,
     Beta,

@@ -29,7 +29,7 @@ from pyroebm.objectives.adversarial import Negative, batch_norm_entropy
 from pyroebm.objectives.vera import latent_score
 from pyroebm.partition import quadrature
 from pyroebm.targets import Beta, DoubleWell, Gaussian
-from pyroebm.training import fit
+from pyroebm.training import fit_steps
 
 F64 = torch.float64
 CPU = torch.device("cpu")
@@ -52,7 +52,7 @@ Make = Callable[[tuple[int, ...], torch.dtype], Adversarial]
 
 OBJECTIVES: dict[str, Make] = {
     "flow": lambda event, dtype: AdversarialFlow(
-        NICE(numel(event), couplings=2, hidden=(8,), dtype=dtype)
+        NICE(numel(event), num_layers=2, hidden_sizes=(8,), dtype=dtype)
     ),
     "total gradient": lambda event, dtype: AdversarialFlow(
         NICE(numel(event), 2, (8,), dtype=dtype), 16, gradient="total"
@@ -212,11 +212,11 @@ def test_fit_trains_both_and_goes_on_where_it_stopped(name: str, tmp_path: Path)
         energy, objective, _ = pair(name, (2,))
         before = [p.detach().clone() for p in [*energy.parameters(), *objective.parameters()]]
         for resume in (False,) if stop is None else (False, True):
-            loop = fit(
-                energy, objective, data, steps=6, batch_size=3, checkpoint=path, resume=resume
+            loop = fit_steps(
+                energy, objective, data, num_steps=6, batch_size=3, checkpoint=path, resume=resume
             )
-            for step, _, _ in loop:
-                if not resume and step == stop:
+            for step in loop:
+                if not resume and step.number == stop:
                     loop.close()
             if stop is not None and not resume:
                 energy, objective, _ = pair(name, (2,))
@@ -273,7 +273,7 @@ def test_what_does_not_fit_is_refused(name: str) -> None:
         (lambda: MLPGenerator((2,), 2, sigma=-1.0), "sigma must be"),
         (lambda: MLPGenerator((2,), 2, ()), "hidden must"),
         (lambda: MLPGenerator((2,), 2)(torch.zeros(3, 1)), "z must have shape"),
-        (lambda: MLPGenerator((2,), 2).sample(0), "n must be"),
+        (lambda: MLPGenerator((2,), 2).sample(0), "num_samples must be"),
         (lambda: Generator(nn.Linear(2, 3), 2, (2,)).sample(4), "net must give events"),
         (lambda: ProductOfExpertsEnergy(nn.Tanh(), 2, (2,), 0), "num_experts must be"),
         (lambda: ProductOfExpertsEnergy(nn.Tanh(), 2, (2,), 3, sigma=0.0), "sigma must be"),
@@ -390,7 +390,7 @@ def check_flow_bound(make: Callable[[Flow], Adversarial]) -> None:
     """In 2-D without latents: the bound is above the log-likelihood by KL(q || p)."""
     with fixed_problem():
         energy = perturbed(MLPEnergy((2,), (8,), scale=1.0, dtype=F64, generator=seeded(2)), 0.2)
-        flow = perturbed(NICE(2, couplings=2, hidden=(8,), dtype=F64), 0.15)
+        flow = perturbed(NICE(2, num_layers=2, hidden_sizes=(8,), dtype=F64), 0.15)
     axis = torch.linspace(-9.0, 9.0, 601, dtype=F64)
     grid, cell = torch.cartesian_prod(axis, axis), float(axis[1] - axis[0]) ** 2
     with torch.no_grad():
@@ -415,7 +415,9 @@ def test_the_redundant_bound_is_j_r() -> None:
     """In 1-D with one latent: J_R by quadrature over (x, y), above KL of the marginal, above 0."""
     energy = DoubleWell(dtype=F64)
     with fixed_problem():
-        flow = perturbed(RedundantNICE(1, 2, couplings=4, hidden=(8,), dtype=F64), 0.25, seed=3)
+        flow = perturbed(
+            RedundantNICE(1, 2, num_layers=4, hidden_sizes=(8,), dtype=F64), 0.25, seed=3
+        )
     axis = torch.linspace(-12.0, 12.0, 1201, dtype=F64)
     grid, step = torch.cartesian_prod(axis, axis), float(axis[1] - axis[0])
     assert energy.log_z is not None
@@ -448,7 +450,7 @@ class Learned(Energy):
 
 def exact_flow(energy: Learned) -> Flow:
     scale = (-0.5 * energy.log_precision.detach()).exp()
-    flow = NICE(2, couplings=0, dtype=F64)
+    flow = NICE(2, num_layers=0, dtype=F64)
     with torch.no_grad():  # a fresh flow is z: S = diag(scale), shifted by the mean
         images = flow.push(torch.eye(2, dtype=F64))[0]
         torch.testing.assert_close(images, torch.eye(2, dtype=F64))

@@ -156,6 +156,7 @@ class WindowAdaptation:
     target_acceptance: float | None = None
     metric: Literal["diagonal", "dense", "low_rank"] | None = "diagonal"
     step_size: Literal["grouped", "per_chain", "pooled"] | None = "grouped"
+    _: dataclasses.KW_ONLY
     initial: int = 15
     first: int = 15
     final: int = 50

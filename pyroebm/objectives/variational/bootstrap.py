@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pyroebm.core._checks import check_counts
-from pyroebm.core.annealing_path import Path
+from pyroebm.core.annealing_path import GeometricPath
 from pyroebm.core.energy import Energy
 from pyroebm.core.enumeration import draw_numbers
 from pyroebm.core.wrappers import check_weighable
@@ -208,14 +208,16 @@ class AlphaBootstrap(Objective):
         log_weights, rates = torch.zeros(n, dtype=torch.float64, device=x.device), []
         betas = torch.linspace(0.0, 1.0, self.temperatures + 1).tolist()
         for k, (before, beta) in enumerate(itertools.pairwise(betas)):
-            log_weights = log_weights - (beta - before) * Path(end, beta, base).slope(x).double()
+            log_weights = (
+                log_weights - (beta - before) * GeometricPath(end, beta, base).slope(x).double()
+            )
             if k + 1 < self.temperatures:
-                x, rate = self._move(Path(end, beta, base), x, k, generator)
+                x, rate = self._move(GeometricPath(end, beta, base), x, k, generator)
                 rates.append(rate)
         return x, log_weights, torch.stack(rates).mean() if rates else torch.ones(())
 
     def _move(
-        self, path: Path, x: Tensor, k: int, generator: torch.Generator | None
+        self, path: GeometricPath, x: Tensor, k: int, generator: torch.Generator | None
     ) -> tuple[Tensor, Tensor]:
         """One trajectory at a temperature. A row without a finite energy and gradient stays as it
         is, and has no weight."""

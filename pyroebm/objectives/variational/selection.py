@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+
 from pyroebm.core.energy import Energy
 from pyroebm.core.supports import event_numel
 from pyroebm.flows.flow import Flow
@@ -78,7 +80,9 @@ def select_total_dim(
         )
 
     def nice(d: int, total: int) -> Flow:
-        return RedundantNICE(d, total, dtype=energy.dtype, seed=seed).to(energy.device)
+        return RedundantNICE(
+            d, total, dtype=energy.dtype, generator=torch.Generator().manual_seed(seed)
+        ).to(energy.device)
 
     flows = {}
     values = {}

@@ -28,24 +28,24 @@ from pyroebm.objectives.variational import compiled_kl as module
 from pyroebm.targets import DoubleWell, Gaussian
 
 F64 = torch.float64
-SMALL: dict[str, Any] = {"hidden": (8,), "dtype": F64}
+SMALL: dict[str, Any] = {"hidden_sizes": (8,), "dtype": F64}
 FLOWS: dict[str, Callable[[], tuple[Flow, Energy]]] = {
-    "nice": lambda: (NICE(2, couplings=2, **SMALL), Gaussian([0.5, -1.0], scale=0.7, dtype=F64)),
-    "redundant": lambda: (RedundantNICE(1, 2, couplings=2, **SMALL), DoubleWell(dtype=F64)),
+    "nice": lambda: (NICE(2, num_layers=2, **SMALL), Gaussian([0.5, -1.0], scale=0.7, dtype=F64)),
+    "redundant": lambda: (RedundantNICE(1, 2, num_layers=2, **SMALL), DoubleWell(dtype=F64)),
     "realnvp of a mixture": lambda: (
-        RealNVP(2, layers=2, base=MixtureBase(2, 3, dtype=F64), **SMALL),
+        RealNVP(2, num_layers=2, base=MixtureBase(2, 3, dtype=F64), **SMALL),
         Gaussian([0.5, -1.0], scale=0.7, dtype=F64),
     ),
     "learned weights": lambda: (
-        RealNVP(2, layers=2, base=MixtureBase(2, 3, learn_weights=True, dtype=F64), **SMALL),
+        RealNVP(2, num_layers=2, base=MixtureBase(2, 3, learn_weights=True, dtype=F64), **SMALL),
         Gaussian([0.5, -1.0], scale=0.7, dtype=F64),
     ),
     "spline": lambda: (
-        SplineFlow(2, 1, bins=4, **SMALL),
+        SplineFlow(2, 1, num_bins=4, **SMALL),
         Gaussian([0.5, -1.0], scale=0.7, dtype=F64),
     ),
     "symmetrized": lambda: (
-        Symmetrized(RealNVP(2, layers=2, **SMALL), sign_flips(2)),
+        Symmetrized(RealNVP(2, num_layers=2, **SMALL), sign_flips(2)),
         Gaussian([0.5, -1.0], scale=0.7, dtype=F64),
     ),
 }
@@ -154,7 +154,7 @@ CHANGES: dict[str, Callable[[NICE, Gaussian], Any]] = {
 
 
 def changing() -> tuple[NICE, Gaussian]:
-    flow = NICE(2, couplings=2, **SMALL)
+    flow = NICE(2, num_layers=2, **SMALL)
     flow.transform.parts[0].net = _Doubled()
     flow.transform.parts[1].requires_grad_(False)
     return flow, Gaussian([0.5, -1.0], scale=0.7, dtype=F64)

@@ -13,10 +13,11 @@ from lib.seeds import seeded
 from pyro.distributions.transforms import affine_coupling
 from torch import Tensor, nn
 
-from pyroebm import HMC, Energy, IndependenceMetropolis, Jumps, value_and_grad
-from pyroebm.core import Compressed
+from pyroebm import HMC, Energy
+from pyroebm.core import LogRegularized, value_and_grad
 from pyroebm.core.wrappers import check_weighable
 from pyroebm.flows import NICE, Flow, MixtureBase, RedundantNICE, importance_sample
+from pyroebm.kernels import IndependenceMetropolis, LocalGlobalMixture
 from pyroebm.objectives import (
     AlphaBootstrap,
     AnnealedReweighting,
@@ -67,7 +68,7 @@ TARGET = Gaussian([0.5, -0.5], covariance=[[1.0, 0.6], [0.6, 0.8]], dtype=torch.
 
 
 def linear(dim: int = 2) -> NICE:
-    return NICE(dim, couplings=0)
+    return NICE(dim, num_layers=0)
 
 
 # What every objective of a flow does, from a constructor that is given draws of the target
@@ -93,8 +94,8 @@ def test_every_objective_trains_on_events_of_any_shape(
     energy = Gaussian(torch.ones(shape, dtype=dtype))
     dim = math.prod(shape)
     for flow in (
-        NICE(dim, hidden=(4,), dtype=dtype),
-        RedundantNICE(dim, dim + 1, hidden=(4,), dtype=dtype),
+        NICE(dim, hidden_sizes=(4,), dtype=dtype),
+        RedundantNICE(dim, dim + 1, hidden_sizes=(4,), dtype=dtype),
     ):
         loss, facts = make(energy.sample(500, seeded()))(
             flow, energy, num_samples=500, generator=seeded()
@@ -111,7 +112,7 @@ def test_every_objective_trains_on_events_of_any_shape(
 def test_every_objective_repeats_itself_and_goes_on_where_it_was_saved(
     make: Callable[..., Objective],
 ) -> None:
-    draws, flow = TARGET.sample(50, seeded()), stirred(NICE(2, hidden=(4,)))
+    draws, flow = TARGET.sample(50, seeded()), stirred(NICE(2, hidden_sizes=(4,)))
 
     def losses(objective: Objective, seeds: range) -> list[float]:
         return [
@@ -148,7 +149,9 @@ def test_the_best_linear_flow_on_draws_has_their_covariance() -> None:
 
 
 @pytest.mark.parametrize(
-    "make", [linear, lambda: stirred(NICE(2, couplings=2, hidden=(8,)))], ids=["linear", "nice"]
+    "make",
+    [linear, lambda: stirred(NICE(2, num_layers=2, hidden_sizes=(8,)))],
+    ids=["linear", "nice"],
 )
 def test_path_gradients_have_the_mean_of_the_total_ones(make: object) -> None:
     """On fresh draws of the target; the batch is drawn from 200,000 of them."""
@@ -166,7 +169,7 @@ def test_path_gradients_have_the_mean_of_the_total_ones(make: object) -> None:
 def test_path_gradients_reach_a_learned_base() -> None:
     base = MixtureBase(2, 3, learn_weights=True, dtype=torch.float64)
     flow, draws = (
-        stirred(NICE(2, couplings=1, hidden=(4,), base=base)),
+        stirred(NICE(2, num_layers=1, hidden_sizes=(4,), base=base)),
         TARGET.sample(20_000, seeded()),
     )
     total, path = (
@@ -216,7 +219,7 @@ def test_weights_choose_the_draws() -> None:
 def test_redundant_latents_enter_forward_kl_as_they_should() -> None:
     """For a flow whose y is independent of x and the standard normal, the loss is that of x
     alone."""
-    wide, plain = RedundantNICE(2, 3, couplings=0), linear()
+    wide, plain = RedundantNICE(2, 3, num_layers=0), linear()
     draws = TARGET.sample(5000, seeded())
     found, facts = ForwardKL(draws)(wide, TARGET, num_samples=5000, generator=seeded(1))
     assert float(found.detach()) == pytest.approx(
@@ -227,7 +230,7 @@ def test_redundant_latents_enter_forward_kl_as_they_should() -> None:
 
 def test_forward_kl_finds_both_modes_and_reverse_kl_need_not() -> None:
     energy = GaussianMixture([[-4.0, 0.0], [4.0, 0.0]], scale=0.7, weights=[0.8, 0.2])
-    flow = RedundantNICE(2, 3, couplings=6, hidden=(32, 32))
+    flow = RedundantNICE(2, 3, num_layers=6, hidden_sizes=(32, 32))
     for _ in fit_flow(
         flow,
         energy,
@@ -246,7 +249,7 @@ def test_forward_kl_finds_both_modes_and_reverse_kl_need_not() -> None:
 
 
 def test_log_variance_is_half_the_variance_of_the_log_weights() -> None:
-    flow, energy = stirred(NICE(2, couplings=2, hidden=(8,))), TARGET
+    flow, energy = stirred(NICE(2, num_layers=2, hidden_sizes=(8,))), TARGET
     loss, facts = LogVariance()(flow, energy, num_samples=4000, generator=seeded())
     z = flow.draw_noise(4000, seeded())
     x, log_q = flow.push(z)
@@ -256,7 +259,7 @@ def test_log_variance_is_half_the_variance_of_the_log_weights() -> None:
 
 
 def test_on_policy_its_gradient_is_that_of_the_reverse_divergence() -> None:
-    flow = stirred(NICE(2, couplings=2, hidden=(8,)))
+    flow = stirred(NICE(2, num_layers=2, hidden_sizes=(8,)))
     ours, reverse = (
         many(kind, flow, TARGET, 60, 500) for kind in (LogVariance(), ReverseKL(gradient="total"))
     )
@@ -316,7 +319,7 @@ def test_objectives_are_saved_with_their_draws() -> None:
             lambda: ForwardKL(torch.zeros(3, 2), gradient="path")(RedundantNICE(2, 3), TARGET, 5),
             "the path gradient is for flows with D = d",
         ),
-        (lambda: Compressed(TARGET, math.inf), "height must be finite, got height=inf"),
+        (lambda: LogRegularized(TARGET, math.inf), "height must be finite, got height=inf"),
     ],
 )
 def test_refusals(make: object, said: str) -> None:
@@ -324,12 +327,12 @@ def test_refusals(make: object, said: str) -> None:
         make()  # type: ignore[operator]
 
 
-# Compressed energies
+# Log-regularized energies
 
 
 def test_compressed_above_its_height_alone() -> None:
     inner = DoubleWell()
-    energy = Compressed(inner, 3.0)
+    energy = LogRegularized(inner, 3.0)
     x = torch.linspace(-4.0, 4.0, 81)
     values, grad = value_and_grad(energy, x)
     truth, slope = value_and_grad(inner, x)
@@ -338,17 +341,17 @@ def test_compressed_above_its_height_alone() -> None:
     assert torch.equal(grad[below], slope[below])
     torch.testing.assert_close(values[~below], 3.0 + torch.log1p(truth[~below] - 3.0))
     torch.testing.assert_close(grad[~below], slope[~below] / (truth[~below] - 2.0))
-    assert Compressed(inner, 3.0)(torch.tensor([math.nan, math.inf]))[0].isnan()
+    assert LogRegularized(inner, 3.0)(torch.tensor([math.nan, math.inf]))[0].isnan()
     assert energy.log_z is None
 
 
 def test_no_weight_is_made_of_a_compressed_energy() -> None:
-    energy = Compressed(DoubleWell(), 3.0)
+    energy = LogRegularized(DoubleWell(), 3.0)
     check_weighable(DoubleWell())
     for hidden in (energy, 0.5 * energy):
-        with pytest.raises(ValueError, match="must not be Compressed"):
+        with pytest.raises(ValueError, match="must not be LogRegularized"):
             importance_sample(RedundantNICE(1, 2), hidden, 100)
-    flow, vector = NICE(2), Compressed(Gaussian(torch.zeros(2)), 3.0)
+    flow, vector = NICE(2), LogRegularized(Gaussian(torch.zeros(2)), 3.0)
     x, base = torch.zeros(4, 2), Gaussian(torch.zeros(2))
     for made in (
         lambda: ais(vector, base),
@@ -357,9 +360,9 @@ def test_no_weight_is_made_of_a_compressed_energy() -> None:
         lambda: quadrature(energy),
         lambda: evaluate_j(flow, vector, 100, log_z=0.0),
         lambda: IndependenceMetropolis(flow).init(vector, x),
-        lambda: Jumps(HMC(), flow).init(vector, x),
+        lambda: LocalGlobalMixture(HMC(), flow).init(vector, x),
         lambda: AlphaBootstrap()(flow, vector, 10),
         lambda: AnnealedReweighting()(flow, vector, 10),
     ):
-        with pytest.raises(ValueError, match="must not be Compressed"):
+        with pytest.raises(ValueError, match="must not be LogRegularized"):
             made()

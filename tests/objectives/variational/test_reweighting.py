@@ -14,7 +14,7 @@ from lib.seeds import seeded
 from torch import Tensor
 
 from pyroebm import Energy
-from pyroebm.core import Compressed
+from pyroebm.core import LogRegularized
 from pyroebm.flows import NICE, Flow, RealNVP, RedundantNICE, importance_sample
 from pyroebm.objectives import AlphaBootstrap, AnnealedReweighting, Objective, fit_flow
 from pyroebm.targets import DoubleWell, Gaussian, GaussianMixture
@@ -116,7 +116,7 @@ def test_at_the_optimum_all_weights_are_one_and_the_mean_gradient_is_zero() -> N
 
 
 def test_redundant_latents_are_weighed_as_importance_sampling_weighs_them() -> None:
-    flow = RedundantNICE(1, 3, hidden=(8,))
+    flow = RedundantNICE(1, 3, hidden_sizes=(8,))
     energy = DoubleWell()
     generator = seeded(5)
     with torch.no_grad():
@@ -212,7 +212,7 @@ def test_the_temperature_is_bounded_by_the_call_and_stays_between_refreshes() ->
 def test_a_linear_flow_becomes_the_gaussian_of_the_temperature(beta: float) -> None:
     covariance = torch.tensor([[1.0, 0.6], [0.6, 0.8]])
     energy = Gaussian([0.5, -0.5], covariance=covariance)
-    flow = NICE(2, couplings=0)
+    flow = NICE(2, num_layers=0)
     objective = AnnealedReweighting()
     # the schedule of fit_flow ends at 1: the energy is that of the temperature
     steps = fit_flow(
@@ -229,7 +229,7 @@ def test_a_linear_flow_becomes_the_gaussian_of_the_temperature(beta: float) -> N
 
 def test_a_flow_that_cannot_carry_the_target_says_at_which_temperature_it_stays() -> None:
     energy = GaussianMixture([[-6.0, 0.0], [6.0, 0.0]], scale=0.4)
-    flow = RealNVP(2, layers=0, scale=4.0)
+    flow = RealNVP(2, num_layers=0, scale=4.0)
     steps = fit_flow(
         flow, energy, AnnealedReweighting(), steps=300, num_samples=200, lr=0.02, beta_start=0.01
     )
@@ -247,7 +247,13 @@ def test_it_keeps_a_small_mode() -> None:
     masses = []
     for seed in range(12):
         flow, objective = (
-            RealNVP(2, layers=4, hidden=(32,), scale=3.0, seed=seed),
+            RealNVP(
+                2,
+                num_layers=4,
+                hidden_sizes=(32,),
+                scale=3.0,
+                generator=torch.Generator().manual_seed(seed),
+            ),
             AnnealedReweighting(buffer_size=2048),
         )
         for _ in fit_flow(
@@ -265,7 +271,7 @@ def test_it_keeps_a_small_mode() -> None:
 
 
 def test_the_buffer_is_kept_saved_and_taken_back() -> None:
-    flow, energy = RedundantNICE(1, 2, hidden=(8,)), DoubleWell()
+    flow, energy = RedundantNICE(1, 2, hidden_sizes=(8,)), DoubleWell()
     objective, fresh = (
         AnnealedReweighting(buffer_size=300, reuse=3),
         AnnealedReweighting(buffer_size=300, reuse=3),
@@ -290,7 +296,7 @@ def test_the_buffer_is_kept_saved_and_taken_back() -> None:
 def test_a_run_of_one_seed_repeats_itself_and_of_another_does_not() -> None:
     losses = []
     for seed in (0, 0, 1):
-        flow = NICE(2, couplings=2, hidden=(8,))
+        flow = NICE(2, num_layers=2, hidden_sizes=(8,))
         steps = fit_flow(
             flow,
             Gaussian([1.0, 0.0]),
@@ -365,8 +371,8 @@ def test_a_weight_that_is_no_number_is_said(above: float) -> None:
             "energy must have events of dim=2 entries",
         ),
         (
-            lambda: AnnealedReweighting()(NICE(1), 0.5 * Compressed(DoubleWell(), 3.0)),
-            "energy must not be Compressed",
+            lambda: AnnealedReweighting()(NICE(1), 0.5 * LogRegularized(DoubleWell(), 3.0)),
+            "energy must not be LogRegularized",
         ),
     ],
 )
