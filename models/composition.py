@@ -22,6 +22,7 @@ from models.recipe import Recipe, run
 from pyroebm import HMC, MCMC, NUTS, Energy
 from pyroebm.core import Conditioned, seeded_generator
 from pyroebm.energies import MLPEnergy
+from pyroebm.objectives import ReplayBufferCD
 from pyroebm.targets import Gaussian
 from pyroebm.training import fit
 

@@ -161,12 +161,12 @@ def images(
     fit(
         energy,
         objective,
-        train - centre,
+        train - center,
         **game(RATES, steps),
         seed=recipe.seed,
         progress=progress,
     )
-    drawn = draws_of(objective, 1_000, recipe.seed) + centre
+    drawn = draws_of(objective, 1_000, recipe.seed) + center
     shuffled = torch.stack(
         [column[torch.randperm(len(test), generator=noise)] for column in test.mT], 1
     )

@@ -32,6 +32,7 @@ from pyroebm.energies import (
     compose,
 )
 from pyroebm.energies.layered import LayeredMachine
+from pyroebm.kernels import BlockGibbs
 from pyroebm.objectives import Objective
 from pyroebm.training import (
     Batches,

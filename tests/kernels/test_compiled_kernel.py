@@ -20,7 +20,7 @@ import pyroebm.core.compilation
 from pyroebm import HMC, MALA, NUTS, ULA, Energy, ModelEnergy
 from pyroebm.core.compilation import Compiled
 from pyroebm.kernels import CompiledKernel, Gibbs, Kernel, compiling
-from pyroebm.objectives import ContrastiveDivergence
+from pyroebm.objectives import ContrastiveDivergence, ReplayBufferCD
 from pyroebm.objectives.contrastive import advance
 from pyroebm.training import fit
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pyroebm.energies import BernoulliRBM, MLPEnergy
 from pyroebm.kernels import ULA
-from pyroebm.objectives import Centering, ExactLikelihood
+from pyroebm.objectives import Centering, ExactLikelihood, ReplayBufferCD
 from pyroebm.training import Batches, Guard, distributed, fit, fit_steps, read_log
 
 F64 = torch.float64
