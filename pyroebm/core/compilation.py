@@ -137,8 +137,8 @@ class CompiledView(View):
         """Whether the energy can be sampled exactly."""
         return self.energy.has_exact_draws
 
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        return self.energy.sample(n, generator)
+    def sample(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
+        return self.energy.sample(num_samples, generator)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.energy(x)

@@ -356,8 +356,8 @@ class View(Energy):
         super().__init__(energy.event_shape, energy.support if support is None else support)
         self.energy: Energy = energy
 
-    def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        return self.energy.initial(n, generator)
+    def initial(self, num_chains: int, generator: torch.Generator | None = None) -> Tensor:
+        return self.energy.initial(num_chains, generator)
 
     def named(self, x: Tensor, site: str = "x") -> dict[str, Tensor]:
         return self.energy.named(x, site)

@@ -284,22 +284,30 @@ class Kernel(abc.ABC, Generic[S]):
         where that one serves."""
         return None
 
+    def check_support(self, energy: Energy) -> None:
+        """ValueError unless this kernel moves on the support of an energy."""
+        discrete = is_discrete(energy.support)
+        if self.discrete == discrete and (discrete or is_real(energy.support)):
+            return
+        if self.discrete:
+            where, hint = "on discrete supports", "take one for continuous energies, such as NUTS()"
+        elif discrete:
+            where = "in unconstrained coordinates"
+            hint = (
+                "it is discrete and has no gradient in x: take a kernel for discrete supports, such"
+                " as Gibbs(), or a continuous relaxation"
+            )
+        else:
+            where, hint = "in unconstrained coordinates", "wrap it: unconstrain(energy)"
+        raise ValueError(
+            f"{type(self).__name__} moves {where}, but {type(energy).__name__} has"
+            f" support={energy.support}; {hint}"
+        )
+
     def check_start(self, energy: Energy, x: Tensor) -> None:
         """ValueError unless ``x`` is a batch ``(chains, *event)`` of an energy on whose support
         this kernel moves."""
-        if self.discrete != is_discrete(energy.support) or not (
-            self.discrete or is_real(energy.support)
-        ):
-            where = "on discrete supports" if self.discrete else "in unconstrained coordinates"
-            hint = (
-                ""
-                if self.discrete or is_discrete(energy.support)
-                else "; wrap it: unconstrain(energy) (MCMC.run does)"
-            )
-            raise ValueError(
-                f"{type(self).__name__} moves {where}, but {type(energy).__name__} has"
-                f" support={energy.support}{hint}"
-            )
+        self.check_support(energy)
         energy.check_states(x)
         if len(energy.batch_shape(x)) != 1:
             raise ValueError(

@@ -429,7 +429,9 @@ class MCMC(AbstractMCMC):
 
     def _bound(self, energy: Energy) -> Energy:
         check_energy(energy)
-        return unconstrain(energy)
+        target = unconstrain(energy)
+        self.plan.kernel.check_support(target)
+        return target
 
     def _compile(self, target: Energy, blocks: list[Block], goal: int) -> None:
         """Choose what the kernels move on. What decides is the same whatever blocks are here and

@@ -62,6 +62,7 @@ class PyroKernel(MCMCKernel):
         self.site = site
         self.adaptation = resolve(kernel, adaptation)
         self.target = unconstrain(energy)
+        kernel.check_support(self.target)
         self.transforms = {} if kernel.discrete else PotentialFn(energy, site).transforms
         self._initial: Tensor | None = None
 

@@ -83,8 +83,8 @@ class Clamped(View):
         known = self.known.reshape(len(self.observed), *[1] * cut, *self.event_shape)
         return values + 0.5 * torch.where(known, x, 0.0).square().flatten(cut + 1).sum(-1)
 
-    def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        return self.whole(self.energy.initial(n, generator))
+    def initial(self, num_chains: int, generator: torch.Generator | None = None) -> Tensor:
+        return self.whole(self.energy.initial(num_chains, generator))
 
     def conditional(self, block: str, x: Tensor) -> Distribution:
         """That of the energy, given the known entries of the other blocks."""

@@ -14,12 +14,13 @@ from torch import Tensor
 
 import pyroebm.core.annealing_path
 import pyroebm.core.energy
-from pyroebm import BlockGibbs, Energy, Gibbs, ParallelTempering, Path, partition
-from pyroebm.core import Conditioned
+from pyroebm import Energy, Gibbs, ParallelTempering, partition
+from pyroebm.core import Conditioned, GeometricPath
 from pyroebm.core.conditionals import blocks_of, conditional_of
 from pyroebm.core.supports import to_support
 from pyroebm.core.wrappers import Unconstrained, unconstrain
 from pyroebm.energies import BernoulliRBM, Ising, Potts
+from pyroebm.kernels import BlockGibbs
 from pyroebm.partition.walk import default_kernel
 from pyroebm.targets import BernoulliProduct, DoubleWell, Exponential
 from pyroebm.training.imputation import Clamped
@@ -62,12 +63,12 @@ MADE: dict[str, Callable[[], Energy]] = {
     "tempered twice": lambda: 0.5 * (0.5 * potts()),
     "tempered layers": lambda: 0.4 * joint(),
     "sum": lambda: ising() + 2 * ising(-0.1),
-    "path": lambda: Path(ising(), 0.3, base(ising())),
-    "path of rows": lambda: Path(potts(), BETAS, base(potts())),
-    "path without a reference": lambda: Path(potts(), BETAS),
-    "path of two": lambda: Path(joint(), 0.7, 0.1 * joint()),
-    "path of a tempered energy": lambda: Path(0.5 * ising(), BETAS, base(ising())),
-    "path of layers": lambda: Path(
+    "path": lambda: GeometricPath(ising(), 0.3, base(ising())),
+    "path of rows": lambda: GeometricPath(potts(), BETAS, base(potts())),
+    "path without a reference": lambda: GeometricPath(potts(), BETAS),
+    "path of two": lambda: GeometricPath(joint(), 0.7, 0.1 * joint()),
+    "path of a tempered energy": lambda: GeometricPath(0.5 * ising(), BETAS, base(ising())),
+    "path of layers": lambda: GeometricPath(
         joint(), BETAS, partition.bases.IndependentLayers(partition.base_rates(joint()), joint())
     ),
     "conditioned": lambda: Conditioned(
@@ -114,7 +115,7 @@ def test_conditionals_of_blocks_are_those_of_the_energy(name: str) -> None:
 def test_blocks_that_differ_are_none_in_common() -> None:
     lines = Bipartite("spins")
     lines.blocks = {"first": slice(0, 2), "second": slice(2, 6)}
-    for both in (lines + Bipartite("spins"), Path(lines, 0.5, Bipartite("spins"))):
+    for both in (lines + Bipartite("spins"), GeometricPath(lines, 0.5, Bipartite("spins"))):
         assert not blocks_of(both)
     assert not blocks_of(BernoulliProduct([1.0, 2.0]) * 0.5)
     assert not blocks_of(0.5 * Ising((3, 3)))  # two colors do not suffice

@@ -451,16 +451,16 @@ def warmup_step(
     energy: Energy,
     state: Any,
     memory: Any,
-    steps: int,
+    num_steps: int,
     adaptation: Adaptation | None,
     generator: torch.Generator | None = None,
 ) -> WarmupStep:
-    """One step of a warm-up of ``steps``, for drivers that take it step by step.
+    """One step of a warm-up of ``num_steps``, for drivers that take it step by step.
 
     Args:
         kernel, state, memory: as the step before left them; ``memory`` is None at the first.
         energy: what the kernel moves on.
-        steps: steps of the whole warm-up.
+        num_steps: steps of the whole warm-up.
         adaptation: how to adapt; None leaves the kernel as it is.
         generator: source of randomness; None is torch's global one.
     """
@@ -468,14 +468,14 @@ def warmup_step(
         return WarmupStep(kernel, *kernel.step(energy, state, generator), None)
     if memory is None:
         kernel, memory = adaptation.start(kernel, energy, state, generator)
-    return WarmupStep(*adaptation.step(kernel, energy, state, memory, steps, generator))
+    return WarmupStep(*adaptation.step(kernel, energy, state, memory, num_steps, generator))
 
 
 def warmup(
     kernel: Kernel[Any],
     energy: Energy,
     state: Any,
-    steps: int,
+    num_steps: int,
     adaptation: Adaptation | Literal["default"] | None = "default",
     *,
     generator: torch.Generator | None = None,
@@ -487,7 +487,7 @@ def warmup(
         kernel: the kernel to begin with.
         energy: what it moves on.
         state: where the chains are, from ``kernel.init``.
-        steps: steps of the warm-up, at least 0.
+        num_steps: steps of the warm-up, at least 0.
         adaptation: how to adapt: the kernel's own way, or a :class:`WindowAdaptation`; None leaves
             the kernel as it is.
         generator: source of randomness; None is torch's global one.
@@ -509,9 +509,9 @@ def warmup(
         True
     """
     chosen, memory = resolve(kernel, adaptation), None
-    for _ in range(steps):
+    for _ in range(num_steps):
         kernel, state, _, memory = warmup_step(
-            kernel, energy, state, memory, steps, chosen, generator
+            kernel, energy, state, memory, num_steps, chosen, generator
         )
         after_step()
     return kernel, state
