@@ -17,7 +17,8 @@ from pyroebm.core.energy import Energy, check_energy
 from pyroebm.core.progress import Progress
 from pyroebm.core.rng import uniform
 from pyroebm.core.statistics import Estimate, Kind, effective, log_mean, too_few
-from pyroebm.core.wrappers import Unconstrained, eval_mode
+from pyroebm.core.supports import to_support
+from pyroebm.core.wrappers import eval_mode, unconstrain
 from pyroebm.kernels.adaptation.step_size import find_step_size
 from pyroebm.kernels.base import Kernel, check_kernel
 
@@ -167,7 +168,7 @@ def tempered_smc(
             "base must be a distribution, or an Energy with exact draws and a known log_z, got"
             f" {base}"
         )
-    target, reference = (Unconstrained(e, keep_discrete=kernel.discrete) for e in (energy, base))
+    target, reference = unconstrain(energy), unconstrain(base)
     known = None if pilot is None else len(pilot.step_sizes)
     with eval_mode(energy), Progress(known, "SMC", "temperature", progress) as shown:
         run = _Run(target, reference, kernel, (num_islands, num_particles), generator)
@@ -181,7 +182,8 @@ def tempered_smc(
             level += 1
             shown.note(beta=run.beta, acceptance=run.acceptance[-1])
             shown.update()
-    return run.result(target.constrain(run.x), base.log_z, "estimate" if pilot is None else "lower")
+    x = to_support(energy.support)(run.x)
+    return run.result(x, base.log_z, "estimate" if pilot is None else "lower")
 
 
 class _Run:
@@ -295,7 +297,7 @@ class _Run:
         path, kernel = GeometricPath(self.target, self.beta, self.reference), self.kernel
         state, aim = kernel.init(path, self.x, self.generator), kernel.target_acceptance
         tuned = aim is not None and step_size is None
-        if step_size is not None and hasattr(kernel, "step_size"):
+        if step_size is not None and kernel.step_size is not None:
             kernel = kernel.replace(step_size=step_size)
         elif tuned and not self.step_sizes:
             kernel = kernel.replace(step_size=find_step_size(kernel, path, state, self.generator))
@@ -303,13 +305,13 @@ class _Run:
         for _ in range(moves):
             state, info = kernel.step(path, state, self.generator)
             rates.append(float(info.acceptance_rate.double().mean()))
-            if aim is not None and tuned:
-                size = float(kernel.step_size)  # type: ignore[attr-defined]
-                kernel = kernel.replace(step_size=size * math.exp(rates[-1] - aim))
+            if aim is not None and tuned and kernel.step_size is not None:
+                size = float(kernel.step_size) * math.exp(rates[-1] - aim)
+                kernel = kernel.replace(step_size=size)
         self.kernel, self.x = kernel, state.x
         self.slope = self._slope()
         self.acceptance.append(sum(rates) / moves)
-        self.step_sizes.append(float(getattr(kernel, "step_size", math.nan)))
+        self.step_sizes.append(math.nan if kernel.step_size is None else float(kernel.step_size))
 
     def result(self, x: Tensor, base_log_z: float, kind: Kind) -> SMCResult:
         islands = base_log_z + self.log_z

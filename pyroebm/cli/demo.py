@@ -176,8 +176,8 @@ def _weighted_facts(result: Any, seconds: float) -> Facts:
 
 
 def run_demo(out: Path, seed: int = 0, quick: bool = False, progress: bool | None = None) -> Facts:
-    """Run the demo and write ``report.json``, ``double_well.png``, ``mixing.png`` and ``chains.nc``
-    into ``out``.
+    """Run the demo and write ``report.json``, ``double_well.png``, ``trace.png``, ``rank.png``,
+    ``energy.png`` and ``chains.nc`` into ``out``.
 
     Args:
         out: folder, made if absent.

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyroebm.core.compilation import Compiled
-from pyroebm.core.energy import Energy
+from pyroebm.core.conditionals import (
+    Index,
+    common_blocks,
+    conditional_of,
+    product_of_powers,
+)
+from pyroebm.core.energy import Energy, View
 from pyroebm.core.rng import draw_from, seeded_generator
 from pyroebm.core.supports import inside, same_support
-from pyroebm.core.wrappers import Unconstrained
 
-__all__ = ["DistributionEnergy", "GeometricPath", "in_the_coordinates_of"]
+__all__ = ["DistributionEnergy", "GeometricPath"]
 
 
-class GeometricPath(Energy):
+class GeometricPath(View):
     r"""The path of densities from a reference :math:`V` to an energy :math:`U`, each row at a point
     of its own.
 
@@ -32,10 +35,6 @@ class GeometricPath(Energy):
         betas: :math:`\beta` in [0, 1], no unit: a number, or one for each row, shape ``(rows,)``;
             ``x`` then has rows first, ``(rows, ..., *event)``.
         reference: :math:`V`, of the same event shape, support and dtype.
-
-    Attributes:
-        site_logits: as :class:`pyroebm.kernels.gibbs.HasSiteLogits` has it, where both ends do;
-            else there is no such attribute.
 
     Raises:
         ValueError: if a beta is outside [0, 1], or if the reference does not fit the energy.
@@ -62,19 +61,11 @@ class GeometricPath(Energy):
             raise ValueError(
                 f"betas must be one number in [0, 1] or one for each row, got betas={betas}"
             )
-        super().__init__(energy.event_shape, energy.support)
+        super().__init__(energy)
         if reference is not None:
             _check_reference(energy, reference)
-        self.energy = energy
         self.reference = reference
         self.betas = at
-        ends: list[Any] = [
-            end.energy if isinstance(end, Unconstrained) else end
-            for end in (energy, reference)
-            if end is not None
-        ]
-        if all(hasattr(end, "site_logits") for end in ends):
-            self._offers, self.site_logits = [end.site_logits for end in ends], self._site_logits
 
     def forward(self, x: Tensor) -> Tensor:
         beta = self._beside(x)
@@ -90,15 +81,26 @@ class GeometricPath(Energy):
         with torch.no_grad():
             return self.energy(x) if self.reference is None else self.energy(x) - self.reference(x)
 
-    def initial(self, num_chains: int, generator: torch.Generator | None = None) -> Tensor:
-        return self.energy.initial(num_chains, generator)
-
-    def _site_logits(self, x: Tensor, site: Tensor) -> Tensor:
-        """What :class:`pyroebm.kernels.gibbs.HasSiteLogits` asks for, where both ends have it."""
+    def site_logits(self, x: Tensor, site: Tensor) -> Tensor:
         beta = self._beside(x).unsqueeze(-1)
-        target, *reference = (offer(x, site) for offer in self._offers)
-        logits: Tensor = beta * target
-        return logits + (1.0 - beta) * reference[0] if reference else logits
+        logits = beta * self.energy.site_logits(x, site)
+        if self.reference is None:
+            return logits
+        return logits + (1.0 - beta) * self.reference.site_logits(x, site)
+
+    @property
+    def blocks(self) -> Mapping[str, Index]:
+        """Those that both ends have."""
+        return common_blocks([end for end in (self.energy, self.reference) if end is not None])
+
+    def conditional(self, block: str, x: Tensor) -> Distribution:
+        r"""That of the energy to the power :math:`\beta`, times that of the reference to the power
+        :math:`1 - \beta`."""
+        beta = self._beside(x)
+        terms = [(conditional_of(self.energy, block, x), beta)]
+        if self.reference is not None:
+            terms.append((conditional_of(self.reference, block, x), 1.0 - beta))
+        return product_of_powers(*terms)
 
     def _beside(self, x: Tensor) -> Tensor:
         batch = self.batch_shape(x)
@@ -178,12 +180,3 @@ class DistributionEnergy(Energy):
     def sample(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
         with torch.no_grad():
             return draw_from(self.distribution, num_samples, generator).to(self.dtype)
-
-
-def in_the_coordinates_of(energy: Energy, reference: Energy) -> Energy:
-    """The reference as an energy beside ``energy``: in unconstrained coordinates where that one
-    is."""
-    energy = energy.energy if isinstance(energy, Compiled) else energy
-    if not isinstance(energy, Unconstrained) or isinstance(reference, Unconstrained):
-        return reference
-    return Unconstrained(reference, keep_discrete=True)

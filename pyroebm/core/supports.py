@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Transform, biject_to, constraints
 from torch.distributions.constraints import Constraint
+from torch.distributions.transforms import identity_transform
 
 from pyroebm.core.rng import uniform
 
@@ -28,6 +29,7 @@ __all__ = [
     "mean_free_basis",
     "search_finite",
     "site_values",
+    "to_support",
     "unconstraining",
 ]
 
@@ -150,6 +152,20 @@ def unconstraining(support: Constraint) -> Transform:
             " give the energy support=constraints.real and return +inf outside the domain"
         ) from None
     return transform
+
+
+def to_support(support: Constraint) -> Transform:
+    """The map onto the support from the coordinates in which kernels move: :func:`unconstraining`,
+    and the identity where the support is real or discrete.
+
+    Example:
+        >>> to_support(constraints.positive)(torch.zeros(1)), to_support(spin)(torch.ones(1))
+        (tensor([1.]), tensor([1.]))
+    """
+    if is_real(support) or is_discrete(support):
+        as_it_is: Transform = identity_transform
+        return as_it_is
+    return unconstraining(support)
 
 
 def draw_initial(

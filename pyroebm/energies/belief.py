@@ -309,12 +309,12 @@ class BeliefJoint(Energy):
         return total
 
     @property
-    def log_z(self) -> float | None:  # type: ignore[override]  # a truth is read, never set
+    def log_z(self) -> float | None:
         """That of the top."""
         return self.network.top.log_z
 
     @property
-    def has_exact_draws(self) -> bool:  # type: ignore[override]
+    def has_exact_draws(self) -> bool:
         """Where the top has them."""
         return self.network.top.has_exact_draws
 

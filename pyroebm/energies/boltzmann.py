@@ -14,9 +14,9 @@ from torch.distributions import Distribution, constraints
 from pyroebm.core._checks import check_shape
 from pyroebm.core.energy import Energy
 from pyroebm.core.enumeration import bit_batches, bits_of, draw_numbers
+from pyroebm.core.spins import SpinBernoulli
 from pyroebm.core.supports import spin
 from pyroebm.energies.layered import MAX_WORK, check_sizes, parameter
-from pyroebm.energies.spins import SpinBernoulli
 
 __all__ = ["BoltzmannMachine", "Marginal"]
 
@@ -109,15 +109,15 @@ class BoltzmannMachine(Energy):
         return -((0.5 * (x @ self._coupling()) + self.bias) * x).sum(-1)
 
     def site_logits(self, x: Tensor, site: Tensor) -> Tensor:
-        """Log-probabilities, unnormalised, of the values of one site of each row: a
-        ``HasSiteLogits`` of the Gibbs kernels."""
+        """Log-probabilities, unnormalised, of the values of one site of each row, from
+        its field."""
         field = (x * self._coupling()[site]).sum(-1) + self.bias[site]
         low = torch.zeros_like(field) if self.units == "bits" else -field
         return torch.stack([low, field], 1)
 
     def site_given_rest(self, x: Tensor, site: int) -> Distribution:
         """:math:`p(x_i \\mid x_{-i})` of one unit, batch shape that of ``x``: Pyro's Bernoulli, or
-        :class:`pyroebm.energies.spins.SpinBernoulli`."""
+        :class:`pyroebm.core.spins.SpinBernoulli`."""
         field = x @ self._coupling()[site] + self.bias[site]
         return (
             Bernoulli(logits=field, validate_args=False)
@@ -231,14 +231,14 @@ class BoltzmannMachine(Energy):
         return n <= 24 and n << n <= MAX_WORK
 
     @property
-    def log_z(self) -> float | None:  # type: ignore[override]  # a truth is read, never set
+    def log_z(self) -> float | None:
         if not self._is_small:
             return None
         with torch.no_grad():
             return float(copy.deepcopy(self).double().log_partition())
 
     @property
-    def has_exact_draws(self) -> bool:  # type: ignore[override]
+    def has_exact_draws(self) -> bool:
         """Where all states can be enumerated."""
         return self._is_small
 
@@ -292,12 +292,12 @@ class Marginal(Energy):
         return self.machine.log_partition(max_units)
 
     @property
-    def log_z(self) -> float | None:  # type: ignore[override]  # a truth is read, never set
+    def log_z(self) -> float | None:
         """That of the machine."""
         return self.machine.log_z
 
     @property
-    def has_exact_draws(self) -> bool:  # type: ignore[override]
+    def has_exact_draws(self) -> bool:
         """Where the machine has them."""
         return self.machine.has_exact_draws
 

@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.distributions import Distribution, constraints
 from torch.distributions.constraints import Constraint
 
+from pyroebm.core.conditionals import sites_of
 from pyroebm.core.energy import Energy
+from pyroebm.core.spins import SpinBernoulli
 from pyroebm.core.supports import site_values, spin
-from pyroebm.energies.spins import SpinBernoulli
 
 __all__ = ["Ising", "Lattice", "Potts"]
 
@@ -90,6 +91,7 @@ class Lattice(Energy):
         neighbours, bonds = _neighbours(self.shape, periodic)
         self.register_buffer("neighbours", neighbours)
         self.register_buffer("bonds", bonds.to(dtype))
+        self.blocks: dict[str, Tensor] = {}
         if not periodic or all(side % 2 == 0 for side in self.shape):
             color = (
                 torch.stack(
@@ -128,21 +130,19 @@ class Lattice(Energy):
         return self.coupling * around + self.field.reshape(sites.shape[1:])[site]
 
     def site_logits(self, x: Tensor, site: Tensor) -> Tensor:
-        """Log-probabilities, unnormalised, of the values of one site of each row: a
-        ``HasSiteLogits`` of the Gibbs kernels."""
+        """Log-probabilities, unnormalised, of the values of one site of each row, from its
+        neighbors."""
         return self.local_field(x, site.unsqueeze(1)).squeeze(1) @ self._values().mT
 
     def _block_field(self, block: str, x: Tensor) -> Tensor:
-        if block not in getattr(self, "blocks", {}):
-            raise ValueError(
-                f"block must be one of {list(getattr(self, 'blocks', {}))}, got block={block!r}"
-            )
+        if block not in self.blocks:
+            raise ValueError(f"block must be one of {list(self.blocks)}, got block={block!r}")
         width = self._values().shape[1]
-        site = self.blocks[block][::width].to(x.device) // width
+        site = sites_of(self.blocks[block], self.event_shape.numel(), width).to(x.device)
         return self.local_field(x, site.expand(len(x), -1))
 
     @property
-    def log_z(self) -> float | None:  # type: ignore[override]  # a truth is read, never set
+    def log_z(self) -> float | None:
         r""":math:`\log Z` by the transfer matrix (Kramers and Wannier, 1941), in float64.
 
         None where a row along the shorter side has more than 1,024 states (Ising: 10 spins), or

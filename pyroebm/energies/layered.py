@@ -82,14 +82,14 @@ class LayeredMachine(Energy):
         return units <= 24 and (sum(self.layers().sizes) - units) << units <= MAX_WORK
 
     @property
-    def log_z(self) -> float | None:  # type: ignore[override]  # a truth is read, never set
+    def log_z(self) -> float | None:
         if not self._is_small:
             return None
         with torch.no_grad():
             return float(self.layers().double().log_partition())
 
     @property
-    def has_exact_draws(self) -> bool:  # type: ignore[override]
+    def has_exact_draws(self) -> bool:
         """Where the smaller side can be enumerated."""
         return self._is_small
 

@@ -57,8 +57,16 @@ class Extended(Energy):
         self.energy = energy
         self.conditional = conditional
         self.dim = dim
-        self.log_z = energy.log_z
-        self.has_exact_draws = energy.has_exact_draws
+
+    @property
+    def log_z(self) -> float | None:
+        """That of the energy."""
+        return self.energy.log_z
+
+    @property
+    def has_exact_draws(self) -> bool:
+        """Whether the energy can be sampled exactly."""
+        return self.energy.has_exact_draws
 
     def split(self, xy: Tensor) -> tuple[Tensor, Tensor]:
         """Events of the energy and latents: ``(*batch, D) -> (*batch, *event), (*batch, D -

@@ -43,7 +43,11 @@ class Transported(Energy):
     def __init__(self, flow: Flow, energy: Energy) -> None:
         super().__init__((flow.total_dim,))
         self.flow, self.extended = flow, flow.extend(energy)
-        self.log_z = energy.log_z
+
+    @property
+    def log_z(self) -> float | None:
+        """That of the energy."""
+        return self.extended.log_z
 
     def forward(self, z: Tensor) -> Tensor:
         xy, log_q = self.flow.forward_and_log_prob(z)

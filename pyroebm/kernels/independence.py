@@ -4,7 +4,7 @@ alone or between local steps."""
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar, NamedTuple, Protocol, Self, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from pyroebm.core.wrappers import check_weighable
 from pyroebm.kernels.base import (
     Info,
     Kernel,
-    check_kernel,
+    WrappedKernel,
     choose,
     row_value_and_grad,
     rows,
@@ -160,7 +160,7 @@ class LocalGlobalState(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class LocalGlobalMixture(Kernel[LocalGlobalState]):
+class LocalGlobalMixture(WrappedKernel[LocalGlobalState]):
     r"""A few steps of a local kernel, then one independent proposal (Gabrié, Rotskoff and
     Vanden-Eijnden, 2022): exact.
 
@@ -191,20 +191,17 @@ class LocalGlobalMixture(Kernel[LocalGlobalState]):
         (True, tensor(8))
     """
 
-    kernel: Kernel[Any]
     proposal: Proposal
     every: int = 10
 
-    learned: ClassVar[tuple[str, ...]] = ("step_size", "inverse_mass")
-
     def __post_init__(self) -> None:
-        check_kernel(self.kernel)
+        super().__post_init__()
         check_counts({"every": 1}, self.every)
         IndependenceMetropolis(self.proposal)
         if (
             self.kernel.discrete
             or self.kernel.own_adaptation() is not None
-            or not hasattr(self.kernel, "step_size")
+            or self.kernel.step_size is None
         ):
             raise ValueError(
                 "the local kernel must be continuous and tuned by its step size, such as MALA or"
@@ -212,43 +209,14 @@ class LocalGlobalMixture(Kernel[LocalGlobalState]):
             )
 
     @property
-    def exact(self) -> bool:  # type: ignore[override]
-        """Whether the local kernel leaves its target unchanged."""
-        return self.kernel.exact
-
-    @property
-    def has_momentum(self) -> bool:  # type: ignore[override]
+    def has_momentum(self) -> bool:
         """Never: what is reported after a jump is the energy."""
         return False
 
     @property
-    def target_acceptance(self) -> float | None:  # type: ignore[override]
-        """That of the local kernel."""
-        return self.kernel.target_acceptance
-
-    @property
-    def expected_gradients(self) -> float:  # type: ignore[override]
+    def expected_gradients(self) -> float:
         """Of all local steps, and those about the jump."""
         return self.every * self.kernel.expected_gradients + 3.0
-
-    @property
-    def step_size(self) -> float | Tensor:
-        """That of the local kernel."""
-        size: float | Tensor = self.kernel.step_size  # type: ignore[attr-defined]
-        return size
-
-    @property
-    def inverse_mass(self) -> Any:
-        """That of the local kernel."""
-        return self.kernel.inverse_mass  # type: ignore[attr-defined]
-
-    def replace(self, **changes: Any) -> Self:
-        """A new kernel with some settings changed; ``step_size`` and ``inverse_mass`` are those of
-        the local kernel."""
-        inner = {name: changes.pop(name) for name in self.learned if name in changes}
-        if inner:
-            changes["kernel"] = changes.get("kernel", self.kernel).replace(**inner)
-        return super().replace(**changes)
 
     def probe(self) -> LocalGlobalMixture:
         return self.replace(kernel=self.kernel.probe(), every=1)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from pyroebm.core.energy import Energy
-from pyroebm.core.minibatch import subsample
 from pyroebm.kernels.base import (
     ContinuousKernel,
     Info,
@@ -113,7 +112,7 @@ class StochasticGradientLangevin(ContinuousKernel[CountedState]):
     def step(
         self, energy: Energy, state: CountedState, generator: torch.Generator | None = None
     ) -> tuple[CountedState, Info]:
-        q, part = rows(state.x), subsample(energy, generator)
+        q, part = rows(state.x), energy.subsample(generator)
         age = state.steps.to(q.dtype).unsqueeze(1)
         eps, metric = (
             column(self.step_size, q) * (1.0 + age / self.delay) ** (-0.5 * self.decay),

@@ -15,7 +15,7 @@ from pyroebm.core.serialization import from_text, pack, to_text, unpack
 from pyroebm.core.supports import event_numel, inside
 from pyroebm.diagnostics.streaming import StreamingMoments
 from pyroebm.kernels.adaptation.step_size import DualAveraging
-from pyroebm.kernels.adaptation.windows import Adaptation, WindowAdaptation
+from pyroebm.kernels.adaptation.windows import Adaptation, WindowAdaptation, warmup_step
 from pyroebm.kernels.base import AnyState, Info, Kernel, Steps
 
 if TYPE_CHECKING:
@@ -343,11 +343,15 @@ class Block:
                 kernel, memory = self._learned(adaptation, kernel, memory, taken)
             elif free:
                 taken = self._taken(kernel, free, most)
-            elif adaptation is None:
-                taken = Steps.of(*kernel.step(self.moving, self.state, self.generator))
             else:
-                kernel, state, info, memory = adaptation.step(
-                    kernel, self.moving, self.state, memory, plan.warmup_steps, self.generator
+                kernel, state, info, memory = warmup_step(
+                    kernel,
+                    self.moving,
+                    self.state,
+                    memory,
+                    plan.warmup_steps,
+                    adaptation,
+                    self.generator,
                 )
                 taken = Steps.of(state, info)
             if plan.save_warmup:

@@ -55,21 +55,14 @@ def odd_fields(layers: Layers, x: Kept) -> dict[int, Tensor]:
 
 def draw_even(layers: Layers, x: Kept, generator: torch.Generator | None) -> list[Tensor | None]:
     """The even layers drawn given the odd ones; None in place of the latter."""
-    even = layers.sides()[0]
-    return [
-        layers.draw(layer, layers.field(layer, x), generator) if layer in even else None
-        for layer in range(len(x))
-    ]
+    return layers.draw_side(layers.sides()[0], x, generator)
 
 
 def draw_odd(
     layers: Layers, fields: dict[int, Tensor], generator: torch.Generator | None
 ) -> list[Tensor | None]:
     """The odd layers drawn from their fields; None in place of the even ones."""
-    return [
-        layers.draw(layer, fields[layer], generator) if layer in fields else None
-        for layer in range(len(layers.biases))
-    ]
+    return layers.draw_side(layers.sides()[1], (), generator, fields=fields)
 
 
 def _parts(x: Kept) -> list[Tensor]:
@@ -211,17 +204,10 @@ class Ladder:
         """All layers after a Gibbs sweep at each temperature and one round of swaps; and the mean
         rate at which they swapped."""
         beta = self.column(layers.biases[0])
-        hot = (
-            layers
-            if layers.precision is None
-            else layers._replace(precision=beta * layers.precision)
-        )
-        x: list[Tensor | None] = list(odd)
-        for side in layers.sides():
-            drawn = {
-                layer: hot.draw(layer, beta * layers.field(layer, x), generator) for layer in side
-            }
-            x = [drawn.get(layer, kept) for layer, kept in enumerate(x)]
+        even_side, odd_side = layers.sides()
+        even = layers.draw_side(even_side, odd, generator, beta=beta)
+        odd = layers.draw_side(odd_side, even, generator, beta=beta)
+        x = [a if b is None else b for a, b in zip(even, odd, strict=True)]
         order, rate = self.swaps(layers.energy(_parts(x)), generator)
         return _rows_of(x, order), rate
 

@@ -163,7 +163,7 @@ def reverse_ais(
                 energy.check_states(start, "start")
             x = energy.sample(num_chains, generator) if start is None else start
             log_weights, exact = (
-                path.total_weight(path.target.unconstrain(x), steps, generator, progress),
+                path.total_weight(path.transform.inv(x), steps, generator, progress),
                 path.kernel.exact,
             )
     return from_weights(

@@ -17,8 +17,8 @@ from pyroebm.core._checks import check_counts
 from pyroebm.core.annealing_path import GeometricPath
 from pyroebm.core.energy import Energy, check_energy
 from pyroebm.core.statistics import ess_bulk
-from pyroebm.core.supports import is_discrete
-from pyroebm.core.wrappers import Unconstrained, eval_mode
+from pyroebm.core.supports import to_support
+from pyroebm.core.wrappers import eval_mode, unconstrain
 from pyroebm.energies.layers import Layers
 from pyroebm.partition.bases import base_energy
 from pyroebm.partition.result import LogZ
@@ -120,12 +120,10 @@ def bridge(
         raise ValueError(
             f"draws must have shape (n, *event) or (chains, n, *event), got {tuple(draws.shape)}"
         )
-    target, start = (
-        Unconstrained(e, keep_discrete=is_discrete(energy.support)) for e in (energy, reference)
-    )
+    target, start = unconstrain(energy), unconstrain(reference)
     path = GeometricPath(target, 1.0, start)
     with eval_mode(energy), torch.no_grad():
-        own = -path.slope(target.unconstrain(draws)).double().cpu()
+        own = -path.slope(to_support(energy.support).inv(draws)).double().cpu()
         other = -path.slope(start.sample(batch.numel(), generator)).double().cpu()
     if (
         bool(own.isnan().any())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -11,10 +11,11 @@ from torch import Tensor
 from pyroebm.core._checks import check_counts
 from pyroebm.core.energy import Energy, check_energy
 from pyroebm.core.progress import Progress
-from pyroebm.core.wrappers import Unconstrained, eval_mode
+from pyroebm.core.wrappers import eval_mode, unconstrain
 from pyroebm.energies.layered import LayeredMachine
 from pyroebm.energies.layers import Layers
 from pyroebm.kernels import Kernel, ParallelTempering
+from pyroebm.kernels.adaptation import warmup
 from pyroebm.kernels.base import check_kernel
 from pyroebm.partition.annealing import Base
 from pyroebm.partition.bases import base_energy
@@ -142,7 +143,7 @@ def thermodynamic_integration(
     tempering = ParallelTempering(
         moving, torch.linspace(1.0, 0.0, num_temperatures, dtype=torch.float64), reference
     )
-    target, plan = Unconstrained(energy, keep_discrete=moving.discrete), tempering.own_adaptation()
+    target = unconstrain(energy)
     slopes = []
     with (
         eval_mode(energy),
@@ -150,13 +151,10 @@ def thermodynamic_integration(
         Progress(warmup_steps + num_samples, "tempering", show=progress) as shown,
     ):
         state = tempering.init(target, target.initial(num_chains, generator), generator)
-        if warmup_steps:
-            tempering, memory = plan.start(tempering, target, state, generator)
-        for _ in range(warmup_steps):
-            tempering, state, _, memory = plan.step(
-                tempering, target, state, memory, warmup_steps, generator
-            )
-            shown.update()
+        warm, state = warmup(
+            tempering, target, state, warmup_steps, generator=generator, after_step=shown.update
+        )
+        tempering = cast(ParallelTempering, warm)
         for _ in range(num_samples):
             before = state.slopes
             state, _ = tempering.step(target, state, generator)

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from pyroebm.core.annealing_path import GeometricPath
+from pyroebm.core.conditionals import blocks_of
 from pyroebm.core.energy import Energy
 from pyroebm.core.progress import Progress
-from pyroebm.core.supports import is_discrete
-from pyroebm.core.wrappers import Unconstrained
+from pyroebm.core.supports import is_discrete, to_support
+from pyroebm.core.wrappers import unconstrain
 from pyroebm.energies.layered import LayeredEnergy
-from pyroebm.kernels import HMC, Gibbs, Kernel
+from pyroebm.kernels import HMC, BlockGibbs, Gibbs, Kernel
 from pyroebm.partition.layered import LayerGibbs
 from pyroebm.smc import SMCResult
 
@@ -48,9 +49,8 @@ class KernelPath:
     def __init__(
         self, energy: Energy, base: Energy, kernel: Kernel[Any], pilot: SMCResult | None = None
     ) -> None:
-        self.target, self.reference = (
-            Unconstrained(e, keep_discrete=kernel.discrete) for e in (energy, base)
-        )
+        self.target, self.reference = unconstrain(energy), unconstrain(base)
+        self.transform = to_support(energy.support)
         self.kernel = kernel
         self.pilot = pilot
         self.log_z = float(base.log_z or 0.0)
@@ -156,4 +156,6 @@ def default_kernel(energy: Energy) -> Kernel[Any]:
     """What moves where the caller names no kernel."""
     if isinstance(energy, LayeredEnergy):
         return LayerGibbs()
-    return Gibbs() if is_discrete(energy.support) else HMC(num_steps=5)
+    if not is_discrete(energy.support):
+        return HMC(num_steps=5)
+    return BlockGibbs() if blocks_of(energy) else Gibbs()

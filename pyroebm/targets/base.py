@@ -67,12 +67,14 @@ class Target(Energy):
                 raise ValueError(f"dtype must be a floating-point type, got dtype={dtype}")
             self.to(dtype)
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        cls.has_exact_draws = cls._draw is not Target._draw or cls.sample is not Target.sample
+    @property
+    def has_exact_draws(self) -> bool:
+        """Whether the class draws: ``_draw`` or :meth:`sample` is its own."""
+        cls = type(self)
+        return cls._draw is not Target._draw or cls.sample is not Target.sample
 
     @property
-    def log_z(self) -> float | None:  # type: ignore[override]  # a truth is read, never set
+    def log_z(self) -> float | None:
         r""":math:`\log Z` in nats, computed in float64; None where unknown."""
         return self._log_z()
 

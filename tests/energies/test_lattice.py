@@ -13,9 +13,9 @@ from lib.checks import within_se
 from torch import Tensor
 
 from pyroebm import Boltzmann, Energy
+from pyroebm.core.spins import SpinBernoulli
 from pyroebm.core.supports import site_values
 from pyroebm.energies import Ising, Potts, lattice
-from pyroebm.energies.spins import SpinBernoulli
 
 FIELD = torch.randn(3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 COLOURS = torch.randn(2, 3, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)

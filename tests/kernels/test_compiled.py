@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -25,7 +25,8 @@ from pyroebm.core.compilation import (
     is_compiled,
 )
 from pyroebm.core.energy import unchecked_value_and_grad, value_and_grad
-from pyroebm.kernels import Kernel
+from pyroebm.kernels import Kernel, State
+from pyroebm.kernels.metric import Diagonal, Identity, Metric
 from pyroebm.targets import DoubleWell, Gaussian, scales_gaussian
 
 pytestmark = pytest.mark.skipif(
@@ -212,6 +213,33 @@ def test_an_input_that_comes_twice_is_not_taken_for_one() -> None:
     view, x = Compiled(DoubleWell().double()), torch.tensor([1.0], dtype=torch.float64)
     assert fused(double, view, x, x)[0].tolist() == [-1.0]
     assert fused(double, view, 2 * x, x)[0].tolist() == [0.0]
+
+
+class Pushed(NamedTuple):
+    state: State
+    by: Tensor
+
+
+def pushed(energy: Energy, state: State, sizes: tuple[Tensor, Tensor], metric: Metric) -> Pushed:
+    by = sizes[0] * metric.apply(state.grad) - sizes[1]
+    return Pushed(State(state.x + by, *unchecked_value_and_grad(energy, state.x + by)), by)
+
+
+@pytest.mark.parametrize("metric", [Identity(), Diagonal(torch.tensor([2.0]).double())])
+def test_named_structures_go_in_and_out_of_compiled_functions(metric: Metric) -> None:
+    """Each field by its name, whatever the order in which they were made; metrics of another kind,
+    also one without tensors, are another graph."""
+    energy = Scaled().double()
+    x = torch.randn(4, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    state = State(grad=4.0 * x, energy=3.0 * x[:, 0], x=x)
+    inputs = state, (torch.tensor(0.5).double(), torch.tensor(0.25).double()), metric
+    view = Compiled(energy)
+    for _ in range(2):
+        found = fused(pushed, view, *inputs)
+        assert isinstance(found, Pushed)
+        assert isinstance(found.state, State)
+        torch.testing.assert_close(found, pushed(energy, *inputs))
+    assert len(view._calls) == 1
 
 
 @pytest.mark.parametrize(

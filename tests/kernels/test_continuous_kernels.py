@@ -19,7 +19,6 @@ from torch import Tensor
 from pyroebm import MCMC, ChEES, Energy
 from pyroebm.core import MinibatchEnergy, Unconstrained, value_and_grad
 from pyroebm.core.compilation import Compiled
-from pyroebm.core.minibatch import subsample
 from pyroebm.kernels import (
     BAOAB,
     MCLMC,
@@ -490,7 +489,7 @@ def test_minibatches_are_found_inside_other_views() -> None:
         (Unconstrained(energy), part),
         (Compiled(Unconstrained(energy)), part),
     ):
-        torch.testing.assert_close(subsample(view, torch.Generator().manual_seed(0))(x), value)
+        torch.testing.assert_close(view.subsample(torch.Generator().manual_seed(0))(x), value)
     with pytest.raises(
         ValueError, match="batch_size must be from 1 to the 6 rows of data, got batch_size=7"
     ):

@@ -31,7 +31,7 @@ EVENTS = [(), (3,), (2, 3, 4)]
 
 def fitted(name: str, energy: Energy) -> Energy:
     """A scalar energy, as a pair for the kernels that refuse events of one entry."""
-    return energy if KERNELS[name]().least_dim == 1 else Pair(energy)
+    return energy if KERNELS[name]().min_dim == 1 else Pair(energy)
 
 
 def events(energy: Energy, x: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ def events(energy: Energy, x: Tensor) -> Tensor:
 def test_step_keeps_shapes_and_types(name: str, dtype: torch.dtype, event: tuple[int, ...]) -> None:
     energy = Normal(event).to(dtype)
     kernel, generator = build(name, event, dtype), torch.Generator().manual_seed(0)
-    if math.prod(event) < kernel.least_dim:
+    if math.prod(event) < kernel.min_dim:
         with pytest.raises(
             ValueError, match=r"needs events of at least 2 entries, but Normal has event_shape \(\)"
         ):

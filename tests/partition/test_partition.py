@@ -34,8 +34,6 @@ from pyroebm.energies import (
 from pyroebm.energies.layered import LayeredEnergy, LayeredMachine
 from pyroebm.flows import importance_sample
 from pyroebm.kernels import BlockGibbs
-from pyroebm.kernels.gibbs import conditional_logits, offered_logits
-from pyroebm.kernels.sites import to_sites
 from pyroebm.partition import (
     BidirectionalAIS,
     IndependentLayers,
@@ -739,13 +737,25 @@ def test_mutant_precision_of_the_target_all_along_is_caught(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(
-        layered,
-        "_on_the_way",
-        lambda start, target, beta: target._replace(
+        Layers,
+        "at",
+        lambda target, beta, base: target._replace(
             weights=(), biases=(), offset=beta * target.offset
         ),
     )
     caught("GRBM")
+
+
+def test_mutant_sweep_that_forgets_its_temperature_is_caught(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    draw_side = Layers.draw_side
+
+    def hot(self: Layers, *args: Any, beta: Any = None, base: Any = None, **options: Any) -> Any:
+        return draw_side(self, *args, **options)
+
+    monkeypatch.setattr(Layers, "draw_side", hot)
+    caught("RBM")
 
 
 def test_mutant_sign_of_the_correction_is_caught() -> None:
@@ -883,17 +893,15 @@ def test_independent_layers_are_a_density_with_its_draws(machine: LayeredMachine
 
 
 def test_a_path_by_sites_has_the_logits_of_its_energies() -> None:
-    """The path offers what both ends offer; without it Gibbs takes the energies, and draws the
-    same."""
+    """The path combines the conditionals of both ends; they are those of its energies."""
     start = partition.base_rates(ISING, ISING.initial(50, torch.Generator().manual_seed(1)))
     path = GeometricPath(ISING, torch.tensor([0.0, 0.3, 1.0]), start)
     x, site = ISING.initial(3, torch.Generator().manual_seed(2)), torch.tensor([0, 4, 8])
-    spins = torch.tensor([[-1.0], [1.0]], dtype=F64)
-    offered = offered_logits(path, to_sites(x, spins), site, spins).log_softmax(1)
-    torch.testing.assert_close(
-        offered, conditional_logits(path, to_sites(x, spins), site, spins).log_softmax(1)
-    )
-    assert not hasattr(GeometricPath(ISING, 0.5, ISING * 0.5), "site_logits")
+    for ends in (path, GeometricPath(ISING, 0.5, ISING * 0.5), GeometricPath(ISING, 0.5)):
+        torch.testing.assert_close(
+            ends.site_logits(x, site).log_softmax(1),
+            Energy.site_logits(ends, x, site).log_softmax(1),
+        )
 
 
 def _enumerable() -> Energy:
