@@ -52,6 +52,7 @@ DRIVERS = {
     "pyroebm.cli*",
     "pyroebm.mcmc.sampler.MCMC",
     "pyroebm.training.fit.fit*",
+    "pyroebm.training.selection.select_total_dim",
     "pyroebm.training.trainer.Trainer",
     "pyroebm.core.rng.fresh_seed",
     "pyroebm.core.rng.seeded_generator",
