@@ -77,7 +77,6 @@ EXEMPT: dict[str, tuple[str, str]] = {
     "pyroebm.training.data.*": ("randomness", "any step's batch can be had at once"),
     "pyroebm.training.validation.Validation": ("randomness", "the same numbers each time"),
     "pyroebm.training.history.History": ("randomness", "a result"),
-    "pyroebm.objectives.variational.*": ("*", "being rewritten"),
     "pyroebm.kernels.adaptation.windows.*": ("counts", "being rewritten"),
     "pyroebm.kernels.*Adaptation.step": ("counts", "being rewritten"),
     "pyroebm.core.compilation.choose_compiled": ("counts", "being rewritten"),
