@@ -235,7 +235,13 @@ def trained(
     """
     energy = system.make().float()
     flow = EquivariantFlow(energy.num_particles, energy.space, dtype=F64, **system.flow)
-    match_flow(flow, draws, 500 if quick else 20_000, seed=seed, progress=False)
+    match_flow(
+        flow,
+        draws,
+        500 if quick else 20_000,
+        generator=torch.Generator().manual_seed(seed),
+        progress=False,
+    )
     first = copy.deepcopy(flow)
     flow.float()
     steps, batch = (10, 64) if quick else (system.steps, system.batch)

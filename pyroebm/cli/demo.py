@@ -143,7 +143,9 @@ def flow_facts(
         x = flow.forward_and_log_prob(flow.rsample_base(n, torch.Generator().manual_seed(seed)))[0][
             :, 0
         ]
-    value, error = estimate_augmented_kl(flow, energy, n, seed=seed + 1, progress=progress)
+    value, error = estimate_augmented_kl(
+        flow, energy, n, generator=torch.Generator().manual_seed(seed + 1), progress=progress
+    )
     mass = float((x > BARRIER).double().mean())
     return x, {
         "mean": float(x.mean()),

@@ -49,7 +49,7 @@ def select_total_dim(
     make_flow: Callable[[int, int], Flow] | None = None,
     make_objective: Callable[[Energy], FlowObjective] = ReverseKL,
     num_steps: int = 3000,
-    evaluation_samples: int = 100_000,
+    num_evaluation_samples: int = 100_000,
     seed: int = 0,
     progress: bool | None = None,
     **fit_options: Any,
@@ -64,7 +64,7 @@ def select_total_dim(
         make_objective: from the energy to the objective of a fit, such as
             ``functools.partial(ReverseKL, num_samples=64)``.
         num_steps: of each fit.
-        evaluation_samples: draws for the comparison, the same seed for each D.
+        num_evaluation_samples: draws for the comparison, the same seed for each D.
         seed: of the flows' initial weights, of each fit, and of the comparison.
         progress: True shows it, False hides it, None shows it where it takes longer than a second.
         fit_options: for :func:`pyroebm.training.fit`.
@@ -74,7 +74,7 @@ def select_total_dim(
 
     Example:
         >>> from pyroebm.targets import DoubleWell
-        >>> found = select_total_dim(DoubleWell(), (1, 2), num_steps=2, evaluation_samples=100)
+        >>> found = select_total_dim(DoubleWell(), (1, 2), num_steps=2, num_evaluation_samples=100)
         >>> sorted(found.values), found.flow.total_dim == found.total_dim
         ([1, 2], True)
     """
@@ -106,6 +106,11 @@ def select_total_dim(
         )
         flows[total_dim] = flow
         values[total_dim], errors[total_dim] = estimate_augmented_kl(
-            flow, energy, evaluation_samples, log_z=0.0, seed=seed + 1, progress=progress
+            flow,
+            energy,
+            num_evaluation_samples,
+            log_z=0.0,
+            generator=torch.Generator().manual_seed(seed + 1),
+            progress=progress,
         )
     return TotalDimSelection(min(values, key=values.__getitem__), values, errors, flows)

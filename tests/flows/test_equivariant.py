@@ -300,7 +300,14 @@ def test_matching_solves_the_normal_equations_and_says_what_it_explains() -> Non
         EquivariantFlow(4, 2, reach=12.0, length=2.0, num_cells=8, num_stages=3, dtype=F64),
         2.0 * noise(300, 6),
     )
-    explained = match_flow(flow, draws, num_pairs=700, ridge=1e-9, batch_size=300, seed=3)
+    explained = match_flow(
+        flow,
+        draws,
+        num_pairs=700,
+        ridge=1e-9,
+        batch_size=300,
+        generator=torch.Generator().manual_seed(3),
+    )
     generator = seeded_generator(3)
     residuals = []
     targets = []
@@ -553,7 +560,7 @@ def test_chains_obey_steins_identity_and_ways_to_log_z_agree() -> None:
     within_se(found.stein.value, 6.0, found.stein.standard_error)
     assert max(found.r_hat.values()) < 1.2
     flow = EquivariantFlow(4, 2, dtype=F64, **system.flow)
-    match_flow(flow, found.half(0).flatten(0, 1), 8000, seed=1)
+    match_flow(flow, found.half(0).flatten(0, 1), 8000, generator=torch.Generator().manual_seed(1))
     flow.num_steps = 120
     judgement = particles.judged(
         particles.Case("DW4", 1, system.make(), found, flow, flow, [], 0, 0.0)

@@ -24,12 +24,14 @@ def test_the_smallest_j_r_chooses_an_auxiliary_variable() -> None:
         make_objective=partial(ReverseKL, num_samples=256),
         num_steps=300,
         lr=5e-3,
-        evaluation_samples=20_000,
+        num_evaluation_samples=20_000,
     )
     assert found.total_dim == 2
     assert found.flow is found.flows[2]
     assert found.values[1] - found.values[2] > 5 * math.hypot(*found.standard_errors.values())
-    value, _ = estimate_augmented_kl(found.flows[1], energy, 20_000, seed=1)
+    value, _ = estimate_augmented_kl(
+        found.flows[1], energy, 20_000, generator=torch.Generator().manual_seed(1)
+    )
     # values leave out log C, which all share
     assert value - found.values[1] == pytest.approx(energy.log_z)
 
@@ -47,7 +49,7 @@ def test_choice_of_total_dim_takes_makers_and_refuses() -> None:
         make_flow=make,
         make_objective=partial(ReverseKL, num_samples=4),
         num_steps=1,
-        evaluation_samples=10,
+        num_evaluation_samples=10,
     )
     assert made == [(2, 2), (2, 3), (2, 4)]
     assert set(found.flows) == {2, 3, 4}

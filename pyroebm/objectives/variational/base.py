@@ -140,7 +140,7 @@ class FlowObjective(Objective):
         return loss, metrics | {"beta": torch.tensor(self.beta, dtype=torch.float64)}
 
     def loss(
-        self, flow: Flow, generator: torch.Generator | None
+        self, flow: Flow, generator: torch.Generator | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss and its metrics, detached."""
         raise NotImplementedError(

@@ -60,8 +60,8 @@ class AlphaBootstrap(FlowObjective):
     Args:
         energy: U.
         num_samples: states annealed at a time, and of a batch, at least 2.
-        temperatures: steps of :math:`\beta` from q to :math:`p^2 / q`; between each two the states
-            are moved.
+        num_temperatures: steps of :math:`\beta` from q to :math:`p^2 / q`; between each two the
+            states are moved.
         kernel: its number of steps and metric; the step size of each temperature is tuned to accept
             65 %, from this one on.
         buffer_size: states kept; the oldest go first.
@@ -77,7 +77,7 @@ class AlphaBootstrap(FlowObjective):
         >>> from pyroebm.flows import NICE
         >>> from pyroebm.targets import Gaussian
         >>> flow = NICE(2)
-        >>> objective = AlphaBootstrap(Gaussian([1.0, 0.0]), num_samples=64, temperatures=2)
+        >>> objective = AlphaBootstrap(Gaussian([1.0, 0.0]), num_samples=64, num_temperatures=2)
         >>> loss, metrics = objective(flow, generator=torch.Generator().manual_seed(0))
         >>> loss.backward()
         >>> bool(flow.transform.parts[-1].offset.grad[0] < 0)  # descent moves q to its target
@@ -95,7 +95,7 @@ class AlphaBootstrap(FlowObjective):
         energy: Energy,
         num_samples: int = 512,
         *,
-        temperatures: int = 4,
+        num_temperatures: int = 4,
         kernel: HMC | None = None,
         buffer_size: int = 20_000,
         reuse: int = 4,
@@ -104,7 +104,10 @@ class AlphaBootstrap(FlowObjective):
         super().__init__(energy, num_samples)
         check_weighable(energy)
         check_counts(
-            {"temperatures": 1, "buffer_size": 2, "reuse": 1}, temperatures, buffer_size, reuse
+            {"num_temperatures": 1, "buffer_size": 2, "reuse": 1},
+            num_temperatures,
+            buffer_size,
+            reuse,
         )
         kernel = HMC(step_size=0.2, num_steps=5) if kernel is None else kernel
         check_kernel(kernel)
@@ -115,13 +118,15 @@ class AlphaBootstrap(FlowObjective):
                 f"max_correction must be at least 1, got max_correction={max_correction}"
             )
         self.kernel = kernel
-        self.temperatures = temperatures
+        self.num_temperatures = num_temperatures
         self.buffer_size = buffer_size
         self.reuse = reuse
         self.max_correction = max_correction
         self.register_buffer(
             "step_sizes",
-            torch.full((max(1, temperatures - 1),), float(kernel.step_size), dtype=torch.float64),
+            torch.full(
+                (max(1, num_temperatures - 1),), float(kernel.step_size), dtype=torch.float64
+            ),
         )
         self.register_buffer("batches", torch.zeros((), dtype=torch.long))
         for name in ("rows", "log_weights", "log_q"):
@@ -130,7 +135,7 @@ class AlphaBootstrap(FlowObjective):
         self._flow: weakref.ref[Flow] | None = None
 
     def loss(
-        self, flow: Flow, generator: torch.Generator | None
+        self, flow: Flow, generator: torch.Generator | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         target = flow.extend(self.energy)
         metrics: dict[str, Tensor] = {}
@@ -184,12 +189,12 @@ class AlphaBootstrap(FlowObjective):
         base = FlowEnergy(flow)
         end, x = _Square(target, base), base.sample(n, generator)
         log_weights, rates = torch.zeros(n, dtype=torch.float64, device=x.device), []
-        betas = torch.linspace(0.0, 1.0, self.temperatures + 1).tolist()
+        betas = torch.linspace(0.0, 1.0, self.num_temperatures + 1).tolist()
         for k, (before, beta) in enumerate(itertools.pairwise(betas)):
             log_weights = (
                 log_weights - (beta - before) * GeometricPath(end, beta, base).slope(x).double()
             )
-            if k + 1 < self.temperatures:
+            if k + 1 < self.num_temperatures:
                 x, rate = self._move(GeometricPath(end, beta, base), x, k, generator)
                 rates.append(rate)
         return x, log_weights, torch.stack(rates).mean() if rates else torch.ones(())

@@ -96,7 +96,7 @@ class ForwardKL(FlowObjective):
             "cumulative", torch.softmax(log_weights.detach().double(), 0).cumsum(0).to(draws.device)
         )
 
-    def loss(self, flow: Flow, generator: torch.Generator | None) -> tuple[Tensor, Metrics]:
+    def loss(self, flow: Flow, generator: torch.Generator | None = None) -> tuple[Tensor, Metrics]:
         u = (
             uniform((self.num_samples,), generator, torch.float64, self.draws.device)
             * self.cumulative[-1]
@@ -194,7 +194,7 @@ class LogVariance(FlowObjective):
             )
         self.register_buffer("draws", None if draws is None else draws.detach())
 
-    def loss(self, flow: Flow, generator: torch.Generator | None) -> tuple[Tensor, Metrics]:
+    def loss(self, flow: Flow, generator: torch.Generator | None = None) -> tuple[Tensor, Metrics]:
         extended = flow.extend(self.target)
         fresh = self.num_samples if self.draws is None else self.num_samples // 2
         with torch.no_grad():

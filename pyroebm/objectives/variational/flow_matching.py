@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyroebm.core._checks import check_counts
 from pyroebm.core.progress import Progress
-from pyroebm.core.rng import seeded_generator, standard_normal, uniform
+from pyroebm.core.rng import standard_normal, uniform
 from pyroebm.flows.equivariant import EquivariantFlow
 
 __all__ = ["match_flow"]
@@ -23,7 +23,6 @@ def match_flow(
     ridge: float = 1e-4,
     *,
     batch_size: int = 500,
-    seed: int = 0,
     generator: torch.Generator | None = None,
     progress: bool | None = None,
 ) -> float:
@@ -47,8 +46,7 @@ def match_flow(
         ridge: :math:`\lambda`, in units of the mean diagonal of :math:`E\, F^\top F`; positive,
             since some weights may be of distances that no pair has.
         batch_size: pairs at once.
-        seed: of a generator on the flow's device.
-        generator: in place of ``seed``.
+        generator: source of the draws; None is torch's default generator.
         progress: True shows it, False hides it, None shows it where it takes longer than a second.
 
     Returns:
@@ -92,7 +90,6 @@ def match_flow(
         raise ValueError(
             f"draws must be finite, got {int((~torch.isfinite(draws)).sum())} entries that are not"
         )
-    generator = seeded_generator(seed, flow.device) if generator is None else generator
     weights = flow.field.weights
     gram = torch.zeros(weights.numel(), weights.numel(), dtype=torch.float64, device=flow.device)
     moment, total = gram.new_zeros(len(gram)), 0.0

@@ -11,7 +11,6 @@ from torch import Tensor
 from pyroebm.core._checks import check_counts
 from pyroebm.core.energy import Energy
 from pyroebm.core.progress import Progress
-from pyroebm.core.rng import seeded_generator
 from pyroebm.core.wrappers import check_weighable, eval_mode
 from pyroebm.flows.flow import Flow
 from pyroebm.objectives.variational.base import FlowObjective
@@ -118,7 +117,7 @@ class ReverseKL(FlowObjective):
         self.entropy, self.gradient = entropy, gradient
 
     def loss(
-        self, flow: Flow, generator: torch.Generator | None
+        self, flow: Flow, generator: torch.Generator | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         return self.loss_at(flow, flow.rsample_base(self.num_samples, generator))
 
@@ -149,7 +148,7 @@ def estimate_augmented_kl(
     log_z: float | None = None,
     entropy: str = "sampled",
     batch_size: int = 65_536,
-    seed: int = 0,
+    generator: torch.Generator | None = None,
     progress: bool | None = None,
 ) -> tuple[float, float]:
     r"""An estimate of :math:`J_R` (of J where D = d) from fresh draws, and its standard error, in
@@ -163,7 +162,7 @@ def estimate_augmented_kl(
             log C.
         entropy: as in :class:`ReverseKL`.
         batch_size: draws evaluated at once.
-        seed: of the draws.
+        generator: source of the draws; None is torch's default generator.
         progress: True shows it, False hides it, None shows it where it takes longer than a second.
 
     Raises:
@@ -187,7 +186,6 @@ def estimate_augmented_kl(
     check_counts({"num_samples": 2, "batch_size": 2}, num_samples, batch_size)
     check_options(entropy)
     check_weighable(energy)
-    generator = seeded_generator(seed, flow.device)
     parts = []
     with (
         eval_mode(energy),

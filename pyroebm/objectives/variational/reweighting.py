@@ -117,7 +117,7 @@ class AnnealedReweighting(FlowObjective):
         self._flow: weakref.ref[Flow] | None = None
 
     def loss(
-        self, flow: Flow, generator: torch.Generator | None
+        self, flow: Flow, generator: torch.Generator | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         if self._flow not in (None, weakref.ref(flow)):
             self.fitted = None  # draws of another flow

@@ -42,7 +42,7 @@ def test_its_gradient_is_that_of_the_divergence(energy: Energy, temperatures: in
     generator = seeded(1)
     for _ in range(40):
         objective = AlphaBootstrap(
-            energy, 4000, temperatures=temperatures, kernel=HMC(0.3, num_steps=4), reuse=1
+            energy, 4000, num_temperatures=temperatures, kernel=HMC(0.3, num_steps=4), reuse=1
         )
         loss, _ = objective(flow, generator=generator)
         grads = torch.autograd.grad(
@@ -68,7 +68,7 @@ def test_a_mutant_that_anneals_to_the_target_itself_is_caught() -> None:
     energy = Gaussian(0.5, scale=0.8)
     found = []
     for seed in range(40):
-        loss, _ = _Plain(energy, 4000, temperatures=1, reuse=1)(flow, generator=seeded(seed))
+        loss, _ = _Plain(energy, 4000, num_temperatures=1, reuse=1)(flow, generator=seeded(seed))
         found.append(
             torch.cat(
                 torch.autograd.grad(
@@ -85,7 +85,7 @@ def test_weights_follow_the_flow() -> None:
     """After the flow has moved, drawing and correcting gives each row of the buffer its weight
     under the new flow."""
     flow, energy = normal_flow(), Gaussian(0.5, scale=1.4)
-    objective = AlphaBootstrap(energy, 200, temperatures=1, reuse=1000)
+    objective = AlphaBootstrap(energy, 200, num_temperatures=1, reuse=1000)
     objective(flow, generator=seeded())
     objective.num_samples = 2000
     with torch.no_grad():
@@ -104,14 +104,14 @@ def test_weights_follow_the_flow() -> None:
 
 def test_the_buffer_is_filled_kept_saved_and_emptied() -> None:
     flow, energy = normal_flow(), Gaussian(0.5, scale=0.8)
-    objective = AlphaBootstrap(energy, 50, temperatures=2, buffer_size=150, reuse=2)
+    objective = AlphaBootstrap(energy, 50, num_temperatures=2, buffer_size=150, reuse=2)
     lengths = []
     for seed in range(5):
         _, metrics = objective(flow, generator=seeded(seed))
         lengths.append(len(objective.rows))
         assert ("acceptance_rate" in metrics) == (seed % 2 == 0)
     assert lengths == [50, 50, 100, 100, 150]
-    copy = AlphaBootstrap(energy, 50, temperatures=2, buffer_size=150, reuse=2)
+    copy = AlphaBootstrap(energy, 50, num_temperatures=2, buffer_size=150, reuse=2)
     copy.load_state_dict(objective.state_dict())
     one, two = (o(flow, generator=seeded(9))[0] for o in (objective, copy))
     assert torch.equal(one, two)
@@ -126,7 +126,7 @@ def test_a_nan_row_of_the_energy_stays_out() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return 0.5 * x.squeeze(-1) ** 2 + 0.0 * torch.sqrt(1.5 - x.squeeze(-1))
 
-    objective = AlphaBootstrap(Walled(), 500, temperatures=3, reuse=1)
+    objective = AlphaBootstrap(Walled(), 500, num_temperatures=3, reuse=1)
     loss, _ = objective(normal_flow(1.0), generator=seeded())
     assert torch.isfinite(loss)
     assert torch.isfinite(objective.log_weights).all()
@@ -182,8 +182,8 @@ def test_annealing_from_a_flow_to_its_target() -> None:
     ("make", "said"),
     [
         (
-            lambda: AlphaBootstrap(DoubleWell(), temperatures=0),
-            "temperatures must be an integer of at least 1, got temperatures=0",
+            lambda: AlphaBootstrap(DoubleWell(), num_temperatures=0),
+            "num_temperatures must be an integer of at least 1, got num_temperatures=0",
         ),
         (lambda: AlphaBootstrap(DoubleWell(), kernel=MALA()), "kernel must be an HMC, got MALA"),
         (

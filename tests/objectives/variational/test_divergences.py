@@ -78,7 +78,9 @@ OBJECTIVES: dict[str, Callable[[Energy, Tensor, int], FlowObjective]] = {
     "forward": lambda energy, draws, n: ForwardKL(draws, num_samples=n),
     "log_variance": lambda energy, draws, n: LogVariance(energy, num_samples=n),
     "log_variance_off_policy": lambda energy, draws, n: LogVariance(energy, draws, num_samples=n),
-    "alpha_bootstrap": lambda energy, draws, n: AlphaBootstrap(energy, n, temperatures=2, reuse=2),
+    "alpha_bootstrap": lambda energy, draws, n: AlphaBootstrap(
+        energy, n, num_temperatures=2, reuse=2
+    ),
     "annealed_reweighting": lambda energy, draws, n: AnnealedReweighting(
         energy, n, buffer_size=200, reuse=2
     ),
