@@ -771,7 +771,7 @@ def matched() -> Any:
 
 
 def selected() -> Any:
-    options = {"num_steps": 2, "evaluation_samples": 50, "progress": False}
+    options = {"num_steps": 2, "num_evaluation_samples": 50, "progress": False}
     make = functools.partial(ebm.ReverseKL, num_samples=16)
     found = ebm.select_total_dim(ebm.DoubleWell(), (1, 2), make_objective=make, **options)
     return found.values, found.standard_errors, found.flow
