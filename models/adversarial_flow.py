@@ -26,7 +26,7 @@ from pyroebm.core import seeded_generator
 from pyroebm.energies import MLPEnergy
 from pyroebm.flows import NICE, RedundantNICE
 from pyroebm.nn import MLPGenerator
-from pyroebm.objectives import VERA, Adversarial, AdversarialFlow, evaluate_j
+from pyroebm.objectives import VERA, Adversarial, AdversarialFlow, estimate_augmented_kl
 from pyroebm.partition import quadrature
 from pyroebm.targets import GaussianMixture
 from pyroebm.training import fit_steps
@@ -105,7 +105,9 @@ def draws_of(objective: Any, n: int, seed: int) -> Tensor:
     noise = seeded_generator(seed, spawned=3)
     if isinstance(objective, AdversarialFlow):
         with torch.no_grad():
-            return objective.flow.push(objective.flow.draw_noise(n, noise))[0][:, :2]
+            return objective.flow.forward_and_log_prob(objective.flow.rsample_base(n, noise))[0][
+                :, :2
+            ]
     drawn: Tensor = objective.model.sample(n, noise)
     return drawn
 
@@ -128,7 +130,7 @@ def report(
     q = draws_of(objective, n, recipe.seed)
     recipe.add_mean(f"{name}: share of the left mode in q", (q[:, 0] < 0.0).double())
     if isinstance(objective, AdversarialFlow):
-        value, error = evaluate_j(objective.flow, energy, n, log_z=0.0, seed=recipe.seed)
+        value, error = estimate_augmented_kl(objective.flow, energy, n, log_z=0.0, seed=recipe.seed)
         recipe.add(f"{name}: J_R", value + found["log_z"], error, note="the gap of the bound")
         bound = value + found["log_likelihood"] + found["log_z"]
         recipe.add(f"{name}: bound on the log-likelihood", bound, error, "upper")

@@ -27,16 +27,16 @@ from pyroebm.flows import (
     RealNVP,
     RedundantNICE,
     SplineFlow,
-    judge_flow,
+    evaluate_flow,
 )
-from pyroebm.objectives import AnnealedReweighting, ReverseKL, fit_flow
+from pyroebm.objectives import AnnealedReweighting, FlowObjective, ReverseKL
 from pyroebm.targets import DoubleWell, Funnel, GaussianMixture, ManyWell, Phi4
+from pyroebm.training import fit
 
 __all__ = ["CASES", "Case", "Fitted"]
 
 #: A fact beside those of the report: its value and its standard error.
 Facts = dict[str, tuple[float, float | None]]
-QUICK = {"steps": 5, "num_samples": 64}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,8 +63,8 @@ class Case:
         label: of the figure's axis, and
         observable: what is drawn there, ``(n, *event) -> (n,)``, or ``(n, 2)``.
         facts: what the report does not have, from it and the target.
-        judge: in place of :func:`judge_flow`, from what was fitted, the number of draws, a seed and
-            whether the run is quick, to the report and to facts that it does not have.
+        judge: in place of :func:`evaluate_flow`, from what was fitted, the number of draws, a seed
+            and whether the run is quick, to the report and to facts that it does not have.
     """
 
     title: str
@@ -78,7 +78,7 @@ class Case:
         """The report on a flow, and facts beside it."""
         if self.judge is not None:
             return self.judge(fitted, n, seed, quick)
-        report = judge_flow(
+        report = evaluate_flow(
             fitted.flow,
             fitted.energy,
             n,
@@ -96,15 +96,21 @@ def train(
     seed: int,
     quick: bool,
     draws: Callable[[Energy, int, bool], Tensor] | None = None,
+    *,
+    objective: Callable[..., FlowObjective] = ReverseKL,
+    num_steps: int,
+    num_samples: int = 512,
+    lr: float | None = None,
     **settings: Any,
 ) -> Fitted:
-    """Train a flow by ``fit_flow`` in its own dtype, and hand over both in float64."""
+    """Train a flow in its own dtype by an objective with these settings, and return both in
+    float64."""
+    if quick:
+        num_steps, num_samples = 5, 64
     energy, began = make(flow.dtype), time.process_time()
     with counted(energy) as rows:
-        for _ in fit_flow(
-            flow, energy, **{**settings, **(QUICK if quick else {})}, seed=seed, progress=False
-        ):
-            pass
+        made = objective(energy, num_samples=num_samples, **settings)
+        fit(flow, made, num_steps=num_steps, lr=lr, seed=seed, progress=False)
     seconds, exact = time.process_time() - began, make(torch.float64)
     with counted(exact) as reference_rows:
         reference = None if draws is None else draws(exact, seed + 1000, quick)
@@ -113,7 +119,7 @@ def train(
 
 def double_well(seed: int, quick: bool) -> Fitted:
     flow = RedundantNICE(1, 2, dtype=torch.float32, generator=torch.Generator().manual_seed(seed))
-    return train(lambda dtype: DoubleWell(dtype=dtype), flow, seed, quick, steps=2000)
+    return train(lambda dtype: DoubleWell(dtype=dtype), flow, seed, quick, num_steps=2000)
 
 
 def right_mass(report: FlowReport, energy: Energy) -> Facts:
@@ -165,8 +171,8 @@ def many_well(kind: type[ManyWell], pairs: int, seed: int, quick: bool) -> Fitte
         generator=torch.Generator().manual_seed(seed),
     )
     settings: dict[str, Any] = {
-        "objective": ReverseKL(gradient="total"),
-        "steps": 2000,
+        "gradient": "total",
+        "num_steps": 2000,
         "num_samples": 256,
         "lr": 3e-3,
     }
@@ -199,8 +205,8 @@ def mixture(
         generator=torch.Generator().manual_seed(seed),
     )
     settings: dict[str, Any] = {
-        "objective": AnnealedReweighting(),
-        "steps": 600,
+        "objective": AnnealedReweighting,
+        "num_steps": 600,
         "lr": 3e-3,
         "beta_start": beta_start,
     }
@@ -215,7 +221,12 @@ def funnel(seed: int, quick: bool) -> Fitted:
         dtype=torch.float32,
         generator=torch.Generator().manual_seed(seed),
     )
-    settings: dict[str, Any] = {"steps": 2000, "num_samples": 256, "lr": 5e-3, "beta_start": 1.0}
+    settings: dict[str, Any] = {
+        "num_steps": 2000,
+        "num_samples": 256,
+        "lr": 5e-3,
+        "beta_start": 1.0,
+    }
     return train(lambda dtype: Funnel(dtype=dtype), flow, seed, quick, **settings)
 
 
@@ -229,8 +240,8 @@ def ring(seed: int, quick: bool) -> Fitted:
         generator=torch.Generator().manual_seed(seed),
     )
     settings: dict[str, Any] = {
-        "objective": ReverseKL(gradient="total"),
-        "steps": 2000,
+        "gradient": "total",
+        "num_steps": 2000,
         "num_samples": 256,
         "lr": 3e-3,
     }
@@ -258,7 +269,12 @@ def free_field(seed: int, quick: bool) -> Fitted:
     flow = NICE(
         16, num_layers=0, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
     )
-    settings: dict[str, Any] = {"steps": 3000, "num_samples": 128, "lr": 1e-2, "beta_start": 1.0}
+    settings: dict[str, Any] = {
+        "num_steps": 3000,
+        "num_samples": 128,
+        "lr": 1e-2,
+        "beta_start": 1.0,
+    }
     return train(
         lambda dtype: Phi4(16, m2=1.0, lam=0.0, dtype=dtype), flow, seed, quick, **settings
     )
@@ -289,7 +305,12 @@ def schools(effects: Tensor, errors: Tensor) -> None:
 
 def eight_schools(make: Callable[[int], Flow], seed: int, quick: bool) -> Fitted:
     guide = FlowGuide(schools, make(seed))
-    settings: dict[str, Any] = {"steps": 1000, "num_samples": 256, "lr": 5e-3, "beta_start": 1.0}
+    settings: dict[str, Any] = {
+        "num_steps": 1000,
+        "num_samples": 256,
+        "lr": 5e-3,
+        "beta_start": 1.0,
+    }
     energy = guide.energy(torch.tensor(EFFECTS).double(), torch.tensor(ERRORS).double())
     return train(lambda dtype: energy, guide.flow, seed, quick, **settings)
 

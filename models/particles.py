@@ -18,11 +18,12 @@ from pyroebm import HMC, MCMC
 from pyroebm.core import Estimate, value_and_grad
 from pyroebm.core.rng import seeded_generator, standard_normal, uniform
 from pyroebm.diagnostics import energy_distance, ess_bulk, r_hat
-from pyroebm.flows import EquivariantFlow, FlowEnergy, FlowReport, judge_flow
+from pyroebm.flows import EquivariantFlow, FlowEnergy, FlowReport, evaluate_flow
 from pyroebm.kernels import ParallelTempering
-from pyroebm.objectives import ForwardKL, fit_flow, match_flow
+from pyroebm.objectives import ForwardKL, match_flow
 from pyroebm.partition import LogZ, bridge, smc
 from pyroebm.targets import DW4, Gaussian, LennardJones, Particles
+from pyroebm.training import Guard, fit
 
 __all__ = [
     "SYSTEMS",
@@ -238,24 +239,17 @@ def trained(
     first = copy.deepcopy(flow)
     flow.float()
     steps, batch = (10, 64) if quick else (system.steps, system.batch)
-    settings: dict[str, Any] = {
-        "lr": system.lr,
-        "beta_start": 1.0,
-        "max_grad_norm": 10.0,
-        "on_nonfinite": "skip",
-        "seed": seed,
-    }
-    fitting = fit_flow(
+    history = fit(
         flow,
-        energy,
-        ForwardKL(draws.float()),
-        steps=steps,
-        num_samples=batch,
+        ForwardKL(draws.float(), num_samples=batch),
+        num_steps=steps,
+        lr=system.lr,
+        max_grad_norm=10.0,
+        guard=Guard(rollback=True, max_rollbacks=steps),
+        seed=seed,
         progress=False,
-        **settings,
     )
-    losses = [loss for _, loss, _ in fitting]
-    return first, flow.double(), losses
+    return first, flow.double(), history["loss"].tolist()
 
 
 def case(name: str, seed: int = 0, quick: bool = False) -> Case:
@@ -302,7 +296,7 @@ def judged(done: Case, *, quick: bool = False, matched: bool = False) -> Judgeme
     last = min(held.shape[1], -(-some // len(held)))  # draws of each chain
     fresh = moved(energy, held[:, -last:].flatten(0, 1), generator)
     with counted(energy) as rows:
-        report = judge_flow(
+        report = evaluate_flow(
             flow,
             energy,
             n,
@@ -327,8 +321,8 @@ def judged(done: Case, *, quick: bool = False, matched: bool = False) -> Judgeme
             progress=False,
         )
     far, near = distances(energy, fresh), distances(energy, report.weighted.x[:some])
-    z = flow.draw_noise(200, generator)
-    back = flow.transform.inv(flow.push(z)[0])
+    z = flow.rsample_base(200, generator)
+    back = flow.transform.inv(flow.forward_and_log_prob(z)[0])
     log_q, fine = flow.log_prob(fresh[:200]), flow.num_steps
     flow.num_steps = fine // 2
     rough = flow.log_prob(fresh[:200])

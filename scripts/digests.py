@@ -87,7 +87,7 @@ EXEMPT = {
     "BidirectionalAIS": "returned by bidirectional_ais",
     "ContinuousKernel": "base class",
     "ExponentialFamily": "base class",
-    "FlowReport": "returned by judge_flow",
+    "FlowReport": "returned by evaluate_flow",
     "GradientKernel": "base class",
     "HasLosses": "protocol",
     "ImportanceResult": "returned by importance_sample",
@@ -304,8 +304,8 @@ def target_facts(target: Any) -> Any:
 
 def flow_facts(flow: Any) -> Any:
     flow = stirred(flow)
-    z = flow.draw_noise(6, seeded(1))
-    x, log_q = flow.push(z)
+    z = flow.rsample_base(6, seeded(1))
+    x, log_q = flow.forward_and_log_prob(z)
     log_q.sum().backward()
     drawn = flow().sample((3,))
     return z, x, log_q, flow.log_prob(x.detach()), flow.path_log_prob(x.detach()), drawn, flow
@@ -318,7 +318,7 @@ def transform_facts(transform: Any) -> Any:
 
 
 def base_facts(base: Any) -> Any:
-    z = stirred(base).draw(6, seeded(1), torch.float64, torch.device("cpu"))
+    z = stirred(base).rsample(6, seeded(1), torch.float64, torch.device("cpu"))
     return z, base.log_prob(z), base.distribution(torch.float64, torch.device("cpu")).sample((3,))
 
 
@@ -345,10 +345,14 @@ def of_bits(objective: Any, energy: Energy | None = None) -> Any:
     return trained(objective, machine() if energy is None else energy, bits())
 
 
+def by(objective: Any, **options: Any) -> Any:
+    return functools.partial(objective, num_samples=32, **options)
+
+
 def of_flow(objective: Any, flow: Any = None, energy: Energy | None = None) -> Any:
     flow, energy = small_flow() if flow is None else flow, wells() if energy is None else energy
-    settings = {"steps": 3, "num_samples": 32, "seed": 3, "progress": False}
-    return list(ebm.fit_flow(flow, energy, objective, **settings)), flow, objective
+    made = objective(energy)
+    return list(ebm.fit_steps(flow, made, num_steps=3, seed=3, progress=False)), flow, made
 
 
 def timeless(facts: Any) -> Any:
@@ -632,7 +636,7 @@ def extended() -> Any:
 def judged_flow(flow: Any) -> Any:
     mixture = ebm.GaussianMixture([[-2.0, 0.0], [2.0, 0.0]], scale=0.5, weights=[0.9, 0.1])
     draws = mixture.sample(100, seeded(4))
-    return ebm.judge_flow(flow, mixture, 400, draws, num_distances=50)
+    return ebm.evaluate_flow(flow, mixture, 400, draws, num_distances=50)
 
 
 def conditional() -> Any:
@@ -757,7 +761,7 @@ def guided() -> Any:
     guide = ebm.FlowGuide(counts_model, ebm.NICE(1, **SMALL))
     steps = SVI(counts_model, guide, pyro.optim.Adam({"lr": 1e-2}), Trace_ELBO())
     losses = [steps.step(COUNTS) for _ in range(3)]
-    fitted = of_flow(None, guide.flow, guide.energy(COUNTS))
+    fitted = of_flow(by(ebm.ReverseKL), guide.flow, guide.energy(COUNTS))
     return losses, fitted, guide.sample(4, seeded(1)), guide.median(COUNTS)
 
 
@@ -767,8 +771,9 @@ def matched() -> Any:
 
 
 def selected() -> Any:
-    options = {"steps": 2, "num_samples": 16, "evaluation_samples": 50, "progress": False}
-    found = ebm.select_total_dim(ebm.DoubleWell(), (1, 2), **options)
+    options = {"num_steps": 2, "evaluation_samples": 50, "progress": False}
+    make = functools.partial(ebm.ReverseKL, num_samples=16)
+    found = ebm.select_total_dim(ebm.DoubleWell(), (1, 2), make_objective=make, **options)
     return found.values, found.standard_errors, found.flow
 
 
@@ -777,23 +782,27 @@ def flow_draws() -> Tensor:
 
 
 VARIATIONAL: dict[str, Make] = {
-    "alpha-bootstrap": lambda: of_flow(ebm.AlphaBootstrap(2, ebm.HMC(0.2, num_steps=2), reuse=2)),
-    "annealed-reweighting": lambda: of_flow(ebm.AnnealedReweighting(buffer_size=200, reuse=2)),
-    "compiled-kl": lambda: of_flow(ebm.CompiledKL()),
-    "default": lambda: of_flow(None, ebm.RealNVP(2, 2, **SMALL)),
-    "evaluate-j": lambda: ebm.evaluate_j(small_flow(), wells(), 300),
+    "alpha-bootstrap": lambda: of_flow(
+        by(ebm.AlphaBootstrap, temperatures=2, kernel=ebm.HMC(0.2, num_steps=2), reuse=2)
+    ),
+    "annealed-reweighting": lambda: of_flow(by(ebm.AnnealedReweighting, buffer_size=200, reuse=2)),
+    "compiled-kl": lambda: of_flow(by(ebm.CompiledKL)),
+    "default": lambda: of_flow(by(ebm.ReverseKL), ebm.RealNVP(2, 2, **SMALL)),
+    "estimate-augmented-kl": lambda: ebm.estimate_augmented_kl(small_flow(), wells(), 300),
     "flow-guide": guided,
-    "forward-kl": lambda: of_flow(ebm.ForwardKL(flow_draws())),
-    "forward-kl-path": lambda: of_flow(ebm.ForwardKL(flow_draws(), gradient="path")),
-    "log-variance": lambda: of_flow(ebm.LogVariance()),
+    "forward-kl": lambda: of_flow(lambda _: ebm.ForwardKL(flow_draws(), num_samples=32)),
+    "forward-kl-path": lambda: of_flow(
+        lambda energy: ebm.ForwardKL(flow_draws(), energy=energy, num_samples=32, gradient="path")
+    ),
+    "log-variance": lambda: of_flow(by(ebm.LogVariance)),
     "match-flow": matched,
-    "reverse-kl": lambda: of_flow(ebm.ReverseKL()),
-    "reverse-kl-exact": lambda: of_flow(ebm.ReverseKL("exact", "total")),
-    "reverse-kl-redundant": lambda: of_flow(ebm.ReverseKL(), ebm.RedundantNICE(2, 4, 2, **SMALL)),
+    "reverse-kl": lambda: of_flow(by(ebm.ReverseKL)),
+    "reverse-kl-exact": lambda: of_flow(by(ebm.ReverseKL, entropy="exact", gradient="total")),
+    "reverse-kl-redundant": lambda: of_flow(by(ebm.ReverseKL), ebm.RedundantNICE(2, 4, 2, **SMALL)),
     "select-total-dim": selected,
     "svi": lambda: svi(False),
     "svi-stl": lambda: svi(True),
-    "symmetrized-kl": lambda: of_flow(ebm.SymmetrizedKL(), symmetrized("learned")),
+    "symmetrized-kl": lambda: of_flow(by(ebm.SymmetrizedKL), symmetrized("learned")),
 }
 
 
@@ -1003,7 +1012,7 @@ def resumed_training(folder: Path) -> Any:
 
 
 def fine_tuned(model: Any) -> Any:
-    classifier, labels = ebm.Classifier(model, 3, 5), torch.arange(16) % 3
+    classifier, labels = ebm.Classifier(model, 3, num_sweeps=5), torch.arange(16) % 3
     options = {"num_epochs": 2, "batch_size": 8, "progress": False}
     history = ebm.fit(classifier, ebm.CrossEntropy(), (bits(), labels), **options)
     return history["loss"], classifier, classifier.error(bits(), labels)

@@ -89,6 +89,12 @@ MUTANTS: dict[str, tuple[str, str, str, str]] = {
         "pass",
         "tests/training/test_fit.py",
     ),
+    "a recorded kernel is left out": (
+        "core/_torch_private.py",
+        "for call in tape:",
+        "for call in tape[:-1]:",
+        "tests/kernels/test_compiled.py",
+    ),
     "no cap on step sizes that are shared": (
         "kernels/adaptation/step_size.py",
         "<= math.log(2.0)",

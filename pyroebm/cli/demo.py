@@ -28,8 +28,9 @@ from pyroebm.flows.flow import Flow
 from pyroebm.kernels import NUTS
 from pyroebm.kernels.adaptation.windows import WindowAdaptation
 from pyroebm.mcmc.sampler import MCMC
-from pyroebm.objectives import evaluate_j, fit_flow
+from pyroebm.objectives import ReverseKL, estimate_augmented_kl
 from pyroebm.targets import DoubleWell
+from pyroebm.training import fit
 
 __all__ = ["BARRIER", "run_demo"]
 
@@ -121,11 +122,10 @@ def sample_pyro_nuts(
     return _facts_of_draws(torch.stack(kept), began)
 
 
-def fit(flow: Flow, energy: DoubleWell, steps: int, seed: int, progress: bool | None) -> float:
+def train(flow: Flow, energy: DoubleWell, steps: int, seed: int, progress: bool | None) -> float:
     """Train a flow in place; seconds spent."""
     began = time.perf_counter()
-    for _ in fit_flow(flow, energy, steps=steps, seed=seed, progress=progress):
-        pass
+    fit(flow, ReverseKL(energy), num_steps=steps, seed=seed, progress=progress)
     return time.perf_counter() - began
 
 
@@ -140,8 +140,10 @@ def flow_facts(
 ) -> tuple[Tensor, Facts]:
     """Direct draws of a flow, uncorrected, and J or J_R with log C in it."""
     with torch.no_grad():
-        x = flow.push(flow.draw_noise(n, torch.Generator().manual_seed(seed)))[0][:, 0]
-    value, error = evaluate_j(flow, energy, n, seed=seed + 1, progress=progress)
+        x = flow.forward_and_log_prob(flow.rsample_base(n, torch.Generator().manual_seed(seed)))[0][
+            :, 0
+        ]
+    value, error = estimate_augmented_kl(flow, energy, n, seed=seed + 1, progress=progress)
     mass = float((x > BARRIER).double().mean())
     return x, {
         "mean": float(x.mean()),
@@ -210,7 +212,7 @@ def run_demo(out: Path, seed: int = 0, quick: bool = False, progress: bool | Non
         " learned shift ..."
     )
     nice = NICE(dim=1, dtype=torch.float64, generator=torch.Generator().manual_seed(seeds[2]))
-    seconds = fit(nice, energy, 2 * steps, seeds[2], progress)
+    seconds = train(nice, energy, 2 * steps, seeds[2], progress)
     _, report["nice"] = flow_facts(nice, energy, n, seeds[3], seconds, "j", progress)
 
     draws, by_dim = {}, {}
@@ -222,7 +224,7 @@ def run_demo(out: Path, seed: int = 0, quick: bool = False, progress: bool | Non
             dtype=torch.float64,
             generator=torch.Generator().manual_seed(seeds[2]),
         )
-        seconds = fit(flow, energy, steps, seeds[2], progress)
+        seconds = train(flow, energy, steps, seeds[2], progress)
         x, facts = flow_facts(flow, energy, n, seeds[3], seconds, "j_r", progress)
         began = time.perf_counter()
         result = importance_sample(

@@ -24,7 +24,7 @@ __all__ = ["Base", "Drawn", "MixtureBase", "StandardNormal", "StudentBase"]
 class Base(Saved):
     r"""A density of z on :math:`R^D` with reparameterised draws.
 
-    Subclasses write :meth:`draw` and :meth:`log_prob`.
+    Subclasses write :meth:`rsample` and :meth:`log_prob`.
 
     Args:
         dim: D.
@@ -38,7 +38,7 @@ class Base(Saved):
         super().__init__()
         self.dim = dim
 
-    def draw(
+    def rsample(
         self,
         num_samples: int,
         dtype: torch.dtype,
@@ -47,7 +47,7 @@ class Base(Saved):
     ) -> Tensor:
         """``num_samples`` draws of z with gradients in the parameters, shape ``(n, D)``."""
         raise NotImplementedError(
-            f"{type(self).__name__} must define draw(num_samples, dtype, device, generator) -> z"
+            f"{type(self).__name__} must define rsample(num_samples, dtype, device, generator) -> z"
         )
 
     def log_prob(self, z: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ class Base(Saved):
 
     def distribution(self, dtype: torch.dtype, device: torch.device) -> dist.Distribution:
         """The Pyro distribution of z, event shape ``(D,)``."""
-        return Drawn(lambda n: self.draw(n, dtype, device), self.log_prob, self.dim)
+        return Drawn(lambda n: self.rsample(n, dtype, device), self.log_prob, self.dim)
 
 
 class StandardNormal(Base):
@@ -71,7 +71,7 @@ class StandardNormal(Base):
         tensor(-1.8379)
     """
 
-    def draw(
+    def rsample(
         self,
         num_samples: int,
         dtype: torch.dtype,
@@ -117,7 +117,7 @@ class MixtureBase(Base):
 
     Example:
         >>> base = MixtureBase(2, num_components=3)
-        >>> base.draw(5, torch.float32, torch.device("cpu")).shape, base.weights
+        >>> base.rsample(5, torch.float32, torch.device("cpu")).shape, base.weights
         (torch.Size([5, 2]), tensor([0.3333, 0.3333, 0.3333]))
     """
 
@@ -157,7 +157,7 @@ class MixtureBase(Base):
         """w, shape ``(K,)``."""
         return self.logits.softmax(0)
 
-    def draw(
+    def rsample(
         self,
         num_samples: int,
         dtype: torch.dtype,
@@ -264,7 +264,7 @@ class StudentBase(Base):
     def _law(self) -> dist.StudentT:
         return dist.StudentT(self.df, validate_args=False)
 
-    def draw(
+    def rsample(
         self,
         num_samples: int,
         dtype: torch.dtype,

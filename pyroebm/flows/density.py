@@ -49,7 +49,7 @@ class FlowEnergy(Energy):
 
     def sample(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
         with torch.no_grad():
-            return self.flow.push(self.flow.draw_noise(num_samples, generator))[0]
+            return self.flow.forward_and_log_prob(self.flow.rsample_base(num_samples, generator))[0]
 
     def initial(self, num_chains: int, generator: torch.Generator | None = None) -> Tensor:
         return self.sample(num_chains, generator)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyroebm.core.energy import Energy
+from pyroebm.core.energy import Energy, check_energy
 from pyroebm.core.enumeration import draw_numbers
 from pyroebm.core.progress import Progress
 from pyroebm.core.rng import draw_from
@@ -150,6 +150,7 @@ def importance_sample(
     for name, value in (("num_samples", num_samples), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {name}={value}")
+    check_energy(energy)
     check_weighable(energy)
     draw = (
         _flow_weights(proposal, energy)
@@ -180,7 +181,7 @@ def _flow_weights(flow: Flow, energy: Energy) -> _Draw:
     target = flow.extend(energy)
 
     def draw(n: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        xy, log_q = flow.push(flow.draw_noise(n, generator))
+        xy, log_q = flow.forward_and_log_prob(flow.rsample_base(n, generator))
         return target.split(xy)[0], -target(xy) - log_q
 
     return draw

@@ -22,7 +22,7 @@ from pyroebm.core.wrappers import eval_mode
 from pyroebm.flows.flow import Flow
 from pyroebm.flows.importance import ImportanceResult, ess_fraction, importance_sample
 
-__all__ = ["FlowReport", "judge_flow"]
+__all__ = ["FlowReport", "evaluate_flow"]
 
 #: A mode with less than this part of its weight among the flow's draws is called missing.
 MISSING = 0.1
@@ -32,8 +32,8 @@ MARGINAL = 2000
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FlowReport:
-    r"""Figures of a flow q for a target p, from :func:`judge_flow`; log weights are :math:`-U(x) -
-    \log q(x)`.
+    r"""Figures of a flow q for a target p, from :func:`evaluate_flow`; log weights are
+    :math:`-U(x) - \log q(x)`.
 
     The reverse figures are means over the flow's own draws: none of them sees a mode without such
     draws. The forward ones are over draws of the target, and None where there are none.
@@ -119,7 +119,7 @@ class FlowReport:
         return "\n".join([*lines, f"{self.evaluations} evaluations of the target", *self.findings])
 
 
-def judge_flow(
+def evaluate_flow(
     flow: Flow,
     energy: Energy,
     num_samples: int = 100_000,
@@ -129,7 +129,7 @@ def judge_flow(
     generator: torch.Generator | None = None,
     progress: bool | None = None,
 ) -> FlowReport:
-    r"""Judge a flow by its own draws and by draws of the target.
+    r"""Evaluate a flow by its own draws and by draws of the target.
 
     Args:
         flow: q.
@@ -153,7 +153,7 @@ def judge_flow(
         >>> with torch.no_grad():  # the best normal law within the left well
         ...     _ = flow.linear.log_diagonal.fill_(math.log(0.245))
         ...     _ = flow.transform.parts[-1].offset.fill_(-1.413)
-        >>> report = judge_flow(flow, DoubleWell(), num_samples=1000)
+        >>> report = evaluate_flow(flow, DoubleWell(), num_samples=1000)
         >>> report.weighted.ess_fraction > 0.8, report.missing, report.forward_ess < 0.01
         (True, (1,), True)
     """

@@ -50,13 +50,13 @@ class Transported(Energy):
         return self.extended.log_z
 
     def forward(self, z: Tensor) -> Tensor:
-        xy, log_q = self.flow.push(z)
+        xy, log_q = self.flow.forward_and_log_prob(z)
         return self.extended(xy) + log_q - self.flow.base.log_prob(z)
 
     def variables(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """The energy's events and the latents at z: ``(*batch, D) -> (*batch, *event), (*batch, D -
         d)``."""
-        return self.extended.split(self.flow.push(z)[0])
+        return self.extended.split(self.flow.forward_and_log_prob(z)[0])
 
     def named(self, x: Tensor, site: str = "x") -> dict[str, Tensor]:
         with torch.no_grad():
@@ -64,4 +64,4 @@ class Transported(Energy):
 
     def initial(self, num_chains: int, generator: torch.Generator | None = None) -> Tensor:
         with torch.no_grad():
-            return self.flow.draw_noise(num_chains, generator)
+            return self.flow.rsample_base(num_chains, generator)

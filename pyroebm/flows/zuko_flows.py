@@ -66,7 +66,9 @@ class SplineFlow(Flow):
         ValueError: if an argument is out of range.
 
     Example:
-        >>> xy, log_q = (flow := SplineFlow(2, num_layers=2)).push(torch.zeros(3, 2))
+        >>> xy, log_q = (flow := SplineFlow(2, num_layers=2)).forward_and_log_prob(
+        ...     torch.zeros(3, 2)
+        ... )
         >>> xy.shape, log_q.shape
         (torch.Size([3, 2]), torch.Size([3]))
     """

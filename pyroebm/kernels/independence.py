@@ -42,10 +42,10 @@ class Proposal(Protocol):
         True
     """
 
-    def draw_noise(
+    def rsample_base(
         self, num_samples: int, generator: torch.Generator | None = None, /
     ) -> Tensor: ...
-    def push(self, z: Tensor, /) -> tuple[Tensor, Tensor]: ...
+    def forward_and_log_prob(self, z: Tensor, /) -> tuple[Tensor, Tensor]: ...
     def log_prob(self, x: Tensor, /) -> Tensor: ...
 
 
@@ -98,8 +98,8 @@ class IndependenceMetropolis(Kernel[IndependenceState]):
     def __post_init__(self) -> None:
         if not isinstance(self.proposal, Proposal):
             raise ValueError(
-                "proposal must have draw_noise, push and log_prob, as a Flow has, got"
-                f" {type(self.proposal).__name__}"
+                "proposal must have rsample_base, forward_and_log_prob and log_prob, as a Flow has,"
+                f" got {type(self.proposal).__name__}"
             )
 
     def init(
@@ -126,7 +126,9 @@ class IndependenceMetropolis(Kernel[IndependenceState]):
         self, energy: Energy, state: IndependenceState, generator: torch.Generator | None = None
     ) -> tuple[IndependenceState, Info]:
         with torch.no_grad():
-            x, log_q = self.proposal.push(self.proposal.draw_noise(len(state.x), generator))
+            x, log_q = self.proposal.forward_and_log_prob(
+                self.proposal.rsample_base(len(state.x), generator)
+            )
             x = x.reshape(len(x), *energy.event_shape)
             energy.check_states(x, "the proposal's draw")
             new = IndependenceState(x, energy(x), log_q)

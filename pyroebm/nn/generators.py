@@ -83,7 +83,7 @@ class Generator(nn.Module):
         """s, a scalar; 0 without noise."""
         return self._anchor.new_zeros(()) if self.log_sigma is None else self.log_sigma.exp()
 
-    def draw_noise(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
+    def sample_latent(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
         """``num_samples`` draws of z, shape ``(n, latent_dim)``."""
         return standard_normal((num_samples, self.latent_dim), generator, self.dtype, self.device)
 
@@ -121,7 +121,7 @@ class Generator(nn.Module):
         """
         check_counts({"num_samples": 1}, num_samples)
         with eval_mode(self):
-            return self.emit(self.draw_noise(num_samples, generator), generator)
+            return self.emit(self.sample_latent(num_samples, generator), generator)
 
 
 class MLPGenerator(Generator):

@@ -18,13 +18,13 @@ from pyroebm.objectives.persistent import PersistentCD, ReplayBufferCD
 from pyroebm.objectives.score_matching import NonNegativeScoreMatching, ScoreMatching
 from pyroebm.objectives.short_run import ShortRun, langevin
 from pyroebm.objectives.sliced import SlicedScoreMatching
+from pyroebm.objectives.variational.base import FlowObjective
 from pyroebm.objectives.variational.bootstrap import AlphaBootstrap
 from pyroebm.objectives.variational.compiled_kl import CompiledKL
 from pyroebm.objectives.variational.divergences import ForwardKL, LogVariance
 from pyroebm.objectives.variational.flow_matching import match_flow
-from pyroebm.objectives.variational.reverse_kl import ReverseKL, evaluate_j, fit_flow
+from pyroebm.objectives.variational.reverse_kl import ReverseKL, estimate_augmented_kl
 from pyroebm.objectives.variational.reweighting import AnnealedReweighting
-from pyroebm.objectives.variational.selection import TotalDimSelection, select_total_dim
 from pyroebm.objectives.variational.symmetric import SymmetrizedKL
 from pyroebm.objectives.vera import VERA
 
@@ -42,6 +42,7 @@ __all__ = [
     "DenoisingScoreMatching",
     "ExactLikelihood",
     "FlowContrastive",
+    "FlowObjective",
     "ForwardKL",
     "HasLosses",
     "Hybrid",
@@ -63,14 +64,11 @@ __all__ = [
     "SlicedScoreMatching",
     "Sparsity",
     "SymmetrizedKL",
-    "TotalDimSelection",
     "VERA",
-    "evaluate_j",
+    "estimate_augmented_kl",
     "fisher_divergence",
-    "fit_flow",
     "gaussian_noise",
     "langevin",
     "match_flow",
-    "select_total_dim",
     "sliced_fisher_divergence",
 ]

@@ -19,7 +19,7 @@ from pyroebm.nn.generators import Generator, batch_norms
 from pyroebm.nn.mlp import frozen
 from pyroebm.objectives.base import Objective
 from pyroebm.objectives.contrastive import check_batch
-from pyroebm.objectives.variational.reverse_kl import ReverseKL
+from pyroebm.objectives.variational.reverse_kl import check_options, estimate_kl
 
 __all__ = [
     "Adversarial",
@@ -183,7 +183,7 @@ class AdversarialFlow(Adversarial):
     Args:
         flow: q.
         num_samples, gradient_penalty: as in :class:`Adversarial`.
-        gradient: "stl" or "total", as in :class:`ReverseKL`.
+        gradient: "stl" or "total", as in :class:`~pyroebm.objectives.ReverseKL`.
 
     Raises:
         ValueError: as :class:`Adversarial`, and if the flow does not fit the energy.
@@ -206,14 +206,14 @@ class AdversarialFlow(Adversarial):
         gradient: str = "stl",
     ) -> None:
         super().__init__(num_samples, gradient_penalty)
-        self.flow, self.reverse_kl = flow, ReverseKL(gradient=gradient)
+        check_options(gradient=gradient)
+        self.flow, self.gradient = flow, gradient
 
     def negative(
         self, energy: Energy, num_samples: int, generator: torch.Generator | None = None
     ) -> Negative:
-        loss, *_, xy = self.reverse_kl.estimate(
-            self.flow, energy, self.flow.draw_noise(num_samples, generator)
-        )
+        z = self.flow.rsample_base(num_samples, generator)
+        loss, *_, xy = estimate_kl(self.flow, energy, z, gradient=self.gradient)
         return Negative({"generator": loss}, self.flow.extend(energy).split(xy)[0], None, {})
 
 
@@ -264,7 +264,7 @@ class DeepDirected(Adversarial):
                 " rows"
             )
         x, entropy = (
-            self.model.emit(self.model.draw_noise(num_samples, generator), generator),
+            self.model.emit(self.model.sample_latent(num_samples, generator), generator),
             batch_norm_entropy(self.model),
         )
         return Negative(

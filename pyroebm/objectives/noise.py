@@ -92,7 +92,9 @@ class Noise:
         self._check(energy)
         with torch.no_grad():
             if isinstance(self.law, Flow):
-                x, log_q = self.law.push(self.law.draw_noise(num_samples, generator))
+                x, log_q = self.law.forward_and_log_prob(
+                    self.law.rsample_base(num_samples, generator)
+                )
                 x = x.reshape(num_samples, *energy.event_shape)
             else:
                 x = self.law.sample(num_samples, generator)

@@ -71,7 +71,7 @@ def latent_score(
 
     Example:
         >>> model = Generator(nn.Linear(1, 2), 1, (2,), sigma=0.5)
-        >>> z = model.draw_noise(3)
+        >>> z = model.sample_latent(3)
         >>> latent_score(model, model.emit(z), z, torch.tensor(-1.0)).score.shape
         torch.Size([3, 2])
     """
@@ -172,7 +172,7 @@ class VERA(Adversarial):
         self, energy: Energy, num_samples: int, generator: torch.Generator | None = None
     ) -> Negative:
         check_generator(self.model, energy)
-        z = self.model.draw_noise(num_samples, generator)
+        z = self.model.sample_latent(num_samples, generator)
         x = self.model.emit(z, generator)
         found = latent_score(self.model, x, z, self.log_eta, self.num_proposals, generator)
         values = energy(x)

@@ -16,6 +16,7 @@ from pyroebm.training.history import History
 from pyroebm.training.imputation import complete
 from pyroebm.training.log import TrainingLog, read_log
 from pyroebm.training.pretraining import pretrain_belief_network, pretrain_boltzmann_machine
+from pyroebm.training.selection import TotalDimSelection, select_total_dim
 from pyroebm.training.trainer import Step, Trainer
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "Guard",
     "History",
     "Step",
+    "TotalDimSelection",
     "Trainer",
     "TrainingLog",
     "average_gradients",
@@ -37,4 +39,5 @@ __all__ = [
     "ranks",
     "read_log",
     "same_start",
+    "select_total_dim",
 ]

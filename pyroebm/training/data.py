@@ -68,6 +68,7 @@ class Batches:
         self,
         data: Batch | Dataset[Any],
         batch_size: int,
+        *,
         seed: int = 0,
         ranks: tuple[int, int] = (0, 1),
         convert: Callable[[Batch], Batch] | None = None,
@@ -443,6 +444,7 @@ def batches_of(
     data: Data,
     module: nn.Module,
     batch_size: int,
+    *,
     seed: int = 0,
     ranks: tuple[int, int] = (0, 1),
     argument: str = "data",
@@ -484,5 +486,5 @@ def batches_of(
     if isinstance(data, TensorDataset):
         data = data.tensors if len(data.tensors) > 1 else data.tensors[0]
     if isinstance(data, Dataset):
-        return Batches(data, batch_size, seed, ranks, convert.checked)
-    return Batches(convert.table(data), batch_size, seed, ranks, convert)
+        return Batches(data, batch_size, seed=seed, ranks=ranks, convert=convert.checked)
+    return Batches(convert.table(data), batch_size, seed=seed, ranks=ranks, convert=convert)

@@ -27,7 +27,9 @@ class Classifier(nn.Module):
     Args:
         model: the network or machine to start from; it is copied.
         num_classes: number of classes, at least 2.
-        mean_field_steps: sweeps of mean field for each batch, of a deep Boltzmann machine.
+        num_sweeps: sweeps of mean field for each batch, of a deep Boltzmann machine.
+        generator: source of the readout's initial weights, normal with standard deviation .01;
+            None is torch's default generator.
 
     Raises:
         ValueError: if ``model`` is neither, or ``num_classes`` < 2.
@@ -42,7 +44,9 @@ class Classifier(nn.Module):
         self,
         model: DeepBeliefNetwork | DeepBoltzmannMachine,
         num_classes: int,
-        mean_field_steps: int = 10,
+        *,
+        num_sweeps: int = 10,
+        generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
         if num_classes < 2:
@@ -66,19 +70,17 @@ class Classifier(nn.Module):
                 [weight.mT for weight in weights[1:]],
                 copy.deepcopy(model).requires_grad_(False),
             )
-        self.mean_field_steps = mean_field_steps
+        self.num_sweeps = num_sweeps
         self.up = nn.ModuleList([_linear(w.mT, b) for w, b in zip(weights, biases, strict=True)])
         self.side = nn.ModuleList([_linear(w.mT) for w in above])
         top = weights[-1]
         self.readout = nn.Linear(top.shape[1], num_classes, dtype=top.dtype, device=top.device)
         nn.init.zeros_(self.readout.bias)
-        nn.init.normal_(self.readout.weight, std=0.01)
+        nn.init.normal_(self.readout.weight, std=0.01, generator=generator)
 
     def forward(self, visible: Tensor) -> Tensor:
         """Logits of the classes: ``(*batch, num_visible)`` to ``(*batch, num_classes)``."""
-        means = (
-            [] if self.machine is None else self.machine.mean_field(visible, self.mean_field_steps)
-        )
+        means = [] if self.machine is None else self.machine.mean_field(visible, self.num_sweeps)
         hidden = visible
         for layer, up in enumerate(self.up):
             field = up(hidden)

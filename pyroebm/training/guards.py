@@ -17,7 +17,7 @@ from pyroebm.training.checkpoint import TrainingState
 __all__ = ["Guard", "Rollback"]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Guard:
     r"""When a step of :func:`pyroebm.training.fit` has failed, and what follows.
 

@@ -42,6 +42,7 @@ class TrainingLog:
         self,
         path: str | Path | None,
         tensorboard: str | Path | None = None,
+        *,
         every: int = 1,
         done: int = 0,
         resume: bool = False,

@@ -210,7 +210,9 @@ class Trainer:
         self.module = module
         self.objective = objective
         self._batches = (
-            None if data is None else batches_of(data, module, batch_size, seed, self._ranks)
+            None
+            if data is None
+            else batches_of(data, module, batch_size, seed=seed, ranks=self._ranks)
         )
         if resume and isinstance(self._batches, Passes):
             raise ValueError(
@@ -288,7 +290,9 @@ class Trainer:
             if there:
                 self.restore()
         self._log = (
-            TrainingLog(log, tensorboard, log_every, self.steps_done, resume) if rank == 0 else None
+            TrainingLog(log, tensorboard, every=log_every, done=self.steps_done, resume=resume)
+            if rank == 0
+            else None
         )
         if self._ranks[1] > 1:
             same_start(self._parameters)
@@ -342,10 +346,19 @@ class Trainer:
         for name, count in (("patience", patience), ("validate_every", self._validate_every)):
             if count is not None:
                 check_counts({name: 1}, count)
-        batches = batches_of(validation, self.module, batch_size, seed, self._ranks, "validation")
+        batches = batches_of(
+            validation,
+            self.module,
+            batch_size,
+            seed=seed,
+            ranks=self._ranks,
+            argument="validation",
+        )
         best = {name: modules[name] for name in ("module", "objective") if name in modules}
         chosen = self.objective if objective is None else objective
-        return Validation(chosen, batches, seed, patience, best if keep_best else None)
+        return Validation(
+            chosen, batches, seed=seed, patience=patience, modules=best if keep_best else None
+        )
 
     @property
     def finished(self) -> bool:

@@ -54,6 +54,7 @@ class Validation:
         self,
         objective: AnyObjective,
         batches: Batches | Passes,
+        *,
         seed: int = 0,
         patience: int | None = None,
         modules: Mapping[str, nn.Module] | None = None,

@@ -495,7 +495,7 @@ def test_a_composed_machine_feels_half_of_each_neighbour(first: Callable[[], Any
 def test_pretraining_feeds_each_layer_what_those_below_make_of_the_data() -> None:
     """A plain gradient step of rate 1 leads to known parameters: the next layer's inputs are the
     means of the ones below, in both kinds of stack."""
-    data, seen = all_bits(4, F64), list[Tensor]()
+    data, seen = all_bits(4, dtype=F64), list[Tensor]()
     back = Batches(torch.arange(len(data)), len(data)).numbers(0).argsort()
 
     class Known(Objective):
@@ -547,7 +547,7 @@ def test_a_classifier_starts_as_its_machine(sizes: list[int]) -> None:
     v = all_bits(sizes[0], dtype=F64)
     found: list[Tensor] = []
     for model in (machine, net):
-        classifier = Classifier(model, 3, mean_field_steps=2000)
+        classifier = Classifier(model, 3, num_sweeps=2000)
         classifier.readout.register_forward_pre_hook(
             lambda _, inputs: found.append(inputs[0].detach())
         )

@@ -53,8 +53,10 @@ from pyroebm.flows import (
 )
 from pyroebm.flows.affine import coupling_mask
 from pyroebm.flows.groups import multiplication_table
-from pyroebm.objectives import ReverseKL, SymmetrizedKL, fit_flow
+from pyroebm.objectives import ReverseKL, SymmetrizedKL
+from pyroebm.objectives.variational.reverse_kl import kl_summands
 from pyroebm.targets import Gaussian
+from pyroebm.training import fit
 
 F64 = torch.float64
 CPU = torch.device("cpu")
@@ -97,14 +99,18 @@ class _Single(nn.Module):
 
 def test_every_entry_of_a_realnvp_depends_on_every_other_and_without_shuffles_some_do_not() -> None:
     flow = stirred(RealNVP(6, 6, (16,), mask="alternating", dtype=F64))
-    jacobian = torch.autograd.functional.jacobian(lambda z: flow.push(z)[0], noise(6))
+    jacobian = torch.autograd.functional.jacobian(
+        lambda z: flow.forward_and_log_prob(z)[0], noise(6)
+    )
     assert bool((jacobian.abs() > 1e-6).all())
     # two couplings without permutation: what passed first has seen no neighbour of its own half
     pair = [
         stirred(AffineCoupling(6, hidden_sizes=(16,), flip=flip, dtype=F64))
         for flip in (True, False)
     ]
-    jacobian = torch.autograd.functional.jacobian(lambda z: Flow(pair, 6, 6).push(z)[0], noise(6))
+    jacobian = torch.autograd.functional.jacobian(
+        lambda z: Flow(pair, 6, 6).forward_and_log_prob(z)[0], noise(6)
+    )
     assert bool((jacobian[:3, :3][~torch.eye(3, dtype=torch.bool)] == 0).all())
 
 
@@ -116,7 +122,10 @@ def test_loft_is_the_identity_inside_and_logarithmic_outside() -> None:
     assert bool(layer(torch.tensor([math.nan, 1.0, 1.0])).isnan()[0])
     wide = RealNVP(1, 0, loft=4.0, scale=50.0, dtype=F64)
     assert float(
-        wide.push(wide.draw_noise(1000, seeded_generator(0)))[0].detach().abs().max()
+        wide.forward_and_log_prob(wide.rsample_base(1000, seeded_generator(0)))[0]
+        .detach()
+        .abs()
+        .max()
     ) < 4.0 + math.log(400.0)
 
 
@@ -170,8 +179,10 @@ def test_refusals_of_layers() -> None:
 def test_fresh_flow_is_its_base_scaled(make: Callable[..., Flow], scale: float) -> None:
     flow = make(3, scale=scale, dtype=F64)
     z = noise(5, 3)
-    torch.testing.assert_close(flow.push(z)[0], scale * z)
-    torch.testing.assert_close(flow.push(z)[1], StandardNormal(3).log_prob(z) - 3 * math.log(scale))
+    torch.testing.assert_close(flow.forward_and_log_prob(z)[0], scale * z)
+    torch.testing.assert_close(
+        flow.forward_and_log_prob(z)[1], StandardNormal(3).log_prob(z) - 3 * math.log(scale)
+    )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -203,7 +214,7 @@ def gradient_by_draws(base: Any, repeats: int = 200, n: int = 500) -> list[tuple
     generator = seeded_generator(3)
     rows = [
         torch.autograd.grad(
-            statistic(base.draw(n, F64, CPU, generator)).mean(), list(base.parameters())
+            statistic(base.rsample(n, F64, CPU, generator)).mean(), list(base.parameters())
         )
         for _ in range(repeats)
     ]
@@ -259,7 +270,7 @@ def test_mutants_of_the_mixture_are_caught(mutant: type[MixtureBase]) -> None:
     ids=["mixture", "student"],
 )
 def test_draws_of_a_base_have_its_density(base: Any, half: float) -> None:
-    z = base.draw(40_000, F64, CPU, seeded_generator(1)).detach()
+    z = base.rsample(40_000, F64, CPU, seeded_generator(1)).detach()
     axis = torch.linspace(-half, half, 801, dtype=F64)
     grid = torch.cartesian_prod(axis, axis)
     density = base.log_prob(grid).exp().detach() * float(axis[1] - axis[0]) ** 2
@@ -267,9 +278,9 @@ def test_draws_of_a_base_have_its_density(base: Any, half: float) -> None:
         mean, se = mean_and_se(f(z))
         truth = (density.unsqueeze(-1) * f(grid)).sum(0)
         within_se(mean, truth, se)
-    assert torch.equal(z, base.draw(40_000, F64, CPU, seeded_generator(1)))
+    assert torch.equal(z, base.rsample(40_000, F64, CPU, seeded_generator(1)))
     before = torch.get_rng_state()
-    base.draw(10, F64, CPU, seeded_generator(2))
+    base.rsample(10, F64, CPU, seeded_generator(2))
     assert torch.equal(before, torch.get_rng_state())
 
 
@@ -306,8 +317,7 @@ def test_a_student_base_reaches_a_heavy_tail_that_a_normal_one_does_not() -> Non
     found = {}
     for name, base in (("normal", None), ("student", StudentBase(1, df=8.0, dtype=F64))):
         flow = NICE(1, base=base, dtype=F64)
-        for _ in fit_flow(flow, energy, ReverseKL(), steps=150, num_samples=128, lr=5e-2, seed=1):
-            pass
+        fit(flow, ReverseKL(energy, 128), num_steps=150, lr=5e-2, seed=1)
         found[name] = flow
     x = torch.tensor([[0.0], [60.0]], dtype=F64)
     # of the log weight
@@ -360,7 +370,7 @@ def check_density_is_the_sum(flow: Symmetrized, inner: Flow, xy: Tensor) -> None
     torch.testing.assert_close(
         flow.log_prob(xy), torch.stack(parts).logsumexp(0), rtol=1e-9, atol=1e-9
     )
-    pushed, log_q = flow.push(flow.draw_noise(50, seeded_generator(4)))
+    pushed, log_q = flow.forward_and_log_prob(flow.rsample_base(50, seeded_generator(4)))
     torch.testing.assert_close(log_q, flow.log_prob(pushed), rtol=1e-9, atol=1e-9)
 
 
@@ -370,8 +380,8 @@ def test_symmetrised_density_is_the_sum_over_the_group(name: str, weights: str) 
     flow, inner = two_dimensional(name, weights)
     check_density_is_the_sum(flow, inner, noise(6, 2))
     counts = (flow.log_weights().exp() * 20_000).detach()
-    z = flow.draw_noise(20_000, seeded_generator(5))
-    x, x0 = flow.push(z)[0], inner.push(z[:, :-1])[0]
+    z = flow.rsample_base(20_000, seeded_generator(5))
+    x, x0 = flow.forward_and_log_prob(z)[0], inner.forward_and_log_prob(z[:, :-1])[0]
     hits = torch.stack([((x0 @ g.T - x).abs().amax(-1) < 1e-9).sum() for g in flow.elements])
     within_se(hits.double(), counts, counts.sqrt())
 
@@ -406,10 +416,10 @@ def test_summed_terms_have_the_mean_of_pushed_ones_and_less_noise(weights: str) 
     flow, _ = two_dimensional("dihedral", weights)
     energy, z = (
         Gaussian(torch.ones(2, dtype=F64), dtype=F64),
-        flow.draw_noise(20_000, seeded_generator(1)),
+        flow.rsample_base(20_000, seeded_generator(1)),
     )
     with torch.no_grad():
-        summed, single = flow.terms(energy, z)[0], ReverseKL().terms(flow, energy, z)[0]
+        summed, single = flow.terms(energy, z)[0], kl_summands(flow, energy, z)[0]
     # what the choice of an image adds: of mean 0 given z, so that variances add
     chosen = single - summed
     for noise_of in (chosen, chosen * (summed - summed.mean())):
@@ -429,14 +439,14 @@ def test_summed_terms_give_the_weights_their_gradient_and_pushes_none() -> None:
     truth = torch.autograd.grad(kl, flow.logits)[0]
     rows = []
     for seed in range(100):
-        loss, _ = SymmetrizedKL()(flow, energy, 200, generator=seeded_generator(seed))
+        loss, _ = SymmetrizedKL(energy, 200)(flow, generator=seeded_generator(seed))
         rows.append(torch.autograd.grad(loss, flow.logits)[0])
     within_se(*_against(torch.stack(rows), truth))
-    loss, _ = ReverseKL(gradient="total")(flow, energy, 50)
+    loss, _ = ReverseKL(energy, 50, gradient="total")(flow)
     assert torch.autograd.grad(loss, flow.logits, allow_unused=True)[0] is None
     assert not flow().has_rsample
     with pytest.raises(ValueError, match="flow must be Symmetrized, got NICE"):
-        SymmetrizedKL()(NICE(2, dtype=F64), energy)
+        SymmetrizedKL(energy)(NICE(2, dtype=F64))
 
 
 def _against(rows: Tensor, truth: Tensor) -> tuple[Any, Tensor, Any]:
@@ -460,8 +470,7 @@ def test_learned_weights_find_unequal_masses() -> None:
         Symmetrized(NICE(1, dtype=F64), sign_flips(1), "learned"),
         TwoWells((1,)).double(),
     )
-    for _ in fit_flow(flow, energy, SymmetrizedKL(), steps=400, num_samples=128, lr=3e-2):
-        pass
+    fit(flow, SymmetrizedKL(energy, 128), num_steps=400, lr=3e-2)
     assert abs(float(flow.log_weights().detach().exp().max()) - 0.8) < 0.01
     assert importance_sample(flow, energy, 5000).ess_fraction > 0.99
 
@@ -643,10 +652,10 @@ def test_a_spline_cannot_reach_beyond_its_bound() -> None:
     for part in splines:
         stirred(part, scale=3.0)  # whatever the splines have learned
     inside = 9.99 * torch.rand(4000, 2, dtype=F64, generator=seeded_generator(0)) - 4.995
-    x = flow.push(inside)[0]
+    x = flow.forward_and_log_prob(inside)[0]
     assert 9.0 < float(x.detach().abs().max()) <= 10.0  # scale times bound
     outside = torch.tensor([[6.0, -7.0]], dtype=F64)
-    torch.testing.assert_close(flow.push(outside)[0].detach(), 2.0 * outside)
+    torch.testing.assert_close(flow.forward_and_log_prob(outside)[0].detach(), 2.0 * outside)
 
 
 def test_a_continuous_flow_learns_in_eval_mode_too() -> None:
@@ -736,7 +745,7 @@ class _ZukoUpsideDown(ZukoTransform):
 def check_both_ways(flow: Flow, layer: Any, z: Tensor) -> None:
     """The density of what is pushed, and of the same point pulled back, against autograd's
     Jacobian."""
-    x, log_q = flow.push(z)
+    x, log_q = flow.forward_and_log_prob(z)
     jacobian = torch.stack([torch.autograd.functional.jacobian(layer, row) for row in z])
     truth = StandardNormal(4).log_prob(z) - torch.linalg.slogdet(jacobian).logabsdet
     torch.testing.assert_close(log_q, truth)

@@ -20,8 +20,9 @@ from models.recipe import counted
 from pyroebm.core.rng import seeded_generator, standard_normal, uniform
 from pyroebm.core.supports import mean_free_basis
 from pyroebm.flows import EquivariantFlow, PairField, importance_sample
-from pyroebm.objectives import ForwardKL, ReverseKL, fit_flow, match_flow
+from pyroebm.objectives import ForwardKL, ReverseKL, match_flow
 from pyroebm.targets import DW4, Gaussian, LennardJones, Particles
+from pyroebm.training import fit
 
 F64 = torch.float64
 CPU = torch.device("cpu")
@@ -79,10 +80,12 @@ def moved(frame: Particles, u: Tensor) -> dict[str, Tensor]:
 def check_symmetry(flow: EquivariantFlow) -> None:
     frame = Frame(flow.field.num_particles, flow.field.space, dtype=F64)
     u = 1.5 * noise(6, flow.dim)
-    images, pushed = moved(frame, u), moved(frame, flow.push(u)[0])
+    images, pushed = moved(frame, u), moved(frame, flow.forward_and_log_prob(u)[0])
     for name, image in images.items():
         torch.testing.assert_close(flow.log_prob(image), flow.log_prob(u), rtol=1e-9, atol=1e-9)
-        torch.testing.assert_close(flow.push(image)[0], pushed[name], rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(
+            flow.forward_and_log_prob(image)[0], pushed[name], rtol=1e-9, atol=1e-9
+        )
 
 
 def check_divergence(field: PairField) -> None:
@@ -110,10 +113,13 @@ def check_log_det(flow: EquivariantFlow) -> None:
     """Of the whole flow, integrated finely, against autograd."""
     z = noise(3, flow.dim)
     jacobian = torch.stack(
-        [torch.autograd.functional.jacobian(lambda row: flow.push(row)[0], row) for row in z]
+        [
+            torch.autograd.functional.jacobian(lambda row: flow.forward_and_log_prob(row)[0], row)
+            for row in z
+        ]
     )
     expected = flow.base.log_prob(z) - torch.linalg.slogdet(jacobian).logabsdet
-    torch.testing.assert_close(flow.push(z)[1], expected, rtol=0.0, atol=1e-5)
+    torch.testing.assert_close(flow.forward_and_log_prob(z)[1], expected, rtol=0.0, atol=1e-5)
 
 
 def integral(flow: EquivariantFlow) -> float:
@@ -171,11 +177,11 @@ def test_doubling_the_steps_shrinks_the_error_of_points_densities_and_the_way_ba
     z = noise(20, flow.dim)
     flow.num_steps = 480
     with torch.no_grad():
-        x, log_q = flow.push(z)
+        x, log_q = flow.forward_and_log_prob(z)
         wrong = {}
         for steps in (30, 60):
             flow.num_steps = steps
-            there, density = flow.push(z)
+            there, density = flow.forward_and_log_prob(z)
             back = flow.transform.inv(there)
             wrong[steps] = [
                 (a - b).abs().reshape(len(z), -1).amax(1)
@@ -205,7 +211,7 @@ def test_coordinates_are_those_of_the_targets_and_the_mean_stays() -> None:
 def test_fresh_flow_is_the_base_scaled(scale: float) -> None:
     flow = EquivariantFlow(3, 2, scale=scale, dtype=F64)
     z = noise(5, 4)
-    x, log_q = flow.push(z)
+    x, log_q = flow.forward_and_log_prob(z)
     torch.testing.assert_close(x, scale * z, rtol=1e-6, atol=0.0)
     torch.testing.assert_close(
         log_q, flow.base.log_prob(z) - 4.0 * math.log(scale), rtol=1e-6, atol=1e-9
@@ -217,7 +223,7 @@ def test_beyond_the_reach_nothing_moves_but_by_the_pull_and_particles_may_meet()
     with torch.no_grad():
         flow.field.weights[:, 0] = 0.0
     far = 50.0 * torch.tensor([[1.0, 0.0, 0.0, 1.0]], dtype=F64)
-    assert torch.equal(flow.push(far)[0], far)
+    assert torch.equal(flow.forward_and_log_prob(far)[0], far)
     met = torch.zeros(1, 4, dtype=F64, requires_grad=True)
     (grad,) = torch.autograd.grad(flow.log_prob(met).sum(), met)
     assert bool((grad == 0.0).all())
@@ -227,13 +233,13 @@ def test_gradients_reach_the_weights_from_both_sides_and_the_path() -> None:
     flow = random_flow(3, 2, num_steps=6)
     energy = Gaussian(torch.zeros(4, dtype=F64), dtype=F64)
     for objective in (
-        ReverseKL(),
-        ReverseKL(gradient="total"),
-        ForwardKL(noise(50, 4)),
-        ForwardKL(noise(50, 4), gradient="path"),
+        ReverseKL(energy, 64),
+        ReverseKL(energy, 64, gradient="total"),
+        ForwardKL(noise(50, 4), num_samples=64),
+        ForwardKL(noise(50, 4), energy=energy, num_samples=64, gradient="path"),
     ):
         flow.zero_grad()
-        objective(flow, energy, 64, generator=seeded_generator(1))[0].backward()
+        objective(flow, generator=seeded_generator(1))[0].backward()
         grad = flow.field.weights.grad
         assert grad is not None
         assert bool(torch.isfinite(grad).all())
@@ -339,10 +345,7 @@ def test_two_particles_in_a_well_are_matched_refined_and_weighed() -> None:
     flow = EquivariantFlow(2, 3, num_cells=24, num_steps=20, dtype=F64)
     match_flow(flow, draws)
     before = importance_sample(flow, energy, 4000)
-    for _ in fit_flow(
-        flow, energy, ForwardKL(draws), steps=40, num_samples=128, lr=1e-2, beta_start=1.0
-    ):
-        pass
+    fit(flow, ForwardKL(draws, num_samples=128), num_steps=40, lr=1e-2)
     after = importance_sample(flow, energy, 4000)
     assert after.ess_fraction > max(before.ess_fraction, 0.9)
     for result in (before, after):

@@ -221,7 +221,7 @@ def build(name: str, scale: float = 0.3) -> Flow:
 
 def base_noise(flow: Flow, n: int) -> Tensor:
     """Draws of z, without a graph."""
-    return flow.draw_noise(n, seeded_generator(7)).detach()
+    return flow.rsample_base(n, seeded_generator(7)).detach()
 
 
 def close(name: str, exact: float) -> dict[str, float]:
@@ -388,7 +388,7 @@ def test_other_refusals() -> None:
 @flows
 def test_density_is_that_of_the_pyro_distribution_and_of_its_draws(name: str) -> None:
     flow = build(name)
-    xy, log_q = flow.push(base_noise(flow, 50))
+    xy, log_q = flow.forward_and_log_prob(base_noise(flow, 50))
     assert xy.shape == (50, flow.total_dim)
     assert flow().event_shape == (flow.total_dim,)
     torch.testing.assert_close(flow.log_prob(xy.clone()), log_q, **close(name, 1e-9))
@@ -406,8 +406,8 @@ def test_density_of_the_flow_is_autograd_s(name: str) -> None:
     flow = build(name)
     at = base_noise(flow, 4)
     check_log_det(
-        lambda z: flow.push(z)[0],
-        lambda z, _: flow.base.log_prob(z) - flow.push(z)[1],
+        lambda z: flow.forward_and_log_prob(z)[0],
+        lambda z, _: flow.base.log_prob(z) - flow.forward_and_log_prob(z)[1],
         at,
         close(name, 1e-9)["rtol"],
     )
@@ -420,7 +420,7 @@ def test_density_integrates_to_one(name: str) -> None:
     points, cell = grid_1d() if flow.total_dim == 1 else grid_2d(*slow.get(name, ()))
     with torch.no_grad():
         total = flow.log_prob(points.reshape(-1, flow.total_dim)).exp().sum() * cell
-        drawn = flow.push(base_noise(flow, n))[0]
+        drawn = flow.forward_and_log_prob(base_noise(flow, n))[0]
     # heavy tails, and those that networks stretch, reach beyond the grid: so do as many draws
     outside = float((drawn.abs() > points.max()).any(1).double().mean())
     # of a share; where none was seen, one in n is not excluded
@@ -432,10 +432,9 @@ def test_density_integrates_to_one(name: str) -> None:
 @flows
 def test_every_parameter_gets_a_gradient(name: str) -> None:
     flow = build(name)
-    objective = SymmetrizedKL() if isinstance(flow, Symmetrized) else ReverseKL()
-    loss, _ = objective(
-        flow, Gaussian(torch.ones(flow.dim), dtype=F64), 64, generator=seeded_generator(1)
-    )
+    objective = SymmetrizedKL if isinstance(flow, Symmetrized) else ReverseKL
+    energy = Gaussian(torch.ones(flow.dim), dtype=F64)
+    loss, _ = objective(energy, 64)(flow, generator=seeded_generator(1))
     loss.backward()
     for parameter_name, parameter in flow.named_parameters():
         assert parameter.grad is not None, parameter_name
@@ -456,23 +455,25 @@ def test_rows_do_not_see_each_other(name: str) -> None:
         if name.startswith("continuous") and math.isnan(wild):
             continue  # the rows share the steps of the solver, which a NaN would stop
         other[3] = wild
-        for before, after in zip(flow.push(z), flow.push(other), strict=True):
+        for before, after in zip(
+            flow.forward_and_log_prob(z), flow.forward_and_log_prob(other), strict=True
+        ):
             keep = torch.arange(8) != 3
             torch.testing.assert_close(before[keep], after[keep], **close(name, 1e-12))
-    assert name.startswith("continuous") or bool(flow.push(other)[1][3].isnan())
+    assert name.startswith("continuous") or bool(flow.forward_and_log_prob(other)[1][3].isnan())
 
 
 @saved
 def test_dtypes(name: str) -> None:
     flow = FLOWS[name](dtype=torch.float32)
-    single = flow.push(base_noise(flow, 6).float())
+    single = flow.forward_and_log_prob(base_noise(flow, 6).float())
     assert [t.dtype for t in single] == [torch.float32] * 2
     assert flow.config()["dtype"] == "float32"  # type: ignore[attr-defined]
-    double = stirred(flow).double().push(z := base_noise(flow.double(), 6))
+    double = stirred(flow).double().forward_and_log_prob(z := base_noise(flow.double(), 6))
     assert [t.dtype for t in double] == [F64] * 2
     assert flow.dtype == F64
     assert flow().rsample((2,)).dtype == F64
-    rounded = flow.float().push(z.float())
+    rounded = flow.float().forward_and_log_prob(z.float())
     torch.testing.assert_close(rounded[0].double(), double[0], rtol=1e-3, atol=1e-3)
     assert NICE(2).dtype == torch.get_default_dtype()
 
@@ -485,11 +486,13 @@ def test_state_and_config_are_the_whole_flow(name: str, tmp_path: Path) -> None:
     assert again.config() == flow.config() == json.loads(json.dumps(flow.config()))  # type: ignore[attr-defined]
     assert type(load_flow(path)) is type(flow)
     z = base_noise(flow, 9)
-    for a, b in zip(flow.push(z), again.push(z), strict=True):
+    for a, b in zip(flow.forward_and_log_prob(z), again.forward_and_log_prob(z), strict=True):
         assert torch.equal(a, b)
     copied = copy.deepcopy(flow)
     stirred(flow)
-    assert torch.equal(copied.push(z)[0], again.push(z)[0])  # the copy shares nothing
+    assert torch.equal(
+        copied.forward_and_log_prob(z)[0], again.forward_and_log_prob(z)[0]
+    )  # the copy shares nothing
 
 
 def test_load_refuses_another_class_or_another_file(tmp_path: Path) -> None:
@@ -516,7 +519,7 @@ def test_generator_decides_and_the_global_generator_is_left_alone(name: str) -> 
 def test_fresh_flow_is_the_standard_normal(name: str) -> None:
     flow = FLOWS[name](dtype=F64)
     z = noise(5, flow.total_dim)
-    assert torch.equal(flow.push(z)[0], z)
+    assert torch.equal(flow.forward_and_log_prob(z)[0], z)
     assert float(flow.log_abs_det().detach()) == 0.0  # type: ignore[attr-defined]
 
 
@@ -524,7 +527,7 @@ def test_fresh_flow_is_the_standard_normal(name: str) -> None:
 def test_path_in_one_pass_is_that_through_the_inverse(name: str) -> None:
     flow = build(name, scale=0.1)
     z, weights = base_noise(flow, 6), noise(6)
-    xy, log_q, path = flow.push_path(z)
+    xy, log_q, path = flow.forward_and_path_log_prob(z)
     expected = flow.path_log_prob(xy)
     torch.testing.assert_close(path, log_q)
     trained = list(flow.parameters())
@@ -533,8 +536,8 @@ def test_path_in_one_pass_is_that_through_the_inverse(name: str) -> None:
     )
     there = torch.autograd.grad((weights * expected).sum(), trained, materialize_grads=True)
     torch.testing.assert_close(found, there, **close(name, 1e-8))
-    in_two = flow.push_path(z.reshape(2, 3, -1))[2]
-    by_row = torch.stack([flow.push_path(row)[2] for row in z])
+    in_two = flow.forward_and_path_log_prob(z.reshape(2, 3, -1))[2]
+    by_row = torch.stack([flow.forward_and_path_log_prob(row)[2] for row in z])
     for other in (in_two.flatten(), by_row):
         torch.testing.assert_close(other, path, **close(name, 1e-9))
         again = torch.autograd.grad((weights * other).sum(), trained, materialize_grads=True)
@@ -544,8 +547,8 @@ def test_path_in_one_pass_is_that_through_the_inverse(name: str) -> None:
 class _Scaled(Flow):
     """A flow with layers and, after them, a factor of its own."""
 
-    def push(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        xy, log_q = super().push(z)
+    def forward_and_log_prob(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        xy, log_q = super().forward_and_log_prob(z)
         return 2.0 * xy, log_q - self.dim * math.log(2.0)
 
     def log_prob(self, xy: Tensor) -> Tensor:
@@ -557,8 +560,10 @@ def test_path_of_a_flow_with_a_push_of_its_own_is_of_that_push() -> None:
         stirred(_Scaled([AdditiveCoupling(2, hidden_sizes=(8,), dtype=F64)], 2, 2)),
         noise(4, 2),
     )
-    xy, log_q, path = flow.push_path(z)
-    torch.testing.assert_close((xy, log_q, path), (*flow.push(z), flow.log_prob(xy)))
+    xy, log_q, path = flow.forward_and_path_log_prob(z)
+    torch.testing.assert_close(
+        (xy, log_q, path), (*flow.forward_and_log_prob(z), flow.log_prob(xy))
+    )
 
 
 class _Constant(nn.Module):
@@ -579,7 +584,7 @@ def test_path_through_constant_couplings() -> None:
         AffineCoupling(2, _Constant(noise(2))),
     ]
     flow = Flow(layers, 2, 2)
-    xy, _, path = flow.push_path(noise(4, 2))
+    xy, _, path = flow.forward_and_path_log_prob(noise(4, 2))
     found, expected = (
         torch.autograd.grad(p.sum(), list(flow.parameters()), retain_graph=True)
         for p in (path, flow.path_log_prob(xy))
@@ -590,8 +595,10 @@ def test_path_through_constant_couplings() -> None:
 @flows
 def test_checks_of_arguments(name: str) -> None:
     flow = build(name)
-    for call in (flow.push, flow.log_prob, flow.path_log_prob):
-        size = base_noise(flow, 1).shape[-1] if call == flow.push else flow.total_dim
+    for call in (flow.forward_and_log_prob, flow.log_prob, flow.path_log_prob):
+        size = (
+            base_noise(flow, 1).shape[-1] if call == flow.forward_and_log_prob else flow.total_dim
+        )
         with pytest.raises(ValueError, match=rf"must have shape \(\*batch, {size}\), got shape"):
             call(noise(4, size + 1))
         with pytest.raises(ValueError, match=r"torch.float64 and cpu, got torch.float32"):
@@ -604,7 +611,7 @@ def test_nice_is_redundant_nice_without_latents() -> None:
     a = stirred(NICE(2, hidden_sizes=(8,), dtype=F64, generator=seeded()))
     b = stirred(RedundantNICE(2, 2, hidden_sizes=(8,), dtype=F64, generator=seeded()))
     z = noise(4, 2)
-    assert torch.equal(a.push(z)[0], b.push(z)[0])
+    assert torch.equal(a.forward_and_log_prob(z)[0], b.forward_and_log_prob(z)[0])
     assert torch.equal(a.log_prob_x(z), b.log_prob_x(z))
     assert a.conditional is None
     assert b.conditional is None
@@ -792,7 +799,7 @@ def test_entropy_is_that_of_the_density() -> None:
         by_grid = -(log_q.exp() * log_q).sum() * cell
         assert abs(float(by_grid - flow.entropy())) < 1e-6  # type: ignore[attr-defined]
         joint = build("redundant_2_5")
-        mean, se = mean_and_se(-joint.push(noise(20_000, 5))[1])
+        mean, se = mean_and_se(-joint.forward_and_log_prob(noise(20_000, 5))[1])
     within_se(mean, joint.joint_entropy(), se)
     with pytest.raises(NotImplementedError, match=r"dim=2, total_dim=5.*joint_entropy\(\)"):
         joint.entropy()  # type: ignore[attr-defined]
@@ -856,5 +863,6 @@ def test_device_moves(tmp_path: Path) -> None:
     flow.save(tmp_path / "flow.safetensors")
     z = noise(4, 2)
     torch.testing.assert_close(
-        RedundantNICE.load(tmp_path / "flow.safetensors").push(z)[0], flow.push(z.cuda())[0].cpu()
+        RedundantNICE.load(tmp_path / "flow.safetensors").forward_and_log_prob(z)[0],
+        flow.forward_and_log_prob(z.cuda())[0].cpu(),
     )

@@ -116,8 +116,8 @@ def test_distribution_weights_are_unbiased_and_errors_calibrated() -> None:
 
 
 class _WithoutDeterminant(RedundantNICE):
-    def push(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        xy, log_q = super().push(z)
+    def forward_and_log_prob(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        xy, log_q = super().forward_and_log_prob(z)
         return xy, log_q + 0.5 * self.log_abs_det()  # half of the determinant forgotten
 
 
@@ -134,8 +134,8 @@ def test_mutant_that_halves_the_determinant_is_caught() -> None:
 def test_weight_is_the_written_formula() -> None:
     flow, energy = stirred_flow(1, 3), DoubleWell(dtype=F64)
     result = importance_sample(flow, energy, 50, generator=seeded_generator(4))
-    z = flow.draw_noise(50, seeded_generator(4))
-    xy = flow.push(z)[0].detach()
+    z = flow.rsample_base(50, seeded_generator(4))
+    xy = flow.forward_and_log_prob(z)[0].detach()
     assert flow.conditional is not None
     with torch.no_grad():
         conditional = flow.conditional(xy[:, :1])
@@ -365,8 +365,10 @@ def test_the_best_single_gaussian_for_the_double_well() -> None:
         for seed in range(41)
     ]
     ess, k, log_z = (
-        np.median([getattr(each, name) for each in small])
-        for name in ("ess_fraction", "pareto_k", "log_z")
+        np.median(values)
+        for values in zip(
+            *((each.ess_fraction, each.pareto_k, each.log_z.value) for each in small), strict=True
+        )
     )
     assert ess > 0.9
     assert k > 0.7

@@ -68,11 +68,11 @@ class _NoDensity(IndependenceMetropolis):
         self, energy: Energy, state: IndependenceState, generator: torch.Generator | None = None
     ) -> tuple:
         flat = state._replace(log_q=torch.zeros_like(state.log_q))
-        proposal, push = self.proposal, self.proposal.push
+        proposal, push = self.proposal, self.proposal.forward_and_log_prob
         blind = type(
-            "Blind", (), {"draw_noise": proposal.draw_noise, "log_prob": proposal.log_prob}
+            "Blind", (), {"rsample_base": proposal.rsample_base, "log_prob": proposal.log_prob}
         )()
-        blind.push = lambda z: (push(z)[0], torch.zeros(len(z)))
+        blind.forward_and_log_prob = lambda z: (push(z)[0], torch.zeros(len(z)))
         return IndependenceMetropolis(blind).step(energy, flat, generator)
 
 
@@ -146,7 +146,7 @@ def test_warm_up_tunes_the_local_kernel() -> None:
     [
         (
             lambda: IndependenceMetropolis(torch.nn.Identity()),
-            "proposal must have draw_noise, push and log_prob",
+            "proposal must have rsample_base, forward_and_log_prob and log_prob",
         ),
         (
             lambda: LocalGlobalMixture(HMC(), broad(2, 1.0), every=0),

@@ -39,10 +39,10 @@ class Wide:
         self.dim = dim
         self.dtype = dtype
 
-    def draw_noise(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+    def rsample_base(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         return torch.randn(n, self.dim, dtype=self.dtype, generator=generator)
 
-    def push(self, z: Tensor) -> tuple[Tensor, Tensor]:
+    def forward_and_log_prob(self, z: Tensor) -> tuple[Tensor, Tensor]:
         x = 0.3 + 1.5 * z
         return x, self.log_prob(x)
 

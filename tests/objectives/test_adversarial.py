@@ -452,7 +452,7 @@ def exact_flow(energy: Learned) -> Flow:
     scale = (-0.5 * energy.log_precision.detach()).exp()
     flow = NICE(2, num_layers=0, dtype=F64)
     with torch.no_grad():  # a fresh flow is z: S = diag(scale), shifted by the mean
-        images = flow.push(torch.eye(2, dtype=F64))[0]
+        images = flow.forward_and_log_prob(torch.eye(2, dtype=F64))[0]
         torch.testing.assert_close(images, torch.eye(2, dtype=F64))
     return Flow(
         [
@@ -598,7 +598,7 @@ def test_the_latent_score_is_that_of_the_normal_law() -> None:
     rows = 4
     copies = 400
     k = 2000
-    z = model.draw_noise(rows, seeded(1))
+    z = model.sample_latent(rows, seeded(1))
     x = model.emit(z, seeded(2)).detach()
     law = law_of(model)
     exact = -(x - law.mean) @ law.precision_matrix
@@ -616,7 +616,7 @@ def test_the_latent_score_is_that_of_the_normal_law() -> None:
 
 def test_the_error_of_the_latent_score_falls_as_1_over_k() -> None:
     model = linear()
-    z = model.draw_noise(3000, seeded(1))
+    z = model.sample_latent(3000, seeded(1))
     x = model.emit(z, seeded(2)).detach()
     law = law_of(model)
     exact = -(x - law.mean) @ law.precision_matrix
@@ -635,7 +635,7 @@ def test_the_error_of_the_latent_score_falls_as_1_over_k() -> None:
 
 def test_a_row_of_the_latent_score_is_its_own() -> None:
     model = perturbed(MLPGenerator((2, 1, 2), 3, (6,), sigma=0.3, dtype=F64, generator=seeded(0)))
-    z = model.draw_noise(4, seeded(1))
+    z = model.sample_latent(4, seeded(1))
     x = model.emit(z, seeded(2)).detach()
     whole = latent_score(model, x, z, LOG_ETA, 6, seeded(3))
     x[2, 0, 0, 0] = math.nan
@@ -697,7 +697,7 @@ def test_the_width_of_proposals_is_trained() -> None:
         (objective.log_eta.grad,) = torch.autograd.grad(losses["posterior"], [objective.log_eta])
         optimizer.step()
     model = linear()
-    z = model.draw_noise(4000, seeded(1))
+    z = model.sample_latent(4000, seeded(1))
     x = model.emit(z, seeded(2)).detach()
     law = law_of(model)
     exact = -(x - law.mean) @ law.precision_matrix
@@ -723,7 +723,7 @@ def test_generators_draw_rows(event: tuple[int, ...]) -> None:
     model = MLPGenerator(
         event, 3, (8, 8), batch_norm=True, sigma=0.1, dtype=F64, generator=seeded(0)
     )
-    model.emit(model.draw_noise(50, seeded(0)))  # running statistics move
+    model.emit(model.sample_latent(50, seeded(0)))  # running statistics move
     before = {k: v.clone() for k, v in model.state_dict().items()}
     drawn = model.sample(6, seeded(1))
     assert drawn.shape == (6, *event)
@@ -732,7 +732,7 @@ def test_generators_draw_rows(event: tuple[int, ...]) -> None:
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert torch.equal(drawn, model.sample(6, seeded(1)))
     model.eval()
-    z = model.draw_noise(6, seeded(2))
+    z = model.sample_latent(6, seeded(2))
     torch.testing.assert_close(model(z)[:2], model(z[:2]))
 
 
@@ -821,7 +821,7 @@ class Attached(AdversarialFlow):
         self, energy: Energy, batch: Tensor, *, generator: torch.Generator | None = None
     ) -> Any:
         losses, facts = super().losses(energy, batch, generator=generator)
-        x = self.flow.push(self.flow.draw_noise(len(batch), generator))[0]
+        x = self.flow.forward_and_log_prob(self.flow.rsample_base(len(batch), generator))[0]
         return losses | {"energy": energy(batch).mean() - energy(x).mean()}, facts
 
 

@@ -588,7 +588,7 @@ def check_losses_are_apart(objective: FlowContrastive) -> None:
                 assert all(g is None for g in grads), f"{name}: its gradient leaks into the {owner}"
     # the value by hand, all of its graph kept
     flow = objective.flow
-    y, log_q_y = flow.push(flow.draw_noise(20, seeded(3)))
+    y, log_q_y = flow.forward_and_log_prob(flow.rsample_base(20, seeded(3)))
     logits = [
         -energy(x) - objective.log_z - q for x, q in ((batch, flow.log_prob(batch)), (y, log_q_y))
     ]
@@ -866,8 +866,8 @@ class ThroughTheDensityAlone(FlowContrastive):
         self, energy: Any, batch: Tensor, *, generator: torch.Generator | None = None
     ) -> Any:
         losses, facts = super().losses(energy, batch, generator=generator)
-        y, log_q = self.flow.push(
-            self.flow.draw_noise(
+        y, log_q = self.flow.forward_and_log_prob(
+            self.flow.rsample_base(
                 len(batch), None if generator is None else generator.manual_seed(3)
             )
         )

@@ -24,7 +24,13 @@ from pyroebm.energies import (
     MLPEnergy,
 )
 from pyroebm.flows import NICE, RedundantNICE
-from pyroebm.objectives import ContrastiveDivergence, CrossEntropy, Hybrid, PersistentCD
+from pyroebm.objectives import (
+    ContrastiveDivergence,
+    CrossEntropy,
+    Hybrid,
+    PersistentCD,
+    ReplayBufferCD,
+)
 from pyroebm.targets import Gaussian
 from pyroebm.training import fit, pretrain_belief_network
 from pyroebm.training.data import batches_of
@@ -244,8 +250,12 @@ def test_the_row_is_counted_over_the_whole_table() -> None:
 def check_supports() -> None:
     bits = (NUMBERS > 0).double()
     grey = 255.0 * bits
-    for machine in (BernoulliRBM(3, 2, dtype=F64), BoltzmannMachine(3, dtype=F64)):
-        for objective in (ContrastiveDivergence(), PersistentCD(4)):
+    machines = (
+        (BernoulliRBM(3, 2, dtype=F64), PersistentCD(4)),
+        (BoltzmannMachine(3, dtype=F64), ReplayBufferCD(4)),
+    )
+    for machine, chains in machines:
+        for objective in (ContrastiveDivergence(), chains):
             for data, said in (
                 (grey, r"got 255 in row \d, column \d.*: \(data > 127\) \* 1\.0"),
                 (2.0 * bits - 1.0, r"got -1 in row \d, column \d.*: \(data \+ 1\) / 2"),
@@ -288,7 +298,7 @@ def test_a_dataset_resumes_and_is_shared_as_rows_are() -> None:
     ours, theirs = batches_of(NUMBERS, energy, 4, seed=3), batches_of(Rows(), energy, 4, seed=3)
     for step in (5, 0, 3):
         torch.testing.assert_close(ours(step), theirs(step))
-    share = batches_of(Rows(), energy, 4, 3, (1, 2))
+    share = batches_of(Rows(), energy, 4, seed=3, ranks=(1, 2))
     torch.testing.assert_close(share(1), theirs(1)[1::2])
 
 
@@ -326,7 +336,7 @@ def test_a_loader_is_iterated_as_it_is(tmp_path: Any) -> None:
     with pytest.raises(ValueError, match="must have batches, got none"):
         fit(MLPEnergy((3,)), objective, DataLoader(NUMBERS[:0]), num_steps=1)
     with pytest.raises(ValueError, match="in 2 processes"):
-        batches_of(loader, MLPEnergy((3,)), 4, 0, (0, 2))
+        batches_of(loader, MLPEnergy((3,)), 4, ranks=(0, 2))
 
 
 def test_a_stream_needs_a_loader() -> None:

@@ -175,7 +175,7 @@ def test_an_unweighted_average_is_caught() -> None:
     """The last batch has two rows in one process and one in the other: the plain mean of their
     gradients is another number."""
     machine = rbm()
-    batches = [Batches(BITS, 10, 0, (rank, 2))(2) for rank in range(2)]
+    batches = [Batches(BITS, 10, ranks=(rank, 2))(2) for rank in range(2)]
     assert [len(batch) for batch in batches] == [2, 1]
     whole = Batches(BITS, 10)(2)
     grads = [
@@ -209,13 +209,13 @@ def test_two_processes_resume_bit_for_bit(two: Any) -> None:
 
 
 def test_shares_make_the_batch() -> None:
-    whole = Batches(BITS, 10, 3)
-    shares = [Batches(BITS, 10, 3, (rank, 3)) for rank in range(3)]
+    whole = Batches(BITS, 10, seed=3)
+    shares = [Batches(BITS, 10, seed=3, ranks=(rank, 3)) for rank in range(3)]
     for step in range(7):
         together = torch.cat([share.numbers(step) for share in shares])
         assert together.sort().values.tolist() == whole.numbers(step).sort().values.tolist()
     with pytest.raises(ValueError, match="each of 4 processes needs a row"):
-        Batches(BITS, 10, 0, (0, 4))
+        Batches(BITS, 10, ranks=(0, 4))
 
 
 def test_one_process_is_as_before(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -211,7 +211,7 @@ def test_objectives_prepare_each_step_and_have_defaults() -> None:
 
         def forward(self, flow: NICE, batch: None, *, generator: Any = None) -> Any:
             assert batch is None
-            z = flow.draw_noise(16, generator)
+            z = flow.rsample_base(16, generator)
             return -flow.log_prob(z).mean(), {"share": torch.tensor(self._share)}
 
     history = fit(NICE(2), Annealed(), num_steps=4)

@@ -369,7 +369,7 @@ def test_interrupted_and_resumed_is_uninterrupted(tmp_path: Path, optimizer: Any
     check_resumed(tmp_path, rbm, optimizer=optimizer)
 
 
-@pytest.mark.parametrize("objective", [PersistentCD, ContrastiveDivergence], ids=["pcd", "cd"])
+@pytest.mark.parametrize("objective", [ReplayBufferCD, ContrastiveDivergence], ids=["pcd", "cd"])
 def test_neural_energies_resume_too(tmp_path: Path, objective: Callable[[], Any]) -> None:
     check_resumed(tmp_path, Bowl, objective=objective)
 
@@ -479,7 +479,7 @@ def test_numbers_that_would_turn_a_step_around_are_refused(wrong: dict[str, Any]
 
 def test_where_an_object_lies_in_memory_is_no_setting() -> None:
     class Proposal:
-        draw_noise = push = log_prob = print
+        rsample_base = forward_and_log_prob = log_prob = print
 
     said = [
         settings_of("o", ReplayBufferCD(5, 1, IndependenceMetropolis(Proposal()))) for _ in range(2)

@@ -21,15 +21,15 @@ from pyroebm.kernels import IndependenceMetropolis, LocalGlobalMixture
 from pyroebm.objectives import (
     AlphaBootstrap,
     AnnealedReweighting,
+    FlowObjective,
     ForwardKL,
     LogVariance,
-    Objective,
     ReverseKL,
-    evaluate_j,
-    fit_flow,
+    estimate_augmented_kl,
 )
 from pyroebm.partition import ais, bridge, quadrature, smc
 from pyroebm.targets import DoubleWell, Gaussian, GaussianMixture
+from pyroebm.training import fit
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -52,15 +52,11 @@ def gradient(loss: Tensor, flow: nn.Module) -> Tensor:
     )
 
 
-def many(
-    objective: nn.Module, flow: Flow, energy: Energy, batches: int, n: int, seed: int = 0
-) -> Tensor:
-    generator = seeded(seed)
+def many(objective: FlowObjective, flow: Flow, batches: int) -> Tensor:
+    """Gradients of so many losses."""
+    generator = seeded(0)
     return torch.stack(
-        [
-            gradient(objective(flow, energy, num_samples=n, generator=generator)[0], flow)
-            for _ in range(batches)
-        ]
+        [gradient(objective(flow, generator=generator)[0], flow) for _ in range(batches)]
     )
 
 
@@ -71,16 +67,21 @@ def linear(dim: int = 2) -> NICE:
     return NICE(dim, num_layers=0)
 
 
-# What every objective of a flow does, from a constructor that is given draws of the target
+# What every objective of a flow does, from a constructor that is given the energy, draws of it and
+# a number of samples
 
-OBJECTIVES: dict[str, Callable[[Tensor], Objective]] = {
-    "reverse": lambda draws: ReverseKL(),
-    "reverse_total": lambda draws: ReverseKL(gradient="total", entropy="exact"),
-    "forward": lambda draws: ForwardKL(draws),
-    "log_variance": lambda draws: LogVariance(),
-    "log_variance_off_policy": lambda draws: LogVariance(draws),
-    "alpha_bootstrap": lambda draws: AlphaBootstrap(2, reuse=2),
-    "annealed_reweighting": lambda draws: AnnealedReweighting(buffer_size=200, reuse=2),
+OBJECTIVES: dict[str, Callable[[Energy, Tensor, int], FlowObjective]] = {
+    "reverse": lambda energy, draws, n: ReverseKL(energy, n),
+    "reverse_total": lambda energy, draws, n: ReverseKL(
+        energy, n, gradient="total", entropy="exact"
+    ),
+    "forward": lambda energy, draws, n: ForwardKL(draws, num_samples=n),
+    "log_variance": lambda energy, draws, n: LogVariance(energy, num_samples=n),
+    "log_variance_off_policy": lambda energy, draws, n: LogVariance(energy, draws, num_samples=n),
+    "alpha_bootstrap": lambda energy, draws, n: AlphaBootstrap(energy, n, temperatures=2, reuse=2),
+    "annealed_reweighting": lambda energy, draws, n: AnnealedReweighting(
+        energy, n, buffer_size=200, reuse=2
+    ),
 }
 EVERY_OBJECTIVE = pytest.mark.parametrize("make", OBJECTIVES.values(), ids=OBJECTIVES)
 
@@ -89,7 +90,7 @@ EVERY_OBJECTIVE = pytest.mark.parametrize("make", OBJECTIVES.values(), ids=OBJEC
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("shape", [(), (2,), (1, 2, 2)])
 def test_every_objective_trains_on_events_of_any_shape(
-    make: Callable[..., Objective], shape: tuple[int, ...], dtype
+    make: Callable[..., FlowObjective], shape: tuple[int, ...], dtype
 ) -> None:
     energy = Gaussian(torch.ones(shape, dtype=dtype))
     dim = math.prod(shape)
@@ -97,32 +98,27 @@ def test_every_objective_trains_on_events_of_any_shape(
         NICE(dim, hidden_sizes=(4,), dtype=dtype),
         RedundantNICE(dim, dim + 1, hidden_sizes=(4,), dtype=dtype),
     ):
-        loss, facts = make(energy.sample(500, seeded()))(
-            flow, energy, num_samples=500, generator=seeded()
-        )
+        objective = make(energy, energy.sample(500, seeded()), 500)
+        loss, metrics = objective(flow, generator=seeded())
         loss.backward()
         assert loss.dtype == dtype
         assert loss.shape == ()
         # descent moves the flow to its target
         assert float(flow.transform.parts[-1].offset.grad[0]) < 0.0
-        assert not any(fact.requires_grad for fact in facts.values())
+        assert not any(metric.requires_grad for metric in metrics.values())
+        assert metrics["beta"] == 1.0
 
 
 @EVERY_OBJECTIVE
 def test_every_objective_repeats_itself_and_goes_on_where_it_was_saved(
-    make: Callable[..., Objective],
+    make: Callable[..., FlowObjective],
 ) -> None:
     draws, flow = TARGET.sample(50, seeded()), stirred(NICE(2, hidden_sizes=(4,)))
 
-    def losses(objective: Objective, seeds: range) -> list[float]:
-        return [
-            float(objective(flow, TARGET, num_samples=16, generator=seeded(seed))[0].detach())
-            for seed in seeds
-        ]
+    def losses(objective: FlowObjective, seeds: range) -> list[float]:
+        return [float(objective(flow, generator=seeded(seed))[0].detach()) for seed in seeds]
 
-    one = make(draws)
-    two = make(draws)
-    saved = make(draws)
+    one, two, saved = (make(TARGET, draws, 16) for _ in range(3))
     assert losses(one, range(3)) == losses(two, range(3))
     saved.load_state_dict(one.state_dict())
     assert losses(saved, range(3, 6)) == losses(one, range(3, 6)) != losses(two, range(6, 9))
@@ -131,11 +127,10 @@ def test_every_objective_repeats_itself_and_goes_on_where_it_was_saved(
 def test_the_best_linear_flow_on_draws_has_their_covariance() -> None:
     draws = TARGET.sample(2000, seeded())
     flow = linear()
-    for _ in fit_flow(flow, TARGET, ForwardKL(draws), steps=400, num_samples=500, lr=0.05, seed=1):
-        pass
+    fit(flow, ForwardKL(draws, num_samples=500), num_steps=400, lr=0.05, seed=1)
     matrix = flow.linear.matrix().detach()
     torch.testing.assert_close(matrix @ matrix.T, torch.cov(draws.T), atol=0.08, rtol=0)
-    held = ForwardKL(draws)(flow, TARGET, num_samples=20_000, generator=seeded(2))[1]
+    held = ForwardKL(draws, num_samples=20_000)(flow, generator=seeded(2))[1]
     best = float(
         torch.distributions.MultivariateNormal(draws.mean(0), torch.cov(draws.T))
         .log_prob(draws)
@@ -158,7 +153,8 @@ def test_path_gradients_have_the_mean_of_the_total_ones(make: object) -> None:
     flow: Flow = make()  # type: ignore[operator]
     draws = TARGET.sample(200_000, seeded(3))
     total, path = (
-        many(ForwardKL(draws, gradient=kind), flow, TARGET, 40, 1000) for kind in ("total", "path")
+        many(ForwardKL(draws, energy=TARGET, num_samples=1000, gradient=kind), flow, 40)
+        for kind in ("total", "path")
     )
     se = (total.var(0) / 40 + path.var(0) / 40).sqrt()
     moving = se > 1e-9
@@ -173,7 +169,8 @@ def test_path_gradients_reach_a_learned_base() -> None:
         TARGET.sample(20_000, seeded()),
     )
     total, path = (
-        many(ForwardKL(draws, gradient=kind), flow, TARGET, 20, 1000) for kind in ("total", "path")
+        many(ForwardKL(draws, energy=TARGET, num_samples=1000, gradient=kind), flow, 20)
+        for kind in ("total", "path")
     )
     se = (total.var(0) / 20 + path.var(0) / 20).sqrt()
     within_se(path.mean(0), total.mean(0), se.clamp(min=1e-9))
@@ -183,8 +180,9 @@ def test_path_gradients_have_no_noise_at_the_optimum() -> None:
     flow = linear()
     energy = Gaussian(torch.zeros(2))
     draws = energy.sample(500, seeded())
-    assert float(many(ForwardKL(draws, gradient="path"), flow, energy, 3, 100).abs().max()) < 1e-12
-    assert float(many(ForwardKL(draws), flow, energy, 3, 100).abs().max()) > 1e-2
+    path = ForwardKL(draws, energy=energy, num_samples=100, gradient="path")
+    assert float(many(path, flow, 3).abs().max()) < 1e-12
+    assert float(many(ForwardKL(draws, num_samples=100), flow, 3).abs().max()) > 1e-2
 
 
 def test_path_gradients_through_transforms_that_cache() -> None:
@@ -193,7 +191,8 @@ def test_path_gradients_through_transforms_that_cache() -> None:
         transform._cache_size = 1
     draws = TARGET.sample(100_000, seeded(3))
     total, path = (
-        many(ForwardKL(draws, gradient=kind), flow, TARGET, 30, 1000) for kind in ("total", "path")
+        many(ForwardKL(draws, energy=TARGET, num_samples=1000, gradient=kind), flow, 30)
+        for kind in ("total", "path")
     )
     se = (total.var(0) / 30 + path.var(0) / 30).sqrt()
     moving = se > 1e-9
@@ -203,16 +202,15 @@ def test_path_gradients_through_transforms_that_cache() -> None:
 def test_weights_choose_the_draws() -> None:
     draws = torch.tensor([[-1.0, 0.0], [0.0, 0.0], [2.0, 0.0]])
     weights = torch.tensor([0.2, 0.0, 0.8])
-    loss, facts = ForwardKL(draws, weights.log() + 7.0)(
-        linear(), TARGET, num_samples=40_000, generator=seeded()
-    )
+    objective = ForwardKL(draws, weights.log() + 7.0, num_samples=40_000)
+    loss, metrics = objective(linear(), generator=seeded())
     expected = -math.log(2 * math.pi) - 0.5 * (0.2 * 1.0 + 0.8 * 4.0)
-    within_se(-loss.detach(), expected, facts["standard_error"])
+    within_se(-loss.detach(), expected, metrics["standard_error"])
     with pytest.raises(AssertionError, match="standard errors"):  # mutant: all alike
         within_se(
-            -ForwardKL(draws)(linear(), TARGET, 40_000, generator=seeded())[0].detach(),
+            -ForwardKL(draws, num_samples=40_000)(linear(), generator=seeded())[0].detach(),
             expected,
-            facts["standard_error"],
+            metrics["standard_error"],
         )
 
 
@@ -221,27 +219,20 @@ def test_redundant_latents_enter_forward_kl_as_they_should() -> None:
     alone."""
     wide, plain = RedundantNICE(2, 3, num_layers=0), linear()
     draws = TARGET.sample(5000, seeded())
-    found, facts = ForwardKL(draws)(wide, TARGET, num_samples=5000, generator=seeded(1))
+    objective = ForwardKL(draws, num_samples=5000)
+    found, metrics = objective(wide, generator=seeded(1))
     assert float(found.detach()) == pytest.approx(
-        float(ForwardKL(draws)(plain, TARGET, 5000, generator=seeded(1))[0].detach())
+        float(objective(plain, generator=seeded(1))[0].detach())
     )
-    assert float(facts["standard_error"]) > 0
+    assert float(metrics["standard_error"]) > 0
 
 
 def test_forward_kl_finds_both_modes_and_reverse_kl_need_not() -> None:
     energy = GaussianMixture([[-4.0, 0.0], [4.0, 0.0]], scale=0.7, weights=[0.8, 0.2])
     flow = RedundantNICE(2, 3, num_layers=6, hidden_sizes=(32, 32))
-    for _ in fit_flow(
-        flow,
-        energy,
-        ForwardKL(energy.sample(4000, seeded())),
-        steps=400,
-        num_samples=256,
-        lr=5e-3,
-        seed=0,
-    ):
-        pass
-    x = flow.push(flow.draw_noise(20_000, seeded(1)))[0][:, :2].detach()
+    objective = ForwardKL(energy.sample(4000, seeded()), num_samples=256)
+    fit(flow, objective, num_steps=400, lr=5e-3, seed=0)
+    x = flow.forward_and_log_prob(flow.rsample_base(20_000, seeded(1)))[0][:, :2].detach()
     assert float((energy.mode_of(x) == 1).double().mean()) == pytest.approx(0.2, abs=0.06)
 
 
@@ -250,18 +241,22 @@ def test_forward_kl_finds_both_modes_and_reverse_kl_need_not() -> None:
 
 def test_log_variance_is_half_the_variance_of_the_log_weights() -> None:
     flow, energy = stirred(NICE(2, num_layers=2, hidden_sizes=(8,))), TARGET
-    loss, facts = LogVariance()(flow, energy, num_samples=4000, generator=seeded())
-    z = flow.draw_noise(4000, seeded())
-    x, log_q = flow.push(z)
+    loss, metrics = LogVariance(energy, num_samples=4000)(flow, generator=seeded())
+    z = flow.rsample_base(4000, seeded())
+    x, log_q = flow.forward_and_log_prob(z)
     log_weights = -energy(x) - log_q
     assert float(loss.detach()) == pytest.approx(0.5 * float(log_weights.detach().var()))
-    assert float(facts["j_r_minus_log_z"]) == pytest.approx(-float(log_weights.detach().mean()))
+    assert float(metrics["negative_elbo"]) == pytest.approx(-float(log_weights.detach().mean()))
 
 
 def test_on_policy_its_gradient_is_that_of_the_reverse_divergence() -> None:
     flow = stirred(NICE(2, num_layers=2, hidden_sizes=(8,)))
     ours, reverse = (
-        many(kind, flow, TARGET, 60, 500) for kind in (LogVariance(), ReverseKL(gradient="total"))
+        many(objective, flow, 60)
+        for objective in (
+            LogVariance(TARGET, num_samples=500),
+            ReverseKL(TARGET, 500, gradient="total"),
+        )
     )
     se = (ours.var(0) / 60 + reverse.var(0) / 60).sqrt()
     moving = se > 1e-9
@@ -271,7 +266,8 @@ def test_on_policy_its_gradient_is_that_of_the_reverse_divergence() -> None:
 @pytest.mark.parametrize("draws", [None, torch.randn(50, 2, generator=seeded()) * 5.0])
 def test_it_has_neither_noise_nor_slope_at_the_optimum(draws: Tensor | None) -> None:
     flow, energy = linear(), Gaussian(torch.zeros(2))
-    assert float(many(LogVariance(draws), flow, energy, 3, 100).abs().max()) < 1e-12
+    objective = LogVariance(energy, draws, num_samples=100)
+    assert float(many(objective, flow, 3).abs().max()) < 1e-12
 
 
 def test_off_policy_it_sees_the_mode_that_the_flow_has_not_found() -> None:
@@ -280,9 +276,12 @@ def test_off_policy_it_sees_the_mode_that_the_flow_has_not_found() -> None:
     with torch.no_grad():
         # one of the two modes, exactly
         flow.transform.parts[-1].offset.copy_(torch.tensor([-6.0, 0.0]))
-    blind, seeing = LogVariance(), LogVariance(energy.sample(1000, seeded()))
-    assert float(blind(flow, energy, num_samples=200, generator=seeded(1))[0].detach()) < 1e-6
-    assert float(seeing(flow, energy, num_samples=200, generator=seeded(1))[0].detach()) > 1.0
+    blind, seeing = (
+        LogVariance(energy, draws, num_samples=200)
+        for draws in (None, energy.sample(1000, seeded()))
+    )
+    assert float(blind(flow, generator=seeded(1))[0].detach()) < 1e-6
+    assert float(seeing(flow, generator=seeded(1))[0].detach()) > 1.0
 
 
 def test_objectives_are_saved_with_their_draws() -> None:
@@ -290,7 +289,7 @@ def test_objectives_are_saved_with_their_draws() -> None:
     one, two = ForwardKL(draws), ForwardKL(torch.zeros(10, 2))
     two.load_state_dict(one.state_dict())
     assert torch.equal(two.draws, draws)
-    assert list(LogVariance(draws).state_dict()) == ["draws"]
+    assert list(LogVariance(TARGET, draws).state_dict()) == ["draws"]
 
 
 @pytest.mark.parametrize(
@@ -306,18 +305,32 @@ def test_objectives_are_saved_with_their_draws() -> None:
             r"log_weights must be one for each of 3 draws",
         ),
         (lambda: ForwardKL(torch.zeros(3, 2), torch.full((3,), -math.inf)), "the largest finite"),
-        (lambda: LogVariance(torch.zeros(0, 2)), "draws must be rows"),
+        (lambda: LogVariance(TARGET, torch.zeros(0, 2)), "draws must be rows"),
         (
-            lambda: ForwardKL(torch.zeros(3, 2))(linear(), TARGET, 1),
+            lambda: ForwardKL(torch.zeros(3, 2), num_samples=1),
             "num_samples must be an integer of at least 2",
         ),
         (
-            lambda: LogVariance()(linear(), TARGET, 3),
+            lambda: LogVariance(TARGET, num_samples=3),
             "num_samples must be an integer of at least 4",
         ),
         (
-            lambda: ForwardKL(torch.zeros(3, 2), gradient="path")(RedundantNICE(2, 3), TARGET, 5),
+            lambda: ForwardKL(torch.zeros(3, 2), energy=TARGET, gradient="path")(
+                RedundantNICE(2, 3)
+            ),
             "the path gradient is for flows with D = d",
+        ),
+        (
+            lambda: ForwardKL(torch.zeros(3, 2), gradient="path"),
+            "gradient='path' needs the energy: give energy=",
+        ),
+        (
+            lambda: ForwardKL(torch.zeros(3, 2))(linear(3)),
+            r"as many entries as the flow's dim=3, got draws of shape \(3, 2\)",
+        ),
+        (
+            lambda: ForwardKL(torch.zeros(3, 2)).energy,
+            "ForwardKL was given no energy: give energy=",
         ),
         (lambda: LogRegularized(TARGET, math.inf), "height must be finite, got height=inf"),
     ],
@@ -358,11 +371,11 @@ def test_no_weight_is_made_of_a_compressed_energy() -> None:
         lambda: smc(vector, base),
         lambda: bridge(vector, torch.zeros(10, 2), base),
         lambda: quadrature(energy),
-        lambda: evaluate_j(flow, vector, 100, log_z=0.0),
+        lambda: estimate_augmented_kl(flow, vector, 100, log_z=0.0),
         lambda: IndependenceMetropolis(flow).init(vector, x),
         lambda: LocalGlobalMixture(HMC(), flow).init(vector, x),
-        lambda: AlphaBootstrap()(flow, vector, 10),
-        lambda: AnnealedReweighting()(flow, vector, 10),
+        lambda: AlphaBootstrap(vector),
+        lambda: AnnealedReweighting(vector),
     ):
         with pytest.raises(ValueError, match="must not be LogRegularized"):
             made()
