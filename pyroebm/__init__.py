@@ -9,6 +9,7 @@ from types import ModuleType
 from pyroebm.core.annealing_path import DistributionEnergy, Path
 from pyroebm.core.energy import Energy, Sum, Tempered, score, value_and_grad
 from pyroebm.core.minibatch import MinibatchEnergy
+from pyroebm.core.saving import load, save
 from pyroebm.core.supports import spin
 from pyroebm.core.wrappers import Unconstrained
 from pyroebm.diagnostics.streaming import StreamingMoments
@@ -110,7 +111,9 @@ __all__ = [
     "WindowAdaptation",
     "__version__",
     "initial_states",
+    "load",
     "open_run",
+    "save",
     "score",
     "spin",
     "tempered_smc",

@@ -22,12 +22,13 @@ from pyroebm.core._checks import (
     check_values,
     no_gradient,
 )
+from pyroebm.core.saving import Saveable
 from pyroebm.core.supports import draw_initial, is_discrete, same_support, search_finite
 
 __all__ = ["Energy", "Sum", "Tempered", "value_and_grad", "unchecked_value_and_grad", "score"]
 
 
-class Energy(nn.Module):
+class Energy(Saveable):
     r"""An unnormalised density :math:`p(x) = e^{-E(x)} / Z`.
 
     A subclass writes :meth:`forward` and names the shape of one event; everything else is a view of

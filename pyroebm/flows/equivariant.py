@@ -225,16 +225,6 @@ class EquivariantFlow(Flow):
     ) -> None:
         field = PairField(particles, space, reach, length, cells, stages, steps, scale, dtype)
         super().__init__([field], field.dim, field.dim)
-        self._config = {
-            "particles": particles,
-            "space": space,
-            "reach": reach,
-            "length": length,
-            "cells": cells,
-            "stages": stages,
-            "steps": steps,
-            "scale": scale,
-        }
 
     @property
     def field(self) -> PairField:
@@ -249,7 +239,7 @@ class EquivariantFlow(Flow):
     @steps.setter
     def steps(self, steps: int) -> None:
         check_counts({"steps": 1}, steps)
-        self.field.steps = self._config["steps"] = steps
+        self.field.steps = steps
 
 
 def _spread(at: Tensor, cell: Tensor, size: int) -> Tensor:

@@ -102,16 +102,6 @@ class RedundantNICE(Flow):
                 generator=generator,
             )
         super().__init__(layers, dim, total_dim, conditional, base)
-        self._config = {
-            "dim": dim,
-            "total_dim": total_dim,
-            "couplings": couplings,
-            "hidden": list(hidden),
-            "shift": shift,
-            "activation": activation,
-            "base": base,
-            "seed": seed,
-        }
 
     @property
     def linear(self) -> PLULinear:
@@ -203,4 +193,3 @@ class NICE(RedundantNICE):
             dtype=dtype,
             seed=seed,
         )
-        del self._config["total_dim"]

@@ -100,17 +100,3 @@ class RealNVP(Flow):
             parts.append(Loft(total, loft))
         conditional = ConditionalGaussian(dim, total - dim, **net) if total > dim else None
         super().__init__(parts, dim, total, conditional, base)
-        self._config = {
-            "dim": dim,
-            "layers": layers,
-            "hidden": list(hidden),
-            "total_dim": total_dim,
-            "mask": mask,
-            "clamp": clamp,
-            "soft": soft,
-            "loft": loft,
-            "scale": scale,
-            "activation": activation,
-            "base": base,
-            "seed": seed,
-        }

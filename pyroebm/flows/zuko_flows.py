@@ -113,18 +113,6 @@ class SplineFlow(Flow):
                 )
             parts.append(zuko_layer(make, dim, generator, dtype, **common, **own))
         super().__init__(parts + _affine_end(dim, scale, dtype), dim, dim, base=base)
-        self._config = {
-            "dim": dim,
-            "layers": layers,
-            "hidden": list(hidden),
-            "bins": bins,
-            "bound": bound,
-            "scale": scale,
-            "autoregressive": autoregressive,
-            "activation": activation,
-            "base": base,
-            "seed": seed,
-        }
 
 
 class AutoregressiveFlow(Flow):
@@ -183,16 +171,6 @@ class AutoregressiveFlow(Flow):
             layer = zuko_layer(make, dim, generator, dtype, order=order, **common)
             parts.append(layer if fast == "draw" else reversed_layer(layer))
         super().__init__(parts + _affine_end(dim, scale, dtype), dim, dim, base=base)
-        self._config = {
-            "dim": dim,
-            "layers": layers,
-            "hidden": list(hidden),
-            "fast": fast,
-            "scale": scale,
-            "activation": activation,
-            "base": base,
-            "seed": seed,
-        }
 
 
 class ContinuousFlow(Flow):
@@ -263,14 +241,3 @@ class ContinuousFlow(Flow):
             zuko.flows.continuous.FFJTransform, dim, seeded_generator(seed), dtype, **options
         )
         super().__init__([layer, *_affine_end(dim, scale, dtype)], dim, dim, base=base)
-        self._config = {
-            "dim": dim,
-            "hidden": list(hidden),
-            "frequencies": frequencies,
-            "atol": atol,
-            "rtol": rtol,
-            "scale": scale,
-            "activation": activation,
-            "base": base,
-            "seed": seed,
-        }

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pyroebm.core.progress import Progress
+from pyroebm.core.saving import Saveable
 from pyroebm.energies.belief import DeepBeliefNetwork
 from pyroebm.energies.deep import DeepBoltzmannMachine
 from pyroebm.training.loop import Batches
@@ -17,7 +18,7 @@ from pyroebm.training.loop import Batches
 __all__ = ["Classifier", "fine_tune"]
 
 
-class Classifier(nn.Module):
+class Classifier(Saveable):
     r"""A feed-forward network of sigmoid layers that starts as a generative model, with a linear
     layer of logits on top.
 
