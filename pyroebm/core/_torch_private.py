@@ -155,9 +155,7 @@ class BoundedAllocation(TorchDispatchMode):
     def _count(self, out: Any) -> None:
         self.entries -= sum(t.numel() for t in tree_leaves(out) if isinstance(t, Tensor))
         if self.entries < 0 or self.operations < 0:
-            raise ValueError(
-                "its constructors create more than its tensors account for"
-            )
+            raise ValueError("its constructors create more than its tensors account for")
 
 
 def storage_of(tensor: Tensor) -> int:

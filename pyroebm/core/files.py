@@ -169,13 +169,13 @@ def read_tensors(path: str | Path, device: str = "cpu") -> tuple[dict[str, Tenso
             metadata = json.loads(file.metadata()["pyroebm"])
             names = file.keys()
             tensors = {name: file.get_tensor(name) for name in names}
-    except FileNotFoundError as error:
-        raise FileError(path, "there is no such file") from error
+            del metadata["checksum"]
     except FileError:
         raise
-    except (OSError, SafetensorError) as error:
+    except FileNotFoundError as error:
+        raise FileError(path, "there is no such file") from error
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise FileError(path, f"the file cannot be read: {error}") from error
-    del metadata["checksum"]
     return tensors, metadata
 
 

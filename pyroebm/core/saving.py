@@ -154,7 +154,11 @@ def _kept(value: Any, module: nn.Module) -> Any:
         return {k: _kept(v, module) for k, v in value.items()}
     if isinstance(value, torch.Generator):
         return None
-    return _Opaque(getattr(value, "__qualname__", type(value).__qualname__))
+    return _Opaque(_name_of(value))
+
+
+def _name_of(value: Any) -> str:
+    return str(getattr(value, "__name__", type(value).__name__))
 
 
 def _holds(own: Tensor, value: Tensor) -> bool:
@@ -279,11 +283,13 @@ def load(
     try:
         if into is not None:
             return _filled(into, said["modules"][-1], tensors)
+        if "arguments" not in said["modules"][-1]:
+            raise ValueError(
+                "the file has tensors alone (tensors_only=True): load(path, into=module) reads it"
+            )
         return _Reader(said["modules"], tensors, classes or {}, torch.device(device)).build()
-    except RecursionError:
-        raise FileError(path, "the description is nested too deeply") from None
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError) as error:
-        raise FileError(path, str(error) or repr(error)) from error
+    except Exception as error:  # of a constructor, or of a description that is none
+        raise FileError(path, f"the module cannot be constructed: {error}") from error
 
 
 WAY_OUT = (
@@ -417,7 +423,7 @@ class _Writer:
                     k: self.described(v, f"{where}.{k}", module) for k, v in arguments.items()
                 },
             }
-        said = value.said if isinstance(value, _Opaque) else type(value).__qualname__
+        said = value.said if isinstance(value, _Opaque) else _name_of(value)
         raise ValueError(f"{where} is {said}, which a file cannot hold. {WAY_OUT}")
 
     def changes(self, module: nn.Module, rebuilt: nn.Module) -> dict[str, dict[str, Any]]:
@@ -567,7 +573,7 @@ class _Reader:
     def build(self) -> Any:
         """The last module, of those before it."""
         entries = sum(tensor.numel() for tensor in self.tensors.values())
-        bound = BoundedAllocation(2**27 + 64 * entries, 10**5 + 1000 * len(self.tensors))
+        bound = BoundedAllocation(2**24 + 16 * entries, 10**4 + 100 * len(self.tensors))
         # the constructors draw what the file's tensors replace, and they warned the first time
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), bound:
             warnings.simplefilter("ignore")
@@ -669,7 +675,9 @@ def last_of(name: str) -> str:
 def _assign(module: nn.Module, name: str, tensor: Tensor) -> None:
     owner, _, last = name.rpartition(".")
     part = module.get_submodule(owner)
-    made = getattr(part, last, None)
+    if not hasattr(part, last):
+        raise ValueError(f"the constructor of {type(module).__name__} gives no {name}")
+    made = getattr(part, last)
     if isinstance(made, Tensor) and made.shape != tensor.shape:
         raise ValueError(
             f"the file has {name} of shape {tuple(tensor.shape)}, and the constructor of"

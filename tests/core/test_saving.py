@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import abc
 import copy
+import inspect
 import itertools
-import json
 import pickle
+import resource
 import runpy
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,9 +24,16 @@ from torch.distributions import constraints
 
 import pyroebm
 from pyroebm import Energy, load, save
-from pyroebm.core import Conditioned, DistributionEnergy, Path as GeometricPath, Relaxed
-from pyroebm.core import Compressed, Unconstrained, Unnormalized
-from pyroebm.core.files import FileError
+from pyroebm.core import (
+    Compressed,
+    Conditioned,
+    DistributionEnergy,
+    Relaxed,
+    Unconstrained,
+    Unnormalized,
+)
+from pyroebm.core import Path as GeometricPath
+from pyroebm.core.files import FileError, read_tensors, write_tensors
 from pyroebm.energies import (
     BernoulliRBM,
     BoltzmannMachine,
@@ -34,8 +44,8 @@ from pyroebm.energies import (
     MLPEnergy,
     NeuralEnergy,
     ProductOfExpertsEnergy,
-    Tilted,
     TiedRBM,
+    Tilted,
 )
 from pyroebm.flows import (
     NICE,
@@ -135,7 +145,9 @@ COMPOSED: dict[str, Make] = {
     "flow-energy": lambda: FlowEnergy(flow()),
     "transported": lambda: Transported(flow(), wells()),
     "extended": lambda: RedundantNICE(2, 3, 2, (4,), dtype=F64).extend(wells()),
-    "flow-of-layers": lambda: Flow([Shift(vector(1.0, 2.0)), Loft(2)], 2, 2, base=MixtureBase(2, 3, dtype=F64)),
+    "flow-of-layers": lambda: Flow(
+        [Shift(vector(1.0, 2.0)), Loft(2)], 2, 2, base=MixtureBase(2, 3, dtype=F64)
+    ),
     "boltzmann": lambda: BoltzmannMachine(3, 2, dtype=F64),
     "boltzmann-spins": lambda: BoltzmannMachine(3, units="spins", bias=vector(1.0, 0.0, -1.0)),
     "marginal": lambda: BoltzmannMachine(3, 2, dtype=F64).marginal(),
@@ -161,9 +173,7 @@ CASES: dict[str, Callable[..., Any]] = {
 }
 #: Made of parts of other libraries, which a file cannot hold.
 FOREIGN = ["flow pyro_affine"] + [
-    f"layer {name}"
-    for name, make in TABLES["layer"].items()
-    if isinstance(make(), ZukoTransform)
+    f"layer {name}" for name, make in TABLES["layer"].items() if isinstance(make(), ZukoTransform)
 ]
 every_case = pytest.mark.parametrize("name", [name for name in CASES if name not in FOREIGN])
 
@@ -204,7 +214,9 @@ def check_same(module: nn.Module, again: nn.Module) -> None:
         assert (tensor.dtype, tensor.requires_grad) == (other.dtype, other.requires_grad), name
         assert torch.equal(tensor, other), name
     shared = [(a, b) for a, b in itertools.combinations(ours, 2) if ours[a] is ours[b]]
-    assert shared == [(a, b) for a, b in itertools.combinations(theirs, 2) if theirs[a] is theirs[b]]
+    assert shared == [
+        (a, b) for a, b in itertools.combinations(theirs, 2) if theirs[a] is theirs[b]
+    ]
     assert [m.training for m in module.modules()] == [m.training for m in again.modules()]
     for a, b in zip(values(copy.deepcopy(module)), values(again), strict=True):
         assert torch.equal(a, b) if isinstance(a, Tensor) else a == b
@@ -224,3 +236,398 @@ def test_it_comes_back_and_a_second_file_has_the_same_bytes(name: str, tmp_path:
     check_same(module, again)
     save(copy.deepcopy(module), tmp_path / "b")
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def reloaded(module: nn.Module, folder: Path, **kwargs: Any) -> Any:
+    save(module, folder / "file")
+    return load(folder / "file", **kwargs)
+
+
+class Learned(Energy):
+    """A user's energy."""
+
+    def __init__(self, width: int, *, shape: tuple[int, ...] = (2,), names: Any = ()) -> None:
+        super().__init__(shape)
+        self.names = names
+        self.net = nn.Sequential(nn.Linear(2, width), nn.Tanh(), nn.Linear(width, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x).squeeze(-1) + 0.5 * x.square().sum(-1)
+
+
+class Deeper(Learned):
+    """One without a constructor of its own."""
+
+
+class Quartic(Energy):
+    """A name that a class of the library could have, and no constructor."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x**4
+
+
+class Function(Energy):
+    """Takes anything."""
+
+    def __init__(self, argument: Any) -> None:
+        super().__init__()
+        self.number = len(str(argument))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x**2
+
+
+class Mixin:
+    """A constructor that is not wrapped, before one that is."""
+
+    def __init__(self, power: int) -> None:
+        super().__init__()
+        self.power = power
+
+
+class Power(Mixin, Quartic):
+    pass
+
+
+class Abstract(Quartic, abc.ABC):
+    """A class with another metaclass."""
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: Learned(3, names=["a", {"b": (1, None)}]), lambda: Deeper(2)]
+)
+def test_classes_of_the_user_come_back_by_name(make: Make, tmp_path: Path) -> None:
+    module: Any = stirred(make())
+    kind = type(module)
+    check_same(module, again := reloaded(module, tmp_path, classes={kind.__name__: kind}))
+    assert again.names == module.names
+    check_same(
+        module + wells().float(),
+        reloaded(module + wells().float(), tmp_path, classes={kind.__name__: kind}),
+    )
+    with pytest.raises(FileError, match=rf"class '{kind.__name__}'.*classes={{") as caught:
+        load(tmp_path / "file")
+    assert caught.value.path == tmp_path / "file"
+
+
+def test_near_names_are_listed(tmp_path: Path) -> None:
+    save(Quartic(), tmp_path / "file")
+    with pytest.raises(FileError, match=r"got classes of \['Quartik'\]; near ones: \['Quartik'"):
+        load(tmp_path / "file", classes={"Quartik": Quartic})
+
+
+def test_a_class_of_the_user_is_not_one_of_the_library(tmp_path: Path) -> None:
+    theirs = type("DoubleWell", (Quartic,), {"__module__": "notebook"})
+    save(theirs(), tmp_path / "file")
+    assert type(load(tmp_path / "file", classes={"DoubleWell": theirs})) is theirs
+    with pytest.raises(FileError, match=r"near ones: .*targets\.DoubleWell"):
+        load(tmp_path / "file")
+
+
+def test_constructors_keep_their_signatures_and_may_be_of_any_kind(tmp_path: Path) -> None:
+    assert list(inspect.signature(Learned).parameters) == ["width", "shape", "names"]
+    assert inspect.signature(NICE.__init__).parameters["hidden"].default == (64, 64)
+    classes: dict[str, type[nn.Module]] = {"Power": Power, "Abstract": Abstract}
+    assert reloaded(Power(3), tmp_path, classes=classes).power == 3
+    assert type(reloaded(Abstract(), tmp_path, classes=classes)) is Abstract
+
+
+def test_dtypes_flags_and_modes_are_as_they_were(tmp_path: Path) -> None:
+    module = nn.Sequential(NICE(2, 2, (4,)).double(), DoubleWell().double(), nn.Dropout(0.2).eval())
+    module[0].transform.parts[0].requires_grad_(False)
+    module[0].transform.parts[1].eval()
+    check_same(module, again := reloaded(module, tmp_path))
+    assert again[1].dtype == F64
+    half = Learned(2).to(torch.bfloat16)
+    check_same(half, reloaded(half, tmp_path, classes={"Learned": Learned}))
+
+
+@pytest.mark.usefixtures("float64")
+def test_the_default_dtype_is_that_of_the_construction(tmp_path: Path) -> None:
+    gaussian = Gaussian([0.1, 0.2], covariance=[[0.3, 0.1], [0.1, 0.7]])
+    save(gaussian, tmp_path / "file")
+    torch.set_default_dtype(torch.float32)
+    again = load(tmp_path / "file")
+    assert torch.get_default_dtype() == torch.float32
+    check_same(gaussian, again)
+    torch.set_default_dtype(torch.float64)
+
+
+def test_shared_parameters_are_stored_once_and_shared_again(tmp_path: Path) -> None:
+    first, second = (MLPEnergy((2,), (64, 64)) for _ in range(2))
+    second.net[2].weight = first.net[2].weight
+    both = first + 2.0 * second
+    check_same(both, again := reloaded(both, tmp_path))
+    assert again.parts[1].energy.net[2].weight is again.parts[0].net[2].weight
+    size = (tmp_path / "file").stat().st_size
+    save(first + 2.0 * copy.deepcopy(second), tmp_path / "apart")
+    assert (tmp_path / "apart").stat().st_size - size == pytest.approx(4 * 64 * 64, abs=1000)
+
+
+def test_shared_modules_are_shared_again(tmp_path: Path) -> None:
+    prior, well = FlowEnergy(flow()), wells()
+    module = nn.Sequential(prior, Transported(prior.flow, well), well + well)
+    check_same(module, again := reloaded(module, tmp_path))
+    assert again[0].flow is again[1].flow
+    assert again[2].parts[0] is again[2].parts[1] is again[1].extended.energy
+
+
+def test_attributes_that_were_assigned_later_are_saved(tmp_path: Path) -> None:
+    tempered: Any = 0.5 * wells()
+    tempered.beta = 0.25
+    tempered.remark = ("learned", {"at": vector(1.0)})
+    tempered._cache = {"function": print}
+    again = reloaded(tempered, tmp_path)
+    assert again.beta == 0.25
+    assert again.remark == tempered.remark
+    assert "_cache" not in vars(again)
+    check_same(tempered, again)
+
+
+def test_a_record_holds_no_second_copy(tmp_path: Path) -> None:
+    weight = torch.randn(30, 20)
+    gone = weakref.ref(weight)
+    rbm = BernoulliRBM(30, 20, weight=weight, hidden_bias=torch.ones(20))
+    del weight
+    assert gone() is None
+    stirred(rbm)
+    check_same(rbm, reloaded(rbm, tmp_path))
+    check_same(rbm.double(), reloaded(rbm.double(), tmp_path))
+
+
+def test_modules_are_still_exported_vectorized_and_pickled() -> None:
+    module = Learned(3)
+    x = torch.randn(4, 2)
+    exported = torch.export.export(module.requires_grad_(False), (x,)).module()
+    assert torch.equal(exported(x), module(x))
+    means = torch.randn(3, 2)
+    moved = torch.vmap(lambda mean: Unshaped(mean)(mean))(means)
+    assert torch.equal(moved, means.square().sum(-1))
+    again = pickle.loads(pickle.dumps(Function(len)))
+    assert again._call.args[0].said == "len"
+    with torch.device("meta"):
+        Unshaped(torch.ones(2))
+
+
+class Unshaped(Energy):
+    """Holds a copy of its argument, which may be a tensor of any kind."""
+
+    event_shape = torch.Size((2,))
+
+    def __init__(self, mean: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mean", mean.clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x * self.mean).sum(-1)
+
+
+def replaced() -> nn.Module:
+    energy = MLPEnergy((2,), (4,))
+    energy.net[1] = nn.Tanh()
+    return energy
+
+
+def views() -> nn.Module:
+    energy = MLPEnergy((2,), (2, 2))
+    energy.net[2].weight = nn.Parameter(energy.net[0].weight.detach().mT)
+    return energy
+
+
+def without_a_record() -> nn.Module:
+    energy = Quartic()
+    del energy._call
+    return energy
+
+
+def grown() -> nn.Module:
+    energy = Learned(2)
+    energy.register_parameter("more", nn.Parameter(torch.zeros(1)))
+    return energy
+
+
+def called_the_same() -> nn.Module:
+    other = type("Quartic", (Quartic,), {"__module__": "notebook"})
+    return Quartic() + other()
+
+
+def assigned() -> nn.Module:
+    energy = 0.5 * wells()
+    energy.function = print  # type: ignore[assignment]
+    return energy
+
+
+class OwnNet(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sum(-1)
+
+
+REFUSED: dict[str, tuple[Make, str]] = {
+    "function": (lambda: 2.0 * Tilted(wells(), torch.sin), r"Tempered\.energy\.f is sin, which"),
+    "lambda": (lambda: Unnormalized(lambda x: -x), r"Unnormalized\.g is .*<lambda>, which"),
+    "object": (lambda: Function(object()), r"Function\.argument is object, which"),
+    "set": (lambda: Function([{1}]), r"Function\.argument\[0\] is set, which"),
+    "net": (lambda: NeuralEnergy(OwnNet(), (2,), scale=1.0), r"NeuralEnergy\.net is a OwnNet"),
+    "replaced": (replaced, r"part 'net.1' of MLPEnergy is a Tanh.* gives a SiLU"),
+    "views": (views, r"net.0.weight and net.2.weight must be one"),
+    "without-a-record": (without_a_record, "Quartic was not constructed by the __init__"),
+    "grown": (grown, "constructor of Learned gives no more"),
+    "called-the-same": (called_the_same, "two classes are called Quartic"),
+    "assigned": (assigned, "function is .*, which a file cannot hold"),
+    "no-module": (lambda: torch.sin, "module must be"),  # type: ignore[dict-item, return-value]
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_rebuilt_is_refused_by_save(case: str, tmp_path: Path) -> None:
+    make, said = REFUSED[case]
+    with pytest.raises(ValueError, match=said) as caught:
+        save(make(), tmp_path / "file")
+    if case not in ("views", "called-the-same", "no-module"):
+        assert "classes={...}" in str(caught.value)
+        assert "into=module" in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_parts_of_other_libraries_are_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="neither a class of pyroebm nor a layer of torch"):
+        save(CASES[name](), tmp_path / "file")
+
+
+def test_tensors_alone_fill_a_module_of_the_user(tmp_path: Path) -> None:
+    def make() -> Tilted:
+        return Tilted(MLPEnergy((2,), (4,)), OwnNet())
+
+    module, into = stirred(make()), make()
+    save(module, tmp_path / "file", tensors_only=True)
+    assert load(tmp_path / "file", into=into) is into
+    check_same(module, into)
+    with pytest.raises(FileError, match=r"tensors_only.*into="):
+        load(tmp_path / "file")
+    full, other = stirred(MLPEnergy((2,), (4,))), MLPEnergy((2,), (4,))
+    before = other.net[0].weight
+    save(full, tmp_path / "file")
+    load(tmp_path / "file", into=other)
+    assert other.net[0].weight is before
+    check_same(full, other)
+
+
+def test_into_names_the_differences(tmp_path: Path) -> None:
+    save(MLPEnergy((2,), (4,)), tmp_path / "file")
+    for other, said in (
+        (MLPEnergy((2,), (5,)), r"\['net.0.bias \(5,\) float32'.* the file alone"),
+        (MLPEnergy((2,), (4,)).double(), "net.0.weight .* float64.*net.0.weight .* float32"),
+        (MLPEnergy((2,), (4, 4)), r"'net.4.bias \(1,\) float32'"),
+    ):
+        before = copy.deepcopy(other.state_dict())
+        with pytest.raises(FileError, match=said):
+            load(tmp_path / "file", into=other)
+        assert all(torch.equal(value, before[key]) for key, value in other.state_dict().items())
+    apart, tied = (MLPEnergy((2,), (4, 4, 4)) for _ in range(2))
+    tied.net[2].weight = tied.net[4].weight
+    save(apart, tmp_path / "file")
+    with pytest.raises(FileError, match=r"into shares net\.2\.weight and net\.4\.weight"):
+        load(tmp_path / "file", into=tied)
+
+
+def test_a_damaged_file_raises_one_error(tmp_path: Path) -> None:
+    module, path = RealNVP(2, 2, (4,)), tmp_path / "file"
+    save(module, path)
+    content = path.read_bytes()
+    places = torch.randint(len(content), (200,), generator=seeded()).tolist()
+    for number, place in enumerate(places):
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << number % 8
+        path.write_bytes(damaged if number % 2 else content[:place])
+        with pytest.raises(FileError):
+            load(path)
+    with pytest.raises(FileError, match="no such file"):
+        load(tmp_path / "nowhere")
+
+
+def rewritten(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """A file with another description, and the right checksum."""
+    content, metadata = read_tensors(path)
+    change(metadata)
+    write_tensors(path, content, metadata)
+
+
+def test_other_formats_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    save(DoubleWell(), path)
+    rewritten(path, lambda said: said.update(format=2, version="9.1"))
+    with pytest.raises(FileError, match=r"format 1, got format 2 of pyroebm 9\.1"):
+        load(path)
+    write_tensors(path, {"x": torch.ones(1)}, {"class": "NICE"})
+    with pytest.raises(FileError, match="format None"):
+        load(path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "os.system",
+        "system",
+        "builtins.eval",
+        "pyroebm.mcmc.MCMC",
+        "pyroebm.core.files",
+        "pyroebm._x.y",
+        "torch.nn.init",
+        "torch.nn.functional.relu",
+        "torch.nn.Module.__init__",
+        "torch.distributions.Normal",
+        "",
+        3,
+    ],
+)
+def test_only_known_classes_are_called(name: Any, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    save(DoubleWell(), path)
+    rewritten(path, lambda said: said["modules"][0].update({"class": name}))
+    with pytest.raises(FileError):
+        load(path)
+
+
+@pytest.mark.parametrize(
+    ("make", "arguments"),
+    [
+        (lambda: RealNVP(2, 2, (4,)), {"layers": 10**7}),
+        (lambda: BernoulliRBM(3, 2), {"num_visible": 10**6, "num_hidden": 10**6}),
+        (lambda: MLPEnergy((2,), (4,)), {"hidden": {"tuple": [10**6, 10**6]}}),
+        (lambda: MixtureBase(2, 3), {"components": 10**10}),
+        (lambda: NICE(2), {"hidden": {"tuple": [2] * 10**5}}),
+        (lambda: NICE(2), {"hidden": 3}),
+        (lambda: NICE(2), {"hidden": {"module": 7}}),
+        (lambda: NICE(2), {"hidden": {"tensor": "none", "dtype": "float32"}}),
+        (lambda: NICE(2), {"dtype": {"dtype": "nn"}}),
+        (lambda: NICE(2), {"more": 1}),
+        (lambda: net(2, 3), {"args": {"tuple": []}}),
+        (lambda: nn.Sequential(nn.Linear(2, 3)), {"out_features": 4}),
+    ],
+)
+def test_what_a_description_may_ask_for_is_bounded(
+    make: Make, arguments: dict[str, Any], tmp_path: Path
+) -> None:
+    path = tmp_path / "file"
+    save(make(), path)
+    node = 0 if "out_features" in arguments else -1
+    rewritten(path, lambda said: said["modules"][node]["arguments"].update(arguments))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(FileError):
+        load(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # KiB
+
+
+def test_top_level() -> None:
+    assert {"load", "save"} <= set(pyroebm.__all__)
+
+
+@pytest.mark.gpu
+def test_devices(tmp_path: Path) -> None:
+    path = GeometricPath(wells().cuda(), 0.3, Gaussian(vector(0.0, 0.0)).cuda())
+    check_same(path, reloaded(path, tmp_path, device="cuda"))
+    on_cpu = load(tmp_path / "file")
+    assert on_cpu.device.type == "cpu"
+    x = noise(3, 2)
+    torch.testing.assert_close(on_cpu(x), path(x.cuda()).cpu())
