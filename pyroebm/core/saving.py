@@ -30,7 +30,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from numbers import Number
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pyro.distributions as pyro_distributions
@@ -53,8 +53,16 @@ from pyroebm.core.supports import spin
 
 __all__ = ["Saveable", "load", "save"]
 
+#: Of the description. A file of another format is refused.
 FORMAT = 1
-M = TypeVar("M", bound=nn.Module)
+#: The end of each message of what :func:`save` refuses.
+WAY_OUT = (
+    "Give a subclass of Energy with numbers, strings, tensors and modules as arguments, which"
+    " load(path, classes={...}) constructs; or save(..., tensors_only=True), which load(path,"
+    " into=module) reads"
+)
+#: What torch keeps in each module, and the record.
+OWN = (vars(nn.Module()).keys() | {"_call"}) - {"training"}
 
 #: Classes of torch and Pyro that a description may name, by the module that has them.
 NAMESPACES: dict[str, tuple[Any, tuple[type, ...]]] = {
@@ -138,7 +146,7 @@ def _recording(init: Callable[..., None]) -> Callable[..., None]:
 
 def _kept(value: Any, module: nn.Module) -> Any:
     """What a record keeps of an argument."""
-    if value is None or isinstance(value, Number | str | torch.dtype | np.ndarray):
+    if value is None or isinstance(value, Number | str | torch.dtype | np.ndarray | np.generic):
         return value
     if isinstance(value, nn.Module | Constraint | Distribution | Transform):
         return value
@@ -147,7 +155,7 @@ def _kept(value: Any, module: nn.Module) -> Any:
             (_Own(name, value.dtype) for name, own in _tensors(module) if _holds(own, value)),
             value.detach(),
         )
-    if isinstance(value, list | torch.Size) or type(value) is tuple:
+    if type(value) in (list, tuple, range, torch.Size):
         kept = [_kept(v, module) for v in value]
         return kept if isinstance(value, list) else tuple(kept)
     if type(value) is dict:
@@ -218,9 +226,8 @@ def save(module: nn.Module, path: str | Path, *, tensors_only: bool = False) -> 
     else:
         writer.add(module, type(module).__name__)
         nodes = writer.nodes
-        reader = _Reader(nodes, writer.tensors(), writer.classes, torch.device("cpu"))
         try:
-            rebuilt = reader.build()
+            rebuilt = _Reader(nodes, writer.tensors(), writer.classes).build()
         except Exception as error:
             raise ValueError(
                 f"{type(module).__name__} cannot be constructed again from its arguments:"
@@ -273,7 +280,7 @@ def load(
         ...     load(f"{folder}/quartic.safetensors", classes={"Quartic": Quartic}).height
         2.0
     """
-    tensors, said = read_tensors(path, str(device if into is None else "cpu"))
+    tensors, said = read_tensors(path, "cpu" if into is not None else str(torch.device(device)))
     if said.get("format") != FORMAT or "modules" not in said:
         raise FileError(
             path,
@@ -287,16 +294,9 @@ def load(
             raise ValueError(
                 "the file has tensors alone (tensors_only=True): load(path, into=module) reads it"
             )
-        return _Reader(said["modules"], tensors, classes or {}, torch.device(device)).build()
+        return _Reader(said["modules"], tensors, classes or {}).build()
     except Exception as error:  # of a constructor, or of a description that is none
-        raise FileError(path, f"the module cannot be constructed: {error}") from error
-
-
-WAY_OUT = (
-    "Give a subclass of Energy with numbers, strings, tensors and modules as arguments, which"
-    " load(path, classes={...}) constructs; or save(..., tensors_only=True), which load(path,"
-    " into=module) reads"
-)
+        raise FileError(path, f"the module cannot be loaded: {error}") from error
 
 
 def _version() -> str:
@@ -311,8 +311,9 @@ class _Writer:
         self.numbers: dict[int, int] = {}
         #: the user's, by name
         self.classes: dict[str, type[nn.Module]] = {}
-        #: tensors by identity, with their names in the file
-        self.named: dict[int, tuple[str, Tensor]] = {}
+        #: names in the file by the identity of a tensor, and the tensors
+        self.keys: dict[int, str] = {}
+        self.held: dict[str, Tensor] = {}
         memory: dict[int, str] = {}
         for name, tensor in _tensors(root):
             self.key(tensor, name)
@@ -325,11 +326,16 @@ class _Writer:
                 )
 
     def tensors(self) -> dict[str, Tensor]:
-        return {name: tensor.detach().cpu() for name, tensor in self.named.values()}
+        return {name: tensor.detach().cpu() for name, tensor in self.held.items()}
 
     def key(self, tensor: Tensor, name: str) -> str:
         """The name of a tensor in the file, where it is once."""
-        return self.named.setdefault(id(tensor), (name, tensor))[0]
+        if id(tensor) not in self.keys:
+            while name in self.held:
+                name += "'"
+            self.keys[id(tensor)] = name
+            self.held[name] = tensor
+        return self.keys[id(tensor)]
 
     def state(self, module: nn.Module, prefix: str) -> dict[str, Any]:
         parameters = dict(module.named_parameters(remove_duplicate=False))
@@ -380,6 +386,8 @@ class _Writer:
 
     def users(self, kind: type[nn.Module]) -> str:
         """The name of a user's class, by which :func:`load` asks for it."""
+        if kind.__module__.startswith("pyroebm."):
+            raise ValueError(f"{kind.__name__} is made for use within pyroebm, and is not saved")
         if self.classes.setdefault(kind.__name__, kind) is not kind:
             raise ValueError(f"two classes are called {kind.__name__}, and load knows them by name")
         return kind.__name__
@@ -403,7 +411,7 @@ class _Writer:
             return {"array": self.key(torch.from_numpy(value), where)}
         if isinstance(value, nn.Module):
             return {"module": self.add(value, where)}
-        if isinstance(value, list | tuple) and type(value) in (list, tuple, torch.Size):
+        if type(value) in (list, tuple, torch.Size):
             kind = "list" if isinstance(value, list) else "tuple"
             return {kind: [self.described(v, f"{where}[{i}]", module) for i, v in enumerate(value)]}
         if isinstance(value, dict) and all(isinstance(k, str) for k in value):
@@ -452,10 +460,6 @@ class _Writer:
                 where = f"{name}.{attribute}".lstrip(".")
                 found.setdefault(name, {})[attribute] = self.described(value, where)
         return found
-
-
-#: What torch keeps in each module, and the record.
-OWN = (vars(nn.Module()).keys() | {"_call"}) - {"training"}
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -561,26 +565,31 @@ class _Reader:
         nodes: list[dict[str, Any]],
         tensors: Mapping[str, Tensor],
         classes: Mapping[str, type[nn.Module]],
-        device: torch.device,
     ) -> None:
         self.nodes = nodes
         self.tensors = tensors
         self.classes = classes
-        self.device = device
         self.made: list[nn.Module] = []
         self.parameters: dict[str, nn.Parameter] = {}
 
     def build(self) -> Any:
         """The last module, of those before it."""
         entries = sum(tensor.numel() for tensor in self.tensors.values())
-        bound = BoundedAllocation(2**24 + 16 * entries, 10**4 + 100 * len(self.tensors))
+        bound = BoundedAllocation(2**27 + 16 * entries, 2 * 10**4 + 100 * len(self.tensors))
         # the constructors draw what the file's tensors replace, and they warned the first time
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), bound:
             warnings.simplefilter("ignore")
             for node in self.nodes:
                 self.made.append(self.module(node))
-        root = self.made[-1]
-        for name, attributes in self.nodes[-1].get("attributes", {}).items():
+        root, last = self.made[-1], self.nodes[-1]
+        # a constructor may have initialized or converted a module that it was given
+        for key, parameter in self.parameters.items():
+            parameter.data = self.tensors[key]
+        for name, key in last["buffers"].items():
+            _assign(root, name, self.tensors[key])
+        for name, attributes in last.get("attributes", {}).items():
+            if not OWN.isdisjoint(attributes):
+                raise ValueError(f"the description has attributes {sorted(attributes)}")
             vars(root.get_submodule(name)).update(
                 {key: self.value(value) for key, value in attributes.items()}
             )
@@ -595,12 +604,12 @@ class _Reader:
             for name in node.get("spectral_norm", ()):
                 parametrizations.spectral_norm(module, name)
         for name, key in node["parameters"].items():
-            tensor = self.tensors[key]
-            parameter = self.parameters.setdefault(key, nn.Parameter(tensor, requires_grad=False))
-            parameter.requires_grad_(name not in node["frozen"])
-            _assign(module, name, parameter)
+            if key not in self.parameters:
+                self.parameters[key] = nn.Parameter(self.tensors[key].clone(), requires_grad=False)
+            self.parameters[key].requires_grad_(name not in node["frozen"])
+            _assign(module, name, self.parameters[key])
         for name, key in node["buffers"].items():
-            _assign(module, name, self.tensors[key])
+            _assign(module, name, self.tensors[key].clone())
         wrong = dict(_tensors(module)).keys() ^ (node["parameters"].keys() | node["buffers"].keys())
         if wrong:
             raise ValueError(
@@ -625,12 +634,12 @@ class _Reader:
         if "class" in said:
             return self.call(self.find(said["class"], object), said["arguments"])
         if "tensor" in said:
-            return self.tensors[said["tensor"]].to(_dtype(said["dtype"]))
+            return self.tensors[said["tensor"]].to(_dtype(said["dtype"]), copy=True)
         ((kind, content),) = said.items()
         if kind == "module":
             return self.made[content]
         if kind == "array":
-            return self.tensors[content].numpy(force=True)
+            return self.tensors[content].clone().numpy(force=True)
         if kind in ("list", "tuple"):
             return {"list": list, "tuple": tuple}[kind](map(self.value, content))
         if kind == "dict":
@@ -659,17 +668,13 @@ class _Reader:
             known = self.classes.get(name)
         if isinstance(known, type) and issubclass(known, base):
             return known
-        candidates = {last_of(n): n for n in (*_CLASSES, *self.classes)}
+        candidates = {n.rpartition(".")[2]: n for n in (*_CLASSES, *self.classes)}
         near = difflib.get_close_matches(last, candidates, 5)
         raise ValueError(
             f"the file names the class {name!r}, which is none of pyroebm's or of classes, got"
             f" classes of {sorted(self.classes)}; near ones: {[candidates[n] for n in near]}. Give"
             f' load(path, classes={{"{last}": {last}}})'
         )
-
-
-def last_of(name: str) -> str:
-    return name.rpartition(".")[2]
 
 
 def _assign(module: nn.Module, name: str, tensor: Tensor) -> None:

@@ -73,15 +73,15 @@ def check_refused(path: Path, content: bytes, said: str | None = None) -> None:
     assert str(path) in str(caught.value)
 
 
-def test_every_flipped_bit_and_every_cut_is_found(tmp_path: Path) -> None:
+def test_a_flipped_bit_anywhere_and_a_cut_are_found(tmp_path: Path) -> None:
     path = tmp_path / "a"
     files.write_tensors(path, {"x": torch.ones(3), "y": torch.zeros(2, dtype=torch.int8)})
     content = path.read_bytes()
-    for bit in range(8 * len(content)):
+    for place in range(len(content)):
         flipped = bytearray(content)
-        flipped[bit // 8] ^= 1 << bit % 8
+        flipped[place] ^= 1 << place % 8
         check_refused(path, bytes(flipped))
-    for length in range(len(content)):
+    for length in range(0, len(content), 7):
         check_refused(path, content[:length])
     check_refused(path, content + b"\0", "damaged")
 

@@ -22,18 +22,19 @@ from lib.scripts import ROOT
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-import pyroebm
 from pyroebm import Energy, load, save
 from pyroebm.core import (
     Compressed,
     Conditioned,
     DistributionEnergy,
     Relaxed,
+    Tempered,
     Unconstrained,
     Unnormalized,
 )
 from pyroebm.core import Path as GeometricPath
 from pyroebm.core.files import FileError, read_tensors, write_tensors
+from pyroebm.core.saving import _CLASSES, Saveable
 from pyroebm.energies import (
     BernoulliRBM,
     BoltzmannMachine,
@@ -384,10 +385,39 @@ def test_attributes_that_were_assigned_later_are_saved(tmp_path: Path) -> None:
     check_same(tempered, again)
 
 
+class Initializing(Energy):
+    """Changes the network that it is given."""
+
+    def __init__(self, net: nn.Sequential, mean: Tensor) -> None:
+        super().__init__((2,))
+        nn.init.zeros_(net[0].weight)  # type: ignore[arg-type]
+        self.net = net.to(torch.float32)
+        self.register_buffer("mean", mean.zero_())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x - self.mean).squeeze(-1)
+
+
+def test_constructors_that_change_their_arguments_change_nothing(tmp_path: Path) -> None:
+    module = stirred(Initializing(net(2, 3, 1), vector(1.0, 2.0))).double()
+    module.mean.fill_(3.0)
+    before = copy.deepcopy(tensors(module))
+    again = reloaded(module, tmp_path, classes={"Initializing": Initializing})
+    assert all(torch.equal(before[name], tensor) for name, tensor in tensors(module).items())
+    check_same(module, again)
+
+
+def test_names_of_tensors_do_not_collide(tmp_path: Path) -> None:
+    """The classifier's copy and the machine that it was made from are numbered as the parts of a
+    sequence are."""
+    module = nn.Sequential(Classifier(stirred(deep()), 3), stirred(nn.Linear(2, 2)))
+    check_same(module, reloaded(module, tmp_path))
+
+
 def test_a_record_holds_no_second_copy(tmp_path: Path) -> None:
-    weight = torch.randn(30, 20)
+    weight = torch.randn(30, 5)
     gone = weakref.ref(weight)
-    rbm = BernoulliRBM(30, 20, weight=weight, hidden_bias=torch.ones(20))
+    rbm = BernoulliRBM(30, 5, weight=weight, hidden_bias=torch.ones(5))
     del weight
     assert gone() is None
     stirred(rbm)
@@ -596,7 +626,7 @@ def test_only_known_classes_are_called(name: Any, tmp_path: Path) -> None:
         (lambda: BernoulliRBM(3, 2), {"num_visible": 10**6, "num_hidden": 10**6}),
         (lambda: MLPEnergy((2,), (4,)), {"hidden": {"tuple": [10**6, 10**6]}}),
         (lambda: MixtureBase(2, 3), {"components": 10**10}),
-        (lambda: NICE(2), {"hidden": {"tuple": [2] * 10**5}}),
+        (lambda: NICE(2), {"hidden": {"tuple": [2] * 10**4}}),
         (lambda: NICE(2), {"hidden": 3}),
         (lambda: NICE(2), {"hidden": {"module": 7}}),
         (lambda: NICE(2), {"hidden": {"tensor": "none", "dtype": "float32"}}),
@@ -619,8 +649,18 @@ def test_what_a_description_may_ask_for_is_bounded(
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # KiB
 
 
-def test_top_level() -> None:
-    assert {"load", "save"} <= set(pyroebm.__all__)
+def test_each_class_of_the_library_has_a_name_of_its_own() -> None:
+    left: list[type] = [Saveable]
+    for kind in left:  # which grows
+        left += kind.__subclasses__()
+    public = {
+        kind
+        for kind in left[1:]
+        if kind.__module__.startswith("pyroebm.") and not kind.__name__.startswith("_")
+    }
+    assert {BernoulliRBM, NICE, Tilted, Classifier, Tempered} <= public
+    for kind in public:
+        assert _CLASSES[f"{kind.__module__.split('.')[1]}.{kind.__name__}"] is kind
 
 
 @pytest.mark.gpu
