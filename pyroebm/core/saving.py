@@ -62,7 +62,7 @@ WAY_OUT = (
     " into=module) reads"
 )
 #: What torch keeps in each module, and the record.
-OWN = (vars(nn.Module()).keys() | {"_call"}) - {"training"}
+OWN = (vars(nn.Module()).keys() | {"_construction"}) - {"training"}
 
 #: Classes of torch and Pyro that a description may name, by the module that has them.
 NAMESPACES: dict[str, tuple[Any, tuple[type, ...]]] = {
@@ -78,7 +78,7 @@ _CLASSES: dict[str, type[Saveable]] = {}
 
 
 @dataclasses.dataclass(frozen=True)
-class _Call:
+class _Construction:
     """How a module was constructed."""
 
     args: tuple[Any, ...]
@@ -111,11 +111,11 @@ class Saveable(nn.Module):
         >>> class Quartic(Saveable):
         ...     def __init__(self, height, *, shift=0.0):
         ...         super().__init__()
-        >>> Quartic(2.0)._call
-        _Call(args=(2.0,), kwargs={}, default_dtype=torch.float32)
+        >>> Quartic(2.0)._construction
+        _Construction(args=(2.0,), kwargs={}, default_dtype=torch.float32)
     """
 
-    _call: _Call
+    _construction: _Construction
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -136,7 +136,7 @@ def _recording(init: Callable[..., None]) -> Callable[..., None]:
         init(self, *args, **kwargs)
         if type(self).__init__ is recorded:
             kept = {name: _kept(value, self) for name, value in kwargs.items()}
-            vars(self)["_call"] = _Call(
+            vars(self)["_construction"] = _Construction(
                 tuple(_kept(value, self) for value in args), kept, torch.get_default_dtype()
             )
 
@@ -352,7 +352,7 @@ class _Writer:
             return self.numbers[id(module)]
         node: dict[str, Any] = {}
         if isinstance(module, Saveable):
-            call: _Call | None = vars(module).get("_call")
+            call: _Construction | None = vars(module).get("_construction")
             if call is None:
                 raise ValueError(
                     f"{where} was not constructed by the __init__ that its class was defined with."
@@ -624,7 +624,7 @@ class _Reader:
         if unknown:
             raise ValueError(f"{kind.__name__} takes no arguments {unknown}, which the file has")
         values = {name: self.value(argument) for name, argument in arguments.items()}
-        bound = inspect.BoundArguments(signature, values)  # type: ignore[arg-type]
+        bound = inspect.BoundArguments(signature, values)
         return kind(*bound.args, **bound.kwargs)
 
     def value(self, said: Any) -> Any:

@@ -434,7 +434,7 @@ def test_modules_are_still_exported_vectorized_and_pickled() -> None:
     moved = torch.vmap(lambda mean: Unshaped(mean)(mean))(means)
     assert torch.equal(moved, means.square().sum(-1))
     again = pickle.loads(pickle.dumps(Function(len)))
-    assert again._call.args[0].said == "len"
+    assert again._construction.args[0].said == "len"
     with torch.device("meta"):
         Unshaped(torch.ones(2))
 
@@ -466,7 +466,7 @@ def views() -> nn.Module:
 
 def without_a_record() -> nn.Module:
     energy = Quartic()
-    del energy._call
+    del energy._construction
     return energy
 
 
