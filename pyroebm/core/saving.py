@@ -27,7 +27,7 @@ import functools
 import inspect
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from numbers import Number
 from pathlib import Path
 from typing import Any
@@ -350,7 +350,8 @@ class _Writer:
         """The number of a module, described once."""
         if id(module) in self.numbers:
             return self.numbers[id(module)]
-        node: dict[str, Any] = {}
+        node: dict[str, Any] = {"arguments": {}}
+        given: Collection[str] = ()
         if isinstance(module, Saveable):
             call: _Construction | None = vars(module).get("_construction")
             if call is None:
@@ -359,6 +360,7 @@ class _Writer:
                     f" {WAY_OUT}"
                 )
             bound = inspect.signature(type(module)).bind(*call.args, **call.kwargs)
+            given = set(bound.arguments)
             bound.apply_defaults()
             arguments: Mapping[str, Any] = bound.arguments
             node["class"] = _library_name(type(module)) or self.users(type(module))
@@ -368,17 +370,20 @@ class _Writer:
             node["class"] = _torch_name(plain)
             if node["class"] is None:
                 raise ValueError(
-                    f"{where} is a {type(module).__qualname__}, which is neither a class of"
-                    f" pyroebm nor a layer of torch.nn: {WAY_OUT}"
+                    f"{where} is a {type(module).__name__}, which is neither an energy, a flow or"
+                    f" their part nor a layer of torch.nn. {WAY_OUT}"
                 )
-            arguments = _attributes_of(module, plain, where)
+            given = arguments = _attributes_of(module, plain, where)
             if parametrize.is_parametrized(module):
                 node["spectral_norm"] = _spectral_norms(module, where)
         # parts first: their numbers are smaller
-        node["arguments"] = {
-            name: self.described(value, f"{where}.{name}", module)
-            for name, value in arguments.items()
-        }
+        for name, value in arguments.items():
+            try:
+                node["arguments"][name] = self.described(value, f"{where}.{name}", module)
+            except ValueError:
+                # a default that cannot be described, such as a function, is left out
+                if name in given:
+                    raise
         self.numbers[id(module)] = len(self.nodes)
         node |= self.state(module, f"{len(self.nodes)}.")
         self.nodes.append(node)

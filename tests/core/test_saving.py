@@ -247,10 +247,20 @@ def reloaded(module: nn.Module, folder: Path, **kwargs: Any) -> Any:
 class Learned(Energy):
     """A user's energy."""
 
-    def __init__(self, width: int, *, shape: tuple[int, ...] = (2,), names: Any = ()) -> None:
+    def __init__(
+        self,
+        width: int,
+        *,
+        shape: tuple[int, ...] = (2,),
+        names: Any = (),
+        start: Callable[[Tensor], Tensor] = nn.init.ones_,
+        **options: float,
+    ) -> None:
         super().__init__(shape)
+        self.options = options
         self.names = names
         self.net = nn.Sequential(nn.Linear(2, width), nn.Tanh(), nn.Linear(width, 1))
+        start(self.net[2].weight)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x).squeeze(-1) + 0.5 * x.square().sum(-1)
@@ -295,13 +305,13 @@ class Abstract(Quartic, abc.ABC):
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: Learned(3, names=["a", {"b": (1, None)}]), lambda: Deeper(2)]
+    "make", [lambda: Learned(3, names=["a", {"b": (1, None)}], rate=0.5), lambda: Deeper(2)]
 )
 def test_classes_of_the_user_come_back_by_name(make: Make, tmp_path: Path) -> None:
     module: Any = stirred(make())
     kind = type(module)
     check_same(module, again := reloaded(module, tmp_path, classes={kind.__name__: kind}))
-    assert again.names == module.names
+    assert (again.names, again.options) == (module.names, module.options)
     check_same(
         module + wells().float(),
         reloaded(module + wells().float(), tmp_path, classes={kind.__name__: kind}),
@@ -326,7 +336,13 @@ def test_a_class_of_the_user_is_not_one_of_the_library(tmp_path: Path) -> None:
 
 
 def test_constructors_keep_their_signatures_and_may_be_of_any_kind(tmp_path: Path) -> None:
-    assert list(inspect.signature(Learned).parameters) == ["width", "shape", "names"]
+    assert list(inspect.signature(Learned).parameters) == [
+        "width",
+        "shape",
+        "names",
+        "start",
+        "options",
+    ]
     assert inspect.signature(NICE.__init__).parameters["hidden"].default == (64, 64)
     classes: dict[str, type[nn.Module]] = {"Power": Power, "Abstract": Abstract}
     assert reloaded(Power(3), tmp_path, classes=classes).power == 3
@@ -521,7 +537,7 @@ def test_what_cannot_be_rebuilt_is_refused_by_save(case: str, tmp_path: Path) ->
 
 @pytest.mark.parametrize("name", FOREIGN)
 def test_parts_of_other_libraries_are_refused(name: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="neither a class of pyroebm nor a layer of torch"):
+    with pytest.raises(ValueError, match="nor a layer of torch"):
         save(CASES[name](), tmp_path / "file")
 
 
