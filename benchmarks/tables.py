@@ -464,20 +464,21 @@ def efficiency_table(rows: list[Row]) -> str:
 
 
 def truth_table(rows: list[Row]) -> str:
-    """A line a case and number of chains of benchmarks/truth.py."""
-    found: dict[tuple[str, int], dict[str, Row]] = {}
+    """A line a case, method and number of chains of benchmarks/truth.py."""
+    found: dict[tuple[str, str, int], dict[str, Row]] = {}
     for row in rows:
         if row["case"].startswith("truth "):
-            key = row["case"].removeprefix("truth "), row["settings"]["chains"]
+            settings = row["settings"]
+            key = row["case"].removeprefix("truth "), settings["method"], settings["chains"]
             found.setdefault(key, {})[row["metric"]] = row
     body = [
         [
-            MODEL_TITLES[case],
+            MODEL_TITLES[case] + method.removeprefix("NUTS"),
             str(chains),
             *(number(metrics[name]["value"]) for name in ("worst_z", "divergences", "worst_r_hat")),
             str(metrics["worst_z"]["settings"]["repeats"]),
         ]
-        for (case, chains), metrics in found.items()
+        for (case, method, chains), metrics in found.items()
     ]
     headings = ["case", "chains", "worst z", "divergences", "R-hat", "seeds"]
     return table(headings, body) if body else NOTHING

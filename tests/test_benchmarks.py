@@ -297,7 +297,7 @@ def test_docs_page_is_what_the_results_make() -> None:
 
 
 def test_truth_holds_draws_against_known_moments() -> None:
-    rows = truth.measure(cases.MODEL_CASES["eight_schools"], chains=4, steps=60, seeds=2)
+    rows = truth.measure(cases.MODEL_CASES["eight_schools"], chains=4, steps=60, seeds=2, target=0.8)
     check_rows(rows)
     assert {row["metric"] for row in rows} == {"worst_z", "divergences", "worst_r_hat"}
     assert all(row["settings"]["repeats"] == 2 and row["version"] for row in rows)
