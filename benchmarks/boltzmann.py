@@ -30,7 +30,7 @@ import torch
 from benchmarks.samplers import QUICK_RESULTS, RESULTS, write
 from benchmarks.suite.measure import Row, row
 from pyroebm.energies import BernoulliRBM
-from pyroebm.objectives import Centring, PersistentCD
+from pyroebm.objectives import Centering, PersistentCD
 from pyroebm.partition import ais, base_rates
 from pyroebm.training import fit
 
@@ -53,18 +53,23 @@ def machine(dtype: torch.dtype = torch.float32) -> BernoulliRBM:
     return BernoulliRBM(VISIBLE, HIDDEN, weight=weight, dtype=dtype)
 
 
-def ours(centred: bool) -> Timed:
+def ours(centered: bool) -> Timed:
     """The public loop, with all that it looks after."""
     x, rbm = data(), machine()
-    transform = Centring() if centred else None
-    optimizer = functools.partial(torch.optim.SGD, lr=0.01, fused=True)
+    transform = Centering() if centered else None
     objective = PersistentCD(num_chains=BATCH)
 
     def steps(n: int) -> None:
-        for _ in fit(
-            rbm, objective, x, steps=n, optimizer=optimizer, transform=transform, progress=False
-        ):
-            pass
+        fit(
+            rbm,
+            objective,
+            x,
+            num_steps=n,
+            optimizer="sgd",
+            lr=0.01,
+            transform=transform,
+            progress=False,
+        )
 
     return steps
 
@@ -113,7 +118,7 @@ def rbms_machine() -> Any:
     )
 
 
-def rbms_pcd(centred: bool) -> Timed:
+def rbms_pcd(centered: bool) -> Timed:
     from rbms.training.pcd import fit_batch_pcd
 
     x, params = data(), rbms_machine()
@@ -128,7 +133,7 @@ def rbms_pcd(centred: bool) -> Timed:
             begin = step * BATCH % len(x)
             optimizer.zero_grad(set_to_none=False)
             chains, _ = fit_batch_pcd(
-                (x[begin : begin + BATCH], weights), chains, params, 1, 1.0, centred
+                (x[begin : begin + BATCH], weights), chains, params, 1, 1.0, centered
             )
             optimizer.step()
 
@@ -170,28 +175,28 @@ CONTESTANTS: tuple[tuple[str, str, str, Callable[[], Timed], dict[str, Any]], ..
         "pyroebm",
         "fit",
         functools.partial(ours, False),
-        {"dtype": "float32", "centred": False},
+        {"dtype": "float32", "centered": False},
     ),
     (
         "pcd",
         "pyroebm",
-        "fit, centred",
+        "fit, centered",
         functools.partial(ours, True),
-        {"dtype": "float32", "centred": True},
+        {"dtype": "float32", "centered": True},
     ),
     (
         "pcd",
         "rbms",
         "fit_batch_pcd",
         functools.partial(rbms_pcd, False),
-        {"dtype": "float32", "centred": False},
+        {"dtype": "float32", "centered": False},
     ),
     (
         "pcd",
         "rbms",
-        "fit_batch_pcd, centred",
+        "fit_batch_pcd, centered",
         functools.partial(rbms_pcd, True),
-        {"dtype": "float32", "centred": True},
+        {"dtype": "float32", "centered": True},
     ),
     (
         "pcd",

@@ -63,7 +63,7 @@ def measure_steps(calls: int, rounds: int, compiled: bool) -> list[Row]:
         ready, first = [], []
         for library, method, make in additive.CONTESTANTS:
             if (compiled or "compiled" not in method) and available("nice", library, method):
-                step = make(ManyWell(pairs=dim // 2), DRAWS)
+                step = make(ManyWell(num_pairs=dim // 2), DRAWS)
                 begin = time.perf_counter()
                 step()
                 step()

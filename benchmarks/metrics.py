@@ -35,8 +35,8 @@ from benchmarks.suite.cases import MODEL_CASES, Case
 from benchmarks.suite.in_pyro import MODELS, tensors
 from benchmarks.suite.measure import Row, row
 from benchmarks.suite.posteriordb import posteriordb_cases
-from pyroebm import MCMC, NUTS, ModelEnergy, WindowAdaptation, __version__
-from pyroebm.kernels import Kernel
+from pyroebm import MCMC, NUTS, ModelEnergy, __version__
+from pyroebm.kernels import Kernel, WindowAdaptation
 from pyroebm.kernels.adaptation.covariance import PooledVariance, shrunk
 from pyroebm.kernels.base import AnyState, rows
 

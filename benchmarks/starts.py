@@ -5,7 +5,7 @@ seeds each.
 
 Each seed is a run with default starts, 500 steps of warm-up and 500 draws. Rules:
 
-- `grouped`, `per_chain`, `pooled`: those of `pyroebm.WindowAdaptation`;
+- `grouped`, `per_chain`, `pooled`: those of `pyroebm.kernels.WindowAdaptation`;
 - `harmonic`: one step size for all, tuned to the harmonic mean of the acceptance rates;
 - `harmonic, then mean`: one step size for all, tuned to the harmonic mean of the acceptance rates
   in the first half of warm-up and to their arithmetic mean after it;
@@ -40,10 +40,10 @@ from benchmarks.suite import in_torch
 from benchmarks.suite.cases import CASES as SAMPLER_CASES
 from benchmarks.suite.cases import eight_schools_truth
 from benchmarks.suite.measure import Row, row
-from pyroebm import MCMC, NUTS, Energy, ModelEnergy, WindowAdaptation, __version__
+from pyroebm import MCMC, NUTS, Energy, ModelEnergy, __version__
 from pyroebm.core import Unconstrained, seeded_generator
 from pyroebm.diagnostics import ess_bulk, mcse_mean, r_hat
-from pyroebm.kernels import Diagonal, Info, State
+from pyroebm.kernels import Diagonal, Info, State, WindowAdaptation
 from pyroebm.kernels.adaptation import draw_starts
 from pyroebm.targets import DoubleWell
 

@@ -34,9 +34,9 @@ from benchmarks.suite.measure import Row, row
 from pyroebm.energies import NeuralEnergy
 from pyroebm.kernels import HMC, ULA, CompiledKernel, Kernel
 from pyroebm.nn import mlp
-from pyroebm.objectives import PersistentCD
+from pyroebm.objectives import ReplayBufferCD
 from pyroebm.objectives.contrastive import advance
-from pyroebm.training import fit
+from pyroebm.training import Trainer
 
 CHAINS, EPS = 256, 0.1
 #: Case: Langevin steps, Langevin steps of an update, trajectories and their leapfrog steps.
@@ -111,14 +111,12 @@ def our_update(compiled: bool) -> Timed:
     """The public loop, with all that it looks after; the chains are there, as after some
     training."""
     energy, kernel = our_energy(), ULA(EPS)
-    objective = PersistentCD(
+    objective = ReplayBufferCD(
         CHAINS, WORK["pcd update"]["steps"], CompiledKernel(kernel) if compiled else kernel
     )
     objective.chains = starts()
-    turns: Iterator[Any] = fit(
-        energy, objective, starts(4096), steps=10**9, batch_size=CHAINS, progress=False
-    )
-    return lambda: next(turns)
+    trainer = Trainer(energy, objective, starts(4096), num_steps=10**9, batch_size=CHAINS)
+    return trainer.step
 
 
 def torchebm_model() -> Any:

@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
-from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from models.recipe import Recipe, run
 from pyroebm import Energy
@@ -27,40 +26,25 @@ from pyroebm.core import seeded_generator
 from pyroebm.energies import MLPEnergy
 from pyroebm.flows import NICE, RedundantNICE
 from pyroebm.nn import MLPGenerator
-from pyroebm.objectives import VERA, Adversarial, AdversarialFlow, evaluate_j
+from pyroebm.objectives import VERA, Adversarial, AdversarialFlow, estimate_augmented_kl
 from pyroebm.partition import quadrature
 from pyroebm.targets import GaussianMixture
-from pyroebm.training import fit
+from pyroebm.training import fit_steps
 
 TARGET = {"means": [[-2.0, 0.0], [2.0, 0.0]], "scale": 0.5, "weights": [0.9, 0.1]}
 RATES = {"energy": 3e-4, "generator": 1e-3}
 GENERATOR_RATES = {"energy": 5e-4, "generator": 3e-3, "posterior": 1e-2}
 
 
-def play(
-    energy: Energy,
-    objective: Adversarial,
-    data: Tensor,
-    rates: dict[str, float],
-    *,
-    steps: int,
-    batch_size: int = 256,
-    seed: int = 0,
-    progress: bool | None = None,
-) -> Iterator[tuple[int, float, dict[str, float]]]:
-    """`fit` with an Adam for each loss, whose rates fall to 0."""
+def game(rates: Mapping[str, float], steps: int) -> dict[str, Any]:
+    """Options of ``fit``: an Adam for each loss, whose rates fall to 0."""
     adam = functools.partial(torch.optim.Adam, betas=(0.5, 0.999), fused=True)
-    return fit(
-        energy,
-        objective,
-        data,
-        steps=steps,
-        batch_size=batch_size,
-        seed=seed,
-        progress=progress,
-        optimizer={name: functools.partial(adam, lr=rate) for name, rate in rates.items()},
-        schedule=functools.partial(CosineAnnealingLR, T_max=steps),
-    )
+    return {
+        "num_steps": steps,
+        "batch_size": 256,
+        "optimizer": {name: functools.partial(adam, lr=rate) for name, rate in rates.items()},
+        "schedule": "cosine",
+    }
 
 
 class Judge:
@@ -102,8 +86,12 @@ def opponents(hidden: tuple[int, int], seed: int) -> dict[str, Callable[[], Adve
     data is held down."""
     noise = seeded_generator(seed, spawned=2)
     return {
-        "NICE, D = 2": lambda: AdversarialFlow(NICE(2, hidden=hidden, seed=seed)),
-        "redundant, D = 4": lambda: AdversarialFlow(RedundantNICE(2, 4, hidden=hidden, seed=seed)),
+        "NICE, D = 2": lambda: AdversarialFlow(
+            NICE(2, hidden_sizes=hidden, generator=torch.Generator().manual_seed(seed))
+        ),
+        "redundant, D = 4": lambda: AdversarialFlow(
+            RedundantNICE(2, 4, hidden_sizes=hidden, generator=torch.Generator().manual_seed(seed))
+        ),
         "VERA": lambda: VERA(
             MLPGenerator((2,), 2, hidden, sigma=0.3, generator=noise),
             eta=0.5,
@@ -117,7 +105,9 @@ def draws_of(objective: Any, n: int, seed: int) -> Tensor:
     noise = seeded_generator(seed, spawned=3)
     if isinstance(objective, AdversarialFlow):
         with torch.no_grad():
-            return objective.flow.push(objective.flow.draw_noise(n, noise))[0][:, :2]
+            return objective.flow.forward_and_log_prob(objective.flow.rsample_base(n, noise))[0][
+                :, :2
+            ]
     drawn: Tensor = objective.model.sample(n, noise)
     return drawn
 
@@ -140,7 +130,7 @@ def report(
     q = draws_of(objective, n, recipe.seed)
     recipe.add_mean(f"{name}: share of the left mode in q", (q[:, 0] < 0.0).double())
     if isinstance(objective, AdversarialFlow):
-        value, error = evaluate_j(objective.flow, energy, n, log_z=0.0, seed=recipe.seed)
+        value, error = estimate_augmented_kl(objective.flow, energy, n, log_z=0.0, seed=recipe.seed)
         recipe.add(f"{name}: J_R", value + found["log_z"], error, note="the gap of the bound")
         bound = value + found["log_likelihood"] + found["log_z"]
         recipe.add(f"{name}: bound on the log-likelihood", bound, error, "upper")
@@ -182,13 +172,14 @@ def main(
         rates = RATES if isinstance(objective, AdversarialFlow) else GENERATOR_RATES
         bounds: list[float] = []
         curves[name] = []
-        for step, _, facts in play(
-            energy, objective, data, rates, steps=steps, seed=seed, progress=progress
+        for step in fit_steps(
+            energy, objective, data, **game(rates, steps), seed=seed, progress=progress
         ):
-            bounds.append(facts.get("log_likelihood_bound", math.nan))
-            if (step + 1) % every == 0:
+            done = step.number + 1
+            bounds.append(step.metrics.get("log_likelihood_bound", math.nan))
+            if done % every == 0:
                 curves[name].append(
-                    (step + 1, sum(bounds[-every:]) / every, judge.log_likelihood(energy))
+                    (done, sum(bounds[-every:]) / every, judge.log_likelihood(energy))
                 )
         q, left = report(recipe, name, energy.requires_grad_(False), objective, judge, n)
         shown[name] = (energy(judge.grid), q, left)

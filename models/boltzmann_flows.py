@@ -42,9 +42,12 @@ COLUMNS = {
 def facts_of(report: FlowReport, fitted: Fitted, more: Facts) -> Facts:
     """Numbers of one seed, with their standard errors."""
     weighted = report.weighted
-    found: Facts = {"log Z": (weighted.log_z, weighted.log_z_se)}
+    found: Facts = {"log Z": (weighted.log_z.value, weighted.log_z.standard_error)}
     if report.log_z is not None:
-        found["error of log Z"] = (weighted.log_z - report.log_z, weighted.log_z_se)
+        found["error of log Z"] = (
+            weighted.log_z.value - report.log_z,
+            weighted.log_z.standard_error,
+        )
     found |= {
         "extended ESS": (weighted.ess_fraction, None),
         "ESS of x alone": (report.marginal_ess, None),

@@ -53,19 +53,19 @@ def learn(
     machine: BoltzmannMachine | BernoulliRBM, patterns: Tensor, steps: int, progress: bool | None
 ) -> list[float]:
     """Exact maximum likelihood; the mean log-likelihood after each step."""
-    optimizer = functools.partial(torch.optim.Adam, lr=0.05)
     schedule = functools.partial(CosineAnnealingLR, T_max=steps, eta_min=1e-3)
-    steps_of = fit(
+    history = fit(
         machine.marginal(),
         ExactLikelihood(),
         patterns,
-        steps=steps,
+        num_steps=steps,
         batch_size=len(patterns),
-        optimizer=optimizer,
+        lr=0.05,
         schedule=schedule,
         progress=progress,
     )
-    return [-loss for _, loss, _ in steps_of]
+    likelihoods: list[float] = history["log_likelihood"].tolist()
+    return likelihoods
 
 
 def start(machine: BoltzmannMachine | BernoulliRBM, scale: float) -> None:

@@ -10,7 +10,6 @@ python -m models.composition [--seed N] [--quick] [--out DIR]
 
 from __future__ import annotations
 
-import functools
 import math
 from collections import defaultdict
 from pathlib import Path
@@ -18,13 +17,12 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
-from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from models.recipe import Recipe, run
 from pyroebm import HMC, MCMC, NUTS, Energy
 from pyroebm.core import Conditioned, seeded_generator
 from pyroebm.energies import MLPEnergy
-from pyroebm.objectives import PersistentCD
+from pyroebm.objectives import ReplayBufferCD
 from pyroebm.targets import Gaussian
 from pyroebm.training import fit
 
@@ -83,24 +81,18 @@ def train(data: Tensor, hidden: int, steps: int, seed: int, progress: bool | Non
     """Persistent chains under HMC, at a rate that falls to 0."""
     energy = MLPEnergy((2,), (hidden, hidden), scale=1.0, generator=seeded_generator(seed))
     energy.fit_envelope(data, factor=1.5)
-    objective = PersistentCD(300, k=1, kernel=HMC(step_size=0.15, num_steps=8))
-    optimizer, schedule = (
-        functools.partial(torch.optim.Adam, lr=5e-3),
-        functools.partial(CosineAnnealingLR, T_max=steps),
-    )
-    loop = fit(
+    objective = ReplayBufferCD(300, k=1, kernel=HMC(step_size=0.15, num_steps=8))
+    fit(
         energy,
         objective,
         data,
-        steps=steps,
+        num_steps=steps,
         batch_size=300,
-        optimizer=optimizer,
-        schedule=schedule,
+        lr=5e-3,
+        schedule="cosine",
         seed=seed,
         progress=progress,
     )
-    for _ in loop:
-        pass
     return energy.requires_grad_(False)
 
 

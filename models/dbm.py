@@ -11,7 +11,6 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
-from torch import Tensor
 
 from models.machines import (
     Images,
@@ -22,12 +21,14 @@ from models.machines import (
     in_double,
     load_images,
     machine_bracket,
+    pcd_options,
     plot_completions,
     train_pcd,
 )
 from models.recipe import Recipe, run
 from pyroebm.diagnostics.plots import plot_images
-from pyroebm.energies import DeepBoltzmannMachine, LayeredMachine
+from pyroebm.energies import DeepBoltzmannMachine
+from pyroebm.objectives import PersistentCD
 from pyroebm.training import pretrain_boltzmann_machine
 
 #: Published for 784-500-1000 on MNIST: Salakhutdinov and Hinton (2009), as quoted in a
@@ -109,21 +110,15 @@ def main(
     )
     recipe.add_mean("independent bits: test log-likelihood", floor(images), "exact")
 
-    def train(machine: LayeredMachine, inputs: Tensor) -> None:
-        # Copies share one parameter, whose gradient is not one of the layers': no centring here.
-        for _ in train_pcd(
-            machine,
-            inputs,
-            first,
-            0.5 * learning_rate,
-            centred=False,
-            decay=True,
-            seed=seed,
-            progress=progress,
-        ):
-            pass
-
-    machine = pretrain_boltzmann_machine([images.train.shape[1], *sizes], images.train, train)
+    machine = pretrain_boltzmann_machine(
+        [images.train.shape[1], *sizes],
+        images.train,
+        PersistentCD(num_chains=100),
+        # Copies share one parameter, whose gradient is not one of the layers': no centering here.
+        **pcd_options(images.train, first, 0.5 * learning_rate, decay=True),
+        seed=seed,
+        progress=progress,
+    )
     look, curve = every(epochs, 8), list[tuple[int, float, float]]()
     loop = train_pcd(
         machine,

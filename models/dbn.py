@@ -12,7 +12,6 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
-from torch import Tensor
 
 from models.machines import (
     Images,
@@ -21,12 +20,13 @@ from models.machines import (
     in_double,
     load_images,
     machine_bracket,
+    pcd_options,
     plot_completions,
-    train_pcd,
 )
 from models.recipe import Recipe, run
 from pyroebm.diagnostics.plots import plot_images
-from pyroebm.energies import DeepBeliefNetwork, LayeredMachine
+from pyroebm.energies import DeepBeliefNetwork
+from pyroebm.objectives import PersistentCD
 from pyroebm.training import pretrain_belief_network
 
 
@@ -120,13 +120,14 @@ def main(
     )
     recipe.add_mean("independent bits: test log-likelihood", floor(images), "exact")
 
-    def train(machine: LayeredMachine, inputs: Tensor) -> None:
-        for _ in train_pcd(
-            machine, inputs, epochs, learning_rate, decay=True, seed=seed, progress=progress
-        ):
-            pass
-
-    network = pretrain_belief_network([images.train.shape[1], *sizes], images.train, train)
+    network = pretrain_belief_network(
+        [images.train.shape[1], *sizes],
+        images.train,
+        PersistentCD(num_chains=100),
+        **pcd_options(images.train, epochs, learning_rate, decay=True),
+        seed=seed,
+        progress=progress,
+    )
     judge(recipe, network, images, temperatures, samples, progress)
     curve = classify(recipe, network, images, fine_epochs, progress)
 
@@ -136,9 +137,7 @@ def main(
     plot_images(first.weight.detach().mT[:100], images.shape, limits=None, ax=axes[0]).set_title(
         "receptive fields, layer 1"
     )
-    drawn = network.sample(
-        64, torch.Generator().manual_seed(seed), gibbs_steps=50 if quick else 2000
-    )
+    drawn = network.sample(64, torch.Generator().manual_seed(seed), num_steps=50 if quick else 2000)
     plot_images(drawn, images.shape, ax=axes[1]).set_title("draws: Gibbs in the top, one pass down")
     axes[2].plot(range(len(curve)), curve, marker=".")
     axes[2].set(

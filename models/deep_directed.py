@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from models.adversarial_flow import Judge, draws_of, play
+from models.adversarial_flow import Judge, draws_of, game
 from models.recipe import Recipe, run
 from pyroebm.core import seeded_generator
 from pyroebm.data import digits
@@ -33,6 +33,7 @@ from pyroebm.flows import RedundantNICE
 from pyroebm.nn import Generator, MLPGenerator, mlp
 from pyroebm.objectives import Adversarial, AdversarialFlow, DeepDirected
 from pyroebm.targets import GaussianMixture
+from pyroebm.training import fit
 
 #: The energy moves slowly, and its slope at the data is held down: else it tilts away before the
 #: generator can follow.
@@ -84,7 +85,8 @@ def opponents(data: Tensor, width: int, seed: int) -> dict[str, Callable[[], Adv
             normalised(data, 4, width, 0.45, seed), gradient_penalty=PENALTY
         ),
         "flow": lambda: AdversarialFlow(
-            RedundantNICE(2, 4, hidden=hidden, seed=seed), gradient_penalty=PENALTY
+            RedundantNICE(2, 4, hidden_sizes=hidden, generator=torch.Generator().manual_seed(seed)),
+            gradient_penalty=PENALTY,
         ),
     }
 
@@ -110,10 +112,14 @@ def mixture(
     law = torch.softmax(judge.log_law, 0)
     for name, make in opponents(data, width, recipe.seed).items():
         energy, objective = experts(2, width, width, 1.0, recipe.seed), make()
-        for _ in play(
-            energy, objective, data, RATES, steps=steps, seed=recipe.seed, progress=progress
-        ):
-            pass
+        fit(
+            energy,
+            objective,
+            data,
+            **game(RATES, steps),
+            seed=recipe.seed,
+            progress=progress,
+        )
         found, drawn = judge(energy.requires_grad_(False)), draws_of(objective, 4_000, recipe.seed)
         below = -judge.entropy - found["log_likelihood"]
         recipe.add(
@@ -147,21 +153,25 @@ def images(
     # grey levels are 17: dequantised
     train = split.train + torch.rand(split.train.shape, generator=noise) / 16.0
     test = split.test + torch.rand(split.test.shape, generator=noise) / 16.0
-    centre = train.mean(0)
+    center = train.mean(0)
     energy = experts(64, width, width, 1.0, recipe.seed)
     objective = DeepDirected(
-        normalised(train - centre, 16, width, 0.05, recipe.seed), gradient_penalty=PENALTY
+        normalised(train - center, 16, width, 0.05, recipe.seed), gradient_penalty=PENALTY
     )
-    for _ in play(
-        energy, objective, train - centre, RATES, steps=steps, seed=recipe.seed, progress=progress
-    ):
-        pass
-    drawn = draws_of(objective, 1_000, recipe.seed) + centre
+    fit(
+        energy,
+        objective,
+        train - center,
+        **game(RATES, steps),
+        seed=recipe.seed,
+        progress=progress,
+    )
+    drawn = draws_of(objective, 1_000, recipe.seed) + center
     shuffled = torch.stack(
         [column[torch.randperm(len(test), generator=noise)] for column in test.mT], 1
     )
     images = {"test set": test, "generator": drawn, "shuffled pixels": shuffled}
-    energies = {name: energy(x - centre).detach() for name, x in images.items()}
+    energies = {name: energy(x - center).detach() for name, x in images.items()}
     for name, values in energies.items():
         recipe.add_mean(f"digits: energy, {name}", values)
     for name in ("generator", "shuffled pixels"):

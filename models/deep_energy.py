@@ -10,7 +10,6 @@ python -m models.deep_energy [--seed N] [--quick] [--out DIR]
 
 from __future__ import annotations
 
-import functools
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +18,6 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 from torch.distributions import Independent, Normal
-from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from models.recipe import Recipe, run
@@ -28,9 +26,9 @@ from pyroebm.core import DistributionEnergy, seeded_generator
 from pyroebm.data import digits
 from pyroebm.diagnostics.plots import plot_images
 from pyroebm.energies import MLPEnergy
-from pyroebm.objectives import PersistentCD
+from pyroebm.objectives import PersistentCD, ReplayBufferCD
 from pyroebm.objectives.contrastive import advance
-from pyroebm.partition import bracket
+from pyroebm.partition import bidirectional_ais
 from pyroebm.training import Guard, fit
 
 
@@ -79,25 +77,24 @@ def train(
     energy = MLPEnergy(
         (1, 8, 8), (hidden, hidden), scale=1.0, dtype=data.dtype, generator=seeded_generator(seed)
     )
-    objective = PersistentCD(100, k, MALA(0.4), buffer_size=500, restart=0.01)
+    objective = ReplayBufferCD(100, k, MALA(0.4), buffer_size=500, restart=0.01)
     mean = AveragedModel(energy, multi_avg_fn=get_ema_multi_avg_fn(0.99))
-    loop = fit(
+    history = fit(
         energy,
         objective,
         data,
-        steps=steps,
+        num_steps=steps,
         batch_size=100,
         average=mean,
         seed=seed,
         progress=progress,
-        optimizer=functools.partial(torch.optim.AdamW, lr=5e-3, fused=True),
+        optimizer="adamw",
+        lr=5e-3,
         weight_decay=0.7,
-        schedule=functools.partial(CosineAnnealingLR, T_max=steps),
+        schedule="cosine",
         guard=Guard(rollback=True, max_energy_gap=100.0),
     )
-    gap = 0.0
-    for _, _, facts in loop:
-        gap = facts["energy_gap"]
+    gap = float(history["energy_gap"][-1])
     return mean.module.requires_grad_(False).eval(), objective, gap
 
 
@@ -110,13 +107,13 @@ def baselines(recipe: Recipe, pixels: Pixels) -> None:
         - 32.0 * math.log(2.0 * math.pi)
     )
     recipe.add_mean("Gaussian: test log-likelihood", gauss, "exact", "+- is that of the test set")
-    centres = digits(threshold=None).train
-    train, test = (pixels.images(part) for part in (pixels.train[: len(centres)], pixels.test))
+    centers = digits(threshold=None).train
+    train, test = (pixels.images(part) for part in (pixels.train[: len(centers)], pixels.test))
     # the first copy of each image, without its own kernel
-    left_out = (torch.cdist(train, centres) ** 2).fill_diagonal_(math.inf)
+    left_out = (torch.cdist(train, centers) ** 2).fill_diagonal_(math.inf)
     widths = torch.linspace(0.1, 0.4, 31).tolist()
     width = max(widths, key=lambda width: float(kernel_density(left_out, width).mean()))
-    values = kernel_density(torch.cdist(test, centres) ** 2, width)
+    values = kernel_density(torch.cdist(test, centers) ** 2, width)
     recipe.add_mean(
         "kernel density: test log-likelihood",
         values,
@@ -126,7 +123,7 @@ def baselines(recipe: Recipe, pixels: Pixels) -> None:
 
 
 def kernel_density(squares: Tensor, width: float) -> Tensor:
-    """Log-density of each row under normal laws of that width around all centres, of squared
+    """Log-density of each row under normal laws of that width around all centers, of squared
     distances."""
     values = torch.logsumexp(-0.5 * squares / width**2, 1) - math.log(squares.shape[1])
     return values - 64.0 * math.log(width * math.sqrt(2.0 * math.pi))
@@ -142,14 +139,14 @@ def judge(
 ) -> None:
     """log Z from the envelope, both ways in float64, and what it makes of the test images."""
     base = DistributionEnergy(Independent(Normal(torch.zeros(1, 8, 8), torch.ones(1, 8, 8)), 3))
-    found = bracket(
+    found = bidirectional_ais(
         energy,
         states,
         base,
         HMC(0.25, num_steps=4),
-        betas,
-        len(states),
-        seed=recipe.seed,
+        betas=betas,
+        num_chains=len(states),
+        generator=torch.Generator().manual_seed(recipe.seed),
         progress=progress,
     )
     for name, estimate in (
@@ -237,11 +234,11 @@ def main(
     axes[0].set(title="energies of data and of samples", xlabel="E")
     axes[0].legend(loc="upper right", fontsize=8)
     axes[1].plot(*zip(*way, strict=True), "o-", color="tab:green", label="chains")
-    for name, x, colour in (
+    for name, x, color in (
         ("training images", pixels.train[:2000], "tab:blue"),
         ("test images", pixels.test, "tab:orange"),
     ):
-        axes[1].axhline(float(energy(x).mean()), color=colour, label=name)
+        axes[1].axhline(float(energy(x).mean()), color=color, label=name)
     axes[1].set(title="chains run on", xlabel="steps after training", ylabel="mean energy")
     axes[1].legend(fontsize=8)
     for ax, x, title in ((axes[2], pixels.test, "test images, noised"), (axes[3], old, "samples")):

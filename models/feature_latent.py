@@ -13,7 +13,6 @@ python -m models.feature_latent [--seed N] [--quick] [--out DIR]
 from __future__ import annotations
 
 import copy
-import functools
 import math
 from collections import defaultdict
 from pathlib import Path
@@ -22,7 +21,6 @@ import matplotlib.pyplot as plt
 import torch
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from models.plane import GridLikelihood
@@ -34,8 +32,8 @@ from pyroebm.diagnostics import energy_distance
 from pyroebm.diagnostics.plots import plot_images
 from pyroebm.energies import FeatureLatentEnergy
 from pyroebm.nn import mlp
-from pyroebm.objectives import Objective, PersistentCD
-from pyroebm.partition import bracket, quadrature
+from pyroebm.objectives import Objective, PersistentCD, ReplayBufferCD
+from pyroebm.partition import bidirectional_ais, quadrature
 from pyroebm.targets import Gaussian, TwoMoons
 from pyroebm.training import fit
 
@@ -103,22 +101,19 @@ def train(
             torch.randperm(len(data), generator=noise)[: objective.num_chains]
         ].clone()
     average = AveragedModel(energy, multi_avg_fn=get_ema_multi_avg_fn(0.98))
-    optimizer = functools.partial(torch.optim.Adam, lr=rate, fused=True)
-    loop = fit(
+    fit(
         energy,
         objective,
         data,
-        steps=steps,
+        num_steps=steps,
         batch_size=256,
-        optimizer=optimizer,
+        lr=rate,
+        schedule="cosine",
         max_grad_norm=10.0,
         average=average,
-        schedule=functools.partial(CosineAnnealingLR, T_max=steps),
         seed=seed,
         progress=progress,
     )
-    for _ in loop:
-        pass
     return copy.deepcopy(average.module)
 
 
@@ -168,7 +163,7 @@ def in_two_dimensions(
 
         lines = {
             "likelihood": (GridLikelihood(6.0, 40), steps // 2),
-            "PCD": (PersistentCD(256, kernel=HMC(0.08, num_steps=8)), steps),
+            "PCD": (ReplayBufferCD(256, kernel=HMC(0.08, num_steps=8)), steps),
         }
         for name, (objective, length) in lines.items():
             energy = trained(objective, length, 1e-2 if name == "likelihood" else 5e-3)
@@ -225,19 +220,19 @@ def on_digits(
     train_once = noised(split.train)
     test = noised(split.test)
     white = Whitening(data)
-    chains = PersistentCD(100, k=1 if quick else 2, kernel=HMC(0.15, num_steps=10))
+    chains = ReplayBufferCD(100, k=1 if quick else 2, kernel=HMC(0.15, num_steps=10))
     net = features(64, 128, 1.0, data.dtype, noise)
     energy = train(
         white(data), chains, net, num_hidden, steps, 3e-3, recipe.seed, progress
     ).requires_grad_(False)
     base = Gaussian(torch.zeros_like(white.mean), covariance=0.5 * torch.eye(64, dtype=data.dtype))
-    found = bracket(
+    found = bidirectional_ais(
         energy,
         chains.chains,
         base,
         betas=20 if quick else 300,
         num_chains=100,
-        seed=recipe.seed,
+        generator=torch.Generator().manual_seed(recipe.seed),
         progress=False,
     )
     recipe.add_mean(

@@ -27,16 +27,16 @@ from pyroebm.flows import (
     RealNVP,
     RedundantNICE,
     SplineFlow,
-    judge_flow,
+    evaluate_flow,
 )
-from pyroebm.objectives import AnnealedReweighting, ReverseKL, fit_flow
+from pyroebm.objectives import AnnealedReweighting, FlowObjective, ReverseKL
 from pyroebm.targets import DoubleWell, Funnel, GaussianMixture, ManyWell, Phi4
+from pyroebm.training import fit
 
 __all__ = ["CASES", "Case", "Fitted"]
 
 #: A fact beside those of the report: its value and its standard error.
 Facts = dict[str, tuple[float, float | None]]
-QUICK = {"steps": 5, "num_samples": 64}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,8 +63,8 @@ class Case:
         label: of the figure's axis, and
         observable: what is drawn there, ``(n, *event) -> (n,)``, or ``(n, 2)``.
         facts: what the report does not have, from it and the target.
-        judge: in place of :func:`judge_flow`, from what was fitted, the number of draws, a seed and
-            whether the run is quick, to the report and to facts that it does not have.
+        judge: in place of :func:`evaluate_flow`, from what was fitted, the number of draws, a seed
+            and whether the run is quick, to the report and to facts that it does not have.
     """
 
     title: str
@@ -78,13 +78,13 @@ class Case:
         """The report on a flow, and facts beside it."""
         if self.judge is not None:
             return self.judge(fitted, n, seed, quick)
-        report = judge_flow(
+        report = evaluate_flow(
             fitted.flow,
             fitted.energy,
             n,
             draws=fitted.draws,
             num_distances=min(n, 4000),
-            seed=seed,
+            generator=torch.Generator().manual_seed(seed),
             progress=False,
         )
         return report, self.facts(report, fitted.energy)
@@ -96,15 +96,21 @@ def train(
     seed: int,
     quick: bool,
     draws: Callable[[Energy, int, bool], Tensor] | None = None,
+    *,
+    objective: Callable[..., FlowObjective] = ReverseKL,
+    num_steps: int,
+    num_samples: int = 512,
+    lr: float | None = None,
     **settings: Any,
 ) -> Fitted:
-    """Train a flow by ``fit_flow`` in its own dtype, and hand over both in float64."""
+    """Train a flow in its own dtype by an objective with these settings, and return both in
+    float64."""
+    if quick:
+        num_steps, num_samples = 5, 64
     energy, began = make(flow.dtype), time.process_time()
     with counted(energy) as rows:
-        for _ in fit_flow(
-            flow, energy, **{**settings, **(QUICK if quick else {})}, seed=seed, progress=False
-        ):
-            pass
+        made = objective(energy, num_samples=num_samples, **settings)
+        fit(flow, made, num_steps=num_steps, lr=lr, seed=seed, progress=False)
     seconds, exact = time.process_time() - began, make(torch.float64)
     with counted(exact) as reference_rows:
         reference = None if draws is None else draws(exact, seed + 1000, quick)
@@ -112,8 +118,8 @@ def train(
 
 
 def double_well(seed: int, quick: bool) -> Fitted:
-    flow = RedundantNICE(1, 2, dtype=torch.float32, seed=seed)
-    return train(lambda dtype: DoubleWell(dtype=dtype), flow, seed, quick, steps=2000)
+    flow = RedundantNICE(1, 2, dtype=torch.float32, generator=torch.Generator().manual_seed(seed))
+    return train(lambda dtype: DoubleWell(dtype=dtype), flow, seed, quick, num_steps=2000)
 
 
 def right_mass(report: FlowReport, energy: Energy) -> Facts:
@@ -128,7 +134,7 @@ class TurnedManyWell(ManyWell):
     turn: Tensor
 
     def __init__(self, pairs: int, dtype: torch.dtype | None = None) -> None:
-        super().__init__(pairs, dtype)
+        super().__init__(pairs, dtype=dtype)
         noise = torch.randn(
             2 * pairs, 2 * pairs, dtype=torch.float64, generator=seeded_generator(0)
         )
@@ -157,10 +163,16 @@ class TurnedManyWell(ManyWell):
 
 
 def many_well(kind: type[ManyWell], pairs: int, seed: int, quick: bool) -> Fitted:
-    flow = SplineFlow(2 * pairs, layers=4, hidden=(128,), dtype=torch.float32, seed=seed)
+    flow = SplineFlow(
+        2 * pairs,
+        num_layers=4,
+        hidden_sizes=(128,),
+        dtype=torch.float32,
+        generator=torch.Generator().manual_seed(seed),
+    )
     settings: dict[str, Any] = {
-        "objective": ReverseKL(gradient="total"),
-        "steps": 2000,
+        "gradient": "total",
+        "num_steps": 2000,
         "num_samples": 256,
         "lr": 3e-3,
     }
@@ -184,11 +196,17 @@ def mixture(
     make: Callable[..., GaussianMixture], scale: float, beta_start: float, seed: int, quick: bool
 ) -> Fitted:
     flow = SplineFlow(
-        2, layers=4, hidden=(64, 64), bins=16, scale=scale, dtype=torch.float32, seed=seed
+        2,
+        num_layers=4,
+        hidden_sizes=(64, 64),
+        num_bins=16,
+        scale=scale,
+        dtype=torch.float32,
+        generator=torch.Generator().manual_seed(seed),
     )
     settings: dict[str, Any] = {
-        "objective": AnnealedReweighting(),
-        "steps": 600,
+        "objective": AnnealedReweighting,
+        "num_steps": 600,
         "lr": 3e-3,
         "beta_start": beta_start,
     }
@@ -196,18 +214,34 @@ def mixture(
 
 
 def funnel(seed: int, quick: bool) -> Fitted:
-    flow = AutoregressiveFlow(10, layers=2, hidden=(32, 32), dtype=torch.float32, seed=seed)
-    settings: dict[str, Any] = {"steps": 2000, "num_samples": 256, "lr": 5e-3, "beta_start": 1.0}
+    flow = AutoregressiveFlow(
+        10,
+        num_layers=2,
+        hidden_sizes=(32, 32),
+        dtype=torch.float32,
+        generator=torch.Generator().manual_seed(seed),
+    )
+    settings: dict[str, Any] = {
+        "num_steps": 2000,
+        "num_samples": 256,
+        "lr": 5e-3,
+        "beta_start": 1.0,
+    }
     return train(lambda dtype: Funnel(dtype=dtype), flow, seed, quick, **settings)
 
 
 def ring(seed: int, quick: bool) -> Fitted:
     flow = SplineFlow(
-        16, layers=2, hidden=(128, 128), autoregressive=True, dtype=torch.float32, seed=seed
+        16,
+        num_layers=2,
+        hidden_sizes=(128, 128),
+        autoregressive=True,
+        dtype=torch.float32,
+        generator=torch.Generator().manual_seed(seed),
     )
     settings: dict[str, Any] = {
-        "objective": ReverseKL(gradient="total"),
-        "steps": 2000,
+        "gradient": "total",
+        "num_steps": 2000,
         "num_samples": 256,
         "lr": 3e-3,
     }
@@ -232,8 +266,15 @@ def flipped_chains(energy: Energy, seed: int, quick: bool) -> Tensor:
 
 
 def free_field(seed: int, quick: bool) -> Fitted:
-    flow = NICE(16, couplings=0, dtype=torch.float64, seed=seed)
-    settings: dict[str, Any] = {"steps": 3000, "num_samples": 128, "lr": 1e-2, "beta_start": 1.0}
+    flow = NICE(
+        16, num_layers=0, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+    )
+    settings: dict[str, Any] = {
+        "num_steps": 3000,
+        "num_samples": 128,
+        "lr": 1e-2,
+        "beta_start": 1.0,
+    }
     return train(
         lambda dtype: Phi4(16, m2=1.0, lam=0.0, dtype=dtype), flow, seed, quick, **settings
     )
@@ -254,7 +295,7 @@ REFERENCE = {
 
 
 def schools(effects: Tensor, errors: Tensor) -> None:
-    """Rubin's eight schools (1981), non-centred, with posteriordb's priors."""
+    """Rubin's eight schools (1981), non-centered, with posteriordb's priors."""
     mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
     tau = pyro.sample("tau", dist.HalfCauchy(5.0))
     with pyro.plate("schools", 8):
@@ -264,7 +305,12 @@ def schools(effects: Tensor, errors: Tensor) -> None:
 
 def eight_schools(make: Callable[[int], Flow], seed: int, quick: bool) -> Fitted:
     guide = FlowGuide(schools, make(seed))
-    settings: dict[str, Any] = {"steps": 1000, "num_samples": 256, "lr": 5e-3, "beta_start": 1.0}
+    settings: dict[str, Any] = {
+        "num_steps": 1000,
+        "num_samples": 256,
+        "lr": 5e-3,
+        "beta_start": 1.0,
+    }
     energy = guide.energy(torch.tensor(EFFECTS).double(), torch.tensor(ERRORS).double())
     return train(lambda dtype: energy, guide.flow, seed, quick, **settings)
 
@@ -385,7 +431,15 @@ CASES: dict[str, Case] = {
     "schools": Case(
         "eight schools, RealNVP",
         lambda s, q: eight_schools(
-            lambda seed: RealNVP(10, layers=4, hidden=(32,), dtype=torch.float64, seed=seed), s, q
+            lambda seed: RealNVP(
+                10,
+                num_layers=4,
+                hidden_sizes=(32,),
+                dtype=torch.float64,
+                generator=torch.Generator().manual_seed(seed),
+            ),
+            s,
+            q,
         ),
         r"$\mu$",
         lambda x: x[:, 0],
@@ -395,7 +449,12 @@ CASES: dict[str, Case] = {
         "eight schools, redundant NICE D = 12",
         lambda s, q: eight_schools(
             lambda seed: RedundantNICE(
-                10, 12, couplings=4, hidden=(32,), dtype=torch.float64, seed=seed
+                10,
+                12,
+                num_layers=4,
+                hidden_sizes=(32,),
+                dtype=torch.float64,
+                generator=torch.Generator().manual_seed(seed),
             ),
             s,
             q,

@@ -6,14 +6,12 @@ python -m models.grbm [--seed N] [--quick] [--out DIR]
 
 from __future__ import annotations
 
-import functools
 import math
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
-from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from models.recipe import Recipe, run
 from pyroebm.data import LAPLACE_LOG_LIKELIHOOD, image_patches, laplace_mixture, whitened
@@ -54,24 +52,17 @@ def train(
     progress: bool | None,
 ) -> None:
     """Adam with a rate that falls to 0."""
-    steps = epochs * math.ceil(len(data) / batch_size)
-    optimizer, schedule = (
-        functools.partial(torch.optim.Adam, lr=rate),
-        functools.partial(CosineAnnealingLR, T_max=steps),
-    )
-    loop = fit(
+    fit(
         rbm,
         objective,
         data,
-        steps=steps,
+        num_epochs=epochs,
         batch_size=batch_size,
-        optimizer=optimizer,
-        schedule=schedule,
+        lr=rate,
+        schedule="cosine",
         seed=seed,
         progress=progress,
     )
-    for _ in loop:
-        pass
 
 
 def log_law(x: Tensor, data: Tensor) -> Tensor:
@@ -94,7 +85,7 @@ def laplace(
 ) -> tuple[GaussianRBM, Tensor]:
     """The published setting (4 hidden units, CD-1, batches of 1,000, 50 epochs), and exact maximum
     likelihood from there."""
-    x = laplace_mixture(points, recipe.seed)
+    x = laplace_mixture(points, generator=torch.Generator().manual_seed(recipe.seed))
     data, test = x[: points // 2], x[points // 2 :]
     recipe.add("Laplace: truth", LAPLACE_LOG_LIKELIHOOD, kind="exact")
     recipe.add("Laplace: Gaussian", 2 * GAUSSIAN, kind="exact")
@@ -143,7 +134,11 @@ def patches(
 ) -> GaussianRBM:
     """Whitened patches of two photographs, of which a normal law knows nothing but the
     covariance."""
-    x = whitened(image_patches(n, side=side, seed=recipe.seed, whiten=False))
+    x = whitened(
+        image_patches(
+            n, side=side, generator=torch.Generator().manual_seed(recipe.seed), whiten=False
+        )
+    )
     data, test = x[: n // 5 * 4], x[n // 5 * 4 :]
     recipe.add_mean(
         "patches: Gaussian, test",

@@ -13,7 +13,6 @@ python -m models.jem [--seed N] [--quick] [--out DIR]
 
 from __future__ import annotations
 
-import functools
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +22,6 @@ import torch
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 from torch.nn.functional import one_hot
-from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from models.recipe import Recipe, run
 from pyroebm.core import seeded_generator
@@ -32,7 +30,7 @@ from pyroebm.diagnostics.plots import plot_images
 from pyroebm.energies import ClassifierEnergy
 from pyroebm.kernels import MALA
 from pyroebm.nn import mlp
-from pyroebm.objectives import Hybrid, PersistentCD
+from pyroebm.objectives import Hybrid, ReplayBufferCD
 from pyroebm.training import fit
 
 #: Standard deviation of the noise on pixels between 0 and 1: without it many pixels are constant,
@@ -61,24 +59,16 @@ def train(
     net = mlp(64, CLASSES, (hidden, hidden), zero_last=False, dtype=data[0].dtype, generator=start)
     energy = ClassifierEnergy(net, (64,), CLASSES, scale=1.0)
     energy.fit_envelope(data[0], factor=1.0)
-    optimizer, schedule = (
-        functools.partial(torch.optim.Adam, lr=1e-3),
-        functools.partial(CosineAnnealingLR, T_max=steps),
-    )
-    loop = fit(
+    fit(
         energy,
         objective,
         data,
-        steps=steps,
-        batch_size=100,
-        optimizer=optimizer,
-        schedule=schedule,
+        num_steps=steps,
+        schedule="cosine",
         max_grad_norm=10.0,
         seed=seed,
         progress=progress,
     )
-    for _ in loop:
-        pass
     return energy.requires_grad_(False).eval()
 
 
@@ -95,7 +85,9 @@ def outliers(test: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
     """What is no digit: uniform pixels, digits with their pixels shuffled, patches of photographs,
     means of two digits; all with the same noise."""
     n = len(test)
-    patches = image_patches(n, side=8, seed=3, whiten=False, dtype=test.dtype)
+    patches = image_patches(
+        n, side=8, generator=torch.Generator().manual_seed(3), whiten=False, dtype=test.dtype
+    )
     low, high = patches.amin(1, keepdim=True), patches.amax(1, keepdim=True)
     shuffled = torch.stack([image[torch.randperm(64, generator=generator)] for image in test])
     uniform = torch.rand(n, 64, generator=generator, dtype=test.dtype)
@@ -198,7 +190,7 @@ def main(
 
     wanted, found = torch.arange(CLASSES).repeat(8), defaultdict[str, list[float]](list)
     for number in range(seed, seed + seeds):
-        chains = PersistentCD(100, k=sweeps, kernel=MALA(STEP))
+        chains = ReplayBufferCD(100, k=sweeps, kernel=MALA(STEP))
         chains.chains = rows[
             torch.randperm(len(rows), generator=seeded_generator(number))[:100]
         ].clone()

@@ -8,7 +8,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from matplotlib.axes import Axes
@@ -19,9 +19,9 @@ from models.recipe import Recipe
 from pyroebm.data import digits, load_binary
 from pyroebm.diagnostics.plots import plot_images
 from pyroebm.energies import BernoulliRBM, DeepBeliefNetwork, DeepBoltzmannMachine, LayeredMachine
-from pyroebm.objectives import Centring, PersistentCD
-from pyroebm.partition import Bracket, base_rates, bracket
-from pyroebm.training import Classifier, complete, fine_tune, fit
+from pyroebm.objectives import Centering, CrossEntropy, PersistentCD
+from pyroebm.partition import BidirectionalAIS, base_rates, bidirectional_ais
+from pyroebm.training import Classifier, complete, fit, fit_steps
 
 __all__ = [
     "Images",
@@ -30,6 +30,7 @@ __all__ = [
     "in_double",
     "load_images",
     "machine_bracket",
+    "pcd_options",
     "plot_completions",
     "train_pcd",
 ]
@@ -122,13 +123,29 @@ def gibbs(machine: LayeredMachine, visible: Tensor, sweeps: int, seed: int) -> l
     return x
 
 
+def pcd_options(
+    data: Tensor, epochs: int, learning_rate: float, *, decay: bool, batch_size: int = 100
+) -> dict[str, Any]:
+    """Options of ``fit`` for plain gradient steps; with ``decay`` the rate falls linearly to a
+    hundredth."""
+    steps = epochs * math.ceil(len(data) / batch_size)
+    schedule = functools.partial(LinearLR, start_factor=1.0, end_factor=0.01, total_iters=steps)
+    return {
+        "num_epochs": epochs,
+        "batch_size": batch_size,
+        "optimizer": "sgd",
+        "lr": learning_rate,
+        "schedule": schedule if decay else None,
+    }
+
+
 def train_pcd(
     machine: LayeredMachine,
     data: Tensor,
     epochs: int,
     learning_rate: float,
     *,
-    centred: bool = True,
+    centered: bool = True,
     decay: bool = False,
     batch_size: int = 100,
     chains: int = 100,
@@ -144,29 +161,21 @@ def train_pcd(
         decay: whether the rate falls linearly to a hundredth, which takes the noise of the chains
             out of the parameters.
     """
-    steps = math.ceil(len(data) / batch_size)
-    schedule = (
-        functools.partial(LinearLR, start_factor=1.0, end_factor=0.01, total_iters=epochs * steps)
-        if decay
-        else None
-    )
-    loop = fit(
+    loop = fit_steps(
         machine,
         PersistentCD(num_chains=chains, k=k),
         data,
-        epochs=epochs,
-        batch_size=batch_size,
-        optimizer=functools.partial(torch.optim.SGD, lr=learning_rate, fused=True),
-        schedule=schedule,
-        transform=Centring() if centred else None,
+        **pcd_options(data, epochs, learning_rate, decay=decay, batch_size=batch_size),
+        transform=Centering() if centered else None,
         checkpoint=checkpoint,
         resume=checkpoint is not None,
         seed=seed,
         progress=progress,
     )
-    for step, _, _ in loop:
-        if (step + 1) % steps == 0:
-            yield (step + 1) // steps
+    steps = math.ceil(len(data) / batch_size)
+    for step in loop:
+        if (step.number + 1) % steps == 0:
+            yield (step.number + 1) // steps
 
 
 def machine_bracket(
@@ -177,7 +186,7 @@ def machine_bracket(
     sweeps: int,
     seed: int,
     progress: bool | None,
-) -> Bracket:
+) -> BidirectionalAIS:
     """AIS and reverse AIS of a machine in float64, from the base rates of the data.
 
     The latter starts from Gibbs chains, of which half begin at training images and half at draws of
@@ -192,8 +201,14 @@ def machine_bracket(
     )
     start, joint = torch.cat(gibbs(machine, seeds, sweeps, seed + 1), 1), machine.joint()
     base = base_rates(joint, data.to(machine.dtype))
-    return bracket(
-        joint, start, base, betas=temperatures, num_chains=chains, seed=seed, progress=progress
+    return bidirectional_ais(
+        joint,
+        start,
+        base,
+        betas=temperatures,
+        num_chains=chains,
+        generator=torch.Generator().manual_seed(seed),
+        progress=progress,
     )
 
 
@@ -232,10 +247,16 @@ def classify(
     before the first."""
     classifier = Classifier(model, int(images.train_labels.max()) + 1)
     curve = [classifier.error(images.test, images.test_labels)]
-    for _ in fine_tune(
-        classifier, images.train, images.train_labels, epochs, seed=recipe.seed, progress=progress
-    ):
-        curve.append(classifier.error(images.test, images.test_labels))
+    history = fit(
+        classifier,
+        CrossEntropy(),
+        (images.train, images.train_labels),
+        num_epochs=epochs,
+        validation=(images.test, images.test_labels),
+        seed=recipe.seed,
+        progress=progress,
+    )
+    curve += history.validation["error"].tolist()
     spread = math.sqrt(curve[-1] * (1.0 - curve[-1]) / len(images.test))
     recipe.add(
         "fine-tuned: test error", curve[-1], spread, "exact", f"{len(images.test)} test images"

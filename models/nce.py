@@ -10,7 +10,6 @@ python -m models.nce [--seed N] [--quick] [--out DIR]
 
 from __future__ import annotations
 
-import functools
 import math
 import time
 from collections.abc import Callable
@@ -20,7 +19,6 @@ import matplotlib.pyplot as plt
 import torch
 from pyro.distributions import transforms as transforms
 from torch import Tensor
-from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from models.recipe import Recipe, run
 from pyroebm import Energy
@@ -100,22 +98,17 @@ def train(
     rates: dict[str, float] | None = None,
 ) -> None:
     """Adam with a rate that falls to 0; the players of a game have one each."""
-    adam = functools.partial(torch.optim.Adam, lr=3e-3, fused=True)
-    loop = fit(
+    fit(
         energy,
         objective,
         data,
-        steps=steps,
+        num_steps=steps,
         batch_size=256,
+        lr=3e-3 if rates is None else rates,
+        schedule="cosine",
         seed=seed,
         progress=progress,
-        optimizer=adam
-        if rates is None
-        else {name: functools.partial(adam, lr=rate) for name, rate in rates.items()},
-        schedule=functools.partial(CosineAnnealingLR, T_max=steps),
     )
-    for _ in loop:
-        pass
 
 
 def judge(

@@ -18,11 +18,12 @@ from pyroebm import HMC, MCMC
 from pyroebm.core import Estimate, value_and_grad
 from pyroebm.core.rng import seeded_generator, standard_normal, uniform
 from pyroebm.diagnostics import energy_distance, ess_bulk, r_hat
-from pyroebm.flows import EquivariantFlow, FlowEnergy, FlowReport, judge_flow
+from pyroebm.flows import EquivariantFlow, FlowEnergy, FlowReport, evaluate_flow
 from pyroebm.kernels import ParallelTempering
-from pyroebm.objectives import ForwardKL, fit_flow, match_flow
+from pyroebm.objectives import ForwardKL, match_flow
 from pyroebm.partition import LogZ, bridge, smc
 from pyroebm.targets import DW4, Gaussian, LennardJones, Particles
+from pyroebm.training import Guard, fit
 
 __all__ = [
     "SYSTEMS",
@@ -57,11 +58,11 @@ class System:
 
 SYSTEMS: dict[str, System] = {
     "DW4": System(
-        lambda: DW4(F64),
+        lambda: DW4(dtype=F64),
         0.1,
         5,
         5,
-        {"reach": 12.0, "length": 2.0, "steps": 32},
+        {"reach": 12.0, "length": 2.0, "num_steps": 32},
         1e-2,
         256,
         600,
@@ -72,7 +73,7 @@ SYSTEMS: dict[str, System] = {
         0.4,
         5,
         10,
-        {"reach": 8.0, "cells": 40},
+        {"reach": 8.0, "num_cells": 40},
         4e-3,
         128,
         400,
@@ -83,7 +84,7 @@ SYSTEMS: dict[str, System] = {
         0.3,
         7,
         10,
-        {"reach": 8.0, "cells": 40},
+        {"reach": 8.0, "num_cells": 40},
         6e-3,
         128,
         400,
@@ -233,29 +234,22 @@ def trained(
         quick: a few steps only.
     """
     energy = system.make().float()
-    flow = EquivariantFlow(energy.particles, energy.space, dtype=F64, **system.flow)
+    flow = EquivariantFlow(energy.num_particles, energy.space, dtype=F64, **system.flow)
     match_flow(flow, draws, 500 if quick else 20_000, seed=seed, progress=False)
     first = copy.deepcopy(flow)
     flow.float()
     steps, batch = (10, 64) if quick else (system.steps, system.batch)
-    settings: dict[str, Any] = {
-        "lr": system.lr,
-        "beta_start": 1.0,
-        "max_grad_norm": 10.0,
-        "on_nonfinite": "skip",
-        "seed": seed,
-    }
-    fitting = fit_flow(
+    history = fit(
         flow,
-        energy,
-        ForwardKL(draws.float()),
-        steps=steps,
-        num_samples=batch,
+        ForwardKL(draws.float(), num_samples=batch),
+        num_steps=steps,
+        lr=system.lr,
+        max_grad_norm=10.0,
+        guard=Guard(rollback=True, max_rollbacks=steps),
+        seed=seed,
         progress=False,
-        **settings,
     )
-    losses = [loss for _, loss, _ in fitting]
-    return first, flow.double(), losses
+    return first, flow.double(), history["loss"].tolist()
 
 
 def case(name: str, seed: int = 0, quick: bool = False) -> Case:
@@ -269,7 +263,7 @@ def case(name: str, seed: int = 0, quick: bool = False) -> Case:
     system, began = SYSTEMS[name], time.process_time()
     found = reference(system, seed, 8, 12, 8) if quick else reference(system, seed)
     first, flow, losses = trained(system, found.half(0).flatten(0, 1), seed, quick)
-    first.steps = flow.steps = 10 if quick else 60
+    first.num_steps = flow.num_steps = 10 if quick else 60
     return Case(
         name,
         seed,
@@ -302,13 +296,13 @@ def judged(done: Case, *, quick: bool = False, matched: bool = False) -> Judgeme
     last = min(held.shape[1], -(-some // len(held)))  # draws of each chain
     fresh = moved(energy, held[:, -last:].flatten(0, 1), generator)
     with counted(energy) as rows:
-        report = judge_flow(
+        report = evaluate_flow(
             flow,
             energy,
             n,
             fresh.reshape(len(held), last, -1),
             num_distances=some,
-            seed=seed,
+            generator=torch.Generator().manual_seed(seed),
             progress=False,
         )
         between = bridge(
@@ -322,17 +316,17 @@ def judged(done: Case, *, quick: bool = False, matched: bool = False) -> Judgeme
             start,
             HMC(num_steps=8),
             16 if quick else 256,
-            islands=8,
+            num_islands=8,
             generator=generator,
             progress=False,
         )
     far, near = distances(energy, fresh), distances(energy, report.weighted.x[:some])
-    z = flow.draw_noise(200, generator)
-    back = flow.transform.inv(flow.push(z)[0])
-    log_q, fine = flow.log_prob(fresh[:200]), flow.steps
-    flow.steps = fine // 2
+    z = flow.rsample_base(200, generator)
+    back = flow.transform.inv(flow.forward_and_log_prob(z)[0])
+    log_q, fine = flow.log_prob(fresh[:200]), flow.num_steps
+    flow.num_steps = fine // 2
     rough = flow.log_prob(fresh[:200])
-    flow.steps = fine
+    flow.num_steps = fine
     return Judgement(
         report=report,
         distances=energy_distance(near, far),

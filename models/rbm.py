@@ -2,7 +2,7 @@
 bracketed test likelihoods.
 
 python -m models.rbm [--seed N] [--quick] [--out DIR]                           # digits, 3 seeds: a
-minute python -m models.rbm --data PATH [--no-centred] [--invert]                      # 784-16, 50
+minute python -m models.rbm --data PATH [--no-centered] [--invert]                      # 784-16, 50
 epochs: a minute python -m models.rbm --data PATH --hidden 500                                   #
 784-500, 200 epochs: 16 minutes
 """
@@ -94,7 +94,7 @@ def main(
     hidden: int = 16,
     epochs: int | None = None,
     learning_rate: float | None = None,
-    centred: bool = True,
+    centered: bool = True,
     decay: bool | None = None,
     invert: bool = False,
     seeds: int | None = None,
@@ -112,7 +112,7 @@ def main(
         hidden: number of hidden units; likelihoods are exact up to 20.
         epochs: passes over the data; 600 on digits, else 50, or 200 above 20 hidden units.
         learning_rate: 0.05 on digits, else 0.01.
-        centred: centred gradients.
+        centered: centered gradients.
         decay: whether the learning rate falls linearly to a hundredth; on digits it does.
         invert: swap ones and zeros.
         seeds: number of machines; 3 on digits, else 1.
@@ -141,7 +141,7 @@ def main(
         hidden=hidden,
         epochs=epochs,
         learning_rate=learning_rate,
-        centred=centred,
+        centered=centered,
         decay=decay,
         binarisation=images.binarisation,
         quick=quick,
@@ -159,7 +159,7 @@ def main(
             images.train,
             epochs,
             learning_rate,
-            centred=centred,
+            centered=centered,
             decay=decay,
             seed=seed + number,
             progress=progress,

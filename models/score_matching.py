@@ -6,7 +6,6 @@ python -m models.score_matching [--seed N] [--quick] [--out DIR]
 
 from __future__ import annotations
 
-import functools
 import math
 import time
 from pathlib import Path
@@ -16,10 +15,10 @@ import torch
 from matplotlib.axes import Axes
 from torch import Tensor
 from torch.distributions import constraints
-from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from models.recipe import Recipe, run
-from pyroebm import MALA, MCMC, Energy, score
+from pyroebm import MALA, MCMC, Energy
+from pyroebm.core import score
 from pyroebm.data import dequantised, digits
 from pyroebm.diagnostics.plots import plot_images
 from pyroebm.energies import MLPEnergy
@@ -52,23 +51,17 @@ def train(
 ) -> float:
     """Adam with a rate that falls to 0; the seconds it took."""
     began = time.perf_counter()
-    optimizer, schedule = (
-        functools.partial(torch.optim.Adam, lr=rate),
-        functools.partial(CosineAnnealingLR, T_max=steps),
-    )
-    loop = fit(
+    fit(
         energy,
         objective,
         data,
-        steps=steps,
+        num_steps=steps,
         batch_size=batch_size,
-        optimizer=optimizer,
-        schedule=schedule,
+        lr=rate,
+        schedule="cosine",
         seed=seed,
         progress=progress,
     )
-    for _ in loop:
-        pass
     energy.requires_grad_(False)
     return time.perf_counter() - began
 

@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from models.recipe import Recipe, run
-from pyroebm import HMC, MALA, MCMC, NUTS, Jumps, Kernel
+from pyroebm import HMC, MALA, MCMC, NUTS
 from pyroebm.core import Progress, seeded_generator
 from pyroebm.diagnostics import energy_distance
 from pyroebm.energies import Tilted
 from pyroebm.flows import NICE
+from pyroebm.kernels import Kernel, LocalGlobalMixture
 from pyroebm.nn import mlp
 from pyroebm.targets import Gaussian
 
@@ -39,8 +40,8 @@ KERNELS: dict[str, Kernel[Any]] = {
     "MALA": MALA(),
     "HMC": HMC(num_steps=8),
     "NUTS": NUTS(),
-    "HMC and jumps": Jumps(
-        HMC(num_steps=8), NICE(2, couplings=0, shift=False, dtype=torch.float64), every=5
+    "HMC and jumps": LocalGlobalMixture(
+        HMC(num_steps=8), NICE(2, num_layers=0, shift=False, dtype=torch.float64), every=5
     ),
 }
 

@@ -18,7 +18,6 @@ import matplotlib.pyplot as plt
 import torch
 from pyro.distributions.transforms import LowerCholeskyAffine, Permute, affine_coupling
 from torch import Tensor
-from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from models.plane import GridLikelihood
@@ -27,7 +26,7 @@ from pyroebm.core import Energy
 from pyroebm.diagnostics.plots import plot_mode_masses
 from pyroebm.energies import MLPEnergy
 from pyroebm.flows import Flow
-from pyroebm.kernels import MALA, Jumps
+from pyroebm.kernels import MALA, LocalGlobalMixture
 from pyroebm.nn import MLPGenerator
 from pyroebm.objectives import (
     VERA,
@@ -38,8 +37,8 @@ from pyroebm.objectives import (
     FlowContrastive,
     NoiseContrastive,
     Objective,
-    PersistentCD,
     RankingNCE,
+    ReplayBufferCD,
     ScoreMatching,
     SlicedScoreMatching,
     gaussian_noise,
@@ -94,10 +93,10 @@ def flow(data: Tensor, couplings: int) -> Flow:
     return Flow([*parts, wide], 2, 2).to(data.dtype)
 
 
-def jumps(law: Law, data: Tensor) -> Jumps:
+def jumps(law: Law, data: Tensor) -> LocalGlobalMixture:
     """Three Langevin steps within a mode, then a proposal from anywhere: chains see whatever mass
     the energy has, and where."""
-    return Jumps(MALA(1.5 * law.width), flow(data, 0), every=3)
+    return LocalGlobalMixture(MALA(1.5 * law.width), flow(data, 0), every=3)
 
 
 def vera(law: Law, data: Tensor) -> VERA:
@@ -132,14 +131,14 @@ LINES = {
         blind=STAY,
     ),
     "PCD-10": Line(
-        lambda law, data: PersistentCD(256, 10, MALA(1.5 * law.width), restart=0.05),
+        lambda law, data: ReplayBufferCD(256, 10, MALA(1.5 * law.width), restart=0.05),
         2000,
         {"energy": 2e-3},
         0.0,
         blind=STAY,
     ),
     "PCD, jumps": Line(
-        lambda law, data: PersistentCD(256, 1, jumps(law, data)), 3000, {"energy": 2e-2}
+        lambda law, data: ReplayBufferCD(256, 1, jumps(law, data)), 3000, {"energy": 2e-2}
     ),
     "score": Line(lambda law, data: ScoreMatching(), 1500, blind=SCORE),
     "sliced": Line(lambda law, data: SlicedScoreMatching(), 1500, blind=SCORE),
@@ -183,27 +182,26 @@ def train(
     torch.manual_seed(seed)  # of flows and generators
     data = data.float()
     generator = torch.Generator().manual_seed(seed)
-    energy = MLPEnergy((2,), hidden=(128, 128), scale=1.0, dtype=torch.float32, generator=generator)
+    energy = MLPEnergy(
+        (2,), hidden_sizes=(128, 128), scale=1.0, dtype=torch.float32, generator=generator
+    )
     energy.fit_envelope(data)
     average = AveragedModel(energy, multi_avg_fn=get_ema_multi_avg_fn(1.0 - min(0.5, 20.0 / steps)))
     adam = functools.partial(torch.optim.Adam, betas=(line.momentum, 0.999), fused=True)
     optimizers = {player: functools.partial(adam, lr=rate) for player, rate in line.rates.items()}
-    schedule = functools.partial(CosineAnnealingLR, T_max=steps)
-    loop = fit(
+    fit(
         energy,
         line.make(law, data),
         data,
-        steps=steps,
+        num_steps=steps,
         batch_size=256,
         optimizer=optimizers,
-        schedule=schedule,
+        schedule="cosine",
         max_grad_norm=10.0,
         average=average,
         seed=seed,
         progress=progress,
     )
-    for _ in loop:
-        pass
     return copy.deepcopy(average.module).double().requires_grad_(False)
 
 

@@ -27,9 +27,11 @@ import pyro
 import pyro.distributions as dist
 import torch
 
-from pyroebm import MCMC, NUTS, Boltzmann, Energy, WindowAdaptation, initial_states
+from pyroebm import MCMC, NUTS, Boltzmann, Energy
 from pyroebm.core import PotentialFn
 from pyroebm.diagnostics import arviz, mcse_mean
+from pyroebm.kernels import WindowAdaptation
+from pyroebm.ppl import initial_states
 from pyroebm.targets import DoubleWell as KnownDoubleWell
 
 az = arviz()  # ArviZ, without its announcement of the next release

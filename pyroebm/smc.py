@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyroebm.core.annealing_path import DistributionEnergy, Path
+from pyroebm.core.annealing_path import DistributionEnergy, GeometricPath
 from pyroebm.core.energy import Energy, check_energy
 from pyroebm.core.progress import Progress
-from pyroebm.core.rng import seeded_generator, uniform
-from pyroebm.core.statistics import effective, log_mean, too_few
-from pyroebm.core.wrappers import Unconstrained, eval_mode
+from pyroebm.core.rng import uniform
+from pyroebm.core.statistics import Estimate, Kind, effective, log_mean, too_few
+from pyroebm.core.supports import to_support
+from pyroebm.core.wrappers import eval_mode, unconstrain
 from pyroebm.kernels.adaptation.step_size import find_step_size
 from pyroebm.kernels.base import Kernel, check_kernel
 
@@ -33,12 +34,12 @@ class SMCResult:
         x: the particles, shape ``(G * N, *event)``, those of one island side by side.
         log_weights: log weights in nats, float64, shape ``(G * N,)``; their mean weight is the
             estimate of Z.
-        log_z: log of the mean of the islands' estimates of Z.
-        log_z_se: its standard error, from the spread of the islands (delta method); NaN for one
-            island, ``inf`` where less than a quarter of them decide.
-        kind: "lower" where Z is unbiased, so that ``log_z`` is low on average (Jensen): a run along
-            the temperatures and step sizes of a ``pilot``. "estimate" where they were adapted to
-            the particles: Z then has a bias of order 1 / (G N).
+        log_z: log of the mean of the islands' estimates of Z, with a standard error from the spread
+            of the islands (delta method): NaN for one island, ``inf`` where less than a quarter of
+            them decide. Its kind is "lower" where Z is unbiased, so that the value is low on
+            average (Jensen): a run along the temperatures and step sizes of a ``pilot``. It is
+            "estimate" where they were adapted to the particles: Z then has a bias of order 1 / (G
+            N).
         island_log_z: log Z by each island, shape ``(G,)``.
         betas: the temperatures, from 0 to 1, shape ``(L + 1,)``.
         step_sizes: of the kernel at each level, shape ``(L,)``; NaN where it has none.
@@ -53,15 +54,13 @@ class SMCResult:
         ...     Gaussian(torch.ones(2)), Gaussian(torch.zeros(2), scale=2.0), MALA(), 128
         ... )
         >>> mean, se = result.expectation(lambda x: x)
-        >>> bool(((mean - 1.0).abs() < 5 * se).all()), result.kind
+        >>> bool(((mean - 1.0).abs() < 5 * se).all()), result.log_z.kind
         (True, 'estimate')
     """
 
     x: Tensor
     log_weights: Tensor
-    log_z: float
-    log_z_se: float
-    kind: str
+    log_z: Estimate
     island_log_z: Tensor
     betas: Tensor
     step_sizes: Tensor
@@ -97,11 +96,10 @@ def tempered_smc(
     kernel: Kernel[Any],
     num_particles: int = 1024,
     *,
-    islands: int = 8,
-    moves: int = 5,
+    num_islands: int = 8,
+    num_moves: int = 5,
     target_ess: float = 0.9,
     pilot: SMCResult | None = None,
-    seed: int = 0,
     generator: torch.Generator | None = None,
     progress: bool | None = None,
 ) -> SMCResult:
@@ -116,9 +114,9 @@ def tempered_smc(
     (Del Moral, Doucet and Jasra, 2006). Each temperature is the furthest that keeps the conditional
     effective sample size at ``target_ess`` of the particles (Zhou, Johansen and Aston, 2016), found
     by bisection. An island whose effective sample size falls below half is resampled
-    systematically. Then ``moves`` steps of the kernel follow, whose step size is drawn towards its
-    target acceptance rate after each. Islands are independent runs, but for the temperatures and
-    step sizes, which they share.
+    systematically. Then ``num_moves`` steps of the kernel follow, whose step size is drawn towards
+    its target acceptance rate after each. Islands are independent runs, but for the temperatures
+    and step sizes, which they share.
 
     Args:
         energy: U; a constrained support is sampled in unconstrained coordinates.
@@ -126,14 +124,13 @@ def tempered_smc(
             as :class:`pyroebm.targets.Gaussian`, or a Pyro distribution.
         kernel: how particles move; it must be exact.
         num_particles: N, particles of one island.
-        islands: G, at least 2 for a standard error.
-        moves: steps of the kernel at each temperature.
+        num_islands: G, at least 2 for a standard error.
+        num_moves: steps of the kernel at each temperature.
         target_ess: conditional effective sample size to keep, as a fraction in (0, 1); nearer 1
             means more temperatures.
         pilot: an earlier result, whose temperatures and step sizes are taken as they are; Z is then
             unbiased.
-        seed: of a generator on the energy's device.
-        generator: in place of ``seed``.
+        generator: source of the draws; None is torch's default generator.
         progress: True shows it, False hides it, None shows it where it takes longer than a second.
 
     Raises:
@@ -147,15 +144,15 @@ def tempered_smc(
         >>> from pyroebm.targets import DoubleWell, Gaussian
         >>> energy = DoubleWell()
         >>> result = tempered_smc(energy, Gaussian(0.0, scale=2.0), HMC(num_steps=5), 256)
-        >>> abs(result.log_z - energy.log_z) < 5 * result.log_z_se
+        >>> abs(result.log_z.value - energy.log_z) < 5 * result.log_z.standard_error
         True
     """
     check_energy(energy)
     check_kernel(kernel)
     for name, value, least in (
         ("num_particles", num_particles, 2),
-        ("islands", islands, 1),
-        ("moves", moves, 1),
+        ("num_islands", num_islands, 1),
+        ("num_moves", num_moves, 1),
     ):
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {name}={value}")
@@ -165,28 +162,28 @@ def tempered_smc(
         raise ValueError(
             f"kernel must leave its target unchanged, but {type(kernel).__name__} is not exact"
         )
-    base = DistributionEnergy(base, energy.dtype) if isinstance(base, Distribution) else base
+    base = DistributionEnergy(base, dtype=energy.dtype) if isinstance(base, Distribution) else base
     if not (isinstance(base, Energy) and base.has_exact_draws and base.log_z is not None):
         raise ValueError(
             "base must be a distribution, or an Energy with exact draws and a known log_z, got"
             f" {base}"
         )
-    generator = seeded_generator(seed, energy.device) if generator is None else generator
-    target, reference = (Unconstrained(e, keep_discrete=kernel.discrete) for e in (energy, base))
+    target, reference = unconstrain(energy), unconstrain(base)
     known = None if pilot is None else len(pilot.step_sizes)
     with eval_mode(energy), Progress(known, "SMC", "temperature", progress) as shown:
-        run = _Run(target, reference, kernel, (islands, num_particles), generator)
+        run = _Run(target, reference, kernel, (num_islands, num_particles), generator)
         run.leave_out_infinite()
         level = 0
         while run.beta < 1.0:
             run.advance(
                 run.next_beta(target_ess) if pilot is None else float(pilot.betas[level + 1])
             )
-            run.move(moves, None if pilot is None else float(pilot.step_sizes[level]))
+            run.move(num_moves, None if pilot is None else float(pilot.step_sizes[level]))
             level += 1
             shown.note(beta=run.beta, acceptance=run.acceptance[-1])
             shown.update()
-    return run.result(target.constrain(run.x), base.log_z, "estimate" if pilot is None else "lower")
+    x = to_support(energy.support)(run.x)
+    return run.result(x, base.log_z, "estimate" if pilot is None else "lower")
 
 
 class _Run:
@@ -199,7 +196,7 @@ class _Run:
         reference: Energy,
         kernel: Kernel[Any],
         shape: tuple[int, int],
-        generator: torch.Generator,
+        generator: torch.Generator | None,
     ) -> None:
         self.target = target
         self.reference = reference
@@ -220,7 +217,10 @@ class _Run:
 
     def _slope(self) -> Tensor:
         return (
-            Path(self.target, self.beta, self.reference).slope(self.x).double().reshape(self.shape)
+            GeometricPath(self.target, self.beta, self.reference)
+            .slope(self.x)
+            .double()
+            .reshape(self.shape)
         )
 
     def leave_out_infinite(self) -> None:
@@ -294,10 +294,10 @@ class _Run:
     def move(self, moves: int, step_size: float | None) -> None:
         """Steps of the kernel at this temperature, with a step size given, or drawn towards the
         target acceptance rate."""
-        path, kernel = Path(self.target, self.beta, self.reference), self.kernel
+        path, kernel = GeometricPath(self.target, self.beta, self.reference), self.kernel
         state, aim = kernel.init(path, self.x, self.generator), kernel.target_acceptance
         tuned = aim is not None and step_size is None
-        if step_size is not None and hasattr(kernel, "step_size"):
+        if step_size is not None and kernel.step_size is not None:
             kernel = kernel.replace(step_size=step_size)
         elif tuned and not self.step_sizes:
             kernel = kernel.replace(step_size=find_step_size(kernel, path, state, self.generator))
@@ -305,15 +305,15 @@ class _Run:
         for _ in range(moves):
             state, info = kernel.step(path, state, self.generator)
             rates.append(float(info.acceptance_rate.double().mean()))
-            if aim is not None and tuned:
-                size = float(kernel.step_size)  # type: ignore[attr-defined]
-                kernel = kernel.replace(step_size=size * math.exp(rates[-1] - aim))
+            if aim is not None and tuned and kernel.step_size is not None:
+                size = float(kernel.step_size) * math.exp(rates[-1] - aim)
+                kernel = kernel.replace(step_size=size)
         self.kernel, self.x = kernel, state.x
         self.slope = self._slope()
         self.acceptance.append(sum(rates) / moves)
-        self.step_sizes.append(float(getattr(kernel, "step_size", math.nan)))
+        self.step_sizes.append(math.nan if kernel.step_size is None else float(kernel.step_size))
 
-    def result(self, x: Tensor, base_log_z: float, kind: str) -> SMCResult:
+    def result(self, x: Tensor, base_log_z: float, kind: Kind) -> SMCResult:
         islands = base_log_z + self.log_z
         found = log_mean(islands)
         return SMCResult(
@@ -321,9 +321,7 @@ class _Run:
             log_weights=(
                 islands.unsqueeze(1) + self.log_weights + math.log(self.shape[1])
             ).flatten(),
-            log_z=found.value,
-            log_z_se=found.standard_error,
-            kind=kind,
+            log_z=Estimate(found.value, found.standard_error, kind),
             island_log_z=islands,
             betas=torch.tensor(self.betas, dtype=torch.float64),
             step_sizes=torch.tensor(self.step_sizes, dtype=torch.float64),

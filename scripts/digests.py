@@ -84,10 +84,10 @@ EXEMPT = {
     "Adversarial": "base class",
     "Base": "base class",
     "Bijection": "base class",
-    "Bracket": "returned by bracket",
+    "BidirectionalAIS": "returned by bidirectional_ais",
     "ContinuousKernel": "base class",
     "ExponentialFamily": "base class",
-    "FlowReport": "returned by judge_flow",
+    "FlowReport": "returned by evaluate_flow",
     "GradientKernel": "base class",
     "HasLosses": "protocol",
     "ImportanceResult": "returned by importance_sample",
@@ -197,7 +197,7 @@ def stirred(module: Any, scale: float = 0.3, seed: int = 5) -> Any:
 
 
 def wells() -> Energy:
-    return ebm.ManyWell(pairs=1)
+    return ebm.ManyWell(num_pairs=1)
 
 
 def perceptron() -> Energy:
@@ -232,7 +232,7 @@ def product_energy() -> Energy:
 
 
 def small_flow() -> nn.Module:
-    return stirred(ebm.NICE(2, couplings=2, hidden=(8,)), 0.2)
+    return stirred(ebm.NICE(2, num_layers=2, hidden_sizes=(8,)), 0.2)
 
 
 class Quadratic(Energy):
@@ -304,8 +304,8 @@ def target_facts(target: Any) -> Any:
 
 def flow_facts(flow: Any) -> Any:
     flow = stirred(flow)
-    z = flow.draw_noise(6, seeded(1))
-    x, log_q = flow.push(z)
+    z = flow.rsample_base(6, seeded(1))
+    x, log_q = flow.forward_and_log_prob(z)
     log_q.sum().backward()
     drawn = flow().sample((3,))
     return z, x, log_q, flow.log_prob(x.detach()), flow.path_log_prob(x.detach()), drawn, flow
@@ -318,14 +318,15 @@ def transform_facts(transform: Any) -> Any:
 
 
 def base_facts(base: Any) -> Any:
-    z = stirred(base).draw(6, seeded(1), torch.float64, torch.device("cpu"))
+    z = stirred(base).rsample(6, seeded(1), torch.float64, torch.device("cpu"))
     return z, base.log_prob(z), base.distribution(torch.float64, torch.device("cpu")).sample((3,))
 
 
 def trained(objective: Any, energy: Energy, data: Any, **options: Any) -> Any:
-    """Losses and facts of a few steps; then weights, gradients, and the objective's own state."""
-    settings = {"steps": 3, "batch_size": 8, "seed": 2, "progress": False}
-    return list(ebm.fit(energy, objective, data, **settings | options)), energy, objective
+    """Losses and metrics of a few steps; then weights, gradients, and the objective's own state."""
+    settings = {"num_steps": 3, "batch_size": 8, "seed": 2, "progress": False}
+    steps = list(ebm.fit_steps(energy, objective, data, **settings | options))
+    return steps, energy, objective
 
 
 def moons() -> Tensor:
@@ -344,10 +345,14 @@ def of_bits(objective: Any, energy: Energy | None = None) -> Any:
     return trained(objective, machine() if energy is None else energy, bits())
 
 
+def by(objective: Any, **options: Any) -> Any:
+    return functools.partial(objective, num_samples=32, **options)
+
+
 def of_flow(objective: Any, flow: Any = None, energy: Energy | None = None) -> Any:
     flow, energy = small_flow() if flow is None else flow, wells() if energy is None else energy
-    settings = {"steps": 3, "num_samples": 32, "seed": 3, "progress": False}
-    return list(ebm.fit_flow(flow, energy, objective, **settings)), flow, objective
+    made = objective(energy)
+    return list(ebm.fit_steps(flow, made, num_steps=3, seed=3, progress=False)), flow, made
 
 
 def timeless(facts: Any) -> Any:
@@ -379,12 +384,12 @@ CONTINUOUS: dict[str, Make] = {
         5,
     ),
     "independence": lambda: ebm.IndependenceMetropolis(small_flow()),
-    "jumps": lambda: ebm.Jumps(ebm.HMC(0.3, num_steps=3), small_flow(), every=2),
+    "jumps": lambda: ebm.LocalGlobalMixture(ebm.HMC(0.3, num_steps=3), small_flow(), every=2),
     "langevin": lambda: ebm.langevin(drift=0.02, noise=0.1),
     "mala": lambda: ebm.MALA(0.5),
     "mala-metric": lambda: ebm.MALA(0.5, torch.tensor([0.5, 2.0])),
     "mclmc": lambda: ebm.MCLMC(0.3),
-    "metropolis-underdamped": lambda: ebm.MetropolisUnderdamped(0.3),
+    "metropolis-underdamped": lambda: ebm.GHMC(0.3),
     "nuts": lambda: ebm.NUTS(0.5),
     "random-walk": lambda: ebm.RandomWalk(0.5),
     "sgld": lambda: ebm.StochasticGradientLangevin(0.1, decay=0.5),
@@ -395,7 +400,7 @@ CONTINUOUS: dict[str, Make] = {
         ebm.Gaussian(torch.zeros(2), scale=2.0),
     ),
     "ula": lambda: ebm.ULA(0.1),
-    "underdamped": lambda: ebm.UnderdampedLangevin(0.2),
+    "underdamped": lambda: ebm.BAOAB(0.2),
 }
 DISCRETE: dict[str, Make] = {
     "block-gibbs": lambda: chains(ebm.BlockGibbs(), machine().joint()),
@@ -437,7 +442,7 @@ ADAPTATION: dict[str, Make] = {
     "energy-variance": lambda: tuned(ebm.MCLMC(), ebm.EnergyVarianceAdaptation(memory=10)),
     "ladder": lambda: tuned(
         ebm.ParallelTempering(ebm.HMC(num_steps=3), [1.0, 0.5, 0.2]),
-        ebm.LadderAdaptation(initial=10, first=10, final=15),
+        ebm.LadderAdaptation(),
     ),
     "low-rank": lambda: tuned(ebm.NUTS(), windows(metric="low_rank"), ebm.scales_gaussian(6)),
     "no-metric": lambda: tuned(ebm.MALA(), windows(metric=None)),
@@ -541,8 +546,8 @@ SAMPLING: dict[str, Make] = {
         ebm.Gaussian(torch.zeros(2), scale=3.0),
         ebm.HMC(0.3, num_steps=3),
         64,
-        islands=4,
-        moves=2,
+        num_islands=4,
+        num_moves=2,
     ),
     "smc-discrete": lambda: ebm.tempered_smc(
         ebm.Ising((3, 3), 0.3),
@@ -555,8 +560,8 @@ SAMPLING: dict[str, Make] = {
     "transported": lambda: chains(ebm.NUTS(), ebm.Transported(small_flow(), wells())),
 }
 
-SMALL = {"hidden": (8,)}
-ONE_LAYER = {"layers": 1, "hidden": (8,)}
+SMALL = {"hidden_sizes": (8,)}
+ONE_LAYER = {"num_layers": 1, "hidden_sizes": (8,)}
 
 
 def zuko_layer(flow: Any) -> nn.Module:
@@ -568,13 +573,13 @@ def symmetrized(weights: str = "uniform") -> nn.Module:
 
 
 def equivariant() -> nn.Module:
-    return ebm.EquivariantFlow(4, 2, cells=6, stages=2, steps=8)
+    return ebm.EquivariantFlow(4, 2, num_cells=6, num_stages=2, num_steps=8)
 
 
 FLOWS: dict[str, Make] = {
     "autoregressive": lambda: ebm.AutoregressiveFlow(3, 2, **SMALL),
     "autoregressive-density": lambda: ebm.AutoregressiveFlow(2, 2, fast="density", **SMALL),
-    "continuous": lambda: ebm.ContinuousFlow(2, (4,), frequencies=1),
+    "continuous": lambda: ebm.ContinuousFlow(2, (4,), num_frequencies=1),
     "equivariant": equivariant,
     "flow-of-transforms": lambda: ebm.Flow(
         [ebm.AffineCoupling(3, generator=seeded(1), **SMALL), ebm.Permutation([2, 0, 1])],
@@ -584,7 +589,7 @@ FLOWS: dict[str, Make] = {
     ),
     "nice": lambda: ebm.NICE(2, **SMALL),
     "nice-scalar": lambda: ebm.NICE(1, shift=False, **SMALL),
-    "realnvp": lambda: ebm.RealNVP(3, 4, mask="alternating", soft="arctan", loft=3.0, **SMALL),
+    "realnvp": lambda: ebm.RealNVP(3, 4, mask="alternating", loft=3.0, **SMALL),
     "realnvp-mixture": lambda: ebm.RealNVP(
         2,
         2,
@@ -603,7 +608,7 @@ TRANSFORMS: dict[str, Make] = {
     "additive-coupling": lambda: ebm.AdditiveCoupling(3, generator=seeded(1), **SMALL),
     "affine-coupling": lambda: ebm.AffineCoupling(3, generator=seeded(1), **SMALL),
     "loft": lambda: ebm.Loft(3, threshold=0.5),
-    "pair-field": lambda: ebm.PairField(4, 2, cells=6, stages=2, steps=8),
+    "pair-field": lambda: ebm.PairField(4, 2, num_cells=6, num_stages=2, num_steps=8),
     "permutation": lambda: ebm.Permutation([2, 0, 1]),
     "plu-linear": lambda: ebm.PLULinear(torch.linalg.qr(normal(3, 3))[0]),
     "shift": lambda: ebm.Shift(normal(3)),
@@ -631,7 +636,7 @@ def extended() -> Any:
 def judged_flow(flow: Any) -> Any:
     mixture = ebm.GaussianMixture([[-2.0, 0.0], [2.0, 0.0]], scale=0.5, weights=[0.9, 0.1])
     draws = mixture.sample(100, seeded(4))
-    return ebm.judge_flow(flow, mixture, 400, draws, num_distances=50, num_marginal=40)
+    return ebm.evaluate_flow(flow, mixture, 400, draws, num_distances=50)
 
 
 def conditional() -> Any:
@@ -645,7 +650,7 @@ FLOW_USES: dict[str, Make] = {
     "energy": lambda: energy_facts(ebm.FlowEnergy(small_flow())),
     "extended": extended,
     "group-generated": lambda: ebm.generated_group(torch.tensor([QUARTER_TURN, REFLECTION])),
-    "group-permutations": lambda: ebm.permutations(3, coordinates=2),
+    "group-permutations": lambda: ebm.permutations(3, num_coordinates=2),
     "importance": lambda: ebm.importance_sample(small_flow(), wells(), 500),
     "importance-distribution": lambda: ebm.importance_sample(
         dist.StudentT(5.0, torch.zeros(2), 2.0).to_event(1),
@@ -682,15 +687,15 @@ def noise_law() -> Any:
     return ebm.gaussian_noise(moons(), 1.5)
 
 
-def centred(energy: Energy) -> Any:
-    options = {"transform": ebm.Centring(0.2), "penalties": [ebm.Sparsity(0.1, 1.0)]}
+def centered(energy: Energy) -> Any:
+    options = {"transform": ebm.Centering(0.2), "penalties": [ebm.Sparsity(0.1, 1.0)]}
     return trained(ebm.PersistentCD(8), energy, bits(), **options), options["transform"]
 
 
 OBJECTIVES: dict[str, Make] = {
     "adversarial-flow": lambda: of_data(ebm.AdversarialFlow(small_flow(), gradient_penalty=0.1)),
-    "centring-and-sparsity": lambda: centred(machine()),
-    "centring-deep": lambda: centred(deep_machine()),
+    "centering-and-sparsity": lambda: centered(machine()),
+    "centering-deep": lambda: centered(deep_machine()),
     "conditional-nce": lambda: of_data(ebm.ConditionalNCE(0.5, 2)),
     "contrastive-divergence": lambda: of_data(short_chains()),
     "contrastive-divergence-bits": lambda: of_bits(ebm.ContrastiveDivergence(2)),
@@ -723,11 +728,11 @@ OBJECTIVES: dict[str, Make] = {
     ),
     "persistent-cd": lambda: of_bits(ebm.PersistentCD(8, 2)),
     "persistent-cd-compiled": lambda: of_data(
-        ebm.PersistentCD(8, 2, ebm.CompiledKernel(ebm.ULA(0.1))),
+        ebm.ReplayBufferCD(8, 2, ebm.CompiledKernel(ebm.ULA(0.1))),
     ),
     "persistent-cd-deep": lambda: of_bits(ebm.PersistentCD(8, 2), deep_machine()),
     "persistent-cd-replay": lambda: of_data(
-        ebm.PersistentCD(8, 2, ebm.ULA(0.1), buffer_size=30, restart=0.3),
+        ebm.ReplayBufferCD(8, 2, ebm.ULA(0.1), buffer_size=30, restart=0.3),
     ),
     "persistent-cd-tempered": lambda: of_bits(ebm.PersistentCD(6, betas=[1.0, 0.5])),
     "pseudolikelihood": lambda: of_bits(ebm.Pseudolikelihood(2), stirred(ebm.BoltzmannMachine(4))),
@@ -756,7 +761,7 @@ def guided() -> Any:
     guide = ebm.FlowGuide(counts_model, ebm.NICE(1, **SMALL))
     steps = SVI(counts_model, guide, pyro.optim.Adam({"lr": 1e-2}), Trace_ELBO())
     losses = [steps.step(COUNTS) for _ in range(3)]
-    fitted = of_flow(None, guide.flow, guide.energy(COUNTS))
+    fitted = of_flow(by(ebm.ReverseKL), guide.flow, guide.energy(COUNTS))
     return losses, fitted, guide.sample(4, seeded(1)), guide.median(COUNTS)
 
 
@@ -766,8 +771,9 @@ def matched() -> Any:
 
 
 def selected() -> Any:
-    options = {"steps": 2, "num_samples": 16, "evaluation_samples": 50, "progress": False}
-    found = ebm.select_total_dim(ebm.DoubleWell(), (1, 2), **options)
+    options = {"num_steps": 2, "evaluation_samples": 50, "progress": False}
+    make = functools.partial(ebm.ReverseKL, num_samples=16)
+    found = ebm.select_total_dim(ebm.DoubleWell(), (1, 2), make_objective=make, **options)
     return found.values, found.standard_errors, found.flow
 
 
@@ -776,23 +782,27 @@ def flow_draws() -> Tensor:
 
 
 VARIATIONAL: dict[str, Make] = {
-    "alpha-bootstrap": lambda: of_flow(ebm.AlphaBootstrap(2, ebm.HMC(0.2, num_steps=2), reuse=2)),
-    "annealed-reweighting": lambda: of_flow(ebm.AnnealedReweighting(buffer_size=200, reuse=2)),
-    "compiled-kl": lambda: of_flow(ebm.CompiledKL()),
-    "default": lambda: of_flow(None, ebm.RealNVP(2, 2, **SMALL)),
-    "evaluate-j": lambda: ebm.evaluate_j(small_flow(), wells(), 300),
+    "alpha-bootstrap": lambda: of_flow(
+        by(ebm.AlphaBootstrap, temperatures=2, kernel=ebm.HMC(0.2, num_steps=2), reuse=2)
+    ),
+    "annealed-reweighting": lambda: of_flow(by(ebm.AnnealedReweighting, buffer_size=200, reuse=2)),
+    "compiled-kl": lambda: of_flow(by(ebm.CompiledKL)),
+    "default": lambda: of_flow(by(ebm.ReverseKL), ebm.RealNVP(2, 2, **SMALL)),
+    "estimate-augmented-kl": lambda: ebm.estimate_augmented_kl(small_flow(), wells(), 300),
     "flow-guide": guided,
-    "forward-kl": lambda: of_flow(ebm.ForwardKL(flow_draws())),
-    "forward-kl-path": lambda: of_flow(ebm.ForwardKL(flow_draws(), gradient="path")),
-    "log-variance": lambda: of_flow(ebm.LogVariance()),
+    "forward-kl": lambda: of_flow(lambda _: ebm.ForwardKL(flow_draws(), num_samples=32)),
+    "forward-kl-path": lambda: of_flow(
+        lambda energy: ebm.ForwardKL(flow_draws(), energy=energy, num_samples=32, gradient="path")
+    ),
+    "log-variance": lambda: of_flow(by(ebm.LogVariance)),
     "match-flow": matched,
-    "reverse-kl": lambda: of_flow(ebm.ReverseKL()),
-    "reverse-kl-exact": lambda: of_flow(ebm.ReverseKL("exact", "total")),
-    "reverse-kl-redundant": lambda: of_flow(ebm.ReverseKL(), ebm.RedundantNICE(2, 4, 2, **SMALL)),
+    "reverse-kl": lambda: of_flow(by(ebm.ReverseKL)),
+    "reverse-kl-exact": lambda: of_flow(by(ebm.ReverseKL, entropy="exact", gradient="total")),
+    "reverse-kl-redundant": lambda: of_flow(by(ebm.ReverseKL), ebm.RedundantNICE(2, 4, 2, **SMALL)),
     "select-total-dim": selected,
     "svi": lambda: svi(False),
     "svi-stl": lambda: svi(True),
-    "symmetrized-kl": lambda: of_flow(ebm.SymmetrizedKL(), symmetrized("learned")),
+    "symmetrized-kl": lambda: of_flow(by(ebm.SymmetrizedKL), symmetrized("learned")),
 }
 
 
@@ -820,7 +830,7 @@ TARGETS: dict[str, Make] = {
     "lennard-jones": lambda: ebm.LennardJones("once", 5),
     "log-normal": lambda: ebm.LogNormal([0.3, -1.0], [0.5, 0.25]),
     "many-well": lambda: ebm.ManyWell(2),
-    "noisy-curves": lambda: ebm.NoisyCurves(line, noise=0.5, nodes=40),
+    "noisy-curves": lambda: ebm.NoisyCurves(line, noise=0.5, num_nodes=40),
     "phi4": lambda: ebm.Phi4(6),
     "phi4-free": lambda: ebm.Phi4(6, 1.0, 0.0),
     "pinwheel": lambda: ebm.Pinwheel(),
@@ -860,7 +870,7 @@ def deep_facts(visible: str) -> Any:
 
 def belief_facts() -> Any:
     network, v = belief_network(), bits()
-    drawn = network.sample(4, seeded(1), gibbs_steps=5)
+    drawn = network.sample(4, seeded(1), num_steps=5)
     bounds = network.variational_bound(v), network.log_weights(v, 3, seeded(2))
     return drawn, bounds, network.log_likelihood(v), energy_facts(network.joint())
 
@@ -878,7 +888,7 @@ def of_classes(energy: Any) -> Any:
 
 
 def on_a_path() -> Any:
-    path = ebm.Path(wells(), torch.tensor([1.0, 0.5, 0.0]), ebm.Gaussian(torch.zeros(2)))
+    path = ebm.GeometricPath(wells(), torch.tensor([1.0, 0.5, 0.0]), ebm.Gaussian(torch.zeros(2)))
     return path(normal(3, 2)), path.slope(normal(3, 2))
 
 
@@ -894,7 +904,7 @@ ENERGIES: dict[str, Make] = {
     "compose": lambda: energy_facts(
         ebm.compose([machine(), stirred(ebm.BernoulliRBM(3, 2), seed=6)]),
     ),
-    "compressed": lambda: energy_facts(ebm.Compressed(ebm.LennardJones("once", 4), 5.0)),
+    "compressed": lambda: energy_facts(ebm.LogRegularized(ebm.LennardJones("once", 4), 5.0)),
     "conditioned": lambda: energy_facts(
         ebm.Conditioned(ebm.Phi4(6), torch.zeros(6), torch.arange(6) < 2),
     ),
@@ -937,8 +947,8 @@ ENERGIES: dict[str, Make] = {
 
 
 def both_ways() -> Any:
-    both = ebm.bracket(machine(), betas=10, num_chains=8)
-    return both, ebm.acceptance_ratio(both.forward, both.reverse)
+    both = ebm.bidirectional_ais(machine(), betas=10, num_chains=8)
+    return both, ebm.bennett_acceptance_ratio(both.forward, both.reverse)
 
 
 def layered_path() -> Any:
@@ -952,12 +962,14 @@ PARTITION: dict[str, Make] = {
     "ais": lambda: ebm.ais(machine(), ebm.base_rates(machine(), bits()), **SHORT),
     "ais-continuous": lambda: ebm.ais(wells(), ebm.Gaussian(torch.zeros(2), scale=2.0), **SHORT),
     "ais-ising": lambda: ebm.ais(ebm.Ising((3, 3), 0.3), **SHORT),
-    "bracket": both_ways,
-    "bridge": lambda: ebm.bridge(wells(), base=ebm.Gaussian(torch.zeros(2)), num_draws=100),
+    "bidirectional_ais": both_ways,
+    "bridge": lambda: ebm.bridge(wells(), base=ebm.Gaussian(torch.zeros(2)), num_samples=100),
     "exact": lambda: ebm.exact(ebm.Ising((3, 3), 0.3) * 1.0),
     "exact-deep": lambda: ebm.exact(deep_machine()),
     "expectation": lambda: ebm.expectation(ebm.DoubleWell(), lambda x: torch.stack([x, x * x], -1)),
-    "importance": lambda: ebm.importance(ebm.Gaussian(0.0), dist.StudentT(5.0, 0.0, 1.0), 300),
+    "importance": lambda: (
+        ebm.importance_sample(dist.StudentT(5.0, 0.0, 1.0), ebm.Gaussian(0.0), 300).log_z
+    ),
     "independent-layers": lambda: energy_facts(
         ebm.IndependentLayers(ebm.base_rates(machine(), bits()), machine()),
     ),
@@ -971,7 +983,7 @@ PARTITION: dict[str, Make] = {
         wells(),
         ebm.Gaussian(torch.zeros(2), scale=2.0),
         num_particles=32,
-        moves=1,
+        num_moves=1,
     ),
     "thermodynamic-integration": lambda: ebm.thermodynamic_integration(
         machine(),
@@ -987,10 +999,10 @@ def resumed_training(folder: Path) -> Any:
     """Broken off after a few steps, and gone on with from the checkpoint by another machine."""
 
     def run(energy: Energy, resume: bool, stop: int) -> Any:
-        objective, transform = ebm.PersistentCD(6, betas=(1.0, 0.5)), ebm.Centring(0.1)
-        settings = {"steps": 7, "batch_size": 6, "seed": 5, "progress": False, "resume": resume}
+        objective, transform = ebm.PersistentCD(6, betas=(1.0, 0.5)), ebm.Centering(0.1)
+        settings = {"num_steps": 7, "batch_size": 6, "seed": 5, "progress": False, "resume": resume}
         files = {"checkpoint": folder / "run.safetensors", "log": folder / "log.jsonl"}
-        steps = ebm.fit(energy, objective, bits(), transform=transform, **files, **settings)
+        steps = ebm.fit_steps(energy, objective, bits(), transform=transform, **files, **settings)
         seen = list(itertools.islice(steps, stop))
         steps.close()
         return seen, energy, objective, transform
@@ -999,14 +1011,11 @@ def resumed_training(folder: Path) -> Any:
     return runs, [timeless(row) for row in ebm.read_log(folder / "log.jsonl")]
 
 
-def briefly(rbm: Any, data: Tensor) -> None:
-    list(ebm.fit(rbm, ebm.ContrastiveDivergence(), data, steps=3, batch_size=8, progress=False))
-
-
 def fine_tuned(model: Any) -> Any:
-    classifier, labels = ebm.Classifier(model, 3, 5), torch.arange(16) % 3
-    losses = list(ebm.fine_tune(classifier, bits(), labels, 2, batch_size=8, progress=False))
-    return losses, classifier, classifier.error(bits(), labels)
+    classifier, labels = ebm.Classifier(model, 3, num_sweeps=5), torch.arange(16) % 3
+    options = {"num_epochs": 2, "batch_size": 8, "progress": False}
+    history = ebm.fit(classifier, ebm.CrossEntropy(), (bits(), labels), **options)
+    return history["loss"], classifier, classifier.error(bits(), labels)
 
 
 def completed(model: Any, observed: Tensor) -> Tensor:
@@ -1016,7 +1025,7 @@ def completed(model: Any, observed: Tensor) -> Tensor:
 
 def rolled_back() -> Any:
     guard = ebm.Guard(rollback=True, every=2, max_rollbacks=50, max_energy_gap=0.6)
-    objective, options = ebm.PersistentCD(8), {"guard": guard, "steps": 8}
+    objective, options = ebm.PersistentCD(8), {"guard": guard, "num_steps": 8}
     return trained(objective, stirred(ebm.BernoulliRBM(4, 3), 1.0), bits(), **options)
 
 
@@ -1030,6 +1039,8 @@ def optimized() -> Any:
     return trained(short_chains(), perceptron(), moons(), **options)
 
 
+BRIEFLY: dict[str, Any] = {"num_steps": 3, "batch_size": 8, "progress": False}
+
 TRAINING: dict[str, Make] = {
     "checkpoint": lambda: scratch(resumed_training),
     "complete-deep": lambda: completed(deep_machine(), bits()),
@@ -1041,13 +1052,14 @@ TRAINING: dict[str, Make] = {
     "fine-tune-deep": lambda: fine_tuned(deep_machine()),
     "guard": rolled_back,
     "optimizer": optimized,
-    "pretrain-belief": lambda: ebm.pretrain_belief_network([4, 3, 4], bits(), briefly),
-    "pretrain-boltzmann": lambda: ebm.pretrain_boltzmann_machine([4, 3, 2], bits(), briefly),
+    "pretrain-belief": lambda: ebm.pretrain_belief_network(
+        [4, 3, 4], bits(), ebm.ContrastiveDivergence(), **BRIEFLY
+    ),
+    "pretrain-boltzmann": lambda: ebm.pretrain_boltzmann_machine(
+        [4, 3, 2], bits(), ebm.ContrastiveDivergence(), **BRIEFLY
+    ),
     "pretrain-gaussian": lambda: ebm.pretrain_boltzmann_machine(
-        [4, 3, 2],
-        normal(16, 4),
-        briefly,
-        visible="gaussian",
+        [4, 3, 2], normal(16, 4), ebm.ContrastiveDivergence(), visible="gaussian", **BRIEFLY
     ),
 }
 

@@ -68,8 +68,9 @@ def _globals() -> dict[str, Any]:
 
 @pytest.fixture(autouse=True)
 def _no_traces() -> Iterator[None]:
-    """An empty Pyro parameter store before and after, no figure left open, torch's globals as they
-    were."""
+    """A seed for what draws from torch's default generator, an empty Pyro parameter store before
+    and after, no figure left open, torch's globals as they were."""
+    torch.manual_seed(0)
     pyro.clear_param_store()
     before = _globals()
     yield

@@ -297,12 +297,14 @@ def test_docs_page_is_what_the_results_make() -> None:
 
 
 def test_truth_holds_draws_against_known_moments() -> None:
-    rows = truth.measure(cases.MODEL_CASES["eight_schools"], chains=4, steps=60, seeds=2, target=0.8)
+    rows = truth.measure(
+        cases.MODEL_CASES["eight_schools"], chains=4, steps=60, seeds=2, target=0.8
+    )
     check_rows(rows)
     assert {row["metric"] for row in rows} == {"worst_z", "divergences", "worst_r_hat"}
     assert all(row["settings"]["repeats"] == 2 and row["version"] for row in rows)
     made = tables.truth_table(rows)
-    assert "| Eight schools, non-centred | 4 |" in made
+    assert "| Eight schools, non-centered | 4 |" in made
     assert tables.truth_table([]) == tables.NOTHING
 
 

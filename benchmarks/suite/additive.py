@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from pyroebm import Energy
 from pyroebm.flows import NICE
-from pyroebm.objectives import CompiledKL, ReverseKL, fit_flow
+from pyroebm.objectives import CompiledKL, ReverseKL
+from pyroebm.training import Trainer
 
 __all__ = ["COUPLINGS", "HIDDEN", "CONTESTANTS", "bare"]
 
@@ -70,11 +71,9 @@ def products(energy: Energy, batch: int) -> Step:
 def ours(objective: type[ReverseKL], gradient: str, energy: Energy, batch: int) -> Step:
     """The public loop, with all that it looks after; a matrix and a shift at the end."""
     dim = energy.event_shape[0]
-    flow, made = NICE(dim, COUPLINGS, HIDDEN), objective(gradient=gradient)
-    turns = fit_flow(
-        flow, energy, made, steps=10**9, num_samples=batch, lr=LR, beta_start=1.0, progress=False
-    )
-    return lambda: next(turns)
+    made = objective(energy, batch, gradient=gradient, beta_start=1.0)
+    flow = NICE(dim, COUPLINGS, HIDDEN)
+    return Trainer(flow, made, num_steps=10**9, lr=LR).step
 
 
 def _loop(parameters: Any, loss: Callable[[], Tensor], fused: bool) -> Step:

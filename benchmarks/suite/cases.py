@@ -103,7 +103,7 @@ def eight_schools_data() -> tuple[Array, Array]:
     )
 
 
-# mu, tau, theta_1, ..., theta_8 from the non-centred coordinates
+# mu, tau, theta_1, ..., theta_8 from the non-centered coordinates
 def _effects(draws: Array) -> Array:
     mu = draws[..., :1]
     tau = draws[..., 1:2]
@@ -214,7 +214,7 @@ CASES = {
         ),
         Case(
             "eight_schools",
-            "Eight schools, non-centred",
+            "Eight schools, non-centered",
             {"mu": (), "tau": (), "eta": (8,)},
             _effects,
             eight_schools_truth,

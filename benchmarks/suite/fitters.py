@@ -3,8 +3,8 @@ says otherwise.
 
 All are given the same: batches of :data:`BATCH` draws, Adam whose step size falls to 0 along a half
 cosine, an inverse temperature that rises from 0.1 to 1 over the first 40 % of the steps, gradients
-clipped to a norm of 100, a scale for the initial draws. Steps that are not finite are skipped, but
-by Pyro's SVI, which knows no such thing.
+clipped to a norm of 100, a scale for the initial draws. Steps that are not finite are skipped, or
+ours go back some steps; but for Pyro's SVI, which knows no such thing.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ from pyroebm.flows import AutoregressiveFlow, Flow, RealNVP, RedundantNICE, Spli
 from pyroebm.objectives import (
     AlphaBootstrap,
     AnnealedReweighting,
+    FlowObjective,
     ReverseKL,
     SymmetrizedKL,
-    fit_flow,
 )
+from pyroebm.training import Guard, Trainer
 
 __all__ = ["BATCH", "FITTERS", "Fitter", "Training"]
 
@@ -55,43 +56,32 @@ def temperature(step: int, steps: int) -> float:
 
 def ours(
     make: Callable[[int, float], Flow],
-    objective: Callable[[], Any],
+    objective: Callable[[Counted, int], FlowObjective],
     energy: Counted,
     scale: float,
     steps: int,
 ) -> Training:
     flow = make(energy.event_shape[0], scale)
-    trained, target = objective(), flow.extend(energy)
-    begin = (
-        1.0
-        if isinstance(trained, AlphaBootstrap)
-        else 0.02
-        if isinstance(trained, AnnealedReweighting)
-        else 0.1
-    )
-    turns = fit_flow(
+    target = flow.extend(energy)
+    trainer = Trainer(
         flow,
-        energy,
-        trained,
-        steps=steps,
-        num_samples=BATCH,
+        objective(energy, BATCH),
+        num_steps=steps,
         lr=LR,
-        beta_start=begin,
         max_grad_norm=CLIP,
-        on_nonfinite="skip",
-        progress=False,
+        guard=Guard(rollback=True, max_rollbacks=steps),
         seed=torch.initial_seed(),
     )
 
     def draw(n: int) -> tuple[Tensor, Tensor]:
-        xy, log_q = flow.push(flow.draw_noise(n))
+        xy, log_q = flow.forward_and_log_prob(flow.rsample_base(n))
         return xy[:, : flow.dim], -target(xy) - log_q
 
     def log_weights(x: Tensor) -> Tensor:
         xy = target.complete(x)
         return -target(xy) - flow.log_prob(xy)
 
-    return Training(lambda: next(turns), draw, log_weights)
+    return Training(trainer.step, draw, log_weights)
 
 
 def _by_hand(
@@ -260,38 +250,53 @@ def with_pyro(what: str, energy: Counted, scale: float, steps: int) -> Training:
 
 
 def _couplings(dim: int, scale: float) -> Flow:
-    return RealNVP(dim, scale=scale, seed=torch.initial_seed())
+    return RealNVP(dim, scale=scale, generator=torch.Generator().manual_seed(torch.initial_seed()))
 
 
 def _autoregressive(dim: int, scale: float) -> Flow:
     return AutoregressiveFlow(
-        dim, layers=2, hidden=(32, 32), scale=scale, seed=torch.initial_seed()
+        dim,
+        num_layers=2,
+        hidden_sizes=(32, 32),
+        scale=scale,
+        generator=torch.Generator().manual_seed(torch.initial_seed()),
     )
 
 
 def _splines(dim: int, scale: float) -> Flow:
-    return SplineFlow(dim, layers=4, scale=scale, seed=torch.initial_seed())
+    return SplineFlow(
+        dim,
+        num_layers=4,
+        scale=scale,
+        generator=torch.Generator().manual_seed(torch.initial_seed()),
+    )
 
 
 def _fine_splines(dim: int, scale: float) -> Flow:
     return SplineFlow(
         dim,
-        layers=min(dim, 2),
-        bins=16,
+        num_layers=min(dim, 2),
+        num_bins=16,
         scale=scale,
         autoregressive=dim > 1,
-        seed=torch.initial_seed(),
+        generator=torch.Generator().manual_seed(torch.initial_seed()),
     )
 
 
 def _narrow_splines(dim: int, scale: float) -> Flow:
     # so that the modes are within the bins, 5 on either side
-    return SplineFlow(dim, layers=4, bins=16, scale=0.4 * scale, seed=torch.initial_seed())
+    return SplineFlow(
+        dim,
+        num_layers=4,
+        num_bins=16,
+        scale=0.4 * scale,
+        generator=torch.Generator().manual_seed(torch.initial_seed()),
+    )
 
 
 def _even(dim: int, scale: float) -> Flow:
     return Symmetrized(
-        RealNVP(dim, scale=scale, seed=torch.initial_seed()),
+        RealNVP(dim, scale=scale, generator=torch.Generator().manual_seed(torch.initial_seed())),
         torch.stack([torch.eye(dim), -torch.eye(dim)]),
     )
 
@@ -303,7 +308,9 @@ _OURS: dict[str, dict[str, Fitter]] = {
     "double well": {
         "RedundantNICE, D = 2": functools.partial(
             ours,
-            lambda dim, scale: RedundantNICE(dim, dim + 1, seed=torch.initial_seed()),
+            lambda dim, scale: RedundantNICE(
+                dim, dim + 1, generator=torch.Generator().manual_seed(torch.initial_seed())
+            ),
             ReverseKL,
         ),
         "SplineFlow, 16 bins": functools.partial(ours, _fine_splines, _total),
@@ -315,7 +322,9 @@ _OURS: dict[str, dict[str, Fitter]] = {
     "grid": {
         "SplineFlow, 16 bins, autoregressive": functools.partial(ours, _fine_splines, _total),
         "SplineFlow, 16 bins, AnnealedReweighting": functools.partial(
-            ours, _narrow_splines, AnnealedReweighting
+            ours,
+            _narrow_splines,
+            functools.partial(AnnealedReweighting, beta_start=0.02),
         ),
     },
     "funnel flow": {

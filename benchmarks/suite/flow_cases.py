@@ -34,7 +34,7 @@ class FlowCase:
 
 FLOW_CASES = {
     "double well": FlowCase("Tilted double well, d = 1", DoubleWell),
-    "many-well": FlowCase("Many-Well, three pairs, d = 6", lambda: ManyWell(pairs=3)),
+    "many-well": FlowCase("Many-Well, three pairs, d = 6", lambda: ManyWell(num_pairs=3)),
     "grid": FlowCase("Nine modes on a grid, d = 2", GaussianMixture.grid, scale=4.0),
     "funnel flow": FlowCase("Funnel, variance 9, d = 10", Funnel),
     "phi4": FlowCase("phi^4 on a ring of 16", lambda: Phi4(16)),

@@ -4,7 +4,7 @@ which the project does not ship.
 The file is JSON: for each posterior, named as in posteriordb, the `data` of its Stan program, and
 as `reference`, for each of its parameters, `mean`, `mean_square` and their Monte Carlo standard
 errors `mcse_mean` and `mcse_mean_square`. Its tenth density without an ODE or a hidden Markov
-chain, the non-centred eight schools, is :data:`benchmarks.suite.cases.CASES`' own.
+chain, the non-centered eight schools, is :data:`benchmarks.suite.cases.CASES`' own.
 """
 
 from __future__ import annotations

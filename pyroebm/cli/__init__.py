@@ -20,7 +20,7 @@ def run_demo_command(
     report what mixed.
 
     Args:
-        out: folder for report.json, double_well.png, mixing.png and chains.nc.
+        out: folder for report.json, double_well.png, trace.png, rank.png, energy.png and chains.nc.
         seed: seed of everything.
         quick: a few seconds in place of a minute or two; the numbers are then rough.
         progress: show progress; by default of what takes longer than a second.

@@ -28,8 +28,9 @@ from pyroebm.flows.flow import Flow
 from pyroebm.kernels import NUTS
 from pyroebm.kernels.adaptation.windows import WindowAdaptation
 from pyroebm.mcmc.sampler import MCMC
-from pyroebm.objectives import evaluate_j, fit_flow
+from pyroebm.objectives import ReverseKL, estimate_augmented_kl
 from pyroebm.targets import DoubleWell
+from pyroebm.training import fit
 
 __all__ = ["BARRIER", "run_demo"]
 
@@ -121,11 +122,10 @@ def sample_pyro_nuts(
     return _facts_of_draws(torch.stack(kept), began)
 
 
-def fit(flow: Flow, energy: DoubleWell, steps: int, seed: int, progress: bool | None) -> float:
+def train(flow: Flow, energy: DoubleWell, steps: int, seed: int, progress: bool | None) -> float:
     """Train a flow in place; seconds spent."""
     began = time.perf_counter()
-    for _ in fit_flow(flow, energy, steps=steps, seed=seed, progress=progress):
-        pass
+    fit(flow, ReverseKL(energy), num_steps=steps, seed=seed, progress=progress)
     return time.perf_counter() - began
 
 
@@ -140,8 +140,10 @@ def flow_facts(
 ) -> tuple[Tensor, Facts]:
     """Direct draws of a flow, uncorrected, and J or J_R with log C in it."""
     with torch.no_grad():
-        x = flow.push(flow.draw_noise(n, torch.Generator().manual_seed(seed)))[0][:, 0]
-    value, error = evaluate_j(flow, energy, n, seed=seed + 1, progress=progress)
+        x = flow.forward_and_log_prob(flow.rsample_base(n, torch.Generator().manual_seed(seed)))[0][
+            :, 0
+        ]
+    value, error = estimate_augmented_kl(flow, energy, n, seed=seed + 1, progress=progress)
     mass = float((x > BARRIER).double().mean())
     return x, {
         "mean": float(x.mean()),
@@ -165,8 +167,8 @@ def _weighted_facts(result: Any, seconds: float) -> Facts:
         "var": float(square - mean**2),
         "right_mass": float(mass),
         "right_mass_se": float(mass_se),
-        "log_z": result.log_z,
-        "log_z_se": result.log_z_se,
+        "log_z": result.log_z.value,
+        "log_z_se": result.log_z.standard_error,
         "ess_fraction": result.ess_fraction,
         "pareto_k": result.pareto_k,
         "seconds": seconds,
@@ -174,8 +176,8 @@ def _weighted_facts(result: Any, seconds: float) -> Facts:
 
 
 def run_demo(out: Path, seed: int = 0, quick: bool = False, progress: bool | None = None) -> Facts:
-    """Run the demo and write ``report.json``, ``double_well.png``, ``mixing.png`` and ``chains.nc``
-    into ``out``.
+    """Run the demo and write ``report.json``, ``double_well.png``, ``trace.png``, ``rank.png``,
+    ``energy.png`` and ``chains.nc`` into ``out``.
 
     Args:
         out: folder, made if absent.
@@ -209,18 +211,25 @@ def run_demo(out: Path, seed: int = 0, quick: bool = False, progress: bool | Non
         "NICE with D = 1: one dimension leaves nothing to couple, so this is a Gaussian with a"
         " learned shift ..."
     )
-    nice = NICE(dim=1, dtype=torch.float64, seed=seeds[2])
-    seconds = fit(nice, energy, 2 * steps, seeds[2], progress)
+    nice = NICE(dim=1, dtype=torch.float64, generator=torch.Generator().manual_seed(seeds[2]))
+    seconds = train(nice, energy, 2 * steps, seeds[2], progress)
     _, report["nice"] = flow_facts(nice, energy, n, seeds[3], seconds, "j", progress)
 
     draws, by_dim = {}, {}
     for total_dim in (2, 3):
         print(f"Redundant NICE with D = {total_dim} ...")
-        flow = RedundantNICE(dim=1, total_dim=total_dim, dtype=torch.float64, seed=seeds[2])
-        seconds = fit(flow, energy, steps, seeds[2], progress)
+        flow = RedundantNICE(
+            dim=1,
+            total_dim=total_dim,
+            dtype=torch.float64,
+            generator=torch.Generator().manual_seed(seeds[2]),
+        )
+        seconds = train(flow, energy, steps, seeds[2], progress)
         x, facts = flow_facts(flow, energy, n, seeds[3], seconds, "j_r", progress)
         began = time.perf_counter()
-        result = importance_sample(flow, energy, n, seed=seeds[4], progress=progress)
+        result = importance_sample(
+            flow, energy, n, generator=torch.Generator().manual_seed(seeds[4]), progress=progress
+        )
         draws[total_dim] = (x, result)
         by_dim[total_dim] = (facts, _weighted_facts(result, seconds + time.perf_counter() - began))
     bounds = {1: report["nice"]["j"]} | {d: facts["j_r"] for d, (facts, _) in by_dim.items()}

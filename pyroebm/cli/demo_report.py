@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 from torch import Tensor
 
 from pyroebm.core.files import write_figure
-from pyroebm.diagnostics import plots
+from pyroebm.diagnostics import plots, to_arviz
 from pyroebm.flows import ImportanceResult
 from pyroebm.mcmc.sampler import MCMC
 from pyroebm.targets import DoubleWell
@@ -48,7 +48,7 @@ COLUMNS = [
 def draw_figures(
     out: Path, energy: DoubleWell, report: Facts, mcmc: MCMC, x: Tensor, weighted: ImportanceResult
 ) -> None:
-    """The two figures of the demo, as files in ``out``."""
+    """The figures of the demo, as files in ``out``."""
     limits = (-2.25, 1.95)
     fig, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
     plots.plot_potential(
@@ -62,7 +62,7 @@ def draw_figures(
     plots.plot_potential(
         energy,
         weighted.x,
-        weighted.log_z,
+        weighted.log_z.value,
         weighted.log_weights,
         limits,
         label="the same, importance weighted",
@@ -87,16 +87,15 @@ def draw_figures(
     plt.close(fig)
 
     draws, stats = mcmc.get_samples(group_by_chain=True)["x"], mcmc.get_stats()
-    fig, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
-    plots.plot_trace(draws[:, :1000], ax=axes[0]).set_title("the first draws of three chains")
-    plots.plot_rank(draws, ax=axes[1]).set_title(
-        f"ranks of {draws.shape[0]} chains, R-hat {report['nuts']['r_hat']:.4f}"
-    )
-    plots.plot_energy_levels(stats["energy"], ax=axes[2]).set_title(
-        f"energies, least BFMI {report['nuts']['bfmi']:.2f}"
-    )
-    write_figure(out / "mixing.png", fig)
-    plt.close(fig)
+    shown = {
+        "trace": to_arviz({"x": draws[:3, :1000]}),
+        "rank": to_arviz({"x": draws[:4]}),
+        "energy": to_arviz({"x": draws}, {"energy": stats["energy"]}),
+    }
+    for name, data in shown.items():
+        fig = plots.arviz_figure(f"plot_{name}", data)
+        write_figure(out / f"{name}.png", fig)
+        plt.close(fig)
 
 
 def table(report: Facts) -> str:

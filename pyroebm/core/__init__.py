@@ -1,7 +1,7 @@
 """Energies and what everything else stands on: supports, gradients, wrappers, compilation, random
 numbers, files."""
 
-from pyroebm.core.annealing_path import DistributionEnergy, Path
+from pyroebm.core.annealing_path import DistributionEnergy, GeometricPath
 from pyroebm.core.derivatives import curvatures, unit_directions
 from pyroebm.core.energy import Energy, Sum, Tempered, score, value_and_grad
 from pyroebm.core.enumeration import all_bits
@@ -13,8 +13,8 @@ from pyroebm.core.saving import Saveable
 from pyroebm.core.statistics import Estimate
 from pyroebm.core.supports import spin
 from pyroebm.core.wrappers import (
-    Compressed,
     Conditioned,
+    LogRegularized,
     PotentialFn,
     Relaxed,
     Unconstrained,
@@ -22,14 +22,14 @@ from pyroebm.core.wrappers import (
 )
 
 __all__ = [
-    "Compressed",
+    "LogRegularized",
     "Conditioned",
     "DistributionEnergy",
     "Energy",
     "Estimate",
     "FileError",
     "MinibatchEnergy",
-    "Path",
+    "GeometricPath",
     "PotentialFn",
     "Progress",
     "Relaxed",

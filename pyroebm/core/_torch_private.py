@@ -4,6 +4,9 @@ change in torch is handled here."""
 from __future__ import annotations
 
 import contextlib
+import functools
+import re
+import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, cast
 
@@ -30,6 +33,7 @@ __all__ = [
     "is_functorch_wrapped_tensor",
     "multiply_each",
     "norm_of_each",
+    "record_calls",
     "outside_transforms",
     "standard_gamma",
     "storage_of",
@@ -190,6 +194,90 @@ def compile_graph(
     ):
         compiled = inductor(graph, fakes, options=options)
     return cast(Callable[..., tuple[Tensor, ...]], compiled)
+
+
+#: What the Python part of a compiled graph may name for its calls to be recorded: allocations,
+#: views, and operations on an output that exists. Other operations allocate at each call.
+_RECORDABLE = re.compile(
+    r"cpp_fused\w*|empty_strided_cpu|reinterpret_tensor|extern_kernels|(ba)?(add)?b?mm|clear|torch"
+    r"|float(16|32|64)|bfloat16|u?int\d+|bool|assert_(size_stride|alignment)"
+)
+_MAX_RECORDED_BYTES = 2**28
+
+
+def record_calls(
+    compiled: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor]
+) -> tuple[tuple[Tensor, ...], Callable[[], None]] | None:
+    """Record the kernels that a graph of :func:`compile_graph` calls on these inputs, with the
+    buffers that it allocates: without the Python around them a call takes a fraction of a
+    microsecond, and no memory is allocated.
+
+    Returns:
+        the outputs, and a function that computes them again, in place, from what the inputs then
+        hold; None if the graph, or this version of torch, does more than can be recorded.
+    """
+    try:
+        python = _generated_code(compiled)
+        function = getattr(python, "__func__", python)
+        if not all(map(_RECORDABLE.fullmatch, function.__code__.co_names)):
+            return None
+        tape: list[Callable[[], Any]] = []
+        allocated = [0]
+
+        def recorded(kernel: Callable[..., Any]) -> Callable[..., None]:
+            def call(*args: Any, **options: Any) -> None:
+                tape.append(functools.partial(kernel, *args, **options))
+                kernel(*args, **options)
+
+            return call
+
+        class Externs:
+            def __getattr__(self, name: str) -> Callable[..., None]:
+                kernel = recorded(getattr(function.__globals__["extern_kernels"], name))
+                return lambda *args, out, **options: kernel(*args, out=out, **options)
+
+        def allocate(*args: Any) -> Tensor:
+            buffer: Tensor = function.__globals__["empty_strided_cpu"](*args)
+            allocated[0] += buffer.nbytes
+            return buffer
+
+        own = {
+            name: recorded(value) if name.startswith("cpp_fused") else value
+            for name, value in function.__globals__.items()
+        } | {"extern_kernels": Externs(), "empty_strided_cpu": allocate}
+        again = types.FunctionType(
+            function.__code__, own, function.__name__, function.__defaults__, function.__closure__
+        )
+        owner = (python.__self__,) if function is not python else ()
+        outputs = again(*owner, list(inputs))
+        expected = compiled(*inputs)
+        if allocated[0] > _MAX_RECORDED_BYTES or not all(map(_same_bits, outputs, expected)):
+            return None
+    # private parts of torch may be missing, or others
+    except Exception:
+        return None
+    if len(tape) == 1:
+        return outputs, tape[0]
+
+    def replay() -> None:
+        for call in tape:
+            call()
+
+    return outputs, replay
+
+
+def _generated_code(compiled: Callable[..., Any]) -> Any:
+    """The function that TorchInductor wrote for a graph, among those that are wrapped around it."""
+    inner: Any = compiled
+    while not hasattr(inner, "current_callable"):
+        around = dict(zip(inner.__code__.co_freevars, inner.__closure__, strict=True))
+        names = ("_inner_compiled_fn", "compiled_fn", "fn")
+        inner = next(around[name] for name in names if name in around).cell_contents
+    return inner.current_callable
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and a.numpy().tobytes() == b.numpy().tobytes()
 
 
 def standard_gamma(shapes: Tensor, generator: torch.Generator | None) -> Tensor:

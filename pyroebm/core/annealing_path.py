@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyroebm.core.compilation import Compiled
-from pyroebm.core.energy import Energy
-from pyroebm.core.rng import seeded_generator
+from pyroebm.core.conditionals import (
+    Index,
+    common_blocks,
+    conditional_of,
+    product_of_powers,
+)
+from pyroebm.core.energy import Energy, View
+from pyroebm.core.rng import draw_from, seeded_generator
 from pyroebm.core.supports import inside, same_support
-from pyroebm.core.wrappers import Unconstrained
 
-__all__ = ["DistributionEnergy", "Path", "in_the_coordinates_of"]
+__all__ = ["DistributionEnergy", "GeometricPath"]
 
 
-class Path(Energy):
+class GeometricPath(View):
     r"""The path of densities from a reference :math:`V` to an energy :math:`U`, each row at a point
     of its own.
 
@@ -33,16 +36,12 @@ class Path(Energy):
             ``x`` then has rows first, ``(rows, ..., *event)``.
         reference: :math:`V`, of the same event shape, support and dtype.
 
-    Attributes:
-        site_logits: as :class:`pyroebm.kernels.gibbs.HasSiteLogits` has it, where both ends do;
-            else there is no such attribute.
-
     Raises:
         ValueError: if a beta is outside [0, 1], or if the reference does not fit the energy.
 
     Example:
         >>> from pyroebm.targets import DoubleWell, Gaussian
-        >>> path = Path(DoubleWell(), torch.tensor([1.0, 0.5, 0.0]), Gaussian(0.0))
+        >>> path = GeometricPath(DoubleWell(), torch.tensor([1.0, 0.5, 0.0]), Gaussian(0.0))
         >>> path(torch.ones(3))
         tensor([-2.0000, -0.7500,  0.5000])
         >>> path.slope(torch.ones(3))
@@ -62,19 +61,11 @@ class Path(Energy):
             raise ValueError(
                 f"betas must be one number in [0, 1] or one for each row, got betas={betas}"
             )
-        super().__init__(energy.event_shape, energy.support)
+        super().__init__(energy)
         if reference is not None:
             _check_reference(energy, reference)
-        self.energy = energy
         self.reference = reference
         self.betas = at
-        ends: list[Any] = [
-            end.energy if isinstance(end, Unconstrained) else end
-            for end in (energy, reference)
-            if end is not None
-        ]
-        if all(hasattr(end, "site_logits") for end in ends):
-            self._offers, self.site_logits = [end.site_logits for end in ends], self._site_logits
 
     def forward(self, x: Tensor) -> Tensor:
         beta = self._beside(x)
@@ -90,15 +81,26 @@ class Path(Energy):
         with torch.no_grad():
             return self.energy(x) if self.reference is None else self.energy(x) - self.reference(x)
 
-    def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        return self.energy.initial(n, generator)
-
-    def _site_logits(self, x: Tensor, site: Tensor) -> Tensor:
-        """What :class:`pyroebm.kernels.gibbs.HasSiteLogits` asks for, where both ends have it."""
+    def site_logits(self, x: Tensor, site: Tensor) -> Tensor:
         beta = self._beside(x).unsqueeze(-1)
-        target, *reference = (offer(x, site) for offer in self._offers)
-        logits: Tensor = beta * target
-        return logits + (1.0 - beta) * reference[0] if reference else logits
+        logits = beta * self.energy.site_logits(x, site)
+        if self.reference is None:
+            return logits
+        return logits + (1.0 - beta) * self.reference.site_logits(x, site)
+
+    @property
+    def blocks(self) -> Mapping[str, Index]:
+        """Those that both ends have."""
+        return common_blocks([end for end in (self.energy, self.reference) if end is not None])
+
+    def conditional(self, block: str, x: Tensor) -> Distribution:
+        r"""That of the energy to the power :math:`\beta`, times that of the reference to the power
+        :math:`1 - \beta`."""
+        beta = self._beside(x)
+        terms = [(conditional_of(self.energy, block, x), beta)]
+        if self.reference is not None:
+            terms.append((conditional_of(self.reference, block, x), 1.0 - beta))
+        return product_of_powers(*terms)
 
     def _beside(self, x: Tensor) -> Tensor:
         batch = self.batch_shape(x)
@@ -138,8 +140,8 @@ class DistributionEnergy(Energy):
     :math:`\log Z = 0`.
 
     Args:
-        distribution: of Pyro or torch, with an empty batch shape. It draws from torch's global
-            generator, which is seeded for it from the generator given, and put back.
+        distribution: of Pyro or torch, with an empty batch shape. Its draws are those of
+            :func:`pyroebm.core.rng.draw_from`.
         dtype: floating-point type of its draws; None for torch's default.
 
     Raises:
@@ -155,7 +157,7 @@ class DistributionEnergy(Energy):
     log_z = 0.0
     has_exact_draws = True
 
-    def __init__(self, distribution: Distribution, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, distribution: Distribution, *, dtype: torch.dtype | None = None) -> None:
         if distribution.batch_shape or not getattr(distribution, "normalized", True):
             raise ValueError(
                 "distribution must be normalised and have batch_shape (), got"
@@ -175,19 +177,6 @@ class DistributionEnergy(Energy):
         values = -self.distribution.log_prob(torch.where(where, x, self._legal))
         return torch.where(legal, values, torch.inf)
 
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        where = self.device if generator is None else generator.device
-        seed = int(torch.randint(2**63 - 1, (), generator=generator, device=where))
-        seeded = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-        with torch.random.fork_rng(seeded), torch.no_grad():
-            torch.manual_seed(seed)
-            return self.distribution.sample((n,)).to(self.dtype)
-
-
-def in_the_coordinates_of(energy: Energy, reference: Energy) -> Energy:
-    """The reference as an energy beside ``energy``: in unconstrained coordinates where that one
-    is."""
-    energy = energy.energy if isinstance(energy, Compiled) else energy
-    if not isinstance(energy, Unconstrained) or isinstance(reference, Unconstrained):
-        return reference
-    return Unconstrained(reference, keep_discrete=True)
+    def sample(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
+        with torch.no_grad():
+            return draw_from(self.distribution, num_samples, generator).to(self.dtype)

@@ -8,15 +8,15 @@ import math
 import shutil
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pyroebm.core._torch_private import FixedShapes, compile_graph
-from pyroebm.core.energy import Energy, unchecked_value_and_grad
+from pyroebm.core._torch_private import FixedShapes, compile_graph, record_calls
+from pyroebm.core.energy import Energy, View, unchecked_value_and_grad
 from pyroebm.core.rowwise import RowsFailAlone
 
 __all__ = [
@@ -28,14 +28,13 @@ __all__ = [
     "is_compiled",
 ]
 
-#: A pure function of an energy and tensors, with static settings; what it returns is a tuple of
-#: tensors.
-Block = Callable[..., tuple[Tensor, ...]]
+#: A compiled function takes tensors one by one.
+_Call = Callable[..., Any]
 
-_Call = Callable[..., tuple[Tensor, ...]]
+T = TypeVar("T")
 
-#: Compiled blocks of this process: by block, settings, shapes, and the code of the energy's graphs,
-#: whose constants are inputs.
+#: Compiled functions of this process: by function, settings, shapes, and the code of the energy's
+#: graphs, whose constants are inputs.
 _graphs: dict[Hashable, _Call] = {}
 #: The batch shapes that a block asks the energy about.
 _shapes: dict[Hashable, tuple[torch.Size, ...]] = {}
@@ -118,7 +117,37 @@ class Captured(NamedTuple):
         )
 
 
-class CompiledGradient(Energy):
+class CompiledView(View):
+    """An energy compiled for kernels; its values, and all that it can do beyond them, are those of
+    the energy.
+
+    Example:
+        >>> from pyroebm.targets import DoubleWell
+        >>> isinstance(Compiled(DoubleWell()), CompiledView)
+        True
+    """
+
+    @property
+    def log_z(self) -> float | None:
+        """That of the energy."""
+        return self.energy.log_z
+
+    @property
+    def has_exact_draws(self) -> bool:
+        """Whether the energy can be sampled exactly."""
+        return self.energy.has_exact_draws
+
+    def sample(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
+        return self.energy.sample(num_samples, generator)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.energy(x)
+
+    def subsample(self, generator: torch.Generator | None = None) -> Energy:
+        return self.energy.subsample(generator)
+
+
+class CompiledGradient(CompiledView):
     """An energy whose value and gradient are compiled, for kernels that ask for nothing else.
 
     Parameters and other tensors that the energy holds are inputs of the compiled graph, so that
@@ -141,16 +170,9 @@ class CompiledGradient(Energy):
     """
 
     def __init__(self, energy: Energy) -> None:
-        super().__init__(energy.event_shape, energy.support)
-        self.energy = energy
+        super().__init__(energy)
         self._captured: dict[torch.Size, Captured] = {}
         self._calls: dict[torch.Size, tuple[_Call, tuple[Tensor, ...]]] = {}
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.energy(x)
-
-    def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        return self.energy.initial(n, generator)
 
     def captured(self, shape: torch.Size) -> Captured:
         """Value and gradient of a batch of this shape."""
@@ -180,8 +202,29 @@ class CompiledGradient(Energy):
         values, grad = call(x.contiguous(), *held)
         return values, grad
 
+    def bound_to(self, x: Tensor) -> tuple[Tensor, Tensor, Callable[[], None]] | None:
+        """Value and gradient of a batch that stays in one place in memory.
 
-class Compiled(Energy):
+        Args:
+            x: states, contiguous, which are changed in place.
+
+        Returns:
+            the values, the gradient, and a function that computes both anew in place; None where
+            the graph allows no such thing, or none was prepared.
+        """
+        found = self._calls.get(x.shape)
+        if found is None or x.device.type != "cpu":
+            return None
+        call, held = found
+        with torch.no_grad():
+            recorded = record_calls(call, (x, *held))
+        if recorded is None:
+            return None
+        (values, grad), compute = recorded
+        return values, grad, compute
+
+
+class Compiled(CompiledView):
     """An energy whose kernels run their inner loops as compiled blocks; its values are those of the
     energy.
 
@@ -209,49 +252,53 @@ class Compiled(Energy):
     """
 
     def __init__(self, energy: Energy, must: bool = True) -> None:
-        super().__init__(energy.event_shape, energy.support)
-        self.energy, self.must = energy, must
+        super().__init__(energy)
+        self.must = must
         self._calls: dict[Hashable, tuple[_Call, tuple[Tensor, ...]]] = {}
         self._gradients: dict[torch.Size, Captured] = {}
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.energy(x)
-
-    def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        return self.energy.initial(n, generator)
-
-    def run(
-        self, block: Block, tensors: tuple[Tensor, ...], static: dict[str, Any]
-    ) -> tuple[Tensor, ...]:
-        """``block(energy, *tensors, **static)`` as one compiled call."""
-        tensors = tuple(tensor.contiguous() for tensor in tensors)
-        key = (block, *static.items(), *map(_kind, tensors))
+    def run(self, block: Callable[..., T], inputs: tuple[Any, ...], static: dict[str, Any]) -> T:
+        """``block(energy, *inputs, **static)`` as one compiled call."""
+        tensors: list[Tensor] = []
+        key = (block, *static.items(), _flatten(inputs, tensors))
         if key not in self._calls:
             try:
-                self.attempt(block, tensors, static)
+                self.attempt(block, inputs, static)
             # tracing and compiling fail in as many ways as there are energies and machines
             except Exception as error:
                 said = f"{type(self.energy).__name__} cannot be compiled ({_reason(error)})"
                 if self.must:
                     raise RuntimeError(f"{said}; use compile=False") from error
                 warnings.warn(f"{said} and runs as it is", RuntimeWarning, stacklevel=4)
-                self._calls[key] = (lambda *inputs: block(self.energy, *inputs, **static)), ()
-        call, constants = self._calls[key]
-        return call(*tensors, *constants)
 
-    def attempt(self, block: Block, tensors: tuple[Tensor, ...], static: dict[str, Any]) -> None:
-        """Compile ``block(energy, *tensors, **static)``, or raise what stands in the way."""
-        key = (block, *static.items(), *map(_kind, tensors))
-        self._calls[key] = self._compile(key, block, tensors, static)
+                def as_it_is(*given: Tensor) -> T:
+                    return block(self.energy, *_unflatten(key[-1], iter(given)), **static)
+
+                self._calls[key] = as_it_is, ()
+        call, constants = self._calls[key]
+        return cast(T, call(*tensors, *constants))
+
+    def attempt(
+        self, block: Callable[..., Any], inputs: tuple[Any, ...], static: dict[str, Any]
+    ) -> None:
+        """Compile ``block(energy, *inputs, **static)``, or raise what stands in the way."""
+        tensors: list[Tensor] = []
+        structure = _flatten(inputs, tensors)
+        key = (block, *static.items(), structure)
+        examples = _copies(tuple(tensors))
+
+        def flat(energy: Energy, *given: Tensor) -> Any:
+            return block(energy, *_unflatten(structure, iter(given)), **static)
+
+        self._calls[key] = self._compile(key, flat, examples)
 
     def _compile(
-        self, key: Hashable, block: Block, tensors: tuple[Tensor, ...], static: dict[str, Any]
+        self, key: Hashable, flat: Callable[..., Any], examples: tuple[Tensor, ...]
     ) -> tuple[_Call, tuple[Tensor, ...]]:
-        examples = _copies(tensors)
         shapes = _shapes.get((key, self.event_shape))
         if shapes is None:
             seen = _Seen(self.energy)
-            block(seen, *examples, **static)
+            flat(seen, *examples)
             shapes = _shapes[key, self.event_shape] = tuple(dict.fromkeys(seen.shapes))
         gradients = [self._gradient(shape) for shape in shapes]
         constants = tuple(c for _, held in gradients for c in held)
@@ -265,13 +312,20 @@ class Compiled(Energy):
             if len(_graphs) >= _MAX_GRAPHS:
                 _graphs.pop(next(iter(_graphs)))
 
+            returned: list[Hashable] = []
+
             def function(*inputs: Tensor) -> tuple[Tensor, ...]:
                 held, replayed = list(inputs[len(examples) :]), {}
                 for shape, (graph, constants) in zip(shapes, gradients, strict=True):
                     replayed[shape] = graph, [held.pop(0) for _ in constants]
-                return block(_Replayed(self.energy, replayed), *inputs[: len(examples)], **static)
+                out: list[Tensor] = []
+                returned[:] = [
+                    _flatten(flat(_Replayed(self.energy, replayed), *inputs[: len(examples)]), out)
+                ]
+                return tuple(out)
 
-            _graphs[known] = compiled_call(function, (*examples, *_copies(constants)))
+            compiled = compiled_call(function, (*examples, *_copies(constants)))
+            _graphs[known] = lambda *inputs: _unflatten(returned[0], iter(compiled(*inputs)))
         return _graphs[known], constants
 
     def _gradient(self, shape: torch.Size) -> Captured:
@@ -355,6 +409,24 @@ def _kind(tensor: Tensor) -> Hashable:
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
 
+def _flatten(value: Any, tensors: list[Tensor]) -> Hashable:
+    """Append the tensors of a structure, a tensor or a (named) tuple of structures, and return all
+    else that is to be known of it: types, and the kinds of its tensors."""
+    if isinstance(value, Tensor):
+        tensors.append(value.contiguous())
+        return _kind(tensors[-1])
+    return type(value), tuple([_flatten(part, tensors) for part in value])
+
+
+def _unflatten(structure: Any, tensors: Iterator[Tensor]) -> Any:
+    """The inverse of :func:`_flatten`."""
+    if not isinstance(structure[0], type):
+        return next(tensors)
+    kind, parts = structure
+    made = [_unflatten(part, tensors) for part in parts]
+    return tuple(made) if kind is tuple else kind(*made)
+
+
 def _copies(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Of each input one with its strides: a tensor that comes twice would be traced as one input,
     and need not come twice the next time."""
@@ -388,30 +460,33 @@ def _lift_constants(graph: GraphModule) -> tuple[Tensor, ...]:
 
 def is_compiled(energy: Energy) -> bool:
     """Whether this is a compiled view of an energy."""
-    return isinstance(energy, Compiled | CompiledGradient)
+    return isinstance(energy, CompiledView)
 
 
-def fused(block: Block, energy: Energy, *tensors: Tensor, **static: Any) -> tuple[Tensor, ...]:
-    """``block(energy, *tensors, **static)``: as one compiled block for a :class:`Compiled` energy,
-    as it is for another.
+def fused(block: Callable[..., T], energy: Energy, *inputs: Any, **static: Any) -> T:
+    """``block(energy, *inputs, **static)``: as one compiled function for a :class:`Compiled`
+    energy, as it is for another.
 
     Args:
         block: a function at the top of a module, pure and without random numbers (noise is an
-            argument).
+            argument); it returns a tensor, or a structure like those of ``inputs``.
         energy: the energy.
-        tensors: everything that changes from call to call.
+        inputs: everything that changes from call to call: tensors, and tuples of them, named or
+            not and nested at will, such as states and metrics.
         static: settings of which each combination is a graph of its own.
 
     Example:
+        >>> from pyroebm.kernels import State
         >>> from pyroebm.targets import DoubleWell
-        >>> def square(energy, x, times):
-        ...     return (times * energy(x) ** 2,)
-        >>> fused(square, DoubleWell(), torch.tensor([1.0]), times=2)
-        (tensor([8.]),)
+        >>> def moved(energy, state, by):
+        ...     return State(state.x + by, energy(state.x + by), state.grad)
+        >>> state = State(torch.zeros(1), torch.zeros(1), torch.ones(1))
+        >>> fused(moved, DoubleWell(), state, torch.ones(1)).energy
+        tensor([-2.])
     """
     if isinstance(energy, Compiled):
-        return energy.run(block, tensors, static)
-    return block(energy, *tensors, **static)
+        return energy.run(block, inputs, static)
+    return block(energy, *inputs, **static)
 
 
 class _NoCompilerError(RuntimeError):
@@ -445,7 +520,7 @@ def choose_compiled(
         compile: True, False, or "auto": from counts (operations of a gradient, entries of a state,
             steps planned), never from timings, so that the choice is the same everywhere.
         kernel: the kernel, which knows about how many gradients one of its steps takes, and whether
-            its inner loops are worth compiling, or the gradient alone.
+            its inner loops are worth compiling, the gradient alone, or nothing.
         chains: number of chains, which the choice depends on.
         steps: steps planned for each chain.
         sizes: numbers of chains for which a gradient is compiled; None is ``chains`` alone.
@@ -458,7 +533,7 @@ def choose_compiled(
     """
     if compile not in (True, False, "auto"):
         raise ValueError(f'compile must be True, False or "auto", got compile={compile!r}')
-    if compile is False or kernel.discrete or is_compiled(energy):
+    if compile is False or kernel.compiles == "nothing" or kernel.discrete or is_compiled(energy):
         return energy
     gradients = steps * kernel.expected_gradients
     loops = kernel.compiles == "loops"

@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import constraints
+from torch.distributions import Distribution, constraints
 from torch.distributions.constraints import Constraint
 
 from pyroebm.core._checks import (
@@ -22,10 +22,31 @@ from pyroebm.core._checks import (
     check_values,
     no_gradient,
 )
+from pyroebm.core.conditionals import (
+    Index,
+    blocks_of,
+    common_blocks,
+    conditional_of,
+    product_of_powers,
+)
 from pyroebm.core.saving import Saveable
-from pyroebm.core.supports import draw_initial, is_discrete, same_support, search_finite
+from pyroebm.core.supports import (
+    draw_initial,
+    is_discrete,
+    same_support,
+    search_finite,
+    site_values,
+)
 
-__all__ = ["Energy", "Sum", "Tempered", "value_and_grad", "unchecked_value_and_grad", "score"]
+__all__ = [
+    "Energy",
+    "Sum",
+    "Tempered",
+    "View",
+    "score",
+    "unchecked_value_and_grad",
+    "value_and_grad",
+]
 
 
 class Energy(Saveable):
@@ -40,9 +61,10 @@ class Energy(Saveable):
         support: constraint of one event (default ``constraints.real``); a class attribute of the
             same name serves too.
 
-    Attributes:
-        log_z: :math:`\log Z` in nats where it is exactly known, else None.
-        has_exact_draws: whether :meth:`sample` draws, or raises.
+    What it can do beyond its values goes through every energy that is made of it: exact draws and
+    ``log_z`` where they are known, the conditionals of sites (:meth:`site_logits`) and of blocks
+    (:class:`pyroebm.core.conditionals.HasBlocks`), minibatches (:meth:`subsample`), and the names
+    of its variables (:meth:`named`).
 
     Example:
         >>> class DoubleWell(Energy):
@@ -54,8 +76,6 @@ class Energy(Saveable):
 
     event_shape: torch.Size = torch.Size()
     support: Constraint = constraints.real
-    log_z: float | None = None
-    has_exact_draws: bool = False
     _anchor: Tensor
 
     def __init__(
@@ -135,12 +155,12 @@ class Energy(Saveable):
         check_same(type(self).__name__, "dtype", self.dtype, name, x.dtype)
         check_same(type(self).__name__, "device", self.device, name, x.device)
 
-    def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """``n`` legal starting states of finite energy, shape ``(n, *event_shape)``.
+    def initial(self, num_chains: int, generator: torch.Generator | None = None) -> Tensor:
+        """``num_chains`` legal starting states of finite energy, shape ``(n, *event_shape)``.
 
         Raises:
-            ValueError: if ``n`` < 1, the support has no default, or no finite energy is found in
-                100 tries.
+            ValueError: if ``num_chains`` < 1, the support has no default, or no finite energy is
+                found in 100 tries.
         """
 
         def draw(count: int) -> Tensor:
@@ -148,11 +168,21 @@ class Energy(Saveable):
                 self.support, (count, *self.event_shape), generator, self.dtype, self.device
             )
 
-        return search_finite(type(self).__name__, draw, self, n)
+        return search_finite(type(self).__name__, draw, self, num_chains)
 
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """``n`` exact independent draws, shape ``(n, *event_shape)``, where the energy has them
-        (``has_exact_draws``).
+    @property
+    def log_z(self) -> float | None:
+        r""":math:`\log Z` in nats where it is exactly known, else None."""
+        return None
+
+    @property
+    def has_exact_draws(self) -> bool:
+        """Whether :meth:`sample` draws, or raises."""
+        return False
+
+    def sample(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
+        """``num_samples`` exact independent draws, shape ``(n, *event_shape)``, where the energy
+        has them (``has_exact_draws``).
 
         Raises:
             NotImplementedError: if it has none; never returns something that is not a draw.
@@ -161,10 +191,61 @@ class Energy(Saveable):
             f"{type(self).__name__} has no exact draws; sample it with MCMC, from initial(n)"
         )
 
+    def site_logits(self, x: Tensor, site: Tensor) -> Tensor:
+        """Log-probabilities, up to a constant of each row, of the K values of one site of each row
+        given the others, on a discrete support.
+
+        Here they are K energies of each row. An energy that knows them in less time overrides this.
+
+        Args:
+            x: states, shape ``(chains, *event)``.
+            site: number of the site, row by row, shape ``(chains,)``, int64; sites are numbered as
+                the flat event has them.
+
+        Returns:
+            shape ``(chains, K)``; values in the order 0, 1 of bits, -1, +1 of spins, and of the
+            entries of a one-hot row.
+        """
+        values = site_values(self.support, self.event_shape, x.dtype, x.device)
+        candidates = x.reshape(len(x), 1, -1, values.shape[1]).repeat(1, len(values), 1, 1)
+        candidates[torch.arange(len(x), device=x.device), :, site] = values
+        # Chains stay the first axis: an energy may treat each of them differently, as a tempered
+        # path does.
+        return -self(candidates.reshape(len(x), len(values), *self.event_shape))
+
+    def subsample(self, generator: torch.Generator | None = None) -> Energy:
+        """An energy of which this one is the expectation: that of a random minibatch where it is a
+        sum over data (:class:`pyroebm.core.MinibatchEnergy`), else itself."""
+        return self
+
+    @property
+    def _source(self) -> Energy:
+        """What tells this energy from another one: itself, or of a view that is made anew at each
+        call the energy that it is made of."""
+        return self
+
     def log_ratio(self, x1: Tensor, x2: Tensor) -> Tensor:
         r""":math:`\log p(x_1) - \log p(x_2) = E(x_2) - E(x_1)`, which needs no :math:`Z`. Shape:
         the common batch shape."""
         return self(x2) - self(x1)
+
+    def score_samples(self, x: Tensor) -> Tensor:
+        r"""Log-density :math:`\log p(x) = -E(x) - \log Z` where ``log_z`` is known, else
+        :math:`-E(x)`, in nats, as scikit-learn's density estimators call it.
+
+        Args:
+            x: events, shape ``(*batch, *event)``.
+
+        Returns:
+            shape ``(*batch)``; higher where x is more probable.
+
+        Example:
+            >>> from pyroebm.targets import Gaussian
+            >>> Gaussian(0.0).score_samples(torch.tensor([0.0]))  # -log(2 pi) / 2
+            tensor([-0.9189])
+        """
+        log_z = self.log_z
+        return -self(x) if log_z is None else -self(x) - log_z
 
     def named(self, x: Tensor, site: str = "x") -> dict[str, Tensor]:
         """States as the variables that results show, each ``(*batch, *shape)``: here one, called
@@ -225,14 +306,65 @@ class Sum(Energy):
     def forward(self, x: Tensor) -> Tensor:
         return torch.stack([part(x) for part in self.parts]).sum(0)
 
-    def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+    def initial(self, num_chains: int, generator: torch.Generator | None = None) -> Tensor:
         # a part may know its domain better than the support does
-        states = cast(Energy, self.parts[0]).initial(n, generator)
+        states = self._parts[0].initial(num_chains, generator)
         with torch.no_grad():
-            return states if torch.isfinite(self(states)).all() else super().initial(n, generator)
+            return (
+                states
+                if torch.isfinite(self(states)).all()
+                else super().initial(num_chains, generator)
+            )
+
+    @property
+    def _parts(self) -> list[Energy]:
+        return [cast(Energy, part) for part in self.parts]
+
+    def site_logits(self, x: Tensor, site: Tensor) -> Tensor:
+        return torch.stack([part.site_logits(x, site) for part in self._parts]).sum(0)
+
+    @property
+    def blocks(self) -> Mapping[str, Index]:
+        """Those that all parts have."""
+        return common_blocks(self._parts)
+
+    def conditional(self, block: str, x: Tensor) -> Distribution:
+        """The product of those of the parts."""
+        return product_of_powers(*[(conditional_of(part, block, x), 1.0) for part in self._parts])
+
+    def subsample(self, generator: torch.Generator | None = None) -> Energy:
+        return Sum(*[part.subsample(generator) for part in self._parts])
+
+    def named(self, x: Tensor, site: str = "x") -> dict[str, Tensor]:
+        return self._parts[0].named(x, site)
 
 
-class Tempered(Energy):
+class View(Energy):
+    """An energy made of another one over the same events, whose starting states and names of
+    variables it has.
+
+    Args:
+        energy: the other one.
+        support: constraint of one event; None is that of the energy.
+
+    Example:
+        >>> from pyroebm.targets import DoubleWell
+        >>> View(DoubleWell()).energy
+        DoubleWell()
+    """
+
+    def __init__(self, energy: Energy, support: Constraint | None = None) -> None:
+        super().__init__(energy.event_shape, energy.support if support is None else support)
+        self.energy: Energy = energy
+
+    def initial(self, num_chains: int, generator: torch.Generator | None = None) -> Tensor:
+        return self.energy.initial(num_chains, generator)
+
+    def named(self, x: Tensor, site: str = "x") -> dict[str, Tensor]:
+        return self.energy.named(x, site)
+
+
+class Tempered(View):
     r"""The density at inverse temperature :math:`\beta`: :math:`p_\beta(x) \propto e^{-\beta
     E(x)}`.
 
@@ -257,18 +389,26 @@ class Tempered(Energy):
             raise ValueError(
                 f"beta must be a positive finite number without gradient, got beta={beta!r}"
             )
-        super().__init__(energy.event_shape, energy.support)
-        self.energy: Energy = energy
+        super().__init__(energy)
         self.beta: float = float(beta)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.beta * self.energy(x)
 
-    def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        return self.energy.initial(n, generator)
+    def site_logits(self, x: Tensor, site: Tensor) -> Tensor:
+        return self.beta * self.energy.site_logits(x, site)
 
-    def named(self, x: Tensor, site: str = "x") -> dict[str, Tensor]:
-        return self.energy.named(x, site)
+    @property
+    def blocks(self) -> Mapping[str, Index]:
+        """Those of the energy."""
+        return blocks_of(self.energy)
+
+    def conditional(self, block: str, x: Tensor) -> Distribution:
+        r"""That of the energy to the power :math:`\beta`."""
+        return product_of_powers((conditional_of(self.energy, block, x), self.beta))
+
+    def subsample(self, generator: torch.Generator | None = None) -> Energy:
+        return Tempered(self.energy.subsample(generator), self.beta)
 
     def extra_repr(self) -> str:
         return f"beta={self.beta:g}"

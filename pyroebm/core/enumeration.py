@@ -16,7 +16,7 @@ BATCH = 1 << 14
 
 
 def all_bits(
-    n: int, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    num_bits: int, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
 ) -> Tensor:
     r"""All :math:`2^n` rows of n bits, shape ``(2**n, n)``, counted up with the first bit the
     highest.
@@ -28,37 +28,41 @@ def all_bits(
                 [1., 0.],
                 [1., 1.]])
     """
-    return _rows(0, 1 << n, n, dtype, device)
+    return _rows(0, 1 << num_bits, num_bits, dtype, device)
 
 
 def bit_batches(
-    n: int, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    num_bits: int, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
 ) -> Iterator[Tensor]:
     """The rows of :func:`all_bits` in batches of at most ``BATCH``: memory does not grow with their
     number."""
-    for start in range(0, 1 << n, BATCH):
-        yield _rows(start, min(start + BATCH, 1 << n), n, dtype, device)
+    for start in range(0, 1 << num_bits, BATCH):
+        yield _rows(start, min(start + BATCH, 1 << num_bits), num_bits, dtype, device)
 
 
-def state_batches(values: Tensor, sites: int) -> Iterator[Tensor]:
+def state_batches(values: Tensor, num_sites: int) -> Iterator[Tensor]:
     """All states of sites that take K values ``(K, width)``, in batches ``(n, sites, width)``, the
     first site highest."""
-    count = len(values) ** sites
-    power = torch.tensor([len(values) ** k for k in reversed(range(sites))], device=values.device)
+    count = len(values) ** num_sites
+    power = torch.tensor(
+        [len(values) ** k for k in reversed(range(num_sites))], device=values.device
+    )
     for first in range(0, count, BATCH):
         number = torch.arange(first, min(first + BATCH, count), device=values.device)
         yield values[number.unsqueeze(1) // power % len(values)]
 
 
-def bits_of(number: Tensor, n: int, dtype: torch.dtype) -> Tensor:
+def bits_of(number: Tensor, num_bits: int, dtype: torch.dtype) -> Tensor:
     """The rows of :func:`all_bits` with these numbers: ``(k,)`` to ``(k, n)``."""
-    shift = torch.arange(n - 1, -1, -1, device=number.device)
+    shift = torch.arange(num_bits - 1, -1, -1, device=number.device)
     return ((number.unsqueeze(1) >> shift) & 1).to(dtype)
 
 
-def draw_numbers(log_p: Tensor, n: int, generator: torch.Generator | None = None) -> Tensor:
-    """``n`` numbers of states ``(n,)``, by inverse CDF over unnormalised log-probabilities of all
-    of them; none of probability 0.
+def draw_numbers(
+    log_p: Tensor, num_samples: int, generator: torch.Generator | None = None
+) -> Tensor:
+    """``num_samples`` numbers of states ``(n,)``, by inverse CDF over unnormalised
+    log-probabilities of all of them; none of probability 0.
 
     Raises:
         FloatingPointError: if these are not finite: there is no such law.
@@ -72,7 +76,7 @@ def draw_numbers(log_p: Tensor, n: int, generator: torch.Generator | None = None
     # a number below 1 times the total stays below the total, so what is found has a probability
     # above 0
     return torch.searchsorted(
-        cdf, uniform((n,), generator, torch.float64, cdf.device) * cdf[-1], right=True
+        cdf, uniform((num_samples,), generator, torch.float64, cdf.device) * cdf[-1], right=True
     )
 
 

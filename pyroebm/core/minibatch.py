@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
 
 import torch
 from torch import Tensor
 
-from pyroebm.core.compilation import Compiled
-from pyroebm.core.energy import Energy, Sum, Tempered
+from pyroebm.core.energy import Energy
 from pyroebm.core.rng import subset
-from pyroebm.core.supports import is_discrete
-from pyroebm.core.wrappers import Unconstrained
 
-__all__ = ["MinibatchEnergy", "subsample"]
+__all__ = ["MinibatchEnergy"]
 
 
 class MinibatchEnergy(Energy):
@@ -70,8 +66,11 @@ class MinibatchEnergy(Energy):
     def forward(self, x: Tensor) -> Tensor:
         return self.prior(x) + self.total / self.size * self.loss(x, self.data)
 
-    def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        return self.prior.initial(n, generator)
+    def initial(self, num_chains: int, generator: torch.Generator | None = None) -> Tensor:
+        return self.prior.initial(num_chains, generator)
+
+    def named(self, x: Tensor, site: str = "x") -> dict[str, Tensor]:
+        return self.prior.named(x, site)
 
     def on(self, rows: Tensor) -> MinibatchEnergy:
         r""":math:`\hat E` on the data numbered ``rows``, shape ``(n,)``."""
@@ -83,28 +82,3 @@ class MinibatchEnergy(Energy):
         r""":math:`\hat E` on ``batch_size`` data drawn without replacement, the same for all rows
         of x."""
         return self.on(subset(self.size, self.batch_size, generator, self.data.device))
-
-
-def subsample(energy: Energy, generator: torch.Generator | None = None) -> Energy:
-    """An energy of which ``energy`` is the expectation: that of a random minibatch wherever it has
-    one, else itself.
-
-    Looks into sums, tempered energies, unconstrained coordinates and compiled energies.
-
-    Example:
-        >>> from pyroebm.targets import DoubleWell
-        >>> energy = DoubleWell()
-        >>> subsample(energy) is energy
-        True
-    """
-    if isinstance(energy, MinibatchEnergy):
-        return energy.subsample(generator)
-    if isinstance(energy, Unconstrained) and not is_discrete(energy.support):
-        return Unconstrained(subsample(energy.energy, generator))
-    if isinstance(energy, Compiled):
-        return subsample(energy.energy, generator)
-    if isinstance(energy, Tempered):
-        return Tempered(subsample(energy.energy, generator), energy.beta)
-    if isinstance(energy, Sum):
-        return Sum(*[subsample(cast(Energy, part), generator) for part in energy.parts])
-    return energy

@@ -83,9 +83,9 @@ class Progress:
                 self._draw(self._state())
         return self
 
-    def update(self, n: int = 1) -> None:
-        """Count ``n`` more units. It costs a look at the clock unless a line is due."""
-        self.count += n
+    def update(self, num_done: int = 1) -> None:
+        """Count ``num_done`` more units. It costs a look at the clock unless a line is due."""
+        self.count += num_done
         if self._clock() >= self._due:
             self._draw(self._state())
 

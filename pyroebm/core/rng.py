@@ -5,16 +5,29 @@ from __future__ import annotations
 
 import contextlib
 import math
+import threading
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 
-__all__ = ["drawing_from", "fresh_seed", "seeded_generator", "standard_normal", "subset", "uniform"]
+__all__ = [
+    "draw_from",
+    "drawing_from",
+    "fresh_seed",
+    "seeded_generator",
+    "standard_normal",
+    "subset",
+    "uniform",
+]
 
 #: Normal numbers from which on the transform of Box and Muller (1958) is worth its few operations.
 MANY = 1024
+
+#: Held while torch's default generator stands in for another one.
+_LOCK = threading.RLock()
 
 
 def fresh_seed(seed: int | None) -> int:
@@ -79,27 +92,47 @@ def subset(
     return torch.randperm(total, generator=generator, device=where)[:size].to(device)
 
 
+def draw_from(
+    distribution: Distribution, num_samples: int, generator: torch.Generator | None = None
+) -> Tensor:
+    """Draws of a distribution of torch or Pyro, ``(num_samples, *event_shape)``.
+
+    Such distributions take no generator. With one, torch's default generators are seeded from it
+    for the time of the draw, under a lock, and put back: another thread that draws from them
+    meanwhile is not reproducible. None draws from them as they are.
+    """
+    if generator is None:
+        return distribution.sample(torch.Size([num_samples]))
+    seed = int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device))
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with _LOCK, torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        return distribution.sample(torch.Size([num_samples]))
+
+
 @contextlib.contextmanager
 def drawing_from(generator: torch.Generator | None) -> Iterator[None]:
-    """For :mod:`torch.distributions`, which take no generator: inside, torch's global one continues
-    the stream of ``generator``.
+    """For code that takes no generator: inside, torch's default one continues the stream of
+    ``generator``.
 
-    Outside it is as before; None leaves it alone.
+    Outside it is as before; None leaves it alone. One thread at a time is inside.
     """
     if generator is None:
         yield
         return
     cuda = generator.device.type == "cuda"
-    outer = torch.cuda.get_rng_state(generator.device) if cuda else torch.get_rng_state()
+
+    def get() -> Tensor:
+        return torch.cuda.get_rng_state(generator.device) if cuda else torch.get_rng_state()
 
     def put(state: Tensor) -> None:
         torch.cuda.set_rng_state(state, generator.device) if cuda else torch.set_rng_state(state)
 
-    put(generator.get_state())
-    try:
-        yield
-    finally:
-        generator.set_state(
-            torch.cuda.get_rng_state(generator.device) if cuda else torch.get_rng_state()
-        )
-        put(outer)
+    with _LOCK:
+        outer = get()
+        put(generator.get_state())
+        try:
+            yield
+        finally:
+            generator.set_state(get())
+            put(outer)

@@ -49,6 +49,7 @@ from pyroebm.core._torch_private import (
     storage_of,
 )
 from pyroebm.core.files import FileError, read_tensors, write_tensors
+from pyroebm.core.rng import drawing_from, seeded_generator
 from pyroebm.core.supports import spin
 
 __all__ = ["Saveable", "load", "save"]
@@ -582,7 +583,7 @@ class _Reader:
         entries = sum(tensor.numel() for tensor in self.tensors.values())
         bound = BoundedAllocation(2**27 + 16 * entries, 2 * 10**4 + 100 * len(self.tensors))
         # the constructors draw what the file's tensors replace, and they warned the first time
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), bound:
+        with drawing_from(seeded_generator(0)), warnings.catch_warnings(), bound:
             warnings.simplefilter("ignore")
             for node in self.nodes:
                 self.made.append(self.module(node))

@@ -8,7 +8,7 @@ import importlib
 import math
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ __all__ = [
     "mcse_mean",
     "bfmi",
     "pareto_k",
+    "Kind",
     "LogMean",
     "effective",
     "log_mean",
@@ -34,6 +35,9 @@ __all__ = [
     "median_distance",
     "mode_coverage_entropy",
 ]
+
+#: On which side of the truth a number is: "lower" and "upper" on average.
+Kind = Literal["exact", "estimate", "lower", "upper"]
 
 
 @functools.cache
@@ -190,7 +194,7 @@ def effective(log_weights: Tensor) -> float:
     return float(ratio.sum() ** 2 / ratio.square().sum())
 
 
-def too_few(ess: float, n: int) -> bool:
+def too_few(ess: float, num_samples: int) -> bool:
     """Whether n weights are too unequal to show how much their mean scatters.
 
     The largest weights then decide the mean, and larger ones have not been drawn yet, so that the
@@ -199,7 +203,7 @@ def too_few(ess: float, n: int) -> bool:
     of 100 cases where it is so, else in 2 of 100 for 50 weights, 4 of 1,000 for 100, 1 of 1,000 for
     200 and less than 2 of 10,000 from 500 on.
     """
-    return ess <= min(0.25 * n, ENOUGH)
+    return ess <= min(0.25 * num_samples, ENOUGH)
 
 
 def log_mean(log_weights: Tensor) -> LogMean:
@@ -241,7 +245,12 @@ GROUPS = 20
 
 
 class Estimate(NamedTuple):
-    """A number and its standard error.
+    """A number, its standard error, and on which side of the truth it is.
+
+    Attributes:
+        value: the number.
+        standard_error: how much it scatters; 0 where it is exact.
+        kind: "exact", "estimate", or "lower" or "upper" where its mean is below or above the truth.
 
     Example:
         >>> print(Estimate(1.0, 0.25))
@@ -250,6 +259,7 @@ class Estimate(NamedTuple):
 
     value: float
     standard_error: float
+    kind: Kind = "estimate"
 
     @classmethod
     def of(cls, values: Tensor) -> Estimate:

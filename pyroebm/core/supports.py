@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Transform, biject_to, constraints
 from torch.distributions.constraints import Constraint
+from torch.distributions.transforms import identity_transform
 
 from pyroebm.core.rng import uniform
 
@@ -28,6 +29,7 @@ __all__ = [
     "mean_free_basis",
     "search_finite",
     "site_values",
+    "to_support",
     "unconstraining",
 ]
 
@@ -152,6 +154,20 @@ def unconstraining(support: Constraint) -> Transform:
     return transform
 
 
+def to_support(support: Constraint) -> Transform:
+    """The map onto the support from the coordinates in which kernels move: :func:`unconstraining`,
+    and the identity where the support is real or discrete.
+
+    Example:
+        >>> to_support(constraints.positive)(torch.zeros(1)), to_support(spin)(torch.ones(1))
+        (tensor([1.]), tensor([1.]))
+    """
+    if is_real(support) or is_discrete(support):
+        as_it_is: Transform = identity_transform
+        return as_it_is
+    return unconstraining(support)
+
+
 def draw_initial(
     support: Constraint,
     shape: Sequence[int],
@@ -203,23 +219,24 @@ def search_finite(
     name: str,
     draw: Callable[[int], Tensor],
     energy: Callable[[Tensor], Tensor],
-    n: int,
-    tries: int = 100,
+    num_chains: int,
+    num_tries: int = 100,
 ) -> Tensor:
-    """``n`` states from ``draw(count)`` at which ``energy`` is finite: the rows where it is not are
-    drawn again."""
-    if n < 1:
-        raise ValueError(f"n must be at least 1, got n={n}")
-    states = draw(n)
-    for _ in range(tries):
+    """``num_chains`` states from ``draw(count)`` at which ``energy`` is finite: the rows where it
+    is not are drawn again."""
+    if num_chains < 1:
+        raise ValueError(f"num_chains must be at least 1, got num_chains={num_chains}")
+    states = draw(num_chains)
+    for _ in range(num_tries):
         with torch.no_grad():
             bad = ~torch.isfinite(energy(states))
         if not bad.any():
             return states
         states[bad] = draw(int(bad.sum()))
     raise ValueError(
-        f"{name}.initial found no state of finite energy for {int(bad.sum())} of n={n} rows in"
-        f" {tries} tries;"
+        f"{name}.initial found no state of finite energy for {int(bad.sum())} of"
+        f" num_chains={num_chains} rows in"
+        f" {num_tries} tries;"
         " override initial(n, generator) with states inside the domain"
     )
 
@@ -235,12 +252,12 @@ def event_numel(event_shape: Sequence[int]) -> int:
     return math.prod(event_shape)
 
 
-def mean_free_basis(n: int, dtype: torch.dtype | None = None) -> Tensor:
+def mean_free_basis(num_particles: int, dtype: torch.dtype | None = None) -> Tensor:
     """Helmert's orthonormal basis of the vectors of n entries whose mean is 0, as columns, shape
     ``(n, n - 1)``.
 
     Args:
-        n: at least 2.
+        num_particles: at least 2.
         dtype: floating-point type; None for torch's default.
 
     Example:
@@ -249,9 +266,10 @@ def mean_free_basis(n: int, dtype: torch.dtype | None = None) -> Tensor:
                 [-0.7071,  0.4082],
                 [ 0.0000, -0.8165]])
     """
-    k = torch.arange(1, n, dtype=torch.float64)
+    k = torch.arange(1, num_particles, dtype=torch.float64)
     steps = (
-        torch.tril(torch.ones(n - 1, n, dtype=torch.float64)) - torch.diag_embed(k, offset=1)[:-1]
+        torch.tril(torch.ones(num_particles - 1, num_particles, dtype=torch.float64))
+        - torch.diag_embed(k, offset=1)[:-1]
     )
     return (steps / torch.sqrt(k * (k + 1.0))[:, None]).T.to(
         torch.get_default_dtype() if dtype is None else dtype

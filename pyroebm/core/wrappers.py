@@ -5,20 +5,20 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import constraints
+from torch.distributions import Distribution, constraints
 from torch.distributions.constraints import Constraint
-from torch.distributions.transforms import identity_transform
 
-from pyroebm.core.energy import Energy
+from pyroebm.core.conditionals import Index, blocks_of, conditional_of, restricted
+from pyroebm.core.energy import Energy, View
 from pyroebm.core.supports import base_constraint, event_sum, is_discrete, is_real, unconstraining
 
 __all__ = [
-    "Compressed",
+    "LogRegularized",
     "Conditioned",
     "check_weighable",
     "Unnormalized",
@@ -26,6 +26,7 @@ __all__ = [
     "Unconstrained",
     "PotentialFn",
     "eval_mode",
+    "unconstrain",
 ]
 
 
@@ -99,11 +100,37 @@ class Conditioned(Energy):
     def forward(self, x: Tensor) -> Tensor:
         return self.energy(self.complete(x))
 
-    def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+    def initial(self, num_chains: int, generator: torch.Generator | None = None) -> Tensor:
         # the inner energy knows its domain best
-        states = self.energy.initial(n, generator)[:, ~self.mask]
+        states = self.energy.initial(num_chains, generator)[:, ~self.mask]
         with torch.no_grad():
-            return states if torch.isfinite(self(states)).all() else super().initial(n, generator)
+            return (
+                states
+                if torch.isfinite(self(states)).all()
+                else super().initial(num_chains, generator)
+            )
+
+    def site_logits(self, x: Tensor, site: Tensor) -> Tensor:
+        free = (~self.mask).flatten().nonzero().squeeze(1)
+        return self.energy.site_logits(self.complete(x), free[site])
+
+    def _free(self, block: Index) -> tuple[Tensor, Tensor]:
+        """The numbers, among the free entries, of those of a block, and which of the block they
+        are."""
+        free = ~self.mask.flatten()
+        entries = torch.arange(len(free), device=free.device)[block]
+        return (free.cumsum(0) - 1)[entries[free[entries]]], free[entries]
+
+    @property
+    def blocks(self) -> Mapping[str, Index]:
+        """The free entries of each block of the energy."""
+        blocks = {name: self._free(index)[0] for name, index in blocks_of(self.energy).items()}
+        return {name: entries for name, entries in blocks.items() if len(entries)}
+
+    def conditional(self, block: str, x: Tensor) -> Distribution:
+        """That of the energy, on the free entries of the block."""
+        law = conditional_of(self.energy, block, self.complete(x))
+        return restricted(law, self._free(blocks_of(self.energy)[block])[1])
 
 
 def _log_softplus(g: Tensor) -> Tensor:
@@ -176,7 +203,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-class Relaxed(Energy):
+class Relaxed(View):
     r"""The energy of a discrete support continued to real numbers, as its :meth:`forward` continues
     it: it has a gradient in x.
 
@@ -189,24 +216,20 @@ class Relaxed(Energy):
         energy: an energy whose ``forward`` accepts real numbers, and reaches them through autograd.
 
     Example:
-        >>> from pyroebm import value_and_grad
+        >>> from pyroebm.core import value_and_grad
         >>> from pyroebm.targets import BernoulliProduct
         >>> value_and_grad(Relaxed(BernoulliProduct([1.0, 2.0])), torch.tensor([[1.0, 0.0]]))
         (tensor([-1.]), tensor([[-1., -2.]]))
     """
 
     def __init__(self, energy: Energy) -> None:
-        super().__init__(energy.event_shape, constraints.real)
-        self.energy = energy
+        super().__init__(energy, constraints.real)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.energy(x)
 
-    def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        return self.energy.initial(n, generator)
 
-
-class Compressed(Energy):
+class LogRegularized(View):
     r"""An energy whose heights are taken as their logarithm above a bound, so that a far start
     gives no huge gradient.
 
@@ -224,15 +247,15 @@ class Compressed(Energy):
 
     Example:
         >>> from pyroebm.targets import Gaussian
-        >>> Compressed(Gaussian(0.0), 10.0)(torch.tensor([2.0, 1000.0]))
+        >>> LogRegularized(Gaussian(0.0), 10.0)(torch.tensor([2.0, 1000.0]))
         tensor([ 2.0000, 23.1223])
     """
 
     def __init__(self, energy: Energy, height: float) -> None:
         if not -math.inf < height < math.inf:
             raise ValueError(f"height must be finite, got height={height}")
-        super().__init__(energy.event_shape, energy.support)
-        self.energy, self.height = energy, float(height)
+        super().__init__(energy)
+        self.height = float(height)
 
     def forward(self, x: Tensor) -> Tensor:
         values = self.energy(x)
@@ -240,16 +263,14 @@ class Compressed(Energy):
         above = torch.log1p((values - self.height).clamp(min=0.0)) + self.height
         return torch.where(values > self.height, above, values)  # a NaN stays one
 
-    def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        return self.energy.initial(n, generator)
-
 
 def check_weighable(energy: Energy) -> None:
-    """ValueError if an energy, or one that it is made of, is :class:`Compressed`: for what makes
-    weights or log Z of values."""
-    if any(isinstance(module, Compressed) for module in energy.modules()):
+    """ValueError if an energy, or one that it is made of, is :class:`LogRegularized`: for what
+    makes weights or log Z of values."""
+    if any(isinstance(module, LogRegularized) for module in energy.modules()):
         raise ValueError(
-            "energy must not be Compressed: its values are for gradients, and weights made of them"
+            "energy must not be LogRegularized: its values are for gradients, and weights made of"
+            " them"
             " are wrong"
         )
 
@@ -259,17 +280,15 @@ class Unconstrained(Energy):
 
     .. math:: E_u(u) = E(T(u)) - \log |\det \partial T / \partial u|
 
-    The partition function is unchanged. Kernels see energies in these coordinates only. Where the
-    transform underflows (in float32 ``exp(u)`` is 0 below u = -104) the energy is as the inner one
-    has it at the edge; kernels refuse what is not finite.
+    The partition function is unchanged. Where the transform underflows (in float32 ``exp(u)`` is 0
+    below u = -104) the energy is as the inner one has it at the edge; kernels refuse what is not
+    finite. :func:`unconstrain` makes one where it is needed.
 
     Args:
         energy: an energy of continuous support.
-        keep_discrete: let an energy of discrete support through as it is, for kernels that move on
-            it.
 
     Raises:
-        ValueError: if the support is discrete (and not kept) or no bijection is known.
+        ValueError: if the support is discrete or no bijection is known.
 
     Example:
         >>> from pyroebm.targets import Exponential
@@ -277,33 +296,25 @@ class Unconstrained(Energy):
         tensor([1.])
     """
 
-    def __init__(self, energy: Energy, keep_discrete: bool = False) -> None:
-        kept = keep_discrete and is_discrete(energy.support)
-        transform = identity_transform if kept else unconstraining(energy.support)
-        super().__init__(
-            transform.inverse_shape(torch.Size(energy.event_shape)),
-            energy.support if kept else None,
-        )
-        self.energy = energy
-        self.transform = transform
-        self._as_is = kept or is_real(energy.support)
+    def __init__(self, energy: Energy) -> None:
+        transform = unconstraining(energy.support)
+        super().__init__(transform.inverse_shape(torch.Size(energy.event_shape)))
+        self.energy, self.transform = energy, transform
 
     @property
-    def log_z(self) -> float | None:  # type: ignore[override]
+    def log_z(self) -> float | None:
         """That of the inner energy: a change of variables leaves it."""
         return self.energy.log_z
 
     @property
-    def has_exact_draws(self) -> bool:  # type: ignore[override]
+    def has_exact_draws(self) -> bool:
         """Whether the inner energy can be sampled exactly."""
         return self.energy.has_exact_draws
 
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        return self.unconstrain(self.energy.sample(n, generator))
+    def sample(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
+        return self.unconstrain(self.energy.sample(num_samples, generator))
 
     def forward(self, u: Tensor) -> Tensor:
-        if self._as_is:
-            return self.energy(u)
         x = self.transform(u)
         log_det = self.transform.log_abs_det_jacobian(u, x)
         return self.energy(x) - event_sum(
@@ -312,14 +323,45 @@ class Unconstrained(Energy):
 
     def constrain(self, u: Tensor) -> Tensor:
         """States of the original energy: ``(*batch, *unconstrained) -> (*batch, *event)``."""
-        return u if self._as_is else self.transform(u)
+        x: Tensor = self.transform(u)
+        return x
 
     def unconstrain(self, x: Tensor) -> Tensor:
         """The inverse of :meth:`constrain`."""
-        return x if self._as_is else self.transform.inv(x)
+        u: Tensor = self.transform.inv(x)
+        return u
 
-    def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        return self.unconstrain(self.energy.initial(n, generator))
+    def initial(self, num_chains: int, generator: torch.Generator | None = None) -> Tensor:
+        return self.unconstrain(self.energy.initial(num_chains, generator))
+
+    def named(self, x: Tensor, site: str = "x") -> dict[str, Tensor]:
+        return self.energy.named(self.constrain(x), site)
+
+    @property
+    def _source(self) -> Energy:
+        return self.energy._source
+
+    def subsample(self, generator: torch.Generator | None = None) -> Energy:
+        return Unconstrained(self.energy.subsample(generator))
+
+
+def unconstrain(energy: Energy) -> Energy:
+    """The energy in the coordinates in which kernels move: :class:`Unconstrained`, and the energy
+    itself where its support is real or discrete.
+
+    ``pyroebm.core.supports.to_support(energy.support)`` maps states back.
+
+    Raises:
+        ValueError: if no bijection is known for its support.
+
+    Example:
+        >>> from pyroebm.targets import DoubleWell, Exponential
+        >>> energy = DoubleWell()
+        >>> unconstrain(energy) is energy, unconstrain(Exponential()).support
+        (True, Real())
+    """
+    as_it_is = is_real(energy.support) or is_discrete(energy.support)
+    return energy if as_it_is else Unconstrained(energy)
 
 
 class PotentialFn:
@@ -345,10 +387,9 @@ class PotentialFn:
     """
 
     def __init__(self, energy: Energy, site: str = "x") -> None:
-        self.unconstrained, self.site = Unconstrained(energy), site
-        self.transforms = (
-            {} if is_real(energy.support) else {site: self.unconstrained.transform.inv}
-        )
+        transform = unconstraining(energy.support)
+        self.unconstrained, self.site = unconstrain(energy), site
+        self.transforms = {} if is_real(energy.support) else {site: transform.inv}
 
     def __call__(self, params: dict[str, Any]) -> Tensor:
         if set(params) != {self.site}:

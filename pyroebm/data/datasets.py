@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyroebm.core._checks import check_counts
 from pyroebm.core.enumeration import all_bits
-from pyroebm.core.rng import seeded_generator, uniform
+from pyroebm.core.rng import uniform
 
 __all__ = [
     "LAPLACE_LOG_LIKELIHOOD",
@@ -49,7 +49,7 @@ class Split(NamedTuple):
     binarisation: str
 
 
-def bars_and_stripes(n: int, dtype: torch.dtype | None = None) -> Tensor:
+def bars_and_stripes(side: int, *, dtype: torch.dtype | None = None) -> Tensor:
     r"""Bars and stripes (MacKay, 2003): every n x n image whose rows, or whose columns, are each
     all on or all off.
 
@@ -59,7 +59,7 @@ def bars_and_stripes(n: int, dtype: torch.dtype | None = None) -> Tensor:
     .. math:: -(n + 1) \log 2 + \frac{4}{2^{n+1}} \log 2
 
     Args:
-        n: side of the image, up to 16.
+        side: side of the image, up to 16.
         dtype: floating-point type; None for torch's default.
 
     Returns:
@@ -72,18 +72,18 @@ def bars_and_stripes(n: int, dtype: torch.dtype | None = None) -> Tensor:
         >>> bars_and_stripes(2).shape, bars_and_stripes(2).unique(dim=0).shape
         (torch.Size([8, 4]), torch.Size([6, 4]))
     """
-    _check_bits("n", n)
-    bits = all_bits(n, dtype)
-    rows = bits.unsqueeze(2).expand(-1, n, n)
-    return torch.cat([rows, rows.mT]).reshape(-1, n * n)
+    _check_bits("side", side)
+    bits = all_bits(side, dtype=dtype)
+    rows = bits.unsqueeze(2).expand(-1, side, side)
+    return torch.cat([rows, rows.mT]).reshape(-1, side * side)
 
 
-def parity(n: int, dtype: torch.dtype | None = None) -> Tensor:
+def parity(num_bits: int, *, dtype: torch.dtype | None = None) -> Tensor:
     r"""Every n bits with an even number of ones: no statistic of fewer than n of them tells it from
     fair coins.
 
     Args:
-        n: number of bits, up to 16.
+        num_bits: number of bits, up to 16.
         dtype: floating-point type; None for torch's default.
 
     Returns:
@@ -99,12 +99,12 @@ def parity(n: int, dtype: torch.dtype | None = None) -> Tensor:
                 [1., 0., 1.],
                 [1., 1., 0.]])
     """
-    _check_bits("n", n)
-    bits = all_bits(n, dtype)
+    _check_bits("num_bits", num_bits)
+    bits = all_bits(num_bits, dtype=dtype)
     return bits[bits.sum(1) % 2 == 0]
 
 
-def digits(threshold: float | None = 8, dtype: torch.dtype | None = None) -> Split:
+def digits(threshold: float | None = 8, *, dtype: torch.dtype | None = None) -> Split:
     """Scikit-learn's 8 x 8 digits (Alpaydin and Kaynak, 1998; 1,797 images, pixels from 0 to 16).
 
     The split, 1,437 and 360, is scikit-learn's ``train_test_split`` with ``stratify=labels,
@@ -144,7 +144,12 @@ def digits(threshold: float | None = 8, dtype: torch.dtype | None = None) -> Spl
     )
 
 
-def laplace_mixture(n: int = 100_000, seed: int = 0, dtype: torch.dtype | None = None) -> Tensor:
+def laplace_mixture(
+    num_samples: int = 100_000,
+    *,
+    dtype: torch.dtype | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
     r"""Two independent Laplace sources of unit variance, mixed and ZCA-whitened (Bell and
     Sejnowski, 1997): a problem of independent component analysis, for Gaussian machines.
 
@@ -155,9 +160,9 @@ def laplace_mixture(n: int = 100_000, seed: int = 0, dtype: torch.dtype | None =
     log 2 = -2.69315 nats, whatever A is.
 
     Args:
-        n: number of points.
-        seed: of A and s.
+        num_samples: number of points.
         dtype: floating-point type; None for torch's default.
+        generator: source of the draws; None is torch's default generator.
 
     Returns:
         shape ``(n, 2)``, of mean 0 and covariance I.
@@ -170,31 +175,31 @@ def laplace_mixture(n: int = 100_000, seed: int = 0, dtype: torch.dtype | None =
         tensor([[1., 0.],
                 [0., 1.]], dtype=torch.float64)
     """
-    check_counts({"n": 3}, n)
-    generator = seeded_generator(seed)
+    check_counts({"num_samples": 3}, num_samples)
     mixing = 2.0 * torch.rand(2, 2, dtype=torch.float64, generator=generator) - 1.0
-    u = torch.rand(n, 2, dtype=torch.float64, generator=generator) - 0.5
+    u = torch.rand(num_samples, 2, dtype=torch.float64, generator=generator) - 0.5
     sources = -u.sign() * torch.log1p(-2.0 * u.abs()) / math.sqrt(2.0)
     return whitened(sources @ mixing.mT).to(torch.get_default_dtype() if dtype is None else dtype)
 
 
 def image_patches(
-    n: int = 10_000,
+    num_patches: int = 10_000,
     side: int = 8,
-    seed: int = 0,
     whiten: bool = True,
+    *,
     dtype: torch.dtype | None = None,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     """Random patches of scikit-learn's two photographs ("china", "flower"), in shades of grey from
     0 to 1.
 
     Args:
-        n: number of patches.
+        num_patches: number of patches.
         side: pixels of a side.
-        seed: of their places.
         whiten: subtract each patch's own mean, then ZCA-whiten (the direction that this leaves
             empty stays so).
         dtype: floating-point type; None for torch's default.
+        generator: source of the places; None is torch's default generator.
 
     Returns:
         shape ``(n, side * side)``.
@@ -208,7 +213,7 @@ def image_patches(
     """
     from sklearn.datasets import load_sample_images
 
-    check_counts({"n": 2, "side": 2}, n, side)
+    check_counts({"num_patches": 2, "side": 2}, num_patches, side)
     grey = torch.stack(
         [
             torch.from_numpy(image.copy()).double().mean(2) / 255.0
@@ -218,9 +223,11 @@ def image_patches(
     if side > min(grey.shape[1:]):
         raise ValueError(f"side must be at most {min(grey.shape[1:])}, got side={side}")
     windows = grey.unfold(1, side, 1).unfold(2, side, 1)
-    places = torch.randint(windows.shape[:3].numel(), (n,), generator=seeded_generator(seed))
+    places = torch.randint(windows.shape[:3].numel(), (num_patches,), generator=generator)
     image, place = places // windows.shape[1:3].numel(), places % windows.shape[1:3].numel()
-    patches = windows[image, place // windows.shape[2], place % windows.shape[2]].reshape(n, -1)
+    patches = windows[image, place // windows.shape[2], place % windows.shape[2]].reshape(
+        num_patches, -1
+    )
     if whiten:
         patches = whitened(patches - patches.mean(1, keepdim=True))
     return patches.to(torch.get_default_dtype() if dtype is None else dtype)
@@ -236,7 +243,7 @@ def whitened(x: Tensor) -> Tensor:
     return x @ (vectors * scales) @ vectors.mT
 
 
-def dequantised(x: Tensor, levels: int, generator: torch.Generator | None = None) -> Tensor:
+def dequantised(x: Tensor, num_levels: int, generator: torch.Generator | None = None) -> Tensor:
     r"""Grey levels as a density sees them: spread evenly over their cells (Theis, van den Oord and
     Bethge, "A Note on the Evaluation of Generative Models", 2016). On the levels themselves a
     density may grow without bound.
@@ -251,32 +258,32 @@ def dequantised(x: Tensor, levels: int, generator: torch.Generator | None = None
     Args:
         x: levels from 0 to 1 in steps of 1 / (K - 1), as ``digits(threshold=None)`` has them with K
             = 17; any shape.
-        levels: K.
+        num_levels: K.
         generator: source of u; fresh noise in each epoch is better than one of all.
 
     Returns:
         y in [0, 1), of the shape of x.
 
     Raises:
-        ValueError: if ``levels`` < 2 or an entry is no level.
+        ValueError: if ``num_levels`` < 2 or an entry is no level.
 
     Example:
         >>> y = dequantised(torch.tensor([0.0, 0.5, 1.0]), 3)
         >>> (3 * y).floor(), quantised(y, 3)
         (tensor([0., 1., 2.]), tensor([0.0000, 0.5000, 1.0000]))
     """
-    check_counts({"levels": 2}, levels)
-    k = (x * (levels - 1)).round()
-    off = ~((x * (levels - 1) - k).abs() < 1e-3) | (k < 0) | (k > levels - 1)
+    check_counts({"num_levels": 2}, num_levels)
+    k = (x * (num_levels - 1)).round()
+    off = ~((x * (num_levels - 1) - k).abs() < 1e-3) | (k < 0) | (k > num_levels - 1)
     if bool(off.any()):
         raise ValueError(
-            f"x must hold levels from 0 to 1 in steps of 1 / {levels - 1}, got"
+            f"x must hold levels from 0 to 1 in steps of 1 / {num_levels - 1}, got"
             f" {x[off].flatten()[:5].tolist()}"
         )
-    return (k + uniform(x.shape, generator, x.dtype, x.device)) / levels
+    return (k + uniform(x.shape, generator, x.dtype, x.device)) / num_levels
 
 
-def quantised(y: Tensor, levels: int) -> Tensor:
+def quantised(y: Tensor, num_levels: int) -> Tensor:
     """The grey levels, from 0 to 1, in whose cells y lies: the inverse of :func:`dequantised`. What
     lies outside of [0, 1) takes the first or the last level.
 
@@ -284,8 +291,8 @@ def quantised(y: Tensor, levels: int) -> Tensor:
         >>> quantised(torch.tensor([-0.1, 0.3, 0.4, 0.99]), 3)
         tensor([0.0000, 0.0000, 0.5000, 1.0000])
     """
-    check_counts({"levels": 2}, levels)
-    return (y * levels).floor().clamp(0, levels - 1) / (levels - 1)
+    check_counts({"num_levels": 2}, num_levels)
+    return (y * num_levels).floor().clamp(0, num_levels - 1) / (num_levels - 1)
 
 
 def _check_bits(name: str, n: int) -> None:

@@ -17,6 +17,7 @@ __all__ = ["to_arviz", "from_datasets", "summary"]
 def to_arviz(
     posterior: Mapping[str, Tensor],
     sample_stats: Mapping[str, Tensor] | None = None,
+    *,
     warmup_posterior: Mapping[str, Tensor] | None = None,
     warmup_sample_stats: Mapping[str, Tensor] | None = None,
     attrs: Mapping[str, Any] | None = None,

@@ -1,24 +1,26 @@
-"""Figures in matplotlib. Every function takes Axes (or makes them) and returns them; draws come as
-tensors or arrays."""
+"""Figures in matplotlib. Traces, ranks and energies are ArviZ's (:func:`arviz_figure`); every other
+function takes Axes (or makes them) and returns them, and draws come as tensors or arrays."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from scipy.stats import rankdata
+from matplotlib.figure import Figure
 from torch import Tensor
 
+from pyroebm.core.statistics import arviz, is_new_arviz
+
 __all__ = [
-    "plot_energy_levels",
+    "arviz_figure",
     "plot_images",
     "plot_mode_masses",
     "plot_potential",
-    "plot_rank",
-    "plot_trace",
 ]
 
 TRUTH, ESTIMATE = "black", "tab:red"
@@ -137,95 +139,35 @@ def plot_mode_masses(
     return ax
 
 
-def plot_trace(
-    draws: Tensor | np.ndarray,
-    chains: Sequence[int] = (0, 1, 2),
-    name: str = "x",
-    ax: Axes | None = None,
-) -> Axes:
-    """The path of a few chains.
+def arviz_figure(name: str, data: Any, **options: Any) -> Figure:
+    """The figure of one of ArviZ's plots in matplotlib, whatever the version of ArviZ.
 
     Args:
-        draws: one variable, shape ``(chains, draws)``.
-        chains: which chains to show.
-        name: name of the variable.
-        ax: axes to draw on.
+        name: such as "plot_trace", "plot_rank" or "plot_energy".
+        data: draws and statistics, as :func:`pyroebm.diagnostics.to_arviz` and
+            :meth:`pyroebm.MCMC.to_arviz` give them.
+        options: go to ArviZ.
+
+    Raises:
+        ValueError: if ArviZ has no plot of that name.
 
     Example:
-        >>> plot_trace(torch.zeros(4, 100)).get_xlabel()
-        'draw'
+        >>> from pyroebm.diagnostics import to_arviz
+        >>> x = torch.randn(4, 100, generator=torch.Generator().manual_seed(0))
+        >>> len(arviz_figure("plot_rank", to_arviz({"x": x})).axes) > 0
+        True
     """
-    ax, x = _axes(ax), _array(draws)
-    for chain in chains:
-        if chain < len(x):
-            ax.plot(x[chain], lw=0.6, alpha=0.8, label=f"chain {chain}")
-    ax.set(xlabel="draw", ylabel=name)
-    ax.legend(frameon=False, loc="upper right", fontsize=8)
-    return ax
-
-
-def plot_rank(draws: Tensor | np.ndarray, bins: int = 20, ax: Axes | None = None) -> Axes:
-    """Ranks of each chain's draws among those of all chains (Vehtari et al., 2021): level lines
-    mean that the chains agree.
-
-    Args:
-        draws: one variable, shape ``(chains, draws)``.
-        bins: number of bins of ranks.
-        ax: axes to draw on.
-
-    Example:
-        >>> plot_rank(torch.randn(4, 100, generator=torch.Generator().manual_seed(0))).get_xlabel()
-        'rank among all draws'
-    """
-    ax, x = _axes(ax), _array(draws)
-    ranks = rankdata(x).reshape(x.shape) / x.size
-    edges = np.linspace(0.0, 1.0, bins + 1)
-    shares = np.array([np.histogram(chain, edges)[0] / len(chain) for chain in ranks]) * bins
-    ax.stairs(
-        np.quantile(shares, 0.95, axis=0),
-        edges,
-        baseline=np.quantile(shares, 0.05, axis=0),
-        fill=True,
-        alpha=0.3,
-        color=ESTIMATE,
-    )
-    ax.stairs(
-        np.median(shares, axis=0), edges, color=ESTIMATE, lw=1.5, label="median and 90 % of chains"
-    )
-    ax.axhline(1.0, color=TRUTH, lw=1, ls="--", label="all chains alike")
-    ax.set(
-        xlabel="rank among all draws", ylabel="share of a chain's draws / even", ylim=(0.0, None)
-    )
-    ax.legend(frameon=False, fontsize=8)
-    return ax
-
-
-def plot_energy_levels(energy: Tensor | np.ndarray, bins: int = 60, ax: Axes | None = None) -> Axes:
-    """Hamiltonians about their mean and their changes from draw to draw (Betancourt, 2016): much
-    narrower changes are slow.
-
-    Args:
-        energy: Hamiltonians, shape ``(chains, draws)``.
-        bins: bins of the histograms.
-        ax: axes to draw on.
-
-    Example:
-        >>> energy = torch.randn(4, 100, generator=torch.Generator().manual_seed(0))
-        >>> plot_energy_levels(energy).get_xlabel()
-        'Hamiltonian - mean'
-    """
-    ax, levels = _axes(ax), _array(energy)
-    centred = (levels - levels.mean()).reshape(-1)
-    changes = np.diff(levels, axis=1).reshape(-1)
-    low, high = np.quantile(np.concatenate([centred, changes]), [0.001, 0.999])
-    edges = np.linspace(low, high, bins + 1)
-    for values, color, label in ((centred, TRUTH, "marginal"), (changes, ESTIMATE, "change")):
-        ax.stairs(
-            np.histogram(values, edges, density=True)[0], edges, color=color, lw=1.5, label=label
+    plot = getattr(arviz(), name, None) if name.startswith("plot_") else None
+    if plot is None:
+        raise ValueError(
+            'name must be a plot of ArviZ, such as "plot_trace", "plot_rank" or "plot_energy", got'
+            f" name={name!r}"
         )
-    ax.set(xlabel="Hamiltonian - mean", ylabel="density")
-    ax.legend(frameon=False)
-    return ax
+    with warnings.catch_warnings():  # ArviZ 0.23 calls what matplotlib is about to remove
+        warnings.simplefilter("ignore", DeprecationWarning)
+        made = plot(data, backend="matplotlib", **options)
+    figure: Figure = made.viz["figure"].item() if is_new_arviz() else np.ravel(made)[0].figure
+    return figure
 
 
 def plot_images(

@@ -78,7 +78,7 @@ class StreamingMoments(NamedTuple):
         """
         return torch.sqrt(1 - 1 / self.draws.mean() + self.mean.var(0) / self._within().mean(0))
 
-    def nested_r_hat(self, superchains: int) -> Tensor:
+    def nested_r_hat(self, num_superchains: int) -> Tensor:
         r"""Nested :math:`\hat R` for many short chains (Margossian, Hoffman, Sountsov, Riou-Durand,
         Vehtari and Gelman, 2024).
 
@@ -91,19 +91,19 @@ class StreamingMoments(NamedTuple):
         ``initial=points.repeat_interleave(chains_of_each, 0)``.
 
         Args:
-            superchains: number of superchains, each of as many chains in a row.
+            num_superchains: number of superchains, each of as many chains in a row.
 
         Raises:
             ValueError: if there are fewer than two, or if they do not divide the chains.
         """
         chains = len(self.mean)
-        if superchains < 2 or chains % superchains:
+        if num_superchains < 2 or chains % num_superchains:
             raise ValueError(
-                f"superchains must be at least 2 and divide the {chains} chains, got"
-                f" superchains={superchains}"
+                f"num_superchains must be at least 2 and divide the {chains} chains, got"
+                f" num_superchains={num_superchains}"
             )
         mean, within = (
-            t.reshape(superchains, -1, *t.shape[1:]) for t in (self.mean, self._within())
+            t.reshape(num_superchains, -1, *t.shape[1:]) for t in (self.mean, self._within())
         )
         between = mean.var(1) if mean.shape[1] > 1 else torch.zeros_like(mean[:, 0])
         return torch.sqrt(1 + mean.mean(1).var(0) / (between + within.mean(1)).mean(0))

@@ -13,7 +13,7 @@ __all__ = ["describe_chains", "describe_range", "describe_stuck", "stuck_chains"
 LEAST_RATE = 0.1
 
 
-def stuck_chains(moves: Tensor, steps: int) -> list[int]:
+def stuck_chains(moves: Tensor, num_steps: int) -> list[int]:
     r"""Numbers of the chains that never moved, if that is no chance.
 
     Where each step is accepted with probability 1/10 or more, all of C chains move at least once in
@@ -22,7 +22,7 @@ def stuck_chains(moves: Tensor, steps: int) -> list[int]:
 
     Args:
         moves: steps in which each chain moved, shape ``(chains,)``.
-        steps: n.
+        num_steps: n.
 
     Example:
         >>> stuck_chains(torch.tensor([80, 0, 75, 90]), 100)
@@ -30,21 +30,25 @@ def stuck_chains(moves: Tensor, steps: int) -> list[int]:
         >>> stuck_chains(torch.tensor([2, 0, 1, 2]), 3)
         []
     """
-    if len(moves) * (1.0 - LEAST_RATE) ** steps >= 0.01:
+    if len(moves) * (1.0 - LEAST_RATE) ** num_steps >= 0.01:
         return []
     found: list[int] = (moves == 0).nonzero().flatten().tolist()
     return found
 
 
 def describe_stuck(
-    stuck: list[int], chains: int, energies: Tensor | None = None, first: int = 0, total: int = 0
+    stuck: list[int],
+    num_chains: int,
+    energies: Tensor | None = None,
+    first: int = 0,
+    total: int = 0,
 ) -> str:
     """Say which chains never moved, their energies beside the others', and what to do; an empty
     text if there is none.
 
     Args:
         stuck: numbers of chains, as :func:`stuck_chains` gives them.
-        chains: number of all chains.
+        num_chains: number of all chains.
         energies: the energy of each chain where it is, shape ``(chains,)``; None says nothing of
             it.
         first, total: number of the first of these chains, and of all chains of the run, where a
@@ -56,21 +60,22 @@ def describe_stuck(
     """
     if not stuck:
         return ""
-    if len(stuck) == chains:
+    if len(stuck) == num_chains:
         where = f" (energy {describe_range(energies)})" if energies is not None else ""
         return (
-            f"None of {chains} chains moved after warm-up{where}. Start elsewhere (initial=), warm"
+            f"None of {num_chains} chains moved after warm-up{where}. Start elsewhere (initial=),"
+            f" warm"
             " up longer, take another step"
             " size where it is fixed, or check the energy."
         )
     where = ""
     if energies is not None:
-        mask = torch.zeros(chains, dtype=torch.bool, device=energies.device)
+        mask = torch.zeros(num_chains, dtype=torch.bool, device=energies.device)
         mask[stuck] = True
         median = float(energies[~mask].median())
         where = f" (energy {describe_range(energies[mask])}, median of the others {median:.3g})"
     it, they = ("it", "it") if len(stuck) == 1 else ("them", "they")
-    named = describe_chains([first + chain for chain in stuck], total or chains)
+    named = describe_chains([first + chain for chain in stuck], total or num_chains)
     return (
         f"{named} never moved after warm-up{where}. Start {it}"
         " elsewhere (initial=, or another"

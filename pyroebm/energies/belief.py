@@ -42,6 +42,7 @@ class DeepBeliefNetwork(Saveable):
     Args:
         sizes: units of each layer, the visible one first; at least two (a single RBM).
         dtype: floating-point type; None for torch's default.
+        generator: source of the initial weights; None is torch's default generator.
 
     Attributes:
         rbms: the layers from below, the last of them ``top``.
@@ -57,13 +58,22 @@ class DeepBeliefNetwork(Saveable):
         True
     """
 
-    def __init__(self, sizes: Sequence[int], *, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        *,
+        dtype: torch.dtype | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
         super().__init__()
         if len(sizes) < 2:
             raise ValueError(f"sizes must name two layers or more, got sizes={list(sizes)}")
         check_sizes("DeepBeliefNetwork", **{f"sizes[{k}]": size for k, size in enumerate(sizes)})
         self.rbms = nn.ModuleList(
-            [BernoulliRBM(a, b, dtype=dtype) for a, b in itertools.pairwise(sizes)]
+            [
+                BernoulliRBM(a, b, dtype=dtype, generator=generator)
+                for a, b in itertools.pairwise(sizes)
+            ]
         )
 
     @property
@@ -86,7 +96,9 @@ class DeepBeliefNetwork(Saveable):
             raise ValueError(f"rbms[{k}] must be a BernoulliRBM, got {type(rbm).__name__}")
         return rbm
 
-    def grow(self, num_hidden: int, tied: bool = True) -> None:
+    def grow(
+        self, num_hidden: int, tied: bool = True, generator: torch.Generator | None = None
+    ) -> None:
         r"""Put a new RBM on top.
 
         Args:
@@ -94,6 +106,7 @@ class DeepBeliefNetwork(Saveable):
             tied: start it from the transposed weights and swapped biases of the one below, which
                 leaves the likelihood as it is (Hinton, Osindero and Teh, 2006); its hidden units
                 are then as many as the visible ones of that.
+            generator: source of weights that are not tied; None is torch's default generator.
 
         Raises:
             ValueError: if a tied start has another number of units.
@@ -107,7 +120,12 @@ class DeepBeliefNetwork(Saveable):
             )
         start = {"weight": below.weight.mT, "hidden_bias": below.visible_bias} if tied else {}
         fresh = BernoulliRBM(
-            hidden, num_hidden, visible_bias=below.hidden_bias, dtype=below.dtype, **start
+            hidden,
+            num_hidden,
+            visible_bias=below.hidden_bias,
+            dtype=below.dtype,
+            generator=generator,
+            **start,
         )
         self.rbms.append(fresh.to(below.device))
 
@@ -129,19 +147,19 @@ class DeepBeliefNetwork(Saveable):
         return states
 
     def sample(
-        self, n: int, generator: torch.Generator | None = None, gibbs_steps: int = 1000
+        self, num_samples: int, generator: torch.Generator | None = None, num_steps: int = 1000
     ) -> Tensor:
-        """``n`` draws of v: of the top, and one pass down.
+        """``num_samples`` draws of v: of the top, and one pass down.
 
-        Exact where the top can be enumerated, else after ``gibbs_steps`` of Gibbs sampling in it,
+        Exact where the top can be enumerated, else after ``num_steps`` of Gibbs sampling in it,
         from its visible biases.
         """
         with torch.no_grad():
             if self.top.has_exact_draws:
-                return self.down(self.top.sample(n, generator), generator)[0]
+                return self.down(self.top.sample(num_samples, generator), generator)[0]
             layers = self.top.layers()
-            state = layers.draw(0, self.top.visible_bias.expand(n, -1), generator)
-            for _ in range(gibbs_steps):
+            state = layers.draw(0, self.top.visible_bias.expand(num_samples, -1), generator)
+            for _ in range(num_steps):
                 hidden = layers.draw(1, layers.field(1, [state, None]), generator)
                 state = layers.draw(0, layers.field(0, [None, hidden]), generator)
             return self.down(state, generator)[0]
@@ -222,11 +240,15 @@ class DeepBeliefNetwork(Saveable):
             )
         if len(self.rbms) == 1:
             return -self.top(visible) - self._top_log_z(log_z)
-        log_p = -self.top(all_bits(self.sizes[-2], visible.dtype, visible.device))
+        log_p = -self.top(all_bits(self.sizes[-2], dtype=visible.dtype, device=visible.device))
         for k in range(len(self.rbms) - 2, -1, -1):
-            above = all_bits(self.sizes[k + 1], visible.dtype, visible.device)
+            above = all_bits(self.sizes[k + 1], dtype=visible.dtype, device=visible.device)
             field = self.rbm(k).layers().field(0, [None, above])
-            below = visible if k == 0 else all_bits(self.sizes[k], visible.dtype, visible.device)
+            below = (
+                visible
+                if k == 0
+                else all_bits(self.sizes[k], dtype=visible.dtype, device=visible.device)
+            )
             conditional = below @ field.mT - softplus(field).sum(-1)  # (*batch, states above)
             log_p = torch.logsumexp(conditional + log_p, -1)
         return log_p - self._top_log_z(log_z)
@@ -288,18 +310,18 @@ class BeliefJoint(Energy):
         return total
 
     @property
-    def log_z(self) -> float | None:  # type: ignore[override]  # a truth is read, never set
+    def log_z(self) -> float | None:
         """That of the top."""
         return self.network.top.log_z
 
     @property
-    def has_exact_draws(self) -> bool:  # type: ignore[override]
+    def has_exact_draws(self) -> bool:
         """Where the top has them."""
         return self.network.top.has_exact_draws
 
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+    def sample(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
         with torch.no_grad():
-            top = self.network.top.draw_layers(n, generator)
+            top = self.network.top.draw_layers(num_samples, generator)
             return torch.cat([*self.network.down(top[0], generator), *top[1:]], -1)
 
 

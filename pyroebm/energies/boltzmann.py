@@ -14,9 +14,9 @@ from torch.distributions import Distribution, constraints
 from pyroebm.core._checks import check_shape
 from pyroebm.core.energy import Energy
 from pyroebm.core.enumeration import bit_batches, bits_of, draw_numbers
+from pyroebm.core.spins import SpinBernoulli
 from pyroebm.core.supports import spin
 from pyroebm.energies.layered import MAX_WORK, check_sizes, parameter
-from pyroebm.energies.spins import SpinBernoulli
 
 __all__ = ["BoltzmannMachine", "Marginal"]
 
@@ -43,6 +43,7 @@ class BoltzmannMachine(Energy):
             of :math:`\langle x_i x_j \rangle` in each of the two places of a pair.
         bias: b, shape ``(n,)``; None is 0.
         dtype: floating-point type; None for torch's default.
+        generator: source of the initial weights; None is torch's default generator.
 
     Attributes:
         log_z: by enumeration in float64, up to about 20 units; None above.
@@ -71,6 +72,7 @@ class BoltzmannMachine(Energy):
         weight: Tensor | None = None,
         bias: Tensor | None = None,
         dtype: torch.dtype | None = None,
+        generator: torch.Generator | None = None,
     ) -> None:
         check_sizes(
             "BoltzmannMachine",
@@ -86,7 +88,7 @@ class BoltzmannMachine(Energy):
         self.num_visible = num_visible
         self.num_hidden = num_hidden
         self.units = units
-        self.weight = parameter("weight", weight, (n, n), 0.01, dtype)
+        self.weight = parameter("weight", weight, (n, n), 0.01, dtype, generator)
         if weight is None:
             self.weight.data = self.weight.data.triu(1) + self.weight.data.triu(1).mT
         if not torch.equal(self.weight, self.weight.mT) or bool(self.weight.diagonal().any()):
@@ -107,15 +109,15 @@ class BoltzmannMachine(Energy):
         return -((0.5 * (x @ self._coupling()) + self.bias) * x).sum(-1)
 
     def site_logits(self, x: Tensor, site: Tensor) -> Tensor:
-        """Log-probabilities, unnormalised, of the values of one site of each row: a
-        ``HasSiteLogits`` of the Gibbs kernels."""
+        """Log-probabilities, unnormalised, of the values of one site of each row, from
+        its field."""
         field = (x * self._coupling()[site]).sum(-1) + self.bias[site]
         low = torch.zeros_like(field) if self.units == "bits" else -field
         return torch.stack([low, field], 1)
 
     def site_given_rest(self, x: Tensor, site: int) -> Distribution:
         """:math:`p(x_i \\mid x_{-i})` of one unit, batch shape that of ``x``: Pyro's Bernoulli, or
-        :class:`pyroebm.energies.spins.SpinBernoulli`."""
+        :class:`pyroebm.core.spins.SpinBernoulli`."""
         field = x @ self._coupling()[site] + self.bias[site]
         return (
             Bernoulli(logits=field, validate_args=False)
@@ -229,24 +231,24 @@ class BoltzmannMachine(Energy):
         return n <= 24 and n << n <= MAX_WORK
 
     @property
-    def log_z(self) -> float | None:  # type: ignore[override]  # a truth is read, never set
+    def log_z(self) -> float | None:
         if not self._is_small:
             return None
         with torch.no_grad():
             return float(copy.deepcopy(self).double().log_partition())
 
     @property
-    def has_exact_draws(self) -> bool:  # type: ignore[override]
+    def has_exact_draws(self) -> bool:
         """Where all states can be enumerated."""
         return self._is_small
 
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+    def sample(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
         if not self._is_small:
-            return super().sample(n, generator)
+            return super().sample(num_samples, generator)
         with torch.no_grad():
             log_p = torch.cat([-self(x) for x in self._states(self.event_shape[0])])
         return self._values(
-            bits_of(draw_numbers(log_p, n, generator), self.event_shape[0], self.dtype)
+            bits_of(draw_numbers(log_p, num_samples, generator), self.event_shape[0], self.dtype)
         )
 
     def _values(self, bits: Tensor) -> Tensor:
@@ -290,14 +292,14 @@ class Marginal(Energy):
         return self.machine.log_partition(max_units)
 
     @property
-    def log_z(self) -> float | None:  # type: ignore[override]  # a truth is read, never set
+    def log_z(self) -> float | None:
         """That of the machine."""
         return self.machine.log_z
 
     @property
-    def has_exact_draws(self) -> bool:  # type: ignore[override]
+    def has_exact_draws(self) -> bool:
         """Where the machine has them."""
         return self.machine.has_exact_draws
 
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        return self.machine.sample(n, generator)[:, : self.machine.num_visible]
+    def sample(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
+        return self.machine.sample(num_samples, generator)[:, : self.machine.num_visible]

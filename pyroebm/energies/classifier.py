@@ -38,7 +38,7 @@ class ClassifierEnergy(NeuralEnergy):
         net: f, a module ``(n, *event) -> (n, K)``.
         event_shape: shape of one event.
         num_classes: K.
-        support, scale, centre: as in :class:`~pyroebm.energies.NeuralEnergy`, with its warnings.
+        support, scale, center: as in :class:`~pyroebm.energies.NeuralEnergy`, with its warnings.
 
     Raises:
         ValueError: if ``num_classes`` < 1, the logits have another shape, or as
@@ -59,10 +59,10 @@ class ClassifierEnergy(NeuralEnergy):
         *,
         support: Constraint = constraints.real,
         scale: float | Tensor | None = None,
-        centre: float | Tensor = 0.0,
+        center: float | Tensor = 0.0,
     ) -> None:
         check_counts({"num_classes": 1}, num_classes)
-        super().__init__(net, event_shape, support=support, scale=scale, centre=centre)
+        super().__init__(net, event_shape, support=support, scale=scale, center=center)
         self.num_classes = num_classes
 
     def forward(self, x: Tensor) -> Tensor:
@@ -146,8 +146,8 @@ class GivenClass(Energy):
         classes = self.y.reshape(-1, *[1] * (len(batch) - 1)) if self.y.dim() else self.y
         return self.classifier.unchecked_joint_energy(x, classes.expand(batch))
 
-    def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        return self.classifier.initial(n, generator)
+    def initial(self, num_chains: int, generator: torch.Generator | None = None) -> Tensor:
+        return self.classifier.initial(num_chains, generator)
 
 
 def check_labels(y: Tensor, batch: Sequence[int], num_classes: int) -> None:

@@ -38,6 +38,7 @@ class DeepBoltzmannMachine(LayeredEnergy):
         biases: one vector for each layer, shape ``(n_l,)``; None is 0.
         log_sigma: :math:`\log \sigma` of Gaussian visible units, shape ``(n_0,)``; None is 0.
         dtype: floating-point type; None for torch's default.
+        generator: source of the initial weights; None is torch's default generator.
 
     Raises:
         ValueError: if there are fewer than three layers, a size is below 1, ``visible`` is neither,
@@ -63,6 +64,7 @@ class DeepBoltzmannMachine(LayeredEnergy):
         biases: Sequence[Tensor] | None = None,
         log_sigma: Tensor | None = None,
         dtype: torch.dtype | None = None,
+        generator: torch.Generator | None = None,
     ) -> None:
         check_sizes("DeepBoltzmannMachine", **{f"sizes[{k}]": size for k, size in enumerate(sizes)})
         if len(sizes) < 3:
@@ -91,7 +93,7 @@ class DeepBoltzmannMachine(LayeredEnergy):
         )
         self.weights = nn.ParameterList(
             [
-                parameter(f"weights[{k}]", given_weights[k], pair, 0.01, dtype)
+                parameter(f"weights[{k}]", given_weights[k], pair, 0.01, dtype, generator)
                 for k, pair in enumerate(pairs)
             ]
         )
@@ -197,9 +199,9 @@ class DeepBoltzmannMachine(LayeredEnergy):
         first = layers.biases[1] + visible @ layers.weights[0]
         return Layers(layers.weights[1:], (first, *layers.biases[2:]), None, offset)
 
-    def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+    def initial(self, num_chains: int, generator: torch.Generator | None = None) -> Tensor:
         """Bits from fair coins; Gaussian visible units from their law given those."""
-        hidden = super().initial(n, generator)
+        hidden = super().initial(num_chains, generator)
         layers = self.layers()
         if layers.precision is None:
             return hidden

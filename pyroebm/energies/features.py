@@ -152,9 +152,9 @@ class FeatureLatentEnergy(Energy):
         """The energy of events alone: this one."""
         return self
 
-    def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+    def initial(self, num_chains: int, generator: torch.Generator | None = None) -> Tensor:
         """Draws of the law without bits, :math:`N(b / 2, 1/2)`."""
-        noise = standard_normal((n, *self.event_shape), generator, self.dtype, self.device)
+        noise = standard_normal((num_chains, *self.event_shape), generator, self.dtype, self.device)
         return 0.5 * self.visible_bias.detach() + math.sqrt(0.5) * noise
 
 
@@ -220,9 +220,9 @@ class FeatureLatentJoint(Energy):
         """The energy of events alone."""
         return self.energy
 
-    def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        x = self.energy.initial(n, generator)
+    def initial(self, num_chains: int, generator: torch.Generator | None = None) -> Tensor:
+        x = self.energy.initial(num_chains, generator)
         with torch.no_grad():
             p = torch.sigmoid(self.energy.hidden_logits(x))
         h = uniform(p.shape, generator, self.dtype, self.device) < p
-        return torch.cat([x.reshape(n, -1), h.to(x.dtype)], -1)
+        return torch.cat([x.reshape(num_chains, -1), h.to(x.dtype)], -1)

@@ -1,4 +1,4 @@
-"""Lattices: Ising spins and Potts colours, with log Z by the transfer matrix where the lattice is
+"""Lattices: Ising spins and Potts colors, with log Z by the transfer matrix where the lattice is
 narrow."""
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.distributions import Distribution, constraints
 from torch.distributions.constraints import Constraint
 
+from pyroebm.core.conditionals import sites_of
 from pyroebm.core.energy import Energy
+from pyroebm.core.spins import SpinBernoulli
 from pyroebm.core.supports import site_values, spin
-from pyroebm.energies.spins import SpinBernoulli
 
 __all__ = ["Ising", "Lattice", "Potts"]
 
@@ -42,7 +43,8 @@ class Lattice(Energy):
 
     Attributes:
         blocks: the two halves of the checkerboard, "even" and "odd", as indices into the flat
-            event: what :class:`pyroebm.BlockGibbs` asks for. A periodic side of odd length has no
+            event: what :class:`pyroebm.kernels.BlockGibbs` asks for. A periodic side of odd length
+                has no
             checkerboard, and then there is no such attribute.
 
     Raises:
@@ -89,8 +91,9 @@ class Lattice(Energy):
         neighbours, bonds = _neighbours(self.shape, periodic)
         self.register_buffer("neighbours", neighbours)
         self.register_buffer("bonds", bonds.to(dtype))
+        self.blocks: dict[str, Tensor] = {}
         if not periodic or all(side % 2 == 0 for side in self.shape):
-            colour = (
+            color = (
                 torch.stack(
                     torch.meshgrid(*[torch.arange(side) for side in self.shape], indexing="ij")
                 )
@@ -98,10 +101,10 @@ class Lattice(Energy):
                 .flatten()
                 % 2
             )
-            entries = torch.arange(self.event_shape.numel()).reshape(len(colour), -1)
+            entries = torch.arange(self.event_shape.numel()).reshape(len(color), -1)
             self.blocks = {
-                "even": entries[colour == 0].flatten(),
-                "odd": entries[colour == 1].flatten(),
+                "even": entries[color == 0].flatten(),
+                "odd": entries[color == 1].flatten(),
             }
 
     def _values(self) -> Tensor:
@@ -127,21 +130,19 @@ class Lattice(Energy):
         return self.coupling * around + self.field.reshape(sites.shape[1:])[site]
 
     def site_logits(self, x: Tensor, site: Tensor) -> Tensor:
-        """Log-probabilities, unnormalised, of the values of one site of each row: a
-        ``HasSiteLogits`` of the Gibbs kernels."""
+        """Log-probabilities, unnormalised, of the values of one site of each row, from its
+        neighbors."""
         return self.local_field(x, site.unsqueeze(1)).squeeze(1) @ self._values().mT
 
     def _block_field(self, block: str, x: Tensor) -> Tensor:
-        if block not in getattr(self, "blocks", {}):
-            raise ValueError(
-                f"block must be one of {list(getattr(self, 'blocks', {}))}, got block={block!r}"
-            )
+        if block not in self.blocks:
+            raise ValueError(f"block must be one of {list(self.blocks)}, got block={block!r}")
         width = self._values().shape[1]
-        site = self.blocks[block][::width].to(x.device) // width
+        site = sites_of(self.blocks[block], self.event_shape.numel(), width).to(x.device)
         return self.local_field(x, site.expand(len(x), -1))
 
     @property
-    def log_z(self) -> float | None:  # type: ignore[override]  # a truth is read, never set
+    def log_z(self) -> float | None:
         r""":math:`\log Z` by the transfer matrix (Kramers and Wannier, 1941), in float64.
 
         None where a row along the shorter side has more than 1,024 states (Ising: 10 spins), or
@@ -211,6 +212,7 @@ class Ising(Lattice):
         shape: Sequence[int],
         coupling: float = 1.0,
         field: Any = 0.0,
+        *,
         periodic: bool = True,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -225,18 +227,18 @@ class Ising(Lattice):
 
 
 class Potts(Lattice):
-    r"""The Potts model (Potts, 1952): each site has one of q colours, :math:`x_i` one-hot.
+    r"""The Potts model (Potts, 1952): each site has one of q colors, :math:`x_i` one-hot.
 
     .. math:: E(x) = -J \sum_{\langle i j \rangle} x_i \cdot x_j - \sum_i h_i \cdot x_i
 
-    where :math:`x_i \cdot x_j` is 1 for equal colours and 0 for others. Two colours are an Ising
+    where :math:`x_i \cdot x_j` is 1 for equal colors and 0 for others. Two colors are an Ising
     model of half the coupling. The square lattice orders at :math:`J = \log(1 + \sqrt q)`.
 
     Args:
         shape: sides of the lattice, ``(L,)`` or ``(L1, L2)``; the event shape is ``(*shape, q)``.
-        num_colours: q >= 2.
+        num_colors: q >= 2.
         coupling: :math:`J`, positive for a ferromagnet.
-        field: :math:`h`, a number, one for each colour ``(q,)``, or ``(*shape, q)``.
+        field: :math:`h`, a number, one for each color ``(q,)``, or ``(*shape, q)``.
         periodic: a ring or a torus; else open borders.
         dtype: floating-point type; None for torch's default.
 
@@ -245,7 +247,7 @@ class Potts(Lattice):
             not finite.
 
     Example:
-        >>> e = Potts((3,), num_colours=3, coupling=0.0)
+        >>> e = Potts((3,), num_colors=3, coupling=0.0)
         >>> e.event_shape, round(e.log_z, 6)  # log 27
         (torch.Size([3, 3]), 3.295837)
     """
@@ -253,21 +255,22 @@ class Potts(Lattice):
     def __init__(
         self,
         shape: Sequence[int],
-        num_colours: int,
+        num_colors: int,
         coupling: float = 1.0,
         field: Any = 0.0,
+        *,
         periodic: bool = True,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if num_colours < 2:
-            raise ValueError(f"num_colours must be at least 2, got num_colours={num_colours}")
+        if num_colors < 2:
+            raise ValueError(f"num_colors must be at least 2, got num_colors={num_colors}")
         sides = _sides(shape, periodic)
         super().__init__(
-            sides, (*sides, num_colours), constraints.one_hot, coupling, field, periodic, dtype
+            sides, (*sides, num_colors), constraints.one_hot, coupling, field, periodic, dtype
         )
 
     def conditional(self, block: str, x: Tensor) -> Distribution:
-        """The colours of half a checkerboard given the other half."""
+        """The colors of half a checkerboard given the other half."""
         law: Distribution = OneHotCategorical(
             logits=self._block_field(block, x), validate_args=False
         ).to_event(1)

@@ -82,35 +82,37 @@ class LayeredMachine(Energy):
         return units <= 24 and (sum(self.layers().sizes) - units) << units <= MAX_WORK
 
     @property
-    def log_z(self) -> float | None:  # type: ignore[override]  # a truth is read, never set
+    def log_z(self) -> float | None:
         if not self._is_small:
             return None
         with torch.no_grad():
             return float(self.layers().double().log_partition())
 
     @property
-    def has_exact_draws(self) -> bool:  # type: ignore[override]
+    def has_exact_draws(self) -> bool:
         """Where the smaller side can be enumerated."""
         return self._is_small
 
-    def draw_layers(self, n: int, generator: torch.Generator | None = None) -> list[Tensor]:
-        """``n`` exact independent draws of all layers; NotImplementedError where none are to be
-        had."""
+    def draw_layers(
+        self, num_samples: int, generator: torch.Generator | None = None
+    ) -> list[Tensor]:
+        """``num_samples`` exact independent draws of all layers; NotImplementedError where none are
+        to be had."""
         if not self._is_small:
             raise NotImplementedError(
                 f"{type(self).__name__} is too large for exact draws; sample joint() with"
                 " BlockGibbs"
             )
         with torch.no_grad():
-            return self.layers().sample(n, generator)
+            return self.layers().sample(num_samples, generator)
 
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        return self.draw_layers(n, generator)[0]
+    def sample(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
+        return self.draw_layers(num_samples, generator)[0]
 
 
 class LayeredEnergy(LayeredMachine):
     """An energy over all layers side by side in one flat event, with the layers as blocks for
-    :class:`pyroebm.BlockGibbs`.
+    :class:`pyroebm.kernels.BlockGibbs`.
 
     Attributes:
         blocks: where each layer lies in the event, by name: ``visible``, then ``hidden`` or
@@ -164,8 +166,8 @@ class LayeredEnergy(LayeredMachine):
         layers, index = self.layers(), list(self.blocks).index(block)
         return layers.law(index, layers.field(index, layers.split(x)))
 
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        return torch.cat(self.draw_layers(n, generator), -1)
+    def sample(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
+        return torch.cat(self.draw_layers(num_samples, generator), -1)
 
 
 class Joint(LayeredEnergy):
@@ -192,8 +194,8 @@ class Joint(LayeredEnergy):
     def marginal(self) -> Energy:
         return self.machine
 
-    def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        layers, visible = self.layers(), self.machine.initial(n, generator)
+    def initial(self, num_chains: int, generator: torch.Generator | None = None) -> Tensor:
+        layers, visible = self.layers(), self.machine.initial(num_chains, generator)
         with torch.no_grad():
             return torch.cat(
                 [visible, layers.draw(1, layers.field(1, [visible, None]), generator)], -1
@@ -209,12 +211,12 @@ def layered_support(sizes: Sequence[int], gaussian: bool) -> Constraint:
     )
 
 
-def layer_names(count: int) -> list[str]:
+def layer_names(num_layers: int) -> list[str]:
     """``visible``, and ``hidden``, or ``hidden1``, ``hidden2`` and so on."""
     return (
         ["visible", "hidden"]
-        if count == 2
-        else ["visible", *(f"hidden{k}" for k in range(1, count))]
+        if num_layers == 2
+        else ["visible", *(f"hidden{k}" for k in range(1, num_layers))]
     )
 
 
@@ -228,16 +230,22 @@ def check_sizes(name: str, **sizes: object) -> None:
 
 
 def parameter(
-    name: str, value: Tensor | None, shape: Sequence[int], std: float, dtype: torch.dtype | None
+    name: str,
+    value: Tensor | None,
+    shape: Sequence[int],
+    std: float,
+    dtype: torch.dtype | None,
+    generator: torch.Generator | None = None,
 ) -> nn.Parameter:
     """A trainable copy of ``value``, or normal numbers of standard deviation ``std``; ValueError
     unless it fits and is finite."""
     dtype = torch.get_default_dtype() if dtype is None else dtype
-    start = (
-        std * torch.randn(tuple(shape), dtype=dtype)
-        if value is None
-        else torch.as_tensor(value).detach().to(dtype, copy=True)
-    )
+    if value is not None:
+        start = torch.as_tensor(value).detach().to(dtype, copy=True)
+    elif std:
+        start = std * torch.randn(tuple(shape), dtype=dtype, generator=generator)
+    else:
+        start = torch.zeros(tuple(shape), dtype=dtype)
     if tuple(start.shape) != tuple(shape) or not bool(torch.isfinite(start).all()):
         raise ValueError(
             f"{name} must be finite and have shape {tuple(shape)}, got shape {tuple(start.shape)}:"

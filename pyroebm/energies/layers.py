@@ -121,6 +121,59 @@ class Layers(NamedTuple):
         p = torch.sigmoid(field.detach())
         return p.sub_(uniform(p.shape, generator, p.dtype, p.device)).ceil_().abs_()
 
+    def at(self, beta: float | Tensor, base: Layers | None = None) -> Layers:
+        r"""Precision and offset of :math:`(1 - \beta) E_0 + \beta E`, for the distributions of
+        units given their fields; biases and weights, which are in the fields, are left out.
+
+        Args:
+            beta: inverse temperature, a number or one for each row, shape ``(rows, 1)``.
+            base: :math:`E_0`, with weights of zero; None is :math:`E_0 = 0`.
+        """
+        alone = self._replace(weights=(), biases=())
+        if base is not None:
+            return base._replace(weights=(), biases=()).mix(alone, beta)
+        precision = None if self.precision is None else beta * self.precision
+        return alone._replace(precision=precision, offset=beta * self.offset)
+
+    def draw_side(
+        self,
+        side: Sequence[int],
+        x: Sequence[Tensor | None],
+        generator: torch.Generator | None = None,
+        *,
+        fields: Mapping[int, Tensor] | None = None,
+        beta: float | Tensor | None = None,
+        base: Layers | None = None,
+    ) -> list[Tensor | None]:
+        """The layers of one side drawn given those of the other, None in place of the latter: half
+        a sweep of block Gibbs sampling.
+
+        Args:
+            side: one of :meth:`sides`.
+            x: the layers of the other side, ``(rows, n_l)`` each; other entries may be None.
+            generator: source of randomness; None is torch's global one.
+            fields: of the layers to be drawn, at ``beta`` = 1, where they are at hand.
+            beta, base: as in :meth:`at`; None is the machine itself.
+
+        Example:
+            >>> layers = Layers(
+            ...     (torch.full((2, 1), 20.0),), (torch.zeros(2), torch.full((1,), -30.0))
+            ... )
+            >>> layers.draw_side([1], [torch.tensor([[1.0, 1.0], [0.0, 1.0]]), None])
+            [None, tensor([[1.],
+                    [0.]])]
+        """
+        law = self if beta is None else self.at(beta, base)
+        drawn: list[Tensor | None] = [None] * len(self.biases)
+        for layer in side:
+            field = self.field(layer, x) if fields is None else fields[layer]
+            if beta is not None:
+                field = (
+                    beta * field if base is None else torch.lerp(base.biases[layer], field, beta)
+                )
+            drawn[layer] = law.draw(layer, field, generator)
+        return drawn
+
     def energy(self, x: Sequence[Tensor]) -> Tensor:
         """E of all layers: a sequence of ``(*batch, n_l)`` to ``(*batch)``."""
         total = self._own(x)
@@ -180,7 +233,7 @@ class Layers(NamedTuple):
         parts = iter(bits.split([self.sizes[layer] for layer in side], -1))
         return [next(parts) if layer in side else None for layer in range(len(self.biases))]
 
-    def log_partition(self, progress: bool | None = False) -> Tensor:
+    def log_partition(self, *, progress: bool | None = False) -> Tensor:
         r""":math:`\log Z` by a sum over every state of the smaller side; differentiable, shape
         ``()``.
 
@@ -198,14 +251,16 @@ class Layers(NamedTuple):
                 shown.update(len(bits))
         return torch.stack(parts).logsumexp(0)
 
-    def sample(self, n: int, generator: torch.Generator | None = None) -> list[Tensor]:
-        """``n`` exact independent draws of all layers, by inverse CDF over every state of the
-        smaller side; FloatingPointError where their energies are not finite."""
+    def sample(self, num_samples: int, generator: torch.Generator | None = None) -> list[Tensor]:
+        """``num_samples`` exact independent draws of all layers, by inverse CDF over every state of
+        the smaller side; FloatingPointError where their energies are not finite."""
         side, bias = self.smaller_side(), self.biases[0]
         count = sum(self.sizes[layer] for layer in side)
         batches = bit_batches(count, bias.dtype, bias.device)
         log_p = torch.cat([-self.free_energy(self.place(bits, side)) for bits in batches])
-        drawn = self.place(bits_of(draw_numbers(log_p, n, generator), count, bias.dtype), side)
+        drawn = self.place(
+            bits_of(draw_numbers(log_p, num_samples, generator), count, bias.dtype), side
+        )
         return [
             self.draw(layer, self.field(layer, drawn), generator) if x is None else x
             for layer, x in enumerate(drawn)

@@ -41,7 +41,7 @@ class NeuralEnergy(Energy):
         support: constraint of one event.
         scale: :math:`s`, in units of x: a number, a tensor of ``event_shape``, or None for no
             envelope.
-        centre: :math:`m`, likewise.
+        center: :math:`m`, likewise.
 
     Warns:
         UserWarning: of a real support without envelope (:math:`Z` may be infinite), of batch
@@ -59,7 +59,7 @@ class NeuralEnergy(Energy):
         torch.Size([5])
     """
 
-    centre: Tensor
+    center: Tensor
     scale: Tensor | None
 
     def __init__(
@@ -69,13 +69,13 @@ class NeuralEnergy(Energy):
         *,
         support: Constraint = constraints.real,
         scale: float | Tensor | None = None,
-        centre: float | Tensor = 0.0,
+        center: float | Tensor = 0.0,
     ) -> None:
         super().__init__(event_shape, support)
         self.net = net
         warn_of_network(net, support, scale)
         like = next((p for p in net.parameters() if p.is_floating_point()), self._anchor)
-        self.register_buffer("centre", self._entries("centre", centre, like))
+        self.register_buffer("center", self._entries("center", center, like))
         self.register_buffer(
             "scale", None if scale is None else self._entries("scale", scale, like)
         )
@@ -102,7 +102,7 @@ class NeuralEnergy(Energy):
         """The quadratic term, ``(*batch, *event) -> (*batch)``; 0 without one."""
         if self.scale is None:
             return x.new_zeros(self.batch_shape(x))
-        return event_sum(0.5 * ((x - self.centre) / self.scale) ** 2, len(self.event_shape))
+        return event_sum(0.5 * ((x - self.center) / self.scale) ** 2, len(self.event_shape))
 
     def fit_envelope(self, data: Tensor, factor: float = 2.0) -> None:
         """Set m to the mean of the data and s to ``factor`` times their largest standard deviation,
@@ -125,19 +125,19 @@ class NeuralEnergy(Energy):
                 f"factor must be positive and data must vary, got factor={factor}, deviation"
                 f" {float(spread)}"
             )
-        self.centre.copy_(data.mean(0))
+        self.center.copy_(data.mean(0))
         self.scale.fill_(factor * spread)
 
-    def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+    def initial(self, num_chains: int, generator: torch.Generator | None = None) -> Tensor:
         """Starting states; with an envelope on R^d they are drawn from its normal law, cut to half
         its width."""
         if self.scale is None or not is_real(self.support):
-            return super().initial(n, generator)
+            return super().initial(num_chains, generator)
         where = self.device if generator is None else generator.device
         noise = torch.randn(
-            (n, *self.event_shape), generator=generator, dtype=self.dtype, device=where
+            (num_chains, *self.event_shape), generator=generator, dtype=self.dtype, device=where
         ).to(self.device)
-        return self.centre + 0.5 * self.scale * noise
+        return self.center + 0.5 * self.scale * noise
 
 
 def row_values(net: Callable[[Tensor], Tensor], x: Tensor, event_shape: Sequence[int]) -> Tensor:
@@ -195,18 +195,19 @@ class MLPEnergy(NeuralEnergy):
 
     Args:
         event_shape: shape of one event; it is flattened.
-        hidden: widths of the hidden layers.
+        hidden_sizes: widths of the hidden layers.
         activation: "silu", "tanh", "gelu", "softplus" or "relu".
-        support, scale, centre: as in :class:`NeuralEnergy`.
+        support, scale, center: as in :class:`NeuralEnergy`.
         spectral_norm: divide hidden weights by their largest singular value (Miyato et al., 2018).
         dtype: of the parameters.
         generator: source of the initial weights.
 
     Raises:
-        ValueError: as :class:`NeuralEnergy`, and if ``hidden`` or ``activation`` is none of these.
+        ValueError: as :class:`NeuralEnergy`, and if ``hidden_sizes`` or ``activation`` is out of
+            range.
 
     Example:
-        >>> energy = MLPEnergy((2,), hidden=(128, 128), scale=2.0)
+        >>> energy = MLPEnergy((2,), hidden_sizes=(128, 128), scale=2.0)
         >>> energy(torch.tensor([[2.0, 0.0]])).detach()
         tensor([0.5000])
     """
@@ -214,12 +215,12 @@ class MLPEnergy(NeuralEnergy):
     def __init__(
         self,
         event_shape: Sequence[int],
-        hidden: Sequence[int] = (128, 128),
+        hidden_sizes: Sequence[int] = (128, 128),
         *,
         activation: str = "silu",
         support: Constraint = constraints.real,
         scale: float | Tensor | None = 10.0,
-        centre: float | Tensor = 0.0,
+        center: float | Tensor = 0.0,
         spectral_norm: bool = False,
         dtype: torch.dtype | None = None,
         generator: torch.Generator | None = None,
@@ -228,23 +229,23 @@ class MLPEnergy(NeuralEnergy):
         layers = mlp(
             entries,
             1,
-            hidden,
+            hidden_sizes,
             activation=activation,
             spectral_norm=spectral_norm,
             dtype=dtype,
             generator=generator,
         )
         net = layers if len(event_shape) == 1 else nn.Sequential(_Rows(), *layers)
-        super().__init__(net, event_shape, support=support, scale=scale, centre=centre)
+        super().__init__(net, event_shape, support=support, scale=scale, center=center)
 
 
 class ConvEnergy(NeuralEnergy):
     r"""A convolutional network of images as :class:`NeuralEnergy`; it starts as its envelope.
 
     Args:
-        event_shape: (colours, height, width).
+        event_shape: (colors, height, width).
         channels: filters of each layer; the first at full size, each further one halves it.
-        activation, support, scale, centre, spectral_norm, dtype, generator: as in
+        activation, support, scale, center, spectral_norm, dtype, generator: as in
             :class:`MLPEnergy`.
 
     Raises:
@@ -263,7 +264,7 @@ class ConvEnergy(NeuralEnergy):
         activation: str = "silu",
         support: Constraint = constraints.real,
         scale: float | Tensor | None = 10.0,
-        centre: float | Tensor = 0.0,
+        center: float | Tensor = 0.0,
         spectral_norm: bool = False,
         dtype: torch.dtype | None = None,
         generator: torch.Generator | None = None,
@@ -277,7 +278,7 @@ class ConvEnergy(NeuralEnergy):
             dtype=dtype,
             generator=generator,
         )
-        super().__init__(net, event_shape, support=support, scale=scale, centre=centre)
+        super().__init__(net, event_shape, support=support, scale=scale, center=center)
 
 
 class _Rows(nn.Module):

@@ -86,6 +86,7 @@ class BernoulliRBM(RBM):
         visible_bias: b, shape ``(num_visible,)``; None is 0.
         hidden_bias: c, shape ``(num_hidden,)``; None is 0.
         dtype: floating-point type; None for torch's default.
+        generator: source of the initial weights; None is torch's default generator.
 
     Raises:
         ValueError: if a size is below 1, or a parameter has another shape or is not finite.
@@ -107,10 +108,11 @@ class BernoulliRBM(RBM):
         visible_bias: Tensor | None = None,
         hidden_bias: Tensor | None = None,
         dtype: torch.dtype | None = None,
+        generator: torch.Generator | None = None,
     ) -> None:
         check_sizes("BernoulliRBM", num_visible=num_visible, num_hidden=num_hidden)
         super().__init__((num_visible,), constraints.boolean)
-        self.weight = parameter("weight", weight, (num_visible, num_hidden), 0.01, dtype)
+        self.weight = parameter("weight", weight, (num_visible, num_hidden), 0.01, dtype, generator)
         self.visible_bias = parameter("visible_bias", visible_bias, (num_visible,), 0.0, dtype)
         self.hidden_bias = parameter("hidden_bias", hidden_bias, (num_hidden,), 0.0, dtype)
 
@@ -162,6 +164,7 @@ class GaussianRBM(RBM):
         hidden_bias: c, shape ``(num_hidden,)``; None is 0.
         log_sigma: :math:`\log \sigma`, shape ``(num_visible,)``; None is 0.
         dtype: floating-point type; None for torch's default.
+        generator: source of the initial weights; None is torch's default generator.
 
     Raises:
         ValueError: if a size is below 1, the convention is neither, or a parameter has another
@@ -186,6 +189,7 @@ class GaussianRBM(RBM):
         hidden_bias: Tensor | None = None,
         log_sigma: Tensor | None = None,
         dtype: torch.dtype | None = None,
+        generator: torch.Generator | None = None,
     ) -> None:
         check_sizes("GaussianRBM", num_visible=num_visible, num_hidden=num_hidden)
         if convention not in ("hinton", "cho"):
@@ -194,7 +198,7 @@ class GaussianRBM(RBM):
             )
         super().__init__((num_visible,), constraints.real)
         self.convention = convention
-        self.weight = parameter("weight", weight, (num_visible, num_hidden), 0.01, dtype)
+        self.weight = parameter("weight", weight, (num_visible, num_hidden), 0.01, dtype, generator)
         self.visible_bias = parameter("visible_bias", visible_bias, (num_visible,), 0.0, dtype)
         self.hidden_bias = parameter("hidden_bias", hidden_bias, (num_hidden,), 0.0, dtype)
         self.log_sigma = parameter("log_sigma", log_sigma, (num_visible,), 0.0, dtype)

@@ -57,7 +57,7 @@ class Tilted(Energy):
         dtype: torch.dtype | None = None,
     ) -> None:
         if isinstance(base, Distribution):
-            base = DistributionEnergy(base, dtype)
+            base = DistributionEnergy(base, dtype=dtype)
         if not isinstance(base, Energy) or not callable(f):
             raise ValueError(
                 "Tilted takes an Energy or a distribution, and a function of its events, got"
@@ -69,7 +69,7 @@ class Tilted(Energy):
     def forward(self, z: Tensor) -> Tensor:
         return self.base(z) + row_values(self.f, z, self.event_shape)
 
-    def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+    def initial(self, num_chains: int, generator: torch.Generator | None = None) -> Tensor:
         """Draws of the base where it has exact ones, else its starting states; another try where
         the tilt is not finite."""
 
@@ -78,4 +78,4 @@ class Tilted(Energy):
                 count, generator
             )
 
-        return search_finite(type(self).__name__, draw, self, n)
+        return search_finite(type(self).__name__, draw, self, num_chains)

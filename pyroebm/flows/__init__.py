@@ -15,7 +15,7 @@ from pyroebm.flows.linear import Permutation, PLULinear, Shift
 from pyroebm.flows.networks import ConditionalGaussian
 from pyroebm.flows.nice import NICE, RedundantNICE
 from pyroebm.flows.realnvp import RealNVP
-from pyroebm.flows.report import FlowReport, judge_flow
+from pyroebm.flows.report import FlowReport, evaluate_flow
 from pyroebm.flows.symmetrized import Symmetrized
 from pyroebm.flows.transported import Transported
 from pyroebm.flows.zuko_flows import AutoregressiveFlow, ContinuousFlow, SplineFlow
@@ -51,7 +51,7 @@ __all__ = [
     "ZukoTransform",
     "generated_group",
     "importance_sample",
-    "judge_flow",
+    "evaluate_flow",
     "permutations",
     "sign_flips",
 ]

@@ -91,7 +91,7 @@ def installed_zuko() -> Any:
 def zuko_layer(
     make: Callable[..., nn.Module],
     dim: int,
-    generator: torch.Generator,
+    generator: torch.Generator | None,
     dtype: torch.dtype,
     **options: Any,
 ) -> ZukoTransform:

@@ -48,7 +48,9 @@ def coupling_mask(dim: int, mask: str | Sequence[bool] | Tensor) -> Tensor:
     return passing
 
 
-def coupling_masks(dim: int, mask: str, layers: int, generator: torch.Generator) -> list[Tensor]:
+def coupling_masks(
+    dim: int, mask: str, num_layers: int, generator: torch.Generator | None
+) -> list[Tensor]:
     """Masks of layers in pairs, each pair moving every entry; for each pair but the first the
     entries are shuffled.
 
@@ -58,13 +60,13 @@ def coupling_masks(dim: int, mask: str, layers: int, generator: torch.Generator)
     Args:
         dim: D.
         mask: of the first layer, as in :func:`coupling_mask`.
-        layers: how many.
+        num_layers: how many.
         generator: source of the shuffles.
     """
     if dim < 2:
         return []
     passing, masks = coupling_mask(dim, mask), []
-    for k in range(layers):
+    for k in range(num_layers):
         if k and k % 2 == 0 and dim > 2:
             passing = passing[torch.randperm(dim, generator=generator)]
         masks.append(passing if k % 2 == 0 else ~passing)
@@ -82,9 +84,9 @@ class AffineCoupling(Bijection):
         x_a = z_a, \qquad x_b = e^{r(z_a)} z_b + m(z_a), \qquad
         \log|\det \partial x/\partial z| = \sum_i r_i(z_a).
 
-    The log-scale is clamped softly, :math:`r = c \tanh(s / c)` or :math:`r = \tfrac{2c}{\pi}
-    \arctan(s / c)` (Ardizzone et al., "Analyzing inverse problems with invertible neural networks",
-    2019): no layer stretches by more than :math:`e^c`.
+    The log-scale is clamped softly, :math:`r = c \tanh(s / c)` (Ardizzone et al., "Analyzing
+    inverse problems with invertible neural networks", 2019): no layer stretches by more than
+    :math:`e^c`.
 
     Args:
         dim: D, entries of z and of x, at least 2.
@@ -93,8 +95,7 @@ class AffineCoupling(Bijection):
         mask: which entries pass, as in :func:`coupling_mask`.
         flip: exchange the two parts.
         clamp: c > 0, in nats.
-        soft: ``"tanh"`` or ``"arctan"``.
-        hidden: widths of the default conditioner's hidden layers.
+        hidden_sizes: widths of the default conditioner's hidden layers.
         activation: of the default conditioner.
         dtype: of the default conditioner's parameters.
         generator: source of the default conditioner's initial hidden weights.
@@ -125,8 +126,7 @@ class AffineCoupling(Bijection):
         mask: str | Sequence[bool] | Tensor = "halves",
         flip: bool = False,
         clamp: float = 2.0,
-        soft: str = "tanh",
-        hidden: Sequence[int] = (64, 64),
+        hidden_sizes: Sequence[int] = (64, 64),
         activation: str = "silu",
         dtype: torch.dtype | None = None,
         generator: torch.Generator | None = None,
@@ -135,21 +135,19 @@ class AffineCoupling(Bijection):
             raise ValueError(
                 f"dim must be at least 2, for one entry to move another, got dim={dim}"
             )
-        if not (clamp > 0.0 and math.isfinite(clamp)) or soft not in ("tanh", "arctan"):
-            raise ValueError(
-                f"clamp must be positive and soft 'tanh' or 'arctan', got clamp={clamp},"
-                f" soft={soft!r}"
-            )
+        if not (clamp > 0.0 and math.isfinite(clamp)):
+            raise ValueError(f"clamp must be positive and finite, got clamp={clamp}")
         super().__init__(dim)
-        self.clamp, self.soft = float(clamp), soft
+        self.clamp = float(clamp)
         passes = coupling_mask(dim, mask) != flip
         passing, moved = passes.nonzero().squeeze(-1), (~passes).nonzero().squeeze(-1)
-        self.register_buffer("passing", passing, persistent=False)
-        self.register_buffer("moved", moved, persistent=False)
-        self.register_buffer("back", torch.cat((passing, moved)).argsort(), persistent=False)
+        # in the state: a shuffle of the flow may have chosen them
+        self.register_buffer("passing", passing)
+        self.register_buffer("moved", moved)
+        self.register_buffer("back", torch.cat((passing, moved)).argsort())
         sizes = (len(passing), 2 * len(moved))
         self.net = (
-            mlp(*sizes, hidden, activation=activation, dtype=dtype, generator=generator)
+            mlp(*sizes, hidden_sizes, activation=activation, dtype=dtype, generator=generator)
             if net is None
             else net
         )
@@ -166,9 +164,7 @@ class AffineCoupling(Bijection):
                 f" it gave {tuple(out.shape)} and {out.dtype}"
             )
         s, shift = out.chunk(2, dim=-1)
-        if self.soft == "tanh":
-            return passing, moved, self.clamp * torch.tanh(s / self.clamp), shift
-        return passing, moved, (2.0 * self.clamp / math.pi) * torch.atan(s / self.clamp), shift
+        return passing, moved, self.clamp * torch.tanh(s / self.clamp), shift
 
     def _join(self, passing: Tensor, moved: Tensor) -> Tensor:
         return torch.cat((passing, moved), dim=-1).index_select(-1, self.back)

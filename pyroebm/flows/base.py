@@ -14,7 +14,7 @@ from torch.distributions import constraints
 from torch.nn.functional import softplus
 
 from pyroebm.core._checks import check_counts
-from pyroebm.core.rng import drawing_from, seeded_generator, standard_normal, uniform
+from pyroebm.core.rng import drawing_from, standard_normal, uniform
 from pyroebm.core.saving import Saveable
 from pyroebm.flows.networks import LOG_2PI
 
@@ -24,7 +24,7 @@ __all__ = ["Base", "Drawn", "MixtureBase", "StandardNormal", "StudentBase"]
 class Base(Saveable):
     r"""A density of z on :math:`R^D` with reparameterised draws.
 
-    Subclasses write :meth:`draw` and :meth:`log_prob`.
+    Subclasses write :meth:`rsample` and :meth:`log_prob`.
 
     Args:
         dim: D.
@@ -38,12 +38,16 @@ class Base(Saveable):
         super().__init__()
         self.dim = dim
 
-    def draw(
-        self, n: int, generator: torch.Generator | None, dtype: torch.dtype, device: torch.device
+    def rsample(
+        self,
+        num_samples: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        generator: torch.Generator | None = None,
     ) -> Tensor:
-        """``n`` draws of z with gradients in the parameters, shape ``(n, D)``."""
+        """``num_samples`` draws of z with gradients in the parameters, shape ``(n, D)``."""
         raise NotImplementedError(
-            f"{type(self).__name__} must define draw(n, generator, dtype, device) -> z"
+            f"{type(self).__name__} must define rsample(num_samples, dtype, device, generator) -> z"
         )
 
     def log_prob(self, z: Tensor) -> Tensor:
@@ -52,7 +56,7 @@ class Base(Saveable):
 
     def distribution(self, dtype: torch.dtype, device: torch.device) -> dist.Distribution:
         """The Pyro distribution of z, event shape ``(D,)``."""
-        return Drawn(lambda n: self.draw(n, None, dtype, device), self.log_prob, self.dim)
+        return Drawn(lambda n: self.rsample(n, dtype, device), self.log_prob, self.dim)
 
 
 class StandardNormal(Base):
@@ -67,10 +71,14 @@ class StandardNormal(Base):
         tensor(-1.8379)
     """
 
-    def draw(
-        self, n: int, generator: torch.Generator | None, dtype: torch.dtype, device: torch.device
+    def rsample(
+        self,
+        num_samples: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        generator: torch.Generator | None = None,
     ) -> Tensor:
-        return standard_normal((n, self.dim), generator, dtype, device)
+        return standard_normal((num_samples, self.dim), generator, dtype, device)
 
     def log_prob(self, z: Tensor) -> Tensor:
         return -0.5 * (z.square().sum(-1) + self.dim * LOG_2PI)
@@ -98,42 +106,40 @@ class MixtureBase(Base):
 
     Args:
         dim: D.
-        components: K.
+        num_components: K.
         spread: standard deviation of the initial means, in units of the initial scale 1.
         learn_weights: learn w too; otherwise it is uniform.
         dtype: of the parameters (default torch's).
-        seed: of the initial means.
+        generator: source of the initial means; None is torch's default generator.
 
     Raises:
-        ValueError: if ``dim`` or ``components`` < 1, or ``spread`` is negative.
+        ValueError: if ``dim`` or ``num_components`` < 1, or ``spread`` is negative.
 
     Example:
-        >>> base = MixtureBase(2, components=3)
-        >>> base.draw(5, None, torch.float32, torch.device("cpu")).shape, base.weights
+        >>> base = MixtureBase(2, num_components=3)
+        >>> base.rsample(5, torch.float32, torch.device("cpu")).shape, base.weights
         (torch.Size([5, 2]), tensor([0.3333, 0.3333, 0.3333]))
     """
 
     def __init__(
         self,
         dim: int,
-        components: int,
+        num_components: int,
         spread: float = 2.0,
         learn_weights: bool = False,
         *,
         dtype: torch.dtype | None = None,
-        seed: int = 0,
+        generator: torch.Generator | None = None,
     ) -> None:
-        check_counts({"components": 1}, components)
+        check_counts({"num_components": 1}, num_components)
         if not spread >= 0.0:
             raise ValueError(f"spread must not be negative, got spread={spread}")
         super().__init__(dim)
         dtype = torch.get_default_dtype() if dtype is None else dtype
-        start = standard_normal(
-            (components, dim), seeded_generator(seed), dtype, torch.device("cpu")
-        )
+        start = standard_normal((num_components, dim), generator, dtype, torch.device("cpu"))
         self.loc = nn.Parameter(spread * start)
-        self.log_scale = nn.Parameter(torch.zeros(components, dim, dtype=dtype))
-        logits = torch.zeros(components, dtype=dtype)
+        self.log_scale = nn.Parameter(torch.zeros(num_components, dim, dtype=dtype))
+        logits = torch.zeros(num_components, dtype=dtype)
         self.logits: Tensor
         if learn_weights:
             self.logits = nn.Parameter(logits)
@@ -145,14 +151,18 @@ class MixtureBase(Base):
         """w, shape ``(K,)``."""
         return self.logits.softmax(0)
 
-    def draw(
-        self, n: int, generator: torch.Generator | None, dtype: torch.dtype, device: torch.device
+    def rsample(
+        self,
+        num_samples: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        generator: torch.Generator | None = None,
     ) -> Tensor:
-        u = uniform((n, 1), generator, dtype, device)
+        u = uniform((num_samples, 1), generator, dtype, device)
         # the last sum may be rounded to below u
         k = (u > self.weights.detach().cumsum(0)).sum(-1).clamp(max=len(self.logits) - 1)
         z = self.loc[k] + self.log_scale[k].exp() * standard_normal(
-            (n, self.dim), generator, dtype, device
+            (num_samples, self.dim), generator, dtype, device
         )
         if not self.logits.requires_grad:
             return z
@@ -247,11 +257,15 @@ class StudentBase(Base):
     def _law(self) -> dist.StudentT:
         return dist.StudentT(self.df, validate_args=False)
 
-    def draw(
-        self, n: int, generator: torch.Generator | None, dtype: torch.dtype, device: torch.device
+    def rsample(
+        self,
+        num_samples: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        generator: torch.Generator | None = None,
     ) -> Tensor:
         with drawing_from(generator):
-            return self._law().rsample((n,))
+            return self._law().rsample((num_samples,))
 
     def log_prob(self, z: Tensor) -> Tensor:
         return self._law().log_prob(z).sum(-1)

@@ -29,7 +29,7 @@ class AdditiveCoupling(Bijection):
             whose last layer is zero.
         flip: False (default): a is the first ``dim // 2`` entries and b the rest; True: a is the
             rest. Layers alternate.
-        hidden: widths of the default conditioner's hidden layers.
+        hidden_sizes: widths of the default conditioner's hidden layers.
         activation: ``"silu"`` or ``"tanh"``, of the default conditioner.
         dtype: of the default conditioner's parameters.
         generator: source of the default conditioner's initial hidden weights.
@@ -52,7 +52,7 @@ class AdditiveCoupling(Bijection):
         net: nn.Module | None = None,
         *,
         flip: bool = False,
-        hidden: Sequence[int] = (64, 64),
+        hidden_sizes: Sequence[int] = (64, 64),
         activation: str = "silu",
         dtype: torch.dtype | None = None,
         generator: torch.Generator | None = None,
@@ -66,7 +66,14 @@ class AdditiveCoupling(Bijection):
         self.cut = dim // 2
         passing, moved = (dim - self.cut, self.cut) if flip else (self.cut, dim - self.cut)
         self.net = (
-            mlp(passing, moved, hidden, activation=activation, dtype=dtype, generator=generator)
+            mlp(
+                passing,
+                moved,
+                hidden_sizes,
+                activation=activation,
+                dtype=dtype,
+                generator=generator,
+            )
             if net is None
             else net
         )

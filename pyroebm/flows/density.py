@@ -47,9 +47,9 @@ class FlowEnergy(Energy):
         """0."""
         return torch.zeros((), dtype=self.flow.dtype, device=self.flow.device)
 
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+    def sample(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
         with torch.no_grad():
-            return self.flow.push(self.flow.draw_noise(n, generator))[0]
+            return self.flow.forward_and_log_prob(self.flow.rsample_base(num_samples, generator))[0]
 
-    def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        return self.sample(n, generator)
+    def initial(self, num_chains: int, generator: torch.Generator | None = None) -> Tensor:
+        return self.sample(num_chains, generator)

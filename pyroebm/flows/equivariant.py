@@ -43,7 +43,7 @@ class PairField(Bijection):
     derivatives.
 
     Args:
-        particles, space, reach, length, cells, stages, steps, scale, dtype: of
+        num_particles, space, reach, length, num_cells, num_stages, num_steps, scale, dtype: of
             :class:`EquivariantFlow`.
 
     Raises:
@@ -59,32 +59,33 @@ class PairField(Bijection):
 
     def __init__(
         self,
-        particles: int,
+        num_particles: int,
         space: int,
+        *,
         reach: float = 8.0,
         length: float = 1.0,
-        cells: int = 32,
-        stages: int = 6,
-        steps: int = 20,
+        num_cells: int = 32,
+        num_stages: int = 6,
+        num_steps: int = 20,
         scale: float = 1.0,
         dtype: torch.dtype | None = None,
     ) -> None:
-        least = {"particles": 2, "space": 1, "cells": 1, "stages": 1, "steps": 1}
-        check_counts(least, particles, space, cells, stages, steps)
+        least = {"num_particles": 2, "space": 1, "num_cells": 1, "num_stages": 1, "num_steps": 1}
+        check_counts(least, num_particles, space, num_cells, num_stages, num_steps)
         for name, value in (("reach", reach), ("length", length), ("scale", scale)):
             if not 0.0 < value < math.inf:
                 raise ValueError(f"{name} must be positive and finite, got {name}={value}")
-        super().__init__((particles - 1) * space)
-        self.particles = particles
+        super().__init__((num_particles - 1) * space)
+        self.num_particles = num_particles
         self.space = space
-        self.steps = steps
-        self.length, self.width = float(length), math.log1p((reach / length) ** 2) / cells
+        self.num_steps = num_steps
+        self.length, self.width = float(length), math.log1p((reach / length) ** 2) / num_cells
         basis, pairs = (
-            mean_free_basis(particles, dtype),
-            torch.triu_indices(particles, particles, 1),
+            mean_free_basis(num_particles, dtype),
+            torch.triu_indices(num_particles, num_particles, 1),
         )
         self.register_buffer("incidence", basis[pairs[0]] - basis[pairs[1]], persistent=False)
-        self.weights = nn.Parameter(torch.zeros(stages + 3, 1 + cells, dtype=basis.dtype))
+        self.weights = nn.Parameter(torch.zeros(num_stages + 3, 1 + num_cells, dtype=basis.dtype))
         nn.init.constant_(self.weights[:, 0], math.log(scale))
 
     def with_log_det(self, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,7 +114,7 @@ class PairField(Bijection):
         cells = self.weights.shape[1] - 1
         cell = at_pairs.detach().long().clamp(0, cells)
         # those from cells on are beyond the reach
-        in_space = _spread(at_pairs, cell, cells + 4)[..., :cells] / self.particles
+        in_space = _spread(at_pairs, cell, cells + 4)[..., :cells] / self.num_particles
         pairs = torch.einsum("rkp,rpm,pi->rikm", r, in_space, self.incidence).reshape(
             *u.shape, cells
         )
@@ -121,14 +122,14 @@ class PairField(Bijection):
 
     def _by_axis(self, u: Tensor) -> Tensor:
         """``(*batch, dim) -> (rows, k, n - 1)``."""
-        return u.reshape(-1, self.particles - 1, self.space).mT.contiguous()
+        return u.reshape(-1, self.num_particles - 1, self.space).mT.contiguous()
 
     def _carry(self, u: Tensor, sign: float) -> tuple[Tensor, Tensor]:
         """From one end of time to the other, and the integral of the divergence on the way."""
         check_event(u, self.dim)
         shape = u.shape
         u = self._by_axis(u)
-        h = sign / self.steps
+        h = sign / self.num_steps
         fields = self._in_time() if sign > 0 else self._in_time()[::-1]
         log_det = u.new_zeros(len(u))
         for now, half, then in zip(fields[:-1:2], fields[1::2], fields[2::2], strict=True):
@@ -144,11 +145,11 @@ class PairField(Bijection):
         """At the time of each half step: a, and the polynomial of phi in each cell and in one
         beyond, where it is 0."""
         stages, cubic = len(self.weights) - 3, CUBIC.to(self.weights)
-        at = torch.arange(2 * self.steps + 1, dtype=cubic.dtype, device=cubic.device) * (
-            stages / (2 * self.steps)
+        at = torch.arange(2 * self.num_steps + 1, dtype=cubic.dtype, device=cubic.device) * (
+            stages / (2 * self.num_steps)
         )
         now = _spread(at, at.long().clamp(max=stages - 1), stages + 3) @ self.weights
-        phi = nn.functional.pad(now[:, 1:], (0, 4)).unfold(1, 4, 1) @ (cubic.T / self.particles)
+        phi = nn.functional.pad(now[:, 1:], (0, 4)).unfold(1, 4, 1) @ (cubic.T / self.num_particles)
         return list(zip(now[:, 0], phi, strict=True))
 
     def _pairs(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -186,18 +187,18 @@ class EquivariantFlow(Flow):
     is flat. The density is the same for particles that are turned, reflected or renumbered, as
     their energy is, since the base is, and the velocity moves with them.
 
-    The density is as good as the integration: compare it at ``flow.steps`` and at half of them.
+    The density is as good as the integration: compare it at ``flow.num_steps`` and at half of them.
     What trains on it, with too few steps, finds fields whose error looks like likelihood.
     :func:`pyroebm.objectives.match_flow` is where to start from.
 
     Args:
-        particles: n, at least 2.
+        num_particles: n, at least 2.
         space: k, at least 1.
         reach: distance beyond which a pair does not move.
         length: :math:`\ell`, the distance at which the splines' cells are narrowest.
         cells: of :math:`\phi` in s.
         stages: cells in t.
-        steps: of the integrator, which may be set anew: ``flow.steps = 60``.
+        num_steps: of the integrator, which may be set anew: ``flow.num_steps = 60``.
         scale: a fresh flow is the base times this.
         dtype: of the parameters (default torch's).
 
@@ -212,18 +213,28 @@ class EquivariantFlow(Flow):
 
     def __init__(
         self,
-        particles: int,
+        num_particles: int,
         space: int,
+        *,
         reach: float = 8.0,
         length: float = 1.0,
-        cells: int = 32,
-        stages: int = 6,
-        steps: int = 20,
+        num_cells: int = 32,
+        num_stages: int = 6,
+        num_steps: int = 20,
         scale: float = 1.0,
-        *,
         dtype: torch.dtype | None = None,
     ) -> None:
-        field = PairField(particles, space, reach, length, cells, stages, steps, scale, dtype)
+        field = PairField(
+            num_particles,
+            space,
+            reach=reach,
+            length=length,
+            num_cells=num_cells,
+            num_stages=num_stages,
+            num_steps=num_steps,
+            scale=scale,
+            dtype=dtype,
+        )
         super().__init__([field], field.dim, field.dim)
 
     @property
@@ -232,14 +243,14 @@ class EquivariantFlow(Flow):
         return cast(PairField, self.transform.parts[0])
 
     @property
-    def steps(self) -> int:
+    def num_steps(self) -> int:
         """Of the integrator."""
-        return self.field.steps
+        return self.field.num_steps
 
-    @steps.setter
-    def steps(self, steps: int) -> None:
-        check_counts({"steps": 1}, steps)
-        self.field.steps = steps
+    @num_steps.setter
+    def num_steps(self, num_steps: int) -> None:
+        check_counts({"num_steps": 1}, num_steps)
+        self.field.num_steps = num_steps
 
 
 def _spread(at: Tensor, cell: Tensor, size: int) -> Tensor:

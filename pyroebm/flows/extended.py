@@ -57,8 +57,16 @@ class Extended(Energy):
         self.energy = energy
         self.conditional = conditional
         self.dim = dim
-        self.log_z = energy.log_z
-        self.has_exact_draws = energy.has_exact_draws
+
+    @property
+    def log_z(self) -> float | None:
+        """That of the energy."""
+        return self.energy.log_z
+
+    @property
+    def has_exact_draws(self) -> bool:
+        """Whether the energy can be sampled exactly."""
+        return self.energy.has_exact_draws
 
     def split(self, xy: Tensor) -> tuple[Tensor, Tensor]:
         """Events of the energy and latents: ``(*batch, D) -> (*batch, *event), (*batch, D -
@@ -84,8 +92,8 @@ class Extended(Energy):
         with torch.no_grad():
             return torch.cat((x, self.conditional.sample(x, 1, generator).squeeze(0)), dim=-1)
 
-    def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        return self.complete(self.energy.initial(n, generator), generator)
+    def initial(self, num_chains: int, generator: torch.Generator | None = None) -> Tensor:
+        return self.complete(self.energy.initial(num_chains, generator), generator)
 
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        return self.complete(self.energy.sample(n, generator), generator)
+    def sample(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
+        return self.complete(self.energy.sample(num_samples, generator), generator)

@@ -132,12 +132,12 @@ class Flow(Saveable):
             self.base.distribution(self.dtype, self.device), list(self.transform.parts)
         )
 
-    def draw_noise(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """``n`` draws of z, shape ``(n, D)``, with gradients in the parameters of the base where it
-        has any."""
-        return self.base.draw(n, generator, self.dtype, self.device)
+    def rsample_base(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
+        """``num_samples`` draws of z, shape ``(n, D)``, with gradients in the parameters of the
+        base where it has any."""
+        return self.base.rsample(num_samples, self.dtype, self.device, generator)
 
-    def push(self, z: Tensor) -> tuple[Tensor, Tensor]:
+    def forward_and_log_prob(self, z: Tensor) -> tuple[Tensor, Tensor]:
         r"""(x, y) and :math:`\log q(x, y)` of z, without any inverse: ``(*batch, D) -> (*batch, D),
         (*batch)``."""
         self._check(z, "z", self.total_dim)
@@ -177,14 +177,17 @@ class Flow(Saveable):
         with frozen(self):
             return self.log_prob(xy.clone())
 
-    def push_path(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """:meth:`push`, and :meth:`path_log_prob` of what it gives: of layers that are a
-        :class:`Bijection` in one pass."""
+    def forward_and_path_log_prob(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """:meth:`forward_and_log_prob`, and :meth:`path_log_prob` of what it gives: of layers that
+        are a :class:`Bijection` in one pass."""
         layers = [layer for layer in self.transform.parts if isinstance(layer, Bijection)]
         # the layers are not all of it then
-        own = type(self).push is not Flow.push or type(self).log_prob is not Flow.log_prob
+        own = (
+            type(self).forward_and_log_prob is not Flow.forward_and_log_prob
+            or type(self).log_prob is not Flow.log_prob
+        )
         if own or len(layers) < len(self.transform.parts) or not torch.is_grad_enabled():
-            xy, log_q = self.push(z)
+            xy, log_q = self.forward_and_log_prob(z)
             return xy, log_q, self.path_log_prob(xy)
         self._check(z, "z", self.total_dim)
         z = z if z.requires_grad else z.detach().requires_grad_()
@@ -283,9 +286,30 @@ class Flow(Saveable):
         log_ratio = self.log_prob(torch.cat((x, y), dim=-1)) - self.conditional.log_prob(y, x)
         return log_ratio.logsumexp(0) - math.log(num_samples)
 
+    def score_samples(self, x: Tensor) -> Tensor:
+        r"""Log-density :math:`\log q(x)` in nats, as scikit-learn's density estimators call it.
+
+        Args:
+            x: shape ``(*batch, d)``.
+
+        Returns:
+            shape ``(*batch)``.
+
+        Raises:
+            ValueError: if D - d > 1: :meth:`log_prob_x` has a lower bound then.
+        """
+        if self.total_dim - self.dim > 1:
+            raise ValueError(
+                f"the density of x is an integral over {self.total_dim - self.dim} latent entries:"
+                ' log_prob_x(x, method="bound") is a lower bound of it'
+            )
+        return self.log_prob_x(x)
+
     @torch.no_grad()
     def _log_marginal(self, x: Tensor) -> Tensor:
-        y = self.push(self.draw_noise(4096, seeded_generator(0, self.device)))[0][:, -1]
+        y = self.forward_and_log_prob(self.rsample_base(4096, seeded_generator(0, self.device)))[0][
+            :, -1
+        ]
         flat = x.reshape(-1, self.dim)
 
         # (points,) -> (points, rows), a few thousand evaluations at a time

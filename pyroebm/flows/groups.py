@@ -46,14 +46,15 @@ def sign_flips(dim: int, entries: Sequence[int] | None = None, jointly: bool = F
     return torch.diag_embed(diagonal)
 
 
-def permutations(particles: int, coordinates: int = 1, cyclic: bool = False) -> Tensor:
+def permutations(num_particles: int, num_coordinates: int = 1, cyclic: bool = False) -> Tensor:
     """Exchanges of equal particles, shape ``(G, particles * coordinates, particles *
     coordinates)``.
 
     Args:
-        particles: how many.
-        coordinates: consecutive entries of x that belong to each.
-        cyclic: only the shifts around a ring, G = ``particles``; otherwise all, G = ``particles!``.
+        num_particles: how many.
+        num_coordinates: consecutive entries of x that belong to each.
+        cyclic: only the shifts around a ring, G = ``num_particles``; otherwise all, G =
+            ``num_particles!``.
 
     Raises:
         ValueError: if there are more than 5040 elements. A random subset of them is no group, and a
@@ -61,20 +62,23 @@ def permutations(particles: int, coordinates: int = 1, cyclic: bool = False) -> 
             equivariant by construction, is.
 
     Example:
-        >>> permutations(3, coordinates=2).shape, permutations(3, cyclic=True).shape
+        >>> permutations(3, num_coordinates=2).shape, permutations(3, cyclic=True).shape
         (torch.Size([6, 6, 6]), torch.Size([3, 3, 3]))
     """
-    check_counts({"particles": 1, "coordinates": 1}, particles, coordinates)
+    check_counts({"num_particles": 1, "num_coordinates": 1}, num_particles, num_coordinates)
     _check_size(
-        particles if cyclic else math.factorial(particles),
-        f"the permutations of {particles} particles",
+        num_particles if cyclic else math.factorial(num_particles),
+        f"the permutations of {num_particles} particles",
     )
     if cyclic:
-        orders = [[(i + shift) % particles for i in range(particles)] for shift in range(particles)]
+        orders = [
+            [(i + shift) % num_particles for i in range(num_particles)]
+            for shift in range(num_particles)
+        ]
     else:
-        orders = [list(order) for order in itertools.permutations(range(particles))]
-    matrices = torch.eye(particles)[torch.tensor(orders)]
-    return torch.stack([torch.kron(matrix, torch.eye(coordinates)) for matrix in matrices])
+        orders = [list(order) for order in itertools.permutations(range(num_particles))]
+    matrices = torch.eye(num_particles)[torch.tensor(orders)]
+    return torch.stack([torch.kron(matrix, torch.eye(num_coordinates)) for matrix in matrices])
 
 
 def generated_group(generators: Tensor) -> Tensor:

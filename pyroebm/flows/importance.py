@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyroebm.core.energy import Energy
+from pyroebm.core.energy import Energy, check_energy
 from pyroebm.core.enumeration import draw_numbers
 from pyroebm.core.progress import Progress
-from pyroebm.core.rng import seeded_generator
-from pyroebm.core.statistics import effective, log_mean, pareto_k, too_few
+from pyroebm.core.rng import draw_from
+from pyroebm.core.statistics import Estimate, effective, log_mean, pareto_k, too_few
 from pyroebm.core.supports import inside
 from pyroebm.core.wrappers import check_weighable, eval_mode
 from pyroebm.flows.flow import Flow
@@ -33,10 +33,10 @@ class ImportanceResult:
         x: the draws, shape ``(n, *event)``.
         log_weights: unnormalised log weights in nats, float64, shape ``(n,)``; :math:`-\infty`
             where :math:`U = \infty`.
-        log_z: log of the mean weight, an estimate of log C; the mean weight itself is unbiased for
-            C.
-        log_z_se: its standard error, :math:`\mathrm{sd}(w) / (\bar w \sqrt n)` (delta method);
-            ``inf`` where a few weights decide: ``ess`` at most 400 and at most a quarter of n.
+        log_z: log of the mean weight, an estimate of log C of kind "lower": the mean weight is
+            unbiased for C. Its standard error is :math:`\mathrm{sd}(w) / (\bar w \sqrt n)` (delta
+            method); ``inf`` where a few weights decide: ``ess`` at most 400 and at most a quarter
+            of n.
         ess: effective sample size :math:`(\sum w)^2 / \sum w^2` (Kong, 1992).
         pareto_k: shape of the weights' tail (Vehtari, Simpson, Gelman, Yao and Gabry, "Pareto
             Smoothed Importance Sampling", 2024), by ArviZ; above 0.7 the estimates cannot be
@@ -48,8 +48,7 @@ class ImportanceResult:
 
     x: Tensor
     log_weights: Tensor
-    log_z: float
-    log_z_se: float
+    log_z: Estimate
     ess: float
     pareto_k: float
 
@@ -93,24 +92,23 @@ class ImportanceResult:
         error = (weights * (values - mean)).square().sum(0).sqrt()
         return mean, torch.full_like(error, math.inf) if too_few(self.ess, len(self.x)) else error
 
-    def resample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """``n`` independent draws from the weighted ones, shape ``(n, *event)``: nearly from p
-        where ``ess`` is large.
+    def resample(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
+        """``num_samples`` independent draws from the weighted ones, shape ``(n, *event)``: nearly
+        from p where ``ess`` is large.
 
         Raises:
-            ValueError: if ``n`` < 1.
+            ValueError: if ``num_samples`` < 1.
         """
-        if n < 1:
-            raise ValueError(f"n must be at least 1, got n={n}")
-        return self.x[draw_numbers(self.log_weights, n, generator)]
+        if num_samples < 1:
+            raise ValueError(f"num_samples must be at least 1, got num_samples={num_samples}")
+        return self.x[draw_numbers(self.log_weights, num_samples, generator)]
 
 
 def importance_sample(
     proposal: Flow | Distribution,
     energy: Energy,
-    n: int = 100_000,
+    num_samples: int = 100_000,
     *,
-    seed: int = 0,
     generator: torch.Generator | None = None,
     batch_size: int = 65_536,
     progress: bool | None = None,
@@ -125,11 +123,10 @@ def importance_sample(
 
     Args:
         proposal: a flow for the energy, or a Pyro distribution of the energy's event shape. The
-            latter draws from torch's global generator, which is seeded for it and put back.
+            latter draws from torch's default generator, see :func:`pyroebm.core.rng.draw_from`.
         energy: U.
-        n: number of draws.
-        seed: of a generator on the proposal's device.
-        generator: in place of ``seed``.
+        num_samples: number of draws.
+        generator: source of the draws; None is torch's default generator.
         batch_size: draws evaluated at once.
         progress: True shows it, False hides it, None shows it where it takes longer than a second.
 
@@ -137,7 +134,8 @@ def importance_sample(
         draws, weights and what they say; gradients are not kept.
 
     Raises:
-        ValueError: if ``n`` or ``batch_size`` < 1, or if shapes, dtypes or devices do not fit.
+        ValueError: if ``num_samples`` or ``batch_size`` < 1, or if shapes, dtypes or devices do not
+            fit.
         FloatingPointError: if a log weight is NaN or +inf (with their numbers), or if every weight
             is 0.
 
@@ -145,28 +143,28 @@ def importance_sample(
         >>> import pyro.distributions as dist
         >>> from pyroebm.targets import Gaussian
         >>> result = importance_sample(dist.Normal(0.0, 1.5), Gaussian(0.0), 10_000)
-        >>> abs(result.log_z - 0.5 * math.log(2 * math.pi)) < 5 * result.log_z_se
+        >>> log_z = result.log_z
+        >>> abs(log_z.value - 0.5 * math.log(2 * math.pi)) < 5 * log_z.standard_error
         True
     """
-    for name, value in (("n", n), ("batch_size", batch_size)):
+    for name, value in (("num_samples", num_samples), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {name}={value}")
+    check_energy(energy)
     check_weighable(energy)
-    if generator is None:
-        generator = seeded_generator(
-            seed, proposal.device if isinstance(proposal, Flow) else energy.device
-        )
     draw = (
         _flow_weights(proposal, energy)
         if isinstance(proposal, Flow)
         else _distribution_weights(proposal, energy)
     )
-    sizes = [batch_size] * (n // batch_size) + [n % batch_size] * (n % batch_size > 0)
+    sizes = [batch_size] * (num_samples // batch_size) + [num_samples % batch_size] * (
+        num_samples % batch_size > 0
+    )
     parts = []
     with (
         torch.no_grad(),
         eval_mode(energy),
-        Progress(n, "importance sampling", "draw", progress) as shown,
+        Progress(num_samples, "importance sampling", "draw", progress) as shown,
     ):
         for size in sizes:
             parts.append(draw(size, generator))
@@ -176,14 +174,14 @@ def importance_sample(
     )
 
 
-_Draw = Callable[[int, torch.Generator], tuple[Tensor, Tensor]]
+_Draw = Callable[[int, torch.Generator | None], tuple[Tensor, Tensor]]
 
 
 def _flow_weights(flow: Flow, energy: Energy) -> _Draw:
     target = flow.extend(energy)
 
-    def draw(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        xy, log_q = flow.push(flow.draw_noise(n, generator))
+    def draw(n: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        xy, log_q = flow.forward_and_log_prob(flow.rsample_base(n, generator))
         return target.split(xy)[0], -target(xy) - log_q
 
     return draw
@@ -202,11 +200,8 @@ def _distribution_weights(proposal: Distribution, energy: Energy) -> _Draw:
             " goes in itself, not called"
         )
 
-    def draw(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        seed = int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device))
-        with torch.random.fork_rng([energy.device] if energy.device.type == "cuda" else []):
-            torch.manual_seed(seed)
-            x = proposal.sample((n,))
+    def draw(n: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        x = draw_from(proposal, n, generator)
         energy.check_states(x, "the proposal's draw")
         legal = inside(energy.support, x, len(energy.event_shape))
         log_weights = torch.full((n,), -torch.inf, dtype=energy.dtype, device=energy.device)
@@ -238,8 +233,7 @@ def _summary(x: Tensor, log_weights: Tensor) -> ImportanceResult:
     return ImportanceResult(
         x=x,
         log_weights=log_weights,
-        log_z=log_z,
-        log_z_se=error,
+        log_z=Estimate(log_z, error, "lower"),
         ess=ess,
         pareto_k=pareto_k(log_weights),
     )

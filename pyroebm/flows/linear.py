@@ -111,8 +111,8 @@ class PLULinear(Bijection):
 class Shift(Bijection):
     r"""A learned translation :math:`x = z + c`, with :math:`\log|\det \partial x/\partial z| = 0`.
 
-    NICE (Dinh, Krueger and Bengio, 2014) is centred without it: additive coupling of one dimension,
-    and S, move no mean.
+    NICE (Dinh, Krueger and Bengio, 2014) is centered without it: additive coupling of one
+    dimension, and S, move no mean.
 
     Args:
         offset: initial c, shape ``(D,)``, floating point.

@@ -35,7 +35,7 @@ class ConditionalGaussian(Saveable):
     Args:
         dim: d, entries of x.
         extra: k = D - d, entries of y.
-        hidden: widths of the network's hidden layers.
+        hidden_sizes: widths of the network's hidden layers.
         activation: ``"silu"`` or ``"tanh"``.
         dtype: of the parameters.
         generator: source of the initial hidden weights.
@@ -53,7 +53,7 @@ class ConditionalGaussian(Saveable):
         self,
         dim: int,
         extra: int,
-        hidden: Sequence[int] = (64, 64),
+        hidden_sizes: Sequence[int] = (64, 64),
         *,
         activation: str = "silu",
         dtype: torch.dtype | None = None,
@@ -65,7 +65,7 @@ class ConditionalGaussian(Saveable):
         self.dim, self.extra = dim, extra
         outputs = 2 * extra + extra * (extra - 1) // 2
         self.net = mlp(
-            dim, outputs, hidden, activation=activation, dtype=dtype, generator=generator
+            dim, outputs, hidden_sizes, activation=activation, dtype=dtype, generator=generator
         )
 
     def parts(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

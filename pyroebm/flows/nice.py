@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyroebm.core.rng import seeded_generator
 from pyroebm.flows.base import Base, StandardNormal
 from pyroebm.flows.coupling import AdditiveCoupling
 from pyroebm.flows.flow import Flow
@@ -36,14 +35,14 @@ class RedundantNICE(Flow):
     Args:
         dim: d, entries of x (1 for a scalar energy).
         total_dim: D; equal to ``dim`` there are no latents, as in :class:`NICE`.
-        couplings: number of additive couplings, alternating; none where D = 1, which has nothing to
-            couple.
-        hidden: widths of the hidden layers of every network.
+        num_layers: number of additive couplings, alternating; none where D = 1, which has nothing
+            to couple.
+        hidden_sizes: widths of the hidden layers of every network.
         shift: learn c; without it c = 0.
         activation: ``"silu"`` or ``"tanh"``.
         base: density of z; None is the standard normal.
         dtype: of the parameters (default torch's).
-        seed: of the initial hidden weights; torch's global generator is not used.
+        generator: source of the initial weights; None is torch's default generator.
 
     Raises:
         ValueError: if a number is out of range or an activation unknown.
@@ -59,34 +58,33 @@ class RedundantNICE(Flow):
         self,
         dim: int,
         total_dim: int,
-        couplings: int = 6,
-        hidden: Sequence[int] = (64, 64),
+        num_layers: int = 6,
+        hidden_sizes: Sequence[int] = (64, 64),
         shift: bool = True,
         *,
         activation: str = "silu",
         base: Base | None = None,
         dtype: torch.dtype | None = None,
-        seed: int = 0,
+        generator: torch.Generator | None = None,
     ) -> None:
-        if couplings < 0:
-            raise ValueError(f"couplings must not be negative, got couplings={couplings}")
+        if num_layers < 0:
+            raise ValueError(f"num_layers must not be negative, got num_layers={num_layers}")
         if not 1 <= dim <= total_dim:
             raise ValueError(
                 f"dim and total_dim must satisfy 1 <= dim <= total_dim, got dim={dim},"
                 f" total_dim={total_dim}"
             )
         dtype = torch.get_default_dtype() if dtype is None else dtype
-        generator = seeded_generator(seed)
         layers: list[Any] = [
             AdditiveCoupling(
                 total_dim,
                 flip=bool(k % 2),
-                hidden=hidden,
+                hidden_sizes=hidden_sizes,
                 activation=activation,
                 dtype=dtype,
                 generator=generator,
             )
-            for k in range(couplings if total_dim > 1 else 0)
+            for k in range(num_layers if total_dim > 1 else 0)
         ]
         layers.append(PLULinear(torch.eye(total_dim, dtype=dtype)))
         if shift:
@@ -96,7 +94,7 @@ class RedundantNICE(Flow):
             conditional = ConditionalGaussian(
                 dim,
                 total_dim - dim,
-                hidden,
+                hidden_sizes,
                 activation=activation,
                 dtype=dtype,
                 generator=generator,
@@ -153,13 +151,13 @@ class NICE(RedundantNICE):
 
     Args:
         dim: d, entries of x.
-        couplings: number of additive couplings, alternating; none where d = 1.
-        hidden: widths of their networks' hidden layers.
+        num_layers: number of additive couplings, alternating; none where d = 1.
+        hidden_sizes: widths of their networks' hidden layers.
         shift: learn c; without it c = 0.
         activation: ``"silu"`` or ``"tanh"``.
         base: density of z; None is the standard normal.
         dtype: of the parameters (default torch's).
-        seed: of the initial hidden weights; torch's global generator is not used.
+        generator: source of the initial weights; None is torch's default generator.
 
     Raises:
         ValueError: if a number is out of range or an activation unknown.
@@ -173,23 +171,23 @@ class NICE(RedundantNICE):
     def __init__(
         self,
         dim: int,
-        couplings: int = 6,
-        hidden: Sequence[int] = (64, 64),
+        num_layers: int = 6,
+        hidden_sizes: Sequence[int] = (64, 64),
         shift: bool = True,
         *,
         activation: str = "silu",
         base: Base | None = None,
         dtype: torch.dtype | None = None,
-        seed: int = 0,
+        generator: torch.Generator | None = None,
     ) -> None:
         super().__init__(
             dim,
             dim,
-            couplings,
-            hidden,
+            num_layers,
+            hidden_sizes,
             shift,
             activation=activation,
             base=base,
             dtype=dtype,
-            seed=seed,
+            generator=generator,
         )

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from pyroebm.core._checks import check_counts
-from pyroebm.core.rng import seeded_generator
 from pyroebm.flows.affine import AffineCoupling, Loft, coupling_masks
 from pyroebm.flows.base import Base
 from pyroebm.flows.flow import Flow
@@ -31,24 +30,24 @@ class RealNVP(Flow):
 
     Args:
         dim: d, entries of x.
-        layers: L, of :class:`AffineCoupling`; none where D = 1, which has nothing to couple.
-        hidden: widths of the conditioners' hidden layers.
+        num_layers: L, of :class:`AffineCoupling`; none where D = 1, which has nothing to couple.
+        hidden_sizes: widths of the conditioners' hidden layers.
         total_dim: D; None is d. Above it there are redundant latents, as in :class:`RedundantNICE`.
         mask: ``"halves"`` or ``"alternating"``, of the first pair.
         clamp: largest log-scale of one layer, in nats.
-        soft: ``"tanh"`` or ``"arctan"``, how it is clamped.
         loft: threshold of the tail layer :class:`Loft`; None has none.
         scale: of the initial S.
         activation: one of :data:`pyroebm.nn.ACTIVATIONS`.
         base: density of z; None is the standard normal.
         dtype: of the parameters (default torch's).
-        seed: of the initial hidden weights and of who is coupled to whom.
+        generator: source of the initial weights and of who is coupled to whom; None is torch's
+            default generator.
 
     Raises:
         ValueError: if an argument is out of range.
 
     Example:
-        >>> flow = RealNVP(2, layers=4, hidden=(16,), loft=100.0)
+        >>> flow = RealNVP(2, num_layers=4, hidden_sizes=(16,), loft=100.0)
         >>> flow.log_prob(torch.zeros(2)).detach()
         tensor(-1.8379)
     """
@@ -56,21 +55,20 @@ class RealNVP(Flow):
     def __init__(
         self,
         dim: int,
-        layers: int = 6,
-        hidden: Sequence[int] = (64, 64),
+        num_layers: int = 6,
+        hidden_sizes: Sequence[int] = (64, 64),
+        *,
         total_dim: int | None = None,
         mask: str = "halves",
         clamp: float = 2.0,
-        soft: str = "tanh",
         loft: float | None = None,
         scale: float = 1.0,
-        *,
         activation: str = "silu",
         base: Base | None = None,
         dtype: torch.dtype | None = None,
-        seed: int = 0,
+        generator: torch.Generator | None = None,
     ) -> None:
-        check_counts({"dim": 1, "layers": 0}, dim, layers)
+        check_counts({"dim": 1, "num_layers": 0}, dim, num_layers)
         total = dim if total_dim is None else total_dim
         if total < dim:
             raise ValueError(
@@ -80,18 +78,15 @@ class RealNVP(Flow):
         if not scale > 0.0:
             raise ValueError(f"scale must be positive, got scale={scale}")
         dtype = torch.get_default_dtype() if dtype is None else dtype
-        generator = seeded_generator(seed)
         net: dict[str, Any] = {
-            "hidden": hidden,
+            "hidden_sizes": hidden_sizes,
             "activation": activation,
             "dtype": dtype,
             "generator": generator,
         }
         parts: list[Any] = []
-        masks = coupling_masks(total, mask, layers, generator)
-        parts += [
-            AffineCoupling(total, mask=passing, clamp=clamp, soft=soft, **net) for passing in masks
-        ]
+        masks = coupling_masks(total, mask, num_layers, generator)
+        parts += [AffineCoupling(total, mask=passing, clamp=clamp, **net) for passing in masks]
         parts += [
             PLULinear(scale * torch.eye(total, dtype=dtype)),
             Shift(torch.zeros(total, dtype=dtype)),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyroebm.core._checks import check_counts
 from pyroebm.core.energy import Energy
-from pyroebm.core.rng import seeded_generator
+from pyroebm.core.rng import subset
 from pyroebm.core.statistics import (
     Estimate,
     energy_distance,
@@ -22,16 +22,18 @@ from pyroebm.core.wrappers import eval_mode
 from pyroebm.flows.flow import Flow
 from pyroebm.flows.importance import ImportanceResult, ess_fraction, importance_sample
 
-__all__ = ["FlowReport", "judge_flow"]
+__all__ = ["FlowReport", "evaluate_flow"]
 
 #: A mode with less than this part of its weight among the flow's draws is called missing.
 MISSING = 0.1
+#: Draws for the weights of x alone, where there are redundant latents.
+MARGINAL = 2000
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FlowReport:
-    r"""Figures of a flow q for a target p, from :func:`judge_flow`; log weights are :math:`-U(x) -
-    \log q(x)`.
+    r"""Figures of a flow q for a target p, from :func:`evaluate_flow`; log weights are
+    :math:`-U(x) - \log q(x)`.
 
     The reverse figures are means over the flow's own draws: none of them sees a mode without such
     draws. The forward ones are over draws of the target, and None where there are none.
@@ -85,7 +87,7 @@ class FlowReport:
         w = self.weighted
         truth = "" if self.log_z is None else f" (exact {self.log_z:.5g})"
         lines = [
-            f"log Z {w.log_z:.5f} +- {w.log_z_se:.2g}{truth}; ELBO {self.elbo}",
+            f"log Z {w.log_z.value:.5f} +- {w.log_z.standard_error:.2g}{truth}; ELBO {self.elbo}",
             f"reverse ESS {w.ess_fraction:.4f} of n, of x alone {self.marginal_ess:.4f} (gap"
             f" {self.redundancy_gap:.4f});"
             f" Pareto k {w.pareto_k:.2f}",
@@ -117,30 +119,28 @@ class FlowReport:
         return "\n".join([*lines, f"{self.evaluations} evaluations of the target", *self.findings])
 
 
-def judge_flow(
+def evaluate_flow(
     flow: Flow,
     energy: Energy,
-    n: int = 100_000,
+    num_samples: int = 100_000,
     draws: Tensor | None = None,
     *,
     num_distances: int = 2000,
-    num_marginal: int = 2000,
-    seed: int = 0,
+    generator: torch.Generator | None = None,
     progress: bool | None = None,
 ) -> FlowReport:
-    r"""Judge a flow by its own draws and by draws of the target.
+    r"""Evaluate a flow by its own draws and by draws of the target.
 
     Args:
         flow: q.
         energy: U. Its exact draws are taken where it has them, its ``mode_weights`` and ``log_z``
             where it knows them.
-        n: draws of the flow, and of the target where it has exact ones.
+        num_samples: draws of the flow, and of the target where it has exact ones.
         draws: of the target in place of exact ones: independent ones ``(m, *event)``, or those of
             chains ``(chains, m, *event)``, which must have mixed. Chains, not their draws, then
             count as independent in the errors of the EUBO and of distances.
         num_distances: draws of each law for the distances between them.
-        num_marginal: draws for the weights of x alone where there are redundant latents.
-        seed: of all draws.
+        generator: source of the draws; None is torch's default generator.
         progress: of the flow's draws, as for :func:`importance_sample`.
 
     Raises:
@@ -153,31 +153,30 @@ def judge_flow(
         >>> with torch.no_grad():  # the best normal law within the left well
         ...     _ = flow.linear.log_diagonal.fill_(math.log(0.245))
         ...     _ = flow.transform.parts[-1].offset.fill_(-1.413)
-        >>> report = judge_flow(flow, DoubleWell(), n=1000)
+        >>> report = evaluate_flow(flow, DoubleWell(), num_samples=1000)
         >>> report.weighted.ess_fraction > 0.8, report.missing, report.forward_ess < 0.01
         (True, (1,), True)
     """
-    check_counts({"n": 40, "num_distances": 40, "num_marginal": 40}, n, num_distances, num_marginal)
-    generator = seeded_generator(seed, flow.device)
+    check_counts({"num_samples": 40, "num_distances": 40}, num_samples, num_distances)
     target = flow.extend(energy)
     chains = None
     if draws is not None:
         energy.check_states(draws, "draws")
         if draws.dim() == len(energy.event_shape) + 2:
             chains, draws = len(draws), draws.flatten(0, 1)
-    weighted = importance_sample(flow, energy, n, generator=generator, progress=progress)
+    weighted = importance_sample(flow, energy, num_samples, generator=generator, progress=progress)
     elbo = Estimate.of(weighted.log_weights[torch.isfinite(weighted.log_weights)])
     if not bool(torch.isfinite(weighted.log_weights).all()):
         elbo = Estimate(-math.inf, math.nan)  # some of q is where p is not
-    marginal, evaluations = weighted.ess_fraction, n
+    marginal, evaluations = weighted.ess_fraction, num_samples
     with torch.no_grad(), eval_mode(energy):
         if flow.conditional is not None:
-            x = weighted.x[:num_marginal]
+            x = weighted.x[:MARGINAL]
             log_q = flow.log_prob_x(target.vectors(x), generator=generator)
             marginal = ess_fraction(-energy(x).double() - log_q.double())
             evaluations += len(x)
         if draws is None and energy.has_exact_draws:
-            draws = energy.sample(n, generator)
+            draws = energy.sample(num_samples, generator)
         log_forward = eubo = None
         if draws is not None:
             xy = target.complete(draws, generator)
@@ -186,10 +185,10 @@ def judge_flow(
                 log_forward if chains is None else log_forward.reshape(chains, -1).mean(1)
             )
             evaluations += len(draws)
-    some = min(num_distances, n)
+    some = min(num_distances, num_samples)
     far = near = discrepancy = None
     if draws is not None:
-        some_draws = torch.randperm(len(draws), generator=generator, device=generator.device)[:some]
+        some_draws = subset(len(draws), some, generator, flow.device)
         # a chain's beside each other, for the groups of the jackknife
         y = draws[some_draws.sort().values.to(draws.device)]
         far, discrepancy = (
@@ -203,14 +202,14 @@ def judge_flow(
     if weights is not None:
         modes = energy.mode_of(weighted.x)  # type: ignore[operator]
         weights = weights.double().cpu()
-        shares = torch.bincount(modes.cpu(), minlength=len(weights)).double() / n
+        shares = torch.bincount(modes.cpu(), minlength=len(weights)).double() / num_samples
         corrected = torch.bincount(modes.cpu(), weighted.weights.cpu(), minlength=len(weights))
         entropy = mode_coverage_entropy(modes.cpu(), weights)
         # of a mode too small to be seen among n draws nothing can be said
         missing = tuple(
             int(k)
             for k in range(len(weights))
-            if shares[k] < MISSING * weights[k] and n * weights[k] > 30.0
+            if shares[k] < MISSING * weights[k] and num_samples * weights[k] > 30.0
         )
     report = FlowReport(
         weighted=weighted,
@@ -246,16 +245,21 @@ def _findings(report: FlowReport) -> tuple[str, ...]:
     rounding = 1e-12 * max(1.0, abs(report.log_z or 0.0))
     if (
         report.log_z is not None
-        and abs(weighted.log_z - report.log_z) > 5.0 * weighted.log_z_se + rounding
+        and abs(weighted.log_z.value - report.log_z)
+        > 5.0 * weighted.log_z.standard_error + rounding
     ):
-        off = (weighted.log_z - report.log_z) / weighted.log_z_se if weighted.log_z_se else math.inf
+        off = (
+            (weighted.log_z.value - report.log_z) / weighted.log_z.standard_error
+            if weighted.log_z.standard_error
+            else math.inf
+        )
         said.append(f"log Z is {off:+.3g} of its standard errors from the exact one")
-    if math.isinf(weighted.log_z_se):
+    if math.isinf(weighted.log_z.standard_error):
         few, n = weighted.ess, len(weighted.log_weights)
         told = (
             ""
             if report.log_z is None
-            else f", which is {weighted.log_z - report.log_z:+.3g} from the exact one"
+            else f", which is {weighted.log_z.value - report.log_z:+.3g} from the exact one"
         )
         said.append(
             f"a few weights decide (ESS {few:.0f} of {n}): log Z{told}, has no standard error"

@@ -31,10 +31,10 @@ class Symmetrized(Flow):
     * ``"learned"``: for a target whose modes are images of each other but not of equal mass.
 
     A density costs G of :math:`q_0`. The noise has one entry more than (x, y): a uniform number
-    that chooses g. No gradient reaches :math:`\pi` through that choice, so :meth:`push` holds it
-    constant. :meth:`log_prob` of given points trains it, and so does :meth:`terms`, the reverse KL
-    summed over the group (:class:`pyroebm.objectives.SymmetrizedKL`); Pyro's ELBOs fall back to the
-    score function.
+    that chooses g. No gradient reaches :math:`\pi` through that choice, so
+    :meth:`forward_and_log_prob` holds it constant. :meth:`log_prob` of given points trains it, and
+    so does :meth:`terms`, the reverse KL summed over the group
+    (:class:`pyroebm.objectives.SymmetrizedKL`); Pyro's ELBOs fall back to the score function.
 
     Args:
         flow: :math:`q_0`; its parameters are shared, not copied.
@@ -103,16 +103,17 @@ class Symmetrized(Flow):
             return self.elements.new_full((len(self.elements),), -math.log(len(self.elements)))
         return self.logits.log_softmax(0)
 
-    def draw_noise(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """``n`` draws of z and of the uniform number that chooses g, shape ``(n, D + 1)``."""
-        z = super().draw_noise(n, generator)
-        return torch.cat((z, uniform((n, 1), generator, z.dtype, z.device)), dim=-1)
+    def rsample_base(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
+        """``num_samples`` draws of z and of the uniform number that chooses g, shape ``(n, D +
+        1)``."""
+        z = super().rsample_base(num_samples, generator)
+        return torch.cat((z, uniform((num_samples, 1), generator, z.dtype, z.device)), dim=-1)
 
-    def push(self, z: Tensor) -> tuple[Tensor, Tensor]:
+    def forward_and_log_prob(self, z: Tensor) -> tuple[Tensor, Tensor]:
         r"""(x, y) and :math:`\log q(x, y)`, :math:`\pi` held constant: ``(*batch, D + 1) ->
         (*batch, D), (*batch)``."""
         self._check(z, "z", self.total_dim + 1)
-        xy, log_q = super().push(z[..., :-1])
+        xy, log_q = super().forward_and_log_prob(z[..., :-1])
         log_pi = self.log_weights().detach()
         # the last sum may be rounded to below the uniform number
         g = (z[..., -1:] > log_pi.exp().cumsum(0)).sum(-1, keepdim=True).clamp(max=len(log_pi) - 1)
@@ -147,7 +148,7 @@ class Symmetrized(Flow):
             the images ``(n, G, D)``.
         """
         self._check(z, "z", self.total_dim + 1)
-        xy, log_q = super().push(z[..., :-1])
+        xy, log_q = super().forward_and_log_prob(z[..., :-1])
         log_pi = self.log_weights()
         every = torch.arange(len(log_pi), device=z.device).expand(*xy.shape[:-1], -1)
         images = self._images(xy, self.elements)
@@ -184,7 +185,7 @@ class Symmetrized(Flow):
         path = self.path_log_prob if stl else None
         reparameterised = self.weights == "uniform"
         return Drawn(
-            lambda n: self.push(self.draw_noise(n))[0],
+            lambda n: self.forward_and_log_prob(self.rsample_base(n))[0],
             self.log_prob,
             self.total_dim,
             path,

@@ -43,21 +43,25 @@ class Transported(Energy):
     def __init__(self, flow: Flow, energy: Energy) -> None:
         super().__init__((flow.total_dim,))
         self.flow, self.extended = flow, flow.extend(energy)
-        self.log_z = energy.log_z
+
+    @property
+    def log_z(self) -> float | None:
+        """That of the energy."""
+        return self.extended.log_z
 
     def forward(self, z: Tensor) -> Tensor:
-        xy, log_q = self.flow.push(z)
+        xy, log_q = self.flow.forward_and_log_prob(z)
         return self.extended(xy) + log_q - self.flow.base.log_prob(z)
 
     def variables(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """The energy's events and the latents at z: ``(*batch, D) -> (*batch, *event), (*batch, D -
         d)``."""
-        return self.extended.split(self.flow.push(z)[0])
+        return self.extended.split(self.flow.forward_and_log_prob(z)[0])
 
     def named(self, x: Tensor, site: str = "x") -> dict[str, Tensor]:
         with torch.no_grad():
             return self.extended.energy.named(self.variables(x)[0], site)
 
-    def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+    def initial(self, num_chains: int, generator: torch.Generator | None = None) -> Tensor:
         with torch.no_grad():
-            return self.flow.draw_noise(n, generator)
+            return self.flow.rsample_base(num_chains, generator)

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from pyroebm.core._checks import check_counts
-from pyroebm.core.rng import seeded_generator
 from pyroebm.flows.adapters import installed_zuko, reversed_layer, zuko_layer
 from pyroebm.flows.affine import coupling_masks
 from pyroebm.flows.base import Base
@@ -49,9 +48,9 @@ class SplineFlow(Flow):
 
     Args:
         dim: d.
-        layers: L.
-        hidden: widths of the conditioners' hidden layers.
-        bins: of each spline.
+        num_layers: L.
+        hidden_sizes: widths of the conditioners' hidden layers.
+        num_bins: of each spline.
         bound: B, in units of the base.
         scale: of the initial S.
         autoregressive: as zuko's NSF: each entry depends on all before it; the inverse then costs d
@@ -59,14 +58,17 @@ class SplineFlow(Flow):
         activation: one of :data:`pyroebm.nn.ACTIVATIONS`.
         base: density of z; None is the standard normal.
         dtype: of the parameters (default torch's).
-        seed: of the initial weights and of who is coupled to whom.
+        generator: source of the initial weights and of who is coupled to whom; None is torch's
+            default generator.
 
     Raises:
         ImportError: if zuko is not installed.
         ValueError: if an argument is out of range.
 
     Example:
-        >>> xy, log_q = (flow := SplineFlow(2, layers=2)).push(torch.zeros(3, 2))
+        >>> xy, log_q = (flow := SplineFlow(2, num_layers=2)).forward_and_log_prob(
+        ...     torch.zeros(3, 2)
+        ... )
         >>> xy.shape, log_q.shape
         (torch.Size([3, 2]), torch.Size([3]))
     """
@@ -74,32 +76,35 @@ class SplineFlow(Flow):
     def __init__(
         self,
         dim: int,
-        layers: int = 6,
-        hidden: Sequence[int] = (64, 64),
-        bins: int = 8,
+        num_layers: int = 6,
+        hidden_sizes: Sequence[int] = (64, 64),
+        *,
+        num_bins: int = 8,
         bound: float = 5.0,
         scale: float = 1.0,
         autoregressive: bool = False,
-        *,
         activation: str = "silu",
         base: Base | None = None,
         dtype: torch.dtype | None = None,
-        seed: int = 0,
+        generator: torch.Generator | None = None,
     ) -> None:
-        check_counts({"dim": 1, "layers": 1, "bins": 2}, dim, layers, bins)
+        check_counts({"dim": 1, "num_layers": 1, "num_bins": 2}, dim, num_layers, num_bins)
         if not (bound > 0.0 and math.isfinite(bound)):
             raise ValueError(f"bound must be positive and finite, got bound={bound}")
-        zuko, generator = installed_zuko(), seeded_generator(seed)
+        zuko = installed_zuko()
         dtype = torch.get_default_dtype() if dtype is None else dtype
         common: dict[str, Any] = {
             "univariate": functools.partial(zuko.transforms.MonotonicRQSTransform, bound=bound),
-            "shapes": [(bins,), (bins,), (bins - 1,)],
+            "shapes": [(num_bins,), (num_bins,), (num_bins - 1,)],
         }
         if dim > 1:
-            common |= {"hidden_features": tuple(hidden), "activation": _activation(activation)}
+            common |= {
+                "hidden_features": tuple(hidden_sizes),
+                "activation": _activation(activation),
+            }
         parts: list[Any] = []
-        masks = coupling_masks(dim, "halves", layers, generator)
-        for k in range(layers):
+        masks = coupling_masks(dim, "halves", num_layers, generator)
+        for k in range(num_layers):
             if autoregressive:
                 order = torch.arange(dim) if k % 2 == 0 else torch.arange(dim).flip(0)
                 make, own = (
@@ -125,47 +130,47 @@ class AutoregressiveFlow(Flow):
 
     Args:
         dim: d.
-        layers: how many.
-        hidden: widths of the networks' hidden layers.
+        num_layers: how many.
+        hidden_sizes: widths of the networks' hidden layers.
         fast: ``"draw"`` or ``"density"``.
         scale: of the initial matrix of the final affine layer.
         activation: one of :data:`pyroebm.nn.ACTIVATIONS`.
         base: density of z; None is the standard normal.
         dtype: of the parameters (default torch's).
-        seed: of the initial weights.
+        generator: source of the initial weights; None is torch's default generator.
 
     Raises:
         ImportError: if zuko is not installed.
         ValueError: if an argument is out of range.
 
     Example:
-        >>> AutoregressiveFlow(3, layers=2, hidden=(8,)).log_prob(torch.zeros(3)).detach()
+        >>> AutoregressiveFlow(3, num_layers=2, hidden_sizes=(8,)).log_prob(torch.zeros(3)).detach()
         tensor(-2.7568)
     """
 
     def __init__(
         self,
         dim: int,
-        layers: int = 4,
-        hidden: Sequence[int] = (64, 64),
+        num_layers: int = 4,
+        hidden_sizes: Sequence[int] = (64, 64),
+        *,
         fast: str = "draw",
         scale: float = 1.0,
-        *,
         activation: str = "silu",
         base: Base | None = None,
         dtype: torch.dtype | None = None,
-        seed: int = 0,
+        generator: torch.Generator | None = None,
     ) -> None:
-        check_counts({"dim": 1, "layers": 1}, dim, layers)
+        check_counts({"dim": 1, "num_layers": 1}, dim, num_layers)
         if fast not in ("draw", "density"):
             raise ValueError(f"fast must be 'draw' or 'density', got fast={fast!r}")
-        zuko, generator = installed_zuko(), seeded_generator(seed)
+        zuko = installed_zuko()
         dtype = torch.get_default_dtype() if dtype is None else dtype
         common: dict[str, Any] = {}
         if dim > 1:
-            common = {"hidden_features": tuple(hidden), "activation": _activation(activation)}
+            common = {"hidden_features": tuple(hidden_sizes), "activation": _activation(activation)}
         parts: list[Any] = []
-        for k in range(layers):
+        for k in range(num_layers):
             order = torch.arange(dim) if k % 2 == 0 else torch.arange(dim).flip(0)
             make = zuko.flows.autoregressive.MaskedAutoregressiveTransform
             layer = zuko_layer(make, dim, generator, dtype, order=order, **common)
@@ -187,40 +192,40 @@ class ContinuousFlow(Flow):
 
     Args:
         dim: d.
-        hidden: widths of the hidden layers of f.
-        frequencies: of the sines and cosines of t that f sees.
+        hidden_sizes: widths of the hidden layers of f.
+        num_frequencies: of the sines and cosines of t that f sees.
         atol: absolute tolerance of the solver.
         rtol: relative tolerance.
         scale: of the initial S.
         activation: one of :data:`pyroebm.nn.ACTIVATIONS`; a smooth one.
         base: density of z; None is the standard normal.
         dtype: of the parameters (default torch's).
-        seed: of the initial weights.
+        generator: source of the initial weights; None is torch's default generator.
 
     Raises:
         ImportError: if zuko is not installed.
         ValueError: if an argument is out of range.
 
     Example:
-        >>> ContinuousFlow(2, hidden=(8,)).log_prob(torch.zeros(2)).detach()
+        >>> ContinuousFlow(2, hidden_sizes=(8,)).log_prob(torch.zeros(2)).detach()
         tensor(-1.8379)
     """
 
     def __init__(
         self,
         dim: int,
-        hidden: Sequence[int] = (64, 64),
-        frequencies: int = 3,
+        hidden_sizes: Sequence[int] = (64, 64),
+        num_frequencies: int = 3,
+        *,
         atol: float = 1e-6,
         rtol: float = 1e-5,
         scale: float = 1.0,
-        *,
         activation: str = "silu",
         base: Base | None = None,
         dtype: torch.dtype | None = None,
-        seed: int = 0,
+        generator: torch.Generator | None = None,
     ) -> None:
-        check_counts({"dim": 1, "frequencies": 1}, dim, frequencies)
+        check_counts({"dim": 1, "num_frequencies": 1}, dim, num_frequencies)
         dtype = torch.get_default_dtype() if dtype is None else dtype
         least = torch.finfo(dtype).eps
         if not (atol >= least and rtol >= 10.0 * least):
@@ -231,13 +236,11 @@ class ContinuousFlow(Flow):
             )
         zuko = installed_zuko()
         options = {
-            "freqs": frequencies,
+            "freqs": num_frequencies,
             "atol": atol,
             "rtol": rtol,
-            "hidden_features": tuple(hidden),
+            "hidden_features": tuple(hidden_sizes),
         }
         options["activation"] = _activation(activation)
-        layer = zuko_layer(
-            zuko.flows.continuous.FFJTransform, dim, seeded_generator(seed), dtype, **options
-        )
+        layer = zuko_layer(zuko.flows.continuous.FFJTransform, dim, generator, dtype, **options)
         super().__init__([layer, *_affine_end(dim, scale, dtype)], dim, dim, base=base)

@@ -39,7 +39,7 @@ class _Trajectory(kernels.HMC):
         # of chains: one of another scale changes nobody's length
         size = float(torch.as_tensor(self.step_size).median())
         steps = max(1, min(MAX_STEPS, int(self.length / size)))
-        return kernels.HMC(self.step_size, self.inverse_mass, steps, self.jitter).step(
+        return kernels.HMC(self.step_size, self.inverse_mass, steps, jitter=self.jitter).step(
             energy, state, generator
         )
 

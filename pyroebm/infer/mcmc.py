@@ -72,7 +72,7 @@ class _Hooked(mcmc.MCMC):
     after_step: Callable[[str, int], None] | None = None
 
     @property
-    def _one_by_one(self) -> bool:  # type: ignore[override]
+    def _one_by_one(self) -> bool:
         return self.after_step is not None
 
     def step_size(self) -> float:

@@ -1,6 +1,7 @@
 """Markov kernels on rows: each file one algorithm, each kernel a frozen set of settings with
 ``init`` and ``step``."""
 
+from pyroebm.kernels.adaptation.windows import WindowAdaptation
 from pyroebm.kernels.barker import Barker
 from pyroebm.kernels.base import ContinuousKernel, GradientKernel, Info, Kernel, State
 from pyroebm.kernels.compiling import CompiledKernel
@@ -8,7 +9,7 @@ from pyroebm.kernels.discrete import DMALA, DULA, GibbsWithGradients
 from pyroebm.kernels.ensemble import ChEES, ChEESAdaptation
 from pyroebm.kernels.gibbs import BlockGibbs, Gibbs
 from pyroebm.kernels.hmc import HMC
-from pyroebm.kernels.independence import IndependenceMetropolis, Jumps, Proposal
+from pyroebm.kernels.independence import IndependenceMetropolis, LocalGlobalMixture, Proposal
 from pyroebm.kernels.langevin import MALA, ULA
 from pyroebm.kernels.metric import Dense, Diagonal, LowRank
 from pyroebm.kernels.microcanonical import MCLMC, AdjustedMCLMC, EnergyVarianceAdaptation
@@ -21,7 +22,7 @@ from pyroebm.kernels.tempering import (
     TemperedState,
     TemperingReport,
 )
-from pyroebm.kernels.underdamped import MetropolisUnderdamped, UnderdampedLangevin
+from pyroebm.kernels.underdamped import BAOAB, GHMC
 
 __all__ = [
     "AdjustedMCLMC",
@@ -42,14 +43,14 @@ __all__ = [
     "HMC",
     "IndependenceMetropolis",
     "Info",
-    "Jumps",
+    "LocalGlobalMixture",
     "Kernel",
     "LadderAdaptation",
     "LockstepNUTS",
     "LowRank",
     "MALA",
     "MCLMC",
-    "MetropolisUnderdamped",
+    "GHMC",
     "NUTS",
     "ParallelTempering",
     "Proposal",
@@ -59,5 +60,6 @@ __all__ = [
     "TemperedState",
     "TemperingReport",
     "ULA",
-    "UnderdampedLangevin",
+    "BAOAB",
+    "WindowAdaptation",
 ]

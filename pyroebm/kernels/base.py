@@ -6,7 +6,17 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Callable
-from typing import Any, ClassVar, Generic, NamedTuple, Protocol, Self, TypeVar
+from typing import (
+    Any,
+    ClassVar,
+    Generic,
+    Literal,
+    NamedTuple,
+    Protocol,
+    Self,
+    TypeVar,
+    runtime_checkable,
+)
 
 import torch
 from torch import Tensor
@@ -16,7 +26,16 @@ from pyroebm.core.rng import standard_normal, uniform
 from pyroebm.core.supports import is_discrete, is_real
 from pyroebm.kernels.metric import Metric, metric_tensors
 
-__all__ = ["State", "Info", "Steps", "Kernel", "ContinuousKernel", "AnyState"]
+__all__ = [
+    "AnyState",
+    "ContinuousKernel",
+    "Info",
+    "Kernel",
+    "PointState",
+    "State",
+    "Steps",
+    "WrappedKernel",
+]
 
 
 class AnyState(Protocol):
@@ -29,7 +48,30 @@ class AnyState(Protocol):
     def energy(self) -> Tensor: ...
 
 
+@runtime_checkable
+class HasGradient(Protocol):
+    """A state that keeps the gradient of the energy at its positions."""
+
+    @property
+    def grad(self) -> Tensor: ...
+
+
 S = TypeVar("S", bound=AnyState)
+
+
+class PointState(NamedTuple):
+    """What the next step of a kernel without gradients needs. Row i of each field belongs to chain
+    i alone.
+
+    Example:
+        >>> from pyroebm.kernels import Gibbs
+        >>> from pyroebm.targets import BernoulliProduct
+        >>> Gibbs().init(BernoulliProduct([1.0, 2.0]), torch.tensor([[1.0, 0.0]]))
+        PointState(x=tensor([[1., 0.]]), energy=tensor([-1.]))
+    """
+
+    x: Tensor  #: positions, shape ``(chains, *event)``
+    energy: Tensor  #: :math:`E(x)`, shape ``(chains,)``, finite
 
 
 class State(NamedTuple):
@@ -91,11 +133,10 @@ class Steps(NamedTuple):
     def of(cls, state: AnyState, info: Info) -> Steps:
         """One step."""
         report = _each(info, lambda value: value.unsqueeze(0))
-        grad: Tensor | None = getattr(state, "grad", None)
         return cls(
             state,
             state.x.unsqueeze(0),
-            None if grad is None else grad.unsqueeze(0),
+            state.grad.unsqueeze(0) if isinstance(state, HasGradient) else None,
             state.energy.unsqueeze(0),
             report,
         )
@@ -129,26 +170,64 @@ class Kernel(abc.ABC, Generic[S]):
         MALA(step_size=0.2, inverse_mass=None)
     """
 
-    #: acceptance rate that warm-up aims at; None for a kernel that accepts everything and so cannot
-    #: be tuned by it.
-    target_acceptance: ClassVar[float | None] = None
-    #: whether the target is left unchanged; False is said in the diagnosis of every run.
-    exact: ClassVar[bool] = True
-    #: whether ``Info.energy`` is a Hamiltonian with a momentum in it, of which BFMI says something.
-    has_momentum: ClassVar[bool] = False
-    #: whether it moves on discrete supports, and not in unconstrained coordinates.
-    discrete: ClassVar[bool] = False
-    #: entries that an event must have at least: dynamics at constant speed need a direction to turn
-    #: to.
-    least_dim: ClassVar[int] = 1
-    #: settings that warm-up may change, which a checkpoint keeps.
-    learned: ClassVar[tuple[str, ...]] = ()
+    @property
+    def target_acceptance(self) -> float | None:
+        """Acceptance rate that warm-up aims at; None for a kernel that accepts everything and so
+        cannot be tuned by it."""
+        return None
 
-    #: what is worth compiling: "loops", the inner loops with the energy inlined, or "gradient", the
-    #: energy and its gradient alone.
-    compiles: ClassVar[str] = "loops"
-    #: gradient evaluations that one step may be expected to take, for planning.
-    expected_gradients: ClassVar[float] = 1.0
+    @property
+    def exact(self) -> bool:
+        """Whether the target is left unchanged; False is said in the diagnosis of every run."""
+        return True
+
+    @property
+    def has_momentum(self) -> bool:
+        """Whether ``Info.energy`` is a Hamiltonian with a momentum in it, of which BFMI says
+        something."""
+        return False
+
+    @property
+    def discrete(self) -> bool:
+        """Whether it moves on discrete supports, and not in unconstrained coordinates."""
+        return False
+
+    @property
+    def min_dim(self) -> int:
+        """Entries that an event must have at least: dynamics at constant speed need a direction to
+        turn to."""
+        return 1
+
+    @property
+    def learned(self) -> tuple[str, ...]:
+        """Settings that warm-up may change, which a checkpoint keeps."""
+        return ()
+
+    @property
+    def compiles(self) -> Literal["loops", "gradient", "nothing"]:
+        """What is worth compiling: the inner loops with the energy inlined, the energy and its
+        gradient alone, or nothing."""
+        return "loops"
+
+    @property
+    def expected_gradients(self) -> float:
+        """Gradient evaluations that one step may be expected to take, for planning."""
+        return 1.0
+
+    @property
+    def step_size(self) -> float | Tensor | None:
+        """The step size; None for a kernel without one."""
+        return None
+
+    @property
+    def inverse_mass(self) -> Tensor | Metric | None:
+        """The inverse mass matrix; None is the identity."""
+        return None
+
+    @property
+    def temperature(self) -> float | None:
+        """The temperature at which an unadjusted kernel samples; None for the others."""
+        return None
 
     def replace(self, **changes: object) -> Self:
         """A new kernel with some settings changed."""
@@ -196,41 +275,48 @@ class Kernel(abc.ABC, Generic[S]):
         values taken anew."""
         old: Any = state
         fresh = self.init(energy, state.x)
-        new: S = old._replace(
-            **{name: getattr(fresh, name) for name in ("energy", "grad") if hasattr(old, name)}
-        )
+        changes: dict[str, Any] = {"grad": fresh.grad} if isinstance(fresh, HasGradient) else {}
+        new: S = old._replace(energy=fresh.energy, **changes)
         return new
 
     def own_adaptation(self) -> Any:
-        """An adaptation of its own, in place of :class:`pyroebm.WindowAdaptation`; None where that
-        one serves."""
+        """An adaptation of its own, in place of :class:`pyroebm.kernels.WindowAdaptation`; None
+        where that one serves."""
         return None
+
+    def check_support(self, energy: Energy) -> None:
+        """ValueError unless this kernel moves on the support of an energy."""
+        discrete = is_discrete(energy.support)
+        if self.discrete == discrete and (discrete or is_real(energy.support)):
+            return
+        if self.discrete:
+            where, hint = "on discrete supports", "take one for continuous energies, such as NUTS()"
+        elif discrete:
+            where = "in unconstrained coordinates"
+            hint = (
+                "it is discrete and has no gradient in x: take a kernel for discrete supports, such"
+                " as Gibbs(), or a continuous relaxation"
+            )
+        else:
+            where, hint = "in unconstrained coordinates", "wrap it: unconstrain(energy)"
+        raise ValueError(
+            f"{type(self).__name__} moves {where}, but {type(energy).__name__} has"
+            f" support={energy.support}; {hint}"
+        )
 
     def check_start(self, energy: Energy, x: Tensor) -> None:
         """ValueError unless ``x`` is a batch ``(chains, *event)`` of an energy on whose support
         this kernel moves."""
-        if self.discrete != is_discrete(energy.support) or not (
-            self.discrete or is_real(energy.support)
-        ):
-            where = "on discrete supports" if self.discrete else "in unconstrained coordinates"
-            hint = (
-                ""
-                if self.discrete or is_discrete(energy.support)
-                else "; wrap it: Unconstrained(energy) (MCMC.run does)"
-            )
-            raise ValueError(
-                f"{type(self).__name__} moves {where}, but {type(energy).__name__} has"
-                f" support={energy.support}{hint}"
-            )
+        self.check_support(energy)
         energy.check_states(x)
         if len(energy.batch_shape(x)) != 1:
             raise ValueError(
                 "x must have shape (chains, *event_shape) with event_shape"
                 f" {tuple(energy.event_shape)}, got {tuple(x.shape)}"
             )
-        if energy.event_shape.numel() < self.least_dim:
+        if energy.event_shape.numel() < self.min_dim:
             raise ValueError(
-                f"{type(self).__name__} needs events of at least {self.least_dim} entries, but"
+                f"{type(self).__name__} needs events of at least {self.min_dim} entries, but"
                 f" {type(energy).__name__} has"
                 f" event_shape {tuple(energy.event_shape)}"
             )
@@ -286,6 +372,84 @@ class GradientKernel(ContinuousKernel[State]):
         return start_state(energy, x)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class WrappedKernel(Kernel[S]):
+    """A kernel around another one: it is and has what that one is and has, unless it says
+    otherwise. Settings that warm-up learns are those of the kernel inside.
+
+    Args:
+        kernel: the kernel inside.
+
+    Raises:
+        ValueError: if ``kernel`` is none.
+
+    Example:
+        >>> from pyroebm.kernels import ULA, CompiledKernel
+        >>> kernel = CompiledKernel(ULA(0.1)).replace(step_size=0.2)
+        >>> kernel.step_size, kernel.exact, kernel.kernel
+        (0.2, False, ULA(step_size=0.2, inverse_mass=None, temperature=1.0))
+    """
+
+    kernel: Kernel[Any]
+
+    def __post_init__(self) -> None:
+        check_kernel(self.kernel)
+
+    @property
+    def target_acceptance(self) -> float | None:
+        return self.kernel.target_acceptance
+
+    @property
+    def exact(self) -> bool:
+        return self.kernel.exact
+
+    @property
+    def has_momentum(self) -> bool:
+        return self.kernel.has_momentum
+
+    @property
+    def discrete(self) -> bool:
+        return self.kernel.discrete
+
+    @property
+    def min_dim(self) -> int:
+        return self.kernel.min_dim
+
+    @property
+    def learned(self) -> tuple[str, ...]:
+        return self.kernel.learned
+
+    @property
+    def compiles(self) -> Literal["loops", "gradient", "nothing"]:
+        return self.kernel.compiles
+
+    @property
+    def expected_gradients(self) -> float:
+        return self.kernel.expected_gradients
+
+    @property
+    def step_size(self) -> float | Tensor | None:
+        return self.kernel.step_size
+
+    @property
+    def inverse_mass(self) -> Tensor | Metric | None:
+        return self.kernel.inverse_mass
+
+    @property
+    def temperature(self) -> float | None:
+        return self.kernel.temperature
+
+    def replace(self, **changes: Any) -> Self:
+        """A new kernel with some settings changed, the learned ones in the kernel inside."""
+        inner = {name: changes.pop(name) for name in self.kernel.learned if name in changes}
+        if inner:
+            changes["kernel"] = changes.get("kernel", self.kernel).replace(**inner)
+        return super().replace(**changes)
+
+    def probe(self) -> Self:
+        return self.replace(kernel=self.kernel.probe())
+
+
 def start_state(energy: Energy, x: Tensor) -> State:
     """Energies and gradients at starting states; ValueError, with the row, unless all of them are
     finite."""
@@ -322,7 +486,7 @@ def rows(x: Tensor) -> Tensor:
 
 
 def row_value_and_grad(energy: Energy, q: Tensor) -> tuple[Tensor, Tensor]:
-    """:func:`pyroebm.value_and_grad` on rows ``(chains, dim)``."""
+    """:func:`pyroebm.core.value_and_grad` on rows ``(chains, dim)``."""
     # rows are events: views that change nothing take their time as well
     if len(energy.event_shape) == 1:
         return unchecked_value_and_grad(energy, q)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -14,14 +13,13 @@ from pyroebm.core._checks import check_counts
 from pyroebm.core.compilation import choose_compiled, is_compiled
 from pyroebm.core.energy import Energy
 from pyroebm.core.rowwise import RowwiseEnergy, version
-from pyroebm.core.wrappers import Unconstrained
-from pyroebm.kernels.base import Info, Kernel, S, check_kernel
+from pyroebm.kernels.base import Info, S, WrappedKernel
 
 __all__ = ["CompiledKernel"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class CompiledKernel(Kernel[S]):
+class CompiledKernel(WrappedKernel[S]):
     """A kernel with its inner loops compiled for the energy that it last met: for objectives, whose
     chains go on step by step.
 
@@ -31,60 +29,36 @@ class CompiledKernel(Kernel[S]):
 
     Args:
         kernel: any kernel; one on discrete supports runs as it is.
-        planned_steps: steps that each chain is to take in all. Compiling takes some ten seconds: it
-            is left alone where these steps would not repay them, by the same rule as
+        num_planned_steps: steps that each chain is to take in all. Compiling takes some ten
+            seconds: it is left alone where these steps would not repay them, by the same rule as
             ``MCMC(compile="auto")``. None compiles in any case.
 
     Raises:
-        ValueError: if ``kernel`` is none, or ``planned_steps`` < 1.
-        RuntimeError: at the first step, if ``planned_steps`` is None and the energy cannot be
+        ValueError: if ``kernel`` is none, or ``num_planned_steps`` < 1.
+        RuntimeError: at the first step, if ``num_planned_steps`` is None and the energy cannot be
             compiled; else it warns.
 
     Example:
         >>> from pyroebm.kernels import ULA
-        >>> from pyroebm.objectives import PersistentCD
-        >>> objective = PersistentCD(
-        ...     256, k=20, kernel=CompiledKernel(ULA(0.1), planned_steps=20 * 5000)
+        >>> from pyroebm.objectives import ReplayBufferCD
+        >>> objective = ReplayBufferCD(
+        ...     256, k=20, kernel=CompiledKernel(ULA(0.1), num_planned_steps=20 * 5000)
         ... )
         >>> objective.kernel.step_size, objective.kernel.exact
         (0.1, False)
     """
 
-    kernel: Kernel[S]
-    planned_steps: int | None = None
+    num_planned_steps: int | None = None
 
     def __post_init__(self) -> None:
-        check_kernel(self.kernel)
-        if self.planned_steps is not None:
-            check_counts({"planned_steps": 1}, self.planned_steps)
-
-    @property
-    def exact(self) -> bool:  # type: ignore[override]
-        """As the kernel inside."""
-        return self.kernel.exact
-
-    @property
-    def discrete(self) -> bool:  # type: ignore[override]
-        """As the kernel inside."""
-        return self.kernel.discrete
-
-    @property
-    def compiles(self) -> str:  # type: ignore[override]
-        """As the kernel inside."""
-        return self.kernel.compiles
-
-    @property
-    def expected_gradients(self) -> float:  # type: ignore[override]
-        """As the kernel inside."""
-        return self.kernel.expected_gradients
-
-    def __getattr__(self, name: str) -> Any:  # settings of the kernel inside
-        if name.startswith("_") or name == "kernel":
-            raise AttributeError(name)
-        return getattr(self.kernel, name)
+        super().__post_init__()
+        if self.num_planned_steps is not None:
+            check_counts({"num_planned_steps": 1}, self.num_planned_steps)
+        object.__setattr__(self, "_last", _Last())
 
     def init(self, energy: Energy, x: Tensor, generator: torch.Generator | None = None) -> S:
-        return self.kernel.init(energy, x, generator)
+        state: S = self.kernel.init(energy, x, generator)
+        return state
 
     def step(
         self, energy: Energy, state: S, generator: torch.Generator | None = None
@@ -99,15 +73,26 @@ class CompiledKernel(Kernel[S]):
     def _view(self, energy: Energy, chains: int) -> Energy:
         """The energy compiled, or as it is: the view of last time, while energy and tensors are the
         same ones."""
-        source = energy.energy if isinstance(energy, Unconstrained) else energy
-        seen = (source, energy.training, _held(energy))
-        if self not in _views or _views[self][0] != seen:
-            steps = self.planned_steps
+        last: _Last = vars(self)["_last"]
+        seen = (type(energy), energy._source, energy.training, _held(energy))
+        if last.seen != seen:
+            steps = self.num_planned_steps
             view = choose_compiled(
                 energy, True if steps is None else "auto", self.kernel, chains, steps or 1
             )
-            _views[self] = seen, view if is_compiled(view) else None
-        return _views[self][1] or energy
+            last.seen, last.view = seen, view if is_compiled(view) else None
+        return last.view or energy
+
+
+class _Last:
+    """What a kernel last met, and its compiled view, if there is one. A copy begins anew."""
+
+    def __init__(self) -> None:
+        self.seen: Any = None
+        self.view: Energy | None = None
+
+    def __reduce__(self) -> tuple[type[_Last], tuple[()]]:
+        return _Last, ()
 
 
 def _held(energy: Energy) -> list[Any]:
@@ -120,9 +105,3 @@ def _held(energy: Energy) -> list[Any]:
         if isinstance(module, RowwiseEnergy):
             held += [version(tensor) for tensor in module.constants()]
     return held
-
-
-#: What each kernel last met, and its compiled view, if there is one.
-_views: WeakKeyDictionary[
-    CompiledKernel[Any], tuple[tuple[Energy, bool, list[Any]], Energy | None]
-] = WeakKeyDictionary()

@@ -23,7 +23,6 @@ from pyroebm.kernels.base import (
 )
 from pyroebm.kernels.sites import (
     DiscreteKernel,
-    author,
     draw_index,
     squared_distances,
     to_sites,
@@ -40,7 +39,7 @@ class RelaxedKernel(DiscreteKernel[State]):
     def init(self, energy: Energy, x: Tensor, generator: torch.Generator | None = None) -> State:
         self.check_start(energy, x)
         values_of(energy, x)
-        return start_state(Relaxed(author(energy)), x)
+        return start_state(Relaxed(energy), x)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -83,7 +82,7 @@ class GibbsWithGradients(RelaxedKernel):
         own = squared_distances(proposal[row, site].unsqueeze(1), values).argmin(1).squeeze(1)
         proposal[row, site] = values[index // sites]
         q = rows(proposal)
-        new = state_of_rows(energy, q, *row_value_and_grad(Relaxed(author(energy)), q))
+        new = state_of_rows(energy, q, *row_value_and_grad(Relaxed(energy), q))
         backward = change_logits(q, rows(new.grad), values)
         log_q = backward[row, own * sites + site] - forward[row, index]
         return metropolis(state, new, log_q, generator)
@@ -151,14 +150,14 @@ class DULA(RelaxedKernel):
         )
 
     def propose(
-        self, energy: Energy, state: State, generator: torch.Generator | None
+        self, energy: Energy, state: State, generator: torch.Generator | None = None
     ) -> tuple[State, Tensor]:
         r"""The proposal x', and :math:`\log q(x \mid x') - \log q(x' \mid x)` of each row."""
         values, x = values_of(energy, state.x), rows(state.x)
         forward, own = self._site_logits(x, rows(state.grad), values)
         index = draw_index(forward.exp(), uniform_like(forward[:, 0], generator))
         q = rows(values[index])
-        new = state_of_rows(energy, q, *row_value_and_grad(Relaxed(author(energy)), q))
+        new = state_of_rows(energy, q, *row_value_and_grad(Relaxed(energy), q))
         backward, _ = self._site_logits(q, rows(new.grad), values)
         back = torch.where(own, backward, 0.0).sum((1, 2))
         return new, back - forward.gather(1, index.unsqueeze(1)).sum((1, 2))

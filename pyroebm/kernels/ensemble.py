@@ -113,27 +113,25 @@ class ChEESAdaptation:
 
     Args:
         window: how step size and metric are learned.
-        learning_rate: Adam's, of :math:`\log T`.
+        lr: Adam's, of :math:`\log T`.
 
     Raises:
-        ValueError: if ``learning_rate`` is not positive and finite; at the start, unless the kernel
+        ValueError: if ``lr`` is not positive and finite; at the start, unless the kernel
             is :class:`ChEES` and has two chains.
 
     Example:
-        >>> ChEESAdaptation().learning_rate
+        >>> ChEESAdaptation().lr
         0.025
     """
 
     window: WindowAdaptation = dataclasses.field(
         default_factory=lambda: WindowAdaptation(step_size="pooled")
     )
-    learning_rate: float = 0.025
+    lr: float = 0.025
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.learning_rate < math.inf:
-            raise ValueError(
-                f"learning_rate must be positive and finite, got learning_rate={self.learning_rate}"
-            )
+        if not 0.0 < self.lr < math.inf:
+            raise ValueError(f"lr must be positive and finite, got lr={self.lr}")
 
     def start(
         self, kernel: Any, energy: Energy, state: State, generator: torch.Generator | None = None
@@ -181,9 +179,7 @@ class ChEESAdaptation:
             return memory
         updates, square = memory.updates + 1, decay * memory.square + (1.0 - decay) * slope**2
         scale = math.sqrt(square / (1.0 - decay**updates))
-        log_length = memory.log_length + (
-            self.learning_rate * slope / scale if scale > 0.0 else 0.0
-        )
+        log_length = memory.log_length + (self.lr * slope / scale if scale > 0.0 else 0.0)
         weight = updates**-0.75
         average = weight * log_length + (1.0 - weight) * memory.log_average
         return ChEESMemory(memory.warmup, log_length, average, square, updates)

@@ -3,83 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution
 
+from pyroebm.core.conditionals import blocks_of, conditional_of
 from pyroebm.core.energy import Energy
 from pyroebm.core.rng import drawing_from
-from pyroebm.kernels.base import Info, choose, rows, uniform_like
-from pyroebm.kernels.sites import DiscreteKernel, author, draw_index, to_sites, values_of
+from pyroebm.kernels.base import Info, PointState, choose, rows, uniform_like
+from pyroebm.kernels.sites import DiscreteKernel, draw_index, to_sites, values_of
 
-__all__ = ["BlockGibbs", "Gibbs", "HasBlocks", "HasSiteLogits", "PointState"]
-
-
-class PointState(NamedTuple):
-    """What the next step of a kernel without gradients needs. Row i of each field belongs to chain
-    i alone.
-
-    Example:
-        >>> from pyroebm.targets import BernoulliProduct
-        >>> Gibbs().init(BernoulliProduct([1.0, 2.0]), torch.tensor([[1.0, 0.0]]))
-        PointState(x=tensor([[1., 0.]]), energy=tensor([-1.]))
-    """
-
-    x: Tensor  #: positions, shape ``(chains, *event)``
-    energy: Tensor  #: :math:`E(x)`, shape ``(chains,)``, finite
-
-
-@runtime_checkable
-class HasSiteLogits(Protocol):
-    """An energy that knows its single-site conditionals in less time than K evaluations of itself
-    take.
-
-    Example:
-        >>> from pyroebm.energies import Ising
-        >>> isinstance(Ising((4, 4)), HasSiteLogits)
-        True
-    """
-
-    def site_logits(self, x: Tensor, site: Tensor) -> Tensor:
-        """Log-probabilities, up to a constant of each row, of the K values of one site of each row
-        given the others.
-
-        Args:
-            x: states, shape ``(chains, *event)``.
-            site: number of the site, row by row, shape ``(chains,)``, int64; sites are numbered as
-                the flat event has them.
-
-        Returns:
-            shape ``(chains, K)``; values in the order 0, 1 of bits, -1, +1 of spins, and of the
-            entries of a one-hot row.
-        """
-
-
-@runtime_checkable
-class HasBlocks(Protocol):
-    """An energy whose events fall into named blocks, each of which can be drawn given the others.
-
-    Example:
-        >>> from pyroebm.energies import Ising
-        >>> checkerboard = Ising((4, 4))
-        >>> isinstance(checkerboard, HasBlocks), list(checkerboard.blocks)
-        (True, ['even', 'odd'])
-    """
-
-    @property
-    def blocks(self) -> Mapping[str, slice | Tensor]:
-        """Where each block lies in the flat event, in the order of a sweep: a slice, or indices or
-        a boolean mask."""
-
-    def conditional(self, block: str, x: Tensor) -> Distribution:
-        """The law of a block given the rest of ``x`` ``(chains, *event)``: batch shape
-        ``(chains,)``, events the block's entries.
-
-        What ``x`` has in the block itself is ignored.
-        """
+__all__ = ["BlockGibbs", "Gibbs"]
 
 
 def point_state(energy: Energy, x: Tensor) -> PointState:
@@ -104,9 +39,9 @@ class Gibbs(DiscreteKernel[PointState]):
 
     .. math:: x_i \sim p(x_i \mid x_{-i}) \propto e^{-E(x_i,\, x_{-i})}
 
-    All K values of a site go through the energy in one batched call, of K times the chains; an
-    energy with a method ``site_logits`` (:class:`pyroebm.kernels.gibbs.HasSiteLogits`) is asked
-    that instead. One step draws as many sites as there are. A value of energy :math:`+\infty` has
+    The conditionals are those of :meth:`pyroebm.Energy.site_logits`: all K values of a site go
+    through the energy in one batched call, of K times the chains, unless the energy knows them in
+    less time. One step draws as many sites as there are. A value of energy :math:`+\infty` has
     probability 0; a site that meets a NaN (or :math:`-\infty`) stays as it is, and its row counts
     as diverging.
 
@@ -149,10 +84,14 @@ class Gibbs(DiscreteKernel[PointState]):
         row, refused = torch.arange(len(x), device=x.device), torch.zeros_like(state.energy)
         noise = uniform_like(x[..., 0], generator)
         order = self._order(noise, generator)
-        local = offered_logits if isinstance(author(energy), HasSiteLogits) else conditional_logits
         with torch.no_grad():
             for site, u in zip(order.unbind(1), noise.unbind(1), strict=True):
-                logits = local(energy, x, site, values)
+                logits = energy.site_logits(x.reshape(state.x.shape), site)
+                if logits.shape != (len(x), len(values)):
+                    raise ValueError(
+                        f"{type(energy).__name__}.site_logits must return shape (chains, values) ="
+                        f" {(len(x), len(values))}, got {tuple(logits.shape)}"
+                    )
                 legal = (logits < torch.inf).all(1) & (logits > -torch.inf).any(1)
                 drawn = values[draw_index(torch.softmax(logits, 1), u)]
                 x[row, site] = torch.where(legal.unsqueeze(1), drawn, x[row, site])
@@ -174,7 +113,7 @@ class BlockGibbs(DiscreteKernel[PointState]):
     .. math:: x_B \sim p(x_B \mid x_{-B})
 
     for each block B in turn, all of its entries at once. An energy offers blocks by the attribute
-    ``blocks`` and the method ``conditional`` of :class:`pyroebm.kernels.gibbs.HasBlocks`: the
+    ``blocks`` and the method ``conditional`` of :class:`pyroebm.core.conditionals.HasBlocks`: the
     halves of a checkerboard, the layers of a Boltzmann machine. A row whose draw has no finite
     energy stays where it was and counts as diverging.
 
@@ -191,14 +130,20 @@ class BlockGibbs(DiscreteKernel[PointState]):
         self, energy: Energy, x: Tensor, generator: torch.Generator | None = None
     ) -> PointState:
         self.check_start(energy, x)
-        source = blocks_of(energy)
+        blocks = blocks_of(energy)
+        if not blocks:
+            raise ValueError(
+                "BlockGibbs needs an energy with an attribute blocks and a method"
+                f" conditional(block, x), but {type(energy).__name__} has none; Gibbs() draws one"
+                " site at a time from any discrete energy"
+            )
         covered = torch.zeros(energy.event_shape.numel(), dtype=torch.long)
-        for index in source.blocks.values():
+        for index in blocks.values():
             covered[index if isinstance(index, slice) else index.cpu()] += 1
         if not bool((covered == 1).all()):
             raise ValueError(
-                f"the blocks of {type(source).__name__} must cover each entry of an event once,"
-                f" got {list(source.blocks)}"
+                f"the blocks of {type(energy).__name__} must cover each entry of an event once,"
+                f" got {list(blocks)}"
                 f" covering entry {int((covered != 1).nonzero()[0])}"
                 f" {int(covered[covered != 1][0])} times"
             )
@@ -207,54 +152,19 @@ class BlockGibbs(DiscreteKernel[PointState]):
     def step(
         self, energy: Energy, state: PointState, generator: torch.Generator | None = None
     ) -> tuple[PointState, Info]:
-        source, x = blocks_of(energy), rows(state.x).clone()
+        blocks, x = blocks_of(energy), rows(state.x).clone()
         with torch.no_grad():
-            for name, index in source.blocks.items():
+            for name, index in blocks.items():
                 with drawing_from(generator):
-                    drawn = source.conditional(name, x.reshape(state.x.shape)).sample()
+                    drawn = conditional_of(energy, name, x.reshape(state.x.shape)).sample()
                 if drawn.shape[0] != len(x) or drawn[0].numel() != x[0, index].numel():
                     raise ValueError(
-                        f"{type(source).__name__}.conditional({name!r}, x) must draw"
+                        f"{type(energy).__name__}.conditional({name!r}, x) must draw"
                         f" {x[0, index].numel()} entries for each of"
                         f" {len(x)} chains, got a draw of shape {tuple(drawn.shape)}"
                     )
                 x[:, index] = rows(drawn)
-            return swept(energy, state, x, torch.zeros_like(state.energy), len(source.blocks))
-
-
-def conditional_logits(energy: Energy, x: Tensor, site: Tensor, values: Tensor) -> Tensor:
-    """Log-probabilities ``(chains, K)``, unnormalised, of one site's values in each row of ``x``
-    ``(chains, sites, width)``."""
-    candidates = x.unsqueeze(1).repeat(1, len(values), 1, 1)
-    candidates[torch.arange(len(x), device=x.device), :, site] = values
-    # Chains stay the first axis: an energy may treat each of them differently, as a tempered path
-    # does.
-    return -energy(candidates.reshape(len(x), len(values), *energy.event_shape))
-
-
-def offered_logits(energy: Energy, x: Tensor, site: Tensor, values: Tensor) -> Tensor:
-    """What :func:`conditional_logits` computes, from the energy's own ``site_logits``."""
-    source: Any = author(energy)
-    logits: Tensor = source.site_logits(x.reshape(-1, *energy.event_shape), site)
-    if logits.shape != (len(x), len(values)):
-        raise ValueError(
-            f"{type(source).__name__}.site_logits must return shape (chains, values) ="
-            f" {(len(x), len(values))}, got"
-            f" {tuple(logits.shape)}"
-        )
-    return logits
-
-
-def blocks_of(energy: Energy) -> HasBlocks:
-    """The energy, if it has blocks and their conditionals; else ValueError."""
-    source = author(energy)
-    if not isinstance(source, HasBlocks):
-        raise ValueError(
-            "BlockGibbs needs an energy with an attribute blocks and a method conditional(block,"
-            f" x), but {type(source).__name__}"
-            " has none; Gibbs() draws one site at a time from any discrete energy"
-        )
-    return source
+            return swept(energy, state, x, torch.zeros_like(state.energy), len(blocks))
 
 
 def swept(

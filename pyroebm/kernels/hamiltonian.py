@@ -162,70 +162,76 @@ def metropolis_trajectory(
     q, grad = rows(state.x), rows(state.grad)
     p = draw_momentum(q, generator)
     uniform = uniform_like(state.energy, generator)
-    total = num_steps
-    kind = type(metric)
-    start = (p, q, state.energy, grad)
-    point: tuple[Tensor, ...] = (q, p, grad)
-    most = MAX_BLOCK if is_compiled(energy) else num_steps
-    # blocks of one length, and a last one of that or less: few graphs for any number of steps
-    while num_steps > most:
-        point = fused(_leapfrogs, energy, *point, step_size, *metric, kind=kind, num_steps=most)
-        num_steps -= most
-    out = fused(
-        _finish, energy, uniform, *start, *point, step_size, *metric, kind=kind, num_steps=num_steps
-    )
+    start, point = State(q, state.energy, grad), Point(q, p, grad)
+    longest, left = MAX_BLOCK if is_compiled(energy) else num_steps, num_steps
+    # calls of one length, and a last one of that or less: few graphs for any number of steps
+    while left > longest:
+        point = fused(_leapfrogs, energy, point, step_size, metric, num_steps=longest)
+        left -= longest
+    end = fused(_finish, energy, start, p, uniform, point, step_size, metric, num_steps=left)
     info = Info(
-        acceptance_rate=out[3],
-        accepted=out[4],
-        diverging=out[5],
-        energy=out[6],
-        n_steps=torch.full_like(out[4], total, dtype=torch.long),
+        acceptance_rate=end.acceptance_rate,
+        accepted=end.accepted,
+        diverging=end.diverging,
+        energy=end.hamiltonian,
+        n_steps=torch.full_like(end.accepted, num_steps, dtype=torch.long),
         step_size=step_size.squeeze(1),
     )
-    return state_of_rows(energy, *out[:3]), info, Trajectory(q, p, out[7], out[8])
+    return state_of_rows(energy, *end.kept), info, Trajectory(q, p, end.q, end.p)
+
+
+class Point(NamedTuple):
+    """A point of a trajectory; rows ``(chains, dim)``."""
+
+    q: Tensor  #: position
+    p: Tensor  #: whitened momentum
+    grad: Tensor  #: gradient of the energy
+
+
+class _End(NamedTuple):
+    """The end of a trajectory, and what becomes of it."""
+
+    kept: State  #: the next state, as rows ``(chains, dim)``
+    acceptance_rate: Tensor
+    accepted: Tensor
+    diverging: Tensor
+    hamiltonian: Tensor  #: of the next state, with the momentum that led there
+    q: Tensor  #: where the trajectory ended
+    p: Tensor
 
 
 def _leapfrogs(
-    energy: Energy,
-    q: Tensor,
-    p: Tensor,
-    grad: Tensor,
-    step_size: Tensor,
-    *metric: Tensor,
-    kind: type[Metric],
-    num_steps: int,
-) -> tuple[Tensor, ...]:
-    q, p, _, grad = leapfrog(energy, q, p, grad, step_size, kind(*metric), num_steps)
-    return q, p, grad
+    energy: Energy, point: Point, step_size: Tensor, metric: Metric, *, num_steps: int
+) -> Point:
+    q, p, _, grad = leapfrog(energy, *point, step_size, metric, num_steps)
+    return Point(q, p, grad)
 
 
 def _finish(
     energy: Energy,
+    start: State,
+    momentum: Tensor,
     uniform: Tensor,
-    p_old: Tensor,
-    q_old: Tensor,
-    old: Tensor,
-    grad_old: Tensor,
-    *tensors: Tensor,
-    kind: type[Metric],
+    point: Point,
+    step_size: Tensor,
+    metric: Metric,
+    *,
     num_steps: int,
-) -> tuple[Tensor, ...]:
+) -> _End:
     """The last leapfrog steps, and whether what they reach is accepted."""
-    q, p, grad, step_size, *metric = tensors
-    q, p, values, grad = leapfrog(energy, q, p, grad, step_size, kind(*metric), num_steps)
-    start, stop = old + kinetic(p_old), values + kinetic(p)
+    q, p, values, grad = leapfrog(energy, *point, step_size, metric, num_steps)
+    before, after = start.energy + kinetic(momentum), values + kinetic(p)
     # A row that met a NaN or an infinity in its energy or its gradient (which is in the momentum)
     # has no valid end point: its probability is 0, and no other row knows.
-    error = torch.where(torch.isfinite(stop), stop - start, torch.inf)
+    error = torch.where(torch.isfinite(after), after - before, torch.inf)
     probability = torch.exp(-error).clamp(max=1.0)
     accepted = uniform < probability
-    kept = choose(accepted, State(q, values, grad), State(q_old, old, grad_old))
-    return (
-        *kept,
-        probability,
-        accepted,
-        error > MAX_ENERGY_ERROR,
-        torch.where(accepted, stop, start),
-        q,
-        p,
+    return _End(
+        kept=choose(accepted, State(q, values, grad), start),
+        acceptance_rate=probability,
+        accepted=accepted,
+        diverging=error > MAX_ENERGY_ERROR,
+        hamiltonian=torch.where(accepted, after, before),
+        q=q,
+        p=p,
     )

@@ -43,6 +43,7 @@ class HMC(GradientKernel):
     """
 
     num_steps: int = 10
+    _: dataclasses.KW_ONLY
     jitter: float = 0.3
 
     target_acceptance: ClassVar[float | None] = 0.8

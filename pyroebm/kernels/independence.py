@@ -4,7 +4,7 @@ alone or between local steps."""
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar, NamedTuple, Protocol, Self, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -15,14 +15,20 @@ from pyroebm.core.wrappers import check_weighable
 from pyroebm.kernels.base import (
     Info,
     Kernel,
-    check_kernel,
+    WrappedKernel,
     choose,
     row_value_and_grad,
     rows,
     uniform_like,
 )
 
-__all__ = ["IndependenceMetropolis", "IndependenceState", "Jumps", "JumpsState", "Proposal"]
+__all__ = [
+    "IndependenceMetropolis",
+    "IndependenceState",
+    "LocalGlobalMixture",
+    "LocalGlobalState",
+    "Proposal",
+]
 
 
 @runtime_checkable
@@ -36,8 +42,10 @@ class Proposal(Protocol):
         True
     """
 
-    def draw_noise(self, n: int, generator: torch.Generator | None = None, /) -> Tensor: ...
-    def push(self, z: Tensor, /) -> tuple[Tensor, Tensor]: ...
+    def rsample_base(
+        self, num_samples: int, generator: torch.Generator | None = None, /
+    ) -> Tensor: ...
+    def forward_and_log_prob(self, z: Tensor, /) -> tuple[Tensor, Tensor]: ...
     def log_prob(self, x: Tensor, /) -> Tensor: ...
 
 
@@ -65,8 +73,8 @@ class IndependenceMetropolis(Kernel[IndependenceState]):
 
     With a flow fitted to the energy as q, chains jump between modes. Where q has lighter tails than
     the target a chain may wait very long there: look at the longest stretch without a move, or take
-    :class:`Jumps`. A flow with redundant latents moves on ``flow.extend(energy)``, of which x is
-    the first part.
+    :class:`LocalGlobalMixture`. A flow with redundant latents moves on ``flow.extend(energy)``, of
+    which x is the first part.
 
     Args:
         proposal: q, over vectors of as many entries as an event has.
@@ -90,8 +98,8 @@ class IndependenceMetropolis(Kernel[IndependenceState]):
     def __post_init__(self) -> None:
         if not isinstance(self.proposal, Proposal):
             raise ValueError(
-                "proposal must have draw_noise, push and log_prob, as a Flow has, got"
-                f" {type(self.proposal).__name__}"
+                "proposal must have rsample_base, forward_and_log_prob and log_prob, as a Flow has,"
+                f" got {type(self.proposal).__name__}"
             )
 
     def init(
@@ -118,7 +126,9 @@ class IndependenceMetropolis(Kernel[IndependenceState]):
         self, energy: Energy, state: IndependenceState, generator: torch.Generator | None = None
     ) -> tuple[IndependenceState, Info]:
         with torch.no_grad():
-            x, log_q = self.proposal.push(self.proposal.draw_noise(len(state.x), generator))
+            x, log_q = self.proposal.forward_and_log_prob(
+                self.proposal.rsample_base(len(state.x), generator)
+            )
             x = x.reshape(len(x), *energy.event_shape)
             energy.check_states(x, "the proposal's draw")
             new = IndependenceState(x, energy(x), log_q)
@@ -136,11 +146,11 @@ class IndependenceMetropolis(Kernel[IndependenceState]):
         )
 
 
-class JumpsState(NamedTuple):
-    """A state of :class:`Jumps`.
+class LocalGlobalState(NamedTuple):
+    """A state of :class:`LocalGlobalMixture`.
 
     Example:
-        >>> JumpsState._fields
+        >>> LocalGlobalState._fields
         ('x', 'energy', 'local')
     """
 
@@ -150,7 +160,7 @@ class JumpsState(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Jumps(Kernel[JumpsState]):
+class LocalGlobalMixture(WrappedKernel[LocalGlobalState]):
     r"""A few steps of a local kernel, then one independent proposal (Gabrié, Rotskoff and
     Vanden-Eijnden, 2022): exact.
 
@@ -172,26 +182,26 @@ class Jumps(Kernel[JumpsState]):
         >>> from pyroebm import MALA
         >>> from pyroebm.flows import NICE
         >>> from pyroebm.targets import Gaussian
-        >>> kernel, energy = Jumps(MALA(0.5), NICE(2), every=5), Gaussian(torch.zeros(2))
+        >>> kernel, energy = (
+        ...     LocalGlobalMixture(MALA(0.5), NICE(2), every=5),
+        ...     Gaussian(torch.zeros(2)),
+        ... )
         >>> state, info = kernel.step(energy, kernel.init(energy, energy.initial(8)))
         >>> bool(info.accepted.all()), info.n_steps[0]
         (True, tensor(8))
     """
 
-    kernel: Kernel[Any]
     proposal: Proposal
     every: int = 10
 
-    learned: ClassVar[tuple[str, ...]] = ("step_size", "inverse_mass")
-
     def __post_init__(self) -> None:
-        check_kernel(self.kernel)
+        super().__post_init__()
         check_counts({"every": 1}, self.every)
         IndependenceMetropolis(self.proposal)
         if (
             self.kernel.discrete
             or self.kernel.own_adaptation() is not None
-            or not hasattr(self.kernel, "step_size")
+            or self.kernel.step_size is None
         ):
             raise ValueError(
                 "the local kernel must be continuous and tuned by its step size, such as MALA or"
@@ -199,57 +209,28 @@ class Jumps(Kernel[JumpsState]):
             )
 
     @property
-    def exact(self) -> bool:  # type: ignore[override]
-        """Whether the local kernel leaves its target unchanged."""
-        return self.kernel.exact
-
-    @property
-    def has_momentum(self) -> bool:  # type: ignore[override]
+    def has_momentum(self) -> bool:
         """Never: what is reported after a jump is the energy."""
         return False
 
     @property
-    def target_acceptance(self) -> float | None:  # type: ignore[override]
-        """That of the local kernel."""
-        return self.kernel.target_acceptance
-
-    @property
-    def expected_gradients(self) -> float:  # type: ignore[override]
+    def expected_gradients(self) -> float:
         """Of all local steps, and those about the jump."""
         return self.every * self.kernel.expected_gradients + 3.0
 
-    @property
-    def step_size(self) -> float | Tensor:
-        """That of the local kernel."""
-        size: float | Tensor = self.kernel.step_size  # type: ignore[attr-defined]
-        return size
-
-    @property
-    def inverse_mass(self) -> Any:
-        """That of the local kernel."""
-        return self.kernel.inverse_mass  # type: ignore[attr-defined]
-
-    def replace(self, **changes: Any) -> Self:
-        """A new kernel with some settings changed; ``step_size`` and ``inverse_mass`` are those of
-        the local kernel."""
-        inner = {name: changes.pop(name) for name in self.learned if name in changes}
-        if inner:
-            changes["kernel"] = changes.get("kernel", self.kernel).replace(**inner)
-        return super().replace(**changes)
-
-    def probe(self) -> Jumps:
+    def probe(self) -> LocalGlobalMixture:
         return self.replace(kernel=self.kernel.probe(), every=1)
 
     def init(
         self, energy: Energy, x: Tensor, generator: torch.Generator | None = None
-    ) -> JumpsState:
+    ) -> LocalGlobalState:
         IndependenceMetropolis(self.proposal).init(energy, x)
         local = self.kernel.init(energy, x, generator)
-        return JumpsState(local.x, local.energy, local)
+        return LocalGlobalState(local.x, local.energy, local)
 
     def step(
-        self, energy: Energy, state: JumpsState, generator: torch.Generator | None = None
-    ) -> tuple[JumpsState, Info]:
+        self, energy: Energy, state: LocalGlobalState, generator: torch.Generator | None = None
+    ) -> tuple[LocalGlobalState, Info]:
         local, infos = state.local, []
         for _ in range(self.every):
             local, info = self.kernel.step(energy, local, generator)
@@ -265,7 +246,7 @@ class Jumps(Kernel[JumpsState]):
         local = choose(
             moved, self.kernel.init(energy, choose(moved, after, before).x, generator), local
         )
-        return JumpsState(local.x, local.energy, local), infos[-1]._replace(
+        return LocalGlobalState(local.x, local.energy, local), infos[-1]._replace(
             acceptance_rate=torch.stack([info.acceptance_rate for info in infos]).mean(0),
             accepted=moved | torch.stack([info.accepted for info in infos]).any(0),
             diverging=torch.stack([info.diverging for info in infos]).any(0)
@@ -275,6 +256,6 @@ class Jumps(Kernel[JumpsState]):
             n_steps=torch.stack([info.n_steps for info in infos]).sum(0) + 3,
         )
 
-    def refresh(self, energy: Energy, state: JumpsState) -> JumpsState:
+    def refresh(self, energy: Energy, state: LocalGlobalState) -> LocalGlobalState:
         local = self.kernel.refresh(energy, state.local)
-        return JumpsState(local.x, local.energy, local)
+        return LocalGlobalState(local.x, local.energy, local)

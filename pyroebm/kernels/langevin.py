@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -112,38 +112,33 @@ class ULA(GradientKernel):
         # One number tells whether all rows are finite, which is the rule; a graph cannot branch on
         # it, nor should a GPU wait.
         glance = q.device.type == "cpu" and not is_compiled(energy)
-        tensors = (q, state.energy, grad, eps, noise, *metric)
-        *reached, taken = fused(_langevin, energy, *tensors, kind=type(metric), glance=glance)
-        return state_of_rows(energy, *reached), taken
+        start = State(q, state.energy, grad)
+        moved = fused(_langevin, energy, start, eps, noise, metric, glance=glance)
+        return state_of_rows(energy, *moved.state), moved.taken
+
+
+class _Moved(NamedTuple):
+    state: State  #: rows ``(chains, dim)``
+    taken: Tensor  #: which proposals were, ``(steps, chains)``
 
 
 def _langevin(
-    energy: Energy,
-    q: Tensor,
-    values: Tensor,
-    grad: Tensor,
-    step_size: Tensor,
-    noise: Tensor,
-    *metric: Tensor,
-    kind: type[Metric],
-    glance: bool,
-) -> tuple[Tensor, ...]:
+    energy: Energy, state: State, step_size: Tensor, noise: Tensor, metric: Metric, *, glance: bool
+) -> _Moved:
     """A step for each of ``noise``, ``(steps, chains, dim)``."""
-    root = kind(*metric)
     pushes = step_size * noise
     drift = 0.5 * step_size**2
-    state = State(q, values, grad)
-    everyone = torch.ones_like(values, dtype=torch.bool)
+    everyone = torch.ones_like(state.energy, dtype=torch.bool)
     taken = []
     for push in pushes.unbind():
-        q = state.x + root.apply(push - drift * root.transpose(state.grad))
+        q = state.x + metric.apply(push - drift * metric.transpose(state.grad))
         proposal, finite = State(q, *row_value_and_grad(energy, q)), everyone
         if not (glance and math.isfinite(float(proposal.energy.sum() + proposal.grad.sum()))):
             finite = torch.isfinite(proposal.energy) & torch.isfinite(proposal.grad).all(1)
             proposal = choose(finite, proposal, state)
         state = proposal
         taken.append(finite)
-    return (*state, torch.stack(taken))
+    return _Moved(state, torch.stack(taken))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -156,7 +156,7 @@ class MCLMC(MomentumKernel):
     decoherence_length: float | None = None
 
     exact: ClassVar[bool] = False
-    least_dim: ClassVar[int] = 2
+    min_dim: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -331,7 +331,7 @@ class AdjustedMCLMC(GradientKernel):
     trajectory_length: float | None = None
 
     target_acceptance: ClassVar[float | None] = 0.9
-    least_dim: ClassVar[int] = 2
+    min_dim: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
         super().__post_init__()

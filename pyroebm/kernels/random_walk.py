@@ -3,31 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from pyroebm.core.energy import Energy
-from pyroebm.kernels.base import ContinuousKernel, Info, column, normal_like, rows
+from pyroebm.kernels.base import ContinuousKernel, Info, PointState, column, normal_like, rows
 from pyroebm.kernels.hamiltonian import metropolis
 from pyroebm.kernels.metric import metric_of
 
-__all__ = ["PointState", "RandomWalk"]
-
-
-class PointState(NamedTuple):
-    """What the next step of a gradient-free kernel needs. Row i of each field belongs to chain i
-    alone.
-
-    Example:
-        >>> from pyroebm.targets import DoubleWell
-        >>> RandomWalk().init(DoubleWell(), torch.tensor([1.0, -1.0]))
-        PointState(x=tensor([ 1., -1.]), energy=tensor([-2., -4.]))
-    """
-
-    x: Tensor  #: positions, shape ``(chains, *event)``
-    energy: Tensor  #: :math:`E(x)`, shape ``(chains,)``, finite
+__all__ = ["RandomWalk"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -10,10 +10,9 @@ from torch import Tensor
 
 from pyroebm.core.energy import Energy
 from pyroebm.core.supports import inside, site_values
-from pyroebm.core.wrappers import Unconstrained
 from pyroebm.kernels.base import Kernel, S
 
-__all__ = ["DiscreteKernel", "author", "draw_index", "squared_distances", "to_sites", "values_of"]
+__all__ = ["DiscreteKernel", "draw_index", "squared_distances", "to_sites", "values_of"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -39,12 +38,6 @@ class DiscreteKernel(Kernel[S]):
                 f" not, the first is row {row}"
                 f" with {x[row].tolist()}; start from energy.initial(n)"
             )
-
-
-def author(energy: Energy) -> Energy:
-    """The energy as its author wrote it: on a discrete support ``Unconstrained`` changes nothing,
-    but hides its methods."""
-    return energy.energy if isinstance(energy, Unconstrained) else energy
 
 
 def values_of(energy: Energy, x: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from pyroebm.core.energy import Energy
-from pyroebm.core.minibatch import subsample
 from pyroebm.kernels.base import (
     ContinuousKernel,
     Info,
@@ -51,7 +50,8 @@ class StochasticGradientLangevin(ContinuousKernel[CountedState]):
         x' = x - \frac{\epsilon_t^2}{2} M^{-1} \nabla \hat E_t(x) + \epsilon_t A n, \qquad
         n \sim N(0, I), \qquad \epsilon_t^2 = \epsilon^2 (1 + t / b)^{-\gamma}
 
-    :math:`\hat E_t` is :meth:`pyroebm.MinibatchEnergy.subsample`, fresh in each step and common to
+    :math:`\hat E_t` is :meth:`pyroebm.core.MinibatchEnergy.subsample`, fresh in each step and
+    common to
     all chains: chains are independent given the minibatches alone. The noise of the gradient adds
     :math:`\epsilon^4 / 4` of its variance to each step. With :math:`\tfrac12 < \gamma \le 1` the
     bias vanishes as t grows, if draws are weighted by :math:`\epsilon_t^2` (their
@@ -68,7 +68,7 @@ class StochasticGradientLangevin(ContinuousKernel[CountedState]):
         ValueError: if a setting is out of its range.
 
     Example:
-        >>> from pyroebm import MinibatchEnergy
+        >>> from pyroebm.core import MinibatchEnergy
         >>> from pyroebm.targets import Gaussian
         >>> data = torch.linspace(1.0, 3.0, 100)
         >>> energy = MinibatchEnergy(
@@ -84,6 +84,7 @@ class StochasticGradientLangevin(ContinuousKernel[CountedState]):
     """
 
     decay: float = 0.0
+    _: dataclasses.KW_ONLY
     delay: float = 1.0
 
     exact: ClassVar[bool] = False
@@ -111,7 +112,7 @@ class StochasticGradientLangevin(ContinuousKernel[CountedState]):
     def step(
         self, energy: Energy, state: CountedState, generator: torch.Generator | None = None
     ) -> tuple[CountedState, Info]:
-        q, part = rows(state.x), subsample(energy, generator)
+        q, part = rows(state.x), energy.subsample(generator)
         age = state.steps.to(q.dtype).unsqueeze(1)
         eps, metric = (
             column(self.step_size, q) * (1.0 + age / self.delay) ** (-0.5 * self.decay),

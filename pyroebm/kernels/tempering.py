@@ -5,19 +5,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple, Self, TypeVar, cast
+from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
 from scipy.interpolate import PchipInterpolator
 from torch import Tensor
 
-from pyroebm.core.annealing_path import Path, in_the_coordinates_of
+from pyroebm.core.annealing_path import GeometricPath
 from pyroebm.core.energy import Energy, unchecked_value_and_grad
 from pyroebm.core.supports import is_discrete
+from pyroebm.core.wrappers import unconstrain
 from pyroebm.kernels.adaptation.step_size import DualAveraging
 from pyroebm.kernels.adaptation.windows import windows
-from pyroebm.kernels.base import Info, Kernel, check_kernel, uniform_like
+from pyroebm.kernels.base import HasGradient, Info, Kernel, WrappedKernel, uniform_like
 
 __all__ = [
     "ParallelTempering",
@@ -75,7 +76,7 @@ class TemperingReport(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class ParallelTempering(Kernel[TemperedState]):
+class ParallelTempering(WrappedKernel[TemperedState]):
     r"""Replicas of each chain at inverse temperatures :math:`1 = \beta_0 > \dots > \beta_{R-1}`,
     which swap their states.
 
@@ -118,12 +119,11 @@ class ParallelTempering(Kernel[TemperedState]):
         (True, True)
     """
 
-    kernel: Kernel[Any]
     betas: Tensor
     reference: Energy | None = None
 
     def __post_init__(self) -> None:
-        check_kernel(self.kernel)
+        super().__post_init__()
         betas = torch.as_tensor(self.betas, dtype=torch.float64)
         object.__setattr__(self, "betas", betas)
         if (
@@ -148,55 +148,42 @@ class ParallelTempering(Kernel[TemperedState]):
             )
 
     @property
-    def exact(self) -> bool:  # type: ignore[override]  # as the kernel inside
-        """Whether the inner kernel leaves its target unchanged."""
-        return self.kernel.exact
+    def has_momentum(self) -> bool:
+        """Never: what is reported after the swaps is the energy."""
+        return False
 
     @property
-    def discrete(self) -> bool:  # type: ignore[override]
-        """Whether the inner kernel moves on discrete supports."""
-        return self.kernel.discrete
+    def target_acceptance(self) -> float | None:
+        """None: :class:`LadderAdaptation` tunes each temperature by that of the inner kernel."""
+        return None
 
     @property
-    def learned(self) -> tuple[str, ...]:  # type: ignore[override]
+    def expected_gradients(self) -> float:
+        """Those of all replicas, and one for each after the swaps."""
+        return len(self.betas) * (self.kernel.expected_gradients + 1.0)
+
+    @property
+    def compiles(self) -> Literal["nothing"]:
+        """Nothing: the path between the temperatures is an energy of its own."""
+        return "nothing"
+
+    @property
+    def learned(self) -> tuple[str, ...]:
         """The ladder, and what warm-up learns of the inner kernel."""
         return (
             *(name for name in ("step_size", "inverse_mass") if name in self.kernel.learned),
             "betas",
         )
 
-    @property
-    def step_size(self) -> float | Tensor:
-        """That of the inner kernel, one for each temperature after warm-up; AttributeError where it
-        has none."""
-        size: float | Tensor = getattr(self.kernel, "step_size")  # noqa: B009
-        return size
-
-    @property
-    def inverse_mass(self) -> Any:
-        """That of the inner kernel, shared by all temperatures; None where it has none."""
-        return getattr(self.kernel, "inverse_mass", None)
-
-    def replace(self, **changes: Any) -> Self:
-        """A new kernel with some settings changed; ``step_size`` and ``inverse_mass`` are those of
-        the inner kernel."""
-        inner = {
-            name: changes.pop(name) for name in ("step_size", "inverse_mass") if name in changes
-        }
-        if inner:
-            changes["kernel"] = changes.get("kernel", self.kernel).replace(**inner)
-        return super().replace(**changes)
-
     def own_adaptation(self) -> LadderAdaptation:
         """Step sizes and temperatures, tuned together."""
         return LadderAdaptation()
 
-    def path(self, energy: Energy, chains: int) -> Path:
-        """The energy of all replicas as rows ``chains * R``, those of one chain side by side."""
-        reference = (
-            None if self.reference is None else in_the_coordinates_of(energy, self.reference)
-        )
-        return Path(energy, self.betas.repeat(chains), reference)
+    def path(self, energy: Energy, num_chains: int) -> GeometricPath:
+        """The energy of all replicas as rows ``num_chains * R``, those of one chain side by
+        side."""
+        reference = None if self.reference is None else unconstrain(self.reference)
+        return GeometricPath(energy, self.betas.repeat(num_chains), reference)
 
     def init(
         self, energy: Energy, x: Tensor, generator: torch.Generator | None = None
@@ -305,13 +292,10 @@ class ParallelTempering(Kernel[TemperedState]):
         )
 
     def _for_rows(self, chains: int) -> Kernel[Any]:
-        size = getattr(self.kernel, "step_size", None)
-        each = isinstance(size, Tensor) and size.dim() == 1
-        return (
-            self.kernel.replace(step_size=size.repeat(chains))
-            if isinstance(size, Tensor) and each
-            else self.kernel
-        )
+        size = self.kernel.step_size
+        if isinstance(size, Tensor) and size.dim() == 1:
+            return self.kernel.replace(step_size=size.repeat(chains))
+        return self.kernel
 
 
 def swap_probability(betas: Tensor, slope: Tensor) -> Tensor:
@@ -363,7 +347,7 @@ def _each(state: T, f: Callable[[Tensor], Tensor]) -> T:
 
 
 def _with_fresh_reference(
-    path: Path, reference: Energy, inner: Any, generator: torch.Generator | None
+    path: GeometricPath, reference: Energy, inner: Any, generator: torch.Generator | None
 ) -> Tensor:
     """Positions ``(chains, R, *event)`` of an inner state with the last replica drawn from the
     reference.
@@ -372,7 +356,7 @@ def _with_fresh_reference(
     replica stays.
     """
     draws = reference.sample(len(inner.x), generator)
-    if hasattr(inner, "grad") and not is_discrete(path.support):
+    if isinstance(inner, HasGradient) and not is_discrete(path.support):
         values, grad = unchecked_value_and_grad(path.energy, draws)
         finite = torch.isfinite(values) & torch.isfinite(grad.reshape(len(draws), -1)).all(1)
     else:
@@ -409,33 +393,24 @@ class LadderAdaptation:
     Args:
         target_acceptance: acceptance rate to aim at; None takes the inner kernel's own.
         ladder: whether to move the temperatures between the two ends.
-        initial, first, final: lengths of the first buffer, of the first round and of the last
-            buffer, as in :class:`pyroebm.WindowAdaptation`. Below 60 steps of warm-up there are no
-            rounds.
 
     Raises:
         ValueError: if ``target_acceptance`` is outside (0, 1).
 
     Example:
         >>> from pyroebm.kernels import MALA, ParallelTempering
+        >>> from pyroebm.kernels.adaptation import warmup
         >>> from pyroebm.targets import DoubleWell
         >>> energy, generator = DoubleWell(), torch.Generator().manual_seed(0)
         >>> kernel, plan = ParallelTempering(MALA(), betas=[1.0, 0.9, 0.1]), LadderAdaptation()
         >>> state = kernel.init(energy, energy.initial(64, generator), generator)
-        >>> kernel, memory = plan.start(kernel, energy, state, generator)
-        >>> for _ in range(200):
-        ...     kernel, state, info, memory = plan.step(
-        ...         kernel, energy, state, memory, 200, generator
-        ...     )
+        >>> kernel, state = warmup(kernel, energy, state, 200, plan, generator=generator)
         >>> 0.3 < kernel.betas[1] < 0.7, kernel.step_size.shape
         (tensor(True), torch.Size([3]))
     """
 
     target_acceptance: float | None = None
     ladder: bool = True
-    initial: int = 15
-    first: int = 15
-    final: int = 50
 
     def __post_init__(self) -> None:
         if self.target_acceptance is not None and not 0.0 < self.target_acceptance < 1.0:
@@ -452,7 +427,7 @@ class LadderAdaptation:
         generator: torch.Generator | None = None,
     ) -> tuple[ParallelTempering, LadderMemory]:
         """A kernel with first guesses of the step sizes, and the adaptation's state."""
-        if not hasattr(kernel, "report"):
+        if not isinstance(kernel, ParallelTempering):
             raise ValueError(
                 f"LadderAdaptation is for ParallelTempering, got {type(kernel).__name__}"
             )
@@ -471,7 +446,7 @@ class LadderAdaptation:
         generator: torch.Generator | None = None,
     ) -> tuple[ParallelTempering, TemperedState, Info, LadderMemory]:
         """One step of a warm-up of ``steps``, and what is learned from it."""
-        rounds = windows(steps, self.initial, self.first, self.final) if self.ladder else []
+        rounds = windows(steps) if self.ladder else []
         if any(memory.step == begin for begin, _ in rounds):
             state = kernel.restart(state)
         state, info, inner = kernel.transition(energy, state, generator)

@@ -24,7 +24,7 @@ from pyroebm.kernels.base import (
 from pyroebm.kernels.hamiltonian import MAX_ENERGY_ERROR, kinetic, leapfrog, metropolis
 from pyroebm.kernels.metric import metric_of
 
-__all__ = ["MetropolisUnderdamped", "MomentumState", "UnderdampedLangevin"]
+__all__ = ["GHMC", "MomentumState", "BAOAB"]
 
 
 class MomentumState(NamedTuple):
@@ -33,7 +33,7 @@ class MomentumState(NamedTuple):
 
     Example:
         >>> from pyroebm.targets import DoubleWell
-        >>> MetropolisUnderdamped().init(DoubleWell(), torch.tensor([1.0, -1.0])).momentum.shape
+        >>> GHMC().init(DoubleWell(), torch.tensor([1.0, -1.0])).momentum.shape
         torch.Size([2, 1])
     """
 
@@ -93,7 +93,7 @@ def partial_refreshment(
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class UnderdampedLangevin(_Underdamped):
+class BAOAB(_Underdamped):
     r"""Underdamped Langevin dynamics by BAOAB (Leimkuhler and Matthews, 2013). **Not exact**: its
     bias grows with the step.
 
@@ -119,12 +119,13 @@ class UnderdampedLangevin(_Underdamped):
 
     Example:
         >>> from pyroebm.targets import DoubleWell
-        >>> kernel, energy = UnderdampedLangevin(step_size=0.1), DoubleWell()
+        >>> kernel, energy = BAOAB(step_size=0.1), DoubleWell()
         >>> state, info = kernel.step(energy, kernel.init(energy, energy.initial(8)))
         >>> info.accepted.all()
         tensor(True)
     """
 
+    _: dataclasses.KW_ONLY
     temperature: float = 1.0
 
     exact: ClassVar[bool] = False
@@ -133,7 +134,7 @@ class UnderdampedLangevin(_Underdamped):
         super().__post_init__()
         if not 0.0 < self.temperature < math.inf:
             raise ValueError(
-                "UnderdampedLangevin: temperature must be positive and finite, got"
+                "BAOAB: temperature must be positive and finite, got"
                 f" temperature={self.temperature}"
             )
 
@@ -174,7 +175,7 @@ class UnderdampedLangevin(_Underdamped):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class MetropolisUnderdamped(_Underdamped):
+class GHMC(_Underdamped):
     r"""Metropolis-adjusted underdamped Langevin, or generalised HMC (Horowitz, 1991): exact.
 
     .. math::
@@ -199,7 +200,7 @@ class MetropolisUnderdamped(_Underdamped):
 
     Example:
         >>> from pyroebm.targets import DoubleWell
-        >>> kernel, energy = MetropolisUnderdamped(step_size=0.2), DoubleWell()
+        >>> kernel, energy = GHMC(step_size=0.2), DoubleWell()
         >>> state, info = kernel.step(energy, kernel.init(energy, energy.initial(8)))
         >>> state.momentum.shape
         torch.Size([8, 1])

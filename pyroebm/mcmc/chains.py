@@ -15,7 +15,7 @@ from pyroebm.core.serialization import from_text, pack, to_text, unpack
 from pyroebm.core.supports import event_numel, inside
 from pyroebm.diagnostics.streaming import StreamingMoments
 from pyroebm.kernels.adaptation.step_size import DualAveraging
-from pyroebm.kernels.adaptation.windows import Adaptation, WindowAdaptation
+from pyroebm.kernels.adaptation.windows import Adaptation, WindowAdaptation, warmup_step
 from pyroebm.kernels.base import AnyState, Info, Kernel, Steps
 
 if TYPE_CHECKING:
@@ -53,8 +53,8 @@ class Part(Protocol):
     def read(self) -> tuple[Tensor, dict[str, Tensor]]:
         """All draws kept and their statistics, in order."""
 
-    def cut(self, count: int) -> None:
-        """Forget the draws after the first ``count``."""
+    def cut(self, num_draws: int) -> None:
+        """Forget the draws after the first ``num_draws``."""
 
 
 class Record:
@@ -131,9 +131,9 @@ class Record:
             for name, value in there.items()
         }
 
-    def make_room(self, count: int) -> None:
-        """Make room in memory for ``count`` draws in all; a part needs none."""
-        more = count - len(self.x)
+    def make_room(self, num_draws: int) -> None:
+        """Make room in memory for ``num_draws`` draws in all; a part needs none."""
+        more = num_draws - len(self.x)
         if self.part is None and more > 0:
 
             def extended(t: Tensor) -> Tensor:
@@ -154,10 +154,10 @@ def bytes_per_draw(target: Energy) -> int:
     return (event_numel(target.event_shape) + 4) * target.dtype.itemsize + 18
 
 
-def announce(draws: int, chains: int, target: Energy, streams: bool) -> None:
+def announce(num_draws: int, num_chains: int, target: Energy, streams: bool) -> None:
     """Say on stderr, before a run of more than :data:`LARGE`, what it will take and what to do
     about it."""
-    size = draws * chains * bytes_per_draw(target)
+    size = num_draws * num_chains * bytes_per_draw(target)
     if size > LARGE:
         where = (
             "on disk"
@@ -166,7 +166,7 @@ def announce(draws: int, chains: int, target: Energy, streams: bool) -> None:
             " none"
         )
         said = (
-            f"{draws} draws of {chains} chains will take {size / 2**30:.1f} GiB {where};"
+            f"{num_draws} draws of {num_chains} chains will take {size / 2**30:.1f} GiB {where};"
             " thinning=k divides that by k"
         )
         print(said, file=sys.stderr)
@@ -343,11 +343,15 @@ class Block:
                 kernel, memory = self._learned(adaptation, kernel, memory, taken)
             elif free:
                 taken = self._taken(kernel, free, most)
-            elif adaptation is None:
-                taken = Steps.of(*kernel.step(self.moving, self.state, self.generator))
             else:
-                kernel, state, info, memory = adaptation.step(
-                    kernel, self.moving, self.state, memory, plan.warmup_steps, self.generator
+                kernel, state, info, memory = warmup_step(
+                    kernel,
+                    self.moving,
+                    self.state,
+                    memory,
+                    plan.warmup_steps,
+                    adaptation,
+                    self.generator,
                 )
                 taken = Steps.of(state, info)
             if plan.save_warmup:
@@ -473,11 +477,11 @@ class Block:
             }
         return moments
 
-    def make_room(self, count: int) -> None:
-        """Make room for the rest of the warm-up and for ``count`` draws in all."""
+    def make_room(self, num_draws: int) -> None:
+        """Make room for the rest of the warm-up and for ``num_draws`` draws in all."""
         self.warmup.make_room(self.warmup.count + self.warm_left * self.plan.save_warmup)
         if self.named is None:
-            self.record.make_room(count)
+            self.record.make_room(num_draws)
 
     def refresh(self) -> None:
         """Take the energies anew: the target may have been trained since."""

@@ -25,7 +25,8 @@ from pyroebm.core.energy import Energy, check_energy
 from pyroebm.core.progress import Progress
 from pyroebm.core.rng import fresh_seed, seeded_generator
 from pyroebm.core.serialization import from_text, to_text
-from pyroebm.core.wrappers import Unconstrained, eval_mode
+from pyroebm.core.supports import to_support
+from pyroebm.core.wrappers import eval_mode, unconstrain
 from pyroebm.diagnostics.streaming import StreamingMoments
 from pyroebm.diagnostics.stuck import describe_stuck, stuck_chains
 from pyroebm.kernels.adaptation.starts import draw_starts
@@ -34,12 +35,7 @@ from pyroebm.kernels.base import Kernel, check_kernel
 from pyroebm.mcmc.chains import Block, Layout, Plan, Record, announce, bytes_per_draw, check_initial
 from pyroebm.mcmc.storage import Store
 
-__all__ = ["MCMC", "named"]
-
-
-def named(target: Unconstrained, site: str, x: Tensor) -> dict[str, Tensor]:
-    """Unconstrained states ``(*batch, *event)`` as the variables that results show."""
-    return target.energy.named(target.constrain(x), site)
+__all__ = ["MCMC"]
 
 
 def _joined(states: list[Any]) -> Any:
@@ -110,8 +106,8 @@ class MCMC(AbstractMCMC):
             repay it. Compiling a gradient takes seconds, once for a model on this machine; inner
             loops take half a minute. Draws are the same up to rounding. ``.compiled`` tells the
             choice.
-        adaptation: how to adapt: the kernel's own way, or a :class:`pyroebm.WindowAdaptation`; None
-            leaves it as it is.
+        adaptation: how to adapt: the kernel's own way, or a
+            :class:`pyroebm.kernels.WindowAdaptation`; None leaves it as it is.
         save_warmup: whether to keep the draws of the warm-up too.
         keep: ``"draws"``, or ``"moments"``: means and variances of each chain in place of any draw,
             see :meth:`get_moments`.
@@ -142,8 +138,10 @@ class MCMC(AbstractMCMC):
         torch.Size([16, 100])
     """
 
-    #: whether what is done between turns is done after each step, and not after some
-    _one_by_one = False
+    @property
+    def _one_by_one(self) -> bool:
+        """Whether what is done between turns is done after each step, and not after some."""
+        return False
 
     def __init__(
         self,
@@ -247,7 +245,7 @@ class MCMC(AbstractMCMC):
         """
         target = self._bound(energy)
         folder = (
-            None if store is None else Store(store, functools.partial(named, target, self.site))
+            None if store is None else Store(store, functools.partial(target.named, site=self.site))
         )
         if self.plan.kernel.runs_ahead(target):
             self._compile_driver(target.dtype)
@@ -266,7 +264,7 @@ class MCMC(AbstractMCMC):
                         adapts = adapts and self.plan.adaptation.step_size is not None
                     x = draw_starts(self.plan.kernel, target, len(chains), generator, adapts)
                 else:
-                    x = target.unconstrain(initial[chains.start : chains.stop])
+                    x = to_support(energy.support).inv(initial[chains.start : chains.stop])
                 blocks.append(self._block(number, target, x, generator, folder))
         self._compile(target, blocks, self.num_samples)
         if folder is not None:
@@ -327,7 +325,7 @@ class MCMC(AbstractMCMC):
             )
         if energy is not None and store is not None:
             target = self._bound(energy)
-            folder = Store(store, functools.partial(named, target, self.site))
+            folder = Store(store, functools.partial(target.named, site=self.site))
             states = {number: folder.load(number) for number in self.layout.blocks}
             self._load(
                 {f"{n}.{k}": v for n, state in states.items() for k, v in state.items()},
@@ -372,7 +370,7 @@ class MCMC(AbstractMCMC):
         """
         self._load(state, self._bound(energy), None)
 
-    def _load(self, state: dict[str, Tensor], target: Unconstrained, store: Store | None) -> None:
+    def _load(self, state: dict[str, Tensor], target: Energy, store: Store | None) -> None:
         needed = {
             f"{n}.{name}"
             for n in self.layout.blocks
@@ -429,11 +427,13 @@ class MCMC(AbstractMCMC):
         settings = self._settings(block.target, block.warm_left) | {"seed": self.seed}
         return block.state_dict(draws) | {"settings": to_text(settings)}
 
-    def _bound(self, energy: Energy) -> Unconstrained:
+    def _bound(self, energy: Energy) -> Energy:
         check_energy(energy)
-        return Unconstrained(energy, keep_discrete=self.plan.kernel.discrete)
+        target = unconstrain(energy)
+        self.plan.kernel.check_support(target)
+        return target
 
-    def _compile(self, target: Unconstrained, blocks: list[Block], goal: int) -> None:
+    def _compile(self, target: Energy, blocks: list[Block], goal: int) -> None:
         """Choose what the kernels move on. What decides is the same whatever blocks are here and
         whatever is done already."""
         chains, steps = (
@@ -474,7 +474,7 @@ class MCMC(AbstractMCMC):
     def _block(
         self,
         number: int,
-        target: Unconstrained,
+        target: Energy,
         start: Tensor,
         generator: torch.Generator,
         store: Store | None,
@@ -485,7 +485,7 @@ class MCMC(AbstractMCMC):
                 target,
                 start,
                 generator,
-                named=functools.partial(named, target, self.site),
+                named=functools.partial(target.named, site=self.site),
             )
         if store is None:
             return Block(self.plan, target, start, generator)
@@ -623,7 +623,7 @@ class MCMC(AbstractMCMC):
         """
         draws = self._draws(warmup)
         samples: dict[str, Tensor] = select_samples(
-            named(self._target, self.site, draws), num_samples, group_by_chain
+            self._target.named(draws, self.site), num_samples, group_by_chain
         )
         return samples
 
@@ -658,9 +658,9 @@ class MCMC(AbstractMCMC):
         return diagnostics.to_arviz(
             samples,
             stats,
-            self.get_samples(group_by_chain=True, warmup=True) if warm else None,
-            self.get_stats(warmup=True) if warm else None,
-            self._facts(),
+            warmup_posterior=self.get_samples(group_by_chain=True, warmup=True) if warm else None,
+            warmup_sample_stats=self.get_stats(warmup=True) if warm else None,
+            attrs=self._facts(),
         )
 
     def stuck_chains(self) -> list[int]:
@@ -707,7 +707,7 @@ class MCMC(AbstractMCMC):
                 min_ess,
                 kernel=self.plan.kernel,
                 energy=self._target,
-                named=functools.partial(named, self._target, self.site),
+                named=functools.partial(self._target.named, site=self.site),
                 first_chain=self.layout.chains(self.layout.blocks[0]).start,
                 num_chains=self.num_chains,
             )

@@ -137,11 +137,11 @@ class Part:
             str(k): torch.from_numpy(v.values) for k, v in stats.data_vars.items()
         }
 
-    def cut(self, count: int) -> None:
-        """Remove the files of the draws after the first ``count``: they were written after the
+    def cut(self, num_draws: int) -> None:
+        """Remove the files of the draws after the first ``num_draws``: they were written after the
         state that is gone on from."""
         for start, path in _files(self.store.folder, self.block, self.phase):
-            if start >= count:
+            if start >= num_draws:
                 remove(path)
 
 

@@ -35,7 +35,7 @@ def convolutions(
     one halving it; then linear.
 
     Args:
-        event_shape: (colours, height, width) of an image.
+        event_shape: (colors, height, width) of an image.
         out_features: width of the output.
         channels: filters of each layer, at least one.
         activation, spectral_norm, zero_last, dtype, generator: as in :func:`mlp`.
@@ -52,11 +52,11 @@ def convolutions(
     check_activation(activation)
     if len(event_shape) != 3:
         raise ValueError(
-            f"event_shape must be (colours, height, width), got event_shape={tuple(event_shape)}"
+            f"event_shape must be (colors, height, width), got event_shape={tuple(event_shape)}"
         )
-    colours, height, width = event_shape
+    colors, height, width = event_shape
     filters: list[nn.Module] = []
-    for k, (a, b) in enumerate(itertools.pairwise([colours, *channels])):
+    for k, (a, b) in enumerate(itertools.pairwise([colors, *channels])):
         stride = 1 if k == 0 else 2
         filters.append(
             nn.utils.skip_init(nn.Conv2d, a, b, 3, stride=stride, padding=1, dtype=dtype)

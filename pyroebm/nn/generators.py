@@ -84,9 +84,9 @@ class Generator(Saveable):
         """s, a scalar; 0 without noise."""
         return self._anchor.new_zeros(()) if self.log_sigma is None else self.log_sigma.exp()
 
-    def draw_noise(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """``n`` draws of z, shape ``(n, latent_dim)``."""
-        return standard_normal((n, self.latent_dim), generator, self.dtype, self.device)
+    def sample_latent(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
+        """``num_samples`` draws of z, shape ``(n, latent_dim)``."""
+        return standard_normal((num_samples, self.latent_dim), generator, self.dtype, self.device)
 
     def forward(self, z: Tensor) -> Tensor:
         """g(z): ``(n, latent_dim) -> (n, *event)``."""
@@ -113,16 +113,16 @@ class Generator(Saveable):
         )
 
     @torch.no_grad()
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """``n`` draws, shape ``(n, *event_shape)``, in eval mode: batch normalisation takes its
-        running statistics, so that a row does not depend on the others.
+    def sample(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
+        """``num_samples`` draws, shape ``(n, *event_shape)``, in eval mode: batch normalisation
+        takes its running statistics, so that a row does not depend on the others.
 
         Raises:
-            ValueError: if ``n`` < 1.
+            ValueError: if ``num_samples`` < 1.
         """
-        check_counts({"n": 1}, n)
+        check_counts({"num_samples": 1}, num_samples)
         with eval_mode(self):
-            return self.emit(self.draw_noise(n, generator), generator)
+            return self.emit(self.sample_latent(num_samples, generator), generator)
 
 
 class MLPGenerator(Generator):
@@ -131,7 +131,7 @@ class MLPGenerator(Generator):
     Args:
         event_shape: shape of one event.
         latent_dim: entries of z.
-        hidden: widths of the hidden layers.
+        hidden_sizes: widths of the hidden layers.
         batch_norm: normalise each hidden layer before its activation (Ioffe and Szegedy, 2015),
             which couples the rows of a batch in training.
         activation: as in :class:`~pyroebm.energies.MLPEnergy`.
@@ -140,10 +140,12 @@ class MLPGenerator(Generator):
         generator: source of the initial weights.
 
     Raises:
-        ValueError: as :class:`Generator`, and if ``hidden`` or ``activation`` is none.
+        ValueError: as :class:`Generator`, and if ``hidden_sizes`` or ``activation`` is none.
 
     Example:
-        >>> MLPGenerator((1, 8, 8), latent_dim=10, hidden=(32, 32), batch_norm=True).sample(3).shape
+        >>> MLPGenerator((1, 8, 8), latent_dim=10, hidden_sizes=(32, 32), batch_norm=True).sample(
+        ...     3
+        ... ).shape
         torch.Size([3, 1, 8, 8])
     """
 
@@ -151,7 +153,7 @@ class MLPGenerator(Generator):
         self,
         event_shape: Sequence[int],
         latent_dim: int,
-        hidden: Sequence[int] = (128, 128),
+        hidden_sizes: Sequence[int] = (128, 128),
         *,
         batch_norm: bool = False,
         activation: str = "silu",
@@ -164,7 +166,7 @@ class MLPGenerator(Generator):
         net = mlp(
             latent_dim,
             entries,
-            hidden,
+            hidden_sizes,
             activation=activation,
             zero_last=False,
             dtype=dtype,

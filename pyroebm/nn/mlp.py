@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
+from pyroebm.core.rng import drawing_from
+
 __all__ = [
     "ACTIVATIONS",
     "frozen",
@@ -50,7 +52,7 @@ def frozen(module: nn.Module) -> Iterator[None]:
 def mlp(
     in_features: int,
     out_features: int,
-    hidden: Sequence[int],
+    hidden_sizes: Sequence[int],
     *,
     activation: str = "silu",
     spectral_norm: bool = False,
@@ -63,7 +65,7 @@ def mlp(
     Args:
         in_features: width of the input.
         out_features: width of the output.
-        hidden: widths of the hidden layers, at least one.
+        hidden_sizes: widths of the hidden layers, at least one.
         activation: one of :data:`ACTIVATIONS`.
         spectral_norm: divide each hidden weight by its largest singular value (Miyato et al.,
             2018).
@@ -74,15 +76,15 @@ def mlp(
             inputs of a small net.
 
     Raises:
-        ValueError: if ``hidden`` is empty or not positive, or if ``activation`` is unknown.
+        ValueError: if ``hidden_sizes`` is empty or not positive, or if ``activation`` is unknown.
 
     Example:
         >>> mlp(2, 3, (8,))(torch.ones(4, 2)).shape
         torch.Size([4, 3])
     """
-    check_widths("hidden", hidden)
+    check_widths("hidden_sizes", hidden_sizes)
     check_activation(activation)
-    widths = [in_features, *hidden, out_features]
+    widths = [in_features, *hidden_sizes, out_features]
     # skip_init: nn.Linear's own initialisation would consume torch's global random stream
     linear = [
         nn.utils.skip_init(nn.Linear, a, b, dtype=dtype) for a, b in itertools.pairwise(widths)
@@ -124,11 +126,7 @@ def start_weights(
 
 
 def bound_by_spectral_norm(layers: Sequence[nn.Module], generator: torch.Generator | None) -> None:
-    """Spectral norms; their power iteration starts from torch's global stream, which is put
-    back."""
-    seed = torch.randint(2**62, (), generator=generator)
-    with torch.random.fork_rng(devices=[]):
-        # torch.manual_seed would seed every GPU as well
-        torch.default_generator.manual_seed(int(seed))
+    """Spectral norms, whose power iteration starts from random vectors."""
+    with drawing_from(generator):
         for layer in layers:
             parametrizations.spectral_norm(layer)

@@ -2,7 +2,8 @@
 
 from pyroebm.objectives.adversarial import Adversarial, AdversarialFlow, DeepDirected
 from pyroebm.objectives.base import HasLosses, Objective
-from pyroebm.objectives.centring import Centring, Sparsity
+from pyroebm.objectives.centering import Centering, Sparsity
+from pyroebm.objectives.classification import CrossEntropy
 from pyroebm.objectives.contrastive import ContrastiveDivergence
 from pyroebm.objectives.denoising import DenoisingScoreMatching
 from pyroebm.objectives.discrete import MinimumProbabilityFlow, Pseudolikelihood, RatioMatching
@@ -13,17 +14,17 @@ from pyroebm.objectives.improved import ImprovedCD
 from pyroebm.objectives.likelihood import ExactLikelihood, MeanFieldLikelihood
 from pyroebm.objectives.noise import gaussian_noise
 from pyroebm.objectives.noise_contrastive import ConditionalNCE, NoiseContrastive, RankingNCE
-from pyroebm.objectives.persistent import PersistentCD
+from pyroebm.objectives.persistent import PersistentCD, ReplayBufferCD
 from pyroebm.objectives.score_matching import NonNegativeScoreMatching, ScoreMatching
 from pyroebm.objectives.short_run import ShortRun, langevin
 from pyroebm.objectives.sliced import SlicedScoreMatching
+from pyroebm.objectives.variational.base import FlowObjective
 from pyroebm.objectives.variational.bootstrap import AlphaBootstrap
 from pyroebm.objectives.variational.compiled_kl import CompiledKL
 from pyroebm.objectives.variational.divergences import ForwardKL, LogVariance
 from pyroebm.objectives.variational.flow_matching import match_flow
-from pyroebm.objectives.variational.reverse_kl import ReverseKL, evaluate_j, fit_flow
+from pyroebm.objectives.variational.reverse_kl import ReverseKL, estimate_augmented_kl
 from pyroebm.objectives.variational.reweighting import AnnealedReweighting
-from pyroebm.objectives.variational.selection import TotalDimSelection, select_total_dim
 from pyroebm.objectives.variational.symmetric import SymmetrizedKL
 from pyroebm.objectives.vera import VERA
 
@@ -32,14 +33,16 @@ __all__ = [
     "AdversarialFlow",
     "AlphaBootstrap",
     "AnnealedReweighting",
-    "Centring",
+    "Centering",
     "CompiledKL",
     "ConditionalNCE",
     "ContrastiveDivergence",
+    "CrossEntropy",
     "DeepDirected",
     "DenoisingScoreMatching",
     "ExactLikelihood",
     "FlowContrastive",
+    "FlowObjective",
     "ForwardKL",
     "HasLosses",
     "Hybrid",
@@ -51,6 +54,7 @@ __all__ = [
     "NonNegativeScoreMatching",
     "Objective",
     "PersistentCD",
+    "ReplayBufferCD",
     "Pseudolikelihood",
     "RankingNCE",
     "RatioMatching",
@@ -60,14 +64,11 @@ __all__ = [
     "SlicedScoreMatching",
     "Sparsity",
     "SymmetrizedKL",
-    "TotalDimSelection",
     "VERA",
-    "evaluate_j",
+    "estimate_augmented_kl",
     "fisher_divergence",
-    "fit_flow",
     "gaussian_noise",
     "langevin",
     "match_flow",
-    "select_total_dim",
     "sliced_fisher_divergence",
 ]

@@ -19,7 +19,7 @@ from pyroebm.nn.generators import Generator, batch_norms
 from pyroebm.nn.mlp import frozen
 from pyroebm.objectives.base import Objective
 from pyroebm.objectives.contrastive import check_batch
-from pyroebm.objectives.variational.reverse_kl import ReverseKL
+from pyroebm.objectives.variational.reverse_kl import check_options, estimate_kl
 
 __all__ = [
     "Adversarial",
@@ -98,7 +98,9 @@ class Adversarial(Objective):
             )
         self.num_samples, self.gradient_penalty = num_samples, float(gradient_penalty)
 
-    def negative(self, energy: Energy, n: int, generator: torch.Generator | None) -> Negative:
+    def negative(
+        self, energy: Energy, num_samples: int, generator: torch.Generator | None = None
+    ) -> Negative:
         """The losses of q, and n of its draws. The energy is in eval mode and its parameters are
         constants."""
         raise NotImplementedError(
@@ -181,7 +183,7 @@ class AdversarialFlow(Adversarial):
     Args:
         flow: q.
         num_samples, gradient_penalty: as in :class:`Adversarial`.
-        gradient: "stl" or "total", as in :class:`ReverseKL`.
+        gradient: "stl" or "total", as in :class:`~pyroebm.objectives.ReverseKL`.
 
     Raises:
         ValueError: as :class:`Adversarial`, and if the flow does not fit the energy.
@@ -204,12 +206,14 @@ class AdversarialFlow(Adversarial):
         gradient: str = "stl",
     ) -> None:
         super().__init__(num_samples, gradient_penalty)
-        self.flow, self.reverse_kl = flow, ReverseKL(gradient=gradient)
+        check_options(gradient=gradient)
+        self.flow, self.gradient = flow, gradient
 
-    def negative(self, energy: Energy, n: int, generator: torch.Generator | None) -> Negative:
-        loss, *_, xy = self.reverse_kl.estimate(
-            self.flow, energy, self.flow.draw_noise(n, generator)
-        )
+    def negative(
+        self, energy: Energy, num_samples: int, generator: torch.Generator | None = None
+    ) -> Negative:
+        z = self.flow.rsample_base(num_samples, generator)
+        loss, *_, xy = estimate_kl(self.flow, energy, z, gradient=self.gradient)
         return Negative({"generator": loss}, self.flow.extend(energy).split(xy)[0], None, {})
 
 
@@ -236,7 +240,7 @@ class DeepDirected(Adversarial):
     Example:
         >>> from pyroebm.nn import MLPGenerator
         >>> from pyroebm.targets import Gaussian
-        >>> model = MLPGenerator((2,), latent_dim=2, hidden=(8,), batch_norm=True)
+        >>> model = MLPGenerator((2,), latent_dim=2, hidden_sizes=(8,), batch_norm=True)
         >>> losses, facts = DeepDirected(model).losses(Gaussian(torch.zeros(2)), torch.zeros(5, 2))
         >>> round(float(facts["entropy_surrogate"]), 4)  # 8 units of scale 1
         11.3515
@@ -249,15 +253,18 @@ class DeepDirected(Adversarial):
         batch_norm_entropy(model)
         self.model = model
 
-    def negative(self, energy: Energy, n: int, generator: torch.Generator | None) -> Negative:
+    def negative(
+        self, energy: Energy, num_samples: int, generator: torch.Generator | None = None
+    ) -> Negative:
         check_generator(self.model, energy)
-        if n < 2:
+        if num_samples < 2:
             raise ValueError(
-                f"batch normalisation takes at least 2 draws: give num_samples, got a batch of {n}"
+                f"batch normalisation takes at least 2 draws: give num_samples, got a batch of"
+                f" {num_samples}"
                 " rows"
             )
         x, entropy = (
-            self.model.emit(self.model.draw_noise(n, generator), generator),
+            self.model.emit(self.model.sample_latent(num_samples, generator), generator),
             batch_norm_entropy(self.model),
         )
         return Negative(

@@ -14,24 +14,47 @@ __all__ = ["HasLosses", "Objective"]
 
 
 class Objective(nn.Module):
-    """Turns an energy, or a flow and an energy, into a loss. What it learns beside them is
-    parameters, its chains are buffers. Numbers, words, tuples and kernels among its attributes are
-    settings: they stay as they are, and a checkpoint is of one set of them.
+    """Turn a module, such as an energy or a flow, and a batch of data into a loss.
 
-    A subclass writes ``forward``: objectives of energies take ``(energy, batch, *,
-    generator=None)``, those of flows ``(flow, energy, ...)``; both return a scalar loss and
-    detached facts. One with several players is :class:`HasLosses`.
+    What an objective learns besides the module is parameters, its chains are buffers. Numbers,
+    strings, tuples and kernels among its attributes are settings: they stay as they are, and a
+    checkpoint is of one set of them.
+
+    A subclass writes ``forward``, which returns a scalar loss and detached metrics. An objective
+    with several losses is :class:`HasLosses`; one of flows is a
+    :class:`~pyroebm.objectives.FlowObjective`.
+
+    Attributes:
+        lr: default learning rate of :func:`pyroebm.training.fit`.
+        schedule: default schedule of the learning rate: None, or ``"cosine"``, which falls to 0
+            along a half cosine.
 
     Example:
         >>> from pyroebm.objectives import ReverseKL
-        >>> issubclass(ReverseKL, Objective)
-        True
+        >>> issubclass(ReverseKL, Objective), Objective.lr, ReverseKL.schedule
+        (True, 0.001, 'cosine')
     """
 
-    def forward(self, *args: Any, **options: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss and its facts."""
+    lr: float = 1e-3
+    schedule: str | None = None
+
+    def begin_step(self, step: int, num_steps: int) -> None:
+        """Prepare step ``step`` of ``num_steps``, counted from 0. ``fit`` calls it before each
+        step; by default it does nothing."""
+
+    def forward(
+        self, module: Any, batch: Any, /, *, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss and its metrics.
+
+        Args:
+            module: what is trained: an energy, a flow, a classifier.
+            batch: of the data; None where there are none.
+            generator: source of all draws; None is torch's default generator.
+        """
         raise NotImplementedError(
-            f"{type(self).__name__} must define forward(...) -> (loss, facts)"
+            f"{type(self).__name__} must define forward(module, batch, *, generator) -> (loss,"
+            " metrics)"
         )
 
 
@@ -40,7 +63,7 @@ class HasLosses(Protocol):
     """An objective of several players, each with a loss of its own: one of them, ``"energy"``, is
     the energy's.
 
-    ``losses`` gives a loss by the name of each player, and the facts; ``trained`` the parameters
+    ``losses`` gives a loss by the name of each player, and the metrics; ``trained`` the parameters
     that each of these losses trains, by the same names and none of them twice.
     :func:`pyroebm.training.fit` steps an optimizer for each, all from the gradients at one point.
 

@@ -12,13 +12,14 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from pyroebm.core._checks import check_counts
+from pyroebm.core.conditionals import blocks_of
 from pyroebm.core.energy import Energy
 from pyroebm.core.rng import drawing_from
-from pyroebm.core.supports import is_discrete, is_real
-from pyroebm.core.wrappers import Unconstrained, eval_mode
+from pyroebm.core.supports import is_discrete, to_support
+from pyroebm.core.wrappers import eval_mode, unconstrain
 from pyroebm.energies.layered import LayeredMachine
 from pyroebm.kernels.base import Kernel, check_kernel
-from pyroebm.kernels.gibbs import BlockGibbs, Gibbs, HasBlocks
+from pyroebm.kernels.gibbs import BlockGibbs, Gibbs
 from pyroebm.kernels.langevin import MALA
 from pyroebm.nn.mlp import frozen
 from pyroebm.objectives.base import Objective
@@ -70,7 +71,7 @@ class ContrastiveDivergence(Objective):
     Args:
         k: steps of the chain; for layers, sweeps down and up.
         kernel: any of :mod:`pyroebm.kernels`; None sweeps layers, and takes
-            :class:`~pyroebm.BlockGibbs` or :class:`~pyroebm.Gibbs` on discrete supports and
+            :class:`~pyroebm.kernels.BlockGibbs` or :class:`~pyroebm.Gibbs` on discrete supports and
             ``MALA(0.1)`` on others.
         energy_penalty: :math:`\alpha \ge 0` of :math:`\alpha (\overline{E(x)^2} +
             \overline{E(\tilde x)^2})`, which is added to the loss to keep energies near 0 (Du and
@@ -106,7 +107,7 @@ class ContrastiveDivergence(Objective):
     ) -> tuple[Tensor, Facts]:
         """The loss and its facts: ``energy_data``, ``energy_model``, ``energy_gap``; the kernel's
         ``acceptance_rate``; and of layers ``mean_0``, ``mean_1``, ...: mean units of each under the
-        data, which :class:`Centring` reads."""
+        data, which :class:`Centering` reads."""
         if self.kernel is not None or not isinstance(energy, LayeredMachine):
             check_batch(energy, batch)
             end, rate = advance(energy, self.kernel, batch, self.k, generator)
@@ -136,14 +137,12 @@ def advance(
     """States ``(chains, *event)`` after k steps of a kernel, and its mean acceptance rate. The
     energy is in eval mode, and no parameter receives a gradient."""
     kernel = default_kernel(energy) if kernel is None else kernel
-    view = Unconstrained(energy, keep_discrete=True)
-    # a view that changes nothing takes its time at each gradient
-    target = energy if is_real(energy.support) else view
+    target, transform = unconstrain(energy), to_support(energy.support)
     with eval_mode(energy), frozen(energy):
         state, rate = kernel.steps(
-            target, kernel.init(target, view.unconstrain(x), generator), k, generator
+            target, kernel.init(target, transform.inv(x), generator), k, generator
         )
-        return view.constrain(state.x).detach(), rate.mean()
+        return transform(state.x).detach(), rate.mean()
 
 
 def default_kernel(energy: Energy) -> Kernel[Any]:
@@ -151,7 +150,7 @@ def default_kernel(energy: Energy) -> Kernel[Any]:
     others."""
     if not is_discrete(energy.support):
         return MALA(0.1)
-    return BlockGibbs() if isinstance(energy, HasBlocks) else Gibbs()
+    return BlockGibbs() if blocks_of(energy) else Gibbs()
 
 
 def joined(layers: Kept) -> Tensor:
@@ -209,7 +208,7 @@ def starts(energy: Energy, initial: Initial, n: int, generator: torch.Generator 
 
 def about(kernel: Kernel[Any] | None, rate: Tensor) -> Facts:
     """A chain's mean acceptance rate, and the temperature that an unadjusted kernel samples at."""
-    temperature = getattr(kernel, "temperature", None)
+    temperature = None if kernel is None else kernel.temperature
     return {"acceptance_rate": rate} | (
         {} if temperature is None else {"temperature": rate.new_tensor(float(temperature))}
     )

@@ -30,13 +30,13 @@ class SiteObjective(Objective):
     x sites x (K - 1) neighbours.
 
     Args:
-        sites: number of sites to look at in each row, drawn at random without replacement; their
-            sum is scaled up to all sites, which leaves value and gradient unbiased. None looks at
-            all.
+        num_sites: number of sites to look at in each row, drawn at random without replacement;
+            their sum is scaled up to all sites, which leaves value and gradient unbiased. None
+            looks at all.
 
     Raises:
-        ValueError: if the support is not discrete, a row is not in it, or ``sites`` is not from 1
-            to the number of sites.
+        ValueError: if the support is not discrete, a row is not in it, or ``num_sites`` is not from
+            1 to the number of sites.
 
     Example:
         >>> from pyroebm.energies import Ising
@@ -47,15 +47,16 @@ class SiteObjective(Objective):
         -16.0
     """
 
-    def __init__(self, sites: int | None = None) -> None:
+    def __init__(self, num_sites: int | None = None) -> None:
         super().__init__()
-        if sites is not None and (
-            isinstance(sites, bool) or not isinstance(sites, int) or sites < 1
+        if num_sites is not None and (
+            isinstance(num_sites, bool) or not isinstance(num_sites, int) or num_sites < 1
         ):
             raise ValueError(
-                f"sites must be a whole number of at least 1, or None for all, got sites={sites!r}"
+                f"num_sites must be a whole number of at least 1, or None for all, got"
+                f" num_sites={num_sites!r}"
             )
-        self.sites = sites
+        self.num_sites = num_sites
 
     def score(self, log_ratios: Tensor) -> Tensor:
         r""":math:`\ell` of each site: :math:`\log p(x') - \log p(x)` of its K - 1 neighbours ``(n,
@@ -113,14 +114,16 @@ class SiteObjective(Objective):
 
     def _sites(self, like: Tensor, generator: torch.Generator | None) -> Tensor:
         """Numbers of the sites to look at in each row, ``(n, sites)``."""
-        if self.sites is None:
+        if self.num_sites is None:
             return torch.arange(like.shape[1], device=like.device).expand(like.shape)
-        if self.sites > like.shape[1]:
+        if self.num_sites > like.shape[1]:
             raise ValueError(
-                f"sites must be at most the {like.shape[1]} sites of an event, got"
-                f" sites={self.sites}"
+                f"num_sites must be at most the {like.shape[1]} sites of an event, got"
+                f" num_sites={self.num_sites}"
             )
-        return uniform(like.shape, generator, like.dtype, like.device).argsort(1)[:, : self.sites]
+        return uniform(like.shape, generator, like.dtype, like.device).argsort(1)[
+            :, : self.num_sites
+        ]
 
 
 def _with_own(log_ratios: Tensor) -> Tensor:
@@ -144,7 +147,7 @@ class Pseudolikelihood(SiteObjective):
     It is consistent, and can improve while the likelihood falls.
 
     Args:
-        sites: as in :class:`SiteObjective`.
+        num_sites: as in :class:`SiteObjective`.
 
     Raises:
         ValueError: as :class:`SiteObjective`.
@@ -179,7 +182,7 @@ class RatioMatching(SiteObjective):
     which for K = 2 is the published one, and is proper for every K.
 
     Args:
-        sites: as in :class:`SiteObjective`.
+        num_sites: as in :class:`SiteObjective`.
 
     Raises:
         ValueError: as :class:`SiteObjective`.
@@ -214,7 +217,7 @@ class MinimumProbabilityFlow(SiteObjective):
     likely than its neighbour weighs exponentially: start from small weights.
 
     Args:
-        sites: as in :class:`SiteObjective`.
+        num_sites: as in :class:`SiteObjective`.
 
     Raises:
         ValueError: as :class:`SiteObjective`.

@@ -38,7 +38,7 @@ def fisher_divergence(energy: Energy, truth: Energy | Score, x: Tensor) -> Estim
 
     Raises:
         ValueError: if there are fewer than two rows, the truth's score has another shape, or as
-            :func:`~pyroebm.value_and_grad`.
+            :func:`~pyroebm.core.value_and_grad`.
 
     Example:
         >>> from pyroebm.targets import Gaussian
@@ -55,7 +55,7 @@ def sliced_fisher_divergence(
     energy: Energy,
     truth: Energy | Score,
     x: Tensor,
-    projections: int = 1,
+    num_projections: int = 1,
     law: str = "normal",
     generator: torch.Generator | None = None,
 ) -> Estimate:
@@ -68,12 +68,13 @@ def sliced_fisher_divergence(
 
     Args:
         energy, truth, x: as in :func:`fisher_divergence`.
-        projections: directions for each row.
+        num_projections: directions for each row.
         law: of a direction, as in :class:`SlicedScoreMatching`.
         generator: source of the directions.
 
     Raises:
-        ValueError: as :func:`fisher_divergence`, and if ``projections`` < 1 or ``law`` is unknown.
+        ValueError: as :func:`fisher_divergence`, and if ``num_projections`` < 1 or ``law`` is
+            unknown.
 
     Example:
         >>> from pyroebm.targets import Gaussian
@@ -82,11 +83,11 @@ def sliced_fisher_divergence(
         >>> round(found.value, 6)  # signs are exact for one entry
         0.03125
     """
-    check_counts({"projections": 1}, projections)
+    check_counts({"num_projections": 1}, num_projections)
     check_law(law)
     found = []
     for gap in _gaps(energy, truth, x):
-        v = projections_like(gap, gap.dim() - 1, projections, law, generator)
+        v = projections_like(gap, gap.dim() - 1, num_projections, law, generator)
         found.append(event_sum(v * gap, gap.dim() - 1).square().mean(0))
     return _half(torch.cat(found))
 

@@ -87,7 +87,9 @@ class FlowContrastive(Objective):
         """
         self._noise.check(energy, batch)
         x = batch.reshape(len(batch), -1)
-        flat, log_q_noise = self.flow.push(self.flow.draw_noise(len(x), generator))
+        flat, log_q_noise = self.flow.forward_and_log_prob(
+            self.flow.rsample_base(len(x), generator)
+        )
         log_q_data, noise = self.flow.log_prob(x), flat.reshape(batch.shape)
         self._noise.check_mass(log_q_data.detach(), batch)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from pyroebm.core.energy import Energy
 from pyroebm.energies.classifier import ClassifierEnergy, check_labels
 from pyroebm.objectives.base import HasLosses, Objective
-from pyroebm.objectives.persistent import PersistentCD
+from pyroebm.objectives.persistent import ReplayBufferCD
 
 __all__ = ["Hybrid", "Mode"]
 
@@ -44,14 +44,14 @@ class Hybrid(Objective):
 
     Args:
         generative: an objective called with x alone, such as :class:`ContrastiveDivergence` or
-            :class:`PersistentCD`; its chains and parameters are kept here. None has no G.
+            :class:`ReplayBufferCD`; its chains and parameters are kept here. None has no G.
         mode: "joint", "marginal" or "conditional".
         weight: w > 0, no unit.
 
     Raises:
         ValueError: if ``mode`` is none of these, ``weight`` not positive and finite, ``generative``
             no objective or missing where there is nothing else; "conditional" with
-            :class:`PersistentCD`, whose chains go on from batch to batch while the classes of its
+            :class:`ReplayBufferCD`, whose chains go on from batch to batch while the classes of its
             rows change, or with an objective of several players, whose law knows no class; the
             energy is no classifier; or the batch is no pair of events and classes.
 
@@ -86,9 +86,9 @@ class Hybrid(Objective):
             raise ValueError(
                 "mode='marginal' learns from the generative term alone: give generative"
             )
-        if mode == "conditional" and isinstance(generative, PersistentCD):
+        if mode == "conditional" and isinstance(generative, ReplayBufferCD):
             raise ValueError(
-                "mode='conditional' cannot take PersistentCD: its chains go on from batch to"
+                "mode='conditional' cannot take ReplayBufferCD: its chains go on from batch to"
                 " batch, and the classes change. Start"
                 " from the data (ContrastiveDivergence), or take mode='joint' and draw from"
                 " energy.given(y)"

@@ -16,19 +16,19 @@ from pyroebm.kernels.base import column, normal_like, rows
 from pyroebm.kernels.langevin import ULA
 from pyroebm.nn.mlp import frozen
 from pyroebm.objectives.contrastive import Facts, Initial, about, advance, check_batch, difference
-from pyroebm.objectives.persistent import PersistentCD
+from pyroebm.objectives.persistent import ReplayBufferCD
 
 __all__ = ["ImprovedCD", "nearest_neighbour_entropy"]
 
 EULER = 0.5772156649015329
 
 
-class ImprovedCD(PersistentCD):
+class ImprovedCD(ReplayBufferCD):
     r"""Contrastive divergence with the Kullback-Leibler term (Du, Li, Tenenbaum and Mordatch,
     2021).
 
     The law :math:`q_\theta` that chains have after their Langevin steps depends on the energy too.
-    To the loss of :class:`PersistentCD` is added
+    To the loss of :class:`ReplayBufferCD` is added
 
     .. math:: w \, \mathrm{KL}(q_\theta \,\|\, p_{\bar\theta}) + \text{const}
         = w \big( E_{q_\theta}[E_{\bar\theta}(x)] - H(q_\theta) \big)
@@ -43,7 +43,7 @@ class ImprovedCD(PersistentCD):
     chains at once.
 
     Args:
-        num_chains, k, buffer_size, restart, initial, energy_penalty: as in :class:`PersistentCD`.
+        num_chains, k, buffer_size, restart, initial, energy_penalty: as in :class:`ReplayBufferCD`.
         kernel: Langevin steps with a number for their size; None is ``ULA(0.1)``.
         through: steps with a gradient, 1 to k; each costs a second derivative.
         kl_weight: w, any number.
@@ -108,7 +108,8 @@ class ImprovedCD(PersistentCD):
     def forward(
         self, energy: Energy, batch: Tensor, *, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Facts]:
-        """The loss and its facts: those of :class:`PersistentCD`, and ``entropy_model`` in nats."""
+        """The loss and its facts: those of :class:`ReplayBufferCD`, and ``entropy_model`` in
+        nats."""
         if not is_real(energy.support):
             raise ValueError(
                 f"ImprovedCD needs an energy over real numbers, {type(energy).__name__} has"

@@ -55,21 +55,14 @@ def odd_fields(layers: Layers, x: Kept) -> dict[int, Tensor]:
 
 def draw_even(layers: Layers, x: Kept, generator: torch.Generator | None) -> list[Tensor | None]:
     """The even layers drawn given the odd ones; None in place of the latter."""
-    even = layers.sides()[0]
-    return [
-        layers.draw(layer, layers.field(layer, x), generator) if layer in even else None
-        for layer in range(len(x))
-    ]
+    return layers.draw_side(layers.sides()[0], x, generator)
 
 
 def draw_odd(
     layers: Layers, fields: dict[int, Tensor], generator: torch.Generator | None
 ) -> list[Tensor | None]:
     """The odd layers drawn from their fields; None in place of the even ones."""
-    return [
-        layers.draw(layer, fields[layer], generator) if layer in fields else None
-        for layer in range(len(layers.biases))
-    ]
+    return layers.draw_side(layers.sides()[1], (), generator, fields=fields)
 
 
 def _parts(x: Kept) -> list[Tensor]:
@@ -86,12 +79,14 @@ class Contrast(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, signs: Tensor, count: int, *tensors: Tensor) -> Tensor:
-        """``signs`` ``(rows,)`` weigh rows in minus the difference; ``tensors`` are ``count``
+    def forward(
+        ctx: Any, value: Tensor, signs: Tensor, num_tensors: int, *tensors: Tensor
+    ) -> Tensor:
+        """``signs`` ``(rows,)`` weigh rows in minus the difference; ``tensors`` are ``num_tensors``
         layers (rows, or means of rows), then weights, biases, and the precision where there is
         one."""
-        ctx.save_for_backward(signs, *tensors[:count])
-        ctx.gaussian = len(tensors) == 3 * count
+        ctx.save_for_backward(signs, *tensors[:num_tensors])
+        ctx.gaussian = len(tensors) == 3 * num_tensors
         return value.clone()
 
     @staticmethod
@@ -107,7 +102,7 @@ class Contrast(torch.autograd.Function):
 
 
 def contrast(
-    layers: Layers, even: Kept, fields: dict[int, Tensor], n: int
+    layers: Layers, even: Kept, fields: dict[int, Tensor], num_data: int
 ) -> tuple[Tensor, dict[str, Tensor]]:
     r""":math:`\frac1n \sum F - \frac1m \sum F` of the first n rows and of the m others, and facts.
 
@@ -116,17 +111,20 @@ def contrast(
         even: rows of the even layers, or of their means; None for the odd ones, which are summed
             out.
         fields: of the odd layers.
-        n: rows of data.
+        num_data: rows of data.
     """
     with torch.no_grad():
         x = [layers.mean(k, fields[k]) if kept is None else kept for k, kept in enumerate(even)]
         free = layers.free_energy(even, fields)
-        data, model = free[:n].mean(), free[n:].mean()
+        data, model = free[:num_data].mean(), free[num_data:].mean()
         signs = torch.cat(
-            [free.new_full((n,), -1.0 / n), free.new_full((len(free) - n,), 1.0 / (len(free) - n))]
+            [
+                free.new_full((num_data,), -1.0 / num_data),
+                free.new_full((len(free) - num_data,), 1.0 / (len(free) - num_data)),
+            ]
         )
         facts = {"energy_data": data, "energy_model": model, "energy_gap": data - model}
-        facts |= {f"mean_{k}": layer[:n].mean(0) for k, layer in enumerate(x)}
+        facts |= {f"mean_{k}": layer[:num_data].mean(0) for k, layer in enumerate(x)}
     own = [
         *layers.weights,
         *layers.biases,
@@ -177,14 +175,14 @@ class Ladder:
 
     Args:
         betas: the temperatures.
-        chains: n, replicas of each.
+        num_chains: n, replicas of each.
 
     Raises:
         ValueError: unless they fall from 1 to a positive number.
     """
 
-    def __init__(self, betas: Sequence[float], chains: int) -> None:
-        self.chains, self.betas = chains, tuple(float(beta) for beta in betas)
+    def __init__(self, betas: Sequence[float], num_chains: int) -> None:
+        self.num_chains, self.betas = num_chains, tuple(float(beta) for beta in betas)
         if (
             len(self.betas) < 2
             or self.betas[0] != 1.0
@@ -198,7 +196,7 @@ class Ladder:
     def column(self, like: Tensor) -> Tensor:
         """The temperature of each row, shape ``(R n, 1)``."""
         betas = torch.tensor(self.betas, dtype=like.dtype, device=like.device)
-        return betas.repeat_interleave(self.chains).unsqueeze(1)
+        return betas.repeat_interleave(self.num_chains).unsqueeze(1)
 
     def sweep(
         self, layers: Layers, odd: Kept, generator: torch.Generator | None
@@ -206,17 +204,10 @@ class Ladder:
         """All layers after a Gibbs sweep at each temperature and one round of swaps; and the mean
         rate at which they swapped."""
         beta = self.column(layers.biases[0])
-        hot = (
-            layers
-            if layers.precision is None
-            else layers._replace(precision=beta * layers.precision)
-        )
-        x: list[Tensor | None] = list(odd)
-        for side in layers.sides():
-            drawn = {
-                layer: hot.draw(layer, beta * layers.field(layer, x), generator) for layer in side
-            }
-            x = [drawn.get(layer, kept) for layer, kept in enumerate(x)]
+        even_side, odd_side = layers.sides()
+        even = layers.draw_side(even_side, odd, generator, beta=beta)
+        odd = layers.draw_side(odd_side, even, generator, beta=beta)
+        x = [a if b is None else b for a, b in zip(even, odd, strict=True)]
         order, rate = self.swaps(layers.energy(_parts(x)), generator)
         return _rows_of(x, order), rate
 
@@ -224,13 +215,15 @@ class Ladder:
         r"""Which row each row's state comes from, and the mean acceptance rate of the swaps of
         neighbours, :math:`\min(1, e^{(\beta_k - \beta_l)(E_k - E_l)})`; even pairs, then odd
         ones."""
-        energy = energies.reshape(len(self.betas), self.chains)
+        energy = energies.reshape(len(self.betas), self.num_chains)
         order, rates = torch.arange(len(energies), device=energies.device).reshape(energy.shape), []
         for first in (0, 1):
             for k in range(first, len(self.betas) - 1, 2):
                 log_ratio = (self.betas[k] - self.betas[k + 1]) * (energy[k] - energy[k + 1])
                 rates.append(log_ratio.exp().clamp(max=1.0))
-                swap = uniform((self.chains,), generator, energy.dtype, energy.device) < rates[-1]
+                swap = (
+                    uniform((self.num_chains,), generator, energy.dtype, energy.device) < rates[-1]
+                )
                 energy, order = _exchanged(energy, k, swap), _exchanged(order, k, swap)
         return order.flatten(), torch.stack(rates).mean()
 

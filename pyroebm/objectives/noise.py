@@ -44,7 +44,7 @@ class Noise:
         if isinstance(law, Distribution):
             with drawing_from(seeded_generator(0)), torch.no_grad():
                 dtype = law.log_prob(law.sample()).dtype
-            self.law = DistributionEnergy(law, dtype)
+            self.law = DistributionEnergy(law, dtype=dtype)
         elif isinstance(law, Flow):
             if law.total_dim != law.dim:
                 raise ValueError(
@@ -80,9 +80,10 @@ class Noise:
         ).__name__
 
     def draw(
-        self, n: int, energy: Energy, generator: torch.Generator | None = None
+        self, num_samples: int, energy: Energy, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor]:
-        r"""``n`` events of the energy's shape, and their :math:`\log q`, ``(n,)``; detached.
+        r"""``num_samples`` events of the energy's shape, and their :math:`\log q`, ``(n,)``;
+        detached.
 
         Raises:
             ValueError: if the noise has not the event shape, dtype or device of the energy, or
@@ -91,10 +92,12 @@ class Noise:
         self._check(energy)
         with torch.no_grad():
             if isinstance(self.law, Flow):
-                x, log_q = self.law.push(self.law.draw_noise(n, generator))
-                x = x.reshape(n, *energy.event_shape)
+                x, log_q = self.law.forward_and_log_prob(
+                    self.law.rsample_base(num_samples, generator)
+                )
+                x = x.reshape(num_samples, *energy.event_shape)
             else:
-                x = self.law.sample(n, generator)
+                x = self.law.sample(num_samples, generator)
                 log_q = -self.law(x) - self._log_z
         if not bool(inside(energy.support, x, len(energy.event_shape)).all()):
             raise ValueError(

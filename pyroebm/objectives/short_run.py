@@ -96,10 +96,16 @@ class ShortRun(Objective):
         )
         return difference(energy(batch), energy(x), about(self.kernel, rate), self.energy_penalty)
 
-    def sample(self, energy: Energy, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """``n`` ends of short runs, shape ``(n, *event)``: draws of what was trained."""
+    def sample(
+        self, energy: Energy, num_samples: int, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """``num_samples`` ends of short runs, shape ``(n, *event)``: draws of what was trained."""
         return advance(
-            energy, self.kernel, starts(energy, self.initial, n, generator), self.k, generator
+            energy,
+            self.kernel,
+            starts(energy, self.initial, num_samples, generator),
+            self.k,
+            generator,
         )[0]
 
 

@@ -52,14 +52,14 @@ class SlicedScoreMatching(Objective):
     some :math:`|E| \, u / \epsilon^2`, with u = 1e-16 in float64 and 6e-8 in float32.
 
     Args:
-        projections: M, directions for each row.
+        num_projections: M, directions for each row.
         variance_reduced: take :math:`|\nabla E|^2` as it is.
         law: of v: "normal", "rademacher" (signs: the least variance for a trace) or "sphere".
         finite_difference: :math:`\epsilon`, in units of x for an entry of v; None takes
             Hessian-vector products.
 
     Raises:
-        ValueError: if ``projections`` < 1, ``law`` is unknown, ``finite_difference`` is not
+        ValueError: if ``num_projections`` < 1, ``law`` is unknown, ``finite_difference`` is not
             positive and finite, the support is not real, or the energy has no second derivative.
 
     Example:
@@ -74,20 +74,21 @@ class SlicedScoreMatching(Objective):
 
     def __init__(
         self,
-        projections: int = 1,
+        num_projections: int = 1,
+        *,
         variance_reduced: bool = True,
         law: str = "normal",
         finite_difference: float | None = None,
     ) -> None:
         super().__init__()
-        check_counts({"projections": 1}, projections)
+        check_counts({"num_projections": 1}, num_projections)
         check_law(law)
         if finite_difference is not None and not 0.0 < finite_difference < math.inf:
             raise ValueError(
                 "finite_difference must be positive and finite, got"
                 f" finite_difference={finite_difference!r}"
             )
-        self.projections = projections
+        self.num_projections = num_projections
         self.variance_reduced = variance_reduced
         self.law = law
         self.finite_difference = finite_difference
@@ -100,7 +101,7 @@ class SlicedScoreMatching(Objective):
         check_real(self, energy)
         energy.check_states(batch, "batch")
         batch, dims = batch.detach(), len(energy.event_shape)
-        v = projections_like(batch, dims, self.projections, self.law, generator)
+        v = projections_like(batch, dims, self.num_projections, self.law, generator)
         if self.finite_difference is None:
             gradient, curved = curvatures(energy, batch, v)
             slopes = event_sum(gradient * v, dims)
@@ -120,11 +121,11 @@ class SlicedScoreMatching(Objective):
 
 
 def projections_like(
-    x: Tensor, event_dims: int, count: int, law: str, generator: torch.Generator | None
+    x: Tensor, event_dims: int, num_projections: int, law: str, generator: torch.Generator | None
 ) -> Tensor:
     """Random directions for each event of x, ``(count, *x.shape)``, with E[v v'] = I over the d
     entries of an event."""
-    shape = (count, *x.shape)
+    shape = (num_projections, *x.shape)
     if law == "rademacher":
         return (uniform(shape, generator, x.dtype, x.device) < 0.5).to(x.dtype) * 2.0 - 1.0
     v = standard_normal(shape, generator, x.dtype, x.device)

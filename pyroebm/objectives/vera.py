@@ -71,7 +71,7 @@ def latent_score(
 
     Example:
         >>> model = Generator(nn.Linear(1, 2), 1, (2,), sigma=0.5)
-        >>> z = model.draw_noise(3)
+        >>> z = model.sample_latent(3)
         >>> latent_score(model, model.emit(z), z, torch.tensor(-1.0)).score.shape
         torch.Size([3, 2])
     """
@@ -147,6 +147,7 @@ class VERA(Adversarial):
         self,
         model: Generator,
         num_proposals: int = 20,
+        *,
         eta: float = 0.1,
         num_samples: int | None = None,
         gradient_penalty: float = 0.0,
@@ -167,9 +168,11 @@ class VERA(Adversarial):
             "posterior": [self.log_eta],
         }
 
-    def negative(self, energy: Energy, n: int, generator: torch.Generator | None) -> Negative:
+    def negative(
+        self, energy: Energy, num_samples: int, generator: torch.Generator | None = None
+    ) -> Negative:
         check_generator(self.model, energy)
-        z = self.model.draw_noise(n, generator)
+        z = self.model.sample_latent(num_samples, generator)
         x = self.model.emit(z, generator)
         found = latent_score(self.model, x, z, self.log_eta, self.num_proposals, generator)
         values = energy(x)

@@ -1,29 +1,28 @@
 """log Z of an energy: exact where it can be had, else estimated, with its error and the side on
 which it errs."""
 
-from pyroebm.partition.annealing import ais, bracket, reverse_ais, schedule
+from pyroebm.partition.annealing import ais, bidirectional_ais, reverse_ais, schedule
 from pyroebm.partition.bases import IndependentLayers, IndependentSites, base_rates
-from pyroebm.partition.bridging import acceptance_ratio, bridge
-from pyroebm.partition.estimators import importance, smc, thermodynamic_integration
+from pyroebm.partition.bridging import bennett_acceptance_ratio, bridge
+from pyroebm.partition.estimators import smc, thermodynamic_integration
 from pyroebm.partition.layered import LayeredPath, LayerGibbs
 from pyroebm.partition.numeric import exact, expectation, quadrature
-from pyroebm.partition.result import Bracket, LogZ
+from pyroebm.partition.result import BidirectionalAIS, LogZ
 
 __all__ = [
-    "Bracket",
+    "BidirectionalAIS",
     "IndependentLayers",
     "IndependentSites",
     "LayerGibbs",
     "LayeredPath",
     "LogZ",
-    "acceptance_ratio",
+    "bennett_acceptance_ratio",
     "ais",
     "base_rates",
-    "bracket",
+    "bidirectional_ais",
     "bridge",
     "exact",
     "expectation",
-    "importance",
     "quadrature",
     "reverse_ais",
     "schedule",

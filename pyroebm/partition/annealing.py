@@ -11,20 +11,22 @@ from torch.distributions import Distribution
 
 from pyroebm.core._checks import check_counts
 from pyroebm.core.energy import Energy, check_energy
-from pyroebm.core.rng import seeded_generator
 from pyroebm.core.wrappers import eval_mode
 from pyroebm.energies.layered import LayeredEnergy, LayeredMachine
 from pyroebm.energies.layers import Layers
 from pyroebm.kernels import Kernel
 from pyroebm.kernels.base import check_kernel
 from pyroebm.partition.bases import base_energy, base_rates
-from pyroebm.partition.bridging import acceptance_ratio
+from pyroebm.partition.bridging import bennett_acceptance_ratio
 from pyroebm.partition.layered import LayeredPath, Walkers
-from pyroebm.partition.result import Bracket, LogZ, from_weights
+from pyroebm.partition.result import BidirectionalAIS, LogZ, from_weights
 from pyroebm.partition.walk import KernelPath, as_betas, default_kernel, increments, total_weight
 from pyroebm.smc import tempered_smc
 
-__all__ = ["Base", "ais", "bracket", "reverse_ais", "schedule"]
+__all__ = ["Base", "ais", "bidirectional_ais", "reverse_ais", "schedule"]
+
+#: Even steps of the short run by which :func:`schedule` chooses temperatures.
+PILOT_STEPS = 200
 
 Base = Layers | Energy | Distribution | None
 
@@ -34,9 +36,8 @@ def ais(
     base: Base = None,
     kernel: Kernel[Any] | None = None,
     betas: int | Tensor = 1000,
-    num_chains: int = 100,
     *,
-    seed: int = 0,
+    num_chains: int = 100,
     generator: torch.Generator | None = None,
     progress: bool | None = None,
 ) -> LogZ:
@@ -66,8 +67,7 @@ def ais(
         betas: number K of even steps, or a schedule :math:`0 = \beta_0 < \dots < \beta_K = 1`,
             shape ``(K + 1,)``, for example that of :func:`schedule`.
         num_chains: n.
-        seed: of a generator on the energy's device.
-        generator: in place of ``seed``.
+        generator: source of the draws; None is torch's default generator.
         progress: True shows it, False hides it, None shows it where it takes longer than a second.
 
     Returns:
@@ -88,7 +88,6 @@ def ais(
         ('lower', True)
     """
     steps = _front_door(energy, kernel, betas, num_chains)
-    generator = seeded_generator(seed, energy.device) if generator is None else generator
     with eval_mode(energy), torch.no_grad():
         path = _path(energy, base, kernel, generator, progress)
         if isinstance(path, LayeredPath):
@@ -109,10 +108,9 @@ def reverse_ais(
     start: Tensor | None = None,
     base: Base = None,
     kernel: Kernel[Any] | None = None,
+    *,
     betas: int | Tensor = 1000,
     num_chains: int = 100,
-    *,
-    seed: int = 0,
     generator: torch.Generator | None = None,
     progress: bool | None = None,
 ) -> LogZ:
@@ -133,7 +131,7 @@ def reverse_ais(
         start: :math:`x_K`, states of the energy ``(n, *event)`` from a Markov chain; for an RBM
             visible states ``(n, n_0)`` or those of all units ``(n, n_0 + n_1)``. None draws
             ``num_chains`` exactly, where ``energy.has_exact_draws``.
-        base, kernel, betas, num_chains, seed, generator, progress: as for :func:`ais`; ``betas``
+        base, kernel, betas, num_chains, generator, progress: as for :func:`ais`; ``betas``
             rises here too.
 
     Returns:
@@ -155,7 +153,6 @@ def reverse_ais(
             f"start must be given: {type(energy).__name__} has no exact draws. Draw states with"
             " MCMC, and let it run for long"
         )
-    generator = seeded_generator(seed, energy.device) if generator is None else generator
     with eval_mode(energy), torch.no_grad():
         path = _path(energy, base, kernel, generator, progress)
         if isinstance(path, LayeredPath):
@@ -166,7 +163,7 @@ def reverse_ais(
                 energy.check_states(start, "start")
             x = energy.sample(num_chains, generator) if start is None else start
             log_weights, exact = (
-                path.total_weight(path.target.unconstrain(x), steps, generator, progress),
+                path.total_weight(path.transform.inv(x), steps, generator, progress),
                 path.kernel.exact,
             )
     return from_weights(
@@ -178,39 +175,47 @@ def reverse_ais(
     )
 
 
-def bracket(
+def bidirectional_ais(
     energy: Energy,
     start: Tensor | None = None,
     base: Base = None,
     kernel: Kernel[Any] | None = None,
+    *,
     betas: int | Tensor = 1000,
     num_chains: int = 100,
-    *,
-    seed: int = 0,
+    generator: torch.Generator | None = None,
     progress: bool | None = None,
-) -> Bracket:
+) -> BidirectionalAIS:
     """:func:`ais` and :func:`reverse_ais` with one schedule, and the acceptance ratio of their
     weights. Prints as three lines.
 
     Args:
-        energy, start, base, kernel, betas, num_chains, seed, progress: as for :func:`reverse_ais`.
-            The two directions have random numbers of their own.
+        energy, start, base, kernel, betas, num_chains, generator, progress: as for
+            :func:`reverse_ais`.
 
     Raises:
         ValueError, FloatingPointError: as :func:`reverse_ais`.
 
     Example:
         >>> from pyroebm.energies import BernoulliRBM
-        >>> result = bracket(BernoulliRBM(3, 2, weight=torch.ones(3, 2)), betas=100)
+        >>> result = bidirectional_ais(BernoulliRBM(3, 2, weight=torch.ones(3, 2)), betas=100)
         >>> result.forward.kind, result.reverse.kind, result.width < 0.1
         ('lower', 'upper', True)
     """
-    one, two = (seeded_generator(seed, energy.device, spawned=number) for number in range(2))
     reverse = reverse_ais(
-        energy, start, base, kernel, betas, num_chains, generator=two, progress=progress
+        energy,
+        start,
+        base,
+        kernel,
+        betas=betas,
+        num_chains=num_chains,
+        generator=generator,
+        progress=progress,
     )
-    forward = ais(energy, base, kernel, betas, num_chains, generator=one, progress=progress)
-    return Bracket(forward, reverse, acceptance_ratio(forward, reverse))
+    forward = ais(
+        energy, base, kernel, betas, num_chains=num_chains, generator=generator, progress=progress
+    )
+    return BidirectionalAIS(forward, reverse, bennett_acceptance_ratio(forward, reverse))
 
 
 def schedule(
@@ -218,10 +223,9 @@ def schedule(
     num_temperatures: int,
     base: Base = None,
     kernel: Kernel[Any] | None = None,
-    pilot: int = 200,
-    num_chains: int = 100,
     *,
-    seed: int = 1,
+    num_chains: int = 100,
+    generator: torch.Generator | None = None,
     progress: bool | None = None,
 ) -> Tensor:
     r"""Temperatures at which the weights of AIS vary equally much.
@@ -233,9 +237,7 @@ def schedule(
 
     Args:
         num_temperatures: K, steps of the schedule.
-        energy, base, kernel, num_chains, progress: as for :func:`ais`.
-        pilot: even steps of the short run.
-        seed: of the short run; not that of the long one.
+        energy, base, kernel, num_chains, generator, progress: as for :func:`ais`.
 
     Returns:
         betas, float64, shape ``(num_temperatures + 1,)``, for :func:`ais`.
@@ -250,13 +252,8 @@ def schedule(
         >>> schedule(rbm, 4).diff().argmin()  # half-way the units begin to hold together
         tensor(1)
     """
-    check_counts(
-        {"num_temperatures": 1, "pilot": 1, "num_chains": 2}, num_temperatures, pilot, num_chains
-    )
-    steps, generator = (
-        _front_door(energy, kernel, pilot, num_chains),
-        seeded_generator(seed, energy.device),
-    )
+    check_counts({"num_temperatures": 1, "num_chains": 2}, num_temperatures, num_chains)
+    steps = _front_door(energy, kernel, PILOT_STEPS, num_chains)
     with eval_mode(energy), torch.no_grad():
         path: Any = _path(energy, base, kernel, generator, progress)
         if isinstance(path, LayeredPath):
@@ -314,8 +311,8 @@ def _path(
             reference,
             moves,
             256,
-            islands=2,
-            moves=3,
+            num_islands=2,
+            num_moves=3,
             generator=generator,
             progress=progress,
         )

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from pyroebm.core.annealing_path import DistributionEnergy
+from pyroebm.core.conditionals import blocks_of, independent_law, sites_of
 from pyroebm.core.energy import Energy
 from pyroebm.core.rng import uniform
 from pyroebm.core.supports import is_discrete, is_real, site_values
@@ -57,6 +58,7 @@ class IndependentSites(Energy):
             )
         self.register_buffer("values", values)
         self.register_buffer("log_p", log_p.log_softmax(1).to(like.dtype))
+        self.blocks = blocks_of(like)
 
     def forward(self, x: Tensor) -> Tensor:
         batch = self.batch_shape(x)
@@ -64,15 +66,20 @@ class IndependentSites(Energy):
         return -((sites == self.values).all(-1) * self.log_p).flatten(len(batch)).sum(-1)
 
     def site_logits(self, x: Tensor, site: Tensor) -> Tensor:
-        """The log-probabilities of one site of each row, ``(chains, K)``: what the Gibbs kernels
-        ask for."""
+        """The log-probabilities of one site of each row, ``(chains, K)``."""
         return self.log_p[site]
 
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+    def conditional(self, block: str, x: Tensor) -> Distribution:
+        """The sites of a block, which depend on no other."""
+        sites = sites_of(self.blocks[block], self.event_shape.numel(), self.values.shape[1])
+        log_p = self.log_p[sites.to(self.device)]
+        return independent_law(self.support, log_p.expand(len(x), *log_p.shape))
+
+    def sample(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
         cdf = self.log_p.double().softmax(1).cumsum(1)
-        noise = uniform((n, len(cdf), 1), generator, torch.float64, self.device)
+        noise = uniform((num_samples, len(cdf), 1), generator, torch.float64, self.device)
         index = (noise * cdf[:, -1:] >= cdf[:, :-1]).sum(-1)
-        return self.values[index].reshape(n, *self.event_shape)
+        return self.values[index].reshape(num_samples, *self.event_shape)
 
 
 class IndependentLayers(Energy):
@@ -100,10 +107,11 @@ class IndependentLayers(Energy):
         check_base(layers, like.layers())
         super().__init__(like.event_shape, like.support)
         self.layers, self.visible_only = layers, not isinstance(like, LayeredEnergy)
+        self.blocks = blocks_of(like)
         self.to(like.device, like.dtype)
 
     @property
-    def log_z(self) -> float:  # type: ignore[override]  # a truth is read, never set
+    def log_z(self) -> float:
         return log_z_of_independent(self.layers)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -113,9 +121,18 @@ class IndependentLayers(Energy):
             else self.layers.energy(self.layers.split(x))
         )
 
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+    def conditional(self, block: str, x: Tensor) -> Distribution:
+        """The units of a layer, which depend on no other."""
+        layer = list(self.blocks).index(block)
+        field = self.layers.biases[layer]
+        return self.layers.law(layer, field.expand(len(x), -1))
+
+    def sample(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
         drawn = draw_independent(
-            self.layers, range(1 if self.visible_only else len(self.layers.biases)), n, generator
+            self.layers,
+            range(1 if self.visible_only else len(self.layers.biases)),
+            num_samples,
+            generator,
         )
         return torch.cat([x for x in drawn if x is not None], -1)
 
@@ -264,7 +281,7 @@ def base_energy(energy: Energy, base: Layers | Energy | Distribution | None) -> 
                 " not"
             )
         return IndependentLayers(base, energy)
-    base = DistributionEnergy(base, energy.dtype) if isinstance(base, Distribution) else base
+    base = DistributionEnergy(base, dtype=energy.dtype) if isinstance(base, Distribution) else base
     if not (isinstance(base, Energy) and base.has_exact_draws and base.log_z is not None):
         raise ValueError(
             "base must be Layers, a distribution, or an Energy with exact draws and a known"

@@ -14,20 +14,19 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from pyroebm.core._checks import check_counts
-from pyroebm.core.annealing_path import Path
+from pyroebm.core.annealing_path import GeometricPath
 from pyroebm.core.energy import Energy, check_energy
-from pyroebm.core.rng import seeded_generator
 from pyroebm.core.statistics import ess_bulk
-from pyroebm.core.supports import is_discrete
-from pyroebm.core.wrappers import Unconstrained, eval_mode
+from pyroebm.core.supports import to_support
+from pyroebm.core.wrappers import eval_mode, unconstrain
 from pyroebm.energies.layers import Layers
 from pyroebm.partition.bases import base_energy
 from pyroebm.partition.result import LogZ
 
-__all__ = ["acceptance_ratio", "bridge"]
+__all__ = ["bennett_acceptance_ratio", "bridge"]
 
 
-def acceptance_ratio(forward: LogZ, reverse: LogZ) -> LogZ:
+def bennett_acceptance_ratio(forward: LogZ, reverse: LogZ) -> LogZ:
     r"""Bennett's acceptance ratio (1976) of two annealed runs along one schedule, in both
     directions (Crooks, 2000).
 
@@ -46,14 +45,15 @@ def acceptance_ratio(forward: LogZ, reverse: LogZ) -> LogZ:
 
     Example:
         >>> from pyroebm.energies import BernoulliRBM
-        >>> from pyroebm.partition import bracket
-        >>> both = bracket(BernoulliRBM(3, 2, weight=torch.ones(3, 2)), betas=20)
-        >>> acceptance_ratio(both.forward, both.reverse).value == both.combined.value
+        >>> from pyroebm.partition import bidirectional_ais
+        >>> both = bidirectional_ais(BernoulliRBM(3, 2, weight=torch.ones(3, 2)), betas=20)
+        >>> bennett_acceptance_ratio(both.forward, both.reverse).value == both.combined.value
         True
     """
     if forward.log_weights is None or reverse.log_weights is None:
         raise ValueError(
-            "acceptance_ratio needs the log weights of a forward and a reverse run, got none in"
+            "bennett_acceptance_ratio needs the log weights of a forward and a reverse run, got"
+            " none in"
             " one of them"
         )
     ahead, back = (result.log_weights.cpu().numpy() for result in (forward, reverse))  # type: ignore[union-attr]
@@ -66,9 +66,8 @@ def bridge(
     energy: Energy,
     draws: Tensor | None = None,
     base: Layers | Energy | Distribution | None = None,
-    num_draws: int = 10_000,
+    num_samples: int = 10_000,
     *,
-    seed: int = 0,
     generator: torch.Generator | None = None,
 ) -> LogZ:
     r"""Bridge sampling with the optimal bridge (Bennett, 1976; Meng and Wong, 1996), from draws of
@@ -86,12 +85,11 @@ def bridge(
         energy: E.
         draws: of the energy: independent ones ``(n, *event)``, or those of Markov chains ``(chains,
             n, *event)``, as ``mcmc.get_samples(group_by_chain=True)`` has them; an effective sample
-            size of the log ratio (Vehtari et al., 2021) then counts for n. None draws ``num_draws``
-            exactly, where the energy has such draws.
+            size of the log ratio (Vehtari et al., 2021) then counts for n. None draws
+            ``num_samples`` exactly, where the energy has such draws.
         base: :math:`E_0`, as for :func:`ais`; as many draws of it are made as there are ``draws``.
-        num_draws: n where ``draws`` is None.
-        seed: of a generator on the energy's device.
-        generator: in place of ``seed``.
+        num_samples: n where ``draws`` is None.
+        generator: source of the draws; None is torch's default generator.
 
     Returns:
         kind "estimate".
@@ -107,28 +105,25 @@ def bridge(
         True
     """
     check_energy(energy)
-    check_counts({"num_draws": 2}, num_draws)
+    check_counts({"num_samples": 2}, num_samples)
     reference = base_energy(energy, base)
-    generator = seeded_generator(seed, energy.device) if generator is None else generator
     if draws is None:
         if not energy.has_exact_draws:
             raise ValueError(
                 f"draws must be given: {type(energy).__name__} has no exact draws; take those of"
                 " MCMC"
             )
-        draws = energy.sample(num_draws, generator)
+        draws = energy.sample(num_samples, generator)
     energy.check_states(draws, "draws")
     batch = energy.batch_shape(draws)
     if len(batch) not in (1, 2) or batch.numel() < 2:
         raise ValueError(
             f"draws must have shape (n, *event) or (chains, n, *event), got {tuple(draws.shape)}"
         )
-    target, start = (
-        Unconstrained(e, keep_discrete=is_discrete(energy.support)) for e in (energy, reference)
-    )
-    path = Path(target, 1.0, start)
+    target, start = unconstrain(energy), unconstrain(reference)
+    path = GeometricPath(target, 1.0, start)
     with eval_mode(energy), torch.no_grad():
-        own = -path.slope(target.unconstrain(draws)).double().cpu()
+        own = -path.slope(to_support(energy.support).inv(draws)).double().cpu()
         other = -path.slope(start.sample(batch.numel(), generator)).double().cpu()
     if (
         bool(own.isnan().any())

@@ -1,33 +1,29 @@
-"""log Z from other machines of the library: tempered SMC, parallel tempering, importance
-sampling."""
+"""log Z from other parts of the library: tempered SMC, parallel tempering."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution
 
 from pyroebm.core._checks import check_counts
 from pyroebm.core.energy import Energy, check_energy
 from pyroebm.core.progress import Progress
-from pyroebm.core.rng import seeded_generator
-from pyroebm.core.wrappers import Unconstrained, eval_mode
+from pyroebm.core.wrappers import eval_mode, unconstrain
 from pyroebm.energies.layered import LayeredMachine
 from pyroebm.energies.layers import Layers
-from pyroebm.flows.flow import Flow
-from pyroebm.flows.importance import importance_sample
 from pyroebm.kernels import Kernel, ParallelTempering
+from pyroebm.kernels.adaptation import warmup
 from pyroebm.kernels.base import check_kernel
 from pyroebm.partition.annealing import Base
 from pyroebm.partition.bases import base_energy
-from pyroebm.partition.result import Kind, LogZ
+from pyroebm.partition.result import LogZ
 from pyroebm.partition.walk import default_kernel
 from pyroebm.smc import SMCResult, tempered_smc
 
-__all__ = ["importance", "smc", "thermodynamic_integration"]
+__all__ = ["smc", "thermodynamic_integration"]
 
 
 def smc(
@@ -36,15 +32,14 @@ def smc(
     kernel: Kernel[Any] | None = None,
     num_particles: int = 1024,
     *,
-    islands: int = 8,
-    moves: int = 5,
+    num_islands: int = 8,
+    num_moves: int = 5,
     target_ess: float = 0.9,
     pilot: SMCResult | None = None,
-    seed: int = 0,
     generator: torch.Generator | None = None,
     progress: bool | None = None,
 ) -> LogZ:
-    """:func:`pyroebm.tempered_smc`, which chooses its temperatures, as a :class:`LogZ`.
+    """:func:`pyroebm.smc.tempered_smc`, which chooses its temperatures, as a :class:`LogZ`.
 
     A machine made of layers is sampled over all its units, by :class:`LayerGibbs`, unless a kernel
     or another base is given.
@@ -54,14 +49,14 @@ def smc(
         base: as for :func:`pyroebm.partition.ais`.
         kernel: None takes block Gibbs for layers, Gibbs for other discrete energies, HMC for
             continuous ones.
-        num_particles, islands, moves, target_ess, pilot, seed, generator, progress: of
-            :func:`pyroebm.tempered_smc`.
+        num_particles, num_islands, num_moves, target_ess, pilot, generator, progress: of
+            :func:`pyroebm.smc.tempered_smc`.
 
     Returns:
         kind "lower" along the temperatures of a ``pilot``, "estimate" where they were adapted.
 
     Raises:
-        ValueError, FloatingPointError: as :func:`pyroebm.tempered_smc`.
+        ValueError, FloatingPointError: as :func:`pyroebm.smc.tempered_smc`.
 
     Example:
         >>> from pyroebm.energies import BernoulliRBM
@@ -71,22 +66,19 @@ def smc(
     """
     energy, reference, moving = _sampled(energy, base, kernel)
     settings: dict[str, Any] = {
-        "islands": islands,
-        "moves": moves,
+        "num_islands": num_islands,
+        "num_moves": num_moves,
         "target_ess": target_ess,
         "pilot": pilot,
         "progress": progress,
     }
     with torch.no_grad():
         found = tempered_smc(
-            energy, reference, moving, num_particles, seed=seed, generator=generator, **settings
+            energy, reference, moving, num_particles, generator=generator, **settings
         )
     ess = float((2 * found.log_weights.logsumexp(0) - (2 * found.log_weights).logsumexp(0)).exp())
-    kind: Kind = "lower" if found.kind == "lower" else "estimate"
     return LogZ(
-        found.log_z,
-        found.log_z_se,
-        kind,
+        *found.log_z,
         f"SMC, {len(found.betas)} temperatures",
         ess,
         found.log_weights,
@@ -97,12 +89,11 @@ def thermodynamic_integration(
     energy: Energy,
     base: Base = None,
     kernel: Kernel[Any] | None = None,
+    *,
     num_temperatures: int = 16,
     num_samples: int = 500,
     warmup_steps: int = 250,
     num_chains: int = 32,
-    *,
-    seed: int = 0,
     generator: torch.Generator | None = None,
     progress: bool | None = None,
 ) -> LogZ:
@@ -125,8 +116,7 @@ def thermodynamic_integration(
         num_samples: steps whose :math:`E - E_0` are averaged.
         warmup_steps: steps before them.
         num_chains: independent copies, at least 2 for a standard error.
-        seed: of a generator on the energy's device.
-        generator: in place of ``seed``.
+        generator: source of the draws; None is torch's default generator.
         progress: True shows it, False hides it, None shows it where it takes longer than a second.
 
     Returns:
@@ -150,11 +140,10 @@ def thermodynamic_integration(
     least = {"num_temperatures": 2, "num_samples": 2, "warmup_steps": 0, "num_chains": 1}
     check_counts(least, num_temperatures, num_samples, warmup_steps, num_chains)
     energy, reference, moving = _sampled(energy, base, kernel)
-    generator = seeded_generator(seed, energy.device) if generator is None else generator
     tempering = ParallelTempering(
         moving, torch.linspace(1.0, 0.0, num_temperatures, dtype=torch.float64), reference
     )
-    target, plan = Unconstrained(energy, keep_discrete=moving.discrete), tempering.own_adaptation()
+    target = unconstrain(energy)
     slopes = []
     with (
         eval_mode(energy),
@@ -162,13 +151,10 @@ def thermodynamic_integration(
         Progress(warmup_steps + num_samples, "tempering", show=progress) as shown,
     ):
         state = tempering.init(target, target.initial(num_chains, generator), generator)
-        if warmup_steps:
-            tempering, memory = plan.start(tempering, target, state, generator)
-        for _ in range(warmup_steps):
-            tempering, state, _, memory = plan.step(
-                tempering, target, state, memory, warmup_steps, generator
-            )
-            shown.update()
+        warm, state = warmup(
+            tempering, target, state, warmup_steps, generator=generator, after_step=shown.update
+        )
+        tempering = cast(ParallelTempering, warm)
         for _ in range(num_samples):
             before = state.slopes
             state, _ = tempering.step(target, state, generator)
@@ -196,46 +182,6 @@ def _integral(slopes: Tensor, betas: Tensor) -> Tensor:
     step = -betas.diff()
     trapezium = 0.5 * step * (mean[:, 1:] + mean[:, :-1])
     return -(trapezium + step.square() / 12.0 * (variance[:, :-1] - variance[:, 1:])).sum(1)
-
-
-def importance(
-    energy: Energy,
-    proposal: Flow | Distribution,
-    n: int = 100_000,
-    *,
-    seed: int = 0,
-    generator: torch.Generator | None = None,
-    progress: bool | None = None,
-) -> LogZ:
-    """:func:`pyroebm.flows.importance_sample` from any Pyro distribution, or a flow, as a
-    :class:`LogZ`.
-
-    Args:
-        energy: discrete or continuous.
-        proposal: normalised, of the energy's event shape, and nowhere 0 where the energy is finite.
-        n: number of draws.
-        seed, generator, progress: of :func:`pyroebm.flows.importance_sample`.
-
-    Returns:
-        kind "lower": the mean weight is unbiased. The method's name has the Pareto k, above 0.7 of
-        which nothing can be trusted.
-
-    Raises:
-        ValueError, FloatingPointError: as :func:`pyroebm.flows.importance_sample`.
-
-    Example:
-        >>> import pyro.distributions as dist
-        >>> from pyroebm.targets import Gaussian
-        >>> result = importance(Gaussian(0.0), dist.StudentT(5.0, 0.0, 1.0), 10_000)
-        >>> abs(result.value - 0.5 * math.log(2 * math.pi)) < 5 * result.standard_error, result.kind
-        (True, 'lower')
-    """
-    check_energy(energy)
-    found = importance_sample(
-        proposal, energy, n, seed=seed, generator=generator, progress=progress
-    )
-    method = f"importance sampling, Pareto k {found.pareto_k:.2f}"
-    return LogZ(found.log_z, found.log_z_se, "lower", method, found.ess, found.log_weights)
 
 
 def _sampled(

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from pyroebm.core.annealing_path import Path
+from pyroebm.core.annealing_path import GeometricPath
 from pyroebm.core.energy import Energy
 from pyroebm.energies.layered import LayeredMachine
 from pyroebm.energies.layers import Layers
-from pyroebm.kernels.base import Info
-from pyroebm.kernels.gibbs import PointState, point_state, swept
-from pyroebm.kernels.sites import DiscreteKernel, author
+from pyroebm.kernels.base import Info, PointState
+from pyroebm.kernels.gibbs import point_state, swept
+from pyroebm.kernels.sites import DiscreteKernel
 from pyroebm.partition.bases import (
     IndependentLayers,
     check_base,
@@ -84,17 +84,14 @@ class LayeredPath:
         kept = [part if layer in self.kept else None for layer, part in enumerate(x)]
         return Walkers(kept, {layer: self.target.field(layer, kept) for layer in self.summed})
 
-    def draw_base(self, n: int, generator: torch.Generator | None = None) -> Walkers:
+    def draw_base(self, num_samples: int, generator: torch.Generator | None = None) -> Walkers:
         """Exact draws at temperature 0."""
-        return self.enter(draw_independent(self.base, self.kept, n, generator))
+        return self.enter(draw_independent(self.base, self.kept, num_samples, generator))
 
     def log_weight(self, walkers: Walkers, beta: float, then: float) -> Tensor:
         r""":math:`\log w_\beta^{\beta'}` in float64, shape ``(rows,)``. Units are subtracted before
         they are summed."""
-        now, later = (
-            _on_the_way(self.base, self.target, beta),
-            _on_the_way(self.base, self.target, then),
-        )
+        now, later = self.target.at(beta, self.base), self.target.at(then, self.base)
         total: Any = (beta - then) * self.offset
         for layer, field in walkers.fields.items():
             bias = self.base.biases[layer]
@@ -123,32 +120,26 @@ class LayeredPath:
         self, walkers: Walkers, beta: float, generator: torch.Generator | None = None
     ) -> Walkers:
         """One sweep at a temperature: the other side given the kept one, and back."""
-        law = _on_the_way(self.base, self.target, beta)
-        x: list[Tensor | None] = [None] * len(self.base.biases)
-        for layer, field in walkers.fields.items():
-            x[layer] = law.draw(layer, torch.lerp(self.base.biases[layer], field, beta), generator)
-        for layer in self.kept:
-            x[layer] = law.draw(
-                layer,
-                torch.lerp(self.base.biases[layer], self.target.field(layer, x), beta),
-                generator,
-            )
-        return self.enter(x)
+        base = self.base
+        x = self.target.draw_side(
+            self.summed, (), generator, fields=walkers.fields, beta=beta, base=base
+        )
+        return self.enter(self.target.draw_side(self.kept, x, generator, beta=beta, base=base))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LayerGibbs(DiscreteKernel[PointState]):
-    """Block Gibbs sampling on the :class:`pyroebm.Path` from :class:`IndependentLayers` to a
-    machine over all its layers.
+    """Block Gibbs sampling on the :class:`pyroebm.core.GeometricPath` from
+    :class:`IndependentLayers` to a machine over all its layers.
 
-    What :class:`pyroebm.BlockGibbs` is for one energy; each row may be at a temperature of its own,
-    so that tempered SMC and parallel tempering can use it.
+    What :class:`pyroebm.kernels.BlockGibbs` is for one energy; each row may be at a temperature of
+    its own, so that tempered SMC and parallel tempering can use it.
 
     Example:
         >>> from pyroebm.energies import BernoulliRBM
         >>> from pyroebm.partition.bases import base_energy
         >>> joint = BernoulliRBM(3, 2).joint()
-        >>> path = Path(joint, torch.tensor([0.0, 1.0]), base_energy(joint, None))
+        >>> path = GeometricPath(joint, torch.tensor([0.0, 1.0]), base_energy(joint, None))
         >>> kernel = LayerGibbs()
         >>> state, info = kernel.step(path, kernel.init(path, joint.initial(2)))
         >>> state.x.shape, info.n_steps
@@ -167,34 +158,25 @@ class LayerGibbs(DiscreteKernel[PointState]):
         base, target, betas = _ends(energy)
         with torch.no_grad():
             beta = betas.reshape(-1, 1) if betas.dim() else betas
-            law, x = _on_the_way(base, target, beta), list[Tensor | None](target.split(state.x))
-            for side in reversed(target.sides()):
-                for layer in side:
-                    x[layer] = law.draw(
-                        layer,
-                        torch.lerp(base.biases[layer], target.field(layer, x), beta),
-                        generator,
-                    )
-            drawn = torch.cat([part for part in x if part is not None], -1)
+            even, odd = target.sides()
+            above = target.draw_side(odd, target.split(state.x), generator, beta=beta, base=base)
+            below = target.draw_side(even, above, generator, beta=beta, base=base)
+            layers = (a if b is None else b for a, b in zip(above, below, strict=True))
+            drawn = torch.cat([layer for layer in layers if layer is not None], -1)
             return swept(energy, state, drawn, torch.zeros_like(state.energy), 2)
 
 
 def _ends(energy: Energy) -> tuple[Layers, Layers, Tensor]:
-    if isinstance(energy, Path) and energy.reference is not None:
-        base, target = author(energy.reference), author(energy.energy)
+    if isinstance(energy, GeometricPath) and energy.reference is not None:
+        base, target = energy.reference, energy.energy
         if isinstance(base, IndependentLayers) and isinstance(target, LayeredMachine):
             return base.layers, target.layers(), energy.betas
     raise ValueError(
-        "LayerGibbs moves on the Path from IndependentLayers to a machine made of layers, got"
+        "LayerGibbs moves on the GeometricPath from IndependentLayers to a machine made of layers,"
+        " got"
         f" {type(energy).__name__};"
         " BlockGibbs moves on the machine itself"
     )
-
-
-def _on_the_way(base: Layers, target: Layers, beta: float | Tensor) -> Layers:
-    """Precision and offset at a temperature, for the laws of units given their fields: biases and
-    weights are in the fields."""
-    return base._replace(weights=(), biases=()).mix(target._replace(weights=(), biases=()), beta)
 
 
 def _detached(layers: Layers) -> Layers:

@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributions import Transform
 
 from pyroebm.core.energy import Energy, check_energy
 from pyroebm.core.enumeration import BATCH, state_batches
 from pyroebm.core.progress import Progress
 from pyroebm.core.rng import seeded_generator
-from pyroebm.core.supports import is_discrete, site_values
-from pyroebm.core.wrappers import Unconstrained, check_weighable, eval_mode
+from pyroebm.core.supports import is_discrete, site_values, to_support
+from pyroebm.core.wrappers import check_weighable, eval_mode, unconstrain
 from pyroebm.energies.layered import LayeredMachine
 from pyroebm.partition.result import LogZ
 
@@ -64,7 +65,7 @@ def exact(energy: Energy, max_units: float = 24, *, progress: bool | None = None
             units = sum(layers.sizes[layer] for layer in layers.smaller_side())
             _check_units(energy, units, max_units)
             return _exact(
-                float(layers.double().log_partition(progress)),
+                float(layers.double().log_partition(progress=progress)),
                 f"sum over 2^{units} states of one side",
             )
         if energy.log_z is not None:
@@ -210,7 +211,12 @@ def _integrate(
     """log Z, the expectation of a function, the error of the one asked for, and the dimensions."""
     check_energy(energy)
     check_weighable(energy)
-    target = Unconstrained(energy)
+    if is_discrete(energy.support):
+        raise ValueError(
+            f"quadrature integrates over continuous supports, but {type(energy).__name__} has the"
+            f" discrete support {energy.support}; sum over its states: pyroebm.partition.exact"
+        )
+    target, transform = unconstrain(energy), to_support(energy.support)
     dim = target.event_shape.numel()
     if dim not in (1, 2):
         raise ValueError(
@@ -225,7 +231,8 @@ def _integrate(
         box = _find_box(target, dim) if bounds is None else _checked(bounds, dim)
         limit = (4096 if dim == 1 else 64) if max_panels is None else max_panels
         panels = max(1, min(FIRST if function is None else FIRST_OF_EXPECTATION[dim], limit // 2))
-        found, asked = _panels(target, box, panels, function, shown), int(function is not None)
+        coordinates = target, transform, box
+        found, asked = _panels(*coordinates, panels, function, shown), int(function is not None)
 
         def change(other: tuple[Tensor, Tensor]) -> float:
             return float((found[asked] - other[asked]).abs().max())
@@ -233,11 +240,11 @@ def _integrate(
         changes, error = list[float](), math.inf
         while error > tolerance and 2 * panels <= limit:
             panels *= 2
-            before, found = found, _panels(target, box, panels, function, shown)
+            before, found = found, _panels(*coordinates, panels, function, shown)
             changes.append(change(before))
             if changes[-1] <= tolerance or 2 * panels > limit:
                 fewer = math.ceil(GOLDEN * panels)
-                changes.append(change(_panels(target, box, fewer, function, shown)))
+                changes.append(change(_panels(*coordinates, fewer, function, shown)))
                 error = max(changes[-2:])
     value, mean = float(found[0]), found[1]
     if not math.isfinite(value):
@@ -279,7 +286,8 @@ def _log_density(target: Energy, axes: Sequence[Tensor]) -> Iterator[tuple[Tenso
 
 
 def _panels(
-    target: Unconstrained,
+    target: Energy,
+    transform: Transform,
     box: Box,
     panels: int,
     function: Callable[[Tensor], Tensor] | None,
@@ -294,10 +302,10 @@ def _panels(
     axes, weights = [], []
     for low, high in box:
         half = 0.5 * (high - low) / panels
-        centre = low + half * (
+        center = low + half * (
             2.0 * torch.arange(panels, dtype=torch.float64, device=target.device) + 1.0
         )
-        axes.append((centre.unsqueeze(1) + half * node).flatten())
+        axes.append((center.unsqueeze(1) + half * node).flatten())
         weights.append((half * weight).log().repeat(panels))
     total = torch.tensor(-math.inf, dtype=torch.float64, device=target.device)
     mean = torch.zeros((), dtype=torch.float64, device=target.device)
@@ -310,7 +318,7 @@ def _panels(
         both = torch.logaddexp(total, here)
         if function is not None and bool(here > -math.inf):
             mean = mean * (total - both).exp() + (here - both).exp() * _mean(
-                function, target.constrain(states), values.softmax(0)
+                function, transform(states), values.softmax(0)
             )
         total = both
         shown.update(len(values))

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal
 
 from torch import Tensor
 
-from pyroebm.core.statistics import log_mean
+from pyroebm.core.statistics import Kind, log_mean
 
-__all__ = ["Bracket", "Kind", "LogZ"]
-
-Kind = Literal["exact", "estimate", "lower", "upper"]
+__all__ = ["BidirectionalAIS", "LogZ"]
 
 BIAS: dict[str, str] = {
     "exact": "no bias",
@@ -107,20 +104,24 @@ def from_weights(log_weights: Tensor, log_z: float, kind: Kind, method: str, sig
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Bracket:
+class BidirectionalAIS:
     """A forward and a reverse run beside each other, and what both together say.
 
     Attributes:
         forward: from the base to the target, low on average.
         reverse: from the target to the base; a bound only where its kind is "upper".
-        combined: the acceptance ratio of both (:func:`pyroebm.partition.acceptance_ratio`), mostly
-            much closer than either.
+        combined: the acceptance ratio of both (:func:`pyroebm.partition.bennett_acceptance_ratio`),
+            mostly much closer than either.
 
     Example:
         >>> import torch
         >>> from pyroebm.energies import BernoulliRBM
-        >>> from pyroebm.partition import bracket
-        >>> print(bracket(BernoulliRBM(3, 2, weight=torch.zeros(3, 2)), betas=10, num_chains=5))
+        >>> from pyroebm.partition import bidirectional_ais
+        >>> print(
+        ...     bidirectional_ais(
+        ...         BernoulliRBM(3, 2, weight=torch.zeros(3, 2)), betas=10, num_chains=5
+        ...     )
+        ... )
         log Z = 3.4657 +- 0 (AIS; lower: low on average; ESS 5 of 5)
         log Z = 3.4657 +- 0 (reverse AIS; upper: high on average; ESS 5 of 5)
         log Z = 3.4657 +- 0 (AIS both ways; estimate: biased either way)

@@ -12,13 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyroebm.core.annealing_path import Path
+from pyroebm.core.annealing_path import GeometricPath
+from pyroebm.core.conditionals import blocks_of
 from pyroebm.core.energy import Energy
 from pyroebm.core.progress import Progress
-from pyroebm.core.supports import is_discrete
-from pyroebm.core.wrappers import Unconstrained
+from pyroebm.core.supports import is_discrete, to_support
+from pyroebm.core.wrappers import unconstrain
 from pyroebm.energies.layered import LayeredEnergy
-from pyroebm.kernels import HMC, Gibbs, Kernel
+from pyroebm.kernels import HMC, BlockGibbs, Gibbs, Kernel
 from pyroebm.partition.layered import LayerGibbs
 from pyroebm.smc import SMCResult
 
@@ -36,8 +37,8 @@ class WeightedPath(Protocol[S]):
 
 
 class KernelPath:
-    """The :class:`pyroebm.Path` from a base to an energy in unconstrained coordinates, on which any
-    kernel moves.
+    """The :class:`pyroebm.core.GeometricPath` from a base to an energy in unconstrained
+    coordinates, on which any kernel moves.
 
     Args:
         energy, base: the two ends.
@@ -48,20 +49,19 @@ class KernelPath:
     def __init__(
         self, energy: Energy, base: Energy, kernel: Kernel[Any], pilot: SMCResult | None = None
     ) -> None:
-        self.target, self.reference = (
-            Unconstrained(e, keep_discrete=kernel.discrete) for e in (energy, base)
-        )
+        self.target, self.reference = unconstrain(energy), unconstrain(base)
+        self.transform = to_support(energy.support)
         self.kernel = kernel
         self.pilot = pilot
         self.log_z = float(base.log_z or 0.0)
 
     def log_weight(self, x: Tensor, beta: float, then: float) -> Tensor:
         r""":math:`(\beta - \beta') (U - V)(x)`, float64."""
-        return (beta - then) * Path(self.target, beta, self.reference).slope(x).double()
+        return (beta - then) * GeometricPath(self.target, beta, self.reference).slope(x).double()
 
     def move(self, x: Tensor, beta: float, generator: torch.Generator | None = None) -> Tensor:
         """One step of the kernel at a temperature, from a fresh state."""
-        path, kernel = Path(self.target, beta, self.reference), self.kernel
+        path, kernel = GeometricPath(self.target, beta, self.reference), self.kernel
         if self.pilot is not None:
             kernel = kernel.replace(
                 step_size=float(np.interp(beta, self.pilot.betas[1:], self.pilot.step_sizes))
@@ -156,4 +156,6 @@ def default_kernel(energy: Energy) -> Kernel[Any]:
     """What moves where the caller names no kernel."""
     if isinstance(energy, LayeredEnergy):
         return LayerGibbs()
-    return Gibbs() if is_discrete(energy.support) else HMC(num_steps=5)
+    if not is_discrete(energy.support):
+        return HMC(num_steps=5)
+    return BlockGibbs() if blocks_of(energy) else Gibbs()

@@ -120,7 +120,7 @@ class Boltzmann(TorchDistribution):
             raise NotImplementedError(
                 f"{type(self.energy).__name__} has no exact draws. To run NUTS, HMC or a guide on"
                 " a model with it, let Pyro start"
-                " from energy.initial: NUTS(pyroebm.initial_states(model)). To draw from the"
+                " from energy.initial: NUTS(pyroebm.ppl.initial_states(model)). To draw from the"
                 " energy alone, use pyroebm.MCMC"
             )
         return self.energy.sample(event_numel(shape)).reshape(shape + self.event_shape)

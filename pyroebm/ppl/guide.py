@@ -38,13 +38,13 @@ class FlowGuide(AutoContinuous):
     latents, D > d, is the guide of :meth:`extended`, the model with a site :math:`y \sim N(M(x),
     \Sigma(x))` more, whose posterior of :math:`\theta` is the model's own. Either way minus the
     ELBO is :math:`J_R - \log C`, draw by draw, of :class:`pyroebm.objectives.ReverseKL` on
-    :meth:`energy`. ``SVI`` and :func:`pyroebm.objectives.fit_flow` train the same parameters, those
+    :meth:`energy`. ``SVI`` and :func:`pyroebm.training.fit` train the same parameters, those
     of ``guide.flow``.
 
     With D = d it goes into ``pyro.infer.reparam.NeuTraReparam`` once it has been called; with any D
     our kernels run on :class:`pyroebm.flows.Transported`. The fit may have missed a mode, which no
-    ELBO shows: weigh its draws (:func:`pyroebm.flows.importance_sample`) and judge it
-    (:func:`pyroebm.flows.judge_flow`).
+    ELBO shows: weight its draws (:func:`pyroebm.flows.importance_sample`) and evaluate it
+    (:func:`pyroebm.flows.evaluate_flow`).
 
     Args:
         model: a Pyro model; rows of data may be subsampled if no latent is among them.
@@ -60,7 +60,8 @@ class FlowGuide(AutoContinuous):
     Example:
         >>> from pyro.infer import SVI, Trace_ELBO
         >>> from pyroebm.flows import NICE, importance_sample
-        >>> from pyroebm.objectives import fit_flow
+        >>> from pyroebm.objectives import ReverseKL
+        >>> from pyroebm.training import fit
         >>> def model(y):
         ...     rate = pyro.sample("rate", dist.Gamma(2.0, 1.0))
         ...     with pyro.plate("data", len(y)):
@@ -69,10 +70,7 @@ class FlowGuide(AutoContinuous):
         >>> guide = FlowGuide(model, NICE(1))
         >>> loss = SVI(model, guide, pyro.optim.Adam({"lr": 1e-2}), Trace_ELBO()).step(y)
         >>> energy = guide.energy(y)
-        >>> for step, loss, facts in fit_flow(
-        ...     guide.flow, energy, steps=200, lr=2e-2, num_samples=64
-        ... ):
-        ...     pass
+        >>> history = fit(guide.flow, ReverseKL(energy, 64), num_steps=200, lr=2e-2)
         >>> weighted = importance_sample(
         ...     guide.flow, energy, 10_000
         ... )  # the posterior is Gamma(11, 4)
@@ -204,10 +202,12 @@ class FlowGuide(AutoContinuous):
         }
 
     @torch.no_grad()
-    def sample(self, n: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """``n`` draws of the guide, unweighted, as a dict of ``(n, *shape)``."""
+    def sample(
+        self, num_samples: int, generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
+        """``num_samples`` draws of the guide, unweighted, as a dict of ``(n, *shape)``."""
         self._ready()
-        xy, _ = self.flow.push(self.flow.draw_noise(n, generator))
+        xy, _ = self.flow.forward_and_log_prob(self.flow.rsample_base(num_samples, generator))
         return self.constrain(xy[:, : self.flow.dim])
 
     def quantiles(

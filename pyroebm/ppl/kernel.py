@@ -10,9 +10,9 @@ from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from torch import Tensor
 
 from pyroebm.core.energy import Energy, check_energy
-from pyroebm.core.wrappers import PotentialFn, Unconstrained, eval_mode
+from pyroebm.core.wrappers import PotentialFn, eval_mode, unconstrain
 from pyroebm.kernels.adaptation.starts import draw_starts
-from pyroebm.kernels.adaptation.windows import Adaptation, resolve
+from pyroebm.kernels.adaptation.windows import Adaptation, resolve, warmup_step
 from pyroebm.kernels.base import Kernel, check_kernel
 
 __all__ = ["PyroKernel"]
@@ -61,7 +61,8 @@ class PyroKernel(MCMCKernel):
         self.start_kernel = kernel
         self.site = site
         self.adaptation = resolve(kernel, adaptation)
-        self.target = Unconstrained(energy, keep_discrete=kernel.discrete)
+        self.target = unconstrain(energy)
+        kernel.check_support(self.target)
         self.transforms = {} if kernel.discrete else PotentialFn(energy, site).transforms
         self._initial: Tensor | None = None
 
@@ -79,10 +80,7 @@ class PyroKernel(MCMCKernel):
             else:
                 u = self._initial.unsqueeze(0)
             self._state = self.kernel.init(self.target, u, self._generator)
-            if self.adaptation is not None and adapts:
-                self.kernel, self._memory = self.adaptation.start(
-                    self.kernel, self.target, self._state, self._generator
-                )
+            self._memory: Any = None
 
     def cleanup(self) -> None:
         self._initial = None
@@ -104,13 +102,14 @@ class PyroKernel(MCMCKernel):
             self._state = self.kernel.init(
                 self.target, params[self.site].detach().unsqueeze(0), self._generator
             )
-        if self._step < self.warmup_steps and self.adaptation is not None:
-            self.kernel, self._state, info, self._memory = self.adaptation.step(
+        if self._step < self.warmup_steps:
+            self.kernel, self._state, info, self._memory = warmup_step(
                 self.kernel,
                 self.target,
                 self._state,
                 self._memory,
                 self.warmup_steps,
+                self.adaptation,
                 self._generator,
             )
         else:
@@ -127,7 +126,7 @@ class PyroKernel(MCMCKernel):
 
     def logging(self) -> OrderedDict[str, str]:
         facts = OrderedDict([("acc. prob", f"{self._acceptance_rate():.3f}")])
-        if (size := getattr(self.kernel, "step_size", None)) is not None:
+        if (size := self.kernel.step_size) is not None:
             facts["step size"] = f"{float(torch.as_tensor(size).mean()):.2e}"
         return facts
 

@@ -255,15 +255,15 @@ class ModelEnergy(RowwiseEnergy):
 
     def initial(
         self,
-        n: int,
+        num_chains: int,
         generator: torch.Generator | None = None,
         init_strategy: Callable[..., Any] | None = None,
     ) -> Tensor:
-        """``n`` starting states of finite energy and gradient, shape ``(n, dim)``; rows that are
-        not finite are drawn again.
+        """``num_chains`` starting states of finite energy and gradient, shape ``(n, dim)``; rows
+        that are not finite are drawn again.
 
         Args:
-            n: number of states.
+            num_chains: number of states.
             generator: source of randomness; None is torch's global one.
             init_strategy: one of Pyro's (``init_to_median``, ``init_to_value(values=...)``, ...),
                 run for each row; None is uniform on (-2, 2) in unconstrained coordinates, Pyro's
@@ -272,9 +272,9 @@ class ModelEnergy(RowwiseEnergy):
         Raises:
             ValueError: naming the site and its value if 100 tries find no finite start for a row.
         """
-        if n < 1:
-            raise ValueError(f"n must be at least 1, got n={n}")
-        states = self._start(n, generator, init_strategy)
+        if num_chains < 1:
+            raise ValueError(f"num_chains must be at least 1, got num_chains={num_chains}")
+        states = self._start(num_chains, generator, init_strategy)
         for _ in range(TRIES):
             values, grad = unchecked_value_and_grad(self, states)
             bad = ~(torch.isfinite(values) & torch.isfinite(grad).all(-1))
@@ -283,7 +283,8 @@ class ModelEnergy(RowwiseEnergy):
             failed = states[bad][0], float(values[bad][0]), grad[bad][0]
             states[bad] = self._start(int(bad.sum()), generator, init_strategy)
         raise ValueError(
-            f"no start of finite energy and gradient was found for {int(bad.sum())} of n={n} rows"
+            f"no start of finite energy and gradient was found for {int(bad.sum())} of"
+            f" num_chains={num_chains} rows"
             f" in {TRIES} tries."
             f" {self._why(*failed)} Check the data and the scales there, or give starting values"
             " (init_strategy=init_to_value(values=...), or initial=energy.unconstrain({...}))"

@@ -58,6 +58,7 @@ class Target(Energy):
         self,
         event_shape: Sequence[int] | None = None,
         support: Constraint | None = None,
+        *,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(event_shape, support)
@@ -66,12 +67,14 @@ class Target(Energy):
                 raise ValueError(f"dtype must be a floating-point type, got dtype={dtype}")
             self.to(dtype)
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        cls.has_exact_draws = cls._draw is not Target._draw or cls.sample is not Target.sample
+    @property
+    def has_exact_draws(self) -> bool:
+        """Whether the class draws: ``_draw`` or :meth:`sample` is its own."""
+        cls = type(self)
+        return cls._draw is not Target._draw or cls.sample is not Target.sample
 
     @property
-    def log_z(self) -> float | None:  # type: ignore[override]  # a truth is read, never set
+    def log_z(self) -> float | None:
         r""":math:`\log Z` in nats, computed in float64; None where unknown."""
         return self._log_z()
 
@@ -102,25 +105,25 @@ class Target(Energy):
             " overrides mode_weights and mode_of(x)"
         )
 
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """``n`` independent exact draws, shape ``(n, *event_shape)``, detached, of the target's
-        dtype and device.
+    def sample(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
+        """``num_samples`` independent exact draws, shape ``(n, *event_shape)``, detached, of the
+        target's dtype and device.
 
         The noise is drawn in float64 on the generator's device, so draws of one seed agree across
         dtypes up to rounding.
 
         Args:
-            n: number of draws, at least 1.
+            num_samples: number of draws, at least 1.
             generator: source of randomness; None for torch's global one.
 
         Raises:
-            ValueError: if ``n`` < 1.
+            ValueError: if ``num_samples`` < 1.
             NotImplementedError: if the target has no exact draws.
         """
-        if n < 1:
-            raise ValueError(f"n must be at least 1, got n={n}")
+        if num_samples < 1:
+            raise ValueError(f"num_samples must be at least 1, got num_samples={num_samples}")
         with torch.no_grad():
-            return self._draw(n, generator).to(self.dtype)
+            return self._draw(num_samples, generator).to(self.dtype)
 
     def _draw(self, n: int, generator: torch.Generator | None) -> Tensor:
         raise NotImplementedError(
@@ -138,15 +141,15 @@ class Target(Energy):
     def _number(self, value: Any) -> Tensor:
         return torch.as_tensor(value, dtype=self.dtype, device=self.device)
 
-    def _within_two_deviations(self, n: int, generator: torch.Generator | None) -> Tensor:
+    def _within_two_deviations(self, num_chains: int, generator: torch.Generator | None) -> Tensor:
         # overdispersed starts for targets whose scale is not 1: uniform within two standard
         # deviations of the mean
-        if n < 1:
-            raise ValueError(f"n must be at least 1, got n={n}")
+        if num_chains < 1:
+            raise ValueError(f"num_chains must be at least 1, got num_chains={num_chains}")
         if self.mean is None or self.variance is None:
             raise NotImplementedError(f"{type(self).__name__} does not know its mean and variance")
         return self.mean + self.variance.sqrt() * (
-            4.0 * self._uniform((n, *self.event_shape), generator) - 2.0
+            4.0 * self._uniform((num_chains, *self.event_shape), generator) - 2.0
         ).to(self.dtype)
 
 
@@ -193,23 +196,23 @@ def check_positive(**values: Tensor | float) -> None:
 
 
 def rejection(
-    n: int,
+    num_samples: int,
     propose: Callable[[int], tuple[Tensor, Tensor]],
     uniform: Callable[[Sequence[int]], Tensor],
 ) -> Tensor:
-    """``n`` exact draws by rejection (von Neumann, 1951).
+    """``num_samples`` exact draws by rejection (von Neumann, 1951).
 
     Args:
-        n: number of draws.
+        num_samples: number of draws.
         propose: ``k`` to ``k`` independent proposals ``(k, *event)`` and their log acceptance
             probabilities ``(k,)``, at most 0.
         uniform: shape to uniform numbers in [0, 1).
     """
     kept: list[Tensor] = []
-    while (missing := n - sum(map(len, kept))) > 0:
+    while (missing := num_samples - sum(map(len, kept))) > 0:
         states, log_accept = propose(2 * missing + 16)
         kept.append(states[uniform((len(states),)).log() < log_accept])
-    return torch.cat(kept)[:n]
+    return torch.cat(kept)[:num_samples]
 
 
 class TabulatedLaw:

@@ -57,8 +57,8 @@ class _Bent(Target):
         (m, v), (bend, _) = self.first, self.curve
         return self._number([v, bend**2 * (2.0 * v * v + 4.0 * m * m * v) + self.noise])
 
-    def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        return self._within_two_deviations(n, generator)
+    def initial(self, num_chains: int, generator: torch.Generator | None = None) -> Tensor:
+        return self._within_two_deviations(num_chains, generator)
 
     def _draw(self, n: int, generator: torch.Generator | None) -> Tensor:
         (m, v), (bend, shift) = self.first, self.curve
@@ -85,7 +85,7 @@ class Banana(_Bent):
     """
 
     def __init__(
-        self, bend: float = 0.03, variance: float = 100.0, dtype: torch.dtype | None = None
+        self, bend: float = 0.03, variance: float = 100.0, *, dtype: torch.dtype | None = None
     ) -> None:
         super().__init__(0.0, variance, bend, -bend * variance, 1.0, dtype)
 
@@ -108,7 +108,7 @@ class Rosenbrock(_Bent):
     """
 
     def __init__(
-        self, location: float = 1.0, noise: float = 0.1, dtype: torch.dtype | None = None
+        self, location: float = 1.0, noise: float = 0.1, *, dtype: torch.dtype | None = None
     ) -> None:
         super().__init__(location, 1.0, 1.0, 0.0, noise, dtype)
 
@@ -137,7 +137,7 @@ class Funnel(Target):
     """
 
     def __init__(
-        self, dim: int = 10, variance: float = 9.0, dtype: torch.dtype | None = None
+        self, dim: int = 10, variance: float = 9.0, *, dtype: torch.dtype | None = None
     ) -> None:
         if dim < 2:
             raise ValueError(f"dim must be at least 2, got dim={dim}")
@@ -207,7 +207,7 @@ class Ring(Target):
 
     event_shape = torch.Size([2])
 
-    def __init__(self, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, *, dtype: torch.dtype | None = None) -> None:
         super().__init__(dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ class BernoulliProduct(ExponentialFamily):
 
     logits: Tensor
 
-    def __init__(self, logits: Any, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, logits: Any, *, dtype: torch.dtype | None = None) -> None:
         super().__init__(constraints.boolean, dtype, logits=logits)
 
     def natural(self) -> tuple[Tensor, ...]:
@@ -75,7 +75,7 @@ class SpinProduct(ExponentialFamily):
 
     field: Tensor
 
-    def __init__(self, field: Any, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, field: Any, *, dtype: torch.dtype | None = None) -> None:
         super().__init__(spin, dtype, field=field)
 
     def natural(self) -> tuple[Tensor, ...]:
@@ -120,7 +120,7 @@ class CategoricalOneHot(ExponentialFamily):
 
     logits: Tensor
 
-    def __init__(self, logits: Any, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, logits: Any, *, dtype: torch.dtype | None = None) -> None:
         super().__init__(constraints.one_hot, dtype, logits=logits)
         check_categories(logits=self.logits)
 

@@ -52,7 +52,7 @@ class ExponentialFamily(Target):
             raise ValueError(
                 f"the parameters must broadcast to one event shape, got shapes {shapes}"
             ) from None
-        super().__init__(tensors[0].shape, support, tensors[0].dtype)
+        super().__init__(tensors[0].shape, support, dtype=tensors[0].dtype)
         for name, tensor in zip(parameters, tensors, strict=True):
             self.register_buffer(name, tensor)
 
@@ -109,7 +109,7 @@ class Exponential(ExponentialFamily):
 
     rate: Tensor
 
-    def __init__(self, rate: Any = 1.0, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, rate: Any = 1.0, *, dtype: torch.dtype | None = None) -> None:
         super().__init__(constraints.positive, dtype, rate=rate)
         check_positive(rate=self.rate)
 
@@ -154,7 +154,7 @@ class Gamma(ExponentialFamily):
     shape: Tensor
     rate: Tensor
 
-    def __init__(self, shape: Any, rate: Any = 1.0, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, shape: Any, rate: Any = 1.0, *, dtype: torch.dtype | None = None) -> None:
         super().__init__(constraints.positive, dtype, shape=shape, rate=rate)
         check_positive(shape=self.shape, rate=self.rate)
 
@@ -199,7 +199,7 @@ class Beta(ExponentialFamily):
     a: Tensor
     b: Tensor
 
-    def __init__(self, a: Any, b: Any, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, a: Any, b: Any, *, dtype: torch.dtype | None = None) -> None:
         super().__init__(constraints.unit_interval, dtype, a=a, b=b)
         check_positive(a=self.a, b=self.b)
 
@@ -253,7 +253,7 @@ class Dirichlet(ExponentialFamily):
 
     concentration: Tensor
 
-    def __init__(self, concentration: Any, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, concentration: Any, *, dtype: torch.dtype | None = None) -> None:
         super().__init__(constraints.simplex, dtype, concentration=concentration)
         check_positive(concentration=self.concentration)
         check_categories(concentration=self.concentration)
@@ -305,7 +305,9 @@ class LogNormal(ExponentialFamily):
     loc: Tensor
     scale: Tensor
 
-    def __init__(self, loc: Any = 0.0, scale: Any = 1.0, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, loc: Any = 0.0, scale: Any = 1.0, *, dtype: torch.dtype | None = None
+    ) -> None:
         super().__init__(constraints.positive, dtype, loc=loc, scale=scale)
         check_positive(scale=self.scale)
 

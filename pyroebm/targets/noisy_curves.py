@@ -29,8 +29,8 @@ class Plane(Target):
     def _log_z(self) -> float:
         return 0.0
 
-    def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        return self._within_two_deviations(n, generator)
+    def initial(self, num_chains: int, generator: torch.Generator | None = None) -> Tensor:
+        return self._within_two_deviations(num_chains, generator)
 
 
 class NoisyCurves(Plane):
@@ -50,15 +50,16 @@ class NoisyCurves(Plane):
             u`.
         noise: :math:`\sigma > 0`, in units of x.
         box: :math:`b \ge 0`, the side of the square.
-        nodes: of the rule on each curve; about three times the length over :math:`\sigma` will do.
+        num_nodes: of the rule on each curve; about three times the length over :math:`\sigma` will
+            do.
         dtype: floating-point type; None for torch's default.
 
     Raises:
-        ValueError: if ``noise`` is not positive, ``box`` negative, or ``nodes`` below 1.
+        ValueError: if ``noise`` is not positive, ``box`` negative, or ``num_nodes`` below 1.
 
     Example:
         >>> line = NoisyCurves(
-        ...     lambda u: torch.stack([4 * u, 0 * u], -1).unsqueeze(0), noise=0.5, nodes=40
+        ...     lambda u: torch.stack([4 * u, 0 * u], -1).unsqueeze(0), noise=0.5, num_nodes=40
         ... )
         >>> value = float(line(torch.tensor([2.0, 0.0])))
         >>> round(value, 4)  # log 4 of the line, and of N(0, 0.25) at 0
@@ -73,17 +74,20 @@ class NoisyCurves(Plane):
         curves: Callable[[Tensor], Tensor],
         noise: float,
         box: float = 0.0,
-        nodes: int = 256,
+        num_nodes: int = 256,
+        *,
         dtype: torch.dtype | None = None,
     ) -> None:
         check_positive(noise=noise)
         check_each("finite and at least 0", lambda t: (t >= 0) & torch.isfinite(t), box=box)
-        check_counts({"nodes": 1}, nodes)
+        check_counts({"num_nodes": 1}, num_nodes)
         super().__init__()
         self.curves = curves
         self.noise = float(noise)
         self.box = float(box)
-        root, weight = (torch.from_numpy(part) for part in np.polynomial.legendre.leggauss(nodes))
+        root, weight = (
+            torch.from_numpy(part) for part in np.polynomial.legendre.leggauss(num_nodes)
+        )
         root = 0.5 * (root + 1.0)
         points = curves(root.square())
         self.register_buffer("nodes", (points + 0.5 * box).flatten(0, 1))
@@ -169,6 +173,7 @@ class TwoMoons(NoisyCurves):
         noise: float = 0.1,
         scale: float = 1.0,
         shift: tuple[float, float] = (0.0, 0.0),
+        *,
         dtype: torch.dtype | None = None,
     ) -> None:
         check_positive(noise=noise, scale=scale)
@@ -178,7 +183,7 @@ class TwoMoons(NoisyCurves):
             both = torch.stack([torch.stack([x, y], -1), torch.stack([1.0 - x, 0.5 - y], -1)])
             return scale * both + both.new_tensor(shift)
 
-        super().__init__(arcs, scale * noise, nodes=40 + math.ceil(8.0 / noise), dtype=dtype)
+        super().__init__(arcs, scale * noise, num_nodes=40 + math.ceil(8.0 / noise), dtype=dtype)
 
 
 class TwoSpirals(NoisyCurves):
@@ -197,7 +202,7 @@ class TwoSpirals(NoisyCurves):
         tensor(True)
     """
 
-    def __init__(self, noise: float = 0.1, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, noise: float = 0.1, *, dtype: torch.dtype | None = None) -> None:
         check_positive(noise=noise)
 
         def arms(u: Tensor) -> Tensor:
@@ -207,5 +212,5 @@ class TwoSpirals(NoisyCurves):
             return torch.stack([arm, -arm - 1.0 / 6.0])
 
         super().__init__(
-            arms, noise, box=1.0 / 6.0, nodes=30 + math.ceil(26.0 / noise), dtype=dtype
+            arms, noise, box=1.0 / 6.0, num_nodes=30 + math.ceil(26.0 / noise), dtype=dtype
         )

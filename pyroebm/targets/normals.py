@@ -73,7 +73,7 @@ class _Normals(Target):
         return 0.5 * event_numel(self.event_shape) * LOG_TWO_PI - event_sum(logs, dims)
 
     # inverse of the whitening, float64: what noise is multiplied by
-    def _colouring(self) -> Tensor:
+    def _coloring(self) -> Tensor:
         return (
             _inverse(self.whitening.double())
             if self.dense
@@ -81,7 +81,7 @@ class _Normals(Target):
         )
 
     def _variances(self) -> Tensor:  # (*stack, *event), float64
-        squares = self._colouring().square()
+        squares = self._coloring().square()
         return (
             squares.sum(-1).reshape(squares.shape[:-2] + self.event_shape)
             if self.dense
@@ -90,16 +90,16 @@ class _Normals(Target):
 
     def _draw_part(self, n: int, part: Any, generator: torch.Generator | None) -> Tensor:
         # part: an index into the stack for each draw; the empty tuple where there is no stack
-        noise, colouring = self._normal((n, *self.event_shape), generator), self._colouring()
+        noise, coloring = self._normal((n, *self.event_shape), generator), self._coloring()
         if not self.dense:
-            return self.loc[part] + colouring[part] * noise
-        colouring = colouring[part] if colouring.dim() > 2 else colouring
+            return self.loc[part] + coloring[part] * noise
+        coloring = coloring[part] if coloring.dim() > 2 else coloring
         return self.loc[part] + torch.einsum(
-            "...ed,...d->...e", colouring, noise.reshape(n, -1)
+            "...ed,...d->...e", coloring, noise.reshape(n, -1)
         ).reshape(noise.shape)
 
-    def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        return self._within_two_deviations(n, generator)
+    def initial(self, num_chains: int, generator: torch.Generator | None = None) -> Tensor:
+        return self._within_two_deviations(num_chains, generator)
 
 
 def _whiten_diagonal(scale: Tensor, loc: Tensor, stack: int) -> Tensor:
@@ -173,7 +173,12 @@ class Gaussian(_Normals):
     """
 
     def __init__(
-        self, mean: Any, covariance: Any = None, scale: Any = None, dtype: torch.dtype | None = None
+        self,
+        mean: Any,
+        covariance: Any = None,
+        scale: Any = None,
+        *,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__("mean", mean, scale, covariance, 0, dtype)
 
@@ -194,8 +199,8 @@ class Gaussian(_Normals):
     @property
     def covariance(self) -> Tensor:
         """Covariance of flattened events, shape ``(d, d)``."""
-        colouring = self._colouring()
-        return (colouring @ colouring.mT if self.dense else colouring.square().flatten().diag()).to(
+        coloring = self._coloring()
+        return (coloring @ coloring.mT if self.dense else coloring.square().flatten().diag()).to(
             self.dtype
         )
 
@@ -204,9 +209,9 @@ class Gaussian(_Normals):
 
 
 def scales_gaussian(
-    dim: int = 50, low: float = 0.1, high: float = 10.0, dtype: torch.dtype | None = None
+    dim: int = 50, low: float = 0.1, high: float = 10.0, *, dtype: torch.dtype | None = None
 ) -> Gaussian:
-    r"""The centred normal law with log-spaced standard deviations, on which step-size and metric
+    r"""The centered normal law with log-spaced standard deviations, on which step-size and metric
     adaptation are judged.
 
     Args:
@@ -264,6 +269,7 @@ class GaussianMixture(_Normals):
         scale: Any = None,
         covariance: Any = None,
         weights: Any = None,
+        *,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__("means", means, scale, covariance, 1, dtype)
@@ -284,9 +290,10 @@ class GaussianMixture(_Normals):
         side: int = 3,
         spacing: float = 5.0,
         variance: float = 0.3,
+        *,
         dtype: torch.dtype | None = None,
     ) -> GaussianMixture:
-        """Equal modes on a ``side`` x ``side`` grid centred on 0: 9 or 25 of them in the papers
+        """Equal modes on a ``side`` x ``side`` grid centered on 0: 9 or 25 of them in the papers
         (Zhang and Chen, 2022).
 
         Args:
@@ -306,17 +313,15 @@ class GaussianMixture(_Normals):
         return cls(means, scale=math.sqrt(variance), dtype=dtype or torch.get_default_dtype())
 
     @classmethod
-    def gmm40(cls, seed: int = 0, dtype: torch.dtype | None = None) -> GaussianMixture:
+    def gmm40(cls, *, dtype: torch.dtype | None = None) -> GaussianMixture:
         """The 40 modes of Midgley et al., "Flow Annealed Importance Sampling Bootstrap" (2023), in
-        PyTorch's numbers.
+        PyTorch's numbers of seed 0.
 
         Args:
-            seed: what the papers give ``torch.manual_seed``; the global generator is not touched.
             dtype: floating-point type; None for torch's default.
         """
         means = (
-            torch.rand(40, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
-            - 0.5
+            torch.rand(40, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float32) - 0.5
         ) * 80.0
         return cls(means, scale=math.log1p(math.e), dtype=dtype or torch.get_default_dtype())
 

@@ -1,4 +1,4 @@
-"""Particles without a centre: double-well and Lennard-Jones systems in coordinates where the centre
+"""Particles without a center: double-well and Lennard-Jones systems in coordinates where the center
 of mass is fixed."""
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ __all__ = ["DW4", "LennardJones", "Particles"]
 
 
 class Particles(Target):
-    r"""n equal particles in k dimensions, energy a function of their distances, centre of mass at
+    r"""n equal particles in k dimensions, energy a function of their distances, center of mass at
     the origin.
 
     An event is :math:`u \in R^{(n - 1) k}`, and the positions are :math:`x = B u` with B an
@@ -24,7 +24,7 @@ class Particles(Target):
     2020). Of the truth only the mean is known, by symmetry: 0.
 
     Args:
-        particles: n, at least 2.
+        num_particles: n, at least 2.
         space: k, at least 1.
         dtype: floating-point type; None for torch's default.
 
@@ -41,27 +41,30 @@ class Particles(Target):
     basis: Tensor
     ends: Tensor
 
-    def __init__(self, particles: int, space: int, dtype: torch.dtype | None = None) -> None:
-        if particles < 2 or space < 1:
+    def __init__(self, num_particles: int, space: int, *, dtype: torch.dtype | None = None) -> None:
+        if num_particles < 2 or space < 1:
             raise ValueError(
-                f"particles must be at least 2 and space at least 1, got particles={particles},"
+                f"num_particles must be at least 2 and space at least 1, got"
+                f" num_particles={num_particles},"
                 f" space={space}"
             )
-        super().__init__(((particles - 1) * space,))
-        self.particles, self.space = particles, space
-        self.register_buffer("basis", mean_free_basis(particles, dtype))
-        self.register_buffer("ends", torch.triu_indices(particles, particles, 1), persistent=False)
+        super().__init__(((num_particles - 1) * space,))
+        self.num_particles, self.space = num_particles, space
+        self.register_buffer("basis", mean_free_basis(num_particles, dtype))
+        self.register_buffer(
+            "ends", torch.triu_indices(num_particles, num_particles, 1), persistent=False
+        )
 
     def positions(self, u: Tensor) -> Tensor:
         """Positions of mean zero: ``(*batch, (n - 1) k) -> (*batch, n, k)``."""
-        return self.basis @ u.reshape(*self.batch_shape(u), self.particles - 1, self.space)
+        return self.basis @ u.reshape(*self.batch_shape(u), self.num_particles - 1, self.space)
 
     def coordinates(self, x: Tensor) -> Tensor:
         """Coordinates of positions, their mean taken away: ``(*batch, n, k) -> (*batch, (n - 1)
         k)``."""
-        if x.shape[-2:] != (self.particles, self.space):
+        if x.shape[-2:] != (self.num_particles, self.space):
             raise ValueError(
-                f"x must have shape (*batch, {self.particles}, {self.space}), got shape"
+                f"x must have shape (*batch, {self.num_particles}, {self.space}), got shape"
                 f" {tuple(x.shape)}"
             )
         return (self.basis.mT @ x).flatten(-2)
@@ -75,16 +78,16 @@ class Particles(Target):
         return self._number(torch.zeros(self.event_shape))
 
     def _place(
-        self, n: int, generator: torch.Generator | None, radius: float, apart: float
+        self, num_chains: int, generator: torch.Generator | None, radius: float, apart: float
     ) -> Tensor:
         """Particles put one by one into a ball, each at the first of many random places that is
         clear of the others."""
-        if n < 1:
-            raise ValueError(f"n must be at least 1, got n={n}")
-        x = self._normal((n, 0, self.space), generator)
-        for _ in range(self.particles):
-            tries = self._normal((n, 256, self.space), generator)
-            depth = self._uniform((n, 256, 1), generator) ** (1.0 / self.space)
+        if num_chains < 1:
+            raise ValueError(f"num_chains must be at least 1, got num_chains={num_chains}")
+        x = self._normal((num_chains, 0, self.space), generator)
+        for _ in range(self.num_particles):
+            tries = self._normal((num_chains, 256, self.space), generator)
+            depth = self._uniform((num_chains, 256, 1), generator) ** (1.0 / self.space)
             tries = radius * depth * tries / tries.norm(dim=-1, keepdim=True)
             nearest = (
                 torch.cdist(tries, x).amin(-1)
@@ -93,7 +96,7 @@ class Particles(Target):
             )
             clear = nearest >= apart
             chosen = torch.where(clear.any(1), clear.to(torch.int8).argmax(1), nearest.argmax(1))
-            x = torch.cat([x, tries[torch.arange(n), chosen].unsqueeze(1)], 1)
+            x = torch.cat([x, tries[torch.arange(num_chains), chosen].unsqueeze(1)], 1)
         return self.coordinates(x.to(self.dtype))
 
 
@@ -117,19 +120,19 @@ class DW4(Particles):
         -8.3966
     """
 
-    def __init__(self, dtype: torch.dtype | None = None) -> None:
-        super().__init__(4, 2, dtype)
+    def __init__(self, *, dtype: torch.dtype | None = None) -> None:
+        super().__init__(4, 2, dtype=dtype)
 
     def forward(self, u: Tensor) -> Tensor:
         off = self.squared_distances(self.positions(u)).sqrt() - 4.0
         return (off.square() * (0.9 * off.square() - 4.0)).sum(-1)
 
-    def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        return self._place(n, generator, radius=4.0, apart=1.5)
+    def initial(self, num_chains: int, generator: torch.Generator | None = None) -> Tensor:
+        return self._place(num_chains, generator, radius=4.0, apart=1.5)
 
 
 class LennardJones(Particles):
-    r"""Particles in space that attract and repel, held together by a spring to their centre
+    r"""Particles in space that attract and repel, held together by a spring to their center
     (Köhler, Klein and Noé, 2020).
 
     .. math::
@@ -141,7 +144,7 @@ class LennardJones(Particles):
 
     Args:
         pairs: "once": over :math:`i < j`; or "twice": over all :math:`i \ne j`.
-        particles: 13, or 55 (or any).
+        num_particles: 13, or 55 (or any).
         epsilon: depth of a well, in units of kT.
         dtype: floating-point type; None for torch's default.
 
@@ -149,7 +152,7 @@ class LennardJones(Particles):
         ValueError: if ``pairs`` is neither, or a number is out of its range.
 
     Example:
-        >>> e = LennardJones("once", particles=2)
+        >>> e = LennardJones("once", num_particles=2)
         >>> x = e.coordinates(torch.tensor([[0.0, 0.0, 0.0], [1.0, 0.0, 0.0]]))
         >>> round(float(e(x)), 6)  # -1 and two springs of 1/8
         -0.75
@@ -158,14 +161,15 @@ class LennardJones(Particles):
     def __init__(
         self,
         pairs: str,
-        particles: int = 13,
+        num_particles: int = 13,
         epsilon: float = 1.0,
+        *,
         dtype: torch.dtype | None = None,
     ) -> None:
         if pairs not in ("once", "twice"):
             raise ValueError(f'pairs must be "once" or "twice", got pairs={pairs!r}')
         check_positive(epsilon=epsilon)
-        super().__init__(particles, 3, dtype)
+        super().__init__(num_particles, 3, dtype=dtype)
         self.convention, self.epsilon = pairs, float(epsilon)
 
     def forward(self, u: Tensor) -> Tensor:
@@ -173,8 +177,10 @@ class LennardJones(Particles):
         depth = self.epsilon * (2.0 if self.convention == "twice" else 1.0)
         return depth * (sixth * (sixth - 2.0)).sum(-1) + 0.5 * u.square().sum(-1)
 
-    def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        return self._place(n, generator, radius=0.75 * self.particles ** (1.0 / 3.0), apart=0.85)
+    def initial(self, num_chains: int, generator: torch.Generator | None = None) -> Tensor:
+        return self._place(
+            num_chains, generator, radius=0.75 * self.num_particles ** (1.0 / 3.0), apart=0.85
+        )
 
     def extra_repr(self) -> str:
         return f"pairs={self.convention!r}, epsilon={self.epsilon:g}"

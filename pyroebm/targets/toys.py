@@ -46,6 +46,7 @@ class Circles(Plane):
         self,
         radii: Sequence[float] = (3.0, 1.5),
         noise: float = 0.24,
+        *,
         dtype: torch.dtype | None = None,
     ) -> None:
         check_positive(radii=torch.tensor(radii), noise=noise)
@@ -53,9 +54,9 @@ class Circles(Plane):
         self.radii, self.noise = tuple(map(float, radii)), float(noise)
 
     @classmethod
-    def rings(cls, dtype: torch.dtype | None = None) -> Circles:
+    def rings(cls, *, dtype: torch.dtype | None = None) -> Circles:
         """Four rings of radii 3, 2.25, 1.5 and 0.75 with noise 0.08 (Grathwohl et al., 2019)."""
-        return cls((3.0, 2.25, 1.5, 0.75), 0.08, dtype)
+        return cls((3.0, 2.25, 1.5, 0.75), 0.08, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         r = torch.linalg.vector_norm(x, dim=-1).unsqueeze(-1) / self.noise
@@ -99,7 +100,7 @@ class Checkerboard(Plane):
         tensor([3.4657,    inf, 3.4657])
     """
 
-    def __init__(self, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, *, dtype: torch.dtype | None = None) -> None:
         super().__init__(dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -122,8 +123,8 @@ class Checkerboard(Plane):
         # of each coordinate alone, which is uniform on [-4, 4]
         return self._number([16.0 / 3.0] * 2)
 
-    def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        return self.sample(n, generator)
+    def initial(self, num_chains: int, generator: torch.Generator | None = None) -> Tensor:
+        return self.sample(num_chains, generator)
 
     def _draw(self, n: int, generator: torch.Generator | None) -> Tensor:
         x, y, row = self._uniform((3, n), generator)
@@ -135,7 +136,7 @@ class Pinwheel(Plane):
     r"""The pinwheel of Johnson et al. (2016): a normal law on each of K arms, sheared by a turn
     that grows along the arm.
 
-    .. math:: f \sim N\big((1, 0), \operatorname{diag}(\sigma_r^2, \sigma_t^2)\big), \quad
+    .. math:: f \sim N\big((1, 0), \operatorname{diag}(0.3^2, 0.1^2)\big), \quad
         x = s\, R(-\psi) f, \quad \psi = \frac{2 \pi k}K + \gamma e^{f_1}
 
     with R a rotation. The density is a sum over all f from which x comes, :math:`\psi - \gamma
@@ -145,39 +146,37 @@ class Pinwheel(Plane):
     :math:`10^{-8}` of the mass.
 
     Args:
-        arms: K.
-        radial, tangential: :math:`\sigma_r, \sigma_t > 0`.
+        num_arms: K.
         rate: :math:`\gamma`.
         scale: :math:`s > 0`.
         dtype: floating-point type; None for torch's default.
 
     Raises:
-        ValueError: if a deviation or ``scale`` is not positive, ``rate`` is not finite, or ``arms``
-            is below 3.
+        ValueError: if ``scale`` is not positive, ``rate`` is not finite, or
+            ``num_arms`` is below 3.
 
     Example:
         >>> Pinwheel().variance
         tensor([2.2000, 2.2000])
     """
 
+    spread = (0.3, 0.1)  # radial and tangential deviation of f
     cells = 128  # of the angle, in which roots are looked for
     candidates = 3  # more than the number of arms
 
     def __init__(
         self,
-        arms: int = 5,
-        radial: float = 0.3,
-        tangential: float = 0.1,
+        num_arms: int = 5,
+        *,
         rate: float = 0.25,
         scale: float = 2.0,
         dtype: torch.dtype | None = None,
     ) -> None:
-        check_counts({"arms": 3}, arms)  # of two arms x would have no equal variances
-        check_positive(radial=radial, tangential=tangential, scale=scale)
+        check_counts({"num_arms": 3}, num_arms)  # of two arms x would have no equal variances
+        check_positive(scale=scale)
         check_each("finite", torch.isfinite, rate=rate)
         super().__init__(dtype=dtype)
-        self.arms = arms
-        self.spread = (radial, tangential)
+        self.num_arms = num_arms
         self.rate = rate
         self.scale = scale
 
@@ -195,7 +194,7 @@ class Pinwheel(Plane):
 
         # a whole number of them at a root
         def turns(angle: Tensor, f: tuple[Tensor, Tensor]) -> Tensor:
-            return (angle - self.rate * f[0].exp()) * (self.arms / (2.0 * math.pi))
+            return (angle - self.rate * f[0].exp()) * (self.num_arms / (2.0 * math.pi))
 
         with torch.no_grad():
             edges = torch.linspace(
@@ -206,7 +205,7 @@ class Pinwheel(Plane):
             floors = level.floor()
             crossed = floors[..., 1:] != floors[..., :-1]
             likely = torch.where(crossed, self._log_normal(f)[..., 1:], -math.inf)
-            cell = likely.topk(self.arms + self.candidates, -1).indices
+            cell = likely.topk(self.num_arms + self.candidates, -1).indices
             goal = torch.maximum(floors[..., 1:], floors[..., :-1]).gather(-1, cell)
             low, width = edges[cell], 2.0 * math.pi / self.cells
             below, above = level.gather(-1, cell), level.gather(-1, cell + 1)
@@ -221,7 +220,7 @@ class Pinwheel(Plane):
         for _ in range(2):  # with the graph: a root's first and second derivatives in x
             angle = self._newton(angle, goal, turned)
         f = turned(angle)
-        log_det = self._slope(f).abs().log() + math.log(self.arms * self.scale**2)
+        log_det = self._slope(f).abs().log() + math.log(self.num_arms * self.scale**2)
         terms = torch.where(found, self._log_normal(f) - log_det, -math.inf)
         return -torch.logsumexp(terms, -1) + 0.0 * x.sum(-1)  # NaN where x is
 
@@ -233,7 +232,7 @@ class Pinwheel(Plane):
     ) -> Tensor:
         f = turned(angle)
         return angle - (
-            angle - self.rate * f[0].exp() - goal * (2.0 * math.pi / self.arms)
+            angle - self.rate * f[0].exp() - goal * (2.0 * math.pi / self.num_arms)
         ) / self._slope(f)
 
     @property
@@ -249,15 +248,15 @@ class Pinwheel(Plane):
     def _draw(self, n: int, generator: torch.Generator | None) -> Tensor:
         first, second = self._normal((2, n), generator)
         first, second = 1.0 + self.spread[0] * first, self.spread[1] * second
-        arm = (self._uniform((n,), generator) * self.arms).floor()
-        angle = 2.0 * math.pi / self.arms * arm + self.rate * first.exp()
+        arm = (self._uniform((n,), generator) * self.num_arms).floor()
+        angle = 2.0 * math.pi / self.num_arms * arm + self.rate * first.exp()
         cos, sin = angle.cos(), angle.sin()
         return self.scale * torch.stack(
             [first * cos + second * sin, second * cos - first * sin], -1
         )
 
 
-def eight_gaussians(dtype: torch.dtype | None = None) -> GaussianMixture:
+def eight_gaussians(*, dtype: torch.dtype | None = None) -> GaussianMixture:
     """Eight equal normal laws on a circle, radius 4 and deviation 0.5, both over 1.414 (Grathwohl
     et al., 2019).
 

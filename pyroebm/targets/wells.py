@@ -45,7 +45,7 @@ class DoubleWell(Target):
         lambda x: x * x * (x * x - 4.0) + x, -4.0, 4.0, split=barrier
     )
 
-    def __init__(self, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, *, dtype: torch.dtype | None = None) -> None:
         super().__init__(dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -92,14 +92,14 @@ class ManyWell(Target):
     :attr:`left_mass` and its complement, too many to list.
 
     Args:
-        pairs: number of pairs, half the number of dimensions.
+        num_pairs: number of pairs, half the number of dimensions.
         dtype: floating-point type; None for torch's default.
 
     Raises:
-        ValueError: if ``pairs`` < 1.
+        ValueError: if ``num_pairs`` < 1.
 
     Example:
-        >>> e = ManyWell(pairs=16)
+        >>> e = ManyWell(num_pairs=16)
         >>> round(e.log_z, 6), round(e.left_mass, 6)
         (164.695675, 0.155693)
     """
@@ -108,17 +108,17 @@ class ManyWell(Target):
         lambda a: a * (a * (a * a - 6.0) - 0.5), -5.0, 5.0, split=0.0
     )
 
-    def __init__(self, pairs: int = 16, dtype: torch.dtype | None = None) -> None:
-        if pairs < 1:
-            raise ValueError(f"pairs must be at least 1, got pairs={pairs}")
-        super().__init__((2 * pairs,), dtype=dtype)
-        self.pairs = pairs
+    def __init__(self, num_pairs: int = 16, *, dtype: torch.dtype | None = None) -> None:
+        if num_pairs < 1:
+            raise ValueError(f"num_pairs must be at least 1, got num_pairs={num_pairs}")
+        super().__init__((2 * num_pairs,), dtype=dtype)
+        self.num_pairs = num_pairs
 
     def forward(self, x: Tensor) -> Tensor:
         return (self.law.potential(x[..., ::2]) + 0.5 * x[..., 1::2].square()).sum(-1)
 
     def _log_z(self) -> float:
-        return self.pairs * (self.law.log_z + 0.5 * LOG_TWO_PI)
+        return self.num_pairs * (self.law.log_z + 0.5 * LOG_TWO_PI)
 
     @property
     def left_mass(self) -> float:
@@ -127,30 +127,30 @@ class ManyWell(Target):
 
     @property
     def mean(self) -> Tensor:
-        return self._number([self.law.mean, 0.0] * self.pairs)
+        return self._number([self.law.mean, 0.0] * self.num_pairs)
 
     @property
     def variance(self) -> Tensor:
-        return self._number([self.law.variance, 1.0] * self.pairs)
+        return self._number([self.law.variance, 1.0] * self.num_pairs)
 
     @property
     def mode_weights(self) -> Tensor | None:
-        if self.pairs > 16:
+        if self.num_pairs > 16:
             return None
         weights = torch.ones(1, dtype=torch.float64)
-        for _ in range(self.pairs):
+        for _ in range(self.num_pairs):
             weights = torch.cat([weights * self.left_mass, weights * self.law.right_mass])
         return self._number(weights)
 
     def mode_of(self, x: Tensor) -> Tensor:
-        if self.pairs > 16:
+        if self.num_pairs > 16:
             return super().mode_of(x)
         self.batch_shape(x)
-        return ((x[..., ::2] > 0).long() << torch.arange(self.pairs, device=x.device)).sum(-1)
+        return ((x[..., ::2] > 0).long() << torch.arange(self.num_pairs, device=x.device)).sum(-1)
 
     def _draw(self, n: int, generator: torch.Generator | None) -> Tensor:
-        a = self.law.quantile(self._uniform((n, self.pairs), generator))
-        return torch.stack([a, self._normal((n, self.pairs), generator)], -1).flatten(1)
+        a = self.law.quantile(self._uniform((n, self.num_pairs), generator))
+        return torch.stack([a, self._normal((n, self.num_pairs), generator)], -1).flatten(1)
 
 
 class HalfDisc(Target):
@@ -176,7 +176,7 @@ class HalfDisc(Target):
 
     event_shape = torch.Size()
 
-    def __init__(self, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, *, dtype: torch.dtype | None = None) -> None:
         super().__init__(dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:

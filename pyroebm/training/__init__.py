@@ -1,7 +1,7 @@
-"""Train energies on data: the loop, checkpoints, guards, logs, several processes; pretraining,
-fine-tuning, imputation."""
+"""Train energies, flows and classifiers: the loop, checkpoints, guards, logs, several processes;
+pretraining, classifiers, imputation."""
 
-from pyroebm.training.batches import Batches
+from pyroebm.training.data import Batches
 from pyroebm.training.distributed import (
     average_gradients,
     connected_ranks,
@@ -9,27 +9,35 @@ from pyroebm.training.distributed import (
     ranks,
     same_start,
 )
-from pyroebm.training.finetuning import Classifier, fine_tune
+from pyroebm.training.finetuning import Classifier
+from pyroebm.training.fit import fit, fit_steps
 from pyroebm.training.guards import Guard
+from pyroebm.training.history import History
 from pyroebm.training.imputation import complete
 from pyroebm.training.log import TrainingLog, read_log
-from pyroebm.training.loop import fit
 from pyroebm.training.pretraining import pretrain_belief_network, pretrain_boltzmann_machine
+from pyroebm.training.selection import TotalDimSelection, select_total_dim
+from pyroebm.training.trainer import Step, Trainer
 
 __all__ = [
     "Batches",
     "Classifier",
     "Guard",
+    "History",
+    "Step",
+    "TotalDimSelection",
+    "Trainer",
     "TrainingLog",
     "average_gradients",
     "complete",
     "connected_ranks",
-    "fine_tune",
     "fit",
+    "fit_steps",
     "pretrain_belief_network",
     "pretrain_boltzmann_machine",
     "process_group",
     "ranks",
     "read_log",
     "same_start",
+    "select_total_dim",
 ]

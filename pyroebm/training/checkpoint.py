@@ -19,7 +19,7 @@ from pyroebm.kernels.base import Kernel
 from pyroebm.objectives.base import Objective
 from pyroebm.training.distributed import connected_ranks, gather_bytes
 
-__all__ = ["Checkpoint", "TrainingState", "settings_of"]
+__all__ = ["Checkpoint", "TrainingState", "saved_seed", "settings_of"]
 
 
 class TrainingState:
@@ -167,13 +167,12 @@ class Checkpoint:
                 other settings or modules.
         """
         try:
-            file, _ = read_tensors(self.path)
-            said = from_text(file["said"])
+            file, said = _read(self.path)
             same = said["settings"] == self.settings
             tensors = (
                 from_bytes(file[f"rank{connected_ranks()[0]}"].numpy().tobytes()) if same else {}
             )
-        except (OSError, SafetensorError, KeyError) as error:
+        except (SafetensorError, KeyError) as error:
             raise ValueError(
                 f"checkpoint={str(self.path)!r} must be a file that fit wrote, whole, got {error}"
             ) from error
@@ -190,6 +189,26 @@ class Checkpoint:
         except ValueError as error:
             raise ValueError(f"checkpoint={str(self.path)!r} does not fit: {error}") from error
         return int(said["step"]), more
+
+
+def saved_seed(path: str | Path) -> int:
+    """The seed of the training in a checkpoint.
+
+    Raises:
+        ValueError: if there is no such file, or it is damaged or no checkpoint.
+    """
+    return int(_read(path)[1]["settings"]["seed"])
+
+
+def _read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a checkpoint, and what it says of settings and steps."""
+    try:
+        file, _ = read_tensors(path)
+        return file, from_text(file["said"])
+    except (OSError, SafetensorError, KeyError) as error:
+        raise ValueError(
+            f"checkpoint={str(path)!r} must be a file that fit wrote, whole, got {error}"
+        ) from error
 
 
 def settings_of(name: str, objective: object) -> dict[str, Any]:

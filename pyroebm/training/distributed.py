@@ -91,10 +91,10 @@ def same_start(parameters: Sequence[nn.Parameter]) -> None:
 
 
 def average_gradients(
-    parameters: Sequence[nn.Parameter], facts: Mapping[str, Tensor], weight: float
+    parameters: Sequence[nn.Parameter], metrics: Mapping[str, Tensor], weight: float
 ) -> dict[str, Tensor]:
     r"""Replace gradients by :math:`\sum_r w_r g_r / \sum_r w_r` over the processes r, and give the
-    facts averaged likewise.
+    metrics averaged likewise.
 
     With the rows of each share as weights, the gradient of a mean over rows is that of one process
     with all rows. It is not ``DistributedDataParallel``, whose hooks never hear of a parameter
@@ -103,7 +103,7 @@ def average_gradients(
 
     Args:
         parameters: the same, in the same order, in each process.
-        facts: numbers by the same names in each process, of any shape.
+        metrics: numbers by the same names in each process, of any shape.
         weight: w of this process.
     """
     for dtype, device in sorted({(p.dtype, p.device) for p in parameters}, key=str):
@@ -117,14 +117,14 @@ def average_gradients(
             own, (summed[0] / total).split([p.numel() for p in own]), there > 0, strict=True
         ):
             p.grad = grad.reshape(p.shape) if bool(somewhere) else None
-    names = sorted(facts)
+    names = sorted(metrics)
     if not names:
         return {}
-    device = facts[names[0]].device
-    numbers = [weight * facts[name].to(device, torch.float64) for name in names]
+    device = metrics[names[0]].device
+    numbers = [weight * metrics[name].to(device, torch.float64) for name in names]
     *values, total = _summed([*numbers, torch.tensor(weight, dtype=torch.float64, device=device)])
     return {
-        name: (value / total).to(facts[name].dtype)
+        name: (value / total).to(metrics[name].dtype)
         for name, value in zip(names, values, strict=True)
     }
 

@@ -1,21 +1,18 @@
 """Classifiers that start from a deep belief network or a deep Boltzmann machine, for fine-tuning by
-backpropagation."""
+backpropagation: :class:`pyroebm.objectives.CrossEntropy` with :func:`pyroebm.training.fit`."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
-from pyroebm.core.progress import Progress
 from pyroebm.core.saving import Saveable
 from pyroebm.energies.belief import DeepBeliefNetwork
 from pyroebm.energies.deep import DeepBoltzmannMachine
-from pyroebm.training.loop import Batches
 
-__all__ = ["Classifier", "fine_tune"]
+__all__ = ["Classifier"]
 
 
 class Classifier(Saveable):
@@ -31,7 +28,9 @@ class Classifier(Saveable):
     Args:
         model: the network or machine to start from; it is copied.
         num_classes: number of classes, at least 2.
-        mean_field_steps: sweeps of mean field for each batch, of a deep Boltzmann machine.
+        num_sweeps: sweeps of mean field for each batch, of a deep Boltzmann machine.
+        generator: source of the readout's initial weights, normal with standard deviation .01;
+            None is torch's default generator.
 
     Raises:
         ValueError: if ``model`` is neither, or ``num_classes`` < 2.
@@ -46,7 +45,9 @@ class Classifier(Saveable):
         self,
         model: DeepBeliefNetwork | DeepBoltzmannMachine,
         num_classes: int,
-        mean_field_steps: int = 10,
+        *,
+        num_sweeps: int = 10,
+        generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
         if num_classes < 2:
@@ -70,19 +71,17 @@ class Classifier(Saveable):
                 [weight.mT for weight in weights[1:]],
                 copy.deepcopy(model).requires_grad_(False),
             )
-        self.mean_field_steps = mean_field_steps
+        self.num_sweeps = num_sweeps
         self.up = nn.ModuleList([_linear(w.mT, b) for w, b in zip(weights, biases, strict=True)])
         self.side = nn.ModuleList([_linear(w.mT) for w in above])
         top = weights[-1]
         self.readout = nn.Linear(top.shape[1], num_classes, dtype=top.dtype, device=top.device)
         nn.init.zeros_(self.readout.bias)
-        nn.init.normal_(self.readout.weight, std=0.01)
+        nn.init.normal_(self.readout.weight, std=0.01, generator=generator)
 
     def forward(self, visible: Tensor) -> Tensor:
         """Logits of the classes: ``(*batch, num_visible)`` to ``(*batch, num_classes)``."""
-        means = (
-            [] if self.machine is None else self.machine.mean_field(visible, self.mean_field_steps)
-        )
+        means = [] if self.machine is None else self.machine.mean_field(visible, self.num_sweeps)
         hidden = visible
         for layer, up in enumerate(self.up):
             field = up(hidden)
@@ -118,63 +117,3 @@ def _linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
     if bias is not None:
         layer.bias.data.copy_(bias.detach())
     return layer
-
-
-def fine_tune(
-    classifier: nn.Module,
-    visible: Tensor,
-    labels: Tensor,
-    epochs: int,
-    *,
-    batch_size: int = 100,
-    learning_rate: float = 1e-3,
-    seed: int = 0,
-    progress: bool | None = None,
-) -> Iterator[tuple[int, float]]:
-    """Backpropagation of the cross-entropy by Adam, in place, an epoch for each turn of your loop.
-
-    Args:
-        classifier: from ``(n, num_visible)`` to logits.
-        visible: examples, shape ``(N, num_visible)``.
-        labels: int64, shape ``(N,)``.
-        epochs: passes over the examples, at least 1.
-        batch_size: examples of a batch.
-        learning_rate: of Adam.
-        seed: of the batches.
-        progress: True shows it, False hides it, None shows it where it takes longer than a second.
-
-    Yields:
-        number of epochs done, and their last one's mean cross-entropy in nats.
-
-    Raises:
-        FloatingPointError: at a loss that is not finite.
-
-    Example:
-        >>> classifier = Classifier(DeepBeliefNetwork([2, 3]), num_classes=2)
-        >>> x = torch.eye(2).repeat(50, 1)
-        >>> for epoch, loss in fine_tune(
-        ...     classifier, x, x[:, 0].long(), epochs=200, learning_rate=0.05
-        ... ):
-        ...     pass
-        >>> classifier.error(x, x[:, 0].long())
-        0.0
-    """
-    batches = Batches((visible, labels), batch_size, seed)
-    optimizer = torch.optim.Adam(classifier.parameters(), lr=learning_rate)
-    with Progress(epochs * len(batches), "fine_tune", show=progress) as shown:
-        for epoch in range(epochs):
-            total = 0.0
-            for step in range(epoch * len(batches), (epoch + 1) * len(batches)):
-                x, y = batches(step)
-                loss = nn.functional.cross_entropy(classifier(x), y)
-                if not bool(torch.isfinite(loss)):
-                    raise FloatingPointError(
-                        f"fine_tune: the loss is {float(loss.detach())} at step {step}"
-                    )
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                total += float(loss.detach())
-                shown.update()
-            shown.note(loss=total / len(batches))
-            yield epoch + 1, total / len(batches)

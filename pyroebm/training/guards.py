@@ -17,7 +17,7 @@ from pyroebm.training.checkpoint import TrainingState
 __all__ = ["Guard", "Rollback"]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Guard:
     r"""When a step of :func:`pyroebm.training.fit` has failed, and what follows.
 
@@ -30,7 +30,7 @@ class Guard:
 
     Args:
         rollback: go back; False raises.
-        max_energy_gap: g, in nats, for objectives with the fact ``energy_gap``; None is no bound.
+        max_energy_gap: g, in nats, for objectives with the metric ``energy_gap``; None is no bound.
         every: steps after which what is learned is kept, from the first good one on.
         max_rollbacks: how often; a failure after so many is an error.
 
@@ -70,7 +70,7 @@ class Guard:
         if "energy_gap" not in numbers:
             raise ValueError(
                 "max_energy_gap needs an objective that says its energy_gap, got none among its"
-                " facts"
+                " metrics"
             )
         gap = numbers["energy_gap"]
         return (
@@ -98,7 +98,7 @@ class Rollback:
         if self.guard.rollback and (not self.kept or (step + 1) % self.guard.every == 0):
             self.kept, self.kept_at = self.state.tensors(), step
 
-    def failed(self, step: int, complaint: str, facts: Mapping[str, float]) -> None:
+    def failed(self, step: int, complaint: str, metrics: Mapping[str, float]) -> None:
         """A step went wrong: go back with a warning, or raise.
 
         Raises:
@@ -109,8 +109,8 @@ class Rollback:
             after = f" after {self.count} rollbacks" if self.count else ""
             raise FloatingPointError(
                 f"fit: at step {step}{after} {complaint}; parameters and optimizer are as the step"
-                " before left them. Facts:"
-                f" {facts}"
+                " before left them. Metrics:"
+                f" {metrics}"
             )
         self.state.restore(self.kept, learned_only=True)
         self.count += 1

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent
 
-from pyroebm.core.energy import Energy
+from pyroebm.core.conditionals import Index, blocks_of, conditional_of
+from pyroebm.core.energy import Energy, View
 from pyroebm.core.supports import inside, is_discrete, is_real
 from pyroebm.kernels import NUTS, BlockGibbs, Gibbs
 from pyroebm.kernels.base import Kernel
-from pyroebm.kernels.gibbs import HasBlocks
 from pyroebm.mcmc.sampler import MCMC
 
 __all__ = ["Clamped", "HasJoint", "complete"]
@@ -34,7 +34,7 @@ class HasJoint(Protocol):
         """The energy over all units."""
 
 
-class Clamped(Energy):
+class Clamped(View):
     r"""An energy with some entries held, row by row: :math:`E(o_{known}, x_{free})`.
 
     The free entries have the law :math:`p(x_{free} \mid o)`. What x has in a known entry counts for
@@ -58,10 +58,16 @@ class Clamped(Energy):
     known: Tensor
 
     def __init__(self, energy: Energy, observed: Tensor, known: Tensor) -> None:
-        super().__init__(energy.event_shape, energy.support)
-        self.energy = energy
+        super().__init__(energy)
         self.register_buffer("observed", observed)
         self.register_buffer("known", known)
+        blocks = blocks_of(energy)
+        #: those of the energy, if the entries of each are independent given the other blocks
+        self.blocks: Mapping[str, Index] = (
+            blocks
+            if all(isinstance(conditional_of(energy, b, observed), Independent) for b in blocks)
+            else {}
+        )
 
     def whole(self, x: Tensor) -> Tensor:
         """``x`` with the known entries put in; rows first, ``(rows, ..., *event)``."""
@@ -77,24 +83,12 @@ class Clamped(Energy):
         known = self.known.reshape(len(self.observed), *[1] * cut, *self.event_shape)
         return values + 0.5 * torch.where(known, x, 0.0).square().flatten(cut + 1).sum(-1)
 
-    def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        return self.whole(self.energy.initial(n, generator))
-
-
-class ClampedBlocks(Clamped):
-    """The same with the blocks of the energy, whose entries must be independent given the other
-    blocks."""
-
-    @property
-    def blocks(self) -> Mapping[str, slice | Tensor]:
-        """Those of the energy."""
-        source: Any = self.energy
-        return source.blocks
+    def initial(self, num_chains: int, generator: torch.Generator | None = None) -> Tensor:
+        return self.whole(self.energy.initial(num_chains, generator))
 
     def conditional(self, block: str, x: Tensor) -> Distribution:
         """That of the energy, given the known entries of the other blocks."""
-        source: Any = self.energy
-        return source.conditional(block, self.whole(x))
+        return conditional_of(self.energy, block, self.whole(x))
 
 
 def complete(
@@ -151,19 +145,10 @@ def complete(
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got steps={steps}")
     whole, clamp = _over_all_units(energy, model, observed, known)
-    held: Clamped = Clamped(energy, whole, clamp)
-    if isinstance(energy, HasBlocks) and all(
-        isinstance(energy.conditional(block, whole), Independent) for block in energy.blocks
-    ):
-        held = ClampedBlocks(energy, whole, clamp)
+    held = Clamped(energy, whole, clamp)
     if kernel is None:
-        kernel = (
-            BlockGibbs()
-            if isinstance(held, ClampedBlocks)
-            else Gibbs()
-            if is_discrete(energy.support)
-            else NUTS()
-        )
+        discrete = BlockGibbs() if held.blocks else Gibbs()
+        kernel = discrete if is_discrete(energy.support) else NUTS()
     mcmc = MCMC(
         kernel,
         num_samples=1,

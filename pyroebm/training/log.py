@@ -15,7 +15,7 @@ __all__ = ["TrainingLog", "read_log"]
 
 
 class TrainingLog:
-    """One line of JSON for a step, ``{"step", "loss", "seconds", ...facts}``, and one point of each
+    """One JSON line for a step, ``{"step", "loss", "seconds", ...metrics}``, and one point of each
     TensorBoard curve.
 
     Args:
@@ -42,6 +42,7 @@ class TrainingLog:
         self,
         path: str | Path | None,
         tensorboard: str | Path | None = None,
+        *,
         every: int = 1,
         done: int = 0,
         resume: bool = False,
@@ -61,7 +62,7 @@ class TrainingLog:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         self.writer: Any = None if tensorboard is None else _writer(tensorboard, done)
 
-    def write(self, step: int, loss: float, facts: Mapping[str, float]) -> None:
+    def write(self, step: int, loss: float, metrics: Mapping[str, float]) -> None:
         """A step's numbers; one that is not finite is NaN, Infinity or -Infinity. The line is in
         the file when this returns."""
         if step % self.every:
@@ -71,11 +72,11 @@ class TrainingLog:
                 "step": step,
                 "loss": loss,
                 "seconds": round(time.perf_counter() - self.began, 4),
-                **facts,
+                **metrics,
             }
             append_line(self.path, json.dumps(line))
         if self.writer is not None:
-            for name, value in {"loss": loss, **facts}.items():
+            for name, value in {"loss": loss, **metrics}.items():
                 self.writer.add_scalar(name, value, step)
 
     def close(self) -> None:

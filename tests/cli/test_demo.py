@@ -48,7 +48,7 @@ def test_the_quick_demo_writes_all_it_promises(
     assert math.isclose(report["truth"]["right_mass"], RIGHT_MASS, abs_tol=1e-8)
     assert math.isclose(report["truth"]["log_z"], LOG_Z, abs_tol=1e-9)
 
-    for name in ("double_well.png", "mixing.png"):
+    for name in ("double_well.png", "trace.png", "rank.png", "energy.png"):
         picture = image.imread(out / name)
         assert picture.shape[0] > 400
         assert float(picture.std()) > 0.05  # not a blank sheet

@@ -17,8 +17,18 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.distributions.constraints import Constraint
 
-from pyroebm import Energy, Sum, Tempered, Unconstrained, score, spin, value_and_grad
-from pyroebm.core import Conditioned, PotentialFn, Unnormalized
+from pyroebm import Energy
+from pyroebm.core import (
+    Conditioned,
+    PotentialFn,
+    Sum,
+    Tempered,
+    Unconstrained,
+    Unnormalized,
+    score,
+    spin,
+    value_and_grad,
+)
 from pyroebm.core.supports import (
     base_constraint,
     event_sum,
@@ -374,9 +384,9 @@ def test_conditioned_gaussian_is_the_conditional(
     free, x = ~mask, randn(6, d - len(clamped), seed=3)
     assert e.event_shape == (d - len(clamped),)
     cross = covariance[free][:, mask] @ torch.linalg.inv(covariance[mask][:, mask])
-    centre = mean.flatten()[free] + cross @ (seen - mean).flatten()[mask]
+    center = mean.flatten()[free] + cross @ (seen - mean).flatten()[mask]
     spread = covariance[free][:, free] - cross @ covariance[mask][:, free]
-    exact = Gaussian(centre, covariance=spread)
+    exact = Gaussian(center, covariance=spread)
     torch.testing.assert_close(e.log_ratio(x[:3], x[3:]), exact.log_ratio(x[:3], x[3:]))
     torch.testing.assert_close(value_and_grad(e, x)[1], value_and_grad(exact, x)[1])
     whole = e.complete(x)
@@ -588,10 +598,10 @@ def test_starts_avoid_infinite_energy_or_say_so() -> None:
         assert (HalfDisc().initial(200).abs() < 1).all()
     with pytest.raises(
         ValueError,
-        match="no state of finite energy for 3 of n=3 rows in 100 tries; override initial",
+        match="no state of finite energy for 3 of num_chains=3 rows in 100 tries; override initial",
     ):
         Returns(lambda x: 0 * x + math.inf).initial(3)
-    with pytest.raises(ValueError, match="n must be at least 1, got n=0"):
+    with pytest.raises(ValueError, match="num_chains must be at least 1, got num_chains=0"):
         DoubleWell().initial(0)
 
 

@@ -243,10 +243,10 @@ def test_an_update_that_is_not_due_looks_at_the_clock_alone(
 
 
 def test_a_slow_rate_keeps_its_digits(clock: Clock, log_file: Stream) -> None:
-    with Progress(10, "fine_tune", "epoch", clock=clock) as progress:
+    with Progress(10, "training", "epoch", clock=clock) as progress:
         clock.now += 400.0
         progress.update()
-    assert log_file.getvalue().startswith("fine_tune: 1/10 epochs, 0.0025 epochs/s, 60 min left\n")
+    assert log_file.getvalue().startswith("training: 1/10 epochs, 0.0025 epochs/s, 60 min left\n")
 
 
 @pytest.mark.parametrize(
@@ -497,10 +497,10 @@ import torch
 
 from pyroebm.energies import BernoulliRBM
 from pyroebm.objectives import ContrastiveDivergence
-from pyroebm.training import fit
+from pyroebm.training import fit_steps
 
 data = torch.eye(4)
-for _ in fit(BernoulliRBM(4, 3), ContrastiveDivergence(), data, steps=60, batch_size=4):
+for _ in fit_steps(BernoulliRBM(4, 3), ContrastiveDivergence(), data, num_steps=60, batch_size=4):
     time.sleep(0.1)
 print("done")
 """

@@ -12,7 +12,7 @@ import torch
 from lib.graphs import data_dependent
 from torch import Tensor
 
-from pyroebm import value_and_grad
+from pyroebm.core import value_and_grad
 from pyroebm.core._torch_private import FixedShapes
 from pyroebm.core.rowwise import RowsInABatch, RowwiseEnergy
 

@@ -24,15 +24,15 @@ from torch.distributions import constraints
 
 from pyroebm import Energy, load, save
 from pyroebm.core import (
-    Compressed,
     Conditioned,
     DistributionEnergy,
+    GeometricPath,
+    LogRegularized,
     Relaxed,
     Tempered,
     Unconstrained,
     Unnormalized,
 )
-from pyroebm.core import Path as GeometricPath
 from pyroebm.core.files import FileError, read_tensors, write_tensors
 from pyroebm.core.saving import _CLASSES, Saveable
 from pyroebm.energies import (
@@ -115,7 +115,7 @@ COMPOSED: dict[str, Make] = {
     "path": lambda: GeometricPath(wells(), 0.3, Gaussian(vector(0.0, 0.0))),
     "unconstrained": lambda: Unconstrained(table("targets/test_targets.py", "TARGETS")["gamma"]()),
     "relaxed": lambda: Relaxed(BernoulliRBM(3, 2)),
-    "compressed": lambda: Compressed(wells(), 10.0),
+    "compressed": lambda: LogRegularized(wells(), 10.0),
     "unnormalized": lambda: Unnormalized(net(2, 4, 1).append(nn.Flatten(0)), "softplus", (2,)),
     "interval": lambda: NeuralEnergy(net(2, 4, 1), (2,), support=constraints.interval(-1.0, 2.0)),
     "simplex": lambda: NeuralEnergy(net(3, 4, 1), (3,), support=constraints.simplex),
@@ -135,15 +135,16 @@ COMPOSED: dict[str, Make] = {
         dist.MixtureSameFamily(
             dist.Categorical(vector(0.3, 0.7)), dist.Normal(vector(-1.0, 1.0), 0.5)
         ),
-        F64,
+        dtype=F64,
     ),
     "log-normal": lambda: DistributionEnergy(
-        dist.LogNormal(vector(1.0, 2.0), 1.0).to_event(1), F64
+        dist.LogNormal(vector(1.0, 2.0), 1.0).to_event(1), dtype=F64
     ),
     "gamma-of-torch": lambda: DistributionEnergy(
         torch.distributions.Gamma(torch.tensor(2.0), torch.tensor(3.0))
     ),
     "flow-energy": lambda: FlowEnergy(flow()),
+    "masks-drawn": lambda: RealNVP(5, 6, (4,), generator=seeded(3)),
     "transported": lambda: Transported(flow(), wells()),
     "extended": lambda: RedundantNICE(2, 3, 2, (4,), dtype=F64).extend(wells()),
     "flow-of-layers": lambda: Flow(
@@ -196,7 +197,7 @@ def values(module: Any) -> Iterator[Any]:
         x = draw(5, seeded(1))
         yield from (x, module(x), module.log_z, module.event_shape, str(module.support))
     elif isinstance(module, Flow):
-        yield from module.push(module.draw_noise(4, seeded(3)))
+        yield from module.forward_and_log_prob(module.rsample_base(4, seeded(3)))
     elif isinstance(module, dist.Distribution | torch.distributions.Transform):
         yield from module.with_log_det(noise(4, module.dim))
     elif isinstance(module, Classifier):
@@ -343,7 +344,7 @@ def test_constructors_keep_their_signatures_and_may_be_of_any_kind(tmp_path: Pat
         "start",
         "options",
     ]
-    assert inspect.signature(NICE.__init__).parameters["hidden"].default == (64, 64)
+    assert inspect.signature(NICE.__init__).parameters["hidden_sizes"].default == (64, 64)
     classes: dict[str, type[nn.Module]] = {"Power": Power, "Abstract": Abstract}
     assert reloaded(Power(3), tmp_path, classes=classes).power == 3
     assert type(reloaded(Abstract(), tmp_path, classes=classes)) is Abstract
@@ -647,14 +648,14 @@ def test_only_known_classes_are_called(name: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "arguments"),
     [
-        (lambda: RealNVP(2, 2, (4,)), {"layers": 10**7}),
+        (lambda: RealNVP(2, 2, (4,)), {"num_layers": 10**7}),
         (lambda: BernoulliRBM(3, 2), {"num_visible": 10**6, "num_hidden": 10**6}),
-        (lambda: MLPEnergy((2,), (4,)), {"hidden": {"tuple": [10**6, 10**6]}}),
-        (lambda: MixtureBase(2, 3), {"components": 10**10}),
-        (lambda: NICE(2), {"hidden": {"tuple": [2] * 10**4}}),
-        (lambda: NICE(2), {"hidden": 3}),
-        (lambda: NICE(2), {"hidden": {"module": 7}}),
-        (lambda: NICE(2), {"hidden": {"tensor": "none", "dtype": "float32"}}),
+        (lambda: MLPEnergy((2,), (4,)), {"hidden_sizes": {"tuple": [10**6, 10**6]}}),
+        (lambda: MixtureBase(2, 3), {"num_components": 10**10}),
+        (lambda: NICE(2), {"hidden_sizes": {"tuple": [2] * 10**4}}),
+        (lambda: NICE(2), {"hidden_sizes": 3}),
+        (lambda: NICE(2), {"hidden_sizes": {"module": 7}}),
+        (lambda: NICE(2), {"hidden_sizes": {"tensor": "none", "dtype": "float32"}}),
         (lambda: NICE(2), {"dtype": {"dtype": "nn"}}),
         (lambda: NICE(2), {"more": 1}),
         (lambda: net(2, 3), {"args": {"tuple": []}}),

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyroebm import MCMC, NUTS, Energy, ModelEnergy, WindowAdaptation, infer
+from pyroebm import MCMC, NUTS, Energy, ModelEnergy, infer
 from pyroebm.core import Unnormalized
 from pyroebm.core.statistics import arviz
 from pyroebm.diagnostics import Diagnosis, Finding, diagnose, stein_residual, stein_z, to_arviz
 from pyroebm.diagnostics.energy_probes import find_edge, find_tail, flat_part
+from pyroebm.kernels import WindowAdaptation
 from pyroebm.targets import Exponential, Funnel, Gaussian
 
 double = torch.float64

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from pyroebm.diagnostics import plots
+from pyroebm.diagnostics import plots, to_arviz
 from pyroebm.targets import DoubleWell
 
 DRAWS = torch.randn(5, 400, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -18,9 +18,6 @@ PLOTS = {
     "masses": lambda ax: plots.plot_mode_masses(
         {"a": (0.1, 0.02), "b": (0.0, math.nan)}, 0.12, ax=ax
     ),
-    "trace": lambda ax: plots.plot_trace(DRAWS, ax=ax),
-    "rank": lambda ax: plots.plot_rank(DRAWS, ax=ax),
-    "energy": lambda ax: plots.plot_energy_levels(DRAWS, ax=ax),
 }
 
 
@@ -63,8 +60,12 @@ def test_weights_move_the_estimate() -> None:
     assert math.isclose(right - left, math.log(3.0), rel_tol=1e-6)
 
 
-def test_level_ranks_are_level() -> None:
-    ax = plots.plot_rank(DRAWS, bins=4)
-    assert ax.get_ylim()[0] == 0.0
-    apart = plots.plot_rank(DRAWS + 10 * torch.arange(5).unsqueeze(1), bins=5)
-    assert apart.get_ylim()[1] > 2.0
+def test_traces_ranks_and_energies_are_figures_of_arviz() -> None:
+    data = to_arviz({"x": DRAWS}, {"energy": DRAWS})
+    for name in ("plot_trace", "plot_rank", "plot_energy"):
+        figure = plots.arviz_figure(name, data)
+        assert any(ax.has_data() for ax in figure.axes)
+        plt.close(figure)
+    for name in ("trace", "plot_nothing"):
+        with pytest.raises(ValueError, match=f"name must be a plot of ArviZ, .* got name='{name}'"):
+            plots.arviz_figure(name, data)

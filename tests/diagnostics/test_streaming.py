@@ -12,8 +12,9 @@ from lib.counted import Counted, Stops
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pyroebm import MALA, MCMC, StreamingMoments
+from pyroebm import MALA, MCMC
 from pyroebm.core.statistics import arviz
+from pyroebm.diagnostics import StreamingMoments
 from pyroebm.targets import Exponential
 
 

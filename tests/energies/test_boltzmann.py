@@ -17,7 +17,7 @@ from lib.reseed import problem_generator
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyroebm import MCMC, BlockGibbs, Boltzmann, Energy, Gibbs
+from pyroebm import MCMC, Boltzmann, Energy, Gibbs
 from pyroebm.core.enumeration import all_bits
 from pyroebm.core.supports import same_support
 from pyroebm.energies import (
@@ -32,7 +32,10 @@ from pyroebm.energies import (
     compose,
 )
 from pyroebm.energies.layered import LayeredMachine
+from pyroebm.kernels import BlockGibbs
+from pyroebm.objectives import Objective
 from pyroebm.training import (
+    Batches,
     Classifier,
     complete,
     pretrain_belief_network,
@@ -150,7 +153,7 @@ def test_conditionals_are_those_of_the_joint_energy(name: str, beta: float) -> N
         law = layers.law(index, layers.field(index, layers.split(x)))
         if beta == 1.0:
             law = joint.conditional(list(joint.blocks)[index], x)
-        values = normal(8, size, seed=5) if layers.is_gaussian(index) else all_bits(size, F64)
+        values = normal(8, size, seed=5) if layers.is_gaussian(index) else all_bits(size, dtype=F64)
         filled = x.unsqueeze(1).repeat(1, len(values), 1)
         filled[:, :, block] = values
         energies, log_p = (
@@ -170,9 +173,9 @@ def _tempered_rest(layers: Layers, beta: float) -> tuple[Tensor | None, Tensor |
 def test_log_z_is_the_sum_over_all_states(name: str) -> None:
     machine = machine_of(name)
     layers = machine.joint().layers()
-    hidden = all_bits(sum(layers.sizes[1:]), F64)
+    hidden = all_bits(sum(layers.sizes[1:]), dtype=F64)
     if layers.precision is None:
-        visible = all_bits(layers.sizes[0], F64)
+        visible = all_bits(layers.sizes[0], dtype=F64)
         weight = 0.0
     # a grid far beyond the means, whose trapezoids are exact to rounding for normal densities
     else:
@@ -227,8 +230,8 @@ def test_free_energies_sum_the_other_side_out(name: str) -> None:
         rest = [layer for layer in range(len(layers.sizes)) if layer not in side]
         if any(layers.is_gaussian(layer) for layer in rest):
             continue
-        kept = layers.place(all_bits(sum(layers.sizes[k] for k in side), F64), side)
-        others = layers.place(all_bits(sum(layers.sizes[k] for k in rest), F64), rest)
+        kept = layers.place(all_bits(sum(layers.sizes[k] for k in side), dtype=F64), side)
+        others = layers.place(all_bits(sum(layers.sizes[k] for k in rest), dtype=F64), rest)
         whole = [
             (mine.unsqueeze(1) if mine is not None else other.unsqueeze(0))
             for mine, other in zip(kept, others, strict=True)
@@ -266,7 +269,7 @@ def test_small_rbm_of_the_oracles() -> None:
     assert rbm.log_z == pytest.approx(LOG_Z, abs=1e-11)
     state = torch.tensor([1.0, 0.0, 1.0, 1.0], dtype=F64)
     assert float(rbm.log_likelihood(state)) == pytest.approx(-3.044979315380, abs=1e-11)
-    states = all_bits(4, F64)
+    states = all_bits(4, dtype=F64)
     means = (rbm.log_likelihood(states).exp().unsqueeze(1) * states).sum(0)
     torch.testing.assert_close(
         means,
@@ -288,7 +291,7 @@ def lecture(units: str) -> BoltzmannMachine:
 
 def test_three_spins_of_the_lecture() -> None:
     machine = lecture("spins").requires_grad_(False)
-    states = 2.0 * all_bits(3, F64) - 1.0
+    states = 2.0 * all_bits(3, dtype=F64) - 1.0
     assert math.exp(machine.log_z) == pytest.approx(172.42019, abs=5e-6)
     p = (-machine(states) - machine.log_z).exp()
     assert float(p[states[:, 0] == 1].sum()) == pytest.approx(0.134680, abs=5e-7)
@@ -330,9 +333,9 @@ def test_hidden_units_are_summed_out_exactly(units: str) -> None:
     )
     machine.requires_grad_(False)
     values = (lambda bits: bits) if units == "bits" else (lambda bits: 2.0 * bits - 1.0)
-    every = values(all_bits(5, F64))
+    every = values(all_bits(5, dtype=F64))
     p = torch.softmax(-machine(every), 0).reshape(8, 4).sum(1)
-    visible = values(all_bits(3, F64))
+    visible = values(all_bits(3, dtype=F64))
     torch.testing.assert_close(machine.log_likelihood(visible).exp(), p)
     assert machine.marginal().log_z == pytest.approx(
         float(torch.logsumexp(-machine(every), 0)), abs=1e-12
@@ -356,7 +359,7 @@ def test_bounds_of_a_deep_machine(name: str) -> None:
     assert isinstance(machine, DeepBoltzmannMachine)
     layers = machine.layers()
     visible = machine.sample(6, torch.Generator().manual_seed(5))[:, : layers.sizes[0]]
-    hidden = all_bits(sum(layers.sizes[1:]), F64)
+    hidden = all_bits(sum(layers.sizes[1:]), dtype=F64)
     states = torch.cat(
         [visible.repeat_interleave(len(hidden), 0), hidden.repeat(len(visible), 1)], 1
     )
@@ -405,8 +408,8 @@ def network(sizes: list[int], seed: int = 0) -> DeepBeliefNetwork:
 @pytest.mark.parametrize("sizes", [[4, 3], [4, 3, 2], [3, 4, 2, 3]])
 def test_belief_network_against_all_states(sizes: list[int]) -> None:
     net = network(sizes)
-    joint, visible = net.joint(), all_bits(sizes[0], F64)
-    energies = joint(all_bits(sum(sizes), F64)).reshape(len(visible), -1)
+    joint, visible = net.joint(), all_bits(sizes[0], dtype=F64)
+    energies = joint(all_bits(sum(sizes), dtype=F64)).reshape(len(visible), -1)
     truth = torch.logsumexp(-energies, 1) - torch.logsumexp(-energies.flatten(), 0)
     torch.testing.assert_close(net.log_likelihood(visible), truth)
     assert joint.log_z == pytest.approx(float(torch.logsumexp(-energies.flatten(), 0)), abs=1e-10)
@@ -421,7 +424,7 @@ def test_belief_network_against_all_states(sizes: list[int]) -> None:
         torch.softmax(-energies.flatten(), 0),
     )
     # of every pair of units
-    moments = torch.einsum("s,si,sj->ij", p, *[all_bits(sum(sizes), F64)] * 2)
+    moments = torch.einsum("s,si,sj->ij", p, *[all_bits(sum(sizes), dtype=F64)] * 2)
     within_se(
         whole.mT @ whole / len(whole), moments, (moments * (1.0 - moments) / len(whole)).sqrt()
     )
@@ -441,7 +444,7 @@ def test_belief_network_against_all_states(sizes: list[int]) -> None:
 
 
 def test_a_tied_start_leaves_the_likelihood() -> None:
-    net, visible = network([4, 3]), all_bits(4, F64)
+    net, visible = network([4, 3]), all_bits(4, dtype=F64)
     before = net.log_likelihood(visible)
     net.grow(4)
     torch.testing.assert_close(net.log_likelihood(visible), before)
@@ -455,7 +458,7 @@ def test_a_tied_start_leaves_the_likelihood() -> None:
 
 def test_copies_of_layers_are_an_rbm_of_tied_weights() -> None:
     rbm = oracle_rbm().requires_grad_(False)
-    v, h = all_bits(4, F64)[[3, 9]], all_bits(3, F64)[[1, 6]]
+    v, h = all_bits(4, dtype=F64)[[3, 9]], all_bits(3, dtype=F64)[[1, 6]]
     for copies in ((1, 1), (2, 1), (1, 2), (2, 2)):
         tied = TiedRBM(rbm, copies)
         x = torch.cat([v] * copies[0] + [h] * copies[1], 1)
@@ -490,24 +493,32 @@ def test_a_composed_machine_feels_half_of_each_neighbour(first: Callable[[], Any
 
 
 def test_pretraining_feeds_each_layer_what_those_below_make_of_the_data() -> None:
-    """A trainer that sets known parameters: the next layer's inputs are the means of the ones
-    below, in both kinds of stack."""
-    data, seen = all_bits(4, F64), list[Tensor]()
+    """A plain gradient step of rate 1 leads to known parameters: the next layer's inputs are the
+    means of the ones below, in both kinds of stack."""
+    data, seen = all_bits(4, dtype=F64), list[Tensor]()
+    back = Batches(torch.arange(len(data)), len(data)).numbers(0).argsort()
 
-    def train(machine: LayeredMachine, inputs: Tensor) -> None:
-        seen.append(inputs)
-        with torch.no_grad():
-            for k, p in enumerate(machine.parameters()):
-                p.copy_(normal(*p.shape, seed=len(seen) + k))
+    class Known(Objective):
+        def forward(
+            self, machine: LayeredMachine, batch: Tensor, *, generator: Any = None
+        ) -> tuple[Tensor, dict[str, Tensor]]:
+            seen.append(batch[back])
+            squares = [
+                (p - normal(*p.shape, seed=len(seen) + k)).square().sum()
+                for k, p in enumerate(machine.parameters())
+            ]
+            return 0.5 * torch.stack(squares).sum(), {}
 
-    net = pretrain_belief_network([4, 3, 4, 2], data, train).requires_grad_(False)
+    options: dict[str, Any] = {"num_steps": 1, "optimizer": "sgd", "lr": 1.0}
+    net = pretrain_belief_network([4, 3, 4, 2], data, Known(), **options).requires_grad_(False)
     one = torch.sigmoid(data @ net.rbm(0).weight + net.rbm(0).hidden_bias)
     two = torch.sigmoid(one @ net.rbm(1).weight + net.rbm(1).hidden_bias)
     for found, truth in zip(seen, (data, one, two), strict=True):
         torch.testing.assert_close(found, truth)
 
     seen.clear()
-    machine = pretrain_boltzmann_machine([4, 3, 2, 3], data, train).requires_grad_(False)
+    machine = pretrain_boltzmann_machine([4, 3, 2, 3], data, Known(), **options)
+    machine.requires_grad_(False)
     # the hidden bias is the third parameter of the first RBM
     w, first_bias = machine.weights[0], normal(3, seed=3)
     first = torch.sigmoid(2.0 * (data @ w + first_bias))
@@ -533,10 +544,10 @@ def test_a_classifier_starts_as_its_machine(sizes: list[int]) -> None:
     """Its last hidden layer is that of mean field, or of the recognition pass."""
     machine = deep(sizes).requires_grad_(False)
     net = network(sizes)
-    v = all_bits(sizes[0], F64)
+    v = all_bits(sizes[0], dtype=F64)
     found: list[Tensor] = []
     for model in (machine, net):
-        classifier = Classifier(model, 3, mean_field_steps=2000)
+        classifier = Classifier(model, 3, num_sweeps=2000)
         classifier.readout.register_forward_pre_hook(
             lambda _, inputs: found.append(inputs[0].detach())
         )
@@ -569,9 +580,9 @@ COMPLETED: dict[str, Callable[[], Energy | DeepBeliefNetwork]] = {
 def test_completions_have_the_conditional_law(name: str) -> None:
     model = COMPLETED[name]().requires_grad_(False)
     low = -1.0 if name == "ising" else 0.0
-    values = all_bits(4, F64) * (1.0 - low) + low
+    values = all_bits(4, dtype=F64) * (1.0 - low) + low
     joint = model.joint() if hasattr(model, "joint") else model
-    hidden = all_bits(joint.event_shape.numel() - 4, F64)
+    hidden = all_bits(joint.event_shape.numel() - 4, dtype=F64)
     states = torch.cat([values.repeat_interleave(len(hidden), 0), hidden.repeat(16, 1)], 1)
     p = (
         torch.softmax(-joint(states.reshape(-1, *joint.event_shape)), 0)
@@ -636,7 +647,9 @@ class _Plain(Energy):
 
 def test_machines_are_sampled_like_any_energy() -> None:
     rbm = oracle_rbm().requires_grad_(False)
-    truth = (rbm.log_likelihood(all_bits(4, F64)).exp().unsqueeze(1) * all_bits(4, F64)).sum(0)
+    truth = (
+        rbm.log_likelihood(all_bits(4, dtype=F64)).exp().unsqueeze(1) * all_bits(4, dtype=F64)
+    ).sum(0)
     for energy, kernel in ((rbm, Gibbs()), (rbm.joint(), BlockGibbs())):
         mcmc = MCMC(kernel, num_samples=50, warmup_steps=20, num_chains=200, seed=1, progress=False)
         mcmc.run(energy)

@@ -13,11 +13,11 @@ from lib.checks import mean_and_se, within_se
 from lib.seeds import flat_grad, seeded
 from torch import Tensor, nn
 
-from pyroebm import MCMC, NUTS, BlockGibbs, Energy
+from pyroebm import MCMC, NUTS, Energy
 from pyroebm.energies import FeatureLatentEnergy, GaussianRBM
-from pyroebm.kernels import MALA
+from pyroebm.kernels import MALA, BlockGibbs
 from pyroebm.nn import mlp
-from pyroebm.objectives import ContrastiveDivergence, Objective, PersistentCD
+from pyroebm.objectives import ContrastiveDivergence, Objective, ReplayBufferCD
 from pyroebm.partition import quadrature
 from pyroebm.training import fit
 
@@ -166,7 +166,7 @@ def test_persistent_chains_have_the_exact_gradient() -> None:
     data = torch.randn(40, 2, dtype=F64, generator=seeded(4))
     gradients = []
     for run in range(60):
-        objective, noise = PersistentCD(num_chains=200, k=4, kernel=MALA(0.7)), seeded(30 + run)
+        objective, noise = ReplayBufferCD(num_chains=200, k=4, kernel=MALA(0.7)), seeded(30 + run)
         for _ in range(20):
             objective(energy, data, generator=noise)
         gradients.append(flat_grad(energy, objective(energy, data, generator=noise)[0]))
@@ -260,16 +260,9 @@ def test_it_learns_a_ring() -> None:
     )
     features = mlp(2, 16, (32,), activation="tanh", zero_last=False, dtype=F64, generator=seeded(0))
     energy = FeatureLatentEnergy(features, (2,), 8, generator=seeded(1))
-    for _ in fit(
-        energy, ExactOnGrid(), data, steps=200, batch_size=900, progress=False, optimizer=adam
-    ):
-        pass
+    fit(energy, ExactOnGrid(), data, num_steps=200, batch_size=900, lr=0.02, progress=False)
     reached = -float(energy(data).mean().detach()) - quadrature(energy, tolerance=1e-4).value
     assert reached > normal + 0.5, (reached, normal)
-
-
-def adam(groups: list[dict[str, object]]) -> torch.optim.Optimizer:
-    return torch.optim.Adam(groups, lr=0.02)
 
 
 def test_contrastive_gradients_reach_the_features() -> None:

@@ -13,9 +13,9 @@ from lib.checks import within_se
 from torch import Tensor
 
 from pyroebm import Boltzmann, Energy
+from pyroebm.core.spins import SpinBernoulli
 from pyroebm.core.supports import site_values
 from pyroebm.energies import Ising, Potts, lattice
-from pyroebm.energies.spins import SpinBernoulli
 
 FIELD = torch.randn(3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 COLOURS = torch.randn(2, 3, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -98,7 +98,7 @@ def test_log_z_is_none_where_it_is_not_computed() -> None:
     assert Ising((3, 3), 20.0, dtype=torch.float64).log_z == pytest.approx(18 * 20.0 + math.log(2))
 
 
-def test_two_colours_are_an_ising_model_of_half_the_coupling() -> None:
+def test_two_colors_are_an_ising_model_of_half_the_coupling() -> None:
     ising, potts = (
         Ising((3, 4), 0.35, dtype=torch.float64),
         Potts((3, 4), 2, 0.7, dtype=torch.float64),
@@ -126,7 +126,7 @@ def test_a_lattice_is_a_normalised_pyro_distribution() -> None:
             r"each at least 1 with open borders, got shape=\(0,\)",
         ),
         (lambda: Potts((3, 3, 3), 2), "one or two sides"),
-        (lambda: Potts((3, 3), 1), "num_colours must be at least 2, got num_colours=1"),
+        (lambda: Potts((3, 3), 1), "num_colors must be at least 2, got num_colors=1"),
         (
             lambda: Ising((3, 3), math.nan),
             "coupling must be one finite number and field finite, got coupling=nan",

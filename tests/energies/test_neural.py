@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from pyroebm import MCMC, NUTS, spin, value_and_grad
+from pyroebm import MCMC, NUTS
+from pyroebm.core import spin, value_and_grad
 from pyroebm.energies import ConvEnergy, MLPEnergy, NeuralEnergy
 from pyroebm.nn import ACTIVATIONS, convolutions, mlp
 from pyroebm.partition import quadrature
@@ -31,7 +32,7 @@ def net_of(*widths: int) -> nn.Sequential:
 NEURAL: dict[str, Callable[[int], NeuralEnergy]] = {
     "scalar": lambda seed: MLPEnergy((), (8, 8), scale=2.0, generator=seeded(seed)),
     "flat": lambda seed: MLPEnergy(
-        (3,), (8, 8), scale=2.0, centre=torch.arange(3.0), generator=seeded(seed)
+        (3,), (8, 8), scale=2.0, center=torch.arange(3.0), generator=seeded(seed)
     ),
     "tanh": lambda seed: MLPEnergy(
         (3,), (8,), activation="tanh", scale=torch.tensor([1.0, 2.0, 3.0]), generator=seeded(seed)
@@ -122,7 +123,7 @@ def test_saved_and_loaded(name: str, tmp_path: Path) -> None:
 
 
 def test_a_fresh_energy_is_its_envelope() -> None:
-    energy = MLPEnergy((2,), scale=torch.tensor([1.0, 3.0]), centre=torch.tensor([1.0, -2.0]))
+    energy = MLPEnergy((2,), scale=torch.tensor([1.0, 3.0]), center=torch.tensor([1.0, -2.0]))
     x = torch.randn(50, 2, generator=seeded())
     normal = torch.distributions.Normal(torch.tensor([1.0, -2.0]), torch.tensor([1.0, 3.0]))
     log_z = math.log(2 * math.pi * 3.0)
@@ -131,7 +132,7 @@ def test_a_fresh_energy_is_its_envelope() -> None:
 
 def test_an_envelope_makes_it_normalisable() -> None:
     """The network falls without end to one side; the integral is that of a normal law about a
-    shifted centre."""
+    shifted center."""
     energy = MLPEnergy((), (1,), activation="softplus", scale=2.0)
     first, _, last = energy.net[1:]
     with torch.no_grad():
@@ -155,7 +156,7 @@ def test_the_envelope_fits_data() -> None:
         [5.0, 0.0]
     )
     energy.fit_envelope(data, factor=2.5)
-    torch.testing.assert_close(energy.centre, data.mean(0))
+    torch.testing.assert_close(energy.center, data.mean(0))
     torch.testing.assert_close(energy.scale, 2.5 * data.std(0, correction=0).max().expand(2))
     with pytest.raises(ValueError, match=r"factor must be positive .* factor=0"):
         energy.fit_envelope(data, factor=0.0)
@@ -231,13 +232,16 @@ def test_what_is_no_good_density_is_warned_of(make: Callable[[], Any], said: str
             lambda: MLPEnergy((2,), scale=torch.ones(3)),
             r"scale must be a number or of the event_shape \(2,\), got shape \(3,\)",
         ),
-        (lambda: MLPEnergy((2,), centre=torch.ones(3)), "centre must be a number"),
-        (lambda: MLPEnergy((2,), hidden=()), r"hidden must hold .* got hidden=\(\)"),
+        (lambda: MLPEnergy((2,), center=torch.ones(3)), "center must be a number"),
+        (
+            lambda: MLPEnergy((2,), hidden_sizes=()),
+            r"hidden_sizes must hold .* got hidden_sizes=\(\)",
+        ),
         (
             lambda: ConvEnergy((1, 4, 4), channels=(0,)),
             r"channels must hold .* got channels=\(0,\)",
         ),
-        (lambda: ConvEnergy((4, 4)), r"event_shape must be \(colours, height, width\)"),
+        (lambda: ConvEnergy((4, 4)), r"event_shape must be \(colors, height, width\)"),
         (lambda: MLPEnergy((2,), activation="sine"), "activation must be one of"),
         (
             lambda: NeuralEnergy(net_of(2, 4, 3), (2,), scale=1.0)(torch.zeros(5, 2)),

@@ -18,10 +18,10 @@ from pyroebm import MCMC, NUTS, Energy
 from pyroebm.energies import MLPEnergy, Tilted
 from pyroebm.kernels import HMC, MALA, Kernel
 from pyroebm.nn import convolutions, mlp
-from pyroebm.objectives import PersistentCD
+from pyroebm.objectives import ReplayBufferCD
 from pyroebm.partition import quadrature
 from pyroebm.targets import DoubleWell, Gaussian
-from pyroebm.training import fit
+from pyroebm.training import fit_steps
 
 F64 = torch.float64
 SHIFT = 1.5
@@ -163,24 +163,21 @@ def test_a_tilt_is_learned_on_a_frozen_base() -> None:
     tilted = Tilted(normal(1), nn.Linear(1, 1, dtype=F64), dtype=F64)
     data = SHIFT + torch.randn(2000, 1, dtype=F64, generator=seeded(3))
     means = []
-    loop = fit(
+    loop = fit_steps(
         tilted,
-        PersistentCD(400, k=3, kernel=MALA(1.2)),
+        ReplayBufferCD(400, k=3, kernel=MALA(1.2)),
         data,
-        steps=300,
+        num_steps=300,
         batch_size=500,
         progress=False,
-        optimizer=sgd,
+        optimizer="sgd",
+        lr=0.2,
     )
-    for step, _, _ in loop:
-        if step >= 150:
+    for step in loop:
+        if step.number >= 150:
             means.append(-float(tilted.f.weight.detach()))
     within_se(sum(means) / len(means), data.mean(), 1.0 / math.sqrt(2000), what="the tilt")
     assert {name for name, _ in tilted.named_parameters()} == {"f.weight", "f.bias"}
-
-
-def sgd(groups: list[dict[str, object]]) -> torch.optim.Optimizer:
-    return torch.optim.SGD(groups, lr=0.2)
 
 
 def test_base_and_tilt_are_both_parts() -> None:

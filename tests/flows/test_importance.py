@@ -33,7 +33,7 @@ F64 = torch.float64
 def stirred_flow(dim: int = 1, total_dim: int = 2, scale: float = 0.05) -> RedundantNICE:
     """Near the identity, and the same for every seed: further off, weights have no variance."""
     with fixed_problem():
-        flow = RedundantNICE(dim, total_dim, couplings=2, hidden=(8,), dtype=F64)
+        flow = RedundantNICE(dim, total_dim, num_layers=2, hidden_sizes=(8,), dtype=F64)
     generator = problem_generator(3)
     with torch.no_grad():
         for parameter in flow.parameters():
@@ -52,12 +52,15 @@ def normal(mean: float, scale: float) -> dist.Normal:
 def check_unbiased_and_calibrated(weigh: object, energy: Energy, repeats: int = 200) -> None:
     """Over repetitions: the mean weight is C, and errors are of the size that the standard errors
     say."""
-    results = [importance_sample(weigh, energy, 400, seed=seed) for seed in range(repeats)]  # type: ignore[arg-type]
+    results = [
+        importance_sample(weigh, energy, 400, generator=torch.Generator().manual_seed(seed))
+        for seed in range(repeats)
+    ]  # type: ignore[arg-type]
     assert energy.log_z is not None
-    z = np.exp([r.log_z - energy.log_z for r in results])
+    z = np.exp([r.log_z.value - energy.log_z for r in results])
     mean, se = mean_and_se(z)
     within_se(mean, 1.0, se, what="mean of C")
-    scores = [(r.log_z - energy.log_z) / r.log_z_se for r in results]
+    scores = [(r.log_z.value - energy.log_z) / r.log_z.standard_error for r in results]
     within_se(*_spread(scores), what="spread of log C")
     truth = energy.mean  # type: ignore[attr-defined]
     values = [r.expectation(lambda x: x) for r in results]
@@ -91,7 +94,7 @@ def test_mutant_error_bars_of_a_few_weights_are_caught(monkeypatch: pytest.Monke
 def test_every_error_of_a_few_weights_is_infinite() -> None:
     uneven = torch.linspace(0.0, 40.0, 100, dtype=F64)
     result = _summary(torch.arange(100.0), uneven)
-    assert result.log_z_se == math.inf
+    assert result.log_z.standard_error == math.inf
     assert float(result.expectation(lambda x: x)[1]) == math.inf
     assert "+- inf (AIS" in str(from_weights(uneven, 0.0, "lower", "AIS"))
 
@@ -113,8 +116,8 @@ def test_distribution_weights_are_unbiased_and_errors_calibrated() -> None:
 
 
 class _WithoutDeterminant(RedundantNICE):
-    def push(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        xy, log_q = super().push(z)
+    def forward_and_log_prob(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        xy, log_q = super().forward_and_log_prob(z)
         return xy, log_q + 0.5 * self.log_abs_det()  # half of the determinant forgotten
 
 
@@ -131,8 +134,8 @@ def test_mutant_that_halves_the_determinant_is_caught() -> None:
 def test_weight_is_the_written_formula() -> None:
     flow, energy = stirred_flow(1, 3), DoubleWell(dtype=F64)
     result = importance_sample(flow, energy, 50, generator=seeded_generator(4))
-    z = flow.draw_noise(50, seeded_generator(4))
-    xy = flow.push(z)[0].detach()
+    z = flow.rsample_base(50, seeded_generator(4))
+    xy = flow.forward_and_log_prob(z)[0].detach()
     assert flow.conditional is not None
     with torch.no_grad():
         conditional = flow.conditional(xy[:, :1])
@@ -153,8 +156,8 @@ def test_weight_is_the_written_formula() -> None:
 def test_summary_is_its_definition() -> None:
     x, log_w = torch.arange(4.0, dtype=F64), torch.tensor([0.0, 1.0, -math.inf, 0.5], dtype=F64)
     result, w = _summary(x, log_w), log_w.exp()
-    assert result.log_z == pytest.approx(float(w.mean().log()))
-    assert result.log_z_se == pytest.approx(float(w.std() / (2 * w.mean())))
+    assert result.log_z.value == pytest.approx(float(w.mean().log()))
+    assert result.log_z.standard_error == pytest.approx(float(w.std() / (2 * w.mean())))
     assert result.ess == pytest.approx(float(w.sum() ** 2 / (w**2).sum()))
     assert result.ess_fraction == pytest.approx(result.ess / 4)
     mean, se = result.expectation(lambda x: torch.stack([x, x**2], dim=-1))
@@ -164,7 +167,7 @@ def test_summary_is_its_definition() -> None:
         float((((w / w.sum()) * (x - expected[0])) ** 2).sum().sqrt())
     )
     shifted = _summary(x, log_w + 1000.0)  # nothing overflows
-    assert shifted.log_z == pytest.approx(result.log_z + 1000.0)
+    assert shifted.log_z.value == pytest.approx(result.log_z.value + 1000.0)
     assert shifted.ess == pytest.approx(result.ess)
     with pytest.raises(dataclasses.FrozenInstanceError):
         result.log_z = 0.0  # type: ignore[misc]
@@ -183,13 +186,15 @@ def test_expectation_and_resample_refuse() -> None:
     result = importance_sample(normal(0.0, 1.0), Gaussian(0.0, dtype=F64), 10)
     with pytest.raises(ValueError, match=r"f must map 10 draws to as many values, got shape \(\)"):
         result.expectation(torch.sum)
-    with pytest.raises(ValueError, match="n must be at least 1, got n=0"):
+    with pytest.raises(ValueError, match="num_samples must be at least 1, got num_samples=0"):
         result.resample(0)
 
 
 def test_resampled_draws_follow_the_target() -> None:
     energy = Gaussian(0.5, scale=0.7, dtype=F64)
-    result = importance_sample(normal(0.0, 1.5), energy, 200_000, seed=1)
+    result = importance_sample(
+        normal(0.0, 1.5), energy, 200_000, generator=torch.Generator().manual_seed(1)
+    )
     draws = result.resample(20_000, seeded_generator(2))
     assert torch.equal(draws, result.resample(20_000, seeded_generator(2)))
     within_se(*_against(draws, number(0.5)))
@@ -214,14 +219,19 @@ def test_equal_weights_are_the_best_there_is() -> None:
     result = importance_sample(normal(0.0, 1.0), Gaussian(0.0, dtype=F64), 1000)
     assert result.ess_fraction == pytest.approx(1.0, abs=1e-12)
     assert result.pareto_k == -math.inf
-    assert result.log_z_se < 1e-12
+    assert result.log_z.standard_error < 1e-12
 
 
 @pytest.mark.parametrize("scale", [1.1, 1.3, 2.0])
 def test_ess_of_a_wide_normal_is_known(scale: float) -> None:
     """For N(0, 1) from N(0, s^2) the weights' E[w]^2 / E[w^2] is sqrt(2 s^2 - 1) / s^2."""
     fractions = [
-        importance_sample(normal(0.0, scale), Gaussian(0.0, dtype=F64), 20_000, seed=s).ess_fraction
+        importance_sample(
+            normal(0.0, scale),
+            Gaussian(0.0, dtype=F64),
+            20_000,
+            generator=torch.Generator().manual_seed(s),
+        ).ess_fraction
         for s in range(30)
     ]
     truth = math.sqrt(2 * scale**2 - 1) / scale**2
@@ -233,7 +243,12 @@ def test_ess_of_a_wide_normal_is_known(scale: float) -> None:
 def test_pareto_k_of_exponentials_is_known(rate: float) -> None:
     """For Exponential(1) from Exponential(r) the weights are exactly Pareto, with shape 1 - 1/r."""
     proposal, energy = dist.Exponential(number(rate)), Exponential(1.0, dtype=F64)
-    shapes = [importance_sample(proposal, energy, MANY, seed=s).pareto_k for s in range(12)]
+    shapes = [
+        importance_sample(
+            proposal, energy, MANY, generator=torch.Generator().manual_seed(s)
+        ).pareto_k
+        for s in range(12)
+    ]
     mean, se = mean_and_se(shapes)
     within_se(mean, 1.0 - 1.0 / rate, se)
 
@@ -315,14 +330,18 @@ def test_ess_and_pareto_k_do_not_see_a_mode_that_no_draw_came_near() -> None:
     proposal's density is absurd.
     """
     energy, proposal = DoubleWell(dtype=F64), normal(-1.35, 0.3)
-    results = [importance_sample(proposal, energy, 1000, seed=seed) for seed in range(41)]
+    results = [
+        importance_sample(proposal, energy, 1000, generator=torch.Generator().manual_seed(seed))
+        for seed in range(41)
+    ]
     right = [result.expectation(lambda x: (x > energy.barrier).double()) for result in results]
     assert np.median(right, axis=0).tolist() == [0.0, 0.0]
     assert np.median([result.ess_fraction for result in results]) > 0.85
     assert np.median([result.pareto_k for result in results]) < 0.7
     left_only = energy.log_z + math.log1p(-energy.right_mass)
     of_left, of_both = (
-        [(truth - r.log_z) / r.log_z_se for r in results] for truth in (left_only, energy.log_z)
+        [(truth - r.log_z.value) / r.log_z.standard_error for r in results]
+        for truth in (left_only, energy.log_z)
     )
     assert abs(np.median(of_left)) < 1.0  # five standard errors of the median of 41 normal numbers
     assert np.median(of_both) > 4.0
@@ -341,15 +360,20 @@ def test_the_best_single_gaussian_for_the_double_well() -> None:
     runs say anything.
     """
     energy, proposal = DoubleWell(dtype=F64), normal(-1.413, 0.245)
-    small = [importance_sample(proposal, energy, 1000, seed=seed) for seed in range(41)]
+    small = [
+        importance_sample(proposal, energy, 1000, generator=torch.Generator().manual_seed(seed))
+        for seed in range(41)
+    ]
     ess, k, log_z = (
-        np.median([getattr(each, name) for each in small])
-        for name in ("ess_fraction", "pareto_k", "log_z")
+        np.median(values)
+        for values in zip(
+            *((each.ess_fraction, each.pareto_k, each.log_z.value) for each in small), strict=True
+        )
     )
     assert ess > 0.9
     assert k > 0.7
     assert abs(log_z - 4.96) < 0.02
-    large = importance_sample(proposal, energy, 200_000, seed=0)
+    large = importance_sample(proposal, energy, 200_000, generator=torch.Generator().manual_seed(0))
     kl, kl_se = mean_and_se(energy.log_z - large.log_weights)
     within_se(kl, 0.0966, np.hypot(kl_se, 5e-5))
     assert large.ess_fraction < ess
@@ -372,9 +396,14 @@ class Walled(Energy):
 
 def test_infinite_energy_is_a_weight_of_zero() -> None:
     energy = Walled(0.0, math.inf).double()
-    result = importance_sample(normal(0.0, 1.0), energy, 50_000, seed=0)
+    result = importance_sample(
+        normal(0.0, 1.0), energy, 50_000, generator=torch.Generator().manual_seed(0)
+    )
     assert bool((result.log_weights[result.x < 0] == -math.inf).all())
-    assert abs(result.log_z - math.log(0.5 * math.sqrt(2 * math.pi))) < 5 * result.log_z_se
+    assert (
+        abs(result.log_z.value - math.log(0.5 * math.sqrt(2 * math.pi)))
+        < 5 * result.log_z.standard_error
+    )
     assert result.ess_fraction == pytest.approx(float((result.x >= 0).double().mean()))
     assert bool((result.resample(100, seeded_generator(0)) >= 0).all())
 
@@ -387,10 +416,23 @@ def test_other_weights_that_are_not_finite_raise_with_their_number(
     outside: float, said: str
 ) -> None:
     negative = int(
-        (importance_sample(normal(0.0, 1.0), Gaussian(0.0, dtype=F64), 100, seed=1).x < 0.0).sum()
+        (
+            importance_sample(
+                normal(0.0, 1.0),
+                Gaussian(0.0, dtype=F64),
+                100,
+                generator=torch.Generator().manual_seed(1),
+            ).x
+            < 0.0
+        ).sum()
     )
     with pytest.raises(FloatingPointError, match=f"of n=100 log weights {said.format(negative)}"):
-        importance_sample(normal(0.0, 1.0), Walled(0.0, outside).double(), 100, seed=1)
+        importance_sample(
+            normal(0.0, 1.0),
+            Walled(0.0, outside).double(),
+            100,
+            generator=torch.Generator().manual_seed(1),
+        )
 
 
 def test_weights_that_are_all_zero_raise() -> None:
@@ -400,7 +442,7 @@ def test_weights_that_are_all_zero_raise() -> None:
 
 def test_refusals() -> None:
     energy = Gaussian([0.0, 0.0], dtype=F64)
-    with pytest.raises(ValueError, match="n must be at least 1, got n=0"):
+    with pytest.raises(ValueError, match="num_samples must be at least 1, got num_samples=0"):
         importance_sample(NICE(2, dtype=F64), energy, 0)
     with pytest.raises(ValueError, match="batch_size=0"):
         importance_sample(NICE(2, dtype=F64), energy, 10, batch_size=0)
@@ -415,20 +457,25 @@ def test_refusals() -> None:
         importance_sample(NICE(3, dtype=F64), energy, 10)
 
 
-def test_seeds_batches_and_the_global_generator() -> None:
+def test_generators_and_batches() -> None:
     energy = Gaussian([0.0], dtype=F64)
-    torch.manual_seed(5)
-    before = torch.get_rng_state()
     for proposal in (stirred_flow(1, 2), dist.Normal(torch.zeros(1, dtype=F64), 1.0).to_event(1)):
+        before = torch.get_rng_state()
         runs: list[ImportanceResult] = [
-            importance_sample(proposal, energy, 100, seed=s) for s in (0, 0, 1)
+            importance_sample(proposal, energy, 100, generator=torch.Generator().manual_seed(s))
+            for s in (0, 0, 1)
         ]
+        assert torch.equal(torch.get_rng_state(), before), "a generator decides alone"
         assert torch.equal(runs[0].log_weights, runs[1].log_weights)
         assert not torch.equal(runs[0].log_weights, runs[2].log_weights)
-        batched = importance_sample(proposal, energy, 100, batch_size=30)
-        assert batched.x.shape == (100, 1)
-        assert len(batched.x.unique()) == 100
-    assert torch.equal(torch.get_rng_state(), before)
+        batched = []
+        for _ in range(2):  # without one, torch's default generator decides, as in torch
+            torch.manual_seed(5)
+            batched.append(importance_sample(proposal, energy, 100, batch_size=30))
+        assert batched[0].x.shape == (100, 1)
+        assert len(batched[0].x.unique()) == 100
+        assert torch.equal(batched[0].log_weights, batched[1].log_weights)
+        assert not torch.equal(torch.get_rng_state(), before)
 
 
 def test_single_precision_is_weighed_in_double() -> None:
@@ -442,12 +489,12 @@ def test_single_precision_is_weighed_in_double() -> None:
 def test_draws_outside_the_support_weigh_nothing() -> None:
     """An energy is finite where its formula is, also outside its support."""
     result = importance_sample(dist.Normal(0.0, 1.5), Exponential(1.0), 100_000)
-    within_se(result.log_z, 0.0, result.log_z_se)
+    within_se(result.log_z.value, 0.0, result.log_z.standard_error)
     mean, error = result.expectation(lambda x: x)
     within_se(mean, 1.0, error)
     square = Unnormalized(lambda x: -x.sum(-1), event_shape=(2,), support=constraints.unit_interval)
     result = importance_sample(dist.Normal(torch.zeros(2), 1.0).to_event(1), square, 100_000)
-    within_se(result.log_z, 2 * math.log(1 - math.exp(-1)), result.log_z_se)
+    within_se(result.log_z.value, 2 * math.log(1 - math.exp(-1)), result.log_z.standard_error)
 
 
 def test_weights_are_of_the_energy_in_eval_mode() -> None:
@@ -461,7 +508,7 @@ def test_weights_are_of_the_energy_in_eval_mode() -> None:
 
     energy = Dropped().train()
     result = importance_sample(dist.Normal(0.0, 1.5), energy, 50_000)
-    within_se(result.log_z, 0.5 * math.log(2 * math.pi), result.log_z_se)
+    within_se(result.log_z.value, 0.5 * math.log(2 * math.pi), result.log_z.standard_error)
     assert energy.training
     assert energy.drop.training
 

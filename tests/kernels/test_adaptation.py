@@ -15,9 +15,10 @@ from lib.checks import mean_and_se, within_se
 from lib.kernel_cases import KERNELS, Fragile, Normal, run
 from torch import Tensor
 
-from pyroebm import HMC, MALA, NUTS, Energy, Kernel, WindowAdaptation, spin
+from pyroebm import HMC, MALA, NUTS, Energy
+from pyroebm.core import spin
 from pyroebm.infer.kernels import _Trajectory
-from pyroebm.kernels import Dense, Info, LowRank, State
+from pyroebm.kernels import Dense, Info, Kernel, LowRank, State, WindowAdaptation
 from pyroebm.kernels.adaptation import DualAveraging, covariance, find_step_size
 from pyroebm.kernels.adaptation.covariance import (
     LIMIT,

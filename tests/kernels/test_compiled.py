@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from lib.kernel_cases import Fragile, build, run
 from torch import Tensor, nn
 
 import pyroebm.core.compilation
-from pyroebm import HMC, MALA, MCMC, NUTS, Energy, Kernel
+from pyroebm import HMC, MALA, MCMC, NUTS, Energy
 from pyroebm.core.compilation import (
     Compiled,
     CompiledGradient,
@@ -25,6 +25,8 @@ from pyroebm.core.compilation import (
     is_compiled,
 )
 from pyroebm.core.energy import unchecked_value_and_grad, value_and_grad
+from pyroebm.kernels import Kernel, State
+from pyroebm.kernels.metric import Diagonal, Identity, Metric
 from pyroebm.targets import DoubleWell, Gaussian, scales_gaussian
 
 pytestmark = pytest.mark.skipif(
@@ -213,6 +215,33 @@ def test_an_input_that_comes_twice_is_not_taken_for_one() -> None:
     assert fused(double, view, 2 * x, x)[0].tolist() == [0.0]
 
 
+class Pushed(NamedTuple):
+    state: State
+    by: Tensor
+
+
+def pushed(energy: Energy, state: State, sizes: tuple[Tensor, Tensor], metric: Metric) -> Pushed:
+    by = sizes[0] * metric.apply(state.grad) - sizes[1]
+    return Pushed(State(state.x + by, *unchecked_value_and_grad(energy, state.x + by)), by)
+
+
+@pytest.mark.parametrize("metric", [Identity(), Diagonal(torch.tensor([2.0]).double())])
+def test_named_structures_go_in_and_out_of_compiled_functions(metric: Metric) -> None:
+    """Each field by its name, whatever the order in which they were made; metrics of another kind,
+    also one without tensors, are another graph."""
+    energy = Scaled().double()
+    x = torch.randn(4, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    state = State(grad=4.0 * x, energy=3.0 * x[:, 0], x=x)
+    inputs = state, (torch.tensor(0.5).double(), torch.tensor(0.25).double()), metric
+    view = Compiled(energy)
+    for _ in range(2):
+        found = fused(pushed, view, *inputs)
+        assert isinstance(found, Pushed)
+        assert isinstance(found.state, State)
+        torch.testing.assert_close(found, pushed(energy, *inputs))
+    assert len(view._calls) == 1
+
+
 @pytest.mark.parametrize(
     ("energy", "reason"),
     [(Branching().double(), "data"), (Noisy().double(), "no random numbers, got aten.rand")],
@@ -398,3 +427,71 @@ def test_mutant_inputs_traced_as_they_come_is_caught(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(pyroebm.core.compilation, "_copies", lambda tensors: tensors)
     with pytest.raises(AssertionError):
         test_an_input_that_comes_twice_is_not_taken_for_one()
+
+
+class Correlated(Energy):
+    """A density whose graph has an operation that TorchInductor leaves to ATen."""
+
+    def __init__(self) -> None:
+        super().__init__((2,))
+
+    def forward(self, x: Tensor) -> Tensor:
+        one = torch.eye(2, dtype=x.dtype)
+        covariance = one + 0.5 * torch.exp(-(x[..., :1, None] ** 2)) * (1.0 - one)
+        return (torch.linalg.cholesky(covariance) * x[..., None, :]).square().sum((-1, -2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("make", [DoubleWell, scales_gaussian, Net])
+def test_a_bound_gradient_is_computed_in_place(make: Any, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    energy = make().to(dtype)
+    x = torch.randn(5, *energy.event_shape, dtype=dtype)
+    view = CompiledGradient(energy)
+    assert view.bound_to(x) is None  # nothing was prepared
+    view.prepare(x.shape)
+    bound = view.bound_to(x)
+    assert bound is not None
+    values, grad, compute = bound
+    for _ in range(3):
+        x.copy_(torch.randn_like(x))
+        with torch.no_grad():
+            for parameter in energy.parameters():
+                parameter.add_(0.1)
+        compute()
+        expected, slope = unchecked_value_and_grad(view, x)
+        assert torch.equal(values, expected)
+        assert torch.equal(grad, slope)
+
+
+def test_a_graph_that_allocates_on_its_own_is_not_bound() -> None:
+    energy, x = Correlated().double(), torch.ones(4, 2, dtype=torch.float64)
+    view = CompiledGradient(energy)
+    view.prepare(x.shape)
+    assert view.bound_to(x) is None
+    mcmc = MCMC(NUTS(), 20, 20, num_chains=4, seed=0, progress=False, compile=True)
+    mcmc.run(energy)
+    assert mcmc.get_samples()["x"].isfinite().all()
+
+
+def test_a_run_calls_no_more_than_the_recorded_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same draws as from the graph as it is called, and the graph is called at most where
+    starts are tried and where chains take single steps."""
+    calls = []
+    plain = CompiledGradient._value_and_grad
+    monkeypatch.setattr(
+        CompiledGradient, "_value_and_grad", lambda self, x: calls.append(1) or plain(self, x)
+    )
+
+    def draws() -> Tensor:
+        calls.clear()
+        mcmc = MCMC(NUTS(), 200, 20, num_chains=4, seed=0, progress=False, compile=True)
+        mcmc.run(Net().double())
+        return mcmc.get_samples()["x"]
+
+    torch.manual_seed(0)
+    recorded, few = draws(), len(calls)
+    monkeypatch.setattr(pyroebm.core.compilation, "record_calls", lambda call, inputs: None)
+    torch.manual_seed(0)
+    assert torch.equal(draws(), recorded)
+    assert few < 100 < 400 < len(calls)

@@ -20,7 +20,7 @@ import pyroebm.core.compilation
 from pyroebm import HMC, MALA, NUTS, ULA, Energy, ModelEnergy
 from pyroebm.core.compilation import Compiled
 from pyroebm.kernels import CompiledKernel, Gibbs, Kernel, compiling
-from pyroebm.objectives import ContrastiveDivergence, PersistentCD
+from pyroebm.objectives import ContrastiveDivergence, ReplayBufferCD
 from pyroebm.objectives.contrastive import advance
 from pyroebm.training import fit
 
@@ -61,9 +61,8 @@ def data() -> Tensor:
 
 
 def trained(kernel: Kernel[Any], steps: int = 6) -> Trained:
-    energy, objective = Net(), PersistentCD(8, k=6, kernel=kernel)
-    for _ in fit(energy, objective, data(), steps=steps, batch_size=8, progress=False):
-        pass
+    energy, objective = Net(), ReplayBufferCD(8, k=6, kernel=kernel)
+    fit(energy, objective, data(), num_steps=steps, batch_size=8, progress=False)
     assert objective.chains is not None
     return [p.detach().clone() for p in energy.parameters()], objective.chains
 
@@ -134,11 +133,11 @@ def test_auto_depends_on_plans_alone(monkeypatch: pytest.MonkeyPatch) -> None:
         return seen[-1]
 
     monkeypatch.setattr(compiling, "choose_compiled", noted)
-    trained(CompiledKernel(ULA(0.2), planned_steps=36), steps=2)
+    trained(CompiledKernel(ULA(0.2), num_planned_steps=36), steps=2)
     assert not isinstance(seen[-1], Compiled)
-    once = trained(CompiledKernel(ULA(0.2), planned_steps=10**7), steps=2)
+    once = trained(CompiledKernel(ULA(0.2), num_planned_steps=10**7), steps=2)
     assert isinstance(seen[-1], Compiled)
-    again = trained(CompiledKernel(ULA(0.2), planned_steps=10**7), steps=2)
+    again = trained(CompiledKernel(ULA(0.2), num_planned_steps=10**7), steps=2)
     torch.testing.assert_close(again, once, rtol=0.0, atol=0.0)
     assert len(seen) == 3  # chosen once for each training
 
@@ -155,9 +154,10 @@ def test_it_is_the_kernel_inside_to_whoever_asks() -> None:
     with pytest.raises(AttributeError, match="nothing"):
         kernel.nothing  # noqa: B018
     with pytest.raises(
-        ValueError, match="planned_steps must be an integer of at least 1, got planned_steps=0"
+        ValueError,
+        match="num_planned_steps must be an integer of at least 1, got num_planned_steps=0",
     ):
-        CompiledKernel(ULA(0.2), planned_steps=0)
+        CompiledKernel(ULA(0.2), num_planned_steps=0)
     with pytest.raises(ValueError, match=r"kernel must be one of pyroebm\.kernels, got float"):
         CompiledKernel(0.2)  # type: ignore[arg-type]
 

@@ -16,28 +16,21 @@ from lib.kernel_cases import KERNELS, Fragile, Normal, Pair, assert_unchanged, r
 from scipy import integrate
 from torch import Tensor
 
-from pyroebm import (
+from pyroebm import MCMC, ChEES, Energy
+from pyroebm.core import MinibatchEnergy, Unconstrained, value_and_grad
+from pyroebm.core.compilation import Compiled
+from pyroebm.kernels import (
+    BAOAB,
     MCLMC,
-    MCMC,
     AdjustedMCLMC,
     Barker,
-    ChEES,
-    Energy,
-    MinibatchEnergy,
-    RandomWalk,
-    StochasticGradientLangevin,
-    Unconstrained,
-    UnderdampedLangevin,
-    WindowAdaptation,
-)
-from pyroebm.core import value_and_grad
-from pyroebm.core.compilation import Compiled
-from pyroebm.core.minibatch import subsample
-from pyroebm.kernels import (
     ChEESAdaptation,
     Dense,
     EnergyVarianceAdaptation,
     LowRank,
+    RandomWalk,
+    StochasticGradientLangevin,
+    WindowAdaptation,
     barker,
     ensemble,
     microcanonical,
@@ -149,11 +142,11 @@ def test_refreshing_draws_nothing_and_takes_the_new_energy(name: str) -> None:
     ("make", "message"),
     [
         (
-            lambda: UnderdampedLangevin(friction=0.0),
+            lambda: BAOAB(friction=0.0),
             "friction must be positive and finite, got friction=0.0",
         ),
         (
-            lambda: UnderdampedLangevin(temperature=math.inf),
+            lambda: BAOAB(temperature=math.inf),
             "temperature must be positive and finite",
         ),
         (
@@ -168,7 +161,7 @@ def test_refreshing_draws_nothing_and_takes_the_new_energy(name: str) -> None:
             lambda: ChEES(trajectory_length=math.nan),
             "trajectory_length must be positive and finite, got nan",
         ),
-        (lambda: ChEESAdaptation(learning_rate=0.0), "learning_rate must be positive"),
+        (lambda: ChEESAdaptation(lr=0.0), "lr must be positive"),
         (lambda: EnergyVarianceAdaptation(target=0.0), "target must be positive"),
         (lambda: StochasticGradientLangevin(decay=-1.0), "decay must be at least 0"),
     ],
@@ -217,7 +210,7 @@ def test_baoab_has_no_bias_in_the_positions_of_an_oscillator(
     """Its momenta have variance T (1 - eps^2 / 4), its positions T exactly (Leimkuhler and
     Matthews, 2013)."""
     kernel, generator = (
-        UnderdampedLangevin(step_size, None, friction, temperature),
+        BAOAB(step_size, None, friction, temperature=temperature),
         torch.Generator().manual_seed(1),
     )
     energy = Normal().double()
@@ -272,16 +265,14 @@ def test_baoab_has_the_bias_that_quadrature_gives() -> None:
     assert 3.6 < order < 4.4, (
         f"the bias falls with order {order}: at infinite friction the second in eps^2"
     )
-    x = run(
-        UnderdampedLangevin(step_size=0.5, friction=1e3), Ripples().double(), normal(100_000), 100
-    )
+    x = run(BAOAB(step_size=0.5, friction=1e3), Ripples().double(), normal(100_000), 100)
     mean, se = mean_and_se(torch.cos(3 * x))
     assert abs(mean - truth) > 5 * se, "the bias must be seen, for the test to say something"
     within_se(mean, baoab_law(0.5), se)
 
 
 def test_the_heat_of_the_bath_is_no_energy_error() -> None:
-    kernel, generator = UnderdampedLangevin(0.3, temperature=1e4), torch.Generator().manual_seed(1)
+    kernel, generator = BAOAB(0.3, temperature=1e4), torch.Generator().manual_seed(1)
     energy, x = Normal((10,)).double(), 100.0 * normal(2000, 10)
     state, moments = kernel.init(energy, x, generator), []
     for _ in range(10):
@@ -294,7 +285,7 @@ def test_the_heat_of_the_bath_is_no_energy_error() -> None:
 
 def test_baoab_beyond_its_stability_refuses_and_says_so() -> None:
     energy = DoubleWell().double()
-    kernel = UnderdampedLangevin(step_size=1.0)
+    kernel = BAOAB(step_size=1.0)
     generator = torch.Generator().manual_seed(0)
     state, diverged = kernel.init(energy, torch.ones(64, dtype=torch.float64), generator), 0
     for _ in range(50):
@@ -498,7 +489,7 @@ def test_minibatches_are_found_inside_other_views() -> None:
         (Unconstrained(energy), part),
         (Compiled(Unconstrained(energy)), part),
     ):
-        torch.testing.assert_close(subsample(view, torch.Generator().manual_seed(0))(x), value)
+        torch.testing.assert_close(view.subsample(torch.Generator().manual_seed(0))(x), value)
     with pytest.raises(
         ValueError, match="batch_size must be from 1 to the 6 rows of data, got batch_size=7"
     ):

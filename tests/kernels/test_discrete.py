@@ -28,27 +28,17 @@ from lib.discrete_cases import (
 from torch import Tensor
 from torch.distributions import Bernoulli, Distribution, Independent, constraints
 
-from pyroebm import (
-    DMALA,
-    DULA,
-    MCMC,
-    NUTS,
-    BlockGibbs,
-    Energy,
-    Gibbs,
-    GibbsWithGradients,
-    Kernel,
-    PyroKernel,
-    value_and_grad,
-)
-from pyroebm.core import Relaxed
+from pyroebm import MCMC, NUTS, Energy, Gibbs
+from pyroebm.core import Relaxed, value_and_grad
+from pyroebm.core.conditionals import HasBlocks
 from pyroebm.core.rng import drawing_from
 from pyroebm.core.supports import inside, site_values
 from pyroebm.energies import Ising, Potts
-from pyroebm.kernels import discrete, gibbs
+from pyroebm.kernels import DMALA, DULA, BlockGibbs, GibbsWithGradients, Kernel, discrete
 from pyroebm.kernels.adaptation import WindowAdaptation
-from pyroebm.kernels.gibbs import HasBlocks, HasSiteLogits, PointState
+from pyroebm.kernels.base import PointState
 from pyroebm.kernels.sites import draw_index
+from pyroebm.ppl import PyroKernel
 from pyroebm.targets import BernoulliProduct, DoubleWell
 
 
@@ -411,14 +401,14 @@ def test_mutant_dmala_without_its_proposal_ratio_is_caught(monkeypatch: pytest.M
 def test_mutant_gibbs_that_updates_all_sites_at_once_is_caught(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    true, seen = gibbs.conditional_logits, []
+    true, seen = Energy.site_logits, []
 
-    def stale(energy: Energy, x: Tensor, site: Tensor, values: Tensor) -> Tensor:
+    def stale(energy: Energy, x: Tensor, site: Tensor) -> Tensor:
         if int(site[0]) == 0:
             seen[:] = [x.clone()]
-        return true(energy, seen[0], site, values)
+        return true(energy, seen[0], site)
 
-    monkeypatch.setattr(gibbs, "conditional_logits", stale)
+    monkeypatch.setattr(Energy, "site_logits", stale)
     with pytest.raises(AssertionError):
         assert_stationary(Gibbs(), Pairwise("bits"))
 
@@ -467,13 +457,11 @@ LATTICES: dict[str, Callable[[], Ising | Potts]] = {
 @pytest.mark.parametrize("name", LATTICES)
 def test_fast_conditionals_are_those_of_the_energy(name: str) -> None:
     energy = LATTICES[name]()
-    assert isinstance(energy, HasSiteLogits)
     x = energy.initial(20, torch.Generator().manual_seed(0))
-    values = site_values(energy.support, energy.event_shape, x.dtype, x.device)
-    sites = x.reshape(20, -1, values.shape[1])
-    for i in range(sites.shape[1]):
-        site = (torch.arange(20) + i) % sites.shape[1]
-        expected = torch.log_softmax(gibbs.conditional_logits(energy, sites, site, values), 1)
+    sites = energy.shape.numel()
+    for i in range(sites):
+        site = (torch.arange(20) + i) % sites
+        expected = torch.log_softmax(Energy.site_logits(energy, x, site), 1)
         torch.testing.assert_close(torch.log_softmax(energy.site_logits(x, site), 1), expected)
 
 
@@ -589,7 +577,7 @@ def test_mcmc_runs_reports_and_resumes(name: str) -> None:
     assert set(x.unique().tolist()) == {-1.0, 1.0}
     data = mcmc.to_arviz()
     assert data.posterior["x"].shape == (8, 60, 2, 3)
-    assert ("step_size" in data.sample_stats) == hasattr(mcmc.kernel, "step_size")
+    assert ("step_size" in data.sample_stats) == (mcmc.kernel.step_size is not None)
     assert len(mcmc.summary()) == 6
     assert ("not exact" in str(mcmc.diagnose())) == (name == "dula")
     assert mcmc.diagnostics()["x"]["r_hat"].shape == (2, 3)

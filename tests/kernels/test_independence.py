@@ -11,9 +11,9 @@ from lib.reseed import problem_generator
 from lib.seeds import seeded
 from torch import Tensor
 
-from pyroebm import HMC, MALA, MCMC, ChEES, Energy, IndependenceMetropolis, Jumps, Kernel
+from pyroebm import HMC, MALA, MCMC, ChEES, Energy
 from pyroebm.flows import NICE, RedundantNICE
-from pyroebm.kernels import Gibbs
+from pyroebm.kernels import Gibbs, IndependenceMetropolis, Kernel, LocalGlobalMixture
 from pyroebm.kernels.independence import IndependenceState
 from pyroebm.targets import DoubleWell, Gaussian, GaussianMixture
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("float64")
 
 def broad(dim: int, scale: float, shift: float = 0.0) -> NICE:
     """A normal law of that deviation as a flow."""
-    flow = NICE(dim, couplings=0)
+    flow = NICE(dim, num_layers=0)
     with torch.no_grad():
         flow.linear.log_diagonal.fill_(torch.tensor(scale).log())
         flow.transform.parts[-1].offset.fill_(shift)
@@ -45,8 +45,10 @@ MIXTURE = GaussianMixture(
 )
 KERNELS = {
     "independence": lambda: IndependenceMetropolis(broad(2, 5.0)),
-    "jumps": lambda: Jumps(HMC(0.4, num_steps=3), broad(2, 5.0), every=3),
-    "jumps of an off-centre proposal": lambda: Jumps(MALA(0.7), broad(2, 6.0, shift=2.0), every=1),
+    "jumps": lambda: LocalGlobalMixture(HMC(0.4, num_steps=3), broad(2, 5.0), every=3),
+    "jumps of an off-center proposal": lambda: LocalGlobalMixture(
+        MALA(0.7), broad(2, 6.0, shift=2.0), every=1
+    ),
 }
 
 
@@ -66,11 +68,11 @@ class _NoDensity(IndependenceMetropolis):
         self, energy: Energy, state: IndependenceState, generator: torch.Generator | None = None
     ) -> tuple:
         flat = state._replace(log_q=torch.zeros_like(state.log_q))
-        proposal, push = self.proposal, self.proposal.push
+        proposal, push = self.proposal, self.proposal.forward_and_log_prob
         blind = type(
-            "Blind", (), {"draw_noise": proposal.draw_noise, "log_prob": proposal.log_prob}
+            "Blind", (), {"rsample_base": proposal.rsample_base, "log_prob": proposal.log_prob}
         )()
-        blind.push = lambda z: (push(z)[0], torch.zeros(len(z)))
+        blind.forward_and_log_prob = lambda z: (push(z)[0], torch.zeros(len(z)))
         return IndependenceMetropolis(blind).step(energy, flat, generator)
 
 
@@ -108,7 +110,7 @@ def test_mutants_are_caught(mutant: type[IndependenceMetropolis]) -> None:
 
 def test_redundant_latents_move_on_the_extended_energy() -> None:
     energy = DoubleWell()
-    flow = RedundantNICE(1, 2, seed=3)
+    flow = RedundantNICE(1, 2, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         for parameter in flow.parameters():
             parameter += 0.1 * torch.randn(parameter.shape, generator=problem_generator(4))
@@ -116,7 +118,7 @@ def test_redundant_latents_move_on_the_extended_energy() -> None:
     extended = flow.extend(energy)
     # A chain that no jump reaches keeps its well, so the means of chains are skewed: many chains,
     # of few steps each
-    state = (kernel := Jumps(HMC(0.2, num_steps=4), flow, every=2)).init(
+    state = (kernel := LocalGlobalMixture(HMC(0.2, num_steps=4), flow, every=2)).init(
         extended, extended.sample(4096, seeded(5))
     )
     generator, seen = seeded(6), []
@@ -130,7 +132,7 @@ def test_redundant_latents_move_on_the_extended_energy() -> None:
 
 
 def test_warm_up_tunes_the_local_kernel() -> None:
-    kernel = Jumps(HMC(1e-3, num_steps=3), broad(2, 3.0), every=2)
+    kernel = LocalGlobalMixture(HMC(1e-3, num_steps=3), broad(2, 3.0), every=2)
     mcmc = MCMC(kernel, num_samples=100, warmup_steps=200, num_chains=32, seed=0, progress=False)
     mcmc.run(Gaussian(torch.zeros(2), scale=[0.5, 2.0]))
     assert float(torch.as_tensor(mcmc.kernel.step_size)) > 0.1
@@ -144,14 +146,14 @@ def test_warm_up_tunes_the_local_kernel() -> None:
     [
         (
             lambda: IndependenceMetropolis(torch.nn.Identity()),
-            "proposal must have draw_noise, push and log_prob",
+            "proposal must have rsample_base, forward_and_log_prob and log_prob",
         ),
         (
-            lambda: Jumps(HMC(), broad(2, 1.0), every=0),
+            lambda: LocalGlobalMixture(HMC(), broad(2, 1.0), every=0),
             "every must be an integer of at least 1, got every=0",
         ),
-        (lambda: Jumps(ChEES(), broad(2, 1.0)), "tuned by its step size"),
-        (lambda: Jumps(Gibbs(), broad(2, 1.0)), "tuned by its step size"),
+        (lambda: LocalGlobalMixture(ChEES(), broad(2, 1.0)), "tuned by its step size"),
+        (lambda: LocalGlobalMixture(Gibbs(), broad(2, 1.0)), "tuned by its step size"),
     ],
 )
 def test_refusals(make: object, said: str) -> None:

@@ -16,16 +16,9 @@ from lib.kernel_cases import EXACT, KERNELS, Fragile, Normal, Pair, assert_uncha
 from scipy import stats
 from torch import Tensor
 
-from pyroebm import (
-    HMC,
-    MALA,
-    NUTS,
-    ULA,
-    Energy,
-    Kernel,
-)
+from pyroebm import HMC, MALA, NUTS, ULA, Energy
 from pyroebm.core.serialization import pack
-from pyroebm.kernels import Diagonal, LockstepNUTS, hamiltonian, langevin
+from pyroebm.kernels import Diagonal, Kernel, LockstepNUTS, hamiltonian, langevin
 from pyroebm.kernels.base import rows
 from pyroebm.kernels.hamiltonian import draw_momentum, kinetic, leapfrog
 from pyroebm.kernels.metric import Identity
@@ -38,7 +31,7 @@ EVENTS = [(), (3,), (2, 3, 4)]
 
 def fitted(name: str, energy: Energy) -> Energy:
     """A scalar energy, as a pair for the kernels that refuse events of one entry."""
-    return energy if KERNELS[name]().least_dim == 1 else Pair(energy)
+    return energy if KERNELS[name]().min_dim == 1 else Pair(energy)
 
 
 def events(energy: Energy, x: Tensor) -> Tensor:
@@ -55,7 +48,7 @@ def events(energy: Energy, x: Tensor) -> Tensor:
 def test_step_keeps_shapes_and_types(name: str, dtype: torch.dtype, event: tuple[int, ...]) -> None:
     energy = Normal(event).to(dtype)
     kernel, generator = build(name, event, dtype), torch.Generator().manual_seed(0)
-    if math.prod(event) < kernel.least_dim:
+    if math.prod(event) < kernel.min_dim:
         with pytest.raises(
             ValueError, match=r"needs events of at least 2 entries, but Normal has event_shape \(\)"
         ):
@@ -312,8 +305,8 @@ class Hot(Energy):
     def forward(self, x: Tensor) -> Tensor:
         return self.energy(x) / 1.03
 
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        return self.energy.sample(n, generator)
+    def sample(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
+        return self.energy.sample(num_samples, generator)
 
 
 def test_mutants_no_metropolis_and_wrong_temperature_are_caught() -> None:

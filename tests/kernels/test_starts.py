@@ -13,8 +13,9 @@ from torch import Tensor
 
 from benchmarks import starts
 from benchmarks.suite.cases import CASES as SAMPLER_CASES
-from pyroebm import HMC, MALA, MCMC, NUTS, Energy, RandomWalk, WindowAdaptation, infer
+from pyroebm import HMC, MALA, MCMC, NUTS, Energy, infer
 from pyroebm.diagnostics import describe_stuck, diagnose, stuck_chains
+from pyroebm.kernels import RandomWalk, WindowAdaptation
 from pyroebm.kernels.adaptation import draw_starts
 from pyroebm.targets import DoubleWell, Exponential
 
@@ -121,9 +122,9 @@ class Cliff(Energy):
     def forward(self, x: Tensor) -> Tensor:
         return (0.5 * x**2 + torch.where(x > 1.0, 1e6 * (x - 1.0) ** 2, 0.0)).sum(-1)
 
-    def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        self.asked.append(n)
-        return super().initial(n, generator)
+    def initial(self, num_chains: int, generator: torch.Generator | None = None) -> Tensor:
+        self.asked.append(num_chains)
+        return super().initial(num_chains, generator)
 
 
 def test_a_start_is_a_candidate_from_which_a_step_is_accepted() -> None:
@@ -159,8 +160,8 @@ class Centered(Energy):
         own = torch.arange(8.0, dtype=double).unsqueeze(1)
         return 0.5 * ((x - own) ** 2).sum(-1) + torch.where(x[:, 0] > 0, 0.0, torch.inf)
 
-    def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        return torch.randn(n, 1, dtype=double, generator=generator)
+    def initial(self, num_chains: int, generator: torch.Generator | None = None) -> Tensor:
+        return torch.randn(num_chains, 1, dtype=double, generator=generator)
 
 
 def test_energies_may_hold_something_for_each_row() -> None:
@@ -179,11 +180,11 @@ class Slopes(Energy):
         near = torch.where(x > 1000.0, ((x - 5000.0) / 1000.0).square(), (x / 0.01).square())
         return torch.where(x < -1.0, torch.inf, 0.5 * near)
 
-    def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+    def initial(self, num_chains: int, generator: torch.Generator | None = None) -> Tensor:
         self.rounds += 1
-        x = 0.01 * torch.randn(n, dtype=torch.float64, generator=generator)
+        x = 0.01 * torch.randn(num_chains, dtype=torch.float64, generator=generator)
         x = torch.full_like(x, -2.0) if self.rounds == 1 else x
-        return torch.where(torch.arange(n) == 0, 5000.0, x)
+        return torch.where(torch.arange(num_chains) == 0, 5000.0, x)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -204,8 +205,8 @@ def test_where_no_step_is_accepted_the_last_finite_candidate_is_taken() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return torch.where((x == 1.0).all(-1), 0.0 * x.sum(-1), torch.inf)
 
-        def initial(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-            return torch.randint(2, (n, 1), generator=generator).double()
+        def initial(self, num_chains: int, generator: torch.Generator | None = None) -> Tensor:
+            return torch.randint(2, (num_chains, 1), generator=generator).double()
 
     x = draw_starts(NUTS(), Dots().double(), 64, torch.Generator().manual_seed(0), adapts=False)
     assert torch.equal(x, torch.ones(64, 1, dtype=double))

@@ -16,27 +16,20 @@ from lib.tempered import separated, state_at
 from scipy import stats
 from torch import Tensor
 
-from pyroebm import (
-    DMALA,
-    HMC,
-    MALA,
-    MCMC,
-    NUTS,
-    ULA,
-    DistributionEnergy,
-    Energy,
-    Gibbs,
-    GibbsWithGradients,
-    Info,
-    Kernel,
-    ParallelTempering,
-    Path,
-    Unconstrained,
-    spin,
-)
+from pyroebm import HMC, MALA, MCMC, NUTS, ULA, Energy, Gibbs, ParallelTempering
+from pyroebm.core import DistributionEnergy, GeometricPath, Unconstrained, spin
 from pyroebm.core.compilation import Compiled
 from pyroebm.energies import Ising
-from pyroebm.kernels import GradientKernel, LadderAdaptation, hamiltonian, tempering
+from pyroebm.kernels import (
+    DMALA,
+    GibbsWithGradients,
+    GradientKernel,
+    Info,
+    Kernel,
+    LadderAdaptation,
+    hamiltonian,
+    tempering,
+)
 from pyroebm.kernels.base import column
 from pyroebm.kernels.tempering import by_row, respaced, swapped_order
 from pyroebm.targets import DoubleWell, Exponential, Gaussian, GaussianMixture
@@ -56,7 +49,7 @@ def draws(energy: Energy, kernel: ParallelTempering, n: int, generator: torch.Ge
     """Exact draws ``(n, R)`` of a scalar variable at every temperature, by inverse CDF on a
     grid."""
     laws = [
-        TabulatedLaw(Path(energy, beta, kernel.reference), -16.0, 16.0, split=0.0)
+        TabulatedLaw(GeometricPath(energy, beta, kernel.reference), -16.0, 16.0, split=0.0)
         for beta in kernel.betas.tolist()
     ]
     return torch.stack(
@@ -354,7 +347,7 @@ def test_a_reference_for_a_positive_variable_is_on_its_own_space() -> None:
     import pyro.distributions as dist
 
     gamma = DistributionEnergy(
-        dist.Gamma(torch.tensor(2.0).double(), torch.tensor(0.7).double()), torch.float64
+        dist.Gamma(torch.tensor(2.0).double(), torch.tensor(0.7).double()), dtype=torch.float64
     )
     mcmc = MCMC(
         ParallelTempering(MALA(), [1.0, 0.5, 0.0], gamma), 200, 100, 64, seed=0, save_warmup=False
@@ -594,16 +587,19 @@ def test_a_run_that_was_saved_goes_on_bit_for_bit(reference: Energy | None) -> N
             "reference must have exact draws, but Tempered",
         ),
         (lambda: LadderAdaptation(target_acceptance=1.0), r"target_acceptance must be in \(0, 1\)"),
-        (lambda: Path(DoubleWell(), 1.5), r"betas must be one number in \[0, 1\]"),
+        (lambda: GeometricPath(DoubleWell(), 1.5), r"betas must be one number in \[0, 1\]"),
         (
-            lambda: Path(DoubleWell(), 0.5, Gaussian(torch.zeros(2))),
+            lambda: GeometricPath(DoubleWell(), 0.5, Gaussian(torch.zeros(2))),
             "reference must have the event_shape",
         ),
         (
-            lambda: Path(DoubleWell(), 0.5, Exponential()),
+            lambda: GeometricPath(DoubleWell(), 0.5, Exponential()),
             "reference must have the event_shape, support",
         ),
-        (lambda: Path(DoubleWell(), [0.5, 1.0])(torch.zeros(3)), "one row for each of 2 betas"),
+        (
+            lambda: GeometricPath(DoubleWell(), [0.5, 1.0])(torch.zeros(3)),
+            "one row for each of 2 betas",
+        ),
         (
             lambda: LadderAdaptation().start(NUTS(), DoubleWell(), None),
             "for ParallelTempering, got NUTS",

@@ -21,18 +21,9 @@ from torch import Tensor
 from torch.distributions import constraints
 from torch.distributions.constraints import Constraint
 
-from pyroebm import (
-    HMC,
-    MCMC,
-    ULA,
-    Energy,
-    Kernel,
-    ModelEnergy,
-    ParallelTempering,
-    WindowAdaptation,
-    spin,
-)
-from pyroebm.kernels import hamiltonian
+from pyroebm import HMC, MCMC, ULA, Energy, ModelEnergy, ParallelTempering
+from pyroebm.core import spin
+from pyroebm.kernels import Kernel, WindowAdaptation, hamiltonian
 from pyroebm.targets import Banana, Funnel, GaussianMixture, Rosenbrock
 from pyroebm.targets.curved import _Bent
 
@@ -170,7 +161,7 @@ def test_tempering_keeps_their_moments(target: str) -> None:
 
 
 class EightSchools(Energy):
-    """The non-centred posterior of ``test_model_energy.eight_schools`` by hand: mu, log tau and z
+    """The non-centered posterior of ``test_model_energy.eight_schools`` by hand: mu, log tau and z
     in one vector."""
 
     def __init__(self) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyroebm import MCMC, Energy, Kernel
+from pyroebm import MCMC, Energy
+from pyroebm.kernels import Kernel
 
 
 class Stops(Energy):

@@ -15,9 +15,10 @@ from torch.distributions import Bernoulli, Distribution, Independent, constraint
 from torch.distributions.constraints import Constraint
 
 from lib.reseed import problem_generator
-from pyroebm import DMALA, DULA, BlockGibbs, Energy, Gibbs, GibbsWithGradients, Kernel
+from pyroebm import Energy, Gibbs
 from pyroebm.core import spin
-from pyroebm.energies.spins import SpinBernoulli
+from pyroebm.core.spins import SpinBernoulli
+from pyroebm.kernels import DMALA, DULA, BlockGibbs, GibbsWithGradients, Kernel
 
 #: One line for a kernel: every test that takes ``name`` runs on it.
 DISCRETE: dict[str, Callable[[], Kernel[Any]]] = {

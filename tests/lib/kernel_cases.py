@@ -10,26 +10,22 @@ from scipy import stats
 from torch import Tensor
 
 from lib.checks import within_se
-from pyroebm import (
-    HMC,
-    MALA,
+from pyroebm import HMC, MALA, NUTS, ULA, ChEES, Energy, ParallelTempering
+from pyroebm.kernels import (
+    BAOAB,
+    GHMC,
     MCLMC,
-    NUTS,
-    ULA,
     AdjustedMCLMC,
     Barker,
-    ChEES,
-    Energy,
+    Dense,
     IndependenceMetropolis,
-    Jumps,
     Kernel,
-    MetropolisUnderdamped,
-    ParallelTempering,
+    LocalGlobalMixture,
+    LockstepNUTS,
+    LowRank,
     RandomWalk,
     StochasticGradientLangevin,
-    UnderdampedLangevin,
 )
-from pyroebm.kernels import Dense, LockstepNUTS, LowRank
 from pyroebm.kernels.metric import Metric
 
 #: For an event of one entry: inverse mass 0.5.
@@ -43,10 +39,10 @@ class Wide:
         self.dim = dim
         self.dtype = dtype
 
-    def draw_noise(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+    def rsample_base(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         return torch.randn(n, self.dim, dtype=self.dtype, generator=generator)
 
-    def push(self, z: Tensor) -> tuple[Tensor, Tensor]:
+    def forward_and_log_prob(self, z: Tensor) -> tuple[Tensor, Tensor]:
         x = 0.3 + 1.5 * z
         return x, self.log_prob(x)
 
@@ -74,8 +70,8 @@ KERNELS: dict[str, Callable[[], Kernel]] = {
     "random-walk": lambda: RandomWalk(step_size=0.5),
     "barker": lambda: Barker(step_size=0.5),
     "barker-metric": lambda: Barker(step_size=0.7, inverse_mass=torch.tensor(0.5)),
-    "underdamped": lambda: UnderdampedLangevin(step_size=0.2),
-    "metropolis-underdamped": lambda: MetropolisUnderdamped(step_size=0.3),
+    "underdamped": lambda: BAOAB(step_size=0.2),
+    "metropolis-underdamped": lambda: GHMC(step_size=0.3),
     "sgld": lambda: StochasticGradientLangevin(step_size=0.2, decay=0.5),
     "mclmc": lambda: MCLMC(step_size=0.3),
     "adjusted-mclmc": lambda: AdjustedMCLMC(step_size=0.3),
@@ -85,10 +81,8 @@ KERNELS: dict[str, Callable[[], Kernel]] = {
         step_size=0.4, trajectory_length=2.0, inverse_mass=torch.tensor(0.5)
     ),
     "independence": lambda: IndependenceMetropolis(Wide()),
-    "jumps": lambda: Jumps(HMC(step_size=0.3, num_steps=3), Wide(), every=2),
-    "metropolis-underdamped-metric": lambda: MetropolisUnderdamped(
-        step_size=0.4, inverse_mass=torch.tensor(0.5)
-    ),
+    "jumps": lambda: LocalGlobalMixture(HMC(step_size=0.3, num_steps=3), Wide(), every=2),
+    "metropolis-underdamped-metric": lambda: GHMC(step_size=0.4, inverse_mass=torch.tensor(0.5)),
 }
 
 
@@ -134,8 +128,8 @@ class Pair(Energy):
     def forward(self, x: Tensor) -> Tensor:
         return self.energy(x).sum(-1)
 
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        return self.energy.sample(2 * n, generator).reshape(n, 2)
+    def sample(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
+        return self.energy.sample(2 * num_samples, generator).reshape(num_samples, 2)
 
 
 class Fragile(Energy):

@@ -56,10 +56,11 @@ def problem_generator(seed: int) -> torch.Generator:
 
 @contextlib.contextmanager
 def fixed_problem() -> Iterator[None]:
-    """Within it generators are those of no shift: for flows and networks, whose parameters come
-    from an integer seed."""
-    with pytest.MonkeyPatch.context() as patch:
+    """Within it generators are those of no shift, and torch's default one is of seed 0: for the
+    parameters of flows and networks."""
+    with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng(devices=[]):
         patch.setattr(torch, "Generator", PLAIN)
+        torch.set_rng_state(PLAIN().manual_seed(0).get_state())
         yield
 
 

@@ -13,9 +13,10 @@ from lib.checks import within_se
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pyroebm import HMC, MALA, MCMC, NUTS, ULA, Energy, ParallelTempering, WindowAdaptation
+from pyroebm import HMC, MALA, MCMC, NUTS, ULA, Energy, ParallelTempering
 from pyroebm.core.statistics import arviz, bfmi, ess_bulk, mcse_mean, r_hat
 from pyroebm.diagnostics import Diagnosis, diagnose, mode_masses, to_arviz
+from pyroebm.kernels import WindowAdaptation
 from pyroebm.targets import (
     BernoulliProduct,
     Beta,
@@ -240,7 +241,7 @@ def test_bad_energies_and_starts() -> None:
     mcmc = MCMC(NUTS(), 10, 10, 4)
     with pytest.raises(ValueError, match=r"energy must be a pyroebm\.Energy, got function"):
         mcmc.run(lambda x: x**2)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="is discrete"):
+    with pytest.raises(ValueError, match="it is discrete and has no gradient in x"):
         mcmc.run(BernoulliProduct(torch.zeros(3)))
     with pytest.raises(ValueError, match=r"one state for each of num_chains=4, got shape \(3,\)"):
         mcmc.run(DoubleWell(), torch.zeros(3))

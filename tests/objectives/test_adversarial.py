@@ -29,7 +29,7 @@ from pyroebm.objectives.adversarial import Negative, batch_norm_entropy
 from pyroebm.objectives.vera import latent_score
 from pyroebm.partition import quadrature
 from pyroebm.targets import Beta, DoubleWell, Gaussian
-from pyroebm.training import fit
+from pyroebm.training import fit_steps
 
 F64 = torch.float64
 CPU = torch.device("cpu")
@@ -52,7 +52,7 @@ Make = Callable[[tuple[int, ...], torch.dtype], Adversarial]
 
 OBJECTIVES: dict[str, Make] = {
     "flow": lambda event, dtype: AdversarialFlow(
-        NICE(numel(event), couplings=2, hidden=(8,), dtype=dtype)
+        NICE(numel(event), num_layers=2, hidden_sizes=(8,), dtype=dtype)
     ),
     "total gradient": lambda event, dtype: AdversarialFlow(
         NICE(numel(event), 2, (8,), dtype=dtype), 16, gradient="total"
@@ -212,11 +212,11 @@ def test_fit_trains_both_and_goes_on_where_it_stopped(name: str, tmp_path: Path)
         energy, objective, _ = pair(name, (2,))
         before = [p.detach().clone() for p in [*energy.parameters(), *objective.parameters()]]
         for resume in (False,) if stop is None else (False, True):
-            loop = fit(
-                energy, objective, data, steps=6, batch_size=3, checkpoint=path, resume=resume
+            loop = fit_steps(
+                energy, objective, data, num_steps=6, batch_size=3, checkpoint=path, resume=resume
             )
-            for step, _, _ in loop:
-                if not resume and step == stop:
+            for step in loop:
+                if not resume and step.number == stop:
                     loop.close()
             if stop is not None and not resume:
                 energy, objective, _ = pair(name, (2,))
@@ -273,7 +273,7 @@ def test_what_does_not_fit_is_refused(name: str) -> None:
         (lambda: MLPGenerator((2,), 2, sigma=-1.0), "sigma must be"),
         (lambda: MLPGenerator((2,), 2, ()), "hidden must"),
         (lambda: MLPGenerator((2,), 2)(torch.zeros(3, 1)), "z must have shape"),
-        (lambda: MLPGenerator((2,), 2).sample(0), "n must be"),
+        (lambda: MLPGenerator((2,), 2).sample(0), "num_samples must be"),
         (lambda: Generator(nn.Linear(2, 3), 2, (2,)).sample(4), "net must give events"),
         (lambda: ProductOfExpertsEnergy(nn.Tanh(), 2, (2,), 0), "num_experts must be"),
         (lambda: ProductOfExpertsEnergy(nn.Tanh(), 2, (2,), 3, sigma=0.0), "sigma must be"),
@@ -390,7 +390,7 @@ def check_flow_bound(make: Callable[[Flow], Adversarial]) -> None:
     """In 2-D without latents: the bound is above the log-likelihood by KL(q || p)."""
     with fixed_problem():
         energy = perturbed(MLPEnergy((2,), (8,), scale=1.0, dtype=F64, generator=seeded(2)), 0.2)
-        flow = perturbed(NICE(2, couplings=2, hidden=(8,), dtype=F64), 0.15)
+        flow = perturbed(NICE(2, num_layers=2, hidden_sizes=(8,), dtype=F64), 0.15)
     axis = torch.linspace(-9.0, 9.0, 601, dtype=F64)
     grid, cell = torch.cartesian_prod(axis, axis), float(axis[1] - axis[0]) ** 2
     with torch.no_grad():
@@ -415,7 +415,9 @@ def test_the_redundant_bound_is_j_r() -> None:
     """In 1-D with one latent: J_R by quadrature over (x, y), above KL of the marginal, above 0."""
     energy = DoubleWell(dtype=F64)
     with fixed_problem():
-        flow = perturbed(RedundantNICE(1, 2, couplings=4, hidden=(8,), dtype=F64), 0.25, seed=3)
+        flow = perturbed(
+            RedundantNICE(1, 2, num_layers=4, hidden_sizes=(8,), dtype=F64), 0.25, seed=3
+        )
     axis = torch.linspace(-12.0, 12.0, 1201, dtype=F64)
     grid, step = torch.cartesian_prod(axis, axis), float(axis[1] - axis[0])
     assert energy.log_z is not None
@@ -448,9 +450,9 @@ class Learned(Energy):
 
 def exact_flow(energy: Learned) -> Flow:
     scale = (-0.5 * energy.log_precision.detach()).exp()
-    flow = NICE(2, couplings=0, dtype=F64)
+    flow = NICE(2, num_layers=0, dtype=F64)
     with torch.no_grad():  # a fresh flow is z: S = diag(scale), shifted by the mean
-        images = flow.push(torch.eye(2, dtype=F64))[0]
+        images = flow.forward_and_log_prob(torch.eye(2, dtype=F64))[0]
         torch.testing.assert_close(images, torch.eye(2, dtype=F64))
     return Flow(
         [
@@ -596,7 +598,7 @@ def test_the_latent_score_is_that_of_the_normal_law() -> None:
     rows = 4
     copies = 400
     k = 2000
-    z = model.draw_noise(rows, seeded(1))
+    z = model.sample_latent(rows, seeded(1))
     x = model.emit(z, seeded(2)).detach()
     law = law_of(model)
     exact = -(x - law.mean) @ law.precision_matrix
@@ -614,7 +616,7 @@ def test_the_latent_score_is_that_of_the_normal_law() -> None:
 
 def test_the_error_of_the_latent_score_falls_as_1_over_k() -> None:
     model = linear()
-    z = model.draw_noise(3000, seeded(1))
+    z = model.sample_latent(3000, seeded(1))
     x = model.emit(z, seeded(2)).detach()
     law = law_of(model)
     exact = -(x - law.mean) @ law.precision_matrix
@@ -633,7 +635,7 @@ def test_the_error_of_the_latent_score_falls_as_1_over_k() -> None:
 
 def test_a_row_of_the_latent_score_is_its_own() -> None:
     model = perturbed(MLPGenerator((2, 1, 2), 3, (6,), sigma=0.3, dtype=F64, generator=seeded(0)))
-    z = model.draw_noise(4, seeded(1))
+    z = model.sample_latent(4, seeded(1))
     x = model.emit(z, seeded(2)).detach()
     whole = latent_score(model, x, z, LOG_ETA, 6, seeded(3))
     x[2, 0, 0, 0] = math.nan
@@ -695,7 +697,7 @@ def test_the_width_of_proposals_is_trained() -> None:
         (objective.log_eta.grad,) = torch.autograd.grad(losses["posterior"], [objective.log_eta])
         optimizer.step()
     model = linear()
-    z = model.draw_noise(4000, seeded(1))
+    z = model.sample_latent(4000, seeded(1))
     x = model.emit(z, seeded(2)).detach()
     law = law_of(model)
     exact = -(x - law.mean) @ law.precision_matrix
@@ -721,7 +723,7 @@ def test_generators_draw_rows(event: tuple[int, ...]) -> None:
     model = MLPGenerator(
         event, 3, (8, 8), batch_norm=True, sigma=0.1, dtype=F64, generator=seeded(0)
     )
-    model.emit(model.draw_noise(50, seeded(0)))  # running statistics move
+    model.emit(model.sample_latent(50, seeded(0)))  # running statistics move
     before = {k: v.clone() for k, v in model.state_dict().items()}
     drawn = model.sample(6, seeded(1))
     assert drawn.shape == (6, *event)
@@ -730,7 +732,7 @@ def test_generators_draw_rows(event: tuple[int, ...]) -> None:
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert torch.equal(drawn, model.sample(6, seeded(1)))
     model.eval()
-    z = model.draw_noise(6, seeded(2))
+    z = model.sample_latent(6, seeded(2))
     torch.testing.assert_close(model(z)[:2], model(z[:2]))
 
 
@@ -819,7 +821,7 @@ class Attached(AdversarialFlow):
         self, energy: Energy, batch: Tensor, *, generator: torch.Generator | None = None
     ) -> Any:
         losses, facts = super().losses(energy, batch, generator=generator)
-        x = self.flow.push(self.flow.draw_noise(len(batch), generator))[0]
+        x = self.flow.forward_and_log_prob(self.flow.rsample_base(len(batch), generator))[0]
         return losses | {"energy": energy(batch).mean() - energy(x).mean()}, facts
 
 

@@ -1,11 +1,12 @@
 """Objectives of machines that can be enumerated: every gradient against the exact one; chains,
-ladders and centring; mutants."""
+ladders and centering; mutants."""
 
 from __future__ import annotations
 
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -30,15 +31,17 @@ from pyroebm.energies import (
 )
 from pyroebm.energies.layered import LayeredEnergy, LayeredMachine
 from pyroebm.kernels import MALA, Gibbs, Info
-from pyroebm.kernels.gibbs import PointState, point_state
+from pyroebm.kernels.base import PointState
+from pyroebm.kernels.gibbs import point_state
 from pyroebm.kernels.sites import DiscreteKernel
 from pyroebm.objectives import (
-    Centring,
+    Centering,
     ContrastiveDivergence,
     ExactLikelihood,
     MeanFieldLikelihood,
     PersistentCD,
     Pseudolikelihood,
+    ReplayBufferCD,
     Sparsity,
 )
 from pyroebm.objectives import contrastive as contrastive_module
@@ -89,8 +92,8 @@ class Spins(Energy):
         return -((x @ torch.triu(self.coupling, 1)) * x).sum(-1) - x @ self.field
 
 
-class Colours(Energy):
-    """Two one-hot sites of three colours each."""
+class Colors(Energy):
+    """Two one-hot sites of three colors each."""
 
     def __init__(self) -> None:
         super().__init__((2, 3), constraints.one_hot)
@@ -198,7 +201,7 @@ def check_pcd(
     )
 
 
-def check_identity_keeps_chains(objective: PersistentCD) -> None:
+def check_identity_keeps_chains(objective: ReplayBufferCD) -> None:
     rbm, noise = oracle_rbm(), seeded(0)
     objective(rbm, DATA, generator=noise)
     assert objective.chains is not None
@@ -213,7 +216,7 @@ def check_swaps(ladder: Ladder) -> None:
     states."""
     energies = torch.tensor([0.0, 2.0], dtype=F64)
     n, noise = 200_000, seeded(5)
-    ladder.chains = n
+    ladder.num_chains = n
     p = [
         torch.exp(-beta * energies)[1] / torch.exp(-beta * energies).sum() for beta in ladder.betas
     ]
@@ -226,8 +229,8 @@ def check_swaps(ladder: Ladder) -> None:
         within_se(mean, q, se, what="the share of the upper state")
 
 
-def check_centring(centring: Centring, energy: LayeredMachine, data: Tensor) -> None:
-    """A step along centred gradients is a plain step in the coordinates in which units are counted
+def check_centering(centering: Centering, energy: LayeredMachine, data: Tensor) -> None:
+    """A step along centered gradients is a plain step in the coordinates in which units are counted
     from their offsets."""
     rate = 0.05
     loss, facts = ContrastiveDivergence(k=2)(energy, data, generator=seeded(1))
@@ -237,26 +240,26 @@ def check_centring(centring: Centring, energy: LayeredMachine, data: Tensor) -> 
         for p in (*energy.layers().weights, *energy.layers().biases)
         if p.grad is not None
     ]
-    centring(energy, data, facts)
+    centering(energy, data, facts)
     layers = energy.layers()
     own = [*layers.weights, *layers.biases]
-    m, count = centring.offsets, len(layers.weights)
+    m, count = centering.offsets, len(layers.weights)
 
-    def from_centred(tensors: Sequence[Tensor]) -> list[Tensor]:
+    def from_centered(tensors: Sequence[Tensor]) -> list[Tensor]:
         weights, biases = list(tensors[:count]), list(tensors[count:])
         for k, weight in enumerate(weights):
             biases[k] = biases[k] - weight @ m[k + 1]
             biases[k + 1] = biases[k + 1] - m[k] @ weight
         return [*weights, *biases]
 
-    centred = [p.detach().clone() for p in own]
-    for k in range(count):  # the inverse: plain biases to centred ones
-        centred[count + k] += centred[k] @ m[k + 1]
-        centred[count + k + 1] += m[k] @ centred[k]
-    centred = [c.requires_grad_() for c in centred]
-    torch.testing.assert_close(from_centred(centred), [p.detach() for p in own])
-    grads = torch.autograd.grad(from_centred(centred), centred, grad_outputs=plain)
-    stepped = from_centred([c.detach() - rate * g for c, g in zip(centred, grads, strict=True)])
+    centered = [p.detach().clone() for p in own]
+    for k in range(count):  # the inverse: plain biases to centered ones
+        centered[count + k] += centered[k] @ m[k + 1]
+        centered[count + k + 1] += m[k] @ centered[k]
+    centered = [c.requires_grad_() for c in centered]
+    torch.testing.assert_close(from_centered(centered), [p.detach() for p in own])
+    grads = torch.autograd.grad(from_centered(centered), centered, grad_outputs=plain)
+    stepped = from_centered([c.detach() - rate * g for c, g in zip(centered, grads, strict=True)])
     torch.testing.assert_close(
         [p.detach() - rate * p.grad for p in own if p.grad is not None], stepped
     )
@@ -363,7 +366,7 @@ def test_pcd_of_hidden_units_tied_to_each_other(units: str) -> None:
     """The positive phase in mean field, the negative one drawn: the gradient of the bound, by
     enumeration."""
     machine, low = dense(units), 0.0 if units == "bits" else -1.0
-    seen, hidden = (all_bits(3, F64) * (1.0 - low) + low for _ in range(2))
+    seen, hidden = (all_bits(3, dtype=F64) * (1.0 - low) + low for _ in range(2))
     means = machine.mean_field(seen)
     assert bool((machine.variational_bound(seen) < machine.log_likelihood(seen)).all())
 
@@ -388,7 +391,7 @@ def test_pcd_of_hidden_units_tied_to_each_other(units: str) -> None:
     )
     grads = []
     for run in range(40):
-        objective, noise = PersistentCD(num_chains=50), seeded(100 + run)
+        objective, noise = ReplayBufferCD(num_chains=50), seeded(100 + run)
         for _ in range(10):
             loss, facts = objective(machine, seen, generator=noise)
         grads.append(flat_grad(machine, loss))
@@ -418,14 +421,14 @@ def test_pcd_of_spins_by_the_default_kernel() -> None:
     energy, every = Spins(), states([-1.0, 1.0], 4)
     data = every[[0, 3, 9, 15]]
     truth = flat_grad(energy, energy(data).mean() + torch.logsumexp(-energy(every), 0))
-    check_pcd(lambda: PersistentCD(num_chains=60), energy, data, truth, burn=8, steps=3)
+    check_pcd(lambda: ReplayBufferCD(num_chains=60), energy, data, truth, burn=8, steps=3)
 
 
 def test_pcd_of_real_numbers_by_a_kernel() -> None:
     energy, data = Learned(), torch.randn(6, 2, dtype=F64, generator=seeded(2))
     truth = flat_grad(energy, energy(data).mean() + energy.log_partition())
     check_pcd(
-        lambda: PersistentCD(num_chains=60, k=5, kernel=MALA(1.2)),
+        lambda: ReplayBufferCD(num_chains=60, k=5, kernel=MALA(1.2)),
         energy,
         data,
         truth,
@@ -448,7 +451,7 @@ class Identity(DiscreteKernel[PointState]):
 
 
 def test_an_identity_kernel_keeps_the_chains() -> None:
-    check_identity_keeps_chains(PersistentCD(num_chains=len(DATA), kernel=Identity()))
+    check_identity_keeps_chains(ReplayBufferCD(num_chains=len(DATA), kernel=Identity()))
 
 
 def test_chains_are_part_of_the_state() -> None:
@@ -466,10 +469,16 @@ def test_chains_are_part_of_the_state() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"betas": (1.0, 0.5)}, {"kernel": Gibbs()}], ids=["layers", "betas", "kernel"]
+    "make",
+    [
+        PersistentCD,
+        partial(PersistentCD, betas=(1.0, 0.5)),
+        partial(ReplayBufferCD, kernel=Gibbs()),
+    ],
+    ids=["layers", "betas", "kernel"],
 )
-def test_chains_of_another_machine_or_number_are_refused(options: dict[str, Any]) -> None:
-    objective, other = PersistentCD(num_chains=7, **options), PersistentCD(num_chains=9, **options)
+def test_chains_of_another_machine_or_number_are_refused(make: Callable[[int], Any]) -> None:
+    objective, other = make(7), make(9)
     objective(oracle_rbm(), DATA, generator=seeded(0))
     other.load_state_dict(objective.state_dict())
     wide = BernoulliRBM(5, 4, dtype=F64)
@@ -533,8 +542,8 @@ def enumerated_pseudolikelihood(energy: Energy, data: Tensor, every: Tensor, wid
 
 
 def table() -> list[tuple[Energy, Tensor, int]]:
-    colours = torch.eye(3, dtype=F64)[torch.tensor(list(itertools.product(range(3), repeat=2)))]
-    return [(oracle_rbm(), BITS, 1), (Spins(), states([-1.0, 1.0], 4), 1), (Colours(), colours, 3)]
+    colors = torch.eye(3, dtype=F64)[torch.tensor(list(itertools.product(range(3), repeat=2)))]
+    return [(oracle_rbm(), BITS, 1), (Spins(), states([-1.0, 1.0], 4), 1), (Colors(), colors, 3)]
 
 
 @pytest.mark.parametrize(("energy", "every", "width"), table(), ids=["bits", "spins", "one-hot"])
@@ -615,30 +624,30 @@ def test_mean_field_is_stationary() -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# Centring and sparsity
+# Centering and sparsity
 
 
 @pytest.mark.parametrize("make", [oracle_rbm, Deep])
-def test_centring_is_a_plain_step_in_centred_coordinates(
+def test_centering_is_a_plain_step_in_centered_coordinates(
     make: Callable[[], LayeredMachine],
 ) -> None:
     machine = make()
     data = BITS[[3, 9, 14]][:, : machine.layers().sizes[0]]
-    check_centring(Centring(), machine, data)
+    check_centering(Centering(), machine, data)
 
 
-def test_centring_is_the_enhanced_gradient() -> None:
+def test_centering_is_the_enhanced_gradient() -> None:
     """From the statistics of Melchior, Fischer and Wiskott (2016): <(v - mu)(h - lambda)> of data
     less that of the model."""
     rbm = oracle_rbm()
     ExactLikelihood()(rbm, DATA)[0].backward()
-    centring = Centring()
-    centring(rbm, DATA, {})
+    centering = Centering()
+    centering(rbm, DATA, {})
     with torch.no_grad():
         p = torch.softmax(-rbm_energies(rbm, BITS), 0)
         h_data, h_model = (torch.sigmoid(v @ rbm.weight + rbm.hidden_bias) for v in (DATA, BITS))
         mu, lam = DATA.mean(0), h_data.mean(0)
-        torch.testing.assert_close(centring.offsets, [mu, lam])
+        torch.testing.assert_close(centering.offsets, [mu, lam])
         d_weight = (DATA - mu).mT @ (h_data - lam) / len(DATA) - (BITS - mu).mT @ (
             p[:, None] * (h_model - lam)
         )
@@ -650,15 +659,15 @@ def test_centring_is_the_enhanced_gradient() -> None:
 
 
 def test_offsets_slide_and_are_kept() -> None:
-    rbm, centring = oracle_rbm(), Centring(rate=0.25)
+    rbm, centering = oracle_rbm(), Centering(rate=0.25)
     for data in (DATA, BITS):
         loss, facts = ContrastiveDivergence()(rbm, data, generator=seeded(0))
         loss.backward()
-        centring(rbm, data, facts)
-    torch.testing.assert_close(centring.offsets[0], 0.75 * DATA.mean(0) + 0.25 * BITS.mean(0))
-    other = Centring()
-    other.load_state_dict(centring.state_dict())
-    torch.testing.assert_close(other.offsets, centring.offsets)
+        centering(rbm, data, facts)
+    torch.testing.assert_close(centering.offsets[0], 0.75 * DATA.mean(0) + 0.25 * BITS.mean(0))
+    other = Centering()
+    other.load_state_dict(centering.state_dict())
+    torch.testing.assert_close(other.offsets, centering.offsets)
 
 
 def test_sparsity_is_the_written_penalty() -> None:
@@ -675,23 +684,23 @@ def test_sparsity_is_the_written_penalty() -> None:
         (lambda: ContrastiveDivergence(kernel=Gibbs), "an instance"),  # type: ignore[arg-type]
         (lambda: PersistentCD(0), "num_chains must be"),
         (lambda: PersistentCD(betas=(0.5, 1.0)), "fall from 1"),
-        (lambda: PersistentCD(kernel=Gibbs(), betas=(1.0, 0.5)), "got both"),
-        (lambda: PersistentCD(betas=(1.0, 0.5))(Spins(), BITS), "no machine of layers"),
+        (lambda: PersistentCD(betas=(1.0, 0.5))(Spins(), BITS), "Spins is none: give Replay"),
+        (lambda: ReplayBufferCD()(oracle_rbm(), DATA), r"give kernel .* or PersistentCD"),
         (lambda: ContrastiveDivergence()(oracle_rbm(), DATA[:, :3]), "visible units"),
         (lambda: ContrastiveDivergence()(oracle_rbm(), DATA.float()), "visible units"),
         (lambda: ContrastiveDivergence()(oracle_rbm(), DATA[:0]), "n at least 1"),
         (lambda: PersistentCD()(oracle_rbm(), DATA[:0]), "n at least 1"),
         (lambda: ExactLikelihood()(Spins(), BITS), "has none"),
-        (lambda: Pseudolikelihood(0), "sites must be"),
+        (lambda: Pseudolikelihood(0), "num_sites must be"),
         (lambda: Pseudolikelihood(5)(oracle_rbm(), DATA), "at most the 4 sites"),
         (lambda: Pseudolikelihood()(Gaussian(torch.zeros(2, dtype=F64)), DATA[:, :2]), "discrete"),
         (lambda: Pseudolikelihood()(oracle_rbm(), 0.5 * DATA), "batch must hold states"),
         (lambda: Pseudolikelihood()(oracle_rbm(), math.nan * DATA), "batch must hold states"),
         (lambda: MeanFieldLikelihood()(Spins(), BITS), "machines of layers"),
-        (lambda: Centring(2.0), "rate must be"),
-        (lambda: Centring()(Spins(), BITS, {}), "machines of layers"),
-        (lambda: Centring()(gaussian_rbm(), DATA[:, :3], {}), "functions of other parameters"),
-        (lambda: Centring()(oracle_rbm(), DATA, {}), "after backward"),
+        (lambda: Centering(2.0), "rate must be"),
+        (lambda: Centering()(Spins(), BITS, {}), "machines of layers"),
+        (lambda: Centering()(gaussian_rbm(), DATA[:, :3], {}), "functions of other parameters"),
+        (lambda: Centering()(oracle_rbm(), DATA, {}), "after backward"),
         (lambda: Sparsity(1.5, 1.0), "target must be"),
         (lambda: Sparsity(0.1, 1.0)(Spins(), BITS), "machines of layers"),
     ],
@@ -733,7 +742,7 @@ def test_mutants_of_cd_are_caught(mutant: nn.Module) -> None:
         check_cd(mutant, 1)
 
 
-class Overwritten(PersistentCD):
+class Overwritten(ReplayBufferCD):
     def forward(
         self, energy: Any, batch: Tensor, *, generator: torch.Generator | None = None
     ) -> Any:
@@ -786,7 +795,7 @@ def test_wrong_swap_ratios_are_caught(mutant: type[Ladder]) -> None:
         check_pcd(make, rbm, DATA, exact_rbm(rbm, DATA))
 
 
-class Swapped(Centring):
+class Swapped(Centering):
     """The offsets of the two layers change places in what is taken from the biases."""
 
     def forward(self, energy: Any, batch: Tensor, facts: Any) -> None:
@@ -797,8 +806,8 @@ class Swapped(Centring):
                 p.grad = 2.0 * gradient - p.grad
 
 
-class Uncorrected(Centring):
-    """Weights are centred, and the biases left as they were."""
+class Uncorrected(Centering):
+    """Weights are centered, and the biases left as they were."""
 
     def forward(self, energy: Any, batch: Tensor, facts: Any) -> None:
         plain = {p: p.grad.clone() for p in energy.parameters() if p.dim() == 1}
@@ -808,9 +817,9 @@ class Uncorrected(Centring):
 
 
 @pytest.mark.parametrize("mutant", [Swapped, Uncorrected])
-def test_mutants_of_centring_are_caught(mutant: type[Centring]) -> None:
+def test_mutants_of_centering_are_caught(mutant: type[Centering]) -> None:
     with pytest.raises(AssertionError):
-        check_centring(mutant(), oracle_rbm(), BITS[[3, 9, 14]])
+        check_centering(mutant(), oracle_rbm(), BITS[[3, 9, 14]])
 
 
 def test_statistics_of_mismatched_layers_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:

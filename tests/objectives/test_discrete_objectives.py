@@ -81,7 +81,7 @@ def every_state(values: Sequence[Any], shape: Sequence[int]) -> Tensor:
     return torch.tensor(sites, dtype=F64).reshape(len(sites), *shape)
 
 
-def colours(sites: int) -> Tensor:
+def colors(sites: int) -> Tensor:
     return torch.eye(3, dtype=F64)[torch.tensor(list(itertools.product(range(3), repeat=sites)))]
 
 
@@ -90,7 +90,7 @@ MODELS: dict[str, tuple[Energy, Tensor, int]] = {
     "bits": (Pairs((4,), constraints.boolean), every_state([0.0, 1.0], (4,)), 1),
     "spins": (Pairs((2, 2), spin), every_state([-1.0, 1.0], (2, 2)), 1),
     "one scalar bit": (Pairs((), constraints.boolean), every_state([0.0, 1.0], ()), 1),
-    "one-hot": (Pairs((2, 3), constraints.one_hot), colours(2), 3),
+    "one-hot": (Pairs((2, 3), constraints.one_hot), colors(2), 3),
     "integers": (
         Pairs((2,), constraints.integer_interval(-1, 2)),
         every_state([-1.0, 0.0, 1.0, 2.0], (2,)),
@@ -98,7 +98,7 @@ MODELS: dict[str, tuple[Energy, Tensor, int]] = {
     ),
     "RBM": (
         BernoulliRBM(4, 3, weight=randn(4, 3), visible_bias=randn(4, seed=1), dtype=F64),
-        all_bits(4, F64),
+        all_bits(4, dtype=F64),
         1,
     ),
 }
@@ -242,7 +242,7 @@ def test_facts_and_dtypes(name: str) -> None:
     for dtype in (torch.float32, F64):
         rbm, batch = (
             BernoulliRBM(4, 3, weight=randn(4, 3), dtype=dtype),
-            all_bits(4, dtype)[[1, 5, 9]],
+            all_bits(4, dtype=dtype)[[1, 5, 9]],
         )
         (loss, facts), (again, _) = (objective(rbm, batch, generator=seeded(1)) for _ in range(2))
         assert loss.dtype == dtype
@@ -275,21 +275,9 @@ def test_training_by_fit(name: str) -> None:
     data = states[torch.multinomial(p, 500, replacement=True, generator=seeded(2))]
     energy = Pairs((4,), constraints.boolean, scale=0.0)
     before = float(p @ (p.log() - law(energy, states).log()))
-    for _ in fit(
-        energy,
-        OBJECTIVES[name][0](),
-        data,
-        steps=150,
-        batch_size=100,
-        optimizer=adam,
-        progress=False,
-    ):
-        pass
+    objective = OBJECTIVES[name][0]()
+    fit(energy, objective, data, num_steps=150, batch_size=100, lr=0.03, progress=False)
     assert float(p @ (p.log() - law(energy, states).log())) < 0.2 * before
-
-
-def adam(groups: Any) -> torch.optim.Optimizer:
-    return torch.optim.Adam(groups, lr=0.03)
 
 
 def newton(
@@ -320,7 +308,7 @@ def newton(
 
 
 def test_errors_beside_maximum_likelihood() -> None:
-    """Replicated fits to 2,000 draws of three spins: all are centred on the truth, and none beats
+    """Replicated fits to 2,000 draws of three spins: all are centered on the truth, and none beats
     maximum likelihood, whose covariance is the inverse Fisher information."""
     truth, states = Pairs((3,), spin), every_state([-1.0, 1.0], (3,))
     p = law(truth, states)
@@ -350,8 +338,8 @@ def test_errors_beside_maximum_likelihood() -> None:
         dict(truth.named_parameters())
     )["coupling"]
     statistics = torch.cat([statistics, states], 1).detach()
-    centred = statistics - p @ statistics
-    fisher = (centred * p[:, None]).mT @ centred
+    centered = statistics - p @ statistics
+    fisher = (centered * p[:, None]).mT @ centered
     bound = float(torch.linalg.inv(fisher).trace())
     errors = {name: n * ((theta - start) ** 2).sum(1) for name, theta in found.items()}
     for name, theta in found.items():
@@ -371,7 +359,7 @@ def test_a_machine_near_its_maximum_likelihood() -> None:
     maximum likelihood."""
     weight = randn(5, 5, seed=8).triu(1)
     machine = BoltzmannMachine(5, weight=weight + weight.mT, bias=0.3 * randn(5, seed=9), dtype=F64)
-    states = all_bits(5, F64)
+    states = all_bits(5, dtype=F64)
     p = law(machine, states)
     data = states[torch.multinomial(p, 4000, replacement=True, generator=seeded(1))]
     rows, counts = data.unique(dim=0, return_counts=True)
@@ -405,7 +393,7 @@ def test_a_machine_near_its_maximum_likelihood() -> None:
 def test_bad_input_is_refused(kind: type[SiteObjective]) -> None:
     energy, states, _ = MODELS["bits"]
     calls: list[tuple[Callable[[], Any], str]] = [
-        (lambda: kind(0), "sites must be"),
+        (lambda: kind(0), "num_sites must be"),
         (lambda: kind(5)(energy, states), "at most the 4 sites"),
         (
             lambda: kind()(Gaussian(torch.zeros(2, dtype=F64)), states[:, :2]),

@@ -24,11 +24,11 @@ from pyroebm.objectives import (
     ContrastiveDivergence,
     Hybrid,
     Objective,
-    PersistentCD,
+    ReplayBufferCD,
     SlicedScoreMatching,
 )
 from pyroebm.partition import quadrature
-from pyroebm.training import fit
+from pyroebm.training import fit, fit_steps
 
 F64 = torch.float64
 MEANS = torch.tensor([[1.5, 0.0], [-1.0, 1.0], [0.0, -1.5]], dtype=F64)
@@ -237,7 +237,7 @@ def test_the_gradient_is_that_of_the_likelihood(mode: str) -> None:
 @pytest.mark.parametrize("mode", ["joint", "marginal"])
 def test_persistent_chains_have_the_exact_gradient(mode: str) -> None:
     check_sampled(
-        lambda: Hybrid(PersistentCD(400, k=4, kernel=MALA(1.2)), mode=mode), mode, burn=15
+        lambda: Hybrid(ReplayBufferCD(400, k=4, kernel=MALA(1.2)), mode=mode), mode, burn=15
     )  # type: ignore[arg-type]
 
 
@@ -279,8 +279,8 @@ def test_the_weight_is_of_the_generative_term() -> None:
 
 OBJECTIVES: dict[str, Callable[[], Hybrid]] = {
     "classifier": lambda: Hybrid(),
-    "joint": lambda: Hybrid(PersistentCD(8, k=2)),
-    "marginal": lambda: Hybrid(PersistentCD(8, k=2), mode="marginal"),
+    "joint": lambda: Hybrid(ReplayBufferCD(8, k=2)),
+    "marginal": lambda: Hybrid(ReplayBufferCD(8, k=2), mode="marginal"),
     "conditional": lambda: Hybrid(ContrastiveDivergence(2), mode="conditional", weight=0.5),
 }
 
@@ -308,10 +308,14 @@ def test_every_mode_on_every_shape(name: str, shape: tuple[int, ...], dtype: tor
     spoiled = batch[0].clone()
     spoiled[1] = torch.nan
     with pytest.raises((ValueError, FloatingPointError), match=r"nan|finite"):
-        for _ in fit(
-            energy, OBJECTIVES[name](), (spoiled, batch[1]), steps=1, batch_size=6, progress=False
-        ):
-            pass
+        fit(
+            energy,
+            OBJECTIVES[name](),
+            (spoiled, batch[1]),
+            num_steps=1,
+            batch_size=6,
+            progress=False,
+        )
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -320,18 +324,18 @@ def test_training_goes_on_where_it_stopped(name: str, tmp_path: Path) -> None:
 
     def train(until: int, **options: object) -> ClassifierEnergy:
         energy = deep_energy()
-        loop = fit(
+        loop = fit_steps(
             energy,
             OBJECTIVES[name](),
             data,
-            steps=12,
+            num_steps=12,
             batch_size=20,
             seed=3,
             progress=False,
             **options,
         )  # type: ignore[arg-type]
-        for step, _, _ in loop:
-            if step == until:
+        for step in loop:
+            if step.number == until:
                 break
         loop.close()  # type: ignore[attr-defined]
         return energy
@@ -354,18 +358,9 @@ def test_a_mixture_is_learned() -> None:
     energy = mixture_energy()
     nn.init.zeros_(energy.net.weight)
     nn.init.zeros_(energy.net.bias)
-    objective = Hybrid(PersistentCD(500, k=5, kernel=MALA(1.2)))
-    rate = {"optimizer": lambda groups: torch.optim.Adam(groups, lr=0.03)}
-    for _ in fit(
-        energy,
-        objective,
-        mixture_draws(3000, 20),
-        steps=400,
-        batch_size=300,
-        progress=False,
-        **rate,
-    ):
-        pass
+    objective = Hybrid(ReplayBufferCD(500, k=5, kernel=MALA(1.2)))
+    data = mixture_draws(3000, 20)
+    fit(energy, objective, data, num_steps=400, batch_size=300, lr=0.03, progress=False)
     x, y = mixture_draws(4000, 30)
     truth = WEIGHTS.log()[y] + MultivariateNormal(MEANS[y], torch.eye(2, dtype=F64)).log_prob(x)
     found = -energy.joint_energy(x, y).detach() - quadrature(energy).value
@@ -380,7 +375,7 @@ def test_what_does_not_fit_is_refused() -> None:
         ({"weight": 0.0}, "weight must be positive and finite, got weight=0.0"),
         ({"generative": 3}, "generative must be an Objective or None, got int"),
         ({"mode": "marginal"}, "give generative"),
-        ({"mode": "conditional", "generative": PersistentCD()}, "cannot take PersistentCD"),
+        ({"mode": "conditional", "generative": ReplayBufferCD()}, "cannot take ReplayBufferCD"),
         (
             {"mode": "conditional", "generative": AdversarialFlow(NICE(2))},
             "one law for all classes",

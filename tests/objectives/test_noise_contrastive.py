@@ -71,7 +71,7 @@ class Bell(Energy):
 
 
 class Scale(Energy):
-    """A centred normal law: the one-parameter energy of the asymptotic oracle."""
+    """A centered normal law: the one-parameter energy of the asymptotic oracle."""
 
     def __init__(self) -> None:
         super().__init__(())
@@ -97,11 +97,11 @@ class Spread(dist.Categorical):
     expectations."""
 
     def sample(self, sample_shape: Any = ()) -> Tensor:
-        n = math.prod(sample_shape)
-        counts = (self.probs * n).round().long()
+        num_samples = math.prod(sample_shape)
+        counts = (self.probs * num_samples).round().long()
         return (
             torch.arange(len(counts)).repeat_interleave(counts)
-            if n > 1
+            if num_samples > 1
             else super().sample(sample_shape)
         )
 
@@ -120,7 +120,7 @@ SHAPES = [(), (3,), (1, 2, 2)]
 
 
 def nice(dim: int, dtype: torch.dtype = F64, seed: int = 0) -> Flow:
-    flow = NICE(dim, couplings=3, hidden=(16,), dtype=dtype)
+    flow = NICE(dim, num_layers=3, hidden_sizes=(16,), dtype=dtype)
     with torch.no_grad():
         for number, parameter in enumerate(flow.parameters()):
             parameter.add_(0.1 * randn(*parameter.shape, seed=100 * seed + number, dtype=dtype))
@@ -186,12 +186,10 @@ def test_fit_resumes_where_it_was(name: str, tmp_path: Any) -> None:
             "checkpoint": tmp_path / f"{cut}.safetensors",
             "progress": False,
         }
-        for _ in fit(energy, objective, data, steps=cut, **options):
-            pass
+        fit(energy, objective, data, num_steps=cut, **options)
         if cut < 12:
             energy, objective = Bell((2,), 0.5), OBJECTIVES[name]((2,), F64)
-            for _ in fit(energy, objective, data, steps=12, resume=True, **options):
-                pass
+            fit(energy, objective, data, num_steps=12, resume=True, **options)
         ends.append([*energy.parameters(), *objective.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
     assert not torch.equal(ends[0][0], torch.tensor(0.5, dtype=F64))
@@ -358,7 +356,7 @@ def check_stationary(objective: Objective, repeats: int = 300) -> None:
 
 
 def check_consistent(objective: Any, n: int = 500, fits: int = 100) -> None:
-    """Replicated fits, each solved to the optimum, are centred on the truth."""
+    """Replicated fits, each solved to the optimum, are centered on the truth."""
     x = 0.4 + randn(fits, n, seed=7) / math.sqrt(1.6)
     if isinstance(objective, ConditionalNCE):
         start = x.repeat(1, objective.num_negatives)
@@ -509,7 +507,7 @@ def test_the_truth_is_stationary(objective: Objective) -> None:
 
 
 @pytest.mark.parametrize("objective", CHAINLESS, ids=IDS)
-def test_fits_are_centred_on_the_truth(objective: Objective) -> None:
+def test_fits_are_centered_on_the_truth(objective: Objective) -> None:
     check_consistent(objective)
 
 
@@ -590,7 +588,7 @@ def check_losses_are_apart(objective: FlowContrastive) -> None:
                 assert all(g is None for g in grads), f"{name}: its gradient leaks into the {owner}"
     # the value by hand, all of its graph kept
     flow = objective.flow
-    y, log_q_y = flow.push(flow.draw_noise(20, seeded(3)))
+    y, log_q_y = flow.forward_and_log_prob(flow.rsample_base(20, seeded(3)))
     logits = [
         -energy(x) - objective.log_z - q for x, q in ((batch, flow.log_prob(batch)), (y, log_q_y))
     ]
@@ -868,8 +866,8 @@ class ThroughTheDensityAlone(FlowContrastive):
         self, energy: Any, batch: Tensor, *, generator: torch.Generator | None = None
     ) -> Any:
         losses, facts = super().losses(energy, batch, generator=generator)
-        y, log_q = self.flow.push(
-            self.flow.draw_noise(
+        y, log_q = self.flow.forward_and_log_prob(
+            self.flow.rsample_base(
                 len(batch), None if generator is None else generator.manual_seed(3)
             )
         )

@@ -21,7 +21,7 @@ from pyroebm.objectives import (
     ContrastiveDivergence,
     ImprovedCD,
     Objective,
-    PersistentCD,
+    ReplayBufferCD,
     ShortRun,
     langevin,
 )
@@ -65,9 +65,11 @@ def of_shape(shape: tuple[int, ...], dtype: torch.dtype = F64) -> Energy:
 
 OBJECTIVES: dict[str, Callable[[], Objective]] = {
     "cd": lambda: ContrastiveDivergence(3, MALA(0.3), energy_penalty=0.1),
-    "pcd": lambda: PersistentCD(8, 2, MALA(0.3)),
-    "replay": lambda: PersistentCD(8, 2, ULA(0.3), buffer_size=30, restart=0.3, energy_penalty=0.1),
-    "hmc": lambda: PersistentCD(8, 2, HMC(0.2, num_steps=2), buffer_size=20),
+    "pcd": lambda: ReplayBufferCD(8, 2, MALA(0.3)),
+    "replay": lambda: ReplayBufferCD(
+        8, 2, ULA(0.3), buffer_size=30, restart=0.3, energy_penalty=0.1
+    ),
+    "hmc": lambda: ReplayBufferCD(8, 2, HMC(0.2, num_steps=2), buffer_size=20),
     "short run": lambda: ShortRun(5, langevin(0.02, 0.05), num_chains=7),
     "improved": lambda: ImprovedCD(8, 4, ULA(0.3), through=2, buffer_size=30, restart=0.1),
 }
@@ -113,8 +115,8 @@ def test_single_precision_and_training(name: str) -> None:
     data = torch.randn(40, 2, generator=seeded(6)) * 0.5 + 1.0
     energy = of_shape((2,), torch.float32)
     far = data - 2.5
-    found = list(fit(energy, OBJECTIVES[name](), data, steps=60, batch_size=20))
-    assert all(math.isfinite(loss) for _, loss, _ in found)
+    history = fit(energy, OBJECTIVES[name](), data, num_steps=60, batch_size=20)
+    assert all(map(math.isfinite, history["loss"]))
     assert float((energy(data).mean() - energy(far).mean()).detach()) < -0.05, (
         "data has less energy than what is far from it"
     )
@@ -140,7 +142,7 @@ def test_sampling_is_in_eval_mode() -> None:
             return super().forward(x)
 
     energy = Watched()
-    for objective in (PersistentCD(4, 2, ULA(0.1)), ShortRun(2, ULA(0.1), num_chains=4)):
+    for objective in (ReplayBufferCD(4, 2, ULA(0.1)), ShortRun(2, ULA(0.1), num_chains=4)):
         seen.clear()
         objective(energy, torch.zeros(3, dtype=F64), generator=seeded(0))
         assert seen[-2:] == [(True, True), (True, True)], "data and model"
@@ -177,7 +179,7 @@ def test_a_subclass_moves_by_its_own_step() -> None:
     assert torch.equal(state.x, start + 3.0)
 
 
-def check_buffer(make: Callable[..., PersistentCD]) -> None:
+def check_buffer(make: Callable[..., ReplayBufferCD]) -> None:
     """Frozen dynamics keep every chain; those that are moved are distinct, and written to where
     they came from."""
     energy, batch = Bowl(), torch.zeros(3, 2, dtype=F64)
@@ -211,10 +213,10 @@ def check_buffer(make: Callable[..., PersistentCD]) -> None:
 
 
 def test_a_buffer_keeps_its_chains() -> None:
-    check_buffer(PersistentCD)
+    check_buffer(ReplayBufferCD)
 
 
-class Repeating(PersistentCD):
+class Repeating(ReplayBufferCD):
     """Rows drawn with replacement: measured elsewhere, 1,000 chains fell to 89."""
 
     def take(self, energy: Energy, noise: Any) -> Any:
@@ -224,14 +226,14 @@ class Repeating(PersistentCD):
         return rows, self.chains[rows]
 
 
-class Misplaced(PersistentCD):
+class Misplaced(ReplayBufferCD):
     """Written back one row further on."""
 
     def put(self, rows: Any, x: Tensor) -> None:
         super().put((rows + 1) % self.buffer_size, x)
 
 
-class Head(PersistentCD):
+class Head(ReplayBufferCD):
     """Always the first rows."""
 
     def take(self, energy: Energy, noise: Any) -> Any:
@@ -246,7 +248,7 @@ def test_mutants_of_the_buffer_are_caught(mutant: Any) -> None:
         check_buffer(mutant)
 
 
-def check_restarts(objective: Callable[..., PersistentCD]) -> None:
+def check_restarts(objective: Callable[..., ReplayBufferCD]) -> None:
     """With still chains and a law of starts that counts them, a share of rows is new at each
     batch."""
     drawn: list[int] = []
@@ -267,9 +269,11 @@ def check_restarts(objective: Callable[..., PersistentCD]) -> None:
 
 
 def test_restarts_have_their_share_and_law() -> None:
-    check_restarts(PersistentCD)
+    check_restarts(ReplayBufferCD)
     with pytest.raises(AssertionError, match="share of new chains"):
-        check_restarts(lambda *args, **options: PersistentCD(*args, **(options | {"restart": 0.1})))
+        check_restarts(
+            lambda *args, **options: ReplayBufferCD(*args, **(options | {"restart": 0.1}))
+        )
 
 
 @pytest.mark.parametrize(
@@ -281,7 +285,7 @@ def test_restarts_have_their_share_and_law() -> None:
 )
 def test_starts_from_a_stated_law(law: Any) -> None:
     for objective in (
-        PersistentCD(20, 1, Still(0.1), initial=law),
+        ReplayBufferCD(20, 1, Still(0.1), initial=law),
         ShortRun(1, Still(0.1), num_chains=20, initial=law),
     ):
         _, facts = objective(Bowl(), torch.zeros(3, 2, dtype=F64), generator=seeded(0))
@@ -315,12 +319,12 @@ def frozen_gradient(make: Callable[[], Objective], burn: int, steps: int) -> Non
 
 
 def test_replayed_chains_of_a_frozen_energy_are_exact() -> None:
-    frozen_gradient(lambda: PersistentCD(60, 5, MALA(1.2), buffer_size=120), burn=12, steps=5)
+    frozen_gradient(lambda: ReplayBufferCD(60, 5, MALA(1.2), buffer_size=120), burn=12, steps=5)
     exact = MultivariateNormal(
         Bowl().mean.detach(), torch.diag(torch.exp(-Bowl().log_precision.detach()))
     )
     frozen_gradient(
-        lambda: PersistentCD(60, 2, MALA(1.2), buffer_size=120, restart=0.5, initial=exact),
+        lambda: ReplayBufferCD(60, 2, MALA(1.2), buffer_size=120, restart=0.5, initial=exact),
         burn=0,
         steps=5,
     )
@@ -371,7 +375,7 @@ def test_the_field_s_numbers_as_a_kernel() -> None:
     "make",
     [
         lambda a: ContrastiveDivergence(2, ULA(0.2), energy_penalty=a),
-        lambda a: PersistentCD(9, 2, ULA(0.2), energy_penalty=a),
+        lambda a: ReplayBufferCD(9, 2, ULA(0.2), energy_penalty=a),
     ],
 )
 def test_the_penalty_is_the_written_one(make: Callable[[float], Objective]) -> None:
@@ -405,8 +409,8 @@ def quadrature_terms(
     energy, grid = Quartic(), torch.linspace(-9.0, 9.0, 6001, dtype=F64)
     h = grid[1] - grid[0]
     a, b, c = energy.theta
-    centre = points - 0.5 * eps**2 * (a * points**3 + b * points + c)
-    log_q = -0.5 * (grid - centre[:, None]) ** 2 / (eps**2 * temperature)
+    center = points - 0.5 * eps**2 * (a * points**3 + b * points + c)
+    log_q = -0.5 * (grid - center[:, None]) ** 2 / (eps**2 * temperature)
     log_q = torch.logsumexp(log_q, 0) - math.log(
         len(points) * eps * math.sqrt(2.0 * math.pi * temperature)
     )
@@ -573,7 +577,7 @@ def test_chains_are_not_written_into_what_they_start_from() -> None:
     kept = torch.randn(20, 2, dtype=F64, generator=seeded(0))
     before, objective = (
         kept.clone(),
-        PersistentCD(5, 1, ULA(0.3), buffer_size=20, initial=lambda n, _: kept[:n]),
+        ReplayBufferCD(5, 1, ULA(0.3), buffer_size=20, initial=lambda n, _: kept[:n]),
     )
     objective(Bowl(), torch.zeros(3, 2, dtype=F64), generator=seeded(1))
     assert torch.equal(kept, before)
@@ -589,7 +593,7 @@ def test_chains_are_not_written_into_what_they_start_from() -> None:
     "objective",
     [
         ContrastiveDivergence(1, ULA(0.1)),
-        PersistentCD(10, 1, ULA(0.1)),
+        ReplayBufferCD(10, 1, ULA(0.1)),
         ShortRun(1, ULA(0.1)),
         ImprovedCD(10, 1),
     ],
@@ -609,16 +613,16 @@ def test_batches_are_looked_at_before_chains_move(objective: Objective) -> None:
 @pytest.mark.parametrize(
     ("call", "said"),
     [
-        (lambda: PersistentCD(10, buffer_size=9), "buffer_size must be"),
-        (lambda: PersistentCD(10, restart=1.5), "restart must be"),
-        (lambda: PersistentCD(10, energy_penalty=-1.0), "energy_penalty must be"),
+        (lambda: ReplayBufferCD(10, buffer_size=9), "buffer_size must be"),
+        (lambda: ReplayBufferCD(10, restart=1.5), "restart must be"),
+        (lambda: ReplayBufferCD(10, energy_penalty=-1.0), "energy_penalty must be"),
         (lambda: ContrastiveDivergence(energy_penalty=math.inf), "energy_penalty must be"),
         (
             lambda: ContrastiveDivergence(energy_penalty=1.0)(BernoulliRBM(2, 2), torch.ones(3, 2)),
             "give kernel for BernoulliRBM",
         ),
         (
-            lambda: PersistentCD(buffer_size=200)(BernoulliRBM(2, 2), torch.ones(3, 2)),
+            lambda: ReplayBufferCD(buffer_size=200)(BernoulliRBM(2, 2), torch.ones(3, 2)),
             "give kernel for BernoulliRBM",
         ),
         (lambda: ShortRun(0), "k must be"),

@@ -18,9 +18,10 @@ from lib.seeds import flat_grad, seeded
 from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.distributions.constraints import Constraint
+from torch.utils.data import DataLoader
 
-from pyroebm import Energy, Unconstrained
-from pyroebm.core import curvatures, unit_directions
+from pyroebm import Energy
+from pyroebm.core import Unconstrained, curvatures, unit_directions
 from pyroebm.data import dequantised, digits, quantised
 from pyroebm.energies import MLPEnergy
 from pyroebm.objectives import (
@@ -37,7 +38,7 @@ from pyroebm.objectives import fisher as fisher_module
 from pyroebm.objectives import score_matching as exact_module
 from pyroebm.objectives import sliced as sliced_module
 from pyroebm.targets import Exponential, Gamma, Gaussian, GaussianMixture
-from pyroebm.training import fit
+from pyroebm.training import fit, fit_steps
 
 F64 = torch.float64
 S = torch.tensor([[2.0, 0.6], [0.6, 1.0]], dtype=F64)
@@ -277,7 +278,9 @@ def test_facts_say_whether_the_data_are_draws_of_the_model() -> None:
 def test_slices_average_to_the_exact_gradient(
     shape: tuple[int, ...], reduced: bool, law: str
 ) -> None:
-    check_mean_gradient(SlicedScoreMatching(2, reduced, law), shape, by_hessian)
+    check_mean_gradient(
+        SlicedScoreMatching(2, variance_reduced=reduced, law=law), shape, by_hessian
+    )
 
 
 @pytest.mark.parametrize("law", sliced_module.LAWS)
@@ -294,7 +297,7 @@ def test_the_error_falls_as_one_over_the_root_of_the_projections(reduced: bool) 
     with torch.no_grad():
         for m in (1, 4, 16):
             v = [
-                SlicedScoreMatching(m, reduced)(energy, part, generator=noise)[0]
+                SlicedScoreMatching(m, variance_reduced=reduced)(energy, part, generator=noise)[0]
                 for part in x.split(20)
             ]
             mean, se = mean_and_se((torch.stack(v) - exact) ** 2 * 20 * m)
@@ -319,7 +322,9 @@ def test_the_variance_of_both_forms(at: float) -> None:
     for how, truth in ((True, reduced), (False, reduced + more)):
         noise = seeded(1)
         losses = [
-            float(SlicedScoreMatching(1, how)(energy, x, generator=noise)[0].detach())
+            float(
+                SlicedScoreMatching(1, variance_reduced=how)(energy, x, generator=noise)[0].detach()
+            )
             for _ in range(n)
         ]
         exact = 0.5 * float(g @ g) - float(hessian.trace())
@@ -333,9 +338,11 @@ def test_differences_are_of_second_order(shape: tuple[int, ...], reduced: bool) 
     energy = network(shape)
     x = rows(shape)
     errors = []
-    truth = flat_grad(energy, SlicedScoreMatching(2, reduced)(energy, x, generator=seeded(8))[0])
+    truth = flat_grad(
+        energy, SlicedScoreMatching(2, variance_reduced=reduced)(energy, x, generator=seeded(8))[0]
+    )
     for eps in (0.1, 0.05, 0.025):
-        loss, _ = SlicedScoreMatching(2, reduced, finite_difference=eps)(
+        loss, _ = SlicedScoreMatching(2, variance_reduced=reduced, finite_difference=eps)(
             energy, x, generator=seeded(8)
         )
         errors.append(float((flat_grad(energy, loss) - truth).norm()))
@@ -573,8 +580,11 @@ def test_a_row_that_is_not_a_number_is_seen(name: str) -> None:
     loss, _ = objective(energy, x, generator=seeded(0))
     assert bool(loss.isnan())
     before = [p.detach().clone() for p in energy.parameters()]
-    with pytest.raises(FloatingPointError, match="at step 0 loss is nan"):
-        list(fit(energy, objective, x, steps=1))
+    with pytest.raises(ValueError, match="data must be finite, got nan in row"):
+        fit(energy, objective, x, num_steps=1)
+    rows = DataLoader(x, batch_size=len(x))  # whose batches are checked as they come
+    with pytest.raises(ValueError, match="data must be finite, got nan in row"):
+        fit(energy, objective, rows, num_steps=1)
     assert all(map(torch.equal, before, energy.parameters()))
 
 
@@ -583,20 +593,20 @@ def test_training_lowers_the_loss_and_resumes(name: str, tmp_path: Path) -> None
     def run(path: Path | None, until: int, resume: bool = False) -> tuple[MLPEnergy, list[float]]:
         objective, energy, x = setting(name, (2,), n=64)
         adam = functools.partial(torch.optim.Adam, lr=0.01)
-        steps = fit(
+        steps = fit_steps(
             energy,
             objective,
             x,
-            steps=40,
+            num_steps=40,
             batch_size=32,
             optimizer=adam,
             checkpoint=path,
             resume=resume,
         )
         losses = []
-        for step, loss, _ in steps:
-            losses.append(loss)
-            if step + 1 == until:
+        for step in steps:
+            losses.append(step.loss)
+            if step.number + 1 == until:
                 break
         steps.close()  # type: ignore[attr-defined]
         return energy, losses
@@ -632,10 +642,16 @@ def test_a_constant_that_gets_no_gradient_does_not_stop_the_loop() -> None:
         Gaussian(torch.zeros(2, dtype=F64), covariance=S).sample(500, seeded(0)),
     )
     adam = functools.partial(torch.optim.Adam, lr=0.03)
-    for _, _, facts in fit(
-        energy, ScoreMatching(), x, steps=400, batch_size=500, optimizer=adam, max_grad_norm=10.0
-    ):
-        assert math.isfinite(facts["grad_norm"])
+    history = fit(
+        energy,
+        ScoreMatching(),
+        x,
+        num_steps=400,
+        batch_size=500,
+        optimizer=adam,
+        max_grad_norm=10.0,
+    )
+    assert all(map(math.isfinite, history["grad_norm"]))
     assert energy.constant.grad is None
     symmetric = 0.5 * (energy.precision + energy.precision.mT).detach()
     torch.testing.assert_close(symmetric, torch.linalg.inv(x.mT @ x / len(x)), atol=1e-4, rtol=1e-4)
@@ -678,7 +694,7 @@ def test_a_linear_energy_without_parameters_is_refused_too() -> None:
 BAD: list[tuple[Callable[[], Any], str]] = [
     (lambda: ScoreMatching(noise=-1.0), "noise must be finite and not negative"),
     (lambda: ScoreMatching(noise=math.nan), "noise must be finite"),
-    (lambda: SlicedScoreMatching(0), "projections must be an integer of at least 1"),
+    (lambda: SlicedScoreMatching(0), "num_projections must be an integer of at least 1"),
     (lambda: SlicedScoreMatching(law="cube"), "law must be one of"),
     (lambda: SlicedScoreMatching(finite_difference=0.0), "finite_difference must be positive"),
     (lambda: DenoisingScoreMatching(0.0), "sigma and weights must be positive"),
@@ -724,7 +740,7 @@ BAD: list[tuple[Callable[[], Any], str]] = [
     ),
     (
         lambda: sliced_fisher_divergence(Gaussian(0.0), Gaussian(1.0), torch.ones(3), 0),
-        "projections must be",
+        "num_projections must be",
     ),
     (
         lambda: sliced_fisher_divergence(Gaussian(0.0), Gaussian(1.0), torch.ones(3), law="cube"),

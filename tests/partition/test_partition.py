@@ -18,8 +18,8 @@ from lib.machines import oracle_rbm as oracle
 from lib.reseed import problem_generator
 from torch import Tensor
 
-from pyroebm import HMC, MALA, MCMC, ULA, BlockGibbs, Energy, Gibbs, Path, partition, spin
-from pyroebm.core import Unnormalized
+from pyroebm import HMC, MALA, MCMC, ULA, Energy, Gibbs, partition
+from pyroebm.core import GeometricPath, Unnormalized, spin
 from pyroebm.core.enumeration import all_bits
 from pyroebm.energies import (
     BernoulliRBM,
@@ -32,10 +32,10 @@ from pyroebm.energies import (
     Potts,
 )
 from pyroebm.energies.layered import LayeredEnergy, LayeredMachine
-from pyroebm.kernels.gibbs import conditional_logits, offered_logits
-from pyroebm.kernels.sites import to_sites
+from pyroebm.flows import importance_sample
+from pyroebm.kernels import BlockGibbs
 from pyroebm.partition import (
-    Bracket,
+    BidirectionalAIS,
     IndependentLayers,
     LayeredPath,
     LayerGibbs,
@@ -165,7 +165,7 @@ def test_exact_values(energy: Energy, truth: float, method: str) -> None:
 
 def test_exact_layers_are_summed_over_all_states() -> None:
     energy = deep()
-    brute = torch.logsumexp(-energy(all_bits(10, F64)), 0)
+    brute = torch.logsumexp(-energy(all_bits(10, dtype=F64)), 0)
     assert math.isclose(partition.exact(energy).value, float(brute), abs_tol=1e-12)
 
 
@@ -180,7 +180,9 @@ def test_exact_is_in_float64_whatever_the_energy_is() -> None:
     )
     for machine in (oracle(dtype=torch.float32), dense):
         double = copy.deepcopy(machine).double()
-        truth = float(torch.logsumexp(-double(all_bits(double.event_shape[0], F64)), 0).detach())
+        truth = float(
+            torch.logsumexp(-double(all_bits(double.event_shape[0], dtype=F64)), 0).detach()
+        )
         for found in (partition.exact(machine).value, machine.log_z):
             assert math.isclose(found, truth, rel_tol=1e-13)
     assert math.isclose(partition.exact(oracle(dtype=torch.float32)).value, LOG_Z, abs_tol=1e-6)
@@ -283,7 +285,7 @@ def test_expectations_refuse_what_is_no_function() -> None:
         partition.expectation(law, lambda x: x.sum())
     with pytest.raises(FloatingPointError, match="function is NaN"):
         partition.expectation(law, lambda x: x[:, 0].log())
-    board = Checkerboard(F64)  # where the density is 0 the function is not asked
+    board = Checkerboard(dtype=F64)  # where the density is 0 the function is not asked
     area, _ = partition.expectation(
         board, lambda x: torch.where(board(x) < math.inf, 1.0, math.nan), [(-4.0, 4.0)] * 2
     )
@@ -354,12 +356,12 @@ run(
         e, base=Gaussian(torch.tensor(0.0, dtype=F64)), betas=300, num_chains=400
     ),
 )
-run("both ways RBM", oracle(), lambda e: partition.bracket(e, betas=30).combined)
-run("both ways deep", deep(), lambda e: partition.bracket(e, betas=30).combined)
+run("both ways RBM", oracle(), lambda e: partition.bidirectional_ais(e, betas=30).combined)
+run("both ways deep", deep(), lambda e: partition.bidirectional_ais(e, betas=30).combined)
 run("SMC RBM", oracle(), lambda e: partition.smc(e, base(e), num_particles=256))
 run("SMC GRBM", grbm(), lambda e: partition.smc(e, num_particles=256))
 run("SMC deep", deep(), lambda e: partition.smc(e, num_particles=256))
-run("SMC Ising", ISING, lambda e: partition.smc(e, num_particles=128, moves=2))
+run("SMC Ising", ISING, lambda e: partition.smc(e, num_particles=128, num_moves=2))
 run(
     "SMC double well",
     DoubleWell(dtype=F64),
@@ -400,14 +402,21 @@ run(
     "TI double well",
     DoubleWell(dtype=F64),
     lambda e: partition.thermodynamic_integration(
-        e, Gaussian(torch.tensor(0.0, dtype=F64), scale=1.5), None, 32, 100, 100
+        e,
+        Gaussian(torch.tensor(0.0, dtype=F64), scale=1.5),
+        None,
+        num_temperatures=32,
+        num_samples=100,
+        warmup_steps=100,
     ),
 )
 run(
     "importance RBM",
     oracle(),
-    lambda e: partition.importance(
-        e, dist.Bernoulli(torch.full((4,), 0.5, dtype=F64)).to_event(1), 5_000
+    lambda e: (
+        importance_sample(
+            dist.Bernoulli(torch.full((4,), 0.5, dtype=F64)).to_event(1), e, 5_000
+        ).log_z
     ),
 )
 run("AIS Boltzmann machine", boltzmann(), lambda e: partition.ais(e, betas=60), 0.3)
@@ -440,7 +449,7 @@ run(
 run(
     "importance",
     DoubleWell(dtype=F64),
-    lambda e: partition.importance(e, dist.Normal(torch.tensor(-1.0, dtype=F64), 1.2), 20_000),
+    lambda e: importance_sample(dist.Normal(torch.tensor(-1.0, dtype=F64), 1.2), e, 20_000).log_z,
 )
 
 
@@ -486,17 +495,22 @@ def test_kinds() -> None:
     )
     assert partition.smc(energy, wide, MALA(), 64).kind == "estimate"
     pilot = partition.estimators.tempered_smc(energy, wide, MALA(), 64)
-    assert partition.smc(energy, wide, MALA(), 64, pilot=pilot, seed=1).kind == "lower"
-    assert partition.bridge(energy, base=wide, num_draws=100).kind == "estimate"
     assert (
-        partition.importance(energy, dist.Normal(torch.tensor(-1.0, dtype=F64), 1.2), 100).kind
+        partition.smc(
+            energy, wide, MALA(), 64, pilot=pilot, generator=torch.Generator().manual_seed(1)
+        ).kind
+        == "lower"
+    )
+    assert partition.bridge(energy, base=wide, num_samples=100).kind == "estimate"
+    assert (
+        importance_sample(dist.Normal(torch.tensor(-1.0, dtype=F64), 1.2), energy, 100).log_z.kind
         == "lower"
     )
 
 
 def test_a_result_says_what_it_is() -> None:
-    both = partition.bracket(oracle(), betas=10, num_chains=20)
-    assert isinstance(both, Bracket)
+    both = partition.bidirectional_ais(oracle(), betas=10, num_chains=20)
+    assert isinstance(both, BidirectionalAIS)
     assert [line.split("(")[1].split(":")[0] for line in str(both).splitlines()] == [
         "AIS; lower",
         "reverse AIS; upper",
@@ -508,7 +522,7 @@ def test_a_result_says_what_it_is() -> None:
     assert both.forward.log_weights.shape == (20,)
     assert f"ESS {both.forward.ess:.4g} of 20" in str(both.forward)
     assert "high on average" in both.reverse.bias
-    one = partition.bracket(oracle(), betas=10, num_chains=1)
+    one = partition.bidirectional_ais(oracle(), betas=10, num_chains=1)
     assert all(
         math.isnan(result.standard_error) for result in (one.forward, one.reverse, one.combined)
     )
@@ -603,7 +617,10 @@ def test_weights_are_unbiased_and_logs_on_their_side(name: str) -> None:
 def test_standard_errors_are_the_spread_of_repeated_runs() -> None:
     repeats, strong = 120, randomised(BernoulliRBM(5, 4, dtype=F64))
     brackets = [
-        partition.bracket(strong, betas=6, num_chains=200, seed=seed) for seed in range(repeats)
+        partition.bidirectional_ais(
+            strong, betas=6, num_chains=200, generator=torch.Generator().manual_seed(seed)
+        )
+        for seed in range(repeats)
     ]
     for part in ("forward", "reverse", "combined"):
         found = torch.tensor(
@@ -720,13 +737,25 @@ def test_mutant_precision_of_the_target_all_along_is_caught(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(
-        layered,
-        "_on_the_way",
-        lambda start, target, beta: target._replace(
+        Layers,
+        "at",
+        lambda target, beta, base: target._replace(
             weights=(), biases=(), offset=beta * target.offset
         ),
     )
     caught("GRBM")
+
+
+def test_mutant_sweep_that_forgets_its_temperature_is_caught(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    draw_side = Layers.draw_side
+
+    def hot(self: Layers, *args: Any, beta: Any = None, base: Any = None, **options: Any) -> Any:
+        return draw_side(self, *args, **options)
+
+    monkeypatch.setattr(Layers, "draw_side", hot)
+    caught("RBM")
 
 
 def test_mutant_sign_of_the_correction_is_caught() -> None:
@@ -824,7 +853,7 @@ def test_a_schedule_evens_out_the_increments() -> None:
         spread[name] = float(speed.std() / speed.mean())
     assert spread["tuned"] < 0.7 * spread["even"], spread
     halves = partition.schedule(
-        HalfDisc(dtype=F64), 5, Gaussian(torch.tensor(0.0, dtype=F64)), MALA(0.5), pilot=10
+        HalfDisc(dtype=F64), 5, Gaussian(torch.tensor(0.0, dtype=F64)), MALA(0.5)
     )
     assert len(halves) == 6  # draws outside of the disc are left out
     result = partition.ais(strong, betas=betas)
@@ -840,11 +869,11 @@ def test_base_rates_are_those_of_the_data() -> None:
     torch.testing.assert_close(
         sites(torch.ones(1, 3, 3, dtype=F64)), torch.tensor([-9 * math.log(7 / 8)], dtype=F64)
     )
-    colours = partition.base_rates(Potts((3,), 3, dtype=F64))
-    draws = colours.sample(3000, torch.Generator().manual_seed(0))
+    colors = partition.base_rates(Potts((3,), 3, dtype=F64))
+    draws = colors.sample(3000, torch.Generator().manual_seed(0))
     mean, se = mean_and_se(draws[:, 0, 0])
     within_se(mean, 1 / 3, se)
-    assert math.isclose(partition.exact(colours * 1.0).value, 0.0, abs_tol=1e-12)
+    assert math.isclose(partition.exact(colors * 1.0).value, 0.0, abs_tol=1e-12)
     x = torch.randn(500, 2, generator=torch.Generator().manual_seed(0), dtype=F64) * 3.0 + 1.0
     normal = partition.base_rates(grbm(), x)
     assert isinstance(normal, Layers)
@@ -864,17 +893,15 @@ def test_independent_layers_are_a_density_with_its_draws(machine: LayeredMachine
 
 
 def test_a_path_by_sites_has_the_logits_of_its_energies() -> None:
-    """The path offers what both ends offer; without it Gibbs takes the energies, and draws the
-    same."""
+    """The path combines the conditionals of both ends; they are those of its energies."""
     start = partition.base_rates(ISING, ISING.initial(50, torch.Generator().manual_seed(1)))
-    path = Path(ISING, torch.tensor([0.0, 0.3, 1.0]), start)
+    path = GeometricPath(ISING, torch.tensor([0.0, 0.3, 1.0]), start)
     x, site = ISING.initial(3, torch.Generator().manual_seed(2)), torch.tensor([0, 4, 8])
-    spins = torch.tensor([[-1.0], [1.0]], dtype=F64)
-    offered = offered_logits(path, to_sites(x, spins), site, spins).log_softmax(1)
-    torch.testing.assert_close(
-        offered, conditional_logits(path, to_sites(x, spins), site, spins).log_softmax(1)
-    )
-    assert not hasattr(Path(ISING, 0.5, ISING * 0.5), "site_logits")
+    for ends in (path, GeometricPath(ISING, 0.5, ISING * 0.5), GeometricPath(ISING, 0.5)):
+        torch.testing.assert_close(
+            ends.site_logits(x, site).log_softmax(1),
+            Energy.site_logits(ends, x, site).log_softmax(1),
+        )
 
 
 def _enumerable() -> Energy:
@@ -904,10 +931,6 @@ SHOWN: dict[str, tuple[Callable[[bool | None], object], str]] = {
         ),
         "tempering: 5/5 ",
     ),
-    "importance": (
-        lambda show: partition.importance(Gaussian(0.0), dist.Normal(0.0, 1.0), 100, progress=show),
-        "importance sampling: 100/100 ",
-    ),
     "exact": (lambda show: partition.exact(_enumerable(), progress=show), "enumeration: 512/512 "),
     "exact of layers": (lambda show: partition.exact(oracle(), progress=show), "enumeration: "),
     "quadrature": (lambda show: partition.quadrature(Gaussian(0.0), progress=show), "quadrature: "),
@@ -929,11 +952,17 @@ def test_estimators_show_progress(name: str, capsys: pytest.CaptureFixture[str])
 
 
 def test_same_seed_same_weights() -> None:
-    one, two, other = (partition.ais(oracle(), betas=10, seed=seed) for seed in (0, 0, 1))
+    one, two, other = (
+        partition.ais(oracle(), betas=10, generator=torch.Generator().manual_seed(seed))
+        for seed in (0, 0, 1)
+    )
     assert torch.equal(one.log_weights, two.log_weights)  # type: ignore[arg-type]
     assert one.value != other.value
     state = torch.get_rng_state()
-    both = [partition.bracket(oracle(), betas=10, seed=3) for _ in range(2)]
+    both = [
+        partition.bidirectional_ais(oracle(), betas=10, generator=torch.Generator().manual_seed(3))
+        for _ in range(2)
+    ]
     assert str(both[0]) == str(both[1])
     assert torch.equal(state, torch.get_rng_state())
 
@@ -952,7 +981,7 @@ def test_float32_agrees_and_sums_its_weights_in_float64() -> None:
 
 def test_no_gradient_is_left_behind() -> None:
     machine = oracle()
-    result = partition.bracket(machine, betas=5).forward
+    result = partition.bidirectional_ais(machine, betas=5).forward
     assert result.log_weights is not None
     assert not result.log_weights.requires_grad
     assert all(parameter.grad is None for parameter in machine.parameters())
@@ -1084,8 +1113,8 @@ LARGE = BernoulliRBM(40, 30, dtype=F64)
             r"draws must have shape \(n, \*event\)",
         ),
         (
-            lambda: partition.bridge(oracle(), num_draws=1),
-            "num_draws must be an integer of at least 2",
+            lambda: partition.bridge(oracle(), num_samples=1),
+            "num_samples must be an integer of at least 2",
         ),
         (
             lambda: partition.thermodynamic_integration(oracle(), num_temperatures=1),
@@ -1111,7 +1140,7 @@ LARGE = BernoulliRBM(40, 30, dtype=F64)
                 oracle().joint(),
                 LayerGibbs().init(oracle().joint(), oracle().joint().initial(1)),
             ),
-            "moves on the Path",
+            "moves on the GeometricPath",
         ),
     ],
 )

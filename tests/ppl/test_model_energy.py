@@ -24,8 +24,8 @@ from torch.distributions import biject_to, constraints
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import pyroebm.infer
-from pyroebm import MCMC, NUTS, Boltzmann, ModelEnergy, value_and_grad
-from pyroebm.core import Energy, PotentialFn, Unnormalized
+from pyroebm import MCMC, NUTS, Boltzmann, ModelEnergy
+from pyroebm.core import Energy, PotentialFn, Unnormalized, value_and_grad
 from pyroebm.core.compilation import Compiled, choose_compiled, fused
 from pyroebm.core.energy import unchecked_value_and_grad
 from pyroebm.core.rowwise import MAX_GRAPHS
@@ -567,7 +567,7 @@ def test_bad_data_and_bad_values_are_named() -> None:
         energy.join({"z": good["z"]})
     with pytest.raises(ValueError, match=r"'z' must have shape"):
         energy.join(energy.split(points(energy, 2)) | {"z": torch.zeros(2, 3)})
-    with pytest.raises(ValueError, match="n must be at least 1"):
+    with pytest.raises(ValueError, match="num_chains must be at least 1"):
         energy.initial(0)
 
 

@@ -16,9 +16,10 @@ from pyro.infer import MCMC as PyroMCMC
 from pyro.infer import NUTS as PyroNUTS
 from torch import Tensor, nn
 
-from pyroebm import HMC, MALA, NUTS, Boltzmann, Energy, PyroKernel, initial_states
+from pyroebm import HMC, MALA, NUTS, Boltzmann, Energy
 from pyroebm.core import PotentialFn, Unnormalized
 from pyroebm.core.statistics import mcse_mean
+from pyroebm.ppl import PyroKernel, initial_states
 from pyroebm.targets import Dirichlet, DoubleWell, Exponential, Gaussian
 
 

@@ -13,7 +13,8 @@ from lib.checks import within_se
 from lib.seeds import seeded
 from torch import Tensor
 
-from pyroebm import HMC, MCMC, value_and_grad
+from pyroebm import HMC, MCMC
+from pyroebm.core import value_and_grad
 from pyroebm.targets import DW4, Gaussian, LennardJones, Particles, Phi4, Target
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -127,7 +128,7 @@ def test_the_sign_of_the_field() -> None:
         (lambda: Phi4(4, -1.0, 0.0), r"m2 must be positive"),
         (lambda: Phi4(4, 1.0, -1.0), "lam finite and not negative, got m2=1.0, lam=-1.0"),
         (lambda: LennardJones("both"), 'pairs must be "once" or "twice", got pairs=\'both\''),
-        (lambda: LennardJones("once", 1), "particles must be at least 2"),
+        (lambda: LennardJones("once", 1), "num_particles must be at least 2"),
         (lambda: LennardJones("once", epsilon=0.0), "epsilon must be positive"),
         (
             lambda: DW4().coordinates(torch.zeros(3, 2)),
@@ -157,7 +158,7 @@ def test_particles_have_the_symmetries(name: str) -> None:
     # volume and length are those of the subspace
     torch.testing.assert_close(x.square().sum((1, 2)), u.square().sum(1))
     turn = torch.linalg.qr(torch.randn(target.space, target.space, generator=seeded(1)))[0]
-    order = torch.randperm(target.particles, generator=seeded(2))
+    order = torch.randperm(target.num_particles, generator=seeded(2))
     for moved in (x @ turn, x[:, order], -x):
         torch.testing.assert_close(target(target.coordinates(moved)), target(u))
 

@@ -15,7 +15,8 @@ from sklearn.datasets import make_circles, make_moons
 from torch import Tensor
 
 from models import toy2d
-from pyroebm import Energy, value_and_grad
+from pyroebm import Energy
+from pyroebm.core import value_and_grad
 from pyroebm.partition import expectation
 from pyroebm.targets import (
     Checkerboard,
@@ -323,11 +324,14 @@ def test_edges_of_the_board_belong_to_its_black_squares() -> None:
         (lambda: TwoMoons(scale=-1.0), "scale must be positive"),
         (lambda: TwoSpirals(noise=math.nan), "noise must be positive"),
         (lambda: NoisyCurves(lambda u: u, 1.0, box=-1.0), "box must be finite and at least 0"),
-        (lambda: NoisyCurves(lambda u: u, 1.0, nodes=0), "nodes must be an integer of at least 1"),
+        (
+            lambda: NoisyCurves(lambda u: u, 1.0, num_nodes=0),
+            "nodes must be an integer of at least 1",
+        ),
         (lambda: Circles((1.0, -1.0)), "radii must be positive"),
         (lambda: Circles(noise=0.0), "noise must be positive"),
-        (lambda: Pinwheel(arms=2), "arms must be an integer of at least 3"),
-        (lambda: Pinwheel(tangential=0.0), "tangential must be positive"),
+        (lambda: Pinwheel(num_arms=2), "arms must be an integer of at least 3"),
+        (lambda: Pinwheel(scale=0.0), "scale must be positive"),
         (lambda: Pinwheel(rate=math.inf), "rate must be finite"),
     ],
 )
@@ -344,7 +348,7 @@ def test_the_recipe_sees_divergences() -> None:
     KL is 0 or a quadrature's."""
     law = toy2d.LAWS["8 Gaussians"]
     sight = toy2d.Sight(law, 240)
-    narrow = eight_gaussians(F)
+    narrow = eight_gaussians(dtype=F)
     noise = 0.2
     wide = GaussianMixture(narrow.loc, scale=math.hypot(0.5 / 1.414, noise))
     torch.testing.assert_close(

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from pyroebm.energies import BernoulliRBM, MLPEnergy
 from pyroebm.kernels import ULA
-from pyroebm.objectives import Centring, ExactLikelihood, PersistentCD
-from pyroebm.training import Batches, Guard, distributed, fit, read_log
+from pyroebm.objectives import Centering, ExactLikelihood, ReplayBufferCD
+from pyroebm.training import Batches, Guard, distributed, fit, fit_steps, read_log
 
 F64 = torch.float64
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,30 +35,27 @@ def rbm(seed: int = 0) -> BernoulliRBM:
 
 
 def exactly(seed: int = 0, **options: Any) -> dict[str, Tensor]:
-    """A training whose loss is a mean over rows, and its facts."""
+    """A training whose loss is a mean over rows, and its metrics."""
     machine = rbm(seed)
-    facts = [
-        f
-        for _, _, f in fit(
-            machine, ExactLikelihood(), BITS, steps=9, batch_size=10, optimizer=SGD, **options
-        )
-    ]
+    history = fit(
+        machine, ExactLikelihood(), BITS, num_steps=9, batch_size=10, optimizer=SGD, **options
+    )
     return {
         **machine.state_dict(),
-        "log_likelihood": torch.tensor([f["log_likelihood"] for f in facts]),
+        "log_likelihood": torch.from_numpy(history["log_likelihood"]),
     }
 
 
-def centred() -> dict[str, Tensor]:
+def centered() -> dict[str, Tensor]:
     """Gradients of means over rows, transformed by offsets that are means over rows."""
-    machine, centring = rbm(), Centring(rate=0.3)
+    machine, centering = rbm(), Centering(rate=0.3)
     loss = ExactLikelihood()
-    list(fit(machine, Means(loss), BITS, steps=6, batch_size=10, optimizer=SGD, transform=centring))
-    return {**machine.state_dict(), **centring.state_dict()}
+    fit(machine, Means(loss), BITS, num_steps=6, batch_size=10, optimizer=SGD, transform=centering)
+    return {**machine.state_dict(), **centering.state_dict()}
 
 
 class Means(torch.nn.Module):
-    """The exact likelihood, saying the mean units that :class:`Centring` reads."""
+    """The exact likelihood, saying the mean units that :class:`Centering` reads."""
 
     def __init__(self, inner: ExactLikelihood) -> None:
         super().__init__()
@@ -67,9 +64,9 @@ class Means(torch.nn.Module):
     def forward(
         self, energy: BernoulliRBM, batch: Tensor, *, generator: Any = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        loss, facts = self.inner(energy, batch)
+        loss, metrics = self.inner(energy, batch)
         hidden = torch.sigmoid(batch @ energy.weight + energy.hidden_bias).detach()
-        return loss, facts | {"mean_0": batch.mean(0), "mean_1": hidden.mean(0)}
+        return loss, metrics | {"mean_0": batch.mean(0), "mean_1": hidden.mean(0)}
 
 
 def chained(
@@ -79,27 +76,27 @@ def chained(
     energy = MLPEnergy(
         (2,), (8,), scale=2.0, dtype=F64, generator=torch.Generator().manual_seed(seed)
     )
-    objective = PersistentCD(5, 2, ULA(0.3), buffer_size=20, restart=0.1)
+    objective = ReplayBufferCD(5, 2, ULA(0.3), buffer_size=20, restart=0.1)
     data = torch.randn(30, 2, dtype=F64, generator=torch.Generator().manual_seed(1))
     options: dict[str, Any] = (
         {}
         if folder is None
         else {"checkpoint": folder / "run.safetensors", "log": folder / "run.jsonl"}
     )
-    run = fit(
+    run = fit_steps(
         energy,
         objective,
         data,
-        steps=steps,
+        num_steps=steps,
         batch_size=8,
         resume=folder is not None,
         guard=Guard(rollback=True),
         **options,
     )
     losses = []
-    for step, loss, _ in run:
-        losses.append(loss)
-        if step == stop:
+    for step in run:
+        losses.append(step.loss)
+        if step.number == stop:
             break
     run.close()  # type: ignore[attr-defined]
     return {**energy.state_dict(), **objective.state_dict(), "losses": torch.tensor(losses)}
@@ -115,16 +112,16 @@ SCRIPT = """
         assert world == 2
         # all begin where the first does
         out |= {f"exactly.{k}": v for k, v in exactly(seed=rank).items()}
-        out |= {f"centred.{k}": v for k, v in centred().items()}
+        out |= {f"centered.{k}": v for k, v in centered().items()}
         out |= {f"whole.{k}": v for k, v in chained(None).items()}
         chained(folder, stop=4)
         out |= {f"resumed.{k}": v for k, v in chained(folder, seed=7).items()}
         gradient = [torch.nn.Parameter(torch.zeros(shape, dtype=F64)) for shape in ((2,), ())]
         gradient[0].grad = torch.full((2,), 1.0 + rank, dtype=F64)
-        facts = {"n": torch.tensor(float(rank))}
-        facts = distributed.average_gradients(gradient, facts, 1.0 + 2.0 * rank)
+        metrics = {"n": torch.tensor(float(rank))}
+        metrics = distributed.average_gradients(gradient, metrics, 1.0 + 2.0 * rank)
         assert gradient[1].grad is None
-        out |= {"averaged": gradient[0].grad, "fact": facts["n"]}
+        out |= {"averaged": gradient[0].grad, "metric": metrics["n"]}
         assert distributed.gather_bytes(bytes([rank] * (rank + 1))) == [b"\\0", b"\\1\\1"]
     # the group is gone, else its threads could abort the process while the interpreter ends
     names = [task.read_text() for task in Path("/proc/self/task").glob("*/comm")]
@@ -164,21 +161,21 @@ def part(found: dict[str, Tensor], name: str) -> dict[str, Tensor]:
 
 
 def test_averaged_gradients_are_those_of_one_process(two: Any) -> None:
-    """Nine steps on batches of 10 rows and 3, shared 5 and 5 and 2 and 1: parameters and facts as
+    """Nine steps on batches of 10 rows and 3, shared 5 and 5 and 2 and 1: parameters and metrics as
     one process has them."""
     _, found = two
     for rank in found:
         torch.testing.assert_close(part(rank, "exactly"), exactly(), rtol=1e-10, atol=1e-12)
-        torch.testing.assert_close(part(rank, "centred"), centred(), rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(part(rank, "centered"), centered(), rtol=1e-10, atol=1e-12)
         torch.testing.assert_close(rank["averaged"], torch.full((2,), 1.75, dtype=F64))
-        assert float(rank["fact"]) == 0.75
+        assert float(rank["metric"]) == 0.75
 
 
 def test_an_unweighted_average_is_caught() -> None:
     """The last batch has two rows in one process and one in the other: the plain mean of their
     gradients is another number."""
     machine = rbm()
-    batches = [Batches(BITS, 10, 0, (rank, 2))(2) for rank in range(2)]
+    batches = [Batches(BITS, 10, ranks=(rank, 2))(2) for rank in range(2)]
     assert [len(batch) for batch in batches] == [2, 1]
     whole = Batches(BITS, 10)(2)
     grads = [
@@ -212,13 +209,13 @@ def test_two_processes_resume_bit_for_bit(two: Any) -> None:
 
 
 def test_shares_make_the_batch() -> None:
-    whole = Batches(BITS, 10, 3)
-    shares = [Batches(BITS, 10, 3, (rank, 3)) for rank in range(3)]
+    whole = Batches(BITS, 10, seed=3)
+    shares = [Batches(BITS, 10, seed=3, ranks=(rank, 3)) for rank in range(3)]
     for step in range(7):
         together = torch.cat([share.numbers(step) for share in shares])
         assert together.sort().values.tolist() == whole.numbers(step).sort().values.tolist()
     with pytest.raises(ValueError, match="each of 4 processes needs a row"):
-        Batches(BITS, 10, 0, (0, 4))
+        Batches(BITS, 10, ranks=(0, 4))
 
 
 def test_one_process_is_as_before(monkeypatch: pytest.MonkeyPatch) -> None:

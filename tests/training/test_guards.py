@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from pyroebm import Energy
+from pyroebm.core.rng import seeded_generator
 from pyroebm.energies import MLPEnergy
 from pyroebm.kernels import ULA
-from pyroebm.objectives import ContrastiveDivergence, HasLosses, Objective, PersistentCD
-from pyroebm.training import Guard, TrainingLog, fit, read_log
-from pyroebm.training import loop as training
+from pyroebm.objectives import ContrastiveDivergence, HasLosses, Objective, ReplayBufferCD
+from pyroebm.training import Batches, Guard, Step, TrainingLog, fit, fit_steps, read_log
 
 F64 = torch.float64
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,7 +59,7 @@ class Duel(Objective):
         return {"energy": list(energy.parameters()), "generator": [self.generator]}
 
 
-class Shaken(PersistentCD):
+class Shaken(ReplayBufferCD):
     """Persistent chains with a loss that is no number, or a gap out of bounds, at some calls."""
 
     def __init__(self, at: tuple[int, ...] = (), wrong: float = math.nan) -> None:
@@ -70,18 +71,18 @@ class Shaken(PersistentCD):
     def forward(
         self, energy: Energy, batch: Tensor, *, generator: Any = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        loss, facts = super().forward(energy, batch, generator=generator)
+        loss, metrics = super().forward(energy, batch, generator=generator)
         self._calls += 1
         if self._calls - 1 not in self._at:
-            return loss, facts
+            return loss, metrics
         return (
-            (loss * math.nan, facts)
+            (loss * math.nan, metrics)
             if math.isnan(self._wrong)
-            else (loss, facts | {"energy_gap": torch.tensor(self._wrong)})
+            else (loss, metrics | {"energy_gap": torch.tensor(self._wrong)})
         )
 
 
-def end(run: Any) -> list[tuple[int, float, dict[str, float]]]:
+def end(run: Iterator[Step]) -> list[Step]:
     return list(run)
 
 
@@ -94,34 +95,34 @@ def check_duel() -> None:
     parameters alone."""
     energy, duel = net(), Duel()
     found = end(
-        fit(
+        fit_steps(
             energy,
             duel,
             DATA,
-            steps=2,
+            num_steps=2,
             batch_size=24,
             optimizer={"energy": SGD, "generator": functools.partial(SGD, lr=0.2)},
         )
     )
     again, hand = net(), Duel()
-    noise = training.seeded_generator(0)
+    noise = seeded_generator(0)
     for step in range(2):
-        losses, _ = hand.losses(again, training.Batches(DATA, 24)(step), generator=noise)
+        losses, _ = hand.losses(again, Batches(DATA, 24)(step), generator=noise)
         mine = torch.autograd.grad(losses["energy"], list(again.parameters()), retain_graph=True)
         theirs = torch.autograd.grad(losses["generator"], hand.generator)[0]
-        facts = found[step][2]
+        metrics = found[step].metrics
         assert (
-            facts["loss_energy"]
-            == found[step][1]
+            metrics["loss_energy"]
+            == found[step].loss
             == pytest.approx(float(losses["energy"].detach()))
         )
-        assert facts["loss_generator"] == pytest.approx(float(losses["generator"].detach()))
+        assert metrics["loss_generator"] == pytest.approx(float(losses["generator"].detach()))
         assert (
-            facts["grad_norm_energy"]
-            == facts["grad_norm"]
+            metrics["grad_norm_energy"]
+            == metrics["grad_norm"]
             == pytest.approx(float(torch.cat([g.flatten() for g in mine]).norm()))
         )
-        assert facts["grad_norm_generator"] == pytest.approx(float(theirs.norm()))
+        assert metrics["grad_norm_generator"] == pytest.approx(float(theirs.norm()))
         with torch.no_grad():
             for parameter, gradient in zip(again.parameters(), mine, strict=True):
                 parameter -= 0.05 * gradient
@@ -132,7 +133,7 @@ def check_duel() -> None:
 
 def test_each_loss_trains_its_own() -> None:
     assert isinstance(Duel(), HasLosses)
-    assert not isinstance(PersistentCD(), HasLosses)
+    assert not isinstance(ReplayBufferCD(), HasLosses)
     check_duel()
 
 
@@ -150,8 +151,10 @@ def test_a_loss_that_leaks_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_schedules_of_several_losses() -> None:
     plan = functools.partial(torch.optim.lr_scheduler.ExponentialLR, gamma=0.5)
-    found = end(fit(net(), Duel(), DATA, steps=3, optimizer=SGD, schedule={"energy": plan}))
-    assert [facts["lr"] for _, _, facts in found] == [0.05, 0.025, 0.0125]
+    found = end(
+        fit_steps(net(), Duel(), DATA, num_steps=3, optimizer=SGD, schedule={"energy": plan})
+    )
+    assert [step.metrics["lr"] for step in found] == [0.05, 0.025, 0.0125]
 
 
 @pytest.mark.parametrize(
@@ -163,7 +166,7 @@ def test_schedules_of_several_losses() -> None:
 )
 def test_players_are_named(options: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        fit(net(), Duel(), DATA, steps=1, **options)
+        fit(net(), Duel(), DATA, num_steps=1, **options)
 
 
 def test_players_share_nothing() -> None:
@@ -177,14 +180,14 @@ def test_players_share_nothing() -> None:
 
     class Silent(Duel):
         def losses(self, *args: Any, **options: Any) -> Any:
-            losses, facts = super().losses(*args, **options)
-            return {"energy": losses["energy"]}, facts
+            losses, metrics = super().losses(*args, **options)
+            return {"energy": losses["energy"]}, metrics
 
     for duel in (Twice(), Headless()):
         with pytest.raises(ValueError, match="none of them twice"):
-            fit(net(), duel, DATA, steps=1)
+            fit(net(), duel, DATA, num_steps=1)
     with pytest.raises(ValueError, match="losses\\(\\) must give one for each"):
-        end(fit(net(), Silent(), DATA, steps=1))
+        end(fit_steps(net(), Silent(), DATA, num_steps=1))
 
 
 def test_a_parameter_without_gradient() -> None:
@@ -201,8 +204,8 @@ def test_a_parameter_without_gradient() -> None:
     with torch.no_grad():
         energy.net[-1].weight.fill_(0.3)
     for options in ({}, {"max_grad_norm": 0.1}):
-        found = end(fit(energy, slope, DATA, steps=3, **options))
-        assert found[-1][1] < found[0][1]
+        found = end(fit_steps(energy, slope, DATA, num_steps=3, **options))
+        assert found[-1].loss < found[0].loss
         assert not bool(energy.net[-1].bias.detach().any())
     energy.requires_grad_(False)
     energy.net[-1].bias.requires_grad_()
@@ -213,7 +216,7 @@ def test_a_parameter_without_gradient() -> None:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         return x.square().mean(), {}
 
-    assert end(fit(energy, constant, DATA, steps=2))[-1][2]["grad_norm"] == 0.0
+    assert end(fit_steps(energy, constant, DATA, num_steps=2))[-1].metrics["grad_norm"] == 0.0
 
 
 # --------------------------------------------------------------------------------------------------
@@ -225,13 +228,15 @@ def test_a_rollback_goes_back_and_goes_on() -> None:
     next."""
     energy, objective = net(), Shaken((7,))
     states: dict[int, dict[str, Tensor]] = {}
-    run = fit(energy, objective, DATA, steps=12, batch_size=6, guard=Guard(rollback=True, every=3))
+    run = fit_steps(
+        energy, objective, DATA, num_steps=12, batch_size=6, guard=Guard(rollback=True, every=3)
+    )
     found = []
 
     def watch() -> None:
-        for step, loss, facts in run:
-            found.append((step, loss, facts["rollbacks"]))
-            states[step] = {
+        for step in run:
+            found.append((step.number, step.loss, step.metrics["rollbacks"]))
+            states[step.number] = {
                 k: v.clone() for k, v in {**energy.state_dict(), **objective.state_dict()}.items()
             }
 
@@ -253,25 +258,25 @@ def test_schedules_go_on_through_a_rollback() -> None:
     plan = functools.partial(torch.optim.lr_scheduler.ExponentialLR, gamma=0.5)
     with pytest.warns(RuntimeWarning, match="rollback 1"):
         found = end(
-            fit(
+            fit_steps(
                 net(),
                 Shaken((3,)),
                 DATA,
-                steps=6,
+                num_steps=6,
                 optimizer=SGD,
                 schedule=plan,
                 guard=Guard(rollback=True),
             )
         )
-    assert [facts["lr"] for _, _, facts in found] == [0.05 * 0.5**k for k in range(6)]
+    assert [step.metrics["lr"] for step in found] == [0.05 * 0.5**k for k in range(6)]
 
 
 def test_rollbacks_come_to_an_end() -> None:
-    run = fit(
+    run = fit_steps(
         net(),
         Shaken(tuple(range(3, 50))),
         DATA,
-        steps=50,
+        num_steps=50,
         guard=Guard(rollback=True, max_rollbacks=2),
     )
     with (
@@ -280,25 +285,29 @@ def test_rollbacks_come_to_an_end() -> None:
     ):
         end(run)
     with pytest.raises(FloatingPointError, match="at step 0 loss is nan"):
-        end(fit(net(), Shaken((0,)), DATA, steps=5, guard=Guard(rollback=True)))
+        end(fit_steps(net(), Shaken((0,)), DATA, num_steps=5, guard=Guard(rollback=True)))
 
 
 def test_a_gap_out_of_bounds() -> None:
     with pytest.raises(
         FloatingPointError, match=r"at step 2 energy_gap is -1e\+06, beyond max_energy_gap=100"
     ):
-        end(fit(net(), Shaken((2,), -1e6), DATA, steps=5, guard=Guard(max_energy_gap=100.0)))
+        end(
+            fit_steps(
+                net(), Shaken((2,), -1e6), DATA, num_steps=5, guard=Guard(max_energy_gap=100.0)
+            )
+        )
     with pytest.warns(RuntimeWarning, match="energy_gap is"):
         found = end(
-            fit(
+            fit_steps(
                 net(),
                 Shaken((2,), 1e6),
                 DATA,
-                steps=5,
+                num_steps=5,
                 guard=Guard(rollback=True, max_energy_gap=100.0),
             )
         )
-    assert found[-1][2]["rollbacks"] == 1.0
+    assert found[-1].metrics["rollbacks"] == 1.0
 
     def silent(
         energy: Energy, batch: Tensor, *, generator: Any = None
@@ -306,7 +315,7 @@ def test_a_gap_out_of_bounds() -> None:
         return energy(batch).mean(), {}
 
     with pytest.raises(ValueError, match="says its energy_gap"):
-        end(fit(net(), silent, DATA, steps=1, guard=Guard(max_energy_gap=1.0)))
+        end(fit_steps(net(), silent, DATA, num_steps=1, guard=Guard(max_energy_gap=1.0)))
 
 
 @pytest.mark.parametrize(
@@ -328,35 +337,42 @@ def without_seconds(path: Path) -> list[dict[str, float]]:
 
 def test_a_log_has_a_line_for_a_step(tmp_path: Path) -> None:
     found = end(
-        fit(
+        fit_steps(
             net(),
             ContrastiveDivergence(),
             DATA,
-            steps=7,
+            num_steps=7,
             log=tmp_path / "deep" / "run.jsonl",
             log_every=3,
         )
     )
     lines = without_seconds(tmp_path / "deep" / "run.jsonl")
     assert lines == [
-        {"step": step, "loss": loss, **facts} for step, loss, facts in found if step in (0, 3, 6)
+        {"step": step.number, "loss": step.loss, **step.metrics}
+        for step in found
+        if step.number in (0, 3, 6)
     ]
     with pytest.raises(ValueError, match="holds a log"):
-        fit(net(), ContrastiveDivergence(), DATA, steps=7, log=tmp_path / "deep" / "run.jsonl")
+        fit(net(), ContrastiveDivergence(), DATA, num_steps=7, log=tmp_path / "deep" / "run.jsonl")
     with pytest.raises(ValueError, match="log_every must be"):
         fit(
-            net(), ContrastiveDivergence(), DATA, steps=7, log=tmp_path / "other.jsonl", log_every=0
+            net(),
+            ContrastiveDivergence(),
+            DATA,
+            num_steps=7,
+            log=tmp_path / "other.jsonl",
+            log_every=0,
         )
 
 
 def test_numbers_that_are_not_finite_are_in_the_log(tmp_path: Path) -> None:
     with pytest.warns(RuntimeWarning, match="rollback"):
         end(
-            fit(
+            fit_steps(
                 net(),
                 Shaken((2,)),
                 DATA,
-                steps=4,
+                num_steps=4,
                 guard=Guard(rollback=True),
                 log=tmp_path / "run.jsonl",
             )
@@ -372,7 +388,7 @@ def test_numbers_that_are_not_finite_are_in_the_log(tmp_path: Path) -> None:
 def test_tensorboard_is_written_or_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ModuleNotFoundError, match="pip install tensorboard"):
-        fit(net(), ContrastiveDivergence(), DATA, steps=1, tensorboard=tmp_path)
+        fit(net(), ContrastiveDivergence(), DATA, num_steps=1, tensorboard=tmp_path)
     written = []
 
     class Writer:
@@ -399,7 +415,7 @@ def test_tensorboard_is_written_or_named(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 CASES = {
-    "replay": "PersistentCD(8, 3, ULA(0.3), buffer_size=40, restart=0.2)",
+    "replay": "ReplayBufferCD(8, 3, ULA(0.3), buffer_size=40, restart=0.2)",
     "players": "Duel()",
     "rolled back": "Shaken((4, 14))",
 }
@@ -413,9 +429,9 @@ SCRIPT = """
     options = dict(checkpoint=folder + "/run.safetensors", log=folder + "/run.jsonl")
     options["checkpoint_every"] = 0.0 if kill % 2 else 1e9
     guard = Guard(rollback=True, every=5)
-    options |= dict(steps=20, batch_size=7, resume=True, guard=guard)
-    for step, loss, facts in fit(energy, objective, DATA, **options):
-        if step == kill:
+    options |= dict(num_steps=20, batch_size=7, resume=True, guard=guard)
+    for step in fit_steps(energy, objective, DATA, **options):
+        if step.number == kill:
             os.kill(os.getpid(), signal.SIGKILL)
 """
 
@@ -423,11 +439,11 @@ SCRIPT = """
 def whole(case: str, log: Path) -> dict[str, Tensor]:
     energy, objective = net(), eval(CASES[case])
     end(
-        fit(
+        fit_steps(
             energy,
             objective,
             DATA,
-            steps=20,
+            num_steps=20,
             batch_size=7,
             guard=Guard(rollback=True, every=5),
             log=log,
@@ -460,9 +476,17 @@ def test_killed_and_resumed_is_uninterrupted(case: str, tmp_path: Path) -> None:
         "guard": Guard(rollback=True, every=5),
     }
     rest = end(
-        fit(energy, objective, DATA, steps=20, batch_size=7, log=tmp_path / "run.jsonl", **options)
+        fit_steps(
+            energy,
+            objective,
+            DATA,
+            num_steps=20,
+            batch_size=7,
+            log=tmp_path / "run.jsonl",
+            **options,
+        )
     )
-    assert [step for step, _, _ in rest] == list(range(12, 20))
+    assert [step.number for step in rest] == list(range(12, 20))
     found = {
         **energy.state_dict(),
         **{f"objective.{k}": v for k, v in objective.state_dict().items()},

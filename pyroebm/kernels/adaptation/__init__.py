@@ -2,7 +2,7 @@
 
 from pyroebm.kernels.adaptation.starts import draw_starts
 from pyroebm.kernels.adaptation.step_size import DualAveraging, find_step_size
-from pyroebm.kernels.adaptation.windows import Adaptation, WindowAdaptation
+from pyroebm.kernels.adaptation.windows import Adaptation, WindowAdaptation, warmup
 
 __all__ = [
     "Adaptation",
@@ -10,4 +10,5 @@ __all__ = [
     "WindowAdaptation",
     "draw_starts",
     "find_step_size",
+    "warmup",
 ]

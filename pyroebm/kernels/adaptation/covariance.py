@@ -79,7 +79,7 @@ class PooledVariance(NamedTuple):
         return shrunk(self.variance(), self.draws, before)
 
 
-def shrunk(variance: Tensor, draws: int, before: Tensor | None = None) -> Tensor | None:
+def shrunk(variance: Tensor, num_draws: int, before: Tensor | None = None) -> Tensor | None:
     r"""Variances of so many draws, shrunk towards those ``before`` (None: 1) as if five more draws
     had said so.
 
@@ -96,7 +96,7 @@ def shrunk(variance: Tensor, draws: int, before: Tensor | None = None) -> Tensor
     if not bool(known.any()):
         return None
     old = torch.ones_like(variance) if before is None else before.reshape(-1).to(variance)
-    weight = draws / (draws + 5.0)
+    weight = num_draws / (num_draws + 5.0)
     return torch.where(known, variance.pow(weight) * old.pow(1.0 - weight), old)
 
 
@@ -259,7 +259,7 @@ def _divergence(metric: LowRank, x: Tensor, g: Tensor) -> float:
 
 
 def _second_moment(rows: Tensor) -> Tensor:
-    """The covariance of centred rows, with the identity as if a hundredth of a row more had said
+    """The covariance of centered rows, with the identity as if a hundredth of a row more had said
     so: it has an inverse."""
     return (rows.mT @ rows + 0.01 * torch.eye(rows.shape[1]).to(rows)) / len(rows)
 

@@ -21,7 +21,7 @@ CANDIDATES = 50
 def draw_starts(
     kernel: Kernel[Any],
     energy: Energy,
-    n: int,
+    num_chains: int,
     generator: torch.Generator | None = None,
     adapts: bool = True,
 ) -> Tensor:
@@ -37,7 +37,7 @@ def draw_starts(
     Args:
         kernel: the kernel that will move the chains.
         energy: the energy in the coordinates of the kernel; its ``initial`` gives the candidates.
-        n: number of chains.
+        num_chains: number of chains.
         generator: source of randomness; None is torch's global one.
         adapts: whether warm-up adapts the step size; else the trial takes the kernel's own.
 
@@ -50,12 +50,15 @@ def draw_starts(
         >>> draw_starts(NUTS(), DoubleWell(), 8).shape
         torch.Size([8])
     """
-    x = energy.initial(n, generator)
+    x = energy.initial(num_chains, generator)
     if not isinstance(kernel, GradientKernel) or kernel.target_acceptance is None:
         return x
     trial: Kernel[Any] = kernel.probe()
-    waiting, known = x.new_ones(n, dtype=torch.bool), x.new_zeros(n, dtype=torch.bool)
-    state = State(x, x.new_zeros(n), torch.zeros_like(x))
+    waiting, known = (
+        x.new_ones(num_chains, dtype=torch.bool),
+        x.new_zeros(num_chains, dtype=torch.bool),
+    )
+    state = State(x, x.new_zeros(num_chains), torch.zeros_like(x))
     for _ in range(CANDIDATES):
         # All rows are evaluated, since an energy may hold something of its own for each (a clamped
         # value).
@@ -63,7 +66,9 @@ def draw_starts(
         finite = torch.isfinite(values) & torch.isfinite(rows(grad)).all(1)
         state = choose(waiting & finite, State(x, values, grad), state)
         known |= finite
-        if adapts and 2 * int(known.sum()) >= n:  # the acceptance of one chain of many says little
+        if (
+            adapts and 2 * int(known.sum()) >= num_chains
+        ):  # the acceptance of one chain of many says little
             crossing = find_step_size(trial, energy, state, generator, counted=known)
             # the search ends where most steps are rejected
             trial = trial.replace(step_size=0.5 * crossing)
@@ -73,6 +78,6 @@ def draw_starts(
             waiting = waiting & ~(finite & info.accepted)
         if not bool(waiting.any()):
             break
-        fresh = energy.initial(n, generator)
+        fresh = energy.initial(num_chains, generator)
         x = torch.where(waiting.reshape(-1, *[1] * (x.dim() - 1)), fresh, x)
     return state.x

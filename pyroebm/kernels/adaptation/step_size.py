@@ -147,8 +147,7 @@ def find_step_size(
         a number if all chains share it, else a tensor ``(chains,)``.
     """
     probe: Kernel[Any] = kernel.probe()
-    given: float | Tensor = kernel.step_size  # type: ignore[attr-defined]
-    size = torch.as_tensor(given, dtype=torch.float64, device=state.energy.device)
+    size = torch.as_tensor(kernel.step_size, dtype=torch.float64, device=state.energy.device)
     chains = len(state.energy)
     if together is None or bool(together.all()):
         size, together = size.mean(), torch.ones(chains, dtype=torch.bool, device=size.device)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal, NamedTuple, Protocol
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -16,14 +17,24 @@ from pyroebm.kernels.adaptation.step_size import (
     near_the_median,
     shared_mean,
 )
-from pyroebm.kernels.base import AnyState, Info, Kernel, Steps, rows
+from pyroebm.kernels.base import AnyState, HasGradient, Info, Kernel, Steps, rows
 
-__all__ = ["Adaptation", "WindowAdaptation", "Warmup", "windows"]
+__all__ = [
+    "Adaptation",
+    "Warmup",
+    "WarmupStep",
+    "WindowAdaptation",
+    "resolve",
+    "warmup",
+    "warmup_step",
+    "windows",
+]
 
 METRICS = ("diagonal", "dense", "low_rank")
 STEP_SIZES = ("grouped", "per_chain", "pooled")
 
 
+@runtime_checkable
 class Adaptation(Protocol):
     """What warm-up asks of an adaptation. ``memory`` is its own state between two steps, a
     NamedTuple."""
@@ -137,11 +148,7 @@ class WindowAdaptation:
         >>> energy, plan = Gaussian(torch.zeros(3)), WindowAdaptation()
         >>> generator = torch.Generator().manual_seed(0)
         >>> state = HMC().init(energy, energy.initial(16, generator))
-        >>> kernel, warmup = plan.start(HMC(), energy, state, generator)
-        >>> for _ in range(100):
-        ...     kernel, state, info, warmup = plan.step(
-        ...         kernel, energy, state, warmup, 100, generator
-        ...     )
+        >>> kernel, state = warmup(HMC(), energy, state, 100, plan, generator=generator)
         >>> kernel.inverse_mass.shape
         torch.Size([3])
     """
@@ -149,6 +156,7 @@ class WindowAdaptation:
     target_acceptance: float | None = None
     metric: Literal["diagonal", "dense", "low_rank"] | None = "diagonal"
     step_size: Literal["grouped", "per_chain", "pooled"] | None = "grouped"
+    _: dataclasses.KW_ONLY
     initial: int = 15
     first: int = 15
     final: int = 50
@@ -304,7 +312,7 @@ class WindowAdaptation:
         """The metric of a window, and new step sizes for it."""
         tuning, pooled, together, moved, rates, step = memory
         if pooled is not None:
-            before = kernel.inverse_mass if isinstance(kernel.inverse_mass, Tensor) else None  # type: ignore[attr-defined]
+            before = kernel.inverse_mass if isinstance(kernel.inverse_mass, Tensor) else None
             learned = pooled.metric(before)
             kernel = kernel if learned is None else kernel.replace(inverse_mass=learned)
             pooled = self._empty(kernel, state)
@@ -377,14 +385,14 @@ class WindowAdaptation:
     def _empty(
         self, kernel: Kernel[Any], state: AnyState
     ) -> PooledVariance | PooledCovariance | PooledRows | None:
-        if not self.metric or not hasattr(kernel, "inverse_mass"):
+        if not self.metric or "inverse_mass" not in kernel.learned:
             return None
         q = rows(state.x)
         if self.metric != "low_rank":
             return (
                 PooledVariance.start(q) if self.metric == "diagonal" else PooledCovariance.start(q)
             )
-        if not hasattr(state, "grad"):
+        if not isinstance(state, HasGradient):
             raise ValueError(
                 "metric='low_rank' is learned from gradients, and the states of"
                 f" {type(kernel).__name__} have none:"
@@ -411,7 +419,7 @@ def resolve(
         chosen: Adaptation = kernel.own_adaptation() or WindowAdaptation()
         return chosen
     if adaptation is not None and (
-        isinstance(adaptation, type | str) or not hasattr(adaptation, "start")
+        isinstance(adaptation, type | str) or not isinstance(adaptation, Adaptation)
     ):
         raise ValueError(
             "adaptation must be a WindowAdaptation() or the like of it, or None, got"
@@ -427,3 +435,83 @@ def resolve(
             f" has none to aim at: {way_out}"
         )
     return adaptation
+
+
+class WarmupStep(NamedTuple):
+    """What a step of a warm-up leaves: all that the next one needs."""
+
+    kernel: Kernel[Any]  #: for the next step
+    state: Any
+    info: Info
+    memory: Any  #: of the adaptation
+
+
+def warmup_step(
+    kernel: Kernel[Any],
+    energy: Energy,
+    state: Any,
+    memory: Any,
+    num_steps: int,
+    adaptation: Adaptation | None,
+    generator: torch.Generator | None = None,
+) -> WarmupStep:
+    """One step of a warm-up of ``num_steps``, for drivers that take it step by step.
+
+    Args:
+        kernel, state, memory: as the step before left them; ``memory`` is None at the first.
+        energy: what the kernel moves on.
+        num_steps: steps of the whole warm-up.
+        adaptation: how to adapt; None leaves the kernel as it is.
+        generator: source of randomness; None is torch's global one.
+    """
+    if adaptation is None:
+        return WarmupStep(kernel, *kernel.step(energy, state, generator), None)
+    if memory is None:
+        kernel, memory = adaptation.start(kernel, energy, state, generator)
+    return WarmupStep(*adaptation.step(kernel, energy, state, memory, num_steps, generator))
+
+
+def warmup(
+    kernel: Kernel[Any],
+    energy: Energy,
+    state: Any,
+    num_steps: int,
+    adaptation: Adaptation | Literal["default"] | None = "default",
+    *,
+    generator: torch.Generator | None = None,
+    after_step: Callable[[], object] = lambda: None,
+) -> tuple[Kernel[Any], Any]:
+    """Adapt a kernel while its chains move.
+
+    Args:
+        kernel: the kernel to begin with.
+        energy: what it moves on.
+        state: where the chains are, from ``kernel.init``.
+        num_steps: steps of the warm-up, at least 0.
+        adaptation: how to adapt: the kernel's own way, or a :class:`WindowAdaptation`; None leaves
+            the kernel as it is.
+        generator: source of randomness; None is torch's global one.
+        after_step: called after each step, for progress.
+
+    Returns:
+        the adapted kernel and the state of its chains.
+
+    Raises:
+        ValueError: if the adaptation is none, or cannot adapt this kernel.
+
+    Example:
+        >>> from pyroebm.kernels import MALA
+        >>> from pyroebm.targets import DoubleWell
+        >>> energy, generator = DoubleWell(), torch.Generator().manual_seed(0)
+        >>> state = MALA().init(energy, energy.initial(64, generator))
+        >>> kernel, state = warmup(MALA(), energy, state, 200, generator=generator)
+        >>> 0.1 < kernel.step_size < 1.0
+        True
+    """
+    chosen, memory = resolve(kernel, adaptation), None
+    for _ in range(num_steps):
+        kernel, state, _, memory = warmup_step(
+            kernel, energy, state, memory, num_steps, chosen, generator
+        )
+        after_step()
+    return kernel, state

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyroebm.core.compilation import CompiledGradient
 from pyroebm.core.energy import Energy
 from pyroebm.kernels.adaptation.step_size import DualAveraging
 from pyroebm.kernels.base import Info, State, Steps, column, row_value_and_grad, rows
@@ -496,6 +497,32 @@ def tick(
     return least
 
 
+def _bound(energy: Energy, q: Tensor) -> Callable[[], tuple[Any, Any]]:
+    """A function that gives values and gradients of rows ``(chains, dim)`` as they stand in
+    memory; what it gives is overwritten by the next call."""
+    if isinstance(energy, CompiledGradient):
+        bound = energy.bound_to(q.reshape(-1, *energy.event_shape))
+        if bound is not None:
+            values, grads, compute = bound
+            found = values.numpy(), rows(grads).numpy()
+            if found[1].flags.c_contiguous and found[0].flags.c_contiguous:
+
+                def replayed() -> tuple[Any, Any]:
+                    compute()
+                    return found
+
+                return replayed
+    return _called(energy, q)
+
+
+def _called(energy: Energy, q: Tensor) -> Callable[[], tuple[Any, Any]]:
+    def called() -> tuple[Any, Any]:
+        values, grads = row_value_and_grad(energy, q)
+        return values.contiguous().numpy(), grads.contiguous().numpy()
+
+    return called
+
+
 class Chains:
     """A batch of no-U-turn chains, each at a leapfrog step of its own.
 
@@ -531,6 +558,8 @@ class Chains:
         q, grad = rows(state.x), rows(state.grad)
         chains, dim = q.shape
         self._q = self._z = q.detach().clone(memory_format=torch.contiguous_format)
+        # binding takes the time of some calls
+        self._gradient = _bound(energy, self._q) if ahead > 1 else _called(energy, self._q)
         self._vectors = q.new_empty(chains, STORED + 2 * max_tree_depth, dim)
         self._vectors[:, PROPOSAL], self._vectors[:, PROPOSAL + 1] = q, grad
         self._numbers = np.zeros((chains, NUMBERS))
@@ -628,12 +657,10 @@ class Chains:
         coordinates."""
         if not self._is_diagonal:
             torch.add(self._vectors[:, HOME], self._metric.apply(self._z), out=self._q)
-        values, grads = row_value_and_grad(self.energy, self._q)
-        grads = grads.contiguous()
-        answer = grads.numpy()
+        values, grads = self._gradient()
         if self._is_diagonal:
-            return values.contiguous().numpy(), answer, answer
-        return values.contiguous().numpy(), answer, self._metric.transpose(grads).numpy()
+            return values, grads, grads
+        return values, grads, self._metric.transpose(torch.from_numpy(grads)).numpy()
 
     def _draw_seeds(self, steps: int) -> None:
         """Draw the seeds of trajectories before number ``steps``."""

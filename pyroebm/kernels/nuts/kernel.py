@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import importlib.util
 import warnings
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 
@@ -53,7 +53,7 @@ class NUTS(GradientKernel):
 
     target_acceptance: ClassVar[float | None] = 0.8
     has_momentum: ClassVar[bool] = True
-    compiles: ClassVar[str] = "gradient"
+    compiles: ClassVar[Literal["gradient"]] = "gradient"
     expected_gradients: ClassVar[float] = 10.0
 
     def __post_init__(self) -> None:

@@ -1,25 +1,23 @@
 """Objectives that fit a flow to an energy."""
 
+from pyroebm.objectives.variational.base import FlowObjective
 from pyroebm.objectives.variational.bootstrap import AlphaBootstrap
 from pyroebm.objectives.variational.compiled_kl import CompiledKL
 from pyroebm.objectives.variational.divergences import ForwardKL, LogVariance
 from pyroebm.objectives.variational.flow_matching import match_flow
-from pyroebm.objectives.variational.reverse_kl import ReverseKL, evaluate_j, fit_flow
+from pyroebm.objectives.variational.reverse_kl import ReverseKL, estimate_augmented_kl
 from pyroebm.objectives.variational.reweighting import AnnealedReweighting
-from pyroebm.objectives.variational.selection import TotalDimSelection, select_total_dim
 from pyroebm.objectives.variational.symmetric import SymmetrizedKL
 
 __all__ = [
     "AlphaBootstrap",
     "AnnealedReweighting",
     "CompiledKL",
+    "FlowObjective",
     "ForwardKL",
     "LogVariance",
     "ReverseKL",
     "SymmetrizedKL",
-    "TotalDimSelection",
-    "evaluate_j",
-    "fit_flow",
+    "estimate_augmented_kl",
     "match_flow",
-    "select_total_dim",
 ]

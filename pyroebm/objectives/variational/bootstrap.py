@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pyroebm.core._checks import check_counts
-from pyroebm.core.annealing_path import Path
+from pyroebm.core.annealing_path import GeometricPath
 from pyroebm.core.energy import Energy
 from pyroebm.core.enumeration import draw_numbers
 from pyroebm.core.wrappers import check_weighable
@@ -21,7 +21,7 @@ from pyroebm.flows.flow import Flow
 from pyroebm.kernels.base import State, check_kernel, row_value_and_grad, state_of_rows
 from pyroebm.kernels.hmc import HMC
 from pyroebm.nn.mlp import frozen
-from pyroebm.objectives.base import Objective
+from pyroebm.objectives.variational.base import FlowObjective
 
 __all__ = ["AlphaBootstrap"]
 
@@ -37,7 +37,7 @@ class _Square(Energy):
         return 2.0 * self.energy(x) - self.base(x)
 
 
-class AlphaBootstrap(Objective):
+class AlphaBootstrap(FlowObjective):
     r"""The divergence of :math:`\alpha = 2` by annealing and a replay buffer (FAB; Midgley et al.,
     2023).
 
@@ -46,16 +46,20 @@ class AlphaBootstrap(Objective):
         \nabla_\theta \log \int \frac{p(x)^2}{q_\theta(x)} dx
         = -E_{x \sim p^2 / q}[\nabla_\theta \log q_\theta(x)]
 
-    Mass that q lacks counts there more than anything else. States of the law proportional to
+    Mass that q lacks counts there more than anything else. States of the density proportional to
     :math:`p^2 / q` come from annealed importance sampling: draws of q, moved by Hamiltonian steps
     along the geometric path, with their weights. They go into a buffer, from which batches are
     drawn in proportion to the weights, each corrected for what q has become since.
 
-    A batch at another ``beta``, or of another flow or energy, empties the buffer: give
-    :func:`fit_flow` ``beta_start=1``. With redundant latents :math:`N(y \mid M(x), \Sigma(x))` is
+    Another flow empties the buffer. With auxiliary variables :math:`N(y \mid M(x), \Sigma(x))` is
     part of the target, and is not trained.
 
+    Metrics: ``ess_fraction`` of the buffer's weights; ``acceptance_rate``, where states were
+    annealed for this loss; ``beta`` (1). The value of the loss has no meaning, only its gradient.
+
     Args:
+        energy: U.
+        num_samples: states annealed at a time, and of a batch, at least 2.
         temperatures: steps of :math:`\beta` from q to :math:`p^2 / q`; between each two the states
             are moved.
         kernel: its number of steps and metric; the step size of each temperature is tuned to accept
@@ -65,18 +69,16 @@ class AlphaBootstrap(Objective):
         max_correction: largest correction of a weight for what q has become.
 
     Raises:
-        ValueError: if a number is out of its range or the kernel is no HMC.
+        ValueError: if a number is out of its range, the energy is compressed, or the kernel is no
+            HMC; when called, if the flow does not fit the energy.
+        FloatingPointError: when called, if no annealed state has a finite weight.
 
     Example:
         >>> from pyroebm.flows import NICE
         >>> from pyroebm.targets import Gaussian
-        >>> flow, objective = NICE(2), AlphaBootstrap(temperatures=2, reuse=2)
-        >>> loss, facts = objective(
-        ...     flow,
-        ...     Gaussian([1.0, 0.0]),
-        ...     num_samples=64,
-        ...     generator=torch.Generator().manual_seed(0),
-        ... )
+        >>> flow = NICE(2)
+        >>> objective = AlphaBootstrap(Gaussian([1.0, 0.0]), num_samples=64, temperatures=2)
+        >>> loss, metrics = objective(flow, generator=torch.Generator().manual_seed(0))
         >>> loss.backward()
         >>> bool(flow.transform.parts[-1].offset.grad[0] < 0)  # descent moves q to its target
         True
@@ -84,20 +86,23 @@ class AlphaBootstrap(Objective):
 
     step_sizes: Tensor
     batches: Tensor
-    beta: Tensor
     rows: Tensor | None
     log_weights: Tensor | None
     log_q: Tensor | None
 
     def __init__(
         self,
+        energy: Energy,
+        num_samples: int = 512,
+        *,
         temperatures: int = 4,
         kernel: HMC | None = None,
         buffer_size: int = 20_000,
         reuse: int = 4,
         max_correction: float = 10.0,
     ) -> None:
-        super().__init__()
+        super().__init__(energy, num_samples)
+        check_weighable(energy)
         check_counts(
             {"temperatures": 1, "buffer_size": 2, "reuse": 1}, temperatures, buffer_size, reuse
         )
@@ -119,46 +124,21 @@ class AlphaBootstrap(Objective):
             torch.full((max(1, temperatures - 1),), float(kernel.step_size), dtype=torch.float64),
         )
         self.register_buffer("batches", torch.zeros((), dtype=torch.long))
-        self.register_buffer("beta", torch.ones((), dtype=torch.float64))
         for name in ("rows", "log_weights", "log_q"):
             self.register_buffer(name, None)
         # whose the buffer is
-        self._given: tuple[weakref.ref[Flow], weakref.ref[Energy]] | None = None
+        self._flow: weakref.ref[Flow] | None = None
 
-    def forward(
-        self,
-        flow: Flow,
-        energy: Energy,
-        num_samples: int = 512,
-        *,
-        beta: float = 1.0,
-        generator: torch.Generator | None = None,
+    def loss(
+        self, flow: Flow, generator: torch.Generator | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss, whose value says nothing, and its facts: ``ess_fraction`` of the buffer's
-        weights, ``acceptance_rate``.
-
-        Args:
-            flow: q.
-            energy: U.
-            num_samples: states annealed at a time, and of a batch.
-            beta: inverse temperature of the target.
-            generator: source of all draws.
-
-        Raises:
-            ValueError: if the flow does not fit the energy, or the energy is compressed.
-            FloatingPointError: if no annealed state has a finite weight.
-        """
-        check_counts({"num_samples": 2}, num_samples)
-        check_weighable(energy)
-        target = flow.extend(energy if beta == 1.0 else beta * energy)
-        facts: dict[str, Tensor] = {}
-        given = weakref.ref(flow), weakref.ref(energy)
-        if self.rows is not None and (float(self.beta) != beta or self._given not in (None, given)):
+        target = flow.extend(self.energy)
+        metrics: dict[str, Tensor] = {}
+        if self._flow not in (None, weakref.ref(flow)):
             self.rows = self.log_weights = self.log_q = None
-        self._given = given
+        self._flow = weakref.ref(flow)
         if self.rows is None or int(self.batches) % self.reuse == 0:
-            facts["acceptance_rate"] = self._refill(flow, target, num_samples, generator)
-            self.beta.fill_(beta)
+            metrics["acceptance_rate"] = self._refill(flow, target, generator)
         self.batches += 1
         rows = self.rows
         log_weights = self.log_weights
@@ -169,23 +149,21 @@ class AlphaBootstrap(Objective):
                 " finite"
             )
         weights = torch.softmax(log_weights, 0)
-        facts["ess_fraction"] = 1.0 / (weights.square().sum() * len(weights))
-        chosen = draw_numbers(log_weights, num_samples, generator)
+        metrics["ess_fraction"] = 1.0 / (weights.square().sum() * len(weights))
+        chosen = draw_numbers(log_weights, self.num_samples, generator)
         now = flow.log_prob(rows[chosen])
         change = (log_q[chosen] - now.detach()).double()
         loss = -(change.exp().clamp(max=self.max_correction).to(now.dtype) * now).mean()
         # out of place: a batch may have a row more than once
         self.log_weights = log_weights.index_put((chosen,), log_weights[chosen] + change)
         self.log_q = log_q.index_put((chosen,), now.detach())
-        return loss, facts
+        return loss, metrics
 
-    def _refill(
-        self, flow: Flow, target: Energy, n: int, generator: torch.Generator | None
-    ) -> Tensor:
-        """Anneal n draws of the flow, and put those of finite weight into the buffer; the mean
+    def _refill(self, flow: Flow, target: Energy, generator: torch.Generator | None) -> Tensor:
+        """Anneal draws of the flow, and put those of finite weight into the buffer; the mean
         acceptance rate."""
         with frozen(flow):
-            x, log_weights, rate = self._anneal(flow, target, n, generator)
+            x, log_weights, rate = self._anneal(flow, target, self.num_samples, generator)
             with torch.no_grad():
                 log_q = flow.log_prob(x)
         good = torch.isfinite(log_weights) & torch.isfinite(log_q)
@@ -208,14 +186,16 @@ class AlphaBootstrap(Objective):
         log_weights, rates = torch.zeros(n, dtype=torch.float64, device=x.device), []
         betas = torch.linspace(0.0, 1.0, self.temperatures + 1).tolist()
         for k, (before, beta) in enumerate(itertools.pairwise(betas)):
-            log_weights = log_weights - (beta - before) * Path(end, beta, base).slope(x).double()
+            log_weights = (
+                log_weights - (beta - before) * GeometricPath(end, beta, base).slope(x).double()
+            )
             if k + 1 < self.temperatures:
-                x, rate = self._move(Path(end, beta, base), x, k, generator)
+                x, rate = self._move(GeometricPath(end, beta, base), x, k, generator)
                 rates.append(rate)
         return x, log_weights, torch.stack(rates).mean() if rates else torch.ones(())
 
     def _move(
-        self, path: Path, x: Tensor, k: int, generator: torch.Generator | None
+        self, path: GeometricPath, x: Tensor, k: int, generator: torch.Generator | None
     ) -> tuple[Tensor, Tensor]:
         """One trajectory at a temperature. A row without a finite energy and gradient stays as it
         is, and has no weight."""

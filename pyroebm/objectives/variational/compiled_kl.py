@@ -10,15 +10,15 @@ from torch import Tensor, nn
 
 from pyroebm.core._torch_private import held_by, multiply_each
 from pyroebm.core.compilation import compiled_call
-from pyroebm.core.energy import Energy, Tempered
+from pyroebm.core.energy import Energy
 from pyroebm.flows.flow import Flow
-from pyroebm.objectives.variational.reverse_kl import ReverseKL
+from pyroebm.objectives.variational.reverse_kl import ReverseKL, estimate_kl, kl_summands
 
 __all__ = ["CompiledKL"]
 
 
 class CompiledKL(ReverseKL):
-    r"""The bound :math:`J_R` of :class:`ReverseKL` by TorchInductor: loss, facts and gradient in
+    r"""The bound :math:`J_R` of :class:`ReverseKL` by TorchInductor: loss, metrics and gradient in
     one call, of the same numbers.
 
     A step of a small flow is mostly the bookkeeping of automatic differentiation, which is done
@@ -33,35 +33,24 @@ class CompiledKL(ReverseKL):
     there are no second derivatives.
 
     Args:
-        entropy, gradient: as in :class:`ReverseKL`.
+        energy, num_samples, entropy, gradient, beta_start, anneal: as in :class:`ReverseKL`.
 
     Raises:
         ValueError: as :class:`ReverseKL`.
         RuntimeError: when called, if the flow or the energy cannot be traced or compiled.
 
     Example:
-        >>> from pyroebm.flows import NICE
-        >>> from pyroebm.objectives import fit_flow
         >>> from pyroebm.targets import Gaussian
-        >>> steps = fit_flow(
-        ...     NICE(2), Gaussian(torch.zeros(2)), CompiledKL(), steps=10**4
-        ... )  # compiles when the first is taken
+        >>> objective = CompiledKL(Gaussian(torch.zeros(2)))  # compiles at the first loss
     """
 
-    def __init__(self, entropy: str = "sampled", gradient: str = "stl") -> None:
-        super().__init__(entropy, gradient)
-        #: the last graph
-        self._known: (
-            tuple[tuple[Any, ...], list[Tensor], _Traced, Callable[..., tuple[Tensor, ...]]] | None
-        ) = None
+    # the last graph, with what it was made of
+    _known: (
+        tuple[tuple[Any, ...], list[Tensor], _Traced, Callable[..., tuple[Tensor, ...]]] | None
+    ) = None
 
-    def estimate(
-        self, flow: Flow, energy: Energy, z: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        beta, plain = (
-            (energy.beta, energy.energy) if isinstance(energy, Tempered) else (1.0, energy)
-        )
-        modules, tensors = held_by(flow, plain)
+    def estimate(self, flow: Flow, z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        modules, tensors = held_by(flow, self.energy)
         switches = (
             [module.training for module in modules],
             [tensor.requires_grad for tensor in tensors],
@@ -69,13 +58,14 @@ class CompiledKL(ReverseKL):
         key = (modules, switches, [*map(id, tensors)], z.shape, z.dtype, z.device, z.requires_grad)
         if self._known is None or self._known[0] != key:
             with torch.no_grad():
-                self.terms(flow, plain, z)  # what an energy computes once is computed before
-            traced = _Traced(ReverseKL(self.entropy, self.gradient), flow, plain)
+                # what an energy computes once is computed before
+                kl_summands(flow, self.energy, z, self.entropy)
+            traced = _Traced(flow, self.energy, self.entropy, self.gradient)
             # the tensors stay alive with the graph, so that no other gets the id of one
-            self._known = key, tensors, traced, traced.compiled(z, z.new_tensor(beta))
+            self._known = key, tensors, traced, traced.compiled(z, z.new_tensor(self.beta))
         _, _, traced, call = self._known
         loss, terms, extended, xy, *gradients = call(
-            z.detach(), z.new_tensor(beta), *(p.detach() for p in traced.trained)
+            z.detach(), z.new_tensor(self.beta), *(p.detach() for p in traced.trained)
         )
         # a base with parameters draws outside the graph, so that z has a gradient too
         sought = [*traced.trained, z] if z.requires_grad else traced.trained
@@ -86,11 +76,11 @@ class _Traced(nn.Module):
     """The estimate as a function of noise, inverse temperature and trained parameters, which it
     puts in place of the flow's."""
 
-    def __init__(self, objective: ReverseKL, flow: Flow, energy: Energy) -> None:
+    def __init__(self, flow: Flow, energy: Energy, entropy: str, gradient: str) -> None:
         super().__init__()
-        self.objective = objective
         self.flow = flow
         self.energy = energy
+        self.options = entropy, gradient
         trained = {f"flow.{name}": p for name, p in flow.named_parameters() if p.requires_grad}
         self.names, self.trained = list(trained), list(trained.values())
 
@@ -105,7 +95,7 @@ class _Traced(nn.Module):
         except Exception as error:
             names = f"{type(self.flow).__name__} with {type(self.energy).__name__}"
             raise RuntimeError(
-                f"{names} cannot be compiled; use ReverseKL(), of the same numbers"
+                f"{names} cannot be compiled; use ReverseKL, of the same numbers"
             ) from error
 
     def gradients(self, z: Tensor, beta: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
@@ -117,7 +107,7 @@ class _Traced(nn.Module):
         return *(tensor.detach() for tensor in found), *gradients
 
     def forward(self, z: Tensor, beta: Tensor) -> tuple[Tensor, ...]:
-        return self.objective.estimate(self.flow, _Scaled(self.energy, beta), z)
+        return estimate_kl(self.flow, _Scaled(self.energy, beta), z, *self.options)
 
 
 class _Scaled(Energy):

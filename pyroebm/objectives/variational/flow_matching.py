@@ -64,7 +64,14 @@ def match_flow(
         >>> draws = 2.0 * torch.randn(5000, 4, generator=seeded_generator(0))
         >>> round(match_flow(flow, draws), 1)
         0.4
-        >>> round(float(flow.push(flow.draw_noise(5000, seeded_generator(1)))[0].std().detach()), 1)
+        >>> round(
+        ...     float(
+        ...         flow.forward_and_log_prob(flow.rsample_base(5000, seeded_generator(1)))[0]
+        ...         .std()
+        ...         .detach()
+        ...     ),
+        ...     1,
+        ... )
         2.0
     """
     check_counts({"num_pairs": 1, "batch_size": 1}, num_pairs, batch_size)

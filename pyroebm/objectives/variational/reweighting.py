@@ -1,4 +1,4 @@
-"""Annealed reweighting: a flow fitted by forward KL to its own draws, weighed at a temperature a
+"""Annealed reweighting: a flow fitted by forward KL to its own draws, weighted at a temperature a
 little lower each time."""
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from pyroebm.core.energy import Energy
 from pyroebm.core.wrappers import check_weighable
 from pyroebm.flows.flow import Flow
 from pyroebm.flows.importance import ess_fraction
-from pyroebm.objectives.base import Objective
+from pyroebm.objectives.variational.base import FlowObjective
 from pyroebm.objectives.variational.divergences import ForwardKL
 
 __all__ = ["AnnealedReweighting"]
 
 
-class AnnealedReweighting(Objective):
+class AnnealedReweighting(FlowObjective):
     r"""Forward KL on the flow's own draws, weighed at falling temperatures (Schopmans and
     Friederich, "Temperature-Annealed Boltzmann Generators", 2025). Flows that take the temperature
     as an input are those of Dibak, Klein, Krämer and Noé ("Temperature Steerable Flows and
@@ -38,42 +38,47 @@ class AnnealedReweighting(Objective):
     temperature keeps its mass on the way down, where the reverse divergence gives it up. No chain
     and no gradient of U is needed.
 
-    :math:`\beta` starts at that of the first call. At each refresh it rises as far as the effective
-    sample size of the weights stays above ``least_ess`` of the draws, and never above that of the
-    call: what :func:`fit_flow` says is the bound. Give it a ``beta_start`` at which the modes are
-    one. While q does not yet carry the present temperature, it stays there, and the weights are
-    tempered for the gradient: :math:`w^\lambda`, with the largest power that has ``least_ess``.
+    :math:`\beta` of the weights starts at that of the first loss. At each refresh it rises as far
+    as the effective sample size of the weights stays above ``min_ess`` of the draws, and never
+    above that of the step. Give a ``beta_start`` at which the modes are one. While q does not yet
+    carry the present temperature, it stays there, and the weights are tempered for the gradient:
+    :math:`w^\lambda`, with the largest power that has ``min_ess``.
 
     **The flow is fitted to the target itself only once** ``reached_beta`` **and** ``tempering``
-    **are 1.** A flow too weak to have ``least_ess`` at a temperature never goes below it: train
+    **are 1.** A flow too weak to have ``min_ess`` at a temperature never goes below it: train
     longer, make it richer, or ask for less. A mode that is lost at the first temperature stays
-    lost, and no fact here shows it.
+    lost, and no metric here shows it.
 
-    With redundant latents the weight is the extended one, and y is drawn anew for each batch.
-    Another flow or energy starts anew.
+    With auxiliary variables the weight is the augmented one, and y is drawn anew for each batch.
+    Another flow starts anew.
+
+    Metrics: those of :class:`ForwardKL`, with ``beta`` of the step; and of the last refresh
+    ``reached_beta`` (its :math:`\beta`), ``tempering`` (:math:`\lambda`), ``ess_fraction`` (of the
+    weights at it, not tempered) and ``evaluations`` (of the target, so far).
 
     Args:
-        least_ess: least effective sample size, as a fraction of the draws, in (0, 1).
+        energy: U.
+        num_samples: draws of a batch, with replacement, at least 2.
+        min_ess: least effective sample size, as a fraction of the draws, in (0, 1).
         buffer_size: draws of q for each refresh, as many evaluations of the target.
         reuse: batches taken from each buffer.
+        beta_start, anneal: see :class:`FlowObjective`; ``beta_start`` is the inverse temperature
+            to start from.
 
     Raises:
-        ValueError: if a number is out of its range.
+        ValueError: if a number is out of its range, or the energy is compressed; when called, if
+            the flow does not fit the energy.
+        FloatingPointError: when called, if a weight is NaN or infinite, or all are 0.
 
     Example:
         >>> from pyroebm.flows import NICE
         >>> from pyroebm.targets import Gaussian
-        >>> flow, objective = NICE(2), AnnealedReweighting()
-        >>> loss, facts = objective(
-        ...     flow,
-        ...     Gaussian([1.0, 0.0]),
-        ...     num_samples=500,
-        ...     generator=torch.Generator().manual_seed(0),
-        ... )
+        >>> flow, objective = NICE(2), AnnealedReweighting(Gaussian([1.0, 0.0]))
+        >>> loss, metrics = objective(flow, generator=torch.Generator().manual_seed(0))
         >>> loss.backward()
         >>> bool(flow.transform.parts[-1].offset.grad[0] < 0)  # descent moves q to its target
         True
-        >>> float(facts["evaluations"])
+        >>> float(metrics["evaluations"])
         4096.0
     """
 
@@ -84,12 +89,23 @@ class AnnealedReweighting(Objective):
     ess_fraction: Tensor
     fitted: ForwardKL | None
 
-    def __init__(self, least_ess: float = 0.3, buffer_size: int = 4096, reuse: int = 16) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        energy: Energy,
+        num_samples: int = 512,
+        *,
+        min_ess: float = 0.3,
+        buffer_size: int = 4096,
+        reuse: int = 16,
+        beta_start: float = 0.1,
+        anneal: float = 0.4,
+    ) -> None:
+        super().__init__(energy, num_samples, beta_start=beta_start, anneal=anneal)
+        check_weighable(energy)
         check_counts({"buffer_size": 2, "reuse": 1}, buffer_size, reuse)
-        if not 0.0 < least_ess < 1.0:
-            raise ValueError(f"least_ess must lie between 0 and 1, got least_ess={least_ess}")
-        self.least_ess = least_ess
+        if not 0.0 < min_ess < 1.0:
+            raise ValueError(f"min_ess must lie between 0 and 1, got min_ess={min_ess}")
+        self.min_ess = min_ess
         self.buffer_size = buffer_size
         self.reuse = reuse
         for name in ("batches", "evaluations"):
@@ -98,51 +114,25 @@ class AnnealedReweighting(Objective):
             self.register_buffer(name, torch.zeros((), dtype=torch.float64))
         self.register_module("fitted", None)
         # whose the buffer is
-        self._given: tuple[weakref.ref[Flow], weakref.ref[Energy]] | None = None
+        self._flow: weakref.ref[Flow] | None = None
 
-    def forward(
-        self,
-        flow: Flow,
-        energy: Energy,
-        num_samples: int = 512,
-        *,
-        beta: float = 1.0,
-        generator: torch.Generator | None = None,
+    def loss(
+        self, flow: Flow, generator: torch.Generator | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        r"""The loss and its facts: those of :class:`ForwardKL`, and of the last refresh
-        ``reached_beta`` (its :math:`\beta`), ``tempering`` (:math:`\lambda`), ``ess_fraction`` (of
-        the weights at it, not tempered) and ``evaluations`` (of the target, so far).
-
-        Args:
-            flow: q.
-            energy: U.
-            num_samples: draws of a batch, with replacement.
-            beta: largest inverse temperature of the next refresh; of the first, the one to start
-                from.
-            generator: source of all draws.
-
-        Raises:
-            ValueError: if the flow does not fit the energy, or the energy is compressed.
-            FloatingPointError: if a weight is NaN or infinite, or all are 0.
-        """
-        given = weakref.ref(flow), weakref.ref(energy)
-        if self._given not in (None, given):
-            self.fitted = None  # draws of another flow, or weights of another energy
-        self._given, fitted = given, self.fitted
+        if self._flow not in (None, weakref.ref(flow)):
+            self.fitted = None  # draws of another flow
+        self._flow, fitted = weakref.ref(flow), self.fitted
         if fitted is None or int(self.batches) % self.reuse == 0:
-            fitted = self._refresh(flow, energy, beta, generator)
+            fitted = self._refresh(flow, self.beta, generator)
         self.batches += 1
-        loss, facts = fitted(flow, energy, num_samples, generator=generator)
+        loss, metrics = fitted.loss(flow, generator)
         names = ("reached_beta", "tempering", "ess_fraction", "evaluations")
-        return loss, facts | {name: getattr(self, name).clone() for name in names}
+        return loss, metrics | {name: getattr(self, name).clone() for name in names}
 
-    def _refresh(
-        self, flow: Flow, energy: Energy, beta: float, generator: torch.Generator | None
-    ) -> ForwardKL:
-        """Fill the buffer with draws of q as it is now, weighed at the lowest temperature that they
-        carry."""
-        check_weighable(energy)
-        x, energies, log_ratio = self._draw(flow, energy, generator)
+    def _refresh(self, flow: Flow, beta: float, generator: torch.Generator | None) -> ForwardKL:
+        """Fill the buffer with draws of q as it is now, weighted at the lowest temperature that
+        they carry, at most at ``beta``."""
+        x, energies, log_ratio = self._draw(flow, generator)
         self.evaluations += self.buffer_size
 
         def log_weights(at: float) -> Tensor:
@@ -150,27 +140,25 @@ class AnnealedReweighting(Objective):
 
         start = beta if self.fitted is None else min(float(self.reached_beta), beta)
         reached, power = start, 1.0
-        least = self.least_ess * self.buffer_size / len(x)  # of the draws of finite energy alone
+        least = self.min_ess * self.buffer_size / len(x)  # of the draws of finite energy alone
         if ess_fraction(log_weights(start)) >= least:
             reached = _farthest(log_weights, start, beta, least)
         else:
             power = _farthest(lambda power: power * log_weights(start), 0.0, 1.0, least)
-        self.fitted = ForwardKL(x, power * log_weights(reached))
+        self.fitted = ForwardKL(x, power * log_weights(reached), num_samples=self.num_samples)
         self.reached_beta.fill_(reached)
         self.tempering.fill_(power)
         self.ess_fraction.fill_(ess_fraction(log_weights(reached)) * len(x) / self.buffer_size)
         return self.fitted
 
     @torch.no_grad()
-    def _draw(
-        self, flow: Flow, energy: Energy, generator: torch.Generator | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _draw(self, flow: Flow, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor]:
         r"""Draws x of finite energy, U(x), and :math:`\log N(y \mid M(x), \Sigma(x)) - \log q(x,
         y)`, both in float64."""
-        target = flow.extend(energy)
-        xy, log_q = flow.push(flow.draw_noise(self.buffer_size, generator))
+        target = flow.extend(self.energy)
+        xy, log_q = flow.forward_and_log_prob(flow.rsample_base(self.buffer_size, generator))
         x, y = target.split(xy)
-        energies = energy(x).double()
+        energies = self.energy(x).double()
         log_ratio = (
             -log_q
             if flow.conditional is None
@@ -188,7 +176,9 @@ class AnnealedReweighting(Objective):
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         draws = state_dict.get(f"{prefix}fitted.draws")  # a module that is None takes no state
-        self.fitted = None if draws is None else ForwardKL(torch.zeros_like(draws))
+        self.fitted = None
+        if draws is not None:
+            self.fitted = ForwardKL(torch.zeros_like(draws), num_samples=self.num_samples)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

@@ -1,4 +1,4 @@
-"""What is added to plain gradients of machines of layers: centring, and a target for the activity
+"""What is added to plain gradients of machines of layers: centering, and a target for the activity
 of hidden units."""
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from pyroebm.energies.layered import LayeredMachine
 from pyroebm.energies.layers import Layers
 from pyroebm.objectives.layered import mean_field, odd_fields, visible
 
-__all__ = ["Centring", "Sparsity"]
+__all__ = ["Centering", "Sparsity"]
 
 
-class Centring(nn.Module):
-    r"""The centred gradient (Montavon and Müller, 2012; Melchior, Fischer and Wiskott, 2016): that
+class Centering(nn.Module):
+    r"""The centered gradient (Montavon and Müller, 2012; Melchior, Fischer and Wiskott, 2016): that
     of the same machine with each layer's units counted from an offset :math:`m_l`, a running mean
     of the layer under the data.
 
@@ -28,8 +28,8 @@ class Centring(nn.Module):
         dW_l \leftarrow dW_l - db_l\, m_{l+1}^\top - m_l\, db_{l+1}^\top, \qquad
         db_l \leftarrow db_l - dW_{l-1}^\top m_{l-1} - dW_l\, m_{l+1}
 
-    (the dW on the right being centred already). Learning is then indifferent to a swap of zeros and
-    ones in the data.
+    (the dW on the right being centered already). Learning is then indifferent to a swap of zeros
+    and ones in the data.
 
     Args:
         rate: weight of a batch in the running means.
@@ -44,11 +44,11 @@ class Centring(nn.Module):
     Example:
         >>> from pyroebm.energies import BernoulliRBM
         >>> from pyroebm.objectives import ContrastiveDivergence
-        >>> rbm, data, centring = BernoulliRBM(4, 3), torch.ones(5, 4), Centring()
+        >>> rbm, data, centering = BernoulliRBM(4, 3), torch.ones(5, 4), Centering()
         >>> loss, facts = ContrastiveDivergence()(rbm, data)
         >>> loss.backward()
-        >>> centring(rbm, data, facts)
-        >>> centring.offsets[0]
+        >>> centering(rbm, data, facts)
+        >>> centering.offsets[0]
         tensor([1., 1., 1., 1.])
     """
 
@@ -65,7 +65,7 @@ class Centring(nn.Module):
 
     @torch.no_grad()
     def forward(self, energy: Energy, batch: Tensor, facts: Mapping[str, Tensor]) -> None:
-        """Centre the gradients of the energy's parameters, in place.
+        """Center the gradients of the energy's parameters, in place.
 
         Args:
             energy: a machine of layers whose weights and biases are parameters, with their
@@ -168,7 +168,7 @@ class Sparsity(nn.Module):
 
 def _trained_layers(energy: Energy) -> Layers:
     if not isinstance(energy, LayeredMachine):
-        raise ValueError(f"centring is for machines of layers, got {type(energy).__name__}")
+        raise ValueError(f"centering is for machines of layers, got {type(energy).__name__}")
     layers = energy.layers()
     own = [*layers.weights, *layers.biases]
     if (
@@ -176,9 +176,9 @@ def _trained_layers(energy: Energy) -> Layers:
         or layers.precision is not None
     ):
         raise ValueError(
-            f"centring transforms gradients of weights and biases, but in {type(energy).__name__}"
+            f"centering transforms gradients of weights and biases, but in {type(energy).__name__}"
             " these are frozen or functions"
-            " of other parameters; a Gaussian machine is centred by centring its data (and by"
+            " of other parameters; a Gaussian machine is centered by centering its data (and by"
             " fit_visible)"
         )
     return layers
@@ -186,5 +186,5 @@ def _trained_layers(energy: Energy) -> Layers:
 
 def _gradient(parameter: Tensor) -> Tensor:
     if parameter.grad is None:
-        raise ValueError("centring needs gradients: call it after backward()")
+        raise ValueError("centering needs gradients: call it after backward()")
     return parameter.grad

@@ -1,4 +1,4 @@
-"""How many redundant latents: fit a flow for each number and take the smallest bound."""
+"""How many auxiliary variables: fit a flow for each number and take the smallest bound."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+
 from pyroebm.core.energy import Energy
 from pyroebm.core.supports import event_numel
 from pyroebm.flows.flow import Flow
 from pyroebm.flows.nice import RedundantNICE
-from pyroebm.objectives.variational.reverse_kl import evaluate_j, fit_flow
+from pyroebm.objectives.variational.base import FlowObjective
+from pyroebm.objectives.variational.reverse_kl import ReverseKL, estimate_augmented_kl
+from pyroebm.training.fit import fit
 
 __all__ = ["TotalDimSelection", "select_total_dim"]
 
@@ -43,6 +47,8 @@ def select_total_dim(
     candidates: Sequence[int] | None = None,
     *,
     make_flow: Callable[[int, int], Flow] | None = None,
+    make_objective: Callable[[Energy], FlowObjective] = ReverseKL,
+    num_steps: int = 3000,
     evaluation_samples: int = 100_000,
     seed: int = 0,
     progress: bool | None = None,
@@ -55,17 +61,20 @@ def select_total_dim(
         energy: U, of d entries.
         candidates: values of D, each at least d; ``(d, d + 1, d + 2)`` by default.
         make_flow: from (d, D) to a fresh flow; :class:`~pyroebm.flows.RedundantNICE` by default.
+        make_objective: from the energy to the objective of a fit, such as
+            ``functools.partial(ReverseKL, num_samples=64)``.
+        num_steps: of each fit.
         evaluation_samples: draws for the comparison, the same seed for each D.
         seed: of the flows' initial weights, of each fit, and of the comparison.
         progress: True shows it, False hides it, None shows it where it takes longer than a second.
-        fit_options: for :func:`fit_flow`.
+        fit_options: for :func:`pyroebm.training.fit`.
 
     Raises:
         ValueError: if there are no candidates, or if a candidate is below d.
 
     Example:
         >>> from pyroebm.targets import DoubleWell
-        >>> found = select_total_dim(DoubleWell(), (1, 2), steps=2, evaluation_samples=100)
+        >>> found = select_total_dim(DoubleWell(), (1, 2), num_steps=2, evaluation_samples=100)
         >>> sorted(found.values), found.flow.total_dim == found.total_dim
         ([1, 2], True)
     """
@@ -78,17 +87,25 @@ def select_total_dim(
         )
 
     def nice(d: int, total: int) -> Flow:
-        return RedundantNICE(d, total, dtype=energy.dtype, seed=seed).to(energy.device)
+        return RedundantNICE(
+            d, total, dtype=energy.dtype, generator=torch.Generator().manual_seed(seed)
+        ).to(energy.device)
 
     flows = {}
     values = {}
     errors = {}
     for total_dim in candidates:
         flow = (nice if make_flow is None else make_flow)(dim, total_dim)
-        for _ in fit_flow(flow, energy, seed=seed, progress=progress, **fit_options):
-            pass
+        fit(
+            flow,
+            make_objective(energy),
+            num_steps=num_steps,
+            seed=seed,
+            progress=progress,
+            **fit_options,
+        )
         flows[total_dim] = flow
-        values[total_dim], errors[total_dim] = evaluate_j(
+        values[total_dim], errors[total_dim] = estimate_augmented_kl(
             flow, energy, evaluation_samples, log_z=0.0, seed=seed + 1, progress=progress
         )
     return TotalDimSelection(min(values, key=values.__getitem__), values, errors, flows)

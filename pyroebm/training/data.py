@@ -1,0 +1,490 @@
+"""Data for training: tensors, arrays, data frames, datasets and loaders, in random batches of the
+shape, dtype and device that a module takes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.distributions import constraints
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
+
+from pyroebm.core._checks import check_counts
+from pyroebm.core.energy import Energy
+from pyroebm.core.rng import seeded_generator
+from pyroebm.core.supports import base_constraint, inside, is_discrete, is_real, spin
+from pyroebm.energies.layered import LayeredMachine
+from pyroebm.flows.flow import Flow
+
+__all__ = ["Batches", "Conversion", "Data", "Passes", "batches_of", "module_dtype"]
+
+#: A tensor, a NumPy array, a data frame, a tuple of these, a ``torch.utils.data.Dataset`` with a
+#: length, or a ``DataLoader``.
+Data = Any
+
+Batch = Tensor | tuple[Tensor, ...]
+
+#: Rows that are checked at once.
+CHUNK = 4096
+
+
+@runtime_checkable
+class HasVisible(Protocol):
+    """A machine that takes data of its visible units alone, too."""
+
+    num_visible: int
+
+
+class Batches:
+    """Random batches: each row once in an epoch, the last batch smaller where it must be.
+
+    The order of an epoch depends on the seed and on its number alone, so that any step's batch can
+    be had at once.
+
+    Args:
+        data: N rows, or a tuple of such (images and labels), each ``(N, ...)``; or a
+            ``torch.utils.data.Dataset`` of N items.
+        batch_size: rows of a batch.
+        seed: of the orders.
+        ranks: number of this process and of all, which share each batch: process r of w takes every
+            w-th row from row r on.
+        convert: applied to each batch; see :class:`Conversion`.
+
+    Raises:
+        ValueError: if there are no rows, the tensors have different numbers of them, ``batch_size``
+            < 1, or a batch has fewer rows than there are processes.
+
+    Example:
+        >>> batches = Batches(torch.arange(5), batch_size=2)
+        >>> len(batches), sorted(torch.cat([batches(step) for step in range(3)]).tolist())
+        (3, [0, 1, 2, 3, 4])
+    """
+
+    def __init__(
+        self,
+        data: Batch | Dataset[Any],
+        batch_size: int,
+        *,
+        seed: int = 0,
+        ranks: tuple[int, int] = (0, 1),
+        convert: Callable[[Batch], Batch] | None = None,
+    ) -> None:
+        if isinstance(data, Dataset):
+            sizes = [len(data)]  # type: ignore[arg-type]
+        else:
+            parts = data if isinstance(data, tuple) else (data,)
+            if not parts or not all(isinstance(part, Tensor) and part.dim() > 0 for part in parts):
+                raise ValueError(
+                    f"data must be a tensor of rows, or a tuple of such, got {type(data).__name__}"
+                )
+            sizes = [len(part) for part in parts]
+        if len(set(sizes)) > 1 or 0 in sizes:
+            raise ValueError(f"data must have rows, as many in each tensor, got {sizes}")
+        check_counts({"batch_size": 1}, batch_size)
+        self.data = data
+        self.rows = sizes[0]
+        self.batch_size = batch_size
+        self.seed = seed
+        self.ranks = ranks
+        self.convert = convert
+        smallest = (self.rows - 1) % batch_size + 1
+        if smallest < ranks[1]:
+            raise ValueError(
+                f"each of {ranks[1]} processes needs a row of each batch, but {self.rows} rows"
+                f" with batch_size={batch_size} make"
+                f" a batch of {smallest}"
+            )
+        self._epoch, self._order = -1, torch.empty(0)
+
+    def __len__(self) -> int:
+        """Batches of an epoch."""
+        return math.ceil(self.rows / self.batch_size)
+
+    def __call__(self, step: int) -> Batch:
+        """The batch of a step, or this process's share of it, counted from 0 through all epochs."""
+        chosen = self.numbers(step)
+        batch: Batch
+        if isinstance(self.data, Dataset):
+            batch = default_collate([self.data[k] for k in chosen.tolist()])
+        elif isinstance(self.data, tuple):
+            batch = tuple(part.index_select(0, chosen.to(part.device)) for part in self.data)
+        else:
+            batch = self.data.index_select(0, chosen.to(self.data.device))
+        return batch if self.convert is None else self.convert(batch)
+
+    def numbers(self, step: int) -> Tensor:
+        """Which rows these are."""
+        epoch, number = divmod(step, len(self))
+        if epoch != self._epoch:
+            order = torch.randperm(self.rows, generator=seeded_generator(self.seed, spawned=epoch))
+            self._epoch, self._order = epoch, order
+        rank, world = self.ranks
+        return self._order[number * self.batch_size : (number + 1) * self.batch_size][rank::world]
+
+    def one_epoch(self) -> Iterator[Batch]:
+        """Each row once."""
+        return map(self, range(len(self)))
+
+
+class Passes:
+    """The batches of a ``DataLoader``, pass after pass; their sizes and their order are its own.
+
+    Args:
+        loader: gives tensors, or tuples of tensors.
+        convert: applied to each batch.
+
+    Example:
+        >>> passes = Passes(DataLoader(torch.arange(3.0), batch_size=2))
+        >>> [passes(step).tolist() for step in range(3)]
+        [[0.0, 1.0], [2.0], [0.0, 1.0]]
+    """
+
+    def __init__(
+        self, loader: DataLoader[Any], convert: Callable[[Batch], Batch] | None = None
+    ) -> None:
+        self.loader = loader
+        self.convert = convert
+        #: Not known: a setting of checkpoints, which are not resumed.
+        self.rows = None
+        self._left: Iterator[Batch] = iter(())
+
+    def __len__(self) -> int:
+        """Batches of a pass.
+
+        Raises:
+            ValueError: if the loader does not know.
+        """
+        try:
+            return len(self.loader)
+        except TypeError as error:
+            raise ValueError(
+                "the DataLoader does not know how many batches it has: give num_steps"
+            ) from error
+
+    def __call__(self, step: int) -> Batch:
+        """The next batch, whatever ``step`` is."""
+        for batch in self._left:
+            return batch
+        self._left = self.one_epoch()
+        for batch in self._left:
+            return batch
+        raise ValueError("the DataLoader must have batches, got none")
+
+    def one_epoch(self) -> Iterator[Batch]:
+        """A new pass."""
+        batches = iter(self.loader)
+        return batches if self.convert is None else map(self.convert, batches)
+
+
+def module_dtype(module: nn.Module) -> tuple[torch.dtype, torch.device]:
+    """Floating-point type and device of a module: an energy's or a flow's own, else those of its
+    first parameter or buffer."""
+    if isinstance(module, Energy | Flow):
+        return module.dtype, module.device
+    tensors = (*module.parameters(), *module.buffers())
+    first = next((tensor for tensor in tensors if tensor.is_floating_point()), torch.empty(0))
+    return first.dtype, first.device
+
+
+class Conversion:
+    """Rows as they come, as the batches that a module takes; and the checks that they are its data.
+
+    Of a tuple the first part has the events. They are converted where the meaning is beyond doubt:
+    to the module's dtype and device; bytes of images ``(N, height, width, ...)`` from 0..255 to
+    [0, 1], unless all are 0 or 1; images ``(N, 28, 28)`` to ``(N, 1, 28, 28)`` and to ``(N, 784)``
+    where that is the module's event shape. Of the other parts floating-point numbers get the
+    module's dtype, and integers (labels) stay.
+
+    Args:
+        module: an energy, a flow, or any other module, for which neither shapes nor a support are
+            checked.
+        argument: what the data are called in messages.
+
+    Example:
+        >>> from pyroebm.energies import MLPEnergy
+        >>> convert = Conversion(MLPEnergy((4,)))
+        >>> convert(torch.tensor([[[0, 255], [51, 0]]], dtype=torch.uint8))
+        tensor([[0.0000, 1.0000, 0.2000, 0.0000]])
+    """
+
+    def __init__(self, module: nn.Module, argument: str = "data") -> None:
+        self.name = type(module).__name__
+        self.argument = argument
+        self.dtype, self.device = module_dtype(module)
+        self.shapes: list[tuple[int, ...]] = []
+        self.support: constraints.Constraint = constraints.real
+        if isinstance(module, Energy):
+            self.shapes, self.support = [tuple(module.event_shape)], module.support
+            if isinstance(module, LayeredMachine):
+                self.shapes.append((module.layers().sizes[0],))
+            elif isinstance(module, HasVisible):
+                self.shapes.append((module.num_visible,))
+        elif isinstance(module, Flow):
+            self.shapes = [(module.dim,)]
+        #: Whether probabilities will do where the support is {0, 1}.
+        self.means = isinstance(module, LayeredMachine)
+        #: Whether bytes of images are levels 0..255; :meth:`table` looks.
+        self.levels = not is_discrete(self.support)
+        #: Names of the columns of a data frame.
+        self.columns: Sequence[Any] | None = None
+
+    def table(self, data: Any) -> Batch:
+        """Arrays and data frames as tensors, all of them checked once."""
+        parts = data if isinstance(data, tuple | list) and not _numbers(data) else (data,)
+        tensors = tuple(self._tensor(part, first=k == 0) for k, part in enumerate(parts))
+        events = tensors[0]
+        if events.dtype == torch.uint8 and events.numel() and int(events.max()) <= 1:
+            self.levels = False
+        for start in range(0, len(events), CHUNK):
+            self.check(self(tuple(part[start : start + CHUNK] for part in tensors)), start)
+        return tensors if isinstance(data, tuple | list) else tensors[0]
+
+    def __call__(self, batch: Any) -> Batch:
+        """A batch of the module's dtype, device and event shape."""
+        if isinstance(batch, Tensor):
+            return self._events(batch)
+        if not (isinstance(batch, tuple | list) and all(isinstance(p, Tensor) for p in batch)):
+            raise ValueError(
+                f"{self.argument} must give tensors or tuples of tensors, got a"
+                f" {type(batch).__name__}: convert its items in the Dataset"
+            )
+        events, *others = batch
+        kept = (
+            part.to(self.device, self.dtype if part.is_floating_point() else part.dtype)
+            for part in others
+        )
+        return (self._events(events), *kept)
+
+    def checked(self, batch: Any) -> Batch:
+        """The same with the checks, for batches of which there is no table."""
+        converted = self(batch)
+        self.check(converted)
+        return converted
+
+    def check(self, batch: Batch, start: int = 0) -> None:
+        """ValueError unless all numbers are finite, and the events in the module's support.
+
+        Args:
+            batch: converted.
+            start: number of its first row.
+        """
+        events, *others = batch if isinstance(batch, tuple) else (batch,)
+        for part in (events, *others):
+            if part.is_floating_point() and not bool(torch.isfinite(part).all()):
+                self._complain_of_numbers(part, start, self.columns if part is events else None)
+        base = base_constraint(self.support)
+        of_all = self.shapes and tuple(events.shape[1:]) == self.shapes[0]
+        # visible units alone are of the support's kind where all units are of one kind
+        if is_real(self.support) or not (of_all or base.event_dim == 0) or not self.shapes:
+            return
+        fits = inside(self.support, events, len(self.shapes[0]))
+        if self.means and isinstance(base, type(constraints.boolean)):
+            fits = ((events >= 0.0) & (events <= 1.0)).flatten(1).all(1)
+        if not bool(fits.all()):
+            self._complain_of_support(events, fits, start)
+
+    def _events(self, events: Tensor) -> Tensor:
+        """The events in the module's dtype and event shape."""
+        image = events.dim() > 2
+        if events.dtype == torch.uint8 and self.levels and not image and self.columns is None:
+            raise ValueError(
+                f"{self.argument} has bytes up to 255 in rows of shape"
+                f" {tuple(events.shape[1:])}, which may be grey levels or counts: give"
+                f" {self.argument} / 255.0 or {self.argument} * 1.0"
+            )
+        scaled = events.dtype == torch.uint8 and self.levels and image
+        events = events.to(self.device, self.dtype)
+        if scaled:
+            events = events / 255.0
+        shape = tuple(events.shape[1:])
+        if not self.shapes or shape in self.shapes:
+            return events
+        for wanted in self.shapes:
+            same_image = [n for n in shape if n > 1] == [n for n in wanted if n > 1]
+            flattened = len(wanted) == 1 and math.prod(shape) == wanted[0]
+            if same_image or flattened:
+                return events.reshape(len(events), *wanted)
+        raise ValueError(self._complaint_of_shape(shape))
+
+    def _complaint_of_shape(self, shape: tuple[int, ...]) -> str:
+        wanted = " or ".join(f"(N, {', '.join(map(str, s))})" for s in self.shapes)
+        wanted = wanted.replace("(N, )", "(N,)")
+        said = (
+            f"{self.argument} must have shape {wanted} for {self.name}, got"
+            f" (N, {', '.join(map(str, shape))})".replace("(N, )", "(N,)")
+        )
+        event = self.shapes[0]
+        if len(shape) == len(event) == 3 and (shape[2], shape[0], shape[1]) == event:
+            return f"{said}: the channels come first, permute(0, 3, 1, 2)"
+        if self.columns is not None and len(event) == 1:
+            return f"{said}; its columns are {list(self.columns)}: choose {event[0]} of them"
+        return said
+
+    def _entry(self, bad: Tensor, start: int, columns: Sequence[Any] | None) -> str:
+        """The first bad entry ``(rows, ...)`` in words."""
+        row, *rest = (int(k) for k in bad.nonzero()[0])
+        if not rest:
+            return f"row {start + row}"
+        if columns is not None:
+            return f"row {start + row}, column {columns[rest[0]]!r}"
+        return f"row {start + row}, {'column' if len(rest) == 1 else 'entry'} " + (
+            str(rest[0]) if len(rest) == 1 else str(tuple(rest))
+        )
+
+    def _complain_of_numbers(self, part: Tensor, start: int, columns: Sequence[Any] | None) -> None:
+        bad = ~torch.isfinite(part)
+        value = float(part[bad][0])
+        mend = (
+            f"{self.argument}.dropna() leaves such rows out"
+            if columns is not None
+            else f"{self.argument}[isfinite({self.argument}).all(1)] leaves such rows out"
+        )
+        raise ValueError(
+            f"{self.argument} must be finite, got {value} in {self._entry(bad, start, columns)}:"
+            f" {mend}"
+        )
+
+    def _complain_of_support(self, events: Tensor, fits: Tensor, start: int) -> None:
+        base = base_constraint(self.support)
+        low, high = float(events.min()), float(events.max())
+        if base.event_dim == 0:
+            allowed = base.check(events)
+            if self.means:
+                allowed = (events >= 0.0) & (events <= 1.0)
+            where, value = self._entry(~allowed, start, self.columns), float(events[~allowed][0])
+            seen = f"{value:g} in {where} (the values there are from {low:g} to {high:g})"
+        else:
+            seen = f"row {start + int((~fits).nonzero()[0])}"
+        mend = ""
+        if isinstance(base, type(constraints.boolean)):
+            if low < 0.0:
+                mend = f": ({self.argument} + 1) / 2 makes 0 and 1 of -1 and +1"
+            elif high > 1.0:
+                mend = f": ({self.argument} > 127) * 1.0 makes 0 and 1 of 0..255"
+            else:
+                mend = f": ({self.argument} > 0.5) * 1.0 makes 0 and 1 of probabilities"
+        elif base is spin and low >= 0.0 and high <= 1.0:
+            mend = f": 2.0 * {self.argument} - 1 makes -1 and +1 of 0 and 1"
+        raise ValueError(
+            f"{self.argument} must lie in the support of {self.name}, {self.support}, got"
+            f" {seen}{mend}"
+        )
+
+    def _tensor(self, part: Any, first: bool) -> Tensor:
+        """A tensor, an array or a data frame as a tensor of numbers."""
+        if isinstance(part, Tensor):
+            if part.layout != torch.strided:
+                raise ValueError(
+                    f"{self.argument} must be dense, got {part.layout}: {self.argument}.to_dense()"
+                )
+            if part.is_complex():
+                raise ValueError(
+                    f"{self.argument} must be real numbers, got {part.dtype}:"
+                    " torch.view_as_real(...) makes two of each"
+                )
+            tensor = part
+        elif hasattr(part, "columns") and hasattr(part, "to_numpy"):
+            names = list(part.columns)
+            columns = [self._array(part[name].to_numpy(), f"column {name!r}") for name in names]
+            if not columns:
+                raise ValueError(f"{self.argument} must have columns, got none")
+            if first:
+                self.columns = names
+            tensor = torch.from_numpy(np.stack(columns, 1))
+            tensor = tensor.squeeze(1) if first and self.shapes == [()] else tensor
+        elif hasattr(part, "to_numpy") or isinstance(part, np.ndarray):
+            values = part if isinstance(part, np.ndarray) else part.to_numpy()
+            tensor = torch.from_numpy(self._array(values, "an array"))
+        else:
+            raise ValueError(
+                f"{self.argument} must be a tensor, an array or a data frame of rows, a tuple of"
+                f" such, a Dataset or a DataLoader, got {type(part).__name__}: torch.as_tensor(...)"
+                " makes a tensor of numbers in lists"
+            )
+        if tensor.dim() == 0:
+            raise ValueError(f"{self.argument} must be a tensor of rows, got a single number")
+        return tensor
+
+    def _array(self, values: np.ndarray, what: str) -> np.ndarray:
+        """An array of a type that torch has."""
+        if values.dtype == object and all(v is None or _is_number(v) for v in values.flat):
+            values = np.array([np.nan if v is None else float(v) for v in values.flat]).reshape(
+                values.shape
+            )
+        if values.dtype.kind not in "biuf":
+            row, bad = next((k, v) for k, v in enumerate(values.flat) if not _is_number(v))
+            where = f" in row {row}" if values.ndim == 1 else ""
+            raise ValueError(
+                f"{self.argument} must be numbers, got {what} of {values.dtype} with {str(bad)!r}"
+                f"{where}: leave it out (drop), or number its values (pandas.factorize)"
+            )
+        if values.dtype.kind == "f" and values.dtype.itemsize > 8:
+            values = values.astype(np.float64)
+        if values.dtype.kind == "u" and values.dtype.itemsize > 1:
+            values = values.astype(np.int64)
+        values = values.astype(values.dtype.newbyteorder("="), copy=False)
+        # torch warns of arrays that it could write to against their owner's will
+        values = np.ascontiguousarray(values)
+        return values if values.flags.writeable else values.copy()
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float | np.number | np.bool_)
+
+
+def _numbers(values: Sequence[Any]) -> bool:
+    return any(_is_number(value) for value in values)
+
+
+def batches_of(
+    data: Data,
+    module: nn.Module,
+    batch_size: int,
+    *,
+    seed: int = 0,
+    ranks: tuple[int, int] = (0, 1),
+    argument: str = "data",
+) -> Batches | Passes:
+    """Batches of whatever form the data have, converted for a module and checked.
+
+    Args:
+        data: a tensor, array, data frame, or a tuple of such, which are checked at once; a
+            ``Dataset`` or ``DataLoader``, whose batches are checked as they come.
+        module: what is trained.
+        batch_size: rows of a batch; a ``DataLoader`` has its own.
+        seed: of the order; a ``DataLoader`` has its own.
+        ranks: as in :class:`Batches`.
+        argument: what the data are called in messages.
+
+    Raises:
+        ValueError: if they cannot be converted without doubt, naming row, column and what to do.
+
+    Example:
+        >>> from pyroebm.energies import BernoulliRBM
+        >>> batches_of(np.eye(4), BernoulliRBM(4, 2), batch_size=2)(0).dtype
+        torch.float32
+    """
+    convert = Conversion(module, argument)
+    if isinstance(data, DataLoader):
+        if ranks[1] > 1:
+            raise ValueError(
+                f"{argument} must be rows or a Dataset, of which each process takes its share,"
+                f" got a DataLoader in {ranks[1]} processes"
+            )
+        return Passes(data, convert.checked)
+    if isinstance(data, IterableDataset) or (
+        isinstance(data, Dataset) and not hasattr(data, "__len__")
+    ):
+        raise ValueError(
+            f"{argument} must have a length and be indexed, got {type(data).__name__}: give"
+            " DataLoader(...) of it"
+        )
+    if isinstance(data, TensorDataset):
+        data = data.tensors if len(data.tensors) > 1 else data.tensors[0]
+    if isinstance(data, Dataset):
+        return Batches(data, batch_size, seed=seed, ranks=ranks, convert=convert.checked)
+    return Batches(convert.table(data), batch_size, seed=seed, ranks=ranks, convert=convert)

@@ -1,0 +1,130 @@
+"""Training in one call, or step by step: two short functions over
+:class:`~pyroebm.training.Trainer`."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import signal
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, ParamSpec, TypeVar
+
+from pyroebm.training.history import History
+from pyroebm.training.trainer import Step, Trainer
+
+__all__ = ["fit", "fit_steps"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _arguments_of(source: Callable[P, Any]) -> Callable[[Callable[..., R]], Callable[P, R]]:
+    """Declare that a function takes the arguments of another, to type checkers and to ``help``."""
+
+    def declare(function: Callable[..., R]) -> Callable[P, R]:
+        returned = inspect.signature(function).return_annotation
+        signature = inspect.signature(source).replace(return_annotation=returned)
+        function.__signature__ = signature  # type: ignore[attr-defined]
+        return function
+
+    return declare
+
+
+@_arguments_of(Trainer)
+def fit(*arguments: Any, **options: Any) -> History:
+    """Train a module by an objective, in place.
+
+    Ctrl-C ends the training after the step under way, as its last step would: the checkpoint is
+    written, the history is returned with ``interrupted`` set, and a warning says so. A second
+    Ctrl-C raises KeyboardInterrupt at once, and writes nothing.
+
+    Args:
+        arguments: those of :class:`~pyroebm.training.Trainer`: ``module``, ``objective`` and
+            ``data``.
+        options: its other arguments.
+
+    Returns:
+        the recorded metrics.
+
+    Raises:
+        ValueError: as :class:`~pyroebm.training.Trainer`.
+        FloatingPointError: at a failed step, unless the guard goes back.
+
+    Example:
+        >>> import torch
+        >>> from pyroebm.energies import BernoulliRBM
+        >>> from pyroebm.objectives import PersistentCD
+        >>> history = fit(BernoulliRBM(4, 3), PersistentCD(10), torch.eye(4), num_epochs=2)
+        >>> history["energy_gap"].shape
+        (2,)
+    """
+    trainer = Trainer(*arguments, **options)
+    with _interrupting(trainer):
+        for _ in trainer.steps():
+            pass
+    if trainer.history.interrupted:
+        warnings.warn(
+            f"interrupted after {trainer.steps_done} of {trainer.num_steps} steps: what was"
+            " trained is kept",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return trainer.history
+
+
+@_arguments_of(Trainer)
+def fit_steps(*arguments: Any, **options: Any) -> Iterator[Step]:
+    """Train a module by an objective, in place, one step for each turn of your loop: look, stop or
+    change what you like in between. Where your loop ends early, the checkpoint is written.
+
+    Args:
+        arguments: those of :class:`~pyroebm.training.Trainer`: ``module``, ``objective`` and
+            ``data``.
+        options: its other arguments.
+
+    Yields:
+        number, loss and metrics of each step.
+
+    Raises:
+        ValueError: as :class:`~pyroebm.training.Trainer`, at the call, not in the loop.
+        FloatingPointError: in the loop, at a failed step, unless the guard goes back.
+
+    Example:
+        >>> import torch
+        >>> from pyroebm.energies import BernoulliRBM
+        >>> from pyroebm.objectives import PersistentCD
+        >>> rbm, data = BernoulliRBM(4, 3), torch.eye(4)
+        >>> for step in fit_steps(rbm, PersistentCD(10), data, num_epochs=2, batch_size=2):
+        ...     print(step.number, "energy_gap" in step.metrics)
+        0 True
+        1 True
+        2 True
+        3 True
+    """
+    return Trainer(*arguments, **options).steps()
+
+
+@contextlib.contextmanager
+def _interrupting(trainer: Trainer) -> Iterator[None]:
+    """Ctrl-C stops the trainer after the step under way; a second one interrupts at once.
+
+    Nothing changes outside the main thread, which alone receives signals, and where the program
+    handles them in a way of its own.
+    """
+    usual = signal.default_int_handler
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGINT) is not usual:
+        yield
+        return
+
+    def stop(*_: Any) -> None:
+        signal.signal(signal.SIGINT, usual)
+        trainer.stop()
+
+    signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)

@@ -1,0 +1,562 @@
+"""A training as an object: take a step, save, restore."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from pyroebm.core._checks import check_counts
+from pyroebm.core.progress import Progress
+from pyroebm.core.rng import fresh_seed, seeded_generator
+from pyroebm.objectives.base import HasLosses, Objective
+from pyroebm.training.checkpoint import Checkpoint, TrainingState, saved_seed, settings_of
+from pyroebm.training.data import Data, Passes, batches_of, module_dtype
+from pyroebm.training.distributed import (
+    average_gradients,
+    connected_ranks,
+    gather_bytes,
+    same_start,
+)
+from pyroebm.training.guards import Guard, Rollback
+from pyroebm.training.history import History
+from pyroebm.training.log import TrainingLog
+from pyroebm.training.optimizers import AnyOptimizer, AnySchedule, make_players
+from pyroebm.training.validation import AnyObjective, Validation, rows_of
+
+__all__ = ["Step", "Trainer"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A step of a training.
+
+    Attributes:
+        number: counted from 0.
+        loss: before the update.
+        metrics: numbers by name; see :class:`Trainer`.
+
+    Example:
+        >>> Step(3, 0.5, {"grad_norm": 1.0}).metrics["grad_norm"]
+        1.0
+    """
+
+    number: int
+    loss: float
+    metrics: dict[str, float]
+
+
+class Trainer:
+    r"""Train a module by an objective, in place. :func:`fit` runs one to its end, and
+    :func:`fit_steps` step by step.
+
+    A step is: a batch, the objective's loss and the penalties, ``backward()``, the transform of the
+    gradients, the optimizer's step, the schedule's. An objective of several losses
+    (:class:`~pyroebm.objectives.HasLosses`) has an optimizer for each, all stepped from the
+    gradients at one point; penalties belong to the energy's, which is the loss that is reported.
+
+    The metrics of a step are those of the objective, ``penalty`` where there are any,
+    ``grad_norm`` and ``lr``; of several losses ``loss_NAME`` and ``grad_norm_NAME`` of each;
+    ``rollbacks`` so far, where the guard goes back; ``validation_NAME`` where it was evaluated.
+
+    Within :func:`pyroebm.training.process_group` all processes of ``torchrun`` train together: each
+    takes its share of every batch and has chains and random numbers of its own, gradients and
+    metrics are averaged, and the first writes the files.
+
+    Args:
+        module: an energy, a flow, a classifier; its parameters are trained, and the objective's
+            with them.
+        objective: called as ``objective(module, batch, generator=...)``: one of
+            :mod:`pyroebm.objectives`.
+        data: rows ``(N, *event)``: a tensor, a NumPy array, a data frame, or a tuple of these where
+            the objective takes one; a ``torch.utils.data.Dataset`` or ``DataLoader``. Dtype,
+            device, bytes of images and their shape are converted (see
+            :class:`~pyroebm.training.data.Conversion`), and rows checked against the energy's
+            support. None where the objective needs none: its batch is None.
+        num_steps: number of steps, or
+        num_epochs: number of passes over the data.
+        batch_size: rows of a batch, drawn without replacement. A ``DataLoader`` has its own size
+            and order.
+        optimizer: name of a class of ``torch.optim``; or a function from groups of parameters to an
+            optimizer; or an optimizer, which must have all parameters that are trained. Of several
+            losses it may be a dict, with one for each.
+        lr: learning rate of a named optimizer; None is the objective's ``lr``. Or a dict.
+        schedule: of the learning rate: "constant", "cosine" (to 0 along a half cosine), or a
+            function from the optimizer to one of ``torch.optim.lr_scheduler``, which takes a step
+            after each of ours; None is the objective's ``schedule``. Or a dict.
+        weight_decay: of tensors of two or more dimensions, as the optimizer understands it; biases
+            do not decay. 0 leaves the matter to the optimizer.
+        max_grad_norm: clip the gradient's norm to this; None does not.
+        penalties: each called as ``penalty(module, batch)`` and added to the loss, for example
+            :class:`~pyroebm.objectives.Sparsity`.
+        transform: called as ``transform(module, batch, metrics)`` when the gradients are there, to
+            change them in place, for example :class:`~pyroebm.objectives.Centering`.
+        average: a running mean of parameters, updated after each step, such as
+            ``AveragedModel(energy, multi_avg_fn=get_ema_multi_avg_fn(0.999))`` of
+            ``torch.optim.swa_utils``; ``average.module`` is the module to use.
+        guard: what is a failed step, and whether it is an error or goes back; see
+            :class:`~pyroebm.training.Guard`.
+        validation: data of the same kind, not trained on.
+        validation_objective: evaluated on them; None is ``objective``. Contrastive losses do not
+            measure the fit: take for example :class:`~pyroebm.objectives.Pseudolikelihood`.
+        validate_every: steps from one evaluation to the next; None is an epoch where
+            ``num_epochs`` is given, else a twentieth of ``num_steps``. The last step has one too.
+        patience: stop after so many evaluations in a row without a new lowest validation loss; None
+            does not.
+        keep_best: at the end, give module and objective the weights of the lowest validation loss.
+        checkpoint: a file to keep everything in that a training needs to continue: parameters, the
+            optimizer's and the schedule's state, the objective's buffers (its chains), the average,
+            the offsets of ``transform``, the generator, the history, the best weights.
+        checkpoint_every: seconds after which it is written again; also at the end, and where a
+            training is stopped.
+        resume: continue from ``checkpoint`` where there is one, bit for bit as if it had not been
+            interrupted (on one machine). The optimizer's and the schedule's settings, such as the
+            learning rate, are then those of the checkpoint. Not with a ``DataLoader``, whose order
+            is not known.
+        log: a file of JSON lines, a step each: step, loss, metrics and seconds. After ``resume`` it
+            is, seconds apart, that of an uninterrupted run.
+        log_every: steps from one recorded step to the next, in the log and in the history.
+        tensorboard: a folder of curves, where the package tensorboard is installed.
+        seed: of the order of the data and of the generator that the objective draws from; None
+            draws one, kept in ``history.seed`` and in the checkpoint. torch's global generator is
+            not used.
+        progress: True shows it, False hides it, None shows it where it takes longer than a second.
+
+    Attributes:
+        history: the :class:`~pyroebm.training.History` so far.
+        num_steps: number of steps of the whole training.
+        steps_done: number of steps so far.
+
+    Raises:
+        ValueError: if an argument is out of range, the data do not fit the module, ``checkpoint``
+            or ``log`` holds a training and ``resume`` is False, or it is one of other settings.
+
+    Example:
+        >>> from pyroebm.energies import BernoulliRBM
+        >>> from pyroebm.objectives import PersistentCD
+        >>> trainer = Trainer(BernoulliRBM(4, 3), PersistentCD(10), torch.eye(4), num_epochs=2)
+        >>> while not trainer.finished:
+        ...     step = trainer.step()
+        ...     print(step.number, "energy_gap" in step.metrics)
+        0 True
+        1 True
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        objective: AnyObjective,
+        data: Data = None,
+        *,
+        num_steps: int | None = None,
+        num_epochs: int | None = None,
+        batch_size: int = 100,
+        optimizer: AnyOptimizer | Mapping[str, AnyOptimizer] = "adam",
+        lr: float | Mapping[str, float] | None = None,
+        schedule: AnySchedule | Mapping[str, AnySchedule] | None = None,
+        weight_decay: float = 0.0,
+        max_grad_norm: float | None = None,
+        penalties: Sequence[Callable[[Any, Any], Tensor]] = (),
+        transform: Callable[[Any, Any, Mapping[str, Tensor]], None] | None = None,
+        average: AveragedModel | None = None,
+        guard: Guard = Guard(),  # noqa: B008 - frozen
+        validation: Data = None,
+        validation_objective: AnyObjective | None = None,
+        validate_every: int | None = None,
+        patience: int | None = None,
+        keep_best: bool = False,
+        checkpoint: str | Path | None = None,
+        checkpoint_every: float = 60.0,
+        resume: bool = False,
+        log: str | Path | None = None,
+        log_every: int = 1,
+        tensorboard: str | Path | None = None,
+        seed: int | None = 0,
+        progress: bool | None = None,
+    ) -> None:
+        if not isinstance(module, nn.Module):
+            raise ValueError(
+                f"module must be a torch.nn.Module, such as an energy or a flow, got"
+                f" {type(module).__name__}"
+            )
+        if isinstance(objective, type) or not (
+            callable(objective) or isinstance(objective, HasLosses)
+        ):
+            said = objective.__name__ if isinstance(objective, type) else type(objective).__name__
+            raise ValueError(f"objective must be an objective, such as {said}(...), got {said}")
+        if max_grad_norm is not None and not max_grad_norm > 0.0:
+            raise ValueError(
+                f"max_grad_norm must be positive, or None, got max_grad_norm={max_grad_norm}"
+            )
+        if not (0.0 <= weight_decay < math.inf and checkpoint_every >= 0.0):
+            raise ValueError(
+                "weight_decay and checkpoint_every must not be negative, got"
+                f" weight_decay={weight_decay},"
+                f" checkpoint_every={checkpoint_every}"
+            )
+        if resume and checkpoint is None:
+            raise ValueError("resume=True continues from a checkpoint: give checkpoint")
+        there = checkpoint is not None and Path(checkpoint).exists()
+        self._ranks = connected_ranks()
+        seed = self._common_seed(checkpoint if resume and there else None, seed)
+        self.module = module
+        self.objective = objective
+        self._batches = (
+            None
+            if data is None
+            else batches_of(data, module, batch_size, seed=seed, ranks=self._ranks)
+        )
+        if resume and isinstance(self._batches, Passes):
+            raise ValueError(
+                "resume=True needs the order of the data, and a DataLoader has its own: give the"
+                " rows or the Dataset itself"
+            )
+        self.num_steps = self._count_steps(num_steps, num_epochs)
+        self._max_grad_norm = max_grad_norm
+        self._penalties = tuple(penalties)
+        self._transform = transform
+        self._average = average
+        self._guard = guard
+        self._checkpoint_every = checkpoint_every
+        self._log_every = log_every
+        self._progress = progress
+        self._players = make_players(
+            module, objective, optimizer, lr, schedule, weight_decay, self.num_steps
+        )
+        self._parameters = list(
+            itertools.chain.from_iterable(p.parameters for p in self._players.values())
+        )
+        self._optimizers = {key: player.optimizer for key, player in self._players.items()}
+        self._plans = {
+            key: player.schedule
+            for key, player in self._players.items()
+            if player.schedule is not None
+        }
+        parts: dict[str, Any] = {
+            "module": module,
+            "objective": objective,
+            "transform": transform,
+            "average": average,
+            **{f"penalty{k}": penalty for k, penalty in enumerate(penalties)},
+        }
+        modules = {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
+        dtype, device = module_dtype(module)
+        rank = self._ranks[0]
+        self._generator = seeded_generator(seed, device, spawned=(0, rank) if rank else None)
+        state = TrainingState(modules, self._optimizers, self._plans, self._generator)
+        self._rollback = Rollback(guard, state)
+        self._validate_every = validate_every
+        self._validation = self._validator(
+            validation, validation_objective, batch_size, seed, patience, keep_best, modules
+        )
+        if validate_every is None:
+            per_epoch = num_epochs is not None and self._batches is not None
+            self._validate_every = (
+                len(self._batches) if per_epoch else max(1, self.num_steps // 20)  # type: ignore[arg-type]
+            )
+        self.history = History(seed)
+        self.steps_done = 0
+        self._stop_requested = self._stopped = False
+        self._checkpoint: Checkpoint | None = None
+        if checkpoint is not None:
+            settings: dict[str, Any] = {name: type(part).__name__ for name, part in parts.items()}
+            settings |= {
+                f"{key}.{name}": type(part).__name__
+                for key, player in self._players.items()
+                for name, part in (("optimizer", player.optimizer), ("schedule", player.schedule))
+            }
+            settings |= {
+                "rows": None if self._batches is None else self._batches.rows,
+                "batch_size": batch_size,
+                "seed": seed,
+                "dtype": str(dtype),
+                "ranks": self._ranks[1],
+                **settings_of("objective", objective),
+            }
+            self._checkpoint = Checkpoint(checkpoint, state, settings)
+            if there and not resume:
+                raise ValueError(
+                    f"checkpoint={str(checkpoint)!r} holds a training: continue with resume=True,"
+                    " or name a new file"
+                )
+            if there:
+                self.restore()
+        self._log = (
+            TrainingLog(log, tensorboard, every=log_every, done=self.steps_done, resume=resume)
+            if rank == 0
+            else None
+        )
+        if self._ranks[1] > 1:
+            same_start(self._parameters)
+        self._saved = time.monotonic()
+
+    def _common_seed(self, checkpoint: str | Path | None, seed: int | None) -> int:
+        """The seed of all processes: as given, else of the checkpoint, else a fresh one."""
+        if seed is not None:
+            return fresh_seed(seed)
+        if checkpoint is not None:
+            return saved_seed(checkpoint)
+        return int(gather_bytes(str(fresh_seed(None)).encode())[0])
+
+    def _count_steps(self, num_steps: int | None, num_epochs: int | None) -> int:
+        if (num_steps is None) == (num_epochs is None):
+            raise ValueError(
+                f"give either num_steps or num_epochs, got num_steps={num_steps},"
+                f" num_epochs={num_epochs}"
+            )
+        if num_steps is not None:
+            check_counts({"num_steps": 1}, num_steps)
+            return num_steps
+        check_counts({"num_epochs": 1}, num_epochs)
+        if self._batches is None:
+            raise ValueError(
+                f"num_epochs={num_epochs} counts passes over data, and there are none: give"
+                " num_steps"
+            )
+        return (num_epochs or 0) * len(self._batches)
+
+    def _validator(
+        self,
+        validation: Data,
+        objective: AnyObjective | None,
+        batch_size: int,
+        seed: int,
+        patience: int | None,
+        keep_best: bool,
+        modules: Mapping[str, nn.Module],
+    ) -> Validation | None:
+        if validation is None:
+            given = {
+                "validation_objective": objective,
+                "validate_every": self._validate_every,
+                "patience": patience,
+                "keep_best": keep_best or None,
+            }
+            if named := [name for name, value in given.items() if value is not None]:
+                raise ValueError(f"{' and '.join(named)} needs validation data: give validation")
+            return None
+        for name, count in (("patience", patience), ("validate_every", self._validate_every)):
+            if count is not None:
+                check_counts({name: 1}, count)
+        batches = batches_of(
+            validation,
+            self.module,
+            batch_size,
+            seed=seed,
+            ranks=self._ranks,
+            argument="validation",
+        )
+        best = {name: modules[name] for name in ("module", "objective") if name in modules}
+        chosen = self.objective if objective is None else objective
+        return Validation(
+            chosen, batches, seed=seed, patience=patience, modules=best if keep_best else None
+        )
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps are done, or the training was stopped before."""
+        return self.steps_done >= self.num_steps or self._stopped
+
+    def step(self) -> Step:
+        """Take a step.
+
+        Raises:
+            ValueError: if the training is finished.
+            FloatingPointError: at a failed step, with its number and the metrics, unless the guard
+                goes back. Parameters and optimizer are as the step before left them.
+        """
+        if self.finished:
+            raise ValueError(f"the training is finished after {self.steps_done} steps")
+        number = self.steps_done
+        if isinstance(self.objective, Objective):
+            self.objective.begin_step(number, self.num_steps)
+        due = time.monotonic() - self._saved >= self._checkpoint_every
+        loss, metrics, due = self._update(number, due)
+        self.steps_done += 1
+        if number % self._log_every == 0:
+            self.history.record(number, {"loss": loss, **metrics})
+        metrics = metrics | self._validate(number)
+        if self._ranks[1] == 1 and self._stop_requested:
+            self._stopped = True
+        left = self.steps_done < self.num_steps
+        self.history.interrupted = left and self._stopped and not self.history.stopped_early
+        # before the checkpoint, which so never knows of a step that the log does not
+        if self._log is not None:
+            self._log.write(number, loss, metrics)
+        if self._checkpoint is not None and (due or self.finished):
+            self.save()
+        return Step(number, loss, metrics)
+
+    def steps(self) -> Iterator[Step]:
+        """All steps that are left, with progress. Where the loop over them is left, the checkpoint
+        is written."""
+        show = self._progress if self._ranks[0] == 0 else False
+        with Progress(self.num_steps, "fit", show=show, done=self.steps_done) as shown:
+            while not self.finished:
+                step = self.step()
+                shown.note(loss=step.loss)
+                shown.update()
+                try:
+                    yield step
+                # what an exception within a step leaves is never saved
+                except GeneratorExit:
+                    if self._checkpoint is not None:
+                        self.save()
+                    self.close()
+                    raise
+        self.close()
+
+    def stop(self) -> None:
+        """Finish with the next step, in all processes."""
+        self._stop_requested = True
+
+    def close(self) -> None:
+        """Restore the best weights, where they were to be kept, and close the log."""
+        if self._validation is not None:
+            self._validation.restore_best()
+        if self._log is not None:
+            self._log.close()
+
+    def save(self) -> None:
+        """Write the checkpoint.
+
+        Raises:
+            ValueError: if the training has no checkpoint.
+        """
+        parts: dict[str, Mapping[str, Tensor]] = {
+            "rollback": self._rollback.tensors(),
+            "history": self.history.tensors(),
+            "validated": self.history.validation.tensors(),
+            "validation": {} if self._validation is None else self._validation.tensors(),
+        }
+        self._file().save(
+            self.steps_done,
+            {f"{name}.{k}": v for name, part in parts.items() for k, v in part.items()},
+        )
+        self._saved = time.monotonic()
+
+    def restore(self) -> None:
+        """Go back to what :meth:`save` wrote, in this process or another.
+
+        Raises:
+            ValueError: if the training has no checkpoint, or its file is not one of this training.
+        """
+        self.steps_done, more = self._file().load()
+
+        def part(name: str) -> dict[str, Tensor]:
+            start = f"{name}."
+            return {k.removeprefix(start): v for k, v in more.items() if k.startswith(start)}
+
+        self._rollback.restore(part("rollback"))
+        self.history.restore(part("history"))
+        self.history.validation.restore(part("validated"))
+        if self._validation is not None and (kept := part("validation")):
+            self._validation.restore(kept)
+            self._note_validation()
+
+    def _file(self) -> Checkpoint:
+        if self._checkpoint is None:
+            raise ValueError("save and restore need a file: give checkpoint")
+        return self._checkpoint
+
+    def _validate(self, number: int) -> dict[str, float]:
+        """The validation's metrics, where it is their turn."""
+        every = self._validate_every
+        if self._validation is None or every is None:
+            return {}
+        if (number + 1) % every and number + 1 != self.num_steps:
+            return {}
+        values = self._validation.evaluate(self.module, number)
+        self.history.validation.record(number, values)
+        self._note_validation()
+        return {f"validation_{name}": value for name, value in values.items()}
+
+    def _note_validation(self) -> None:
+        if self._validation is not None:
+            self.history.best_step = self._validation.best_step
+            if self._validation.exhausted and self.steps_done < self.num_steps:
+                self.history.stopped_early = self._stopped = True
+
+    def _differentiate(self, batch: Any) -> dict[str, Tensor]:
+        """Gradients of all losses in the parameters of each; the losses and the objective's
+        metrics."""
+        if isinstance(self.objective, HasLosses):
+            named, metrics = self.objective.losses(
+                self.module,  # type: ignore[arg-type]
+                batch,
+                generator=self._generator,
+            )
+            losses = dict(named)
+            if set(losses) != set(self._players):
+                raise ValueError(
+                    f"losses() must give one for each of {sorted(self._players)}, which trained()"
+                    f" names, got {sorted(losses)}"
+                )
+        else:
+            loss, metrics = self.objective(self.module, batch, generator=self._generator)
+            losses = {"energy": loss}
+        if self._penalties:
+            penalty = torch.stack([term(self.module, batch) for term in self._penalties]).sum()
+            losses["energy"] = losses["energy"] + penalty
+            metrics = metrics | {"penalty": penalty.detach()}
+        for number, (key, player) in enumerate(self._players.items(), 1):
+            player.optimizer.zero_grad()
+            losses[key].backward(inputs=player.parameters, retain_graph=number < len(self._players))
+        return metrics | {f"loss_{key}": loss.detach() for key, loss in losses.items()}
+
+    def _update(self, number: int, due: bool) -> tuple[float, dict[str, float], bool]:
+        """One update: the loss, the metrics, and whether the checkpoint is due in the first
+        process."""
+        batch = None if self._batches is None else self._batches(number)
+        seen = self._differentiate(batch)
+        if self._ranks[1] > 1:
+            # metrics too: what depends on them happens in all processes or in none
+            seen["due"] = torch.tensor(float(due and self._ranks[0] == 0))
+            seen["stop"] = torch.tensor(float(self._stop_requested))
+            seen = average_gradients(self._parameters, seen, rows_of(batch))
+            due = bool(seen.pop("due") > 0)
+            self._stopped = bool(seen.pop("stop") > 0)
+        if self._transform is not None:
+            self._transform(self.module, batch, seen)
+            if self._ranks[1] > 1:  # it may have looked at the batch
+                average_gradients(self._parameters, {}, 1.0)
+        metrics = {name: float(value) for name, value in seen.items() if value.dim() == 0}
+        players = self._players
+        norms = {
+            f"grad_norm_{key}": float(player.norm(self._max_grad_norm))
+            for key, player in players.items()
+        }
+        losses = {f"loss_{key}": metrics.pop(f"loss_{key}") for key in players}
+        metrics |= {
+            "grad_norm": norms["grad_norm_energy"],
+            "lr": float(self._optimizers["energy"].param_groups[0]["lr"]),
+        }
+        numbers = {"loss": losses["loss_energy"], "grad_norm": metrics["grad_norm"]}
+        if len(players) > 1:
+            metrics |= losses | norms
+            numbers = losses | norms
+        if self._guard.max_energy_gap is not None and "energy_gap" in metrics:
+            numbers["energy_gap"] = metrics["energy_gap"]
+        complaint = self._guard.complaint(numbers)
+        if complaint is None:
+            for player in players.values():
+                player.optimizer.step()
+            if self._average is not None:
+                self._average.update_parameters(self.module)
+        else:
+            self._rollback.failed(number, complaint, metrics)
+        for plan in self._plans.values():
+            plan.step()
+        if complaint is None:
+            self._rollback.passed(number)
+        if self._guard.rollback:
+            metrics["rollbacks"] = float(self._rollback.count)
+        return losses["loss_energy"], metrics, due
