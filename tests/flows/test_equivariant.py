@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from models import particles
 from models.recipe import counted
+from pyroebm import load, save
 from pyroebm.core.rng import seeded_generator, standard_normal, uniform
 from pyroebm.core.supports import mean_free_basis
 from pyroebm.flows import EquivariantFlow, PairField, importance_sample
@@ -384,12 +386,13 @@ def test_flow_refuses(options: dict[str, Any], said: str) -> None:
         EquivariantFlow(**{"num_particles": 3, "space": 2} | options)
 
 
-def test_steps_and_matching_refuse() -> None:
+def test_steps_and_matching_refuse(tmp_path: Path) -> None:
     flow = EquivariantFlow(3, 2, dtype=F64)
     with pytest.raises(ValueError, match="num_steps=0"):
         flow.num_steps = 0
     flow.num_steps = 7
-    assert flow.config()["num_steps"] == flow.field.num_steps == 7
+    save(flow, tmp_path / "flow")
+    assert load(tmp_path / "flow").num_steps == flow.field.num_steps == 7
     for draws, said in (
         (noise(5, 3), r"shape \(n, 4\) .* got shape \(5, 3\)"),
         (noise(5, 4).float(), "torch.float32"),
