@@ -131,7 +131,11 @@ def report(
     recipe.add_mean(f"{name}: share of the left mode in q", (q[:, 0] < 0.0).double())
     if isinstance(objective, AdversarialFlow):
         value, error = estimate_augmented_kl(
-            objective.flow, energy, n, log_z=0.0, generator=seeded_generator(recipe.seed)
+            objective.flow,
+            energy,
+            n,
+            log_z=0.0,
+            generator=torch.Generator().manual_seed(recipe.seed),
         )
         recipe.add(f"{name}: J_R", value + found["log_z"], error, note="the gap of the bound")
         bound = value + found["log_likelihood"] + found["log_z"]

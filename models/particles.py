@@ -236,7 +236,11 @@ def trained(
     energy = system.make().float()
     flow = EquivariantFlow(energy.num_particles, energy.space, dtype=F64, **system.flow)
     match_flow(
-        flow, draws, 500 if quick else 20_000, generator=seeded_generator(seed), progress=False
+        flow,
+        draws,
+        500 if quick else 20_000,
+        generator=torch.Generator().manual_seed(seed),
+        progress=False,
     )
     first = copy.deepcopy(flow)
     flow.float()

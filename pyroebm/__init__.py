@@ -7,6 +7,7 @@ import importlib
 from types import ModuleType
 
 from pyroebm.core.energy import Energy
+from pyroebm.core.saving import load, save
 from pyroebm.diagnostics import diagnose
 from pyroebm.flows import importance_sample
 from pyroebm.kernels import HMC, MALA, NUTS, ULA, ChEES, Gibbs, ParallelTempering
@@ -58,7 +59,9 @@ __all__ = [
     "fit",
     "fit_steps",
     "importance_sample",
+    "load",
     "open_run",
+    "save",
 ]
 
 

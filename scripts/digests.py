@@ -623,8 +623,8 @@ BASES: dict[str, Make] = {
 
 def reloaded(folder: Path) -> Any:
     flow = stirred(ebm.RealNVP(2, 2, base=ebm.MixtureBase(2, 3), **SMALL))
-    flow.save(folder / "flow.safetensors")
-    return flow_facts(ebm.load_flow(folder / "flow.safetensors"))
+    ebm.save(flow, folder / "flow.safetensors")
+    return flow_facts(ebm.load(folder / "flow.safetensors"))
 
 
 def extended() -> Any:

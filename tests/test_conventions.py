@@ -77,9 +77,6 @@ EXEMPT: dict[str, tuple[str, str]] = {
     "pyroebm.training.data.*": ("randomness", "any step's batch can be had at once"),
     "pyroebm.training.validation.Validation": ("randomness", "the same numbers each time"),
     "pyroebm.training.history.History": ("randomness", "a result"),
-    "pyroebm.kernels.adaptation.windows.*": ("counts", "being rewritten"),
-    "pyroebm.kernels.*Adaptation.step": ("counts", "being rewritten"),
-    "pyroebm.core.compilation.choose_compiled": ("counts", "being rewritten"),
 }
 
 
@@ -282,7 +279,7 @@ def hidden_draws(source: str) -> Iterator[str]:
 #: Files of the package that may, and why.
 MAY_DRAW = {
     "pyroebm/cli/demo.py": "Pyro draws in it: the driver forks torch's default generator",
-    "pyroebm/energies/spins.py": "a distribution of Pyro",
+    "pyroebm/core/spins.py": "a distribution of Pyro",
     "pyroebm/infer/mcmc.py": "Pyro's generator decides: pyro.set_rng_seed",
     "pyroebm/ppl/kernel.py": "the same",
     "pyroebm/ppl/model.py": "Pyro draws in it",

@@ -191,6 +191,48 @@ MUTANTS: dict[str, tuple[str, str, str, str]] = {
         "pooled = pooled.update(rows(taken.x[-1]), grad, moved)",
         "tests/kernels/test_driver.py",
     ),
+    "a checksum is not compared": (
+        "core/files.py",
+        "if said != found:",
+        "if False:",
+        "tests/core/test_files.py",
+    ),
+    "shared parameters are apart after loading": (
+        "core/saving.py",
+        "if key not in self.parameters:",
+        "if True:",
+        "tests/core/test_saving.py",
+    ),
+    "what constructors do to their arguments stays": (
+        "core/saving.py",
+        "parameter.data = self.tensors[key]",
+        "pass",
+        "tests/core/test_saving.py",
+    ),
+    "attributes assigned after construction are lost": (
+        "core/saving.py",
+        'nodes[-1]["attributes"] = writer.changes(module, rebuilt)',
+        "writer.changes(module, rebuilt)",
+        "tests/core/test_saving.py",
+    ),
+    "frozen parameters are trained after loading": (
+        "core/saving.py",
+        'requires_grad_(name not in node["frozen"])',
+        "requires_grad_(True)",
+        "tests/core/test_saving.py",
+    ),
+    "constructors use the default dtype of the reader": (
+        "core/saving.py",
+        "torch.set_default_dtype(_dtype(name))",
+        "pass",
+        "tests/core/test_saving.py",
+    ),
+    "a record keeps the tensors that it was given": (
+        "core/saving.py",
+        "(_Own(name, value.dtype) for name, own in _tensors(module) if _holds(own, value)),",
+        "(),",
+        "tests/core/test_saving.py",
+    ),
     "a file's group is read whole": (
         "core/files.py",
         "return data.isel(draw=draws).load()",

@@ -5,9 +5,11 @@ from pyroebm.core.annealing_path import DistributionEnergy, GeometricPath
 from pyroebm.core.derivatives import curvatures, unit_directions
 from pyroebm.core.energy import Energy, Sum, Tempered, score, value_and_grad
 from pyroebm.core.enumeration import all_bits
+from pyroebm.core.files import FileError
 from pyroebm.core.minibatch import MinibatchEnergy
 from pyroebm.core.progress import Progress
 from pyroebm.core.rng import seeded_generator
+from pyroebm.core.saving import Saveable
 from pyroebm.core.statistics import Estimate
 from pyroebm.core.supports import spin
 from pyroebm.core.wrappers import (
@@ -25,11 +27,13 @@ __all__ = [
     "DistributionEnergy",
     "Energy",
     "Estimate",
+    "FileError",
     "MinibatchEnergy",
     "GeometricPath",
     "PotentialFn",
     "Progress",
     "Relaxed",
+    "Saveable",
     "Sum",
     "Tempered",
     "Unconstrained",

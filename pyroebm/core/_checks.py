@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from numbers import Integral
 
@@ -17,6 +18,7 @@ __all__ = [
     "check_shape",
     "check_values",
     "no_gradient",
+    "stacklevel_of_user",
 ]
 
 
@@ -102,3 +104,13 @@ def check_counts(least: dict[str, int], *values: object) -> None:
     for (name, bound), value in zip(least.items(), values, strict=True):
         if isinstance(value, bool) or not isinstance(value, Integral) or value < bound:
             raise ValueError(f"{name} must be an integer of at least {bound}, got {name}={value!r}")
+
+
+def stacklevel_of_user() -> int:
+    """The ``stacklevel`` with which the caller's warning names the line outside this package that
+    led to it (Python 3.12 has ``skip_file_prefixes``)."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals["__name__"].startswith("pyroebm."):
+        frame = frame.f_back
+        level += 1
+    return level

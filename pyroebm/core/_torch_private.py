@@ -12,21 +12,25 @@ from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, fx, nn
-from torch._C._functorch import is_batchedtensor
+from torch._C._functorch import is_batchedtensor, is_functorch_wrapped_tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
+from torch.nn.utils import parametrizations
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 __all__ = [
     "BatchNorm",
+    "BoundedAllocation",
     "FixedShapes",
+    "SpectralNorm",
     "TraceInputsOnly",
     "all_true",
     "compile_graph",
     "copy_each",
     "held_by",
     "is_batchedtensor",
+    "is_functorch_wrapped_tensor",
     "multiply_each",
     "norm_of_each",
     "record_calls",
@@ -40,6 +44,9 @@ __all__ = [
 
 #: What batch normalisations of all dimensions have in common.
 BatchNorm = nn.modules.batchnorm._BatchNorm
+
+#: The parametrization that ``parametrizations.spectral_norm`` registers.
+SpectralNorm = parametrizations._SpectralNorm
 
 #: The function by which distributions ask whether all entries of a mask are true.
 all_true = torch._is_all_true
@@ -120,6 +127,39 @@ class TraceInputsOnly(FixedShapes):
                 Tensor, lambda x: x.contiguous() if self.is_constant(x) else x, (args, kwargs)
             )
         return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+class BoundedAllocation(TorchDispatchMode):
+    """Raises ValueError within it before more tensors are created than a bound allows.
+
+    Args:
+        entries: of all tensors that operations create, together.
+        operations: how many.
+    """
+
+    def __init__(self, entries: int, operations: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.entries = entries
+        self.operations = operations
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        self.operations -= 1
+        out = None
+        if any(argument.name == "device" for argument in func._schema.arguments):
+            without = {"generator": None} if "generator" in kwargs else {}
+            out = func(*args, **{**kwargs, **without, "device": torch.device("meta")})
+            self._count(out)
+        elif not func._schema.is_mutable:
+            out = func(*args, **kwargs)
+            self._count(out)
+            return out
+        return func(*args, **kwargs)
+
+    def _count(self, out: Any) -> None:
+        self.entries -= sum(t.numel() for t in tree_leaves(out) if isinstance(t, Tensor))
+        if self.entries < 0 or self.operations < 0:
+            raise ValueError("its constructors create more than its tensors account for")
 
 
 def storage_of(tensor: Tensor) -> int:

@@ -508,8 +508,8 @@ def choose_compiled(
     energy: Energy,
     compile: bool | Literal["auto"],
     kernel: _Planned,
-    chains: int,
-    steps: int,
+    num_chains: int,
+    num_steps: int,
     say: Callable[[str], None] = lambda text: None,
     sizes: Iterable[int] | None = None,
 ) -> Energy:
@@ -521,9 +521,9 @@ def choose_compiled(
             steps planned), never from timings, so that the choice is the same everywhere.
         kernel: the kernel, which knows about how many gradients one of its steps takes, and whether
             its inner loops are worth compiling, the gradient alone, or nothing.
-        chains: number of chains, which the choice depends on.
-        steps: steps planned for each chain.
-        sizes: numbers of chains for which a gradient is compiled; None is ``chains`` alone.
+        num_chains: number of chains, which the choice depends on.
+        num_steps: steps planned for each chain.
+        sizes: numbers of chains for which a gradient is compiled; None is ``num_chains`` alone.
         say: takes a message before a compilation that takes seconds.
 
     Raises:
@@ -535,9 +535,9 @@ def choose_compiled(
         raise ValueError(f'compile must be True, False or "auto", got compile={compile!r}')
     if compile is False or kernel.compiles == "nothing" or kernel.discrete or is_compiled(energy):
         return energy
-    gradients = steps * kernel.expected_gradients
+    gradients = num_steps * kernel.expected_gradients
     loops = kernel.compiles == "loops"
-    entries = chains * max(1, energy.event_shape.numel())
+    entries = num_chains * max(1, energy.event_shape.numel())
     saved = gradients * (_SECONDS_PER_STEP + _SECONDS_PER_ENTRY * entries)
     if compile == "auto" and (
         saved < 2.0 * _COMPILE_SECONDS if loops else gradients < _FEW_GRADIENTS
@@ -550,8 +550,8 @@ def choose_compiled(
             raise _NoCompilerError("no C++ compiler was found")
         if loops:
             return _compiled_loops(energy, compile is True, say)
-        batches = (chains,) if sizes is None else tuple(sizes)
-        return _compiled_gradient(energy, compile is True, chains, gradients, say, batches)
+        batches = (num_chains,) if sizes is None else tuple(sizes)
+        return _compiled_gradient(energy, compile is True, num_chains, gradients, say, batches)
     # capturing and compiling fail in as many ways as there are energies and machines
     except Exception as error:
         reason = str(error) if isinstance(error, _NoCompilerError) else _reason(error)

@@ -89,11 +89,10 @@ def conditional_of(energy: object, block: str, x: Tensor) -> Distribution:
     return energy.conditional(block, x)
 
 
-def sites_of(block: Index, entries: int, width: int) -> Tensor:
-    """The numbers of the sites of a block, of ``width`` entries each, in an event of so many
-    entries."""
+def sites_of(block: Index, event_shape: torch.Size, width: int) -> Tensor:
+    """The numbers of the sites of a block, of ``width`` entries each."""
     index = block.cpu() if isinstance(block, Tensor) else block
-    return torch.arange(entries)[index][::width] // width
+    return torch.arange(event_shape.numel())[index][::width] // width
 
 
 #: Distributions of independent entries, the parameter in which a product of powers is a sum, and

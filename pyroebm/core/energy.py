@@ -29,6 +29,7 @@ from pyroebm.core.conditionals import (
     conditional_of,
     product_of_powers,
 )
+from pyroebm.core.saving import Saveable
 from pyroebm.core.supports import (
     draw_initial,
     is_discrete,
@@ -48,7 +49,7 @@ __all__ = [
 ]
 
 
-class Energy(nn.Module):
+class Energy(Saveable):
     r"""An unnormalised density :math:`p(x) = e^{-E(x)} / Z`.
 
     A subclass writes :meth:`forward` and names the shape of one event; everything else is a view of

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import hashlib
 import json
 import os
+import re
 from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +25,7 @@ if TYPE_CHECKING:  # half a second that only runs with files wait for
     import xarray
 
 __all__ = [
+    "FileError",
     "SafetensorError",
     "append_line",
     "from_bytes",
@@ -42,6 +45,33 @@ __all__ = [
     "write_text",
     "written_whole",
 ]
+
+#: safetensors' own bound on a header
+MAX_HEADER = 100_000_000
+#: The checksum within the header of a file of tensors. JSON within JSON: its quotes are escaped.
+CHECKSUM = re.compile(rb'(?<=\\"checksum\\": \\")[0-9a-f]{64}(?=\\")')
+
+
+class FileError(OSError, ValueError):
+    """A file that cannot be read: missing, damaged, or of another kind.
+
+    Args:
+        path: the file.
+        reason: what is wrong with it.
+
+    Example:
+        >>> raise FileError("net.safetensors", "it is damaged")
+        Traceback (most recent call last):
+        pyroebm.core.files.FileError: net.safetensors: it is damaged
+    """
+
+    def __init__(self, path: str | Path, reason: str) -> None:
+        super().__init__(f"{path}: {reason}")
+        self.path = Path(path)
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type[FileError], tuple[Path, str]]:
+        return type(self), (self.path, self.reason)
 
 
 @contextlib.contextmanager
@@ -97,9 +127,11 @@ def read_json(path: str | Path) -> Any:
 
 
 def write_tensors(
-    path: str | Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
+    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None
 ) -> None:
-    """Write tensors, and text beside them, as a safetensors file.
+    """Write tensors, and JSON beside them, as a safetensors file with a checksum of every byte.
+
+    The same tensors and metadata make the same bytes.
 
     Example:
         >>> import tempfile
@@ -109,22 +141,64 @@ def write_tensors(
         ...     read_tensors(f"{folder}/x.safetensors")
         ({'x': tensor([1., 1.])}, {'class': 'NICE'})
     """
+    # one entry: safetensors writes several in random order
+    text = json.dumps({"checksum": "0" * 64, **(metadata or {})})
     with written_whole(Path(path)) as temporary:
         safetensors.torch.save_file(
-            {name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata
+            {name: tensor.contiguous() for name, tensor in tensors.items()},
+            temporary,
+            {"pyroebm": text},
         )
+        _, checksum, place = _checksums(temporary)
+        with temporary.open("r+b") as file:
+            file.seek(place)
+            file.write(checksum)
 
 
-def read_tensors(path: str | Path, device: str = "cpu") -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read a safetensors file: its tensors and its text.
+def read_tensors(path: str | Path, device: str = "cpu") -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a file of :func:`write_tensors`: its tensors and its metadata.
 
     Raises:
-        OSError: if there is no such file.
-        SafetensorError: if it is damaged.
+        FileError: if there is no such file, it is damaged, or something else wrote it.
     """
-    with safe_open(path, "pt", device=device) as file:
-        names = file.keys()
-        return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+    try:
+        said, found, _ = _checksums(Path(path))
+        if said != found:
+            raise FileError(path, "the file is damaged: its checksum is not that of its content")
+        with safe_open(path, "pt", device=device) as file:
+            metadata = json.loads(file.metadata()["pyroebm"])
+            names = file.keys()
+            tensors = {name: file.get_tensor(name) for name in names}
+            del metadata["checksum"]
+    except FileError:
+        raise
+    except FileNotFoundError as error:
+        raise FileError(path, "there is no such file") from error
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise FileError(path, f"the file cannot be read: {error}") from error
+    return tensors, metadata
+
+
+def _checksums(path: Path) -> tuple[bytes, bytes, int]:
+    """The checksum that a file of tensors says, that of its content, and where the file says it.
+
+    The content is every byte of the file, with zeros in place of the checksum.
+    """
+    foreign = "the file must be one that pyroebm wrote, and whole"
+    with path.open("rb") as file:
+        begin = file.read(8)
+        length = int.from_bytes(begin, "little")
+        if len(begin) < 8 or length > min(MAX_HEADER, path.stat().st_size - 8):
+            raise FileError(path, foreign)
+        header = file.read(length)
+        said = CHECKSUM.search(header)
+        if said is None:
+            raise FileError(path, foreign)
+        content = hashlib.sha256(begin)
+        content.update(header[: said.start()] + b"0" * 64 + header[said.end() :])
+        while chunk := file.read(2**20):
+            content.update(chunk)
+    return said[0], content.hexdigest().encode(), 8 + said.start()
 
 
 def to_bytes(tensors: Mapping[str, Tensor]) -> bytes:

@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
+from pyroebm.core._checks import stacklevel_of_user
 from pyroebm.core._torch_private import (
     TraceInputsOnly,
     all_true,
@@ -373,7 +374,7 @@ class RowwiseEnergy(Energy):
             " Branches and shapes that depend on a latent value are written with torch.where and"
             " masks",
             RuntimeWarning,
-            stacklevel=4,
+            stacklevel=stacklevel_of_user(),
         )
 
     def _why_not(self, way: str, rows: Tensor, expected: tuple[Tensor, Tensor]) -> str | None:

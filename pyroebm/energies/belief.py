@@ -15,6 +15,7 @@ from torch.nn.functional import logsigmoid, softplus
 from pyroebm.core._checks import check_counts, check_shape
 from pyroebm.core.energy import Energy
 from pyroebm.core.enumeration import all_bits
+from pyroebm.core.saving import Saveable
 from pyroebm.energies.layered import check_sizes, layer_names
 from pyroebm.energies.rbm import BernoulliRBM
 
@@ -24,7 +25,7 @@ __all__ = ["BeliefJoint", "DeepBeliefNetwork"]
 MAX_ENUMERATED = 14
 
 
-class DeepBeliefNetwork(nn.Module):
+class DeepBeliefNetwork(Saveable):
     r"""Deep belief network (Hinton, Osindero and Teh, 2006) of bits.
 
     .. math::

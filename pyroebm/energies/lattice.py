@@ -138,7 +138,7 @@ class Lattice(Energy):
         if block not in self.blocks:
             raise ValueError(f"block must be one of {list(self.blocks)}, got block={block!r}")
         width = self._values().shape[1]
-        site = sites_of(self.blocks[block], self.event_shape.numel(), width).to(x.device)
+        site = sites_of(self.blocks[block], self.event_shape, width).to(x.device)
         return self.local_field(x, site.expand(len(x), -1))
 
     @property

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.distributions.constraints import Constraint
 
+from pyroebm.core._checks import stacklevel_of_user
 from pyroebm.core._torch_private import BatchNorm
 from pyroebm.core.energy import Energy
 from pyroebm.core.supports import base_constraint, event_sum, is_discrete, is_real
@@ -169,14 +170,14 @@ def warn_of_network(net: nn.Module, support: Constraint, scale: object) -> None:
             f" {support}: give scale, add an"
             " energy that grows, or name a bounded support",
             UserWarning,
-            stacklevel=4,
+            stacklevel=stacklevel_of_user(),
         )
     if any(isinstance(module, COUPLING) for module in modules):
         warnings.warn(
             "batch normalisation makes the energy of a row depend on the others in training: that"
             " is no density of one event",
             UserWarning,
-            stacklevel=4,
+            stacklevel=stacklevel_of_user(),
         )
     if any(isinstance(module, PIECEWISE_LINEAR) for module in modules) and not is_discrete(support):
         warnings.warn(
@@ -184,7 +185,7 @@ def warn_of_network(net: nn.Module, support: Constraint, scale: object) -> None:
             " learns nothing from it, and"
             " gradients jump. SiLU, softplus and tanh are smooth",
             UserWarning,
-            stacklevel=4,
+            stacklevel=stacklevel_of_user(),
         )
 
 

@@ -16,7 +16,6 @@ from pyroebm.flows.networks import ConditionalGaussian
 from pyroebm.flows.nice import NICE, RedundantNICE
 from pyroebm.flows.realnvp import RealNVP
 from pyroebm.flows.report import FlowReport, evaluate_flow
-from pyroebm.flows.saving import load_flow
 from pyroebm.flows.symmetrized import Symmetrized
 from pyroebm.flows.transported import Transported
 from pyroebm.flows.zuko_flows import AutoregressiveFlow, ContinuousFlow, SplineFlow
@@ -53,7 +52,6 @@ __all__ = [
     "generated_group",
     "importance_sample",
     "evaluate_flow",
-    "load_flow",
     "permutations",
     "sign_flips",
 ]

@@ -15,13 +15,13 @@ from torch.nn.functional import softplus
 
 from pyroebm.core._checks import check_counts
 from pyroebm.core.rng import drawing_from, standard_normal, uniform
+from pyroebm.core.saving import Saveable
 from pyroebm.flows.networks import LOG_2PI
-from pyroebm.flows.saving import Saved
 
 __all__ = ["Base", "Drawn", "MixtureBase", "StandardNormal", "StudentBase"]
 
 
-class Base(Saved):
+class Base(Saveable):
     r"""A density of z on :math:`R^D` with reparameterised draws.
 
     Subclasses write :meth:`rsample` and :meth:`log_prob`.
@@ -145,12 +145,6 @@ class MixtureBase(Base):
             self.logits = nn.Parameter(logits)
         else:
             self.register_buffer("logits", logits)
-        self._config = {
-            "dim": dim,
-            "num_components": num_components,
-            "spread": spread,
-            "learn_weights": learn_weights,
-        }
 
     @property
     def weights(self) -> Tensor:
@@ -254,7 +248,6 @@ class StudentBase(Base):
             self.raw = nn.Parameter(raw)
         else:
             self.register_buffer("raw", raw)
-        self._config = {"dim": dim, "df": df, "learn_df": learn_df, "least": least}
 
     @property
     def df(self) -> Tensor:

@@ -10,6 +10,7 @@ from pyro.distributions import TransformModule
 from torch import Tensor
 from torch.distributions import constraints
 
+from pyroebm.core.saving import Saveable
 from pyroebm.nn.mlp import frozen
 
 __all__ = ["Bijection", "check_event", "pulled_back"]
@@ -31,7 +32,7 @@ def pulled_back(weights: Sequence[Tensor], outputs: Sequence[Tensor], z: Tensor)
     return torch.autograd.grad(outputs, z, weights, retain_graph=True, materialize_grads=True)[0]
 
 
-class Bijection(TransformModule):
+class Bijection(Saveable, TransformModule):
     r"""A learned bijection of :math:`R^D` that gives image and log-determinant together.
 
     Subclasses write :meth:`with_log_det` and :meth:`inverse_with_log_det`; the methods of

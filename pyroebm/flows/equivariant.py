@@ -236,16 +236,6 @@ class EquivariantFlow(Flow):
             dtype=dtype,
         )
         super().__init__([field], field.dim, field.dim)
-        self._config = {
-            "num_particles": num_particles,
-            "space": space,
-            "reach": reach,
-            "length": length,
-            "num_cells": num_cells,
-            "num_stages": num_stages,
-            "num_steps": num_steps,
-            "scale": scale,
-        }
 
     @property
     def field(self) -> PairField:
@@ -260,7 +250,7 @@ class EquivariantFlow(Flow):
     @num_steps.setter
     def num_steps(self, num_steps: int) -> None:
         check_counts({"num_steps": 1}, num_steps)
-        self.field.num_steps = self._config["num_steps"] = num_steps
+        self.field.num_steps = num_steps
 
 
 def _spread(at: Tensor, cell: Tensor, size: int) -> Tensor:

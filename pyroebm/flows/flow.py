@@ -16,17 +16,17 @@ from torch.distributions import Transform
 
 from pyroebm.core.energy import Energy
 from pyroebm.core.rng import seeded_generator
+from pyroebm.core.saving import Saveable
 from pyroebm.flows.base import Base, StandardNormal
 from pyroebm.flows.bijection import Bijection
 from pyroebm.flows.extended import Extended
 from pyroebm.flows.networks import ConditionalGaussian
-from pyroebm.flows.saving import Saved
 from pyroebm.nn.mlp import frozen
 
 __all__ = ["Flow"]
 
 
-class Flow(Saved):
+class Flow(Saveable):
     r"""A normalised density :math:`q(x, y)` on :math:`R^D`: a draw z of a base, pushed through
     bijections.
 

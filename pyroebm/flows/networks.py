@@ -7,9 +7,10 @@ from collections.abc import Sequence
 
 import pyro.distributions as dist
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyroebm.core.rng import standard_normal
+from pyroebm.core.saving import Saveable
 from pyroebm.nn.mlp import mlp
 
 __all__ = ["ConditionalGaussian"]
@@ -17,7 +18,7 @@ __all__ = ["ConditionalGaussian"]
 LOG_2PI = math.log(2.0 * math.pi)
 
 
-class ConditionalGaussian(nn.Module):
+class ConditionalGaussian(Saveable):
     r"""A learned Gaussian :math:`N(y \mid M(x), \Sigma(x))` with full covariance.
 
     One network gives :math:`M(x)` and the inverse Cholesky factor :math:`W(x) = L(x)^{-1}` of

@@ -100,15 +100,6 @@ class RedundantNICE(Flow):
                 generator=generator,
             )
         super().__init__(layers, dim, total_dim, conditional, base)
-        self._config = {
-            "dim": dim,
-            "total_dim": total_dim,
-            "num_layers": num_layers,
-            "hidden_sizes": list(hidden_sizes),
-            "shift": shift,
-            "activation": activation,
-            "base": base,
-        }
 
     @property
     def linear(self) -> PLULinear:
@@ -200,4 +191,3 @@ class NICE(RedundantNICE):
             dtype=dtype,
             generator=generator,
         )
-        del self._config["total_dim"]

@@ -95,15 +95,3 @@ class RealNVP(Flow):
             parts.append(Loft(total, loft))
         conditional = ConditionalGaussian(dim, total - dim, **net) if total > dim else None
         super().__init__(parts, dim, total, conditional, base)
-        self._config = {
-            "dim": dim,
-            "num_layers": num_layers,
-            "hidden_sizes": list(hidden_sizes),
-            "total_dim": total_dim,
-            "mask": mask,
-            "clamp": clamp,
-            "loft": loft,
-            "scale": scale,
-            "activation": activation,
-            "base": base,
-        }

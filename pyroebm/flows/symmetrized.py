@@ -96,8 +96,6 @@ class Symmetrized(Flow):
             nn.Parameter(torch.zeros(size, dtype=flow.dtype)) if weights == "learned" else None
         )
         self.to(flow.device)
-        if "_config" in flow.__dict__:
-            self._config = {"flow": flow, "group": elements.tolist(), "weights": weights}
 
     def log_weights(self) -> Tensor:
         r""":math:`\log \pi`, with the identity first, shape ``(G,)``."""

@@ -118,17 +118,6 @@ class SplineFlow(Flow):
                 )
             parts.append(zuko_layer(make, dim, generator, dtype, **common, **own))
         super().__init__(parts + _affine_end(dim, scale, dtype), dim, dim, base=base)
-        self._config = {
-            "dim": dim,
-            "num_layers": num_layers,
-            "hidden_sizes": list(hidden_sizes),
-            "num_bins": num_bins,
-            "bound": bound,
-            "scale": scale,
-            "autoregressive": autoregressive,
-            "activation": activation,
-            "base": base,
-        }
 
 
 class AutoregressiveFlow(Flow):
@@ -187,15 +176,6 @@ class AutoregressiveFlow(Flow):
             layer = zuko_layer(make, dim, generator, dtype, order=order, **common)
             parts.append(layer if fast == "draw" else reversed_layer(layer))
         super().__init__(parts + _affine_end(dim, scale, dtype), dim, dim, base=base)
-        self._config = {
-            "dim": dim,
-            "num_layers": num_layers,
-            "hidden_sizes": list(hidden_sizes),
-            "fast": fast,
-            "scale": scale,
-            "activation": activation,
-            "base": base,
-        }
 
 
 class ContinuousFlow(Flow):
@@ -264,13 +244,3 @@ class ContinuousFlow(Flow):
         options["activation"] = _activation(activation)
         layer = zuko_layer(zuko.flows.continuous.FFJTransform, dim, generator, dtype, **options)
         super().__init__([layer, *_affine_end(dim, scale, dtype)], dim, dim, base=base)
-        self._config = {
-            "dim": dim,
-            "hidden_sizes": list(hidden_sizes),
-            "num_frequencies": num_frequencies,
-            "atol": atol,
-            "rtol": rtol,
-            "scale": scale,
-            "activation": activation,
-            "base": base,
-        }

@@ -160,17 +160,17 @@ class ChEESAdaptation:
         energy: Energy,
         state: State,
         memory: ChEESMemory,
-        steps: int,
+        num_steps: int,
         generator: torch.Generator | None = None,
     ) -> tuple[ChEES, State, Info, ChEESMemory]:
         """One step of the kernel, and what is learned from it."""
         state, info, trajectory = kernel.step_with_trajectory(energy, state, generator)
         slope = float(_slope(kernel, info, trajectory))
         short, warmup = self.window.update(
-            kernel.probe(), energy, state, info, memory.warmup, steps, generator
+            kernel.probe(), energy, state, info, memory.warmup, num_steps, generator
         )
         memory = self._climb(memory._replace(warmup=warmup), slope)
-        last = warmup.step == steps
+        last = warmup.step == num_steps
         length = math.exp(memory.log_average if last else memory.log_length)
         return _lengthened(short, length), state, info, memory
 

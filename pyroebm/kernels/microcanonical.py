@@ -271,7 +271,7 @@ class EnergyVarianceAdaptation:
         energy: Energy,
         state: MomentumState,
         memory: EnergyVarianceMemory,
-        steps: int,
+        num_steps: int,
         generator: torch.Generator | None = None,
     ) -> tuple[MCLMC, MomentumState, Info, EnergyVarianceMemory]:
         """One step of the kernel, and what is learned from it."""
@@ -288,7 +288,7 @@ class EnergyVarianceAdaptation:
                 min((self.target / ratio) ** (1.0 / 6.0), 2.0 * size) if ratio > 0.0 else 2.0 * size
             )
         kernel = kernel.replace(step_size=new)
-        plan = windows(steps) if self.metric else []
+        plan = windows(num_steps) if self.metric else []
         if any(start <= step < stop for start, stop in plan):
             pooled = pooled.update(rows(state.x))
         if any(step + 1 == stop for _, stop in plan):

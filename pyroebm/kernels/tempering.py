@@ -442,15 +442,15 @@ class LadderAdaptation:
         energy: Energy,
         state: TemperedState,
         memory: LadderMemory,
-        steps: int,
+        num_steps: int,
         generator: torch.Generator | None = None,
     ) -> tuple[ParallelTempering, TemperedState, Info, LadderMemory]:
-        """One step of a warm-up of ``steps``, and what is learned from it."""
-        rounds = windows(steps) if self.ladder else []
+        """One step of a warm-up of ``num_steps``, and what is learned from it."""
+        rounds = windows(num_steps) if self.ladder else []
         if any(memory.step == begin for begin, _ in rounds):
             state = kernel.restart(state)
         state, info, inner = kernel.transition(energy, state, generator)
-        tunings, last = memory.tunings, memory.step + 1 == steps
+        tunings, last = memory.tunings, memory.step + 1 == num_steps
         if tunings:
             target = (
                 kernel.kernel.target_acceptance

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pyroebm.core._checks import check_counts, check_declaration
 from pyroebm.core._torch_private import BatchNorm
 from pyroebm.core.rng import standard_normal
+from pyroebm.core.saving import Saveable
 from pyroebm.core.supports import event_numel
 from pyroebm.core.wrappers import eval_mode
 from pyroebm.nn.mlp import mlp
@@ -19,7 +20,7 @@ from pyroebm.nn.mlp import mlp
 __all__ = ["Generator", "MLPGenerator", "batch_norms"]
 
 
-class Generator(nn.Module):
+class Generator(Saveable):
     r"""A law of x given by how it is drawn: :math:`x = g(z) + s\,\varepsilon`, z and
     :math:`\varepsilon` standard normal.
 

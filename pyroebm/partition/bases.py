@@ -71,7 +71,7 @@ class IndependentSites(Energy):
 
     def conditional(self, block: str, x: Tensor) -> Distribution:
         """The sites of a block, which depend on no other."""
-        sites = sites_of(self.blocks[block], self.event_shape.numel(), self.values.shape[1])
+        sites = sites_of(self.blocks[block], self.event_shape, self.values.shape[1])
         log_p = self.log_p[sites.to(self.device)]
         return independent_law(self.support, log_p.expand(len(x), *log_p.shape))
 

@@ -8,13 +8,14 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from pyroebm.core.saving import Saveable
 from pyroebm.energies.belief import DeepBeliefNetwork
 from pyroebm.energies.deep import DeepBoltzmannMachine
 
 __all__ = ["Classifier"]
 
 
-class Classifier(nn.Module):
+class Classifier(Saveable):
     r"""A feed-forward network of sigmoid layers that starts as a generative model, with a linear
     layer of logits on top.
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import gzip
 import math
+import pickle
 from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import xarray
 
 from pyroebm.core import files
-from pyroebm.core.files import SafetensorError
+from pyroebm.core.files import FileError
 
 
 def test_a_failure_while_writing_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
@@ -63,13 +65,53 @@ def test_tensors_come_back_with_their_text(tmp_path: Path) -> None:
         assert all(found[name].dtype == tensors[name].dtype for name in tensors)
 
 
-def test_a_damaged_file_of_tensors_raises(tmp_path: Path) -> None:
-    files.write_tensors(tmp_path / "a", {"x": torch.ones(100)})
-    (tmp_path / "a").write_bytes((tmp_path / "a").read_bytes()[:-50])
-    with pytest.raises(SafetensorError):
-        files.read_tensors(tmp_path / "a")
-    with pytest.raises(OSError, match="nowhere"):
-        files.read_tensors(tmp_path / "nowhere")
+def check_refused(path: Path, content: bytes, said: str | None = None) -> None:
+    path.write_bytes(content)
+    with pytest.raises(FileError, match=said) as caught:
+        files.read_tensors(path)
+    assert caught.value.path == path
+    assert str(path) in str(caught.value)
+
+
+def test_a_flipped_bit_anywhere_and_a_cut_are_found(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    files.write_tensors(path, {"x": torch.ones(3), "y": torch.zeros(2, dtype=torch.int8)})
+    content = path.read_bytes()
+    for place in range(len(content)):
+        flipped = bytearray(content)
+        flipped[place] ^= 1 << place % 8
+        check_refused(path, bytes(flipped))
+    for length in range(0, len(content), 7):
+        check_refused(path, content[:length])
+    check_refused(path, content + b"\0", "damaged")
+
+
+def test_what_is_no_file_of_tensors_raises_one_error(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    # a header of 2^60 bytes, and of more than the file has
+    check_refused(path, (2**60).to_bytes(8, "little") + b"{}", "one that pyroebm wrote")
+    check_refused(path, (90_000_000).to_bytes(8, "little") + b"{}", "one that pyroebm wrote")
+    check_refused(path, safetensors.torch.save({"x": torch.ones(2)}), "one that pyroebm wrote")
+    for missing in (tmp_path / "nowhere", tmp_path):
+        with pytest.raises(FileError, match=r"no such file|cannot be read"):
+            files.read_tensors(missing)
+
+
+def test_the_error_can_be_sent_to_another_process() -> None:
+    error = pickle.loads(pickle.dumps(FileError("a", "it is damaged")))
+    assert isinstance(error, OSError | ValueError)
+    assert (str(error), error.path, error.reason) == (
+        "a: it is damaged",
+        Path("a"),
+        "it is damaged",
+    )
+
+
+def test_the_same_tensors_are_the_same_bytes(tmp_path: Path) -> None:
+    tensors = {name: torch.ones(2) for name in "abcdef"}
+    for name in ("one", "two"):
+        files.write_tensors(tmp_path / name, tensors, {"class": "NICE", "more": [1, {"a": None}]})
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
 
 
 def test_arrays_are_those_asked_for_and_no_pickle_is_loaded(tmp_path: Path) -> None:

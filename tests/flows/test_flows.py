@@ -4,7 +4,6 @@ mutants to be caught."""
 from __future__ import annotations
 
 import copy
-import json
 import math
 from collections.abc import Callable
 from functools import partial
@@ -20,12 +19,11 @@ from lib.flow_cases import noise, stirred
 from lib.reseed import fixed_problem
 from lib.seeds import seeded
 from pyro.distributions.transforms import affine_coupling
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributions import Transform, constraints
 from torch.distributions.transforms import AffineTransform, IndependentTransform
 
-from pyroebm import Energy
+from pyroebm import Energy, load, save
 from pyroebm.core.rng import seeded_generator
 from pyroebm.flows import (
     NICE,
@@ -48,7 +46,6 @@ from pyroebm.flows import (
     StudentBase,
     Symmetrized,
     ZukoTransform,
-    load_flow,
     sign_flips,
 )
 from pyroebm.flows.flow import _log_integral
@@ -468,7 +465,6 @@ def test_dtypes(name: str) -> None:
     flow = FLOWS[name](dtype=torch.float32)
     single = flow.forward_and_log_prob(base_noise(flow, 6).float())
     assert [t.dtype for t in single] == [torch.float32] * 2
-    assert flow.config()["dtype"] == "float32"  # type: ignore[attr-defined]
     double = stirred(flow).double().forward_and_log_prob(z := base_noise(flow.double(), 6))
     assert [t.dtype for t in double] == [F64] * 2
     assert flow.dtype == F64
@@ -479,30 +475,13 @@ def test_dtypes(name: str) -> None:
 
 
 @saved
-def test_state_and_config_are_the_whole_flow(name: str, tmp_path: Path) -> None:
-    flow, path = build(name), tmp_path / "flow.safetensors"
-    flow.save(path)  # type: ignore[attr-defined]
-    again = type(flow).load(path)  # type: ignore[attr-defined]
-    assert again.config() == flow.config() == json.loads(json.dumps(flow.config()))  # type: ignore[attr-defined]
-    assert type(load_flow(path)) is type(flow)
-    z = base_noise(flow, 9)
-    for a, b in zip(flow.forward_and_log_prob(z), again.forward_and_log_prob(z), strict=True):
-        assert torch.equal(a, b)
+def test_a_copy_shares_nothing(name: str) -> None:
+    flow = build(name)
     copied = copy.deepcopy(flow)
+    z = base_noise(flow, 9)
+    before = flow.forward_and_log_prob(z)[0]
     stirred(flow)
-    assert torch.equal(
-        copied.forward_and_log_prob(z)[0], again.forward_and_log_prob(z)[0]
-    )  # the copy shares nothing
-
-
-def test_load_refuses_another_class_or_another_file(tmp_path: Path) -> None:
-    path = tmp_path / "flow.safetensors"
-    NICE(2).save(path)
-    with pytest.raises(ValueError, match="class RedundantNICE, its metadata name 'NICE'"):
-        RedundantNICE.load(path)
-    save_file({"a": torch.zeros(1)}, path)
-    with pytest.raises(ValueError, match="class NICE, its metadata name None"):
-        NICE.load(path)
+    assert torch.equal(copied.forward_and_log_prob(z)[0], before)
 
 
 @saved
@@ -860,9 +839,9 @@ def test_device_moves(tmp_path: Path) -> None:
     flow = stirred(RedundantNICE(1, 2, hidden_sizes=(8,), dtype=F64)).to("cuda")
     assert flow.device.type == "cuda"
     assert flow().sample((3,)).is_cuda
-    flow.save(tmp_path / "flow.safetensors")
+    save(flow, tmp_path / "flow.safetensors")
     z = noise(4, 2)
     torch.testing.assert_close(
-        RedundantNICE.load(tmp_path / "flow.safetensors").forward_and_log_prob(z)[0],
+        load(tmp_path / "flow.safetensors").forward_and_log_prob(z)[0],
         flow.forward_and_log_prob(z.cuda())[0].cpu(),
     )

@@ -54,15 +54,15 @@ class Adaptation(Protocol):
         energy: Energy,
         state: Any,
         memory: Any,
-        steps: int,
+        num_steps: int,
         generator: torch.Generator | None = None,
     ) -> tuple[Kernel[Any], Any, Info, Any]:
-        """One step of a warm-up of ``steps``: the kernel for the next step, the state, the report
-        and the memory."""
+        """One step of a warm-up of ``num_steps``: the kernel for the next step, the state, the
+        report and the memory."""
 
 
 def windows(
-    steps: int, initial: int = 15, first: int = 15, final: int = 50
+    num_steps: int, initial: int = 15, first: int = 15, final: int = 50
 ) -> list[tuple[int, int]]:
     """Half-open windows ``[start, stop)`` in which a metric is learned: doubling, between two
     buffers.
@@ -78,19 +78,19 @@ def windows(
         [(7, 25)]
     """
     # a new metric needs a new step size, and that needs some steps: too short for both
-    if steps < 20:
+    if num_steps < 20:
         return []
-    if initial + first + final > steps:
-        initial, final = int(0.15 * steps), int(0.5 * steps)
-        first = steps - initial - final
+    if initial + first + final > num_steps:
+        initial, final = int(0.15 * num_steps), int(0.5 * num_steps)
+        first = num_steps - initial - final
     found = []
     start = initial
     size = first
-    while start < steps - final:
+    while start < num_steps - final:
         stop = start + size
         # the next window would not fit: this one takes the rest
-        if stop + 2 * size > steps - final:
-            stop = steps - final
+        if stop + 2 * size > num_steps - final:
+            stop = num_steps - final
         found.append((start, stop))
         start, size = stop, 2 * size
     return found
@@ -208,12 +208,12 @@ class WindowAdaptation:
         energy: Energy,
         state: Any,
         memory: Warmup,
-        steps: int,
+        num_steps: int,
         generator: torch.Generator | None = None,
     ) -> tuple[Kernel[Any], Any, Info, Warmup]:
         """One step of the kernel, and what is learned from it."""
         state, info = kernel.step(energy, state, generator)
-        kernel, memory = self.update(kernel, energy, state, info, memory, steps, generator)
+        kernel, memory = self.update(kernel, energy, state, info, memory, num_steps, generator)
         return kernel, state, info, memory
 
     def update(
@@ -223,22 +223,22 @@ class WindowAdaptation:
         state: AnyState,
         info: Info,
         memory: Warmup,
-        steps: int,
+        num_steps: int,
         generator: torch.Generator | None = None,
     ) -> tuple[Kernel[Any], Warmup]:
-        """The kernel for the next step, after step number ``memory.step`` of ``steps``."""
+        """The kernel for the next step, after step number ``memory.step`` of ``num_steps``."""
         tuning, target = memory.tuning, self.aims_at(kernel)
         if tuning is not None and target is not None:
-            overdue = self._overdue(memory, info, target, steps)
+            overdue = self._overdue(memory, info, target, num_steps)
             together = overdue if memory.together is None else memory.together
             tuning = tuning.update(
                 self._rates(info.acceptance_rate.double(), together, overdue), target
             )
             kernel = kernel.replace(step_size=tuning.step_size)
         memory = memory._replace(tuning=tuning)
-        return self.learn(kernel, energy, Steps.of(state, info), memory, steps, generator)
+        return self.learn(kernel, energy, Steps.of(state, info), memory, num_steps, generator)
 
-    def free_steps(self, kernel: Kernel[Any], memory: Warmup, steps: int) -> int:
+    def free_steps(self, kernel: Kernel[Any], memory: Warmup, num_steps: int) -> int:
         """Steps that each chain may take by itself before all meet, each with a step size of its
         own: up to the end of the window; 0 where chains share a step size.
 
@@ -246,11 +246,11 @@ class WindowAdaptation:
         :meth:`learn` is told of what came of it.
         """
         if memory.moved is None:
-            return steps - memory.step
+            return num_steps - memory.step
         if memory.tuning is not None and (memory.together is None or bool(memory.together.any())):
             return 0
-        ends = [stop for _, stop in self._windows(steps) if stop > memory.step]
-        return (ends[0] if ends else steps) - memory.step
+        ends = [stop for _, stop in self._windows(num_steps) if stop > memory.step]
+        return (ends[0] if ends else num_steps) - memory.step
 
     def aims_at(self, kernel: Kernel[Any]) -> float | None:
         """The acceptance rate that step sizes are tuned to; None where there is none."""
@@ -264,7 +264,7 @@ class WindowAdaptation:
         energy: Energy,
         taken: Steps,
         memory: Warmup,
-        steps: int,
+        num_steps: int,
         generator: torch.Generator | None = None,
     ) -> tuple[Kernel[Any], Warmup]:
         """What is learned from steps that were taken, none of them beyond the end of a window; the
@@ -275,13 +275,13 @@ class WindowAdaptation:
             energy: what it moves on.
             taken: the steps from number ``memory.step`` on.
             memory: from before these steps, but for ``tuning``, which knows of them.
-            steps: steps of the whole warm-up.
+            num_steps: steps of the whole warm-up.
             generator: source of randomness, for a first guess of new step sizes.
         """
         tuning, pooled, together, moved, rates, step = memory
         if moved is None or rates is None or together is None:
             return kernel, memory._replace(step=step + taken.number)
-        plan = self._windows(steps)
+        plan = self._windows(num_steps)
         # step by step: what is learned must not depend on how many come together
         for i in range(taken.number):
             rates = rates + taken.info.acceptance_rate[i]
@@ -296,7 +296,7 @@ class WindowAdaptation:
             kernel, memory = self._end_window(
                 kernel, energy, state, memory, step == plan[-1][1], generator
             )
-        if step == steps and memory.tuning is not None:
+        if step == num_steps and memory.tuning is not None:
             kernel, memory = self._end(kernel, energy, state, memory, bool(plan), generator)
         return kernel, memory
 

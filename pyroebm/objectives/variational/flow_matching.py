@@ -46,7 +46,7 @@ def match_flow(
         ridge: :math:`\lambda`, in units of the mean diagonal of :math:`E\, F^\top F`; positive,
             since some weights may be of distances that no pair has.
         batch_size: pairs at once.
-        generator: source of the pairs; None is torch's default generator.
+        generator: source of the draws; None is torch's default generator.
         progress: True shows it, False hides it, None shows it where it takes longer than a second.
 
     Returns:

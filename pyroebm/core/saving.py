@@ -1,0 +1,741 @@
+r"""Save energies, machines, classifiers and flows, and load them again, without pickle.
+
+A file holds tensors and a description in JSON: for each module its class and the arguments of its
+constructor, parts before what is made of them. :func:`load` calls the constructors again and then
+puts the tensors in. Only public classes of this library, layers of :mod:`torch.nn`, distributions
+and constraints of torch and Pyro, and the classes that the caller names are called.
+
+**How arguments are recorded.** A subclass of :class:`Saveable` needs no line for it:
+``__init_subclass__`` wraps ``__init__``, and the wrapper of the class that is constructed keeps the
+arguments. A metaclass would conflict with those of users' classes (:class:`abc.ABC`), and
+``__new__`` would have to keep every argument alive, since the module does not exist yet. After
+``__init__`` an argument that the module holds as a parameter or buffer is kept as its name, a
+generator not at all (what it drew is in the tensors), and what no file can hold (a function) as its
+name for the error message. So a record keeps no second copy of a weight, and can be copied and
+pickled wherever the module can.
+
+**What cannot be rebuilt is refused by** :func:`save`, which rebuilds the module and compares the
+two. Numbers, strings and tensors that were assigned to attributes after construction are saved too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import functools
+import inspect
+import sys
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping
+from numbers import Number
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyro.distributions as pyro_distributions
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution, Transform, constraints
+from torch.distributions.constraints import Constraint
+from torch.distributions.utils import lazy_property
+from torch.nn.utils import parametrizations, parametrize
+
+from pyroebm.core._torch_private import (
+    BoundedAllocation,
+    SpectralNorm,
+    is_functorch_wrapped_tensor,
+    outside_transforms,
+    storage_of,
+)
+from pyroebm.core.files import FileError, read_tensors, write_tensors
+from pyroebm.core.rng import drawing_from, seeded_generator
+from pyroebm.core.supports import spin
+
+__all__ = ["Saveable", "load", "save"]
+
+#: Of the description. A file of another format is refused.
+FORMAT = 1
+#: The end of each message of what :func:`save` refuses.
+WAY_OUT = (
+    "Give a subclass of Energy with numbers, strings, tensors and modules as arguments, which"
+    " load(path, classes={...}) constructs; or save(..., tensors_only=True), which load(path,"
+    " into=module) reads"
+)
+#: What torch keeps in each module, and the record.
+OWN = (vars(nn.Module()).keys() | {"_construction"}) - {"training"}
+
+#: Classes of torch and Pyro that a description may name, by the module that has them.
+NAMESPACES: dict[str, tuple[Any, tuple[type, ...]]] = {
+    "torch.nn": (nn, (nn.Module,)),
+    "torch.distributions": (torch.distributions, (Distribution, Transform)),
+    "torch.distributions.constraints": (constraints, (Constraint,)),
+    "pyro.distributions": (pyro_distributions, (Distribution, Transform)),
+}
+#: Arguments that their object keeps under another name.
+ATTRIBUTES = {"base_distribution": "base_dist", "scale_tril": "_unbroadcasted_scale_tril"}
+#: Classes of this library, by subpackage and name.
+_CLASSES: dict[str, type[Saveable]] = {}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Construction:
+    """How a module was constructed."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    default_dtype: torch.dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class _Own:
+    """A tensor argument that the module holds itself."""
+
+    name: str
+    dtype: torch.dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class _Opaque:
+    """An argument that no file can hold."""
+
+    said: str
+
+
+class Saveable(nn.Module):
+    """A module that :func:`save` and :func:`load` can construct again: it records the arguments of
+    its constructor.
+
+    Energies, flows, their layers and bases are such modules, and so are users' subclasses of them.
+
+    Example:
+        >>> class Quartic(Saveable):
+        ...     def __init__(self, height, *, shift=0.0):
+        ...         super().__init__()
+        >>> Quartic(2.0)._construction
+        _Construction(args=(2.0,), kwargs={}, default_dtype=torch.float32)
+    """
+
+    _construction: _Construction
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # a mixin without the wrapper may come first
+        if not hasattr(cls.__init__, "_recorded"):
+            cls.__init__ = _recording(cls.__init__)  # type: ignore[method-assign]
+        package, _, rest = cls.__module__.partition(".")
+        if package == "pyroebm" and not cls.__name__.startswith("_"):
+            _CLASSES[f"{rest.partition('.')[0]}.{cls.__name__}"] = cls
+
+
+def _recording(init: Callable[..., None]) -> Callable[..., None]:
+    """The constructor, which also records its arguments where it is that of the class that is
+    constructed, and not one that it calls."""
+
+    @functools.wraps(init)
+    def recorded(self: Saveable, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        if type(self).__init__ is recorded:
+            kept = {name: _kept(value, self) for name, value in kwargs.items()}
+            vars(self)["_construction"] = _Construction(
+                tuple(_kept(value, self) for value in args), kept, torch.get_default_dtype()
+            )
+
+    recorded._recorded = True  # type: ignore[attr-defined]
+    return recorded
+
+
+def _kept(value: Any, module: nn.Module) -> Any:
+    """What a record keeps of an argument."""
+    if value is None or isinstance(value, Number | str | torch.dtype | np.ndarray | np.generic):
+        return value
+    if isinstance(value, nn.Module | Constraint | Distribution | Transform):
+        return value
+    if isinstance(value, Tensor):
+        return next(
+            (_Own(name, value.dtype) for name, own in _tensors(module) if _holds(own, value)),
+            value.detach(),
+        )
+    if type(value) in (list, tuple, range, torch.Size):
+        kept = [_kept(v, module) for v in value]
+        return kept if isinstance(value, list) else tuple(kept)
+    if type(value) is dict:
+        return {k: _kept(v, module) for k, v in value.items()}
+    if isinstance(value, torch.Generator):
+        return None
+    return _Opaque(_name_of(value))
+
+
+def _name_of(value: Any) -> str:
+    return str(getattr(value, "__name__", type(value).__name__))
+
+
+def _holds(own: Tensor, value: Tensor) -> bool:
+    """Whether a parameter or buffer is this argument, or a copy of it."""
+    if own is value:
+        return True
+    plain = {type(own), type(value)} <= {Tensor, nn.Parameter}
+    if not plain or own.shape != value.shape or own.is_complex() != value.is_complex():
+        return False
+    if any(t.is_meta or is_functorch_wrapped_tensor(t) for t in (own, value)):
+        return False
+    with outside_transforms(), torch.no_grad():
+        return torch.equal(own, value.to(own))
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and all buffers under each of their names."""
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from module.named_buffers(remove_duplicate=False)
+
+
+def save(module: nn.Module, path: str | Path, *, tensors_only: bool = False) -> None:
+    """Save an energy, machine, classifier, flow or layer as one safetensors file.
+
+    The file has the arguments of the constructors, every parameter and buffer with its dtype, which
+    parameters are trained, and the mode (train or eval) of each module. A parameter that two
+    modules share is stored once. The file has a checksum, and is written atomically: to a temporary
+    file, then renamed.
+
+    Args:
+        module: what :func:`load` returns again.
+        path: the file, usually ``*.safetensors``; it is overwritten.
+        tensors_only: leave out how the module is constructed, for modules that JSON cannot
+            describe: ``load(path, into=module)`` reads such a file.
+
+    Raises:
+        ValueError: if the module cannot be constructed again from JSON: a function among the
+            arguments, a class that is neither a :class:`Saveable` nor one of torch's layers, a
+            part that was replaced after construction.
+
+    Example:
+        >>> import tempfile
+        >>> from pyroebm.targets import DoubleWell
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save(0.5 * DoubleWell(), f"{folder}/well.safetensors")
+        ...     load(f"{folder}/well.safetensors")
+        Tempered(
+          beta=0.5
+          (energy): DoubleWell()
+        )
+    """
+    if not isinstance(module, nn.Module):
+        raise ValueError(f"module must be an energy, a flow or their part, got {module!r}")
+    writer = _Writer(module)
+    if tensors_only:
+        nodes = [{"class": type(module).__name__, **writer.state(module, "")}]
+    else:
+        writer.add(module, type(module).__name__)
+        nodes = writer.nodes
+        try:
+            rebuilt = _Reader(nodes, writer.tensors(), writer.classes).build()
+        except Exception as error:
+            raise ValueError(
+                f"{type(module).__name__} cannot be constructed again from its arguments:"
+                f" {error}. {WAY_OUT}"
+            ) from error
+        nodes[-1]["attributes"] = writer.changes(module, rebuilt)
+    metadata = {"format": FORMAT, "version": _version(), "modules": nodes}
+    write_tensors(path, writer.tensors(), metadata)
+
+
+def load(
+    path: str | Path,
+    *,
+    classes: Mapping[str, type[nn.Module]] | None = None,
+    into: nn.Module | None = None,
+    device: torch.device | str = "cpu",
+) -> Any:
+    """Load what :func:`save` wrote. Nothing is unpickled or executed but the constructors of known
+    classes.
+
+    The result is as it was when it was saved: dtypes, ``requires_grad`` and training mode included.
+
+    Args:
+        path: the file.
+        classes: classes of your own by the names that they had.
+        into: a module of the same parameters and buffers, which are overwritten in place; nothing
+            is constructed then. Its other settings stay.
+        device: of the result; with ``into`` its own.
+
+    Returns:
+        the module; ``into`` if that is given.
+
+    Raises:
+        FileError: if the file is missing, damaged, of another format or not one of :func:`save`; if
+            it names a class that is not known; if a constructor raises; if ``into`` has parameters
+            or buffers of other names, shapes or dtypes.
+
+    Example:
+        >>> import tempfile
+        >>> from pyroebm import Energy
+        >>> class Quartic(Energy):
+        ...     def __init__(self, height: float) -> None:
+        ...         super().__init__()
+        ...         self.height = height
+        ...
+        ...     def forward(self, x):
+        ...         return self.height * x**4
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save(Quartic(2.0), f"{folder}/quartic.safetensors")
+        ...     load(f"{folder}/quartic.safetensors", classes={"Quartic": Quartic}).height
+        2.0
+    """
+    tensors, said = read_tensors(path, "cpu" if into is not None else str(torch.device(device)))
+    if said.get("format") != FORMAT or "modules" not in said:
+        raise FileError(
+            path,
+            f"the file must be one of save in format {FORMAT}, got format {said.get('format')} of"
+            f" pyroebm {said.get('version')}, and this is {_version()}",
+        )
+    try:
+        if into is not None:
+            return _filled(into, said["modules"][-1], tensors)
+        if "arguments" not in said["modules"][-1]:
+            raise ValueError(
+                "the file has tensors alone (tensors_only=True): load(path, into=module) reads it"
+            )
+        return _Reader(said["modules"], tensors, classes or {}).build()
+    except Exception as error:  # of a constructor, or of a description that is none
+        raise FileError(path, f"the module cannot be loaded: {error}") from error
+
+
+def _version() -> str:
+    return str(sys.modules["pyroebm"].__version__)
+
+
+class _Writer:
+    """A description of modules, in which a module comes after those that it is made of."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self.nodes: list[dict[str, Any]] = []
+        self.numbers: dict[int, int] = {}
+        #: the user's, by name
+        self.classes: dict[str, type[nn.Module]] = {}
+        #: names in the file by the identity of a tensor, and the tensors
+        self.keys: dict[int, str] = {}
+        self.held: dict[str, Tensor] = {}
+        memory: dict[int, str] = {}
+        for name, tensor in _tensors(root):
+            self.key(tensor, name)
+        for name, parameter in root.named_parameters():
+            other = memory.setdefault(storage_of(parameter), name)
+            if other != name and parameter.numel():
+                raise ValueError(
+                    f"the parameters {other} and {name} must be one parameter or have memory of"
+                    " their own, got two that share memory"
+                )
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: tensor.detach().cpu() for name, tensor in self.held.items()}
+
+    def key(self, tensor: Tensor, name: str) -> str:
+        """The name of a tensor in the file, where it is once."""
+        if id(tensor) not in self.keys:
+            while name in self.held:
+                name += "'"
+            self.keys[id(tensor)] = name
+            self.held[name] = tensor
+        return self.keys[id(tensor)]
+
+    def state(self, module: nn.Module, prefix: str) -> dict[str, Any]:
+        parameters = dict(module.named_parameters(remove_duplicate=False))
+        buffers = module.named_buffers(remove_duplicate=False)
+        return {
+            "parameters": {name: self.key(p, prefix + name) for name, p in parameters.items()},
+            "buffers": {name: self.key(b, prefix + name) for name, b in buffers},
+            "frozen": [name for name, p in parameters.items() if not p.requires_grad],
+        }
+
+    def add(self, module: nn.Module, where: str) -> int:
+        """The number of a module, described once."""
+        if id(module) in self.numbers:
+            return self.numbers[id(module)]
+        node: dict[str, Any] = {"arguments": {}}
+        given: Collection[str] = ()
+        if isinstance(module, Saveable):
+            call: _Construction | None = vars(module).get("_construction")
+            if call is None:
+                raise ValueError(
+                    f"{where} was not constructed by the __init__ that its class was defined with."
+                    f" {WAY_OUT}"
+                )
+            bound = inspect.signature(type(module)).bind(*call.args, **call.kwargs)
+            given = set(bound.arguments)
+            bound.apply_defaults()
+            arguments: Mapping[str, Any] = bound.arguments
+            node["class"] = _library_name(type(module)) or self.users(type(module))
+            node["default_dtype"] = _name_of_dtype(call.default_dtype)
+        else:
+            plain = parametrize.type_before_parametrizations(module)
+            node["class"] = _torch_name(plain)
+            if node["class"] is None:
+                raise ValueError(
+                    f"{where} is a {type(module).__name__}, which is neither an energy, a flow or"
+                    f" their part nor a layer of torch.nn. {WAY_OUT}"
+                )
+            given = arguments = _attributes_of(module, plain, where)
+            if parametrize.is_parametrized(module):
+                node["spectral_norm"] = _spectral_norms(module, where)
+        # parts first: their numbers are smaller
+        for name, value in arguments.items():
+            try:
+                node["arguments"][name] = self.described(value, f"{where}.{name}", module)
+            except ValueError:
+                # a default that cannot be described, such as a function, is left out
+                if name in given:
+                    raise
+        self.numbers[id(module)] = len(self.nodes)
+        node |= self.state(module, f"{len(self.nodes)}.")
+        self.nodes.append(node)
+        return len(self.nodes) - 1
+
+    def users(self, kind: type[nn.Module]) -> str:
+        """The name of a user's class, by which :func:`load` asks for it."""
+        if kind.__module__.startswith("pyroebm."):
+            raise ValueError(f"{kind.__name__} is made for use within pyroebm, and is not saved")
+        if self.classes.setdefault(kind.__name__, kind) is not kind:
+            raise ValueError(f"two classes are called {kind.__name__}, and load knows them by name")
+        return kind.__name__
+
+    def described(self, value: Any, where: str, module: nn.Module | None = None) -> Any:
+        """What JSON says of a value; tensors go into the file.
+
+        Raises:
+            ValueError: if it cannot.
+        """
+        if isinstance(value, np.generic):
+            value = value.item()
+        if value is None or isinstance(value, bool | int | float | str):
+            return value
+        if isinstance(value, _Own) and module is not None:
+            own = dict(_tensors(module))[value.name]
+            return {"tensor": self.key(own, where), "dtype": _name_of_dtype(value.dtype)}
+        if isinstance(value, Tensor):
+            return {"tensor": self.key(value, where), "dtype": _name_of_dtype(value.dtype)}
+        if isinstance(value, np.ndarray):
+            return {"array": self.key(torch.from_numpy(value), where)}
+        if isinstance(value, nn.Module):
+            return {"module": self.add(value, where)}
+        if type(value) in (list, tuple, torch.Size):
+            kind = "list" if isinstance(value, list) else "tuple"
+            return {kind: [self.described(v, f"{where}[{i}]", module) for i, v in enumerate(value)]}
+        if isinstance(value, dict) and all(isinstance(k, str) for k in value):
+            items = value.items()
+            return {"dict": {k: self.described(v, f"{where}.{k}", module) for k, v in items}}
+        if isinstance(value, torch.dtype):
+            return {"dtype": _name_of_dtype(value)}
+        if isinstance(value, type(spin)):
+            return {"constant": "spin"}
+        if isinstance(value, Constraint) and (name := _constant_name(value)):
+            return {"constant": name}
+        if (known := _torch_name(type(value))) is not None:
+            arguments = _attributes_of(value, type(value), where)
+            return {
+                "class": known,
+                "arguments": {
+                    k: self.described(v, f"{where}.{k}", module) for k, v in arguments.items()
+                },
+            }
+        said = value.said if isinstance(value, _Opaque) else _name_of(value)
+        raise ValueError(f"{where} is {said}, which a file cannot hold. {WAY_OUT}")
+
+    def changes(self, module: nn.Module, rebuilt: nn.Module) -> dict[str, dict[str, Any]]:
+        """Attributes of each part that its constructor does not give.
+
+        Raises:
+            ValueError: if the parts are others, or such an attribute cannot be described.
+        """
+        parts = dict(module.named_modules(remove_duplicate=False))
+        others = dict(rebuilt.named_modules(remove_duplicate=False))
+        for name in parts.keys() | others.keys():
+            kinds = [type(m.get(name)).__qualname__ for m in (parts, others)]
+            if kinds[0] != kinds[1]:
+                raise ValueError(
+                    f"the part {name!r} of {type(module).__name__} is a {kinds[0]}, and its"
+                    f" constructor gives a {kinds[1]}: a part was replaced. {WAY_OUT}"
+                )
+        found: dict[str, dict[str, Any]] = {}
+        for name, part in parts.items():
+            made = vars(others[name])
+            for attribute, value in vars(part).items():
+                if attribute in OWN or (attribute in made and _same(value, made[attribute])):
+                    continue
+                if attribute not in made and attribute.startswith("_"):
+                    continue  # a cache
+                where = f"{name}.{attribute}".lstrip(".")
+                found.setdefault(name, {})[attribute] = self.described(value, where)
+        return found
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two attributes agree, as far as that can be seen: of functions only the type."""
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, Tensor):
+        return (
+            a.dtype == b.dtype
+            and a.shape == b.shape
+            and torch.equal(a.cpu().nan_to_num(), b.cpu().nan_to_num())
+        )
+    if isinstance(a, np.ndarray):
+        return a.dtype == b.dtype and np.array_equal(a, b)
+    if isinstance(a, Number | str):
+        return bool(a == b or (a != a and b != b))
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(_same, a, b))
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
+    if isinstance(a, Constraint | Distribution):
+        # a distribution computes some of its attributes when they are first read
+        shared = vars(a).keys() & vars(b).keys()
+        return all(_same(vars(a)[k], vars(b)[k]) for k in shared)
+    return a == b if isinstance(a, torch.dtype | torch.device) else True
+
+
+def _library_name(kind: type[Saveable]) -> str | None:
+    """How a file names a class of this library; None for a user's."""
+    return next((f"pyroebm.{name}" for name, known in _CLASSES.items() if known is kind), None)
+
+
+def _torch_name(kind: type) -> str | None:
+    """How a file names a class of torch or Pyro; None for others."""
+    for place, (namespace, bases) in NAMESPACES.items():
+        for name, known in vars(namespace).items():
+            if known is kind and issubclass(kind, bases) and not name.startswith("_"):
+                return f"{place}.{name}"
+    return None
+
+
+def _constant_name(value: Constraint) -> str | None:
+    """The name of a constraint of torch that has no arguments, such as ``real``."""
+    return next(
+        (
+            name
+            for name, known in vars(constraints).items()
+            if isinstance(known, Constraint) and type(known) is type(value) and not vars(known)
+        ),
+        None,
+    )
+
+
+def _name_of_dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _attributes_of(value: Any, kind: type, where: str) -> dict[str, Any]:
+    """The arguments of a constructor of torch or Pyro, from the attributes that keep them."""
+    if kind is nn.Sequential:
+        return {"args": tuple(value)}
+    found: dict[str, Any] = {}
+    for name, parameter in inspect.signature(kind).parameters.items():
+        is_variadic = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        if is_variadic or name in ("device", "dtype", "validate_args"):
+            continue
+        names = [n for n in (name, f"_{name}", ATTRIBUTES.get(name)) if n is not None]
+        held = next((getattr(value, n) for n in names if _has(value, n)), parameter.empty)
+        if held is not parameter.empty:
+            # a layer is told whether to have a bias, and has it
+            is_flag = name == "bias" and isinstance(value, nn.Module)
+            found[name] = held is not None if is_flag else held
+        elif parameter.default is parameter.empty:
+            raise ValueError(f"{where} is a {kind.__qualname__} without {name}. {WAY_OUT}")
+    # of alternatives one was given, and others were computed when they were first read
+    if "scale_tril" in found:
+        computed = {"covariance_matrix", "precision_matrix"}
+    else:
+        computed = {k for k in ("probs", "logits") if found.get(k) is not vars(value).get("_param")}
+    return {name: held for name, held in found.items() if name not in computed}
+
+
+def _has(value: Any, name: str) -> bool:
+    """Whether an object has an attribute, where that need not be computed first."""
+    held = inspect.getattr_static(value, name, None)
+    return not isinstance(held, lazy_property) and hasattr(value, name)
+
+
+def _spectral_norms(module: nn.Module, where: str) -> list[str]:
+    """The names of the weights of a layer that are divided by their largest singular value."""
+    lists: Any = module.parametrizations
+    for name, parametrization in lists.items():
+        if [type(p) for p in parametrization] != [SpectralNorm]:
+            raise ValueError(f"{where}.{name} has a parametrization that is unknown. {WAY_OUT}")
+    return list(lists)
+
+
+class _Reader:
+    """Modules from a description and the tensors of a file."""
+
+    def __init__(
+        self,
+        nodes: list[dict[str, Any]],
+        tensors: Mapping[str, Tensor],
+        classes: Mapping[str, type[nn.Module]],
+    ) -> None:
+        self.nodes = nodes
+        self.tensors = tensors
+        self.classes = classes
+        self.made: list[nn.Module] = []
+        self.parameters: dict[str, nn.Parameter] = {}
+
+    def build(self) -> Any:
+        """The last module, of those before it."""
+        entries = sum(tensor.numel() for tensor in self.tensors.values())
+        bound = BoundedAllocation(2**27 + 16 * entries, 2 * 10**4 + 100 * len(self.tensors))
+        # the constructors draw what the file's tensors replace, and they warned the first time
+        with drawing_from(seeded_generator(0)), warnings.catch_warnings(), bound:
+            warnings.simplefilter("ignore")
+            for node in self.nodes:
+                self.made.append(self.module(node))
+        root, last = self.made[-1], self.nodes[-1]
+        # a constructor may have initialized or converted a module that it was given
+        for key, parameter in self.parameters.items():
+            parameter.data = self.tensors[key]
+        for name, key in last["buffers"].items():
+            _assign(root, name, self.tensors[key])
+        for name, attributes in last.get("attributes", {}).items():
+            if not OWN.isdisjoint(attributes):
+                raise ValueError(f"the description has attributes {sorted(attributes)}")
+            vars(root.get_submodule(name)).update(
+                {key: self.value(value) for key, value in attributes.items()}
+            )
+        return root
+
+    def module(self, node: dict[str, Any]) -> nn.Module:
+        kind = self.find(node["class"], nn.Module)
+        # tensors of a layer of torch are replaced, and need no memory before
+        place = "cpu" if "default_dtype" in node else "meta"
+        with torch.device(place), _default_dtype(node.get("default_dtype", "float32")):
+            module: nn.Module = self.call(kind, node["arguments"])
+            for name in node.get("spectral_norm", ()):
+                parametrizations.spectral_norm(module, name)
+        for name, key in node["parameters"].items():
+            if key not in self.parameters:
+                self.parameters[key] = nn.Parameter(self.tensors[key].clone(), requires_grad=False)
+            self.parameters[key].requires_grad_(name not in node["frozen"])
+            _assign(module, name, self.parameters[key])
+        for name, key in node["buffers"].items():
+            _assign(module, name, self.tensors[key].clone())
+        wrong = dict(_tensors(module)).keys() ^ (node["parameters"].keys() | node["buffers"].keys())
+        if wrong:
+            raise ValueError(
+                f"{node['class']} and the file must have the same parameters and buffers, got"
+                f" {sorted(wrong)} of one of them"
+            )
+        return module
+
+    def call(self, kind: type, arguments: dict[str, Any]) -> Any:
+        signature = inspect.signature(kind)
+        unknown = sorted(arguments.keys() - signature.parameters.keys())
+        if unknown:
+            raise ValueError(f"{kind.__name__} takes no arguments {unknown}, which the file has")
+        values = {name: self.value(argument) for name, argument in arguments.items()}
+        bound = inspect.BoundArguments(signature, values)
+        return kind(*bound.args, **bound.kwargs)
+
+    def value(self, said: Any) -> Any:
+        """What :meth:`_Writer.described` described."""
+        if not isinstance(said, dict):
+            return said
+        if "class" in said:
+            return self.call(self.find(said["class"], object), said["arguments"])
+        if "tensor" in said:
+            return self.tensors[said["tensor"]].to(_dtype(said["dtype"]), copy=True)
+        ((kind, content),) = said.items()
+        if kind == "module":
+            return self.made[content]
+        if kind == "array":
+            return self.tensors[content].clone().numpy(force=True)
+        if kind in ("list", "tuple"):
+            return {"list": list, "tuple": tuple}[kind](map(self.value, content))
+        if kind == "dict":
+            return {k: self.value(v) for k, v in content.items()}
+        if kind == "dtype":
+            return _dtype(content)
+        if kind == "constant":
+            constant = spin if content == "spin" else getattr(constraints, content)
+            if isinstance(constant, Constraint):
+                return constant
+        raise ValueError(f"the description has an entry {kind!r} that is unknown")
+
+    def find(self, name: str, base: type) -> type:
+        """The class of a name; ValueError unless it is known and may be constructed."""
+        place, _, last = name.rpartition(".")
+        known: Any = None
+        if place in NAMESPACES:
+            namespace, bases = NAMESPACES[place]
+            known = vars(namespace).get(last)
+            known = known if isinstance(known, type) and issubclass(known, bases) else None
+        elif place.startswith("pyroebm."):
+            subpackage = place.removeprefix("pyroebm.")
+            getattr(sys.modules["pyroebm"], subpackage, None)  # which imports it
+            known = _CLASSES.get(f"{subpackage}.{last}")
+        else:
+            known = self.classes.get(name)
+        if isinstance(known, type) and issubclass(known, base):
+            return known
+        candidates = {n.rpartition(".")[2]: n for n in (*_CLASSES, *self.classes)}
+        near = difflib.get_close_matches(last, candidates, 5)
+        raise ValueError(
+            f"the file names the class {name!r}, which is none of pyroebm's or of classes, got"
+            f" classes of {sorted(self.classes)}; near ones: {[candidates[n] for n in near]}. Give"
+            f' load(path, classes={{"{last}": {last}}})'
+        )
+
+
+def _assign(module: nn.Module, name: str, tensor: Tensor) -> None:
+    owner, _, last = name.rpartition(".")
+    part = module.get_submodule(owner)
+    if not hasattr(part, last):
+        raise ValueError(f"the constructor of {type(module).__name__} gives no {name}")
+    made = getattr(part, last)
+    if isinstance(made, Tensor) and made.shape != tensor.shape:
+        raise ValueError(
+            f"the file has {name} of shape {tuple(tensor.shape)}, and the constructor of"
+            f" {type(module).__name__} gives {tuple(made.shape)}"
+        )
+    setattr(part, last, tensor)
+
+
+def _filled(module: nn.Module, node: dict[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
+    """The module, its parameters and buffers overwritten by those of the file."""
+    keys: dict[str, str] = node["parameters"] | node["buffers"]
+    own = dict(_tensors(module))
+    ours, theirs = (
+        {name: f"{name} {tuple(t.shape)} {_name_of_dtype(t.dtype)}" for name, t in found.items()}
+        for found in (own, {name: tensors[key] for name, key in keys.items()})
+    )
+    if ours != theirs:
+        wrong = [
+            sorted(set(a.values()) - set(b.values())) for a, b in ((ours, theirs), (theirs, ours))
+        ]
+        raise ValueError(
+            f"into and the file must have the same parameters and buffers, got {wrong[0]} in into"
+            f" alone and {wrong[1]} in the file alone"
+        )
+    shared: dict[int, str] = {}
+    for name, tensor in own.items():
+        first = shared.setdefault(id(tensor), name)
+        if keys[first] != keys[name]:
+            raise ValueError(f"into shares {first} and {name}, which are two in the file")
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(tensors[keys[name]])
+    return module
+
+
+@contextlib.contextmanager
+def _default_dtype(name: str) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(_dtype(name))
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"the description has the dtype {name!r}, which is none")
+    return dtype
