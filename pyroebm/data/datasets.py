@@ -235,7 +235,8 @@ def image_patches(
 
 def whitened(x: Tensor) -> Tensor:
     r"""ZCA whitening, :math:`C^{-1/2} (x - \bar x)` with the sample covariance C; directions
-    without variance stay 0."""
+    without variance stay 0.
+    """
     x = x - x.mean(0)
     values, vectors = torch.linalg.eigh(x.mT.cov())
     there = values > 1e-10 * values[-1]

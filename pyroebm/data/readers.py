@@ -1,5 +1,6 @@
 """Files of images that a user has: MNIST in its usual layout, Debian's Fashion-MNIST, ``.npz``.
-Nothing is downloaded."""
+Nothing is downloaded.
+"""
 
 from __future__ import annotations
 

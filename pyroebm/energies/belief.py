@@ -1,5 +1,6 @@
 """The deep belief network: a restricted Boltzmann machine on top, sigmoid layers below it. A
-distribution, not an energy."""
+distribution, not an energy.
+"""
 
 from __future__ import annotations
 
@@ -131,7 +132,8 @@ class DeepBeliefNetwork(Saveable):
 
     def means_up(self, visible: Tensor) -> Tensor:
         """Recognition means of the top's visible layer, bottom up: the data that the top is trained
-        on, as probabilities."""
+        on, as probabilities.
+        """
         mean = visible
         for k in range(len(self.rbms) - 1):
             mean = torch.sigmoid(mean @ self.rbm(k).weight + self.rbm(k).hidden_bias)
@@ -139,7 +141,8 @@ class DeepBeliefNetwork(Saveable):
 
     def down(self, hidden: Tensor, generator: torch.Generator | None = None) -> list[Tensor]:
         """Draws of the layers given the top's visible layer, by the generative laws: the visible
-        one first, ``hidden`` last."""
+        one first, ``hidden`` last.
+        """
         states = [hidden]
         for k in range(len(self.rbms) - 2, -1, -1):
             parts = self.rbm(k).layers()
@@ -168,7 +171,8 @@ class DeepBeliefNetwork(Saveable):
         self, visible: Tensor, num_samples: int, generator: torch.Generator | None = None
     ) -> Tensor:
         r""":math:`\log p^*(v, h) - \log q(h \mid v)` of draws of q, shape ``(num_samples,
-        *batch)``; log Z is left out."""
+        *batch)``; log Z is left out.
+        """
         check_shape(type(self).__name__, visible, torch.Size(self.sizes[:1]))
         check_counts({"num_samples": 1}, num_samples)
         below, total = (
@@ -301,6 +305,7 @@ class BeliefJoint(Energy):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the energy of each event, in nats: ``(*batch, *event) -> (*batch)``."""
         parts = x.split(self.network.sizes, -1)
         total = self.network.top.layers().energy(parts[-2:])
         for k in range(len(parts) - 2):
@@ -320,6 +325,7 @@ class BeliefJoint(Energy):
         return self.network.top.has_exact_draws
 
     def sample(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draw ``num_samples`` exact independent samples, shape ``(num_samples, *event)``."""
         with torch.no_grad():
             top = self.network.top.draw_layers(num_samples, generator)
             return torch.cat([*self.network.down(top[0], generator), *top[1:]], -1)
@@ -327,5 +333,6 @@ class BeliefJoint(Energy):
 
 def _log_bits(x: Tensor, field: Tensor) -> Tensor:
     r""":math:`\sum_i \log p(x_i)` of bits with logits ``field``; x may be real, as gradients of it
-    ask."""
+    ask.
+    """
     return (x * logsigmoid(field) + (1.0 - x) * logsigmoid(-field)).sum(-1)

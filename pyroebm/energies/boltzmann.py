@@ -106,18 +106,21 @@ class BoltzmannMachine(Energy):
         return x @ self._coupling() + self.bias
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the energy of each event, in nats: ``(*batch, *event) -> (*batch)``."""
         return -((0.5 * (x @ self._coupling()) + self.bias) * x).sum(-1)
 
     def site_logits(self, x: Tensor, site: Tensor) -> Tensor:
         """Log-probabilities, unnormalised, of the values of one site of each row, from
-        its field."""
+        its field.
+        """
         field = (x * self._coupling()[site]).sum(-1) + self.bias[site]
         low = torch.zeros_like(field) if self.units == "bits" else -field
         return torch.stack([low, field], 1)
 
     def site_given_rest(self, x: Tensor, site: int) -> Distribution:
         """:math:`p(x_i \\mid x_{-i})` of one unit, batch shape that of ``x``: Pyro's Bernoulli, or
-        :class:`pyroebm.core.spins.SpinBernoulli`."""
+        :class:`pyroebm.core.spins.SpinBernoulli`.
+        """
         field = x @ self._coupling()[site] + self.bias[site]
         return (
             Bernoulli(logits=field, validate_args=False)
@@ -232,6 +235,7 @@ class BoltzmannMachine(Energy):
 
     @property
     def log_z(self) -> float | None:
+        """Log of the normalizing constant in nats; None where it is not known."""
         if not self._is_small:
             return None
         with torch.no_grad():
@@ -243,6 +247,7 @@ class BoltzmannMachine(Energy):
         return self._is_small
 
     def sample(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draw ``num_samples`` exact independent samples, shape ``(num_samples, *event)``."""
         if not self._is_small:
             return super().sample(num_samples, generator)
         with torch.no_grad():
@@ -259,6 +264,7 @@ class BoltzmannMachine(Energy):
         return map(self._values, bit_batches(n, self.dtype, self.device))
 
     def extra_repr(self) -> str:
+        """Return the settings that ``repr`` shows."""
         return f"units={self.units!r}, num_visible={self.num_visible}, num_hidden={self.num_hidden}"
 
 
@@ -280,6 +286,7 @@ class Marginal(Energy):
         self.machine = machine
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the energy of each event, in nats: ``(*batch, *event) -> (*batch)``."""
         parts = []
         for hidden in self.machine._states(self.machine.num_hidden):
             shape = (*x.shape[:-1], len(hidden))
@@ -302,4 +309,5 @@ class Marginal(Energy):
         return self.machine.has_exact_draws
 
     def sample(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draw ``num_samples`` exact independent samples, shape ``(num_samples, *event)``."""
         return self.machine.sample(num_samples, generator)[:, : self.machine.num_visible]

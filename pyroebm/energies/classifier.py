@@ -1,5 +1,6 @@
 """A classifier is an energy: its logits say how likely the image is, and not only which class it
-has."""
+has.
+"""
 
 from __future__ import annotations
 
@@ -66,6 +67,7 @@ class ClassifierEnergy(NeuralEnergy):
         self.num_classes = num_classes
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the energy of each event, in nats: ``(*batch, *event) -> (*batch)``."""
         return self.envelope(x) - torch.logsumexp(self.logits(x), -1)
 
     def logits(self, x: Tensor) -> Tensor:
@@ -100,7 +102,8 @@ class ClassifierEnergy(NeuralEnergy):
 
     def given(self, y: int | Tensor) -> GivenClass:
         """The energy of events of class y, :math:`p(x \\mid y)`: sample it for draws of a class.
-        See :class:`GivenClass`."""
+        See :class:`GivenClass`.
+        """
         return GivenClass(self, y)
 
 
@@ -137,6 +140,7 @@ class GivenClass(Energy):
         self.register_buffer("y", classes)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the energy of each event, in nats: ``(*batch, *event) -> (*batch)``."""
         batch = self.batch_shape(x)
         if self.y.dim() and batch[:1] != self.y.shape:
             raise ValueError(
@@ -147,6 +151,7 @@ class GivenClass(Energy):
         return self.classifier.unchecked_joint_energy(x, classes.expand(batch))
 
     def initial(self, num_chains: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draw starting states of finite energy, shape ``(num_chains, *event)``."""
         return self.classifier.initial(num_chains, generator)
 
 

@@ -210,4 +210,5 @@ class DeepBoltzmannMachine(LayeredEnergy):
             return torch.cat([layers.draw(0, layers.field(0, parts), generator), *parts[1:]], -1)
 
     def extra_repr(self) -> str:
+        """Return the settings that ``repr`` shows."""
         return f"sizes={list(self.sizes)}, visible={self.visible!r}"

@@ -1,5 +1,6 @@
 """Bits that explain deep features: an energy of events and hidden bits, summed over the bits in
-closed form."""
+closed form.
+"""
 
 from __future__ import annotations
 
@@ -132,6 +133,7 @@ class FeatureLatentEnergy(Energy):
         return event_sum(x * x - self.visible_bias * x, len(self.event_shape))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the energy of each event, in nats: ``(*batch, *event) -> (*batch)``."""
         return self.quadratic(x) - softplus(self.hidden_logits(x)).sum(-1)
 
     def expected_energy(self, x: Tensor) -> Tensor:
@@ -196,6 +198,7 @@ class FeatureLatentJoint(Energy):
         ), states[..., self.blocks["hidden"]]
 
     def forward(self, states: Tensor) -> Tensor:
+        """Return the energy of each event, in nats: ``(*batch, *event) -> (*batch)``."""
         x, h = self.split(states)
         return self.energy.quadratic(x) - (h * self.energy.hidden_logits(x)).sum(-1)
 
@@ -221,6 +224,7 @@ class FeatureLatentJoint(Energy):
         return self.energy
 
     def initial(self, num_chains: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draw starting states of finite energy, shape ``(num_chains, *event)``."""
         x = self.energy.initial(num_chains, generator)
         with torch.no_grad():
             p = torch.sigmoid(self.energy.hidden_logits(x))

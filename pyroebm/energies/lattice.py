@@ -1,5 +1,6 @@
 """Lattices: Ising spins and Potts colors, with log Z by the transfer matrix where the lattice is
-narrow."""
+narrow.
+"""
 
 from __future__ import annotations
 
@@ -111,6 +112,7 @@ class Lattice(Energy):
         return site_values(self.support, self.event_shape, self.dtype, self.device)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the energy of each event, in nats: ``(*batch, *event) -> (*batch)``."""
         batch = self.batch_shape(x)
         sites = x.reshape(*batch, *self.shape, -1)
         bonds = torch.zeros(batch, dtype=x.dtype, device=x.device)
@@ -123,7 +125,8 @@ class Lattice(Energy):
 
     def local_field(self, x: Tensor, site: Tensor) -> Tensor:
         r""":math:`J \sum_{j \sim i} x_j + h_i` of sites ``site`` ``(chains, n)``: ``(chains, n,
-        width)``."""
+        width)``.
+        """
         sites = x.reshape(len(x), self.shape.numel(), -1)
         row = torch.arange(len(x), device=x.device)[:, None, None]
         around = (sites[row, self.neighbours[site]] * self.bonds[site].unsqueeze(-1)).sum(2)
@@ -131,7 +134,8 @@ class Lattice(Energy):
 
     def site_logits(self, x: Tensor, site: Tensor) -> Tensor:
         """Log-probabilities, unnormalised, of the values of one site of each row, from its
-        neighbors."""
+        neighbors.
+        """
         return self.local_field(x, site.unsqueeze(1)).squeeze(1) @ self._values().mT
 
     def _block_field(self, block: str, x: Tensor) -> Tensor:
@@ -301,7 +305,8 @@ def _broadcast(field: Tensor, shape: torch.Size) -> Tensor:
 
 def _neighbours(shape: torch.Size, periodic: bool) -> tuple[Tensor, Tensor]:
     """For each site the numbers of its neighbours, and 1 for each bond or 0 beyond an open border:
-    both ``(sites, 2 * dims)``."""
+    both ``(sites, 2 * dims)``.
+    """
     number = torch.arange(shape.numel()).reshape(shape)
     found, bonds = [], []
     for axis, side in enumerate(shape):

@@ -1,5 +1,6 @@
 """Energies made of layers: what is shared by the view of all their units and by that of the visible
-ones."""
+ones.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +51,8 @@ class LayeredMachine(Energy):
 
     def joint(self) -> LayeredEnergy:
         """The energy of all layers together, with blocks for Gibbs sampling. It shares the
-        parameters."""
+        parameters.
+        """
         return Joint(self)
 
     def log_partition(self, max_units: int = 24) -> Tensor:
@@ -83,6 +85,7 @@ class LayeredMachine(Energy):
 
     @property
     def log_z(self) -> float | None:
+        """Log of the normalizing constant in nats; None where it is not known."""
         if not self._is_small:
             return None
         with torch.no_grad():
@@ -97,7 +100,8 @@ class LayeredMachine(Energy):
         self, num_samples: int, generator: torch.Generator | None = None
     ) -> list[Tensor]:
         """``num_samples`` exact independent draws of all layers; NotImplementedError where none are
-        to be had."""
+        to be had.
+        """
         if not self._is_small:
             raise NotImplementedError(
                 f"{type(self).__name__} is too large for exact draws; sample joint() with"
@@ -107,6 +111,7 @@ class LayeredMachine(Energy):
             return self.layers().sample(num_samples, generator)
 
     def sample(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draw ``num_samples`` exact independent samples, shape ``(num_samples, *event)``."""
         return self.draw_layers(num_samples, generator)[0]
 
 
@@ -155,18 +160,21 @@ class LayeredEnergy(LayeredMachine):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the energy of each event, in nats: ``(*batch, *event) -> (*batch)``."""
         layers = self.layers()
         return layers.energy(layers.split(x))
 
     def conditional(self, block: str, x: Tensor) -> Distribution:
         """The law of a layer given those beside it; what ``x`` has in the layer itself is
-        ignored."""
+        ignored.
+        """
         if block not in self.blocks:
             raise ValueError(f"block must be one of {list(self.blocks)}, got block={block!r}")
         layers, index = self.layers(), list(self.blocks).index(block)
         return layers.law(index, layers.field(index, layers.split(x)))
 
     def sample(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draw ``num_samples`` exact independent samples, shape ``(num_samples, *event)``."""
         return torch.cat(self.draw_layers(num_samples, generator), -1)
 
 
@@ -195,6 +203,7 @@ class Joint(LayeredEnergy):
         return self.machine
 
     def initial(self, num_chains: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draw starting states of finite energy, shape ``(num_chains, *event)``."""
         layers, visible = self.layers(), self.machine.initial(num_chains, generator)
         with torch.no_grad():
             return torch.cat(
@@ -238,7 +247,8 @@ def parameter(
     generator: torch.Generator | None = None,
 ) -> nn.Parameter:
     """A trainable copy of ``value``, or normal numbers of standard deviation ``std``; ValueError
-    unless it fits and is finite."""
+    unless it fits and is finite.
+    """
     dtype = torch.get_default_dtype() if dtype is None else dtype
     if value is not None:
         start = torch.as_tensor(value).detach().to(dtype, copy=True)

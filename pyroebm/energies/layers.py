@@ -66,7 +66,8 @@ class Layers(NamedTuple):
 
     def field(self, layer: int, x: Sequence[Tensor | None]) -> Tensor:
         r"""What a layer feels from its neighbours, :math:`b_l + x_{l-1} W_{l-1} + x_{l+1}
-        W_l^\top`; other entries of ``x`` may be None."""
+        W_l^\top`; other entries of ``x`` may be None.
+        """
         total = self.biases[layer]
         for weight, neighbour in self._beside(layer, x):
             total = (
@@ -92,7 +93,8 @@ class Layers(NamedTuple):
 
     def log_normaliser(self, layer: int, field: Tensor) -> Tensor:
         r""":math:`\log \sum_x e^{x f}`, or :math:`\log \int e^{x f - \Lambda x^2 / 2}`, summed over
-        units; ``(*batch)``."""
+        units; ``(*batch)``.
+        """
         if not self.is_gaussian(layer):
             return softplus(field).sum(-1)
         precision = self._precision()
@@ -253,7 +255,8 @@ class Layers(NamedTuple):
 
     def sample(self, num_samples: int, generator: torch.Generator | None = None) -> list[Tensor]:
         """``num_samples`` exact independent draws of all layers, by inverse CDF over every state of
-        the smaller side; FloatingPointError where their energies are not finite."""
+        the smaller side; FloatingPointError where their energies are not finite.
+        """
         side, bias = self.smaller_side(), self.biases[0]
         count = sum(self.sizes[layer] for layer in side)
         batches = bit_batches(count, bias.dtype, bias.device)
@@ -268,7 +271,8 @@ class Layers(NamedTuple):
 
     def pass_up(self, visible: Tensor) -> list[Tensor]:
         """A first guess of all layers' means given the visible ones: each from the one below,
-        doubled in place of that above."""
+        doubled in place of that above.
+        """
         means = [visible]
         for layer in range(1, len(self.biases)):
             doubled = 1.0 if layer + 1 == len(self.biases) else 2.0
@@ -310,7 +314,8 @@ class Layers(NamedTuple):
 
     def mix(self, other: Layers, beta: float | Tensor) -> Layers:
         r"""The layers on the way to ``other``: :math:`(1 - \beta) E + \beta E'` is the energy of
-        mixed parameters."""
+        mixed parameters.
+        """
         precision = (
             None if self.precision is None else torch.lerp(self.precision, other._precision(), beta)
         )

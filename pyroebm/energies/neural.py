@@ -1,5 +1,6 @@
 """Energies made of networks: any module, a perceptron, a convolutional net, each with what makes it
-normalisable."""
+normalisable.
+"""
 
 from __future__ import annotations
 
@@ -95,6 +96,7 @@ class NeuralEnergy(Energy):
             ) from error
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the energy of each event, in nats: ``(*batch, *event) -> (*batch)``."""
         values = row_values(self.net, x, self.event_shape)
         return values if self.scale is None else values + self.envelope(x)
 
@@ -130,7 +132,8 @@ class NeuralEnergy(Energy):
 
     def initial(self, num_chains: int, generator: torch.Generator | None = None) -> Tensor:
         """Starting states; with an envelope on R^d they are drawn from its normal law, cut to half
-        its width."""
+        its width.
+        """
         if self.scale is None or not is_real(self.support):
             return super().initial(num_chains, generator)
         where = self.device if generator is None else generator.device
@@ -142,7 +145,8 @@ class NeuralEnergy(Energy):
 
 def row_values(net: Callable[[Tensor], Tensor], x: Tensor, event_shape: Sequence[int]) -> Tensor:
     """One number for each event of ``x``, ``(*batch, *event) -> (*batch)``, of a network of rows
-    ``(n, *event) -> (n,)`` or ``(n, 1)``; ValueError for any other shape."""
+    ``(n, *event) -> (n,)`` or ``(n, 1)``; ValueError for any other shape.
+    """
     batch = x.shape[: x.dim() - len(event_shape)]
     # as chains and batches come: each view that is spared is an operation less, there and back
     flat = len(batch) == 1
@@ -159,7 +163,8 @@ def row_values(net: Callable[[Tensor], Tensor], x: Tensor, event_shape: Sequence
 
 def warn_of_network(net: nn.Module, support: Constraint, scale: object) -> None:
     """Warn of what makes a network no density, or a bad one: no envelope, coupled rows, no second
-    derivative."""
+    derivative.
+    """
     modules = list(net.modules())
     base = base_constraint(support)
     interval = {"lower_bound", "upper_bound"} <= vars(base).keys()

@@ -73,6 +73,7 @@ class ProductOfExpertsEnergy(Energy):
         self.bias = nn.Parameter(like.new_zeros(tuple(event_shape)))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the energy of each event, in nats: ``(*batch, *event) -> (*batch)``."""
         dims = len(self.event_shape)
         batch = x.shape[: x.dim() - dims]
         features: Tensor = self.features(x.reshape(-1, *self.event_shape))

@@ -1,5 +1,6 @@
 """Restricted Boltzmann machines: binary and Gaussian visible units. Their energies are free
-energies of what is seen."""
+energies of what is seen.
+"""
 
 from __future__ import annotations
 
@@ -28,11 +29,13 @@ class RBM(LayeredMachine):
     hidden_bias: nn.Parameter
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the energy of each event, in nats: ``(*batch, *event) -> (*batch)``."""
         return self.layers().free_energy([x, None])
 
     def fit_visible(self, data: Tensor) -> None:
         """Set what the visible units are without hidden ones from data, shape ``(n,
-        num_visible)``."""
+        num_visible)``.
+        """
         raise NotImplementedError(f"{type(self).__name__} must define fit_visible(data)")
 
     def marginal(self) -> RBM:
@@ -217,7 +220,8 @@ class GaussianRBM(RBM):
     @torch.no_grad()
     def fit_visible(self, data: Tensor) -> None:
         """Set b and sigma to the data's means and standard deviations, shape ``(n, num_visible)``;
-        ValueError if one is 0."""
+        ValueError if one is 0.
+        """
         check_rows(data, self.event_shape[0], least=2)
         deviation = data.double().std(0)
         if not bool((deviation > 0.0).all()):
@@ -229,4 +233,5 @@ class GaussianRBM(RBM):
         self.log_sigma.copy_(deviation.log())
 
     def extra_repr(self) -> str:
+        """Return the settings that ``repr`` shows."""
         return f"convention={self.convention!r}"

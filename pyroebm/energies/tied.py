@@ -1,5 +1,6 @@
 """Restricted Boltzmann machines with copies of their layers: what a deep Boltzmann machine is
-pretrained with."""
+pretrained with.
+"""
 
 from __future__ import annotations
 
@@ -67,6 +68,7 @@ class TiedRBM(LayeredMachine):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the energy of each event, in nats: ``(*batch, *event) -> (*batch)``."""
         return self.layers().free_energy([x, None])
 
 

@@ -1,5 +1,6 @@
 """A known law, tilted: what a model is with a correction on top, such as a generator's latents seen
-by its discriminator."""
+by its discriminator.
+"""
 
 from __future__ import annotations
 
@@ -67,11 +68,13 @@ class Tilted(Energy):
         self.base, self.f = base, f
 
     def forward(self, z: Tensor) -> Tensor:
+        """Return the energy of each event, in nats: ``(*batch, *event) -> (*batch)``."""
         return self.base(z) + row_values(self.f, z, self.event_shape)
 
     def initial(self, num_chains: int, generator: torch.Generator | None = None) -> Tensor:
         """Draws of the base where it has exact ones, else its starting states; another try where
-        the tilt is not finite."""
+        the tilt is not finite.
+        """
 
         def draw(count: int) -> Tensor:
             return (self.base.sample if self.base.has_exact_draws else self.base.initial)(

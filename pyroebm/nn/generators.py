@@ -1,5 +1,6 @@
 """Directed models: a network that turns noise into events, with or without a density that can be
-written down."""
+written down.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
 """Multi-layer perceptrons, and what every network of the package shares: activations, initial
-weights, spectral norms."""
+weights, spectral norms.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +39,8 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 @contextlib.contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
     """Within it the module's parameters are constants: what is computed gets no gradient in them,
-    nor do they from it."""
+    nor do they from it.
+    """
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.requires_grad_(False)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from pyroebm.core.annealing_path import DistributionEnergy
-from pyroebm.core.conditionals import blocks_of, independent_law, sites_of
+from pyroebm.core.conditionals import blocks_of, independent_sites, sites_of
 from pyroebm.core.energy import Energy
 from pyroebm.core.rng import uniform
 from pyroebm.core.supports import is_discrete, is_real, site_values
@@ -73,7 +73,7 @@ class IndependentSites(Energy):
         """The sites of a block, which depend on no other."""
         sites = sites_of(self.blocks[block], self.event_shape, self.values.shape[1])
         log_p = self.log_p[sites.to(self.device)]
-        return independent_law(self.support, log_p.expand(len(x), *log_p.shape))
+        return independent_sites(self.support, log_p.expand(len(x), *log_p.shape))
 
     def sample(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
         cdf = self.log_p.double().softmax(1).cumsum(1)

@@ -1,5 +1,6 @@
 """What targets share: the promise of :class:`Target`, checked arguments, and one inverse-CDF and
-one rejection sampler."""
+one rejection sampler.
+"""
 
 from __future__ import annotations
 
@@ -98,7 +99,8 @@ class Target(Energy):
 
     def mode_of(self, x: Tensor) -> Tensor:
         """Index into :attr:`mode_weights` of the mode of each state: ``(*batch, *event) ->
-        (*batch)``, int64."""
+        (*batch)``, int64.
+        """
         raise NotImplementedError(
             f"{type(self).__name__} does not say which mode a state belongs to: its mode_weights"
             " is None; a subclass that knows"
@@ -180,7 +182,8 @@ def as_floats(dtype: torch.dtype | None, **values: Any) -> list[Tensor]:
 
 def check_each(rule: str, holds: Callable[[Tensor], Tensor], **values: Tensor | float) -> None:
     """Raise ValueError, naming the argument and up to five offending entries, unless the rule holds
-    for every entry."""
+    for every entry.
+    """
     for name, value in values.items():
         tensor = torch.as_tensor(value)
         if not (good := holds(tensor)).all():

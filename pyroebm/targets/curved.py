@@ -146,6 +146,7 @@ class Funnel(Target):
         self.theta_variance = variance
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the energy of each event, in nats: ``(*batch, *event) -> (*batch)``."""
         theta, rest = x[..., 0], x[..., 1:]
         n = rest.shape[-1]
         constant = 0.5 * ((n + 1) * LOG_TWO_PI + math.log(self.theta_variance))
@@ -161,7 +162,8 @@ class Funnel(Target):
 
     def whiten(self, x: Tensor) -> Tensor:
         r"""Independent standard normal coordinates :math:`(\theta / \sqrt v,\, x_i e^{-\theta /
-        2})` of states, same shape."""
+        2})` of states, same shape.
+        """
         theta, rest = x[..., :1], x[..., 1:]
         return torch.cat([theta / math.sqrt(self.theta_variance), rest * torch.exp(-theta / 2)], -1)
 
@@ -170,10 +172,12 @@ class Funnel(Target):
 
     @property
     def mean(self) -> Tensor:
+        """Mean of each entry, shape ``event_shape``."""
         return self._number([0.0] * self.event_shape[0])
 
     @property
     def variance(self) -> Tensor:
+        """Variance of each entry, shape ``event_shape``."""
         v = self.theta_variance
         return self._number([v] + [math.exp(v / 2)] * (self.event_shape[0] - 1))
 
@@ -211,6 +215,7 @@ class Ring(Target):
         super().__init__(dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the energy of each event, in nats: ``(*batch, *event) -> (*batch)``."""
         return 0.5 * ((torch.linalg.vector_norm(x, dim=-1) - 2.0) / 0.4) ** 2 - self._log_bumps(
             x[..., 0]
         )
@@ -224,17 +229,21 @@ class Ring(Target):
 
     @property
     def mean(self) -> Tensor:
+        """Mean of each entry, shape ``event_shape``."""
         return self._number([0.0, 0.0])
 
     @property
     def variance(self) -> Tensor:
+        """Variance of each entry, shape ``event_shape``."""
         return self._number(_ring_truth()[1:])
 
     @property
     def mode_weights(self) -> Tensor:
+        """Probability of each mode, shape ``(k,)``."""
         return self._number([0.5, 0.5])
 
     def mode_of(self, x: Tensor) -> Tensor:
+        """Return the index of the mode of each state: ``(*batch, *event) -> (*batch)``, int64."""
         self.batch_shape(x)
         return (x[..., 0] > 0).long()
 

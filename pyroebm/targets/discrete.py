@@ -44,10 +44,12 @@ class BernoulliProduct(ExponentialFamily):
 
     @property
     def mean(self) -> Tensor:
+        """Mean of each entry, shape ``event_shape``."""
         return torch.sigmoid(self.logits)
 
     @property
     def variance(self) -> Tensor:
+        """Variance of each entry, shape ``event_shape``."""
         return torch.sigmoid(self.logits) * torch.sigmoid(-self.logits)
 
     def _draw(self, n: int, generator: torch.Generator | None) -> Tensor:
@@ -86,10 +88,12 @@ class SpinProduct(ExponentialFamily):
 
     @property
     def mean(self) -> Tensor:
+        """Mean of each entry, shape ``event_shape``."""
         return torch.tanh(self.field)
 
     @property
     def variance(self) -> Tensor:
+        """Variance of each entry, shape ``event_shape``."""
         return torch.cosh(self.field) ** -2
 
     def _draw(self, n: int, generator: torch.Generator | None) -> Tensor:
@@ -132,17 +136,21 @@ class CategoricalOneHot(ExponentialFamily):
 
     @property
     def mean(self) -> Tensor:
+        """Mean of each entry, shape ``event_shape``."""
         return torch.softmax(self.logits, -1)
 
     @property
     def variance(self) -> Tensor:
+        """Variance of each entry, shape ``event_shape``."""
         return self.mean * (1.0 - self.mean)
 
     @property
     def mode_weights(self) -> Tensor | None:
+        """Probability of each mode, shape ``(k,)``; None where unknown."""
         return self.mean if len(self.event_shape) == 1 else None
 
     def mode_of(self, x: Tensor) -> Tensor:
+        """Return the index of the mode of each state: ``(*batch, *event) -> (*batch)``, int64."""
         if len(self.event_shape) > 1:
             return super().mode_of(x)
         self.batch_shape(x)

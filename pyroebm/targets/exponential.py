@@ -1,5 +1,6 @@
 r"""Exponential families in natural form: :math:`E(x) = -\langle \eta, T(x) \rangle`, with log Z the
-log-partition function."""
+log-partition function.
+"""
 
 from __future__ import annotations
 
@@ -69,6 +70,7 @@ class ExponentialFamily(Target):
         raise NotImplementedError(f"{type(self).__name__} must define log_partition()")
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the energy of each event, in nats: ``(*batch, *event) -> (*batch)``."""
         terms = [eta * t for eta, t in zip(self.natural(), self.statistics(x), strict=True)]
         return -event_sum(
             torch.stack(terms).sum(0) if len(terms) > 1 else terms[0], len(self.event_shape)
@@ -121,10 +123,12 @@ class Exponential(ExponentialFamily):
 
     @property
     def mean(self) -> Tensor:
+        """Mean of each entry, shape ``event_shape``."""
         return 1.0 / self.rate
 
     @property
     def variance(self) -> Tensor:
+        """Variance of each entry, shape ``event_shape``."""
         return self.rate**-2
 
     def _draw(self, n: int, generator: torch.Generator | None) -> Tensor:
@@ -169,10 +173,12 @@ class Gamma(ExponentialFamily):
 
     @property
     def mean(self) -> Tensor:
+        """Mean of each entry, shape ``event_shape``."""
         return self.shape / self.rate
 
     @property
     def variance(self) -> Tensor:
+        """Variance of each entry, shape ``event_shape``."""
         return self.shape / self.rate**2
 
     def _draw(self, n: int, generator: torch.Generator | None) -> Tensor:
@@ -215,10 +221,12 @@ class Beta(ExponentialFamily):
 
     @property
     def mean(self) -> Tensor:
+        """Mean of each entry, shape ``event_shape``."""
         return self.a / (self.a + self.b)
 
     @property
     def variance(self) -> Tensor:
+        """Variance of each entry, shape ``event_shape``."""
         return self.mean * (1.0 - self.mean) / (self.a + self.b + 1.0)
 
     def _draw(self, n: int, generator: torch.Generator | None) -> Tensor:
@@ -270,10 +278,12 @@ class Dirichlet(ExponentialFamily):
 
     @property
     def mean(self) -> Tensor:
+        """Mean of each entry, shape ``event_shape``."""
         return self.concentration / self.concentration.sum(-1, keepdim=True)
 
     @property
     def variance(self) -> Tensor:
+        """Variance of each entry, shape ``event_shape``."""
         return self.mean * (1.0 - self.mean) / (self.concentration.sum(-1, keepdim=True) + 1.0)
 
     def _draw(self, n: int, generator: torch.Generator | None) -> Tensor:
@@ -323,10 +333,12 @@ class LogNormal(ExponentialFamily):
 
     @property
     def mean(self) -> Tensor:
+        """Mean of each entry, shape ``event_shape``."""
         return torch.exp(self.loc + 0.5 * self.scale**2)
 
     @property
     def variance(self) -> Tensor:
+        """Variance of each entry, shape ``event_shape``."""
         return torch.expm1(self.scale**2) * self.mean**2
 
     def _draw(self, n: int, generator: torch.Generator | None) -> Tensor:

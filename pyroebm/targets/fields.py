@@ -70,12 +70,14 @@ class Phi4(Target):
         return self.lam == 0.0
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the energy of each event, in nats: ``(*batch, *event) -> (*batch)``."""
         square = x.square()
         return ((x - x.roll(-1, -1)).square() + square * (self.m2 + self.lam * square)).sum(-1)
 
     def _spectrum(self) -> tuple[Tensor, Tensor, Tensor]:
         """Nodes, logs of the positive eigenvalues and their vectors ``(nodes, k)``; what is below
-        rounding is left out."""
+        rounding is left out.
+        """
         end = 1.0
         while self._potential(end) < self._floor() + 80.0:
             end *= 1.1
@@ -99,22 +101,26 @@ class Phi4(Target):
 
     def _modes(self) -> Tensor:
         """Stiffness of each Fourier mode of the free field, so that S is the sum of their
-        squares."""
+        squares.
+        """
         k = torch.arange(self.length, dtype=torch.float64)
         return self.m2 + 4.0 * torch.sin(math.pi * k / self.length).square()
 
     @property
     def mean(self) -> Tensor:
+        """Mean of each entry, shape ``event_shape``."""
         return self._number(torch.zeros(self.length))
 
     @property
     def variance(self) -> Tensor:
+        """Variance of each entry, shape ``event_shape``."""
         f, log_values, vectors = self._spectrum()
         weights = torch.softmax(self.length * log_values, 0)
         return self._number(((f.square() @ vectors.square()) @ weights).expand(self.length))
 
     @property
     def mode_weights(self) -> Tensor | None:
+        """Probability of each mode, shape ``(k,)``; None where unknown."""
         return self._number([0.5, 0.5]) if self.m2 < 0.0 else None
 
     def mode_of(self, x: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ class Plane(Target):
         return 0.0
 
     def initial(self, num_chains: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draw starting states of finite energy, shape ``(num_chains, *event)``."""
         return self._within_two_deviations(num_chains, generator)
 
 
@@ -119,6 +120,8 @@ class NoisyCurves(Plane):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the energy of each event, in nats: ``(*batch, *event) -> (*batch)``."""
+
         def energy(rows: Tensor) -> Tensor:
             parts = self._log_noise(rows[:, :1] - self.nodes[:, 0]) + self._log_noise(
                 rows[:, 1:] - self.nodes[:, 1]
@@ -131,10 +134,12 @@ class NoisyCurves(Plane):
 
     @property
     def mean(self) -> Tensor:
+        """Mean of each entry, shape ``event_shape``."""
         return self.log_weights.exp() @ self.nodes
 
     @property
     def variance(self) -> Tensor:
+        """Variance of each entry, shape ``event_shape``."""
         return (
             self.log_weights.exp() @ (self.nodes - self.mean).square()
             + self.noise**2

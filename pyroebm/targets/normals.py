@@ -183,6 +183,7 @@ class Gaussian(_Normals):
         super().__init__("mean", mean, scale, covariance, 0, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the energy of each event, in nats: ``(*batch, *event) -> (*batch)``."""
         return self._quadratic(x - self.loc)
 
     def _log_z(self) -> float:
@@ -190,10 +191,12 @@ class Gaussian(_Normals):
 
     @property
     def mean(self) -> Tensor:
+        """Mean of each entry, shape ``event_shape``."""
         return self.loc
 
     @property
     def variance(self) -> Tensor:
+        """Variance of each entry, shape ``event_shape``."""
         return self._variances().to(self.dtype)
 
     @property
@@ -330,11 +333,13 @@ class GaussianMixture(_Normals):
         return self.weights.log() - self._log_norm(self.whitening) - self._quadratic(deviation)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the energy of each event, in nats: ``(*batch, *event) -> (*batch)``."""
         return -torch.logsumexp(self._log_parts(x), -1)
 
     def responsibilities(self, x: Tensor) -> Tensor:
         """Posterior probability of each component: ``(*batch, *event) -> (*batch, k)``; its mean
-        under the law is the weights."""
+        under the law is the weights.
+        """
         self.batch_shape(x)
         return torch.softmax(self._log_parts(x), -1)
 
@@ -343,19 +348,23 @@ class GaussianMixture(_Normals):
 
     @property
     def mean(self) -> Tensor:
+        """Mean of each entry, shape ``event_shape``."""
         return torch.tensordot(self.weights, self.loc, 1)
 
     @property
     def variance(self) -> Tensor:
+        """Variance of each entry, shape ``event_shape``."""
         return torch.tensordot(
             self.weights, (self._variances() + (self.loc - self.mean).square()).to(self.dtype), 1
         )
 
     @property
     def mode_weights(self) -> Tensor:
+        """Probability of each mode, shape ``(k,)``."""
         return self.weights
 
     def mode_of(self, x: Tensor) -> Tensor:
+        """Return the index of the mode of each state: ``(*batch, *event) -> (*batch)``, int64."""
         return self.responsibilities(x).argmax(-1)
 
     def _draw(self, n: int, generator: torch.Generator | None) -> Tensor:

@@ -1,5 +1,6 @@
 """Particles without a center: double-well and Lennard-Jones systems in coordinates where the center
-of mass is fixed."""
+of mass is fixed.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +62,8 @@ class Particles(Target):
 
     def coordinates(self, x: Tensor) -> Tensor:
         """Coordinates of positions, their mean taken away: ``(*batch, n, k) -> (*batch, (n - 1)
-        k)``."""
+        k)``.
+        """
         if x.shape[-2:] != (self.num_particles, self.space):
             raise ValueError(
                 f"x must have shape (*batch, {self.num_particles}, {self.space}), got shape"
@@ -75,13 +77,15 @@ class Particles(Target):
 
     @property
     def mean(self) -> Tensor:
+        """Mean of each entry, shape ``event_shape``."""
         return self._number(torch.zeros(self.event_shape))
 
     def _place(
         self, num_chains: int, generator: torch.Generator | None, radius: float, apart: float
     ) -> Tensor:
         """Particles put one by one into a ball, each at the first of many random places that is
-        clear of the others."""
+        clear of the others.
+        """
         if num_chains < 1:
             raise ValueError(f"num_chains must be at least 1, got num_chains={num_chains}")
         x = self._normal((num_chains, 0, self.space), generator)
@@ -124,10 +128,12 @@ class DW4(Particles):
         super().__init__(4, 2, dtype=dtype)
 
     def forward(self, u: Tensor) -> Tensor:
+        """Return the energy of each event, in nats: ``(*batch, *event) -> (*batch)``."""
         off = self.squared_distances(self.positions(u)).sqrt() - 4.0
         return (off.square() * (0.9 * off.square() - 4.0)).sum(-1)
 
     def initial(self, num_chains: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draw starting states of finite energy, shape ``(num_chains, *event)``."""
         return self._place(num_chains, generator, radius=4.0, apart=1.5)
 
 
@@ -173,14 +179,17 @@ class LennardJones(Particles):
         self.convention, self.epsilon = pairs, float(epsilon)
 
     def forward(self, u: Tensor) -> Tensor:
+        """Return the energy of each event, in nats: ``(*batch, *event) -> (*batch)``."""
         sixth = self.squared_distances(self.positions(u)) ** -3
         depth = self.epsilon * (2.0 if self.convention == "twice" else 1.0)
         return depth * (sixth * (sixth - 2.0)).sum(-1) + 0.5 * u.square().sum(-1)
 
     def initial(self, num_chains: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draw starting states of finite energy, shape ``(num_chains, *event)``."""
         return self._place(
             num_chains, generator, radius=0.75 * self.num_particles ** (1.0 / 3.0), apart=0.85
         )
 
     def extra_repr(self) -> str:
+        """Return the settings that ``repr`` shows."""
         return f"pairs={self.convention!r}, epsilon={self.epsilon:g}"

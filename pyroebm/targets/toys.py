@@ -1,5 +1,6 @@
 """The two-dimensional toys on which deep energies are tried, each as the exact law of its
-well-known generator."""
+well-known generator.
+"""
 
 from __future__ import annotations
 
@@ -59,6 +60,7 @@ class Circles(Plane):
         return cls((3.0, 2.25, 1.5, 0.75), 0.08, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the energy of each event, in nats: ``(*batch, *event) -> (*batch)``."""
         r = torch.linalg.vector_norm(x, dim=-1).unsqueeze(-1) / self.noise
         radii = self._number(self.radii) / self.noise
         parts = torch.special.i0e(r * radii).log() - 0.5 * (r - radii).square()
@@ -66,10 +68,12 @@ class Circles(Plane):
 
     @property
     def mean(self) -> Tensor:
+        """Mean of each entry, shape ``event_shape``."""
         return self._number([0.0, 0.0])
 
     @property
     def variance(self) -> Tensor:
+        """Variance of each entry, shape ``event_shape``."""
         return self._number(
             [0.5 * sum(r * r for r in self.radii) / len(self.radii) + self.noise**2] * 2
         )
@@ -104,6 +108,7 @@ class Checkerboard(Plane):
         super().__init__(dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the energy of each event, in nats: ``(*batch, *event) -> (*batch)``."""
         # Squares are closed: a draw that is rounded to an edge stays in its own.
         low, high = (0.5 * x).floor(), (0.5 * x).ceil() - 1.0
         black = torch.zeros_like(x[..., 0], dtype=torch.bool)
@@ -116,14 +121,17 @@ class Checkerboard(Plane):
 
     @property
     def mean(self) -> Tensor:
+        """Mean of each entry, shape ``event_shape``."""
         return self._number([0.0, 0.0])
 
     @property
     def variance(self) -> Tensor:
+        """Variance of each entry, shape ``event_shape``."""
         # of each coordinate alone, which is uniform on [-4, 4]
         return self._number([16.0 / 3.0] * 2)
 
     def initial(self, num_chains: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draw starting states of finite energy, shape ``(num_chains, *event)``."""
         return self.sample(num_chains, generator)
 
     def _draw(self, n: int, generator: torch.Generator | None) -> Tensor:
@@ -186,6 +194,7 @@ class Pinwheel(Plane):
         return -0.5 * ((f[0] - 1.0) / radial) ** 2 - 0.5 * (f[1] / tangential) ** 2 - constant
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the energy of each event, in nats: ``(*batch, *event) -> (*batch)``."""
         u, v = (x / self.scale).unsqueeze(-1).unbind(-2)
 
         def turned(angle: Tensor) -> tuple[Tensor, Tensor]:  # f(angle)
@@ -237,10 +246,12 @@ class Pinwheel(Plane):
 
     @property
     def mean(self) -> Tensor:
+        """Mean of each entry, shape ``event_shape``."""
         return self._number([0.0, 0.0])
 
     @property
     def variance(self) -> Tensor:
+        """Variance of each entry, shape ``event_shape``."""
         return self._number(
             [0.5 * self.scale**2 * (1.0 + self.spread[0] ** 2 + self.spread[1] ** 2)] * 2
         )

@@ -49,6 +49,7 @@ class DoubleWell(Target):
         super().__init__(dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the energy of each event, in nats: ``(*batch, *event) -> (*batch)``."""
         return self.law.potential(x)
 
     def _log_z(self) -> float:
@@ -56,10 +57,12 @@ class DoubleWell(Target):
 
     @property
     def mean(self) -> Tensor:
+        """Mean of each entry, shape ``event_shape``."""
         return self._number(self.law.mean)
 
     @property
     def variance(self) -> Tensor:
+        """Variance of each entry, shape ``event_shape``."""
         return self._number(self.law.variance)
 
     @property
@@ -68,9 +71,11 @@ class DoubleWell(Target):
 
     @property
     def mode_weights(self) -> Tensor:
+        """Probability of each mode, shape ``(k,)``."""
         return self._number([1.0 - self.right_mass, self.right_mass])
 
     def mode_of(self, x: Tensor) -> Tensor:
+        """Return the index of the mode of each state: ``(*batch, *event) -> (*batch)``, int64."""
         self.batch_shape(x)
         return (x > self.barrier).long()
 
@@ -115,6 +120,7 @@ class ManyWell(Target):
         self.num_pairs = num_pairs
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the energy of each event, in nats: ``(*batch, *event) -> (*batch)``."""
         return (self.law.potential(x[..., ::2]) + 0.5 * x[..., 1::2].square()).sum(-1)
 
     def _log_z(self) -> float:
@@ -127,14 +133,17 @@ class ManyWell(Target):
 
     @property
     def mean(self) -> Tensor:
+        """Mean of each entry, shape ``event_shape``."""
         return self._number([self.law.mean, 0.0] * self.num_pairs)
 
     @property
     def variance(self) -> Tensor:
+        """Variance of each entry, shape ``event_shape``."""
         return self._number([self.law.variance, 1.0] * self.num_pairs)
 
     @property
     def mode_weights(self) -> Tensor | None:
+        """Probability of each mode, shape ``(k,)``; None where unknown."""
         if self.num_pairs > 16:
             return None
         weights = torch.ones(1, dtype=torch.float64)
@@ -143,6 +152,7 @@ class ManyWell(Target):
         return self._number(weights)
 
     def mode_of(self, x: Tensor) -> Tensor:
+        """Return the index of the mode of each state: ``(*batch, *event) -> (*batch)``, int64."""
         if self.num_pairs > 16:
             return super().mode_of(x)
         self.batch_shape(x)
@@ -180,6 +190,7 @@ class HalfDisc(Target):
         super().__init__(dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the energy of each event, in nats: ``(*batch, *event) -> (*batch)``."""
         outside = x.abs() >= 1.0  # a NaN is not outside: it stays NaN
         # so that no row outside sends a NaN back through the root
         inside = torch.where(outside, 0.0, x)
@@ -190,10 +201,12 @@ class HalfDisc(Target):
 
     @property
     def mean(self) -> Tensor:
+        """Mean of each entry, shape ``event_shape``."""
         return self._number(0.0)
 
     @property
     def variance(self) -> Tensor:
+        """Variance of each entry, shape ``event_shape``."""
         return self._number(_half_disc_square() / math.exp(self._log_z()))
 
     def _draw(self, n: int, generator: torch.Generator | None) -> Tensor:

@@ -296,7 +296,7 @@ def negative(folder: Path) -> Path:
         (pickled_npz, "cannot be read as .npz"),
         (empty_npz, "train must hold numbers"),
         (words_npz, "train must hold numbers"),
-        (one_array, "holds one array"),
+        (one_array, "with one array"),
         (negative, "grey levels from 0 to 255"),
     ],
 )

@@ -543,7 +543,7 @@ def observed_only() -> None:
         (discrete_energy, (), r"site 'bits' is discrete \(support .*Boolean"),
         (subsampled, (torch.zeros(5),), r"plate 'rows' draws 2 of 5 rows.*drop subsample_size"),
         (observed_only, (), "no latent sample site"),
-        (noisy, (), "a random number that is no sample site"),
+        (noisy, (), "a random number that is not a sample site"),
         (3, (), "model must be a callable"),
     ],
 )
