@@ -1,6 +1,4 @@
-"""Particles without a center: double-well and Lennard-Jones systems in coordinates where the center
-of mass is fixed.
-"""
+"""Systems of particles with fixed center of mass: double-well and Lennard-Jones potentials."""
 
 from __future__ import annotations
 
@@ -16,13 +14,12 @@ __all__ = ["DW4", "LennardJones", "Particles"]
 
 
 class Particles(Target):
-    r"""n equal particles in k dimensions, energy a function of their distances, center of mass at
-    the origin.
+    r"""n equal particles in k dimensions with the center of mass at the origin.
 
-    An event is :math:`u \in R^{(n - 1) k}`, and the positions are :math:`x = B u` with B an
-    orthonormal basis (Helmert's) of the configurations of mean zero: densities are with respect to
-    volume in that subspace, and no direction is flat (Köhler, Klein and Noé, "Equivariant Flows",
-    2020). Of the truth only the mean is known, by symmetry: 0.
+    The energy is a function of their distances. An event is :math:`u \in R^{(n - 1) k}`, and the
+    positions are :math:`x = B u` with B Helmert's orthonormal basis of the configurations of mean
+    zero. Densities are with respect to volume in that subspace, so no direction is flat (Köhler,
+    Klein and Noé, "Equivariant Flows", 2020). Only the mean is known, by symmetry: it is 0.
 
     Args:
         num_particles: n, at least 2.
@@ -57,12 +54,14 @@ class Particles(Target):
         )
 
     def positions(self, u: Tensor) -> Tensor:
-        """Positions of mean zero: ``(*batch, (n - 1) k) -> (*batch, n, k)``."""
+        """Return the positions, with mean zero: ``(*batch, (n - 1) k) -> (*batch, n, k)``."""
         return self.basis @ u.reshape(*self.batch_shape(u), self.num_particles - 1, self.space)
 
     def coordinates(self, x: Tensor) -> Tensor:
-        """Coordinates of positions, their mean taken away: ``(*batch, n, k) -> (*batch, (n - 1)
-        k)``.
+        """Return the coordinates of centered positions: ``(*batch, n, k) -> (*batch, (n - 1) k)``.
+
+        Raises:
+            ValueError: if ``x`` has another shape.
         """
         if x.shape[-2:] != (self.num_particles, self.space):
             raise ValueError(
@@ -72,7 +71,7 @@ class Particles(Target):
         return (self.basis.mT @ x).flatten(-2)
 
     def squared_distances(self, x: Tensor) -> Tensor:
-        """Of each pair once: ``(*batch, n, k) -> (*batch, n (n - 1) / 2)``."""
+        """Return the squared distance of each pair, shape ``(*batch, n (n - 1) / 2)``."""
         return (x[..., self.ends[0], :] - x[..., self.ends[1], :]).square().sum(-1)
 
     @property
@@ -83,8 +82,10 @@ class Particles(Target):
     def _place(
         self, num_chains: int, generator: torch.Generator | None, radius: float, apart: float
     ) -> Tensor:
-        """Particles put one by one into a ball, each at the first of many random places that is
-        clear of the others.
+        """Place particles one after the other in a ball, with a minimum distance if possible.
+
+        Each is placed at the first of 256 random points that keeps the distance ``apart`` from the
+        others, or else at the one that is farthest from them.
         """
         if num_chains < 1:
             raise ValueError(f"num_chains must be at least 1, got num_chains={num_chains}")
@@ -105,8 +106,7 @@ class Particles(Target):
 
 
 class DW4(Particles):
-    r"""Four particles in the plane with a double well for each distance (Köhler, Klein and Noé,
-    2020).
+    r"""Four particles in the plane with a double-well pair potential (Köhler, Klein and Noé, 2020).
 
     .. math:: E = \sum_{i<j} a (d_{ij} - d_0) + b (d_{ij} - d_0)^2 + c (d_{ij} - d_0)^4,
         \qquad a = 0, \quad b = -4, \quad c = 0.9, \quad d_0 = 4
@@ -138,24 +138,23 @@ class DW4(Particles):
 
 
 class LennardJones(Particles):
-    r"""Particles in space that attract and repel, held together by a spring to their center
-    (Köhler, Klein and Noé, 2020).
+    r"""Lennard-Jones particles with a harmonic potential around their center of mass.
 
     .. math::
 
         E = \epsilon \sum_{pairs} \big(r^{-12} - 2 r^{-6}\big) + \frac12 \sum_i |x_i - \bar x|^2
 
-    Two conventions are about, which differ by a factor of two in the first sum; name the one that
-    you mean.
+    The system is that of Köhler, Klein and Noé (2020). Publications use two conventions, which
+    differ by a factor of two in the first sum; report which one is used.
 
     Args:
-        pairs: "once": over :math:`i < j`; or "twice": over all :math:`i \ne j`.
-        num_particles: 13, or 55 (or any).
-        epsilon: depth of a well, in units of kT.
+        pairs: "once" sums over :math:`i < j`, "twice" over all :math:`i \ne j`.
+        num_particles: number of particles; 13 and 55 are common.
+        epsilon: depth of the pair potential, in units of kT.
         dtype: floating-point type; None for torch's default.
 
     Raises:
-        ValueError: if ``pairs`` is neither, or a number is out of its range.
+        ValueError: if ``pairs`` is another string, or if a number is out of its range.
 
     Example:
         >>> e = LennardJones("once", num_particles=2)

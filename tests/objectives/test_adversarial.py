@@ -274,7 +274,7 @@ def test_what_does_not_fit_is_refused(name: str) -> None:
         (lambda: MLPGenerator((2,), 2, ()), "hidden must"),
         (lambda: MLPGenerator((2,), 2)(torch.zeros(3, 1)), "z must have shape"),
         (lambda: MLPGenerator((2,), 2).sample(0), "num_samples must be"),
-        (lambda: Generator(nn.Linear(2, 3), 2, (2,)).sample(4), "net must give events"),
+        (lambda: Generator(nn.Linear(2, 3), 2, (2,)).sample(4), "net must return events"),
         (lambda: ProductOfExpertsEnergy(nn.Tanh(), 2, (2,), 0), "num_experts must be"),
         (lambda: ProductOfExpertsEnergy(nn.Tanh(), 2, (2,), 3, sigma=0.0), "sigma must be"),
         (
