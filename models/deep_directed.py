@@ -150,7 +150,7 @@ def images(
     distances."""
     split = digits(threshold=None)
     noise = seeded_generator(recipe.seed, spawned=5)
-    # grey levels are 17: dequantised
+    # grey levels are 17: dequantized
     train = split.train + torch.rand(split.train.shape, generator=noise) / 16.0
     test = split.test + torch.rand(split.test.shape, generator=noise) / 16.0
     center = train.mean(0)

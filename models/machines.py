@@ -44,7 +44,7 @@ class Images:
     Args:
         train, test: bits, shape ``(n, pixels)``.
         train_labels, test_labels: classes, shape ``(n,)``.
-        binarisation: how pixels became bits: nats cannot be compared across ways.
+        binarization: how pixels became bits: nats cannot be compared across ways.
     """
 
     def __init__(
@@ -53,11 +53,11 @@ class Images:
         test: Tensor,
         train_labels: Tensor,
         test_labels: Tensor,
-        binarisation: str,
+        binarization: str,
     ) -> None:
         self.train = train.float()
         self.test = test.float()
-        self.binarisation = binarisation
+        self.binarization = binarization
         self.train_labels, self.test_labels = train_labels.long(), test_labels.long()
         side = math.isqrt(train.shape[1])
         self.shape = (side, side)
@@ -69,7 +69,7 @@ class Images:
             1.0 - self.test,
             self.train_labels,
             self.test_labels,
-            f"{self.binarisation}, inverted",
+            f"{self.binarization}, inverted",
         )
 
     def fewer(self, n: int) -> Images:
@@ -79,14 +79,14 @@ class Images:
             self.test[:n],
             self.train_labels[:n],
             self.test_labels[:n],
-            self.binarisation,
+            self.binarization,
         )
 
 
 def load_images(path: Path | None) -> Images:
     """scikit-learn's digits, or what is at a path."""
     data = digits() if path is None else load_binary(path)
-    return Images(data.train, data.test, data.train_labels, data.test_labels, data.binarisation)
+    return Images(data.train, data.test, data.train_labels, data.test_labels, data.binarization)
 
 
 def in_double(machine: M) -> M:

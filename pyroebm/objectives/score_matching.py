@@ -39,7 +39,7 @@ class ScoreMatching(Objective):
 
     which is what noise on the data would do if the score were linear over its width, without the
     Hessian's entries off the diagonal: it keeps peaks of the density from growing on single
-    examples and on the grid of quantised data.
+    examples and on the grid of quantized data.
 
     Args:
         noise: :math:`\sigma \ge 0`, the noise's standard deviation in units of x.

@@ -125,7 +125,7 @@ class IndependentLayers(Energy):
         """The units of a layer, which depend on no other."""
         layer = list(self.blocks).index(block)
         field = self.layers.biases[layer]
-        return self.layers.law(layer, field.expand(len(x), -1))
+        return self.layers.distribution(layer, field.expand(len(x), -1))
 
     def sample(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
         drawn = draw_independent(
@@ -152,7 +152,7 @@ def log_z_of_independent(layers: Layers) -> float:
     precision = None if layers.precision is None else layers.precision.double()
     plain = layers._replace(precision=precision)
     total = sum(
-        float(plain.log_normaliser(layer, bias.double()))
+        float(plain.log_normalizer(layer, bias.double()))
         for layer, bias in enumerate(layers.biases)
     )
     return total - float(layers.offset)

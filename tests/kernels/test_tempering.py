@@ -598,7 +598,7 @@ def test_a_run_that_was_saved_goes_on_bit_for_bit(reference: Energy | None) -> N
         ),
         (
             lambda: GeometricPath(DoubleWell(), [0.5, 1.0])(torch.zeros(3)),
-            "one row for each of 2 betas",
+            "one chain for each of 2 betas",
         ),
         (
             lambda: LadderAdaptation().start(NUTS(), DoubleWell(), None),

@@ -777,7 +777,7 @@ def test_the_product_of_experts_is_normalisable() -> None:
         1.0,
     )
     assert quadrature(energy).kind == "exact"
-    with pytest.warns(UserWarning, match="batch normalisation"):
+    with pytest.warns(UserWarning, match="batch normalization"):
         ProductOfExpertsEnergy(nn.BatchNorm1d(2), 2, (2,))
 
 
