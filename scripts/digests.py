@@ -783,7 +783,7 @@ def flow_draws() -> Tensor:
 
 VARIATIONAL: dict[str, Make] = {
     "alpha-bootstrap": lambda: of_flow(
-        by(ebm.AlphaBootstrap, temperatures=2, kernel=ebm.HMC(0.2, num_steps=2), reuse=2)
+        by(ebm.AlphaBootstrap, num_temperatures=2, kernel=ebm.HMC(0.2, num_steps=2), reuse=2)
     ),
     "annealed-reweighting": lambda: of_flow(by(ebm.AnnealedReweighting, buffer_size=200, reuse=2)),
     "compiled-kl": lambda: of_flow(by(ebm.CompiledKL)),

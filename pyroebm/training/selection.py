@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from pyroebm.core.energy import Energy
+from pyroebm.core.rng import seeded_generator
 from pyroebm.core.supports import event_numel
 from pyroebm.flows.flow import Flow
 from pyroebm.flows.nice import RedundantNICE
@@ -110,7 +111,7 @@ def select_total_dim(
             energy,
             num_evaluation_samples,
             log_z=0.0,
-            generator=torch.Generator().manual_seed(seed + 1),
+            generator=seeded_generator(seed + 1, flow.device),
             progress=progress,
         )
     return TotalDimSelection(min(values, key=values.__getitem__), values, errors, flows)
