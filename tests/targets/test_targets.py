@@ -730,7 +730,7 @@ def test_a_target_without_truth_says_none() -> None:
         (lambda: Gamma(1.0, -1.0), "rate must be positive"),
         (lambda: Gamma(torch.ones(2), torch.ones(3)), r"shape \(2,\), rate \(3,\)"),
         (lambda: Beta(-1.0, 1.0), "a must be positive"),
-        (lambda: Dirichlet(1.0), r"concentration must have shape \(\*rows, k\) with k >= 2"),
+        (lambda: Dirichlet(1.0), r"concentration must have shape \(\*sites, k\) with k >= 2"),
         (lambda: CategoricalOneHot([1.0]), r"logits must have shape .* got shape \(1,\)"),
         (lambda: BernoulliProduct([math.nan]), "logits must be finite"),
         (lambda: LogNormal(0.0, 0.0), "scale must be positive"),
