@@ -232,10 +232,6 @@ def record_calls(
         the outputs, and a function that recomputes them in place from the current values of the
         inputs; None if an operation of the graph cannot be recorded, or if this version of
         torch is not supported.
-
-    Returns:
-        the outputs, and a function that computes them again, in place, from what the inputs then
-        hold; None if the graph, or this version of torch, does more than can be recorded.
     """
     try:
         python = _generated_code(compiled)

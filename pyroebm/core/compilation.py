@@ -266,10 +266,10 @@ class Compiled(CompiledView):
                 self.attempt(function, inputs, static)
             # tracing and compiling can raise any kind of exception
             except Exception as error:
-                said = f"{type(self.energy).__name__} cannot be compiled ({_reason(error)})"
+                problem = f"{type(self.energy).__name__} cannot be compiled ({_reason(error)})"
                 if self.must:
-                    raise RuntimeError(f"{said}; use compile=False") from error
-                warnings.warn(f"{said} and runs as it is", RuntimeWarning, stacklevel=4)
+                    raise RuntimeError(f"{problem}; use compile=False") from error
+                warnings.warn(f"{problem} and runs as it is", RuntimeWarning, stacklevel=4)
 
                 def uncompiled(*given: Tensor) -> T:
                     return function(self.energy, *_unflatten(key[-1], iter(given)), **static)
@@ -484,23 +484,6 @@ def fused(function: Callable[..., T], energy: Energy, *inputs: Any, **static: An
         >>> state = State(torch.zeros(1), torch.zeros(1), torch.ones(1))
         >>> fused(moved, DoubleWell(), state, torch.ones(1)).energy
         tensor([-2.])
-
-    Args:
-        block: a function at the top of a module, pure and without random numbers (noise is an
-            argument); it returns a tensor, or a structure like those of ``inputs``.
-        energy: the energy.
-        inputs: everything that changes from call to call: tensors, and tuples of them, named or
-            not and nested at will, such as states and metrics.
-        static: settings of which each combination is a graph of its own.
-
-    Example:
-        >>> from pyroebm.kernels import State
-        >>> from pyroebm.targets import DoubleWell
-        >>> def moved(energy, state, by):
-        ...     return State(state.x + by, energy(state.x + by), state.grad)
-        >>> state = State(torch.zeros(1), torch.zeros(1), torch.ones(1))
-        >>> fused(moved, DoubleWell(), state, torch.ones(1)).energy
-        tensor([-2.])
     """
     if isinstance(energy, Compiled):
         return energy.run(function, inputs, static)
@@ -574,10 +557,10 @@ def choose_compiled(
     # capturing and compiling can raise any kind of exception
     except Exception as error:
         reason = str(error) if isinstance(error, _NoCompilerError) else _reason(error)
-        said = f"{type(energy).__name__} cannot be compiled ({reason})"
+        problem = f"{type(energy).__name__} cannot be compiled ({reason})"
         if compile is True:
-            raise RuntimeError(f"{said}; use compile=False") from error
-        warnings.warn(f"{said} and runs as it is", RuntimeWarning, stacklevel=3)
+            raise RuntimeError(f"{problem}; use compile=False") from error
+        warnings.warn(f"{problem} and runs as it is", RuntimeWarning, stacklevel=3)
         return energy
 
 
@@ -609,8 +592,8 @@ def _compiled_gradient(
 
 
 def _reason(error: Exception) -> str:
-    said = str(error).strip()
-    return f"{type(error).__name__}: {said.splitlines()[0] if said else ''}"
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"
 
 
 def _probe(energy: Energy, x: Tensor) -> tuple[Tensor, ...]:

@@ -68,11 +68,6 @@ class Energy(Saveable):
         support: constraint of one event. A class attribute of the same name is the default;
             without one it is ``constraints.real``.
 
-    What it can do beyond its values goes through every energy that is made of it: exact draws and
-    ``log_z`` where they are known, the conditionals of sites (:meth:`site_logits`) and of blocks
-    (:class:`pyroebm.core.conditionals.HasBlocks`), minibatches (:meth:`subsample`), and the names
-    of its variables (:meth:`named`).
-
     Example:
         >>> class DoubleWell(Energy):
         ...     def forward(self, x):

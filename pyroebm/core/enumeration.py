@@ -86,9 +86,6 @@ def draw_numbers(
 
     Raises:
         FloatingPointError: if some log-probabilities are NaN or +inf, or all are -inf.
-
-    Raises:
-        FloatingPointError: if these are not finite: there is no such law.
     """
     cdf = log_p.double().softmax(0).cumsum(0)
     if not bool(cdf[-1].isfinite()):

@@ -235,10 +235,6 @@ def read_arrays(path: Path, names: Container[str]) -> tuple[dict[str, np.ndarray
     Raises:
         OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error: if there is no such file, or
             if it is damaged.
-
-    Raises:
-        OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error: if there is no such file, or
-            it is damaged.
     """
     file = np.load(path, allow_pickle=False)
     if not isinstance(file, np.lib.npyio.NpzFile):

@@ -397,8 +397,8 @@ class RowwiseEnergy(Energy):
         try:
             found = unchecked_value_and_grad(self, rows)
         except Exception as error:  # any error of vmap or the capture: the loop can still work
-            said = str(error).strip()
-            return f"{type(error).__name__}: {said.splitlines()[0] if said else ''}"
+            text = str(error).strip()
+            return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"
         for what, a, b in zip(("values", "gradients"), found, expected, strict=True):
             if not torch.allclose(a, b, rtol=1e-3, atol=1e-3, equal_nan=True):
                 return f"its {what} differ from those of a loop by {float((a - b).abs().max()):.3g}"

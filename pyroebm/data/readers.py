@@ -72,9 +72,9 @@ def load_binary(
     Example:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     grey, labels = np.array([[0, 200], [130, 90]], dtype=np.uint8), np.array([0, 1])
+        ...     gray, labels = np.array([[0, 200], [130, 90]], dtype=np.uint8), np.array([0, 1])
         ...     np.savez(
-        ...         f"{folder}/mine.npz", x_train=grey, x_test=grey, y_train=labels, y_test=labels
+        ...         f"{folder}/mine.npz", x_train=gray, x_test=gray, y_train=labels, y_test=labels
         ...     )
         ...     data = load_binary(f"{folder}/mine.npz")
         >>> data.train, data.binarization

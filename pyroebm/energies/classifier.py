@@ -40,12 +40,12 @@ class ClassifierEnergy(NeuralEnergy):
         scale: s, in the unit of x: a number, a tensor of ``event_shape``, or None for no envelope.
         center: m, in the unit of x: a number, or a tensor of ``event_shape``.
 
-    Warns:
-        UserWarning: as :class:`~pyroebm.energies.NeuralEnergy`.
-
     Raises:
         ValueError: if ``num_classes`` < 1; when called, if the logits have another shape; as
             :class:`~pyroebm.energies.NeuralEnergy`.
+
+    Warns:
+        UserWarning: as :class:`~pyroebm.energies.NeuralEnergy`.
 
     Example:
         >>> energy = ClassifierEnergy(nn.Linear(2, 3), (2,), 3, scale=1.0)

@@ -50,13 +50,13 @@ class FeatureLatentEnergy(Energy):
         hidden_bias: c, shape ``(K,)``; None for 0.
         generator: source of the initial W; None for torch's default one.
 
-    Warns:
-        UserWarning: for batch normalization and for piecewise linear features, as
-            :class:`~pyroebm.energies.NeuralEnergy`.
-
     Raises:
         ValueError: if ``num_hidden`` < 1, if the features are not vectors, or if a parameter has
             another shape.
+
+    Warns:
+        UserWarning: for batch normalization and for piecewise linear features, as
+            :class:`~pyroebm.energies.NeuralEnergy`.
 
     Example:
         >>> energy = FeatureLatentEnergy(

@@ -42,14 +42,14 @@ class NeuralEnergy(Energy):
             envelope.
         center: :math:`m`, in the unit of x: a number, or a tensor of ``event_shape``.
 
+    Raises:
+        ValueError: if ``scale`` is not positive and finite, or if ``scale`` or ``center`` does not
+            broadcast to ``event_shape``.
+
     Warns:
         UserWarning: for a real support without envelope (:math:`Z` may be infinite), for batch
             normalization (it couples events), and for piecewise linear activations (their second
             derivative is zero almost everywhere, so score matching cannot train them).
-
-    Raises:
-        ValueError: if ``scale`` is not positive and finite, or if ``scale`` or ``center`` does not
-            broadcast to ``event_shape``.
 
     Example:
         >>> energy = NeuralEnergy(

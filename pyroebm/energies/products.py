@@ -40,12 +40,12 @@ class ProductOfExpertsEnergy(Energy):
         generator: source of the initial weights, of variance 1 / ``num_features``; None for torch's
             default one.
 
+    Raises:
+        ValueError: if a number is not positive; when called, if the output of f has another width.
+
     Warns:
         UserWarning: for batch normalization and for piecewise linear features, as
             :class:`~pyroebm.energies.NeuralEnergy`.
-
-    Raises:
-        ValueError: if a number is not positive; when called, if the output of f has another width.
 
     Example:
         >>> energy = ProductOfExpertsEnergy(nn.Tanh(), 2, (2,), num_experts=4, sigma=2.0)

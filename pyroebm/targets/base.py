@@ -254,18 +254,6 @@ class TabulatedDensity:
         (0.918938533, 1.0, 0.5)
         >>> density.quantile(torch.tensor([0.975], dtype=torch.float64))
         tensor([1.9600], dtype=torch.float64)
-
-    Args:
-        potential: :math:`U`, of floats and tensors alike.
-        low, high: an interval that holds all but a negligible part of the mass.
-        split: point between the left and the right well.
-
-    Example:
-        >>> law = TabulatedDensity(lambda x: x * x / 2, -12.0, 12.0, split=0.0)
-        >>> round(law.log_z, 9), round(law.variance, 9), round(law.right_mass, 9)
-        (0.918938533, 1.0, 0.5)
-        >>> law.quantile(torch.tensor([0.975], dtype=torch.float64))
-        tensor([1.9600], dtype=torch.float64)
     """
 
     nodes = 65_537
