@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from lib.checks import within_se
+from lib.counted import OneByOne
 from lib.kernel_cases import assert_unchanged
 from scipy import stats
 from torch import Tensor
@@ -303,9 +304,8 @@ def test_warm_up_learns_the_same_however_many_steps_come_together() -> None:
     energy = Gaussian(torch.zeros(DIM, dtype=torch.float64), COVARIANCE)
     x = torch.cat([starts(3), torch.full((1, DIM), 1e4, dtype=torch.float64)])
     found = []
-    for one_by_one_ in (False, True):
-        mcmc = MCMC(NUTS(), num_samples=20, warmup_steps=90, num_chains=4, seed=0)
-        mcmc._one_by_one = one_by_one_
+    for driver_of_chains in (MCMC, OneByOne):
+        mcmc = driver_of_chains(NUTS(), num_samples=20, warmup_steps=90, num_chains=4, seed=0)
         mcmc.run(energy, x)
         found.append(mcmc.get_samples(group_by_chain=True)["x"])
     assert torch.equal(*found)

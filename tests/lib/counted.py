@@ -35,9 +35,17 @@ class Counted(MCMC):
     """Evaluations are counted from the first step on: starts may take any number of them."""
 
     def _advance(self, *arguments: Any) -> None:
-        if isinstance(self._target.energy, Stops):
-            self._target.energy.calls = 0
+        if isinstance(self._target, Stops):
+            self._target.calls = 0
         super()._advance(*arguments)
+
+
+class OneByOne(MCMC):
+    """A run that takes one step a turn, as one with hooks does."""
+
+    @property
+    def _one_by_one(self) -> bool:
+        return True
 
 
 def driven(kernel: Kernel, chains: int = 8, **options: object) -> MCMC:

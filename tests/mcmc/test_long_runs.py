@@ -19,7 +19,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from lib.counted import Stops, driven
+from lib.counted import OneByOne, Stops, driven
 from lib.discrete_cases import DISCRETE
 from lib.discrete_cases import build as discrete_energy
 from lib.kernel_cases import KERNELS, build
@@ -540,9 +540,7 @@ def test_a_state_inside_a_window_goes_on_bit_for_bit(cut: int, dtype: torch.dtyp
     energy = DoubleWell().to(dtype)
 
     def driven_(**options: Any) -> MCMC:
-        mcmc = MCMC(NUTS(), 20, 100, 5, seed=0, **options)
-        mcmc._one_by_one = True
-        return mcmc
+        return OneByOne(NUTS(), 20, 100, 5, seed=0, **options)
 
     whole, part = driven_(), driven_()
     rest = driven_()
