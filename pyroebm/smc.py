@@ -1,5 +1,6 @@
 """Tempered sequential Monte Carlo: particles carried from a known density to an energy, with log Z
-on the way."""
+on the way.
+"""
 
 from __future__ import annotations
 
@@ -188,7 +189,8 @@ def tempered_smc(
 
 class _Run:
     """The particles of all islands as rows ``G * N``, their normalised log weights ``(G, N)``, and
-    the log Z so far."""
+    the log Z so far.
+    """
 
     def __init__(
         self,
@@ -225,7 +227,8 @@ class _Run:
 
     def leave_out_infinite(self) -> None:
         """Draws of the base where the energy is infinite weigh nothing from the first temperature
-        above 0 on."""
+        above 0 on.
+        """
         wrong = int((self.slope.isnan() | (self.slope == -math.inf)).sum())
         if wrong:
             raise FloatingPointError(
@@ -238,7 +241,8 @@ class _Run:
 
     def next_beta(self, target_ess: float) -> float:
         """The furthest temperature at which the conditional effective sample size, meaned over
-        islands, is as asked."""
+        islands, is as asked.
+        """
         weights = self.log_weights.exp()
 
         def conditional_ess(step: float) -> float:
@@ -258,7 +262,8 @@ class _Run:
 
     def advance(self, beta: float) -> None:
         """Weigh the particles for a new temperature, and resample the islands where few carry the
-        weight."""
+        weight.
+        """
         self._reweigh(-(beta - self.beta) * self.slope)
         self.beta = beta
         self.betas.append(beta)
@@ -293,7 +298,8 @@ class _Run:
 
     def move(self, moves: int, step_size: float | None) -> None:
         """Steps of the kernel at this temperature, with a step size given, or drawn towards the
-        target acceptance rate."""
+        target acceptance rate.
+        """
         path, kernel = GeometricPath(self.target, self.beta, self.reference), self.kernel
         state, aim = kernel.init(path, self.x, self.generator), kernel.target_acceptance
         tuned = aim is not None and step_size is None

@@ -1,5 +1,6 @@
 """Whether chains mixed: R-hat, effective sample sizes, diagnoses, Stein residuals, ArviZ's
-containers. Figures are in `plots`."""
+containers. Figures are in `plots`.
+"""
 
 from pyroebm.core.statistics import (
     Estimate,

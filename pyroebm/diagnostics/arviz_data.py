@@ -62,7 +62,8 @@ def to_arviz(
 
 def from_datasets(groups: Mapping[str, Any], attrs: Mapping[str, Any]) -> Any:
     """ArviZ's structure as :func:`to_arviz` gives it, of xarray Datasets by the name of their
-    group."""
+    group.
+    """
     data = (
         importlib.import_module("xarray").DataTree.from_dict(groups)
         if is_new_arviz()

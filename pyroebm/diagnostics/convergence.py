@@ -1,5 +1,6 @@
 """Whether chains mixed: masses of modes with their errors, and a diagnosis of a run that names the
-cause, the chain and the entry."""
+cause, the chain and the entry.
+"""
 
 from __future__ import annotations
 
@@ -190,7 +191,8 @@ LINES, CUT_SHORT = 0.05, 0.01
 
 class _Run:
     """The draws of a run, and a method for each thing that may be wrong with them. The arguments
-    are those of :func:`diagnose`."""
+    are those of :func:`diagnose`.
+    """
 
     def __init__(
         self,
@@ -297,7 +299,8 @@ class _Run:
     def tails(self, rows: Tensor) -> list[tuple[Tail, list[int]]]:
         """Directions from a draw of median energy in which the density cannot be normalized, and
         their leading coordinates: single coordinates; if there is none, what has no curvature of
-        the way to the farthest draw. ``rows`` are the finite draws, ``(n, dim)``."""
+        the way to the farthest draw. ``rows`` are the finite draws, ``(n, dim)``.
+        """
         energy: Any = self.energy
         event = energy.event_shape
         some = rows[torch.linspace(0, len(rows) - 1, PLACES).long()]
@@ -380,7 +383,8 @@ class _Run:
 
     def mixing(self, max_r_hat: float) -> Finding | None:
         """What a large R-hat means: a chain that disagrees, entries that have not settled, or
-        chains that disagree with each other."""
+        chains that disagree with each other.
+        """
         if self.draws.shape[1] < 4:
             return Finding("r_hat", "R-hat is not defined for fewer than 4 draws. Draw more.")
         found = self.moved.r_hat
@@ -426,7 +430,8 @@ class _Run:
 
     def unsettled(self, failing: list[int], max_r_hat: float) -> Finding:
         """Entries that differ between the halves of a chain, else those that differ between
-        chains."""
+        chains.
+        """
         few, half = failing[:8], self.values.shape[1] // 2
         some = self.free[:: -(-len(self.free) // 16)]
         halves = np.median(
@@ -567,14 +572,16 @@ class _Run:
 
     def scale(self) -> Tensor:
         """Standard deviations of the coordinates over the chains that moved, ``(dim,)``; 1 where
-        there is none."""
+        there is none.
+        """
         rows = self.states[self.free or slice(None)].flatten(0, 1)
         found = rows.double().std(0).to(rows.dtype)
         return torch.where(torch.isfinite(found) & (found > 0), found, 1.0)
 
     def entry(self, state: Tensor, coordinate: int, *more: Tensor) -> tuple[str, list[float]]:
         """The entry of the results that a flat coordinate moves, by trying, and its values at
-        ``state`` and at ``more`` of them."""
+        ``state`` and at ``more`` of them.
+        """
         flat = torch.stack([state.flatten(), *(other.flatten() for other in more)])
         moved = flat[:1].clone()
         moved[0, coordinate] += self.scale()[coordinate]
@@ -603,7 +610,8 @@ class _Mixing(NamedTuple):
 
 def _largest(values: np.ndarray) -> float:
     """The largest that is defined: entries that are constant have no statistic, and must not hide
-    the others; NaN where none is."""
+    the others; NaN where none is.
+    """
     defined = values[~np.isnan(values)]
     return float(defined.max()) if len(defined) else float("nan")
 

@@ -1,5 +1,6 @@
 """What the energy says of a run that went wrong: where it is not finite near draws that diverged,
-and directions in which it does not rise far from all draws."""
+and directions in which it does not rise far from all draws.
+"""
 
 from __future__ import annotations
 
@@ -181,7 +182,8 @@ def flat_part(energy: Energy, base: Tensor, direction: Tensor) -> Tensor:
 def _decades_fall(values: Tensor) -> bool:
     """Whether the mass of some decade is less than that of the one before. No mass is where the
     energy is +inf or NaN; from where it is -inf, numbers are too large for their type, and what
-    counts is whether the mass of an interval of log t rises up to there."""
+    counts is whether the mass of an interval of log t rises up to there.
+    """
     weight = torch.where(values.isnan(), -math.inf, -values) + DISTANCES.log().to(values.device)
     masses: list[float] = []
     for first in range(0, 3 * POINTS, POINTS):
@@ -200,7 +202,8 @@ def _decades_fall(values: Tensor) -> bool:
 
 def _evaluate(energy: Energy, points: Tensor) -> tuple[Tensor, Tensor]:
     """Energies ``(*batch)``, and whether they and their gradients, where there are any, are
-    finite."""
+    finite.
+    """
     event = energy.event_shape
     rows = points.reshape(-1, *event)
     with RowsFailAlone():

@@ -1,5 +1,6 @@
 """Figures in matplotlib. Traces, ranks and energies are ArviZ's (:func:`arviz_figure`); every other
-function takes Axes (or makes them) and returns them, and draws come as tensors or arrays."""
+function takes Axes (or makes them) and returns them, and draws come as tensors or arrays.
+"""
 
 from __future__ import annotations
 

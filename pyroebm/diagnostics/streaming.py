@@ -62,12 +62,14 @@ class StreamingMoments(NamedTuple):
 
     def mcse(self) -> Tensor:
         r"""Standard errors of :meth:`means` from chains, which are independent:
-        :math:`\operatorname{sd}(\bar x_c) / \sqrt C`."""
+        :math:`\operatorname{sd}(\bar x_c) / \sqrt C`.
+        """
         return self.mean.std(0) / len(self.mean) ** 0.5
 
     def ess(self) -> Tensor:
         """Effective sample sizes, :meth:`variances` over squared :meth:`mcse`; as good as the
-        number of chains is large."""
+        number of chains is large.
+        """
         return self.variances() / self.mcse() ** 2
 
     def r_hat(self) -> Tensor:

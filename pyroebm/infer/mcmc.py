@@ -256,7 +256,8 @@ class MCMC(AbstractMCMC):
         self, num_samples: int | None = None, group_by_chain: bool = False
     ) -> dict[str, Tensor]:
         """Draws of each site in its own space; ``num_samples`` of them drawn again with
-        replacement, or all."""
+        replacement, or all.
+        """
         self._finished()
         samples: dict[str, Tensor] = select_samples(self._samples, num_samples, group_by_chain)
         return samples
@@ -267,7 +268,8 @@ class MCMC(AbstractMCMC):
 
     def diagnostics(self) -> dict[str, Any]:
         """As Pyro's: effective sample size and R-hat of each site, divergences and acceptance rates
-        of each chain."""
+        of each chain.
+        """
         stats, chains = self.get_stats(), [f"chain {c}" for c in range(self.num_chains)]
         return {
             **pyro_diagnostics(self._samples),
@@ -283,7 +285,8 @@ class MCMC(AbstractMCMC):
 
     def summary(self, prob: float = 0.9) -> None:
         """Print Pyro's table: moments, median, the interval of mass ``prob``, effective sample size
-        and R-hat of each site."""
+        and R-hat of each site.
+        """
         divergences = int(self.get_stats()["diverging"].sum())
         print_summary(self._samples, prob=prob)
         print(f"Number of divergences: {divergences}")

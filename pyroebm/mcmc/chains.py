@@ -45,7 +45,8 @@ LARGE = 2**30
 
 class Part(Protocol):
     """Where a record writes its draws when its room is full; :class:`pyroebm.mcmc.storage.Part` is
-    a folder of files."""
+    a folder of files.
+    """
 
     def write(self, start: int, x: Tensor, stats: dict[str, Tensor]) -> None:
         """Keep the draws from number ``start`` on."""
@@ -88,7 +89,8 @@ class Record:
 
     def write(self, x: Tensor, energy: Tensor, info: Info) -> None:
         """Put draws of every chain, ``(draws, chains, *event)``, after those filled. They are there
-        when the caller raises ``filled``."""
+        when the caller raises ``filled``.
+        """
         facts = {"lp": -energy} | {
             k: v for k, v in info._asdict().items() if v is not None and k != "accepted"
         }
@@ -112,7 +114,8 @@ class Record:
 
     def draws(self) -> Tensor:
         """Unconstrained draws, ``(chains, count, *event)``; read from the part where they went
-        there."""
+        there.
+        """
         x, _ = self._in_memory()
         return (
             torch.cat([self.part.read()[0].to(x), x], 1)
@@ -150,13 +153,15 @@ class Record:
 
 def bytes_per_draw(target: Energy) -> int:
     """Memory of one draw of one chain: the state, four statistics of its type, two counts and two
-    flags."""
+    flags.
+    """
     return (event_numel(target.event_shape) + 4) * target.dtype.itemsize + 18
 
 
 def announce(num_draws: int, num_chains: int, target: Energy, streams: bool) -> None:
     """Say on stderr, before a run of more than :data:`LARGE`, what it will take and what to do
-    about it."""
+    about it.
+    """
     size = num_draws * num_chains * bytes_per_draw(target)
     if size > LARGE:
         where = (
@@ -174,7 +179,8 @@ def announce(num_draws: int, num_chains: int, target: Energy, streams: bool) -> 
 
 def merged(infos: list[Info]) -> Info:
     """One report for the steps between two kept draws: counts add up, rates are averaged, the rest
-    is the last one's."""
+    is the last one's.
+    """
     last = infos[-1]
     if len(infos) == 1:
         return last
@@ -226,7 +232,8 @@ class Layout:
     @property
     def blocks(self) -> range:
         """The numbers of this rank's blocks: in one piece, and as many as the others have or one
-        more."""
+        more.
+        """
         (rank, world), count = self.ranks, self._count()
         return range(rank * count // world, (rank + 1) * count // world)
 
@@ -256,7 +263,8 @@ class Plan:
 
     def settings(self, warm_left: int) -> dict[str, Any]:
         """What two runs must have in common, with ``warm_left`` steps of warm-up to go, for one to
-        go on as the other would."""
+        go on as the other would.
+        """
         names = [
             field.name
             for field in dataclasses.fields(self.kernel)
@@ -328,7 +336,8 @@ class Block:
 
     def warm_up(self, most: int = 1) -> int:
         """One step of the warm-up, or as many as all chains have taken, if a chain may run ahead of
-        the others; at most ``most``. Return how many."""
+        the others; at most ``most``. Return how many.
+        """
         plan, before = self.plan, self.generator.get_state()
         try:
             kernel, memory = self.kernel, self.memory
@@ -407,7 +416,8 @@ class Block:
         thinning: int = 1,
     ) -> Steps:
         """At least one step, or draw, of all chains, and at most ``most``, of those that each takes
-        by itself; no chain takes more than ``left``."""
+        by itself; no chain takes more than ``left``.
+        """
         from pyroebm.kernels.nuts.driver import Chains
 
         if self._chains is None:
@@ -423,7 +433,8 @@ class Block:
 
     def draw(self, goal: int, most: int = 1) -> int:
         """One kept draw of every chain, or as many as all chains have made, if a chain may run
-        ahead of the others; at most ``most``, and up to ``goal`` in all. Return how many."""
+        ahead of the others; at most ``most``, and up to ``goal`` in all. Return how many.
+        """
         before = self.generator.get_state()
         try:
             most = min(most, goal - self.count, self.record.room if self.named is None else most)
@@ -507,7 +518,8 @@ class Block:
 
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
         """Stand where the block stood whose state it is; draws that the state lacks are those of
-        the parts."""
+        the parts.
+        """
         said = from_text(tensors["said"].cpu())
         tensors = {k: v if k == "rng" else v.to(self.target.device) for k, v in tensors.items()}
         self.state = unpack(said["state"], self.state, tensors)

@@ -52,7 +52,8 @@ def _mean_of(parts: list[Tensor]) -> float:
 @contextlib.contextmanager
 def _threads(number: int) -> Iterator[Callable[..., Iterator[int]]]:
     """A ``map`` over a number of threads. All of them have stopped when it is left, after a second
-    Ctrl-C too."""
+    Ctrl-C too.
+    """
     if number == 1:
         yield map
         return
@@ -435,7 +436,8 @@ class MCMC(AbstractMCMC):
 
     def _compile(self, target: Energy, blocks: list[Block], goal: int) -> None:
         """Choose what the kernels move on. What decides is the same whatever blocks are here and
-        whatever is done already."""
+        whatever is done already.
+        """
         chains, steps = (
             len(self.layout.chains(0)),
             self.plan.warmup_steps + goal * self.plan.thinning,
@@ -455,7 +457,8 @@ class MCMC(AbstractMCMC):
 
     def _compile_driver(self, dtype: torch.dtype) -> None:
         """Let numba compile what moves NUTS's chains, and say so if it takes longer than a
-        second."""
+        second.
+        """
         from pyroebm.kernels.nuts.driver import compile_for
 
         said = "compiling NUTS, about 4 s, once on this machine"
@@ -545,7 +548,8 @@ class MCMC(AbstractMCMC):
         self, label: str, step: Callable[[Block], int], left: Callable[[Block], int]
     ) -> None:
         """Some steps of each block in turn, so that an interrupt finds all of them about equally
-        far."""
+        far.
+        """
         behind, turn = [block for block in self._blocks if left(block) > 0], 0
         show = self.progress if self.layout.ranks[0] == 0 else False
         total = sum(left(block) * len(block.state.x) for block in behind)
@@ -567,7 +571,8 @@ class MCMC(AbstractMCMC):
 
     def _after_turn(self, label: str, turn: int) -> None:
         """What is done between turns: ``label`` is ``"warm-up"`` or ``"sample"``, and ``turn``
-        counts from 0 in each."""
+        counts from 0 in each.
+        """
         if time.monotonic() - self._saved >= self._every:
             self._save()
 
@@ -629,7 +634,8 @@ class MCMC(AbstractMCMC):
 
     def get_stats(self, warmup: bool = False) -> dict[str, Tensor]:
         """Statistics of each draw, ``(chains, draws)``: ``lp``, ``energy`` (the Hamiltonian),
-        ``acceptance_rate``, ..."""
+        ``acceptance_rate``, ...
+        """
         records = self._records(warmup)
         common = min(record.count for record in records)
         stats = [record.stats() for record in records]
@@ -652,7 +658,8 @@ class MCMC(AbstractMCMC):
 
     def to_arviz(self) -> Any:
         """Draws and statistics, warm-up included, as ArviZ's InferenceData (DataTree from ArviZ 1.0
-        on)."""
+        on).
+        """
         samples, stats = self.get_samples(group_by_chain=True), self.get_stats()
         warm = all(record.count for record in self._records(warmup=True))
         return diagnostics.to_arviz(
@@ -665,7 +672,8 @@ class MCMC(AbstractMCMC):
 
     def stuck_chains(self) -> list[int]:
         """Numbers of the chains (of this process) that never moved after warm-up; see
-        :func:`pyroebm.diagnostics.stuck_chains`."""
+        :func:`pyroebm.diagnostics.stuck_chains`.
+        """
         if not self._blocks:
             raise ValueError("nothing was drawn yet: call run(energy) first")
         moves, first = (
@@ -693,7 +701,8 @@ class MCMC(AbstractMCMC):
 
     def summary(self, **options: Any) -> Any:
         """ArviZ's summary table (a DataFrame) of the draws; options go to ``arviz.summary``. Warns
-        of chains that never moved."""
+        of chains that never moved.
+        """
         self._warn_of_stuck_chains(stacklevel=3)
         return diagnostics.summary(self.to_arviz(), **options)
 
@@ -714,7 +723,8 @@ class MCMC(AbstractMCMC):
 
     def diagnostics(self) -> dict[str, Any]:
         """As Pyro's: effective sample size and R-hat of each site, divergences and acceptance rates
-        of each chain."""
+        of each chain.
+        """
         samples, stats = self.get_samples(group_by_chain=True), self.get_stats()
         chains = [f"chain {c}" for c in range(len(stats["diverging"]))]
         return {

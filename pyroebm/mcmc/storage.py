@@ -1,5 +1,6 @@
 """A run in a folder: draws in netCDF parts, written whole or not at all, and what each block of
-chains needs to go on."""
+chains needs to go on.
+"""
 
 from __future__ import annotations
 
@@ -139,7 +140,8 @@ class Part:
 
     def cut(self, num_draws: int) -> None:
         """Remove the files of the draws after the first ``num_draws``: they were written after the
-        state that is gone on from."""
+        state that is gone on from.
+        """
         for start, path in _files(self.store.folder, self.block, self.phase):
             if start >= num_draws:
                 remove(path)
@@ -211,7 +213,8 @@ def _files(folder: Path, block: int, phase: str) -> list[tuple[int, Path]]:
 
 def _joined(files: list[tuple[int, Path]], group: str, thinning: int = 1) -> Any:
     """A group of all files as one dataset in memory, or None where there is none. Each file is read
-    lazily: what is thinned out is never in memory."""
+    lazily: what is thinned out is never in memory.
+    """
     found = []
     for start, path in files:
         try:

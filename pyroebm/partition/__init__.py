@@ -1,5 +1,6 @@
 """log Z of an energy: exact where it can be had, else estimated, with its error and the side on
-which it errs."""
+which it errs.
+"""
 
 from pyroebm.partition.annealing import ais, bidirectional_ais, reverse_ais, schedule
 from pyroebm.partition.bases import IndependentLayers, IndependentSites, base_rates

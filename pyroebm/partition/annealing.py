@@ -330,7 +330,8 @@ def _enter(
     generator: torch.Generator | None,
 ) -> Walkers:
     """Walkers at exact draws of the target, or at the states given; hidden units not given are
-    drawn given the visible ones."""
+    drawn given the visible ones.
+    """
     layers = path.target
     if start is None:
         return path.enter(energy.draw_layers(n, generator))  # type: ignore[operator]

@@ -271,7 +271,8 @@ def _moments(data: Tensor) -> tuple[Tensor, Tensor]:
 
 def base_energy(energy: Energy, base: Layers | Energy | Distribution | None) -> Energy:
     """A base as an energy with exact draws and a known log Z, beside ``energy``; None takes
-    :func:`base_rates`."""
+    :func:`base_rates`.
+    """
     check_weighable(energy)
     base = base_rates(energy) if base is None else base
     if isinstance(base, Layers):

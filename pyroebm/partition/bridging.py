@@ -1,5 +1,6 @@
 """The ratio of two normalisers from draws of both densities: bridge sampling, and its form for
-annealed weights."""
+annealed weights.
+"""
 
 from __future__ import annotations
 

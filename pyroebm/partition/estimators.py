@@ -176,7 +176,8 @@ def thermodynamic_integration(
 
 def _integral(slopes: Tensor, betas: Tensor) -> Tensor:
     """log Z less that of the base by each chain, from slopes ``(steps, chains, R)`` at falling
-    temperatures ``(R,)``."""
+    temperatures ``(R,)``.
+    """
     mean = slopes.mean(0)
     variance = (slopes - slopes.mean((0, 1))).square().mean(0)
     step = -betas.diff()

@@ -1,5 +1,6 @@
 """The path from independent units to a layered machine, walked on one side of its layers with the
-other summed out."""
+other summed out.
+"""
 
 from __future__ import annotations
 
@@ -90,7 +91,8 @@ class LayeredPath:
 
     def log_weight(self, walkers: Walkers, beta: float, then: float) -> Tensor:
         r""":math:`\log w_\beta^{\beta'}` in float64, shape ``(rows,)``. Units are subtracted before
-        they are summed."""
+        they are summed.
+        """
         now, later = self.target.at(beta, self.base), self.target.at(then, self.base)
         total: Any = (beta - then) * self.offset
         for layer, field in walkers.fields.items():

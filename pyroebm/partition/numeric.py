@@ -270,7 +270,8 @@ def _checked(bounds: Sequence[tuple[float, float]], dim: int) -> Box:
 
 def _log_density(target: Energy, axes: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor, slice]]:
     """Log densities, float64, over the grid of the axes, and the states, in pieces of the first
-    axis."""
+    axis.
+    """
     rows = max(1, BATCH * 4 // math.prod(len(axis) for axis in axes[1:]))
     for first in range(0, len(axes[0]), rows):
         piece = slice(first, first + rows)
@@ -294,7 +295,8 @@ def _panels(
     shown: Progress,
 ) -> tuple[Tensor, Tensor]:
     """log of the integral over a box with that many panels on each axis, and the expectation of a
-    function."""
+    function.
+    """
     node, weight = (
         torch.as_tensor(part, device=target.device)
         for part in np.polynomial.legendre.leggauss(NODES)
@@ -341,7 +343,8 @@ def _mean(function: Callable[[Tensor], Tensor], states: Tensor, weights: Tensor)
 
 def _find_box(target: Energy, dim: int) -> Box:
     """A box outside of which the density is negligible: grown where it is not yet, then shrunk to
-    where it lives."""
+    where it lives.
+    """
     start = target.initial(256, seeded_generator(0, target.device)).double().reshape(256, dim)
     middle, reach = start.mean(0), (start.amax(0) - start.amin(0)).clamp(min=1.0)
     box = [(float(m - r), float(m + r)) for m, r in zip(middle, reach, strict=True)]

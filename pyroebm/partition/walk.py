@@ -1,5 +1,6 @@
 """Walks along a path of densities, with the weights that annealed importance sampling gives
-them."""
+them.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ S = TypeVar("S")
 
 class WeightedPath(Protocol[S]):
     """What a walk needs: weights from one temperature to another, and moves that leave a
-    temperature's density unchanged."""
+    temperature's density unchanged.
+    """
 
     def log_weight(self, state: S, beta: float, then: float) -> Tensor: ...
     def move(self, state: S, beta: float, generator: torch.Generator | None) -> S: ...
@@ -137,7 +139,8 @@ def total_weight(
 
 def as_betas(betas: int | Tensor) -> list[float]:
     """A schedule: that many even steps from 0 to 1, or the one given; ValueError unless it rises
-    from 0 to 1."""
+    from 0 to 1.
+    """
     if isinstance(betas, int) and not isinstance(betas, bool):
         if betas < 1:
             raise ValueError(f"betas must be at least 1, got betas={betas}")

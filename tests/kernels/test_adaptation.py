@@ -740,6 +740,6 @@ def test_a_low_rank_metric_needs_gradients() -> None:
     energy = Normal((2,))
     state: State = HMC().init(energy, torch.zeros(4, 2))
     with pytest.raises(
-        ValueError, match=r"the states of Blind have none: choose 'diagonal' or 'dense'"
+        ValueError, match=r"the states of Blind have none: use metric='diagonal' or metric='dense'"
     ):
         WindowAdaptation(metric="low_rank").start(Blind(), energy, Place(state.x, state.energy))

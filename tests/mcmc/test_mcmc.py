@@ -309,15 +309,15 @@ def test_run_more_samples_the_energy_as_it_now_is() -> None:
         (lambda: MCMC(NUTS, 5), r"write NUTS\(\) in place of NUTS"),
         (
             lambda: MCMC(ULA(), 5, adaptation=WindowAdaptation(0.6)),
-            "by its acceptance rate, and ULA has none to aim at: leave adaptation out",
+            "target acceptance rate, and ULA has none: leave adaptation out",
         ),
         (
             lambda: MCMC(ParallelTempering(MALA(), [1.0, 0.5]), 5, adaptation=WindowAdaptation()),
-            'ParallelTempering has none to aim at: "default" is its own LadderAdaptation',
+            'ParallelTempering has none: use adaptation="default", its own LadderAdaptation',
         ),
         (
             lambda: MCMC(NUTS(), 5, adaptation=True),
-            r"adaptation must be a WindowAdaptation\(\) or the like of it, or None, got"
+            r"such as WindowAdaptation\(\), got"
             r" adaptation=True",
         ),
         (
