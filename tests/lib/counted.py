@@ -35,8 +35,8 @@ class Counted(MCMC):
     """Evaluations are counted from the first step on: starts may take any number of them."""
 
     def _advance(self, *arguments: Any) -> None:
-        if isinstance(self._target.energy, Stops):
-            self._target.energy.calls = 0
+        if isinstance(self._target, Stops):
+            self._target.calls = 0
         super()._advance(*arguments)
 
 
