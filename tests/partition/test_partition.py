@@ -685,8 +685,8 @@ def test_mutant_normaliser_of_the_base_forgotten_is_caught(monkeypatch: pytest.M
 
 
 def test_mutant_ladder_not_reversed_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    door = annealing._front_door
-    monkeypatch.setattr(annealing, "_front_door", lambda *arguments: door(*arguments)[::-1])
+    door = annealing._check_arguments
+    monkeypatch.setattr(annealing, "_check_arguments", lambda *arguments: door(*arguments)[::-1])
     caught("reverse RBM")
 
 
@@ -1013,7 +1013,7 @@ def test_weights_that_are_no_numbers_are_reported() -> None:
         partition.ais(nan, betas=3)
     with pytest.raises(FloatingPointError, match="NaN or -inf at 1 of 4 states"):
         partition.exact(HalfNan())
-    with pytest.raises(ValueError, match="no box holds the density"):
+    with pytest.raises(ValueError, match="no box contains the density"):
         partition.quadrature(Unnormalized(lambda x: 0.0 * x))
     with pytest.raises(FloatingPointError, match="0 everywhere in the box"):
         partition.quadrature(
@@ -1068,11 +1068,11 @@ LARGE = BernoulliRBM(40, 30, dtype=F64)
         ),
         (
             lambda: partition.ais(WELL, partition.base_rates(oracle())),
-            "base may be Layers for an energy made of layers",
+            "base may be Layers for an energy with layers",
         ),
         (
             lambda: partition.reverse_ais(LARGE),
-            "start must be given: BernoulliRBM has no exact draws",
+            "start must be given, because BernoulliRBM has no exact draws",
         ),
         (
             lambda: partition.reverse_ais(oracle(), torch.zeros(3, 5, dtype=F64)),
@@ -1100,7 +1100,7 @@ LARGE = BernoulliRBM(40, 30, dtype=F64)
         ),
         (lambda: partition.exact(LARGE), r"sum over 2\^30 states, more than max_units=24"),
         (lambda: partition.exact(Ising((5, 5)) * 1.0), r"sum over 2\^25 states"),
-        (lambda: partition.exact(WELL * 0.5), "exact needs a discrete energy"),
+        (lambda: partition.exact(WELL * 0.5), "energy must be discrete or have a log_z"),
         (lambda: partition.quadrature(oracle()), "discrete"),
         (
             lambda: partition.quadrature(Gaussian(torch.zeros(3))),
@@ -1140,7 +1140,7 @@ LARGE = BernoulliRBM(40, 30, dtype=F64)
                 oracle().joint(),
                 LayerGibbs().init(oracle().joint(), oracle().joint().initial(1)),
             ),
-            "moves on the GeometricPath",
+            "requires the GeometricPath",
         ),
     ],
 )
