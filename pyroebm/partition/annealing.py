@@ -25,7 +25,7 @@ from pyroebm.partition.kernel_path import (
     increments,
     total_weight,
 )
-from pyroebm.partition.layered import LayeredPath, Walkers
+from pyroebm.partition.layered import LayeredPath, LayeredState
 from pyroebm.partition.result import BidirectionalAIS, LogZ, from_weights
 from pyroebm.smc import tempered_smc
 
@@ -165,8 +165,8 @@ def reverse_ais(
     with eval_mode(energy), torch.no_grad():
         path = _path(energy, base, kernel, generator, progress)
         if isinstance(path, LayeredPath):
-            walkers, exact = _start_layers(path, energy, start, num_chains, generator), True
-            log_weights = total_weight(path, walkers, steps, generator, progress)
+            state, exact = _start_layers(path, energy, start, num_chains, generator), True
+            log_weights = total_weight(path, state, steps, generator, progress)
         else:
             if start is not None:
                 energy.check_states(start, "start")
@@ -354,7 +354,7 @@ def _start_layers(
     start: Tensor | None,
     n: int,
     generator: torch.Generator | None,
-) -> Walkers:
+) -> LayeredState:
     """Return layered states at exact draws of the target, or at the states given.
 
     Hidden units that are not given are drawn conditionally on the visible ones.

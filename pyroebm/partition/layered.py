@@ -61,8 +61,8 @@ class LayeredPath:
         >>> from pyroebm.partition import base_rates
         >>> rbm = BernoulliRBM(3, 2)
         >>> path = LayeredPath(base_rates(rbm), rbm.layers())
-        >>> walkers = path.move(path.draw_base(5), 0.5)
-        >>> path.kept, path.log_weight(walkers, 0.5, 0.6).shape
+        >>> state = path.move(path.draw_base(5), 0.5)
+        >>> path.kept, path.log_weight(state, 0.5, 0.6).shape
         ([1], torch.Size([5]))
     """
 
@@ -86,14 +86,14 @@ class LayeredPath:
         r"""Draw exactly from the base, at :math:`\beta = 0`."""
         return self.enter(draw_independent(self.base, self.kept, num_samples, generator))
 
-    def log_weight(self, walkers: LayeredState, beta: float, then: float) -> Tensor:
+    def log_weight(self, state: LayeredState, beta: float, then: float) -> Tensor:
         r"""Compute :math:`\log w_\beta^{\beta'}` in float64, shape ``(chains,)``.
 
         Differences are taken for each unit before the sum, for accuracy.
         """
         now, later = self.target.at(beta, self.base), self.target.at(then, self.base)
         total: Any = (beta - then) * self.offset
-        for layer, field in walkers.fields.items():
+        for layer, field in state.fields.items():
             bias = self.base.biases[layer]
             before, after = torch.lerp(bias, field, beta), torch.lerp(bias, field, then)
             if self.target.is_gaussian(layer):
@@ -105,7 +105,7 @@ class LayeredPath:
             else:
                 total = total + softplus(after).sub_(softplus(before)).sum(-1, dtype=torch.float64)
         for layer in self.kept:
-            x: Any = walkers.x[layer]
+            x: Any = state.x[layer]
             total = (
                 total
                 + (then - beta)
@@ -117,12 +117,12 @@ class LayeredPath:
         return weight
 
     def move(
-        self, walkers: LayeredState, beta: float, generator: torch.Generator | None = None
+        self, state: LayeredState, beta: float, generator: torch.Generator | None = None
     ) -> LayeredState:
         """Run one sweep at a temperature: the other side given the kept one, and back."""
         base = self.base
         x = self.target.draw_side(
-            self.summed, (), generator, fields=walkers.fields, beta=beta, base=base
+            self.summed, (), generator, fields=state.fields, beta=beta, base=base
         )
         return self.enter(self.target.draw_side(self.kept, x, generator, beta=beta, base=base))
 

@@ -43,8 +43,8 @@ from pyroebm.partition import (
     annealing,
     bridging,
     estimators,
+    kernel_path,
     layered,
-    walk,
 )
 from pyroebm.partition.result import from_weights
 from pyroebm.targets import (
@@ -662,7 +662,7 @@ def test_mutant_weights_after_the_move_are_caught(monkeypatch: pytest.MonkeyPatc
             state = path.move(state, then, generator)
             yield path.log_weight(state, beta, then)
 
-    monkeypatch.setattr(walk, "increments", late)
+    monkeypatch.setattr(kernel_path, "increments", late)
     for name in ("RBM", "RBM by sites", "GRBM", "deep", "reverse RBM"):
         caught(name)
 
@@ -673,7 +673,7 @@ def test_mutant_moves_at_the_temperature_left_are_caught(monkeypatch: pytest.Mon
             yield path.log_weight(state, beta, then)
             state = path.move(state, beta, generator)
 
-    monkeypatch.setattr(walk, "increments", behind)
+    monkeypatch.setattr(kernel_path, "increments", behind)
     for name in ("RBM", "GRBM", "reverse deep"):
         caught(name)
 
@@ -695,7 +695,7 @@ def test_mutant_moves_of_another_density_are_caught(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(
         LayeredPath,
         "move",
-        lambda self, walkers, beta, generator=None: move(self, walkers, 1.0, generator),
+        lambda self, state, beta, generator=None: move(self, state, 1.0, generator),
     )
     for name in ("RBM", "GRBM", "deep"):
         caught(name)
@@ -708,9 +708,9 @@ def test_mutant_one_sides_weights_with_the_other_sides_states_are_caught(
     enter = LayeredPath.enter
 
     def partly(self, x):  # type: ignore[no-untyped-def]
-        walkers = enter(self, x)
-        return walkers._replace(
-            fields=walkers.fields | {0: self.base.biases[0].expand_as(walkers.fields[0])}
+        state = enter(self, x)
+        return state._replace(
+            fields=state.fields | {0: self.base.biases[0].expand_as(state.fields[0])}
         )
 
     monkeypatch.setattr(LayeredPath, "enter", partly)
@@ -845,8 +845,12 @@ def test_a_schedule_evens_out_the_increments() -> None:
         speed = torch.stack(
             [
                 term.std()
-                for term in walk.increments(
-                    path, start, walk.as_betas(steps), torch.Generator().manual_seed(4), False
+                for term in kernel_path.increments(
+                    path,
+                    start,
+                    kernel_path.as_betas(steps),
+                    torch.Generator().manual_seed(4),
+                    False,
                 )
             ]
         )
