@@ -105,7 +105,7 @@ def tempered_smc(
 ) -> SMCResult:
     r"""Run tempered SMC from ``base`` to ``energy`` and estimate log Z.
 
-    The path is :math:`E_\beta = (1 - \beta) V + \beta U`, and
+    The path is :math:`E_\beta = (1 - \beta) V + \beta U`, and the estimate of Z is
 
     .. math::
 

@@ -76,8 +76,8 @@ class Diagnosis:
         ess_tail: minimum tail effective sample size, likewise.
         min_bfmi: minimum BFMI over chains; NaN without a Hamiltonian.
         divergences: number of divergent draws.
-        stein_z: largest \|z\| of the Stein identities; NaN if the energy is not known or has no
-            gradient.
+        stein_z: largest :math:`|z|` of the Stein identities; NaN if the energy is not known or has
+            no gradient.
         findings: the problems found.
 
     Example:

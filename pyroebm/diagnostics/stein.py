@@ -19,7 +19,7 @@ ROWS = 4096
 
 
 def stein_z(draws: Tensor, scores: Tensor) -> float:
-    r"""Compute the largest \|z\| of the Langevin-Stein identities.
+    r"""Compute the largest :math:`|z|` of the Langevin-Stein identities.
 
     Standard errors account for autocorrelation. For :math:`s(x) = \nabla \log p(x)` of a density
     that vanishes at infinity, integration by parts gives, for any constant m (Stein, 1972; Gorham

@@ -247,9 +247,8 @@ class MCMC(AbstractMCMC):
 
         Raises:
             ValueError: if ``energy`` is not an Energy or the kernel does not move on its support,
-            if
-                ``initial`` does not fit it or holds a state of non-finite energy, or if ``store``
-                already holds a run.
+                if ``initial`` does not fit it or holds a state of non-finite energy, or if
+                ``store`` already holds a run.
         """
         target = self._target_of(energy)
         folder = (

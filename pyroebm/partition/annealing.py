@@ -214,7 +214,8 @@ def bidirectional_ais(
         the forward, the reverse and the combined estimate.
 
     Raises:
-        ValueError, FloatingPointError: as :func:`reverse_ais`.
+        ValueError: as :func:`reverse_ais`.
+        FloatingPointError: as :func:`reverse_ais`.
 
     Example:
         >>> from pyroebm.energies import BernoulliRBM

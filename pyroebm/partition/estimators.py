@@ -62,7 +62,8 @@ def smc(
         adapted.
 
     Raises:
-        ValueError, FloatingPointError: as :func:`pyroebm.smc.tempered_smc`.
+        ValueError: as :func:`pyroebm.smc.tempered_smc`.
+        FloatingPointError: as :func:`pyroebm.smc.tempered_smc`.
 
     Example:
         >>> from pyroebm.energies import BernoulliRBM

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyroebm.kernels.metric import Dense, LowRank
 
-__all__ = ["PooledCovariance", "PooledRows", "PooledVariance", "shrunk"]
+__all__ = ["PooledCovariance", "PooledDraws", "PooledVariance", "shrunk"]
 
 #: Maximum number of draws kept for a low-rank metric. Three steps of all chains are kept in any
 #: case.
@@ -165,7 +165,7 @@ class PooledCovariance(NamedTuple):
         return None if int(failed) or not bool(torch.isfinite(factor).all()) else Dense(factor)
 
 
-class PooledRows(NamedTuple):
+class PooledDraws(NamedTuple):
     r"""Draws and gradients of all chains, for a :class:`pyroebm.kernels.LowRank` metric.
 
     The draws are thinned to at most ``LIMIT``.
@@ -189,7 +189,7 @@ class PooledRows(NamedTuple):
     Example:
         >>> x = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
         >>> x = x * torch.tensor([1.0, 2.0, 3.0])
-        >>> PooledRows.start(x, rank=2).update(x, x / torch.tensor([1.0, 4.0, 9.0])).metric().scale
+        >>> PooledDraws.start(x, rank=2).update(x, x / torch.tensor([1.0, 4.0, 9.0])).metric().scale
         tensor([1., 2., 3.])
     """
 
@@ -200,11 +200,11 @@ class PooledRows(NamedTuple):
     steps: int = 0
 
     @classmethod
-    def start(cls, like: Tensor, rank: int) -> PooledRows:
+    def start(cls, like: Tensor, rank: int) -> PooledDraws:
         """Return an empty estimate for draws of the shape of ``like``, ``(chains, dim)``."""
         return cls(like.new_zeros(0, *like.shape), like.new_zeros(0, *like.shape), rank)
 
-    def update(self, q: Tensor, grad: Tensor, moved: Tensor | None = None) -> PooledRows:
+    def update(self, q: Tensor, grad: Tensor, moved: Tensor | None = None) -> PooledDraws:
         """Add the draws ``q`` and gradients of the chains in ``moved`` (None: of all).
 
         Only one of ``every`` steps is kept. If there are too many, every other step is dropped.
@@ -221,7 +221,7 @@ class PooledRows(NamedTuple):
                 draws = draws[::2]
                 grads = grads[::2]
                 every = 2 * every
-        return PooledRows(draws, grads, self.rank, every, self.steps + 1)
+        return PooledDraws(draws, grads, self.rank, every, self.steps + 1)
 
     def metric(self, before: object = None) -> LowRank | None:
         """Return the diagonal scale and the directions that need a further correction."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyroebm.core.energy import Energy
-from pyroebm.kernels.adaptation.covariance import PooledCovariance, PooledRows, PooledVariance
+from pyroebm.kernels.adaptation.covariance import PooledCovariance, PooledDraws, PooledVariance
 from pyroebm.kernels.adaptation.step_size import (
     DualAveraging,
     find_step_size,
@@ -113,7 +113,7 @@ class Warmup(NamedTuple):
     """
 
     tuning: DualAveraging | None
-    pooled: PooledVariance | PooledCovariance | PooledRows | None
+    pooled: PooledVariance | PooledCovariance | PooledDraws | None
     together: Tensor | None  #: which chains share one step size, ``(chains,)``
     moved: Tensor | None  #: which chains moved in this window, ``(chains,)``
     #: sum of the acceptance rates of each chain since the last search of a step size, ``(chains,)``
@@ -421,7 +421,7 @@ class WindowAdaptation:
 
     def _empty(
         self, kernel: Kernel[Any], state: AnyState
-    ) -> PooledVariance | PooledCovariance | PooledRows | None:
+    ) -> PooledVariance | PooledCovariance | PooledDraws | None:
         if not self.metric or "inverse_mass" not in kernel.learned:
             return None
         q = rows(state.x)
@@ -434,7 +434,7 @@ class WindowAdaptation:
                 "metric='low_rank' is learned from gradients, but the states of"
                 f" {type(kernel).__name__} have none: use metric='diagonal' or metric='dense'"
             )
-        return PooledRows.start(q, self.rank)
+        return PooledDraws.start(q, self.rank)
 
 
 def _shared(sizes: float | Tensor, together: Tensor) -> float | Tensor:
