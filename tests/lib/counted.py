@@ -40,14 +40,6 @@ class Counted(MCMC):
         super()._advance(*arguments)
 
 
-class OneByOne(MCMC):
-    """A run that takes one step a turn, as one with hooks does."""
-
-    @property
-    def _one_by_one(self) -> bool:
-        return True
-
-
 def driven(kernel: Kernel, chains: int = 8, **options: object) -> MCMC:
     """Blocks of 3, 3 and 2 chains; a warm-up long enough for a metric."""
     settings = {
