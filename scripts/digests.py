@@ -740,7 +740,7 @@ OBJECTIVES: dict[str, Make] = {
     "ratio-matching": lambda: of_bits(ebm.RatioMatching()),
     "score-matching": lambda: of_data(ebm.ScoreMatching(0.05)),
     "short-run": lambda: of_data(ebm.ShortRun(5, ebm.langevin(0.02, 0.05), num_chains=7)),
-    "sliced-score-matching": lambda: of_data(ebm.SlicedScoreMatching(2, law="rademacher")),
+    "sliced-score-matching": lambda: of_data(ebm.SlicedScoreMatching(2, distribution="rademacher")),
     "sliced-score-matching-finite": lambda: of_data(
         ebm.SlicedScoreMatching(2, finite_difference=0.1),
     ),
