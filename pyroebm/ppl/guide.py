@@ -42,7 +42,7 @@ class FlowGuide(AutoContinuous):
     of ``guide.flow``.
 
     With D = d it goes into ``pyro.infer.reparam.NeuTraReparam`` once it has been called; with any D
-    our kernels run on :class:`pyroebm.flows.Transported`. The fit may have missed a mode, which no
+    our kernels run on :class:`pyroebm.flows.PullbackEnergy`. The fit may have missed a mode, which no
     ELBO shows: weight its draws (:func:`pyroebm.flows.importance_sample`) and evaluate it
     (:func:`pyroebm.flows.evaluate_flow`).
 
@@ -129,7 +129,7 @@ class FlowGuide(AutoContinuous):
             raise NotImplementedError(
                 f"a flow with redundant latents (dim={self.flow.dim},"
                 f" total_dim={self.flow.total_dim}) is no transform of the"
-                " model's latents: run our kernels on pyroebm.flows.Transported(guide.flow,"
+                " model's latents: run our kernels on pyroebm.flows.PullbackEnergy(guide.flow,"
                 " guide.energy(*args))"
             )
         return self.flow.transform

@@ -26,9 +26,9 @@ from pyroebm.core.statistics import mcse_mean
 from pyroebm.flows import (
     NICE,
     Flow,
+    PullbackEnergy,
     RealNVP,
     RedundantNICE,
-    Transported,
     evaluate_flow,
     importance_sample,
 )
@@ -405,7 +405,7 @@ def test_neutra_reparam_is_pyros_and_its_potential_is_ours() -> None:
     )
     (site,) = starts
     z = torch.randn(5, 10, generator=torch.Generator().manual_seed(0))
-    ours = Transported(guide.flow, guide.energy(*args))
+    ours = PullbackEnergy(guide.flow, guide.energy(*args))
     theirs = torch.stack([potential({site: row}) for row in z])
     torch.testing.assert_close(theirs, ours(z), rtol=1e-9, atol=1e-9)
     sites = neutra.transform_sample(z.unsqueeze(1))  # Pyro's plates take the last batch dimension
@@ -421,12 +421,12 @@ def test_neutra_reparam_refuses_redundant_latents_and_says_what_to_do() -> None:
     reasons, error = "", caught.value
     while error := error.__cause__:
         reasons += str(error)
-    assert "run our kernels on pyroebm.flows.Transported" in reasons
+    assert "run our kernels on pyroebm.flows.PullbackEnergy" in reasons
 
 
 def check_transported(energy: Energy, flow: Flow) -> None:
     """Its value against autograd's determinant."""
-    transported = Transported(flow, energy)
+    transported = PullbackEnergy(flow, energy)
     z = torch.randn(4, flow.total_dim, generator=torch.Generator().manual_seed(2))
     for row in z:
         jacobian = torch.autograd.functional.jacobian(
@@ -449,7 +449,7 @@ def test_transported_is_the_energy_less_the_log_determinant(name: str) -> None:
 def test_our_nuts_is_exact_through_a_flow_that_is_not(name: str) -> None:
     guide, args = made("constrained", name, 0.15)
     mcmc = MCMC(NUTS(), num_samples=40, warmup_steps=50, num_chains=64, seed=1, compile=False)
-    mcmc.run(Transported(guide.flow, guide.energy(*args)))
+    mcmc.run(PullbackEnergy(guide.flow, guide.energy(*args)))
     draws = mcmc.get_samples(group_by_chain=True)
     assert set(draws) == set(EXACT)
     for site, truths in EXACT.items():
@@ -515,7 +515,7 @@ def test_sequential_plates_are_refused_by_pyro() -> None:
 def test_an_energy_of_another_dtype_or_without_fixed_density_is_refused() -> None:
     guide = FlowGuide(normal, NICE(1, dtype=torch.float32))
     with pytest.raises(
-        ValueError, match=r"one dtype: NICE has torch\.float32, ModelEnergy has torch\.float64"
+        ValueError, match=r"the same dtype: NICE has torch\.float32, ModelEnergy has torch\.float64"
     ):
         guide.energy(Y)
     with pytest.raises(ValueError, match=r"plate 'data' draws 2 of 3 rows anew"):
@@ -578,7 +578,7 @@ def test_losses_catch(mutant: type[FlowGuide]) -> None:
     assert theirs != pytest.approx(float(ReverseKL(energy).loss_at(flow, z)[0].detach()), rel=1e-3)
 
 
-class WithoutDeterminant(Transported):
+class WithoutDeterminant(PullbackEnergy):
     def forward(self, z: Tensor) -> Tensor:
         return self.extended(self.flow.forward_and_log_prob(z)[0])
 
@@ -587,6 +587,6 @@ def test_transported_catches_a_missing_determinant(monkeypatch: pytest.MonkeyPat
     guide, args = made("normal", "NICE", 0.3)
     energy = guide.energy(*args)
     check_transported(energy, guide.flow)
-    monkeypatch.setattr(Transported, "forward", WithoutDeterminant.forward)
+    monkeypatch.setattr(PullbackEnergy, "forward", WithoutDeterminant.forward)
     with pytest.raises(AssertionError):
         check_transported(energy, guide.flow)
