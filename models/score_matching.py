@@ -88,7 +88,7 @@ def plane(recipe: Recipe, steps: int, points: int, progress: bool | None) -> dic
     forms: dict[str, tuple[Objective, GaussianMixture]] = {
         "exact": (ScoreMatching(), circle()),
         "exact, noise .1": (ScoreMatching(noise=0.1), circle()),
-        "sliced": (SlicedScoreMatching(law="rademacher"), circle()),
+        "sliced": (SlicedScoreMatching(distribution="rademacher"), circle()),
         "sliced, not reduced": (SlicedScoreMatching(variance_reduced=False), circle()),
         "sliced, differences": (
             SlicedScoreMatching(variance_reduced=False, finite_difference=0.05),
@@ -210,7 +210,7 @@ def images(
     models: dict[str, Energy] = {"normal law": normal}
     for name, objective, rows in (
         ("denoising", DenoisingScoreMatching(NOISE), data),
-        ("sliced", SlicedScoreMatching(law="rademacher"), noised),
+        ("sliced", SlicedScoreMatching(distribution="rademacher"), noised),
     ):
         energy = MLPEnergy(
             (1, 8, 8), (256, 256), scale=1.0, generator=torch.Generator().manual_seed(recipe.seed)
@@ -223,7 +223,7 @@ def images(
         test.repeat(4, 1, 1, 1) + NOISE * torch.randn((4 * len(test), 1, 8, 8), generator=noise)
     ).split(72)
     # of 64 second derivatives; the same directions for all
-    judge = SlicedScoreMatching(4, law="rademacher")
+    judge = SlicedScoreMatching(4, distribution="rademacher")
     values = {
         name: torch.stack(
             [

@@ -557,7 +557,7 @@ SAMPLING: dict[str, Make] = {
     ),
     "store": lambda: scratch(resumed_from_store),
     "tempering-report": tempered_report,
-    "transported": lambda: chains(ebm.NUTS(), ebm.Transported(small_flow(), wells())),
+    "transported": lambda: chains(ebm.NUTS(), ebm.PullbackEnergy(small_flow(), wells())),
 }
 
 SMALL = {"hidden_sizes": (8,)}
@@ -629,7 +629,7 @@ def reloaded(folder: Path) -> Any:
 
 def extended() -> Any:
     flow = stirred(ebm.RedundantNICE(2, 3, 2, **SMALL))
-    energy = ebm.Extended(wells(), flow.conditional, 2)
+    energy = ebm.AugmentedEnergy(wells(), flow.conditional, 2)
     return energy_facts(energy), flow.log_prob_x(normal(4, 2)), flow.joint_entropy()
 
 
@@ -660,7 +660,7 @@ FLOW_USES: dict[str, Make] = {
     "judge": lambda: judged_flow(small_flow()),
     "judge-redundant": lambda: judged_flow(stirred(ebm.RedundantNICE(2, 3, 2, **SMALL), 0.2)),
     "saved": lambda: scratch(reloaded),
-    "transported": lambda: energy_facts(ebm.Transported(small_flow(), wells())),
+    "transported": lambda: energy_facts(ebm.PullbackEnergy(small_flow(), wells())),
 }
 
 
@@ -740,7 +740,7 @@ OBJECTIVES: dict[str, Make] = {
     "ratio-matching": lambda: of_bits(ebm.RatioMatching()),
     "score-matching": lambda: of_data(ebm.ScoreMatching(0.05)),
     "short-run": lambda: of_data(ebm.ShortRun(5, ebm.langevin(0.02, 0.05), num_chains=7)),
-    "sliced-score-matching": lambda: of_data(ebm.SlicedScoreMatching(2, law="rademacher")),
+    "sliced-score-matching": lambda: of_data(ebm.SlicedScoreMatching(2, distribution="rademacher")),
     "sliced-score-matching-finite": lambda: of_data(
         ebm.SlicedScoreMatching(2, finite_difference=0.1),
     ),
