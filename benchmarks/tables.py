@@ -71,7 +71,7 @@ STOPWATCH_COLUMNS = (
     ("ESS", "min_ess"),
     ("R-hat", "worst_r_hat"),
     ("divergences", "divergences"),
-    ("worst z", "worst_z"),
+    ("largest \\|z\\|", "worst_z"),
 )
 
 #: Columns of the metrics' table: heading, metric.
@@ -88,7 +88,7 @@ COLUMNS = (
     ("with compiling", "ess_per_second_with_compile", False),
     ("ESS/gradient", "ess_per_gradient", False),
     ("compile s", "compile_seconds", False),
-    ("worst z", "worst_z", False),
+    ("largest \\|z\\|", "worst_z", False),
 )
 
 
@@ -243,7 +243,7 @@ def nice_table(rows: list[Row]) -> str:
     headings = [
         f"{unit}, D = {case.split()[1]}"
         for case in NICE_CASES
-        for unit in ("ms", "of the limit's speed")
+        for unit in ("ms", "speed / limit")
     ]
     return table(["batches of 512, float32", *headings, "compile s"], body) if body else NOTHING
 
@@ -263,7 +263,7 @@ def milliseconds_table(case: str, rows: list[Row]) -> str:
         ]
         for row in found
     ]
-    return table(["", "dtype", "ms", "of the products' speed"], body)
+    return table(["", "dtype", "ms", "speed / matrix products"], body)
 
 
 def training_table(rows: list[Row]) -> str:
@@ -286,7 +286,7 @@ def training_table(rows: list[Row]) -> str:
                     [title, name, _with_spread(row, True), share, _with_spread(compiling, False)]
                 )
     return (
-        table(["256 chains, float32", "", "ms", "of the limit's speed", "compile s"], body)
+        table(["256 chains, float32", "", "ms", "speed / limit", "compile s"], body)
         if body
         else NOTHING
     )
@@ -335,14 +335,14 @@ def starts_table(rows: list[Row]) -> str:
     headings = [
         "rule",
         "seeds",
-        "leave a chain behind",
+        "seeds with a stuck chain",
         "outside .4 to .98",
-        "least acceptance",
-        "largest",
+        "minimum acceptance",
+        "maximum acceptance",
         "largest R-hat",
     ]
     return (
-        table(["case", *headings, "largest z of a seed", "z of all", "gradients a draw"], body)
+        table(["case", *headings, "largest \\|z\\| of a seed", "z over all seeds", "gradients/draw"], body)
         if body
         else NOTHING
     )
@@ -432,7 +432,7 @@ def metrics_table(rows: list[Row]) -> str:
         body,
     )
     medians = "".join(
-        f"\nMedian over {len(ratios[metric])} cases of the ESS a gradient, {metric} over {first}:"
+        f"\nMedian over {len(ratios[metric])} cases of the ratio of ESS/gradient, {metric} to {first}:"
         f" {statistics.median(ratios[metric]):.3f} ({min(ratios[metric]):.3f} to"
         f" {max(ratios[metric]):.3f}).\n"
         for metric in others
@@ -460,7 +460,7 @@ def efficiency_table(rows: list[Row]) -> str:
                 f"{own['ess_per_gradient']:.4f} +- {own['standard_error']:.4f}" if own else "-"
             )
         body.append([CASES[case].title, *cells])
-    return table(["ESS a gradient, 64 chains", *rules], body) if body else NOTHING
+    return table(["ESS/gradient, 64 chains", *rules], body) if body else NOTHING
 
 
 def truth_table(rows: list[Row]) -> str:
@@ -480,7 +480,7 @@ def truth_table(rows: list[Row]) -> str:
         ]
         for (case, method, chains), metrics in found.items()
     ]
-    headings = ["case", "chains", "worst z", "divergences", "R-hat", "seeds"]
+    headings = ["case", "chains", "largest \\|z\\|", "divergences", "R-hat", "seeds"]
     return table(headings, body) if body else NOTHING
 
 
