@@ -340,9 +340,12 @@ def starts_table(rows: list[Row]) -> str:
         "minimum acceptance",
         "maximum acceptance",
         "largest R-hat",
+        "largest \\|z\\| of a seed",
+        "z over all seeds",
+        "gradients/draw",
     ]
     return (
-        table(["case", *headings, "largest \\|z\\| of a seed", "z over all seeds", "gradients/draw"], body)
+        table(["case", *headings], body)
         if body
         else NOTHING
     )
@@ -432,7 +435,8 @@ def metrics_table(rows: list[Row]) -> str:
         body,
     )
     medians = "".join(
-        f"\nMedian over {len(ratios[metric])} cases of the ratio of ESS/gradient, {metric} to {first}:"
+        f"\nMedian over {len(ratios[metric])} cases of the ratio of ESS/gradient, {metric} to"
+        f" {first}:"
         f" {statistics.median(ratios[metric]):.3f} ({min(ratios[metric]):.3f} to"
         f" {max(ratios[metric]):.3f}).\n"
         for metric in others
