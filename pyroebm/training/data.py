@@ -225,8 +225,9 @@ class Conversion:
                 self.shapes.append((module.num_visible,))
         elif isinstance(module, Flow):
             self.shapes = [(module.dim,)]
-        #: Whether probabilities will do where the support is {0, 1}.
-        self.means = isinstance(module, LayeredMachine)
+        #: Whether the support is {0, 1}, and whether probabilities will do.
+        self.binary = isinstance(base_constraint(self.support), type(constraints.boolean))
+        self.means = self.binary and isinstance(module, LayeredMachine)
         #: Whether bytes of images are levels 0..255; :meth:`table` looks.
         self.levels = not is_discrete(self.support)
         #: Names of the columns of a data frame.
@@ -276,14 +277,16 @@ class Conversion:
         for part in (events, *others):
             if part.is_floating_point() and not bool(torch.isfinite(part).all()):
                 self._complain_of_numbers(part, start, self.columns if part is events else None)
-        base = base_constraint(self.support)
-        of_all = self.shapes and tuple(events.shape[1:]) == self.shapes[0]
-        # visible units alone are of the support's kind where all units are of one kind
-        if is_real(self.support) or not (of_all or base.event_dim == 0) or not self.shapes:
+        if not self.shapes or is_real(self.support):
             return
-        fits = inside(self.support, events, len(self.shapes[0]))
-        if self.means and isinstance(base, type(constraints.boolean)):
+        # visible units alone lie in the support of all units where these are of one kind
+        whole = tuple(events.shape[1:]) == self.shapes[0]
+        if not (whole or self.binary or base_constraint(self.support) is spin):
+            return
+        if self.means:
             fits = ((events >= 0.0) & (events <= 1.0)).flatten(1).all(1)
+        else:
+            fits = inside(self.support, events, len(self.shapes[0]))
         if not bool(fits.all()):
             self._complain_of_support(events, fits, start)
 
@@ -360,7 +363,7 @@ class Conversion:
         else:
             seen = f"row {start + int((~fits).nonzero()[0])}"
         mend = ""
-        if isinstance(base, type(constraints.boolean)):
+        if self.binary:
             if low < 0.0:
                 mend = f": ({self.argument} + 1) / 2 makes 0 and 1 of -1 and +1"
             elif high > 1.0:

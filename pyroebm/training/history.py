@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyroebm.core.serialization import from_text, to_text
+
 if TYPE_CHECKING:
     import xarray
     from matplotlib.axes import Axes
@@ -60,16 +62,21 @@ class Metrics(Mapping[str, np.ndarray]):
 
     def tensors(self) -> dict[str, Tensor]:
         """The table as tensors, for a checkpoint."""
-        columns = {f"column.{name}": torch.from_numpy(self[name]) for name in self}
-        return {"steps": torch.from_numpy(self.steps), **columns}
+        values = [torch.from_numpy(column) for column in self.values()]
+        return {
+            "steps": torch.from_numpy(self.steps),
+            "names": to_text(list(self)),
+            "values": torch.stack(values) if values else torch.empty(0, 0),
+        }
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """The inverse of :meth:`tensors`."""
         self._steps = array("q", tensors["steps"].tolist())
         self._columns = {
-            name.removeprefix("column."): array("d", column.tolist())
-            for name, column in tensors.items()
-            if name.startswith("column.")
+            name: array("d", column)
+            for name, column in zip(
+                from_text(tensors["names"]), tensors["values"].tolist(), strict=True
+            )
         }
 
 

@@ -14,7 +14,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from lib.checks import mean_and_se, within_se
-from lib.reseed import fixed_problem
+from lib.reseed import fixed_problem, problem_generator
 from lib.seeds import seeded
 from torch import Tensor, nn
 from torch.distributions import constraints
@@ -52,16 +52,27 @@ Make = Callable[[tuple[int, ...], torch.dtype], Adversarial]
 
 OBJECTIVES: dict[str, Make] = {
     "flow": lambda event, dtype: AdversarialFlow(
-        NICE(numel(event), num_layers=2, hidden_sizes=(8,), dtype=dtype)
+        NICE(
+            numel(event),
+            num_layers=2,
+            hidden_sizes=(8,),
+            dtype=dtype,
+            generator=problem_generator(0),
+        )
     ),
     "total gradient": lambda event, dtype: AdversarialFlow(
-        NICE(numel(event), 2, (8,), dtype=dtype), 16, gradient="total"
+        NICE(numel(event), 2, (8,), dtype=dtype, generator=problem_generator(0)),
+        16,
+        gradient="total",
     ),
     "redundant": lambda event, dtype: AdversarialFlow(
-        RedundantNICE(numel(event), numel(event) + 2, 2, (8,), dtype=dtype)
+        RedundantNICE(
+            numel(event), numel(event) + 2, 2, (8,), dtype=dtype, generator=problem_generator(0)
+        )
     ),
     "penalised": lambda event, dtype: AdversarialFlow(
-        NICE(numel(event), 2, (8,), dtype=dtype), gradient_penalty=0.3
+        NICE(numel(event), 2, (8,), dtype=dtype, generator=problem_generator(0)),
+        gradient_penalty=0.3,
     ),
     "deep directed": lambda event, dtype: DeepDirected(
         MLPGenerator(event, 3, (8, 8), batch_norm=True, dtype=dtype, generator=seeded(1)),
@@ -271,7 +282,7 @@ def test_what_does_not_fit_is_refused(name: str) -> None:
         ),
         (lambda: MLPGenerator((2,), 0), "latent_dim must be"),
         (lambda: MLPGenerator((2,), 2, sigma=-1.0), "sigma must be"),
-        (lambda: MLPGenerator((2,), 2, ()), "hidden must"),
+        (lambda: MLPGenerator((2,), 2, ()), "hidden_sizes must"),
         (lambda: MLPGenerator((2,), 2)(torch.zeros(3, 1)), "z must have shape"),
         (lambda: MLPGenerator((2,), 2).sample(0), "num_samples must be"),
         (lambda: Generator(nn.Linear(2, 3), 2, (2,)).sample(4), "net must give events"),

@@ -120,7 +120,9 @@ SHAPES = [(), (3,), (1, 2, 2)]
 
 
 def nice(dim: int, dtype: torch.dtype = F64, seed: int = 0) -> Flow:
-    flow = NICE(dim, num_layers=3, hidden_sizes=(16,), dtype=dtype)
+    flow = NICE(
+        dim, num_layers=3, hidden_sizes=(16,), dtype=dtype, generator=problem_generator(seed)
+    )
     with torch.no_grad():
         for number, parameter in enumerate(flow.parameters()):
             parameter.add_(0.1 * randn(*parameter.shape, seed=100 * seed + number, dtype=dtype))

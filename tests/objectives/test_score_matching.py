@@ -465,7 +465,7 @@ def test_a_score_may_stand_for_the_truth() -> None:
     p, q = Gaussian(torch.zeros(3, dtype=F64)), Gaussian(torch.ones(3, dtype=F64), scale=2.0)
     x = p.sample(5000, seeded(1))  # more rows than one evaluation takes
     assert fisher_divergence(q, lambda rows: -rows, x) == fisher_divergence(q, p, x)
-    assert fisher_divergence(p, p, x) == (0.0, 0.0)
+    assert fisher_divergence(p, p, x)[:2] == (0.0, 0.0)
 
 
 def test_grey_levels_there_and_back() -> None:

@@ -32,7 +32,7 @@ from pyroebm.objectives import (
     ReplayBufferCD,
 )
 from pyroebm.targets import Gaussian
-from pyroebm.training import fit, pretrain_belief_network
+from pyroebm.training import fit, pretrain_belief_network, pretrain_boltzmann_machine
 from pyroebm.training.data import batches_of
 
 F64 = torch.float64
@@ -197,6 +197,19 @@ def test_machines_take_visible_units_and_their_means() -> None:
         with pytest.raises(ValueError, match=r"support of \w+Machine.*got 2 in row 4, column 1"):
             batches_of(wrong, machine, 5)
     torch.testing.assert_close(whole(0.3 * bits, BernoulliRBM(3, 2, dtype=F64)), 0.3 * bits)
+
+
+def test_visible_units_of_another_kind_than_the_hidden_ones() -> None:
+    """Normal visible units and binary hidden ones: real numbers, alone and with the others."""
+    machine = pretrain_boltzmann_machine(
+        [3, 4, 2], NUMBERS, ContrastiveDivergence(), visible="gaussian", num_steps=1
+    )
+    torch.testing.assert_close(whole(NUMBERS, machine), NUMBERS)
+    fit(machine, PersistentCD(5), NUMBERS, num_steps=1)
+    units = torch.cat([NUMBERS, torch.ones(10, 6, dtype=F64)], 1)
+    torch.testing.assert_close(whole(units, machine), units)
+    with pytest.raises(ValueError, match="support of DeepBoltzmannMachine"):
+        batches_of(0.5 * units, machine, 5)
 
 
 def test_a_flow_takes_its_x() -> None:

@@ -30,6 +30,7 @@ from pyroebm.objectives import (
     PersistentCD,
     Pseudolikelihood,
     ReplayBufferCD,
+    ReverseKL,
 )
 from pyroebm.training import History, Trainer, fit, fit_steps, read_log
 from pyroebm.training.checkpoint import saved_seed
@@ -241,7 +242,34 @@ def test_ctrl_c_finishes_the_step_and_keeps_everything(tmp_path: Path) -> None:
     rest = fit(resumed, Pressed(()), DATA, checkpoint=path, resume=True, **options)
     assert torch.equal(whole.mean, resumed.mean)
     assert not rest.interrupted
+    assert list(rest) == list(truth)
     assert np.array_equal(rest["loss"], truth["loss"])
+
+
+@pytest.mark.filterwarnings("ignore:interrupted after")
+def test_flows_resume_bit_for_bit(tmp_path: Path) -> None:
+    """Their temperature and their rate are those of the step."""
+
+    class Interrupted(ReverseKL):
+        def begin_step(self, step: int, num_steps: int) -> None:
+            super().begin_step(step, num_steps)
+            if step == 4 and first:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    first = False
+
+    def trained(**options: Any) -> tuple[NICE, History]:
+        flow = NICE(2, dtype=F64, generator=torch.Generator().manual_seed(0))
+        objective = Interrupted(Well(1.0), num_samples=16)
+        return flow, fit(flow, objective, num_steps=9, **options)
+
+    whole, truth = trained()
+    first = True
+    trained(checkpoint=tmp_path / "flow")
+    first = False
+    resumed, found = trained(checkpoint=tmp_path / "flow", resume=True)
+    assert all(map(torch.equal, whole.parameters(), resumed.parameters()))
+    assert all(np.array_equal(found[name], truth[name]) for name in ("loss", "beta", "lr"))
 
 
 def test_a_second_ctrl_c_interrupts_at_once(tmp_path: Path) -> None:
