@@ -179,11 +179,11 @@ def main() -> int:
             continue
         write(path, rows)
         found = {row["metric"]: row["value"] for row in rows}
-        facts = [
+        results = [
             f"{m} {found[m]:.4g}" for m in ("ess_per_second", "worst_z") if found.get(m) is not None
         ]
         print(
-            f"{label}: " + ", ".join([*facts, f"{time.perf_counter() - began:.0f} s in all"]),
+            f"{label}: " + ", ".join([*results, f"{time.perf_counter() - began:.0f} s in all"]),
             flush=True,
         )
     print(f"written to {path}" + (f"; {failures} failed" if failures else ""))

@@ -95,7 +95,7 @@ def _loop(parameters: Any, loss: Callable[[], Tensor], fused: bool) -> Step:
 def with_normflows(score_fn: bool, fused: bool, energy: Energy, batch: int) -> Step:
     import normflows as nf
 
-    class Law(nf.distributions.Target):  # type: ignore[misc]
+    class Density(nf.distributions.Target):  # type: ignore[misc]
         def log_prob(self, z: Tensor) -> Tensor:
             return -energy(z)
 
@@ -108,7 +108,7 @@ def with_normflows(score_fn: bool, fused: bool, energy: Energy, batch: int) -> S
         for k in range(COUPLINGS)
     ]
     parts.append(nf.flows.AffineConstFlow((dim,)))
-    model = nf.NormalizingFlow(nf.distributions.DiagGaussian(dim, trainable=False), parts, Law())
+    model = nf.NormalizingFlow(nf.distributions.DiagGaussian(dim, trainable=False), parts, Density())
     return _loop(model.parameters(), lambda: model.reverse_kld(batch, score_fn=score_fn), fused)
 
 

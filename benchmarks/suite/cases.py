@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 Array = np.ndarray
-# of the net: E(x) = f(x) + |x|^2 / (2 * 1.5^2), which normalises since f grows linearly
+# of the net: E(x) = f(x) + |x|^2 / (2 * 1.5^2), whose Z is finite since f grows linearly
 CONFINEMENT = 1.5
 
 

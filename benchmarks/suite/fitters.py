@@ -123,7 +123,7 @@ def with_normflows(
     """
     import normflows as nf
 
-    class Law(nf.distributions.Target):  # type: ignore[misc]
+    class Density(nf.distributions.Target):  # type: ignore[misc]
         def log_prob(self, z: Tensor) -> Tensor:
             return -energy(z)
 
@@ -146,7 +146,7 @@ def with_normflows(
     last = nf.flows.AffineConstFlow((dim,))
     nn.init.constant_(last.s, math.log(scale))
     model = nf.NormalizingFlow(
-        nf.distributions.DiagGaussian(dim, trainable=False), [*parts, last], Law()
+        nf.distributions.DiagGaussian(dim, trainable=False), [*parts, last], Density()
     )
 
     def loss(beta: float) -> Tensor:
@@ -245,9 +245,9 @@ def with_pyro(what: str, energy: Counted, scale: float, steps: int) -> Training:
         done += 1
 
     def draw(n: int) -> tuple[Tensor, Tensor]:
-        law = guide.get_posterior()
-        x = law.sample((n,))
-        return x, -energy(x) - law.log_prob(x)
+        posterior = guide.get_posterior()
+        x = posterior.sample((n,))
+        return x, -energy(x) - posterior.log_prob(x)
 
     return Training(step, draw, lambda x: -energy(x) - guide.get_posterior().log_prob(x))
 
@@ -350,7 +350,7 @@ def _peers(case: str) -> dict[tuple[str, str], Fitter]:
     found["pyro", "AutoNormalizingFlow of splines"] = functools.partial(
         with_pyro, "AutoNormalizingFlow"
     )
-    if case != "double well":  # affine maps of one entry are normal laws
+    if case != "double well":  # in one dimension affine layers give normal distributions
         found["normflows", "RealNVP"] = functools.partial(with_normflows, False, False)
         found["zuko", "MAF"] = functools.partial(with_zuko, False)
         found["pyro", "AutoIAFNormal"] = functools.partial(with_pyro, "AutoIAFNormal")
