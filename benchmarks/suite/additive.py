@@ -108,7 +108,9 @@ def with_normflows(score_fn: bool, fused: bool, energy: Energy, batch: int) -> S
         for k in range(COUPLINGS)
     ]
     parts.append(nf.flows.AffineConstFlow((dim,)))
-    model = nf.NormalizingFlow(nf.distributions.DiagGaussian(dim, trainable=False), parts, Density())
+    model = nf.NormalizingFlow(
+        nf.distributions.DiagGaussian(dim, trainable=False), parts, Density()
+    )
     return _loop(model.parameters(), lambda: model.reverse_kld(batch, score_fn=score_fn), fused)
 
 
