@@ -954,8 +954,8 @@ def both_ways() -> Any:
 
 def layered_path() -> Any:
     path = ebm.LayeredPath(ebm.base_rates(machine()), machine().layers())
-    walkers = path.move(path.draw_base(5, seeded(1)), 0.5, seeded(2))
-    return path.log_weight(walkers, 0.5, 0.6), path.log_z, walkers
+    state = path.move(path.draw_base(5, seeded(1)), 0.5, seeded(2))
+    return path.log_weight(state, 0.5, 0.6), path.log_z, state
 
 
 SHORT = {"betas": 8, "num_chains": 6}

@@ -308,7 +308,7 @@ def test_matching_solves_the_normal_equations_and_says_what_it_explains() -> Non
         num_pairs=700,
         ridge=1e-9,
         batch_size=300,
-        generator=torch.Generator().manual_seed(3),
+        generator=seeded_generator(3),
     )
     generator = seeded_generator(3)
     residuals = []

@@ -37,8 +37,8 @@ class Counted(MCMC):
     """
 
     def _advance(self, *arguments: Any) -> None:
-        if isinstance(self._target.energy, Stops):
-            self._target.energy.calls = 0
+        if isinstance(self._target, Stops):
+            self._target.calls = 0
         super()._advance(*arguments)
 
 

@@ -580,7 +580,7 @@ def test_starts_that_cannot_be_name_the_site_and_the_value() -> None:
     energy = ModelEnergy(far, torch.tensor(6.0))
     with pytest.raises(
         ValueError,
-        match=r"2 of n=2 rows in 100 tries.*site 'wall' was -inf where the latents were \{'x':",
+        match=r"2 of num_chains=2 rows .*site 'wall' was -inf where the latents were \{'x':",
     ):
         energy.initial(2, torch.Generator().manual_seed(0))
     start = energy.initial(
