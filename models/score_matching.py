@@ -20,7 +20,7 @@ from torch.distributions import constraints
 from models.recipe import Recipe, run
 from pyroebm import MALA, MCMC, Energy
 from pyroebm.core import score
-from pyroebm.data import dequantised, digits
+from pyroebm.data import dequantized, digits
 from pyroebm.diagnostics.plots import plot_images
 from pyroebm.energies import MLPEnergy
 from pyroebm.objectives import (
@@ -213,7 +213,7 @@ def images(
     spread, middle = pixels.train.std(), pixels.train.mean(0)
 
     def scaled(x: Tensor) -> Tensor:
-        return ((dequantised(x, LEVELS, noise) - middle) / spread).reshape(-1, 1, 8, 8)
+        return ((dequantized(x, LEVELS, noise) - middle) / spread).reshape(-1, 1, 8, 8)
 
     data, test = scaled(pixels.train.repeat(20, 1)), scaled(pixels.test)
     flat = data.reshape(-1, 64)

@@ -1101,7 +1101,7 @@ def distances() -> Any:
 
 
 def images() -> Any:
-    quantized = ebm.quantised(ebm.dequantised(bits(), 2, seeded(1)), 2)
+    quantized = ebm.quantized(ebm.dequantized(bits(), 2, seeded(1)), 2)
     return ebm.digits(), ebm.image_patches(20, 4), quantized
 
 
