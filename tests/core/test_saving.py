@@ -54,10 +54,10 @@ from pyroebm.flows import (
     FlowEnergy,
     Loft,
     MixtureBase,
+    PullbackEnergy,
     RealNVP,
     RedundantNICE,
     Shift,
-    Transported,
     ZukoTransform,
 )
 from pyroebm.nn import MLPGenerator, mlp
@@ -145,7 +145,7 @@ COMPOSED: dict[str, Make] = {
     ),
     "flow-energy": lambda: FlowEnergy(flow()),
     "masks-drawn": lambda: RealNVP(5, 6, (4,), generator=seeded(3)),
-    "transported": lambda: Transported(flow(), wells()),
+    "transported": lambda: PullbackEnergy(flow(), wells()),
     "extended": lambda: RedundantNICE(2, 3, 2, (4,), dtype=F64).extend(wells()),
     "flow-of-layers": lambda: Flow(
         [Shift(vector(1.0, 2.0)), Loft(2)], 2, 2, base=MixtureBase(2, 3, dtype=F64)
@@ -393,10 +393,10 @@ def test_shared_parameters_are_stored_once_and_shared_again(tmp_path: Path) -> N
 
 def test_shared_modules_are_shared_again(tmp_path: Path) -> None:
     prior, well = FlowEnergy(flow()), wells()
-    module = nn.Sequential(prior, Transported(prior.flow, well), well + well)
+    module = nn.Sequential(prior, PullbackEnergy(prior.flow, well), well + well)
     check_same(module, again := reloaded(module, tmp_path))
     assert again[0].flow is again[1].flow
-    assert again[2].parts[0] is again[2].parts[1] is again[1].extended.energy
+    assert again[2].parts[0] is again[2].parts[1] is again[1].augmented.energy
 
 
 def test_attributes_that_were_assigned_later_are_saved(tmp_path: Path) -> None:
