@@ -153,9 +153,9 @@ class MCMC(AbstractMCMC):
     def __init__(
         self,
         kernel: Kernel[Any],
-        num_samples: int,
-        warmup_steps: int = 500,
-        num_chains: int = 1,
+        num_samples: int = 1000,
+        warmup_steps: int = 1000,
+        num_chains: int = 4,
         *,
         seed: int | None = None,
         thinning: int = 1,

@@ -120,6 +120,14 @@ def test_constrained_supports_come_back_constrained(energy: Energy) -> None:
     assert data.posterior["x"].shape == (32, 500, *energy.event_shape)
 
 
+def test_by_default_there_are_draws_enough_for_a_diagnosis() -> None:
+    mcmc = MCMC(NUTS(), seed=0)
+    mcmc.run(Gaussian(torch.zeros(2, dtype=torch.float64)))
+    assert mcmc.get_samples(group_by_chain=True)["x"].shape == (4, 1000, 2)
+    assert mcmc.warmup_steps == 1000
+    assert mcmc.diagnose().mixed
+
+
 def test_same_seed_same_draws_and_fresh_seeds_are_kept() -> None:
     a, b, c = (sampled(DoubleWell(), 20, 20, seed=s).get_samples()["x"] for s in (3, 3, 4))
     assert torch.equal(a, b)
