@@ -167,7 +167,9 @@ def test_refusals_of_layers() -> None:
         NICE(2, base=StandardNormal(3))
     with pytest.raises(ValueError, match=r"Loft must be of total_dim=2 entries, got dim=3"):
         Flow([Loft(3)], 2, 2)
-    with pytest.raises(ValueError, match=r"the same dtype, got \['torch.float32', 'torch.float64'\]"):
+    with pytest.raises(
+        ValueError, match=r"the same dtype, got \['torch.float32', 'torch.float64'\]"
+    ):
         NICE(2, base=MixtureBase(2, 2, dtype=F64), dtype=torch.float32)
 
 

@@ -92,7 +92,9 @@ def test_without_draws_of_the_target_it_says_what_it_cannot_see() -> None:
         is report.coverage_entropy
         is None
     )
-    assert "none of these metrics depends on modes that the flow has not found" in report.findings[-1]
+    assert (
+        "none of these metrics depends on modes that the flow has not found" in report.findings[-1]
+    )
 
 
 def test_draws_of_a_chain_take_the_place_of_exact_ones() -> None:

@@ -448,7 +448,7 @@ def test_refusals() -> None:
         importance_sample(NICE(2, dtype=F64), energy, 10, batch_size=0)
     with pytest.raises(
         ValueError,
-        match=r"event_shape \(2,\), got batch_shape \(\) and event_shape \(3,\); give a flow itself",
+        match=r"event_shape \(2,\), got batch_shape \(\) and event_shape \(3,\); give a flow",
     ):
         importance_sample(RedundantNICE(2, 3, dtype=F64)(), energy, 10)
     with pytest.raises(ValueError, match="the proposal's draw must have the dtype of the energy"):

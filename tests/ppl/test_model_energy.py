@@ -549,7 +549,11 @@ def observed_only() -> None:
             (),
             r"site 'bits' must be continuous, but is discrete \(support .*Boolean",
         ),
-        (subsampled, (torch.zeros(5),), r"plate 'rows' must not subsample.* 2 of 5 rows.*drop subsample_size"),
+        (
+            subsampled,
+            (torch.zeros(5),),
+            r"plate 'rows' must not subsample.* 2 of 5 rows.*drop subsample_size",
+        ),
         (observed_only, (), "must have a latent sample site"),
         (noisy, (), "a random number that is no sample site"),
         (3, (), "model must be a Pyro model, a callable"),
