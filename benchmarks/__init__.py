@@ -1,2 +1,4 @@
-"""Benchmarks, run from a checkout: `python -m benchmarks.samplers`, then `python -m
-benchmarks.tables`."""
+"""Benchmarks, run from a checkout.
+
+For example `python -m benchmarks.samplers`, then `python -m benchmarks.tables`.
+"""

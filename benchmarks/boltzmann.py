@@ -1,11 +1,10 @@
-"""Restricted Boltzmann machine of 784-500 units: training and AIS, beside scikit-learn, rbms, and
-the bare matrix products.
+"""Training and AIS of a 784-500 RBM, compared with scikit-learn, rbms and matrix products.
 
     python -m benchmarks.boltzmann [--quick] [--threads N] [--out DIR]
 
-All libraries take turns in one process, on one core unless told otherwise: milliseconds of a step
-of PCD-1 (batches of 100, 100 chains) and of a temperature of AIS (100 chains), medians of five
-rounds. A library that is not installed has no rows.
+All libraries run alternately in one process, by default on one core. The results are milliseconds
+for a step of PCD-1 (batches of 100, 100 chains) and for a temperature of AIS (100 chains), medians
+of five rounds. Libraries that are not installed are skipped.
 """
 
 from __future__ import annotations
@@ -41,12 +40,15 @@ Timed = Callable[[int], Any]
 
 
 def data(n: int = 2000) -> torch.Tensor:
-    """Bits as sparse as those of MNIST: how long a step takes does not depend on which they are."""
+    """Return binary images as sparse as MNIST's.
+
+    The time of a step does not depend on their content.
+    """
     return (torch.rand(n, VISIBLE, generator=torch.Generator().manual_seed(0)) < 0.13).float()
 
 
 def machine(dtype: torch.dtype = torch.float32) -> BernoulliRBM:
-    """Weights as small as after some training."""
+    """Return a machine with weights as small as after some training."""
     weight = 0.1 * torch.randn(
         VISIBLE, HIDDEN, generator=torch.Generator().manual_seed(1), dtype=dtype
     )
@@ -54,7 +56,7 @@ def machine(dtype: torch.dtype = torch.float32) -> BernoulliRBM:
 
 
 def ours(centered: bool) -> Timed:
-    """The public loop, with all that it looks after."""
+    """Train by the public loop, with all of its checks."""
     x, rbm = data(), machine()
     transform = Centering() if centered else None
     objective = PersistentCD(num_chains=BATCH)
@@ -75,8 +77,10 @@ def ours(centered: bool) -> Timed:
 
 
 def products(dtype: torch.dtype = torch.float32) -> Timed:
-    """What PCD-1 cannot do without: the fields of data and chains, both products of the gradient,
-    one way down."""
+    """Compute the matrix products of PCD-1 alone.
+
+    They are the fields of data and chains, both products of the gradient, and one downward pass.
+    """
     rbm, x = machine(dtype), data(BATCH).to(dtype)
     w = rbm.weight.detach()
     h = torch.rand(BATCH, HIDDEN, dtype=dtype)
@@ -93,6 +97,7 @@ def products(dtype: torch.dtype = torch.float32) -> Timed:
 
 
 def scikit_learn(dtype: type) -> Timed:
+    """Train by scikit-learn's ``partial_fit``."""
     from sklearn.neural_network import BernoulliRBM as Peer
 
     x = data().numpy().astype(dtype)
@@ -108,6 +113,7 @@ def scikit_learn(dtype: type) -> Timed:
 
 
 def rbms_machine() -> Any:
+    """Return the same machine of the package rbms."""
     from rbms.bernoulli_bernoulli.classes import BBRBM
 
     rbm = machine()
@@ -119,6 +125,7 @@ def rbms_machine() -> Any:
 
 
 def rbms_pcd(centered: bool) -> Timed:
+    """Train by PCD of the package rbms."""
     from rbms.training.pcd import fit_batch_pcd
 
     x, params = data(), rbms_machine()
@@ -141,13 +148,14 @@ def rbms_pcd(centered: bool) -> Timed:
 
 
 def our_ais() -> Timed:
+    """Run AIS of this library."""
     rbm = machine()
     base = base_rates(rbm, data())
     return lambda n: ais(rbm, base, betas=n, num_chains=BATCH, progress=False)
 
 
 def ais_products() -> Timed:
-    """Up and down once for each temperature."""
+    """Compute the matrix products of AIS alone, two for each temperature."""
     w = machine().weight.detach()
     v = data(BATCH)
     h = torch.rand(BATCH, HIDDEN)
@@ -161,6 +169,7 @@ def ais_products() -> Timed:
 
 
 def rbms_ais() -> Timed:
+    """Run AIS of the package rbms."""
     from rbms.partition_function.ais import compute_partition_function_ais
 
     params = rbms_machine()
@@ -219,7 +228,7 @@ CONTESTANTS: tuple[tuple[str, str, str, Callable[[], Timed], dict[str, Any]], ..
 
 
 def measure(steps: int, rounds: int, threads: int) -> list[Row]:
-    """All contestants in turn, round by round; the first round warms up and does not count."""
+    """Run all entries alternately, round by round; the first round is a warm-up and is dropped."""
     torch.set_num_threads(threads)
     ready, milliseconds = {}, dict[int, list[float]]()
     for number, (case, library, what, make, _) in enumerate(CONTESTANTS):
@@ -265,6 +274,7 @@ def measure(steps: int, rounds: int, threads: int) -> list[Row]:
 
 
 def main() -> None:
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.boltzmann", description=(__doc__ or "").split("\n")[0]
     )

@@ -1,12 +1,11 @@
-"""Flows fitted to densities: pyroebm, normflows, zuko and Pyro's SVI, by their speed and by their
-error at equal time.
+"""Flows of pyroebm, normflows, zuko and Pyro: speed, and error at equal time.
 
     python -m benchmarks.flows [--quick] [--case CASE] [--seconds S] [--seeds N] [--out DIR]
 
-All take turns in one process, on one core, in float32. `nice`: milliseconds of a step of training
-of the same additive couplings, as medians of rounds. Every other case: a flow of each library
-trained for as many seconds of the processor, and what its draws are worth, judged alike. Seconds
-are of processor time. A library that is not installed has no rows.
+All run alternately in one process, on one core, in float32. The case `nice` measures milliseconds
+for a training step of the same additive couplings, as medians of rounds. In every other case a flow
+of each library is trained for the same time, and then all are evaluated alike. Seconds are CPU
+time. Libraries that are not installed are skipped.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ DIMS, DRAWS = (2, 32), 512
 
 
 def available(case: str, library: str, method: str) -> bool:
-    """Whether a library is installed; says so if not."""
+    """Return whether a library is installed; print a message if not."""
     found = importlib.util.find_spec(library) is not None
     if not found:
         print(
@@ -49,6 +48,7 @@ def available(case: str, library: str, method: str) -> bool:
 
 
 def version(library: str) -> str:
+    """Return the version of a library."""
     try:
         return importlib.metadata.version("pyro-ppl" if library == "pyro" else library)
     except importlib.metadata.PackageNotFoundError:  # run from the tree
@@ -56,8 +56,10 @@ def version(library: str) -> str:
 
 
 def measure_steps(calls: int, rounds: int, compiled: bool) -> list[Row]:
-    """All contestants in turn, round by round; the first calls of each warm up, or compile, and are
-    told apart."""
+    """Run all entries alternately, round by round.
+
+    The first calls, which may compile, are reported separately.
+    """
     rows = []
     for dim in DIMS:
         ready, first = [], []
@@ -112,8 +114,10 @@ def measure_steps(calls: int, rounds: int, compiled: bool) -> list[Row]:
 def fit(
     case: FlowCase, make: Fitter, seconds: float, seed: int, draws: int, warmup: int
 ) -> dict[str, float]:
-    """Train for about ``seconds``: as many steps as fit, by the time of another flow's, at least
-    ``warmup``; then judge."""
+    """Train for about ``seconds``, and evaluate.
+
+    The number of steps is chosen by the speed of another flow, and is at least ``warmup``.
+    """
     target = case.make()
     torch.manual_seed(seed)
     probe = make(Counted(target), case.scale, 10**6)
@@ -139,8 +143,10 @@ def fit(
 
 
 def measure_fits(name: str, seconds: float, seeds: int, draws: int, warmup: int) -> list[Row]:
-    """Each library on a case, seed by seed; a seed that raises is named and left out, and where all
-    do the error is null."""
+    """Fit each library to a case, seed by seed.
+
+    A seed that raises an error is reported and left out; if all do, the error is null.
+    """
     rows = []
     for (library, method), make in FITTERS[name].items():
         if not available(name, library, method):
@@ -173,6 +179,7 @@ def measure_fits(name: str, seconds: float, seeds: int, draws: int, warmup: int)
 
 
 def main() -> None:
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.flows", description=(__doc__ or "").split("\n")[0]
     )

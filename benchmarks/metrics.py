@@ -1,5 +1,4 @@
-"""Which diagonal metric a warm-up should learn: NUTS on the models that a person brings, at its
-defaults but for the metric.
+"""Diagonal metrics for warm-up: NUTS on 15 models with two ways to estimate the metric.
 
     python -m benchmarks.metrics [--quick] [--seeds N] [--case CASE] [--posteriordb FILE]
     [--out DIR]
@@ -8,10 +7,10 @@ defaults but for the metric.
 - `draws and gradients`: the square root of the variances of the draws over those of the gradients
   (Seyboldt, Carlson and Carpenter, 2024).
 
-A run is 4 chains of 1,000 warm-up steps and 1,000 draws from default starts, one for each of the
-seeds 0, 1, .... Gradients are counted, so that other work on the machine changes no number. Rows go
-to DIR/metrics.json after each case and metric, in place of earlier ones. The cases of posteriordb
-need the user's file of it (benchmarks/suite/posteriordb.py says its format).
+A run has 4 chains of 1,000 warm-up steps and 1,000 draws from default starts, one run for each of
+the seeds 0, 1, .... Gradients are counted, so other programs on the machine do not affect the
+results. They replace earlier ones in DIR/metrics.json after each case and metric. The cases of
+posteriordb need a file of the user (its format is in benchmarks/suite/posteriordb.py).
 """
 
 from __future__ import annotations
@@ -44,39 +43,41 @@ CHAINS = 4
 
 
 class PooledDiagonal(NamedTuple):
-    r"""Variances of the draws and of the gradients of all chains together, and the diagonal that
-    fits both.
+    r"""Variances of draws and gradients of all chains, and the diagonal metric from both.
 
     .. math:: v_i = \sqrt{\operatorname{Var}(x_i) / \operatorname{Var}(\partial_i E)}
 
     It minimizes the Fisher divergence between the target and normal densities with independent
-    entries (Seyboldt, Carlson and Carpenter, 2024). Where the target is such a density, any two
-    draws determine it, since the gradients are linear in the draws.
+    entries (Seyboldt, Carlson and Carpenter, 2024). If the target is such a density, any two draws
+    determine it, since the gradients are linear in the draws.
 
     Args:
-        both: moments of rows with a draw and its gradient side by side.
+        both: moments of rows that contain a draw and its gradient.
     """
 
     both: PooledVariance
 
     @classmethod
     def start(cls, like: Tensor) -> PooledDiagonal:
-        """Empty, for rows shaped as ``like`` ``(chains, dim)``."""
+        """Return an empty state for rows shaped as ``like``, ``(chains, dim)``."""
         return cls(PooledVariance.start(torch.cat([like, like], 1)))
 
     def update(self, q: Tensor, grad: Tensor, moved: Tensor | None = None) -> PooledDiagonal:
-        """Add rows ``(chains, dim)``, of the chains that ``moved`` (None: of all)."""
+        """Add rows ``(chains, dim)`` of the chains that ``moved`` (None: of all)."""
         return PooledDiagonal(self.both.update(torch.cat([q, grad], 1), moved=moved))
 
     def metric(self, before: Tensor | None = None) -> Tensor | None:
-        """The diagonal, drawn towards the one ``before`` as :meth:`PooledVariance.metric` does; an
-        entry whose draws or gradients have a variance of 0 keeps the one before."""
+        """Return the diagonal, shrunk towards the metric ``before``.
+
+        Shrinkage is that of :meth:`PooledVariance.metric`. An entry whose draws or gradients have
+        variance 0 keeps its previous value.
+        """
         draws, grads = self.both.variance().chunk(2)
         return shrunk((draws / grads).sqrt(), self.both.draws, before)
 
 
 class DrawsAndGradients(WindowAdaptation):
-    """Windows that end with that diagonal."""
+    """Window adaptation with this diagonal metric."""
 
     def _empty(self, kernel: Kernel[Any], state: AnyState) -> Any:
         return PooledDiagonal.start(rows(state.x))
@@ -89,8 +90,7 @@ METHOD = "NUTS, metric from "
 
 
 def case_rows(case: Case, metric: str, seeds: int, steps: int, compile: bool = True) -> list[Row]:
-    """Rows of a case with a metric, after so many steps of warm-up and as many draws: medians over
-    the seeds, and ranges."""
+    """Run a case with a metric and return medians over the seeds, and ranges."""
     began = time.perf_counter()
     energy = ModelEnergy(MODELS[case.name], *tensors(case.arguments()))
     columns: dict[str, list[Any]] = {}
@@ -141,6 +141,7 @@ def case_rows(case: Case, metric: str, seeds: int, steps: int, compile: bool = T
 
 
 def main() -> None:
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.metrics", description=(__doc__ or "").split("\n")[0]
     )

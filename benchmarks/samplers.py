@@ -1,12 +1,11 @@
-"""Effective draws a second and a gradient: pyroebm, Pyro, NumPyro and BlackJAX on the same
-densities, each on one core.
+"""ESS per second and per gradient of pyroebm, Pyro, NumPyro and BlackJAX, on one core.
 
     python -m benchmarks.samplers [--quick] [--only LIBRARY] [--case CASE] [--chains N] [--out DIR]
     [--repeats N] [--budget S]
 
-Each library meets each case in a process of its own. The rows go to DIR/samplers.json, in place of
-earlier ones of the same library and case; a library that is not installed, or fails, is named, and
-has no rows.
+Each library runs each case in a separate process. The results replace earlier ones of the same
+library and case in DIR/samplers.json. A library that is not installed, or fails, is reported and
+skipped.
 """
 
 from __future__ import annotations
@@ -58,7 +57,7 @@ def plan(
     budget: float,
     chains: int | None = None,
 ) -> list[Job]:
-    """The jobs asked for, cases in order."""
+    """Return the requested jobs, in the order of the cases."""
     warmup, samples = (50, 50) if quick else (500, 1000)
     repeats, budget = (1, 1.0) if quick else (repeats, budget)
     jobs = [
@@ -84,8 +83,11 @@ def in_process(
     environment: Mapping[str, str] | None = None,
     limit: float | None = None,
 ) -> tuple[Any, str | None]:
-    """What a worker module makes of some content, in a process of its own, or None and what went
-    wrong; both are JSON."""
+    """Call a worker module with some content in a separate process; both exchange JSON.
+
+    Returns:
+        its answer or None, and the error message.
+    """
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder, "content.json"), Path(folder, "answer.json")
         source.write_text(json.dumps(content), encoding="utf-8")
@@ -107,7 +109,7 @@ def in_process(
 
 
 def work(job: Job) -> tuple[list[Row], str | None]:
-    """Rows of a job done in its own process, or none and what went wrong."""
+    """Run a job in its own process and return its rows, or none and the error message."""
     rows, problem = in_process("benchmarks.suite.worker", dataclasses.asdict(job))
     return rows or [], problem
 
@@ -117,14 +119,13 @@ def _measured(row: Row) -> tuple[str, str, str]:
 
 
 def merge(old: list[Row], new: list[Row]) -> list[Row]:
-    """New rows in place of the old ones of the same library, method and number of chains on the
-    same case."""
+    """Replace rows of the same library, method, number of chains and case by new ones."""
     replaced = {(*_measured(r), r["settings"]["chains"]) for r in new}
     return [r for r in old if (*_measured(r), r["settings"]["chains"]) not in replaced] + new
 
 
 def write(path: Path, rows: list[Row]) -> None:
-    """Merge rows into a JSON file, a row a line."""
+    """Merge rows into a JSON file, with one row per line."""
     old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join(json.dumps(row, allow_nan=False) for row in merge(old, rows))
@@ -132,6 +133,7 @@ def write(path: Path, rows: list[Row]) -> None:
 
 
 def main() -> int:
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.samplers", description=(__doc__ or "").split("\n")[0]
     )
@@ -177,11 +179,11 @@ def main() -> int:
             continue
         write(path, rows)
         found = {row["metric"]: row["value"] for row in rows}
-        facts = [
+        results = [
             f"{m} {found[m]:.4g}" for m in ("ess_per_second", "worst_z") if found.get(m) is not None
         ]
         print(
-            f"{label}: " + ", ".join([*facts, f"{time.perf_counter() - began:.0f} s in all"]),
+            f"{label}: " + ", ".join([*results, f"{time.perf_counter() - began:.0f} s in all"]),
             flush=True,
         )
     print(f"written to {path}" + (f"; {failures} failed" if failures else ""))

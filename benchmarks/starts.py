@@ -1,19 +1,18 @@
-"""Whether warm-up leaves a chain behind: step-size rules of NUTS on models with steep regions, 100
-seeds each.
+"""Stuck chains after warm-up: step-size rules of NUTS on models with steep regions, 100 seeds.
 
     python -m benchmarks.starts [--quick] [--seeds N] [--rule RULE] [--case CASE] [--out DIR]
 
 Each seed is a run with default starts, 500 steps of warm-up and 500 draws. Rules:
 
 - `grouped`, `per_chain`, `pooled`: those of `pyroebm.kernels.WindowAdaptation`;
-- `harmonic`: one step size for all, tuned to the harmonic mean of the acceptance rates;
-- `harmonic, then mean`: one step size for all, tuned to the harmonic mean of the acceptance rates
-  in the first half of warm-up and to their arithmetic mean after it;
-- `mean`: one step size for all, tuned to the arithmetic mean of the acceptance rates.
+- `harmonic`: one step size for all chains, adapted by the harmonic mean of the acceptance rates;
+- `harmonic, then mean`: one step size for all chains, adapted by the harmonic mean of the
+  acceptance rates in the first half of warm-up and by their arithmetic mean after it;
+- `mean`: one step size for all chains, adapted by the arithmetic mean of the acceptance rates.
 
-The runs of all seeds are rows of one batch. In a step no row depends on another, so this is as if
-they ran one by one; starts and adaptation are taken seed by seed, by the code that `pyroebm.MCMC`
-runs. `efficiency` rows are effective draws a gradient.
+The runs of all seeds are one batch of chains. A step of one chain does not depend on the others, so
+the results are those of separate runs; starts and adaptation are computed for each seed by the code
+of `pyroebm.MCMC`. `efficiency` is ESS per gradient.
 """
 
 from __future__ import annotations
@@ -52,15 +51,17 @@ WARMUP = DRAWS = 500
 
 
 class _Mean(WindowAdaptation):
-    """One step size for all chains, tuned to the arithmetic mean of their acceptance rates."""
+    """One step size for all chains, adapted by the arithmetic mean of their acceptance rates."""
 
     def _rates(self, rates: Tensor, together: Tensor, overdue: Tensor) -> float | Tensor:
         return float(rates.mean())
 
 
 class _Harmonic(WindowAdaptation):
-    """One step size for all chains, tuned to the harmonic mean of their acceptance rates (Hoffman,
-    Radul and Sountsov, 2021)."""
+    """One step size for all chains, adapted by the harmonic mean of their acceptance rates.
+
+    The method is that of Hoffman, Radul and Sountsov (2021).
+    """
 
     def _rates(self, rates: Tensor, together: Tensor, overdue: Tensor) -> float | Tensor:
         return float(1.0 / (1.0 / rates).mean())
@@ -102,6 +103,7 @@ def normal_data() -> Tensor:
 
 
 def location_scale(y: Tensor) -> None:
+    """Define a normal model with unknown location and scale."""
     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
     tau = pyro.sample("tau", dist.HalfCauchy(1.0))
     with pyro.plate("data", len(y)):
@@ -141,6 +143,7 @@ def covariance(x: Tensor, amplitude: Tensor, length: Tensor, noise: Tensor) -> T
 
 
 def gaussian_process(x: Tensor, y: Tensor) -> None:
+    """Define a Gaussian process regression."""
     amplitude = pyro.sample("amplitude", dist.HalfCauchy(1.0))
     length = pyro.sample("length", dist.LogNormal(0.0, 1.0))
     noise = pyro.sample("noise", dist.HalfCauchy(1.0))
@@ -179,6 +182,7 @@ def two_component_data() -> Tensor:
 
 
 def two_components(y: Tensor) -> None:
+    """Define a normal mixture of two components."""
     weight = pyro.sample("weight", dist.Beta(1.0, 1.0))
     with pyro.plate("components", 2):
         mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
@@ -189,8 +193,10 @@ def two_components(y: Tensor) -> None:
 
 
 class MullerBrown(Energy):
-    """The potential of Müller and Brown (1979) at kT = 15: two wells side by side and a shallow one
-    between them."""
+    """The potential of Müller and Brown (1979) at kT = 15.
+
+    It has two deep wells and a shallow one between them.
+    """
 
     event_shape = torch.Size((2,))
     A = (-200.0, -100.0, -170.0, 15.0)
@@ -201,6 +207,7 @@ class MullerBrown(Energy):
     y0 = (0.0, 0.5, 1.5, 1.0)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return energies of points ``(*batch, 2)``."""
         terms = zip(self.A, self.a, self.b, self.c, self.x0, self.y0, strict=True)
         u, v = x[..., 0], x[..., 1]
         parts = [
@@ -211,7 +218,7 @@ class MullerBrown(Energy):
 
 
 def muller_brown_truth(points: int = 801) -> np.ndarray:
-    """The mass at x > 0 by quadrature."""
+    """Return the mass at x > 0 by quadrature."""
     axes = (
         torch.linspace(-2.5, 2.0, points, dtype=F64),
         torch.linspace(-1.5, 3.0, points, dtype=F64),
@@ -223,17 +230,17 @@ def muller_brown_truth(points: int = 801) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A density, and what is known of it.
+    """A density and its known expectations.
 
     Args:
         title: as in the docs.
         build: makes the energy.
         chains: chains of one run.
         quantities: from named draws ``(chains, draws, ...)`` to functions of them, ``(chains,
-            draws, k)``; None looks at none.
-        truth: their exact means, ``(k,)``; None where they are not known, or out of reach of 500
+            draws, k)``; None: no quantities.
+        truth: their exact means, ``(k,)``; None where they are unknown, or not reachable with 500
             draws.
-        one_mode: whether chains must agree.
+        one_mode: whether all chains must agree.
     """
 
     title: str
@@ -326,8 +333,7 @@ class _Memory(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class EachSeed:
-    """An adaptation for each run of ``chains`` chains in a row of one batch: ``plan``'s, apart from
-    those of the others."""
+    """A separate adaptation ``plan`` for each run of ``chains`` chains in one batch."""
 
     plan: WindowAdaptation
     chains: int
@@ -335,6 +341,7 @@ class EachSeed:
     def start(
         self, kernel: Any, energy: Energy, state: State, generator: Any = None
     ) -> tuple[Any, _Memory]:
+        """Return the initial adaptation states."""
         pairs = [self.plan.start(kernel, energy, part, generator) for part in self._parts(state)]
         kernels, memories = zip(*pairs, strict=True)
         return self._joined(kernel, kernels), _Memory(kernels, memories)
@@ -348,6 +355,7 @@ class EachSeed:
         steps: int,
         generator: Any = None,
     ) -> tuple[Any, State, Info, _Memory]:
+        """Adapt each run after a step."""
         state, info = kernel.step(energy, state, generator)
         each = zip(*memory, self._parts(state), self._parts(info), strict=True)
         pairs = [self.plan.update(k, energy, s, i, m, steps, generator) for k, m, s, i in each]
@@ -371,7 +379,7 @@ class EachSeed:
 
 
 def sampled(energy: Energy, chains: int, seeds: int, rule: str, draws: int = DRAWS) -> MCMC:
-    """Runs of seeds 0, 1, ... with default starts, one after another along the chains."""
+    """Run the seeds 0, 1, ... with default starts, concatenated along the chains."""
     plan, target = RULES[rule](), Unconstrained(energy)
     starts = []
     for seed in range(seeds):
@@ -395,7 +403,7 @@ def sampled(energy: Energy, chains: int, seeds: int, rule: str, draws: int = DRA
 
 
 def judged(case: Case, mcmc: MCMC, seeds: int) -> dict[str, list[float]]:
-    """What is asked of a run, a number for each seed."""
+    """Return the results of a run, one number for each seed."""
     stats = {k: v.reshape(seeds, case.chains, -1) for k, v in mcmc.get_stats().items()}
     draws = {
         k: v.reshape(seeds, case.chains, *v.shape[1:])
@@ -433,7 +441,7 @@ def judged(case: Case, mcmc: MCMC, seeds: int) -> dict[str, list[float]]:
 
 
 def case_rows(name: str, rule: str, seeds: int) -> list[Row]:
-    """Rows of a case under a rule: the median over seeds, and the range."""
+    """Return the results of a case under a rule: the median over seeds, and the range."""
     case, began = CASES[name], time.perf_counter()
     found = judged(case, sampled(case.build(), case.chains, seeds, rule), seeds)
     settings = {
@@ -473,8 +481,7 @@ def case_rows(name: str, rule: str, seeds: int) -> list[Row]:
 
 
 def efficiency_rows(name: str, rule: str, seeds: int, chains: int = 64) -> list[Row]:
-    """Least bulk effective sample size over the gradients of the draws, and its median and range
-    over seeds."""
+    """Return minimum bulk ESS over gradients of the draws: median and range over seeds."""
     case, began = SAMPLER_CASES[name], time.perf_counter()
     mcmc = sampled(in_torch.energy(name), chains, seeds, rule)
     draws = {
@@ -503,6 +510,7 @@ def efficiency_rows(name: str, rule: str, seeds: int, chains: int = 64) -> list[
 
 
 def main() -> None:
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.starts", description=(__doc__ or "").split("\n")[0]
     )

@@ -1,18 +1,18 @@
-"""Seconds from the first import to a table of R-hat: pyroebm, NumPyro, BlackJAX, nutpie, owalnuts
-and Pyro on the models that a person brings, each at its defaults, on one core.
+"""Seconds from the first import to a table of R-hat, for pyroebm and other libraries.
 
     python -m benchmarks.stopwatch [--quick] [--only LIBRARY] [--case CASE] [--posteriordb FILE]
     [--repeats N] [--limit S] [--resume] [--out DIR]
 
-A run is 4 chains of 1,000 warm-up steps and 1,000 draws, in a process of its own whose caches of
-compiled code are empty, and once more in a second process that finds what the first one left. In a
-round every library has its turn; numbers are medians over the rounds. Pyro runs 4 x (100 + 100),
-and its seconds of sampling are multiplied by ten.
+The others are NumPyro, BlackJAX, nutpie, owalnuts and Pyro, each at its defaults, on one core. A
+run has 4 chains of 1,000 warm-up steps and 1,000 draws, in a process whose caches of compiled code
+are empty, and again in a second process that uses the caches of the first one. The libraries run
+alternately; numbers are medians over the rounds. Pyro runs 4 x (100 + 100), and its sampling time
+is multiplied by ten.
 
-Rows go to DIR/stopwatch.json after each turn, in place of earlier ones of the same library and
-case. `--resume` leaves out the cases and libraries whose rows have all their rounds. The cases
-of posteriordb need the user's file of it (benchmarks/suite/posteriordb.py says its format). A
-library that is not installed, or fails, is named, and has no rows.
+The results replace earlier ones of the same library and case in DIR/stopwatch.json after each run.
+`--resume` skips cases and libraries with results of all rounds. The cases of posteriordb need a
+file of the user (its format is in benchmarks/suite/posteriordb.py). A library that is not
+installed, or fails, is reported and skipped.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ SECONDS = ("seconds_empty_caches", "seconds_second_process")
 def plan(
     quick: bool, only: str | None, cases: Iterable[str], repeats: int, limit: float
 ) -> list[list[Job]]:
-    """The jobs asked for: a list for each case, in the order of their turns."""
+    """Return the requested jobs: a list for each case, in the order in which they run."""
 
     def job(case: str, library: str, method: str, options: dict[str, Any]) -> Job:
         steps = 100 if quick or library == "pyro" else 1000
@@ -71,8 +71,10 @@ def plan(
 
 
 def caches(folder: str) -> dict[str, str]:
-    """Environment in which all compiled code that a library keeps by default is kept in
-    ``folder``; JAX keeps none."""
+    """Return environment variables that place all caches of compiled code in ``folder``.
+
+    JAX keeps none by default.
+    """
     return {
         "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor",
         "NUMBA_CACHE_DIR": f"{folder}/numba",
@@ -81,8 +83,11 @@ def caches(folder: str) -> dict[str, str]:
 
 
 def take_turn(job: Job, seed: int, database: Path | None) -> tuple[list[dict[str, Any]], str]:
-    """What the worker answers in a first and in a second process, and what went wrong, if
-    anything."""
+    """Run the worker in a first and in a second process.
+
+    Returns:
+        the answers, and the error message, if any.
+    """
     content = {
         "job": dataclasses.asdict(job),
         "seed": seed,
@@ -101,7 +106,7 @@ def take_turn(job: Job, seed: int, database: Path | None) -> tuple[list[dict[str
 
 
 def stopwatch_rows(job: Job, turns: Sequence[Sequence[dict[str, Any]]]) -> list[Row]:
-    """Rows of a library on a case, from the answers of two processes in each round."""
+    """Return the results of a library on a case, from two processes in each round."""
     settings = job.settings(len(turns)) | {"pinned": turns[0][0]["pinned"]}
     columns: dict[str, list[Any]] = {
         metric: [answers[process]["metrics"]["seconds"] for answers in turns]
@@ -119,7 +124,7 @@ def stopwatch_rows(job: Job, turns: Sequence[Sequence[dict[str, Any]]]) -> list[
 
 
 def told(answers: Sequence[dict[str, Any]]) -> str:
-    """A turn in one line."""
+    """Format a run in one line."""
     first, second = (answer["metrics"] for answer in answers)
     numbers = [
         f"{first['seconds']:.1f} s and {second['seconds']:.1f} s in a second process",
@@ -131,7 +136,7 @@ def told(answers: Sequence[dict[str, Any]]) -> str:
 
 
 def finished(path: Path, job: Job) -> bool:
-    """Whether a file has rows of all rounds of a job."""
+    """Return whether a file has results of all rounds of a job."""
     rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     return any(
         (r["case"], r["library"]) == (f"stopwatch {job.case}", job.library)
@@ -141,6 +146,7 @@ def finished(path: Path, job: Job) -> bool:
 
 
 def main() -> int:
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.stopwatch", description=(__doc__ or "").split("\n")[0]
     )

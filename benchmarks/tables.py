@@ -1,11 +1,11 @@
-"""The tables of docs/benchmarks.md, from the JSON files of benchmarks/results.
+"""Write the tables of docs/benchmarks.md from the JSON files of benchmarks/results.
 
     python -m benchmarks.tables [--results DIR] [--page FILE]
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`, where NAME is a case of
+A table is between `<!-- table: NAME -->` and `<!-- end -->`, where NAME is a case of
 benchmarks/samplers.py, benchmarks/boltzmann.py or benchmarks/flows.py, `training`, `starts`,
-`stopwatch`, `metrics`, `truth`, `efficiency`, `gradients` or a curve; what stood there before goes.
-A table without rows says so.
+`stopwatch`, `metrics`, `truth`, `efficiency`, `gradients` or a curve. Its previous content is
+replaced. A table without results says "Not measured yet".
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ STOPWATCH_COLUMNS = (
     ("ESS", "min_ess"),
     ("R-hat", "worst_r_hat"),
     ("divergences", "divergences"),
-    ("worst z", "worst_z"),
+    ("largest \\|z\\|", "worst_z"),
 )
 
 #: Columns of the metrics' table: heading, metric.
@@ -88,12 +88,12 @@ COLUMNS = (
     ("with compiling", "ess_per_second_with_compile", False),
     ("ESS/gradient", "ess_per_gradient", False),
     ("compile s", "compile_seconds", False),
-    ("worst z", "worst_z", False),
+    ("largest \\|z\\|", "worst_z", False),
 )
 
 
 def read_rows(folder: Path) -> list[Row]:
-    """Rows of every JSON file in a folder."""
+    """Read the results of every JSON file in a folder."""
     return [
         row
         for path in sorted(folder.glob("*.json"))
@@ -102,7 +102,7 @@ def read_rows(folder: Path) -> list[Row]:
 
 
 def number(value: float | None) -> str:
-    """Three figures, thousands apart; a dash for what was not measured."""
+    """Format a number with three figures and thousands separators; a dash for None."""
     if value is None:
         return "-"
     if abs(value) >= 100:
@@ -111,7 +111,7 @@ def number(value: float | None) -> str:
 
 
 def table(headings: list[str], body: list[list[str]]) -> str:
-    """A Markdown table, its first column to the left."""
+    """Format a Markdown table whose first column is aligned to the left."""
     lines = [headings, ["---"] + ["---:"] * (len(headings) - 1), *body]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
@@ -126,8 +126,10 @@ def _with_spread(row: Row | None, shown: bool) -> str:
 
 
 def case_table(case: str, rows: list[Row]) -> str:
-    """One line a sampler, its number of chains beside it; the ratio is to NumPyro's NUTS with as
-    many chains."""
+    """Return a table with one line per sampler and number of chains.
+
+    The ratio is to NumPyro's NUTS with as many chains.
+    """
     found: dict[tuple[str, str, str, int], dict[str, Row]] = {}
     for row in rows:
         if row["case"] == case and row["metric"] != "gradient_us":
@@ -169,7 +171,7 @@ def case_table(case: str, rows: list[Row]) -> str:
 
 
 def gradients_table(rows: list[Row]) -> str:
-    """Microseconds of a bare gradient, a line a case."""
+    """Return a table of microseconds per gradient, with one line per case."""
     found = {
         (row["case"], row["settings"]["mode"], row["settings"]["chains"]): row
         for row in rows
@@ -189,7 +191,7 @@ def gradients_table(rows: list[Row]) -> str:
 
 
 def curve_table(name: str, rows: list[Row]) -> str:
-    """Microseconds of a leapfrog step of one chain, a line a point."""
+    """Return a table of microseconds per leapfrog step of one chain, one line per point."""
     found = sorted(
         (row["settings"]["chains"], row["settings"]["dim"], _with_spread(row, True))
         for row in rows
@@ -203,8 +205,10 @@ def curve_table(name: str, rows: list[Row]) -> str:
 
 
 def flow_table(case: str, rows: list[Row]) -> str:
-    """A line a flow, with the numbers of :data:`FLOW_COLUMNS`; the spread of the error where there
-    are several seeds."""
+    """Return a table with one line per flow and the columns :data:`FLOW_COLUMNS`.
+
+    With several seeds the range of the error is shown.
+    """
     found: dict[tuple[str, str, str], dict[str, Row]] = {}
     for row in rows:
         if row["case"] == case:
@@ -221,8 +225,7 @@ def flow_table(case: str, rows: list[Row]) -> str:
 
 
 def nice_table(rows: list[Row]) -> str:
-    """A line a contestant: milliseconds of a step and its speed as a share of the limit's for each
-    size; what compiling took."""
+    """Return a table with one line per library: time, speed relative to the limit, compile time."""
     found: dict[tuple[str, str, str], dict[tuple[str, str], Row]] = {}
     for row in rows:
         if row["case"] in NICE_CASES:
@@ -241,15 +244,16 @@ def nice_table(rows: list[Row]) -> str:
             cells += [_with_spread(own, True), f"{limits[case] / own['value']:.0%}"]
         body.append([*cells, _with_spread(metrics.get((NICE_CASES[0], "compile_seconds")), False)])
     headings = [
-        f"{unit}, D = {case.split()[1]}"
-        for case in NICE_CASES
-        for unit in ("ms", "of the limit's speed")
+        f"{unit}, D = {case.split()[1]}" for case in NICE_CASES for unit in ("ms", "speed / limit")
     ]
     return table(["batches of 512, float32", *headings, "compile s"], body) if body else NOTHING
 
 
 def milliseconds_table(case: str, rows: list[Row]) -> str:
-    """A line a contestant, and its speed as a share of the matrix products', which come first."""
+    """Return a table with one line per library and its speed relative to the matrix products.
+
+    The row of the products is the first one.
+    """
     found = [row for row in rows if row["case"] == case and row["metric"] == "milliseconds"]
     if not found:
         return NOTHING
@@ -263,12 +267,14 @@ def milliseconds_table(case: str, rows: list[Row]) -> str:
         ]
         for row in found
     ]
-    return table(["", "dtype", "ms", "of the products' speed"], body)
+    return table(["", "dtype", "ms", "speed / matrix products"], body)
 
 
 def training_table(rows: list[Row]) -> str:
-    """A line a contestant, case by case: time, speed as a share of the limit's, and what the first
-    call took to compile."""
+    """Return a table with one line per case and library.
+
+    The columns are time, speed relative to the limit, and compile time.
+    """
     body = []
     for case, title in TRAINING_CASES.items():
         found = {
@@ -286,15 +292,17 @@ def training_table(rows: list[Row]) -> str:
                     [title, name, _with_spread(row, True), share, _with_spread(compiling, False)]
                 )
     return (
-        table(["256 chains, float32", "", "ms", "of the limit's speed", "compile s"], body)
+        table(["256 chains, float32", "", "ms", "speed / limit", "compile s"], body)
         if body
         else NOTHING
     )
 
 
 def starts_table(rows: list[Row]) -> str:
-    """A line a case and rule of benchmarks/starts.py: seeds that leave a chain behind, and the
-    extremes over seeds and chains."""
+    """Return a table with one line per case and rule of benchmarks/starts.py.
+
+    It shows the number of seeds with a stuck chain, and extremes over seeds and chains.
+    """
     found: dict[tuple[str, str], dict[str, Row]] = {}
     for row in rows:
         if row["case"].startswith("starts "):
@@ -335,23 +343,25 @@ def starts_table(rows: list[Row]) -> str:
     headings = [
         "rule",
         "seeds",
-        "leave a chain behind",
+        "seeds with a stuck chain",
         "outside .4 to .98",
-        "least acceptance",
-        "largest",
+        "minimum acceptance",
+        "maximum acceptance",
         "largest R-hat",
+        "largest \\|z\\| of a seed",
+        "z over all seeds",
+        "gradients/draw",
     ]
-    return (
-        table(["case", *headings, "largest z of a seed", "z of all", "gradients a draw"], body)
-        if body
-        else NOTHING
-    )
+    return table(["case", *headings], body) if body else NOTHING
 
 
 def stopwatch_table(rows: list[Row]) -> str:
-    """A line a case and contestant of benchmarks/stopwatch.py: seconds with empty caches and in a
-    second process, each as a multiple of NumPyro's faster mode, then what the draws are worth.
-    Below it, where pyroebm is the slower one."""
+    """Return a table with one line per case and library of benchmarks/stopwatch.py.
+
+    It shows seconds with empty caches and in a second process, each also relative to NumPyro's
+    faster mode, and the quality of the draws. The cases in which pyroebm is slower are listed below
+    it.
+    """
     found: dict[str, dict[tuple[str, str, str], dict[str, Row]]] = {}
     for row in rows:
         if row["case"].startswith("stopwatch "):
@@ -391,9 +401,11 @@ def stopwatch_table(rows: list[Row]) -> str:
 
 
 def metrics_table(rows: list[Row]) -> str:
-    """A line a case and metric of benchmarks/metrics.py: effective draws a gradient, as a multiple
-    of those with the first metric too, then what the warm-up took and what the draws are worth.
-    Below it, the median of the multiples over the cases."""
+    """Return a table with one line per case and metric of benchmarks/metrics.py.
+
+    It shows ESS per gradient, also relative to the first metric, the cost of warm-up, and the
+    quality of the draws. Below it is the median of the ratios over the cases.
+    """
     found: dict[tuple[str, str], dict[str, Row]] = {}
     for row in rows:
         if row["case"].startswith("metrics "):
@@ -432,7 +444,8 @@ def metrics_table(rows: list[Row]) -> str:
         body,
     )
     medians = "".join(
-        f"\nMedian over {len(ratios[metric])} cases of the ESS a gradient, {metric} over {first}:"
+        f"\nMedian over {len(ratios[metric])} cases of the ratio of ESS/gradient, {metric} to"
+        f" {first}:"
         f" {statistics.median(ratios[metric]):.3f} ({min(ratios[metric]):.3f} to"
         f" {max(ratios[metric]):.3f}).\n"
         for metric in others
@@ -442,8 +455,7 @@ def metrics_table(rows: list[Row]) -> str:
 
 
 def efficiency_table(rows: list[Row]) -> str:
-    """Effective draws a gradient of each case, a column a rule of benchmarks/starts.py, with
-    standard errors."""
+    """Return a table of ESS per gradient, with one line per case and one column per rule."""
     found: dict[tuple[str, str], dict[str, float]] = {}
     for row in rows:
         if row["case"].startswith("efficiency "):
@@ -460,11 +472,11 @@ def efficiency_table(rows: list[Row]) -> str:
                 f"{own['ess_per_gradient']:.4f} +- {own['standard_error']:.4f}" if own else "-"
             )
         body.append([CASES[case].title, *cells])
-    return table(["ESS a gradient, 64 chains", *rules], body) if body else NOTHING
+    return table(["ESS/gradient, 64 chains", *rules], body) if body else NOTHING
 
 
 def truth_table(rows: list[Row]) -> str:
-    """A line a case, method and number of chains of benchmarks/truth.py."""
+    """Return a table with one line per case, method and number of chains of benchmarks/truth.py."""
     found: dict[tuple[str, str, int], dict[str, Row]] = {}
     for row in rows:
         if row["case"].startswith("truth "):
@@ -480,12 +492,12 @@ def truth_table(rows: list[Row]) -> str:
         ]
         for (case, method, chains), metrics in found.items()
     ]
-    headings = ["case", "chains", "worst z", "divergences", "R-hat", "seeds"]
+    headings = ["case", "chains", "largest \\|z\\|", "divergences", "R-hat", "seeds"]
     return table(headings, body) if body else NOTHING
 
 
 def fill(page: str, rows: list[Row]) -> str:
-    """The page with every table made anew.
+    """Return the page with every table replaced.
 
     Raises:
         ValueError: if a marker names no table.
@@ -525,6 +537,7 @@ def fill(page: str, rows: list[Row]) -> str:
 
 
 def main() -> None:
+    """Write the tables into the page."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.tables", description=(__doc__ or "").split("\n")[0]
     )

@@ -1,12 +1,12 @@
-"""Chains and updates on a 2-128-128-1 SiLU net, beside torchebm and ebmkit, and the bare products
-and activations.
+"""Chains and updates of a 2-128-128-1 network, compared with torchebm and ebmkit.
 
     python -m benchmarks.training [--quick] [--threads N] [--out DIR]
 
-All libraries take turns in one process, on one core unless told otherwise, with the same weights
-and starts in float32: milliseconds of 60 Langevin steps of 256 chains, of an update of persistent
-contrastive divergence with 20 of them (a batch of 256, Adam), and of 10 trajectories of 10 leapfrog
-steps; medians of rounds. A library that is not installed has no rows.
+The limit is the time of the matrix products and activations alone. All libraries run alternately in
+one process, by default on one core, with the same weights and starts in float32. The results are
+milliseconds for 60 Langevin steps of 256 chains, for an update of persistent contrastive divergence
+with 20 of them (a batch of 256, Adam), and for 10 trajectories of 10 leapfrog steps; medians of
+rounds. Libraries that are not installed are skipped.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ Timed = Callable[[], Any]
 
 
 def net() -> nn.Sequential:
+    """Return the network."""
     return mlp(
         2,
         1,
@@ -60,12 +61,15 @@ def net() -> nn.Sequential:
 
 
 def starts(n: int = CHAINS) -> Tensor:
+    """Return the initial states of the chains."""
     return torch.randn(n, 2, generator=torch.Generator().manual_seed(1))
 
 
 def bare(x: Tensor, layers: nn.Sequential) -> Tensor:
-    """The gradient of the net in x, written out: three products there, three back, the activations
-    and their derivatives."""
+    """Compute the gradient of the network in x by hand.
+
+    It takes three products forward, three backward, the activations and their derivatives.
+    """
     (w1, b1), (w2, b2), (w3, b3) = [
         (layer.weight, layer.bias) for layer in layers if isinstance(layer, nn.Linear)
     ]
@@ -77,8 +81,7 @@ def bare(x: Tensor, layers: nn.Sequential) -> Tensor:
 
 
 def limit(gradients: int, update: bool) -> Timed:
-    """Nothing but the gradients of the chains; for an update, with those of the loss in the
-    weights."""
+    """Compute only the gradients of the chains; for an update, also those of the loss."""
     layers, x = net(), starts()
 
     def run() -> None:
@@ -93,6 +96,7 @@ def limit(gradients: int, update: bool) -> Timed:
 
 
 def our_energy() -> NeuralEnergy:
+    """Return the network as an energy of this library."""
     with warnings.catch_warnings():
         # no envelope: the peers' nets have none, and the chains are short
         warnings.simplefilter("ignore", UserWarning)
@@ -100,6 +104,7 @@ def our_energy() -> NeuralEnergy:
 
 
 def our_chains(kernel: Kernel[Any], steps: int, compiled: bool) -> Timed:
+    """Run chains of this library."""
     energy = our_energy()
     x = starts()
     generator = torch.Generator().manual_seed(2)
@@ -108,8 +113,7 @@ def our_chains(kernel: Kernel[Any], steps: int, compiled: bool) -> Timed:
 
 
 def our_update(compiled: bool) -> Timed:
-    """The public loop, with all that it looks after; the chains are there, as after some
-    training."""
+    """Train by the public loop, with all of its checks; the chains exist already."""
     energy, kernel = our_energy(), ULA(EPS)
     objective = ReplayBufferCD(
         CHAINS, WORK["pcd update"]["steps"], CompiledKernel(kernel) if compiled else kernel
@@ -120,6 +124,7 @@ def our_update(compiled: bool) -> Timed:
 
 
 def torchebm_model() -> Any:
+    """Return the network as a model of torchebm."""
     from torchebm.core import BaseModel
 
     class Model(BaseModel):  # type: ignore[misc]
@@ -135,6 +140,7 @@ def torchebm_model() -> Any:
 
 
 def torchebm_chains(hmc: bool) -> Timed:
+    """Run chains of torchebm."""
     from torchebm.samplers import HamiltonianMonteCarlo, LangevinDynamics
 
     model, x = torchebm_model(), starts()
@@ -148,6 +154,7 @@ def torchebm_chains(hmc: bool) -> Timed:
 
 
 def torchebm_update() -> Timed:
+    """Run an update of torchebm."""
     from torchebm.losses import ContrastiveDivergence
     from torchebm.samplers import LangevinDynamics
 
@@ -173,6 +180,7 @@ def torchebm_update() -> Timed:
 
 
 def ebmkit_energy() -> Any:
+    """Return the network as an energy of ebmkit."""
     from ebm.nets import MLPEnergy
 
     energy = MLPEnergy(2, (128, 128))
@@ -181,6 +189,7 @@ def ebmkit_energy() -> Any:
 
 
 def ebmkit_chains(hmc: bool) -> Timed:
+    """Run chains of ebmkit."""
     import ebm
 
     energy, x = ebmkit_energy(), starts()
@@ -192,7 +201,7 @@ def ebmkit_chains(hmc: bool) -> Timed:
 
 
 def ebmkit_update() -> Timed:
-    """Its own trainer and replay buffer; one step of it at a time."""
+    """Run single steps of ebmkit's trainer, with its replay buffer."""
     import ebm
 
     sampler = ebm.LangevinDynamics(step_size=EPS**2 / 2, steps=WORK["pcd update"]["steps"])
@@ -204,7 +213,7 @@ def ebmkit_update() -> Timed:
 
 
 def contestants() -> Iterator[tuple[str, str, str, str, Callable[[], Timed]]]:
-    """Case, distribution, module, what of it, and how to make it; the limit comes first."""
+    """Return case, distribution, module, method and factory of each entry, the limit first."""
     gradients = {"langevin": 60, "pcd update": 20, "hmc": 100}
     for case in WORK:
         update, hmc = case == "pcd update", case == "hmc"
@@ -237,8 +246,10 @@ def contestants() -> Iterator[tuple[str, str, str, str, Callable[[], Timed]]]:
 
 
 def measure(calls: int, rounds: int, threads: int) -> list[Row]:
-    """All contestants in turn, round by round; the first call of each warms up, or compiles, and is
-    told apart."""
+    """Run all entries alternately, round by round.
+
+    The first calls, which may compile, are reported separately.
+    """
     torch.set_num_threads(threads)
     ready, first = [], []
     versions = {}
@@ -293,6 +304,7 @@ def measure(calls: int, rounds: int, threads: int) -> list[Row]:
 
 
 def main() -> None:
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.training", description=(__doc__ or "").split("\n")[0]
     )

@@ -1,13 +1,12 @@
-"""Whether default runs give the right answers: the densities of posteriordb and others of known
-moments, with 4 and with 64 chains.
+"""Accuracy of default runs on densities with known moments, with 4 and with 64 chains.
 
     python -m benchmarks.truth --posteriordb FILE [--case CASE] [--seeds N] [--quick] [--out DIR]
 
-Each run is `pyroebm.infer`'s NUTS at its defaults, 1,000 steps of warm-up and 1,000 draws of each
-chain. Eight schools are run a second time at the target acceptance rate of .95, with which
-posteriordb made its reference draws. Rows go to DIR/truth.json: the largest error of a mean or a
-mean square in standard errors of the draws and of the reference combined, the number of
-divergences, the largest R-hat.
+Each run is `pyroebm.infer`'s NUTS at its defaults, with 1,000 steps of warm-up and 1,000 draws of
+each chain. Eight schools are run again at the target acceptance rate .95, with which posteriordb
+made its reference draws. Results go to DIR/truth.json: the largest error of a mean or mean square,
+in combined standard errors of the draws and the reference, the number of divergences, and the
+largest R-hat.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ TARGETS = {"eight_schools": (DEFAULT, 0.95)}
 
 
 def measure(case: Case, chains: int, steps: int, seeds: int, target: float) -> list[Row]:
-    """The rows of one case with so many chains."""
+    """Return the results of one case with a number of chains."""
     found: dict[str, list[float]] = {"worst_z": [], "divergences": [], "worst_r_hat": []}
     for seed in range(seeds):
         pyro.set_rng_seed(seed)
@@ -64,6 +63,7 @@ def measure(case: Case, chains: int, steps: int, seeds: int, target: float) -> l
 
 
 def main() -> int:
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.truth", description=(__doc__ or "").split("\n")[0]
     )

@@ -1,1 +1,1 @@
-"""Recipes: one runnable file for each system. `python -m models.NAME --help`."""
+"""Recipes, each a runnable file: `python -m models.NAME --help`."""

@@ -1,9 +1,9 @@
-"""An energy against flows and a generator, on two normal laws of weights .9 and .1; bounds beside
-exact values. About 1 minute.
+"""Adversarial training of an energy against flows and a generator, with exact evaluation.
 
-After 800 steps against a redundant flow the energy is .12 nats below the truth, with the bound
-above the exact value; against a plain NICE 1.4 (seed 0). Against a generator with an estimated
-entropy (VERA) .07 to .11 after 600 steps (seeds 0, 1, 2).
+The data are two normal distributions with weights .9 and .1. After 800 steps against a NICE with
+auxiliary variables (augmented NICE) the log-likelihood of the energy is .12 nats below the truth,
+and the bound is above the exact value; against a plain NICE 1.4 (seed 0). Against a generator with
+an estimated entropy (VERA) it is .07 to .11 after 600 steps (seeds 0, 1, 2). About 1 minute.
 
 python -m models.adversarial_flow [--seed N] [--quick] [--out DIR]
 """
@@ -36,8 +36,8 @@ RATES = {"energy": 3e-4, "generator": 1e-3}
 GENERATOR_RATES = {"energy": 5e-4, "generator": 3e-3, "posterior": 1e-2}
 
 
-def game(rates: Mapping[str, float], steps: int) -> dict[str, Any]:
-    """Options of ``fit``: an Adam for each loss, whose rates fall to 0."""
+def fit_options(rates: Mapping[str, float], steps: int) -> dict[str, Any]:
+    """Return options of ``fit``: Adam for each loss, with learning rates that decay to 0."""
     adam = functools.partial(torch.optim.Adam, betas=(0.5, 0.999), fused=True)
     return {
         "num_steps": steps,
@@ -47,31 +47,36 @@ def game(rates: Mapping[str, float], steps: int) -> dict[str, Any]:
     }
 
 
-class Judge:
-    """Exact answers about an energy over the plane: log Z by quadrature, the rest by sums over one
-    fine grid."""
+class GridEvaluation:
+    """Exact evaluation of an energy in two dimensions.
+
+    log Z is by quadrature, expectations are sums over a fine grid.
+
+    Args:
+        target: the true density.
+    """
 
     def __init__(self, target: GaussianMixture) -> None:
         axis = torch.linspace(-10.0, 10.0, 401)
         self.axis = axis
         self.grid = torch.cartesian_prod(axis, axis)
         self.cell = float(axis[1] - axis[0]) ** 2
-        self.log_law = -target(self.grid)
-        self.entropy = -self.expected(self.log_law)
+        self.log_density = -target(self.grid)
+        self.entropy = -self.expected(self.log_density)
 
     def expected(self, values: Tensor) -> float:
-        """Of the true law."""
-        return float((self.log_law.exp() * values).sum()) * self.cell
+        """Return the expectation under the true density, of values on the grid."""
+        return float((self.log_density.exp() * values).sum()) * self.cell
 
     @torch.no_grad()
     def log_likelihood(self, energy: Energy) -> float:
-        """The mean under the true law, with log Z on the grid."""
+        """Return the mean log-likelihood under the true density, with log Z on the grid."""
         values = energy(self.grid)
         return -self.expected(values) - float((-values).logsumexp(0)) - math.log(self.cell)
 
     @torch.no_grad()
     def __call__(self, energy: Energy) -> dict[str, float]:
-        """log Z, the mean log-likelihood under the true law, and the mass on the left."""
+        """Return log Z, the log-likelihood under the true density, and the left mode's mass."""
         log_z, values = quadrature(energy, tolerance=1e-5, progress=False).value, energy(self.grid)
         left = torch.softmax(-values, 0)[self.grid[:, 0] < 0.0].sum()
         return {
@@ -82,14 +87,16 @@ class Judge:
 
 
 def opponents(hidden: tuple[int, int], seed: int) -> dict[str, Callable[[], Adversarial]]:
-    """What the energy is trained against. Against a generator it runs away, unless its slope at the
-    data is held down."""
+    """Return the objectives that the energy is trained with.
+
+    Against a generator the training diverges without a gradient penalty at the data.
+    """
     noise = seeded_generator(seed, spawned=2)
     return {
         "NICE, D = 2": lambda: AdversarialFlow(
             NICE(2, hidden_sizes=hidden, generator=torch.Generator().manual_seed(seed))
         ),
-        "redundant, D = 4": lambda: AdversarialFlow(
+        "augmented NICE, D = 4": lambda: AdversarialFlow(
             RedundantNICE(2, 4, hidden_sizes=hidden, generator=torch.Generator().manual_seed(seed))
         ),
         "VERA": lambda: VERA(
@@ -101,7 +108,7 @@ def opponents(hidden: tuple[int, int], seed: int) -> dict[str, Callable[[], Adve
 
 
 def draws_of(objective: Any, n: int, seed: int) -> Tensor:
-    """Draws of what the energy was trained against."""
+    """Return draws of the flow or generator that the energy was trained against."""
     noise = seeded_generator(seed, spawned=3)
     if isinstance(objective, AdversarialFlow):
         with torch.no_grad():
@@ -113,18 +120,27 @@ def draws_of(objective: Any, n: int, seed: int) -> Tensor:
 
 
 def report(
-    recipe: Recipe, name: str, energy: Energy, objective: Adversarial, judge: Judge, n: int
+    recipe: Recipe,
+    name: str,
+    energy: Energy,
+    objective: Adversarial,
+    evaluation: GridEvaluation,
+    n: int,
 ) -> tuple[Tensor, float]:
-    """Every number of one game; draws of q and the exact share of the left mode."""
-    found = judge(energy)
+    """Record all metrics of one training.
+
+    Returns:
+        draws of q, and the exact mass of the left mode.
+    """
+    found = evaluation(energy)
     recipe.add(
         f"{name}: log-likelihood",
         found["log_likelihood"],
         kind="exact",
-        note="under the true law, by quadrature",
+        note="under the true density, by quadrature",
     )
     recipe.add(
-        f"{name}: nats below the truth", -judge.entropy - found["log_likelihood"], kind="exact"
+        f"{name}: nats below the truth", -evaluation.entropy - found["log_likelihood"], kind="exact"
     )
     recipe.add(f"{name}: share of the left mode", found["left"], kind="exact", note="truth 0.9")
     q = draws_of(objective, n, recipe.seed)
@@ -137,7 +153,12 @@ def report(
             log_z=0.0,
             generator=torch.Generator().manual_seed(recipe.seed),
         )
-        recipe.add(f"{name}: J_R", value + found["log_z"], error, note="the gap of the bound")
+        recipe.add(
+            f"{name}: J_R",
+            value + found["log_z"],
+            error,
+            note="distance of the bound from the log-likelihood",
+        )
         bound = value + found["log_likelihood"] + found["log_z"]
         recipe.add(f"{name}: bound on the log-likelihood", bound, error, "upper")
     return q, found["left"]
@@ -154,20 +175,20 @@ def main(
     """Train one energy against each opponent.
 
     Args:
-        steps: of each game.
-        points: of data.
-        seed: of data, weights and games.
-        quick: a few steps only, to see that everything runs.
-        out: folder of metrics.json and the figure; runs/adversarial_flow without.
-        progress: show progress; by default of what takes longer than a second.
+        steps: of each training.
+        points: training points.
+        seed: of data, weights and training.
+        quick: a few steps only, to test that everything runs.
+        out: folder of metrics.json and the figure; None is runs/adversarial_flow.
+        progress: show progress; None shows that of what takes longer than a second.
     """
     steps, n, hidden, every = (
         (20, 2_000, (16, 16), 10) if quick else (steps, 100_000, (64, 64), max(1, steps // 12))
     )
     recipe = Recipe("adversarial_flow", out, seed, steps=steps, points=points, quick=quick)
     target = GaussianMixture(**TARGET)
-    judge, data = Judge(target), target.sample(points, seeded_generator(seed))
-    recipe.add("truth: log-likelihood", -judge.entropy, kind="exact")
+    evaluation, data = GridEvaluation(target), target.sample(points, seeded_generator(seed))
+    recipe.add("truth: log-likelihood", -evaluation.entropy, kind="exact")
     shown: dict[str, tuple[Tensor, Tensor, float]] = {}
     curves: dict[str, list[tuple[int, float, float]]] = {}
     for name, make in opponents(hidden, seed).items():
@@ -179,47 +200,52 @@ def main(
         bounds: list[float] = []
         curves[name] = []
         for step in fit_steps(
-            energy, objective, data, **game(rates, steps), seed=seed, progress=progress
+            energy, objective, data, **fit_options(rates, steps), seed=seed, progress=progress
         ):
             done = step.number + 1
             bounds.append(step.metrics.get("log_likelihood_bound", math.nan))
             if done % every == 0:
                 curves[name].append(
-                    (done, sum(bounds[-every:]) / every, judge.log_likelihood(energy))
+                    (done, sum(bounds[-every:]) / every, evaluation.log_likelihood(energy))
                 )
-        q, left = report(recipe, name, energy.requires_grad_(False), objective, judge, n)
-        shown[name] = (energy(judge.grid), q, left)
+        q, left = report(recipe, name, energy.requires_grad_(False), objective, evaluation, n)
+        shown[name] = (energy(evaluation.grid), q, left)
 
     fig, axes = plt.subplots(2, 3, figsize=(13, 8), layout="constrained")
-    panels = {"truth": (-judge.log_law, data, 0.9)} | shown
+    panels = {"truth": (-evaluation.log_density, data, 0.9)} | shown
     for ax, (name, (values, drawn, left)) in zip(axes.flat, panels.items(), strict=False):
-        side = len(judge.axis)
-        density = torch.softmax(-values, 0).reshape(side, side).mT / judge.cell
+        side = len(evaluation.axis)
+        density = torch.softmax(-values, 0).reshape(side, side).mT / evaluation.cell
         ax.plot(*drawn[:2000].mT, ".", markersize=1.5, color="tab:gray")
         ax.contour(
-            judge.axis,
-            judge.axis,
+            evaluation.axis,
+            evaluation.axis,
             density,
             levels=[0.001, 0.01, 0.05, 0.2, 0.5],
             colors="tab:red",
             linewidths=0.9,
         )
-        ax.set(title=f"{name}: {left:.3f} on the left", xlim=(-5, 5), ylim=(-4, 4), aspect="equal")
+        ax.set(
+            title=f"{name}: mass of left mode {left:.3f}",
+            xlim=(-5, 5),
+            ylim=(-4, 4),
+            aspect="equal",
+        )
     bounded, exact = axes[1, 1], axes[1, 2]
     for k, (name, curve) in enumerate(curves.items()):
         at, bound, value = zip(*curve, strict=True)
-        exact.semilogy(at, [-judge.entropy - v for v in value], color=f"C{k}", label=name)
+        exact.semilogy(at, [-evaluation.entropy - v for v in value], color=f"C{k}", label=name)
         if not math.isnan(bound[-1]):
             bounded.plot(at, value, color=f"C{k}", label=name)
             bounded.plot(at, bound, color=f"C{k}", linestyle="--", label=f"{name}: bound")
-    bounded.axhline(-judge.entropy, color="black", linewidth=0.8, label="truth")
+    bounded.axhline(-evaluation.entropy, color="black", linewidth=0.8, label="truth")
     bounded.set(
-        title="log-likelihood and the flow's bound",
+        title="log-likelihood and its upper bound",
         xlabel="step",
         ylabel="nats",
-        ylim=(-judge.entropy - 1.5, None),
+        ylim=(-evaluation.entropy - 1.5, None),
     )
-    exact.set(title="log-likelihood below the truth", xlabel="step", ylabel="nats")
+    exact.set(title="KL(truth || energy)", xlabel="step", ylabel="nats")
     for ax in (bounded, exact):
         ax.legend(frameon=False, fontsize=8)
     recipe.figure("adversarial_flow", fig)

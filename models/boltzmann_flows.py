@@ -1,9 +1,8 @@
-"""Flows fitted to Boltzmann densities, each judged from both sides: log Z, modes, effective sample
-sizes. About 60 minutes.
+"""Flows fitted to Boltzmann densities, with forward and reverse evaluation. About 60 minutes.
 
-Of each target of ``models.flow_cases``: error of log Z with its standard error, effective sample
-sizes of both directions, modes found, distances of draws, and what was spent on it. Three seeds; a
-table in Markdown is written beside the metrics.
+For each target of ``models.flow_cases``, over three seeds: the error of log Z with its standard
+error, effective sample sizes in both directions, modes found, distances between samples, and cost.
+A table in Markdown is written beside the metrics.
 
 python -m models.boltzmann_flows [--only NAME ...] [--seeds K] [--quick] [--out DIR]
 """
@@ -19,12 +18,12 @@ import torch
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from models.flow_cases import CASES, Case, Facts, Fitted
+from models.flow_cases import CASES, Case, Fitted, Metrics
 from models.recipe import Recipe, run
 from pyroebm.core import Progress, seeded_generator
 from pyroebm.flows import FlowReport
 
-#: Columns of the table, and the fact that each shows.
+#: Columns of the table: heading, metric.
 COLUMNS = {
     "error of log Z": "error of log Z",
     "ESS": "extended ESS",
@@ -39,10 +38,10 @@ COLUMNS = {
 }
 
 
-def facts_of(report: FlowReport, fitted: Fitted, more: Facts) -> Facts:
-    """Numbers of one seed, with their standard errors."""
+def metrics_of(report: FlowReport, fitted: Fitted, more: Metrics) -> Metrics:
+    """Return the metrics of one seed, with their standard errors."""
     weighted = report.weighted
-    found: Facts = {"log Z": (weighted.log_z.value, weighted.log_z.standard_error)}
+    found: Metrics = {"log Z": (weighted.log_z.value, weighted.log_z.standard_error)}
     if report.log_z is not None:
         found["error of log Z"] = (
             weighted.log_z.value - report.log_z,
@@ -88,23 +87,26 @@ def facts_of(report: FlowReport, fitted: Fitted, more: Facts) -> Facts:
 
 
 def cell(name: str, values: Sequence[tuple[float, float | None]]) -> str:
-    """A fact of all seeds: errors of log Z one by one, of others the lowest and the highest, with
-    the largest standard error."""
+    """Format a metric over the seeds.
+
+    Errors of log Z are listed; of other metrics the smallest and the largest value are shown, with
+    the largest standard error.
+    """
     if name == "error of log Z":
         return ", ".join(f"{value:+.2g} ± {error:.1g}" for value, error in values)
     low, high = (f"{limit(value for value, _ in values):.3g}" for limit in (min, max))
-    worst = max((error for _, error in values if error is not None), default=None)
+    largest = max((error for _, error in values if error is not None), default=None)
     return (low if low == high else f"{low} to {high}") + (
-        "" if worst is None else f" ± {worst:.1g}"
+        "" if largest is None else f" ± {largest:.1g}"
     )
 
 
-def table(found: dict[str, list[Facts]]) -> str:
-    """The rows of all targets, in Markdown; a dash where a target has no such fact."""
+def table(found: dict[str, list[Metrics]]) -> str:
+    """Return the table of all targets in Markdown, with a dash for missing metrics."""
     lines = ["| target, flow | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
     for name, seeds in found.items():
         cells = [
-            cell(key, [facts[key] for facts in seeds]) if key in seeds[0] else "-"
+            cell(key, [metrics[key] for metrics in seeds]) if key in seeds[0] else "-"
             for key in COLUMNS.values()
         ]
         lines.append(f"| {CASES[name].title} | " + " | ".join(cells) + " |")
@@ -112,7 +114,7 @@ def table(found: dict[str, list[Facts]]) -> str:
 
 
 def draw(ax: Axes, case: Case, report: FlowReport, truth: Tensor | None) -> None:
-    """What the case shows of the flow's draws, of the weighted ones, and of the target's."""
+    """Plot the observable of a case for draws of the flow, weighted draws, and the target."""
     x = case.observable(report.weighted.x)
     if x.dim() == 2:
         ax.plot(*x[:2000].mT.numpy(), ".", markersize=1.5, label="flow")
@@ -154,16 +156,16 @@ def main(
     out: Path | None = None,
     progress: bool | None = None,
 ) -> None:
-    """Fit and judge the flows.
+    """Fit and evaluate the flows.
 
     Args:
-        only: targets to run; all without.
+        only: targets to run.
         seeds: fits of each.
-        n: draws by which a flow is judged.
+        n: draws for the evaluation of a flow.
         seed: the first of the seeds.
-        quick: a few steps only, to see that everything runs.
-        out: folder of metrics.json, the table and the figure; runs/boltzmann_flows without.
-        progress: show progress; by default of what takes longer than a second.
+        quick: a few steps only, to test that everything runs.
+        out: folder of metrics.json, the table and the figure; None is runs/boltzmann_flows.
+        progress: show progress; None shows that of what takes longer than a second.
     """
     if unknown := set(only) - set(CASES):
         raise ValueError(f"only must be of {', '.join(CASES)}, got {', '.join(sorted(unknown))}")
@@ -178,15 +180,15 @@ def main(
         layout="constrained",
         squeeze=False,
     )
-    found: dict[str, list[Facts]] = {}
+    found: dict[str, list[Metrics]] = {}
     with Progress(len(only) * seeds, "boltzmann_flows", "fit", progress) as shown:
         for ax, name in zip(axes.flat, only, strict=False):
             case = CASES[name]
             for number in range(seed, seed + seeds):
                 torch.manual_seed(number)
                 fitted = case.fit(number, quick)
-                report, more = case.judged(fitted, n, number, quick)
-                found.setdefault(name, []).append(facts_of(report, fitted, more))
+                report, more = case.report(fitted, n, number, quick)
+                found.setdefault(name, []).append(metrics_of(report, fitted, more))
                 if number == seed:
                     truth = None if fitted.draws is None else fitted.draws.flatten(0, 1)
                     if truth is None and fitted.energy.has_exact_draws:
@@ -195,9 +197,11 @@ def main(
                     print(f"\n{case.title}\n{report}", flush=True)
                 shown.update()
             for key in found[name][0]:
-                values = [facts[key] for facts in found[name]]
+                values = [metrics[key] for metrics in found[name]]
                 numbers = torch.tensor([value for value, _ in values], dtype=torch.float64)
-                if not bool(numbers.isfinite().all()):  # as Pareto k where all weights are equal
+                if not bool(
+                    numbers.isfinite().all()
+                ):  # such as Pareto k where all weights are equal
                     print(f"{name}: {key} is {numbers.tolist()}, no metric")
                     continue
                 spread = numbers.std() / math.sqrt(seeds) if seeds > 1 else values[0][1]

@@ -1,5 +1,6 @@
-"""The Boltzmann machine of the lecture, bars and stripes, and parity: all likelihoods by
-enumeration. About a minute.
+"""Boltzmann machines on three spins, bars and stripes, and parity, by enumeration.
+
+All likelihoods are exact. About a minute.
 
 python -m models.boltzmann_machine [--seed N] [--quick] [--out DIR]
 """
@@ -25,7 +26,7 @@ from pyroebm.training import fit
 
 
 def three_spins(recipe: Recipe) -> None:
-    """The lecture's table: every state, its energy, its weight and its probability."""
+    """Print the table of the lecture: every state, its energy, weight and probability."""
     w = torch.tensor([[0.0, -1.0, -1.0], [-1.0, 0.0, 2.0], [-1.0, 2.0, 0.0]])
     machine = BoltzmannMachine(
         3, units="spins", weight=w, bias=torch.tensor([0.0, 1.0, 0.0])
@@ -52,7 +53,7 @@ def three_spins(recipe: Recipe) -> None:
 def learn(
     machine: BoltzmannMachine | BernoulliRBM, patterns: Tensor, steps: int, progress: bool | None
 ) -> list[float]:
-    """Exact maximum likelihood; the mean log-likelihood after each step."""
+    """Train by exact maximum likelihood and return the log-likelihood after each step."""
     schedule = functools.partial(CosineAnnealingLR, T_max=steps, eta_min=1e-3)
     history = fit(
         machine.marginal(),
@@ -69,7 +70,7 @@ def learn(
 
 
 def start(machine: BoltzmannMachine | BernoulliRBM, scale: float) -> None:
-    """Break the symmetry between hidden units."""
+    """Initialize the weights at random, to break the symmetry between hidden units."""
     with torch.no_grad():
         noise = scale * torch.randn_like(machine.weight)
         square = isinstance(machine, BoltzmannMachine)
@@ -79,13 +80,13 @@ def start(machine: BoltzmannMachine | BernoulliRBM, scale: float) -> None:
 def main(
     seed: int = 0, quick: bool = False, out: Path | None = None, progress: bool | None = None
 ) -> None:
-    """Train and judge the machines.
+    """Train and evaluate the machines.
 
     Args:
         seed: of the starting weights.
-        quick: a few steps only, to see that everything runs.
-        out: folder of metrics.json and the figure; runs/boltzmann_machine without.
-        progress: show progress; by default of what takes longer than a second.
+        quick: a few steps only, to test that everything runs.
+        out: folder of metrics.json and the figure; None is runs/boltzmann_machine.
+        progress: show progress; None shows that of what takes longer than a second.
     """
     recipe = Recipe("boltzmann_machine", out, seed, quick=quick)
     three_spins(recipe)
@@ -116,13 +117,13 @@ def main(
     drawn = machines["bars and stripes, 6 hidden units"][0].sample(
         64, torch.Generator().manual_seed(seed)
     )
-    plot_images(drawn[:, :9], (3, 3), ax=axes[1]).set_title("64 exact draws of the machine")
+    plot_images(drawn[:, :9], (3, 3), ax=axes[1]).set_title("64 exact draws")
     for name, curve in curves.items():
         axes[2].semilogy(range(1, len(curve) + 1), curve, label=name)
     axes[2].axhline(math.log(2.0), color="black", linewidth=0.8, linestyle=":", label="log 2")
     axes[2].set(
         xlabel="step",
-        ylabel="nats below the ceiling",
+        ylabel="nats below the maximum",
         title="exact maximum likelihood",
         ylim=(1e-4, 10),
     )

@@ -1,9 +1,8 @@
-"""Two concepts learned apart and multiplied, e1 + e2: the exact KL of the product, by 2-D
-quadrature. A minute.
+"""Two energies trained separately and multiplied: e1 + e2, with exact KL divergences.
 
-One energy learns a ring, the other a slanted band. Their sum is an energy of the points on both,
-which neither net has seen: it is held to the product of the true laws, drawn from by NUTS, and cut
-by ``condition``.
+One energy learns a ring, the other a slanted band. Their sum is the energy of a product of experts.
+It is compared with the product of the true densities, sampled by NUTS, and conditioned on one
+coordinate. A minute.
 
 python -m models.composition [--seed N] [--quick] [--out DIR]
 """
@@ -28,23 +27,24 @@ from pyroebm.training import fit
 
 RADIUS, WIDTH = 1.5, 0.2
 SLANT, LENGTHS = 0.5, (1.5, 0.3)  #: of the band: angle, and standard deviations along and across it
-#: Where x2 is cut for the conditional law.
+#: The value of x2 of the conditional density.
 CUT = 0.5
 AXIS = torch.linspace(-5.0, 5.0, 401, dtype=torch.float64)
 GRID = torch.cartesian_prod(AXIS, AXIS)
 
 
 class Ring(Energy):
-    """Radii of a normal law, all directions alike."""
+    """A density on a ring: a normal distribution of the radius."""
 
     event_shape = torch.Size([2])
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return energies of points ``(*batch, 2)``."""
         return 0.5 * ((x.norm(dim=-1) - RADIUS) / WIDTH) ** 2
 
 
 def band() -> Gaussian:
-    """Wide along one direction, narrow across."""
+    """Return a normal distribution, wide along one direction and narrow across it."""
     cos, sin = math.cos(SLANT), math.sin(SLANT)
     turn = torch.tensor([[cos, sin], [-sin, cos]])
     return Gaussian(
@@ -53,7 +53,7 @@ def band() -> Gaussian:
 
 
 def from_grid(energy: Energy, n: int, generator: torch.Generator) -> Tensor:
-    """Draws of the law on the grid, spread over its cells."""
+    """Draw from the density on the grid, uniformly within its cells."""
     with torch.no_grad():
         cells = torch.multinomial(
             torch.softmax(-energy(GRID), 0), n, replacement=True, generator=generator
@@ -64,21 +64,21 @@ def from_grid(energy: Energy, n: int, generator: torch.Generator) -> Tensor:
 def log_density(
     energy: Energy, points: Tensor = GRID, spacing: float = float(AXIS[1] - AXIS[0])
 ) -> Tensor:
-    """Of the grid's points, by a sum over them; of one dimension or two."""
+    """Return log-densities of grid points in one or two dimensions, normalized over them."""
     with torch.no_grad():
         values = -energy(points)
     return torch.log_softmax(values, 0) - points.shape[-1] * math.log(spacing)
 
 
 def divergence(truth: Energy, model: Energy, points: Tensor = GRID) -> float:
-    """KL(truth || model) in nats, by a sum over the grid."""
+    """Return KL(truth || model) in nats, by a sum over the grid."""
     p, q = log_density(truth, points), log_density(model, points)
     mass = torch.softmax(p, 0)
     return float((mass * (p - q)).sum())
 
 
 def train(data: Tensor, hidden: int, steps: int, seed: int, progress: bool | None) -> MLPEnergy:
-    """Persistent chains under HMC, at a rate that falls to 0."""
+    """Train by persistent HMC chains with a learning rate that decays to 0."""
     energy = MLPEnergy((2,), (hidden, hidden), scale=1.0, generator=seeded_generator(seed))
     energy.fit_envelope(data, factor=1.5)
     objective = ReplayBufferCD(300, k=1, kernel=HMC(step_size=0.15, num_steps=8))
@@ -105,16 +105,16 @@ def main(
     out: Path | None = None,
     progress: bool | None = None,
 ) -> None:
-    """Train two energies over several seeds, multiply and judge them.
+    """Train two energies over several seeds, multiply and evaluate them.
 
     Args:
         seeds: trainings of each.
         steps: of the optimizer, on batches of 300.
         hidden: units of each of the two hidden layers.
         seed: the first of the seeds.
-        quick: a few steps only, to see that everything runs.
-        out: folder of metrics.json and the figure; runs/composition without.
-        progress: show progress; by default of what takes longer than a second.
+        quick: a few steps only, to test that everything runs.
+        out: folder of metrics.json and the figure; None is runs/composition.
+        progress: show progress; None shows that of what takes longer than a second.
     """
     if quick:
         seeds, steps = 1, 50
@@ -142,7 +142,7 @@ def main(
         found["product: KL(truth || ring alone)"].append(
             divergence(truths["product"], learned["ring"])
         )
-        cut = [Conditioned(laws["product"], *clamped) for laws in (truths, learned)]
+        cut = [Conditioned(energies["product"], *clamped) for energies in (truths, learned)]
         found[f"product given x2 = {CUT}: KL(truth || learned)"].append(
             divergence(*cut, AXIS.unsqueeze(1))
         )
@@ -178,19 +178,19 @@ def main(
         )
 
     fig, axes = plt.subplots(2, 4, figsize=(14, 7), layout="constrained")
-    for row, (which, laws) in enumerate({"true": truths, "learned": learned}.items()):
-        for ax, (name, law) in zip(axes[row], laws.items(), strict=False):
+    for row, (which, energies) in enumerate({"true": truths, "learned": learned}.items()):
+        for ax, (name, energy) in zip(axes[row], energies.items(), strict=False):
             ax.pcolormesh(
                 AXIS.numpy(),
                 AXIS.numpy(),
-                log_density(law).exp().reshape(len(AXIS), -1).mT.numpy(),
+                log_density(energy).exp().reshape(len(AXIS), -1).mT.numpy(),
                 rasterized=True,
             )
             ax.set(title=f"{name}, {which}", xlim=(-3, 3), ylim=(-3, 3), aspect="equal")
     axes[0, 3].plot(*x.reshape(-1, 2).mT, ".", markersize=1.5)
     axes[0, 3].set(title="draws of e1 + e2 (NUTS)", xlim=(-3, 3), ylim=(-3, 3), aspect="equal")
-    for law, label in zip(cut, ("true", "learned"), strict=True):
-        axes[1, 3].plot(AXIS, log_density(law, AXIS.unsqueeze(1)).exp(), label=label)
+    for energy, label in zip(cut, ("true", "learned"), strict=True):
+        axes[1, 3].plot(AXIS, log_density(energy, AXIS.unsqueeze(1)).exp(), label=label)
     axes[1, 3].set(title=f"x1 given x2 = {CUT}", xlabel="x1", xlim=(-3, 3))
     axes[1, 3].legend(frameon=False)
     recipe.figure("composition", fig)

@@ -1,8 +1,9 @@
-"""A deep Boltzmann machine on scikit-learn's digits, or on binary MNIST with --data: bounds,
-brackets, draws, test error.
+"""A deep Boltzmann machine on scikit-learn's digits, or on binary MNIST with --data.
 
-python -m models.dbm [--seed N] [--quick] [--out DIR]      # digits, 64-64-32: 1 minute
-python -m models.dbm --data PATH [--epochs N]              # 784-500-1000: half a minute an epoch
+Evaluated by the variational bound with AIS and reverse AIS, draws and a classifier.
+
+- python -m models.dbm [--seed N] [--quick] [--out DIR]: digits, 64-64-32, 1 minute
+- python -m models.dbm --data PATH [--epochs N]: 784-500-1000, half a minute an epoch
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def bounds(
     seed: int,
     progress: bool | None,
 ):
-    """Of the test set without log Z, row by row, and the bracket of log Z."""
+    """Return variational bounds of the test set without log Z, and estimates of log Z."""
     double = in_double(machine)
     found = machine_bracket(double, images.train, temperatures, 100, sweeps, seed, progress)
     return -torch.cat(
@@ -64,8 +65,9 @@ def main(
     out: Path | None = None,
     progress: bool | None = None,
 ) -> None:
-    """Pretrain with doubled layers, train as a whole (mean-field positive, persistent negative
-    phase), judge, classify.
+    """Pretrain with doubled layers, train all layers together, evaluate, and classify.
+
+    Training uses mean-field values for the data and persistent chains for the model.
 
     Args:
         data: binary MNIST: a folder of IDX files, an .npz, a folder of dataset-fashion-mnist;
@@ -78,9 +80,9 @@ def main(
             hundredth.
         temperatures: of AIS.
         seed: of weights and draws.
-        quick: a few batches only, to see that everything runs.
-        out: folder of metrics.json and the figure; runs/dbm without.
-        progress: show progress; by default of what takes longer than a second.
+        quick: a few batches only, to test that everything runs.
+        out: folder of metrics.json and the figure; None is runs/dbm.
+        progress: show progress; None shows that of what takes longer than a second.
     """
     images = load_images(data)
     sizes = sizes or ((64, 32) if data is None else (500, 1000))
@@ -105,7 +107,7 @@ def main(
         pretraining_epochs=first,
         epochs=epochs,
         learning_rate=learning_rate,
-        binarisation=images.binarisation,
+        binarization=images.binarization,
         quick=quick,
     )
     recipe.add_mean("independent bits: test log-likelihood", floor(images), "exact")
@@ -167,10 +169,10 @@ def main(
     passed, low, high = (torch.tensor(column) for column in zip(*curve, strict=True))
     axes[1, 0].fill_between(passed, low, high, alpha=0.3)
     axes[1, 0].plot(passed, low, marker=".")
-    title = f"bound, AIS to reverse AIS; test error {errors[-1]:.2%}"
+    title = f"variational bound by AIS and reverse AIS; test error {errors[-1]:.2%}"
     axes[1, 0].set(xlabel="epoch", ylabel="nats", title=title)
     plot_completions(machine, images, 12, 500, seed, axes[1, 1]).set_title(
-        "test images, what is known, completions"
+        "test images, observed halves, imputations"
     )
     recipe.figure("dbm", fig)
     recipe.write()

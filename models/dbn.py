@@ -1,9 +1,10 @@
-"""A deep belief network on scikit-learn's digits, or on binary MNIST with --data: bounds, brackets,
-draws, test error.
+"""A deep belief network on scikit-learn's digits, or on binary MNIST with --data.
 
-python -m models.dbn [--seed N] [--quick] [--out DIR]      # digits, 64-100-64: 2 minutes python -m
-models.dbn --data PATH                           # 784-500-784, the second layer from a tied start:
-a quarter of an hour
+Evaluated by the variational bound, importance-sampled likelihoods, draws and a classifier.
+
+- python -m models.dbn [--seed N] [--quick] [--out DIR]: digits, 64-100-64, 2 minutes
+- python -m models.dbn --data PATH: 784-500-784, the second layer initialized to the transposed
+  first one, a quarter of an hour
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from pyroebm.objectives import PersistentCD
 from pyroebm.training import pretrain_belief_network
 
 
-def judge(
+def evaluate(
     recipe: Recipe,
     network: DeepBeliefNetwork,
     images: Images,
@@ -38,8 +39,10 @@ def judge(
     samples: int,
     progress: bool | None,
 ) -> None:
-    """The variational bound and the importance-sampled likelihood, at both ends of the bracket of
-    the top's log Z."""
+    """Record the variational bound and the importance-sampled likelihood.
+
+    Both use log Z of the top layers by AIS and by reverse AIS.
+    """
     double, test = in_double(network), images.test[:1000].double()
     generator = torch.Generator().manual_seed(recipe.seed)
     below = double.means_up(images.train[:1000].double())
@@ -78,7 +81,7 @@ def main(
     out: Path | None = None,
     progress: bool | None = None,
 ) -> None:
-    """Pretrain layer by layer with PCD, judge, and fine-tune a classifier by backpropagation.
+    """Pretrain layer by layer with PCD, evaluate, and fine-tune a classifier by backpropagation.
 
     Args:
         data: binary MNIST: a folder of IDX files, an .npz, a folder of dataset-fashion-mnist;
@@ -88,11 +91,11 @@ def main(
         epochs: passes over the data for each layer; 400 on digits, 50 on MNIST.
         learning_rate: 0.05 on digits, 0.01 on MNIST.
         temperatures: of AIS.
-        samples: draws of the recognition law for each test image.
+        samples: draws of the recognition distribution for each test image.
         seed: of weights and draws.
-        quick: a few batches only, to see that everything runs.
-        out: folder of metrics.json and the figure; runs/dbn without.
-        progress: show progress; by default of what takes longer than a second.
+        quick: a few batches only, to test that everything runs.
+        out: folder of metrics.json and the figure; None is runs/dbn.
+        progress: show progress; None shows that of what takes longer than a second.
     """
     images = load_images(data)
     sizes = sizes or ((100, 64) if data is None else (500, 784))
@@ -115,7 +118,7 @@ def main(
         sizes=sizes,
         epochs=epochs,
         learning_rate=learning_rate,
-        binarisation=images.binarisation,
+        binarization=images.binarization,
         quick=quick,
     )
     recipe.add_mean("independent bits: test log-likelihood", floor(images), "exact")
@@ -128,7 +131,7 @@ def main(
         seed=seed,
         progress=progress,
     )
-    judge(recipe, network, images, temperatures, samples, progress)
+    evaluate(recipe, network, images, temperatures, samples, progress)
     curve = classify(recipe, network, images, fine_epochs, progress)
 
     fig, grid = plt.subplots(2, 2, figsize=(10, 10), layout="constrained")
@@ -138,18 +141,20 @@ def main(
         "receptive fields, layer 1"
     )
     drawn = network.sample(64, torch.Generator().manual_seed(seed), num_steps=50 if quick else 2000)
-    plot_images(drawn, images.shape, ax=axes[1]).set_title("draws: Gibbs in the top, one pass down")
+    plot_images(drawn, images.shape, ax=axes[1]).set_title(
+        "draws: Gibbs sampling in the top layers, one pass down"
+    )
     axes[2].plot(range(len(curve)), curve, marker=".")
     axes[2].set(
         xlabel="epoch of fine-tuning",
         ylabel="test error",
-        title="classifier started from the network",
+        title="classifier initialized from the network",
         yscale="log",
     )
     axes[3].set_visible(data is None)
-    if data is None:  # one unit at a time: minutes at 784 pixels
+    if data is None:  # Gibbs sampling by sites: takes minutes for 784 pixels
         plot_completions(network, images, 12, 5 if quick else 100, seed, axes[3]).set_title(
-            "test images, what is known, completions"
+            "test images, observed halves, imputations"
         )
     recipe.figure("dbn", fig)
     recipe.write()

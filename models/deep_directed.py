@@ -1,12 +1,12 @@
-"""Deep directed models (Kim and Bengio, 2016): four modes in two seeds of three, on digits a
-failure. About 1 to 2 minutes.
+"""Deep directed models (Kim and Bengio, 2016) on a mixture of four modes, and on digits.
 
-The generator's entropy is that of its batch normalisation. On hidden units it is no entropy of the
-draws: the generator loses modes, and the energy ends 8 nats below the truth (seed 0). On the
-outputs it is that of the normal law of their variances, and with fixed noise of nearly the modes'
-width the energy ends .07 and .09 nats below (seeds 0, 1), but 2.6 with seed 2; against a redundant
-flow, whose entropy is true, .04 (seed 0). On digits the energy tells the test set from shuffled
-pixels (AUROC .75), but the generator's draws are no digits.
+The surrogate entropy of the generator is that of its batch normalization. On hidden units it is not
+the entropy of the draws: the generator loses modes, and the log-likelihood of the energy is 8 nats
+below the truth (seed 0). On the outputs it is the entropy of a normal distribution with their
+variances. With fixed noise of nearly the width of the modes the log-likelihood is .07 and .09 nats
+below the truth (seeds 0, 1), but 2.6 with seed 2; against a flow with auxiliary variables, whose
+entropy is exact, .04 (seed 0). On digits the energy separates test images from images with shuffled
+pixels (AUROC .75), but the generator's draws do not look like digits. About 1 to 2 minutes.
 
 python -m models.deep_directed [--seed N] [--quick] [--out DIR]
 """
@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from models.adversarial_flow import Judge, draws_of, game
+from models.adversarial_flow import GridEvaluation, draws_of, fit_options
 from models.recipe import Recipe, run
 from pyroebm.core import seeded_generator
 from pyroebm.data import digits
@@ -35,8 +35,8 @@ from pyroebm.objectives import Adversarial, AdversarialFlow, DeepDirected
 from pyroebm.targets import GaussianMixture
 from pyroebm.training import fit
 
-#: The energy moves slowly, and its slope at the data is held down: else it tilts away before the
-#: generator can follow.
+#: A small learning rate of the energy and a gradient penalty at the data: otherwise the training
+#: diverges.
 RATES, PENALTY = {"energy": 1e-4, "generator": 3e-3}, 0.1
 CORNERS, WEIGHTS = [[-2.0, -2.0], [-2.0, 2.0], [2.0, -2.0], [2.0, 2.0]], [0.4, 0.3, 0.2, 0.1]
 
@@ -44,7 +44,7 @@ CORNERS, WEIGHTS = [[-2.0, -2.0], [-2.0, 2.0], [2.0, -2.0], [2.0, 2.0]], [0.4, 0
 def experts(
     entries: int, features: int, num_experts: int, sigma: float, seed: int
 ) -> ProductOfExpertsEnergy:
-    """The paper's energy, on bounded features: none grows faster than the envelope."""
+    """Return the paper's energy on bounded features, which do not outgrow the envelope."""
     noise = seeded_generator(seed, spawned=4)
     net = nn.Sequential(
         mlp(entries, features, (features,), zero_last=False, generator=noise), nn.Tanh()
@@ -52,11 +52,12 @@ def experts(
     return ProductOfExpertsEnergy(net, features, (entries,), num_experts, sigma, generator=noise)
 
 
-def normalised(data: Tensor, latent_dim: int, width: int, sigma: float, seed: int) -> Generator:
-    """A generator whose outputs are batch normalised, from the data's means and widths on.
+def normalized(data: Tensor, latent_dim: int, width: int, sigma: float, seed: int) -> Generator:
+    """Return a generator with batch normalized outputs, initialized to the data's moments.
 
-    The entropy is then that of the normal law of the same variances as g(z), no less than that of
-    g(z). Noise of a fixed scale holds the draws off single points, where the two are far apart.
+    The surrogate entropy is that of a normal distribution with the variances of g(z), an upper
+    bound of the entropy of g(z). Noise of a fixed scale keeps the draws from collapsing to points,
+    where the two differ most.
     """
     noise = seeded_generator(seed, spawned=2)
     norm = nn.BatchNorm1d(data.shape[1])
@@ -68,13 +69,13 @@ def normalised(data: Tensor, latent_dim: int, width: int, sigma: float, seed: in
     )
     model = Generator(net, latent_dim, data.shape[1:], sigma)
     if model.log_sigma is not None:
-        # the entropy does not see it: trained, it would vanish
+        # the surrogate entropy does not depend on it: training would reduce it to 0
         model.log_sigma.requires_grad_(False)
     return model
 
 
 def opponents(data: Tensor, width: int, seed: int) -> dict[str, Callable[[], Adversarial]]:
-    """What the energy of the mixture is trained against."""
+    """Return the objectives that the energy of the mixture is trained with."""
     hidden, noise = (width, width), functools.partial(seeded_generator, seed, spawned=2)
     return {
         "hidden units": lambda: DeepDirected(
@@ -82,7 +83,7 @@ def opponents(data: Tensor, width: int, seed: int) -> dict[str, Callable[[], Adv
             gradient_penalty=PENALTY,
         ),
         "outputs": lambda: DeepDirected(
-            normalised(data, 4, width, 0.45, seed), gradient_penalty=PENALTY
+            normalized(data, 4, width, 0.45, seed), gradient_penalty=PENALTY
         ),
         "flow": lambda: AdversarialFlow(
             RedundantNICE(2, 4, hidden_sizes=hidden, generator=torch.Generator().manual_seed(seed)),
@@ -93,42 +94,47 @@ def opponents(data: Tensor, width: int, seed: int) -> dict[str, Callable[[], Adv
 
 def mixture(
     recipe: Recipe, steps: int, width: int, progress: bool | None
-) -> tuple[Judge, dict[str, tuple[Tensor, Tensor]]]:
-    """Four normal laws of unequal weights: exact likelihood of each energy, shares of the modes of
-    energy and generator."""
+) -> tuple[GridEvaluation, dict[str, tuple[Tensor, Tensor]]]:
+    """Train on four normal modes of unequal weights.
+
+    Records the exact likelihood of each energy, and the mode weights of energy and generator.
+    """
     target = GaussianMixture(CORNERS, scale=0.5, weights=WEIGHTS)
-    judge = Judge(target)
+    evaluation = GridEvaluation(target)
     data, test = (
         target.sample(n, seeded_generator(recipe.seed, spawned=k))
         for k, n in enumerate((20_000, 4_000))
     )
-    recipe.add("mixture: truth, log-likelihood", -judge.entropy, kind="exact")
+    recipe.add("mixture: truth, log-likelihood", -evaluation.entropy, kind="exact")
     recipe.add(
         "mixture: energy distance, data to test",
         *energy_distance(data[:4_000], test),
-        note="of two samples of one law",
+        note="of two samples of one distribution",
     )
-    modes, shown = target.mode_of(judge.grid), {}
-    law = torch.softmax(judge.log_law, 0)
+    modes, shown = target.mode_of(evaluation.grid), {}
+    density = torch.softmax(evaluation.log_density, 0)
     for name, make in opponents(data, width, recipe.seed).items():
         energy, objective = experts(2, width, width, 1.0, recipe.seed), make()
         fit(
             energy,
             objective,
             data,
-            **game(RATES, steps),
+            **fit_options(RATES, steps),
             seed=recipe.seed,
             progress=progress,
         )
-        found, drawn = judge(energy.requires_grad_(False)), draws_of(objective, 4_000, recipe.seed)
-        below = -judge.entropy - found["log_likelihood"]
+        found, drawn = (
+            evaluation(energy.requires_grad_(False)),
+            draws_of(objective, 4_000, recipe.seed),
+        )
+        below = -evaluation.entropy - found["log_likelihood"]
         recipe.add(
             f"mixture, {name}: nats below the truth", below, kind="exact", note="by quadrature"
         )
-        values = energy(judge.grid)
+        values = energy(evaluation.grid)
         p = torch.softmax(-values, 0)
         for k in range(4):
-            truth = f"truth {float(law[modes == k].sum()):.3f}"
+            truth = f"truth {float(density[modes == k].sum()):.3f}"
             recipe.add(
                 f"mixture, {name}: mode {k + 1} of the energy",
                 float(p[modes == k].sum()),
@@ -140,29 +146,31 @@ def mixture(
             )
         recipe.add(f"mixture, {name}: energy distance, q to test", *energy_distance(drawn, test))
         shown[f"{name}: {below:.2f} nats below"] = (values, drawn)
-    return judge, {"truth, and data": (-judge.log_law, data)} | shown
+    return evaluation, {"truth, and data": (-evaluation.log_density, data)} | shown
 
 
 def images(
     recipe: Recipe, steps: int, width: int, progress: bool | None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Digits of 8 x 8 pixels: no density to compare with; energies of data and draws, and
-    distances."""
+    """Train on digits of 8 x 8 pixels.
+
+    Records energies of data and draws, and distances between samples.
+    """
     split = digits(threshold=None)
     noise = seeded_generator(recipe.seed, spawned=5)
-    # grey levels are 17: dequantised
+    # dequantized: there are 17 gray levels
     train = split.train + torch.rand(split.train.shape, generator=noise) / 16.0
     test = split.test + torch.rand(split.test.shape, generator=noise) / 16.0
     center = train.mean(0)
     energy = experts(64, width, width, 1.0, recipe.seed)
     objective = DeepDirected(
-        normalised(train - center, 16, width, 0.05, recipe.seed), gradient_penalty=PENALTY
+        normalized(train - center, 16, width, 0.05, recipe.seed), gradient_penalty=PENALTY
     )
     fit(
         energy,
         objective,
         train - center,
-        **game(RATES, steps),
+        **fit_options(RATES, steps),
         seed=recipe.seed,
         progress=progress,
     )
@@ -181,7 +189,7 @@ def images(
     recipe.add(
         "digits: energy distance, train to test",
         *energy_distance(train, test),
-        note="of two samples of one law",
+        note="of two samples of one distribution",
     )
     return drawn, energies
 
@@ -193,28 +201,28 @@ def main(
     out: Path | None = None,
     progress: bool | None = None,
 ) -> None:
-    """Train and judge on both data sets.
+    """Train and evaluate on both data sets.
 
     Args:
-        steps: of each game.
-        seed: of data, weights and games.
-        quick: a few steps only, to see that everything runs.
-        out: folder of metrics.json and the figure; runs/deep_directed without.
-        progress: show progress; by default of what takes longer than a second.
+        steps: of each training.
+        seed: of data, weights and training.
+        quick: a few steps only, to test that everything runs.
+        out: folder of metrics.json and the figure; None is runs/deep_directed.
+        progress: show progress; None shows that of what takes longer than a second.
     """
     recipe = Recipe("deep_directed", out, seed, steps=steps, quick=quick)
     steps, width = (20, 16) if quick else (steps, 128)
-    judge, shown = mixture(recipe, steps, width // 2, progress)
+    evaluation, shown = mixture(recipe, steps, width // 2, progress)
     drawn, energies = images(recipe, steps, width, progress)
 
     fig, axes = plt.subplots(2, 3, figsize=(12, 8), layout="constrained")
-    side = len(judge.axis)
+    side = len(evaluation.axis)
     for ax, (title, (values, points)) in zip(axes.flat, shown.items(), strict=False):
-        density = torch.softmax(-values, 0).reshape(side, side).mT / judge.cell
+        density = torch.softmax(-values, 0).reshape(side, side).mT / evaluation.cell
         ax.plot(*points[:2000].mT, ".", markersize=1.5, color="tab:gray")
         ax.contour(
-            judge.axis,
-            judge.axis,
+            evaluation.axis,
+            evaluation.axis,
             density,
             levels=[0.001, 0.01, 0.03, 0.1, 0.2],
             colors="tab:red",

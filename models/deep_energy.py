@@ -1,9 +1,9 @@
-"""A network as the density of handwritten digits, by replayed Langevin chains: log Z both ways,
-chains run on. About 3 minutes.
+"""A network as an energy of handwritten digits, trained with a replay buffer of chains.
 
-Seeds 0, 1, 2: test log-likelihood 27.3, 27.7, 27.7 nats (+- .4 of the test set), a normal law 14.8
-to 15.1, kernels 16.4 to 17.2; AIS and reverse AIS within .06 of each other; no drift of chains ten
-times as old.
+Seeds 0, 1, 2: test log-likelihood 27.3, 27.7, 27.7 nats (standard error over the test set .4), a
+normal distribution 14.8 to 15.1, a kernel density estimate 16.4 to 17.2. AIS and reverse AIS agree
+within .06, and the mean energy of chains does not change over 10 times as many steps. About 3
+minutes.
 
 python -m models.deep_energy [--seed N] [--quick] [--out DIR]
 """
@@ -33,8 +33,7 @@ from pyroebm.training import Guard, fit
 
 
 class Pixels(NamedTuple):
-    """Noised images in the coordinates in which the training images have mean 0 and covariance I;
-    events (1, 8, 8)."""
+    """Images with noise, whitened by the training images, as events (1, 8, 8)."""
 
     train: Tensor
     test: Tensor
@@ -42,17 +41,20 @@ class Pixels(NamedTuple):
     root: Tensor  #: Cholesky factor of the covariance of the pixels
 
     def images(self, z: Tensor) -> Tensor:
+        """Return the pixels of whitened images."""
         return self.mean + z.flatten(1) @ self.root.mT
 
     @property
     def log_jacobian(self) -> Tensor:
-        """log |dz / dx|, which a log-density of z takes to be one of pixels."""
+        """The log-Jacobian log |dz / dx| from densities of z to densities of pixels."""
         return -self.root.diagonal().log().sum()
 
 
 def noised_digits(noise: float, copies: int, seed: int) -> Pixels:
-    """Grey levels from 0 to 1 with normal noise, several times for each training image, whitened by
-    the training images."""
+    """Return gray levels from 0 to 1 with normal noise, whitened by the training images.
+
+    There are several copies of each training image with different noise.
+    """
     split, generator = digits(threshold=None), seeded_generator(seed)
     x = split.train.repeat(copies, 1)
     train, test = (
@@ -71,9 +73,13 @@ def noised_digits(noise: float, copies: int, seed: int) -> Pixels:
 def train(
     data: Tensor, steps: int, hidden: int, k: int, seed: int, progress: bool | None
 ) -> tuple[Energy, PersistentCD, float]:
-    """Replayed chains that keep their Metropolis step, so that they sample the energy and nothing
-    else; the running mean of the parameters, the objective, and the last energy gap. In the dtype
-    of the data: float32 is twice as fast."""
+    """Train by a replay buffer of Metropolis-adjusted Langevin chains.
+
+    The dtype is that of the data: float32 is twice as fast.
+
+    Returns:
+        the energy with averaged parameters, the objective, and the last energy gap.
+    """
     energy = MLPEnergy(
         (1, 8, 8), (hidden, hidden), scale=1.0, dtype=data.dtype, generator=seeded_generator(seed)
     )
@@ -99,17 +105,18 @@ def train(
 
 
 def baselines(recipe: Recipe, pixels: Pixels) -> None:
-    """What a normal law of the same covariance gives the test images, and normal laws around each
-    training image."""
+    """Record test log-likelihoods of a normal distribution and a kernel density estimate."""
     gauss = (
         pixels.log_jacobian
         - 0.5 * (pixels.test.flatten(1) ** 2).sum(1)
         - 32.0 * math.log(2.0 * math.pi)
     )
-    recipe.add_mean("Gaussian: test log-likelihood", gauss, "exact", "+- is that of the test set")
+    recipe.add_mean(
+        "Gaussian: test log-likelihood", gauss, "exact", "standard error over the test set"
+    )
     centers = digits(threshold=None).train
     train, test = (pixels.images(part) for part in (pixels.train[: len(centers)], pixels.test))
-    # the first copy of each image, without its own kernel
+    # the first copy of each image, without the kernel at that image
     left_out = (torch.cdist(train, centers) ** 2).fill_diagonal_(math.inf)
     widths = torch.linspace(0.1, 0.4, 31).tolist()
     width = max(widths, key=lambda width: float(kernel_density(left_out, width).mean()))
@@ -118,18 +125,17 @@ def baselines(recipe: Recipe, pixels: Pixels) -> None:
         "kernel density: test log-likelihood",
         values,
         "exact",
-        f"width {width:.2f} by leave-one-out on the training set",
+        f"bandwidth {width:.2f} by leave-one-out on the training set",
     )
 
 
 def kernel_density(squares: Tensor, width: float) -> Tensor:
-    """Log-density of each row under normal laws of that width around all centers, of squared
-    distances."""
+    """Return log-densities of a normal kernel density estimate, from squared distances."""
     values = torch.logsumexp(-0.5 * squares / width**2, 1) - math.log(squares.shape[1])
     return values - 64.0 * math.log(width * math.sqrt(2.0 * math.pi))
 
 
-def judge(
+def evaluate(
     recipe: Recipe,
     energy: Energy,
     pixels: Pixels,
@@ -137,7 +143,7 @@ def judge(
     betas: int,
     progress: bool | None,
 ) -> None:
-    """log Z from the envelope, both ways in float64, and what it makes of the test images."""
+    """Record log Z by bidirectional AIS from the envelope, and the test log-likelihood."""
     base = DistributionEnergy(Independent(Normal(torch.zeros(1, 8, 8), torch.ones(1, 8, 8)), 3))
     found = bidirectional_ais(
         energy,
@@ -160,14 +166,19 @@ def judge(
         error = math.hypot(
             float(values.std()) / math.sqrt(len(values)), found.combined.standard_error
         )
-        recipe.add(f"network: {name} log-likelihood", values.mean(), error, note="by AIS both ways")
+        recipe.add(
+            f"network: {name} log-likelihood", values.mean(), error, note="by bidirectional AIS"
+        )
 
 
 def stability(
     recipe: Recipe, energy: Energy, chains: Tensor, age: int, data: Tensor
 ) -> tuple[Tensor, list[tuple[int, float]]]:
-    """Chains of the buffer go on ten times as long as they have been going in training; mean
-    energies on the way."""
+    """Continue the chains of the buffer for 10 times as many steps as in training.
+
+    Returns:
+        the states, and the mean energies along the way.
+    """
     x = chains
     generator = seeded_generator(recipe.seed, spawned=1)
     readings = [energy(chains)]
@@ -196,17 +207,17 @@ def main(
     out: Path | None = None,
     progress: bool | None = None,
 ) -> None:
-    """Train, bracket log Z, run the chains on.
+    """Train, estimate log Z, and continue the chains.
 
     Args:
         steps: of training.
         hidden: units in each of two layers.
         k: Langevin steps for each of training.
-        noise: standard deviation of what is added to grey levels from 0 to 1.
+        noise: standard deviation of the noise added to gray levels from 0 to 1.
         seed: of weights, noise and chains.
-        quick: a few steps only, to see that everything runs.
-        out: folder of metrics.json and the figure; runs/deep_energy without.
-        progress: show progress; by default of what takes longer than a second.
+        quick: a few steps only, to test that everything runs.
+        out: folder of metrics.json and the figure; None is runs/deep_energy.
+        progress: show progress; None shows that of what takes longer than a second.
     """
     steps, hidden, betas, n = (20, 32, 20, 20) if quick else (steps, hidden, 1000, 200)
     recipe = Recipe(
@@ -217,18 +228,18 @@ def main(
     energy, objective, gap = train(pixels.train.float(), steps, hidden, k, seed, progress)
     recipe.add("energy gap at the last step", gap)
     chains = torch.as_tensor(objective.chains)[:n]
-    # a fifth of the chains go on at a step, and one of 100 of these starts anew
+    # a step moves a fifth of the chains, and restarts one in 100 of these
     age = k * min(steps * 100 // 500, 100)
     old, way = stability(recipe, energy, chains, age, pixels.test.float())
     energy, old = energy.double(), old.double()
-    judge(recipe, energy, pixels, old, betas, progress)
+    evaluate(recipe, energy, pixels, old, betas, progress)
 
     fig, axes = plt.subplots(1, 4, figsize=(16, 4.2), layout="constrained")
     options = {"bins": 40, "density": True, "histtype": "step"}
     for name, x in (
         ("training images", pixels.train[:2000]),
         ("test images", pixels.test),
-        ("chains 10 times as old", old),
+        ("chains after 10 times as many steps", old),
     ):
         axes[0].hist(energy(x).numpy(), label=name, **options)
     axes[0].set(title="energies of data and of samples", xlabel="E")
@@ -239,9 +250,12 @@ def main(
         ("test images", pixels.test, "tab:orange"),
     ):
         axes[1].axhline(float(energy(x).mean()), color=color, label=name)
-    axes[1].set(title="chains run on", xlabel="steps after training", ylabel="mean energy")
+    axes[1].set(title="continued chains", xlabel="steps after training", ylabel="mean energy")
     axes[1].legend(fontsize=8)
-    for ax, x, title in ((axes[2], pixels.test, "test images, noised"), (axes[3], old, "samples")):
+    for ax, x, title in (
+        (axes[2], pixels.test, "test images with noise"),
+        (axes[3], old, "samples"),
+    ):
         plot_images(
             pixels.images(x[: 64 if not quick else 16]), (8, 8), limits=(0.0, 1.0), ax=ax
         ).set_title(title)

@@ -1,5 +1,4 @@
-"""The targets of ``models.boltzmann_flows``: what each flow is, how it is fitted, and what is asked
-of it."""
+"""The targets of ``models.boltzmann_flows``, with their flows and training."""
 
 from __future__ import annotations
 
@@ -35,14 +34,16 @@ from pyroebm.training import fit
 
 __all__ = ["CASES", "Case", "Fitted"]
 
-#: A fact beside those of the report: its value and its standard error.
-Facts = dict[str, tuple[float, float | None]]
+#: Metrics beside those of the report, each with its standard error.
+Metrics = dict[str, tuple[float, float | None]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Fitted:
-    """A flow, its target in float64, what the fit has spent, and draws of chains, and theirs, where
-    there are no exact ones."""
+    """A fitted flow, its target in float64, and the cost of the fit.
+
+    ``draws`` are those of chains, where the target has no exact draws.
+    """
 
     flow: Flow
     energy: Energy
@@ -58,26 +59,26 @@ class Case:
     """A target of the table.
 
     Args:
-        title: how the table names it, and with what it was fitted.
-        fit: from a seed, and whether the run is quick, to a fitted flow.
-        label: of the figure's axis, and
-        observable: what is drawn there, ``(n, *event) -> (n,)``, or ``(n, 2)``.
-        facts: what the report does not have, from it and the target.
-        judge: in place of :func:`evaluate_flow`, from what was fitted, the number of draws, a seed
-            and whether the run is quick, to the report and to facts that it does not have.
+        title: target and flow, as in the table.
+        fit: called with a seed, and whether the run is quick; returns the fitted flow.
+        label: of the figure's axis.
+        observable: what is plotted there, ``(n, *event) -> (n,)`` or ``(n, 2)``.
+        metrics: metrics that the report does not have, from the report and the target.
+        evaluate: replaces :func:`evaluate_flow`: from a fit, the number of draws, a seed and
+            whether the run is quick, to the report and further metrics.
     """
 
     title: str
     fit: Callable[[int, bool], Fitted]
     label: str
     observable: Callable[[Tensor], Tensor]
-    facts: Callable[[FlowReport, Energy], Facts] = lambda report, energy: {}
-    judge: Callable[[Fitted, int, int, bool], tuple[FlowReport, Facts]] | None = None
+    metrics: Callable[[FlowReport, Energy], Metrics] = lambda report, energy: {}
+    evaluate: Callable[[Fitted, int, int, bool], tuple[FlowReport, Metrics]] | None = None
 
-    def judged(self, fitted: Fitted, n: int, seed: int, quick: bool) -> tuple[FlowReport, Facts]:
-        """The report on a flow, and facts beside it."""
-        if self.judge is not None:
-            return self.judge(fitted, n, seed, quick)
+    def report(self, fitted: Fitted, n: int, seed: int, quick: bool) -> tuple[FlowReport, Metrics]:
+        """Return the report on a flow, and further metrics."""
+        if self.evaluate is not None:
+            return self.evaluate(fitted, n, seed, quick)
         report = evaluate_flow(
             fitted.flow,
             fitted.energy,
@@ -87,7 +88,7 @@ class Case:
             generator=torch.Generator().manual_seed(seed),
             progress=False,
         )
-        return report, self.facts(report, fitted.energy)
+        return report, self.metrics(report, fitted.energy)
 
 
 def train(
@@ -103,8 +104,11 @@ def train(
     lr: float | None = None,
     **settings: Any,
 ) -> Fitted:
-    """Train a flow in its own dtype by an objective with these settings, and return both in
-    float64."""
+    """Train a flow in its own dtype by an objective with these settings.
+
+    Returns:
+        the flow and its target in float64.
+    """
     if quick:
         num_steps, num_samples = 5, 64
     energy, began = make(flow.dtype), time.process_time()
@@ -122,14 +126,13 @@ def double_well(seed: int, quick: bool) -> Fitted:
     return train(lambda dtype: DoubleWell(dtype=dtype), flow, seed, quick, num_steps=2000)
 
 
-def right_mass(report: FlowReport, energy: Energy) -> Facts:
+def right_mass(report: FlowReport, energy: Energy) -> Metrics:
     value, error = report.weighted.expectation(lambda x: (x > DoubleWell.barrier).double())
     return {"error of the right mass": (float(value) - energy.right_mass, float(error))}  # type: ignore[arg-type, operator]
 
 
-class TurnedManyWell(ManyWell):
-    """Many wells whose coordinates are turned by an orthogonal matrix drawn at random: x = R (a_1,
-    b_1, ...)."""
+class RotatedManyWell(ManyWell):
+    """A many-well target in coordinates x = R (a_1, b_1, ...), with a random orthogonal R."""
 
     turn: Tensor
 
@@ -140,15 +143,15 @@ class TurnedManyWell(ManyWell):
         )
         self.register_buffer("turn", torch.linalg.qr(noise).Q.to(self.dtype))
 
-    def straight(self, x: Tensor) -> Tensor:
-        """The coordinates of the wells."""
+    def unrotated(self, x: Tensor) -> Tensor:
+        """Return the coordinates of the wells."""
         return x @ self.turn
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(self.straight(x))
+        return super().forward(self.unrotated(x))
 
     def mode_of(self, x: Tensor) -> Tensor:
-        return super().mode_of(self.straight(x))
+        return super().mode_of(self.unrotated(x))
 
     @property
     def mean(self) -> Tensor:
@@ -179,16 +182,16 @@ def many_well(kind: type[ManyWell], pairs: int, seed: int, quick: bool) -> Fitte
     return train(lambda dtype: kind(pairs, dtype=dtype), flow, seed, quick, **settings)
 
 
-def left_masses(report: FlowReport, energy: Energy) -> Facts:
-    """The mass of a < 0, over the pairs; and of the pair that is worst."""
-    straight = getattr(energy, "straight", lambda x: x)
-    left: Callable[[Tensor], Tensor] = lambda x: (straight(x)[:, ::2] < 0.0).double()  # noqa: E731
+def left_masses(report: FlowReport, energy: Energy) -> Metrics:
+    """Return the mass of a < 0, averaged over the pairs, and of the pair with the largest error."""
+    unrotate = getattr(energy, "unrotated", lambda x: x)
+    left: Callable[[Tensor], Tensor] = lambda x: (unrotate(x)[:, ::2] < 0.0).double()  # noqa: E731
     each, errors = report.weighted.expectation(left)
     mean, error = report.weighted.expectation(lambda x: left(x).mean(1))
-    worst = int((each - energy.left_mass).abs().argmax())  # type: ignore[operator]
+    farthest = int((each - energy.left_mass).abs().argmax())  # type: ignore[operator]
     return {
         "P(a < 0)": (float(mean), float(error)),
-        "P(a < 0), worst pair": (float(each[worst]), float(errors[worst])),
+        "P(a < 0), pair with the largest error": (float(each[farthest]), float(errors[farthest])),
     }
 
 
@@ -249,7 +252,7 @@ def ring(seed: int, quick: bool) -> Fitted:
 
 
 def flipped_chains(energy: Energy, seed: int, quick: bool) -> Tensor:
-    """States of HMC, each with its sign drawn anew: the field and its negative have one energy."""
+    """Return states of HMC with random signs: the energy of a field and its negative are equal."""
     mcmc = MCMC(
         HMC(num_steps=8),
         5 if quick else 50,
@@ -284,8 +287,8 @@ EFFECTS, ERRORS = (
     (28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0),
     (15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0),
 )
-#: Of posteriordb's reference posterior, eight_schools-eight_schools_noncentered: means, and means
-#: of squares, of 10,000 draws.
+#: Means and means of squares of the 10,000 reference draws of posteriordb's
+#: eight_schools-eight_schools_noncentered.
 REFERENCE = {
     "mu": (4.4105, 30.403),
     "tau": (3.6021, 23.204),
@@ -315,9 +318,11 @@ def eight_schools(make: Callable[[int], Flow], seed: int, quick: bool) -> Fitted
     return train(lambda dtype: energy, guide.flow, seed, quick, **settings)
 
 
-def moments(report: FlowReport, energy: Energy) -> Facts:
-    """Weighted means beside the reference's, each with both standard errors; and the largest
-    deviation in units of them."""
+def moments(report: FlowReport, energy: Energy) -> Metrics:
+    """Return weighted means minus reference means, with the combined standard errors.
+
+    The last metric is the largest deviation in units of these.
+    """
 
     def named(x: Tensor) -> Tensor:
         sites = energy.constrain(x)  # type: ignore[operator]
@@ -330,18 +335,20 @@ def moments(report: FlowReport, energy: Energy) -> Facts:
     first = ((square - mean**2) / 10_000 + error**2).sqrt()
     second = ((fourth - square**2) / 10_000 + square_error**2).sqrt()
     z = torch.cat([(mean - theirs[:, 0]) / first, (square - theirs[:, 1]) / second])
-    facts: Facts = {
+    metrics: Metrics = {
         f"E[{name}] less the reference": (float(mean[k] - theirs[k, 0]), float(first[k]))
         for k, name in enumerate(REFERENCE)
     }
-    # without an error there is no such number
+    # undefined without a standard error
     largest = float(z.abs().max()) if bool(error.isfinite().all()) else math.nan
-    return facts | {"largest of eight moments' deviations, in standard errors": (largest, None)}
+    return metrics | {"largest of eight moments' deviations, in standard errors": (largest, None)}
 
 
 def system(name: str, seed: int, quick: bool) -> Fitted:
-    """Chains of a system of particles and a flow fitted to half of them; what they are judged by is
-    the other half."""
+    """Run chains of a system of particles and fit a flow to half of them.
+
+    The other half is for the evaluation.
+    """
     done = particles.case(name, seed, quick)
     return Fitted(
         done.flow,
@@ -353,11 +360,11 @@ def system(name: str, seed: int, quick: bool) -> Fitted:
     )
 
 
-def against_chains(fitted: Fitted, n: int, seed: int, quick: bool) -> tuple[FlowReport, Facts]:
-    """The report, log Z by two other ways, and distances that no symmetry changes."""
+def against_chains(fitted: Fitted, n: int, seed: int, quick: bool) -> tuple[FlowReport, Metrics]:
+    """Return the report, two other estimates of log Z, and distances between pair distances."""
     if fitted.particles is None:
         raise ValueError("fitted must be a system of particles")
-    found, chains = particles.judged(fitted.particles, quick=quick), fitted.particles.reference
+    found, chains = particles.evaluate(fitted.particles, quick=quick), fitted.particles.reference
     return found.report, {
         "log Z by bridge sampling": (found.bridge.value, found.bridge.standard_error),
         "log Z by SMC": (found.smc.value, found.smc.standard_error),
@@ -387,7 +394,11 @@ def against_chains(fitted: Fitted, n: int, seed: int, quick: bool) -> tuple[Flow
 
 CASES: dict[str, Case] = {
     "double-well": Case(
-        "double well, redundant NICE D = 2", double_well, "x", lambda x: x, right_mass
+        "double well, NICE with auxiliary variables, D = 2",
+        double_well,
+        "x",
+        lambda x: x,
+        right_mass,
     ),
     **{
         name: Case(
@@ -395,7 +406,7 @@ CASES: dict[str, Case] = {
         )
         for name, title, kind, pairs, label in (
             ("many-well-6", "Many-Well-6, splines", ManyWell, 3, "$a_1$"),
-            ("many-well-6-turned", "Many-Well-6, turned, splines", TurnedManyWell, 3, "$x_1$"),
+            ("many-well-6-rotated", "Many-Well-6, rotated, splines", RotatedManyWell, 3, "$x_1$"),
             ("many-well-32", "Many-Well-32, splines", ManyWell, 16, "$a_1$"),
         )
     },
@@ -424,7 +435,7 @@ CASES: dict[str, Case] = {
             functools.partial(system, name),
             "energy",
             known.make(),
-            judge=against_chains,
+            evaluate=against_chains,
         )
         for name, known in particles.SYSTEMS.items()
     },
@@ -446,7 +457,7 @@ CASES: dict[str, Case] = {
         moments,
     ),
     "schools-redundant": Case(
-        "eight schools, redundant NICE D = 12",
+        "eight schools, NICE with auxiliary variables, D = 12",
         lambda s, q: eight_schools(
             lambda seed: RedundantNICE(
                 10,

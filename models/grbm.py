@@ -1,5 +1,6 @@
-"""Gaussian restricted Boltzmann machines on mixed Laplace sources and on image patches: exact
-likelihoods. About 2 minutes.
+"""Gaussian restricted Boltzmann machines with exact likelihoods, on two data sets.
+
+The data are a Laplace mixture and patches of images. About 2 minutes.
 
 python -m models.grbm [--seed N] [--quick] [--out DIR]
 """
@@ -20,13 +21,15 @@ from pyroebm.energies import GaussianRBM
 from pyroebm.objectives import ContrastiveDivergence, ExactLikelihood, Objective, PersistentCD
 from pyroebm.training import fit
 
-#: Mean log-likelihood of d whitened numbers under a normal law, for each of them.
+#: Mean log-likelihood per whitened coordinate under a normal distribution.
 GAUSSIAN = -0.5 * math.log(2.0 * math.pi * math.e)
 
 
 def start(num_visible: int, num_hidden: int, data: Tensor, spread: float) -> GaussianRBM:
-    """A machine whose hidden units are mostly off and far apart: from small weights it stays a
-    single normal for long."""
+    """Return a machine whose hidden units are mostly off and have different weights.
+
+    From small weights the density remains a single normal mode for a long time.
+    """
     weight = spread * torch.randn(num_visible, num_hidden)
     rbm = GaussianRBM(
         num_visible,
@@ -51,7 +54,7 @@ def train(
     seed: int,
     progress: bool | None,
 ) -> None:
-    """Adam with a rate that falls to 0."""
+    """Train with Adam and a learning rate that decays to 0."""
     fit(
         rbm,
         objective,
@@ -65,9 +68,11 @@ def train(
     )
 
 
-def log_law(x: Tensor, data: Tensor) -> Tensor:
-    """Log-density of the true law at whitened points: two Laplace sources, turned by the angle that
-    fits the data best."""
+def true_log_density(x: Tensor, data: Tensor) -> Tensor:
+    """Return the true log-density at whitened points.
+
+    It has two Laplace sources, rotated by the angle that fits the data best.
+    """
     angles = torch.linspace(0.0, math.pi / 2, 901)[:-1]
     turns = torch.stack(
         [
@@ -83,13 +88,15 @@ def log_law(x: Tensor, data: Tensor) -> Tensor:
 def laplace(
     recipe: Recipe, starts: int, epochs: int, points: int, progress: bool | None
 ) -> tuple[GaussianRBM, Tensor]:
-    """The published setting (4 hidden units, CD-1, batches of 1,000, 50 epochs), and exact maximum
-    likelihood from there."""
+    """Train with CD-1 in the published setting, then with the exact likelihood.
+
+    The setting is 4 hidden units, batches of 1,000, 50 epochs.
+    """
     x = laplace_mixture(points, generator=torch.Generator().manual_seed(recipe.seed))
     data, test = x[: points // 2], x[points // 2 :]
     recipe.add("Laplace: truth", LAPLACE_LOG_LIKELIHOOD, kind="exact")
     recipe.add("Laplace: Gaussian", 2 * GAUSSIAN, kind="exact")
-    recipe.add_mean("Laplace: truth on the test points", log_law(test, data), "exact")
+    recipe.add_mean("Laplace: truth on the test points", true_log_density(test, data), "exact")
     found = []
     for number in range(starts):
         torch.manual_seed(recipe.seed + number)
@@ -107,14 +114,14 @@ def laplace(
         "Laplace, CD-1: test log-likelihood",
         rbm.log_likelihood(test).detach(),
         "exact",
-        "+- is that of the test set",
+        "standard error over the test set",
     )
-    short = log_law(test, data) - rbm.log_likelihood(test).detach()
+    short = true_log_density(test, data) - rbm.log_likelihood(test).detach()
     recipe.add_mean(
         "Laplace, CD-1: nats below the truth, test",
         short,
         "exact",
-        "published 0.0431, on points of its own",
+        "published 0.0431, on other points",
     )
     recipe.add("Laplace, CD-1: log Z", rbm.log_partition(), kind="exact")
     train(rbm, ExactLikelihood(), data, epochs, 0.02, 1000, recipe.seed, progress)
@@ -132,8 +139,10 @@ def laplace(
 def patches(
     recipe: Recipe, side: int, hidden: int, epochs: int, n: int, progress: bool | None
 ) -> GaussianRBM:
-    """Whitened patches of two photographs, of which a normal law knows nothing but the
-    covariance."""
+    """Train on whitened patches of two photographs.
+
+    For a normal distribution only their covariance matters.
+    """
     x = whitened(
         image_patches(
             n, side=side, generator=torch.Generator().manual_seed(recipe.seed), whiten=False
@@ -161,17 +170,17 @@ def main(
     out: Path | None = None,
     progress: bool | None = None,
 ) -> None:
-    """Train and judge on both data sets.
+    """Train and evaluate on both data sets.
 
     Args:
-        starts: starting weights tried on the Laplace mixture; the best on the training data goes
-            on.
+        starts: number of initial weights on the Laplace mixture; the best on the training data is
+            used.
         hidden: hidden units on patches, at most 20 for exact likelihoods.
         side: of a patch, in pixels.
         seed: of data and weights.
-        quick: a few batches only, to see that everything runs.
-        out: folder of metrics.json and the figure; runs/grbm without.
-        progress: show progress; by default of what takes longer than a second.
+        quick: a few batches only, to test that everything runs.
+        out: folder of metrics.json and the figure; None is runs/grbm.
+        progress: show progress; None shows that of what takes longer than a second.
     """
     recipe = Recipe("grbm", out, seed, starts=starts, hidden=hidden, side=side, quick=quick)
     epochs, points, n = (1, 4_000, 2_500) if quick else (50, 100_000, 50_000)
@@ -188,7 +197,7 @@ def main(
     modes = rbm.visible_bias + torch.cat([torch.zeros(1, 2), rbm.weight.mT])
     axes[0].plot(*modes.mT, "o", color="tab:blue")
     axes[0].set(
-        title="Laplace mixture: test points, log p, modes of one unit",
+        title="Laplace mixture: test points, log p, component means",
         xlim=(-4, 4),
         ylim=(-4, 4),
         aspect="equal",

@@ -1,5 +1,4 @@
-"""What the recipes of Boltzmann machines share: data, persistent training with a record of
-likelihoods, brackets, figures."""
+"""Data, training, evaluation and figures that the recipes of Boltzmann machines share."""
 
 from __future__ import annotations
 
@@ -39,12 +38,12 @@ M = TypeVar("M", bound=torch.nn.Module)
 
 
 class Images:
-    """Training and test images of bits, in float32, which training is done in.
+    """Binary training and test images in float32, the dtype of the training.
 
     Args:
-        train, test: bits, shape ``(n, pixels)``.
+        train, test: binary pixels, shape ``(n, pixels)``.
         train_labels, test_labels: classes, shape ``(n,)``.
-        binarisation: how pixels became bits: nats cannot be compared across ways.
+        binarisation: how pixels were binarized; likelihoods of different ways are not comparable.
     """
 
     def __init__(
@@ -53,50 +52,52 @@ class Images:
         test: Tensor,
         train_labels: Tensor,
         test_labels: Tensor,
-        binarisation: str,
+        binarization: str,
     ) -> None:
         self.train = train.float()
         self.test = test.float()
-        self.binarisation = binarisation
+        self.binarization = binarization
         self.train_labels, self.test_labels = train_labels.long(), test_labels.long()
         side = math.isqrt(train.shape[1])
         self.shape = (side, side)
 
     def inverted(self) -> Images:
-        """Ones and zeros swapped."""
+        """Swap ones and zeros."""
         return Images(
             1.0 - self.train,
             1.0 - self.test,
             self.train_labels,
             self.test_labels,
-            f"{self.binarisation}, inverted",
+            f"{self.binarization}, inverted",
         )
 
     def fewer(self, n: int) -> Images:
-        """The first n of each, for a quick look."""
+        """Keep the first ``n`` images of each set, for a quick run."""
         return Images(
             self.train[:n],
             self.test[:n],
             self.train_labels[:n],
             self.test_labels[:n],
-            self.binarisation,
+            self.binarization,
         )
 
 
 def load_images(path: Path | None) -> Images:
-    """scikit-learn's digits, or what is at a path."""
+    """Load the binary MNIST files at ``path``, or scikit-learn's digits if it is None."""
     data = digits() if path is None else load_binary(path)
-    return Images(data.train, data.test, data.train_labels, data.test_labels, data.binarisation)
+    return Images(data.train, data.test, data.train_labels, data.test_labels, data.binarization)
 
 
 def in_double(machine: M) -> M:
-    """A copy in float64, without gradients: likelihoods are computed in it."""
+    """Copy a machine to float64, without gradients, to compute likelihoods."""
     return copy.deepcopy(machine).double().requires_grad_(False)
 
 
 def floor(images: Images) -> Tensor:
-    """Test log-likelihoods of independent bits with the training frequencies: a machine below their
-    mean has a bug."""
+    """Return test log-likelihoods of independent pixels with the training frequencies.
+
+    A trained machine whose mean is lower has an error.
+    """
     independent = BernoulliRBM(
         images.train.shape[1], 1, weight=torch.zeros(images.train.shape[1], 1), dtype=torch.float64
     )
@@ -105,8 +106,10 @@ def floor(images: Images) -> Tensor:
 
 
 def gibbs(machine: LayeredMachine, visible: Tensor, sweeps: int, seed: int) -> list[Tensor]:
-    """All layers after sweeps of Gibbs sampling from visible states; the hidden ones start from
-    fair coins."""
+    """Return the states of all layers after sweeps of Gibbs sampling.
+
+    The visible layer starts at ``visible``, the hidden ones at uniformly random states.
+    """
     generator, layers = torch.Generator().manual_seed(seed), machine.layers()
     with torch.no_grad():
         x = [
@@ -126,8 +129,10 @@ def gibbs(machine: LayeredMachine, visible: Tensor, sweeps: int, seed: int) -> l
 def pcd_options(
     data: Tensor, epochs: int, learning_rate: float, *, decay: bool, batch_size: int = 100
 ) -> dict[str, Any]:
-    """Options of ``fit`` for plain gradient steps; with ``decay`` the rate falls linearly to a
-    hundredth."""
+    """Return options of ``fit`` for stochastic gradient descent.
+
+    With ``decay`` the learning rate decreases linearly to a hundredth.
+    """
     steps = epochs * math.ceil(len(data) / batch_size)
     schedule = functools.partial(LinearLR, start_factor=1.0, end_factor=0.01, total_iters=steps)
     return {
@@ -154,12 +159,22 @@ def train_pcd(
     seed: int = 0,
     progress: bool | None = None,
 ) -> Iterator[int]:
-    """Persistent contrastive divergence by plain gradient steps; yields the number of epochs that
-    are done.
+    """Train by persistent contrastive divergence and yield the number of finished epochs.
 
     Args:
-        decay: whether the rate falls linearly to a hundredth, which takes the noise of the chains
-            out of the parameters.
+        machine: trained in place.
+        data: training examples.
+        epochs: passes over the data.
+        learning_rate: of stochastic gradient descent.
+        centered: use centered gradients.
+        decay: decrease the learning rate linearly to a hundredth, which removes the noise of the
+            chains from the parameters.
+        batch_size: examples of a batch.
+        chains: number of persistent chains.
+        k: Gibbs sweeps for each step.
+        checkpoint: file to continue from and to save to.
+        seed: of batches and chains.
+        progress: show progress.
     """
     loop = fit_steps(
         machine,
@@ -187,10 +202,10 @@ def machine_bracket(
     seed: int,
     progress: bool | None,
 ) -> BidirectionalAIS:
-    """AIS and reverse AIS of a machine in float64, from the base rates of the data.
+    """Estimate log Z by AIS and reverse AIS in float64, from the base rates of the data.
 
-    The latter starts from Gibbs chains, of which half begin at training images and half at draws of
-    the base: what either of them finds and the other does not would show in the reverse.
+    Reverse AIS starts from Gibbs chains. Half of them begin at training images, half at draws of
+    the base density: a difference between the two groups would be seen in the weights.
     """
     rates = data.to(machine.dtype).mean(0).expand(chains - chains // 2, -1)
     seeds = torch.cat(
@@ -220,8 +235,7 @@ def plot_completions(
     seed: int,
     ax: Axes,
 ) -> Axes:
-    """Test images, their upper halves, and what the model draws for the lower ones, in three
-    rows."""
+    """Plot test images, their upper halves, and imputations of the lower halves, in three rows."""
     whole = images.test[:n].to(next(iter(model.parameters())).dtype)
     known = torch.zeros(images.shape, dtype=torch.bool)
     known[: images.shape[0] // 2] = True
@@ -238,7 +252,7 @@ def plot_completions(
 
 
 def every(epochs: int, points: int) -> Callable[[int], bool]:
-    """Whether an epoch is one of about ``points`` to look at: the last one always is."""
+    """Return a function that is true for about ``points`` of the epochs, and for the last one."""
     stride = max(1, epochs // points)
     return lambda epoch: epoch % stride == 0 or epoch == epochs
 
@@ -250,8 +264,11 @@ def classify(
     epochs: int,
     progress: bool | None,
 ) -> list[float]:
-    """Fine-tune a classifier that starts from the model; the test error after each epoch, and
-    before the first."""
+    """Fine-tune a classifier that starts from the model.
+
+    Returns:
+        the test error before the first epoch and after each epoch.
+    """
     classifier = Classifier(model, int(images.train_labels.max()) + 1)
     curve = [classifier.error(images.test, images.test_labels)]
     history = fit(

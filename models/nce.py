@@ -1,9 +1,9 @@
-"""Noise-contrastive estimation in the plane, objectives of neighbours on spins, by exact
-divergences. About 3 minutes.
+"""Noise-contrastive estimation in two dimensions, and neighbor objectives on spins.
 
-Noise as wide as the data or wider brings NCE to .011 to .015 nats of the truth, ranking and
-conditional NCE to .008 to .012, where the same network by exact likelihood is .009 away; noise of
-half the data's width leaves it 10 nats away (seed 0).
+Evaluated by exact divergences. With noise as wide as the data or wider, NCE is .011 to .015 nats
+from the truth, ranking and conditional NCE .008 to .012; the same network by exact likelihood is
+.009. With noise of half the width of the data NCE is 10 nats from the truth (seed 0). About 3
+minutes.
 
 python -m models.nce [--seed N] [--quick] [--out DIR]
 """
@@ -41,40 +41,48 @@ from pyroebm.partition import quadrature
 from pyroebm.targets import GaussianMixture
 from pyroebm.training import fit
 
-#: Half the side of the square in which the truth lives.
+#: Half the side of the square of the plots and sums.
 HALF = 7.0
 WIDTHS = (0.5, 0.7, 1.0, 2.0, 4.0)
 NUS = (1.0, 4.0, 16.0)
 
 
 def five_gaussians() -> GaussianMixture:
-    """On a circle of radius 2.5, each of scale 0.5, with weights from 0.4 down to 0.05."""
+    """Return five normal modes on a circle of radius 2.5 with weights from 0.4 to 0.05."""
     angles = 2.0 * math.pi * torch.arange(5) / 5
     means = 2.5 * torch.stack([angles.cos(), angles.sin()], 1)
     return GaussianMixture(means, scale=0.5, weights=[0.4, 0.25, 0.18, 0.12, 0.05])
 
 
 def grid(points: int) -> tuple[Tensor, float]:
-    """Points of a square and the area of each."""
+    """Return the grid points of a square and the area of a cell."""
     axis = torch.linspace(-HALF, HALF, points)
     return torch.cartesian_prod(axis, axis), float(axis[1] - axis[0]) ** 2
 
 
 class Perceptron(MLPEnergy):
-    """The energy of all fits, with log Z on a grid for exact maximum likelihood."""
+    """A multilayer perceptron as an energy, with log Z on a grid.
+
+    Args:
+        data: for the envelope.
+        seed: of the weights.
+    """
 
     def __init__(self, data: Tensor, seed: int) -> None:
         super().__init__((2,), (64, 64), generator=seeded_generator(seed))
         self.fit_envelope(data, factor=1.5)
 
     def log_partition(self) -> Tensor:
+        """Return log Z by a sum over the grid."""
         nodes, area = grid(40)
         return (-self(nodes)).logsumexp(0) + math.log(area)
 
 
 def real_nvp(data: Tensor) -> Flow:
-    """Six affine couplings (Dinh, Sohl-Dickstein and Bengio, 2017), started at the width of the
-    data."""
+    """Return six affine couplings (Dinh, Sohl-Dickstein and Bengio, 2017).
+
+    They start at the mean and the width of the data.
+    """
     parts: list[torch.distributions.Transform] = []
     for _ in range(6):
         parts += [
@@ -97,7 +105,10 @@ def train(
     progress: bool | None,
     rates: dict[str, float] | None = None,
 ) -> None:
-    """Adam with a rate that falls to 0; the players of a game have one each."""
+    """Train with Adam and a learning rate that decays to 0.
+
+    ``rates`` has a learning rate for each loss of an objective with several.
+    """
     fit(
         energy,
         objective,
@@ -111,7 +122,7 @@ def train(
     )
 
 
-def judge(
+def evaluate(
     recipe: Recipe,
     name: str,
     energy: Perceptron,
@@ -120,8 +131,13 @@ def judge(
     seconds: float,
     progress: bool | None,
 ) -> tuple[Tensor, float]:
-    """Test NLL with log Z by quadrature, the divergence from the truth on a grid, the masses of the
-    modes; log p on the grid."""
+    """Record test NLL, the KL divergence from the truth, and the error of the mode weights.
+
+    log Z is by quadrature.
+
+    Returns:
+        log p on the grid, and the divergence.
+    """
     target, (nodes, area) = five_gaussians(), grid(281)
     exact = quadrature(energy, tolerance=1e-5, progress=progress)
     with torch.no_grad():
@@ -129,7 +145,7 @@ def judge(
             f"{name}: test NLL",
             energy(test) + exact.value,
             exact.kind,
-            "+- is that of the test set",
+            "standard error over the test set",
         )
         log_p, truth = -energy(nodes) - exact.value, -target(nodes)
         divergence = recipe.add(
@@ -154,7 +170,11 @@ def judge(
 def plane(
     recipe: Recipe, rows: int, steps: int, progress: bool | None
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Every objective on the five Gaussians; log-densities on the grid, and divergences."""
+    """Train every objective on the five modes.
+
+    Returns:
+        log-densities on the grid, and divergences.
+    """
     target, seed = five_gaussians(), recipe.seed
     data, test = (
         target.sample(rows, seeded_generator(seed, spawned=0)),
@@ -188,25 +208,28 @@ def plane(
         energy, began = Perceptron(data, seed), time.perf_counter()
         train(energy, objective, data, steps, seed, progress)
         log_z = objective.log_z.detach() if isinstance(objective, NoiseContrastive) else None
-        densities[name], divergences[name] = judge(
+        densities[name], divergences[name] = evaluate(
             recipe, name, energy, log_z, test, time.perf_counter() - began, progress
         )
 
     energy = Perceptron(data, seed)
-    game = FlowContrastive(flow)
+    objective = FlowContrastive(flow)
     began = time.perf_counter()
-    train(energy, game, data, steps, seed, progress, {"energy": 3e-3, "flow": 3e-4})
-    name, seconds = "NCE, flow trained along", time.perf_counter() - began
-    densities[name], divergences[name] = judge(
-        recipe, name, energy, game.log_z.detach(), test, seconds, progress
+    train(energy, objective, data, steps, seed, progress, {"energy": 3e-3, "flow": 3e-4})
+    name, seconds = "NCE against a trained flow", time.perf_counter() - began
+    densities[name], divergences[name] = evaluate(
+        recipe, name, energy, objective.log_z.detach(), test, seconds, progress
     )
     recipe.add_mean("flow trained along: test NLL", -flow.log_prob(test).detach(), "exact")
     return densities, divergences
 
 
 def spins(recipe: Recipe, sets: int, rows: int) -> dict[str, list[float]]:
-    """Boltzmann machines of eight spins fitted to draws of another: nats from the truth, over data
-    sets."""
+    """Fit Boltzmann machines of eight spins to draws of another one, over several data sets.
+
+    Returns:
+        KL divergences from the truth.
+    """
     generator = seeded_generator(recipe.seed, spawned=2)
     weight = 0.5 * torch.randn(8, 8, generator=generator).triu(1)
     truth = BoltzmannMachine(
@@ -238,13 +261,13 @@ def spins(recipe: Recipe, sets: int, rows: int) -> dict[str, list[float]]:
     recipe.add(
         "spins: KL of maximum likelihood in theory",
         36 / (2 * rows),
-        note="parameters / (2 rows), for many rows",
+        note="parameters / (2 rows), asymptotically",
     )
     return found
 
 
 def solve(machine: BoltzmannMachine, objective: Objective, data: Tensor) -> None:
-    """To the minimum."""
+    """Minimize an objective by L-BFGS."""
     optimizer = torch.optim.LBFGS(machine.parameters(), max_iter=100, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
@@ -259,7 +282,7 @@ def solve(machine: BoltzmannMachine, objective: Objective, data: Tensor) -> None
 def figure(
     densities: dict[str, Tensor], divergences: dict[str, float], found: dict[str, list[float]]
 ) -> plt.Figure:
-    """Densities, and divergences against the width of the noise, against nu, and of the spins."""
+    """Plot densities, and divergences by the width of the noise, by nu, and of the spins."""
     fig, axes = plt.subplots(3, 4, figsize=(13, 9.6), layout="constrained")
     narrow, wide = (f"NCE, width {s:g}, nu 1" for s in (WIDTHS[0], WIDTHS[-1]))
     shown = [
@@ -271,7 +294,7 @@ def figure(
         "conditional, scale 0.3",
         "conditional, scale 2",
         "flow alone",
-        "NCE, flow trained along",
+        "NCE against a trained flow",
     ]
     for ax, name in zip(axes.flat, shown, strict=False):
         ax.imshow(
@@ -302,7 +325,7 @@ def figure(
         ax.plot(values, [row] * len(values), "o", color="tab:gray", markersize=3)
         ax.plot(sum(values) / len(values), row, "|", color="tab:red", markersize=16)
     ax.set_yticks(range(len(found)), [name.replace(" ", "\n") for name in found], fontsize=7)
-    ax.set(xlabel="KL from the truth, nats", title="eight spins, by data set")
+    ax.set(xlabel="KL from the truth, nats", title="eight spins, one point per data set")
     ax.set_xlim(left=0.0)
     return fig
 
@@ -315,15 +338,15 @@ def main(
     out: Path | None = None,
     progress: bool | None = None,
 ) -> None:
-    """Train and judge by every objective.
+    """Train by every objective and evaluate.
 
     Args:
-        rows: of data in the plane.
-        steps: of each training there.
+        rows: number of training points in two dimensions.
+        steps: of each training in two dimensions.
         seed: of data, weights and noise.
-        quick: a few steps only, to see that everything runs.
-        out: folder of metrics.json and the figure; runs/nce without.
-        progress: show progress; by default of what takes longer than a second.
+        quick: a few steps only, to test that everything runs.
+        out: folder of metrics.json and the figure; None is runs/nce.
+        progress: show progress; None shows that of what takes longer than a second.
     """
     recipe = Recipe("nce", out, seed, rows=rows, steps=steps, quick=quick)
     densities, divergences = plane(recipe, 500 if quick else rows, 10 if quick else steps, progress)

@@ -1,5 +1,4 @@
-"""Systems of particles, long tempered chains of them, and a flow fitted to one half of the chains
-and judged by the other."""
+"""Systems of particles: long tempered chains, and a flow fitted to one half of them."""
 
 from __future__ import annotations
 
@@ -28,11 +27,11 @@ from pyroebm.training import Guard, fit
 __all__ = [
     "SYSTEMS",
     "Case",
-    "Judgement",
+    "Evaluation",
     "Reference",
     "System",
     "case",
-    "judged",
+    "evaluate",
     "moved",
     "reference",
     "trained",
@@ -46,14 +45,14 @@ class System:
     """A target with the settings of its chains and of its flow."""
 
     make: Callable[[], Particles]
-    hottest: float  #: least inverse temperature of the chains
+    min_beta: float  #: lowest inverse temperature of the chains
     rungs: int  #: temperatures
     thinning: int  #: steps of the chains from one draw to the next
     flow: dict[str, Any]  #: of :class:`EquivariantFlow`
     lr: float
     batch: int
     steps: int  #: of likelihood, after flow matching
-    spread: float  #: of the normal law from which SMC starts
+    spread: float  #: scale of the normal distribution from which SMC starts
 
 
 SYSTEMS: dict[str, System] = {
@@ -95,10 +94,10 @@ SYSTEMS: dict[str, System] = {
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    r"""Draws of long tempered chains, and why to believe them.
+    r"""Draws of long tempered chains, and their convergence diagnostics.
 
-    Stein's identity, :math:`E[u \cdot \nabla U] = (n - 1) k`, holds for every law with density
-    :math:`e^{-U} / Z`.
+    Stein's identity, :math:`E[u \cdot \nabla U] = (n - 1) k`, holds for every density :math:`e^{-U}
+    / Z`.
     """
 
     #: ``(chains, n, d)``; of the first half of the chains and of the second nothing is shared
@@ -106,43 +105,47 @@ class Reference:
     r_hat: dict[str, float]  #: of the energy and of distances
     ess: dict[str, float]  #: of the same, all chains together
     stein: Estimate  #: of :math:`u \cdot \nabla U`, to be d
-    swap_rate: float  #: the least of two neighbours
+    swap_rate: float  #: minimum over neighboring temperatures
     evaluations: int
-    seconds: float  #: of one core
+    seconds: float  #: CPU time of one core
 
     def half(self, which: int) -> Tensor:
-        """Draws of the first (0) or the second half (1) of the chains, ``(chains / 2, n, d)``."""
+        """Return draws of the first (0) or second (1) half of chains, ``(chains / 2, n, d)``."""
         return self.draws.chunk(2)[which]
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A flow for a system, in float64, its integrator set to the steps of judging, and what it
-    cost."""
+    """A flow fitted to a system, in float64, and its cost.
+
+    Its integrator has the number of steps of the evaluation.
+    """
 
     name: str
     seed: int
     energy: Particles
     reference: Reference
     flow: EquivariantFlow
-    matched: EquivariantFlow  #: as it was after flow matching
+    matched: EquivariantFlow  #: the flow after flow matching
     losses: list[float]  #: minus the mean log density of the batches, one for each step after that
-    evaluations: int  #: of the target: those of the chains, since nothing else asks for it
-    seconds: float  #: of one core: chains and training
+    evaluations: int  #: of the target, all by the chains
+    seconds: float  #: CPU time of one core: chains and training
 
 
 @dataclasses.dataclass(frozen=True)
-class Judgement:
-    """What a flow is worth; the distances are of draws of the flow to those of chains that it was
-    not fitted to."""
+class Evaluation:
+    """The evaluation of a flow.
 
-    report: FlowReport  #: distances in it are of coordinates u
-    #: energy distance of the sorted distances of pairs, which no symmetry changes
+    Distances are between draws of the flow and those of chains that it was not fitted to.
+    """
+
+    report: FlowReport  #: its distances are of the coordinates u
+    #: energy distance of sorted pair distances, which are invariant under the symmetries
     distances: Estimate
     weighted_distances: Estimate  #: the same of draws resampled by weight
-    noise: Estimate  #: the same of the two halves of the chains: what sampling alone makes
-    bridge: LogZ  #: from the flow to the chains it was not fitted to
-    smc: LogZ  #: from a normal law, without the flow or the chains
+    noise: Estimate  #: the same between the two halves of the chains: the sampling noise
+    bridge: LogZ  #: between the flow and chains that it was not fitted to
+    smc: LogZ  #: from a normal distribution, without the flow or the chains
     #: largest change of log q at the chains' draws if the integrator takes half of its steps
     integration: float
     inversion: float  #: largest of |z - flow^-1(flow(z))|
@@ -151,18 +154,18 @@ class Judgement:
 
 
 def distances(energy: Particles, u: Tensor) -> Tensor:
-    """Sorted distances of all pairs: ``(*batch, d) -> (*batch, n (n - 1) / 2)``."""
+    """Return sorted pair distances: ``(*batch, d) -> (*batch, n (n - 1) / 2)``."""
     return energy.squared_distances(energy.positions(u)).sqrt().sort(-1).values
 
 
 def moved(energy: Particles, u: Tensor, generator: torch.Generator) -> Tensor:
-    """Each row turned, or reflected, and renumbered at random: ``(rows, d) -> (rows, d)``."""
+    """Rotate or reflect each row and permute its particles: ``(rows, d) -> (rows, d)``."""
     x = energy.positions(u)
     order = uniform(x.shape[:2], generator, u.dtype, u.device).argsort(1)
     turn = torch.linalg.qr(
         standard_normal((len(x), energy.space, energy.space), generator, u.dtype, u.device)
     )
-    # without them the law of Q is not the uniform one
+    # without these signs the distribution of Q is not uniform
     signs = turn.R.diagonal(dim1=1, dim2=2).sign().unsqueeze(1)
     return energy.coordinates(x.gather(1, order.unsqueeze(-1).expand_as(x)) @ (turn.Q * signs))
 
@@ -174,18 +177,18 @@ def reference(
     num_samples: int = 50,
     warmup_steps: int = 250,
 ) -> Reference:
-    """Draws of many long chains, each with replicas at higher temperatures that it swaps with.
+    """Draw from a system by many long chains with parallel tempering.
 
     Args:
-        system: which.
+        system: the system.
         seed: of all random numbers.
-        num_chains: an even number; each half has a warm-up and random numbers of its own.
+        num_chains: an even number; each half has its own warm-up and random numbers.
         num_samples: draws of each chain.
-        warmup_steps: before them.
+        warmup_steps: warm-up steps of each chain.
     """
     energy, began = system.make(), time.process_time()
     kernel = ParallelTempering(
-        HMC(num_steps=10), torch.logspace(0.0, math.log10(system.hottest), system.rungs)
+        HMC(num_steps=10), torch.logspace(0.0, math.log10(system.min_beta), system.rungs)
     )
     mcmc = MCMC(
         kernel,
@@ -207,7 +210,7 @@ def reference(
     seen = {
         "energy": values.reshape(u.shape[:2]),
         "mean distance": far.mean(-1),
-        "least distance": far[..., 0],
+        "smallest distance": far[..., 0],
         "largest distance": far[..., -1],
     }
     each = (u.flatten(0, 1) * grad).sum(-1).reshape(u.shape[:2])
@@ -225,13 +228,16 @@ def reference(
 def trained(
     system: System, draws: Tensor, seed: int = 0, quick: bool = False
 ) -> tuple[EquivariantFlow, EquivariantFlow, list[float]]:
-    """A flow matched to draws, one refined by their likelihood in float32, and the losses of that.
+    """Fit a flow by flow matching, then by maximum likelihood in float32.
 
     Args:
-        system: which.
+        system: the system.
         draws: ``(n, d)``.
         seed: of the order of the draws.
         quick: a few steps only.
+
+    Returns:
+        the flow after flow matching, the final one, and the losses of its training.
     """
     energy = system.make().float()
     flow = EquivariantFlow(energy.num_particles, energy.space, dtype=F64, **system.flow)
@@ -259,11 +265,11 @@ def trained(
 
 
 def case(name: str, seed: int = 0, quick: bool = False) -> Case:
-    """Chains of a system and a flow fitted to the first half of them.
+    """Run chains of a system and fit a flow to the first half of them.
 
     Args:
         name: of :data:`SYSTEMS`.
-        seed: of everything.
+        seed: of all random numbers.
         quick: a few steps only.
     """
     system, began = SYSTEMS[name], time.process_time()
@@ -284,13 +290,13 @@ def case(name: str, seed: int = 0, quick: bool = False) -> Case:
 
 
 @torch.no_grad()
-def judged(done: Case, *, quick: bool = False, matched: bool = False) -> Judgement:
-    """Judge a flow by its own draws and by the second half of the chains.
+def evaluate(done: Case, *, quick: bool = False, matched: bool = False) -> Evaluation:
+    """Evaluate a flow by its own draws and by the second half of the chains.
 
     Args:
-        done: a case, whose seed gives that of the draws.
+        done: a case, whose seed determines that of the draws.
         quick: a few draws only.
-        matched: judge the flow as it was after flow matching.
+        matched: evaluate the flow after flow matching.
     """
     began = time.process_time()
     energy = done.energy
@@ -317,7 +323,7 @@ def judged(done: Case, *, quick: bool = False, matched: bool = False) -> Judgeme
         start = Gaussian(
             torch.zeros(flow.dim, dtype=F64), scale=SYSTEMS[done.name].spread, dtype=F64
         )
-        walked = smc(
+        tempered = smc(
             energy,
             start,
             HMC(num_steps=8),
@@ -333,7 +339,7 @@ def judged(done: Case, *, quick: bool = False, matched: bool = False) -> Judgeme
     flow.num_steps = fine // 2
     rough = flow.log_prob(fresh[:200])
     flow.num_steps = fine
-    return Judgement(
+    return Evaluation(
         report=report,
         distances=energy_distance(near, far),
         weighted_distances=energy_distance(
@@ -341,7 +347,7 @@ def judged(done: Case, *, quick: bool = False, matched: bool = False) -> Judgeme
         ),
         noise=energy_distance(distances(energy, other[:, -last:].flatten(0, 1)), far),
         bridge=between,
-        smc=walked,
+        smc=tempered,
         integration=float((log_q - rough).abs().max()),
         inversion=float((back - z).abs().max()),
         evaluations=rows[0],

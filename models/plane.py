@@ -1,4 +1,4 @@
-"""What the recipes of two-dimensional laws share: the likelihood with log Z from a grid."""
+"""Maximum likelihood with log Z from a grid, for recipes with two-dimensional densities."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ __all__ = ["GridLikelihood"]
 
 
 class GridLikelihood(Objective):
-    r"""Maximum likelihood with :math:`\log Z` from a sum over a grid that is shifted at random in
-    each step: the reference.
+    r"""Maximum likelihood with :math:`\log Z` from a sum over a grid.
 
     .. math:: L = \frac1n \sum_i E(x_i) + \log \sum_g e^{-E(g)}\, \Delta
 
+    The grid is shifted at random in each step.
+
     Args:
-        side: of the square about 0.
-        points: on an axis.
+        side: length of the sides of the square around 0.
+        points: grid points on an axis.
     """
 
     def __init__(self, side: float, points: int) -> None:
@@ -31,6 +32,7 @@ class GridLikelihood(Objective):
     def forward(
         self, energy: Energy, batch: Tensor, *, generator: torch.Generator | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss and its metrics."""
         step = self.side / self.points
         shift = torch.rand(2, 1, generator=generator, dtype=batch.dtype)
         x, y = (torch.arange(self.points, dtype=batch.dtype) + shift) * step - 0.5 * self.side

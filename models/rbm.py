@@ -1,10 +1,10 @@
-"""Restricted Boltzmann machines on scikit-learn's digits, or on binary MNIST with --data: exact or
-bracketed test likelihoods.
+"""Restricted Boltzmann machines on scikit-learn's digits, or on binary MNIST with --data.
 
-python -m models.rbm [--seed N] [--quick] [--out DIR]                           # digits, 3 seeds: a
-minute python -m models.rbm --data PATH [--no-centered] [--invert]                      # 784-16, 50
-epochs: a minute python -m models.rbm --data PATH --hidden 500                                   #
-784-500, 200 epochs: 16 minutes
+Test likelihoods are exact for up to 20 hidden units, else by AIS and reverse AIS.
+
+- python -m models.rbm [--seed N] [--quick] [--out DIR]: digits, 3 seeds, a minute
+- python -m models.rbm --data PATH [--no-centered] [--invert]: 784-16, 50 epochs, a minute
+- python -m models.rbm --data PATH --hidden 500: 784-500, 200 epochs, 16 minutes
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from models.recipe import Recipe, run
 from pyroebm.diagnostics.plots import plot_images
 from pyroebm.energies import BernoulliRBM
 
-#: Hidden units up to which likelihoods are sums over all of their states.
+#: Largest number of hidden units whose states are enumerated for exact likelihoods.
 MAX_EXACT = 20
 
 
-def judge(
+def evaluate(
     recipe: Recipe,
     rbm: BernoulliRBM,
     images: Images,
@@ -43,7 +43,11 @@ def judge(
     temperatures: int,
     progress: bool | None,
 ) -> tuple[float, float]:
-    """Test log-likelihood, exact or by both ends of a bracket: the lower and the upper end."""
+    """Record the test log-likelihood, exact or by AIS and reverse AIS.
+
+    Returns:
+        the lower and the upper estimate.
+    """
     double, test = in_double(rbm), images.test.double()
     values = -double(test)
     if rbm.weight.shape[1] <= MAX_EXACT:
@@ -55,7 +59,10 @@ def judge(
         )
         return (
             recipe.add_mean(
-                f"{key}: test log-likelihood", values - log_z, "exact", "+- is that of the test set"
+                f"{key}: test log-likelihood",
+                values - log_z,
+                "exact",
+                "standard error over the test set",
             ),
         ) * 2
     found = machine_bracket(
@@ -80,7 +87,7 @@ def judge(
 
 
 def curve_point(rbm: BernoulliRBM, images: Images, temperatures: int) -> tuple[float, float]:
-    """Both ends of the test log-likelihood, quickly."""
+    """Return the lower and the upper estimate of the test log-likelihood, from few chains."""
     double, values = in_double(rbm), 0.0
     values = float(-double(images.test.double()).mean())
     if rbm.weight.shape[1] <= MAX_EXACT:
@@ -104,7 +111,7 @@ def main(
     out: Path | None = None,
     progress: bool | None = None,
 ) -> None:
-    """Train by PCD-1 in batches of 100 with 100 chains, and judge on the test set.
+    """Train by PCD-1 in batches of 100 with 100 chains, and evaluate on the test set.
 
     Args:
         data: binary MNIST: a folder of IDX files, an .npz, a folder of dataset-fashion-mnist;
@@ -116,11 +123,11 @@ def main(
         decay: whether the learning rate falls linearly to a hundredth; on digits it does.
         invert: swap ones and zeros.
         seeds: number of machines; 3 on digits, else 1.
-        temperatures: of AIS, above 20 hidden units.
+        temperatures: of AIS, for more than 20 hidden units.
         seed: of the first machine.
-        quick: a few batches only, to see that everything runs.
-        out: folder of metrics.json and the figure; runs/rbm without.
-        progress: show progress; by default of what takes longer than a second.
+        quick: a few batches only, to test that everything runs.
+        out: folder of metrics.json and the figure; None is runs/rbm.
+        progress: show progress; None shows that of what takes longer than a second.
     """
     images = load_images(data)
     images = images.inverted() if invert else images
@@ -143,7 +150,7 @@ def main(
         learning_rate=learning_rate,
         centered=centered,
         decay=decay,
-        binarisation=images.binarisation,
+        binarization=images.binarization,
         quick=quick,
     )
     recipe.add_mean("independent bits: test log-likelihood", floor(images), "exact")
@@ -170,7 +177,7 @@ def main(
                 curve.append((epoch, *curve_point(rbm, images, max(100, temperatures // 20))))
         curves.append(curve)
         ends.append(
-            judge(
+            evaluate(
                 recipe,
                 rbm,
                 images,
@@ -196,8 +203,10 @@ def main(
 def draw_figure(
     recipe: Recipe, rbm: BernoulliRBM, images: Images, curves: list[list[tuple[int, float, float]]]
 ) -> None:
-    """Receptive fields, draws, likelihoods as training went, and completions, of the last
-    machine."""
+    """Plot receptive fields, draws, likelihoods by epoch, and imputations.
+
+    The images are those of the last machine.
+    """
     fig, axes = plt.subplots(2, 2, figsize=(10, 10), layout="constrained")
     plot_images(rbm.weight.detach().mT[:100], images.shape, limits=None, ax=axes[0, 0]).set_title(
         "receptive fields"
@@ -212,10 +221,10 @@ def draw_figure(
         epochs, low, high = (torch.tensor(column) for column in zip(*curve, strict=True))
         axes[1, 0].fill_between(epochs, low, high, alpha=0.3)
         axes[1, 0].plot(epochs, low, marker=".")
-    title = f"test log-likelihood (independent bits: {float(floor(images).mean()):.2f})"
+    title = f"test log-likelihood (independent pixels: {float(floor(images).mean()):.2f})"
     axes[1, 0].set(xlabel="epoch", ylabel="nats", title=title)
     plot_completions(rbm, images, 12, 500, recipe.seed, axes[1, 1]).set_title(
-        "test images, what is known, completions"
+        "test images, observed halves, imputations"
     )
     recipe.figure("rbm", fig)
 

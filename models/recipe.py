@@ -1,4 +1,4 @@
-"""What every recipe shares: metrics that a machine can read, figures, and a table of both."""
+"""Metrics as JSON and figures: what all recipes share."""
 
 from __future__ import annotations
 
@@ -27,19 +27,20 @@ from pyroebm.training import connected_ranks, process_group
 
 __all__ = ["Kind", "Recipe", "counted", "run"]
 
-#: What a number is: known to rounding, of random error, or on average below or above the truth.
+#: Exact to rounding; an estimate; or in expectation a lower or an upper bound.
 Kind = Literal["exact", "estimate", "lower", "upper"]
 
 
 class Recipe:
-    """The record of one run: its metrics go to ``metrics.json`` at the end, its figures beside it;
-    of several processes, those of the first.
+    """The record of one run, written to ``metrics.json`` and figures beside it.
+
+    In a process group only the first process writes.
 
     Args:
         name: of the recipe.
-        out: folder to write to.
+        out: folder to write to; None is ``runs/NAME``.
         seed: of the run.
-        config: every other setting.
+        config: all other settings.
     """
 
     def __init__(self, name: str, out: Path | None, seed: int, **config: Any) -> None:
@@ -60,8 +61,18 @@ class Recipe:
         kind: Kind = "estimate",
         note: str = "",
     ) -> float:
-        """Keep and print a number, its standard error (None, or not finite: it has none) and what
-        it is."""
+        """Record and print a number with its standard error and kind.
+
+        Args:
+            key: name of the metric.
+            value: the number.
+            error: its standard error; None, or one that is not finite, is recorded as null.
+            kind: "exact", "estimate", "lower" or "upper".
+            note: a remark.
+
+        Raises:
+            FloatingPointError: if ``value`` is not finite.
+        """
         number = float(torch.as_tensor(value).detach())
         spread = (
             None
@@ -81,17 +92,21 @@ class Recipe:
         return number
 
     def add_mean(self, key: str, values: Tensor, kind: Kind = "estimate", note: str = "") -> float:
-        """The mean of independent values, with its standard error over them."""
+        """Record the mean of independent values, with its standard error."""
         return self.add(
             key, values.double().mean(), values.double().std() / math.sqrt(len(values)), kind, note
         )
 
     def add_log_z(self, key: str, estimate: LogZ) -> float:
-        """An estimate of log Z as it comes."""
+        """Record an estimate of log Z with its standard error and kind."""
         return self.add(key, estimate.value, estimate.standard_error, estimate.kind)
 
     def figure(self, name: str, fig: Figure) -> None:
-        """Save a figure as ``NAME.png``; ValueError if some of its axes are visible and empty."""
+        """Save a figure as ``NAME.png``.
+
+        Raises:
+            ValueError: if some of its visible axes are empty.
+        """
         empty = [k for k, ax in enumerate(fig.axes) if ax.get_visible() and not ax.has_data()]
         if empty:
             raise ValueError(f"axes {', '.join(map(str, empty))} of figure {name!r} show nothing")
@@ -109,22 +124,27 @@ class Recipe:
         if connected_ranks()[0] > 0:
             return
         seconds = round(time.perf_counter() - self._began, 2)
-        facts = {
+        content = {
             "name": self.name,
             "seed": self.seed,
             "seconds": seconds,
             "config": self.config,
             "metrics": self.metrics,
         }
-        self.text("metrics.json", json.dumps(facts, indent=2, allow_nan=False, default=str) + "\n")
+        self.text(
+            "metrics.json", json.dumps(content, indent=2, allow_nan=False, default=str) + "\n"
+        )
         print(f"{self.name}: {seconds:.0f} s, written to {self.out}/metrics.json")
 
 
 @contextlib.contextmanager
 def counted(energy: Energy) -> Iterator[list[int]]:
-    """Counts rows of which the energy is asked, within: ``with counted(energy) as rows: ...;
-    rows[0]``. A row is one evaluation, with its gradient or not; what a compiled graph computes is
-    not seen."""
+    """Count the evaluations of an energy.
+
+    Within ``with counted(energy) as rows: ...`` the count is ``rows[0]``. One evaluation is the
+    energy of one state, with or without its gradient. Evaluations within a compiled graph are not
+    counted.
+    """
     rows = [0]
 
     def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -138,8 +158,10 @@ def counted(energy: Energy) -> Iterator[list[int]]:
 
 
 def run(main: Callable[..., None]) -> None:
-    """Call a recipe's main with what stands on the command line; all processes of ``torchrun``
-    train together, and the first speaks."""
+    """Run the ``main`` of a recipe with the arguments of the command line.
+
+    Under ``torchrun`` all processes train together, and only the first one prints.
+    """
     torch.set_default_dtype(torch.float64)
     with process_group() as (rank, _), contextlib.ExitStack() as silent:
         if rank > 0:

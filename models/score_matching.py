@@ -1,5 +1,6 @@
-"""Score matching, each form of it: densities of the plane against quadrature, mode weights, digits.
-About 3 minutes.
+"""Score matching in all its forms: two-dimensional densities, mode weights, digits.
+
+Evaluated by quadrature. About 3 minutes.
 
 python -m models.score_matching [--seed N] [--quick] [--out DIR]
 """
@@ -19,7 +20,7 @@ from torch.distributions import constraints
 from models.recipe import Recipe, run
 from pyroebm import MALA, MCMC, Energy
 from pyroebm.core import score
-from pyroebm.data import dequantised, digits
+from pyroebm.data import dequantized, digits
 from pyroebm.diagnostics.plots import plot_images
 from pyroebm.energies import MLPEnergy
 from pyroebm.objectives import (
@@ -34,7 +35,7 @@ from pyroebm.partition import quadrature
 from pyroebm.targets import Gamma, Gaussian, GaussianMixture
 from pyroebm.training import fit
 
-LEVELS = 17  # grey levels of the digits
+LEVELS = 17  # gray levels of the digits
 TOLERANCE = 1e-5  # of log Z, in nats
 NOISE = 0.3  # of the digits, in standard deviations of a pixel
 
@@ -49,7 +50,7 @@ def train(
     seed: int,
     progress: bool | None,
 ) -> float:
-    """Adam with a rate that falls to 0; the seconds it took."""
+    """Train with Adam and a learning rate that decays to 0, and return the seconds it took."""
     began = time.perf_counter()
     fit(
         energy,
@@ -67,8 +68,11 @@ def train(
 
 
 def circle(*noise: float) -> GaussianMixture:
-    """Eight overlapping normal laws around a circle, of weights 1 to 8, after normal noise of these
-    deviations in equal parts."""
+    """Return a mixture of eight overlapping normal modes on a circle, with weights 1 to 8.
+
+    With ``noise`` it is the mixture, with equal weights, over normal noise of these standard
+    deviations.
+    """
     angles = 2.0 * math.pi * torch.arange(8) / 8
     means = 2.0 * torch.stack([angles.cos(), angles.sin()], 1)
     levels = torch.tensor(noise or (0.0,)).repeat_interleave(8)
@@ -81,8 +85,10 @@ def circle(*noise: float) -> GaussianMixture:
 
 
 def plane(recipe: Recipe, steps: int, points: int, progress: bool | None) -> dict[str, Energy]:
-    """Each objective on the circle, against the law that it fits: nats above the truth, exactly
-    normalised, and divergence."""
+    """Train each objective on the circle.
+
+    Records NLL and Fisher divergence relative to the density that the objective estimates.
+    """
     noise = torch.Generator().manual_seed(recipe.seed)
     data = circle().sample(points, noise)
     forms: dict[str, tuple[Objective, GaussianMixture]] = {
@@ -102,46 +108,48 @@ def plane(recipe: Recipe, steps: int, points: int, progress: bool | None) -> dic
         "denoising, .1 .3 1": (DenoisingScoreMatching((0.1, 0.3, 1.0)), circle(0.1, 0.3, 1.0)),
     }
     found: dict[str, Energy] = {}
-    for name, (objective, law) in forms.items():
+    for name, (objective, target) in forms.items():
         energy = MLPEnergy(
             (2,), (64, 64), scale=1.0, generator=torch.Generator().manual_seed(recipe.seed)
         )
         energy.fit_envelope(data)
         seconds = train(energy, objective, data, steps, 3e-3, 256, recipe.seed, progress)
         log_z = quadrature(energy, tolerance=TOLERANCE, progress=progress)
-        test = law.sample(points, noise)
+        test = target.sample(points, noise)
         unnoised = circle().sample(points, noise)
         recipe.add_mean(
-            f"circle, {name}: nats above its law",
-            energy(test) + log_z.value - law(test),
+            f"circle, {name}: nats above the density it estimates",
+            energy(test) + log_z.value - target(test),
             "exact",
-            "+- of the test set",
+            "standard error over the test set",
         )
         recipe.add_mean(
             f"circle, {name}: nats above the data's",
             energy(unnoised) + log_z.value - circle()(unnoised),
             "exact",
         )
-        recipe.add(f"circle, {name}: Fisher divergence", *fisher_divergence(energy, law, test))
+        recipe.add(f"circle, {name}: Fisher divergence", *fisher_divergence(energy, target, test))
         recipe.add(f"circle, {name}: seconds", seconds)
         found[name] = energy
     return found
 
 
 def two_modes(recipe: Recipe, steps: int, points: int, progress: bool | None) -> None:
-    """Weights .9 and .1 with emptiness between them: what the score does not say, wide noise
-    does."""
+    """Train on two separated modes with weights .9 and .1.
+
+    The score does not depend on the weights of separated modes; that of data with wide noise does.
+    """
     means = torch.tensor([[-3.0, 0.0], [3.0, 0.0]])
     deviation = 0.6
-    ladder = (0.2, 0.8, 2.0)
+    noise_levels = (0.2, 0.8, 2.0)
     weights = torch.tensor([0.9, 0.1])
-    law = GaussianMixture(means, scale=deviation, weights=weights)
-    data = law.sample(points, torch.Generator().manual_seed(recipe.seed))
-    widths = (deviation**2 + torch.tensor(ladder).repeat_interleave(2) ** 2).sqrt()
+    target = GaussianMixture(means, scale=deviation, weights=weights)
+    data = target.sample(points, torch.Generator().manual_seed(recipe.seed))
+    widths = (deviation**2 + torch.tensor(noise_levels).repeat_interleave(2) ** 2).sqrt()
     noised = GaussianMixture(means.repeat(3, 1), scale=widths, weights=weights.repeat(3))
     for name, objective, truth in (
-        ("exact", ScoreMatching(), law),
-        ("denoising, .2 .8 2", DenoisingScoreMatching(ladder), noised),
+        ("exact", ScoreMatching(), target),
+        ("denoising, .2 .8 2", DenoisingScoreMatching(noise_levels), noised),
     ):
         energy = MLPEnergy(
             (2,), (64, 64), scale=1.0, generator=torch.Generator().manual_seed(recipe.seed)
@@ -152,7 +160,7 @@ def two_modes(recipe: Recipe, steps: int, points: int, progress: bool | None) ->
             f"two modes, {name}: mass on the right",
             right(energy, progress),
             kind="exact",
-            note=f"of its law {right(truth, progress):.4f}",
+            note=f"of the density it estimates: {right(truth, progress):.4f}",
         )
         recipe.add(
             f"two modes, {name}: Fisher divergence",
@@ -161,7 +169,7 @@ def two_modes(recipe: Recipe, steps: int, points: int, progress: bool | None) ->
 
 
 def right(energy: Energy, progress: bool | None) -> float:
-    """Probability of the right half-plane, by quadrature."""
+    """Return the probability of the right half-plane, by quadrature."""
     halves = [
         quadrature(energy, [side, (-10.0, 10.0)], tolerance=TOLERANCE, progress=progress).value
         for side in ((-12.0, 0.0), (0.0, 12.0))
@@ -170,36 +178,42 @@ def right(energy: Energy, progress: bool | None) -> float:
 
 
 def positive(recipe: Recipe, steps: int, points: int, progress: bool | None) -> None:
-    """A perceptron on positive numbers, which knows nothing of logarithms."""
-    law = Gamma(shape=torch.tensor([2.0, 4.0]), rate=torch.tensor([1.0, 2.0]))
+    """Train a multilayer perceptron on positive numbers by non-negative score matching."""
+    gamma = Gamma(shape=torch.tensor([2.0, 4.0]), rate=torch.tensor([1.0, 2.0]))
     noise = torch.Generator().manual_seed(recipe.seed)
-    data, test = law.sample(points, noise), law.sample(points, noise)
+    data, test = gamma.sample(points, noise), gamma.sample(points, noise)
     energy = MLPEnergy((2,), (64, 64), support=constraints.positive, scale=10.0, generator=noise)
     train(energy, NonNegativeScoreMatching(), data, steps, 3e-3, 256, recipe.seed, progress)
     gap = (
         energy(test)
         + quadrature(energy, tolerance=TOLERANCE, progress=progress).value
-        - law(test)
-        - (law.log_z or 0.0)
+        - gamma(test)
+        - (gamma.log_z or 0.0)
     )
-    recipe.add_mean("gamma, non-negative: nats above the truth", gap, "exact", "+- of the test set")
+    recipe.add_mean(
+        "gamma, non-negative: nats above the truth",
+        gap,
+        "exact",
+        "standard error over the test set",
+    )
 
 
 def images(
     recipe: Recipe, steps: int, chain: int, progress: bool | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Digits with noise, by denoising and by slices: values on test data beside a normal law's, and
-    samples.
+    """Train on noisy digits by denoising and sliced score matching.
+
+    Records the loss on test data relative to that of a normal distribution, and energies of chains.
 
     Returns:
-        noised test images, samples, and samples after one step of Tweedie's formula, x - sigma^2
-        grad E.
+        test images with noise, samples, and samples after one step of Tweedie's formula,
+        x - sigma^2 grad E.
     """
     noise, pixels = torch.Generator().manual_seed(recipe.seed), digits(threshold=None)
     spread, middle = pixels.train.std(), pixels.train.mean(0)
 
     def scaled(x: Tensor) -> Tensor:
-        return ((dequantised(x, LEVELS, noise) - middle) / spread).reshape(-1, 1, 8, 8)
+        return ((dequantized(x, LEVELS, noise) - middle) / spread).reshape(-1, 1, 8, 8)
 
     data, test = scaled(pixels.train.repeat(20, 1)), scaled(pixels.test)
     flat = data.reshape(-1, 64)
@@ -207,7 +221,7 @@ def images(
         flat.mean(0).reshape(1, 8, 8), covariance=flat.mT.cov() + NOISE**2 * torch.eye(64)
     )
     noised = data + NOISE * torch.randn(data.shape, generator=noise)
-    models: dict[str, Energy] = {"normal law": normal}
+    models: dict[str, Energy] = {"normal distribution": normal}
     for name, objective, rows in (
         ("denoising", DenoisingScoreMatching(NOISE), data),
         ("sliced", SlicedScoreMatching(distribution="rademacher"), noised),
@@ -222,12 +236,12 @@ def images(
     parts = (
         test.repeat(4, 1, 1, 1) + NOISE * torch.randn((4 * len(test), 1, 8, 8), generator=noise)
     ).split(72)
-    # of 64 second derivatives; the same directions for all
-    judge = SlicedScoreMatching(4, distribution="rademacher")
+    # of 64 second derivatives; all models use the same directions
+    objective = SlicedScoreMatching(4, distribution="rademacher")
     values = {
         name: torch.stack(
             [
-                judge(energy, x, generator=torch.Generator().manual_seed(k))[0].detach()
+                objective(energy, x, generator=torch.Generator().manual_seed(k))[0].detach()
                 for k, x in enumerate(parts)
             ]
         )
@@ -235,10 +249,10 @@ def images(
     }
     for name, value in values.items():
         recipe.add_mean(f"digits, {name}: score matching's loss, test", value)
-        if name != "normal law":
+        if name != "normal distribution":
             recipe.add_mean(
-                f"digits, {name}: Fisher divergence below the normal law's",
-                values["normal law"] - value,
+                f"digits, {name}: Fisher divergence below the normal distribution's",
+                values["normal distribution"] - value,
             )
 
     energy = models["denoising"]
@@ -264,7 +278,7 @@ def images(
 
 
 def draw(ax: Axes, energy: Energy, title: str) -> None:
-    """The density over the plane."""
+    """Plot a density in two dimensions."""
     axis = torch.linspace(-3.6, 3.6, 121)
     log_density = -energy(torch.cartesian_prod(axis, axis)).reshape(121, 121).mT
     ax.pcolormesh(
@@ -281,13 +295,13 @@ def draw(ax: Axes, energy: Energy, title: str) -> None:
 def main(
     seed: int = 0, quick: bool = False, out: Path | None = None, progress: bool | None = None
 ) -> None:
-    """Train and judge all forms.
+    """Train and evaluate all forms.
 
     Args:
         seed: of data, weights and noise.
-        quick: a few steps only, to see that everything runs.
-        out: folder of metrics.json and the figure; runs/score_matching without.
-        progress: show progress; by default of what takes longer than a second.
+        quick: a few steps only, to test that everything runs.
+        out: folder of metrics.json and the figure; None is runs/score_matching.
+        progress: show progress; None shows that of what takes longer than a second.
     """
     recipe = Recipe("score_matching", out, seed, quick=quick)
     steps, points, pictures, chain = (20, 1_000, 5, 20) if quick else (2_000, 20_000, 1_500, 500)
@@ -297,13 +311,13 @@ def main(
     test, samples, clean = images(recipe, pictures, chain, progress)
 
     fig, axes = plt.subplots(3, 4, figsize=(11, 8.4), layout="constrained")
-    draw(axes[0, 0], circle(), "the circle's law")
+    draw(axes[0, 0], circle(), "true density")
     for ax, (name, energy) in zip(axes.flat[1:9], found.items(), strict=True):
         draw(ax, energy, name)
     pictures_of = (
-        ("digits, noised test data", test),
+        ("digits, test data with noise", test),
         ("MALA from noise", samples),
-        ("one denoising step later", clean),
+        ("after one denoising step", clean),
     )
     for ax, (title, shown) in zip(axes.flat[9:], pictures_of, strict=True):
         plot_images(shown, (8, 8), ax=ax).set_title(title, fontsize=9)

@@ -1,5 +1,6 @@
-"""Two-dimensional toys by every objective, judged by exact log Z: two moons within 0.05 nats of the
-truth. About 15 minutes.
+"""Two-dimensional toy data by every objective, evaluated with exact log Z. About 15 minutes.
+
+On two moons the test log-likelihood is within 0.05 nats of that of the true density.
 
 python -m models.toy2d [--only NAME ...] [--seed N] [--quick] [--out DIR]
 """
@@ -57,24 +58,26 @@ from pyroebm.targets import (
 from pyroebm.training import fit
 
 
-class Law(NamedTuple):
-    """A law, the side of the square about 0 that holds it, and the width of its noise, by which
-    steps and noises are scaled."""
+class Toy(NamedTuple):
+    """A target, the side of a square around 0 that contains it, and the width of its noise.
+
+    Step sizes and noises are multiples of the width.
+    """
 
     make: Callable[..., Target]
     side: float
     width: float
 
 
-LAWS = {
-    "moons": Law(TwoMoons, 6.0, 0.1),
-    "8 Gaussians": Law(eight_gaussians, 10.0, 0.35),
-    "checkerboard": Law(Checkerboard, 12.0, 0.3),
-    "two spirals": Law(TwoSpirals, 10.0, 0.1),
-    "rings": Law(Circles.rings, 9.0, 0.08),
-    "pinwheel": Law(Pinwheel, 11.0, 0.2),
+TOYS = {
+    "moons": Toy(TwoMoons, 6.0, 0.1),
+    "8 Gaussians": Toy(eight_gaussians, 10.0, 0.35),
+    "checkerboard": Toy(Checkerboard, 12.0, 0.3),
+    "two spirals": Toy(TwoSpirals, 10.0, 0.1),
+    "rings": Toy(Circles.rings, 9.0, 0.08),
+    "pinwheel": Toy(Pinwheel, 11.0, 0.2),
 }
-PAIR = Law(
+PAIR = Toy(
     functools.partial(GaussianMixture, [[-3.0, 0.0], [3.0, 0.0]], scale=0.5, weights=[0.9, 0.1]),
     12.0,
     0.5,
@@ -84,8 +87,7 @@ TEST_SIZE = 20_000
 
 
 def flow(data: Tensor, couplings: int) -> Flow:
-    """Affine couplings that take turns, from a normal law somewhat wider than the data; of the
-    data's dtype."""
+    """Return affine couplings over a normal distribution somewhat wider than the data."""
     parts: list[Any] = []
     for _ in range(couplings):
         parts += [affine_coupling(2, hidden_dims=[64, 64]), Permute(torch.tensor([1, 0]))]
@@ -93,92 +95,99 @@ def flow(data: Tensor, couplings: int) -> Flow:
     return Flow([*parts, wide], 2, 2).to(data.dtype)
 
 
-def jumps(law: Law, data: Tensor) -> LocalGlobalMixture:
-    """Three Langevin steps within a mode, then a proposal from anywhere: chains see whatever mass
-    the energy has, and where."""
-    return LocalGlobalMixture(MALA(1.5 * law.width), flow(data, 0), every=3)
+def global_moves(toy: Toy, data: Tensor) -> LocalGlobalMixture:
+    """Return a kernel that alternates three Langevin steps and one global proposal.
+
+    The proposals let chains move between modes.
+    """
+    return LocalGlobalMixture(MALA(1.5 * toy.width), flow(data, 0), every=3)
 
 
-def vera(law: Law, data: Tensor) -> VERA:
-    """Against a perceptron with noise."""
+def vera(toy: Toy, data: Tensor) -> VERA:
+    """Return VERA with a multilayer perceptron as its generator."""
     return VERA(MLPGenerator((2,), latent_dim=2, sigma=0.3, dtype=data.dtype), eta=0.5)
 
 
-class Line(NamedTuple):
-    """An objective of a law and its data, how long each of its players is trained, and the noise in
-    the law that it fits."""
+class Entry(NamedTuple):
+    """An objective for a target and its data, and the settings of its training."""
 
-    make: Callable[[Law, Tensor], Objective]
+    make: Callable[[Toy, Tensor], Objective]
     steps: int
     rates: Mapping[str, float] = MappingProxyType({"energy": 1e-2})
     momentum: float = 0.9
-    noise: float = 0.0  # in widths
-    # why it does not learn the weights of modes far apart, as measured; else it does
-    blind: str = ""
-    costly: bool = False  # left out, unless it is asked for, on all but moons and the weights
+    noise: float = 0.0  # standard deviation, in widths
+    # why it does not learn the weights of separated modes, if it does not
+    failure: str = ""
+    costly: bool = False  # only on the moons and the weights, unless `only` names it
 
 
-STAY = "its chains do not cross between the modes"
-SCORE = "the score does not see weights across emptiness"
-LOST = "as good as the law it plays against, which lost a mode"
+NO_CROSSING = "its chains do not cross between the modes"
+NO_WEIGHTS = "the score does not depend on the weights of separated modes"
+LOST_MODE = "as good as the flow or generator, which lost a mode"
 
-LINES = {
-    "likelihood": Line(lambda law, data: GridLikelihood(law.side, 48), 1500),
-    "CD-10": Line(
-        lambda law, data: ContrastiveDivergence(10, MALA(1.5 * law.width)),
+ENTRIES = {
+    "likelihood": Entry(lambda toy, data: GridLikelihood(toy.side, 48), 1500),
+    "CD-10": Entry(
+        lambda toy, data: ContrastiveDivergence(10, MALA(1.5 * toy.width)),
         1000,
         {"energy": 1e-3},
-        blind=STAY,
+        failure=NO_CROSSING,
     ),
-    "PCD-10": Line(
-        lambda law, data: ReplayBufferCD(256, 10, MALA(1.5 * law.width), restart=0.05),
+    "PCD-10": Entry(
+        lambda toy, data: ReplayBufferCD(256, 10, MALA(1.5 * toy.width), restart=0.05),
         2000,
         {"energy": 2e-3},
         0.0,
-        blind=STAY,
+        failure=NO_CROSSING,
     ),
-    "PCD, jumps": Line(
-        lambda law, data: ReplayBufferCD(256, 1, jumps(law, data)), 3000, {"energy": 2e-2}
+    "PCD, global moves": Entry(
+        lambda toy, data: ReplayBufferCD(256, 1, global_moves(toy, data)), 3000, {"energy": 2e-2}
     ),
-    "score": Line(lambda law, data: ScoreMatching(), 1500, blind=SCORE),
-    "sliced": Line(lambda law, data: SlicedScoreMatching(), 1500, blind=SCORE),
-    "denoising": Line(
-        lambda law, data: DenoisingScoreMatching(0.5 * law.width), 2000, noise=0.5, blind=SCORE
+    "score": Entry(lambda toy, data: ScoreMatching(), 1500, failure=NO_WEIGHTS),
+    "sliced": Entry(lambda toy, data: SlicedScoreMatching(), 1500, failure=NO_WEIGHTS),
+    "denoising": Entry(
+        lambda toy, data: DenoisingScoreMatching(0.5 * toy.width),
+        2000,
+        noise=0.5,
+        failure=NO_WEIGHTS,
     ),
-    "NCE": Line(lambda law, data: NoiseContrastive(gaussian_noise(data, 1.2), nu=4.0), 1500),
-    "ranking": Line(lambda law, data: RankingNCE(gaussian_noise(data, 1.2), 4), 1500),
-    "conditional": Line(lambda law, data: ConditionalNCE(6.0 * law.width, 4), 1500),
-    "flow NCE": Line(
-        lambda law, data: FlowContrastive(flow(data, 6)),
+    "NCE": Entry(lambda toy, data: NoiseContrastive(gaussian_noise(data, 1.2), nu=4.0), 1500),
+    "ranking": Entry(lambda toy, data: RankingNCE(gaussian_noise(data, 1.2), 4), 1500),
+    "conditional": Entry(lambda toy, data: ConditionalNCE(6.0 * toy.width, 4), 1500),
+    "flow NCE": Entry(
+        lambda toy, data: FlowContrastive(flow(data, 6)),
         2000,
         {"energy": 3e-3, "flow": 1e-3},
-        blind=LOST,
+        failure=LOST_MODE,
         costly=True,
     ),
-    "flow adversary": Line(
-        lambda law, data: AdversarialFlow(flow(data, 6)),
+    "flow adversary": Entry(
+        lambda toy, data: AdversarialFlow(flow(data, 6)),
         2500,
         {"energy": 3e-3, "generator": 3e-3},
         0.5,
-        blind=LOST,
+        failure=LOST_MODE,
         costly=True,
     ),
-    "VERA": Line(
+    "VERA": Entry(
         vera,
         1500,
         {"energy": 3e-4, "generator": 3e-3, "posterior": 1e-2},
         0.5,
-        blind=LOST,
+        failure=LOST_MODE,
         costly=True,
     ),
 }
 
 
 def train(
-    line: Line, law: Law, data: Tensor, steps: int, seed: int, progress: bool | None
+    entry: Entry, toy: Toy, data: Tensor, steps: int, seed: int, progress: bool | None
 ) -> Energy:
-    """A perceptron of 2-128-128-1 by one objective, in float32: its running mean over the last
-    steps, in float64."""
+    """Train a 2-128-128-1 network by one objective in float32.
+
+    Returns:
+        the average of its parameters over the last steps, in float64.
+    """
     torch.manual_seed(seed)  # of flows and generators
     data = data.float()
     generator = torch.Generator().manual_seed(seed)
@@ -187,11 +196,11 @@ def train(
     )
     energy.fit_envelope(data)
     average = AveragedModel(energy, multi_avg_fn=get_ema_multi_avg_fn(1.0 - min(0.5, 20.0 / steps)))
-    adam = functools.partial(torch.optim.Adam, betas=(line.momentum, 0.999), fused=True)
-    optimizers = {player: functools.partial(adam, lr=rate) for player, rate in line.rates.items()}
+    adam = functools.partial(torch.optim.Adam, betas=(entry.momentum, 0.999), fused=True)
+    optimizers = {player: functools.partial(adam, lr=rate) for player, rate in entry.rates.items()}
     fit(
         energy,
-        line.make(law, data),
+        entry.make(toy, data),
         data,
         num_steps=steps,
         batch_size=256,
@@ -205,53 +214,52 @@ def train(
     return copy.deepcopy(average.module).double().requires_grad_(False)
 
 
-class Sight:
-    """A law on a grid over its square: its density, also with noise, and what is to be compared
-    with it."""
+class DensityGrid:
+    """The density of a target on a grid over its square."""
 
-    def __init__(self, law: Law, points: int) -> None:
-        step = law.side / points
-        self.axis = (torch.arange(points, dtype=torch.float64) + 0.5) * step - 0.5 * law.side
+    def __init__(self, toy: Toy, points: int) -> None:
+        step = toy.side / points
+        self.axis = (torch.arange(points, dtype=torch.float64) + 0.5) * step - 0.5 * toy.side
         self.x = torch.cartesian_prod(self.axis, self.axis)
-        self.density = torch.exp(-law.make()(self.x)).reshape(points, points)
+        self.density = torch.exp(-toy.make()(self.x)).reshape(points, points)
         self.area = step * step
 
     def blurred(self, noise: float) -> Tensor:
-        """The density of a draw with normal noise of that deviation."""
+        """Return the density of a draw plus normal noise with standard deviation ``noise``."""
         if noise == 0.0:
             return self.density
         kernel = torch.softmax(-0.5 * ((self.axis[:, None] - self.axis) / noise) ** 2, 0)
         return kernel @ self.density @ kernel.mT
 
     def divergence(self, noise: float, log_model: Tensor) -> Tensor:
-        """KL(law with noise || model), by a sum over the grid."""
+        """Return KL(target with noise || model), by a sum over the grid."""
         p = self.blurred(noise)
         terms = torch.where(p > 0.0, p * (p.log() - log_model.reshape(p.shape)), 0.0)
         return terms.sum() / p.sum()
 
 
-def judge(
+def evaluate(
     recipe: Recipe,
     key: str,
     energy: Energy,
-    line: Line,
-    law: Law,
-    sight: Sight,
+    entry: Entry,
+    toy: Toy,
+    grid: DensityGrid,
     test: Tensor,
     progress: bool | None,
 ) -> Tensor:
-    """Exact test NLL and divergences; the model's log density on the grid."""
+    """Record exact test NLL and divergences, and return the model's log-density on the grid."""
     log_z = quadrature(energy, tolerance=1e-5, progress=progress)
-    log_model = -energy(sight.x) - log_z.value
-    nll, oracle = energy(test) + log_z.value, law.make()(test)
+    log_model = -energy(grid.x) - log_z.value
+    nll, truth = energy(test) + log_z.value, toy.make()(test)
     recipe.add_mean(f"{key}: test NLL", nll, log_z.kind)
-    recipe.add_mean(f"{key}: above the oracle", nll - oracle, log_z.kind, "on the same points")
-    recipe.add(f"{key}: KL", sight.divergence(0.0, log_model), kind=log_z.kind)
-    if line.noise:
-        sigma = line.noise * law.width
+    recipe.add_mean(f"{key}: above the true density", nll - truth, log_z.kind, "on the same points")
+    recipe.add(f"{key}: KL", grid.divergence(0.0, log_model), kind=log_z.kind)
+    if entry.noise:
+        sigma = entry.noise * toy.width
         recipe.add(
-            f"{key}: KL to the law it fits",
-            sight.divergence(sigma, log_model),
+            f"{key}: KL to the density it estimates",
+            grid.divergence(sigma, log_model),
             kind=log_z.kind,
             note=f"noise {sigma:.3g}",
         )
@@ -265,49 +273,51 @@ def toys(
     share: float,
     progress: bool | None,
 ) -> None:
-    """Every law by the objectives that are planned for it."""
-    laws, lines = (
+    """Train the planned objectives on every target."""
+    names, labels = (
         list(plan),
-        [label for label in LINES if any(label in planned for planned in plan.values())],
+        [label for label in ENTRIES if any(label in planned for planned in plan.values())],
     )
     fig, axes = plt.subplots(
-        len(laws),
-        1 + len(lines),
-        figsize=(1.7 * (1 + len(lines)), 1.8 * len(laws)),
+        len(names),
+        1 + len(labels),
+        figsize=(1.7 * (1 + len(labels)), 1.8 * len(names)),
         layout="constrained",
         squeeze=False,
     )
-    for row, name in enumerate(laws):
-        law = LAWS[name]
-        draws = law.make().sample(size + TEST_SIZE, torch.Generator().manual_seed(recipe.seed))
+    for row, name in enumerate(names):
+        toy = TOYS[name]
+        draws = toy.make().sample(size + TEST_SIZE, torch.Generator().manual_seed(recipe.seed))
         data, test = draws[:size], draws[size:]
-        sight = Sight(law, 240)
+        grid = DensityGrid(toy, 240)
         recipe.add(
-            f"{name}, oracle: entropy",
-            -torch.xlogy(sight.density, sight.density).sum() * sight.area,
+            f"{name}, true density: entropy",
+            -torch.xlogy(grid.density, grid.density).sum() * grid.area,
             kind="exact",
         )
-        recipe.add_mean(f"{name}, oracle: test NLL", law.make()(test), "exact")
-        top = float(sight.density.quantile(0.995))
-        show(axes[row, 0], sight, sight.density, top, "oracle" if row == 0 else "", "")
+        recipe.add_mean(f"{name}, true density: test NLL", toy.make()(test), "exact")
+        top = float(grid.density.quantile(0.995))
+        show(axes[row, 0], grid, grid.density, top, "true density" if row == 0 else "", "")
         axes[row, 0].set_ylabel(name)
-        for column, label in enumerate(lines, 1):
+        for column, label in enumerate(labels, 1):
             if label not in plan[name]:
                 axes[row, column].set_visible(False)
                 continue
-            line, began = LINES[label], time.process_time()
+            entry, began = ENTRIES[label], time.process_time()
             energy = train(
-                line, law, data, max(2, round(share * line.steps)), recipe.seed, progress
+                entry, toy, data, max(2, round(share * entry.steps)), recipe.seed, progress
             )
             seconds = time.process_time() - began
-            log_model = judge(recipe, f"{name}, {label}", energy, line, law, sight, test, progress)
+            log_model = evaluate(
+                recipe, f"{name}, {label}", energy, entry, toy, grid, test, progress
+            )
             recipe.add(
                 f"{name}, {label}: seconds", seconds, kind="estimate", note="of one processor"
             )
-            gap = recipe.metrics[f"{name}, {label}: above the oracle"]["value"]
+            gap = recipe.metrics[f"{name}, {label}: above the true density"]["value"]
             show(
                 axes[row, column],
-                sight,
+                grid,
                 log_model.exp(),
                 top,
                 label if row == 0 else "",
@@ -316,10 +326,12 @@ def toys(
     recipe.figure("toy2d", fig)
 
 
-def show(ax: plt.Axes, sight: Sight, density: Tensor, top: float, title: str, label: str) -> None:
-    """A density as a picture."""
-    half = float(-sight.axis[0])
-    picture = density.reshape(len(sight.axis), -1).mT.numpy()
+def show(
+    ax: plt.Axes, grid: DensityGrid, density: Tensor, top: float, title: str, label: str
+) -> None:
+    """Plot a density as an image."""
+    half = float(-grid.axis[0])
+    picture = density.reshape(len(grid.axis), -1).mT.numpy()
     ax.imshow(
         picture, origin="lower", extent=(-half, half, -half, half), vmin=0.0, vmax=top, cmap="magma"
     )
@@ -328,16 +340,19 @@ def show(ax: plt.Axes, sight: Sight, density: Tensor, top: float, title: str, la
 
 
 def weights(
-    recipe: Recipe, lines: Sequence[str], size: int, share: float, progress: bool | None
+    recipe: Recipe, labels: Sequence[str], size: int, share: float, progress: bool | None
 ) -> None:
-    """Two Gaussians of weights 0.9 and 0.1: the mass that each objective gives to the lighter."""
+    """Record the mass that each objective gives to the lighter of two normal modes.
+
+    Their weights are 0.9 and 0.1.
+    """
     data = PAIR.make().sample(size, torch.Generator().manual_seed(recipe.seed))
     seen = (data[:, 0] > 0).double()
     recipe.add_mean("weights, data: the lighter", seen, "estimate", "the truth is 0.1")
     masses = {}
-    for label in lines:
-        line = LINES[label]
-        energy = train(line, PAIR, data, max(2, round(share * line.steps)), recipe.seed, progress)
+    for label in labels:
+        entry = ENTRIES[label]
+        energy = train(entry, PAIR, data, max(2, round(share * entry.steps)), recipe.seed, progress)
         mass, change = expectation(
             energy,
             lambda x: (x[:, 0] > 0).double(),
@@ -347,7 +362,7 @@ def weights(
         )
         kind: Kind = "exact" if change <= 1e-4 else "estimate"
         masses[label] = (
-            recipe.add(f"weights, {label}: the lighter", mass, change, kind, line.blind),
+            recipe.add(f"weights, {label}: the lighter", mass, change, kind, entry.failure),
             float("nan"),
         )
     ax = plot_mode_masses(masses, truth=0.1, label="mass of the lighter of two Gaussians")
@@ -355,8 +370,10 @@ def weights(
 
 
 def table(recipe: Recipe) -> None:
-    """All of it in one table, ``toy2d.md``: nats of test NLL above the oracle, seconds in brackets;
-    NOT RUN is said."""
+    """Write all results as a table to ``toy2d.md``.
+
+    The numbers are nats of test NLL above that of the true density, with the seconds in brackets.
+    """
 
     def cell(label: str, name: str) -> str:
         if name == "weights":
@@ -364,25 +381,25 @@ def table(recipe: Recipe) -> None:
             return "not run" if found is None else f"{found['value']:.3f}"
         found, blurred = (
             recipe.metrics.get(f"{name}, {label}: {what}")
-            for what in ("above the oracle", "KL to the law it fits")
+            for what in ("above the true density", "KL to the density it estimates")
         )
         if found is None:
             return "not run"
         seconds = recipe.metrics[f"{name}, {label}: seconds"]["value"]
-        more = "" if blurred is None else f"; {blurred['value']:.3f} to the noised law"
+        more = "" if blurred is None else f"; {blurred['value']:.3f} to the density with noise"
         return (
             f"{found['value']:.3f} +- {found['error']:.3f}{more} ({found['kind']}, {seconds:.0f} s)"
         )
 
-    oracles = {name: recipe.metrics.get(f"{name}, oracle: test NLL") for name in LAWS}
-    names = [*(name for name, oracle in oracles.items() if oracle), "weights"]
+    truths_ = {name: recipe.metrics.get(f"{name}, true density: test NLL") for name in TOYS}
+    names = [*(name for name, truth in truths_.items() if truth), "weights"]
     truths = [
-        f"{oracle['value']:.3f} +- {oracle['error']:.3f} (exact)"
-        for oracle in oracles.values()
-        if oracle
+        f"{truth['value']:.3f} +- {truth['error']:.3f} (exact)"
+        for truth in truths_.values()
+        if truth
     ]
-    rows = [["objective", *names], ["---"] * (len(names) + 1), ["oracle", *truths, "0.100"]]
-    rows += [[label, *(cell(label, name) for name in names)] for label in LINES]
+    rows = [["objective", *names], ["---"] * (len(names) + 1), ["true density", *truths, "0.100"]]
+    rows += [[label, *(cell(label, name) for name in names)] for label in ENTRIES]
     text = "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
     recipe.text("toy2d.md", text)
 
@@ -398,31 +415,31 @@ def main(
     """Train and judge.
 
     Args:
-        only: names of data sets ("weights" among them) and of objectives; none of a kind means all
-            of it.
-        size: draws to train on; 20,000 others are for the test.
+        only: names of data sets (including "weights") and of objectives; without a name of a kind,
+            all of that kind.
+        size: training points; 20,000 others are test points.
         seed: of data, weights and noise.
-        quick: a few steps of a few objectives on two laws.
-        out: folder of metrics.json and the figure; runs/toy2d without.
-        progress: show progress; by default of what takes longer than a second.
+        quick: a few steps of a few objectives on two data sets.
+        out: folder of metrics.json and the figure; None is runs/toy2d.
+        progress: show progress; None shows that of what takes longer than a second.
     """
-    if unknown := [name for name in only if name not in (*LAWS, *LINES, "weights")]:
-        raise ValueError(f"only takes {', '.join([*LAWS, 'weights', *LINES])}, got {unknown}")
+    if unknown := [name for name in only if name not in (*TOYS, *ENTRIES, "weights")]:
+        raise ValueError(f"only takes {', '.join([*TOYS, 'weights', *ENTRIES])}, got {unknown}")
     recipe = Recipe("toy2d", out, seed, only=only, size=size, quick=quick)
-    sets, lines = (
-        [name for name in (*LAWS, "weights") if name in only],
-        [name for name in LINES if name in only],
+    sets, labels = (
+        [name for name in (*TOYS, "weights") if name in only],
+        [name for name in ENTRIES if name in only],
     )
-    sets = sets or (["moons", "weights"] if quick else [*LAWS, "weights"])
-    lines = lines or (["likelihood", "denoising", "NCE"] if quick else [*LINES])
+    sets = sets or (["moons", "weights"] if quick else [*TOYS, "weights"])
+    labels = labels or (["likelihood", "denoising", "NCE"] if quick else [*ENTRIES])
     share = 0.01 if quick else 1.0
-    everywhere = [label for label in lines if label in only or not LINES[label].costly]
+    everywhere = [label for label in labels if label in only or not ENTRIES[label].costly]
     if plan := {
-        name: lines if name == "moons" else everywhere for name in sets if name != "weights"
+        name: labels if name == "moons" else everywhere for name in sets if name != "weights"
     }:
         toys(recipe, plan, size, share, progress)
     if "weights" in sets:
-        weights(recipe, lines, size, share, progress)
+        weights(recipe, labels, size, share, progress)
     table(recipe)
     recipe.write()
 

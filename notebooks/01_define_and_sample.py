@@ -12,12 +12,12 @@
 # ---
 
 # %% [markdown]
-# # Define an energy, sample it, see whether it mixed
+# # Define an energy, sample it, diagnose convergence
 #
 # An energy-based model is a density known up to a constant,
 # $$p(x) = \frac{e^{-E(x)}}{Z}, \qquad Z = \int e^{-E(x)}\,dx .$$
-# You write the energy $E$; the rest is sampling, and knowing when to believe the samples. The energy of this page is a double well,
-# $E(x) = x^4 - 4x^2 + x$: two valleys, the left one deeper. How much of the probability is in the right one?
+# This notebook defines an energy $E$, draws samples from it, and checks their convergence. The example is a double well,
+# $E(x) = x^4 - 4x^2 + x$, whose left well is deeper. The quantity of interest is the probability of the right well.
 
 # %%
 import warnings
@@ -34,7 +34,7 @@ from pyroebm.kernels import WindowAdaptation
 from pyroebm.ppl import initial_states
 from pyroebm.targets import DoubleWell as KnownDoubleWell
 
-az = arviz()  # ArviZ, without its announcement of the next release
+az = arviz()  # ArviZ, without its notice about the next release
 warnings.filterwarnings("ignore", category=UserWarning, module="arviz")
 
 # %% [markdown]
@@ -51,18 +51,18 @@ class DoubleWell(Energy):
         return x**4 - 4 * x**2 + x
 
 
-energy = DoubleWell().double()  # parameters or not, an energy has a dtype and a device
+energy = DoubleWell().double()  # an energy has a dtype and a device, even without parameters
 energy(torch.tensor([-1.0, 0.0, 1.0], dtype=torch.float64))
 
 # %%
 grid = torch.linspace(-2.3, 2.1, 300, dtype=torch.float64)
 ax = plt.subplots(figsize=(5, 3), layout="constrained")[1]
 ax.plot(grid, energy(grid), color="black")
-ax.set(xlabel="x", ylabel="E(x)", ylim=(-7, 4), title="two wells, one barrier")
+ax.set(xlabel="x", ylabel="E(x)", ylim=(-7, 4), title="double well")
 # %% [markdown]
 # ## Many chains at once
 #
-# 64 chains of NUTS in one process. Warm-up finds a step size and a metric from all chains together.
+# 64 chains of NUTS run in one process. Warm-up adapts the step size of each chain, and a metric from the draws of all chains.
 
 # %%
 mcmc = MCMC(NUTS(), num_samples=1000, warmup_steps=300, num_chains=64, seed=0)
@@ -70,21 +70,21 @@ mcmc.run(energy)
 mcmc.summary()
 
 # %% [markdown]
-# The table is ArviZ's. Look at $\hat R$: above 1.01 the chains do not agree with each other yet. The diagnosis says it in words:
+# The table is ArviZ's. An $\hat R$ above 1.01 means that the chains do not agree yet. `diagnose` states the problems in words:
 
 # %%
 print(mcmc.diagnose())
 
 # %% [markdown]
-# Each chain crosses the barrier only every hundred draws or so, so the time it happened to spend on the right still differs from chain
-# to chain. ArviZ's rank plot shows it: if all chains saw the same distribution, every chain's bars would be level. Here are four of them.
+# Each chain crosses the barrier only about once in a hundred draws, so the fraction of draws in the right well differs between chains.
+# ArviZ's rank plot shows this: if all chains had the same distribution, the bars of each chain would have equal heights. Four chains:
 
 # %%
 data = mcmc.to_arviz()
 az.plot_rank(data.sel(chain=[0, 1, 2, 3]), var_names="x");
 # %% [markdown]
-# The divergences are the quartic walls, where a step that suits the valleys is too long; asking warm-up for a higher acceptance rate makes
-# it shorter. For the rest the remedy is time: `run_more` goes on from where the chains stand, exactly as one longer run would have.
+# The divergences occur at the steep quartic walls, where the step size that suits the wells is too large. A higher target acceptance rate
+# in warm-up makes it smaller. The other problems need more draws: `run_more` continues the chains, and gives the draws of one longer run.
 
 # %%
 mcmc = MCMC(NUTS(), 1000, warmup_steps=300, num_chains=64, seed=0, adaptation=WindowAdaptation(target_acceptance=0.95))
@@ -94,15 +94,15 @@ data = mcmc.to_arviz()
 print(mcmc.diagnose())
 az.plot_rank(data.sel(chain=[0, 1, 2, 3]), var_names="x");
 # %% [markdown]
-# ArviZ's energy plot compares the Hamiltonians that the chains visit with their changes from one draw to the next. If the changes were
-# much narrower, momenta would explore the energies slowly (the number in the legend is the BFMI; below 0.3 is bad).
+# ArviZ's energy plot compares the distribution of the Hamiltonian with that of its changes between draws. If the changes were much
+# narrower, the chains would explore the energies slowly. The legend shows the BFMI; values below 0.3 are bad.
 
 # %%
 az.plot_energy(data.sel(chain=range(8)));
 # %% [markdown]
-# ## Is it right?
+# ## Compare with exact values
 #
-# The same energy stands among the targets, which know their truth: $\log Z$, moments, and the mass of each well by quadrature.
+# The same energy is one of the targets in `pyroebm.targets`, whose $\log Z$, moments and masses of the wells are known (here by quadrature).
 
 # %%
 truth = KnownDoubleWell()
@@ -114,8 +114,8 @@ assert abs(float(right.mean()) - truth.right_mass) < 5 * error
 # %% [markdown]
 # ## The same energy through Pyro's own NUTS
 #
-# `PotentialFn` is what Pyro's kernels take: a dict of unconstrained values to a scalar. For a constrained support the Jacobian is
-# inside, and `transforms` maps the draws back.
+# `PotentialFn` makes a potential for Pyro's kernels: a function from a dict of unconstrained values to a scalar. For a constrained support
+# it includes the Jacobian, and `transforms` maps the draws back.
 
 # %%
 pyro.set_rng_seed(0)
@@ -137,8 +137,8 @@ print(
 # %% [markdown]
 # ## An energy inside a Pyro model
 #
-# As the distribution `Boltzmann(energy)` it is a prior like any other. Suppose that x is seen through noise, as y = 1.2. An energy has no
-# sampler of its own, and Pyro must start somewhere: `initial_states` lets it start from `energy.initial()`.
+# The distribution `Boltzmann(energy)` can be used as a prior. Here x is observed with noise, as y = 1.2. An energy has no direct sampler, so
+# `initial_states` makes Pyro's chains start from `energy.initial()`.
 
 
 # %%
@@ -157,11 +157,11 @@ density /= torch.trapezoid(density, grid)
 ax = plt.subplots(figsize=(5, 3), layout="constrained")[1]
 ax.hist(x.flatten().numpy(), bins=50, density=True, color="tab:red", alpha=0.4, label="Pyro's NUTS on the model")
 ax.plot(grid, density, color="black", label="exact, by quadrature")
-ax.set(xlabel="x", title="after seeing y = 1.2, the right well is the likely one")
+ax.set(xlabel="x", title="posterior given y = 1.2")
 ax.legend(frameon=False)
 
 # %% [markdown]
-# ## Where to go on
+# ## Next steps
 #
-# `make demo` fits NICE flows to this energy and corrects them by importance sampling. To try another energy, change `forward`; to try
-# another kernel, put `MALA()` or `HMC()` where `NUTS()` stands; to try one whose truth is known, look into `pyroebm.targets`.
+# `make demo` fits NICE flows to this energy and corrects them by importance sampling. Change `forward` to use another energy, replace
+# `NUTS()` by `MALA()` or `HMC()` for another kernel, or use a target with known answers from `pyroebm.targets`.

@@ -1,5 +1,4 @@
-"""Tempered sequential Monte Carlo: particles carried from a known density to an energy, with log Z
-on the way."""
+"""Tempered sequential Monte Carlo: weighted particles for an energy, with an estimate of log Z."""
 
 from __future__ import annotations
 
@@ -27,25 +26,25 @@ __all__ = ["SMCResult", "systematic", "tempered_smc"]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SMCResult:
-    r"""Weighted particles for :math:`p(x) = e^{-U(x)} / Z`, from :func:`tempered_smc`. G islands of
-    N particles, L levels.
+    r"""Weighted particles for :math:`p(x) = e^{-U(x)} / Z`, from :func:`tempered_smc`.
+
+    There are G islands of N particles, and L temperatures above 0.
 
     Attributes:
-        x: the particles, shape ``(G * N, *event)``, those of one island side by side.
+        x: particles, shape ``(G * N, *event)``, those of one island adjacent.
         log_weights: log weights in nats, float64, shape ``(G * N,)``; their mean weight is the
             estimate of Z.
         log_z: log of the mean of the islands' estimates of Z, with a standard error from the spread
-            of the islands (delta method): NaN for one island, ``inf`` where less than a quarter of
-            them decide. Its kind is "lower" where Z is unbiased, so that the value is low on
-            average (Jensen): a run along the temperatures and step sizes of a ``pilot``. It is
-            "estimate" where they were adapted to the particles: Z then has a bias of order 1 / (G
-            N).
-        island_log_z: log Z by each island, shape ``(G,)``.
-        betas: the temperatures, from 0 to 1, shape ``(L + 1,)``.
-        step_sizes: of the kernel at each level, shape ``(L,)``; NaN where it has none.
-        ess: effective sample size of an island at each level before resampling, mean over islands,
-            shape ``(L,)``.
-        acceptance: mean acceptance rate of the moves at each level, shape ``(L,)``.
+            of the islands (delta method): NaN for one island, ``inf`` if less than a quarter of the
+            islands dominate. Its kind is "lower" if Z is unbiased, so that log Z is low on average
+            (Jensen): a run with the temperatures and step sizes of a ``pilot``. It is "estimate" if
+            they were adapted to the particles: Z then has a bias of order 1 / (G N).
+        island_log_z: log Z of each island, shape ``(G,)``.
+        betas: inverse temperatures, from 0 to 1, shape ``(L + 1,)``.
+        step_sizes: step size of the kernel at each temperature, shape ``(L,)``; NaN if it has none.
+        ess: effective sample size of an island at each temperature before resampling, mean over
+            islands, shape ``(L,)``.
+        acceptance: mean acceptance rate of the moves at each temperature, shape ``(L,)``.
 
     Example:
         >>> from pyroebm import MALA
@@ -68,8 +67,9 @@ class SMCResult:
     acceptance: Tensor
 
     def expectation(self, f: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        r""":math:`E_p[f(x)]` and its standard error from the spread of the islands, which alone are
-        independent.
+        r"""Estimate :math:`E_p[f(x)]`, with a standard error from the spread of the islands.
+
+        Islands are independent of each other; the particles of one island are not.
 
         Args:
             f: function of the particles, ``(n, *event) -> (n, *shape)``.
@@ -103,35 +103,38 @@ def tempered_smc(
     generator: torch.Generator | None = None,
     progress: bool | None = None,
 ) -> SMCResult:
-    r"""Carry particles from ``base`` to ``energy`` along :math:`E_\beta = (1 - \beta) V + \beta U`,
-    and estimate log Z.
+    r"""Run tempered SMC from ``base`` to ``energy`` and estimate log Z.
+
+    The path is :math:`E_\beta = (1 - \beta) V + \beta U`, and the estimate of Z is
 
     .. math::
 
         \hat Z
         = Z_V \prod_{l=1}^{L} \sum_i W_i^{(l-1)} e^{-(\beta_l - \beta_{l-1}) (U - V)(x_i^{(l-1)})}
-
-    (Del Moral, Doucet and Jasra, 2006). Each temperature is the furthest that keeps the conditional
-    effective sample size at ``target_ess`` of the particles (Zhou, Johansen and Aston, 2016), found
-    by bisection. An island whose effective sample size falls below half is resampled
-    systematically. Then ``num_moves`` steps of the kernel follow, whose step size is drawn towards
-    its target acceptance rate after each. Islands are independent runs, but for the temperatures
-    and step sizes, which they share.
+    (Del Moral, Doucet and Jasra, 2006). The next temperature is the largest step that keeps the
+    conditional effective sample size at ``target_ess`` of the particles (Zhou, Johansen and Aston,
+    2016), found by bisection. An island whose effective sample size falls below half is resampled
+    systematically. Then the kernel takes ``num_moves`` steps, and its step size is adapted towards
+    its target acceptance rate after each. Islands are independent except for temperatures and step
+    sizes, which they share.
 
     Args:
         energy: U; a constrained support is sampled in unconstrained coordinates.
-        base: V, with exact draws and a known log Z, as wide as the energy or wider: an energy such
-            as :class:`pyroebm.targets.Gaussian`, or a Pyro distribution.
-        kernel: how particles move; it must be exact.
-        num_particles: N, particles of one island.
+        base: V, with exact draws and a known log Z, whose support contains that of the energy: an
+            energy such as :class:`pyroebm.targets.Gaussian`, or a Pyro distribution.
+        kernel: kernel of the moves; it must be exact.
+        num_particles: N, number of particles of one island.
         num_islands: G, at least 2 for a standard error.
-        num_moves: steps of the kernel at each temperature.
-        target_ess: conditional effective sample size to keep, as a fraction in (0, 1); nearer 1
-            means more temperatures.
-        pilot: an earlier result, whose temperatures and step sizes are taken as they are; Z is then
-            unbiased.
-        generator: source of the draws; None is torch's default generator.
-        progress: True shows it, False hides it, None shows it where it takes longer than a second.
+        num_moves: number of steps of the kernel at each temperature.
+        target_ess: conditional effective sample size to keep, as a fraction in (0, 1); a larger
+            value gives more temperatures.
+        pilot: an earlier result, whose temperatures and step sizes are used; Z is then unbiased.
+        generator: source of randomness; None is torch's default generator.
+        progress: True shows a progress bar, False does not, None shows it if the run takes longer
+            than a second.
+
+    Returns:
+        the particles, their weights and log Z.
 
     Raises:
         ValueError: if a setting is out of its range, if ``base`` does not fit, or if the kernel is
@@ -160,19 +163,20 @@ def tempered_smc(
         raise ValueError(f"target_ess must be in (0, 1), got target_ess={target_ess}")
     if not kernel.exact:
         raise ValueError(
-            f"kernel must leave its target unchanged, but {type(kernel).__name__} is not exact"
+            f"kernel must leave its target invariant, but {type(kernel).__name__} is not exact; use"
+            " an exact one, such as HMC()"
         )
     base = DistributionEnergy(base, dtype=energy.dtype) if isinstance(base, Distribution) else base
     if not (isinstance(base, Energy) and base.has_exact_draws and base.log_z is not None):
         raise ValueError(
-            "base must be a distribution, or an Energy with exact draws and a known log_z, got"
-            f" {base}"
+            "base must be a distribution, or an Energy with exact draws and a known log_z, such as"
+            f" pyroebm.targets.Gaussian, got {base}"
         )
     target, reference = unconstrain(energy), unconstrain(base)
     known = None if pilot is None else len(pilot.step_sizes)
     with eval_mode(energy), Progress(known, "SMC", "temperature", progress) as shown:
         run = _Run(target, reference, kernel, (num_islands, num_particles), generator)
-        run.leave_out_infinite()
+        run.discard_infinite()
         level = 0
         while run.beta < 1.0:
             run.advance(
@@ -187,8 +191,10 @@ def tempered_smc(
 
 
 class _Run:
-    """The particles of all islands as rows ``G * N``, their normalised log weights ``(G, N)``, and
-    the log Z so far."""
+    """Particles of all islands ``(G * N, *event)``, log weights ``(G, N)`` and log Z of a run.
+
+    The log weights are normalized.
+    """
 
     def __init__(
         self,
@@ -223,9 +229,8 @@ class _Run:
             .reshape(self.shape)
         )
 
-    def leave_out_infinite(self) -> None:
-        """Draws of the base where the energy is infinite weigh nothing from the first temperature
-        above 0 on."""
+    def discard_infinite(self) -> None:
+        """Give weight 0 to draws of the base at which the energy is infinite, and resample."""
         wrong = int((self.slope.isnan() | (self.slope == -math.inf)).sum())
         if wrong:
             raise FloatingPointError(
@@ -233,12 +238,11 @@ class _Run:
             )
         outside = self.slope.isinf()
         if bool(outside.any()):
-            self._reweigh(torch.where(outside, -math.inf, 0.0).double())
+            self._reweight(torch.where(outside, -math.inf, 0.0).double())
             self._resample(outside.any(1))
 
     def next_beta(self, target_ess: float) -> float:
-        """The furthest temperature at which the conditional effective sample size, meaned over
-        islands, is as asked."""
+        """Return the largest temperature that keeps the conditional ESS, averaged over islands."""
         weights = self.log_weights.exp()
 
         def conditional_ess(step: float) -> float:
@@ -257,23 +261,22 @@ class _Run:
         return self.beta + high
 
     def advance(self, beta: float) -> None:
-        """Weigh the particles for a new temperature, and resample the islands where few carry the
-        weight."""
-        self._reweigh(-(beta - self.beta) * self.slope)
+        """Reweight the particles for a new temperature and resample islands with a small ESS."""
+        self._reweight(-(beta - self.beta) * self.slope)
         self.beta = beta
         self.betas.append(beta)
         ess = self.log_weights.exp().square().sum(1).reciprocal()
         self.ess.append(float(ess.mean()))
         self._resample(ess < 0.5 * self.shape[1])
 
-    def _reweigh(self, log_ratio: Tensor) -> None:
+    def _reweight(self, log_ratio: Tensor) -> None:
         weights = self.log_weights + log_ratio
         total = weights.logsumexp(1)
         if not bool(torch.isfinite(total).all()):
             raise FloatingPointError(
                 f"all particles of {int((~torch.isfinite(total)).sum())} of {self.shape[0]}"
-                " islands have weight 0: the base"
-                " hardly draws where the energy is finite; take another base, or more particles"
+                " islands have weight 0, because the base rarely draws where the energy is finite;"
+                " use another base, or raise num_particles"
             )
         self.log_z, self.log_weights = self.log_z + total, weights - total.unsqueeze(1)
 
@@ -292,8 +295,7 @@ class _Run:
         self.log_weights = torch.where(which.unsqueeze(1), -math.log(n), self.log_weights)
 
     def move(self, moves: int, step_size: float | None) -> None:
-        """Steps of the kernel at this temperature, with a step size given, or drawn towards the
-        target acceptance rate."""
+        """Run the kernel at this temperature, with a given step size or an adapted one."""
         path, kernel = GeometricPath(self.target, self.beta, self.reference), self.kernel
         state, aim = kernel.init(path, self.x, self.generator), kernel.target_acceptance
         tuned = aim is not None and step_size is None
@@ -331,11 +333,12 @@ class _Run:
 
 
 def systematic(weights: Tensor, offset: Tensor) -> Tensor:
-    r"""Systematic resampling (Kitagawa, 1996): index j is taken :math:`\lfloor N w_j \rfloor` or
-    one more times.
+    r"""Resample systematically (Kitagawa, 1996).
+
+    Index j is drawn :math:`\lfloor N w_j \rfloor` times or once more.
 
     Args:
-        weights: float64, shape ``(islands, n)``; they need not be normalised.
+        weights: float64, shape ``(islands, n)``, not necessarily normalized.
         offset: one uniform number in [0, 1) for each island, shape ``(islands,)``.
 
     Returns:
@@ -351,6 +354,6 @@ def systematic(weights: Tensor, offset: Tensor) -> Tensor:
         torch.arange(weights.shape[1], dtype=weights.dtype, device=weights.device)
         + offset.unsqueeze(1)
     ) / weights.shape[1]
-    # below the total even where it rounds up to it, so that no particle of weight 0 is kept
+    # Stay below the total despite rounding, so that no particle of weight 0 is kept.
     points = torch.minimum(points * total, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(edges, points, right=True)

@@ -1,7 +1,8 @@
-"""What a pytest run covered, from its JUnit file: `python scripts/ci_report.py build/junit.xml`.
+"""Report what a pytest run covered, from its JUnit file.
 
-Fails unless all passed and tests, docstring examples, the README's blocks and every notebook ran: a
-suite that collects nothing, or skips all of a kind, is no pass.
+`python scripts/ci_report.py build/junit.xml` fails unless all tests passed, and tests, docstring
+examples, blocks of the README and every notebook ran: a run that collects nothing, or skips all of
+a kind, fails.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def kind_of(case: ET.Element) -> str:
-    """The group of a test case, from where it was collected."""
+    """Return the kind of a test case, from the path where it was collected."""
     module = case.get("classname", "")
     if module.split(".")[0] == "pyroebm":
         return "docstring examples"
@@ -24,7 +25,10 @@ def kind_of(case: ET.Element) -> str:
 
 
 def main(report: str) -> int:
-    """Print one line for each kind of test; 1 if one failed, or if a kind that must run did not."""
+    """Print one line for each kind of test.
+
+    Returns 1 if a test failed, or if a required kind did not run.
+    """
     rows: dict[str, list[tuple[str, str, float]]] = {}
     for case in ET.parse(report).getroot().iter("testcase"):
         fate = next(

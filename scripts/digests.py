@@ -1,9 +1,10 @@
 """Digests of what the package computes: `python scripts/digests.py record|compare FILE.json`.
 
 A refactoring must change no number. `record` runs every case (draws, losses, gradients, log Z,
-trained weights, at fixed seeds) and writes a SHA-256 of its bytes beside the mean of its numbers;
-`compare` runs them again and lists what differs, is missing or is new. Digests hold for one machine
-and one set of versions. Objects are found by name wherever their module lies: modules may move.
+trained weights, with fixed seeds) and writes the SHA-256 of its bytes and the mean of its numbers;
+`compare` runs them again and lists cases that differ, are missing or are new. Digests are
+reproducible on one machine with one set of versions. Objects are found by name in any module, so
+modules may move.
 """
 
 from __future__ import annotations
@@ -109,7 +110,7 @@ EXEMPT = {
 
 
 def uncovered() -> list[str]:
-    """Public names of the package and of its subpackages that are in no case and not exempt."""
+    """Return public names of the package and its subpackages that are in no case and not exempt."""
     source, said = Path(__file__).read_text(encoding="utf-8"), []
     for place in ("pyroebm", *(f"pyroebm.{name}" for name in PUBLIC)):
         finder = "infer" if place == "pyroebm.infer" else "ebm"
@@ -128,7 +129,7 @@ def uncovered() -> list[str]:
 
 
 def feed(value: Any, take: Callable[[bytes, Any], None]) -> None:
-    """Hand the bytes of a value to `take`, its parts in order; of numbers also the numbers."""
+    """Pass the bytes of a value to `take`, its parts in order, with the numbers in it."""
     if isinstance(value, Tensor):
         array = value.detach().cpu().contiguous().numpy()
         take(f"{array.dtype}{array.shape}".encode() + array.tobytes(), array)
@@ -154,7 +155,7 @@ def feed(value: Any, take: Callable[[bytes, Any], None]) -> None:
 
 
 def digest(make: Make) -> dict[str, Any]:
-    """The SHA-256 of what a case returns and of the global generators after it; a mean to read."""
+    """Return the SHA-256 of a case's result and of the global generators after it, and a mean."""
     sha, numbers = hashlib.sha256(), []
 
     def take(data: bytes, value: Any) -> None:
@@ -188,7 +189,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def stirred(module: Any, scale: float = 0.3, seed: int = 5) -> Any:
-    """The module with every parameter moved at random."""
+    """Return the module with every parameter changed at random."""
     generator = seeded(seed)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -236,7 +237,7 @@ def small_flow() -> nn.Module:
 
 
 class Quadratic(Energy):
-    """Entries of any support coupled at random, with fields."""
+    """Entries of any support with random pairwise couplings and fields."""
 
     def __init__(self, shape: tuple[int, ...], support: Any) -> None:
         super().__init__(shape, support)
@@ -258,7 +259,7 @@ def positive() -> Energy:
 
 
 def sampled(kernel: Any, energy: Energy, **options: Any) -> Any:
-    """The MCMC object after a short run."""
+    """Return the MCMC object after a short run."""
     settings = {"num_samples": 15, "warmup_steps": 50, "num_chains": 4, "seed": 1}
     mcmc = ebm.MCMC(kernel, **settings | {"compile": False, "progress": False} | options)
     mcmc.run(energy)
@@ -279,7 +280,7 @@ def untuned(kernel: Any, energy: Energy) -> Any:
 
 
 def gradient(energy: Energy, x: Tensor) -> list[Tensor | None]:
-    """Of the summed energy in its parameters."""
+    """Return the gradient of the summed energy in its parameters."""
     parameters = list(energy.parameters())
     if not parameters:
         return []
@@ -323,7 +324,7 @@ def base_facts(base: Any) -> Any:
 
 
 def trained(objective: Any, energy: Energy, data: Any, **options: Any) -> Any:
-    """Losses and metrics of a few steps; then weights, gradients, and the objective's own state."""
+    """Return losses and metrics of a few steps, weights, gradients, and the objective's state."""
     settings = {"num_steps": 3, "batch_size": 8, "seed": 2, "progress": False}
     steps = list(ebm.fit_steps(energy, objective, data, **settings | options))
     return steps, energy, objective
@@ -356,7 +357,7 @@ def of_flow(objective: Any, flow: Any = None, energy: Energy | None = None) -> A
 
 
 def timeless(facts: Any) -> Any:
-    """Facts without wall times."""
+    """Return metrics without wall times."""
     if not isinstance(facts, Mapping):
         return facts
     timed = re.compile("second|minute")
@@ -953,8 +954,8 @@ def both_ways() -> Any:
 
 def layered_path() -> Any:
     path = ebm.LayeredPath(ebm.base_rates(machine()), machine().layers())
-    walkers = path.move(path.draw_base(5, seeded(1)), 0.5, seeded(2))
-    return path.log_weight(walkers, 0.5, 0.6), path.log_z, walkers
+    state = path.move(path.draw_base(5, seeded(1)), 0.5, seeded(2))
+    return path.log_weight(state, 0.5, 0.6), path.log_z, state
 
 
 SHORT = {"betas": 8, "num_chains": 6}
@@ -996,7 +997,10 @@ PARTITION: dict[str, Make] = {
 
 
 def resumed_training(folder: Path) -> Any:
-    """Broken off after a few steps, and gone on with from the checkpoint by another machine."""
+    """Interrupt a training after a few steps and continue it from the checkpoint.
+
+    A new module is loaded from the checkpoint.
+    """
 
     def run(energy: Energy, resume: bool, stop: int) -> Any:
         objective, transform = ebm.PersistentCD(6, betas=(1.0, 0.5)), ebm.Centering(0.1)
@@ -1097,7 +1101,7 @@ def distances() -> Any:
 
 
 def images() -> Any:
-    quantized = ebm.quantised(ebm.dequantised(bits(), 2, seeded(1)), 2)
+    quantized = ebm.quantized(ebm.dequantized(bits(), 2, seeded(1)), 2)
     return ebm.digits(), ebm.image_patches(20, 4), quantized
 
 
@@ -1125,7 +1129,7 @@ OTHER: dict[str, Make] = {
 
 
 def recipe(name: str) -> Any:
-    """The metrics of a quick run."""
+    """Return the metrics of a quick run of a recipe."""
     with tempfile.TemporaryDirectory() as out:
         command = [sys.executable, "-m", f"models.{name}", "--quick", "--out", out]
         paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
@@ -1151,7 +1155,7 @@ RECIPES["demo"] = lambda: scratch(demo)
 
 
 def each(noun: str, table: Mapping[str, Make], use: Callable[[Any], Any]) -> dict[str, Make]:
-    """The cases NOUN/NAME of a table, each what `use` makes of what its line makes."""
+    """Return the cases NOUN/NAME of a table: the results of `use` on its entries."""
 
     def case(make: Make) -> Any:
         return use(make())
@@ -1188,7 +1192,7 @@ CASES: dict[str, Make] = {
 
 
 def run(chosen: Mapping[str, Make], keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    """Digests of the cases; of one that fails, what it said."""
+    """Return digests of the cases; for a case that fails, the error message."""
     found: dict[str, Any] = {}
     for number, (name, make) in enumerate(chosen.items(), 1):
         began = time.monotonic()
@@ -1205,7 +1209,7 @@ def run(chosen: Mapping[str, Make], keep: Callable[[dict[str, Any]], None]) -> d
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """A line for each case that is in one of them alone, failed, or is not the same in both."""
+    """Return a line for each case that is in one record only, failed, or differs."""
     said = [f"missing: {name}" for name in before if name not in now]
     said += [f"new: {name}" for name in now if name not in before]
     for name, found in now.items():
@@ -1218,7 +1222,10 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def main(*arguments: str) -> int:
-    """Record or compare; 1 if a case differs or failed, or a public name has none."""
+    """Record or compare.
+
+    Returns 1 if a case differs or failed, or a public name has no case.
+    """
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("command", choices=("record", "compare"))
     parser.add_argument("file", type=Path)

@@ -1,10 +1,10 @@
-"""The suite against the installed wheel, in the environments that people have: `python
-scripts/matrix.py [--only NAME ...]`.
+"""Test the installed wheel in several environments.
 
-Each environment lies in build/matrix/NAME: a virtual environment, a log of each stage, and the
-files of the checkout with the installed package in the place of its sources.
-build/matrix/results.json and results.md keep the latest result of each. Constraints in pip's own
-settings are lifted: "newest" is what the index has. Needs `build` and `hatchling`.
+`python scripts/matrix.py [--only NAME ...]`. Each environment is in build/matrix/NAME: a virtual
+environment, a log of each stage, and the files of the checkout with the installed package in place
+of its sources. build/matrix/results.json and results.md keep the latest result of each environment.
+Constraints in the settings of pip are ignored: "newest" is what the index has. Needs `build` and
+`hatchling`.
 """
 
 from __future__ import annotations
@@ -39,8 +39,7 @@ Result = dict[str, Any]
 
 
 def lower_bounds(project: dict[str, Any]) -> str:
-    """Constraints that hold each direct dependency to the lower bound of its range in
-    pyproject.toml."""
+    """Return constraints to the lower bounds of the direct dependencies in pyproject.toml."""
     found = [
         re.match(r"([\w.-]+)>=([\w.]+)", r)
         for r in project["dependencies"] + project["optional-dependencies"]["flows"]
@@ -50,8 +49,7 @@ def lower_bounds(project: dict[str, Any]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Environment:
-    """A version of Python, the text of a constraints file, and what is removed after the wheel and
-    what its tests need are installed."""
+    """A version of Python, constraints, and packages that are removed after installation."""
 
     name: str
     python: str
@@ -60,14 +58,17 @@ class Environment:
 
     @property
     def folder(self) -> Path:
+        """The folder of the environment."""
         return FOLDER / self.name
 
     @property
     def venv(self) -> Path:
+        """Its virtual environment."""
         return self.folder / "venv"
 
     @property
     def interpreter(self) -> Path:
+        """Its Python interpreter."""
         return self.venv / "bin" / "python"
 
 
@@ -85,8 +86,10 @@ ENVIRONMENTS = (
 
 
 def interpreters(version: str) -> Iterator[str]:
-    """Interpreters of a version that can make environments: this one, the one on PATH, pyenv's. A
-    shim may not run."""
+    """Yield interpreters of a version that can create environments.
+
+    They are this one, the one on PATH, and pyenv's; a shim may not run.
+    """
     pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
     for found in (
         sys.executable,
@@ -103,8 +106,10 @@ def interpreters(version: str) -> Iterator[str]:
 
 
 def copy_files(folder: Path) -> None:
-    """The files of the checkout but for the package's, as they are when its wheel is built: the
-    suite may run hours later."""
+    """Copy the files of the checkout except the package, when its wheel is built.
+
+    The tests may run hours later.
+    """
     for name in filter(
         None,
         run("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", cwd=ROOT).split(
@@ -117,7 +122,7 @@ def copy_files(folder: Path) -> None:
 
 
 def stage_install(environment: Environment, wheel: Path) -> str:
-    """A new virtual environment with the wheel, by its own pip."""
+    """Create a virtual environment and install the wheel by its own pip."""
     shutil.rmtree(environment.folder, ignore_errors=True)
     environment.folder.mkdir(parents=True)
     run(
@@ -140,8 +145,11 @@ def stage_install(environment: Environment, wheel: Path) -> str:
 
 
 def stage_example(environment: Environment, wheel: Path) -> str:
-    """What `make wheel-check` asks: a consistent environment, the command, the README's first
-    example from an empty folder."""
+    """Run the checks of `make wheel-check`.
+
+    They are a consistent environment, the command, and the README's first example in an empty
+    folder.
+    """
     empty = environment.folder / "empty"
     empty.mkdir()
     check_installed(environment.venv, empty)
@@ -149,15 +157,14 @@ def stage_example(environment: Environment, wheel: Path) -> str:
 
 
 def stage_store(environment: Environment, wheel: Path) -> str:
-    """A run that streams to a folder, killed, resumed and read; a netCDF file."""
+    """Check a run that streams to a folder and is killed, resumed and read, and a netCDF file."""
     return run(
         environment.interpreter, ROOT / "scripts" / "store_check.py", ".", cwd=environment.folder
     )
 
 
 def stage_suite(environment: Environment, wheel: Path, *pytest_args: str) -> str:
-    """The suite on the installed package: a copy of the checkout's files has it in the place of the
-    sources."""
+    """Run the tests on the installed package, in a copy of the checkout's files."""
     tree = shutil.copytree(FOLDER / "files", environment.folder / "tree")
     (package,) = environment.venv.glob("lib/python*/site-packages/pyroebm")
     (tree / "pyroebm").symlink_to(package)
@@ -182,7 +189,7 @@ STAGES = {
 
 
 def counts(junit: Path) -> dict[str, int]:
-    """How many tests passed, failed and were skipped, by pytest's JUnit file."""
+    """Return how many tests passed, failed and were skipped, from pytest's JUnit file."""
     found = {"passed": 0, "failed": 0, "skipped": 0}
     fates = {"failure": "failed", "error": "failed", "skipped": "skipped"}
     for case in ET.parse(junit).getroot().iter("testcase"):
@@ -193,8 +200,10 @@ def counts(junit: Path) -> dict[str, int]:
 
 
 def examine(environment: Environment, wheel: Path, pytest_args: list[str]) -> Result:
-    """Run the stages in one environment and say how each went; without an installation the others
-    do not run."""
+    """Run the stages in one environment and return their results.
+
+    The others are skipped if the installation fails.
+    """
     result: Result = {"name": environment.name, "stages": {}}
     for name, stage in STAGES.items():
         began = time.monotonic()
@@ -220,7 +229,7 @@ def examine(environment: Environment, wheel: Path, pytest_args: list[str]) -> Re
 
 
 def table(results: list[Result]) -> str:
-    """The results in Markdown."""
+    """Return the results as a table in Markdown."""
     rows = [
         [
             "environment",
@@ -246,7 +255,7 @@ def table(results: list[Result]) -> str:
 
 
 def main(*arguments: str) -> int:
-    """Examine the environments and write down what came out; 1 if a stage failed somewhere."""
+    """Test the environments and write the results; return 1 if a stage failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     names = [environment.name for environment in ENVIRONMENTS]
     parser.add_argument(

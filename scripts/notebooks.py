@@ -1,8 +1,7 @@
-"""Run the notebooks: `python scripts/notebooks.py [NAME ...]` writes notebooks/NAME.ipynb from
-NAME.py, with fresh outputs.
+"""Run the notebooks and write them with new outputs.
 
-A notebook is a percent script (`# %%` before each cell). Each runs in a kernel and an empty folder
-of its own.
+`python scripts/notebooks.py [NAME ...]` writes notebooks/NAME.ipynb from NAME.py. A notebook is a
+percent script (`# %%` before each cell). Each runs in its own kernel and in an empty folder.
 """
 
 from __future__ import annotations
@@ -27,8 +26,7 @@ ENVIRONMENT = {
 
 
 def read(script: Path) -> NotebookNode:
-    """The notebook of a percent script, not run. Cells get ids that stay the same from run to
-    run."""
+    """Return the notebook of a percent script, not executed; the ids of its cells are stable."""
     notebook: NotebookNode = jupytext.read(script)
     notebook.nbformat, notebook.nbformat_minor = 4, 5
     for number, cell in enumerate(notebook.cells):
@@ -37,8 +35,10 @@ def read(script: Path) -> NotebookNode:
 
 
 def execute(script: Path, folder: Path) -> NotebookNode:
-    """Run a script's cells in a fresh kernel whose working directory is ``folder``; any error
-    raises."""
+    """Execute a script's cells in a new kernel with the working directory ``folder``.
+
+    Any error raises.
+    """
     notebook = read(script)
     client = NotebookClient(
         notebook,
@@ -57,8 +57,10 @@ def execute(script: Path, folder: Path) -> NotebookNode:
 
 
 def only_compiling(output: NotebookNode) -> bool:
-    """Whether an output says only that something is compiled: what a machine sees once is not part
-    of a notebook."""
+    """Return whether an output is only a message about compilation.
+
+    Such messages depend on the caches of the machine and are left out.
+    """
     return (
         output.output_type == "stream"
         and output.name == "stderr"

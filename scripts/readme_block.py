@@ -1,7 +1,7 @@
-"""The code blocks of a Markdown page: `python scripts/readme_block.py README.md 1` prints its first
-Python block.
+"""Extract the code blocks of a Markdown page.
 
-A block is skipped when an HTML comment `<!-- skip: reason -->` stands right before it.
+`python scripts/readme_block.py README.md 1` prints the first Python block. A block is skipped if
+the HTML comment `<!-- skip: reason -->` is right before it.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ PYTHON = ("python", "py", "python3")
 
 
 class Block(NamedTuple):
-    """One fenced block: its language, the page's line where its source starts (from 1), its source,
-    why it is skipped."""
+    """A fenced block: language, line of its source (from 1), source, reason to skip it."""
 
     language: str
     line: int
@@ -28,7 +27,7 @@ class Block(NamedTuple):
 
 
 def code_blocks(text: str) -> list[Block]:
-    """The fenced blocks of a page, in order."""
+    """Return the fenced blocks of a page, in order."""
     found: list[Block] = []
     lines = text.splitlines()
     at, skip = 0, None
@@ -53,13 +52,12 @@ def code_blocks(text: str) -> list[Block]:
 
 
 def python_blocks(text: str) -> list[Block]:
-    """The Python blocks of a page, in order, the skipped ones included."""
+    """Return the Python blocks of a page, in order, with the skipped ones."""
     return [block for block in code_blocks(text) if block.language in PYTHON]
 
 
 def main(page: str, number: str = "1") -> int:
-    """Print the source of the page's Python block ``number`` (from 1, skipped blocks not
-    counted)."""
+    """Print the page's Python block ``number`` (from 1, without skipped blocks)."""
     runnable = [
         block
         for block in python_blocks(Path(page).read_text(encoding="utf-8"))

@@ -1,9 +1,8 @@
-"""Run tests with shifted seeds and count the failures: `python scripts/reseed_tests.py --shifts
-1-20`.
+"""Run tests with shifted seeds and count the failures.
 
-Without tests it takes the statistical ones. A test that fails is asked again, by its name and with
-`--shifts 1-100`: two failures are a defect, of the test's error bar or of the library. Each shift
-runs in a process of its own, forked after the slow imports.
+`python scripts/reseed_tests.py --shifts 1-20` runs the statistical tests. Repeat a failed test by
+its name with `--shifts 1-100`: two failures are a defect, of the test's standard error or of the
+library. Each shift runs in its own process, forked after the slow imports.
 """
 
 from __future__ import annotations
@@ -28,8 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 class _Outcomes:
-    """A plugin that keeps how many tests passed, and what failed with the last line of its
-    message."""
+    """A plugin that records how many tests passed, and the last line of each failure."""
 
     def __init__(self) -> None:
         self.passed, self.failed = 0, dict[str, str]()
@@ -46,8 +44,11 @@ class _Outcomes:
 
 
 def run(shift: int, arguments: list[str]) -> tuple[int, int, dict[str, str], float]:
-    """The tests with one shift, in this process: the shift, how many passed, the messages of what
-    failed, seconds."""
+    """Run the tests with one shift in this process.
+
+    Returns:
+        the shift, the number of passed tests, the messages of failed ones, and seconds.
+    """
     began, outcomes = time.monotonic(), _Outcomes()
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         code = pytest.main(
@@ -59,17 +60,21 @@ def run(shift: int, arguments: list[str]) -> tuple[int, int, dict[str, str], flo
 
 
 def shifts_of(text: str) -> list[int]:
-    """
-    >>> shifts_of("1-3 7")
-    [1, 2, 3, 7]
+    """Parse shifts.
+
+    Example:
+        >>> shifts_of("1-3 7")
+        [1, 2, 3, 7]
     """
     ranges = [part.partition("-")[::2] for part in text.split()]
     return [shift for first, last in ranges for shift in range(int(first), int(last or first) + 1)]
 
 
 def of_commit() -> tuple[int, int]:
-    """A shift from 1 to 999 and a tenth, from the commit's hash; from the name of the version where
-    git knows no commit."""
+    """Return a shift from 1 to 999 and a tenth of the tests, from the commit's hash.
+
+    Without git they depend on the version's name.
+    """
     try:
         head = subprocess.run(
             ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, check=True
@@ -81,8 +86,10 @@ def of_commit() -> tuple[int, int]:
 
 
 def main() -> int:
-    """Print a line for each shift and each failure, then how often each test failed; 1 if one
-    did."""
+    """Print a line for each shift and each failure, then the failures of each test.
+
+    Returns 1 if one failed.
+    """
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
         "tests",

@@ -1,8 +1,7 @@
-"""Kill a run that streams to a folder, resume it, read it back: `python scripts/store_check.py
-FOLDER`, with pyroebm installed.
+"""Kill a run that streams to a folder, resume it, and read it back.
 
-The draws must be those of a run in memory that was not interrupted, bit for bit, in the store and
-in a netCDF file.
+`python scripts/store_check.py FOLDER`, with pyroebm installed. The draws must be those of an
+uninterrupted run in memory, bit for bit, in the store and in a netCDF file.
 """
 
 from __future__ import annotations
@@ -21,13 +20,15 @@ from pyroebm.targets import DoubleWell
 
 
 def sampler() -> MCMC:
-    """Two batches of chains, whose writes take turns."""
+    """Return a sampler with two chain batches, which write alternately."""
     return MCMC(MALA(), num_samples=1000, warmup_steps=20, num_chains=6, seed=0, chain_batch_size=3)
 
 
 def main(folder: str, role: str = "parent") -> int:
-    """Do all of it; AssertionError where draws differ. As a child, begin the run that the parent
-    kills."""
+    """Run all checks; AssertionError if draws differ.
+
+    The child process runs the part that the parent kills.
+    """
     store = Path(folder) / "store"
     if role == "child":
         sampler().run(DoubleWell(), store=store, checkpoint_every=0.0)

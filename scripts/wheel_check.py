@@ -1,5 +1,4 @@
-"""Build the wheel, install it in a clean environment, run the README's first example there from an
-empty folder.
+"""Build the wheel, install it in a new environment, and run the README's first example.
 
 `python scripts/wheel_check.py [PAGE]`, from the checkout; needs the packages `build` and
 `hatchling`.
@@ -23,8 +22,10 @@ WHERE = "import pathlib, pyroebm; print(pathlib.Path(pyroebm.__file__).resolve()
 
 
 def run(*command: str | Path, cwd: Path, more: Mapping[str, str] | None = None) -> str:
-    """Run a command with nothing of the checkout in its environment; its output, or RuntimeError
-    with it."""
+    """Run a command without the checkout in its environment and return its output.
+
+    Raises RuntimeError with the output if it fails.
+    """
     env = {
         key: value
         for key, value in os.environ.items()
@@ -42,8 +43,7 @@ def run(*command: str | Path, cwd: Path, more: Mapping[str, str] | None = None) 
 
 
 def build(folder: Path) -> Path:
-    """The wheel, built in ``folder`` from the source distribution; RuntimeError if its contents are
-    wrong."""
+    """Build the wheel in ``folder`` from the source distribution and check its contents."""
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, ROOT, cwd=folder)
     (wheel,) = folder.glob("*.whl")
     check_contents(wheel)
@@ -51,8 +51,7 @@ def build(folder: Path) -> Path:
 
 
 def check_contents(wheel: Path) -> None:
-    """The wheel holds the package, its type marker and its license, and nothing beside the
-    package."""
+    """Check that the wheel has the package, its type marker and its license, and nothing else."""
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}
     strangers = sorted(top for top in tops if top != "pyroebm" and not top.endswith(".dist-info"))
@@ -88,8 +87,7 @@ def install(
 
 
 def check_installed(environment: Path, empty: Path) -> None:
-    """The environment is consistent, pyroebm comes from it and not from the checkout, and its
-    command starts."""
+    """Check the environment, the origin of pyroebm, and that its command starts."""
     run(environment / "bin" / "python", "-m", "pip", "check", cwd=empty)
     at = Path(run(environment / "bin" / "python", "-c", WHERE, cwd=empty).strip())
     if not at.is_relative_to(environment.resolve()):
@@ -98,8 +96,7 @@ def check_installed(environment: Path, empty: Path) -> None:
 
 
 def run_example(environment: Path, page: Path, empty: Path) -> str:
-    """What the first Python block of a page prints, run by the environment's interpreter in a
-    folder with nothing else in it."""
+    """Run the first Python block of a page in an empty folder and return its output."""
     example = next(
         (b for b in python_blocks(page.read_text(encoding="utf-8")) if b.skip is None), None
     )
@@ -112,7 +109,7 @@ def run_example(environment: Path, page: Path, empty: Path) -> str:
 
 
 def main(page: str = str(ROOT / "README.md")) -> int:
-    """Do all of it; 1 with the reason where something is wrong."""
+    """Run all checks; return 1 and print the reason if one fails."""
     try:
         with tempfile.TemporaryDirectory(prefix="wheel-check-") as name:
             scratch = Path(name)

@@ -1,1 +1,1 @@
-"""The parts of the benchmarks: cases, what each library makes of them, and how runs become rows."""
+"""Parts of the benchmarks: cases, their models in each library, timing and results."""

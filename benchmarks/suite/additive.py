@@ -1,5 +1,7 @@
-"""A step of training of the same additive flow in each library: a batch, the energy, reverse KL,
-its gradient, Adam."""
+"""A training step of the same additive flow in each library.
+
+A step is a batch, the energy, reverse KL, its gradient, and Adam.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,7 @@ def _widths(inputs: int, outputs: int) -> list[tuple[int, int]]:
 
 
 def _net(inputs: int, outputs: int) -> nn.Sequential:
-    """Linear layers with SiLU between them, as ours has them."""
+    """Return linear layers with SiLU between them, as in pyroebm."""
     layers = [nn.Linear(*widths) for widths in _widths(inputs, outputs)]
     return nn.Sequential(
         layers[0], *itertools.chain.from_iterable((nn.SiLU(), layer) for layer in layers[1:])
@@ -39,8 +41,10 @@ def _net(inputs: int, outputs: int) -> nn.Sequential:
 def bare(
     x: Tensor, layers: list[tuple[Tensor, Tensor]], grad: Tensor
 ) -> tuple[Tensor, list[Tensor]]:
-    """A conditioner at x and, where its output has the gradient ``grad``, that of x and of the
-    weights, written out."""
+    """Compute a conditioner at x by hand.
+
+    With the gradient ``grad`` of its output, compute those of x and of the weights too.
+    """
     inputs, sums = [x], []
     for k, (weight, bias) in enumerate(layers):
         sums.append(torch.addmm(bias, inputs[-1], weight.mT))
@@ -56,7 +60,7 @@ def bare(
 
 
 def products(energy: Energy, batch: int) -> Step:
-    """Nothing but the conditioners: products, activations, and both back."""
+    """Compute only the conditioners: products, activations, and their gradients."""
     half = energy.event_shape[0] // 2
     layers = [(torch.randn(b, a), torch.randn(b)) for a, b in _widths(half, half)]
     x, grad = torch.randn(batch, half), torch.randn(batch, half)
@@ -69,7 +73,7 @@ def products(energy: Energy, batch: int) -> Step:
 
 
 def ours(objective: type[ReverseKL], gradient: str, energy: Energy, batch: int) -> Step:
-    """The public loop, with all that it looks after; a matrix and a shift at the end."""
+    """Train by the public loop, with all of its checks; the last layer is a linear map."""
     dim = energy.event_shape[0]
     made = objective(energy, batch, gradient=gradient, beta_start=1.0)
     flow = NICE(dim, COUPLINGS, HIDDEN)
@@ -77,7 +81,7 @@ def ours(objective: type[ReverseKL], gradient: str, energy: Energy, batch: int) 
 
 
 def _loop(parameters: Any, loss: Callable[[], Tensor], fused: bool) -> Step:
-    """The loop that the peers' own pages write out."""
+    """Train by the loop in the documentation of the other libraries."""
     optimizer = torch.optim.Adam(parameters, lr=LR, fused=fused)
 
     def run() -> None:
@@ -91,7 +95,7 @@ def _loop(parameters: Any, loss: Callable[[], Tensor], fused: bool) -> Step:
 def with_normflows(score_fn: bool, fused: bool, energy: Energy, batch: int) -> Step:
     import normflows as nf
 
-    class Law(nf.distributions.Target):  # type: ignore[misc]
+    class Density(nf.distributions.Target):  # type: ignore[misc]
         def log_prob(self, z: Tensor) -> Tensor:
             return -energy(z)
 
@@ -104,7 +108,9 @@ def with_normflows(score_fn: bool, fused: bool, energy: Energy, batch: int) -> S
         for k in range(COUPLINGS)
     ]
     parts.append(nf.flows.AffineConstFlow((dim,)))
-    model = nf.NormalizingFlow(nf.distributions.DiagGaussian(dim, trainable=False), parts, Law())
+    model = nf.NormalizingFlow(
+        nf.distributions.DiagGaussian(dim, trainable=False), parts, Density()
+    )
     return _loop(model.parameters(), lambda: model.reverse_kld(batch, score_fn=score_fn), fused)
 
 
@@ -138,7 +144,7 @@ def with_zuko(fused: bool, energy: Energy, batch: int) -> Step:
 
 
 class _ShiftAlone(nn.Module):
-    """What AffineCoupling asks for: a mean and a logarithm of a scale, here 0."""
+    """A network for AffineCoupling that returns a shift, and 0 as the logarithm of the scale."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -150,7 +156,7 @@ class _ShiftAlone(nn.Module):
 
 
 def with_pyro(energy: Energy, batch: int) -> Step:
-    """AutoNormalizingFlow under SVI, its particles as one batch."""
+    """Train AutoNormalizingFlow by SVI, with all particles in one batch."""
     import pyro
     import pyro.distributions as dist
     from pyro.infer import SVI, Trace_ELBO

@@ -1,8 +1,7 @@
 """From a model to a table of R-hat, as a user of each library writes it.
 
-Every library is imported by its own function, whose clock runs already. A function prints the
-library's table and returns what is left to do after the clock has stopped: collect the draws and
-what the library tells of them.
+Every library is imported by its own function, within the measured time. A function prints the
+library's table and returns a function that collects draws and statistics after the measurement.
 """
 
 from __future__ import annotations
@@ -31,14 +30,14 @@ DISTRIBUTIONS = {"pyro": "pyro-ppl"}
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What a run is judged by.
+    """The results of a run.
 
     Args:
         samples: draws of each site, arrays ``(chains, draws, *shape)``.
-        gradients: gradient evaluations while drawing, summed over chains; None where the library
-            does not tell.
-        divergences: draws that diverged.
-        sampling_seconds: warm-up and draws without imports and compiling; None where the library
+        gradients: gradient evaluations during sampling, summed over chains; None where the library
+            does not count them.
+        divergences: number of divergent draws.
+        sampling_seconds: warm-up and draws without imports and compilation; None where the library
             does not separate them.
     """
 
@@ -52,7 +51,7 @@ Collect = Callable[[], Answer]
 
 
 def _pyro_or_ours(case: Case, job: Job, seed: int, infer: Any) -> tuple[Any, float]:
-    """The same script for both: the import line of ``infer`` is all that differs."""
+    """Run the script of both; only the import of ``infer`` differs."""
     import pyro
     import torch
 
@@ -138,7 +137,7 @@ def with_numpyro(case: Case, job: Job, seed: int) -> Collect:
 
 
 def with_blackjax(case: Case, job: Job, seed: int) -> Collect:
-    """BlackJAX takes a density: it has NumPyro's, its starts and its table."""
+    """Run BlackJAX with NumPyro's density, starts and table."""
     import jax
     from numpyro.diagnostics import print_summary
     from numpyro.infer.util import initialize_model
@@ -202,7 +201,7 @@ def with_nutpie(case: Case, job: Job, seed: int) -> Collect:
 
 
 def with_owalnuts(case: Case, job: Job, seed: int) -> Collect:
-    """The PyMC models, by the transport that its documentation recommends for speed."""
+    """Run owalnuts on the PyMC models, by the transport recommended for speed."""
     import owalnuts
 
     model = _pymc_model(case)
@@ -249,8 +248,10 @@ ANSWERS: dict[str, Callable[[Case, Job, int], Collect]] = {
 
 
 def judged(case: Case, samples: Mapping[str, Any]) -> dict[str, float | None]:
-    """Least bulk effective sample size and largest R-hat over all entries that are not constant,
-    and the largest error of a mean with a known truth."""
+    """Return minimum bulk ESS, maximum R-hat, and the largest error of a known mean.
+
+    ESS and R-hat are over all entries that are not constant.
+    """
     from pyroebm.diagnostics import ess_bulk, r_hat
 
     draws = case.join(samples)
@@ -266,10 +267,10 @@ def judged(case: Case, samples: Mapping[str, Any]) -> dict[str, float | None]:
 def measured(
     job: dict[str, Any], seed: int, posteriordb: str | None, began: float
 ) -> dict[str, Any]:
-    """The numbers of a run and the library's version.
+    """Return the results of a run and the library's version.
 
-    Seconds are those from ``began`` to the printed table. The share of them in which the process
-    and its compilers had the core says whether the machine was quiet.
+    Seconds are from ``began`` to the printed table. The share of CPU time in them shows whether
+    other programs were running.
     """
     own = Job(**job)
     cases = MODEL_CASES | (posteriordb_cases(Path(posteriordb)) if posteriordb else {})

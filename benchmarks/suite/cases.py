@@ -1,8 +1,7 @@
-"""The cases: data, starting states, and quantities whose means are known exactly. NumPy alone, so
-that every library shares them.
+"""The cases: data, starting states, and quantities with exactly known means.
 
-Draws come as ``(chains, draws, dim)`` in one order of coordinates for all libraries, scales on
-their positive axis.
+They use NumPy alone, for all libraries. Draws are ``(chains, draws, dim)`` in the same order of
+coordinates for all libraries, scales on their positive axis.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ __all__ = [
 ]
 
 Array = np.ndarray
-# of the net: E(x) = f(x) + |x|^2 / (2 * 1.5^2), which normalises since f grows linearly
+# of the net: E(x) = f(x) + |x|^2 / (2 * 1.5^2), whose Z is finite since f grows linearly
 CONFINEMENT = 1.5
 
 
@@ -56,16 +55,18 @@ class Case:
 
     @property
     def dim(self) -> int:
-        """Number of coordinates."""
+        """The number of coordinates."""
         return sum(prod(shape) for shape in self.sites.values())
 
     def starts(self, chains: int, seed: int) -> Array:
-        """Uniform on (-2, 2) in unconstrained coordinates, as Pyro and NumPyro start: ``(chains,
-        dim)``."""
+        """Return starts uniform on (-2, 2) in unconstrained coordinates, ``(chains, dim)``.
+
+        Pyro and NumPyro start in this way.
+        """
         return np.random.default_rng([seed, chains]).uniform(-2.0, 2.0, (chains, self.dim))
 
     def split(self, flat: Array) -> dict[str, Array]:
-        """``(*batch, dim)`` to one array for each site, ``(*batch, *shape)``."""
+        """Split ``(*batch, dim)`` into one array for each site, ``(*batch, *shape)``."""
         sizes = [prod(shape) for shape in self.sites.values()]
         parts = np.split(flat, np.cumsum(sizes)[:-1], axis=-1)
         return {
@@ -74,7 +75,7 @@ class Case:
         }
 
     def join(self, samples: Mapping[str, Array]) -> Array:
-        """One array for each site, ``(chains, draws, *shape)``, to ``(chains, draws, dim)``."""
+        """Join arrays of sites, ``(chains, draws, *shape)``, into ``(chains, draws, dim)``."""
         return np.concatenate(
             [np.asarray(samples[n]).reshape(*samples[n].shape[:2], -1) for n in self.sites], axis=-1
         )
@@ -84,7 +85,7 @@ SCALES = np.logspace(-1.0, 1.0, 50)
 
 
 def first_and_second_moments(draws: Array) -> Array:
-    """Each coordinate and its square."""
+    """Return each coordinate and its square."""
     return np.concatenate([draws, draws**2], axis=-1)
 
 
@@ -97,7 +98,7 @@ def _funnel_whitened(draws: Array) -> Array:
 
 @cache
 def eight_schools_data() -> tuple[Array, Array]:
-    """Estimated effects and their standard errors (Rubin, 1981)."""
+    """Return estimated effects and their standard errors (Rubin, 1981)."""
     return np.array([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0]), np.array(
         [15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0]
     )
@@ -112,8 +113,10 @@ def _effects(draws: Array) -> Array:
 
 
 def eight_schools_truth() -> Array:
-    """Posterior means of mu, tau and the effects: given tau all is normal, and one quadrature over
-    log tau is left."""
+    """Return posterior means of mu, tau and the effects.
+
+    Given tau all variables are normal, so one quadrature over log tau suffices.
+    """
     y, sigma = eight_schools_data()
     log_tau = np.linspace(-15.0, 12.0, 20_001)
     tau = np.exp(log_tau)
@@ -131,16 +134,20 @@ def eight_schools_truth() -> Array:
 
 @cache
 def logistic_data() -> tuple[Array, Array]:
-    """Covariates ``(1000, 25)`` and labels ``(1000,)`` of a logistic regression whose coefficients
-    come from its prior."""
+    """Return covariates ``(1000, 25)`` and labels ``(1000,)`` of a logistic regression.
+
+    The coefficients are drawn from their prior.
+    """
     rng = np.random.default_rng(0)
     x, beta = rng.standard_normal((1000, 25)), rng.standard_normal(25)
     return x, (rng.uniform(size=1000) < 1.0 / (1.0 + np.exp(-x @ beta))).astype(np.float64)
 
 
 def _stein(draws: Array) -> Array:
-    """The gradient of U, with mean 0, and x . grad U, with mean d: exact for every density that
-    decays (Stein's identity)."""
+    """Return the gradient of U, whose mean is 0, and x . grad U, whose mean is d.
+
+    Both are exact for densities that vanish at infinity (Stein's identity).
+    """
     x, y = logistic_data()
     found = []
     for chain in draws:
@@ -152,8 +159,10 @@ def _stein(draws: Array) -> Array:
 
 @cache
 def slopes_data() -> tuple[Array, Array, Array]:
-    """Group, covariate and response of 20 observations in each of 15 groups, ``(300,)`` each;
-    intercepts and slopes of the groups are correlated."""
+    """Return group, covariate and response of 20 observations in each of 15 groups.
+
+    Their shapes are ``(300,)``. Intercepts and slopes of the groups are correlated.
+    """
     rng = np.random.default_rng(1)
     group = np.repeat(np.arange(15), 20)
     scales, correlation = np.array([1.0, 0.5]), np.array([[1.0, 0.5], [0.5, 1.0]])
@@ -165,7 +174,7 @@ def slopes_data() -> tuple[Array, Array, Array]:
 
 @cache
 def gp_data() -> tuple[Array, Array]:
-    """Inputs and noisy values of a smooth function, ``(50,)`` each."""
+    """Return inputs and noisy values of a smooth function, ``(50,)`` each."""
     rng = np.random.default_rng(2)
     x = np.sort(rng.uniform(0.0, 10.0, 50))
     return x, np.sin(x) + 0.3 * x + 0.3 * rng.standard_normal(50)
@@ -173,8 +182,11 @@ def gp_data() -> tuple[Array, Array]:
 
 @cache
 def net_weights() -> list[tuple[Array, Array]]:
-    """Weights (standard deviation gain / sqrt(fan in)) and biases (gain) of a 2-128-128-1 network:
-    a skewed, peaked mode and a shoulder beside it."""
+    """Return weights and biases of a 2-128-128-1 network.
+
+    Standard deviations are gain / sqrt(fan in) and gain. The density has a skewed peak and a
+    shoulder.
+    """
     rng = np.random.default_rng(3)
     widths = (2, 128, 128, 1)
     gains = (3.0, 2.0, 1.0)
@@ -185,7 +197,7 @@ def net_weights() -> list[tuple[Array, Array]]:
 
 
 def net_energy(x: Array) -> Array:
-    """The energy in NumPy: ``(n, 2) -> (n,)``."""
+    """Compute the energy in NumPy: ``(n, 2) -> (n,)``."""
     h, layers = x, net_weights()
     for k, (weight, bias) in enumerate(layers):
         h = h @ weight.T + bias
@@ -194,8 +206,10 @@ def net_energy(x: Array) -> Array:
 
 
 def _net_truth() -> Array:
-    """By quadrature: the trapezoidal rule on a wide grid is exact to rounding for a smooth density
-    that decays."""
+    """Return the exact means by quadrature.
+
+    For a smooth density that vanishes at infinity the trapezoidal rule is exact to rounding.
+    """
     axis = np.linspace(-20.0, 20.0, 401)
     grid = np.stack(np.meshgrid(axis, axis, indexing="ij"), -1).reshape(-1, 2)
     energy = net_energy(grid)

@@ -1,8 +1,7 @@
-"""Whether a case is the same density in each library: `python -m benchmarks.suite.densities
-[POSTERIORDB]`.
+"""Compare the density of each case between the libraries.
 
-Differences of log densities between random states must agree, in constrained coordinates, so that
-no library's choice of unconstrained ones matters.
+`python -m benchmarks.suite.densities [POSTERIORDB]` compares differences of log densities between
+random states, in constrained coordinates, so that the choice of unconstrained ones does not matter.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ State = dict[str, Array]
 
 
 def _states(case: Case, count: int) -> list[State]:
-    """Uniform on (-2, 2) in NumPyro's unconstrained coordinates."""
+    """Draw states uniform on (-2, 2) in NumPyro's unconstrained coordinates."""
     keys = jax.random.split(jax.random.PRNGKey(7), count)
     model, arguments = in_numpyro.MODELS[case.name], case.arguments()
     info = initialize_model(keys, model, model_args=arguments, dynamic_args=False)
@@ -76,8 +75,7 @@ def _in_pymc(case: Case, states: list[State]) -> list[float]:
 
 
 def largest_difference(case: Case, count: int = 8) -> dict[str, float]:
-    """Largest disagreement of log densities with NumPyro's, beside their own size, up to one
-    constant."""
+    """Return the largest relative difference from NumPyro's log densities, up to a constant."""
     torch.set_default_dtype(torch.float64)
     states = _states(case, count)
     truth = np.array([_in_numpyro(case, state) for state in states])

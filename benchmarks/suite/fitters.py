@@ -1,10 +1,9 @@
-"""Flows as each library has them for a density, and how it trains them: reverse KL unless a row
-says otherwise.
+"""Flows of each library and their training, by reverse KL unless stated otherwise.
 
-All are given the same: batches of :data:`BATCH` draws, Adam whose step size falls to 0 along a half
-cosine, an inverse temperature that rises from 0.1 to 1 over the first 40 % of the steps, gradients
-clipped to a norm of 100, a scale for the initial draws. Steps that are not finite are skipped, or
-ours go back some steps; but for Pyro's SVI, which knows no such thing.
+All use batches of :data:`BATCH` draws, Adam with a cosine schedule to 0, an inverse temperature
+that increases from 0.1 to 1 over the first 40 % of the steps, gradients clipped to a norm of 100,
+and the same scale of the initial draws. Steps that are not finite are skipped, or the last good
+state is restored; Pyro's SVI does neither.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ CLIP = 100.0
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """A flow in training: a step of it, and what the judge asks of it."""
+    """A flow in training: its step, and what its evaluation needs."""
 
     step: Callable[[], Any]
     draw: Callable[[int], tuple[Tensor, Tensor]]
@@ -92,7 +91,7 @@ def _by_hand(
     energy: Counted,
     steps: int,
 ) -> Training:
-    """The loop that the pages of normflows and zuko write out."""
+    """Train by the loop in the documentation of normflows and zuko."""
     optimizer = torch.optim.Adam(parameters, lr=LR)
     falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     done = 0
@@ -118,11 +117,13 @@ def _by_hand(
 def with_normflows(
     splines: bool, alpha: bool, energy: Counted, scale: float, steps: int
 ) -> Training:
-    """RealNVP as its README has it, with as many layers as ours; or coupled rational-quadratic
-    splines and LU layers."""
+    """Train RealNVP as in its README, or coupled rational-quadratic splines with LU layers.
+
+    The number of layers is that of pyroebm's flow.
+    """
     import normflows as nf
 
-    class Law(nf.distributions.Target):  # type: ignore[misc]
+    class Density(nf.distributions.Target):  # type: ignore[misc]
         def log_prob(self, z: Tensor) -> Tensor:
             return -energy(z)
 
@@ -145,7 +146,7 @@ def with_normflows(
     last = nf.flows.AffineConstFlow((dim,))
     nn.init.constant_(last.s, math.log(scale))
     model = nf.NormalizingFlow(
-        nf.distributions.DiagGaussian(dim, trainable=False), [*parts, last], Law()
+        nf.distributions.DiagGaussian(dim, trainable=False), [*parts, last], Density()
     )
 
     def loss(beta: float) -> Tensor:
@@ -160,8 +161,10 @@ def with_normflows(
 
 
 def with_zuko(splines: bool, energy: Counted, scale: float, steps: int) -> Training:
-    """Its NSF or MAF, inverted so that draws are fast, as its page on training from an energy has
-    it."""
+    """Train NSF or MAF, inverted for fast draws.
+
+    This follows its tutorial on training from an energy.
+    """
     import zuko
 
     dim = energy.event_shape[0]
@@ -190,7 +193,7 @@ def with_zuko(splines: bool, energy: Counted, scale: float, steps: int) -> Train
 
 
 def with_pyro(what: str, energy: Counted, scale: float, steps: int) -> Training:
-    """SVI of the density as a factor, particles as one batch; the guide is one of Pyro's own."""
+    """Train one of Pyro's guides by SVI, with the density as a factor."""
     import pyro
     import pyro.distributions as dist
     from pyro.infer import SVI, Trace_ELBO
@@ -242,9 +245,9 @@ def with_pyro(what: str, energy: Counted, scale: float, steps: int) -> Training:
         done += 1
 
     def draw(n: int) -> tuple[Tensor, Tensor]:
-        law = guide.get_posterior()
-        x = law.sample((n,))
-        return x, -energy(x) - law.log_prob(x)
+        posterior = guide.get_posterior()
+        x = posterior.sample((n,))
+        return x, -energy(x) - posterior.log_prob(x)
 
     return Training(step, draw, lambda x: -energy(x) - guide.get_posterior().log_prob(x))
 
@@ -347,7 +350,7 @@ def _peers(case: str) -> dict[tuple[str, str], Fitter]:
     found["pyro", "AutoNormalizingFlow of splines"] = functools.partial(
         with_pyro, "AutoNormalizingFlow"
     )
-    if case != "double well":  # affine maps of one entry are normal laws
+    if case != "double well":  # in one dimension affine layers give normal distributions
         found["normflows", "RealNVP"] = functools.partial(with_normflows, False, False)
         found["zuko", "MAF"] = functools.partial(with_zuko, False)
         found["pyro", "AutoIAFNormal"] = functools.partial(with_pyro, "AutoIAFNormal")

@@ -1,5 +1,4 @@
-"""Densities that flows are fitted to, and one judge for all flows: what their draws are worth as
-weighted ones."""
+"""Densities that flows are fitted to, and the evaluation of a flow by its weighted draws."""
 
 from __future__ import annotations
 
@@ -23,8 +22,8 @@ class FlowCase:
 
     Args:
         title: its name in the tables.
-        make: from nothing to the target, in float32.
-        scale: of the initial draws; every library is told the same.
+        make: returns the target, in float32.
+        scale: of the initial draws, the same for every library.
     """
 
     title: str
@@ -45,13 +44,14 @@ METRICS = ("log_z_error", "log_z_se", "ess", "forward_ess", "eubo_gap", "coverag
 
 
 class Counted(Energy):
-    """An energy over vectors that counts how many states it was asked about."""
+    """An energy over vectors that counts evaluated states."""
 
     def __init__(self, energy: Energy) -> None:
         super().__init__((max(1, energy.event_shape.numel()),))
         self.energy, self.evaluations = energy, 0
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return energies and count them."""
         self.evaluations += x.shape[:-1].numel()
         return self.energy(x.reshape(x.shape[:-1] + self.energy.event_shape))
 
@@ -63,15 +63,16 @@ def judge(
     n: int,
     batch: int = 10_000,
 ) -> dict[str, float]:
-    """:data:`METRICS` of a flow; a number that cannot be known is left out, one of draws that are
-    not finite is NaN.
+    """Return :data:`METRICS` of a flow.
+
+    Unknown numbers are left out; those of draws that are not finite are NaN.
 
     Args:
         energy: the target.
         draw: from a number to draws ``(n, d)`` and their log weights, -U - log q.
         log_weights: of exact draws ``(n, d)``.
-        n: draws of either law.
-        batch: of them at a time.
+        n: draws of the flow and of the target.
+        batch: draws of a batch.
     """
     sizes = [batch] * (n // batch) + [n % batch] * (n % batch > 0)
     with torch.no_grad():

@@ -50,7 +50,7 @@ def _logistic(beta: Array) -> Array:
 
 
 def log_density(name: str) -> Callable[[Array], Array]:
-    """A case's log density, constants left out: unconstrained ``(dim,) -> ()``."""
+    """Return a case's unnormalized log density of unconstrained states, ``(dim,) -> ()``."""
     return {
         "normal": _normal,
         "funnel": _funnel,
@@ -61,7 +61,7 @@ def log_density(name: str) -> Callable[[Array], Array]:
 
 
 def constrain(name: str, draws: np.ndarray) -> np.ndarray:
-    """Draws of :func:`log_density` in the coordinates of the case."""
+    """Map draws of :func:`log_density` to the coordinates of the case."""
     if name != "eight_schools":
         return draws
     return np.concatenate([draws[..., :1], np.exp(draws[..., 1:2]), draws[..., 2:]], axis=-1)

@@ -1,4 +1,4 @@
-"""The cases as NumPyro models: those of :mod:`benchmarks.suite.in_pyro`, recursions as scans."""
+"""The cases as NumPyro models: those of benchmarks.suite.in_pyro, with recursions as scans."""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""The cases as PyMC models: those of :mod:`benchmarks.suite.in_pyro`. The two time series with
-recursions, `arma` and `garch`, have none."""
+"""The cases as PyMC models: those of benchmarks.suite.in_pyro.
+
+The two time series with recursions, `arma` and `garch`, are left out.
+"""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ __all__ = ["MODELS", "tensors"]
 
 
 def tensors(arguments: tuple[np.ndarray, ...]) -> tuple[Tensor, ...]:
-    """A case's arguments in torch."""
+    """Convert a case's arguments to tensors."""
     return tuple(torch.as_tensor(argument) for argument in arguments)
 
 

@@ -14,8 +14,10 @@ __all__ = ["NetEnergy", "energy"]
 
 
 class NetEnergy(Energy):
-    """A network's output plus a quadratic confinement, with the weights of
-    :func:`benchmarks.suite.cases.net_weights`."""
+    """The output of a network plus a quadratic term.
+
+    The weights are those of :func:`benchmarks.suite.cases.net_weights`.
+    """
 
     def __init__(self) -> None:
         super().__init__((2,))
@@ -29,11 +31,12 @@ class NetEnergy(Energy):
         self.net = nn.Sequential(*layers[:-1]).requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return energies ``(*batch)``."""
         return self.net(x).squeeze(-1) + 0.5 * x.square().sum(-1) / cases.CONFINEMENT**2
 
 
 def energy(name: str) -> Energy:
-    """A case as an energy."""
+    """Return a case as an energy."""
     case = cases.CASES[name]
     if case.arguments is not None:
         return ModelEnergy(MODELS[name], *tensors(case.arguments()))

@@ -1,5 +1,4 @@
-"""What our samplers stand on: the cost of a bare gradient, and of a leapfrog step as chains and
-dimensions grow."""
+"""The cost of a gradient, and of a leapfrog step by number of chains and of dimensions."""
 
 from __future__ import annotations
 
@@ -22,8 +21,10 @@ __all__ = ["chains_curve", "dimension_curve", "gradient_rows"]
 
 
 def _microseconds(call: Callable[[], Any], repeats: int, seconds: float) -> list[float]:
-    """Time of one call, from ``repeats`` blocks of calls of about ``seconds`` each; the first calls
-    compile and are not timed."""
+    """Return the time of one call, from ``repeats`` groups of calls of about ``seconds`` each.
+
+    The first calls compile and are not timed.
+    """
     for _ in range(3):
         call()
     begin = time.perf_counter()
@@ -39,8 +40,10 @@ def _microseconds(call: Callable[[], Any], repeats: int, seconds: float) -> list
 
 
 def gradient_rows(job: Job) -> list[Row]:
-    """Microseconds for the energies and gradients of a batch: the limit of every sampler on this
-    energy."""
+    """Return microseconds for the energies and gradients of a batch.
+
+    This is the limit of every sampler on this energy.
+    """
     target, rows = energy(job.case), []
     for chains in (1, 256):
         x = torch.as_tensor(CASES[job.case].starts(chains, 0))
@@ -77,11 +80,10 @@ def _leapfrog_row(job: Job, dim: int, chains: int) -> Row:
 
 
 def chains_curve(job: Job) -> list[Row]:
-    """Microseconds for one leapfrog step of one chain of NUTS on the normal, from one chain to
-    4,096."""
+    """Return microseconds per leapfrog step of one chain of NUTS, for 1 to 4,096 chains."""
     return [_leapfrog_row(job, 50, 4**k) for k in range(7)]
 
 
 def dimension_curve(job: Job) -> list[Row]:
-    """The same for 64 chains, in 10 to 1,000 dimensions."""
+    """Return the same for 64 chains, in 10 to 1,000 dimensions."""
     return [_leapfrog_row(job, dim, 64) for dim in (10, 32, 100, 316, 1000)]

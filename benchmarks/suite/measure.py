@@ -1,8 +1,7 @@
-"""From runs to rows: how a sampler is timed, what its draws are worth, and whether they are
-right.
+"""Timing of a sampler, the quality of its draws, and their errors.
 
-The diagnostics are imported by the functions that use them: benchmarks/stopwatch.py measures how
-long the first import of a library takes, and must not import another one before.
+The diagnostics are imported by the functions that use them: benchmarks/stopwatch.py measures the
+first import of a library, and must not import another one before.
 """
 
 from __future__ import annotations
@@ -32,10 +31,10 @@ class Job:
         method: the sampler, or what else is measured.
         chains: number of chains; 0 where the method sets it itself.
         num_warmup, num_samples: steps of each chain.
-        repeats: most runs to take the median of.
+        repeats: maximum number of runs, of which the median is taken.
         budget: seconds after which no further run begins; for benchmarks/stopwatch.py, those after
             which a process is stopped.
-        options: what only this library is told.
+        options: further options of this library.
     """
 
     case: str
@@ -49,7 +48,7 @@ class Job:
     options: dict[str, Any]
 
     def settings(self, repeats: int) -> dict[str, Any]:
-        """What a row says of how it was measured."""
+        """Return the settings that are stored with a result."""
         own = {
             k: v
             for k, v in dataclasses.asdict(self).items()
@@ -82,25 +81,23 @@ class Run:
 
     @property
     def seconds(self) -> float:
-        """Both phases."""
+        """Both phases together."""
         return self.warmup_seconds + self.sampling_seconds
 
 
 def time_runs(
     run: Callable[[int], Run], repeats: int, budget: float, compiles: bool
 ) -> tuple[list[Run], float | None]:
-    """Runs of seeds 1, 2, ..., and what the first call of seed 0 took beyond their median: the time
-    to compile.
+    """Time runs of seeds 1, 2, ..., and the compilation by the first call of seed 0.
 
-    The next run begins only while the budget lasts for one more like the last one; at least one is
-    made.
+    The compile time is that of the first call minus the median of the others. A run begins only
+    while the budget lasts for one more like the last one; at least one is made.
 
     Args:
         run: from a seed to a run.
-        repeats: most runs.
+        repeats: maximum number of runs.
         budget: seconds for all of them.
-        compiles: whether a first call is to be thrown away; None stands for its compile time
-            otherwise.
+        compiles: whether to make a first call that is dropped; otherwise its compile time is None.
     """
     began = time.perf_counter()
     first = run(0).seconds if compiles else None
@@ -113,8 +110,10 @@ def time_runs(
 
 
 def worst_z(case: Case, draws: np.ndarray) -> float | None:
-    """Largest error of a mean in standard errors, those of the draws (Vehtari et al., 2021) and of
-    the truth combined; None where the case knows no truth."""
+    """Return the largest error of a mean, in combined standard errors.
+
+    They are those of the draws (Vehtari et al., 2021) and of the true value; None if it is unknown.
+    """
     from pyroebm.diagnostics import convergence as diagnostics
 
     if case.truth is None:
@@ -125,7 +124,7 @@ def worst_z(case: Case, draws: np.ndarray) -> float | None:
 
 
 def row(case: str, library: str, metric: str, values: list[float], settings: dict[str, Any]) -> Row:
-    """One row; a number that is not finite becomes null, which JSON can hold."""
+    """Return one result; a number that is not finite becomes null, for JSON."""
     value, low, high = (float(f(values)) for f in (np.median, np.min, np.max))
     finite = all(math.isfinite(v) for v in (value, low, high))
     return {
@@ -140,7 +139,7 @@ def row(case: str, library: str, metric: str, values: list[float], settings: dic
 
 
 def sampler_rows(job: Job, case: Case, runs: list[Run], compile_seconds: float | None) -> list[Row]:
-    """All rows of a sampler on a case; what is compiled never counts as less than nothing."""
+    """Return all results of a sampler on a case, with compile times of at least 0."""
     from pyroebm.diagnostics import convergence as diagnostics
 
     ess = [float(np.min(diagnostics.ess_bulk(r.draws))) for r in runs]

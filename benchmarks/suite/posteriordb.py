@@ -1,10 +1,9 @@
-"""Densities of posteriordb (Magnusson et al., 2021): data and reference means from a user's file,
-which the project does not ship.
+"""Densities of posteriordb (Magnusson et al., 2021), from a file of the user.
 
 The file is JSON: for each posterior, named as in posteriordb, the `data` of its Stan program, and
 as `reference`, for each of its parameters, `mean`, `mean_square` and their Monte Carlo standard
-errors `mcse_mean` and `mcse_mean_square`. Its tenth density without an ODE or a hidden Markov
-chain, the non-centered eight schools, is :data:`benchmarks.suite.cases.CASES`' own.
+errors `mcse_mean` and `mcse_mean_square`. The non-centered eight schools are in
+:data:`benchmarks.suite.cases.CASES`.
 """
 
 from __future__ import annotations
@@ -61,7 +60,7 @@ def _garch(data: Mapping[str, Any]) -> tuple[Array, Array]:
 
 
 def _garch_parameters(draws: Array) -> Array:
-    """The model's last site is the share of 1 - alpha1 that beta1 takes."""
+    """Return the parameters; the model's last site is beta1 / (1 - alpha1)."""
     mu, alpha0, alpha1, share = np.moveaxis(draws, -1, 0)
     return np.stack([mu, alpha0, alpha1, share * (1.0 - alpha1)], axis=-1)
 
@@ -93,7 +92,7 @@ def _curve(data: Mapping[str, Any]) -> tuple[Array, Array]:
 
 
 def _mixture_parameters(draws: Array) -> Array:
-    """The model's second site is the distance of the second mean from the first."""
+    """Return the parameters; the model's second site is the distance of the means."""
     return np.concatenate(
         [draws[..., :1], draws[..., :1] + draws[..., 1:2], draws[..., 2:]], axis=-1
     )
@@ -173,7 +172,7 @@ def _case(name: str, density: Density, content: Mapping[str, Any]) -> Case:
 
 
 def posteriordb_cases(path: Path) -> dict[str, Case]:
-    """The cases of :data:`DENSITIES`, from a user's file."""
+    """Return the cases of :data:`DENSITIES`, from a file of the user."""
     content = json.loads(path.read_text(encoding="utf-8"))
     return {
         name: _case(name, density, content[density.posterior])

@@ -1,5 +1,7 @@
-"""One run of benchmarks/stopwatch.py in a process of its own, on one core: `python -m
-benchmarks.suite.stopwatch_worker CONTENT.json ANSWER.json`."""
+"""One run of benchmarks/stopwatch.py in its own process, on one core.
+
+`python -m benchmarks.suite.stopwatch_worker CONTENT.json ANSWER.json`
+"""
 
 from __future__ import annotations
 
@@ -10,6 +12,7 @@ from pathlib import Path
 
 
 def main() -> None:
+    """Run the job and write its answer."""
     began = time.perf_counter()  # before the first import of what is measured
     from benchmarks.suite.answers import measured
     from benchmarks.suite.worker import pin

@@ -1,5 +1,7 @@
-"""BlackJAX: NUTS with its window adaptation for each chain, and ChEES with its diagonal metric, all
-chains in one `scan`."""
+"""BlackJAX: NUTS with window adaptation for each chain, and ChEES with its diagonal metric.
+
+All chains run in one `scan`.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,7 @@ Array = Any
 
 
 def _discard(*_: Any) -> None:
-    """Keep no record of the warm-up."""
+    """Drop the record of the warm-up."""
 
 
 def _nuts(job: Job, density: Callable[[Array], Array]) -> tuple[Callable, Callable]:
@@ -64,9 +66,12 @@ def _chees(job: Job, density: Callable[[Array], Array]) -> tuple[Callable, Calla
 
 
 def phases(job: Job, density: Callable[[Any], Array]) -> tuple[Callable, Callable]:
-    """Compiled functions of a key and starts ``(chains, ...)``, and of a key and what the first one
-    returns: warm-up, and draws ``(draws, chains, ...)`` with their numbers of gradients and
-    divergences."""
+    """Return the compiled functions of warm-up and sampling.
+
+    Warm-up takes a key and starts ``(chains, ...)``. Sampling takes a key and the result of
+    warm-up, and returns draws ``(draws, chains, ...)`` with their numbers of gradients and
+    divergences.
+    """
     warm_up, step = {"NUTS": _nuts, "ChEES": _chees}[job.method](job, density)
 
     def draw(key: Array, states: Any, parameters: Any) -> tuple[Any, Array, Array]:
@@ -80,7 +85,7 @@ def phases(job: Job, density: Callable[[Any], Array]) -> tuple[Callable, Callabl
 
 
 def sampler(job: Job, case: Case) -> Callable[[int], Run]:
-    """From a seed to a run."""
+    """Return a function from a seed to a run."""
     warm_up, draw = phases(job, log_density(case.name))
 
     def run(seed: int) -> Run:

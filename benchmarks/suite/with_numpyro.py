@@ -1,8 +1,7 @@
-"""NumPyro's NUTS at its defaults: one chain, or a batch of them, which is its chain method
-`vectorized`.
+"""NumPyro's NUTS at its defaults: one chain, or a batch (chain method `vectorized`).
 
-The kernel is driven as NumPyro's `MCMC` drives it, from a compiled loop of ours: `MCMC.run`
-compiles anew at each call, so that no repeat of it would be free of compiling.
+The kernel is called as in NumPyro's `MCMC`, from a compiled loop: `MCMC.run` compiles again at each
+call, so repeated runs would include compilation.
 """
 
 from __future__ import annotations
@@ -25,8 +24,10 @@ COMPILES = True
 
 
 def sampler(job: Job, case: Case) -> Callable[[int], Run]:
-    """From a seed to a run. A model becomes its potential once, so that no later run pays for
-    tracing it."""
+    """Return a function from a seed to a run.
+
+    A model is traced once, so later runs do not include tracing.
+    """
     constrain: Callable[[Any], Any] = lambda z: z  # noqa: E731
     if case.arguments is not None:
         info = initialize_model(

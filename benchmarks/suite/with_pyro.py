@@ -22,7 +22,7 @@ COMPILES = False
 
 
 class _Counter:
-    """Pyro's leapfrog, counted: NUTS calls it with one step, for one gradient."""
+    """Count Pyro's leapfrog steps: NUTS calls it for one step, which is one gradient."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -33,7 +33,7 @@ class _Counter:
 
 
 def sampler(job: Job, case: Case) -> Callable[[int], Run]:
-    """From a seed to a run of one chain."""
+    """Return a function from a seed to a run of one chain."""
     counter = _Counter()
     nuts.velocity_verlet = counter
     arguments = () if case.arguments is None else tensors(case.arguments())

@@ -1,5 +1,4 @@
-"""pyroebm: the kernel's defaults but for what `job.options["kernel"]` sets, all chains in one
-process."""
+"""pyroebm: the kernel's defaults, except for `job.options["kernel"]`, in one process."""
 
 from __future__ import annotations
 
@@ -21,8 +20,10 @@ COMPILES = True
 
 
 class _Clocked(MCMC):
-    """An MCMC that looks at the clock when a phase begins. All blocks are warm before the first of
-    them draws."""
+    """An MCMC that records the time when a phase begins.
+
+    All chain batches finish the warm-up before the first of them draws.
+    """
 
     def _take_turns(self, *arguments: Any) -> None:
         self.last_phase_began = time.perf_counter()
@@ -32,8 +33,10 @@ class _Clocked(MCMC):
 def clocked_run(
     job: Job, energy: Energy, chains: int, starts: Tensor, seed: int
 ) -> tuple[MCMC, float, float, int]:
-    """A run as ``job`` asks, in one block unless it says otherwise, the seconds of its two phases,
-    and the gradients that its draws took."""
+    """Run ``job``, by default in one chain batch, and return times and gradients.
+
+    The times are those of the two phases; the gradients are those of the draws.
+    """
     asked = dict(job.options)
     kernel = getattr(pyroebm, job.method if job.chains else "NUTS")(**asked.pop("kernel", {}))
     options = {
@@ -52,8 +55,10 @@ def clocked_run(
 
 
 def sampler(job: Job, case: Case) -> Callable[[int], Run]:
-    """From a seed to a run; ``job.options`` go to :class:`pyroebm.MCMC`, its "kernel" to the
-    kernel."""
+    """Return a function from a seed to a run.
+
+    ``job.options`` are arguments of :class:`pyroebm.MCMC`; "kernel" has those of the kernel.
+    """
     target = energy(case.name)
 
     def run(seed: int) -> Run:

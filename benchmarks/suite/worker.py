@@ -1,5 +1,7 @@
-"""One job in a process of its own, on one core: `python -m benchmarks.suite.worker JOB.json
-ROWS.json`."""
+"""Run one job in its own process, on one core.
+
+`python -m benchmarks.suite.worker JOB.json ROWS.json`
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,7 @@ ENVIRONMENT = {
 
 
 def pin() -> bool:
-    """Stay on one core, where the system can promise that."""
+    """Pin the process to one core, where the system allows it."""
     if not hasattr(os, "sched_setaffinity"):
         return False
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
@@ -31,7 +33,7 @@ def pin() -> bool:
 
 
 def rows_of(job: Job) -> list[Row]:
-    """Do the job."""
+    """Run the job and return its results."""
     if job.library in ("pyro", "pyroebm"):
         import torch
 
@@ -54,6 +56,7 @@ def rows_of(job: Job) -> list[Row]:
 
 
 def main() -> None:
+    """Run the job and write its results."""
     source, target = (Path(argument) for argument in sys.argv[1:])
     pinned = pin()
     job = Job(**json.loads(source.read_text(encoding="utf-8")))

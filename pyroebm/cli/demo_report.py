@@ -95,10 +95,11 @@ def draw_figures(
     shown = {
         "trace": to_arviz({"x": draws[:3, :1000]}),
         "rank": to_arviz({"x": draws[:4]}),
-        "energy": to_arviz({"x": draws}, {"energy": stats["energy"]}),
+        "energy": to_arviz({"x": draws[:4]}, {"energy": stats["energy"][:4]}),
     }
     for name, data in shown.items():
         fig = plots.arviz_figure(f"plot_{name}", data)
+        fig.set_size_inches(10.0, 5.0)
         write_figure(out / f"{name}.png", fig)
         plt.close(fig)
 

@@ -1,5 +1,7 @@
-"""Whether chains mixed: R-hat, effective sample sizes, diagnoses, Stein residuals, ArviZ's
-containers. Figures are in `plots`."""
+"""Convergence diagnostics: R-hat, effective sample sizes, diagnoses, Stein residuals, ArviZ.
+
+Figures are in :mod:`pyroebm.diagnostics.plots`.
+"""
 
 from pyroebm.core.statistics import (
     Estimate,

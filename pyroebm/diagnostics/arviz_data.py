@@ -1,4 +1,4 @@
-"""Draws in ArviZ's own structure, and its summary table."""
+"""Conversion of draws to ArviZ's containers, and its summary table."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def to_arviz(
     warmup_sample_stats: Mapping[str, Tensor] | None = None,
     attrs: Mapping[str, Any] | None = None,
 ) -> Any:
-    """Draws and statistics in ArviZ's own structure: InferenceData on its 0.x line, DataTree from
-    1.0 on.
+    """Convert draws and statistics to ArviZ's InferenceData (0.x) or DataTree (1.0 on).
 
     Args:
         posterior: draws of each site, shape ``(chains, draws, *event)``.
         sample_stats: statistics, shape ``(chains, draws)``.
-        warmup_posterior, warmup_sample_stats: the same for the warm-up.
-        attrs: facts of the run, strings and numbers.
+        warmup_posterior: draws of the warm-up.
+        warmup_sample_stats: statistics of the warm-up.
+        attrs: attributes of the run, strings and numbers.
 
     Example:
         >>> import torch
@@ -48,7 +48,7 @@ def to_arviz(
         for name, group in groups.items()
         if group
     }
-    with warnings.catch_warnings():  # many short chains are what this library is for
+    with warnings.catch_warnings():  # many short chains are intended
         warnings.filterwarnings(
             "ignore", message="More chains|Found chain dimension", category=UserWarning
         )
@@ -61,8 +61,7 @@ def to_arviz(
 
 
 def from_datasets(groups: Mapping[str, Any], attrs: Mapping[str, Any]) -> Any:
-    """ArviZ's structure as :func:`to_arviz` gives it, of xarray Datasets by the name of their
-    group."""
+    """Build the structure of :func:`to_arviz` from xarray Datasets, by name of the group."""
     data = (
         importlib.import_module("xarray").DataTree.from_dict(groups)
         if is_new_arviz()
@@ -73,8 +72,13 @@ def from_datasets(groups: Mapping[str, Any], attrs: Mapping[str, Any]) -> Any:
 
 
 def summary(data: Any, **options: Any) -> Any:
-    """ArviZ's summary table of what :func:`to_arviz` gives; an entry that never moved has R-hat
-    NaN, without a warning.
+    """Return ArviZ's summary table of the result of :func:`to_arviz`.
+
+    An entry that never moved has R-hat NaN, without a warning.
+
+    Args:
+        data: result of :func:`to_arviz`.
+        **options: passed to ``arviz.summary``.
 
     Example:
         >>> import torch

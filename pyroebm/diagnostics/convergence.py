@@ -1,5 +1,4 @@
-"""Whether chains mixed: masses of modes with their errors, and a diagnosis of a run that names the
-cause, the chain and the entry."""
+"""Convergence of chains: masses of modes, and a diagnosis that names cause, chains and entries."""
 
 from __future__ import annotations
 
@@ -22,12 +21,13 @@ __all__ = ["mode_masses", "Diagnosis", "Finding", "diagnose"]
 
 
 def mode_masses(modes: Tensor, num_modes: int) -> tuple[np.ndarray, np.ndarray]:
-    """The share of draws in each mode, with standard errors that know of autocorrelation.
+    """Estimate the fraction of draws in each mode, with standard errors.
+
+    The standard errors account for autocorrelation.
 
     Args:
         modes: index of the mode of each draw, integers of shape ``(chains, draws)``.
-        num_modes: number of modes known; one without a draw has mass 0 and standard error NaN, for
-            nothing was measured.
+        num_modes: number of known modes; one without a draw has mass 0 and standard error NaN.
 
     Returns:
         masses and standard errors, both ``(num_modes,)``.
@@ -45,15 +45,15 @@ def mode_masses(modes: Tensor, num_modes: int) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong with a run.
+    """One problem of a run.
 
     Args:
         kind: ``"stuck"``, ``"unbounded"``, ``"nonfinite"``, ``"constant"``, ``"disagreement"``,
             ``"unsettled"``, ``"r_hat"``, ``"ess"``, ``"divergences"``, ``"tree_depth"``,
             ``"acceptance"``, ``"bfmi"``, ``"stein"``, ``"one_chain"`` or ``"inexact"``.
-        message: what was seen, where, and what to do.
+        message: the observation, its place and a remedy.
         chains: numbers of the chains that it names.
-        entries: the entries of sites that it names, such as ``"theta[3]"``, the worst first.
+        entries: entries of sites that it names, such as ``"theta[3]"``, the largest problem first.
     """
 
     kind: str
@@ -67,16 +67,18 @@ class Finding:
 
 @dataclasses.dataclass(frozen=True)
 class Diagnosis:
-    """Whether a run can be trusted, and why not.
+    r"""Result of :func:`diagnose`: summary statistics and findings.
 
     Args:
-        r_hat, ess_bulk, ess_tail: the worst over all entries that are not constant; NaN where there
-            is none, or where there are too few draws.
-        min_bfmi: the worst over chains; NaN where no Hamiltonian was kept.
-        divergences: number of diverging draws.
-        stein_z: how far the draws are from fitting the gradient of the energy, in standard errors;
-            NaN where the energy is not known or has no gradient.
-        findings: what is wrong.
+        r_hat: largest R-hat over all entries that are not constant; NaN if there is none, or if
+            there are too few draws.
+        ess_bulk: minimum bulk effective sample size, likewise.
+        ess_tail: minimum tail effective sample size, likewise.
+        min_bfmi: minimum BFMI over chains; NaN without a Hamiltonian.
+        divergences: number of divergent draws.
+        stein_z: largest :math:`|z|` of the Stein identities; NaN if the energy is not known or has
+            no gradient.
+        findings: the problems found.
 
     Example:
         >>> print(Diagnosis(1.001, 5000.0, 4000.0, 0.9, 0, 1.2))
@@ -93,7 +95,7 @@ class Diagnosis:
 
     @property
     def mixed(self) -> bool:
-        """Whether nothing was found wrong."""
+        """Whether no problem was found."""
         return not self.findings
 
     def _numbers(self) -> str:
@@ -111,17 +113,24 @@ class Diagnosis:
         return f"<p>{self._numbers()}</p>" + (f"<ul>{items}</ul>" if items else "")
 
 
-class KernelFacts(Protocol):
-    """What a diagnosis asks of a kernel."""
+class KernelProperties(Protocol):
+    """Protocol of the properties of a kernel that a diagnosis uses."""
 
     @property
-    def exact(self) -> bool: ...
+    def exact(self) -> bool:
+        """Whether the kernel leaves the target invariant."""
+
     @property
-    def has_momentum(self) -> bool: ...
+    def has_momentum(self) -> bool:
+        """Whether the kernel reports a Hamiltonian."""
+
     @property
-    def discrete(self) -> bool: ...
+    def discrete(self) -> bool:
+        """Whether the kernel moves on discrete supports."""
+
     @property
-    def target_acceptance(self) -> float | None: ...
+    def target_acceptance(self) -> float | None:
+        """Acceptance rate that warm-up aims at."""
 
 
 def diagnose(
@@ -130,34 +139,39 @@ def diagnose(
     max_r_hat: float = 1.01,
     min_ess: float = 400.0,
     *,
-    kernel: KernelFacts | None = None,
+    kernel: KernelProperties | None = None,
     energy: Energy | None = None,
     named: Callable[[Tensor], Mapping[str, Tensor]] | None = None,
     first_chain: int = 0,
     num_chains: int | None = None,
 ) -> Diagnosis:
-    r"""Find what is wrong with a run: the cause, the chains and the entries.
+    r"""Find problems of a run: the cause, the chains and the entries.
 
     R-hat, effective sample size, BFMI and divergences have the thresholds of Vehtari et al. (2021)
     and Stan. With the energy it also finds states near divergent draws at which the energy is not
-    finite, coordinates along which the density cannot be normalized, and draws that do not fit the
-    gradient (:func:`stein_residual`). A cause is reported without its symptoms: the divergences of
-    a chain that never moved are not reported again.
+    finite, coordinates along which the density cannot be normalized, and draws that are not
+    consistent with the gradient (:func:`stein_residual`). A cause is reported without its symptoms:
+    divergences of a chain that never moved are not reported separately.
 
-    A mode that no chain has visited leaves no trace in the draws, and is not found.
+    A mode that no chain has visited has no effect on the draws and cannot be found.
 
     Args:
         draws: shape ``(chains, draws, *event)``.
-        stats: ``diverging`` and, where they are known, ``lp``, ``energy``, ``acceptance_rate``,
-            ``step_size`` and ``reached_max_treedepth``, each ``(chains, draws)``, as
-            :meth:`pyroebm.MCMC.get_stats` gives them.
-        max_r_hat: the largest :math:`\hat R` to accept.
-        min_ess: the smallest bulk and tail effective sample size to accept.
-        kernel: the kernel that made the draws; None is an exact one with momenta.
-        energy: the energy in the coordinates of ``draws``; None leaves out what needs it.
-        named: states ``(*batch, *event)`` as the sites of the results; None is one site ``"x"``.
-        first_chain, num_chains: number of the first of these chains, and of all chains of the run,
-            where a rank has some of them.
+        stats: ``diverging`` and, if known, ``lp``, ``energy``, ``acceptance_rate``, ``step_size``
+            and ``reached_max_treedepth``, each ``(chains, draws)``, as
+            :meth:`pyroebm.MCMC.get_stats` returns them.
+        max_r_hat: largest :math:`\hat R` to accept.
+        min_ess: minimum bulk and tail effective sample size to accept.
+        kernel: the kernel that made the draws; None assumes an exact one with momenta.
+        energy: the energy in the coordinates of ``draws``; None omits the checks that need it.
+        named: function from states ``(*batch, *event)`` to the sites of the results; None is one
+            site ``"x"``.
+        first_chain: number of the first of these chains in the run, if a rank has some of its
+            chains.
+        num_chains: number of all chains of the run.
+
+    Returns:
+        the summary statistics and the findings.
 
     Example:
         >>> x = torch.randn(4, 500, 2, generator=torch.Generator().manual_seed(0))
@@ -174,29 +188,31 @@ def diagnose(
     return Diagnosis(*run.numbers(), run.findings(max_r_hat, min_ess))
 
 
-#: R-hat from which on single chains are held to be the cause.
-CLEAR = 1.05
+#: R-hat above which single chains are considered as the cause.
+OUTLIER_R_HAT = 1.05
 
-#: Entries or coordinates that are looked at closely, the worst first.
-CLOSELY = 32
-#: Lines from divergent draws along which the energy is evaluated, and draws of which one of median
-#: energy is taken.
-PLACES = 256
-#: Entries that a message lists.
-LISTED = 3
-#: Shares that are reported: of those lines, and of trajectories cut short.
-LINES, CUT_SHORT = 0.05, 0.01
+#: Maximum number of entries or coordinates that are examined, the largest R-hat first.
+MAX_EXAMINED = 32
+#: Number of lines from divergent draws along which the energy is evaluated, and of draws from which
+#: one of median energy is chosen.
+NUM_LINES = 256
+#: Maximum number of entries that a message lists.
+MAX_LISTED = 3
+#: Minimum fractions that are reported: of those lines, and of truncated trajectories.
+MIN_LINE_SHARE, MIN_TRUNCATED_SHARE = 0.05, 0.01
 
 
 class _Run:
-    """The draws of a run, and a method for each thing that may be wrong with them. The arguments
-    are those of :func:`diagnose`."""
+    """Draws of a run, with one method for each problem that may be found.
+
+    The arguments are those of :func:`diagnose`.
+    """
 
     def __init__(
         self,
         draws: Tensor,
         stats: Mapping[str, Tensor],
-        kernel: KernelFacts | None,
+        kernel: KernelProperties | None,
         energy: Energy | None,
         named: Callable[[Tensor], Mapping[str, Tensor]],
         first_chain: int,
@@ -210,7 +226,7 @@ class _Run:
         self.names, self.values = _entries(named(draws))
         moves = (self.states[:, 1:] != self.states[:, :-1]).any(2).sum(1)
         self.stuck = stuck_chains(moves, draws.shape[1] - 1)
-        #: the chains that moved: what happened to them is not to be blamed on those that did not
+        #: the chains that moved; the other checks are restricted to them
         self.free = [chain for chain in range(len(draws)) if chain not in self.stuck]
         self.all = _Mixing.of(self.values)
         self.moved = _Mixing.of(self.values[self.free]) if self.stuck and self.free else self.all
@@ -221,7 +237,7 @@ class _Run:
             self.stein_z = stein_residual(self.energy, draws[self.free])
 
     def numbers(self) -> tuple[float, float, float, float, int, float]:
-        """What a :class:`Diagnosis` begins with."""
+        """Return the summary statistics of a :class:`Diagnosis`."""
         return (
             _largest(self.all.r_hat),
             -_largest(-self.all.bulk),
@@ -232,11 +248,11 @@ class _Run:
         )
 
     def findings(self, max_r_hat: float, min_ess: float) -> tuple[Finding, ...]:
-        """Causes first. What follows from one that was found is left out."""
+        """Return the findings, causes first; symptoms of a cause that was found are omitted."""
         suspect = (
             self.stuck
             or not bool(torch.isfinite(self.states).all())
-            or not (_largest(self.moved.r_hat) < max_r_hat and self.moved.least_ess() >= min_ess)
+            or not (_largest(self.moved.r_hat) < max_r_hat and self.moved.min_ess() >= min_ess)
         )
         unbounded = self.unbounded() if suspect else None
         nonfinite = None if unbounded else self.nonfinite()
@@ -255,7 +271,7 @@ class _Run:
         return tuple(finding for finding in [*found, self.inexact()] if finding)
 
     def never_moved(self) -> Finding | None:
-        """Chains that are where they started."""
+        """Check for chains that never moved."""
         if not self.stuck:
             return None
         energies = -self.stats["lp"][:, -1] if "lp" in self.stats else None
@@ -265,7 +281,7 @@ class _Run:
         return Finding("stuck", message, self.numbered(self.stuck))
 
     def unbounded(self) -> Finding | None:
-        """Coordinates along which the density cannot be normalized."""
+        """Check for coordinates along which the density cannot be normalized."""
         if self.energy is None:
             return None
         bad = ~torch.isfinite(self.states)
@@ -281,8 +297,9 @@ class _Run:
             for tail, coordinates in self.tails(rows):
                 name, (near, far) = self.entry(tail.near, coordinates[0], tail.far)
                 seen = seen or (
-                    f" The energy goes from {tail.energies[0]:.4g} at {name} = {near:.4g}, as far"
-                    f" out as the draws, to {tail.energies[1]:.4g} at {name} = {far:.4g}."
+                    f" The energy changes from {tail.energies[0]:.4g} at {name} = {near:.4g}, the"
+                    f" distance of the farthest draw, to {tail.energies[1]:.4g} at {name} ="
+                    f" {far:.4g}."
                 )
                 entries += [self.entry(tail.near, k)[0] for k in coordinates]
         if not entries:
@@ -290,61 +307,64 @@ class _Run:
         entries = list(dict.fromkeys(entries))
         message = (
             f"The density cannot be normalized along {_listed(entries)}.{seen} Give the energy a"
-            " support, or a term (a prior) that rises there."
+            " support, or add a term (a prior) that increases there."
         )
         return Finding("unbounded", message, entries=tuple(entries))
 
     def tails(self, rows: Tensor) -> list[tuple[Tail, list[int]]]:
-        """Directions from a draw of median energy in which the density cannot be normalized, and
-        their leading coordinates: single coordinates; if there is none, what has no curvature of
-        the way to the farthest draw. ``rows`` are the finite draws, ``(n, dim)``."""
+        """Find directions in which the density cannot be normalized, and their leading coordinates.
+
+        The directions start at a draw of median energy. They are single coordinates; if there is
+        none, the component without curvature of the direction to the farthest draw. ``rows`` are
+        the finite draws, ``(n, dim)``.
+        """
         energy: Any = self.energy
         event = energy.event_shape
-        some = rows[torch.linspace(0, len(rows) - 1, PLACES).long()]
+        some = rows[torch.linspace(0, len(rows) - 1, NUM_LINES).long()]
         with torch.no_grad():
             values = energy(some.reshape(-1, *event))
         base = some[int(values.median(0).indices)]
-        ways = rows - base
-        far = ways.abs().amax(0)
+        offsets = rows - base
+        far = offsets.abs().amax(0)
         found = []
         for k in self.drifting():
             direction = torch.zeros_like(base)
             direction[k] = far[k] if far[k] > 0 else 1.0
             tail = find_tail(energy, base.reshape(event), direction.reshape(event))
             found += [(tail, [k])] if tail else []
-        if found or len(base) > PLACES or not has_gradient(energy, some.reshape(-1, *event)):
+        if found or len(base) > NUM_LINES or not has_gradient(energy, some.reshape(-1, *event)):
             return found
-        way = ways[int(ways.double().norm(dim=1).argmax())]
-        flat = flat_part(energy, base.reshape(event), way.reshape(event))
+        farthest = offsets[int(offsets.double().norm(dim=1).argmax())]
+        flat = flat_part(energy, base.reshape(event), farthest.reshape(event))
         tail = find_tail(energy, base.reshape(event), flat)
-        if tail is None or not flat.norm() > 0.1 * way.norm():
+        if tail is None or not flat.norm() > 0.1 * farthest.norm():
             return []
         size = flat.flatten().abs()
         leading = size.argsort(descending=True)[: int((size > 0.1 * size.max()).sum())]
         return [(tail, leading.tolist())]
 
     def drifting(self) -> list[int]:
-        """Coordinates, those first whose means differ most between halves of chains."""
+        """Return coordinates, ordered by how much their means differ between halves of chains."""
         half = self.states.shape[1] // 2
         parts = self.states[:, : 2 * half].double().reshape(2 * len(self.states), half, -1)
         within = parts.std(1, correction=0).mean(0)
         ratio = parts.mean(1).std(0, correction=0) / within
         order = ratio.nan_to_num(nan=torch.inf).argsort(descending=True)
-        found: list[int] = order[:CLOSELY].tolist()
+        found: list[int] = order[:MAX_EXAMINED].tolist()
         return found
 
     def nonfinite(self) -> Finding | None:
-        """Non-finite energies near draws that diverged."""
+        """Check for non-finite energies near divergent draws."""
         places = self.states[self.stats["diverging"].bool()]
         if self.energy is None or not len(places):
             return None
-        places = places[torch.linspace(0, len(places) - 1, PLACES).long()]
+        places = places[torch.linspace(0, len(places) - 1, NUM_LINES).long()]
         edge = find_edge(
             self.energy,
             places.reshape(-1, *self.energy.event_shape),
             self.scale().reshape(self.energy.event_shape),
         )
-        if edge is None or edge.share < LINES:
+        if edge is None or edge.share < MIN_LINE_SHARE:
             return None
         what = "The energy" if not np.isfinite(edge.energy) else "The gradient of the energy"
         value = edge.energy if not np.isfinite(edge.energy) else "not finite"
@@ -355,32 +375,31 @@ class _Run:
         message = (
             f"{what} is {value}{where}, and on {100 * edge.share:.0f} % of the lines tried from"
             f" {int(self.stats['diverging'].sum())} divergent draws. Give the energy the support on"
-            " which it is finite (support=), or mend its numbers there."
+            " which it is finite (support=), or correct its values there."
         )
         return Finding("nonfinite", message, entries=entries)
 
     def alone(self) -> Finding | None:
-        """A single chain."""
+        """Check for a single chain."""
         if self.num_chains > 1:
             return None
-        return Finding("one_chain", "One chain alone cannot show that it mixed. Run at least 4.")
+        return Finding("one_chain", "One chain cannot show that it mixed. Run at least 4 chains.")
 
     def constant(self) -> Finding | None:
-        """Coordinates that never moved while others did."""
+        """Check for coordinates that never moved in chains that did."""
         moved = self.states[self.free]
         still = (moved.amax(1) == moved.amin(1)).all(0).nonzero().flatten().tolist()
         if not still:
             return None
-        entries = tuple(dict.fromkeys(self.entry(moved[0, -1], k)[0] for k in still[:CLOSELY]))
+        entries = tuple(dict.fromkeys(self.entry(moved[0, -1], k)[0] for k in still[:MAX_EXAMINED]))
         message = (
-            f"{_listed(entries, len(still))} never moved in any chain, so that R-hat is not defined"
-            " there. Draw more, or use float64 if the scale is small beside the value."
+            f"{_listed(entries, len(still))} never moved in any chain, so that R-hat is not"
+            " defined. Draw more, or use float64 if the scale is small compared with the value."
         )
         return Finding("constant", message, entries=entries)
 
     def mixing(self, max_r_hat: float) -> Finding | None:
-        """What a large R-hat means: a chain that disagrees, entries that have not settled, or
-        chains that disagree with each other."""
+        """Explain a large R-hat: outlying chains, unsettled entries, or disagreeing chains."""
         if self.draws.shape[1] < 4:
             return Finding("r_hat", "R-hat is not defined for fewer than 4 draws. Draw more.")
         found = self.moved.r_hat
@@ -388,13 +407,15 @@ class _Run:
         failing = [int(k) for k in order if found[k] >= max_r_hat]
         if not failing:
             return None
-        return self.outliers(failing[:CLOSELY], max_r_hat) or self.unsettled(failing, max_r_hat)
+        return self.outliers(failing[:MAX_EXAMINED], max_r_hat) or self.unsettled(
+            failing, max_r_hat
+        )
 
     def outliers(self, failing: list[int], max_r_hat: float) -> Finding | None:
-        """The few chains without which R-hat is fine."""
+        """Find a few chains without which R-hat is below its threshold."""
         moved, worst = self.values[self.free].double(), failing[0]
-        # where R-hat fails by a little, leaving out any chain may mend it
-        if len(moved) < 3 or self.moved.r_hat[worst] < CLEAR:
+        # If R-hat is only slightly too large, leaving out any chain may lower it enough.
+        if len(moved) < 3 or self.moved.r_hat[worst] < OUTLIER_R_HAT:
             return None
         mean, sd = moved[..., worst].mean(1), moved[..., worst].std(1)
         center, spread = mean.median(), sd.median()
@@ -419,14 +440,13 @@ class _Run:
             f"{describe_chains(chains, self.num_chains)} {disagree} with the others in {name}: mean"
             f" {describe_range(mean[out])}, theirs {float(mean[~out].mean()):.3g} (sd"
             f" {float(spread):.2g}){energies}; R-hat is {before:.2f}, and {after:.3f} without."
-            " It may be in a mode of its own, which counts (temper between modes), or not have"
-            " arrived (start elsewhere, or warm up longer)."
+            " It may be in a separate mode (use tempering), or not have converged (start"
+            " elsewhere, or warm up longer)."
         )
         return Finding("disagreement", message, chains, (name,))
 
     def unsettled(self, failing: list[int], max_r_hat: float) -> Finding:
-        """Entries that differ between the halves of a chain, else those that differ between
-        chains."""
+        """Find entries that differ between the halves of chains, or else between chains."""
         few, half = failing[:8], self.values.shape[1] // 2
         some = self.free[:: -(-len(self.free) // 16)]
         halves = np.median(
@@ -451,13 +471,13 @@ class _Run:
         message = (
             f"R-hat should be below {max_r_hat}: the chains disagree in {_listed(entries)} (R-hat"
             f" {self.moved.r_hat[failing[0]]:.3f}){share and f'; it is not{share}'}. Draw more, or"
-            " temper between modes."
+            " use tempering."
         )
         return Finding("r_hat", message, entries=entries)
 
     def small_ess(self, min_ess: float) -> Finding | None:
-        """The entry of the smallest effective sample size."""
-        if not self.moved.least_ess() < min_ess:
+        """Check the minimum effective sample size."""
+        if not self.moved.min_ess() < min_ess:
             return None
         least = np.fmin(self.moved.bulk, self.moved.tail)
         worst = int(np.nanargmin(least))
@@ -469,7 +489,7 @@ class _Run:
         return Finding("ess", message, entries=(self.names[worst],))
 
     def divergences(self) -> Finding | None:
-        """Draws that diverged, and the chain that has more of them than all others."""
+        """Check for divergent draws, and whether one chain has most of them."""
         counts = self.stats["diverging"][self.free].sum(1)
         total, worst = int(counts.sum()), int(counts.argmax())
         if not total:
@@ -482,16 +502,16 @@ class _Run:
             most = f" ({share}in {describe_chains(chains).lower()})"
         message = (
             f"{total} of {len(self.free) * self.draws.shape[1]} draws diverged{most}."
-            " Raise target_acceptance, lower a step size that is fixed, or reparametrize."
+            " Raise target_acceptance, lower a fixed step size, or reparametrize."
         )
         return Finding("divergences", message, chains)
 
     def tree_depth(self) -> Finding | None:
-        """Trajectories of NUTS that were cut short."""
+        """Check for trajectories of NUTS that reached the maximum tree depth."""
         if "reached_max_treedepth" not in self.stats:
             return None
         shares = self.stats["reached_max_treedepth"][self.free].double().mean(1)
-        if float(shares.mean()) < CUT_SHORT:
+        if float(shares.mean()) < MIN_TRUNCATED_SHARE:
             return None
         worst = int(shares.argmax())
         chains = self.numbered([self.free[worst]])
@@ -504,7 +524,7 @@ class _Run:
         return Finding("tree_depth", message, chains)
 
     def acceptance(self) -> Finding | None:
-        """Chains that accept little."""
+        """Check for chains with a small acceptance rate."""
         if "acceptance_rate" not in self.stats:
             return None
         target = None if self.kernel is None else self.kernel.target_acceptance
@@ -518,16 +538,16 @@ class _Run:
         if not bool(low.all()):
             of = f" of {describe_chains(chains, self.num_chains).lower()}"
             others = f", of the others {float(rates[~low].mean()):.2g}"
-        way_out = (
-            "The step size is too large there: warm up longer, or lower it where it is fixed."
+        advice = (
+            "The step size is too large: warm up longer, or lower a fixed step size."
             if "step_size" in self.stats
-            else "The kernel has no step size to lower: take another one, or temper."
+            else "The kernel has no step size to lower: use another kernel, or tempering."
         )
-        message = f"The mean acceptance rate{of} is {describe_range(rates[low])}{others}. {way_out}"
+        message = f"The mean acceptance rate{of} is {describe_range(rates[low])}{others}. {advice}"
         return Finding("acceptance", message, chains)
 
     def small_bfmi(self) -> Finding | None:
-        """The chain whose momenta explore the energies most slowly."""
+        """Check the minimum BFMI."""
         found = self.bfmi[self.free]
         if not (found < 0.3).any():
             return None
@@ -541,40 +561,45 @@ class _Run:
         return Finding("bfmi", message, chains)
 
     def stein(self) -> Finding | None:
-        """Draws that do not fit the gradient of the energy."""
+        """Check the Stein residual."""
         if not self.stein_z > 5.0:
             return None
         message = (
             f"The Stein residual is {self.stein_z:.1f} standard errors: the draws do not fit the"
-            " gradient of the energy (a bias of the kernel, chains that have not settled, or an"
-            " energy that jumps). Lower the step size, take an exact kernel, or warm up longer."
+            " gradient of the energy (a bias of the kernel, chains that have not converged, or a"
+            " discontinuous energy). Lower the step size, use an exact kernel, or warm up longer."
         )
         return Finding("stein", message)
 
     def inexact(self) -> Finding | None:
-        """A kernel with a bias."""
+        """Check for a kernel that is not exact."""
         if self.kernel is None or self.kernel.exact:
             return None
         message = (
-            "The kernel is not exact: its bias grows with its step size, and no agreement between"
-            " chains shows it."
+            "The kernel is not exact: its bias grows with its step size, and agreement between"
+            " chains does not exclude it."
         )
         return Finding("inexact", message)
 
     def numbered(self, chains: Sequence[int]) -> tuple[int, ...]:
-        """Numbers in the run of chains that are numbered from 0 here."""
+        """Convert indices of chains here to their numbers in the run."""
         return tuple(self.first_chain + chain for chain in chains)
 
     def scale(self) -> Tensor:
-        """Standard deviations of the coordinates over the chains that moved, ``(dim,)``; 1 where
-        there is none."""
+        """Return standard deviations of the coordinates over the chains that moved, ``(dim,)``.
+
+        They are 1 where they are 0 or not finite.
+        """
         rows = self.states[self.free or slice(None)].flatten(0, 1)
         found = rows.double().std(0).to(rows.dtype)
         return torch.where(torch.isfinite(found) & (found > 0), found, 1.0)
 
     def entry(self, state: Tensor, coordinate: int, *more: Tensor) -> tuple[str, list[float]]:
-        """The entry of the results that a flat coordinate moves, by trying, and its values at
-        ``state`` and at ``more`` of them."""
+        """Find the entry of the results that a flat coordinate changes, by changing it.
+
+        Returns:
+            its name, and its values at ``state`` and at ``more`` states.
+        """
         flat = torch.stack([state.flatten(), *(other.flatten() for other in more)])
         moved = flat[:1].clone()
         moved[0, coordinate] += self.scale()[coordinate]
@@ -597,19 +622,21 @@ class _Mixing(NamedTuple):
     def of(cls, values: Tensor) -> _Mixing:
         return cls(r_hat(values), ess_bulk(values), ess_tail(values))
 
-    def least_ess(self) -> float:
+    def min_ess(self) -> float:
         return -_largest(-np.concatenate([self.bulk, self.tail]))
 
 
 def _largest(values: np.ndarray) -> float:
-    """The largest that is defined: entries that are constant have no statistic, and must not hide
-    the others; NaN where none is."""
+    """Return the largest value that is not NaN; NaN if there is none.
+
+    Constant entries have no statistic and must not mask the others.
+    """
     defined = values[~np.isnan(values)]
     return float(defined.max()) if len(defined) else float("nan")
 
 
 def _entries(sites: Mapping[str, Tensor]) -> tuple[list[str], Tensor]:
-    """Names of all entries, as ArviZ writes them, and their draws ``(chains, draws, entries)``."""
+    """Return the names of all entries, as in ArviZ, and draws ``(chains, draws, entries)``."""
     names = [
         site + (f"[{', '.join(map(str, index))}]" if index else "")
         for site, draws in sites.items()
@@ -619,5 +646,5 @@ def _entries(sites: Mapping[str, Tensor]) -> tuple[list[str], Tensor]:
 
 
 def _listed(names: Sequence[str], count: int | None = None) -> str:
-    more = (count or len(names)) - LISTED
-    return ", ".join(names[:LISTED]) + (f" and {more} more" if more > 0 else "")
+    more = (count or len(names)) - MAX_LISTED
+    return ", ".join(names[:MAX_LISTED]) + (f" and {more} more" if more > 0 else "")

@@ -1,5 +1,8 @@
-"""What the energy says of a run that went wrong: where it is not finite near draws that diverged,
-and directions in which it does not rise far from all draws."""
+"""Properties of an energy that explain a failed run.
+
+Non-finite energies near divergent draws, and directions in which the density cannot be
+normalized.
+"""
 
 from __future__ import annotations
 
@@ -19,35 +22,35 @@ __all__ = ["Edge", "Tail", "find_edge", "find_tail", "flat_part", "has_gradient"
 
 #: Distances along a line from a divergent draw, in standard deviations.
 RADII = torch.logspace(-2.0, 0.5, 16, dtype=torch.float64)
-#: Distances along an axis, in those of the farthest draw: three decades, with their ends.
+#: Distances along an axis, relative to that of the farthest draw: three decades, with their ends.
 POINTS = 16
 DISTANCES = torch.logspace(-1.0, 2.0, 3 * POINTS + 1, dtype=torch.float64)
-#: Nats that the mass of a decade may lose to the one before where both are the same (that of 1 /
-#: distance): the rounding of energies in float32.
+#: Tolerance in nats for the decrease of the mass from one decade to the next, for the rounding of
+#: energies in float32: a density 1 / distance has equal masses.
 SLACK = 0.05
-#: States of one evaluation of the energy.
+#: Number of states in one evaluation of the energy.
 ROWS = 4096
 
 
 class Edge(NamedTuple):
-    """Where an energy stops being finite."""
+    """A place at which an energy stops being finite."""
 
-    share: float  #: of the lines tried, those that meet a state of non-finite energy or gradient
+    share: float  #: fraction of the lines with a state of non-finite energy or gradient
     state: Tensor  #: the first such state, shape ``event``
-    energy: float  #: the energy there
-    coordinate: int | None  #: the flat coordinate that makes it so; None where no single one does
+    energy: float  #: the energy of this state
+    coordinate: int | None  #: the flat coordinate that causes it; None if no single one does
 
 
 class Tail(NamedTuple):
     """A direction in which a density cannot be normalized."""
 
     near: Tensor  #: the state at the distance of the farthest draw, shape ``event``
-    far: Tensor  #: that at the last distance of finite energy
+    far: Tensor  #: the state at the last distance of finite energy, shape ``event``
     energies: tuple[float, float]  #: the energies of both
 
 
 def has_gradient(energy: Energy, states: Tensor) -> bool:
-    """Whether an energy reaches its states ``(n, *event)`` through autograd.
+    """Whether the energy depends on its states ``(n, *event)`` through autograd.
 
     Example:
         >>> from pyroebm.core import Unnormalized
@@ -59,10 +62,10 @@ def has_gradient(energy: Energy, states: Tensor) -> bool:
 
 
 def find_edge(energy: Energy, states: Tensor, scale: Tensor) -> Edge | None:
-    """Look for states of non-finite energy or gradient on one random line from each of some draws.
+    """Search for states of non-finite energy or gradient on a random line from each of some draws.
 
-    A state counts where the energy does not rise by more than a divergence on the way to it: a
-    trajectory can then reach it.
+    A state counts if the energy does not rise by more than the divergence threshold on the way to
+    it, so that a trajectory can reach it.
 
     Args:
         energy: the energy.
@@ -70,7 +73,7 @@ def find_edge(energy: Energy, states: Tensor, scale: Tensor) -> Edge | None:
         scale: standard deviations of the coordinates, shape ``event``.
 
     Returns:
-        the first on the lines; None if there is none.
+        the first such state; None if there is none.
 
     Example:
         >>> from pyroebm.core import Unnormalized
@@ -107,17 +110,17 @@ def find_edge(energy: Energy, states: Tensor, scale: Tensor) -> Edge | None:
 
 
 def find_tail(energy: Energy, base: Tensor, direction: Tensor) -> Tail | None:
-    r"""Look for a tail without a finite integral on the line through a draw in some direction.
+    r"""Search for a tail without a finite integral, on the line through a draw in some direction.
 
     .. math:: \int_{10^k}^{10^{k+1}} e^{-E(x + t d)} dt
 
-    must fall from decade to decade, for k = -1, 0, 1, on both sides. It stays the same for a
-    density 1 / t and rises for a constant one.
+    must decrease from decade to decade, for k = -1, 0, 1, on both sides. It is constant for a
+    density 1 / t and increases for a constant density.
 
     Args:
         energy: the energy.
         base: x, shape ``event``.
-        direction: d, as long as the farthest draw is away, shape ``event``.
+        direction: d, with the distance to the farthest draw as its norm, shape ``event``.
 
     Returns:
         the tail; None if there is none.
@@ -143,20 +146,20 @@ def find_tail(energy: Energy, base: Tensor, direction: Tensor) -> Tail | None:
 
 
 def flat_part(energy: Energy, base: Tensor, direction: Tensor) -> Tensor:
-    r"""The part of a direction in which the energy has no curvature.
+    r"""Compute the component of a direction along which the energy has no curvature.
 
     .. math:: d - H^+ H d
 
-    with the Hessian H by differences of gradients: draws that drift along an invariance of the
-    energy (all logits shifted alike) move in the other directions too.
+    with the Hessian H by differences of gradients. Draws that drift along an invariance of the
+    energy (all logits shifted alike) also move in the other directions.
 
     Args:
         energy: the energy.
-        base: where the Hessian is taken, shape ``event``.
+        base: where the Hessian is computed, shape ``event``.
         direction: d, shape ``event``.
 
     Returns:
-        the part, shape ``event``; 0 where the Hessian is not finite.
+        the component, shape ``event``; 0 if the Hessian is not finite.
 
     Example:
         >>> from pyroebm.core import Unnormalized
@@ -179,9 +182,12 @@ def flat_part(energy: Energy, base: Tensor, direction: Tensor) -> Tensor:
 
 
 def _decades_fall(values: Tensor) -> bool:
-    """Whether the mass of some decade is less than that of the one before. No mass is where the
-    energy is +inf or NaN; from where it is -inf, numbers are too large for their type, and what
-    counts is whether the mass of an interval of log t rises up to there."""
+    """Whether the mass of some decade is smaller than that of the one before.
+
+    The mass is 0 where the energy is +inf or NaN. From the first -inf on, numbers exceed the range
+    of their dtype; the result is then whether the mass of an interval of log t increases up to
+    there.
+    """
     weight = torch.where(values.isnan(), -math.inf, -values) + DISTANCES.log().to(values.device)
     masses: list[float] = []
     for first in range(0, 3 * POINTS, POINTS):
@@ -199,8 +205,7 @@ def _decades_fall(values: Tensor) -> bool:
 
 
 def _evaluate(energy: Energy, points: Tensor) -> tuple[Tensor, Tensor]:
-    """Energies ``(*batch)``, and whether they and their gradients, where there are any, are
-    finite."""
+    """Evaluate energies ``(*batch)``, and whether they and their gradients are finite."""
     event = energy.event_shape
     rows = points.reshape(-1, *event)
     with RowsFailAlone():

@@ -1,5 +1,8 @@
-"""Figures in matplotlib. Traces, ranks and energies are ArviZ's (:func:`arviz_figure`); every other
-function takes Axes (or makes them) and returns them, and draws come as tensors or arrays."""
+"""Figures in matplotlib.
+
+Traces, ranks and energies are ArviZ's (:func:`arviz_figure`). The other functions take Axes (or
+create them) and return them; draws are tensors or arrays.
+"""
 
 from __future__ import annotations
 
@@ -44,17 +47,17 @@ def plot_potential(
     label: str = "estimate",
     ax: Axes | None = None,
 ) -> Axes:
-    r"""A potential of one variable beside its estimate from draws, :math:`\hat U(x) = -\log \hat
-    p(x) - \log Z`.
+    r"""Plot a potential of one variable and its estimate from draws.
+
+    The estimate is :math:`\hat U(x) = -\log \hat p(x) - \log Z`.
 
     Args:
         energy: the potential U of a scalar variable.
         draws: draws, any shape.
         log_z: :math:`\log Z`, known or estimated, in nats.
-        log_weights: log importance weights, shape of ``draws``; None for equal ones.
-        limits: range of x; None takes that of the draws.
-        bins: bins of the histogram :math:`\hat p`; an empty one leaves a gap, for nothing is known
-            there.
+        log_weights: log importance weights, shape of ``draws``; None for equal weights.
+        limits: range of x; None uses that of the draws.
+        bins: number of bins of the histogram :math:`\hat p`; an empty one leaves a gap.
         label: name of the estimate in the legend.
         ax: axes to draw on.
 
@@ -101,8 +104,7 @@ def plot_mode_masses(
     label: str = "mass",
     ax: Axes | None = None,
 ) -> Axes:
-    """The mass that each method gives to one mode, with two standard errors, and the truth as a
-    line.
+    """Plot the mass of one mode by each method, with two standard errors, and the true mass.
 
     Args:
         masses: for each method its mass and standard error; a standard error of NaN draws no bar.
@@ -140,13 +142,13 @@ def plot_mode_masses(
 
 
 def arviz_figure(name: str, data: Any, **options: Any) -> Figure:
-    """The figure of one of ArviZ's plots in matplotlib, whatever the version of ArviZ.
+    """Make one of ArviZ's plots with matplotlib, with any version of ArviZ.
 
     Args:
         name: such as "plot_trace", "plot_rank" or "plot_energy".
-        data: draws and statistics, as :func:`pyroebm.diagnostics.to_arviz` and
-            :meth:`pyroebm.MCMC.to_arviz` give them.
-        options: go to ArviZ.
+        data: draws and statistics, the result of :func:`pyroebm.diagnostics.to_arviz` or
+            :meth:`pyroebm.MCMC.to_arviz`.
+        **options: passed to ArviZ.
 
     Raises:
         ValueError: if ArviZ has no plot of that name.
@@ -163,7 +165,7 @@ def arviz_figure(name: str, data: Any, **options: Any) -> Figure:
             'name must be a plot of ArviZ, such as "plot_trace", "plot_rank" or "plot_energy", got'
             f" name={name!r}"
         )
-    with warnings.catch_warnings():  # ArviZ 0.23 calls what matplotlib is about to remove
+    with warnings.catch_warnings():  # ArviZ 0.23 uses deprecated functions of matplotlib
         warnings.simplefilter("ignore", DeprecationWarning)
         made = plot(data, backend="matplotlib", **options)
     figure: Figure = made.viz["figure"].item() if is_new_arviz() else np.ravel(made)[0].figure
@@ -177,14 +179,14 @@ def plot_images(
     limits: tuple[float, float] | None = (0.0, 1.0),
     ax: Axes | None = None,
 ) -> Axes:
-    """Images side by side on a grid: data, samples, receptive fields, completions.
+    """Plot images on a grid: data, samples, receptive fields, imputations.
 
     Args:
         images: shape ``(n, pixels)``.
-        shape: height and width of one, in pixels.
-        columns: images of one row; None makes the grid about square.
-        limits: values that are black and white; None scales each image by its own largest absolute
-            value, 0 in the middle, as receptive fields want it.
+        shape: height and width of one image, in pixels.
+        columns: number of images in a row; None makes the grid approximately square.
+        limits: values of black and white; None scales each image by its own largest absolute value,
+            with 0 in the middle, for receptive fields.
         ax: axes to draw on.
 
     Raises:
@@ -209,7 +211,7 @@ def plot_images(
     for k, image in enumerate(rows):
         top, left = k // columns * (height + 1), k % columns * (width + 1)
         canvas[top : top + height, left : left + width] = image.reshape(height, width)
-    ax.set_facecolor("lightsteelblue")  # what shows between the images
+    ax.set_facecolor("lightsteelblue")  # the lines between the images
     ax.imshow(canvas, cmap="gray", vmin=limits[0], vmax=limits[1], interpolation="nearest")
     ax.set_xticks([])
     ax.set_yticks([])

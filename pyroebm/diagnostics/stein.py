@@ -1,4 +1,4 @@
-"""Stein residuals: whether draws fit the gradient of their energy."""
+"""Stein residuals: consistency of draws with the gradient of their energy."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from pyroebm.diagnostics.energy_probes import has_gradient
 
 __all__ = ["stein_residual", "stein_z"]
 
-#: Rows of one evaluation of the energy.
+#: Number of states in one evaluation of the energy.
 ROWS = 4096
 
 
 def stein_z(draws: Tensor, scores: Tensor) -> float:
-    r"""The worst of Langevin-Stein's identities, in standard errors that know of autocorrelation.
+    r"""Compute the largest :math:`|z|` of the Langevin-Stein identities.
 
-    For :math:`s(x) = \nabla \log p(x)` of a density that vanishes at infinity, partial integration
-    gives (Stein, 1972; Gorham and Mackey, "Measuring Sample Quality with Stein's Method", 2015),
-    whatever the constant m,
+    Standard errors account for autocorrelation. For :math:`s(x) = \nabla \log p(x)` of a density
+    that vanishes at infinity, integration by parts gives, for any constant m (Stein, 1972; Gorham
+    and Mackey, "Measuring Sample Quality with Stein's Method", 2015),
 
     .. math:: E[s_i(x)] = 0, \quad E[(x_i - m_i) s_i(x)] = -1, \quad E[(x - m) \cdot s(x)] = -d
 
@@ -32,9 +32,9 @@ def stein_z(draws: Tensor, scores: Tensor) -> float:
         scores: s(x), of the same shape.
 
     Returns:
-        the largest :math:`|z|` over the identities of the entries that moved; a few at most for
-        draws of p. NaN where none did; infinite where a score is not finite, or where a mean is off
-        and all draws agree on it.
+        the largest :math:`|z|` over the identities of the entries that moved, which is of order 1
+        for draws of p. NaN if no entry moved; infinite if a score is not finite, or if a residual
+        is constant and not 0.
 
     Example:
         >>> x = torch.randn(4, 1000, 3, generator=torch.Generator().manual_seed(0))
@@ -51,7 +51,7 @@ def stein_z(draws: Tensor, scores: Tensor) -> float:
     products = (x - x.mean((0, 1))) * s + 1.0
     residuals = torch.cat([s, products, products.sum(-1, keepdim=True)], -1)
     off, error = residuals.mean((0, 1)).abs().cpu().numpy(), mcse_mean(residuals)
-    # a residual without variance has no error: 0 / 0 is no distance, and must not hide the others
+    # A constant residual has no standard error: 0 / 0 must not mask the others.
     constant = ~(error > 0)
     error = np.where(constant, np.where(off > 0, 0.0, 1.0), error)
     with np.errstate(divide="ignore"):
@@ -59,18 +59,18 @@ def stein_z(draws: Tensor, scores: Tensor) -> float:
 
 
 def stein_residual(energy: Energy, draws: Tensor, most: int = 2**16) -> float:
-    """:func:`stein_z` of draws ``(chains, draws, *event)`` of an energy in unconstrained
-    coordinates.
+    """Compute :func:`stein_z` of draws of an energy in unconstrained coordinates.
 
     Args:
-        energy: the energy they should be draws of.
-        draws: the draws; evenly thinned, so that gradients are taken at ``most`` of them.
-        most: number of gradients.
+        energy: the energy whose draws they should be.
+        draws: shape ``(chains, draws, *event)``; they are thinned evenly, so that the gradient is
+            evaluated at ``most`` of them.
+        most: maximum number of gradients.
 
     Returns:
-        NaN where there is nothing to hold the draws against: an energy without a gradient, or a
-        density that ends at an edge, where the identities need not hold (some energy is not finite
-        at twice a draw's distance from the mean).
+        the largest :math:`|z|`. NaN if it is not defined: for an energy without a gradient, or a
+        density with an edge, for which the identities need not hold (the energy is not finite at
+        twice a draw's distance from the mean).
 
     Example:
         >>> from pyroebm.targets import DoubleWell

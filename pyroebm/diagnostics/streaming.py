@@ -1,4 +1,4 @@
-"""Statistics of thousands of chains whose draws are not kept."""
+"""Moments and R-hat of many chains without storing their draws."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ __all__ = ["StreamingMoments"]
 
 
 class StreamingMoments(NamedTuple):
-    r"""Means and variances of each chain, updated draw by draw (Welford, 1962), as an immutable
-    value in float64.
+    r"""Means and variances of each chain, updated draw by draw (Welford, 1962).
+
+    The value is immutable and in float64.
 
     Args:
-        draws: n, draws so far of each chain, shape ``(chains,)``.
+        draws: n, number of draws so far of each chain, shape ``(chains,)``.
         mean: running mean of each chain, shape ``(chains, *event)``.
         squares: sum of squared deviations from it, shape ``(chains, *event)``.
 
@@ -34,7 +35,7 @@ class StreamingMoments(NamedTuple):
 
     @classmethod
     def start(cls, like: Tensor) -> StreamingMoments:
-        """Empty, for states shaped as ``like`` ``(chains, *event)``."""
+        """Return empty moments for states of the shape of ``like``, ``(chains, *event)``."""
         zero = torch.zeros_like(like, dtype=torch.float64)
         return cls(torch.zeros(len(like), dtype=torch.float64, device=like.device), zero, zero)
 
@@ -46,52 +47,58 @@ class StreamingMoments(NamedTuple):
         return StreamingMoments(draws, mean, self.squares + deviation * (x - mean))
 
     @classmethod
-    def joined(cls, blocks: list[StreamingMoments]) -> StreamingMoments:
-        """All chains of several."""
-        return cls(*(torch.cat(parts) for parts in zip(*blocks, strict=True)))
+    def joined(cls, batches: list[StreamingMoments]) -> StreamingMoments:
+        """Concatenate the chains of several chain batches."""
+        return cls(*(torch.cat(parts) for parts in zip(*batches, strict=True)))
 
     def means(self) -> Tensor:
-        """Means over all draws, shape ``event``; every chain counts the same."""
+        """Return means over all draws, shape ``event``; every chain has the same weight."""
         return self.mean.mean(0)
 
     def variances(self) -> Tensor:
-        """Variances over all draws, between chains as well as within them, shape ``event``."""
+        """Return variances over all draws, between and within chains, shape ``event``."""
         return self._within().mean(0) * (1 - 1 / self.draws.mean()) + self.mean.var(
             0, unbiased=False
         )
 
     def mcse(self) -> Tensor:
-        r"""Standard errors of :meth:`means` from chains, which are independent:
-        :math:`\operatorname{sd}(\bar x_c) / \sqrt C`."""
+        r"""Return standard errors of :meth:`means`: :math:`\operatorname{sd}(\bar x_c) / \sqrt C`.
+
+        They are computed from the means of the chains, which are independent.
+        """
         return self.mean.std(0) / len(self.mean) ** 0.5
 
     def ess(self) -> Tensor:
-        """Effective sample sizes, :meth:`variances` over squared :meth:`mcse`; as good as the
-        number of chains is large."""
+        """Return effective sample sizes: :meth:`variances` divided by squared :meth:`mcse`.
+
+        Their precision increases with the number of chains.
+        """
         return self.variances() / self.mcse() ** 2
 
     def r_hat(self) -> Tensor:
-        r""":math:`\hat R = \sqrt{(n - 1) / n + B / W}` (Gelman and Rubin, 1992), neither split nor
-        ranked, shape ``event``.
+        r"""Return R-hat (Gelman and Rubin, 1992), shape ``event``.
 
-        B is the variance of the chains' means and W the mean of their variances.
+        .. math:: \hat R = \sqrt{(n - 1) / n + B / W}
+
+        B is the variance of the chains' means and W the mean of their variances; chains are neither
+        split nor rank-normalized.
         """
         return torch.sqrt(1 - 1 / self.draws.mean() + self.mean.var(0) / self._within().mean(0))
 
     def nested_r_hat(self, num_superchains: int) -> Tensor:
-        r"""Nested :math:`\hat R` for many short chains (Margossian, Hoffman, Sountsov, Riou-Durand,
-        Vehtari and Gelman, 2024).
+        r"""Return nested :math:`\hat R` for many short chains.
 
         .. math:: \hat R_\nu = \sqrt{1 + B / W}, \quad B = \operatorname{var}_k \bar x_k, \quad
             W = \operatorname{mean}_k (\operatorname{var}_m \bar x_{mk} + \operatorname{mean}_m
             s^2_{mk})
 
-        over chains m of superchain k. It tells bias apart from the noise of short chains, which
-        averages out within a superchain: for that all chains of one must start at one point,
+        over chains m of superchain k (Margossian, Hoffman, Sountsov, Riou-Durand, Vehtari and
+        Gelman, 2024). It separates bias from the noise of short chains, which averages out within a
+        superchain. All chains of a superchain must start at the same point:
         ``initial=points.repeat_interleave(chains_of_each, 0)``.
 
         Args:
-            num_superchains: number of superchains, each of as many chains in a row.
+            num_superchains: number of superchains of equally many consecutive chains.
 
         Raises:
             ValueError: if there are fewer than two, or if they do not divide the chains.

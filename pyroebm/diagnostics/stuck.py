@@ -1,4 +1,4 @@
-"""Chains that never moved after warm-up: which they are, and what to say of them."""
+"""Chains that never moved after warm-up: detection and description."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from torch import Tensor
 
 __all__ = ["describe_chains", "describe_range", "describe_stuck", "stuck_chains"]
 
-#: Acceptance rate that a chain is supposed to have at least.
-LEAST_RATE = 0.1
+#: Minimum acceptance rate assumed of a chain.
+MIN_RATE = 0.1
 
 
 def stuck_chains(moves: Tensor, num_steps: int) -> list[int]:
-    r"""Numbers of the chains that never moved, if that is no chance.
+    r"""Return the numbers of chains that never moved, if this is significant.
 
-    Where each step is accepted with probability 1/10 or more, all of C chains move at least once in
-    n steps but for a probability of at most :math:`C \, 0.9^n`. Once that is below .01, which takes
-    57 steps of 4 chains and 84 of 64, chains that never moved are stuck.
+    If each step is accepted with probability 1/10 or more, some of C chains does not move in n
+    steps with a probability of at most :math:`C \, 0.9^n`. If this is below .01, which takes 57
+    steps of 4 chains and 84 of 64, chains that never moved are stuck.
 
     Args:
-        moves: steps in which each chain moved, shape ``(chains,)``.
+        moves: number of steps in which each chain moved, shape ``(chains,)``.
         num_steps: n.
 
     Example:
@@ -30,7 +30,7 @@ def stuck_chains(moves: Tensor, num_steps: int) -> list[int]:
         >>> stuck_chains(torch.tensor([2, 0, 1, 2]), 3)
         []
     """
-    if len(moves) * (1.0 - LEAST_RATE) ** num_steps >= 0.01:
+    if len(moves) * (1.0 - MIN_RATE) ** num_steps >= 0.01:
         return []
     found: list[int] = (moves == 0).nonzero().flatten().tolist()
     return found
@@ -43,16 +43,14 @@ def describe_stuck(
     first: int = 0,
     total: int = 0,
 ) -> str:
-    """Say which chains never moved, their energies beside the others', and what to do; an empty
-    text if there is none.
+    """Describe the chains that never moved, their energies and a remedy; "" if there are none.
 
     Args:
-        stuck: numbers of chains, as :func:`stuck_chains` gives them.
+        stuck: numbers of chains, as :func:`stuck_chains` returns them.
         num_chains: number of all chains.
-        energies: the energy of each chain where it is, shape ``(chains,)``; None says nothing of
-            it.
-        first, total: number of the first of these chains, and of all chains of the run, where a
-            rank has some of them.
+        energies: current energy of each chain, shape ``(chains,)``; None omits energies.
+        first: number of the first of these chains in the run, if a rank has some of its chains.
+        total: number of all chains of the run.
 
     Example:
         >>> describe_stuck([1], 3, torch.tensor([2.0, 812.5, 3.5])).split(". ")[0]
@@ -64,9 +62,7 @@ def describe_stuck(
         where = f" (energy {describe_range(energies)})" if energies is not None else ""
         return (
             f"None of {num_chains} chains moved after warm-up{where}. Start elsewhere (initial=),"
-            f" warm"
-            " up longer, take another step"
-            " size where it is fixed, or check the energy."
+            " warm up longer, change a fixed step size, or check the energy."
         )
     where = ""
     if energies is not None:
@@ -77,15 +73,14 @@ def describe_stuck(
     it, they = ("it", "it") if len(stuck) == 1 else ("them", "they")
     named = describe_chains([first + chain for chain in stuck], total or num_chains)
     return (
-        f"{named} never moved after warm-up{where}. Start {it}"
-        " elsewhere (initial=, or another"
-        " seed), warm up longer, take another step size where it is fixed, or reparametrize the"
-        f" model where {they} started."
+        f"{named} never moved after warm-up{where}. Start {it} elsewhere (initial=, or another"
+        " seed), warm up longer, change a fixed step size, or reparametrize the model where"
+        f" {they} started."
     )
 
 
 def describe_chains(numbers: Sequence[int], total: int | None = None) -> str:
-    """Chains by their numbers, of so many.
+    """Format the numbers of chains.
 
     Example:
         >>> describe_chains([3]), describe_chains([0, 3], 8)
@@ -98,7 +93,7 @@ def describe_chains(numbers: Sequence[int], total: int | None = None) -> str:
 
 
 def describe_range(values: Tensor) -> str:
-    """The range of some numbers, to three digits.
+    """Format the range of some numbers, with three digits.
 
     Example:
         >>> describe_range(torch.tensor([2.0, 3.5]))

@@ -1,11 +1,10 @@
-"""Pyro's own names and arguments over the vectorised core: a script changes its import line, and
-all chains run in one process.
+"""Pyro's names and arguments on the vectorized engine: a script changes its import line.
 
-``from pyroebm.infer import MCMC, NUTS`` in place of ``from pyro.infer import MCMC, NUTS``. What
-differs from Pyro is the engine: every chain is a row of one batch, the step size and the metric of
-the warm-up are shared by all chains, and a trajectory of NUTS is drawn from with multinomial
-weights always. Arguments about processes and about the JIT have nothing to decide here and are
-ignored. Discrete latents, which Pyro enumerates, are refused with the ways out.
+``from pyroebm.infer import MCMC, NUTS`` replaces ``from pyro.infer import MCMC, NUTS``. All chains
+run as one batch in one process. Step sizes and metric of the warm-up are adapted across chains, and
+NUTS always draws from a trajectory with multinomial weights. Arguments about processes and the JIT
+are ignored. Discrete latent variables, which Pyro enumerates, raise an error that lists
+alternatives.
 """
 
 from pyroebm.infer.kernels import HMC, NUTS

@@ -1,4 +1,4 @@
-"""HMC and NUTS with Pyro's arguments: settings, and how they become our kernels."""
+"""HMC and NUTS with Pyro's arguments, and their conversion to kernels of the library."""
 
 from __future__ import annotations
 
@@ -19,14 +19,13 @@ from pyroebm.kernels.base import Info, Kernel, State
 
 __all__ = ["HMC", "NUTS", "Settings"]
 
-#: Most leapfrog steps of one trajectory of a given length, however small the step size is while it
-#: adapts.
+#: Maximum number of leapfrog steps of a trajectory of given length while the step size adapts.
 MAX_STEPS = 1024
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Trajectory(kernels.HMC):
-    """HMC whose number of steps follows the step size: a trajectory of about one length."""
+    """HMC with a number of steps that follows the step size, for a trajectory of given length."""
 
     length: float = 2.0 * math.pi
 
@@ -36,7 +35,7 @@ class _Trajectory(kernels.HMC):
     def step(
         self, energy: Energy, state: State, generator: torch.Generator | None = None
     ) -> tuple[State, Info]:
-        # of chains: one of another scale changes nobody's length
+        # The median, so that a chain of another scale does not change the length of the others.
         size = float(torch.as_tensor(self.step_size).median())
         steps = max(1, min(MAX_STEPS, int(self.length / size)))
         return kernels.HMC(self.step_size, self.inverse_mass, steps, jitter=self.jitter).step(
@@ -45,7 +44,7 @@ class _Trajectory(kernels.HMC):
 
 
 class Settings(abc.ABC):
-    """What HMC and NUTS share: a model or a potential, and how to adapt."""
+    """Settings shared by HMC and NUTS: a model or a potential, and the adaptation."""
 
     def __init__(
         self,
@@ -60,7 +59,7 @@ class Settings(abc.ABC):
     ) -> None:
         if (model is None) == (potential_fn is None):
             raise ValueError(
-                f"give either model or potential_fn, got model={model!r} and"
+                f"exactly one of model and potential_fn must be given, got model={model!r} and"
                 f" potential_fn={potential_fn!r}"
             )
         self.model = model
@@ -80,27 +79,31 @@ class Settings(abc.ABC):
 
     @abc.abstractmethod
     def build(self) -> Kernel[Any]:
-        """Our kernel with these settings."""
+        """Return the kernel of the library with these settings."""
 
 
 class NUTS(Settings):
-    """The no-U-turn sampler with the arguments of ``pyro.infer.NUTS`` (Hoffman and Gelman, 2014;
-    Betancourt, 2017).
+    """No-U-turn sampler with the arguments of ``pyro.infer.NUTS``.
+
+    The algorithm is that of Hoffman and Gelman (2014) and Betancourt (2017).
 
     Args:
         model: a Pyro model; or
         potential_fn: a function of a dict of unconstrained tensors of one chain, to a scalar.
-        step_size: where the step size starts, or stays.
-        adapt_step_size, adapt_mass_matrix: what the warm-up learns.
+        step_size: initial step size, or the fixed one.
+        adapt_step_size: whether warm-up adapts the step size.
+        adapt_mass_matrix: whether warm-up adapts the mass matrix.
         full_mass: whether the mass matrix is dense.
-        use_multinomial_sampling: ignored: the draw from a trajectory is multinomial.
+        use_multinomial_sampling: ignored; the draw from a trajectory is multinomial.
         transforms: map each constrained site to the unconstrained space. With ``potential_fn`` they
-            are used on the draws alone, and the potential has the log-Jacobian in it; with
-            ``model`` they say in which coordinates ``initial_params`` are (the sampler has its
-            own).
-        max_plate_nesting, jit_compile, jit_options, ignore_jit_warnings: ignored.
-        target_accept_prob: acceptance rate that the step size is adapted to.
-        max_tree_depth: most doublings of a trajectory.
+            are applied to the draws only, and the potential includes the log-Jacobian; with
+            ``model`` they define the coordinates of ``initial_params`` (the sampler has its own).
+        max_plate_nesting: ignored.
+        jit_compile: ignored.
+        jit_options: ignored.
+        ignore_jit_warnings: ignored.
+        target_accept_prob: acceptance rate to which the step size is adapted.
+        max_tree_depth: maximum number of doublings of a trajectory.
         init_strategy: one of Pyro's, for a model without ``initial_params``.
 
     Raises:
@@ -145,28 +148,40 @@ class NUTS(Settings):
             init_strategy,
         )
         self.max_tree_depth = max_tree_depth
-        self.build()  # refuses what is out of range here, and not in run
+        self.build()  # checks the settings here instead of in run
 
     def build(self) -> kernels.NUTS:
+        """Return a :class:`pyroebm.kernels.NUTS`."""
         return kernels.NUTS(self.start_step_size, max_tree_depth=self.max_tree_depth)
 
 
 class HMC(Settings):
-    r"""Hamiltonian Monte Carlo with the arguments of ``pyro.infer.HMC`` (Duane et al., 1987; Neal,
-    2011).
+    r"""Hamiltonian Monte Carlo with the arguments of ``pyro.infer.HMC``.
 
-    With ``num_steps`` every trajectory has so many leapfrog steps, whatever the step size becomes.
-    Else it has ``int(trajectory_length / step_size)``, at least 1 and at most 1024, and the length
-    is jittered by up to 30 % from one trajectory to the next: the default :math:`2 \pi` is the
-    period of a standard normal, and a chain that follows it exactly comes back to where it was.
+    The algorithm is that of Duane et al. (1987) and Neal (2011). With ``num_steps`` every
+    trajectory has that many leapfrog steps, for any step size. Otherwise it has
+    ``int(trajectory_length / step_size)``, at least 1 and at most 1024, and its length is jittered
+    by up to 30 %: the default :math:`2 \pi` is the period of a standard normal, for which a
+    trajectory of exactly this length returns to its start.
 
     Args:
+        model: as for :class:`NUTS`.
+        potential_fn: as for :class:`NUTS`.
+        step_size: as for :class:`NUTS`.
         trajectory_length: length of a trajectory; None is :math:`2 \pi`.
-        num_steps: leapfrog steps of a trajectory; goes before ``trajectory_length``.
-        min_stepsize, max_stepsize: ignored.
-        model, potential_fn, step_size, adapt_step_size, adapt_mass_matrix, full_mass, transforms,
-            max_plate_nesting, jit_compile, jit_options, ignore_jit_warnings, target_accept_prob,
-            init_strategy: as for :class:`NUTS`.
+        num_steps: number of leapfrog steps of a trajectory; replaces ``trajectory_length``.
+        adapt_step_size: as for :class:`NUTS`.
+        adapt_mass_matrix: as for :class:`NUTS`.
+        full_mass: as for :class:`NUTS`.
+        transforms: as for :class:`NUTS`.
+        max_plate_nesting: ignored.
+        jit_compile: ignored.
+        jit_options: ignored.
+        ignore_jit_warnings: ignored.
+        target_accept_prob: as for :class:`NUTS`.
+        init_strategy: as for :class:`NUTS`.
+        min_stepsize: ignored.
+        max_stepsize: ignored.
 
     Raises:
         ValueError: as :class:`NUTS`.
@@ -221,6 +236,7 @@ class HMC(Settings):
         self.build()
 
     def build(self) -> kernels.HMC:
+        """Return a :class:`pyroebm.kernels.HMC`."""
         if self.num_steps is not None:
             return kernels.HMC(self.start_step_size, num_steps=self.num_steps, jitter=0.0)
         return _Trajectory(self.start_step_size, length=self.trajectory_length)

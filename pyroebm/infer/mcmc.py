@@ -29,13 +29,15 @@ __all__ = ["MCMC"]
 
 
 class PotentialEnergy(RowwiseEnergy):
-    """A ``potential_fn`` of Pyro's, a dict of unconstrained tensors of one chain to a scalar, as an
-    energy over all of them.
+    """A ``potential_fn`` of Pyro as an energy over all chains.
+
+    Pyro's function maps a dict of unconstrained tensors of one chain to a scalar.
 
     Args:
         potential_fn: the potential.
-        params: starting values, with a leading chain axis; they say names and shapes.
-        transforms: maps from a site's own space to the unconstrained one, used on the draws alone.
+        params: starting values, with a leading chain axis, which define names and shapes.
+        transforms: maps from a site's own space to the unconstrained one, applied to the draws
+            only.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class PotentialEnergy(RowwiseEnergy):
         self.batch_by(torch.stack([first, 0.9 * first + 0.1]))
 
     def row_energy(self, u: Tensor) -> Tensor:
+        """Compute the energy of one chain."""
         with pyro.validation_enabled(False):
             return self.potential(self.split(u))
 
@@ -59,6 +62,7 @@ class PotentialEnergy(RowwiseEnergy):
         return "the potential_fn"
 
     def named(self, x: Tensor, site: str = "x") -> dict[str, Tensor]:
+        """Split states into sites in their own spaces."""
         parts = self.split(x)
         return {
             name: self.transforms[name].inv(part) if name in self.transforms else part
@@ -67,16 +71,16 @@ class PotentialEnergy(RowwiseEnergy):
 
 
 class _Hooked(mcmc.MCMC):
-    """Our driver, with a function called after each step."""
+    """The library's driver, with a function called after each step."""
 
     after_step: Callable[[str, int], None] | None = None
 
     @property
-    def _one_by_one(self) -> bool:
+    def _single_steps(self) -> bool:
         return self.after_step is not None
 
     def step_size(self) -> float:
-        """The step size as it is now: the median over chains."""
+        """Return the current step size: the median over chains."""
         return float(torch.as_tensor(cast(ContinuousKernel[Any], self.kernel).step_size).median())
 
     def _after_turn(self, label: str, turn: int) -> None:
@@ -86,35 +90,34 @@ class _Hooked(mcmc.MCMC):
 
 
 class MCMC(AbstractMCMC):
-    """Run NUTS or HMC with the arguments of ``pyro.infer.MCMC``; all chains are one batch in one
-    process.
+    """Run NUTS or HMC with the arguments of ``pyro.infer.MCMC``; all chains are one batch.
 
-    ``pyro.set_rng_seed`` decides the run: its seed is drawn from torch's global generator. Ctrl-C
-    keeps the draws that all chains have finished; to go on from them, or to stream them to a
-    folder, run :class:`pyroebm.ModelEnergy` under :class:`pyroebm.MCMC`.
+    ``pyro.set_rng_seed`` determines the run: its seed is drawn from torch's default generator.
+    Ctrl-C keeps the draws that all chains have finished. To continue a run, or to stream draws to a
+    folder, run :class:`pyroebm.ModelEnergy` with :class:`pyroebm.MCMC`.
 
     Args:
         kernel: :class:`NUTS` or :class:`HMC` of this module.
-        num_samples: draws of each chain.
-        warmup_steps: steps of warm-up, which are not kept; None takes ``num_samples``.
+        num_samples: number of draws of each chain.
+        warmup_steps: number of warm-up steps, whose draws are not kept; None uses ``num_samples``.
         initial_params: starting values in unconstrained coordinates, with a leading chain axis if
             ``num_chains`` > 1.
         num_chains: number of chains.
         hook_fn: called as ``hook_fn(kernel, params, stage, i)`` after each step, with unconstrained
             values (with a leading chain axis if ``num_chains`` > 1), the stage ``"Warmup"`` or
-            ``"Sample"``, and the step's number in it.
+            ``"Sample"``, and the number of the step in the stage.
         mp_context: ignored.
-        disable_progbar: hide progress, which a run of more than a second otherwise shows: in a
+        disable_progbar: do not show the progress bar, which otherwise appears after a second in a
             terminal, a notebook or a log file.
-        disable_validation: run the model without checks of its distributions' arguments; False
-            checks the first run of it, None leaves the global setting. The density itself is always
-            taken without.
-        transforms: as the kernel's, and goes before it.
+        disable_validation: run the model without validation of its distributions' arguments; False
+            validates its first run, None keeps the global setting. The density itself is always
+            evaluated without validation.
+        transforms: as those of the kernel, which they replace.
         save_params: names of the sites to keep; None keeps all.
 
     Raises:
-        ValueError: if an argument has the wrong kind; if ``potential_fn`` comes without
-            ``initial_params``, or these without one row for each chain.
+        ValueError: if an argument has the wrong kind; if ``potential_fn`` is given without
+            ``initial_params``, or these do not have one row for each chain.
 
     Example:
         >>> import pyro.distributions as dist
@@ -149,8 +152,8 @@ class MCMC(AbstractMCMC):
             )
         if kernel.potential_fn is not None and not initial_params:
             raise ValueError(
-                "potential_fn says neither names nor shapes: give initial_params, a dict of"
-                " starting values"
+                "potential_fn requires initial_params, a dict of starting values, for the names and"
+                f" shapes of its sites, got initial_params={initial_params}"
             )
         if initial_params and num_chains == 1:
             initial_params = {name: value.unsqueeze(0) for name, value in initial_params.items()}
@@ -177,7 +180,7 @@ class MCMC(AbstractMCMC):
             False if disable_progbar else None,
             disable_validation,
         )
-        self._driver()  # refuses bad counts here, and not in run
+        self._driver()  # checks the counts here instead of in run
         self._run: _Hooked | None = None
         self._samples: dict[str, Tensor] = {}
 
@@ -195,7 +198,12 @@ class MCMC(AbstractMCMC):
         )
 
     def run(self, *args: Any, **kwargs: Any) -> None:
-        """Warm up and draw; the arguments are the model's."""
+        """Run the warm-up and draw samples.
+
+        Args:
+            *args: arguments of the model.
+            **kwargs: keyword arguments of the model.
+        """
         seed, start = torch.randint(2**63 - 1, (2,)).tolist()
         off = self.disable_validation
         with contextlib.nullcontext() if off is None else pyro.validation_enabled(not off):
@@ -255,19 +263,25 @@ class MCMC(AbstractMCMC):
     def get_samples(
         self, num_samples: int | None = None, group_by_chain: bool = False
     ) -> dict[str, Tensor]:
-        """Draws of each site in its own space; ``num_samples`` of them drawn again with
-        replacement, or all."""
+        """Return draws of each site in its own space.
+
+        Args:
+            num_samples: number of draws, resampled with replacement; None returns all.
+            group_by_chain: keep the chain axis.
+        """
         self._finished()
         samples: dict[str, Tensor] = select_samples(self._samples, num_samples, group_by_chain)
         return samples
 
     def get_stats(self) -> dict[str, Tensor]:
-        """Statistics of each draw, as :meth:`pyroebm.MCMC.get_stats`."""
+        """Return statistics of each draw, as :meth:`pyroebm.MCMC.get_stats`."""
         return self._finished().get_stats()
 
     def diagnostics(self) -> dict[str, Any]:
-        """As Pyro's: effective sample size and R-hat of each site, divergences and acceptance rates
-        of each chain."""
+        """Return effective sample size and R-hat of each site, and divergences, as Pyro does.
+
+        Divergences and acceptance rates are given for each chain.
+        """
         stats, chains = self.get_stats(), [f"chain {c}" for c in range(self.num_chains)]
         return {
             **pyro_diagnostics(self._samples),
@@ -282,27 +296,35 @@ class MCMC(AbstractMCMC):
         }
 
     def summary(self, prob: float = 0.9) -> None:
-        """Print Pyro's table: moments, median, the interval of mass ``prob``, effective sample size
-        and R-hat of each site."""
+        """Print Pyro's summary table of each site, and the number of divergences.
+
+        Args:
+            prob: mass of the interval.
+        """
         divergences = int(self.get_stats()["diverging"].sum())
         print_summary(self._samples, prob=prob)
         print(f"Number of divergences: {divergences}")
-        if said := describe_stuck(
+        if message := describe_stuck(
             self._finished().stuck_chains(), self.num_chains, self._finished().state.energy
         ):
-            print(said)
+            print(message)
 
     def to_arviz(self) -> Any:
-        """Draws and statistics as ArviZ's InferenceData (DataTree from ArviZ 1.0 on)."""
+        """Convert draws and statistics to ArviZ's InferenceData (DataTree from ArviZ 1.0 on)."""
         run = self._finished()
-        facts = {"kernel": type(self.kernel).__name__, "seed": str(run.seed)}
-        return to_arviz(self._samples, run.get_stats(), attrs=facts)
+        attributes = {"kernel": type(self.kernel).__name__, "seed": str(run.seed)}
+        return to_arviz(self._samples, run.get_stats(), attrs=attributes)
 
     def diagnose(self, max_r_hat: float = 1.01, min_ess: float = 400.0) -> Diagnosis:
-        """Find what is wrong with the draws; see :func:`pyroebm.diagnostics.diagnose`."""
+        """Diagnose the draws; see :func:`pyroebm.diagnostics.diagnose`.
+
+        Args:
+            max_r_hat: threshold of R-hat.
+            min_ess: threshold of the effective sample size.
+        """
         return self._finished().diagnose(max_r_hat, min_ess)
 
     def _finished(self) -> _Hooked:
         if self._run is None:
-            raise ValueError("nothing was drawn yet: call run(...) first")
+            raise ValueError("there are no draws: call run(...) first")
         return self._run

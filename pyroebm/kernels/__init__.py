@@ -1,5 +1,8 @@
-"""Markov kernels on rows: each file one algorithm, each kernel a frozen set of settings with
-``init`` and ``step``."""
+"""Markov kernels that move many chains at once.
+
+Each file holds one algorithm. A kernel is a frozen dataclass of settings with the methods ``init``
+and ``step``.
+"""
 
 from pyroebm.kernels.adaptation.windows import WindowAdaptation
 from pyroebm.kernels.barker import Barker

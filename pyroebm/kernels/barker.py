@@ -1,4 +1,4 @@
-"""The Barker proposal: gradients that choose a direction, and cannot push too far."""
+"""Barker proposal: a gradient-based proposal that is robust to the choice of the step size."""
 
 from __future__ import annotations
 
@@ -28,8 +28,7 @@ __all__ = ["Barker"]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Barker(GradientKernel):
-    r"""Barker proposal (Livingstone and Zanella, 2022): exact, and as robust to its step size as a
-    random walk.
+    r"""Barker proposal (Livingstone and Zanella, 2022): exact, and robust to its step size.
 
     In whitened coordinates, with :math:`g = A^\top \nabla E(x)` and :math:`A A^\top = M^{-1}`, each
     coordinate draws a size :math:`z_i \sim N(0, \epsilon^2)` and keeps its sign with probability
@@ -39,8 +38,8 @@ class Barker(GradientKernel):
         \alpha = \min\Bigl(1, e^{E(x) - E(x')} \prod_i \frac{\sigma(w_i g_i')}{\sigma(-w_i
         g_i)}\Bigr)
 
-    The gradient says which way and not how far, so a step too large costs acceptance and does not
-    send a chain away.
+    The gradient determines the direction of the move and not its size. A step size that is too
+    large lowers the acceptance rate, as for a random walk.
 
     Args:
         step_size: :math:`\epsilon`; warm-up aims at an acceptance rate of 0.4 (Vogrinc, Livingstone
@@ -64,6 +63,7 @@ class Barker(GradientKernel):
     def step(
         self, energy: Energy, state: State, generator: torch.Generator | None = None
     ) -> tuple[State, Info]:
+        """Propose a move with the Barker proposal and accept it by Metropolis-Hastings."""
         q = rows(state.x)
         eps, metric = column(self.step_size, q), metric_of(self.inverse_mass, q)
         forth = metric.transpose(rows(state.grad))
@@ -72,6 +72,6 @@ class Barker(GradientKernel):
         q = q + metric.apply(move)
         values, grad = row_value_and_grad(energy, q)
         ratio = (logsigmoid(move * metric.transpose(grad)) - logsigmoid(-move * forth)).sum(1)
-        # An infinite gradient has a finite sigmoid: it must be refused by name.
+        # The sigmoid of an infinite gradient is finite: reject such proposals explicitly.
         error = torch.where(torch.isfinite(grad).all(1), values - state.energy - ratio, torch.inf)
         return metropolis(state, state_of_rows(energy, q, values, grad), error, eps, 1, generator)

@@ -1,5 +1,4 @@
-"""What every kernel shares: the state, the report, the contract, and how rows, noise and metrics
-are laid out."""
+"""Base classes of the kernels: states, step reports, the kernel interface, and shared helpers."""
 
 from __future__ import annotations
 
@@ -39,29 +38,34 @@ __all__ = [
 
 
 class AnyState(Protocol):
-    """What every state has: a NamedTuple of tensors (or of such states), row i for chain i, with
-    these two in it."""
+    """Protocol of every kernel state: a NamedTuple of tensors (or of such states).
+
+    Entry i of each tensor belongs to chain i. Every state has the two properties below.
+    """
 
     @property
-    def x(self) -> Tensor: ...
+    def x(self) -> Tensor:
+        """Positions, shape ``(chains, *event)``."""
+
     @property
-    def energy(self) -> Tensor: ...
+    def energy(self) -> Tensor:
+        """Energies :math:`E(x)`, shape ``(chains,)``."""
 
 
 @runtime_checkable
 class HasGradient(Protocol):
-    """A state that keeps the gradient of the energy at its positions."""
+    """Protocol of a state that keeps the gradient of the energy at its positions."""
 
     @property
-    def grad(self) -> Tensor: ...
+    def grad(self) -> Tensor:
+        r"""Gradients :math:`\nabla E(x)`, shape ``(chains, *event)``."""
 
 
 S = TypeVar("S", bound=AnyState)
 
 
 class PointState(NamedTuple):
-    """What the next step of a kernel without gradients needs. Row i of each field belongs to chain
-    i alone.
+    """State of a kernel without gradients. Entry i of each field belongs to chain i alone.
 
     Example:
         >>> from pyroebm.kernels import Gibbs
@@ -75,8 +79,7 @@ class PointState(NamedTuple):
 
 
 class State(NamedTuple):
-    """What the next step of a gradient-based kernel needs. Row i of each field belongs to chain i
-    alone.
+    """State of a gradient-based kernel. Entry i of each field belongs to chain i alone.
 
     Example:
         >>> from pyroebm.kernels import MALA
@@ -91,7 +94,7 @@ class State(NamedTuple):
 
 
 class Info(NamedTuple):
-    """What a person wants to know of one step; every field has shape ``(chains,)``.
+    """Report of one step; every field has shape ``(chains,)``.
 
     Example:
         >>> Info._fields[:5]
@@ -100,18 +103,18 @@ class Info(NamedTuple):
 
     acceptance_rate: Tensor  #: mean Metropolis probability of what was proposed, in [0, 1]
     accepted: Tensor  #: whether the chain moved
-    #: energy error above the threshold, or a non-finite number: the row was rejected
+    #: energy error above the threshold, or a non-finite number: the proposal was rejected
     diverging: Tensor
     energy: Tensor  #: Hamiltonian of the new state (the energy itself where there is no momentum)
-    n_steps: Tensor  #: gradient evaluations (of Gibbs kernels: sites or blocks drawn)
+    n_steps: Tensor  #: gradient evaluations (Gibbs kernels: sites or Gibbs blocks drawn)
     step_size: Tensor | None = None  #: step size used, where there is one
     tree_depth: Tensor | None = None  #: doublings of the trajectory (NUTS only)
-    #: whether the trajectory ended at the largest depth allowed, without a turn (NUTS only)
+    #: whether the trajectory reached the maximum tree depth without a U-turn (NUTS only)
     reached_max_treedepth: Tensor | None = None
 
 
 class Steps(NamedTuple):
-    """Steps, or draws, of every chain, in order.
+    """Consecutive steps, or draws, of every chain.
 
     Example:
         >>> from pyroebm.kernels import MALA
@@ -122,16 +125,16 @@ class Steps(NamedTuple):
         (1, torch.Size([1, 4]))
     """
 
-    last: Any  #: the state after the last of them
+    last: Any  #: the state after the last step
     x: Tensor  #: positions, shape ``(steps, chains, *event)``
-    grad: Tensor | None  #: gradients there, where states have them
-    energy: Tensor  #: energies there, shape ``(steps, chains)``
+    grad: Tensor | None  #: gradients at these positions, if the state has them
+    energy: Tensor  #: energies at these positions, shape ``(steps, chains)``
     info: Info  #: each field of shape ``(steps, chains)``
-    tuning: Any = None  #: of the step sizes of chains that take steps by themselves
+    tuning: Any = None  #: dual averaging of the step sizes, if the chains advance asynchronously
 
     @classmethod
     def of(cls, state: AnyState, info: Info) -> Steps:
-        """One step."""
+        """Return the ``Steps`` that hold a single step."""
         report = _each(info, lambda value: value.unsqueeze(0))
         return cls(
             state,
@@ -143,11 +146,11 @@ class Steps(NamedTuple):
 
     @property
     def number(self) -> int:
-        """How many there are."""
+        """Number of steps."""
         return len(self.x)
 
     def report(self, step: int) -> Info:
-        """The report of one of the steps."""
+        """Return the report of one of the steps."""
         return _each(self.info, lambda value: value[step])
 
 
@@ -158,11 +161,11 @@ def _each(info: Info, change: Callable[[Tensor], Tensor]) -> Info:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Kernel(abc.ABC, Generic[S]):
-    """A transition of many chains at once: settings only, no adaptation state and no random numbers
-    inside.
+    """Transition of many chains at once.
 
-    A subclass is a frozen dataclass with :meth:`init` and :meth:`step`; what its next step needs is
-    its own NamedTuple of tensors, with ``x`` and ``energy`` among them.
+    A kernel holds settings only: no adaptation state and no random numbers. A subclass is a frozen
+    dataclass with :meth:`init` and :meth:`step`. Its state is a NamedTuple of tensors with the
+    fields ``x`` and ``energy``.
 
     Example:
         >>> from pyroebm.kernels import MALA
@@ -172,93 +175,110 @@ class Kernel(abc.ABC, Generic[S]):
 
     @property
     def target_acceptance(self) -> float | None:
-        """Acceptance rate that warm-up aims at; None for a kernel that accepts everything and so
-        cannot be tuned by it."""
+        """Acceptance rate that warm-up aims at; None for a kernel that accepts every proposal."""
         return None
 
     @property
     def exact(self) -> bool:
-        """Whether the target is left unchanged; False is said in the diagnosis of every run."""
+        """Whether the kernel leaves the target invariant; ``diagnose()`` warns if not."""
         return True
 
     @property
     def has_momentum(self) -> bool:
-        """Whether ``Info.energy`` is a Hamiltonian with a momentum in it, of which BFMI says
-        something."""
+        """Whether ``Info.energy`` is a Hamiltonian with a momentum, so that BFMI is defined."""
         return False
 
     @property
     def discrete(self) -> bool:
-        """Whether it moves on discrete supports, and not in unconstrained coordinates."""
+        """Whether the kernel moves on discrete supports instead of unconstrained coordinates."""
         return False
 
     @property
     def min_dim(self) -> int:
-        """Entries that an event must have at least: dynamics at constant speed need a direction to
-        turn to."""
+        """Minimum number of entries of an event; dynamics at constant speed need two dimensions."""
         return 1
 
     @property
     def learned(self) -> tuple[str, ...]:
-        """Settings that warm-up may change, which a checkpoint keeps."""
+        """Names of the settings that warm-up may change; a checkpoint stores them."""
         return ()
 
     @property
     def compiles(self) -> Literal["loops", "gradient", "nothing"]:
-        """What is worth compiling: the inner loops with the energy inlined, the energy and its
-        gradient alone, or nothing."""
+        """What is worth compiling.
+
+        "loops" are the inner loops with the energy inlined, "gradient" is the energy and its
+        gradient alone.
+        """
         return "loops"
 
     @property
     def expected_gradients(self) -> float:
-        """Gradient evaluations that one step may be expected to take, for planning."""
+        """Expected number of gradient evaluations of one step, to decide whether to compile."""
         return 1.0
 
     @property
     def step_size(self) -> float | Tensor | None:
-        """The step size; None for a kernel without one."""
+        """Step size; None for a kernel without one."""
         return None
 
     @property
     def inverse_mass(self) -> Tensor | Metric | None:
-        """The inverse mass matrix; None is the identity."""
+        """Inverse mass matrix; None is the identity."""
         return None
 
     @property
     def temperature(self) -> float | None:
-        """The temperature at which an unadjusted kernel samples; None for the others."""
+        """Temperature at which an unadjusted kernel samples; None for the others."""
         return None
 
     def replace(self, **changes: object) -> Self:
-        """A new kernel with some settings changed."""
+        """Return a new kernel with some settings changed."""
         return dataclasses.replace(self, **changes)
 
     def probe(self) -> Self:
-        """The kernel with the shortest trajectory, for a look at the step size."""
+        """Return the kernel with the shortest trajectory, for the search of a step size."""
         return self
 
     @abc.abstractmethod
     def init(self, energy: Energy, x: Tensor, generator: torch.Generator | None = None) -> S:
-        """The state at ``x`` of shape ``(chains, *event)``; ``generator`` is for kernels that begin
-        with a random momentum.
+        """Return the state at the positions ``x``.
+
+        Args:
+            energy: the target.
+            x: positions, shape ``(chains, *event)``.
+            generator: source of randomness for kernels that start with a random momentum; None is
+                torch's default generator.
 
         Raises:
-            ValueError: if the support is not one the kernel moves on, if shape, dtype or device do
-                not fit, or if a start is not finite.
+            ValueError: if the kernel does not move on the support of the energy, if shape, dtype or
+                device do not fit, or if energy or gradient at a position are not finite.
         """
 
     @abc.abstractmethod
     def step(
         self, energy: Energy, state: S, generator: torch.Generator | None = None
     ) -> tuple[S, Info]:
-        """One transition of every chain. ``generator`` is on the device of the states; None is
-        torch's global one."""
+        """Run one transition of every chain.
+
+        Args:
+            energy: the target.
+            state: the current state.
+            generator: source of randomness, on the device of the state; None is torch's default
+                generator.
+
+        Returns:
+            the next state and the report of the step.
+        """
 
     def steps(
         self, energy: Energy, state: S, num_steps: int, generator: torch.Generator | None = None
     ) -> tuple[S, Tensor]:
-        """State after ``num_steps`` calls of :meth:`step`, and the mean ``acceptance_rate`` of each
-        chain, ``(chains,)``."""
+        """Run ``num_steps`` transitions.
+
+        Returns:
+            the last state and the mean ``acceptance_rate`` of each chain, shape ``(chains,)``.
+        """
         rates = []
         for _ in range(num_steps):
             state, info = self.step(energy, state, generator)
@@ -266,13 +286,14 @@ class Kernel(abc.ABC, Generic[S]):
         return state, torch.stack(rates).mean(0)
 
     def runs_ahead(self, energy: Energy) -> bool:
-        """Whether a chain may be draws ahead of the others, so that none waits; see
-        :class:`pyroebm.kernels.nuts.driver.Chains`."""
+        """Whether chains run asynchronously; see :class:`pyroebm.kernels.nuts.driver.Chains`."""
         return False
 
     def refresh(self, energy: Energy, state: S) -> S:
-        """The same positions (and momenta) under an energy that may have been trained since: its
-        values taken anew."""
+        """Recompute energy and gradient of a state after the energy was trained.
+
+        Positions and momenta are unchanged.
+        """
         old: Any = state
         fresh = self.init(energy, state.x)
         changes: dict[str, Any] = {"grad": fresh.grad} if isinstance(fresh, HasGradient) else {}
@@ -280,21 +301,23 @@ class Kernel(abc.ABC, Generic[S]):
         return new
 
     def own_adaptation(self) -> Any:
-        """An adaptation of its own, in place of :class:`pyroebm.kernels.WindowAdaptation`; None
-        where that one serves."""
+        """Return the kernel's own adaptation.
+
+        None selects :class:`pyroebm.kernels.WindowAdaptation`.
+        """
         return None
 
     def check_support(self, energy: Energy) -> None:
-        """ValueError unless this kernel moves on the support of an energy."""
+        """Raise ValueError unless this kernel moves on the support of an energy."""
         discrete = is_discrete(energy.support)
         if self.discrete == discrete and (discrete or is_real(energy.support)):
             return
         if self.discrete:
-            where, hint = "on discrete supports", "take one for continuous energies, such as NUTS()"
+            where, hint = "on discrete supports", "use one for continuous energies, such as NUTS()"
         elif discrete:
             where = "in unconstrained coordinates"
             hint = (
-                "it is discrete and has no gradient in x: take a kernel for discrete supports, such"
+                "it is discrete and has no gradient in x: use a kernel for discrete supports, such"
                 " as Gibbs(), or a continuous relaxation"
             )
         else:
@@ -305,8 +328,10 @@ class Kernel(abc.ABC, Generic[S]):
         )
 
     def check_start(self, energy: Energy, x: Tensor) -> None:
-        """ValueError unless ``x`` is a batch ``(chains, *event)`` of an energy on whose support
-        this kernel moves."""
+        """Raise ValueError unless ``x`` is a batch ``(chains, *event)`` of positions.
+
+        The support of the energy must be one on which the kernel moves.
+        """
         self.check_support(energy)
         energy.check_states(x)
         if len(energy.batch_shape(x)) != 1:
@@ -316,7 +341,7 @@ class Kernel(abc.ABC, Generic[S]):
             )
         if energy.event_shape.numel() < self.min_dim:
             raise ValueError(
-                f"{type(self).__name__} needs events of at least {self.min_dim} entries, but"
+                f"{type(self).__name__} requires events of at least {self.min_dim} entries, but"
                 f" {type(energy).__name__} has"
                 f" event_shape {tuple(energy.event_shape)}"
             )
@@ -324,13 +349,14 @@ class Kernel(abc.ABC, Generic[S]):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ContinuousKernel(Kernel[S]):
-    r"""A kernel on :math:`R^d` with a step size and a metric.
+    r"""Kernel on :math:`R^d` with a step size and a metric.
 
     Args:
         step_size: :math:`\epsilon > 0`, a number for all chains or a tensor of shape ``(chains,)``.
         inverse_mass: inverse mass matrix :math:`M^{-1}`, best near the covariance of the target: a
-            tensor is its diagonal (shape of one event, or flat), a :class:`pyroebm.kernels.Dense`
-            or :class:`pyroebm.kernels.LowRank` is more; None is the identity.
+            tensor is its diagonal (shape of one event, or flat), or a
+            :class:`pyroebm.kernels.Dense` or :class:`pyroebm.kernels.LowRank` metric; None is the
+            identity.
 
     Raises:
         ValueError: if a step size or an inverse mass is not positive and finite.
@@ -364,24 +390,25 @@ class ContinuousKernel(Kernel[S]):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class GradientKernel(ContinuousKernel[State]):
-    """A :class:`ContinuousKernel` whose next step needs position, energy and gradient, and nothing
-    else."""
+    """A :class:`ContinuousKernel` whose state is position, energy and gradient."""
 
     def init(self, energy: Energy, x: Tensor, generator: torch.Generator | None = None) -> State:
+        """Return the state at ``x``, with energy and gradient; see :meth:`Kernel.init`."""
         self.check_start(energy, x)
         return start_state(energy, x)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class WrappedKernel(Kernel[S]):
-    """A kernel around another one: it is and has what that one is and has, unless it says
-    otherwise. Settings that warm-up learns are those of the kernel inside.
+    """Kernel around another one, with the properties of the inner kernel unless overridden.
+
+    Settings that warm-up learns are those of the inner kernel.
 
     Args:
-        kernel: the kernel inside.
+        kernel: the inner kernel.
 
     Raises:
-        ValueError: if ``kernel`` is none.
+        ValueError: if ``kernel`` is not a kernel.
 
     Example:
         >>> from pyroebm.kernels import ULA, CompiledKernel
@@ -397,97 +424,110 @@ class WrappedKernel(Kernel[S]):
 
     @property
     def target_acceptance(self) -> float | None:
+        """Acceptance rate that warm-up aims at, of the inner kernel."""
         return self.kernel.target_acceptance
 
     @property
     def exact(self) -> bool:
+        """Whether the inner kernel leaves the target invariant."""
         return self.kernel.exact
 
     @property
     def has_momentum(self) -> bool:
+        """Whether the inner kernel reports a Hamiltonian."""
         return self.kernel.has_momentum
 
     @property
     def discrete(self) -> bool:
+        """Whether the inner kernel moves on discrete supports."""
         return self.kernel.discrete
 
     @property
     def min_dim(self) -> int:
+        """Minimum number of entries of an event, of the inner kernel."""
         return self.kernel.min_dim
 
     @property
     def learned(self) -> tuple[str, ...]:
+        """Names of the settings of the inner kernel that warm-up may change."""
         return self.kernel.learned
 
     @property
     def compiles(self) -> Literal["loops", "gradient", "nothing"]:
+        """What of the inner kernel is worth compiling."""
         return self.kernel.compiles
 
     @property
     def expected_gradients(self) -> float:
+        """Expected number of gradient evaluations of one step of the inner kernel."""
         return self.kernel.expected_gradients
 
     @property
     def step_size(self) -> float | Tensor | None:
+        """Step size of the inner kernel."""
         return self.kernel.step_size
 
     @property
     def inverse_mass(self) -> Tensor | Metric | None:
+        """Inverse mass matrix of the inner kernel."""
         return self.kernel.inverse_mass
 
     @property
     def temperature(self) -> float | None:
+        """Temperature of the inner kernel."""
         return self.kernel.temperature
 
     def replace(self, **changes: Any) -> Self:
-        """A new kernel with some settings changed, the learned ones in the kernel inside."""
+        """Return a new kernel with some settings changed, the learned ones in the inner kernel."""
         inner = {name: changes.pop(name) for name in self.kernel.learned if name in changes}
         if inner:
             changes["kernel"] = changes.get("kernel", self.kernel).replace(**inner)
         return super().replace(**changes)
 
     def probe(self) -> Self:
+        """Return the kernel with the shortest trajectory of the inner kernel."""
         return self.replace(kernel=self.kernel.probe())
 
 
 def start_state(energy: Energy, x: Tensor) -> State:
-    """Energies and gradients at starting states; ValueError, with the row, unless all of them are
-    finite."""
+    """Compute energies and gradients at starting positions.
+
+    Raises:
+        ValueError: if one of them is not finite.
+    """
     values, grad = value_and_grad(energy, x)
     bad = ~(torch.isfinite(values) & torch.isfinite(grad.reshape(len(x), -1)).all(1))
     if bool(bad.any()):
         row = int(bad.nonzero()[0])
         raise ValueError(
             f"chains must start where energy and gradient are finite: {int(bad.sum())} of {len(x)}"
-            " rows of x are not, the"
-            f" first is row {row} with x={x[row].tolist()} and energy {float(values[row])}; start"
-            " from energy.initial(n)"
+            f" rows of x are not, the first is row {row} with x={x[row].tolist()} and energy"
+            f" {float(values[row])}; start from energy.initial(n)"
         )
     return State(x.detach(), values, grad)
 
 
 def check_kernel(kernel: object) -> None:
-    """ValueError unless ``kernel`` is one of ours."""
+    """Raise ValueError unless ``kernel`` is an instance of :class:`Kernel`."""
     if isinstance(kernel, type) and issubclass(kernel, Kernel):
         raise ValueError(
             f"kernel must be an instance: write {kernel.__name__}() in place of {kernel.__name__}"
         )
     if not isinstance(kernel, Kernel):
         raise ValueError(
-            f"kernel must be one of pyroebm.kernels, got {type(kernel).__name__}; Pyro's own"
-            " kernels go into pyro.infer.MCMC"
-            " with pyroebm.core.PotentialFn(energy)"
+            f"kernel must be one of pyroebm.kernels, got {type(kernel).__name__}; run Pyro's own"
+            " kernels with pyro.infer.MCMC and pyroebm.core.PotentialFn(energy)"
         )
 
 
 def rows(x: Tensor) -> Tensor:
-    """``(chains, *event)`` as ``(chains, dim)``; a scalar variable has dim 1."""
+    """Flatten events: ``(chains, *event)`` to ``(chains, dim)``; a scalar event has dim 1."""
     return x.reshape(x.shape[0], -1)
 
 
 def row_value_and_grad(energy: Energy, q: Tensor) -> tuple[Tensor, Tensor]:
-    """:func:`pyroebm.core.value_and_grad` on rows ``(chains, dim)``."""
-    # rows are events: views that change nothing take their time as well
+    """:func:`pyroebm.core.value_and_grad` on flattened events ``(chains, dim)``."""
+    # Events are flat already. Skip the reshapes: also a view that changes nothing takes time.
     if len(energy.event_shape) == 1:
         return unchecked_value_and_grad(energy, q)
     values, grad = unchecked_value_and_grad(energy, q.reshape(-1, *energy.event_shape))
@@ -495,14 +535,13 @@ def row_value_and_grad(energy: Energy, q: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def state_of_rows(energy: Energy, q: Tensor, values: Tensor, grad: Tensor) -> State:
-    """A :class:`State` from rows ``(chains, dim)``."""
+    """Return a :class:`State` from flattened events ``(chains, dim)``."""
     shape = (-1, *energy.event_shape)
     return State(q.reshape(shape), values, grad.reshape(shape))
 
 
 def column(value: float | Tensor, like: Tensor) -> Tensor:
-    """A setting for all chains, or one for each, as a column ``(chains, 1)`` beside rows ``(chains,
-    dim)``."""
+    """Return a setting of all chains, or one for each, as a column ``(chains, 1)``."""
     tensor = torch.as_tensor(value, dtype=like.dtype, device=like.device)
     if tensor.dim() > 1 or (tensor.dim() == 1 and len(tensor) != len(like)):
         raise ValueError(
@@ -513,18 +552,20 @@ def column(value: float | Tensor, like: Tensor) -> Tensor:
 
 
 def normal_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Standard normal noise shaped as ``x``."""
+    """Draw standard normal noise of the shape of ``x``."""
     return standard_normal(x.shape, generator, x.dtype, x.device)
 
 
 def uniform_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Uniform noise on [0, 1) shaped as ``x``."""
+    """Draw uniform noise on [0, 1) of the shape of ``x``."""
     return uniform(x.shape, generator, x.dtype, x.device)
 
 
 def choose(condition: Tensor, new: S, old: S) -> S:
-    """Row by row: the new state where ``condition`` (chains,) holds. ``where`` and not arithmetic,
-    so that no NaN leaks."""
+    """Select the new state of the chains where ``condition`` ``(chains,)`` holds, else the old one.
+
+    ``torch.where`` instead of arithmetic, so that a NaN of the state not chosen has no effect.
+    """
 
     def pick(a: Tensor, b: Tensor) -> Tensor:
         return torch.where(condition.reshape(-1, *[1] * (a.dim() - 1)), a, b)

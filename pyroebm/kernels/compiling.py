@@ -1,4 +1,4 @@
-"""A kernel whose inner loops are compiled, for chains that go on while their energy is trained."""
+"""Compiled inner loops for chains that continue while their energy is trained."""
 
 from __future__ import annotations
 
@@ -20,23 +20,22 @@ __all__ = ["CompiledKernel"]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class CompiledKernel(WrappedKernel[S]):
-    """A kernel with its inner loops compiled for the energy that it last met: for objectives, whose
-    chains go on step by step.
+    """Kernel with its inner loops compiled for the energy of the last call.
 
-    The draws are those of the kernel inside, up to rounding. Parameters may be trained in place
-    between calls. What else enters the energy, numbers and branches of Python, must stay as it is.
-    (:class:`pyroebm.MCMC` has ``compile`` of its own.)
+    For objectives with persistent chains. The draws are those of the inner kernel, up to rounding.
+    Parameters may be trained in place between calls; numbers and branches of Python in the energy
+    must not change. (:class:`pyroebm.MCMC` has its own option ``compile``.)
 
     Args:
-        kernel: any kernel; one on discrete supports runs as it is.
-        num_planned_steps: steps that each chain is to take in all. Compiling takes some ten
-            seconds: it is left alone where these steps would not repay them, by the same rule as
+        kernel: any kernel; one on discrete supports runs without compilation.
+        num_planned_steps: planned number of steps of each chain. Compilation takes about ten
+            seconds and is skipped if these steps would not save as much, by the same rule as
             ``MCMC(compile="auto")``. None compiles in any case.
 
     Raises:
-        ValueError: if ``kernel`` is none, or ``num_planned_steps`` < 1.
+        ValueError: if ``kernel`` is not a kernel, or ``num_planned_steps`` < 1.
         RuntimeError: at the first step, if ``num_planned_steps`` is None and the energy cannot be
-            compiled; else it warns.
+            compiled; otherwise it warns.
 
     Example:
         >>> from pyroebm.kernels import ULA
@@ -57,22 +56,27 @@ class CompiledKernel(WrappedKernel[S]):
         object.__setattr__(self, "_last", _Last())
 
     def init(self, energy: Energy, x: Tensor, generator: torch.Generator | None = None) -> S:
+        """Return the initial state of the inner kernel."""
         state: S = self.kernel.init(energy, x, generator)
         return state
 
     def step(
         self, energy: Energy, state: S, generator: torch.Generator | None = None
     ) -> tuple[S, Info]:
+        """Run one step of the inner kernel on the compiled energy."""
         return self.kernel.step(self._view(energy, len(state.x)), state, generator)
 
     def steps(
         self, energy: Energy, state: S, num_steps: int, generator: torch.Generator | None = None
     ) -> tuple[S, Tensor]:
+        """Run ``num_steps`` steps of the inner kernel on the compiled energy."""
         return self.kernel.steps(self._view(energy, len(state.x)), state, num_steps, generator)
 
     def _view(self, energy: Energy, chains: int) -> Energy:
-        """The energy compiled, or as it is: the view of last time, while energy and tensors are the
-        same ones."""
+        """Return the energy, compiled if that is worth it.
+
+        The compiled energy of the last call is reused if energy and tensors are the same.
+        """
         last: _Last = vars(self)["_last"]
         seen = (type(energy), energy._source, energy.training, _held(energy))
         if last.seen != seen:
@@ -85,7 +89,7 @@ class CompiledKernel(WrappedKernel[S]):
 
 
 class _Last:
-    """What a kernel last met, and its compiled view, if there is one. A copy begins anew."""
+    """Energy of the last call and its compiled view, if there is one. A copy starts empty."""
 
     def __init__(self) -> None:
         self.seen: Any = None
@@ -96,8 +100,10 @@ class _Last:
 
 
 def _held(energy: Energy) -> list[Any]:
-    """Where an energy holds its tensors: elsewhere, they are others. What a model derives from its
-    constants is part of the compiled graph, so there it matters whether they were written to."""
+    """Identify the tensors of an energy by their addresses.
+
+    Constants of a model may be folded into the compiled graph, so their versions are included.
+    """
     held: list[Any] = [
         tensor.data_ptr() for tensor in itertools.chain(energy.parameters(), energy.buffers())
     ]

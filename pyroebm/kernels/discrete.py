@@ -1,4 +1,4 @@
-"""Kernels on discrete supports that follow the gradient of the energy continued to real numbers."""
+"""Gradient-based kernels on discrete supports, with the energy continued to real numbers."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ class RelaxedKernel(DiscreteKernel[State]):
     """A discrete kernel whose state keeps the gradient of the relaxed energy."""
 
     def init(self, energy: Energy, x: Tensor, generator: torch.Generator | None = None) -> State:
+        """Return the state at ``x``, with energy and gradient of the relaxed energy."""
         self.check_start(energy, x)
         values_of(energy, x)
         return start_state(Relaxed(energy), x)
@@ -46,18 +47,19 @@ class RelaxedKernel(DiscreteKernel[State]):
 class GibbsWithGradients(RelaxedKernel):
     r"""Gibbs with gradients (Grathwohl, Swersky, Hashemi, Duvenaud and Maddison, 2021): exact.
 
-    One site i changes to one value v, chosen from all sites and values at once by what the gradient
-    says of the change,
+    One site i changes to one value v. Both are drawn together, with probabilities from a
+    first-order estimate of the change in energy,
 
     .. math::
 
         q(i, v \mid x) \propto \exp\bigl(-\tfrac12 \nabla E(x)_i \cdot (v - x_i)\bigr), \qquad
         v \ne x_i
 
-    the locally balanced proposal of Zanella (2020), and is accepted by the Metropolis-Hastings
-    ratio, with the reverse proposal from the gradient at the new state. A step costs one gradient,
-    whatever the number of sites. The energy must accept real numbers
-    (:class:`pyroebm.core.Relaxed`): a poor continuation makes it slow, never wrong.
+    This is the locally balanced proposal of Zanella (2020). It is accepted by the
+    Metropolis-Hastings ratio, with the reverse proposal from the gradient at the new state. A step
+    costs one gradient, for any number of sites. The energy must accept real numbers
+    (:class:`pyroebm.core.Relaxed`). A poor continuation lowers the acceptance rate; the kernel
+    remains exact.
 
     Example:
         >>> from pyroebm.energies import Ising
@@ -71,6 +73,7 @@ class GibbsWithGradients(RelaxedKernel):
     def step(
         self, energy: Energy, state: State, generator: torch.Generator | None = None
     ) -> tuple[State, Info]:
+        """Propose a new value of one site and accept it by Metropolis-Hastings."""
         values = values_of(energy, state.x)
         x = rows(state.x)
         row = torch.arange(len(state.x), device=state.x.device)
@@ -90,24 +93,24 @@ class GibbsWithGradients(RelaxedKernel):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class DULA(RelaxedKernel):
-    r"""Discrete unadjusted Langevin algorithm (Zhang, Liu and Liu, 2022). **Not exact**: its bias
-    grows with the step.
+    r"""Discrete unadjusted Langevin algorithm (Zhang, Liu and Liu, 2022). **Not exact**.
 
-    All sites change at once, each on its own, to one of its values v:
+    The bias grows with the step size. All sites change at once and independently, each to one of
+    its values v:
 
     .. math::
 
         q_i(v \mid x) \propto
         \exp\Bigl(-\tfrac12 \nabla E(x)_i \cdot (v - x_i) - \frac{|v - x_i|^2}{2 \epsilon^2}\Bigr)
 
-    This is the Langevin proposal of step :math:`\epsilon`, a normal law, restricted to the support;
-    the paper's :math:`\alpha` is :math:`\epsilon^2`. The energy must accept real numbers
-    (:class:`pyroebm.core.Relaxed`). A proposal with a non-finite energy or gradient is refused and
-    counts as diverging; every other is taken.
+    This is the normal Langevin proposal of step size :math:`\epsilon`, restricted to the support;
+    the :math:`\alpha` of the paper is :math:`\epsilon^2`. The energy must accept real numbers
+    (:class:`pyroebm.core.Relaxed`). A proposal with a non-finite energy or gradient is rejected and
+    counts as diverging; all others are accepted.
 
     Args:
-        step_size: :math:`\epsilon > 0`, a number or one for each chain; a flip has a distance of 1
-            on bits, 2 on spins, :math:`\sqrt 2` on one-hot rows.
+        step_size: :math:`\epsilon > 0`, a number or one for each chain. A flip has distance 1 for
+            bits, 2 for spins and :math:`\sqrt 2` for one-hot vectors.
 
     Raises:
         ValueError: if ``step_size`` is not positive and finite.
@@ -137,6 +140,7 @@ class DULA(RelaxedKernel):
     def step(
         self, energy: Energy, state: State, generator: torch.Generator | None = None
     ) -> tuple[State, Info]:
+        """Draw a new value of every site and accept it if energy and gradient are finite."""
         new, _ = self.propose(energy, state, generator)
         finite = is_finite(new)
         state = choose(finite, new, state)
@@ -152,7 +156,12 @@ class DULA(RelaxedKernel):
     def propose(
         self, energy: Energy, state: State, generator: torch.Generator | None = None
     ) -> tuple[State, Tensor]:
-        r"""The proposal x', and :math:`\log q(x \mid x') - \log q(x' \mid x)` of each row."""
+        r"""Draw a proposal.
+
+        Returns:
+            the proposal :math:`x'`, and :math:`\log q(x \mid x') - \log q(x' \mid x)`, shape
+            ``(chains,)``.
+        """
         values, x = values_of(energy, state.x), rows(state.x)
         forward, own = self._site_logits(x, rows(state.grad), values)
         index = draw_index(forward.exp(), uniform_like(forward[:, 0], generator))
@@ -163,8 +172,11 @@ class DULA(RelaxedKernel):
         return new, back - forward.gather(1, index.unsqueeze(1)).sum((1, 2))
 
     def _site_logits(self, q: Tensor, grad: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probabilities of the values of each site, ``(chains, K, sites)``, and which of them
-        is its own value."""
+        """Compute log-probabilities of the values of each site, ``(chains, K, sites)``.
+
+        Returns:
+            the log-probabilities, and a mask of the current value of each site.
+        """
         squared = squared_distances(to_sites(q, values), values)
         spread = 2.0 * column(self.step_size, q).unsqueeze(2) ** 2
         logits = -0.5 * values @ to_sites(grad, values).mT - squared / spread
@@ -200,6 +212,7 @@ class DMALA(DULA):
     def step(
         self, energy: Energy, state: State, generator: torch.Generator | None = None
     ) -> tuple[State, Info]:
+        """Draw a new value of every site and accept by Metropolis-Hastings."""
         new, log_q = self.propose(energy, state, generator)
         size = column(self.step_size, rows(state.x)).squeeze(1)
         new, info = metropolis(state, new, log_q, generator)
@@ -207,8 +220,10 @@ class DMALA(DULA):
 
 
 def change_logits(q: Tensor, grad: Tensor, values: Tensor) -> Tensor:
-    """Log-probabilities ``(chains, K * sites)`` of changing one site to another value, the values
-    in the order of ``values``."""
+    """Compute log-probabilities ``(chains, K * sites)`` of changing one site to another value.
+
+    The values are in the order of ``values``.
+    """
     x, g = to_sites(q, values), to_sites(grad, values)
     gain = 0.5 * ((g * x).sum(2).unsqueeze(1) - values @ g.mT)
     return torch.log_softmax(
@@ -217,16 +232,18 @@ def change_logits(q: Tensor, grad: Tensor, values: Tensor) -> Tensor:
 
 
 def is_finite(state: State) -> Tensor:
-    """Rows whose energy and gradient are finite."""
+    """Return which chains have finite energy and gradient."""
     return torch.isfinite(state.energy) & torch.isfinite(rows(state.grad)).all(1)
 
 
 def metropolis(
     state: State, new: State, log_q: Tensor, generator: torch.Generator | None
 ) -> tuple[State, Info]:
-    r"""Accept with :math:`\min(1, e^{E - E' + \log q})`, ``log_q`` being log of reverse over
-    forward proposal; row by row."""
-    # A proposal with a NaN or an infinity has probability 0, and no other row knows.
+    r"""Accept each chain's proposal with :math:`\min(1, e^{E - E' + \log q})`.
+
+    ``log_q`` is the log ratio of the reverse to the forward proposal, shape ``(chains,)``.
+    """
+    # A proposal with a non-finite energy or gradient has probability 0; other chains do not change.
     finite = is_finite(new)
     log_ratio = torch.where(finite, state.energy - new.energy + log_q, -torch.inf)
     probability = torch.exp(log_ratio.clamp(max=0.0))

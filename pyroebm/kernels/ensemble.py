@@ -1,4 +1,4 @@
-"""ChEES-HMC: trajectories of one length for all chains, learned across them."""
+"""ChEES-HMC: HMC with one trajectory length for all chains, learned across chains."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ __all__ = ["ChEES", "ChEESAdaptation"]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ChEES(GradientKernel):
-    r"""Jittered HMC with a trajectory length learned across chains (Hoffman, Radul and Sountsov,
-    2021): exact.
+    r"""Jittered HMC with a trajectory length learned across chains: exact.
 
-    Every chain follows :math:`\lceil h T / \epsilon \rceil` leapfrog steps, h uniform on (0, 1),
-    drawn for each step and the same for all chains, so none waits. With fixed settings the chains
-    are independent; **the warm-up couples them**: :class:`ChEESAdaptation` learns T from all chains
-    together and needs two at least. No trajectory has more than 1,000 steps.
+    The kernel of Hoffman, Radul and Sountsov (2021). Every chain takes
+    :math:`\lceil h T / \epsilon \rceil` leapfrog steps, with h uniform on (0, 1), drawn for each
+    step and the same for all chains, so that no chain waits. With fixed settings the chains are
+    independent; **the warm-up couples them**: :class:`ChEESAdaptation` learns T from all chains and
+    requires at least two. No trajectory has more than 1,000 steps.
 
     Args:
         step_size: :math:`\epsilon`; warm-up aims at an acceptance rate of 0.651 (Beskos et al.,
             2013).
         inverse_mass: :math:`M^{-1}`: a tensor is its diagonal, shape of one event, or a metric;
             None is the identity.
-        trajectory_length: T, the longest time of a trajectory; the mean is half of it.
+        trajectory_length: T, the maximum integration time of a trajectory; the mean is half of it.
 
     Raises:
         ValueError: if a setting is not positive and finite.
@@ -63,43 +63,45 @@ class ChEES(GradientKernel):
             )
 
     def probe(self) -> ChEES:
+        """Return the kernel with trajectories of one step."""
         return self.replace(trajectory_length=sys.float_info.min)
 
     def own_adaptation(self) -> ChEESAdaptation:
+        """Return a :class:`ChEESAdaptation`."""
         return ChEESAdaptation()
 
     def step(
         self, energy: Energy, state: State, generator: torch.Generator | None = None
     ) -> tuple[State, Info]:
+        """Run one trajectory of every chain and accept it by Metropolis-Hastings."""
         return self.step_with_trajectory(energy, state, generator)[:2]
 
     def step_with_trajectory(
         self, energy: Energy, state: State, generator: torch.Generator | None = None
     ) -> tuple[State, Info, Trajectory]:
-        """One step, and where its trajectories began and ended."""
+        """Run one step; also return the end points of its trajectories."""
         q = rows(state.x)
         eps, metric = column(self.step_size, q), metric_of(self.inverse_mass, q)
         num_steps = jittered_steps(self.trajectory_length, eps, generator)
         return metropolis_trajectory(energy, state, eps, metric, num_steps, generator)
 
 
-class ChEESMemory(NamedTuple):
-    """What :class:`ChEESAdaptation` knows between two steps."""
+class ChEESAdaptationState(NamedTuple):
+    """State of :class:`ChEESAdaptation` between two steps."""
 
     warmup: Warmup  #: of step size and metric
-    log_length: float  #: :math:`\log T` to use next
-    log_average: float  #: the weighted average of its iterates, what to use in the end
+    log_length: float  #: :math:`\log T` of the next step
+    log_average: float  #: weighted average of the iterates, used after warm-up
     square: float = 0.0  #: running mean of the squared gradient
     updates: int = 0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ChEESAdaptation:
-    r"""Trajectory length by stochastic gradient ascent on the ChEES criterion, step size and metric
-    as in Stan.
+    r"""Adaptation of the trajectory length by stochastic gradient ascent on the ChEES criterion.
 
-    The change in the estimator of the expected square is made large (Hoffman, Radul and Sountsov,
-    2021):
+    Step size and metric are adapted as in Stan. The criterion is the change in the estimator of the
+    expected square (Hoffman, Radul and Sountsov, 2021):
 
     .. math::
 
@@ -109,11 +111,12 @@ class ChEESAdaptation:
 
     with :math:`x'` the end of a trajectory of time t, :math:`v'` its velocity there, and every
     chain weighted by its acceptance probability. Coordinates are measured in standard deviations.
-    Adam without momentum climbs :math:`\log T`. A chain that met a NaN has weight 0.
+    :math:`\log T` is updated by Adam without momentum. A chain with a non-finite number has weight
+    0.
 
     Args:
-        window: how step size and metric are learned.
-        lr: Adam's, of :math:`\log T`.
+        window: adaptation of step size and metric.
+        lr: learning rate of Adam, for :math:`\log T`.
 
     Raises:
         ValueError: if ``lr`` is not positive and finite; at the start, unless the kernel
@@ -135,22 +138,21 @@ class ChEESAdaptation:
 
     def start(
         self, kernel: Any, energy: Energy, state: State, generator: torch.Generator | None = None
-    ) -> tuple[ChEES, ChEESMemory]:
-        """A kernel with a first guess of the step size, and the memory."""
+    ) -> tuple[ChEES, ChEESAdaptationState]:
+        """Return a kernel with an initial step size, and the initial adaptation state."""
         if not isinstance(kernel, ChEES):
             raise ValueError(
-                "ChEESAdaptation learns the trajectory length of ChEES, got"
-                f" {type(kernel).__name__}"
+                "kernel must be ChEES(), whose trajectory length ChEESAdaptation learns, got"
+                f" {type(kernel).__name__}; use WindowAdaptation()"
             )
         if len(state.x) < 2:
             raise ValueError(
-                f"ChEESAdaptation learns across chains and needs at least 2, got {len(state.x)}:"
-                " take more chains, in blocks"
-                " (chain_batch_size) of two or more, or NUTS"
+                "ChEESAdaptation learns across chains and requires at least 2 in a batch, got"
+                f" {len(state.x)}: increase num_chains or chain_batch_size, or use NUTS()"
             )
         short, warmup = self.window.start(kernel.probe(), energy, state, generator)
         log_length = math.log(kernel.trajectory_length)
-        return _lengthened(short, kernel.trajectory_length), ChEESMemory(
+        return _with_length(short, kernel.trajectory_length), ChEESAdaptationState(
             warmup, log_length, log_length
         )
 
@@ -159,43 +161,48 @@ class ChEESAdaptation:
         kernel: ChEES,
         energy: Energy,
         state: State,
-        memory: ChEESMemory,
+        adaptation_state: ChEESAdaptationState,
         num_steps: int,
         generator: torch.Generator | None = None,
-    ) -> tuple[ChEES, State, Info, ChEESMemory]:
-        """One step of the kernel, and what is learned from it."""
+    ) -> tuple[ChEES, State, Info, ChEESAdaptationState]:
+        """Run one step of the kernel and update the adaptation."""
         state, info, trajectory = kernel.step_with_trajectory(energy, state, generator)
         slope = float(_slope(kernel, info, trajectory))
         short, warmup = self.window.update(
-            kernel.probe(), energy, state, info, memory.warmup, num_steps, generator
+            kernel.probe(), energy, state, info, adaptation_state.warmup, num_steps, generator
         )
-        memory = self._climb(memory._replace(warmup=warmup), slope)
+        adaptation_state = self._update_length(adaptation_state._replace(warmup=warmup), slope)
         last = warmup.step == num_steps
-        length = math.exp(memory.log_average if last else memory.log_length)
-        return _lengthened(short, length), state, info, memory
+        length = math.exp(adaptation_state.log_average if last else adaptation_state.log_length)
+        return _with_length(short, length), state, info, adaptation_state
 
-    def _climb(self, memory: ChEESMemory, slope: float, decay: float = 0.95) -> ChEESMemory:
+    def _update_length(
+        self, adaptation_state: ChEESAdaptationState, slope: float, decay: float = 0.95
+    ) -> ChEESAdaptationState:
         if not math.isfinite(slope):
-            return memory
-        updates, square = memory.updates + 1, decay * memory.square + (1.0 - decay) * slope**2
+            return adaptation_state
+        updates = adaptation_state.updates + 1
+        square = decay * adaptation_state.square + (1.0 - decay) * slope**2
         scale = math.sqrt(square / (1.0 - decay**updates))
-        log_length = memory.log_length + (self.lr * slope / scale if scale > 0.0 else 0.0)
+        log_length = adaptation_state.log_length + (self.lr * slope / scale if scale > 0.0 else 0.0)
         weight = updates**-0.75
-        average = weight * log_length + (1.0 - weight) * memory.log_average
-        return ChEESMemory(memory.warmup, log_length, average, square, updates)
+        average = weight * log_length + (1.0 - weight) * adaptation_state.log_average
+        return ChEESAdaptationState(adaptation_state.warmup, log_length, average, square, updates)
 
 
-def _lengthened(kernel: Kernel[Any], length: float) -> ChEES:
+def _with_length(kernel: Kernel[Any], length: float) -> ChEES:
     return cast(ChEES, kernel.replace(trajectory_length=length))
 
 
 def _slope(kernel: ChEES, info: Info, trajectory: Trajectory) -> Tensor:
-    """The gradient of the criterion in log T, up to a positive factor; 0 where no trajectory was
-    acceptable."""
+    """Estimate the gradient of the criterion in log T, up to a positive factor.
+
+    It is 0 if no trajectory had a positive acceptance probability.
+    """
     q0, _, q1, p1 = trajectory
     weight = info.acceptance_rate.unsqueeze(1)
     valid = weight > 0.0
-    # A trajectory that met a NaN has weight 0, but 0 times NaN is NaN: it is taken out.
+    # A trajectory with a NaN has weight 0, but 0 times NaN is NaN, so it is masked out.
     q1, p1 = torch.where(valid, q1, q0), torch.where(valid, p1, torch.zeros_like(p1))
     total = weight.sum().clamp(min=torch.finfo(weight.dtype).tiny)
     metric = metric_of(kernel.inverse_mass, q0)

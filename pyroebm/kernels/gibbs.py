@@ -1,4 +1,4 @@
-"""Gibbs samplers: one site, or one block of sites, drawn from its conditional given the rest."""
+"""Gibbs samplers: draw one site, or one Gibbs block of sites, from its conditional."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["BlockGibbs", "Gibbs"]
 
 
 def point_state(energy: Energy, x: Tensor) -> PointState:
-    """Energies at starting states; ValueError, with the row, unless all are finite."""
+    """Compute energies at starting positions; raise ValueError unless all are finite."""
     with torch.no_grad():
         values = energy(x)
     bad = ~torch.isfinite(values)
@@ -26,9 +26,8 @@ def point_state(energy: Energy, x: Tensor) -> PointState:
         row = int(bad.nonzero()[0])
         raise ValueError(
             f"chains must start where the energy is finite: {int(bad.sum())} of {len(x)} rows of x"
-            " are not, the first is row"
-            f" {row} with x={x[row].tolist()} and energy {float(values[row])}; start from"
-            " energy.initial(n)"
+            f" are not, the first is row {row} with x={x[row].tolist()} and energy"
+            f" {float(values[row])}; start from energy.initial(n)"
         )
     return PointState(x.detach(), values)
 
@@ -39,15 +38,15 @@ class Gibbs(DiscreteKernel[PointState]):
 
     .. math:: x_i \sim p(x_i \mid x_{-i}) \propto e^{-E(x_i,\, x_{-i})}
 
-    The conditionals are those of :meth:`pyroebm.Energy.site_logits`: all K values of a site go
-    through the energy in one batched call, of K times the chains, unless the energy knows them in
-    less time. One step draws as many sites as there are. A value of energy :math:`+\infty` has
-    probability 0; a site that meets a NaN (or :math:`-\infty`) stays as it is, and its row counts
-    as diverging.
+    The conditionals are those of :meth:`pyroebm.Energy.site_logits`: the energy of all K values of
+    a site is evaluated in one call of K times the chains, unless the energy overrides the method
+    with a faster one. One step updates as many sites as there are. A value of energy
+    :math:`+\infty` has probability 0. A site with a NaN or :math:`-\infty` among its energies is
+    not updated, and its chain counts as diverging.
 
     Args:
-        scan: "systematic" sweeps over all sites in order; "random" draws the site of each update,
-            chain by chain, which is reversible.
+        scan: "systematic" updates all sites in order; "random" draws the site of each update
+            independently for each chain, which is reversible.
 
     Raises:
         ValueError: if ``scan`` is neither.
@@ -72,6 +71,7 @@ class Gibbs(DiscreteKernel[PointState]):
     def init(
         self, energy: Energy, x: Tensor, generator: torch.Generator | None = None
     ) -> PointState:
+        """Return the state at ``x``, with its energies."""
         self.check_start(energy, x)
         values_of(energy, x)
         return point_state(energy, x)
@@ -79,9 +79,10 @@ class Gibbs(DiscreteKernel[PointState]):
     def step(
         self, energy: Energy, state: PointState, generator: torch.Generator | None = None
     ) -> tuple[PointState, Info]:
+        """Run one sweep: draw each site from its conditional."""
         values = values_of(energy, state.x)
         x = to_sites(state.x, values).clone()
-        row, refused = torch.arange(len(x), device=x.device), torch.zeros_like(state.energy)
+        row, rejected = torch.arange(len(x), device=x.device), torch.zeros_like(state.energy)
         noise = uniform_like(x[..., 0], generator)
         order = self._order(noise, generator)
         with torch.no_grad():
@@ -95,8 +96,8 @@ class Gibbs(DiscreteKernel[PointState]):
                 legal = (logits < torch.inf).all(1) & (logits > -torch.inf).any(1)
                 drawn = values[draw_index(torch.softmax(logits, 1), u)]
                 x[row, site] = torch.where(legal.unsqueeze(1), drawn, x[row, site])
-                refused += ~legal
-            return swept(energy, state, x, refused, order.shape[1])
+                rejected += ~legal
+            return swept(energy, state, x, rejected, order.shape[1])
 
     def _order(self, noise: Tensor, generator: torch.Generator | None) -> Tensor:
         chains, sites = noise.shape
@@ -107,15 +108,15 @@ class Gibbs(DiscreteKernel[PointState]):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class BlockGibbs(DiscreteKernel[PointState]):
-    r"""Block Gibbs sampling (Jensen, Kong and Kjaerulff, 1995): exact, for energies that offer
-    blocks with their conditionals.
+    r"""Block Gibbs sampling (Jensen, Kong and Kjaerulff, 1995): exact.
 
     .. math:: x_B \sim p(x_B \mid x_{-B})
 
-    for each block B in turn, all of its entries at once. An energy offers blocks by the attribute
-    ``blocks`` and the method ``conditional`` of :class:`pyroebm.core.conditionals.HasBlocks`: the
-    halves of a checkerboard, the layers of a Boltzmann machine. A row whose draw has no finite
-    energy stays where it was and counts as diverging.
+    for each Gibbs block B in turn, all of its entries at once. An energy defines its blocks by the
+    attribute ``blocks`` and the method ``conditional`` of
+    :class:`pyroebm.core.conditionals.HasBlocks`: for example the halves of a checkerboard, or the
+    layers of a Boltzmann machine. A chain whose draw has a non-finite energy keeps its previous
+    state and counts as diverging.
 
     Example:
         >>> from pyroebm.energies import Ising
@@ -129,11 +130,16 @@ class BlockGibbs(DiscreteKernel[PointState]):
     def init(
         self, energy: Energy, x: Tensor, generator: torch.Generator | None = None
     ) -> PointState:
+        """Return the state at ``x``, with its energies.
+
+        Raises:
+            ValueError: if the energy has no Gibbs blocks, or if they do not cover each entry once.
+        """
         self.check_start(energy, x)
         blocks = blocks_of(energy)
         if not blocks:
             raise ValueError(
-                "BlockGibbs needs an energy with an attribute blocks and a method"
+                "BlockGibbs requires an energy with an attribute blocks and a method"
                 f" conditional(block, x), but {type(energy).__name__} has none; Gibbs() draws one"
                 " site at a time from any discrete energy"
             )
@@ -152,6 +158,7 @@ class BlockGibbs(DiscreteKernel[PointState]):
     def step(
         self, energy: Energy, state: PointState, generator: torch.Generator | None = None
     ) -> tuple[PointState, Info]:
+        """Run one sweep: draw each Gibbs block from its conditional."""
         blocks, x = blocks_of(energy), rows(state.x).clone()
         with torch.no_grad():
             for name, index in blocks.items():
@@ -168,18 +175,25 @@ class BlockGibbs(DiscreteKernel[PointState]):
 
 
 def swept(
-    energy: Energy, state: PointState, x: Tensor, refused: Tensor, updates: int
+    energy: Energy, state: PointState, x: Tensor, rejected: Tensor, updates: int
 ) -> tuple[PointState, Info]:
-    """The state after a sweep that ended at ``x`` (of any layout), with ``refused`` of its
-    ``updates`` refused in each row."""
+    """Return the state and report after a sweep.
+
+    Args:
+        energy: the target.
+        state: the state before the sweep.
+        x: positions after the sweep, in any layout.
+        rejected: number of updates that were rejected in each chain, shape ``(chains,)``.
+        updates: number of updates of a sweep.
+    """
     x = x.reshape(state.x.shape)
     values = energy(x)
     finite = torch.isfinite(values)
     new = choose(finite, PointState(x, values), state)
     return new, Info(
-        acceptance_rate=finite * (1.0 - refused / updates),
+        acceptance_rate=finite * (1.0 - rejected / updates),
         accepted=(rows(new.x) != rows(state.x)).any(1),
-        diverging=~finite | (refused > 0),
+        diverging=~finite | (rejected > 0),
         energy=new.energy,
         n_steps=torch.full_like(finite, updates, dtype=torch.long),
     )

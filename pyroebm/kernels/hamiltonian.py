@@ -1,8 +1,7 @@
-r"""Hamiltonian dynamics on rows ``(chains, dim)``: kinetic energy, leapfrog, and the
-Metropolis-corrected trajectory.
+r"""Hamiltonian dynamics of positions ``(chains, dim)``: leapfrog and Metropolis correction.
 
-Momenta are whitened: with :math:`A A^\top = M^{-1}` the momentum kept is :math:`A^\top p`, standard
-normal in equilibrium whatever the metric is. In these coordinates the mass is the identity.
+Momenta are whitened: with :math:`A A^\top = M^{-1}` the momentum is :math:`A^\top p`, which is
+standard normal in equilibrium for any metric. In these coordinates the mass is the identity.
 """
 
 from __future__ import annotations
@@ -39,25 +38,24 @@ __all__ = [
     "metropolis_trajectory",
 ]
 
-#: An energy error above this many nats counts as a divergence (Betancourt, 2017; the value Stan
-#: uses).
+#: An energy error above this many nats counts as a divergence (Betancourt, 2017; Stan's value).
 MAX_ENERGY_ERROR = 1000.0
 
-#: No trajectory of jittered length has more leapfrog steps.
+#: Maximum number of leapfrog steps of a trajectory of jittered length.
 MAX_STEPS = 1000
 
-#: Leapfrog steps in one compiled block.
-MAX_BLOCK = 4
+#: Number of leapfrog steps in one compiled function.
+MAX_FUSED_STEPS = 4
 
 
 def kinetic(p: Tensor) -> Tensor:
-    r""":math:`K(p) = \frac12 |p|^2` of each row, for whitened momenta."""
+    r"""Compute :math:`K(p) = \frac12 |p|^2` of each chain, for whitened momenta."""
     energies: Tensor = 0.5 * torch.linalg.vecdot(p, p)
     return energies
 
 
 def draw_momentum(q: Tensor, generator: torch.Generator | None) -> Tensor:
-    r""":math:`p \sim N(0, I)` for each row."""
+    r"""Draw momenta :math:`p \sim N(0, I)`."""
     return normal_like(q, generator)
 
 
@@ -70,8 +68,7 @@ def leapfrog(
     metric: Metric,
     num_steps: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    r"""``num_steps`` steps of the leapfrog integrator: reversible, volume preserving, of second
-    order.
+    r"""Run ``num_steps`` leapfrog steps: reversible, volume preserving, of second order.
 
     .. math::
 
@@ -79,9 +76,10 @@ def leapfrog(
         q \leftarrow q + \epsilon A p, \quad p \leftarrow p - \tfrac{\epsilon}{2} A^\top \nabla E(q)
 
     Args:
-        energy: the energy of the positions.
-        q, p, grad: positions, whitened momenta and energy gradients at ``q``, shape ``(chains,
-            dim)``.
+        energy: the target.
+        q: positions, shape ``(chains, dim)``.
+        p: whitened momenta, shape ``(chains, dim)``.
+        grad: energy gradients at ``q``, shape ``(chains, dim)``.
         step_size: :math:`\epsilon`, shape ``(chains, 1)``; negative steps run backwards in time.
         metric: the map :math:`A`.
         num_steps: number of steps.
@@ -99,8 +97,10 @@ def leapfrog(
 
 
 def jittered_steps(length: float, step_size: Tensor, generator: torch.Generator | None) -> int:
-    r""":math:`\lceil h \ell / \epsilon \rceil` leapfrog steps, h uniform on (0, 1),
-    :math:`\epsilon` the median over chains."""
+    r"""Draw a number of leapfrog steps :math:`\lceil h \ell / \epsilon \rceil`.
+
+    h is uniform on (0, 1) and :math:`\epsilon` is the median over chains.
+    """
     h = uniform_like(step_size[:1], generator)
     return max(1, min(math.ceil(float(h * length / step_size.median())), MAX_STEPS))
 
@@ -113,17 +113,20 @@ def metropolis(
     num_steps: int,
     generator: torch.Generator | None,
 ) -> tuple[S, Info]:
-    r"""Take the new state with probability :math:`\min(1, e^{-\Delta})`, else keep the old one; row
-    by row.
+    r"""Accept the new state of each chain with probability :math:`\min(1, e^{-\Delta})`.
 
     Args:
-        old, new: states.
+        old: the current state.
+        new: the proposal.
         error: :math:`\Delta`, the change of :math:`-\log` of the joint density, or of the
-            Metropolis-Hastings ratio, shape ``(chains,)``. Where it is not finite the row has no
-            valid new state: its probability is 0, and no other row knows.
+            Metropolis-Hastings ratio, shape ``(chains,)``. A chain with a non-finite entry has
+            acceptance probability 0; other chains are unaffected.
         step_size: for the report, shape ``(chains, 1)``.
-        num_steps: gradient evaluations, for the report.
+        num_steps: number of gradient evaluations, for the report.
         generator: source of the uniform numbers.
+
+    Returns:
+        the next state and the report of the step.
     """
     error = torch.where(torch.isfinite(error), error, torch.inf)
     probability = torch.exp(-error).clamp(max=1.0)
@@ -140,8 +143,7 @@ def metropolis(
 
 
 class Trajectory(NamedTuple):
-    """Where a trajectory began and ended: positions and whitened momenta, each ``(chains,
-    dim)``."""
+    """End points of a trajectory: positions and whitened momenta, each ``(chains, dim)``."""
 
     q0: Tensor
     p0: Tensor
@@ -157,14 +159,16 @@ def metropolis_trajectory(
     num_steps: int,
     generator: torch.Generator | None,
 ) -> tuple[State, Info, Trajectory]:
-    r"""Draw a momentum, follow ``num_steps`` leapfrog steps, accept with :math:`\min(1, e^{H_0 -
-    H_1})`; row by row."""
+    r"""Run HMC trajectories of ``num_steps`` leapfrog steps with new momenta.
+
+    The end point of each chain is accepted with probability :math:`\min(1, e^{H_0 - H_1})`.
+    """
     q, grad = rows(state.x), rows(state.grad)
     p = draw_momentum(q, generator)
     uniform = uniform_like(state.energy, generator)
     start, point = State(q, state.energy, grad), Point(q, p, grad)
-    longest, left = MAX_BLOCK if is_compiled(energy) else num_steps, num_steps
-    # calls of one length, and a last one of that or less: few graphs for any number of steps
+    longest, left = MAX_FUSED_STEPS if is_compiled(energy) else num_steps, num_steps
+    # Calls of one length and a shorter last one: few compiled graphs for any number of steps.
     while left > longest:
         point = fused(_leapfrogs, energy, point, step_size, metric, num_steps=longest)
         left -= longest
@@ -181,7 +185,7 @@ def metropolis_trajectory(
 
 
 class Point(NamedTuple):
-    """A point of a trajectory; rows ``(chains, dim)``."""
+    """A point of a trajectory; positions and momenta ``(chains, dim)``."""
 
     q: Tensor  #: position
     p: Tensor  #: whitened momentum
@@ -189,14 +193,14 @@ class Point(NamedTuple):
 
 
 class _End(NamedTuple):
-    """The end of a trajectory, and what becomes of it."""
+    """End of a trajectory and the result of the accept step."""
 
-    kept: State  #: the next state, as rows ``(chains, dim)``
+    kept: State  #: the next state, with flattened positions ``(chains, dim)``
     acceptance_rate: Tensor
     accepted: Tensor
     diverging: Tensor
-    hamiltonian: Tensor  #: of the next state, with the momentum that led there
-    q: Tensor  #: where the trajectory ended
+    hamiltonian: Tensor  #: Hamiltonian of the next state, with the momentum of the trajectory
+    q: Tensor  #: end point of the trajectory
     p: Tensor
 
 
@@ -218,11 +222,11 @@ def _finish(
     *,
     num_steps: int,
 ) -> _End:
-    """The last leapfrog steps, and whether what they reach is accepted."""
+    """Run the last leapfrog steps and accept or reject the end point."""
     q, p, values, grad = leapfrog(energy, *point, step_size, metric, num_steps)
     before, after = start.energy + kinetic(momentum), values + kinetic(p)
-    # A row that met a NaN or an infinity in its energy or its gradient (which is in the momentum)
-    # has no valid end point: its probability is 0, and no other row knows.
+    # A non-finite energy or gradient (the gradient enters the momentum) makes the end point
+    # invalid: its probability is 0; other chains are unaffected.
     error = torch.where(torch.isfinite(after), after - before, torch.inf)
     probability = torch.exp(-error).clamp(max=1.0)
     accepted = uniform < probability

@@ -19,17 +19,17 @@ __all__ = ["HMC"]
 class HMC(GradientKernel):
     r"""Hamiltonian Monte Carlo (Duane et al., 1987; Neal, 2011): exact.
 
-    Each chain follows ``num_steps`` leapfrog steps of size :math:`\epsilon (1 + \text{jitter}\,
-    u)`, u uniform on (-1, 1) and drawn afresh for each chain and step, so that its length is
-    jittered: a fixed length resonates with some period of the target. All chains take the same
-    number of steps, so none waits.
+    Each chain takes ``num_steps`` leapfrog steps of size :math:`\epsilon (1 + \text{jitter}\, u)`,
+    with u uniform on (-1, 1), drawn for each chain and step. The jitter of the trajectory length
+    avoids resonance with periods of the target. All chains take the same number of steps, so that
+    no chain waits.
 
     Args:
         step_size: :math:`\epsilon`; warm-up aims at an acceptance rate of 0.8.
         inverse_mass: :math:`M^{-1}`: a tensor is its diagonal, shape of one event, or a metric;
             None is the identity.
-        num_steps: leapfrog steps of one trajectory, at least 1.
-        jitter: relative half-width of the length, in [0, 1).
+        num_steps: number of leapfrog steps of one trajectory, at least 1.
+        jitter: relative half-width of the trajectory length, in [0, 1).
 
     Raises:
         ValueError: if a setting is out of its range.
@@ -58,11 +58,13 @@ class HMC(GradientKernel):
             raise ValueError(f"HMC: jitter must be in [0, 1), got jitter={self.jitter}")
 
     def probe(self) -> HMC:
+        """Return the kernel with trajectories of one step."""
         return self.replace(num_steps=1)
 
     def step(
         self, energy: Energy, state: State, generator: torch.Generator | None = None
     ) -> tuple[State, Info]:
+        """Run one trajectory of every chain and accept it by Metropolis-Hastings."""
         q = rows(state.x)
         eps = column(self.step_size, q)
         eps = eps * (1.0 + self.jitter * (2.0 * uniform_like(eps, generator) - 1.0))

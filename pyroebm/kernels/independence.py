@@ -1,5 +1,4 @@
-"""Jumps to places that a normalised density proposes: Metropolis with an independent proposal,
-alone or between local steps."""
+"""Independence Metropolis-Hastings with a normalized density, alone or after local steps."""
 
 from __future__ import annotations
 
@@ -33,8 +32,9 @@ __all__ = [
 
 @runtime_checkable
 class Proposal(Protocol):
-    """A normalised law that is drawn from by pushing noise: every :class:`pyroebm.flows.Flow` is
-    one.
+    """Protocol of a normalized density that is sampled by transforming base noise.
+
+    Every :class:`pyroebm.flows.Flow` is one.
 
     Example:
         >>> from pyroebm.flows import NICE
@@ -42,15 +42,18 @@ class Proposal(Protocol):
         True
     """
 
-    def rsample_base(
-        self, num_samples: int, generator: torch.Generator | None = None, /
-    ) -> Tensor: ...
-    def forward_and_log_prob(self, z: Tensor, /) -> tuple[Tensor, Tensor]: ...
-    def log_prob(self, x: Tensor, /) -> Tensor: ...
+    def rsample_base(self, num_samples: int, generator: torch.Generator | None = None, /) -> Tensor:
+        """Draw base noise for ``num_samples`` draws."""
+
+    def forward_and_log_prob(self, z: Tensor, /) -> tuple[Tensor, Tensor]:
+        """Map base noise to draws ``(num_samples, dim)``; also return their log-densities."""
+
+    def log_prob(self, x: Tensor, /) -> Tensor:
+        """Compute log-densities of ``x`` ``(n, dim)``, shape ``(n,)``."""
 
 
 class IndependenceState(NamedTuple):
-    """A state of :class:`IndependenceMetropolis`.
+    """State of :class:`IndependenceMetropolis`.
 
     Example:
         >>> IndependenceState._fields
@@ -59,7 +62,7 @@ class IndependenceState(NamedTuple):
 
     x: Tensor  #: positions, shape ``(chains, *event)``
     energy: Tensor  #: E(x), shape ``(chains,)``
-    log_q: Tensor  #: log-density of the proposal there, shape ``(chains,)``
+    log_q: Tensor  #: log-density of the proposal at x, shape ``(chains,)``
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -71,18 +74,18 @@ class IndependenceMetropolis(Kernel[IndependenceState]):
         x' \sim q, \qquad
         \text{accepted with } \min\Big(1, \frac{e^{-E(x')} q(x)}{e^{-E(x)} q(x')}\Big)
 
-    With a flow fitted to the energy as q, chains jump between modes. Where q has lighter tails than
-    the target a chain may wait very long there: look at the longest stretch without a move, or take
-    :class:`LocalGlobalMixture`. A flow with redundant latents moves on ``flow.extend(energy)``, of
-    which x is the first part.
+    With a flow fitted to the energy as q, chains move between modes in one step. Where q has
+    lighter tails than the target, a chain may reject proposals for a long time: check the longest
+    stretch without a move, or use :class:`LocalGlobalMixture`. A flow with auxiliary variables
+    moves on ``flow.extend(energy)``, of which x is the first part.
 
     Args:
-        proposal: q, over vectors of as many entries as an event has.
+        proposal: q, over vectors of as many entries as an event.
 
     Raises:
-        ValueError: if ``proposal`` has not the methods of :class:`Proposal`; at the start, if it
-            does not fit the energy, or a chain starts where energy or q are not finite; at a step,
-            if its draws have another dtype or device than the energy.
+        ValueError: if ``proposal`` does not have the methods of :class:`Proposal`; at the start, if
+            it does not fit the energy, or if energy or q are not finite at a start; at a step, if
+            its draws have another dtype or device than the energy.
 
     Example:
         >>> from pyroebm.flows import NICE
@@ -105,6 +108,7 @@ class IndependenceMetropolis(Kernel[IndependenceState]):
     def init(
         self, energy: Energy, x: Tensor, generator: torch.Generator | None = None
     ) -> IndependenceState:
+        """Return the state at ``x``, with energies and log-densities of the proposal."""
         self.check_start(energy, x)
         check_weighable(energy)
         with torch.no_grad():
@@ -116,15 +120,16 @@ class IndependenceMetropolis(Kernel[IndependenceState]):
             row = int(bad.nonzero()[0])
             raise ValueError(
                 f"chains must start where energy and proposal are finite: {int(bad.sum())} of"
-                f" {len(x)} rows of x are not, the"
-                f" first is row {row} with energy {float(state.energy[row])} and log q"
-                f" {float(state.log_q[row])}"
+                f" {len(x)} rows of x are not, the first is row {row} with energy"
+                f" {float(state.energy[row])} and log q {float(state.log_q[row])}; start from"
+                " draws of the proposal"
             )
         return state
 
     def step(
         self, energy: Energy, state: IndependenceState, generator: torch.Generator | None = None
     ) -> tuple[IndependenceState, Info]:
+        """Draw a proposal for every chain and accept it by Metropolis-Hastings."""
         with torch.no_grad():
             x, log_q = self.proposal.forward_and_log_prob(
                 self.proposal.rsample_base(len(state.x), generator)
@@ -147,7 +152,7 @@ class IndependenceMetropolis(Kernel[IndependenceState]):
 
 
 class LocalGlobalState(NamedTuple):
-    """A state of :class:`LocalGlobalMixture`.
+    """State of :class:`LocalGlobalMixture`.
 
     Example:
         >>> LocalGlobalState._fields
@@ -161,22 +166,22 @@ class LocalGlobalState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LocalGlobalMixture(WrappedKernel[LocalGlobalState]):
-    r"""A few steps of a local kernel, then one independent proposal (Gabrié, Rotskoff and
-    Vanden-Eijnden, 2022): exact.
+    r"""Mixture of local moves and global moves of an independent proposal: exact.
 
-    The local kernel explores a mode, the jumps move between modes with their weights.
-    ``acceptance_rate`` and ``diverging`` are the local kernel's, which warm-up tunes; ``accepted``
-    is whether the chain moved, by either.
+    One step is ``every`` steps of a local kernel, then one draw of q accepted by
+    Metropolis-Hastings (Gabrié, Rotskoff and Vanden-Eijnden, 2022). The local kernel explores a
+    mode; the global moves change between modes according to their weights. ``acceptance_rate`` and
+    ``diverging`` are those of the local kernel, which warm-up adapts; ``accepted`` is whether the
+    chain moved by either.
 
     Args:
-        kernel: the local kernel, one that warm-up tunes by its step size and metric (such as MALA
-            or HMC).
+        kernel: the local kernel, adapted by its step size and metric (such as MALA or HMC).
         proposal: q, as in :class:`IndependenceMetropolis`.
-        every: local steps before each jump.
+        every: number of local steps before each global move.
 
     Raises:
         ValueError: if ``every`` < 1, an argument is of the wrong kind, or the local kernel is
-            discrete or has a warm-up of its own.
+            discrete or has its own adaptation.
 
     Example:
         >>> from pyroebm import MALA
@@ -204,26 +209,28 @@ class LocalGlobalMixture(WrappedKernel[LocalGlobalState]):
             or self.kernel.step_size is None
         ):
             raise ValueError(
-                "the local kernel must be continuous and tuned by its step size, such as MALA or"
-                f" HMC, got {self.kernel}"
+                "kernel, the local one, must be continuous and adapted by its step size, such as"
+                f" MALA() or HMC(), got {self.kernel}"
             )
 
     @property
     def has_momentum(self) -> bool:
-        """Never: what is reported after a jump is the energy."""
+        """False: after a global move the report contains the energy."""
         return False
 
     @property
     def expected_gradients(self) -> float:
-        """Of all local steps, and those about the jump."""
+        """Expected gradient evaluations of all local steps and of the global move."""
         return self.every * self.kernel.expected_gradients + 3.0
 
     def probe(self) -> LocalGlobalMixture:
+        """Return the kernel with one local step of the shortest trajectory."""
         return self.replace(kernel=self.kernel.probe(), every=1)
 
     def init(
         self, energy: Energy, x: Tensor, generator: torch.Generator | None = None
     ) -> LocalGlobalState:
+        """Return the state at ``x``, with the state of the local kernel."""
         IndependenceMetropolis(self.proposal).init(energy, x)
         local = self.kernel.init(energy, x, generator)
         return LocalGlobalState(local.x, local.energy, local)
@@ -231,6 +238,7 @@ class LocalGlobalMixture(WrappedKernel[LocalGlobalState]):
     def step(
         self, energy: Energy, state: LocalGlobalState, generator: torch.Generator | None = None
     ) -> tuple[LocalGlobalState, Info]:
+        """Run ``every`` local steps and one global move."""
         local, infos = state.local, []
         for _ in range(self.every):
             local, info = self.kernel.step(energy, local, generator)
@@ -239,8 +247,8 @@ class LocalGlobalMixture(WrappedKernel[LocalGlobalState]):
             log_q = self.proposal.log_prob(local.x.reshape(len(local.x), -1))
         before = IndependenceState(local.x, energy(local.x).detach(), log_q)
         after, jump = IndependenceMetropolis(self.proposal).step(energy, before, generator)
-        # a place without a gradient is no place to go on from: its row stays, and no other row
-        # knows
+        # The local kernel cannot continue from a non-finite gradient: such chains keep their
+        # previous state.
         smooth = torch.isfinite(row_value_and_grad(energy, rows(after.x))[1]).all(1)
         moved = jump.accepted & smooth
         local = choose(
@@ -257,5 +265,6 @@ class LocalGlobalMixture(WrappedKernel[LocalGlobalState]):
         )
 
     def refresh(self, energy: Energy, state: LocalGlobalState) -> LocalGlobalState:
+        """Recompute the state of the local kernel after the energy was trained."""
         local = self.kernel.refresh(energy, state.local)
         return LocalGlobalState(local.x, local.energy, local)

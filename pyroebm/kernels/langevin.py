@@ -1,4 +1,4 @@
-"""Langevin kernels: unadjusted (biased by its step) and Metropolis-adjusted (exact)."""
+"""Langevin kernels: unadjusted (biased) and Metropolis-adjusted (exact)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pyroebm.kernels.base import (
     rows,
     state_of_rows,
 )
-from pyroebm.kernels.hamiltonian import MAX_BLOCK, metropolis_trajectory
+from pyroebm.kernels.hamiltonian import MAX_FUSED_STEPS, metropolis_trajectory
 from pyroebm.kernels.metric import Metric, metric_of
 
 __all__ = ["ULA", "MALA"]
@@ -30,24 +30,23 @@ __all__ = ["ULA", "MALA"]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ULA(GradientKernel):
-    r"""Unadjusted Langevin algorithm (Parisi, 1981; Roberts and Tweedie, 1996). **Not exact**: its
-    bias grows with the step.
+    r"""Unadjusted Langevin algorithm (Parisi, 1981; Roberts and Tweedie, 1996). **Not exact**.
 
     .. math::
 
         x' = x - \frac{\epsilon^2}{2} M^{-1} \nabla E(x) + \epsilon \sqrt{T M^{-1}}\, n, \qquad
         n \sim N(0, I)
 
-    On N(0, 1) with T = 1 it leaves the variance :math:`1 / (1 - \epsilon^2 / 4)` and not 1. A
-    proposal with a non-finite energy or gradient is refused and counted as diverging; every other
-    is taken.
+    The bias grows with the step size: on N(0, 1) with T = 1 the stationary variance is
+    :math:`1 / (1 - \epsilon^2 / 4)` instead of 1. A proposal with a non-finite energy or gradient
+    is rejected and counts as diverging; all others are accepted.
 
     Args:
         step_size: :math:`\epsilon`, the standard deviation of the noise at T = 1; the drift is
             :math:`\epsilon^2 / 2`.
         inverse_mass: preconditioner :math:`M^{-1}`: a tensor is its diagonal, or a metric; None is
             the identity.
-        temperature: :math:`T > 0`; the chain samples (near) :math:`e^{-E/T}`.
+        temperature: :math:`T > 0`; the chain samples approximately :math:`e^{-E/T}`.
 
     Raises:
         ValueError: if a setting is not positive and finite.
@@ -75,7 +74,8 @@ class ULA(GradientKernel):
     def step(
         self, energy: Energy, state: State, generator: torch.Generator | None = None
     ) -> tuple[State, Info]:
-        state, taken = self._block(energy, state, 1, generator)
+        """Run one Langevin step of every chain."""
+        state, taken = self._move(energy, state, 1, generator)
         accepted = taken[0]
         return state, Info(
             acceptance_rate=accepted.to(state.x.dtype),
@@ -89,43 +89,53 @@ class ULA(GradientKernel):
     def steps(
         self, energy: Energy, state: State, num_steps: int, generator: torch.Generator | None = None
     ) -> tuple[State, Tensor]:
-        if type(self).step is not ULA.step:  # a subclass with a step of its own moves by that
+        """Run ``num_steps`` steps; see :meth:`Kernel.steps`."""
+        if type(self).step is not ULA.step:  # a subclass overrides step()
             return super().steps(energy, state, num_steps, generator)
-        most = MAX_BLOCK if is_compiled(energy) else num_steps
+        most = MAX_FUSED_STEPS if is_compiled(energy) else num_steps
         taken = []
         for done in range(0, num_steps, most):
-            state, some = self._block(energy, state, min(most, num_steps - done), generator)
+            state, some = self._move(energy, state, min(most, num_steps - done), generator)
             taken.append(some)
         return state, torch.cat(taken).to(state.x.dtype).mean(0)
 
-    def _block(
+    def _move(
         self, energy: Energy, state: State, num_steps: int, generator: torch.Generator | None
     ) -> tuple[State, Tensor]:
-        """States after some steps, and which proposals were taken, ``(num_steps, chains)``."""
+        """Run some steps.
+
+        Returns:
+            the last state, and which proposals were accepted, ``(num_steps, chains)``.
+        """
         q, grad = rows(state.x), rows(state.grad)
         eps, metric = column(self.step_size, q), metric_of(self.inverse_mass, q)
-        # Drawn step by step, so that many steps at once take the numbers that as many calls of
-        # step() would.
+        # Draw step by step, so that many steps at once use the same numbers as calls of step().
         noise = math.sqrt(self.temperature) * torch.stack(
             [normal_like(q, generator) for _ in range(num_steps)]
         )
-        # One number tells whether all rows are finite, which is the rule; a graph cannot branch on
-        # it, nor should a GPU wait.
-        glance = q.device.type == "cpu" and not is_compiled(energy)
+        # Usually all chains are finite, and one sum shows it. A compiled graph cannot branch on
+        # it, and a GPU would have to synchronize.
+        quick_check = q.device.type == "cpu" and not is_compiled(energy)
         start = State(q, state.energy, grad)
-        moved = fused(_langevin, energy, start, eps, noise, metric, glance=glance)
+        moved = fused(_langevin, energy, start, eps, noise, metric, quick_check=quick_check)
         return state_of_rows(energy, *moved.state), moved.taken
 
 
 class _Moved(NamedTuple):
-    state: State  #: rows ``(chains, dim)``
-    taken: Tensor  #: which proposals were, ``(steps, chains)``
+    state: State  #: with flattened positions ``(chains, dim)``
+    taken: Tensor  #: which proposals were accepted, ``(steps, chains)``
 
 
 def _langevin(
-    energy: Energy, state: State, step_size: Tensor, noise: Tensor, metric: Metric, *, glance: bool
+    energy: Energy,
+    state: State,
+    step_size: Tensor,
+    noise: Tensor,
+    metric: Metric,
+    *,
+    quick_check: bool,
 ) -> _Moved:
-    """A step for each of ``noise``, ``(steps, chains, dim)``."""
+    """Run one step for each entry of ``noise``, ``(steps, chains, dim)``."""
     pushes = step_size * noise
     drift = 0.5 * step_size**2
     everyone = torch.ones_like(state.energy, dtype=torch.bool)
@@ -133,7 +143,7 @@ def _langevin(
     for push in pushes.unbind():
         q = state.x + metric.apply(push - drift * metric.transpose(state.grad))
         proposal, finite = State(q, *row_value_and_grad(energy, q)), everyone
-        if not (glance and math.isfinite(float(proposal.energy.sum() + proposal.grad.sum()))):
+        if not (quick_check and math.isfinite(float(proposal.energy.sum() + proposal.grad.sum()))):
             finite = torch.isfinite(proposal.energy) & torch.isfinite(proposal.grad).all(1)
             proposal = choose(finite, proposal, state)
         state = proposal
@@ -146,8 +156,8 @@ class MALA(GradientKernel):
     r"""Metropolis-adjusted Langevin algorithm (Besag, 1994; Roberts and Tweedie, 1996): exact.
 
     The proposal is that of :class:`ULA` at T = 1, accepted by the Metropolis-Hastings ratio. It is
-    the same as one leapfrog step of HMC with a fresh momentum (Neal, 2011), and is computed so: the
-    ratio is then :math:`e^{H_0 - H_1}`.
+    equivalent to HMC with one leapfrog step (Neal, 2011) and is computed this way: the ratio is
+    then :math:`e^{H_0 - H_1}`.
 
     Args:
         step_size: :math:`\epsilon`; warm-up aims at an acceptance rate of 0.574 (Roberts and
@@ -172,6 +182,7 @@ class MALA(GradientKernel):
     def step(
         self, energy: Energy, state: State, generator: torch.Generator | None = None
     ) -> tuple[State, Info]:
+        """Propose a Langevin step and accept it by Metropolis-Hastings."""
         q = rows(state.x)
         metric = metric_of(self.inverse_mass, q)
         return metropolis_trajectory(

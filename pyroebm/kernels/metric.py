@@ -1,5 +1,4 @@
-r"""Metrics: linear maps A with :math:`A A^\top = M^{-1}`, with which a kernel's mass is the
-identity."""
+r"""Metrics: linear maps A with :math:`A A^\top = M^{-1}`, which whiten positions and momenta."""
 
 from __future__ import annotations
 
@@ -12,7 +11,7 @@ __all__ = ["Dense", "Diagonal", "Identity", "LowRank", "Metric", "metric_of"]
 
 
 class Identity(NamedTuple):
-    """:math:`M = I`: nothing is stretched, nor copied.
+    """:math:`M = I`: vectors are returned unchanged and not copied.
 
     Example:
         >>> Identity().apply(torch.ones(1, 2))
@@ -20,20 +19,20 @@ class Identity(NamedTuple):
     """
 
     def apply(self, v: Tensor) -> Tensor:
-        """The rows as they are."""
+        """Return ``v`` unchanged."""
         return v
 
     def transpose(self, g: Tensor) -> Tensor:
-        """The rows as they are."""
+        """Return ``g`` unchanged."""
         return g
 
 
 class Diagonal(NamedTuple):
-    r""":math:`M^{-1} = \operatorname{diag}(s)^2`.
+    r"""Diagonal metric :math:`M^{-1} = \operatorname{diag}(s)^2`.
 
     Args:
-        scale: s, standard deviations of the target, shape ``(dim,)``, or ``(chains, dim)`` for each
-            chain its own.
+        scale: s, standard deviations of the target, shape ``(dim,)``, or ``(chains, dim)`` for one
+            metric per chain.
 
     Example:
         >>> Diagonal(torch.tensor([2.0, 3.0])).apply(torch.ones(1, 2))
@@ -43,16 +42,16 @@ class Diagonal(NamedTuple):
     scale: Tensor
 
     def apply(self, v: Tensor) -> Tensor:
-        """A v for rows ``(chains, dim)``: from whitened coordinates to those of the energy."""
+        """Compute A v for v ``(chains, dim)``: from whitened coordinates to those of the energy."""
         return v * self.scale
 
     def transpose(self, g: Tensor) -> Tensor:
-        r""":math:`A^\top g` for rows ``(chains, dim)``: the gradient in whitened coordinates."""
+        r"""Compute :math:`A^\top g`, a gradient in whitened coordinates; g is ``(chains, dim)``."""
         return g * self.scale
 
 
 class Dense(NamedTuple):
-    r""":math:`M^{-1} = L L^\top`.
+    r"""Dense metric :math:`M^{-1} = L L^\top`.
 
     Args:
         factor: L, lower triangular, shape ``(dim, dim)``.
@@ -66,8 +65,14 @@ class Dense(NamedTuple):
 
     @classmethod
     def of_covariance(cls, covariance: Tensor) -> Dense:
-        """The metric whose inverse mass is ``covariance``, shape ``(dim, dim)``; ValueError unless
-        positive definite."""
+        """Return the metric whose inverse mass is a covariance matrix.
+
+        Args:
+            covariance: positive definite matrix, shape ``(dim, dim)``.
+
+        Raises:
+            ValueError: if it is not square, or not positive definite and finite.
+        """
         if covariance.dim() != 2 or covariance.shape[0] != covariance.shape[1]:
             raise ValueError(
                 f"covariance must have shape (dim, dim), got shape {tuple(covariance.shape)}"
@@ -81,16 +86,16 @@ class Dense(NamedTuple):
         return cls(factor)
 
     def apply(self, v: Tensor) -> Tensor:
-        """L v for rows ``(chains, dim)``."""
+        """Compute L v for v ``(chains, dim)``."""
         return v @ self.factor.mT
 
     def transpose(self, g: Tensor) -> Tensor:
-        r""":math:`L^\top g` for rows ``(chains, dim)``."""
+        r"""Compute :math:`L^\top g` for g ``(chains, dim)``."""
         return g @ self.factor
 
 
 class LowRank(NamedTuple):
-    r"""A diagonal, stretched along a few directions.
+    r"""Diagonal metric with a correction along a few directions.
 
     .. math:: A = \operatorname{diag}(s) (I + U (\operatorname{diag}(\lambda)^{1/2} - I) U^\top)
 
@@ -113,11 +118,11 @@ class LowRank(NamedTuple):
         return v + ((v @ self.vectors) * (self.values.sqrt() - 1.0)) @ self.vectors.mT
 
     def apply(self, v: Tensor) -> Tensor:
-        """A v for rows ``(chains, dim)``."""
+        """Compute A v for v ``(chains, dim)``."""
         return self._stretch(v) * self.scale
 
     def transpose(self, g: Tensor) -> Tensor:
-        r""":math:`A^\top g` for rows ``(chains, dim)``."""
+        r"""Compute :math:`A^\top g` for g ``(chains, dim)``."""
         return self._stretch(g * self.scale)
 
 
@@ -125,17 +130,18 @@ Metric: TypeAlias = Identity | Diagonal | Dense | LowRank
 
 
 def metric_of(inverse_mass: Tensor | Metric | None, like: Tensor) -> Metric:
-    """The metric of a kernel's ``inverse_mass`` for rows ``(chains, dim)``; None is the identity, a
-    tensor the diagonal."""
+    """Return the metric of a kernel's ``inverse_mass`` for positions of shape ``(chains, dim)``.
+
+    None is the identity, a tensor is the diagonal.
+    """
     dim = like.shape[1]
     if inverse_mass is None or isinstance(inverse_mass, Identity):
         return Identity()
     if isinstance(inverse_mass, Tensor):
         if inverse_mass.numel() != dim:
             raise ValueError(
-                f"inverse_mass must have {dim} entries, one for each of the event (a full matrix"
-                " is written"
-                f" Dense.of_covariance(matrix)), got shape {tuple(inverse_mass.shape)}"
+                f"inverse_mass must have {dim} entries, one for each of the event, got shape"
+                f" {tuple(inverse_mass.shape)}; pass a full matrix as Dense.of_covariance(matrix)"
             )
         return Diagonal(inverse_mass.reshape(-1).to(like).sqrt())
     if inverse_mass[0].shape[-1] != dim:
@@ -147,7 +153,7 @@ def metric_of(inverse_mass: Tensor | Metric | None, like: Tensor) -> Metric:
 
 
 def metric_tensors(inverse_mass: Tensor | Metric | None) -> tuple[Tensor, ...]:
-    """The tensors of a setting, for checks."""
+    """Return the tensors of ``inverse_mass``, for checks."""
     if inverse_mass is None:
         return ()
     return (inverse_mass,) if isinstance(inverse_mass, Tensor) else tuple(inverse_mass)

@@ -1,5 +1,4 @@
-r"""Microcanonical kernels: the velocity keeps its length and only turns. Unadjusted (biased by its
-step) and adjusted (exact)."""
+"""Microcanonical kernels with velocities of constant norm: unadjusted and adjusted (exact)."""
 
 from __future__ import annotations
 
@@ -34,18 +33,18 @@ __all__ = ["AdjustedMCLMC", "EnergyVarianceAdaptation", "MCLMC", "isokinetic_lea
 
 
 def turn(u: Tensor, force: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
-    r"""Turn unit velocities under a constant force, exactly (Robnik et al., 2023; ver Steeg and
-    Galstyan, 2021).
+    r"""Rotate unit velocities under a constant force, by the exact solution.
 
-    The solution of :math:`\dot u = (I - u u^\top) f / (d - 1)` over a time t. With :math:`e = f /
-    |f|`, :math:`\delta = t |f| / (d - 1)` and :math:`c = e \cdot u`
+    The solution of :math:`\dot u = (I - u u^\top) f / (d - 1)` over a time t (Robnik et al., 2023;
+    ver Steeg and Galstyan, 2021). With :math:`e = f / |f|`, :math:`\delta = t |f| / (d - 1)` and
+    :math:`c = e \cdot u`
 
     .. math::
 
         u' = \frac{u + e (\sinh \delta + c (\cosh \delta - 1))}{\cosh \delta + c \sinh \delta},
         \qquad \Delta K = (d - 1) \log(\cosh \delta + c \sinh \delta)
 
-    The map shrinks areas of the sphere by :math:`e^{-\Delta K}`, so :math:`E + K` takes the place
+    The map contracts areas of the sphere by :math:`e^{-\Delta K}`, so :math:`E + K` takes the place
     of the Hamiltonian.
 
     Args:
@@ -60,20 +59,20 @@ def turn(u: Tensor, force: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
         >>> u, change = turn(
         ...     torch.tensor([[1.0, 0.0]]), torch.tensor([[2.0, 0.0]]), torch.tensor([[0.5]])
         ... )
-        >>> u, change  # along the force: no turn, and K grows by t |f|
+        >>> u, change  # along the force: no rotation, and K grows by t |f|
         (tensor([[1., 0.]]), tensor([1.]))
     """
-    speed_up = u.shape[1] - 1
+    dims = u.shape[1] - 1
     e, delta = (
         normalize(force, dim=1, eps=torch.finfo(u.dtype).tiny),
         time * torch.linalg.vector_norm(force, dim=1, keepdim=True),
     )
-    delta = delta / speed_up
+    delta = delta / dims
     c = (e * u).sum(1, keepdim=True)
-    shrunk = torch.exp(-delta)  # all is divided by exp(delta) / 2, which may overflow
+    shrunk = torch.exp(-delta)  # all terms are divided by exp(delta) / 2, which may overflow
     stretch = (1.0 + c) + shrunk**2 * (1.0 - c)
     turned = 2.0 * shrunk * u + e * (1.0 - shrunk) * ((1.0 + shrunk) + c * (1.0 - shrunk))
-    return normalize(turned, dim=1), speed_up * (delta + torch.log(0.5 * stretch)).squeeze(1)
+    return normalize(turned, dim=1), dims * (delta + torch.log(0.5 * stretch)).squeeze(1)
 
 
 def isokinetic_leapfrog(
@@ -85,12 +84,15 @@ def isokinetic_leapfrog(
     metric: Metric,
     num_steps: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    r"""``num_steps`` steps of turn, drift, turn: reversible (with u to -u) and of second order.
+    r"""Run ``num_steps`` steps of rotation, drift, rotation.
+
+    The integrator is reversible (with u to -u) and of second order.
 
     Args:
-        energy: the energy of the positions.
-        q, u, grad: positions, unit velocities in whitened coordinates and energy gradients at
-            ``q``, shape ``(chains, dim)``.
+        energy: the target.
+        q: positions, shape ``(chains, dim)``.
+        u: unit velocities in whitened coordinates, shape ``(chains, dim)``.
+        grad: energy gradients at ``q``, shape ``(chains, dim)``.
         step_size: :math:`\epsilon`, a length in whitened coordinates, shape ``(chains, 1)``.
         metric: the map :math:`A`.
         num_steps: number of steps.
@@ -119,27 +121,26 @@ def _check_length(kernel: object, name: str, length: float | None) -> None:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class MCLMC(MomentumKernel):
-    r"""Microcanonical Langevin Monte Carlo, **unadjusted** (Robnik and Seljak, 2023). **Not
-    exact**: it has a bias.
+    r"""Microcanonical Langevin Monte Carlo (Robnik and Seljak, 2023). **Not exact**.
 
     .. math:: \dot x = A u, \qquad \dot u = -(I - u u^\top) A^\top \nabla E(x) / (d - 1)
 
-    with :math:`|u| = 1`, in steps of :func:`isokinetic_leapfrog`, and after each a little noise:
-    :math:`u \leftarrow (u + \nu n) / |u + \nu n|` with :math:`\nu^2 = (e^{2 \epsilon / L} - 1) /
-    d`. The bias grows with the step, and is not removed: :class:`AdjustedMCLMC` is the exact one. A
-    step that meets a non-finite number is refused: the row stays, counts as diverging and turns
-    round.
+    with :math:`|u| = 1`, in steps of :func:`isokinetic_leapfrog`, each followed by a partial
+    refresh of the velocity: :math:`u \leftarrow (u + \nu n) / |u + \nu n|` with :math:`\nu^2 =
+    (e^{2 \epsilon / L} - 1) / d`. The bias grows with the step size and is not removed;
+    :class:`AdjustedMCLMC` is the exact version. A step with a non-finite number is
+    rejected: the chain keeps its position, counts as diverging and reverses its velocity.
 
-    Warm-up (:class:`pyroebm.kernels.EnergyVarianceAdaptation`) takes the step at which the energy
-    error has a given variance per dimension. In the whitened coordinates it learns, all variances
-    are 1 and the sum of them is the dimension: hence the default of L.
+    Warm-up (:class:`pyroebm.kernels.EnergyVarianceAdaptation`) selects the step size at which the
+    energy error has a given variance per dimension. In the whitened coordinates that it learns, all
+    variances are 1 and their sum is d: hence the default of L.
 
     Args:
         step_size: :math:`\epsilon`, a length in whitened coordinates.
         inverse_mass: :math:`M^{-1} = A A^\top`: a tensor is its diagonal, or a metric; None is the
             identity.
-        decoherence_length: L, on which the direction is forgotten, in whitened coordinates; None is
-            :math:`\sqrt d`.
+        decoherence_length: L, the length over which the direction decorrelates, in whitened
+            coordinates; None is :math:`\sqrt d`.
 
     Raises:
         ValueError: if a setting is not positive and finite; at the start, if events have fewer than
@@ -163,23 +164,26 @@ class MCLMC(MomentumKernel):
         _check_length(self, "decoherence_length", self.decoherence_length)
 
     def own_adaptation(self) -> EnergyVarianceAdaptation:
+        """Return an :class:`EnergyVarianceAdaptation`."""
         return EnergyVarianceAdaptation()
 
     def init(
         self, energy: Energy, x: Tensor, generator: torch.Generator | None = None
     ) -> MomentumState:
+        """Return the state at ``x``, with velocities uniform on the sphere."""
         state = super().init(energy, x, generator)
         return state._replace(momentum=normalize(state.momentum, dim=1))
 
     def step(
         self, energy: Energy, state: MomentumState, generator: torch.Generator | None = None
     ) -> tuple[MomentumState, Info]:
+        """Run one integrator step and a partial refresh of the velocities."""
         return self.step_with_error(energy, state, generator)[:2]
 
     def step_with_error(
         self, energy: Energy, state: MomentumState, generator: torch.Generator | None = None
     ) -> tuple[MomentumState, Info, Tensor]:
-        """One step, and the error ``(chains,)`` it made in E + K, which the dynamics conserves."""
+        """Run one step; also return its error ``(chains,)`` in E + K, a conserved quantity."""
         q, dim = rows(state.x), rows(state.x).shape[1]
         eps, metric = column(self.step_size, q), metric_of(self.inverse_mass, q)
         q, u, values, grad, change = isokinetic_leapfrog(
@@ -207,29 +211,29 @@ class MCLMC(MomentumKernel):
         return state, info, error
 
 
-class EnergyVarianceMemory(NamedTuple):
-    """What :class:`EnergyVarianceAdaptation` knows between two steps."""
+class EnergyVarianceState(NamedTuple):
+    """State of :class:`EnergyVarianceAdaptation` between two steps."""
 
     pooled: PooledVariance
     step: int
-    errors: int  #: step errors averaged since the last metric
+    errors: int  #: number of step errors averaged since the last change of the metric
     ratio: float  #: running mean of (squared error per dimension) / step size^6
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class EnergyVarianceAdaptation:
-    r"""Step size of :class:`MCLMC` from the energy error, and a diagonal metric in windows (Robnik
-    and Seljak, 2023).
+    r"""Adaptation of the step size of :class:`MCLMC`, and of a diagonal metric.
 
-    The error :math:`\Delta` of E + K in one step has :math:`E[\Delta^2] / d \propto \epsilon^6`.
-    The proportion is averaged over the steps and all chains, and :math:`\epsilon` set to where
-    :math:`E[\Delta^2] / d` meets the target.
+    The error :math:`\Delta` of E + K in one step has :math:`E[\Delta^2] / d \propto \epsilon^6`
+    (Robnik and Seljak, 2023). The factor of proportionality is averaged over steps and chains, and
+    :math:`\epsilon` is set so that :math:`E[\Delta^2] / d` equals the target. The metric is learned
+    in windows.
 
     Args:
-        target: squared energy error per dimension to aim at, in nats squared; a smaller one is a
-            smaller bias.
+        target: squared energy error per dimension to aim at, in nats squared; a smaller value gives
+            a smaller bias.
         metric: whether to learn the diagonal metric.
-        memory: steps over which the average forgets.
+        memory: effective number of steps of the running average.
 
     Raises:
         ValueError: if ``target`` is not positive and finite or ``memory`` is below 1.
@@ -256,27 +260,31 @@ class EnergyVarianceAdaptation:
         energy: Energy,
         state: MomentumState,
         generator: torch.Generator | None = None,
-    ) -> tuple[MCLMC, EnergyVarianceMemory]:
-        """The kernel as it is, and an empty memory; ValueError unless it is an :class:`MCLMC`."""
+    ) -> tuple[MCLMC, EnergyVarianceState]:
+        """Return the kernel unchanged and an empty adaptation state.
+
+        Raises:
+            ValueError: if the kernel is not an :class:`MCLMC`.
+        """
         if not isinstance(kernel, MCLMC):
             raise ValueError(
-                "EnergyVarianceAdaptation tunes MCLMC by its energy error, got"
-                f" {type(kernel).__name__}"
+                "kernel must be MCLMC(), whose step size EnergyVarianceAdaptation adapts, got"
+                f" {type(kernel).__name__}; use WindowAdaptation()"
             )
-        return kernel, EnergyVarianceMemory(PooledVariance.start(rows(state.x)), 0, 0, 0.0)
+        return kernel, EnergyVarianceState(PooledVariance.start(rows(state.x)), 0, 0, 0.0)
 
     def step(
         self,
         kernel: MCLMC,
         energy: Energy,
         state: MomentumState,
-        memory: EnergyVarianceMemory,
+        adaptation_state: EnergyVarianceState,
         num_steps: int,
         generator: torch.Generator | None = None,
-    ) -> tuple[MCLMC, MomentumState, Info, EnergyVarianceMemory]:
-        """One step of the kernel, and what is learned from it."""
+    ) -> tuple[MCLMC, MomentumState, Info, EnergyVarianceState]:
+        """Run one step of the kernel and update the adaptation."""
         state, info, error = kernel.step_with_error(energy, state, generator)
-        pooled, step, errors, ratio = memory
+        pooled, step, errors, ratio = adaptation_state
         size = float(torch.as_tensor(kernel.step_size).mean())
         if float(info.accepted.double().mean()) < 0.5:
             errors, new = 0, 0.5 * size
@@ -296,7 +304,7 @@ class EnergyVarianceAdaptation:
             if (learned := pooled.metric(before)) is not None:
                 kernel, errors = kernel.replace(inverse_mass=learned), 0
             pooled = PooledVariance.start(rows(state.x))
-        return kernel, state, info, EnergyVarianceMemory(pooled, step + 1, errors, ratio)
+        return kernel, state, info, EnergyVarianceState(pooled, step + 1, errors, ratio)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -338,11 +346,13 @@ class AdjustedMCLMC(GradientKernel):
         _check_length(self, "trajectory_length", self.trajectory_length)
 
     def probe(self) -> AdjustedMCLMC:
+        """Return the kernel with trajectories of one step."""
         return self.replace(trajectory_length=sys.float_info.min)
 
     def step(
         self, energy: Energy, state: State, generator: torch.Generator | None = None
     ) -> tuple[State, Info]:
+        """Run one trajectory of every chain and accept it by Metropolis-Hastings."""
         q = rows(state.x)
         eps, metric = column(self.step_size, q), metric_of(self.inverse_mass, q)
         num_steps = jittered_steps(

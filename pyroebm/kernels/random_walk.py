@@ -1,4 +1,4 @@
-"""Random-walk Metropolis: no gradient needed."""
+"""Random-walk Metropolis, which requires no gradient."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ __all__ = ["RandomWalk"]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RandomWalk(ContinuousKernel[PointState]):
-    r"""Random-walk Metropolis (Metropolis et al., 1953) with a normal proposal: exact, and the
-    energy needs no gradient.
+    r"""Random-walk Metropolis (Metropolis et al., 1953) with a normal proposal: exact.
 
     .. math:: x' = x + \epsilon A n, \quad n \sim N(0, I), \quad A A^\top = M^{-1}, \qquad
         \alpha = \min(1, e^{E(x) - E(x')})
@@ -47,6 +46,7 @@ class RandomWalk(ContinuousKernel[PointState]):
     def init(
         self, energy: Energy, x: Tensor, generator: torch.Generator | None = None
     ) -> PointState:
+        """Return the state at ``x``, with its energies."""
         self.check_start(energy, x)
         state = _at(energy, x.detach())
         bad = ~torch.isfinite(state.energy)
@@ -54,15 +54,15 @@ class RandomWalk(ContinuousKernel[PointState]):
             row = int(bad.nonzero()[0])
             raise ValueError(
                 f"chains must start where the energy is finite: {int(bad.sum())} of {len(x)} rows"
-                " of x are not, the first is row"
-                f" {row} with x={x[row].tolist()} and energy {float(state.energy[row])}; start"
-                " from energy.initial(n)"
+                f" of x are not, the first is row {row} with x={x[row].tolist()} and energy"
+                f" {float(state.energy[row])}; start from energy.initial(n)"
             )
         return state
 
     def step(
         self, energy: Energy, state: PointState, generator: torch.Generator | None = None
     ) -> tuple[PointState, Info]:
+        """Propose a normal step and accept it by Metropolis."""
         q = rows(state.x)
         eps = column(self.step_size, q)
         q = q + eps * metric_of(self.inverse_mass, q).apply(normal_like(q, generator))

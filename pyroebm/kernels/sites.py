@@ -1,5 +1,4 @@
-"""What kernels on discrete supports share: a flat event as sites, each of which takes one of K
-values."""
+"""Helpers of kernels on discrete supports: a flat event as sites with K values each."""
 
 from __future__ import annotations
 
@@ -17,8 +16,7 @@ __all__ = ["DiscreteKernel", "draw_index", "squared_distances", "to_sites", "val
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class DiscreteKernel(Kernel[S]):
-    """A kernel that moves on a discrete support itself: bits, spins, one-hot rows, bounded
-    integers.
+    """Kernel on a discrete support: bits, spins, one-hot vectors or bounded integers.
 
     Example:
         >>> from pyroebm.kernels import Gibbs
@@ -29,37 +27,43 @@ class DiscreteKernel(Kernel[S]):
     discrete: ClassVar[bool] = True
 
     def check_start(self, energy: Energy, x: Tensor) -> None:
+        """Raise ValueError unless ``x`` is a batch of positions in the support of the energy."""
         super().check_start(energy, x)
         outside = ~inside(energy.support, x, len(energy.event_shape))
         if bool(outside.any()):
             row = int(outside.nonzero()[0])
             raise ValueError(
                 f"x must lie in support={energy.support}: {int(outside.sum())} of {len(x)} rows do"
-                f" not, the first is row {row}"
-                f" with {x[row].tolist()}; start from energy.initial(n)"
+                f" not, the first is row {row} with {x[row].tolist()}; start from"
+                " energy.initial(n)"
             )
 
 
 def values_of(energy: Energy, x: Tensor) -> Tensor:
-    """The K values of one site, ``(K, width)``, in the dtype and on the device of ``x``."""
+    """Return the K values of one site, ``(K, width)``, in the dtype and on the device of ``x``."""
     return site_values(energy.support, energy.event_shape, x.dtype, x.device)
 
 
 def to_sites(x: Tensor, values: Tensor) -> Tensor:
-    """``(chains, *event)`` as ``(chains, sites, width)``."""
+    """Reshape ``(chains, *event)`` to ``(chains, sites, width)``."""
     return x.reshape(len(x), -1, values.shape[1])
 
 
 def squared_distances(x: Tensor, values: Tensor) -> Tensor:
-    """Squared distances of sites ``(chains, sites, width)`` to the values: ``(chains, K, sites)``;
-    exactly 0 at a site's own."""
+    """Compute squared distances of sites ``(chains, sites, width)`` to the values.
+
+    The shape is ``(chains, K, sites)``; the distance to the current value is exactly 0.
+    """
     return (x**2).sum(2).unsqueeze(1) - 2.0 * values @ x.mT + (values**2).sum(1, keepdim=True)
 
 
 def draw_index(p: Tensor, noise: Tensor) -> Tensor:
-    """Categories along dimension 1 by inverse CDF: ``p (chains, K, ...)``, uniform ``noise (chains,
-    ...)``."""
-    # scaled by its own end, so that a category of probability 0 is never drawn, the last one
-    # neither
+    """Draw categories along dimension 1 by the inverse CDF.
+
+    Args:
+        p: probabilities, not necessarily normalized, shape ``(chains, K, ...)``.
+        noise: uniform numbers, shape ``(chains, ...)``.
+    """
+    # Scale by the total, so that a category of probability 0 is never drawn, not even the last.
     cdf = p.cumsum(1)
     return (noise.unsqueeze(1) * cdf[:, -1:] >= cdf[:, :-1]).sum(1)

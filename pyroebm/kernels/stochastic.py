@@ -1,4 +1,4 @@
-"""Stochastic-gradient Langevin dynamics: a minibatch of the data for each step."""
+"""Stochastic-gradient Langevin dynamics, with one minibatch of the data in each step."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = ["CountedState", "StochasticGradientLangevin"]
 
 
 class CountedState(NamedTuple):
-    """Positions, and how often they were moved. Row i of each field belongs to chain i alone.
+    """Positions and their number of steps. Entry i of each field belongs to chain i alone.
 
     Example:
         >>> from pyroebm.targets import DoubleWell
@@ -42,27 +42,26 @@ class CountedState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class StochasticGradientLangevin(ContinuousKernel[CountedState]):
-    r"""Stochastic-gradient Langevin dynamics (Welling and Teh, 2011). **Not exact** at a constant
-    step.
+    r"""Stochastic-gradient Langevin dynamics (Welling and Teh, 2011). **Not exact**.
 
     .. math::
 
         x' = x - \frac{\epsilon_t^2}{2} M^{-1} \nabla \hat E_t(x) + \epsilon_t A n, \qquad
         n \sim N(0, I), \qquad \epsilon_t^2 = \epsilon^2 (1 + t / b)^{-\gamma}
 
-    :math:`\hat E_t` is :meth:`pyroebm.core.MinibatchEnergy.subsample`, fresh in each step and
-    common to
-    all chains: chains are independent given the minibatches alone. The noise of the gradient adds
-    :math:`\epsilon^4 / 4` of its variance to each step. With :math:`\tfrac12 < \gamma \le 1` the
-    bias vanishes as t grows, if draws are weighted by :math:`\epsilon_t^2` (their
-    :math:`\epsilon_t`); with :math:`\gamma = 0` it stays. On any other energy it is ULA.
+    :math:`\hat E_t` is :meth:`pyroebm.core.MinibatchEnergy.subsample`, drawn in each step and the
+    same for all chains, so chains are independent only given the minibatches. The noise of the
+    gradient adds :math:`\epsilon^4 / 4` of its variance to each step. With
+    :math:`\tfrac12 < \gamma \le 1` the bias vanishes as t grows, if draws are weighted by
+    :math:`\epsilon_t^2` (their :math:`\epsilon_t`); at a constant step size it remains. On any
+    other energy the kernel is ULA.
 
     Args:
         step_size: :math:`\epsilon` at the start, the standard deviation of the noise.
         inverse_mass: preconditioner :math:`M^{-1} = A A^\top`: a tensor is its diagonal, or a
             metric; None is the identity.
         decay: :math:`\gamma \ge 0`.
-        delay: :math:`b > 0`, steps before the decay is felt.
+        delay: :math:`b > 0`, number of steps before the decay sets in.
 
     Raises:
         ValueError: if a setting is out of its range.
@@ -94,24 +93,25 @@ class StochasticGradientLangevin(ContinuousKernel[CountedState]):
         if not (0.0 <= self.decay < math.inf and 0.0 < self.delay < math.inf):
             raise ValueError(
                 "StochasticGradientLangevin: decay must be at least 0 and delay positive, both"
-                " finite, got"
-                f" decay={self.decay}, delay={self.delay}"
+                f" finite, got decay={self.decay}, delay={self.delay}"
             )
 
     def init(
         self, energy: Energy, x: Tensor, generator: torch.Generator | None = None
     ) -> CountedState:
+        """Return the state at ``x``, with no steps counted."""
         self.check_start(energy, x)
         start = start_state(energy, x)
         return CountedState(start.x, start.energy, torch.zeros_like(start.energy, dtype=torch.long))
 
     def refresh(self, energy: Energy, state: CountedState) -> CountedState:
-        # each step takes its own gradient, and the energy is an estimate that no step reads
+        """Return the state unchanged: each step computes its own gradient."""
         return state
 
     def step(
         self, energy: Energy, state: CountedState, generator: torch.Generator | None = None
     ) -> tuple[CountedState, Info]:
+        """Run one step with a new minibatch."""
         q, part = rows(state.x), energy.subsample(generator)
         age = state.steps.to(q.dtype).unsqueeze(1)
         eps, metric = (
@@ -125,7 +125,7 @@ class StochasticGradientLangevin(ContinuousKernel[CountedState]):
         x = q.reshape(state.x.shape)
         with torch.no_grad():
             values = part(x)
-        # an infinite gradient may lead to where the energy is flat
+        # An infinite gradient may lead to an infinite position with a finite energy.
         finite = torch.isfinite(values) & torch.isfinite(q).all(1)
         state = choose(finite, CountedState(x, values, state.steps), state)
         return state._replace(steps=state.steps + 1), Info(

@@ -1,5 +1,4 @@
-"""Parallel tempering around any kernel: replicas at a ladder of temperatures, non-reversible swaps,
-and the warm-up of the ladder."""
+"""Parallel tempering around any kernel: non-reversible swaps, adaptive temperature ladder."""
 
 from __future__ import annotations
 
@@ -25,7 +24,7 @@ __all__ = [
     "TemperedState",
     "TemperingReport",
     "LadderAdaptation",
-    "LadderMemory",
+    "LadderAdaptationState",
     "respaced",
 ]
 
@@ -33,63 +32,66 @@ T = TypeVar("T")
 
 
 class TemperedState(NamedTuple):
-    """The replicas of every chain and what they have done since the warm-up. R is the number of
-    temperatures, coldest first."""
+    """Replicas of every chain and the swap statistics since the warm-up.
+
+    R is the number of temperatures, coldest first.
+    """
 
     x: Tensor  #: positions of the cold replica, shape ``(chains, *event)``
-    energy: Tensor  #: :math:`U(x)` there, shape ``(chains,)``
+    energy: Tensor  #: :math:`U(x)` at these positions, shape ``(chains,)``
     #: state of the inner kernel, each field ``(chains, R, ...)``; its energies are those of the
     #: path
     inner: Any
     replica: Tensor  #: which replica is at each temperature, shape ``(chains, R)``
-    #: whether it was last at the cold end (1), the hot end after that (2), or neither yet (0),
-    #: ``(chains, R)``
+    #: whether the replica was last at the cold end (1), since then at the hot end (2), or at
+    #: neither yet (0), shape ``(chains, R)``
     heading: Tensor
-    round_trips: Tensor  #: trips cold to hot to cold that were finished, shape ``(chains,)``
-    #: steps taken; pairs (0, 1), (2, 3), ... swap where it is even, the others where it is odd,
-    #: ``(chains,)``
+    round_trips: Tensor  #: completed round trips cold to hot to cold, shape ``(chains,)``
+    #: number of steps; pairs (0, 1), (2, 3), ... swap if it is even, the others if it is odd,
+    #: shape ``(chains,)``
     steps: Tensor
-    #: sums over steps of the swap probability of each neighbouring pair, float64, shape ``(chains,
-    #: R - 1)``
+    #: sums over steps of the swap probability of each neighboring pair, float64, shape
+    #: ``(chains, R - 1)``
     swaps: Tensor
     #: sums over steps of :math:`U - V` at each temperature, float64, shape ``(chains, R)``
     slopes: Tensor
 
 
 class TemperingReport(NamedTuple):
-    r"""What the swaps say, all chains together; from :meth:`ParallelTempering.report`.
+    r"""Swap statistics of all chains, from :meth:`ParallelTempering.report`.
 
-    With efficient swaps a round trip takes :math:`2 + 2 \Lambda` steps of a chain at best, however
-    many temperatures there are (Syed et al., 2022). A ladder of about :math:`2 \Lambda + 1`
-    temperatures comes near to that; more of them cost more than they give.
+    With efficient swaps a round trip takes at least :math:`2 + 2 \Lambda` steps of a chain, for any
+    number of temperatures (Syed et al., 2022). A temperature ladder of about :math:`2 \Lambda + 1`
+    rungs comes close to this; more rungs cost more than they gain.
     """
 
-    betas: Tensor  #: the ladder, shape ``(R,)``
-    swap_rates: Tensor  #: mean swap probability of neighbours, shape ``(R - 1,)``
+    betas: Tensor  #: inverse temperatures of the ladder, shape ``(R,)``
+    swap_rates: Tensor  #: mean swap probability of neighbors, shape ``(R - 1,)``
     barrier: float  #: global communication barrier :math:`\Lambda`, the sum of rejection rates
-    round_trips: Tensor  #: of each chain, shape ``(chains,)``
-    #: round trips of a chain in one step, to compare with :math:`1 / (2 + 2 \Lambda)`
+    round_trips: Tensor  #: number of round trips of each chain, shape ``(chains,)``
+    #: round trips per step of a chain, to compare with :math:`1 / (2 + 2 \Lambda)`
     round_trip_rate: float
-    #: mean :math:`U - V` at each temperature, shape ``(chains, R)``: what thermodynamic integration
-    #: sums
+    #: mean :math:`U - V` at each temperature, the integrand of thermodynamic integration, shape
+    #: ``(chains, R)``
     mean_slopes: Tensor
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ParallelTempering(WrappedKernel[TemperedState]):
-    r"""Replicas of each chain at inverse temperatures :math:`1 = \beta_0 > \dots > \beta_{R-1}`,
-    which swap their states.
+    r"""Parallel tempering: replicas at several inverse temperatures that swap their states.
+
+    With :math:`1 = \beta_0 > \dots > \beta_{R-1}`
 
     .. math:: p_k(x) \propto e^{-(1 - \beta_k) V(x) - \beta_k U(x)}, \qquad
         \alpha(k, l) = \min\bigl(1, e^{(\beta_k - \beta_l) ((U - V)(x_k) - (U - V)(x_l))}\bigr)
 
-    Each step moves every replica with the inner kernel, all rows of all chains at once, and then
-    swaps neighbours: even pairs in even steps, odd pairs in odd ones. This order is not reversible,
-    and carries replicas through the ladder in straight runs (Geyer, 1991; Okabe et al., 2001; Syed,
-    Bouchard-Côté, Deligiannidis and Doucet, "Non-reversible parallel tempering", 2022). Without a
-    reference, V = 0. With one, the hottest replica is drawn from it afresh in every step. The draws
-    are those of the replica at :math:`\beta = 1`; ``Info`` speaks of it, except that ``diverging``
-    and ``n_steps`` take in all replicas.
+    Each step moves every replica of all chains with the inner kernel and then swaps neighbors: even
+    pairs in even steps, odd pairs in odd steps. This order is not reversible and gives shorter
+    round trips (Geyer, 1991; Okabe et al., 2001; Syed, Bouchard-Côté, Deligiannidis and Doucet,
+    "Non-reversible parallel tempering", 2022). Without a reference, V = 0. With one, the hottest
+    replica is drawn from it in every step. The draws are those of the replica at :math:`\beta = 1`.
+    ``Info`` reports on this replica, except that ``diverging`` and ``n_steps`` include all
+    replicas.
 
     Warm-up is :class:`pyroebm.kernels.LadderAdaptation`: a step size for each temperature, and
     temperatures of equal swap rates.
@@ -99,11 +101,13 @@ class ParallelTempering(WrappedKernel[TemperedState]):
             temperature, shape ``(R,)``.
         betas: :math:`\beta_k`, decreasing from 1: to a small positive number, or to 0 with a
             reference.
-        reference: V, an energy with exact draws, on the space of the energy that is sampled and as
-            wide as that or wider: where V is infinite no replica goes.
+        reference: V, an energy with exact draws, on the space of the energy that is sampled. Its
+            support must contain that of the energy, because no replica enters regions where V is
+            infinite.
 
     Raises:
-        ValueError: if the ladder is not one, or if the reference has no exact draws.
+        ValueError: if ``betas`` does not decrease from 1 as above, or if the reference has no exact
+            draws.
 
     Example:
         >>> from pyroebm import HMC, MCMC
@@ -137,58 +141,59 @@ class ParallelTempering(WrappedKernel[TemperedState]):
             )
         if not (betas[-1] > 0.0 if self.reference is None else betas[-1] == 0.0):
             rule = (
-                "end above 0, for e^0 has no draws"
+                "end above 0 without a reference"
                 if self.reference is None
-                else "end at 0, where the reference is"
+                else "end at 0, the reference"
             )
             raise ValueError(f"betas must {rule}, got betas={betas.tolist()}")
         if self.reference is not None and not self.reference.has_exact_draws:
             raise ValueError(
-                f"reference must have exact draws, but {type(self.reference).__name__} has none"
+                f"reference must have exact draws, but {type(self.reference).__name__} has none;"
+                " use an energy with sample(), such as a Gaussian of pyroebm.targets"
             )
 
     @property
     def has_momentum(self) -> bool:
-        """Never: what is reported after the swaps is the energy."""
+        """False: after the swaps the report contains the energy."""
         return False
 
     @property
     def target_acceptance(self) -> float | None:
-        """None: :class:`LadderAdaptation` tunes each temperature by that of the inner kernel."""
+        """None: :class:`LadderAdaptation` uses the target of the inner kernel."""
         return None
 
     @property
     def expected_gradients(self) -> float:
-        """Those of all replicas, and one for each after the swaps."""
+        """Expected gradient evaluations of all replicas, and one for each after the swaps."""
         return len(self.betas) * (self.kernel.expected_gradients + 1.0)
 
     @property
     def compiles(self) -> Literal["nothing"]:
-        """Nothing: the path between the temperatures is an energy of its own."""
+        """``"nothing"``: the energy of the replicas is a geometric path, which is not compiled."""
         return "nothing"
 
     @property
     def learned(self) -> tuple[str, ...]:
-        """The ladder, and what warm-up learns of the inner kernel."""
+        """Names of the settings that warm-up may change: the inner kernel's and ``betas``."""
         return (
             *(name for name in ("step_size", "inverse_mass") if name in self.kernel.learned),
             "betas",
         )
 
     def own_adaptation(self) -> LadderAdaptation:
-        """Step sizes and temperatures, tuned together."""
+        """Return a :class:`LadderAdaptation`."""
         return LadderAdaptation()
 
     def path(self, energy: Energy, num_chains: int) -> GeometricPath:
-        """The energy of all replicas as rows ``num_chains * R``, those of one chain side by
-        side."""
+        """Return the energy of ``num_chains * R`` replicas, those of one chain adjacent."""
         reference = None if self.reference is None else unconstrain(self.reference)
         return GeometricPath(energy, self.betas.repeat(num_chains), reference)
 
     def init(
         self, energy: Energy, x: Tensor, generator: torch.Generator | None = None
     ) -> TemperedState:
-        # the front door: what it refuses, it counts in rows of the caller
+        # Check x first, so that an error names the caller's chains and not replicas.
+        """Return the state at ``x``, with all replicas of a chain at the same position."""
         self.kernel.init(energy, x, generator)
         chains, rungs = len(x), len(self.betas)
         inner = self.kernel.init(
@@ -212,31 +217,36 @@ class ParallelTempering(WrappedKernel[TemperedState]):
     def step(
         self, energy: Energy, state: TemperedState, generator: torch.Generator | None = None
     ) -> tuple[TemperedState, Info]:
+        """Move all replicas with the inner kernel and swap neighbors."""
         state, info, _ = self.transition(energy, state, generator)
         return state, info
 
     def transition(
         self, energy: Energy, state: TemperedState, generator: torch.Generator | None = None
     ) -> tuple[TemperedState, Info, Info]:
-        """:meth:`step`, with the inner kernel's report besides: each field ``(chains, R)``, before
-        the swaps."""
+        """Run :meth:`step`; also return the inner kernel's report.
+
+        Its fields have shape ``(chains, R)`` and are from before the swaps.
+        """
         chains, rungs = state.replica.shape
         path = self.path(energy, chains)
-        rows, row_info = self._for_rows(chains).step(path, by_row(state.inner), generator)
-        inner, inner_info = by_chain(rows, chains), by_chain(row_info, chains)
+        moved, replica_info = self._kernel_of_replicas(chains).step(
+            path, flattened(state.inner), generator
+        )
+        inner, inner_info = by_chain(moved, chains), by_chain(replica_info, chains)
         if path.reference is None:
             slope = inner.energy / path.betas.reshape(chains, rungs)
         else:
             inner = inner._replace(x=_with_fresh_reference(path, path.reference, inner, generator))
-            slope = path.slope(by_row(inner).x).reshape(chains, rungs)
+            slope = path.slope(flattened(inner).x).reshape(chains, rungs)
 
         probability = swap_probability(path.betas.reshape(chains, rungs), slope)
-        turn = torch.arange(rungs - 1, device=slope.device) % 2 == state.steps.unsqueeze(1) % 2
-        swapped = turn & (uniform_like(probability, generator) < probability)
+        active = torch.arange(rungs - 1, device=slope.device) % 2 == state.steps.unsqueeze(1) % 2
+        swapped = active & (uniform_like(probability, generator) < probability)
         order = swapped_order(swapped)
-        # The positions move; what the inner state knows of the energy is of the old temperature,
-        # and is taken anew.
-        inner = by_chain(self.kernel.refresh(path, by_row(taken(inner, order))), chains)
+        # Positions are swapped. Energies and gradients are those of the previous temperature and
+        # are recomputed.
+        inner = by_chain(self.kernel.refresh(path, flattened(reordered(inner, order))), chains)
         heading, returned = headings(state.heading.gather(1, order))
         new = TemperedState(
             x=inner.x[:, 0],
@@ -249,37 +259,41 @@ class ParallelTempering(WrappedKernel[TemperedState]):
             swaps=state.swaps + probability,
             slopes=state.slopes + slope,
         )
-        # a replica that is drawn afresh cannot diverge
-        moved = slice(None) if path.reference is None else slice(-1)
+        # A replica drawn from the reference cannot diverge.
+        by_kernel = slice(None) if path.reference is None else slice(-1)
         info: Info = _each(inner_info, lambda field: field[:, 0])._replace(
             accepted=inner_info.accepted[:, 0] | swapped[:, 0],
-            diverging=inner_info.diverging[:, moved].any(1),
+            diverging=inner_info.diverging[:, by_kernel].any(1),
             energy=new.energy,
-            # the energies taken anew after the swap cost a gradient each
+            # The refresh after the swap costs one gradient per replica.
             n_steps=inner_info.n_steps.sum(1) + rungs,
         )
         return new, info, inner_info
 
     def refresh(self, energy: Energy, state: TemperedState) -> TemperedState:
+        """Recompute energies of all replicas after the energy was trained."""
         chains = len(state.x)
         inner = by_chain(
-            self.kernel.refresh(self.path(energy, chains), by_row(state.inner)), chains
+            self.kernel.refresh(self.path(energy, chains), flattened(state.inner)), chains
         )
         return state._replace(energy=inner.energy[:, 0], inner=inner)
 
     def restart(self, state: TemperedState) -> TemperedState:
-        """The same replicas with nothing counted yet."""
+        """Return the state with all swap statistics set to 0."""
         names = ("round_trips", "steps", "swaps", "slopes")
         return state._replace(**{name: torch.zeros_like(getattr(state, name)) for name in names})
 
     def report(self, state: TemperedState) -> TemperingReport:
-        """Swap rates, round trips and mean energies of the steps since the warm-up; ValueError if
-        there were none."""
+        """Summarize swap rates, round trips and mean energies of the steps since the warm-up.
+
+        Raises:
+            ValueError: if the state has not taken a step.
+        """
         steps = state.steps.sum()
         if int(steps) == 0:
             raise ValueError(
-                "report needs a state that took at least one step since the warm-up, got one that"
-                " took 0"
+                "state must have taken at least one step since the warm-up, got one with 0 steps;"
+                " draw samples first"
             )
         rates = state.swaps.sum(0) / steps
         return TemperingReport(
@@ -291,7 +305,7 @@ class ParallelTempering(WrappedKernel[TemperedState]):
             mean_slopes=state.slopes / state.steps.unsqueeze(1),
         )
 
-    def _for_rows(self, chains: int) -> Kernel[Any]:
+    def _kernel_of_replicas(self, chains: int) -> Kernel[Any]:
         size = self.kernel.step_size
         if isinstance(size, Tensor) and size.dim() == 1:
             return self.kernel.replace(step_size=size.repeat(chains))
@@ -299,21 +313,29 @@ class ParallelTempering(WrappedKernel[TemperedState]):
 
 
 def swap_probability(betas: Tensor, slope: Tensor) -> Tensor:
-    r""":math:`\min(1, e^{(\beta_k - \beta_l)(s_k - s_l)})` of neighbours k, l = k + 1: ``(chains,
-    R) -> (chains, R - 1)``."""
+    r"""Compute the swap probabilities of neighboring temperatures.
+
+    :math:`\min(1, e^{(\beta_k - \beta_l)(s_k - s_l)})` with l = k + 1, from ``(chains, R)`` to
+    ``(chains, R - 1)``.
+    """
     return torch.exp(betas.diff(dim=1) * slope.diff(dim=1)).clamp(max=1.0)
 
 
 def swapped_order(swapped: Tensor) -> Tensor:
-    """Where each temperature takes its replica from, ``(chains, R)``, if the pairs ``(chains, R -
-    1)`` swap; none overlap."""
+    """Return from which index each temperature takes its replica, ``(chains, R)``.
+
+    ``swapped`` marks the pairs that swap, ``(chains, R - 1)``; they do not overlap.
+    """
     up = torch.nn.functional.pad(swapped.long(), (0, 1))
     return torch.arange(up.shape[1], device=up.device) + up - up.roll(1, 1)
 
 
 def headings(heading: Tensor) -> tuple[Tensor, Tensor]:
-    """Labels of the replicas where they stand now, and whether the one at the cold end has come
-    back from the hot end."""
+    """Update the headings of replicas after swaps.
+
+    Returns:
+        the headings, and whether the replica at the cold end completed a round trip.
+    """
     returned = heading[:, 0] == 2
     heading = heading.clone()
     heading[:, 0] = 1
@@ -321,20 +343,19 @@ def headings(heading: Tensor) -> tuple[Tensor, Tensor]:
     return heading, returned
 
 
-def taken(state: T, order: Tensor) -> T:
-    """Every field ``(chains, R, ...)`` of a state in a new order ``(chains, R)`` of its
-    replicas."""
+def reordered(state: T, order: Tensor) -> T:
+    """Reorder the replicas ``(chains, R, ...)`` in every field by ``order`` ``(chains, R)``."""
     chain = torch.arange(len(order), device=order.device).unsqueeze(1)
     return _each(state, lambda field: field[chain, order])
 
 
 def by_chain(state: T, chains: int) -> T:
-    """Rows ``chains * R`` as ``(chains, R)``, in every field."""
+    """Reshape ``(chains * R, ...)`` to ``(chains, R, ...)`` in every field."""
     return _each(state, lambda field: field.reshape(chains, -1, *field.shape[1:]))
 
 
-def by_row(state: T) -> T:
-    """The inverse of :func:`by_chain`."""
+def flattened(state: T) -> T:
+    """Reshape ``(chains, R, ...)`` to ``(chains * R, ...)`` in every field."""
     return _each(state, lambda field: field.flatten(0, 1))
 
 
@@ -349,11 +370,12 @@ def _each(state: T, f: Callable[[Tensor], Tensor]) -> T:
 def _with_fresh_reference(
     path: GeometricPath, reference: Energy, inner: Any, generator: torch.Generator | None
 ) -> Tensor:
-    """Positions ``(chains, R, *event)`` of an inner state with the last replica drawn from the
-    reference.
+    """Replace the positions of the last replica by draws from the reference.
 
-    Not where the energy is not finite, nor its gradient if the kernel follows it: there the last
-    replica stays.
+    A draw is rejected if its energy is not finite, or its gradient if the kernel uses it.
+
+    Returns:
+        positions ``(chains, R, *event)``.
     """
     draws = reference.sample(len(inner.x), generator)
     if isinstance(inner, HasGradient) and not is_discrete(path.support):
@@ -366,33 +388,32 @@ def _with_fresh_reference(
     return torch.cat([inner.x[:, :-1], torch.where(inside, draws, inner.x[:, -1]).unsqueeze(1)], 1)
 
 
-class LadderMemory(NamedTuple):
-    """The adaptation's own state between two steps."""
+class LadderAdaptationState(NamedTuple):
+    """State of :class:`LadderAdaptation` between two steps."""
 
-    #: one for each temperature; none where the inner kernel has no step size to tune
+    #: one for each temperature; empty if the inner kernel has no step size to adapt
     tunings: tuple[DualAveraging, ...]
     step: int
 
 
 @dataclasses.dataclass(frozen=True)
 class LadderAdaptation:
-    r"""Step sizes and temperatures of :class:`pyroebm.kernels.ParallelTempering`, pooled over
-    chains.
+    r"""Adaptation of step sizes and temperatures of :class:`pyroebm.kernels.ParallelTempering`.
 
-    In rounds that double in length, the mean rejection rates of neighbours are summed to the
-    communication barrier
+    In rounds of doubling length, the mean rejection rates of neighbors, over all chains, are summed
+    to the communication barrier
 
     .. math:: \Lambda(\beta_k) = \sum_{j \le k} r_j, \qquad r_j = 1 - \bar\alpha(j - 1, j)
 
-    which hardly depends on the ladder it was measured on. The new ladder divides it evenly, so that
-    all rejection rates are equal (Syed, Bouchard-Côté, Deligiannidis and Doucet, 2022, algorithm
-    4). Between the rounds' ends, each temperature's step size follows the acceptance rate at that
-    temperature by dual averaging. The metric stays as it was given. What the state has counted is
-    forgotten at the end, so that a report afterwards is about the draws that were kept.
+    which depends little on the ladder with which it is estimated. The new temperature ladder
+    divides it evenly, so that all rejection rates are equal (Syed, Bouchard-Côté, Deligiannidis and
+    Doucet, 2022, algorithm 4). Within the rounds, the step size at each temperature follows the
+    acceptance rate at that temperature by dual averaging. The metric is not adapted. The swap
+    statistics are set to 0 at the end, so that a later report covers the draws that were kept.
 
     Args:
-        target_acceptance: acceptance rate to aim at; None takes the inner kernel's own.
-        ladder: whether to move the temperatures between the two ends.
+        target_acceptance: acceptance rate to aim at; None uses the inner kernel's own.
+        ladder: whether to adapt the temperatures between the two ends.
 
     Raises:
         ValueError: if ``target_acceptance`` is outside (0, 1).
@@ -425,32 +446,33 @@ class LadderAdaptation:
         energy: Energy,
         state: TemperedState,
         generator: torch.Generator | None = None,
-    ) -> tuple[ParallelTempering, LadderMemory]:
-        """A kernel with first guesses of the step sizes, and the adaptation's state."""
+    ) -> tuple[ParallelTempering, LadderAdaptationState]:
+        """Return a kernel with initial step sizes, and the initial adaptation state."""
         if not isinstance(kernel, ParallelTempering):
             raise ValueError(
-                f"LadderAdaptation is for ParallelTempering, got {type(kernel).__name__}"
+                "kernel must be ParallelTempering(), whose ladder LadderAdaptation adapts, got"
+                f" {type(kernel).__name__}; use WindowAdaptation()"
             )
         if kernel.kernel.target_acceptance is None:
-            return kernel, LadderMemory((), 0)
+            return kernel, LadderAdaptationState((), 0)
         sizes = find_step_sizes(kernel, energy, state, generator)
-        return kernel.replace(step_size=sizes), LadderMemory(_tunings(sizes), 0)
+        return kernel.replace(step_size=sizes), LadderAdaptationState(_tunings(sizes), 0)
 
     def step(
         self,
         kernel: ParallelTempering,
         energy: Energy,
         state: TemperedState,
-        memory: LadderMemory,
+        adaptation_state: LadderAdaptationState,
         num_steps: int,
         generator: torch.Generator | None = None,
-    ) -> tuple[ParallelTempering, TemperedState, Info, LadderMemory]:
-        """One step of a warm-up of ``num_steps``, and what is learned from it."""
+    ) -> tuple[ParallelTempering, TemperedState, Info, LadderAdaptationState]:
+        """Run one step of a warm-up of ``num_steps`` and update the adaptation."""
         rounds = windows(num_steps) if self.ladder else []
-        if any(memory.step == begin for begin, _ in rounds):
+        if any(adaptation_state.step == begin for begin, _ in rounds):
             state = kernel.restart(state)
         state, info, inner = kernel.transition(energy, state, generator)
-        tunings, last = memory.tunings, memory.step + 1 == num_steps
+        tunings, last = adaptation_state.tunings, adaptation_state.step + 1 == num_steps
         if tunings:
             target = (
                 kernel.kernel.target_acceptance
@@ -462,7 +484,7 @@ class LadderAdaptation:
                 t.update(rate, float(target or 0.0)) for t, rate in zip(tunings, rates, strict=True)
             )
             kernel = kernel.replace(step_size=_sizes(t.step_size for t in tunings))
-        if any(memory.step + 1 == end for _, end in rounds):
+        if any(adaptation_state.step + 1 == end for _, end in rounds):
             betas, place = respaced(kernel.betas, 1.0 - kernel.report(state).swap_rates)
             if tunings:
                 sizes = torch.as_tensor(
@@ -477,38 +499,36 @@ class LadderAdaptation:
             state = kernel.refresh(energy, state)
         if last:
             if tunings:
-                # dual averaging begins by overshooting: an average of a few steps is worth less
-                # than a look at the replicas
+                # Dual averaging overshoots at first: after a few steps a new search is more
+                # reliable than the average.
                 few = tunings[0].steps < 15
                 found = 0.5 * find_step_sizes(kernel, energy, state, generator) if few else None
                 kernel = kernel.replace(
                     step_size=_sizes(t.average for t in tunings) if found is None else found
                 )
             state = kernel.restart(state)
-        return kernel, state, info, LadderMemory(tunings, memory.step + 1)
+        return kernel, state, info, LadderAdaptationState(tunings, adaptation_state.step + 1)
 
 
 def respaced(betas: Tensor, rejection: Tensor) -> tuple[Tensor, np.ndarray]:
-    r"""The ladder of as many temperatures, between the same ends, that divides the measured barrier
-    evenly.
+    r"""Return the temperature ladder that divides the estimated barrier evenly.
 
-    The barrier is interpolated monotonely (Fritsch and Carlson, 1980), over :math:`\log \beta`
-    where the ladder ends above 0.
+    It has as many temperatures and the same ends. The barrier is interpolated by a monotone cubic
+    (Fritsch and Carlson, 1980), over :math:`\log \beta` if the ladder ends above 0.
 
     Args:
-        betas: the ladder it was measured on, shape ``(R,)``.
-        rejection: mean rejection rates of its neighbours, shape ``(R - 1,)``.
+        betas: the ladder with which it was estimated, shape ``(R,)``.
+        rejection: mean rejection rates of its neighbors, shape ``(R - 1,)``.
 
     Returns:
-        the new ladder, and where its temperatures lie on the old one, as fractional indices.
+        the new ladder, and the positions of its temperatures on the old one, as fractional indices.
 
     Example:
         >>> respaced(torch.tensor([1.0, 0.5, 0.0]), torch.tensor([0.6, 0.2]))[1].round(2).tolist()
         [0.0, 0.67, 2.0]
     """
     old = betas.double().cpu().numpy()
-    # a pair that never refused would make two temperatures one: it counts as one refusal in a
-    # thousand
+    # A pair without rejections would make two temperatures equal: assume a rate of at least 1e-3.
     barrier = np.concatenate([[0.0], np.cumsum(np.maximum(rejection.double().cpu().numpy(), 1e-3))])
     even = np.linspace(0.0, barrier[-1], len(old))
     new = (
@@ -526,8 +546,11 @@ def find_step_sizes(
     state: TemperedState,
     generator: torch.Generator | None,
 ) -> Tensor:
-    """For each temperature, double or halve until the mean acceptance of one step crosses one half;
-    shape ``(R,)``."""
+    """Find initial step sizes, shape ``(R,)``.
+
+    At each temperature, double or halve until the mean acceptance rate of one step crosses one
+    half.
+    """
     inner = kernel.kernel
     probe = kernel.replace(kernel=inner.probe())
     sizes = torch.as_tensor(kernel.step_size, dtype=torch.float64).expand(len(kernel.betas)).clone()

@@ -1,5 +1,4 @@
-"""Underdamped Langevin dynamics, whose momentum is carried from step to step: BAOAB (biased) and
-its adjusted form (exact)."""
+"""Underdamped Langevin kernels, with momenta in the state: BAOAB (biased) and GHMC (exact)."""
 
 from __future__ import annotations
 
@@ -28,8 +27,7 @@ __all__ = ["GHMC", "MomentumState", "BAOAB"]
 
 
 class MomentumState(NamedTuple):
-    """What the next step of a kernel with a lasting momentum needs. Row i of each field belongs to
-    chain i alone.
+    """State of a kernel with persistent momenta. Entry i of each field belongs to chain i alone.
 
     Example:
         >>> from pyroebm.targets import DoubleWell
@@ -46,23 +44,23 @@ class MomentumState(NamedTuple):
 def momentum_state(
     like: MomentumState, q: Tensor, values: Tensor, grad: Tensor, p: Tensor
 ) -> MomentumState:
-    """A :class:`MomentumState` from rows ``(chains, dim)``, with events shaped as in ``like``."""
+    """Return a :class:`MomentumState` from flattened events, with the event shape of ``like``."""
     return MomentumState(q.reshape(like.x.shape), values, grad.reshape(like.x.shape), p)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class MomentumKernel(ContinuousKernel[MomentumState]):
-    """A :class:`pyroebm.kernels.ContinuousKernel` whose momentum lasts; a new chain draws one from
-    N(0, I)."""
+    """A :class:`pyroebm.kernels.ContinuousKernel` with persistent momenta, initially N(0, I)."""
 
     def init(
         self, energy: Energy, x: Tensor, generator: torch.Generator | None = None
     ) -> MomentumState:
+        """Return the state at ``x``, with new momenta."""
         self.check_start(energy, x)
         return MomentumState(*start_state(energy, x), momentum=normal_like(rows(x), generator))
 
     def refresh(self, energy: Energy, state: MomentumState) -> MomentumState:
-        # no new momentum: init would draw one
+        """Recompute energy and gradient after the energy was trained; momenta are unchanged."""
         return MomentumState(*start_state(energy, state.x), momentum=state.momentum)
 
 
@@ -82,10 +80,11 @@ class _Underdamped(MomentumKernel):
 def partial_refreshment(
     p: Tensor, time: Tensor, temperature: float, generator: torch.Generator | None
 ) -> Tensor:
-    r"""The Ornstein-Uhlenbeck process over ``time`` (in units of 1 / friction): leaves :math:`N(0,
-    T I)` as it is.
+    r"""Refresh momenta partially, by an Ornstein-Uhlenbeck process that leaves N(0, T I) invariant.
 
     .. math:: p' = e^{-t} p + \sqrt{T (1 - e^{-2t})}\, n, \qquad n \sim N(0, I)
+
+    The time t is in units of 1 / friction.
     """
     return torch.exp(-time) * p + torch.sqrt(-temperature * torch.expm1(-2.0 * time)) * normal_like(
         p, generator
@@ -94,25 +93,25 @@ def partial_refreshment(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class BAOAB(_Underdamped):
-    r"""Underdamped Langevin dynamics by BAOAB (Leimkuhler and Matthews, 2013). **Not exact**: its
-    bias grows with the step.
+    r"""Underdamped Langevin dynamics by BAOAB (Leimkuhler and Matthews, 2013). **Not exact**.
 
     .. math::
 
         dx = A p\, dt, \qquad dp = -A^\top \nabla E(x)\, dt - \gamma p\, dt + \sqrt{2 \gamma T}\, dW
 
-    split into half a kick (B), half a drift (A), the whole friction (O), half a drift and half a
-    kick. One gradient a step. The bias of the positions is of second order in :math:`\epsilon`, and
-    none at all on a normal law: N(0, 1) keeps its variance 1 for every :math:`\epsilon < 2`, while
-    the momenta have :math:`1 - \epsilon^2 / 4`. A step that meets a non-finite number, or whose
-    kicks and drifts gain 1,000 T, is refused: the row stays, counts as diverging and turns round.
+    One step is half a kick (B), half a drift (A), the whole friction (O), half a drift and half a
+    kick, with one gradient. The bias of the positions is of second order in :math:`\epsilon` and
+    vanishes for a normal distribution: N(0, 1) keeps its variance 1 for every :math:`\epsilon < 2`,
+    while the momenta have :math:`1 - \epsilon^2 / 4`. A step with a non-finite number, or with an
+    energy error above 1,000 T, is rejected: the chain keeps its position, counts as diverging and
+    reverses its momentum.
 
     Args:
         step_size: :math:`\epsilon`.
         inverse_mass: :math:`M^{-1} = A A^\top`: a tensor is its diagonal, or a metric; None is the
             identity.
         friction: :math:`\gamma > 0`, per unit of time in whitened coordinates.
-        temperature: :math:`T > 0`; the chain samples (near) :math:`e^{-E/T}`.
+        temperature: :math:`T > 0`; the chain samples approximately :math:`e^{-E/T}`.
 
     Raises:
         ValueError: if a setting is not positive and finite.
@@ -141,12 +140,14 @@ class BAOAB(_Underdamped):
     def init(
         self, energy: Energy, x: Tensor, generator: torch.Generator | None = None
     ) -> MomentumState:
+        """Return the state at ``x``, with momenta from N(0, T I)."""
         state = super().init(energy, x, generator)
         return state._replace(momentum=math.sqrt(self.temperature) * state.momentum)
 
     def step(
         self, energy: Energy, state: MomentumState, generator: torch.Generator | None = None
     ) -> tuple[MomentumState, Info]:
+        """Run one BAOAB step of every chain."""
         q = rows(state.x)
         eps, metric = column(self.step_size, q), metric_of(self.inverse_mass, q)
         p = state.momentum - 0.5 * eps * metric.transpose(rows(state.grad))
@@ -156,38 +157,38 @@ class BAOAB(_Underdamped):
         q = q + 0.5 * eps * metric.apply(p)
         values, grad = row_value_and_grad(energy, q)
         p = p - 0.5 * eps * metric.transpose(grad)
-        # A step beyond the stability limit of a steep wall stays finite for a while: its energy
-        # error tells. Heat is none.
+        # Beyond the stability limit, numbers stay finite for some steps. The energy error shows
+        # it; the heat of the friction is not an error.
         error = (
             values + kinetic(p) - state.energy - kinetic(state.momentum) - heat
         ) / self.temperature
-        sound = (error < MAX_ENERGY_ERROR) & torch.isfinite(error) & torch.isfinite(grad).all(1)
-        turned = state._replace(momentum=-state.momentum)
-        state = choose(sound, momentum_state(state, q, values, grad, p), turned)
+        valid = (error < MAX_ENERGY_ERROR) & torch.isfinite(error) & torch.isfinite(grad).all(1)
+        reversed_state = state._replace(momentum=-state.momentum)
+        state = choose(valid, momentum_state(state, q, values, grad, p), reversed_state)
         return state, Info(
-            acceptance_rate=sound.to(q.dtype),
-            accepted=sound,
-            diverging=~sound,
+            acceptance_rate=valid.to(q.dtype),
+            accepted=valid,
+            diverging=~valid,
             energy=state.energy + kinetic(state.momentum),
-            n_steps=torch.ones_like(sound, dtype=torch.long),
+            n_steps=torch.ones_like(valid, dtype=torch.long),
             step_size=eps.squeeze(1),
         )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class GHMC(_Underdamped):
-    r"""Metropolis-adjusted underdamped Langevin, or generalised HMC (Horowitz, 1991): exact.
+    r"""Generalized HMC, or Metropolis-adjusted underdamped Langevin (Horowitz, 1991): exact.
 
     .. math::
 
         p \leftarrow e^{-\gamma \epsilon} p + \sqrt{1 - e^{-2 \gamma \epsilon}}\, n, \qquad
         n \sim N(0, I),
 
-    then one leapfrog step, accepted with :math:`\min(1, e^{H_0 - H_1})`. On rejection the momentum
-    is turned round: without that the target would not be left unchanged. Each rejection undoes the
-    way so far, so the acceptance rate should be high.
+    then one leapfrog step, accepted with probability :math:`\min(1, e^{H_0 - H_1})`. On rejection
+    the momentum is reversed; without that the target would not be invariant. A reversed chain
+    retraces its path, so the acceptance rate should be high.
 
-    ``Info.energy`` is the Hamiltonian, but as its momentum is carried over BFMI says nothing of it.
+    ``Info.energy`` is the Hamiltonian. BFMI is not meaningful, because the momentum persists.
 
     Args:
         step_size: :math:`\epsilon`; warm-up aims at an acceptance rate of 0.9.
@@ -211,11 +212,12 @@ class GHMC(_Underdamped):
     def step(
         self, energy: Energy, state: MomentumState, generator: torch.Generator | None = None
     ) -> tuple[MomentumState, Info]:
+        """Refresh the momenta partially, run one leapfrog step and accept it by Metropolis."""
         q = rows(state.x)
         eps, metric = column(self.step_size, q), metric_of(self.inverse_mass, q)
         p0 = partial_refreshment(state.momentum, self.friction * eps, 1.0, generator)
         q, p, values, grad = leapfrog(energy, q, p0, rows(state.grad), eps, metric)
         error = values + kinetic(p) - state.energy - kinetic(p0)
-        new, turned = momentum_state(state, q, values, grad, p), state._replace(momentum=-p0)
-        state, info = metropolis(turned, new, error, eps, 1, generator)
+        new, rejected = momentum_state(state, q, values, grad, p), state._replace(momentum=-p0)
+        state, info = metropolis(rejected, new, error, eps, 1, generator)
         return state, info._replace(energy=state.energy + kinetic(state.momentum))

@@ -1,4 +1,4 @@
-"""Run many chains, keep their draws, go on from where they stand."""
+"""MCMC with many chains in one process, runs that can be resumed, and draws streamed to files."""
 
 from pyroebm.mcmc.sampler import MCMC
 from pyroebm.mcmc.storage import open_run

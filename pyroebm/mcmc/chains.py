@@ -1,4 +1,4 @@
-"""Blocks of chains that share a generator and an adaptation, and the records of their draws."""
+"""Batches of chains that share a generator and an adaptation, and the records of their draws."""
 
 from __future__ import annotations
 
@@ -22,88 +22,92 @@ if TYPE_CHECKING:
     from pyroebm.kernels.nuts.driver import Chains
 
 __all__ = [
-    "Block",
+    "ChainBatch",
     "Layout",
     "Plan",
     "check_initial",
     "Part",
     "Record",
-    "announce",
+    "announce_size",
     "bytes_per_draw",
     "merged",
 ]
 
-#: Bytes of finished draws that the chains of a block which run ahead of the others may hold.
-AHEAD = 2**24
+#: Bytes of finished draws that asynchronous chains of one batch may buffer.
+AHEAD_BYTES = 2**24
 
-#: Draws that are taken together from such chains, if they come fast.
-TOGETHER = 64
+#: Maximum number of draws taken at once from asynchronous chains.
+MAX_TAKEN = 64
 
-#: Bytes of draws from which on a run says beforehand what it will take.
-LARGE = 2**30
+#: Bytes of draws above which a run prints its size beforehand.
+ANNOUNCE_BYTES = 2**30
 
 
 class Part(Protocol):
-    """Where a record writes its draws when its room is full; :class:`pyroebm.mcmc.storage.Part` is
-    a folder of files."""
+    """Protocol of the destination of full buffers.
+
+    :class:`pyroebm.mcmc.storage.Part` is a folder of files.
+    """
 
     def write(self, start: int, x: Tensor, stats: dict[str, Tensor]) -> None:
-        """Keep the draws from number ``start`` on."""
+        """Write draws from number ``start`` on."""
 
     def read(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """All draws kept and their statistics, in order."""
+        """Return all draws written and their statistics, in order."""
 
     def cut(self, num_draws: int) -> None:
-        """Forget the draws after the first ``num_draws``."""
+        """Remove the draws after the first ``num_draws``."""
 
 
 class Record:
-    """Draws and statistics of all chains of a block; of the room only the first ``filled`` draws
-    are there.
+    """Draws and statistics of all chains of a batch. Only the first ``filled`` slots are valid.
 
     Args:
-        state: a state, for shapes and types.
-        room: draws to make room for.
-        part: where full rooms go, so that memory stays bounded; None keeps all draws in memory.
+        state: a state, for shapes and dtypes.
+        buffer_size: number of draws to allocate.
+        part: where full buffers are written, so that memory is bounded; None keeps all draws in
+            memory.
     """
 
-    def __init__(self, state: AnyState, room: int = 0, part: Part | None = None) -> None:
+    def __init__(self, state: AnyState, buffer_size: int = 0, part: Part | None = None) -> None:
         self.part = part
-        self.spilled = self.filled = 0
-        # draw by draw, as they are written: what is read is transposed
-        self.x = state.x.new_empty((room, *state.x.shape))
+        self.flushed = self.filled = 0
+        # The draw is the first axis, in the order of writing; reading transposes.
+        self.x = state.x.new_empty((buffer_size, *state.x.shape))
         self._stats: dict[str, Tensor] = {}
 
     @property
     def count(self) -> int:
-        """Draws of each chain."""
-        return self.spilled + self.filled
+        """Number of draws of each chain."""
+        return self.flushed + self.filled
 
     @property
-    def room(self) -> int:
-        """Draws that can be written before something else has to be done."""
+    def free(self) -> int:
+        """Number of free slots; a full buffer is first flushed to the part."""
         if self.part is not None and self.filled == len(self.x):
-            self.spill()
+            self.flush()
         return len(self.x) - self.filled
 
     def write(self, x: Tensor, energy: Tensor, info: Info) -> None:
-        """Put draws of every chain, ``(draws, chains, *event)``, after those filled. They are there
-        when the caller raises ``filled``."""
-        facts = {"lp": -energy} | {
+        """Write draws of every chain, ``(draws, chains, *event)``, after the valid slots.
+
+        They become valid when the caller increases ``filled``.
+        """
+        stats = {"lp": -energy} | {
             k: v for k, v in info._asdict().items() if v is not None and k != "accepted"
         }
         stop = self.filled + len(x)
-        for name, value in facts.items():
+        for name, value in stats.items():
             if name not in self._stats:
                 self._stats[name] = value.new_empty((len(self.x), value.shape[1]))
             self._stats[name][self.filled : stop] = value
         self.x[self.filled : stop] = x
 
-    def spill(self) -> None:
-        """Write what is filled to the part."""
+    def flush(self) -> None:
+        """Write the valid slots to the part."""
         if self.part is not None and self.filled:
-            self.part.write(self.spilled, *self._in_memory())
-            self.spilled, self.filled = self.count, 0
+            self.part.write(self.flushed, *self._in_memory())
+            self.flushed, self.filled = self.count, 0
 
     def _in_memory(self) -> tuple[Tensor, dict[str, Tensor]]:
         return self.x[: self.filled].transpose(0, 1), {
@@ -111,19 +115,18 @@ class Record:
         }
 
     def draws(self) -> Tensor:
-        """Unconstrained draws, ``(chains, count, *event)``; read from the part where they went
-        there."""
+        """Return unconstrained draws, ``(chains, count, *event)``, including those of the part."""
         x, _ = self._in_memory()
         return (
             torch.cat([self.part.read()[0].to(x), x], 1)
-            if self.part is not None and self.spilled
+            if self.part is not None and self.flushed
             else x
         )
 
     def stats(self) -> dict[str, Tensor]:
-        """Statistics, each ``(chains, count)``."""
+        """Return statistics, each ``(chains, count)``, including those of the part."""
         _, stats = self._in_memory()
-        if self.part is None or not self.spilled:
+        if self.part is None or not self.flushed:
             return stats
         there = {name: value.to(self.x.device) for name, value in self.part.read()[1].items()}
         return {
@@ -131,8 +134,8 @@ class Record:
             for name, value in there.items()
         }
 
-    def make_room(self, num_draws: int) -> None:
-        """Make room in memory for ``num_draws`` draws in all; a part needs none."""
+    def reserve(self, num_draws: int) -> None:
+        """Allocate ``num_draws`` slots in all; not needed with a part."""
         more = num_draws - len(self.x)
         if self.part is None and more > 0:
 
@@ -143,38 +146,38 @@ class Record:
             self._stats = {name: extended(value) for name, value in self._stats.items()}
 
     def load(self, x: Tensor, stats: dict[str, Tensor]) -> None:
-        """Take over draws kept elsewhere."""
+        """Replace the contents by given draws ``(chains, draws, *event)`` and statistics."""
         self.x, self.filled = x.transpose(0, 1).contiguous(), x.shape[1]
         self._stats = {name: value.transpose(0, 1).contiguous() for name, value in stats.items()}
 
 
 def bytes_per_draw(target: Energy) -> int:
-    """Memory of one draw of one chain: the state, four statistics of its type, two counts and two
-    flags."""
+    """Return the bytes of one draw of one chain: position, 4 floats, 2 integers and 2 flags."""
     return (event_numel(target.event_shape) + 4) * target.dtype.itemsize + 18
 
 
-def announce(num_draws: int, num_chains: int, target: Energy, streams: bool) -> None:
-    """Say on stderr, before a run of more than :data:`LARGE`, what it will take and what to do
-    about it."""
+def announce_size(num_draws: int, num_chains: int, target: Energy, streams: bool) -> None:
+    """Print the size of a run above ``ANNOUNCE_BYTES`` to stderr, and how to reduce it."""
     size = num_draws * num_chains * bytes_per_draw(target)
-    if size > LARGE:
+    if size > ANNOUNCE_BYTES:
         where = (
             "on disk"
             if streams
             else 'in memory; run(energy, store=folder) streams them to files, keep="moments" keeps'
             " none"
         )
-        said = (
+        text = (
             f"{num_draws} draws of {num_chains} chains will take {size / 2**30:.1f} GiB {where};"
             " thinning=k divides that by k"
         )
-        print(said, file=sys.stderr)
+        print(text, file=sys.stderr)
 
 
 def merged(infos: list[Info]) -> Info:
-    """One report for the steps between two kept draws: counts add up, rates are averaged, the rest
-    is the last one's."""
+    """Merge the reports of the steps between two kept draws.
+
+    Counts are added and rates averaged; the rest is that of the last step.
+    """
     last = infos[-1]
     if len(infos) == 1:
         return last
@@ -187,22 +190,23 @@ def merged(infos: list[Info]) -> Info:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How chains make blocks, and which blocks are whose. The same chains are in a block whatever
-    the number of ranks.
+    """Division of chains into batches, and of batches among ranks.
+
+    The chains of a batch are the same for any number of ranks.
 
     Args:
-        num_chains: chains of the run.
-        size: chains of one block. The last block has what is left; a single chain left over joins
-            the block before it, for what is learned across chains (:class:`pyroebm.ChEES`) needs
-            two.
-        ranks: number of this process and of all.
+        num_chains: number of chains of the run.
+        size: number of chains of one batch. The last batch has the remainder. A single remaining
+            chain is added to the batch before it, because adaptation across chains
+            (:class:`pyroebm.ChEES`) requires two.
+        ranks: number of this process and number of processes.
 
     Raises:
-        ValueError: if the ranks are not as they must be, or if one of them would have no block.
+        ValueError: if ``ranks`` is out of range, or if a rank would have no batch.
 
     Example:
         >>> layout = Layout(200, 64, (1, 2))
-        >>> {number: layout.chains(number) for number in layout.blocks}
+        >>> {number: layout.chains(number) for number in layout.batches}
         {2: range(128, 192), 3: range(192, 200)}
     """
 
@@ -215,8 +219,8 @@ class Layout:
         if not 0 <= rank < world or world > count:
             raise ValueError(
                 f"ranks must be (rank, world) with 0 <= rank < world <= {count}, the number of"
-                f" blocks that {self.num_chains}"
-                f" chains make with chain_batch_size={self.size}; got ranks={self.ranks}"
+                f" chain batches of {self.num_chains} chains with chain_batch_size={self.size};"
+                f" got ranks={self.ranks}; lower chain_batch_size"
             )
 
     def _count(self) -> int:
@@ -224,27 +228,26 @@ class Layout:
         return max(1, whole + (left > 1))
 
     @property
-    def blocks(self) -> range:
-        """The numbers of this rank's blocks: in one piece, and as many as the others have or one
-        more."""
+    def batches(self) -> range:
+        """Numbers of this rank's batches: consecutive, as many as others have or one more."""
         (rank, world), count = self.ranks, self._count()
         return range(rank * count // world, (rank + 1) * count // world)
 
-    def chains(self, block: int) -> range:
-        """The numbers of the chains of a block."""
-        stop = self.num_chains if block + 1 == self._count() else (block + 1) * self.size
-        return range(block * self.size, stop)
+    def chains(self, batch: int) -> range:
+        """Return the numbers of the chains of a batch."""
+        stop = self.num_chains if batch + 1 == self._count() else (batch + 1) * self.size
+        return range(batch * self.size, stop)
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What all blocks of a run have in common.
+    """Settings shared by all chain batches of a run.
 
     Args:
-        kernel: the kernel before it is adapted.
-        adaptation: how warm-up adapts it; None leaves it as it is.
-        warmup_steps: steps of warm-up.
-        thinning: steps from one kept draw to the next.
+        kernel: the kernel before adaptation.
+        adaptation: adaptation of the warm-up; None does not change the kernel.
+        warmup_steps: number of warm-up steps.
+        thinning: number of steps from one kept draw to the next.
         save_warmup: whether to keep the draws of the warm-up.
     """
 
@@ -255,8 +258,10 @@ class Plan:
     save_warmup: bool
 
     def settings(self, warm_left: int) -> dict[str, Any]:
-        """What two runs must have in common, with ``warm_left`` steps of warm-up to go, for one to
-        go on as the other would."""
+        """Return the settings that a run must share with another one to continue it.
+
+        ``warm_left`` is the number of warm-up steps left.
+        """
         names = [
             field.name
             for field in dataclasses.fields(self.kernel)
@@ -278,21 +283,22 @@ class Plan:
         }
 
 
-class Block:
-    """Chains that are warmed up and drawn together. What happens in one block depends on no other.
+class ChainBatch:
+    """Chains that are warmed up and drawn together. Batches are independent of each other.
 
-    A step is whole or has not been: one that Ctrl-C breaks off gives its random numbers back, and
-    is the same when it is taken again.
+    Steps are atomic: a step interrupted by Ctrl-C restores the generator and can be retried with
+    the same result.
 
     Args:
-        plan: what all blocks of the run have in common.
+        plan: settings shared by all batches of the run.
         target: the energy that the kernel sees, in unconstrained coordinates.
-        start: starting states in these coordinates, ``(chains, *event)``.
-        generator: the source of every random number of the block, on the device of the states.
-        parts: where the draws of the warm-up and those after it go when their room is full; None
-            keeps them in memory.
-        room: draws to hold in memory before they go to a part.
-        named: states as the variables whose moments are kept, and no draw; None keeps the draws.
+        start: starting positions in these coordinates, ``(chains, *event)``.
+        generator: source of all randomness of the batch, on the device of the states.
+        parts: where full buffers of warm-up draws and of draws are written; None keeps them in
+            memory.
+        buffer_size: number of draws to hold in memory before they are written to a part.
+        named: function from positions to the variables whose moments are kept instead of draws;
+            None keeps the draws.
     """
 
     def __init__(
@@ -302,53 +308,58 @@ class Block:
         start: Tensor,
         generator: torch.Generator,
         parts: tuple[Part, Part] | None = None,
-        room: int = 0,
+        buffer_size: int = 0,
         named: Callable[[Tensor], dict[str, Tensor]] | None = None,
     ) -> None:
         self.plan = plan
         self.target = target
         self.generator = generator
-        #: what the kernel's steps are taken on: the target, or its compiled view
+        #: the energy on which the kernel moves: the target, or its compiled view
         self.moving = target
         self.kernel, self.state = plan.kernel, plan.kernel.init(target, start, generator)
-        self.memory: Any = None  #: of the adaptation
-        #: chains that run ahead of each other, at trajectories of their own
+        self.adaptation_state: Any = None
+        #: asynchronous chains with unfinished trajectories
         self._chains: Chains | None = None
-        self.warm_left = plan.warmup_steps  #: steps of warm-up to go
+        self.warm_left = plan.warmup_steps  #: number of warm-up steps left
         warm_part, part = parts or (None, None)
-        self.warmup = Record(self.state, room, warm_part)
-        self.record = Record(self.state, room, part)
-        self.count = 0  #: draws of each chain
-        #: of them, those in which the chain moved
+        self.warmup = Record(self.state, buffer_size, warm_part)
+        self.record = Record(self.state, buffer_size, part)
+        self.count = 0  #: number of draws of each chain
+        #: number of draws in which each chain moved
         self.moves = torch.zeros(len(start), dtype=torch.long, device=start.device)
         self.named, self.moments = named, dict[str, StreamingMoments]()
-        #: what the progress shows: divergent steps, and acceptance rates of the steps taken last
+        #: for the progress bar: number of divergent steps, and latest acceptance rates
         self.divergences = torch.zeros((), dtype=torch.long, device=start.device)
         self.acceptance = torch.zeros_like(self.state.energy)
 
     def warm_up(self, most: int = 1) -> int:
-        """One step of the warm-up, or as many as all chains have taken, if a chain may run ahead of
-        the others; at most ``most``. Return how many."""
+        """Run warm-up steps: one, or as many as all asynchronous chains have finished.
+
+        Returns:
+            the number of steps, at most ``most``.
+        """
         plan, before = self.plan, self.generator.get_state()
         try:
-            kernel, memory = self.kernel, self.memory
+            kernel, adaptation_state = self.kernel, self.adaptation_state
             adaptation = plan.adaptation
             if adaptation is not None and self.warm_left == plan.warmup_steps:
-                kernel, memory = adaptation.start(kernel, self.moving, self.state, self.generator)
-            most = min(most, self.warmup.room) if plan.save_warmup else most
-            free = self._free_steps(kernel, memory)
+                kernel, adaptation_state = adaptation.start(
+                    kernel, self.moving, self.state, self.generator
+                )
+            most = min(most, self.warmup.free) if plan.save_warmup else most
+            free = self._free_steps(kernel, adaptation_state)
             if free and isinstance(adaptation, WindowAdaptation):
-                aim = (memory.tuning, adaptation.aims_at(kernel) or 0.0)
-                taken = self._taken(kernel, free, most, *aim)
-                kernel, memory = self._learned(adaptation, kernel, memory, taken)
+                aim = (adaptation_state.tuning, adaptation.aims_at(kernel) or 0.0)
+                taken = self._take(kernel, free, most, *aim)
+                kernel, adaptation_state = self._learn(adaptation, kernel, adaptation_state, taken)
             elif free:
-                taken = self._taken(kernel, free, most)
+                taken = self._take(kernel, free, most)
             else:
-                kernel, state, info, memory = warmup_step(
+                kernel, state, info, adaptation_state = warmup_step(
                     kernel,
                     self.moving,
                     self.state,
-                    memory,
+                    adaptation_state,
                     plan.warmup_steps,
                     adaptation,
                     self.generator,
@@ -363,11 +374,11 @@ class Block:
             self._chains = None
             self.generator.set_state(before)
             raise
-        # Assignments alone, from here on: Python looks for Ctrl-C at calls, so that it finds a step
-        # done or not begun.
+        # Only assignments from here on: Python checks for Ctrl-C at calls, so a step is either
+        # complete or has no effect.
         self.kernel = kernel
         self.state = taken.last
-        self.memory = memory
+        self.adaptation_state = adaptation_state
         self._chains = chains
         self.divergences = divergences
         self.acceptance = taken.info.acceptance_rate
@@ -375,8 +386,8 @@ class Block:
         self.warmup.filled += number * plan.save_warmup
         return number
 
-    def _free_steps(self, kernel: Kernel[Any], memory: Any) -> int:
-        """Steps of the warm-up that each chain may take by itself from here."""
+    def _free_steps(self, kernel: Kernel[Any], adaptation_state: Any) -> int:
+        """Return how many warm-up steps the chains may run asynchronously from here."""
         if not kernel.runs_ahead(self.moving):
             return 0
         adaptation = self.plan.adaptation
@@ -384,20 +395,20 @@ class Block:
             return self.warm_left
         if not isinstance(adaptation, WindowAdaptation):
             return 0
-        return adaptation.free_steps(kernel, memory, self.plan.warmup_steps)
+        return adaptation.free_steps(kernel, adaptation_state, self.plan.warmup_steps)
 
-    def _learned(
-        self, adaptation: WindowAdaptation, kernel: Kernel[Any], memory: Any, taken: Steps
+    def _learn(
+        self, adaptation: WindowAdaptation, kernel: Kernel[Any], adaptation_state: Any, taken: Steps
     ) -> tuple[Kernel[Any], Any]:
-        """What warm-up learns from steps that chains took by themselves."""
+        """Update the adaptation with steps of asynchronous chains."""
         if taken.tuning is not None:
-            memory = memory._replace(tuning=taken.tuning)
+            adaptation_state = adaptation_state._replace(tuning=taken.tuning)
             kernel = kernel.replace(step_size=taken.tuning.step_size)
         return adaptation.learn(
-            kernel, self.moving, taken, memory, self.plan.warmup_steps, self.generator
+            kernel, self.moving, taken, adaptation_state, self.plan.warmup_steps, self.generator
         )
 
-    def _taken(
+    def _take(
         self,
         kernel: Any,
         left: int,
@@ -406,29 +417,38 @@ class Block:
         target: float = 0.0,
         thinning: int = 1,
     ) -> Steps:
-        """At least one step, or draw, of all chains, and at most ``most``, of those that each takes
-        by itself; no chain takes more than ``left``."""
+        """Take finished steps, or draws, of asynchronous chains: at least one and at most ``most``.
+
+        No chain runs more than ``left`` steps ahead.
+        """
         from pyroebm.kernels.nuts.driver import Chains
 
         if self._chains is None:
-            room = AHEAD // Chains.bytes_per_draw(self.state.x)
-            ahead = min(left, max(2, room))
+            affordable = AHEAD_BYTES // Chains.bytes_per_draw(self.state.x)
+            ahead = min(left, max(2, affordable))
             self._chains = Chains(
                 self.moving, self.state, self.generator, kernel.max_tree_depth, thinning, ahead
             )
             self._chains.set(kernel.step_size, kernel.inverse_mass, tuning, target)
         chains = self._chains
-        chains.run(chains.taken + min(most, TOGETHER), chains.taken + left)
+        chains.run(chains.taken + min(most, MAX_TAKEN), chains.taken + left)
         return chains.take(most)
 
     def draw(self, goal: int, most: int = 1) -> int:
-        """One kept draw of every chain, or as many as all chains have made, if a chain may run
-        ahead of the others; at most ``most``, and up to ``goal`` in all. Return how many."""
+        """Make kept draws: one, or as many as all asynchronous chains have finished.
+
+        Args:
+            goal: number of draws in all.
+            most: maximum number of draws now.
+
+        Returns:
+            the number of draws made.
+        """
         before = self.generator.get_state()
         try:
-            most = min(most, goal - self.count, self.record.room if self.named is None else most)
+            most = min(most, goal - self.count, self.record.free if self.named is None else most)
             if self.kernel.runs_ahead(self.moving):
-                taken = self._taken(
+                taken = self._take(
                     self.kernel, goal - self.count, most, thinning=self.plan.thinning
                 )
             else:
@@ -441,7 +461,7 @@ class Block:
             if self.named is None:
                 self.record.write(taken.x, taken.energy, taken.info)
             else:
-                moments = self._observed(taken)
+                moments = self._updated_moments(taken)
             path = torch.cat([self.state.x.unsqueeze(0), taken.x])
             moves = self.moves + (path[1:] != path[:-1]).unsqueeze(2).flatten(2).any(2).sum(0)
             divergences = self.divergences + taken.info.diverging.sum()
@@ -461,7 +481,7 @@ class Block:
         self.record.filled += number * (self.named is None)
         return number
 
-    def _observed(self, taken: Steps) -> dict[str, StreamingMoments]:
+    def _updated_moments(self, taken: Steps) -> dict[str, StreamingMoments]:
         names = ("acceptance_rate", "diverging", "n_steps")
         moments = self.moments
         for i in range(taken.number):
@@ -477,51 +497,56 @@ class Block:
             }
         return moments
 
-    def make_room(self, num_draws: int) -> None:
-        """Make room for the rest of the warm-up and for ``num_draws`` draws in all."""
-        self.warmup.make_room(self.warmup.count + self.warm_left * self.plan.save_warmup)
+    def reserve(self, num_draws: int) -> None:
+        """Allocate the rest of the warm-up and ``num_draws`` draws in all."""
+        self.warmup.reserve(self.warmup.count + self.warm_left * self.plan.save_warmup)
         if self.named is None:
-            self.record.make_room(num_draws)
+            self.record.reserve(num_draws)
 
     def refresh(self) -> None:
-        """Take the energies anew: the target may have been trained since."""
+        """Recompute the energies: the target may have been trained since."""
         self.state = self.kernel.refresh(self.target, self.state)
         self._chains = None
 
     def state_dict(self, draws: bool = True) -> dict[str, Tensor]:
-        """All that the block needs to go on, as tensors; ``draws``: and every draw."""
+        """Return all that is needed to continue, as tensors; with ``draws`` also all draws."""
         tensors: dict[str, Tensor] = {"rng": self.generator.get_state()}
-        said = {
+        metadata = {
             name: pack(getattr(self, name), name, tensors)
             for name in ("state", "kernel", "moments", "warm_left", "count", "moves")
         }
-        said |= {"memory": pack(self.memory, "memory", tensors) if self.warm_left else None}
+        metadata |= {
+            "adaptation_state": pack(self.adaptation_state, "adaptation_state", tensors)
+            if self.warm_left
+            else None
+        }
         for name, record in (("warmup", self.warmup), ("draws", self.record)):
-            said[f"{name}_count"] = record.count
+            metadata[f"{name}_count"] = record.count
             if draws and record.count:
                 tensors |= {f"{name}.x": record.draws()} | {
                     f"{name}.stats.{k}": v for k, v in record.stats().items()
                 }
-        tensors["said"] = to_text(said)
+        tensors["metadata"] = to_text(metadata)
         return {name: value.detach().clone().contiguous() for name, value in tensors.items()}
 
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
-        """Stand where the block stood whose state it is; draws that the state lacks are those of
-        the parts."""
-        said = from_text(tensors["said"].cpu())
+        """Restore a saved batch; draws that are not in the state are those of the parts."""
+        metadata = from_text(tensors["metadata"].cpu())
         tensors = {k: v if k == "rng" else v.to(self.target.device) for k, v in tensors.items()}
-        self.state = unpack(said["state"], self.state, tensors)
-        self.kernel = unpack(said["kernel"], self.plan.kernel, tensors)
-        self.moments = unpack(said["moments"], {"": StreamingMoments.start(self.state.x)}, tensors)
-        self.moves = unpack(said["moves"], self.moves, tensors)
-        self.warm_left = said["warm_left"]
-        self.count = said["count"]
-        self.memory = None
-        if said["memory"] is not None and self.plan.adaptation is not None:
+        self.state = unpack(metadata["state"], self.state, tensors)
+        self.kernel = unpack(metadata["kernel"], self.plan.kernel, tensors)
+        self.moments = unpack(
+            metadata["moments"], {"": StreamingMoments.start(self.state.x)}, tensors
+        )
+        self.moves = unpack(metadata["moves"], self.moves, tensors)
+        self.warm_left = metadata["warm_left"]
+        self.count = metadata["count"]
+        self.adaptation_state = None
+        if metadata["adaptation_state"] is not None and self.plan.adaptation is not None:
             _, like = self.plan.adaptation.start(
                 self.plan.kernel, self.target, self.state, self.generator
             )
-            self.memory = unpack(said["memory"], like, tensors)
+            self.adaptation_state = unpack(metadata["adaptation_state"], like, tensors)
         self.generator.set_state(tensors["rng"].cpu())
         for name, record in (("warmup", self.warmup), ("draws", self.record)):
             stats = {
@@ -530,14 +555,14 @@ class Block:
                 if k.startswith(f"{name}.stats.")
             }
             if record.part is not None:
-                record.part.cut(said[f"{name}_count"])
-                record.spilled = said[f"{name}_count"]
+                record.part.cut(metadata[f"{name}_count"])
+                record.flushed = metadata[f"{name}_count"]
             elif f"{name}.x" in tensors:
                 record.load(tensors[f"{name}.x"], stats)
 
 
 def check_initial(energy: Energy, initial: Tensor, num_chains: int) -> None:
-    """ValueError unless ``initial`` holds a state of the energy's support for each chain."""
+    """Raise ValueError unless ``initial`` holds a state in the support for each chain."""
     if (
         not isinstance(initial, Tensor)
         or initial.dim() != 1 + len(energy.event_shape)
@@ -553,6 +578,6 @@ def check_initial(energy: Energy, initial: Tensor, num_chains: int) -> None:
         row = int((~legal).nonzero()[0])
         raise ValueError(
             f"initial must lie in support={energy.support}: {int((~legal).sum())} of"
-            f" {len(initial)} rows do not, the first"
-            f" is row {row} with {initial[row].tolist()}"
+            f" {len(initial)} rows do not, the first is row {row} with {initial[row].tolist()};"
+            " use energy.initial(num_chains)"
         )

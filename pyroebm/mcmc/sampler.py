@@ -1,4 +1,4 @@
-"""Many chains at once: warm up, draw, keep everything, go on, and ask what came of it."""
+"""MCMC driver: warm-up, sampling, results and diagnostics of many chains."""
 
 from __future__ import annotations
 
@@ -32,7 +32,15 @@ from pyroebm.diagnostics.stuck import describe_stuck, stuck_chains
 from pyroebm.kernels.adaptation.starts import draw_starts
 from pyroebm.kernels.adaptation.windows import Adaptation, WindowAdaptation, resolve
 from pyroebm.kernels.base import Kernel, check_kernel
-from pyroebm.mcmc.chains import Block, Layout, Plan, Record, announce, bytes_per_draw, check_initial
+from pyroebm.mcmc.chains import (
+    ChainBatch,
+    Layout,
+    Plan,
+    Record,
+    announce_size,
+    bytes_per_draw,
+    check_initial,
+)
 from pyroebm.mcmc.storage import Store
 
 __all__ = ["MCMC"]
@@ -51,19 +59,18 @@ def _mean_of(parts: list[Tensor]) -> float:
 
 @contextlib.contextmanager
 def _threads(number: int) -> Iterator[Callable[..., Iterator[int]]]:
-    """A ``map`` over a number of threads. All of them have stopped when it is left, after a second
-    Ctrl-C too."""
+    """Yield a ``map`` over several threads; all threads are joined on exit, even after Ctrl-C."""
     if number == 1:
         yield map
         return
-    inference = torch.is_inference_mode_enabled()  # which belongs to a thread
+    inference = torch.is_inference_mode_enabled()  # a property of each thread
 
-    def each(function: Callable[[Block], int], blocks: list[Block]) -> Iterator[int]:
-        def within(block: Block) -> int:
+    def each(function: Callable[[ChainBatch], int], batches: list[ChainBatch]) -> Iterator[int]:
+        def within(batch: ChainBatch) -> int:
             with torch.inference_mode(inference):
-                return function(block)
+                return function(batch)
 
-        return pool.map(within, blocks)
+        return pool.map(within, batches)
 
     pool = ThreadPoolExecutor(number)
     try:
@@ -78,53 +85,53 @@ def _threads(number: int) -> Iterator[Callable[..., Iterator[int]]]:
                 continue
 
 
-#: Bytes of draws that a run which streams to a folder holds in memory, all blocks together.
-BUFFER = 2**28
+#: Bytes of draws that a run with ``store`` holds in memory, over all chain batches.
+BUFFER_BYTES = 2**28
 
-#: Most steps of one turn, where chains run ahead of each other.
-AT_ONCE = 1024
+#: Maximum number of steps of one turn of asynchronous chains.
+MAX_TURN_STEPS = 1024
 
 
 class MCMC(AbstractMCMC):
-    """Sample an energy with many chains in one process. The chains are the batch axis of every
-    tensor.
+    """Sample an energy with many chains in one process.
 
-    Chains come in blocks, each with its own random numbers and its own adaptation: the draws of a
-    chain do not depend on how many blocks there are beside its own, nor on which process runs them.
+    The chains are the batch axis of every tensor.
+    Chains are divided into chain batches, each with its own random numbers and its own adaptation.
+    The draws of a chain do not depend on the number of batches or on the process that runs them.
 
     Args:
         kernel: a kernel of :mod:`pyroebm.kernels`.
-        num_samples: draws to keep of each chain.
-        warmup_steps: steps of warm-up, in which step size and metric are adapted.
+        num_samples: number of draws of each chain.
+        warmup_steps: number of warm-up steps, in which step size and metric are adapted.
         num_chains: number of chains.
-        seed: seed of every random number of the run; None takes a fresh one, kept in ``.seed``. No
+        seed: seed of all randomness of the run; None draws one. It is recorded in ``.seed``. No
             global generator is used.
-        thinning: keep one draw in so many steps; divergences and gradient counts of the others are
-            kept with it.
-        compile: whether the gradient (of :class:`NUTS`) or the kernel's inner loops (of others) are
-            compiled: True, False, or "auto", which compiles where the steps planned for one block
-            repay it. Compiling a gradient takes seconds, once for a model on this machine; inner
-            loops take half a minute. Draws are the same up to rounding. ``.compiled`` tells the
-            choice.
-        adaptation: how to adapt: the kernel's own way, or a
-            :class:`pyroebm.kernels.WindowAdaptation`; None leaves it as it is.
-        save_warmup: whether to keep the draws of the warm-up too.
-        keep: ``"draws"``, or ``"moments"``: means and variances of each chain in place of any draw,
-            see :meth:`get_moments`.
-        progress: True shows it, False hides it, None shows it where it takes longer than a second.
-            Of several ranks the first shows it.
+        thinning: number of steps from one kept draw to the next; divergences and gradient counts of
+            the steps between are included.
+        compile: whether to compile the gradient (for :class:`NUTS`) or the kernel's inner loops
+            (for others): True, False, or "auto", which compiles if the planned steps of one batch
+            save the time of compilation. Compiling a gradient takes seconds, once for a model on
+            this machine; inner loops take half a minute. Draws are the same up to rounding.
+            ``.compiled`` is the choice.
+        adaptation: "default", the kernel's own adaptation or a
+            :class:`pyroebm.kernels.WindowAdaptation`; an instance; None does not change the kernel.
+        save_warmup: whether to keep the draws of the warm-up.
+        keep: ``"draws"``, or ``"moments"``: means and variances of each chain instead of draws, see
+            :meth:`get_moments`.
+        progress: True shows a progress bar, False does not, None shows it if the run takes longer
+            than a second. With several ranks the first shows it.
         site: name of the variable in the results.
-        chain_batch_size: chains of one block. More of them share one step's overhead, and one
-            adaptation.
-        num_threads: threads among which the blocks are shared. The draws do not depend on it.
-            Compiled gradients and :class:`NUTS` run at the same time in several threads; kernels
-            and energies in Python take turns.
-        ranks: number of this process and of all, which share the blocks; see
-            :func:`pyroebm.training.ranks`. Results in memory are of this process's chains.
+        chain_batch_size: number of chains of one batch. Larger batches share the overhead of a step
+            and one adaptation.
+        num_threads: number of threads for the batches. The draws do not depend on it. Compiled
+            gradients and :class:`NUTS` run concurrently in several threads; kernels and energies in
+            Python do not.
+        ranks: number of this process and number of processes, which share the batches; see
+            :func:`pyroebm.training.ranks`. Results in memory are those of this process's chains.
 
     Attributes:
-        interrupted: True if Ctrl-C ended the run early; what was drawn is there. Where blocks have
-            been drawn to different lengths, results are of the draws that all have.
+        interrupted: True if Ctrl-C ended the run early; the draws made are kept. If batches have
+            different numbers of draws, results are of the draws that all have.
 
     Raises:
         ValueError: if a count is too small or an argument has the wrong kind.
@@ -139,8 +146,8 @@ class MCMC(AbstractMCMC):
     """
 
     @property
-    def _one_by_one(self) -> bool:
-        """Whether what is done between turns is done after each step, and not after some."""
+    def _single_steps(self) -> bool:
+        """Whether hooks run after each step instead of after several."""
         return False
 
     def __init__(
@@ -199,23 +206,23 @@ class MCMC(AbstractMCMC):
         self.interrupted = False
         self._goal = 0
         self._stopped = False  # while compiling
-        self._blocks: list[Block] = []
+        self._batches: list[ChainBatch] = []
         self._store: Store | None = None
 
     @property
     def kernel(self) -> Kernel[Any]:
-        """The kernel as adapted by the first block; before a run the one that was given."""
-        return self._blocks[0].kernel if self._blocks else self.plan.kernel
+        """The kernel as adapted by the first chain batch; before a run the kernel given."""
+        return self._batches[0].kernel if self._batches else self.plan.kernel
 
     @property
     def kernels(self) -> list[Kernel[Any]]:
-        """The kernel of each block, as adapted."""
-        return [block.kernel for block in self._blocks]
+        """The kernel of each chain batch, as adapted."""
+        return [batch.kernel for batch in self._batches]
 
     @property
     def compiled(self) -> bool | None:
         """Whether the last run was compiled; None before the first."""
-        return is_compiled(self._blocks[0].moving) if self._blocks else None
+        return is_compiled(self._batches[0].moving) if self._batches else None
 
     def run(
         self,
@@ -225,25 +232,25 @@ class MCMC(AbstractMCMC):
         store: str | Path | None = None,
         checkpoint_every: float = 60.0,
     ) -> None:
-        """Warm up and draw.
+        """Run the warm-up and draw samples.
 
         Args:
             energy: the energy to sample; a constrained support is sampled in unconstrained
-                coordinates, a discrete one as it is.
+                coordinates, a discrete one directly.
             initial: starting states ``(num_chains, *event)`` in the energy's own (constrained)
-                space; None takes ``energy.initial``, for each chain the first candidate from which
-                a trial leapfrog step is accepted.
-            store: a folder to stream the draws to, for runs larger than memory or longer than a
-                machine stays up: :func:`pyroebm.open_run` opens it, :meth:`resume` goes on from it.
-                None keeps the draws in memory.
-            checkpoint_every: seconds after which draws and states are written to the folder again.
+                space; None draws them with ``energy.initial``, for each chain the first candidate
+                from which a trial leapfrog step is accepted.
+            store: a folder to stream the draws to, for runs that do not fit in memory or may be
+                interrupted: :func:`pyroebm.open_run` opens it, :meth:`resume` continues it. None
+                keeps the draws in memory.
+            checkpoint_every: seconds between writes of draws and states to the folder.
 
         Raises:
-            ValueError: if ``energy`` is no Energy or its support is not one that the kernel moves
-                on, if ``initial`` does not fit it or holds a state of non-finite energy, or if
-                ``store`` holds a run already.
+            ValueError: if ``energy`` is not an Energy or the kernel does not move on its support,
+                if ``initial`` does not fit it or holds a state of non-finite energy, or if
+                ``store`` already holds a run.
         """
-        target = self._bound(energy)
+        target = self._target_of(energy)
         folder = (
             None if store is None else Store(store, functools.partial(target.named, site=self.site))
         )
@@ -252,8 +259,8 @@ class MCMC(AbstractMCMC):
         with eval_mode(energy):
             if initial is not None:
                 check_initial(energy, initial, self.num_chains)
-            blocks = []
-            for number in self.layout.blocks:
+            batches = []
+            for number in self.layout.batches:
                 chains, generator = (
                     self.layout.chains(number),
                     seeded_generator(self.seed, energy.device, number),
@@ -265,37 +272,40 @@ class MCMC(AbstractMCMC):
                     x = draw_starts(self.plan.kernel, target, len(chains), generator, adapts)
                 else:
                     x = to_support(energy.support).inv(initial[chains.start : chains.stop])
-                blocks.append(self._block(number, target, x, generator, folder))
-        self._compile(target, blocks, self.num_samples)
+                batches.append(self._new_batch(number, target, x, generator, folder))
+        self._compile(target, batches, self.num_samples)
         if folder is not None:
-            folder.begin(self.layout, self._facts())
-        # Only now is the run before this one let go: whatever was refused above has left it as it
-        # was.
+            folder.begin(self.layout, self._attributes())
+        # Replace the previous run only now, so that an error above leaves it unchanged.
         self._target = target
-        self._blocks = blocks
+        self._batches = batches
         self._store = folder
         self._advance(self.num_samples, checkpoint_every)
 
     def run_more(self, num_samples: int, *, checkpoint_every: float = 60.0) -> None:
-        """Draw ``num_samples`` more from where the chains stand: the same as one longer run.
+        """Continue the chains for ``num_samples`` more draws: the same as one longer run.
 
-        Energies and gradients are taken anew there, so an energy that was trained in between is
-        sampled as it now is.
+        Energies and gradients are recomputed first, so an energy that was trained in between is
+        sampled with its current parameters.
+
+        Args:
+            num_samples: number of further draws of each chain.
+            checkpoint_every: as in :meth:`run`.
 
         Raises:
-            ValueError: if there is no finished warm-up to go on from, or ``num_samples`` < 1.
+            ValueError: if there is no run with a finished warm-up, or ``num_samples`` < 1.
         """
-        if not self._blocks or any(block.warm_left for block in self._blocks):
+        if not self._batches or any(batch.warm_left for batch in self._batches):
             raise ValueError(
-                "run_more goes on from a run that finished its warm-up: call run(energy) first, or"
+                "run_more continues a run that finished its warm-up: call run(energy) first, or"
                 " resume()"
             )
         check_counts({"num_samples": 1}, num_samples)
-        goal = min(block.count for block in self._blocks) + num_samples
-        self._compile(self._target, self._blocks, goal)
+        goal = min(batch.count for batch in self._batches) + num_samples
+        self._compile(self._target, self._batches, goal)
         with eval_mode(self._target):
-            for block in self._blocks:
-                block.refresh()
+            for batch in self._batches:
+                batch.refresh()
         self._advance(goal, checkpoint_every)
 
     def resume(
@@ -305,54 +315,56 @@ class MCMC(AbstractMCMC):
         *,
         checkpoint_every: float = 60.0,
     ) -> None:
-        """Finish a run that was broken off: the draws are those of one that was not, bit for bit on
-        one machine.
+        """Finish an interrupted run, with the same draws as an uninterrupted one.
+
+        They are the same bit for bit on one machine.
 
         Args:
-            energy: the energy of the run, and
-            store: the folder it streamed to. Without them, the run in memory goes on (after Ctrl-C
-                or :meth:`load_state_dict`).
+            energy: the energy of the run.
+            store: the folder of the run. Without ``energy`` and ``store`` the run in memory is
+                continued (after Ctrl-C or :meth:`load_state_dict`).
             checkpoint_every: as in :meth:`run`.
 
         Raises:
-            ValueError: if there is no run to go on from, or if that in the folder is of other
-                settings or of another energy.
+            ValueError: if there is no run to continue, or if the run in the folder has other
+                settings or another energy.
         """
         if (energy is None) != (store is None):
             raise ValueError(
-                f"resume takes energy and store, or neither, got energy={energy} and"
+                f"resume requires energy and store, or neither, got energy={energy} and"
                 f" store={store!r}"
             )
         if energy is not None and store is not None:
-            target = self._bound(energy)
+            target = self._target_of(energy)
             folder = Store(store, functools.partial(target.named, site=self.site))
-            states = {number: folder.load(number) for number in self.layout.blocks}
+            states = {number: folder.load(number) for number in self.layout.batches}
             self._load(
                 {f"{n}.{k}": v for n, state in states.items() for k, v in state.items()},
                 target,
                 folder,
             )
-        if not self._blocks:
+        if not self._batches:
             raise ValueError(
                 "there is nothing to resume: call run(energy) or load_state_dict(state, energy)"
                 " first"
             )
         if not self.compiled:
-            self._compile(self._target, self._blocks, self.num_samples)
+            self._compile(self._target, self._batches, self.num_samples)
         self._advance(max(self._goal, self.num_samples), checkpoint_every)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything that :meth:`resume` and :meth:`run_more` need, and every draw, as tensors
-        alone (safetensors can hold it).
+        """Return what :meth:`resume` and :meth:`run_more` need, and all draws, as tensors.
+
+        safetensors can store them.
 
         Raises:
             ValueError: if there was no run.
         """
-        if not self._blocks:
-            raise ValueError("nothing was drawn yet: call run(energy) first")
+        if not self._batches:
+            raise ValueError("there are no draws: call run(energy) first")
         states = {
-            number: self._state_of(block)
-            for number, block in zip(self.layout.blocks, self._blocks, strict=True)
+            number: self._state_of(batch)
+            for number, batch in zip(self.layout.batches, self._batches, strict=True)
         }
         return {
             f"{number}.{name}": value
@@ -361,28 +373,31 @@ class MCMC(AbstractMCMC):
         }
 
     def load_state_dict(self, state: dict[str, Tensor], energy: Energy) -> None:
-        """Stand where a run of the same settings stood, in its warm-up or after, so that it can go
-        on as it would have.
+        """Restore a saved run of the same settings, during or after its warm-up.
+
+        Args:
+            state: what :meth:`state_dict` returned.
+            energy: the energy of the run.
 
         Raises:
             ValueError: if the state is of other settings (kernel, chains, thinning), or of another
                 energy.
         """
-        self._load(state, self._bound(energy), None)
+        self._load(state, self._target_of(energy), None)
 
     def _load(self, state: dict[str, Tensor], target: Energy, store: Store | None) -> None:
         needed = {
             f"{n}.{name}"
-            for n in self.layout.blocks
-            for name in ("settings", "said", "rng", "state.x", "state.energy")
+            for n in self.layout.batches
+            for name in ("settings", "metadata", "rng", "state.x", "state.energy")
         }
         if not needed <= set(state):
             raise ValueError(
                 f"state must come from MCMC.state_dict(), with {sorted(needed)}, got keys"
                 f" {sorted(state)}"
             )
-        blocks = []
-        for number in self.layout.blocks:
+        batches = []
+        for number in self.layout.batches:
             own = {
                 k.removeprefix(f"{number}."): v
                 for k, v in state.items()
@@ -392,25 +407,26 @@ class MCMC(AbstractMCMC):
             seed, settings = saved.pop("seed"), self._settings(target, saved["warm_left"])
             if saved != settings:
                 raise ValueError(
-                    f"the state must be of the settings of this run, {settings}, got {saved}"
+                    f"state must be of the settings of this run, {settings}, got {saved}; construct"
+                    " MCMC with the settings of the saved run"
                 )
             with eval_mode(target):
                 x, generator = (
                     own["state.x"].to(target.device),
                     seeded_generator(self.seed, target.device),
                 )
-                block = self._block(number, target, x, generator, store)
-                block.load_state_dict(own)
-                energies = block.kernel.refresh(target, block.state).energy
-                # compiled ones may differ a little
-                if not torch.allclose(energies, block.state.energy, rtol=1e-4, atol=1e-4):
+                batch = self._new_batch(number, target, x, generator, store)
+                batch.load_state_dict(own)
+                energies = batch.kernel.refresh(target, batch.state).energy
+                # Compiled energies may differ by rounding.
+                if not torch.allclose(energies, batch.state.energy, rtol=1e-4, atol=1e-4):
                     raise ValueError(
-                        "the state must be of the energy given: its energies differ from those"
-                        " kept with the draws"
+                        "state must be of the energy given: its energies differ from those saved"
+                        " with the draws; pass the energy of the saved run"
                     )
-            blocks.append(block)
+            batches.append(batch)
         self._target = target
-        self._blocks = blocks
+        self._batches = batches
         self._store = store
         self.seed = seed
         self._goal, self.interrupted = 0, False
@@ -423,19 +439,22 @@ class MCMC(AbstractMCMC):
             "runs_ahead": self.plan.kernel.runs_ahead(target),
         }
 
-    def _state_of(self, block: Block, draws: bool = True) -> dict[str, Tensor]:
-        settings = self._settings(block.target, block.warm_left) | {"seed": self.seed}
-        return block.state_dict(draws) | {"settings": to_text(settings)}
+    def _state_of(self, batch: ChainBatch, draws: bool = True) -> dict[str, Tensor]:
+        settings = self._settings(batch.target, batch.warm_left) | {"seed": self.seed}
+        return batch.state_dict(draws) | {"settings": to_text(settings)}
 
-    def _bound(self, energy: Energy) -> Energy:
+    def _target_of(self, energy: Energy) -> Energy:
         check_energy(energy)
         target = unconstrain(energy)
         self.plan.kernel.check_support(target)
         return target
 
-    def _compile(self, target: Energy, blocks: list[Block], goal: int) -> None:
-        """Choose what the kernels move on. What decides is the same whatever blocks are here and
-        whatever is done already."""
+    def _compile(self, target: Energy, batches: list[ChainBatch], goal: int) -> None:
+        """Choose the energy on which the kernels move: the target or its compiled view.
+
+        The choice depends only on settings, not on this rank's batches or on the progress of the
+        run.
+        """
         chains, steps = (
             len(self.layout.chains(0)),
             self.plan.warmup_steps + goal * self.plan.thinning,
@@ -443,23 +462,22 @@ class MCMC(AbstractMCMC):
         kernel = self.plan.kernel
         try:
             with eval_mode(target):
-                sizes = [len(block.state.x) for block in blocks]
+                sizes = [len(batch.state.x) for batch in batches]
                 moving = choose_compiled(
-                    target, self.compile, kernel, chains, steps, self._say, sizes
+                    target, self.compile, kernel, chains, steps, self._print, sizes
                 )
         except KeyboardInterrupt:  # raised again, and reported, by _advance
             self._stopped = True
             return
-        for block in blocks:
-            block.moving = moving
+        for batch in batches:
+            batch.moving = moving
 
     def _compile_driver(self, dtype: torch.dtype) -> None:
-        """Let numba compile what moves NUTS's chains, and say so if it takes longer than a
-        second."""
+        """Compile the driver of NUTS with numba; print a line if it takes longer than a second."""
         from pyroebm.kernels.nuts.driver import compile_for
 
-        said = "compiling NUTS, about 4 s, once on this machine"
-        timer = threading.Timer(1.0, self._say, [said])
+        text = "compiling NUTS, about 4 s, once on this machine"
+        timer = threading.Timer(1.0, self._print, [text])
         timer.daemon = True
         timer.start()
         try:
@@ -467,20 +485,20 @@ class MCMC(AbstractMCMC):
         finally:
             timer.cancel()
 
-    def _say(self, text: str) -> None:
+    def _print(self, text: str) -> None:
         if self.progress is not False and self.layout.ranks[0] == 0:
             print(text, file=sys.stderr)
 
-    def _block(
+    def _new_batch(
         self,
         number: int,
         target: Energy,
         start: Tensor,
         generator: torch.Generator,
         store: Store | None,
-    ) -> Block:
+    ) -> ChainBatch:
         if self.keep == "moments":
-            return Block(
+            return ChainBatch(
                 self.plan,
                 target,
                 start,
@@ -488,15 +506,17 @@ class MCMC(AbstractMCMC):
                 named=functools.partial(target.named, site=self.site),
             )
         if store is None:
-            return Block(self.plan, target, start, generator)
-        room = BUFFER // (len(self.layout.blocks) * len(start) * bytes_per_draw(target))
-        return Block(
+            return ChainBatch(self.plan, target, start, generator)
+        affordable = BUFFER_BYTES // (
+            len(self.layout.batches) * len(start) * bytes_per_draw(target)
+        )
+        return ChainBatch(
             self.plan,
             target,
             start,
             generator,
             store.parts(number, self.layout.chains(number).start),
-            max(1, room),
+            max(1, affordable),
         )
 
     def _advance(self, goal: int, checkpoint_every: float) -> None:
@@ -508,31 +528,31 @@ class MCMC(AbstractMCMC):
         if self.keep == "draws":
             draws, chains = (
                 goal + self.plan.warmup_steps * self.plan.save_warmup,
-                sum(len(b.state.x) for b in self._blocks),
+                sum(len(b.state.x) for b in self._batches),
             )
-            announce(draws, chains, self._target, self._store is not None)
+            announce_size(draws, chains, self._target, self._store is not None)
         stopped, self._stopped = self._stopped, False
         try:
             if stopped:
                 raise KeyboardInterrupt
             with eval_mode(self._target):
-                for block in self._blocks:
-                    block.make_room(goal)
+                for batch in self._batches:
+                    batch.reserve(goal)
                 self._save()
-                most = 1 if self._one_by_one else AT_ONCE
+                most = 1 if self._single_steps else MAX_TURN_STEPS
                 self._take_turns(
-                    "warm-up", lambda block: block.warm_up(most), lambda block: block.warm_left
+                    "warm-up", lambda batch: batch.warm_up(most), lambda batch: batch.warm_left
                 )
                 phase = "sampling"
                 self._take_turns(
                     "sample",
-                    lambda block: block.draw(goal, most),
-                    lambda block: goal - block.count,
+                    lambda batch: batch.draw(goal, most),
+                    lambda batch: goal - batch.count,
                 )
             self._warn_of_stuck_chains(stacklevel=4)
         except KeyboardInterrupt:
             self.interrupted = True
-            kept = min(block.count for block in self._blocks)
+            kept = min(batch.count for batch in self._batches)
             warnings.warn(
                 f"interrupted during {phase}: {kept} draws of each chain were kept",
                 RuntimeWarning,
@@ -542,67 +562,68 @@ class MCMC(AbstractMCMC):
             self._save()
 
     def _take_turns(
-        self, label: str, step: Callable[[Block], int], left: Callable[[Block], int]
+        self, label: str, step: Callable[[ChainBatch], int], left: Callable[[ChainBatch], int]
     ) -> None:
-        """Some steps of each block in turn, so that an interrupt finds all of them about equally
-        far."""
-        behind, turn = [block for block in self._blocks if left(block) > 0], 0
+        """Run some steps of each chain batch in turn, so that an interrupt stops them together."""
+        behind, turn = [batch for batch in self._batches if left(batch) > 0], 0
         show = self.progress if self.layout.ranks[0] == 0 else False
-        total = sum(left(block) * len(block.state.x) for block in behind)
-        for block in behind:
-            block.divergences = torch.zeros_like(block.divergences)
+        total = sum(left(batch) * len(batch.state.x) for batch in behind)
+        for batch in behind:
+            batch.divergences = torch.zeros_like(batch.divergences)
         with (
             Progress(total, f"{label}, {self.num_chains} chains", "draw", show) as shown,
             _threads(self.num_threads) as each,
         ):
             shown.note(
-                divergences=lambda: int(sum(block.divergences for block in self._blocks)),
-                acceptance=lambda: _mean_of([block.acceptance for block in self._blocks]),
+                divergences=lambda: int(sum(batch.divergences for batch in self._batches)),
+                acceptance=lambda: _mean_of([batch.acceptance for batch in self._batches]),
             )
             while behind:
-                for block, number in zip(behind, each(step, behind), strict=True):
-                    shown.update(number * len(block.state.x))
+                for batch, number in zip(behind, each(step, behind), strict=True):
+                    shown.update(number * len(batch.state.x))
                 self._after_turn(label, turn)
-                behind, turn = [block for block in behind if left(block) > 0], turn + 1
+                behind, turn = [batch for batch in behind if left(batch) > 0], turn + 1
 
     def _after_turn(self, label: str, turn: int) -> None:
-        """What is done between turns: ``label`` is ``"warm-up"`` or ``"sample"``, and ``turn``
-        counts from 0 in each."""
+        """Run between turns; a hook for subclasses.
+
+        ``label`` is ``"warm-up"`` or ``"sample"``, and ``turn`` counts from 0 in each.
+        """
         if time.monotonic() - self._saved >= self._every:
             self._save()
 
     def _save(self) -> None:
         self._saved = time.monotonic()
         if self._store is not None:
-            for number, block in zip(self.layout.blocks, self._blocks, strict=True):
-                block.warmup.spill()
-                block.record.spill()
-                self._store.save(number, self._state_of(block, draws=False))
+            for number, batch in zip(self.layout.batches, self._batches, strict=True):
+                batch.warmup.flush()
+                batch.record.flush()
+                self._store.save(number, self._state_of(batch, draws=False))
 
     @property
     def state(self) -> Any:
-        """Where the chains stand: the states of all blocks as one.
+        """Current states of all chains, as one state.
 
         Raises:
             ValueError: if there was no run.
         """
-        if not self._blocks:
-            raise ValueError("nothing was drawn yet: call run(energy) first")
-        return _joined([block.state for block in self._blocks])
+        if not self._batches:
+            raise ValueError("there are no draws: call run(energy) first")
+        return _joined([batch.state for batch in self._batches])
 
     def _records(self, warmup: bool = False) -> list[Record]:
-        if not self._blocks:
-            raise ValueError("nothing was drawn yet: call run(energy) first")
+        if not self._batches:
+            raise ValueError("there are no draws: call run(energy) first")
         if self.keep == "moments":
             raise ValueError(
-                'keep="moments" keeps no draws: get_moments() has their means, variances and R-hat'
+                'keep="moments" keeps no draws: get_moments() returns means, variances and R-hat'
             )
-        if not warmup and min(block.count for block in self._blocks) == 0:
+        if not warmup and min(batch.count for batch in self._batches) == 0:
             raise ValueError(
                 "the run ended before its first draw (its warm-up is in get_samples(warmup=True)):"
-                " resume() or run(energy) again"
+                " call resume() or run(energy) again"
             )
-        return [block.warmup if warmup else block.record for block in self._blocks]
+        return [batch.warmup if warmup else batch.record for batch in self._batches]
 
     def _draws(self, warmup: bool = False) -> Tensor:
         records = self._records(warmup)
@@ -612,14 +633,14 @@ class MCMC(AbstractMCMC):
     def get_samples(
         self, num_samples: int | None = None, group_by_chain: bool = False, warmup: bool = False
     ) -> dict[str, Tensor]:
-        """Draws in the energy's own space.
+        """Return draws in the energy's own space.
 
         Args:
-            num_samples: so many, drawn again with replacement by torch's global generator (as in
-                Pyro); None gives all.
+            num_samples: number of draws, resampled with replacement by torch's default generator
+                (as in Pyro); None returns all.
             group_by_chain: keep the chain axis: ``(chains, draws, *event)``, else ``(chains *
                 draws, *event)``.
-            warmup: the warm-up's draws instead.
+            warmup: return the draws of the warm-up instead.
         """
         draws = self._draws(warmup)
         samples: dict[str, Tensor] = select_samples(
@@ -628,31 +649,41 @@ class MCMC(AbstractMCMC):
         return samples
 
     def get_stats(self, warmup: bool = False) -> dict[str, Tensor]:
-        """Statistics of each draw, ``(chains, draws)``: ``lp``, ``energy`` (the Hamiltonian),
-        ``acceptance_rate``, ..."""
+        """Return statistics of each draw, ``(chains, draws)``.
+
+        They are ``lp``, ``energy`` (the Hamiltonian), ``acceptance_rate`` and other fields of
+        :class:`pyroebm.kernels.Info`.
+
+        Args:
+            warmup: return those of the warm-up instead.
+        """
         records = self._records(warmup)
         common = min(record.count for record in records)
         stats = [record.stats() for record in records]
         return {name: torch.cat([each[name][:, :common] for each in stats]) for name in stats[0]}
 
     def get_moments(self) -> dict[str, StreamingMoments]:
-        """Means, variances, R-hat and nested R-hat of each variable and statistic, of a run with
-        ``keep="moments"``.
+        """Return means, variances, R-hat and nested R-hat of each variable and statistic.
+
+        For runs with ``keep="moments"``.
 
         Raises:
             ValueError: if nothing was drawn, or if the run keeps its draws.
         """
-        kept = [block.moments for block in self._blocks]
+        kept = [batch.moments for batch in self._batches]
         if not kept or not all(kept):
             raise ValueError(
-                f'get_moments is for runs with keep="moments" that have draws, got'
-                f" keep={self.keep!r}"
+                f'get_moments requires a run with keep="moments" that has draws, got'
+                f" keep={self.keep!r}; use get_samples()"
             )
         return {name: StreamingMoments.joined([each[name] for each in kept]) for name in kept[0]}
 
     def to_arviz(self) -> Any:
-        """Draws and statistics, warm-up included, as ArviZ's InferenceData (DataTree from ArviZ 1.0
-        on)."""
+        """Convert draws and statistics, warm-up included, to ArviZ.
+
+        Returns:
+            ArviZ's InferenceData (DataTree from ArviZ 1.0 on).
+        """
         samples, stats = self.get_samples(group_by_chain=True), self.get_stats()
         warm = all(record.count for record in self._records(warmup=True))
         return diagnostics.to_arviz(
@@ -660,45 +691,55 @@ class MCMC(AbstractMCMC):
             stats,
             warmup_posterior=self.get_samples(group_by_chain=True, warmup=True) if warm else None,
             warmup_sample_stats=self.get_stats(warmup=True) if warm else None,
-            attrs=self._facts(),
+            attrs=self._attributes(),
         )
 
     def stuck_chains(self) -> list[int]:
-        """Numbers of the chains (of this process) that never moved after warm-up; see
-        :func:`pyroebm.diagnostics.stuck_chains`."""
-        if not self._blocks:
-            raise ValueError("nothing was drawn yet: call run(energy) first")
+        """Return the numbers of this process's chains that never moved after warm-up.
+
+        See :func:`pyroebm.diagnostics.stuck_chains`.
+        """
+        if not self._batches:
+            raise ValueError("there are no draws: call run(energy) first")
         moves, first = (
-            torch.cat([block.moves for block in self._blocks]),
-            self.layout.chains(self.layout.blocks[0]).start,
+            torch.cat([batch.moves for batch in self._batches]),
+            self.layout.chains(self.layout.batches[0]).start,
         )
         return [
             first + chain
-            for chain in stuck_chains(moves, min(block.count for block in self._blocks))
+            for chain in stuck_chains(moves, min(batch.count for batch in self._batches))
         ]
 
     def _warn_of_stuck_chains(self, stacklevel: int) -> None:
-        energies, first = self.state.energy, self.layout.chains(self.layout.blocks[0]).start
+        energies, first = self.state.energy, self.layout.chains(self.layout.batches[0]).start
         stuck = [number - first for number in self.stuck_chains()]
-        if said := describe_stuck(stuck, len(energies), energies, first, self.num_chains):
-            warnings.warn(said, RuntimeWarning, stacklevel=stacklevel)
+        if message := describe_stuck(stuck, len(energies), energies, first, self.num_chains):
+            warnings.warn(message, RuntimeWarning, stacklevel=stacklevel)
 
-    def _facts(self) -> dict[str, Any]:
-        facts = {
+    def _attributes(self) -> dict[str, Any]:
+        attributes = {
             "kernel": type(self.plan.kernel).__name__,
             "seed": str(self.seed),
             "thinning": self.plan.thinning,
         }
-        return facts | {"num_chains": self.num_chains, "chain_batch_size": self.layout.size}
+        return attributes | {"num_chains": self.num_chains, "chain_batch_size": self.layout.size}
 
     def summary(self, **options: Any) -> Any:
-        """ArviZ's summary table (a DataFrame) of the draws; options go to ``arviz.summary``. Warns
-        of chains that never moved."""
+        """Return ArviZ's summary table (a DataFrame) of the draws; warn of chains that never moved.
+
+        Args:
+            **options: passed to ``arviz.summary``.
+        """
         self._warn_of_stuck_chains(stacklevel=3)
         return diagnostics.summary(self.to_arviz(), **options)
 
     def diagnose(self, max_r_hat: float = 1.01, min_ess: float = 400.0) -> diagnostics.Diagnosis:
-        """Find what is wrong with the draws; see :func:`pyroebm.diagnostics.diagnose`."""
+        """Diagnose the draws; see :func:`pyroebm.diagnostics.diagnose`.
+
+        Args:
+            max_r_hat: threshold of R-hat.
+            min_ess: threshold of the effective sample size.
+        """
         with eval_mode(self._target):
             return diagnostics.diagnose(
                 self._draws(),
@@ -708,13 +749,15 @@ class MCMC(AbstractMCMC):
                 kernel=self.plan.kernel,
                 energy=self._target,
                 named=functools.partial(self._target.named, site=self.site),
-                first_chain=self.layout.chains(self.layout.blocks[0]).start,
+                first_chain=self.layout.chains(self.layout.batches[0]).start,
                 num_chains=self.num_chains,
             )
 
     def diagnostics(self) -> dict[str, Any]:
-        """As Pyro's: effective sample size and R-hat of each site, divergences and acceptance rates
-        of each chain."""
+        """Return effective sample size and R-hat of each site, and divergences, as Pyro does.
+
+        Divergences and acceptance rates are given for each chain.
+        """
         samples, stats = self.get_samples(group_by_chain=True), self.get_stats()
         chains = [f"chain {c}" for c in range(len(stats["diverging"]))]
         return {

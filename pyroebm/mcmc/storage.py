@@ -1,5 +1,4 @@
-"""A run in a folder: draws in netCDF parts, written whole or not at all, and what each block of
-chains needs to go on."""
+"""Runs in a folder: draws in netCDF parts, written atomically, and states of the chain batches."""
 
 from __future__ import annotations
 
@@ -23,89 +22,92 @@ from pyroebm.core.files import (
 from pyroebm.diagnostics.arviz_data import from_datasets
 from pyroebm.mcmc.chains import Layout
 
-if TYPE_CHECKING:  # half a second that only runs with files wait for
+if TYPE_CHECKING:  # the import takes half a second and is only needed with files
     import xarray
 
 __all__ = ["Part", "Store", "open_run"]
 
 PHASES = ("warmup", "draws")
-ABOUT = "run.json"
+RUN_FILE = "run.json"
 
 
 class Store:
-    """A folder with the draws of a run and the states of its blocks.
+    """Folder with the draws of a run and the states of its chain batches.
 
-    Parts are ``block00000-draws-000000500.nc``: which block, which phase, the number of the first
-    draw in it. Each is a netCDF file with ArviZ's groups and opens alone; :func:`open_run` opens
-    all as one. ``block00000.safetensors`` is where the block stood when its last part was written.
-    Every file is written beside its place and moved there, so that a process killed at any moment
-    leaves whole files only.
+    Parts are ``batch00000-draws-000000500.nc``: number of the chain batch, phase, number of the
+    first draw. Each is a netCDF file with ArviZ's groups; :func:`open_run` opens all as one.
+    ``batch00000.safetensors`` is the state of the batch after its last part. Every file is written
+    atomically: to a temporary file, then renamed.
 
     Args:
-        folder: the folder; made if it is not there.
-        named: draws in unconstrained coordinates as the variables of the results.
+        folder: the folder; created if it does not exist.
+        named: function from draws in unconstrained coordinates to the variables of the results.
     """
 
     def __init__(self, folder: str | Path, named: Callable[[Tensor], dict[str, Tensor]]) -> None:
         self.folder, self.named = Path(folder), named
-        about = self.folder / ABOUT
-        #: of the run, said in each file
-        self.facts: dict[str, Any] = read_json(about) if about.exists() else {}
+        run_file = self.folder / RUN_FILE
+        #: of the run, written to each file
+        self.attributes: dict[str, Any] = read_json(run_file) if run_file.exists() else {}
 
-    def begin(self, layout: Layout, facts: dict[str, Any]) -> None:
-        """Make the folder ready for a run; other ranks may be doing the same for theirs.
+    def begin(self, layout: Layout, attributes: dict[str, Any]) -> None:
+        """Prepare the folder for a run; other ranks may do the same for theirs.
+
+        Args:
+            layout: division of the chains.
+            attributes: attributes of the run, written to every file.
 
         Raises:
-            ValueError: if it holds these blocks of a run already, or those of another run.
+            ValueError: if it already holds these chain batches, or those of another run.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        if any(self._state(block).exists() for block in layout.blocks) or self.facts not in (
+        if any(self._state(batch).exists() for batch in layout.batches) or self.attributes not in (
             {},
-            facts,
+            attributes,
         ):
             raise ValueError(
-                f"store={str(self.folder)!r} holds a run already: go on with resume(energy,"
-                " store=...), or name a new folder"
+                f"store={str(self.folder)!r} holds a run already: continue it with resume(energy,"
+                " store=...), or pass a new folder"
             )
-        self.facts = facts
-        # other ranks may be writing the same
-        write_json(self.folder / ABOUT, facts, by=f".{layout.ranks[0]}")
+        self.attributes = attributes
+        # Other ranks may write the same file.
+        write_json(self.folder / RUN_FILE, attributes, by=f".{layout.ranks[0]}")
 
-    def parts(self, block: int, first_chain: int) -> tuple[Part, Part]:
-        """Where a block's draws go: those of its warm-up, and those after it."""
-        warmup, draws = (Part(self, block, first_chain, phase) for phase in PHASES)
+    def parts(self, batch: int, first_chain: int) -> tuple[Part, Part]:
+        """Return the parts of a chain batch: that of its warm-up and that of its draws."""
+        warmup, draws = (Part(self, batch, first_chain, phase) for phase in PHASES)
         return warmup, draws
 
-    def save(self, block: int, state: dict[str, Tensor]) -> None:
-        """Keep where a block stands."""
-        write_tensors(self._state(block), state)
+    def save(self, batch: int, state: dict[str, Tensor]) -> None:
+        """Write the state of a chain batch."""
+        write_tensors(self._state(batch), state)
 
-    def load(self, block: int) -> dict[str, Tensor]:
-        """Where a block stood; ValueError if nothing was kept of it."""
-        if not self._state(block).exists():
+    def load(self, batch: int) -> dict[str, Tensor]:
+        """Read the state of a chain batch; raise ValueError if there is none."""
+        if not self._state(batch).exists():
             raise ValueError(
-                f"store={str(self.folder)!r} holds no state of block {block}: run(energy,"
-                " store=...) begins a run there"
+                f"store={str(self.folder)!r} holds no state of chain batch {batch}: start a run"
+                " with run(energy, store=...)"
             )
-        return read_tensors(self._state(block))[0]
+        return read_tensors(self._state(batch))[0]
 
-    def _state(self, block: int) -> Path:
-        return self.folder / f"block{block:05}.safetensors"
+    def _state(self, batch: int) -> Path:
+        return self.folder / f"batch{batch:05}.safetensors"
 
 
 class Part:
-    """The draws of one block in one phase, in as many files as there were moments of writing.
+    """Draws of one chain batch in one phase, with one file per write.
 
     Args:
         store: the folder.
-        block: number of the block.
-        first_chain: number of its first chain among those of the run.
+        batch: number of the chain batch.
+        first_chain: number of its first chain in the run.
         phase: ``warmup`` or ``draws``.
     """
 
-    def __init__(self, store: Store, block: int, first_chain: int, phase: str) -> None:
+    def __init__(self, store: Store, batch: int, first_chain: int, phase: str) -> None:
         self.store = store
-        self.block = block
+        self.batch = batch
         self.first_chain = first_chain
         self.phase = phase
 
@@ -116,17 +118,17 @@ class Part:
             _group("posterior", self.phase): named,
             _group("sample_stats", self.phase): stats,
         }
-        # what the kernel saw; the same draws where nothing is transformed
+        # Unconstrained draws are written only if they differ from the variables.
         if not any(value is x for value in named.values()):
             groups[_group("unconstrained_posterior", self.phase)] = {"x": x}
         chains, draws = self.first_chain + np.arange(x.shape[0]), start + np.arange(x.shape[1])
-        path = self.store.folder / f"block{self.block:05}-{self.phase}-{start:09}.nc"
+        path = self.store.folder / f"batch{self.batch:05}-{self.phase}-{start:09}.nc"
         datasets = {name: _dataset(variables, chains, draws) for name, variables in groups.items()}
-        write_groups(path, datasets, self.store.facts)
+        write_groups(path, datasets, self.store.attributes)
 
     def read(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """The draws that the kernel saw, and their statistics."""
-        files = _files(self.store.folder, self.block, self.phase)
+        """Return the unconstrained draws and their statistics."""
+        files = _files(self.store.folder, self.batch, self.phase)
         raw = _group("unconstrained_posterior", self.phase)
         x = _joined(files, raw)
         (draws,) = (
@@ -138,26 +140,30 @@ class Part:
         }
 
     def cut(self, num_draws: int) -> None:
-        """Remove the files of the draws after the first ``num_draws``: they were written after the
-        state that is gone on from."""
-        for start, path in _files(self.store.folder, self.block, self.phase):
+        """Remove the files of the draws after the first ``num_draws``.
+
+        They were written after the state that is resumed.
+        """
+        for start, path in _files(self.store.folder, self.batch, self.phase):
             if start >= num_draws:
                 remove(path)
 
 
 def open_run(folder: str | Path, thinning: int = 1) -> Any:
-    """The draws of a run that streamed to a folder, parts of all blocks and ranks as one, as
-    ArviZ's InferenceData or DataTree.
+    """Open the draws of a run in a folder, all parts of all chain batches and ranks as one.
 
-    Chains are in order, each with the draws that all of them have. It can be called while the run
-    is going on.
+    Chains are in order, each with the draws that all of them have. The run may still be in
+    progress.
 
     Args:
-        folder: what was given to ``MCMC.run(energy, store=folder)``.
-        thinning: read one draw in so many: a run larger than memory can be looked at.
+        folder: the ``store`` of ``MCMC.run(energy, store=folder)``.
+        thinning: read one of so many draws, for a run that does not fit in memory.
+
+    Returns:
+        ArviZ's InferenceData (DataTree from ArviZ 1.0 on).
 
     Raises:
-        ValueError: if the folder holds no draws, or none of some block.
+        ValueError: if the folder holds no run, or no draws of a chain batch.
 
     Example:
         >>> import tempfile
@@ -173,20 +179,20 @@ def open_run(folder: str | Path, thinning: int = 1) -> Any:
     if not isinstance(thinning, int) or thinning < 1:
         raise ValueError(f"thinning must be an integer of at least 1, got thinning={thinning}")
     folder = Path(folder)
-    if not (folder / ABOUT).exists():
+    if not (folder / RUN_FILE).exists():
         raise ValueError(
-            f"folder={str(folder)!r} holds no run: MCMC.run(energy, store=folder) writes one"
+            f"folder={str(folder)!r} holds no run: write one with MCMC.run(energy, store=folder)"
         )
-    facts = read_json(folder / ABOUT)
-    blocks = Layout(facts["num_chains"], facts["chain_batch_size"]).blocks
+    attributes = read_json(folder / RUN_FILE)
+    batches = Layout(attributes["num_chains"], attributes["chain_batch_size"]).batches
     groups = {}
     for phase in PHASES:
-        files = [_files(folder, block, phase) for block in blocks]
+        files = [_files(folder, batch, phase) for batch in batches]
         if phase == "draws" and not all(files):
-            missing = [block for block, found in zip(blocks, files, strict=True) if not found]
+            missing = [batch for batch, found in zip(batches, files, strict=True) if not found]
             raise ValueError(
-                f"folder={str(folder)!r} must have draws of blocks 0 to {len(blocks) - 1}, got"
-                f" none of {missing}"
+                f"folder={str(folder)!r} must have draws of chain batches 0 to {len(batches) - 1},"
+                f" got none of {missing}; finish the run with MCMC.resume(energy, store=folder)"
             )
         for name in ("posterior", "sample_stats", "unconstrained_posterior"):
             parts = [_joined(found, _group(name, phase), thinning) for found in files]
@@ -195,23 +201,25 @@ def open_run(folder: str | Path, thinning: int = 1) -> Any:
                 groups[_group(name, phase)] = _concat(
                     [part.isel(draw=slice(common)) for part in parts], "chain"
                 )
-    return from_datasets(groups, facts)
+    return from_datasets(groups, attributes)
 
 
 def _group(name: str, phase: str) -> str:
     return f"warmup_{name}" if phase == "warmup" else name
 
 
-def _files(folder: Path, block: int, phase: str) -> list[tuple[int, Path]]:
+def _files(folder: Path, batch: int, phase: str) -> list[tuple[int, Path]]:
     return sorted(
         (int(path.stem.rpartition("-")[2]), path)
-        for path in folder.glob(f"block{block:05}-{phase}-*.nc")
+        for path in folder.glob(f"batch{batch:05}-{phase}-*.nc")
     )
 
 
 def _joined(files: list[tuple[int, Path]], group: str, thinning: int = 1) -> Any:
-    """A group of all files as one dataset in memory, or None where there is none. Each file is read
-    lazily: what is thinned out is never in memory."""
+    """Concatenate a group of all files to one dataset in memory, or return None if there is none.
+
+    Files are read lazily, so draws removed by thinning are never loaded.
+    """
     found = []
     for start, path in files:
         try:
@@ -219,11 +227,11 @@ def _joined(files: list[tuple[int, Path]], group: str, thinning: int = 1) -> Any
                 read_group(path, group, slice((thinning - 1 - start) % thinning, None, thinning))
             )
         except OSError as error:  # no such group
-            if "unconstrained" in group:  # which is only there where it differs from what is shown
+            if "unconstrained" in group:  # written only if it differs from the variables
                 return None
             raise ValueError(
-                f"{path} cannot be read, or lacks the group {group!r}: no part of a run written by"
-                " this library"
+                f"{path} cannot be read, or lacks the group {group!r}: it is not a part of a run"
+                " written by this library"
             ) from error
     return _concat(found, "draw") if found else None
 

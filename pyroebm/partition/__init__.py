@@ -1,5 +1,4 @@
-"""log Z of an energy: exact where it can be had, else estimated, with its error and the side on
-which it errs."""
+"""Estimation of log Z: exact, or with a standard error and the direction of its bias."""
 
 from pyroebm.partition.annealing import ais, bidirectional_ais, reverse_ais, schedule
 from pyroebm.partition.bases import IndependentLayers, IndependentSites, base_rates

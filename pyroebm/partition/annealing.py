@@ -1,4 +1,4 @@
-"""Annealed importance sampling, forward and in reverse, and both as a bracket."""
+"""Annealed importance sampling: forward, reverse and bidirectional."""
 
 from __future__ import annotations
 
@@ -18,14 +18,20 @@ from pyroebm.kernels import Kernel
 from pyroebm.kernels.base import check_kernel
 from pyroebm.partition.bases import base_energy, base_rates
 from pyroebm.partition.bridging import bennett_acceptance_ratio
-from pyroebm.partition.layered import LayeredPath, Walkers
+from pyroebm.partition.kernel_path import (
+    KernelPath,
+    as_betas,
+    default_kernel,
+    increments,
+    total_weight,
+)
+from pyroebm.partition.layered import LayeredPath, LayeredState
 from pyroebm.partition.result import BidirectionalAIS, LogZ, from_weights
-from pyroebm.partition.walk import KernelPath, as_betas, default_kernel, increments, total_weight
 from pyroebm.smc import tempered_smc
 
 __all__ = ["Base", "ais", "bidirectional_ais", "reverse_ais", "schedule"]
 
-#: Even steps of the short run by which :func:`schedule` chooses temperatures.
+#: Number of even steps of the pilot run of :func:`schedule`.
 PILOT_STEPS = 200
 
 Base = Layers | Energy | Distribution | None
@@ -41,37 +47,37 @@ def ais(
     generator: torch.Generator | None = None,
     progress: bool | None = None,
 ) -> LogZ:
-    r"""Annealed importance sampling (Neal, 2001; Salakhutdinov and Murray, 2008): chains go from a
-    base to the energy.
+    r"""Estimate log Z by annealed importance sampling (AIS), from a base to the energy.
 
     .. math::
 
         \hat Z = \frac{Z_0}{n} \sum_{i=1}^n \prod_{k=0}^{K-1}
         e^{E_{\beta_k}(x_k^i) - E_{\beta_{k+1}}(x_k^i)}, \qquad E_\beta = (1 - \beta) E_0 + \beta E
+    with :math:`x_0` drawn from the base, and :math:`x_k` by a transition that leaves
+    :math:`e^{-E_{\beta_k}}` invariant (Neal, 2001; Salakhutdinov and Murray, 2008). Z is unbiased,
+    so its logarithm is low on average, and a likelihood computed with it is too high on average.
 
-    with :math:`x_0` drawn from the base, and :math:`x_k` by a move that leaves
-    :math:`e^{-E_{\beta_k}}` unchanged. Z is unbiased, and so its logarithm is low on average: a
-    likelihood with an AIS value in it looks too good.
-
-    A machine made of layers, without a kernel, is annealed by block Gibbs with half of its layers
+    A machine with layers, without a kernel, is annealed by block Gibbs with half of its layers
     summed out (:class:`pyroebm.partition.LayeredPath`). Otherwise the kernel moves whole events,
     continuous ones in unconstrained coordinates.
 
     Args:
         energy: E.
-        base: :math:`E_0`: what :func:`base_rates` makes of the energy and its data, an energy with
-            exact draws and a known ``log_z``, or a Pyro distribution. None is
-            ``base_rates(energy)``, uniform; for real numbers there is none.
-        kernel: None takes block Gibbs for layers, ``Gibbs()`` for other discrete energies, and for
-            continuous ones ``HMC(num_steps=5)`` with the step sizes of a small SMC run beforehand.
+        base: :math:`E_0`: the result of :func:`base_rates` for the energy and its data, an energy
+            with exact draws and a known ``log_z``, or a Pyro distribution. None is
+            ``base_rates(energy)``, which is uniform; real supports have no such default.
+        kernel: transition of the chains; None uses block Gibbs for layers, ``Gibbs()`` for other
+            discrete energies, and ``HMC(num_steps=5)`` for continuous ones, with the step sizes of
+            a small SMC run.
         betas: number K of even steps, or a schedule :math:`0 = \beta_0 < \dots < \beta_K = 1`,
             shape ``(K + 1,)``, for example that of :func:`schedule`.
-        num_chains: n.
-        generator: source of the draws; None is torch's default generator.
-        progress: True shows it, False hides it, None shows it where it takes longer than a second.
+        num_chains: n, number of chains.
+        generator: source of randomness; None is torch's default generator.
+        progress: True shows a progress bar, False does not, None shows it if the run takes longer
+            than a second.
 
     Returns:
-        kind "lower"; "estimate" with a kernel that is not exact.
+        an estimate of kind "lower", or "estimate" with a kernel that is not exact.
 
     Raises:
         ValueError: if an argument is out of its range, or the base does not fit.
@@ -87,7 +93,7 @@ def ais(
         >>> result.kind, abs(result.value - exact(rbm).value) < 5 * result.standard_error
         ('lower', True)
     """
-    steps = _front_door(energy, kernel, betas, num_chains)
+    steps = _check_arguments(energy, kernel, betas, num_chains)
     with eval_mode(energy), torch.no_grad():
         path = _path(energy, base, kernel, generator, progress)
         if isinstance(path, LayeredPath):
@@ -114,28 +120,31 @@ def reverse_ais(
     generator: torch.Generator | None = None,
     progress: bool | None = None,
 ) -> LogZ:
-    r"""AIS from the energy to the base (Burda, Grosse and Salakhutdinov, 2015; Grosse, Ghahramani
-    and Adams, 2015).
+    r"""Estimate log Z by AIS in reverse, from the energy to the base.
 
     .. math::
 
         \log \hat Z = \log Z_0
         - \log \frac1n \sum_{i=1}^n \prod_{k=K}^{1} e^{E_{\beta_k}(x_k^i) - E_{\beta_{k-1}}(x_k^i)}
-
     With :math:`x_K` drawn exactly from the energy the mean weight is unbiased for :math:`Z_0 / Z`,
-    so :math:`\log \hat Z` is high on average. States of a Markov chain give no bound: where the
-    chain missed a mode, so does the weight.
+    so :math:`\log \hat Z` is high on average (Burda, Grosse and Salakhutdinov, 2015; Grosse,
+    Ghahramani and Adams, 2015). States of a Markov chain give no bound: if the chain missed a mode,
+    so does the weight.
 
     Args:
         energy: E.
         start: :math:`x_K`, states of the energy ``(n, *event)`` from a Markov chain; for an RBM
             visible states ``(n, n_0)`` or those of all units ``(n, n_0 + n_1)``. None draws
-            ``num_chains`` exactly, where ``energy.has_exact_draws``.
-        base, kernel, betas, num_chains, generator, progress: as for :func:`ais`; ``betas``
-            rises here too.
+            ``num_chains`` exactly, if ``energy.has_exact_draws``.
+        base: as for :func:`ais`.
+        kernel: as for :func:`ais`.
+        betas: as for :func:`ais`, rising from 0 to 1.
+        num_chains: as for :func:`ais`.
+        generator: as for :func:`ais`.
+        progress: as for :func:`ais`.
 
     Returns:
-        kind "upper" if ``start`` is None and the kernel is exact, else "estimate".
+        an estimate of kind "upper" if ``start`` is None and the kernel is exact, else "estimate".
 
     Raises:
         ValueError: as :func:`ais`, and if there are no exact draws or ``start`` has another shape.
@@ -147,17 +156,17 @@ def reverse_ais(
         >>> reverse_ais(rbm).kind, reverse_ais(rbm, rbm.initial(10)).kind
         ('upper', 'estimate')
     """
-    steps = _front_door(energy, kernel, betas, num_chains)[::-1]
+    steps = _check_arguments(energy, kernel, betas, num_chains)[::-1]
     if start is None and not energy.has_exact_draws:
         raise ValueError(
-            f"start must be given: {type(energy).__name__} has no exact draws. Draw states with"
-            " MCMC, and let it run for long"
+            f"start must be given, because {type(energy).__name__} has no exact draws, got None;"
+            " draw states with a long run of MCMC"
         )
     with eval_mode(energy), torch.no_grad():
         path = _path(energy, base, kernel, generator, progress)
         if isinstance(path, LayeredPath):
-            walkers, exact = _enter(path, energy, start, num_chains, generator), True
-            log_weights = total_weight(path, walkers, steps, generator, progress)
+            state, exact = _start_layers(path, energy, start, num_chains, generator), True
+            log_weights = total_weight(path, state, steps, generator, progress)
         else:
             if start is not None:
                 energy.check_states(start, "start")
@@ -186,15 +195,27 @@ def bidirectional_ais(
     generator: torch.Generator | None = None,
     progress: bool | None = None,
 ) -> BidirectionalAIS:
-    """:func:`ais` and :func:`reverse_ais` with one schedule, and the acceptance ratio of their
-    weights. Prints as three lines.
+    """Run :func:`ais` and :func:`reverse_ais` with one schedule and combine them.
+
+    The combined estimate is Bennett's acceptance ratio of their weights. The result prints as three
+    lines (bidirectional Monte Carlo; Grosse, Ghahramani and Adams, 2015).
 
     Args:
-        energy, start, base, kernel, betas, num_chains, generator, progress: as for
-            :func:`reverse_ais`.
+        energy: as for :func:`reverse_ais`.
+        start: as for :func:`reverse_ais`.
+        base: as for :func:`reverse_ais`.
+        kernel: as for :func:`reverse_ais`.
+        betas: as for :func:`reverse_ais`.
+        num_chains: as for :func:`reverse_ais`.
+        generator: as for :func:`reverse_ais`.
+        progress: as for :func:`reverse_ais`.
+
+    Returns:
+        the forward, the reverse and the combined estimate.
 
     Raises:
-        ValueError, FloatingPointError: as :func:`reverse_ais`.
+        ValueError: as :func:`reverse_ais`.
+        FloatingPointError: as :func:`reverse_ais`.
 
     Example:
         >>> from pyroebm.energies import BernoulliRBM
@@ -228,16 +249,21 @@ def schedule(
     generator: torch.Generator | None = None,
     progress: bool | None = None,
 ) -> Tensor:
-    r"""Temperatures at which the weights of AIS vary equally much.
+    r"""Choose temperatures at which the log weights of AIS have increments of equal variance.
 
-    The increments of the log weights of a short run have a standard deviation :math:`s(\beta) \,
-    d\beta` over chains: the speed along the path. The schedule divides :math:`\int
-    s(\beta)\,d\beta` evenly, which is the best one if moves mix well (Gelman and Meng, 1998). As it
-    comes of random numbers of its own, the weights of a run along it are unbiased.
+    In a short pilot run, the increments of the log weights have a standard deviation
+    :math:`s(\beta) \, d\beta` over chains. The schedule divides :math:`\int s(\beta)\,d\beta`
+    evenly, which is optimal if chains mix well (Gelman and Meng, 1998). The pilot uses random
+    numbers of its own, so the weights of a run with the schedule are unbiased.
 
     Args:
-        num_temperatures: K, steps of the schedule.
-        energy, base, kernel, num_chains, generator, progress: as for :func:`ais`.
+        energy: as for :func:`ais`.
+        num_temperatures: K, number of steps of the schedule.
+        base: as for :func:`ais`.
+        kernel: as for :func:`ais`.
+        num_chains: number of chains of the pilot run.
+        generator: as for :func:`ais`.
+        progress: as for :func:`ais`.
 
     Returns:
         betas, float64, shape ``(num_temperatures + 1,)``, for :func:`ais`.
@@ -249,11 +275,11 @@ def schedule(
     Example:
         >>> from pyroebm.energies import BernoulliRBM
         >>> rbm = BernoulliRBM(3, 2, weight=torch.full((3, 2), 3.0))
-        >>> schedule(rbm, 4).diff().argmin()  # half-way the units begin to hold together
+        >>> schedule(rbm, 4).diff().argmin()  # units become correlated in the middle
         tensor(1)
     """
     check_counts({"num_temperatures": 1, "num_chains": 2}, num_temperatures, num_chains)
-    steps = _front_door(energy, kernel, PILOT_STEPS, num_chains)
+    steps = _check_arguments(energy, kernel, PILOT_STEPS, num_chains)
     with eval_mode(energy), torch.no_grad():
         path: Any = _path(energy, base, kernel, generator, progress)
         if isinstance(path, LayeredPath):
@@ -264,10 +290,11 @@ def schedule(
         speed = [float(term.std()) for term in increments(path, state, steps, generator, progress)]
     if not np.isfinite(speed).all():
         raise FloatingPointError(
-            "the weights of the short run have no finite spread: an energy is not finite, or one"
-            " chain is left"
+            "the log weights of the pilot run must have a finite standard deviation: an energy is"
+            " not finite, or only one chain has a finite weight; use another base, or raise"
+            " num_chains"
         )
-    # a stretch without any spread still gets a temperature now and then
+    # An interval without variance still gets some temperatures.
     length = np.concatenate([[0.0], np.cumsum(np.maximum(speed, 1e-2 * max(max(speed), 1e-12)))])
     betas = torch.as_tensor(
         np.interp(np.linspace(0.0, length[-1], num_temperatures + 1), length, steps)
@@ -276,7 +303,7 @@ def schedule(
     return betas
 
 
-def _front_door(
+def _check_arguments(
     energy: Energy, kernel: Kernel[Any] | None, betas: int | Tensor, num_chains: int
 ) -> list[float]:
     check_energy(energy)
@@ -293,7 +320,7 @@ def _path(
     generator: torch.Generator | None,
     progress: bool | None,
 ) -> LayeredPath | KernelPath:
-    """Layers are walked side by side where nothing else was asked for; all else by a kernel."""
+    """Return a path by layers if neither kernel nor another base is given, else one by a kernel."""
     if (
         isinstance(energy, LayeredMachine)
         and kernel is None
@@ -303,7 +330,7 @@ def _path(
         return LayeredPath(start, energy.layers())  # type: ignore[arg-type]  # of a layered machine, base_rates are Layers
     reference = base_energy(energy, base)
     moves = default_kernel(energy) if kernel is None else kernel
-    # of random numbers that no chain sees: given its step sizes, the weights are unbiased
+    # The pilot uses random numbers of its own: given its step sizes, the weights are unbiased.
     tunes = kernel is None and moves.target_acceptance is not None
     pilot = (
         tempered_smc(
@@ -322,15 +349,17 @@ def _path(
     return KernelPath(energy, reference, moves, pilot)
 
 
-def _enter(
+def _start_layers(
     path: LayeredPath,
     energy: Energy,
     start: Tensor | None,
     n: int,
     generator: torch.Generator | None,
-) -> Walkers:
-    """Walkers at exact draws of the target, or at the states given; hidden units not given are
-    drawn given the visible ones."""
+) -> LayeredState:
+    """Return layered states at exact draws of the target, or at the states given.
+
+    Hidden units that are not given are drawn conditionally on the visible ones.
+    """
     layers = path.target
     if start is None:
         return path.enter(energy.draw_layers(n, generator))  # type: ignore[operator]
@@ -353,7 +382,7 @@ def _enter(
     if not bool(start.isfinite().all()) or not bool(((bits == 0.0) | (bits == 1.0)).all()):
         raise ValueError(
             f"start must hold states of {type(energy).__name__}, bits or finite real numbers, got"
-            " others"
+            " other values"
         )
     if start.shape[1] == units:
         return path.enter(layers.split(start))

@@ -1,4 +1,4 @@
-"""Where the way to an energy begins: independent units, whose log Z and draws are exact."""
+"""Base densities of annealing: independent units, with exact log Z and exact draws."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from pyroebm.core.annealing_path import DistributionEnergy
-from pyroebm.core.conditionals import blocks_of, independent_law, sites_of
+from pyroebm.core.conditionals import blocks_of, independent_sites, sites_of
 from pyroebm.core.energy import Energy
 from pyroebm.core.rng import uniform
 from pyroebm.core.supports import is_discrete, is_real, site_values
@@ -22,12 +22,13 @@ __all__ = ["IndependentLayers", "IndependentSites", "base_energy", "base_rates"]
 
 
 class IndependentSites(Energy):
-    r"""Independent sites on the support of a discrete energy, normalised: :math:`E(x) = -\sum_i
-    \log p_i(x_i)`.
+    r"""Independent sites on the support of a discrete energy: :math:`E(x) = -\sum_i \log p_i(x_i)`.
+
+    The density is normalized.
 
     Args:
-        like: the energy whose event shape, support, dtype and device it has.
-        log_p: :math:`\log p_i(k)` up to a constant of each site, shape ``(sites, K)``; None is
+        like: the energy whose event shape, support, dtype and device are used.
+        log_p: :math:`\log p_i(k)`, up to a constant for each site, shape ``(sites, K)``; None is
             uniform.
 
     Raises:
@@ -61,21 +62,23 @@ class IndependentSites(Energy):
         self.blocks = blocks_of(like)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Compute energies of ``x`` ``(*batch, *event)``, shape ``(*batch)``."""
         batch = self.batch_shape(x)
         sites = x.reshape(*batch, len(self.log_p), 1, -1)
         return -((sites == self.values).all(-1) * self.log_p).flatten(len(batch)).sum(-1)
 
     def site_logits(self, x: Tensor, site: Tensor) -> Tensor:
-        """The log-probabilities of one site of each row, ``(chains, K)``."""
+        """Return the log-probabilities of one site of each chain, ``(chains, K)``."""
         return self.log_p[site]
 
     def conditional(self, block: str, x: Tensor) -> Distribution:
-        """The sites of a block, which depend on no other."""
+        """Return the distribution of a Gibbs block; its sites are independent of the others."""
         sites = sites_of(self.blocks[block], self.event_shape, self.values.shape[1])
         log_p = self.log_p[sites.to(self.device)]
-        return independent_law(self.support, log_p.expand(len(x), *log_p.shape))
+        return independent_sites(self.support, log_p.expand(len(x), *log_p.shape))
 
     def sample(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draw ``num_samples`` exact draws."""
         cdf = self.log_p.double().softmax(1).cumsum(1)
         noise = uniform((num_samples, len(cdf), 1), generator, torch.float64, self.device)
         index = (noise * cdf[:, -1:] >= cdf[:, :-1]).sum(-1)
@@ -83,12 +86,13 @@ class IndependentSites(Energy):
 
 
 class IndependentLayers(Energy):
-    """Layers without weights as a base energy beside a machine: over all units, or with the hidden
-    ones summed out.
+    """Layers without weights as a base energy for a machine with layers.
+
+    The energy is over all units, or over the visible ones with the hidden ones summed out.
 
     Args:
-        layers: with weights of zero.
-        like: the machine whose events these are.
+        layers: layers with weights of zero.
+        like: the machine whose events are used.
 
     Raises:
         ValueError: if a weight is not zero, or the layers are not those of the machine.
@@ -112,9 +116,11 @@ class IndependentLayers(Energy):
 
     @property
     def log_z(self) -> float:
+        r""":math:`\log Z`."""
         return log_z_of_independent(self.layers)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Compute energies of ``x`` ``(*batch, *event)``, shape ``(*batch)``."""
         return (
             self.layers.free_energy([x, None])
             if self.visible_only
@@ -122,12 +128,13 @@ class IndependentLayers(Energy):
         )
 
     def conditional(self, block: str, x: Tensor) -> Distribution:
-        """The units of a layer, which depend on no other."""
+        """Return the distribution of the units of a layer; they are independent of the others."""
         layer = list(self.blocks).index(block)
         field = self.layers.biases[layer]
-        return self.layers.law(layer, field.expand(len(x), -1))
+        return self.layers.distribution(layer, field.expand(len(x), -1))
 
     def sample(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draw ``num_samples`` exact draws."""
         drawn = draw_independent(
             self.layers,
             range(1 if self.visible_only else len(self.layers.biases)),
@@ -140,7 +147,7 @@ class IndependentLayers(Energy):
 def draw_independent(
     layers: Layers, kept: Sequence[int], n: int, generator: torch.Generator | None
 ) -> list[Tensor | None]:
-    """``n`` draws of some of the layers, None for the others, where there are no weights."""
+    """Draw ``n`` states of the layers in ``kept``, None for the others; there are no weights."""
     return [
         layers.draw(layer, bias.expand(n, -1), generator) if layer in kept else None
         for layer, bias in enumerate(layers.biases)
@@ -148,24 +155,23 @@ def draw_independent(
 
 
 def log_z_of_independent(layers: Layers) -> float:
-    r""":math:`\log Z` of layers without weights, in float64."""
+    r"""Compute :math:`\log Z` of layers without weights, in float64."""
     precision = None if layers.precision is None else layers.precision.double()
     plain = layers._replace(precision=precision)
     total = sum(
-        float(plain.log_normaliser(layer, bias.double()))
+        float(plain.log_normalizer(layer, bias.double()))
         for layer, bias in enumerate(layers.biases)
     )
     return total - float(layers.offset)
 
 
 def check_base(base: Layers, target: Layers) -> None:
-    """ValueError unless ``base`` is made of the same layers as ``target``, with weights of zero."""
+    """Raise ValueError unless ``base`` has the layers of ``target``, with weights of zero."""
     if base.sizes != target.sizes or (base.precision is None) != (target.precision is None):
         kinds = ["bits" if layers.precision is None else "real" for layers in (target, base)]
         raise ValueError(
             f"base must have the layers of the energy, sizes {target.sizes} with visible"
-            f" {kinds[0]}, got sizes {base.sizes} with"
-            f" visible {kinds[1]}"
+            f" {kinds[0]}, got sizes {base.sizes} with visible {kinds[1]}; use base_rates(energy)"
         )
     if (
         base.biases[0].dtype != target.biases[0].dtype
@@ -177,33 +183,34 @@ def check_base(base: Layers, target: Layers) -> None:
         raise ValueError(f"base must have the dtype and device of the energy, {ours}, got {theirs}")
     if any(bool(weight.any()) for weight in base.weights):
         raise ValueError(
-            "base must have weights of zero, so that its log Z and its draws are exact, got others"
+            "base must have weights of zero, so that its log Z and its draws are exact, got nonzero"
+            " weights; use base_rates(energy)"
         )
 
 
 def base_rates(
     energy: Energy, data: Tensor | None = None, pseudocount: float = 1.0
 ) -> Layers | Energy:
-    r"""Independent units that fit the data best: where annealing to a trained energy should begin.
+    r"""Fit independent units to data: the base from which to anneal to a trained energy.
 
-    Salakhutdinov and Murray ("On the quantitative analysis of deep belief networks", 2008) call it
-    the base-rate model: weights of zero and visible biases :math:`\log p_i / (1 - p_i)`. Hidden
-    units are fair coins. Gaussian units take the data's means and variances.
+    This is the base-rate model of Salakhutdinov and Murray ("On the quantitative analysis of deep
+    belief networks", 2008): weights of zero and visible biases :math:`\log p_i / (1 - p_i)`. Hidden
+    units are 0 or 1 with probability 1/2. Gaussian units have the means and variances of the data.
 
     Args:
-        energy: what is annealed to: made of layers, discrete, or over real numbers.
-        data: what the energy was trained on, ``(n, *event)``; of a layered machine its visible
-            units ``(n, n_0)``. None is uniform, with the machine's own biases and variances for
-            Gaussian visible units.
-        pseudocount: counts added to each value of each discrete site, so that no probability is 0.
+        energy: the target of annealing: with layers, discrete, or over real numbers.
+        data: data that the energy was trained on, ``(n, *event)``; for a layered machine its
+            visible units ``(n, n_0)``. None is uniform, with the machine's own biases and variances
+            for Gaussian visible units.
+        pseudocount: count added to each value of each discrete site, so that no probability is 0.
 
     Returns:
         :class:`pyroebm.energies.Layers` for a layered machine, else an energy with exact draws.
 
     Raises:
         ValueError: if the data's shape or values do not fit, or a real column does not vary; for
-            real energies without data, since no law on them is uniform; if the support is
-            constrained.
+            real energies without data, because there is no uniform distribution on them; if the
+            support is constrained.
 
     Example:
         >>> from pyroebm.energies import BernoulliRBM
@@ -228,9 +235,8 @@ def base_rates(
     if data is None or not is_real(energy.support):
         raise ValueError(
             f"base must be given for {type(energy).__name__} with support {energy.support}: an"
-            " energy with exact draws and a"
-            " known log_z (pyroebm.targets.Gaussian), a Pyro distribution, or base_rates(energy,"
-            " data) on a real support"
+            " energy with exact draws and a known log_z (pyroebm.targets.Gaussian), a Pyro"
+            " distribution, or base_rates(energy, data) on a real support"
         )
     mean, deviation = _moments(data)
     return Gaussian(mean.to(energy.dtype), scale=deviation.to(energy.dtype))
@@ -270,15 +276,17 @@ def _moments(data: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def base_energy(energy: Energy, base: Layers | Energy | Distribution | None) -> Energy:
-    """A base as an energy with exact draws and a known log Z, beside ``energy``; None takes
-    :func:`base_rates`."""
+    """Return a base as an energy with exact draws and a known log Z.
+
+    None is :func:`base_rates` of the energy.
+    """
     check_weighable(energy)
     base = base_rates(energy) if base is None else base
     if isinstance(base, Layers):
         if not isinstance(energy, LayeredMachine):
             raise ValueError(
-                f"base may be Layers for an energy made of layers, but {type(energy).__name__} is"
-                " not"
+                f"base may be Layers for an energy with layers, but {type(energy).__name__} has"
+                " none; use base_rates(energy)"
             )
         return IndependentLayers(base, energy)
     base = DistributionEnergy(base, dtype=energy.dtype) if isinstance(base, Distribution) else base

@@ -1,5 +1,4 @@
-"""The ratio of two normalisers from draws of both densities: bridge sampling, and its form for
-annealed weights."""
+"""Ratios of normalizing constants: bridge sampling, and Bennett's acceptance ratio for AIS."""
 
 from __future__ import annotations
 
@@ -27,21 +26,25 @@ __all__ = ["bennett_acceptance_ratio", "bridge"]
 
 
 def bennett_acceptance_ratio(forward: LogZ, reverse: LogZ) -> LogZ:
-    r"""Bennett's acceptance ratio (1976) of two annealed runs along one schedule, in both
-    directions (Crooks, 2000).
+    r"""Combine forward and reverse AIS by Bennett's acceptance ratio (Bennett, 1976; Crooks, 2000).
 
-    With log weights :math:`w_i` of n walks forward and :math:`w'_j` of m walks back, it is the root
-    r of
+    Both runs use one schedule. With log weights :math:`w_i` of n forward chains and :math:`w'_j` of
+    m reverse chains, it is the root r of
 
     .. math:: \sum_i \sigma(w_i - r + \log \tfrac mn) = \sum_j \sigma(w'_j + r - \log \tfrac mn)
-
-    with :math:`\log \hat Z = \log Z_0 + r`: of all combinations of the two it has the least
-    asymptotic variance (Meng and Wong, 1996). Where the two do not overlap its standard error comes
-    out of few weights, and is too small; of one walk it is NaN.
+    with :math:`\log \hat Z = \log Z_0 + r`. Of all combinations of the two it has the minimum
+    asymptotic variance (Meng and Wong, 1996). If the two do not overlap, few weights determine the
+    standard error, which is then too small; with one chain it is NaN.
 
     Args:
-        forward: of :func:`ais`.
-        reverse: of :func:`reverse_ais`, from the same base along the same schedule.
+        forward: result of :func:`ais`.
+        reverse: result of :func:`reverse_ais`, from the same base with the same schedule.
+
+    Returns:
+        an estimate of kind "estimate".
+
+    Raises:
+        ValueError: if one of them has no log weights.
 
     Example:
         >>> from pyroebm.energies import BernoulliRBM
@@ -52,9 +55,8 @@ def bennett_acceptance_ratio(forward: LogZ, reverse: LogZ) -> LogZ:
     """
     if forward.log_weights is None or reverse.log_weights is None:
         raise ValueError(
-            "bennett_acceptance_ratio needs the log weights of a forward and a reverse run, got"
-            " none in"
-            " one of them"
+            "forward and reverse must have log weights, as the results of ais and reverse_ais do,"
+            " got none in one of them"
         )
     ahead, back = (result.log_weights.cpu().numpy() for result in (forward, reverse))  # type: ignore[union-attr]
     base = forward.value - float(logsumexp(ahead)) + math.log(len(ahead))
@@ -70,29 +72,30 @@ def bridge(
     *,
     generator: torch.Generator | None = None,
 ) -> LogZ:
-    r"""Bridge sampling with the optimal bridge (Bennett, 1976; Meng and Wong, 1996), from draws of
-    the energy and of a base.
+    r"""Estimate log Z by bridge sampling, from draws of the energy and of a base.
+
+    The bridge function is the optimal one (Bennett, 1976; Meng and Wong, 1996):
 
     .. math::
 
         \frac{Z}{Z_0} = \frac{E_{x \sim p_0}[e^{-E(x)} h(x)]}{E_{x \sim p}[e^{-E_0(x)} h(x)]},
         \qquad h \propto \frac{1}{n\, e^{-E} / Z + n_0\, e^{-E_0} / Z_0}
-
     h contains Z itself; the fixed point of their iteration is found as the root of a monotone
-    function. The base should overlap the energy: far from it, go there by :func:`ais`.
+    function. The base should overlap the energy; otherwise use :func:`ais`.
 
     Args:
         energy: E.
-        draws: of the energy: independent ones ``(n, *event)``, or those of Markov chains ``(chains,
-            n, *event)``, as ``mcmc.get_samples(group_by_chain=True)`` has them; an effective sample
-            size of the log ratio (Vehtari et al., 2021) then counts for n. None draws
-            ``num_samples`` exactly, where the energy has such draws.
-        base: :math:`E_0`, as for :func:`ais`; as many draws of it are made as there are ``draws``.
-        num_samples: n where ``draws`` is None.
-        generator: source of the draws; None is torch's default generator.
+        draws: draws of the energy: independent ones ``(n, *event)``, or those of Markov chains
+            ``(chains, n, *event)``, as ``mcmc.get_samples(group_by_chain=True)`` returns them; the
+            effective sample size of the log ratio (Vehtari et al., 2021) then replaces n. None
+            draws ``num_samples`` exactly, if the energy has exact draws.
+        base: :math:`E_0`, as for :func:`ais`; it is drawn from as many times as there are
+            ``draws``.
+        num_samples: n if ``draws`` is None.
+        generator: source of randomness; None is torch's default generator.
 
     Returns:
-        kind "estimate".
+        an estimate of kind "estimate".
 
     Raises:
         ValueError: if a shape does not fit, or there are no exact draws.
@@ -110,8 +113,8 @@ def bridge(
     if draws is None:
         if not energy.has_exact_draws:
             raise ValueError(
-                f"draws must be given: {type(energy).__name__} has no exact draws; take those of"
-                " MCMC"
+                f"draws must be given, because {type(energy).__name__} has no exact draws, got"
+                " None; pass those of MCMC"
             )
         draws = energy.sample(num_samples, generator)
     energy.check_states(draws, "draws")
@@ -137,10 +140,12 @@ def bridge(
 
 
 def _bennett(ahead: Any, back: Any, effective: float) -> tuple[float, float]:
-    r"""The root r and its standard error, from :math:`\log f / f_0` at draws of the base and at
-    draws of the target.
+    r"""Solve for the root r and its standard error.
 
-    ``effective`` is how many independent draws those of the target are worth.
+    Args:
+        ahead: :math:`\log f / f_0` at draws of the base.
+        back: :math:`\log f / f_0` at draws of the target.
+        effective: effective number of independent draws of the target.
     """
     shift = math.log(effective / len(ahead))
 
@@ -151,7 +156,8 @@ def _bennett(ahead: Any, back: Any, effective: float) -> tuple[float, float]:
     both = both[np.isfinite(both)]
     if not len(both):
         raise FloatingPointError(
-            "the two densities do not meet at any draw: no ratio can be had of them"
+            "the two densities do not overlap at any draw, so their ratio cannot be estimated; use"
+            " another base"
         )
     root = float(brentq(gap, both.min() + shift - 40.0, both.max() + shift + 40.0, xtol=1e-12))
     terms = (
@@ -159,7 +165,7 @@ def _bennett(ahead: Any, back: Any, effective: float) -> tuple[float, float]:
         (log_expit(root - shift - back), effective),
     )
     if min(len(ahead), len(back)) < 2:
-        return root, math.nan  # one draw does not say how much it scatters
+        return root, math.nan  # one draw has no sample variance
     variance = sum(
         math.expm1(logsumexp(2 * t) - 2 * logsumexp(t) + math.log(len(t))) / n for t, n in terms
     )

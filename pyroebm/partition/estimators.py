@@ -1,4 +1,4 @@
-"""log Z from other parts of the library: tempered SMC, parallel tempering."""
+"""Estimates of log Z by tempered SMC and by thermodynamic integration with parallel tempering."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from pyroebm.kernels.adaptation import warmup
 from pyroebm.kernels.base import check_kernel
 from pyroebm.partition.annealing import Base
 from pyroebm.partition.bases import base_energy
+from pyroebm.partition.kernel_path import default_kernel
 from pyroebm.partition.result import LogZ
-from pyroebm.partition.walk import default_kernel
 from pyroebm.smc import SMCResult, tempered_smc
 
 __all__ = ["smc", "thermodynamic_integration"]
@@ -39,24 +39,31 @@ def smc(
     generator: torch.Generator | None = None,
     progress: bool | None = None,
 ) -> LogZ:
-    """:func:`pyroebm.smc.tempered_smc`, which chooses its temperatures, as a :class:`LogZ`.
+    """Estimate log Z by tempered SMC, with adaptive temperatures.
 
-    A machine made of layers is sampled over all its units, by :class:`LayerGibbs`, unless a kernel
-    or another base is given.
+    The result of :func:`pyroebm.smc.tempered_smc` as a :class:`LogZ`. A machine with layers is
+    sampled over all its units by :class:`LayerGibbs`, unless a kernel or another base is given.
 
     Args:
-        energy: discrete or continuous.
+        energy: a discrete or continuous energy.
         base: as for :func:`pyroebm.partition.ais`.
-        kernel: None takes block Gibbs for layers, Gibbs for other discrete energies, HMC for
-            continuous ones.
-        num_particles, num_islands, num_moves, target_ess, pilot, generator, progress: of
-            :func:`pyroebm.smc.tempered_smc`.
+        kernel: transition of the particles; None uses block Gibbs for layers, Gibbs for other
+            discrete energies, and HMC for continuous ones.
+        num_particles: as for :func:`pyroebm.smc.tempered_smc`.
+        num_islands: as for :func:`pyroebm.smc.tempered_smc`.
+        num_moves: as for :func:`pyroebm.smc.tempered_smc`.
+        target_ess: as for :func:`pyroebm.smc.tempered_smc`.
+        pilot: as for :func:`pyroebm.smc.tempered_smc`.
+        generator: as for :func:`pyroebm.smc.tempered_smc`.
+        progress: as for :func:`pyroebm.smc.tempered_smc`.
 
     Returns:
-        kind "lower" along the temperatures of a ``pilot``, "estimate" where they were adapted.
+        an estimate of kind "lower" with the temperatures of a ``pilot``, or "estimate" if they were
+        adapted.
 
     Raises:
-        ValueError, FloatingPointError: as :func:`pyroebm.smc.tempered_smc`.
+        ValueError: as :func:`pyroebm.smc.tempered_smc`.
+        FloatingPointError: as :func:`pyroebm.smc.tempered_smc`.
 
     Example:
         >>> from pyroebm.energies import BernoulliRBM
@@ -97,31 +104,32 @@ def thermodynamic_integration(
     generator: torch.Generator | None = None,
     progress: bool | None = None,
 ) -> LogZ:
-    r"""Thermodynamic integration (Kirkwood, 1935; Gelman and Meng, 1998) from
-    :class:`pyroebm.ParallelTempering`.
+    r"""Estimate log Z by thermodynamic integration, with :class:`pyroebm.ParallelTempering`.
 
     .. math::
 
         \log \frac{Z}{Z_0} = -\int_0^1 m(\beta)\, d\beta
         \approx -\sum_k \Bigl[\frac{h_k}{2} (m_k + m_{k+1}) + \frac{h_k^2}{12} (v_{k+1} - v_k)\Bigr]
-
     with mean :math:`m_k` and variance :math:`v_k` of :math:`E - E_0` at :math:`\beta_k`, and
-    :math:`h_k = \beta_{k+1} - \beta_k`: the trapezium rule with its first correction, since
-    :math:`m' = -v` (Friel, Hurn and Wyse, 2014). Warm-up spaces the temperatures so that replicas
-    swap equally often.
+    :math:`h_k = \beta_{k+1} - \beta_k` (Kirkwood, 1935; Gelman and Meng, 1998). It is the
+    trapezoidal rule with its first correction, because :math:`m' = -v` (Friel, Hurn and Wyse,
+    2014). Warm-up chooses temperatures of equal swap rates.
 
     Args:
-        energy, base, kernel: as for :func:`smc`.
-        num_temperatures: of each chain, 0 and 1 among them.
-        num_samples: steps whose :math:`E - E_0` are averaged.
-        warmup_steps: steps before them.
-        num_chains: independent copies, at least 2 for a standard error.
-        generator: source of the draws; None is torch's default generator.
-        progress: True shows it, False hides it, None shows it where it takes longer than a second.
+        energy: as for :func:`smc`.
+        base: as for :func:`smc`.
+        kernel: as for :func:`smc`.
+        num_temperatures: number of temperatures of each chain, including 0 and 1.
+        num_samples: number of steps over which :math:`E - E_0` is averaged.
+        warmup_steps: number of warm-up steps.
+        num_chains: number of independent copies, at least 2 for a standard error.
+        generator: source of randomness; None is torch's default generator.
+        progress: True shows a progress bar, False does not, None shows it if the run takes longer
+            than a second.
 
     Returns:
-        kind "estimate". The standard error is from the spread of the chains; it does not see the
-        error of the rule, which more temperatures make smaller.
+        an estimate of kind "estimate". The standard error is from the spread of the chains. It does
+        not include the error of the rule, which decreases with more temperatures.
 
     Raises:
         ValueError: if an argument is out of its range, or the base does not fit.
@@ -164,8 +172,8 @@ def thermodynamic_integration(
     if not bool(torch.isfinite(each).all()):
         raise FloatingPointError(
             f"the mean of E - E_0 is not finite in {int((~torch.isfinite(each)).sum())} of"
-            f" {num_chains} chains: the base draws"
-            " where the energy is infinite; take one that does not"
+            f" {num_chains} chains, because the base draws states at which the energy is infinite;"
+            " use another base"
         )
     error = float(each.std()) / math.sqrt(num_chains) if num_chains > 1 else math.nan
     value = float(reference.log_z or 0.0) + float(each.mean())
@@ -175,19 +183,25 @@ def thermodynamic_integration(
 
 
 def _integral(slopes: Tensor, betas: Tensor) -> Tensor:
-    """log Z less that of the base by each chain, from slopes ``(steps, chains, R)`` at falling
-    temperatures ``(R,)``."""
+    """Integrate slopes ``(steps, chains, R)`` over falling temperatures ``(R,)``.
+
+    Returns:
+        log Z of each chain relative to the base.
+    """
     mean = slopes.mean(0)
     variance = (slopes - slopes.mean((0, 1))).square().mean(0)
     step = -betas.diff()
-    trapezium = 0.5 * step * (mean[:, 1:] + mean[:, :-1])
-    return -(trapezium + step.square() / 12.0 * (variance[:, :-1] - variance[:, 1:])).sum(1)
+    trapezoid = 0.5 * step * (mean[:, 1:] + mean[:, :-1])
+    return -(trapezoid + step.square() / 12.0 * (variance[:, :-1] - variance[:, 1:])).sum(1)
 
 
 def _sampled(
     energy: Energy, base: Base, kernel: Kernel[Any] | None
 ) -> tuple[Energy, Energy, Kernel[Any]]:
-    """What is sampled, from where and by what: of layers all units, whose log Z is the same."""
+    """Return the energy to sample, the base and the kernel.
+
+    A machine with layers is sampled over all units, with the same log Z.
+    """
     check_energy(energy)
     if (
         isinstance(energy, LayeredMachine)

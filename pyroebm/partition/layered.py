@@ -1,5 +1,4 @@
-"""The path from independent units to a layered machine, walked on one side of its layers with the
-other summed out."""
+"""Annealing path from independent units to a machine with layers, with one side summed out."""
 
 from __future__ import annotations
 
@@ -25,31 +24,30 @@ from pyroebm.partition.bases import (
     log_z_of_independent,
 )
 
-__all__ = ["LayerGibbs", "LayeredPath", "Walkers"]
+__all__ = ["LayerGibbs", "LayeredPath", "LayeredState"]
 
 
-class Walkers(NamedTuple):
-    """Rows on the kept side of the layers, and what the other side feels of them in the target."""
+class LayeredState(NamedTuple):
+    """States of the kept layers of each chain, and the fields of the other layers in the target."""
 
-    x: list[Tensor | None]  #: ``(rows, n_l)`` for each kept layer, None for the others
-    fields: dict[int, Tensor]  #: ``(rows, n_l)`` for each of the others
+    x: list[Tensor | None]  #: ``(chains, n_l)`` for each kept layer, None for the others
+    fields: dict[int, Tensor]  #: ``(chains, n_l)`` for each of the others
 
 
 class LayeredPath:
-    r"""The path :math:`E_\beta = (1 - \beta) E_0 + \beta E` from independent units to layers.
+    r"""Path :math:`E_\beta = (1 - \beta) E_0 + \beta E` from independent units to layers.
 
-    Walkers are states y of the side with fewer units. The other side, z, is summed out of the
+    The state of a chain is y, the side with fewer units. The other side, z, is summed out of the
     weights,
 
     .. math::
 
         \log w_\beta^{\beta'}(y) = \log f_{\beta'}(y) - \log f_\beta(y), \qquad
         f_\beta(y) = \sum_z e^{-E_\beta(y, z)}
-
     and a move draws z given y, then y given z (Salakhutdinov and Murray, 2008; for three layers
     Salakhutdinov and Hinton, "Deep Boltzmann machines", 2009). Fields are linear in :math:`\beta`
     and those of the base are constant, so a temperature of an RBM costs two matrix products: the
-    field of z serves the weight and the move.
+    field of z is used in the weight and in the move.
 
     Args:
         base: :math:`E_0`, with weights of zero.
@@ -63,8 +61,8 @@ class LayeredPath:
         >>> from pyroebm.partition import base_rates
         >>> rbm = BernoulliRBM(3, 2)
         >>> path = LayeredPath(base_rates(rbm), rbm.layers())
-        >>> walkers = path.move(path.draw_base(5), 0.5)
-        >>> path.kept, path.log_weight(walkers, 0.5, 0.6).shape
+        >>> state = path.move(path.draw_base(5), 0.5)
+        >>> path.kept, path.log_weight(state, 0.5, 0.6).shape
         ([1], torch.Size([5]))
     """
 
@@ -79,33 +77,35 @@ class LayeredPath:
         ends = self.target.precision, self.base.precision
         self.curvature = None if ends[0] is None or ends[1] is None else ends[0] - ends[1]
 
-    def enter(self, x: Sequence[Tensor | None]) -> Walkers:
-        """Walkers at the kept layers of ``x``; its other entries may be None."""
+    def enter(self, x: Sequence[Tensor | None]) -> LayeredState:
+        """Return the states of the kept layers of ``x``; its other entries may be None."""
         kept = [part if layer in self.kept else None for layer, part in enumerate(x)]
-        return Walkers(kept, {layer: self.target.field(layer, kept) for layer in self.summed})
+        return LayeredState(kept, {layer: self.target.field(layer, kept) for layer in self.summed})
 
-    def draw_base(self, num_samples: int, generator: torch.Generator | None = None) -> Walkers:
-        """Exact draws at temperature 0."""
+    def draw_base(self, num_samples: int, generator: torch.Generator | None = None) -> LayeredState:
+        r"""Draw exactly from the base, at :math:`\beta = 0`."""
         return self.enter(draw_independent(self.base, self.kept, num_samples, generator))
 
-    def log_weight(self, walkers: Walkers, beta: float, then: float) -> Tensor:
-        r""":math:`\log w_\beta^{\beta'}` in float64, shape ``(rows,)``. Units are subtracted before
-        they are summed."""
+    def log_weight(self, state: LayeredState, beta: float, then: float) -> Tensor:
+        r"""Compute :math:`\log w_\beta^{\beta'}` in float64, shape ``(chains,)``.
+
+        Differences are taken for each unit before the sum, for accuracy.
+        """
         now, later = self.target.at(beta, self.base), self.target.at(then, self.base)
         total: Any = (beta - then) * self.offset
-        for layer, field in walkers.fields.items():
+        for layer, field in state.fields.items():
             bias = self.base.biases[layer]
             before, after = torch.lerp(bias, field, beta), torch.lerp(bias, field, then)
             if self.target.is_gaussian(layer):
                 total = (
                     total
-                    + later.log_normaliser(layer, after).double()
-                    - now.log_normaliser(layer, before).double()
+                    + later.log_normalizer(layer, after).double()
+                    - now.log_normalizer(layer, before).double()
                 )
             else:
                 total = total + softplus(after).sub_(softplus(before)).sum(-1, dtype=torch.float64)
         for layer in self.kept:
-            x: Any = walkers.x[layer]
+            x: Any = state.x[layer]
             total = (
                 total
                 + (then - beta)
@@ -117,23 +117,23 @@ class LayeredPath:
         return weight
 
     def move(
-        self, walkers: Walkers, beta: float, generator: torch.Generator | None = None
-    ) -> Walkers:
-        """One sweep at a temperature: the other side given the kept one, and back."""
+        self, state: LayeredState, beta: float, generator: torch.Generator | None = None
+    ) -> LayeredState:
+        """Run one sweep at a temperature: the other side given the kept one, and back."""
         base = self.base
         x = self.target.draw_side(
-            self.summed, (), generator, fields=walkers.fields, beta=beta, base=base
+            self.summed, (), generator, fields=state.fields, beta=beta, base=base
         )
         return self.enter(self.target.draw_side(self.kept, x, generator, beta=beta, base=base))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LayerGibbs(DiscreteKernel[PointState]):
-    """Block Gibbs sampling on the :class:`pyroebm.core.GeometricPath` from
-    :class:`IndependentLayers` to a machine over all its layers.
+    """Block Gibbs on a :class:`pyroebm.core.GeometricPath` to a machine with layers.
 
-    What :class:`pyroebm.kernels.BlockGibbs` is for one energy; each row may be at a temperature of
-    its own, so that tempered SMC and parallel tempering can use it.
+    The path goes from :class:`IndependentLayers` to the machine over all its layers. The kernel
+    corresponds to :class:`pyroebm.kernels.BlockGibbs` for one energy. Each chain may have its own
+    temperature, so that tempered SMC and parallel tempering can use it.
 
     Example:
         >>> from pyroebm.energies import BernoulliRBM
@@ -149,12 +149,14 @@ class LayerGibbs(DiscreteKernel[PointState]):
     def init(
         self, energy: Energy, x: Tensor, generator: torch.Generator | None = None
     ) -> PointState:
+        """Return the state at ``x``, with its energies."""
         self.check_start(energy, x)
         return point_state(energy, x)
 
     def step(
         self, energy: Energy, state: PointState, generator: torch.Generator | None = None
     ) -> tuple[PointState, Info]:
+        """Run one sweep: odd layers given even ones, and back."""
         base, target, betas = _ends(energy)
         with torch.no_grad():
             beta = betas.reshape(-1, 1) if betas.dim() else betas
@@ -172,10 +174,8 @@ def _ends(energy: Energy) -> tuple[Layers, Layers, Tensor]:
         if isinstance(base, IndependentLayers) and isinstance(target, LayeredMachine):
             return base.layers, target.layers(), energy.betas
     raise ValueError(
-        "LayerGibbs moves on the GeometricPath from IndependentLayers to a machine made of layers,"
-        " got"
-        f" {type(energy).__name__};"
-        " BlockGibbs moves on the machine itself"
+        "LayerGibbs requires the GeometricPath from IndependentLayers to a machine with layers, got"
+        f" {type(energy).__name__}; use BlockGibbs() for the machine itself"
     )
 
 

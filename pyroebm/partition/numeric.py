@@ -1,4 +1,4 @@
-"""log Z without chance: by a sum over all states, or by quadrature in one and two dimensions."""
+"""Deterministic log Z: by a sum over all states, or by quadrature in one and two dimensions."""
 
 from __future__ import annotations
 
@@ -21,36 +21,39 @@ from pyroebm.partition.result import LogZ
 
 __all__ = ["exact", "expectation", "quadrature"]
 
-#: Gauss-Legendre nodes in one panel.
+#: Number of Gauss-Legendre nodes in one panel.
 NODES = 16
-#: The golden section: at an edge of the density, the errors of a rule with that share of the panels
-#: are others.
+#: Golden ratio: a rule with this fraction of the panels has different errors at an edge of the
+#: density.
 GOLDEN = 0.5 * (math.sqrt(5.0) - 1.0)
-#: Nats below the peak at which a density has ended.
+#: Nats below the peak at which a density is negligible.
 DEPTH = 50.0
-#: Panels from which log Z starts, and an expectation, by the number of dimensions: fewer might all
-#: miss a small region.
+#: Initial number of panels for log Z, and for an expectation by the number of dimensions; fewer
+#: could all miss a small region.
 FIRST, FIRST_OF_EXPECTATION = 2, {1: 128, 2: 8}
 
 
 def exact(energy: Energy, max_units: float = 24, *, progress: bool | None = None) -> LogZ:
-    r""":math:`\log Z` as the energy knows it, or by a sum over every state of a discrete energy, in
-    float64.
+    r"""Compute :math:`\log Z` from the energy's own value or by a sum over all states, in float64.
 
     .. math:: Z = \sum_x e^{-E(x)}
 
-    A machine made of layers (RBM, GRBM, DBM) is summed over the smaller of its two sides, the other
-    being summed in closed form.
+    A machine with layers (RBM, GRBM, DBM) is summed over the smaller of its two sides; the other is
+    summed in closed form.
 
     Args:
-        energy: of any discrete support with a table of site values, made of layers, or with a known
-            ``log_z``.
-        max_units: bits to enumerate at most, :math:`\log_2` of the number of states; each one more
-            doubles the time.
-        progress: True shows it, False hides it, None shows it where it takes longer than a second.
+        energy: an energy with layers, with a known ``log_z``, or discrete with a table of site
+            values.
+        max_units: maximum number of bits to enumerate, :math:`\log_2` of the number of states; each
+            further bit doubles the time.
+        progress: True shows a progress bar, False does not, None shows it if the sum takes longer
+            than a second.
+
+    Returns:
+        log Z of kind "exact".
 
     Raises:
-        ValueError: if there are more states, or if the energy is continuous and knows no ``log_z``.
+        ValueError: if there are more states, or if the energy is continuous and has no ``log_z``.
         FloatingPointError: if an energy is NaN or -inf, or all are +inf.
 
     Example:
@@ -72,9 +75,8 @@ def exact(energy: Energy, max_units: float = 24, *, progress: bool | None = None
             return _exact(energy.log_z, "known")
         if not is_discrete(energy.support):
             raise ValueError(
-                "exact needs a discrete energy or one that knows its log_z, but"
-                f" {type(energy).__name__} has support"
-                f" {energy.support}: see quadrature, or ais"
+                "energy must be discrete or have a log_z, but"
+                f" {type(energy).__name__} has support {energy.support}; use quadrature or ais"
             )
         values = site_values(energy.support, energy.event_shape, energy.dtype, energy.device)
         sites = energy.event_shape.numel() // values.shape[1]
@@ -103,9 +105,8 @@ def _exact(value: float, method: str) -> LogZ:
 def _check_units(energy: Energy, units: float, max_units: float) -> None:
     if units > max_units:
         raise ValueError(
-            f"log Z of {type(energy).__name__} needs a sum over 2^{units:.4g} states, more than"
-            f" max_units={max_units} allows:"
-            " estimate it (ais)"
+            f"log Z of {type(energy).__name__} requires a sum over 2^{units:.4g} states, more than"
+            f" max_units={max_units} allows; estimate it by ais"
         )
 
 
@@ -117,28 +118,29 @@ def quadrature(
     max_panels: int | None = None,
     progress: bool | None = None,
 ) -> LogZ:
-    r""":math:`\log \int e^{-E(x)} dx` in one or two dimensions, by Gauss-Legendre rules in equal
-    panels that are halved.
+    r"""Compute :math:`\log \int e^{-E(x)} dx` in one or two dimensions by quadrature.
 
-    Panels are halved until the value changes by no more than ``tolerance``, and a rule of .618
-    times as many panels agrees as well, since two rules may agree by chance at an edge of the
-    density. The error given is the larger of the two differences, or the largest of the last four
-    where ``max_panels`` are reached. A float32 energy limits it. Constrained supports are
-    integrated in unconstrained coordinates.
+    The rules are Gauss-Legendre rules in equal panels. Panels are halved until the value changes by
+    no more than ``tolerance`` and a rule with .618 times as many panels agrees, because two rules
+    may agree by chance at an edge of the density. The error is the larger of the two differences,
+    or the largest of the last four if ``max_panels`` is reached. It cannot be smaller than the
+    rounding error of a float32 energy. Constrained supports are integrated in unconstrained
+    coordinates.
 
     Args:
-        energy: continuous, of one or two unconstrained entries.
+        energy: a continuous energy of one or two unconstrained entries.
         bounds: ``(low, high)`` of each entry in unconstrained coordinates, which are those of the
-            energy where the support is real; nothing outside counts. None finds a box beyond which
-            the density is below :math:`e^{-50}` of its peak; a peak far from ``energy.initial`` and
-            narrow beside that distance may escape it.
+            energy if the support is real; the density outside is ignored. None searches a box
+            outside of which the density is below :math:`e^{-50}` of its peak. The search can miss a
+            narrow peak far from ``energy.initial``.
         tolerance: change of log Z in nats at which to stop.
-        max_panels: of one dimension, a power of two; None is 4,096 for one dimension and 64 for
-            two.
-        progress: True shows it, False hides it, None shows it where it takes longer than a second.
+        max_panels: maximum number of panels of one dimension, a power of two; None is 4,096 for one
+            dimension and 64 for two.
+        progress: True shows a progress bar, False does not, None shows it if it takes longer than a
+            second.
 
     Returns:
-        kind "exact" where the tolerance was reached, else "estimate".
+        log Z of kind "exact" if the tolerance was reached, else "estimate".
 
     Raises:
         ValueError: if the energy is discrete or has more dimensions, the bounds do not fit, or no
@@ -165,29 +167,30 @@ def expectation(
     max_panels: int | None = None,
     progress: bool | None = None,
 ) -> tuple[Tensor, float]:
-    r""":math:`E_p[f(x)] = \int f(x)\, e^{-E(x)} dx / Z` in one or two dimensions, by the panels of
-    :func:`quadrature`.
+    r"""Compute :math:`E_p[f(x)] = \int f(x)\, e^{-E(x)} dx / Z` in one or two dimensions.
 
-    Probabilities of regions are expectations of their indicators, which converge slowly where the
-    density at their edges is not small: look at the error. The first panels have 2,048 nodes in one
-    dimension and 128 x 128 in two; a region that lies between the nodes is not seen, and its error
-    is 0: give bounds about it.
+    The rule is that of :func:`quadrature`. Probabilities of regions are expectations of their
+    indicators, which converge slowly if the density is not small at their edges: check the error.
+    The first panels have 2,048 nodes in one dimension and 128 x 128 in two. A region between the
+    nodes is not detected, and its error is 0: pass bounds around it.
 
     Args:
         energy: as for :func:`quadrature`.
-        function: f, of states ``(n, *event)`` to ``(n,)`` or ``(n, k)``; where the density is 0 it
-            is not heeded.
-        bounds, tolerance, max_panels, progress: as for :func:`quadrature`; the tolerance is that of
-            each entry.
+        function: f, from states ``(n, *event)`` to ``(n,)`` or ``(n, k)``; values at states of
+            density 0 are ignored.
+        bounds: as for :func:`quadrature`.
+        tolerance: change of each entry at which to stop.
+        max_panels: as for :func:`quadrature`.
+        progress: as for :func:`quadrature`.
 
     Returns:
-        the expectation, float64, a scalar or ``(k,)``; and the error of its worst entry, by the
-        rule of :func:`quadrature`: at most the tolerance unless ``max_panels`` were reached.
+        the expectation, float64, a scalar or ``(k,)``, and the largest error of an entry, by the
+        rule of :func:`quadrature`: at most the tolerance unless ``max_panels`` was reached.
 
     Raises:
-        ValueError: as :func:`quadrature`, and if f gives another shape.
-        FloatingPointError: as :func:`quadrature`, and if f is NaN or infinite where the density is
-            not 0.
+        ValueError: as :func:`quadrature`, and if f returns another shape.
+        FloatingPointError: as :func:`quadrature`, and if f is NaN or infinite at states of positive
+            density.
 
     Example:
         >>> from pyroebm.targets import DoubleWell
@@ -208,7 +211,7 @@ def _integrate(
     max_panels: int | None,
     progress: bool | None,
 ) -> tuple[float, Tensor, float, int]:
-    """log Z, the expectation of a function, the error of the one asked for, and the dimensions."""
+    """Compute log Z, the expectation of a function, the error of the one requested, and the dim."""
     check_energy(energy)
     check_weighable(energy)
     if is_discrete(energy.support):
@@ -220,8 +223,8 @@ def _integrate(
     dim = target.event_shape.numel()
     if dim not in (1, 2):
         raise ValueError(
-            f"quadrature needs one or two unconstrained entries, but {type(energy).__name__} has"
-            f" {dim}"
+            f"quadrature requires one or two unconstrained entries, but {type(energy).__name__} has"
+            f" {dim}; use ais or smc"
         )
     with (
         torch.no_grad(),
@@ -269,8 +272,11 @@ def _checked(bounds: Sequence[tuple[float, float]], dim: int) -> Box:
 
 
 def _log_density(target: Energy, axes: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor, slice]]:
-    """Log densities, float64, over the grid of the axes, and the states, in pieces of the first
-    axis."""
+    """Evaluate log densities, float64, on the grid of the axes, in pieces of the first axis.
+
+    Yields:
+        log densities, states and the slice of the first axis.
+    """
     rows = max(1, BATCH * 4 // math.prod(len(axis) for axis in axes[1:]))
     for first in range(0, len(axes[0]), rows):
         piece = slice(first, first + rows)
@@ -293,8 +299,11 @@ def _panels(
     function: Callable[[Tensor], Tensor] | None,
     shown: Progress,
 ) -> tuple[Tensor, Tensor]:
-    """log of the integral over a box with that many panels on each axis, and the expectation of a
-    function."""
+    """Integrate over a box with ``panels`` panels on each axis.
+
+    Returns:
+        the log of the integral and the expectation of the function.
+    """
     node, weight = (
         torch.as_tensor(part, device=target.device)
         for part in np.polynomial.legendre.leggauss(NODES)
@@ -335,13 +344,17 @@ def _mean(function: Callable[[Tensor], Tensor], states: Tensor, weights: Tensor)
     there = weights > 0.0
     result = weights[there] @ found[there]
     if not bool(torch.isfinite(result).all()):
-        raise FloatingPointError("function is NaN or infinite where the density is not 0")
+        raise FloatingPointError(
+            "function is NaN or infinite at states of positive density; it must be finite there"
+        )
     return result
 
 
 def _find_box(target: Energy, dim: int) -> Box:
-    """A box outside of which the density is negligible: grown where it is not yet, then shrunk to
-    where it lives."""
+    """Find a box outside of which the density is negligible.
+
+    It is enlarged where the density is not negligible at its boundary, then reduced.
+    """
     start = target.initial(256, seeded_generator(0, target.device)).double().reshape(256, dim)
     middle, reach = start.mean(0), (start.amax(0) - start.amin(0)).clamp(min=1.0)
     box = [(float(m - r), float(m + r)) for m, r in zip(middle, reach, strict=True)]
@@ -356,8 +369,8 @@ def _find_box(target: Energy, dim: int) -> Box:
         box = grown
     else:
         raise ValueError(
-            "no box holds the density: its tails are heavy, or it cannot be normalised; give"
-            f" bounds (reached {box})"
+            "no box contains the density, because its tails are heavy or it cannot be normalized"
+            f" (reached {box}); pass bounds"
         )
     for _ in range(2):
         shrunk = []
@@ -374,7 +387,7 @@ def _find_box(target: Energy, dim: int) -> Box:
 
 
 def _alive(target: Energy, box: Box) -> list[Tensor]:
-    """For each axis, at which of its grid points the density is not negligible anywhere across."""
+    """Return for each axis at which grid points the density is not negligible."""
     count = 1025 if len(box) == 1 else 129
     axes = [
         torch.linspace(low, high, count, dtype=torch.float64, device=target.device)
@@ -383,7 +396,7 @@ def _alive(target: Energy, box: Box) -> list[Tensor]:
     values = torch.cat([values for values, _, _ in _log_density(target, axes)])
     if bool((values == -math.inf).all()):
         raise FloatingPointError(
-            f"the density is 0 at every point of a grid over {box}; give bounds"
+            f"the density is 0 at every point of a grid over {box}; pass bounds"
         )
     alive = values > values.max() - DEPTH
     return [alive] if len(box) == 1 else [alive.any(1), alive.any(0)]

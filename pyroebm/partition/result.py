@@ -1,4 +1,4 @@
-"""What every estimator of log Z answers with: a value, its error, and which way it is biased."""
+"""Results of estimators of log Z: value, standard error and direction of the bias."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ BIAS: dict[str, str] = {
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LogZ:
-    r"""A value of :math:`\log Z`, in nats, and how far to trust it.
+    r"""Estimate of :math:`\log Z`, in nats, with its error and the direction of its bias.
 
-    "lower" and "upper" are stochastic bounds: their expectation lies on that side of the truth
-    (Jensen), and a single value passes it by more than b nats with a probability of at most
-    :math:`e^{-b}` (Markov). A standard error says how much a value scatters. It does not see the
-    bias, and no method sees a mode that none of its draws has met.
+    "lower" and "upper" are stochastic bounds: their expectation is on that side of the true value
+    (Jensen), and a single value exceeds the bound by more than b nats with probability at most
+    :math:`e^{-b}` (Markov). The standard error measures the variance of the value. It does not
+    include the bias, and no method detects a mode without draws.
 
     Attributes:
         value: :math:`\log Z`.
-        standard_error: its standard error; 0 where it is a sum over all states, the error of the
-            rule for a quadrature, ``inf`` where a few of the weights decide
+        standard_error: its standard error; 0 for a sum over all states, the error of the rule for a
+            quadrature, ``inf`` if a few of the weights dominate
             (:func:`pyroebm.core.statistics.log_mean`).
         kind: "exact", "estimate", "lower" or "upper".
-        method: how it was found, in words.
+        method: name of the method.
         ess: effective sample size :math:`(\sum w)^2 / \sum w^2` of the weights (Kong, 1992); None
-            where there are none.
-        log_weights: float64, shape ``(n,)``; None where there are none.
+            without weights.
+        log_weights: float64, shape ``(n,)``; None without weights.
 
     Example:
         >>> import torch
@@ -58,7 +58,7 @@ class LogZ:
 
     @property
     def bias(self) -> str:
-        """Which way the value is biased, in words."""
+        """Direction of the bias, in words."""
         return BIAS[self.kind]
 
     def __str__(self) -> str:
@@ -72,14 +72,16 @@ class LogZ:
 
 
 def from_weights(log_weights: Tensor, log_z: float, kind: Kind, method: str, sign: int = 1) -> LogZ:
-    r""":math:`\log Z_0 \pm \log \frac1n \sum_i w_i` of independent weights, with the standard error
-    of the delta method.
+    r"""Estimate :math:`\log Z_0 \pm \log \frac1n \sum_i w_i` from independent weights.
+
+    The standard error is that of the delta method.
 
     Args:
         log_weights: shape ``(n,)``.
-        log_z: :math:`\log Z_0`, of what the weights are relative to.
-        kind, method: of the result.
-        sign: 1, or -1 where the weights go from the target to the base.
+        log_z: :math:`\log Z_0` of the density to which the weights are relative.
+        kind: kind of the result.
+        method: method of the result.
+        sign: 1, or -1 if the weights are from the target to the base.
 
     Raises:
         FloatingPointError: if a log weight is NaN or +inf, or if every weight is 0.
@@ -90,12 +92,13 @@ def from_weights(log_weights: Tensor, log_z: float, kind: Kind, method: str, sig
     infinite = int((log_weights == math.inf).sum())
     if nan or infinite:
         raise FloatingPointError(
-            f"{method}: of {n} log weights {nan} are NaN and {infinite} are +inf: an energy is not"
-            " finite"
+            f"{method}: log weights must not be NaN or +inf, but of {n} log weights {nan} are NaN"
+            f" and {infinite} are +inf: an energy is not finite"
         )
     if bool((log_weights == -math.inf).all()):
         raise FloatingPointError(
-            f"{method}: all {n} weights are 0: the two densities do not meet at any draw"
+            f"{method}: all {n} weights are 0, because the two densities do not overlap at any"
+            " draw; use another base"
         )
     found = log_mean(log_weights)
     return LogZ(
@@ -105,13 +108,14 @@ def from_weights(log_weights: Tensor, log_z: float, kind: Kind, method: str, sig
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class BidirectionalAIS:
-    """A forward and a reverse run beside each other, and what both together say.
+    """Forward and reverse AIS, and their combination.
 
     Attributes:
         forward: from the base to the target, low on average.
-        reverse: from the target to the base; a bound only where its kind is "upper".
-        combined: the acceptance ratio of both (:func:`pyroebm.partition.bennett_acceptance_ratio`),
-            mostly much closer than either.
+        reverse: from the target to the base; a bound only if its kind is "upper".
+        combined: Bennett's acceptance ratio of both
+            (:func:`pyroebm.partition.bennett_acceptance_ratio`), usually much more accurate than
+            either.
 
     Example:
         >>> import torch
@@ -133,7 +137,7 @@ class BidirectionalAIS:
 
     @property
     def width(self) -> float:
-        """Reverse less forward, in nats."""
+        """Reverse minus forward estimate, in nats."""
         return self.reverse.value - self.forward.value
 
     def __str__(self) -> str:

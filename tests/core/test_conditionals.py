@@ -21,7 +21,7 @@ from pyroebm.core.supports import to_support
 from pyroebm.core.wrappers import Unconstrained, unconstrain
 from pyroebm.energies import BernoulliRBM, Ising, Potts
 from pyroebm.kernels import BlockGibbs
-from pyroebm.partition.walk import default_kernel
+from pyroebm.partition.kernel_path import default_kernel
 from pyroebm.targets import BernoulliProduct, DoubleWell, Exponential
 from pyroebm.training.imputation import Clamped
 

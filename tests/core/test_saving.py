@@ -460,7 +460,7 @@ def test_modules_are_still_exported_vectorized_and_pickled() -> None:
     moved = torch.vmap(lambda mean: Unshaped(mean)(mean))(means)
     assert torch.equal(moved, means.square().sum(-1))
     again = pickle.loads(pickle.dumps(Function(len)))
-    assert again._construction.args[0].said == "len"
+    assert again._construction.args[0].name == "len"
     with torch.device("meta"):
         Unshaped(torch.ones(2))
 
@@ -527,8 +527,8 @@ REFUSED: dict[str, tuple[Make, str]] = {
     "replaced": (replaced, r"part 'net.1' of MLPEnergy is a Tanh.* gives a SiLU"),
     "views": (views, r"net.0.weight and net.2.weight must be one"),
     "without-a-record": (without_a_record, "Quartic was not constructed by the __init__"),
-    "grown": (grown, "constructor of Learned gives no more"),
-    "called-the-same": (called_the_same, "two classes are called Quartic"),
+    "grown": (grown, "constructor of Learned creates no more"),
+    "called-the-same": (called_the_same, "got two called Quartic"),
     "assigned": (assigned, "function is .*, which a file cannot hold"),
     "no-module": (lambda: torch.sin, "module must be"),  # type: ignore[dict-item, return-value]
 }
@@ -572,7 +572,7 @@ def test_tensors_alone_fill_a_module_of_the_user(tmp_path: Path) -> None:
 def test_into_names_the_differences(tmp_path: Path) -> None:
     save(MLPEnergy((2,), (4,)), tmp_path / "file")
     for other, said in (
-        (MLPEnergy((2,), (5,)), r"\['net.0.bias \(5,\) float32'.* the file alone"),
+        (MLPEnergy((2,), (5,)), r"\['net.0.bias \(5,\) float32'.* only in the file"),
         (MLPEnergy((2,), (4,)).double(), "net.0.weight .* float64.*net.0.weight .* float32"),
         (MLPEnergy((2,), (4, 4)), r"'net.4.bias \(1,\) float32'"),
     ):
@@ -583,7 +583,7 @@ def test_into_names_the_differences(tmp_path: Path) -> None:
     apart, tied = (MLPEnergy((2,), (4, 4, 4)) for _ in range(2))
     tied.net[2].weight = tied.net[4].weight
     save(apart, tmp_path / "file")
-    with pytest.raises(FileError, match=r"into shares net\.2\.weight and net\.4\.weight"):
+    with pytest.raises(FileError, match=r"got net\.2\.weight and net\.4\.weight, which only into"):
         load(tmp_path / "file", into=tied)
 
 

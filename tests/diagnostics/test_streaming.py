@@ -152,10 +152,10 @@ def test_a_run_that_keeps_moments_keeps_no_draw_and_has_the_same_ones(tmp_path: 
     torch.testing.assert_close(moments["x"].variances(), x.var((0, 1), unbiased=False))
     for name in ("lp", "acceptance_rate", "diverging", "n_steps"):
         torch.testing.assert_close(moments[name].mean, stats[name].double().mean(1))
-    assert all(block.record.x.numel() == block.warmup.x.numel() == 0 for block in lean._blocks)
+    assert all(block.record.x.numel() == block.warmup.x.numel() == 0 for block in lean._batches)
     with pytest.raises(ValueError, match='keep="moments" keeps no draws'):
         lean.get_samples()
-    with pytest.raises(ValueError, match='get_moments is for runs with keep="moments"'):
+    with pytest.raises(ValueError, match='get_moments requires a run with keep="moments"'):
         kept.get_moments()
     with pytest.raises(ValueError, match="keep must be"):
         MCMC(MALA(), 5, keep="means")  # type: ignore[arg-type]

@@ -308,7 +308,7 @@ def test_matching_solves_the_normal_equations_and_says_what_it_explains() -> Non
         num_pairs=700,
         ridge=1e-9,
         batch_size=300,
-        generator=torch.Generator().manual_seed(3),
+        generator=seeded_generator(3),
     )
     generator = seeded_generator(3)
     residuals = []
@@ -539,13 +539,13 @@ def test_a_case_is_judged_by_chains_that_it_has_not_seen() -> None:
     assert done.evaluations > 8 * 5 * 11 * (8 + 12 * 5)
     assert set(done.flow.state_dict()) == set(done.matched.state_dict())
     assert not torch.equal(done.flow.field.weights, done.matched.field.weights)
-    judgement = particles.judged(done, quick=True)
+    judgement = particles.evaluate(done, quick=True)
     assert judgement.report.forward_ess is not None
     assert done.flow.num_steps == 10
     for which in (0, 1):
         half = [found.half(0), found.half(1)]
         half[which] = half[which].flip(-1)
-        other = particles.judged(
+        other = particles.evaluate(
             dataclasses.replace(done, reference=dataclasses.replace(found, draws=torch.cat(half))),
             quick=True,
         )
@@ -565,7 +565,7 @@ def test_chains_obey_steins_identity_and_ways_to_log_z_agree() -> None:
     flow = EquivariantFlow(4, 2, dtype=F64, **system.flow)
     match_flow(flow, found.half(0).flatten(0, 1), 8000, generator=torch.Generator().manual_seed(1))
     flow.num_steps = 120
-    judgement = particles.judged(
+    judgement = particles.evaluate(
         particles.Case("DW4", 1, system.make(), found, flow, flow, [], 0, 0.0)
     )
     assert judgement.integration < 0.5

@@ -529,8 +529,8 @@ def discrete() -> None:
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda: NUTS(), "either model or potential_fn"),
-        (lambda: HMC(two_sites, potential_fn=lambda p: p["x"]), "either model or potential_fn"),
+        (lambda: NUTS(), "one of model and potential_fn"),
+        (lambda: HMC(two_sites, potential_fn=lambda p: p["x"]), "one of model and potential_fn"),
         (lambda: NUTS(two_sites, step_size=-1.0), "step_size must be positive"),
         (lambda: NUTS(two_sites, target_accept_prob=1.5), r"target_acceptance must be in \(0, 1\)"),
         (lambda: NUTS(two_sites, max_tree_depth=0), "max_tree_depth must be from 1"),
@@ -542,12 +542,12 @@ def discrete() -> None:
         ),
         (lambda: MCMC(pyroebm.NUTS(), 5), r"NUTS or HMC of pyroebm\.infer, got pyroebm\.kernels"),
         (lambda: MCMC(NUTS(two_sites), 0), "num_samples must be an integer of at least 1"),
-        (lambda: MCMC(NUTS(potential_fn=lambda p: p["x"]), 5), "give initial_params"),
+        (lambda: MCMC(NUTS(potential_fn=lambda p: p["x"]), 5), "requires initial_params"),
         (
             lambda: MCMC(NUTS(two_sites), 5, num_chains=3, initial_params={"b": torch.zeros(2)}),
             r"leading axis of num_chains=3",
         ),
-        (lambda: MCMC(NUTS(two_sites), 5).get_samples(), "nothing was drawn yet"),
+        (lambda: MCMC(NUTS(two_sites), 5).get_samples(), "there are no draws"),
         (
             lambda: MCMC(NUTS(two_sites), 5, 5, {"b": torch.zeros(())}, disable_progbar=True).run(),
             "variables must be",

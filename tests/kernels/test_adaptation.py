@@ -23,7 +23,7 @@ from pyroebm.kernels.adaptation import DualAveraging, covariance, find_step_size
 from pyroebm.kernels.adaptation.covariance import (
     LIMIT,
     PooledCovariance,
-    PooledRows,
+    PooledDraws,
     PooledVariance,
 )
 from pyroebm.kernels.adaptation.windows import Warmup, windows
@@ -147,7 +147,7 @@ def test_chains_that_stand_still_teach_nothing(metric: str) -> None:
     start = {
         "diagonal": PooledVariance.start,
         "dense": PooledCovariance.start,
-        "low_rank": lambda q: PooledRows.start(q, 2),
+        "low_rank": lambda q: PooledDraws.start(q, 2),
     }[metric]
     x = torch.randn(50, 4, 2, dtype=double, generator=torch.Generator().manual_seed(0))
     x[:, 1] = 1e6
@@ -210,7 +210,7 @@ def test_the_covariance_of_exact_draws_is_that_of_the_law() -> None:
 def check_exact_recovery() -> None:
     cov = stiff()
     x, g = rows_of(cov, 200)
-    estimate = matrix(PooledRows.start(x, rank=20).update(x, g).metric(), 20)
+    estimate = matrix(PooledDraws.start(x, rank=20).update(x, g).metric(), 20)
     assert float((torch.linalg.inv(cov) @ estimate - torch.eye(20)).abs().max()) < 0.05
 
 
@@ -253,7 +253,7 @@ def test_three_stiff_or_wide_directions_are_found_and_no_other(variance: float) 
     cov, ends = stiff(100, variance), []
     for seed in range(8):
         x, g = rows_of(cov, 400, seed)
-        metric = PooledRows.start(x, rank=10).update(x, g).metric()
+        metric = PooledDraws.start(x, rank=10).update(x, g).metric()
         assert metric is not None
         assert metric.vectors.shape == (100, 3)
         torch.testing.assert_close(metric.vectors.mT @ metric.vectors, torch.eye(3, dtype=double))
@@ -266,7 +266,7 @@ def test_three_stiff_or_wide_directions_are_found_and_no_other(variance: float) 
 @pytest.mark.parametrize("chains", [1, 32, 5000])
 def test_rows_kept_are_few_and_evenly_spread(chains: int) -> None:
     like = torch.zeros(chains, 1)
-    pooled = PooledRows.start(like, rank=1)
+    pooled = PooledDraws.start(like, rank=1)
     for step in range(700 if chains == 32 else 3000 if chains == 1 else 20):
         pooled = pooled.update(like + step, like)
     kept = pooled.draws[:, 0, 0]
@@ -276,7 +276,7 @@ def test_rows_kept_are_few_and_evenly_spread(chains: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "empty", [PooledVariance.start, PooledCovariance.start, lambda like: PooledRows.start(like, 2)]
+    "empty", [PooledVariance.start, PooledCovariance.start, lambda like: PooledDraws.start(like, 2)]
 )
 def test_rows_that_tell_nothing_give_no_metric(empty: Callable[[Tensor], Any]) -> None:
     x = torch.randn(40, 3, dtype=double, generator=torch.Generator().manual_seed(0))
@@ -292,7 +292,7 @@ def test_rows_that_tell_nothing_give_no_metric(empty: Callable[[Tensor], Any]) -
 
 def test_few_rows_give_a_scale_and_no_directions() -> None:
     x, g = rows_of(stiff(), 7)
-    metric = PooledRows.start(x, rank=5).update(x, g).metric()
+    metric = PooledDraws.start(x, rank=5).update(x, g).metric()
     assert metric is not None
     assert metric.vectors.shape == (20, 0)
 
@@ -740,6 +740,6 @@ def test_a_low_rank_metric_needs_gradients() -> None:
     energy = Normal((2,))
     state: State = HMC().init(energy, torch.zeros(4, 2))
     with pytest.raises(
-        ValueError, match=r"the states of Blind have none: choose 'diagonal' or 'dense'"
+        ValueError, match=r"the states of Blind have none: use metric='diagonal' or metric='dense'"
     ):
         WindowAdaptation(metric="low_rank").start(Blind(), energy, Place(state.x, state.energy))

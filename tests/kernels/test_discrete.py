@@ -18,12 +18,12 @@ from lib.discrete_cases import (
     Bipartite,
     Pairwise,
     assert_forgets,
-    assert_law,
+    assert_frequencies,
     assert_stationary,
     build,
     draws,
-    law,
     run,
+    state_probabilities,
 )
 from torch import Tensor
 from torch.distributions import Bernoulli, Distribution, Independent, constraints
@@ -289,7 +289,7 @@ def proposal(energy: Pairwise, name: str, step_size: float) -> Tensor:
 
 
 def metropolised(energy: Pairwise, q: Tensor) -> Tensor:
-    p = law(energy)
+    p = state_probabilities(energy)
     ratio = (p.unsqueeze(0) * q.T) / (p.unsqueeze(1) * q)
     matrix = torch.where(q > 0, q * ratio.clamp(max=1.0), 0.0)
     return matrix + torch.diag(1.0 - matrix.sum(1))
@@ -308,7 +308,7 @@ def test_one_step_has_the_transition_probabilities_of_the_paper(name: str, space
     }[name]
     for start in (0, 5, len(q) - 1):
         x = energy.states()[start].expand(10_000, *energy.event_shape)
-        assert_law(energy, run(kernel, energy, x, 1, seed=start), matrix[start])
+        assert_frequencies(energy, run(kernel, energy, x, 1, seed=start), matrix[start])
 
 
 def test_dula_has_the_bias_of_its_step_and_less_with_a_smaller_one() -> None:
@@ -316,8 +316,8 @@ def test_dula_has_the_bias_of_its_step_and_less_with_a_smaller_one() -> None:
     for step_size in (2.0, 1.2, 0.8, 0.6):
         matrix = proposal(energy, "dula", step_size)
         stationary = torch.linalg.matrix_power(matrix, 100_000)[0]
-        far.append(0.5 * float((stationary - law(energy)).abs().sum()))
-        assert_law(
+        far.append(0.5 * float((stationary - state_probabilities(energy)).abs().sum()))
+        assert_frequencies(
             energy,
             run(DULA(step_size=step_size), energy, draws(energy, stationary, 20_000, 3), 3),
             stationary,
@@ -335,7 +335,7 @@ def test_a_state_of_infinite_energy_is_never_visited_and_is_no_divergence() -> N
             return torch.where((x[..., 1:] * x[..., :-1]).sum(-1) > 0, torch.inf, 0.0).to(x.dtype)
 
     energy = HardCore("bits")
-    assert int((law(energy) > 0).sum()) == 21
+    assert int((state_probabilities(energy) > 0).sum()) == 21
     for scan in ("systematic", "random"):
         kernel, generator = Gibbs(scan), torch.Generator().manual_seed(0)
         state = kernel.init(energy, torch.zeros(10_000, 6, dtype=torch.float64))
@@ -343,7 +343,7 @@ def test_a_state_of_infinite_energy_is_never_visited_and_is_no_divergence() -> N
             state, info = kernel.step(energy, state, generator)
             assert not info.diverging.any()
             assert (info.acceptance_rate == 1.0).all()
-        assert_law(energy, state.x, law(energy))
+        assert_frequencies(energy, state.x, state_probabilities(energy))
 
 
 def test_random_scan_draws_the_site_of_each_chain() -> None:

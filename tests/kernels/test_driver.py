@@ -298,14 +298,16 @@ def test_chains_of_a_batch_take_no_more_ticks_than_the_longest(chains: int) -> N
     assert len(calls) == int(batch.take(100).info.n_steps.sum(0).max())
 
 
-def test_warm_up_learns_the_same_however_many_steps_come_together() -> None:
+def test_warm_up_learns_the_same_however_many_steps_come_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """A chain far from the others moves late: it is left out of the metric until then."""
     energy = Gaussian(torch.zeros(DIM, dtype=torch.float64), COVARIANCE)
     x = torch.cat([starts(3), torch.full((1, DIM), 1e4, dtype=torch.float64)])
     found = []
-    for one_by_one_ in (False, True):
+    for single_steps in (False, True):
+        monkeypatch.setattr(MCMC, "_single_steps", single_steps)
         mcmc = MCMC(NUTS(), num_samples=20, warmup_steps=90, num_chains=4, seed=0)
-        mcmc._one_by_one = one_by_one_
         mcmc.run(energy, x)
         found.append(mcmc.get_samples(group_by_chain=True)["x"])
     assert torch.equal(*found)

@@ -152,8 +152,8 @@ def test_warm_up_tunes_the_local_kernel() -> None:
             lambda: LocalGlobalMixture(HMC(), broad(2, 1.0), every=0),
             "every must be an integer of at least 1, got every=0",
         ),
-        (lambda: LocalGlobalMixture(ChEES(), broad(2, 1.0)), "tuned by its step size"),
-        (lambda: LocalGlobalMixture(Gibbs(), broad(2, 1.0)), "tuned by its step size"),
+        (lambda: LocalGlobalMixture(ChEES(), broad(2, 1.0)), "adapted by its step size"),
+        (lambda: LocalGlobalMixture(Gibbs(), broad(2, 1.0)), "adapted by its step size"),
     ],
 )
 def test_refusals(make: object, said: str) -> None:

@@ -50,7 +50,8 @@ def test_step_keeps_shapes_and_types(name: str, dtype: torch.dtype, event: tuple
     kernel, generator = build(name, event, dtype), torch.Generator().manual_seed(0)
     if math.prod(event) < kernel.min_dim:
         with pytest.raises(
-            ValueError, match=r"needs events of at least 2 entries, but Normal has event_shape \(\)"
+            ValueError,
+            match=r"requires events of at least 2 entries, but Normal has event_shape \(\)",
         ):
             kernel.init(energy, energy.initial(6, generator), generator)
         return

@@ -12,7 +12,13 @@ import numpy as np
 import pytest
 import torch
 from lib.checks import mean_and_se, within_se
-from lib.discrete_cases import DISCRETE, Bipartite, assert_forgets, assert_stationary, law
+from lib.discrete_cases import (
+    DISCRETE,
+    Bipartite,
+    assert_forgets,
+    assert_stationary,
+    state_probabilities,
+)
 from lib.discrete_cases import EXACT as DISCRETE_EXACT
 from lib.kernel_cases import EXACT, KERNELS, build, run
 from lib.pyro_models import EFFECT, SIGMA, eight_schools
@@ -327,7 +333,9 @@ def test_machines_are_those_of_the_tables(machine: str) -> None:
     energy = make()
     states = energy.states()
     np.testing.assert_allclose(float(torch.logsumexp(-energy(states), 0)), log_z, atol=1e-8)
-    np.testing.assert_allclose((law(energy) @ states)[: len(means)], means, atol=1e-6)
+    np.testing.assert_allclose(
+        (state_probabilities(energy) @ states)[: len(means)], means, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("machine", MACHINES)

@@ -1,5 +1,4 @@
-"""What a tolerance is in this suite: a multiple of a measured standard error. `from lib.checks
-import within_se`."""
+"""Comparisons with a measured standard error: `from lib.checks import within_se`."""
 
 from __future__ import annotations
 
@@ -17,11 +16,10 @@ def _array(value: Any) -> np.ndarray:
 
 
 def within_se(estimate: Any, truth: Any, se: Any, k: float = 5.0, what: str = "estimate") -> None:
-    """Raise AssertionError unless ``|estimate - truth| <= k * se`` everywhere; numbers, arrays or
-    tensors of one shape.
+    """Raise AssertionError unless ``|estimate - truth| <= k * se`` everywhere.
 
-    A NaN anywhere fails, and so does a standard error that is not positive and finite: it would
-    make the test say nothing.
+    The arguments are numbers, arrays or tensors of one shape. A NaN fails, and so does a standard
+    error that is not positive and finite, with which the comparison would have no meaning.
 
     Example:
         >>> within_se([1.0, 2.1], [1.0, 2.0], 0.03)
@@ -72,8 +70,9 @@ def within_se(estimate: Any, truth: Any, se: Any, k: float = 5.0, what: str = "e
 
 
 def mean_and_se(draws: Any, axis: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Mean of independent draws along an axis and its standard error. For draws of a chain divide
-    by the ESS instead.
+    """Return the mean of independent draws along an axis and its standard error.
+
+    For draws of a chain divide by the ESS instead.
 
     Example:
         >>> mean, se = mean_and_se([1.0, 2.0, 3.0])

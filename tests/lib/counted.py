@@ -1,4 +1,4 @@
-"""Energies that count their calls, and runs that stop."""
+"""Energies that count their calls, and runs that are interrupted."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from pyroebm.kernels import Kernel
 
 
 class Stops(Energy):
-    """A normal of two dimensions and unequal scales; evaluation number ``at`` of a run's steps does
-    what it is told to."""
+    """A normal distribution in two dimensions that acts at evaluation number ``at`` of a run."""
 
     def __init__(self, at: int = -1, act: Callable[[], None] | None = None) -> None:
         super().__init__((2,))
@@ -32,16 +31,19 @@ class Stops(Energy):
 
 
 class Counted(MCMC):
-    """Evaluations are counted from the first step on: starts may take any number of them."""
+    """An energy that counts evaluations from the first step on.
+
+    Initial states may take any number of evaluations.
+    """
 
     def _advance(self, *arguments: Any) -> None:
-        if isinstance(self._target.energy, Stops):
-            self._target.energy.calls = 0
+        if isinstance(self._target, Stops):
+            self._target.calls = 0
         super()._advance(*arguments)
 
 
 def driven(kernel: Kernel, chains: int = 8, **options: object) -> MCMC:
-    """Blocks of 3, 3 and 2 chains; a warm-up long enough for a metric."""
+    """Return a run with chain batches of 3, 3 and 2 chains, and a warm-up with a metric."""
     settings = {
         "num_samples": 6,
         "warmup_steps": 62,

@@ -1,4 +1,4 @@
-"""Discrete kernels, spaces and their exact laws."""
+"""Discrete kernels, supports and their exact distributions."""
 
 from __future__ import annotations
 
@@ -45,8 +45,10 @@ SPACES: dict[str, tuple[Constraint, tuple[int, ...], list[list[float]]]] = {
 
 
 class Pairwise(Energy):
-    """All entries coupled at random, and with fields: no site is like another, no symmetry hides a
-    mistake."""
+    """Random couplings of all entries, and fields.
+
+    No two sites are alike, so no symmetry hides an error.
+    """
 
     def __init__(self, space: str, scale: float = 0.5) -> None:
         support, shape, self.values = SPACES[space]
@@ -71,8 +73,10 @@ class Pairwise(Energy):
 
 
 class Bipartite(Pairwise):
-    """The same with couplings between two halves only: a restricted Boltzmann machine on any
-    support."""
+    """The same with couplings between two halves only.
+
+    This is a restricted Boltzmann machine on any support.
+    """
 
     def __init__(self, space: str, scale: float = 0.5) -> None:
         super().__init__(space, scale)
@@ -102,7 +106,7 @@ def run(kernel: Kernel[Any], energy: Energy, x: Tensor, steps: int, seed: int = 
     return state.x
 
 
-def law(energy: Pairwise) -> Tensor:
+def state_probabilities(energy: Pairwise) -> Tensor:
     return torch.softmax(-energy(energy.states()), 0)
 
 
@@ -112,9 +116,11 @@ def draws(energy: Pairwise, probabilities: Tensor, n: int, seed: int) -> Tensor:
     ]
 
 
-def assert_law(energy: Pairwise, x: Tensor, probabilities: Tensor) -> None:
-    """Pearson's chi-square over all states, cells of small expectation put together; 6e-7 is the
-    tail of 5 standard errors."""
+def assert_frequencies(energy: Pairwise, x: Tensor, probabilities: Tensor) -> None:
+    """Test the frequencies of all states by Pearson's chi-square.
+
+    Cells with small expectation are combined; the level 6e-7 is that of 5 standard errors.
+    """
     found = torch.cdist(x.flatten(1), energy.states().flatten(1)).argmin(1)
     counts = torch.bincount(found, minlength=len(probabilities)).double()
     expected = probabilities * len(x)
@@ -135,10 +141,10 @@ def assert_law(energy: Pairwise, x: Tensor, probabilities: Tensor) -> None:
 def assert_stationary(
     kernel: Kernel[Any], energy: Pairwise, steps: int = 3, chains: int = 50_000
 ) -> None:
-    p = law(energy)
-    assert_law(energy, run(kernel, energy, draws(energy, p, chains, 7), steps), p)
+    p = state_probabilities(energy)
+    assert_frequencies(energy, run(kernel, energy, draws(energy, p, chains, 7), steps), p)
 
 
 def assert_forgets(kernel: Kernel[Any], energy: Pairwise, steps: int, chains: int = 4_000) -> None:
     start = energy.states()[-1].expand(chains, *energy.event_shape)
-    assert_law(energy, run(kernel, energy, start, steps), law(energy))
+    assert_frequencies(energy, run(kernel, energy, start, steps), state_probabilities(energy))

@@ -1,4 +1,4 @@
-"""Flows away from the identity that fresh ones are, and their noise."""
+"""Flows with random parameters (new ones are the identity), and noise."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def noise(*shape: int, seed: int = 7) -> Tensor:
-    """Standard normal numbers in float64."""
+    """Return standard normal numbers in float64."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(*shape, dtype=F64, generator=generator)
 
 
 def stirred(module: M, seed: int = 5, scale: float = 0.3) -> M:
-    """The module with every parameter moved at random."""
+    """Return the module with every parameter changed at random."""
     generator = problem_generator(seed)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -32,7 +32,7 @@ def stirred(module: M, seed: int = 5, scale: float = 0.3) -> M:
 
 
 def normal_flow(mean: float = 0.3, deviation: float = 1.4) -> NICE:
-    """A flow that is a normal distribution of one dimension."""
+    """Return a flow that is a normal distribution in one dimension."""
     flow = NICE(1)
     with torch.no_grad():
         flow.linear.log_diagonal.fill_(math.log(deviation))

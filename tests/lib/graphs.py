@@ -1,4 +1,4 @@
-"""What the graph of an energy's value and gradient holds."""
+"""Operations in the graph of an energy's value and gradient."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pyroebm.core.energy import unchecked_value_and_grad
 
 
 def data_dependent(energy: Energy, x: Tensor) -> list[str]:
-    """The operations whose shapes or branches depend on data: a compiler refuses them."""
+    """Return operations whose shapes or branches depend on data, which compilers reject."""
 
     def traced(x: Tensor) -> tuple[Tensor, Tensor]:
         with FixedShapes(x):

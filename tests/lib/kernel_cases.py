@@ -1,4 +1,4 @@
-"""Kernels, energies and checks of stationarity that several tests of kernels share."""
+"""Kernels, energies and tests of stationarity that several tests of kernels share."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ NARROW = LowRank(torch.tensor([0.5]), torch.tensor([[1.0]]), torch.tensor([2.0])
 
 
 class Wide:
-    """A proposal: independent entries, normal with mean .3 and deviation 1.5."""
+    """A proposal: independent normal entries with mean .3 and standard deviation 1.5."""
 
     def __init__(self, dim: int = 1, dtype: torch.dtype = torch.float64) -> None:
         self.dim = dim
@@ -91,8 +91,7 @@ EXACT = [name for name in KERNELS if KERNELS[name]().exact and name != "temperin
 
 
 def widened(metric: Tensor | Metric | None, event: tuple[int, ...]) -> Tensor | Metric | None:
-    """A metric of the table, written for one entry, for an event of many: dense ones correlate all
-    of them."""
+    """Extend a metric for one entry to an event of many entries; dense ones correlate them."""
     dim = math.prod(event)
     match metric:
         case Tensor():
@@ -133,16 +132,20 @@ class Pair(Energy):
 
 
 class Fragile(Energy):
-    """A standard normal that is NaN beyond 1.5: sampled as a truncated normal, if NaN rows are
-    refused."""
+    """A standard normal that is NaN beyond 1.5.
+
+    If steps to NaN are rejected, its samples have a truncated normal distribution.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         return 0.5 * x**2 + 0.0 * torch.sqrt(1.5 - x.abs())
 
 
 def run(kernel: Kernel, energy: Energy, x: Tensor, steps: int, seed: int = 12345) -> Tensor:
-    """Positions after ``steps`` steps from ``x``. The seed must not be the one that ``x`` was drawn
-    with."""
+    """Return positions after ``steps`` steps from ``x``.
+
+    The seed must differ from the one that ``x`` was drawn with.
+    """
     generator = torch.Generator().manual_seed(seed)
     state = kernel.init(energy, x, generator)
     for _ in range(steps):
@@ -156,8 +159,10 @@ def run(kernel: Kernel, energy: Energy, x: Tensor, steps: int, seed: int = 12345
 def assert_unchanged(
     kernel: Kernel, energy: Energy, chains: int = 100_000, steps: int = 6, seed: int = 7
 ) -> None:
-    """Moments within modes and the whole distribution, after a few steps from exact draws, against
-    fresh exact draws."""
+    """Test that a few steps from exact draws leave their distribution unchanged.
+
+    Moments within modes and the whole distribution are compared with new exact draws.
+    """
     generator = torch.Generator().manual_seed(seed)
     chains //= energy.event_shape.numel()
     x = energy.sample(chains, generator)

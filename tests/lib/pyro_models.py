@@ -8,8 +8,10 @@ from torch import Tensor
 
 
 def nested_support() -> None:
-    """The support of one latent depends on another: Pyro's own potential takes it from one trace,
-    and is wrong elsewhere."""
+    """Define a model in which the support of one latent variable depends on another one.
+
+    Pyro's potential takes the support from one trace, and is wrong elsewhere.
+    """
     top = pyro.sample("top", dist.Gamma(2.0, 1.0))
     pyro.sample("below", dist.Uniform(0.0, top))
 

@@ -1,12 +1,12 @@
-"""`pytest --reseed N` shifts every seed, and `-m statistical` selects the tests whose result
-depends on the seed.
+"""Shift the seeds of tests: `pytest --reseed N`, and the mark `statistical`.
 
-A test with a fixed seed is one draw. Chains amplify rounding, so another CPU, instruction set or
-version of torch is another draw; a shift of the seeds is the same on one machine. No test has to
-know of it, because the shift is applied where seeds reach a generator:
+A test with a fixed seed is one random draw. Chains amplify rounding, so another CPU, instruction
+set or version of torch is another draw; a shift of the seeds has the same effect on one machine.
+Tests need no change for it: the shift is applied where seeds reach a generator, in
 ``torch.Generator.manual_seed``, ``torch.manual_seed`` (``pyro.set_rng_seed`` calls it) and
-``numpy.random.default_rng``. Equal seeds stay equal and different seeds stay different. Processes
-that a test starts draw with the seeds that they are given.
+``numpy.random.default_rng``. Equal seeds remain equal and different seeds remain different.
+Processes that a test starts use the seeds that they are given. ``-m statistical`` selects the tests
+whose result depends on the seed.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ STRIDE = 1_000_003
 
 
 def shifted(seed: Any, shift: int) -> Any:
-    """An integer seed, shifted; anything else as it is, so that it is refused, or read from the
-    system, as before.
+    """Shift an integer seed.
+
+    Other values are unchanged, so that they raise an error, or are read from the system, as before.
 
     Example:
         >>> shifted(7, 0), shifted(7, 1), shifted(None, 1)
@@ -45,19 +46,19 @@ def shifted(seed: Any, shift: int) -> Any:
 
 
 def problem_generator(seed: int) -> torch.Generator:
-    """A generator whose seed no shift reaches: for the parameters of a problem, where a test rests
-    on what they are.
+    """Return a generator whose seed is not shifted, for the parameters of a problem.
 
-    With couplings of another seed chains may not mix, and weights may have no variance; then the
-    test would say nothing.
+    With other couplings chains may not mix, and importance weights may have infinite variance.
     """
     return PLAIN().manual_seed(seed)
 
 
 @contextlib.contextmanager
 def fixed_problem() -> Iterator[None]:
-    """Within it generators are those of no shift, and torch's default one is of seed 0: for the
-    parameters of flows and networks."""
+    """Disable the shift within this context, for the parameters of flows and networks.
+
+    torch's default generator has the seed 0 in it.
+    """
     with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng(devices=[]):
         patch.setattr(torch, "Generator", PLAIN)
         torch.set_rng_state(PLAIN().manual_seed(0).get_state())
@@ -66,7 +67,7 @@ def fixed_problem() -> Iterator[None]:
 
 @contextlib.contextmanager
 def seeds_shifted(shift: int) -> Iterator[None]:
-    """Within it every seed is shifted; with 0 nothing is replaced."""
+    """Shift every seed within this context; 0 replaces nothing."""
     if not shift:
         yield
         return
@@ -106,8 +107,10 @@ COMPILED = {"test_compiled", "test_compiled_kernel", "test_compiled_kl"}
 
 
 def _of_tests(thing: Any) -> Iterator[types.FunctionType]:
-    """The functions of the suite that a global of a test refers to: itself, methods, entries of a
-    table."""
+    """Return the functions of the tests that a global refers to.
+
+    They are itself, its methods, or entries of a table.
+    """
     thing = inspect.unwrap(thing.func if isinstance(thing, functools.partial) else thing)
     if isinstance(thing, types.FunctionType):
         if TESTS in Path(thing.__code__.co_filename).parents:
@@ -126,8 +129,10 @@ def _of_tests(thing: Any) -> Iterator[types.FunctionType]:
 
 @functools.cache
 def _own(function: types.FunctionType) -> tuple[frozenset[str], tuple[types.FunctionType, ...]]:
-    """Names that a function uses, "<" for any comparison of order, and the functions of the suite
-    among them."""
+    """Return names that a function uses, and the functions of the tests among them.
+
+    "<" stands for any comparison of order.
+    """
     codes, names = [function.__code__], {function.__name__}
     for code in codes:
         codes += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
@@ -150,7 +155,7 @@ def _own(function: types.FunctionType) -> tuple[frozenset[str], tuple[types.Func
 
 
 def reached_names(functions: list[types.FunctionType]) -> set[str]:
-    """Names that these functions, and those of the suite that they reach, use."""
+    """Return names that these functions use, or functions of the tests that they call."""
     seen: dict[types.FunctionType, None] = dict.fromkeys(functions)
     names, todo = set[str](), list(seen)
     while todo:
@@ -162,11 +167,9 @@ def reached_names(functions: list[types.FunctionType]) -> set[str]:
 
 
 def is_statistical(function: Callable[..., Any], *parameters: Any) -> bool:
-    """Whether a test compares with a standard error, or asks for an order of numbers that come from
-    a seed.
+    """Return whether a test compares with a standard error, or compares random numbers.
 
-    A test that writes files may ask for the order of anything; it must compare with a standard
-    error.
+    A test that writes files may compare other numbers, so it must compare with a standard error.
     """
     names = reached_names(
         [found for thing in (function, *parameters) for found in _of_tests(thing)]
@@ -175,8 +178,11 @@ def is_statistical(function: Callable[..., Any], *parameters: Any) -> bool:
 
 
 def mark_statistical(items: list[pytest.Item]) -> None:
-    """Mark them, but for those of minutes, of a GPU, and of compiled code, whose draws are those of
-    the eager one."""
+    """Mark the statistical tests.
+
+    Excluded are slow and GPU tests, and those of compiled code, whose draws are those of eager
+    code.
+    """
     for item in items:
         left_out = (
             item.get_closest_marker("slow")
@@ -193,5 +199,5 @@ def mark_statistical(items: list[pytest.Item]) -> None:
 
 
 def tenth_of(nodeid: str) -> int:
-    """From 0 to 9, the same in every process and on every machine."""
+    """Return a number from 0 to 9, the same in every process and on every machine."""
     return zlib.crc32(nodeid.encode()) % 10

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def load_script(name: str) -> types.ModuleType:
-    """The module scripts/NAME.py, which is on no path."""
+    """Return scripts/NAME.py as a module."""
     spec = importlib.util.spec_from_file_location(
         f"scripts_{name}", ROOT / "scripts" / f"{name}.py"
     )

@@ -9,13 +9,15 @@ __all__ = ["flat_grad", "seeded"]
 
 
 def seeded(seed: int = 0) -> torch.Generator:
-    """A generator of its own for each seed."""
+    """Return a generator with this seed."""
     return torch.Generator().manual_seed(seed)
 
 
 def flat_grad(module: nn.Module, loss: Tensor) -> Tensor:
-    """The gradient of a loss in all parameters of a module as one vector; 0 where the loss does not
-    depend on one."""
+    """Return the gradient of a loss in all parameters of a module as one vector.
+
+    It is 0 for parameters on which the loss does not depend.
+    """
     parameters = list(module.parameters())
     grads = torch.autograd.grad(loss, parameters, allow_unused=True, retain_graph=True)
     return torch.cat(

@@ -1,4 +1,4 @@
-"""Two modes far apart, and states of parallel tempering with given replicas."""
+"""Two separated modes, and states of parallel tempering with given replicas."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pyroebm.targets import GaussianMixture
 
 
 def separated() -> GaussianMixture:
-    """Two modes ten standard deviations apart, of weights .8 and .2."""
+    """Return two modes ten standard deviations apart, with weights .8 and .2."""
     means = torch.tensor([[-5.0, 0.0], [5.0, 0.0]], dtype=torch.float64)
     return GaussianMixture(means, weights=[0.8, 0.2])
 
@@ -20,7 +20,7 @@ def separated() -> GaussianMixture:
 def state_at(
     kernel: ParallelTempering, energy: Energy, x: Tensor, generator: torch.Generator
 ) -> TemperedState:
-    """The state with replicas at ``x`` of shape ``(chains, R, *event)``."""
+    """Return the state with replicas at ``x``, shape ``(chains, R, *event)``."""
     state = kernel.init(energy, x[:, 0], generator)
     inner = kernel.kernel.init(kernel.path(energy, len(x)), x.flatten(0, 1), generator)
     inner = by_chain(inner, len(x))

@@ -86,7 +86,7 @@ def test_ctrl_c_finds_the_blocks_equally_far_and_nothing_is_lost() -> None:
             RuntimeWarning, match="interrupted during sampling: [34] draws of each chain"
         ):
             mcmc.run(Stops(at))
-        counts = [block.record.count for block in mcmc._blocks]
+        counts = [block.record.count for block in mcmc._batches]
         assert max(counts) - min(counts) <= 1
         assert mcmc.get_samples(group_by_chain=True)["x"].shape == (8, min(counts), 2)
         mcmc.resume()
@@ -97,15 +97,18 @@ def test_the_layout_gives_every_block_to_one_rank() -> None:
     for chains, world in ((640, 3), (130, 3), (64, 1)):
         layouts = [Layout(chains, 64, (rank, world)) for rank in range(world)]
         assert [
-            chain for layout in layouts for block in layout.blocks for chain in layout.chains(block)
+            chain
+            for layout in layouts
+            for block in layout.batches
+            for chain in layout.chains(block)
         ] == list(range(chains))
-        sizes = [len(layout.blocks) for layout in layouts]
+        sizes = [len(layout.batches) for layout in layouts]
         assert max(sizes) - min(sizes) <= 1
     # none of one chain beside others
     for chains, blocks in ((1, [1]), (64, [64]), (65, [65]), (66, [64, 2]), (129, [64, 65])):
         layout = Layout(chains)
-        assert [len(layout.chains(block)) for block in layout.blocks] == blocks
-    assert [len(Layout(3, 1).chains(block)) for block in Layout(3, 1).blocks] == [1, 1, 1]
+        assert [len(layout.chains(block)) for block in layout.batches] == blocks
+    assert [len(Layout(3, 1).chains(block)) for block in Layout(3, 1).batches] == [1, 1, 1]
     for ranks in ((1, 1), (-1, 2), (0, 4), (0, 0)):
         with pytest.raises(ValueError, match=r"ranks must be \(rank, world\)"):
             Layout(130, 64, ranks)
@@ -118,7 +121,7 @@ def test_the_layout_gives_every_block_to_one_rank() -> None:
 def test_a_chain_left_over_is_warmed_up_with_others() -> None:
     mcmc = MCMC(ChEES(), 2, 5, num_chains=9, seed=0, chain_batch_size=4, progress=False)
     mcmc.run(Stops())
-    assert [len(block.state.x) for block in mcmc._blocks] == [4, 5]
+    assert [len(block.state.x) for block in mcmc._batches] == [4, 5]
 
 
 # Stopped and resumed equals uninterrupted
@@ -201,7 +204,7 @@ def test_a_compiled_run_resumes_from_its_folder_as_if_uninterrupted(tmp_path: Pa
     assert_same(again, whole)
 
 
-@pytest.mark.parametrize("forgotten", ["rng", "memory", "kernel"])
+@pytest.mark.parametrize("forgotten", ["rng", "adaptation_state", "kernel"])
 def test_mutants_that_forget_a_part_of_the_state_are_caught(forgotten: str) -> None:
     whole = driven(HMC())
     broken = driven(HMC())
@@ -215,8 +218,8 @@ def test_mutants_that_forget_a_part_of_the_state_are_caught(forgotten: str) -> N
     if forgotten == "rng":
         state["0.rng"] = older["0.rng"]
     else:
-        said, old = from_text(state["0.said"]), from_text(older["0.said"])
-        state["0.said"] = to_text(said | {forgotten: old[forgotten]})
+        said, old = from_text(state["0.metadata"]), from_text(older["0.metadata"])
+        state["0.metadata"] = to_text(said | {forgotten: old[forgotten]})
         state |= {k: v for k, v in older.items() if k.startswith(f"0.{forgotten}")}
     other.load_state_dict(state, Stops())
     other.resume()
@@ -264,13 +267,15 @@ def test_what_is_packed_comes_back_as_it_was_and_strangers_are_refused() -> None
 def test_a_run_that_streams_is_the_run_in_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(driver, "BUFFER", 3 * 3 * 58 * 4)  # room for four draws of a block of three
+    monkeypatch.setattr(
+        driver, "BUFFER_BYTES", 3 * 3 * 58 * 4
+    )  # room for four draws of a block of three
     energy = Exponential(2.0).double()
     memory, stored = driven(NUTS(), warmup_steps=10), driven(NUTS(), warmup_steps=10)
     memory.run(energy)
     stored.run(energy, store=tmp_path)
     # memory is bounded whatever the length
-    assert {len(block.record.x) for block in stored._blocks} == {4, 6}
+    assert {len(block.record.x) for block in stored._batches} == {4, 6}
     assert_same(memory, stored)
     assert str(memory.diagnose()) == str(stored.diagnose())
     a, b = memory.to_arviz(), open_run(tmp_path)
@@ -316,11 +321,11 @@ def test_the_sites_of_a_model_stream_under_their_names(tmp_path: Path) -> None:
 def test_a_folder_says_what_it_holds_and_what_it_lacks(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no run"):
         open_run(tmp_path)
-    with pytest.raises(ValueError, match="holds no state of block 0"):
+    with pytest.raises(ValueError, match="holds no state of chain batch 0"):
         driven(MALA()).resume(Stops(), tmp_path)
     half = driven(MALA(), warmup_steps=0, ranks=(0, 2))
     half.run(Stops(), store=tmp_path)
-    with pytest.raises(ValueError, match=r"draws of blocks 0 to 2, got none of \[1, 2\]"):
+    with pytest.raises(ValueError, match=r"draws of chain batches 0 to 2, got none of \[1, 2\]"):
         open_run(tmp_path)
     for again in (half, driven(MALA(), seed=6, ranks=(1, 2))):
         with pytest.raises(ValueError, match="holds a run already"):
@@ -347,11 +352,11 @@ def test_ranks_may_begin_at_one_moment(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_a_part_that_cannot_be_read_is_named_and_not_left_out(tmp_path: Path) -> None:
     driven(MALA(0.5), warmup_steps=0).run(Stops(), store=tmp_path)
-    part = next(tmp_path.glob("block00001-draws-*.nc"))
+    part = next(tmp_path.glob("batch00001-draws-*.nc"))
     part.write_bytes(part.read_bytes()[:500])
     with pytest.raises(
         ValueError,
-        match=r"block00001-draws-000000000.nc cannot be read, or lacks the group 'posterior'",
+        match=r"batch00001-draws-000000000.nc cannot be read, or lacks the group 'posterior'",
     ):
         open_run(tmp_path)
 
@@ -381,7 +386,7 @@ def test_a_write_that_is_broken_off_loses_nothing_that_was_kept(
         monkeypatch.setattr(os, "replace", replace)
         again = short()
         if broken_at == 2:  # before the last block's first state was there
-            with pytest.raises(ValueError, match="holds no state of block"):
+            with pytest.raises(ValueError, match="holds no state of chain batch"):
                 again.resume(Stops(), folder)
             continue
         again.resume(Stops(), folder)
@@ -394,7 +399,7 @@ def test_a_large_run_says_beforehand_what_it_takes(
     driven(MALA(), warmup_steps=0).run(Stops())
     assert "GiB" not in capsys.readouterr().err
     # six draws of eight chains of 2 + 4 numbers and 17 bytes
-    monkeypatch.setattr(record, "LARGE", 6 * 8 * 41 - 1)
+    monkeypatch.setattr(record, "ANNOUNCE_BYTES", 6 * 8 * 41 - 1)
     mcmc = driven(MALA(), warmup_steps=0)
     mcmc.run(Stops())
     assert (
@@ -444,7 +449,7 @@ def test_a_killed_process_loses_no_draw_that_was_written(tmp_path: Path) -> None
     whole.run(counted)
     process = start(KILLED, str(tmp_path), str(counted.calls - 4))
     assert process.wait(120) == -signal.SIGKILL
-    assert len(list(tmp_path.glob("block00000-warmup-*.nc"))) > 5
+    assert len(list(tmp_path.glob("batch00000-warmup-*.nc"))) > 5
     kept = open_run(tmp_path).posterior["x"].values
     assert 0 < kept.shape[1] < 6
     np.testing.assert_array_equal(
@@ -535,14 +540,15 @@ def test_without_numba_chains_move_in_lock_step(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("cut", [5, 20, 40, 60])
-def test_a_state_inside_a_window_goes_on_bit_for_bit(cut: int, dtype: torch.dtype) -> None:
+def test_a_state_inside_a_window_goes_on_bit_for_bit(
+    monkeypatch: pytest.MonkeyPatch, cut: int, dtype: torch.dtype
+) -> None:
     """The step sizes that each chain tunes by itself are kept in full."""
     energy = DoubleWell().to(dtype)
+    monkeypatch.setattr(MCMC, "_single_steps", True)
 
     def driven_(**options: Any) -> MCMC:
-        mcmc = MCMC(NUTS(), 20, 100, 5, seed=0, **options)
-        mcmc._one_by_one = True
-        return mcmc
+        return MCMC(NUTS(), 20, 100, 5, seed=0, **options)
 
     whole, part = driven_(), driven_()
     rest = driven_()
@@ -590,6 +596,6 @@ def test_an_exception_in_a_thread_is_raised_and_leaves_none_behind() -> None:
 def test_every_size_of_block_is_compiled() -> None:
     mcmc = MCMC(NUTS(), 5, 5, 7, seed=0, chain_batch_size=4, compile=True, progress=False)
     mcmc.run(DoubleWell().double())
-    (view,) = {block.moving for block in mcmc._blocks}
+    (view,) = {block.moving for block in mcmc._batches}
     assert isinstance(view, CompiledGradient)
     assert set(view._calls) == {torch.Size([4]), torch.Size([3])}

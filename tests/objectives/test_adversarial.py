@@ -290,7 +290,7 @@ def test_what_does_not_fit_is_refused(name: str) -> None:
         (lambda: MLPGenerator((2,), 2, ()), "hidden_sizes must"),
         (lambda: MLPGenerator((2,), 2)(torch.zeros(3, 1)), "z must have shape"),
         (lambda: MLPGenerator((2,), 2).sample(0), "num_samples must be"),
-        (lambda: Generator(nn.Linear(2, 3), 2, (2,)).sample(4), "net must give events"),
+        (lambda: Generator(nn.Linear(2, 3), 2, (2,)).sample(4), "net must return events"),
         (lambda: ProductOfExpertsEnergy(nn.Tanh(), 2, (2,), 0), "num_experts must be"),
         (lambda: ProductOfExpertsEnergy(nn.Tanh(), 2, (2,), 3, sigma=0.0), "sigma must be"),
         (
@@ -795,7 +795,7 @@ def test_the_product_of_experts_is_normalisable() -> None:
         1.0,
     )
     assert quadrature(energy).kind == "exact"
-    with pytest.warns(UserWarning, match="batch normalisation"):
+    with pytest.warns(UserWarning, match="batch normalization"):
         ProductOfExpertsEnergy(nn.BatchNorm1d(2), 2, (2,))
 
 

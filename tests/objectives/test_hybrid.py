@@ -199,7 +199,7 @@ def test_rows_keep_to_themselves() -> None:
 def test_a_classifier_that_is_no_density_says_so() -> None:
     with pytest.warns(UserWarning, match="give scale"):
         ClassifierEnergy(nn.Linear(2, 3), (2,), 3)
-    with pytest.warns(UserWarning, match="batch normalisation"):
+    with pytest.warns(UserWarning, match="batch normalization"):
         ClassifierEnergy(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)), (2,), 3, scale=1.0)
     with pytest.warns(UserWarning, match="piecewise linear"):
         ClassifierEnergy(nn.Sequential(nn.Linear(2, 3), nn.ReLU()), (2,), 3, scale=1.0)
@@ -219,9 +219,9 @@ def test_bad_input_is_named() -> None:
         energy.joint_energy(x, torch.tensor([0, 1, 2, 3]))
     with pytest.raises(ValueError, match="y must be int64 classes"):
         energy.joint_energy(x, torch.zeros(4))
-    with pytest.raises(ValueError, match="one class or one for each row"):
+    with pytest.raises(ValueError, match="one class or one for each chain"):
         energy.given(torch.zeros(2, 2, dtype=torch.int64))
-    with pytest.raises(ValueError, match="one row for each of 3 classes"):
+    with pytest.raises(ValueError, match="one chain for each of 3 classes"):
         energy.given(torch.tensor([0, 1, 2]))(x)
 
 

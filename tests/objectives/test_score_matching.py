@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 from pyroebm import Energy
 from pyroebm.core import Unconstrained, curvatures, unit_directions
-from pyroebm.data import dequantised, digits, quantised
+from pyroebm.data import dequantized, digits, quantized
 from pyroebm.energies import MLPEnergy
 from pyroebm.objectives import (
     DenoisingScoreMatching,
@@ -470,10 +470,10 @@ def test_a_score_may_stand_for_the_truth() -> None:
 
 def test_grey_levels_there_and_back() -> None:
     pixels = digits(threshold=None, dtype=F64).train
-    y = dequantised(pixels, 17, seeded(0))
+    y = dequantized(pixels, 17, seeded(0))
     assert float(y.min()) >= 0.0
     assert float(y.max()) < 1.0
-    assert torch.equal(quantised(y, 17), pixels)
+    assert torch.equal(quantized(y, 17), pixels)
     inside = (17.0 * y - (17.0 * y).floor()).flatten()
     mean, se = mean_and_se(inside)
     within_se(mean, 0.5, se)
@@ -492,7 +492,7 @@ def test_the_bound_of_grey_levels() -> None:
     log_p = (1 - (1 - edges) ** 3 * (1 + 3 * edges)).diff().log()
     nodes, weights = (torch.from_numpy(part) for part in np.polynomial.legendre.leggauss(400))
     within = law.log_prob((torch.arange(4).unsqueeze(1) + 0.5 + 0.5 * nodes) / 4) @ weights / 2
-    bound = torch.stack([law.log_prob(dequantised(levels, 4, seeded(k))) for k in range(4000)])
+    bound = torch.stack([law.log_prob(dequantized(levels, 4, seeded(k))) for k in range(4000)])
     mean, se = mean_and_se(bound)
     within_se(mean, within, se)
     assert bool((within - math.log(4) < log_p).all())
@@ -752,12 +752,12 @@ BAD: list[tuple[Callable[[], Any], str]] = [
         "distribution must be one of",
     ),
     (
-        lambda: dequantised(torch.tensor([0.0, 0.3]), 3),
+        lambda: dequantized(torch.tensor([0.0, 0.3]), 3),
         "x must hold levels from 0 to 1 in steps of 1 / 2",
     ),
-    (lambda: dequantised(torch.tensor([1.5]), 3), "x must hold levels"),
-    (lambda: dequantised(torch.tensor([math.nan]), 3), "x must hold levels"),
-    (lambda: quantised(torch.zeros(1), 1), "levels must be an integer of at least 2"),
+    (lambda: dequantized(torch.tensor([1.5]), 3), "x must hold levels"),
+    (lambda: dequantized(torch.tensor([math.nan]), 3), "x must hold levels"),
+    (lambda: quantized(torch.zeros(1), 1), "levels must be an integer of at least 2"),
 ]
 
 

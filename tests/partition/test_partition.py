@@ -43,8 +43,8 @@ from pyroebm.partition import (
     annealing,
     bridging,
     estimators,
+    kernel_path,
     layered,
-    walk,
 )
 from pyroebm.partition.result import from_weights
 from pyroebm.targets import (
@@ -662,7 +662,7 @@ def test_mutant_weights_after_the_move_are_caught(monkeypatch: pytest.MonkeyPatc
             state = path.move(state, then, generator)
             yield path.log_weight(state, beta, then)
 
-    monkeypatch.setattr(walk, "increments", late)
+    monkeypatch.setattr(kernel_path, "increments", late)
     for name in ("RBM", "RBM by sites", "GRBM", "deep", "reverse RBM"):
         caught(name)
 
@@ -673,7 +673,7 @@ def test_mutant_moves_at_the_temperature_left_are_caught(monkeypatch: pytest.Mon
             yield path.log_weight(state, beta, then)
             state = path.move(state, beta, generator)
 
-    monkeypatch.setattr(walk, "increments", behind)
+    monkeypatch.setattr(kernel_path, "increments", behind)
     for name in ("RBM", "GRBM", "reverse deep"):
         caught(name)
 
@@ -685,8 +685,8 @@ def test_mutant_normaliser_of_the_base_forgotten_is_caught(monkeypatch: pytest.M
 
 
 def test_mutant_ladder_not_reversed_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    door = annealing._front_door
-    monkeypatch.setattr(annealing, "_front_door", lambda *arguments: door(*arguments)[::-1])
+    door = annealing._check_arguments
+    monkeypatch.setattr(annealing, "_check_arguments", lambda *arguments: door(*arguments)[::-1])
     caught("reverse RBM")
 
 
@@ -695,7 +695,7 @@ def test_mutant_moves_of_another_density_are_caught(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(
         LayeredPath,
         "move",
-        lambda self, walkers, beta, generator=None: move(self, walkers, 1.0, generator),
+        lambda self, state, beta, generator=None: move(self, state, 1.0, generator),
     )
     for name in ("RBM", "GRBM", "deep"):
         caught(name)
@@ -708,9 +708,9 @@ def test_mutant_one_sides_weights_with_the_other_sides_states_are_caught(
     enter = LayeredPath.enter
 
     def partly(self, x):  # type: ignore[no-untyped-def]
-        walkers = enter(self, x)
-        return walkers._replace(
-            fields=walkers.fields | {0: self.base.biases[0].expand_as(walkers.fields[0])}
+        state = enter(self, x)
+        return state._replace(
+            fields=state.fields | {0: self.base.biases[0].expand_as(state.fields[0])}
         )
 
     monkeypatch.setattr(LayeredPath, "enter", partly)
@@ -845,8 +845,12 @@ def test_a_schedule_evens_out_the_increments() -> None:
         speed = torch.stack(
             [
                 term.std()
-                for term in walk.increments(
-                    path, start, walk.as_betas(steps), torch.Generator().manual_seed(4), False
+                for term in kernel_path.increments(
+                    path,
+                    start,
+                    kernel_path.as_betas(steps),
+                    torch.Generator().manual_seed(4),
+                    False,
                 )
             ]
         )
@@ -1013,7 +1017,7 @@ def test_weights_that_are_no_numbers_are_reported() -> None:
         partition.ais(nan, betas=3)
     with pytest.raises(FloatingPointError, match="NaN or -inf at 1 of 4 states"):
         partition.exact(HalfNan())
-    with pytest.raises(ValueError, match="no box holds the density"):
+    with pytest.raises(ValueError, match="no box contains the density"):
         partition.quadrature(Unnormalized(lambda x: 0.0 * x))
     with pytest.raises(FloatingPointError, match="0 everywhere in the box"):
         partition.quadrature(
@@ -1068,11 +1072,11 @@ LARGE = BernoulliRBM(40, 30, dtype=F64)
         ),
         (
             lambda: partition.ais(WELL, partition.base_rates(oracle())),
-            "base may be Layers for an energy made of layers",
+            "base may be Layers for an energy with layers",
         ),
         (
             lambda: partition.reverse_ais(LARGE),
-            "start must be given: BernoulliRBM has no exact draws",
+            "start must be given, because BernoulliRBM has no exact draws",
         ),
         (
             lambda: partition.reverse_ais(oracle(), torch.zeros(3, 5, dtype=F64)),
@@ -1100,7 +1104,7 @@ LARGE = BernoulliRBM(40, 30, dtype=F64)
         ),
         (lambda: partition.exact(LARGE), r"sum over 2\^30 states, more than max_units=24"),
         (lambda: partition.exact(Ising((5, 5)) * 1.0), r"sum over 2\^25 states"),
-        (lambda: partition.exact(WELL * 0.5), "exact needs a discrete energy"),
+        (lambda: partition.exact(WELL * 0.5), "energy must be discrete or have a log_z"),
         (lambda: partition.quadrature(oracle()), "discrete"),
         (
             lambda: partition.quadrature(Gaussian(torch.zeros(3))),
@@ -1140,7 +1144,7 @@ LARGE = BernoulliRBM(40, 30, dtype=F64)
                 oracle().joint(),
                 LayerGibbs().init(oracle().joint(), oracle().joint().initial(1)),
             ),
-            "moves on the GeometricPath",
+            "requires the GeometricPath",
         ),
     ],
 )

@@ -529,7 +529,7 @@ def test_svi_takes_minibatches_of_data() -> None:
     full(Y)
     pyro.set_rng_seed(0)
     values = [
-        torch.tensor([Trace_ELBO(num_particles=1).loss(g.extended, g, Y) for _ in range(200)])
+        torch.tensor([Trace_ELBO(num_particles=1).loss(g.augmented, g, Y) for _ in range(200)])
         for g in (guide, full)
     ]
     se = math.sqrt(sum(float(v.var()) / len(v) for v in values))

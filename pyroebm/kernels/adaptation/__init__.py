@@ -1,4 +1,4 @@
-"""Warm-up: step sizes by dual averaging, metrics by windows, and the choice of starting states."""
+"""Warm-up: step sizes by dual averaging, metrics in windows, and the choice of starting states."""
 
 from pyroebm.kernels.adaptation.starts import draw_starts
 from pyroebm.kernels.adaptation.step_size import DualAveraging, find_step_size

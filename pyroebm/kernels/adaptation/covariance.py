@@ -1,5 +1,4 @@
-"""What warm-up learns a metric from: draws and gradients of all chains together, gathered row by
-row into immutable values."""
+"""Estimators of the metric from the draws and gradients of all chains, as immutable values."""
 
 from __future__ import annotations
 
@@ -11,31 +10,36 @@ from torch import Tensor
 
 from pyroebm.kernels.metric import Dense, LowRank
 
-__all__ = ["PooledCovariance", "PooledRows", "PooledVariance", "shrunk"]
+__all__ = ["PooledCovariance", "PooledDraws", "PooledVariance", "shrunk"]
 
-#: Most rows that are kept for a low-rank metric (three steps of all chains are, however many the
-#: chains).
+#: Maximum number of draws kept for a low-rank metric. Three steps of all chains are kept in any
+#: case.
 LIMIT = 2048
 
-#: A direction whose variance is within this factor of 1 is left alone (Seyboldt, Carlson and
+#: A direction whose variance is within this factor of 1 is not corrected (Seyboldt, Carlson and
 #: Carpenter, 2024).
 CUTOFF = 2.0
 
 
 def _merged(draws: int, mean: Tensor, q: Tensor) -> tuple[int, Tensor, Tensor, Tensor]:
-    """Counts and means of old rows and new, deviations of the new from their mean, and the weighted
-    gap of the two means."""
+    """Merge the mean of the old draws with new draws ``q``.
+
+    Returns:
+        total count, total mean, deviations of the new draws from their mean, and the weighted
+        difference of the two means.
+    """
     total, delta = draws + len(q), q.mean(0) - mean
     gap = delta * (draws * len(q) / total) ** 0.5
     return total, mean + delta * (len(q) / total), q - q.mean(0), gap
 
 
 class PooledVariance(NamedTuple):
-    """Marginal variances of the draws of all chains together, merged batch by batch (Chan, Golub
-    and LeVeque, 1983).
+    """Marginal variances of the draws of all chains, updated batch by batch.
+
+    The update is that of Chan, Golub and LeVeque (1983).
 
     Args:
-        draws: draws so far.
+        draws: number of draws so far.
         mean: running mean, shape ``(dim,)``.
         squares: sum of squared deviations, shape ``(dim,)``.
 
@@ -53,13 +57,13 @@ class PooledVariance(NamedTuple):
 
     @classmethod
     def start(cls, like: Tensor) -> PooledVariance:
-        """Empty, for rows shaped as ``like`` ``(chains, dim)``."""
+        """Return an empty estimate for draws of the shape of ``like``, ``(chains, dim)``."""
         return cls(0, torch.zeros_like(like[0]), torch.zeros_like(like[0]))
 
     def update(
         self, q: Tensor, grad: Tensor | None = None, moved: Tensor | None = None
     ) -> PooledVariance:
-        """Add rows ``(chains, dim)``, of the chains that ``moved`` (None: of all)."""
+        """Add the draws ``q`` ``(chains, dim)`` of the chains in ``moved`` (None: of all)."""
         q = q if moved is None else q[moved]
         if not len(q):
             return self
@@ -67,26 +71,35 @@ class PooledVariance(NamedTuple):
         return PooledVariance(draws, mean, self.squares + (deviations**2).sum(0) + gap**2)
 
     def variance(self) -> Tensor:
-        """The variances, shape ``(dim,)``; 0 where they are no more than rounding of the mean, or
-        not finite."""
+        """Return the variances, shape ``(dim,)``.
+
+        An entry is 0 if it is not finite or not larger than the rounding error of the mean.
+        """
         variance = self.squares / (self.draws - 1)
         resolution = 16.0 * torch.finfo(variance.dtype).eps * self.mean
-        told = torch.isfinite(variance) & (variance > resolution**2)
-        return torch.where(told, variance, 0.0)
+        known = torch.isfinite(variance) & (variance > resolution**2)
+        return torch.where(known, variance, 0.0)
 
     def metric(self, before: Tensor | None = None) -> Tensor | None:
-        """The variances, shrunk towards those ``before``."""
+        """Return the variances, shrunk towards the variances ``before``."""
         return shrunk(self.variance(), self.draws, before)
 
 
 def shrunk(variance: Tensor, num_draws: int, before: Tensor | None = None) -> Tensor | None:
-    r"""Variances of so many draws, shrunk towards those ``before`` (None: 1) as if five more draws
-    had said so.
+    r"""Shrink variances towards ``before`` (None: 1) with the weight of five draws.
 
     .. math:: \log v = \frac{n \log s^2 + 5 \log v_0}{n + 5}
 
-    The mean of logarithms has no unit, so that no scale is too small to be learned. An entry that
-    is 0 or not finite keeps the one before; None says that all do.
+    The mean of logarithms is free of units, so variances of any scale can be learned. An entry that
+    is 0 or not finite keeps the value of ``before``.
+
+    Args:
+        variance: sample variances :math:`s^2`, shape ``(dim,)``.
+        num_draws: number of draws n.
+        before: variances :math:`v_0`.
+
+    Returns:
+        the variances v, or None if no entry is known.
 
     Example:
         >>> shrunk(torch.tensor([4.0, 0.0]), 5)
@@ -101,10 +114,10 @@ def shrunk(variance: Tensor, num_draws: int, before: Tensor | None = None) -> Te
 
 
 class PooledCovariance(NamedTuple):
-    """The covariance of the draws of all chains together, merged as in :class:`PooledVariance`.
+    """Covariance of the draws of all chains, updated as in :class:`PooledVariance`.
 
     Args:
-        draws: draws so far.
+        draws: number of draws so far.
         mean: running mean, shape ``(dim,)``.
         squares: sum of outer products of deviations, shape ``(dim, dim)``.
 
@@ -121,13 +134,13 @@ class PooledCovariance(NamedTuple):
 
     @classmethod
     def start(cls, like: Tensor) -> PooledCovariance:
-        """Empty, for rows shaped as ``like`` ``(chains, dim)``."""
+        """Return an empty estimate for draws of the shape of ``like``, ``(chains, dim)``."""
         return cls(0, torch.zeros_like(like[0]), like.new_zeros(like.shape[1], like.shape[1]))
 
     def update(
         self, q: Tensor, grad: Tensor | None = None, moved: Tensor | None = None
     ) -> PooledCovariance:
-        """Add rows ``(chains, dim)``, of the chains that ``moved`` (None: of all)."""
+        """Add the draws ``q`` ``(chains, dim)`` of the chains in ``moved`` (None: of all)."""
         q = q if moved is None else q[moved]
         if not len(q):
             return self
@@ -137,8 +150,10 @@ class PooledCovariance(NamedTuple):
         )
 
     def metric(self, before: object = None) -> Dense | None:
-        """The covariance, shrunk towards 1e-3 of its diagonal as if five more draws had said so
-        (Stan's rule, without a unit)."""
+        """Return the covariance, shrunk towards 1e-3 of its diagonal with the weight of five draws.
+
+        This is Stan's rule, made free of units.
+        """
         if self.draws < 2:
             return None
         covariance = self.squares.double() / (self.draws - 1)
@@ -150,28 +165,31 @@ class PooledCovariance(NamedTuple):
         return None if int(failed) or not bool(torch.isfinite(factor).all()) else Dense(factor)
 
 
-class PooledRows(NamedTuple):
-    r"""Draws and gradients of all chains, thinned to at most ``LIMIT`` rows, for a
-    :class:`pyroebm.kernels.LowRank` metric.
+class PooledDraws(NamedTuple):
+    r"""Draws and gradients of all chains, for a :class:`pyroebm.kernels.LowRank` metric.
 
-    Of two covariances, that of the draws and that of the gradients, the metric wanted is the
-    geometric mean of the first and the inverse of the second: it minimises the Fisher divergence
-    from a normal law, and on a normal law it is the covariance exactly, once there are more rows
-    than entries (Seyboldt, Carlson and Carpenter, 2024). It is taken in the span of the leading
-    directions of draws (wide ones) and of gradients (stiff ones), on top of a scale; directions
-    whose variance is then within a factor ``CUTOFF`` of 1 stay as they are. Of three scales (of the
-    draws, of the gradients, and between) the one that leaves the smallest divergence is taken.
+    The draws are thinned to at most ``LIMIT``.
+
+    The metric is the geometric mean of the covariance of the draws and of the inverse covariance of
+    the gradients. It minimizes the Fisher divergence from a normal distribution. For a normal
+    target it is the exact covariance, as soon as there are more draws than entries (Seyboldt,
+    Carlson and Carpenter, 2024). It is computed in the span of the leading directions of the draws
+    (directions of large variance) and of the gradients (of small variance), after a diagonal
+    scaling. Directions whose scaled variance is within a factor ``CUTOFF`` of 1 are not corrected.
+    Of three scalings (by the draws, by the gradients, and their geometric mean) the one with the
+    smallest divergence is used.
 
     Args:
-        draws, grads: rows kept, shape ``(kept, chains, dim)``.
-        rank: leading directions to take of each.
-        every: one step in so many is kept.
-        steps: steps seen.
+        draws: draws kept, shape ``(kept, chains, dim)``.
+        grads: gradients at these draws, shape ``(kept, chains, dim)``.
+        rank: number of leading directions of the draws, and of the gradients.
+        every: one of ``every`` steps is kept.
+        steps: number of steps seen.
 
     Example:
         >>> x = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
         >>> x = x * torch.tensor([1.0, 2.0, 3.0])
-        >>> PooledRows.start(x, rank=2).update(x, x / torch.tensor([1.0, 4.0, 9.0])).metric().scale
+        >>> PooledDraws.start(x, rank=2).update(x, x / torch.tensor([1.0, 4.0, 9.0])).metric().scale
         tensor([1., 2., 3.])
     """
 
@@ -182,21 +200,20 @@ class PooledRows(NamedTuple):
     steps: int = 0
 
     @classmethod
-    def start(cls, like: Tensor, rank: int) -> PooledRows:
-        """Empty, for rows shaped as ``like`` ``(chains, dim)``."""
+    def start(cls, like: Tensor, rank: int) -> PooledDraws:
+        """Return an empty estimate for draws of the shape of ``like``, ``(chains, dim)``."""
         return cls(like.new_zeros(0, *like.shape), like.new_zeros(0, *like.shape), rank)
 
-    def update(self, q: Tensor, grad: Tensor, moved: Tensor | None = None) -> PooledRows:
-        """Add rows ``(chains, dim)`` if it is their turn, of the chains that ``moved`` (None: of
-        all).
+    def update(self, q: Tensor, grad: Tensor, moved: Tensor | None = None) -> PooledDraws:
+        """Add the draws ``q`` and gradients of the chains in ``moved`` (None: of all).
 
-        Where there are too many, every other step is forgotten.
+        Only one of ``every`` steps is kept. If there are too many, every other step is dropped.
         """
         draws = self.draws
         grads = self.grads
         every = self.every
         if moved is not None:
-            # left out by metric(): a stack of steps has no ragged rows
+            # metric() leaves out NaN: a stack of steps needs the same number of chains in each
             q = torch.where(moved.unsqueeze(1), q, torch.nan)
         if self.steps % every == 0:
             draws, grads = torch.cat([draws, q.unsqueeze(0)]), torch.cat([grads, grad.unsqueeze(0)])
@@ -204,10 +221,10 @@ class PooledRows(NamedTuple):
                 draws = draws[::2]
                 grads = grads[::2]
                 every = 2 * every
-        return PooledRows(draws, grads, self.rank, every, self.steps + 1)
+        return PooledDraws(draws, grads, self.rank, every, self.steps + 1)
 
     def metric(self, before: object = None) -> LowRank | None:
-        """The scale, and the directions along which it is not enough."""
+        """Return the diagonal scale and the directions that need a further correction."""
         x, g = (rows.flatten(0, 1).double() for rows in (self.draws, self.grads))
         there = ~torch.isnan(x).all(1)
         x, g = x[there], g[there]
@@ -215,8 +232,8 @@ class PooledRows(NamedTuple):
             return None
         x, g = x - x.mean(0), g - g.mean(0)
         wide, stiff = x.square().mean(0).sqrt(), g.square().mean(0).rsqrt()
-        # A few wide directions show in every variance and spare most gradients, a few stiff ones
-        # the other way round.
+        # A few directions of large variance affect the variances of all draws and few of the
+        # gradients; a few directions of small variance do the opposite.
         fits = [
             _fit(x, g, scale, min(self.rank, len(x) // 8))
             for scale in (wide, (wide * stiff).sqrt(), stiff)
@@ -234,8 +251,7 @@ class PooledRows(NamedTuple):
 
 
 def _fit(x: Tensor, g: Tensor, scale: Tensor, rank: int) -> LowRank | None:
-    """The metric on top of a scale: the geometric mean in the span of ``rank`` leading directions
-    of each."""
+    """Fit a low-rank metric after scaling, in the span of ``rank`` directions of x and g each."""
     x, g = x / scale, g * scale
     if not bool((torch.isfinite(x) & torch.isfinite(g)).all()):
         return None
@@ -250,8 +266,10 @@ def _fit(x: Tensor, g: Tensor, scale: Tensor, rank: int) -> LowRank | None:
 
 
 def _divergence(metric: LowRank, x: Tensor, g: Tensor) -> float:
-    r"""Of :math:`N(0, A A^\top)`, by Fisher, up to a constant: the mean of :math:`|A^{-1} x|^2 +
-    |A^\top g|^2`."""
+    r"""Fisher divergence of :math:`N(0, A A^\top)`, up to a constant.
+
+    It is the mean of :math:`|A^{-1} x|^2 + |A^\top g|^2`.
+    """
     inverse = LowRank(torch.ones_like(metric.scale), metric.vectors, 1.0 / metric.values)
     return float(
         (inverse.apply(x / metric.scale).square() + metric.transpose(g).square()).sum(1).mean()
@@ -259,14 +277,15 @@ def _divergence(metric: LowRank, x: Tensor, g: Tensor) -> float:
 
 
 def _second_moment(rows: Tensor) -> Tensor:
-    """The covariance of centered rows, with the identity as if a hundredth of a row more had said
-    so: it has an inverse."""
+    """Covariance of centered rows, regularized by the identity with the weight of 0.01 rows.
+
+    The regularization makes it invertible.
+    """
     return (rows.mT @ rows + 0.01 * torch.eye(rows.shape[1]).to(rows)) / len(rows)
 
 
 def _geometric_mean(a: Tensor, b: Tensor) -> Tensor:
-    r"""The geometric mean of a and the inverse of b: the positive definite M with :math:`M b M =
-    a`."""
+    r"""Geometric mean of a and the inverse of b: the positive definite M with :math:`M b M = a`."""
     lower, _ = torch.linalg.cholesky_ex(b)
     values, vectors = torch.linalg.eigh(lower.mT @ a @ lower)
     half: Tensor = torch.linalg.solve_triangular(lower.mT, vectors * values.pow(0.25), upper=True)

@@ -1,4 +1,4 @@
-"""Starting states from which a chain can move."""
+"""Choice of starting positions from which a chain can move."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from pyroebm.kernels.base import GradientKernel, Kernel, State, choose, rows
 
 __all__ = ["draw_starts"]
 
-#: Candidates for the start of one chain; where no step from one is accepted, the last of finite
-#: energy is taken.
+#: Maximum number of candidates for the start of one chain. If no step from any of them is
+#: accepted, the last candidate of finite energy is used.
 CANDIDATES = 50
 
 
@@ -25,24 +25,23 @@ def draw_starts(
     generator: torch.Generator | None = None,
     adapts: bool = True,
 ) -> Tensor:
-    """Draw a start for each chain: the first candidate from which a trial leapfrog step is
-    accepted.
+    """Draw a start for each chain: the first candidate with an accepted trial leapfrog step.
 
-    The step size of the trial is one for all chains, found from the mean acceptance of at least
-    half of them, so that a candidate in a region much steeper than those of the other chains is
-    drawn anew. Nothing else is compared: the lowest energy, for one, would be in the neck of a
-    funnel. Only kernels that follow gradients without a momentum of their own (NUTS, HMC, MALA and
-    their like) try their starts; of others the first candidates are taken.
+    The trial uses one step size for all chains. It is found from the mean acceptance rate of at
+    least half of them, so that a candidate in a region much steeper than those of the other chains
+    is replaced. Energies are not compared: the lowest energy would select the neck of a funnel.
+    Only kernels that follow gradients without a momentum in their state (NUTS, HMC, MALA and
+    others) try their starts; for the others the first candidates are used.
 
     Args:
         kernel: the kernel that will move the chains.
-        energy: the energy in the coordinates of the kernel; its ``initial`` gives the candidates.
+        energy: the energy in the coordinates of the kernel; its ``initial`` draws the candidates.
         num_chains: number of chains.
-        generator: source of randomness; None is torch's global one.
-        adapts: whether warm-up adapts the step size; else the trial takes the kernel's own.
+        generator: source of randomness; None is torch's default generator.
+        adapts: whether warm-up adapts the step size; otherwise the trial uses the kernel's own.
 
     Returns:
-        starting states, shape ``(n, *event)``.
+        starting positions, shape ``(num_chains, *event)``.
 
     Example:
         >>> from pyroebm.kernels import NUTS
@@ -60,17 +59,15 @@ def draw_starts(
     )
     state = State(x, x.new_zeros(num_chains), torch.zeros_like(x))
     for _ in range(CANDIDATES):
-        # All rows are evaluated, since an energy may hold something of its own for each (a clamped
-        # value).
+        # Evaluate all chains: an energy may hold a value for each of them (a clamped site).
         values, grad = value_and_grad(energy, x)
         finite = torch.isfinite(values) & torch.isfinite(rows(grad)).all(1)
         state = choose(waiting & finite, State(x, values, grad), state)
         known |= finite
-        if (
-            adapts and 2 * int(known.sum()) >= num_chains
-        ):  # the acceptance of one chain of many says little
+        # The acceptance rate of a few chains is too noisy for a step size.
+        if adapts and 2 * int(known.sum()) >= num_chains:
             crossing = find_step_size(trial, energy, state, generator, counted=known)
-            # the search ends where most steps are rejected
+            # The search ends at a step size at which most steps are rejected.
             trial = trial.replace(step_size=0.5 * crossing)
             adapts = False
         if not adapts:

@@ -1,5 +1,4 @@
-"""Step sizes that reach an acceptance rate: a first guess, and dual averaging from there. One for
-all chains, or one for each."""
+"""Step size adaptation: an initial search and dual averaging, for all chains or for each chain."""
 
 from __future__ import annotations
 
@@ -14,7 +13,7 @@ from pyroebm.kernels.base import AnyState, Kernel
 
 __all__ = ["DualAveraging", "find_step_size", "near_the_median", "shared_mean"]
 
-#: Steps, each with a fresh momentum, from which the acceptance rate of one chain alone is taken.
+#: Number of steps, each with a new momentum, that estimate the acceptance rate of a single chain.
 PROBES = 8
 
 
@@ -23,27 +22,26 @@ def _log(value: float | Tensor) -> float | Tensor:
 
 
 def _exp(value: float | Tensor) -> float | Tensor:
-    # Where every step is accepted, its logarithm grows without end: the step itself must overflow
-    # in no floating-point type.
+    # If every step is accepted, the logarithm grows without bound. The limit keeps the step size
+    # finite in every floating-point type.
     return value.clamp(max=60.0).exp() if isinstance(value, Tensor) else math.exp(min(value, 60.0))
 
 
 class DualAveraging(NamedTuple):
-    r"""Nesterov's dual averaging of :math:`\log\epsilon` (Hoffman and Gelman, 2014, section 3.2),
-    as an immutable value.
+    r"""Nesterov's dual averaging of :math:`\log\epsilon` (Hoffman and Gelman, 2014, section 3.2).
 
     .. math::
 
         \bar H_t = (1 - \tfrac{1}{t + t_0}) \bar H_{t-1} + \tfrac{1}{t + t_0} (\delta - \alpha_t),
         \quad \log\epsilon_t = \mu - \tfrac{\sqrt t}{\gamma} \bar H_t
 
-    Every field but the count is a number, or a tensor ``(chains,)`` where each chain tunes a step
-    size of its own.
+    The value is immutable. Every field but the count is a number, or a tensor ``(chains,)`` if each
+    chain has its own step size.
 
     Args:
-        mu: :math:`\mu`, where :math:`\log\epsilon` is drawn to.
-        log_step: :math:`\log\epsilon_t`, what to use next.
-        log_average: the weighted average of the iterates, what to use in the end.
+        mu: :math:`\mu`, the value towards which :math:`\log\epsilon` is shrunk.
+        log_step: :math:`\log\epsilon_t`, of the next step.
+        log_average: weighted average of the iterates, of the step size after warm-up.
         error: :math:`\bar H_t`.
         steps: t.
 
@@ -64,7 +62,7 @@ class DualAveraging(NamedTuple):
 
     @classmethod
     def start(cls, step_size: float | Tensor) -> DualAveraging:
-        """Begin at ``step_size``, drawn towards ten times that: large steps are cheap to try."""
+        """Start at ``step_size`` and shrink towards ten times that: large steps cost little."""
         log_step = _log(step_size)
         return cls(_log(10.0 * step_size), log_step, log_step, 0.0 * log_step)
 
@@ -76,11 +74,21 @@ class DualAveraging(NamedTuple):
         t0: float = 10.0,
         kappa: float = 0.75,
     ) -> DualAveraging:
-        """One observation of the acceptance rate. A value that is no number in [0, 1] is refused:
-        it would freeze every chain.
+        r"""Update with one observation of the acceptance rate.
 
-        ``gamma`` is twice that of the paper: fewer swings to average over. After 50 steps it comes
-        nearer its target by half or more, for MALA, HMC and NUTS, with few chains and many.
+        The default of ``gamma`` is twice that of the paper, which reduces the oscillations. After
+        50 steps the acceptance rate is closer to its target by half or more, for MALA, HMC and NUTS
+        with few and many chains.
+
+        Args:
+            acceptance: acceptance rate :math:`\alpha_t`.
+            target: acceptance rate :math:`\delta` to aim at.
+            gamma: :math:`\gamma`.
+            t0: :math:`t_0`.
+            kappa: exponent of the weights of the average.
+
+        Raises:
+            ValueError: if ``acceptance`` is not a number in [0, 1]. A NaN would stop every chain.
         """
         seen = torch.as_tensor(acceptance)
         if not bool(((seen >= 0.0) & (seen <= 1.0)).all()):
@@ -96,22 +104,22 @@ class DualAveraging(NamedTuple):
 
     @property
     def step_size(self) -> float | Tensor:
-        """What to use next."""
+        """Step size of the next step."""
         return _exp(self.log_step)
 
     @property
     def average(self) -> float | Tensor:
-        """What to use in the end."""
+        """Step size after warm-up."""
         return _exp(self.log_average)
 
 
 def shared_mean(rates: Tensor, together: Tensor) -> Tensor:
-    """``rates`` (chains,) with those of the chains in ``together`` replaced by their mean."""
+    """Replace the entries of the chains in ``together`` by their mean; shape ``(chains,)``."""
     return torch.where(together, rates[together].mean() if bool(together.any()) else rates, rates)
 
 
 def near_the_median(sizes: Tensor) -> Tensor:
-    """Which step sizes ``(chains,)`` lie within a factor of 2 of their median.
+    """Return which step sizes ``(chains,)`` are within a factor of 2 of their median.
 
     Example:
         >>> near_the_median(torch.tensor([0.1, 0.12, 0.15, 1e-6]))
@@ -129,19 +137,21 @@ def find_step_size(
     together: Tensor | None = None,
     counted: Tensor | None = None,
 ) -> float | Tensor:
-    """A step size to start from: double or halve until the acceptance of one step crosses one half
-    (heuristic of NUTS).
+    """Find an initial step size: double or halve it until the acceptance rate crosses one half.
+
+    This is the heuristic of NUTS (Hoffman and Gelman, 2014).
 
     Args:
-        kernel: a kernel with a step size; its own is where the search begins, and ends on a
-            discrete support.
-        energy, state: where the chains are.
-        generator: source of randomness; None is torch's global one.
-        together: which chains share one step size, found from their mean acceptance, shape
-            ``(chains,)``. Each of the others has one of its own, found from ``PROBES`` steps, since
-            one step of one chain says little. None: all share one.
-        counted: whose acceptance counts where all share one, shape ``(chains,)``; None: that of
-            all.
+        kernel: a kernel with a step size, at which the search starts. On a discrete support this
+            step size is returned.
+        energy: the target.
+        state: the current state of the chains.
+        generator: source of randomness; None is torch's default generator.
+        together: which chains share one step size, found from their mean acceptance rate, shape
+            ``(chains,)``. Each of the others has its own, found from ``PROBES`` steps, because the
+            acceptance rate of one step of one chain is too noisy. None: all share one.
+        counted: which chains count in the mean if all share one step size, shape ``(chains,)``;
+            None: all.
 
     Returns:
         a number if all chains share it, else a tensor ``(chains,)``.

@@ -1,4 +1,4 @@
-"""Warm-up: a step size and a metric, learned in windows. Adaptation returns a new kernel."""
+"""Windowed warm-up as in Stan: adaptation of step sizes and the metric. It returns a new kernel."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyroebm.core.energy import Energy
-from pyroebm.kernels.adaptation.covariance import PooledCovariance, PooledRows, PooledVariance
+from pyroebm.kernels.adaptation.covariance import PooledCovariance, PooledDraws, PooledVariance
 from pyroebm.kernels.adaptation.step_size import (
     DualAveraging,
     find_step_size,
@@ -36,8 +36,10 @@ STEP_SIZES = ("grouped", "per_chain", "pooled")
 
 @runtime_checkable
 class Adaptation(Protocol):
-    """What warm-up asks of an adaptation. ``memory`` is its own state between two steps, a
-    NamedTuple."""
+    """Protocol of an adaptation.
+
+    ``adaptation_state`` is what it keeps between two steps, a NamedTuple.
+    """
 
     def start(
         self,
@@ -46,30 +48,38 @@ class Adaptation(Protocol):
         state: Any,
         generator: torch.Generator | None = None,
     ) -> tuple[Kernel[Any], Any]:
-        """A kernel to begin with, and the memory."""
+        """Return an initial kernel and the initial adaptation state."""
 
     def step(
         self,
         kernel: Kernel[Any],
         energy: Energy,
         state: Any,
-        memory: Any,
+        adaptation_state: Any,
         num_steps: int,
         generator: torch.Generator | None = None,
     ) -> tuple[Kernel[Any], Any, Info, Any]:
-        """One step of a warm-up of ``num_steps``: the kernel for the next step, the state, the
-        report and the memory."""
+        """Run one step of a warm-up of ``num_steps``.
+
+        Returns:
+            the kernel for the next step, the state, the report and the adaptation state.
+        """
 
 
 def windows(
     num_steps: int, initial: int = 15, first: int = 15, final: int = 50
 ) -> list[tuple[int, int]]:
-    """Half-open windows ``[start, stop)`` in which a metric is learned: doubling, between two
-    buffers.
+    """Return the half-open windows ``[start, stop)`` in which a metric is learned.
 
-    Stan's schedule, but the first window comes early: with the draws of many chains pooled, a rough
-    metric is soon worth more than a long wait on the identity, where one step of NUTS may need
-    hundreds of gradients.
+    The lengths double, between an initial and a final buffer, as in Stan. The first window is
+    earlier than Stan's: the draws of many chains soon determine a rough metric, and with the
+    identity one step of NUTS may need hundreds of gradients.
+
+    Args:
+        num_steps: number of warm-up steps.
+        initial: length of the initial buffer.
+        first: length of the first window.
+        final: length of the final buffer.
 
     Example:
         >>> windows(1000)
@@ -77,7 +87,7 @@ def windows(
         >>> windows(50)
         [(7, 25)]
     """
-    # a new metric needs a new step size, and that needs some steps: too short for both
+    # Too short: a new metric needs a new step size, which takes some steps to adapt.
     if num_steps < 20:
         return []
     if initial + first + final > num_steps:
@@ -88,7 +98,7 @@ def windows(
     size = first
     while start < num_steps - final:
         stop = start + size
-        # the next window would not fit: this one takes the rest
+        # The next window would not fit, so this one extends to the final buffer.
         if stop + 2 * size > num_steps - final:
             stop = num_steps - final
         found.append((start, stop))
@@ -97,50 +107,54 @@ def windows(
 
 
 class Warmup(NamedTuple):
-    """The state of the adaptation between two steps: numbers, tensors and NamedTuples of them; None
-    where nothing is learned."""
+    """State of the adaptation between two steps.
+
+    It consists of numbers, tensors and NamedTuples of them; None if nothing is adapted.
+    """
 
     tuning: DualAveraging | None
-    pooled: PooledVariance | PooledCovariance | PooledRows | None
+    pooled: PooledVariance | PooledCovariance | PooledDraws | None
     together: Tensor | None  #: which chains share one step size, ``(chains,)``
     moved: Tensor | None  #: which chains moved in this window, ``(chains,)``
-    #: sum of the acceptance rates of each chain since the step sizes were set anew, ``(chains,)``
+    #: sum of the acceptance rates of each chain since the last search of a step size, ``(chains,)``
     rates: Tensor | None
     step: int
 
 
 @dataclasses.dataclass(frozen=True)
 class WindowAdaptation:
-    r"""Step sizes and a metric, learned in windows as in Stan (Carpenter et al., 2017) by dual
-    averaging.
+    r"""Adaptation of step sizes by dual averaging and of a metric in windows, as in Stan.
 
-    During the windows each chain has a step size of its own, so that a chain that starts in a steep
-    region takes steps small enough to leave it, whatever the others do. After the last window, the
-    chains whose step sizes lie within a factor of 2 of the median share one, tuned to their mean
-    acceptance rate; the others keep their own, and so does a chain that this one leaves at less
-    than a quarter of the acceptance rate aimed at.
+    The schedule is that of Carpenter et al. (2017).
 
-    The metric is learned from the draws of all chains together, so many chains learn it in few
-    steps. Chains that have not moved since the window began are left out. A chain that meets a NaN
-    reports acceptance 0 and stays where it was, so nothing non-finite reaches the adaptation; a
-    window that does not determine a metric keeps the old one.
+    During the windows each chain has its own step size, so that a chain that starts in a steep
+    region can take steps small enough to leave it. After the last window the chains whose step
+    sizes are within a factor of 2 of the median share one, adapted to their mean acceptance rate.
+    The others keep their own. So does a chain whose acceptance rate at the shared step size is
+    below a quarter of the target.
+
+    The metric is learned from the draws of all chains, so many chains learn it in few steps. Chains
+    that have not moved since the window began are left out. A chain with a non-finite energy or
+    gradient keeps its previous state and reports acceptance 0, so nothing non-finite enters the
+    adaptation. A window that does not determine a metric keeps the previous one.
 
     Args:
-        target_acceptance: acceptance rate to aim at; None takes the kernel's own.
+        target_acceptance: acceptance rate to aim at; None uses the kernel's own.
         metric: what to learn for ``inverse_mass``: "diagonal", the variances; "dense", the
-            covariance; "low_rank", from draws and gradients, a diagonal stretched along a few
-            directions; None leaves it as it is. A kernel without one learns none.
+            covariance; "low_rank", a diagonal with a few corrected directions, from draws and
+            gradients; None does not adapt it. Not used by a kernel without a metric.
         step_size: "grouped", as above; "per_chain", one for each chain throughout; "pooled", one
-            for all, tuned to their mean acceptance rate, which until the last window ends counts as
-            0 while a chain has yet to move; None leaves it as it is. Kernels on discrete supports
-            have one for all, tuned to the mean acceptance rate.
-        initial, first, final: lengths of the first buffer, of the first window and of the last
-            buffer.
-        rank: for "low_rank", leading directions to take of the draws, and as many of the gradients.
+            for all, adapted to their mean acceptance rate, which counts as 0 until the end of the
+            last window while a chain has not moved; None does not adapt it. Kernels on discrete
+            supports have one for all, adapted to the mean acceptance rate.
+        initial: length of the initial buffer.
+        first: length of the first window.
+        final: length of the final buffer.
+        rank: for "low_rank", number of leading directions of the draws, and of the gradients.
 
     Raises:
-        ValueError: if a setting is not one of these; if "low_rank" is asked of a kernel whose
-            states have no gradient.
+        ValueError: if a setting is not one of these, or if ``metric="low_rank"`` and the states of
+            the kernel have no gradient.
 
     Example:
         >>> from pyroebm.kernels import HMC
@@ -188,7 +202,7 @@ class WindowAdaptation:
         state: AnyState,
         generator: torch.Generator | None = None,
     ) -> tuple[Kernel[Any], Warmup]:
-        """A kernel with a first guess of the step size, and the adaptation's state."""
+        """Return a kernel with an initial step size, and the initial adaptation state."""
         if kernel.target_acceptance is None:
             return kernel, Warmup(None, None, None, None, None, 0)
         pooled = self._empty(kernel, state)
@@ -207,14 +221,16 @@ class WindowAdaptation:
         kernel: Kernel[Any],
         energy: Energy,
         state: Any,
-        memory: Warmup,
+        adaptation_state: Warmup,
         num_steps: int,
         generator: torch.Generator | None = None,
     ) -> tuple[Kernel[Any], Any, Info, Warmup]:
-        """One step of the kernel, and what is learned from it."""
+        """Run one step of the kernel and update the adaptation."""
         state, info = kernel.step(energy, state, generator)
-        kernel, memory = self.update(kernel, energy, state, info, memory, num_steps, generator)
-        return kernel, state, info, memory
+        kernel, adaptation_state = self.update(
+            kernel, energy, state, info, adaptation_state, num_steps, generator
+        )
+        return kernel, state, info, adaptation_state
 
     def update(
         self,
@@ -222,38 +238,42 @@ class WindowAdaptation:
         energy: Energy,
         state: AnyState,
         info: Info,
-        memory: Warmup,
+        adaptation_state: Warmup,
         num_steps: int,
         generator: torch.Generator | None = None,
     ) -> tuple[Kernel[Any], Warmup]:
-        """The kernel for the next step, after step number ``memory.step`` of ``num_steps``."""
-        tuning, target = memory.tuning, self.aims_at(kernel)
+        """Return the kernel for the next step, after step ``adaptation_state.step``."""
+        tuning, target = adaptation_state.tuning, self.aims_at(kernel)
         if tuning is not None and target is not None:
-            overdue = self._overdue(memory, info, target, num_steps)
-            together = overdue if memory.together is None else memory.together
+            overdue = self._overdue(adaptation_state, info, target, num_steps)
+            together = overdue if adaptation_state.together is None else adaptation_state.together
             tuning = tuning.update(
                 self._rates(info.acceptance_rate.double(), together, overdue), target
             )
             kernel = kernel.replace(step_size=tuning.step_size)
-        memory = memory._replace(tuning=tuning)
-        return self.learn(kernel, energy, Steps.of(state, info), memory, num_steps, generator)
+        adaptation_state = adaptation_state._replace(tuning=tuning)
+        return self.learn(
+            kernel, energy, Steps.of(state, info), adaptation_state, num_steps, generator
+        )
 
-    def free_steps(self, kernel: Kernel[Any], memory: Warmup, num_steps: int) -> int:
-        """Steps that each chain may take by itself before all meet, each with a step size of its
-        own: up to the end of the window; 0 where chains share a step size.
+    def free_steps(self, kernel: Kernel[Any], adaptation_state: Warmup, num_steps: int) -> int:
+        """Return how many steps each chain may take asynchronously, with its own step size.
 
-        In these steps the dual averaging of ``memory`` is the chains' own business, and
-        :meth:`learn` is told of what came of it.
+        The steps end with the window; the number is 0 if chains share a step size. During these
+        steps the driver runs the dual averaging of each chain, and :meth:`learn` receives the
+        result.
         """
-        if memory.moved is None:
-            return num_steps - memory.step
-        if memory.tuning is not None and (memory.together is None or bool(memory.together.any())):
+        if adaptation_state.moved is None:
+            return num_steps - adaptation_state.step
+        if adaptation_state.tuning is not None and (
+            adaptation_state.together is None or bool(adaptation_state.together.any())
+        ):
             return 0
-        ends = [stop for _, stop in self._windows(num_steps) if stop > memory.step]
-        return (ends[0] if ends else num_steps) - memory.step
+        ends = [stop for _, stop in self._windows(num_steps) if stop > adaptation_state.step]
+        return (ends[0] if ends else num_steps) - adaptation_state.step
 
     def aims_at(self, kernel: Kernel[Any]) -> float | None:
-        """The acceptance rate that step sizes are tuned to; None where there is none."""
+        """Return the acceptance rate that step sizes are adapted to; None if there is none."""
         if kernel.target_acceptance is None or self.target_acceptance is None:
             return kernel.target_acceptance
         return self.target_acceptance
@@ -263,26 +283,32 @@ class WindowAdaptation:
         kernel: Kernel[Any],
         energy: Energy,
         taken: Steps,
-        memory: Warmup,
+        adaptation_state: Warmup,
         num_steps: int,
         generator: torch.Generator | None = None,
     ) -> tuple[Kernel[Any], Warmup]:
-        """What is learned from steps that were taken, none of them beyond the end of a window; the
-        last step of the warm-up fixes the step sizes.
+        """Update the adaptation with steps that were taken.
+
+        None of them is beyond the end of a window. The last step of the warm-up sets the step sizes
+        for the draws.
 
         Args:
-            kernel: the kernel, with the step size that comes next.
-            energy: what it moves on.
-            taken: the steps from number ``memory.step`` on.
-            memory: from before these steps, but for ``tuning``, which knows of them.
-            num_steps: steps of the whole warm-up.
-            generator: source of randomness, for a first guess of new step sizes.
+            kernel: the kernel, with the step size of the next step.
+            energy: the target.
+            taken: the steps from number ``adaptation_state.step`` on.
+            adaptation_state: the state before these steps, except for ``tuning``, which includes
+                them.
+            num_steps: number of steps of the whole warm-up.
+            generator: source of randomness, for the initial search of new step sizes.
+
+        Returns:
+            the kernel for the next step and the adaptation state.
         """
-        tuning, pooled, together, moved, rates, step = memory
+        tuning, pooled, together, moved, rates, step = adaptation_state
         if moved is None or rates is None or together is None:
-            return kernel, memory._replace(step=step + taken.number)
+            return kernel, adaptation_state._replace(step=step + taken.number)
         plan = self._windows(num_steps)
-        # step by step: what is learned must not depend on how many come together
+        # Update step by step: the result must not depend on how many steps arrive at once.
         for i in range(taken.number):
             rates = rates + taken.info.acceptance_rate[i]
             moved = moved | taken.info.accepted[i]
@@ -290,27 +316,29 @@ class WindowAdaptation:
                 grad: Any = None if taken.grad is None else rows(taken.grad[i])
                 pooled = pooled.update(rows(taken.x[i]), grad, moved)
             step += 1
-        memory = Warmup(tuning, pooled, together, moved, rates, step)
+        adaptation_state = Warmup(tuning, pooled, together, moved, rates, step)
         state = taken.last
         if step in [stop for _, stop in plan]:
-            kernel, memory = self._end_window(
-                kernel, energy, state, memory, step == plan[-1][1], generator
+            kernel, adaptation_state = self._end_window(
+                kernel, energy, state, adaptation_state, step == plan[-1][1], generator
             )
-        if step == num_steps and memory.tuning is not None:
-            kernel, memory = self._end(kernel, energy, state, memory, bool(plan), generator)
-        return kernel, memory
+        if step == num_steps and adaptation_state.tuning is not None:
+            kernel, adaptation_state = self._end(
+                kernel, energy, state, adaptation_state, bool(plan), generator
+            )
+        return kernel, adaptation_state
 
     def _end_window(
         self,
         kernel: Kernel[Any],
         energy: Energy,
         state: AnyState,
-        memory: Warmup,
+        adaptation_state: Warmup,
         is_last: bool,
         generator: torch.Generator | None,
     ) -> tuple[Kernel[Any], Warmup]:
-        """The metric of a window, and new step sizes for it."""
-        tuning, pooled, together, moved, rates, step = memory
+        """Set the metric of a window and search for new step sizes."""
+        tuning, pooled, together, moved, rates, step = adaptation_state
         if pooled is not None:
             before = kernel.inverse_mass if isinstance(kernel.inverse_mass, Tensor) else None
             learned = pooled.metric(before)
@@ -333,17 +361,17 @@ class WindowAdaptation:
         kernel: Kernel[Any],
         energy: Energy,
         state: AnyState,
-        memory: Warmup,
+        adaptation_state: Warmup,
         has_windows: bool,
         generator: torch.Generator | None,
     ) -> tuple[Kernel[Any], Warmup]:
-        """The step sizes for the draws."""
-        tuning, _, together, _, rates, _ = memory
+        """Set the step sizes for the draws."""
+        tuning, _, together, _, rates, _ = adaptation_state
         target = self.aims_at(kernel)
         if tuning is None or together is None or rates is None or target is None:
-            return kernel, memory
-        # Dual averaging begins by overshooting: an average of a few steps is worth less than a look
-        # at where the chains are.
+            return kernel, adaptation_state
+        # Dual averaging overshoots at first: after a few steps a new search is more reliable than
+        # the average.
         few = tuning.steps < 15
         size = (
             0.5 * find_step_size(kernel, energy, state, generator, together)
@@ -357,34 +385,43 @@ class WindowAdaptation:
                 together = together & ~left_behind
                 guess = find_step_size(kernel, energy, state, generator, together)
                 size = torch.where(left_behind, 0.5 * guess, size)
-        return kernel.replace(step_size=_shared(size, together)), memory._replace(together=together)
+        kernel = kernel.replace(step_size=_shared(size, together))
+        return kernel, adaptation_state._replace(together=together)
 
     def _windows(self, steps: int) -> list[tuple[int, int]]:
         return windows(steps, self.initial, self.first, self.final)
 
-    def _overdue(self, memory: Warmup, info: Info, target: float, steps: int) -> Tensor:
-        """The chains that should have moved since the window began, and have not: one that is
-        accepted at the rate aimed at has moved in so many steps, but for a chance of 1e-4."""
-        plan, step = self._windows(steps), memory.step
+    def _overdue(self, adaptation_state: Warmup, info: Info, target: float, steps: int) -> Tensor:
+        """Return the chains that have not moved since the window began and should have.
+
+        A chain accepted at the target rate has moved in so many steps with probability 1 - 1e-4.
+        """
+        plan, step = self._windows(steps), adaptation_state.step
         seen = step + 1 - max([stop for _, stop in plan if stop <= step], default=0)
         late = (1.0 - target) ** seen < 1e-4 and (not plan or step < plan[-1][1])
-        moved = info.accepted if memory.moved is None else memory.moved | info.accepted
+        moved = (
+            info.accepted
+            if adaptation_state.moved is None
+            else adaptation_state.moved | info.accepted
+        )
         return ~moved & late
 
     def _shares(self, kernel: Kernel[Any]) -> bool:
-        """Whether all chains have one step size from the start."""
+        """Whether all chains share one step size from the start."""
         return self.step_size == "pooled" or kernel.discrete
 
     def _rates(self, rates: Tensor, together: Tensor, overdue: Tensor) -> float | Tensor:
-        """What dual averaging is told: a number where all chains share a step size, else a rate for
-        each."""
+        """Return the observation for dual averaging.
+
+        A number if all chains share a step size, else a rate for each.
+        """
         if not bool(together.all()):
             return shared_mean(rates, together)
         return 0.0 if self.step_size == "pooled" and bool(overdue.any()) else float(rates.mean())
 
     def _empty(
         self, kernel: Kernel[Any], state: AnyState
-    ) -> PooledVariance | PooledCovariance | PooledRows | None:
+    ) -> PooledVariance | PooledCovariance | PooledDraws | None:
         if not self.metric or "inverse_mass" not in kernel.learned:
             return None
         q = rows(state.x)
@@ -394,16 +431,18 @@ class WindowAdaptation:
             )
         if not isinstance(state, HasGradient):
             raise ValueError(
-                "metric='low_rank' is learned from gradients, and the states of"
-                f" {type(kernel).__name__} have none:"
-                " choose 'diagonal' or 'dense'"
+                "metric='low_rank' is learned from gradients, but the states of"
+                f" {type(kernel).__name__} have none: use metric='diagonal' or metric='dense'"
             )
-        return PooledRows.start(q, self.rank)
+        return PooledDraws.start(q, self.rank)
 
 
 def _shared(sizes: float | Tensor, together: Tensor) -> float | Tensor:
-    """Step sizes ``(chains,)``, those of the chains in ``together`` as their geometric mean; a
-    number if that is all of them."""
+    """Replace step sizes ``(chains,)`` of the chains in ``together`` by their geometric mean.
+
+    Returns:
+        a number if these are all chains, else a tensor ``(chains,)``.
+    """
     if not isinstance(sizes, Tensor):
         return sizes
     shared = shared_mean(sizes.log(), together).exp()
@@ -413,8 +452,10 @@ def _shared(sizes: float | Tensor, together: Tensor) -> float | Tensor:
 def resolve(
     kernel: Kernel[Any], adaptation: Adaptation | Literal["default"] | None
 ) -> Adaptation | None:
-    """What ``adaptation`` means for a kernel: "default" is the kernel's own way, or a
-    :class:`WindowAdaptation`."""
+    """Return the adaptation that ``adaptation`` denotes for a kernel.
+
+    "default" is the kernel's own adaptation, or a :class:`WindowAdaptation`.
+    """
     if adaptation == "default":
         chosen: Adaptation = kernel.own_adaptation() or WindowAdaptation()
         return chosen
@@ -422,53 +463,59 @@ def resolve(
         isinstance(adaptation, type | str) or not isinstance(adaptation, Adaptation)
     ):
         raise ValueError(
-            "adaptation must be a WindowAdaptation() or the like of it, or None, got"
-            f" adaptation={adaptation!r}"
+            'adaptation must be "default", None, or an instance with the methods of Adaptation,'
+            f" such as WindowAdaptation(), got adaptation={adaptation!r}"
         )
     if isinstance(adaptation, WindowAdaptation) and kernel.target_acceptance is None:
         own = kernel.own_adaptation()
-        way_out = (
-            "leave adaptation out" if own is None else f'"default" is its own {type(own).__name__}'
+        advice = (
+            "leave adaptation out"
+            if own is None
+            else f'use adaptation="default", its own {type(own).__name__}'
         )
         raise ValueError(
-            f"WindowAdaptation tunes a kernel by its acceptance rate, and {type(kernel).__name__}"
-            f" has none to aim at: {way_out}"
+            "WindowAdaptation requires a kernel with a target acceptance rate, and"
+            f" {type(kernel).__name__} has none: {advice}"
         )
     return adaptation
 
 
 class WarmupStep(NamedTuple):
-    """What a step of a warm-up leaves: all that the next one needs."""
+    """Result of one warm-up step: the input of the next one."""
 
     kernel: Kernel[Any]  #: for the next step
     state: Any
     info: Info
-    memory: Any  #: of the adaptation
+    adaptation_state: Any
 
 
 def warmup_step(
     kernel: Kernel[Any],
     energy: Energy,
     state: Any,
-    memory: Any,
+    adaptation_state: Any,
     num_steps: int,
     adaptation: Adaptation | None,
     generator: torch.Generator | None = None,
 ) -> WarmupStep:
-    """One step of a warm-up of ``num_steps``, for drivers that take it step by step.
+    """Run one step of a warm-up of ``num_steps``, for drivers that run it step by step.
 
     Args:
-        kernel, state, memory: as the step before left them; ``memory`` is None at the first.
-        energy: what the kernel moves on.
-        num_steps: steps of the whole warm-up.
-        adaptation: how to adapt; None leaves the kernel as it is.
-        generator: source of randomness; None is torch's global one.
+        kernel: the kernel as the previous step returned it.
+        energy: the target.
+        state: the state as the previous step returned it.
+        adaptation_state: the adaptation state as the previous step returned it; None at the first.
+        num_steps: number of steps of the whole warm-up.
+        adaptation: the adaptation; None does not change the kernel.
+        generator: source of randomness; None is torch's default generator.
     """
     if adaptation is None:
         return WarmupStep(kernel, *kernel.step(energy, state, generator), None)
-    if memory is None:
-        kernel, memory = adaptation.start(kernel, energy, state, generator)
-    return WarmupStep(*adaptation.step(kernel, energy, state, memory, num_steps, generator))
+    if adaptation_state is None:
+        kernel, adaptation_state = adaptation.start(kernel, energy, state, generator)
+    return WarmupStep(
+        *adaptation.step(kernel, energy, state, adaptation_state, num_steps, generator)
+    )
 
 
 def warmup(
@@ -484,20 +531,20 @@ def warmup(
     """Adapt a kernel while its chains move.
 
     Args:
-        kernel: the kernel to begin with.
-        energy: what it moves on.
-        state: where the chains are, from ``kernel.init``.
-        num_steps: steps of the warm-up, at least 0.
-        adaptation: how to adapt: the kernel's own way, or a :class:`WindowAdaptation`; None leaves
-            the kernel as it is.
-        generator: source of randomness; None is torch's global one.
+        kernel: the initial kernel.
+        energy: the target.
+        state: initial state of the chains, from ``kernel.init``.
+        num_steps: number of warm-up steps, at least 0.
+        adaptation: "default", the kernel's own adaptation or a :class:`WindowAdaptation`; an
+            instance of either; None does not change the kernel.
+        generator: source of randomness; None is torch's default generator.
         after_step: called after each step, for progress.
 
     Returns:
         the adapted kernel and the state of its chains.
 
     Raises:
-        ValueError: if the adaptation is none, or cannot adapt this kernel.
+        ValueError: if ``adaptation`` is not an adaptation, or cannot adapt this kernel.
 
     Example:
         >>> from pyroebm.kernels import MALA
@@ -508,10 +555,10 @@ def warmup(
         >>> 0.1 < kernel.step_size < 1.0
         True
     """
-    chosen, memory = resolve(kernel, adaptation), None
+    chosen, adaptation_state = resolve(kernel, adaptation), None
     for _ in range(num_steps):
-        kernel, state, _, memory = warmup_step(
-            kernel, energy, state, memory, num_steps, chosen, generator
+        kernel, state, _, adaptation_state = warmup_step(
+            kernel, energy, state, adaptation_state, num_steps, chosen, generator
         )
         after_step()
     return kernel, state

@@ -1,4 +1,4 @@
-"""The no-U-turn sampler: asynchronous chains on CPUs, chains in lock-step elsewhere."""
+"""No-U-turn sampler: asynchronous chains on CPUs, chains in lock-step on other devices."""
 
 from pyroebm.kernels.nuts.kernel import NUTS, LockstepNUTS
 

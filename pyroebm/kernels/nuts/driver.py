@@ -1,12 +1,13 @@
-"""Asynchronous no-U-turn chains on CPUs: each chain takes its next leapfrog step as soon as its
-gradient is there, and waits for no other.
+"""Asynchronous no-U-turn chains on CPUs.
 
-A *tick* is one batched gradient, each chain at its own point, and one call of :func:`tick`, which
-numba compiles once for each floating-point type. Chains are state machines (Dance et al., 2025):
-take a leapfrog step, weigh the leaf, look for turns, merge, and at the end of the tree record the
-draw and begin the next trajectory.
+Each chain takes its next leapfrog step as soon as its gradient is computed and waits for no other
+chain. A *tick* is one batched gradient, each chain at its own point, and one call of :func:`tick`,
+which numba compiles once for each floating-point type. Chains are state machines (Dance et al.,
+2025): take a leapfrog step, weigh the leaf, check for U-turns, merge, and at the end of the tree
+record the draw and start the next trajectory.
 
-All that numba compiles is in this file, for its cache does not notice an edit in another one.
+All functions compiled by numba are in this file, because its cache does not detect changes in
+other files.
 """
 
 from __future__ import annotations
@@ -31,19 +32,19 @@ from pyroebm.kernels.metric import Diagonal, Identity, Metric, metric_of
 
 __all__ = ["Chains", "compile_for"]
 
-#: Seconds after which finished draws are handed over, be they few: what Ctrl-C may cost.
+#: Seconds after which finished draws are returned: the work that Ctrl-C may lose.
 LONG = 0.05
 
-# Rows of the vectors of a chain. END and END + 3 are the two ends of the trajectory, each a
-# position z relative to where the trajectory began, a momentum and a gradient, all in whitened
+# Indices of the vectors of a chain. END and END + 3 are the two ends of the trajectory, each a
+# position z relative to the start of the trajectory, a momentum and a gradient, all in whitened
 # coordinates: q = q_0 + A z.
 HOME = 0
 PROPOSAL, SUB = 1, 4  # position, gradient, whitened gradient
-SUM, SUB_SUM = 7, 8  # of momenta
+SUM, SUB_SUM = 7, 8  # sums of momenta
 END = 9
-STORED = 15  # momentum and sum of momenta at the left ends of subtrees, two rows for each level
+STORED = 15  # momentum and sum of momenta at the left ends of subtrees, two vectors per level
 
-# Numbers of a chain.
+# Indices of the floating-point numbers of a chain.
 (
     ENERGY,
     H0,
@@ -63,7 +64,7 @@ STORED = 15  # momentum and sum of momenta at the left ends of subtrees, two row
 ) = range(15)
 NUMBERS = 15
 
-# Counts of a chain.
+# Indices of the integers of a chain.
 (
     ACTIVE,
     DRAWS,
@@ -81,11 +82,11 @@ NUMBERS = 15
 ) = range(13)
 COUNTS = 13
 
-# Statistics of a draw.
+# Indices of the statistics of a draw.
 LP, RATE, HAMILTONIAN, SIZE = range(4)
 LEAPFROGS, TREE_DEPTH, DIVERGED, ACCEPTED, REACHED = range(5)
 
-# What came of a leapfrog step.
+# Outcomes of a leapfrog step.
 _GOES_ON, _TURNED, _DIVERGED, _FULL = range(4)
 
 _FLAGS = {"contract", "reassoc", "nsz"}
@@ -97,7 +98,7 @@ _ELEVEN = np.uint64(11)
 
 
 def _compiled(function: Callable[..., Any]) -> Any:
-    """``function`` compiled by numba, kept for later processes where a folder can be written to.
+    """Compile ``function`` with numba, with a cache on disk if a cache folder is writable.
 
     Infinities and NaN keep their meaning.
     """
@@ -108,13 +109,13 @@ def _compiled(function: Callable[..., Any]) -> Any:
 
 
 def _inlined(function: Callable[..., Any]) -> Any:
-    """``function`` as a part of what calls it, and nothing on its own: compiled once, with it."""
+    """Compile ``function`` inlined into its callers, not as a function of its own."""
     return numba.njit(forceinline=True, error_model="numpy", fastmath=_FLAGS)(function)
 
 
 @_inlined
 def _philox(key: Any, counter: Any, row: Any, domain: Any) -> Any:
-    """Two random numbers of 64 bits: Philox 4 x 32 with ten rounds (Salmon et al., 2011)."""
+    """Return two random numbers of 64 bits: Philox 4 x 32 with ten rounds (Salmon et al., 2011)."""
     k0, k1 = key & _MASK, key >> _SHIFT
     c0, c1 = counter & _MASK, counter >> _SHIFT
     c2, c3 = row & _MASK, domain & _MASK
@@ -128,13 +129,13 @@ def _philox(key: Any, counter: Any, row: Any, domain: Any) -> Any:
 
 @_inlined
 def _unit(bits: Any) -> Any:
-    """Bits as a number in (0, 1)."""
+    """Convert bits to a number in (0, 1)."""
     return (np.float64(bits >> _ELEVEN) + 0.5) * 1.1102230246251565e-16
 
 
 @_inlined
 def _uniform(counts: Any, row: Any) -> Any:
-    """The next uniform number of a trajectory."""
+    """Draw the next uniform number of a trajectory."""
     counts[row, RANDOM] += 1
     key, counter = np.uint64(counts[row, SEED]), np.uint64(counts[row, RANDOM])
     bits, _ = _philox(key, counter, np.uint64(row), np.uint64(0))
@@ -169,9 +170,9 @@ def _log_add(a: Any, b: Any) -> Any:
 def _is_turning(vectors: Any, row: Any, p_a: Any, p_b: Any, total: Any, before: Any) -> Any:
     """Whether the ends of a trajectory move towards each other.
 
-    ``total`` is the sum of momenta up to the later end. Where ``before`` is a place and not -1, it
-    is the same sum at the first leaf, which is itself part of the trajectory. Half of both ends is
-    taken off: the trapezoidal rule for the distance between the ends.
+    ``total`` is the sum of momenta up to the later end. ``before`` is the index of the same sum at
+    the first leaf, which is itself part of the trajectory, or -1. Half of both ends is subtracted:
+    the trapezoidal rule for the difference of the positions of the ends.
     """
     along_a = along_b = 0.0
     for i in range(vectors.shape[2]):
@@ -186,7 +187,7 @@ def _is_turning(vectors: Any, row: Any, p_a: Any, p_b: Any, total: Any, before: 
 
 @_inlined
 def _begin(vectors: Any, numbers: Any, counts: Any, seeds: Any, row: Any) -> Any:
-    """Begin a trajectory at the last proposal, with a new momentum."""
+    """Start a trajectory at the last proposal, with a new momentum."""
     counts[row, SEED] = seeds[counts[row, STEPS] % len(seeds)]
     _draw_momenta(vectors, row, END + 1, np.uint64(counts[row, SEED]))
     kinetic = 0.0
@@ -208,7 +209,7 @@ def _begin(vectors: Any, numbers: Any, counts: Any, seeds: Any, row: Any) -> Any
 
 @_inlined
 def _double(vectors: Any, numbers: Any, counts: Any, row: Any) -> Any:
-    """Begin a doubling, forwards or backwards in time with equal chances."""
+    """Start a doubling, forwards or backwards in time with equal probability."""
     counts[row, DIRECTION] = 1 if _uniform(counts, row) < 0.5 else 0
     counts[row, LEAF] = 0
     numbers[row, SUB_WEIGHT] = -np.inf
@@ -220,7 +221,7 @@ def _double(vectors: Any, numbers: Any, counts: Any, row: Any) -> Any:
 def _leap(
     vectors: Any, numbers: Any, counts: Any, scales: Any, q: Any, z: Any, row: Any, is_diagonal: Any
 ) -> Any:
-    """Half a step of the momentum and one of the position; whether the position is finite."""
+    """Take half a step of the momentum and one of the position; return whether it is finite."""
     end = END + 3 * counts[row, DIRECTION]
     step = numbers[row, STEP] if counts[row, DIRECTION] == 1 else -numbers[row, STEP]
     zero = 0.0
@@ -253,8 +254,7 @@ def _weigh(
     is_diagonal: Any,
     max_error: Any,
 ) -> Any:
-    """Finish a leapfrog step, weigh its leaf and look for turns of the subtrees that end with
-    it."""
+    """Finish a leapfrog step, weigh its leaf and check for U-turns of the subtrees it ends."""
     end = END + 3 * counts[row, DIRECTION]
     step = numbers[row, STEP] if counts[row, DIRECTION] == 1 else -numbers[row, STEP]
     if is_diagonal:
@@ -269,10 +269,10 @@ def _weigh(
         p = vectors[row, end + 1, i] - 0.5 * step * vectors[row, end + 2, i]
         vectors[row, end + 1, i] = p
         kinetic += np.float64(p) * np.float64(p)
-    # a non-finite gradient is in the momentum, and so in here
+    # A non-finite gradient enters the momentum, so it is detected here as well.
     value = np.float64(values[row])
     hamiltonian = value + 0.5 * kinetic
-    # a comparison: reassociation folds the x - x == 0 of numba's isfinite into True
+    # A comparison, because reassociation folds the x - x == 0 of numba's isfinite into True.
     error = hamiltonian - numbers[row, H0] if abs(hamiltonian) < np.inf else np.inf
     counts[row, GRADIENTS] += 1
     if error > max_error:
@@ -288,8 +288,8 @@ def _weigh(
         numbers[row, SUB_ENERGY], numbers[row, SUB_H] = value, hamiltonian
     for i in range(vectors.shape[2]):
         vectors[row, SUB_SUM, i] += vectors[row, end + 1, i]
-    # An even leaf is kept in the slot of the number of ones in leaf // 2; an odd one closes the
-    # subtrees of as many slots as it has trailing ones.
+    # An even leaf is stored in the slot of the number of ones in leaf // 2. An odd leaf completes
+    # the subtrees of as many slots as it has trailing ones.
     leaf = counts[row, LEAF]
     slot, rest = 0, leaf >> 1
     while rest:
@@ -311,8 +311,11 @@ def _weigh(
 
 @_inlined
 def _merge(vectors: Any, numbers: Any, counts: Any, row: Any) -> Any:
-    """Join a doubling to its trajectory: biased progressive draw between the halves, min(1, w_new /
-    w_old), and a last look for a turn."""
+    """Merge a doubling into its trajectory; return whether the whole makes a U-turn.
+
+    The proposal of the new half is accepted with probability min(1, w_new / w_old) (biased
+    progressive sampling).
+    """
     if math.log(_uniform(counts, row)) < numbers[row, SUB_WEIGHT] - numbers[row, WEIGHT]:
         for part in range(3):
             _move(vectors, row, PROPOSAL + part, SUB + part)
@@ -328,8 +331,10 @@ def _merge(vectors: Any, numbers: Any, counts: Any, row: Any) -> Any:
 
 @_inlined
 def _tune(numbers: Any, counts: Any, row: Any, rate: Any, target: Any) -> Any:
-    """One update of the dual averaging of the logarithm of the step size; see
-    :class:`pyroebm.kernels.adaptation.DualAveraging`."""
+    """Update the dual averaging of the logarithm of the step size.
+
+    See :class:`pyroebm.kernels.adaptation.DualAveraging`.
+    """
     counts[row, TUNED] += 1
     steps = np.float64(counts[row, TUNED])
     weight = 1.0 / (steps + 10.0)
@@ -412,28 +417,37 @@ def tick(
     is_diagonal: Any,
     max_error: Any,
 ) -> Any:
-    """Take every chain that is in a trajectory to its next question, and begin trajectories of
-    those that have fewer than ``limit`` draws. Return the least number of draws of a chain.
+    """Advance every chain to the next point at which it needs a gradient.
 
-    Arrays are indexed and never sliced: a slice would count references, which costs more than most
-    of what is done with it.
+    Chains with fewer than ``limit`` draws start new trajectories. Arrays are indexed and never
+    sliced: a slice counts references, which would take most of the time.
 
     Args:
-        values, grads: energies and gradients at ``q``, ``(chains,)`` and ``(chains, dim)``.
-        whitened: the gradients in whitened coordinates; not read if the metric is a diagonal.
-        q: positions. What is asked next is written here if the metric is a diagonal.
-        z: positions in whitened coordinates, relative to where the trajectory began. What is asked
-            next is written here if the metric is no diagonal; else it is ``q``.
-        vectors, numbers, counts: the state of the chains.
+        values: energies at ``q``, ``(chains,)``.
+        grads: gradients at ``q``, ``(chains, dim)``.
+        whitened: gradients in whitened coordinates; not read if the metric is diagonal.
+        q: positions. The next positions are written here if the metric is diagonal.
+        z: positions in whitened coordinates, relative to the start of the trajectory. The next
+            positions are written here if the metric is not diagonal; else it is ``q``.
+        vectors: vectors of the chains.
+        numbers: floating-point numbers of the chains.
+        counts: integers of the chains.
         scales: square roots of the diagonal of the inverse mass, ``(chains or 1, dim)``.
         seeds: key of each trajectory, at its number modulo their length.
-        ring_x, ring_f, ring_i, ring_t: where draws are written, at their number modulo the length.
-        limit: no chain has more draws.
-        max_depth: most doublings.
-        thinning: trajectories from one draw to the next.
-        target: acceptance rate to which the step size of each chain is tuned; 0 leaves it.
+        ring_x: positions and gradients of the draws, at their number modulo the length.
+        ring_f: floating-point statistics of the draws.
+        ring_i: integer statistics of the draws.
+        ring_t: state of dual averaging after each draw.
+        limit: maximum number of draws of a chain.
+        max_depth: maximum number of doublings.
+        thinning: number of trajectories from one draw to the next.
+        target: acceptance rate to which the step size of each chain is adapted; 0 does not adapt
+            it.
         is_diagonal: whether the metric is ``scales``.
         max_error: energy error above which a leaf diverges.
+
+    Returns:
+        the minimum number of draws over the chains.
     """
     least = limit
     for row in range(len(counts)):
@@ -480,7 +494,7 @@ def tick(
                     target,
                 )
                 if counts[row, DRAWS] >= limit:
-                    # at rest, at a point that can be asked about
+                    # The chain is inactive; its point stays one with a finite energy.
                     counts[row, ACTIVE] = 0
                     for i in range(vectors.shape[2]):
                         vectors[row, HOME, i] = vectors[row, PROPOSAL, i]
@@ -490,7 +504,7 @@ def tick(
                 _begin(vectors, numbers, counts, seeds, row)
             if _leap(vectors, numbers, counts, scales, q, z, row, is_diagonal):
                 break
-            # no energy is asked about a NaN or an infinity
+            # The energy is not evaluated at a non-finite position.
             counts[row, GRADIENTS] += 1
             outcome, depth = _DIVERGED, counts[row, DEPTH] + 1
         least = min(least, counts[row, DRAWS])
@@ -498,8 +512,10 @@ def tick(
 
 
 def _bound(energy: Energy, q: Tensor) -> Callable[[], tuple[Any, Any]]:
-    """A function that gives values and gradients of rows ``(chains, dim)`` as they stand in
-    memory; what it gives is overwritten by the next call."""
+    """Return a function that computes values and gradients at the current contents of ``q``.
+
+    ``q`` has shape ``(chains, dim)``. The next call overwrites the results.
+    """
     if isinstance(energy, CompiledGradient):
         bound = energy.bound_to(q.reshape(-1, *energy.event_shape))
         if bound is not None:
@@ -524,20 +540,21 @@ def _called(energy: Energy, q: Tensor) -> Callable[[], tuple[Any, Any]]:
 
 
 class Chains:
-    """A batch of no-U-turn chains, each at a leapfrog step of its own.
+    """Batch of asynchronous no-U-turn chains.
 
-    A draw is a function of the state before it, of the settings and of a number of the generator:
-    draws are those that :meth:`NUTS.step` makes one by one, bit for bit. Finished draws wait in a
-    ring until all chains have them. Trajectories under way need not be saved, for they are a
-    function of the last draws.
+    A draw is a function of the previous state, of the settings and of one number of the generator:
+    the draws are bit for bit those that :meth:`NUTS.step` makes one by one. Finished draws are kept
+    in a ring buffer until all chains have them. Unfinished trajectories need not be saved, because
+    they are a function of the last draws.
 
     Args:
         energy: the energy, in unconstrained coordinates; on a CPU, in float32 or float64.
-        state: where the chains stand.
-        generator: gives the seed of each trajectory. It stands after those of the draws taken.
-        max_tree_depth: most doublings.
-        thinning: trajectories from one draw to the next.
-        ahead: draws that a chain may be ahead of those taken.
+        state: the initial state of the chains.
+        generator: draws the seed of each trajectory. Its state is always that after the seeds of
+            the draws taken.
+        max_tree_depth: maximum number of doublings.
+        thinning: number of trajectories from one draw to the next.
+        ahead: number of draws by which a chain may be ahead of those taken.
     """
 
     def __init__(
@@ -558,7 +575,7 @@ class Chains:
         q, grad = rows(state.x), rows(state.grad)
         chains, dim = q.shape
         self._q = self._z = q.detach().clone(memory_format=torch.contiguous_format)
-        # binding takes the time of some calls
+        # Binding to a fixed buffer takes as long as a few calls.
         self._gradient = _bound(energy, self._q) if ahead > 1 else _called(energy, self._q)
         self._vectors = q.new_empty(chains, STORED + 2 * max_tree_depth, dim)
         self._vectors[:, PROPOSAL], self._vectors[:, PROPOSAL + 1] = q, grad
@@ -580,7 +597,7 @@ class Chains:
 
     @staticmethod
     def bytes_per_draw(x: Tensor) -> int:
-        """Memory of a draw of all chains that waits to be taken, for states ``x``."""
+        """Return the bytes of one buffered draw of all chains, for positions ``x``."""
         return 2 * x.nbytes + len(x) * (4 * x.element_size() + 8 * (5 + 3))
 
     def set(
@@ -590,14 +607,14 @@ class Chains:
         tuning: DualAveraging | None = None,
         target: float = 0.0,
     ) -> None:
-        """Set what trajectories use from here on. No chain may be in a trajectory.
+        """Set the settings of the following trajectories. No chain may be in a trajectory.
 
         Args:
             step_size: a number, or one for each chain.
             inverse_mass: the metric.
-            tuning: where the dual averaging of the step size of each chain stands; None leaves the
-                step sizes as they are.
-            target: the acceptance rate that it aims at.
+            tuning: dual averaging of the step size of each chain; None does not adapt the step
+                sizes.
+            target: acceptance rate that it aims at.
         """
         q, numbers = self._q, self._numbers
         self._metric = metric_of(inverse_mass, q)
@@ -613,7 +630,7 @@ class Chains:
             for place, value in zip((MU, LOG_STEP, LOG_AVERAGE, ERROR), tuning[:4], strict=True):
                 numbers[:, place] = torch.as_tensor(value).numpy()
             self._counts[:, TUNED] = tuning.steps
-            # as the driver takes it, whatever the type of the states
+            # in float64 as in the driver, whatever the dtype of the states
             numbers[:, STEP] = [math.exp(min(log, 60.0)) for log in numbers[:, LOG_STEP]]
         self._arrays = (
             q.numpy(),
@@ -627,8 +644,11 @@ class Chains:
         )
 
     def run(self, until: int, limit: int) -> None:
-        """Go on until every chain has ``until`` draws, and none more than ``limit``; both count
-        from the beginning. If that takes long, stop when every chain has one draw to take."""
+        """Continue until every chain has ``until`` draws, and none more than ``limit``.
+
+        Both count from the beginning. After ``LONG`` seconds it stops as soon as every chain has
+        one draw to take.
+        """
         limit = min(limit, self.taken + self.ahead)
         until = min(until, limit)
         settings = (
@@ -653,8 +673,11 @@ class Chains:
                 break
 
     def _ask(self) -> tuple[Any, Any, Any]:
-        """Energies and gradients at the chains' positions, and gradients in whitened
-        coordinates."""
+        """Evaluate energies and gradients at the chains' positions.
+
+        Returns:
+            energies, gradients, and gradients in whitened coordinates.
+        """
         if not self._is_diagonal:
             torch.add(self._vectors[:, HOME], self._metric.apply(self._z), out=self._q)
         values, grads = self._gradient()
@@ -671,7 +694,7 @@ class Chains:
             self._seeded = steps
 
     def take(self, most: int) -> Steps:
-        """Take at most so many of the draws that all chains have finished, in order."""
+        """Return at most ``most`` of the draws that all chains have finished, in order."""
         count = min(most, self.finished - self.taken)
         places = torch.arange(self.taken, self.taken + count) % self.ahead
         where, numbers, counts, tuned = (part[places] for part in self._ring)
@@ -698,7 +721,7 @@ class Chains:
 
 
 class _Flat(Energy):
-    """The least that chains can move on."""
+    """Minimal energy to compile the driver for."""
 
     def forward(self, x: Tensor) -> Tensor:
         return 0.5 * x**2
@@ -706,7 +729,7 @@ class _Flat(Energy):
 
 @functools.cache
 def compile_for(dtype: torch.dtype) -> None:
-    """Have numba compile the driver for states of this type, or find it in its cache."""
+    """Compile the driver with numba for states of this dtype, or load it from the cache."""
     x = torch.zeros(1, dtype=dtype)
     chains = Chains(_Flat().to(dtype), State(x, x, x), torch.Generator(), 1)
     chains.set(1.0, None)

@@ -1,4 +1,4 @@
-"""The no-U-turn sampler: its settings, and which of its two implementations takes a step."""
+"""The no-U-turn sampler: settings, and the choice between its two implementations."""
 
 from __future__ import annotations
 
@@ -21,21 +21,23 @@ __all__ = ["NUTS", "LockstepNUTS"]
 class NUTS(GradientKernel):
     r"""Multinomial no-U-turn sampler (Hoffman and Gelman, 2014; Betancourt, 2017): exact.
 
-    A trajectory doubles forwards or backwards in time until its ends approach each other; the next
+    A trajectory doubles forwards or backwards in time until its ends approach each other. The next
     state is drawn from its leaves with weights :math:`e^{-H}`, biased towards the newer half. The
-    tree is built by iteration, with one stored left end for each level (Phan, Pradhan and
-    Jankowiak, 2019).
+    tree is built iteratively, with one stored left end for each level (Phan, Pradhan and Jankowiak,
+    2019).
 
-    On a CPU each chain takes its next leapfrog step as soon as its gradient is there
-    (:class:`pyroebm.MCMC` lets chains run ahead of each other over many draws; :meth:`step` makes
-    the same draws one by one). Elsewhere all chains take each leapfrog step together, and a chain
-    that is done waits: :class:`LockstepNUTS`. The two draw other random numbers.
+    On a CPU the chains are asynchronous: each takes its next leapfrog step as soon as its gradient
+    is computed. :class:`pyroebm.MCMC` lets chains run ahead of each other over many draws;
+    :meth:`step` makes the same draws one by one. On other devices the chains are in lock-step, and
+    a chain with a finished trajectory waits: :class:`LockstepNUTS`. The two implementations use
+    different random numbers.
 
     Args:
         step_size: :math:`\epsilon`; warm-up aims at an acceptance rate of 0.8.
         inverse_mass: :math:`M^{-1}`: a tensor is its diagonal, shape of one event, or a metric;
             None is the identity.
-        max_tree_depth: most doublings, 1 to 20: at most :math:`2^{depth} - 1` leapfrog steps.
+        max_tree_depth: maximum number of doublings, 1 to 20: at most :math:`2^{depth} - 1` leapfrog
+            steps.
 
     Raises:
         ValueError: if a setting is out of its range.
@@ -65,9 +67,11 @@ class NUTS(GradientKernel):
             )
 
     def probe(self) -> NUTS:
+        """Return the kernel with trajectories of one step."""
         return self.replace(max_tree_depth=1)
 
     def runs_ahead(self, energy: Energy) -> bool:
+        """Whether chains run asynchronously: on a CPU, with numba, in float32 or float64."""
         return (
             energy.device.type == "cpu"
             and energy.dtype in (torch.float32, torch.float64)
@@ -77,6 +81,7 @@ class NUTS(GradientKernel):
     def step(
         self, energy: Energy, state: State, generator: torch.Generator | None = None
     ) -> tuple[State, Info]:
+        """Draw the next state of every chain from a new trajectory."""
         if not self.runs_ahead(energy):
             return lockstep.step(self, energy, state, generator)
         from pyroebm.kernels.nuts.driver import Chains
@@ -107,11 +112,14 @@ def _has_numba() -> bool:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LockstepNUTS(NUTS):
-    """:class:`NUTS` with all chains in lock-step, in plain tensor operations: what NUTS is on a
-    GPU, on any device.
+    """:class:`NUTS` with all chains in lock-step, in tensor operations, on any device.
+
+    This is the implementation that :class:`NUTS` uses on a GPU.
 
     Args:
-        step_size, inverse_mass, max_tree_depth: as for :class:`NUTS`.
+        step_size: as for :class:`NUTS`.
+        inverse_mass: as for :class:`NUTS`.
+        max_tree_depth: as for :class:`NUTS`.
 
     Example:
         >>> from pyroebm.targets import DoubleWell
@@ -120,4 +128,5 @@ class LockstepNUTS(NUTS):
     """
 
     def runs_ahead(self, energy: Energy) -> bool:
+        """False: chains are in lock-step."""
         return False

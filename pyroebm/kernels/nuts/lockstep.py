@@ -1,4 +1,4 @@
-"""The no-U-turn sampler for many chains in lock-step: one leapfrog step of all chains at a time."""
+"""No-U-turn sampler for many chains in lock-step: one leapfrog step of all chains at a time."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from pyroebm.kernels.metric import Metric, metric_of
 
 __all__ = ["step"]
 
-#: Leapfrog steps after which it is asked whether any row goes on: a device waits for the answer.
+#: Number of leapfrog steps between checks whether all chains are done, which synchronize a GPU.
 LEAVES = 4
 
 
 class _Settings(Protocol):
-    """What a step asks of the kernel."""
+    """Settings of the kernel that a step uses."""
 
     @property
     def step_size(self) -> float | Tensor: ...
@@ -37,7 +37,7 @@ class _Settings(Protocol):
 
 
 class _Point(NamedTuple):
-    """One end of a trajectory, rows ``(chains, dim)``."""
+    """One end of a trajectory; fields ``(chains, dim)``."""
 
     q: Tensor
     p: Tensor
@@ -54,7 +54,7 @@ class _Proposal(NamedTuple):
 
 
 class _Half(NamedTuple):
-    """What a doubling adds, and which rows go on with it."""
+    """Half that a doubling adds to a trajectory, and which chains are still extending it."""
 
     end: _Point
     proposal: _Proposal
@@ -68,8 +68,11 @@ class _Half(NamedTuple):
 
 
 class _Trajectory(NamedTuple):
-    """The end reached last and the step that led there, the other end, what lies between, and a
-    report of each row."""
+    """Trajectory under construction.
+
+    ``front`` is the end reached last, ``step`` the step that led there and ``back`` the other end.
+    The remaining fields summarize what is between the ends and report on each chain.
+    """
 
     front: _Point
     back: _Point
@@ -100,19 +103,20 @@ def _where(chosen: Tensor, new: _T, old: _T) -> _T:
 def _is_turning(p_a: Tensor, p_b: Tensor, momentum_sum: Tensor) -> Tensor:
     """Whether the ends of a trajectory move towards each other.
 
-    The sum of momenta less half of both ends is the trapezoidal rule for the distance between the
-    ends: without the correction a trajectory of few leaves looks longer than it is. Symmetric in
-    the ends, so the direction of time does not matter. Momenta are whitened, and so is the way.
+    The sum of momenta minus half of both ends is the trapezoidal rule for the difference of the
+    positions of the ends. Without this correction a trajectory of few leaves seems longer than it
+    is. The criterion is symmetric in the ends, so the direction of time does not matter. Momenta
+    and the difference are in whitened coordinates.
     """
-    way = momentum_sum - 0.5 * (p_a + p_b)
-    return torch.minimum(torch.linalg.vecdot(p_a, way), torch.linalg.vecdot(p_b, way)) <= 0
+    span = momentum_sum - 0.5 * (p_a + p_b)
+    return torch.minimum(torch.linalg.vecdot(p_a, span), torch.linalg.vecdot(p_b, span)) <= 0
 
 
 def _slots(leaf: int) -> tuple[int, int]:
-    """Which stored left ends close a balanced subtree at an odd ``leaf``: slots low to high.
+    """Return the slots of the left ends of the balanced subtrees that an odd ``leaf`` completes.
 
-    An even leaf is kept in slot (number of ones in leaf // 2). Slot numbers are Python ints, shared
-    by all chains.
+    An even leaf is stored in slot (number of ones in leaf // 2). Slot numbers are Python ints,
+    shared by all chains. The slots are returned as lowest and highest.
     """
     high = (leaf >> 1).bit_count()
     trailing_ones = (~leaf & (leaf + 1)).bit_length() - 1
@@ -122,10 +126,10 @@ def _slots(leaf: int) -> tuple[int, int]:
 def step(
     kernel: _Settings, energy: Energy, state: State, generator: torch.Generator | None
 ) -> tuple[State, Info]:
-    """One draw of every chain.
+    """Make one draw of every chain.
 
-    Random numbers come from a generator spawned for the step: what one chain draws does not depend
-    on how far others go.
+    Random numbers come from a generator seeded for the step, so that the random numbers of later
+    steps do not depend on the depth of the trees.
     """
     q, grad = rows(state.x), rows(state.grad)
     rng = _spawn(generator, q.device)
@@ -134,7 +138,7 @@ def step(
     h0 = state.energy + kinetic(p)
     zero, none = torch.zeros_like(h0), torch.zeros_like(h0, dtype=torch.bool)
     point = _Point(q, p, grad)
-    way = _Trajectory(
+    tree = _Trajectory(
         front=point,
         back=point,
         proposal=_Proposal(q, state.energy, grad, h0),
@@ -149,20 +153,20 @@ def step(
         acceptance=zero,
     )
     for level in range(kernel.max_tree_depth):
-        if not bool(way.growing.any()):
+        if not bool(tree.growing.any()):
             break
-        way = _double(energy, metric, h0, way, 2**level, rng)
+        tree = _double(energy, metric, h0, tree, 2**level, rng)
     info = Info(
-        acceptance_rate=way.acceptance / way.n_steps,
-        accepted=way.accepted,
-        diverging=way.diverging,
-        energy=way.proposal.hamiltonian,
-        n_steps=way.n_steps,
+        acceptance_rate=tree.acceptance / tree.n_steps,
+        accepted=tree.accepted,
+        diverging=tree.diverging,
+        energy=tree.proposal.hamiltonian,
+        n_steps=tree.n_steps,
         step_size=size.squeeze(1),
-        tree_depth=way.depth,
-        reached_max_treedepth=way.growing,
+        tree_depth=tree.depth,
+        reached_max_treedepth=tree.growing,
     )
-    found = way.proposal
+    found = tree.proposal
     return state_of_rows(energy, found.q, found.energy, found.grad), info
 
 
@@ -175,32 +179,32 @@ def _double(
     energy: Energy,
     metric: Metric,
     h0: Tensor,
-    way: _Trajectory,
+    tree: _Trajectory,
     leaves: int,
     rng: torch.Generator,
 ) -> _Trajectory:
-    """One doubling: go on from the front or turn round, with equal chances."""
+    """Double the trajectory forwards or backwards in time, with equal probability."""
     noise = uniform_like(h0.expand(leaves + 2, -1), rng)
-    on = noise[0] < 0.5
-    front, back = _where(on, way.front, way.back), _where(on, way.back, way.front)
-    way = way._replace(
-        front=front, back=back, step=torch.where(on.unsqueeze(1), way.step, -way.step)
+    forward = noise[0] < 0.5
+    front, back = _where(forward, tree.front, tree.back), _where(forward, tree.back, tree.front)
+    tree = tree._replace(
+        front=front, back=back, step=torch.where(forward.unsqueeze(1), tree.step, -tree.step)
     )
-    none = torch.zeros_like(way.growing)
+    none = torch.zeros_like(tree.growing)
     half = _Half(
         end=front,
-        proposal=way.proposal,
+        proposal=tree.proposal,
         log_weight=torch.full_like(h0, -torch.inf),
         momentum_sum=torch.zeros_like(front.p),
-        running=way.growing,
+        running=tree.growing,
         turned=none,
         diverged=none,
-        n_steps=way.n_steps,
-        acceptance=way.acceptance,
+        n_steps=tree.n_steps,
+        acceptance=tree.acceptance,
     )
     stored: dict[int, tuple[Tensor, Tensor]] = {}
     for leaf in range(leaves):
-        half = _leaf(energy, metric, h0, way.step, noise[2 + leaf], half)
+        half = _leaf(energy, metric, h0, tree.step, noise[2 + leaf], half)
         low, high = _slots(leaf)
         if leaf % 2 == 0:
             stored[high] = (half.end.p, half.momentum_sum)
@@ -213,16 +217,16 @@ def _double(
         half = half._replace(turned=turned, running=half.running & ~turned)
         if leaf % LEAVES == LEAVES - 1 and not bool(half.running.any()):
             break
-    return _merged(noise[1], half, way)
+    return _merged(noise[1], half, tree)
 
 
 def _leaf(
     energy: Energy, metric: Metric, h0: Tensor, step: Tensor, uniform: Tensor, half: _Half
 ) -> _Half:
-    """One leapfrog step, and perhaps a new proposal."""
+    """Take one leapfrog step and update the proposal of the half."""
     running = half.running
     q, p, values, grad = leapfrog(energy, *half.end, step, metric)
-    # a non-finite gradient is in the momentum, and so in here
+    # A non-finite gradient enters the momentum, so it is detected here as well.
     hamiltonian = values + kinetic(p)
     error = torch.where(torch.isfinite(hamiltonian), hamiltonian - h0, torch.inf)
     n_steps = half.n_steps + running
@@ -244,25 +248,28 @@ def _leaf(
     )
 
 
-def _merged(uniform: Tensor, half: _Half, way: _Trajectory) -> _Trajectory:
-    """Join a doubling to its trajectory: biased progressive draw between the halves, min(1, w_new /
-    w_old), and a last check."""
-    whole = way.growing & ~half.diverged & ~half.turned
-    take = whole & (uniform.log() < half.log_weight - way.log_weight)
-    momentum_sum = way.momentum_sum + half.momentum_sum
+def _merged(uniform: Tensor, half: _Half, tree: _Trajectory) -> _Trajectory:
+    """Merge a doubling into its trajectory, and check the whole for a U-turn.
+
+    The proposal of the new half is accepted with probability min(1, w_new / w_old) (biased
+    progressive sampling).
+    """
+    whole = tree.growing & ~half.diverged & ~half.turned
+    take = whole & (uniform.log() < half.log_weight - tree.log_weight)
+    momentum_sum = tree.momentum_sum + half.momentum_sum
     return _Trajectory(
         front=half.end,
-        back=way.back,
-        proposal=_where(take, half.proposal, way.proposal),
+        back=tree.back,
+        proposal=_where(take, half.proposal, tree.proposal),
         log_weight=torch.where(
-            whole, torch.logaddexp(way.log_weight, half.log_weight), way.log_weight
+            whole, torch.logaddexp(tree.log_weight, half.log_weight), tree.log_weight
         ),
         momentum_sum=momentum_sum,
-        step=way.step,
-        growing=whole & ~_is_turning(half.end.p, way.back.p, momentum_sum),
-        diverging=way.diverging | half.diverged,
-        accepted=way.accepted | take,
-        depth=way.depth + way.growing,
+        step=tree.step,
+        growing=whole & ~_is_turning(half.end.p, tree.back.p, momentum_sum),
+        diverging=tree.diverging | half.diverged,
+        accepted=tree.accepted | take,
+        depth=tree.depth + tree.growing,
         n_steps=half.n_steps,
         acceptance=half.acceptance,
     )

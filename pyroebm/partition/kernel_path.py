@@ -1,5 +1,4 @@
-"""Walks along a path of densities, with the weights that annealed importance sampling gives
-them."""
+"""Annealed chains along a path of densities, with the weights of annealed importance sampling."""
 
 from __future__ import annotations
 
@@ -29,21 +28,24 @@ S = TypeVar("S")
 
 
 class WeightedPath(Protocol[S]):
-    """What a walk needs: weights from one temperature to another, and moves that leave a
-    temperature's density unchanged."""
+    """Protocol of a path: log weights between temperatures and transitions at a temperature."""
 
-    def log_weight(self, state: S, beta: float, then: float) -> Tensor: ...
-    def move(self, state: S, beta: float, generator: torch.Generator | None) -> S: ...
+    def log_weight(self, state: S, beta: float, then: float) -> Tensor:
+        """Compute the log weights from temperature ``beta`` to ``then``, shape ``(chains,)``."""
+
+    def move(self, state: S, beta: float, generator: torch.Generator | None) -> S:
+        """Move the state by a transition that leaves the density at ``beta`` invariant."""
 
 
 class KernelPath:
-    """The :class:`pyroebm.core.GeometricPath` from a base to an energy in unconstrained
-    coordinates, on which any kernel moves.
+    """Path from a base to an energy in unconstrained coordinates, with a kernel as transition.
 
     Args:
-        energy, base: the two ends.
-        kernel: its settings stay as they are along the path, but for
-        pilot: an SMC run along the same path, whose step sizes are taken.
+        energy: the target.
+        base: the base.
+        kernel: the kernel; its settings are constant along the path, except for the step size if a
+            pilot is given.
+        pilot: an SMC run along the same path, whose step sizes are used.
     """
 
     def __init__(
@@ -56,11 +58,11 @@ class KernelPath:
         self.log_z = float(base.log_z or 0.0)
 
     def log_weight(self, x: Tensor, beta: float, then: float) -> Tensor:
-        r""":math:`(\beta - \beta') (U - V)(x)`, float64."""
+        r"""Compute :math:`(\beta - \beta') (U - V)(x)`, float64."""
         return (beta - then) * GeometricPath(self.target, beta, self.reference).slope(x).double()
 
     def move(self, x: Tensor, beta: float, generator: torch.Generator | None = None) -> Tensor:
-        """One step of the kernel at a temperature, from a fresh state."""
+        """Run one step of the kernel at a temperature."""
         path, kernel = GeometricPath(self.target, beta, self.reference), self.kernel
         if self.pilot is not None:
             kernel = kernel.replace(
@@ -71,8 +73,9 @@ class KernelPath:
         return moved
 
     def alive(self, x: Tensor, beta: float, then: float) -> Tensor:
-        """Which rows do not begin where the other end has no density: those have weight 0 from the
-        start, and cannot be moved.
+        """Return which chains start at a state of positive density at the next temperature.
+
+        The others have weight 0 from the start and cannot be moved.
 
         Raises:
             FloatingPointError: if an energy is NaN or -inf.
@@ -81,7 +84,7 @@ class KernelPath:
         wrong = int((first.isnan() | (first == math.inf)).sum())
         if wrong:
             raise FloatingPointError(
-                f"an energy is NaN or -inf at {wrong} of {len(x)} draws that the walk starts from"
+                f"an energy is NaN or -inf at {wrong} of {len(x)} draws at the start of the path"
             )
         return first > -math.inf
 
@@ -92,7 +95,7 @@ class KernelPath:
         generator: torch.Generator | None,
         progress: bool | None,
     ) -> Tensor:
-        """:func:`total_weight` of all rows, alive or not."""
+        """:func:`total_weight` of all chains; those not alive have log weight -inf."""
         alive = self.alive(x, *betas[:2])
         log_weights = torch.full((len(x),), -math.inf, dtype=torch.float64, device=x.device)
         if bool(alive.any()):
@@ -107,10 +110,10 @@ def increments(
     generator: torch.Generator | None,
     progress: bool | None,
 ) -> Iterator[Tensor]:
-    r""":math:`\log f_{\beta_{k+1}}(x_k) - \log f_{\beta_k}(x_k)` for each k, where :math:`x_{k+1}`
-    is :math:`x_k` moved at :math:`\beta_{k+1}`.
+    r"""Yield :math:`\log f_{\beta_{k+1}}(x_k) - \log f_{\beta_k}(x_k)` for each k.
 
-    The weight comes before the move. Temperatures may rise or fall; the last needs no move.
+    :math:`x_{k+1}` is :math:`x_k` moved at :math:`\beta_{k+1}`: the weight is computed before the
+    move. Temperatures may rise or fall; the last needs no move.
     """
     with Progress(len(betas) - 1, "annealing", "temperature", progress) as shown:
         for step, (beta, then) in enumerate(itertools.pairwise(betas), start=2):
@@ -127,7 +130,7 @@ def total_weight(
     generator: torch.Generator | None,
     progress: bool | None,
 ) -> Tensor:
-    """The log weights of a whole walk, float64, shape ``(rows,)``."""
+    """Compute the total log weights of annealed chains, float64, shape ``(chains,)``."""
     terms = increments(path, state, betas, generator, progress)
     total = next(terms)
     for term in terms:
@@ -136,8 +139,11 @@ def total_weight(
 
 
 def as_betas(betas: int | Tensor) -> list[float]:
-    """A schedule: that many even steps from 0 to 1, or the one given; ValueError unless it rises
-    from 0 to 1."""
+    """Return a schedule: that many even steps from 0 to 1, or the one given.
+
+    Raises:
+        ValueError: unless it rises from 0 to 1.
+    """
     if isinstance(betas, int) and not isinstance(betas, bool):
         if betas < 1:
             raise ValueError(f"betas must be at least 1, got betas={betas}")
@@ -153,7 +159,7 @@ def as_betas(betas: int | Tensor) -> list[float]:
 
 
 def default_kernel(energy: Energy) -> Kernel[Any]:
-    """What moves where the caller names no kernel."""
+    """Return the kernel used if none is given."""
     if isinstance(energy, LayeredEnergy):
         return LayerGibbs()
     if not is_discrete(energy.support):
