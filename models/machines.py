@@ -20,7 +20,7 @@ from pyroebm.diagnostics.plots import plot_images
 from pyroebm.energies import BernoulliRBM, DeepBeliefNetwork, DeepBoltzmannMachine, LayeredMachine
 from pyroebm.objectives import Centering, CrossEntropy, PersistentCD
 from pyroebm.partition import BidirectionalAIS, base_rates, bidirectional_ais
-from pyroebm.training import Classifier, complete, fit, fit_steps
+from pyroebm.training import Classifier, fit, fit_steps, impute
 
 __all__ = [
     "Images",
@@ -239,7 +239,14 @@ def plot_completions(
     whole = images.test[:n].to(next(iter(model.parameters())).dtype)
     known = torch.zeros(images.shape, dtype=torch.bool)
     known[: images.shape[0] // 2] = True
-    drawn = complete(model, whole, known.flatten(), steps=steps, seed=seed, progress=False)
+    drawn = impute(
+        model,
+        whole,
+        known.flatten(),
+        num_sweeps=steps,
+        generator=torch.Generator().manual_seed(seed),
+        progress=False,
+    )
     rows = torch.cat([whole, torch.where(known.flatten(), whole, 0.5), drawn])
     return plot_images(rows, images.shape, columns=n, ax=ax)
 

@@ -1024,7 +1024,7 @@ def fine_tuned(model: Any) -> Any:
 
 def completed(model: Any, observed: Tensor) -> Tensor:
     known = torch.arange(observed.shape[1]) < 2
-    return ebm.complete(model, observed, known, steps=10, progress=False)
+    return ebm.impute(model, observed, known, num_sweeps=10, generator=seeded(0), progress=False)
 
 
 def rolled_back() -> Any:

@@ -73,7 +73,6 @@ EXEMPT: dict[str, tuple[str, str]] = {
     "pyroebm.mcmc.sampler.MCMC.load_state_dict": ("order", "torch's name and order"),
     "pyroebm.diagnostics.convergence.Diagnosis": ("counts", "a result"),
     "pyroebm.flows.report.FlowReport": ("counts", "a result"),
-    "pyroebm.training.imputation.*": ("*", "being rewritten"),
     "pyroebm.training.data.*": ("randomness", "any step's batch can be had at once"),
     "pyroebm.training.validation.Validation": ("randomness", "the same numbers each time"),
     "pyroebm.training.history.History": ("randomness", "a result"),

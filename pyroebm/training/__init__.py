@@ -1,5 +1,4 @@
-"""Train energies, flows and classifiers: the loop, checkpoints, guards, logs, several processes;
-pretraining, classifiers, imputation."""
+"""Training of energies, flows and classifiers; pretraining, fine-tuning and imputation."""
 
 from pyroebm.training.data import Batches
 from pyroebm.training.distributed import (
@@ -13,7 +12,7 @@ from pyroebm.training.finetuning import Classifier
 from pyroebm.training.fit import fit, fit_steps
 from pyroebm.training.guards import Guard
 from pyroebm.training.history import History
-from pyroebm.training.imputation import complete
+from pyroebm.training.imputation import impute
 from pyroebm.training.log import TrainingLog, read_log
 from pyroebm.training.pretraining import pretrain_belief_network, pretrain_boltzmann_machine
 from pyroebm.training.selection import TotalDimSelection, select_total_dim
@@ -29,10 +28,10 @@ __all__ = [
     "Trainer",
     "TrainingLog",
     "average_gradients",
-    "complete",
     "connected_ranks",
     "fit",
     "fit_steps",
+    "impute",
     "pretrain_belief_network",
     "pretrain_boltzmann_machine",
     "process_group",

@@ -1,5 +1,4 @@
-"""Where a training stands, as one file of tensors: safetensors, with one text of JSON among them.
-No pickle."""
+"""Checkpoints of a training, as one safetensors file with JSON, without pickle."""
 
 from __future__ import annotations
 
@@ -23,13 +22,13 @@ __all__ = ["Checkpoint", "TrainingState", "saved_seed", "settings_of"]
 
 
 class TrainingState:
-    """All that moves in a training, as tensors and back.
+    """The state of a training, which is saved as tensors and restored from them.
 
     Args:
-        modules: by name; their ``state_dict`` is kept.
-        optimizers: by name, and
-        schedules: keep their own states, and
-        generator: its stream.
+        modules: modules by name, of which the ``state_dict`` is saved.
+        optimizers: optimizers by name.
+        schedules: learning rate schedules by name.
+        generator: source of the training's random numbers.
 
     Example:
         >>> net = nn.Linear(2, 1)
@@ -57,24 +56,28 @@ class TrainingState:
         self.generator = generator
 
     def tensors(self) -> dict[str, Tensor]:
-        """A copy of it all."""
+        """Return a copy of the state."""
         tensors: dict[str, Tensor] = {"generator": self.generator.get_state()}
-        said = pack(self._dicts(), "states", tensors)
+        states = pack(self._dicts(), "states", tensors)
         for name, module in self.modules.items():
             tensors |= {
                 f"module.{name}.{key}": value.detach().clone()
                 for key, value in module.state_dict().items()
             }
-        return tensors | {"states": to_text(said)}
+        return tensors | {"states": to_text(states)}
 
     def restore(self, tensors: Mapping[str, Tensor], *, learned_only: bool = False) -> None:
-        """Put it back; ``learned_only`` leaves the generator, the schedules and the optimizers'
-        settings as they are now.
+        """Restore the state.
+
+        Args:
+            tensors: a copy made by :meth:`tensors`.
+            learned_only: whether to keep the present states of the generator and the schedules and
+                the settings of the optimizers.
 
         Raises:
-            ValueError: if it is of other modules.
+            ValueError: if the state is that of other modules.
         """
-        device = self.generator.device  # chains are made anew where they are loaded
+        device = self.generator.device  # buffers that are None before are created on this device
         for name, module in self.modules.items():
             start = f"module.{name}."
             state = {
@@ -85,11 +88,11 @@ class TrainingState:
             try:
                 module.load_state_dict(state)
             except RuntimeError as error:
-                raise ValueError(f"the state is of another {name} than this: {error}") from error
+                raise ValueError(f"the state must be that of this {name}: {error}") from error
         states = unpack(from_text(tensors["states"]), self._dicts(), dict(tensors))
         for key, optimizer in self.optimizers.items():
             state = states["optimizers"][key]
-            # JSON has no keys but text; an optimizer numbers its parameters.
+            # the keys are numbers of parameters, but JSON has only strings as keys
             state["state"] = {int(k): v for k, v in state["state"].items()}
             if learned_only:
                 state["param_groups"] = optimizer.state_dict()["param_groups"]
@@ -112,13 +115,14 @@ class TrainingState:
 
 
 class Checkpoint:
-    """A file of what :func:`pyroebm.training.fit` needs to go on. Of several processes the first
-    writes it, with a part for each.
+    """A file with the state of a training, from which :func:`pyroebm.training.fit` continues.
+
+    In distributed training the first process writes the file, with a part for each process.
 
     Args:
-        path: the file; its folder is made if it is not there. All processes must see it.
-        state: what is kept.
-        settings: what must be the same when a training goes on, as JSON can say it.
+        path: the file, to which all processes must have access; its folder is created if needed.
+        state: the state to save.
+        settings: settings, as JSON values, which must be equal on restoring.
 
     Example:
         >>> import tempfile
@@ -138,12 +142,16 @@ class Checkpoint:
 
     @property
     def exists(self) -> bool:
-        """Whether something was saved there."""
+        """Whether the file exists."""
         return self.path.exists()
 
     def save(self, step: int, more: Mapping[str, Tensor] | None = None) -> None:
-        """Keep the state, how many steps are done and what ``more`` there is; the file is the old
-        one or the new one, whole, at any moment."""
+        """Write the state atomically: to a temporary file, which is then renamed.
+
+        Args:
+            step: number of steps that are done.
+            more: further tensors to save.
+        """
         tensors = self.state.tensors() | {
             f"more.{name}": value for name, value in (more or {}).items()
         }
@@ -153,22 +161,25 @@ class Checkpoint:
                 f"rank{k}": torch.frombuffer(bytearray(part), dtype=torch.uint8)
                 for k, part in enumerate(parts)
             }
-            file["said"] = to_text({"settings": self.settings, "step": step})
+            file["header"] = to_text({"settings": self.settings, "step": step})
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_tensors(self.path, file)
-        # no process goes on, perhaps to load it, before it is there
+        # a barrier: no process continues before the file is written
         gather_bytes(b".", self.state.generator.device)
 
     def load(self) -> tuple[int, dict[str, Tensor]]:
-        """Put the state back; the number of steps that were done, and what more was kept.
+        """Restore the state.
+
+        Returns:
+            The number of steps that were done, and the further tensors.
 
         Raises:
-            ValueError: if there is no such file, it is damaged or no checkpoint, or it is one of
-                other settings or modules.
+            ValueError: if the file does not exist, is damaged or no checkpoint, or has other
+                settings or modules.
         """
         try:
-            file, said = _read(self.path)
-            same = said["settings"] == self.settings
+            file, header = _read(self.path)
+            same = header["settings"] == self.settings
             tensors = (
                 from_bytes(file[f"rank{connected_ranks()[0]}"].numpy().tobytes()) if same else {}
             )
@@ -179,7 +190,7 @@ class Checkpoint:
         if not same:
             raise ValueError(
                 f"the checkpoint must be of the settings of this training, {self.settings}, got"
-                f" {said['settings']}"
+                f" {header['settings']}"
             )
         more = {
             k.removeprefix("more."): tensors.pop(k) for k in list(tensors) if k.startswith("more.")
@@ -188,23 +199,23 @@ class Checkpoint:
             self.state.restore(tensors)
         except ValueError as error:
             raise ValueError(f"checkpoint={str(self.path)!r} does not fit: {error}") from error
-        return int(said["step"]), more
+        return int(header["step"]), more
 
 
 def saved_seed(path: str | Path) -> int:
-    """The seed of the training in a checkpoint.
+    """Return the seed of the training in a checkpoint.
 
     Raises:
-        ValueError: if there is no such file, or it is damaged or no checkpoint.
+        ValueError: if the file does not exist, or is damaged or no checkpoint.
     """
     return int(_read(path)[1]["settings"]["seed"])
 
 
 def _read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of a checkpoint, and what it says of settings and steps."""
+    """Return the tensors of a checkpoint, and its header with settings and number of steps."""
     try:
         file, _ = read_tensors(path)
-        return file, from_text(file["said"])
+        return file, from_text(file["header"])
     except (OSError, SafetensorError, KeyError) as error:
         raise ValueError(
             f"checkpoint={str(path)!r} must be a file that fit wrote, whole, got {error}"
@@ -212,8 +223,9 @@ def _read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def settings_of(name: str, objective: object) -> dict[str, Any]:
-    """Settings of an objective, and of objectives inside it, as JSON can say them: numbers, words,
-    tuples, and kernels in words.
+    """Return the settings of an objective and of its submodules as JSON values.
+
+    They are numbers, strings, and the ``repr`` of tuples and kernels.
 
     Example:
         >>> from pyroebm.objectives import ContrastiveDivergence, Hybrid
@@ -228,13 +240,13 @@ def settings_of(name: str, objective: object) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for path, module in modules:
         if module is not objective and not isinstance(module, Objective):
-            continue  # a network: its state says what it is
+            continue  # a network, whose parameters are saved
         for key, value in vars(module).items():
             if key[0] == "_" or key == "training":
                 continue
             if type(value) in (int, float, str, bool):
                 found[f"{path}.{key}"] = value
             elif isinstance(value, tuple | Kernel):
-                # addresses are another's in each process
+                # memory addresses differ between processes
                 found[f"{path}.{key}"] = re.sub(r" at 0x[0-9a-f]+", "", repr(value))
     return found

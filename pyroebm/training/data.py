@@ -1,5 +1,8 @@
-"""Data for training: tensors, arrays, data frames, datasets and loaders, in random batches of the
-shape, dtype and device that a module takes."""
+"""Data for training: conversion, checks and random batches.
+
+Data are tensors, arrays, data frames, datasets and loaders. Batches have the shape, dtype and
+device of the module.
+"""
 
 from __future__ import annotations
 
@@ -28,31 +31,31 @@ Data = Any
 
 Batch = Tensor | tuple[Tensor, ...]
 
-#: Rows that are checked at once.
+#: Number of rows that are checked at once.
 CHUNK = 4096
 
 
 @runtime_checkable
 class HasVisible(Protocol):
-    """A machine that takes data of its visible units alone, too."""
+    """A machine that can be trained on data of its visible units."""
 
     num_visible: int
 
 
 class Batches:
-    """Random batches: each row once in an epoch, the last batch smaller where it must be.
+    """Random batches, with each row once in an epoch; the last batch may be smaller.
 
-    The order of an epoch depends on the seed and on its number alone, so that any step's batch can
-    be had at once.
+    The order of an epoch depends on the seed and the number of the epoch alone, so the batch of any
+    step can be computed directly.
 
     Args:
-        data: N rows, or a tuple of such (images and labels), each ``(N, ...)``; or a
+        data: N rows, or a tuple of tensors with N rows each (images and labels), ``(N, ...)``; or a
             ``torch.utils.data.Dataset`` of N items.
-        batch_size: rows of a batch.
-        seed: of the orders.
-        ranks: number of this process and of all, which share each batch: process r of w takes every
-            w-th row from row r on.
-        convert: applied to each batch; see :class:`Conversion`.
+        batch_size: number of rows of a batch.
+        seed: seed of the orders.
+        ranks: rank of this process and number of processes, which share each batch: process r of w
+            has the rows r, r + w, ....
+        convert: a function that is applied to each batch; see :class:`Conversion`.
 
     Raises:
         ValueError: if there are no rows, the tensors have different numbers of them, ``batch_size``
@@ -101,11 +104,11 @@ class Batches:
         self._epoch, self._order = -1, torch.empty(0)
 
     def __len__(self) -> int:
-        """Batches of an epoch."""
+        """Return the number of batches of an epoch."""
         return math.ceil(self.rows / self.batch_size)
 
     def __call__(self, step: int) -> Batch:
-        """The batch of a step, or this process's share of it, counted from 0 through all epochs."""
+        """Return the batch of a step, or the share of this process, counted over all epochs."""
         chosen = self.numbers(step)
         batch: Batch
         if isinstance(self.data, Dataset):
@@ -117,7 +120,7 @@ class Batches:
         return batch if self.convert is None else self.convert(batch)
 
     def numbers(self, step: int) -> Tensor:
-        """Which rows these are."""
+        """Return the indices of the rows of this process in the batch of a step."""
         epoch, number = divmod(step, len(self))
         if epoch != self._epoch:
             order = torch.randperm(self.rows, generator=seeded_generator(self.seed, spawned=epoch))
@@ -126,16 +129,16 @@ class Batches:
         return self._order[number * self.batch_size : (number + 1) * self.batch_size][rank::world]
 
     def one_epoch(self) -> Iterator[Batch]:
-        """Each row once."""
+        """Iterate over the batches of the first epoch."""
         return map(self, range(len(self)))
 
 
 class Passes:
-    """The batches of a ``DataLoader``, pass after pass; their sizes and their order are its own.
+    """The batches of a ``DataLoader``, iterated repeatedly, with its batch size and order.
 
     Args:
-        loader: gives tensors, or tuples of tensors.
-        convert: applied to each batch.
+        loader: a loader of tensors, or tuples of tensors.
+        convert: a function that is applied to each batch.
 
     Example:
         >>> passes = Passes(DataLoader(torch.arange(3.0), batch_size=2))
@@ -148,25 +151,25 @@ class Passes:
     ) -> None:
         self.loader = loader
         self.convert = convert
-        #: Not known: a setting of checkpoints, which are not resumed.
+        #: Unknown: a setting of checkpoints, from which a training with a loader is not resumed.
         self.rows = None
         self._left: Iterator[Batch] = iter(())
 
     def __len__(self) -> int:
-        """Batches of a pass.
+        """Return the number of batches of a pass.
 
         Raises:
-            ValueError: if the loader does not know.
+            ValueError: if the loader has no length.
         """
         try:
             return len(self.loader)
         except TypeError as error:
             raise ValueError(
-                "the DataLoader does not know how many batches it has: give num_steps"
+                "the DataLoader must have a length for num_epochs, but has none: give num_steps"
             ) from error
 
     def __call__(self, step: int) -> Batch:
-        """The next batch, whatever ``step`` is."""
+        """Return the next batch, which does not depend on ``step``."""
         for batch in self._left:
             return batch
         self._left = self.one_epoch()
@@ -175,14 +178,17 @@ class Passes:
         raise ValueError("the DataLoader must have batches, got none")
 
     def one_epoch(self) -> Iterator[Batch]:
-        """A new pass."""
+        """Iterate over the batches of a new pass."""
         batches = iter(self.loader)
         return batches if self.convert is None else map(self.convert, batches)
 
 
 def module_dtype(module: nn.Module) -> tuple[torch.dtype, torch.device]:
-    """Floating-point type and device of a module: an energy's or a flow's own, else those of its
-    first parameter or buffer."""
+    """Return the dtype and device of a module.
+
+    They are the attributes of an energy or a flow, else those of the first floating-point parameter
+    or buffer.
+    """
     if isinstance(module, Energy | Flow):
         return module.dtype, module.device
     tensors = (*module.parameters(), *module.buffers())
@@ -191,18 +197,17 @@ def module_dtype(module: nn.Module) -> tuple[torch.dtype, torch.device]:
 
 
 class Conversion:
-    """Rows as they come, as the batches that a module takes; and the checks that they are its data.
+    """Convert batches to the form that a module takes, and check them.
 
-    Of a tuple the first part has the events. They are converted where the meaning is beyond doubt:
-    to the module's dtype and device; bytes of images ``(N, height, width, ...)`` from 0..255 to
-    [0, 1], unless all are 0 or 1; images ``(N, 28, 28)`` to ``(N, 1, 28, 28)`` and to ``(N, 784)``
-    where that is the module's event shape. Of the other parts floating-point numbers get the
-    module's dtype, and integers (labels) stay.
+    The events are the first part of a tuple. Unambiguous conversions are made: to the dtype and
+    device of the module; uint8 images ``(N, height, width, ...)`` from 0..255 to [0, 1], unless all
+    values are 0 or 1; images ``(N, 28, 28)`` to the event shapes ``(1, 28, 28)`` or ``(784,)``. The
+    other parts of a tuple are converted to the module's dtype if they are floating point; integers
+    (labels) are not changed.
 
     Args:
-        module: an energy, a flow, or any other module, for which neither shapes nor a support are
-            checked.
-        argument: what the data are called in messages.
+        module: an energy or a flow; for other modules neither shape nor support is checked.
+        argument: name of the data in error messages.
 
     Example:
         >>> from pyroebm.energies import MLPEnergy
@@ -225,16 +230,16 @@ class Conversion:
                 self.shapes.append((module.num_visible,))
         elif isinstance(module, Flow):
             self.shapes = [(module.dim,)]
-        #: Whether the support is {0, 1}, and whether probabilities will do.
+        #: Whether the support is {0, 1}, and whether probabilities are allowed too.
         self.binary = isinstance(base_constraint(self.support), type(constraints.boolean))
         self.means = self.binary and isinstance(module, LayeredMachine)
-        #: Whether bytes of images are levels 0..255; :meth:`table` looks.
+        #: Whether uint8 images have levels 0..255; set by :meth:`table`.
         self.levels = not is_discrete(self.support)
         #: Names of the columns of a data frame.
         self.columns: Sequence[Any] | None = None
 
     def table(self, data: Any) -> Batch:
-        """Arrays and data frames as tensors, all of them checked once."""
+        """Convert arrays and data frames to tensors, and check all rows."""
         parts = data if isinstance(data, tuple | list) and not _numbers(data) else (data,)
         tensors = tuple(self._tensor(part, first=k == 0) for k, part in enumerate(parts))
         events = tensors[0]
@@ -245,7 +250,7 @@ class Conversion:
         return tensors if isinstance(data, tuple | list) else tensors[0]
 
     def __call__(self, batch: Any) -> Batch:
-        """A batch of the module's dtype, device and event shape."""
+        """Convert a batch to the module's dtype, device and event shape."""
         if isinstance(batch, Tensor):
             return self._events(batch)
         if not (isinstance(batch, tuple | list) and all(isinstance(p, Tensor) for p in batch)):
@@ -261,25 +266,25 @@ class Conversion:
         return (self._events(events), *kept)
 
     def checked(self, batch: Any) -> Batch:
-        """The same with the checks, for batches of which there is no table."""
+        """Convert and check a batch, for data that were not checked by :meth:`table`."""
         converted = self(batch)
         self.check(converted)
         return converted
 
     def check(self, batch: Batch, start: int = 0) -> None:
-        """ValueError unless all numbers are finite, and the events in the module's support.
+        """Raise ValueError unless all numbers are finite and the events in the module's support.
 
         Args:
-            batch: converted.
-            start: number of its first row.
+            batch: a converted batch.
+            start: index of its first row.
         """
         events, *others = batch if isinstance(batch, tuple) else (batch,)
         for part in (events, *others):
             if part.is_floating_point() and not bool(torch.isfinite(part).all()):
-                self._complain_of_numbers(part, start, self.columns if part is events else None)
+                self._raise_not_finite(part, start, self.columns if part is events else None)
         if not self.shapes or is_real(self.support):
             return
-        # visible units alone lie in the support of all units where these are of one kind
+        # visible units are checked against the support of all units if these are of one kind
         whole = tuple(events.shape[1:]) == self.shapes[0]
         if not (whole or self.binary or base_constraint(self.support) is spin):
             return
@@ -288,10 +293,10 @@ class Conversion:
         else:
             fits = inside(self.support, events, len(self.shapes[0]))
         if not bool(fits.all()):
-            self._complain_of_support(events, fits, start)
+            self._raise_outside_support(events, fits, start)
 
     def _events(self, events: Tensor) -> Tensor:
-        """The events in the module's dtype and event shape."""
+        """Convert events to the module's dtype and event shape."""
         image = events.dim() > 2
         if events.dtype == torch.uint8 and self.levels and not image and self.columns is None:
             raise ValueError(
@@ -311,24 +316,24 @@ class Conversion:
             flattened = len(wanted) == 1 and math.prod(shape) == wanted[0]
             if same_image or flattened:
                 return events.reshape(len(events), *wanted)
-        raise ValueError(self._complaint_of_shape(shape))
+        raise ValueError(self._shape_message(shape))
 
-    def _complaint_of_shape(self, shape: tuple[int, ...]) -> str:
+    def _shape_message(self, shape: tuple[int, ...]) -> str:
         wanted = " or ".join(f"(N, {', '.join(map(str, s))})" for s in self.shapes)
         wanted = wanted.replace("(N, )", "(N,)")
-        said = (
+        message = (
             f"{self.argument} must have shape {wanted} for {self.name}, got"
             f" (N, {', '.join(map(str, shape))})".replace("(N, )", "(N,)")
         )
         event = self.shapes[0]
         if len(shape) == len(event) == 3 and (shape[2], shape[0], shape[1]) == event:
-            return f"{said}: the channels come first, permute(0, 3, 1, 2)"
+            return f"{message}: move the channels first by permute(0, 3, 1, 2)"
         if self.columns is not None and len(event) == 1:
-            return f"{said}; its columns are {list(self.columns)}: choose {event[0]} of them"
-        return said
+            return f"{message}; its columns are {list(self.columns)}: select {event[0]} of them"
+        return message
 
     def _entry(self, bad: Tensor, start: int, columns: Sequence[Any] | None) -> str:
-        """The first bad entry ``(rows, ...)`` in words."""
+        """Describe the position of the first entry that is True, ``(rows, ...)``."""
         row, *rest = (int(k) for k in bad.nonzero()[0])
         if not rest:
             return f"row {start + row}"
@@ -338,20 +343,20 @@ class Conversion:
             str(rest[0]) if len(rest) == 1 else str(tuple(rest))
         )
 
-    def _complain_of_numbers(self, part: Tensor, start: int, columns: Sequence[Any] | None) -> None:
+    def _raise_not_finite(self, part: Tensor, start: int, columns: Sequence[Any] | None) -> None:
         bad = ~torch.isfinite(part)
         value = float(part[bad][0])
-        mend = (
-            f"{self.argument}.dropna() leaves such rows out"
+        fix = (
+            f"{self.argument}.dropna() drops such rows"
             if columns is not None
-            else f"{self.argument}[isfinite({self.argument}).all(1)] leaves such rows out"
+            else f"{self.argument}[isfinite({self.argument}).all(1)] drops such rows"
         )
         raise ValueError(
             f"{self.argument} must be finite, got {value} in {self._entry(bad, start, columns)}:"
-            f" {mend}"
+            f" {fix}"
         )
 
-    def _complain_of_support(self, events: Tensor, fits: Tensor, start: int) -> None:
+    def _raise_outside_support(self, events: Tensor, fits: Tensor, start: int) -> None:
         base = base_constraint(self.support)
         low, high = float(events.min()), float(events.max())
         if base.event_dim == 0:
@@ -359,26 +364,26 @@ class Conversion:
             if self.means:
                 allowed = (events >= 0.0) & (events <= 1.0)
             where, value = self._entry(~allowed, start, self.columns), float(events[~allowed][0])
-            seen = f"{value:g} in {where} (the values there are from {low:g} to {high:g})"
+            found = f"{value:g} in {where} (values are from {low:g} to {high:g})"
         else:
-            seen = f"row {start + int((~fits).nonzero()[0])}"
-        mend = ""
+            found = f"row {start + int((~fits).nonzero()[0])}"
+        fix = ""
         if self.binary:
             if low < 0.0:
-                mend = f": ({self.argument} + 1) / 2 makes 0 and 1 of -1 and +1"
+                fix = f": ({self.argument} + 1) / 2 maps -1 and +1 to 0 and 1"
             elif high > 1.0:
-                mend = f": ({self.argument} > 127) * 1.0 makes 0 and 1 of 0..255"
+                fix = f": ({self.argument} > 127) * 1.0 maps 0..255 to 0 and 1"
             else:
-                mend = f": ({self.argument} > 0.5) * 1.0 makes 0 and 1 of probabilities"
+                fix = f": ({self.argument} > 0.5) * 1.0 maps probabilities to 0 and 1"
         elif base is spin and low >= 0.0 and high <= 1.0:
-            mend = f": 2.0 * {self.argument} - 1 makes -1 and +1 of 0 and 1"
+            fix = f": 2.0 * {self.argument} - 1 maps 0 and 1 to -1 and +1"
         raise ValueError(
             f"{self.argument} must lie in the support of {self.name}, {self.support}, got"
-            f" {seen}{mend}"
+            f" {found}{fix}"
         )
 
     def _tensor(self, part: Any, first: bool) -> Tensor:
-        """A tensor, an array or a data frame as a tensor of numbers."""
+        """Convert a tensor, an array or a data frame to a tensor of real numbers."""
         if isinstance(part, Tensor):
             if part.layout != torch.strided:
                 raise ValueError(
@@ -387,7 +392,7 @@ class Conversion:
             if part.is_complex():
                 raise ValueError(
                     f"{self.argument} must be real numbers, got {part.dtype}:"
-                    " torch.view_as_real(...) makes two of each"
+                    " torch.view_as_real(...) makes two real numbers of each"
                 )
             tensor = part
         elif hasattr(part, "columns") and hasattr(part, "to_numpy"):
@@ -405,15 +410,15 @@ class Conversion:
         else:
             raise ValueError(
                 f"{self.argument} must be a tensor, an array or a data frame of rows, a tuple of"
-                f" such, a Dataset or a DataLoader, got {type(part).__name__}: torch.as_tensor(...)"
-                " makes a tensor of numbers in lists"
+                f" these, a Dataset or a DataLoader, got {type(part).__name__}: convert lists of"
+                " numbers by torch.as_tensor(...)"
             )
         if tensor.dim() == 0:
             raise ValueError(f"{self.argument} must be a tensor of rows, got a single number")
         return tensor
 
     def _array(self, values: np.ndarray, what: str) -> np.ndarray:
-        """An array of a type that torch has."""
+        """Convert an array to a type that torch supports."""
         if values.dtype == object and all(v is None or _is_number(v) for v in values.flat):
             values = np.array([np.nan if v is None else float(v) for v in values.flat]).reshape(
                 values.shape
@@ -423,14 +428,14 @@ class Conversion:
             where = f" in row {row}" if values.ndim == 1 else ""
             raise ValueError(
                 f"{self.argument} must be numbers, got {what} of {values.dtype} with {str(bad)!r}"
-                f"{where}: leave it out (drop), or number its values (pandas.factorize)"
+                f"{where}: drop it, or encode it by integers (pandas.factorize)"
             )
         if values.dtype.kind == "f" and values.dtype.itemsize > 8:
             values = values.astype(np.float64)
         if values.dtype.kind == "u" and values.dtype.itemsize > 1:
             values = values.astype(np.int64)
         values = values.astype(values.dtype.newbyteorder("="), copy=False)
-        # torch warns of arrays that it could write to against their owner's will
+        # torch warns about arrays that are not writable
         values = np.ascontiguousarray(values)
         return values if values.flags.writeable else values.copy()
 
@@ -452,19 +457,20 @@ def batches_of(
     ranks: tuple[int, int] = (0, 1),
     argument: str = "data",
 ) -> Batches | Passes:
-    """Batches of whatever form the data have, converted for a module and checked.
+    """Make batches of data in any supported form, converted for a module and checked.
 
     Args:
-        data: a tensor, array, data frame, or a tuple of such, which are checked at once; a
-            ``Dataset`` or ``DataLoader``, whose batches are checked as they come.
-        module: what is trained.
-        batch_size: rows of a batch; a ``DataLoader`` has its own.
-        seed: of the order; a ``DataLoader`` has its own.
+        data: a tensor, array or data frame, or a tuple of these, of which all rows are checked now;
+            or a ``Dataset`` or ``DataLoader``, whose batches are checked when they are used.
+        module: the module that is trained.
+        batch_size: number of rows of a batch; a ``DataLoader`` has its own.
+        seed: seed of the order; a ``DataLoader`` has its own.
         ranks: as in :class:`Batches`.
-        argument: what the data are called in messages.
+        argument: name of the data in error messages.
 
     Raises:
-        ValueError: if they cannot be converted without doubt, naming row, column and what to do.
+        ValueError: if the conversion is ambiguous or a check fails; the message has the row, the
+            column and the call that fixes it.
 
     Example:
         >>> from pyroebm.energies import BernoulliRBM
@@ -475,16 +481,16 @@ def batches_of(
     if isinstance(data, DataLoader):
         if ranks[1] > 1:
             raise ValueError(
-                f"{argument} must be rows or a Dataset, of which each process takes its share,"
-                f" got a DataLoader in {ranks[1]} processes"
+                f"{argument} must be rows or a Dataset in distributed training, so that processes"
+                f" share each batch, got a DataLoader in {ranks[1]} processes"
             )
         return Passes(data, convert.checked)
     if isinstance(data, IterableDataset) or (
         isinstance(data, Dataset) and not hasattr(data, "__len__")
     ):
         raise ValueError(
-            f"{argument} must have a length and be indexed, got {type(data).__name__}: give"
-            " DataLoader(...) of it"
+            f"{argument} must have a length and be indexed, got {type(data).__name__}: wrap it in"
+            " a DataLoader"
         )
     if isinstance(data, TensorDataset):
         data = data.tensors if len(data.tensors) > 1 else data.tensors[0]

@@ -1,5 +1,4 @@
-"""One run in several processes, as ``torchrun`` starts them: blocks of chains, shares of batches,
-averaged gradients."""
+"""Distributed runs with ``torchrun``: chain batches, shares of batches, averaged gradients."""
 
 from __future__ import annotations
 
@@ -21,11 +20,12 @@ __all__ = [
 
 
 def ranks() -> tuple[int, int]:
-    """The number of this process and of all: from ``torch.distributed`` if it is initialised, else
-    as ``torchrun`` set them.
+    """Return the rank of this process and the number of processes.
 
-    Given to :class:`pyroebm.MCMC`, they divide a run's blocks among the processes. No draw depends
-    on that, and none is sent: each process writes its own parts, which open as one.
+    They come from ``torch.distributed`` if it is initialized, else from the environment variables
+    of ``torchrun``. With ``ranks=ranks()`` :class:`pyroebm.MCMC` distributes its chain batches over
+    the processes. Draws do not depend on the number of processes. Each process writes its own part
+    of the store.
 
     Example:
         >>> import tempfile
@@ -44,15 +44,14 @@ def ranks() -> tuple[int, int]:
 
 @contextlib.contextmanager
 def process_group() -> Iterator[tuple[int, int]]:
-    """Within it the processes of ``torchrun`` can talk to each other, and
-    :func:`pyroebm.training.fit` trains with all of them.
+    """Initialize the process group of ``torchrun``, and destroy it afterwards.
 
-    Tensors on CPUs go through gloo, those on GPUs through nccl, each process with the GPU of its
-    local number. In a process that ``torchrun`` did not start, or where a group is there already,
-    it does nothing.
+    Within the context :func:`pyroebm.training.fit` trains in all processes. The backends are gloo
+    for CPU tensors and nccl for GPU tensors; each process uses the GPU of its local rank. In a
+    process that ``torchrun`` did not start, or if a group exists already, the context does nothing.
 
     Yields:
-        the number of this process, and of all.
+        The rank of this process, and the number of processes.
 
     Example:
         >>> with process_group() as (rank, world):
@@ -65,27 +64,26 @@ def process_group() -> Iterator[tuple[int, int]]:
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
-    # Before the group: its functions take the group that is there at import as their default and
-    # so keep it, and its threads, to the end of the interpreter, where they abort the process.
+    # Imported before the group exists: the default arguments of its functions would otherwise hold
+    # the group and its threads until the interpreter exits, which then aborts.
     from torch.distributed.nn import functional  # noqa: F401
 
     torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     try:
         yield ranks()
-        # none leaves while another still listens to it
+        # no process leaves the group while another still communicates
         torch.distributed.barrier()
     finally:
         torch.distributed.destroy_process_group()
 
 
 def connected_ranks() -> tuple[int, int]:
-    """:func:`ranks` of processes that can talk to each other; a process that cannot is the only
-    one."""
+    """Return :func:`ranks` if a process group is initialized, else ``(0, 1)``."""
     return ranks() if _connected() else (0, 1)
 
 
 def same_start(parameters: Sequence[nn.Parameter]) -> None:
-    """Give all processes the parameters of the first."""
+    """Broadcast the parameters of the first process to all."""
     for parameter in parameters:
         torch.distributed.broadcast(parameter.data, 0)
 
@@ -93,36 +91,44 @@ def same_start(parameters: Sequence[nn.Parameter]) -> None:
 def average_gradients(
     parameters: Sequence[nn.Parameter], metrics: Mapping[str, Tensor], weight: float
 ) -> dict[str, Tensor]:
-    r"""Replace gradients by :math:`\sum_r w_r g_r / \sum_r w_r` over the processes r, and give the
-    metrics averaged likewise.
+    r"""Average gradients, in place, and metrics over the processes.
 
-    With the rows of each share as weights, the gradient of a mean over rows is that of one process
-    with all rows. It is not ``DistributedDataParallel``, whose hooks never hear of a parameter
-    without gradient (an additive constant under score matching) nor of gradients within gradients.
-    A parameter without gradient in all processes stays without.
+    .. math:: \bar g = \sum_r w_r g_r \Big/ \sum_r w_r
+
+    With the number of rows of each share as weights, the gradient of a mean over rows is that of
+    one process with all rows. ``DistributedDataParallel`` is not used, since it supports neither
+    parameters without a gradient (an additive constant in score matching) nor double backward.
+    A parameter without a gradient in all processes has none afterwards.
 
     Args:
-        parameters: the same, in the same order, in each process.
-        metrics: numbers by the same names in each process, of any shape.
+        parameters: the parameters, in the same order in each process.
+        metrics: metrics of any shape, with the same names in each process.
         weight: w of this process.
+
+    Returns:
+        The averaged metrics.
     """
     for dtype, device in sorted({(p.dtype, p.device) for p in parameters}, key=str):
         own = [p for p in parameters if (p.dtype, p.device) == (dtype, device)]
-        there = torch.tensor([p.grad is not None for p in own], dtype=dtype, device=device)
+        has_gradient = torch.tensor([p.grad is not None for p in own], dtype=dtype, device=device)
         flat = torch.cat(
             [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in own]
         )
-        *summed, there, total = _summed([weight * flat, there, flat.new_tensor(weight)])
-        for p, grad, somewhere in zip(
-            own, (summed[0] / total).split([p.numel() for p in own]), there > 0, strict=True
+        *summed, has_gradient, total = _sum_over_processes(
+            [weight * flat, has_gradient, flat.new_tensor(weight)]
+        )
+        for p, grad, anywhere in zip(
+            own, (summed[0] / total).split([p.numel() for p in own]), has_gradient > 0, strict=True
         ):
-            p.grad = grad.reshape(p.shape) if bool(somewhere) else None
+            p.grad = grad.reshape(p.shape) if bool(anywhere) else None
     names = sorted(metrics)
     if not names:
         return {}
     device = metrics[names[0]].device
     numbers = [weight * metrics[name].to(device, torch.float64) for name in names]
-    *values, total = _summed([*numbers, torch.tensor(weight, dtype=torch.float64, device=device)])
+    *values, total = _sum_over_processes(
+        [*numbers, torch.tensor(weight, dtype=torch.float64, device=device)]
+    )
     return {
         name: (value / total).to(metrics[name].dtype)
         for name, value in zip(names, values, strict=True)
@@ -130,8 +136,10 @@ def average_gradients(
 
 
 def gather_bytes(data: bytes, device: torch.device | str = "cpu") -> list[bytes]:
-    """What each process gives, in the order of their numbers; ``device`` is that of the tensors
-    which carry it."""
+    """Gather the data of all processes, in the order of their ranks.
+
+    They are sent as tensors on ``device``.
+    """
     _, world = connected_ranks()
     if world == 1:
         return [data]
@@ -150,8 +158,8 @@ def _connected() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
-def _summed(parts: Sequence[Tensor]) -> list[Tensor]:
-    """The sum over all processes of each part, in one message."""
+def _sum_over_processes(parts: Sequence[Tensor]) -> list[Tensor]:
+    """Sum each tensor over all processes, in one message."""
     flat = torch.cat([part.flatten() for part in parts])
     torch.distributed.all_reduce(flat)
     return [

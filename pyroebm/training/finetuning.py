@@ -1,5 +1,4 @@
-"""Classifiers that start from a deep belief network or a deep Boltzmann machine, for fine-tuning by
-backpropagation: :class:`pyroebm.objectives.CrossEntropy` with :func:`pyroebm.training.fit`."""
+"""Classifiers initialized from deep belief networks or deep Boltzmann machines, for fine-tuning."""
 
 from __future__ import annotations
 
@@ -16,21 +15,22 @@ __all__ = ["Classifier"]
 
 
 class Classifier(Saveable):
-    r"""A feed-forward network of sigmoid layers that starts as a generative model, with a linear
-    layer of logits on top.
+    r"""A feed-forward network of sigmoid layers initialized from a generative model.
 
-    Of a deep belief network (Hinton and Salakhutdinov, 2006): :math:`h_l = \sigma(W_l^\top h_{l-1}
-    + c_l)`, its recognition pass. Of a deep Boltzmann machine (Salakhutdinov and Hinton, 2009) each
-    hidden layer also takes the mean-field means of the layer above, :math:`h_l = \sigma(W_l^\top
-    h_{l-1} + V_l \mu_{l+1}(v) + b_l)`, where :math:`V_l` starts at :math:`W_{l+1}` and :math:`\mu`
-    stays that of the machine as it was: at the start h are its own means. All weights are trained.
+    The output is a linear layer of logits. For a deep belief network the layers are its recognition
+    network, :math:`h_l = \sigma(W_l^\top h_{l-1} + c_l)` (Hinton and Salakhutdinov, 2006). For a
+    deep Boltzmann machine each hidden layer has the mean-field means of the layer above as an
+    additional input, :math:`h_l = \sigma(W_l^\top h_{l-1} + V_l \mu_{l+1}(v) + b_l)` (Salakhutdinov
+    and Hinton, 2009). :math:`V_l` is initialized with :math:`W_{l+1}`, and :math:`\mu` is that of
+    the initial machine, so h is initially its mean field. Train all weights by
+    :class:`pyroebm.objectives.CrossEntropy` with :func:`pyroebm.training.fit`.
 
     Args:
-        model: the network or machine to start from; it is copied.
+        model: the network or machine, which is copied.
         num_classes: number of classes, at least 2.
-        num_sweeps: sweeps of mean field for each batch, of a deep Boltzmann machine.
-        generator: source of the readout's initial weights, normal with standard deviation .01;
-            None is torch's default generator.
+        num_sweeps: mean-field sweeps for each batch, for a deep Boltzmann machine.
+        generator: source of the initial weights of the output layer, normal with standard deviation
+            0.01; None is torch's default generator.
 
     Raises:
         ValueError: if ``model`` is neither, or ``num_classes`` < 2.
@@ -80,7 +80,7 @@ class Classifier(Saveable):
         nn.init.normal_(self.readout.weight, std=0.01, generator=generator)
 
     def forward(self, visible: Tensor) -> Tensor:
-        """Logits of the classes: ``(*batch, num_visible)`` to ``(*batch, num_classes)``."""
+        """Compute the logits of the classes: ``(*batch, num_visible) -> (*batch, num_classes)``."""
         means = [] if self.machine is None else self.machine.mean_field(visible, self.num_sweeps)
         hidden = visible
         for layer, up in enumerate(self.up):
@@ -93,8 +93,11 @@ class Classifier(Saveable):
 
     @torch.no_grad()
     def error(self, visible: Tensor, labels: Tensor) -> float:
-        """The share of examples that are given another class than their label; ValueError unless
-        each has one label."""
+        """Compute the fraction of misclassified examples.
+
+        Raises:
+            ValueError: if there is not one label for each example.
+        """
         if labels.shape != visible.shape[:-1]:
             raise ValueError(
                 f"labels must have shape {tuple(visible.shape[:-1])}, one for each example, got"
@@ -104,8 +107,7 @@ class Classifier(Saveable):
 
 
 def _linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
-    """A linear layer with a copy of these parameters; ``weight`` is ``(out, in)`` as torch has
-    it."""
+    """Make a linear layer with a copy of these parameters, with ``weight`` of shape (out, in)."""
     layer = nn.Linear(
         weight.shape[1],
         weight.shape[0],

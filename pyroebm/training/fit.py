@@ -1,5 +1,4 @@
-"""Training in one call, or step by step: two short functions over
-:class:`~pyroebm.training.Trainer`."""
+"""Training in one call, or step by step."""
 
 from __future__ import annotations
 
@@ -36,21 +35,21 @@ def _arguments_of(source: Callable[P, Any]) -> Callable[[Callable[..., R]], Call
 def fit(*arguments: Any, **options: Any) -> History:
     """Train a module by an objective, in place.
 
-    Ctrl-C ends the training after the step under way, as its last step would: the checkpoint is
-    written, the history is returned with ``interrupted`` set, and a warning says so. A second
-    Ctrl-C raises KeyboardInterrupt at once, and writes nothing.
+    Ctrl-C ends the training after the current step: the checkpoint is written, the history is
+    returned with ``interrupted`` set, and a RuntimeWarning is issued. A second Ctrl-C raises
+    KeyboardInterrupt immediately, without writing the checkpoint.
 
     Args:
         arguments: those of :class:`~pyroebm.training.Trainer`: ``module``, ``objective`` and
             ``data``.
-        options: its other arguments.
+        options: the other arguments of :class:`~pyroebm.training.Trainer`.
 
     Returns:
-        the recorded metrics.
+        The recorded metrics.
 
     Raises:
         ValueError: as :class:`~pyroebm.training.Trainer`.
-        FloatingPointError: at a failed step, unless the guard goes back.
+        FloatingPointError: at a failed step, unless the guard rolls back.
 
     Example:
         >>> import torch
@@ -66,8 +65,8 @@ def fit(*arguments: Any, **options: Any) -> History:
             pass
     if trainer.history.interrupted:
         warnings.warn(
-            f"interrupted after {trainer.steps_done} of {trainer.num_steps} steps: what was"
-            " trained is kept",
+            f"interrupted after {trainer.steps_done} of {trainer.num_steps} steps: the trained"
+            " parameters are kept",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -76,20 +75,21 @@ def fit(*arguments: Any, **options: Any) -> History:
 
 @_arguments_of(Trainer)
 def fit_steps(*arguments: Any, **options: Any) -> Iterator[Step]:
-    """Train a module by an objective, in place, one step for each turn of your loop: look, stop or
-    change what you like in between. Where your loop ends early, the checkpoint is written.
+    """Train a module by an objective, in place; yields after every optimizer step.
+
+    If the loop ends early, the checkpoint is written.
 
     Args:
         arguments: those of :class:`~pyroebm.training.Trainer`: ``module``, ``objective`` and
             ``data``.
-        options: its other arguments.
+        options: the other arguments of :class:`~pyroebm.training.Trainer`.
 
     Yields:
-        number, loss and metrics of each step.
+        Number, loss and metrics of each step.
 
     Raises:
-        ValueError: as :class:`~pyroebm.training.Trainer`, at the call, not in the loop.
-        FloatingPointError: in the loop, at a failed step, unless the guard goes back.
+        ValueError: as :class:`~pyroebm.training.Trainer`, at the call and not in the loop.
+        FloatingPointError: in the loop, at a failed step, unless the guard rolls back.
 
     Example:
         >>> import torch
@@ -108,10 +108,10 @@ def fit_steps(*arguments: Any, **options: Any) -> Iterator[Step]:
 
 @contextlib.contextmanager
 def _interrupting(trainer: Trainer) -> Iterator[None]:
-    """Ctrl-C stops the trainer after the step under way; a second one interrupts at once.
+    """Stop the trainer after the current step on Ctrl-C; a second one raises immediately.
 
-    Nothing changes outside the main thread, which alone receives signals, and where the program
-    handles them in a way of its own.
+    This has no effect outside the main thread, which alone receives signals, or if the program has
+    its own signal handler.
     """
     usual = signal.default_int_handler
     main = threading.current_thread() is threading.main_thread()

@@ -1,5 +1,4 @@
-"""What a training does about numbers that are not finite, or run away: it stops, or goes back to
-where it was well."""
+"""Detection of failed steps, with an error or a rollback."""
 
 from __future__ import annotations
 
@@ -19,20 +18,20 @@ __all__ = ["Guard", "Rollback"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Guard:
-    r"""When a step of :func:`pyroebm.training.fit` has failed, and what follows.
+    r"""The criterion for a failed step of :func:`pyroebm.training.fit`, and what follows it.
 
-    It has failed where the loss or the gradient is not finite, and where the mean energies of data
-    and model are further apart than a bound: :math:`|E_{data} - E_{model}| > g`, the sign of chains
-    that have left. A failed step trains nothing. Either it is an error, or what is learned
-    (parameters, the optimizers' momenta, chains) goes back to where it was some steps before. The
-    order of the data, the random numbers and the schedule go on from where they are, so that
-    nothing is met twice.
+    A step fails if the loss or the gradient is not finite, or if the mean energies of data and
+    model differ by more than a bound, :math:`|E_{data} - E_{model}| > g`, which indicates diverged
+    chains. A failed step does not change the parameters. It raises an error, or parameters, states
+    of the optimizers and chains are restored to a copy from some steps before. The order of the
+    data, the random numbers and the schedule are not restored, so that the same batches and random
+    numbers do not occur again.
 
     Args:
-        rollback: go back; False raises.
+        rollback: whether to restore a copy; False raises.
         max_energy_gap: g, in nats, for objectives with the metric ``energy_gap``; None is no bound.
-        every: steps after which what is learned is kept, from the first good one on.
-        max_rollbacks: how often; a failure after so many is an error.
+        every: number of steps between copies, the first of which is made after the first good step.
+        max_rollbacks: largest number of rollbacks; the next failed step raises.
 
     Raises:
         ValueError: if a number is not positive.
@@ -56,11 +55,13 @@ class Guard:
             )
 
     def complaint(self, numbers: Mapping[str, float]) -> str | None:
-        """What is wrong with a step's losses, norms of gradients and energy gap, by name; None if
-        nothing is.
+        """Describe why a step has failed, or return None.
+
+        Args:
+            numbers: losses, gradient norms and energy gap, by name.
 
         Raises:
-            ValueError: if there is a bound on ``energy_gap``, and no such number.
+            ValueError: if there is a bound on ``energy_gap``, but no such number.
         """
         bad = [f"{name} is {value}" for name, value in numbers.items() if not math.isfinite(value)]
         if bad:
@@ -69,8 +70,8 @@ class Guard:
             return None
         if "energy_gap" not in numbers:
             raise ValueError(
-                "max_energy_gap needs an objective that says its energy_gap, got none among its"
-                " metrics"
+                "max_energy_gap must be None for an objective without the metric energy_gap, got"
+                f" max_energy_gap={self.max_energy_gap}"
             )
         gap = numbers["energy_gap"]
         return (
@@ -81,11 +82,11 @@ class Guard:
 
 
 class Rollback:
-    """A :class:`Guard` at work on a training: it keeps a copy of what is learned, and puts it back.
+    """Copies of the state of a training, restored at failed steps.
 
     Args:
-        guard: what counts as a failure.
-        state: of the training.
+        guard: the criterion for failed steps.
+        state: the state of the training.
     """
 
     def __init__(self, guard: Guard, state: TrainingState) -> None:
@@ -94,43 +95,41 @@ class Rollback:
         self.kept: dict[str, Tensor] = {}
 
     def passed(self, step: int) -> None:
-        """A step went well: keep where it led, from time to time."""
+        """Record a good step, and copy the state if it is due."""
         if self.guard.rollback and (not self.kept or (step + 1) % self.guard.every == 0):
             self.kept, self.kept_at = self.state.tensors(), step
 
     def failed(self, step: int, complaint: str, metrics: Mapping[str, float]) -> None:
-        """A step went wrong: go back with a warning, or raise.
+        """Restore the last copy with a warning, or raise.
 
         Raises:
-            FloatingPointError: if the guard does not roll back, has done so too often, or no step
-                went well so far.
+            FloatingPointError: if the guard does not roll back, ``max_rollbacks`` is reached, or
+                there was no good step before.
         """
         if not self.kept or self.count >= self.guard.max_rollbacks:
             after = f" after {self.count} rollbacks" if self.count else ""
             raise FloatingPointError(
-                f"fit: at step {step}{after} {complaint}; parameters and optimizer are as the step"
-                " before left them. Metrics:"
-                f" {metrics}"
+                f"fit: at step {step}{after} {complaint}; parameters and optimizer are those after"
+                f" the previous step. Metrics: {metrics}"
             )
         self.state.restore(self.kept, learned_only=True)
         self.count += 1
         warnings.warn(
-            f"fit: at step {step} {complaint}; what is learned is again as step {self.kept_at}"
-            f" left it (rollback {self.count} of"
-            f" at most {self.guard.max_rollbacks})",
+            f"fit: at step {step} {complaint}; restored the parameters after step"
+            f" {self.kept_at} (rollback {self.count} of at most {self.guard.max_rollbacks})",
             RuntimeWarning,
             stacklevel=5,
         )
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps of it."""
+        """Return the state for a checkpoint."""
         return {
             "rollback": torch.tensor([self.count, self.kept_at]),
             **{f"kept.{k}": v for k, v in self.kept.items()},
         }
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """The inverse of :meth:`tensors`."""
+        """Restore what :meth:`tensors` returned."""
         self.count, self.kept_at = map(int, tensors["rollback"])
         self.kept = {
             k.removeprefix("kept."): v for k, v in tensors.items() if k.startswith("kept.")

@@ -1,4 +1,4 @@
-"""What a training has recorded, step by step."""
+"""The recorded metrics of a training."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["History", "Metrics"]
 
 
 class Metrics(Mapping[str, np.ndarray]):
-    """A table of metrics: a column for each, a row for each recorded step.
+    """A table of metrics, with a column for each metric and a row for each recorded step.
 
     Example:
         >>> metrics = Metrics()
@@ -41,7 +41,7 @@ class Metrics(Mapping[str, np.ndarray]):
         return np.array(self._steps, dtype=np.int64)
 
     def record(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Add a row; a metric that it does not have, or that others did not have, is NaN there."""
+        """Add a row; metrics without a value in a row are NaN."""
         for name in metrics:
             if name not in self._columns:
                 self._columns[name] = array("d", [np.nan]) * len(self._steps)
@@ -61,7 +61,7 @@ class Metrics(Mapping[str, np.ndarray]):
         return len(self._columns)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The table as tensors, for a checkpoint."""
+        """Return the table as tensors, for a checkpoint."""
         values = [torch.from_numpy(column) for column in self.values()]
         return {
             "steps": torch.from_numpy(self.steps),
@@ -70,7 +70,7 @@ class Metrics(Mapping[str, np.ndarray]):
         }
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """The inverse of :meth:`tensors`."""
+        """Restore what :meth:`tensors` returned."""
         self._steps = array("q", tensors["steps"].tolist())
         self._columns = {
             name: array("d", column)
@@ -85,10 +85,10 @@ class History(Metrics):
 
     Attributes:
         steps: number of the step of each entry, from 0.
-        validation: the metrics on the validation data, a table with ``steps`` of its own.
-        seed: of the order of the data and of all random numbers.
+        validation: metrics on the validation data, a table with its own ``steps``.
+        seed: seed of the order of the data and of all random numbers.
         interrupted: whether Ctrl-C ended the training.
-        stopped_early: whether it ended because the validation loss fell no more.
+        stopped_early: whether early stopping ended the training.
         best_step: step of the lowest validation loss, or None.
 
     Example:
@@ -109,17 +109,16 @@ class History(Metrics):
         self.best_step: int | None = None
 
     def plot(self, *names: str) -> np.ndarray:
-        """Draw metrics over steps, in one figure.
+        """Plot metrics over steps, also those on the validation data.
 
         Args:
-            names: metrics, one below the other; ``"loss"`` without. Where the validation has a
-                metric of the name, it is drawn too.
+            names: names of the metrics, one for each subplot; ``"loss"`` by default.
 
         Returns:
-            the axes, shape ``(len(names),)``.
+            The axes, shape ``(len(names),)``.
 
         Raises:
-            KeyError: if there is no such metric.
+            KeyError: if a metric was not recorded.
 
         Example:
             >>> history = History(seed=0)
@@ -152,8 +151,9 @@ class History(Metrics):
             ax.legend()
 
     def to_dataset(self) -> xarray.Dataset:
-        """All metrics as an xarray ``Dataset`` over ``step``, those of the validation as
-        ``validation_NAME`` over ``validation_step``.
+        """Convert to an xarray ``Dataset`` over ``step``.
+
+        Metrics on the validation data are ``validation_NAME`` over ``validation_step``.
 
         Example:
             >>> history = History(seed=0)
@@ -182,7 +182,7 @@ class History(Metrics):
         return f"{recorded} recorded step{'s' * (recorded != 1)}{end}{best}, seed {self.seed}"
 
     def _rows(self) -> list[tuple[str, float, float, float]]:
-        """Name, first value, last value and mean over the last tenth of each metric."""
+        """Return name, first value, last value and mean of the last tenth of each metric."""
         tables = [("", self), ("validation ", self.validation)]
         rows = []
         for prefix, table in tables:

@@ -1,4 +1,4 @@
-"""Completion of partly observed examples: clamp what is known, sample the rest."""
+"""Imputation of partly observed examples: clamp the known entries and sample the others."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent
 
+from pyroebm.core._checks import check_counts
 from pyroebm.core.conditionals import Index, blocks_of, conditional_of
 from pyroebm.core.energy import Energy, View
 from pyroebm.core.supports import inside, is_discrete, is_real
@@ -16,13 +17,12 @@ from pyroebm.kernels import NUTS, BlockGibbs, Gibbs
 from pyroebm.kernels.base import Kernel
 from pyroebm.mcmc.sampler import MCMC
 
-__all__ = ["Clamped", "HasJoint", "complete"]
+__all__ = ["Clamped", "HasJoint", "impute"]
 
 
 @runtime_checkable
 class HasJoint(Protocol):
-    """What has an energy over all its units, in which the visible ones, ``num_visible`` of them,
-    come first.
+    """A machine with an energy over all its units, of which the first ``num_visible`` are visible.
 
     Example:
         >>> from pyroebm.energies import BernoulliRBM
@@ -31,20 +31,20 @@ class HasJoint(Protocol):
     """
 
     def joint(self) -> Energy:
-        """The energy over all units."""
+        """Return the energy over all units."""
 
 
 class Clamped(View):
-    r"""An energy with some entries held, row by row: :math:`E(o_{known}, x_{free})`.
+    r"""An energy with some entries clamped, in each row: :math:`E(o_{known}, x_{free})`.
 
-    The free entries have the law :math:`p(x_{free} \mid o)`. What x has in a known entry counts for
-    nothing; where entries are real numbers it has a standard normal law of its own, so that the
-    density stays one.
+    The density of the free entries is :math:`p(x_{free} \mid o)`. The values of x in known entries
+    are ignored. For real support they have an independent standard normal density, so that the
+    density over all entries is normalizable.
 
     Args:
-        energy: over all entries, of discrete or real support.
+        energy: energy over all entries, of discrete or real support.
         observed: values of the known entries, shape ``(rows, *event)``; the others are ignored.
-        known: True where an entry is held, shape ``(rows, *event)``.
+        known: whether an entry is known, boolean, shape ``(rows, *event)``.
 
     Example:
         >>> from pyroebm.targets import BernoulliProduct
@@ -62,21 +62,22 @@ class Clamped(View):
         self.register_buffer("observed", observed)
         self.register_buffer("known", known)
         blocks = blocks_of(energy)
-        #: those of the energy, if the entries of each are independent given the other blocks
+        #: the Gibbs blocks of the energy, if the entries of each are conditionally independent
         self.blocks: Mapping[str, Index] = (
             blocks
             if all(isinstance(conditional_of(energy, b, observed), Independent) for b in blocks)
             else {}
         )
 
-    def whole(self, x: Tensor) -> Tensor:
-        """``x`` with the known entries put in; rows first, ``(rows, ..., *event)``."""
+    def clamp(self, x: Tensor) -> Tensor:
+        """Substitute the known entries in ``x``, ``(rows, ..., *event)``."""
         cut = x.dim() - self.observed.dim()
         shape = (len(self.observed), *[1] * cut, *self.event_shape)
         return torch.where(self.known.reshape(shape), self.observed.reshape(shape), x)
 
     def forward(self, x: Tensor) -> Tensor:
-        values = self.energy(self.whole(x))
+        """Return the energies ``(rows, ...)`` of ``x``, shape ``(rows, ..., *event)``."""
+        values = self.energy(self.clamp(x))
         if not is_real(self.support):
             return values
         cut = x.dim() - self.observed.dim()
@@ -84,44 +85,47 @@ class Clamped(View):
         return values + 0.5 * torch.where(known, x, 0.0).square().flatten(cut + 1).sum(-1)
 
     def initial(self, num_chains: int, generator: torch.Generator | None = None) -> Tensor:
-        return self.whole(self.energy.initial(num_chains, generator))
+        """Draw initial states of chains, with the known entries substituted."""
+        return self.clamp(self.energy.initial(num_chains, generator))
 
     def conditional(self, block: str, x: Tensor) -> Distribution:
-        """That of the energy, given the known entries of the other blocks."""
-        return conditional_of(self.energy, block, self.whole(x))
+        """Return the conditional distribution of a Gibbs block, given the known entries."""
+        return conditional_of(self.energy, block, self.clamp(x))
 
 
-def complete(
+def impute(
     model: Energy | HasJoint,
     observed: Tensor,
     known: Tensor,
     *,
-    steps: int = 200,
+    num_sweeps: int = 200,
     kernel: Kernel[Any] | None = None,
-    seed: int | None = 0,
+    generator: torch.Generator | None = None,
     progress: bool | None = None,
 ) -> Tensor:
-    r"""Draw what is not known of each example from :math:`p(x_{free} \mid x_{known})`, one chain a
-    row.
+    r"""Impute the unknown entries of examples by a draw from :math:`p(x_{free} \mid x_{known})`.
+
+    Each example has a chain of its own. For images this is known as inpainting.
 
     Args:
-        model: an energy, or what has ``joint()``: a Boltzmann machine of any kind, a deep belief
-            network. Hidden units are sampled along.
-        observed: examples, shape ``(n, *visible)``, n at least 1; entries that are not known may
-            hold anything. Examples of all units will do too.
-        known: True where an entry is known, shape ``(n, *visible)`` or ``visible``.
-        steps: steps of each chain; the result is its last state.
-        kernel: None takes block Gibbs where the energy has layers, single-site Gibbs on other
-            discrete ones, and else NUTS, which adapts for all but the last step.
-        seed: of all random numbers; None takes a fresh one.
-        progress: True shows it, False hides it, None shows it where it takes longer than a second.
+        model: an energy, or a machine with ``joint()``: any Boltzmann machine or deep belief
+            network, whose hidden units are sampled too.
+        observed: examples, shape ``(n, *visible)`` or of all units, n at least 1; the values of
+            unknown entries are ignored.
+        known: whether an entry is known, boolean, shape ``(n, *visible)`` or ``visible``.
+        num_sweeps: number of steps of each chain, whose last state is the result.
+        kernel: kernel of the chains; None is block Gibbs for layered machines, single-site Gibbs on
+            other discrete supports, and NUTS on real support, which adapts in all but the last
+            step.
+        generator: source of all random numbers; None is torch's default generator.
+        progress: True shows progress, False hides it, None shows it after one second.
 
     Returns:
-        completed examples, shape ``(n, *visible)``; known entries are those of ``observed``.
+        The examples with imputed entries, shape of ``observed``; known entries are unchanged.
 
     Raises:
         ValueError: if ``observed`` does not fit the model, ``known`` does not fit ``observed``, or
-            ``steps`` < 1.
+            ``num_sweeps`` < 1.
 
     Example:
         >>> from pyroebm.energies import BernoulliRBM
@@ -131,8 +135,8 @@ def complete(
         ...     weight=torch.tensor([[20.0], [20.0]]),
         ...     hidden_bias=torch.tensor([-20.0]),
         ...     visible_bias=torch.tensor([-10.0, -10.0]),
-        ... )  # both bits on, or both off
-        >>> complete(
+        ... )  # both units on, or both off
+        >>> impute(
         ...     rbm,
         ...     torch.tensor([[1.0, 0.0], [0.0, 0.0]]),
         ...     torch.tensor([True, False]),
@@ -142,33 +146,33 @@ def complete(
                 [0., 0.]])
     """
     energy = model.joint() if isinstance(model, HasJoint) else model
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got steps={steps}")
-    whole, clamp = _over_all_units(energy, model, observed, known)
-    held = Clamped(energy, whole, clamp)
+    check_counts({"num_sweeps": 1}, num_sweeps)
+    device = "cpu" if generator is None else generator.device
+    seed = int(torch.randint(2**63 - 1, (), generator=generator, device=device))
+    states, mask = _over_all_units(energy, model, observed, known)
+    clamped = Clamped(energy, states, mask)
     if kernel is None:
-        discrete = BlockGibbs() if held.blocks else Gibbs()
+        discrete = BlockGibbs() if clamped.blocks else Gibbs()
         kernel = discrete if is_discrete(energy.support) else NUTS()
     mcmc = MCMC(
         kernel,
         num_samples=1,
-        warmup_steps=steps - 1,
-        num_chains=len(whole),
+        warmup_steps=num_sweeps - 1,
+        num_chains=len(states),
         seed=seed,
-        chain_batch_size=len(whole),
+        chain_batch_size=len(states),
         compile=False,
         progress=progress,
     )
-    mcmc.run(held)
-    drawn = held.whole(mcmc.get_samples()["x"])
+    mcmc.run(clamped)
+    drawn = clamped.clamp(mcmc.get_samples()["x"])
     return drawn.flatten(1)[:, : observed[0].numel()].reshape(observed.shape)
 
 
 def _over_all_units(
     energy: Energy, model: Any, observed: Tensor, known: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Observed values and mask over every entry of the energy's events: entries that are not
-    visible are not known."""
+    """Return observed values and mask over all units; hidden units are not known."""
     known, events = torch.as_tensor(known), {tuple(energy.event_shape)}
     if isinstance(model, HasJoint):
         joint: Any = energy
@@ -184,9 +188,8 @@ def _over_all_units(
         tuple(observed.shape[1:]),
     ):
         raise ValueError(
-            f"known must be boolean, of the shape of observed {tuple(observed.shape)} or of one"
-            " example, got shape"
-            f" {tuple(known.shape)} and dtype {known.dtype}"
+            f"known must be boolean, of shape {tuple(observed.shape)} or"
+            f" {tuple(observed.shape[1:])}, got shape {tuple(known.shape)} and dtype {known.dtype}"
         )
     known = known.expand(observed.shape)
     entries, visible = energy.event_shape.numel(), observed[0].numel()
@@ -198,5 +201,8 @@ def _over_all_units(
     whole[:, :visible] = torch.where(mask[:, :visible], flat, filler[:, :visible])
     whole = whole.reshape(len(flat), *energy.event_shape)
     if not bool(inside(energy.support, whole, len(energy.event_shape)).all()):
-        raise ValueError(f"observed must lie in support={energy.support} where it is known")
+        raise ValueError(
+            f"observed must lie in the support={energy.support} of {type(energy).__name__} at all"
+            " known entries, got other values"
+        )
     return whole, mask.reshape(whole.shape)

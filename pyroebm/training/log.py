@@ -1,4 +1,4 @@
-"""What a training says of its steps: lines of JSON in a file, and curves in TensorBoard."""
+"""Logs of a training: JSON lines in a file, and TensorBoard."""
 
 from __future__ import annotations
 
@@ -15,15 +15,14 @@ __all__ = ["TrainingLog", "read_log"]
 
 
 class TrainingLog:
-    """One JSON line for a step, ``{"step", "loss", "seconds", ...metrics}``, and one point of each
-    TensorBoard curve.
+    """A log with a JSON line ``{"step", "loss", "seconds", ...metrics}`` for each recorded step.
 
     Args:
-        path: the file of lines, or None.
+        path: the file, or None.
         tensorboard: a folder for ``torch.utils.tensorboard``, or None.
-        every: steps from one line to the next.
-        done: steps that were done before. What is said of later ones is removed: they come again.
-        resume: go on in a file that is there.
+        every: number of steps between recorded steps.
+        done: number of steps that are done; lines of later steps are removed from the file.
+        resume: whether to append to an existing file.
 
     Raises:
         ValueError: if ``every`` < 1, or the file exists and ``resume`` is False.
@@ -55,7 +54,8 @@ class TrainingLog:
             if self.path.exists():
                 if not resume:
                     raise ValueError(
-                        f"log={str(path)!r} holds a log: go on with resume=True, or name a new file"
+                        f"log={str(path)!r} must be a new file, but exists: continue with"
+                        " resume=True, or give another name"
                     )
                 lines = [line for line in read_log(self.path) if line["step"] < done]
                 write_text(self.path, "".join(json.dumps(line) + "\n" for line in lines))
@@ -63,8 +63,10 @@ class TrainingLog:
         self.writer: Any = None if tensorboard is None else _writer(tensorboard, done)
 
     def write(self, step: int, loss: float, metrics: Mapping[str, float]) -> None:
-        """A step's numbers; one that is not finite is NaN, Infinity or -Infinity. The line is in
-        the file when this returns."""
+        """Write the numbers of a step; non-finite ones are NaN, Infinity or -Infinity.
+
+        The line is flushed to the file.
+        """
         if step % self.every:
             return
         if self.path is not None:
@@ -80,13 +82,13 @@ class TrainingLog:
                 self.writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Hand TensorBoard what is on its way."""
+        """Close TensorBoard's writer, which flushes it."""
         if self.writer is not None:
             self.writer.close()
 
 
 def read_log(path: str | Path) -> list[dict[str, float]]:
-    """The lines of a log; a last one that a killed process left unfinished is none."""
+    """Read the lines of a log; an incomplete last line of a killed process is dropped."""
     lines = read_text(path).split("\n")
     return [json.loads(line) for line in lines[:-1]]
 

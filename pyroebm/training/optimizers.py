@@ -1,5 +1,4 @@
-"""Who steps which parameters: optimizers and schedules by name, factory or instance, for each
-loss."""
+"""Optimizers and learning rate schedules, by name, factory or instance, for each loss."""
 
 from __future__ import annotations
 
@@ -24,22 +23,22 @@ MakeSchedule = Callable[[Optimizer], LRScheduler]
 AnyOptimizer = str | MakeOptimizer | Optimizer
 AnySchedule = str | MakeSchedule
 
-#: The optimizers of ``torch.optim`` by their names in small letters.
+#: The optimizers of ``torch.optim`` by their lowercase names.
 NAMES: dict[str, Callable[..., Optimizer]] = {
     name.lower(): value
     for name, value in vars(torch.optim).items()
     if isinstance(value, type) and issubclass(value, Optimizer) and value is not Optimizer
 }
 
-#: Those whose fused form takes parameters on every device; a step of it is a good deal faster.
+#: Optimizers with a fused implementation for all devices, which is faster.
 FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 
 
 def parameter_groups(modules: Iterable[nn.Module], weight_decay: float) -> list[dict[str, Any]]:
-    """The parameters that require a gradient, in two groups: weights, which decay, and biases and
-    scales (of one dimension or none), which do not.
+    """Group the parameters that require a gradient by whether they decay.
 
-    Without decay it is one group, and the optimizer's own default applies.
+    Weights, with two or more dimensions, decay; biases and scales do not. Without weight decay
+    there is one group, to which the default of the optimizer applies.
 
     Example:
         >>> [
@@ -62,18 +61,18 @@ def parameter_groups(modules: Iterable[nn.Module], weight_decay: float) -> list[
 def make_optimizer(
     optimizer: AnyOptimizer, lr: float | None, default_lr: float, groups: list[dict[str, Any]]
 ) -> Optimizer:
-    """An optimizer of parameter groups.
+    """Make an optimizer of parameter groups.
 
     Args:
-        optimizer: the name of a class of ``torch.optim``, in any case; a function from the groups
-            to an optimizer; or an optimizer, which must have all parameters of the groups.
+        optimizer: the name of a class of ``torch.optim``, case-insensitive; a function from the
+            groups to an optimizer; or an optimizer, which must have all parameters of the groups.
         lr: learning rate of a named optimizer; None is ``default_lr``.
         default_lr: the learning rate of the objective.
-        groups: of :func:`parameter_groups`.
+        groups: the parameters, from :func:`parameter_groups`.
 
     Raises:
-        ValueError: if no optimizer has the name, ``lr`` is given with anything but a name or is not
-            positive, or an optimizer misses parameters.
+        ValueError: if no optimizer has the name, ``lr`` is not positive or given without a name, or
+            an optimizer misses parameters.
 
     Example:
         >>> groups = parameter_groups([nn.Linear(2, 3)], 0.0)
@@ -85,30 +84,30 @@ def make_optimizer(
     if isinstance(optimizer, str):
         kind = NAMES.get(optimizer.lower())
         if kind is None:
-            near = difflib.get_close_matches(optimizer.lower(), NAMES, 3, 0.3)
+            similar = difflib.get_close_matches(optimizer.lower(), NAMES, 3, 0.3)
             raise ValueError(
-                f"optimizer must be the name of a class of torch.optim, got {optimizer!r}; near it:"
-                f" {near or sorted(NAMES)}"
+                f"optimizer must be the name of a class of torch.optim, got {optimizer!r}; similar"
+                f" names: {similar or sorted(NAMES)}"
             )
         options = {"lr": default_lr if lr is None else lr}
         return kind(groups, **options | ({"fused": True} if kind in FUSED else {}))
     if lr is not None:
         raise ValueError(
-            f"lr={lr} goes with the name of an optimizer: an optimizer, or a function that makes"
-            " one, has its own"
+            f"lr must be None unless optimizer is a name, got lr={lr}: set the learning rate of the"
+            " optimizer itself"
         )
     if not isinstance(optimizer, Optimizer):
         return optimizer(groups)
     if any("weight_decay" in group for group in groups):
         raise ValueError(
-            "weight_decay goes with an optimizer that is made here: an instance has its own; give"
-            " weight_decay=0.0"
+            "weight_decay must be 0.0 with an instance of an optimizer, which has its own: set it"
+            " in the optimizer"
         )
     own = {id(p) for group in optimizer.param_groups for p in group["params"]}
     missing = [p for group in groups for p in group["params"] if id(p) not in own]
     if missing:
         raise ValueError(
-            "optimizer must have all parameters that are trained, those of the objective too, but"
+            "optimizer must have all trained parameters, also those of the objective, but"
             f" it misses {len(missing)} of shapes {[tuple(p.shape) for p in missing]}: make it of"
             ' [*module.parameters(), *objective.parameters()], or give a name such as "adam"'
         )
@@ -118,13 +117,16 @@ def make_optimizer(
 def make_schedule(
     schedule: AnySchedule | None, optimizer: Optimizer, num_steps: int
 ) -> LRScheduler | None:
-    """A schedule of the learning rate.
+    """Make a learning rate schedule.
 
     Args:
-        schedule: "cosine", from the optimizer's rate to 0 along a half cosine over ``num_steps``;
-            "constant"; or a function from the optimizer to a schedule. None is "constant".
-        optimizer: what it schedules.
-        num_steps: steps of the training.
+        schedule: "cosine", which decreases to 0 along a half cosine over ``num_steps``; "constant";
+            or a function from the optimizer to a schedule. None is "constant".
+        optimizer: the optimizer.
+        num_steps: number of steps of the training.
+
+    Returns:
+        The schedule, or None for a constant learning rate.
 
     Raises:
         ValueError: if no schedule has the name.
@@ -153,17 +155,16 @@ def make_schedule(
 
 @dataclasses.dataclass(frozen=True)
 class Player:
-    """The parameters of one loss, and what steps them."""
+    """The parameters of a loss, with their optimizer and schedule."""
 
     parameters: list[nn.Parameter]
     optimizer: Optimizer
     schedule: LRScheduler | None
 
-    def norm(self, most: float | None) -> Tensor:
-        """The norm of the gradient, which is then clipped to ``most``; 0 where no parameter has
-        one."""
-        if most is not None:
-            return nn.utils.clip_grad_norm_(self.parameters, most)
+    def norm(self, max_norm: float | None) -> Tensor:
+        """Return the norm of the gradient, and clip it to ``max_norm``; 0 without gradients."""
+        if max_norm is not None:
+            return nn.utils.clip_grad_norm_(self.parameters, max_norm)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         return torch.stack(norm_of_each(gradients)).norm() if gradients else torch.zeros(())
 
@@ -177,8 +178,10 @@ def make_players(
     weight_decay: float,
     num_steps: int,
 ) -> dict[str, Player]:
-    """What is trained, by the name of its loss: the module with the objective's own parameters as
-    "energy", or all players of an objective of several losses."""
+    """Make the optimizers of all losses, by the names of the losses.
+
+    An objective with one loss, "energy", trains the module and its own parameters.
+    """
     parts: dict[str, list[nn.Module]] = {
         "energy": [part for part in (module, objective) if isinstance(part, nn.Module)]
     }
@@ -190,7 +193,7 @@ def make_players(
             set(given) <= set(parts) and (name != "optimizer" or set(given) == set(parts))
         ):
             raise ValueError(
-                f"{name} must be one for all, or one for each of {sorted(parts)}, got"
+                f"{name} must be one value, or a dict with the losses {sorted(parts)}, got"
                 f" {sorted(given)}"
             )
     defaults = objective if isinstance(objective, Objective) else Objective()
@@ -199,8 +202,8 @@ def make_players(
         groups = parameter_groups(modules, weight_decay)
         if not groups:
             raise ValueError(
-                f"{type(module).__name__} has no parameter that requires a gradient: there is"
-                " nothing to train"
+                f"{type(module).__name__} must have a parameter that requires a gradient, but has"
+                " none: call requires_grad_()"
             )
         chosen = make_optimizer(
             optimizer[key] if isinstance(optimizer, Mapping) else optimizer,
@@ -219,16 +222,15 @@ def make_players(
         )
         if isinstance(chosen, torch.optim.LBFGS) or isinstance(plan, ReduceLROnPlateau):
             raise ValueError(
-                f"a step of {type(chosen).__name__} with {type(plan).__name__} needs the loss"
-                " again: take an optimizer that steps on gradients alone, and a schedule that"
-                " counts steps"
+                f"optimizer and schedule must not evaluate the loss, as {type(chosen).__name__}"
+                f" with {type(plan).__name__} does: use an optimizer other than LBFGS, and a"
+                " schedule that counts steps"
             )
         players[key] = Player([p for group in groups for p in group["params"]], chosen, plan)
-    every = [id(p) for player in players.values() for p in player.parameters]
-    if "energy" not in players or len(set(every)) < len(every):
+    all_ids = [id(p) for player in players.values() for p in player.parameters]
+    if "energy" not in players or len(set(all_ids)) < len(all_ids):
         raise ValueError(
-            "trained() must name the parameters of 'energy' and of others, none of them twice,"
-            f" got {len(every)} of which"
-            f" {len(set(every))} differ, for {list(players)}"
+            "trained() must have the loss 'energy' and no parameter twice, got the losses"
+            f" {list(players)} and {len(all_ids)} parameters, of which {len(set(all_ids))} differ"
         )
     return players

@@ -1,5 +1,4 @@
-"""Greedy layer-wise pretraining: each layer learns from what the layers below it make of the
-data."""
+"""Greedy layer-wise pretraining of deep belief networks and deep Boltzmann machines."""
 
 from __future__ import annotations
 
@@ -31,22 +30,23 @@ def pretrain_belief_network(
     tied: bool = True,
     **options: Any,
 ) -> DeepBeliefNetwork:
-    r"""Stack RBMs, each trained on the recognition means of the ones below (Hinton, Osindero and
-    Teh, 2006).
+    r"""Pretrain a deep belief network as a stack of RBMs (Hinton, Osindero and Teh, 2006).
+
+    Each RBM is trained on the means of the recognition network of the layers below.
 
     Args:
-        sizes: units of each layer, the visible one first.
-        data: binary, shape ``(n, sizes[0])``, floating point.
-        objective: of which each layer is trained by a copy, such as
+        sizes: number of units of each layer, the visible one first.
+        data: binary data, shape ``(n, sizes[0])``, floating point.
+        objective: the objective, of which each layer has a copy, such as
             ``PersistentCD(num_chains=100)``.
-        tied: start a layer from the transposed weights of the one below wherever their sizes allow
-            it; each further layer then begins with the likelihood that the network has.
-        options: for :func:`pyroebm.training.fit`, the same for each layer, such as ``num_epochs``.
-            ``checkpoint``, ``log`` and ``tensorboard`` get the number of the layer added:
-            ``pretrained.safetensors`` is ``pretrained-1.safetensors`` for the first.
+        tied: whether to initialize a layer with the transposed weights of the one below, if their
+            sizes agree; adding the layer then does not change the likelihood.
+        options: options of :func:`pyroebm.training.fit` for all layers, such as ``num_epochs``. The
+            number of the layer is appended to the file names of ``checkpoint``, ``log`` and
+            ``tensorboard``, for example ``pretrained-1.safetensors``.
 
     Returns:
-        the network, of the data's dtype and device.
+        The network, with the dtype and device of the data.
 
     Raises:
         ValueError: as :func:`pyroebm.training.fit`.
@@ -80,22 +80,22 @@ def pretrain_boltzmann_machine(
     visible: Literal["bits", "gaussian"] = "bits",
     **options: Any,
 ) -> DeepBoltzmannMachine:
-    r"""Stack RBMs with doubled layers, and undo the doubling (Salakhutdinov and Hinton, 2009).
+    r"""Pretrain a deep Boltzmann machine as a stack of RBMs (Salakhutdinov and Hinton, 2009).
 
-    A hidden layer of the deep machine feels two neighbors, where that of an RBM feels one: so the
+    A hidden layer of the deep machine has inputs from two layers, that of an RBM from one. So the
     lowest RBM is trained with two tied copies of its visible layer, the highest with two of its
-    hidden one, and those between with two of both (:class:`pyroebm.energies.TiedRBM`).
-    :func:`pyroebm.energies.compose` puts them together.
+    hidden layer, and those in between with two of both (:class:`pyroebm.energies.TiedRBM`).
+    :func:`pyroebm.energies.compose` makes the deep machine of them.
 
     Args:
-        sizes: units of each layer, the visible one first; at least three.
-        data: shape ``(n, sizes[0])``, floating point.
-        objective: of which each layer is trained by a copy.
-        visible: ``"bits"`` or ``"gaussian"``.
-        options: for :func:`pyroebm.training.fit`, as in :func:`pretrain_belief_network`.
+        sizes: number of units of each layer, the visible one first; at least three layers.
+        data: data, shape ``(n, sizes[0])``, floating point.
+        objective: the objective, of which each layer has a copy.
+        visible: kind of the visible units, ``"bits"`` (binary) or ``"gaussian"``.
+        options: as in :func:`pretrain_belief_network`.
 
     Returns:
-        the deep machine, of the data's dtype and device; train it as a whole next.
+        The deep machine, with the dtype and device of the data, to be trained jointly.
 
     Raises:
         ValueError: if there are fewer than three layers; or as :func:`pyroebm.training.fit`.
@@ -109,7 +109,7 @@ def pretrain_boltzmann_machine(
         (4, 3, 2)
     """
     if len(sizes) < 3:
-        raise ValueError(f"sizes must name three layers or more, got sizes={list(sizes)}")
+        raise ValueError(f"sizes must have at least three layers, got sizes={list(sizes)}")
     rbms: list[RBM] = []
     last, inputs = len(sizes) - 2, data
     for k, (below, above) in enumerate(itertools.pairwise(sizes)):
@@ -137,7 +137,7 @@ def _train_layer(
     objective: Objective,
     options: dict[str, Any],
 ) -> None:
-    """Train one layer by an objective of its own, with files of its own."""
+    """Train a layer with a copy of the objective and its own files."""
     own = dict(options)
     for name in ("checkpoint", "log", "tensorboard"):
         if own.get(name) is not None:

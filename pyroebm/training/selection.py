@@ -1,4 +1,4 @@
-"""How many auxiliary variables: fit a flow for each number and take the smallest bound."""
+"""Selection of the number of auxiliary variables by the smallest bound."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ __all__ = ["TotalDimSelection", "select_total_dim"]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TotalDimSelection:
-    r"""What :func:`select_total_dim` found.
+    r"""Result of :func:`select_total_dim`.
 
     Attributes:
-        total_dim: the D of the smallest :math:`J_R`.
-        values: :math:`J_R - \log C` for each D, in nats; log C, unknown as a rule, is common to
-            all.
-        standard_errors: of ``values``.
-        flows: the fitted flow of each D.
+        total_dim: D with the smallest :math:`J_R`.
+        values: :math:`J_R - \log C` for each D, in nats; log C, usually unknown, is a common
+            constant.
+        standard_errors: standard errors of ``values``.
+        flows: the fitted flow for each D.
     """
 
     total_dim: int
@@ -39,7 +39,7 @@ class TotalDimSelection:
 
     @property
     def flow(self) -> Flow:
-        """The fitted flow of the smallest :math:`J_R`."""
+        """The fitted flow with the smallest :math:`J_R`."""
         return self.flows[self.total_dim]
 
 
@@ -55,20 +55,22 @@ def select_total_dim(
     progress: bool | None = None,
     **fit_options: Any,
 ) -> TotalDimSelection:
-    r"""Choose the number D of latent variables by the smallest :math:`J_R`: fit a flow for each
-    candidate and compare.
+    r"""Select the total dimension D of a flow by the smallest :math:`J_R`.
+
+    A flow is fitted for each candidate.
 
     Args:
-        energy: U, of d entries.
-        candidates: values of D, each at least d; ``(d, d + 1, d + 2)`` by default.
-        make_flow: from (d, D) to a fresh flow; :class:`~pyroebm.flows.RedundantNICE` by default.
-        make_objective: from the energy to the objective of a fit, such as
+        energy: U, with d entries.
+        candidates: values of D, each at least d; None is ``(d, d + 1, d + 2)``.
+        make_flow: a function from (d, D) to a new flow; None is
+            :class:`~pyroebm.flows.RedundantNICE`.
+        make_objective: a function from the energy to the objective of a fit, such as
             ``functools.partial(ReverseKL, num_samples=64)``.
-        num_steps: of each fit.
-        num_evaluation_samples: draws for the comparison, the same seed for each D.
-        seed: of the flows' initial weights, of each fit, and of the comparison.
-        progress: True shows it, False hides it, None shows it where it takes longer than a second.
-        fit_options: for :func:`pyroebm.training.fit`.
+        num_steps: number of steps of each fit.
+        num_evaluation_samples: number of draws for the comparison, with the same seed for each D.
+        seed: seed of the initial weights, of each fit, and of the comparison.
+        progress: True shows progress, False hides it, None shows it after one second.
+        fit_options: further options of :func:`pyroebm.training.fit`.
 
     Raises:
         ValueError: if there are no candidates, or if a candidate is below d.
@@ -83,7 +85,7 @@ def select_total_dim(
     candidates = (dim, dim + 1, dim + 2) if candidates is None else candidates
     if not candidates or min(candidates) < dim:
         raise ValueError(
-            f"candidates must hold values of D of at least d={dim}, got"
+            f"candidates must have values of D of at least d={dim}, got"
             f" candidates={tuple(candidates)}"
         )
 

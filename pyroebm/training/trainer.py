@@ -1,4 +1,4 @@
-"""A training as an object: take a step, save, restore."""
+"""The training loop as an object with ``step``, ``save`` and ``restore``."""
 
 from __future__ import annotations
 
@@ -55,80 +55,82 @@ class Step:
 
 
 class Trainer:
-    r"""Train a module by an objective, in place. :func:`fit` runs one to its end, and
-    :func:`fit_steps` step by step.
+    r"""Train a module by an objective, in place.
 
-    A step is: a batch, the objective's loss and the penalties, ``backward()``, the transform of the
-    gradients, the optimizer's step, the schedule's. An objective of several losses
-    (:class:`~pyroebm.objectives.HasLosses`) has an optimizer for each, all stepped from the
-    gradients at one point; penalties belong to the energy's, which is the loss that is reported.
+    :func:`fit` runs a trainer to its end, and :func:`fit_steps` step by step.
 
-    The metrics of a step are those of the objective, ``penalty`` where there are any,
-    ``grad_norm`` and ``lr``; of several losses ``loss_NAME`` and ``grad_norm_NAME`` of each;
-    ``rollbacks`` so far, where the guard goes back; ``validation_NAME`` where it was evaluated.
+    A step is: a batch, the loss of the objective and the penalties, ``backward()``, the transform
+    of the gradients, the step of the optimizer, the step of the schedule. An objective with several
+    losses (:class:`~pyroebm.objectives.HasLosses`) has an optimizer for each; all gradients are
+    computed before any of them takes a step. Penalties are added to the loss ``"energy"``, which is
+    the reported loss.
+
+    The metrics of a step are those of the objective, ``penalty`` with penalties, ``grad_norm`` and
+    ``lr``; with several losses ``loss_NAME`` and ``grad_norm_NAME``; ``rollbacks``, their number so
+    far, if the guard rolls back; ``validation_NAME`` after an evaluation.
 
     Within :func:`pyroebm.training.process_group` all processes of ``torchrun`` train together: each
-    takes its share of every batch and has chains and random numbers of its own, gradients and
-    metrics are averaged, and the first writes the files.
+    has a share of every batch and its own chains and random numbers, gradients and metrics are
+    averaged, and the first process writes the files.
 
     Args:
-        module: an energy, a flow, a classifier; its parameters are trained, and the objective's
-            with them.
-        objective: called as ``objective(module, batch, generator=...)``: one of
-            :mod:`pyroebm.objectives`.
-        data: rows ``(N, *event)``: a tensor, a NumPy array, a data frame, or a tuple of these where
-            the objective takes one; a ``torch.utils.data.Dataset`` or ``DataLoader``. Dtype,
-            device, bytes of images and their shape are converted (see
-            :class:`~pyroebm.training.data.Conversion`), and rows checked against the energy's
-            support. None where the objective needs none: its batch is None.
-        num_steps: number of steps, or
+        module: an energy, a flow or a classifier, whose parameters are trained with those of the
+            objective.
+        objective: one of :mod:`pyroebm.objectives`, or a function that is called as
+            ``objective(module, batch, generator=...)``.
+        data: rows ``(N, *event)``: a tensor, a NumPy array, a data frame, or a tuple of these; or a
+            ``torch.utils.data.Dataset`` or ``DataLoader``. Dtype, device, uint8 images and image
+            shapes are converted (see :class:`~pyroebm.training.data.Conversion`), and rows are
+            checked against the support of the energy. None if the objective takes no data.
+        num_steps: number of steps; give either this or ``num_epochs``.
         num_epochs: number of passes over the data.
-        batch_size: rows of a batch, drawn without replacement. A ``DataLoader`` has its own size
-            and order.
-        optimizer: name of a class of ``torch.optim``; or a function from groups of parameters to an
-            optimizer; or an optimizer, which must have all parameters that are trained. Of several
-            losses it may be a dict, with one for each.
-        lr: learning rate of a named optimizer; None is the objective's ``lr``. Or a dict.
-        schedule: of the learning rate: "constant", "cosine" (to 0 along a half cosine), or a
-            function from the optimizer to one of ``torch.optim.lr_scheduler``, which takes a step
-            after each of ours; None is the objective's ``schedule``. Or a dict.
-        weight_decay: of tensors of two or more dimensions, as the optimizer understands it; biases
-            do not decay. 0 leaves the matter to the optimizer.
-        max_grad_norm: clip the gradient's norm to this; None does not.
-        penalties: each called as ``penalty(module, batch)`` and added to the loss, for example
+        batch_size: number of rows of a batch, drawn without replacement. A ``DataLoader`` has its
+            own batch size and order.
+        optimizer: name of a class of ``torch.optim``; or a function from parameter groups to an
+            optimizer; or an optimizer, which must have all trained parameters. For several losses
+            it may be a dict by their names.
+        lr: learning rate of a named optimizer, or a dict; None is the objective's ``lr``.
+        schedule: learning rate schedule: "constant", "cosine" (to 0 along a half cosine), or a
+            function from the optimizer to a schedule of ``torch.optim.lr_scheduler``, or a dict. It
+            takes a step after each training step. None is the objective's ``schedule``.
+        weight_decay: weight decay of tensors with two or more dimensions, as defined by the
+            optimizer; biases do not decay. 0 is the default of the optimizer.
+        max_grad_norm: largest norm of the gradient, to which it is clipped; None does not clip.
+        penalties: functions ``penalty(module, batch)`` that are added to the loss, such as
             :class:`~pyroebm.objectives.Sparsity`.
-        transform: called as ``transform(module, batch, metrics)`` when the gradients are there, to
-            change them in place, for example :class:`~pyroebm.objectives.Centering`.
+        transform: a function ``transform(module, batch, metrics)`` that changes the gradients in
+            place, such as :class:`~pyroebm.objectives.Centering`.
         average: a running mean of parameters, updated after each step, such as
             ``AveragedModel(energy, multi_avg_fn=get_ema_multi_avg_fn(0.999))`` of
-            ``torch.optim.swa_utils``; ``average.module`` is the module to use.
-        guard: what is a failed step, and whether it is an error or goes back; see
+            ``torch.optim.swa_utils``; ``average.module`` is the averaged module.
+        guard: criterion for failed steps, and whether to raise or roll back; see
             :class:`~pyroebm.training.Guard`.
-        validation: data of the same kind, not trained on.
-        validation_objective: evaluated on them; None is ``objective``. Contrastive losses do not
-            measure the fit: take for example :class:`~pyroebm.objectives.Pseudolikelihood`.
-        validate_every: steps from one evaluation to the next; None is an epoch where
-            ``num_epochs`` is given, else a twentieth of ``num_steps``. The last step has one too.
-        patience: stop after so many evaluations in a row without a new lowest validation loss; None
-            does not.
-        keep_best: at the end, give module and objective the weights of the lowest validation loss.
-        checkpoint: a file to keep everything in that a training needs to continue: parameters, the
-            optimizer's and the schedule's state, the objective's buffers (its chains), the average,
-            the offsets of ``transform``, the generator, the history, the best weights.
-        checkpoint_every: seconds after which it is written again; also at the end, and where a
+        validation: validation data, of the same kind as ``data``.
+        validation_objective: objective for the validation data; None is ``objective``. Contrastive
+            losses do not measure the fit; use for example
+            :class:`~pyroebm.objectives.Pseudolikelihood`.
+        validate_every: number of steps between evaluations; None is an epoch if ``num_epochs`` is
+            given, else a twentieth of ``num_steps``. The last step is always evaluated.
+        patience: number of consecutive evaluations without a new lowest validation loss, after
+            which the training stops; None does not stop.
+        keep_best: whether to restore the weights with the lowest validation loss at the end.
+        checkpoint: a file for the complete state of the training: parameters, states of optimizers
+            and schedules, buffers of the objective (its chains), the average, the offsets of
+            ``transform``, the generator, the history, the best weights.
+        checkpoint_every: seconds between checkpoints; one is also written at the end, and when the
             training is stopped.
-        resume: continue from ``checkpoint`` where there is one, bit for bit as if it had not been
-            interrupted (on one machine). The optimizer's and the schedule's settings, such as the
-            learning rate, are then those of the checkpoint. Not with a ``DataLoader``, whose order
-            is not known.
-        log: a file of JSON lines, a step each: step, loss, metrics and seconds. After ``resume`` it
-            is, seconds apart, that of an uninterrupted run.
-        log_every: steps from one recorded step to the next, in the log and in the history.
-        tensorboard: a folder of curves, where the package tensorboard is installed.
-        seed: of the order of the data and of the generator that the objective draws from; None
-            draws one, kept in ``history.seed`` and in the checkpoint. torch's global generator is
+        resume: whether to continue from ``checkpoint`` if it exists, bit for bit as an
+            uninterrupted training (on one machine). Settings of the optimizer and the schedule,
+            such as the learning rate, are then those of the checkpoint. Not supported with a
+            ``DataLoader``, whose order is unknown.
+        log: a file of JSON lines with step, loss, metrics and seconds. After ``resume`` it is equal
+            to that of an uninterrupted training, except for the seconds.
+        log_every: number of steps between recorded steps, in the log and in the history.
+        tensorboard: a folder for TensorBoard, which must be installed.
+        seed: seed of the order of the data and of the objective's generator; None draws a seed,
+            which is stored in ``history.seed`` and in the checkpoint. torch's default generator is
             not used.
-        progress: True shows it, False hides it, None shows it where it takes longer than a second.
+        progress: True shows progress, False hides it, None shows it after one second.
 
     Attributes:
         history: the :class:`~pyroebm.training.History` so far.
@@ -137,7 +139,7 @@ class Trainer:
 
     Raises:
         ValueError: if an argument is out of range, the data do not fit the module, ``checkpoint``
-            or ``log`` holds a training and ``resume`` is False, or it is one of other settings.
+            or ``log`` exists and ``resume`` is False, or the checkpoint has other settings.
 
     Example:
         >>> from pyroebm.energies import BernoulliRBM
@@ -190,23 +192,22 @@ class Trainer:
         if isinstance(objective, type) or not (
             callable(objective) or isinstance(objective, HasLosses)
         ):
-            said = objective.__name__ if isinstance(objective, type) else type(objective).__name__
-            raise ValueError(f"objective must be an objective, such as {said}(...), got {said}")
+            name = objective.__name__ if isinstance(objective, type) else type(objective).__name__
+            raise ValueError(f"objective must be an instance, such as {name}(...), got {name}")
         if max_grad_norm is not None and not max_grad_norm > 0.0:
             raise ValueError(
                 f"max_grad_norm must be positive, or None, got max_grad_norm={max_grad_norm}"
             )
         if not (0.0 <= weight_decay < math.inf and checkpoint_every >= 0.0):
             raise ValueError(
-                "weight_decay and checkpoint_every must not be negative, got"
-                f" weight_decay={weight_decay},"
-                f" checkpoint_every={checkpoint_every}"
+                "weight_decay and checkpoint_every must be nonnegative, got"
+                f" weight_decay={weight_decay}, checkpoint_every={checkpoint_every}"
             )
         if resume and checkpoint is None:
             raise ValueError("resume=True continues from a checkpoint: give checkpoint")
-        there = checkpoint is not None and Path(checkpoint).exists()
+        exists = checkpoint is not None and Path(checkpoint).exists()
         self._ranks = connected_ranks()
-        seed = self._common_seed(checkpoint if resume and there else None, seed)
+        seed = self._common_seed(checkpoint if resume and exists else None, seed)
         self.module = module
         self.objective = objective
         self._batches = (
@@ -216,8 +217,8 @@ class Trainer:
         )
         if resume and isinstance(self._batches, Passes):
             raise ValueError(
-                "resume=True needs the order of the data, and a DataLoader has its own: give the"
-                " rows or the Dataset itself"
+                "data must not be a DataLoader with resume=True, since its order is unknown: give"
+                " the rows or the Dataset itself"
             )
         self.num_steps = self._count_steps(num_steps, num_epochs)
         self._max_grad_norm = max_grad_norm
@@ -282,12 +283,12 @@ class Trainer:
                 **settings_of("objective", objective),
             }
             self._checkpoint = Checkpoint(checkpoint, state, settings)
-            if there and not resume:
+            if exists and not resume:
                 raise ValueError(
-                    f"checkpoint={str(checkpoint)!r} holds a training: continue with resume=True,"
-                    " or name a new file"
+                    f"checkpoint={str(checkpoint)!r} must be a new file, but exists: continue with"
+                    " resume=True, or give another name"
                 )
-            if there:
+            if exists:
                 self.restore()
         self._log = (
             TrainingLog(log, tensorboard, every=log_every, done=self.steps_done, resume=resume)
@@ -299,7 +300,7 @@ class Trainer:
         self._saved = time.monotonic()
 
     def _common_seed(self, checkpoint: str | Path | None, seed: int | None) -> int:
-        """The seed of all processes: as given, else of the checkpoint, else a fresh one."""
+        """Return the seed of all processes: as given, else of the checkpoint, else a new one."""
         if seed is not None:
             return fresh_seed(seed)
         if checkpoint is not None:
@@ -318,8 +319,7 @@ class Trainer:
         check_counts({"num_epochs": 1}, num_epochs)
         if self._batches is None:
             raise ValueError(
-                f"num_epochs={num_epochs} counts passes over data, and there are none: give"
-                " num_steps"
+                f"num_epochs must be None without data, got num_epochs={num_epochs}: give num_steps"
             )
         return (num_epochs or 0) * len(self._batches)
 
@@ -362,7 +362,7 @@ class Trainer:
 
     @property
     def finished(self) -> bool:
-        """Whether all steps are done, or the training was stopped before."""
+        """Whether all steps are done, or the training was stopped."""
         return self.steps_done >= self.num_steps or self._stopped
 
     def step(self) -> Step:
@@ -371,7 +371,7 @@ class Trainer:
         Raises:
             ValueError: if the training is finished.
             FloatingPointError: at a failed step, with its number and the metrics, unless the guard
-                goes back. Parameters and optimizer are as the step before left them.
+                rolls back. Parameters and optimizer are those after the previous step.
         """
         if self.finished:
             raise ValueError(f"the training is finished after {self.steps_done} steps")
@@ -388,7 +388,7 @@ class Trainer:
             self._stopped = True
         left = self.steps_done < self.num_steps
         self.history.interrupted = left and self._stopped and not self.history.stopped_early
-        # before the checkpoint, which so never knows of a step that the log does not
+        # before the checkpoint, so that the log has every step of the checkpoint
         if self._log is not None:
             self._log.write(number, loss, metrics)
         if self._checkpoint is not None and (due or self.finished):
@@ -396,8 +396,10 @@ class Trainer:
         return Step(number, loss, metrics)
 
     def steps(self) -> Iterator[Step]:
-        """All steps that are left, with progress. Where the loop over them is left, the checkpoint
-        is written."""
+        """Iterate over the remaining steps, with progress.
+
+        If the loop ends early, the checkpoint is written.
+        """
         show = self._progress if self._ranks[0] == 0 else False
         with Progress(self.num_steps, "fit", show=show, done=self.steps_done) as shown:
             while not self.finished:
@@ -406,7 +408,7 @@ class Trainer:
                 shown.update()
                 try:
                     yield step
-                # what an exception within a step leaves is never saved
+                # not after an exception within a step, which leaves an inconsistent state
                 except GeneratorExit:
                     if self._checkpoint is not None:
                         self.save()
@@ -415,11 +417,11 @@ class Trainer:
         self.close()
 
     def stop(self) -> None:
-        """Finish with the next step, in all processes."""
+        """Stop after the next step, in all processes."""
         self._stop_requested = True
 
     def close(self) -> None:
-        """Restore the best weights, where they were to be kept, and close the log."""
+        """Restore the best weights, if they are kept, and close the log."""
         if self._validation is not None:
             self._validation.restore_best()
         if self._log is not None:
@@ -444,10 +446,10 @@ class Trainer:
         self._saved = time.monotonic()
 
     def restore(self) -> None:
-        """Go back to what :meth:`save` wrote, in this process or another.
+        """Restore what :meth:`save` wrote, in this process or another.
 
         Raises:
-            ValueError: if the training has no checkpoint, or its file is not one of this training.
+            ValueError: if the training has no checkpoint, or the file is that of another training.
         """
         self.steps_done, more = self._file().load()
 
@@ -464,11 +466,11 @@ class Trainer:
 
     def _file(self) -> Checkpoint:
         if self._checkpoint is None:
-            raise ValueError("save and restore need a file: give checkpoint")
+            raise ValueError("checkpoint must be given to save and restore, got checkpoint=None")
         return self._checkpoint
 
     def _validate(self, number: int) -> dict[str, float]:
-        """The validation's metrics, where it is their turn."""
+        """Return the metrics on the validation data, if an evaluation is due."""
         every = self._validate_every
         if self._validation is None or every is None:
             return {}
@@ -486,8 +488,7 @@ class Trainer:
                 self.history.stopped_early = self._stopped = True
 
     def _differentiate(self, batch: Any) -> dict[str, Tensor]:
-        """Gradients of all losses in the parameters of each; the losses and the objective's
-        metrics."""
+        """Compute the gradients of all losses, and return the losses and metrics."""
         if isinstance(self.objective, HasLosses):
             named, metrics = self.objective.losses(
                 self.module,  # type: ignore[arg-type]
@@ -497,8 +498,8 @@ class Trainer:
             losses = dict(named)
             if set(losses) != set(self._players):
                 raise ValueError(
-                    f"losses() must give one for each of {sorted(self._players)}, which trained()"
-                    f" names, got {sorted(losses)}"
+                    f"losses() must have the names of trained(), {sorted(self._players)}, got"
+                    f" {sorted(losses)}"
                 )
         else:
             loss, metrics = self.objective(self.module, batch, generator=self._generator)
@@ -513,8 +514,11 @@ class Trainer:
         return metrics | {f"loss_{key}": loss.detach() for key, loss in losses.items()}
 
     def _update(self, number: int, due: bool) -> tuple[float, dict[str, float], bool]:
-        """One update: the loss, the metrics, and whether the checkpoint is due in the first
-        process."""
+        """Take a step of all optimizers.
+
+        Returns:
+            The loss, the metrics, and whether a checkpoint is due in the first process.
+        """
         batch = None if self._batches is None else self._batches(number)
         seen = self._differentiate(batch)
         if self._ranks[1] > 1:
@@ -526,7 +530,7 @@ class Trainer:
             self._stopped = bool(seen.pop("stop") > 0)
         if self._transform is not None:
             self._transform(self.module, batch, seen)
-            if self._ranks[1] > 1:  # it may have looked at the batch
+            if self._ranks[1] > 1:  # it may depend on the batch of this process
                 average_gradients(self._parameters, {}, 1.0)
         metrics = {name: float(value) for name, value in seen.items() if value.dim() == 0}
         players = self._players

@@ -1,4 +1,4 @@
-"""Metrics on validation data while a module is trained, early stopping, and the best weights."""
+"""Validation during training, early stopping, and the best weights."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ AnyObjective = Callable[..., tuple[Tensor, dict[str, Tensor]]] | HasLosses
 
 
 def rows_of(batch: Any) -> int:
-    """Number of rows of a batch; 1 where there are no data."""
+    """Return the number of rows of a batch; 1 if it is None."""
     first = batch[0] if isinstance(batch, tuple) else batch
     return 1 if first is None else len(first)
 
 
 class Validation:
-    """Evaluates an objective on validation data, and remembers where its loss was lowest.
+    """Evaluation of an objective on validation data, with early stopping.
 
-    The module is in eval mode, the objective is copied each time, so that its chains stay those of
-    the training, and the random numbers are the same each time.
+    The module is in eval mode. The objective is copied at each evaluation, so the chains of the
+    training do not change. The random numbers are the same at each evaluation.
 
     Args:
-        objective: called as in the training, on each batch of
+        objective: the objective.
         batches: the validation data.
-        seed: of the random numbers.
-        patience: evaluations in a row without a new lowest loss, after which ``exhausted`` is True;
-            None has no end.
-        modules: whose weights are kept where the loss is lowest; None keeps none.
+        seed: seed of the random numbers.
+        patience: number of consecutive evaluations without a new lowest loss, after which
+            ``exhausted`` is True; None is no limit.
+        modules: modules whose weights at the lowest loss are kept; None keeps no weights.
 
     Example:
         >>> from pyroebm.energies import BernoulliRBM
@@ -71,12 +71,11 @@ class Validation:
 
     @property
     def exhausted(self) -> bool:
-        """Whether the loss has not fallen for ``patience`` evaluations."""
+        """Whether ``patience`` evaluations had no new lowest loss."""
         return self.patience is not None and self.waited >= self.patience
 
     def evaluate(self, module: nn.Module, step: int) -> dict[str, float]:
-        """Means over the validation data of the loss and of the objective's metrics, of all
-        processes."""
+        """Return the means of loss and metrics over the validation data of all processes."""
         rank, world = connected_ranks()
         objective = copy.deepcopy(self.objective, {id(module): module})
         generator = seeded_generator(self.seed, module_dtype(module)[1], spawned=(1, rank))
@@ -98,10 +97,10 @@ class Validation:
         if world > 1:
             means = average_gradients((), means, rows)
         values = {name: float(mean) for name, mean in means.items()}
-        self._judge(values["loss"], step)
+        self._compare_with_lowest(values["loss"], step)
         return values
 
-    def _judge(self, loss: float, step: int) -> None:
+    def _compare_with_lowest(self, loss: float, step: int) -> None:
         if loss < self.lowest:
             self.lowest, self.best_step = loss, step
             self.waited = 0
@@ -114,7 +113,7 @@ class Validation:
             self.waited += 1
 
     def restore_best(self) -> None:
-        """Give the modules the weights that had the lowest loss, where some were kept."""
+        """Restore the weights with the lowest loss, if they were kept."""
         for name, module in self.modules.items() if self.best else ():
             prefix = f"{name}."
             module.load_state_dict(
@@ -122,7 +121,7 @@ class Validation:
             )
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps of it."""
+        """Return the state for a checkpoint."""
         step = -1 if self.best_step is None else self.best_step
         return {
             "lowest": torch.tensor(self.lowest, dtype=torch.float64),
@@ -131,7 +130,7 @@ class Validation:
         }
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """The inverse of :meth:`tensors`."""
+        """Restore what :meth:`tensors` returned."""
         self.lowest = float(tensors["lowest"])
         step, self.waited = map(int, tensors["counts"])
         self.best_step = None if step < 0 else step

@@ -37,7 +37,7 @@ from pyroebm.objectives import Objective
 from pyroebm.training import (
     Batches,
     Classifier,
-    complete,
+    impute,
     pretrain_belief_network,
     pretrain_boltzmann_machine,
 )
@@ -595,8 +595,8 @@ def test_completions_have_the_conditional_law(name: str) -> None:
         [[1.0, low, low, low], [low, 1.0, 1.0, 1.0]], dtype=F64
     ).repeat_interleave(n, 0)
     shape = (-1, 2, 2) if name == "ising" else (-1, 4)
-    done = complete(
-        model, observed.reshape(shape), known.reshape(shape[1:]), steps=30, progress=False
+    done = impute(
+        model, observed.reshape(shape), known.reshape(shape[1:]), num_sweeps=30, progress=False
     ).reshape(-1, 4)
     torch.testing.assert_close(done[:, known], observed[:, known])
     for rows, first in ((done[:n], (1.0, low)), (done[n:], (low, 1.0))):
@@ -613,9 +613,11 @@ def test_completions_of_misshapen_examples_are_refused(name: str) -> None:
     for wrong in ((2, *shape[1:], 3), (0, *shape), (4,), ()):
         observed = torch.zeros(wrong, dtype=F64)
         with pytest.raises(ValueError, match="observed must have shape"):
-            complete(model, observed, torch.zeros(wrong, dtype=torch.bool), steps=2, progress=False)
+            impute(
+                model, observed, torch.zeros(wrong, dtype=torch.bool), num_sweeps=2, progress=False
+            )
     given = torch.full((2, *shape), math.nan, dtype=F64)  # of what is not known anything will do
-    done = complete(model, given, torch.zeros(shape, dtype=torch.bool), steps=2, progress=False)
+    done = impute(model, given, torch.zeros(shape, dtype=torch.bool), num_sweeps=2, progress=False)
     assert bool(done.isfinite().all())
 
 
@@ -623,13 +625,13 @@ def test_a_gaussian_machine_is_completed_too() -> None:
     """One coordinate of a mixture of normals given the other: its mean by quadrature."""
     rbm, n = gaussian("cho").requires_grad_(False), 4_000
     observed = torch.tensor([[0.8, 0.0]], dtype=F64).repeat(n, 1)
-    done = complete(rbm, observed, torch.tensor([True, False]), steps=40, progress=False)
+    done = impute(rbm, observed, torch.tensor([True, False]), num_sweeps=40, progress=False)
     axis = torch.linspace(-12.0, 12.0, 4001, dtype=F64)
     p = torch.softmax(-rbm(torch.stack([torch.full_like(axis, 0.8), axis], 1)), 0).detach()
     within_se(done[:, 1].mean(), (p * axis).sum(), done[:, 1].std() / math.sqrt(n))
     # the same from the marginal energy, by NUTS on clamped real numbers
-    few = complete(
-        _Plain(rbm), observed[:400], torch.tensor([True, False]), steps=150, progress=False
+    few = impute(
+        _Plain(rbm), observed[:400], torch.tensor([True, False]), num_sweeps=150, progress=False
     )
     within_se(few[:, 1].mean(), (p * axis).sum(), few[:, 1].std() / math.sqrt(400))
 
@@ -780,6 +782,6 @@ def test_bad_machines_are_refused() -> None:
         BernoulliRBM(40, 30).sample(1)
     assert BernoulliRBM(40, 30).log_z is None
     with pytest.raises(ValueError, match="known must be boolean"):
-        complete(oracle_rbm(), torch.zeros(2, 4, dtype=F64), torch.zeros(4))
-    with pytest.raises(ValueError, match="must lie in support"):
-        complete(oracle_rbm(), torch.full((2, 4), 0.5, dtype=F64), torch.ones(4, dtype=torch.bool))
+        impute(oracle_rbm(), torch.zeros(2, 4, dtype=F64), torch.zeros(4))
+    with pytest.raises(ValueError, match="must lie in the support"):
+        impute(oracle_rbm(), torch.full((2, 4), 0.5, dtype=F64), torch.ones(4, dtype=torch.bool))

@@ -421,7 +421,7 @@ def test_neutra_reparam_refuses_redundant_latents_and_says_what_to_do() -> None:
     reasons, error = "", caught.value
     while error := error.__cause__:
         reasons += str(error)
-    assert "run our kernels on pyroebm.flows.PullbackEnergy" in reasons
+    assert "kernels of this package on pyroebm.flows.PullbackEnergy" in reasons
 
 
 def check_transported(energy: Energy, flow: Flow) -> None:

@@ -182,7 +182,7 @@ def test_steps_by_hand() -> None:
     assert trainer.finished
     with pytest.raises(ValueError, match="finished after 2 steps"):
         trainer.step()
-    with pytest.raises(ValueError, match="give checkpoint"):
+    with pytest.raises(ValueError, match="checkpoint must be given"):
         trainer.save()
 
 
@@ -460,7 +460,7 @@ def test_best_weights_and_patience_are_in_the_checkpoint(tmp_path: Path) -> None
         ({"validation": OTHERS, "validate_every": 0}, "validate_every must be"),
         ({"validation": OTHERS[:, :1]}, r"validation must have shape \(N, 2\)"),
         ({"objective": Energies}, r"such as Energies\(\.\.\.\), got Energies"),
-        ({"objective": 3}, "objective must be an objective"),
+        ({"objective": 3}, "objective must be an instance"),
     ],
 )
 def test_what_does_not_fit_is_refused(options: dict[str, Any], said: str) -> None:
@@ -506,15 +506,18 @@ class Scaled(ContrastiveDivergence):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"optimizer": "adm"}, r"got 'adm'; near it: \['adam'"),
-        ({"optimizer": functools.partial(torch.optim.Adam), "lr": 0.1}, "goes with the name"),
+        ({"optimizer": "adm"}, r"got 'adm'; similar names: \['adam'"),
+        (
+            {"optimizer": functools.partial(torch.optim.Adam), "lr": 0.1},
+            "lr must be None unless optimizer is a name",
+        ),
         ({"lr": 0.0}, "lr must be positive"),
-        ({"lr": {"critic": 0.1}}, r"lr must be one for all, or one for each of \['energy'\]"),
+        ({"lr": {"critic": 0.1}}, r"lr must be one value, or a dict with the losses \['energy'\]"),
         ({"schedule": "linear"}, 'must be None, "constant", "cosine"'),
-        ({"optimizer": "instance", "lr": 0.1}, "goes with the name"),
-        ({"optimizer": "instance", "weight_decay": 0.1}, "weight_decay goes with"),
+        ({"optimizer": "instance", "lr": 0.1}, "lr must be None unless optimizer is a name"),
+        ({"optimizer": "instance", "weight_decay": 0.1}, "weight_decay must be 0.0"),
         ({"optimizer": "instance", "objective": Scaled()}, r"misses 1 of shapes \[\(3,\)\]"),
-        ({"optimizer": "lbfgs"}, "needs the loss again"),
+        ({"optimizer": "lbfgs"}, "must not evaluate the loss"),
     ],
 )
 def test_optimizers_that_do_not_fit_are_refused(options: dict[str, Any], said: str) -> None:

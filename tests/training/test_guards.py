@@ -160,8 +160,8 @@ def test_schedules_of_several_losses() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"optimizer": {"energy": SGD}}, r"one for each of \['energy', 'generator'\]"),
-        ({"schedule": {"critic": SGD}}, "one for each of"),
+        ({"optimizer": {"energy": SGD}}, r"a dict with the losses \['energy', 'generator'\]"),
+        ({"schedule": {"critic": SGD}}, "a dict with the losses"),
     ],
 )
 def test_players_are_named(options: dict[str, Any], said: str) -> None:
@@ -184,9 +184,9 @@ def test_players_share_nothing() -> None:
             return {"energy": losses["energy"]}, metrics
 
     for duel in (Twice(), Headless()):
-        with pytest.raises(ValueError, match="none of them twice"):
+        with pytest.raises(ValueError, match="no parameter twice"):
             fit(net(), duel, DATA, num_steps=1)
-    with pytest.raises(ValueError, match="losses\\(\\) must give one for each"):
+    with pytest.raises(ValueError, match="losses\\(\\) must have the names of trained"):
         end(fit_steps(net(), Silent(), DATA, num_steps=1))
 
 
@@ -242,7 +242,7 @@ def test_a_rollback_goes_back_and_goes_on() -> None:
 
     with pytest.warns(
         RuntimeWarning,
-        match=r"at step 7 loss is nan.*as step 5 left it \(rollback 1 of at most 10\)",
+        match=r"at step 7 loss is nan.*restored .* after step 5 \(rollback 1 of at most 10\)",
     ):
         watch()
     assert [step for step, _, _ in found] == list(range(12))
@@ -314,7 +314,7 @@ def test_a_gap_out_of_bounds() -> None:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         return energy(batch).mean(), {}
 
-    with pytest.raises(ValueError, match="says its energy_gap"):
+    with pytest.raises(ValueError, match="without the metric energy_gap"):
         end(fit_steps(net(), silent, DATA, num_steps=1, guard=Guard(max_energy_gap=1.0)))
 
 
@@ -352,7 +352,7 @@ def test_a_log_has_a_line_for_a_step(tmp_path: Path) -> None:
         for step in found
         if step.number in (0, 3, 6)
     ]
-    with pytest.raises(ValueError, match="holds a log"):
+    with pytest.raises(ValueError, match=r"log=.* must be a new file"):
         fit(net(), ContrastiveDivergence(), DATA, num_steps=7, log=tmp_path / "deep" / "run.jsonl")
     with pytest.raises(ValueError, match="log_every must be"):
         fit(

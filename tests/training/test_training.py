@@ -276,16 +276,19 @@ def test_a_loss_that_is_not_finite_raises_with_the_metrics() -> None:
         ({"num_steps": 1, "resume": True}, "give checkpoint"),
         ({"num_steps": 1, "data": DATA[:0]}, "must have rows"),
         ({"num_steps": 1, "data": [1.0]}, "torch.as_tensor"),
-        ({"num_epochs": 1, "data": None}, "passes over data"),
+        ({"num_epochs": 1, "data": None}, "num_epochs must be None without data"),
         ({"num_steps": 1, "module": "rbm"}, "must be a torch.nn.Module"),
-        ({"num_steps": 1, "module": rbm().requires_grad_(False)}, "nothing to train"),
+        (
+            {"num_steps": 1, "module": rbm().requires_grad_(False)},
+            "must have a parameter that requires a gradient",
+        ),
         (
             {"num_steps": 1, "optimizer": lambda groups: torch.optim.LBFGS(groups[0]["params"])},
-            "needs the loss again",
+            "must not evaluate the loss",
         ),
         (
             {"num_steps": 1, "schedule": torch.optim.lr_scheduler.ReduceLROnPlateau},
-            "needs the loss again",
+            "must not evaluate the loss",
         ),
     ],
 )
@@ -401,7 +404,7 @@ def test_checkpoints_at_the_front_door(tmp_path: Path) -> None:
     # nothing there yet: it begins
     last(fit_steps(rbm(), ContrastiveDivergence(), DATA, num_steps=2, resume=True, **options))
     assert not list(path.parent.glob("*.part"))
-    with pytest.raises(ValueError, match="holds a training"):
+    with pytest.raises(ValueError, match=r"checkpoint=.* must be a new file"):
         fit(rbm(), ContrastiveDivergence(), DATA, num_steps=4, **options)
     with pytest.raises(ValueError, match="settings of this training"):
         fit(rbm(), Pseudolikelihood(), DATA, num_steps=4, resume=True, **options)
@@ -416,7 +419,7 @@ def test_checkpoints_at_the_front_door(tmp_path: Path) -> None:
             resume=True,
             **options,
         )
-    with pytest.raises(ValueError, match="of another module"):
+    with pytest.raises(ValueError, match="must be that of this module"):
         fit(
             BernoulliRBM(DATA.shape[1], 7, dtype=DATA.dtype),
             ContrastiveDivergence(),
