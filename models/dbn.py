@@ -118,7 +118,7 @@ def main(
         sizes=sizes,
         epochs=epochs,
         learning_rate=learning_rate,
-        binarisation=images.binarisation,
+        binarization=images.binarization,
         quick=quick,
     )
     recipe.add_mean("independent bits: test log-likelihood", floor(images), "exact")

@@ -52,11 +52,11 @@ class Images:
         test: Tensor,
         train_labels: Tensor,
         test_labels: Tensor,
-        binarisation: str,
+        binarization: str,
     ) -> None:
         self.train = train.float()
         self.test = test.float()
-        self.binarisation = binarisation
+        self.binarization = binarization
         self.train_labels, self.test_labels = train_labels.long(), test_labels.long()
         side = math.isqrt(train.shape[1])
         self.shape = (side, side)
@@ -68,7 +68,7 @@ class Images:
             1.0 - self.test,
             self.train_labels,
             self.test_labels,
-            f"{self.binarisation}, inverted",
+            f"{self.binarization}, inverted",
         )
 
     def fewer(self, n: int) -> Images:
@@ -78,14 +78,14 @@ class Images:
             self.test[:n],
             self.train_labels[:n],
             self.test_labels[:n],
-            self.binarisation,
+            self.binarization,
         )
 
 
 def load_images(path: Path | None) -> Images:
     """Load the binary MNIST files at ``path``, or scikit-learn's digits if it is None."""
     data = digits() if path is None else load_binary(path)
-    return Images(data.train, data.test, data.train_labels, data.test_labels, data.binarisation)
+    return Images(data.train, data.test, data.train_labels, data.test_labels, data.binarization)
 
 
 def in_double(machine: M) -> M:

@@ -150,7 +150,7 @@ def main(
         learning_rate=learning_rate,
         centered=centered,
         decay=decay,
-        binarisation=images.binarisation,
+        binarization=images.binarization,
         quick=quick,
     )
     recipe.add_mean("independent bits: test log-likelihood", floor(images), "exact")

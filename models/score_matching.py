@@ -20,7 +20,7 @@ from torch.distributions import constraints
 from models.recipe import Recipe, run
 from pyroebm import MALA, MCMC, Energy
 from pyroebm.core import score
-from pyroebm.data import dequantised, digits
+from pyroebm.data import dequantized, digits
 from pyroebm.diagnostics.plots import plot_images
 from pyroebm.energies import MLPEnergy
 from pyroebm.objectives import (
@@ -94,7 +94,7 @@ def plane(recipe: Recipe, steps: int, points: int, progress: bool | None) -> dic
     forms: dict[str, tuple[Objective, GaussianMixture]] = {
         "exact": (ScoreMatching(), circle()),
         "exact, noise .1": (ScoreMatching(noise=0.1), circle()),
-        "sliced": (SlicedScoreMatching(law="rademacher"), circle()),
+        "sliced": (SlicedScoreMatching(distribution="rademacher"), circle()),
         "sliced, not reduced": (SlicedScoreMatching(variance_reduced=False), circle()),
         "sliced, differences": (
             SlicedScoreMatching(variance_reduced=False, finite_difference=0.05),
@@ -213,7 +213,7 @@ def images(
     spread, middle = pixels.train.std(), pixels.train.mean(0)
 
     def scaled(x: Tensor) -> Tensor:
-        return ((dequantised(x, LEVELS, noise) - middle) / spread).reshape(-1, 1, 8, 8)
+        return ((dequantized(x, LEVELS, noise) - middle) / spread).reshape(-1, 1, 8, 8)
 
     data, test = scaled(pixels.train.repeat(20, 1)), scaled(pixels.test)
     flat = data.reshape(-1, 64)
@@ -224,7 +224,7 @@ def images(
     models: dict[str, Energy] = {"normal distribution": normal}
     for name, objective, rows in (
         ("denoising", DenoisingScoreMatching(NOISE), data),
-        ("sliced", SlicedScoreMatching(law="rademacher"), noised),
+        ("sliced", SlicedScoreMatching(distribution="rademacher"), noised),
     ):
         energy = MLPEnergy(
             (1, 8, 8), (256, 256), scale=1.0, generator=torch.Generator().manual_seed(recipe.seed)
@@ -237,7 +237,7 @@ def images(
         test.repeat(4, 1, 1, 1) + NOISE * torch.randn((4 * len(test), 1, 8, 8), generator=noise)
     ).split(72)
     # of 64 second derivatives; all models use the same directions
-    objective = SlicedScoreMatching(4, law="rademacher")
+    objective = SlicedScoreMatching(4, distribution="rademacher")
     values = {
         name: torch.stack(
             [

@@ -558,7 +558,7 @@ SAMPLING: dict[str, Make] = {
     ),
     "store": lambda: scratch(resumed_from_store),
     "tempering-report": tempered_report,
-    "transported": lambda: chains(ebm.NUTS(), ebm.Transported(small_flow(), wells())),
+    "transported": lambda: chains(ebm.NUTS(), ebm.PullbackEnergy(small_flow(), wells())),
 }
 
 SMALL = {"hidden_sizes": (8,)}
@@ -630,7 +630,7 @@ def reloaded(folder: Path) -> Any:
 
 def extended() -> Any:
     flow = stirred(ebm.RedundantNICE(2, 3, 2, **SMALL))
-    energy = ebm.Extended(wells(), flow.conditional, 2)
+    energy = ebm.AugmentedEnergy(wells(), flow.conditional, 2)
     return energy_facts(energy), flow.log_prob_x(normal(4, 2)), flow.joint_entropy()
 
 
@@ -661,7 +661,7 @@ FLOW_USES: dict[str, Make] = {
     "judge": lambda: judged_flow(small_flow()),
     "judge-redundant": lambda: judged_flow(stirred(ebm.RedundantNICE(2, 3, 2, **SMALL), 0.2)),
     "saved": lambda: scratch(reloaded),
-    "transported": lambda: energy_facts(ebm.Transported(small_flow(), wells())),
+    "transported": lambda: energy_facts(ebm.PullbackEnergy(small_flow(), wells())),
 }
 
 
@@ -741,7 +741,7 @@ OBJECTIVES: dict[str, Make] = {
     "ratio-matching": lambda: of_bits(ebm.RatioMatching()),
     "score-matching": lambda: of_data(ebm.ScoreMatching(0.05)),
     "short-run": lambda: of_data(ebm.ShortRun(5, ebm.langevin(0.02, 0.05), num_chains=7)),
-    "sliced-score-matching": lambda: of_data(ebm.SlicedScoreMatching(2, law="rademacher")),
+    "sliced-score-matching": lambda: of_data(ebm.SlicedScoreMatching(2, distribution="rademacher")),
     "sliced-score-matching-finite": lambda: of_data(
         ebm.SlicedScoreMatching(2, finite_difference=0.1),
     ),
@@ -1101,7 +1101,7 @@ def distances() -> Any:
 
 
 def images() -> Any:
-    quantized = ebm.quantised(ebm.dequantised(bits(), 2, seeded(1)), 2)
+    quantized = ebm.quantized(ebm.dequantized(bits(), 2, seeded(1)), 2)
     return ebm.digits(), ebm.image_patches(20, 4), quantized
 
 

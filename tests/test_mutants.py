@@ -193,7 +193,7 @@ MUTANTS: dict[str, tuple[str, str, str, str]] = {
     ),
     "a checksum is not compared": (
         "core/files.py",
-        "if said != found:",
+        "if stored != computed:",
         "if False:",
         "tests/core/test_files.py",
     ),

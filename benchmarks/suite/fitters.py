@@ -77,7 +77,7 @@ def ours(
         return xy[:, : flow.dim], -target(xy) - log_q
 
     def log_weights(x: Tensor) -> Tensor:
-        xy = target.complete(x)
+        xy = target.augment(x)
         return -target(xy) - flow.log_prob(xy)
 
     return Training(trainer.step, draw, log_weights)

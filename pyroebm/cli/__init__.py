@@ -16,20 +16,19 @@ __all__ = [
 def run_demo_command(
     out: Path = Path("demo"), seed: int = 0, quick: bool = False, progress: bool | None = None
 ) -> None:
-    """Sample the double well x^4 - 4x^2 + x with NUTS, fit NICE and redundant NICE to it, and
-    report what mixed.
+    """Sample the double well x^4 - 4x^2 + x with NUTS, and fit NICE with auxiliary variables to it.
 
     Args:
         out: folder for report.json, double_well.png, trace.png, rank.png, energy.png and chains.nc.
-        seed: seed of everything.
-        quick: a few seconds in place of a minute or two; the numbers are then rough.
-        progress: show progress; by default of what takes longer than a second.
+        seed: seed of all random numbers.
+        quick: a few seconds instead of a minute or two; the numbers are then inaccurate.
+        progress: show progress; by default after one second.
     """
     import torch
 
-    from pyroebm.cli.demo import run_demo  # takes seconds to import: not for --help
+    from pyroebm.cli.demo import run_demo  # the import takes seconds, which --help does not need
 
-    # tensors this small gain nothing from two, and lose much where a core is busy
+    # small tensors do not profit from more threads
     torch.set_num_threads(1)
     run_demo(out, seed, quick, progress)
 
@@ -40,7 +39,7 @@ def print_version() -> None:
 
 
 def main() -> None:
-    """Entry point of the console script."""
+    """Run the command line, the entry point of the console script."""
     tyro.extras.subcommand_cli_from_dict(
         {"demo": run_demo_command, "version": print_version},
         description="Energy-based models on Pyro.",

@@ -1,5 +1,4 @@
-"""The main job, end to end: sample the double well, fit flows to it, correct them, and say what the
-numbers say."""
+"""The demo: sample the double well, fit flows to it, weight their draws, and report the results."""
 
 from __future__ import annotations
 
@@ -34,17 +33,15 @@ from pyroebm.training import fit
 
 __all__ = ["BARRIER", "run_demo"]
 
-#: Where the report cuts between the wells, as the example's literature does (the barrier itself is
-#: at 0.12602).
+#: Boundary between the wells, as in the literature on this example (the maximum is at 0.12602).
 BARRIER = 0.126
 
-Facts = dict[str, Any]
+Metrics = dict[str, Any]
 
 
 @contextmanager
 def _forked_seed(seed: int) -> Iterator[None]:
-    """Seed Pyro's global generators and put back what they were: a demo leaves nobody's random
-    numbers changed."""
+    """Seed Pyro's global generators, and restore their states afterwards."""
     python, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
     with torch.random.fork_rng():
         pyro.set_rng_seed(seed)
@@ -55,8 +52,8 @@ def _forked_seed(seed: int) -> Iterator[None]:
             np.random.set_state(numpy_state)  # noqa: NPY002
 
 
-def _facts_of_draws(x: Tensor, began: float) -> Facts:
-    """Facts of draws ``(chains, draws)``; standard errors know of autocorrelation."""
+def _metrics_of_draws(x: Tensor, began: float) -> Metrics:
+    """Compute metrics of draws ``(chains, draws)``, with standard errors by the effective size."""
     right = (x > BARRIER).double()
     return {
         "mean": float(x.mean()),
@@ -73,35 +70,46 @@ def _facts_of_draws(x: Tensor, began: float) -> Facts:
 
 
 def sample_nuts(
-    energy: DoubleWell, seed: int, chains: int, most: int, progress: bool | None
-) -> tuple[MCMC, Facts]:
-    """Our NUTS: first 1,000 draws of each chain, then as many as R-hat < 1.01 and a standard error
-    below 0.003 need."""
+    energy: DoubleWell, seed: int, chains: int, max_draws: int, progress: bool | None
+) -> tuple[MCMC, Metrics]:
+    """Sample with NUTS: 1,000 draws of each chain, then more until it has converged.
+
+    The criterion is R-hat < 1.01 and a standard error of the mass below 0.003.
+    """
     began = time.perf_counter()
-    # the quartic walls: at the usual 0.8 one step in a thousand diverges
-    plan = WindowAdaptation(target_acceptance=0.9)
-    mcmc = MCMC(NUTS(), min(1000, most), 500, chains, seed=seed, adaptation=plan, progress=progress)
+    # at the default of 0.8 one step in a thousand diverges in the quartic tails
+    adaptation = WindowAdaptation(target_acceptance=0.9)
+    mcmc = MCMC(
+        NUTS(),
+        min(1000, max_draws),
+        500,
+        chains,
+        seed=seed,
+        adaptation=adaptation,
+        progress=progress,
+    )
     mcmc.run(energy)
-    facts = _facts_of_draws(mcmc.get_samples(group_by_chain=True)["x"], began)
-    early = dict(facts)
-    while facts["draws"] < most and not (facts["r_hat"] < 1.01 and facts["right_mass_se"] < 0.0029):
-        mcmc.run_more(min(9000 if facts == early else 2000, most - facts["draws"]))
-        facts = _facts_of_draws(mcmc.get_samples(group_by_chain=True)["x"], began)
+    metrics = _metrics_of_draws(mcmc.get_samples(group_by_chain=True)["x"], began)
+    early = dict(metrics)
+    while metrics["draws"] < max_draws and not (
+        metrics["r_hat"] < 1.01 and metrics["right_mass_se"] < 0.0029
+    ):
+        mcmc.run_more(min(9000 if metrics == early else 2000, max_draws - metrics["draws"]))
+        metrics = _metrics_of_draws(mcmc.get_samples(group_by_chain=True)["x"], began)
     diagnosis = mcmc.diagnose()
-    facts |= {
+    metrics |= {
         "divergences": diagnosis.divergences,
         "bfmi": diagnosis.min_bfmi,
         "diagnosis": str(diagnosis),
         "at_1000_draws": early,
     }
-    return mcmc, facts
+    return mcmc, metrics
 
 
 def sample_pyro_nuts(
     energy: DoubleWell, seed: int, chains: int, draws: int, progress: bool | None
-) -> Facts:
-    """Pyro's own NUTS through the same potential, chain after chain (in one process, as it runs
-    where cores are few)."""
+) -> Metrics:
+    """Sample the same potential with Pyro's NUTS, one chain after another in this process."""
     began = time.perf_counter()
     potential = PotentialFn(energy)
     warmup_steps = 300
@@ -119,17 +127,17 @@ def sample_pyro_nuts(
             )
             mcmc.run()
             kept.append(mcmc.get_samples()["x"])
-    return _facts_of_draws(torch.stack(kept), began)
+    return _metrics_of_draws(torch.stack(kept), began)
 
 
 def train(flow: Flow, energy: DoubleWell, steps: int, seed: int, progress: bool | None) -> float:
-    """Train a flow in place; seconds spent."""
+    """Train a flow in place, and return the seconds spent."""
     began = time.perf_counter()
     fit(flow, ReverseKL(energy), num_steps=steps, seed=seed, progress=progress)
     return time.perf_counter() - began
 
 
-def flow_facts(
+def flow_metrics(
     flow: Flow,
     energy: DoubleWell,
     n: int,
@@ -137,8 +145,8 @@ def flow_facts(
     seconds: float,
     name: str,
     progress: bool | None,
-) -> tuple[Tensor, Facts]:
-    """Direct draws of a flow, uncorrected, and J or J_R with log C in it."""
+) -> tuple[Tensor, Metrics]:
+    """Draw from a flow without weights, and estimate J or J_R."""
     with torch.no_grad():
         x = flow.forward_and_log_prob(flow.rsample_base(n, torch.Generator().manual_seed(seed)))[0][
             :, 0
@@ -151,7 +159,7 @@ def flow_facts(
         "mean": float(x.mean()),
         "var": float(x.var()),
         "right_mass": mass,
-        # none seen in n: a mass of 1 / n is not excluded
+        # without a draw in the well, a mass of 1 / n cannot be excluded
         "right_mass_se": math.sqrt(max(mass * (1.0 - mass), 1.0 / n) / n),
         name: value,
         f"{name}_se": error,
@@ -159,7 +167,7 @@ def flow_facts(
     }
 
 
-def _weighted_facts(result: Any, seconds: float) -> Facts:
+def _weighted_metrics(result: Any, seconds: float) -> Metrics:
     mean, mean_se = result.expectation(lambda x: x)
     square, _ = result.expectation(lambda x: x**2)
     mass, mass_se = result.expectation(lambda x: (x > BARRIER).double())
@@ -177,45 +185,49 @@ def _weighted_facts(result: Any, seconds: float) -> Facts:
     }
 
 
-def run_demo(out: Path, seed: int = 0, quick: bool = False, progress: bool | None = None) -> Facts:
-    """Run the demo and write ``report.json``, ``double_well.png``, ``trace.png``, ``rank.png``,
-    ``energy.png`` and ``chains.nc`` into ``out``.
+def run_demo(
+    out: Path, seed: int = 0, quick: bool = False, progress: bool | None = None
+) -> Metrics:
+    """Run the demo and write its report, figures and chains to a folder.
+
+    The files are ``report.json``, ``double_well.png``, ``trace.png``, ``rank.png``, ``energy.png``
+    and ``chains.nc``.
 
     Args:
-        out: folder, made if absent.
-        seed: seed of everything.
-        quick: a few seconds in place of a minute or two: numbers are then rough.
-        progress: True shows it, False hides it, None shows it where it takes longer than a second.
+        out: folder, which is created if it does not exist.
+        seed: seed of all random numbers.
+        quick: a few seconds instead of a minute or two; the numbers are then inaccurate.
+        progress: True shows progress, False hides it, None shows it after one second.
 
     Returns:
-        the report.
+        The report, as in ``report.json``.
     """
     out.mkdir(parents=True, exist_ok=True)
     energy = DoubleWell().double()
     seeds = [int(s) for s in np.random.SeedSequence(seed).generate_state(5)]
-    chains, most, pyro_draws, steps, n = (
+    chains, max_draws, pyro_draws, steps, n = (
         (16, 300, 100, 300, 5_000) if quick else (64, 30_000, 2_500, 2_000, 100_000)
     )
-    truth: Facts = {
+    truth: Metrics = {
         "mean": float(energy.mean),
         "var": float(energy.variance),
         "right_mass": energy.right_mass,
         "right_mass_se": 0.0,
         "log_z": energy.log_z,
     }
-    report: Facts = {"truth": truth}
+    report: Metrics = {"truth": truth}
     print(f"NUTS, {chains} chains ...")
-    mcmc, report["nuts"] = sample_nuts(energy, seeds[0], chains, most, progress)
+    mcmc, report["nuts"] = sample_nuts(energy, seeds[0], chains, max_draws, progress)
     print("Pyro's NUTS through the same potential, 4 chains ...")
     report["pyro_nuts"] = sample_pyro_nuts(energy, seeds[1], 4, pyro_draws, progress)
 
     print(
-        "NICE with D = 1: one dimension leaves nothing to couple, so this is a Gaussian with a"
-        " learned shift ..."
+        "NICE with D = 1: in one dimension there is nothing to couple, so this is a Gaussian with a"
+        " learned mean and scale ..."
     )
     nice = NICE(dim=1, dtype=torch.float64, generator=torch.Generator().manual_seed(seeds[2]))
     seconds = train(nice, energy, 2 * steps, seeds[2], progress)
-    _, report["nice"] = flow_facts(nice, energy, n, seeds[3], seconds, "j", progress)
+    _, report["nice"] = flow_metrics(nice, energy, n, seeds[3], seconds, "j", progress)
 
     draws, by_dim = {}, {}
     for total_dim in (2, 3):
@@ -227,14 +239,17 @@ def run_demo(out: Path, seed: int = 0, quick: bool = False, progress: bool | Non
             generator=torch.Generator().manual_seed(seeds[2]),
         )
         seconds = train(flow, energy, steps, seeds[2], progress)
-        x, facts = flow_facts(flow, energy, n, seeds[3], seconds, "j_r", progress)
+        x, metrics = flow_metrics(flow, energy, n, seeds[3], seconds, "j_r", progress)
         began = time.perf_counter()
         result = importance_sample(
             flow, energy, n, generator=torch.Generator().manual_seed(seeds[4]), progress=progress
         )
         draws[total_dim] = (x, result)
-        by_dim[total_dim] = (facts, _weighted_facts(result, seconds + time.perf_counter() - began))
-    bounds = {1: report["nice"]["j"]} | {d: facts["j_r"] for d, (facts, _) in by_dim.items()}
+        by_dim[total_dim] = (
+            metrics,
+            _weighted_metrics(result, seconds + time.perf_counter() - began),
+        )
+    bounds = {1: report["nice"]["j"]} | {d: metrics["j_r"] for d, (metrics, _) in by_dim.items()}
     best = min(bounds, key=bounds.__getitem__)
     report["redundant_nice"] = by_dim[2][0] | {
         "total_dim": 2,
@@ -242,13 +257,13 @@ def run_demo(out: Path, seed: int = 0, quick: bool = False, progress: bool | Non
         "total_dim_of_smallest_j_r": best,
     }
     report["redundant_nice_weighted"] = by_dim[2][1] | {"total_dim": 2, "d_3": by_dim[3][1]}
-    for facts in [*report.values(), *(part for pair in by_dim.values() for part in pair)]:
-        # A missed mode is said, whatever a method's own figures of merit are: far too little mass,
-        # and not by chance.
-        short = truth["right_mass"] - facts["right_mass"]
-        facts["missed_modes"] = (
+    for metrics in [*report.values(), *(part for pair in by_dim.values() for part in pair)]:
+        # A mode is missed if its mass is much too small, and significantly so, whatever the other
+        # metrics of the method are.
+        short = truth["right_mass"] - metrics["right_mass"]
+        metrics["missed_modes"] = (
             ["right"]
-            if short > 0.5 * truth["right_mass"] and short > 5 * facts["right_mass_se"]
+            if short > 0.5 * truth["right_mass"] and short > 5 * metrics["right_mass_se"]
             else []
         )
 

@@ -1,4 +1,4 @@
-"""How the demo's report reads: figures, a table, and one sentence made from the numbers."""
+"""The report of the demo: figures, a table, and a conclusion in words."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pyroebm.targets import DoubleWell
 
 __all__ = ["conclusion", "draw_figures", "table"]
 
-Facts = dict[str, Any]
+Metrics = dict[str, Any]
 
 LABELS = {
     "truth": "truth",
@@ -46,9 +46,14 @@ COLUMNS = [
 
 
 def draw_figures(
-    out: Path, energy: DoubleWell, report: Facts, mcmc: MCMC, x: Tensor, weighted: ImportanceResult
+    out: Path,
+    energy: DoubleWell,
+    report: Metrics,
+    mcmc: MCMC,
+    x: Tensor,
+    weighted: ImportanceResult,
 ) -> None:
-    """The figures of the demo, as files in ``out``."""
+    """Write the figures of the demo as files in ``out``."""
     limits = (-2.25, 1.95)
     fig, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
     plots.plot_potential(
@@ -73,8 +78,8 @@ def draw_figures(
     for ax in axes[:2]:
         ax.set_ylim(-7.2, 3.0)
     masses = {
-        LABELS[name]: (facts["right_mass"], facts["right_mass_se"] or float("nan"))
-        for name, facts in report.items()
+        LABELS[name]: (metrics["right_mass"], metrics["right_mass_se"] or float("nan"))
+        for name, metrics in report.items()
     }
     plots.plot_mode_masses(
         {k: v for k, v in masses.items() if k != "truth"},
@@ -90,32 +95,36 @@ def draw_figures(
     shown = {
         "trace": to_arviz({"x": draws[:3, :1000]}),
         "rank": to_arviz({"x": draws[:4]}),
-        "energy": to_arviz({"x": draws}, {"energy": stats["energy"]}),
+        "energy": to_arviz({"x": draws[:4]}, {"energy": stats["energy"][:4]}),
     }
     for name, data in shown.items():
         fig = plots.arviz_figure(f"plot_{name}", data)
+        fig.set_size_inches(10.0, 5.0)
         write_figure(out / f"{name}.png", fig)
         plt.close(fig)
 
 
-def table(report: Facts) -> str:
-    """The report as lines of text."""
-    lines: list[tuple[str, Facts]] = []
-    for name, facts in report.items():
-        if "at_1000_draws" in facts:
+def table(report: Metrics) -> str:
+    """Format the report as a table of text."""
+    lines: list[tuple[str, Metrics]] = []
+    for name, metrics in report.items():
+        if "at_1000_draws" in metrics:
             lines.append(
                 (
-                    f"{LABELS[name]}, first {facts['at_1000_draws']['draws']:,} draws",
-                    facts["at_1000_draws"],
+                    f"{LABELS[name]}, first {metrics['at_1000_draws']['draws']:,} draws",
+                    metrics["at_1000_draws"],
                 )
             )
-        lines.append((LABELS[name], facts))
-        if "d_3" in facts:
-            lines.append((LABELS[name].replace("D = 2", "D = 3"), facts["d_3"]))
+        lines.append((LABELS[name], metrics))
+        if "d_3" in metrics:
+            lines.append((LABELS[name].replace("D = 2", "D = 3"), metrics["d_3"]))
     cells = [["", *(heading for heading, _, _ in COLUMNS)]]
     cells += [
-        [label, *(format(facts[key], spec) if key in facts else "-" for _, key, spec in COLUMNS)]
-        for label, facts in lines
+        [
+            label,
+            *(format(metrics[key], spec) if key in metrics else "-" for _, key, spec in COLUMNS),
+        ]
+        for label, metrics in lines
     ]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join(
@@ -127,25 +136,25 @@ def table(report: Facts) -> str:
     )
 
 
-def conclusion(report: Facts) -> str:
-    """What the numbers say, in one sentence made from them."""
+def conclusion(report: Metrics) -> str:
+    """Summarize the report in a sentence."""
     truth, nuts, nice, weighted = (
         report[name] for name in ("truth", "nuts", "nice", "redundant_nice_weighted")
     )
 
-    def judged(facts: Facts) -> str:
-        mass, error = facts["right_mass"], facts["right_mass_se"]
-        apart = abs(mass - truth["right_mass"]) / error if error else float("inf")
-        return f"{mass:.4f} +- {error:.4f} ({apart:.1f} standard errors off)"
+    def with_error(metrics: Metrics) -> str:
+        mass, error = metrics["right_mass"], metrics["right_mass_se"]
+        deviation = abs(mass - truth["right_mass"]) / error if error else float("inf")
+        return f"{mass:.4f} +- {error:.4f} ({deviation:.1f} standard errors off)"
 
-    missed = [LABELS[name] for name, facts in report.items() if facts["missed_modes"]]
+    missed = [LABELS[name] for name, metrics in report.items() if metrics["missed_modes"]]
     first = nuts["at_1000_draws"]
     return (
-        f"The right well holds {truth['right_mass']:.4f} of the mass: NUTS finds {judged(nuts)},"
-        f" with R-hat {nuts['r_hat']:.3f}"
+        f"The right well holds {truth['right_mass']:.4f} of the mass: NUTS finds"
+        f" {with_error(nuts)}, with R-hat {nuts['r_hat']:.3f}"
         f" after {nuts['draws']:,} draws of {nuts['chains']} chains where the first"
         f" {first['draws']:,} left {first['r_hat']:.2f},"
-        f" and weighted redundant NICE finds {judged(weighted)}, with log Z"
+        f" and weighted redundant NICE finds {with_error(weighted)}, with log Z"
         f" {weighted['log_z']:.4f} +- {weighted['log_z_se']:.4f}"
         f" where the truth is {truth['log_z']:.4f}; NICE with D = 1, a Gaussian, stays at J ="
         f" {nice['j']:.4f}; the right well"

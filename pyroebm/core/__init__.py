@@ -1,5 +1,4 @@
-"""Energies and what everything else stands on: supports, gradients, wrappers, compilation, random
-numbers, files."""
+"""Energies, supports, gradients, wrappers, compilation, random numbers and files."""
 
 from pyroebm.core.annealing_path import DistributionEnergy, GeometricPath
 from pyroebm.core.derivatives import curvatures, unit_directions

@@ -1,4 +1,4 @@
-"""Errors at the front door of an energy: each states the rule, then the values seen."""
+"""Checks of an energy's arguments; each error states the rule and the values seen."""
 
 from __future__ import annotations
 
@@ -23,7 +23,11 @@ __all__ = [
 
 
 def check_declaration(event_shape: object, support: object) -> None:
-    """ValueError unless ``event_shape`` is a sequence of sizes and ``support`` a constraint."""
+    """Check that ``event_shape`` is a sequence of sizes and ``support`` a constraint.
+
+    Raises:
+        ValueError: otherwise.
+    """
     if not isinstance(event_shape, Sequence) or isinstance(event_shape, str):
         raise ValueError(
             "event_shape must be a tuple of sizes, () for a scalar variable, got"
@@ -36,7 +40,11 @@ def check_declaration(event_shape: object, support: object) -> None:
 
 
 def check_shape(name: str, x: Tensor, event_shape: torch.Size) -> torch.Size:
-    """The batch shape of ``x``; ValueError unless its last dimensions are ``event_shape``."""
+    """Return the batch shape of ``x``.
+
+    Raises:
+        ValueError: unless the last dimensions of ``x`` are ``event_shape``.
+    """
     cut = x.dim() - len(event_shape)
     if cut < 0 or tuple(x.shape[cut:]) != tuple(event_shape):
         raise ValueError(
@@ -49,8 +57,11 @@ def check_shape(name: str, x: Tensor, event_shape: torch.Size) -> torch.Size:
 def check_values(
     name: str, values: object, x: Tensor, event_shape: Sequence[int], batch: torch.Size
 ) -> None:
-    """ValueError, naming both shapes, unless ``values`` holds one energy for each event of
-    ``x``."""
+    """Check that ``values`` holds one energy for each event of ``x``.
+
+    Raises:
+        ValueError: otherwise, with both shapes.
+    """
     if not isinstance(values, Tensor):
         raise ValueError(
             f"{name}.forward must return a tensor of energies, got {type(values).__name__}"
@@ -66,21 +77,24 @@ def check_values(
 
 
 def no_gradient(name: str, values: Tensor, x: Tensor) -> str:
-    """Why the energies ``values`` of ``x`` have no gradient."""
+    """Explain why the energies ``values`` have no gradient in ``x``."""
     if values.dtype != x.dtype:
         return (
             f"{name}.forward must return the dtype of x, {x.dtype}, got {values.dtype}: convert"
             " with energy.to()"
         )
     return (
-        f"{name}.forward(x) does not depend on x through autograd (a .detach(), .item() or NumPy"
-        " call on the way?); a constant"
-        " energy is written 0 * x"
+        f"{name}.forward(x) does not depend on x through autograd (is there a .detach(), .item()"
+        " or NumPy call in it?); write a constant energy as 0 * x"
     )
 
 
 def check_same(name: str, what: str, ours: object, argument: str, theirs: object) -> None:
-    """ValueError, naming both, unless an argument's dtype or device is the energy's."""
+    """Check that an argument has the dtype or device of the energy.
+
+    Raises:
+        ValueError: otherwise, with both.
+    """
     if theirs != ours:
         raise ValueError(
             f"{argument} must have the {what} of the energy: {name} has {what} {ours}, {argument}"
@@ -90,7 +104,11 @@ def check_same(name: str, what: str, ours: object, argument: str, theirs: object
 
 
 def check_kind(energy: object, kind: type) -> None:
-    """ValueError unless ``energy`` is an instance of ``kind``, the Energy class."""
+    """Check that ``energy`` is an instance of ``kind``, the Energy class.
+
+    Raises:
+        ValueError: otherwise.
+    """
     if not isinstance(energy, kind):
         raise ValueError(
             f"energy must be a pyroebm.Energy, got {type(energy).__name__}; wrap a log-density with"
@@ -98,17 +116,26 @@ def check_kind(energy: object, kind: type) -> None:
         )
 
 
-def check_counts(least: dict[str, int], *values: object) -> None:
-    """ValueError unless each value, in the order of the names, is an integer of at least the number
-    named with it."""
-    for (name, bound), value in zip(least.items(), values, strict=True):
+def check_counts(bounds: dict[str, int], *values: object) -> None:
+    """Check that each value is an integer not below its bound.
+
+    Args:
+        bounds: the lower bound of each value, by the name of the argument.
+        values: the values, in the order of ``bounds``.
+
+    Raises:
+        ValueError: otherwise, with the name and the value.
+    """
+    for (name, bound), value in zip(bounds.items(), values, strict=True):
         if isinstance(value, bool) or not isinstance(value, Integral) or value < bound:
             raise ValueError(f"{name} must be an integer of at least {bound}, got {name}={value!r}")
 
 
 def stacklevel_of_user() -> int:
-    """The ``stacklevel`` with which the caller's warning names the line outside this package that
-    led to it (Python 3.12 has ``skip_file_prefixes``)."""
+    """Return the ``stacklevel`` of the first caller outside this package.
+
+    A warning that is issued with it shows the user's line (Python 3.12 has ``skip_file_prefixes``).
+    """
     frame, level = sys._getframe(1), 1
     while frame.f_back is not None and frame.f_globals["__name__"].startswith("pyroebm."):
         frame = frame.f_back

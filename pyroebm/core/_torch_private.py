@@ -1,5 +1,4 @@
-"""The private functions and attributes of torch that the package uses, in one module, so that a
-change in torch is handled here."""
+"""Private functions and attributes of torch; no other module of the package uses any."""
 
 from __future__ import annotations
 
@@ -42,27 +41,30 @@ __all__ = [
     "version_of",
 ]
 
-#: What batch normalisations of all dimensions have in common.
+#: Base class of the batch normalizations of all dimensions.
 BatchNorm = nn.modules.batchnorm._BatchNorm
 
 #: The parametrization that ``parametrizations.spectral_norm`` registers.
 SpectralNorm = parametrizations._SpectralNorm
 
-#: The function by which distributions ask whether all entries of a mask are true.
+#: The function that distributions call to test whether all entries of a mask are true.
 all_true = torch._is_all_true
 
 
 @contextlib.contextmanager
 def outside_transforms() -> Iterator[None]:
-    """Inside, no transform (``vmap``, ``grad``) and no dispatch mode of a caller is active."""
+    """Suspend all transforms (``vmap``, ``grad``) and dispatch modes of the caller."""
     with temporarily_clear_interpreter_stack(), _disable_current_modes():
         yield
 
 
 class FixedShapes(TorchDispatchMode):
-    """Within ``make_fx``: no shape depends on data that are not inputs, as a compiler wants it. A
-    mask that no input enters becomes integers where it indexes; places that are looked for in such
-    data are found now."""
+    """Dispatch mode for ``make_fx`` that keeps shapes independent of the input's values.
+
+    A compiler needs fixed shapes. A mask that does not depend on the input is converted to integer
+    indices where it is used as an index. Other operations with data-dependent output shapes, such
+    as ``nonzero``, are evaluated while tracing if their arguments do not depend on the input.
+    """
 
     INDEXING: ClassVar = {
         torch.ops.aten.index,
@@ -72,12 +74,13 @@ class FixedShapes(TorchDispatchMode):
 
     def __init__(self, x: Tensor) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        #: what the input enters, by storage; an entry keeps its storage, and so its number
-        self.entered = {storage_of(x): x}
+        #: Tensors that depend on the input, by storage. Keeping them alive keeps the numbers
+        #: unique.
+        self.dependent = {storage_of(x): x}
 
     def is_constant(self, leaf: Any) -> bool:
-        """Whether this argument of an operation is none that the input enters."""
-        return not isinstance(leaf, Tensor) or storage_of(leaf) not in self.entered
+        """Whether an argument of an operation does not depend on the input."""
+        return not isinstance(leaf, Tensor) or storage_of(leaf) not in self.dependent
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -97,7 +100,7 @@ class FixedShapes(TorchDispatchMode):
         out = func(*args, **kwargs)
         if not all(map(self.is_constant, leaves)):
             results = (leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor))
-            self.entered.update((storage_of(result), result) for result in results)
+            self.dependent.update((storage_of(result), result) for result in results)
         return out
 
     def _integers(self, indices: Sequence[Tensor | None]) -> Iterator[Tensor | None]:
@@ -111,8 +114,11 @@ class FixedShapes(TorchDispatchMode):
 
 
 class TraceInputsOnly(FixedShapes):
-    """Within ``make_fx``, of functional operations: record those that the input enters, and run all
-    others now. What the input does not enter is a constant of the graph, and Python may read it."""
+    """Dispatch mode for ``make_fx`` that records only the operations that depend on the input.
+
+    All other operations are evaluated while tracing, so that their results are constants of the
+    graph and Python code can branch on them. The traced operations must be functional.
+    """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.copy.default:  # which has no derivative
@@ -130,7 +136,7 @@ class TraceInputsOnly(FixedShapes):
 
 
 class BoundedAllocation(TorchDispatchMode):
-    """Raises ValueError within it before more tensors are created than a bound allows.
+    """Dispatch mode that limits the number of tensors and entries that are created.
 
     Args:
         entries: of all tensors that operations create, together.
@@ -159,11 +165,16 @@ class BoundedAllocation(TorchDispatchMode):
     def _count(self, out: Any) -> None:
         self.entries -= sum(t.numel() for t in tree_leaves(out) if isinstance(t, Tensor))
         if self.entries < 0 or self.operations < 0:
-            raise ValueError("its constructors create more than its tensors account for")
+            raise ValueError(
+                "the constructors of the file's modules allocate more than its tensors account for"
+            )
 
 
 def storage_of(tensor: Tensor) -> int:
-    """A number that tensors on the same memory share, while one of them exists."""
+    """Return a number that identifies the memory of a tensor.
+
+    Tensors that share memory share the number, as long as one of them exists.
+    """
     if tensor.layout != torch.strided:
         return id(tensor)
     return int(tensor.untyped_storage()._cdata)
@@ -173,7 +184,7 @@ def compile_graph(
     graph: fx.GraphModule, examples: Sequence[Tensor], options: dict[str, Any]
 ) -> Callable[..., tuple[Tensor, ...]]:
     """Compile a graph of plain tensor operations with TorchInductor."""
-    # a second of imports, for those alone who compile
+    # these imports take a second, so only a process that compiles pays for them
     from torch._functorch import config as autograd_config
     from torch._guards import TracingContext, tracing
     from torch._inductor import compile as inductor
@@ -181,10 +192,10 @@ def compile_graph(
     from torch._subclasses import FakeTensorMode
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-    # The instruction set is that of the processor: asking the compiler about it takes 8 s. One
-    # thread compiles here, so that no pool of processes has to be started, or told of Ctrl-C. The
-    # cache that a second process finds asks for an environment of shapes, though all are fixed; the
-    # one of autograd has no use for a graph without it, and logs a failure for some.
+    # The processor's instruction set is assumed to work: testing it with the compiler takes 8 s.
+    # One thread compiles in this process, so that no pool of processes is started or interrupted by
+    # Ctrl-C. The on-disk cache requires a ShapeEnv although all shapes are fixed. The cache of
+    # autograd is disabled: it is not needed for graphs without autograd, and logs failures.
     mode = FakeTensorMode(shape_env=ShapeEnv())
     fakes: list[Any] = [mode.from_tensor(example, static_shapes=True) for example in examples]
     with (
@@ -196,8 +207,8 @@ def compile_graph(
     return cast(Callable[..., tuple[Tensor, ...]], compiled)
 
 
-#: What the Python part of a compiled graph may name for its calls to be recorded: allocations,
-#: views, and operations on an output that exists. Other operations allocate at each call.
+#: Names that the Python code of a recordable graph may use: allocations, views, and operations that
+#: write to an existing output. Other operations allocate at each call.
 _RECORDABLE = re.compile(
     r"cpp_fused\w*|empty_strided_cpu|reinterpret_tensor|extern_kernels|(ba)?(add)?b?mm|clear|torch"
     r"|float(16|32|64)|bfloat16|u?int\d+|bool|assert_(size_stride|alignment)"
@@ -208,13 +219,19 @@ _MAX_RECORDED_BYTES = 2**28
 def record_calls(
     compiled: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor]
 ) -> tuple[tuple[Tensor, ...], Callable[[], None]] | None:
-    """Record the kernels that a graph of :func:`compile_graph` calls on these inputs, with the
-    buffers that it allocates: without the Python around them a call takes a fraction of a
-    microsecond, and no memory is allocated.
+    """Record the kernel calls of a compiled graph on fixed inputs, with the buffers it allocates.
+
+    Replaying the recorded calls skips the Python code around the kernels: a call takes a fraction
+    of a microsecond and allocates no memory.
+
+    Args:
+        compiled: a graph of :func:`compile_graph`.
+        inputs: tensors of fixed addresses; their values may change between replays.
 
     Returns:
-        the outputs, and a function that computes them again, in place, from what the inputs then
-        hold; None if the graph, or this version of torch, does more than can be recorded.
+        the outputs, and a function that recomputes them in place from the current values of the
+        inputs; None if an operation of the graph cannot be recorded, or if this version of
+        torch is not supported.
     """
     try:
         python = _generated_code(compiled)
@@ -253,7 +270,7 @@ def record_calls(
         expected = compiled(*inputs)
         if allocated[0] > _MAX_RECORDED_BYTES or not all(map(_same_bits, outputs, expected)):
             return None
-    # private parts of torch may be missing, or others
+    # another version of torch may lack these private attributes
     except Exception:
         return None
     if len(tape) == 1:
@@ -267,7 +284,7 @@ def record_calls(
 
 
 def _generated_code(compiled: Callable[..., Any]) -> Any:
-    """The function that TorchInductor wrote for a graph, among those that are wrapped around it."""
+    """Return the function that TorchInductor generated, without the functions wrapped around it."""
     inner: Any = compiled
     while not hasattr(inner, "current_callable"):
         around = dict(zip(inner.__code__.co_freevars, inner.__closure__, strict=True))
@@ -281,30 +298,32 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def standard_gamma(shapes: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Draws of gamma distributions of scale 1."""
+    """Draw from gamma distributions of scale 1."""
     return torch._standard_gamma(shapes, generator=generator)
 
 
 def copy_each(to: list[Tensor], source: list[Tensor]) -> None:
-    """Copy each tensor of ``source`` into the one at its place in ``to``, in one call."""
+    """Copy each tensor of ``source`` to the tensor of ``to`` at the same position, in one call."""
     torch._foreach_copy_(to, source)
 
 
 def multiply_each(tensors: list[Tensor] | tuple[Tensor, ...], by: Tensor) -> tuple[Tensor, ...]:
-    """Products with one number, in one call."""
+    """Multiply all tensors by one number, in one call."""
     return torch._foreach_mul(tensors, by)
 
 
 def norm_of_each(tensors: list[Tensor] | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Euclidean norms, in one call."""
+    """Compute the Euclidean norms of all tensors, in one call."""
     return torch._foreach_norm(tensors)
 
 
 def held_by(*roots: nn.Module) -> tuple[list[nn.Module], list[Tensor]]:
-    """All modules in the given ones, and their parameters and buffers; torch's own iterators take
-    five times as long."""
+    """Return all modules below the given ones, with their parameters and buffers.
+
+    torch's own iterators take five times as long.
+    """
     modules, tensors = list(roots), []
-    for module in modules:  # which grows by the children of each
+    for module in modules:  # the list grows by the children of each
         modules += [child for child in module._modules.values() if child is not None]
         tensors += [
             t
@@ -316,5 +335,5 @@ def held_by(*roots: nn.Module) -> tuple[list[nn.Module], list[Tensor]]:
 
 
 def version_of(tensor: Tensor) -> int:
-    """How often a tensor was written to in place."""
+    """Return the number of in-place writes to a tensor."""
     return tensor._version

@@ -1,4 +1,4 @@
-"""Paths between densities: from a flat or known one to the one that is wanted."""
+"""Paths of densities from a reference to an energy, for annealing and tempering."""
 
 from __future__ import annotations
 
@@ -22,8 +22,7 @@ __all__ = ["DistributionEnergy", "GeometricPath"]
 
 
 class GeometricPath(View):
-    r"""The path of densities from a reference :math:`V` to an energy :math:`U`, each row at a point
-    of its own.
+    r"""Geometric path from a reference :math:`V` to an energy :math:`U`, with one beta per chain.
 
     .. math:: E_\beta(x) = (1 - \beta) V(x) + \beta U(x)
 
@@ -32,8 +31,8 @@ class GeometricPath(View):
 
     Args:
         energy: :math:`U`.
-        betas: :math:`\beta` in [0, 1], no unit: a number, or one for each row, shape ``(rows,)``;
-            ``x`` then has rows first, ``(rows, ..., *event)``.
+        betas: :math:`\beta` in [0, 1], no unit: a number, or one for each chain, shape
+            ``(chains,)``; ``x`` then has shape ``(chains, ..., *event)``.
         reference: :math:`V`, of the same event shape, support and dtype.
 
     Raises:
@@ -59,7 +58,7 @@ class GeometricPath(View):
         at = torch.as_tensor(betas, dtype=energy.dtype, device=energy.device)
         if at.dim() > 1 or not bool(((at >= 0.0) & (at <= 1.0)).all()):
             raise ValueError(
-                f"betas must be one number in [0, 1] or one for each row, got betas={betas}"
+                f"betas must be one number in [0, 1] or one for each chain, got betas={betas}"
             )
         super().__init__(energy)
         if reference is not None:
@@ -68,7 +67,8 @@ class GeometricPath(View):
         self.betas = at
 
     def forward(self, x: Tensor) -> Tensor:
-        beta = self._beside(x)
+        """Return the energy of each event, in nats: ``(*batch, *event) -> (*batch)``."""
+        beta = self._beta_of(x)
         return (
             beta * self.energy(x)
             if self.reference is None
@@ -76,13 +76,17 @@ class GeometricPath(View):
         )
 
     def slope(self, x: Tensor) -> Tensor:
-        r""":math:`\partial E_\beta / \partial \beta = U - V`, the same all along the path;
-        detached, shape of the batch."""
+        r"""Return the derivative of the energy with respect to beta.
+
+        It is :math:`\partial E_\beta / \partial \beta = U - V` for all :math:`\beta`; detached, of
+        the batch shape.
+        """
         with torch.no_grad():
             return self.energy(x) if self.reference is None else self.energy(x) - self.reference(x)
 
     def site_logits(self, x: Tensor, site: Tensor) -> Tensor:
-        beta = self._beside(x).unsqueeze(-1)
+        """Return the log-probabilities of the values of one site of each chain, ``(chains, K)``."""
+        beta = self._beta_of(x).unsqueeze(-1)
         logits = beta * self.energy.site_logits(x, site)
         if self.reference is None:
             return logits
@@ -90,25 +94,28 @@ class GeometricPath(View):
 
     @property
     def blocks(self) -> Mapping[str, Index]:
-        """Those that both ends have."""
+        """Gibbs blocks that both the energy and the reference have."""
         return common_blocks([end for end in (self.energy, self.reference) if end is not None])
 
     def conditional(self, block: str, x: Tensor) -> Distribution:
-        r"""That of the energy to the power :math:`\beta`, times that of the reference to the power
-        :math:`1 - \beta`."""
-        beta = self._beside(x)
+        r"""Return the conditional distribution of a Gibbs block.
+
+        It is the conditional of the energy to the power :math:`\beta`, times that of the reference
+        to the power :math:`1 - \beta`.
+        """
+        beta = self._beta_of(x)
         terms = [(conditional_of(self.energy, block, x), beta)]
         if self.reference is not None:
             terms.append((conditional_of(self.reference, block, x), 1.0 - beta))
         return product_of_powers(*terms)
 
-    def _beside(self, x: Tensor) -> Tensor:
+    def _beta_of(self, x: Tensor) -> Tensor:
         batch = self.batch_shape(x)
         if self.betas.dim() == 0:
             return self.betas
         if batch[:1] != self.betas.shape:
             raise ValueError(
-                f"x must have one row for each of {len(self.betas)} betas, got batch shape"
+                f"x must have one chain for each of {len(self.betas)} betas, got batch shape"
                 f" {tuple(batch)}"
             )
         return self.betas.reshape(-1, *[1] * (len(batch) - 1))
@@ -117,8 +124,8 @@ class GeometricPath(View):
 def _check_reference(energy: Energy, reference: Energy) -> None:
     if not isinstance(reference, Energy):
         raise ValueError(
-            f"reference must be an Energy, got {type(reference).__name__}; a distribution is"
-            " DistributionEnergy(it)"
+            f"reference must be an Energy, got {type(reference).__name__}; wrap a"
+            " distribution as DistributionEnergy(distribution)"
         )
     ours, theirs = (
         (tuple(e.event_shape), str(e.support), str(e.dtype), str(e.device))
@@ -136,8 +143,7 @@ def _check_reference(energy: Energy, reference: Energy) -> None:
 
 
 class DistributionEnergy(Energy):
-    r"""The energy :math:`-\log q` of a normalised distribution: its draws are exact, and
-    :math:`\log Z = 0`.
+    r"""The energy :math:`-\log q` of a normalized distribution, with exact draws and log Z = 0.
 
     Args:
         distribution: of Pyro or torch, with an empty batch shape. Its draws are those of
@@ -145,7 +151,7 @@ class DistributionEnergy(Energy):
         dtype: floating-point type of its draws; None for torch's default.
 
     Raises:
-        ValueError: if it has a batch shape, or says that it is not normalised.
+        ValueError: if it has a batch shape, or if its attribute ``normalized`` is False.
 
     Example:
         >>> import pyro.distributions as dist
@@ -160,7 +166,7 @@ class DistributionEnergy(Energy):
     def __init__(self, distribution: Distribution, *, dtype: torch.dtype | None = None) -> None:
         if distribution.batch_shape or not getattr(distribution, "normalized", True):
             raise ValueError(
-                "distribution must be normalised and have batch_shape (), got"
+                "distribution must be normalized and have batch_shape (), got"
                 f" {type(distribution).__name__} with batch_shape"
                 f" {tuple(distribution.batch_shape)}; write .to_event() to make a batch an event"
             )
@@ -171,6 +177,7 @@ class DistributionEnergy(Energy):
         self.to(self._legal.device)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the energy of each event, in nats: ``(*batch, *event) -> (*batch)``."""
         legal = inside(self.support, x, len(self.event_shape))
         # torch's distributions raise for a whole batch if one event is outside, or NaN
         where = legal.reshape((*legal.shape, *[1] * len(self.event_shape)))
@@ -178,5 +185,6 @@ class DistributionEnergy(Energy):
         return torch.where(legal, values, torch.inf)
 
     def sample(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draw ``num_samples`` exact independent samples, shape ``(num_samples, *event)``."""
         with torch.no_grad():
             return draw_from(self.distribution, num_samples, generator).to(self.dtype)

@@ -1,5 +1,4 @@
-"""Compilation by TorchInductor: the gradient of an energy, or the inner loops of kernels with the
-energy inlined."""
+"""Compilation by TorchInductor of an energy's gradient, or of the inner loops of kernels."""
 
 from __future__ import annotations
 
@@ -28,49 +27,51 @@ __all__ = [
     "is_compiled",
 ]
 
-#: A compiled function takes tensors one by one.
+#: A compiled function; each argument is one tensor.
 _Call = Callable[..., Any]
 
 T = TypeVar("T")
 
-#: Compiled functions of this process: by function, settings, shapes, and the code of the energy's
+#: Compiled functions of this process, by function, settings, shapes, and the code of the energy's
 #: graphs, whose constants are inputs.
 _graphs: dict[Hashable, _Call] = {}
-#: The batch shapes that a block asks the energy about.
+#: The batch shapes at which a function evaluates the energy.
 _shapes: dict[Hashable, tuple[torch.Size, ...]] = {}
 _MAX_GRAPHS = 256
 
-#: Events are short, and rows longer than a vector register leave more of it empty: 256 bits beat
-#: 512 on most of them.
+#: Events are short, and short loops fill wide vector registers badly: 256 bits are faster than 512
+#: for most energies.
 _OPTIONS: dict[str, Any] = (
     {"cpp.simdlen": 256} if torch.backends.cpu.get_cpu_capability() == "AVX512" else {}
 )
 
-#: Shapes and strides of what a gradient is asked with are those that it was compiled for.
+#: A gradient is called only with the shapes and strides that it was compiled for.
 _UNCHECKED = _OPTIONS | {"size_asserts": False, "alignment_asserts": False}
 
-#: What compiling the blocks of a kernel takes with cold caches, and what one eager leapfrog step
-#: takes beyond a compiled one.
+#: Time to compile the functions of a kernel with empty caches, and the extra time of one eager
+#: leapfrog step over a compiled one.
 _COMPILE_SECONDS = 30.0
 _SECONDS_PER_STEP = 250e-6
 _SECONDS_PER_ENTRY = 15e-9
 
-#: What one evaluation of a captured gradient takes without compiling it, and what compiling it
-#: takes with cold caches. A compiled one takes a fifth or less.
+#: Time of one evaluation of a captured gradient without compilation, and time to compile it with
+#: empty caches. A compiled evaluation takes a fifth of the time or less.
 _SECONDS_PER_CALL = 30e-6
 _SECONDS_PER_OPERATION = 3e-6
 _SECONDS_PER_RESULT = 0.5e-9
 _COMPILE_GRADIENT_SECONDS = 2.5
 _COMPILE_SECONDS_PER_OPERATION = 0.015
-_SAVED = 0.8
+_SAVED_FRACTION = 0.8
 
-#: Runs of fewer gradients are not compiled: that would not repay its imports.
+#: Runs of fewer gradients are not compiled: they would not repay even the compiler's imports.
 _FEW_GRADIENTS = 2000
 
 
 class Captured(NamedTuple):
-    """Value and gradient of a batch as a plain graph of tensor operations, and the tensors that the
-    energy holds: its inputs after x."""
+    """Value and gradient of a batch as a graph of tensor operations, with the tensors it holds.
+
+    The tensors that the energy holds are inputs of the graph, after x.
+    """
 
     graph: GraphModule
     held: tuple[Tensor, ...]
@@ -86,7 +87,7 @@ class Captured(NamedTuple):
         x = energy.initial(count, torch.Generator(energy.device).manual_seed(0)).reshape(shape)
 
         def traced(x: Tensor) -> tuple[Tensor, Tensor]:
-            # a distribution that validates would look at the values of the batch
+            # a distribution that validates its arguments would branch on the values of the batch
             with RowsFailAlone(), FixedShapes(x):
                 return unchecked_value_and_grad(energy, x)
 
@@ -99,15 +100,17 @@ class Captured(NamedTuple):
         if drawn:
             raise ValueError(
                 f"an energy that is compiled must draw no random numbers, got {drawn[0]} in its"
-                " forward"
+                " forward; use compile=False"
             )
         graph.graph.eliminate_dead_code()
         return cls(graph, _lift_constants(graph))
 
     def seconds(self) -> tuple[float, float]:
-        """About how long one evaluation of the graph takes without compiling it, and how long
-        compiling takes: from the number of operations and of entries, so that they are the same
-        everywhere."""
+        """Estimate the seconds of one evaluation without compilation, and of the compilation.
+
+        Both are computed from the numbers of operations and entries, so that every process gets the
+        same.
+        """
         calls = [node for node in self.graph.graph.nodes if node.op == "call_function"]
         values = [node.meta.get("val") for node in calls]
         entries = sum(value.numel() for value in values if isinstance(value, Tensor))
@@ -118,8 +121,7 @@ class Captured(NamedTuple):
 
 
 class CompiledView(View):
-    """An energy compiled for kernels; its values, and all that it can do beyond them, are those of
-    the energy.
+    """Base class of compiled energies; everything but the compiled part is passed on to the energy.
 
     Example:
         >>> from pyroebm.targets import DoubleWell
@@ -129,7 +131,7 @@ class CompiledView(View):
 
     @property
     def log_z(self) -> float | None:
-        """That of the energy."""
+        """Log of the normalizing constant of the energy, in nats; None where it is not known."""
         return self.energy.log_z
 
     @property
@@ -148,13 +150,13 @@ class CompiledView(View):
 
 
 class CompiledGradient(CompiledView):
-    """An energy whose value and gradient are compiled, for kernels that ask for nothing else.
+    """An energy whose value and gradient are compiled.
 
-    Parameters and other tensors that the energy holds are inputs of the compiled graph, so that
-    training them in place is seen; what Python decided while the graph was captured (attributes,
-    branches) is not looked at again, nor what a :class:`pyroebm.core.rowwise.RowwiseEnergy` derives
-    from its constants. There is a graph for each batch shape that was prepared; batches of other
-    shapes run as they are.
+    Parameters and other tensors that the energy holds are inputs of the compiled graph, so in-place
+    training takes effect. Python attributes and branches are fixed when the graph is captured, and
+    so are the tensors that a :class:`pyroebm.core.rowwise.RowwiseEnergy` derives from its
+    constants. There is one graph for each prepared batch shape; batches of other shapes are
+    evaluated without compilation.
 
     Args:
         energy: an energy of continuous support whose forward is made of torch operations alone,
@@ -175,13 +177,13 @@ class CompiledGradient(CompiledView):
         self._calls: dict[torch.Size, tuple[_Call, tuple[Tensor, ...]]] = {}
 
     def captured(self, shape: torch.Size) -> Captured:
-        """Value and gradient of a batch of this shape."""
+        """Return the graph of value and gradient of a batch of this shape."""
         if shape not in self._captured:
             self._captured[shape] = Captured.of(self.energy, shape)
         return self._captured[shape]
 
     def prepare(self, shape: torch.Size) -> None:
-        """Compile value and gradient of a batch of this shape, unless that was done."""
+        """Compile value and gradient for batches of this shape, unless that is done already."""
         if shape in self._calls:
             return
         graph, held = self.captured(shape)
@@ -203,14 +205,14 @@ class CompiledGradient(CompiledView):
         return values, grad
 
     def bound_to(self, x: Tensor) -> tuple[Tensor, Tensor, Callable[[], None]] | None:
-        """Value and gradient of a batch that stays in one place in memory.
+        """Bind the compiled value and gradient to a batch at a fixed address in memory.
 
         Args:
             x: states, contiguous, which are changed in place.
 
         Returns:
-            the values, the gradient, and a function that computes both anew in place; None where
-            the graph allows no such thing, or none was prepared.
+            the values, the gradient, and a function that recomputes both in place; None if the
+            graph cannot be recorded, or none was prepared for this shape.
         """
         found = self._calls.get(x.shape)
         if found is None or x.device.type != "cpu":
@@ -225,25 +227,23 @@ class CompiledGradient(CompiledView):
 
 
 class Compiled(CompiledView):
-    """An energy whose kernels run their inner loops as compiled blocks; its values are those of the
-    energy.
+    """An energy for which kernels run their inner loops as compiled functions.
 
     Value and gradient of the energy are traced for each batch shape with
-    :func:`torch.fx.experimental.proxy_tensor.make_fx`, the operations of its own with those of the
-    block around them, and TorchInductor compiles the whole. Parameters and other tensors that the
-    energy holds are inputs of the graph, so that training them in place is seen; what Python
-    decided while tracing (attributes, branches) is not looked at again, so a view like this one is
-    made anew for each run. A block that was compiled for an energy of the same operations is not
-    compiled again.
+    :func:`torch.fx.experimental.proxy_tensor.make_fx`, together with the operations of the kernel's
+    function around them, and TorchInductor compiles the whole graph. Parameters and other tensors
+    that the energy holds are inputs of the graph, so in-place training takes effect. Python
+    attributes and branches are fixed while tracing, so a new ``Compiled`` is made for each run. A
+    function that was compiled for an energy with the same operations is not compiled again.
 
     Args:
         energy: an energy of continuous support whose forward is made of torch operations alone,
             without random numbers.
-        must: a block that cannot be compiled raises; else it warns, with the reason, and runs as it
-            is.
+        must: whether a function that cannot be compiled raises an error; if False, it warns with
+            the reason and runs without compilation.
 
     Raises:
-        RuntimeError: if a block cannot be compiled and ``must`` is True.
+        RuntimeError: if a function cannot be compiled and ``must`` is True.
 
     Example:
         >>> from pyroebm.targets import DoubleWell
@@ -257,38 +257,38 @@ class Compiled(CompiledView):
         self._calls: dict[Hashable, tuple[_Call, tuple[Tensor, ...]]] = {}
         self._gradients: dict[torch.Size, Captured] = {}
 
-    def run(self, block: Callable[..., T], inputs: tuple[Any, ...], static: dict[str, Any]) -> T:
-        """``block(energy, *inputs, **static)`` as one compiled call."""
+    def run(self, function: Callable[..., T], inputs: tuple[Any, ...], static: dict[str, Any]) -> T:
+        """Return ``function(energy, *inputs, **static)``, computed in one compiled call."""
         tensors: list[Tensor] = []
-        key = (block, *static.items(), _flatten(inputs, tensors))
+        key = (function, *static.items(), _flatten(inputs, tensors))
         if key not in self._calls:
             try:
-                self.attempt(block, inputs, static)
-            # tracing and compiling fail in as many ways as there are energies and machines
+                self.attempt(function, inputs, static)
+            # tracing and compiling can raise any kind of exception
             except Exception as error:
-                said = f"{type(self.energy).__name__} cannot be compiled ({_reason(error)})"
+                problem = f"{type(self.energy).__name__} cannot be compiled ({_reason(error)})"
                 if self.must:
-                    raise RuntimeError(f"{said}; use compile=False") from error
-                warnings.warn(f"{said} and runs as it is", RuntimeWarning, stacklevel=4)
+                    raise RuntimeError(f"{problem}; use compile=False") from error
+                warnings.warn(f"{problem} and runs as it is", RuntimeWarning, stacklevel=4)
 
-                def as_it_is(*given: Tensor) -> T:
-                    return block(self.energy, *_unflatten(key[-1], iter(given)), **static)
+                def uncompiled(*given: Tensor) -> T:
+                    return function(self.energy, *_unflatten(key[-1], iter(given)), **static)
 
-                self._calls[key] = as_it_is, ()
+                self._calls[key] = uncompiled, ()
         call, constants = self._calls[key]
         return cast(T, call(*tensors, *constants))
 
     def attempt(
-        self, block: Callable[..., Any], inputs: tuple[Any, ...], static: dict[str, Any]
+        self, function: Callable[..., Any], inputs: tuple[Any, ...], static: dict[str, Any]
     ) -> None:
-        """Compile ``block(energy, *inputs, **static)``, or raise what stands in the way."""
+        """Compile ``function(energy, *inputs, **static)``; raise the error of the compiler."""
         tensors: list[Tensor] = []
         structure = _flatten(inputs, tensors)
-        key = (block, *static.items(), structure)
+        key = (function, *static.items(), structure)
         examples = _copies(tuple(tensors))
 
         def flat(energy: Energy, *given: Tensor) -> Any:
-            return block(energy, *_unflatten(structure, iter(given)), **static)
+            return function(energy, *_unflatten(structure, iter(given)), **static)
 
         self._calls[key] = self._compile(key, flat, examples)
 
@@ -297,9 +297,9 @@ class Compiled(CompiledView):
     ) -> tuple[_Call, tuple[Tensor, ...]]:
         shapes = _shapes.get((key, self.event_shape))
         if shapes is None:
-            seen = _Seen(self.energy)
-            flat(seen, *examples)
-            shapes = _shapes[key, self.event_shape] = tuple(dict.fromkeys(seen.shapes))
+            recorder = _ShapeRecorder(self.energy)
+            flat(recorder, *examples)
+            shapes = _shapes[key, self.event_shape] = tuple(dict.fromkeys(recorder.shapes))
         gradients = [self._gradient(shape) for shape in shapes]
         constants = tuple(c for _, held in gradients for c in held)
         known = (
@@ -314,17 +314,17 @@ class Compiled(CompiledView):
 
             returned: list[Hashable] = []
 
-            def function(*inputs: Tensor) -> tuple[Tensor, ...]:
-                held, replayed = list(inputs[len(examples) :]), {}
+            def with_gradients(*inputs: Tensor) -> tuple[Tensor, ...]:
+                held, traced = list(inputs[len(examples) :]), {}
                 for shape, (graph, constants) in zip(shapes, gradients, strict=True):
-                    replayed[shape] = graph, [held.pop(0) for _ in constants]
+                    traced[shape] = graph, [held.pop(0) for _ in constants]
                 out: list[Tensor] = []
                 returned[:] = [
-                    _flatten(flat(_Replayed(self.energy, replayed), *inputs[: len(examples)]), out)
+                    _flatten(flat(_Traced(self.energy, traced), *inputs[: len(examples)]), out)
                 ]
                 return tuple(out)
 
-            compiled = compiled_call(function, (*examples, *_copies(constants)))
+            compiled = compiled_call(with_gradients, (*examples, *_copies(constants)))
             _graphs[known] = lambda *inputs: _unflatten(returned[0], iter(compiled(*inputs)))
         return _graphs[known], constants
 
@@ -334,8 +334,8 @@ class Compiled(CompiledView):
         return self._gradients[shape]
 
 
-class _Seen(Energy):
-    """An energy that remembers which batch shapes it was asked about."""
+class _ShapeRecorder(Energy):
+    """An energy that records the batch shapes it is evaluated at."""
 
     def __init__(self, energy: Energy) -> None:
         super().__init__(energy.event_shape, energy.support)
@@ -347,9 +347,8 @@ class _Seen(Energy):
         return self.energy(x)
 
 
-class _Replayed(Energy):
-    """An energy as graphs of its value and gradient, one for each batch shape, with the tensors
-    they hold."""
+class _Traced(Energy):
+    """An energy given by graphs of its value and gradient, one for each batch shape."""
 
     def __init__(
         self, energy: Energy, graphs: dict[torch.Size, tuple[GraphModule, list[Tensor]]]
@@ -359,12 +358,12 @@ class _Replayed(Energy):
 
     def forward(self, x: Tensor) -> Tensor:
         graph, constants = self.graphs[x.shape]
-        values: Tensor = _Replay.apply(x, graph, constants)  # type: ignore[no-untyped-call]
+        values: Tensor = _TracedValue.apply(x, graph, constants)  # type: ignore[no-untyped-call]
         return values
 
 
-class _Replay(torch.autograd.Function):
-    """The value, with the gradient that came with it."""
+class _TracedValue(torch.autograd.Function):
+    """Return the value of a graph, with the gradient that the graph computes."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, graph: GraphModule, constants: list[Tensor]) -> Tensor:
@@ -384,13 +383,15 @@ def compiled_call(
     examples: tuple[Tensor, ...],
     options: dict[str, Any] = _OPTIONS,
 ) -> _Call:
-    """A pure function of tensors as TorchInductor has it, traced on examples; tensors that it holds
-    are inputs of the graph."""
+    """Trace a pure function of tensors on examples, and compile it with TorchInductor.
+
+    Tensors that the function holds are inputs of the graph.
+    """
     graph = make_fx(function)(*examples)
     graph.graph.eliminate_dead_code()
-    held = _lift_constants(graph)  # numbers that the block itself made into tensors
-    # The graph is made of plain operations, so the compiler needs no look at Python, nor guards at
-    # every call.
+    held = _lift_constants(graph)  # constants that the function created
+    # The graph contains tensor operations only, so the compiler neither analyzes Python code nor
+    # adds guards to each call.
     with torch.no_grad(), _quiet_compiler():
         compiled = compile_graph(graph, [*examples, *held], options)
     return (lambda *inputs: compiled(*inputs, *held)) if held else compiled
@@ -398,7 +399,7 @@ def compiled_call(
 
 @contextlib.contextmanager
 def _quiet_compiler() -> Iterator[None]:
-    """Without what torch's own modules warn of each other."""
+    """Suppress the deprecation warnings that torch's modules issue about each other."""
     with warnings.catch_warnings():
         for category in (DeprecationWarning, FutureWarning):
             warnings.simplefilter("ignore", category)
@@ -410,8 +411,11 @@ def _kind(tensor: Tensor) -> Hashable:
 
 
 def _flatten(value: Any, tensors: list[Tensor]) -> Hashable:
-    """Append the tensors of a structure, a tensor or a (named) tuple of structures, and return all
-    else that is to be known of it: types, and the kinds of its tensors."""
+    """Append the tensors of a structure to ``tensors``, and return the rest of the structure.
+
+    A structure is a tensor or a (named) tuple of structures. The rest is its types, and the shape,
+    strides, dtype and device of its tensors.
+    """
     if isinstance(value, Tensor):
         tensors.append(value.contiguous())
         return _kind(tensors[-1])
@@ -419,7 +423,7 @@ def _flatten(value: Any, tensors: list[Tensor]) -> Hashable:
 
 
 def _unflatten(structure: Any, tensors: Iterator[Tensor]) -> Any:
-    """The inverse of :func:`_flatten`."""
+    """Invert :func:`_flatten`."""
     if not isinstance(structure[0], type):
         return next(tensors)
     kind, parts = structure
@@ -428,8 +432,7 @@ def _unflatten(structure: Any, tensors: Iterator[Tensor]) -> Any:
 
 
 def _copies(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Of each input one with its strides: a tensor that comes twice would be traced as one input,
-    and need not come twice the next time."""
+    """Clone inputs, with their strides, so that aliased tensors are traced as separate inputs."""
     copies = tuple(
         torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in tensors
     )
@@ -440,8 +443,7 @@ def _copies(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def _lift_constants(graph: GraphModule) -> tuple[Tensor, ...]:
-    """Make every tensor that a graph holds an input after the others, and return those tensors in
-    order."""
+    """Turn the tensors that a graph holds into inputs after the others, and return them."""
     nodes = [node for node in graph.graph.nodes if node.op == "get_attr"]
     last = [node for node in graph.graph.nodes if node.op == "placeholder"][-1]
     inputs: dict[str, Any] = {}
@@ -459,21 +461,20 @@ def _lift_constants(graph: GraphModule) -> tuple[Tensor, ...]:
 
 
 def is_compiled(energy: Energy) -> bool:
-    """Whether this is a compiled view of an energy."""
+    """Whether this is a compiled energy."""
     return isinstance(energy, CompiledView)
 
 
-def fused(block: Callable[..., T], energy: Energy, *inputs: Any, **static: Any) -> T:
-    """``block(energy, *inputs, **static)``: as one compiled function for a :class:`Compiled`
-    energy, as it is for another.
+def fused(function: Callable[..., T], energy: Energy, *inputs: Any, **static: Any) -> T:
+    """Return ``function(energy, *inputs, **static)``, compiled if the energy is :class:`Compiled`.
 
     Args:
-        block: a function at the top of a module, pure and without random numbers (noise is an
+        function: a function at the top of a module, pure and without random numbers (noise is an
             argument); it returns a tensor, or a structure like those of ``inputs``.
         energy: the energy.
-        inputs: everything that changes from call to call: tensors, and tuples of them, named or
-            not and nested at will, such as states and metrics.
-        static: settings of which each combination is a graph of its own.
+        inputs: everything that changes from call to call: tensors, and (named) tuples of them, such
+            as states and metrics.
+        static: settings; each combination has a graph of its own.
 
     Example:
         >>> from pyroebm.kernels import State
@@ -485,16 +486,16 @@ def fused(block: Callable[..., T], energy: Energy, *inputs: Any, **static: Any) 
         tensor([-2.])
     """
     if isinstance(energy, Compiled):
-        return energy.run(block, inputs, static)
-    return block(energy, *inputs, **static)
+        return energy.run(function, inputs, static)
+    return function(energy, *inputs, **static)
 
 
 class _NoCompilerError(RuntimeError):
-    """There is nothing to compile with."""
+    """No C++ compiler is installed."""
 
 
 class _Planned(Protocol):
-    """What a choice asks of a kernel."""
+    """The properties of a kernel that :func:`choose_compiled` uses."""
 
     @property
     def expected_gradients(self) -> float: ...
@@ -513,23 +514,24 @@ def choose_compiled(
     say: Callable[[str], None] = lambda text: None,
     sizes: Iterable[int] | None = None,
 ) -> Energy:
-    """The energy, compiled if that was asked for, or if the work ahead repays it.
+    """Return the energy, compiled if requested or if the planned work repays the compilation.
 
     Args:
-        energy: what the kernel moves on.
-        compile: True, False, or "auto": from counts (operations of a gradient, entries of a state,
-            steps planned), never from timings, so that the choice is the same everywhere.
-        kernel: the kernel, which knows about how many gradients one of its steps takes, and whether
-            its inner loops are worth compiling, the gradient alone, or nothing.
-        num_chains: number of chains, which the choice depends on.
-        num_steps: steps planned for each chain.
-        sizes: numbers of chains for which a gradient is compiled; None is ``num_chains`` alone.
-        say: takes a message before a compilation that takes seconds.
+        energy: the energy that the kernel samples.
+        compile: True, False, or "auto", which decides from counts (operations of a gradient,
+            entries of a state, planned steps) and never from timings, so that the choice is
+            reproducible.
+        kernel: the kernel; it declares the expected number of gradients of one step, and whether
+            to compile its inner loops, the gradient alone, or nothing.
+        num_chains: number of chains of one batch.
+        num_steps: planned steps of each chain.
+        sizes: numbers of chains for which a gradient is compiled; None for ``num_chains`` alone.
+        say: called with a message before a compilation that takes seconds.
 
     Raises:
-        ValueError: if ``compile`` is none of the three.
+        ValueError: if ``compile`` is not True, False or "auto".
         RuntimeError: if ``compile`` is True and there is no C++ compiler or the energy cannot be
-            captured, with the reason.
+            captured; the message has the reason.
     """
     if compile not in (True, False, "auto"):
         raise ValueError(f'compile must be True, False or "auto", got compile={compile!r}')
@@ -552,19 +554,19 @@ def choose_compiled(
             return _compiled_loops(energy, compile is True, say)
         batches = (num_chains,) if sizes is None else tuple(sizes)
         return _compiled_gradient(energy, compile is True, num_chains, gradients, say, batches)
-    # capturing and compiling fail in as many ways as there are energies and machines
+    # capturing and compiling can raise any kind of exception
     except Exception as error:
         reason = str(error) if isinstance(error, _NoCompilerError) else _reason(error)
-        said = f"{type(energy).__name__} cannot be compiled ({reason})"
+        problem = f"{type(energy).__name__} cannot be compiled ({reason})"
         if compile is True:
-            raise RuntimeError(f"{said}; use compile=False") from error
-        warnings.warn(f"{said} and runs as it is", RuntimeWarning, stacklevel=3)
+            raise RuntimeError(f"{problem}; use compile=False") from error
+        warnings.warn(f"{problem} and runs as it is", RuntimeWarning, stacklevel=3)
         return energy
 
 
 def _compiled_loops(energy: Energy, must: bool, say: Callable[[str], None]) -> Energy:
     say("compiling the kernel, up to a minute, once for this energy")
-    # a later block may fail where this one does not: a run that was not told to compile goes on
+    # a later function may fail although this one compiles: it warns if ``must`` is False
     view = Compiled(energy, must)
     view.attempt(_probe, (energy.initial(2, torch.Generator(energy.device).manual_seed(0)),), {})
     return view
@@ -580,7 +582,7 @@ def _compiled_gradient(
 ) -> Energy:
     view = CompiledGradient(energy)
     eager, compiling = view.captured(torch.Size((chains, *energy.event_shape))).seconds()
-    if not must and gradients * _SAVED * eager < compiling:
+    if not must and gradients * _SAVED_FRACTION * eager < compiling:
         return energy
     seconds = math.ceil(compiling * len(set(sizes)))
     say(f"compiling the gradient, about {seconds} s the first time")
@@ -590,8 +592,8 @@ def _compiled_gradient(
 
 
 def _reason(error: Exception) -> str:
-    said = str(error).strip()
-    return f"{type(error).__name__}: {said.splitlines()[0] if said else ''}"
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"
 
 
 def _probe(energy: Energy, x: Tensor) -> tuple[Tensor, ...]:

@@ -1,4 +1,4 @@
-"""Conditionals of parts of an event, and how they go through sums and temperatures."""
+"""Conditional distributions of Gibbs blocks, in sums and tempered energies too."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ __all__ = [
     "blocks_of",
     "common_blocks",
     "conditional_of",
-    "independent_law",
+    "independent_sites",
     "product_of_powers",
     "restricted",
     "sites_of",
 ]
 
-#: Where a block lies in the flat event.
+#: Entries of a block in the flat event.
 Index: TypeAlias = slice | Tensor
 
 
 @runtime_checkable
 class HasBlocks(Protocol):
-    """An energy whose events fall into named blocks, each of which can be drawn given the others.
+    """Protocol of an energy with named Gibbs blocks, each of which can be drawn given the others.
 
-    Sums, tempered energies, annealing paths and conditioned energies have the blocks of what they
-    are made of. Their conditionals are products of powers of those, so they ask for blocks of
-    independent entries: a Pyro ``Bernoulli``, ``OneHotCategorical`` or
+    Sums, tempered energies, annealing paths and conditioned energies have the blocks of the
+    energies they are made of. Their conditionals are products of powers, so the entries of a block
+    must be independent: a Pyro ``Bernoulli``, ``OneHotCategorical`` or
     :class:`pyroebm.core.spins.SpinBernoulli` with ``.to_event(1)``.
 
     Example:
@@ -47,25 +47,33 @@ class HasBlocks(Protocol):
 
     @property
     def blocks(self) -> Mapping[str, Index]:
-        """Where each block lies in the flat event, in the order of a sweep: a slice, or indices or
-        a boolean mask. Empty where there are none."""
+        """Entries of each block in the flat event, in the order of a sweep.
+
+        Each is a slice, an index tensor or a boolean mask. Empty for an energy without blocks.
+        """
 
     def conditional(self, block: str, x: Tensor) -> Distribution:
-        """The distribution of a block given the rest of ``x`` ``(chains, *event)``: batch shape
-        ``(chains,)``, events the block's entries.
+        """Return the distribution of a block given the other entries of ``x``.
 
-        What ``x`` has in the block itself is ignored.
+        Its batch shape is ``(chains,)`` and its event is the block's entries. The entries of ``x``
+        in the block itself are ignored.
+
+        Args:
+            block: name of the block.
+            x: states, shape ``(chains, *event)``.
         """
 
 
 def blocks_of(energy: object) -> Mapping[str, Index]:
-    """The blocks of an energy, empty where it has none."""
+    """Return the Gibbs blocks of an energy; empty if it has none."""
     return energy.blocks if isinstance(energy, HasBlocks) else {}
 
 
 def common_blocks(energies: Sequence[object]) -> Mapping[str, Index]:
-    """The blocks that all of some energies have, with the same entries under the same names; empty
-    where they differ."""
+    """Return the blocks that all energies have, with the same entries under the same names.
+
+    Empty if the energies differ.
+    """
     first, *rest = map(blocks_of, energies)
     same = all(_same_blocks(first, other) for other in rest)
     return first if same else {}
@@ -82,7 +90,11 @@ def _same_index(a: Index, b: Index) -> bool:
 
 
 def conditional_of(energy: object, block: str, x: Tensor) -> Distribution:
-    """The conditional of a block; ValueError if the energy has no block of that name."""
+    """Return the conditional distribution of a block.
+
+    Raises:
+        ValueError: if the energy has no block of that name.
+    """
     blocks = blocks_of(energy)
     if not isinstance(energy, HasBlocks) or block not in blocks:
         raise ValueError(f"block must be one of {list(blocks)}, got block={block!r}")
@@ -90,7 +102,7 @@ def conditional_of(energy: object, block: str, x: Tensor) -> Distribution:
 
 
 def sites_of(block: Index, event_shape: torch.Size, width: int) -> Tensor:
-    """The numbers of the sites of a block, of ``width`` entries each."""
+    """Return the numbers of the sites of a block, of ``width`` entries each."""
     index = block.cpu() if isinstance(block, Tensor) else block
     return torch.arange(event_shape.numel())[index][::width] // width
 
@@ -104,20 +116,21 @@ _FAMILIES: tuple[tuple[type[Any], str, Any], ...] = (
 )
 
 
-def _family(laws: Sequence[Distribution]) -> tuple[str, Any, list[Tensor]]:
-    entries: list[Any] = [law.base_dist for law in laws if isinstance(law, Independent)]
+def _family(distributions: Sequence[Distribution]) -> tuple[str, Any, list[Tensor]]:
+    entries: list[Any] = [d.base_dist for d in distributions if isinstance(d, Independent)]
     for kind, name, make in _FAMILIES:
-        if len(entries) == len(laws) and all(isinstance(each, kind) for each in entries):
+        if len(entries) == len(distributions) and all(isinstance(each, kind) for each in entries):
             return name, make, [getattr(each, name) for each in entries]
     raise ValueError(
         "the conditional of a block must be of independent entries (Bernoulli, OneHotCategorical or"
-        f" SpinBernoulli, with .to_event(1)) to be combined, got {laws}; Gibbs() draws one site at"
+        f" SpinBernoulli, with .to_event(1)) to be combined, got"
+        f" {distributions}; Gibbs() draws one site at"
         " a time from any discrete energy"
     )
 
 
 def product_of_powers(*terms: tuple[Distribution, float | Tensor]) -> Distribution:
-    r"""The distribution proportional to :math:`\prod_i p_i(x)^{w_i}`, entry by entry.
+    r"""Return the distribution proportional to :math:`\prod_i p_i(x)^{w_i}`, entry by entry.
 
     Args:
         terms: distributions of independent entries of one family, batch shape ``(chains,)``, each
@@ -131,39 +144,43 @@ def product_of_powers(*terms: tuple[Distribution, float | Tensor]) -> Distributi
         >>> product_of_powers((coin, 0.5), (coin, torch.tensor([0.25]))).base_dist.logits
         tensor([[1.5000]])
     """
-    name, make, parameters = _family([law for law, _ in terms])
+    name, make, parameters = _family([distribution for distribution, _ in terms])
     total: Any = sum(
         (power.reshape(-1, *[1] * (each.dim() - 1)) if isinstance(power, Tensor) else power) * each
         for (_, power), each in zip(terms, parameters, strict=True)
     )
-    law: Distribution = make(**{name: total}, validate_args=False).to_event(1)
-    return law
+    product: Distribution = make(**{name: total}, validate_args=False).to_event(1)
+    return product
 
 
-def restricted(law: Distribution, kept: Tensor) -> Distribution:
-    """The distribution of some of independent entries, ``kept`` numbers or a mask of them."""
-    name, make, (parameter,) = _family([law])
+def restricted(distribution: Distribution, kept: Tensor) -> Distribution:
+    """Return the distribution of some of its independent entries, given by index or mask."""
+    name, make, (parameter,) = _family([distribution])
     some: Distribution = make(**{name: parameter[:, kept]}, validate_args=False).to_event(1)
     return some
 
 
-def independent_law(support: Constraint, log_p: Tensor) -> Distribution:
-    """Independent sites, from the log-probabilities ``(chains, sites, K)`` of their values.
+def independent_sites(support: Constraint, log_p: Tensor) -> Distribution:
+    """Return the distribution of independent sites with the given log-probabilities.
+
+    Args:
+        support: boolean, spin or one-hot constraint.
+        log_p: log-probabilities of the values of each site, shape ``(chains, sites, K)``.
 
     Raises:
-        ValueError: if the sites are no bits, spins or one-hot rows.
+        ValueError: if the support is none of these.
     """
     base, make = base_constraint(support), dict[str, Any](validate_args=False)
     if isinstance(base, type(constraints.boolean)):
-        law: Any = dist.Bernoulli(logits=log_p[..., 1] - log_p[..., 0], **make)
+        sites: Any = dist.Bernoulli(logits=log_p[..., 1] - log_p[..., 0], **make)
     elif isinstance(base, type(spin)):
-        law = SpinBernoulli(0.5 * (log_p[..., 1] - log_p[..., 0]), **make)
+        sites = SpinBernoulli(0.5 * (log_p[..., 1] - log_p[..., 0]), **make)
     elif isinstance(base, type(constraints.one_hot)):
-        law = dist.OneHotCategorical(logits=log_p, **make)
+        sites = dist.OneHotCategorical(logits=log_p, **make)
     else:
         raise ValueError(
             f"support={support} has no family of independent sites: it must be boolean, spin or"
             " one_hot"
         )
-    joint: Distribution = law.to_event(1)
+    joint: Distribution = sites.to_event(1)
     return joint

@@ -1,5 +1,4 @@
-"""Second derivatives of an energy in x, as score matching needs them: with the graph that training
-needs."""
+"""Second derivatives of an energy in x for score matching, differentiable in the parameters."""
 
 from __future__ import annotations
 
@@ -15,8 +14,13 @@ __all__ = ["curvatures", "unit_directions"]
 
 
 def unit_directions(x: Tensor, event_dims: int) -> Tensor:
-    """The d unit vectors of an event, for each event of ``x``: shape ``(d, *x.shape)``. Along them
-    lies the Hessian's diagonal.
+    """Return the d unit vectors of an event, for each event of ``x``: shape ``(d, *x.shape)``.
+
+    The curvatures along them are the diagonal of the Hessian.
+
+    Args:
+        x: states, shape ``(*batch, *event)``.
+        event_dims: number of dimensions of one event.
 
     Example:
         >>> unit_directions(torch.zeros(5, 3, 4), 2).shape
@@ -29,10 +33,12 @@ def unit_directions(x: Tensor, event_dims: int) -> Tensor:
 
 
 def curvatures(energy: Energy, x: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
-    r"""The gradient of an energy, and its second derivatives along directions, one Hessian-vector
-    product for each (Pearlmutter, "Fast Exact Multiplication by the Hessian", 1994).
+    r"""Compute the gradient of an energy and its second derivatives along given directions.
 
     .. math:: \nabla E(x), \qquad c_m(x) = v_m^T \, \nabla^2 E(x) \, v_m
+
+    Each direction costs one Hessian-vector product (Pearlmutter, "Fast Exact Multiplication by the
+    Hessian", 1994).
 
     Args:
         energy: an energy of continuous support.
@@ -45,11 +51,12 @@ def curvatures(energy: Energy, x: Tensor, directions: Tensor) -> tuple[Tensor, T
         differentiable in the parameters.
 
     Raises:
-        ValueError: as :func:`~pyroebm.core.value_and_grad`; if ``directions`` do not fit; if on all
-            of R^d the gradient is cut off from x. (On x > 0 a linear energy is a density.)
+        ValueError: as :func:`~pyroebm.core.value_and_grad`; if ``directions`` has another shape; if
+            the support is R^d and the gradient does not depend on x through autograd. (A linear
+            energy is a density on x > 0, so it is accepted there.)
 
     Warns:
-        UserWarning: of an energy on all of R^d whose curvatures are all exactly 0.
+        UserWarning: if the support is R^d and all curvatures are exactly 0.
 
     Example:
         >>> from pyroebm.targets import DoubleWell
@@ -66,34 +73,37 @@ def curvatures(energy: Energy, x: Tensor, directions: Tensor) -> tuple[Tensor, T
     with torch.inference_mode(False), torch.enable_grad():
         x, directions = (t.clone() if t.is_inference() else t.detach() for t in (x, directions))
         gradient = -score(energy, x.requires_grad_(True))
-        found, reached = [], True
+        found, depends = [], True
         for v in directions:
             product = None
             if gradient.requires_grad:
                 product = torch.autograd.grad(gradient, x, v, create_graph=True, allow_unused=True)[
                     0
                 ]
-            reached = product is not None
+            depends = product is not None
             found.append(event_sum(torch.zeros_like(x) if product is None else product * v, dims))
         values = torch.stack(found)
     if is_real(energy.support) and not bool(values.any()):
-        _refuse(type(energy).__name__, reached)
+        _report_zero_curvature(type(energy).__name__, depends)
     return gradient, values
 
 
-def _refuse(name: str, reached: bool) -> None:
-    """ValueError where there is no second derivative; a warning where there is one, and it is 0
-    everywhere."""
+def _report_zero_curvature(name: str, depends: bool) -> None:
+    """Raise an error, or warn, if all second derivatives are exactly zero.
+
+    The error is for a gradient that does not depend on x through autograd; the warning for second
+    derivatives that exist and are 0.
+    """
     why = (
-        f"every second derivative of {name} is exactly 0: score matching cannot see an energy that"
-        " is piecewise linear (ReLU), or"
-        " whose gradient is cut off from x. Take smooth activations (SiLU, softplus, tanh), or"
-        " DenoisingScoreMatching, which needs first derivatives alone"
+        f"every second derivative of {name} is exactly 0: score matching cannot fit an energy that"
+        " is piecewise linear (ReLU), or whose gradient does not depend on x through autograd. Use"
+        " smooth activations (SiLU, softplus, tanh), or DenoisingScoreMatching, which needs first"
+        " derivatives only"
     )
-    if not reached:
+    if not depends:
         raise ValueError(why)
     warnings.warn(
-        f"{why}. (A network that starts as 0, without an envelope, gets over it.)",
+        f"{why}. (This is harmless for a network that is initialized to 0 and has no envelope.)",
         UserWarning,
         stacklevel=4,
     )

@@ -1,5 +1,7 @@
-"""The energy: one noun for the whole library, its algebra, and the one place that differentiates in
-x."""
+"""Energies, their sums and tempered versions, and gradients in x.
+
+Every gradient in x that the library takes is taken in this module.
+"""
 
 from __future__ import annotations
 
@@ -50,21 +52,21 @@ __all__ = [
 
 
 class Energy(Saveable):
-    r"""An unnormalised density :math:`p(x) = e^{-E(x)} / Z`.
+    r"""An unnormalized density :math:`p(x) = e^{-E(x)} / Z`.
 
-    A subclass writes :meth:`forward` and names the shape of one event; everything else is a view of
-    it (LeCun et al., "A Tutorial on Energy-Based Learning", 2006).
+    A subclass defines :meth:`forward` and the shape of one event (LeCun et al., "A Tutorial on
+    Energy-Based Learning", 2006).
+
+    Sums, tempered and conditioned energies and other wrappers pass on what an energy can do beyond
+    evaluation: exact draws and ``log_z`` where they are known, the conditionals of sites
+    (:meth:`site_logits`) and of Gibbs blocks (:class:`pyroebm.core.conditionals.HasBlocks`),
+    minibatches (:meth:`subsample`), and the names of its variables (:meth:`named`).
 
     Args:
-        event_shape: shape of one event; ``()`` is a scalar variable. A class attribute of the same
-            name serves too.
-        support: constraint of one event (default ``constraints.real``); a class attribute of the
-            same name serves too.
-
-    What it can do beyond its values goes through every energy that is made of it: exact draws and
-    ``log_z`` where they are known, the conditionals of sites (:meth:`site_logits`) and of blocks
-    (:class:`pyroebm.core.conditionals.HasBlocks`), minibatches (:meth:`subsample`), and the names
-    of its variables (:meth:`named`).
+        event_shape: shape of one event; ``()`` for a scalar variable. A class attribute of the
+            same name is the default.
+        support: constraint of one event. A class attribute of the same name is the default;
+            without one it is ``constraints.real``.
 
     Example:
         >>> class DoubleWell(Energy):
@@ -86,18 +88,22 @@ class Energy(Saveable):
         self.support = type(self).support if support is None else support
         check_declaration(shape, self.support)
         self.event_shape = torch.Size(shape)
-        # An energy without parameters still has a dtype and a device: those of this empty buffer,
-        # which .to() moves.
+        # The dtype and device of an energy without parameters are those of this empty buffer, which
+        # .to() converts.
         self.register_buffer("_anchor", torch.empty(0), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Energies of a batch of events: ``(*batch, *event) -> (*batch)``, in nats."""
+        """Return the energy of each event, in nats: ``(*batch, *event) -> (*batch)``.
+
+        Args:
+            x: events, shape ``(*batch, *event)``.
+        """
         raise NotImplementedError(
             f"{type(self).__name__} must define forward(x): (*batch, *event_shape) -> (*batch)"
         )
 
     def _value_and_grad(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What :func:`unchecked_value_and_grad` returns."""
+        """Compute value and gradient; see :func:`unchecked_value_and_grad`."""
         with (
             torch.inference_mode(False)
             if torch.is_inference_mode_enabled()
@@ -107,8 +113,9 @@ class Energy(Saveable):
             values, grad = _grad(self, x, create_graph=False)
         return values.detach(), grad
 
-    # every evaluation passes here: a broadcast mistake is caught where it is made
+    # every evaluation is checked here, so that a wrong broadcast raises where it happens
     def __call__(self, x: Tensor) -> Tensor:
+        """Call :meth:`forward`, and check the shapes of ``x`` and of the result."""
         batch = self.batch_shape(x)
         self._check_made()
         values: Tensor = super().__call__(x)
@@ -116,13 +123,16 @@ class Energy(Saveable):
         return values
 
     def batch_shape(self, x: Tensor) -> torch.Size:
-        """The batch shape of ``x``; ValueError unless its last dimensions are ``event_shape``."""
+        """Return the batch shape of ``x``.
+
+        Raises:
+            ValueError: unless the last dimensions of ``x`` are ``event_shape``.
+        """
         return check_shape(type(self).__name__, x, self.event_shape)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Floating-point type of the parameters and buffers (torch's default for an energy without
-        any)."""
+        """Floating-point type of the parameters and buffers; torch's default if there are none."""
         return self._reference().dtype
 
     @property
@@ -143,24 +153,34 @@ class Energy(Saveable):
             if tensor.is_floating_point():
                 if tensor.numel() > 0:
                     return tensor
-                # a view of an energy without tensors takes after the innermost energy, not after
-                # itself
+                # a view of an energy without tensors has the dtype of the innermost energy
                 anchor = tensor
         return anchor
 
     def check_states(self, x: Tensor, name: str = "x") -> None:
-        """ValueError unless ``x`` has the shape, dtype and device of a batch of this energy's
-        events."""
+        """Check that ``x`` has the shape, dtype and device of a batch of events.
+
+        Args:
+            x: states, shape ``(*batch, *event)``.
+            name: name of the argument in the error message.
+
+        Raises:
+            ValueError: otherwise, with both shapes, dtypes or devices.
+        """
         self.batch_shape(x)
         check_same(type(self).__name__, "dtype", self.dtype, name, x.dtype)
         check_same(type(self).__name__, "device", self.device, name, x.device)
 
     def initial(self, num_chains: int, generator: torch.Generator | None = None) -> Tensor:
-        """``num_chains`` legal starting states of finite energy, shape ``(n, *event_shape)``.
+        """Draw starting states of finite energy, shape ``(num_chains, *event)``.
+
+        Args:
+            num_chains: number of states, at least 1.
+            generator: source of randomness; None for torch's default one.
 
         Raises:
-            ValueError: if ``num_chains`` < 1, the support has no default, or no finite energy is
-                found in 100 tries.
+            ValueError: if ``num_chains`` < 1, if the support has no default starting states, or if
+                no state of finite energy is found in 100 tries.
         """
 
         def draw(count: int) -> Tensor:
@@ -172,72 +192,89 @@ class Energy(Saveable):
 
     @property
     def log_z(self) -> float | None:
-        r""":math:`\log Z` in nats where it is exactly known, else None."""
+        r"""Log of the normalizing constant Z, in nats; None where it is not known exactly."""
         return None
 
     @property
     def has_exact_draws(self) -> bool:
-        """Whether :meth:`sample` draws, or raises."""
+        """Whether :meth:`sample` is implemented."""
         return False
 
     def sample(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
-        """``num_samples`` exact independent draws, shape ``(n, *event_shape)``, where the energy
-        has them (``has_exact_draws``).
+        """Draw exact independent samples, shape ``(num_samples, *event)``.
+
+        Args:
+            num_samples: number of draws.
+            generator: source of randomness; None for torch's default one.
 
         Raises:
-            NotImplementedError: if it has none; never returns something that is not a draw.
+            NotImplementedError: if the energy has no exact draws (see ``has_exact_draws``).
         """
         raise NotImplementedError(
             f"{type(self).__name__} has no exact draws; sample it with MCMC, from initial(n)"
         )
 
     def site_logits(self, x: Tensor, site: Tensor) -> Tensor:
-        """Log-probabilities, up to a constant of each row, of the K values of one site of each row
-        given the others, on a discrete support.
+        """Return the log-probabilities of the K values of one site of each chain given the others.
 
-        Here they are K energies of each row. An energy that knows them in less time overrides this.
+        They are unnormalized, for an energy of discrete support. This method evaluates K energies
+        for each chain. An energy with a faster formula overrides it.
 
         Args:
             x: states, shape ``(chains, *event)``.
-            site: number of the site, row by row, shape ``(chains,)``, int64; sites are numbered as
-                the flat event has them.
+            site: number of the site of each chain, shape ``(chains,)``, int64; sites are numbered
+                in the order of the flat event.
 
         Returns:
-            shape ``(chains, K)``; values in the order 0, 1 of bits, -1, +1 of spins, and of the
-            entries of a one-hot row.
+            shape ``(chains, K)``. The order of values is 0, 1 for binary units, -1, +1 for spins,
+            and that of the categories for one-hot sites.
         """
         values = site_values(self.support, self.event_shape, x.dtype, x.device)
         candidates = x.reshape(len(x), 1, -1, values.shape[1]).repeat(1, len(values), 1, 1)
         candidates[torch.arange(len(x), device=x.device), :, site] = values
-        # Chains stay the first axis: an energy may treat each of them differently, as a tempered
-        # path does.
+        # The chains remain the first axis, since an energy may have a parameter for each chain, as
+        # a geometric path does.
         return -self(candidates.reshape(len(x), len(values), *self.event_shape))
 
     def subsample(self, generator: torch.Generator | None = None) -> Energy:
-        """An energy of which this one is the expectation: that of a random minibatch where it is a
-        sum over data (:class:`pyroebm.core.MinibatchEnergy`), else itself."""
+        """Return an unbiased estimate of the energy on a random minibatch.
+
+        Only an energy that is a sum over data has one (:class:`pyroebm.core.MinibatchEnergy`); any
+        other energy returns itself.
+
+        Args:
+            generator: source of randomness; None for torch's default one.
+        """
         return self
 
     @property
     def _source(self) -> Energy:
-        """What tells this energy from another one: itself, or of a view that is made anew at each
-        call the energy that it is made of."""
+        """The energy that identifies this one in caches: itself, or the one that a view wraps."""
         return self
 
     def log_ratio(self, x1: Tensor, x2: Tensor) -> Tensor:
-        r""":math:`\log p(x_1) - \log p(x_2) = E(x_2) - E(x_1)`, which needs no :math:`Z`. Shape:
-        the common batch shape."""
+        r"""Return :math:`\log p(x_1) - \log p(x_2) = E(x_2) - E(x_1)`, which does not depend on Z.
+
+        Args:
+            x1: events, shape ``(*batch, *event)``.
+            x2: events of the same or a broadcastable batch shape.
+
+        Returns:
+            shape of the common batch.
+        """
         return self(x2) - self(x1)
 
     def score_samples(self, x: Tensor) -> Tensor:
-        r"""Log-density :math:`\log p(x) = -E(x) - \log Z` where ``log_z`` is known, else
-        :math:`-E(x)`, in nats, as scikit-learn's density estimators call it.
+        r"""Return the log-density, normalized if log Z is known.
+
+        It is :math:`\log p(x) = -E(x) - \log Z` if ``log_z`` is known, else :math:`-E(x)`, in nats.
+        The name is that of scikit-learn's density estimators.
 
         Args:
             x: events, shape ``(*batch, *event)``.
 
         Returns:
-            shape ``(*batch)``; higher where x is more probable.
+            shape ``(*batch)``.
 
         Example:
             >>> from pyroebm.targets import Gaussian
@@ -248,14 +285,18 @@ class Energy(Saveable):
         return -self(x) if log_z is None else -self(x) - log_z
 
     def named(self, x: Tensor, site: str = "x") -> dict[str, Tensor]:
-        """States as the variables that results show, each ``(*batch, *shape)``: here one, called
-        ``site``."""
+        """Return the states as a dictionary of named variables, each ``(*batch, *shape)``.
+
+        Args:
+            x: states, shape ``(*batch, *event)``.
+            site: name of the variable if the energy has only one, as here.
+        """
         return {site: x}
 
     def __add__(self, other: Energy) -> Sum:
         return Sum(self, other) if isinstance(other, Energy) else NotImplemented
 
-    def __radd__(self, other: int) -> Energy:  # sum([e1, e2]) begins at 0
+    def __radd__(self, other: int) -> Energy:  # sum([e1, e2]) starts from 0
         return self if isinstance(other, int) and other == 0 else NotImplemented
 
     def __mul__(self, beta: float) -> Tempered:
@@ -268,8 +309,9 @@ class Energy(Saveable):
 
 
 class Sum(Energy):
-    r"""Product of experts :math:`p(x) \propto \prod_k p_k(x)`, so :math:`E = \sum_k E_k` (Hinton,
-    2002).
+    r"""Product of experts: the sum of energies over the same events (Hinton, 2002).
+
+    .. math:: E(x) = \sum_k E_k(x), \qquad p(x) \propto \prod_k p_k(x)
 
     Args:
         parts: energies of one event shape and one support.
@@ -304,10 +346,12 @@ class Sum(Energy):
         self.parts = nn.ModuleList(parts)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the energy of each event, in nats: ``(*batch, *event) -> (*batch)``."""
         return torch.stack([part(x) for part in self.parts]).sum(0)
 
     def initial(self, num_chains: int, generator: torch.Generator | None = None) -> Tensor:
-        # a part may know its domain better than the support does
+        """Draw starting states of finite energy, shape ``(num_chains, *event)``."""
+        # the starting states of a part can be better than those of the support
         states = self._parts[0].initial(num_chains, generator)
         with torch.no_grad():
             return (
@@ -321,31 +365,35 @@ class Sum(Energy):
         return [cast(Energy, part) for part in self.parts]
 
     def site_logits(self, x: Tensor, site: Tensor) -> Tensor:
+        """Return the log-probabilities of the values of one site of each chain, ``(chains, K)``."""
         return torch.stack([part.site_logits(x, site) for part in self._parts]).sum(0)
 
     @property
     def blocks(self) -> Mapping[str, Index]:
-        """Those that all parts have."""
+        """Gibbs blocks that all parts have."""
         return common_blocks(self._parts)
 
     def conditional(self, block: str, x: Tensor) -> Distribution:
-        """The product of those of the parts."""
+        """Return the conditional of a Gibbs block: the product of those of the parts."""
         return product_of_powers(*[(conditional_of(part, block, x), 1.0) for part in self._parts])
 
     def subsample(self, generator: torch.Generator | None = None) -> Energy:
+        """Return an unbiased estimate of the energy on a random minibatch."""
         return Sum(*[part.subsample(generator) for part in self._parts])
 
     def named(self, x: Tensor, site: str = "x") -> dict[str, Tensor]:
+        """Return the states as a dictionary of named variables."""
         return self._parts[0].named(x, site)
 
 
 class View(Energy):
-    """An energy made of another one over the same events, whose starting states and names of
-    variables it has.
+    """Base class of energies that wrap another energy over the same events.
+
+    It has the starting states and variable names of the wrapped energy.
 
     Args:
-        energy: the other one.
-        support: constraint of one event; None is that of the energy.
+        energy: the wrapped energy.
+        support: constraint of one event; None for that of the energy.
 
     Example:
         >>> from pyroebm.targets import DoubleWell
@@ -358,15 +406,18 @@ class View(Energy):
         self.energy: Energy = energy
 
     def initial(self, num_chains: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draw starting states of finite energy, shape ``(num_chains, *event)``."""
         return self.energy.initial(num_chains, generator)
 
     def named(self, x: Tensor, site: str = "x") -> dict[str, Tensor]:
+        """Return the states as a dictionary of named variables."""
         return self.energy.named(x, site)
 
 
 class Tempered(View):
-    r"""The density at inverse temperature :math:`\beta`: :math:`p_\beta(x) \propto e^{-\beta
-    E(x)}`.
+    r"""The density at inverse temperature :math:`\beta`.
+
+    .. math:: p_\beta(x) \propto e^{-\beta E(x)}
 
     Args:
         energy: the energy :math:`E`.
@@ -383,7 +434,7 @@ class Tempered(View):
 
     def __init__(self, energy: Energy, beta: float) -> None:
         given: object = beta
-        # float() would drop its gradient in silence
+        # float() would silently drop its gradient
         learned = isinstance(given, Tensor) and given.requires_grad
         if learned or not (isinstance(given, Real | Tensor) and 0.0 < float(given) < math.inf):
             raise ValueError(
@@ -393,29 +444,37 @@ class Tempered(View):
         self.beta: float = float(beta)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the energy of each event, in nats: ``(*batch, *event) -> (*batch)``."""
         return self.beta * self.energy(x)
 
     def site_logits(self, x: Tensor, site: Tensor) -> Tensor:
+        """Return the log-probabilities of the values of one site of each chain, ``(chains, K)``."""
         return self.beta * self.energy.site_logits(x, site)
 
     @property
     def blocks(self) -> Mapping[str, Index]:
-        """Those of the energy."""
+        """Gibbs blocks of the energy."""
         return blocks_of(self.energy)
 
     def conditional(self, block: str, x: Tensor) -> Distribution:
-        r"""That of the energy to the power :math:`\beta`."""
+        r"""Return the conditional of a Gibbs block: that of the energy, to the power beta."""
         return product_of_powers((conditional_of(self.energy, block, x), self.beta))
 
     def subsample(self, generator: torch.Generator | None = None) -> Energy:
+        """Return an unbiased estimate of the energy on a random minibatch."""
         return Tempered(self.energy.subsample(generator), self.beta)
 
     def extra_repr(self) -> str:
+        """Return the settings that ``repr`` shows."""
         return f"beta={self.beta:g}"
 
 
 def check_energy(energy: object) -> None:
-    """ValueError unless ``energy`` is an Energy."""
+    """Check that ``energy`` is an Energy.
+
+    Raises:
+        ValueError: otherwise.
+    """
     check_kind(energy, Energy)
 
 
@@ -423,10 +482,10 @@ def _grad(energy: Energy, x: Tensor, create_graph: bool) -> tuple[Tensor, Tensor
     if is_discrete(energy.support):
         raise ValueError(
             f"{type(energy).__name__} has the discrete support {energy.support}: it has no"
-            " gradient in x"
+            " gradient in x; use a kernel for discrete states, such as Gibbs()"
         )
     values, grads = energy(x), None
-    # rows are independent, so the gradient of their sum is the gradient of each
+    # events are independent, so the gradient of the sum holds the gradient of each
     if values.requires_grad:
         (grads,) = torch.autograd.grad(
             values, x, torch.ones_like(values), create_graph=create_graph, allow_unused=True
@@ -437,7 +496,9 @@ def _grad(energy: Energy, x: Tensor, create_graph: bool) -> tuple[Tensor, Tensor
 
 
 def value_and_grad(energy: Energy, x: Tensor) -> tuple[Tensor, Tensor]:
-    r"""Energies and their gradients in x, both detached; no parameter receives a gradient.
+    r"""Compute energies and their gradients in x, both detached.
+
+    The parameters receive no gradient.
 
     Args:
         energy: an energy of continuous support.
@@ -447,9 +508,9 @@ def value_and_grad(energy: Energy, x: Tensor) -> tuple[Tensor, Tensor]:
         :math:`E(x)` of shape ``(*batch)`` and :math:`\nabla_x E(x)` of shape ``(*batch, *event)``.
 
     Raises:
-        ValueError: naming both shapes unless ``energy(x).shape`` is the batch shape; naming both
-            dtypes or devices on a mismatch; if the support is discrete; if the energy is cut off
-            from ``x``.
+        ValueError: if ``energy(x).shape`` is not the batch shape; if the dtypes or devices of the
+            energy and ``x`` differ; if the support is discrete; if the energy does not depend on
+            ``x`` through autograd.
 
     Example:
         >>> from pyroebm.targets import DoubleWell
@@ -461,13 +522,14 @@ def value_and_grad(energy: Energy, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def unchecked_value_and_grad(energy: Energy, x: Tensor) -> tuple[Tensor, Tensor]:
-    """:func:`value_and_grad` for inner loops, whose states passed the front door once."""
+    """Compute :func:`value_and_grad` without checks, for inner loops."""
     return energy._value_and_grad(x)
 
 
 def score(energy: Energy, x: Tensor) -> Tensor:
-    r"""The score :math:`\nabla_x \log p(x) = -\nabla_x E(x)` (Hyvärinen, 2005), with its graph kept
-    for training.
+    r"""Compute the score :math:`\nabla_x \log p(x) = -\nabla_x E(x)`, with its graph for training.
+
+    The score is that of Hyvärinen (2005).
 
     Args:
         energy: an energy of continuous support.

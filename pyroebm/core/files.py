@@ -1,7 +1,7 @@
-"""Read and write files: the one module of the package that does.
+"""Reading and writing of files; no other module of the package does it.
 
-A file is written under a temporary name and then renamed, so that an interrupted process leaves the
-old file or the new one. Only :func:`append_line` writes in place. No pickle is loaded.
+Files are written atomically: to a temporary file, which is then renamed. Only :func:`append_line`
+writes in place. No pickle is loaded.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import safetensors.torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-if TYPE_CHECKING:  # half a second that only runs with files wait for
+if TYPE_CHECKING:  # importing it takes half a second, so only functions that need it do
     import xarray
 
 __all__ = [
@@ -43,12 +43,12 @@ __all__ = [
     "write_netcdf",
     "write_tensors",
     "write_text",
-    "written_whole",
+    "atomic_write",
 ]
 
-#: safetensors' own bound on a header
+#: Maximum length of a header, as in safetensors.
 MAX_HEADER = 100_000_000
-#: The checksum within the header of a file of tensors. JSON within JSON: its quotes are escaped.
+#: The checksum in the header of a file of tensors: JSON within JSON, so its quotes are escaped.
 CHECKSUM = re.compile(rb'(?<=\\"checksum\\": \\")[0-9a-f]{64}(?=\\")')
 
 
@@ -75,18 +75,19 @@ class FileError(OSError, ValueError):
 
 
 @contextlib.contextmanager
-def written_whole(path: Path, by: str = "") -> Iterator[Path]:
-    """A file beside ``path`` to write to, moved there at the end: killed at any moment, a process
-    leaves the old or the new.
+def atomic_write(path: Path, by: str = "") -> Iterator[Path]:
+    """Write a file atomically: yield a temporary path, and rename it to ``path`` at the end.
+
+    A process that is killed leaves the old file or the new one, never a part of one.
 
     Args:
         path: the file.
-        by: the end of the temporary name, for processes that write the same file at once.
+        by: suffix of the temporary name, for processes that write the same file at the same time.
 
     Example:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     with written_whole(Path(folder, "a")) as temporary:
+        ...     with atomic_write(Path(folder, "a")) as temporary:
         ...         size = temporary.write_text("draws")
         ...     read_text(Path(folder, "a"))
         'draws'
@@ -101,7 +102,7 @@ def written_whole(path: Path, by: str = "") -> Iterator[Path]:
 
 def write_text(path: str | Path, text: str, by: str = "") -> None:
     """Write a text file in UTF-8."""
-    with written_whole(Path(path), by) as temporary:
+    with atomic_write(Path(path), by) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
@@ -111,7 +112,7 @@ def read_text(path: str | Path) -> str:
 
 
 def append_line(path: str | Path, line: str) -> None:
-    """Add a line to a text file. It is in the file when this returns."""
+    """Append a line to a text file. The line is in the file when this returns."""
     with Path(path).open("a", encoding="utf-8") as file:
         file.write(line + "\n")
 
@@ -129,9 +130,9 @@ def read_json(path: str | Path) -> Any:
 def write_tensors(
     path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None
 ) -> None:
-    """Write tensors, and JSON beside them, as a safetensors file with a checksum of every byte.
+    """Write tensors and JSON metadata as a safetensors file with a checksum of every byte.
 
-    The same tensors and metadata make the same bytes.
+    The same tensors and metadata give the same bytes.
 
     Example:
         >>> import tempfile
@@ -141,9 +142,9 @@ def write_tensors(
         ...     read_tensors(f"{folder}/x.safetensors")
         ({'x': tensor([1., 1.])}, {'class': 'NICE'})
     """
-    # one entry: safetensors writes several in random order
+    # a single entry, since safetensors writes several entries in random order
     text = json.dumps({"checksum": "0" * 64, **(metadata or {})})
-    with written_whole(Path(path)) as temporary:
+    with atomic_write(Path(path)) as temporary:
         safetensors.torch.save_file(
             {name: tensor.contiguous() for name, tensor in tensors.items()},
             temporary,
@@ -156,15 +157,15 @@ def write_tensors(
 
 
 def read_tensors(path: str | Path, device: str = "cpu") -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read a file of :func:`write_tensors`: its tensors and its metadata.
+    """Read the tensors and metadata of a file that :func:`write_tensors` wrote.
 
     Raises:
-        FileError: if there is no such file, it is damaged, or something else wrote it.
+        FileError: if there is no such file, if it is damaged, or if another program wrote it.
     """
     try:
-        said, found, _ = _checksums(Path(path))
-        if said != found:
-            raise FileError(path, "the file is damaged: its checksum is not that of its content")
+        stored, computed, _ = _checksums(Path(path))
+        if stored != computed:
+            raise FileError(path, "the file is damaged: its checksum does not match its content")
         with safe_open(path, "pt", device=device) as file:
             metadata = json.loads(file.metadata()["pyroebm"])
             names = file.keys()
@@ -180,39 +181,39 @@ def read_tensors(path: str | Path, device: str = "cpu") -> tuple[dict[str, Tenso
 
 
 def _checksums(path: Path) -> tuple[bytes, bytes, int]:
-    """The checksum that a file of tensors says, that of its content, and where the file says it.
+    """Return the checksum stored in a file of tensors, that of its content, and where it is stored.
 
     The content is every byte of the file, with zeros in place of the checksum.
     """
-    foreign = "the file must be one that pyroebm wrote, and whole"
+    foreign = "the file must be a complete file written by pyroebm"
     with path.open("rb") as file:
         begin = file.read(8)
         length = int.from_bytes(begin, "little")
         if len(begin) < 8 or length > min(MAX_HEADER, path.stat().st_size - 8):
             raise FileError(path, foreign)
         header = file.read(length)
-        said = CHECKSUM.search(header)
-        if said is None:
+        stored = CHECKSUM.search(header)
+        if stored is None:
             raise FileError(path, foreign)
         content = hashlib.sha256(begin)
-        content.update(header[: said.start()] + b"0" * 64 + header[said.end() :])
+        content.update(header[: stored.start()] + b"0" * 64 + header[stored.end() :])
         while chunk := file.read(2**20):
             content.update(chunk)
-    return said[0], content.hexdigest().encode(), 8 + said.start()
+    return stored[0], content.hexdigest().encode(), 8 + stored.start()
 
 
 def to_bytes(tensors: Mapping[str, Tensor]) -> bytes:
-    """The safetensors file of tensors as bytes, to send to another process."""
+    """Return the safetensors file of tensors as bytes, to send to another process."""
     return safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()})
 
 
 def from_bytes(data: bytes) -> dict[str, Tensor]:
-    """The inverse of :func:`to_bytes`."""
+    """Read the tensors that :func:`to_bytes` wrote."""
     return safetensors.torch.load(data)
 
 
 def read_bytes(path: Path) -> bytes:
-    """Read a file, unzipped if its name ends in ``.gz``.
+    """Read a file, decompressed if its name ends in ``.gz``.
 
     Raises:
         OSError, EOFError, zlib.error: if there is no such file, or it is damaged.
@@ -222,16 +223,22 @@ def read_bytes(path: Path) -> bytes:
 
 
 def read_arrays(path: Path, names: Container[str]) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Read those of some arrays that an ``.npz`` file has, and the names of all that are in it; no
-    pickle is loaded.
+    """Read the named arrays of an ``.npz`` file without loading any pickle.
+
+    Args:
+        path: the file.
+        names: the arrays to read; those that the file lacks are skipped.
+
+    Returns:
+        the arrays by name, and the names of all arrays in the file.
 
     Raises:
         OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error: if there is no such file, or
-            it is damaged.
+            if it is damaged.
     """
     file = np.load(path, allow_pickle=False)
     if not isinstance(file, np.lib.npyio.NpzFile):
-        raise ValueError("it holds one array")
+        raise ValueError("it is a .npy file with one array, not an .npz file")
     with file:
         return {name: file[name] for name in file.files if name in names}, list(file.files)
 
@@ -239,18 +246,19 @@ def read_arrays(path: Path, names: Container[str]) -> tuple[dict[str, np.ndarray
 def write_groups(
     path: Path, groups: Mapping[str, xarray.Dataset], attrs: Mapping[str, Any]
 ) -> None:
-    """Write a netCDF file of xarray's Datasets, a group for each, with ``attrs`` at its root."""
+    """Write xarray Datasets as the groups of a netCDF file, with ``attrs`` at its root."""
     import xarray
 
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         xarray.Dataset(attrs=dict(attrs)).to_netcdf(temporary, engine="h5netcdf")
         for name, dataset in groups.items():
             dataset.to_netcdf(temporary, mode="a", group=name, engine="h5netcdf")
 
 
 def read_group(path: Path, group: str, draws: slice = slice(None)) -> xarray.Dataset:
-    """Read one group of a netCDF file, of its dimension ``draw`` those of a slice: the others are
-    never in memory.
+    """Read a slice of the draws of one group of a netCDF file.
+
+    The other draws are never in memory.
 
     Raises:
         OSError: if there is no such file or group.
@@ -262,8 +270,8 @@ def read_group(path: Path, group: str, draws: slice = slice(None)) -> xarray.Dat
 
 
 def write_netcdf(path: Path, data: Any) -> None:
-    """Write ArviZ's InferenceData or DataTree as a netCDF file."""
-    with written_whole(path) as temporary:
+    """Write an InferenceData or DataTree of ArviZ as a netCDF file."""
+    with atomic_write(path) as temporary:
         data.to_netcdf(str(temporary))
 
 
@@ -273,6 +281,6 @@ def remove(path: Path) -> None:
 
 
 def write_figure(path: Path, figure: Any, dpi: int = 150) -> None:
-    """Write a matplotlib figure in the format that the file's name ends with."""
-    with written_whole(path) as temporary:
+    """Write a matplotlib figure in the format given by the file's suffix."""
+    with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=dpi, format=path.suffix[1:])

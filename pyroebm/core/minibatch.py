@@ -1,4 +1,4 @@
-"""Energies that are sums over data, and their estimates from a minibatch."""
+"""Energies that are sums over data, and their unbiased estimates from minibatches."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ __all__ = ["MinibatchEnergy"]
 
 
 class MinibatchEnergy(Energy):
-    r"""A posterior: a prior and a sum over N data, of which a minibatch of n gives an unbiased
-    estimate.
+    r"""A posterior: a prior and a sum over N data, with an unbiased estimate from a minibatch of n.
 
     .. math::
 
@@ -23,8 +22,8 @@ class MinibatchEnergy(Energy):
         \hat E(x) = E_0(x) + \frac{N}{n} \sum_{i \in B} \ell(x, d_i)
 
     Args:
-        prior: the energy :math:`E_0` of the parameters x; its event shape and support are taken
-            over.
+        prior: the energy :math:`E_0` of the parameters x; the posterior has its event
+            shape and support.
         loss: :math:`(x, d) \mapsto \sum_i \ell(x, d_i)`, minus the log-likelihood of data ``(n,
             ...)`` summed over them, shape ``(*batch)`` for x of shape ``(*batch, *event)``.
         data: all N data, shape ``(N, ...)``.
@@ -60,25 +59,30 @@ class MinibatchEnergy(Energy):
 
     @property
     def size(self) -> int:
-        """Number of data in sight: N, or n of a minibatch."""
+        """Number of data that the energy sums over: N, or n for a minibatch."""
         return len(self.data)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the energy of each event, in nats: ``(*batch, *event) -> (*batch)``."""
         return self.prior(x) + self.total / self.size * self.loss(x, self.data)
 
     def initial(self, num_chains: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draw starting states of finite energy, shape ``(num_chains, *event)``."""
         return self.prior.initial(num_chains, generator)
 
     def named(self, x: Tensor, site: str = "x") -> dict[str, Tensor]:
+        """Return the states as a dictionary of named variables."""
         return self.prior.named(x, site)
 
     def on(self, rows: Tensor) -> MinibatchEnergy:
-        r""":math:`\hat E` on the data numbered ``rows``, shape ``(n,)``."""
+        r"""Return :math:`\hat E` on the data numbered ``rows``, shape ``(n,)``."""
         part = MinibatchEnergy(self.prior, self.loss, self.data[rows], len(rows))
         part.total = self.total
         return part
 
     def subsample(self, generator: torch.Generator | None = None) -> MinibatchEnergy:
-        r""":math:`\hat E` on ``batch_size`` data drawn without replacement, the same for all rows
-        of x."""
+        r"""Return :math:`\hat E` on ``batch_size`` data drawn without replacement.
+
+        All chains use the same minibatch.
+        """
         return self.on(subset(self.size, self.batch_size, generator, self.data.device))

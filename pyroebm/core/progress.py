@@ -1,5 +1,4 @@
-"""Progress of long computations: a bar in terminals, one line that is updated in notebooks, a line
-every few seconds in log files."""
+"""Progress displays of long computations, in terminals, notebooks and log files."""
 
 from __future__ import annotations
 
@@ -16,7 +15,7 @@ from tqdm import tqdm
 
 __all__ = ["Progress"]
 
-#: The rate is an average whose weights fall by a factor of e in so many seconds.
+#: Time constant of the exponential moving average of the rate, in seconds.
 RATE_SECONDS = 10.0
 
 #: A number to show, or a function that computes it when a line is due.
@@ -24,20 +23,20 @@ Note = float | Callable[[], float]
 
 
 class Progress:
-    """Show on stderr how far a computation is, its rate, the time left, and numbers of its own.
+    """Progress of a computation on stderr: the count, the rate, the time left, and named numbers.
 
-    A terminal has a bar and a notebook one line that is updated, both from 1 s on. Any other stderr
-    (a log file, a pipe) has a line after 2 s and every 5 s from then on, and a last one. What ends
-    before its first line shows nothing, and of several processes only the first shows anything. If
-    stderr cannot be written to, the computation continues without it.
+    In a terminal it is a bar and in a notebook one line that is updated, both after 1 s. Any other
+    stderr (a log file, a pipe) gets a line after 2 s, one every 5 s after that, and a last one. A
+    computation that ends earlier shows nothing. Of several processes only the first shows progress.
+    If stderr cannot be written to, the computation continues without it.
 
     Args:
-        total: number of units of the whole; None if it is not known.
-        label: what is computed.
-        unit: one of the things counted, in the singular.
-        show: True shows progress from the start, False never, None as said.
-        done: units that were done before, which the rate does not count.
-        clock: seconds of a clock that never goes back.
+        total: number of units of the whole computation; None if it is not known.
+        label: name of the computation.
+        unit: name of one unit, in the singular.
+        show: True shows progress from the start, False never, None as described above.
+        done: units that were done before; the rate does not count them.
+        clock: a monotonic clock, in seconds.
 
     Example:
         >>> with Progress(3, "sampling", "draw") as progress:
@@ -84,14 +83,15 @@ class Progress:
         return self
 
     def update(self, num_done: int = 1) -> None:
-        """Count ``num_done`` more units. It costs a look at the clock unless a line is due."""
+        """Count ``num_done`` more units."""
         self.count += num_done
         if self._clock() >= self._due:
             self._draw(self._state())
 
     def note(self, **numbers: Note) -> None:
-        """Set numbers to show after the rate: ``divergences=3`` is shown as "3 divergences", and
-        ``acceptance=0.81`` as "acceptance 0.81".
+        """Set numbers to show after the rate.
+
+        ``divergences=3`` is shown as "3 divergences", and ``acceptance=0.81`` as "acceptance 0.81".
 
         Args:
             numbers: integers are counts, named in the plural; other numbers are values. A function
@@ -100,7 +100,7 @@ class Progress:
         self._notes.update(numbers)
 
     def print(self, text: str) -> None:
-        """Print a line of its own on stderr, above the bar."""
+        """Print a separate line on stderr, above the bar."""
         if self._display is not None:
             self._attempt(lambda: tqdm.write(text, file=sys.stderr))
 
@@ -120,7 +120,7 @@ class Progress:
         self._due = math.inf
 
     def _state(self) -> list[str]:
-        """The parts of a line: the count, the recent rate, the notes, the time left."""
+        """Return the parts of a line: the count, the recent rate, the numbers, the time left."""
         now = self._clock()
         seconds, count = now - self._last_time, self.count - self._last_count
         kept = math.exp(-seconds / RATE_SECONDS)
@@ -146,21 +146,23 @@ class Progress:
         display = self._display
         if display is not None:
             self._shown = True
-            # from now: the notes may have taken time to compute
+            # measured from now, since computing the numbers may have taken time
             self._due = self._clock() + display.interval
             self._attempt(lambda: display.draw(self.label, ", ".join(parts), self.count))
 
     def _attempt(self, write: Callable[[], None]) -> None:
         try:
             write()
-        except (OSError, ValueError):  # a terminal that was hung up, a full disk, a closed file
+        except (OSError, ValueError):  # a closed terminal, a full disk, a closed file
             self._display = None
             self._due = math.inf
 
 
 class _Display(Protocol):
-    """Where lines go. ``delay`` is the time before the first one, ``interval`` that between two, in
-    seconds."""
+    """Where lines are shown.
+
+    ``delay`` is the time before the first line, ``interval`` that between two lines, in seconds.
+    """
 
     delay: float
     interval: float
@@ -200,8 +202,10 @@ class _Terminal:
 
 
 class _Notebook:
-    """Text that the kernel's front end replaces in place: it needs no widgets, and an executed
-    notebook keeps the last line alone."""
+    """A line of text that the notebook replaces in place.
+
+    It needs no widgets, and a saved notebook keeps only the last line.
+    """
 
     delay, interval = 1.0, 0.5
 
@@ -243,18 +247,20 @@ def _display(stream: TextIO, total: int | None) -> _Display:
 
 
 def _is_terminal(stream: TextIO) -> bool:
-    """Whether there is room for a bar: a pseudo-terminal whose size was never set has none."""
+    """Whether a bar can be shown; a pseudo-terminal of unknown size cannot show one."""
     if not stream.isatty():
         return False
     try:
         return min(os.get_terminal_size(stream.fileno())) > 0
-    except (OSError, ValueError):  # a console that is no file
+    except (OSError, ValueError):  # a console without a file descriptor
         return True
 
 
 def _notebook_publisher() -> Any:
-    """What publishes output in the cell that runs, or None outside of notebooks. IPython is not
-    imported: in a kernel it is there already."""
+    """Return IPython's display publisher of the running cell, or None outside notebooks.
+
+    IPython is not imported, since a notebook has imported it already.
+    """
     ipython = sys.modules.get("IPython")
     shell: Any = None if ipython is None else ipython.get_ipython()
     return None if getattr(shell, "kernel", None) is None else shell.display_pub

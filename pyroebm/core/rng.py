@@ -1,5 +1,7 @@
-"""The one choke point of randomness: explicit generators, seeds spread by NumPy's SeedSequence,
-noise drawn where they live."""
+"""Random numbers: explicit generators, seeds spawned by NumPy's SeedSequence, noise.
+
+Noise is drawn on the device of its generator.
+"""
 
 from __future__ import annotations
 
@@ -23,31 +25,38 @@ __all__ = [
     "uniform",
 ]
 
-#: Normal numbers from which on the transform of Box and Muller (1958) is worth its few operations.
+#: Minimum number of normal draws for which the transform of Box and Muller (1958) on whole tensors
+#: is faster than torch.randn.
 MANY = 1024
 
-#: Held while torch's default generator stands in for another one.
+#: Held while torch's default generator is replaced by another one.
 _LOCK = threading.RLock()
 
 
 def fresh_seed(seed: int | None) -> int:
-    """``seed``, or one from the operating system in place of None: written down, it repeats the
-    run."""
+    """Return ``seed``, or a new one from the operating system if it is None.
+
+    A run that records the returned seed can be repeated.
+    """
     return int(np.random.SeedSequence(seed).entropy)  # type: ignore[arg-type]
 
 
 def seeded_generator(
     seed: int, device: torch.device | str = "cpu", spawned: int | tuple[int, ...] | None = None
 ) -> torch.Generator:
-    """A new generator whose stream is spread from ``seed`` by ``numpy.random.SeedSequence``;
-    torch's global one is untouched.
+    """Return a new generator, seeded from ``seed`` by ``numpy.random.SeedSequence``.
 
-    ``spawned`` takes the child of that number in place of ``seed`` itself: as many independent
-    streams as there are numbers. Of a tuple of numbers it takes the child of the child.
+    torch's default generator is not changed.
+
+    Args:
+        seed: an integer of at least 0.
+        device: device of the generator.
+        spawned: number of a child of ``seed``; the streams of different children are independent. A
+            tuple of numbers is a child of a child. None takes ``seed`` itself.
     """
     key = () if spawned is None else (spawned,) if isinstance(spawned, int) else spawned
-    words = np.random.SeedSequence(seed, spawn_key=key).generate_state(1, np.uint64)
-    return torch.Generator(device).manual_seed(int(words[0]) % 2**63)
+    state = np.random.SeedSequence(seed, spawn_key=key).generate_state(1, np.uint64)
+    return torch.Generator(device).manual_seed(int(state[0]) % 2**63)
 
 
 def standard_normal(
@@ -56,12 +65,19 @@ def standard_normal(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Tensor:
-    """Normal noise on ``device``, drawn where the generator lives (None: torch's global one)."""
+    """Draw standard normal noise on the generator's device, and move it to ``device``.
+
+    Args:
+        shape: shape of the result.
+        generator: source of randomness; None for torch's default one.
+        dtype: floating-point type.
+        device: device of the result.
+    """
     where, shape = device if generator is None else generator.device, tuple(shape)
     count = math.prod(shape)
     if where.type != "cpu" or dtype != torch.float64 or count < MANY:
         return torch.randn(shape, generator=generator, dtype=dtype, device=where).to(device)
-    # What torch.randn does too, number by number; whole tensors take a third of its time.
+    # torch.randn applies the same transform number by number, which takes three times as long
     u = torch.rand((2, (count + 1) // 2), generator=generator, dtype=dtype, device=where)
     radius, angle = torch.log1p(-u[0]).mul_(-2.0).sqrt_(), u[1].mul_(2.0 * math.pi)
     return (
@@ -77,8 +93,14 @@ def uniform(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Tensor:
-    """Noise uniform on [0, 1) on ``device``, drawn where the generator lives (None: torch's global
-    one)."""
+    """Draw noise uniform on [0, 1) on the generator's device, and move it to ``device``.
+
+    Args:
+        shape: shape of the result.
+        generator: source of randomness; None for torch's default one.
+        dtype: floating-point type.
+        device: device of the result.
+    """
     where = device if generator is None else generator.device
     return torch.rand(tuple(shape), generator=generator, dtype=dtype, device=where).to(device)
 
@@ -86,8 +108,7 @@ def uniform(
 def subset(
     total: int, size: int, generator: torch.Generator | None, device: torch.device
 ) -> Tensor:
-    """``size`` different numbers below ``total``, each such set equally likely, drawn where the
-    generator lives."""
+    """Draw ``size`` different integers below ``total``; all subsets are equally likely."""
     where = device if generator is None else generator.device
     return torch.randperm(total, generator=generator, device=where)[:size].to(device)
 
@@ -95,11 +116,12 @@ def subset(
 def draw_from(
     distribution: Distribution, num_samples: int, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Draws of a distribution of torch or Pyro, ``(num_samples, *event_shape)``.
+    """Draw from a distribution of torch or Pyro, shape ``(num_samples, *event_shape)``.
 
-    Such distributions take no generator. With one, torch's default generators are seeded from it
-    for the time of the draw, under a lock, and put back: another thread that draws from them
-    meanwhile is not reproducible. None draws from them as they are.
+    Such distributions take no generator. With a generator, torch's default generators are seeded
+    from it during the draw, under a lock, and restored afterwards; another thread that draws from
+    them at the same time is not reproducible. With None, torch's default generators are used as
+    they are.
     """
     if generator is None:
         return distribution.sample(torch.Size([num_samples]))
@@ -112,10 +134,10 @@ def draw_from(
 
 @contextlib.contextmanager
 def drawing_from(generator: torch.Generator | None) -> Iterator[None]:
-    """For code that takes no generator: inside, torch's default one continues the stream of
-    ``generator``.
+    """Replace torch's default generator by ``generator`` in this context.
 
-    Outside it is as before; None leaves it alone. One thread at a time is inside.
+    It is for code that takes no generator. The default generator is restored at the end. None
+    changes nothing. Only one thread at a time can be in this context.
     """
     if generator is None:
         yield

@@ -1,5 +1,7 @@
-"""Energies of variables with names, written for one row: run on a batch by vmap, replayed from a
-captured graph."""
+"""Energies of named variables that are written for one event and evaluated in batches.
+
+A batch is evaluated with vmap, and replayed from a captured graph.
+"""
 
 from __future__ import annotations
 
@@ -32,13 +34,13 @@ from pyroebm.core.wrappers import eval_mode
 
 __all__ = ["RowsFailAlone", "RowwiseEnergy"]
 
-#: Graphs kept at a time: one for each batch shape, type and device.
+#: Maximum number of graphs kept: one for each batch shape, dtype and device.
 MAX_GRAPHS = 8
 
 
-#: The author's code runs in one thread at a time: Pyro's stack of messengers, and what a capture
-#: changes in torch, belong to all threads.
-ONE_AT_A_TIME = threading.RLock()
+#: Held while the subclass's code runs: Pyro's stack of effect handlers, and the state that a
+#: capture changes in torch, are shared by all threads.
+_LOCK = threading.RLock()
 
 
 def _cholesky(a: Tensor, upper: bool = False) -> Tensor:
@@ -60,17 +62,17 @@ def _solve(a: Tensor, b: Tensor, *, left: bool = True) -> Tensor:
 
 
 class RowsFailAlone(TorchFunctionMode):
-    """Inside, what would raise for a whole batch because of one row is NaN in that row: a
-    factorisation that does not exist.
+    """Mode in which an operation that fails for one event returns NaN for it instead of raising.
 
-    The checks that a distribution with ``validate_args=True`` makes of a batch are passed. Beyond
-    the range of its arguments a density is then what its formula gives, as in Pyro without
-    validation: NaN or infinite for most distributions, finite for some (a Beta, a Categorical).
+    Such an operation is a factorization that does not exist. The checks of a distribution with
+    ``validate_args=True`` pass. Outside the range of its arguments a density is then the value of
+    its formula, as in Pyro without validation: NaN or infinite for most distributions, finite for
+    some (a Beta, a Categorical).
     """
 
-    STAND_INS: ClassVar[dict[Any, Callable[..., Any]]] = {
+    REPLACEMENTS: ClassVar[dict[Any, Callable[..., Any]]] = {
         torch.linalg.cholesky: _cholesky,
-        # deprecated, and to be removed from torch
+        # deprecated in torch
         getattr(torch, "cholesky", None): _cholesky,
         getattr(Tensor, "cholesky", None): _cholesky,
         torch.linalg.inv: _inverse,
@@ -81,7 +83,7 @@ class RowsFailAlone(TorchFunctionMode):
     }
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return self.STAND_INS.get(func, func)(*args, **(kwargs or {}))
+        return self.REPLACEMENTS.get(func, func)(*args, **(kwargs or {}))
 
 
 def _setitem(x: Tensor, index: Any, value: Any) -> None:
@@ -114,10 +116,10 @@ def _masked_scatter(x: Tensor, mask: Tensor, source: Tensor) -> Tensor:
     return x.index_put((mask,), source.reshape(-1)[: int(mask.sum())])
 
 
-def _cut_off(x: Tensor) -> Tensor:
-    """``x`` on the same memory, without a gradient.
+def _without_gradient(x: Tensor) -> Tensor:
+    """Return ``x`` on the same memory, without a gradient.
 
-    A capture may record ``detach`` as an alias, which has one. Integers have none.
+    A capture may record ``detach`` as an alias, which has a gradient. Integers have none.
     """
     if not x.is_floating_point():
         return x.detach()
@@ -125,7 +127,7 @@ def _cut_off(x: Tensor) -> Tensor:
     return x.view(integers).view(x.dtype)
 
 
-#: Methods that change what a tensor is, and not its values.
+#: In-place methods that change the shape or metadata of a tensor, but not its values.
 _CHANGE_NO_VALUES = {
     f"{name}_"
     for name in (
@@ -136,8 +138,11 @@ _CHANGE_NO_VALUES = {
 
 
 def _in_place(func: Any) -> tuple[bool, Callable[..., Any] | None]:
-    """Whether a function writes into its first argument, by torch's rule for names, and the method
-    that returns what it writes, if there is one: of ``add_`` it is ``Tensor.add``."""
+    """Return whether a function writes into its first argument, and its out-of-place method.
+
+    Both are found by torch's naming rule. For ``add_`` the method is ``Tensor.add``; None if there
+    is no such method.
+    """
     name: str = getattr(func, "__name__", "")
     if name.startswith("__i") and hasattr(Tensor, f"__{name[3:]}"):  # __iadd__ and __add__
         return True, getattr(Tensor, f"__{name[3:]}")
@@ -148,19 +153,22 @@ def _in_place(func: Any) -> tuple[bool, Callable[..., Any] | None]:
 
 
 class RowsInABatch(TorchFunctionMode):
-    """Inside, what ``vmap`` cannot do with a row is done in another way, if shapes do not depend on
-    the row: assignment of one number where a mask holds, selection by a mask that no row enters,
-    ``x.data``, and writing into a tensor that no row enters.
+    """Mode that replaces operations that ``vmap`` does not support by ones that it supports.
 
-    A tensor that no row enters becomes one for each row when a value of a row is written into it.
-    The author's variables keep the old tensor and its views: where one of them is an argument
-    afterwards, the new tensor, or a view of it, takes its place.
+    The shapes must not depend on the event. The operations are assignment of one number where a
+    mask is True, selection by a mask that does not depend on the event, ``x.data``, and writing
+    into a tensor that does not depend on the event.
+
+    A tensor that does not depend on the event becomes one for each event when a value of an event
+    is written into it. The variables of the caller's code still refer to the old tensor and its
+    views: where one of them is an argument later, it is replaced by the new tensor, or a view of
+    it.
 
     Args:
-        row: the row, within ``vmap``.
+        row: the event, within ``vmap``.
     """
 
-    STAND_INS: ClassVar[dict[Any, Callable[..., Any]]] = {
+    REPLACEMENTS: ClassVar[dict[Any, Callable[..., Any]]] = {
         Tensor.__setitem__: _setitem,
         torch.masked_fill: _masked_fill,
         Tensor.masked_fill: _masked_fill,
@@ -168,15 +176,15 @@ class RowsInABatch(TorchFunctionMode):
         Tensor.masked_select: _masked_select,
         torch.masked_scatter: _masked_scatter,
         Tensor.masked_scatter: _masked_scatter,
-        Tensor.data.__get__: _cut_off,  # type: ignore[attr-defined]
-        Tensor.detach: _cut_off,
-        torch.detach: _cut_off,
+        Tensor.data.__get__: _without_gradient,  # type: ignore[attr-defined]
+        Tensor.detach: _without_gradient,
+        torch.detach: _without_gradient,
     }
 
     def __init__(self, row: Tensor) -> None:
         super().__init__()
         self.row = row
-        #: by storage: the flat copy, and a tensor that keeps the storage alive
+        #: By storage: the flat copy, and a tensor that keeps the storage alive.
         self.copies: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -190,9 +198,9 @@ class RowsInABatch(TorchFunctionMode):
         if self.copies:
             args, kwargs = tree_map_only(Tensor, self._current, (args, kwargs))
         if writes and result is not None and is_batchedtensor(args[0]):
-            # vmap knows more functions that return a result than functions that write one
-            return args[0].copy_(self.STAND_INS.get(result, result)(*args, **kwargs))
-        return self.STAND_INS.get(func, func)(*args, **kwargs)
+            # vmap supports more out-of-place functions than in-place ones
+            return args[0].copy_(self.REPLACEMENTS.get(result, result)(*args, **kwargs))
+        return self.REPLACEMENTS.get(func, func)(*args, **kwargs)
 
     def _copy(self, old: Tensor) -> None:
         if storage_of(old) not in self.copies:
@@ -205,33 +213,33 @@ class RowsInABatch(TorchFunctionMode):
             return tensor
         copy, _ = self.copies[storage_of(tensor)]
         if tensor.is_contiguous() and tensor.numel() == copy.numel():
-            return copy.view(tensor.shape)  # the usual case, in a graph that is easy to compile
+            return copy.view(tensor.shape)  # the usual case; this graph is easier to compile
         return copy.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
 def version(tensor: Tensor) -> tuple[int, int]:
-    """Which tensor this is, and how often it was written to."""
+    """Return the identity of a tensor and the number of in-place writes to it."""
     return id(tensor), 0 if tensor.is_inference() else version_of(tensor)
 
 
 class RowwiseEnergy(Energy):
-    r"""An energy over a flat vector of named variables in unconstrained coordinates, whose author
-    writes one row.
+    r"""An energy over a flat vector of named unconstrained variables, written for one event.
 
-    A subclass calls ``super().__init__(shapes, like)``, sets itself up and ends with
-    ``self.batch_by(rows)``, which tries on two rows how a batch can be run, and takes the first way
-    whose values and gradients are those of a plain loop:
+    A subclass calls ``super().__init__(shapes, like)``, defines :meth:`row_energy` and ends its
+    constructor with ``self.batch_by(rows)``, which chooses how batches are evaluated. It tries on
+    two events, and takes the first way whose values and gradients are those of a plain loop:
 
-    - ``"graph"``: :func:`torch.func.vmap` over the rows, captured once by ``make_fx`` for each
-      batch shape as a plain graph of tensor operations without Python in it, and replayed;
-    - ``"vmap"``: the same without the capture, with a warning that says why;
-    - ``"loop"``: one row after the other, with a warning that says why.
+    - ``"graph"``: :func:`torch.func.vmap` over the events, captured once by ``make_fx`` for each
+      batch shape as a graph of tensor operations, and replayed without Python code;
+    - ``"vmap"``: the same without the capture, with a warning that states the reason;
+    - ``"loop"``: one event after the other, with a warning that states the reason.
 
-    What no row enters is computed once, while a graph is captured, and is a constant of the graph:
-    Python may branch on it, and it may be a mask that indexes. What :meth:`constants` lists is
-    watched: when one of these tensors is replaced or written to, the next call captures anew. Under
-    a transform of somebody else (``make_fx``, ``vmap``, ``grad``) the graph is replayed as well, so
-    that an energy can be inlined in a larger graph, with the constants of that time.
+    Operations that do not depend on the event are evaluated once, while a graph is captured, and
+    their results are constants of the graph: Python code may branch on them, and they may be masks
+    used as indices. If one of the tensors that :meth:`constants` returns is replaced or written to,
+    the next call captures a new graph. Under a transform of the caller (``make_fx``, ``vmap``,
+    ``grad``) the graph is replayed as well, with the constants of that time, so that an energy can
+    be inlined in a larger graph.
 
     Args:
         shapes: name and unconstrained shape of each variable, in the order of the flat vector.
@@ -251,19 +259,18 @@ class RowwiseEnergy(Energy):
         self._graphs: dict[Any, tuple[fx.GraphModule, list[Tensor]]] = {}
 
     def _reference(self) -> Tensor:
-        return self._anchor  # the density decides, not the first parameter of some module in it
+        return self._anchor  # not the first parameter of a module that the density uses
 
     @abc.abstractmethod
     def row_energy(self, u: Tensor) -> Tensor:
-        """The energy of one row: ``(dim,) -> ()``."""
+        """Return the energy of one event: ``(dim,) -> ()``."""
 
     def constants(self) -> list[Tensor]:
-        """Tensors that :meth:`row_energy` reads and that somebody may change."""
+        """Return the tensors that :meth:`row_energy` reads and that may be changed from outside."""
         return list(itertools.chain(self.parameters(), self.buffers()))
 
     def split(self, u: Tensor) -> dict[str, Tensor]:
-        """Rows as variables in unconstrained coordinates: ``(*batch, dim)`` to a dict of ``(*batch,
-        *shape)``."""
+        """Split states ``(*batch, dim)`` into named variables ``(*batch, *shape)``."""
         parts = u.split([event_numel(shape) for shape in self.shapes.values()], -1)
         return {
             name: part.reshape(u.shape[:-1] + shape)
@@ -271,10 +278,10 @@ class RowwiseEnergy(Energy):
         }
 
     def join(self, params: Mapping[str, Tensor]) -> Tensor:
-        """The inverse of :meth:`split`.
+        """Concatenate the variables of :meth:`split` into states, shape ``(*batch, dim)``.
 
         Raises:
-            ValueError: if a variable is missing or unknown, or a shape does not fit.
+            ValueError: if a variable is missing or unknown, or if a shape is wrong.
         """
         if set(params) != set(self.shapes):
             raise ValueError(f"the variables must be {sorted(self.shapes)}, got {sorted(params)}")
@@ -296,12 +303,13 @@ class RowwiseEnergy(Energy):
         return torch.cat(flat, -1)
 
     def forward(self, u: Tensor) -> Tensor:
+        """Return the energy of each event, in nats: ``(*batch, *event) -> (*batch)``."""
         rows = u.reshape(-1, *self.event_shape)
         if self.batching == "loop":
-            with ONE_AT_A_TIME, RowsFailAlone():
+            with _LOCK, RowsFailAlone():
                 values = torch.stack([self.row_energy(row) for row in rows])
         elif self.batching == "vmap" or torch.compiler.is_compiling():
-            with ONE_AT_A_TIME:
+            with _LOCK:
                 values = self._vmapped(rows)
         else:
             values = self._graph(rows)(rows)
@@ -312,12 +320,12 @@ class RowwiseEnergy(Energy):
             with RowsFailAlone(), RowsInABatch(row):
                 return self.row_energy(row)
 
-        # a draw that the energy does not depend on, such as a prediction, may differ in each row
+        # a draw that the energy does not depend on, such as a prediction, may differ between events
         values: Tensor = torch.func.vmap(value, randomness="different")(rows)
         return values
 
     def _traced(self, rows: Tensor) -> Tensor:
-        with TraceInputsOnly(rows):  # functional, so that no replay writes into a constant
+        with TraceInputsOnly(rows):  # functionalized, so that no replay writes into a constant
             values: Tensor = torch.func.functionalize(self._vmapped)(rows)
         return values
 
@@ -325,28 +333,35 @@ class RowwiseEnergy(Energy):
         constants = self.constants()
         key = (rows.shape, rows.dtype, rows.device, self.training, *map(version, constants))
         if key not in self._graphs:
-            with ONE_AT_A_TIME, outside_transforms(), torch.inference_mode(False), torch.no_grad():
+            with _LOCK, outside_transforms(), torch.inference_mode(False), torch.no_grad():
                 zeros = torch.zeros(rows.shape, dtype=rows.dtype, device=rows.device)
                 graph = make_fx(lambda r: self._traced(r))(zeros)
-            # nothing in it has effects, draws that do not enter the energy included
+            # no operation has side effects; draws that the energy does not depend on are removed
+            # too
             graph.graph.eliminate_dead_code(lambda node: node.op in {"placeholder", "output"})
             graph.recompile()
             while len(self._graphs) >= MAX_GRAPHS:
                 del self._graphs[next(iter(self._graphs))]
-            self._graphs[key] = graph, constants  # the constants are kept alive: an id stays theirs
+            self._graphs[key] = (
+                graph,
+                constants,
+            )  # keeping the constants alive keeps their ids unique
         return self._graphs[key][0]
 
     def batch_by(self, rows: Tensor) -> None:
-        """Choose how batches are run, by trying on ``rows`` of shape ``(2, dim)``.
+        """Choose how batches are evaluated, by trying on two states.
+
+        Args:
+            rows: states, shape ``(2, dim)``.
 
         Raises:
-            ValueError: if the energy of one row is not one number, or is another one when taken
-                again.
+            ValueError: if the energy of one event is not one number, or if it changes when it is
+                evaluated again.
         """
         with eval_mode(self):
             self.batching = "loop"
             expected, again = unchecked_value_and_grad(self, rows), self(rows)
-            # sums may be taken in another order the next time, by threads or by alignment
+            # the order of a sum may change with threads or alignment
             tolerance = torch.finfo(self.dtype).eps ** 0.5
             if not torch.allclose(
                 expected[0], again.detach(), rtol=tolerance, atol=tolerance, equal_nan=True
@@ -354,8 +369,8 @@ class RowwiseEnergy(Energy):
                 raise ValueError(
                     f"{type(self).__name__} must be a function of its variables, but gave"
                     f" {expected[0].tolist()} and then"
-                    f" {again.tolist()} for the same rows: a random number that is no sample site"
-                    " enters it"
+                    f" {again.tolist()} for the same states: it depends on a random number"
+                    " that is not a sample site"
                 )
             uncaptured = self._why_not("graph", rows, expected)
             if uncaptured is None:
@@ -366,25 +381,24 @@ class RowwiseEnergy(Energy):
         warnings.warn(
             f"{self._name()} cannot be captured as a graph and runs in Python at each step, which"
             f" is slow: {uncaptured.rstrip('. ')}."
-            " A graph has no gradients but those of its operations: not those of an"
-            " autograd.Function, of torch.no_grad() or of writes into x.data"
+            " A graph has only the gradients of its operations: it ignores an"
+            " autograd.Function, torch.no_grad() and writes into x.data"
             if unbatched is None
-            else f"{self._name()} cannot be vectorised with torch.func.vmap and runs chain by"
+            else f"{self._name()} cannot be vectorized with torch.func.vmap and runs chain by"
             f" chain, which is slow: {unbatched.rstrip('. ')}."
-            " Branches and shapes that depend on a latent value are written with torch.where and"
-            " masks",
+            " Write branches and shapes that depend on a latent value with torch.where and masks",
             RuntimeWarning,
             stacklevel=stacklevel_of_user(),
         )
 
     def _why_not(self, way: str, rows: Tensor, expected: tuple[Tensor, Tensor]) -> str | None:
-        """Take ``way``; in one line, why it does not give what a loop gives."""
+        """Return why a way of batching does not reproduce a loop, in one line, or None."""
         self.batching = way
         try:
             found = unchecked_value_and_grad(self, rows)
-        except Exception as error:  # whatever vmap or the capture cannot do, the loop can
-            said = str(error).strip()
-            return f"{type(error).__name__}: {said.splitlines()[0] if said else ''}"
+        except Exception as error:  # any error of vmap or the capture: the loop can still work
+            text = str(error).strip()
+            return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"
         for what, a, b in zip(("values", "gradients"), found, expected, strict=True):
             if not torch.allclose(a, b, rtol=1e-3, atol=1e-3, equal_nan=True):
                 return f"its {what} differ from those of a loop by {float((a - b).abs().max()):.3g}"

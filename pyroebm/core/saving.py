@@ -1,21 +1,22 @@
-r"""Save energies, machines, classifiers and flows, and load them again, without pickle.
+r"""Save energies, machines, classifiers and flows, and load them, without pickle.
 
-A file holds tensors and a description in JSON: for each module its class and the arguments of its
-constructor, parts before what is made of them. :func:`load` calls the constructors again and then
-puts the tensors in. Only public classes of this library, layers of :mod:`torch.nn`, distributions
-and constraints of torch and Pyro, and the classes that the caller names are called.
+A file holds tensors and a description in JSON: the class and the constructor's arguments of each
+module, with the parts of a module before it. :func:`load` calls the constructors and then assigns
+the tensors. It calls only public classes of this library, layers of :mod:`torch.nn`, distributions
+and constraints of torch and Pyro, and the classes that the caller names.
 
-**How arguments are recorded.** A subclass of :class:`Saveable` needs no line for it:
-``__init_subclass__`` wraps ``__init__``, and the wrapper of the class that is constructed keeps the
-arguments. A metaclass would conflict with those of users' classes (:class:`abc.ABC`), and
-``__new__`` would have to keep every argument alive, since the module does not exist yet. After
-``__init__`` an argument that the module holds as a parameter or buffer is kept as its name, a
-generator not at all (what it drew is in the tensors), and what no file can hold (a function) as its
-name for the error message. So a record keeps no second copy of a weight, and can be copied and
-pickled wherever the module can.
+**Recording of arguments.** A subclass of :class:`Saveable` needs no code for it:
+``__init_subclass__`` wraps ``__init__``, and the wrapper of the class that is constructed records
+the arguments. (A metaclass would conflict with those of users' classes, such as :class:`abc.ABC`;
+``__new__`` would have to keep every argument alive, since the module does not exist yet.) After
+``__init__``, an argument that the module holds as a parameter or buffer is recorded by its name. A
+generator is not recorded, since its draws are in the tensors. An argument that no file can hold,
+such as a function, is recorded by its name for the error message. So a record holds no second copy
+of a weight, and can be copied and pickled whenever the module can.
 
-**What cannot be rebuilt is refused by** :func:`save`, which rebuilds the module and compares the
-two. Numbers, strings and tensors that were assigned to attributes after construction are saved too.
+**Modules that cannot be rebuilt** raise an error in :func:`save`, which rebuilds the module and
+compares the two. Numbers, strings and tensors that were assigned to attributes after construction
+are saved too.
 """
 
 from __future__ import annotations
@@ -54,15 +55,15 @@ from pyroebm.core.supports import spin
 
 __all__ = ["Saveable", "load", "save"]
 
-#: Of the description. A file of another format is refused.
+#: Format of the description. A file of another format raises an error.
 FORMAT = 1
-#: The end of each message of what :func:`save` refuses.
-WAY_OUT = (
+#: The end of each error message of :func:`save`.
+REMEDY = (
     "Give a subclass of Energy with numbers, strings, tensors and modules as arguments, which"
     " load(path, classes={...}) constructs; or save(..., tensors_only=True), which load(path,"
     " into=module) reads"
 )
-#: What torch keeps in each module, and the record.
+#: Attributes that each module has: those of torch, and the record.
 OWN = (vars(nn.Module()).keys() | {"_construction"}) - {"training"}
 
 #: Classes of torch and Pyro that a description may name, by the module that has them.
@@ -72,7 +73,7 @@ NAMESPACES: dict[str, tuple[Any, tuple[type, ...]]] = {
     "torch.distributions.constraints": (constraints, (Constraint,)),
     "pyro.distributions": (pyro_distributions, (Distribution, Transform)),
 }
-#: Arguments that their object keeps under another name.
+#: Arguments that are stored in attributes of another name.
 ATTRIBUTES = {"base_distribution": "base_dist", "scale_tril": "_unbroadcasted_scale_tril"}
 #: Classes of this library, by subpackage and name.
 _CLASSES: dict[str, type[Saveable]] = {}
@@ -80,7 +81,7 @@ _CLASSES: dict[str, type[Saveable]] = {}
 
 @dataclasses.dataclass(frozen=True)
 class _Construction:
-    """How a module was constructed."""
+    """The arguments with which a module was constructed."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -89,7 +90,7 @@ class _Construction:
 
 @dataclasses.dataclass(frozen=True)
 class _Own:
-    """A tensor argument that the module holds itself."""
+    """A tensor argument that the module holds as a parameter or buffer."""
 
     name: str
     dtype: torch.dtype
@@ -99,14 +100,14 @@ class _Own:
 class _Opaque:
     """An argument that no file can hold."""
 
-    said: str
+    name: str
 
 
 class Saveable(nn.Module):
-    """A module that :func:`save` and :func:`load` can construct again: it records the arguments of
-    its constructor.
+    """A module that :func:`save` and :func:`load` can construct again.
 
-    Energies, flows, their layers and bases are such modules, and so are users' subclasses of them.
+    It records the arguments of its constructor. Energies, flows, their layers and bases are such
+    modules, and so are users' subclasses of them.
 
     Example:
         >>> class Quartic(Saveable):
@@ -120,7 +121,7 @@ class Saveable(nn.Module):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        # a mixin without the wrapper may come first
+        # the first __init__ in the MRO may be that of a mixin without the wrapper
         if not hasattr(cls.__init__, "_recorded"):
             cls.__init__ = _recording(cls.__init__)  # type: ignore[method-assign]
         package, _, rest = cls.__module__.partition(".")
@@ -129,8 +130,10 @@ class Saveable(nn.Module):
 
 
 def _recording(init: Callable[..., None]) -> Callable[..., None]:
-    """The constructor, which also records its arguments where it is that of the class that is
-    constructed, and not one that it calls."""
+    """Wrap a constructor so that it records its arguments.
+
+    Only the constructor of the class that is constructed records, not those of its base classes.
+    """
 
     @functools.wraps(init)
     def recorded(self: Saveable, *args: Any, **kwargs: Any) -> None:
@@ -146,7 +149,7 @@ def _recording(init: Callable[..., None]) -> Callable[..., None]:
 
 
 def _kept(value: Any, module: nn.Module) -> Any:
-    """What a record keeps of an argument."""
+    """Return the recorded form of an argument."""
     if value is None or isinstance(value, Number | str | torch.dtype | np.ndarray | np.generic):
         return value
     if isinstance(value, nn.Module | Constraint | Distribution | Transform):
@@ -184,7 +187,7 @@ def _holds(own: Tensor, value: Tensor) -> bool:
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and all buffers under each of their names."""
+    """Yield the parameters and buffers under each of their names."""
     yield from module.named_parameters(remove_duplicate=False)
     yield from module.named_buffers(remove_duplicate=False)
 
@@ -198,7 +201,7 @@ def save(module: nn.Module, path: str | Path, *, tensors_only: bool = False) -> 
     file, then renamed.
 
     Args:
-        module: what :func:`load` returns again.
+        module: the energy, machine, classifier, flow or layer.
         path: the file, usually ``*.safetensors``; it is overwritten.
         tensors_only: leave out how the module is constructed, for modules that JSON cannot
             describe: ``load(path, into=module)`` reads such a file.
@@ -220,7 +223,7 @@ def save(module: nn.Module, path: str | Path, *, tensors_only: bool = False) -> 
         )
     """
     if not isinstance(module, nn.Module):
-        raise ValueError(f"module must be an energy, a flow or their part, got {module!r}")
+        raise ValueError(f"module must be an energy, a flow or a part of one, got {module!r}")
     writer = _Writer(module)
     if tensors_only:
         nodes = [{"class": type(module).__name__, **writer.state(module, "")}]
@@ -232,7 +235,7 @@ def save(module: nn.Module, path: str | Path, *, tensors_only: bool = False) -> 
         except Exception as error:
             raise ValueError(
                 f"{type(module).__name__} cannot be constructed again from its arguments:"
-                f" {error}. {WAY_OUT}"
+                f" {error}. {REMEDY}"
             ) from error
         nodes[-1]["attributes"] = writer.changes(module, rebuilt)
     metadata = {"format": FORMAT, "version": _version(), "modules": nodes}
@@ -246,20 +249,20 @@ def load(
     into: nn.Module | None = None,
     device: torch.device | str = "cpu",
 ) -> Any:
-    """Load what :func:`save` wrote. Nothing is unpickled or executed but the constructors of known
-    classes.
+    """Load a module that :func:`save` wrote.
 
-    The result is as it was when it was saved: dtypes, ``requires_grad`` and training mode included.
+    Nothing is unpickled, and no code is executed except the constructors of known classes. The
+    result has the dtypes, ``requires_grad`` and training mode of the saved module.
 
     Args:
         path: the file.
-        classes: classes of your own by the names that they had.
-        into: a module of the same parameters and buffers, which are overwritten in place; nothing
-            is constructed then. Its other settings stay.
-        device: of the result; with ``into`` its own.
+        classes: the user's classes, by the names that they had when the module was saved.
+        into: a module of the same parameters and buffers, which are overwritten in place. No
+            module is constructed then, and its other attributes are unchanged.
+        device: device of the result; ignored if ``into`` is given.
 
     Returns:
-        the module; ``into`` if that is given.
+        the module; ``into`` if it is given.
 
     Raises:
         FileError: if the file is missing, damaged, of another format or not one of :func:`save`; if
@@ -281,22 +284,25 @@ def load(
         ...     load(f"{folder}/quartic.safetensors", classes={"Quartic": Quartic}).height
         2.0
     """
-    tensors, said = read_tensors(path, "cpu" if into is not None else str(torch.device(device)))
-    if said.get("format") != FORMAT or "modules" not in said:
+    tensors, description = read_tensors(
+        path, "cpu" if into is not None else str(torch.device(device))
+    )
+    if description.get("format") != FORMAT or "modules" not in description:
         raise FileError(
             path,
-            f"the file must be one of save in format {FORMAT}, got format {said.get('format')} of"
-            f" pyroebm {said.get('version')}, and this is {_version()}",
+            f"the file must be written by save in format {FORMAT}, got format"
+            f" {description.get('format')} of pyroebm {description.get('version')}, and this is"
+            f" pyroebm {_version()}",
         )
     try:
         if into is not None:
-            return _filled(into, said["modules"][-1], tensors)
-        if "arguments" not in said["modules"][-1]:
+            return _filled(into, description["modules"][-1], tensors)
+        if "arguments" not in description["modules"][-1]:
             raise ValueError(
-                "the file has tensors alone (tensors_only=True): load(path, into=module) reads it"
+                "the file has tensors only (tensors_only=True): call load(path, into=module)"
             )
-        return _Reader(said["modules"], tensors, classes or {}).build()
-    except Exception as error:  # of a constructor, or of a description that is none
+        return _Reader(description["modules"], tensors, classes or {}).build()
+    except Exception as error:  # raised by a constructor, or by a malformed description
         raise FileError(path, f"the module cannot be loaded: {error}") from error
 
 
@@ -305,32 +311,32 @@ def _version() -> str:
 
 
 class _Writer:
-    """A description of modules, in which a module comes after those that it is made of."""
+    """Builds the description of modules, with the parts of a module before it."""
 
     def __init__(self, root: nn.Module) -> None:
         self.nodes: list[dict[str, Any]] = []
         self.numbers: dict[int, int] = {}
-        #: the user's, by name
+        #: Classes of the user, by name.
         self.classes: dict[str, type[nn.Module]] = {}
-        #: names in the file by the identity of a tensor, and the tensors
+        #: Names in the file by the identity of a tensor, and the tensors by name.
         self.keys: dict[int, str] = {}
         self.held: dict[str, Tensor] = {}
-        memory: dict[int, str] = {}
+        first_names: dict[int, str] = {}
         for name, tensor in _tensors(root):
             self.key(tensor, name)
         for name, parameter in root.named_parameters():
-            other = memory.setdefault(storage_of(parameter), name)
+            other = first_names.setdefault(storage_of(parameter), name)
             if other != name and parameter.numel():
                 raise ValueError(
-                    f"the parameters {other} and {name} must be one parameter or have memory of"
-                    " their own, got two that share memory"
+                    f"the parameters {other} and {name} must be one parameter or not share memory,"
+                    " got two that share memory"
                 )
 
     def tensors(self) -> dict[str, Tensor]:
         return {name: tensor.detach().cpu() for name, tensor in self.held.items()}
 
     def key(self, tensor: Tensor, name: str) -> str:
-        """The name of a tensor in the file, where it is once."""
+        """Return the name of a tensor in the file, which holds each tensor once."""
         if id(tensor) not in self.keys:
             while name in self.held:
                 name += "'"
@@ -348,7 +354,7 @@ class _Writer:
         }
 
     def add(self, module: nn.Module, where: str) -> int:
-        """The number of a module, described once."""
+        """Describe a module, once, and return its number."""
         if id(module) in self.numbers:
             return self.numbers[id(module)]
         node: dict[str, Any] = {"arguments": {}}
@@ -358,13 +364,13 @@ class _Writer:
             if call is None:
                 raise ValueError(
                     f"{where} was not constructed by the __init__ that its class was defined with."
-                    f" {WAY_OUT}"
+                    f" {REMEDY}"
                 )
             bound = inspect.signature(type(module)).bind(*call.args, **call.kwargs)
             given = set(bound.arguments)
             bound.apply_defaults()
             arguments: Mapping[str, Any] = bound.arguments
-            node["class"] = _library_name(type(module)) or self.users(type(module))
+            node["class"] = _library_name(type(module)) or self.user_class(type(module))
             node["default_dtype"] = _name_of_dtype(call.default_dtype)
         else:
             plain = parametrize.type_before_parametrizations(module)
@@ -372,12 +378,12 @@ class _Writer:
             if node["class"] is None:
                 raise ValueError(
                     f"{where} is a {type(module).__name__}, which is neither an energy, a flow or"
-                    f" their part nor a layer of torch.nn. {WAY_OUT}"
+                    f" a part of one nor a layer of torch.nn. {REMEDY}"
                 )
             given = arguments = _attributes_of(module, plain, where)
             if parametrize.is_parametrized(module):
                 node["spectral_norm"] = _spectral_norms(module, where)
-        # parts first: their numbers are smaller
+        # the parts of a module come before it
         for name, value in arguments.items():
             try:
                 node["arguments"][name] = self.described(value, f"{where}.{name}", module)
@@ -390,19 +396,21 @@ class _Writer:
         self.nodes.append(node)
         return len(self.nodes) - 1
 
-    def users(self, kind: type[nn.Module]) -> str:
-        """The name of a user's class, by which :func:`load` asks for it."""
+    def user_class(self, kind: type[nn.Module]) -> str:
+        """Return the name of a user's class, which :func:`load` looks up in ``classes``."""
         if kind.__module__.startswith("pyroebm."):
-            raise ValueError(f"{kind.__name__} is made for use within pyroebm, and is not saved")
+            raise ValueError(f"{kind.__name__} is internal to pyroebm and cannot be saved")
         if self.classes.setdefault(kind.__name__, kind) is not kind:
-            raise ValueError(f"two classes are called {kind.__name__}, and load knows them by name")
+            raise ValueError(
+                f"classes must have different names, got two called {kind.__name__}: rename one"
+            )
         return kind.__name__
 
     def described(self, value: Any, where: str, module: nn.Module | None = None) -> Any:
-        """What JSON says of a value; tensors go into the file.
+        """Describe a value in JSON; its tensors are added to the file.
 
         Raises:
-            ValueError: if it cannot.
+            ValueError: if JSON cannot describe it.
         """
         if isinstance(value, np.generic):
             value = value.item()
@@ -437,14 +445,14 @@ class _Writer:
                     k: self.described(v, f"{where}.{k}", module) for k, v in arguments.items()
                 },
             }
-        said = value.said if isinstance(value, _Opaque) else _name_of(value)
-        raise ValueError(f"{where} is {said}, which a file cannot hold. {WAY_OUT}")
+        name = value.name if isinstance(value, _Opaque) else _name_of(value)
+        raise ValueError(f"{where} is {name}, which a file cannot hold. {REMEDY}")
 
     def changes(self, module: nn.Module, rebuilt: nn.Module) -> dict[str, dict[str, Any]]:
-        """Attributes of each part that its constructor does not give.
+        """Return the attributes of each part that its constructor does not set.
 
         Raises:
-            ValueError: if the parts are others, or such an attribute cannot be described.
+            ValueError: if a part is of another class, or if such an attribute cannot be described.
         """
         parts = dict(module.named_modules(remove_duplicate=False))
         others = dict(rebuilt.named_modules(remove_duplicate=False))
@@ -453,7 +461,7 @@ class _Writer:
             if kinds[0] != kinds[1]:
                 raise ValueError(
                     f"the part {name!r} of {type(module).__name__} is a {kinds[0]}, and its"
-                    f" constructor gives a {kinds[1]}: a part was replaced. {WAY_OUT}"
+                    f" constructor gives a {kinds[1]}: a part was replaced. {REMEDY}"
                 )
         found: dict[str, dict[str, Any]] = {}
         for name, part in parts.items():
@@ -462,14 +470,14 @@ class _Writer:
                 if attribute in OWN or (attribute in made and _same(value, made[attribute])):
                     continue
                 if attribute not in made and attribute.startswith("_"):
-                    continue  # a cache
+                    continue  # private attributes that are set later are caches
                 where = f"{name}.{attribute}".lstrip(".")
                 found.setdefault(name, {})[attribute] = self.described(value, where)
         return found
 
 
 def _same(a: Any, b: Any) -> bool:
-    """Whether two attributes agree, as far as that can be seen: of functions only the type."""
+    """Whether two attributes are equal; functions are compared by type only."""
     if type(a) is not type(b):
         return False
     if isinstance(a, Tensor):
@@ -487,19 +495,19 @@ def _same(a: Any, b: Any) -> bool:
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
     if isinstance(a, Constraint | Distribution):
-        # a distribution computes some of its attributes when they are first read
+        # a distribution computes some attributes lazily
         shared = vars(a).keys() & vars(b).keys()
         return all(_same(vars(a)[k], vars(b)[k]) for k in shared)
     return a == b if isinstance(a, torch.dtype | torch.device) else True
 
 
 def _library_name(kind: type[Saveable]) -> str | None:
-    """How a file names a class of this library; None for a user's."""
+    """Return the name of a class of this library in a file; None for a user's class."""
     return next((f"pyroebm.{name}" for name, known in _CLASSES.items() if known is kind), None)
 
 
 def _torch_name(kind: type) -> str | None:
-    """How a file names a class of torch or Pyro; None for others."""
+    """Return the name of a class of torch or Pyro in a file; None for other classes."""
     for place, (namespace, bases) in NAMESPACES.items():
         for name, known in vars(namespace).items():
             if known is kind and issubclass(kind, bases) and not name.startswith("_"):
@@ -508,7 +516,7 @@ def _torch_name(kind: type) -> str | None:
 
 
 def _constant_name(value: Constraint) -> str | None:
-    """The name of a constraint of torch that has no arguments, such as ``real``."""
+    """Return the name of a constraint of torch without arguments, such as ``real``."""
     return next(
         (
             name
@@ -524,7 +532,7 @@ def _name_of_dtype(dtype: torch.dtype) -> str:
 
 
 def _attributes_of(value: Any, kind: type, where: str) -> dict[str, Any]:
-    """The arguments of a constructor of torch or Pyro, from the attributes that keep them."""
+    """Return the arguments of a constructor of torch or Pyro, read from its attributes."""
     if kind is nn.Sequential:
         return {"args": tuple(value)}
     found: dict[str, Any] = {}
@@ -535,12 +543,12 @@ def _attributes_of(value: Any, kind: type, where: str) -> dict[str, Any]:
         names = [n for n in (name, f"_{name}", ATTRIBUTES.get(name)) if n is not None]
         held = next((getattr(value, n) for n in names if _has(value, n)), parameter.empty)
         if held is not parameter.empty:
-            # a layer is told whether to have a bias, and has it
+            # the argument of a layer is a flag, its attribute the bias itself
             is_flag = name == "bias" and isinstance(value, nn.Module)
             found[name] = held is not None if is_flag else held
         elif parameter.default is parameter.empty:
-            raise ValueError(f"{where} is a {kind.__qualname__} without {name}. {WAY_OUT}")
-    # of alternatives one was given, and others were computed when they were first read
+            raise ValueError(f"{where} is a {kind.__qualname__} without {name}. {REMEDY}")
+    # one of the alternative arguments was given; the others were computed lazily
     if "scale_tril" in found:
         computed = {"covariance_matrix", "precision_matrix"}
     else:
@@ -549,22 +557,22 @@ def _attributes_of(value: Any, kind: type, where: str) -> dict[str, Any]:
 
 
 def _has(value: Any, name: str) -> bool:
-    """Whether an object has an attribute, where that need not be computed first."""
+    """Whether an object has an attribute that is not computed lazily."""
     held = inspect.getattr_static(value, name, None)
     return not isinstance(held, lazy_property) and hasattr(value, name)
 
 
 def _spectral_norms(module: nn.Module, where: str) -> list[str]:
-    """The names of the weights of a layer that are divided by their largest singular value."""
+    """Return the names of the weights of a layer that have spectral normalization."""
     lists: Any = module.parametrizations
     for name, parametrization in lists.items():
         if [type(p) for p in parametrization] != [SpectralNorm]:
-            raise ValueError(f"{where}.{name} has a parametrization that is unknown. {WAY_OUT}")
+            raise ValueError(f"{where}.{name} has an unknown parametrization. {REMEDY}")
     return list(lists)
 
 
 class _Reader:
-    """Modules from a description and the tensors of a file."""
+    """Rebuilds modules from a description and the tensors of a file."""
 
     def __init__(
         self,
@@ -579,23 +587,23 @@ class _Reader:
         self.parameters: dict[str, nn.Parameter] = {}
 
     def build(self) -> Any:
-        """The last module, of those before it."""
+        """Return the last module, after constructing those before it."""
         entries = sum(tensor.numel() for tensor in self.tensors.values())
         bound = BoundedAllocation(2**27 + 16 * entries, 2 * 10**4 + 100 * len(self.tensors))
-        # the constructors draw what the file's tensors replace, and they warned the first time
+        # the file's tensors replace what the constructors draw; their warnings were shown before
         with drawing_from(seeded_generator(0)), warnings.catch_warnings(), bound:
             warnings.simplefilter("ignore")
             for node in self.nodes:
                 self.made.append(self.module(node))
         root, last = self.made[-1], self.nodes[-1]
-        # a constructor may have initialized or converted a module that it was given
+        # a constructor may have initialized or converted a module among its arguments
         for key, parameter in self.parameters.items():
             parameter.data = self.tensors[key]
         for name, key in last["buffers"].items():
             _assign(root, name, self.tensors[key])
         for name, attributes in last.get("attributes", {}).items():
             if not OWN.isdisjoint(attributes):
-                raise ValueError(f"the description has attributes {sorted(attributes)}")
+                raise ValueError(f"the description must not set {sorted(OWN & attributes.keys())}")
             vars(root.get_submodule(name)).update(
                 {key: self.value(value) for key, value in attributes.items()}
             )
@@ -603,7 +611,7 @@ class _Reader:
 
     def module(self, node: dict[str, Any]) -> nn.Module:
         kind = self.find(node["class"], nn.Module)
-        # tensors of a layer of torch are replaced, and need no memory before
+        # the tensors of a layer of torch are replaced, so no memory is allocated for them
         place = "cpu" if "default_dtype" in node else "meta"
         with torch.device(place), _default_dtype(node.get("default_dtype", "float32")):
             module: nn.Module = self.call(kind, node["arguments"])
@@ -633,15 +641,15 @@ class _Reader:
         bound = inspect.BoundArguments(signature, values)
         return kind(*bound.args, **bound.kwargs)
 
-    def value(self, said: Any) -> Any:
-        """What :meth:`_Writer.described` described."""
-        if not isinstance(said, dict):
-            return said
-        if "class" in said:
-            return self.call(self.find(said["class"], object), said["arguments"])
-        if "tensor" in said:
-            return self.tensors[said["tensor"]].to(_dtype(said["dtype"]), copy=True)
-        ((kind, content),) = said.items()
+    def value(self, described: Any) -> Any:
+        """Rebuild a value that :meth:`_Writer.described` described."""
+        if not isinstance(described, dict):
+            return described
+        if "class" in described:
+            return self.call(self.find(described["class"], object), described["arguments"])
+        if "tensor" in described:
+            return self.tensors[described["tensor"]].to(_dtype(described["dtype"]), copy=True)
+        ((kind, content),) = described.items()
         if kind == "module":
             return self.made[content]
         if kind == "array":
@@ -656,10 +664,14 @@ class _Reader:
             constant = spin if content == "spin" else getattr(constraints, content)
             if isinstance(constant, Constraint):
                 return constant
-        raise ValueError(f"the description has an entry {kind!r} that is unknown")
+        raise ValueError(f"the description has an unknown entry {kind!r}")
 
     def find(self, name: str, base: type) -> type:
-        """The class of a name; ValueError unless it is known and may be constructed."""
+        """Return the class of a name.
+
+        Raises:
+            ValueError: if the class is not known or may not be constructed here.
+        """
         place, _, last = name.rpartition(".")
         known: Any = None
         if place in NAMESPACES:
@@ -677,8 +689,8 @@ class _Reader:
         candidates = {n.rpartition(".")[2]: n for n in (*_CLASSES, *self.classes)}
         near = difflib.get_close_matches(last, candidates, 5)
         raise ValueError(
-            f"the file names the class {name!r}, which is none of pyroebm's or of classes, got"
-            f" classes of {sorted(self.classes)}; near ones: {[candidates[n] for n in near]}. Give"
+            f"the file names the class {name!r}, which is neither in pyroebm nor in classes, got"
+            f" classes of {sorted(self.classes)}; near ones: {[candidates[n] for n in near]}. Call"
             f' load(path, classes={{"{last}": {last}}})'
         )
 
@@ -687,18 +699,18 @@ def _assign(module: nn.Module, name: str, tensor: Tensor) -> None:
     owner, _, last = name.rpartition(".")
     part = module.get_submodule(owner)
     if not hasattr(part, last):
-        raise ValueError(f"the constructor of {type(module).__name__} gives no {name}")
+        raise ValueError(f"the constructor of {type(module).__name__} creates no {name}")
     made = getattr(part, last)
     if isinstance(made, Tensor) and made.shape != tensor.shape:
         raise ValueError(
             f"the file has {name} of shape {tuple(tensor.shape)}, and the constructor of"
-            f" {type(module).__name__} gives {tuple(made.shape)}"
+            f" {type(module).__name__} creates {tuple(made.shape)}"
         )
     setattr(part, last, tensor)
 
 
 def _filled(module: nn.Module, node: dict[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
-    """The module, its parameters and buffers overwritten by those of the file."""
+    """Overwrite the parameters and buffers of a module with those of the file."""
     keys: dict[str, str] = node["parameters"] | node["buffers"]
     own = dict(_tensors(module))
     ours, theirs = (
@@ -710,14 +722,17 @@ def _filled(module: nn.Module, node: dict[str, Any], tensors: Mapping[str, Tenso
             sorted(set(a.values()) - set(b.values())) for a, b in ((ours, theirs), (theirs, ours))
         ]
         raise ValueError(
-            f"into and the file must have the same parameters and buffers, got {wrong[0]} in into"
-            f" alone and {wrong[1]} in the file alone"
+            f"into and the file must have the same parameters and buffers, got {wrong[0]} only in"
+            f" into and {wrong[1]} only in the file"
         )
     shared: dict[int, str] = {}
     for name, tensor in own.items():
         first = shared.setdefault(id(tensor), name)
         if keys[first] != keys[name]:
-            raise ValueError(f"into shares {first} and {name}, which are two in the file")
+            raise ValueError(
+                f"into must share the tensors that the file shares, got {first} and {name}, which"
+                " only into shares"
+            )
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(tensors[keys[name]])
@@ -737,5 +752,5 @@ def _default_dtype(name: str) -> Iterator[None]:
 def _dtype(name: str) -> torch.dtype:
     dtype = getattr(torch, name)
     if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"the description has the dtype {name!r}, which is none")
+        raise ValueError(f"the description has an unknown dtype {name!r}")
     return dtype

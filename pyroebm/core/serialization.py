@@ -1,4 +1,4 @@
-"""Settings, states and memories as tensors and one text, so that a checkpoint needs no pickle."""
+"""Settings, kernel states and adaptation states as tensors and JSON, without pickle."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ __all__ = ["from_text", "pack", "to_text", "unpack"]
 
 
 def to_text(value: Any) -> Tensor:
-    """JSON as bytes in a tensor, for files that hold tensors alone."""
+    """Encode a value as JSON, as bytes in a tensor, for files that hold tensors only."""
     return torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8)
 
 
 def from_text(text: Tensor) -> Any:
-    """The inverse of :func:`to_text`."""
+    """Decode the value of :func:`to_text`."""
     return json.loads(bytes(text.tolist()))
 
 
 def pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """What JSON can say of a value; its tensors go into ``tensors`` under dotted names that begin
-    with ``name``.
+    """Describe a value in JSON, and add its tensors to ``tensors`` under dotted names.
 
-    NamedTuples and dataclasses (kernels) are taken apart field by field. What is neither, nor a
-    number, text, tuple or dict (an energy, a function) is a setting that the reader brings along.
+    NamedTuples and dataclasses (kernels) are described field by field. A value that is not one of
+    these, a number, text, tuple, list or dict (for example an energy or a function) is recorded as
+    a setting, which :func:`unpack` takes from its argument ``like``.
 
     Example:
         >>> tensors = {}
@@ -57,40 +57,44 @@ def pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     return {"setting": name}
 
 
-def unpack(said: Any, like: Any, tensors: dict[str, Tensor]) -> Any:
-    """The inverse of :func:`pack`. ``like`` is a value of the same make: it has the settings, and
-    names the types.
+def unpack(described: Any, like: Any, tensors: dict[str, Tensor]) -> Any:
+    """Rebuild the value of :func:`pack`.
+
+    Args:
+        described: the result of :func:`pack`.
+        like: a value of the same structure, which provides the settings and the types.
+        tensors: the tensors of :func:`pack`.
 
     Raises:
-        ValueError: if a tensor is missing, or a type is none of those that ``like`` or its
-            annotations mention.
+        ValueError: if a tensor is missing, or a type does not occur in ``like`` or in its
+            annotations.
     """
-    return _unpack(said, like, tensors, _types_of(like, {}))
+    return _unpack(described, like, tensors, _types_of(like, {}))
 
 
-def _unpack(said: Any, like: Any, tensors: dict[str, Tensor], known: dict[str, type]) -> Any:
-    if not isinstance(said, dict):
-        return said
-    if "tensor" in said:
-        if said["tensor"] not in tensors:
-            raise ValueError(f"the state must hold {said['tensor']}, got {sorted(tensors)}")
-        return tensors[said["tensor"]].clone()
-    if "type" in said:
-        if said["type"] not in known:
+def _unpack(described: Any, like: Any, tensors: dict[str, Tensor], known: dict[str, type]) -> Any:
+    if not isinstance(described, dict):
+        return described
+    if "tensor" in described:
+        if described["tensor"] not in tensors:
+            raise ValueError(f"the state must hold {described['tensor']}, got {sorted(tensors)}")
+        return tensors[described["tensor"]].clone()
+    if "type" in described:
+        if described["type"] not in known:
             raise ValueError(
-                f"the state holds a {said['type']}, but a {type(like).__name__} is made of"
+                f"the state holds a {described['type']}, but a {type(like).__name__} is made of"
                 f" {sorted(known)}"
             )
-        own = (_fields(like) or {}) if type(like).__name__ == said["type"] else {}
-        return known[said["type"]](
-            **{k: _unpack(v, own.get(k), tensors, known) for k, v in said["fields"].items()}
+        own = (_fields(like) or {}) if type(like).__name__ == described["type"] else {}
+        return known[described["type"]](
+            **{k: _unpack(v, own.get(k), tensors, known) for k, v in described["fields"].items()}
         )
-    if "dict" in said:
+    if "dict" in described:
         own = like if isinstance(like, dict) else {}
-        return {k: _unpack(v, own.get(k), tensors, known) for k, v in said["dict"].items()}
-    if "setting" in said:
+        return {k: _unpack(v, own.get(k), tensors, known) for k, v in described["dict"].items()}
+    if "setting" in described:
         return like
-    kind, parts = next(iter(said.items()))
+    kind, parts = next(iter(described.items()))
     likes = (
         like if isinstance(like, tuple | list) and len(like) == len(parts) else [None] * len(parts)
     )
@@ -108,8 +112,10 @@ def _fields(value: Any) -> dict[str, Any] | None:
 
 
 def _types_of(value: Any, known: dict[str, type]) -> dict[str, type]:
-    """Types with fields in a value and in its annotations (a field that is None now may be a metric
-    by the time it is saved)."""
+    """Collect the types with fields in a value and in the annotations of its fields.
+
+    The annotations are needed because a field that is None now may hold a value when it is saved.
+    """
     fields = _fields(value)
     parts = (
         fields.values() if fields is not None else value if isinstance(value, tuple | list) else ()

@@ -1,4 +1,4 @@
-"""The law of independent spins, which torch lacks."""
+"""Distribution of independent spins, which torch does not have."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ __all__ = ["SpinBernoulli"]
 
 
 class SpinBernoulli(TorchDistribution):
-    r"""A spin in a field, :math:`p(x) = e^{h x} / (2 \cosh h)` on :math:`\{-1, +1\}`.
+    r"""Distribution of independent spins: :math:`p(x) = e^{h x} / (2 \cosh h)` on {-1, +1}.
 
     Args:
-        field: :math:`h`, any shape: one spin for each entry.
+        field: :math:`h`, of any shape, the batch shape.
 
     Example:
         >>> SpinBernoulli(torch.tensor([0.0, 1.0])).mean
@@ -33,17 +33,21 @@ class SpinBernoulli(TorchDistribution):
         super().__init__(field.shape, validate_args=validate_args)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> SpinBernoulli:
+        """Return the distribution with its field expanded to another batch shape."""
         return SpinBernoulli(self.field.expand(batch_shape), validate_args=False)
 
     @property
     def mean(self) -> Tensor:
+        """Mean of each spin, shape ``batch_shape``."""
         return torch.tanh(self.field)
 
     @property
     def variance(self) -> Tensor:
+        """Variance of each spin, shape ``batch_shape``."""
         return torch.cosh(self.field) ** -2
 
     def sample(self, sample_shape: Any = ()) -> Tensor:
+        """Draw independent samples, shape ``(*sample_shape, *batch_shape)``."""
         with torch.no_grad():
             return (
                 2.0
@@ -56,6 +60,7 @@ class SpinBernoulli(TorchDistribution):
             )
 
     def log_prob(self, value: Tensor) -> Tensor:
+        """Return the log-probability of each spin, in nats."""
         if self._validate_args:
             self._validate_sample(value)
         return torch.nn.functional.logsigmoid(2.0 * self.field * value)

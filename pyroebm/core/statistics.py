@@ -1,5 +1,4 @@
-"""Statistics of samples and weights: ArviZ's R-hat, ESS and PSIS, means of weights, distances
-between samples."""
+"""Statistics of samples and weights: ArviZ's R-hat, ESS and PSIS, and distances of samples."""
 
 from __future__ import annotations
 
@@ -36,14 +35,16 @@ __all__ = [
     "mode_coverage_entropy",
 ]
 
-#: On which side of the truth a number is: "lower" and "upper" on average.
+#: What a number is: exact, an estimate, or a bound in expectation ("lower" or "upper").
 Kind = Literal["exact", "estimate", "lower", "upper"]
 
 
 @functools.cache
 def arviz() -> Any:
-    """ArviZ, imported on first use (it takes seconds) without the announcement that its 0.23 line
-    prints."""
+    """Import ArviZ on first use, without the announcement that its 0.23 line prints.
+
+    The import takes seconds.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"\s*ArviZ is undergoing", category=FutureWarning)
         return importlib.import_module("arviz")
@@ -55,7 +56,11 @@ def is_new_arviz() -> bool:
 
 
 def as_array(draws: Tensor | np.ndarray, name: str = "draws") -> np.ndarray:
-    """Draws as a NumPy array; ValueError unless they have a chain and a draw dimension."""
+    """Convert draws to a NumPy array.
+
+    Raises:
+        ValueError: unless they have a chain and a draw dimension.
+    """
     array = draws.detach().cpu().numpy() if isinstance(draws, Tensor) else np.asarray(draws)
     if array.ndim < 2:
         raise ValueError(f"{name} must have shape (chains, draws, *event), got shape {array.shape}")
@@ -68,10 +73,10 @@ def _statistic(name: str, draws: Tensor | np.ndarray, **options: Any) -> np.ndar
         array = array.astype(np.float64)
     compute = getattr(arviz(), name)
     flat = array.reshape(*array.shape[:2], -1)
-    # a constant entry has no R-hat: NaN says so, NumPy's division warning adds nothing
+    # R-hat of a constant entry is NaN; NumPy's division warning adds nothing
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
-        # `item`: beside numba, ArviZ 0.23 returns some of its numbers in an array of shape (1,)
+        # `item`: if numba is installed, ArviZ 0.23 returns some numbers in arrays of shape (1,)
         values = [
             np.asarray(compute(np.ascontiguousarray(flat[..., k]), **options)).item()
             for k in range(flat.shape[-1])
@@ -80,13 +85,14 @@ def _statistic(name: str, draws: Tensor | np.ndarray, **options: Any) -> np.ndar
 
 
 def r_hat(draws: Tensor | np.ndarray) -> np.ndarray:
-    r"""Rank-normalised split :math:`\hat R` (Vehtari et al., 2021), by ArviZ.
+    r"""Compute the rank-normalized split :math:`\hat R` with ArviZ (Vehtari et al., 2021).
 
     Args:
         draws: shape ``(chains, draws, *event)``, at least two chains and four draws.
 
     Returns:
-        one value for each entry of an event, shape ``event``; near 1 is good, above 1.01 is not.
+        one value for each entry of an event, shape ``event``. Values above 1.01 indicate that the
+        chains have not mixed.
 
     Example:
         >>> bool(r_hat(torch.randn(4, 500, generator=torch.Generator().manual_seed(0))) < 1.01)
@@ -96,8 +102,13 @@ def r_hat(draws: Tensor | np.ndarray) -> np.ndarray:
 
 
 def ess_bulk(draws: Tensor | np.ndarray) -> np.ndarray:
-    """Bulk effective sample size (Vehtari et al., 2021), by ArviZ; arguments and shape as
-    :func:`r_hat`.
+    """Compute the bulk effective sample size with ArviZ (Vehtari et al., 2021).
+
+    Args:
+        draws: shape ``(chains, draws, *event)``.
+
+    Returns:
+        one value for each entry of an event, shape ``event``.
 
     Example:
         >>> bool(ess_bulk(torch.randn(4, 500, generator=torch.Generator().manual_seed(0))) > 1500)
@@ -107,8 +118,15 @@ def ess_bulk(draws: Tensor | np.ndarray) -> np.ndarray:
 
 
 def ess_tail(draws: Tensor | np.ndarray) -> np.ndarray:
-    """Tail effective sample size (Vehtari et al., 2021), by ArviZ; arguments and shape as
-    :func:`r_hat`.
+    """Compute the tail effective sample size with ArviZ (Vehtari et al., 2021).
+
+    It is the minimum of those of the 5 % and 95 % quantiles.
+
+    Args:
+        draws: shape ``(chains, draws, *event)``.
+
+    Returns:
+        one value for each entry of an event, shape ``event``.
 
     Example:
         >>> bool(ess_tail(torch.randn(4, 500, generator=torch.Generator().manual_seed(0))) > 1000)
@@ -118,8 +136,13 @@ def ess_tail(draws: Tensor | np.ndarray) -> np.ndarray:
 
 
 def mcse_mean(draws: Tensor | np.ndarray) -> np.ndarray:
-    """Monte Carlo standard error of the mean (Vehtari et al., 2021), by ArviZ; arguments and shape
-    as :func:`r_hat`.
+    """Compute the Monte Carlo standard error of the mean with ArviZ (Vehtari et al., 2021).
+
+    Args:
+        draws: shape ``(chains, draws, *event)``.
+
+    Returns:
+        one value for each entry of an event, shape ``event``, in the unit of the draws.
 
     Example:
         >>> bool(mcse_mean(torch.randn(4, 2500, generator=torch.Generator().manual_seed(0))) < 0.02)
@@ -129,8 +152,15 @@ def mcse_mean(draws: Tensor | np.ndarray) -> np.ndarray:
 
 
 def bfmi(energy: Tensor | np.ndarray) -> np.ndarray:
-    """Bayesian fraction of missing information (Betancourt, 2016) of each chain, by ArviZ, from
-    Hamiltonians ``(chains, draws)``; NaN for a chain of one energy.
+    """Compute the Bayesian fraction of missing information of each chain (Betancourt, 2016).
+
+    It is computed by ArviZ.
+
+    Args:
+        energy: Hamiltonians, shape ``(chains, draws)``, in nats.
+
+    Returns:
+        one value for each chain, shape ``(chains,)``; NaN for a chain of constant energy.
 
     Example:
         >>> bfmi(torch.randn(2, 500, generator=torch.Generator().manual_seed(0))).shape
@@ -142,15 +172,16 @@ def bfmi(energy: Tensor | np.ndarray) -> np.ndarray:
 
 
 def pareto_k(log_weights: Tensor | np.ndarray) -> float:
-    """Shape of the tail of importance weights (Vehtari, Simpson, Gelman, Yao and Gabry, 2024), by
-    ArviZ's PSIS.
+    """Estimate the tail shape k of importance weights with ArviZ's PSIS.
+
+    The reference is Vehtari, Simpson, Gelman, Yao and Gabry (2024).
 
     Args:
         log_weights: log weights, shape ``(n,)``.
 
     Returns:
-        k; above 0.7 the estimates cannot be trusted. ``inf`` where fewer than five weights make the
-        tail, ``-inf`` where all weights are equal and there is none.
+        k; above 0.7 the estimates are unreliable. ``inf`` if the tail has fewer than five weights,
+        ``-inf`` if all weights are equal.
 
     Example:
         >>> pareto_k(torch.randn(1000, generator=torch.Generator().manual_seed(0)) * 0.1) < 0.5
@@ -162,25 +193,25 @@ def pareto_k(log_weights: Tensor | np.ndarray) -> float:
     )
     if np.ptp(logs) < 1e-12:
         return -np.inf
-    # the tail's fit compares likelihoods further apart than float64 holds
+    # the fit of the tail computes likelihood ratios outside the range of float64
     with np.errstate(over="ignore", invalid="ignore"):
         try:
-            if is_new_arviz():  # it takes the negative of the log weights
+            if is_new_arviz():  # takes the negative of the log weights
                 data_array = importlib.import_module("xarray").DataArray
                 k = float(data_array(-logs, dims="sample").azstats.psislw(dim="sample")[1])
             else:
                 k = float(arviz().psislw(logs)[1])
-        except (IndexError, ValueError):  # ArviZ 1.x, where there is no tail to fit
+        except (IndexError, ValueError):  # ArviZ 1.x, if there is no tail to fit
             return np.inf
     return np.inf if np.isnan(k) else k
 
 
-#: Effective weights that are enough for a standard error, however many there are.
+#: Effective sample size that is enough for a standard error, for any number of weights.
 ENOUGH = 400.0
 
 
 class LogMean(NamedTuple):
-    """The log of a mean of independent weights."""
+    """The log of a mean of independent weights, its standard error and the ESS."""
 
     value: float
     standard_error: float
@@ -188,47 +219,53 @@ class LogMean(NamedTuple):
 
 
 def effective(log_weights: Tensor) -> float:
-    r"""Effective sample size :math:`(\sum w)^2 / \sum w^2` of weights, of which one at least is not
-    0 (Kong, 1992)."""
+    r"""Compute the effective sample size :math:`(\sum w)^2 / \sum w^2` of weights (Kong, 1992).
+
+    At least one weight must be positive.
+    """
     ratio = (log_weights - log_weights.max()).exp()
     return float(ratio.sum() ** 2 / ratio.square().sum())
 
 
 def too_few(ess: float, num_samples: int) -> bool:
-    """Whether n weights are too unequal to show how much their mean scatters.
+    """Whether the weights are too unequal to estimate the standard error of their mean.
 
-    The largest weights then decide the mean, and larger ones have not been drawn yet, so that the
-    mean is too small and its standard error smaller still. Of 50 to 10,000 log-normal weights with
-    deviations of 0.5 to 4 nats the log of the mean is more than five standard errors off in 4 to 14
-    of 100 cases where it is so, else in 2 of 100 for 50 weights, 4 of 1,000 for 100, 1 of 1,000 for
-    200 and less than 2 of 10,000 from 500 on.
+    The largest weights then dominate the mean, and larger ones have not been drawn yet, so that the
+    mean and even more its standard error are underestimated. For 50 to 10,000 log-normal weights
+    with standard deviations of 0.5 to 4 nats, the log of the mean is more than five standard errors
+    off in 4 to 14 of 100 cases where this function returns True. Where it returns False, that
+    happens in 2 of 100 cases for 50 weights, 4 of 1,000 for 100, 1 of 1,000 for 200 and less than 2
+    of 10,000 from 500 on.
     """
     return ess <= min(0.25 * num_samples, ENOUGH)
 
 
 def log_mean(log_weights: Tensor) -> LogMean:
-    r""":math:`\log \frac1n \sum_i w_i`, its standard error by the delta method, and the effective
-    sample size.
+    r"""Compute :math:`\log \frac1n \sum_i w_i`, its standard error and the effective sample size.
+
+    The standard error is that of the delta method.
 
     .. math:: \mathrm{se} = \frac{\mathrm{sd}(w)}{\bar w \sqrt n}
 
-    The error is infinite where the effective sample size is at most 400 and at most a quarter of n,
-    and NaN for one weight.
+    It is infinite where the effective sample size is at most 400 and at most a quarter of n, and
+    NaN for one weight.
 
     Args:
-        log_weights: float64, shape ``(n,)``; ``-inf`` for a weight of 0, of which there may be
-            some, but not all.
+        log_weights: float64, shape ``(n,)``; ``-inf`` for a weight of 0. At least one weight must
+            be positive.
 
     Example:
         >>> import torch
         >>> found = log_mean(torch.linspace(0.0, 2.0, 100).double())
         >>> print(f"{found.value:.3f} +- {found.standard_error:.3f}, {found.ess:.0f} of 100")
         1.165 +- 0.057, 76 of 100
-        >>> log_mean(torch.linspace(0.0, 20.0, 100).double()).standard_error  # few of them decide
+        >>> log_mean(
+        ...     torch.linspace(0.0, 20.0, 100).double()
+        ... ).standard_error  # a few weights dominate
         inf
     """
-    n, most = len(log_weights), float(log_weights.max())
-    ratio = (log_weights - most).exp()
+    n, largest = len(log_weights), float(log_weights.max())
+    ratio = (log_weights - largest).exp()
     mean, ess = float(ratio.mean()), effective(log_weights)
     error = (
         math.nan
@@ -237,20 +274,21 @@ def log_mean(log_weights: Tensor) -> LogMean:
         if too_few(ess, n)
         else float(ratio.std()) / (mean * math.sqrt(n))
     )
-    return LogMean(most + math.log(mean), error, ess)
+    return LogMean(largest + math.log(mean), error, ess)
 
 
-#: Groups of the jackknife.
+#: Number of groups of the jackknife.
 GROUPS = 20
 
 
 class Estimate(NamedTuple):
-    """A number, its standard error, and on which side of the truth it is.
+    """A number, its standard error, and whether it is exact, an estimate or a bound.
 
     Attributes:
         value: the number.
-        standard_error: how much it scatters; 0 where it is exact.
-        kind: "exact", "estimate", or "lower" or "upper" where its mean is below or above the truth.
+        standard_error: its standard error; 0 for an exact number.
+        kind: "exact", "estimate", or "lower" or "upper" if its mean is below or above the true
+            value.
 
     Example:
         >>> print(Estimate(1.0, 0.25))
@@ -263,7 +301,7 @@ class Estimate(NamedTuple):
 
     @classmethod
     def of(cls, values: Tensor) -> Estimate:
-        """The mean of independent values ``(n,)`` and its standard error."""
+        """Return the mean of independent values ``(n,)`` and its standard error."""
         return cls(float(values.mean()), float(values.std()) / math.sqrt(len(values)))
 
     def __str__(self) -> str:
@@ -271,25 +309,25 @@ class Estimate(NamedTuple):
 
 
 def energy_distance(x: Tensor, y: Tensor) -> Estimate:
-    r"""The squared energy distance (Székely and Rizzo, 2013), estimated without bias.
+    r"""Estimate the squared energy distance of two samples without bias (Székely and Rizzo, 2013).
 
     .. math:: D^2 = 2 E|X - Y| - E|X - X'| - E|Y - Y'| \ge 0
 
-    It is 0 for equal laws alone; no pair of a row with itself enters, so the estimate may be below
-    0 by its noise.
+    It is 0 only for equal distributions. Pairs of a draw with itself are left out, so the estimate
+    can be negative by its noise.
 
     Args:
-        x: independent draws, shape ``(n, *event)``, n at least 40; or those of chains, one chain
-            after the other.
-        y: the same of the other distribution, shape ``(m, *event)``.
+        x: independent draws, shape ``(n, *event)``, n at least 40; or the draws of chains, one
+            chain after the other.
+        y: draws of the other distribution, shape ``(m, *event)``.
 
     Returns:
         the estimate, in the unit of x, and its standard error by a jackknife of 20 groups of
-        neighboring rows.
+        neighboring draws.
 
     Raises:
-        ValueError: if there are fewer than 40 rows, the event shapes differ, or an entry is not
-            finite.
+        ValueError: if a sample has fewer than 40 draws, if the event shapes differ, or if an entry
+            is not finite.
 
     Example:
         >>> x = torch.randn(1000, generator=torch.Generator().manual_seed(0))
@@ -297,36 +335,35 @@ def energy_distance(x: Tensor, y: Tensor) -> Estimate:
         >>> abs(found.value) < 5 * found.standard_error
         True
     """
-    x, y = _rows(x, y)
+    x, y = _checked(x, y)
     return _jackknife(x, y, torch.cdist, -1.0)
 
 
 def maximum_mean_discrepancy(x: Tensor, y: Tensor, bandwidth: float | None = None) -> Estimate:
-    r"""The squared maximum mean discrepancy with a Gaussian kernel (Gretton et al., 2012),
-    estimated without bias.
+    r"""Estimate the squared maximum mean discrepancy with a Gaussian kernel (Gretton et al., 2012).
 
     .. math::
 
         M^2 = E\,k(X, X') + E\,k(Y, Y') - 2 E\,k(X, Y), \qquad k(a, b) = e^{-|a - b|^2 / 2 h^2}
 
-    With the pairs of a row with itself, which are left out here, it would have a floor of about 2 /
-    n.
+    Pairs of a draw with itself are left out: they would add a bias of about 2 / n.
 
     Args:
-        x: independent draws, shape ``(n, *event)``, n at least 40; or those of chains, one chain
-            after the other.
-        y: the same of the other distribution, shape ``(m, *event)``.
-        bandwidth: h, in the unit of x; None takes :func:`median_distance` of both samples together.
+        x: independent draws, shape ``(n, *event)``, n at least 40; or the draws of chains, one
+            chain after the other.
+        y: draws of the other distribution, shape ``(m, *event)``.
+        bandwidth: h, in the unit of x; None for :func:`median_distance` of the first 2,000
+            draws of both samples together.
 
     Raises:
-        ValueError: as :func:`energy_distance`, and if ``bandwidth`` is not positive.
+        ValueError: as :func:`energy_distance`; if ``bandwidth`` is not positive and finite.
 
     Example:
         >>> x = torch.randn(1000, generator=torch.Generator().manual_seed(0))
         >>> maximum_mean_discrepancy(x[:500], x[500:] + 1.0).value > 0.1
         True
     """
-    x, y = _rows(x, y)
+    x, y = _checked(x, y)
     h = median_distance(torch.cat([x[:2000], y[:2000]])) if bandwidth is None else bandwidth
     if not 0.0 < h < math.inf:
         raise ValueError(f"bandwidth must be positive and finite, got bandwidth={h}")
@@ -334,7 +371,7 @@ def maximum_mean_discrepancy(x: Tensor, y: Tensor, bandwidth: float | None = Non
 
 
 def median_distance(x: Tensor) -> float:
-    """Median distance of two rows of a sample ``(n, *event)``.
+    """Compute the median distance of two draws of a sample ``(n, *event)``.
 
     Example:
         >>> median_distance(torch.tensor([0.0, 1.0, 3.0]))
@@ -344,20 +381,21 @@ def median_distance(x: Tensor) -> float:
 
 
 def mode_coverage_entropy(modes: Tensor, weights: Tensor) -> float:
-    r"""Entropy of the modes that a sample has found, as a fraction of that of the true weights
-    (after Blessing et al., 2024).
+    r"""Compute the entropy of the modes of a sample, relative to that of the true mode weights.
 
     .. math:: -\frac{1}{H(w)} \sum_k \hat w_k \log \hat w_k, \qquad H(w) = -\sum_k w_k \log w_k
 
-    For equal weights it is 1 only if each mode is found with its weight, and 0 if one mode has all;
-    for unequal ones values above 1 are possible, and say that small modes have too much.
+    The measure is after Blessing et al. (2024). For equal weights it is 1 only if each mode has its
+    weight, and 0 if one mode has all draws. For unequal weights it can exceed 1, if the modes of
+    small weight have too many draws.
 
     Args:
         modes: the mode of each draw, integers, shape ``(n,)``, as ``Target.mode_of`` gives them.
         weights: true weights :math:`w_k`, shape ``(k,)``.
 
     Raises:
-        ValueError: if a mode has no weight, or there are fewer than two modes.
+        ValueError: if there are fewer than two weights, if a weight is not positive, or if a mode
+            is not an index of ``weights``.
 
     Example:
         >>> mode_coverage_entropy(torch.tensor([0, 0, 1, 1]), torch.tensor([0.5, 0.5]))
@@ -383,16 +421,16 @@ def mode_coverage_entropy(modes: Tensor, weights: Tensor) -> float:
     )
 
 
-def _rows(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+def _checked(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     if x.shape[1:] != y.shape[1:] or min(len(x), len(y)) < 2 * GROUPS:
         raise ValueError(
-            f"x and y must have one event shape and at least {2 * GROUPS} rows each, got"
+            f"x and y must have one event shape and at least {2 * GROUPS} draws each, got"
             f" {tuple(x.shape)}, {tuple(y.shape)}"
         )
-    for name, rows in (("x", x), ("y", y)):
-        if not bool(torch.isfinite(rows).all()):
+    for name, draws in (("x", x), ("y", y)):
+        if not bool(torch.isfinite(draws).all()):
             raise ValueError(
-                f"{name} must be finite, got {int((~torch.isfinite(rows)).sum())} entries that are"
+                f"{name} must be finite, got {int((~torch.isfinite(draws)).sum())} entries that are"
                 " not"
             )
     return x.detach().double().reshape(len(x), -1), y.detach().double().reshape(len(y), -1)
@@ -401,13 +439,11 @@ def _rows(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 def _jackknife(
     x: Tensor, y: Tensor, kernel: Callable[[Tensor, Tensor], Tensor], sign: float
 ) -> Estimate:
-    """``sign (mean k(X, X') + mean k(Y, Y') - 2 mean k(X, Y))``: over all rows, and with each group
-    of them left out."""
+    """Compute ``sign (mean k(X, X') + mean k(Y, Y') - 2 mean k(X, Y))`` and its error."""
     parts = x.tensor_split(GROUPS), y.tensor_split(GROUPS)
 
     def sums(a: int, b: int) -> tuple[Tensor, Tensor]:
-        """Sums of the kernel over pairs of different rows, group by group, and the numbers of those
-        pairs."""
+        """Sum the kernel over pairs of different draws, and count the pairs, by pair of groups."""
         totals = torch.zeros(GROUPS, GROUPS, dtype=torch.float64)
         for i, left in enumerate(parts[a]):
             for j, right in enumerate(parts[b]):
@@ -423,11 +459,11 @@ def _jackknife(
         ]
         return totals, torch.outer(*sizes) - (torch.diag(sizes[0]) if a == b else 0.0)
 
-    blocks = [(sums(0, 0), 1.0), (sums(1, 1), 1.0), (sums(0, 1), -2.0)]
+    terms = [(sums(0, 0), 1.0), (sums(1, 1), 1.0), (sums(0, 1), -2.0)]
 
     def value(kept: Tensor) -> float:
         return sign * sum(
-            w * float(t[kept][:, kept].sum() / n[kept][:, kept].sum()) for (t, n), w in blocks
+            w * float(t[kept][:, kept].sum() / n[kept][:, kept].sum()) for (t, n), w in terms
         )
 
     everything = torch.ones(GROUPS, dtype=torch.bool)

@@ -1,7 +1,8 @@
-"""Where one event lives: the supports of energies, their transforms and their starting states.
+"""Supports of energies, their transforms to unconstrained coordinates, and default starting states.
 
 Supports are :mod:`torch.distributions.constraints`; :data:`spin` is the one that torch lacks. An
-elementwise constraint holds for every entry of an event, so ``real`` serves events of any shape.
+elementwise constraint holds for every entry of an event, so ``real`` is valid for events of any
+shape.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ spin = _Spin()
 
 
 def base_constraint(support: Constraint) -> Constraint:
-    """The constraint under any ``constraints.independent`` wrappers."""
+    """Return the constraint inside any ``constraints.independent`` wrappers."""
     while isinstance(support, constraints.independent):
         support = support.base_constraint
     return support
@@ -60,7 +61,7 @@ def is_discrete(support: Constraint) -> bool:
 
 
 def is_real(support: Constraint) -> bool:
-    """Whether events fill all of R^d, so that no transform is needed."""
+    """Whether the support is all of R^d, so that no transform is needed."""
     return isinstance(base_constraint(support), type(constraints.real))
 
 
@@ -81,8 +82,10 @@ def _same_setting(a: Any, b: Any) -> bool:
 
 
 def inside(support: Constraint, x: Tensor, event_dims: int) -> Tensor:
-    """Whether each event lies in the support: ``(*batch, *event) -> (*batch)``, boolean. A NaN lies
-    in none."""
+    """Return whether each event is in the support: ``(*batch, *event) -> (*batch)``, boolean.
+
+    An event with a NaN is in no support.
+    """
     base = base_constraint(support)
     fits: Tensor = base.check(x) & torch.isfinite(
         x if base.event_dim == 0 else event_sum(x, base.event_dim)
@@ -94,15 +97,13 @@ def inside(support: Constraint, x: Tensor, event_dims: int) -> Tensor:
 def site_values(
     support: Constraint, event_shape: Sequence[int], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """The K values that one site of a discrete event may take, ``(K, width)``: a flat event is
-    sites of ``width`` entries each.
+    """Return the K values of one site of a discrete event, shape ``(K, width)``.
 
-    Bits, spins and integers are sites of width 1, a one-hot row of K entries is one site of width
-    K.
+    A flat event consists of sites of ``width`` entries each. Binary units, spins and integers are
+    sites of width 1; a one-hot vector of K entries is one site of width K.
 
     Raises:
-        ValueError: if the support is none of these, has no last value, or leaves a site fewer than
-            two values.
+        ValueError: if the support is none of these, is unbounded, or has fewer than two values.
     """
     base = base_constraint(support)
     if isinstance(base, type(constraints.one_hot)):
@@ -132,7 +133,7 @@ def site_values(
 
 
 def unconstraining(support: Constraint) -> Transform:
-    """The bijection from R^d onto the support (``biject_to``).
+    """Return the bijection from R^d onto the support (``biject_to``).
 
     Raises:
         ValueError: if the support is discrete, or if no bijection is registered for it.
@@ -155,16 +156,17 @@ def unconstraining(support: Constraint) -> Transform:
 
 
 def to_support(support: Constraint) -> Transform:
-    """The map onto the support from the coordinates in which kernels move: :func:`unconstraining`,
-    and the identity where the support is real or discrete.
+    """Return the map from the coordinates in which kernels move onto the support.
+
+    It is :func:`unconstraining`, and the identity where the support is real or discrete.
 
     Example:
         >>> to_support(constraints.positive)(torch.zeros(1)), to_support(spin)(torch.ones(1))
         (tensor([1.]), tensor([1.]))
     """
     if is_real(support) or is_discrete(support):
-        as_it_is: Transform = identity_transform
-        return as_it_is
+        identity: Transform = identity_transform
+        return identity
     return unconstraining(support)
 
 
@@ -175,10 +177,10 @@ def draw_initial(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Tensor:
-    """Legal starting states of a given ``shape`` (batch and event together).
+    """Draw starting states in a support, of a given ``shape`` (batch and event together).
 
-    Continuous supports: uniform on (-2, 2) in unconstrained coordinates, as Stan and Pyro start.
-    Discrete ones: fair coins, fair spins, uniform categories.
+    For continuous supports they are uniform on (-2, 2) in unconstrained coordinates, as in Stan and
+    Pyro; for discrete ones, uniform on the values of each site.
     """
     shape = torch.Size(shape)
     base = base_constraint(support)
@@ -222,8 +224,18 @@ def search_finite(
     num_chains: int,
     num_tries: int = 100,
 ) -> Tensor:
-    """``num_chains`` states from ``draw(count)`` at which ``energy`` is finite: the rows where it
-    is not are drawn again."""
+    """Draw states until the energy of each is finite.
+
+    Args:
+        name: name of the energy, for the error message.
+        draw: draws a given number of states.
+        energy: maps states to energies.
+        num_chains: number of states.
+        num_tries: maximum number of redraws of the states whose energy is not finite.
+
+    Raises:
+        ValueError: if some energies are not finite after the last try.
+    """
     if num_chains < 1:
         raise ValueError(f"num_chains must be at least 1, got num_chains={num_chains}")
     states = draw(num_chains)
@@ -235,29 +247,26 @@ def search_finite(
         states[bad] = draw(int(bad.sum()))
     raise ValueError(
         f"{name}.initial found no state of finite energy for {int(bad.sum())} of"
-        f" num_chains={num_chains} rows in"
-        f" {num_tries} tries;"
-        " override initial(n, generator) with states inside the domain"
+        f" num_chains={num_chains} chains in"
+        f" {num_tries} tries; override initial(n, generator) with states inside the domain"
     )
 
 
 def event_sum(values: Tensor, dims: int) -> Tensor:
-    """Sum the last ``dims`` dimensions (none of them when ``dims`` is 0, where torch would sum
-    all)."""
+    """Sum over the last ``dims`` dimensions; if ``dims`` is 0, return the values."""
     return values.flatten(-dims).sum(-1) if dims > 0 else values
 
 
 def event_numel(event_shape: Sequence[int]) -> int:
-    """Number of entries of one event; 1 for a scalar variable."""
+    """Return the number of entries of one event; 1 for a scalar variable."""
     return math.prod(event_shape)
 
 
 def mean_free_basis(num_particles: int, dtype: torch.dtype | None = None) -> Tensor:
-    """Helmert's orthonormal basis of the vectors of n entries whose mean is 0, as columns, shape
-    ``(n, n - 1)``.
+    """Return Helmert's orthonormal basis of the vectors with mean 0, as columns, ``(n, n - 1)``.
 
     Args:
-        num_particles: at least 2.
+        num_particles: n, at least 2.
         dtype: floating-point type; None for torch's default.
 
     Example:

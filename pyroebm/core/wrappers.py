@@ -1,5 +1,4 @@
-"""Views of an energy: on part of an event, from an unnormalised density, in unconstrained
-coordinates, as Pyro's potential."""
+"""Wrappers of energies: conditioned, unnormalized, relaxed, unconstrained, and Pyro's potential."""
 
 from __future__ import annotations
 
@@ -31,18 +30,17 @@ __all__ = [
 
 
 class Conditioned(Energy):
-    r"""The conditional :math:`p(x_{free} \mid x_{obs}) \propto e^{-E(x_{free}, x_{obs})}` of an
-    energy.
+    r"""Conditional density :math:`p(x_{free} \mid x_{obs}) \propto e^{-E(x_{free}, x_{obs})}`.
 
     Args:
         energy: the energy over whole events.
-        observed: values of the clamped entries, shape ``event_shape`` (entries outside the mask are
-            ignored).
+        observed: values of the clamped entries, shape ``event_shape``; the other entries are
+            ignored.
         mask: True where an entry is clamped, shape ``event_shape``.
 
     Raises:
-        ValueError: if a shape differs from ``event_shape``, if nothing is left free, or if the
-            support couples entries.
+        ValueError: if a shape differs from ``event_shape``, if no entry is free, if the support
+            couples entries, or if an observed value is outside the support.
 
     Example:
         >>> from pyroebm.targets import Gaussian
@@ -92,16 +90,17 @@ class Conditioned(Energy):
         self.register_buffer("mask", mask.to(energy.device, copy=True))
 
     def complete(self, x: Tensor) -> Tensor:
-        """Whole events from free entries: ``(*batch, n_free) -> (*batch, *event_shape)`` of the
-        inner energy."""
+        """Insert the observed entries: ``(*batch, n_free) -> (*batch, *event_shape)``."""
         whole = self.observed.expand(*self.batch_shape(x), *self.observed.shape)
         return whole.masked_scatter(~self.mask.expand(whole.shape), x)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the energy of each event, in nats: ``(*batch, *event) -> (*batch)``."""
         return self.energy(self.complete(x))
 
     def initial(self, num_chains: int, generator: torch.Generator | None = None) -> Tensor:
-        # the inner energy knows its domain best
+        """Draw starting states of finite energy, shape ``(num_chains, *event)``."""
+        # the starting states of the energy can be better than those of the support
         states = self.energy.initial(num_chains, generator)[:, ~self.mask]
         with torch.no_grad():
             return (
@@ -111,32 +110,35 @@ class Conditioned(Energy):
             )
 
     def site_logits(self, x: Tensor, site: Tensor) -> Tensor:
+        """Return the log-probabilities of the values of one site of each chain, ``(chains, K)``."""
         free = (~self.mask).flatten().nonzero().squeeze(1)
         return self.energy.site_logits(self.complete(x), free[site])
 
     def _free(self, block: Index) -> tuple[Tensor, Tensor]:
-        """The numbers, among the free entries, of those of a block, and which of the block they
-        are."""
+        """Return the free entries of a block.
+
+        They are given as numbers among all free entries, and as a mask of the block's entries.
+        """
         free = ~self.mask.flatten()
         entries = torch.arange(len(free), device=free.device)[block]
         return (free.cumsum(0) - 1)[entries[free[entries]]], free[entries]
 
     @property
     def blocks(self) -> Mapping[str, Index]:
-        """The free entries of each block of the energy."""
+        """Free entries of each Gibbs block of the energy, without blocks that have none."""
         blocks = {name: self._free(index)[0] for name, index in blocks_of(self.energy).items()}
         return {name: entries for name, entries in blocks.items() if len(entries)}
 
     def conditional(self, block: str, x: Tensor) -> Distribution:
-        """That of the energy, on the free entries of the block."""
-        law = conditional_of(self.energy, block, self.complete(x))
-        return restricted(law, self._free(blocks_of(self.energy)[block])[1])
+        """Return the conditional of the energy's Gibbs block, on its free entries."""
+        whole = conditional_of(self.energy, block, self.complete(x))
+        return restricted(whole, self._free(blocks_of(self.energy)[block])[1])
 
 
 def _log_softplus(g: Tensor) -> Tensor:
-    # log softplus(g) = log log(1 + e^g); softplus underflows far on the left, where log softplus(g)
-    # = g - e^g / 2 + ... the branch not taken gets -15 by `where`: at its bound, `clamp` has
-    # gradient 1 or 0 by torch's version
+    # log softplus(g) = log log(1 + e^g). For large negative g softplus underflows, and log
+    # softplus(g) = g - e^g / 2 + ... The branch not taken is evaluated at -15 by `where`, since the
+    # gradient of `clamp` at its bound is 1 or 0 by torch's version.
     left = g < -15.0
     series = g - 0.5 * torch.exp(torch.where(left, g, -15.0))
     return torch.where(left, series, torch.log(nn.functional.softplus(torch.where(left, -15.0, g))))
@@ -151,8 +153,7 @@ LINKS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Unnormalized(Energy):
-    r"""The energy :math:`E(x) = -\log h(g(x))` of a density proportional to a non-negative
-    :math:`h(g(x))`.
+    r"""The energy :math:`E(x) = -\log h(g(x))` of a density proportional to :math:`h(g(x)) \ge 0`.
 
     Args:
         g: function (or module) of a batch, ``(*batch, *event) -> (*batch)``, any real value.
@@ -163,7 +164,7 @@ class Unnormalized(Energy):
         support: constraint of one event.
 
     Raises:
-        ValueError: if ``link`` is none of the four.
+        ValueError: if ``link`` is not one of the four.
 
     Example:
         >>> e = Unnormalized(lambda x: -(x**2) / 2)
@@ -184,16 +185,17 @@ class Unnormalized(Energy):
         self.g, self.link = g, link
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the energy of each event, in nats: ``(*batch, *event) -> (*batch)``."""
         return -LINKS[self.link](self.g(x))
 
     def extra_repr(self) -> str:
+        """Return the settings that ``repr`` shows."""
         return f"link={self.link!r}"
 
 
 @contextlib.contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Use an energy or a generator in eval mode (dropout off), and give every module its own mode
-    back."""
+    """Set a module to evaluation mode (no dropout), and restore the modes at the end."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -204,16 +206,15 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 class Relaxed(View):
-    r"""The energy of a discrete support continued to real numbers, as its :meth:`forward` continues
-    it: it has a gradient in x.
+    r"""An energy of discrete support, extended to real numbers so that it has a gradient in x.
 
-    The gradient :math:`\nabla E(x)` predicts the change of energy of every single-site move from x,
-    :math:`E(x') - E(x) \approx \nabla E(x) \cdot (x' - x)` (Grathwohl et al., 2021); kernels that
-    follow it stay on the discrete support. It is no density of its own, and its energies between
-    the discrete states mean nothing.
+    The extension is that of the energy's :meth:`forward`. The gradient :math:`\nabla E(x)` predicts
+    the change of energy of every single-site move from x, :math:`E(x') - E(x) \approx \nabla E(x)
+    \cdot (x' - x)` (Grathwohl et al., 2021). The kernels that use it stay on the discrete support.
+    The energies between the discrete states are not those of a density.
 
     Args:
-        energy: an energy whose ``forward`` accepts real numbers, and reaches them through autograd.
+        energy: an energy whose ``forward`` accepts real numbers and is differentiable in x.
 
     Example:
         >>> from pyroebm.core import value_and_grad
@@ -226,17 +227,20 @@ class Relaxed(View):
         super().__init__(energy, constraints.real)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the energy of each event, in nats: ``(*batch, *event) -> (*batch)``."""
         return self.energy(x)
 
 
 class LogRegularized(View):
-    r"""An energy whose heights are taken as their logarithm above a bound, so that a far start
-    gives no huge gradient.
+    r"""Log-regularized energy: above a height it grows as a logarithm (Noé et al., 2019).
 
-    .. math:: E'(x) = E(x) \text{ below } h, \qquad h + \log(1 + E(x) - h) \text{ above}
+    .. math::
 
-    The gradient keeps its direction. It is for training alone: a weight made of it would be wrong,
-    and what makes weights refuses it (:func:`pyroebm.flows.importance_sample`).
+        E'(x) = E(x) \text{ if } E(x) \le h, \qquad h + \log(1 + E(x) - h) \text{ otherwise}
+
+    A state far from the mass then has no huge gradient; the direction of the gradient is unchanged.
+    The energy is for training only: importance weights computed from it would be wrong, and the
+    functions that compute weights raise ValueError (:func:`pyroebm.flows.importance_sample`).
 
     Args:
         energy: the energy.
@@ -258,20 +262,23 @@ class LogRegularized(View):
         self.height = float(height)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the energy of each event, in nats: ``(*batch, *event) -> (*batch)``."""
         values = self.energy(x)
-        # clamped: the branch not taken has a gradient
+        # clamped, since the branch not taken is differentiated too
         above = torch.log1p((values - self.height).clamp(min=0.0)) + self.height
-        return torch.where(values > self.height, above, values)  # a NaN stays one
+        return torch.where(values > self.height, above, values)  # NaN stays NaN
 
 
 def check_weighable(energy: Energy) -> None:
-    """ValueError if an energy, or one that it is made of, is :class:`LogRegularized`: for what
-    makes weights or log Z of values."""
+    """Check that importance weights can be computed from an energy.
+
+    Raises:
+        ValueError: if the energy, or one that it is made of, is :class:`LogRegularized`.
+    """
     if any(isinstance(module, LogRegularized) for module in energy.modules()):
         raise ValueError(
-            "energy must not be LogRegularized: its values are for gradients, and weights made of"
-            " them"
-            " are wrong"
+            "energy must not be LogRegularized: weights computed from its values would be wrong;"
+            " give the energy that it wraps"
         )
 
 
@@ -281,8 +288,8 @@ class Unconstrained(Energy):
     .. math:: E_u(u) = E(T(u)) - \log |\det \partial T / \partial u|
 
     The partition function is unchanged. Where the transform underflows (in float32 ``exp(u)`` is 0
-    below u = -104) the energy is as the inner one has it at the edge; kernels refuse what is not
-    finite. :func:`unconstrain` makes one where it is needed.
+    below u = -104), the energy is that at the boundary of the support; kernels reject states of
+    infinite energy. :func:`unconstrain` returns an ``Unconstrained`` where one is needed.
 
     Args:
         energy: an energy of continuous support.
@@ -303,18 +310,20 @@ class Unconstrained(Energy):
 
     @property
     def log_z(self) -> float | None:
-        """That of the inner energy: a change of variables leaves it."""
+        """Log of the normalizing constant, which is that of the wrapped energy."""
         return self.energy.log_z
 
     @property
     def has_exact_draws(self) -> bool:
-        """Whether the inner energy can be sampled exactly."""
+        """Whether the wrapped energy can be sampled exactly."""
         return self.energy.has_exact_draws
 
     def sample(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draw ``num_samples`` exact independent samples, shape ``(num_samples, *event)``."""
         return self.unconstrain(self.energy.sample(num_samples, generator))
 
     def forward(self, u: Tensor) -> Tensor:
+        """Return the energy of each event, in nats: ``(*batch, *event) -> (*batch)``."""
         x = self.transform(u)
         log_det = self.transform.log_abs_det_jacobian(u, x)
         return self.energy(x) - event_sum(
@@ -322,19 +331,21 @@ class Unconstrained(Energy):
         )
 
     def constrain(self, u: Tensor) -> Tensor:
-        """States of the original energy: ``(*batch, *unconstrained) -> (*batch, *event)``."""
+        """Return the states on the support: ``(*batch, *unconstrained) -> (*batch, *event)``."""
         x: Tensor = self.transform(u)
         return x
 
     def unconstrain(self, x: Tensor) -> Tensor:
-        """The inverse of :meth:`constrain`."""
+        """Return the unconstrained coordinates of states: the inverse of :meth:`constrain`."""
         u: Tensor = self.transform.inv(x)
         return u
 
     def initial(self, num_chains: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draw starting states of finite energy, shape ``(num_chains, *event)``."""
         return self.unconstrain(self.energy.initial(num_chains, generator))
 
     def named(self, x: Tensor, site: str = "x") -> dict[str, Tensor]:
+        """Return the states as a dictionary of named variables."""
         return self.energy.named(self.constrain(x), site)
 
     @property
@@ -342,13 +353,14 @@ class Unconstrained(Energy):
         return self.energy._source
 
     def subsample(self, generator: torch.Generator | None = None) -> Energy:
+        """Return an unbiased estimate of the energy on a random minibatch."""
         return Unconstrained(self.energy.subsample(generator))
 
 
 def unconstrain(energy: Energy) -> Energy:
-    """The energy in the coordinates in which kernels move: :class:`Unconstrained`, and the energy
-    itself where its support is real or discrete.
+    """Return the energy in the unconstrained coordinates in which kernels move.
 
+    It is :class:`Unconstrained`, and the energy itself where its support is real or discrete.
     ``pyroebm.core.supports.to_support(energy.support)`` maps states back.
 
     Raises:
@@ -360,24 +372,21 @@ def unconstrain(energy: Energy) -> Energy:
         >>> unconstrain(energy) is energy, unconstrain(Exponential()).support
         (True, Real())
     """
-    as_it_is = is_real(energy.support) or is_discrete(energy.support)
-    return energy if as_it_is else Unconstrained(energy)
+    unchanged = is_real(energy.support) or is_discrete(energy.support)
+    return energy if unchanged else Unconstrained(energy)
 
 
 class PotentialFn:
-    """An energy as the ``potential_fn`` of Pyro's kernels: ``{site: u} -> scalar`` in unconstrained
-    coordinates.
+    """``potential_fn`` of Pyro's kernels: ``{site: u} -> scalar`` in unconstrained coordinates.
 
-    The log-Jacobian of a constrained support is inside, once; ``transforms`` only maps the draws
-    back.
+    It includes the log-Jacobian of a constrained support; ``transforms`` only maps the draws back.
 
     Args:
         energy: the energy of one event.
         site: name of the latent variable in Pyro's dicts.
 
     Attributes:
-        transforms: what ``pyro.infer.MCMC(transforms=...)`` takes, so that draws come back
-            constrained.
+        transforms: argument ``transforms`` of ``pyro.infer.MCMC``, so that draws are constrained.
 
     Example:
         >>> from pyroebm.targets import DoubleWell
@@ -392,9 +401,10 @@ class PotentialFn:
         self.transforms = {} if is_real(energy.support) else {site: transform.inv}
 
     def __call__(self, params: dict[str, Any]) -> Tensor:
+        """Return the energy of one event, given by site name."""
         if set(params) != {self.site}:
             raise ValueError(
-                f"the potential takes one site named {self.site!r}, got sites {sorted(params)}"
+                f"params must have one site named {self.site!r}, got sites {sorted(params)}"
             )
         u = params[self.site]
         if tuple(u.shape) != tuple(self.unconstrained.event_shape):
@@ -407,7 +417,14 @@ class PotentialFn:
     def initial_params(
         self, num_chains: int = 1, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:
-        """Starting values for ``pyro.infer.MCMC``: one event for one chain, a leading chain axis
-        for more."""
+        """Draw starting values for ``pyro.infer.MCMC``.
+
+        Args:
+            num_chains: number of chains.
+            generator: source of randomness; None for torch's default one.
+
+        Returns:
+            one event for one chain, else events with a leading chain dimension, by site name.
+        """
         u = self.unconstrained.initial(num_chains, generator)
         return {self.site: u[0] if num_chains == 1 else u}

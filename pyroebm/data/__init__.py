@@ -1,15 +1,15 @@
-"""Small data sets that need no download, and readers of a user's own image files."""
+"""Small data sets without downloads, and readers of image files."""
 
 from pyroebm.data.datasets import (
     LAPLACE_LOG_LIKELIHOOD,
     Split,
     bars_and_stripes,
-    dequantised,
+    dequantized,
     digits,
     image_patches,
     laplace_mixture,
     parity,
-    quantised,
+    quantized,
     whitened,
 )
 from pyroebm.data.readers import FASHION_MNIST, load_binary, read_idx
@@ -19,13 +19,13 @@ __all__ = [
     "LAPLACE_LOG_LIKELIHOOD",
     "Split",
     "bars_and_stripes",
-    "dequantised",
+    "dequantized",
     "digits",
     "image_patches",
     "laplace_mixture",
     "load_binary",
     "parity",
-    "quantised",
+    "quantized",
     "read_idx",
     "whitened",
 ]

@@ -1,4 +1,4 @@
-"""Small data sets that need no download, and readers of files that a user has."""
+"""Small data sets without downloads, and transforms of pixels."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ __all__ = [
     "LAPLACE_LOG_LIKELIHOOD",
     "Split",
     "bars_and_stripes",
-    "dequantised",
+    "dequantized",
     "digits",
     "image_patches",
     "laplace_mixture",
     "parity",
-    "quantised",
+    "quantized",
 ]
 
-#: Mean log-likelihood, in nats, of the law of :func:`laplace_mixture` before its whitening is
-#: estimated: minus the entropy of two Laplace variables of unit variance, 2 (1 + log 2b) with b = 1
-#: / sqrt(2), and |det| = 1. A Gaussian has -log(2 pi e) = -2.83788.
+#: Mean log-likelihood, in nats, of the distribution of :func:`laplace_mixture` with exact
+#: whitening: minus the entropy of two Laplace variables of unit variance, 2 (1 + log 2b) with b = 1
+#: / sqrt(2), since |det| = 1. That of a Gaussian is -log(2 pi e) = -2.83788.
 LAPLACE_LOG_LIKELIHOOD = -2.0 - math.log(2.0)
 
 
 class Split(NamedTuple):
-    """Data to train on and data to test on, with labels, and how the pixels became what they are.
+    """Training and test data with labels, and how the pixels were binarized.
 
     Example:
         >>> data = digits()
-        >>> data.train.shape, data.test.shape, data.binarisation
+        >>> data.train.shape, data.test.shape, data.binarization
         (torch.Size([1437, 64]), torch.Size([360, 64]), 'thresholded at 8')
     """
 
@@ -44,26 +44,25 @@ class Split(NamedTuple):
     test: Tensor  #: shape ``(N', d)``
     train_labels: Tensor  #: int64, shape ``(N,)``
     test_labels: Tensor  #: int64, shape ``(N',)``
-    #: nats are comparable within one way only: "thresholded at t", "sampled once (seed s)", "as
-    #: given"
-    binarisation: str
+    #: "thresholded at t", "sampled once (seed s)" or "as given"; likelihoods can be compared only
+    #: between data that were binarized in the same way
+    binarization: str
 
 
 def bars_and_stripes(side: int, *, dtype: torch.dtype | None = None) -> Tensor:
-    r"""Bars and stripes (MacKay, 2003): every n x n image whose rows, or whose columns, are each
-    all on or all off.
+    r"""Return bars and stripes (MacKay, 2003): n x n images whose rows, or columns, are constant.
 
-    Every pattern of rows and every pattern of columns is there once, so all-on and all-off are
-    there twice: these are the generator's weights. The best mean log-likelihood is then
+    Every pattern of rows and every pattern of columns occurs once, so the images of all ones and of
+    all zeros occur twice. The largest possible mean log-likelihood is
 
     .. math:: -(n + 1) \log 2 + \frac{4}{2^{n+1}} \log 2
 
     Args:
-        side: side of the image, up to 16.
+        side: n, the side of the image in pixels, up to 16.
         dtype: floating-point type; None for torch's default.
 
     Returns:
-        bits, shape ``(2**(n + 1), n * n)``.
+        zeros and ones, shape ``(2**(n + 1), n * n)``.
 
     Raises:
         ValueError: if n is not from 1 to 16.
@@ -79,15 +78,16 @@ def bars_and_stripes(side: int, *, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def parity(num_bits: int, *, dtype: torch.dtype | None = None) -> Tensor:
-    r"""Every n bits with an even number of ones: no statistic of fewer than n of them tells it from
-    fair coins.
+    r"""Return all vectors of n binary units with an even number of ones.
+
+    The marginal distribution of fewer than n units is that of independent fair coins.
 
     Args:
-        num_bits: number of bits, up to 16.
+        num_bits: n, up to 16.
         dtype: floating-point type; None for torch's default.
 
     Returns:
-        bits, shape ``(2**(n - 1), n)``.
+        zeros and ones, shape ``(2**(n - 1), n)``.
 
     Raises:
         ValueError: if n is not from 1 to 16.
@@ -105,20 +105,20 @@ def parity(num_bits: int, *, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def digits(threshold: float | None = 8, *, dtype: torch.dtype | None = None) -> Split:
-    """Scikit-learn's 8 x 8 digits (Alpaydin and Kaynak, 1998; 1,797 images, pixels from 0 to 16).
+    """Load scikit-learn's 8 x 8 digits (Alpaydin and Kaynak, 1998; 1,797 images, pixels 0 to 16).
 
     The split, 1,437 and 360, is scikit-learn's ``train_test_split`` with ``stratify=labels,
-    random_state=42``. At the threshold 8 independent pixels of the training frequencies give the
-    test set a mean log-likelihood of -25.249 nats; other splits of the same sizes lie between -24.8
-    and -25.4.
+    random_state=42``. At the threshold 8, a model of independent pixels with the training
+    frequencies has a mean test log-likelihood of -25.249 nats; for other splits of the same sizes
+    it is between -24.8 and -25.4.
 
     Args:
-        threshold: pixels of at least this are 1, the others 0; None leaves pixels divided by 16,
-            from 0 to 1.
+        threshold: pixels of at least this value are 1, the others 0. None returns the pixels
+            divided by 16.
         dtype: floating-point type; None for torch's default.
 
     Example:
-        >>> digits().train.unique(), digits(threshold=None).binarisation
+        >>> digits().train.unique(), digits(threshold=None).binarization
         (tensor([0., 1.]), 'as given')
     """
     from sklearn.datasets import load_digits
@@ -150,19 +150,19 @@ def laplace_mixture(
     dtype: torch.dtype | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    r"""Two independent Laplace sources of unit variance, mixed and ZCA-whitened (Bell and
-    Sejnowski, 1997): a problem of independent component analysis, for Gaussian machines.
+    r"""Draw a ZCA-whitened mixture of two independent Laplace sources (Bell and Sejnowski, 1997).
 
     .. math:: x = C^{-1/2} (A s - \overline{A s}), \qquad s_i \sim \mathrm{Laplace}(0, 1 / \sqrt 2)
 
-    with A uniform on (-1, 1) entry by entry and C the sample covariance. Whitening leaves a
-    rotation of s, so that the mean log-likelihood of the law is ``LAPLACE_LOG_LIKELIHOOD``, -2 -
-    log 2 = -2.69315 nats, whatever A is.
+    with A uniform on (-1, 1) entry by entry and C the sample covariance. It is a problem of
+    independent component analysis, for Gaussian machines. Whitening leaves a rotation of s, so the
+    mean log-likelihood of the distribution is ``LAPLACE_LOG_LIKELIHOOD``, -2 - log 2 = -2.69315
+    nats, for any A.
 
     Args:
         num_samples: number of points.
         dtype: floating-point type; None for torch's default.
-        generator: source of the draws; None is torch's default generator.
+        generator: source of randomness; None for torch's default one.
 
     Returns:
         shape ``(n, 2)``, of mean 0 and covariance I.
@@ -190,16 +190,15 @@ def image_patches(
     dtype: torch.dtype | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Random patches of scikit-learn's two photographs ("china", "flower"), in shades of grey from
-    0 to 1.
+    """Draw random gray patches of scikit-learn's two photographs ("china", "flower"), from 0 to 1.
 
     Args:
         num_patches: number of patches.
-        side: pixels of a side.
-        whiten: subtract each patch's own mean, then ZCA-whiten (the direction that this leaves
-            empty stays so).
+        side: side of a patch, in pixels.
+        whiten: whether to subtract the mean of each patch and whiten by ZCA. The direction of the
+            mean remains without variance.
         dtype: floating-point type; None for torch's default.
-        generator: source of the places; None is torch's default generator.
+        generator: source of the positions; None for torch's default one.
 
     Returns:
         shape ``(n, side * side)``.
@@ -214,18 +213,19 @@ def image_patches(
     from sklearn.datasets import load_sample_images
 
     check_counts({"num_patches": 2, "side": 2}, num_patches, side)
-    grey = torch.stack(
+    gray = torch.stack(
         [
             torch.from_numpy(image.copy()).double().mean(2) / 255.0
             for image in load_sample_images().images
         ]
     )
-    if side > min(grey.shape[1:]):
-        raise ValueError(f"side must be at most {min(grey.shape[1:])}, got side={side}")
-    windows = grey.unfold(1, side, 1).unfold(2, side, 1)
-    places = torch.randint(windows.shape[:3].numel(), (num_patches,), generator=generator)
-    image, place = places // windows.shape[1:3].numel(), places % windows.shape[1:3].numel()
-    patches = windows[image, place // windows.shape[2], place % windows.shape[2]].reshape(
+    if side > min(gray.shape[1:]):
+        raise ValueError(f"side must be at most {min(gray.shape[1:])}, got side={side}")
+    windows = gray.unfold(1, side, 1).unfold(2, side, 1)
+    positions = torch.randint(windows.shape[:3].numel(), (num_patches,), generator=generator)
+    per_image = windows.shape[1:3].numel()
+    image, position = positions // per_image, positions % per_image
+    patches = windows[image, position // windows.shape[2], position % windows.shape[2]].reshape(
         num_patches, -1
     )
     if whiten:
@@ -234,42 +234,51 @@ def image_patches(
 
 
 def whitened(x: Tensor) -> Tensor:
-    r"""ZCA whitening, :math:`C^{-1/2} (x - \bar x)` with the sample covariance C; directions
-    without variance stay 0."""
+    r"""Whiten data by ZCA, :math:`C^{-1/2} (x - \bar x)` with the sample covariance C.
+
+    Directions without variance remain 0.
+
+    Args:
+        x: data, shape ``(N, d)``.
+
+    Returns:
+        shape ``(N, d)``.
+    """
     x = x - x.mean(0)
     values, vectors = torch.linalg.eigh(x.mT.cov())
-    there = values > 1e-10 * values[-1]
-    scales = torch.where(there, values, 1.0).rsqrt() * there
+    varies = values > 1e-10 * values[-1]
+    scales = torch.where(varies, values, 1.0).rsqrt() * varies
     return x @ (vectors * scales) @ vectors.mT
 
 
-def dequantised(x: Tensor, num_levels: int, generator: torch.Generator | None = None) -> Tensor:
-    r"""Grey levels as a density sees them: spread evenly over their cells (Theis, van den Oord and
-    Bethge, "A Note on the Evaluation of Generative Models", 2016). On the levels themselves a
-    density may grow without bound.
+def dequantized(x: Tensor, num_levels: int, generator: torch.Generator | None = None) -> Tensor:
+    r"""Add uniform noise to gray levels, so that a density can be fitted to them.
 
     .. math:: y = (k + u) / K, \qquad x = k / (K - 1), \quad u \sim U[0, 1)
 
-    :func:`quantised` is the inverse. A density p of y is one of levels, the integral of p over a
-    cell, and by Jensen's inequality
+    On the levels themselves the likelihood of a density is unbounded (Theis, van den Oord and
+    Bethge, "A Note on the Evaluation of Generative Models", 2016). :func:`quantized` is the
+    inverse. A density p of y defines probabilities of levels, the integrals of p over the cells,
+    and by Jensen's inequality
 
     .. math:: \log P(k) \ge E_u[\log p(y)] - d \log K
 
     Args:
-        x: levels from 0 to 1 in steps of 1 / (K - 1), as ``digits(threshold=None)`` has them with K
-            = 17; any shape.
-        num_levels: K.
-        generator: source of u; fresh noise in each epoch is better than one of all.
+        x: levels from 0 to 1 in steps of 1 / (K - 1), any shape; those of
+            ``digits(threshold=None)`` have K = 17.
+        num_levels: K, at least 2.
+        generator: source of u; None for torch's default one. New noise in each epoch is better
+            than the same noise in all.
 
     Returns:
         y in [0, 1), of the shape of x.
 
     Raises:
-        ValueError: if ``num_levels`` < 2 or an entry is no level.
+        ValueError: if ``num_levels`` < 2, or if an entry is not a level.
 
     Example:
-        >>> y = dequantised(torch.tensor([0.0, 0.5, 1.0]), 3)
-        >>> (3 * y).floor(), quantised(y, 3)
+        >>> y = dequantized(torch.tensor([0.0, 0.5, 1.0]), 3)
+        >>> (3 * y).floor(), quantized(y, 3)
         (tensor([0., 1., 2.]), tensor([0.0000, 0.5000, 1.0000]))
     """
     check_counts({"num_levels": 2}, num_levels)
@@ -283,12 +292,21 @@ def dequantised(x: Tensor, num_levels: int, generator: torch.Generator | None = 
     return (k + uniform(x.shape, generator, x.dtype, x.device)) / num_levels
 
 
-def quantised(y: Tensor, num_levels: int) -> Tensor:
-    """The grey levels, from 0 to 1, in whose cells y lies: the inverse of :func:`dequantised`. What
-    lies outside of [0, 1) takes the first or the last level.
+def quantized(y: Tensor, num_levels: int) -> Tensor:
+    """Return the gray levels, from 0 to 1, of the cells that contain y.
+
+    This is the inverse of :func:`dequantized`. Values outside [0, 1) have the first or the last
+    level.
+
+    Args:
+        y: values, any shape.
+        num_levels: K, at least 2.
+
+    Raises:
+        ValueError: if ``num_levels`` < 2.
 
     Example:
-        >>> quantised(torch.tensor([-0.1, 0.3, 0.4, 0.99]), 3)
+        >>> quantized(torch.tensor([-0.1, 0.3, 0.4, 0.99]), 3)
         tensor([0.0000, 0.0000, 0.5000, 1.0000])
     """
     check_counts({"num_levels": 2}, num_levels)
@@ -298,4 +316,4 @@ def quantised(y: Tensor, num_levels: int) -> Tensor:
 def _check_bits(name: str, n: int) -> None:
     check_counts({name: 1}, n)
     if n > 16:
-        raise ValueError(f"{name} must be at most 16, for all states to be listed, got {name}={n}")
+        raise ValueError(f"{name} must be at most 16, since all states are listed, got {name}={n}")

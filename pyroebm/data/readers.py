@@ -1,5 +1,7 @@
-"""Files of images that a user has: MNIST in its usual layout, Debian's Fashion-MNIST, ``.npz``.
-Nothing is downloaded."""
+"""Readers of image files: MNIST in its usual layout, Debian's Fashion-MNIST, ``.npz``.
+
+Nothing is downloaded.
+"""
 
 from __future__ import annotations
 
@@ -18,17 +20,17 @@ from pyroebm.data.datasets import Split
 
 __all__ = ["FASHION_MNIST", "load_binary", "read_idx"]
 
-#: Where Debian's package dataset-fashion-mnist puts its files.
+#: Folder of the files of Debian's package dataset-fashion-mnist.
 FASHION_MNIST = Path("/usr/share/dataset/fashion-mnist")
 
-#: The four files of the usual layout, with their names in either spelling, gzipped or not.
+#: The four files of MNIST; a dot may replace the hyphen before "idx", and they may be gzipped.
 IDX = {
     "train": "train-images-idx3-ubyte",
     "train_labels": "train-labels-idx1-ubyte",
     "test": "t10k-images-idx3-ubyte",
     "test_labels": "t10k-labels-idx1-ubyte",
 }
-#: Names of arrays in an ``.npz``; what is set apart for validation joins the training data.
+#: Names of arrays in an ``.npz``; validation data are appended to the training data.
 NPZ = {
     "train": ("train.data", "x_train", "train_images", "train"),
     "valid": ("valid.data", "x_valid"),
@@ -52,37 +54,36 @@ def load_binary(
     seed: int = 0,
     dtype: torch.dtype | None = None,
 ) -> Split:
-    """Images of a user's own as bits.
+    """Load images from files, and binarize them.
 
     Args:
         path: a folder of IDX files, or an ``.npz`` file (arrays ``x_train``, ``x_test``,
-            ``y_train``, ``y_test``, or ``train.data``, ``valid.data`` and so on; ``valid`` joins
-            ``train``).
-        threshold: grey levels above this are 1; None draws each pixel once with its level / 255 as
-            probability (Salakhutdinov and Murray, 2008). What holds zeros and ones alone is taken
-            as it is.
-        seed: of those draws.
+            ``y_train``, ``y_test``, or ``train.data``, ``valid.data`` and so on; ``valid`` is
+            appended to ``train``).
+        threshold: gray levels above this are 1, the others 0. None draws each pixel once, with
+            probability level / 255 (Salakhutdinov and Murray, 2008). Images of zeros and ones
+            are not changed.
+        seed: seed of those draws.
         dtype: floating-point type; None for torch's default.
 
     Raises:
-        ValueError: if a file is missing, damaged or of another kind, with what was looked for and
-            where to put it.
+        ValueError: if a file is missing, damaged or of another format.
 
     Example:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     grey, labels = np.array([[0, 200], [130, 90]], dtype=np.uint8), np.array([0, 1])
+        ...     gray, labels = np.array([[0, 200], [130, 90]], dtype=np.uint8), np.array([0, 1])
         ...     np.savez(
-        ...         f"{folder}/mine.npz", x_train=grey, x_test=grey, y_train=labels, y_test=labels
+        ...         f"{folder}/mine.npz", x_train=gray, x_test=gray, y_train=labels, y_test=labels
         ...     )
         ...     data = load_binary(f"{folder}/mine.npz")
-        >>> data.train, data.binarisation
+        >>> data.train, data.binarization
         (tensor([[0., 1.],
                 [1., 0.]]), 'thresholded at 127')
     """
     path = Path(path).expanduser()
     if not path.exists():
-        raise ValueError(f"there is nothing at {str(path)!r}. {HELP}")
+        raise ValueError(f"path must exist, got {str(path)!r}. {HELP}")
     arrays = _from_folder(path) if path.is_dir() else _from_npz(path)
     for part, array in arrays.items():
         if array.dtype.kind not in "buif" or not array.size:
@@ -104,21 +105,24 @@ def load_binary(
         torch.from_numpy(arrays[f"{part}_labels"].astype(np.int64)).flatten()
         for part in ("train", "test")
     ]
-    for pixels, their, part in zip((train, test), labels, ("training", "test"), strict=True):
-        if len(pixels) != len(their):
-            raise ValueError(f"{str(path)!r}: {len(pixels)} {part} images have {len(their)} labels")
-    bits, how = _binarise([train, test], threshold, seed)
+    for pixels, classes, part in zip((train, test), labels, ("training", "test"), strict=True):
+        if len(pixels) != len(classes):
+            raise ValueError(
+                f"{str(path)!r}: {len(pixels)} {part} images have {len(classes)} labels"
+            )
+    bits, how = _binarize([train, test], threshold, seed)
     dtype = torch.get_default_dtype() if dtype is None else dtype
     return Split(bits[0].to(dtype), bits[1].to(dtype), labels[0], labels[1], how)
 
 
-def _binarise(images: list[Tensor], threshold: float | None, seed: int) -> tuple[list[Tensor], str]:
+def _binarize(images: list[Tensor], threshold: float | None, seed: int) -> tuple[list[Tensor], str]:
     if all(bool(((part == 0) | (part == 1)).all()) for part in images):
         return images, "as given"
     top = max(float(part.max()) for part in images)
     if min(float(part.min()) for part in images) < 0.0 or not 1.0 < top <= 255.0:
         raise ValueError(
-            f"images must hold grey levels from 0 to 255, or bits, got values up to {top:g}"
+            f"images must hold gray levels from 0 to 255, or zeros and ones, got values up to"
+            f" {top:g}"
         )
     if threshold is not None:
         return [part > threshold for part in images], f"thresholded at {threshold:g}"
@@ -135,20 +139,20 @@ def _from_folder(folder: Path) -> dict[str, np.ndarray]:
 def _find(folder: Path, name: str) -> Path:
     dotted = name.replace("-idx", ".idx")
     names = [f"{spelling}{end}" for spelling in (name, dotted) for end in ("", ".gz")]
-    for there in names:
-        if (folder / there).is_file():
-            return folder / there
+    for candidate in names:
+        if (folder / candidate).is_file():
+            return folder / candidate
     raise ValueError(f"{str(folder)!r} holds none of {names}. {HELP}")
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """An IDX file of unsigned bytes, the format of MNIST, gzipped if its name ends in ``.gz``.
+    """Read an IDX file of unsigned bytes, the format of MNIST, gzipped if its name ends in ``.gz``.
 
     Args:
         path: the file.
 
     Raises:
-        ValueError: if it is damaged, or no such file.
+        ValueError: if it is missing or damaged.
 
     Example:
         >>> import tempfile
@@ -161,12 +165,12 @@ def read_idx(path: Path) -> np.ndarray:
         content = read_bytes(path)
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(
-            f"{str(path)!r} cannot be read ({error}): it is damaged or half a download; get it"
-            f" anew. {HELP}"
+            f"{str(path)!r} cannot be read ({error}): it is damaged or incomplete; download it"
+            f" again. {HELP}"
         ) from error
     if len(content) < 4 or content[:3] != b"\x00\x00\x08":
         raise ValueError(
-            f"{str(path)!r} must begin as an IDX file of bytes does, with 00 00 08, got"
+            f"{str(path)!r} must be an IDX file of bytes, which starts with 00 00 08, got"
             f" {content[:4].hex(' ')}. {HELP}"
         )
     begin = 4 + 4 * content[3]
@@ -175,17 +179,17 @@ def read_idx(path: Path) -> np.ndarray:
         raise ValueError(
             f"{str(path)!r} must have {begin + math.prod(shape)} bytes for an array of shape"
             f" {tuple(shape)}, got {len(content)}:"
-            " it is damaged or half a download; get it anew"
+            " it is damaged or incomplete; download it again"
         )
     return np.frombuffer(content, np.uint8, offset=begin).reshape(shape).copy()
 
 
 def _from_npz(path: Path) -> dict[str, np.ndarray]:
     try:
-        found, there = read_arrays(path, set().union(*NPZ.values()))
+        found, all_names = read_arrays(path, set().union(*NPZ.values()))
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(
-            f"{str(path)!r} cannot be read as .npz ({error}): damaged, or another kind of file."
+            f"{str(path)!r} cannot be read as .npz ({error}): it is damaged, or of another format."
             f" {HELP}"
         ) from error
     names = {
@@ -195,7 +199,7 @@ def _from_npz(path: Path) -> dict[str, np.ndarray]:
     found = {part: found[name] for part, name in names.items() if name is not None}
     for part in ("train", "test", "train_labels", "test_labels"):
         if part not in found:
-            raise ValueError(f"{str(path)!r} must hold one of {NPZ[part]}, got {there}. {HELP}")
+            raise ValueError(f"{str(path)!r} must hold one of {NPZ[part]}, got {all_names}. {HELP}")
     for part in ("train", "train_labels"):
         later = found.pop("valid" if part == "train" else "valid_labels", None)
         found[part] = found[part] if later is None else np.concatenate([found[part], later])

@@ -1,4 +1,4 @@
-"""Energies of the systems that the field works with."""
+"""Energies: Boltzmann machines, lattices, neural networks, classifiers, tilted densities."""
 
 from pyroebm.energies.belief import DeepBeliefNetwork
 from pyroebm.energies.boltzmann import BoltzmannMachine

@@ -1,4 +1,4 @@
-"""The Boltzmann machine: every unit coupled to every other, some of them hidden."""
+"""The general Boltzmann machine, in which every unit is coupled to every other."""
 
 from __future__ import annotations
 
@@ -20,37 +20,38 @@ from pyroebm.energies.layered import MAX_WORK, check_sizes, parameter
 
 __all__ = ["BoltzmannMachine", "Marginal"]
 
-#: Hidden units that :meth:`BoltzmannMachine.marginal` sums out one state at a time.
+#: Maximum number of hidden units that :meth:`BoltzmannMachine.marginal` sums out.
 MAX_SUMMED = 12
 
 
 class BoltzmannMachine(Energy):
-    r"""Boltzmann machine (Ackley, Hinton and Sejnowski, 1985) of visible and hidden units.
+    r"""Boltzmann machine of visible and hidden units (Ackley, Hinton and Sejnowski, 1985).
 
     .. math:: E(x) = -\tfrac12 x^\top W x - b \cdot x, \qquad x = (v, h)
 
-    with symmetric W of zero diagonal, so each pair counts once. With :math:`f = W x + b` the
-    conditionals are :math:`p(x_i = 1 \mid x_{-i}) = \sigma(f_i)` for bits and :math:`\sigma(2 f_i)`
-    for spins. With hidden units it is an energy over all units, since their sum is not tractable;
-    the visible ones come first.
+    W is symmetric with zero diagonal, so each pair counts once. With :math:`f = W x + b` the
+    conditionals are :math:`p(x_i = 1 \mid x_{-i}) = \sigma(f_i)` for binary units and
+    :math:`\sigma(2 f_i)` for spins. A machine with hidden units is an energy over all units, the
+    visible ones first, since the sum over the hidden ones is intractable.
 
     Args:
-        num_visible: units of v.
-        num_hidden: units of h.
-        units: ``"bits"`` in :math:`\{0, 1\}` or ``"spins"`` in :math:`\{-1, +1\}`.
-        weight: W, shape ``(n, n)`` with n units in all, symmetric, its diagonal 0; None draws
-            normal numbers of standard deviation 0.01. It stays symmetric, for its gradient is: half
-            of :math:`\langle x_i x_j \rangle` in each of the two places of a pair.
-        bias: b, shape ``(n,)``; None is 0.
+        num_visible: number of units of v.
+        num_hidden: number of units of h.
+        units: ``"bits"`` for binary units in :math:`\{0, 1\}`, ``"spins"`` for units in
+            :math:`\{-1, +1\}`.
+        weight: W, shape ``(n, n)`` for n units in all, symmetric with zero diagonal; None draws
+            normal numbers of standard deviation 0.01. Training keeps it symmetric, since its
+            gradient has half of :math:`\langle x_i x_j \rangle` in both entries of a pair.
+        bias: b, shape ``(n,)``; None for 0.
         dtype: floating-point type; None for torch's default.
-        generator: source of the initial weights; None is torch's default generator.
+        generator: source of the initial weights; None for torch's default one.
 
     Attributes:
-        log_z: by enumeration in float64, up to about 20 units; None above.
+        log_z: log Z in nats by enumeration in float64, for up to about 20 units; None for more.
 
     Raises:
-        ValueError: if a size is out of range, ``units`` is neither, or W or b has another shape, is
-            not finite, or W is not symmetric with diagonal 0.
+        ValueError: if a size is out of range, if ``units`` is another string, if W or b has another
+            shape or is not finite, or if W is not symmetric with zero diagonal.
 
     Example:
         >>> w = torch.tensor([[0.0, -1.0, -1.0], [-1.0, 0.0, 2.0], [-1.0, 2.0, 0.0]])
@@ -102,22 +103,29 @@ class BoltzmannMachine(Energy):
         return 0.5 * (off + off.mT)
 
     def field(self, x: Tensor) -> Tensor:
-        """:math:`f = W x + b`, shape of ``x``: what each unit feels from the others."""
+        """Return the field :math:`f = W x + b` of each unit, of the shape of ``x``."""
         return x @ self._coupling() + self.bias
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the energy of each event, in nats: ``(*batch, *event) -> (*batch)``."""
         return -((0.5 * (x @ self._coupling()) + self.bias) * x).sum(-1)
 
     def site_logits(self, x: Tensor, site: Tensor) -> Tensor:
-        """Log-probabilities, unnormalised, of the values of one site of each row, from
-        its field."""
+        """Return the log-probabilities of the values of one site of each chain, ``(chains, 2)``."""
         field = (x * self._coupling()[site]).sum(-1) + self.bias[site]
         low = torch.zeros_like(field) if self.units == "bits" else -field
         return torch.stack([low, field], 1)
 
     def site_given_rest(self, x: Tensor, site: int) -> Distribution:
-        """:math:`p(x_i \\mid x_{-i})` of one unit, batch shape that of ``x``: Pyro's Bernoulli, or
-        :class:`pyroebm.core.spins.SpinBernoulli`."""
+        r"""Return :math:`p(x_i \mid x_{-i})` of one unit, with the batch shape of ``x``.
+
+        Args:
+            x: states, shape ``(*batch, n)``; the entry of the unit is ignored.
+            site: number of the unit, i.
+
+        Returns:
+            Pyro's Bernoulli, or :class:`pyroebm.core.spins.SpinBernoulli` for spins.
+        """
         field = x @ self._coupling()[site] + self.bias[site]
         return (
             Bernoulli(logits=field, validate_args=False)
@@ -126,40 +134,40 @@ class BoltzmannMachine(Energy):
         )
 
     def joint(self) -> BoltzmannMachine:
-        """Itself: it is an energy over all units."""
+        """Return this machine, which is an energy over all units."""
         return self
 
     def marginal(self) -> Energy:
-        """The energy of the visible units: itself without hidden ones, a sum over their states
-        where they are few.
+        """Return the energy of the visible units, by a sum over the states of the hidden ones.
 
         Raises:
-            ValueError: if there are more than 12 hidden units: the sum over their states has no
-                closed form.
+            ValueError: if there are more than 12 hidden units.
         """
         if self.num_hidden > MAX_SUMMED:
             raise ValueError(
-                f"the marginal of {self.num_visible} visible units sums over 2^{self.num_hidden}"
-                " states of the hidden ones, and"
-                f" 2^{MAX_SUMMED} are the most: sample the joint, or take an RBM, whose sum has a"
-                " closed form"
+                f"num_hidden must be at most {MAX_SUMMED} to sum over the hidden units, got"
+                f" num_hidden={self.num_hidden}, that is 2^{self.num_hidden} states: sample"
+                " joint(), or use an RBM, whose sum has a closed form"
             )
         return Marginal(self) if self.num_hidden else self
 
     @torch.no_grad()
     def mean_field(self, visible: Tensor, max_steps: int = 100, tolerance: float = 1e-6) -> Tensor:
-        r"""Means :math:`\mu` of a factorial q near to :math:`p(h \mid v)` in :math:`KL(q \| p)`,
-        shape ``(*batch, num_hidden)``.
+        r"""Compute the means of a factorized approximation q of :math:`p(h \mid v)`.
 
         .. math:: \mu \leftarrow \tfrac12 \mu + \tfrac12 \sigma(f_h(v, \mu))
 
-        with tanh for spins (Peterson and Anderson, 1987). All units move at once, half-way, since
-        full steps can oscillate.
+        with tanh for spins (Peterson and Anderson, 1987). A fixed point is a stationary point of
+        :math:`KL(q \| p)`. All units are updated at once, with half steps, since full steps can
+        oscillate.
 
         Args:
             visible: v, shape ``(*batch, num_visible)``.
-            max_steps: most updates.
-            tolerance: they end when no mean moves by more.
+            max_steps: maximum number of updates.
+            tolerance: the updates stop when no mean changes by more.
+
+        Returns:
+            :math:`\mu`, shape ``(*batch, num_hidden)``.
         """
         check_shape(type(self).__name__, visible, torch.Size([self.num_visible]))
         bits = self.units == "bits"
@@ -175,11 +183,18 @@ class BoltzmannMachine(Energy):
     def variational_free_energy(
         self, visible: Tensor, max_steps: int = 100, tolerance: float = 1e-6
     ) -> Tensor:
-        r""":math:`E_q[E(v, h)] - H(q) \ge F(v)`, q from :meth:`mean_field`; shape of the batch.
+        r"""Compute the variational free energy, an upper bound of F(v); shape of the batch.
 
-        The means are constants of the gradient: at the fixed point their own is 0. :math:`-F(v) -
-        \log Z` is :math:`\log p(v)`, so with log Z it bounds the likelihood
-        (:meth:`variational_bound`).
+        .. math:: E_q[E(v, h)] - H(q) \ge F(v)
+
+        with q from :meth:`mean_field`. The means are held fixed in the gradient, since their own
+        gradient is 0 at the fixed point. As :math:`-F(v) - \log Z = \log p(v)`, it bounds the
+        likelihood if log Z is known (:meth:`variational_bound`).
+
+        Args:
+            visible: v, shape ``(*batch, num_visible)``.
+            max_steps: maximum number of mean-field updates.
+            tolerance: tolerance of :meth:`mean_field`.
         """
         means = self.mean_field(visible, max_steps, tolerance)
         on = means if self.units == "bits" else 0.5 * (1.0 + means)
@@ -188,7 +203,9 @@ class BoltzmannMachine(Energy):
         ).entropy().sum(-1)
 
     def variational_bound(self, visible: Tensor, log_z: float | Tensor | None = None) -> Tensor:
-        r""":math:`\log p(v) \ge -E_q[E(v, h)] + H(q) - \log Z`, shape of the batch.
+        r"""Compute a lower bound of the log-likelihood, shape of the batch.
+
+        .. math:: \log p(v) \ge -E_q[E(v, h)] + H(q) - \log Z
 
         Args:
             visible: v, shape ``(*batch, num_visible)``.
@@ -199,25 +216,24 @@ class BoltzmannMachine(Energy):
         )
 
     def log_partition(self, max_units: int = 24) -> Tensor:
-        r""":math:`\log Z` by a sum over all states; differentiable, shape ``()``.
+        r"""Compute :math:`\log Z` by a sum over all states; differentiable, shape ``()``.
 
         Args:
-            max_units: most units to enumerate; each one more doubles the time.
+            max_units: maximum number of units to enumerate; each additional unit doubles the time.
 
         Raises:
-            ValueError: if there are more.
+            ValueError: if the machine has more units.
         """
         n = self.event_shape[0]
         if n > max_units:
             raise ValueError(
                 f"log Z of {n} units needs a sum over 2^{n} states, more than"
-                f" max_units={max_units} allows: estimate it"
-                " (pyroebm.partition)"
+                f" max_units={max_units} allows: estimate it (pyroebm.partition)"
             )
         return torch.stack([torch.logsumexp(-self(x), 0) for x in self._states(n)]).logsumexp(0)
 
     def log_likelihood(self, x: Tensor, log_z: float | Tensor | None = None) -> Tensor:
-        r""":math:`\log p(v)`, hidden units summed out, shape of the batch.
+        r"""Compute :math:`\log p(v)`, with hidden units summed out; shape of the batch.
 
         Args:
             x: visible states, shape ``(*batch, num_visible)``.
@@ -232,6 +248,7 @@ class BoltzmannMachine(Energy):
 
     @property
     def log_z(self) -> float | None:
+        """Log of the normalizing constant in nats; None where it is not known."""
         if not self._is_small:
             return None
         with torch.no_grad():
@@ -239,10 +256,11 @@ class BoltzmannMachine(Energy):
 
     @property
     def has_exact_draws(self) -> bool:
-        """Where all states can be enumerated."""
+        """Whether the machine is small enough to enumerate all states."""
         return self._is_small
 
     def sample(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draw ``num_samples`` exact independent samples, shape ``(num_samples, *event)``."""
         if not self._is_small:
             return super().sample(num_samples, generator)
         with torch.no_grad():
@@ -255,19 +273,21 @@ class BoltzmannMachine(Energy):
         return bits if self.units == "bits" else 2.0 * bits - 1.0
 
     def _states(self, n: int) -> Iterator[Tensor]:
-        """Every state of n units, in batches that do not stay in memory."""
+        """Yield all states of n units in batches."""
         return map(self._values, bit_batches(n, self.dtype, self.device))
 
     def extra_repr(self) -> str:
+        """Return the settings that ``repr`` shows."""
         return f"units={self.units!r}, num_visible={self.num_visible}, num_hidden={self.num_hidden}"
 
 
 class Marginal(Energy):
-    r"""The visible units of a Boltzmann machine, :math:`F(v) = -\log \sum_h e^{-E(v, h)}`, the sum
-    taken over every state of h.
+    r"""Energy of the visible units of a Boltzmann machine, with the hidden units summed out.
+
+    .. math:: F(v) = -\log \sum_h e^{-E(v, h)}
 
     Args:
-        machine: with few hidden units; its parameters are shared.
+        machine: a machine with few hidden units; its parameters are shared.
 
     Example:
         >>> machine = BoltzmannMachine(2, 1)
@@ -280,6 +300,7 @@ class Marginal(Energy):
         self.machine = machine
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the energy of each event, in nats: ``(*batch, *event) -> (*batch)``."""
         parts = []
         for hidden in self.machine._states(self.machine.num_hidden):
             shape = (*x.shape[:-1], len(hidden))
@@ -288,18 +309,23 @@ class Marginal(Energy):
         return -torch.stack(parts).logsumexp(0)
 
     def log_partition(self, max_units: int = 24) -> Tensor:
-        r""":math:`\log Z`, that of the machine."""
+        r"""Compute :math:`\log Z`, which is that of the machine.
+
+        Args:
+            max_units: maximum number of units to enumerate.
+        """
         return self.machine.log_partition(max_units)
 
     @property
     def log_z(self) -> float | None:
-        """That of the machine."""
+        """Log of the normalizing constant of the machine in nats; None where it is not known."""
         return self.machine.log_z
 
     @property
     def has_exact_draws(self) -> bool:
-        """Where the machine has them."""
+        """Whether the machine has exact draws."""
         return self.machine.has_exact_draws
 
     def sample(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draw ``num_samples`` exact independent samples, shape ``(num_samples, *event)``."""
         return self.machine.sample(num_samples, generator)[:, : self.machine.num_visible]

@@ -1,5 +1,4 @@
-"""A classifier is an energy: its logits say how likely the image is, and not only which class it
-has."""
+"""Classifiers as energies: their logits define a density of events (JEM)."""
 
 from __future__ import annotations
 
@@ -18,31 +17,35 @@ __all__ = ["ClassifierEnergy", "GivenClass", "check_labels"]
 
 
 class ClassifierEnergy(NeuralEnergy):
-    r"""The energy of events in the logits :math:`f_1, \ldots, f_K` of a classifier (Grathwohl et
-    al., 2020), in an envelope.
+    r"""The energy defined by the logits of a classifier, with an envelope (Grathwohl et al., 2020).
 
     .. math::
 
         E(x, y) = -f_y(x) + \sum_i \frac{(x_i - m_i)^2}{2 s_i^2}, \qquad
         E(x) = -\log \sum_y e^{-E(x, y)}
 
-    ``energy(x)`` is the marginal energy, :meth:`joint_energy` that of an event with its class,
-    :meth:`given` the energy of events of one class; :math:`p(y \mid x) = e^{f_y(x)} / \sum_k
-    e^{f_k(x)}` is the classifier's own, whatever the envelope. A constant added to all logits of an
-    event changes its energy, and no class probability: this is what the classifier left undecided.
+    ``energy(x)`` is the marginal energy, :meth:`joint_energy` that of an event with its class, and
+    :meth:`given` the energy of events of one class. The class probabilities :math:`p(y \mid x) =
+    e^{f_y(x)} / \sum_k e^{f_k(x)}` are those of the classifier, for any envelope. A constant added
+    to all logits of an event changes its energy but no class probability.
 
-    With linear logits it is a mixture of K normal laws of one covariance, and :math:`p(y \mid x)`
-    linear discriminant analysis.
+    With linear logits the density is a mixture of K normal distributions of one covariance, and
+    :math:`p(y \mid x)` is linear discriminant analysis.
 
     Args:
         net: f, a module ``(n, *event) -> (n, K)``.
         event_shape: shape of one event.
         num_classes: K.
-        support, scale, center: as in :class:`~pyroebm.energies.NeuralEnergy`, with its warnings.
+        support: constraint of one event.
+        scale: s, in the unit of x: a number, a tensor of ``event_shape``, or None for no envelope.
+        center: m, in the unit of x: a number, or a tensor of ``event_shape``.
 
     Raises:
-        ValueError: if ``num_classes`` < 1, the logits have another shape, or as
+        ValueError: if ``num_classes`` < 1; when called, if the logits have another shape; as
             :class:`~pyroebm.energies.NeuralEnergy`.
+
+    Warns:
+        UserWarning: as :class:`~pyroebm.energies.NeuralEnergy`.
 
     Example:
         >>> energy = ClassifierEnergy(nn.Linear(2, 3), (2,), 3, scale=1.0)
@@ -66,10 +69,11 @@ class ClassifierEnergy(NeuralEnergy):
         self.num_classes = num_classes
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the energy of each event, in nats: ``(*batch, *event) -> (*batch)``."""
         return self.envelope(x) - torch.logsumexp(self.logits(x), -1)
 
     def logits(self, x: Tensor) -> Tensor:
-        """:math:`f(x)`, ``(*batch, *event) -> (*batch, K)``."""
+        """Return the logits :math:`f(x)`: ``(*batch, *event) -> (*batch, K)``."""
         batch = self.batch_shape(x)
         values: Tensor = self.net(x.reshape(-1, *self.event_shape))
         if values.shape != (batch.numel(), self.num_classes):
@@ -81,40 +85,48 @@ class ClassifierEnergy(NeuralEnergy):
         return values.reshape(*batch, self.num_classes)
 
     def class_log_prob(self, x: Tensor) -> Tensor:
-        r""":math:`\log p(y \mid x)` of every class, ``(*batch, *event) -> (*batch, K)``."""
+        r"""Return :math:`\log p(y \mid x)` of every class: ``(*batch, *event) -> (*batch, K)``."""
         return torch.log_softmax(self.logits(x), -1)
 
     def joint_energy(self, x: Tensor, y: Tensor) -> Tensor:
-        """:math:`E(x, y)` of events and their classes: ``(*batch, *event)`` and int64 ``(*batch)``
-        to ``(*batch)``.
+        """Return the energy :math:`E(x, y)` of events with their classes, shape ``(*batch)``.
+
+        Args:
+            x: events, shape ``(*batch, *event)``.
+            y: classes, int64, shape ``(*batch)``.
 
         Raises:
-            ValueError: unless each y is a class, one for each event.
+            ValueError: if ``y`` has another shape or dtype, or holds numbers that are not classes.
         """
         check_labels(y, self.batch_shape(x), self.num_classes)
         return self.unchecked_joint_energy(x, y)
 
     def unchecked_joint_energy(self, x: Tensor, y: Tensor) -> Tensor:
-        """:meth:`joint_energy` for inner loops, whose classes passed the front door once."""
+        """Compute :meth:`joint_energy` without checks, for inner loops."""
         return self.envelope(x) - self.logits(x).gather(-1, y.unsqueeze(-1)).squeeze(-1)
 
     def given(self, y: int | Tensor) -> GivenClass:
-        """The energy of events of class y, :math:`p(x \\mid y)`: sample it for draws of a class.
-        See :class:`GivenClass`."""
+        r"""Return the energy of events of class y, whose density is :math:`p(x \mid y)`.
+
+        Args:
+            y: a class, or one for each event; see :class:`GivenClass`.
+        """
         return GivenClass(self, y)
 
 
 class GivenClass(Energy):
-    r"""The law of events of one class, :math:`p(x \mid y) \propto e^{-E(x, y)}`; it shares the
-    classifier's parameters.
+    r"""Energy of events of one class, :math:`p(x \mid y) \propto e^{-E(x, y)}`.
+
+    It shares the parameters of the classifier.
 
     Args:
         classifier: a :class:`ClassifierEnergy`.
-        y: a class, or one for each row, int64 ``(rows,)``; ``x`` then has rows first, ``(rows, ...,
-            *event)``, and ``initial(n)`` that many.
+        y: a class, or one for each chain, int64 ``(chains,)``; ``x`` then has shape ``(chains, ...,
+            *event)``, and ``num_chains`` of :meth:`initial` is the number of classes.
 
     Raises:
-        ValueError: if a class is none of the classifier's, or rows and classes differ in number.
+        ValueError: if a number is not a class; when called, if the numbers of chains and classes
+            differ.
 
     Example:
         >>> energy = ClassifierEnergy(nn.Linear(2, 3), (2,), 3, scale=1.0)
@@ -130,28 +142,34 @@ class GivenClass(Energy):
         classes = torch.as_tensor(y, device=classifier.device)
         if classes.dim() > 1:
             raise ValueError(
-                f"y must be one class or one for each row, got shape {tuple(classes.shape)}"
+                f"y must be one class or one for each chain, got shape {tuple(classes.shape)}"
             )
         check_labels(classes, classes.shape, classifier.num_classes)
         self.classifier = classifier
         self.register_buffer("y", classes)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the energy of each event, in nats: ``(*batch, *event) -> (*batch)``."""
         batch = self.batch_shape(x)
         if self.y.dim() and batch[:1] != self.y.shape:
             raise ValueError(
-                f"x must have one row for each of {len(self.y)} classes, got batch shape"
+                f"x must have one chain for each of {len(self.y)} classes, got batch shape"
                 f" {tuple(batch)}"
             )
         classes = self.y.reshape(-1, *[1] * (len(batch) - 1)) if self.y.dim() else self.y
         return self.classifier.unchecked_joint_energy(x, classes.expand(batch))
 
     def initial(self, num_chains: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draw starting states of finite energy, shape ``(num_chains, *event)``."""
         return self.classifier.initial(num_chains, generator)
 
 
 def check_labels(y: Tensor, batch: Sequence[int], num_classes: int) -> None:
-    """ValueError unless ``y`` holds whole numbers of the shape ``batch`` in [0, num_classes)."""
+    """Check that ``y`` holds int64 classes of the shape ``batch``.
+
+    Raises:
+        ValueError: otherwise.
+    """
     if y.dtype != torch.int64 or tuple(y.shape) != tuple(batch):
         raise ValueError(
             f"y must be int64 classes of shape {tuple(batch)}, got {y.dtype} of shape"

@@ -1,4 +1,4 @@
-"""The deep Boltzmann machine: layers of hidden units, each tied to those beside it."""
+"""Deep Boltzmann machines, in which each layer is coupled to the layers next to it."""
 
 from __future__ import annotations
 
@@ -17,32 +17,33 @@ __all__ = ["DeepBoltzmannMachine"]
 
 
 class DeepBoltzmannMachine(LayeredEnergy):
-    r"""Deep Boltzmann machine (Salakhutdinov and Hinton, 2009): an energy over visible and all
-    hidden units.
+    r"""Deep Boltzmann machine, over visible and hidden units (Salakhutdinov and Hinton, 2009).
 
     .. math::
 
         E(v, h_1, \ldots, h_L)
         = -b_0 \cdot v - \sum_l b_l \cdot h_l - v^\top W_1 h_1 - \sum_l h_l^\top W_{l+1} h_{l+1}
 
-    A middle layer feels both of its neighbours: :math:`p(h_1 \mid v, h_2) = \sigma(b_1 + W_1^\top v
-    + W_2 h_2)`. Gaussian visible units have the energy of :class:`pyroebm.energies.GaussianRBM` in
-    the convention ``"hinton"``. The sum over the hidden units has no closed form: likelihoods are
-    bounded (:meth:`variational_bound`), or enumerated where layers are small.
+    The field of a middle layer depends on both neighboring layers: :math:`p(h_1 \mid v, h_2) =
+    \sigma(b_1 + W_1^\top v + W_2 h_2)`. Gaussian visible units have the energy of
+    :class:`pyroebm.energies.GaussianRBM` in the convention ``"hinton"``. The sum over the hidden
+    units has no closed form: likelihoods are bounded (:meth:`variational_bound`), or enumerated if
+    the layers are small.
 
     Args:
-        sizes: units of each layer, the visible one first; at least three layers (two are an RBM).
-        visible: ``"bits"`` or ``"gaussian"``.
-        weights: one matrix for each pair of neighbours, shape ``(n_l, n_{l+1})``; None draws normal
-            numbers of standard deviation 0.01.
-        biases: one vector for each layer, shape ``(n_l,)``; None is 0.
-        log_sigma: :math:`\log \sigma` of Gaussian visible units, shape ``(n_0,)``; None is 0.
+        sizes: number of units of each layer, the visible one first; at least three layers (two are
+            an RBM).
+        visible: type of the visible units, ``"bits"`` (binary) or ``"gaussian"``.
+        weights: one matrix for each pair of neighboring layers, shape ``(n_l, n_{l+1})``; None
+            draws normal numbers of standard deviation 0.01.
+        biases: one vector for each layer, shape ``(n_l,)``; None for 0.
+        log_sigma: :math:`\log \sigma` of Gaussian visible units, shape ``(n_0,)``; None for 0.
         dtype: floating-point type; None for torch's default.
-        generator: source of the initial weights; None is torch's default generator.
+        generator: source of the initial weights; None for torch's default one.
 
     Raises:
-        ValueError: if there are fewer than three layers, a size is below 1, ``visible`` is neither,
-            or a parameter does not fit.
+        ValueError: if there are fewer than three layers, if a size is below 1, if ``visible`` is
+            another string, or if a parameter has another shape or is not finite.
 
     Example:
         >>> machine = DeepBoltzmannMachine([4, 3, 2])
@@ -69,8 +70,8 @@ class DeepBoltzmannMachine(LayeredEnergy):
         check_sizes("DeepBoltzmannMachine", **{f"sizes[{k}]": size for k, size in enumerate(sizes)})
         if len(sizes) < 3:
             raise ValueError(
-                f"sizes must name three layers or more, got sizes={list(sizes)}; two are a"
-                " BernoulliRBM or GaussianRBM"
+                f"sizes must have at least three layers, got sizes={list(sizes)}; use"
+                " BernoulliRBM or GaussianRBM for two"
             )
         if visible not in ("bits", "gaussian"):
             raise ValueError(
@@ -110,6 +111,7 @@ class DeepBoltzmannMachine(LayeredEnergy):
         )
 
     def layers(self) -> Layers:
+        """Return the layers in natural parameters."""
         weights, biases = tuple(self.weights), tuple(self.biases)
         if self.log_sigma is None:
             return Layers(weights, biases)
@@ -126,18 +128,20 @@ class DeepBoltzmannMachine(LayeredEnergy):
     def mean_field(
         self, visible: Tensor, max_steps: int = 100, tolerance: float = 1e-6
     ) -> list[Tensor]:
-        r"""Means :math:`\mu_l` of the factorial q nearest to :math:`p(h \mid v)` in :math:`KL(q \|
-        p)`, one a hidden layer.
+        r"""Compute the means of the factorized q that minimizes :math:`KL(q \| p(h \mid v))`.
 
         .. math:: \mu_l = \sigma(b_l + W_l^\top \mu_{l-1} + W_{l+1} \mu_{l+1}), \qquad \mu_0 = v
 
-        Odd and even layers are updated in turn, so each update can only raise the bound (parallel
-        ones can oscillate). They start from one pass up with doubled weights.
+        Odd and even layers are updated in turn, so that no update decreases the bound (parallel
+        updates can oscillate). The initial means are those of one pass up with doubled weights.
 
         Args:
             visible: v, shape ``(*batch, n_0)``.
-            max_steps: most sweeps.
-            tolerance: sweeps end when no mean moves by more.
+            max_steps: maximum number of sweeps.
+            tolerance: the sweeps stop when no mean changes by more.
+
+        Returns:
+            :math:`\mu_l` of each hidden layer, shape ``(*batch, n_l)``.
         """
         layers = self.layers()
         return layers.mean_field(layers.pass_up(visible), True, max_steps, tolerance)[1:]
@@ -145,18 +149,28 @@ class DeepBoltzmannMachine(LayeredEnergy):
     def variational_free_energy(
         self, visible: Tensor, max_steps: int = 100, tolerance: float = 1e-6
     ) -> Tensor:
-        r""":math:`E_q[E(v, h)] - H(q) \ge F(v)`, q from :meth:`mean_field`; shape of the batch.
+        r"""Compute the variational free energy, an upper bound of F(v); shape of the batch.
 
-        The means are constants of the gradient: at the fixed point their own is 0.
+        .. math:: E_q[E(v, h)] - H(q) \ge F(v)
+
+        with q from :meth:`mean_field`. The means are held fixed in the gradient, since their own
+        gradient is 0 at the fixed point.
+
+        Args:
+            visible: v, shape ``(*batch, n_0)``.
+            max_steps: maximum number of mean-field sweeps.
+            tolerance: tolerance of :meth:`mean_field`.
         """
         means = self.mean_field(visible, max_steps, tolerance)
         entropy = sum(Bernoulli(mean, validate_args=False).entropy().sum(-1) for mean in means)
         return self.layers().energy([visible, *means]) - entropy
 
     def variational_bound(self, visible: Tensor, log_z: float | Tensor | None = None) -> Tensor:
-        r""":math:`\log p(v) \ge -E_q[E(v, h)] + H(q) - \log Z`, shape of the batch.
+        r"""Compute a lower bound of the log-likelihood, shape of the batch.
 
-        With an estimate of log Z that is too low, as AIS gives on average, it is a bound no longer.
+        .. math:: \log p(v) \ge -E_q[E(v, h)] + H(q) - \log Z
+
+        It is not a bound if log Z is an underestimate, as that of AIS is on average.
 
         Args:
             visible: v, shape ``(*batch, n_0)``.
@@ -169,16 +183,20 @@ class DeepBoltzmannMachine(LayeredEnergy):
     def log_likelihood(
         self, visible: Tensor, log_z: float | Tensor | None = None, max_units: int = 20
     ) -> Tensor:
-        r""":math:`\log p(v)` by a sum over every state of every second hidden layer, row by row;
-        shape of the batch.
+        r"""Compute :math:`\log p(v)` by a sum over all states of every second hidden layer.
+
+        Events are evaluated one after the other.
 
         Args:
             visible: v, shape ``(*batch, n_0)``.
-            log_z: :math:`\log Z`; None enumerates.
-            max_units: most hidden units to enumerate.
+            log_z: :math:`\log Z`; None enumerates it.
+            max_units: maximum number of hidden units to enumerate.
+
+        Returns:
+            shape of the batch.
 
         Raises:
-            ValueError: if more have to be.
+            ValueError: if there are more units to enumerate.
         """
         flat = visible.reshape(-1, self.sizes[0])
         rows = [self._clamped(row) for row in flat]
@@ -186,21 +204,20 @@ class DeepBoltzmannMachine(LayeredEnergy):
         if units > max_units:
             raise ValueError(
                 f"log p(v) sums over 2^{units} states of the hidden units, more than"
-                f" max_units={max_units} allows: bound it"
-                " (variational_bound)"
+                f" max_units={max_units} allows: bound it (variational_bound)"
             )
         values = torch.stack([row.log_partition() for row in rows]).reshape(visible.shape[:-1])
         return values - (self.log_partition() if log_z is None else log_z)
 
     def _clamped(self, visible: Tensor) -> Layers:
-        """The hidden layers given one visible state."""
+        """Return the hidden layers given one visible state."""
         layers = self.layers()
         offset = layers.energy([visible, *[torch.zeros_like(bias) for bias in layers.biases[1:]]])
         first = layers.biases[1] + visible @ layers.weights[0]
         return Layers(layers.weights[1:], (first, *layers.biases[2:]), None, offset)
 
     def initial(self, num_chains: int, generator: torch.Generator | None = None) -> Tensor:
-        """Bits from fair coins; Gaussian visible units from their law given those."""
+        """Draw binary units from fair coins, and Gaussian visible units given those."""
         hidden = super().initial(num_chains, generator)
         layers = self.layers()
         if layers.precision is None:
@@ -210,4 +227,5 @@ class DeepBoltzmannMachine(LayeredEnergy):
             return torch.cat([layers.draw(0, layers.field(0, parts), generator), *parts[1:]], -1)
 
     def extra_repr(self) -> str:
+        """Return the settings that ``repr`` shows."""
         return f"sizes={list(self.sizes)}, visible={self.visible!r}"

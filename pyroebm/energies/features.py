@@ -1,5 +1,4 @@
-"""Bits that explain deep features: an energy of events and hidden bits, summed over the bits in
-closed form."""
+"""Energies of events and hidden binary units that are coupled through deep features."""
 
 from __future__ import annotations
 
@@ -22,19 +21,18 @@ __all__ = ["FeatureLatentEnergy", "FeatureLatentJoint"]
 
 
 class FeatureLatentEnergy(Energy):
-    r"""Events on :math:`R^d` with hidden bits :math:`h \in \{0, 1\}^K` that meet them in features
-    :math:`f_\theta`.
+    r"""Energy of events with hidden binary units, coupled through features :math:`f_\theta`.
 
     .. math::
         E(x, h) = x'x + h'W f_\theta(x) - c'h - b'x, \qquad
         F(x) = x'x - b'x - \sum_k \log\left(1 + e^{c_k - (W f_\theta(x))_k}\right)
 
-    The energy of an event is the free energy F, in which the bits are summed out. Given x they are
-    independent, :math:`p(h_k = 1 \mid x) = \sigma(c_k - (W f_\theta(x))_k)`; given h the entries of
-    x are not, unless f acts on each alone. With f(x) = x and W in place of -W it is a Gaussian RBM
-    of variance 1/2 (Welling, Rosen-Zvi and Hinton, "Exponential family harmoniums", 2004). Features
-    that grow no faster than :math:`|x|` leave :math:`Z < \infty`; the events should have a variance
-    of about 1/2, which is that of :math:`e^{-x'x}`.
+    The energy of an event is the free energy F, in which the hidden units :math:`h \in \{0, 1\}^K`
+    are summed out. Given x they are independent, :math:`p(h_k = 1 \mid x) = \sigma(c_k - (W
+    f_\theta(x))_k)`; given h the entries of x are dependent, unless f acts on each entry alone.
+    With f(x) = x and W in place of -W it is a Gaussian RBM of variance 1/2 (Welling, Rosen-Zvi and
+    Hinton, "Exponential family harmoniums", 2004). Z is finite if the features grow no faster than
+    :math:`|x|`. The events should have a variance of about 1/2, which is that of :math:`e^{-x'x}`.
 
     The gradient of the log-likelihood, in :math:`\theta`, W, b and c alike, is
 
@@ -44,20 +42,21 @@ class FeatureLatentEnergy(Energy):
     and both terms are gradients of :meth:`expected_energy`.
 
     Args:
-        features: f, a module ``(n, *event) -> (n, m)``; smooth, without batch normalisation.
+        features: f, a module ``(n, *event) -> (n, m)``; smooth, without batch normalization.
         event_shape: shape of one event.
         num_hidden: K.
         weight: W, shape ``(K, m)``; None draws entries of standard deviation :math:`1 / \sqrt m`.
-        visible_bias: b, of ``event_shape``, in units of 1 / x; None is 0.
-        hidden_bias: c, shape ``(K,)``; None is 0.
-        generator: source of the initial W.
-
-    Warns:
-        UserWarning: of batch normalisation and of piecewise linear features, as
-        :class:`~pyroebm.energies.NeuralEnergy`.
+        visible_bias: b, of ``event_shape``, in the unit of 1 / x; None for 0.
+        hidden_bias: c, shape ``(K,)``; None for 0.
+        generator: source of the initial W; None for torch's default one.
 
     Raises:
-        ValueError: if ``num_hidden`` < 1, the features are no rows, or a shape does not fit.
+        ValueError: if ``num_hidden`` < 1, if the features are not vectors, or if a parameter has
+            another shape.
+
+    Warns:
+        UserWarning: for batch normalization and for piecewise linear features, as
+            :class:`~pyroebm.energies.NeuralEnergy`.
 
     Example:
         >>> energy = FeatureLatentEnergy(
@@ -118,58 +117,61 @@ class FeatureLatentEnergy(Energy):
         return probe.shape[1]
 
     def hidden_logits(self, x: Tensor) -> Tensor:
-        """:math:`c - W f(x)`, the log-odds of each bit: ``(*batch, *event) -> (*batch, K)``."""
+        """Return the log-odds :math:`c - W f(x)` of the hidden units, shape ``(*batch, K)``."""
         batch = self.batch_shape(x)
         features: Tensor = self.features(x.reshape(-1, *self.event_shape))
         return (self.hidden_bias - features @ self.weight.mT).reshape(*batch, -1)
 
     def hidden_given(self, x: Tensor) -> Distribution:
-        """:math:`p(h \\mid x)`: batch shape ``(*batch)``, events ``(K,)``."""
+        r"""Return :math:`p(h \mid x)`, with batch shape ``(*batch)`` and events ``(K,)``."""
         return Independent(Bernoulli(logits=self.hidden_logits(x)), 1)
 
     def quadratic(self, x: Tensor) -> Tensor:
-        """:math:`x'x - b'x`, what no bit changes: ``(*batch, *event) -> (*batch)``."""
+        """Return :math:`x'x - b'x`, the term without hidden units, shape of the batch."""
         return event_sum(x * x - self.visible_bias * x, len(self.event_shape))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the energy of each event, in nats: ``(*batch, *event) -> (*batch)``."""
         return self.quadratic(x) - softplus(self.hidden_logits(x)).sum(-1)
 
     def expected_energy(self, x: Tensor) -> Tensor:
-        r""":math:`E_{p(h \mid x)}[E(x, h)]` with :math:`p(h \mid x)` held fixed, ``(*batch, *event)
-        -> (*batch)``.
+        r"""Return :math:`E_{p(h \mid x)}[E(x, h)]`, without a gradient in :math:`p(h \mid x)`.
 
         Its gradient in the parameters is :math:`E_{p(h \mid x)}[\nabla E(x, h)]`, which is that of
-        the free energy; its value is not (the entropy of the bits lies between).
+        the free energy. Its value is larger than the free energy by the entropy of the units.
+
+        Args:
+            x: events, shape ``(*batch, *event)``.
         """
         logits = self.hidden_logits(x)
         return self.quadratic(x) - (torch.sigmoid(logits).detach() * logits).sum(-1)
 
     def joint(self) -> FeatureLatentJoint:
-        """The energy of events and bits together; it shares the parameters."""
+        """Return the energy of events and hidden units together, which shares the parameters."""
         return FeatureLatentJoint(self)
 
     def marginal(self) -> FeatureLatentEnergy:
-        """The energy of events alone: this one."""
+        """Return this energy, which is over events alone."""
         return self
 
     def initial(self, num_chains: int, generator: torch.Generator | None = None) -> Tensor:
-        """Draws of the law without bits, :math:`N(b / 2, 1/2)`."""
+        """Draw from the density without hidden units, :math:`N(b / 2, 1/2)`."""
         noise = standard_normal((num_chains, *self.event_shape), generator, self.dtype, self.device)
         return 0.5 * self.visible_bias.detach() + math.sqrt(0.5) * noise
 
 
 class FeatureLatentJoint(Energy):
-    r"""Events and bits side by side in one flat event, :math:`E(x, h)`.
+    r"""Energy :math:`E(x, h)` of events and hidden units in one flat event.
 
-    Only the bits can be drawn given the rest: :math:`p(x \mid h) \propto e^{b'x - x'x - h'W f(x)}`
-    couples the coordinates of x through the features, and is no law with a name. Sample x from
-    :meth:`marginal` with a gradient, then h given x.
+    Only the hidden units can be drawn given the rest: :math:`p(x \mid h) \propto e^{b'x - x'x - h'W
+    f(x)}` couples the coordinates of x through the features, and has no closed form. Sample x from
+    :meth:`marginal` with a gradient-based kernel, then h given x.
 
     Args:
-        energy: a :class:`FeatureLatentEnergy`, whose parameters it shares.
+        energy: the energy over events; its parameters are shared.
 
     Attributes:
-        blocks: where ``visible`` (an event, flattened) and ``hidden`` lie.
+        blocks: slices of ``visible`` (the flattened event) and ``hidden``.
 
     Example:
         >>> joint = FeatureLatentEnergy(nn.Linear(2, 4), (2,), num_hidden=3).joint()
@@ -189,38 +191,43 @@ class FeatureLatentJoint(Energy):
         self.blocks = {"visible": slice(0, d), "hidden": slice(d, d + hidden)}
 
     def split(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        """Events ``(*batch, *event)`` and bits ``(*batch, K)`` of states of both."""
+        """Split joint states into events ``(*batch, *event)`` and hidden units ``(*batch, K)``."""
         batch = self.batch_shape(states)
         return states[..., self.blocks["visible"]].reshape(
             *batch, *self.energy.event_shape
         ), states[..., self.blocks["hidden"]]
 
     def forward(self, states: Tensor) -> Tensor:
+        """Return the energy of each event, in nats: ``(*batch, *event) -> (*batch)``."""
         x, h = self.split(states)
         return self.energy.quadratic(x) - (h * self.energy.hidden_logits(x)).sum(-1)
 
     def conditional(self, block: str, states: Tensor) -> Distribution:
-        """:math:`p(h \\mid x)` for the block ``hidden``; what the states have there is ignored.
+        r"""Return :math:`p(h \mid x)` for the block ``hidden``; the hidden entries are ignored.
+
+        Args:
+            block: ``"hidden"``.
+            states: joint states, shape ``(chains, d + K)``.
 
         Raises:
-            ValueError: for ``visible``, whose conditional has no closed form, and for what is no
-                block.
+            ValueError: for ``visible``, whose conditional has no closed form, and for unknown
+                names.
         """
         if block == "visible":
             raise ValueError(
                 "p(x | h) couples the coordinates of x through the features: it has no closed"
-                " form. Sample marginal() with a"
-                " gradient, and h given x"
+                " form. Sample marginal() with a gradient-based kernel, and then h given x"
             )
         if block != "hidden":
             raise ValueError(f"block must be one of {list(self.blocks)}, got block={block!r}")
         return self.energy.hidden_given(self.split(states)[0])
 
     def marginal(self) -> FeatureLatentEnergy:
-        """The energy of events alone."""
+        """Return the energy of events alone."""
         return self.energy
 
     def initial(self, num_chains: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draw starting states of finite energy, shape ``(num_chains, *event)``."""
         x = self.energy.initial(num_chains, generator)
         with torch.no_grad():
             p = torch.sigmoid(self.energy.hidden_logits(x))

@@ -1,5 +1,4 @@
-"""Lattices: Ising spins and Potts colors, with log Z by the transfer matrix where the lattice is
-narrow."""
+"""Lattice models: Ising and Potts, with log Z by the transfer matrix for narrow lattices."""
 
 from __future__ import annotations
 
@@ -21,35 +20,34 @@ from pyroebm.core.supports import site_values, spin
 
 __all__ = ["Ising", "Lattice", "Potts"]
 
-#: The transfer matrix has as many rows as one row of the lattice has states; above this many it is
-#: not made.
+#: Maximum size of the transfer matrix: the number of states of one row of the lattice.
 MAX_STATES = 1024
 
 
 class Lattice(Energy):
-    r"""Sites on a chain or a square lattice, each a vector :math:`x_i`, with equal bonds between
-    nearest neighbours.
+    r"""Sites on a chain or a square lattice with equal couplings between nearest neighbors.
 
     .. math:: E(x) = -J \sum_{\langle i j \rangle} x_i \cdot x_j - \sum_i h_i \cdot x_i
 
+    with a vector :math:`x_i` at each site.
+
     Args:
         shape: sides of the lattice, one or two.
-        width: entries of one site: 1, or K of a one-hot row.
+        width: number of entries of one site: 1, or K for one-hot sites.
         support: constraint of an event.
         coupling: :math:`J`, in nats.
-        field: :math:`h`, in nats, a number or what broadcasts to the event.
-        periodic: whether opposite borders are neighbours (a ring, a torus).
+        field: :math:`h`, in nats, a number or a tensor that broadcasts to the event.
+        periodic: whether opposite borders are neighbors (a ring, a torus).
         dtype: floating-point type; None for torch's default.
 
     Attributes:
         blocks: the two halves of the checkerboard, "even" and "odd", as indices into the flat
-            event: what :class:`pyroebm.kernels.BlockGibbs` asks for. A periodic side of odd length
-                has no
-            checkerboard, and then there is no such attribute.
+            event, for :class:`pyroebm.kernels.BlockGibbs`. Empty if a periodic side has an odd
+            length, since there is no checkerboard then.
 
     Raises:
-        ValueError: if ``shape`` has not one or two sides, a side is too short, or a number is not
-            finite.
+        ValueError: if ``shape`` does not have one or two sides, if a side is too short, or if a
+            number is not finite.
 
     Example:
         >>> isinstance(Ising((3, 3)), Lattice)
@@ -58,7 +56,7 @@ class Lattice(Energy):
 
     field: Tensor
     coupling: Tensor
-    neighbours: Tensor
+    neighbors: Tensor
     bonds: Tensor
     blocks: dict[str, Tensor]
 
@@ -88,8 +86,8 @@ class Lattice(Energy):
                 f"coupling must be one finite number and field finite, got coupling={coupling},"
                 f" field={field}"
             )
-        neighbours, bonds = _neighbours(self.shape, periodic)
-        self.register_buffer("neighbours", neighbours)
+        neighbors, bonds = _neighbors(self.shape, periodic)
+        self.register_buffer("neighbors", neighbors)
         self.register_buffer("bonds", bonds.to(dtype))
         self.blocks: dict[str, Tensor] = {}
         if not periodic or all(side % 2 == 0 for side in self.shape):
@@ -111,6 +109,7 @@ class Lattice(Energy):
         return site_values(self.support, self.event_shape, self.dtype, self.device)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the energy of each event, in nats: ``(*batch, *event) -> (*batch)``."""
         batch = self.batch_shape(x)
         sites = x.reshape(*batch, *self.shape, -1)
         bonds = torch.zeros(batch, dtype=x.dtype, device=x.device)
@@ -122,16 +121,22 @@ class Lattice(Energy):
         return -self.coupling * bonds - (self.field * x).flatten(len(batch)).sum(-1)
 
     def local_field(self, x: Tensor, site: Tensor) -> Tensor:
-        r""":math:`J \sum_{j \sim i} x_j + h_i` of sites ``site`` ``(chains, n)``: ``(chains, n,
-        width)``."""
+        r"""Return the local field :math:`J \sum_{j \sim i} x_j + h_i` of given sites.
+
+        Args:
+            x: states, shape ``(chains, *event)``.
+            site: numbers of the sites, shape ``(chains, n)``, int64.
+
+        Returns:
+            shape ``(chains, n, width)``.
+        """
         sites = x.reshape(len(x), self.shape.numel(), -1)
         row = torch.arange(len(x), device=x.device)[:, None, None]
-        around = (sites[row, self.neighbours[site]] * self.bonds[site].unsqueeze(-1)).sum(2)
+        around = (sites[row, self.neighbors[site]] * self.bonds[site].unsqueeze(-1)).sum(2)
         return self.coupling * around + self.field.reshape(sites.shape[1:])[site]
 
     def site_logits(self, x: Tensor, site: Tensor) -> Tensor:
-        """Log-probabilities, unnormalised, of the values of one site of each row, from its
-        neighbors."""
+        """Return the log-probabilities of the values of one site of each chain, ``(chains, K)``."""
         return self.local_field(x, site.unsqueeze(1)).squeeze(1) @ self._values().mT
 
     def _block_field(self, block: str, x: Tensor) -> Tensor:
@@ -143,10 +148,10 @@ class Lattice(Energy):
 
     @property
     def log_z(self) -> float | None:
-        r""":math:`\log Z` by the transfer matrix (Kramers and Wannier, 1941), in float64.
+        r"""Log Z in nats by the transfer matrix in float64 (Kramers and Wannier, 1941).
 
-        None where a row along the shorter side has more than 1,024 states (Ising: 10 spins), or
-        where a row's energy exceeds 300 nats and its exponential comes near the range of float64.
+        None if a row along the shorter side has more than 1,024 states (Ising: 10 spins), or if the
+        energy of a row exceeds 300 nats, since its exponential could then overflow.
         """
         values = self._values().double().cpu()
         field = self.field.double().cpu().reshape(*self.shape, -1)
@@ -182,24 +187,23 @@ class Lattice(Energy):
 
 
 class Ising(Lattice):
-    r"""The Ising model (Ising, 1925): spins :math:`x_i \in \{-1, +1\}` on a chain or a square
-    lattice.
+    r"""The Ising model (Ising, 1925) on a chain or a square lattice, with spins -1 and +1.
 
     .. math:: E(x) = -J \sum_{\langle i j \rangle} x_i x_j - \sum_i h_i x_i
 
-    The temperature is in the numbers: J stands for :math:`J / k T`. The square lattice orders at
-    :math:`J = \tfrac12 \log(1 + \sqrt 2) \approx 0.4407` (Onsager, 1944).
+    Couplings are in units of the temperature: J is :math:`J / k T`. The critical coupling of the
+    square lattice is :math:`J = \tfrac12 \log(1 + \sqrt 2) \approx 0.4407` (Onsager, 1944).
 
     Args:
-        shape: sides of the lattice ``(L,)`` or ``(L1, L2)``, the event shape.
+        shape: sides of the lattice, ``(L,)`` or ``(L1, L2)``; the event shape.
         coupling: :math:`J`, positive for a ferromagnet.
         field: :math:`h`, a number or one for each site.
-        periodic: a ring or a torus; else open borders.
+        periodic: whether the lattice is a ring or torus; otherwise its borders are open.
         dtype: floating-point type; None for torch's default.
 
     Raises:
-        ValueError: if ``shape`` has not one or two sides, a side is too short, or a number is not
-            finite.
+        ValueError: if ``shape`` does not have one or two sides, if a side is too short, or if a
+            number is not finite.
 
     Example:
         >>> e = Ising((3, 3), coupling=0.2)
@@ -219,11 +223,16 @@ class Ising(Lattice):
         super().__init__(_sides(shape, periodic), shape, spin, coupling, field, periodic, dtype)
 
     def conditional(self, block: str, x: Tensor) -> Distribution:
-        """The spins of half a checkerboard given the other half."""
-        law: Distribution = SpinBernoulli(
+        """Return the distribution of the spins of half a checkerboard given the other half.
+
+        Args:
+            block: ``"even"`` or ``"odd"``.
+            x: states, shape ``(chains, *event)``.
+        """
+        spins: Distribution = SpinBernoulli(
             self._block_field(block, x).squeeze(2), validate_args=False
         ).to_event(1)
-        return law
+        return spins
 
 
 class Potts(Lattice):
@@ -231,20 +240,21 @@ class Potts(Lattice):
 
     .. math:: E(x) = -J \sum_{\langle i j \rangle} x_i \cdot x_j - \sum_i h_i \cdot x_i
 
-    where :math:`x_i \cdot x_j` is 1 for equal colors and 0 for others. Two colors are an Ising
-    model of half the coupling. The square lattice orders at :math:`J = \log(1 + \sqrt q)`.
+    where :math:`x_i \cdot x_j` is 1 for equal colors, else 0. With two colors it is an Ising model
+    of half the coupling. The critical coupling of the square lattice is :math:`J = \log(1 + \sqrt
+    q)`.
 
     Args:
         shape: sides of the lattice, ``(L,)`` or ``(L1, L2)``; the event shape is ``(*shape, q)``.
         num_colors: q >= 2.
         coupling: :math:`J`, positive for a ferromagnet.
         field: :math:`h`, a number, one for each color ``(q,)``, or ``(*shape, q)``.
-        periodic: a ring or a torus; else open borders.
+        periodic: whether the lattice is a ring or torus; otherwise its borders are open.
         dtype: floating-point type; None for torch's default.
 
     Raises:
-        ValueError: if ``shape`` has not one or two sides, a side or q is too small, or a number is
-            not finite.
+        ValueError: if ``shape`` does not have one or two sides, if a side or q is too small, or if
+            a number is not finite.
 
     Example:
         >>> e = Potts((3,), num_colors=3, coupling=0.0)
@@ -270,19 +280,24 @@ class Potts(Lattice):
         )
 
     def conditional(self, block: str, x: Tensor) -> Distribution:
-        """The colors of half a checkerboard given the other half."""
-        law: Distribution = OneHotCategorical(
+        """Return the distribution of the colors of half a checkerboard given the other half.
+
+        Args:
+            block: ``"even"`` or ``"odd"``.
+            x: states, shape ``(chains, *event)``.
+        """
+        colors: Distribution = OneHotCategorical(
             logits=self._block_field(block, x), validate_args=False
         ).to_event(1)
-        return law
+        return colors
 
 
 def _sides(shape: Sequence[int], periodic: bool) -> tuple[int, ...]:
-    # on a ring of two, each site would be both neighbours of the other
-    least = 3 if periodic else 1
-    if len(shape) not in (1, 2) or any(side < least for side in shape):
+    # in a ring of two sites there would be two bonds between the same sites
+    shortest = 3 if periodic else 1
+    if len(shape) not in (1, 2) or any(side < shortest for side in shape):
         raise ValueError(
-            f"shape must have one or two sides, each at least {least}"
+            f"shape must have one or two sides, each at least {shortest}"
             f" {'on a torus' if periodic else 'with open borders'}, got"
             f" shape={tuple(shape)}"
         )
@@ -299,9 +314,11 @@ def _broadcast(field: Tensor, shape: torch.Size) -> Tensor:
         ) from None
 
 
-def _neighbours(shape: torch.Size, periodic: bool) -> tuple[Tensor, Tensor]:
-    """For each site the numbers of its neighbours, and 1 for each bond or 0 beyond an open border:
-    both ``(sites, 2 * dims)``."""
+def _neighbors(shape: torch.Size, periodic: bool) -> tuple[Tensor, Tensor]:
+    """Return the numbers of the neighbors of each site, and whether each bond exists.
+
+    Bonds across an open border do not exist. Both have shape ``(sites, 2 * dims)``.
+    """
     number = torch.arange(shape.numel()).reshape(shape)
     found, bonds = [], []
     for axis, side in enumerate(shape):

@@ -1,5 +1,4 @@
-"""Energies made of layers: what is shared by the view of all their units and by that of the visible
-ones."""
+"""Base classes of machines with layers: over all units, and over the visible ones."""
 
 from __future__ import annotations
 
@@ -24,19 +23,19 @@ __all__ = [
     "parameter",
 ]
 
-#: States of the side that is enumerated times units of the other, up to which ``log_z`` is known
-#: without being asked for by name.
+#: ``log_z`` is computed by enumeration if the number of states of the enumerated side, times the
+#: number of units of the other, is at most this.
 MAX_WORK = 1 << 26
 
 
 class LayeredMachine(Energy):
-    """An energy that is made of :class:`Layers`: over all of them, or over the visible one.
+    """Base class of energies defined by :class:`Layers`, over all layers or the visible one.
 
-    A subclass writes :meth:`layers`, whose tensors carry gradients of its parameters.
+    A subclass defines :meth:`layers`, whose tensors have gradients in its parameters.
 
     Attributes:
-        log_z: by enumeration in float64 where that takes less than a second or so, else None;
-            :meth:`log_partition` computes it anyway.
+        log_z: log Z in nats by enumeration in float64, if that takes less than about a second, else
+            None; :meth:`log_partition` computes it for larger machines.
 
     Example:
         >>> from pyroebm.energies import BernoulliRBM
@@ -45,30 +44,29 @@ class LayeredMachine(Energy):
     """
 
     def layers(self) -> Layers:
-        """The layers, in natural parameters."""
+        """Return the layers in natural parameters."""
         raise NotImplementedError(f"{type(self).__name__} must define layers()")
 
     def joint(self) -> LayeredEnergy:
-        """The energy of all layers together, with blocks for Gibbs sampling. It shares the
-        parameters."""
+        """Return the energy of all layers, with Gibbs blocks; it shares the parameters."""
         return Joint(self)
 
     def log_partition(self, max_units: int = 24) -> Tensor:
-        r""":math:`\log Z` by a sum over every state of the smaller side of the layers;
-        differentiable, shape ``()``.
+        r"""Compute log Z by a sum over all states of the smaller side, shape ``()``.
+
+        It is differentiable. A side consists of all even or of all odd layers.
 
         Args:
-            max_units: most bits to enumerate; each one more doubles the time.
+            max_units: maximum number of units to enumerate; each additional unit doubles the time.
 
         Raises:
-            ValueError: if the smaller side has more bits.
+            ValueError: if the smaller side has more units.
         """
         units = self._enumerated()
         if units > max_units:
             raise ValueError(
                 f"log Z of {type(self).__name__} needs a sum over 2^{units} states, more than"
-                f" max_units={max_units} allows:"
-                " estimate it (pyroebm.partition)"
+                f" max_units={max_units} allows: estimate it (pyroebm.partition)"
             )
         return self.layers().log_partition()
 
@@ -83,6 +81,7 @@ class LayeredMachine(Energy):
 
     @property
     def log_z(self) -> float | None:
+        """Log of the normalizing constant in nats; None where it is not known."""
         if not self._is_small:
             return None
         with torch.no_grad():
@@ -90,14 +89,24 @@ class LayeredMachine(Energy):
 
     @property
     def has_exact_draws(self) -> bool:
-        """Where the smaller side can be enumerated."""
+        """Whether the smaller side can be enumerated."""
         return self._is_small
 
     def draw_layers(
         self, num_samples: int, generator: torch.Generator | None = None
     ) -> list[Tensor]:
-        """``num_samples`` exact independent draws of all layers; NotImplementedError where none are
-        to be had."""
+        """Draw exact independent samples of all layers.
+
+        Args:
+            num_samples: number of draws.
+            generator: source of randomness; None for torch's default one.
+
+        Returns:
+            states of each layer, shape ``(num_samples, n_l)``.
+
+        Raises:
+            NotImplementedError: if the smaller side is too large to enumerate.
+        """
         if not self._is_small:
             raise NotImplementedError(
                 f"{type(self).__name__} is too large for exact draws; sample joint() with"
@@ -107,17 +116,19 @@ class LayeredMachine(Energy):
             return self.layers().sample(num_samples, generator)
 
     def sample(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draw ``num_samples`` exact independent samples, shape ``(num_samples, *event)``."""
         return self.draw_layers(num_samples, generator)[0]
 
 
 class LayeredEnergy(LayeredMachine):
-    """An energy over all layers side by side in one flat event, with the layers as blocks for
-    :class:`pyroebm.kernels.BlockGibbs`.
+    """Base class of energies over all layers in one flat event, with the layers as Gibbs blocks.
+
+    The blocks are those of :class:`pyroebm.kernels.BlockGibbs`.
 
     Attributes:
-        blocks: where each layer lies in the event, by name: ``visible``, then ``hidden`` or
+        blocks: slice of each layer in the event, by name: ``visible``, then ``hidden`` or
             ``hidden1``, ``hidden2``, ...
-        num_visible: units of the visible layer.
+        num_visible: number of visible units.
 
     Example:
         >>> from pyroebm.energies import BernoulliRBM
@@ -139,40 +150,50 @@ class LayeredEnergy(LayeredMachine):
         )
 
     def joint(self) -> LayeredEnergy:
+        """Return this energy, which is over all layers."""
         return self
 
     def marginal(self) -> Energy:
-        """The energy of the visible units alone.
+        """Return the energy of the visible units alone.
 
         Raises:
-            ValueError: where the sum over the hidden units has no closed form.
+            ValueError: if the sum over the hidden units has no closed form.
         """
         raise ValueError(
-            f"the hidden units of {type(self).__name__} lie in {len(self.blocks) - 1} layers that"
-            " depend on each other:"
-            " the sum over them has no closed form; work with joint(), bound the likelihood"
+            f"{type(self).__name__} has {len(self.blocks) - 1} hidden layers that depend on each"
+            " other: the sum over them has no closed form; use joint(), bound the likelihood"
             " (variational_bound), or estimate it"
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the energy of each event, in nats: ``(*batch, *event) -> (*batch)``."""
         layers = self.layers()
         return layers.energy(layers.split(x))
 
     def conditional(self, block: str, x: Tensor) -> Distribution:
-        """The law of a layer given those beside it; what ``x`` has in the layer itself is
-        ignored."""
+        """Return the distribution of a layer given those next to it.
+
+        Args:
+            block: name of the layer.
+            x: states, shape ``(chains, *event)``; the entries of the layer itself are ignored.
+
+        Raises:
+            ValueError: if there is no such layer.
+        """
         if block not in self.blocks:
             raise ValueError(f"block must be one of {list(self.blocks)}, got block={block!r}")
         layers, index = self.layers(), list(self.blocks).index(block)
-        return layers.law(index, layers.field(index, layers.split(x)))
+        return layers.distribution(index, layers.field(index, layers.split(x)))
 
     def sample(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draw ``num_samples`` exact independent samples, shape ``(num_samples, *event)``."""
         return torch.cat(self.draw_layers(num_samples, generator), -1)
 
 
 class Joint(LayeredEnergy):
-    """All layers of a machine whose own events are the visible ones; it shares the machine's
-    parameters.
+    """Energy of all layers of a machine whose own events are the visible layer.
+
+    It shares the machine's parameters.
 
     Args:
         machine: for example an RBM.
@@ -189,12 +210,15 @@ class Joint(LayeredEnergy):
         self.machine = machine
 
     def layers(self) -> Layers:
+        """Return the layers of the machine."""
         return self.machine.layers()
 
     def marginal(self) -> Energy:
+        """Return the machine, whose events are the visible layer."""
         return self.machine
 
     def initial(self, num_chains: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draw starting states of finite energy, shape ``(num_chains, *event)``."""
         layers, visible = self.layers(), self.machine.initial(num_chains, generator)
         with torch.no_grad():
             return torch.cat(
@@ -203,7 +227,7 @@ class Joint(LayeredEnergy):
 
 
 def layered_support(sizes: Sequence[int], gaussian: bool) -> Constraint:
-    """Bits everywhere, or real numbers in the first layer."""
+    """Return the support: binary units, with real numbers in the first layer if ``gaussian``."""
     if not gaussian:
         return constraints.boolean
     return constraints.cat(
@@ -212,7 +236,7 @@ def layered_support(sizes: Sequence[int], gaussian: bool) -> Constraint:
 
 
 def layer_names(num_layers: int) -> list[str]:
-    """``visible``, and ``hidden``, or ``hidden1``, ``hidden2`` and so on."""
+    """Return ``visible`` and ``hidden``, or ``visible``, ``hidden1``, ``hidden2`` and so on."""
     return (
         ["visible", "hidden"]
         if num_layers == 2
@@ -221,11 +245,15 @@ def layer_names(num_layers: int) -> list[str]:
 
 
 def check_sizes(name: str, **sizes: object) -> None:
-    """ValueError unless every layer has a unit."""
+    """Check that every layer has at least one unit.
+
+    Raises:
+        ValueError: otherwise.
+    """
     for argument, size in sizes.items():
         if isinstance(size, bool) or not isinstance(size, Integral) or size < 1:
             raise ValueError(
-                f"{name}: {argument} must be a whole number of at least 1, got {argument}={size!r}"
+                f"{name}: {argument} must be an integer of at least 1, got {argument}={size!r}"
             )
 
 
@@ -237,8 +265,11 @@ def parameter(
     dtype: torch.dtype | None,
     generator: torch.Generator | None = None,
 ) -> nn.Parameter:
-    """A trainable copy of ``value``, or normal numbers of standard deviation ``std``; ValueError
-    unless it fits and is finite."""
+    """Return a parameter: a copy of ``value``, or normal numbers of standard deviation ``std``.
+
+    Raises:
+        ValueError: if ``value`` has another shape or is not finite.
+    """
     dtype = torch.get_default_dtype() if dtype is None else dtype
     if value is not None:
         start = torch.as_tensor(value).detach().to(dtype, copy=True)

@@ -1,5 +1,4 @@
-"""Energies made of networks: any module, a perceptron, a convolutional net, each with what makes it
-normalisable."""
+"""Energies defined by neural networks, with an envelope that makes them normalizable."""
 
 from __future__ import annotations
 
@@ -21,35 +20,36 @@ from pyroebm.nn.mlp import mlp
 
 __all__ = ["ConvEnergy", "MLPEnergy", "NeuralEnergy", "row_values", "warn_of_network"]
 
-#: Modules whose output for one row depends on the others, and those without a second derivative.
+#: Modules whose output for one event depends on the others, and those without second derivatives.
 COUPLING = (BatchNorm,)
 PIECEWISE_LINEAR = (nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.ReLU6, nn.Hardtanh)
 
 
 class NeuralEnergy(Energy):
-    r"""A network as an energy, in a quadratic envelope that makes it normalisable.
+    r"""A network as an energy, with a quadratic envelope that makes it normalizable.
 
     .. math:: E(x) = f_\theta(x) + \sum_i \frac{(x_i - m_i)^2}{2 s_i^2}
 
-    A perceptron of the usual activations grows no faster than :math:`|x|`, so that :math:`Z <
-    \infty` with an envelope; on R^d without one it may well be infinite. Bounded and discrete
-    supports need none.
+    A perceptron with the usual activations grows no faster than :math:`|x|`, so that :math:`Z <
+    \infty` with an envelope. On R^d without one Z may be infinite. Bounded and discrete supports
+    need no envelope.
 
     Args:
         net: :math:`f_\theta`, a module ``(n, *event) -> (n,)`` or ``(n, 1)``.
         event_shape: shape of one event.
         support: constraint of one event.
-        scale: :math:`s`, in units of x: a number, a tensor of ``event_shape``, or None for no
+        scale: :math:`s`, in the unit of x: a number, a tensor of ``event_shape``, or None for no
             envelope.
-        center: :math:`m`, likewise.
-
-    Warns:
-        UserWarning: of a real support without envelope (:math:`Z` may be infinite), of batch
-            normalisation (it couples rows), of piecewise linear activations (their second
-            derivative is zero almost everywhere, so score matching learns nothing from it).
+        center: :math:`m`, in the unit of x: a number, or a tensor of ``event_shape``.
 
     Raises:
-        ValueError: if ``scale`` is not positive and finite, or does not fit ``event_shape``.
+        ValueError: if ``scale`` is not positive and finite, or if ``scale`` or ``center`` does not
+            broadcast to ``event_shape``.
+
+    Warns:
+        UserWarning: for a real support without envelope (:math:`Z` may be infinite), for batch
+            normalization (it couples events), and for piecewise linear activations (their second
+            derivative is zero almost everywhere, so score matching cannot train them).
 
     Example:
         >>> energy = NeuralEnergy(
@@ -95,29 +95,32 @@ class NeuralEnergy(Energy):
             ) from error
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the energy of each event, in nats: ``(*batch, *event) -> (*batch)``."""
         values = row_values(self.net, x, self.event_shape)
         return values if self.scale is None else values + self.envelope(x)
 
     def envelope(self, x: Tensor) -> Tensor:
-        """The quadratic term, ``(*batch, *event) -> (*batch)``; 0 without one."""
+        """Return the quadratic term: ``(*batch, *event) -> (*batch)``; 0 without an envelope."""
         if self.scale is None:
             return x.new_zeros(self.batch_shape(x))
         return event_sum(0.5 * ((x - self.center) / self.scale) ** 2, len(self.event_shape))
 
     def fit_envelope(self, data: Tensor, factor: float = 2.0) -> None:
-        """Set m to the mean of the data and s to ``factor`` times their largest standard deviation,
-        the same for all entries.
+        """Set the center of the envelope to the mean of data, and its scale from their deviation.
+
+        The scale is ``factor`` times the largest standard deviation, the same for all entries.
 
         Args:
-            data: rows ``(N, *event)``.
-            factor: larger leaves more room, and more that the network must learn to empty.
+            data: events, shape ``(N, *event)``, of the dtype and device of the energy.
+            factor: ratio of the scale to the standard deviation. A wider envelope restricts the
+                network less, but the network must then learn to exclude more of the space.
 
         Raises:
-            ValueError: if there is no envelope, ``factor`` is not positive, or the data do not fit
-                or do not vary.
+            ValueError: if there is no envelope, if ``factor`` is not positive, or if the data have
+                another shape, dtype or device, or do not vary.
         """
         if self.scale is None:
-            raise ValueError("fit_envelope needs an envelope: give scale when the energy is made")
+            raise ValueError("fit_envelope needs an envelope: give scale to the constructor")
         self.check_states(data, "data")
         spread = data.std(0, correction=0).max()
         if not (0.0 < factor < math.inf and bool(spread > 0) and bool(torch.isfinite(spread))):
@@ -129,8 +132,14 @@ class NeuralEnergy(Energy):
         self.scale.fill_(factor * spread)
 
     def initial(self, num_chains: int, generator: torch.Generator | None = None) -> Tensor:
-        """Starting states; with an envelope on R^d they are drawn from its normal law, cut to half
-        its width."""
+        """Draw starting states, shape ``(num_chains, *event)``.
+
+        With an envelope on R^d they are normal, with half the scale of the envelope.
+
+        Args:
+            num_chains: number of states.
+            generator: source of randomness; None for torch's default one.
+        """
         if self.scale is None or not is_real(self.support):
             return super().initial(num_chains, generator)
         where = self.device if generator is None else generator.device
@@ -141,10 +150,22 @@ class NeuralEnergy(Energy):
 
 
 def row_values(net: Callable[[Tensor], Tensor], x: Tensor, event_shape: Sequence[int]) -> Tensor:
-    """One number for each event of ``x``, ``(*batch, *event) -> (*batch)``, of a network of rows
-    ``(n, *event) -> (n,)`` or ``(n, 1)``; ValueError for any other shape."""
+    """Evaluate a network ``(n, *event) -> (n,)`` or ``(n, 1)`` on events of any batch shape.
+
+    Args:
+        net: the network.
+        x: events, shape ``(*batch, *event)``.
+        event_shape: shape of one event.
+
+    Returns:
+        shape ``(*batch)``.
+
+    Raises:
+        ValueError: if the network returns another shape.
+    """
     batch = x.shape[: x.dim() - len(event_shape)]
-    # as chains and batches come: each view that is spared is an operation less, there and back
+    # the usual shape of chains and batches, for which no view is made: it would be one more
+    # operation in the forward and in the backward pass
     flat = len(batch) == 1
     values = net(x if flat else x.reshape(-1, *event_shape))
     if values.dim() == 2 and values.shape[1] == 1:
@@ -158,53 +179,57 @@ def row_values(net: Callable[[Tensor], Tensor], x: Tensor, event_shape: Sequence
 
 
 def warn_of_network(net: nn.Module, support: Constraint, scale: object) -> None:
-    """Warn of what makes a network no density, or a bad one: no envelope, coupled rows, no second
-    derivative."""
+    """Warn if a network may define no density, or one that is hard to train.
+
+    The reasons are a missing envelope, events that are coupled by batch normalization, and second
+    derivatives that are zero.
+    """
     modules = list(net.modules())
     base = base_constraint(support)
     interval = {"lower_bound", "upper_bound"} <= vars(base).keys()
     bounded = is_discrete(support) or interval or isinstance(base, type(constraints.simplex))
     if scale is None and not bounded:
         warnings.warn(
-            "a network alone need not grow where |x| does, so exp(-E) may have no integral over"
-            f" {support}: give scale, add an"
-            " energy that grows, or name a bounded support",
+            "a network need not grow with |x|, so exp(-E) may have no finite integral over"
+            f" {support}: give scale, add an energy that grows, or give a bounded support",
             UserWarning,
             stacklevel=stacklevel_of_user(),
         )
     if any(isinstance(module, COUPLING) for module in modules):
         warnings.warn(
-            "batch normalisation makes the energy of a row depend on the others in training: that"
-            " is no density of one event",
+            "batch normalization makes the energy of an event depend on the others in training, so"
+            " that it defines no density of one event",
             UserWarning,
             stacklevel=stacklevel_of_user(),
         )
     if any(isinstance(module, PIECEWISE_LINEAR) for module in modules) and not is_discrete(support):
         warnings.warn(
             "a piecewise linear network has no second derivative almost everywhere: score matching"
-            " learns nothing from it, and"
-            " gradients jump. SiLU, softplus and tanh are smooth",
+            " cannot train it, and its gradients are discontinuous; use SiLU, softplus or tanh",
             UserWarning,
             stacklevel=stacklevel_of_user(),
         )
 
 
 class MLPEnergy(NeuralEnergy):
-    r"""A perceptron of the entries of an event as :class:`NeuralEnergy`; it starts as its envelope,
-    a normal law.
+    r"""A multi-layer perceptron on the entries of an event, as :class:`NeuralEnergy`.
+
+    Its last layer is initialized to zero, so that it starts as its envelope, a normal distribution.
 
     Args:
         event_shape: shape of one event; it is flattened.
         hidden_sizes: widths of the hidden layers.
         activation: "silu", "tanh", "gelu", "softplus" or "relu".
-        support, scale, center: as in :class:`NeuralEnergy`.
+        support: constraint of one event.
+        scale: scale of the envelope, as in :class:`NeuralEnergy`.
+        center: center of the envelope, as in :class:`NeuralEnergy`.
         spectral_norm: divide hidden weights by their largest singular value (Miyato et al., 2018).
-        dtype: of the parameters.
-        generator: source of the initial weights.
+        dtype: floating-point type of the parameters; None for torch's default.
+        generator: source of the initial weights; None for torch's default one.
 
     Raises:
-        ValueError: as :class:`NeuralEnergy`, and if ``hidden_sizes`` or ``activation`` is out of
-            range.
+        ValueError: as :class:`NeuralEnergy`; if ``hidden_sizes`` is empty or not positive, or if
+            ``activation`` is unknown.
 
     Example:
         >>> energy = MLPEnergy((2,), hidden_sizes=(128, 128), scale=2.0)
@@ -235,18 +260,25 @@ class MLPEnergy(NeuralEnergy):
             dtype=dtype,
             generator=generator,
         )
-        net = layers if len(event_shape) == 1 else nn.Sequential(_Rows(), *layers)
+        net = layers if len(event_shape) == 1 else nn.Sequential(_Flatten(), *layers)
         super().__init__(net, event_shape, support=support, scale=scale, center=center)
 
 
 class ConvEnergy(NeuralEnergy):
-    r"""A convolutional network of images as :class:`NeuralEnergy`; it starts as its envelope.
+    r"""A convolutional network on images, as :class:`NeuralEnergy`.
+
+    Its last layer is initialized to zero, so that it starts as its envelope.
 
     Args:
         event_shape: (colors, height, width).
-        channels: filters of each layer; the first at full size, each further one halves it.
-        activation, support, scale, center, spectral_norm, dtype, generator: as in
-            :class:`MLPEnergy`.
+        channels: filters of each layer; each layer after the first halves height and width.
+        activation: "silu", "tanh", "gelu", "softplus" or "relu".
+        support: constraint of one event.
+        scale: scale of the envelope, as in :class:`NeuralEnergy`.
+        center: center of the envelope, as in :class:`NeuralEnergy`.
+        spectral_norm: divide filters by their largest singular value (Miyato et al., 2018).
+        dtype: floating-point type of the parameters; None for torch's default.
+        generator: source of the initial weights; None for torch's default one.
 
     Raises:
         ValueError: as :class:`MLPEnergy`.
@@ -281,8 +313,8 @@ class ConvEnergy(NeuralEnergy):
         super().__init__(net, event_shape, support=support, scale=scale, center=center)
 
 
-class _Rows(nn.Module):
-    """Events as rows: ``(n, *event) -> (n, d)``."""
+class _Flatten(nn.Module):
+    """Flattens events: ``(n, *event) -> (n, d)``."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.reshape(len(x), -1)

@@ -1,4 +1,4 @@
-"""The product of experts on learned features that deep directed models are trained with."""
+"""Products of experts on learned features, for training deep directed models."""
 
 from __future__ import annotations
 
@@ -18,32 +18,34 @@ __all__ = ["ProductOfExpertsEnergy"]
 
 
 class ProductOfExpertsEnergy(Energy):
-    r"""Experts that each look at learned features of x, in a quadratic envelope (Kim and Bengio,
-    2016).
+    r"""Product of experts on learned features, with a quadratic envelope (Kim and Bengio, 2016).
 
     .. math::
 
         E(x)
         = \frac{|x|^2}{\sigma^2} - b^\top x - \sum_i \log\bigl(1 + e^{w_i^\top f(x) + c_i}\bigr)
 
-    An expert is a hidden bit summed out: :math:`e^{-E}` is a normal law times :math:`\prod_i (1 +
-    e^{w_i^\top f(x) + c_i})`, so that :math:`Z < \infty` where f grows no faster than :math:`|x|`.
-    The biases start at 0, the weights not: experts that begin alike stay alike.
+    An expert is a hidden binary unit summed out: :math:`e^{-E}` is a normal density times
+    :math:`\prod_i (1 + e^{w_i^\top f(x) + c_i})`, so that :math:`Z < \infty` if f grows no faster
+    than :math:`|x|`. The biases are initialized to 0, the weights to random numbers, since equal
+    experts would remain equal.
 
     Args:
         features: f, a smooth module ``(n, *event) -> (n, num_features)``.
-        num_features: width of its output.
+        num_features: width of the output of f.
         event_shape: shape of one event.
-        num_experts: how many.
-        sigma: :math:`\sigma`, in units of x; without experts the variance is :math:`\sigma^2 / 2`.
-        generator: source of the initial weights, of variance 1 / ``num_features``.
-
-    Warns:
-        UserWarning: of batch normalisation and of piecewise linear features, as
-        :class:`~pyroebm.energies.NeuralEnergy`.
+        num_experts: number of experts.
+        sigma: :math:`\sigma`, in the unit of x; without experts the variance is :math:`\sigma^2 /
+            2`.
+        generator: source of the initial weights, of variance 1 / ``num_features``; None for torch's
+            default one.
 
     Raises:
-        ValueError: if a number is not positive, or f gives another width.
+        ValueError: if a number is not positive; when called, if the output of f has another width.
+
+    Warns:
+        UserWarning: for batch normalization and for piecewise linear features, as
+            :class:`~pyroebm.energies.NeuralEnergy`.
 
     Example:
         >>> energy = ProductOfExpertsEnergy(nn.Tanh(), 2, (2,), num_experts=4, sigma=2.0)
@@ -73,6 +75,7 @@ class ProductOfExpertsEnergy(Energy):
         self.bias = nn.Parameter(like.new_zeros(tuple(event_shape)))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the energy of each event, in nats: ``(*batch, *event) -> (*batch)``."""
         dims = len(self.event_shape)
         batch = x.shape[: x.dim() - dims]
         features: Tensor = self.features(x.reshape(-1, *self.event_shape))

@@ -1,5 +1,7 @@
-"""Restricted Boltzmann machines: binary and Gaussian visible units. Their energies are free
-energies of what is seen."""
+"""Restricted Boltzmann machines with binary or Gaussian visible units.
+
+As energies they are free energies of the visible units.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ __all__ = ["BernoulliRBM", "GaussianRBM", "RBM"]
 
 
 class RBM(LayeredMachine):
-    """What both restricted Boltzmann machines share: a visible and a hidden layer.
+    """Base class of restricted Boltzmann machines, with a visible and a hidden layer.
 
     Example:
         >>> issubclass(BernoulliRBM, RBM), issubclass(GaussianRBM, RBM)
@@ -28,29 +30,33 @@ class RBM(LayeredMachine):
     hidden_bias: nn.Parameter
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the energy of each event, in nats: ``(*batch, *event) -> (*batch)``."""
         return self.layers().free_energy([x, None])
 
     def fit_visible(self, data: Tensor) -> None:
-        """Set what the visible units are without hidden ones from data, shape ``(n,
-        num_visible)``."""
+        """Set the parameters of the visible units from data, for a machine without hidden units.
+
+        Args:
+            data: visible states, shape ``(n, num_visible)``.
+        """
         raise NotImplementedError(f"{type(self).__name__} must define fit_visible(data)")
 
     def marginal(self) -> RBM:
-        """Itself: the hidden units are summed out."""
+        """Return this energy, in which the hidden units are summed out."""
         return self
 
     def hidden_given(self, visible: Tensor) -> Distribution:
-        """:math:`p(h | v)`: independent bits, batch shape that of ``visible``."""
+        """Return :math:`p(h | v)`: independent binary units, batch shape that of ``visible``."""
         layers = self.layers()
-        return layers.law(1, layers.field(1, [visible, None]))
+        return layers.distribution(1, layers.field(1, [visible, None]))
 
     def visible_given(self, hidden: Tensor) -> Distribution:
-        """:math:`p(v | h)`: independent units, batch shape that of ``hidden``."""
+        """Return :math:`p(v | h)`: independent units, with the batch shape of ``hidden``."""
         layers = self.layers()
-        return layers.law(0, layers.field(0, [None, hidden]))
+        return layers.distribution(0, layers.field(0, [None, hidden]))
 
     def log_likelihood(self, x: Tensor, log_z: float | Tensor | None = None) -> Tensor:
-        r""":math:`\log p(v) = -F(v) - \log Z`, shape of the batch.
+        r"""Compute :math:`\log p(v) = -F(v) - \log Z`, shape of the batch.
 
         Args:
             x: visible states, shape ``(*batch, num_visible)``.
@@ -59,34 +65,38 @@ class RBM(LayeredMachine):
         return -self(x) - (self.log_partition() if log_z is None else log_z)
 
 
-def check_rows(data: Tensor, width: int, least: int = 1) -> None:
-    """ValueError unless ``data`` has rows of that width."""
-    if data.dim() != 2 or data.shape[1] != width or len(data) < least:
+def check_data(data: Tensor, width: int, min_events: int = 1) -> None:
+    """Check that data have shape ``(n, width)`` with enough events.
+
+    Raises:
+        ValueError: otherwise.
+    """
+    if data.dim() != 2 or data.shape[1] != width or len(data) < min_events:
         raise ValueError(
-            f"data must have shape (n, {width}), n at least {least}, got {tuple(data.shape)}"
+            f"data must have shape (n, {width}), n at least {min_events}, got {tuple(data.shape)}"
         )
 
 
 class BernoulliRBM(RBM):
-    r"""Restricted Boltzmann machine of bits (Smolensky, 1986; Hinton, 2002).
+    r"""Restricted Boltzmann machine with binary units (Smolensky, 1986; Hinton, 2002).
 
     .. math::
 
         E(v, h) = -v^\top W h - b \cdot v - c \cdot h, \qquad
         F(v) = -b \cdot v - \sum_j \log(1 + e^{c_j + (v^\top W)_j})
 
-    As an energy it is F, over visible units; :meth:`joint` is E. With few units in one layer, log
-    Z, likelihoods and draws are exact.
+    As an energy it is F, over the visible units; :meth:`joint` is E. If one layer is small, log Z,
+    likelihoods and draws are exact.
 
     Args:
-        num_visible: units of v.
-        num_hidden: units of h.
+        num_visible: number of units of v.
+        num_hidden: number of units of h.
         weight: W, shape ``(num_visible, num_hidden)``; None draws normal numbers of standard
             deviation 0.01 (Hinton, 2012).
-        visible_bias: b, shape ``(num_visible,)``; None is 0.
-        hidden_bias: c, shape ``(num_hidden,)``; None is 0.
+        visible_bias: b, shape ``(num_visible,)``; None for 0.
+        hidden_bias: c, shape ``(num_hidden,)``; None for 0.
         dtype: floating-point type; None for torch's default.
-        generator: source of the initial weights; None is torch's default generator.
+        generator: source of the initial weights; None for torch's default one.
 
     Raises:
         ValueError: if a size is below 1, or a parameter has another shape or is not finite.
@@ -117,31 +127,36 @@ class BernoulliRBM(RBM):
         self.hidden_bias = parameter("hidden_bias", hidden_bias, (num_hidden,), 0.0, dtype)
 
     def layers(self) -> Layers:
+        """Return the layers in natural parameters."""
         return Layers((self.weight,), (self.visible_bias, self.hidden_bias))
 
     @torch.no_grad()
     def fit_visible(self, data: Tensor, pseudocount: float = 1.0) -> None:
-        r"""Set the visible biases to :math:`\log p_i / (1 - p_i)` of the data's frequencies
-        (Hinton, 2012).
+        r"""Set the visible biases to the log-odds of the frequencies of ones (Hinton, 2012).
 
         With W = 0 this is the best model of independent units.
 
         Args:
-            data: bits, shape ``(n, num_visible)``.
-            pseudocount: counts added to zeros and to ones each, so that no bias is infinite.
+            data: binary states or probabilities, shape ``(n, num_visible)``.
+            pseudocount: number added to the counts of zeros and of ones, so that no bias is
+                infinite.
 
         Raises:
-            ValueError: if the data are no such rows, or not from 0 to 1.
+            ValueError: if the data have another shape, or entries that are not from 0 to 1.
         """
-        check_rows(data, self.event_shape[0])
+        check_data(data, self.event_shape[0])
         if not bool(((data >= 0.0) & (data <= 1.0)).all()):
-            raise ValueError("data must be bits, or probabilities from 0 to 1, got other values")
+            raise ValueError(
+                "data must be zeros and ones or probabilities, got values outside [0, 1]"
+            )
         ones = data.double().sum(0) + pseudocount
         self.visible_bias.copy_(torch.logit(ones / (len(data) + 2.0 * pseudocount)))
 
 
 class GaussianRBM(RBM):
-    r"""Restricted Boltzmann machine with real visible units and hidden bits, and learned variances.
+    r"""Restricted Boltzmann machine with Gaussian visible and binary hidden units.
+
+    The variances of the visible units are parameters.
 
     .. math::
 
@@ -151,24 +166,25 @@ class GaussianRBM(RBM):
     with :math:`s = \sigma` in the convention ``"hinton"`` (Hinton and Salakhutdinov, 2006) and
     :math:`s = \sigma^2` in that of ``"cho"`` (Cho, Ilin and Raiko, 2011): :math:`v_i | h` is normal
     of variance :math:`\sigma_i^2` and mean :math:`b_i + \sigma_i (W h)_i` or :math:`b_i + (W h)_i`.
-    As an energy it is the free energy of v, a mixture of :math:`2^{n_h}` normals of one covariance;
-    :meth:`joint` is E. With few hidden units, log Z, likelihoods and draws are exact.
+    As an energy it is the free energy of v, that of a mixture of :math:`2^{n_h}` normals of one
+    covariance; :meth:`joint` is E. If there are few hidden units, log Z, likelihoods and draws are
+    exact.
 
     Args:
-        num_visible: units of v.
-        num_hidden: units of h.
+        num_visible: number of units of v.
+        num_hidden: number of units of h.
         convention: ``"hinton"`` or ``"cho"``.
         weight: W, shape ``(num_visible, num_hidden)``; None draws normal numbers of standard
             deviation 0.01.
-        visible_bias: b, shape ``(num_visible,)``, in the unit of v; None is 0.
-        hidden_bias: c, shape ``(num_hidden,)``; None is 0.
-        log_sigma: :math:`\log \sigma`, shape ``(num_visible,)``; None is 0.
+        visible_bias: b, shape ``(num_visible,)``, in the unit of v; None for 0.
+        hidden_bias: c, shape ``(num_hidden,)``; None for 0.
+        log_sigma: :math:`\log \sigma`, shape ``(num_visible,)``; None for 0.
         dtype: floating-point type; None for torch's default.
-        generator: source of the initial weights; None is torch's default generator.
+        generator: source of the initial weights; None for torch's default one.
 
     Raises:
-        ValueError: if a size is below 1, the convention is neither, or a parameter has another
-            shape or is not finite.
+        ValueError: if a size is below 1, if the convention is unknown, or if a parameter has
+            another shape or is not finite.
 
     Example:
         >>> rbm = GaussianRBM(2, 1, weight=torch.tensor([[2.0], [0.0]]))
@@ -204,6 +220,7 @@ class GaussianRBM(RBM):
         self.log_sigma = parameter("log_sigma", log_sigma, (num_visible,), 0.0, dtype)
 
     def layers(self) -> Layers:
+        """Return the layers in natural parameters."""
         precision = torch.exp(-2.0 * self.log_sigma)
         scale = precision if self.convention == "cho" else torch.exp(-self.log_sigma)
         offset = 0.5 * (precision * self.visible_bias**2).sum()
@@ -216,9 +233,15 @@ class GaussianRBM(RBM):
 
     @torch.no_grad()
     def fit_visible(self, data: Tensor) -> None:
-        """Set b and sigma to the data's means and standard deviations, shape ``(n, num_visible)``;
-        ValueError if one is 0."""
-        check_rows(data, self.event_shape[0], least=2)
+        """Set b and sigma to the means and standard deviations of data.
+
+        Args:
+            data: visible states, shape ``(n, num_visible)``, n at least 2.
+
+        Raises:
+            ValueError: if the data have another shape, or if a standard deviation is 0.
+        """
+        check_data(data, self.event_shape[0], min_events=2)
         deviation = data.double().std(0)
         if not bool((deviation > 0.0).all()):
             raise ValueError(
@@ -229,4 +252,5 @@ class GaussianRBM(RBM):
         self.log_sigma.copy_(deviation.log())
 
     def extra_repr(self) -> str:
+        """Return the settings that ``repr`` shows."""
         return f"convention={self.convention!r}"

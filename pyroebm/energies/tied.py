@@ -1,5 +1,4 @@
-"""Restricted Boltzmann machines with copies of their layers: what a deep Boltzmann machine is
-pretrained with."""
+"""Restricted Boltzmann machines with tied copies of layers, to pretrain deep Boltzmann machines."""
 
 from __future__ import annotations
 
@@ -18,21 +17,19 @@ __all__ = ["TiedRBM", "compose"]
 
 
 class TiedRBM(LayeredMachine):
-    r"""An RBM whose layers stand there several times with tied parameters (Salakhutdinov and
-    Hinton, 2009).
-
-    With two copies of the visible layer each hidden unit feels :math:`2 (W^\top v + c)`: what it
-    will feel in a deep machine, where the layer above brings the second half. Half of that is what
-    it takes along (:func:`compose`).
+    r"""An RBM with several tied copies of its layers (Salakhutdinov and Hinton, 2009).
 
     .. math:: E = \sum_{a, b} E_{RBM}(v_a, h_b), \qquad a = 1, \ldots, A, \quad b = 1, \ldots, B
 
+    With two copies of the visible layer the field of each hidden unit is :math:`2 (W^\top v + c)`.
+    In a deep machine half of it comes from the layer above; :func:`compose` keeps the other half.
+
     Args:
-        rbm: whose parameters are shared.
-        copies: A and B, of the visible and of the hidden layer.
+        rbm: the RBM; its parameters are shared.
+        copies: A and B, the numbers of copies of the visible and of the hidden layer.
 
     Raises:
-        ValueError: if ``rbm`` is no RBM, or a number of copies is below 1.
+        ValueError: if ``rbm`` is not an RBM, or if a number of copies is below 1.
 
     Example:
         >>> rbm = BernoulliRBM(4, 3)
@@ -52,10 +49,11 @@ class TiedRBM(LayeredMachine):
         self.rbm, self.copies = rbm, copies
 
     def repeat(self, visible: Tensor) -> Tensor:
-        """Data for the copies: ``(*batch, n)`` to ``(*batch, A n)``."""
+        """Repeat data for each copy: ``(*batch, n)`` to ``(*batch, A n)``."""
         return torch.cat([visible] * self.copies[0], -1)
 
     def layers(self) -> Layers:
+        """Return the layers of all copies, in natural parameters."""
         (weight,), (b, c), precision, offset = self.rbm.layers()
         below, above = self.copies
         tiled = None if precision is None else above * precision.repeat(below)
@@ -67,22 +65,25 @@ class TiedRBM(LayeredMachine):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the energy of each event, in nats: ``(*batch, *event) -> (*batch)``."""
         return self.layers().free_energy([x, None])
 
 
 def compose(rbms: Sequence[RBM]) -> DeepBoltzmannMachine:
-    r"""The deep Boltzmann machine of RBMs that were trained one on top of the other, as
-    :class:`TiedRBM`.
+    r"""Compose a deep Boltzmann machine from RBMs that were trained in turn as :class:`TiedRBM`.
 
-    The lowest one has two copies of its visible layer, the highest one two of its hidden layer,
-    those between two of both. Each hidden layer then takes half of what it felt in the RBM below it
-    and half of what it felt in that above: the weights as they are, and the sum of both biases.
+    The lowest RBM has two copies of its visible layer, the highest one two of its hidden layer,
+    those between two of both. Half of the field of each hidden layer is that of the RBM below it,
+    half that of the RBM above: the weights are those of the RBMs, and its bias is the sum of both
+    biases.
 
     Args:
-        rbms: from below, at least two; the first may be Gaussian, of the convention ``"hinton"``.
+        rbms: at least two RBMs, the lowest first, which may be Gaussian of the convention
+            ``"hinton"``.
 
     Raises:
-        ValueError: if there are fewer, or their sizes do not fit.
+        ValueError: if there are fewer than two, if their sizes do not match, or if the first is
+            Gaussian of another convention.
 
     Example:
         >>> compose([BernoulliRBM(4, 3), BernoulliRBM(3, 2)]).sizes

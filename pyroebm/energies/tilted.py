@@ -1,5 +1,4 @@
-"""A known law, tilted: what a model is with a correction on top, such as a generator's latents seen
-by its discriminator."""
+"""Tilted densities: a known distribution with a correction, such as a network."""
 
 from __future__ import annotations
 
@@ -18,25 +17,26 @@ __all__ = ["Tilted"]
 
 
 class Tilted(Energy):
-    r"""A base law tilted by a function, :math:`p(z) \propto p_0(z)\, e^{-f(z)}`.
+    r"""A base distribution tilted by a function, :math:`p(z) \propto p_0(z)\, e^{-f(z)}`.
 
     .. math:: E(z) = E_0(z) + f(z), \qquad Z / Z_0 = E_{p_0}[e^{-f(z)}]
 
-    With :math:`p_0` the prior of a latent model's z and f a network this is an energy-based prior
-    (Pang et al., 2020). With f(z) = -d(G(z)), of a generator G and the logit d of its
-    discriminator, G(z) is distributed as G's law times the density ratio :math:`e^d`; where d is
-    optimal, :math:`d = \log p_d / p_g`, that is the data's law, as far as G reaches it, and
-    :math:`Z = 1` (Che et al., "Your GAN is secretly an energy-based model", 2020).
+    With :math:`p_0` the prior of a latent variable z and f a network, it is an energy-based prior
+    (Pang et al., 2020). With f(z) = -d(G(z)) for a generator G and the logit d of its
+    discriminator, the density of G(z) is that of the generator times :math:`e^d`. For the optimal
+    discriminator, :math:`d = \log p_d / p_g`, this is the data distribution, on the range of G, and
+    :math:`Z = 1` (Che et al., "Your GAN Is Secretly an Energy-Based Model", 2020).
 
     Args:
         base: :math:`p_0`, an energy, or a distribution of Pyro or torch with an empty batch shape.
-        f: from rows ``(n, *event)`` to ``(n,)`` or ``(n, 1)``, in nats; what grows faster than
-            :math:`E_0` downwards leaves no density. A module's parameters are parameters of this
-            energy; those inside a lambda are not, and are not trained.
-        dtype: floating-point type where the base is a distribution; None for torch's default.
+        f: function or module ``(n, *event) -> (n,)`` or ``(n, 1)``, in nats. There is no density if
+            :math:`-f` grows faster than :math:`E_0`. The parameters of a module are parameters of
+            this energy; those used in a function are not.
+        dtype: floating-point type if the base is a distribution; None for torch's default.
 
     Raises:
-        ValueError: if ``base`` is neither, ``f`` cannot be called, or its result has another shape.
+        ValueError: if ``base`` is neither an energy nor a distribution, or if ``f`` is not
+            callable; when called, if its result has another shape.
 
     Example:
         >>> import pyro.distributions as dist
@@ -67,11 +67,19 @@ class Tilted(Energy):
         self.base, self.f = base, f
 
     def forward(self, z: Tensor) -> Tensor:
+        """Return the energy of each event, in nats: ``(*batch, *event) -> (*batch)``."""
         return self.base(z) + row_values(self.f, z, self.event_shape)
 
     def initial(self, num_chains: int, generator: torch.Generator | None = None) -> Tensor:
-        """Draws of the base where it has exact ones, else its starting states; another try where
-        the tilt is not finite."""
+        """Draw starting states of finite energy: exact draws of the base, if it has them.
+
+        Otherwise they are its starting states. States at which the tilt is not finite are drawn
+        again.
+
+        Args:
+            num_chains: number of states.
+            generator: source of randomness; None for torch's default one.
+        """
 
         def draw(count: int) -> Tensor:
             return (self.base.sample if self.base.has_exact_draws else self.base.initial)(

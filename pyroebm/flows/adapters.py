@@ -15,15 +15,13 @@ __all__ = ["ZukoTransform", "installed_zuko", "reversed_layer", "zuko_layer"]
 
 
 class ZukoTransform(Bijection):
-    r"""A lazy transform of zuko (Rozet et al., "Zuko: normalizing flows in PyTorch", 2022) as a
-    transform of Pyro.
+    r"""A lazy transform of zuko as a transform of Pyro (Rozet et al., 2022).
 
-    It is a ``TransformModule``: Pyro finds its parameters, and it serves in
-    ``TransformedDistribution`` (``rsample`` too), ``AutoNormalizingFlow``, ``NeuTraReparam`` and as
-    a layer of :class:`Flow`. Its direction, z to x, is zuko's own: zuko's flows map data to noise,
-    so give ``flow.transform.inv`` to sample as zuko does, or ``flow.transform`` where the fast
-    direction is to be that of the draw. What zuko builds is built anew at each call, with the
-    parameters as they are then.
+    It is a ``TransformModule``: Pyro registers its parameters, and it can be used in
+    ``TransformedDistribution``, ``AutoNormalizingFlow`` and ``NeuTraReparam`` and as a layer of
+    :class:`Flow`. It maps z to x by ``lazy``. The flows of zuko map data to noise, so give
+    ``flow.transform.inv`` to sample as zuko does, or ``flow.transform`` if sampling should be the
+    fast direction. The transform is built at each call with the current parameters.
 
     Args:
         lazy: a ``zuko.lazy.LazyTransform`` without context.
@@ -47,13 +45,16 @@ class ZukoTransform(Bijection):
         self.train(self.training)
 
     def train(self, mode: bool = True) -> ZukoTransform:
-        """As of any module, but for the parts of zuko: its continuous flows in eval mode give their
-        parameters no gradient."""
+        """Set the training mode, of this module alone.
+
+        The modules of zuko stay in training mode: in eval mode its continuous flows have no
+        gradients in their parameters.
+        """
         super().train(mode)
         self.lazy.train(True)
         return self
 
-    def _evaluated(self, transform: Any, value: Tensor) -> tuple[Tensor, Tensor]:
+    def _evaluate(self, transform: Any, value: Tensor) -> tuple[Tensor, Tensor]:
         check_event(value, self.dim)
         image, log_det = transform.call_and_ladj(value)
         if (
@@ -62,28 +63,29 @@ class ZukoTransform(Bijection):
             or image.dtype != value.dtype
         ):
             raise ValueError(
-                f"the transform must give an event like {tuple(value.shape)} of {value.dtype} and"
-                " one log-determinant for each,"
-                f" but it gave {tuple(image.shape)} of {image.dtype} and {tuple(log_det.shape)}"
+                f"the transform must give an image of shape {tuple(value.shape)} and"
+                f" {value.dtype} and log-determinants of shape {tuple(value.shape[:-1])}, but it"
+                f" gave {tuple(image.shape)} of {image.dtype} and {tuple(log_det.shape)}"
             )
         return image, log_det
 
     def with_log_det(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        return self._evaluated(self.lazy(), z)
+        """Return x and the log-determinant: ``(*batch, D) -> (*batch, D), (*batch)``."""
+        return self._evaluate(self.lazy(), z)
 
     def inverse_with_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        z, log_det = self._evaluated(self.lazy().inv, x)
+        """Return z and the log-determinant: ``(*batch, D) -> (*batch, D), (*batch)``."""
+        z, log_det = self._evaluate(self.lazy().inv, x)
         return z, -log_det
 
 
 def installed_zuko() -> Any:
-    """zuko, which is optional."""
+    """Import zuko, an optional dependency."""
     try:
         import zuko
     except ImportError as error:
         raise ImportError(
-            "this flow is made of zuko's layers, which are not installed: pip install"
-            " 'pyroebm[flows]'"
+            "this flow needs zuko, which is not installed: pip install 'pyroebm[flows]'"
         ) from error
     return zuko
 
@@ -95,12 +97,14 @@ def zuko_layer(
     dtype: torch.dtype,
     **options: Any,
 ) -> ZukoTransform:
-    """zuko draws its weights from torch's global stream and in float32; the last layer is set to
-    zero, the identity."""
+    """Make a layer of zuko that is the identity, with initial weights drawn from a generator.
+
+    Layers of zuko draw their weights from torch's default generator in float32.
+    """
     with drawing_from(generator):
         lazy = make(dim, **options).to(dtype)
     network = getattr(lazy, "hyper", getattr(lazy, "ode", None))
-    # a spline of one entry has no network: numbers alone
+    # a spline of one entry has parameters but no network
     last = lazy if network is None else list(network.children())[-1]
     with torch.no_grad():
         for parameter in last.parameters():
@@ -109,6 +113,6 @@ def zuko_layer(
 
 
 def reversed_layer(layer: ZukoTransform) -> ZukoTransform:
-    """The inverse map, with the same parameters."""
+    """Return the inverse map, with the same parameters."""
     lazy: Any = layer.lazy
     return ZukoTransform(lazy.inv, layer.dim)

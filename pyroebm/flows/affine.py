@@ -1,4 +1,4 @@
-"""Affine coupling with a soft-clamped scale, and the logarithmic tail that goes with it."""
+"""Affine coupling with a soft-clamped scale, and a layer with logarithmic tails."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from pyroebm.flows.bijection import Bijection, check_event, pulled_back
+from pyroebm.flows.bijection import Bijection, check_event, vector_jacobian
 from pyroebm.nn.mlp import mlp
 
 __all__ = ["AffineCoupling", "Loft", "coupling_mask", "coupling_masks"]
 
 
 def coupling_mask(dim: int, mask: str | Sequence[bool] | Tensor) -> Tensor:
-    """The entries that pass through a coupling, as booleans ``(D,)``.
+    """Return a mask of the entries that a coupling layer leaves unchanged, ``(D,)``.
 
     Args:
         dim: D.
-        mask: ``"halves"``: the first ``dim // 2``; ``"alternating"``: every second, from the second
-            on; or D booleans.
+        mask: ``"halves"``: the first ``dim // 2`` entries; ``"alternating"``: every second entry,
+            starting with the second; or D booleans.
 
     Raises:
-        ValueError: if the mask has another size, is unknown, or lets all or nothing pass.
+        ValueError: if the mask is unknown, has another size, or is all True or all False.
 
     Example:
         >>> coupling_mask(3, "alternating")
@@ -34,16 +34,16 @@ def coupling_mask(dim: int, mask: str | Sequence[bool] | Tensor) -> Tensor:
         known = {"halves": entries < dim // 2, "alternating": entries % 2 == 1}
         if mask not in known:
             raise ValueError(
-                f"mask must be one of {sorted(known)} or dim={dim} booleans, got mask={mask!r}"
+                f"mask must be one of {sorted(known)}, or {dim} booleans, got mask={mask!r}"
             )
         passing = known[mask]
     else:
         passing = torch.as_tensor(mask)
     if passing.dtype != torch.bool or passing.shape != (dim,) or not 0 < int(passing.sum()) < dim:
         raise ValueError(
-            f"mask must be dim={dim} booleans, some True (passing) and some False (moved), got"
-            f" dtype {passing.dtype}, shape"
-            f" {tuple(passing.shape)} and {int(passing.sum())} True"
+            f"mask must be dim={dim} booleans, some True (unchanged) and some False (transformed),"
+            f" got dtype {passing.dtype}, shape {tuple(passing.shape)} and {int(passing.sum())}"
+            " True"
         )
     return passing
 
@@ -51,17 +51,17 @@ def coupling_mask(dim: int, mask: str | Sequence[bool] | Tensor) -> Tensor:
 def coupling_masks(
     dim: int, mask: str, num_layers: int, generator: torch.Generator | None
 ) -> list[Tensor]:
-    """Masks of layers in pairs, each pair moving every entry; for each pair but the first the
-    entries are shuffled.
+    """Return masks of coupling layers in pairs, with shuffled entries in all pairs but the first.
 
-    Without a shuffle the same entries would stand on the same side for ever, as in ``pyro``'s
-    ``iterated(k, affine_coupling)``. In one dimension there is nothing to couple, and no mask.
+    The layers of a pair have complementary masks, so each pair transforms every entry. Without
+    shuffling the same entries would always be in the same part. In one dimension there is nothing
+    to couple, and the list is empty.
 
     Args:
         dim: D.
-        mask: of the first layer, as in :func:`coupling_mask`.
-        num_layers: how many.
-        generator: source of the shuffles.
+        mask: mask of the first layer, as in :func:`coupling_mask`.
+        num_layers: number of masks.
+        generator: source of the permutations; None is torch's default generator.
     """
     if dim < 2:
         return []
@@ -74,42 +74,40 @@ def coupling_masks(
 
 
 class AffineCoupling(Bijection):
-    r"""One affine coupling layer (Dinh, Sohl-Dickstein and Bengio, "Density estimation using Real
-    NVP", 2017).
+    r"""Affine coupling layer (Dinh, Sohl-Dickstein and Bengio, 2017).
 
-    One part of z passes through and decides by how much the other is scaled and moved:
+    One part of z is unchanged and determines the scale and shift of the other:
 
     .. math::
 
         x_a = z_a, \qquad x_b = e^{r(z_a)} z_b + m(z_a), \qquad
         \log|\det \partial x/\partial z| = \sum_i r_i(z_a).
 
-    The log-scale is clamped softly, :math:`r = c \tanh(s / c)` (Ardizzone et al., "Analyzing
-    inverse problems with invertible neural networks", 2019): no layer stretches by more than
-    :math:`e^c`.
+    The log-scale is clamped softly, :math:`r = c \tanh(s / c)` (Ardizzone et al., 2019), so a layer
+    scales by at most :math:`e^c`.
 
     Args:
-        dim: D, entries of z and of x, at least 2.
-        net: the conditioner, any module ``(*batch, |a|) -> (*batch, 2 |b|)`` that gives s, then m;
-            by default an MLP whose last layer is zero.
-        mask: which entries pass, as in :func:`coupling_mask`.
-        flip: exchange the two parts.
+        dim: D, number of entries of z and of x, at least 2.
+        net: the conditioner, a module ``(*batch, |a|) -> (*batch, 2 |b|)`` that returns s, then m;
+            None is an MLP whose last layer is initially zero.
+        mask: the unchanged entries, as in :func:`coupling_mask`.
+        flip: whether to exchange the two parts.
         clamp: c > 0, in nats.
-        hidden_sizes: widths of the default conditioner's hidden layers.
-        activation: of the default conditioner.
-        dtype: of the default conditioner's parameters.
-        generator: source of the default conditioner's initial hidden weights.
+        hidden_sizes: widths of the hidden layers of the default conditioner.
+        activation: activation of the default conditioner.
+        dtype: dtype of the default conditioner.
+        generator: source of the initial weights of the default conditioner.
 
     Raises:
         ValueError: if ``dim`` < 2, ``clamp`` is not positive or an option unknown; when called, if
-            the last dimension is not ``dim`` or if the conditioner has not given two numbers of z's
-            dtype for each moved entry.
+            the last dimension is not ``dim``, or the output of the conditioner has another shape
+            or dtype.
 
     Example:
         >>> layer = AffineCoupling(2, net=nn.Linear(1, 2), clamp=1.0)
         >>> with torch.no_grad():
         ...     layer.net.weight.copy_(torch.tensor([[100.0], [0.0]])), layer.net.bias.fill_(0.0)
-        ...     layer(torch.tensor([1.0, 1.0]))  # the scale stays below e
+        ...     layer(torch.tensor([1.0, 1.0]))  # the scale is at most e
         (...)
         tensor([1.0000, 2.7183])
     """
@@ -132,16 +130,14 @@ class AffineCoupling(Bijection):
         generator: torch.Generator | None = None,
     ) -> None:
         if dim < 2:
-            raise ValueError(
-                f"dim must be at least 2, for one entry to move another, got dim={dim}"
-            )
+            raise ValueError(f"dim must be at least 2 for a coupling of two parts, got dim={dim}")
         if not (clamp > 0.0 and math.isfinite(clamp)):
             raise ValueError(f"clamp must be positive and finite, got clamp={clamp}")
         super().__init__(dim)
         self.clamp = float(clamp)
         passes = coupling_mask(dim, mask) != flip
         passing, moved = passes.nonzero().squeeze(-1), (~passes).nonzero().squeeze(-1)
-        # in the state: a shuffle of the flow may have chosen them
+        # persistent, since the flow may have drawn the mask at random
         self.register_buffer("passing", passing)
         self.register_buffer("moved", moved)
         self.register_buffer("back", torch.cat((passing, moved)).argsort())
@@ -153,15 +149,14 @@ class AffineCoupling(Bijection):
         )
 
     def _parts(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """z_a, z_b, the clamped log-scale and the shift."""
+        """Return z_a, z_b, the clamped log-scale and the shift."""
         check_event(z, self.dim)
         passing, moved = z.index_select(-1, self.passing), z.index_select(-1, self.moved)
         out, expected = self.net(passing), (*moved.shape[:-1], 2 * moved.shape[-1])
         if out.shape != expected or out.dtype != z.dtype:
             raise ValueError(
-                f"net must map {tuple(passing.shape)} to a scale and a shift of each moved entry,"
-                f" {expected} and {z.dtype}, but"
-                f" it gave {tuple(out.shape)} and {out.dtype}"
+                f"net must map {tuple(passing.shape)} to a scale and a shift of each transformed"
+                f" entry, {expected} and {z.dtype}, but it gave {tuple(out.shape)} and {out.dtype}"
             )
         s, shift = out.chunk(2, dim=-1)
         return passing, moved, self.clamp * torch.tanh(s / self.clamp), shift
@@ -170,14 +165,17 @@ class AffineCoupling(Bijection):
         return torch.cat((passing, moved), dim=-1).index_select(-1, self.back)
 
     def with_log_det(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Return x and the log-determinant: ``(*batch, D) -> (*batch, D), (*batch)``."""
         passing, moved, log_scale, shift = self._parts(z)
         return self._join(passing, moved * log_scale.exp() + shift), log_scale.sum(-1)
 
     def inverse_with_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return z and the log-determinant: ``(*batch, D) -> (*batch, D), (*batch)``."""
         passing, moved, log_scale, shift = self._parts(x)
         return self._join(passing, (moved - shift) * (-log_scale).exp()), log_scale.sum(-1)
 
     def with_score(self, z: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return x, the log-determinant and the score at x, in closed form."""
         passing, moved, log_scale, shift = self._parts(z)
         at_passing, at_moved = (
             score.index_select(-1, self.passing),
@@ -187,26 +185,27 @@ class AffineCoupling(Bijection):
             shrunk = at_moved * (-log_scale).exp()
             weights = (at_moved * moved + 1.0, shrunk)
         x = self._join(passing, moved * log_scale.exp() + shift)
-        carried = self._join(at_passing - pulled_back(weights, (log_scale, shift), passing), shrunk)
-        return x, log_scale.sum(-1), carried
+        score_x = self._join(
+            at_passing - vector_jacobian(weights, (log_scale, shift), passing), shrunk
+        )
+        return x, log_scale.sum(-1), score_x
 
 
 class Loft(Bijection):
-    r"""Log soft extension (Andrade, "Stable training of normalizing flows for high-dimensional
-    variational inference", 2024).
+    r"""Log soft extension (LOFT), a layer with logarithmic tails (Andrade, 2024).
 
     .. math::
 
         x_i = \mathrm{sign}(z_i) \big(\log(\max(|z_i| - t, 0) + 1) + \min(|z_i|, t)\big), \qquad
         \log|\det \partial x/\partial z| = -\sum_i \log(\max(|z_i| - t, 0) + 1)
 
-    The identity on :math:`[-t, t]`, logarithmic outside: as a last layer it keeps one wild draw of
-    a young flow from deciding the loss. It has no parameters. Its inverse grows like e to the power
-    :math:`|x| - t`: densities far beyond t overflow, visibly.
+    It is the identity on :math:`[-t, t]` and logarithmic outside, and has no parameters. As the
+    last layer it prevents single extreme draws from dominating the loss early in training. Its
+    inverse grows as :math:`e^{|x| - t}`, so log densities far outside overflow to minus infinity.
 
     Args:
         dim: D.
-        threshold: t > 0, beyond the bulk of the target.
+        threshold: t > 0, larger than the typical size of the target's entries.
 
     Raises:
         ValueError: if ``dim`` < 1 or ``threshold`` is not positive.
@@ -223,22 +222,23 @@ class Loft(Bijection):
         self.threshold = float(threshold)
 
     def with_log_det(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Return x and the log-determinant: ``(*batch, D) -> (*batch, D), (*batch)``."""
         check_event(z, self.dim)
         inside, beyond = self._split(z)
         beyond = beyond.log1p()
         return torch.where(inside, z, z.sign() * (self.threshold + beyond)), -beyond.sum(-1)
 
     def inverse_with_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return z and the log-determinant: ``(*batch, D) -> (*batch, D), (*batch)``."""
         check_event(x, self.dim)
         inside, beyond = self._split(x)
         return torch.where(inside, x, x.sign() * (self.threshold + beyond.expm1())), -beyond.sum(-1)
 
     def _split(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Which entries are in [-t, t], and by how much the others exceed t. A NaN is outside and
-        stays one.
+        """Return which entries are in [-t, t], and by how much the others exceed t.
 
-        `where`, not `clamp`: the gradient of `clamp` at its bound is 1 up to torch 2.13, and 0
-        after it.
+        A NaN is outside and is kept. `where` is used because the gradient of `clamp` at its bound
+        is 1 up to torch 2.13 and 0 after it.
         """
         inside = z.abs() <= self.threshold
         return inside, torch.where(inside, 0.0, z.abs() - self.threshold)

@@ -1,4 +1,4 @@
-"""What a flow starts from: the standard normal, a mixture of Gaussians, Student's t."""
+"""Base distributions of flows: the standard normal, Gaussian mixtures, Student's t."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ __all__ = ["Base", "Drawn", "MixtureBase", "StandardNormal", "StudentBase"]
 
 
 class Base(Saveable):
-    r"""A density of z on :math:`R^D` with reparameterised draws.
+    r"""A density of z on :math:`R^D` with reparameterized draws.
 
-    Subclasses write :meth:`rsample` and :meth:`log_prob`.
+    Subclasses define :meth:`rsample` and :meth:`log_prob`.
 
     Args:
         dim: D.
@@ -45,23 +45,24 @@ class Base(Saveable):
         device: torch.device,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """``num_samples`` draws of z with gradients in the parameters, shape ``(n, D)``."""
+        """Draw z with gradients in the parameters, shape ``(num_samples, D)``."""
         raise NotImplementedError(
             f"{type(self).__name__} must define rsample(num_samples, dtype, device, generator) -> z"
         )
 
     def log_prob(self, z: Tensor) -> Tensor:
-        """Log-density in nats: ``(*batch, D) -> (*batch)``."""
+        """Compute the log density in nats: ``(*batch, D) -> (*batch)``."""
         raise NotImplementedError(f"{type(self).__name__} must define log_prob(z)")
 
     def distribution(self, dtype: torch.dtype, device: torch.device) -> dist.Distribution:
-        """The Pyro distribution of z, event shape ``(D,)``."""
+        """Return the Pyro distribution of z, event shape ``(D,)``."""
         return Drawn(lambda n: self.rsample(n, dtype, device), self.log_prob, self.dim)
 
 
 class StandardNormal(Base):
-    r"""The standard normal, which has no parameters: :math:`\log N(z \mid 0, I) = -\tfrac12 |z|^2 -
-    \tfrac D2 \log 2\pi`.
+    r"""The standard normal distribution, without parameters.
+
+    .. math:: \log N(z \mid 0, I) = -\tfrac12 |z|^2 - \tfrac D2 \log 2\pi
 
     Args:
         dim: D.
@@ -78,38 +79,42 @@ class StandardNormal(Base):
         device: torch.device,
         generator: torch.Generator | None = None,
     ) -> Tensor:
+        """Draw with gradients in the parameters."""
         return standard_normal((num_samples, self.dim), generator, dtype, device)
 
     def log_prob(self, z: Tensor) -> Tensor:
+        """Compute the log density in nats."""
         return -0.5 * (z.square().sum(-1) + self.dim * LOG_2PI)
 
     def distribution(self, dtype: torch.dtype, device: torch.device) -> dist.Distribution:
+        """Return the Pyro distribution of z, event shape ``(D,)``."""
         zero = torch.zeros(self.dim, dtype=dtype, device=device)
         return dist.Normal(zero, torch.ones_like(zero)).to_event(1)
 
 
 class MixtureBase(Base):
-    r"""A mixture of K Gaussians: :math:`p(z) = \sum_k w_k N(z \mid \mu_k,
-    \mathrm{diag}(\sigma_k^2))`.
+    r"""A mixture of K Gaussians with diagonal covariances.
+
+    .. math:: p(z) = \sum_k w_k N(z \mid \mu_k, \mathrm{diag}(\sigma_k^2))
 
     Means and scales are learned. A draw is :math:`\mu_k + \sigma_k \epsilon` with k drawn from the
-    weights, a choice that carries no gradient in w. Where w is learned too, the draw gets the
-    missing part by implicit reparameterisation (Figurnov, Mohamed and Mnih, 2018): it moves such
-    that the conditional distribution functions :math:`F_i(z_i \mid z_{<i})` stay what they are,
+    weights, which gives no gradient in w. If w is learned too, its gradient is added by implicit
+    reparameterization (Figurnov, Mohamed and Mnih, 2018), which keeps the conditional distribution
+    functions :math:`F_i(z_i \mid z_{<i})` constant,
 
     .. math:: \frac{d z_i}{d w} = -\frac{1}{p(z_i \mid z_{<i})} \Big(\frac{\partial F_i}{\partial w}
         + \sum_{j<i} \frac{\partial F_i}{\partial z_j} \frac{d z_j}{d w}\Big)
 
-    It is unbiased, but between components far apart p is small and the noise large: weights of
-    separate modes are learned far better from given points, by :meth:`log_prob` (forward KL,
-    log-variance), than through draws. They are fixed unless asked for.
+    This gradient is unbiased, but has a large variance if the components are well separated, since
+    p is small between them. The weights of separated modes are better learned with losses that
+    evaluate :meth:`log_prob` at given points (forward KL, log-variance).
 
     Args:
         dim: D.
         num_components: K.
         spread: standard deviation of the initial means, in units of the initial scale 1.
-        learn_weights: learn w too; otherwise it is uniform.
-        dtype: of the parameters (default torch's).
+        learn_weights: whether to learn w; otherwise it is uniform.
+        dtype: dtype of the parameters; None is torch's default.
         generator: source of the initial means; None is torch's default generator.
 
     Raises:
@@ -133,11 +138,11 @@ class MixtureBase(Base):
     ) -> None:
         check_counts({"num_components": 1}, num_components)
         if not spread >= 0.0:
-            raise ValueError(f"spread must not be negative, got spread={spread}")
+            raise ValueError(f"spread must be nonnegative, got spread={spread}")
         super().__init__(dim)
         dtype = torch.get_default_dtype() if dtype is None else dtype
-        start = standard_normal((num_components, dim), generator, dtype, torch.device("cpu"))
-        self.loc = nn.Parameter(spread * start)
+        noise = standard_normal((num_components, dim), generator, dtype, torch.device("cpu"))
+        self.loc = nn.Parameter(spread * noise)
         self.log_scale = nn.Parameter(torch.zeros(num_components, dim, dtype=dtype))
         logits = torch.zeros(num_components, dtype=dtype)
         self.logits: Tensor
@@ -148,7 +153,7 @@ class MixtureBase(Base):
 
     @property
     def weights(self) -> Tensor:
-        """w, shape ``(K,)``."""
+        """The weights w, shape ``(K,)``."""
         return self.logits.softmax(0)
 
     def rsample(
@@ -158,8 +163,9 @@ class MixtureBase(Base):
         device: torch.device,
         generator: torch.Generator | None = None,
     ) -> Tensor:
+        """Draw with gradients in the parameters."""
         u = uniform((num_samples, 1), generator, dtype, device)
-        # the last sum may be rounded to below u
+        # the last cumulative sum may be below u, by rounding
         k = (u > self.weights.detach().cumsum(0)).sum(-1).clamp(max=len(self.logits) - 1)
         z = self.loc[k] + self.log_scale[k].exp() * standard_normal(
             (num_samples, self.dim), generator, dtype, device
@@ -170,9 +176,9 @@ class MixtureBase(Base):
         return z + (moved - moved.detach())
 
     def _moved_by_weights(self, z: Tensor) -> Tensor:
-        """z itself, with its derivative in the weights alone."""
+        """Return z with its implicit derivative in the weights."""
         loc, scale = self.loc.detach(), self.log_scale.detach().exp()
-        # of the components given the entries so far, not normalised
+        # unnormalized log weights of the components given the previous entries
         log_w = self.logits.log_softmax(0).expand(len(z), -1)
         done: list[Tensor] = []
         for i in range(self.dim):
@@ -189,6 +195,7 @@ class MixtureBase(Base):
         return torch.stack(done, dim=-1)
 
     def log_prob(self, z: Tensor) -> Tensor:
+        """Compute the log density in nats."""
         parts = _log_normal(z.unsqueeze(-2), self.loc, self.log_scale.exp()).sum(-1)
         return (self.logits.log_softmax(0) + parts).logsumexp(-1)
 
@@ -198,27 +205,26 @@ def _log_normal(z: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
 
 
 class StudentBase(Base):
-    r"""Independent Student's t in each entry, :math:`t_{\nu_i}`, for targets whose tails are
-    heavier than a Gaussian's.
+    r"""Independent Student's t distributions of the entries, for targets with heavy tails.
 
     .. math::
 
         z_i = \epsilon_i \big/ \sqrt{\chi^2_{\nu_i} / \nu_i}, \qquad
         \nu_i = b + \mathrm{softplus}(r_i)
 
-    The gradient in :math:`\nu` is torch's implicit one of the gamma distribution. Tails that a
-    smooth flow leaves as they are must be right in the base (Jaini, Kobyzev, Yu and Brubaker,
-    "Tails of Lipschitz triangular flows", 2020).
+    The gradient in :math:`\nu` is torch's implicit gradient of the gamma distribution. Lipschitz
+    flows cannot change the tail index, so the base must have the tails of the target (Jaini,
+    Kobyzev, Yu and Brubaker, 2020).
 
     Args:
         dim: D.
         df: initial degrees of freedom of each entry.
-        learn_df: learn them; otherwise they stay.
-        least: b >= 0, below which they cannot fall: 2 keeps the variance finite.
-        dtype: of the parameters (default torch's).
+        learn_df: whether to learn the degrees of freedom.
+        min_df: b >= 0, lower bound on the degrees of freedom; 2 keeps the variance finite.
+        dtype: dtype of the parameters; None is torch's default.
 
     Raises:
-        ValueError: if ``dim`` < 1 or if 0 <= ``least`` < ``df`` does not hold.
+        ValueError: if ``dim`` < 1 or if 0 <= ``min_df`` < ``df`` does not hold.
 
     Example:
         >>> StudentBase(2, df=4.0).df.detach()
@@ -230,16 +236,16 @@ class StudentBase(Base):
         dim: int,
         df: float = 5.0,
         learn_df: bool = True,
-        least: float = 2.0,
+        min_df: float = 2.0,
         *,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if not 0.0 <= least < df < math.inf:
-            raise ValueError(f"0 <= least < df must hold, got least={least}, df={df}")
+        if not 0.0 <= min_df < df < math.inf:
+            raise ValueError(f"0 <= min_df < df must hold, got min_df={min_df}, df={df}")
         super().__init__(dim)
-        self.least = float(least)
-        # in double first: softplus and its inverse then agree to the last digit
-        above = torch.full((dim,), df - least, dtype=torch.float64)
+        self.min_df = float(min_df)
+        # in float64, so that softplus inverts it to full precision
+        above = torch.full((dim,), df - min_df, dtype=torch.float64)
         raw = (above + (-(-above).expm1()).log()).to(
             torch.get_default_dtype() if dtype is None else dtype
         )
@@ -251,10 +257,10 @@ class StudentBase(Base):
 
     @property
     def df(self) -> Tensor:
-        r""":math:`\nu`, shape ``(D,)``."""
-        return self.least + softplus(self.raw)
+        r"""The degrees of freedom :math:`\nu`, shape ``(D,)``."""
+        return self.min_df + softplus(self.raw)
 
-    def _law(self) -> dist.StudentT:
+    def _student(self) -> dist.StudentT:
         return dist.StudentT(self.df, validate_args=False)
 
     def rsample(
@@ -264,25 +270,27 @@ class StudentBase(Base):
         device: torch.device,
         generator: torch.Generator | None = None,
     ) -> Tensor:
+        """Draw with gradients in the parameters."""
         with drawing_from(generator):
-            return self._law().rsample((num_samples,))
+            return self._student().rsample((num_samples,))
 
     def log_prob(self, z: Tensor) -> Tensor:
-        return self._law().log_prob(z).sum(-1)
+        """Compute the log density in nats."""
+        return self._student().log_prob(z).sum(-1)
 
 
 class Drawn(dist.TorchDistribution):
-    """The Pyro distribution, over vectors, of a function that draws and one that scores.
+    """A Pyro distribution over vectors, given by functions.
 
     Args:
-        draw: from n to draws ``(n, D)``, from torch's global generator.
-        score: the log-density, ``(*batch, D) -> (*batch)``.
+        draw: a function from n to draws ``(n, D)``, which uses torch's default generator.
+        log_density: the log density, ``(*batch, D) -> (*batch)``.
         dim: D.
-        path: the same log-density with constant parameters, for Pyro's ELBOs to take the path
+        path: the same log density with constant parameters, with which Pyro's ELBOs use the path
             derivative alone.
-        has_rsample: False where a draw does not carry all gradients: Pyro then takes those of the
-            score function.
-        batch_shape: of the distribution.
+        has_rsample: False if draws do not have all gradients; Pyro then uses the score function
+            estimator.
+        batch_shape: batch shape of the distribution.
     """
 
     arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
@@ -292,33 +300,38 @@ class Drawn(dist.TorchDistribution):
     def __init__(
         self,
         draw: Callable[[int], Tensor],
-        score: Callable[[Tensor], Tensor],
+        log_density: Callable[[Tensor], Tensor],
         dim: int,
         path: Callable[[Tensor], Tensor] | None = None,
         has_rsample: bool = True,
         batch_shape: Sequence[int] = (),
     ) -> None:
-        self._made_of = (draw, score, dim, path, has_rsample)
+        self._args = (draw, log_density, dim, path, has_rsample)
         self.has_rsample = has_rsample
         super().__init__(torch.Size(batch_shape), torch.Size((dim,)), validate_args=False)
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> Drawn:
-        return Drawn(*self._made_of, batch_shape=batch_shape)
+        """Return the distribution with another batch shape."""
+        return Drawn(*self._args, batch_shape=batch_shape)
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """Draw with gradients in the parameters."""
         shape = self._extended_shape(torch.Size(sample_shape))
-        return self._made_of[0](math.prod(shape[:-1])).reshape(shape)
+        return self._args[0](math.prod(shape[:-1])).reshape(shape)
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """Draw without gradients."""
         with torch.no_grad():
             return self.rsample(sample_shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        log_p = self._made_of[1](value)
+        """Compute the log density in nats."""
+        log_p = self._args[1](value)
         return log_p.expand(torch.broadcast_shapes(log_p.shape, self.batch_shape))
 
     def score_parts(self, x: Tensor, *args: Any, **kwargs: Any) -> ScoreParts:
-        path = self._made_of[3]
+        """Return the terms of Pyro's ELBO gradients."""
+        path = self._args[3]
         if path is None or not self.has_rsample:
             return super().score_parts(x, *args, **kwargs)
         log_q = path(x)

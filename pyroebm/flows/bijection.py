@@ -1,5 +1,4 @@
-"""What the layers of flows share: vectors in, vectors out, the log-determinant from the same
-evaluation, nothing cached."""
+"""The base class of layers of flows."""
 
 from __future__ import annotations
 
@@ -13,35 +12,36 @@ from torch.distributions import constraints
 from pyroebm.core.saving import Saveable
 from pyroebm.nn.mlp import frozen
 
-__all__ = ["Bijection", "check_event", "pulled_back"]
+__all__ = ["Bijection", "check_event", "vector_jacobian"]
 
 
 def check_event(z: Tensor, dim: int) -> None:
-    """ValueError unless the last dimension of ``z`` is ``dim``."""
+    """Raise ValueError unless the last dimension of ``z`` is ``dim``."""
     if z.dim() < 1 or z.shape[-1] != dim:
         raise ValueError(
             f"the input must have shape (*batch, dim) with dim={dim}, got shape {tuple(z.shape)}"
         )
 
 
-def pulled_back(weights: Sequence[Tensor], outputs: Sequence[Tensor], z: Tensor) -> Tensor:
-    """The gradient in ``z`` of the weighted sum of the outputs, whose graph is kept: 0 where they
-    do not depend on it."""
+def vector_jacobian(weights: Sequence[Tensor], outputs: Sequence[Tensor], z: Tensor) -> Tensor:
+    """Compute the vector-Jacobian product of the outputs in ``z``, and keep their graph.
+
+    It is 0 if they do not depend on ``z``.
+    """
     if not any(output.requires_grad for output in outputs):
         return torch.zeros_like(z)
     return torch.autograd.grad(outputs, z, weights, retain_graph=True, materialize_grads=True)[0]
 
 
 class Bijection(Saveable, TransformModule):
-    r"""A learned bijection of :math:`R^D` that gives image and log-determinant together.
+    r"""A learned bijection of :math:`R^D` that computes image and log-determinant together.
 
-    Subclasses write :meth:`with_log_det` and :meth:`inverse_with_log_det`; the methods of
-    :class:`torch.distributions.Transform` follow from these. A flow calls them directly and
-    evaluates each network once. Nothing is cached: after a step of the optimizer no image of the
-    old parameters is left.
+    Subclasses define :meth:`with_log_det` and :meth:`inverse_with_log_det`; the methods of
+    :class:`torch.distributions.Transform` call these. A flow calls them directly and evaluates each
+    network once. There is no cache, which an optimizer step would make invalid.
 
     Args:
-        dim: D, entries of z and of x.
+        dim: D, number of entries of z and of x.
 
     Raises:
         ValueError: if ``dim`` < 1.
@@ -58,41 +58,55 @@ class Bijection(Saveable, TransformModule):
         self.dim = dim
 
     def with_log_det(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        r"""x and :math:`\log|\det \partial x/\partial z|`: ``(*batch, D) -> (*batch, D),
-        (*batch)``."""
+        r"""Return x and :math:`\log|\det \partial x/\partial z|`.
+
+        Args:
+            z: shape ``(*batch, D)``.
+
+        Returns:
+            x ``(*batch, D)`` and the log-determinant ``(*batch)``.
+        """
         raise NotImplementedError(
             f"{type(self).__name__} must define with_log_det(z) -> (x, log_det)"
         )
 
     def inverse_with_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        r"""z and, again, :math:`\log|\det \partial x/\partial z|`: ``(*batch, D) -> (*batch, D),
-        (*batch)``."""
+        r"""Return z and, as :meth:`with_log_det`, :math:`\log|\det \partial x/\partial z|`.
+
+        Args:
+            x: shape ``(*batch, D)``.
+
+        Returns:
+            z ``(*batch, D)`` and the log-determinant ``(*batch)``.
+        """
         raise NotImplementedError(
             f"{type(self).__name__} must define inverse_with_log_det(x) -> (z, log_det)"
         )
 
     def with_score(self, z: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        r"""x, :math:`\log|\det J|` with :math:`J = \partial x/\partial z`, and the score of x where
-        z has the given one.
+        r"""Return x, the log-determinant, and the score at x.
+
+        With :math:`J = \partial x/\partial z` the score is
 
         .. math::
 
             \nabla_x \log q(x) = J^{-\top} \big(\nabla_z \log p(z) - \nabla_z \log|\det J|\big)
 
-        Here through the inverse; a layer that has the product in closed form saves that (Vaitl,
-        Nicoli, Nakajima and Kessel, "Fast and unified path gradient estimators for normalizing
-        flows", 2024). It is constant: no gradient flows through it.
+        By default it is computed through the inverse; a layer with a closed form overrides this
+        (Vaitl, Nicoli, Nakajima and Kessel, 2024). The score is detached.
 
         Args:
             z: shape ``(*batch, D)``, requiring a gradient.
-            score: of the density of z, there: shape ``(*batch, D)``.
+            score: :math:`\nabla_z \log p(z)`, shape ``(*batch, D)``.
         """
         x, log_det = self.with_log_det(z)
         with frozen(self):
-            there = x.detach().requires_grad_()
-            back, stretch = self.inverse_with_log_det(there)
-            (carried,) = torch.autograd.grad(((back * score).sum(-1) - stretch).sum(), there)
-        return x, log_det, carried
+            leaf = x.detach().requires_grad_()
+            inverse, inverse_log_det = self.inverse_with_log_det(leaf)
+            (score_x,) = torch.autograd.grad(
+                ((inverse * score).sum(-1) - inverse_log_det).sum(), leaf
+            )
+        return x, log_det, score_x
 
     def _call(self, z: Tensor) -> Tensor:
         return self.with_log_det(z)[0]
@@ -101,5 +115,5 @@ class Bijection(Saveable, TransformModule):
         return self.inverse_with_log_det(x)[0]
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        """Evaluated anew at x: ``(*batch, D), (*batch, D) -> (*batch)``."""
+        """Compute the log-determinant at x: ``(*batch, D), (*batch, D) -> (*batch)``."""
         return self.with_log_det(x)[1]

@@ -7,36 +7,33 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from pyroebm.flows.bijection import Bijection, check_event, pulled_back
+from pyroebm.flows.bijection import Bijection, check_event, vector_jacobian
 from pyroebm.nn.mlp import mlp
 
 __all__ = ["AdditiveCoupling"]
 
 
 class AdditiveCoupling(Bijection):
-    r"""One additive coupling layer (Dinh, Krueger and Bengio, "NICE: Non-linear Independent
-    Components Estimation", 2014).
+    r"""Additive coupling layer (Dinh, Krueger and Bengio, 2014).
 
-    One part of z passes through and decides by how much the other is moved:
+    One part of z is unchanged and determines the shift of the other:
 
     .. math:: x_a = z_a, \qquad x_b = z_b + m(z_a), \qquad \log|\det \partial x / \partial z| = 0.
 
-    Nothing is cached: the inverse is always computed, with the parameters as they are then.
-
     Args:
-        dim: D, entries of z and of x, at least 2.
-        net: the conditioner m, any module ``(*batch, |a|) -> (*batch, |b|)``; by default an MLP
-            whose last layer is zero.
-        flip: False (default): a is the first ``dim // 2`` entries and b the rest; True: a is the
-            rest. Layers alternate.
-        hidden_sizes: widths of the default conditioner's hidden layers.
+        dim: D, number of entries of z and of x, at least 2.
+        net: the conditioner m, a module ``(*batch, |a|) -> (*batch, |b|)``; None is an MLP whose
+            last layer is initially zero.
+        flip: if False, a is the first ``dim // 2`` entries and b the others; if True, a is the
+            others. Layers alternate.
+        hidden_sizes: widths of the hidden layers of the default conditioner.
         activation: ``"silu"`` or ``"tanh"``, of the default conditioner.
-        dtype: of the default conditioner's parameters.
-        generator: source of the default conditioner's initial hidden weights.
+        dtype: dtype of the default conditioner.
+        generator: source of the initial weights of the default conditioner.
 
     Raises:
-        ValueError: if ``dim`` < 2; when called, if the last dimension is not ``dim`` or if m(z_a)
-            has not the shape and dtype of z_b.
+        ValueError: if ``dim`` < 2; when called, if the last dimension is not ``dim``, or m(z_a) and
+            z_b differ in shape or dtype.
 
     Example:
         >>> layer = AdditiveCoupling(2, net=nn.Identity())
@@ -58,9 +55,7 @@ class AdditiveCoupling(Bijection):
         generator: torch.Generator | None = None,
     ) -> None:
         if dim < 2:
-            raise ValueError(
-                f"dim must be at least 2, for one entry to move another, got dim={dim}"
-            )
+            raise ValueError(f"dim must be at least 2 for a coupling of two parts, got dim={dim}")
         super().__init__(dim)
         self.flip = flip
         self.cut = dim // 2
@@ -79,16 +74,16 @@ class AdditiveCoupling(Bijection):
         )
 
     def _parts(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """z_a, z_b, and by how much z_b is moved."""
+        """Return z_a, z_b and the shift of z_b."""
         check_event(z, self.dim)
         first, rest = z.split((self.cut, self.dim - self.cut), dim=-1)
         passing, moved = (rest, first) if self.flip else (first, rest)
         shift = self.net(passing)
         if shift.shape != moved.shape or shift.dtype != moved.dtype:
             raise ValueError(
-                f"net must map {tuple(passing.shape)} to the shape and dtype of the part it moves,"
-                f" {tuple(moved.shape)} and"
-                f" {moved.dtype}, but it gave {tuple(shift.shape)} and {shift.dtype}"
+                f"net must map {tuple(passing.shape)} to the shape and dtype of the shifted part,"
+                f" {tuple(moved.shape)} and {moved.dtype}, but it gave {tuple(shift.shape)} and"
+                f" {shift.dtype}"
             )
         return passing, moved, shift
 
@@ -96,20 +91,23 @@ class AdditiveCoupling(Bijection):
         return torch.cat((moved, passing) if self.flip else (passing, moved), dim=-1)
 
     def with_log_det(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Return x and the log-determinant: ``(*batch, D) -> (*batch, D), (*batch)``."""
         passing, moved, shift = self._parts(z)
         return self._join(passing, moved + shift), z.new_zeros(z.shape[:-1])
 
     def inverse_with_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return z and the log-determinant: ``(*batch, D) -> (*batch, D), (*batch)``."""
         passing, moved, shift = self._parts(x)
         return self._join(passing, moved - shift), x.new_zeros(x.shape[:-1])
 
     def with_score(self, z: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return x, the log-determinant and the score at x, in closed form."""
         passing, moved, shift = self._parts(z)
         first, rest = score.split((self.cut, self.dim - self.cut), dim=-1)
         at_passing, at_moved = (rest, first) if self.flip else (first, rest)
-        carried = self._join(at_passing - pulled_back([at_moved], [shift], passing), at_moved)
-        return self._join(passing, moved + shift), z.new_zeros(z.shape[:-1]), carried
+        score_x = self._join(at_passing - vector_jacobian([at_moved], [shift], passing), at_moved)
+        return self._join(passing, moved + shift), z.new_zeros(z.shape[:-1]), score_x
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        """Zero for every event: ``(*batch, D), (*batch, D) -> (*batch)``."""
+        """Return zeros: ``(*batch, D), (*batch, D) -> (*batch)``."""
         return x.new_zeros(x.shape[:-1])

@@ -1,4 +1,4 @@
-"""A flow's own density as an energy: the beginning of annealing from a flow to its target."""
+"""The density of a flow as an energy, for annealing from a flow to its target."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ __all__ = ["FlowEnergy"]
 
 
 class FlowEnergy(Energy):
-    r"""The energy :math:`-\log q(x, y)` of a flow over its D entries, with exact draws and
-    :math:`\log Z = 0`.
+    r"""The energy :math:`-\log q(x, y)` of a flow over its D entries.
 
-    As the base of annealed importance sampling it goes with ``flow.extend(energy)``: what the flow
-    got nearly right is corrected on the way. With :class:`~pyroebm.objectives.ExactLikelihood`
-    ``fit`` trains the flow itself by maximum likelihood.
+    It has exact draws and :math:`\log Z = 0`. Use it as the base of annealed importance sampling
+    with the target ``flow.extend(energy)``, or with :class:`~pyroebm.objectives.ExactLikelihood` to
+    train the flow by maximum likelihood.
 
     Args:
         flow: q.
@@ -41,15 +40,18 @@ class FlowEnergy(Energy):
         self.flow = flow
 
     def forward(self, xy: Tensor) -> Tensor:
+        """Return the energies: ``(*batch, *event) -> (*batch)``."""
         return -self.flow.log_prob(xy)
 
     def log_partition(self) -> Tensor:
-        """0."""
+        """Return log Z = 0."""
         return torch.zeros((), dtype=self.flow.dtype, device=self.flow.device)
 
     def sample(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draw (x, y) from the flow, ``(num_samples, D)``."""
         with torch.no_grad():
             return self.flow.forward_and_log_prob(self.flow.rsample_base(num_samples, generator))[0]
 
     def initial(self, num_chains: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draw initial states of chains from the flow, ``(num_chains, D)``."""
         return self.sample(num_chains, generator)

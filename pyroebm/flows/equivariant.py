@@ -1,4 +1,4 @@
-"""A continuous flow of equal particles, which turns, reflects and renumbers with them."""
+"""A continuous flow of identical particles, equivariant under their symmetries."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from pyroebm.flows.flow import Flow
 
 __all__ = ["EquivariantFlow", "PairField"]
 
-#: A uniform cubic B-spline on one of its cells: coefficients of 1, f, f^2, f^3, f in [0, 1], from
-#: four of the spline's.
+#: Polynomial coefficients of 1, f, f^2, f^3 for f in [0, 1], of a uniform cubic B-spline on a cell,
+#: given its four coefficients there.
 CUBIC = (
     torch.tensor([[1, 4, 1, 0], [-3, 0, 3, 0], [3, -6, 3, 0], [-1, 3, -3, 1]], dtype=torch.float64)
     / 6.0
@@ -24,13 +24,13 @@ CUBIC = (
 
 
 class PairField(Bijection):
-    r"""Where a velocity that is a sum over pairs carries particles from time 0 to time 1.
+    r"""The flow map, from time 0 to 1, of a velocity that is a sum over pairs of particles.
 
     .. math:: \dot x_i = a(t)\, x_i + \frac1n \sum_{j \ne i} \phi(s_{ij}, t)\, (x_i - x_j), \qquad
         s_{ij} = \log\bigl(1 + |x_i - x_j|^2 / \ell^2\bigr)
 
-    a and :math:`\phi` are cubic splines. In the coordinates u of mean-free configurations, x = B u
-    with an orthonormal B, a difference :math:`r_{ij} = (b_i - b_j) u` has :math:`|b_i - b_j|^2 =
+    where a and :math:`\phi` are cubic splines. In the coordinates u of mean-free configurations, x
+    = B u with orthonormal B, a difference :math:`r_{ij} = (b_i - b_j) u` has :math:`|b_i - b_j|^2 =
     2`, so that
 
     .. math::
@@ -38,13 +38,20 @@ class PairField(Bijection):
         \nabla_u \cdot \dot u = (n - 1)\, k\, a + \frac2n \sum_{i<j}
         \Bigl(k\, \phi + |r_{ij}|\, \frac{\partial \phi}{\partial |r_{ij}|}\Bigr)
 
-    Runge and Kutta's rule of fourth order integrates both; the inverse takes the steps back. Its
-    error falls with the fourth power of the number of steps, up to the kinks in the splines' third
-    derivatives.
+    Both are integrated by the fourth-order Runge-Kutta method, for the inverse backwards in time.
+    The error decreases with the fourth power of the number of steps, until the discontinuities in
+    the third derivatives of the splines dominate.
 
     Args:
-        num_particles, space, reach, length, num_cells, num_stages, num_steps, scale, dtype: of
-            :class:`EquivariantFlow`.
+        num_particles: as in :class:`EquivariantFlow`, like all arguments.
+        space: number of dimensions.
+        reach: largest distance of interacting pairs.
+        length: :math:`\ell`.
+        num_cells: cells of :math:`\phi` in s.
+        num_stages: cells of the splines in t.
+        num_steps: number of integration steps.
+        scale: initial scale.
+        dtype: dtype of the parameters; None is torch's default.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -70,8 +77,8 @@ class PairField(Bijection):
         scale: float = 1.0,
         dtype: torch.dtype | None = None,
     ) -> None:
-        least = {"num_particles": 2, "space": 1, "num_cells": 1, "num_stages": 1, "num_steps": 1}
-        check_counts(least, num_particles, space, num_cells, num_stages, num_steps)
+        minima = {"num_particles": 2, "space": 1, "num_cells": 1, "num_stages": 1, "num_steps": 1}
+        check_counts(minima, num_particles, space, num_cells, num_stages, num_steps)
         for name, value in (("reach", reach), ("length", length), ("scale", scale)):
             if not 0.0 < value < math.inf:
                 raise ValueError(f"{name} must be positive and finite, got {name}={value}")
@@ -89,43 +96,46 @@ class PairField(Bijection):
         nn.init.constant_(self.weights[:, 0], math.log(scale))
 
     def with_log_det(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        return self._carry(z, 1.0)
+        """Return x and the log-determinant: ``(*batch, D) -> (*batch, D), (*batch)``."""
+        return self._integrate(z, 1.0)
 
     def inverse_with_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        z, log_det = self._carry(x, -1.0)
+        """Return z and the log-determinant: ``(*batch, D) -> (*batch, D), (*batch)``."""
+        z, log_det = self._integrate(x, -1.0)
         return z, -log_det
 
     def features(self, u: Tensor, t: Tensor) -> Tensor:
-        r"""The field as a linear map of its weights: :math:`\dot u = \sum_{qm} f_{qm}(u, t)\,
-        w_{qm}`.
+        r"""Return the features of the velocity, which is linear in the weights.
+
+        .. math:: \dot u = \sum_{qm} f_{qm}(u, t)\, w_{qm}
 
         Args:
             u: coordinates, shape ``(rows, dim)``.
             t: times in [0, 1], shape ``(rows,)``.
 
         Returns:
-            f of shape ``(rows, dim, *weights.shape)``.
+            The features f, shape ``(rows, dim, *weights.shape)``.
         """
         check_event(u, self.dim)
-        moved, at = self._by_axis(u), t * (len(self.weights) - 3)
-        r, _, at_pairs = self._pairs(moved)
+        axes, at = self._by_axis(u), t * (len(self.weights) - 3)
+        r, _, at_pairs = self._pairs(axes)
         cell = at.detach().long().clamp(0, len(self.weights) - 4)
-        in_time = _spread(at, cell, len(self.weights))
+        in_time = _basis_splines(at, cell, len(self.weights))
         cells = self.weights.shape[1] - 1
         cell = at_pairs.detach().long().clamp(0, cells)
-        # those from cells on are beyond the reach
-        in_space = _spread(at_pairs, cell, cells + 4)[..., :cells] / self.num_particles
+        # the last columns are basis splines beyond the reach, whose coefficients are 0
+        in_space = _basis_splines(at_pairs, cell, cells + 4)[..., :cells] / self.num_particles
         pairs = torch.einsum("rkp,rpm,pi->rikm", r, in_space, self.incidence).reshape(
             *u.shape, cells
         )
         return in_time[:, None, :, None] * torch.cat([u.unsqueeze(-1), pairs], -1)[:, :, None, :]
 
     def _by_axis(self, u: Tensor) -> Tensor:
-        """``(*batch, dim) -> (rows, k, n - 1)``."""
+        """Reshape ``(*batch, dim)`` to ``(rows, k, n - 1)``."""
         return u.reshape(-1, self.num_particles - 1, self.space).mT.contiguous()
 
-    def _carry(self, u: Tensor, sign: float) -> tuple[Tensor, Tensor]:
-        """From one end of time to the other, and the integral of the divergence on the way."""
+    def _integrate(self, u: Tensor, sign: float) -> tuple[Tensor, Tensor]:
+        """Integrate the velocity over the time interval, and the divergence along the path."""
         check_event(u, self.dim)
         shape = u.shape
         u = self._by_axis(u)
@@ -142,25 +152,29 @@ class PairField(Bijection):
         return u.mT.reshape(shape), log_det.reshape(shape[:-1])
 
     def _in_time(self) -> list[tuple[Tensor, Tensor]]:
-        """At the time of each half step: a, and the polynomial of phi in each cell and in one
-        beyond, where it is 0."""
+        """Return a and the polynomials of phi at the times of all half steps.
+
+        The polynomials are those of all cells and of one more beyond the reach, which is 0.
+        """
         stages, cubic = len(self.weights) - 3, CUBIC.to(self.weights)
         at = torch.arange(2 * self.num_steps + 1, dtype=cubic.dtype, device=cubic.device) * (
             stages / (2 * self.num_steps)
         )
-        now = _spread(at, at.long().clamp(max=stages - 1), stages + 3) @ self.weights
+        now = _basis_splines(at, at.long().clamp(max=stages - 1), stages + 3) @ self.weights
         phi = nn.functional.pad(now[:, 1:], (0, 4)).unfold(1, 4, 1) @ (cubic.T / self.num_particles)
         return list(zip(now[:, 0], phi, strict=True))
 
     def _pairs(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of each pair the difference ``(rows, k, pairs)``, its square, and where it is among the
-        cells, ``(rows, pairs)``."""
+        """Return the differences of all pairs, their squares, and their positions in the cells.
+
+        Shapes are ``(rows, k, pairs)``, ``(rows, pairs)`` and ``(rows, pairs)``.
+        """
         r = u @ self.incidence.T
         squared = r.square().sum(1)
         return r, squared, torch.log1p(squared / self.length**2) / self.width
 
-    def _velocity(self, u: Tensor, pull: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
-        """Velocity and divergence: ``(rows, k, n - 1) -> (rows, k, n - 1), (rows,)``."""
+    def _velocity(self, u: Tensor, a: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+        """Return velocity and divergence: ``(rows, k, n - 1) -> (rows, k, n - 1), (rows,)``."""
         r, squared, at = self._pairs(u)
         cell = at.detach().long().clamp(0, len(table) - 1)
         c0, c1, c2, c3 = table.index_select(0, cell.flatten()).view(*cell.shape, 4).unbind(-1)
@@ -171,36 +185,36 @@ class PairField(Bijection):
             * (2.0 / self.width)
             * (squared / (self.length**2 + squared))
         )
-        velocity = pull * u + (phi.unsqueeze(1) * r) @ self.incidence
-        return velocity, self.dim * pull + 2.0 * (self.space * phi + slope).sum(-1)
+        velocity = a * u + (phi.unsqueeze(1) * r) @ self.incidence
+        return velocity, self.dim * a + 2.0 * (self.space * phi + slope).sum(-1)
 
 
 class EquivariantFlow(Flow):
-    r"""A continuous flow of n equal particles in k dimensions (Köhler, Klein and Noé, "Equivariant
-    Flows", 2020).
+    r"""A continuous flow of n identical particles in k dimensions (Köhler, Klein and Noé, 2020).
 
     .. math:: x = x(1), \quad x(0) = B z, \quad z \sim N(0, I), \qquad
         \log q(u) = \log N(z \mid 0, I) - \int_0^1 \nabla_u \cdot \dot u\, dt
 
     with the velocity of :class:`PairField`, a sum over pairs. An event is :math:`u \in R^{(n - 1)
-    k}` with positions x = B u, the coordinates of :class:`pyroebm.targets.Particles`: no direction
-    is flat. The density is the same for particles that are turned, reflected or renumbered, as
-    their energy is, since the base is, and the velocity moves with them.
+    k}` with positions x = B u, the coordinates of :class:`pyroebm.targets.Particles`, without the
+    center of mass. The density is invariant under rotations, reflections and permutations of the
+    particles, as their energy is, since the base is invariant and the velocity equivariant.
 
-    The density is as good as the integration: compare it at ``flow.num_steps`` and at half of them.
-    What trains on it, with too few steps, finds fields whose error looks like likelihood.
-    :func:`pyroebm.objectives.match_flow` is where to start from.
+    The density has an integration error: compare it at ``flow.num_steps`` and at half of them. With
+    too few steps, training may exploit this error. Initialize the flow by
+    :func:`pyroebm.objectives.match_flow`.
 
     Args:
         num_particles: n, at least 2.
-        space: k, at least 1.
-        reach: distance beyond which a pair does not move.
-        length: :math:`\ell`, the distance at which the splines' cells are narrowest.
-        cells: of :math:`\phi` in s.
-        stages: cells in t.
-        num_steps: of the integrator, which may be set anew: ``flow.num_steps = 60``.
-        scale: a fresh flow is the base times this.
-        dtype: of the parameters (default torch's).
+        space: k, number of dimensions, at least 1.
+        reach: distance beyond which pairs do not interact.
+        length: :math:`\ell`, the length scale of s, below which the cells of the splines in the
+            distance do not become narrower.
+        num_cells: number of cells of :math:`\phi` in s.
+        num_stages: number of cells of the splines in t.
+        num_steps: number of integration steps, which can be changed: ``flow.num_steps = 60``.
+        scale: initial scale: the untrained flow is the base times this.
+        dtype: dtype of the parameters; None is torch's default.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -239,12 +253,12 @@ class EquivariantFlow(Flow):
 
     @property
     def field(self) -> PairField:
-        """What moves the particles."""
+        """The layer that transforms the particles."""
         return cast(PairField, self.transform.parts[0])
 
     @property
     def num_steps(self) -> int:
-        """Of the integrator."""
+        """Number of integration steps."""
         return self.field.num_steps
 
     @num_steps.setter
@@ -253,9 +267,8 @@ class EquivariantFlow(Flow):
         self.field.num_steps = num_steps
 
 
-def _spread(at: Tensor, cell: Tensor, size: int) -> Tensor:
-    """Values at ``at`` of all basis splines, of which four are not 0, those from ``cell`` on:
-    ``(*batch) -> (*batch, size)``."""
+def _basis_splines(at: Tensor, cell: Tensor, size: int) -> Tensor:
+    """Evaluate all basis splines, of which four are not 0: ``(*batch) -> (*batch, size)``."""
     power = torch.arange(4, device=at.device)
     four = (at - cell).unsqueeze(-1) ** power @ CUBIC.to(at)
     return at.new_zeros(*at.shape, size).scatter(-1, cell.unsqueeze(-1) + power, four)

@@ -1,5 +1,4 @@
-"""What every flow can do for an energy: draw with its density, extend the energy by latents, give
-the marginal of x."""
+"""The base class of flows."""
 
 from __future__ import annotations
 
@@ -17,9 +16,9 @@ from torch.distributions import Transform
 from pyroebm.core.energy import Energy
 from pyroebm.core.rng import seeded_generator
 from pyroebm.core.saving import Saveable
+from pyroebm.flows.augmented import AugmentedEnergy
 from pyroebm.flows.base import Base, StandardNormal
 from pyroebm.flows.bijection import Bijection
-from pyroebm.flows.extended import Extended
 from pyroebm.flows.networks import ConditionalGaussian
 from pyroebm.nn.mlp import frozen
 
@@ -27,25 +26,24 @@ __all__ = ["Flow"]
 
 
 class Flow(Saveable):
-    r"""A normalised density :math:`q(x, y)` on :math:`R^D`: a draw z of a base, pushed through
-    bijections.
+    r"""A normalizing flow: the density of a base, transformed by bijections of :math:`R^D`.
 
     .. math:: \log q(x, y) = \log p(z) - \log |\det \partial (x, y) / \partial z|
 
-    The first d entries are x, the variable of an energy. The rest, y, are redundant: a learned
-    :math:`N(y \mid M(x), \Sigma(x))` stands for :math:`q(y \mid x)`. Calling the flow gives the
-    Pyro distribution.
+    The first d entries are x, the variable of an energy. The others, y, are auxiliary variables;
+    :math:`q(y \mid x)` is approximated by a learned :math:`N(y \mid M(x), \Sigma(x))`. Calling the
+    flow returns its Pyro distribution.
 
     Args:
         transforms: bijections of :math:`R^D` with event dimension 1, in the order from z to (x, y).
         dim: d.
         total_dim: D.
-        conditional: the Gaussian of y given x, of ``D - d`` entries; None where D = d.
+        conditional: the Gaussian of y given x, with ``D - d`` entries; None if D = d.
         base: the density p of z; None is the standard normal.
 
     Raises:
-        ValueError: if 1 <= d <= D does not hold, if ``conditional``, ``base`` or a transform does
-            not fit them, or if their parameters have several dtypes.
+        ValueError: if 1 <= d <= D does not hold, if ``conditional``, ``base`` or a transform has
+            other dimensions, or if their parameters have different dtypes.
 
     Example:
         >>> from pyro.distributions.transforms import affine_coupling
@@ -72,9 +70,8 @@ class Flow(Saveable):
         given = (dim, 0) if conditional is None else (conditional.dim, conditional.extra)
         if given != (dim, total_dim - dim):
             raise ValueError(
-                f"conditional must be of dim={dim} and extra={total_dim - dim} (None where extra"
-                " is 0), got"
-                f" {None if conditional is None else given}"
+                f"conditional must be of dim={dim} and extra={total_dim - dim} (None if extra is"
+                f" 0), got {None if conditional is None else given}"
             )
         for transform in transforms:
             if not transform.bijective or (
@@ -82,9 +79,9 @@ class Flow(Saveable):
                 transform.codomain.event_dim,
             ) != (1, 1):
                 raise ValueError(
-                    "transforms must be bijections of event dimension 1 (put an elementwise one in"
-                    " an IndependentTransform), got"
-                    f" {type(transform).__name__} from {transform.domain} to {transform.codomain}"
+                    "transforms must be bijections of event dimension 1 (wrap an elementwise one in"
+                    f" IndependentTransform), got {type(transform).__name__} from"
+                    f" {transform.domain} to {transform.codomain}"
                 )
         for part in (base, *transforms):
             if isinstance(part, (Base, Bijection)) and part.dim != total_dim:
@@ -101,17 +98,16 @@ class Flow(Saveable):
         dtypes = {p.dtype for p in self.parameters() if p.is_floating_point()}
         if len(dtypes) > 1:
             raise ValueError(
-                f"the parts of a flow must have one dtype, got {sorted(map(str, dtypes))}; convert"
-                " them with .to()"
+                "transforms, conditional and base must have the same dtype, got"
+                f" {sorted(map(str, dtypes))}; convert them with .to()"
             )
-        # an empty buffer knows the dtype and the device that .to() gave, without a walk over the
-        # parameters
+        # an empty buffer follows .to(), so dtype and device are known without traversing parameters
         first = next((p for p in self.parameters() if p.is_floating_point()), torch.empty(0))
         self.register_buffer("_anchor", first.new_empty(0), persistent=False)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Floating-point type of the parameters."""
+        """Data type of the parameters."""
         return self._anchor.dtype
 
     @property
@@ -120,11 +116,11 @@ class Flow(Saveable):
         return self._anchor.device
 
     def forward(self, stl: bool = False) -> dist.Distribution:
-        """The joint Pyro distribution over (x, y), event shape ``(D,)``.
+        """Return the joint Pyro distribution of (x, y), event shape ``(D,)``.
 
         Args:
-            stl: let Pyro's ELBOs take the path derivative alone ("sticking the landing", Roeder, Wu
-                and Duvenaud, 2017).
+            stl: whether Pyro's ELBOs use the path derivative alone ("sticking the landing", Roeder,
+                Wu and Duvenaud, 2017).
         """
         if stl:
             return _PathDerivative(self)
@@ -133,13 +129,18 @@ class Flow(Saveable):
         )
 
     def rsample_base(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
-        """``num_samples`` draws of z, shape ``(n, D)``, with gradients in the parameters of the
-        base where it has any."""
+        """Draw z, shape ``(num_samples, D)``, with gradients in the parameters of the base."""
         return self.base.rsample(num_samples, self.dtype, self.device, generator)
 
     def forward_and_log_prob(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        r"""(x, y) and :math:`\log q(x, y)` of z, without any inverse: ``(*batch, D) -> (*batch, D),
-        (*batch)``."""
+        r"""Transform z, and compute the log density at the image, without an inverse.
+
+        Args:
+            z: shape ``(*batch, D)``.
+
+        Returns:
+            (x, y) ``(*batch, D)`` and :math:`\log q(x, y)` ``(*batch)``.
+        """
         self._check(z, "z", self.total_dim)
         log_q = self.base.log_prob(z)
         for transform in self.transform.parts:
@@ -152,81 +153,82 @@ class Flow(Saveable):
         return z, log_q
 
     def log_prob(self, xy: Tensor) -> Tensor:
-        r""":math:`\log q(x, y)`, through the inverse: ``(*batch, D) -> (*batch)``."""
+        r"""Compute :math:`\log q(x, y)` through the inverse: ``(*batch, D) -> (*batch)``."""
         self._check(xy, "xy", self.total_dim)
         log_det: Tensor | float = 0.0
         for transform in reversed(self.transform.parts):
             if isinstance(transform, Bijection):
-                z, stretch = transform.inverse_with_log_det(xy)
+                z, layer_log_det = transform.inverse_with_log_det(xy)
             else:
                 z = transform.inv(xy)
-                stretch = transform.log_abs_det_jacobian(z, xy)
-            xy, log_det = z, log_det + stretch
+                layer_log_det = transform.log_abs_det_jacobian(z, xy)
+            xy, log_det = z, log_det + layer_log_det
         return self.base.log_prob(xy) - log_det
 
     def path_log_prob(self, xy: Tensor) -> Tensor:
-        r""":math:`\log q(x, y)` with the parameters held constant: its gradient flows through (x,
-        y) only.
+        r"""Compute :math:`\log q(x, y)` with constant parameters.
 
-        In place of ``log_prob`` in an ELBO it leaves out the score :math:`\nabla_\theta \log q`,
-        whose mean is 0, and with it all the noise of the gradient once q is the target ("sticking
-        the landing", Roeder, Wu and Duvenaud, 2017).
+        Its gradient is in (x, y) alone.
+        In an ELBO it replaces ``log_prob`` to omit the score :math:`\nabla_\theta \log q`, whose
+        mean is 0. The gradient then has no variance where q is the target ("sticking the landing",
+        Roeder, Wu and Duvenaud, 2017).
         """
-        # a copy: transforms that cache would hand back z with the graph that rsample left,
-        # parameters and all
+        # a copy: transforms with a cache would return the z of rsample, with its graph
         with frozen(self):
             return self.log_prob(xy.clone())
 
     def forward_and_path_log_prob(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """:meth:`forward_and_log_prob`, and :meth:`path_log_prob` of what it gives: of layers that
-        are a :class:`Bijection` in one pass."""
+        """Return :meth:`forward_and_log_prob`, and :meth:`path_log_prob` at the image.
+
+        If all layers are a :class:`Bijection`, both are computed in one pass.
+        """
         layers = [layer for layer in self.transform.parts if isinstance(layer, Bijection)]
-        # the layers are not all of it then
-        own = (
+        # a subclass may transform by more than its layers
+        overridden = (
             type(self).forward_and_log_prob is not Flow.forward_and_log_prob
             or type(self).log_prob is not Flow.log_prob
         )
-        if own or len(layers) < len(self.transform.parts) or not torch.is_grad_enabled():
+        if overridden or len(layers) < len(self.transform.parts) or not torch.is_grad_enabled():
             xy, log_q = self.forward_and_log_prob(z)
             return xy, log_q, self.path_log_prob(xy)
         self._check(z, "z", self.total_dim)
         z = z if z.requires_grad else z.detach().requires_grad_()
         log_q = self.base.log_prob(z)
         with frozen(self.base):
-            there = z.detach().requires_grad_()
-            (score,) = torch.autograd.grad(self.base.log_prob(there).sum(), there)
+            leaf = z.detach().requires_grad_()
+            (score,) = torch.autograd.grad(self.base.log_prob(leaf).sum(), leaf)
         for layer in layers:
             z, log_det, score = layer.with_score(z, score)
             log_q = log_q - log_det
-        # the value of log q, and its gradient in (x, y) alone
+        # the value of log q with a gradient in (x, y) alone
         return z, log_q, log_q.detach() + (score * (z - z.detach())).sum(-1)
 
-    def extend(self, energy: Energy) -> Extended:
-        r"""The energy over (x, y) to fit this flow to: :math:`U(x) - \log N(y \mid M(x),
-        \Sigma(x))`.
+    def extend(self, energy: Energy) -> AugmentedEnergy:
+        r"""Return the energy over (x, y) to which the flow is fitted.
+
+        .. math:: U(x, y) = U(x) - \log N(y \mid M(x), \Sigma(x))
 
         Raises:
-            ValueError: if the energy's event has not d entries, if its support is not real, or if
-                its dtype or device is not the flow's.
+            ValueError: if the events of the energy do not have d entries, its support is not real,
+                or its dtype or device differs from that of the flow.
         """
-        extended = Extended(energy, self.conditional, self.dim)
+        extended = AugmentedEnergy(energy, self.conditional, self.dim)
         for what, theirs, ours in (
             ("dtype", energy.dtype, self.dtype),
             ("device", energy.device, self.device),
         ):
             if theirs != ours:
                 raise ValueError(
-                    f"the flow and the energy must have one {what}: {type(self).__name__} has"
-                    f" {ours},"
-                    f" {type(energy).__name__} has {theirs}; convert one of them with .to()"
+                    f"the flow and the energy must have the same {what}: {type(self).__name__} has"
+                    f" {ours}, {type(energy).__name__} has {theirs}; convert one of them with .to()"
                 )
         return extended
 
     def joint_entropy(self) -> Tensor:
-        r"""Entropy of (x, y) in nats, where it has a closed form.
+        r"""Return the entropy of (x, y) in nats, if it has a closed form.
 
         Raises:
-            NotImplementedError: for a flow whose Jacobian determinant is not known to be constant.
+            NotImplementedError: if the Jacobian determinant of the flow is not constant.
         """
         raise NotImplementedError(
             f"{type(self).__name__} has no closed form of its entropy: average -log_prob over draws"
@@ -239,13 +241,13 @@ class Flow(Saveable):
         method: str = "auto",
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        r"""The marginal :math:`\log q(x) = \log \int q(x, y)\, dy`, or a lower bound of it.
+        r"""Compute the marginal :math:`\log q(x) = \log \int q(x, y)\, dy`, or a lower bound on it.
 
         * D = d: the density itself, exact.
-        * ``"grid"``, for D - d = 1: quadrature over y, refined until it settles; exact to about the
-          root of the dtype's epsilon, and without gradients.
-        * ``"bound"``: a lower bound in the mean, tighter with K (Burda, Grosse and Salakhutdinov,
-        2016),
+        * ``"grid"``, for D - d = 1: quadrature over y, refined until it converges, with a relative
+          error of about the square root of the dtype's epsilon, and without gradients.
+        * ``"bound"``: a lower bound in expectation, tighter for larger K (Burda, Grosse and
+          Salakhutdinov, 2016),
 
         .. math::
 
@@ -255,16 +257,17 @@ class Flow(Saveable):
         Args:
             x: shape ``(*batch, d)``.
             num_samples: K, for the bound.
-            method: ``"auto"`` is exact where it can be (D - d < 2) and the bound elsewhere.
-            generator: source of the y, for the bound.
+            method: ``"grid"``, ``"bound"`` or ``"auto"``, which is exact if D - d < 2 and the bound
+                otherwise.
+            generator: source of the y, for the bound; None is torch's default generator.
 
         Returns:
-            shape ``(*batch)``, in nats.
+            The log densities in nats, shape ``(*batch)``.
 
         Raises:
-            ValueError: if a shape, dtype or number is wrong, if ``method`` is unknown, or a grid is
-                asked for where D - d > 1.
-            ArithmeticError: if the quadrature does not settle.
+            ValueError: if a shape, dtype or number is wrong, ``method`` is unknown, or ``method``
+                is "grid" with D - d > 1.
+            ArithmeticError: if the quadrature does not converge.
         """
         self._check(x, "x", self.dim)
         if method not in ("auto", "grid", "bound"):
@@ -276,7 +279,7 @@ class Flow(Saveable):
         extra = self.total_dim - self.dim
         if method == "grid" and extra > 1:
             raise ValueError(
-                "method='grid' integrates over one redundant latent, but total_dim - dim ="
+                "method='grid' must have one auxiliary variable, but total_dim - dim ="
                 f" {extra}; use 'bound'"
             )
         if extra == 1 and method != "bound":
@@ -287,21 +290,22 @@ class Flow(Saveable):
         return log_ratio.logsumexp(0) - math.log(num_samples)
 
     def score_samples(self, x: Tensor) -> Tensor:
-        r"""Log-density :math:`\log q(x)` in nats, as scikit-learn's density estimators call it.
+        r"""Compute the log density :math:`\log q(x)` in nats (scikit-learn's name).
 
         Args:
             x: shape ``(*batch, d)``.
 
         Returns:
-            shape ``(*batch)``.
+            The log densities, shape ``(*batch)``.
 
         Raises:
-            ValueError: if D - d > 1: :meth:`log_prob_x` has a lower bound then.
+            ValueError: if D - d > 1; use the lower bound of :meth:`log_prob_x`.
         """
         if self.total_dim - self.dim > 1:
             raise ValueError(
-                f"the density of x is an integral over {self.total_dim - self.dim} latent entries:"
-                ' log_prob_x(x, method="bound") is a lower bound of it'
+                "score_samples must have at most one auxiliary variable, to integrate over, but"
+                f" total_dim - dim = {self.total_dim - self.dim}: use the lower bound"
+                ' log_prob_x(x, method="bound")'
             )
         return self.log_prob_x(x)
 
@@ -312,7 +316,7 @@ class Flow(Saveable):
         ]
         flat = x.reshape(-1, self.dim)
 
-        # (points,) -> (points, rows), a few thousand evaluations at a time
+        # (points,) -> (points, rows), about 65,536 evaluations at a time
         def log_joint(grid: Tensor) -> Tensor:
             columns = grid[:, None, None].expand(-1, len(flat), 1)
             rows = flat.expand(len(grid), *flat.shape)
@@ -340,7 +344,7 @@ class Flow(Saveable):
 
 
 class _PathDerivative(dist.TransformedDistribution):
-    """A flow's distribution that gives Pyro's ELBOs the entropy term with constant parameters."""
+    """The distribution of a flow whose entropy term in Pyro's ELBOs has constant parameters."""
 
     def __init__(self, flow: Flow) -> None:
         self.flow = flow
@@ -359,11 +363,11 @@ class _PathDerivative(dist.TransformedDistribution):
 
 
 def _log_integral(log_f: Callable[[Tensor], Tensor], low: Tensor, high: Tensor) -> Tensor:
-    """log of the integral of exp(log_f) over the line by the trapezoidal rule, which is spectrally
-    accurate on tails that vanish.
+    """Compute the log of the integral of exp(log_f) over the line by the trapezoidal rule.
 
-    The window starts as twice [low, high]; it is doubled while the ends matter and the step halved
-    until the value settles.
+    It converges spectrally for smooth functions whose tails vanish. The window starts as twice
+    [low, high] and is doubled until the ends are negligible; then the step is halved until the
+    value converges.
     """
     tolerance = math.sqrt(torch.finfo(low.dtype).eps)
     middle, half = 0.5 * (low + high), high - low
@@ -381,5 +385,5 @@ def _log_integral(log_f: Callable[[Tensor], Tensor], low: Tensor, high: Tensor) 
         else:
             last = now
     raise ArithmeticError(
-        f"the quadrature over y did not settle on {points // 2} points; use method='bound'"
+        f"the quadrature over y did not converge with {points // 2} points; use method='bound'"
     )

@@ -1,4 +1,4 @@
-"""Finite groups of linear maps that keep volume: what a symmetrised flow is symmetric under."""
+"""Finite groups of volume-preserving linear maps, for symmetrized flows."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from pyroebm.core._checks import check_counts
 
 __all__ = ["generated_group", "multiplication_table", "permutations", "sign_flips"]
 
-#: Elements from which on a sum over the group is no longer a sensible cost of one density.
-MOST = 5040
+#: Largest number of elements of a group, over which each density is summed.
+MAX_ELEMENTS = 5040
 
 
 def sign_flips(dim: int, entries: Sequence[int] | None = None, jointly: bool = False) -> Tensor:
-    """Reflections of coordinates, shape ``(G, dim, dim)``.
+    """Return the reflections of coordinates, shape ``(G, dim, dim)``.
 
     Args:
         dim: d.
-        entries: those that change sign; all by default.
-        jointly: all at once, G = 2; otherwise each for itself, G = 2 to the power of their number.
+        entries: the entries that change sign; None is all.
+        jointly: whether they change sign together, G = 2; otherwise independently, G = 2 to the
+            power of their number.
 
     Raises:
         ValueError: if there are more than 5040 elements, or an entry is not below ``dim``.
@@ -47,19 +48,18 @@ def sign_flips(dim: int, entries: Sequence[int] | None = None, jointly: bool = F
 
 
 def permutations(num_particles: int, num_coordinates: int = 1, cyclic: bool = False) -> Tensor:
-    """Exchanges of equal particles, shape ``(G, particles * coordinates, particles *
-    coordinates)``.
+    """Return the permutations of identical particles, shape ``(G, n k, n k)``.
 
     Args:
-        num_particles: how many.
-        num_coordinates: consecutive entries of x that belong to each.
-        cyclic: only the shifts around a ring, G = ``num_particles``; otherwise all, G =
-            ``num_particles!``.
+        num_particles: n.
+        num_coordinates: k, number of consecutive entries of x that belong to a particle.
+        cyclic: whether to return the n cyclic shifts only, G = n; otherwise all permutations, G =
+            n!.
 
     Raises:
-        ValueError: if there are more than 5040 elements. A random subset of them is no group, and a
-            density summed over it is not symmetric: a cyclic subgroup, or a flow that is
-            equivariant by construction, is.
+        ValueError: if there are more than 5040 elements. A random subset is no group, and a density
+            that is summed over it is not symmetric; use a subgroup, such as the cyclic one, or an
+            equivariant flow.
 
     Example:
         >>> permutations(3, num_coordinates=2).shape, permutations(3, cyclic=True).shape
@@ -82,14 +82,13 @@ def permutations(num_particles: int, num_coordinates: int = 1, cyclic: bool = Fa
 
 
 def generated_group(generators: Tensor) -> Tensor:
-    """The smallest group that holds the given maps: their products, until no new one appears; shape
-    ``(G, d, d)``.
+    """Return the group that the given maps generate, shape ``(G, d, d)``.
 
     Args:
-        generators: shape ``(m, d, d)``.
+        generators: linear maps, shape ``(m, d, d)``.
 
     Raises:
-        ValueError: if ``generators`` has another shape, or if more than 5040 elements appear.
+        ValueError: if ``generators`` has another shape, or the group has more than 5040 elements.
 
     Example:
         >>> quarter = torch.tensor([[[0.0, -1.0], [1.0, 0.0]]])
@@ -109,14 +108,13 @@ def generated_group(generators: Tensor) -> Tensor:
 
 
 def multiplication_table(elements: Tensor) -> Tensor:
-    """The number of the product of elements a and b at ``[a, b]``, shape ``(G, G)``.
+    """Return the index of the product of elements a and b at ``[a, b]``, shape ``(G, G)``.
 
     Args:
-        elements: shape ``(G, d, d)``.
+        elements: linear maps, shape ``(G, d, d)``.
 
     Raises:
-        ValueError: if the elements are not the whole of a group: no identity, one twice, or a
-            product that is not among them.
+        ValueError: if the elements are no complete group, without repetitions.
 
     Example:
         >>> multiplication_table(sign_flips(1))
@@ -130,18 +128,17 @@ def multiplication_table(elements: Tensor) -> Tensor:
         near = _same(element @ elements, elements)
         if not bool((near.sum(1) == 1).all()):
             raise ValueError(
-                f"group must hold every product of its elements, each once: of {len(elements)}"
-                " elements one has products"
-                f" that are found {sorted(set(near.sum(1).tolist()))} times among them. A part of"
-                " a group, a random one too, does"
-                " not make a density symmetric; generated_group() completes it"
+                "group must have every product of its elements exactly once: of"
+                f" {len(elements)} elements one has products that occur"
+                f" {sorted(set(near.sum(1).tolist()))} times. A density that is summed over a part"
+                " of a group is not symmetric; generated_group() completes it"
             )
         rows.append(near.int().argmax(1))
     return torch.stack(rows)
 
 
 def _same(a: Tensor, b: Tensor) -> Tensor:
-    """Which of a are which of b, up to rounding: ``(A, d, d), (B, d, d) -> (A, B)``."""
+    """Compare all maps of a and b, up to rounding: ``(A, d, d), (B, d, d) -> (A, B)``."""
     return (
         torch.cdist(a.flatten(1), b.flatten(1), p=torch.inf)
         < 100.0 * torch.finfo(a.dtype).eps ** 0.75
@@ -162,10 +159,9 @@ def _check_square(elements: Tensor) -> None:
 
 
 def _check_size(size: int, what: str) -> None:
-    if size > MOST:
+    if size > MAX_ELEMENTS:
         raise ValueError(
-            f"{what} must have at most {MOST} elements to be summed over, got at least {size}. A"
-            " random part of a group would not"
-            " make the density symmetric: take a subgroup, or a flow that is equivariant by"
-            " construction"
+            f"{what} must have at most {MAX_ELEMENTS} elements, over which each density is summed,"
+            f" got at least {size}. Use a subgroup (a random part does not make the density"
+            " symmetric), or an equivariant flow"
         )

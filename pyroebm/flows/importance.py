@@ -26,24 +26,23 @@ __all__ = ["ImportanceResult", "ess_fraction", "importance_sample"]
 class ImportanceResult:
     r"""Weighted draws for :math:`p(x) = e^{-U(x)} / C`, from :func:`importance_sample`.
 
-    None of these numbers sees a mode that no draw came near: a proposal inside one of two modes can
-    have a healthy ESS and Pareto k with a ``log_z`` that is too small by many standard errors.
+    No attribute depends on modes without draws: a proposal that covers one of two modes can have a
+    large ESS and a small Pareto k although ``log_z`` is too small by many standard errors.
 
     Attributes:
         x: the draws, shape ``(n, *event)``.
-        log_weights: unnormalised log weights in nats, float64, shape ``(n,)``; :math:`-\infty`
+        log_weights: unnormalized log weights in nats, float64, shape ``(n,)``; :math:`-\infty`
             where :math:`U = \infty`.
         log_z: log of the mean weight, an estimate of log C of kind "lower": the mean weight is
             unbiased for C. Its standard error is :math:`\mathrm{sd}(w) / (\bar w \sqrt n)` (delta
-            method); ``inf`` where a few weights decide: ``ess`` at most 400 and at most a quarter
-            of n.
+            method). It is ``inf`` if a few weights dominate: if ``ess`` is at most 400 and at most
+            a quarter of n.
         ess: effective sample size :math:`(\sum w)^2 / \sum w^2` (Kong, 1992).
-        pareto_k: shape of the weights' tail (Vehtari, Simpson, Gelman, Yao and Gabry, "Pareto
-            Smoothed Importance Sampling", 2024), by ArviZ; above 0.7 the estimates cannot be
-            trusted. Above 0.5 the weights have no variance, and standard errors are too small: of
-            400 to 400,000 Pareto weights by a factor of 1.4 to 1.8 for k = 0.6 and 2 to 3 for k =
-            0.7. ``inf`` where fewer than five weights make the tail, ``-inf`` where all weights are
-            equal and there is none.
+        pareto_k: shape parameter of the tail of the weights (Vehtari, Simpson, Gelman, Yao and
+            Gabry, 2024), computed by ArviZ; above 0.7 the estimates are unreliable. Above 0.5 the
+            weights have infinite variance and standard errors are too small: for 400 to 400,000
+            Pareto weights by a factor of 1.4 to 1.8 for k = 0.6 and of 2 to 3 for k = 0.7. It is
+            ``inf`` if the tail has fewer than five weights, and ``-inf`` if all weights are equal.
     """
 
     x: Tensor
@@ -59,27 +58,27 @@ class ImportanceResult:
 
     @property
     def weights(self) -> Tensor:
-        """Normalised weights, float64, shape ``(n,)``."""
+        """Normalized weights, float64, shape ``(n,)``."""
         return self.log_weights.softmax(0)
 
     def expectation(self, f: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        r"""Self-normalised estimate of :math:`E_p[f(x)]` and its standard error.
+        r"""Estimate :math:`E_p[f(x)]` by self-normalized importance sampling.
 
         .. math:: \hat\mu = \sum_i \bar w_i f(x_i), \qquad
             \mathrm{se}^2 = \sum_i \bar w_i^2 (f(x_i) - \hat\mu)^2, \qquad \bar w_i = w_i /
             \textstyle\sum_j w_j.
 
-        The error is infinite where that of ``log_z`` is.
+        The standard error is infinite if that of ``log_z`` is.
 
         Args:
-            f: function of the draws, ``(n, *event) -> (n, *shape)``. Draws of weight 0 count for
-                nothing, whatever f is there.
+            f: a function of the draws, ``(n, *event) -> (n, *shape)``. Its values at draws of
+                weight 0 are ignored, also if they are not finite.
 
         Returns:
-            value and standard error, float64, both of shape ``shape``.
+            The estimate and its standard error, float64, both of shape ``shape``.
 
         Raises:
-            ValueError: if f does not give one value for each draw.
+            ValueError: if f does not return one value for each draw.
         """
         values = f(self.x).to(torch.float64)
         if values.dim() < 1 or len(values) != len(self.x):
@@ -93,8 +92,9 @@ class ImportanceResult:
         return mean, torch.full_like(error, math.inf) if too_few(self.ess, len(self.x)) else error
 
     def resample(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
-        """``num_samples`` independent draws from the weighted ones, shape ``(n, *event)``: nearly
-        from p where ``ess`` is large.
+        """Resample draws in proportion to their weights, ``(num_samples, *event)``.
+
+        They are approximately distributed as p if ``ess`` is large.
 
         Raises:
             ValueError: if ``num_samples`` < 1.
@@ -113,31 +113,30 @@ def importance_sample(
     batch_size: int = 65_536,
     progress: bool | None = None,
 ) -> ImportanceResult:
-    r"""Draw x from a proposal and weigh it for :math:`p(x) = e^{-U(x)} / C`.
+    r"""Draw from a proposal with importance weights for :math:`p(x) = e^{-U(x)} / C`.
 
-    A flow with redundant latents is weighed on (x, y) together, which keeps the mean weight
-    unbiased for C whatever M and :math:`\Sigma` are:
+    For a flow with auxiliary variables the weights are those of (x, y), so that the mean weight is
+    unbiased for C, for any M and :math:`\Sigma`:
 
     .. math:: w = \frac{e^{-U(x)} N(y \mid M(x), \Sigma(x))}{q(x, y)}
         = \frac{e^{-U(x)} N(y \mid M(x), \Sigma(x)) |\det S|}{N(z \mid 0, I)}
 
     Args:
-        proposal: a flow for the energy, or a Pyro distribution of the energy's event shape. The
-            latter draws from torch's default generator, see :func:`pyroebm.core.rng.draw_from`.
+        proposal: a flow for the energy, or a Pyro distribution with the energy's event shape, which
+            is sampled by :func:`pyroebm.core.rng.draw_from`.
         energy: U.
         num_samples: number of draws.
         generator: source of the draws; None is torch's default generator.
-        batch_size: draws evaluated at once.
-        progress: True shows it, False hides it, None shows it where it takes longer than a second.
+        batch_size: number of draws that are evaluated at once.
+        progress: True shows progress, False hides it, None shows it after one second.
 
     Returns:
-        draws, weights and what they say; gradients are not kept.
+        The draws with their weights, log Z, ESS and Pareto k, detached.
 
     Raises:
-        ValueError: if ``num_samples`` or ``batch_size`` < 1, or if shapes, dtypes or devices do not
-            fit.
-        FloatingPointError: if a log weight is NaN or +inf (with their numbers), or if every weight
-            is 0.
+        ValueError: if ``num_samples`` or ``batch_size`` < 1, or if shapes, dtypes or devices
+            differ.
+        FloatingPointError: if a log weight is NaN or +inf, or all weights are 0.
 
     Example:
         >>> import pyro.distributions as dist
@@ -190,29 +189,29 @@ def _flow_weights(flow: Flow, energy: Energy) -> _Draw:
 def _distribution_weights(proposal: Distribution, energy: Energy) -> _Draw:
     if not getattr(proposal, "normalized", True):
         raise ValueError(
-            f"proposal must be normalised: {type(proposal).__name__} does not know its log Z"
+            f"proposal must be normalized, but {type(proposal).__name__} has an unknown log Z: give"
+            " it log_z, or use a flow or another distribution"
         )
     if proposal.batch_shape or proposal.event_shape != energy.event_shape:
         raise ValueError(
             "proposal must have batch_shape () and the energy's event_shape"
-            f" {tuple(energy.event_shape)}, got batch_shape"
-            f" {tuple(proposal.batch_shape)} and event_shape {tuple(proposal.event_shape)}; a flow"
-            " goes in itself, not called"
+            f" {tuple(energy.event_shape)}, got batch_shape {tuple(proposal.batch_shape)} and"
+            f" event_shape {tuple(proposal.event_shape)}; give a flow itself, not flow()"
         )
 
     def draw(n: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         x = draw_from(proposal, n, generator)
         energy.check_states(x, "the proposal's draw")
-        legal = inside(energy.support, x, len(energy.event_shape))
+        valid = inside(energy.support, x, len(energy.event_shape))
         log_weights = torch.full((n,), -torch.inf, dtype=energy.dtype, device=energy.device)
-        log_weights[legal] = -energy(x[legal]) - proposal.log_prob(x)[legal]
+        log_weights[valid] = -energy(x[valid]) - proposal.log_prob(x)[valid]
         return x, log_weights
 
     return draw
 
 
 def ess_fraction(log_weights: Tensor) -> float:
-    """Effective sample size of weights, as a fraction of their number."""
+    """Return the effective sample size of weights, as a fraction of their number."""
     return effective(log_weights) / len(log_weights)
 
 
@@ -222,12 +221,11 @@ def _summary(x: Tensor, log_weights: Tensor) -> ImportanceResult:
     if nan or infinite:
         raise FloatingPointError(
             f"of n={n} log weights {nan} are NaN and {infinite} are +inf: the energy or the"
-            " proposal's density"
-            " is not finite there"
+            " log density of the proposal is not finite there"
         )
     if bool((log_weights == -math.inf).all()):
         raise FloatingPointError(
-            f"all n={n} weights are 0: no draw of the proposal lies where the energy is finite"
+            f"all n={n} weights are 0: the energy is +inf at all draws of the proposal"
         )
     log_z, error, ess = log_mean(log_weights)
     return ImportanceResult(

@@ -1,4 +1,4 @@
-"""The network of a redundant flow: a Gaussian of y given x."""
+"""The conditional Gaussian of auxiliary variables y given x."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ LOG_2PI = math.log(2.0 * math.pi)
 class ConditionalGaussian(Saveable):
     r"""A learned Gaussian :math:`N(y \mid M(x), \Sigma(x))` with full covariance.
 
-    One network gives :math:`M(x)` and the inverse Cholesky factor :math:`W(x) = L(x)^{-1}` of
-    :math:`\Sigma = L L^\top`, lower triangular with diagonal :math:`e^{w(x)} > 0`, so the density
-    needs no solve:
+    One network returns :math:`M(x)` and the inverse Cholesky factor :math:`W(x) = L(x)^{-1}` of
+    :math:`\Sigma = L L^\top`, lower triangular with diagonal :math:`e^{w(x)} > 0`, so no linear
+    system is solved for the density:
 
     .. math::
 
         \log N(y \mid M, \Sigma) = \sum_i w_i - \tfrac12 |W (y - M)|^2 - \tfrac{k}{2} \log 2\pi,
         \qquad \log\det\Sigma = -2 \sum_i w_i.
 
-    It starts as the standard normal, whatever x is.
+    Initially it is the standard normal for every x.
 
     Args:
-        dim: d, entries of x.
-        extra: k = D - d, entries of y.
-        hidden_sizes: widths of the network's hidden layers.
+        dim: d, number of entries of x.
+        extra: k = D - d, number of entries of y.
+        hidden_sizes: widths of the hidden layers of the network.
         activation: ``"silu"`` or ``"tanh"``.
-        dtype: of the parameters.
-        generator: source of the initial hidden weights.
+        dtype: dtype of the parameters; None is torch's default.
+        generator: source of the initial weights; None is torch's default generator.
 
     Raises:
         ValueError: if ``dim`` or ``extra`` is below 1.
@@ -69,8 +69,12 @@ class ConditionalGaussian(Saveable):
         )
 
     def parts(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """M ``(*batch, k)``, w ``(*batch, k)`` and the strictly lower part of W ``(*batch, k, k)``
-        at x ``(*batch, d)``."""
+        """Evaluate the network at x ``(*batch, d)``.
+
+        Returns:
+            M ``(*batch, k)``, w ``(*batch, k)`` and the strictly lower triangular part of W
+            ``(*batch, k, k)``.
+        """
         if x.dim() < 1 or x.shape[-1] != self.dim:
             raise ValueError(
                 f"x must have shape (*batch, dim) with dim={self.dim}, got shape {tuple(x.shape)}"
@@ -84,8 +88,7 @@ class ConditionalGaussian(Saveable):
         return out[..., :k], out[..., k : 2 * k], below
 
     def forward(self, x: Tensor) -> dist.MultivariateNormal:
-        """The Pyro distribution of y at x ``(*batch, d)``: batch shape ``batch``, event shape
-        ``(k,)``."""
+        """Return the Pyro distribution of y given x ``(*batch, d)``, of event shape ``(k,)``."""
         mean, log_diagonal, below = self.parts(x)
         whitening = below + torch.diag_embed(log_diagonal.exp())
         identity = torch.eye(self.extra, dtype=x.dtype, device=x.device).expand_as(whitening)
@@ -94,11 +97,13 @@ class ConditionalGaussian(Saveable):
         )
 
     def log_prob(self, y: Tensor, x: Tensor) -> Tensor:
-        r""":math:`\log N(y \mid M(x), \Sigma(x))` of y ``(*batch, k)`` at x ``(*batch, d)``:
-        ``(*batch)``, in nats."""
+        r"""Compute :math:`\log N(y \mid M(x), \Sigma(x))` in nats.
+
+        Shapes are ``(*batch, k), (*batch, d) -> (*batch)``.
+        """
         if y.shape != (*x.shape[:-1], self.extra):
             raise ValueError(
-                f"y must have shape {(*x.shape[:-1], self.extra)} to go with x of shape"
+                f"y must have shape {(*x.shape[:-1], self.extra)} for x of shape"
                 f" {tuple(x.shape)}, got {tuple(y.shape)}"
             )
         mean, log_diagonal, below = self.parts(x)
@@ -110,8 +115,7 @@ class ConditionalGaussian(Saveable):
     def sample(
         self, x: Tensor, num_samples: int, generator: torch.Generator | None = None
     ) -> Tensor:
-        """``num_samples`` reparameterised draws of y at each x: ``(*batch, d) -> (num_samples,
-        *batch, k)``."""
+        """Draw y given x, reparameterized: ``(*batch, d) -> (num_samples, *batch, k)``."""
         conditional = self(x)
         noise = standard_normal(
             (num_samples, *x.shape[:-1], self.extra), generator, x.dtype, x.device

@@ -1,4 +1,4 @@
-"""NICE for energies: a volume-preserving network, an invertible matrix, and redundant latents."""
+"""NICE: a volume-preserving network and an invertible matrix, with auxiliary variables."""
 
 from __future__ import annotations
 
@@ -18,30 +18,29 @@ __all__ = ["NICE", "RedundantNICE"]
 
 
 class RedundantNICE(Flow):
-    r"""NICE with redundant latents: :math:`(x, y) = S F(z) + c`, z standard normal in :math:`R^D`.
+    r"""NICE with auxiliary variables y (redundant latent variables).
 
-    F is a chain of additive couplings (:class:`AdditiveCoupling`; Dinh, Krueger and Bengio, "NICE:
-    Non-linear Independent Components Estimation", 2014), so its determinant is 1; S is an
-    invertible matrix (:class:`PLULinear`):
+    .. math:: (x, y) = S F(z) + c, \qquad \log q(x, y) = \log N(z \mid 0, I) - \log |\det S|
 
-    .. math:: \log q(x, y) = \log N(z \mid 0, I) - \log |\det S|
+    F is a composition of additive couplings (:class:`AdditiveCoupling`; Dinh, Krueger and Bengio,
+    2014), with determinant 1; S is an invertible matrix (:class:`PLULinear`); z is standard normal
+    in :math:`R^D`.
 
-    A map that preserves volume carries the heights of the normal to x as they are, so it cannot fit
-    most targets alone (D = d). With D > d the Gaussian of y given x may be wide where q(x) is high:
-    the marginal of x becomes flexible.
+    A volume-preserving map does not change the values of the density, so for D = d it cannot fit
+    most targets. For D > d the marginal of x is flexible: the conditional of y given x can be wide
+    where q(x) is large.
 
-    A fresh flow is :math:`(x, y) = z`, and its :math:`N(y \mid M(x), \Sigma(x))` is standard.
+    Initially :math:`(x, y) = z`, and :math:`N(y \mid M(x), \Sigma(x))` is the standard normal.
 
     Args:
-        dim: d, entries of x (1 for a scalar energy).
-        total_dim: D; equal to ``dim`` there are no latents, as in :class:`NICE`.
-        num_layers: number of additive couplings, alternating; none where D = 1, which has nothing
-            to couple.
+        dim: d, number of entries of x (1 for a scalar energy).
+        total_dim: D; if it equals ``dim`` there are no auxiliary variables, as in :class:`NICE`.
+        num_layers: number of additive couplings, alternating; none if D = 1.
         hidden_sizes: widths of the hidden layers of every network.
-        shift: learn c; without it c = 0.
+        shift: whether to learn c; otherwise c = 0.
         activation: ``"silu"`` or ``"tanh"``.
         base: density of z; None is the standard normal.
-        dtype: of the parameters (default torch's).
+        dtype: dtype of the parameters; None is torch's default.
         generator: source of the initial weights; None is torch's default generator.
 
     Raises:
@@ -68,7 +67,7 @@ class RedundantNICE(Flow):
         generator: torch.Generator | None = None,
     ) -> None:
         if num_layers < 0:
-            raise ValueError(f"num_layers must not be negative, got num_layers={num_layers}")
+            raise ValueError(f"num_layers must be nonnegative, got num_layers={num_layers}")
         if not 1 <= dim <= total_dim:
             raise ValueError(
                 f"dim and total_dim must satisfy 1 <= dim <= total_dim, got dim={dim},"
@@ -103,60 +102,57 @@ class RedundantNICE(Flow):
 
     @property
     def linear(self) -> PLULinear:
-        """The layer of S."""
+        """The layer with the matrix S."""
         return next(part for part in self.transform.parts if isinstance(part, PLULinear))
 
     def log_abs_det(self) -> Tensor:
-        r""":math:`\log|\det S|`, that of the whole map z to (x, y), a scalar."""
+        r"""Return :math:`\log|\det S|`, that of the whole map from z to (x, y), a scalar."""
         return self.linear.log_abs_det()
 
     def joint_entropy(self) -> Tensor:
-        r"""Entropy of (x, y) in nats: :math:`\log|\det S| + \tfrac D2 (1 + \log 2\pi)`, a scalar.
+        r"""Return the entropy of (x, y) in nats, :math:`\log|\det S| + \tfrac D2 (1 + \log 2\pi)`.
 
         Raises:
-            NotImplementedError: for a base other than the standard normal.
+            NotImplementedError: if the base is not the standard normal.
         """
         if not isinstance(self.base, StandardNormal):
             raise NotImplementedError(
                 "the entropy has a closed form for the standard normal base alone, got"
-                f" {type(self.base).__name__}: average"
-                " -log_prob over draws"
+                f" {type(self.base).__name__}: average -log_prob over draws"
             )
         return self.log_abs_det() + 0.5 * self.total_dim * (1.0 + LOG_2PI)
 
     def entropy(self) -> Tensor:
-        r"""Entropy of x in nats, :math:`\log|\det S| + H(z)`, a scalar: for D = d.
+        r"""Return the entropy of x in nats, :math:`\log|\det S| + H(z)`, for D = d.
 
         Raises:
-            NotImplementedError: for D > d, where x is a marginal of the flow and only the joint has
-                a closed form.
+            NotImplementedError: if D > d, where only the entropy of (x, y) has a closed form.
         """
         if self.total_dim > self.dim:
             raise NotImplementedError(
-                f"H(x) = log|det S| + H(z) holds for total_dim = dim; here dim={self.dim},"
-                f" total_dim={self.total_dim}: x is a"
-                " marginal of the flow. joint_entropy() is that of (x, y); average -log_prob_x(x)"
-                " over draws for that of x"
+                "the entropy of x has a closed form for total_dim = dim alone, got"
+                f" dim={self.dim}, total_dim={self.total_dim}: joint_entropy() is that of (x, y);"
+                " for that of x average -log_prob_x(x) over draws"
             )
         return self.joint_entropy()
 
 
 class NICE(RedundantNICE):
-    r"""NICE for an energy: :math:`x = S F(z) + c`, the case D = d of :class:`RedundantNICE`, with
-    the same methods.
+    r"""NICE without auxiliary variables: :class:`RedundantNICE` with D = d.
 
-    .. math:: \log q(x) = \log N(z \mid 0, I) - \log|\det S|, \qquad H(x) = \log|\det S| + H(z)
+    .. math:: x = S F(z) + c, \qquad \log q(x) = \log N(z \mid 0, I) - \log|\det S|, \qquad
+        H(x) = \log|\det S| + H(z)
 
-    In one dimension there is nothing to couple: x = S z + c is a Gaussian.
+    In one dimension there is nothing to couple, and x = S z + c is normal.
 
     Args:
-        dim: d, entries of x.
-        num_layers: number of additive couplings, alternating; none where d = 1.
-        hidden_sizes: widths of their networks' hidden layers.
-        shift: learn c; without it c = 0.
+        dim: d, number of entries of x.
+        num_layers: number of additive couplings, alternating; none if d = 1.
+        hidden_sizes: widths of the hidden layers of their networks.
+        shift: whether to learn c; otherwise c = 0.
         activation: ``"silu"`` or ``"tanh"``.
         base: density of z; None is the standard normal.
-        dtype: of the parameters (default torch's).
+        dtype: dtype of the parameters; None is torch's default.
         generator: source of the initial weights; None is torch's default generator.
 
     Raises:

@@ -1,5 +1,4 @@
-"""RealNVP for energies: soft-clamped affine couplings, a final affine layer and a logarithmic
-tail."""
+"""RealNVP: soft-clamped affine couplings, an affine layer and logarithmic tails."""
 
 from __future__ import annotations
 
@@ -19,29 +18,28 @@ __all__ = ["RealNVP"]
 
 
 class RealNVP(Flow):
-    r"""Affine couplings for an energy (Dinh, Sohl-Dickstein and Bengio, "Density estimation using
-    Real NVP", 2017).
+    r"""RealNVP: affine couplings (Dinh, Sohl-Dickstein and Bengio, 2017).
 
     .. math:: (x, y) = \mathrm{LOFT}\big(S\, f_L \circ \dots \circ f_1(z) + c\big)
 
-    Layers come in pairs, each of which moves every entry. For each pair but the first it is drawn
-    anew which entries pass first, without which some would never meet. A fresh flow is the base
-    itself, scaled.
+    Layers are in pairs with complementary masks, so each pair transforms every entry. The masks of
+    all pairs but the first are drawn at random, to couple all entries. Initially the flow is the
+    scaled base.
 
     Args:
-        dim: d, entries of x.
-        num_layers: L, of :class:`AffineCoupling`; none where D = 1, which has nothing to couple.
-        hidden_sizes: widths of the conditioners' hidden layers.
-        total_dim: D; None is d. Above it there are redundant latents, as in :class:`RedundantNICE`.
-        mask: ``"halves"`` or ``"alternating"``, of the first pair.
-        clamp: largest log-scale of one layer, in nats.
-        loft: threshold of the tail layer :class:`Loft`; None has none.
-        scale: of the initial S.
+        dim: d, number of entries of x.
+        num_layers: L, number of :class:`AffineCoupling` layers; none if D = 1.
+        hidden_sizes: widths of the hidden layers of the conditioners.
+        total_dim: D; None is d. If D > d there are auxiliary variables, as in
+            :class:`RedundantNICE`.
+        mask: mask of the first pair, ``"halves"`` or ``"alternating"``.
+        clamp: largest log-scale of a layer, in nats.
+        loft: threshold of a last layer :class:`Loft`; None omits it.
+        scale: initial S, times the identity.
         activation: one of :data:`pyroebm.nn.ACTIVATIONS`.
         base: density of z; None is the standard normal.
-        dtype: of the parameters (default torch's).
-        generator: source of the initial weights and of who is coupled to whom; None is torch's
-            default generator.
+        dtype: dtype of the parameters; None is torch's default.
+        generator: source of the initial weights and the masks; None is torch's default generator.
 
     Raises:
         ValueError: if an argument is out of range.

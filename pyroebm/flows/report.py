@@ -1,5 +1,4 @@
-"""What a flow is worth for its target, from both sides: reverse figures, and what they cannot
-see."""
+"""Evaluation of a flow with its own draws (reverse) and with draws of its target (forward)."""
 
 from __future__ import annotations
 
@@ -24,40 +23,39 @@ from pyroebm.flows.importance import ImportanceResult, ess_fraction, importance_
 
 __all__ = ["FlowReport", "evaluate_flow"]
 
-#: A mode with less than this part of its weight among the flow's draws is called missing.
-MISSING = 0.1
-#: Draws for the weights of x alone, where there are redundant latents.
-MARGINAL = 2000
+#: A mode is missing if its share of the flow's draws is less than this fraction of its weight.
+MISSING_SHARE = 0.1
+#: Number of draws for the marginal weights of x, with auxiliary variables.
+NUM_MARGINAL = 2000
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FlowReport:
-    r"""Figures of a flow q for a target p, from :func:`evaluate_flow`; log weights are
-    :math:`-U(x) - \log q(x)`.
+    r"""Metrics of a flow q for a target p, from :func:`evaluate_flow`.
 
-    The reverse figures are means over the flow's own draws: none of them sees a mode without such
-    draws. The forward ones are over draws of the target, and None where there are none.
+    Log weights are :math:`-U(x) - \log q(x)`. Reverse metrics are means over draws of the flow, and
+    do not depend on modes without such draws. Forward metrics are means over draws of the target,
+    and None without such draws.
 
     Attributes:
-        weighted: the importance sampling of ``n`` draws: log Z, effective sample size, Pareto k.
-        elbo: mean log weight over q, at most log Z; with redundant latents over (x, y).
-        marginal_ess: effective sample size of the weights of x alone, as a fraction; at least the
-            extended one. Equal to it for D = d; from a K-sample bound of q(x) where D - d > 1.
+        weighted: importance sampling with n draws: log Z, effective sample size, Pareto k.
+        elbo: mean log weight over q, at most log Z; of (x, y) with auxiliary variables.
+        marginal_ess: effective sample size of the weights of x, as a fraction; at least that of (x,
+            y), and equal to it for D = d. For D - d > 1 it uses a K-sample bound on q(x).
         eubo: mean log weight over p, at least log Z.
-        forward_ess: effective sample size over p, as a fraction: 1 over the mean weight times the
-            mean inverse weight.
-        energy_distance: between draws of q and of p (squared), and
-        discrepancy: the squared maximum mean discrepancy, without bias.
-        corrected_distance: the energy distance of draws resampled by weight.
-        mode_weights: true weights of the modes, where the target knows them,
-        mode_shares: of the flow's draws, and
-        weighted_shares: of the weighted draws, ``(k,)``.
-        coverage_entropy: that of ``mode_shares``
-            (:func:`pyroebm.core.statistics.mode_coverage_entropy`).
-        missing: modes of which the flow draws less than a tenth of their weight.
-        log_z: the exact one, where it is known.
-        evaluations: of the target, spent on this report.
-        findings: in words, the worst first.
+        forward_ess: effective sample size over p, as a fraction: the inverse of the product of the
+            mean weight and the mean inverse weight.
+        energy_distance: squared energy distance between draws of q and of p.
+        discrepancy: unbiased estimate of the squared maximum mean discrepancy between them.
+        corrected_distance: squared energy distance for draws resampled by weight.
+        mode_weights: exact weights of the modes, ``(k,)``, if the target knows them.
+        mode_shares: shares of the modes among the flow's draws, ``(k,)``.
+        weighted_shares: shares of the modes among the weighted draws, ``(k,)``.
+        coverage_entropy: :func:`pyroebm.core.statistics.mode_coverage_entropy` of ``mode_shares``.
+        missing: indices of modes whose share is less than a tenth of their weight.
+        log_z: exact log Z, if it is known.
+        evaluations: number of evaluations of the target for this report.
+        findings: problems in words, the most severe first.
     """
 
     weighted: ImportanceResult
@@ -79,8 +77,7 @@ class FlowReport:
 
     @property
     def redundancy_gap(self) -> float:
-        """What the latents y cost: the effective sample size of x alone less the extended one, as
-        fractions."""
+        """ESS of x minus that of (x, y), as fractions: the cost of the auxiliary variables."""
         return self.marginal_ess - self.weighted.ess_fraction
 
     def __str__(self) -> str:
@@ -104,9 +101,9 @@ class FlowReport:
             and self.mode_shares is not None
             and self.weighted_shares is not None
         ):
-            apart = (self.weighted_shares - self.mode_weights).abs()
-            # of many the one that is worst
-            shown = range(len(apart)) if len(apart) <= 9 else [int(apart.argmax())]
+            errors = (self.weighted_shares - self.mode_weights).abs()
+            # of many modes, the one with the largest error
+            shown = range(len(errors)) if len(errors) <= 9 else [int(errors.argmax())]
             lines.append(
                 f"mode-coverage entropy {self.coverage_entropy:.4f}; mass of modes, drawn,"
                 " weighted (true):"
@@ -133,15 +130,17 @@ def evaluate_flow(
 
     Args:
         flow: q.
-        energy: U. Its exact draws are taken where it has them, its ``mode_weights`` and ``log_z``
-            where it knows them.
-        num_samples: draws of the flow, and of the target where it has exact ones.
-        draws: of the target in place of exact ones: independent ones ``(m, *event)``, or those of
-            chains ``(chains, m, *event)``, which must have mixed. Chains, not their draws, then
-            count as independent in the errors of the EUBO and of distances.
-        num_distances: draws of each law for the distances between them.
+        energy: U. Its exact draws, ``mode_weights`` and ``log_z`` are used if it has them.
+        num_samples: number of draws of the flow, and of exact draws of the target.
+        draws: draws of the target, instead of exact ones: independent, ``(m, *event)``, or of
+            chains that have mixed, ``(chains, m, *event)``. Standard errors of the EUBO and the
+            distances then assume independent chains, not independent draws.
+        num_distances: number of draws of each distribution for the distances.
         generator: source of the draws; None is torch's default generator.
-        progress: of the flow's draws, as for :func:`importance_sample`.
+        progress: as in :func:`importance_sample`, for the draws of the flow.
+
+    Returns:
+        The metrics, which print as a table with findings.
 
     Raises:
         ValueError: if a number is below 40, or the flow or the draws do not fit the energy.
@@ -150,7 +149,7 @@ def evaluate_flow(
         >>> from pyroebm.flows import NICE
         >>> from pyroebm.targets import DoubleWell
         >>> flow = NICE(1)
-        >>> with torch.no_grad():  # the best normal law within the left well
+        >>> with torch.no_grad():  # a normal approximation of the left well
         ...     _ = flow.linear.log_diagonal.fill_(math.log(0.245))
         ...     _ = flow.transform.parts[-1].offset.fill_(-1.413)
         >>> report = evaluate_flow(flow, DoubleWell(), num_samples=1000)
@@ -167,11 +166,11 @@ def evaluate_flow(
     weighted = importance_sample(flow, energy, num_samples, generator=generator, progress=progress)
     elbo = Estimate.of(weighted.log_weights[torch.isfinite(weighted.log_weights)])
     if not bool(torch.isfinite(weighted.log_weights).all()):
-        elbo = Estimate(-math.inf, math.nan)  # some of q is where p is not
+        elbo = Estimate(-math.inf, math.nan)  # q has mass where p is 0
     marginal, evaluations = weighted.ess_fraction, num_samples
     with torch.no_grad(), eval_mode(energy):
         if flow.conditional is not None:
-            x = weighted.x[:MARGINAL]
+            x = weighted.x[:NUM_MARGINAL]
             log_q = flow.log_prob_x(target.vectors(x), generator=generator)
             marginal = ess_fraction(-energy(x).double() - log_q.double())
             evaluations += len(x)
@@ -179,7 +178,7 @@ def evaluate_flow(
             draws = energy.sample(num_samples, generator)
         log_forward = eubo = None
         if draws is not None:
-            xy = target.complete(draws, generator)
+            xy = target.augment(draws, generator)
             log_forward = (-target(xy) - flow.log_prob(xy)).double()
             eubo = Estimate.of(
                 log_forward if chains is None else log_forward.reshape(chains, -1).mean(1)
@@ -189,7 +188,7 @@ def evaluate_flow(
     far = near = discrepancy = None
     if draws is not None:
         some_draws = subset(len(draws), some, generator, flow.device)
-        # a chain's beside each other, for the groups of the jackknife
+        # draws of a chain are contiguous, as the groups of the jackknife require
         y = draws[some_draws.sort().values.to(draws.device)]
         far, discrepancy = (
             energy_distance(weighted.x[:some], y),
@@ -205,11 +204,11 @@ def evaluate_flow(
         shares = torch.bincount(modes.cpu(), minlength=len(weights)).double() / num_samples
         corrected = torch.bincount(modes.cpu(), weighted.weights.cpu(), minlength=len(weights))
         entropy = mode_coverage_entropy(modes.cpu(), weights)
-        # of a mode too small to be seen among n draws nothing can be said
+        # modes with few expected draws are not judged
         missing = tuple(
             int(k)
             for k in range(len(weights))
-            if shares[k] < MISSING * weights[k] and num_samples * weights[k] > 30.0
+            if shares[k] < MISSING_SHARE * weights[k] and num_samples * weights[k] > 30.0
         )
     report = FlowReport(
         weighted=weighted,
@@ -233,15 +232,14 @@ def evaluate_flow(
 
 
 def _findings(report: FlowReport) -> tuple[str, ...]:
-    said, weighted = [], report.weighted
+    findings, weighted = [], report.weighted
     if report.missing and report.mode_weights is not None:
         mass = float(report.mode_weights[list(report.missing)].sum())
-        said.append(
+        findings.append(
             f"missing: {len(report.missing)} of {len(report.mode_weights)} modes, {100 * mass:.3g}"
-            " % of the mass; weights cannot"
-            " bring back what is never drawn"
+            " % of the mass; importance weights cannot correct for modes without draws"
         )
-    # a flow that is the target has no other error
+    # rounding is the only error of a flow that equals its target
     rounding = 1e-12 * max(1.0, abs(report.log_z or 0.0))
     if (
         report.log_z is not None
@@ -253,47 +251,46 @@ def _findings(report: FlowReport) -> tuple[str, ...]:
             if weighted.log_z.standard_error
             else math.inf
         )
-        said.append(f"log Z is {off:+.3g} of its standard errors from the exact one")
+        findings.append(f"log Z is {off:+.3g} of its standard errors from the exact one")
     if math.isinf(weighted.log_z.standard_error):
         few, n = weighted.ess, len(weighted.log_weights)
-        told = (
+        difference = (
             ""
             if report.log_z is None
             else f", which is {weighted.log_z.value - report.log_z:+.3g} from the exact one"
         )
-        said.append(
-            f"a few weights decide (ESS {few:.0f} of {n}): log Z{told}, has no standard error"
+        findings.append(
+            f"a few weights dominate (ESS {few:.0f} of {n}): log Z{difference}, has no standard"
+            " error"
         )
     if report.forward_ess is not None and report.forward_ess < 0.1 * weighted.ess_fraction:
-        said.append(
+        findings.append(
             f"the forward ESS ({report.forward_ess:.2g}) is far below the reverse one"
-            f" ({weighted.ess_fraction:.2g}): there is"
-            " mass where the flow hardly draws"
+            f" ({weighted.ess_fraction:.2g}): the target has mass where the flow has few draws"
         )
     if weighted.pareto_k > 0.7:
-        said.append(
-            f"Pareto k {weighted.pareto_k:.2f} is above 0.7: a few weights decide, do not trust"
-            " weighted means"
+        findings.append(
+            f"Pareto k {weighted.pareto_k:.2f} is above 0.7: a few weights dominate, and weighted"
+            " means are unreliable"
         )
     if report.eubo is not None and report.eubo.value - report.elbo.value > 1.0:
         gap = report.eubo.value - report.elbo.value
-        said.append(
-            f"the flow is {gap:.3g} nats from its target (EUBO less ELBO, the sum of both"
+        findings.append(
+            f"the flow is {gap:.3g} nats from its target (EUBO minus ELBO, the sum of both KL"
             " divergences)"
         )
     if report.eubo is None:
-        said.append(
-            "no draws of the target: none of these figures can see a mode that the flow has not"
+        findings.append(
+            "no draws of the target: none of these metrics depends on modes that the flow has not"
             " found"
         )
-    elif not said:
-        said.append("forward and reverse figures agree")
-    return tuple(said)
+    elif not findings:
+        findings.append("forward and reverse metrics agree")
+    return tuple(findings)
 
 
 def _forward_ess(log_weights: Tensor) -> float:
-    """1 / (mean w mean 1/w) over draws of the target: there 1/E[w] is the reverse ESS, and E[1/w]
-    its normaliser."""
+    """Return 1 / (mean w * mean 1/w) over draws of the target, the ESS of reverse weights."""
     n = len(log_weights)
     return math.exp(
         2.0 * math.log(n) - float(log_weights.logsumexp(0)) - float((-log_weights).logsumexp(0))

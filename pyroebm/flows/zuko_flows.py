@@ -1,4 +1,4 @@
-"""Splines, autoregressive and continuous flows for energies, of zuko's layers."""
+"""Spline, autoregressive and continuous flows with layers of zuko."""
 
 from __future__ import annotations
 
@@ -36,30 +36,28 @@ def _activation(name: str) -> Callable[[], nn.Module]:
 
 
 class SplineFlow(Flow):
-    r"""Rational-quadratic splines (Durkan, Bekasov, Murray and Papamakarios, "Neural Spline Flows",
-    2019), by zuko.
+    r"""Neural spline flow (Durkan, Bekasov, Murray and Papamakarios, 2019), with layers of zuko.
 
     .. math:: x = S\, f_L \circ \dots \circ f_1(z) + c
 
-    Each :math:`f_l` is a coupling, whose splines are monotone maps of :math:`[-B, B]` onto itself
-    and the identity outside. So what lies beyond B before S is reached by the base alone, whatever
-    the splines are: **modes beyond** ``scale * bound`` **are out of reach until S and c have
-    grown.** Choose ``scale`` or ``bound`` such that their product covers the target.
+    Each :math:`f_l` is a coupling with rational-quadratic splines, which are monotone maps of
+    :math:`[-B, B]` onto itself and the identity outside. Outside the density is that of the base:
+    **modes beyond** ``scale * bound`` **cannot be fitted until S and c have grown.** Choose
+    ``scale`` or ``bound`` such that their product covers the target.
 
     Args:
         dim: d.
         num_layers: L.
-        hidden_sizes: widths of the conditioners' hidden layers.
-        num_bins: of each spline.
+        hidden_sizes: widths of the hidden layers of the conditioners.
+        num_bins: number of bins of each spline.
         bound: B, in units of the base.
-        scale: of the initial S.
-        autoregressive: as zuko's NSF: each entry depends on all before it; the inverse then costs d
-            evaluations, not one.
+        scale: initial S, times the identity.
+        autoregressive: whether each entry depends on all previous ones, as in zuko's NSF; the
+            inverse then costs d evaluations instead of one.
         activation: one of :data:`pyroebm.nn.ACTIVATIONS`.
         base: density of z; None is the standard normal.
-        dtype: of the parameters (default torch's).
-        generator: source of the initial weights and of who is coupled to whom; None is torch's
-            default generator.
+        dtype: dtype of the parameters; None is torch's default.
+        generator: source of the initial weights and the masks; None is torch's default generator.
 
     Raises:
         ImportError: if zuko is not installed.
@@ -121,22 +119,25 @@ class SplineFlow(Flow):
 
 
 class AutoregressiveFlow(Flow):
-    r"""Masked autoregressive layers, by zuko: :math:`x_i = e^{r_i(z_{<i})} z_i + m_i(z_{<i})`.
+    r"""Autoregressive flow with masked layers of zuko.
 
-    Written from z to x they make a draw and its density in one evaluation (inverse autoregressive
-    flow; Kingma et al., 2016), and the density of a given x in d; ``fast="density"`` exchanges the
-    two (masked autoregressive flow; Papamakarios, Pavlakou and Murray, 2017). The reverse KL
-    divergence wants the former, training on samples the latter. Layers alternate their order.
+    .. math:: x_i = e^{r_i(z_{<i})} z_i + m_i(z_{<i})
+
+    With ``fast="draw"`` a draw and its density take one evaluation, and the density at a given x
+    takes d evaluations (inverse autoregressive flow; Kingma et al., 2016): use it for the reverse
+    KL divergence. With ``fast="density"`` it is the other way round (masked autoregressive flow;
+    Papamakarios, Pavlakou and Murray, 2017): use it for training on samples. The order of the
+    entries is reversed in every second layer.
 
     Args:
         dim: d.
-        num_layers: how many.
-        hidden_sizes: widths of the networks' hidden layers.
+        num_layers: number of layers.
+        hidden_sizes: widths of the hidden layers of the networks.
         fast: ``"draw"`` or ``"density"``.
-        scale: of the initial matrix of the final affine layer.
+        scale: initial matrix of the final affine layer, times the identity.
         activation: one of :data:`pyroebm.nn.ACTIVATIONS`.
         base: density of z; None is the standard normal.
-        dtype: of the parameters (default torch's).
+        dtype: dtype of the parameters; None is torch's default.
         generator: source of the initial weights; None is torch's default generator.
 
     Raises:
@@ -179,27 +180,26 @@ class AutoregressiveFlow(Flow):
 
 
 class ContinuousFlow(Flow):
-    r"""A continuous flow (Chen et al., "Neural ordinary differential equations", 2018; FFJORD,
-    Grathwohl et al., 2019), by zuko.
+    r"""Continuous flow (Chen et al., 2018; FFJORD, Grathwohl et al., 2019), with layers of zuko.
 
     .. math:: \dot u = f(u, t), \quad u(0) = z, \quad x = S u(1) + c, \qquad
         \log|\det \partial u(1)/\partial z| = \int_0^1 \mathrm{tr}\, \frac{\partial f}{\partial u}\,
         dt
 
-    The trace is exact. Everything else holds to the tolerance of the adaptive solver: densities,
-    inverses, gradients, and that a row does not depend on the others of its batch, since they share
-    its steps. There are no second derivatives.
+    The trace is exact. Densities, inverses and gradients have an error within the tolerance of the
+    adaptive solver. Rows of a batch share its steps, so within this tolerance a row depends on the
+    others. There are no second derivatives.
 
     Args:
         dim: d.
         hidden_sizes: widths of the hidden layers of f.
-        num_frequencies: of the sines and cosines of t that f sees.
+        num_frequencies: number of frequencies of the sines and cosines of t, inputs of f.
         atol: absolute tolerance of the solver.
-        rtol: relative tolerance.
-        scale: of the initial S.
-        activation: one of :data:`pyroebm.nn.ACTIVATIONS`; a smooth one.
+        rtol: relative tolerance of the solver.
+        scale: initial S, times the identity.
+        activation: a smooth one of :data:`pyroebm.nn.ACTIVATIONS`.
         base: density of z; None is the standard normal.
-        dtype: of the parameters (default torch's).
+        dtype: dtype of the parameters; None is torch's default.
         generator: source of the initial weights; None is torch's default generator.
 
     Raises:
@@ -227,12 +227,11 @@ class ContinuousFlow(Flow):
     ) -> None:
         check_counts({"dim": 1, "num_frequencies": 1}, dim, num_frequencies)
         dtype = torch.get_default_dtype() if dtype is None else dtype
-        least = torch.finfo(dtype).eps
-        if not (atol >= least and rtol >= 10.0 * least):
+        eps = torch.finfo(dtype).eps
+        if not (atol >= eps and rtol >= 10.0 * eps):
             raise ValueError(
-                f"atol >= {least:.1e} and rtol >= {10.0 * least:.1e} must hold in {dtype}, or the"
-                " solver never ends, got"
-                f" atol={atol}, rtol={rtol}"
+                f"atol >= {eps:.1e} and rtol >= {10.0 * eps:.1e} must hold in {dtype}, or the"
+                f" solver does not terminate, got atol={atol}, rtol={rtol}"
             )
         zuko = installed_zuko()
         options = {

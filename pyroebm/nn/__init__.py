@@ -1,4 +1,4 @@
-"""Networks, started from a generator of their own: perceptrons, convolutions, directed models."""
+"""Neural networks with seeded initial weights: perceptrons, convolutions, generators."""
 
 from pyroebm.nn.conv import convolutions
 from pyroebm.nn.generators import Generator, MLPGenerator

@@ -1,4 +1,4 @@
-"""Convolutional networks of images."""
+"""Convolutional networks for images."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pyroebm.nn.mlp import (
     bound_by_spectral_norm,
     check_activation,
     check_widths,
-    start_weights,
+    initialize_weights,
 )
 
 __all__ = ["convolutions"]
@@ -31,18 +31,26 @@ def convolutions(
     dtype: torch.dtype | None = None,
     generator: torch.Generator | None = None,
 ) -> nn.Sequential:
-    r"""A convolutional network of images: 3 x 3 filters, the first layer at full size, each further
-    one halving it; then linear.
+    r"""Build a convolutional network with 3 x 3 filters and a linear output layer.
+
+    The first layer has the size of the image; each further layer halves height and width.
 
     Args:
         event_shape: (colors, height, width) of an image.
         out_features: width of the output.
         channels: filters of each layer, at least one.
-        activation, spectral_norm, zero_last, dtype, generator: as in :func:`mlp`.
+        activation: one of :data:`~pyroebm.nn.ACTIVATIONS`.
+        spectral_norm: divide the filters of each layer by their largest singular value.
+        zero_last: whether the output layer is initialized to zero.
+        dtype: floating-point type of the parameters; None for torch's default.
+        generator: source of the initial weights; None for torch's default one.
+
+    Returns:
+        a module ``(n, *event_shape) -> (n, out_features)``.
 
     Raises:
-        ValueError: if ``event_shape`` has not three sizes, ``channels`` is empty or not positive,
-            or ``activation`` is unknown.
+        ValueError: if ``event_shape`` does not have three sizes, if ``channels`` is empty or not
+            positive, or if ``activation`` is unknown.
 
     Example:
         >>> convolutions((1, 8, 8), 10, (4, 8))(torch.ones(5, 1, 8, 8)).shape
@@ -63,7 +71,7 @@ def convolutions(
         )
         height, width = math.ceil(height / stride), math.ceil(width / stride)
     head = nn.utils.skip_init(nn.Linear, channels[-1] * height * width, out_features, dtype=dtype)
-    start_weights([*filters, head], generator, zero_last)
+    initialize_weights([*filters, head], generator, zero_last)
     if spectral_norm:
         bound_by_spectral_norm(filters, generator)
     activate = ACTIVATIONS[activation]

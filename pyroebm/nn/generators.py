@@ -1,5 +1,4 @@
-"""Directed models: a network that turns noise into events, with or without a density that can be
-written down."""
+"""Generators: networks that map noise to events."""
 
 from __future__ import annotations
 
@@ -21,22 +20,22 @@ __all__ = ["Generator", "MLPGenerator", "batch_norms"]
 
 
 class Generator(Saveable):
-    r"""A law of x given by how it is drawn: :math:`x = g(z) + s\,\varepsilon`, z and
-    :math:`\varepsilon` standard normal.
+    r"""A generator :math:`x = g(z) + s\,\varepsilon` with z and :math:`\varepsilon` normal.
 
-    Without noise (s = 0) the law lies on a manifold of at most ``latent_dim`` dimensions and has no
-    density there is a use for. With it :math:`q(x) = \int N(x \mid g(z), s^2 I)\, N(z \mid 0, I)\,
-    dz`, an integral.
+    Without noise (s = 0) the distribution of x is on a manifold of at most ``latent_dim``
+    dimensions and has no density that could be evaluated. With noise the density is the integral
+
+    .. math:: q(x) = \int N(x \mid g(z), s^2 I)\, N(z \mid 0, I)\, dz
 
     Args:
-        net: g, a module ``(n, latent_dim) -> (n, *event)``, or to rows of as many entries.
-        latent_dim: entries of z.
+        net: g, a module ``(n, latent_dim) -> (n, *event)``; it may flatten the event.
+        latent_dim: number of entries of z.
         event_shape: shape of one event.
-        sigma: s at the start, in units of x; it is learned, as its logarithm. None is no noise.
+        sigma: initial s, in the unit of x; its logarithm is a parameter. None for no noise.
 
     Raises:
-        ValueError: if a size is not positive, ``sigma`` is not positive and finite, or, when
-            called, if the net's output has another number of entries.
+        ValueError: if a size or ``sigma`` is not positive and finite; when called, if the output of
+            ``net`` has another number of entries.
 
     Example:
         >>> generator = Generator(nn.Linear(2, 3), latent_dim=2, event_shape=(3,), sigma=0.1)
@@ -65,7 +64,7 @@ class Generator(Saveable):
         self.latent_dim = latent_dim
         self.event_shape = torch.Size(event_shape)
         like = next((p for p in net.parameters() if p.is_floating_point()), torch.empty(0))
-        # An empty buffer knows the dtype and the device that .to() gave.
+        # .to() converts this empty buffer, which has the dtype and the device
         self.register_buffer("_anchor", like.new_empty(0), persistent=False)
         self.log_sigma = None if sigma is None else nn.Parameter(like.new_tensor(math.log(sigma)))
 
@@ -81,15 +80,15 @@ class Generator(Saveable):
 
     @property
     def sigma(self) -> Tensor:
-        """s, a scalar; 0 without noise."""
+        """Standard deviation s of the noise, a scalar; 0 without noise."""
         return self._anchor.new_zeros(()) if self.log_sigma is None else self.log_sigma.exp()
 
     def sample_latent(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
-        """``num_samples`` draws of z, shape ``(n, latent_dim)``."""
+        """Draw ``num_samples`` values of z, shape ``(num_samples, latent_dim)``."""
         return standard_normal((num_samples, self.latent_dim), generator, self.dtype, self.device)
 
     def forward(self, z: Tensor) -> Tensor:
-        """g(z): ``(n, latent_dim) -> (n, *event)``."""
+        """Compute g(z): ``(n, latent_dim) -> (n, *event)``."""
         if z.dim() != 2 or z.shape[1] != self.latent_dim:
             raise ValueError(
                 f"z must have shape (n, latent_dim) with latent_dim={self.latent_dim}, got shape"
@@ -98,13 +97,13 @@ class Generator(Saveable):
         x: Tensor = self.net(z)
         if x.numel() != len(z) * event_numel(self.event_shape):
             raise ValueError(
-                f"net must give events of shape {tuple(self.event_shape)}, got {tuple(x.shape)}"
-                f" for {len(z)} rows"
+                f"net must return events of shape {tuple(self.event_shape)}, got {tuple(x.shape)}"
+                f" for n = {len(z)}"
             )
         return x.reshape(len(z), *self.event_shape)
 
     def emit(self, z: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """x at z, with its graph: g(z), and noise where there is any."""
+        """Draw x given z, with its graph: g(z), plus noise if there is any."""
         x = self(z)
         return (
             x
@@ -114,8 +113,9 @@ class Generator(Saveable):
 
     @torch.no_grad()
     def sample(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
-        """``num_samples`` draws, shape ``(n, *event_shape)``, in eval mode: batch normalisation
-        takes its running statistics, so that a row does not depend on the others.
+        """Draw ``num_samples`` events, shape ``(num_samples, *event_shape)``, in evaluation mode.
+
+        Batch normalization then uses its running statistics, so that the draws are independent.
 
         Raises:
             ValueError: if ``num_samples`` < 1.
@@ -126,21 +126,22 @@ class Generator(Saveable):
 
 
 class MLPGenerator(Generator):
-    """A perceptron as :class:`Generator`.
+    """A :class:`Generator` whose network is a multi-layer perceptron.
 
     Args:
         event_shape: shape of one event.
-        latent_dim: entries of z.
+        latent_dim: number of entries of z.
         hidden_sizes: widths of the hidden layers.
-        batch_norm: normalise each hidden layer before its activation (Ioffe and Szegedy, 2015),
-            which couples the rows of a batch in training.
+        batch_norm: normalize each hidden layer before its activation (Ioffe and Szegedy, 2015),
+            which couples the events of a batch in training.
         activation: as in :class:`~pyroebm.energies.MLPEnergy`.
         sigma: as in :class:`Generator`.
-        dtype: of the parameters.
-        generator: source of the initial weights.
+        dtype: floating-point type of the parameters; None for torch's default.
+        generator: source of the initial weights; None for torch's default one.
 
     Raises:
-        ValueError: as :class:`Generator`, and if ``hidden_sizes`` or ``activation`` is none.
+        ValueError: as :class:`Generator`; if ``hidden_sizes`` is empty or ``activation`` is
+            unknown.
 
     Example:
         >>> MLPGenerator((1, 8, 8), latent_dim=10, hidden_sizes=(32, 32), batch_norm=True).sample(
@@ -183,5 +184,5 @@ class MLPGenerator(Generator):
 
 
 def batch_norms(module: nn.Module) -> Iterator[BatchNorm]:
-    """The batch normalisations inside a module."""
+    """Yield the batch normalizations in a module."""
     return (part for part in module.modules() if isinstance(part, BatchNorm))

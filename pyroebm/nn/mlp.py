@@ -1,5 +1,4 @@
-"""Multi-layer perceptrons, and what every network of the package shares: activations, initial
-weights, spectral norms."""
+"""Multi-layer perceptrons, and the activations and initial weights of all networks."""
 
 from __future__ import annotations
 
@@ -21,11 +20,11 @@ __all__ = [
     "check_activation",
     "check_widths",
     "bound_by_spectral_norm",
-    "start_weights",
+    "initialize_weights",
 ]
 
-#: ReLU is piecewise linear: energies made with it have no second derivative to speak of, and say
-#: so.
+#: Activations by name. ReLU is piecewise linear, so that the second derivatives of the energy are 0
+#: almost everywhere; such energies warn.
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "silu": nn.SiLU,
     "tanh": nn.Tanh,
@@ -37,8 +36,7 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 
 @contextlib.contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
-    """Within it the module's parameters are constants: what is computed gets no gradient in them,
-    nor do they from it."""
+    """Freeze the parameters of a module in this context: no gradient is computed in them."""
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.requires_grad_(False)
@@ -60,7 +58,7 @@ def mlp(
     dtype: torch.dtype | None = None,
     generator: torch.Generator | None = None,
 ) -> nn.Sequential:
-    r"""A multi-layer perceptron whose last layer is zero, so that it starts as the zero function.
+    r"""Build a multi-layer perceptron, whose last layer is zero by default.
 
     Args:
         in_features: width of the input.
@@ -69,11 +67,12 @@ def mlp(
         activation: one of :data:`ACTIVATIONS`.
         spectral_norm: divide each hidden weight by its largest singular value (Miyato et al.,
             2018).
-        zero_last: False starts the last layer as the others.
-        dtype: of the parameters (default torch's).
+        zero_last: whether the last layer is initialized to zero, so that the network starts as the
+            zero function.
+        dtype: floating-point type of the parameters; None for torch's default.
         generator: source of the initial hidden weights, of variance 1 / fan-in (LeCun et al.,
-            "Efficient BackProp", 1998): torch's own are a third of that, too smooth for the few
-            inputs of a small net.
+            "Efficient BackProp", 1998): torch's default variance is a third of that, which makes a
+            network of few inputs too smooth. None for torch's default one.
 
     Raises:
         ValueError: if ``hidden_sizes`` is empty or not positive, or if ``activation`` is unknown.
@@ -85,11 +84,11 @@ def mlp(
     check_widths("hidden_sizes", hidden_sizes)
     check_activation(activation)
     widths = [in_features, *hidden_sizes, out_features]
-    # skip_init: nn.Linear's own initialisation would consume torch's global random stream
+    # skip_init, since the initialization of nn.Linear draws from torch's default generator
     linear = [
         nn.utils.skip_init(nn.Linear, a, b, dtype=dtype) for a, b in itertools.pairwise(widths)
     ]
-    start_weights(linear, generator, zero_last)
+    initialize_weights(linear, generator, zero_last)
     if spectral_norm:
         bound_by_spectral_norm(linear[:-1], generator)
     activate = ACTIVATIONS[activation]
@@ -99,6 +98,11 @@ def mlp(
 
 
 def check_widths(name: str, widths: Sequence[int]) -> None:
+    """Check that widths of layers are positive.
+
+    Raises:
+        ValueError: if there are none, or if one is below 1.
+    """
     if not widths or min(widths) < 1:
         raise ValueError(
             f"{name} must hold at least one positive width, got {name}={tuple(widths)}"
@@ -106,15 +110,21 @@ def check_widths(name: str, widths: Sequence[int]) -> None:
 
 
 def check_activation(activation: str) -> None:
+    """Check that an activation is known.
+
+    Raises:
+        ValueError: otherwise.
+    """
     if activation not in ACTIVATIONS:
         raise ValueError(
             f"activation must be one of {sorted(ACTIVATIONS)}, got activation={activation!r}"
         )
 
 
-def start_weights(
+def initialize_weights(
     layers: Sequence[nn.Module], generator: torch.Generator | None, zero_last: bool
 ) -> None:
+    """Initialize weights uniformly with variance 1 / fan-in, the last layer to zero if asked."""
     for layer in layers:
         weight, *bias = layer.parameters()
         bound = math.sqrt(3.0 / weight[0].numel())
@@ -126,7 +136,7 @@ def start_weights(
 
 
 def bound_by_spectral_norm(layers: Sequence[nn.Module], generator: torch.Generator | None) -> None:
-    """Spectral norms, whose power iteration starts from random vectors."""
+    """Apply spectral normalization to layers; its power iteration starts from random vectors."""
     with drawing_from(generator):
         for layer in layers:
             parametrizations.spectral_norm(layer)

@@ -1,4 +1,4 @@
-"""Objectives: what turns an energy and draws into a loss."""
+"""Objectives: losses that train an energy on data, or a flow on an energy."""
 
 from pyroebm.objectives.adversarial import Adversarial, AdversarialFlow, DeepDirected
 from pyroebm.objectives.base import HasLosses, Objective

@@ -1,4 +1,4 @@
-"""What every objective is."""
+"""The base class of objectives."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ __all__ = ["HasLosses", "Objective"]
 class Objective(nn.Module):
     """Turn a module, such as an energy or a flow, and a batch of data into a loss.
 
-    What an objective learns besides the module is parameters, its chains are buffers. Numbers,
-    strings, tuples and kernels among its attributes are settings: they stay as they are, and a
-    checkpoint is of one set of them.
+    What an objective learns besides the module are its parameters; its chains are buffers. Numbers,
+    strings, tuples and kernels among its attributes are settings: they do not change during
+    training, and a checkpoint can only be restored with the same settings.
 
-    A subclass writes ``forward``, which returns a scalar loss and detached metrics. An objective
-    with several losses is :class:`HasLosses`; one of flows is a
+    A subclass defines ``forward``, which returns a scalar loss and detached metrics. An objective
+    with several losses implements :class:`HasLosses`; one that fits flows is a
     :class:`~pyroebm.objectives.FlowObjective`.
 
     Attributes:
@@ -39,8 +39,10 @@ class Objective(nn.Module):
     schedule: str | None = None
 
     def begin_step(self, step: int, num_steps: int) -> None:
-        """Prepare step ``step`` of ``num_steps``, counted from 0. ``fit`` calls it before each
-        step; by default it does nothing."""
+        """Prepare step ``step`` of ``num_steps``, counted from 0.
+
+        ``fit`` calls it before each step. By default it does nothing.
+        """
 
     def forward(
         self, module: Any, batch: Any, /, *, generator: torch.Generator | None = None
@@ -48,8 +50,8 @@ class Objective(nn.Module):
         """Return the loss and its metrics.
 
         Args:
-            module: what is trained: an energy, a flow, a classifier.
-            batch: of the data; None where there are none.
+            module: the trained module: an energy, a flow or a classifier.
+            batch: a batch of data; None if the objective takes no data.
             generator: source of all draws; None is torch's default generator.
         """
         raise NotImplementedError(
@@ -60,12 +62,12 @@ class Objective(nn.Module):
 
 @runtime_checkable
 class HasLosses(Protocol):
-    """An objective of several players, each with a loss of its own: one of them, ``"energy"``, is
-    the energy's.
+    """An objective with several named losses, each of which trains its own parameters.
 
-    ``losses`` gives a loss by the name of each player, and the metrics; ``trained`` the parameters
-    that each of these losses trains, by the same names and none of them twice.
-    :func:`pyroebm.training.fit` steps an optimizer for each, all from the gradients at one point.
+    ``losses`` returns the losses by name and the metrics. ``trained`` returns the parameters that
+    each loss trains, by the same names; no parameter occurs twice. The loss of the energy is named
+    ``"energy"``. :func:`pyroebm.training.fit` has an optimizer for each loss. All gradients are
+    computed before any optimizer takes a step.
 
     Example:
         >>> class Duel(Objective):
@@ -91,6 +93,10 @@ class HasLosses(Protocol):
 
     def losses(
         self, energy: Energy, batch: Any, *, generator: torch.Generator | None = None
-    ) -> tuple[Mapping[str, Tensor], dict[str, Tensor]]: ...
+    ) -> tuple[Mapping[str, Tensor], dict[str, Tensor]]:
+        """Return the losses by name, and the metrics."""
+        ...
 
-    def trained(self, energy: Energy) -> Mapping[str, Sequence[nn.Parameter]]: ...
+    def trained(self, energy: Energy) -> Mapping[str, Sequence[nn.Parameter]]:
+        """Return the parameters that each loss trains, by name."""
+        ...

@@ -1,5 +1,4 @@
-"""What is added to plain gradients of machines of layers: centering, and a target for the activity
-of hidden units."""
+"""Centered gradients and sparsity penalties of layered Boltzmann machines."""
 
 from __future__ import annotations
 
@@ -17,26 +16,26 @@ __all__ = ["Centering", "Sparsity"]
 
 
 class Centering(nn.Module):
-    r"""The centered gradient (Montavon and Müller, 2012; Melchior, Fischer and Wiskott, 2016): that
-    of the same machine with each layer's units counted from an offset :math:`m_l`, a running mean
-    of the layer under the data.
+    r"""The centered gradient of a layered Boltzmann machine.
 
-    With weights and biases as they are, it is a transform of their plain gradients :math:`dW_l,
-    db_l`:
+    It is the gradient of the same machine with an offset :math:`m_l` subtracted from the units of
+    each layer, where :math:`m_l` is a running mean of the layer under the data (Montavon and
+    Müller, 2012; Melchior, Fischer and Wiskott, 2016). In terms of the plain gradients :math:`dW_l,
+    db_l` of weights and biases:
 
     .. math::
         dW_l \leftarrow dW_l - db_l\, m_{l+1}^\top - m_l\, db_{l+1}^\top, \qquad
         db_l \leftarrow db_l - dW_{l-1}^\top m_{l-1} - dW_l\, m_{l+1}
 
-    (the dW on the right being centered already). Learning is then indifferent to a swap of zeros
-    and ones in the data.
+    where the dW on the right is already centered. Learning is then invariant under exchanging
+    zeros and ones in the data.
 
     Args:
-        rate: weight of a batch in the running means.
+        rate: weight of a batch in the running means, in [0, 1].
 
     Attributes:
-        offsets: one buffer for each layer, ``offset_0``, ``offset_1``, ...; those of the first
-            batch are its own means.
+        offsets: one buffer for each layer, ``offset_0``, ``offset_1``, ...; initialized with the
+            means of the first batch.
 
     Raises:
         ValueError: if ``rate`` is outside [0, 1].
@@ -45,9 +44,9 @@ class Centering(nn.Module):
         >>> from pyroebm.energies import BernoulliRBM
         >>> from pyroebm.objectives import ContrastiveDivergence
         >>> rbm, data, centering = BernoulliRBM(4, 3), torch.ones(5, 4), Centering()
-        >>> loss, facts = ContrastiveDivergence()(rbm, data)
+        >>> loss, metrics = ContrastiveDivergence()(rbm, data)
         >>> loss.backward()
-        >>> centering(rbm, data, facts)
+        >>> centering(rbm, data, metrics)
         >>> centering.offsets[0]
         tensor([1., 1., 1., 1.])
     """
@@ -60,26 +59,25 @@ class Centering(nn.Module):
 
     @property
     def offsets(self) -> list[Tensor]:
-        """The offset of each layer; none before the first batch."""
+        """The offset of each layer; an empty list before the first batch."""
         return [self.get_buffer(f"offset_{layer}") for layer in range(self.count)]
 
     @torch.no_grad()
-    def forward(self, energy: Energy, batch: Tensor, facts: Mapping[str, Tensor]) -> None:
+    def forward(self, energy: Energy, batch: Tensor, metrics: Mapping[str, Tensor]) -> None:
         """Center the gradients of the energy's parameters, in place.
 
         Args:
-            energy: a machine of layers whose weights and biases are parameters, with their
-                gradients.
-            batch: the data that the gradients are of.
-            facts: of the objective; its ``mean_0``, ``mean_1``, ... save the products that yield
-                them.
+            energy: a layered machine whose weights and biases are parameters with gradients.
+            batch: the data of these gradients, ``(n, num_visible)``.
+            metrics: those of the objective. If they have ``mean_0``, ``mean_1``, ..., the means of
+                the layers are not computed again.
 
         Raises:
-            ValueError: if the energy has no layers, or its parameters are others than their weights
-                and biases.
+            ValueError: if the energy is no layered machine, or its weights and biases are no
+                parameters.
         """
         layers = _trained_layers(energy)
-        self._move(layers, batch, facts)
+        self._update_offsets(layers, batch, metrics)
         offsets, biases = self.offsets, [_gradient(bias) for bias in layers.biases]
         steps = [bias.clone() for bias in biases]
         for k, weight in enumerate(layers.weights):
@@ -94,16 +92,16 @@ class Centering(nn.Module):
         for bias, step in zip(biases, steps, strict=True):
             bias.copy_(step)
 
-    def _move(self, layers: Layers, batch: Tensor, facts: Mapping[str, Tensor]) -> None:
-        if "mean_0" not in facts:
+    def _update_offsets(self, layers: Layers, batch: Tensor, metrics: Mapping[str, Tensor]) -> None:
+        if "mean_0" not in metrics:
             even = mean_field(layers, visible(layers, batch, "the energy"))
             hidden = odd_fields(layers, even)
             means = [
                 layers.mean(k, hidden[k]) if kept is None else kept for k, kept in enumerate(even)
             ]
-            facts = {f"mean_{k}": mean.mean(0) for k, mean in enumerate(means)}
+            metrics = {f"mean_{k}": mean.mean(0) for k, mean in enumerate(means)}
         for layer in range(len(layers.biases)):
-            mean, name = facts[f"mean_{layer}"], f"offset_{layer}"
+            mean, name = metrics[f"mean_{layer}"], f"offset_{layer}"
             if layer < self.count:
                 self.get_buffer(name).lerp_(mean, self.rate)
             else:
@@ -120,13 +118,12 @@ class Centering(nn.Module):
 
 
 class Sparsity(nn.Module):
-    r"""A penalty that draws each hidden unit's mean activity to a target (Lee, Ekanadham and Ng,
-    2008; Hinton, 2012).
+    r"""Penalize the deviation of each hidden unit's mean activity from a target.
 
     .. math:: c \sum_j \Big(t - \frac1n \sum_i E[h_j \mid x_i]\Big)^2
 
-    over the units of all hidden layers; with more than one of these, the layers between are at
-    their mean field.
+    over the units of all hidden layers (Lee, Ekanadham and Ng, 2008; Hinton, 2012). With more than
+    one hidden layer the expectations are those of the mean-field approximation.
 
     Args:
         target: t, in (0, 1).
@@ -134,7 +131,7 @@ class Sparsity(nn.Module):
 
     Raises:
         ValueError: if ``target`` is outside (0, 1), ``cost`` is negative, or the energy is no
-            machine of layers.
+            layered machine.
 
     Example:
         >>> from pyroebm.energies import BernoulliRBM
@@ -152,9 +149,12 @@ class Sparsity(nn.Module):
         self.target, self.cost = target, cost
 
     def forward(self, energy: Energy, batch: Tensor) -> Tensor:
-        """The penalty, with its graph, shape ``()``."""
+        """Return the penalty with its graph, shape ``()``."""
         if not isinstance(energy, LayeredMachine):
-            raise ValueError(f"Sparsity is for machines of layers, got {type(energy).__name__}")
+            raise ValueError(
+                "energy must be a layered machine, such as BernoulliRBM or DeepBoltzmannMachine,"
+                f" for Sparsity, got {type(energy).__name__}"
+            )
         layers = energy.layers()
         x = mean_field(layers, visible(layers, batch, type(energy).__name__))
         hidden: list[Tensor | None] = [None] * len(x)
@@ -168,7 +168,10 @@ class Sparsity(nn.Module):
 
 def _trained_layers(energy: Energy) -> Layers:
     if not isinstance(energy, LayeredMachine):
-        raise ValueError(f"centering is for machines of layers, got {type(energy).__name__}")
+        raise ValueError(
+            "energy must be a layered machine, such as BernoulliRBM or DeepBoltzmannMachine, for"
+            f" Centering, got {type(energy).__name__}"
+        )
     layers = energy.layers()
     own = [*layers.weights, *layers.biases]
     if (
@@ -176,15 +179,16 @@ def _trained_layers(energy: Energy) -> Layers:
         or layers.precision is not None
     ):
         raise ValueError(
-            f"centering transforms gradients of weights and biases, but in {type(energy).__name__}"
-            " these are frozen or functions"
-            " of other parameters; a Gaussian machine is centered by centering its data (and by"
-            " fit_visible)"
+            "weights and biases must be trainable parameters for Centering, but in"
+            f" {type(energy).__name__} they are frozen or functions of other parameters. To center"
+            " a Gaussian machine, center its data, or call fit_visible(data)"
         )
     return layers
 
 
 def _gradient(parameter: Tensor) -> Tensor:
     if parameter.grad is None:
-        raise ValueError("centering needs gradients: call it after backward()")
+        raise ValueError(
+            "the parameters must have gradients for Centering: call it after backward()"
+        )
     return parameter.grad

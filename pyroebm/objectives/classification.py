@@ -20,7 +20,7 @@ class CrossEntropy(Objective):
     to logits ``(n, num_classes)``.
 
     Raises:
-        ValueError: if the batch is no such pair, or a label is not from 0 to ``num_classes - 1``.
+        ValueError: if the batch is no such pair, or a label is outside 0 to ``num_classes - 1``.
 
     Example:
         >>> x, y = torch.eye(2).repeat(50, 1), torch.tensor([0, 1]).repeat(50)
@@ -37,8 +37,7 @@ class CrossEntropy(Objective):
         *,
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss, and the metric ``error``: the share of inputs of another class than the most
-        probable one."""
+        """Return the loss, and the metric ``error``: the fraction of misclassified inputs."""
         if not (isinstance(batch, tuple | list) and len(batch) == 2):
             raise ValueError(
                 "CrossEntropy needs pairs of inputs and labels, data=(x, labels), got"

@@ -1,5 +1,4 @@
-"""Contrastive divergence: the likelihood's gradient, with draws of a short Markov chain in place of
-the model's; what all objectives with such chains share."""
+"""Contrastive divergence, and functions that all objectives with Markov chains share."""
 
 from __future__ import annotations
 
@@ -24,7 +23,7 @@ from pyroebm.kernels.langevin import MALA
 from pyroebm.nn.mlp import frozen
 from pyroebm.objectives.base import Objective
 from pyroebm.objectives.layered import (
-    Kept,
+    PartialLayers,
     contrast,
     draw_even,
     draw_odd,
@@ -35,15 +34,15 @@ from pyroebm.objectives.layered import (
 
 __all__ = ["ContrastiveDivergence", "HasMeanField", "Initial"]
 
-Facts = dict[str, Tensor]
-#: A law that chains start from: a distribution of events, a function of their number and a
-#: generator, or ``energy.initial``.
+Metrics = dict[str, Tensor]
+#: Initial distribution of chains: a distribution of events, a function of the number of chains and
+#: a generator, or None for ``energy.initial``.
 Initial = Distribution | Callable[[int, torch.Generator | None], Tensor] | None
 
 
 @runtime_checkable
 class HasMeanField(Protocol):
-    """An energy over visible and hidden units that bounds the free energy of the visible ones.
+    """An energy over visible and hidden units with a bound on the free energy of the visible ones.
 
     Example:
         >>> from pyroebm.energies import BoltzmannMachine
@@ -51,31 +50,33 @@ class HasMeanField(Protocol):
         True
     """
 
-    def variational_free_energy(self, visible: Tensor) -> Tensor: ...
+    def variational_free_energy(self, visible: Tensor) -> Tensor:
+        """Return an upper bound on the free energy of visible units, ``(n,)``."""
+        ...
 
 
 class ContrastiveDivergence(Objective):
-    r"""CD-k (Hinton, 2002): k steps of a chain that starts at the data.
+    r"""Contrastive divergence (CD-k): chains of k steps that start at the data (Hinton, 2002).
 
     .. math:: L = \frac1n \sum_i E(x_i) - \frac1n \sum_i E(\tilde x_i)
 
-    with :math:`\tilde x_i` the end of a chain from :math:`x_i`, held fixed. As k grows,
-    :math:`\nabla L` becomes the gradient of :math:`-\frac1n \sum_i \log p(x_i)`; the *value* of L
-    says nothing about convergence.
+    with :math:`\tilde x_i` the last state of a chain started at :math:`x_i`, held fixed. As k
+    grows, :math:`\nabla L` converges to the gradient of :math:`-\frac1n \sum_i \log p(x_i)`. The
+    *value* of L is no measure of convergence.
 
-    A machine of layers (:class:`~pyroebm.energies.layered.LayeredMachine`) is swept block by block,
-    its odd layers are summed out of both terms, and ``batch`` has its visible units alone: with
-    more than one hidden layer the others take the mean field given the data (Salakhutdinov and
-    Hinton, 2009). Any other energy is moved by ``kernel`` over whole events.
+    A layered machine (:class:`~pyroebm.energies.layered.LayeredMachine`) is sampled by block Gibbs
+    sweeps, and its odd layers are summed out of both terms. ``batch`` has its visible units; with
+    more than one hidden layer the others are at their mean field given the data (Salakhutdinov and
+    Hinton, 2009). For any other energy ``kernel`` updates whole events.
 
     Args:
-        k: steps of the chain; for layers, sweeps down and up.
-        kernel: any of :mod:`pyroebm.kernels`; None sweeps layers, and takes
-            :class:`~pyroebm.kernels.BlockGibbs` or :class:`~pyroebm.Gibbs` on discrete supports and
-            ``MALA(0.1)`` on others.
-        energy_penalty: :math:`\alpha \ge 0` of :math:`\alpha (\overline{E(x)^2} +
-            \overline{E(\tilde x)^2})`, which is added to the loss to keep energies near 0 (Du and
-            Mordatch, 2019); for chains that a kernel moves.
+        k: number of steps of a chain; for layered machines, of Gibbs sweeps.
+        kernel: any kernel of :mod:`pyroebm.kernels`; None uses block Gibbs sweeps for layered
+            machines, :class:`~pyroebm.kernels.BlockGibbs` or :class:`~pyroebm.Gibbs` on other
+            discrete supports, and ``MALA(0.1)`` on continuous ones.
+        energy_penalty: :math:`\alpha \ge 0`: adds :math:`\alpha (\overline{E(x)^2} +
+            \overline{E(\tilde x)^2})` to the loss, which keeps energies near 0 (Du and Mordatch,
+            2019). Only for chains that are updated by a kernel.
 
     Raises:
         ValueError: if k < 1, ``kernel`` is no kernel, the penalty is negative or does not apply, or
@@ -84,7 +85,7 @@ class ContrastiveDivergence(Objective):
     Example:
         >>> from pyroebm.energies import BernoulliRBM
         >>> rbm, data = BernoulliRBM(4, 3), torch.ones(5, 4)
-        >>> loss, facts = ContrastiveDivergence(k=1)(
+        >>> loss, metrics = ContrastiveDivergence(k=1)(
         ...     rbm, data, generator=torch.Generator().manual_seed(0)
         ... )
         >>> loss.backward()
@@ -104,38 +105,43 @@ class ContrastiveDivergence(Objective):
 
     def forward(
         self, energy: Energy, batch: Tensor, *, generator: torch.Generator | None = None
-    ) -> tuple[Tensor, Facts]:
-        """The loss and its facts: ``energy_data``, ``energy_model``, ``energy_gap``; the kernel's
-        ``acceptance_rate``; and of layers ``mean_0``, ``mean_1``, ...: mean units of each under the
-        data, which :class:`Centering` reads."""
+    ) -> tuple[Tensor, Metrics]:
+        """Return the loss and its metrics.
+
+        Metrics: ``energy_data``, ``energy_model``, ``energy_gap``; the ``acceptance_rate`` of the
+        kernel; and for layered machines ``mean_0``, ``mean_1``, ...: the means of the units of each
+        layer under the data, which :class:`Centering` uses.
+        """
         if self.kernel is not None or not isinstance(energy, LayeredMachine):
             check_batch(energy, batch)
             end, rate = advance(energy, self.kernel, batch, self.k, generator)
-            return difference(
-                energy(batch), energy(end), about(self.kernel, rate), self.energy_penalty
+            return contrastive_loss(
+                energy(batch), energy(end), kernel_metrics(self.kernel, rate), self.energy_penalty
             )
         if self.energy_penalty:
             raise ValueError(
-                "energy_penalty is for chains that a kernel moves: give kernel for"
-                f" {type(energy).__name__}"
+                "energy_penalty must be 0 without a kernel, got"
+                f" energy_penalty={self.energy_penalty}: give kernel for {type(energy).__name__}"
             )
         layers = energy.layers()
         with torch.no_grad():
             data = mean_field(layers, visible(layers, batch, type(energy).__name__))
             fields = odd_fields(layers, data)
-            reached = fields
+            chain_fields = fields
             for _ in range(self.k):
-                even = draw_even(layers, draw_odd(layers, reached, generator), generator)
-                reached = odd_fields(layers, even)
-        both = {k: torch.cat([field, reached[k]]) for k, field in fields.items()}
-        return contrast(layers, stacked(data, even), both, len(batch))
+                even = draw_even(layers, draw_odd(layers, chain_fields, generator), generator)
+                chain_fields = odd_fields(layers, even)
+        both = {k: torch.cat([field, chain_fields[k]]) for k, field in fields.items()}
+        return contrast(layers, stack_layers(data, even), both, len(batch))
 
 
 def advance(
     energy: Energy, kernel: Kernel[Any] | None, x: Tensor, k: int, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor]:
-    """States ``(chains, *event)`` after k steps of a kernel, and its mean acceptance rate. The
-    energy is in eval mode, and no parameter receives a gradient."""
+    """Return the states ``(chains, *event)`` after k steps of a kernel, and the acceptance rate.
+
+    The energy is in eval mode, and no parameter receives a gradient.
+    """
     kernel = default_kernel(energy) if kernel is None else kernel
     target, transform = unconstrain(energy), to_support(energy.support)
     with eval_mode(energy), frozen(energy):
@@ -146,21 +152,20 @@ def advance(
 
 
 def default_kernel(energy: Energy) -> Kernel[Any]:
-    """Gibbs sampling on discrete supports, by blocks where there are any; Langevin steps of 0.1 on
-    others."""
+    """Return block Gibbs, Gibbs or ``MALA(0.1)``, whichever fits the energy's support."""
     if not is_discrete(energy.support):
         return MALA(0.1)
     return BlockGibbs() if blocks_of(energy) else Gibbs()
 
 
-def joined(layers: Kept) -> Tensor:
-    """Layers side by side; one alone is not copied."""
-    there = [layer for layer in layers if layer is not None]
-    return there[0] if len(there) == 1 else torch.cat(there, 1)
+def concatenate_layers(layers: PartialLayers) -> Tensor:
+    """Concatenate layers along the units; a single layer is not copied."""
+    present = [layer for layer in layers if layer is not None]
+    return present[0] if len(present) == 1 else torch.cat(present, 1)
 
 
-def stacked(data: Kept, chains: Kept) -> list[Tensor | None]:
-    """Rows of data above rows of chains, layer by layer."""
+def stack_layers(data: PartialLayers, chains: PartialLayers) -> list[Tensor | None]:
+    """Concatenate data and chains along the rows, layer by layer."""
     return [
         None if a is None or b is None else torch.cat([a, b])
         for a, b in zip(data, chains, strict=True)
@@ -168,7 +173,7 @@ def stacked(data: Kept, chains: Kept) -> list[Tensor | None]:
 
 
 def check_chain(k: int, kernel: Kernel[Any] | None, energy_penalty: float) -> None:
-    """ValueError unless these are settings of a chain in an objective."""
+    """Raise ValueError unless these are settings of a chain in an objective."""
     check_counts({"k": 1}, k)
     if kernel is not None:
         check_kernel(kernel)
@@ -179,7 +184,7 @@ def check_chain(k: int, kernel: Kernel[Any] | None, energy_penalty: float) -> No
 
 
 def check_batch(energy: Energy, batch: Tensor) -> None:
-    """ValueError unless the batch is at least one row of the energy's events."""
+    """Raise ValueError unless the batch has at least one row of the energy's events."""
     energy.check_states(batch, "batch")
     if batch.dim() != len(energy.event_shape) + 1 or not len(batch):
         raise ValueError(
@@ -188,8 +193,10 @@ def check_batch(energy: Energy, batch: Tensor) -> None:
         )
 
 
-def starts(energy: Energy, initial: Initial, n: int, generator: torch.Generator | None) -> Tensor:
-    """``n`` starting states from a law; ValueError unless they are events of the energy."""
+def initial_states(
+    energy: Energy, initial: Initial, n: int, generator: torch.Generator | None
+) -> Tensor:
+    """Draw ``n`` initial states; raise ValueError unless they are events of the energy."""
     if initial is None:
         return energy.initial(n, generator)
     if isinstance(initial, Distribution):
@@ -206,26 +213,26 @@ def starts(energy: Energy, initial: Initial, n: int, generator: torch.Generator 
     return x.detach()
 
 
-def about(kernel: Kernel[Any] | None, rate: Tensor) -> Facts:
-    """A chain's mean acceptance rate, and the temperature that an unadjusted kernel samples at."""
+def kernel_metrics(kernel: Kernel[Any] | None, rate: Tensor) -> Metrics:
+    """Return the mean acceptance rate, and the temperature at which the kernel samples."""
     temperature = None if kernel is None else kernel.temperature
     return {"acceptance_rate": rate} | (
         {} if temperature is None else {"temperature": rate.new_tensor(float(temperature))}
     )
 
 
-def difference(
-    data: Tensor, model: Tensor, facts: Facts, energy_penalty: float = 0.0
-) -> tuple[Tensor, Facts]:
-    """Mean energy of the data less that of the model, with the penalty on both; and the facts."""
+def contrastive_loss(
+    data: Tensor, model: Tensor, metrics: Metrics, energy_penalty: float = 0.0
+) -> tuple[Tensor, Metrics]:
+    """Return the mean energy of the data minus that of the model plus the penalty, and metrics."""
     positive, negative = data.mean(), model.mean()
     loss = gap = positive - negative
     if energy_penalty:
         penalty = energy_penalty * (data.square().mean() + model.square().mean())
-        loss, facts = gap + penalty, {"energy_penalty": penalty.detach(), **facts}
+        loss, metrics = gap + penalty, {"energy_penalty": penalty.detach(), **metrics}
     return loss, {
         "energy_data": positive.detach(),
         "energy_model": negative.detach(),
         "energy_gap": gap.detach(),
-        **facts,
+        **metrics,
     }

@@ -1,4 +1,4 @@
-"""Flow contrastive estimation: the noise of NCE is a flow that learns to look like the data."""
+"""Flow contrastive estimation: noise-contrastive estimation with a trained flow as noise."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from pyroebm.objectives.noise_contrastive import classify
 
 __all__ = ["FlowContrastive"]
 
-Facts = dict[str, Tensor]
+Metrics = dict[str, Tensor]
 
 
 class FlowContrastive(Objective):
-    r"""Flow contrastive estimation (Gao et al., 2020): energy and flow play for one value,
+    r"""Flow contrastive estimation: an energy and a flow with opposed losses (Gao et al., 2020).
 
     .. math::
 
@@ -28,49 +28,51 @@ class FlowContrastive(Objective):
         V = \frac1n \sum_i \log h(x_i) + \frac1n \sum_j \log(1 - h(y_j)), \quad
         h(x) = \frac{e^{-E(x) - c}}{e^{-E(x) - c} + q(x)}, \quad y_j \sim q
 
-    The energy's part is :class:`NoiseContrastive` at :math:`\nu = 1` with the flow as it stands;
-    the flow's is the same value with the other sign, through its draws and its density. At the best
-    E, V is the Jensen-Shannon divergence of the data and the flow (2 JS - 2 log 2), which the flow
-    brings down: so the noise comes near the data where a fixed one would teach too little. Start
-    from a flow that covers the data (:func:`~pyroebm.objectives.gaussian_noise` shows how wide they
-    are).
+    The loss of the energy, -V, is that of :class:`NoiseContrastive` at :math:`\nu = 1` with the
+    flow held fixed. The loss of the flow is V, whose gradient is taken through its draws and its
+    density. At the optimal E, V = 2 JS - 2 log 2 with JS the Jensen-Shannon divergence between the
+    data and the flow, which the flow minimizes: the noise becomes similar to the data, which makes
+    the estimate of E more efficient than with fixed noise. Start from a flow that covers the data
+    (see :func:`~pyroebm.objectives.gaussian_noise` for their scale).
 
     Args:
-        flow: q, of as many dimensions as an event has entries, none redundant.
-        log_z: c at the start.
+        flow: q, with as many dimensions as an event has entries and no auxiliary variables.
+        log_z: initial value of c.
 
     Attributes:
         log_z: c, a parameter, ``()``, trained with the energy.
 
     Raises:
-        ValueError: if the flow does not fit the energy, or its density is not finite where there
-            are data.
+        ValueError: if the flow does not fit the energy, or its density is not finite at a row of
+            the data.
 
     Example:
         >>> from pyroebm.energies import MLPEnergy
         >>> from pyroebm.flows import NICE
         >>> energy, objective = MLPEnergy((2,), (16,), scale=3.0), FlowContrastive(NICE(2))
-        >>> losses, facts = objective.losses(energy, torch.randn(100, 2))
+        >>> losses, metrics = objective.losses(energy, torch.randn(100, 2))
         >>> sorted(losses), len(objective.trained(energy)["energy"])
         (['energy', 'flow'], 5)
     """
 
     def __init__(self, flow: Flow, log_z: float = 0.0) -> None:
         super().__init__()
-        self._noise = Noise(flow)  # the front door; the flow itself is trained here
+        self._noise = Noise(flow)  # for its checks only; the flow itself is trained here
         self.flow = flow
         self.log_z = nn.Parameter(torch.tensor(float(log_z), dtype=flow.dtype, device=flow.device))
 
     def forward(
         self, energy: Energy, batch: Tensor, *, generator: torch.Generator | None = None
-    ) -> tuple[Tensor, Facts]:
-        """The sum of the :meth:`losses`, whose gradient in each parameter is that of its own loss,
-        and the facts."""
-        losses, facts = self.losses(energy, batch, generator=generator)
-        return torch.stack(list(losses.values())).sum(), facts
+    ) -> tuple[Tensor, Metrics]:
+        """Return the sum of the :meth:`losses`, and the metrics.
+
+        Its gradient in each parameter is that of the parameter's own loss.
+        """
+        losses, metrics = self.losses(energy, batch, generator=generator)
+        return torch.stack(list(losses.values())).sum(), metrics
 
     def trained(self, energy: Energy) -> dict[str, Sequence[nn.Parameter]]:
-        """The parameters that each of the losses is for."""
+        """Return the parameters that each of the losses trains."""
         both = {"energy": [*energy.parameters(), self.log_z], "flow": list(self.flow.parameters())}
         return {
             name: [p for p in parameters if p.requires_grad] for name, parameters in both.items()
@@ -78,12 +80,13 @@ class FlowContrastive(Objective):
 
     def losses(
         self, energy: Energy, batch: Tensor, *, generator: torch.Generator | None = None
-    ) -> tuple[dict[str, Tensor], Facts]:
-        """``energy`` and ``flow``: each has a gradient in the parameters of :meth:`trained` under
-        its name, and in no other.
+    ) -> tuple[dict[str, Tensor], Metrics]:
+        """Return the losses ``energy`` and ``flow``, and the metrics.
 
-        Facts: those of :meth:`NoiseContrastive.contrast`, and ``flow_log_likelihood``, the mean of
-        log q over the data.
+        Each loss has a gradient in its parameters of :meth:`trained` and in no others.
+
+        Metrics: those of :meth:`NoiseContrastive.contrast`, and ``flow_log_likelihood``, the mean
+        of log q over the data.
         """
         self._noise.check(energy, batch)
         x = batch.reshape(len(batch), -1)
@@ -95,7 +98,7 @@ class FlowContrastive(Objective):
 
         on_data, on_noise = energy(torch.cat([batch, noise.detach()])).split(len(x))
         log_p_data, log_p_noise = (-values - self.log_z for values in (on_data, on_noise))
-        loss, facts = classify(
+        loss, metrics = classify(
             log_p_data - log_q_data.detach(), log_p_noise - log_q_noise.detach(), 1.0
         )
         with frozen(energy):
@@ -107,5 +110,5 @@ class FlowContrastive(Objective):
             "log_z": self.log_z.detach().clone(),
             "log_likelihood": log_p_data.detach().mean(),
             "flow_log_likelihood": log_q_data.detach().mean(),
-            **facts,
+            **metrics,
         }

@@ -1,5 +1,4 @@
-"""One network that classifies and generates: the log-probability of the class, and any objective of
-the events."""
+"""Hybrid generative and discriminative training of a classifier as an energy."""
 
 from __future__ import annotations
 
@@ -16,43 +15,39 @@ from pyroebm.objectives.persistent import ReplayBufferCD
 
 __all__ = ["Hybrid", "Mode"]
 
-Facts = dict[str, Tensor]
+Metrics = dict[str, Tensor]
 Mode = Literal["joint", "marginal", "conditional"]
 
 
 class Hybrid(Objective):
-    r"""A :class:`~pyroebm.energies.ClassifierEnergy` trained on events with classes, as in JEM
-    (Grathwohl et al., 2020).
+    r"""Hybrid loss of a :class:`~pyroebm.energies.ClassifierEnergy` (JEM; Grathwohl et al., 2020).
 
     .. math:: L = -\frac{a}{n} \sum_i \log p(y_i \mid x_i) + w\, G
 
-    G is the loss of any objective of events alone, which stands for minus their mean log-likelihood
-    (contrastive ones have its gradient, score matching its optimum). What is learned, by ``mode``:
+    G is the loss of any objective of unlabeled events, which replaces their negative mean
+    log-likelihood (contrastive objectives approximate its gradient, score matching has the same
+    minimum). The fitted distribution depends on ``mode``:
 
-    ============= ============================= ================
-    ============================================== mode          G is of                       a
-    for w = 1 ============= ============================= ================
-    ============================================== "joint"       :math:`p(x)`                  1
-    :math:`p(x, y) = p(x)\, p(y \mid x)`, JEM "marginal"    :math:`p(x)`                  0
-    :math:`p(x)`; classes are not looked at "conditional" :math:`p(x \mid y)`           1
-    :math:`p(x \mid y)\, p(y \mid x)` ============= ============================= ================
-    ==============================================
+    - ``"joint"``, as in JEM: G is of :math:`p(x)` and a = 1; for w = 1 the fitted distribution is
+      :math:`p(x, y) = p(x)\, p(y \mid x)`.
+    - ``"marginal"``: G is of :math:`p(x)` and a = 0; classes are not used.
+    - ``"conditional"``: G is of :math:`p(x \mid y)` and a = 1, for :math:`p(x \mid y)\, p(y \mid
+      x)`.
 
-    Without ``generative`` it is a plain classifier, :math:`p(y \mid x)` alone. With weight w
-    between 0 and 1 the density counts for less than the classes. Draws of a class are those of
-    ``energy.given(y)``, whatever the mode.
+    Without ``generative`` only :math:`p(y \mid x)` is trained, an ordinary classifier. In every
+    mode ``energy.given(y)`` is the energy of the events of a class, from which they are sampled.
 
     Args:
-        generative: an objective called with x alone, such as :class:`ContrastiveDivergence` or
-            :class:`ReplayBufferCD`; its chains and parameters are kept here. None has no G.
+        generative: an objective that is called with x alone, such as
+            :class:`ContrastiveDivergence` or :class:`ReplayBufferCD`, a submodule. None omits G.
         mode: "joint", "marginal" or "conditional".
-        weight: w > 0, no unit.
+        weight: w > 0, dimensionless.
 
     Raises:
-        ValueError: if ``mode`` is none of these, ``weight`` not positive and finite, ``generative``
-            no objective or missing where there is nothing else; "conditional" with
-            :class:`ReplayBufferCD`, whose chains go on from batch to batch while the classes of its
-            rows change, or with an objective of several players, whose law knows no class; the
+        ValueError: if ``mode`` is unknown; ``weight`` is not positive and finite; ``generative`` is
+            no objective, or None in mode "marginal"; ``mode`` is "conditional" with
+            :class:`ReplayBufferCD`, whose chains persist while the classes of the rows change, or
+            with an objective of several losses, whose sampler does not depend on the class; the
             energy is no classifier; or the batch is no pair of events and classes.
 
     Example:
@@ -60,10 +55,10 @@ class Hybrid(Objective):
         >>> from pyroebm.objectives import ContrastiveDivergence
         >>> energy = ClassifierEnergy(torch.nn.Linear(2, 3), (2,), 3, scale=1.0)
         >>> objective, noise = Hybrid(ContrastiveDivergence(k=5)), torch.Generator().manual_seed(0)
-        >>> loss, facts = objective(
+        >>> loss, metrics = objective(
         ...     energy, (torch.ones(4, 2), torch.tensor([0, 1, 2, 2])), generator=noise
         ... )
-        >>> sorted(facts)
+        >>> sorted(metrics)
         ['acceptance_rate', 'accuracy', 'class_nll', 'energy_data', 'energy_gap', 'energy_model']
     """
 
@@ -75,8 +70,8 @@ class Hybrid(Objective):
             raise ValueError(f"mode must be one of {list(get_args(Mode))}, got mode={mode!r}")
         if not 0.0 < weight < math.inf:
             raise ValueError(
-                f"weight must be positive and finite, got weight={weight}; no generative term is"
-                " generative=None"
+                f"weight must be positive and finite, got weight={weight}; give generative=None for"
+                " no generative term"
             )
         if generative is not None and not isinstance(generative, Objective):
             raise ValueError(
@@ -84,20 +79,19 @@ class Hybrid(Objective):
             )
         if generative is None and mode == "marginal":
             raise ValueError(
-                "mode='marginal' learns from the generative term alone: give generative"
+                "mode='marginal' has only the generative term: give generative, such as"
+                " ReplayBufferCD()"
             )
         if mode == "conditional" and isinstance(generative, ReplayBufferCD):
             raise ValueError(
-                "mode='conditional' cannot take ReplayBufferCD: its chains go on from batch to"
-                " batch, and the classes change. Start"
-                " from the data (ContrastiveDivergence), or take mode='joint' and draw from"
-                " energy.given(y)"
+                "mode='conditional' cannot take ReplayBufferCD, whose chains persist while the"
+                " classes of the batch change. Use ContrastiveDivergence, or mode='joint' and"
+                " sample from energy.given(y)"
             )
         if mode == "conditional" and isinstance(generative, HasLosses):
             raise ValueError(
-                f"mode='conditional' cannot take {type(generative).__name__}: one law for all"
-                " classes stands for none of them."
-                " Take mode='joint'"
+                f"mode='conditional' cannot take {type(generative).__name__}, whose sampler does"
+                " not depend on the class. Use mode='joint'"
             )
         self.generative = generative
         self.mode = mode
@@ -109,11 +103,16 @@ class Hybrid(Objective):
         batch: tuple[Tensor, Tensor],
         *,
         generator: torch.Generator | None = None,
-    ) -> tuple[Tensor, Facts]:
-        """The loss and its facts: ``class_nll`` and ``accuracy`` on the batch, and those of
-        ``generative``."""
+    ) -> tuple[Tensor, Metrics]:
+        """Return the loss and its metrics.
+
+        Metrics: ``class_nll`` and ``accuracy`` on the batch, and those of ``generative``.
+        """
         if not isinstance(energy, ClassifierEnergy):
-            raise ValueError(f"Hybrid trains a ClassifierEnergy, got {type(energy).__name__}")
+            raise ValueError(
+                f"energy must be a ClassifierEnergy for Hybrid, got {type(energy).__name__}: use"
+                " ClassifierEnergy(net, event_shape, num_classes)"
+            )
         if not (isinstance(batch, tuple | list) and len(batch) == 2):
             raise ValueError(
                 f"batch must be a pair of events and classes (x, y), got {type(batch).__name__}"
@@ -123,14 +122,14 @@ class Hybrid(Objective):
         check_labels(y, energy.batch_shape(x), energy.num_classes)
         log_prob = energy.class_log_prob(x)
         class_nll = -log_prob.gather(-1, y.unsqueeze(-1)).mean()
-        facts: Facts = {
+        metrics: Metrics = {
             "class_nll": class_nll.detach(),
             "accuracy": (log_prob.argmax(-1) == y).to(x.dtype).mean(),
         }
         if self.generative is None:
             with torch.no_grad():
-                return class_nll, facts | {"energy_data": energy(x).mean()}
+                return class_nll, metrics | {"energy_data": energy(x).mean()}
         target = energy.given(y) if self.mode == "conditional" else energy
-        loss, seen = self.generative(target, x, generator=generator)
+        loss, generative_metrics = self.generative(target, x, generator=generator)
         loss = self.weight * loss if self.mode == "marginal" else class_nll + self.weight * loss
-        return loss, facts | seen
+        return loss, metrics | generative_metrics

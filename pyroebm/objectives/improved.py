@@ -1,5 +1,4 @@
-"""Improved contrastive divergence: the term that contrastive divergence drops, through the
-sampler's last steps."""
+"""Improved contrastive divergence, with a KL gradient through the last steps of the sampler."""
 
 from __future__ import annotations
 
@@ -15,49 +14,61 @@ from pyroebm.core.wrappers import eval_mode
 from pyroebm.kernels.base import column, normal_like, rows
 from pyroebm.kernels.langevin import ULA
 from pyroebm.nn.mlp import frozen
-from pyroebm.objectives.contrastive import Facts, Initial, about, advance, check_batch, difference
+from pyroebm.objectives.contrastive import (
+    Initial,
+    Metrics,
+    advance,
+    check_batch,
+    contrastive_loss,
+    kernel_metrics,
+)
 from pyroebm.objectives.persistent import ReplayBufferCD
 
-__all__ = ["ImprovedCD", "nearest_neighbour_entropy"]
+__all__ = ["ImprovedCD", "nearest_neighbor_entropy"]
 
 EULER = 0.5772156649015329
 
 
 class ImprovedCD(ReplayBufferCD):
-    r"""Contrastive divergence with the Kullback-Leibler term (Du, Li, Tenenbaum and Mordatch,
-    2021).
+    r"""Contrastive divergence with a KL term for the sampler (Du et al., 2021).
 
-    The law :math:`q_\theta` that chains have after their Langevin steps depends on the energy too.
-    To the loss of :class:`ReplayBufferCD` is added
+    The distribution :math:`q_\theta` of the chains after their Langevin steps depends on the
+    energy. The term
 
     .. math:: w \, \mathrm{KL}(q_\theta \,\|\, p_{\bar\theta}) + \text{const}
         = w \big( E_{q_\theta}[E_{\bar\theta}(x)] - H(q_\theta) \big)
 
-    with :math:`\bar\theta = \theta` held fixed in the energy, so that its gradient is the one
-    *through the sampler* alone: through the last ``through`` steps, earlier ones are a constant. It
+    is added to the loss of :class:`ReplayBufferCD`, with :math:`\bar\theta = \theta` held fixed in
+    the energy. Its gradient is taken through the last ``through`` steps of the sampler alone, and
     moves the sampler towards the model. The exact gradient of :math:`\mathrm{KL}(p_D \| p_\theta) -
-    \mathrm{KL}(q_\theta \| p_\theta)` has this term with the *opposite* sign (Hinton, 2002):
-    ``kl_weight=-1`` is that one; the paper's, 1 by default, is no descent on that difference.
+    \mathrm{KL}(q_\theta \| p_\theta)` has this term with the *opposite* sign (Hinton, 2002), which
+    is ``kl_weight=-1``. The default, 1, is that of the paper; it does not descend on this
+    difference.
 
-    H is estimated by nearest neighbours (:func:`nearest_neighbour_entropy`), which looks at all
-    chains at once.
+    H is estimated from nearest neighbors (:func:`nearest_neighbor_entropy`), which couples the
+    chains.
 
     Args:
-        num_chains, k, buffer_size, restart, initial, energy_penalty: as in :class:`ReplayBufferCD`.
-        kernel: Langevin steps with a number for their size; None is ``ULA(0.1)``.
-        through: steps with a gradient, 1 to k; each costs a second derivative.
+        num_chains: as in :class:`ReplayBufferCD`.
+        k: as in :class:`ReplayBufferCD`.
+        kernel: Langevin steps with a scalar step size; None is ``ULA(0.1)``.
+        through: number of last steps with a gradient, 1 to k; each costs a second derivative.
         kl_weight: w, any number.
-        entropy_weight: of H; 0 leaves it out, and with it the neighbours.
+        entropy_weight: weight of H; 0 omits the entropy.
+        buffer_size: as in :class:`ReplayBufferCD`.
+        restart: as in :class:`ReplayBufferCD`.
+        initial: as in :class:`ReplayBufferCD`.
+        energy_penalty: as in :class:`ReplayBufferCD`.
 
     Raises:
-        ValueError: if a number is out of range, ``kernel`` has a metric or is another, or the
-            energy is not over real numbers.
+        ValueError: if a number is out of range, ``kernel`` is no ULA or has a metric, or the
+            support is not real.
 
     Example:
         >>> from pyroebm.energies import MLPEnergy
         >>> objective = ImprovedCD(num_chains=10, k=5, kernel=ULA(0.1))
-        >>> loss, facts = objective(MLPEnergy((2,), (8,)), torch.randn(5, 2))
-        >>> sorted(facts)[:4]
+        >>> loss, metrics = objective(MLPEnergy((2,), (8,)), torch.randn(5, 2))
+        >>> sorted(metrics)[:4]
         ['acceptance_rate', 'energy_data', 'energy_gap', 'energy_model']
     """
 
@@ -92,13 +103,13 @@ class ImprovedCD(ReplayBufferCD):
             raise ValueError(f"kernel must be a ULA without inverse_mass, got {kernel}")
         if not (math.isfinite(kl_weight) and math.isfinite(entropy_weight)):
             raise ValueError(
-                f"weights must be finite, got kl_weight={kl_weight},"
+                f"kl_weight and entropy_weight must be finite, got kl_weight={kl_weight},"
                 f" entropy_weight={entropy_weight}"
             )
         if entropy_weight and num_chains < 2:
             raise ValueError(
-                "entropy_weight needs neighbours: num_chains must be at least 2, got"
-                f" num_chains={num_chains}"
+                "num_chains must be at least 2 to estimate the entropy from neighbors, got"
+                f" num_chains={num_chains}; give more chains, or entropy_weight=0"
             )
         self.langevin = kernel
         self.through = through
@@ -107,12 +118,14 @@ class ImprovedCD(ReplayBufferCD):
 
     def forward(
         self, energy: Energy, batch: Tensor, *, generator: torch.Generator | None = None
-    ) -> tuple[Tensor, Facts]:
-        """The loss and its facts: those of :class:`ReplayBufferCD`, and ``entropy_model`` in
-        nats."""
+    ) -> tuple[Tensor, Metrics]:
+        """Return the loss and its metrics.
+
+        Metrics: those of :class:`ReplayBufferCD`, and ``entropy_model`` in nats.
+        """
         if not is_real(energy.support):
             raise ValueError(
-                f"ImprovedCD needs an energy over real numbers, {type(energy).__name__} has"
+                f"energy must have real support for ImprovedCD, but {type(energy).__name__} has"
                 f" {energy.support}"
             )
         check_batch(energy, batch)
@@ -126,60 +139,63 @@ class ImprovedCD(ReplayBufferCD):
             with frozen(energy):
                 values = energy(x)
         self.put(taken, x.detach())
-        loss, facts = difference(
-            energy(batch), energy(x.detach()), about(self.langevin, rate), self.energy_penalty
+        loss, metrics = contrastive_loss(
+            energy(batch),
+            energy(x.detach()),
+            kernel_metrics(self.langevin, rate),
+            self.energy_penalty,
         )
         divergence = values.mean()
         if self.entropy_weight:
-            entropy = nearest_neighbour_entropy(x)
-            divergence, facts = (
+            entropy = nearest_neighbor_entropy(x)
+            divergence, metrics = (
                 divergence - self.entropy_weight * entropy,
-                facts | {"entropy_model": entropy.detach()},
+                metrics | {"entropy_model": entropy.detach()},
             )
-        # its value is no part of the loss that is reported: only the gradient counts, as that of
-        # every other term
-        return loss + self.kl_weight * (divergence - divergence.detach()), facts
+        # only the gradient is added: the value of the loss stays that of ReplayBufferCD
+        return loss + self.kl_weight * (divergence - divergence.detach()), metrics
 
 
 def langevin_step(
     energy: Energy, x: Tensor, kernel: ULA, generator: torch.Generator | None
 ) -> Tensor:
-    """A step of ULA with its graph, in the parameters and in ``x``; the numbers are those of
-    :class:`~pyroebm.ULA`."""
+    """Take a step of ULA with its graph, with the random numbers of :class:`~pyroebm.ULA`."""
     q = rows(x)
     eps = column(kernel.step_size, q)
     noise = math.sqrt(kernel.temperature) * normal_like(q, generator)
     return (q + eps * noise + 0.5 * eps**2 * rows(score(energy, x))).reshape(x.shape)
 
 
-def nearest_neighbour_entropy(x: Tensor) -> Tensor:
-    r"""The differential entropy of a law from draws of it (Kozachenko and Leonenko, 1987), with its
-    graph.
+def nearest_neighbor_entropy(x: Tensor) -> Tensor:
+    r"""Estimate a differential entropy from nearest neighbors (Kozachenko and Leonenko, 1987).
 
     .. math::
 
         \hat H = \frac dn \sum_i \log \rho_i + \log(n - 1) + \log \frac{\pi^{d/2}}{\Gamma(d/2 + 1)}
         + \gamma
 
-    with :math:`\rho_i` the distance of draw i from its nearest neighbour, and :math:`\gamma =
-    0.5772...` Euler's constant. Its bias goes to 0 as n grows, slowly in many dimensions; in one or
-    two its gradient has no finite variance. Equal draws give minus infinity.
+    with :math:`\rho_i` the distance of draw i to its nearest neighbor, and :math:`\gamma =
+    0.5772...` Euler's constant. Its bias vanishes as n grows, slowly in many dimensions. In one or
+    two dimensions its gradient has no finite variance. Equal draws give minus infinity.
 
     Args:
         x: draws ``(n, *event)``, n at least 2.
+
+    Returns:
+        The estimate in nats with its graph, shape ``()``.
 
     Example:
         >>> x = torch.randn(
         ...     2000, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
         ... )
-        >>> abs(float(nearest_neighbour_entropy(x)) - 0.5 * math.log(2 * math.pi * math.e)) < 0.1
+        >>> abs(float(nearest_neighbor_entropy(x)) - 0.5 * math.log(2 * math.pi * math.e)) < 0.1
         True
     """
     q = rows(x)
     n, d = q.shape
     with torch.no_grad():
         nearest = torch.cdist(q, q).fill_diagonal_(math.inf).argmin(1)
-    # squared, and the root taken of the logarithm: no slope of a norm at 0
+    # half the logarithm of the squared distance: a norm has no gradient at 0
     log_distance = 0.5 * (q - q[nearest]).square().sum(1).log()
     log_ball = 0.5 * d * math.log(math.pi) - math.lgamma(0.5 * d + 1.0)
     return d * log_distance.mean() + math.log(n - 1) + log_ball + EULER

@@ -1,5 +1,4 @@
-"""What the objectives do with layers: mean fields of the hidden ones, Gibbs sweeps between the even
-and the odd, at one temperature or at several."""
+"""Mean fields, block Gibbs sweeps and tempering of layered machines, for the objectives."""
 
 from __future__ import annotations
 
@@ -15,8 +14,8 @@ from pyroebm.energies.layers import Layers
 
 __all__ = [
     "Contrast",
-    "Kept",
-    "Ladder",
+    "PartialLayers",
+    "TemperatureLadder",
     "contrast",
     "draw_even",
     "draw_odd",
@@ -25,12 +24,12 @@ __all__ = [
     "visible",
 ]
 
-#: A tensor for each layer that is there, None for the others.
-Kept = Sequence[Tensor | None]
+#: A tensor for each layer that is given, None for the others.
+PartialLayers = Sequence[Tensor | None]
 
 
 def visible(layers: Layers, batch: Tensor, name: str) -> Tensor:
-    """``batch``, if it has rows of visible units; else ValueError."""
+    """Return ``batch`` if it has rows of visible units, else raise ValueError."""
     bias = layers.biases[0]
     if (
         batch.dim() != 2
@@ -48,52 +47,61 @@ def visible(layers: Layers, batch: Tensor, name: str) -> Tensor:
     return batch
 
 
-def odd_fields(layers: Layers, x: Kept) -> dict[int, Tensor]:
-    """What each odd layer feels from the even ones."""
+def odd_fields(layers: Layers, x: PartialLayers) -> dict[int, Tensor]:
+    """Return the fields of the odd layers given the even ones."""
     return {layer: layers.field(layer, x) for layer in layers.sides()[1]}
 
 
-def draw_even(layers: Layers, x: Kept, generator: torch.Generator | None) -> list[Tensor | None]:
-    """The even layers drawn given the odd ones; None in place of the latter."""
+def draw_even(
+    layers: Layers, x: PartialLayers, generator: torch.Generator | None
+) -> list[Tensor | None]:
+    """Draw the even layers given the odd ones; the odd ones are None in the result."""
     return layers.draw_side(layers.sides()[0], x, generator)
 
 
 def draw_odd(
     layers: Layers, fields: dict[int, Tensor], generator: torch.Generator | None
 ) -> list[Tensor | None]:
-    """The odd layers drawn from their fields; None in place of the even ones."""
+    """Draw the odd layers given their fields; the even ones are None in the result."""
     return layers.draw_side(layers.sides()[1], (), generator, fields=fields)
 
 
-def _parts(x: Kept) -> list[Tensor]:
-    """The layers that are there."""
+def _parts(x: PartialLayers) -> list[Tensor]:
+    """Return the layers that are not None."""
     return [layer for layer in x if layer is not None]
 
 
 class Contrast(torch.autograd.Function):
-    """A difference of mean energies, with its gradient in the layers' parameters straight from the
-    rows' statistics.
+    """A difference of mean energies with its gradient computed from sufficient statistics.
 
-    The energy is linear in these, so autograd through the energy would find the same, in twice the
-    passes over the units.
+    The energy is linear in the parameters of the layers, so the gradient is that of autograd, at
+    half the cost.
     """
 
     @staticmethod
     def forward(
         ctx: Any, value: Tensor, signs: Tensor, num_tensors: int, *tensors: Tensor
     ) -> Tensor:
-        """``signs`` ``(rows,)`` weigh rows in minus the difference; ``tensors`` are ``num_tensors``
-        layers (rows, or means of rows), then weights, biases, and the precision where there is
-        one."""
+        """Return ``value`` and save the statistics.
+
+        Args:
+            ctx: context of autograd.
+            value: the difference of mean energies.
+            signs: weights of the rows in minus the difference, ``(rows,)``.
+            num_tensors: number of layers.
+            tensors: the layers (states or means), then the weights, the biases and, for Gaussian
+                machines, the precision.
+        """
         ctx.save_for_backward(signs, *tensors[:num_tensors])
         ctx.gaussian = len(tensors) == 3 * num_tensors
         return value.clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of weights, biases and precision."""
         signs, *x = ctx.saved_tensors
         signs = grads[0] * signs
-        # of two neighbours, one
+        # a weight matrix joins two neighboring layers, of which one carries the signs
         signed = [signs.unsqueeze(1) * layer if k % 2 else layer for k, layer in enumerate(x)]
         weights = [below.mT @ above for below, above in pairwise(signed)]
         biases = [layer.mT @ signs for layer in x]
@@ -102,16 +110,18 @@ class Contrast(torch.autograd.Function):
 
 
 def contrast(
-    layers: Layers, even: Kept, fields: dict[int, Tensor], num_data: int
+    layers: Layers, even: PartialLayers, fields: dict[int, Tensor], num_data: int
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    r""":math:`\frac1n \sum F - \frac1m \sum F` of the first n rows and of the m others, and facts.
+    r"""Return the mean free energy of the data minus that of the chains, and metrics.
+
+    .. math:: L = \frac1n \sum_{i \le n} F_i - \frac1m \sum_{i > n} F_i
 
     Args:
-        layers: the model; the gradient is in its tensors.
-        even: rows of the even layers, or of their means; None for the odd ones, which are summed
-            out.
-        fields: of the odd layers.
-        num_data: rows of data.
+        layers: the model, in whose tensors the gradient is.
+        even: states or means of the even layers, ``(n + m, units)``; None for the odd ones, which
+            are summed out.
+        fields: fields of the odd layers.
+        num_data: n, number of rows of data.
     """
     with torch.no_grad():
         x = [layers.mean(k, fields[k]) if kept is None else kept for k, kept in enumerate(even)]
@@ -123,36 +133,35 @@ def contrast(
                 free.new_full((len(free) - num_data,), 1.0 / (len(free) - num_data)),
             ]
         )
-        facts = {"energy_data": data, "energy_model": model, "energy_gap": data - model}
-        facts |= {f"mean_{k}": layer[:num_data].mean(0) for k, layer in enumerate(x)}
+        metrics = {"energy_data": data, "energy_model": model, "energy_gap": data - model}
+        metrics |= {f"mean_{k}": layer[:num_data].mean(0) for k, layer in enumerate(x)}
     own = [
         *layers.weights,
         *layers.biases,
         *([] if layers.precision is None else [layers.precision]),
     ]
-    return cast(Tensor, Contrast.apply(facts["energy_gap"], signs, len(x), *x, *own)), facts
+    return cast(Tensor, Contrast.apply(metrics["energy_gap"], signs, len(x), *x, *own)), metrics
 
 
-def _rows_of(x: Kept, rows: Tensor) -> list[Tensor | None]:
-    """Some rows of each layer."""
+def _rows_of(x: PartialLayers, rows: Tensor) -> list[Tensor | None]:
+    """Select rows of each layer."""
     return [None if layer is None else layer[rows] for layer in x]
 
 
 @torch.no_grad()
 def mean_field(
-    layers: Layers, seen: Tensor | None, start: Kept | None = None
+    layers: Layers, seen: Tensor | None, start: PartialLayers | None = None
 ) -> list[Tensor | None]:
-    r"""Even layers of the factorised law that is nearest to the model
-    (:meth:`pyroebm.energies.Layers.mean_field`).
+    r"""Compute means of the even layers by :meth:`pyroebm.energies.Layers.mean_field`.
 
     Args:
         layers: the model.
-        seen: visible units to be held fixed ``(n, n_0)``; with one hidden layer the answer is then
-            exact. None holds none.
-        start: even layers to begin at where none are held.
+        seen: visible units that are held fixed ``(n, n_0)``; with one hidden layer the result is
+            then exact. None holds no units fixed.
+        start: initial means of the even layers if ``seen`` is None.
 
     Returns:
-        means of the even layers (``seen`` first where it is given), None for the odd ones.
+        The means of the even layers (``seen`` itself for the visible ones), None for the odd ones.
     """
     odd = layers.sides()[1]
     if seen is not None and len(layers.biases) == 2:
@@ -169,16 +178,17 @@ def mean_field(
     return [None if layer in odd else kept for layer, kept in enumerate(means)]
 
 
-class Ladder:
-    r"""Replicas of a layered machine at inverse temperatures :math:`1 = \beta_1 > \ldots >
-    \beta_R`, the first n rows at 1.
+class TemperatureLadder:
+    r"""Parallel tempering of a layered machine at :math:`1 = \beta_1 > \ldots > \beta_R`.
+
+    Chains are ordered by rung: the first n are at inverse temperature 1.
 
     Args:
-        betas: the temperatures.
-        num_chains: n, replicas of each.
+        betas: inverse temperatures :math:`\beta_1, \ldots, \beta_R`, R at least 2.
+        num_chains: n, chains at each temperature.
 
     Raises:
-        ValueError: unless they fall from 1 to a positive number.
+        ValueError: unless ``betas`` decrease from 1 to a positive number.
     """
 
     def __init__(self, betas: Sequence[float], num_chains: int) -> None:
@@ -189,20 +199,23 @@ class Ladder:
             or not all(a > b > 0.0 for a, b in pairwise(self.betas))
         ):
             raise ValueError(
-                "betas must fall from 1 to a positive number, such as (1.0, 0.75, 0.5), got"
+                "betas must decrease from 1 to a positive number, such as (1.0, 0.75, 0.5), got"
                 f" betas={tuple(betas)}"
             )
 
     def column(self, like: Tensor) -> Tensor:
-        """The temperature of each row, shape ``(R n, 1)``."""
+        """Return the inverse temperature of each chain, shape ``(R n, 1)``."""
         betas = torch.tensor(self.betas, dtype=like.dtype, device=like.device)
         return betas.repeat_interleave(self.num_chains).unsqueeze(1)
 
     def sweep(
-        self, layers: Layers, odd: Kept, generator: torch.Generator | None
+        self, layers: Layers, odd: PartialLayers, generator: torch.Generator | None
     ) -> tuple[list[Tensor | None], Tensor]:
-        """All layers after a Gibbs sweep at each temperature and one round of swaps; and the mean
-        rate at which they swapped."""
+        """Make a Gibbs sweep at each temperature and one round of swaps.
+
+        Returns:
+            All layers, and the mean acceptance rate of the swaps.
+        """
         beta = self.column(layers.biases[0])
         even_side, odd_side = layers.sides()
         even = layers.draw_side(even_side, odd, generator, beta=beta)
@@ -212,9 +225,14 @@ class Ladder:
         return _rows_of(x, order), rate
 
     def swaps(self, energies: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        r"""Which row each row's state comes from, and the mean acceptance rate of the swaps of
-        neighbours, :math:`\min(1, e^{(\beta_k - \beta_l)(E_k - E_l)})`; even pairs, then odd
-        ones."""
+        r"""Propose swaps of neighboring rungs, first of the even pairs, then of the odd ones.
+
+        Swaps are accepted with probability :math:`\min(1, e^{(\beta_k - \beta_l)(E_k - E_l)})`.
+
+        Returns:
+            The index of the chain whose state each chain receives, ``(R n,)``, and the mean
+            acceptance rate.
+        """
         energy = energies.reshape(len(self.betas), self.num_chains)
         order, rates = torch.arange(len(energies), device=energies.device).reshape(energy.shape), []
         for first in (0, 1):

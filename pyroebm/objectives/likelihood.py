@@ -1,4 +1,4 @@
-"""Likelihoods without a Markov chain: the exact one, and the one with log Z in mean field."""
+"""Likelihoods without a Markov chain: with exact log Z, or its mean-field approximation."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pyroebm.core.energy import Energy
 from pyroebm.energies.layered import LayeredMachine
 from pyroebm.energies.layers import Layers
 from pyroebm.objectives.base import Objective
-from pyroebm.objectives.layered import Kept, mean_field, visible
+from pyroebm.objectives.layered import PartialLayers, mean_field, visible
 
 __all__ = ["ExactLikelihood", "HasLogPartition", "MeanFieldLikelihood"]
 
-Facts = dict[str, Tensor]
+Metrics = dict[str, Tensor]
 
 
 @runtime_checkable
@@ -29,13 +29,14 @@ class HasLogPartition(Protocol):
         True
     """
 
-    def log_partition(self) -> Tensor: ...
+    def log_partition(self) -> Tensor:
+        r"""Return :math:`\log Z`, shape ``()``."""
+        ...
 
 
 @runtime_checkable
 class HasLogLikelihood(Protocol):
-    r"""An energy that computes :math:`\log p(v)` of its visible units with its graph, given
-    :math:`\log Z`.
+    r"""An energy that computes :math:`\log p(v)` of its visible units with its graph.
 
     Example:
         >>> from pyroebm.energies import DeepBoltzmannMachine
@@ -43,23 +44,26 @@ class HasLogLikelihood(Protocol):
         True
     """
 
-    def log_likelihood(self, x: Tensor, log_z: float | Tensor | None = None, /) -> Tensor: ...
+    def log_likelihood(self, x: Tensor, log_z: float | Tensor | None = None, /) -> Tensor:
+        r"""Return :math:`\log p(v)` of visible units, ``(n,)``, given :math:`\log Z`."""
+        ...
 
 
 class ExactLikelihood(Objective):
-    r"""Minus the mean log-likelihood itself, where log Z can be computed.
+    r"""Exact negative mean log-likelihood, for energies that compute log Z.
 
     .. math:: L = \frac1n \sum_i E(x_i) + \log Z
 
-    Where ``batch`` has the visible units alone of an energy over all of them (a deep Boltzmann
-    machine, a dense one with hidden units), F(v) of its ``log_likelihood`` stands for E.
+    If ``batch`` has only the visible units of an energy over visible and hidden ones (a deep
+    Boltzmann machine, a dense one with hidden units), E is replaced by the free energy F(v) of its
+    ``log_likelihood``.
 
     Raises:
         ValueError: if the energy has no ``log_partition()``, or too many units for it.
 
     Example:
         >>> from pyroebm.energies import BernoulliRBM
-        >>> loss, facts = ExactLikelihood()(
+        >>> loss, metrics = ExactLikelihood()(
         ...     BernoulliRBM(4, 3, weight=torch.zeros(4, 3)), torch.ones(5, 4)
         ... )
         >>> round(float(loss.detach()), 4)  # 4 log 2
@@ -68,14 +72,16 @@ class ExactLikelihood(Objective):
 
     def forward(
         self, energy: Energy, batch: Tensor, *, generator: torch.Generator | None = None
-    ) -> tuple[Tensor, Facts]:
-        """The loss and its facts: ``energy_data``, ``log_z``, ``log_likelihood`` (a mean over the
-        batch)."""
+    ) -> tuple[Tensor, Metrics]:
+        """Return the loss and its metrics.
+
+        Metrics: ``energy_data``, ``log_z``, ``log_likelihood`` (the mean over the batch).
+        """
         if not isinstance(energy, HasLogPartition):
             raise ValueError(
-                "ExactLikelihood needs an energy with log_partition(), but"
-                f" {type(energy).__name__} has none: a Markov chain does"
-                " without it (ContrastiveDivergence, PersistentCD)"
+                "energy must have log_partition() for ExactLikelihood, but"
+                f" {type(energy).__name__} has none: use ContrastiveDivergence or PersistentCD,"
+                " which do not need log Z"
             )
         seen_only = isinstance(energy, HasLogLikelihood) and batch.shape[1:] != energy.event_shape
         values = -energy.log_likelihood(batch, 0.0) if seen_only else energy(batch)  # type: ignore[operator]
@@ -89,27 +95,25 @@ class ExactLikelihood(Objective):
 
 
 class MeanFieldLikelihood(Objective):
-    r"""The likelihood of a machine of layers with its log Z in naive mean field (Peterson and
-    Anderson, 1987). **Biased.**
+    r"""Negative mean log-likelihood with log Z in naive mean field (Peterson and Anderson, 1987).
 
     .. math::
 
         L = \frac1n \sum_i F(x_i) + \max_q \big(-E_q[E] + H(q)\big) \le -\frac1n \sum_i \log p(x_i)
 
-    (of machines with more than one hidden layer F is an upper bound, by mean field too, and L lies
-    on neither side)
+    with q a product over units, for layered machines. The maximum is approximated by alternating
+    updates from each row of the batch, of which the best result is kept.
 
-    with q a product over units. The maximum is sought by alternating updates from each row of the
-    batch, and the best is kept. A single q stands in for all modes, and it pushes the likelihood's
-    bound the wrong way: L lies below what it stands for, and may fall while that rises. It is near
-    the truth for small weights.
+    **L is biased.** It is a lower bound on the negative log-likelihood, so it can decrease while
+    the latter increases; with more than one hidden layer F is an upper bound by mean field too, and
+    L is no bound. A single q cannot approximate several modes. The bias is small for small weights.
 
     Raises:
-        ValueError: if the energy is no machine of layers, or a batch does not fit it.
+        ValueError: if the energy is no layered machine, or a batch does not fit it.
 
     Example:
         >>> from pyroebm.energies import BernoulliRBM
-        >>> loss, facts = MeanFieldLikelihood()(
+        >>> loss, metrics = MeanFieldLikelihood()(
         ...     BernoulliRBM(4, 3, weight=torch.zeros(4, 3)), torch.ones(5, 4)
         ... )
         >>> round(float(loss.detach()), 4)  # 4 log 2: exact without weights
@@ -118,11 +122,15 @@ class MeanFieldLikelihood(Objective):
 
     def forward(
         self, energy: Energy, batch: Tensor, *, generator: torch.Generator | None = None
-    ) -> tuple[Tensor, Facts]:
-        """The loss and its facts: ``energy_data``, ``log_z_bound`` (a lower one)."""
+    ) -> tuple[Tensor, Metrics]:
+        """Return the loss and its metrics.
+
+        Metrics: ``energy_data``, ``log_z_bound`` (a lower bound on log Z).
+        """
         if not isinstance(energy, LayeredMachine):
             raise ValueError(
-                f"MeanFieldLikelihood is for machines of layers, got {type(energy).__name__}"
+                "energy must be a layered machine, such as BernoulliRBM, for MeanFieldLikelihood,"
+                f" got {type(energy).__name__}"
             )
         layers = energy.layers()
         data = mean_field(layers, visible(layers, batch, type(energy).__name__))
@@ -133,11 +141,16 @@ class MeanFieldLikelihood(Objective):
         return loss, {"energy_data": positive.detach(), "log_z_bound": -best.detach()}
 
 
-def free_energy_of(layers: Layers, even: Kept, seen: bool = False) -> Tensor:
-    r""":math:`E_q[E] - H(q)` of rows of means of the even layers, the odd ones at their best;
-    ``(n,)``, with its graph.
+def free_energy_of(layers: Layers, even: PartialLayers, seen: bool = False) -> Tensor:
+    r"""Return :math:`E_q[E] - H(q)` given means of the even layers, minimized over the odd ones.
 
-    Where layer 0 is ``seen`` it is no mean, and has no entropy.
+    Args:
+        layers: the model.
+        even: means of the even layers, ``(n, units)``.
+        seen: whether layer 0 has states of visible units, which have no entropy.
+
+    Returns:
+        The free energies with their graph, ``(n,)``.
     """
     free = layers.free_energy(even)
     for layer, mean in enumerate(even):

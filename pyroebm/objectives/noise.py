@@ -1,4 +1,4 @@
-"""The noise that data are told apart from: any normalised law with draws, held fixed."""
+"""The noise distribution of noise-contrastive objectives."""
 
 from __future__ import annotations
 
@@ -20,16 +20,15 @@ __all__ = ["Noise", "check_flow", "gaussian_noise"]
 
 
 class Noise:
-    r"""A normalised law :math:`q`, held fixed: draws with their :math:`\log q`, and :math:`\log q`
-    of data.
+    r"""A fixed normalized density :math:`q`, which is sampled and evaluated.
 
     Args:
-        law: a distribution of Pyro or torch with batch shape (), a :class:`~pyroebm.flows.Flow` of
-            as many dimensions as an event has entries, or an energy that knows its ``log_z`` and
-            has exact draws.
+        density: a distribution of Pyro or torch with batch shape (); a
+            :class:`~pyroebm.flows.Flow` with as many dimensions as an event has entries; or an
+            energy with a known ``log_z`` and exact draws.
 
     Raises:
-        ValueError: if it is none of these.
+        ValueError: if ``density`` is none of these.
 
     Example:
         >>> import pyro.distributions as dist
@@ -39,93 +38,96 @@ class Noise:
         (torch.Size([3, 2]), torch.Size([3]))
     """
 
-    def __init__(self, law: Distribution | Flow | Energy) -> None:
-        self.law: Energy | Flow
-        if isinstance(law, Distribution):
+    def __init__(self, density: Distribution | Flow | Energy) -> None:
+        self.density: Energy | Flow
+        if isinstance(density, Distribution):
             with drawing_from(seeded_generator(0)), torch.no_grad():
-                dtype = law.log_prob(law.sample()).dtype
-            self.law = DistributionEnergy(law, dtype=dtype)
-        elif isinstance(law, Flow):
-            if law.total_dim != law.dim:
+                dtype = density.log_prob(density.sample()).dtype
+            self.density = DistributionEnergy(density, dtype=dtype)
+        elif isinstance(density, Flow):
+            if density.total_dim != density.dim:
                 raise ValueError(
-                    "noise needs an exact log_prob of x alone, but this flow has redundant"
-                    f" latents: dim={law.dim},"
-                    f" total_dim={law.total_dim}"
+                    "noise must have an exact log_prob of x, but this flow has auxiliary variables:"
+                    f" dim={density.dim}, total_dim={density.total_dim}; use a flow with"
+                    " total_dim=dim, such as NICE"
                 )
-            self.law = law
-        elif isinstance(law, Energy) and law.has_exact_draws and law.log_z is not None:
-            self.law = law
+            self.density = density
+        elif isinstance(density, Energy) and density.has_exact_draws and density.log_z is not None:
+            self.density = density
         else:
             raise ValueError(
                 "noise must be a distribution of Pyro or torch, a Flow, or an Energy with a known"
-                " log_z and exact draws, got"
-                f" {type(law).__name__}"
+                f" log_z and exact draws, got {type(density).__name__}"
             )
 
     @property
     def dtype(self) -> torch.dtype:
-        """Floating-point type of its draws."""
-        return self.law.dtype
+        """Data type of the draws."""
+        return self.density.dtype
 
     @property
     def device(self) -> torch.device:
-        """Device of its draws."""
-        return self.law.device
+        """Device of the draws."""
+        return self.density.device
 
     @property
     def name(self) -> str:
-        """What it was made of."""
+        """Class name of the density, for error messages."""
         return type(
-            self.law.distribution if isinstance(self.law, DistributionEnergy) else self.law
+            self.density.distribution
+            if isinstance(self.density, DistributionEnergy)
+            else self.density
         ).__name__
 
     def draw(
         self, num_samples: int, energy: Energy, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor]:
-        r"""``num_samples`` events of the energy's shape, and their :math:`\log q`, ``(n,)``;
-        detached.
+        r"""Draw events of the energy's shape.
+
+        Returns:
+            The events, ``(num_samples, *event)``, and their :math:`\log q`, ``(num_samples,)``;
+            detached.
 
         Raises:
-            ValueError: if the noise has not the event shape, dtype or device of the energy, or
-                leaves its support.
+            ValueError: if event shape, dtype or device of the noise differ from those of the
+                energy, or a draw is outside its support.
         """
         self._check(energy)
         with torch.no_grad():
-            if isinstance(self.law, Flow):
-                x, log_q = self.law.forward_and_log_prob(
-                    self.law.rsample_base(num_samples, generator)
+            if isinstance(self.density, Flow):
+                x, log_q = self.density.forward_and_log_prob(
+                    self.density.rsample_base(num_samples, generator)
                 )
                 x = x.reshape(num_samples, *energy.event_shape)
             else:
-                x = self.law.sample(num_samples, generator)
-                log_q = -self.law(x) - self._log_z
+                x = self.density.sample(num_samples, generator)
+                log_q = -self.density(x) - self._log_z
         if not bool(inside(energy.support, x, len(energy.event_shape)).all()):
             raise ValueError(
-                f"noise must lie in the energy's support={energy.support}, but {self.name} draws"
-                " outside of it"
+                f"noise must lie in the energy's support={energy.support}, but {self.name} has"
+                " draws outside of it"
             )
         return x, log_q
 
     def log_prob(self, x: Tensor, energy: Energy) -> Tensor:
-        r""":math:`\log q` of data ``(n, *event)``, shape ``(n,)``; detached.
+        r"""Evaluate :math:`\log q` at data ``(n, *event)``; shape ``(n,)``, detached.
 
         Raises:
-            ValueError: if data or noise do not fit the energy, or the noise has no mass where a row
-                of data is.
+            ValueError: if data or noise do not fit the energy, or the density is not finite and
+                positive at a row of the data.
         """
         self.check(energy, x)
         with torch.no_grad():
             log_q = (
-                self.law.log_prob(x.reshape(len(x), -1))
-                if isinstance(self.law, Flow)
-                else -self.law(x) - self._log_z
+                self.density.log_prob(x.reshape(len(x), -1))
+                if isinstance(self.density, Flow)
+                else -self.density(x) - self._log_z
             )
         self.check_mass(log_q, x)
         return log_q
 
     def check(self, energy: Energy, batch: Tensor) -> None:
-        """ValueError unless the batch holds rows of the energy's events, and the noise is a law of
-        such."""
+        """Raise ValueError unless the batch has events of the energy, and the noise fits them."""
         energy.check_states(batch, "batch")
         if batch.dim() != len(energy.event_shape) + 1 or len(batch) < 1:
             raise ValueError(
@@ -135,30 +137,33 @@ class Noise:
         self._check(energy)
 
     def check_mass(self, log_q: Tensor, batch: Tensor) -> None:
-        r"""ValueError unless :math:`\log q` of every row is finite."""
+        r"""Raise ValueError unless :math:`\log q` of every row is finite."""
         bad = ~log_q.isfinite()
         if bool(bad.any()):
             row = int(bad.nonzero()[0])
             raise ValueError(
-                f"noise must have a finite log_prob where there are data, but {self.name} gives"
-                f" {float(log_q[row])} at"
-                f" {int(bad.sum())} of {len(batch)} rows, the first is row {row} with"
-                f" {batch[row].tolist()}: the data are not"
-                " finite there, or the noise has no mass"
+                f"noise must have a finite log_prob at all data, but log_prob of {self.name} is"
+                f" {float(log_q[row])} at {int(bad.sum())} of {len(batch)} rows, the first is row"
+                f" {row} with {batch[row].tolist()}: the data are not finite there, or outside the"
+                " support of the noise"
             )
 
     @property
     def _log_z(self) -> float:
-        return 0.0 if isinstance(self.law, Flow) or self.law.log_z is None else self.law.log_z
+        return (
+            0.0
+            if isinstance(self.density, Flow) or self.density.log_z is None
+            else self.density.log_z
+        )
 
     def _check(self, energy: Energy) -> None:
-        if isinstance(self.law, Flow):
-            check_flow(self.law, energy)
-        elif self.law.event_shape != energy.event_shape:
+        if isinstance(self.density, Flow):
+            check_flow(self.density, energy)
+        elif self.density.event_shape != energy.event_shape:
             raise ValueError(
                 f"noise must have the event shape of the energy: {type(energy).__name__} has"
                 f" {tuple(energy.event_shape)},"
-                f" {self.name} has {tuple(self.law.event_shape)}; write .to_event() to make a"
+                f" {self.name} has {tuple(self.density.event_shape)}; write .to_event() to make a"
                 " batch an event"
             )
         check_same(type(energy).__name__, "dtype", energy.dtype, "noise", self.dtype)
@@ -166,23 +171,29 @@ class Noise:
 
 
 def check_flow(flow: Flow, energy: Energy) -> None:
-    """ValueError unless the flow's x has as many entries as an event, on all of R^d."""
+    """Raise ValueError unless the flow's x has as many entries as an event, on all of R^d."""
     if flow.dim != energy.event_shape.numel() or not is_real(energy.support):
         raise ValueError(
-            f"a flow is a law on R^d, with d the entries of an event: it has dim={flow.dim},"
-            f" {type(energy).__name__} has"
-            f" event_shape {tuple(energy.event_shape)} and support {energy.support}"
+            "a flow must have as many dimensions as an event has entries, and the energy real"
+            f" support: the flow has dim={flow.dim}, {type(energy).__name__} has event_shape"
+            f" {tuple(energy.event_shape)} and support {energy.support}"
         )
 
 
 def gaussian_noise(data: Tensor, scale: float = 1.0) -> Distribution:
-    r"""The normal law with the mean and the covariance of data, :math:`N(m, s^2 \Sigma)`: the
-    common noise of :class:`NoiseContrastive`.
+    r"""Fit a normal distribution to data, the usual noise of :class:`NoiseContrastive`.
+
+    .. math:: q = N(m, s^2 \Sigma)
+
+    with m and :math:`\Sigma` the mean and covariance of the data.
 
     Args:
-        data: rows ``(N, *event)``; the law has their event shape.
-        scale: :math:`s`, a factor of standard deviations. Noise too narrow leaves regions of the
-            data without a draw.
+        data: rows ``(N, *event)``.
+        scale: s, a factor on the standard deviations. If it is too small, regions of the data are
+            without noise draws.
+
+    Returns:
+        The distribution, with the event shape of the data.
 
     Raises:
         ValueError: if there are fewer than two rows, ``scale`` is not positive, or the data do not

@@ -1,4 +1,4 @@
-"""Noise-contrastive estimation: an energy learns by telling data from noise, and needs no chain."""
+"""Noise-contrastive estimation: an energy is trained to classify data and noise."""
 
 from __future__ import annotations
 
@@ -19,46 +19,45 @@ from pyroebm.objectives.noise import Noise
 
 __all__ = ["ConditionalNCE", "NoiseContrastive", "RankingNCE", "classify"]
 
-Facts = dict[str, Tensor]
+Metrics = dict[str, Tensor]
 
 
 class NoiseContrastive(Objective):
-    r"""Binary noise-contrastive estimation (Gutmann and Hyvärinen, 2010, 2012): log Z is learned
-    like any parameter.
+    r"""Binary noise-contrastive estimation with a trained log Z (Gutmann and Hyvärinen, 2012).
 
     .. math:: L = -\frac1n \sum_i \log h(x_i) - \frac\nu m \sum_j \log(1 - h(y_j)), \qquad
         h(x) = \frac{e^{-E(x) - c}}{e^{-E(x) - c} + \nu q(x)}, \quad y_j \sim q
 
-    with :math:`h` the posterior probability of being data where there are :math:`\nu` noise draws
-    for each, m = :math:`\nu n` of them. The minimum over all functions is at :math:`E + c = -\log
-    p_{data}`, so that c is log Z. As :math:`\nu` grows, :math:`\nabla L` becomes the gradient of
-    :math:`-\frac1n \sum_i \log p(x_i)`. The closer the noise is to the data, the more it teaches;
-    where it has no draws, E is free.
+    with :math:`h` the posterior probability of being data, and m = :math:`\nu n` noise draws. The
+    minimum over all functions is at :math:`E + c = -\log p_{data}`, so c estimates log Z. As
+    :math:`\nu` grows, :math:`\nabla L` converges to the gradient of :math:`-\frac1n \sum_i \log
+    p(x_i)`. The estimate is the more efficient the more similar the noise is to the data. E is not
+    determined where the noise has no draws.
 
     Args:
         noise: q, see :class:`~pyroebm.objectives.noise.Noise`;
-            :func:`~pyroebm.objectives.gaussian_noise` fits one to data. A flow is held fixed, and
-            is no part of this module.
-        nu: :math:`\nu > 0`, noise draws for each row of data, whole or not (at least one draw is
-            made).
-        log_z: c at the start.
-        learn_log_z: False holds c fixed, for an energy that is to normalise itself.
+            :func:`~pyroebm.objectives.gaussian_noise` fits a normal distribution to data. A flow is
+            held fixed, and is no submodule.
+        nu: :math:`\nu > 0`, ratio of noise draws to rows of data, not necessarily an integer (at
+            least one draw is made).
+        log_z: initial value of c.
+        learn_log_z: False holds c fixed, for an energy with a learned additive constant.
 
     Attributes:
-        log_z: c, a parameter, ``()``. An energy with an additive constant of its own shares it with
-            that.
+        log_z: c, a parameter, ``()``. If the energy has an additive constant of its own, only their
+            sum is determined.
 
     Raises:
-        ValueError: if ``nu`` is not positive, the noise does not fit the energy, or it has no mass
-            where there are data.
+        ValueError: if ``nu`` is not positive, the noise does not fit the energy, or its density is
+            not finite and positive at a row of the data.
 
     Example:
         >>> import pyro.distributions as dist
         >>> from pyroebm.targets import Gaussian
         >>> energy, noise = Gaussian(torch.zeros(2)), dist.Normal(torch.zeros(2), 1.0).to_event(1)
-        >>> nce = NoiseContrastive(noise, log_z=energy.log_z)  # noise = model: nobody can tell
-        >>> loss, facts = nce(energy, torch.randn(100, 2))
-        >>> round(float(loss.detach()), 4), round(float(facts["posterior_data"]), 4)
+        >>> nce = NoiseContrastive(noise, log_z=energy.log_z)  # the noise is the model
+        >>> loss, metrics = nce(energy, torch.randn(100, 2))
+        >>> round(float(loss.detach()), 4), round(float(metrics["posterior_data"]), 4)
         (1.3863, 0.5)
     """
 
@@ -72,7 +71,8 @@ class NoiseContrastive(Objective):
         super().__init__()
         if isinstance(nu, bool) or not 0.0 < nu < math.inf:
             raise ValueError(
-                f"nu must be a positive number of noise draws for each row of data, got nu={nu!r}"
+                "nu must be positive and finite, the ratio of noise draws to rows of data, got"
+                f" nu={nu!r}"
             )
         self.noise, self.nu = Noise(noise), float(nu)
         start = torch.tensor(float(log_z), dtype=self.noise.dtype, device=self.noise.device)
@@ -80,60 +80,60 @@ class NoiseContrastive(Objective):
 
     def forward(
         self, energy: Energy, batch: Tensor, *, generator: torch.Generator | None = None
-    ) -> tuple[Tensor, Facts]:
-        """The loss and its facts, see :meth:`contrast`."""
+    ) -> tuple[Tensor, Metrics]:
+        """Return the loss and its metrics, those of :meth:`contrast`."""
         log_q_data = self.noise.log_prob(batch, energy)
         draws, log_q = self.noise.draw(max(1, round(self.nu * len(batch))), energy, generator)
         return self.contrast(energy, batch, log_q_data, draws, log_q)
 
     def contrast(
         self, energy: Energy, data: Tensor, log_q_data: Tensor, noise: Tensor, log_q_noise: Tensor
-    ) -> tuple[Tensor, Facts]:
-        r"""The loss of data and draws that are there, with their :math:`\log q`.
+    ) -> tuple[Tensor, Metrics]:
+        r"""Return the loss and its metrics for given data and noise with their :math:`\log q`.
 
-        Facts: ``energy_data``, ``energy_noise``; ``posterior_data``, ``posterior_noise`` (means of
-        h), ``accuracy`` of the classifier (of data and noise in their proportion); ``log_z`` (c)
-        and ``log_likelihood`` (the mean of -E - c over the data, an estimate as c is).
+        Metrics: ``energy_data``, ``energy_noise``; ``posterior_data``, ``posterior_noise`` (means
+        of h), ``accuracy`` of the classifier (of data and noise in their proportion); ``log_z`` (c)
+        and ``log_likelihood`` (the mean of -E - c over the data, an estimate, as c is).
         """
         on_data, on_noise = energy(torch.cat([data, noise])).split([len(data), len(noise)])
         logits = [
             -values - self.log_z - log_q
             for values, log_q in ((on_data, log_q_data), (on_noise, log_q_noise))
         ]
-        loss, facts = classify(logits[0], logits[1], self.nu)
+        loss, metrics = classify(logits[0], logits[1], self.nu)
         return loss, {
             "energy_data": on_data.detach().mean(),
             "energy_noise": on_noise.detach().mean(),
             "log_z": self.log_z.detach().clone(),
             "log_likelihood": -(on_data.detach().mean() + self.log_z.detach()),
-            **facts,
+            **metrics,
         }
 
 
 class RankingNCE(Objective):
-    r"""Ranking noise-contrastive estimation (Jozefowicz et al., 2016; Ma and Collins, 2018): find
-    the data among the noise.
+    r"""Ranking noise-contrastive estimation (Jozefowicz et al., 2016; Ma and Collins, 2018).
 
     .. math:: L = -\frac1n \sum_i \log \frac{w(x_i)}{w(x_i) + \sum_{k=1}^K w(y_{ik})}, \qquad
         w(x) = \frac{e^{-E(x)}}{q(x)}, \quad y_{ik} \sim q
 
-    Z cancels, so that nothing stands in for it, and E is found up to a constant; it is consistent
-    for every K. The sum over the noise is an importance sample of Z: as K grows, :math:`\nabla L`
-    becomes the gradient of the log-likelihood.
+    L is the cross-entropy of identifying a row of data among K noise draws. Z cancels, and E is
+    determined up to a constant. The estimate is consistent for every K. The sum over the noise is
+    an importance sampling estimate of Z: as K grows, :math:`\nabla L` converges to the gradient of
+    the negative log-likelihood.
 
     Args:
         noise: q, as in :class:`NoiseContrastive`.
-        num_negatives: K, draws for each row of data.
+        num_negatives: K, number of noise draws for each row of data.
 
     Raises:
-        ValueError: if ``num_negatives`` < 1, the noise does not fit the energy, or it has no mass
-            where there are data.
+        ValueError: if ``num_negatives`` < 1, the noise does not fit the energy, or its density is
+            not finite and positive at a row of the data.
 
     Example:
         >>> import pyro.distributions as dist
         >>> from pyroebm.targets import Gaussian
         >>> ranking = RankingNCE(dist.Normal(torch.zeros(2), 1.0).to_event(1), num_negatives=3)
-        >>> loss, facts = ranking(
+        >>> loss, metrics = ranking(
         ...     Gaussian(torch.zeros(2)), torch.randn(100, 2)
         ... )  # noise = model: log 4
         >>> round(float(loss), 4)
@@ -147,20 +147,20 @@ class RankingNCE(Objective):
 
     def forward(
         self, energy: Energy, batch: Tensor, *, generator: torch.Generator | None = None
-    ) -> tuple[Tensor, Facts]:
-        """The loss and its facts, see :meth:`contrast`."""
+    ) -> tuple[Tensor, Metrics]:
+        """Return the loss and its metrics, those of :meth:`contrast`."""
         log_q_data = self.noise.log_prob(batch, energy)
         draws, log_q = self.noise.draw(self.num_negatives * len(batch), energy, generator)
         return self.contrast(energy, batch, log_q_data, draws, log_q)
 
     def contrast(
         self, energy: Energy, data: Tensor, log_q_data: Tensor, noise: Tensor, log_q_noise: Tensor
-    ) -> tuple[Tensor, Facts]:
-        r"""The loss of data and K times as many draws, with their :math:`\log q`.
+    ) -> tuple[Tensor, Metrics]:
+        r"""Return the loss and its metrics for given data and K times as many noise draws.
 
-        Facts: ``energy_data``, ``energy_noise``; ``accuracy`` (how often the data have the largest
-        w); ``log_z``, the importance sample of all draws together (an estimate, low on average) and
-        ``log_likelihood`` with it.
+        Metrics: ``energy_data``, ``energy_noise``; ``accuracy`` (the fraction of rows of data with
+        the largest w); ``log_z``, the importance sampling estimate from all draws (low on average),
+        and ``log_likelihood`` with it.
         """
         on_data, on_noise = energy(torch.cat([data, noise])).split([len(data), len(noise)])
         log_w = torch.cat(
@@ -171,32 +171,31 @@ class RankingNCE(Objective):
             1,
         )
         loss = (log_w.logsumexp(1) - log_w[:, 0]).mean()
-        seen = log_w.detach()
-        log_z = seen[:, 1:].flatten().logsumexp(0) - math.log(len(noise))
+        log_w = log_w.detach()
+        log_z = log_w[:, 1:].flatten().logsumexp(0) - math.log(len(noise))
         return loss, {
             "energy_data": on_data.detach().mean(),
             "energy_noise": on_noise.detach().mean(),
-            "accuracy": (seen[:, :1] > seen[:, 1:]).all(1).to(seen).mean(),
+            "accuracy": (log_w[:, :1] > log_w[:, 1:]).all(1).to(log_w).mean(),
             "log_z": log_z,
             "log_likelihood": -(on_data.detach().mean() + log_z),
         }
 
 
 class ConditionalNCE(Objective):
-    r"""Conditional noise-contrastive estimation (Ceylan and Gutmann, 2018): tell data from
-    themselves, perturbed.
+    r"""Conditional noise-contrastive estimation, with perturbed data (Ceylan and Gutmann, 2018).
 
     .. math:: L = \frac{2}{n K} \sum_{i, k} \log\big(1 + e^{E(x_i) - E(y_{ik})}\big), \qquad
         y_{ik} \sim N(x_i, \epsilon^2)
 
-    The perturbation is symmetric, so that its density cancels as Z does. Consistent for every
-    :math:`\epsilon`; as it goes to 0 the objective becomes that of score matching, and modes
-    further apart than :math:`\epsilon` do not learn each other's weight.
+    The perturbation is symmetric, so its density cancels, as Z does. The estimate is consistent for
+    every :math:`\epsilon`. As :math:`\epsilon \to 0` the objective converges to score matching; the
+    relative weights of modes further apart than :math:`\epsilon` are poorly determined.
 
     Args:
-        noise_scale: :math:`\epsilon`, in units of x: one number, or a tensor that broadcasts to the
-            event shape.
-        num_negatives: K, perturbations of each row.
+        noise_scale: :math:`\epsilon`, standard deviation in units of x: a number, or a tensor that
+            broadcasts to the event shape.
+        num_negatives: K, number of perturbations of each row.
 
     Raises:
         ValueError: if ``noise_scale`` is not positive or does not fit, ``num_negatives`` < 1, or
@@ -204,10 +203,10 @@ class ConditionalNCE(Objective):
 
     Example:
         >>> from pyroebm.targets import Gaussian
-        >>> loss, facts = ConditionalNCE(0.5)(
+        >>> loss, metrics = ConditionalNCE(0.5)(
         ...     Gaussian(torch.zeros(2)), torch.zeros(100, 2)
         ... )  # data at the mode
-        >>> bool(loss < 2 * math.log(2)), float(facts["accuracy"])
+        >>> bool(loss < 2 * math.log(2)), float(metrics["accuracy"])
         (True, 1.0)
     """
 
@@ -226,13 +225,13 @@ class ConditionalNCE(Objective):
 
     def forward(
         self, energy: Energy, batch: Tensor, *, generator: torch.Generator | None = None
-    ) -> tuple[Tensor, Facts]:
-        """The loss and its facts, see :meth:`contrast`."""
+    ) -> tuple[Tensor, Metrics]:
+        """Return the loss and its metrics, those of :meth:`contrast`."""
         energy.check_states(batch, "batch")
         if not is_real(energy.support):
             raise ValueError(
-                f"ConditionalNCE perturbs real events, but {type(energy).__name__} has support"
-                f" {energy.support}"
+                f"energy must have real support for ConditionalNCE, but {type(energy).__name__} has"
+                f" support {energy.support}"
             )
         event = tuple(energy.event_shape)
         try:
@@ -246,11 +245,11 @@ class ConditionalNCE(Objective):
         noise = standard_normal(start.shape, generator, batch.dtype, batch.device)
         return self.contrast(energy, batch, start + scale * noise)
 
-    def contrast(self, energy: Energy, data: Tensor, noise: Tensor) -> tuple[Tensor, Facts]:
-        """The loss of data and their perturbations, those of all data once, then again.
+    def contrast(self, energy: Energy, data: Tensor, noise: Tensor) -> tuple[Tensor, Metrics]:
+        """Return the loss and its metrics for given data and perturbations, ``(K n, *event)``.
 
-        Facts: ``energy_data``, ``energy_noise``, ``accuracy`` (how often the data's energy is the
-        lower one).
+        Metrics: ``energy_data``, ``energy_noise``, ``accuracy`` (the fraction of perturbations with
+        a higher energy than the data).
         """
         on_data, on_noise = energy(torch.cat([data, noise])).split([len(data), len(noise)])
         rise = on_noise.reshape(-1, len(data)) - on_data
@@ -261,10 +260,17 @@ class ConditionalNCE(Objective):
         }
 
 
-def classify(on_data: Tensor, on_noise: Tensor, nu: float) -> tuple[Tensor, Facts]:
-    r"""Cross-entropy of telling data from :math:`\nu` times as much noise, given :math:`\log p -
-    \log q` of each; and how well that goes: ``posterior_data``, ``posterior_noise``,
-    ``accuracy``."""
+def classify(on_data: Tensor, on_noise: Tensor, nu: float) -> tuple[Tensor, Metrics]:
+    r"""Return the cross-entropy of classifying data and :math:`\nu` times as much noise.
+
+    Args:
+        on_data: :math:`\log p - \log q` of the data.
+        on_noise: :math:`\log p - \log q` of the noise.
+        nu: :math:`\nu`.
+
+    Returns:
+        The loss, and the metrics ``posterior_data``, ``posterior_noise``, ``accuracy``.
+    """
     data, noise = on_data - math.log(nu), on_noise - math.log(nu)
     loss = -logsigmoid(data).mean() - nu * logsigmoid(-noise).mean()
     right = (data.detach() > 0).to(data).mean() + nu * (noise.detach() < 0).to(noise).mean()

@@ -1,5 +1,4 @@
-"""Persistent contrastive divergence: chains, or a buffer of them, that go on from batch to
-batch."""
+"""Persistent contrastive divergence, with persistent chains or a replay buffer."""
 
 from __future__ import annotations
 
@@ -17,21 +16,21 @@ from pyroebm.energies.layers import Layers
 from pyroebm.kernels.base import Kernel
 from pyroebm.objectives.base import Objective
 from pyroebm.objectives.contrastive import (
-    Facts,
     HasMeanField,
     Initial,
-    about,
+    Metrics,
     advance,
     check_batch,
     check_chain,
-    difference,
-    joined,
-    stacked,
-    starts,
+    concatenate_layers,
+    contrastive_loss,
+    initial_states,
+    kernel_metrics,
+    stack_layers,
 )
 from pyroebm.objectives.layered import (
-    Kept,
-    Ladder,
+    PartialLayers,
+    TemperatureLadder,
     contrast,
     draw_even,
     draw_odd,
@@ -44,7 +43,7 @@ __all__ = ["PersistentCD", "ReplayBufferCD"]
 
 
 class _Persistent(Objective):
-    """Chains that go on from batch to batch: a buffer, so that ``state_dict`` has them."""
+    """Base class of objectives with persistent chains, which are a buffer in ``state_dict``."""
 
     chains: Tensor | None
 
@@ -63,52 +62,49 @@ class _Persistent(Objective):
         ):
             raise ValueError(
                 f"chains must have shape {shape}, {energy.dtype}, on {energy.device} for"
-                f" {type(energy).__name__} and these"
-                f" settings, got {tuple(chains.shape)}, {chains.dtype}, on {chains.device}: they"
-                " are of another machine or"
-                " objective. Set chains = None to start anew"
+                f" {type(energy).__name__} and these settings, got {tuple(chains.shape)},"
+                f" {chains.dtype}, on {chains.device}: they belong to another energy or objective."
+                " Set objective.chains = None to start new chains"
             )
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        if f"{prefix}chains" in state_dict:  # a buffer that is None takes no state
+        if f"{prefix}chains" in state_dict:  # torch does not load into a buffer that is None
             self.chains = torch.empty_like(state_dict[f"{prefix}chains"])
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class PersistentCD(_Persistent):
-    r"""Persistent contrastive divergence of machines of layers (Tieleman, 2008; Younes, 1989):
-    block Gibbs chains that go on from batch to batch.
+    r"""Persistent contrastive divergence of layered machines (Younes, 1989; Tieleman, 2008).
 
     .. math:: L = \frac1n \sum_i E(x_i) - \frac1m \sum_j E(\tilde x_j)
 
-    with :math:`\tilde x_j` the state of chain j after k more sweeps, held fixed. With a frozen
-    energy the chains converge, and :math:`\nabla L` is then an unbiased estimate of :math:`-\nabla
-    \log p`. Layers are treated as in :class:`ContrastiveDivergence`; a step of PCD-1 takes five
-    products with a matrix of weights, four of them in pairs. Other energies, and other moves than
-    block Gibbs, are for :class:`ReplayBufferCD`.
+    with :math:`\tilde x_j` the state of chain j after k more block Gibbs sweeps, held fixed. Chains
+    persist between batches. For a fixed energy they converge, and :math:`\nabla L` is then an
+    unbiased estimate of :math:`-\nabla \log p`. Layers are treated as in
+    :class:`ContrastiveDivergence`. Use :class:`ReplayBufferCD` for other energies and kernels.
 
-    With ``betas`` the machine has replicas at lower inverse temperatures, whose states are swapped
-    after each sweep with probability :math:`\min(1, e^{(\beta_k - \beta_l)(E_k - E_l)})`
-    (Desjardins et al., 2010; Cho, Raiko and Ilin, 2010): chains cross barriers that the first
-    replica does not. Only the replica at 1 enters the loss.
+    With ``betas`` chains at lower inverse temperatures are added, and states are swapped after each
+    sweep with probability :math:`\min(1, e^{(\beta_k - \beta_l)(E_k - E_l)})` (parallel tempering;
+    Desjardins et al., 2010; Cho, Raiko and Ilin, 2010), so that chains cross energy barriers. Only
+    the chains at 1 enter the loss.
 
     Args:
-        num_chains: m, the chains that go on at a batch.
+        num_chains: m, number of chains at each temperature.
         k: sweeps for each batch.
-        betas: inverse temperatures, falling from 1; None is the one at 1.
+        betas: inverse temperatures, decreasing from 1; None is 1 alone.
 
     Attributes:
-        chains: states of the odd layers ``(rows, units)``, with ``num_chains`` rows for each
-            temperature; None before the first batch. A buffer, so ``state_dict`` has it.
+        chains: states of the odd layers, ``(num_temperatures * num_chains, units)``; None before
+            the first batch. A buffer, which is in ``state_dict``.
 
     Raises:
-        ValueError: if a number is out of range, ``betas`` do not fall from 1, the energy is no
-            machine of layers, or a batch does not fit it.
+        ValueError: if a number is out of range, ``betas`` do not decrease from 1, the energy is no
+            layered machine, or a batch does not fit it.
 
     Example:
         >>> from pyroebm.energies import BernoulliRBM
         >>> rbm, objective = BernoulliRBM(4, 3), PersistentCD(num_chains=10)
-        >>> loss, facts = objective(
+        >>> loss, metrics = objective(
         ...     rbm, torch.ones(5, 4), generator=torch.Generator().manual_seed(0)
         ... )
         >>> objective.chains.shape, list(objective.state_dict())
@@ -119,30 +115,33 @@ class PersistentCD(_Persistent):
         self, num_chains: int = 100, k: int = 1, *, betas: Sequence[float] | None = None
     ) -> None:
         super().__init__(num_chains, k)
-        self.ladder = None if betas is None else Ladder(betas, num_chains)
+        self.ladder = None if betas is None else TemperatureLadder(betas, num_chains)
 
     def forward(
         self, energy: Energy, batch: Tensor, *, generator: torch.Generator | None = None
-    ) -> tuple[Tensor, Facts]:
-        """The loss and its facts: those of :class:`ContrastiveDivergence` for layers, and
-        ``swap_rate`` with ``betas``."""
+    ) -> tuple[Tensor, Metrics]:
+        """Return the loss and its metrics.
+
+        Metrics: those of :class:`ContrastiveDivergence` for layered machines, and ``swap_rate``
+        with ``betas``.
+        """
         if not isinstance(energy, LayeredMachine):
             raise ValueError(
-                f"PersistentCD sweeps machines of layers, and {type(energy).__name__} is none:"
-                " give ReplayBufferCD(num_chains, k, kernel)"
+                "energy must be a layered machine, such as BernoulliRBM, for PersistentCD, got"
+                f" {type(energy).__name__}: use ReplayBufferCD(num_chains, k, kernel)"
             )
         layers, n = energy.layers(), len(batch)
-        facts: Facts = {}
+        metrics: Metrics = {}
         with torch.no_grad():
             data = mean_field(layers, visible(layers, batch, type(energy).__name__))
-            x: Kept = self._odd(energy, layers, generator)
+            x: PartialLayers = self._odd(energy, layers, generator)
             for sweep in range(self.k):
                 if self.ladder is not None:
-                    x, facts["swap_rate"] = self.ladder.sweep(layers, x, generator)
+                    x, metrics["swap_rate"] = self.ladder.sweep(layers, x, generator)
                     continue
                 x = draw_odd(layers, odd_fields(layers, x), generator) if sweep else x
                 x = draw_even(layers, x, generator)
-            even = stacked(
+            even = stack_layers(
                 data, [None if layer is None else layer[: self.num_chains] for layer in x]
             )
             fields = odd_fields(layers, even)  # of data and chains in one product each
@@ -151,63 +150,63 @@ class PersistentCD(_Persistent):
                 if self.ladder is None
                 else x
             )
-            self.chains = joined([odd[layer] for layer in layers.sides()[1]])
-        loss, seen = contrast(layers, even, fields, n)
-        return loss, facts | seen
+            self.chains = concatenate_layers([odd[layer] for layer in layers.sides()[1]])
+        loss, contrast_metrics = contrast(layers, even, fields, n)
+        return loss, metrics | contrast_metrics
 
     def _odd(
         self, energy: LayeredMachine, layers: Layers, generator: torch.Generator | None
-    ) -> Kept:
-        """The odd layers of all chains; at first from the field of the even ones in
-        ``energy.initial``."""
-        replicas = 1 if self.ladder is None else len(self.ladder.betas)
+    ) -> PartialLayers:
+        """Return the odd layers of all chains, at first drawn given those of ``energy.initial``."""
+        num_temperatures = 1 if self.ladder is None else len(self.ladder.betas)
         if self.chains is not None:
             units = sum(layers.sizes[layer] for layer in layers.sides()[1])
-            self._check_chains(energy, self.chains, (replicas * self.num_chains, units))
+            self._check_chains(energy, self.chains, (num_temperatures * self.num_chains, units))
             return layers.place(self.chains, layers.sides()[1])
-        first = energy.initial(replicas * self.num_chains, generator)
-        even: Kept = layers.split(first) if isinstance(energy, LayeredEnergy) else [first, None]
+        first = energy.initial(num_temperatures * self.num_chains, generator)
+        even: PartialLayers = (
+            layers.split(first) if isinstance(energy, LayeredEnergy) else [first, None]
+        )
         return draw_odd(layers, odd_fields(layers, even), generator)
 
 
 class ReplayBufferCD(_Persistent):
-    r"""Persistent contrastive divergence of any energy, by a kernel, with a buffer of chains (Du
-    and Mordatch, 2019; Younes, 1989).
+    r"""Persistent contrastive divergence with a replay buffer (Du and Mordatch, 2019).
 
     .. math:: L = \frac1n \sum_i E(x_i) - \frac1m \sum_j E(\tilde x_j)
 
-    with :math:`\tilde x_j` the state of chain j after k more steps, held fixed. With
-    ``buffer_size`` there are more chains than a batch moves: m of them, drawn without replacement,
-    go on and are written back to where they were, the others wait. With ``restart`` a chain that
-    goes on begins anew at times: modes that the energy has given up are found again, at the price
-    of chains that have not converged.
+    with :math:`\tilde x_j` the state of chain j after k more steps of a kernel, held fixed. It is
+    for any energy. For each batch m chains of the buffer are drawn without replacement, continued,
+    and written back. With ``restart`` a continued chain is restarted at random: it may then find
+    modes that no chain has, but more chains have not converged.
 
-    The hidden units of a :class:`~pyroebm.energies.BoltzmannMachine` are summed out by mean field
-    in the data where ``batch`` has its visible ones alone (Salakhutdinov, 2008); the chains' are
-    drawn. Machines of layers have block Gibbs sampling in :class:`PersistentCD`.
+    If ``batch`` has only the visible units of a :class:`~pyroebm.energies.BoltzmannMachine`, the
+    hidden units of the data are replaced by their mean field (Salakhutdinov, 2008); those of the
+    chains are sampled. For block Gibbs sampling of layered machines use :class:`PersistentCD`.
 
     Args:
-        num_chains: m, the chains that go on at a batch.
+        num_chains: m, number of chains that are continued for each batch.
         k: steps for each batch.
         kernel: as in :class:`ContrastiveDivergence`.
-        buffer_size: number of chains in all, at least m; None is m.
-        restart: probability that a chain starts anew, in [0, 1].
-        initial: the distribution of starts, the first among them; None is ``energy.initial``.
+        buffer_size: number of chains in the buffer, at least m; None is m.
+        restart: probability that a continued chain is restarted, in [0, 1].
+        initial: initial distribution of chains, also of restarted ones; None is
+            ``energy.initial``.
         energy_penalty: as in :class:`ContrastiveDivergence`.
 
     Attributes:
-        chains: where the chains stand, ``(buffer_size, *event)``; None before the first batch. A
-            buffer, so ``state_dict`` has it.
+        chains: states of the chains, ``(buffer_size, *event)``; None before the first batch. A
+            buffer, which is in ``state_dict``.
 
     Raises:
-        ValueError: if a number is out of range, a machine of layers has no kernel, or a batch does
-            not fit the energy.
+        ValueError: if a number is out of range, ``kernel`` is None for a layered machine, or a
+            batch does not fit the energy.
 
     Example:
         >>> from pyroebm.energies import MLPEnergy
         >>> from pyroebm.kernels import MALA
         >>> objective = ReplayBufferCD(10, k=5, kernel=MALA(0.1), buffer_size=100, restart=0.05)
-        >>> loss, facts = objective(MLPEnergy((2,), (8,)), torch.randn(5, 2))
+        >>> loss, metrics = objective(MLPEnergy((2,), (8,)), torch.randn(5, 2))
         >>> objective.chains.shape
         torch.Size([100, 2])
     """
@@ -228,7 +227,7 @@ class ReplayBufferCD(_Persistent):
         size = num_chains if buffer_size is None else buffer_size
         check_counts({"buffer_size": num_chains}, size)
         if not 0.0 <= restart <= 1.0:
-            raise ValueError(f"restart must be a probability, got restart={restart}")
+            raise ValueError(f"restart must be in [0, 1], got restart={restart}")
         self.kernel = kernel
         self.buffer_size = size
         self.restart = restart
@@ -237,30 +236,36 @@ class ReplayBufferCD(_Persistent):
 
     def forward(
         self, energy: Energy, batch: Tensor, *, generator: torch.Generator | None = None
-    ) -> tuple[Tensor, Facts]:
-        """The loss and its facts, those of :class:`ContrastiveDivergence`."""
+    ) -> tuple[Tensor, Metrics]:
+        """Return the loss and its metrics, those of :class:`ContrastiveDivergence`."""
         if self.kernel is None and isinstance(energy, LayeredMachine):
             raise ValueError(
-                f"give kernel for {type(energy).__name__}, or PersistentCD(num_chains, k), which"
-                " sweeps its layers"
+                f"kernel must not be None for the layered machine {type(energy).__name__}: give"
+                " kernel, or use PersistentCD(num_chains, k), which has block Gibbs sweeps"
             )
         if not (isinstance(energy, HasMeanField) and batch.shape[1:] != energy.event_shape):
             check_batch(energy, batch)
         rows, x = self.take(energy, generator)
         x, rate = advance(energy, self.kernel, x, self.k, generator)
         self.put(rows, x)
-        return difference(
-            data_energy(energy, batch), energy(x), about(self.kernel, rate), self.energy_penalty
+        return contrastive_loss(
+            data_energy(energy, batch),
+            energy(x),
+            kernel_metrics(self.kernel, rate),
+            self.energy_penalty,
         )
 
     def take(
         self, energy: Energy, generator: torch.Generator | None = None
     ) -> tuple[Tensor | None, Tensor]:
-        """Chains to go on with: their rows in the buffer (None: all), and their states, some of
-        them new."""
+        """Return the chains to be continued, some of them restarted.
+
+        Returns:
+            Their indices in the buffer (None for all), and their states.
+        """
         if self.chains is None:
-            # a copy: chains are written to in place, and a law of starts may hand out what it keeps
-            self.chains = starts(energy, self.initial, self.buffer_size, generator).clone()
+            # a copy: chains are written in place, and `initial` may return a tensor that it keeps
+            self.chains = initial_states(energy, self.initial, self.buffer_size, generator).clone()
         self._check_chains(energy, self.chains, (self.buffer_size, *energy.event_shape))
         whole = self.buffer_size == self.num_chains
         rows = (
@@ -268,17 +273,18 @@ class ReplayBufferCD(_Persistent):
         )
         x = self.chains if rows is None else self.chains[rows]
         if self.restart:
-            anew = (
+            restarted = (
                 (uniform((len(x),), generator, energy.dtype, energy.device) < self.restart)
                 .nonzero()
                 .squeeze(1)
             )
-            if len(anew):
-                x = x.index_copy(0, anew, starts(energy, self.initial, len(anew), generator))
+            if len(restarted):
+                new = initial_states(energy, self.initial, len(restarted), generator)
+                x = x.index_copy(0, restarted, new)
         return rows, x
 
     def put(self, rows: Tensor | None, x: Tensor) -> None:
-        """Write chains back to the rows that they were taken from."""
+        """Write chains back to the indices that they were taken from."""
         if rows is None or self.chains is None:
             self.chains = x
         else:
@@ -286,8 +292,7 @@ class ReplayBufferCD(_Persistent):
 
 
 def data_energy(energy: Energy, batch: Tensor) -> Tensor:
-    """Energies of data; where these are the visible units alone, the mean-field bound on their free
-    energy."""
+    """Return the energies of data, or of visible units a mean-field bound on the free energies."""
     if isinstance(energy, HasMeanField) and batch.shape[1:] != energy.event_shape:
         return energy.variational_free_energy(batch)
     return energy(batch)

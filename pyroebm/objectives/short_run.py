@@ -1,4 +1,4 @@
-"""Maximum likelihood with chains that start anew at each batch, from a law that stays the same."""
+"""Maximum likelihood with short chains from a fixed initial distribution."""
 
 from __future__ import annotations
 
@@ -14,40 +14,39 @@ from pyroebm.kernels.base import Kernel
 from pyroebm.kernels.langevin import ULA
 from pyroebm.objectives.base import Objective
 from pyroebm.objectives.contrastive import (
-    Facts,
     Initial,
-    about,
+    Metrics,
     advance,
     check_batch,
     check_chain,
-    difference,
-    starts,
+    contrastive_loss,
+    initial_states,
+    kernel_metrics,
 )
 
 __all__ = ["ShortRun", "langevin"]
 
 
 class ShortRun(Objective):
-    r"""Short-run maximum likelihood (Nijkamp, Hill, Zhu and Wu, 2019): k steps from a fixed law, at
-    each batch anew.
+    r"""Short-run maximum likelihood: chains restart at each batch (Nijkamp et al., 2019).
 
     .. math::
 
         L = \frac1n \sum_i E(x_i) - \frac1m \sum_j E(\tilde x_j), \qquad
         \tilde x_j = K^k(x_0), \quad x_0 \sim p_0
 
-    with :math:`\tilde x_j` held fixed. Chains so short have not converged: what learns the law of
-    the data is the *sampler*, k steps from :math:`p_0`, which :meth:`sample` draws from; the energy
-    by itself is in general no density of the data, and longer chains leave it.
+    with :math:`\tilde x_j` held fixed and :math:`K^k` k steps of a kernel. Short chains have not
+    converged. The distribution of the data is learned by the *sampler*, k steps from :math:`p_0`,
+    from which :meth:`sample` draws. The energy is in general not a density of the data, and longer
+    chains have another distribution.
 
     Args:
         k: steps of a chain.
-        kernel: any of :mod:`pyroebm.kernels`, such as ``ULA(step_size, temperature=...)`` or what
-            :func:`langevin` makes of the two numbers of a paper; None as in
-            :class:`ContrastiveDivergence`.
-        num_chains: m; None is as many as the batch has rows.
-        initial: :math:`p_0`: a distribution of events, a function of a number and a generator; None
-            is ``energy.initial``.
+        kernel: any kernel of :mod:`pyroebm.kernels`, such as ``ULA(step_size, temperature=...)`` or
+            :func:`langevin`; None as in :class:`ContrastiveDivergence`.
+        num_chains: m; None for the size of the batch.
+        initial: :math:`p_0`: a distribution of events, or a function of the number of chains and a
+            generator; None is ``energy.initial``.
         energy_penalty: as in :class:`ContrastiveDivergence`.
 
     Raises:
@@ -58,8 +57,8 @@ class ShortRun(Objective):
         >>> from pyroebm.energies import MLPEnergy
         >>> energy = MLPEnergy((2,), (8,))
         >>> objective = ShortRun(k=10, kernel=langevin(drift=0.01, noise=0.01))
-        >>> loss, facts = objective(energy, torch.randn(5, 2))
-        >>> round(float(facts["temperature"]), 6)
+        >>> loss, metrics = objective(energy, torch.randn(5, 2))
+        >>> round(float(metrics["temperature"]), 6)
         0.005
         >>> objective.sample(energy, 7).shape
         torch.Size([7, 2])
@@ -86,36 +85,46 @@ class ShortRun(Objective):
 
     def forward(
         self, energy: Energy, batch: Tensor, *, generator: torch.Generator | None = None
-    ) -> tuple[Tensor, Facts]:
-        """The loss and its facts: ``energy_data``, ``energy_model``, ``energy_gap``, the kernel's
-        ``acceptance_rate`` and, where it has one, ``temperature``."""
+    ) -> tuple[Tensor, Metrics]:
+        """Return the loss and its metrics.
+
+        Metrics: ``energy_data``, ``energy_model``, ``energy_gap``, the kernel's
+        ``acceptance_rate`` and, where it has one, ``temperature``.
+        """
         check_batch(energy, batch)
         n = len(batch) if self.num_chains is None else self.num_chains
         x, rate = advance(
-            energy, self.kernel, starts(energy, self.initial, n, generator), self.k, generator
+            energy,
+            self.kernel,
+            initial_states(energy, self.initial, n, generator),
+            self.k,
+            generator,
         )
-        return difference(energy(batch), energy(x), about(self.kernel, rate), self.energy_penalty)
+        return contrastive_loss(
+            energy(batch), energy(x), kernel_metrics(self.kernel, rate), self.energy_penalty
+        )
 
     def sample(
         self, energy: Energy, num_samples: int, generator: torch.Generator | None = None
     ) -> Tensor:
-        """``num_samples`` ends of short runs, shape ``(n, *event)``: draws of what was trained."""
+        """Draw from the trained sampler: last states of short chains, ``(num_samples, *event)``."""
         return advance(
             energy,
             self.kernel,
-            starts(energy, self.initial, num_samples, generator),
+            initial_states(energy, self.initial, num_samples, generator),
             self.k,
             generator,
         )[0]
 
 
 def langevin(drift: float, noise: float) -> ULA:
-    r"""The Langevin step :math:`x' = x - a \nabla E(x) + b n` of many papers, with :math:`n \sim
-    N(0, I)`, as a kernel.
+    r"""Make a Langevin kernel from the two constants that papers use.
 
-    It is :class:`~pyroebm.ULA` with step :math:`\epsilon = \sqrt{2a}` at temperature :math:`T = b^2
-    / 2a`, and (nearly) samples :math:`e^{-E/T}`: with a = 1 and b = 0.01 (Grathwohl et al., 2020) T
-    is 0.00005, not 1.
+    .. math:: x' = x - a \nabla E(x) + b n, \qquad n \sim N(0, I)
+
+    It is :class:`~pyroebm.ULA` with step size :math:`\epsilon = \sqrt{2a}` at temperature :math:`T
+    = b^2 / 2a`, and samples :math:`e^{-E/T}` up to the discretization error. With a = 1 and b =
+    0.01 (Grathwohl et al., 2020) T is 0.00005, not 1.
 
     Args:
         drift: a > 0, in squared units of x.

@@ -1,5 +1,4 @@
-"""Adversarial training against a latent-variable generator whose entropy has an estimated
-gradient."""
+"""Adversarial training against a latent-variable generator, with an estimated entropy gradient."""
 
 from __future__ import annotations
 
@@ -22,13 +21,13 @@ __all__ = ["VERA", "LatentScore", "latent_score"]
 
 
 class LatentScore(NamedTuple):
-    r"""What :func:`latent_score` finds at each x.
+    r"""Result of :func:`latent_score` at each x.
 
     Attributes:
         score: an estimate of :math:`\nabla_x \log q(x)`, shape of x, detached.
         log_q: an estimate of :math:`\log q(x)` in nats, ``(n,)``, with its graph in :math:`\eta`;
-            low in the mean, by Jensen's inequality: a lower bound that K tightens (Burda, Grosse
-            and Salakhutdinov, 2016).
+            low on average, by Jensen's inequality: a lower bound that is tighter for larger K
+            (Burda, Grosse and Salakhutdinov, 2016).
         effective: effective sample size of the weights, ``(n,)``, detached.
     """
 
@@ -45,8 +44,10 @@ def latent_score(
     num_proposals: int = 20,
     generator: torch.Generator | None = None,
 ) -> LatentScore:
-    r"""The score of :math:`q(x) = \int N(x \mid g(z), s^2 I) N(z \mid 0, I) dz` by self-normalised
-    importance sampling.
+    r"""Estimate the score of a latent-variable generator by importance sampling.
+
+    The density is :math:`q(x) = \int N(x \mid g(z), s^2 I) N(z \mid 0, I) dz`. Its score is
+    estimated by self-normalized importance sampling,
 
     .. math::
 
@@ -54,20 +55,20 @@ def latent_score(
         \approx \sum_k w_k \frac{g(z_k) - x}{s^2}, \qquad z_k \sim N(z_0, \eta^2 I), \qquad
         w_k \propto \frac{N(x \mid g(z_k), s^2 I)\, N(z_k)}{N(z_k \mid z_0, \eta^2 I)}
 
-    with :math:`z_0` the latents that x was made of, themselves a draw of :math:`q(z \mid x)`
-    (Grathwohl et al., "No MCMC for me", 2021). Its bias and its variance fall as 1 / K. Row i
-    depends on row i alone.
+    with :math:`z_0` the latent variables from which x was generated, a draw of :math:`q(z \mid x)`
+    (Grathwohl et al., 2021). Bias and variance decrease as 1 / K. Row i of the result depends on
+    row i of the arguments alone.
 
     Args:
-        model: g and s.
-        x: its draws, ``(n, *event)``.
+        model: the generator, g and s.
+        x: draws of the generator, ``(n, *event)``.
         z: :math:`z_0`, ``(n, latent_dim)``.
         log_eta: :math:`\log \eta`, a scalar or ``(latent_dim,)``.
-        num_proposals: K.
-        generator: source of the proposals.
+        num_proposals: K, number of proposals for each row.
+        generator: source of the proposals; None is torch's default generator.
 
     Raises:
-        ValueError: if the model has no noise, or has batch normalisation, or K < 1.
+        ValueError: if the model has no noise or has batch normalization, or K < 1.
 
     Example:
         >>> model = Generator(nn.Linear(1, 2), 1, (2,), sigma=0.5)
@@ -78,8 +79,9 @@ def latent_score(
     check_counts({"num_proposals": 1}, num_proposals)
     if model.log_sigma is None or any(True for _ in batch_norms(model)):
         raise ValueError(
-            "q(x | z) must be a normal law of its own for each row: give the generator sigma, and"
-            " no batch norm"
+            "model must have noise and no batch normalization, so that q(x | z) is a normal"
+            f" distribution, got {type(model).__name__} without: give the generator sigma=, and"
+            " batch_norm=False"
         )
     x, n = x.detach(), len(x)
     k = num_proposals
@@ -98,8 +100,7 @@ def latent_score(
 
 
 def _log_normal(deviation: Tensor, log_scale: Tensor, dims: int) -> Tensor:
-    """log N of deviations from the mean, with one scale, summed over the last ``dims``
-    dimensions."""
+    """Return log N of deviations from the mean, summed over the last ``dims`` dimensions."""
     terms = (
         -0.5 * (deviation / log_scale.exp()).square() - log_scale - 0.5 * math.log(2.0 * math.pi)
     )
@@ -107,9 +108,9 @@ def _log_normal(deviation: Tensor, log_scale: Tensor, dims: int) -> Tensor:
 
 
 class VERA(Adversarial):
-    r"""Adversarial training against a generator with noise, by an estimate of its entropy's
-    gradient (Grathwohl, Kelly, Hashemi, Norouzi, Swersky and Duvenaud, "No MCMC for me: Amortized
-    sampling for fast and stable training of energy-based models", 2021).
+    r"""Adversarial training against a generator with noise (VERA; Grathwohl et al., 2021).
+
+    The gradient of the entropy of the generator is estimated,
 
     .. math::
 
@@ -117,18 +118,20 @@ class VERA(Adversarial):
         = -E_{z, \varepsilon}\bigl[\nabla_x \log q(x)^\top\, \partial x / \partial \phi\bigr],
         \qquad x = g_\phi(z) + s_\phi\, \varepsilon
 
-    with :func:`latent_score` for the score. The width :math:`\eta` is trained, as loss
-    ``"posterior"``, to the best mean of :math:`\log \hat q`; the paper's bound is that of a single
-    proposal, which wants :math:`\eta` too narrow for weights: on a linear generator its score has
-    twice the squared error at K = 20, and five times at K = 100. The value :math:`E_q[E] + \log
-    \hat q` is an estimate: :math:`-\log \hat q` is above the entropy in the mean, so the value is
-    below the bound that the same generator had with its exact entropy, and bounds nothing.
+    with :func:`latent_score` for the score. The proposal scale :math:`\eta` is trained with the
+    loss ``"posterior"``, which maximizes the mean of :math:`\log \hat q`. The paper maximizes the
+    bound of a single proposal, whose optimal :math:`\eta` is too small for importance weights: for
+    a linear generator the squared error of the score is twice as large at K = 20, and five times at
+    K = 100. The value :math:`E_q[E] + \log \hat q` is an estimate and no bound: :math:`-\log \hat
+    q` is larger than the entropy on average, so the value is below the upper bound that the exact
+    entropy would give.
 
     Args:
-        model: the generator, with ``sigma`` and without batch normalisation.
-        num_proposals: K.
-        eta: :math:`\eta` at the start, in units of z; one for each latent is learned.
-        num_samples, gradient_penalty: as in :class:`Adversarial`; the paper takes a penalty.
+        model: the generator, with ``sigma`` and without batch normalization.
+        num_proposals: K, number of proposals for each draw.
+        eta: initial value of :math:`\eta`, in units of z; one for each latent variable is learned.
+        num_samples: as in :class:`Adversarial`.
+        gradient_penalty: as in :class:`Adversarial`; the paper uses one.
 
     Raises:
         ValueError: as :class:`Adversarial` and :func:`latent_score`, and if the generator does not
@@ -138,8 +141,8 @@ class VERA(Adversarial):
         >>> from pyroebm.nn import MLPGenerator
         >>> from pyroebm.targets import Gaussian
         >>> objective = VERA(MLPGenerator((2,), latent_dim=3, sigma=0.1))
-        >>> losses, facts = objective.losses(Gaussian(torch.zeros(2)), torch.zeros(5, 2))
-        >>> sorted(losses), "log_likelihood_bound" in facts
+        >>> losses, metrics = objective.losses(Gaussian(torch.zeros(2)), torch.zeros(5, 2))
+        >>> sorted(losses), "log_likelihood_bound" in metrics
         (['energy', 'generator', 'posterior'], False)
     """
 
@@ -162,6 +165,7 @@ class VERA(Adversarial):
         )
 
     def trained(self, energy: Energy) -> Mapping[str, Sequence[nn.Parameter]]:
+        """Return the parameters of the energy, the generator and the proposals."""
         return {
             "energy": trainable(energy),
             "generator": trainable(self.model),
@@ -171,6 +175,7 @@ class VERA(Adversarial):
     def negative(
         self, energy: Energy, num_samples: int, generator: torch.Generator | None = None
     ) -> Negative:
+        """Return the losses of the generator and the proposals, and draws of the generator."""
         check_generator(self.model, energy)
         z = self.model.sample_latent(num_samples, generator)
         x = self.model.emit(z, generator)
@@ -179,5 +184,5 @@ class VERA(Adversarial):
         path = (values + event_sum(found.score * x, len(energy.event_shape))).mean()
         loss = path + (values + found.log_q - path).detach().mean()
         entropy = -found.log_q.mean()
-        facts = {"entropy": entropy.detach(), "effective_proposals": found.effective.mean()}
-        return Negative({"generator": loss, "posterior": entropy}, x, None, facts)
+        metrics = {"entropy": entropy.detach(), "effective_proposals": found.effective.mean()}
+        return Negative({"generator": loss, "posterior": entropy}, x, None, metrics)

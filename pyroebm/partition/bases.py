@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from pyroebm.core.annealing_path import DistributionEnergy
-from pyroebm.core.conditionals import blocks_of, independent_law, sites_of
+from pyroebm.core.conditionals import blocks_of, independent_sites, sites_of
 from pyroebm.core.energy import Energy
 from pyroebm.core.rng import uniform
 from pyroebm.core.supports import is_discrete, is_real, site_values
@@ -75,7 +75,7 @@ class IndependentSites(Energy):
         """Return the distribution of a Gibbs block; its sites are independent of the others."""
         sites = sites_of(self.blocks[block], self.event_shape, self.values.shape[1])
         log_p = self.log_p[sites.to(self.device)]
-        return independent_law(self.support, log_p.expand(len(x), *log_p.shape))
+        return independent_sites(self.support, log_p.expand(len(x), *log_p.shape))
 
     def sample(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
         """Draw ``num_samples`` exact draws."""
@@ -131,7 +131,7 @@ class IndependentLayers(Energy):
         """Return the distribution of the units of a layer; they are independent of the others."""
         layer = list(self.blocks).index(block)
         field = self.layers.biases[layer]
-        return self.layers.law(layer, field.expand(len(x), -1))
+        return self.layers.distribution(layer, field.expand(len(x), -1))
 
     def sample(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
         """Draw ``num_samples`` exact draws."""
@@ -159,7 +159,7 @@ def log_z_of_independent(layers: Layers) -> float:
     precision = None if layers.precision is None else layers.precision.double()
     plain = layers._replace(precision=precision)
     total = sum(
-        float(plain.log_normaliser(layer, bias.double()))
+        float(plain.log_normalizer(layer, bias.double()))
         for layer, bias in enumerate(layers.biases)
     )
     return total - float(layers.offset)

@@ -99,8 +99,8 @@ class LayeredPath:
             if self.target.is_gaussian(layer):
                 total = (
                     total
-                    + later.log_normaliser(layer, after).double()
-                    - now.log_normaliser(layer, before).double()
+                    + later.log_normalizer(layer, after).double()
+                    - now.log_normalizer(layer, before).double()
                 )
             else:
                 total = total + softplus(after).sub_(softplus(before)).sum(-1, dtype=torch.float64)

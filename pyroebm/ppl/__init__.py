@@ -1,5 +1,4 @@
-"""The bridge to Pyro: energies as distributions, models as energies, flows as guides, our kernels
-under Pyro's driver."""
+"""The bridge to Pyro: energies as distributions, models as energies, flows as guides."""
 
 from pyroebm.ppl.distribution import Boltzmann, initial_states
 from pyroebm.ppl.guide import FlowGuide

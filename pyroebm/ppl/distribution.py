@@ -21,28 +21,28 @@ __all__ = ["Boltzmann", "initial_states"]
 
 
 class Boltzmann(TorchDistribution):
-    r"""The distribution :math:`p(x) = e^{-E(x)} / Z` of an energy, to stand in a Pyro model.
+    r"""The distribution :math:`p(x) = e^{-E(x)} / Z` of an energy, for use in a Pyro model.
 
-    ``log_prob`` is normalised when :math:`\log Z` is given or the energy knows it
-    (``energy.log_z``); else it is :math:`-E(x)`, enough for MCMC and for SVI over x. ``sample``
-    draws exactly where the energy can and raises elsewhere: inference on a model then starts from
-    ``energy.initial``, see :func:`initial_states`.
+    ``log_prob`` is normalized if :math:`\log Z` is given or known to the energy
+    (``energy.log_z``). Otherwise it is :math:`-E(x)`, which suffices for MCMC and for SVI over x.
+    ``sample`` returns exact draws if the energy has them and raises otherwise; inference in such a
+    model starts from ``energy.initial``, see :func:`initial_states`.
 
     An energy with trainable or latent parameters needs :math:`\log Z` as a tensor that depends on
-    them: without it the gradient of ``log_prob`` in the parameters would lack that of :math:`\log
-    Z` (a doubly intractable model), so it is refused. What is seen is autograd's graph: inference
-    that takes no gradients (importance sampling, random walks) over parameters of an energy cannot
-    be told apart, and neither can a ``log_z`` that depends on other parameters than the energy's.
+    them. Otherwise the gradient of ``log_prob`` in the parameters would lack that of :math:`\log Z`
+    (a doubly intractable model), and a ValueError is raised. This check uses the autograd graph: it
+    detects neither parameters in inference without gradients (importance sampling, random walks),
+    nor a ``log_z`` that depends on the wrong parameters.
 
     Args:
         energy: the energy E.
-        log_z: :math:`\log Z`, a number or a tensor of shape (); None takes ``energy.log_z``.
+        log_z: :math:`\log Z`, a number or a tensor of shape (); None is ``energy.log_z``.
         validate_args: as in Pyro's distributions.
 
     Raises:
-        ValueError: if the energy has trainable or latent parameters and ``log_z`` carries no
-            gradient; if ``log_z`` is not one finite number.
-        NotImplementedError: from ``sample`` if the energy has no exact draws.
+        ValueError: if the energy has trainable or latent parameters and ``log_z`` has no gradient,
+            or ``log_z`` is no finite scalar.
+        NotImplementedError: by ``sample``, if the energy has no exact draws.
 
     Example:
         >>> import pyro
@@ -64,23 +64,25 @@ class Boltzmann(TorchDistribution):
         if self.log_z is not None:
             number = torch.as_tensor(self.log_z).detach()
             if number.dim() != 0 or not bool(torch.isfinite(number)):
-                raise ValueError(f"log_z must be one finite number, got log_z={log_z}")
+                raise ValueError(f"log_z must be a finite scalar, got log_z={log_z}")
         if any(parameter.requires_grad for parameter in energy.parameters()):
-            self._refuse_unless_log_z_carries_gradients()
+            self._check_gradient_of_log_z()
         super().__init__(torch.Size(), torch.Size(energy.event_shape), validate_args=validate_args)
 
     @property
     def normalized(self) -> bool:
-        """Whether ``log_prob`` has log Z in it."""
+        """Whether ``log_prob`` includes log Z."""
         return self.log_z is not None
 
     @property
     def support(self) -> Constraint:
+        """The support of the energy."""
         support = self.energy.support
         missing = len(self.event_shape) - support.event_dim
         return constraints.independent(support, missing) if missing > 0 else support
 
     def expand(self, batch_shape: Sequence[int], _instance: Boltzmann | None = None) -> Boltzmann:
+        """Return the distribution with another batch shape."""
         new = self._get_checked_instance(Boltzmann, _instance)
         new.energy, new.log_z = self.energy, self.log_z
         TorchDistribution.__init__(
@@ -90,43 +92,43 @@ class Boltzmann(TorchDistribution):
         return new
 
     def log_prob(self, value: Tensor) -> Tensor:
+        r"""Compute :math:`-E(x) - \log Z`, or :math:`-E(x)` if log Z is unknown."""
         if self._validate_args:
             self._validate_sample(value)
         values = self.energy(value)
         if values.requires_grad and self._depends_on_more_than(value):
-            self._refuse_unless_log_z_carries_gradients()
+            self._check_gradient_of_log_z()
         log_prob = -values if self.log_z is None else -values - self.log_z
         return log_prob.expand(torch.broadcast_shapes(log_prob.shape, self.batch_shape))
 
     def _depends_on_more_than(self, value: Tensor) -> bool:
         return self.energy(value.detach().reshape(-1, *self.event_shape)[:1]).requires_grad
 
-    def _refuse_unless_log_z_carries_gradients(self) -> None:
+    def _check_gradient_of_log_z(self) -> None:
         if isinstance(self.log_z, Tensor) and self.log_z.requires_grad:
             return
         raise ValueError(
-            f"the energy {type(self.energy).__name__} has trainable or latent parameters, and log"
-            f" Z (log_z={self.log_z}) does not"
-            " depend on them: log_prob would be silently wrong in them. Ways out: give log_z as a"
-            " tensor computed from the"
-            " parameters (exact or estimated); train them with an objective made for it"
-            " (contrastive divergence, score matching,"
+            f"log_z must depend on the trainable or latent parameters of the energy"
+            f" {type(self.energy).__name__}, got log_z={self.log_z}: the gradient of log_prob in"
+            " them would be wrong. Give log_z as a tensor computed from the parameters (exact or"
+            " estimated); or train them with an objective (contrastive divergence, score matching,"
             " noise-contrastive estimation); or freeze them with energy.requires_grad_(False)"
         )
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """Draw exactly; raise NotImplementedError if the energy has no exact draws."""
         shape = torch.Size(sample_shape) + self.batch_shape
         if not self.energy.has_exact_draws:
             raise NotImplementedError(
                 f"{type(self.energy).__name__} has no exact draws. To run NUTS, HMC or a guide on"
-                " a model with it, let Pyro start"
-                " from energy.initial: NUTS(pyroebm.ppl.initial_states(model)). To draw from the"
-                " energy alone, use pyroebm.MCMC"
+                " a model with it, start from energy.initial:"
+                " NUTS(pyroebm.ppl.initial_states(model)). To sample the energy alone, use"
+                " pyroebm.MCMC"
             )
         return self.energy.sample(event_numel(shape)).reshape(shape + self.event_shape)
 
     def initial(self) -> Tensor:
-        """A legal starting state, **not a draw**, of the shape that one call would give."""
+        """Return a valid initial state, **not a draw**, of the shape of ``sample()``."""
         return self.energy.initial(event_numel(self.batch_shape)).reshape(
             self.batch_shape + self.event_shape
         )
@@ -142,15 +144,18 @@ class _InitialStates(Messenger):
 
 
 def initial_states(model: Callable[..., Any]) -> Callable[..., Any]:
-    """A model whose :class:`Boltzmann` sites without exact draws start from ``energy.initial``, for
-    NUTS, HMC or a guide.
+    """Wrap a model so that its :class:`Boltzmann` sites start from ``energy.initial``.
 
-    Pyro runs a model once to find its sites, and for that it calls ``sample``, which such a site
-    refuses. The values put in their place are starting states and not draws: do not use the wrapped
-    model to simulate.
+    This concerns sites without exact draws. Pyro runs a model once to find its sites, and calls
+    ``sample``, which raises for such a site.
+    Use the wrapped model in NUTS, HMC or a guide. The values of these sites are initial states and
+    no draws: do not use the wrapped model for simulation.
 
     Args:
         model: a Pyro model.
+
+    Returns:
+        The wrapped model.
 
     Example:
         >>> import pyro

@@ -1,5 +1,4 @@
-"""A flow as the guide of a Pyro model: trained by SVI or by our objectives, with the same
-parameters."""
+"""A flow as the guide of a Pyro model, trained by SVI or by the objectives of this package."""
 
 from __future__ import annotations
 
@@ -23,39 +22,40 @@ from pyroebm.ppl.model import ModelEnergy
 
 __all__ = ["FlowGuide"]
 
-#: Draws behind a quantile.
-DRAWS = 10_000
+#: Number of draws for quantiles.
+QUANTILE_DRAWS = 10_000
 
 
 class FlowGuide(AutoContinuous):
-    r"""A flow as the guide of a Pyro model with continuous latents; an ``AutoContinuous`` guide, so
-    all that takes one takes it.
+    r"""A flow as the guide of a Pyro model with continuous latent variables.
 
     .. math:: q(\theta) = q(x)\, |\det \partial T / \partial x|^{-1}, \qquad \theta = T(x)
 
-    x is all latents in one unconstrained vector, in the order of the model, and T the bijection of
-    each to its support. A flow with D = d is the guide of the model itself. One with redundant
-    latents, D > d, is the guide of :meth:`extended`, the model with a site :math:`y \sim N(M(x),
-    \Sigma(x))` more, whose posterior of :math:`\theta` is the model's own. Either way minus the
-    ELBO is :math:`J_R - \log C`, draw by draw, of :class:`pyroebm.objectives.ReverseKL` on
-    :meth:`energy`. ``SVI`` and :func:`pyroebm.training.fit` train the same parameters, those
-    of ``guide.flow``.
+    x is the vector of all latent variables in unconstrained coordinates, in the order of the model,
+    and T the bijection of each to its support. The class is a subclass of Pyro's
+    ``AutoContinuous``. A flow with D = d is the guide of the model itself. A flow with auxiliary
+    variables, D > d, is the guide of :meth:`augmented`, the model with an additional site :math:`y
+    \sim N(M(x), \Sigma(x))`, which has the same posterior of :math:`\theta`. In both cases the
+    negative ELBO is :math:`J_R - \log C` of :class:`pyroebm.objectives.ReverseKL` on :meth:`energy`
+    at the same draws. ``SVI`` and :func:`pyroebm.training.fit` train the same parameters, those of
+    ``guide.flow``.
 
-    With D = d it goes into ``pyro.infer.reparam.NeuTraReparam`` once it has been called; with any D
-    our kernels run on :class:`pyroebm.flows.Transported`. The fit may have missed a mode, which no
-    ELBO shows: weight its draws (:func:`pyroebm.flows.importance_sample`) and evaluate it
-    (:func:`pyroebm.flows.evaluate_flow`).
+    With D = d the guide can be used in ``pyro.infer.reparam.NeuTraReparam`` after its first call.
+    With any D kernels of this package sample :class:`pyroebm.flows.PullbackEnergy`. The ELBO does
+    not show missed modes: use importance weights (:func:`pyroebm.flows.importance_sample`) and
+    :func:`pyroebm.flows.evaluate_flow`.
 
     Args:
-        model: a Pyro model; rows of data may be subsampled if no latent is among them.
-        flow: the flow, of as many x as the model has unconstrained entries; or what makes one of
-            their number d, at the first call. There is no ``guide.flow`` until then.
-        stl: let SVI leave the score out of the gradient ("sticking the landing", Roeder, Wu and
+        model: a Pyro model; data may be subsampled if no latent variable is in the plate.
+        flow: a flow whose dim is the number of unconstrained entries d of the model; or a function
+            that makes a flow of d, which is called at the first call of the guide. There is no
+            ``guide.flow`` before.
+        stl: whether SVI omits the score from the gradient ("sticking the landing", Roeder, Wu and
             Duvenaud, 2017).
 
     Raises:
-        ValueError: at the first call, if the flow has another d; if a latent is discrete or in a
-            plate that subsamples, or if the support of one depends on another.
+        ValueError: at the first call, if the flow has another d, a latent variable is discrete or
+            in a plate that subsamples, or its support depends on another latent variable.
 
     Example:
         >>> from pyro.infer import SVI, Trace_ELBO
@@ -85,7 +85,7 @@ class FlowGuide(AutoContinuous):
         self, model: Callable[..., Any], flow: Flow | Callable[[int], Flow], stl: bool = False
     ) -> None:
         super().__init__(initial_states(model), init_loc_fn=init_to_feasible)
-        self._plain = (model,)  # in a tuple, so that a module's parameters stay the model's
+        self._plain = (model,)  # a tuple, so that a module's parameters are not the guide's
         self.stl = stl
         if isinstance(flow, Flow):
             self.flow = flow
@@ -95,51 +95,53 @@ class FlowGuide(AutoContinuous):
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         with drawing_from(seeded_generator(0)):
             super()._setup_prototype(*args, **kwargs)
-            # a guide that is refused is not set up
+            # set only after all checks have passed
             prototype, self.prototype_trace = self.prototype_trace, None
-            elsewhere = InitMessenger(init_to_uniform)(initial_states(self._plain[0]))
-            other = poutine.block(poutine.trace(elsewhere).get_trace)(*args, **kwargs)
+            second_model = InitMessenger(init_to_uniform)(initial_states(self._plain[0]))
+            second = poutine.block(poutine.trace(second_model).get_trace)(*args, **kwargs)
         self._transforms: dict[str, Transform] = {}
         for name, site in prototype.iter_stochastic_nodes():
             self._transforms[name] = _fixed_transform(
-                name, site, other, self._unconstrained_shapes[name]
+                name, site, second, self._unconstrained_shapes[name]
             )
         if "flow" not in self._modules:
             self.flow = self._make_flow(self.latent_dim)
         if self.flow.dim != self.latent_dim:
             sizes = {name: event_numel(shape) for name, shape in self._unconstrained_shapes.items()}
             raise ValueError(
-                f"flow must have dim={self.latent_dim}, the unconstrained entries of the latents"
-                f" {sizes}, got dim={self.flow.dim}"
+                f"flow must have dim={self.latent_dim}, the number of unconstrained entries of the"
+                f" latent variables {sizes}, got dim={self.flow.dim}"
             )
         self.prototype_trace = prototype
 
-    def _ready(self) -> None:
+    def _check_ready(self) -> None:
         if self.prototype_trace is None:
             raise ValueError(
-                "the guide has not seen its model's sites yet: call guide(*args),"
-                " guide.energy(*args) or SVI's step"
+                "the guide must have run once to know the sites of its model: call guide(*args),"
+                " guide.energy(*args) or the step of SVI"
             )
 
     def get_base_dist(self) -> dist.Distribution:
+        """Return the distribution of z."""
         return self.flow.base.distribution(self.flow.dtype, self.flow.device)
 
     def get_transform(self, *args: Any, **kwargs: Any) -> Transform:
+        """Return the map from z to x; raise NotImplementedError with auxiliary variables."""
         if self.flow.conditional is not None:
             raise NotImplementedError(
-                f"a flow with redundant latents (dim={self.flow.dim},"
-                f" total_dim={self.flow.total_dim}) is no transform of the"
-                " model's latents: run our kernels on pyroebm.flows.Transported(guide.flow,"
+                f"a flow with auxiliary variables (dim={self.flow.dim},"
+                f" total_dim={self.flow.total_dim}) is no transform of the latent variables of the"
+                " model: run kernels of this package on pyroebm.flows.PullbackEnergy(guide.flow,"
                 " guide.energy(*args))"
             )
         return self.flow.transform
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> dist.Distribution:
-        """The law of (x, y)."""
+        """Return the distribution of (x, y)."""
         return self.flow(self.stl)
 
     def sample_latent(self, *args: Any, **kwargs: Any) -> Tensor:
-        """A draw of x in unconstrained coordinates; y, where there is one, goes to its site."""
+        """Draw x in unconstrained coordinates, and y as a site of its own."""
         xy = super().sample_latent(*args, **kwargs)
         if self.flow.conditional is not None:
             pyro.sample(self._y, dist.Delta(xy[..., self.flow.dim :], event_dim=1))
@@ -149,23 +151,27 @@ class FlowGuide(AutoContinuous):
     def _y(self) -> str:
         return f"_{self._pyro_name}_y"
 
-    def extended(self, *args: Any, **kwargs: Any) -> Any:
-        r"""The model with the site :math:`y \sim N(M(x), \Sigma(x))`: what SVI takes with this
-        guide.
+    def augmented(self, *args: Any, **kwargs: Any) -> Any:
+        r"""Run the model with the additional site :math:`y \sim N(M(x), \Sigma(x))`.
 
-        Where D = d it is the model. It returns what the model returns. In ``SVI(guide.extended,
-        guide, ...)`` the guide runs first, as it must.
+        It is the model for SVI with this guide: ``SVI(guide.augmented, guide, ...)``. For D = d it
+        is the model itself.
+
+        Returns:
+            What the model returns.
         """
-        with poutine.trace() as seen:
+        with poutine.trace() as tracer:
             result = self._plain[0](*args, **kwargs)
-        self._ready()
+        self._check_ready()
         if self.flow.conditional is not None:
-            pyro.sample(self._y, self.flow.conditional(self._packed(seen.trace)))
+            pyro.sample(self._y, self.flow.conditional(self._pack_latent(tracer.trace)))
         return result
 
-    def _packed(self, trace: poutine.Trace) -> Tensor:
-        """The latents of a trace as x, the inverse of ``_unpack_latent``: plates around the model
-        are its batch."""
+    def _pack_latent(self, trace: poutine.Trace) -> Tensor:
+        """Return the latent variables of a trace as x, the inverse of ``_unpack_latent``.
+
+        Plates around the model are batch dimensions of x.
+        """
         parts = []
         for name, site in self.prototype_trace.iter_stochastic_nodes():
             u, shape = (
@@ -178,12 +184,11 @@ class FlowGuide(AutoContinuous):
         return torch.cat(parts, -1)
 
     def energy(self, *args: Any, **kwargs: Any) -> ModelEnergy:
-        """The model's posterior given these arguments over x: what our objectives, kernels and
-        importance weights take.
+        """Return the posterior of the model, given its arguments, as an energy over x.
 
         Raises:
-            ValueError: if the model has no fixed density (a plate that subsamples); if its dtype is
-                not the flow's.
+            ValueError: if the model has no fixed density (a plate that subsamples), or its dtype
+                differs from that of the flow.
         """
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
@@ -192,8 +197,8 @@ class FlowGuide(AutoContinuous):
         return energy
 
     def constrain(self, x: Tensor) -> dict[str, Tensor]:
-        """x as the model's sites: ``(*batch, d)`` to a dict of ``(*batch, *shape)``."""
-        self._ready()
+        """Map x ``(*batch, d)`` to the sites of the model, a dict of ``(*batch, *shape)``."""
+        self._check_ready()
         shapes = self._unconstrained_shapes
         parts = x.split([event_numel(shape) for shape in shapes.values()], -1)
         return {
@@ -205,49 +210,53 @@ class FlowGuide(AutoContinuous):
     def sample(
         self, num_samples: int, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:
-        """``num_samples`` draws of the guide, unweighted, as a dict of ``(n, *shape)``."""
-        self._ready()
+        """Draw from the guide, without importance weights: a dict of ``(num_samples, *shape)``."""
+        self._check_ready()
         xy, _ = self.flow.forward_and_log_prob(self.flow.rsample_base(num_samples, generator))
         return self.constrain(xy[:, : self.flow.dim])
 
     def quantiles(
         self, quantiles: Sequence[float] | Tensor, *args: Any, **kwargs: Any
     ) -> dict[str, Tensor]:
-        """Quantiles of each entry of each site, from 10 000 draws of a fixed seed: a dict of
-        ``(len(quantiles), *shape)``."""
-        self._ready()
-        draws = self.sample(DRAWS, seeded_generator(0, self.flow.device))
+        """Estimate quantiles of each entry of each site, a dict of ``(len(quantiles), *shape)``.
+
+        They are computed from 10,000 draws with a fixed seed.
+        """
+        self._check_ready()
+        draws = self.sample(QUANTILE_DRAWS, seeded_generator(0, self.flow.device))
         return {
             name: x.quantile(torch.as_tensor(quantiles, dtype=x.dtype, device=x.device), 0)
             for name, x in draws.items()
         }
 
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """The median of each entry of each site, as :meth:`quantiles` has it."""
+        """Estimate the median of each entry of each site, as :meth:`quantiles` does."""
         return {name: values[0] for name, values in self.quantiles([0.5]).items()}
 
 
-def _fixed_transform(name: str, site: Any, other: Any, shape: torch.Size) -> Transform:
-    """The bijection of a latent, if it is the same wherever the other latents are."""
+def _fixed_transform(name: str, site: Any, second: Any, shape: torch.Size) -> Transform:
+    """Return the bijection of a latent variable, if it does not depend on the others.
+
+    ``second`` is a trace of the model with other values of the latent variables.
+    """
     for frame in site["cond_indep_stack"]:
         if frame.full_size is not None and frame.size < frame.full_size:
             raise ValueError(
-                f"latent {name!r} is in plate {frame.name!r}, which draws {frame.size} of"
-                f" {frame.full_size} rows anew at every"
-                " call: a flow has no entry for the rows that were not drawn (subsample data only,"
-                " or drop subsample_size)"
+                f"latent {name!r} must not be in a plate that subsamples, but plate"
+                f" {frame.name!r} draws {frame.size} of {frame.full_size} rows at every call:"
+                " subsample data only, or drop subsample_size"
             )
     transform = biject_to(site["fn"].support)
-    if name not in other.nodes:
+    if name not in second.nodes:
         raise ValueError(
-            f"latent {name!r} is not in every run of the model: a guide needs the same latents in"
-            " each"
+            f"latent {name!r} must be in every run of the model, but is missing in one: do not"
+            " branch on latent variables"
         )
     u = torch.ones(shape, dtype=site["value"].dtype, device=site["value"].device)
-    if not torch.equal(transform(u), biject_to(other.nodes[name]["fn"].support)(u)):
+    if not torch.equal(transform(u), biject_to(second.nodes[name]["fn"].support)(u)):
         raise ValueError(
-            f"the support of latent {name!r} depends on other latents: a guide needs one that is"
-            " fixed. Write it as a function"
-            " of a latent of fixed support (for Uniform(0, b): b * pyro.sample(..., Uniform(0, 1)))"
+            f"the support of latent {name!r} must not depend on other latent variables, but does."
+            " Write it as a function of a latent variable of fixed support (for Uniform(0, b):"
+            " b * pyro.sample(..., Uniform(0, 1)))"
         )
     return transform

@@ -1,4 +1,4 @@
-"""A kernel of this package inside Pyro's own MCMC."""
+"""A kernel of this package for Pyro's own MCMC."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ __all__ = ["PyroKernel"]
 
 
 class PyroKernel(MCMCKernel):
-    """A kernel of ours inside ``pyro.infer.MCMC``: one chain a process, as Pyro runs them.
+    """A kernel of this package for ``pyro.infer.MCMC``, which runs one chain in each process.
 
-    Warm-up adapts as :class:`pyroebm.MCMC` does. Random numbers come from a generator of its own,
-    seeded from Pyro's at the start of each chain: ``pyro.set_rng_seed`` decides the run. For many
-    chains at once use :class:`pyroebm.MCMC`.
+    Warm-up adapts the kernel as :class:`pyroebm.MCMC` does. Each chain has a generator, seeded from
+    torch's default generator, so ``pyro.set_rng_seed`` reproduces the run. For many chains in one
+    process use :class:`pyroebm.MCMC`.
 
     Args:
         kernel: a kernel of :mod:`pyroebm.kernels`.
-        energy: the energy to sample; constrained supports are sampled unconstrained and mapped back
-            by Pyro.
+        energy: the energy; constrained supports are sampled in unconstrained coordinates and mapped
+            back by Pyro.
         site: name of the variable.
-        adaptation: how to adapt in warm-up; None leaves the kernel as it is.
+        adaptation: adaptation in warm-up; None does not adapt.
 
     Example:
         >>> import pyro
@@ -47,7 +47,7 @@ class PyroKernel(MCMCKernel):
         torch.Size([20])
     """
 
-    model = None  # Pyro's driver asks for it
+    model = None  # read by Pyro's driver
 
     def __init__(
         self,
@@ -67,6 +67,7 @@ class PyroKernel(MCMCKernel):
         self._initial: Tensor | None = None
 
     def setup(self, warmup_steps: int, *args: Any, **kwargs: Any) -> None:
+        """Draw an initial state and start a chain."""
         self.kernel = self.start_kernel
         self.warmup_steps = warmup_steps
         self._step = 0
@@ -80,13 +81,15 @@ class PyroKernel(MCMCKernel):
             else:
                 u = self._initial.unsqueeze(0)
             self._state = self.kernel.init(self.target, u, self._generator)
-            self._memory: Any = None
+            self._adaptation_state: Any = None
 
     def cleanup(self) -> None:
+        """Forget the initial state."""
         self._initial = None
 
     @property
     def initial_params(self) -> dict[str, Tensor]:
+        """The state at which the chain starts, in unconstrained coordinates."""
         return {self.site: self._state.x[0]}
 
     @initial_params.setter
@@ -94,20 +97,21 @@ class PyroKernel(MCMCKernel):
         self._initial = params[self.site].detach()
 
     def sample(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
-        with eval_mode(self.target):  # the adaptation looks at the energy too
+        """Take a step from ``params``, in unconstrained coordinates."""
+        with eval_mode(self.target):  # the adaptation evaluates the energy too
             return self._sample(params)
 
     def _sample(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
-        if not torch.equal(params[self.site], self._state.x[0]):  # the caller moved the chain
+        if not torch.equal(params[self.site], self._state.x[0]):  # the caller changed the state
             self._state = self.kernel.init(
                 self.target, params[self.site].detach().unsqueeze(0), self._generator
             )
         if self._step < self.warmup_steps:
-            self.kernel, self._state, info, self._memory = warmup_step(
+            self.kernel, self._state, info, self._adaptation_state = warmup_step(
                 self.kernel,
                 self.target,
                 self._state,
-                self._memory,
+                self._adaptation_state,
                 self.warmup_steps,
                 self.adaptation,
                 self._generator,
@@ -125,10 +129,12 @@ class PyroKernel(MCMCKernel):
         return self._acceptance / max(self._step - self.warmup_steps, 1)
 
     def logging(self) -> OrderedDict[str, str]:
-        facts = OrderedDict([("acc. prob", f"{self._acceptance_rate():.3f}")])
+        """Return the acceptance rate and the step size, for the progress bar."""
+        entries = OrderedDict([("acc. prob", f"{self._acceptance_rate():.3f}")])
         if (size := self.kernel.step_size) is not None:
-            facts["step size"] = f"{float(torch.as_tensor(size).mean()):.2e}"
-        return facts
+            entries["step size"] = f"{float(torch.as_tensor(size).mean()):.2e}"
+        return entries
 
     def diagnostics(self) -> dict[str, Any]:
+        """Return the divergent transitions and the acceptance rate after warm-up."""
         return {"divergences": self._divergences, "acceptance rate": self._acceptance_rate()}

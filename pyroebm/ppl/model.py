@@ -1,5 +1,4 @@
-"""A Pyro model as an energy: its continuous latents, flat and unconstrained, for all chains at
-once."""
+"""A Pyro model as an energy over its latent variables in unconstrained coordinates."""
 
 from __future__ import annotations
 
@@ -25,12 +24,16 @@ from pyroebm.ppl.distribution import initial_states
 
 __all__ = ["ModelEnergy"]
 
-TRIES = 100
+#: Number of attempts to draw a finite initial state.
+MAX_ATTEMPTS = 100
 
 
 class _Substitute(Messenger):
-    """Latents at given places: a site's own bijection, at the support that it has there, and the
-    log-Jacobian, once."""
+    """Substitute latent variables, given in constrained or unconstrained coordinates.
+
+    The bijection of a site is that of its support in this run of the model. The log-determinants of
+    the Jacobians are summed.
+    """
 
     def __init__(
         self, given: Mapping[str, Tensor], plates: Mapping[str, list[int]], inverse: bool
@@ -61,7 +64,7 @@ class _Substitute(Messenger):
 
 
 class _Detached(Messenger):
-    """Values of ``pyro.param`` are constants."""
+    """Detach values of ``pyro.param``."""
 
     def _pyro_post_param(self, msg: Any) -> None:
         msg["value"] = msg["value"].detach()
@@ -72,38 +75,39 @@ def _feasible(site: Any) -> Any:
 
 
 class ModelEnergy(RowwiseEnergy):
-    r"""The posterior of a Pyro model's continuous latents as one energy in unconstrained
-    coordinates.
+    r"""The posterior of a Pyro model as an energy over its continuous latent variables.
 
     .. math:: E(u) = -\log p(T(u), y) - \log |\det \partial T / \partial u|
 
-    T is the bijection ``biject_to(support)`` of each latent, at the support that the site has
-    there. Observed sites, ``pyro.factor``, plates, ``poutine.scale`` and masks count as in Pyro;
-    ``pyro.param`` and the parameters of modules are constants. A batch of chains is one call: the
-    model runs under ``torch.func.vmap``, and the operations that it made are kept as a graph and
-    replayed (see :class:`pyroebm.core.rowwise.RowwiseEnergy`). The graph keeps what the model read:
-    data, parameters. Tensors among the arguments, parameters of the store and of modules are
-    watched, and one that is replaced or written to is seen in the next call; data that the model
-    takes from elsewhere (a global, a closure) are read once.
+    u is the vector of all latent variables in unconstrained coordinates, and T the bijection
+    ``biject_to(support)`` of each. Observed sites, ``pyro.factor``, plates, ``poutine.scale`` and
+    masks are treated as in Pyro; ``pyro.param`` and the parameters of modules are constants.
 
-    Latents may be written into tensors (``v = torch.zeros(3); v[:2] = latent``), constant masks may
-    index, and Python may branch on what no latent enters. A model that ``vmap`` cannot run (Python
-    branches on a latent, shapes that depend on one) runs chain by chain, with a RuntimeWarning that
-    names the reason.
+    All chains are evaluated in one call: the model runs under ``torch.func.vmap``, and its
+    operations are recorded as a graph, which is replayed (see
+    :class:`pyroebm.core.rowwise.RowwiseEnergy`). If a tensor among the arguments, or a parameter of
+    the store or of a module, is replaced or changed in place, the next call uses the new values.
+    Other data, such as globals and closures, are read only once.
+
+    Latent variables may be assigned to slices of tensors (``v = torch.zeros(3); v[:2] = latent``),
+    constant masks may be indices, and Python may branch on what does not depend on latent
+    variables. A model that ``vmap`` cannot run (branches on a latent variable, shapes that depend
+    on one) is run chain by chain, with a RuntimeWarning that states the reason.
 
     Args:
         model: a Pyro model.
-        args, kwargs: what it is called with.
+        args: positional arguments of the model.
+        kwargs: keyword arguments of the model.
 
     Attributes:
-        sites: name and shape of each latent, in its own (constrained) space, in the order of the
-            model.
-        event_shape: ``(dim,)``, all latents in one unconstrained vector.
+        sites: names and shapes of the latent variables in their constrained space, in the order of
+            the model.
+        event_shape: ``(dim,)``, number of unconstrained entries.
         batching: ``"graph"``, ``"vmap"`` or ``"loop"``.
 
     Raises:
-        ValueError: if the model has no latents, a discrete one, or a plate that subsamples; if its
-            density is random.
+        ValueError: if the model has no latent variables, a discrete one, a plate that subsamples,
+            or a random density.
 
     Example:
         >>> import pyro.distributions as dist
@@ -124,7 +128,8 @@ class ModelEnergy(RowwiseEnergy):
     def __init__(self, model: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         if not callable(model):
             raise ValueError(
-                f"model must be a callable with Pyro primitives, got {type(model).__name__}"
+                "model must be a Pyro model, a callable with pyro.sample statements, got"
+                f" {type(model).__name__}"
             )
         with _forked():
             start = InitMessenger(_feasible)(initial_states(model))
@@ -134,8 +139,8 @@ class ModelEnergy(RowwiseEnergy):
         latents = {site["name"]: site for site in _latents(trace)}
         if not latents:
             raise ValueError(
-                "the model has no latent sample site: there is nothing to infer (is every site"
-                " observed?)"
+                "the model must have a latent sample site, but every pyro.sample is observed or"
+                " there is none: remove obs= from the sites to infer"
             )
         like = torch.as_tensor(total)
         for site in latents.values():
@@ -148,8 +153,7 @@ class ModelEnergy(RowwiseEnergy):
         self.args = args
         self.kwargs = kwargs
         self.sites = {name: site["value"].shape for name, site in latents.items()}
-        # A sequential plate reads its indices one by one, which a capture does not allow: it gets
-        # them as integers.
+        # A sequential plate indexes a tensor, which cannot be captured: substitute integers.
         frames = {
             frame
             for node in trace.nodes.values()
@@ -166,8 +170,10 @@ class ModelEnergy(RowwiseEnergy):
         self.batch_by(rows)
 
     def _fixed_transforms(self, rows: Tensor) -> dict[str, Transform] | None:
-        """The bijections, if they are the same wherever the latents are; else None (``Uniform(0,
-        x)`` with a latent x)."""
+        """Return the bijections, or None if they depend on latent variables.
+
+        An example is ``Uniform(0, x)`` with a latent x.
+        """
         with torch.no_grad():
             first, second = (self._run(self.split(row))[1].transforms for row in rows)
             parts = self.split(rows[0])
@@ -187,30 +193,34 @@ class ModelEnergy(RowwiseEnergy):
         return trace, places
 
     def row_energy(self, u: Tensor) -> Tensor:
+        """Return the energy of one row ``(dim,)``, shape ``()``."""
         trace, places = self._run(self.split(u))
         with pyro.validation_enabled(False):
             return -(torch.as_tensor(trace.log_prob_sum()) + places.log_det)
 
     def constants(self) -> list[Tensor]:
+        """Return the tensors that are watched for changes: arguments and parameters."""
         store = dict(pyro.get_param_store().named_parameters()) if self._params else {}
         given = [leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
         return super().constants() + given + [store[name] for name in self._params if name in store]
 
     def constrain(self, u: Tensor) -> dict[str, Tensor]:
-        """The latents in their own space: ``(*batch, dim)`` to a dict of ``(*batch, *shape)``."""
+        """Map u ``(*batch, dim)`` to the latent variables, a dict of ``(*batch, *shape)``."""
         self.batch_shape(u)
         if self._transforms is not None:
             return {name: self._transforms[name](part) for name, part in self.split(u).items()}
         return self._mapped(self.split(u), u.shape[:-1], inverse=False)
 
     def unconstrain(self, values: Mapping[str, Tensor]) -> Tensor:
-        """The inverse of :meth:`constrain`.
+        """Map latent variables to u, the inverse of :meth:`constrain`.
 
         Raises:
             ValueError: if a site is missing or unknown, or a shape does not fit.
         """
         if set(values) != set(self.sites):
-            raise ValueError(f"the sites must be {sorted(self.sites)}, got {sorted(values)}")
+            raise ValueError(
+                f"values must have the sites {sorted(self.sites)}, got {sorted(values)}"
+            )
         values = {
             name: torch.as_tensor(value, dtype=self.dtype, device=self.device)
             for name, value in values.items()
@@ -232,7 +242,7 @@ class ModelEnergy(RowwiseEnergy):
     def _mapped(
         self, given: dict[str, Tensor], batch: torch.Size, inverse: bool
     ) -> dict[str, Tensor]:
-        """Row by row through the model, where the support of one latent depends on another."""
+        """Run the model for each row, since the support of a latent variable depends on another."""
         flat = {name: part.reshape(-1, *part.shape[len(batch) :]) for name, part in given.items()}
 
         def images(parts: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -250,7 +260,7 @@ class ModelEnergy(RowwiseEnergy):
         return {name: part.reshape(batch + part.shape[1:]) for name, part in mapped.items()}
 
     def named(self, x: Tensor, site: str = "x") -> dict[str, Tensor]:
-        """The model's own sites: what :class:`pyroebm.MCMC` shows."""
+        """Return the sites of the model, under which :class:`pyroebm.MCMC` stores draws."""
         return self.constrain(x)
 
     def initial(
@@ -259,23 +269,25 @@ class ModelEnergy(RowwiseEnergy):
         generator: torch.Generator | None = None,
         init_strategy: Callable[..., Any] | None = None,
     ) -> Tensor:
-        """``num_chains`` starting states of finite energy and gradient, shape ``(n, dim)``; rows
-        that are not finite are drawn again.
+        """Draw initial states of finite energy and gradient, shape ``(num_chains, dim)``.
+
+        States with a non-finite energy or gradient are drawn again.
 
         Args:
             num_chains: number of states.
-            generator: source of randomness; None is torch's global one.
-            init_strategy: one of Pyro's (``init_to_median``, ``init_to_value(values=...)``, ...),
-                run for each row; None is uniform on (-2, 2) in unconstrained coordinates, Pyro's
-                ``init_to_uniform``, for all rows at once.
+            generator: source of the draws; None is torch's default generator.
+            init_strategy: a strategy of Pyro (``init_to_median``, ``init_to_value(values=...)``,
+                ...), which is run for each chain; None is uniform on (-2, 2) in unconstrained
+                coordinates, as Pyro's ``init_to_uniform``.
 
         Raises:
-            ValueError: naming the site and its value if 100 tries find no finite start for a row.
+            ValueError: if 100 attempts find no finite state for a chain; the message has the site
+                and its value.
         """
         if num_chains < 1:
             raise ValueError(f"num_chains must be at least 1, got num_chains={num_chains}")
         states = self._start(num_chains, generator, init_strategy)
-        for _ in range(TRIES):
+        for _ in range(MAX_ATTEMPTS):
             values, grad = unchecked_value_and_grad(self, states)
             bad = ~(torch.isfinite(values) & torch.isfinite(grad).all(-1))
             if not bool(bad.any()):
@@ -283,10 +295,9 @@ class ModelEnergy(RowwiseEnergy):
             failed = states[bad][0], float(values[bad][0]), grad[bad][0]
             states[bad] = self._start(int(bad.sum()), generator, init_strategy)
         raise ValueError(
-            f"no start of finite energy and gradient was found for {int(bad.sum())} of"
-            f" num_chains={num_chains} rows"
-            f" in {TRIES} tries."
-            f" {self._why(*failed)} Check the data and the scales there, or give starting values"
+            f"no initial state of finite energy and gradient was found for {int(bad.sum())} of"
+            f" num_chains={num_chains} chains in {MAX_ATTEMPTS} attempts. {self._why(*failed)}"
+            " Check the data and the scales of this site, or give initial values"
             " (init_strategy=init_to_value(values=...), or initial=energy.unconstrain({...}))"
         )
 
@@ -308,7 +319,7 @@ class ModelEnergy(RowwiseEnergy):
         return torch.stack(rows)
 
     def _why(self, u: Tensor, value: float, grad: Tensor) -> str:
-        """What is not finite there, in words."""
+        """Describe what is not finite at u."""
         with torch.no_grad(), pyro.validation_enabled(False), RowsFailAlone():
             trace, places = self._run(self.split(u))
             trace.compute_log_prob()
@@ -342,28 +353,27 @@ def _latents(trace: poutine.Trace) -> Iterator[Any]:
         if isinstance(fn, _Subsample):
             if fn.subsample_size is not None and fn.subsample_size < fn.size:
                 raise ValueError(
-                    f"plate {name!r} draws {fn.subsample_size} of {fn.size} rows anew at every"
-                    " call, so the model has no fixed"
-                    " density: MCMC needs all rows (drop subsample_size; SVI is the method for"
-                    " minibatches)"
+                    f"plate {name!r} must not subsample, since MCMC needs a fixed density, but it"
+                    f" draws {fn.subsample_size} of {fn.size} rows at every call: drop"
+                    " subsample_size, or use SVI"
                 )
         elif not site["is_observed"]:
             if is_discrete(fn.support):
                 raise ValueError(
-                    f"site {name!r} is discrete (support {fn.support}): it has no gradient and no"
-                    " unconstrained coordinates."
-                    " Sum it out: by hand (a mixture distribution, or pyro.factor of the"
-                    " logsumexp); or keep it and use Pyro's"
-                    " own enumeration (pyro.infer.TraceEnum_ELBO, or pyro.infer.MCMC), then"
-                    " infer_discrete for its values"
+                    f"site {name!r} must be continuous, but is discrete (support {fn.support}):"
+                    " marginalize it, by a mixture distribution or pyro.factor of a logsumexp; or"
+                    " use Pyro's enumeration (pyro.infer.TraceEnum_ELBO, or pyro.infer.MCMC) and"
+                    " infer_discrete"
                 )
             yield site
 
 
 @contextlib.contextmanager
 def _forked(generator: torch.Generator | None = None) -> Iterator[None]:
-    """Pyro draws from torch's global generator: what happens here leaves it as it was, and is
-    decided by ``generator``."""
+    """Restore torch's default generator, from which Pyro draws, afterwards.
+
+    Within the context it is seeded from ``generator``.
+    """
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices):
         if generator is not None:

@@ -1,4 +1,4 @@
-"""The same fit in Pyro's own words: a model and a guide for ``pyro.infer.SVI``."""
+"""A model and a guide for ``pyro.infer.SVI`` that fit a flow to an energy."""
 
 from __future__ import annotations
 
@@ -17,17 +17,20 @@ __all__ = ["flow_guide", "flow_model"]
 
 
 def flow_model(flow: Flow, energy: Energy) -> Callable[[], None]:
-    r"""The Pyro model :math:`p(x) N(y \mid M(x), \Sigma(x))`, unnormalised: log C is left out.
+    r"""Make the Pyro model :math:`p(x) N(y \mid M(x), \Sigma(x))`, without the constant log C.
 
-    Its sites are ``x``, of the energy's event shape, and ``y`` where the flow has redundant
-    latents. With :func:`flow_guide`, minus the ELBO is :math:`J_R - \log C` draw by draw
-    (:class:`pyroebm.objectives.ReverseKL`). M and :math:`\Sigma` stand in the model and S and F in
-    the guide; both register the flow with Pyro, so one optimizer trains all. The energy is
-    constant.
+    Its sites are ``x``, of the energy's event shape, and ``y`` if the flow has auxiliary variables.
+    With :func:`flow_guide` the negative ELBO is :math:`J_R - \log C` of
+    :class:`pyroebm.objectives.ReverseKL` at the same draws. M and :math:`\Sigma` are in the model,
+    S and F in the guide; both register the flow with Pyro, so one optimizer trains all parameters.
+    The energy is constant.
 
     Args:
         flow: q, for M and :math:`\Sigma`.
         energy: U.
+
+    Returns:
+        The model, a function without arguments.
 
     Raises:
         ValueError: if the flow does not fit the energy.
@@ -64,17 +67,19 @@ def flow_model(flow: Flow, energy: Energy) -> Callable[[], None]:
 def flow_guide(
     flow: Flow, energy: Energy, stl: bool = False
 ) -> Callable[[], tuple[Tensor, Tensor]]:
-    r"""The flow as a Pyro guide for :func:`flow_model`, or for any model of the same sites.
+    r"""Make the guide of a flow for :func:`flow_model`, or any model with the same sites.
 
-    It draws an auxiliary site ``xy`` and hands its parts to the sites ``x`` and ``y`` (the latter
-    where D > d), which it returns too; y is empty where D = d. ``pyro.infer.Predictive(guide,
-    num_samples=n)()`` draws them.
+    It samples an auxiliary site ``xy``, whose parts are the sites ``x`` and, for D > d, ``y``. Draw
+    from it by ``pyro.infer.Predictive(guide, num_samples=n)()``.
 
     Args:
         flow: q.
         energy: U, for the shape of x.
-        stl: leave the score out of the gradient ("sticking the landing", Roeder, Wu and Duvenaud,
-            2017).
+        stl: whether to omit the score from the gradient ("sticking the landing", Roeder, Wu and
+            Duvenaud, 2017).
+
+    Returns:
+        The guide, a function without arguments that returns x and y; y is empty for D = d.
 
     Raises:
         ValueError: if the flow does not fit the energy.

@@ -1,4 +1,4 @@
-"""Energies that know their truth (log Z, moments, mode weights, exact draws) or say None."""
+"""Energies whose log Z, moments, mode weights and exact draws are known, to test samplers with."""
 
 from pyroebm.targets.base import Target
 from pyroebm.targets.curved import Banana, Funnel, Ring, Rosenbrock

@@ -1,5 +1,4 @@
-"""What targets share: the promise of :class:`Target`, checked arguments, and one inverse-CDF and
-one rejection sampler."""
+"""Base class of targets, checks of arguments, and samplers by inverse CDF and by rejection."""
 
 from __future__ import annotations
 
@@ -18,7 +17,7 @@ from pyroebm.core.rng import standard_normal, uniform
 
 __all__ = [
     "LOG_TWO_PI",
-    "TabulatedLaw",
+    "TabulatedDensity",
     "Target",
     "as_floats",
     "check_each",
@@ -30,20 +29,20 @@ LOG_TWO_PI = math.log(2.0 * math.pi)
 
 
 class Target(Energy):
-    r"""An energy that knows its truth, or says None: samplers and estimators are judged against it.
+    r"""An energy with exactly known properties, to compare samplers and estimators with.
 
-    A subclass gives :meth:`forward`; of ``_log_z()``, :attr:`mean`, :attr:`variance` and
-    :attr:`mode_weights` what is exactly known; and ``_draw(n, generator)`` where independent draws
-    can be made. Truth is computed from parameters when it is asked for, so it follows
-    ``load_state_dict`` and ``.to()``.
+    A subclass defines :meth:`forward`; those of ``_log_z()``, :attr:`mean`, :attr:`variance` and
+    :attr:`mode_weights` that are known exactly, the others are None; and ``_draw(n, generator)`` if
+    exact draws are possible. The properties are computed from the parameters at each access, so
+    they follow ``load_state_dict`` and ``.to()``.
 
     Args:
-        event_shape: shape of one event; a class attribute of the same name serves too.
+        event_shape: shape of one event; a class attribute of the same name is the default.
         support: constraint of one event (default real).
-        dtype: floating-point type of its numbers; None for torch's default.
+        dtype: floating-point type of its parameters; None for torch's default.
 
     Raises:
-        ValueError: if ``dtype`` is no floating-point type.
+        ValueError: if ``dtype`` is not a floating-point type.
 
     Example:
         >>> import torch
@@ -69,13 +68,13 @@ class Target(Energy):
 
     @property
     def has_exact_draws(self) -> bool:
-        """Whether the class draws: ``_draw`` or :meth:`sample` is its own."""
+        """Whether the class defines exact draws, by ``_draw`` or :meth:`sample`."""
         cls = type(self)
         return cls._draw is not Target._draw or cls.sample is not Target.sample
 
     @property
     def log_z(self) -> float | None:
-        r""":math:`\log Z` in nats, computed in float64; None where unknown."""
+        r"""Log of the normalizing constant in nats, computed in float64; None where unknown."""
         return self._log_z()
 
     def _log_z(self) -> float | None:
@@ -97,24 +96,31 @@ class Target(Energy):
         return None
 
     def mode_of(self, x: Tensor) -> Tensor:
-        """Index into :attr:`mode_weights` of the mode of each state: ``(*batch, *event) ->
-        (*batch)``, int64."""
+        """Return the index of the mode of each state in :attr:`mode_weights`.
+
+        Args:
+            x: states, shape ``(*batch, *event)``.
+
+        Returns:
+            shape ``(*batch)``, int64.
+
+        Raises:
+            NotImplementedError: if the modes are not known.
+        """
         raise NotImplementedError(
-            f"{type(self).__name__} does not say which mode a state belongs to: its mode_weights"
-            " is None; a subclass that knows"
-            " overrides mode_weights and mode_of(x)"
+            f"{type(self).__name__} has no known modes: its mode_weights is None; override"
+            " mode_weights and mode_of(x) in a subclass to define them"
         )
 
     def sample(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
-        """``num_samples`` independent exact draws, shape ``(n, *event_shape)``, detached, of the
-        target's dtype and device.
+        """Draw exact independent samples, shape ``(num_samples, *event_shape)``, detached.
 
-        The noise is drawn in float64 on the generator's device, so draws of one seed agree across
-        dtypes up to rounding.
+        They have the dtype and device of the target. The noise is drawn in float64 on the
+        generator's device, so draws of one seed agree across dtypes up to rounding.
 
         Args:
             num_samples: number of draws, at least 1.
-            generator: source of randomness; None for torch's global one.
+            generator: source of randomness; None for torch's default one.
 
         Raises:
             ValueError: if ``num_samples`` < 1.
@@ -142,24 +148,28 @@ class Target(Energy):
         return torch.as_tensor(value, dtype=self.dtype, device=self.device)
 
     def _within_two_deviations(self, num_chains: int, generator: torch.Generator | None) -> Tensor:
-        # overdispersed starts for targets whose scale is not 1: uniform within two standard
-        # deviations of the mean
+        # overdispersed starting states: uniform within two standard deviations of the mean
         if num_chains < 1:
             raise ValueError(f"num_chains must be at least 1, got num_chains={num_chains}")
         if self.mean is None or self.variance is None:
-            raise NotImplementedError(f"{type(self).__name__} does not know its mean and variance")
+            raise NotImplementedError(
+                f"{type(self).__name__} has no known mean and variance: override initial"
+            )
         return self.mean + self.variance.sqrt() * (
             4.0 * self._uniform((num_chains, *self.event_shape), generator) - 2.0
         ).to(self.dtype)
 
 
 def as_floats(dtype: torch.dtype | None, **values: Any) -> list[Tensor]:
-    """Detached copies of numbers, arrays or tensors in one dtype and on one device: as asked, else
-    those of the first tensor.
+    """Convert numbers, arrays or tensors to detached tensors of one dtype and device.
+
+    Args:
+        dtype: floating-point type; None for that of the first tensor.
+        values: the values, by name.
 
     Raises:
-        ValueError: naming the argument, if a value is not finite or if ``dtype`` is no
-            floating-point type.
+        ValueError: if a value is not finite, with its name; if ``dtype`` is not a floating-point
+            type.
     """
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"dtype must be a floating-point type, got dtype={dtype}")
@@ -179,8 +189,11 @@ def as_floats(dtype: torch.dtype | None, **values: Any) -> list[Tensor]:
 
 
 def check_each(rule: str, holds: Callable[[Tensor], Tensor], **values: Tensor | float) -> None:
-    """Raise ValueError, naming the argument and up to five offending entries, unless the rule holds
-    for every entry."""
+    """Check that a rule holds for every entry of each value.
+
+    Raises:
+        ValueError: otherwise, with the argument's name and up to five entries.
+    """
     for name, value in values.items():
         tensor = torch.as_tensor(value)
         if not (good := holds(tensor)).all():
@@ -191,7 +204,11 @@ def check_each(rule: str, holds: Callable[[Tensor], Tensor], **values: Tensor | 
 
 
 def check_positive(**values: Tensor | float) -> None:
-    """Raise ValueError, as :func:`check_each`, unless every entry is positive and finite."""
+    """Check that every entry of each value is positive and finite.
+
+    Raises:
+        ValueError: otherwise, as :func:`check_each`.
+    """
     check_each("positive and finite", lambda t: (t > 0) & torch.isfinite(t), **values)
 
 
@@ -200,13 +217,16 @@ def rejection(
     propose: Callable[[int], tuple[Tensor, Tensor]],
     uniform: Callable[[Sequence[int]], Tensor],
 ) -> Tensor:
-    """``num_samples`` exact draws by rejection (von Neumann, 1951).
+    """Draw exact samples by rejection (von Neumann, 1951).
 
     Args:
         num_samples: number of draws.
-        propose: ``k`` to ``k`` independent proposals ``(k, *event)`` and their log acceptance
-            probabilities ``(k,)``, at most 0.
-        uniform: shape to uniform numbers in [0, 1).
+        propose: draws ``k`` independent proposals ``(k, *event)`` and returns them with their log
+            acceptance probabilities ``(k,)``, at most 0.
+        uniform: draws uniform numbers in [0, 1) of a given shape.
+
+    Returns:
+        shape ``(num_samples, *event)``.
     """
     kept: list[Tensor] = []
     while (missing := num_samples - sum(map(len, kept))) > 0:
@@ -215,24 +235,24 @@ def rejection(
     return torch.cat(kept)[:num_samples]
 
 
-class TabulatedLaw:
-    r"""A one-dimensional law :math:`e^{-U(x)} / Z` without heavy tails: truth by quadrature, draws
-    by inverse CDF.
+class TabulatedDensity:
+    r"""A one-dimensional density :math:`e^{-U(x)} / Z` without heavy tails, by quadrature.
 
-    The density is taken as piecewise linear between 65,537 nodes and inverted exactly within a
-    cell; for the polynomials here its divergence from the law is below what float64 draws can show.
-    Nothing is computed before it is asked for.
+    Draws are made by inverse CDF: the density is interpolated linearly between 65,537 nodes and
+    inverted exactly within a cell. For the polynomials here the interpolation error is below what
+    float64 draws can show. Tables and integrals are computed at first access.
 
     Args:
-        potential: :math:`U`, of floats and tensors alike.
-        low, high: an interval that holds all but a negligible part of the mass.
+        potential: :math:`U`, a function of floats and of tensors.
+        low: lower end of an interval that holds all but a negligible part of the mass.
+        high: upper end of that interval.
         split: point between the left and the right well.
 
     Example:
-        >>> law = TabulatedLaw(lambda x: x * x / 2, -12.0, 12.0, split=0.0)
-        >>> round(law.log_z, 9), round(law.variance, 9), round(law.right_mass, 9)
+        >>> density = TabulatedDensity(lambda x: x * x / 2, -12.0, 12.0, split=0.0)
+        >>> round(density.log_z, 9), round(density.variance, 9), round(density.right_mass, 9)
         (0.918938533, 1.0, 0.5)
-        >>> law.quantile(torch.tensor([0.975], dtype=torch.float64))
+        >>> density.quantile(torch.tensor([0.975], dtype=torch.float64))
         tensor([1.9600], dtype=torch.float64)
     """
 
@@ -275,31 +295,31 @@ class TabulatedLaw:
 
     @cached_property
     def log_z(self) -> float:
-        """Log of the integral of the density."""
+        """Log of the integral of the unnormalized density, in nats."""
         return math.log(self._mass) - self._table[-1]
 
     @cached_property
     def mean(self) -> float:
-        """Mean."""
+        """Mean of the density."""
         return self._whole(lambda x: x) / self._mass
 
     @cached_property
     def variance(self) -> float:
-        """Variance."""
+        """Variance of the density."""
         return self._whole(lambda x: (x - self.mean) ** 2) / self._mass
 
     @cached_property
     def right_mass(self) -> float:
-        """Probability of a state right of the split."""
+        """Probability of a state above the split."""
         return self._integral(lambda x: 1.0, self.split, self.high) / self._mass
 
     def quantile(self, u: Tensor) -> Tensor:
-        """Inverse of the distribution function, elementwise, for float64 ``u`` in [0, 1)."""
+        """Evaluate the inverse CDF elementwise, for float64 ``u`` in [0, 1)."""
         x, density, cdf = (t.to(u.device) for t in self._table[:3])
         right = torch.searchsorted(cdf, u, right=True).clamp(1, self.nodes - 1)
         left = right - 1
         p, q = density[left], density[right]
-        # of the cell's mass; its density is linear, so solve a quadratic
+        # fraction of the cell's mass; the density is linear, so its inverse CDF solves a quadratic
         share = (u - cdf[left]) / (cdf[right] - cdf[left])
         step = share * (p + q) / (p + torch.sqrt(p * p + share * (q * q - p * p)))
         return x[left] + step * (x[right] - x[left])

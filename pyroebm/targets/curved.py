@@ -1,4 +1,4 @@
-"""Curved laws of few dimensions: the banana, Rosenbrock's valley, Neal's funnel, a ring."""
+"""Curved densities in few dimensions: banana, Rosenbrock, funnel, ring."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ __all__ = ["Banana", "Funnel", "Ring", "Rosenbrock"]
 
 
 class _Bent(Target):
-    # x ~ N(location, variance), y ~ N(bend x^2 + shift, noise): what Banana and Rosenbrock share;
-    # normalised
+    # base of Banana and Rosenbrock, normalized: x ~ N(location, variance), y ~ N(bend x^2 + shift,
+    # noise)
     event_shape = torch.Size([2])
 
     def __init__(
@@ -68,8 +68,9 @@ class _Bent(Target):
 
 
 class Banana(_Bent):
-    r"""The twisted normal law of Haario, Saksman and Tamminen (1999): :math:`x_0 \sim N(0, v)`,
-    :math:`x_1 \sim N(b (x_0^2 - v), 1)`; normalised, :math:`\log Z = 0`.
+    r"""The twisted normal distribution, or banana, of Haario, Saksman and Tamminen (1999).
+
+    .. math:: x_0 \sim N(0, v), \qquad x_1 \sim N(b (x_0^2 - v), 1), \qquad \log Z = 0
 
     Args:
         bend: :math:`b`.
@@ -91,8 +92,9 @@ class Banana(_Bent):
 
 
 class Rosenbrock(_Bent):
-    r"""Rosenbrock's curved valley as a law (Pagani, Wiegand and Nadarajah, 2022): :math:`x \sim
-    N(a, 1)`, :math:`y \sim N(x^2, v)`; normalised, :math:`\log Z = 0`.
+    r"""The Rosenbrock density, a curved valley (Pagani, Wiegand and Nadarajah, 2022).
+
+    .. math:: x \sim N(a, 1), \qquad y \sim N(x^2, v), \qquad \log Z = 0
 
     Args:
         location: :math:`a`.
@@ -114,12 +116,13 @@ class Rosenbrock(_Bent):
 
 
 class Funnel(Target):
-    r"""Neal's funnel ("Slice sampling", 2003): :math:`\theta \sim N(0, v)`, :math:`x_i \sim N(0,
-    e^\theta)`; :math:`\log Z = 0`.
+    r"""Neal's funnel ("Slice Sampling", 2003).
 
-    An event is :math:`(\theta, x_1, \dots)`. Papers differ in :math:`v` (9, 3 or 1): name it with
-    every number. The moments of :math:`x_i` are too heavy-tailed to check samplers by; those of
-    :meth:`whiten` are standard normal.
+    .. math:: \theta \sim N(0, v), \qquad x_i \sim N(0, e^\theta), \qquad \log Z = 0
+
+    An event is :math:`(\theta, x_1, \dots)`. Publications use different :math:`v` (9, 3 or 1):
+    report it with every number. The tails of :math:`x_i` are too heavy to test samplers with its
+    moments; the coordinates of :meth:`whiten` are standard normal.
 
     Args:
         dim: number of entries of an event, :math:`\theta` included, at least 2.
@@ -146,6 +149,7 @@ class Funnel(Target):
         self.theta_variance = variance
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the energy of each event, in nats: ``(*batch, *event) -> (*batch)``."""
         theta, rest = x[..., 0], x[..., 1:]
         n = rest.shape[-1]
         constant = 0.5 * ((n + 1) * LOG_TWO_PI + math.log(self.theta_variance))
@@ -160,8 +164,10 @@ class Funnel(Target):
         )
 
     def whiten(self, x: Tensor) -> Tensor:
-        r"""Independent standard normal coordinates :math:`(\theta / \sqrt v,\, x_i e^{-\theta /
-        2})` of states, same shape."""
+        r"""Transform states to independent standard normal coordinates, of the same shape.
+
+        They are :math:`(\theta / \sqrt v,\, x_i e^{-\theta / 2})`.
+        """
         theta, rest = x[..., :1], x[..., 1:]
         return torch.cat([theta / math.sqrt(self.theta_variance), rest * torch.exp(-theta / 2)], -1)
 
@@ -170,10 +176,12 @@ class Funnel(Target):
 
     @property
     def mean(self) -> Tensor:
+        """Mean of each entry, shape ``event_shape``."""
         return self._number([0.0] * self.event_shape[0])
 
     @property
     def variance(self) -> Tensor:
+        """Variance of each entry, shape ``event_shape``."""
         v = self.theta_variance
         return self._number([v] + [math.exp(v / 2)] * (self.event_shape[0] - 1))
 
@@ -184,8 +192,7 @@ class Funnel(Target):
 
 
 class Ring(Target):
-    r"""A ring with two bumps: U1 of Rezende and Mohamed, "Variational Inference with Normalizing
-    Flows" (2015).
+    r"""A ring with two modes: :math:`U_1` of Rezende and Mohamed (2015).
 
     .. math:: U_1(x) = \tfrac12 \Bigl(\frac{|x| - 2}{0.4}\Bigr)^2
         - \log\Bigl(e^{-\frac12 ((x_1 - 2) / 0.6)^2} + e^{-\frac12 ((x_1 + 2) / 0.6)^2}\Bigr)
@@ -197,7 +204,7 @@ class Ring(Target):
         dtype: floating-point type; None for torch's default.
 
     Raises:
-        ValueError: if ``dtype`` is no floating-point type.
+        ValueError: if ``dtype`` is not a floating-point type.
 
     Example:
         >>> e = Ring()
@@ -211,6 +218,7 @@ class Ring(Target):
         super().__init__(dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the energy of each event, in nats: ``(*batch, *event) -> (*batch)``."""
         return 0.5 * ((torch.linalg.vector_norm(x, dim=-1) - 2.0) / 0.4) ** 2 - self._log_bumps(
             x[..., 0]
         )
@@ -224,29 +232,33 @@ class Ring(Target):
 
     @property
     def mean(self) -> Tensor:
+        """Mean of each entry, shape ``event_shape``."""
         return self._number([0.0, 0.0])
 
     @property
     def variance(self) -> Tensor:
+        """Variance of each entry, shape ``event_shape``."""
         return self._number(_ring_truth()[1:])
 
     @property
     def mode_weights(self) -> Tensor:
+        """Probability of each mode, shape ``(k,)``."""
         return self._number([0.5, 0.5])
 
     def mode_of(self, x: Tensor) -> Tensor:
+        """Return the index of the mode of each state: ``(*batch, *event) -> (*batch)``, int64."""
         self.batch_shape(x)
         return (x[..., 0] > 0).long()
 
     def _draw(self, n: int, generator: torch.Generator | None) -> Tensor:
-        # Proposal: uniform angle, radius N(2.08, 0.4^2), whose density is that of r N(r | 2, 0.4^2)
-        # with r replaced by its bound 2 exp(r/2 - 1). The bumps add up to at most 1 +
+        # The proposal has a uniform angle and a radius N(2.08, 0.4^2), which is r N(r | 2, 0.4^2)
+        # with r replaced by its bound 2 exp(r/2 - 1). The sum of the bumps is at most 1 +
         # exp(-(2/0.6)^2 / 2).
         def propose(k: int) -> tuple[Tensor, Tensor]:
             r = 2.08 + 0.4 * self._normal((k,), generator)
             angle = 2.0 * math.pi * self._uniform((k,), generator)
             x = r.unsqueeze(-1) * torch.stack([angle.cos(), angle.sin()], -1)
-            # NaN for a negative radius, which is never accepted
+            # NaN for a negative radius, which is then rejected
             radial = (r / 2.0).log() - (r / 2.0 - 1.0)
             return x, radial + self._log_bumps(x[:, 0]) - math.log1p(
                 math.exp(-0.5 * (2.0 / 0.6) ** 2)

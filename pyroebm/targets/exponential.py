@@ -1,5 +1,4 @@
-r"""Exponential families in natural form: :math:`E(x) = -\langle \eta, T(x) \rangle`, with log Z the
-log-partition function."""
+r"""Exponential families :math:`E(x) = -\langle \eta, T(x) \rangle` with known log Z."""
 
 from __future__ import annotations
 
@@ -19,18 +18,18 @@ __all__ = ["Beta", "Dirichlet", "Exponential", "ExponentialFamily", "Gamma", "Lo
 
 
 class ExponentialFamily(Target):
-    r"""A law :math:`p(x) = e^{\langle \eta, T(x) \rangle - A(\eta)}`, independent over the entries
-    (or rows) of an event.
+    r"""Base class of exponential families, independent over the entries or vectors of an event.
 
-    A subclass gives :meth:`natural`, :meth:`statistics`, :meth:`log_partition` and the truth. See
-    Wainwright and Jordan, "Graphical Models, Exponential Families, and Variational Inference"
-    (2008).
+    .. math:: p(x) = e^{\langle \eta, T(x) \rangle - A(\eta)}
+
+    A subclass defines :meth:`natural`, :meth:`statistics`, :meth:`log_partition`, mean, variance
+    and draws. See Wainwright and Jordan, "Graphical Models, Exponential Families, and Variational
+    Inference" (2008).
 
     Args:
         support: constraint of an event.
         dtype: floating-point type; None for that of the tensors given, else torch's default.
-        parameters: the family's own parameters, broadcast to one another; their common shape is the
-            event shape.
+        parameters: parameters of the family, by name; their broadcast shape is the event shape.
 
     Raises:
         ValueError: if the parameters do not broadcast or one is not finite.
@@ -57,18 +56,19 @@ class ExponentialFamily(Target):
             self.register_buffer(name, tensor)
 
     def natural(self) -> tuple[Tensor, ...]:
-        r"""Natural parameters :math:`\eta`, each of shape ``event_shape``."""
+        r"""Return the natural parameters :math:`\eta`, each of shape ``event_shape``."""
         raise NotImplementedError(f"{type(self).__name__} must define natural()")
 
     def statistics(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Sufficient statistics T, one for each natural parameter, each ``(*batch, *event)``."""
+        """Return the sufficient statistics, one per natural parameter, ``(*batch, *event)``."""
         return (x,)
 
     def log_partition(self) -> Tensor:
-        r""":math:`A(\eta)` of each entry (or row) of an event; :attr:`log_z` is the sum."""
+        r"""Return :math:`A(\eta)` of each entry or vector of an event; :attr:`log_z` is the sum."""
         raise NotImplementedError(f"{type(self).__name__} must define log_partition()")
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the energy of each event, in nats: ``(*batch, *event) -> (*batch)``."""
         terms = [eta * t for eta, t in zip(self.natural(), self.statistics(x), strict=True)]
         return -event_sum(
             torch.stack(terms).sum(0) if len(terms) > 1 else terms[0], len(self.event_shape)
@@ -78,21 +78,22 @@ class ExponentialFamily(Target):
         return float(self.log_partition().sum())
 
     def _log_gammas(self, shape: Tensor, n: int, generator: torch.Generator | None) -> Tensor:
-        # logarithms of gamma draws, safe for small shapes, where the draws underflow: G(a) = G(a +
-        # 1) U^(1/a) in law
+        # Logarithms of gamma draws. For small shapes the draws themselves underflow; G(a) and G(a +
+        # 1) U^(1/a) have the same distribution.
         where = self.device if generator is None else generator.device
         shapes = shape.double().to(where).expand(n, *shape.shape)
         raised = standard_gamma(shapes + 1.0, generator).log().to(self.device)
         return raised + torch.log1p(-self._uniform(shapes.shape, generator)) / shape.double()
 
     def _inside(self, x: Tensor, high: float = math.inf) -> Tensor:
-        # rounding to the target's dtype must not carry a draw of an open set onto its edge
+        # rounding to the target's dtype must not move a draw to the boundary of an open set
         return x.to(self.dtype).clamp(torch.finfo(self.dtype).tiny, high)
 
 
 class Exponential(ExponentialFamily):
-    r"""The exponential law, :math:`E(x) = \lambda x` on :math:`x > 0`, :math:`\log Z = -\log
-    \lambda`.
+    r"""The exponential distribution on :math:`x > 0`.
+
+    .. math:: E(x) = \lambda x, \qquad \log Z = -\log \lambda
 
     Args:
         rate: :math:`\lambda > 0`, shape ``event_shape``.
@@ -114,17 +115,21 @@ class Exponential(ExponentialFamily):
         check_positive(rate=self.rate)
 
     def natural(self) -> tuple[Tensor, ...]:
+        """Return the natural parameters, each of shape ``event_shape``."""
         return (-self.rate,)
 
     def log_partition(self) -> Tensor:
+        """Return the log-partition function of each entry or vector of an event."""
         return -self.rate.double().log()
 
     @property
     def mean(self) -> Tensor:
+        """Mean of each entry, shape ``event_shape``."""
         return 1.0 / self.rate
 
     @property
     def variance(self) -> Tensor:
+        """Variance of each entry, shape ``event_shape``."""
         return self.rate**-2
 
     def _draw(self, n: int, generator: torch.Generator | None) -> Tensor:
@@ -134,8 +139,12 @@ class Exponential(ExponentialFamily):
 
 
 class Gamma(ExponentialFamily):
-    r"""The gamma law, :math:`E(x) = -(\alpha - 1) \log x + \beta x` on :math:`x > 0`,
-    :math:`\log Z = \log \Gamma(\alpha) - \alpha \log \beta`.
+    r"""The gamma distribution on :math:`x > 0`.
+
+    .. math::
+
+        E(x) = -(\alpha - 1) \log x + \beta x, \qquad
+        \log Z = \log \Gamma(\alpha) - \alpha \log \beta
 
     Args:
         shape: :math:`\alpha > 0`.
@@ -159,20 +168,25 @@ class Gamma(ExponentialFamily):
         check_positive(shape=self.shape, rate=self.rate)
 
     def natural(self) -> tuple[Tensor, ...]:
+        """Return the natural parameters, each of shape ``event_shape``."""
         return self.shape - 1.0, -self.rate
 
     def statistics(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Return the sufficient statistics, each ``(*batch, *event)``."""
         return x.log(), x
 
     def log_partition(self) -> Tensor:
+        """Return the log-partition function of each entry or vector of an event."""
         return torch.lgamma(self.shape.double()) - self.shape.double() * self.rate.double().log()
 
     @property
     def mean(self) -> Tensor:
+        """Mean of each entry, shape ``event_shape``."""
         return self.shape / self.rate
 
     @property
     def variance(self) -> Tensor:
+        """Variance of each entry, shape ``event_shape``."""
         return self.shape / self.rate**2
 
     def _draw(self, n: int, generator: torch.Generator | None) -> Tensor:
@@ -180,11 +194,13 @@ class Gamma(ExponentialFamily):
 
 
 class Beta(ExponentialFamily):
-    r"""The beta law, :math:`E(x) = -(a - 1) \log x - (b - 1) \log(1 - x)` on :math:`0 < x < 1`,
-    :math:`\log Z = \log B(a, b)`.
+    r"""The beta distribution on :math:`0 < x < 1`.
+
+    .. math:: E(x) = -(a - 1) \log x - (b - 1) \log(1 - x), \qquad \log Z = \log B(a, b)
 
     Args:
-        a, b: parameters > 0, broadcast to ``event_shape``.
+        a: first parameter, a > 0.
+        b: second parameter, b > 0; both broadcast to ``event_shape``.
         dtype: floating-point type; None for that of the tensors given, else torch's default.
 
     Raises:
@@ -204,21 +220,26 @@ class Beta(ExponentialFamily):
         check_positive(a=self.a, b=self.b)
 
     def natural(self) -> tuple[Tensor, ...]:
+        """Return the natural parameters, each of shape ``event_shape``."""
         return self.a - 1.0, self.b - 1.0
 
     def statistics(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Return the sufficient statistics, each ``(*batch, *event)``."""
         return x.log(), torch.log1p(-x)
 
     def log_partition(self) -> Tensor:
+        """Return the log-partition function of each entry or vector of an event."""
         a, b = self.a.double(), self.b.double()
         return torch.lgamma(a) + torch.lgamma(b) - torch.lgamma(a + b)
 
     @property
     def mean(self) -> Tensor:
+        """Mean of each entry, shape ``event_shape``."""
         return self.a / (self.a + self.b)
 
     @property
     def variance(self) -> Tensor:
+        """Variance of each entry, shape ``event_shape``."""
         return self.mean * (1.0 - self.mean) / (self.a + self.b + 1.0)
 
     def _draw(self, n: int, generator: torch.Generator | None) -> Tensor:
@@ -227,23 +248,24 @@ class Beta(ExponentialFamily):
 
 
 class Dirichlet(ExponentialFamily):
-    r"""The Dirichlet law, :math:`E(x) = -\sum_i (\alpha_i - 1) \log x_i` on the simplex.
+    r"""The Dirichlet distribution on the simplex.
 
     .. math::
 
+        E(x) = -\sum_i (\alpha_i - 1) \log x_i, \qquad
         \log Z = \sum_i \log \Gamma(\alpha_i) - \log \Gamma\bigl(\textstyle\sum_i \alpha_i\bigr)
 
-    is the integral over all but the last coordinate, the measure that the stick-breaking transform
-    keeps.
+    Z is the integral over all coordinates but the last, the measure of the stick-breaking
+    transform.
 
     Args:
-        concentration: :math:`\alpha_i > 0`, shape ``(*rows, k)``: one simplex of k >= 2 entries for
-            each row.
+        concentration: :math:`\alpha_i > 0`, shape ``(*sites, k)``: a simplex of k >= 2 entries for
+            each site.
         dtype: floating-point type; None for that of the tensors given, else torch's default.
 
     Raises:
-        ValueError: if ``concentration`` is not positive and finite or has no last dimension of size
-            2 or more.
+        ValueError: if ``concentration`` is not positive and finite, or if its last dimension is
+            smaller than 2.
 
     Example:
         >>> e = Dirichlet([1.0, 2.0, 1.0])
@@ -259,21 +281,26 @@ class Dirichlet(ExponentialFamily):
         check_categories(concentration=self.concentration)
 
     def natural(self) -> tuple[Tensor, ...]:
+        """Return the natural parameters, each of shape ``event_shape``."""
         return (self.concentration - 1.0,)
 
     def statistics(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Return the sufficient statistics, each ``(*batch, *event)``."""
         return (x.log(),)
 
     def log_partition(self) -> Tensor:
+        """Return the log-partition function of each entry or vector of an event."""
         alpha = self.concentration.double()
         return torch.lgamma(alpha).sum(-1) - torch.lgamma(alpha.sum(-1))
 
     @property
     def mean(self) -> Tensor:
+        """Mean of each entry, shape ``event_shape``."""
         return self.concentration / self.concentration.sum(-1, keepdim=True)
 
     @property
     def variance(self) -> Tensor:
+        """Variance of each entry, shape ``event_shape``."""
         return self.mean * (1.0 - self.mean) / (self.concentration.sum(-1, keepdim=True) + 1.0)
 
     def _draw(self, n: int, generator: torch.Generator | None) -> Tensor:
@@ -281,7 +308,7 @@ class Dirichlet(ExponentialFamily):
 
 
 class LogNormal(ExponentialFamily):
-    r"""The law of :math:`e^y` with :math:`y \sim N(\mu, \sigma^2)`: on :math:`x > 0`
+    r"""The log-normal distribution, that of :math:`e^y` with :math:`y \sim N(\mu, \sigma^2)`.
 
     .. math::
 
@@ -312,21 +339,26 @@ class LogNormal(ExponentialFamily):
         check_positive(scale=self.scale)
 
     def natural(self) -> tuple[Tensor, ...]:
+        """Return the natural parameters, each of shape ``event_shape``."""
         return self.loc / self.scale**2 - 1.0, -0.5 / self.scale**2
 
     def statistics(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Return the sufficient statistics, each ``(*batch, *event)``."""
         return x.log(), x.log().square()
 
     def log_partition(self) -> Tensor:
+        """Return the log-partition function of each entry or vector of an event."""
         loc, scale = self.loc.double(), self.scale.double()
         return 0.5 * (loc / scale) ** 2 + scale.log() + 0.5 * math.log(2.0 * math.pi)
 
     @property
     def mean(self) -> Tensor:
+        """Mean of each entry, shape ``event_shape``."""
         return torch.exp(self.loc + 0.5 * self.scale**2)
 
     @property
     def variance(self) -> Tensor:
+        """Variance of each entry, shape ``event_shape``."""
         return torch.expm1(self.scale**2) * self.mean**2
 
     def _draw(self, n: int, generator: torch.Generator | None) -> Tensor:
@@ -336,9 +368,14 @@ class LogNormal(ExponentialFamily):
 
 
 def check_categories(**values: Tensor) -> None:
+    """Check that each value has a last dimension of at least two categories.
+
+    Raises:
+        ValueError: otherwise.
+    """
     for name, value in values.items():
         if value.dim() < 1 or value.shape[-1] < 2:
             raise ValueError(
-                f"{name} must have shape (*rows, k) with k >= 2 categories, got shape"
+                f"{name} must have shape (*sites, k) with k >= 2 categories, got shape"
                 f" {tuple(value.shape)}"
             )

@@ -1,4 +1,4 @@
-"""A scalar field on a ring of sites: its partition function by the transfer matrix."""
+"""The phi^4 field on a ring of sites, with its partition function by the transfer matrix."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ __all__ = ["Phi4"]
 
 
 class Phi4(Target):
-    r"""The :math:`\phi^4` field on a ring of L sites (Albergo, Kanwar and Shanahan, 2019, on a
-    two-dimensional torus).
+    r"""The :math:`\phi^4` field on a ring of L sites.
 
     .. math:: S(f) = \sum_i (f_i - f_{i+1})^2 + m_2 f_i^2 + \lambda f_i^4, \qquad f_{L+1} = f_1
 
-    Neighbours alone are coupled, so that :math:`Z = \mathrm{tr}\, T^L` with :math:`T(a, b) = e^{-(a
-    - b)^2 - V(a)/2 - V(b)/2}`, :math:`V(f) = m_2 f^2 + \lambda f^4`: the truth is computed from the
-    eigenvalues of T on a grid. With :math:`m_2 < 0` the field has two modes, of the signs of its
-    mean, each of weight one half. With :math:`\lambda = 0` it is free: a normal law, with exact
+    Albergo, Kanwar and Shanahan (2019) use it on a two-dimensional torus. Only neighboring sites
+    are coupled, so that :math:`Z = \mathrm{tr}\, T^L` with the transfer matrix :math:`T(a, b) =
+    e^{-(a - b)^2 - V(a)/2 - V(b)/2}`, :math:`V(f) = m_2 f^2 + \lambda f^4`. log Z and the variance
+    are computed from the eigenvalues of T on a grid. For :math:`m_2 < 0` the field has two modes,
+    the signs of its mean, each of weight one half. For :math:`\lambda = 0` it is normal, with exact
     draws.
 
     Args:
-        length: L, at least 2 (the two sites of a ring of 2 are neighbours twice).
-        m2: :math:`m_2`; positive where :math:`\lambda = 0`.
+        length: L, at least 2 (the two sites of a ring of 2 have two bonds).
+        m2: :math:`m_2`; positive if :math:`\lambda = 0`.
         lam: :math:`\lambda \ge 0`.
         dtype: floating-point type; None for torch's default.
 
@@ -39,8 +39,8 @@ class Phi4(Target):
         (7.63835191, tensor([0., 0., 0.]))
     """
 
-    #: Nodes of the grid of the transfer matrix. Its integrand is smooth and vanishes at the ends,
-    #: so trapezoids converge faster than any power of their width.
+    #: Nodes of the grid of the transfer matrix. The integrand is smooth and vanishes at the ends,
+    #: so the trapezoidal rule converges faster than any power of the step.
     nodes = 601
 
     def __init__(
@@ -66,16 +66,19 @@ class Phi4(Target):
 
     @property
     def has_exact_draws(self) -> bool:
-        """Only without the quartic term, where the field is normal."""
+        """Whether the field is normal: there is no quartic term."""
         return self.lam == 0.0
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the energy of each event, in nats: ``(*batch, *event) -> (*batch)``."""
         square = x.square()
         return ((x - x.roll(-1, -1)).square() + square * (self.m2 + self.lam * square)).sum(-1)
 
     def _spectrum(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Nodes, logs of the positive eigenvalues and their vectors ``(nodes, k)``; what is below
-        rounding is left out."""
+        """Return the nodes, and the logs and vectors ``(nodes, k)`` of the positive eigenvalues.
+
+        Eigenvalues below the rounding error are left out.
+        """
         end = 1.0
         while self._potential(end) < self._floor() + 80.0:
             end *= 1.1
@@ -98,27 +101,36 @@ class Phi4(Target):
         return float(torch.logsumexp(self.length * self._spectrum()[1], 0))
 
     def _modes(self) -> Tensor:
-        """Stiffness of each Fourier mode of the free field, so that S is the sum of their
-        squares."""
+        """Return the coefficient of each squared Fourier mode in the action of the free field."""
         k = torch.arange(self.length, dtype=torch.float64)
         return self.m2 + 4.0 * torch.sin(math.pi * k / self.length).square()
 
     @property
     def mean(self) -> Tensor:
+        """Mean of each entry, shape ``event_shape``."""
         return self._number(torch.zeros(self.length))
 
     @property
     def variance(self) -> Tensor:
+        """Variance of each entry, shape ``event_shape``."""
         f, log_values, vectors = self._spectrum()
         weights = torch.softmax(self.length * log_values, 0)
         return self._number(((f.square() @ vectors.square()) @ weights).expand(self.length))
 
     @property
     def mode_weights(self) -> Tensor | None:
+        """Probability of each mode, shape ``(k,)``; None where unknown."""
         return self._number([0.5, 0.5]) if self.m2 < 0.0 else None
 
     def mode_of(self, x: Tensor) -> Tensor:
-        """1 where the mean of the field is positive: ``(*batch, L) -> (*batch)``."""
+        """Return the mode of each state: 1 where the mean of the field is positive, else 0.
+
+        Args:
+            x: states, shape ``(*batch, L)``.
+
+        Returns:
+            shape ``(*batch)``, int64.
+        """
         if self.m2 >= 0.0:
             return super().mode_of(x)
         self.batch_shape(x)
@@ -127,7 +139,6 @@ class Phi4(Target):
     def _draw(self, n: int, generator: torch.Generator | None) -> Tensor:
         if self.lam > 0.0:
             return super()._draw(n, generator)
-        # a field with white noise in place of each Fourier mode's amplitude: real noise, its
-        # spectrum, each mode scaled, back
+        # white noise, whose Fourier modes are scaled to their standard deviations
         spectrum = torch.fft.fft(self._normal((n, self.length), generator), dim=1)
         return torch.fft.ifft(spectrum / (2.0 * self._modes().to(self.device)).sqrt(), dim=1).real

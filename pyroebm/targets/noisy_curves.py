@@ -1,4 +1,4 @@
-"""Plane curves with noise, by quadrature along the curve: two moons, two spirals."""
+"""Plane curves with noise, with densities by quadrature along the curve: two moons, two spirals."""
 
 from __future__ import annotations
 
@@ -15,43 +15,48 @@ from pyroebm.targets.base import LOG_TWO_PI, Target, check_each, check_positive
 
 __all__ = ["NoisyCurves", "Plane", "TwoMoons", "TwoSpirals"]
 
-#: Rows whose distances to all nodes of a curve are held at once: few enough for a processor's
-#: cache.
-ROWS = 64
-#: Nodes across a box, on each of its axes.
+#: Events whose distances to all nodes are computed at once, so that they fit the processor's cache.
+EVENTS = 64
+#: Quadrature nodes on each axis of the box.
 BOX_NODES = 6
 
 
 class Plane(Target):
-    # normalised laws of two real numbers that know their moments
+    """Base class of normalized densities of two real numbers, with known moments.
+
+    Example:
+        >>> TwoMoons().event_shape, TwoMoons().log_z
+        (torch.Size([2]), 0.0)
+    """
+
     event_shape = torch.Size([2])
 
     def _log_z(self) -> float:
         return 0.0
 
     def initial(self, num_chains: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draw starting states of finite energy, shape ``(num_chains, *event)``."""
         return self._within_two_deviations(num_chains, generator)
 
 
 class NoisyCurves(Plane):
-    r"""Points of plane curves :math:`c_k` with noise, each curve as likely as the others,
-    normalised.
+    r"""Points on plane curves :math:`c_k` with noise; all curves are equally likely. Normalized.
 
     .. math::
 
         x = c_k(u) + b\, v + \sigma z, \qquad p(x) = \frac1K \sum_k \int_0^1 \kappa(x - c_k(u))\, du
 
     with u uniform, v uniform on the square :math:`[0, 1]^2`, z standard normal, and :math:`\kappa`
-    the density of the noise. The integral is taken by a Gauss-Legendre rule in :math:`\sqrt u`,
-    which converges at once where the nodes are dense against the noise.
+    the density of the noise. The integral is computed by a Gauss-Legendre rule in :math:`\sqrt u`,
+    which is accurate to rounding if the distance of its nodes is small against the noise.
 
     Args:
         curves: :math:`c`, from u of shape ``(n,)`` to points ``(K, n, 2)``; smooth in :math:`\sqrt
             u`.
-        noise: :math:`\sigma > 0`, in units of x.
-        box: :math:`b \ge 0`, the side of the square.
-        num_nodes: of the rule on each curve; about three times the length over :math:`\sigma` will
-            do.
+        noise: :math:`\sigma > 0`, in the unit of x.
+        box: :math:`b \ge 0`, the side of the square, in the unit of x.
+        num_nodes: quadrature nodes on each curve; about three times its length over :math:`\sigma`
+            is enough.
         dtype: floating-point type; None for torch's default.
 
     Raises:
@@ -94,12 +99,12 @@ class NoisyCurves(Plane):
         self.register_buffer("log_weights", (weight * root / len(points)).log().repeat(len(points)))
         self.to(dtype or torch.get_default_dtype())
 
-    def _log_noise(self, x: Tensor) -> Tensor:  # of one coordinate, its middle at 0
+    def _log_noise(self, x: Tensor) -> Tensor:  # of one coordinate of the noise, centered at 0
         normal = -0.5 * (x / self.noise).square() - 0.5 * LOG_TWO_PI - math.log(self.noise)
         if not self.box:
             return normal
-        # N(x | v, sigma^2) over the box is N(x | 0, sigma^2) e^(v x / sigma^2 - v^2 / 2 sigma^2),
-        # of which no part overflows here
+        # N(x | v, sigma^2) is N(x | 0, sigma^2) e^(v x / sigma^2 - v^2 / 2 sigma^2), integrated
+        # over the box without overflow
         far, edge = x.abs(), 0.5 * self.box
         total = torch.zeros_like(far)
         for v, weight in self._box_rule:
@@ -119,22 +124,26 @@ class NoisyCurves(Plane):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        def energy(rows: Tensor) -> Tensor:
-            parts = self._log_noise(rows[:, :1] - self.nodes[:, 0]) + self._log_noise(
-                rows[:, 1:] - self.nodes[:, 1]
+        """Return the energy of each event, in nats: ``(*batch, *event) -> (*batch)``."""
+
+        def energy(events: Tensor) -> Tensor:
+            parts = self._log_noise(events[:, :1] - self.nodes[:, 0]) + self._log_noise(
+                events[:, 1:] - self.nodes[:, 1]
             )
             return -torch.logsumexp(parts + self.log_weights, 1)
 
-        return torch.cat([energy(rows) for rows in x.reshape(-1, 2).split(ROWS)]).reshape(
+        return torch.cat([energy(events) for events in x.reshape(-1, 2).split(EVENTS)]).reshape(
             x.shape[:-1]
         )
 
     @property
     def mean(self) -> Tensor:
+        """Mean of each entry, shape ``event_shape``."""
         return self.log_weights.exp() @ self.nodes
 
     @property
     def variance(self) -> Tensor:
+        """Variance of each entry, shape ``event_shape``."""
         return (
             self.log_weights.exp() @ (self.nodes - self.mean).square()
             + self.noise**2
@@ -151,13 +160,14 @@ class NoisyCurves(Plane):
 
 
 class TwoMoons(NoisyCurves):
-    r"""The law of scikit-learn's ``make_moons``: two half circles of radius 1, about (0, 0) and (1,
-    1/2), with normal noise.
+    r"""The distribution of scikit-learn's ``make_moons``: two half circles with normal noise.
+
+    They have radius 1 and the centers (0, 0) and (1, 1/2).
 
     Args:
         noise: :math:`\sigma > 0`, before the scaling.
-        scale: all lengths are multiplied by it.
-        shift: then added. Grathwohl et al. (2021) take the scale 2 and the shift (-1, -0.2).
+        scale: factor of all lengths.
+        shift: added after the scaling. Grathwohl et al. (2021) use scale 2 and shift (-1, -0.2).
         dtype: floating-point type; None for torch's default.
 
     Raises:
@@ -187,8 +197,11 @@ class TwoMoons(NoisyCurves):
 
 
 class TwoSpirals(NoisyCurves):
-    r"""The two spirals of Grathwohl et al. (FFJORD, 2019): :math:`n = 3 \pi \sqrt u`, points
-    :math:`\pm (-n \cos n + v_1 / 2,\, n \sin n + v_2 / 2) / 3` with uniform v, and normal noise.
+    r"""The two spirals of Grathwohl et al. (FFJORD, 2019), with normal noise.
+
+    .. math:: x = \pm (-n \cos n + v_1 / 2,\, n \sin n + v_2 / 2) / 3, \qquad n = 3 \pi \sqrt u
+
+    with u uniform and v uniform on the square :math:`[0, 1]^2`.
 
     Args:
         noise: :math:`\sigma > 0`.
@@ -208,7 +221,7 @@ class TwoSpirals(NoisyCurves):
         def arms(u: Tensor) -> Tensor:
             n = 3.0 * math.pi * u.sqrt()
             arm = torch.stack([-n * torch.cos(n), n * torch.sin(n)], -1) / 3.0
-            # of the second the square lies on the other side
+            # the square of the second arm is on its other side
             return torch.stack([arm, -arm - 1.0 / 6.0])
 
         super().__init__(

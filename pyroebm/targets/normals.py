@@ -1,4 +1,4 @@
-"""Normal laws and their mixtures."""
+"""Normal distributions and their mixtures."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ __all__ = ["Gaussian", "GaussianMixture", "scales_gaussian"]
 
 
 class _Normals(Target):
-    """A stack of normal laws with locations ``(*stack, *event)``: no stack for a Gaussian, ``(k,)``
-    for a mixture.
+    """Normal distributions with locations ``(*stack, *event)``.
 
-    ``whitening`` holds W with W'W the precision: its diagonal in the shape of ``loc``, or dense
-    matrices over flattened events.
+    The stack is empty for a Gaussian and ``(k,)`` for a mixture. ``whitening`` holds W with W'W the
+    precision: its diagonal in the shape of ``loc``, or dense matrices over flattened events.
     """
 
     loc: Tensor
@@ -72,7 +71,7 @@ class _Normals(Target):
         dims = 1 if self.dense else len(self.event_shape)
         return 0.5 * event_numel(self.event_shape) * LOG_TWO_PI - event_sum(logs, dims)
 
-    # inverse of the whitening, float64: what noise is multiplied by
+    # inverse of the whitening, float64: the factor of standard normal noise
     def _coloring(self) -> Tensor:
         return (
             _inverse(self.whitening.double())
@@ -89,7 +88,7 @@ class _Normals(Target):
         )
 
     def _draw_part(self, n: int, part: Any, generator: torch.Generator | None) -> Tensor:
-        # part: an index into the stack for each draw; the empty tuple where there is no stack
+        # part: an index into the stack for each draw; the empty tuple for an empty stack
         noise, coloring = self._normal((n, *self.event_shape), generator), self._coloring()
         if not self.dense:
             return self.loc[part] + coloring[part] * noise
@@ -148,17 +147,19 @@ def _inverse(lower: Tensor) -> Tensor:
 
 
 class Gaussian(_Normals):
-    r"""A normal law as an energy, not normalised: :math:`E(x) = \tfrac12 (x - m)^T \Sigma^{-1} (x -
-    m)`.
+    r"""The unnormalized normal density with mean m and covariance :math:`\Sigma`.
 
-    .. math:: \log Z = \tfrac d2 \log 2\pi + \tfrac12 \log \det \Sigma
+    .. math::
+
+        E(x) = \tfrac12 (x - m)^T \Sigma^{-1} (x - m), \qquad
+        \log Z = \tfrac d2 \log 2\pi + \tfrac12 \log \det \Sigma
 
     Args:
         mean: :math:`m`, shape ``event_shape``, any shape; numbers or a tensor.
         covariance: :math:`\Sigma`, shape ``(d, d)`` over flattened events, symmetric positive
             definite.
-        scale: standard deviations, broadcast to ``event_shape``, in place of ``covariance``;
-            neither means 1. No matrix is used.
+        scale: standard deviations, broadcast to ``event_shape``, in place of ``covariance``; 1 if
+            both are None. No matrix is used.
         dtype: floating-point type; None for that of the tensors given, else torch's default.
 
     Raises:
@@ -183,6 +184,7 @@ class Gaussian(_Normals):
         super().__init__("mean", mean, scale, covariance, 0, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the energy of each event, in nats: ``(*batch, *event) -> (*batch)``."""
         return self._quadratic(x - self.loc)
 
     def _log_z(self) -> float:
@@ -190,10 +192,12 @@ class Gaussian(_Normals):
 
     @property
     def mean(self) -> Tensor:
+        """Mean of each entry, shape ``event_shape``."""
         return self.loc
 
     @property
     def variance(self) -> Tensor:
+        """Variance of each entry, shape ``event_shape``."""
         return self._variances().to(self.dtype)
 
     @property
@@ -211,12 +215,14 @@ class Gaussian(_Normals):
 def scales_gaussian(
     dim: int = 50, low: float = 0.1, high: float = 10.0, *, dtype: torch.dtype | None = None
 ) -> Gaussian:
-    r"""The centered normal law with log-spaced standard deviations, on which step-size and metric
-    adaptation are judged.
+    r"""Return the centered normal distribution with log-spaced standard deviations.
+
+    It tests the adaptation of step sizes and metrics.
 
     Args:
         dim: number of dimensions.
-        low, high: smallest and largest standard deviation.
+        low: smallest standard deviation.
+        high: largest standard deviation.
         dtype: floating-point type; None for torch's default.
 
     Raises:
@@ -228,19 +234,22 @@ def scales_gaussian(
     """
     if dim < 1 or not 0.0 < low <= high < math.inf:
         raise ValueError(
-            f"need dim >= 1 and 0 < low <= high, got dim={dim}, low={low}, high={high}"
+            "dim must be at least 1 and low and high satisfy 0 < low <= high, got"
+            f" dim={dim}, low={low}, high={high}"
         )
     scale = torch.logspace(math.log10(low), math.log10(high), dim, dtype=torch.float64)
     return Gaussian(torch.zeros(dim, dtype=dtype), scale=scale)
 
 
 class GaussianMixture(_Normals):
-    r"""A normalised mixture of normal laws, :math:`E(x) = -\log \sum_k w_k N(x \mid m_k, \Sigma_k)`
-    with :math:`\log Z = 0`.
+    r"""A normalized mixture of normal distributions.
 
-    ``mode_weights`` are the :math:`w_k`, and :meth:`mode_of` names the most responsible component.
-    Where components overlap, frequencies of :meth:`mode_of` are not quite the weights (up to 4 %
-    off for :meth:`gmm40`); the expected :meth:`responsibilities` always are.
+    .. math:: E(x) = -\log \sum_k w_k N(x \mid m_k, \Sigma_k), \qquad \log Z = 0
+
+    ``mode_weights`` are the :math:`w_k`, and :meth:`mode_of` returns the component of largest
+    responsibility. If components overlap, the frequencies of :meth:`mode_of` differ from the
+    weights (by up to 4 % for :meth:`gmm40`); the expected :meth:`responsibilities` are equal to
+    them.
 
     Args:
         means: :math:`m_k`, shape ``(k, *event_shape)``.
@@ -248,12 +257,11 @@ class GaussianMixture(_Normals):
             that broadcasts to the shape of ``means``; 1 by default.
         covariance: :math:`\Sigma_k` over flattened events, shape ``(d, d)`` or ``(k, d, d)``, in
             place of ``scale``.
-        weights: :math:`w_k > 0`, shape ``(k,)``, normalised here; equal by default.
+        weights: :math:`w_k > 0`, shape ``(k,)``; they are normalized. Equal by default.
         dtype: floating-point type; None for that of the tensors given, else torch's default.
 
     Raises:
-        ValueError: as :class:`Gaussian`, and if ``weights`` is not positive or not of shape
-            ``(k,)``.
+        ValueError: as :class:`Gaussian`; if ``weights`` is not positive or not of shape ``(k,)``.
 
     Example:
         >>> e = GaussianMixture([[-3.0], [3.0]], scale=0.5, weights=[1.0, 3.0])
@@ -293,12 +301,13 @@ class GaussianMixture(_Normals):
         *,
         dtype: torch.dtype | None = None,
     ) -> GaussianMixture:
-        """Equal modes on a ``side`` x ``side`` grid centered on 0: 9 or 25 of them in the papers
-        (Zhang and Chen, 2022).
+        """Return equal modes on a ``side`` x ``side`` grid centered on 0 (Zhang and Chen, 2022).
+
+        Publications use 9 or 25 modes.
 
         Args:
             side: modes along an edge, at least 1.
-            spacing: distance between neighbours.
+            spacing: distance between neighbors.
             variance: variance of each mode in each direction.
             dtype: floating-point type; None for torch's default.
 
@@ -314,8 +323,9 @@ class GaussianMixture(_Normals):
 
     @classmethod
     def gmm40(cls, *, dtype: torch.dtype | None = None) -> GaussianMixture:
-        """The 40 modes of Midgley et al., "Flow Annealed Importance Sampling Bootstrap" (2023), in
-        PyTorch's numbers of seed 0.
+        """Return the mixture of 40 modes of Midgley et al. (2023).
+
+        Their locations are PyTorch's random numbers of seed 0.
 
         Args:
             dtype: floating-point type; None for torch's default.
@@ -330,11 +340,14 @@ class GaussianMixture(_Normals):
         return self.weights.log() - self._log_norm(self.whitening) - self._quadratic(deviation)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the energy of each event, in nats: ``(*batch, *event) -> (*batch)``."""
         return -torch.logsumexp(self._log_parts(x), -1)
 
     def responsibilities(self, x: Tensor) -> Tensor:
-        """Posterior probability of each component: ``(*batch, *event) -> (*batch, k)``; its mean
-        under the law is the weights."""
+        """Return the posterior probability of each component: ``(*batch, *event) -> (*batch, k)``.
+
+        Its expectation is the vector of weights.
+        """
         self.batch_shape(x)
         return torch.softmax(self._log_parts(x), -1)
 
@@ -343,19 +356,23 @@ class GaussianMixture(_Normals):
 
     @property
     def mean(self) -> Tensor:
+        """Mean of each entry, shape ``event_shape``."""
         return torch.tensordot(self.weights, self.loc, 1)
 
     @property
     def variance(self) -> Tensor:
+        """Variance of each entry, shape ``event_shape``."""
         return torch.tensordot(
             self.weights, (self._variances() + (self.loc - self.mean).square()).to(self.dtype), 1
         )
 
     @property
     def mode_weights(self) -> Tensor:
+        """Probability of each mode, shape ``(k,)``."""
         return self.weights
 
     def mode_of(self, x: Tensor) -> Tensor:
+        """Return the index of the mode of each state: ``(*batch, *event) -> (*batch)``, int64."""
         return self.responsibilities(x).argmax(-1)
 
     def _draw(self, n: int, generator: torch.Generator | None) -> Tensor:

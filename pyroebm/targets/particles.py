@@ -1,5 +1,4 @@
-"""Particles without a center: double-well and Lennard-Jones systems in coordinates where the center
-of mass is fixed."""
+"""Systems of particles with fixed center of mass: double-well and Lennard-Jones potentials."""
 
 from __future__ import annotations
 
@@ -15,13 +14,12 @@ __all__ = ["DW4", "LennardJones", "Particles"]
 
 
 class Particles(Target):
-    r"""n equal particles in k dimensions, energy a function of their distances, center of mass at
-    the origin.
+    r"""n equal particles in k dimensions with the center of mass at the origin.
 
-    An event is :math:`u \in R^{(n - 1) k}`, and the positions are :math:`x = B u` with B an
-    orthonormal basis (Helmert's) of the configurations of mean zero: densities are with respect to
-    volume in that subspace, and no direction is flat (Köhler, Klein and Noé, "Equivariant Flows",
-    2020). Of the truth only the mean is known, by symmetry: 0.
+    The energy is a function of their distances. An event is :math:`u \in R^{(n - 1) k}`, and the
+    positions are :math:`x = B u` with B Helmert's orthonormal basis of the configurations of mean
+    zero. Densities are with respect to volume in that subspace, so no direction is flat (Köhler,
+    Klein and Noé, "Equivariant Flows", 2020). Only the mean is known, by symmetry: it is 0.
 
     Args:
         num_particles: n, at least 2.
@@ -56,12 +54,15 @@ class Particles(Target):
         )
 
     def positions(self, u: Tensor) -> Tensor:
-        """Positions of mean zero: ``(*batch, (n - 1) k) -> (*batch, n, k)``."""
+        """Return the positions, with mean zero: ``(*batch, (n - 1) k) -> (*batch, n, k)``."""
         return self.basis @ u.reshape(*self.batch_shape(u), self.num_particles - 1, self.space)
 
     def coordinates(self, x: Tensor) -> Tensor:
-        """Coordinates of positions, their mean taken away: ``(*batch, n, k) -> (*batch, (n - 1)
-        k)``."""
+        """Return the coordinates of centered positions: ``(*batch, n, k) -> (*batch, (n - 1) k)``.
+
+        Raises:
+            ValueError: if ``x`` has another shape.
+        """
         if x.shape[-2:] != (self.num_particles, self.space):
             raise ValueError(
                 f"x must have shape (*batch, {self.num_particles}, {self.space}), got shape"
@@ -70,18 +71,22 @@ class Particles(Target):
         return (self.basis.mT @ x).flatten(-2)
 
     def squared_distances(self, x: Tensor) -> Tensor:
-        """Of each pair once: ``(*batch, n, k) -> (*batch, n (n - 1) / 2)``."""
+        """Return the squared distance of each pair, shape ``(*batch, n (n - 1) / 2)``."""
         return (x[..., self.ends[0], :] - x[..., self.ends[1], :]).square().sum(-1)
 
     @property
     def mean(self) -> Tensor:
+        """Mean of each entry, shape ``event_shape``."""
         return self._number(torch.zeros(self.event_shape))
 
     def _place(
         self, num_chains: int, generator: torch.Generator | None, radius: float, apart: float
     ) -> Tensor:
-        """Particles put one by one into a ball, each at the first of many random places that is
-        clear of the others."""
+        """Place particles one after the other in a ball, with a minimum distance if possible.
+
+        Each is placed at the first of 256 random points that keeps the distance ``apart`` from the
+        others, or else at the one that is farthest from them.
+        """
         if num_chains < 1:
             raise ValueError(f"num_chains must be at least 1, got num_chains={num_chains}")
         x = self._normal((num_chains, 0, self.space), generator)
@@ -101,8 +106,7 @@ class Particles(Target):
 
 
 class DW4(Particles):
-    r"""Four particles in the plane with a double well for each distance (Köhler, Klein and Noé,
-    2020).
+    r"""Four particles in the plane with a double-well pair potential (Köhler, Klein and Noé, 2020).
 
     .. math:: E = \sum_{i<j} a (d_{ij} - d_0) + b (d_{ij} - d_0)^2 + c (d_{ij} - d_0)^4,
         \qquad a = 0, \quad b = -4, \quad c = 0.9, \quad d_0 = 4
@@ -124,32 +128,33 @@ class DW4(Particles):
         super().__init__(4, 2, dtype=dtype)
 
     def forward(self, u: Tensor) -> Tensor:
+        """Return the energy of each event, in nats: ``(*batch, *event) -> (*batch)``."""
         off = self.squared_distances(self.positions(u)).sqrt() - 4.0
         return (off.square() * (0.9 * off.square() - 4.0)).sum(-1)
 
     def initial(self, num_chains: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draw starting states of finite energy, shape ``(num_chains, *event)``."""
         return self._place(num_chains, generator, radius=4.0, apart=1.5)
 
 
 class LennardJones(Particles):
-    r"""Particles in space that attract and repel, held together by a spring to their center
-    (Köhler, Klein and Noé, 2020).
+    r"""Lennard-Jones particles with a harmonic potential around their center of mass.
 
     .. math::
 
         E = \epsilon \sum_{pairs} \big(r^{-12} - 2 r^{-6}\big) + \frac12 \sum_i |x_i - \bar x|^2
 
-    Two conventions are about, which differ by a factor of two in the first sum; name the one that
-    you mean.
+    The system is that of Köhler, Klein and Noé (2020). Publications use two conventions, which
+    differ by a factor of two in the first sum; report which one is used.
 
     Args:
-        pairs: "once": over :math:`i < j`; or "twice": over all :math:`i \ne j`.
-        num_particles: 13, or 55 (or any).
-        epsilon: depth of a well, in units of kT.
+        pairs: "once" sums over :math:`i < j`, "twice" over all :math:`i \ne j`.
+        num_particles: number of particles; 13 and 55 are common.
+        epsilon: depth of the pair potential, in units of kT.
         dtype: floating-point type; None for torch's default.
 
     Raises:
-        ValueError: if ``pairs`` is neither, or a number is out of its range.
+        ValueError: if ``pairs`` is another string, or if a number is out of its range.
 
     Example:
         >>> e = LennardJones("once", num_particles=2)
@@ -173,14 +178,17 @@ class LennardJones(Particles):
         self.convention, self.epsilon = pairs, float(epsilon)
 
     def forward(self, u: Tensor) -> Tensor:
+        """Return the energy of each event, in nats: ``(*batch, *event) -> (*batch)``."""
         sixth = self.squared_distances(self.positions(u)) ** -3
         depth = self.epsilon * (2.0 if self.convention == "twice" else 1.0)
         return depth * (sixth * (sixth - 2.0)).sum(-1) + 0.5 * u.square().sum(-1)
 
     def initial(self, num_chains: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draw starting states of finite energy, shape ``(num_chains, *event)``."""
         return self._place(
             num_chains, generator, radius=0.75 * self.num_particles ** (1.0 / 3.0), apart=0.85
         )
 
     def extra_repr(self) -> str:
+        """Return the settings that ``repr`` shows."""
         return f"pairs={self.convention!r}, epsilon={self.epsilon:g}"

@@ -1,5 +1,4 @@
-"""The two-dimensional toys on which deep energies are tried, each as the exact law of its
-well-known generator."""
+"""Two-dimensional toy distributions with the exact densities of their well-known generators."""
 
 from __future__ import annotations
 
@@ -18,16 +17,15 @@ __all__ = ["Checkerboard", "Circles", "Pinwheel", "eight_gaussians"]
 
 
 class Circles(Plane):
-    r"""Concentric circles of radii :math:`R_k`, each as likely as the others, with normal noise;
-    normalised.
+    r"""Concentric circles of radii :math:`R_k` with normal noise, equally likely. Normalized.
 
     .. math::
 
         p(x) = \frac1K \sum_k \frac1{2 \pi \sigma^2} e^{-(|x| - R_k)^2 / 2 \sigma^2}
         \tilde I_0(|x| R_k / \sigma^2), \qquad \tilde I_0(t) = e^{-t} I_0(t)
 
-    The defaults are the law of scikit-learn's ``make_circles(factor=0.5, noise=0.08)`` times 3
-    (Grathwohl et al., 2021).
+    The defaults are the distribution of scikit-learn's ``make_circles(factor=0.5, noise=0.08)``
+    times 3 (Grathwohl et al., 2021).
 
     Args:
         radii: :math:`R_k > 0`.
@@ -55,10 +53,15 @@ class Circles(Plane):
 
     @classmethod
     def rings(cls, *, dtype: torch.dtype | None = None) -> Circles:
-        """Four rings of radii 3, 2.25, 1.5 and 0.75 with noise 0.08 (Grathwohl et al., 2019)."""
+        """Return four rings of radii 3, 2.25, 1.5, 0.75 with noise 0.08 (Grathwohl et al., 2019).
+
+        Args:
+            dtype: floating-point type; None for torch's default.
+        """
         return cls((3.0, 2.25, 1.5, 0.75), 0.08, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the energy of each event, in nats: ``(*batch, *event) -> (*batch)``."""
         r = torch.linalg.vector_norm(x, dim=-1).unsqueeze(-1) / self.noise
         radii = self._number(self.radii) / self.noise
         parts = torch.special.i0e(r * radii).log() - 0.5 * (r - radii).square()
@@ -66,10 +69,12 @@ class Circles(Plane):
 
     @property
     def mean(self) -> Tensor:
+        """Mean of each entry, shape ``event_shape``."""
         return self._number([0.0, 0.0])
 
     @property
     def variance(self) -> Tensor:
+        """Variance of each entry, shape ``event_shape``."""
         return self._number(
             [0.5 * sum(r * r for r in self.radii) / len(self.radii) + self.noise**2] * 2
         )
@@ -86,14 +91,15 @@ class Circles(Plane):
 
 
 class Checkerboard(Plane):
-    r"""The uniform law on the black squares, of side 2, of a 4 x 4 board over :math:`[-4, 4]^2`:
-    area 32; :math:`+\infty` elsewhere.
+    r"""The uniform distribution on the black squares of a 4 x 4 board over :math:`[-4, 4]^2`.
+
+    The squares have side 2 and total area 32. The energy is infinite elsewhere.
 
     Args:
         dtype: floating-point type; None for torch's default.
 
     Raises:
-        ValueError: if ``dtype`` is no floating-point type.
+        ValueError: if ``dtype`` is not a floating-point type.
 
     Example:
         >>> Checkerboard()(torch.tensor([[1.0, 1.0], [1.0, 3.0], [3.0, 3.0]]))
@@ -104,26 +110,30 @@ class Checkerboard(Plane):
         super().__init__(dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        # Squares are closed: a draw that is rounded to an edge stays in its own.
+        """Return the energy of each event, in nats: ``(*batch, *event) -> (*batch)``."""
+        # the squares are closed, so that a draw that is rounded to an edge stays inside
         low, high = (0.5 * x).floor(), (0.5 * x).ceil() - 1.0
         black = torch.zeros_like(x[..., 0], dtype=torch.bool)
         for i in (low[..., 0], high[..., 0]):
             for j in (low[..., 1], high[..., 1]):
                 inside = (torch.minimum(i, j) >= -2.0) & (torch.maximum(i, j) <= 1.0)
                 black = black | (inside & ((i + j) % 2.0 == 0.0))
-        zero = 0.0 * x.sum(-1)  # NaN where x is
+        zero = 0.0 * x.sum(-1)  # NaN where x is NaN
         return torch.where(black, zero + math.log(32.0), torch.where(zero.isnan(), zero, math.inf))
 
     @property
     def mean(self) -> Tensor:
+        """Mean of each entry, shape ``event_shape``."""
         return self._number([0.0, 0.0])
 
     @property
     def variance(self) -> Tensor:
-        # of each coordinate alone, which is uniform on [-4, 4]
+        """Variance of each entry, shape ``event_shape``."""
+        # each coordinate is uniform on [-4, 4]
         return self._number([16.0 / 3.0] * 2)
 
     def initial(self, num_chains: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draw starting states of finite energy, shape ``(num_chains, *event)``."""
         return self.sample(num_chains, generator)
 
     def _draw(self, n: int, generator: torch.Generator | None) -> Tensor:
@@ -133,22 +143,21 @@ class Checkerboard(Plane):
 
 
 class Pinwheel(Plane):
-    r"""The pinwheel of Johnson et al. (2016): a normal law on each of K arms, sheared by a turn
-    that grows along the arm.
+    r"""The pinwheel of Johnson et al. (2016): K normal arms, twisted along their length.
 
     .. math:: f \sim N\big((1, 0), \operatorname{diag}(0.3^2, 0.1^2)\big), \quad
         x = s\, R(-\psi) f, \quad \psi = \frac{2 \pi k}K + \gamma e^{f_1}
 
-    with R a rotation. The density is a sum over all f from which x comes, :math:`\psi - \gamma
-    e^{f_1(\psi)}` a multiple of :math:`2 \pi / K` with :math:`f(\psi) = R(\psi) x / s`, of
-    :math:`p(f) / (K s^2 |1 + \gamma e^{f_1} f_2|)`. Their number is K but in the far tails. There
-    the determinant passes through zero, and the density has poles: together they hold less than
+    with R a rotation. The density of x is the sum of :math:`p(f) / (K s^2 |1 + \gamma e^{f_1}
+    f_2|)` over all f that map to x: those with :math:`f(\psi) = R(\psi) x / s` and :math:`\psi -
+    \gamma e^{f_1(\psi)}` a multiple of :math:`2 \pi / K`. There are K of them, except in the far
+    tails, where the determinant passes through zero and the density has poles, which hold less than
     :math:`10^{-8}` of the mass.
 
     Args:
-        num_arms: K.
+        num_arms: K, at least 3.
         rate: :math:`\gamma`.
-        scale: :math:`s > 0`.
+        scale: :math:`s > 0`, in the unit of x.
         dtype: floating-point type; None for torch's default.
 
     Raises:
@@ -160,9 +169,9 @@ class Pinwheel(Plane):
         tensor([2.2000, 2.2000])
     """
 
-    spread = (0.3, 0.1)  # radial and tangential deviation of f
-    cells = 128  # of the angle, in which roots are looked for
-    candidates = 3  # more than the number of arms
+    spread = (0.3, 0.1)  # radial and tangential standard deviation of f
+    cells = 128  # intervals of the angle in which roots are searched
+    candidates = 3  # roots beyond the number of arms
 
     def __init__(
         self,
@@ -172,7 +181,7 @@ class Pinwheel(Plane):
         scale: float = 2.0,
         dtype: torch.dtype | None = None,
     ) -> None:
-        check_counts({"num_arms": 3}, num_arms)  # of two arms x would have no equal variances
+        check_counts({"num_arms": 3}, num_arms)  # with two arms the variances would differ
         check_positive(scale=scale)
         check_each("finite", torch.isfinite, rate=rate)
         super().__init__(dtype=dtype)
@@ -186,13 +195,14 @@ class Pinwheel(Plane):
         return -0.5 * ((f[0] - 1.0) / radial) ** 2 - 0.5 * (f[1] / tangential) ** 2 - constant
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the energy of each event, in nats: ``(*batch, *event) -> (*batch)``."""
         u, v = (x / self.scale).unsqueeze(-1).unbind(-2)
 
         def turned(angle: Tensor) -> tuple[Tensor, Tensor]:  # f(angle)
             cos, sin = angle.cos(), angle.sin()
             return u * cos - v * sin, u * sin + v * cos
 
-        # a whole number of them at a root
+        # an integer at a root
         def turns(angle: Tensor, f: tuple[Tensor, Tensor]) -> Tensor:
             return (angle - self.rate * f[0].exp()) * (self.num_arms / (2.0 * math.pi))
 
@@ -209,7 +219,7 @@ class Pinwheel(Plane):
             goal = torch.maximum(floors[..., 1:], floors[..., :-1]).gather(-1, cell)
             low, width = edges[cell], 2.0 * math.pi / self.cells
             below, above = level.gather(-1, cell), level.gather(-1, cell + 1)
-            # a flat cell: begin in its middle
+            # start in the middle of a flat cell
             share = torch.where(above == below, 0.5, (goal - below) / (above - below))
             angle = low + width * share.clamp(0.0, 1.0)
             found = crossed.gather(-1, cell)
@@ -217,12 +227,12 @@ class Pinwheel(Plane):
                 angle = torch.minimum(
                     torch.maximum(self._newton(angle, goal, turned), low), low + width
                 )
-        for _ in range(2):  # with the graph: a root's first and second derivatives in x
+        for _ in range(2):  # with the graph, for the first and second derivatives of a root in x
             angle = self._newton(angle, goal, turned)
         f = turned(angle)
         log_det = self._slope(f).abs().log() + math.log(self.num_arms * self.scale**2)
         terms = torch.where(found, self._log_normal(f) - log_det, -math.inf)
-        return -torch.logsumexp(terms, -1) + 0.0 * x.sum(-1)  # NaN where x is
+        return -torch.logsumexp(terms, -1) + 0.0 * x.sum(-1)  # NaN where x is NaN
 
     def _slope(self, f: tuple[Tensor, Tensor]) -> Tensor:
         return 1.0 + self.rate * f[0].exp() * f[1]
@@ -237,10 +247,12 @@ class Pinwheel(Plane):
 
     @property
     def mean(self) -> Tensor:
+        """Mean of each entry, shape ``event_shape``."""
         return self._number([0.0, 0.0])
 
     @property
     def variance(self) -> Tensor:
+        """Variance of each entry, shape ``event_shape``."""
         return self._number(
             [0.5 * self.scale**2 * (1.0 + self.spread[0] ** 2 + self.spread[1] ** 2)] * 2
         )
@@ -257,8 +269,9 @@ class Pinwheel(Plane):
 
 
 def eight_gaussians(*, dtype: torch.dtype | None = None) -> GaussianMixture:
-    """Eight equal normal laws on a circle, radius 4 and deviation 0.5, both over 1.414 (Grathwohl
-    et al., 2019).
+    """Return eight equal normal distributions on a circle (Grathwohl et al., 2019).
+
+    The radius is 4 / 1.414 and the standard deviation 0.5 / 1.414.
 
     Args:
         dtype: floating-point type; None for torch's default.

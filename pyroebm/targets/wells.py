@@ -1,4 +1,4 @@
-"""Wells and a wall: the double well, many of them, and a density that is cut off."""
+"""The double well, many double wells, and a truncated density."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from scipy.optimize import brentq
 from scipy.special import iv, modstruve
 from torch import Tensor
 
-from pyroebm.targets.base import LOG_TWO_PI, TabulatedLaw, Target, rejection
+from pyroebm.targets.base import LOG_TWO_PI, TabulatedDensity, Target, rejection
 
 __all__ = ["DoubleWell", "HalfDisc", "ManyWell"]
 
 
 class DoubleWell(Target):
-    r"""The tilted double well :math:`U(x) = x^4 - 4 x^2 + x`: 93.4 % of the mass left of the
-    barrier, 6.6 % right of it.
+    r"""The tilted double well :math:`U(x) = x^4 - 4 x^2 + x`.
+
+    93.4 % of the mass is left of the barrier, 6.6 % right of it.
 
     Args:
         dtype: floating-point type; None for torch's default.
@@ -29,7 +30,7 @@ class DoubleWell(Target):
         right_mass: :math:`P(x > \mathrm{barrier})`.
 
     Raises:
-        ValueError: if ``dtype`` is no floating-point type.
+        ValueError: if ``dtype`` is not a floating-point type.
 
     Example:
         >>> e = DoubleWell(dtype=torch.float64)
@@ -41,7 +42,7 @@ class DoubleWell(Target):
 
     event_shape = torch.Size()
     barrier: ClassVar[float] = brentq(lambda x: 4.0 * x**3 - 8.0 * x + 1.0, 0.0, 0.5, xtol=1e-15)
-    law: ClassVar[TabulatedLaw] = TabulatedLaw(
+    density: ClassVar[TabulatedDensity] = TabulatedDensity(
         lambda x: x * x * (x * x - 4.0) + x, -4.0, 4.0, split=barrier
     )
 
@@ -49,47 +50,52 @@ class DoubleWell(Target):
         super().__init__(dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.law.potential(x)
+        """Return the energy of each event, in nats: ``(*batch, *event) -> (*batch)``."""
+        return self.density.potential(x)
 
     def _log_z(self) -> float:
-        return self.law.log_z
+        return self.density.log_z
 
     @property
     def mean(self) -> Tensor:
-        return self._number(self.law.mean)
+        """Mean of each entry, shape ``event_shape``."""
+        return self._number(self.density.mean)
 
     @property
     def variance(self) -> Tensor:
-        return self._number(self.law.variance)
+        """Variance of each entry, shape ``event_shape``."""
+        return self._number(self.density.variance)
 
     @property
     def right_mass(self) -> float:
-        return self.law.right_mass
+        """Probability of a state right of the barrier."""
+        return self.density.right_mass
 
     @property
     def mode_weights(self) -> Tensor:
+        """Probability of each mode, shape ``(k,)``."""
         return self._number([1.0 - self.right_mass, self.right_mass])
 
     def mode_of(self, x: Tensor) -> Tensor:
+        """Return the index of the mode of each state: ``(*batch, *event) -> (*batch)``, int64."""
         self.batch_shape(x)
         return (x > self.barrier).long()
 
     def _draw(self, n: int, generator: torch.Generator | None) -> Tensor:
-        return self.law.quantile(self._uniform((n,), generator))
+        return self.density.quantile(self._uniform((n,), generator))
 
 
 class ManyWell(Target):
-    r"""Independent pairs of a tilted double well and a normal (Noé et al., 2019; Midgley et al.,
-    2023); 2^16 wells by default.
+    r"""Independent pairs of a tilted double well and a normal variable; 2^16 modes by default.
 
     .. math::
 
         E(x) = \sum_i a_i^4 - 6 a_i^2 - \tfrac12 a_i + \tfrac12 b_i^2, \qquad
         x = (a_1, b_1, a_2, b_2, \dots)
 
-    The well of a state is read off the signs of its :math:`a_i`: bit i of :meth:`mode_of` is
-    :math:`a_i > 0`. The weights are given up to 16 pairs; beyond, they are the products of
-    :attr:`left_mass` and its complement, too many to list.
+    The target is that of Noé et al. (2019) and Midgley et al. (2023). The mode of a state is given
+    by the signs of its :math:`a_i`: bit i of :meth:`mode_of` is :math:`a_i > 0`. The mode weights,
+    products of :attr:`left_mass` and its complement, are computed for up to 16 pairs.
 
     Args:
         num_pairs: number of pairs, half the number of dimensions.
@@ -104,7 +110,7 @@ class ManyWell(Target):
         (164.695675, 0.155693)
     """
 
-    law: ClassVar[TabulatedLaw] = TabulatedLaw(
+    density: ClassVar[TabulatedDensity] = TabulatedDensity(
         lambda a: a * (a * (a * a - 6.0) - 0.5), -5.0, 5.0, split=0.0
     )
 
@@ -115,58 +121,63 @@ class ManyWell(Target):
         self.num_pairs = num_pairs
 
     def forward(self, x: Tensor) -> Tensor:
-        return (self.law.potential(x[..., ::2]) + 0.5 * x[..., 1::2].square()).sum(-1)
+        """Return the energy of each event, in nats: ``(*batch, *event) -> (*batch)``."""
+        return (self.density.potential(x[..., ::2]) + 0.5 * x[..., 1::2].square()).sum(-1)
 
     def _log_z(self) -> float:
-        return self.num_pairs * (self.law.log_z + 0.5 * LOG_TWO_PI)
+        return self.num_pairs * (self.density.log_z + 0.5 * LOG_TWO_PI)
 
     @property
     def left_mass(self) -> float:
-        """P(a < 0) of one pair."""
-        return 1.0 - self.law.right_mass
+        """Probability of :math:`a < 0` in one pair."""
+        return 1.0 - self.density.right_mass
 
     @property
     def mean(self) -> Tensor:
-        return self._number([self.law.mean, 0.0] * self.num_pairs)
+        """Mean of each entry, shape ``event_shape``."""
+        return self._number([self.density.mean, 0.0] * self.num_pairs)
 
     @property
     def variance(self) -> Tensor:
-        return self._number([self.law.variance, 1.0] * self.num_pairs)
+        """Variance of each entry, shape ``event_shape``."""
+        return self._number([self.density.variance, 1.0] * self.num_pairs)
 
     @property
     def mode_weights(self) -> Tensor | None:
+        """Probability of each mode, shape ``(k,)``; None where unknown."""
         if self.num_pairs > 16:
             return None
         weights = torch.ones(1, dtype=torch.float64)
         for _ in range(self.num_pairs):
-            weights = torch.cat([weights * self.left_mass, weights * self.law.right_mass])
+            weights = torch.cat([weights * self.left_mass, weights * self.density.right_mass])
         return self._number(weights)
 
     def mode_of(self, x: Tensor) -> Tensor:
+        """Return the index of the mode of each state: ``(*batch, *event) -> (*batch)``, int64."""
         if self.num_pairs > 16:
             return super().mode_of(x)
         self.batch_shape(x)
         return ((x[..., ::2] > 0).long() << torch.arange(self.num_pairs, device=x.device)).sum(-1)
 
     def _draw(self, n: int, generator: torch.Generator | None) -> Tensor:
-        a = self.law.quantile(self._uniform((n, self.num_pairs), generator))
+        a = self.density.quantile(self._uniform((n, self.num_pairs), generator))
         return torch.stack([a, self._normal((n, self.num_pairs), generator)], -1).flatten(1)
 
 
 class HalfDisc(Target):
-    r"""The energy :math:`E(x) = -2 \sqrt{1 - x^2}` on :math:`|x| < 1`, :math:`+\infty` outside: a
-    density cut off where it is 1.
+    r"""The energy :math:`E(x) = -2 \sqrt{1 - x^2}` on :math:`|x| < 1`, infinite outside.
 
     .. math:: Z = \pi \bigl(I_1(2) + L_1(2)\bigr) + 2
 
-    with I the modified Bessel and L the modified Struve function. Its support is the whole line, so
-    that kernels meet the wall: a correct one rejects there. :meth:`initial` draws inside.
+    with I the modified Bessel and L the modified Struve function. The density is discontinuous at
+    the ends of the interval. The support is the real line, so that kernels propose states outside,
+    which they must reject. :meth:`initial` draws inside.
 
     Args:
         dtype: floating-point type; None for torch's default.
 
     Raises:
-        ValueError: if ``dtype`` is no floating-point type.
+        ValueError: if ``dtype`` is not a floating-point type.
 
     Example:
         >>> e = HalfDisc()
@@ -180,8 +191,9 @@ class HalfDisc(Target):
         super().__init__(dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        outside = x.abs() >= 1.0  # a NaN is not outside: it stays NaN
-        # so that no row outside sends a NaN back through the root
+        """Return the energy of each event, in nats: ``(*batch, *event) -> (*batch)``."""
+        outside = x.abs() >= 1.0  # False for NaN, which stays NaN
+        # so that the gradient of the root at an event outside is not NaN
         inside = torch.where(outside, 0.0, x)
         return torch.where(outside, math.inf, -2.0 * torch.sqrt((1.0 - inside) * (1.0 + inside)))
 
@@ -190,15 +202,17 @@ class HalfDisc(Target):
 
     @property
     def mean(self) -> Tensor:
+        """Mean of each entry, shape ``event_shape``."""
         return self._number(0.0)
 
     @property
     def variance(self) -> Tensor:
+        """Variance of each entry, shape ``event_shape``."""
         return self._number(_half_disc_square() / math.exp(self._log_z()))
 
     def _draw(self, n: int, generator: torch.Generator | None) -> Tensor:
         def propose(k: int) -> tuple[Tensor, Tensor]:
-            # rounded first: 1.0 is outside
+            # rounded before the energy is evaluated, since 1.0 is outside
             x = (2.0 * self._uniform((k,), generator) - 1.0).to(self.dtype)
             return x, -self(x) - 2.0
 

@@ -34,14 +34,14 @@ def test_the_quick_demo_writes_all_it_promises(
 
     report = json.loads((out / "report.json").read_text())
     assert list(report) == METHODS
-    for facts in report.values():
-        assert {"mean", "var", "right_mass", "right_mass_se"} <= set(facts)
+    for metrics in report.values():
+        assert {"mean", "var", "right_mass", "right_mass_se"} <= set(metrics)
     assert {"ess_bulk", "r_hat", "seconds", "at_1000_draws"} <= set(report["nuts"])
     assert {"ess_bulk", "r_hat", "seconds"} <= set(report["pyro_nuts"])
     assert {"log_z", "log_z_se", "ess_fraction", "pareto_k", "seconds"} <= set(
         report["redundant_nice_weighted"]
     )
-    assert all("missed_modes" in facts for facts in report.values())
+    assert all("missed_modes" in metrics for metrics in report.values())
     assert all("missed_modes" in report[name]["d_3"] for name in METHODS[4:])
     assert "j" in report["nice"]
     assert "j_r" in report["redundant_nice"]

@@ -598,7 +598,7 @@ def test_starts_avoid_infinite_energy_or_say_so() -> None:
         assert (HalfDisc().initial(200).abs() < 1).all()
     with pytest.raises(
         ValueError,
-        match="no state of finite energy for 3 of num_chains=3 rows in 100 tries; override initial",
+        match="for 3 of num_chains=3 chains in 100 tries; override initial",
     ):
         Returns(lambda x: 0 * x + math.inf).initial(3)
     with pytest.raises(ValueError, match="num_chains must be at least 1, got num_chains=0"):

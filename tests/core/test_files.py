@@ -22,7 +22,7 @@ def test_a_failure_while_writing_leaves_the_old_file_and_nothing_else(tmp_path: 
     files.write_text(path, "old")
 
     def interrupted() -> None:
-        with files.written_whole(path) as temporary:
+        with files.atomic_write(path) as temporary:
             temporary.write_text("half")
             assert files.read_text(path) == "old"
             raise KeyboardInterrupt
@@ -35,7 +35,7 @@ def test_a_failure_while_writing_leaves_the_old_file_and_nothing_else(tmp_path: 
 
 def test_two_writers_have_files_of_their_own(tmp_path: Path) -> None:
     path = tmp_path / "run.json"
-    with files.written_whole(path, ".0") as mine, files.written_whole(path, ".1") as theirs:
+    with files.atomic_write(path, ".0") as mine, files.atomic_write(path, ".1") as theirs:
         assert mine != theirs
         mine.write_text("mine")
         theirs.write_text("theirs")
@@ -89,9 +89,13 @@ def test_a_flipped_bit_anywhere_and_a_cut_are_found(tmp_path: Path) -> None:
 def test_what_is_no_file_of_tensors_raises_one_error(tmp_path: Path) -> None:
     path = tmp_path / "a"
     # a header of 2^60 bytes, and of more than the file has
-    check_refused(path, (2**60).to_bytes(8, "little") + b"{}", "one that pyroebm wrote")
-    check_refused(path, (90_000_000).to_bytes(8, "little") + b"{}", "one that pyroebm wrote")
-    check_refused(path, safetensors.torch.save({"x": torch.ones(2)}), "one that pyroebm wrote")
+    check_refused(path, (2**60).to_bytes(8, "little") + b"{}", "a complete file written by pyroebm")
+    check_refused(
+        path, (90_000_000).to_bytes(8, "little") + b"{}", "a complete file written by pyroebm"
+    )
+    check_refused(
+        path, safetensors.torch.save({"x": torch.ones(2)}), "a complete file written by pyroebm"
+    )
     for missing in (tmp_path / "nowhere", tmp_path):
         with pytest.raises(FileError, match=r"no such file|cannot be read"):
             files.read_tensors(missing)

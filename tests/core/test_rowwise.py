@@ -281,5 +281,5 @@ def test_a_last_digit_is_no_random_number(
     if deterministic:
         assert Rows(row, dtype).batching == "graph"
     else:
-        with pytest.raises(ValueError, match="a random number that is no sample site"):
+        with pytest.raises(ValueError, match="a random number that is not a sample site"):
             Rows(row, dtype)

@@ -54,10 +54,10 @@ from pyroebm.flows import (
     FlowEnergy,
     Loft,
     MixtureBase,
+    PullbackEnergy,
     RealNVP,
     RedundantNICE,
     Shift,
-    Transported,
     ZukoTransform,
 )
 from pyroebm.nn import MLPGenerator, mlp
@@ -145,7 +145,7 @@ COMPOSED: dict[str, Make] = {
     ),
     "flow-energy": lambda: FlowEnergy(flow()),
     "masks-drawn": lambda: RealNVP(5, 6, (4,), generator=seeded(3)),
-    "transported": lambda: Transported(flow(), wells()),
+    "transported": lambda: PullbackEnergy(flow(), wells()),
     "extended": lambda: RedundantNICE(2, 3, 2, (4,), dtype=F64).extend(wells()),
     "flow-of-layers": lambda: Flow(
         [Shift(vector(1.0, 2.0)), Loft(2)], 2, 2, base=MixtureBase(2, 3, dtype=F64)
@@ -393,10 +393,10 @@ def test_shared_parameters_are_stored_once_and_shared_again(tmp_path: Path) -> N
 
 def test_shared_modules_are_shared_again(tmp_path: Path) -> None:
     prior, well = FlowEnergy(flow()), wells()
-    module = nn.Sequential(prior, Transported(prior.flow, well), well + well)
+    module = nn.Sequential(prior, PullbackEnergy(prior.flow, well), well + well)
     check_same(module, again := reloaded(module, tmp_path))
     assert again[0].flow is again[1].flow
-    assert again[2].parts[0] is again[2].parts[1] is again[1].extended.energy
+    assert again[2].parts[0] is again[2].parts[1] is again[1].augmented.energy
 
 
 def test_attributes_that_were_assigned_later_are_saved(tmp_path: Path) -> None:
@@ -460,7 +460,7 @@ def test_modules_are_still_exported_vectorized_and_pickled() -> None:
     moved = torch.vmap(lambda mean: Unshaped(mean)(mean))(means)
     assert torch.equal(moved, means.square().sum(-1))
     again = pickle.loads(pickle.dumps(Function(len)))
-    assert again._construction.args[0].said == "len"
+    assert again._construction.args[0].name == "len"
     with torch.device("meta"):
         Unshaped(torch.ones(2))
 
@@ -527,8 +527,8 @@ REFUSED: dict[str, tuple[Make, str]] = {
     "replaced": (replaced, r"part 'net.1' of MLPEnergy is a Tanh.* gives a SiLU"),
     "views": (views, r"net.0.weight and net.2.weight must be one"),
     "without-a-record": (without_a_record, "Quartic was not constructed by the __init__"),
-    "grown": (grown, "constructor of Learned gives no more"),
-    "called-the-same": (called_the_same, "two classes are called Quartic"),
+    "grown": (grown, "constructor of Learned creates no more"),
+    "called-the-same": (called_the_same, "got two called Quartic"),
     "assigned": (assigned, "function is .*, which a file cannot hold"),
     "no-module": (lambda: torch.sin, "module must be"),  # type: ignore[dict-item, return-value]
 }
@@ -572,7 +572,7 @@ def test_tensors_alone_fill_a_module_of_the_user(tmp_path: Path) -> None:
 def test_into_names_the_differences(tmp_path: Path) -> None:
     save(MLPEnergy((2,), (4,)), tmp_path / "file")
     for other, said in (
-        (MLPEnergy((2,), (5,)), r"\['net.0.bias \(5,\) float32'.* the file alone"),
+        (MLPEnergy((2,), (5,)), r"\['net.0.bias \(5,\) float32'.* only in the file"),
         (MLPEnergy((2,), (4,)).double(), "net.0.weight .* float64.*net.0.weight .* float32"),
         (MLPEnergy((2,), (4, 4)), r"'net.4.bias \(1,\) float32'"),
     ):
@@ -583,7 +583,7 @@ def test_into_names_the_differences(tmp_path: Path) -> None:
     apart, tied = (MLPEnergy((2,), (4, 4, 4)) for _ in range(2))
     tied.net[2].weight = tied.net[4].weight
     save(apart, tmp_path / "file")
-    with pytest.raises(FileError, match=r"into shares net\.2\.weight and net\.4\.weight"):
+    with pytest.raises(FileError, match=r"got net\.2\.weight and net\.4\.weight, which only into"):
         load(tmp_path / "file", into=tied)
 
 

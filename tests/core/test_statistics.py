@@ -122,7 +122,7 @@ def test_modes_found() -> None:
             lambda: energy_distance(torch.zeros(50, 2), torch.zeros(50, 3)),
             r"one event shape .* got \(50, 2\), \(50, 3\)",
         ),
-        (lambda: energy_distance(torch.zeros(39), torch.zeros(50)), "at least 40 rows"),
+        (lambda: energy_distance(torch.zeros(39), torch.zeros(50)), "at least 40 draws"),
         (
             lambda: energy_distance(torch.zeros(50), torch.full((50,), math.nan)),
             "y must be finite, got 50 entries",

@@ -150,7 +150,7 @@ def test_conditionals_are_those_of_the_joint_energy(name: str, beta: float) -> N
     x = joint.initial(16, torch.Generator().manual_seed(1))
     for index, block in enumerate(joint.blocks.values()):
         size = block.stop - block.start
-        law = layers.law(index, layers.field(index, layers.split(x)))
+        law = layers.distribution(index, layers.field(index, layers.split(x)))
         if beta == 1.0:
             law = joint.conditional(list(joint.blocks)[index], x)
         values = normal(8, size, seed=5) if layers.is_gaussian(index) else all_bits(size, dtype=F64)
@@ -450,7 +450,7 @@ def test_a_tied_start_leaves_the_likelihood() -> None:
     torch.testing.assert_close(net.log_likelihood(visible), before)
     net.rbms[1].weight.data += 0.1  # and a start that is not tied does not
     assert float((net.log_likelihood(visible) - before).detach().abs().max()) > 1e-3
-    with pytest.raises(ValueError, match="num_hidden=3"):
+    with pytest.raises(ValueError, match="num_hidden must be 3"):
         net.grow(4)
     with pytest.raises(NotImplementedError, match="joint"):
         net(visible)
@@ -705,13 +705,13 @@ MUTANTS: dict[str, tuple[str, Callable[..., Tensor], Callable[[str], None], str]
         "dbm-2",
     ),
     "softplus is cut": (
-        "log_normaliser",
+        "log_normalizer",
         _cut_softplus,
         test_free_energies_sum_the_other_side_out,
         "rbm",
     ),
     "2 pi is forgotten": (
-        "log_normaliser",
+        "log_normalizer",
         _gaussian_without_its_constant,
         test_log_z_is_the_sum_over_all_states,
         "grbm-cho",

@@ -287,7 +287,7 @@ def test_bad_input_is_named() -> None:
             FeatureLatentEnergy(features, (2,), **arguments)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"features must map \(n, \*event_shape\) to \(n, m\)"):
         FeatureLatentEnergy(nn.Identity(), (1, 2, 2), 3)
-    with pytest.warns(UserWarning, match="batch normalisation"):
+    with pytest.warns(UserWarning, match="batch normalization"):
         FeatureLatentEnergy(nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4)), (2,), 3)
     with pytest.warns(UserWarning, match="piecewise linear"):
         FeatureLatentEnergy(nn.Sequential(nn.Linear(2, 4), nn.ReLU()), (2,), 3)

@@ -171,8 +171,8 @@ def test_the_law_of_spins() -> None:
 def test_mutant_open_lattice_with_the_bonds_of_a_torus_is_caught(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    true = lattice._neighbours
-    monkeypatch.setattr(lattice, "_neighbours", lambda shape, periodic: true(shape, True))
+    true = lattice._neighbors
+    monkeypatch.setattr(lattice, "_neighbors", lambda shape, periodic: true(shape, True))
     energy = LATTICES["open"]()
     x = energy.initial(4, torch.Generator().manual_seed(0))
     flipped = x.clone()

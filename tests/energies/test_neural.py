@@ -202,10 +202,10 @@ def test_sampled_by_nuts() -> None:
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda: MLPEnergy((2,), scale=None), "no integral over Real"),
+        (lambda: MLPEnergy((2,), scale=None), "no finite integral over Real"),
         (
             lambda: MLPEnergy((2,), support=constraints.positive, scale=None),
-            "no integral over GreaterThan",
+            "no finite integral over GreaterThan",
         ),
         (lambda: MLPEnergy((2,), activation="relu", scale=1.0), "no second derivative"),
         (lambda: ConvEnergy((1, 4, 4), (2,), activation="relu", scale=1.0), "no second derivative"),

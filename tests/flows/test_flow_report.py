@@ -46,7 +46,7 @@ def test_figures_between_normal_laws() -> None:
     assert report.weighted.ess_fraction == pytest.approx(1 / second, abs=0.01)
     assert report.forward_ess == pytest.approx(1 / second, abs=0.01)
     assert report.marginal_ess == report.weighted.ess_fraction
-    assert report.findings == ("forward and reverse figures agree",)
+    assert report.findings == ("forward and reverse metrics agree",)
     assert report.evaluations == 400_000
 
     def folded(m: float, v: float) -> float:
@@ -63,7 +63,7 @@ def test_a_flow_that_is_the_target_is_off_by_rounding_alone() -> None:
         normal_flow(0.3, 0.7, 2), Gaussian(torch.full((2,), 0.3), scale=0.7), num_samples=2000
     )
     assert report.weighted.log_z.standard_error < 1e-15
-    assert report.findings == ("forward and reverse figures agree",)
+    assert report.findings == ("forward and reverse metrics agree",)
 
 
 def test_a_flow_inside_one_well_is_seen_through() -> None:
@@ -92,7 +92,9 @@ def test_without_draws_of_the_target_it_says_what_it_cannot_see() -> None:
         is report.coverage_entropy
         is None
     )
-    assert "none of these figures can see a mode that the flow has not found" in report.findings[-1]
+    assert (
+        "none of these metrics depends on modes that the flow has not found" in report.findings[-1]
+    )
 
 
 def test_draws_of_a_chain_take_the_place_of_exact_ones() -> None:

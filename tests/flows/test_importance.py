@@ -448,7 +448,7 @@ def test_refusals() -> None:
         importance_sample(NICE(2, dtype=F64), energy, 10, batch_size=0)
     with pytest.raises(
         ValueError,
-        match=r"event_shape \(2,\), got batch_shape \(\) and event_shape \(3,\); a flow goes in",
+        match=r"event_shape \(2,\), got batch_shape \(\) and event_shape \(3,\); give a flow",
     ):
         importance_sample(RedundantNICE(2, 3, dtype=F64)(), energy, 10)
     with pytest.raises(ValueError, match="the proposal's draw must have the dtype of the energy"):
@@ -515,5 +515,5 @@ def test_weights_are_of_the_energy_in_eval_mode() -> None:
 
 def test_an_unnormalised_proposal_is_refused() -> None:
     proposal = Boltzmann(Unnormalized(lambda x: -(x**4)))
-    with pytest.raises(ValueError, match="proposal must be normalised"):
+    with pytest.raises(ValueError, match="proposal must be normalized"):
         importance_sample(proposal, Exponential(1.0), 10)

@@ -552,7 +552,10 @@ def discrete() -> None:
             lambda: MCMC(NUTS(two_sites), 5, 5, {"b": torch.zeros(())}, disable_progbar=True).run(),
             "variables must be",
         ),
-        (lambda: MCMC(NUTS(discrete), 5, disable_progbar=True).run(), "site 'z' is discrete"),
+        (
+            lambda: MCMC(NUTS(discrete), 5, disable_progbar=True).run(),
+            "site 'z' must be continuous",
+        ),
         (
             lambda: MCMC(
                 NUTS(beta_binomial), 5, disable_progbar=True, disable_validation=False

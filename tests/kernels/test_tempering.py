@@ -33,7 +33,7 @@ from pyroebm.kernels import (
 from pyroebm.kernels.base import column
 from pyroebm.kernels.tempering import flattened, respaced, swapped_order
 from pyroebm.targets import DoubleWell, Exponential, Gaussian, GaussianMixture
-from pyroebm.targets.base import TabulatedLaw
+from pyroebm.targets.base import TabulatedDensity
 
 LADDER = [1.0, 0.5, 0.2]
 MALA_SIZES = torch.tensor([0.8, 1.1, 1.6], dtype=torch.float64)
@@ -49,7 +49,7 @@ def draws(energy: Energy, kernel: ParallelTempering, n: int, generator: torch.Ge
     """Exact draws ``(n, R)`` of a scalar variable at every temperature, by inverse CDF on a
     grid."""
     laws = [
-        TabulatedLaw(GeometricPath(energy, beta, kernel.reference), -16.0, 16.0, split=0.0)
+        TabulatedDensity(GeometricPath(energy, beta, kernel.reference), -16.0, 16.0, split=0.0)
         for beta in kernel.betas.tolist()
     ]
     return torch.stack(
@@ -598,7 +598,7 @@ def test_a_run_that_was_saved_goes_on_bit_for_bit(reference: Energy | None) -> N
         ),
         (
             lambda: GeometricPath(DoubleWell(), [0.5, 1.0])(torch.zeros(3)),
-            "one row for each of 2 betas",
+            "one chain for each of 2 betas",
         ),
         (
             lambda: LadderAdaptation().start(NUTS(), DoubleWell(), None),

@@ -112,14 +112,14 @@ def one_step(
     noise: torch.Generator,
 ) -> Any:
     """Every gradient first, then every optimizer's step."""
-    losses, facts = objective.losses(energy, batch, generator=noise)
+    losses, metrics = objective.losses(energy, batch, generator=noise)
     for name, loss in losses.items():
         parameters = objective.trained(energy)[name]
         for p, g in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
             p.grad = g
     for optimizer in optimizers.values():
         optimizer.step()
-    return facts
+    return metrics
 
 
 # --------------------------------------------------------------------------------------------------
@@ -129,19 +129,21 @@ def one_step(
 @pytest.mark.parametrize("dtype", [F64, torch.float32])
 @pytest.mark.parametrize("event", EVENTS)
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_losses_and_facts(name: str, event: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_losses_and_metrics(name: str, event: tuple[int, ...], dtype: torch.dtype) -> None:
     energy, objective, batch = pair(name, event, dtype)
-    losses, facts = objective.losses(energy, batch, generator=seeded(0))
+    losses, metrics = objective.losses(energy, batch, generator=seeded(0))
     assert losses.keys() == objective.trained(energy).keys()
-    assert {"energy_data", "energy_model", "energy_gap"} <= facts.keys()
-    for value in (*losses.values(), *facts.values()):
+    assert {"energy_data", "energy_model", "energy_gap"} <= metrics.keys()
+    for value in (*losses.values(), *metrics.values()):
         assert value.shape == ()
         assert value.dtype == dtype
         assert bool(torch.isfinite(value))
-    assert not any(fact.requires_grad for fact in facts.values())
-    torch.testing.assert_close(facts["energy_data"], energy(batch).mean().detach())
-    torch.testing.assert_close(facts["energy_gap"], facts["energy_data"] - facts["energy_model"])
-    assert ("log_likelihood_bound" in facts) == isinstance(objective, AdversarialFlow)
+    assert not any(fact.requires_grad for fact in metrics.values())
+    torch.testing.assert_close(metrics["energy_data"], energy(batch).mean().detach())
+    torch.testing.assert_close(
+        metrics["energy_gap"], metrics["energy_data"] - metrics["energy_model"]
+    )
+    assert ("log_likelihood_bound" in metrics) == isinstance(objective, AdversarialFlow)
 
 
 def check_separation(objective: Adversarial, energy: Energy, batch: Tensor) -> None:
@@ -204,9 +206,9 @@ def test_same_seed_same_result_and_states_come_back(name: str) -> None:
 def test_nan_is_seen_where_it_is(name: str) -> None:
     energy, objective, batch = pair(name, (3,))
     batch[2, 1] = math.nan
-    losses, facts = objective.losses(energy, batch, generator=seeded(0))
+    losses, metrics = objective.losses(energy, batch, generator=seeded(0))
     assert bool(losses["energy"].isnan())
-    assert bool(facts["energy_data"].isnan())
+    assert bool(metrics["energy_data"].isnan())
     # draws do not read data
     assert all(bool(torch.isfinite(loss)) for part, loss in losses.items() if part != "energy")
     with torch.no_grad():
@@ -266,8 +268,11 @@ def test_what_does_not_fit_is_refused(name: str) -> None:
         (lambda: AdversarialFlow(NICE(2), num_samples=0), "num_samples must be"),
         (lambda: AdversarialFlow(NICE(2), gradient_penalty=-1.0), "gradient_penalty must be"),
         (lambda: AdversarialFlow(NICE(2), gradient="none"), "gradient must be"),
-        (lambda: DeepDirected(MLPGenerator((2,), 2)), "has none"),
-        (lambda: DeepDirected(Generator(nn.BatchNorm1d(2, affine=False), 2, (2,))), "has none"),
+        (lambda: DeepDirected(MLPGenerator((2,), 2)), "must have batch normalization"),
+        (
+            lambda: DeepDirected(Generator(nn.BatchNorm1d(2, affine=False), 2, (2,))),
+            "must have batch",
+        ),
         (lambda: VERA(MLPGenerator((2,), 2, sigma=0.1), num_proposals=0), "num_proposals must be"),
         (lambda: VERA(MLPGenerator((2,), 2, sigma=0.1), eta=0.0), "eta must be"),
         (
@@ -278,14 +283,14 @@ def test_what_does_not_fit_is_refused(name: str) -> None:
             lambda: VERA(MLPGenerator((2,), 2, sigma=0.1, batch_norm=True)).losses(
                 Gaussian(torch.zeros(2)), torch.zeros(3, 2)
             ),
-            "no batch norm",
+            "no batch normalization",
         ),
         (lambda: MLPGenerator((2,), 0), "latent_dim must be"),
         (lambda: MLPGenerator((2,), 2, sigma=-1.0), "sigma must be"),
         (lambda: MLPGenerator((2,), 2, ()), "hidden_sizes must"),
         (lambda: MLPGenerator((2,), 2)(torch.zeros(3, 1)), "z must have shape"),
         (lambda: MLPGenerator((2,), 2).sample(0), "num_samples must be"),
-        (lambda: Generator(nn.Linear(2, 3), 2, (2,)).sample(4), "net must give events"),
+        (lambda: Generator(nn.Linear(2, 3), 2, (2,)).sample(4), "net must return events"),
         (lambda: ProductOfExpertsEnergy(nn.Tanh(), 2, (2,), 0), "num_experts must be"),
         (lambda: ProductOfExpertsEnergy(nn.Tanh(), 2, (2,), 3, sigma=0.0), "sigma must be"),
         (
@@ -339,12 +344,12 @@ def check_finite(make: Callable[[Tensor], Adversarial]) -> None:
     """The gaps of the bounds are KL(q || p); the gradient at q = p is that of maximum
     likelihood."""
     energy, objective = Table(ENERGIES), make(LOGITS)
-    losses, facts = objective.losses(energy, STATES)
+    losses, metrics = objective.losses(energy, STATES)
     log_p, log_q = (-ENERGIES).log_softmax(0), LOGITS.log_softmax(0)
     kl, log_z = (log_q.exp() * (log_q - log_p)).sum(), (-ENERGIES).logsumexp(0)
     torch.testing.assert_close(log_z + losses["generator"].detach(), kl)  # log Z - (H - E_q E)
-    torch.testing.assert_close(facts["log_likelihood_bound"] - (STATES @ log_p).mean(), kl)
-    torch.testing.assert_close(facts["entropy"], -(log_q.exp() * log_q).sum())
+    torch.testing.assert_close(metrics["log_likelihood_bound"] - (STATES @ log_p).mean(), kl)
+    torch.testing.assert_close(metrics["entropy"], -(log_q.exp() * log_q).sum())
     q = LOGITS.clone().requires_grad_()
     exact = (q.softmax(0) * (q.log_softmax(0) - log_p)).sum()
     torch.testing.assert_close(
@@ -369,13 +374,13 @@ def test_the_fixed_point_of_the_finite_game() -> None:
     rates = {"energy": 0.1, "generator": 1.0}
     optimizers = {name: torch.optim.SGD(trained[name], lr=rate) for name, rate in rates.items()}
     for _ in range(3000):
-        facts = one_step(energy, objective, optimizers, STATES, seeded(0))
+        metrics = one_step(energy, objective, optimizers, STATES, seeded(0))
     log_p = (COUNTS.to(F64) / COUNTS.sum()).log()
     level = energy.values.detach() + log_p
     torch.testing.assert_close(level, level.mean().expand(5), rtol=0, atol=1e-9)
     torch.testing.assert_close(objective.logits.detach().log_softmax(0), log_p, rtol=0, atol=1e-9)
     torch.testing.assert_close(
-        facts["log_likelihood_bound"], (STATES @ log_p).mean(), rtol=0, atol=1e-9
+        metrics["log_likelihood_bound"], (STATES @ log_p).mean(), rtol=0, atol=1e-9
     )
 
 
@@ -500,11 +505,11 @@ def test_a_flow_that_is_the_model_has_no_gradient() -> None:
     """The path derivative is 0 in each draw, and the bound is the log-likelihood in each draw."""
     energy, objective = Gaussian(torch.zeros(2, dtype=F64)), AdversarialFlow(NICE(2, dtype=F64))
     batch = standard_normal((6, 2), seeded(2), F64, CPU)
-    losses, facts = objective.losses(energy, batch, generator=seeded(0))
+    losses, metrics = objective.losses(energy, batch, generator=seeded(0))
     found = grads(losses["generator"], objective.parameters())
     assert float(flat(found).abs().max()) < 1e-14
     torch.testing.assert_close(
-        facts["log_likelihood_bound"], -energy(batch).mean() - math.log(2.0 * math.pi)
+        metrics["log_likelihood_bound"], -energy(batch).mean() - math.log(2.0 * math.pi)
     )
 
 
@@ -567,18 +572,20 @@ def test_deep_directed_is_exact_for_one_normal_layer() -> None:
     )
     objective = DeepDirected(Generator(layer, 2, (2,)), num_samples=100)
     for _ in range(2):
-        losses, facts = objective.losses(energy, torch.zeros(3, 2, dtype=F64), generator=seeded(0))
+        losses, metrics = objective.losses(
+            energy, torch.zeros(3, 2, dtype=F64), generator=seeded(0)
+        )
         a, b = layer.weight, layer.bias
         entropy = (0.5 * math.log(2.0 * math.pi * math.e) + a.abs().log()).sum()
         exact = (0.5 * (a**2 + b**2) / scale**2).sum() - entropy
         constant = losses["generator"] - exact
-        torch.testing.assert_close(facts["entropy_surrogate"], entropy.detach())
+        torch.testing.assert_close(metrics["entropy_surrogate"], entropy.detach())
         torch.testing.assert_close(flat(grads(constant, [a, b])), torch.zeros(4, dtype=F64))
         slope = float(flat(grads(losses["generator"], [a, b])).abs().max())
         with torch.no_grad():
             a.copy_(scale)
     assert slope < 1e-9  # at the target's scale
-    assert "log_likelihood_bound" not in facts
+    assert "log_likelihood_bound" not in metrics
 
 
 # --------------------------------------------------------------------------------------------------
@@ -703,8 +710,8 @@ def test_the_width_of_proposals_is_trained() -> None:
     noise = seeded(0)
     optimizer = torch.optim.Adam([objective.log_eta], lr=0.05)
     for _ in range(120):
-        losses, facts = objective.losses(energy, torch.zeros(1, 3, dtype=F64), generator=noise)
-        torch.testing.assert_close(losses["posterior"].detach(), facts["entropy"])
+        losses, metrics = objective.losses(energy, torch.zeros(1, 3, dtype=F64), generator=noise)
+        torch.testing.assert_close(losses["posterior"].detach(), metrics["entropy"])
         (objective.log_eta.grad,) = torch.autograd.grad(losses["posterior"], [objective.log_eta])
         optimizer.step()
     model = linear()
@@ -788,7 +795,7 @@ def test_the_product_of_experts_is_normalisable() -> None:
         1.0,
     )
     assert quadrature(energy).kind == "exact"
-    with pytest.warns(UserWarning, match="batch normalisation"):
+    with pytest.warns(UserWarning, match="batch normalization"):
         ProductOfExpertsEnergy(nn.BatchNorm1d(2), 2, (2,))
 
 
@@ -802,8 +809,8 @@ class Upside(AdversarialFlow):
     def losses(
         self, energy: Energy, batch: Tensor, *, generator: torch.Generator | None = None
     ) -> Any:
-        losses, facts = super().losses(energy, batch, generator=generator)
-        return losses | {"energy": -losses["energy"]}, facts
+        losses, metrics = super().losses(energy, batch, generator=generator)
+        return losses | {"energy": -losses["energy"]}, metrics
 
 
 class NoEntropy(AdversarialFlow):
@@ -831,9 +838,9 @@ class Attached(AdversarialFlow):
     def losses(
         self, energy: Energy, batch: Tensor, *, generator: torch.Generator | None = None
     ) -> Any:
-        losses, facts = super().losses(energy, batch, generator=generator)
+        losses, metrics = super().losses(energy, batch, generator=generator)
         x = self.flow.forward_and_log_prob(self.flow.rsample_base(len(batch), generator))[0]
-        return losses | {"energy": energy(batch).mean() - energy(x).mean()}, facts
+        return losses | {"energy": energy(batch).mean() - energy(x).mean()}, metrics
 
 
 def test_a_flipped_sign_is_caught() -> None:

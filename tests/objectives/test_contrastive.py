@@ -45,7 +45,7 @@ from pyroebm.objectives import (
     Sparsity,
 )
 from pyroebm.objectives import contrastive as contrastive_module
-from pyroebm.objectives.layered import Ladder, mean_field
+from pyroebm.objectives.layered import TemperatureLadder, mean_field
 from pyroebm.targets import Gaussian
 
 F64 = torch.float64
@@ -211,7 +211,7 @@ def check_identity_keeps_chains(objective: ReplayBufferCD) -> None:
     assert torch.equal(objective.chains, before), "an identity kernel changed the chains"
 
 
-def check_swaps(ladder: Ladder) -> None:
+def check_swaps(ladder: TemperatureLadder) -> None:
     """Pairs drawn exactly, each at its own temperature, keep their laws under swaps: counts of two
     states."""
     energies = torch.tensor([0.0, 2.0], dtype=F64)
@@ -233,14 +233,14 @@ def check_centering(centering: Centering, energy: LayeredMachine, data: Tensor) 
     """A step along centered gradients is a plain step in the coordinates in which units are counted
     from their offsets."""
     rate = 0.05
-    loss, facts = ContrastiveDivergence(k=2)(energy, data, generator=seeded(1))
+    loss, metrics = ContrastiveDivergence(k=2)(energy, data, generator=seeded(1))
     loss.backward()
     plain = [
         p.grad.clone()
         for p in (*energy.layers().weights, *energy.layers().biases)
         if p.grad is not None
     ]
-    centering(energy, data, facts)
+    centering(energy, data, metrics)
     layers = energy.layers()
     own = [*layers.weights, *layers.biases]
     m, count = centering.offsets, len(layers.weights)
@@ -297,14 +297,14 @@ def test_cd_by_a_kernel_is_the_same_where_the_kernel_mixes() -> None:
 def test_sampling_leaves_gradients_and_modes_alone() -> None:
     energy = Learned()
     energy.train()
-    loss, facts = ContrastiveDivergence(k=3)(
+    loss, metrics = ContrastiveDivergence(k=3)(
         energy, torch.randn(5, 2, dtype=F64, generator=seeded(0))
     )
     assert all(p.grad is None and p.requires_grad for p in energy.parameters())
     assert energy.training
-    assert set(facts) == {"energy_data", "energy_model", "energy_gap", "acceptance_rate"}
-    assert not any(fact.requires_grad for fact in facts.values())
-    torch.testing.assert_close(loss.detach(), facts["energy_gap"])
+    assert set(metrics) == {"energy_data", "energy_model", "energy_gap", "acceptance_rate"}
+    assert not any(fact.requires_grad for fact in metrics.values())
+    torch.testing.assert_close(loss.detach(), metrics["energy_gap"])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -393,13 +393,13 @@ def test_pcd_of_hidden_units_tied_to_each_other(units: str) -> None:
     for run in range(40):
         objective, noise = ReplayBufferCD(num_chains=50), seeded(100 + run)
         for _ in range(10):
-            loss, facts = objective(machine, seen, generator=noise)
+            loss, metrics = objective(machine, seen, generator=noise)
         grads.append(flat_grad(machine, loss))
     assert objective.chains is not None
     assert objective.chains.shape == (50, 6)
     mean, se = mean_and_se(torch.stack(grads))
     within_se(mean[se > 0], truth[se > 0], se[se > 0])
-    assert float(facts["energy_data"]) == pytest.approx(
+    assert float(metrics["energy_data"]) == pytest.approx(
         float(machine.variational_free_energy(seen).mean().detach())
     )
     with pytest.raises(ValueError, match=r"event_shape \(3,\)"):
@@ -411,10 +411,10 @@ def test_exact_likelihood_of_visible_units() -> None:
     of them."""
     for machine in (dense("spins"), DeepBoltzmannMachine([3, 2, 2], dtype=F64)):
         seen = 2.0 * BITS[:5, :3] - 1.0 if isinstance(machine, BoltzmannMachine) else BITS[:5, :3]
-        loss, facts = ExactLikelihood()(machine, seen)
+        loss, metrics = ExactLikelihood()(machine, seen)
         torch.testing.assert_close(loss, -machine.log_likelihood(seen).mean())
         assert bool((flat_grad(machine, loss).abs() > 0).any())
-        assert float(facts["log_z"]) == pytest.approx(machine.log_z)
+        assert float(metrics["log_z"]) == pytest.approx(machine.log_z)
 
 
 def test_pcd_of_spins_by_the_default_kernel() -> None:
@@ -502,9 +502,9 @@ def test_a_mean_field_row_does_not_depend_on_the_others() -> None:
 
 
 def test_tempering_swaps() -> None:
-    check_swaps(Ladder((1.0, 0.6, 0.2, 0.1), 1))
-    _, facts = PersistentCD(num_chains=5, betas=(1.0, 0.5))(oracle_rbm(), DATA)
-    assert 0.0 < facts["swap_rate"] <= 1.0
+    check_swaps(TemperatureLadder((1.0, 0.6, 0.2, 0.1), 1))
+    _, metrics = PersistentCD(num_chains=5, betas=(1.0, 0.5))(oracle_rbm(), DATA)
+    assert 0.0 < metrics["swap_rate"] <= 1.0
 
 
 # --------------------------------------------------------------------------------------------------
@@ -513,9 +513,9 @@ def test_tempering_swaps() -> None:
 
 def test_exact_likelihood() -> None:
     rbm = oracle_rbm()
-    loss, facts = ExactLikelihood()(rbm, DATA)
+    loss, metrics = ExactLikelihood()(rbm, DATA)
     torch.testing.assert_close(flat_grad(rbm, loss), exact_rbm(rbm, DATA))
-    assert float(facts["log_z"]) == pytest.approx(LOG_Z, abs=1e-11)
+    assert float(metrics["log_z"]) == pytest.approx(LOG_Z, abs=1e-11)
     one = torch.tensor([[1.0, 0.0, 1.0, 1.0]], dtype=F64)
     assert float(ExactLikelihood()(rbm, one)[1]["log_likelihood"]) == pytest.approx(
         -3.044979315380, abs=1e-11
@@ -524,8 +524,8 @@ def test_exact_likelihood() -> None:
 
 def test_pseudolikelihood_of_the_oracle() -> None:
     one = torch.tensor([[1.0, 0.0, 1.0, 1.0]], dtype=F64)
-    _, facts = Pseudolikelihood()(oracle_rbm(), one)
-    assert float(facts["pseudo_log_likelihood"]) == pytest.approx(-3.181107879735, abs=1e-11)
+    _, metrics = Pseudolikelihood()(oracle_rbm(), one)
+    assert float(metrics["pseudo_log_likelihood"]) == pytest.approx(-3.181107879735, abs=1e-11)
 
 
 def enumerated_pseudolikelihood(energy: Energy, data: Tensor, every: Tensor, width: int) -> Tensor:
@@ -581,9 +581,9 @@ def test_mean_field_is_near_for_small_weights(make: Callable[[], LayeredMachine]
                 if parameter.dim() > 1:
                     parameter *= scale
         data = machine.sample(6, seeded(1))[:, : machine.layers().sizes[0]]
-        loss, facts = MeanFieldLikelihood()(machine, data)
+        loss, metrics = MeanFieldLikelihood()(machine, data)
         log_z = machine.log_partition()
-        gaps.append(float(log_z.detach() - facts["log_z_bound"]))
+        gaps.append(float(log_z.detach() - metrics["log_z_bound"]))
         if not isinstance(machine, Deep):
             errors.append(
                 float(
@@ -661,9 +661,9 @@ def test_centering_is_the_enhanced_gradient() -> None:
 def test_offsets_slide_and_are_kept() -> None:
     rbm, centering = oracle_rbm(), Centering(rate=0.25)
     for data in (DATA, BITS):
-        loss, facts = ContrastiveDivergence()(rbm, data, generator=seeded(0))
+        loss, metrics = ContrastiveDivergence()(rbm, data, generator=seeded(0))
         loss.backward()
-        centering(rbm, data, facts)
+        centering(rbm, data, metrics)
     torch.testing.assert_close(centering.offsets[0], 0.75 * DATA.mean(0) + 0.25 * BITS.mean(0))
     other = Centering()
     other.load_state_dict(centering.state_dict())
@@ -683,9 +683,9 @@ def test_sparsity_is_the_written_penalty() -> None:
         (lambda: ContrastiveDivergence(0), "k must be"),
         (lambda: ContrastiveDivergence(kernel=Gibbs), "an instance"),  # type: ignore[arg-type]
         (lambda: PersistentCD(0), "num_chains must be"),
-        (lambda: PersistentCD(betas=(0.5, 1.0)), "fall from 1"),
-        (lambda: PersistentCD(betas=(1.0, 0.5))(Spins(), BITS), "Spins is none: give Replay"),
-        (lambda: ReplayBufferCD()(oracle_rbm(), DATA), r"give kernel .* or PersistentCD"),
+        (lambda: PersistentCD(betas=(0.5, 1.0)), "decrease from 1"),
+        (lambda: PersistentCD(betas=(1.0, 0.5))(Spins(), BITS), "got Spins: use ReplayBufferCD"),
+        (lambda: ReplayBufferCD()(oracle_rbm(), DATA), "give kernel, or use PersistentCD"),
         (lambda: ContrastiveDivergence()(oracle_rbm(), DATA[:, :3]), "visible units"),
         (lambda: ContrastiveDivergence()(oracle_rbm(), DATA.float()), "visible units"),
         (lambda: ContrastiveDivergence()(oracle_rbm(), DATA[:0]), "n at least 1"),
@@ -696,13 +696,13 @@ def test_sparsity_is_the_written_penalty() -> None:
         (lambda: Pseudolikelihood()(Gaussian(torch.zeros(2, dtype=F64)), DATA[:, :2]), "discrete"),
         (lambda: Pseudolikelihood()(oracle_rbm(), 0.5 * DATA), "batch must hold states"),
         (lambda: Pseudolikelihood()(oracle_rbm(), math.nan * DATA), "batch must hold states"),
-        (lambda: MeanFieldLikelihood()(Spins(), BITS), "machines of layers"),
+        (lambda: MeanFieldLikelihood()(Spins(), BITS), "must be a layered machine"),
         (lambda: Centering(2.0), "rate must be"),
-        (lambda: Centering()(Spins(), BITS, {}), "machines of layers"),
+        (lambda: Centering()(Spins(), BITS, {}), "must be a layered machine"),
         (lambda: Centering()(gaussian_rbm(), DATA[:, :3], {}), "functions of other parameters"),
         (lambda: Centering()(oracle_rbm(), DATA, {}), "after backward"),
         (lambda: Sparsity(1.5, 1.0), "target must be"),
-        (lambda: Sparsity(0.1, 1.0)(Spins(), BITS), "machines of layers"),
+        (lambda: Sparsity(0.1, 1.0)(Spins(), BITS), "must be a layered machine"),
     ],
 )
 def test_bad_input_is_refused(call: Callable[[], Any], said: str) -> None:
@@ -730,8 +730,8 @@ class Upside(ContrastiveDivergence):
     def forward(
         self, energy: Any, batch: Tensor, *, generator: torch.Generator | None = None
     ) -> Any:
-        loss, facts = super().forward(energy, batch, generator=generator)
-        return -loss, facts
+        loss, metrics = super().forward(energy, batch, generator=generator)
+        return -loss, metrics
 
 
 @pytest.mark.parametrize(
@@ -770,18 +770,18 @@ def test_chains_that_do_not_persist_are_caught() -> None:
         check_pcd(lambda: Restarted(num_chains=100), rbm, DATA, exact_rbm(rbm, DATA))
 
 
-class Inverted(Ladder):
+class Inverted(TemperatureLadder):
     def swaps(self, energies: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         return super().swaps(-energies, generator)
 
 
-class AlwaysSwaps(Ladder):
+class AlwaysSwaps(TemperatureLadder):
     def swaps(self, energies: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         return super().swaps(torch.zeros_like(energies), generator)
 
 
 @pytest.mark.parametrize("mutant", [Inverted, AlwaysSwaps])
-def test_wrong_swap_ratios_are_caught(mutant: type[Ladder]) -> None:
+def test_wrong_swap_ratios_are_caught(mutant: type[TemperatureLadder]) -> None:
     with pytest.raises(AssertionError, match="standard errors"):
         check_swaps(mutant((1.0, 0.6, 0.2, 0.1), 1))
     rbm = oracle_rbm(scale=2.0)
@@ -798,9 +798,9 @@ def test_wrong_swap_ratios_are_caught(mutant: type[Ladder]) -> None:
 class Swapped(Centering):
     """The offsets of the two layers change places in what is taken from the biases."""
 
-    def forward(self, energy: Any, batch: Tensor, facts: Any) -> None:
+    def forward(self, energy: Any, batch: Tensor, metrics: Any) -> None:
         plain = {p: p.grad.clone() for p in energy.parameters()}
-        super().forward(energy, batch, facts)
+        super().forward(energy, batch, metrics)
         for p, gradient in plain.items():
             if p.dim() == 1:
                 p.grad = 2.0 * gradient - p.grad
@@ -809,9 +809,9 @@ class Swapped(Centering):
 class Uncorrected(Centering):
     """Weights are centered, and the biases left as they were."""
 
-    def forward(self, energy: Any, batch: Tensor, facts: Any) -> None:
+    def forward(self, energy: Any, batch: Tensor, metrics: Any) -> None:
         plain = {p: p.grad.clone() for p in energy.parameters() if p.dim() == 1}
-        super().forward(energy, batch, facts)
+        super().forward(energy, batch, metrics)
         for p, gradient in plain.items():
             p.grad = gradient
 

@@ -237,18 +237,18 @@ def test_a_few_sites_are_unbiased(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_facts_and_dtypes(name: str) -> None:
+def test_metrics_and_dtypes(name: str) -> None:
     objective = OBJECTIVES[name][0](3)
     for dtype in (torch.float32, F64):
         rbm, batch = (
             BernoulliRBM(4, 3, weight=randn(4, 3), dtype=dtype),
             all_bits(4, dtype=dtype)[[1, 5, 9]],
         )
-        (loss, facts), (again, _) = (objective(rbm, batch, generator=seeded(1)) for _ in range(2))
+        (loss, metrics), (again, _) = (objective(rbm, batch, generator=seeded(1)) for _ in range(2))
         assert loss.dtype == dtype
         assert torch.equal(loss, again)
-        assert set(facts) == {"energy_data", "pseudo_log_likelihood"}
-        assert not any(fact.requires_grad for fact in facts.values())
+        assert set(metrics) == {"energy_data", "pseudo_log_likelihood"}
+        assert not any(fact.requires_grad for fact in metrics.values())
     energy, states, _ = MODELS["spins"]
     ours, theirs = (
         kind()(energy, states)[1]["pseudo_log_likelihood"]
@@ -472,8 +472,8 @@ def test_mutants_are_caught(mutant: type[SiteObjective], name: str, model: str) 
 
 def test_a_detached_neighbour_is_caught() -> None:
     class Detached(MinimumProbabilityFlow):
-        def _neighbours(self, energy: Energy, batch: Tensor, generator: Any) -> Any:
-            data, log_ratios, scale = super()._neighbours(energy, batch, generator)
+        def _neighbors(self, energy: Energy, batch: Tensor, generator: Any) -> Any:
+            data, log_ratios, scale = super()._neighbors(energy, batch, generator)
             return data, data[:, None, None] + (log_ratios - data[:, None, None]).detach(), scale
 
     with pytest.raises(AssertionError):

@@ -199,7 +199,7 @@ def test_rows_keep_to_themselves() -> None:
 def test_a_classifier_that_is_no_density_says_so() -> None:
     with pytest.warns(UserWarning, match="give scale"):
         ClassifierEnergy(nn.Linear(2, 3), (2,), 3)
-    with pytest.warns(UserWarning, match="batch normalisation"):
+    with pytest.warns(UserWarning, match="batch normalization"):
         ClassifierEnergy(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)), (2,), 3, scale=1.0)
     with pytest.warns(UserWarning, match="piecewise linear"):
         ClassifierEnergy(nn.Sequential(nn.Linear(2, 3), nn.ReLU()), (2,), 3, scale=1.0)
@@ -219,9 +219,9 @@ def test_bad_input_is_named() -> None:
         energy.joint_energy(x, torch.tensor([0, 1, 2, 3]))
     with pytest.raises(ValueError, match="y must be int64 classes"):
         energy.joint_energy(x, torch.zeros(4))
-    with pytest.raises(ValueError, match="one class or one for each row"):
+    with pytest.raises(ValueError, match="one class or one for each chain"):
         energy.given(torch.zeros(2, 2, dtype=torch.int64))
-    with pytest.raises(ValueError, match="one row for each of 3 classes"):
+    with pytest.raises(ValueError, match="one chain for each of 3 classes"):
         energy.given(torch.tensor([0, 1, 2]))(x)
 
 
@@ -262,10 +262,10 @@ def test_chains_of_each_class_have_the_exact_gradient() -> None:
 
 def test_without_a_generative_term_it_is_the_cross_entropy() -> None:
     energy, (x, y) = deep_energy(), mixture_draws(12, 3)
-    loss, facts = Hybrid()(energy, (x, y))
+    loss, metrics = Hybrid()(energy, (x, y))
     torch.testing.assert_close(flat_grad(energy, loss), exact_grads(energy, x, y)["classes"])
-    assert set(facts) == {"class_nll", "accuracy", "energy_data"}
-    assert float(facts["accuracy"]) == float((energy.net(x).argmax(1) == y).double().mean())
+    assert set(metrics) == {"class_nll", "accuracy", "energy_data"}
+    assert float(metrics["accuracy"]) == float((energy.net(x).argmax(1) == y).double().mean())
 
 
 def test_the_weight_is_of_the_generative_term() -> None:
@@ -378,14 +378,14 @@ def test_what_does_not_fit_is_refused() -> None:
         ({"mode": "conditional", "generative": ReplayBufferCD()}, "cannot take ReplayBufferCD"),
         (
             {"mode": "conditional", "generative": AdversarialFlow(NICE(2))},
-            "one law for all classes",
+            "does not depend on the class",
         ),
     ):
         with pytest.raises(ValueError, match=message):
             Hybrid(**arguments)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="a pair of events and classes"):
         Hybrid()(energy, x)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="trains a ClassifierEnergy"):
+    with pytest.raises(ValueError, match="must be a ClassifierEnergy"):
         Hybrid()(energy.given(0), (x, y))
     with pytest.raises(ValueError, match="y must be int64"):
         Hybrid()(energy, (x, y.double()))

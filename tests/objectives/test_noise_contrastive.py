@@ -143,15 +143,15 @@ def test_every_objective_takes_every_event(
         shape = (1,) if dtype == F64 else (2,)
     energy, objective = Bell(shape, dtype=dtype), OBJECTIVES[name](shape, dtype)
     batch = randn(7, *shape, dtype=dtype)
-    (loss, facts), (again, _) = (objective(energy, batch, generator=seeded(3)) for _ in range(2))
+    (loss, metrics), (again, _) = (objective(energy, batch, generator=seeded(3)) for _ in range(2))
     assert loss.shape == ()
     assert loss.dtype == dtype
     assert torch.equal(loss, again)
-    torch.testing.assert_close(facts["energy_data"], energy(batch).mean().detach())
-    assert {"energy_data", "energy_noise", "accuracy"} <= set(facts)
+    torch.testing.assert_close(metrics["energy_data"], energy(batch).mean().detach())
+    assert {"energy_data", "energy_noise", "accuracy"} <= set(metrics)
     assert all(
         fact.shape == () and not fact.requires_grad and fact.dtype == dtype
-        for fact in facts.values()
+        for fact in metrics.values()
     )
     loss.backward()
     trained = [p for p in (*energy.parameters(), *objective.parameters()) if p.requires_grad]
@@ -458,16 +458,16 @@ def test_what_the_width_of_the_noise_does() -> None:
         within_se(mean, truth, se, what=f"n times the squared error with noise of width {width:g}")
 
 
-def test_facts_of_a_classifier_that_cannot_tell() -> None:
+def test_metrics_of_a_classifier_that_cannot_tell() -> None:
     energy, noise = Bell((), 0.0, 1.0), normal()
-    _, facts = NoiseContrastive(noise, nu=3.0, log_z=HALF_LOG_TWO_PI)(
+    _, metrics = NoiseContrastive(noise, nu=3.0, log_z=HALF_LOG_TWO_PI)(
         energy, randn(50), generator=seeded(0)
     )
-    assert float(facts["posterior_data"]) == pytest.approx(0.25)
-    assert float(facts["posterior_noise"]) == pytest.approx(0.25)
-    assert float(facts["accuracy"]) == pytest.approx(0.75)  # always "noise"
-    assert float(facts["log_likelihood"]) == pytest.approx(
-        float(-facts["energy_data"]) - HALF_LOG_TWO_PI
+    assert float(metrics["posterior_data"]) == pytest.approx(0.25)
+    assert float(metrics["posterior_noise"]) == pytest.approx(0.25)
+    assert float(metrics["accuracy"]) == pytest.approx(0.75)  # always "noise"
+    assert float(metrics["log_likelihood"]) == pytest.approx(
+        float(-metrics["energy_data"]) - HALF_LOG_TWO_PI
     )
 
 
@@ -520,7 +520,9 @@ def test_ranking_by_hand() -> None:
     x = randn(3, 2)
     y = 1.5 * randn(12, 2, seed=1)
     noise = normal((2,), 1.5)
-    loss, facts = RankingNCE(noise, 4).contrast(energy, x, noise.log_prob(x), y, noise.log_prob(y))
+    loss, metrics = RankingNCE(noise, 4).contrast(
+        energy, x, noise.log_prob(x), y, noise.log_prob(y)
+    )
     total = 0.0
     for row in range(3):
         weights = [
@@ -530,21 +532,21 @@ def test_ranking_by_hand() -> None:
         total -= math.log(weights[0] / sum(weights)) / 3
     assert float(loss.detach()) == pytest.approx(total, abs=1e-12)
     sampled = torch.exp(-energy(y) - noise.log_prob(y)).detach().mean()
-    assert float(facts["log_z"]) == pytest.approx(math.log(float(sampled)), abs=1e-12)
+    assert float(metrics["log_z"]) == pytest.approx(math.log(float(sampled)), abs=1e-12)
 
 
 def test_conditional_by_hand() -> None:
     energy = Bell((2,), 0.2, 0.7)
     x = randn(3, 2)
     y = randn(6, 2, seed=1)
-    loss, facts = ConditionalNCE(1.0, 2).contrast(energy, x, y)
+    loss, metrics = ConditionalNCE(1.0, 2).contrast(energy, x, y)
     rises = [
         float((energy(y[3 * k + i]) - energy(x[i])).detach()) for k in range(2) for i in range(3)
     ]
     assert float(loss.detach()) == pytest.approx(
         2 * sum(math.log1p(math.exp(-r)) for r in rises) / 6, abs=1e-12
     )
-    assert float(facts["accuracy"]) == pytest.approx(sum(r > 0 for r in rises) / 6)
+    assert float(metrics["accuracy"]) == pytest.approx(sum(r > 0 for r in rises) / 6)
 
 
 def test_perturbations_have_their_scale() -> None:
@@ -574,7 +576,7 @@ def check_losses_are_apart(objective: FlowContrastive) -> None:
     with torch.no_grad():
         for parameter in energy.parameters():
             parameter.add_(0.3 * randn(*parameter.shape, seed=2))
-    losses, facts = objective.losses(energy, batch, generator=seeded(3))
+    losses, metrics = objective.losses(energy, batch, generator=seeded(3))
     trained = objective.trained(energy)
     assert set(losses) == set(trained)
     for name, loss in losses.items():
@@ -602,7 +604,7 @@ def check_losses_are_apart(objective: FlowContrastive) -> None:
             for v in (losses[name], value)
         )
         torch.testing.assert_close(list(ours), [sign * g for g in truth])
-    assert float(facts["energy_noise"]) == pytest.approx(float(energy(y).mean().detach()))
+    assert float(metrics["energy_noise"]) == pytest.approx(float(energy(y).mean().detach()))
 
 
 def test_losses_of_energy_and_flow_are_apart() -> None:
@@ -614,9 +616,9 @@ def test_the_sum_of_the_losses_has_each_one_s_gradients() -> None:
     energy = Bell((2,))
     batch = randn(20, 2)
     losses, _ = objective.losses(energy, batch, generator=seeded(3))
-    total, facts = objective(energy, batch, generator=seeded(3))
+    total, metrics = objective(energy, batch, generator=seeded(3))
     torch.testing.assert_close(total, losses["energy"] + losses["flow"])
-    assert "flow_log_likelihood" in facts
+    assert "flow_log_likelihood" in metrics
     for name, parameters in objective.trained(energy).items():
         own = torch.autograd.grad(losses[name], parameters, retain_graph=True)
         torch.testing.assert_close(torch.autograd.grad(total, parameters, retain_graph=True), own)
@@ -636,7 +638,7 @@ def test_a_flow_trained_along_comes_to_the_data() -> None:
         before = float(objective.flow.log_prob(data).mean())
     for _ in range(1000):
         rows = data[torch.randint(len(data), (200,), generator=noise)]
-        losses, facts = objective.losses(energy, rows, generator=noise)
+        losses, metrics = objective.losses(energy, rows, generator=noise)
         for optimizer in optimizers.values():
             optimizer.zero_grad()
         for name, parameters in objective.trained(energy).items():
@@ -648,7 +650,7 @@ def test_a_flow_trained_along_comes_to_the_data() -> None:
         after = float(objective.flow.log_prob(data).mean())
     assert before < truth - 3.0, before
     assert truth - 0.15 < after < truth + 0.02, (after, truth)
-    assert float(facts["log_z"]) == pytest.approx(
+    assert float(metrics["log_z"]) == pytest.approx(
         2 * float(energy.log_partition().detach()), abs=0.1
     )
     assert float(energy.mean.detach()) == pytest.approx(2.0, abs=0.05)
@@ -660,13 +662,13 @@ def test_a_learning_flow_takes_every_event(shape: tuple[int, ...], dtype: torch.
     energy = Bell(shape, dtype=dtype)
     objective = FlowContrastive(nice(2, dtype))
     batch = randn(6, *shape, dtype=dtype)
-    (losses, facts), (again, _) = (
+    (losses, metrics), (again, _) = (
         objective.losses(energy, batch, generator=seeded(1)) for _ in range(2)
     )
     assert all(
         torch.equal(losses[name], again[name]) and losses[name].dtype == dtype for name in losses
     )
-    assert all(not fact.requires_grad for fact in facts.values())
+    assert all(not fact.requires_grad for fact in metrics.values())
     other = FlowContrastive(nice(2, dtype, seed=5))
     other.load_state_dict(objective.state_dict())
     assert torch.equal(other.losses(energy, batch, generator=seeded(1))[0]["flow"], losses["flow"])
@@ -707,7 +709,7 @@ class Positive(Bell):
         (lambda: NoiseContrastive(normal(), nu=math.inf), "nu must be"),
         (lambda: NoiseContrastive(Bell()), "Energy with a known log_z"),
         (lambda: NoiseContrastive(dist.Normal(torch.zeros(2), 1.0)), "to_event"),
-        (lambda: NoiseContrastive(RedundantNICE(1, 2)), "redundant latents: dim=1"),
+        (lambda: NoiseContrastive(RedundantNICE(1, 2)), "auxiliary variables: dim=1"),
         (
             lambda: NoiseContrastive(normal((3,)))(Bell((2,)), randn(5, 2)),
             r"event shape .* Bell has \(2,\), .* has \(3,\)",
@@ -724,7 +726,7 @@ class Positive(Bell):
             lambda: NoiseContrastive(dist.Uniform(*torch.tensor([0.0, 1.0], dtype=F64)))(
                 Bell(), torch.arange(4.0, dtype=F64) / 2
             ),
-            "no mass",
+            "outside the support",
         ),
         (lambda: RankingNCE(normal(), 0), "num_negatives must be"),
         (lambda: ConditionalNCE(0.0), "noise_scale must be"),
@@ -734,9 +736,9 @@ class Positive(Bell):
             lambda: ConditionalNCE(1.0)(
                 Table(torch.zeros(2, dtype=F64)), torch.zeros(5, dtype=F64)
             ),
-            "real events",
+            "must have real support",
         ),
-        (lambda: FlowContrastive(RedundantNICE(1, 2)), "redundant latents"),
+        (lambda: FlowContrastive(RedundantNICE(1, 2)), "auxiliary variables"),
         (lambda: FlowContrastive(nice(3)).losses(Bell((2,)), randn(5, 2)), "dim=3"),
         (lambda: gaussian_noise(randn(1, 2)), "at least two rows"),
         (lambda: gaussian_noise(randn(5, 2), 0.0), "scale must be"),
@@ -867,7 +869,7 @@ class ThroughTheDensityAlone(FlowContrastive):
     def losses(
         self, energy: Any, batch: Tensor, *, generator: torch.Generator | None = None
     ) -> Any:
-        losses, facts = super().losses(energy, batch, generator=generator)
+        losses, metrics = super().losses(energy, batch, generator=generator)
         y, log_q = self.flow.forward_and_log_prob(
             self.flow.rsample_base(
                 len(batch), None if generator is None else generator.manual_seed(3)
@@ -876,23 +878,25 @@ class ThroughTheDensityAlone(FlowContrastive):
         kept = -energy(y.detach()).detach() - self.log_z.detach()
         at_data = -energy(batch).detach() - self.log_z.detach() - self.flow.log_prob(batch)
         against, _ = noise_contrastive.classify(at_data, kept - log_q, 1.0)
-        return losses | {"flow": -against}, facts
+        return losses | {"flow": -against}, metrics
 
 
 class SameSign(FlowContrastive):
     def losses(
         self, energy: Any, batch: Tensor, *, generator: torch.Generator | None = None
     ) -> Any:
-        losses, facts = super().losses(energy, batch, generator=generator)
-        return losses | {"flow": -losses["flow"]}, facts
+        losses, metrics = super().losses(energy, batch, generator=generator)
+        return losses | {"flow": -losses["flow"]}, metrics
 
 
 class Leaks(FlowContrastive):
     def losses(
         self, energy: Any, batch: Tensor, *, generator: torch.Generator | None = None
     ) -> Any:
-        losses, facts = super().losses(energy, batch, generator=generator)
-        return losses | {"energy": losses["energy"] + 0.0 * self.flow.log_prob(batch).mean()}, facts
+        losses, metrics = super().losses(energy, batch, generator=generator)
+        return losses | {
+            "energy": losses["energy"] + 0.0 * self.flow.log_prob(batch).mean()
+        }, metrics
 
 
 @pytest.mark.parametrize("mutant", [ThroughTheDensityAlone, SameSign, Leaks])

@@ -27,7 +27,7 @@ from pyroebm.objectives import (
 )
 from pyroebm.objectives import improved as improved_module
 from pyroebm.objectives.contrastive import advance
-from pyroebm.objectives.improved import langevin_step, nearest_neighbour_entropy
+from pyroebm.objectives.improved import langevin_step, nearest_neighbor_entropy
 from pyroebm.training import fit
 
 F64 = torch.float64
@@ -83,7 +83,7 @@ SHAPES = [(), (3,), (1, 4, 4)]
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_contract(name: str, shape: tuple[int, ...]) -> None:
-    """A scalar loss with a graph to all parameters, detached facts, nothing left behind, the same
+    """A scalar loss with a graph to all parameters, detached metrics, nothing left behind, the same
     again by the same seed; saved and loaded it goes on alike."""
     energy, batch = of_shape(shape), torch.randn(5, *shape, dtype=F64, generator=seeded(2))
     with torch.no_grad():
@@ -96,11 +96,11 @@ def test_contract(name: str, shape: tuple[int, ...]) -> None:
         noise = seeded(4)
         losses.append([objective(energy, batch, generator=noise) for _ in range(3)])
     assert torch.equal(before, torch.get_rng_state())
-    for (a, facts), (b, _) in zip(*losses, strict=True):
+    for (a, metrics), (b, _) in zip(*losses, strict=True):
         assert a.shape == ()
         assert torch.equal(a, b)
-        assert {"energy_data", "energy_model", "energy_gap", "acceptance_rate"} <= set(facts)
-        assert not any(fact.requires_grad for fact in facts.values())
+        assert {"energy_data", "energy_model", "energy_gap", "acceptance_rate"} <= set(metrics)
+        assert not any(fact.requires_grad for fact in metrics.values())
     assert energy.training
     assert all(p.grad is None and p.requires_grad for p in energy.parameters())
     grads = torch.autograd.grad(losses[0][-1][0], list(energy.parameters()), allow_unused=True)
@@ -288,9 +288,9 @@ def test_starts_from_a_stated_law(law: Any) -> None:
         ReplayBufferCD(20, 1, Still(0.1), initial=law),
         ShortRun(1, Still(0.1), num_chains=20, initial=law),
     ):
-        _, facts = objective(Bowl(), torch.zeros(3, 2, dtype=F64), generator=seeded(0))
+        _, metrics = objective(Bowl(), torch.zeros(3, 2, dtype=F64), generator=seeded(0))
         low, high = (Bowl()(torch.full((1, 2), value, dtype=F64)).item() for value in (2.0, 3.0))
-        assert low < float(facts["energy_model"]) < high
+        assert low < float(metrics["energy_model"]) < high
 
 
 def frozen_gradient(make: Callable[[], Objective], burn: int, steps: int) -> None:
@@ -352,8 +352,8 @@ def test_a_short_run_is_its_closed_form() -> None:
     for power, truth in ((1, mean), (2, variance)):
         values = x if power == 1 else (x - mean) ** 2
         within_se(*(lambda m, s, truth=truth: (m, truth, s))(*mean_and_se(values)))
-    _, facts = objective(energy, torch.zeros(3, 2, dtype=F64), generator=seeded(1))
-    assert float(facts["temperature"]) == pytest.approx(temperature)
+    _, metrics = objective(energy, torch.zeros(3, 2, dtype=F64), generator=seeded(1))
+    assert float(metrics["temperature"]) == pytest.approx(temperature)
     assert not objective.state_dict(), "no chain is kept"
 
 
@@ -380,10 +380,10 @@ def test_the_field_s_numbers_as_a_kernel() -> None:
 )
 def test_the_penalty_is_the_written_one(make: Callable[[float], Objective]) -> None:
     energy, batch = of_shape((2,)), torch.randn(5, 2, dtype=F64, generator=seeded(2))
-    plain, facts = make(0.0)(energy, batch, generator=seeded(3))
+    plain, metrics = make(0.0)(energy, batch, generator=seeded(3))
     penalised, more = make(0.3)(energy, batch, generator=seeded(3))
     torch.testing.assert_close(penalised - plain, more["energy_penalty"])
-    assert torch.equal(more["energy_gap"], facts["energy_gap"])
+    assert torch.equal(more["energy_gap"], metrics["energy_gap"])
     start = (
         batch
         if isinstance(make(0.0), ContrastiveDivergence)
@@ -527,7 +527,7 @@ def test_entropy_by_neighbours() -> None:
         truth = 0.5 * d * math.log(2.0 * math.pi * math.e) + d * math.log(spread)
         found = torch.stack(
             [
-                nearest_neighbour_entropy(
+                nearest_neighbor_entropy(
                     spread * torch.randn(1500, d, dtype=F64, generator=seeded(k))
                 )
                 for k in range(20)
@@ -623,7 +623,7 @@ def test_batches_are_looked_at_before_chains_move(objective: Objective) -> None:
         ),
         (
             lambda: ReplayBufferCD(buffer_size=200)(BernoulliRBM(2, 2), torch.ones(3, 2)),
-            "give kernel for BernoulliRBM",
+            "kernel must not be None for the layered machine BernoulliRBM",
         ),
         (lambda: ShortRun(0), "k must be"),
         (lambda: ShortRun(num_chains=0), "num_chains must be"),
@@ -643,9 +643,9 @@ def test_batches_are_looked_at_before_chains_move(objective: Objective) -> None:
         (lambda: ImprovedCD(k=2, through=3), "through must be"),
         (lambda: ImprovedCD(kernel=MALA(0.1)), "must be a ULA"),  # type: ignore[arg-type]
         (lambda: ImprovedCD(kernel=ULA(0.1, torch.ones(2))), "must be a ULA"),
-        (lambda: ImprovedCD(1), "needs neighbours"),
-        (lambda: ImprovedCD(kl_weight=math.nan), "weights must be"),
-        (lambda: ImprovedCD()(BernoulliRBM(2, 2), torch.ones(3, 2)), "over real numbers"),
+        (lambda: ImprovedCD(1), "num_chains must be at least 2"),
+        (lambda: ImprovedCD(kl_weight=math.nan), "must be finite, got kl_weight=nan"),
+        (lambda: ImprovedCD()(BernoulliRBM(2, 2), torch.ones(3, 2)), "must have real support"),
         (lambda: ShortRun(kernel=Gibbs()).sample(Bowl(), 3), "discrete supports"),
     ],
 )

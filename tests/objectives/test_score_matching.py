@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 from pyroebm import Energy
 from pyroebm.core import Unconstrained, curvatures, unit_directions
-from pyroebm.data import dequantised, digits, quantised
+from pyroebm.data import dequantized, digits, quantized
 from pyroebm.energies import MLPEnergy
 from pyroebm.objectives import (
     DenoisingScoreMatching,
@@ -116,13 +116,13 @@ SHAPES: list[tuple[int, ...]] = [(), (3,), (1, 2, 2)]
 
 def check_exact(shape: tuple[int, ...], noise: float = 0.0) -> None:
     energy, x = network(shape), rows(shape)
-    loss, facts = ScoreMatching(noise=noise)(energy, x)
+    loss, metrics = ScoreMatching(noise=noise)(energy, x)
     truth = by_hessian(energy, x, noise)
     torch.testing.assert_close(loss, truth)
     torch.testing.assert_close(flat_grad(energy, loss), flat_grad(energy, truth))
     penalty = truth.detach() - by_hessian(energy, x).detach()
     torch.testing.assert_close(
-        0.5 * facts["squared_score"] - facts["laplacian"] + penalty, loss.detach()
+        0.5 * metrics["squared_score"] - metrics["laplacian"] + penalty, loss.detach()
     )
 
 
@@ -150,7 +150,7 @@ def check_denoising(objective: DenoisingScoreMatching) -> None:
     z = torch.linspace(-8.0, 8.0, 161, dtype=F64)
 
     def truth(energy: Energy, x: Tensor) -> Tensor:
-        levels = [(0.3, 0.25), (1.2, 0.75)] if len(objective.ladder) > 1 else [(0.5, 1.0)]
+        levels = [(0.3, 0.25), (1.2, 0.75)] if len(objective.sigmas) > 1 else [(0.5, 1.0)]
         total = torch.zeros((), dtype=F64)
         for sigma, weight in levels:
             noised = (x.unsqueeze(1) + sigma * z).requires_grad_()
@@ -211,7 +211,7 @@ def check_fisher() -> None:
     found = fisher_divergence(q, p, x)
     within_se(found.value, truth, found.standard_error, what="the Fisher divergence")
     assert found.standard_error < 0.02 * truth
-    for law in sliced_module.LAWS:
+    for law in sliced_module.DISTRIBUTIONS:
         sliced = sliced_fisher_divergence(q, p, x, 2, law, seeded(5))
         within_se(sliced.value, truth, sliced.standard_error, what="the sliced Fisher divergence")
         within_se(sliced.value, found.value, sliced.standard_error)
@@ -259,12 +259,12 @@ def test_the_regulariser_is_noise_on_a_normal_law_without_correlations() -> None
     torch.testing.assert_close(flat_grad(energy, loss)[[0, 3]], torch.zeros(2, dtype=F64))
 
 
-def test_facts_say_whether_the_data_are_draws_of_the_model() -> None:
+def test_metrics_say_whether_the_data_are_draws_of_the_model() -> None:
     """E|grad E|^2 = E[laplacian E], by partial integration."""
     law = GaussianMixture([[-1.0, 0.0], [1.5, 0.5]], scale=0.8, dtype=F64)
     parts = law.sample(40_000, seeded(6)).chunk(40)
-    facts = [ScoreMatching()(law, part)[1] for part in parts]
-    mean, se = mean_and_se([float(fact["squared_score"] - fact["laplacian"]) for fact in facts])
+    metrics = [ScoreMatching()(law, part)[1] for part in parts]
+    mean, se = mean_and_se([float(fact["squared_score"] - fact["laplacian"]) for fact in metrics])
     within_se(mean, 0.0, se)
 
 
@@ -272,18 +272,18 @@ def test_facts_say_whether_the_data_are_draws_of_the_model() -> None:
 # Sliced
 
 
-@pytest.mark.parametrize("law", sliced_module.LAWS)
+@pytest.mark.parametrize("law", sliced_module.DISTRIBUTIONS)
 @pytest.mark.parametrize("reduced", [True, False])
 @pytest.mark.parametrize("shape", [(3,), (1, 2, 2)], ids=str)
 def test_slices_average_to_the_exact_gradient(
     shape: tuple[int, ...], reduced: bool, law: str
 ) -> None:
     check_mean_gradient(
-        SlicedScoreMatching(2, variance_reduced=reduced, law=law), shape, by_hessian
+        SlicedScoreMatching(2, variance_reduced=reduced, distribution=law), shape, by_hessian
     )
 
 
-@pytest.mark.parametrize("law", sliced_module.LAWS)
+@pytest.mark.parametrize("law", sliced_module.DISTRIBUTIONS)
 def test_directions_have_unit_covariance(law: str) -> None:
     check_direction_law(law)
 
@@ -470,10 +470,10 @@ def test_a_score_may_stand_for_the_truth() -> None:
 
 def test_grey_levels_there_and_back() -> None:
     pixels = digits(threshold=None, dtype=F64).train
-    y = dequantised(pixels, 17, seeded(0))
+    y = dequantized(pixels, 17, seeded(0))
     assert float(y.min()) >= 0.0
     assert float(y.max()) < 1.0
-    assert torch.equal(quantised(y, 17), pixels)
+    assert torch.equal(quantized(y, 17), pixels)
     inside = (17.0 * y - (17.0 * y).floor()).flatten()
     mean, se = mean_and_se(inside)
     within_se(mean, 0.5, se)
@@ -492,7 +492,7 @@ def test_the_bound_of_grey_levels() -> None:
     log_p = (1 - (1 - edges) ** 3 * (1 + 3 * edges)).diff().log()
     nodes, weights = (torch.from_numpy(part) for part in np.polynomial.legendre.leggauss(400))
     within = law.log_prob((torch.arange(4).unsqueeze(1) + 0.5 + 0.5 * nodes) / 4) @ weights / 2
-    bound = torch.stack([law.log_prob(dequantised(levels, 4, seeded(k))) for k in range(4000)])
+    bound = torch.stack([law.log_prob(dequantized(levels, 4, seeded(k))) for k in range(4000)])
     mean, se = mean_and_se(bound)
     within_se(mean, within, se)
     assert bool((within - math.log(4) < log_p).all())
@@ -507,9 +507,12 @@ OBJECTIVES: dict[str, tuple[Make, Constraint]] = {
     "exact": (ScoreMatching, REAL),
     "regularised": (functools.partial(ScoreMatching, noise=0.3), REAL),
     "sliced": (functools.partial(SlicedScoreMatching, variance_reduced=False), REAL),
-    "sliced, reduced, sphere": (functools.partial(SlicedScoreMatching, 3, law="sphere"), REAL),
+    "sliced, reduced, sphere": (
+        functools.partial(SlicedScoreMatching, 3, distribution="sphere"),
+        REAL,
+    ),
     "differences": (
-        functools.partial(SlicedScoreMatching, law="rademacher", finite_difference=0.1),
+        functools.partial(SlicedScoreMatching, distribution="rademacher", finite_difference=0.1),
         REAL,
     ),
     "denoising": (functools.partial(DenoisingScoreMatching, 0.3), REAL),
@@ -540,13 +543,13 @@ def setting(
 def test_any_shape_and_precision(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     objective, energy, x = setting(name, shape, dtype)
     x.requires_grad_(True)
-    loss, facts = objective(energy, x, generator=seeded(0))
+    loss, metrics = objective(energy, x, generator=seeded(0))
     again, _ = objective(energy, x, generator=seeded(0))
     assert loss.shape == ()
     assert loss.dtype == dtype
     assert torch.equal(loss, again)
-    torch.testing.assert_close(facts["energy_data"], energy(x).mean().detach())
-    assert not any(fact.requires_grad for fact in facts.values())
+    torch.testing.assert_close(metrics["energy_data"], energy(x).mean().detach())
+    assert not any(fact.requires_grad for fact in metrics.values())
     loss.backward()
     assert x.grad is None
     *others, last_bias = energy.parameters()
@@ -695,34 +698,34 @@ BAD: list[tuple[Callable[[], Any], str]] = [
     (lambda: ScoreMatching(noise=-1.0), "noise must be finite and not negative"),
     (lambda: ScoreMatching(noise=math.nan), "noise must be finite"),
     (lambda: SlicedScoreMatching(0), "num_projections must be an integer of at least 1"),
-    (lambda: SlicedScoreMatching(law="cube"), "law must be one of"),
+    (lambda: SlicedScoreMatching(distribution="cube"), "distribution must be one of"),
     (lambda: SlicedScoreMatching(finite_difference=0.0), "finite_difference must be positive"),
     (lambda: DenoisingScoreMatching(0.0), "sigma and weights must be positive"),
     (lambda: DenoisingScoreMatching(()), "sigma and weights must be positive"),
     (
         lambda: DenoisingScoreMatching((0.1, 1.0), weights=(1.0,)),
-        "as many as sigma has levels, 2, got 1",
+        "for each noise level of sigma, 2, got 1",
     ),
     (
         lambda: ScoreMatching()(Gamma(2.0), torch.ones(3)),
-        "NonNegativeScoreMatching is for positive ones",
+        "For positive support use NonNegativeScoreMatching",
     ),
     (
         lambda: SlicedScoreMatching()(Gamma(2.0), torch.ones(3)),
-        "is for real supports, but Gamma has",
+        "must have real support for .*, but Gamma has",
     ),
     (
         lambda: DenoisingScoreMatching()(Gamma(2.0), torch.ones(3)),
-        "is for real supports, but Gamma has",
+        "must have real support for .*, but Gamma has",
     ),
     (
         lambda: NonNegativeScoreMatching()(Exponential(2.0), torch.tensor([1.0, -0.5])),
-        "batch must not be negative, got 1 entries",
+        "batch must be nonnegative, got 1 negative entries",
     ),
     (lambda: DenoisingScoreMatching(torch.tensor(-0.1)), "sigma and weights must be positive"),
     (
         lambda: NonNegativeScoreMatching()(Gaussian(0.0), torch.ones(3)),
-        "for positive or nonnegative supports, but Gaussian",
+        "positive or nonnegative support .*, but Gaussian",
     ),
     (lambda: ScoreMatching()(Gaussian(torch.zeros(2)), torch.ones(3)), r"event_shape \(2,\)"),
     (
@@ -743,16 +746,18 @@ BAD: list[tuple[Callable[[], Any], str]] = [
         "num_projections must be",
     ),
     (
-        lambda: sliced_fisher_divergence(Gaussian(0.0), Gaussian(1.0), torch.ones(3), law="cube"),
-        "law must be one of",
+        lambda: sliced_fisher_divergence(
+            Gaussian(0.0), Gaussian(1.0), torch.ones(3), distribution="cube"
+        ),
+        "distribution must be one of",
     ),
     (
-        lambda: dequantised(torch.tensor([0.0, 0.3]), 3),
+        lambda: dequantized(torch.tensor([0.0, 0.3]), 3),
         "x must hold levels from 0 to 1 in steps of 1 / 2",
     ),
-    (lambda: dequantised(torch.tensor([1.5]), 3), "x must hold levels"),
-    (lambda: dequantised(torch.tensor([math.nan]), 3), "x must hold levels"),
-    (lambda: quantised(torch.zeros(1), 1), "levels must be an integer of at least 2"),
+    (lambda: dequantized(torch.tensor([1.5]), 3), "x must hold levels"),
+    (lambda: dequantized(torch.tensor([math.nan]), 3), "x must hold levels"),
+    (lambda: quantized(torch.zeros(1), 1), "levels must be an integer of at least 2"),
 ]
 
 
@@ -800,11 +805,11 @@ def without_sigma(energy: Energy, batch: Tensor, squared: Tensor, laplacian: Ten
 
 ORIGINAL = sliced_module.projections_like
 STANDARD_NORMAL = denoising_module.standard_normal
-MATCHED = denoising_module.matched
+MATCHED = denoising_module.score_matching_loss
 Check = Callable[[], None]
 FLAT: Check = functools.partial(check_exact, (3,))
 SLICED: Check = functools.partial(
-    check_mean_gradient, SlicedScoreMatching(2, law="rademacher"), (1, 2, 2), by_hessian
+    check_mean_gradient, SlicedScoreMatching(2, distribution="rademacher"), (1, 2, 2), by_hessian
 )
 DENOISED: Check = functools.partial(check_denoising, DenoisingScoreMatching(0.5))
 CONTROLLED: Check = functools.partial(
@@ -821,7 +826,7 @@ MUTANTS: dict[str, tuple[Any, str, Any, Check]] = {
     "normalised directions": (sliced_module, "projections_like", normalised, SLICED),
     "a row of an image": (sliced_module, "event_sum", last_dimension_only, SLICED),
     "noise of twice its scale": (denoising_module, "standard_normal", doubled_noise, DENOISED),
-    "the target's scale": (denoising_module, "matched", without_sigma, DENOISED),
+    "the target's scale": (denoising_module, "score_matching_loss", without_sigma, DENOISED),
     "a control that is not of mean 0": (
         denoising_module,
         "standard_normal",
@@ -830,7 +835,7 @@ MUTANTS: dict[str, tuple[Any, str, Any, Check]] = {
     ),
     "levels drawn alike": (
         DenoisingScoreMatching,
-        "_levels",
+        "_draw_levels",
         lambda self, b, d, g: uniform_levels(self, b, g),
         LADDER,
     ),
@@ -859,7 +864,7 @@ MEAN, GRAD = fisher_module._half, fisher_module.value_and_grad
 def uniform_levels(
     objective: DenoisingScoreMatching, batch: Tensor, noise: torch.Generator
 ) -> Tensor:
-    return batch.new_tensor(objective.ladder)[torch.randint(2, batch.shape, generator=noise)]
+    return batch.new_tensor(objective.sigmas)[torch.randint(2, batch.shape, generator=noise)]
 
 
 @pytest.mark.parametrize("name", MUTANTS)

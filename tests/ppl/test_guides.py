@@ -26,9 +26,9 @@ from pyroebm.core.statistics import mcse_mean
 from pyroebm.flows import (
     NICE,
     Flow,
+    PullbackEnergy,
     RealNVP,
     RedundantNICE,
-    Transported,
     evaluate_flow,
     importance_sample,
 )
@@ -117,7 +117,7 @@ def losses(guide: FlowGuide, args: tuple[Any, ...], n: int = 16) -> tuple[Tensor
     energy, flow = guide.energy(*args), guide.flow
     elbo = Trace_ELBO(num_particles=n, vectorize_particles=True, max_plate_nesting=2)
     torch.manual_seed(3)
-    theirs = elbo.differentiable_loss(guide.extended, guide, *args)
+    theirs = elbo.differentiable_loss(guide.augmented, guide, *args)
     torch.manual_seed(3)
     z = flow.base.distribution(flow.dtype, flow.device).expand((n, 1, 1)).sample().flatten(0, 2)
     ours, _ = ReverseKL(energy, gradient="stl" if guide.stl else "total").loss_at(flow, z)
@@ -155,7 +155,7 @@ def test_one_particle_at_a_time_is_the_same_loss(name: str) -> None:
     guide, args = made("plates", name)
     energy, flow = guide.energy(*args), guide.flow
     torch.manual_seed(4)
-    theirs = Trace_ELBO(num_particles=5).loss(guide.extended, guide, *args)
+    theirs = Trace_ELBO(num_particles=5).loss(guide.augmented, guide, *args)
     torch.manual_seed(4)
     z = torch.stack([flow.base.distribution(flow.dtype, flow.device).sample() for _ in range(5)])
     assert theirs == pytest.approx(float(ReverseKL(energy).loss_at(flow, z)[0].detach()), rel=1e-9)
@@ -164,7 +164,7 @@ def test_one_particle_at_a_time_is_the_same_loss(name: str) -> None:
 def test_the_model_itself_is_enough_for_a_plain_flow() -> None:
     guide, args = made("eight schools", "NICE")
     values = []
-    for model in (eight_schools, guide.extended):
+    for model in (eight_schools, guide.augmented):
         torch.manual_seed(0)
         values.append(Trace_ELBO(num_particles=4).loss(model, guide, *args))
     assert values[0] == values[1]
@@ -176,7 +176,7 @@ def test_svi_and_our_loop_train_the_same_parameters(name: str) -> None:
     ours = dict(guide.flow.named_parameters())
     energy = guide.energy(*args)
     svi = SVI(
-        guide.extended,
+        guide.augmented,
         guide,
         pyro.optim.Adam({"lr": 1e-2}),
         Trace_ELBO(num_particles=16, vectorize_particles=True),
@@ -195,7 +195,7 @@ def test_svi_and_our_loop_train_the_same_parameters(name: str) -> None:
     stored = {id(p) for _, p in pyro.get_param_store().named_parameters()}
     assert stored == {id(p) for p in guide.flow.parameters()} == {id(p) for p in ours.values()}
     elbo = Trace_ELBO(num_particles=500, vectorize_particles=True)
-    assert elbo.loss(guide.extended, guide, *args) < sum(first[:5]) / 5
+    assert elbo.loss(guide.augmented, guide, *args) < sum(first[:5]) / 5
 
 
 def test_a_flow_may_be_made_at_the_first_call_and_a_model_may_be_a_module() -> None:
@@ -214,9 +214,9 @@ def test_a_flow_may_be_made_at_the_first_call_and_a_model_may_be_a_module() -> N
     model = Regression()
     guide = FlowGuide(model, FLOWS["redundant"])
     assert not hasattr(guide, "flow")
-    with pytest.raises(ValueError, match="has not seen its model's sites"):
+    with pytest.raises(ValueError, match="must have run once to know the sites"):
         guide.sample(2)
-    svi = SVI(guide.extended, guide, pyro.optim.Adam({"lr": 1e-2}), Trace_ELBO())
+    svi = SVI(guide.augmented, guide, pyro.optim.Adam({"lr": 1e-2}), Trace_ELBO())
     svi.step(Y)
     assert (guide.flow.dim, guide.flow.total_dim) == (2, 4)
     assert not any(
@@ -225,7 +225,7 @@ def test_a_flow_may_be_made_at_the_first_call_and_a_model_may_be_a_module() -> N
     )
     # a parameter of the model is learned beside the guide
     assert float(model.scale.detach()) != 1.0
-    assert guide.extended(Y).shape == (2,)
+    assert guide.augmented(Y).shape == (2,)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -262,7 +262,7 @@ def test_predictive_draws_the_guide(name: str) -> None:
     guide, args = made("normal", name)
     draws = Predictive(guide, num_samples=7, parallel=False)(*args)
     assert draws["mean"].shape == (7,)
-    replicated = Predictive(guide.extended, guide=guide, num_samples=5, return_sites=("mean",))(
+    replicated = Predictive(guide.augmented, guide=guide, num_samples=5, return_sites=("mean",))(
         *args
     )
     # as of any guide, with the model's plate at the right
@@ -405,7 +405,7 @@ def test_neutra_reparam_is_pyros_and_its_potential_is_ours() -> None:
     )
     (site,) = starts
     z = torch.randn(5, 10, generator=torch.Generator().manual_seed(0))
-    ours = Transported(guide.flow, guide.energy(*args))
+    ours = PullbackEnergy(guide.flow, guide.energy(*args))
     theirs = torch.stack([potential({site: row}) for row in z])
     torch.testing.assert_close(theirs, ours(z), rtol=1e-9, atol=1e-9)
     sites = neutra.transform_sample(z.unsqueeze(1))  # Pyro's plates take the last batch dimension
@@ -421,12 +421,12 @@ def test_neutra_reparam_refuses_redundant_latents_and_says_what_to_do() -> None:
     reasons, error = "", caught.value
     while error := error.__cause__:
         reasons += str(error)
-    assert "run our kernels on pyroebm.flows.Transported" in reasons
+    assert "run our kernels on pyroebm.flows.PullbackEnergy" in reasons
 
 
 def check_transported(energy: Energy, flow: Flow) -> None:
     """Its value against autograd's determinant."""
-    transported = Transported(flow, energy)
+    transported = PullbackEnergy(flow, energy)
     z = torch.randn(4, flow.total_dim, generator=torch.Generator().manual_seed(2))
     for row in z:
         jacobian = torch.autograd.functional.jacobian(
@@ -449,7 +449,7 @@ def test_transported_is_the_energy_less_the_log_determinant(name: str) -> None:
 def test_our_nuts_is_exact_through_a_flow_that_is_not(name: str) -> None:
     guide, args = made("constrained", name, 0.15)
     mcmc = MCMC(NUTS(), num_samples=40, warmup_steps=50, num_chains=64, seed=1, compile=False)
-    mcmc.run(Transported(guide.flow, guide.energy(*args)))
+    mcmc.run(PullbackEnergy(guide.flow, guide.energy(*args)))
     draws = mcmc.get_samples(group_by_chain=True)
     assert set(draws) == set(EXACT)
     for site, truths in EXACT.items():
@@ -492,10 +492,10 @@ def sequential() -> None:
             local,
             (Y,),
             2,
-            "latent 'z' is in plate 'data', which draws 2 of 3 rows anew.*subsample data only",
+            "latent 'z' must not be in a plate .* 'data' draws 2 of 3 rows.*subsample data only",
         ),
-        (nested_support, (), 2, "support of latent 'below' depends on other latents"),
-        (normal, (Y,), 3, r"flow must have dim=1.*latents \{'mean': 1\}, got dim=3"),
+        (nested_support, (), 2, "support of latent 'below' must not depend on other latent"),
+        (normal, (Y,), 3, r"flow must have dim=1.*latent variables \{'mean': 1\}, got dim=3"),
     ],
 )
 def test_what_a_guide_cannot_do_is_refused_with_the_reason(
@@ -515,10 +515,10 @@ def test_sequential_plates_are_refused_by_pyro() -> None:
 def test_an_energy_of_another_dtype_or_without_fixed_density_is_refused() -> None:
     guide = FlowGuide(normal, NICE(1, dtype=torch.float32))
     with pytest.raises(
-        ValueError, match=r"one dtype: NICE has torch\.float32, ModelEnergy has torch\.float64"
+        ValueError, match=r"the same dtype: NICE has torch\.float32, ModelEnergy has torch\.float64"
     ):
         guide.energy(Y)
-    with pytest.raises(ValueError, match=r"plate 'data' draws 2 of 3 rows anew"):
+    with pytest.raises(ValueError, match=r"plate 'data' must not subsample.* 2 of 3 rows"):
         FlowGuide(minibatch, NICE(1)).energy(Y)
 
 
@@ -529,7 +529,7 @@ def test_svi_takes_minibatches_of_data() -> None:
     full(Y)
     pyro.set_rng_seed(0)
     values = [
-        torch.tensor([Trace_ELBO(num_particles=1).loss(g.extended, g, Y) for _ in range(200)])
+        torch.tensor([Trace_ELBO(num_particles=1).loss(g.augmented, g, Y) for _ in range(200)])
         for g in (guide, full)
     ]
     se = math.sqrt(sum(float(v.var()) / len(v) for v in values))
@@ -554,14 +554,14 @@ class WithoutLatents(FlowGuide):
 
     def extended(self, *args: Any, **kwargs: Any) -> Any:
         with poutine.block(hide=[self._y]):
-            return super().extended(*args, **kwargs)
+            return super().augmented(*args, **kwargs)
 
 
 class Shuffled(FlowGuide):
     """x is packed in another order than it was unpacked."""
 
-    def _packed(self, trace: poutine.Trace) -> Tensor:
-        return super()._packed(trace).flip(-1)
+    def _pack_latent(self, trace: poutine.Trace) -> Tensor:
+        return super()._pack_latent(trace).flip(-1)
 
 
 # Pyro sees one of them too
@@ -572,21 +572,21 @@ def test_losses_catch(mutant: type[FlowGuide]) -> None:
     energy, flow = guide.energy(*args), guide.flow
     guide(*args)
     torch.manual_seed(4)
-    theirs = Trace_ELBO(num_particles=3).loss(guide.extended, guide, *args)
+    theirs = Trace_ELBO(num_particles=3).loss(guide.augmented, guide, *args)
     torch.manual_seed(4)
     z = torch.stack([flow.base.distribution(flow.dtype, flow.device).sample() for _ in range(3)])
     assert theirs != pytest.approx(float(ReverseKL(energy).loss_at(flow, z)[0].detach()), rel=1e-3)
 
 
-class WithoutDeterminant(Transported):
+class WithoutDeterminant(PullbackEnergy):
     def forward(self, z: Tensor) -> Tensor:
-        return self.extended(self.flow.forward_and_log_prob(z)[0])
+        return self.augmented(self.flow.forward_and_log_prob(z)[0])
 
 
 def test_transported_catches_a_missing_determinant(monkeypatch: pytest.MonkeyPatch) -> None:
     guide, args = made("normal", "NICE", 0.3)
     energy = guide.energy(*args)
     check_transported(energy, guide.flow)
-    monkeypatch.setattr(Transported, "forward", WithoutDeterminant.forward)
+    monkeypatch.setattr(PullbackEnergy, "forward", WithoutDeterminant.forward)
     with pytest.raises(AssertionError):
         check_transported(energy, guide.flow)

@@ -539,12 +539,24 @@ def observed_only() -> None:
 @pytest.mark.parametrize(
     ("model", "args", "said"),
     [
-        (discrete, (), r"site 'z' is discrete.*Sum it out.*TraceEnum_ELBO.*infer_discrete"),
-        (discrete_energy, (), r"site 'bits' is discrete \(support .*Boolean"),
-        (subsampled, (torch.zeros(5),), r"plate 'rows' draws 2 of 5 rows.*drop subsample_size"),
-        (observed_only, (), "no latent sample site"),
+        (
+            discrete,
+            (),
+            r"site 'z' must be continuous.*marginalize it.*TraceEnum_ELBO.*infer_discrete",
+        ),
+        (
+            discrete_energy,
+            (),
+            r"site 'bits' must be continuous, but is discrete \(support .*Boolean",
+        ),
+        (
+            subsampled,
+            (torch.zeros(5),),
+            r"plate 'rows' must not subsample.* 2 of 5 rows.*drop subsample_size",
+        ),
+        (observed_only, (), "must have a latent sample site"),
         (noisy, (), "a random number that is no sample site"),
-        (3, (), "model must be a callable"),
+        (3, (), "model must be a Pyro model, a callable"),
     ],
 )
 def test_what_is_no_energy_is_refused(model: Any, args: tuple[Any, ...], said: str) -> None:
@@ -580,7 +592,8 @@ def test_starts_that_cannot_be_name_the_site_and_the_value() -> None:
     energy = ModelEnergy(far, torch.tensor(6.0))
     with pytest.raises(
         ValueError,
-        match=r"2 of num_chains=2 rows .*site 'wall' was -inf where the latents were \{'x':",
+        match=r"2 of num_chains=2 chains in 100 attempts.*site 'wall' was -inf where the latents"
+        r" were \{'x':",
     ):
         energy.initial(2, torch.Generator().manual_seed(0))
     start = energy.initial(

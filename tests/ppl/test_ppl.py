@@ -107,7 +107,7 @@ def test_shapes_and_support_as_a_distribution(energy: Energy) -> None:
 
 def test_bad_distributions_and_kernels_are_refused() -> None:
     for log_z in (torch.zeros(3), math.nan):
-        with pytest.raises(ValueError, match="log_z must be one finite number"):
+        with pytest.raises(ValueError, match="log_z must be a finite scalar"):
             Boltzmann(DoubleWell(), log_z)
     with pytest.raises(ValueError, match=r"energy must be a pyroebm\.Energy, got function"):
         Boltzmann(lambda x: x)  # type: ignore[arg-type]
@@ -190,9 +190,9 @@ def test_a_doubly_intractable_model_is_refused() -> None:
             return self.weight * x**4
 
     energy = Learned()
-    with pytest.raises(ValueError, match=r"silently wrong.*Ways out: .*log_z"):
+    with pytest.raises(ValueError, match=r"log_z must depend on.*Give log_z as a tensor"):
         Boltzmann(energy)
-    with pytest.raises(ValueError, match="silently wrong"):
+    with pytest.raises(ValueError, match="log_z must depend on"):
         Boltzmann(energy, log_z=0.3)  # a constant is not log Z(weight)
     log_z = math.log(2 * math.gamma(1.25)) - 0.25 * torch.log(energy.weight)
     torch.testing.assert_close(Boltzmann(energy, log_z).log_prob(torch.tensor(1.0)), -1 - log_z)
@@ -203,7 +203,7 @@ def test_a_doubly_intractable_model_is_refused() -> None:
         pyro.sample("x", Boltzmann(Unnormalized(lambda x: -beta * x**4)), obs=torch.tensor(0.3))
 
     pyro.set_rng_seed(0)
-    with pytest.raises(ValueError, match="silently wrong"):
+    with pytest.raises(ValueError, match="log_z must depend on"):
         PyroMCMC(PyroNUTS(latent), num_samples=2, warmup_steps=2, disable_progbar=True).run()
 
 

@@ -48,7 +48,7 @@ from pyroebm.targets import (
     eight_gaussians,
     scales_gaussian,
 )
-from pyroebm.targets.base import TabulatedLaw, rejection
+from pyroebm.targets.base import TabulatedDensity, rejection
 
 COVARIANCE = [[2.0, 0.6], [0.6, 1.0]]
 FAR = [[-3.0, 0.0], [2.0, 1.0], [0.0, 4.0]]
@@ -506,11 +506,10 @@ def test_normalised_targets_of_more_dimensions() -> None:
 # Exact numbers
 
 
-def table_expectation(law: TabulatedLaw, f: Callable[[float], float]) -> float:
-    mass = partial(quad, epsabs=1e-13, epsrel=1e-12, points=[law.split], limit=200)
-    return mass(lambda x: f(x) * math.exp(-law.potential(x)), law.low, law.high)[0] / math.exp(
-        law.log_z
-    )
+def table_expectation(density: TabulatedDensity, f: Callable[[float], float]) -> float:
+    mass = partial(quad, epsabs=1e-13, epsrel=1e-12, points=[density.split], limit=200)
+    total = mass(lambda x: f(x) * math.exp(-density.potential(x)), density.low, density.high)[0]
+    return total / math.exp(density.log_z)
 
 
 def test_double_well_numbers() -> None:
@@ -524,7 +523,7 @@ def test_double_well_numbers() -> None:
     assert e.right_mass == float(e.mode_weights[1])
     assert e.barrier == pytest.approx(0.126, abs=1e-6)
     assert 4 * e.barrier**3 - 8 * e.barrier + 1 == pytest.approx(0.0, abs=1e-14)
-    u = table_expectation(e.law, e.law.potential)
+    u = table_expectation(e.density, e.density.potential)
     assert u == pytest.approx(-4.69423940, abs=1e-8)
     assert u + e.log_z == pytest.approx(0.33804461, abs=1e-8)  # the entropy
     for x in (-1.472998, 1.346997):
@@ -670,7 +669,7 @@ def test_a_target_without_truth_says_none() -> None:
     assert not e.has_exact_draws
     with pytest.raises(NotImplementedError, match="Unknown has no exact draws: run an MCMC kernel"):
         e.sample(1)
-    with pytest.raises(NotImplementedError, match="Unknown does not say which mode"):
+    with pytest.raises(NotImplementedError, match="Unknown has no known modes"):
         e.mode_of(torch.zeros(1))
     assert e.initial(3).shape == (3,)
 
@@ -731,7 +730,7 @@ def test_a_target_without_truth_says_none() -> None:
         (lambda: Gamma(1.0, -1.0), "rate must be positive"),
         (lambda: Gamma(torch.ones(2), torch.ones(3)), r"shape \(2,\), rate \(3,\)"),
         (lambda: Beta(-1.0, 1.0), "a must be positive"),
-        (lambda: Dirichlet(1.0), r"concentration must have shape \(\*rows, k\) with k >= 2"),
+        (lambda: Dirichlet(1.0), r"concentration must have shape \(\*sites, k\) with k >= 2"),
         (lambda: CategoricalOneHot([1.0]), r"logits must have shape .* got shape \(1,\)"),
         (lambda: BernoulliProduct([math.nan]), "logits must be finite"),
         (lambda: LogNormal(0.0, 0.0), "scale must be positive"),
@@ -746,14 +745,14 @@ def test_bad_arguments_are_named(build: Callable[[], Target], said: str) -> None
 
 
 def test_quantile_is_the_inverse_of_the_distribution_function() -> None:
-    law = TabulatedLaw(lambda x: 0.5 * x * x, -12.0, 12.0, split=0.0)
+    law = TabulatedDensity(lambda x: 0.5 * x * x, -12.0, 12.0, split=0.0)
     u = torch.linspace(1e-6, 1 - 1e-6, 1001, dtype=torch.float64)
     torch.testing.assert_close(
         law.quantile(u), td.Normal(D(0.0), 1.0).icdf(u), rtol=1e-6, atol=1e-6
     )
     assert law.quantile(D([0.0])).item() >= -12.0
     assert law.quantile(D([1.0 - 2**-53])).item() < 9.0
-    well = DoubleWell.law
+    well = DoubleWell.density
     assert float(well.quantile(D(1 - well.right_mass))) == pytest.approx(well.split, abs=1e-7)
 
 
@@ -775,8 +774,8 @@ MANY = 200_000
 
 
 def hot_double_well(n: int, g: torch.Generator) -> Tensor:
-    law = TabulatedLaw(
-        lambda x: DoubleWell.law.potential(x) / 1.03, -4.0, 4.0, split=DoubleWell.barrier
+    law = TabulatedDensity(
+        lambda x: DoubleWell.density.potential(x) / 1.03, -4.0, 4.0, split=DoubleWell.barrier
     )
     return law.quantile(torch.rand(n, generator=g, dtype=torch.float64))
 

@@ -1,5 +1,4 @@
-"""The base class of objectives that fit a flow to an energy, with the inverse temperature of each
-step."""
+"""The base class of objectives that fit a flow to an energy."""
 
 from __future__ import annotations
 
@@ -25,17 +24,17 @@ class FlowObjective(Objective):
     ``state_dict()``, and ``.to()`` does not move it. It is in eval mode while a loss is computed.
 
     The target of a step is :math:`\beta U`. In :func:`pyroebm.training.fit` the inverse temperature
-    :math:`\beta` rises linearly from ``beta_start`` to 1 over the first ``anneal`` of the steps,
-    which keeps modes from being missed; elsewhere it is 1.
+    :math:`\beta` increases linearly from ``beta_start`` to 1 over the first ``anneal`` of the
+    steps, so that fewer modes are missed; elsewhere it is 1.
 
-    A subclass writes ``loss(flow, generator)``.
+    A subclass defines ``loss(flow, generator)``.
 
     Args:
-        energy: U, or None where the loss does not depend on it.
-        num_samples: draws for each loss.
-        min_samples: least number of them.
+        energy: U, or None if the loss does not depend on it.
+        num_samples: number of draws for each loss.
+        min_samples: smallest allowed ``num_samples``.
         beta_start: inverse temperature of the first step, in (0, 1].
-        anneal: fraction of the steps in which :math:`\beta` rises, in [0, 1].
+        anneal: fraction of the steps in which :math:`\beta` increases, in [0, 1].
 
     Raises:
         ValueError: if a number is out of range, or ``energy`` is no energy.
@@ -76,7 +75,7 @@ class FlowObjective(Objective):
                 "0 < beta_start <= 1 and 0 <= anneal <= 1 must hold, got"
                 f" beta_start={beta_start}, anneal={anneal}"
             )
-        # past nn.Module, which would register it
+        # not by nn.Module.__setattr__, which would register it as a submodule
         object.__setattr__(self, "_energy", energy)
         self.num_samples = num_samples
         self.beta_start = beta_start
@@ -91,7 +90,9 @@ class FlowObjective(Objective):
             ValueError: if the objective has none.
         """
         if self._energy is None:
-            raise ValueError(f"{type(self).__name__} was given no energy: give energy=")
+            raise ValueError(
+                f"{type(self).__name__} has no energy: give energy= to its constructor"
+            )
         return self._energy
 
     @property
@@ -123,7 +124,7 @@ class FlowObjective(Objective):
 
         Args:
             flow: q, which is trained.
-            batch: None: the draws are the objective's own.
+            batch: None; the objective makes its own draws.
             generator: source of all draws; None is torch's default generator.
 
         Raises:

@@ -1,4 +1,4 @@
-"""The reverse KL divergence of a flow with its gradient as one compiled graph."""
+"""The reverse KL divergence of a flow, with loss and gradient compiled as one graph."""
 
 from __future__ import annotations
 
@@ -18,22 +18,28 @@ __all__ = ["CompiledKL"]
 
 
 class CompiledKL(ReverseKL):
-    r"""The bound :math:`J_R` of :class:`ReverseKL` by TorchInductor: loss, metrics and gradient in
-    one call, of the same numbers.
+    r"""The bound :math:`J_R` of :class:`ReverseKL`, compiled by TorchInductor with its gradient.
 
-    A step of a small flow is mostly the bookkeeping of automatic differentiation, which is done
-    once here, while tracing. What it takes to compile, about half a minute, is paid once for each
-    flow, energy and number of draws: worth it from some ten thousand steps on. The graph reads the
-    parameters and buffers of the flow and the energy, so that changing them in place is seen. It is
-    made anew where one of them or a module is replaced, where what is trained changes, and between
-    training and evaluation. What else Python decided while tracing (attributes, such as the
-    ``steps`` of :class:`~pyroebm.flows.EquivariantFlow`, and branches) is not looked at again, nor
-    another ``.data`` of a tensor that is not trained, as ``energy.double()`` puts there; and hooks,
-    such as counters of calls, do not run. The gradient is that in the flow's parameters alone, and
-    there are no second derivatives.
+    The numbers are those of :class:`ReverseKL`. For small flows most of the time of a step is the
+    overhead of automatic differentiation, which is removed by tracing once. Compiling takes about
+    half a minute for each flow, energy and number of draws, and pays from about ten thousand steps
+    on.
+
+    The graph reads the parameters and buffers of the flow and the energy, so in-place changes take
+    effect. It is compiled again if one of them or a submodule is replaced, if ``requires_grad``
+    changes, and on switching between training and evaluation mode. Other changes have no effect
+    after tracing: attributes, such as the ``steps`` of :class:`~pyroebm.flows.EquivariantFlow`,
+    branches in Python code, a new ``.data`` of a tensor that is not trained, as by
+    ``energy.double()``, and hooks. Only the parameters of the flow have a gradient, and there are
+    no second derivatives.
 
     Args:
-        energy, num_samples, entropy, gradient, beta_start, anneal: as in :class:`ReverseKL`.
+        energy: as in :class:`ReverseKL`.
+        num_samples: as in :class:`ReverseKL`.
+        entropy: as in :class:`ReverseKL`.
+        gradient: as in :class:`ReverseKL`.
+        beta_start: as in :class:`ReverseKL`.
+        anneal: as in :class:`ReverseKL`.
 
     Raises:
         ValueError: as :class:`ReverseKL`.
@@ -44,37 +50,37 @@ class CompiledKL(ReverseKL):
         >>> objective = CompiledKL(Gaussian(torch.zeros(2)))  # compiles at the first loss
     """
 
-    # the last graph, with what it was made of
-    _known: (
+    # the last compiled graph, with its key and the tensors that it reads
+    _cached: (
         tuple[tuple[Any, ...], list[Tensor], _Traced, Callable[..., tuple[Tensor, ...]]] | None
     ) = None
 
     def estimate(self, flow: Flow, z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Compute what :meth:`ReverseKL.estimate` returns by the compiled graph."""
         modules, tensors = held_by(flow, self.energy)
         switches = (
             [module.training for module in modules],
             [tensor.requires_grad for tensor in tensors],
         )
         key = (modules, switches, [*map(id, tensors)], z.shape, z.dtype, z.device, z.requires_grad)
-        if self._known is None or self._known[0] != key:
+        if self._cached is None or self._cached[0] != key:
             with torch.no_grad():
-                # what an energy computes once is computed before
+                # an energy may cache what it computes at its first call: outside of tracing
                 kl_summands(flow, self.energy, z, self.entropy)
             traced = _Traced(flow, self.energy, self.entropy, self.gradient)
-            # the tensors stay alive with the graph, so that no other gets the id of one
-            self._known = key, tensors, traced, traced.compiled(z, z.new_tensor(self.beta))
-        _, _, traced, call = self._known
+            # keep the tensors alive, so that their ids are not reused
+            self._cached = key, tensors, traced, traced.compiled(z, z.new_tensor(self.beta))
+        _, _, traced, call = self._cached
         loss, terms, extended, xy, *gradients = call(
             z.detach(), z.new_tensor(self.beta), *(p.detach() for p in traced.trained)
         )
-        # a base with parameters draws outside the graph, so that z has a gradient too
+        # a base with parameters is sampled outside the graph, so z needs a gradient too
         sought = [*traced.trained, z] if z.requires_grad else traced.trained
         return _WithGradient.apply(loss, gradients, *sought), terms, extended, xy
 
 
 class _Traced(nn.Module):
-    """The estimate as a function of noise, inverse temperature and trained parameters, which it
-    puts in place of the flow's."""
+    """The estimate as a pure function of noise, inverse temperature and trained parameters."""
 
     def __init__(self, flow: Flow, energy: Energy, entropy: str, gradient: str) -> None:
         super().__init__()
@@ -89,13 +95,13 @@ class _Traced(nn.Module):
             with torch.inference_mode(False), torch.enable_grad():
                 inputs = (z, beta, *self.trained)
                 examples = [t.detach().clone().requires_grad_(t.requires_grad) for t in inputs]
-                # rows of hidden units fill the widest registers
+                # no limit on the vector width: rows of hidden units fill the widest registers
                 return compiled_call(self.gradients, tuple(examples), options={})
-        # tracing and compiling fail in as many ways as there are flows, energies and machines
+        # tracing and compiling raise exceptions of many types
         except Exception as error:
             names = f"{type(self.flow).__name__} with {type(self.energy).__name__}"
             raise RuntimeError(
-                f"{names} cannot be compiled; use ReverseKL, of the same numbers"
+                f"{names} cannot be compiled; use ReverseKL, which computes the same numbers"
             ) from error
 
     def gradients(self, z: Tensor, beta: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
@@ -111,7 +117,7 @@ class _Traced(nn.Module):
 
 
 class _Scaled(Energy):
-    """:math:`\\beta E` with an inverse temperature that is an input of the graph."""
+    r"""The energy :math:`\beta E` with the inverse temperature an input of the graph."""
 
     def __init__(self, energy: Energy, beta: Tensor) -> None:
         super().__init__(energy.event_shape, energy.support)
@@ -122,7 +128,7 @@ class _Scaled(Energy):
 
 
 class _WithGradient(torch.autograd.Function):
-    """A loss whose gradient is known already."""
+    """A loss with a precomputed gradient."""
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, gradients: list[Tensor], *sought: Tensor) -> Tensor:

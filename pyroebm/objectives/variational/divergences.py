@@ -1,5 +1,4 @@
-"""Divergences that see what the reverse one does not: forward KL on draws of the target, and the
-variance of the log weights."""
+"""The forward KL divergence on draws of the target, and the log-variance divergence."""
 
 from __future__ import annotations
 
@@ -20,34 +19,33 @@ Metrics = dict[str, Tensor]
 
 
 class ForwardKL(FlowObjective):
-    r"""Maximum likelihood of a flow on draws of the target: :math:`KL(p \| q)`, which leaves no
-    mode out that the draws have.
+    r"""The forward KL divergence :math:`KL(p \| q)`: maximum likelihood on draws of the target.
 
     .. math::
 
         L = -E_{x \sim p} E_{y \sim N(M(x), \Sigma(x))}
         [\log q(x, y) - \log N(y \mid M(x), \Sigma(x))]
 
-    For D = d this is :math:`-E_p \log q(x)`. Up to the entropy of p it is the divergence of the
-    augmented densities, at least that of x alone. The draws may come from any kernel, with weights
-    where they are of another density.
+    It covers every mode that the draws have. For D = d it is :math:`-E_p \log q(x)`. Plus the
+    entropy of p it is the KL divergence of the augmented densities, an upper bound on that of x.
+    The draws may come from any sampler, with importance weights if their density is not p.
 
     Metrics: ``log_q`` (the mean of the summands), its ``standard_error``, ``beta`` (1).
 
     Args:
         draws: states x, shape ``(n, *event)``, a buffer.
-        log_weights: of the draws, shape ``(n,)``, in nats, any constant apart; None weighs all
-            alike. Batches are drawn in proportion to them.
-        energy: U, which the path gradient needs.
+        log_weights: log weights of the draws, shape ``(n,)``, in nats, up to a constant; None for
+            equal weights. Batches are drawn in proportion to the weights.
+        energy: U, required by the path gradient.
         num_samples: draws for each loss, with replacement, at least 2.
         gradient: ``"total"``, which needs no energy; or ``"path"``: the path gradient of the
             divergence from p pulled back to z (Vaitl, Nicoli, Nakajima and Kessel, 2022), which
-            uses the target's gradient and has no noise where q = p. It is for D = d.
+            uses the gradient of the target and has no variance where q = p. It requires D = d.
 
     Raises:
         ValueError: if the numbers of draws and weights differ, a draw or all weights are not
-            finite, ``gradient`` is unknown, or the path gradient has no energy; when called, if
-            the flow does not fit the draws or the energy.
+            finite, ``gradient`` is unknown, or ``energy`` is missing for the path gradient; when
+            called, if the flow does not fit the draws or the energy.
 
     Example:
         >>> from pyroebm.flows import NICE
@@ -77,17 +75,16 @@ class ForwardKL(FlowObjective):
         if gradient not in ("total", "path"):
             raise ValueError(f"gradient must be 'total' or 'path', got gradient={gradient!r}")
         if gradient == "path" and energy is None:
-            raise ValueError("gradient='path' needs the energy: give energy=")
+            raise ValueError("energy must be given for gradient='path', got energy=None")
         if not len(draws) or not bool(torch.isfinite(draws).all()):
             raise ValueError(
-                f"draws must be rows of finite numbers, got shape {tuple(draws.shape)} with some"
-                " that are not"
+                "draws must have at least one row and finite entries, got shape"
+                f" {tuple(draws.shape)} with {int((~draws.isfinite()).sum())} non-finite entries"
             )
         log_weights = draws.new_zeros(len(draws)) if log_weights is None else log_weights
         if log_weights.shape != (len(draws),) or not bool(torch.isfinite(log_weights.max()).all()):
             raise ValueError(
-                f"log_weights must be one for each of {len(draws)} draws, the largest finite, got"
-                " shape"
+                f"log_weights must have shape ({len(draws)},) and a finite maximum, got shape"
                 f" {tuple(log_weights.shape)} with maximum {float(log_weights.max())}"
             )
         self.gradient = gradient
@@ -97,6 +94,7 @@ class ForwardKL(FlowObjective):
         )
 
     def loss(self, flow: Flow, generator: torch.Generator | None = None) -> tuple[Tensor, Metrics]:
+        """Return the loss of a batch of the draws, and its metrics."""
         u = (
             uniform((self.num_samples,), generator, torch.float64, self.draws.device)
             * self.cumulative[-1]
@@ -124,44 +122,44 @@ class ForwardKL(FlowObjective):
     def _path(self, flow: Flow, x: Tensor, loss: Tensor) -> Tensor:
         if flow.conditional is not None:
             raise ValueError(
-                "the path gradient is for flows with D = d: take gradient='total' with redundant"
-                " latents"
+                "gradient='path' must have a flow with D = d, got auxiliary variables: use"
+                " gradient='total'"
             )
         z = x
         for transform in reversed(flow.transform.parts):
             z = transform.inv(z)
-        # log p pulled back to z, less the base's log density: the flow's map is a constant, z is
-        # not
+        # log p pulled back to z minus the log density of the base: only z has a gradient, the map
+        # of the flow is constant
         with frozen(flow):
-            # a copy: transforms that cache would give back x, parameters and all
+            # a copy: transforms with a cache would return x with its graph
             image, log_q = flow.forward_and_log_prob(z.clone())
             path = -(flow.extend(self.energy)(image) + log_q).mean()
-        # a base that is learned has no path but its own density at z
+        # a trained base has a gradient only through its own density at z
         path = path - flow.base.log_prob(z.detach()).mean()
         return path + (loss - path).detach()
 
 
 class LogVariance(FlowObjective):
-    r"""The log-variance divergence (Richter, Boustati, Nüsken, Ruiz and Akyildiz, "VarGrad", 2020),
-    which is 0 only for q = p.
+    r"""The log-variance divergence (VarGrad; Richter, Boustati, Nüsken, Ruiz and Akyildiz, 2020).
 
     .. math:: L = \tfrac12 \mathrm{Var}_{r}[-U(x) - \log q(x)]
 
-    over any density r of x, held fixed: log C drops out, no gradient of U is used, and every
-    summand is constant where q = p. On policy (r = q) its gradient is that of the reverse KL
-    divergence with the score's variance reduced; off policy, with draws of other densities among
-    them, it sees modes that q has not found. With auxiliary variables the weight is the augmented
-    one.
+    with any fixed density r of x. It is 0 only for q = p, where the log weights are constant. It
+    depends neither on log C nor on the gradient of U. On policy (r = q) its gradient is that of the
+    reverse KL divergence with reduced variance. Off policy, with draws of other densities, it
+    depends on modes that q has not found. With auxiliary variables the weight is that of the
+    augmented densities.
 
     Metrics: ``log_weight`` (the mean log weight of the batch), ``beta``, and ``negative_elbo`` on
     policy.
 
     Args:
         energy: U.
-        draws: states x of r, shape ``(n, *event)``: half of each batch is drawn from them, the
-            other half from q. None is on policy.
-        num_samples: states of a batch, at least 4.
-        beta_start, anneal: see :class:`FlowObjective`.
+        draws: states x, shape ``(n, *event)``; half of each batch is drawn from them, the other
+            half from q. None is on policy.
+        num_samples: number of states of a batch, at least 4.
+        beta_start: as in :class:`FlowObjective`.
+        anneal: as in :class:`FlowObjective`.
 
     Raises:
         ValueError: if a draw is not finite or a number out of range; when called, if the flow does
@@ -189,12 +187,13 @@ class LogVariance(FlowObjective):
         super().__init__(energy, num_samples, min_samples=4, beta_start=beta_start, anneal=anneal)
         if draws is not None and not (len(draws) and bool(torch.isfinite(draws).all())):
             raise ValueError(
-                f"draws must be rows of finite numbers, got shape {tuple(draws.shape)} with some"
-                " that are not"
+                "draws must have at least one row and finite entries, got shape"
+                f" {tuple(draws.shape)} with {int((~draws.isfinite()).sum())} non-finite entries"
             )
         self.register_buffer("draws", None if draws is None else draws.detach())
 
     def loss(self, flow: Flow, generator: torch.Generator | None = None) -> tuple[Tensor, Metrics]:
+        """Return half the variance of the log weights, and its metrics."""
         extended = flow.extend(self.target)
         fresh = self.num_samples if self.draws is None else self.num_samples // 2
         with torch.no_grad():

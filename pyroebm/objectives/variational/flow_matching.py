@@ -1,4 +1,4 @@
-"""Flow matching where the field is linear in what it learns: one system of linear equations."""
+"""Flow matching for a velocity that is linear in its weights, by a linear solve."""
 
 from __future__ import annotations
 
@@ -26,32 +26,31 @@ def match_flow(
     generator: torch.Generator | None = None,
     progress: bool | None = None,
 ) -> float:
-    r"""Fit a flow to draws by conditional flow matching (Lipman, Chen, Ben-Hamu, Nickel and Le,
-    2023), in place.
+    r"""Fit a flow to draws by conditional flow matching, in place (Lipman et al., 2023).
 
     .. math::
 
         \min_w E\, |v_w(u_t, t) - (u - z)|^2 + \lambda |w|^2, \qquad u_t = (1 - t) z + t u, \quad
         z \sim N(0, I), \quad t \sim U(0, 1)
 
-    over draws u and noise z paired at random. The velocity with the least first term carries N(0,
-    I) to the law of the draws. This one is linear in its weights, :math:`v_w = F w`, so the least
-    of all is :math:`(E\, F^\top F + \lambda)^{-1}\, E\, F^\top (u - z)`: no step size, no steps,
-    and no integration. It is where :class:`ForwardKL` goes on.
+    with draws u and noise z paired at random. The velocity that minimizes the first term transports
+    N(0, I) to the distribution of the draws. Here it is linear in its weights, :math:`v_w = F w`,
+    so the minimum is :math:`(E\, F^\top F + \lambda)^{-1}\, E\, F^\top (u - z)`, without an
+    optimizer and without integrating the flow. The result is a good start for :class:`ForwardKL`.
 
     Args:
-        flow: its weights are replaced.
+        flow: the flow, whose weights are replaced.
         draws: u, shape ``(n, d)``, of the flow's dtype.
-        num_pairs: pairs of a draw and noise, both drawn afresh with replacement.
+        num_pairs: number of pairs of a draw and noise; draws are chosen with replacement.
         ridge: :math:`\lambda`, in units of the mean diagonal of :math:`E\, F^\top F`; positive,
-            since some weights may be of distances that no pair has.
-        batch_size: pairs at once.
-        generator: source of the draws; None is torch's default generator.
-        progress: True shows it, False hides it, None shows it where it takes longer than a second.
+            since some weights may belong to distances that no pair has.
+        batch_size: number of pairs that are processed at once.
+        generator: source of the pairs; None is torch's default generator.
+        progress: True shows progress, False hides it, None shows it after one second.
 
     Returns:
-        the share of :math:`E |u - z|^2` that the velocity explains. Pairs cross, so it is far below
-        1 even where the flow is the law of the draws.
+        The fraction of :math:`E |u - z|^2` that the velocity explains. Paths of pairs cross, so it
+        is far below 1 even if the flow has the distribution of the draws.
 
     Raises:
         ValueError: if a number is out of range, or the draws do not fit the flow or are not finite.
@@ -83,8 +82,7 @@ def match_flow(
     ):
         raise ValueError(
             f"draws must have shape (n, {flow.dim}) and the flow's dtype {flow.dtype}, got shape"
-            f" {tuple(draws.shape)} and"
-            f" {draws.dtype}"
+            f" {tuple(draws.shape)} and {draws.dtype}"
         )
     if not bool(torch.isfinite(draws).all()):
         raise ValueError(

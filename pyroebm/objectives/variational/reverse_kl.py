@@ -1,5 +1,4 @@
-"""The reverse KL divergence of a flow from an energy: the loss, and an estimate of what was
-reached."""
+"""The reverse KL divergence of a flow from an energy, as a loss and as an estimate."""
 
 from __future__ import annotations
 
@@ -27,8 +26,11 @@ __all__ = [
 def kl_summands(
     flow: Flow, energy: Energy, z: Tensor, entropy: str = "sampled"
 ) -> tuple[Tensor, Tensor, Tensor]:
-    r"""Return what is averaged over z ``(n, D)``: the summands of :math:`J_R - \log C` ``(n,)``;
-    the augmented energies ``(n,)``; and (x, y) ``(n, D)``."""
+    r"""Return the summands of :math:`J_R - \log C` at noise z ``(n, D)``.
+
+    Returns:
+        The summands ``(n,)``, the augmented energies ``(n,)``, and (x, y) ``(n, D)``.
+    """
     xy, log_q = flow.forward_and_log_prob(z)
     return *_summands(flow, energy, xy, log_q, entropy), xy
 
@@ -36,8 +38,10 @@ def kl_summands(
 def estimate_kl(
     flow: Flow, energy: Energy, z: Tensor, entropy: str = "sampled", gradient: str = "stl"
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the mean of :func:`kl_summands`, with the gradient that is asked for, and then
-    :func:`kl_summands`. Options are those of :class:`ReverseKL`."""
+    """Return the mean of the summands with the chosen gradient, and :func:`kl_summands`.
+
+    The options are those of :class:`ReverseKL`.
+    """
     if gradient == "total":
         summands, augmented, xy = kl_summands(flow, energy, z, entropy)
         return summands.mean(), summands, augmented, xy
@@ -55,7 +59,7 @@ def _summands(
 
 
 def check_options(entropy: str = "sampled", gradient: str = "stl") -> None:
-    """ValueError unless both are options of :class:`ReverseKL`."""
+    """Raise ValueError unless both are options of :class:`ReverseKL`."""
     known = {"entropy": ("sampled", "exact"), "gradient": ("stl", "total")}
     for name, value in (("entropy", entropy), ("gradient", gradient)):
         if value not in known[name]:
@@ -63,17 +67,17 @@ def check_options(entropy: str = "sampled", gradient: str = "stl") -> None:
 
 
 class ReverseKL(FlowObjective):
-    r"""The bound :math:`J_R \ge KL(q(x) \| p) \ge 0` of a flow on the divergence of its x from
-    :math:`p(x) = e^{-U(x)} / C`.
+    r"""The reverse KL divergence :math:`KL(q \| p)` of a flow, or its upper bound :math:`J_R`.
 
     .. math::
         J_R = E[U(x)] - \log|\det S| + \tfrac12 E[\log\det \Sigma(x)]
         + \tfrac12 E[(y - M(x))^\top \Sigma(x)^{-1} (y - M(x))] + \tfrac{D - d}{2} \log 2\pi
         - H(z) + \log C
 
-    For D = d it is the divergence J itself. The loss is :math:`J_R - \log C`, the negative ELBO of
-    the model :math:`p(x) N(y \mid M(x), \Sigma(x))` with the flow as guide
-    (:mod:`pyroebm.ppl.svi`). An estimate of :math:`J_R` may fall below 0 by its noise.
+    with :math:`p(x) = e^{-U(x)} / C` and :math:`J_R \ge KL(q(x) \| p) \ge 0`. For D = d it is the
+    divergence J itself. The loss is :math:`J_R - \log C`, the negative ELBO of the model
+    :math:`p(x) N(y \mid M(x), \Sigma(x))` with the flow as guide (:mod:`pyroebm.ppl.svi`). An
+    estimate of :math:`J_R` may be slightly negative, within its standard error.
 
     Metrics: ``negative_elbo`` (the loss), its ``standard_error``, ``augmented_energy`` (the mean of
     :math:`\beta U(x) - \log N(y \mid M, \Sigma)`), ``beta``, and ``augmented_kl`` (:math:`J_R`)
@@ -82,13 +86,14 @@ class ReverseKL(FlowObjective):
     Args:
         energy: U.
         num_samples: draws for each loss, at least 2.
-        entropy: ``"sampled"``: :math:`-\log N(z)` of the drawn z stands for H(z), of the same mean
-            and, near the optimum, of far smaller variance, since there it cancels what varies;
-            ``"exact"``: H(z) in closed form. The gradients agree.
+        entropy: ``"sampled"``: H(z) is replaced by :math:`-\log N(z)` at the drawn z, which has the
+            same mean and, near the optimum, gives an estimate of far smaller variance; ``"exact"``:
+            H(z) in closed form. The gradients are the same.
         gradient: ``"stl"``: the path derivative of "sticking the landing" (Roeder, Wu and Duvenaud,
-            2017), without noise where the flow is the target; or ``"total"``, of the same mean, two
-            thirds of the cost and more steps to the same fit.
-        beta_start, anneal: see :class:`FlowObjective`.
+            2017), which has no variance where the flow is the target; or ``"total"``, with the same
+            mean and two thirds of the cost, which needs more steps for the same fit.
+        beta_start: as in :class:`FlowObjective`.
+        anneal: as in :class:`FlowObjective`.
 
     Raises:
         ValueError: if an option is unknown or a number out of range; when called, if the flow does
@@ -119,6 +124,7 @@ class ReverseKL(FlowObjective):
     def loss(
         self, flow: Flow, generator: torch.Generator | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
+        r"""Return an estimate of :math:`J_R - \log C` from new draws, and its metrics."""
         return self.loss_at(flow, flow.rsample_base(self.num_samples, generator))
 
     def loss_at(self, flow: Flow, z: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -135,7 +141,7 @@ class ReverseKL(FlowObjective):
         return loss, metrics
 
     def estimate(self, flow: Flow, z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """:func:`estimate_kl` of the target."""
+        """Return :func:`estimate_kl` of the target at noise z ``(n, D)``."""
         return estimate_kl(flow, self.target, z, self.entropy, self.gradient)
 
 
@@ -151,19 +157,21 @@ def estimate_augmented_kl(
     generator: torch.Generator | None = None,
     progress: bool | None = None,
 ) -> tuple[float, float]:
-    r"""An estimate of :math:`J_R` (of J where D = d) from fresh draws, and its standard error, in
-    nats.
+    r"""Estimate :math:`J_R`, or J for D = d, from new draws.
 
     Args:
         flow: q.
         energy: U.
         num_samples: number of draws.
-        log_z: log C; None takes ``energy.log_z``. Give 0.0 for :math:`J_R - \log C`, which needs no
-            log C.
+        log_z: log C; None is ``energy.log_z``. Give 0.0 for :math:`J_R - \log C`, which does not
+            depend on log C.
         entropy: as in :class:`ReverseKL`.
-        batch_size: draws evaluated at once.
+        batch_size: number of draws that are evaluated at once.
         generator: source of the draws; None is torch's default generator.
-        progress: True shows it, False hides it, None shows it where it takes longer than a second.
+        progress: True shows progress, False hides it, None shows it after one second.
+
+    Returns:
+        The estimate and its standard error, in nats.
 
     Raises:
         ValueError: if log C is neither given nor known, or a number is out of range.

@@ -1,4 +1,4 @@
-"""The reverse KL divergence of a symmetrised flow, summed over its group."""
+"""The reverse KL divergence of a symmetrized flow, summed over its group."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ __all__ = ["SymmetrizedKL"]
 
 
 class SymmetrizedKL(ReverseKL):
-    r"""The bound :math:`J_R` of :class:`ReverseKL` with the draw of the group element replaced by
-    its mean.
+    r"""The bound :math:`J_R` of :class:`ReverseKL` with an exact sum over the group elements.
 
     .. math:: J_R - \log C = E_z \sum_g \pi_g \big(U(g x_0) + \log q(g x_0)\big)
 
-    The choice of g adds no noise, and its weights :math:`\pi` get their gradient, which no single
-    draw can carry. Each draw costs G energies.
+    The sum removes the variance due to g, and gives the weights :math:`\pi` a gradient. Each draw
+    costs G evaluations of the energy.
 
     Args:
-        energy, num_samples, beta_start, anneal: as in :class:`ReverseKL`.
+        energy: as in :class:`ReverseKL`.
+        num_samples: as in :class:`ReverseKL`.
+        beta_start: as in :class:`ReverseKL`.
+        anneal: as in :class:`ReverseKL`.
 
     Raises:
         ValueError: as :class:`ReverseKL`, and if the flow is not
@@ -51,7 +53,7 @@ class SymmetrizedKL(ReverseKL):
         )
 
     def estimate(self, flow: Flow, z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """As :meth:`Symmetrized.terms <pyroebm.flows.Symmetrized.terms>`, and the mean first."""
+        """Return the mean of the summands, and :meth:`pyroebm.flows.Symmetrized.terms`."""
         if not isinstance(flow, Symmetrized):
             raise ValueError(f"flow must be Symmetrized, got {type(flow).__name__}")
         summands, augmented, xy = flow.terms(self.target, z)

@@ -194,7 +194,7 @@ def test_what_cannot_be_traced_is_named(no_compiler: None) -> None:
         RuntimeError, match=r"NICE with _Branching cannot be compiled; use ReverseKL"
     ):
         CompiledKL(_Branching((2,)).double())(flow)
-    with pytest.raises(ValueError, match="one dtype"):
+    with pytest.raises(ValueError, match="the same dtype"):
         CompiledKL(Gaussian([0.5, -1.0]))(flow)
 
 

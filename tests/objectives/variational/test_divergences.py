@@ -301,13 +301,13 @@ def test_objectives_are_saved_with_their_draws() -> None:
             lambda: ForwardKL(torch.zeros(3, 2), gradient="best"),
             "gradient must be 'total' or 'path', got gradient='best'",
         ),
-        (lambda: ForwardKL(torch.full((3, 2), math.nan)), "draws must be rows of finite numbers"),
+        (lambda: ForwardKL(torch.full((3, 2), math.nan)), "draws must have .* finite entries"),
         (
             lambda: ForwardKL(torch.zeros(3, 2), torch.zeros(2)),
-            r"log_weights must be one for each of 3 draws",
+            r"log_weights must have shape \(3,\)",
         ),
-        (lambda: ForwardKL(torch.zeros(3, 2), torch.full((3,), -math.inf)), "the largest finite"),
-        (lambda: LogVariance(TARGET, torch.zeros(0, 2)), "draws must be rows"),
+        (lambda: ForwardKL(torch.zeros(3, 2), torch.full((3,), -math.inf)), "a finite maximum"),
+        (lambda: LogVariance(TARGET, torch.zeros(0, 2)), "draws must have"),
         (
             lambda: ForwardKL(torch.zeros(3, 2), num_samples=1),
             "num_samples must be an integer of at least 2",
@@ -320,11 +320,11 @@ def test_objectives_are_saved_with_their_draws() -> None:
             lambda: ForwardKL(torch.zeros(3, 2), energy=TARGET, gradient="path")(
                 RedundantNICE(2, 3)
             ),
-            "the path gradient is for flows with D = d",
+            "must have a flow with D = d",
         ),
         (
             lambda: ForwardKL(torch.zeros(3, 2), gradient="path"),
-            "gradient='path' needs the energy: give energy=",
+            "energy must be given for gradient='path'",
         ),
         (
             lambda: ForwardKL(torch.zeros(3, 2))(linear(3)),
@@ -332,7 +332,7 @@ def test_objectives_are_saved_with_their_draws() -> None:
         ),
         (
             lambda: ForwardKL(torch.zeros(3, 2)).energy,
-            "ForwardKL was given no energy: give energy=",
+            "ForwardKL has no energy: give energy=",
         ),
         (lambda: LogRegularized(TARGET, math.inf), "height must be finite, got height=inf"),
     ],

@@ -232,7 +232,7 @@ def test_objective_refuses() -> None:
         estimate_augmented_kl(flow, energy, batch_size=1)
     with pytest.raises(ValueError, match="dim=1 entries"):
         ReverseKL(Gaussian([0.0, 0.0], dtype=F64))(flow)
-    with pytest.raises(ValueError, match="one dtype"):
+    with pytest.raises(ValueError, match="the same dtype"):
         ReverseKL(DoubleWell())(flow)
     with pytest.raises(ValueError, match=r"beta must be a positive finite number, got beta=0\.0"):
         ReverseKL(energy).beta = 0.0
