@@ -100,7 +100,7 @@ class Captured(NamedTuple):
         if drawn:
             raise ValueError(
                 f"an energy that is compiled must draw no random numbers, got {drawn[0]} in its"
-                " forward; use compile=False"
+                " forward"
             )
         graph.graph.eliminate_dead_code()
         return cls(graph, _lift_constants(graph))
@@ -269,7 +269,9 @@ class Compiled(CompiledView):
                 problem = f"{type(self.energy).__name__} cannot be compiled ({_reason(error)})"
                 if self.must:
                     raise RuntimeError(f"{problem}; use compile=False") from error
-                warnings.warn(f"{problem} and runs as it is", RuntimeWarning, stacklevel=4)
+                warnings.warn(
+                    f"{problem} and runs without compilation", RuntimeWarning, stacklevel=4
+                )
 
                 def uncompiled(*given: Tensor) -> T:
                     return function(self.energy, *_unflatten(key[-1], iter(given)), **static)
@@ -560,7 +562,7 @@ def choose_compiled(
         problem = f"{type(energy).__name__} cannot be compiled ({reason})"
         if compile is True:
             raise RuntimeError(f"{problem}; use compile=False") from error
-        warnings.warn(f"{problem} and runs as it is", RuntimeWarning, stacklevel=3)
+        warnings.warn(f"{problem} and runs without compilation", RuntimeWarning, stacklevel=3)
         return energy
 
 

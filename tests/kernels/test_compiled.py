@@ -255,7 +255,9 @@ def test_what_cannot_be_compiled_says_so_and_runs_as_it_is(
             RuntimeError, match=f"{type(energy).__name__} cannot be compiled .*{reason}"
         ):
             choose_compiled(energy, True, kernel, 4, 10)
-        with pytest.warns(RuntimeWarning, match=r"cannot be compiled \(.*\) and runs as it is"):
+        with pytest.warns(
+            RuntimeWarning, match=r"cannot be compiled \(.*\) and runs without compilation"
+        ):
             assert choose_compiled(energy, "auto", kernel, 4, 10**6) is energy
 
 
@@ -274,7 +276,7 @@ def test_a_later_block_that_fails_stops_no_run_that_was_not_told_to_compile(
     x = energy.initial(4, torch.Generator().manual_seed(0))
     with pytest.warns(
         RuntimeWarning,
-        match="DoubleWell cannot be compiled .ImportError: file too short. and runs as it is",
+        match="DoubleWell cannot be compiled .ImportError: file too short. and runs without",
     ):
         draws = run(kernel, view, x, 3)
     torch.testing.assert_close(draws, run(kernel, energy, x, 3))

@@ -676,7 +676,7 @@ def test_a_model_that_cannot_be_compiled_says_why_and_runs_as_it_is() -> None:
         MCMC(NUTS(), 5, 5, 4, compile=True).run(energy)
     with pytest.warns(
         RuntimeWarning,
-        match=r"ModelEnergy cannot be compiled \(RuntimeError: .*control flow.* runs as it is",
+        match=r"ModelEnergy cannot be compiled \(RuntimeError: .*control flow.* runs without",
     ):
         assert choose_compiled(energy, "auto", NUTS(), 64, 10**7) is energy
 
