@@ -226,7 +226,7 @@ def main(
             linewidths=0.9,
         )
         ax.set(
-            title=f"{name}: mass of left mode {left:.3f}",
+            title=f"{name}: left mode {left:.3f}",
             xlim=(-5, 5),
             ylim=(-4, 4),
             aspect="equal",

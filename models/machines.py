@@ -43,7 +43,7 @@ class Images:
     Args:
         train, test: binary pixels, shape ``(n, pixels)``.
         train_labels, test_labels: classes, shape ``(n,)``.
-        binarisation: how pixels were binarized; likelihoods of different ways are not comparable.
+        binarization: how pixels were binarized; likelihoods of different ways are not comparable.
     """
 
     def __init__(
