@@ -112,7 +112,8 @@ def check_kind(energy: object, kind: type) -> None:
     if not isinstance(energy, kind):
         raise ValueError(
             f"energy must be a pyroebm.Energy, got {type(energy).__name__}; wrap a log-density with"
-            " pyroebm.core.Unnormalized(log_density, event_shape=...)"
+            " pyroebm.core.Unnormalized(log_density, event_shape=...), a Pyro model with"
+            " pyroebm.ModelEnergy(model, *args)"
         )
 
 

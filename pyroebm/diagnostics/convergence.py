@@ -502,7 +502,8 @@ class _Run:
             most = f" ({share}in {describe_chains(chains).lower()})"
         message = (
             f"{total} of {len(self.free) * self.draws.shape[1]} draws diverged{most}."
-            " Raise target_acceptance, lower a fixed step size, or reparametrize."
+            " Raise the acceptance rate (adaptation=WindowAdaptation(target_acceptance=0.95), or"
+            " target_accept_prob in pyroebm.infer), lower a fixed step size, or reparametrize."
         )
         return Finding("divergences", message, chains)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import numbers
 from collections.abc import Callable
 from typing import (
     Any,
@@ -376,6 +377,13 @@ class ContinuousKernel(Kernel[S]):
         for name, value in (("step_size", self.step_size), ("inverse_mass", diagonal)):
             if value is None:
                 continue
+            if not isinstance(value, numbers.Real | Tensor):
+                raise ValueError(
+                    f"{type(self).__name__}: {name} must be a number or a tensor, got"
+                    f" {type(value).__name__}; an energy is an argument of MCMC.run, as in"
+                    f" MCMC({type(self).__name__}()).run(energy), and a Pyro model of"
+                    " pyroebm.infer.NUTS(model) or pyroebm.ModelEnergy(model, *args)"
+                )
             tensor = torch.as_tensor(value)
             if not bool((torch.isfinite(tensor) & (tensor > 0)).all()):
                 raise ValueError(

@@ -65,7 +65,9 @@ def ais(
         energy: E.
         base: :math:`E_0`: the result of :func:`base_rates` for the energy and its data, an energy
             with exact draws and a known ``log_z``, or a Pyro distribution. None is
-            ``base_rates(energy)``, which is uniform; real supports have no such default.
+            ``base_rates(energy)``, which is uniform; real supports have no such default. It must
+            cover all modes of the energy: a mode that no chain reaches is missing in log Z, and
+            the standard error does not show it.
         kernel: transition of the chains; None uses block Gibbs for layers, ``Gibbs()`` for other
             discrete energies, and ``HMC(num_steps=5)`` for continuous ones, with the step sizes of
             a small SMC run.

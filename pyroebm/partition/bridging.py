@@ -86,7 +86,7 @@ def bridge(
     Args:
         energy: E.
         draws: draws of the energy: independent ones ``(n, *event)``, or those of Markov chains
-            ``(chains, n, *event)``, as ``mcmc.get_samples(group_by_chain=True)`` returns them; the
+            ``(chains, n, *event)``, as ``mcmc.get_samples(group_by_chain=True)["x"]`` is; the
             effective sample size of the log ratio (Vehtari et al., 2021) then replaces n. None
             draws ``num_samples`` exactly, if the energy has exact draws.
         base: :math:`E_0`, as for :func:`ais`; it is drawn from as many times as there are

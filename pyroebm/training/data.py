@@ -372,7 +372,8 @@ class Conversion:
             if low < 0.0:
                 fix = f": ({self.argument} + 1) / 2 maps -1 and +1 to 0 and 1"
             elif high > 1.0:
-                fix = f": ({self.argument} > 127) * 1.0 maps 0..255 to 0 and 1"
+                half = high / 2.0
+                fix = f": ({self.argument} > {half:g}) * 1.0 maps 0..{high:g} to 0 and 1"
             else:
                 fix = f": ({self.argument} > 0.5) * 1.0 maps probabilities to 0 and 1"
         elif base is spin and low >= 0.0 and high <= 1.0:

@@ -193,7 +193,10 @@ class Trainer:
             callable(objective) or isinstance(objective, HasLosses)
         ):
             name = objective.__name__ if isinstance(objective, type) else type(objective).__name__
-            raise ValueError(f"objective must be an instance, such as {name}(...), got {name}")
+            some = f"{name}()" if isinstance(objective, type) else "PersistentCD(100)"
+            raise ValueError(
+                f"objective must be an instance of an objective, such as {some}, got {name}"
+            )
         if max_grad_norm is not None and not max_grad_norm > 0.0:
             raise ValueError(
                 f"max_grad_norm must be positive, or None, got max_grad_norm={max_grad_norm}"

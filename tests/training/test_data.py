@@ -270,7 +270,7 @@ def check_supports() -> None:
     for machine, chains in machines:
         for objective in (ContrastiveDivergence(), chains):
             for data, said in (
-                (grey, r"got 255 in row \d, column \d.*: \(data > 127\) \* 1\.0"),
+                (grey, r"got 255 in row \d, column \d.*: \(data > 127.5\) \* 1\.0"),
                 (2.0 * bits - 1.0, r"got -1 in row \d, column \d.*: \(data \+ 1\) / 2"),
             ):
                 with pytest.raises(ValueError, match=said):
