@@ -7,6 +7,7 @@ device of the module.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -205,9 +206,9 @@ class Conversion:
 
     The events are the first part of a tuple. Unambiguous conversions are made: to the dtype and
     device of the module; uint8 images ``(N, height, width, ...)`` from 0..255 to [0, 1], unless all
-    values are 0 or 1; images ``(N, 28, 28)`` to the event shapes ``(1, 28, 28)`` or ``(784,)``. The
-    other parts of a tuple are converted to the module's dtype if they are floating point; integers
-    (labels) are not changed.
+    values are 0 or 1 (an error in batches of a ``Dataset`` or ``DataLoader``); images ``(N, 28,
+    28)`` to the event shapes ``(1, 28, 28)`` or ``(784,)``. The other parts of a tuple are
+    converted to the module's dtype if they are floating point; integers (labels) are not changed.
 
     Args:
         module: an energy or a flow; for other modules neither shape nor support is checked.
@@ -259,10 +260,14 @@ class Conversion:
 
     def table(self, data: Any) -> Batch:
         """Convert arrays and data frames to tensors, and check all rows."""
+        first = f"{self.argument}[0]"
+        if isinstance(data, TensorDataset):
+            first = f"{self.argument}.tensors[0]"
+            data = data.tensors if len(data.tensors) > 1 else data.tensors[0]
         parts = data if isinstance(data, tuple | list) and not _numbers(data) else (data,)
         events = self._tensor(parts[0], first=True)
         if isinstance(data, tuple | list):
-            self._check_alone(len(parts), f"give {self.argument}[0]")
+            self._check_alone(len(parts), f"give {first}")
         tensors = (events, *(self._tensor(part, first=False) for part in parts[1:]))
         if _is_binary(events):
             self.levels = False
@@ -472,7 +477,7 @@ class Conversion:
 
     def _column_names(self, names: list[Any], first: bool) -> list[Any]:
         """Return the names of the columns of a data frame, in the order of the training data."""
-        if repeated := [name for k, name in enumerate(names) if name in names[:k]]:
+        if repeated := [name for name, count in Counter(names).items() if count > 1]:
             raise ValueError(
                 f"{self.argument} must have columns of different names, got {repeated} more than"
                 f" once in {names}"
@@ -585,8 +590,6 @@ def batches_of(
             f"{argument} must have a length and be indexed, got {type(data).__name__}: wrap it in"
             " a DataLoader"
         )
-    if isinstance(data, TensorDataset):
-        data = data.tensors if len(data.tensors) > 1 else data.tensors[0]
-    if isinstance(data, Dataset):
+    if isinstance(data, Dataset) and not isinstance(data, TensorDataset):
         return Batches(data, batch_size, seed=seed, ranks=ranks, convert=convert.checked)
     return Batches(convert.table(data), batch_size, seed=seed, ranks=ranks, convert=convert)
