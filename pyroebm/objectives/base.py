@@ -47,6 +47,12 @@ class Objective(nn.Module):
         ``fit`` calls it before each step. By default it does nothing.
         """
 
+    def end_training(self) -> None:
+        """Undo what :meth:`begin_step` changed.
+
+        ``fit`` calls it when a training ends or is stopped. By default it does nothing.
+        """
+
     def forward(
         self, module: Any, batch: Any, /, *, generator: torch.Generator | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:

@@ -434,7 +434,9 @@ class Trainer:
         self._stop_requested = True
 
     def close(self) -> None:
-        """Restore the best weights, if they are kept, and close the log."""
+        """Restore the best weights, if they are kept, and end the objective and the log."""
+        if isinstance(self.objective, Objective):
+            self.objective.end_training()
         if self._validation is not None:
             self._validation.restore_best()
         if self._log is not None:
