@@ -206,9 +206,10 @@ class Conversion:
 
     The events are the first part of a tuple. Unambiguous conversions are made: to the dtype and
     device of the module; uint8 images ``(N, height, width, ...)`` from 0..255 to [0, 1], unless all
-    values are 0 or 1 (an error in batches of a ``Dataset`` or ``DataLoader``); images ``(N, 28,
-    28)`` to the event shapes ``(1, 28, 28)`` or ``(784,)``. The other parts of a tuple are
-    converted to the module's dtype if they are floating point; integers (labels) are not changed.
+    values are 0 or 1 (an error in batches of a ``Dataset`` or ``DataLoader``); images
+    ``(N, 28, 28)`` to the event shapes ``(1, 28, 28)`` or ``(784,)``. The other parts of a tuple
+    are converted to the module's dtype if they are floating point; integers (labels) are not
+    changed.
 
     Args:
         module: an energy or a flow; for other modules neither shape nor support is checked.
