@@ -125,7 +125,7 @@ def test_blocks_that_differ_are_none_in_common() -> None:
         conditional_of(0.5 * ising(), "red", some_rows(ising()))
     triangles = 0.5 * Ising((3, 3))
     x = triangles.initial(2)
-    with pytest.raises(ValueError, match="BlockGibbs needs an energy with an attribute blocks"):
+    with pytest.raises(ValueError, match="BlockGibbs requires an energy with an attribute blocks"):
         BlockGibbs().init(triangles, x)
 
 

@@ -552,7 +552,7 @@ class WithoutJacobian(FlowGuide):
 class WithoutLatents(FlowGuide):
     """The factor of y is missing in the model."""
 
-    def extended(self, *args: Any, **kwargs: Any) -> Any:
+    def augmented(self, *args: Any, **kwargs: Any) -> Any:
         with poutine.block(hide=[self._y]):
             return super().augmented(*args, **kwargs)
 

@@ -555,7 +555,7 @@ def observed_only() -> None:
             r"plate 'rows' must not subsample.* 2 of 5 rows.*drop subsample_size",
         ),
         (observed_only, (), "must have a latent sample site"),
-        (noisy, (), "a random number that is no sample site"),
+        (noisy, (), "a random number that is not a sample site"),
         (3, (), "model must be a Pyro model, a callable"),
     ],
 )
@@ -569,7 +569,7 @@ def test_bad_data_and_bad_values_are_named() -> None:
         ModelEnergy(logistic, data(4, 3), torch.full((4,), 2.0))
     energy = ModelEnergy(hierarchy, data(4))
     good = energy.constrain(points(energy, 2))
-    with pytest.raises(ValueError, match=r"sites must be \['freedom', 'scale', 'z'\], got \['z'\]"):
+    with pytest.raises(ValueError, match=r"the sites \['freedom', 'scale', 'z'\], got \['z'\]"):
         energy.unconstrain({"z": good["z"]})
     with pytest.raises(
         ValueError, match=r"site 'z' must have shape \(\*batch, \*\(4,\)\), got \(2, 3\)"

@@ -346,18 +346,18 @@ def test_bad_arguments_are_named(build: Callable[[], Target], said: str) -> None
 def test_the_recipe_sees_divergences() -> None:
     """Of eight normal laws and the same with noise: the blurred density is that of wider ones, and
     KL is 0 or a quadrature's."""
-    law = toy2d.LAWS["8 Gaussians"]
-    sight = toy2d.Sight(law, 240)
+    toy = toy2d.TOYS["8 Gaussians"]
+    grid = toy2d.DensityGrid(toy, 240)
     narrow = eight_gaussians(dtype=F)
     noise = 0.2
     wide = GaussianMixture(narrow.loc, scale=math.hypot(0.5 / 1.414, noise))
     torch.testing.assert_close(
-        sight.blurred(noise).flatten(), torch.exp(-wide(sight.x)), rtol=0.0, atol=1e-6
+        grid.blurred(noise).flatten(), torch.exp(-wide(grid.x)), rtol=0.0, atol=1e-6
     )
-    assert float(sight.divergence(noise, -wide(sight.x))) == pytest.approx(0.0, abs=1e-6)
+    assert float(grid.divergence(noise, -wide(grid.x))) == pytest.approx(0.0, abs=1e-6)
     exact, _ = expectation(narrow, lambda x: wide(x) - narrow(x))
     assert float(exact) > 0.01
-    assert float(sight.divergence(0.0, -wide(sight.x))) == pytest.approx(float(exact), abs=1e-6)
+    assert float(grid.divergence(0.0, -wide(grid.x))) == pytest.approx(float(exact), abs=1e-6)
 
 
 def test_likelihood_on_a_grid_is_the_likelihood() -> None:
