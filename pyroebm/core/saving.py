@@ -572,7 +572,8 @@ class _Comparison:
         if dataclasses.is_dataclass(a):
             fields = [field.name for field in dataclasses.fields(a)]
             return all(self.same(getattr(a, name), getattr(b, name)) for name in fields)
-        if type(a).__eq__ is object.__eq__ and hasattr(a, "__dict__"):
+        kind: Any = type(a)
+        if kind.__eq__ is object.__eq__ and hasattr(a, "__dict__"):
             return self.same(vars(a), vars(b))
         return bool(a == b)
 

@@ -650,6 +650,7 @@ def test_a_record_holds_no_second_copy(tmp_path: Path) -> None:
     rbm = BernoulliRBM(30, 5, weight=weight, hidden_bias=torch.ones(5))
     del weight
     assert gone() is None
+    assert not any(isinstance(kept, Tensor) for kept in rbm._construction.kwargs.values())
     stirred(rbm)
     check_same(rbm, reloaded(rbm, tmp_path))
     check_same(rbm.double(), reloaded(rbm.double(), tmp_path))
