@@ -570,7 +570,8 @@ class Holder(Energy):
         self.partial = functools.partial(torch.add, 1.0)
         self.generator = torch.Generator()
         self.aliases: list[Any] = [self.layer]
-        self.missing = [vector(torch.nan, 0.0), np.array([np.nan, 0.0])]
+        self.missing = vector(torch.nan, 0.0)
+        self.missing_array = np.array([np.nan, 0.0])
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(x).squeeze(-1)
@@ -610,10 +611,10 @@ def test_changed_attributes_that_no_file_can_hold_are_refused(name: str, tmp_pat
 def test_missing_values_differ_from_zeros_and_infinities(tmp_path: Path) -> None:
     module = Holder()
     for values in ([0.0, torch.nan], [0.0, 0.0], [torch.finfo(F64).max, 0.0]):
-        module.missing = [vector(*values), np.array(values)]
+        module.missing, module.missing_array = vector(*values), np.array(values)
         again = reloaded(module, tmp_path, classes={"Holder": Holder})
-        for a, b in zip(module.missing, again.missing, strict=True):
-            np.testing.assert_array_equal(a, b)
+        np.testing.assert_array_equal(module.missing, again.missing)
+        np.testing.assert_array_equal(module.missing_array, again.missing_array)
 
 
 class Unregistered(Energy):
