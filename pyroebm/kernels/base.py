@@ -492,6 +492,10 @@ class WrappedKernel(Kernel[S]):
             changes["kernel"] = changes.get("kernel", self.kernel).replace(**inner)
         return super().replace(**changes)
 
+    def own_adaptation(self) -> Any:
+        """Return the adaptation of the inner kernel."""
+        return self.kernel.own_adaptation()
+
     def probe(self) -> Self:
         """Return the kernel with the shortest trajectory of the inner kernel."""
         return self.replace(kernel=self.kernel.probe())

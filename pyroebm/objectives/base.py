@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,8 @@ class Objective(nn.Module):
         lr: default learning rate of :func:`pyroebm.training.fit`.
         schedule: default schedule of the learning rate: None, or ``"cosine"``, which falls to 0
             along a half cosine.
+        takes_labels: whether a batch is a tuple, such as events and labels; otherwise it is one
+            tensor of events, and tuples are an error.
 
     Example:
         >>> from pyroebm.objectives import ReverseKL
@@ -37,11 +39,18 @@ class Objective(nn.Module):
 
     lr: float = 1e-3
     schedule: str | None = None
+    takes_labels: ClassVar[bool] = False
 
     def begin_step(self, step: int, num_steps: int) -> None:
         """Prepare step ``step`` of ``num_steps``, counted from 0.
 
         ``fit`` calls it before each step. By default it does nothing.
+        """
+
+    def end_training(self) -> None:
+        """Undo what :meth:`begin_step` changed.
+
+        ``fit`` calls it when a training ends or is stopped. By default it does nothing.
         """
 
     def forward(

@@ -30,6 +30,8 @@ class CrossEntropy(Objective):
         0.0
     """
 
+    takes_labels = True
+
     def forward(
         self,
         classifier: nn.Module,

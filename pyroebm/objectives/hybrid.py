@@ -62,6 +62,8 @@ class Hybrid(Objective):
         ['acceptance_rate', 'accuracy', 'class_nll', 'energy_data', 'energy_gap', 'energy_model']
     """
 
+    takes_labels = True
+
     def __init__(
         self, generative: Objective | None = None, *, mode: Mode = "joint", weight: float = 1.0
     ) -> None:

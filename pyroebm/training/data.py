@@ -7,6 +7,7 @@ device of the module.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -94,6 +95,8 @@ class Batches:
         self.seed = seed
         self.ranks = ranks
         self.convert = convert
+        #: Names of the columns of a data frame.
+        self.columns = convert.columns if isinstance(convert, Conversion) else None
         smallest = (self.rows - 1) % batch_size + 1
         if smallest < ranks[1]:
             raise ValueError(
@@ -153,6 +156,8 @@ class Passes:
         self.convert = convert
         #: Unknown: a setting of checkpoints, from which a training with a loader is not resumed.
         self.rows = None
+        #: A loader has tensors, whose columns have no names.
+        self.columns = None
         self._left: Iterator[Batch] = iter(())
 
     def __len__(self) -> int:
@@ -201,13 +206,18 @@ class Conversion:
 
     The events are the first part of a tuple. Unambiguous conversions are made: to the dtype and
     device of the module; uint8 images ``(N, height, width, ...)`` from 0..255 to [0, 1], unless all
-    values are 0 or 1; images ``(N, 28, 28)`` to the event shapes ``(1, 28, 28)`` or ``(784,)``. The
-    other parts of a tuple are converted to the module's dtype if they are floating point; integers
-    (labels) are not changed.
+    values are 0 or 1 (an error in batches of a ``Dataset`` or ``DataLoader``); images
+    ``(N, 28, 28)`` to the event shapes ``(1, 28, 28)`` or ``(784,)``. The other parts of a tuple
+    are converted to the module's dtype if they are floating point; integers (labels) are not
+    changed.
 
     Args:
         module: an energy or a flow; for other modules neither shape nor support is checked.
         argument: name of the data in error messages.
+        columns: names of the columns of the training data, by which the columns of a data frame are
+            ordered; None keeps their order.
+        events_for: name of an objective that takes events alone, for which tuples are an error;
+            None allows tuples.
 
     Example:
         >>> from pyroebm.energies import MLPEnergy
@@ -216,9 +226,18 @@ class Conversion:
         tensor([[0.0000, 1.0000, 0.2000, 0.0000]])
     """
 
-    def __init__(self, module: nn.Module, argument: str = "data") -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        argument: str = "data",
+        *,
+        columns: Sequence[Any] | None = None,
+        events_for: str | None = None,
+    ) -> None:
         self.name = type(module).__name__
         self.argument = argument
+        self.expected_columns = columns
+        self.events_for = events_for
         self.dtype, self.device = module_dtype(module)
         self.shapes: list[tuple[int, ...]] = []
         self.support: constraints.Constraint = constraints.real
@@ -237,17 +256,26 @@ class Conversion:
         self.levels = not is_discrete(self.support)
         #: Names of the columns of a data frame.
         self.columns: Sequence[Any] | None = None
+        #: Whether an array has masked entries.
+        self.masked = False
 
     def table(self, data: Any) -> Batch:
         """Convert arrays and data frames to tensors, and check all rows."""
+        first = f"{self.argument}[0]"
+        if isinstance(data, TensorDataset):
+            first = f"{self.argument}.tensors[0]"
+            data = data.tensors if len(data.tensors) > 1 else data.tensors[0]
         parts = data if isinstance(data, tuple | list) and not _numbers(data) else (data,)
-        tensors = tuple(self._tensor(part, first=k == 0) for k, part in enumerate(parts))
-        events = tensors[0]
-        if events.dtype == torch.uint8 and events.numel() and int(events.max()) <= 1:
+        events = self._tensor(parts[0], first=True)
+        if isinstance(data, tuple | list):
+            self._check_alone(len(parts), f"give {first}")
+        tensors = (events, *(self._tensor(part, first=False) for part in parts[1:]))
+        if _is_binary(events):
             self.levels = False
         for start in range(0, len(events), CHUNK):
-            self.check(self(tuple(part[start : start + CHUNK] for part in tensors)), start)
-        return tensors if isinstance(data, tuple | list) else tensors[0]
+            chunk = tuple(part[start : start + CHUNK] for part in tensors)
+            self.check(chunk if isinstance(data, tuple | list) else chunk[0], start)
+        return tensors if isinstance(data, tuple | list) else events
 
     def __call__(self, batch: Any) -> Batch:
         """Convert a batch to the module's dtype, device and event shape."""
@@ -258,6 +286,7 @@ class Conversion:
                 f"{self.argument} must give tensors or tuples of tensors, got a"
                 f" {type(batch).__name__}: convert its items in the Dataset"
             )
+        self._check_alone(len(batch), "give the events alone in each item")
         events, *others = batch
         kept = (
             part.to(self.device, self.dtype if part.is_floating_point() else part.dtype)
@@ -267,21 +296,40 @@ class Conversion:
 
     def checked(self, batch: Any) -> Batch:
         """Convert and check a batch, for data that were not checked by :meth:`table`."""
-        converted = self(batch)
-        self.check(converted)
+        converted = self.check(batch)
+        events = batch if isinstance(batch, Tensor) else batch[0]
+        if self.levels and _is_binary(events):
+            raise ValueError(
+                f"{self.argument} has uint8 images with values of 0 and 1 alone in a batch, which"
+                " may be binary or dark grey levels: give images.float() for binary images, or"
+                " images / 255.0 for grey levels, in the Dataset"
+            )
         return converted
 
-    def check(self, batch: Batch, start: int = 0) -> None:
-        """Raise ValueError unless all numbers are finite and the events in the module's support.
+    def check(self, batch: Any, start: int = 0) -> Batch:
+        """Convert a batch, whose first row has index ``start``.
 
-        Args:
-            batch: a converted batch.
-            start: index of its first row.
+        Raises:
+            ValueError: unless all numbers are finite and the events in the module's support.
         """
-        events, *others = batch if isinstance(batch, tuple) else (batch,)
-        for part in (events, *others):
+        converted = self(batch)
+        given = (batch,) if isinstance(batch, Tensor) else batch
+        parts = converted if isinstance(converted, tuple) else (converted,)
+        for k, part in enumerate(parts):
             if part.is_floating_point() and not bool(torch.isfinite(part).all()):
-                self._raise_not_finite(part, start, self.columns if part is events else None)
+                self._raise_not_finite(part, given[k], start, self.columns if k == 0 else None)
+        self._check_support(parts[0], start)
+        return converted
+
+    def _check_alone(self, parts: int, fix: str) -> None:
+        """Raise ValueError for a tuple if the objective takes events alone."""
+        if self.events_for is not None:
+            raise ValueError(
+                f"{self.argument} must be one tensor of events for {self.events_for}, got a tuple"
+                f" of {parts}: {fix}"
+            )
+
+    def _check_support(self, events: Tensor, start: int) -> None:
         if not self.shapes or is_real(self.support):
             return
         # visible units are checked against the support of all units if these are of one kind
@@ -343,17 +391,27 @@ class Conversion:
             str(rest[0]) if len(rest) == 1 else str(tuple(rest))
         )
 
-    def _raise_not_finite(self, part: Tensor, start: int, columns: Sequence[Any] | None) -> None:
+    def _raise_not_finite(
+        self, part: Tensor, given: Tensor, start: int, columns: Sequence[Any] | None
+    ) -> None:
+        """Raise ValueError for a converted part of a batch and the part as it was given."""
         bad = ~torch.isfinite(part)
-        value = float(part[bad][0])
-        fix = (
-            f"{self.argument}.dropna() drops such rows"
-            if columns is not None
-            else f"{self.argument}[isfinite({self.argument}).all(1)] drops such rows"
-        )
+        value = given.to(part.device).reshape(part.shape)[bad][0].item()
+        where = self._entry(bad, start, columns)
+        if math.isfinite(value):
+            raise ValueError(
+                f"{self.argument} must be finite in {part.dtype}, the dtype of {self.name}, got"
+                f" {value:g} in {where}, which overflows: scale {self.argument}, or give a module"
+                " with a wider dtype"
+            )
+        if columns is not None:
+            fix = f"{self.argument}.dropna()"
+        elif self.masked:
+            fix = f"{self.argument}[~numpy.ma.getmaskarray({self.argument}).any(1)]"
+        else:
+            fix = f"{self.argument}[isfinite({self.argument}).all(1)]"
         raise ValueError(
-            f"{self.argument} must be finite, got {value} in {self._entry(bad, start, columns)}:"
-            f" {fix}"
+            f"{self.argument} must be finite, got {value} in {where}: {fix} drops such rows"
         )
 
     def _raise_outside_support(self, events: Tensor, fits: Tensor, start: int) -> None:
@@ -397,7 +455,7 @@ class Conversion:
                 )
             tensor = part
         elif hasattr(part, "columns") and hasattr(part, "to_numpy"):
-            names = list(part.columns)
+            names = self._column_names(list(part.columns), first)
             columns = [self._array(part[name].to_numpy(), f"column {name!r}") for name in names]
             if not columns:
                 raise ValueError(f"{self.argument} must have columns, got none")
@@ -418,23 +476,52 @@ class Conversion:
             raise ValueError(f"{self.argument} must be a tensor of rows, got a single number")
         return tensor
 
+    def _column_names(self, names: list[Any], first: bool) -> list[Any]:
+        """Return the names of the columns of a data frame, in the order of the training data."""
+        if repeated := [name for name, count in Counter(names).items() if count > 1]:
+            raise ValueError(
+                f"{self.argument} must have columns of different names, got {repeated} more than"
+                f" once in {names}"
+            )
+        if not first or self.expected_columns is None:
+            return names
+        expected = list(self.expected_columns)
+        if set(names) != set(expected):
+            raise ValueError(
+                f"{self.argument} must have the columns of the training data, {expected}, got"
+                f" {names}"
+            )
+        return expected
+
     def _array(self, values: np.ndarray, what: str) -> np.ndarray:
-        """Convert an array to a type that torch supports."""
+        """Convert an array to a type that torch supports; masked entries become NaN."""
+        if isinstance(values, np.ma.MaskedArray):
+            masked, values = np.ma.getmaskarray(values), values.data
+            if masked.any() and values.dtype.kind in "biufO":
+                self.masked = True
+                values = np.where(masked, np.nan, values)
         if values.dtype == object and all(v is None or _is_number(v) for v in values.flat):
             values = np.array([np.nan if v is None else float(v) for v in values.flat]).reshape(
                 values.shape
             )
         if values.dtype.kind not in "biuf":
-            row, bad = next((k, v) for k, v in enumerate(values.flat) if not _is_number(v))
-            where = f" in row {row}" if values.ndim == 1 else ""
+            bad = next(((k, v) for k, v in enumerate(values.flat) if not _is_number(v)), None)
+            found = "" if bad is None else f" with {str(bad[1])!r}"
+            where = f" in row {bad[0]}" if bad is not None and values.ndim == 1 else ""
+            fix = {
+                "c": "its .real and .imag are real numbers",
+                "m": "divide it by a unit, numpy.timedelta64(1, 's')",
+            }.get(values.dtype.kind, "drop it, or encode it by integers (pandas.factorize)")
             raise ValueError(
-                f"{self.argument} must be numbers, got {what} of {values.dtype} with {str(bad)!r}"
-                f"{where}: drop it, or encode it by integers (pandas.factorize)"
+                f"{self.argument} must be numbers, got {what} of {values.dtype}{found}{where}:"
+                f" {fix}"
             )
         if values.dtype.kind == "f" and values.dtype.itemsize > 8:
             values = values.astype(np.float64)
         if values.dtype.kind == "u" and values.dtype.itemsize > 1:
-            values = values.astype(np.int64)
+            # int64, which labels keep, unless it would wrap around
+            fits = values.max(initial=0) <= np.iinfo(np.int64).max
+            values = values.astype(np.int64 if fits else np.float64)
         values = values.astype(values.dtype.newbyteorder("="), copy=False)
         # torch warns about arrays that are not writable
         values = np.ascontiguousarray(values)
@@ -442,7 +529,14 @@ class Conversion:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float | np.number | np.bool_)
+    # NumPy's timedelta64 is a subclass of its integers
+    numbers = int | float | np.integer | np.floating | np.bool_
+    return isinstance(value, numbers) and not isinstance(value, np.timedelta64)
+
+
+def _is_binary(events: Tensor) -> bool:
+    """Return whether bytes are 0 and 1 alone, so that images are binary or nearly black."""
+    return events.dtype == torch.uint8 and events.numel() > 0 and int(events.max()) <= 1
 
 
 def _numbers(values: Sequence[Any]) -> bool:
@@ -457,6 +551,8 @@ def batches_of(
     seed: int = 0,
     ranks: tuple[int, int] = (0, 1),
     argument: str = "data",
+    columns: Sequence[Any] | None = None,
+    events_for: str | None = None,
 ) -> Batches | Passes:
     """Make batches of data in any supported form, converted for a module and checked.
 
@@ -468,6 +564,8 @@ def batches_of(
         seed: seed of the order; a ``DataLoader`` has its own.
         ranks: as in :class:`Batches`.
         argument: name of the data in error messages.
+        columns: as in :class:`Conversion`.
+        events_for: as in :class:`Conversion`.
 
     Raises:
         ValueError: if the conversion is ambiguous or a check fails; the message has the row, the
@@ -478,7 +576,7 @@ def batches_of(
         >>> batches_of(np.eye(4), BernoulliRBM(4, 2), batch_size=2)(0).dtype
         torch.float32
     """
-    convert = Conversion(module, argument)
+    convert = Conversion(module, argument, columns=columns, events_for=events_for)
     if isinstance(data, DataLoader):
         if ranks[1] > 1:
             raise ValueError(
@@ -493,8 +591,6 @@ def batches_of(
             f"{argument} must have a length and be indexed, got {type(data).__name__}: wrap it in"
             " a DataLoader"
         )
-    if isinstance(data, TensorDataset):
-        data = data.tensors if len(data.tensors) > 1 else data.tensors[0]
-    if isinstance(data, Dataset):
+    if isinstance(data, Dataset) and not isinstance(data, TensorDataset):
         return Batches(data, batch_size, seed=seed, ranks=ranks, convert=convert.checked)
     return Batches(convert.table(data), batch_size, seed=seed, ranks=ranks, convert=convert)

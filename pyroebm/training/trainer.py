@@ -105,7 +105,8 @@ class Trainer:
             ``torch.optim.swa_utils``; ``average.module`` is the averaged module.
         guard: criterion for failed steps, and whether to raise or roll back; see
             :class:`~pyroebm.training.Guard`.
-        validation: validation data, of the same kind as ``data``.
+        validation: validation data, of the same kind as ``data``. The columns of a data frame are
+            put in the order of those of ``data``.
         validation_objective: objective for the validation data; None is ``objective``. Contrastive
             losses do not measure the fit; use for example
             :class:`~pyroebm.objectives.Pseudolikelihood`.
@@ -216,7 +217,14 @@ class Trainer:
         self._batches = (
             None
             if data is None
-            else batches_of(data, module, batch_size, seed=seed, ranks=self._ranks)
+            else batches_of(
+                data,
+                module,
+                batch_size,
+                seed=seed,
+                ranks=self._ranks,
+                events_for=_takes_events_alone(objective),
+            )
         )
         if resume and isinstance(self._batches, Passes):
             raise ValueError(
@@ -349,6 +357,7 @@ class Trainer:
         for name, count in (("patience", patience), ("validate_every", self._validate_every)):
             if count is not None:
                 check_counts({name: 1}, count)
+        chosen = self.objective if objective is None else objective
         batches = batches_of(
             validation,
             self.module,
@@ -356,9 +365,10 @@ class Trainer:
             seed=seed,
             ranks=self._ranks,
             argument="validation",
+            columns=None if self._batches is None else self._batches.columns,
+            events_for=_takes_events_alone(chosen),
         )
         best = {name: modules[name] for name in ("module", "objective") if name in modules}
-        chosen = self.objective if objective is None else objective
         return Validation(
             chosen, batches, seed=seed, patience=patience, modules=best if keep_best else None
         )
@@ -424,7 +434,9 @@ class Trainer:
         self._stop_requested = True
 
     def close(self) -> None:
-        """Restore the best weights, if they are kept, and close the log."""
+        """Restore the best weights, if they are kept, and end the objective and the log."""
+        if isinstance(self.objective, Objective):
+            self.objective.end_training()
         if self._validation is not None:
             self._validation.restore_best()
         if self._log is not None:
@@ -567,3 +579,9 @@ class Trainer:
         if self._guard.rollback:
             metrics["rollbacks"] = float(self._rollback.count)
         return losses["loss_energy"], metrics, due
+
+
+def _takes_events_alone(objective: AnyObjective) -> str | None:
+    """Return the name of an objective that takes no labels; None for functions, which may."""
+    alone = isinstance(objective, Objective) and not objective.takes_labels
+    return type(objective).__name__ if alone else None

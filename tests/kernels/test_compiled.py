@@ -476,7 +476,21 @@ def test_a_graph_that_allocates_on_its_own_is_not_bound() -> None:
     assert mcmc.get_samples()["x"].isfinite().all()
 
 
-def test_a_run_calls_no_more_than_the_recorded_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+class Transposed(Energy):
+    """An energy whose compiled gradient is not contiguous."""
+
+    def __init__(self) -> None:
+        super().__init__((2, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = torch.tensor([[2.0, 0.5], [0.5, 1.0]], dtype=x.dtype)
+        return 0.5 * (x.mT @ scale).square().sum((-1, -2))
+
+
+@pytest.mark.parametrize("make", [Net, Transposed])
+def test_a_run_calls_no_more_than_the_recorded_kernels(
+    make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The same draws as from the graph as it is called, and the graph is called at most where
     starts are tried and where chains take single steps."""
     calls = []
@@ -488,7 +502,7 @@ def test_a_run_calls_no_more_than_the_recorded_kernels(monkeypatch: pytest.Monke
     def draws() -> Tensor:
         calls.clear()
         mcmc = MCMC(NUTS(), 200, 20, num_chains=4, seed=0, progress=False, compile=True)
-        mcmc.run(Net().double())
+        mcmc.run(make().double())
         return mcmc.get_samples()["x"]
 
     torch.manual_seed(0)
@@ -496,4 +510,4 @@ def test_a_run_calls_no_more_than_the_recorded_kernels(monkeypatch: pytest.Monke
     monkeypatch.setattr(pyroebm.core.compilation, "record_calls", lambda call, inputs: None)
     torch.manual_seed(0)
     assert torch.equal(draws(), recorded)
-    assert few < 100 < 400 < len(calls)
+    assert 2 * few < len(calls)

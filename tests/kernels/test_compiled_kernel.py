@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 import pyroebm.core.compilation
-from pyroebm import HMC, MALA, NUTS, ULA, Energy, ModelEnergy
+from pyroebm import HMC, MALA, MCMC, NUTS, ULA, ChEES, Energy, ModelEnergy
 from pyroebm.core.compilation import Compiled
-from pyroebm.kernels import CompiledKernel, Gibbs, Kernel, compiling
+from pyroebm.kernels import MCLMC, CompiledKernel, Gibbs, Kernel, compiling
 from pyroebm.objectives import ContrastiveDivergence, ReplayBufferCD
 from pyroebm.objectives.contrastive import advance
+from pyroebm.targets import Gaussian
 from pyroebm.training import fit
 
 pytestmark = pytest.mark.skipif(
@@ -194,3 +195,10 @@ def test_a_model_trained_between_steps_is_seen(kernel: Kernel[Any]) -> None:
         state = chains.refresh(energy, state)
         state, _ = chains.step(energy, state, torch.Generator().manual_seed(0))
         torch.testing.assert_close(state.energy, energy(state.x).detach())
+
+
+@pytest.mark.parametrize("kernel", [MCLMC(), ChEES()], ids=["mclmc", "chees"])
+def test_an_adaptation_of_the_inner_kernel_is_not_replaced_in_silence(kernel: Any) -> None:
+    mcmc = MCMC(CompiledKernel(kernel), 10, 10, 4, seed=0)
+    with pytest.raises(ValueError, match=f"kernel must be {type(kernel).__name__}"):
+        mcmc.run(Gaussian(torch.zeros(3)))

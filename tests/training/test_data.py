@@ -3,6 +3,7 @@ call that mends it."""
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -27,12 +28,18 @@ from pyroebm.flows import NICE, RedundantNICE
 from pyroebm.objectives import (
     ContrastiveDivergence,
     CrossEntropy,
+    DenoisingScoreMatching,
+    ExactLikelihood,
     Hybrid,
+    Objective,
     PersistentCD,
+    Pseudolikelihood,
     ReplayBufferCD,
+    ScoreMatching,
+    SlicedScoreMatching,
 )
 from pyroebm.targets import Gaussian
-from pyroebm.training import fit, pretrain_belief_network, pretrain_boltzmann_machine
+from pyroebm.training import Trainer, fit, pretrain_belief_network, pretrain_boltzmann_machine
 from pyroebm.training.data import batches_of
 
 F64 = torch.float64
@@ -138,6 +145,74 @@ def test_bytes_of_a_table_may_be_counts() -> None:
     torch.testing.assert_close(whole(ages > 3, Flat((3,))), torch.ones(10, 3))
 
 
+class Images(Dataset[Any]):
+    """A Dataset of uint8 images."""
+
+    def __init__(self, images: Tensor) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, k: int) -> Tensor:
+        return self.images[k]
+
+
+def test_binary_bytes_of_a_dataset_are_ambiguous() -> None:
+    """As a tensor they are binary; a batch of a Dataset may be one of dark grey levels."""
+    bits = (torch.arange(120) % 2).to(torch.uint8).reshape(10, 3, 4)
+    torch.testing.assert_close(whole(bits, Flat((12,))), bits.float().flatten(1))
+    for data in (Images(bits), DataLoader(bits, batch_size=5)):
+        with pytest.raises(ValueError, match=r"give images\.float\(\).* images / 255\.0"):
+            batches_of(data, Flat((12,)), 5)(0)
+    torch.testing.assert_close(whole(Images(bits), BernoulliRBM(12, 2)), bits.float().flatten(1))
+    levels = 200 * bits
+    found = whole(Images(levels), Flat((12,)))
+    torch.testing.assert_close(found, levels.float().flatten(1) / 255)
+
+
+def test_dark_rows_of_a_table_of_grey_levels_are_levels() -> None:
+    levels = torch.zeros(5000, 2, 2, dtype=torch.uint8)
+    levels[-1] = 255
+    levels[0] = 1
+    assert float(whole(levels, Flat((4,)), 5000)[0, 0]) == pytest.approx(1 / 255)
+
+
+def test_masked_entries_are_not_finite() -> None:
+    masked = np.ma.masked_array(np.arange(30).reshape(10, 3))
+    torch.testing.assert_close(whole(masked, Flat((3,))), torch.arange(30.0).reshape(10, 3))
+    for dtype in (np.int64, np.float32, object):
+        holes = masked.astype(dtype)
+        holes[6, 1] = np.ma.masked
+        with pytest.raises(ValueError, match=r"got nan in row 6, column 1: data\[~numpy\.ma"):
+            batches_of(holes, Flat((3,)), 5)
+        kept = holes[~np.ma.getmaskarray(holes).any(1)]
+        assert len(whole(kept, Flat((3,)), 9)) == 9
+    labels = np.ma.masked_array(np.arange(10), mask=np.arange(10) == 4)
+    with pytest.raises(ValueError, match="got nan in row 4"):
+        batches_of((NUMBERS, labels), nn.Linear(3, 2), 5)
+
+
+def test_unsigned_integers_do_not_wrap_around() -> None:
+    big = np.full((10, 3), 2**64 - 2**11, dtype=np.uint64)
+    torch.testing.assert_close(
+        whole(big, Flat((3,))), torch.full((10, 3), 2.0**64), rtol=1e-6, atol=0.0
+    )
+    _, labels = whole((NUMBERS, np.arange(10, dtype=np.uint64)), nn.Linear(3, 2))
+    assert labels.dtype == torch.int64
+
+
+def test_an_overflow_in_the_dtype_of_the_module_is_named() -> None:
+    data = NUMBERS.clone()
+    data[6, 1] = 1e300
+    for given in (data, DataLoader(data, batch_size=10)):
+        with pytest.raises(
+            ValueError, match=r"torch\.float32.*got 1e\+300 in row 6, column 1, whi"
+        ):
+            batches_of(given, MLPEnergy((3,)), 10)(0)
+    torch.testing.assert_close(whole(data, MLPEnergy((3,), dtype=F64)), data)
+
+
 @pytest.mark.parametrize(
     ("given", "event"),
     [
@@ -241,6 +316,14 @@ def holed(dtype: Any = float) -> Any:
         (frame(more=1.0), r"its columns are \['height', 'weight', 'age', 'more'\]: select 3"),
         (np.array([["1", "2", "3"]]), "must be numbers, got an array of <U1 with '1'"),
         (torch.tensor([[1.0, 2.0, 3.0], [1.0, torch.inf, 3.0]]), r"got inf in row 1, column 1"),
+        (np.ones((2, 3), dtype=complex), r"of complex128 with '\(1\+0j\)': its \.real and \.imag"),
+        (np.array([[1.0, 2.0, 1j]], dtype=object), r"must be numbers, got an array of object"),
+        (frame(age=pd.to_timedelta([1] * 10, "s")), r"column 'age' of timedelta64.*divide it by"),
+        (np.empty((0, 3), dtype="U1"), "must be numbers, got an array of <U1: drop"),
+        (
+            pd.DataFrame(np.ones((10, 3)), columns=list("aba")),
+            r"columns of different names, got \['a'\] more than once in \['a', 'b', 'a'\]",
+        ),
         (torch.eye(3).to_sparse(), r"data\.to_dense\(\)"),
         (torch.eye(3).to(torch.complex64), "must be real numbers"),
         ([[1.0, 2.0, 3.0]], r"torch\.as_tensor"),
@@ -300,6 +383,70 @@ def test_other_supports(energy: Energy, data: Tensor, said: str) -> None:
 def test_labels_that_are_no_numbers_are_refused() -> None:
     with pytest.raises(ValueError, match=r"pandas\.factorize"):
         batches_of((NUMBERS, np.array(["cat"] * 10)), nn.Linear(3, 2), 5)
+
+
+def test_columns_of_validation_data_are_those_of_the_training_data() -> None:
+    names = ["height", "weight", "age"]
+    train = pd.DataFrame(NUMBERS.numpy(), columns=names)
+    options: dict[str, Any] = {"num_steps": 1}
+    energy, objective = MLPEnergy((3,), dtype=F64), ScoreMatching()
+    again = copy.deepcopy(energy)
+    ours = fit(energy, objective, train, validation=train, **options)
+    theirs = fit(again, objective, train, validation=train[names[::-1]], **options)
+    torch.testing.assert_close(theirs.validation["loss"], ours.validation["loss"])
+    other = train.rename(columns={"age": "years"})
+    said = r"columns of the training data, \['height', 'weight', 'age'\], got .*'years'\]"
+    with pytest.raises(ValueError, match=f"validation must have the {said}"):
+        fit(energy, objective, train, validation=other, **options)
+    fit(energy, objective, NUMBERS, validation=other, **options)
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        DenoisingScoreMatching(sigma=0.5),
+        ScoreMatching(),
+        SlicedScoreMatching(),
+        ContrastiveDivergence(),
+        PersistentCD(4),
+        ReplayBufferCD(4),
+        Pseudolikelihood(),
+        ExactLikelihood(),
+    ],
+    ids=lambda objective: type(objective).__name__,
+)
+def test_labels_are_refused_by_objectives_of_events(objective: Objective) -> None:
+    energy = MLPEnergy((3,), dtype=F64)
+    said = f"must be one tensor of events for {type(objective).__name__}, got a tuple of 2"
+    pair = (NUMBERS, torch.arange(10))
+    tables = [(pair, ""), (list(pair), ""), (TensorDataset(*pair), r"\.tensors")]
+    for data, part in tables:
+        with pytest.raises(ValueError, match=rf"data {said}: give data{part}\[0\]"):
+            Trainer(energy, objective, data, num_steps=1)
+    with pytest.raises(ValueError, match=rf"validation {said}: give validation\[0\]"):
+        Trainer(energy, objective, NUMBERS, validation=pair, num_steps=1)
+    for loaded in (Rows(pairs=True), DataLoader(TensorDataset(*pair), batch_size=5)):
+        trainer = Trainer(energy, objective, loaded, num_steps=1)
+        with pytest.raises(ValueError, match=f"data {said}: give the events alone in each item"):
+            trainer.step()
+
+
+def test_functions_and_objectives_of_labels_take_tuples() -> None:
+    def mean_energy(energy: Energy, batch: Any, *, generator: Any = None) -> Any:
+        return energy(batch[0]).mean(), {}
+
+    pair = (NUMBERS, torch.arange(10) % 2)
+    fit(MLPEnergy((3,)), mean_energy, pair, validation=pair, num_steps=1)
+    fit(nn.Linear(3, 2), CrossEntropy(), pair, validation=pair, num_steps=1)
+    with pytest.raises(ValueError, match="validation must be one tensor of events for Pseudo"):
+        fit(
+            MLPEnergy((3,)),
+            mean_energy,
+            pair,
+            validation=pair,
+            validation_objective=Pseudolikelihood(),
+            num_steps=1,
+        )
 
 
 # --------------------------------------------------------------------------------------------------

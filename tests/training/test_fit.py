@@ -459,7 +459,7 @@ def test_best_weights_and_patience_are_in_the_checkpoint(tmp_path: Path) -> None
         ({"validation": OTHERS, "patience": 0}, "patience must be"),
         ({"validation": OTHERS, "validate_every": 0}, "validate_every must be"),
         ({"validation": OTHERS[:, :1]}, r"validation must have shape \(N, 2\)"),
-        ({"objective": Energies}, r"such as Energies\(\.\.\.\), got Energies"),
+        ({"objective": Energies}, r"such as Energies\(\), got Energies"),
         ({"objective": 3}, "objective must be an instance"),
     ],
 )

@@ -520,14 +520,22 @@ def _bound(energy: Energy, q: Tensor) -> Callable[[], tuple[Any, Any]]:
         bound = energy.bound_to(q.reshape(-1, *energy.event_shape))
         if bound is not None:
             values, grads, compute = bound
-            found = values.numpy(), rows(grads).numpy()
-            if found[1].flags.c_contiguous and found[0].flags.c_contiguous:
+            # The driver takes contiguous arrays. They are views of the results, or copies of them,
+            # which must be made again after each call.
+            if values.is_contiguous() and grads.is_contiguous():
+                views = values.numpy(), rows(grads).numpy()
 
-                def replayed() -> tuple[Any, Any]:
+                def computed() -> tuple[Any, Any]:
                     compute()
-                    return found
+                    return views
 
-                return replayed
+            else:
+
+                def computed() -> tuple[Any, Any]:
+                    compute()
+                    return values.contiguous().numpy(), rows(grads).contiguous().numpy()
+
+            return computed
     return _called(energy, q)
 
 

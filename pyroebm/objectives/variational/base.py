@@ -117,6 +117,10 @@ class FlowObjective(Objective):
         done = step / rising if step < rising else 1.0
         self.beta = self.beta_start + (1.0 - self.beta_start) * done
 
+    def end_training(self) -> None:
+        r"""Set :math:`\beta` to 1."""
+        self.beta = 1.0
+
     def forward(
         self, flow: Flow, batch: None = None, /, *, generator: torch.Generator | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:

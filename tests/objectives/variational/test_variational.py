@@ -43,7 +43,7 @@ from pyroebm.objectives import (
 from pyroebm.objectives.variational.reverse_kl import kl_summands
 from pyroebm.ppl import flow_guide, flow_model
 from pyroebm.targets import DoubleWell, Gaussian
-from pyroebm.training import fit
+from pyroebm.training import fit, fit_steps
 
 
 def redundant(
@@ -633,3 +633,15 @@ def test_mutant_stl_through_a_cached_inverse_is_caught() -> None:
     flow.__class__ = _NotCopied
     with pytest.raises(AssertionError, match="the path derivative is not 0"):
         check_stl_has_no_noise_at_the_optimum(flow)
+
+
+def test_after_a_training_the_temperature_is_that_of_the_energy() -> None:
+    """Whether it ended or was left early."""
+    objective = ReverseKL(DoubleWell(), num_samples=8, beta_start=0.1, anneal=1.0)
+    fit(RedundantNICE(1, 2), objective, num_steps=5)
+    assert objective.beta == 1.0
+    for step in fit_steps(RedundantNICE(1, 2), objective, num_steps=5):
+        assert objective.beta < 1.0
+        if step.number == 2:
+            break
+    assert objective.beta == 1.0
