@@ -227,10 +227,34 @@ MUTANTS: dict[str, tuple[str, str, str, str]] = {
         "pass",
         "tests/core/test_saving.py",
     ),
-    "a record keeps the tensors that it was given": (
+    "a record copies the tensors that the module holds": (
         "core/saving.py",
-        "(_Own(name, value.dtype) for name, own in _tensors(module) if _holds(own, value)),",
-        "(),",
+        "if own is value or _share(own, value) or (held == name and _equal(own, value))",
+        "if False",
+        "tests/core/test_saving.py",
+    ),
+    "an argument is each parameter that starts with its values": (
+        "core/saving.py",
+        "(held == name and _equal(own, value))",
+        "_equal(own, value)",
+        "tests/core/test_saving.py",
+    ),
+    "a record follows later writes to an argument": (
+        "core/saving.py",
+        "value.detach().clone() if first",
+        "value.detach() if first",
+        "tests/core/test_saving.py",
+    ),
+    "enumerations are saved as strings": (
+        "core/saving.py",
+        "type(value) in (bool, int, float, str):",
+        "isinstance(value, bool | int | float | str):",
+        "tests/core/test_saving.py",
+    ),
+    "functions of one code are equal": (
+        "core/saving.py",
+        "and self.same(_bound_values(a), _bound_values(b))",
+        "",
         "tests/core/test_saving.py",
     ),
     "a file's group is read whole": (

@@ -9,14 +9,16 @@ and constraints of torch and Pyro, and the classes that the caller names.
 ``__init_subclass__`` wraps ``__init__``, and the wrapper of the class that is constructed records
 the arguments. (A metaclass would conflict with those of users' classes, such as :class:`abc.ABC`;
 ``__new__`` would have to keep every argument alive, since the module does not exist yet.) After
-``__init__``, an argument that the module holds as a parameter or buffer is recorded by its name. A
-generator is not recorded, since its draws are in the tensors. An argument that no file can hold,
-such as a function, is recorded by its name for the error message. So a record holds no second copy
-of a weight, and can be copied and pickled whenever the module can.
+``__init__``, a tensor argument is recorded by the name of the parameter or buffer that it is: one
+of the same memory, or an equal one that has the argument's name. Other tensors are copied, since a
+parameter that only starts with the values of an argument is not that argument. A generator is not
+recorded, since its draws are in the tensors. An argument that no file can hold, such as a function,
+is recorded by its name for the error message. So a record can be copied and pickled whenever the
+module can.
 
 **Modules that cannot be rebuilt** raise an error in :func:`save`, which rebuilds the module and
 compares the two. Numbers, strings and tensors that were assigned to attributes after construction
-are saved too.
+are saved too; other attributes that differ raise an error.
 """
 
 from __future__ import annotations
@@ -26,7 +28,10 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import itertools
+import json
 import sys
+import types
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from numbers import Number
@@ -134,36 +139,47 @@ def _recording(init: Callable[..., None]) -> Callable[..., None]:
 
     Only the constructor of the class that is constructed records, not those of its base classes.
     """
+    parameters = inspect.signature(init).parameters.values()
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    names = [parameter.name for parameter in parameters if parameter.kind in positional][1:]
+    unnamed = itertools.repeat("")
 
     @functools.wraps(init)
     def recorded(self: Saveable, *args: Any, **kwargs: Any) -> None:
         init(self, *args, **kwargs)
         if type(self).__init__ is recorded:
-            kept = {name: _kept(value, self) for name, value in kwargs.items()}
             vars(self)["_construction"] = _Construction(
-                tuple(_kept(value, self) for value in args), kept, torch.get_default_dtype()
+                tuple(
+                    _kept(value, self, name)
+                    for value, name in zip(args, itertools.chain(names, unnamed), strict=False)
+                ),
+                {name: _kept(value, self, name) for name, value in kwargs.items()},
+                torch.get_default_dtype(),
             )
 
     recorded._recorded = True  # type: ignore[attr-defined]
     return recorded
 
 
-def _kept(value: Any, module: nn.Module) -> Any:
-    """Return the recorded form of an argument."""
+def _kept(value: Any, module: nn.Module, name: str) -> Any:
+    """Return the recorded form of an argument of a name, or of an item of it."""
     if value is None or isinstance(value, Number | str | torch.dtype | np.ndarray | np.generic):
         return value
     if isinstance(value, nn.Module | Constraint | Distribution | Transform):
         return value
     if isinstance(value, Tensor):
-        return next(
-            (_Own(name, value.dtype) for name, own in _tensors(module) if _holds(own, value)),
-            value.detach(),
+        held = (
+            held
+            for held, own in _tensors(module)
+            if own is value or _share(own, value) or (held == name and _equal(own, value))
         )
+        first = next(held, None)
+        return value.detach().clone() if first is None else _Own(first, value.dtype)
     if type(value) in (list, tuple, range, torch.Size):
-        kept = [_kept(v, module) for v in value]
+        kept = [_kept(v, module, name) for v in value]
         return kept if isinstance(value, list) else tuple(kept)
     if type(value) is dict:
-        return {k: _kept(v, module) for k, v in value.items()}
+        return {k: _kept(v, module, name) for k, v in value.items()}
     if isinstance(value, torch.Generator):
         return None
     return _Opaque(_name_of(value))
@@ -173,17 +189,32 @@ def _name_of(value: Any) -> str:
     return str(getattr(value, "__name__", type(value).__name__))
 
 
-def _holds(own: Tensor, value: Tensor) -> bool:
-    """Whether a parameter or buffer is this argument, or a copy of it."""
-    if own is value:
-        return True
-    plain = {type(own), type(value)} <= {Tensor, nn.Parameter}
-    if not plain or own.shape != value.shape or own.is_complex() != value.is_complex():
-        return False
-    if any(t.is_meta or is_functorch_wrapped_tensor(t) for t in (own, value)):
+def _share(own: Tensor, value: Tensor) -> bool:
+    """Whether two tensors are the same entries in memory."""
+    return (
+        _comparable(own, value)
+        and own.dtype == value.dtype
+        and storage_of(own) == storage_of(value)
+        and own.storage_offset() == value.storage_offset()
+        and own.stride() == value.stride()
+    )
+
+
+def _equal(own: Tensor, value: Tensor) -> bool:
+    """Whether a parameter or buffer is a copy of an argument, of any dtype and device."""
+    if not _comparable(own, value) or own.is_complex() != value.is_complex():
         return False
     with outside_transforms(), torch.no_grad():
         return torch.equal(own, value.to(own))
+
+
+def _comparable(own: Tensor, value: Tensor) -> bool:
+    return (
+        {type(own), type(value)} <= {Tensor, nn.Parameter}
+        and own.shape == value.shape
+        and own.layout == value.layout == torch.strided
+        and not any(t.is_meta or is_functorch_wrapped_tensor(t) for t in (own, value))
+    )
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -207,9 +238,10 @@ def save(module: nn.Module, path: str | Path, *, tensors_only: bool = False) -> 
             describe: ``load(path, into=module)`` reads such a file.
 
     Raises:
-        ValueError: if the module cannot be constructed again from JSON: a function among the
-            arguments, a class that is neither a :class:`Saveable` nor one of torch's layers, a
-            part that was replaced after construction.
+        ValueError: if the module cannot be constructed again from JSON: a function or an
+            enumeration among the arguments, a class that is neither a :class:`Saveable` nor one of
+            torch's layers, a part that was replaced after construction, an attribute that was
+            changed after construction and that JSON cannot describe, a module in a plain list.
 
     Example:
         >>> import tempfile
@@ -231,7 +263,8 @@ def save(module: nn.Module, path: str | Path, *, tensors_only: bool = False) -> 
         writer.add(module, type(module).__name__)
         nodes = writer.nodes
         try:
-            rebuilt = _Reader(nodes, writer.tensors(), writer.classes).build()
+            described = json.loads(json.dumps(nodes))
+            rebuilt = _Reader(described, writer.tensors(), writer.classes).build()
         except Exception as error:
             raise ValueError(
                 f"{type(module).__name__} cannot be constructed again from its arguments:"
@@ -414,11 +447,18 @@ class _Writer:
         """
         if isinstance(value, np.generic):
             value = value.item()
-        if value is None or isinstance(value, bool | int | float | str):
+        # a subclass, such as an enumeration of strings, would be loaded as its base class
+        if value is None or type(value) in (bool, int, float, str):
             return value
         if isinstance(value, _Own) and module is not None:
             own = dict(_tensors(module))[value.name]
             return {"tensor": self.key(own, where), "dtype": _name_of_dtype(value.dtype)}
+        if module is None and isinstance(value, nn.Module | nn.Parameter):
+            kind = "Module" if isinstance(value, nn.Module) else "Parameter"
+            raise ValueError(
+                f"{where} is a {type(value).__name__} in an attribute that is no registered part,"
+                f" so load would not restore it: hold it in an nn.{kind}List or nn.{kind}Dict only"
+            )
         if isinstance(value, Tensor):
             return {"tensor": self.key(value, where), "dtype": _name_of_dtype(value.dtype)}
         if isinstance(value, np.ndarray):
@@ -428,7 +468,7 @@ class _Writer:
         if type(value) in (list, tuple, torch.Size):
             kind = "list" if isinstance(value, list) else "tuple"
             return {kind: [self.described(v, f"{where}[{i}]", module) for i, v in enumerate(value)]}
-        if isinstance(value, dict) and all(isinstance(k, str) for k in value):
+        if type(value) is dict and all(type(k) is str for k in value):
             items = value.items()
             return {"dict": {k: self.described(v, f"{where}.{k}", module) for k, v in items}}
         if isinstance(value, torch.dtype):
@@ -452,7 +492,8 @@ class _Writer:
         """Return the attributes of each part that its constructor does not set.
 
         Raises:
-            ValueError: if a part is of another class, or if such an attribute cannot be described.
+            ValueError: if a part is of another class, if such an attribute cannot be described, or
+                if it holds a module or parameter that is not registered.
         """
         parts = dict(module.named_modules(remove_duplicate=False))
         others = dict(rebuilt.named_modules(remove_duplicate=False))
@@ -463,11 +504,12 @@ class _Writer:
                     f"the part {name!r} of {type(module).__name__} is a {kinds[0]}, and its"
                     f" constructor gives a {kinds[1]}: a part was replaced. {REMEDY}"
                 )
+        same = _Comparison(module, rebuilt).same
         found: dict[str, dict[str, Any]] = {}
         for name, part in parts.items():
             made = vars(others[name])
             for attribute, value in vars(part).items():
-                if attribute in OWN or (attribute in made and _same(value, made[attribute])):
+                if attribute in OWN or (attribute in made and same(value, made[attribute])):
                     continue
                 if attribute not in made and attribute.startswith("_"):
                     continue  # private attributes that are set later are caches
@@ -476,29 +518,74 @@ class _Writer:
         return found
 
 
-def _same(a: Any, b: Any) -> bool:
-    """Whether two attributes are equal; functions are compared by type only."""
-    if type(a) is not type(b):
-        return False
-    if isinstance(a, Tensor):
-        return (
-            a.dtype == b.dtype
-            and a.shape == b.shape
-            and torch.equal(a.cpu().nan_to_num(), b.cpu().nan_to_num())
-        )
-    if isinstance(a, np.ndarray):
-        return a.dtype == b.dtype and np.array_equal(a, b)
-    if isinstance(a, Number | str):
-        return bool(a == b or (a != a and b != b))
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(_same, a, b))
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
-    if isinstance(a, Constraint | Distribution):
-        # a distribution computes some attributes lazily
-        shared = vars(a).keys() & vars(b).keys()
-        return all(_same(vars(a)[k], vars(b)[k]) for k in shared)
-    return a == b if isinstance(a, torch.dtype | torch.device) else True
+class _Comparison:
+    """Compares the attributes of a module with those of the module that was rebuilt."""
+
+    def __init__(self, module: nn.Module, rebuilt: nn.Module) -> None:
+        #: Counterparts of the registered modules, parameters and buffers.
+        self.pairs: dict[int, Any] = {}
+        for find in (functools.partial(nn.Module.named_modules, remove_duplicate=False), _tensors):
+            others: dict[str, Any] = dict(find(rebuilt))
+            self.pairs |= {id(own): others.get(name) for name, own in find(module)}
+        #: Results of pairs of objects. A pair under comparison counts as equal: an object may refer
+        #: to itself.
+        self.results: dict[tuple[int, int], bool] = {}
+
+    def same(self, a: Any, b: Any) -> bool:
+        """Whether two values are equal; functions are equal if their code and closures are."""
+        if type(a) is not type(b):
+            return False
+        if isinstance(a, nn.Module | nn.Parameter):
+            return self.pairs.get(id(a)) is b
+        if a is b or isinstance(a, torch.Generator):
+            return True
+        if isinstance(a, Tensor):
+            return a.dtype == b.dtype and a.shape == b.shape and _equal_or_nan(a.cpu(), b.cpu())
+        if isinstance(a, np.ndarray):
+            has_nan = a.dtype.kind in "fc"
+            return a.dtype == b.dtype and np.array_equal(a, b, equal_nan=has_nan)
+        if isinstance(a, Number):
+            return bool(a == b or (a != a and b != b))
+        if isinstance(a, list | tuple):
+            return len(a) == len(b) and all(map(self.same, a, b))
+        if isinstance(a, dict):
+            return a.keys() == b.keys() and all(self.same(a[k], b[k]) for k in a)
+        pair = id(a), id(b)
+        if pair not in self.results:
+            self.results[pair] = True
+            self.results[pair] = self.same_objects(a, b)
+        return self.results[pair]
+
+    def same_objects(self, a: Any, b: Any) -> bool:
+        if isinstance(a, Constraint | Distribution):
+            # a distribution computes some attributes lazily
+            shared = vars(a).keys() & vars(b).keys()
+            return all(self.same(vars(a)[k], vars(b)[k]) for k in shared)
+        if isinstance(a, types.FunctionType):
+            return a.__code__ == b.__code__ and self.same(_bound_values(a), _bound_values(b))
+        if isinstance(a, types.MethodType):
+            return self.same(a.__func__, b.__func__) and self.same(a.__self__, b.__self__)
+        if isinstance(a, functools.partial):
+            return all(
+                self.same(getattr(a, k), getattr(b, k)) for k in ("func", "args", "keywords")
+            )
+        if dataclasses.is_dataclass(a):
+            fields = [field.name for field in dataclasses.fields(a)]
+            return all(self.same(getattr(a, name), getattr(b, name)) for name in fields)
+        kind: Any = type(a)
+        if kind.__eq__ is object.__eq__ and hasattr(a, "__dict__"):
+            return self.same(vars(a), vars(b))
+        return bool(a == b)
+
+
+def _equal_or_nan(a: Tensor, b: Tensor) -> bool:
+    return bool(((a == b) | (a.isnan() & b.isnan())).all())
+
+
+def _bound_values(function: types.FunctionType) -> tuple[Any, ...]:
+    """Return the values that a function holds: its defaults, closure and attributes."""
+    cells = tuple(cell.cell_contents for cell in function.__closure__ or ())
+    return function.__defaults__, function.__kwdefaults__, cells, vars(function)
 
 
 def _library_name(kind: type[Saveable]) -> str | None:

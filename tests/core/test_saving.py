@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import abc
 import copy
+import dataclasses
+import enum
+import functools
 import inspect
 import itertools
 import pickle
@@ -14,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyro.distributions as dist
 import pytest
 import torch
@@ -433,6 +437,207 @@ def test_constructors_that_change_their_arguments_change_nothing(tmp_path: Path)
     check_same(module, again)
 
 
+class Centered(Energy):
+    """Holds its argument in a closure, and parameters that start with the same values."""
+
+    def __init__(self, scale: Tensor) -> None:
+        if not bool((scale >= 0).all()):
+            raise ValueError("scale must be >= 0")
+        super().__init__((2,))
+        self.shift = nn.Parameter(torch.zeros(2))
+        self.scaled = lambda x: x * (1 + scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.scaled(x) - self.shift).square().sum(-1)
+
+
+class Several(Energy):
+    """Positional arguments before one whose name a parameter has."""
+
+    def __init__(self, *means: Tensor, scale: Tensor) -> None:
+        super().__init__((2,))
+        self.scale = nn.Parameter(scale.clone())
+        self.total = sum(means).tolist()  # type: ignore[union-attr]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x * self.scale).sum(-1)
+
+
+class Aliased(Energy):
+    """Holds its argument itself, or a view of all of it, under other names."""
+
+    def __init__(self, mean: Tensor, weight: Tensor) -> None:
+        super().__init__((2,))
+        self.register_buffer("location", mean)
+        self.gain = nn.Parameter(weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.gain * (x - self.location)).sum(-1)
+
+
+@pytest.mark.parametrize("value", [3.0, -1.0])
+@torch.no_grad()
+def test_an_argument_is_no_parameter_that_starts_with_its_values(
+    value: float, tmp_path: Path
+) -> None:
+    centered = Centered(torch.zeros(2))
+    centered.shift.fill_(value)
+    again = reloaded(centered, tmp_path, classes={"Centered": Centered})
+    check_same(centered, again)
+    x = torch.ones(1, 2)
+    assert again(x).item() == centered(x).item() == 2 * (1 - value) ** 2
+    several = Several(torch.ones(2), torch.ones(2), scale=torch.ones(2))
+    several.scale.fill_(value)
+    again = reloaded(several, tmp_path, classes={"Several": Several})
+    check_same(several, again)
+    assert again.total == [2.0, 2.0]
+
+
+def test_a_copy_of_an_argument_keeps_its_values(tmp_path: Path) -> None:
+    scale = torch.zeros(2)
+    several = Several(scale, scale=torch.ones(2))
+    scale.fill_(5.0)
+    again = reloaded(several, tmp_path, classes={"Several": Several})
+    assert again.total == several.total == [0.0, 0.0]
+
+
+def test_an_argument_that_the_module_holds_itself_is_stored_once(tmp_path: Path) -> None:
+    aliased = Aliased(torch.zeros(2), torch.zeros(2))
+    names = [argument.name for argument in aliased._construction.args]
+    assert names == ["location", "gain"]
+    check_same(stirred(aliased), reloaded(aliased, tmp_path, classes={"Aliased": Aliased}))
+
+
+class Mode(str, enum.Enum):  # noqa: UP042  Python 3.10 has no StrEnum
+    PLAIN = "plain"
+
+
+class Level(enum.IntEnum):
+    HIGH = 1
+
+
+class Real(float):
+    pass
+
+
+@pytest.mark.parametrize("value", [Mode.PLAIN, Level.HIGH, Real(1.0), {Mode.PLAIN: 1}])
+def test_subclasses_of_strings_and_numbers_are_refused(value: Any, tmp_path: Path) -> None:
+    kind = type(value).__name__
+    with pytest.raises(
+        ValueError, match=rf"Function\.argument is {kind}, which a file cannot hold"
+    ):
+        save(Function(value), tmp_path / "file")
+    energy = Holder()
+    energy.held = value
+    with pytest.raises(ValueError, match=rf"held is {kind}, which a file cannot hold"):
+        save(energy, tmp_path / "file")
+
+
+@dataclasses.dataclass
+class Options:
+    rate: float = 1.0
+    at: Tensor = dataclasses.field(default_factory=lambda: torch.zeros(2))
+
+
+class Plain:
+    """An object that is compared by its attributes, and that refers to itself."""
+
+    def __init__(self, level: int = 0) -> None:
+        self.level = level
+        self.again = self
+
+    def shifted(self, x: Tensor) -> Tensor:
+        return x + self.level
+
+
+def scaling(by: float) -> Callable[[Tensor], Tensor]:
+    return lambda x: by * x
+
+
+class Holder(Energy):
+    """Sets an attribute of each kind."""
+
+    def __init__(self) -> None:
+        super().__init__((2,))
+        self.layer = nn.Linear(2, 1)
+        self.held: Any = None
+        self.sites = {0}
+        self.options = Options()
+        self.plain = Plain()
+        self.method = Plain().shifted
+        self.function = torch.relu
+        self.closure = scaling(2.0)
+        self.partial = functools.partial(torch.add, 1.0)
+        self.generator = torch.Generator()
+        self.aliases: list[Any] = [self.layer]
+        self.missing = vector(torch.nan, 0.0)
+        self.missing_array = np.array([np.nan, 0.0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x).squeeze(-1)
+
+
+CHANGES: dict[str, tuple[Any, str]] = {
+    "sites": ({0, 1}, "sites is set, which"),
+    "options": (Options(5.0), "options is Options, which"),
+    "plain": (Plain(1), "plain is Plain, which"),
+    "method": (Plain(1).shifted, "method is shifted, which"),
+    "function": (torch.tanh, "function is tanh, which"),
+    "closure": (scaling(3.0), "closure is <lambda>, which"),
+    "partial": (functools.partial(torch.add, 2.0), "partial is partial, which"),
+    "aliases": ([nn.Linear(2, 1)], r"aliases\[0\] is a Linear .*hold it in an nn.ModuleList"),
+    "held": ({"a": nn.Parameter(vector(1.0))}, "held.a is a Parameter .*nn.ParameterList"),
+}
+
+
+def test_attributes_that_the_constructor_sets_again_are_no_changes(tmp_path: Path) -> None:
+    module = stirred(Holder())
+    again = reloaded(module, tmp_path, classes={"Holder": Holder})
+    check_same(module, again)
+    assert again.aliases[0] is again.layer
+    assert read_tensors(tmp_path / "file")[1]["modules"][-1]["attributes"] == {}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_changed_attributes_that_no_file_can_hold_are_refused(name: str, tmp_path: Path) -> None:
+    module = Holder()
+    value, said = CHANGES[name]
+    setattr(module, name, value)
+    with pytest.raises(ValueError, match=said):
+        save(module, tmp_path / "file")
+    assert not list(tmp_path.iterdir())
+
+
+def test_missing_values_differ_from_zeros_and_infinities(tmp_path: Path) -> None:
+    module = Holder()
+    for values in ([0.0, torch.nan], [0.0, 0.0], [torch.finfo(F64).max, 0.0]):
+        module.missing, module.missing_array = vector(*values), np.array(values)
+        again = reloaded(module, tmp_path, classes={"Holder": Holder})
+        np.testing.assert_array_equal(module.missing, again.missing)
+        np.testing.assert_array_equal(module.missing_array, again.missing_array)
+
+
+class Unregistered(Energy):
+    """Holds a layer in a plain list."""
+
+    def __init__(self) -> None:
+        super().__init__((2,))
+        self.nets = [nn.Linear(2, 1)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.nets[0](x).squeeze(-1)
+
+
+def test_a_layer_in_a_plain_list_is_refused(tmp_path: Path) -> None:
+    """Also a second name of a parameter in a list, which the loaded module would not share."""
+    with pytest.raises(ValueError, match=r"nets\[0\] is a Linear in an attribute"):
+        save(Unregistered(), tmp_path / "file")
+    module = Learned(2)
+    module.names = [module.net[0].weight]
+    with pytest.raises(ValueError, match=r"names\[0\] is a Parameter in an attribute"):
+        save(module, tmp_path / "file")
+
+
 def test_names_of_tensors_do_not_collide(tmp_path: Path) -> None:
     """The classifier's copy and the machine that it was made from are numbered as the parts of a
     sequence are."""
@@ -446,6 +651,7 @@ def test_a_record_holds_no_second_copy(tmp_path: Path) -> None:
     rbm = BernoulliRBM(30, 5, weight=weight, hidden_bias=torch.ones(5))
     del weight
     assert gone() is None
+    assert not any(isinstance(kept, Tensor) for kept in rbm._construction.kwargs.values())
     stirred(rbm)
     check_same(rbm, reloaded(rbm, tmp_path))
     check_same(rbm.double(), reloaded(rbm.double(), tmp_path))
