@@ -497,6 +497,7 @@ def test_a_copy_of_an_argument_keeps_its_values(tmp_path: Path) -> None:
     scale = torch.zeros(2)
     several = Several(scale, scale=torch.ones(2))
     scale.fill_(5.0)
+    assert torch.equal(several._construction.args[0], torch.zeros(2))
     again = reloaded(several, tmp_path, classes={"Several": Several})
     assert again.total == several.total == [0.0, 0.0]
 
