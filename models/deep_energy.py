@@ -219,7 +219,7 @@ def main(
         out: folder of metrics.json and the figure; None is runs/deep_energy.
         progress: show progress; None shows that of what takes longer than a second.
     """
-    steps, hidden, betas, n = (20, 32, 20, 20) if quick else (steps, hidden, 1000, 200)
+    steps, hidden, betas, n = (20, 32, 20, 20) if quick else (steps, hidden, 2000, 200)
     recipe = Recipe(
         "deep_energy", out, seed, steps=steps, hidden=hidden, k=k, noise=noise, quick=quick
     )
