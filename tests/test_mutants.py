@@ -55,8 +55,8 @@ MUTANTS: dict[str, tuple[str, str, str, str]] = {
     ),
     "a row is counted within its chunk": (
         "training/data.py",
-        "for part in tensors)), start)",
-        "for part in tensors)), 0)",
+        "else chunk[0], start)",
+        "else chunk[0], 0)",
         "tests/training/test_data.py",
     ),
     "validation weighs batches alike": (
