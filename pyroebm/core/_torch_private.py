@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import re
+import signal
+import threading
 import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, cast
@@ -180,17 +183,38 @@ def storage_of(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
+@contextlib.contextmanager
+def _interrupt_deferred() -> Iterator[None]:
+    """Raise KeyboardInterrupt of a Ctrl-C at the end, in the main thread; others receive none."""
+    usual = signal.default_int_handler
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGINT) is not usual:
+        yield
+        return
+    pressed: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, frame: pressed.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)
+    if pressed:
+        raise KeyboardInterrupt
+
+
 def compile_graph(
     graph: fx.GraphModule, examples: Sequence[Tensor], options: dict[str, Any]
 ) -> Callable[..., tuple[Tensor, ...]]:
     """Compile a graph of plain tensor operations with TorchInductor."""
-    # these imports take a second, so only a process that compiles pays for them
-    from torch._functorch import config as autograd_config
-    from torch._guards import TracingContext, tracing
-    from torch._inductor import compile as inductor
-    from torch._inductor import config
-    from torch._subclasses import FakeTensorMode
-    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+    # These imports take seconds, so only a process that compiles pays for them. Modules that were
+    # interrupted halfway (networkx is one) could not be imported again.
+    with _interrupt_deferred():
+        importlib.import_module("torch._inductor.compile_fx")
+        from torch._functorch import config as autograd_config
+        from torch._guards import TracingContext, tracing
+        from torch._inductor import compile as compile_with_inductor
+        from torch._inductor import config
+        from torch._subclasses import FakeTensorMode
+        from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
     # The processor's instruction set is assumed to work: testing it with the compiler takes 8 s.
     # One thread compiles in this process, so that no pool of processes is started or interrupted by
@@ -203,7 +227,7 @@ def compile_graph(
         autograd_config.patch(enable_autograd_cache=False),
         tracing(TracingContext(mode)),
     ):
-        compiled = inductor(graph, fakes, options=options)
+        compiled = compile_with_inductor(graph, fakes, options=options)
     return cast(Callable[..., tuple[Tensor, ...]], compiled)
 
 
