@@ -294,8 +294,8 @@ def record_calls(
         expected = compiled(*inputs)
         if allocated[0] > _MAX_RECORDED_BYTES or not all(map(_same_bits, outputs, expected)):
             return None
-    # another version of torch may lack these private attributes
-    except Exception:
+    # another version of torch may lack these private attributes, or call them in another way
+    except (AttributeError, KeyError, NameError, StopIteration, TypeError, ValueError):
         return None
     if len(tape) == 1:
         return outputs, tape[0]

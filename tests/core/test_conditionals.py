@@ -103,13 +103,13 @@ def test_conditionals_of_blocks_are_those_of_the_energy(name: str) -> None:
     x, blocks = some_rows(energy), blocks_of(energy)
     assert blocks
     for block, index in blocks.items():
-        law = conditional_of(energy, block, x)
-        new = law.sample()
+        given = conditional_of(energy, block, x)
+        new = given.sample()
         old = x.flatten(1)[:, index].reshape(new.shape)
         moved = x.flatten(1).clone()
         moved[:, index] = new.flatten(1)
         gained = energy(x) - energy(moved.reshape(x.shape))
-        torch.testing.assert_close(law.log_prob(new) - law.log_prob(old), gained)
+        torch.testing.assert_close(given.log_prob(new) - given.log_prob(old), gained)
 
 
 def test_blocks_that_differ_are_none_in_common() -> None:
@@ -132,8 +132,8 @@ def test_blocks_that_differ_are_none_in_common() -> None:
 def test_blocks_of_entries_that_depend_on_each_other_are_not_tempered() -> None:
     class Together(Bipartite):
         def conditional(self, block: str, x: Tensor) -> Any:
-            law: Any = super().conditional(block, x)
-            return torch.distributions.TransformedDistribution(law, [])
+            given: Any = super().conditional(block, x)
+            return torch.distributions.TransformedDistribution(given, [])
 
     energy = 0.5 * Together("bits")
     state = BlockGibbs().init(energy, energy.initial(2))

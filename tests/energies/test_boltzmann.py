@@ -150,15 +150,15 @@ def test_conditionals_are_those_of_the_joint_energy(name: str, beta: float) -> N
     x = joint.initial(16, torch.Generator().manual_seed(1))
     for index, block in enumerate(joint.blocks.values()):
         size = block.stop - block.start
-        law = layers.distribution(index, layers.field(index, layers.split(x)))
+        conditional = layers.distribution(index, layers.field(index, layers.split(x)))
         if beta == 1.0:
-            law = joint.conditional(list(joint.blocks)[index], x)
+            conditional = joint.conditional(list(joint.blocks)[index], x)
         values = normal(8, size, seed=5) if layers.is_gaussian(index) else all_bits(size, dtype=F64)
         filled = x.unsqueeze(1).repeat(1, len(values), 1)
         filled[:, :, block] = values
         energies, log_p = (
             beta * joint(filled),
-            law.expand((len(values), len(x))).log_prob(values.unsqueeze(1)).mT,
+            conditional.expand((len(values), len(x))).log_prob(values.unsqueeze(1)).mT,
         )
         if not layers.is_gaussian(index):
             torch.testing.assert_close(log_p, torch.log_softmax(-energies, 1))

@@ -71,7 +71,7 @@ class Bell(Energy):
 
 
 class Scale(Energy):
-    """A centered normal law: the one-parameter energy of the asymptotic oracle."""
+    """A centered normal density: the one-parameter energy of the asymptotic oracle."""
 
     def __init__(self) -> None:
         super().__init__(())
