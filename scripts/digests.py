@@ -574,7 +574,7 @@ def symmetrized(weights: str = "uniform") -> nn.Module:
 
 
 def equivariant() -> nn.Module:
-    return ebm.EquivariantFlow(4, 2, num_cells=6, num_stages=2, num_steps=8)
+    return ebm.EquivariantFlow(4, 2, num_cells=6, num_steps=8)
 
 
 FLOWS: dict[str, Make] = {
@@ -590,7 +590,7 @@ FLOWS: dict[str, Make] = {
     ),
     "nice": lambda: ebm.NICE(2, **SMALL),
     "nice-scalar": lambda: ebm.NICE(1, shift=False, **SMALL),
-    "realnvp": lambda: ebm.RealNVP(3, 4, mask="alternating", loft=3.0, **SMALL),
+    "realnvp": lambda: ebm.RealNVP(3, 4, **SMALL),
     "realnvp-mixture": lambda: ebm.RealNVP(
         2,
         2,
@@ -609,7 +609,7 @@ TRANSFORMS: dict[str, Make] = {
     "additive-coupling": lambda: ebm.AdditiveCoupling(3, generator=seeded(1), **SMALL),
     "affine-coupling": lambda: ebm.AffineCoupling(3, generator=seeded(1), **SMALL),
     "loft": lambda: ebm.Loft(3, threshold=0.5),
-    "pair-field": lambda: ebm.PairField(4, 2, num_cells=6, num_stages=2, num_steps=8),
+    "pair-field": lambda: ebm.PairField(4, 2, num_cells=6, num_steps=8),
     "permutation": lambda: ebm.Permutation([2, 0, 1]),
     "plu-linear": lambda: ebm.PLULinear(torch.linalg.qr(normal(3, 3))[0]),
     "shift": lambda: ebm.Shift(normal(3)),
