@@ -430,7 +430,7 @@ DISCRETE: dict[str, Make] = {
 
 
 def windows(**options: Any) -> Any:
-    return ebm.WindowAdaptation(initial=10, first=10, final=15, **options)
+    return ebm.WindowAdaptation(**options)
 
 
 def tuned(kernel: Any, adaptation: Any, energy: Energy | None = None) -> Any:

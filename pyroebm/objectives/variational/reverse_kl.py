@@ -22,6 +22,9 @@ __all__ = [
     "kl_summands",
 ]
 
+#: Number of draws that are evaluated at once.
+BATCH_SIZE = 65_536
+
 
 def kl_summands(
     flow: Flow, energy: Energy, z: Tensor, entropy: str = "sampled"
@@ -153,7 +156,6 @@ def estimate_augmented_kl(
     *,
     log_z: float | None = None,
     entropy: str = "sampled",
-    batch_size: int = 65_536,
     generator: torch.Generator | None = None,
     progress: bool | None = None,
 ) -> tuple[float, float]:
@@ -166,7 +168,6 @@ def estimate_augmented_kl(
         log_z: log C; None is ``energy.log_z``. Give 0.0 for :math:`J_R - \log C`, which does not
             depend on log C.
         entropy: as in :class:`ReverseKL`.
-        batch_size: number of draws that are evaluated at once.
         generator: source of the draws; None is torch's default generator.
         progress: True shows progress, False hides it, None shows it after one second.
 
@@ -191,7 +192,7 @@ def estimate_augmented_kl(
             f"log C of {type(energy).__name__} is not known: give log_z, or log_z=0.0 for J_R -"
             " log C"
         )
-    check_counts({"num_samples": 2, "batch_size": 2}, num_samples, batch_size)
+    check_counts({"num_samples": 2}, num_samples)
     check_options(entropy)
     check_weighable(energy)
     parts = []
@@ -199,8 +200,8 @@ def estimate_augmented_kl(
         eval_mode(energy),
         Progress(num_samples, "estimate_augmented_kl", "draw", progress) as shown,
     ):
-        for start in range(0, num_samples, batch_size):
-            z = flow.rsample_base(min(batch_size, num_samples - start), generator)
+        for start in range(0, num_samples, BATCH_SIZE):
+            z = flow.rsample_base(min(BATCH_SIZE, num_samples - start), generator)
             parts.append(kl_summands(flow, energy, z, entropy)[0].double())
             shown.update(len(z))
     terms = torch.cat(parts)
