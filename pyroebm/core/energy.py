@@ -284,14 +284,15 @@ class Energy(Saveable):
         log_z = self.log_z
         return -self(x) if log_z is None else -self(x) - log_z
 
-    def named(self, x: Tensor, site: str = "x") -> dict[str, Tensor]:
+    def named(self, x: Tensor) -> dict[str, Tensor]:
         """Return the states as a dictionary of named variables, each ``(*batch, *shape)``.
+
+        It is ``"x"`` for an energy of one variable, as here.
 
         Args:
             x: states, shape ``(*batch, *event)``.
-            site: name of the variable if the energy has only one, as here.
         """
-        return {site: x}
+        return {"x": x}
 
     def __add__(self, other: Energy) -> Sum:
         return Sum(self, other) if isinstance(other, Energy) else NotImplemented
@@ -381,9 +382,9 @@ class Sum(Energy):
         """Return an unbiased estimate of the energy on a random minibatch."""
         return Sum(*[part.subsample(generator) for part in self._parts])
 
-    def named(self, x: Tensor, site: str = "x") -> dict[str, Tensor]:
+    def named(self, x: Tensor) -> dict[str, Tensor]:
         """Return the states as a dictionary of named variables."""
-        return self._parts[0].named(x, site)
+        return self._parts[0].named(x)
 
 
 class View(Energy):
@@ -409,9 +410,9 @@ class View(Energy):
         """Draw starting states of finite energy, shape ``(num_chains, *event)``."""
         return self.energy.initial(num_chains, generator)
 
-    def named(self, x: Tensor, site: str = "x") -> dict[str, Tensor]:
+    def named(self, x: Tensor) -> dict[str, Tensor]:
         """Return the states as a dictionary of named variables."""
-        return self.energy.named(x, site)
+        return self.energy.named(x)
 
 
 class Tempered(View):

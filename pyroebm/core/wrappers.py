@@ -344,9 +344,9 @@ class Unconstrained(Energy):
         """Draw starting states of finite energy, shape ``(num_chains, *event)``."""
         return self.unconstrain(self.energy.initial(num_chains, generator))
 
-    def named(self, x: Tensor, site: str = "x") -> dict[str, Tensor]:
+    def named(self, x: Tensor) -> dict[str, Tensor]:
         """Return the states as a dictionary of named variables."""
-        return self.energy.named(self.constrain(x), site)
+        return self.energy.named(self.constrain(x))
 
     @property
     def _source(self) -> Energy:
