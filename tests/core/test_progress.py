@@ -462,6 +462,9 @@ def test_ipython_in_a_terminal_is_a_terminal(
 
 
 CELL = """
+import types
+
+from pyroebm.core import progress as progress_module
 from pyroebm.core.progress import Progress
 
 now = [0.0]

@@ -328,7 +328,7 @@ def test_a_gap_out_of_bounds() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"every": 0}, {"max_rollbacks": 0}, {"max_energy_gap": -1.0}, {"max_energy_gap": math.nan}],
+    [{"max_rollbacks": 0}, {"max_energy_gap": -1.0}, {"max_energy_gap": math.nan}],
 )
 def test_guards_at_the_front_door(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="must be"):

@@ -33,10 +33,13 @@ __all__ = [
 METRICS = ("diagonal", "dense", "low_rank")
 STEP_SIZES = ("grouped", "per_chain", "pooled")
 
-#: Steps of the initial buffer, of the first window, and of the final buffer. The first window is
-#: earlier than Stan's: the draws of many chains soon determine a rough metric, and with the
-#: identity one step of NUTS may need hundreds of gradients.
-INITIAL, FIRST, FINAL = 15, 15, 50
+#: Number of steps of the initial buffer.
+INITIAL = 15
+#: Number of steps of the first window. It is earlier than Stan's: the draws of many chains soon
+#: determine a rough metric, and with the identity one step of NUTS may need hundreds of gradients.
+FIRST = 15
+#: Number of steps of the final buffer.
+FINAL = 50
 #: For a low-rank metric, the number of leading directions of the draws, and of the gradients.
 RANK = 32
 
@@ -90,13 +93,13 @@ def windows(num_steps: int) -> list[tuple[int, int]]:
     # Too short: a new metric needs a new step size, which takes some steps to adapt.
     if num_steps < 20:
         return []
-    initial, first, final = INITIAL, FIRST, FINAL
-    if initial + first + final > num_steps:
+    initial, final = INITIAL, FINAL
+    size = FIRST
+    if initial + size + final > num_steps:
         initial, final = int(0.15 * num_steps), int(0.5 * num_steps)
-        first = num_steps - initial - final
+        size = num_steps - initial - final
     found = []
     start = initial
-    size = first
     while start < num_steps - final:
         stop = start + size
         # The next window would not fit, so this one extends to the final buffer.
