@@ -438,9 +438,9 @@ def tuned(kernel: Any, adaptation: Any, energy: Energy | None = None) -> Any:
 
 
 ADAPTATION: dict[str, Make] = {
-    "chees": lambda: tuned(ebm.ChEES(), ebm.ChEESAdaptation(windows(), 0.1)),
+    "chees": lambda: tuned(ebm.ChEES(), ebm.ChEESAdaptation(windows())),
     "dense": lambda: tuned(ebm.HMC(), windows(metric="dense")),
-    "energy-variance": lambda: tuned(ebm.MCLMC(), ebm.EnergyVarianceAdaptation(memory=10)),
+    "energy-variance": lambda: tuned(ebm.MCLMC(), ebm.EnergyVarianceAdaptation()),
     "ladder": lambda: tuned(
         ebm.ParallelTempering(ebm.HMC(num_steps=3), [1.0, 0.5, 0.2]),
         ebm.LadderAdaptation(),
