@@ -42,6 +42,7 @@ from pyroebm.core.supports import (
 
 __all__ = [
     "Energy",
+    "SharesLogZ",
     "Sum",
     "Tempered",
     "View",
@@ -413,6 +414,32 @@ class View(Energy):
     def named(self, x: Tensor) -> dict[str, Tensor]:
         """Return the states as a dictionary of named variables."""
         return self.energy.named(x)
+
+
+class SharesLogZ(Energy):
+    """Base class of energies with the log Z of another one, which has other coordinates.
+
+    They have exact draws where ``energy`` has them.
+
+    Example:
+        >>> from pyroebm.core.wrappers import unconstrain
+        >>> from pyroebm.targets import Exponential
+        >>> energy = unconstrain(Exponential())
+        >>> isinstance(energy, SharesLogZ), energy.log_z == energy.energy.log_z
+        (True, True)
+    """
+
+    energy: Energy
+
+    @property
+    def log_z(self) -> float | None:
+        """Log of the normalizing constant of ``energy``, in nats; None where it is not known."""
+        return self.energy.log_z
+
+    @property
+    def has_exact_draws(self) -> bool:
+        """Whether ``energy`` can be sampled exactly."""
+        return self.energy.has_exact_draws
 
 
 class Tempered(View):
