@@ -6,6 +6,7 @@ import fcntl
 import io
 import os
 import re
+import select
 import struct
 import subprocess
 import sys
@@ -394,7 +395,9 @@ def test_a_terminal_of_unknown_size_has_lines(
         with open(ours, "w", closefd=False) as stream:
             monkeypatch.setattr(module, "sys", types.SimpleNamespace(stderr=stream, modules={}))
             _run(clock, 4, 1.0)
-        shown = os.read(theirs, 10_000).decode()
+        shown = ""
+        while select.select([theirs], [], [], 1.0)[0]:  # the kernel hands output on in pieces
+            shown += os.read(theirs, 10_000).decode()
     finally:
         os.close(ours)
         os.close(theirs)
