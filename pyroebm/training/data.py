@@ -18,13 +18,15 @@ from torch.distributions import constraints
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
 
 from pyroebm.core._checks import check_counts
+from pyroebm.core.arrays import is_number, tensor_of_numbers
 from pyroebm.core.energy import Energy
 from pyroebm.core.rng import seeded_generator
 from pyroebm.core.supports import base_constraint, inside, is_discrete, is_real, spin
 from pyroebm.energies.layered import LayeredMachine
 from pyroebm.flows.flow import Flow
+from pyroebm.objectives.base import module_dtype
 
-__all__ = ["Batches", "Conversion", "Data", "Passes", "batches_of", "module_dtype"]
+__all__ = ["Batches", "Conversion", "Data", "Passes", "batches_of"]
 
 #: A tensor, a NumPy array, a data frame, a tuple of these, a ``torch.utils.data.Dataset`` with a
 #: length, or a ``DataLoader``.
@@ -186,19 +188,6 @@ class Passes:
         """Iterate over the batches of a new pass."""
         batches = iter(self.loader)
         return batches if self.convert is None else map(self.convert, batches)
-
-
-def module_dtype(module: nn.Module) -> tuple[torch.dtype, torch.device]:
-    """Return the dtype and device of a module.
-
-    They are the attributes of an energy or a flow, else those of the first floating-point parameter
-    or buffer.
-    """
-    if isinstance(module, Energy | Flow):
-        return module.dtype, module.device
-    tensors = (*module.parameters(), *module.buffers())
-    first = next((tensor for tensor in tensors if tensor.is_floating_point()), torch.empty(0))
-    return first.dtype, first.device
 
 
 class Conversion:
@@ -461,11 +450,11 @@ class Conversion:
                 raise ValueError(f"{self.argument} must have columns, got none")
             if first:
                 self.columns = names
-            tensor = torch.from_numpy(np.stack(columns, 1))
+            tensor = torch.from_numpy(np.stack([column.numpy() for column in columns], 1))
             tensor = tensor.squeeze(1) if first and self.shapes == [()] else tensor
         elif hasattr(part, "to_numpy") or isinstance(part, np.ndarray):
             values = part if isinstance(part, np.ndarray) else part.to_numpy()
-            tensor = torch.from_numpy(self._array(values, "an array"))
+            tensor = self._array(values, "an array")
         else:
             raise ValueError(
                 f"{self.argument} must be a tensor, an array or a data frame of rows, a tuple of"
@@ -493,45 +482,10 @@ class Conversion:
             )
         return expected
 
-    def _array(self, values: np.ndarray, what: str) -> np.ndarray:
-        """Convert an array to a type that torch supports; masked entries become NaN."""
-        if isinstance(values, np.ma.MaskedArray):
-            masked, values = np.ma.getmaskarray(values), values.data
-            if masked.any() and values.dtype.kind in "biufO":
-                self.masked = True
-                values = np.where(masked, np.nan, values)
-        if values.dtype == object and all(v is None or _is_number(v) for v in values.flat):
-            values = np.array([np.nan if v is None else float(v) for v in values.flat]).reshape(
-                values.shape
-            )
-        if values.dtype.kind not in "biuf":
-            bad = next(((k, v) for k, v in enumerate(values.flat) if not _is_number(v)), None)
-            found = "" if bad is None else f" with {str(bad[1])!r}"
-            where = f" in row {bad[0]}" if bad is not None and values.ndim == 1 else ""
-            fix = {
-                "c": "its .real and .imag are real numbers",
-                "m": "divide it by a unit, numpy.timedelta64(1, 's')",
-            }.get(values.dtype.kind, "drop it, or encode it by integers (pandas.factorize)")
-            raise ValueError(
-                f"{self.argument} must be numbers, got {what} of {values.dtype}{found}{where}:"
-                f" {fix}"
-            )
-        if values.dtype.kind == "f" and values.dtype.itemsize > 8:
-            values = values.astype(np.float64)
-        if values.dtype.kind == "u" and values.dtype.itemsize > 1:
-            # int64, which labels keep, unless it would wrap around
-            fits = values.max(initial=0) <= np.iinfo(np.int64).max
-            values = values.astype(np.int64 if fits else np.float64)
-        values = values.astype(values.dtype.newbyteorder("="), copy=False)
-        # torch warns about arrays that are not writable
-        values = np.ascontiguousarray(values)
-        return values if values.flags.writeable else values.copy()
-
-
-def _is_number(value: Any) -> bool:
-    # NumPy's timedelta64 is a subclass of its integers
-    numbers = int | float | np.integer | np.floating | np.bool_
-    return isinstance(value, numbers) and not isinstance(value, np.timedelta64)
+    def _array(self, values: np.ndarray, what: str) -> Tensor:
+        """Convert an array to a tensor; masked entries become NaN."""
+        self.masked |= bool(np.ma.getmaskarray(values).any())
+        return tensor_of_numbers(values, self.argument, what)
 
 
 def _is_binary(events: Tensor) -> bool:
@@ -540,7 +494,7 @@ def _is_binary(events: Tensor) -> bool:
 
 
 def _numbers(values: Sequence[Any]) -> bool:
-    return any(_is_number(value) for value in values)
+    return any(is_number(value) for value in values)
 
 
 def batches_of(

@@ -17,9 +17,9 @@ from torch.optim.swa_utils import AveragedModel
 from pyroebm.core._checks import check_counts
 from pyroebm.core.progress import Progress
 from pyroebm.core.rng import fresh_seed, seeded_generator
-from pyroebm.objectives.base import HasLosses, Objective
+from pyroebm.objectives.base import HasLosses, Objective, module_dtype
 from pyroebm.training.checkpoint import Checkpoint, TrainingState, saved_seed, settings_of
-from pyroebm.training.data import Data, Passes, batches_of, module_dtype
+from pyroebm.training.data import Data, Passes, batches_of
 from pyroebm.training.distributed import (
     average_gradients,
     connected_ranks,

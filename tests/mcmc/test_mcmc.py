@@ -336,7 +336,7 @@ def test_run_more_samples_the_energy_as_it_now_is() -> None:
         (lambda: MCMC(NUTS(), True), "num_samples must be an integer"),
         (
             lambda: MCMC(NUTS(), 5, num_chains=2).run(DoubleWell(), [0.0, 1.0]),
-            "initial must hold one state .* got shape list",
+            "initial must be a tensor or a NumPy array, got list: convert it by",
         ),
         (
             lambda: MCMC(NUTS(), 5, num_chains=2).run(DoubleWell(), torch.tensor(0.0)),
