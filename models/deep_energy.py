@@ -148,9 +148,9 @@ def evaluate(
     base = DistributionEnergy(Independent(Normal(torch.zeros(1, 8, 8), torch.ones(1, 8, 8)), 3))
     found = bidirectional_ais(
         energy,
-        states,
         base,
         HMC(0.25, num_steps=4),
+        draws=states,
         betas=betas,
         num_chains=len(states),
         generator=torch.Generator().manual_seed(recipe.seed),

@@ -964,7 +964,7 @@ PARTITION: dict[str, Make] = {
     "ais-continuous": lambda: ebm.ais(wells(), ebm.Gaussian(torch.zeros(2), scale=2.0), **SHORT),
     "ais-ising": lambda: ebm.ais(ebm.Ising((3, 3), 0.3), **SHORT),
     "bidirectional_ais": both_ways,
-    "bridge": lambda: ebm.bridge(wells(), base=ebm.Gaussian(torch.zeros(2)), num_samples=100),
+    "bridge": lambda: ebm.bridge(wells(), ebm.Gaussian(torch.zeros(2)), num_samples=100),
     "exact": lambda: ebm.exact(ebm.Ising((3, 3), 0.3) * 1.0),
     "exact-deep": lambda: ebm.exact(deep_machine()),
     "expectation": lambda: ebm.expectation(ebm.DoubleWell(), lambda x: torch.stack([x, x * x], -1)),
@@ -978,7 +978,7 @@ PARTITION: dict[str, Make] = {
     "layered-path": layered_path,
     "quadrature": lambda: ebm.quadrature(wells()),
     "reverse-ais": lambda: ebm.reverse_ais(machine(), **SHORT),
-    "schedule": lambda: ebm.schedule(machine(), 4, pilot=10, num_chains=6),
+    "schedule": lambda: ebm.schedule(machine(), num_temperatures=4, num_chains=6),
     "smc": lambda: ebm.smc(machine(), num_particles=32),
     "smc-continuous": lambda: ebm.smc(
         wells(),

@@ -7,9 +7,10 @@ import math
 
 from torch import Tensor
 
+from pyroebm.core.energy import Energy
 from pyroebm.core.statistics import Kind, log_mean
 
-__all__ = ["BidirectionalAIS", "LogZ"]
+__all__ = ["BidirectionalAIS", "LogZ", "check_exact_draws", "from_weights"]
 
 BIAS: dict[str, str] = {
     "exact": "no bias",
@@ -69,6 +70,19 @@ class LogZ:
         )
         what = f"{self.method}; {self.kind}: {self.bias}{weights}"
         return f"log Z = {self.value:.4f} +- {self.standard_error:.2g} ({what})"
+
+
+def check_exact_draws(energy: Energy) -> None:
+    """Check that draws need not be given.
+
+    Raises:
+        ValueError: if the energy has no exact draws.
+    """
+    if not energy.has_exact_draws:
+        raise ValueError(
+            f"draws must be given, because {type(energy).__name__} has no exact draws, got None;"
+            " pass those of MCMC"
+        )
 
 
 def from_weights(log_weights: Tensor, log_z: float, kind: Kind, method: str, sign: int = 1) -> LogZ:
