@@ -54,11 +54,11 @@ from pyroebm.core._torch_private import (
     outside_transforms,
     storage_of,
 )
-from pyroebm.core.files import FileError, read_tensors, write_tensors
+from pyroebm.core.files import FileError, checksum, read_tensors, write_tensors
 from pyroebm.core.rng import drawing_from, seeded_generator
 from pyroebm.core.supports import spin
 
-__all__ = ["Saveable", "load", "save"]
+__all__ = ["Saveable", "describe_call", "load", "save"]
 
 #: Format of the description. A file of another format raises an error.
 FORMAT = 1
@@ -221,6 +221,54 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield the parameters and buffers under each of their names."""
     yield from module.named_parameters(remove_duplicate=False)
     yield from module.named_buffers(remove_duplicate=False)
+
+
+def describe_call(module: nn.Module) -> str:
+    """Describe a module by its class and the settings with which it was constructed.
+
+    The description does not change when the module is trained. Modules among the arguments are
+    described by their classes; initial values of tensors that the module holds are left out.
+
+    Example:
+        >>> from pyroebm.targets import DoubleWell
+        >>> describe_call(0.5 * DoubleWell())
+        'Tempered(energy=DoubleWell, beta=0.5)'
+    """
+    name = type(module).__name__
+    call: _Construction | None = vars(module).get("_construction")
+    if call is None:
+        of_torch = type(module).__module__.startswith("torch.")
+        return f"{name}({module.extra_repr()})" if of_torch else name
+    bound = inspect.signature(type(module)).bind(*call.args, **call.kwargs)
+    bound.apply_defaults()
+    settings = [
+        f"{key}={_described_argument(value)}"
+        for key, value in bound.arguments.items()
+        if not (value is None or isinstance(value, _Own))
+    ]
+    return f"{name}({', '.join(settings)})"
+
+
+def _described_argument(value: Any) -> str:
+    if isinstance(value, nn.Module):
+        return type(value).__name__
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
+        value = torch.from_numpy(value)
+    if isinstance(value, Tensor):
+        return f"tensor {checksum([value])}"
+    if isinstance(value, _Own | _Opaque):
+        return value.name
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_described_argument, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{k}: {_described_argument(v)}' for k, v in value.items())}}}"
+    if isinstance(value, Number | str | torch.dtype | Constraint | None):
+        return str(value)
+    if isinstance(value, Distribution) and _torch_name(type(value)) is not None:
+        arguments = _attributes_of(value, type(value), type(value).__name__)
+        described = ", ".join(f"{k}={_described_argument(v)}" for k, v in arguments.items())
+        return f"{type(value).__name__}({described})"
+    return _name_of(value)
 
 
 def save(module: nn.Module, path: str | Path, *, tensors_only: bool = False) -> None:

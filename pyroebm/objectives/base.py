@@ -46,6 +46,8 @@ class Objective(nn.Module):
             along a half cosine.
         takes_labels: whether a batch is a tuple, such as events and labels; otherwise it is one
             tensor of events, and tuples are an error.
+        constants: names of the buffers that do not change during training, such as given draws; a
+            checkpoint can only be restored with the same ones.
 
     Example:
         >>> from pyroebm.objectives import ReverseKL
@@ -56,6 +58,7 @@ class Objective(nn.Module):
     lr: float = 1e-3
     schedule: str | None = None
     takes_labels: ClassVar[bool] = False
+    constants: ClassVar[tuple[str, ...]] = ()
 
     def __call__(self, module: Any, batch: Any = None, /, **options: Any) -> Any:
         """Call :meth:`forward`; NumPy arrays of a batch are converted to tensors."""

@@ -114,7 +114,10 @@ class Batches:
 
     def __call__(self, step: int) -> Batch:
         """Return the batch of a step, or the share of this process, counted over all epochs."""
-        chosen = self.numbers(step)
+        return self.at(self.numbers(step))
+
+    def at(self, chosen: Tensor) -> Batch:
+        """Return the batch of rows of given indices."""
         batch: Batch
         if isinstance(self.data, Dataset):
             batch = default_collate([self.data[k] for k in chosen.tolist()])
@@ -132,6 +135,17 @@ class Batches:
             self._epoch, self._order = epoch, order
         rank, world = self.ranks
         return self._order[number * self.batch_size : (number + 1) * self.batch_size][rank::world]
+
+    def sample(self, num_rows: int = 1000) -> Batch | None:
+        """Return evenly spaced rows, converted; None for a ``Dataset``, whose items may be random.
+
+        Args:
+            num_rows: largest number of rows.
+        """
+        if isinstance(self.data, Dataset):
+            return None
+        chosen = torch.linspace(0, self.rows - 1, min(num_rows, self.rows)).long()
+        return self.at(chosen)
 
     def one_epoch(self) -> Iterator[Batch]:
         """Iterate over the batches of the first epoch."""
@@ -193,12 +207,12 @@ class Passes:
 class Conversion:
     """Convert batches to the form that a module takes, and check them.
 
-    The events are the first part of a tuple. Unambiguous conversions are made: to the dtype and
-    device of the module; uint8 images ``(N, height, width, ...)`` from 0..255 to [0, 1], unless all
-    values are 0 or 1 (an error in batches of a ``Dataset`` or ``DataLoader``); images
-    ``(N, 28, 28)`` to the event shapes ``(1, 28, 28)`` or ``(784,)``. The other parts of a tuple
-    are converted to the module's dtype if they are floating point; integers (labels) are not
-    changed.
+    The events are the first part of a tuple; a tuple of one part is that part. Unambiguous
+    conversions are made: to the dtype and device of the module; uint8 images ``(N, height, width,
+    ...)`` from 0..255 to [0, 1], unless all values are 0 or 1 (an error in batches of a ``Dataset``
+    or ``DataLoader``); images ``(N, 28, 28)`` to the event shapes ``(1, 28, 28)`` or ``(784,)``.
+    The other parts of a tuple are converted to the module's dtype if they are floating point;
+    integers (labels) are not changed.
 
     Args:
         module: an energy or a flow; for other modules neither shape nor support is checked.
@@ -253,7 +267,9 @@ class Conversion:
         first = f"{self.argument}[0]"
         if isinstance(data, TensorDataset):
             first = f"{self.argument}.tensors[0]"
-            data = data.tensors if len(data.tensors) > 1 else data.tensors[0]
+            data = data.tensors
+        if isinstance(data, tuple | list) and not _numbers(data):
+            data = _alone(data)
         parts = data if isinstance(data, tuple | list) and not _numbers(data) else (data,)
         events = self._tensor(parts[0], first=True)
         if isinstance(data, tuple | list):
@@ -268,6 +284,7 @@ class Conversion:
 
     def __call__(self, batch: Any) -> Batch:
         """Convert a batch to the module's dtype, device and event shape."""
+        batch = _alone(batch)
         if isinstance(batch, Tensor):
             return self._events(batch)
         if not (isinstance(batch, tuple | list) and all(isinstance(p, Tensor) for p in batch)):
@@ -285,6 +302,7 @@ class Conversion:
 
     def checked(self, batch: Any) -> Batch:
         """Convert and check a batch, for data that were not checked by :meth:`table`."""
+        batch = _alone(batch)
         converted = self.check(batch)
         events = batch if isinstance(batch, Tensor) else batch[0]
         if self.levels and _is_binary(events):
@@ -491,6 +509,11 @@ class Conversion:
 def _is_binary(events: Tensor) -> bool:
     """Return whether bytes are 0 and 1 alone, so that images are binary or nearly black."""
     return events.dtype == torch.uint8 and events.numel() > 0 and int(events.max()) <= 1
+
+
+def _alone(batch: Any) -> Any:
+    """Return the part of a tuple of one, such as ``DataLoader(TensorDataset(x))`` gives."""
+    return batch[0] if isinstance(batch, tuple | list) and len(batch) == 1 else batch
 
 
 def _numbers(values: Sequence[Any]) -> bool:

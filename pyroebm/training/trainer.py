@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from pyroebm.core._checks import check_counts
+from pyroebm.core.files import checksum
 from pyroebm.core.progress import Progress
 from pyroebm.core.rng import fresh_seed, seeded_generator
 from pyroebm.objectives.base import HasLosses, Objective, module_dtype
 from pyroebm.training.checkpoint import Checkpoint, TrainingState, saved_seed, settings_of
-from pyroebm.training.data import Data, Passes, batches_of
+from pyroebm.training.data import Batches, Data, Passes, batches_of
 from pyroebm.training.distributed import (
     average_gradients,
     connected_ranks,
@@ -123,7 +124,10 @@ class Trainer:
         resume: whether to continue from ``checkpoint`` if it exists, bit for bit as an
             uninterrupted training (on one machine). Settings of the optimizer and the schedule,
             such as the learning rate, are then those of the checkpoint. Not supported with a
-            ``DataLoader``, whose order is unknown.
+            ``DataLoader``, whose order is unknown. A checkpoint of other data, another structure of
+            the module, or other settings of the objective or of its target raises an error that
+            lists the differences. The items of a ``Dataset`` are not compared, since they may be
+            random.
         log: a file of JSON lines with step, loss, metrics and seconds. After ``resume`` it is equal
             to that of an uninterrupted training, except for the seconds.
         log_every: number of steps between recorded steps, in the log and in the history.
@@ -285,13 +289,19 @@ class Trainer:
                 for key, player in self._players.items()
                 for name, part in (("optimizer", player.optimizer), ("schedule", player.schedule))
             }
+            trained = frozenset(map(id, self._parameters))
+            seen: set[int] = set()
             settings |= {
-                "rows": None if self._batches is None else self._batches.rows,
+                "data": _fingerprint(self._batches),
+                "validation": None
+                if self._validation is None
+                else _fingerprint(self._validation.batches),
                 "batch_size": batch_size,
                 "seed": seed,
                 "dtype": str(dtype),
                 "ranks": self._ranks[1],
-                **settings_of("objective", objective),
+                **settings_of("module", module, trained, seen),
+                **settings_of("objective", objective, trained, seen),
             }
             self._checkpoint = Checkpoint(checkpoint, state, settings)
             if exists and not resume:
@@ -579,6 +589,16 @@ class Trainer:
         if self._guard.rollback:
             metrics["rollbacks"] = float(self._rollback.count)
         return losses["loss_energy"], metrics, due
+
+
+def _fingerprint(batches: Batches | Passes | None) -> str | None:
+    """Describe data by the number of rows and a checksum of some of them, as converted."""
+    sample = batches.sample() if isinstance(batches, Batches) else None
+    if batches is None or sample is None:
+        return None if batches is None else f"{batches.rows} rows"
+    parts = sample if isinstance(sample, tuple) else (sample,)
+    shapes = ", ".join(str((batches.rows, *part.shape[1:])) for part in parts)
+    return f"{shapes}, checksum {checksum(parts)}"
 
 
 def _takes_events_alone(objective: AnyObjective) -> str | None:

@@ -61,6 +61,7 @@ class ForwardKL(FlowObjective):
         True
     """
 
+    constants = ("draws", "cumulative")
     draws: Tensor
     cumulative: Tensor
 
@@ -180,6 +181,7 @@ class LogVariance(FlowObjective):
         True
     """
 
+    constants = ("draws",)
     draws: Tensor | None
 
     def __init__(
