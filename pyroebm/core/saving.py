@@ -349,6 +349,7 @@ def load(
         FileError: if the file is missing, damaged, of another format or not one of :func:`save`; if
             it names a class that is not known; if a constructor raises; if ``into`` has parameters
             or buffers of other names, shapes or dtypes.
+        ValueError: if ``classes`` is not a dict.
 
     Example:
         >>> import tempfile
@@ -365,6 +366,11 @@ def load(
         ...     load(f"{folder}/quartic.safetensors", classes={"Quartic": Quartic}).height
         2.0
     """
+    if classes is not None and not isinstance(classes, Mapping):
+        raise ValueError(
+            f"classes must be a dict of classes by their names, got {type(classes).__name__}: write"
+            ' classes={"MyEnergy": MyEnergy}'
+        )
     tensors, description = read_tensors(
         path, "cpu" if into is not None else str(torch.device(device))
     )

@@ -46,6 +46,8 @@ class Objective(nn.Module):
             along a half cosine.
         takes_labels: whether a batch is a tuple, such as events and labels; otherwise it is one
             tensor of events, and tuples are an error.
+        measures_fit: whether losses of different steps can be compared, so that a lower one is a
+            better fit. If not, early stopping needs another ``validation_objective``.
         constants: names of the buffers that do not change during training, such as given draws; a
             checkpoint can only be restored with the same ones.
 
@@ -59,6 +61,7 @@ class Objective(nn.Module):
     schedule: str | None = None
     takes_labels: ClassVar[bool] = False
     constants: ClassVar[tuple[str, ...]] = ()
+    measures_fit: bool = True
 
     def __call__(self, module: Any, batch: Any = None, /, **options: Any) -> Any:
         """Call :meth:`forward`; NumPy arrays of a batch are converted to tensors."""

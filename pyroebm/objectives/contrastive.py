@@ -94,6 +94,8 @@ class ContrastiveDivergence(Objective):
         True
     """
 
+    measures_fit = False
+
     def __init__(
         self, k: int = 1, kernel: Kernel[Any] | None = None, *, energy_penalty: float = 0.0
     ) -> None:

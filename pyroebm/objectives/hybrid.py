@@ -79,6 +79,7 @@ class Hybrid(Objective):
             raise ValueError(
                 f"generative must be an Objective or None, got {type(generative).__name__}"
             )
+        self.measures_fit = generative is None or generative.measures_fit
         if generative is None and mode == "marginal":
             raise ValueError(
                 "mode='marginal' has only the generative term: give generative, such as"

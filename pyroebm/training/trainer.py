@@ -109,8 +109,8 @@ class Trainer:
         validation: validation data, of the same kind as ``data``. The columns of a data frame are
             put in the order of those of ``data``.
         validation_objective: objective for the validation data; None is ``objective``. Contrastive
-            losses do not measure the fit; use for example
-            :class:`~pyroebm.objectives.Pseudolikelihood`.
+            losses do not measure the fit, so ``patience`` and ``keep_best`` need another objective,
+            for example :class:`~pyroebm.objectives.Pseudolikelihood`.
         validate_every: number of steps between evaluations; None is an epoch if ``num_epochs`` is
             given, else a twentieth of ``num_steps``. The last step is always evaluated.
         patience: number of consecutive evaluations without a new lowest validation loss, after
@@ -134,7 +134,8 @@ class Trainer:
         tensorboard: a folder for TensorBoard, which must be installed.
         seed: seed of the order of the data and of the objective's generator; None draws a seed,
             which is stored in ``history.seed`` and in the checkpoint. torch's default generator is
-            not used.
+            not used. The initial weights were drawn when the module was constructed: give it a
+            ``generator`` for a training that can be repeated.
         progress: True shows progress, False hides it, None shows it after one second.
 
     Attributes:
@@ -368,6 +369,14 @@ class Trainer:
             if count is not None:
                 check_counts({name: 1}, count)
         chosen = self.objective if objective is None else objective
+        if isinstance(chosen, Objective) and not chosen.measures_fit and (patience or keep_best):
+            option = "patience" if patience else "keep_best"
+            raise ValueError(
+                f"{option} needs a validation_objective whose losses of different steps can be"
+                " compared, such as Pseudolikelihood() for discrete and"
+                " DenoisingScoreMatching(sigma) for continuous data, got"
+                f" {type(chosen).__name__}, whose loss does not measure the fit"
+            )
         batches = batches_of(
             validation,
             self.module,

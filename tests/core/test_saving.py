@@ -904,3 +904,9 @@ def test_devices(tmp_path: Path) -> None:
     assert on_cpu.device.type == "cpu"
     x = noise(3, 2)
     torch.testing.assert_close(on_cpu(x), path(x.cuda()).cpu())
+
+
+def test_classes_are_a_dict(tmp_path: Path) -> None:
+    save(DoubleWell(), tmp_path / "well.safetensors")
+    with pytest.raises(ValueError, match=r'got list: write classes=\{"MyEnergy": MyEnergy\}'):
+        load(tmp_path / "well.safetensors", classes=[DoubleWell])  # type: ignore[arg-type]

@@ -13,7 +13,7 @@ from lib.checks import within_se
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pyroebm import HMC, MALA, MCMC, NUTS, ULA, Energy, ParallelTempering
+from pyroebm import HMC, MALA, MCMC, NUTS, ULA, Energy, ParallelTempering, infer
 from pyroebm.core.statistics import arviz, bfmi, ess_bulk, mcse_mean, r_hat
 from pyroebm.diagnostics import Diagnosis, diagnose, mode_masses, to_arviz
 from pyroebm.kernels import WindowAdaptation
@@ -313,6 +313,10 @@ def test_run_more_samples_the_energy_as_it_now_is() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (
+            lambda: MCMC(infer.NUTS(lambda: None), 5),  # type: ignore[arg-type]
+            r"got pyroebm.infer.NUTS, .* import both from one place, pyroebm.infer.MCMC with",
+        ),
         (lambda: MCMC(NUTS, 5), r"write NUTS\(\) in place of NUTS"),
         (lambda: MCMC(NUTS(DoubleWell()), 5), r"NUTS: step_size must be .* MCMC\(NUTS\(\)\)"),
         (lambda: MCMC(NUTS(), 5).run(lambda: None), r"a Pyro model with pyroebm.ModelEnergy"),

@@ -937,6 +937,18 @@ def test_estimators_share_their_arguments(name: str) -> None:
     assert (named[0] == "draws") == ("draws" in named) == takes_draws
 
 
+def test_the_text_of_an_estimate_says_what_its_error_leaves_out() -> None:
+    weights = torch.zeros(10)
+    known = str(partition.LogZ(5.0, 5e-6, "lower", "AIS", 10.0, weights))
+    assert known == (
+        "log Z = 5.0000 +- 5e-06 (AIS; lower: low on average; ESS 10 of 10; modes without draws"
+        " are not included)"
+    )
+    few = str(partition.LogZ(5.0, math.inf, "lower", "AIS", 1.0, weights))
+    assert few.startswith("log Z = 5.0000, error unknown because few weights dominate (AIS")
+    assert "modes" not in str(partition.exact(ISING))
+
+
 def test_arrays_are_draws_too() -> None:
     machine = oracle()
     draws = machine.sample(20, torch.Generator().manual_seed(0))
