@@ -175,7 +175,9 @@ def _kept(value: Any, module: nn.Module, name: str) -> Any:
         )
         first = next(held, None)
         return value.detach().clone() if first is None else _Own(first, value.dtype)
-    if type(value) in (list, tuple, range, torch.Size):
+    if type(value) in (range, torch.Size):
+        return value
+    if type(value) in (list, tuple):
         kept = [_kept(v, module, name) for v in value]
         return kept if isinstance(value, list) else tuple(kept)
     if type(value) is dict:
@@ -262,7 +264,7 @@ def _described_argument(value: Any) -> str:
         return f"[{', '.join(map(_described_argument, value))}]"
     if isinstance(value, dict):
         return f"{{{', '.join(f'{k}: {_described_argument(v)}' for k, v in value.items())}}}"
-    if isinstance(value, Number | str | torch.dtype | Constraint | None):
+    if isinstance(value, Number | str | range | torch.dtype | Constraint | None):
         return str(value)
     if isinstance(value, Distribution) and _torch_name(type(value)) is not None:
         arguments = _attributes_of(value, type(value), type(value).__name__)
@@ -519,7 +521,11 @@ class _Writer:
             return {"array": self.key(torch.from_numpy(value), where)}
         if isinstance(value, nn.Module):
             return {"module": self.add(value, where)}
-        if type(value) in (list, tuple, torch.Size):
+        if isinstance(value, range):
+            return {"range": [value.start, value.stop, value.step]}
+        if isinstance(value, torch.Size):
+            return {"size": list(value)}
+        if type(value) in (list, tuple):
             kind = "list" if isinstance(value, list) else "tuple"
             return {kind: [self.described(v, f"{where}[{i}]", module) for i, v in enumerate(value)]}
         if type(value) is dict and all(type(k) is str for k in value):
@@ -797,6 +803,10 @@ class _Reader:
             return self.tensors[content].clone().numpy(force=True)
         if kind in ("list", "tuple"):
             return {"list": list, "tuple": tuple}[kind](map(self.value, content))
+        if kind == "range":
+            return range(*content)
+        if kind == "size":
+            return torch.Size(content)
         if kind == "dict":
             return {k: self.value(v) for k, v in content.items()}
         if kind == "dtype":
