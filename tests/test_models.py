@@ -119,8 +119,8 @@ def test_boltzmann_machines_reach_their_numbers(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_score_matching_reaches_its_numbers(tmp_path: Path) -> None:
-    """Within hundredths of a nat of the law that each form fits; it cannot weigh modes apart, and
-    wide noise can."""
+    """Within hundredths of a nat of the distribution that each form fits; it cannot weigh modes
+    apart, and wide noise can."""
     found = {
         key: metric["value"] for key, metric in run("score_matching", tmp_path)["metrics"].items()
     }
@@ -157,8 +157,8 @@ def test_gaussian_machines_reach_their_numbers(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_network_learns_the_density_of_digits(tmp_path: Path) -> None:
-    """Nats above a normal law and above kernels, by an evidence both of whose ends agree; and
-    chains stay. The references are this suite's own: 12.57 +- .11 and 10.72 +- .25, mean and
+    """Nats above a normal distribution and above kernels, by an evidence both of whose ends agree;
+    and chains stay. The references are this suite's own: 12.57 +- .11 and 10.72 +- .25, mean and
     deviation over seeds 0, 1, 2."""
     metrics = run("deep_energy", tmp_path)["metrics"]
     found = {key: metric["value"] for key, metric in metrics.items()}

@@ -422,10 +422,10 @@ def test_summary_and_pyro_style_diagnostics() -> None:
     table = mcmc.summary()
     assert list(table.index) == ["x[0]", "x[1]"]
     assert float(table["r_hat"].max()) < 1.05
-    facts = mcmc.diagnostics()
-    assert facts["x"]["n_eff"].shape == (2,)
-    assert set(facts["divergences"]) == {f"chain {c}" for c in range(4)}
-    assert all(0.5 < rate <= 1 for rate in facts["acceptance rate"].values())
+    summary = mcmc.diagnostics()
+    assert summary["x"]["n_eff"].shape == (2,)
+    assert set(summary["divergences"]) == {f"chain {c}" for c in range(4)}
+    assert all(0.5 < rate <= 1 for rate in summary["acceptance rate"].values())
 
 
 # Diagnostics

@@ -228,16 +228,24 @@ def test_quadrature_says_where_it_is_not_exact() -> None:
 
 def test_expectations_by_quadrature() -> None:
     """Moments, probabilities of regions and a divergence, against closed forms."""
-    law = Gaussian(torch.tensor([1.0, -2.0], dtype=F64), covariance=[[2.0, 0.6], [0.6, 1.0]])
-    moments, change = partition.expectation(law, lambda x: torch.cat([x, (x - law.mean) ** 2], 1))
+    distribution = Gaussian(
+        torch.tensor([1.0, -2.0], dtype=F64), covariance=[[2.0, 0.6], [0.6, 1.0]]
+    )
+    moments, change = partition.expectation(
+        distribution, lambda x: torch.cat([x, (x - distribution.mean) ** 2], 1)
+    )
     torch.testing.assert_close(
         moments, torch.tensor([1.0, -2.0, 2.0, 1.0], dtype=F64), rtol=0.0, atol=1e-6
     )
     assert change <= 1e-6
     other = Gaussian(torch.zeros(2, dtype=F64))
-    kl, _ = partition.expectation(law, lambda x: other(x) + other.log_z - law(x) - law.log_z)
-    laws = [dist.MultivariateNormal(e.mean, e.covariance) for e in (law, other)]
-    assert float(kl) == pytest.approx(float(torch.distributions.kl_divergence(*laws)), abs=1e-8)
+    kl, _ = partition.expectation(
+        distribution, lambda x: other(x) + other.log_z - distribution(x) - distribution.log_z
+    )
+    distributions = [dist.MultivariateNormal(e.mean, e.covariance) for e in (distribution, other)]
+    assert float(kl) == pytest.approx(
+        float(torch.distributions.kl_divergence(*distributions)), abs=1e-8
+    )
     well = DoubleWell(dtype=F64)
     right, change = partition.expectation(well, lambda x: (x > well.barrier).double())
     assert change <= 1e-6
@@ -250,9 +258,9 @@ def test_expectations_by_quadrature() -> None:
 @pytest.mark.parametrize("low", [0.1, 0.3, -0.05])
 def test_a_small_region_is_not_overlooked(low: float) -> None:
     """The few nodes of the coarsest panels all miss it, twice: that is no convergence."""
-    law = Gaussian(torch.zeros(1, dtype=F64))
+    distribution = Gaussian(torch.zeros(1, dtype=F64))
     found, error = partition.expectation(
-        law,
+        distribution,
         lambda x: ((x > low) & (x < low + 0.1)).double().squeeze(1),
         tolerance=1e-4,
         max_panels=2**15,
@@ -269,9 +277,13 @@ def test_a_small_region_is_not_overlooked(low: float) -> None:
 
 
 def test_weights_of_modes_by_quadrature() -> None:
-    law = GaussianMixture([[-2.0, 0.0], [2.0, 0.0]], scale=0.5, weights=[0.9, 0.1], dtype=F64)
+    distribution = GaussianMixture(
+        [[-2.0, 0.0], [2.0, 0.0]], scale=0.5, weights=[0.9, 0.1], dtype=F64
+    )
     found, change = partition.expectation(
-        law, lambda x: torch.nn.functional.one_hot(law.mode_of(x), 2), tolerance=1e-4
+        distribution,
+        lambda x: torch.nn.functional.one_hot(distribution.mode_of(x), 2),
+        tolerance=1e-4,
     )
     border = math.log(9.0) / 16.0
     left, right = (0.5 * math.erfc(-(border + side) / math.sqrt(0.5)) for side in (2.0, -2.0))
@@ -281,11 +293,11 @@ def test_weights_of_modes_by_quadrature() -> None:
 
 
 def test_expectations_refuse_what_is_no_function() -> None:
-    law = Gaussian(torch.zeros(2, dtype=F64))
+    distribution = Gaussian(torch.zeros(2, dtype=F64))
     with pytest.raises(ValueError, match=r"function must map .* got shape \(\)"):
-        partition.expectation(law, lambda x: x.sum())
+        partition.expectation(distribution, lambda x: x.sum())
     with pytest.raises(FloatingPointError, match="function is NaN"):
-        partition.expectation(law, lambda x: x[:, 0].log())
+        partition.expectation(distribution, lambda x: x[:, 0].log())
     board = Checkerboard(dtype=F64)  # where the density is 0 the function is not asked
     area, _ = partition.expectation(
         board, lambda x: torch.where(board(x) < math.inf, 1.0, math.nan), [(-4.0, 4.0)] * 2
@@ -789,7 +801,8 @@ def test_mutant_sign_of_the_correction_is_caught() -> None:
 
 
 def test_mutant_numbers_of_draws_forgotten_in_the_bridge_is_caught() -> None:
-    """Normal laws whose log ratio is known; four times as many draws of one as of the other."""
+    """Normal distributions whose log ratio is known; four times as many draws of one as of the
+    other."""
     generator = torch.Generator().manual_seed(4)
     first, second = (
         torch.randn(40_000, generator=generator, dtype=F64),
@@ -1218,7 +1231,9 @@ def test_bad_arguments_are_refused(call: Callable[[], object], message: str) -> 
 
 
 @pytest.mark.parametrize("make", [oracle, boltzmann, lambda: DeepBoltzmannMachine([4, 3, 2])])
-def test_a_machine_that_is_no_law_has_no_value_and_no_draws(make: Callable[[], Any]) -> None:
+def test_a_machine_that_is_no_distribution_has_no_value_and_no_draws(
+    make: Callable[[], Any],
+) -> None:
     machine = make()
     with torch.no_grad():
         next(iter(machine.parameters())).fill_(math.nan)

@@ -537,9 +537,9 @@ def test_a_stream_needs_a_loader() -> None:
 
 
 def test_scores_of_samples_are_log_densities() -> None:
-    law = Gaussian(torch.zeros(2, dtype=F64), scale=2.0)
+    distribution = Gaussian(torch.zeros(2, dtype=F64), scale=2.0)
     truth = torch.distributions.Normal(0.0, 2.0).log_prob(NUMBERS[:, :2]).sum(1)
-    torch.testing.assert_close(law.score_samples(NUMBERS[:, :2]), truth)
+    torch.testing.assert_close(distribution.score_samples(NUMBERS[:, :2]), truth)
     energy = MLPEnergy((3,), dtype=F64)
     torch.testing.assert_close(energy.score_samples(NUMBERS), -energy(NUMBERS))
     flow = NICE(2, dtype=F64)
