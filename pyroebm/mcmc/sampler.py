@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from pyro.infer.mcmc.api import AbstractMCMC
 from pyro.infer.mcmc.util import select_samples
@@ -226,7 +227,7 @@ class MCMC(AbstractMCMC):
     def run(
         self,
         energy: Energy,
-        initial: Tensor | None = None,
+        initial: Tensor | np.ndarray | None = None,
         *,
         store: str | Path | None = None,
     ) -> None:
@@ -253,7 +254,7 @@ class MCMC(AbstractMCMC):
             self._compile_driver(target.dtype)
         with eval_mode(energy):
             if initial is not None:
-                check_initial(energy, initial, self.num_chains)
+                initial = check_initial(energy, initial, self.num_chains)
             batches = []
             for number in self.layout.batches:
                 chains, generator = (

@@ -89,6 +89,8 @@ class ContrastiveDivergence(Objective):
         True
     """
 
+    measures_fit = False
+
     def __init__(self, k: int = 1, kernel: Kernel[Any] | None = None) -> None:
         super().__init__()
         check_chain(k, kernel)

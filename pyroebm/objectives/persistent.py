@@ -46,6 +46,8 @@ __all__ = ["PersistentCD", "ReplayBufferCD"]
 class _Persistent(Objective):
     """Base class of objectives with persistent chains, which are a buffer in ``state_dict``."""
 
+    measures_fit = False
+
     chains: Tensor | None
 
     def __init__(self, num_chains: int, k: int) -> None:

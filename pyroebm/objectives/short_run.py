@@ -61,6 +61,8 @@ class ShortRun(Objective):
         torch.Size([7, 2])
     """
 
+    measures_fit = False
+
     def __init__(
         self,
         k: int = 100,
