@@ -187,6 +187,7 @@ def main(
             for number in range(seed, seed + seeds):
                 torch.manual_seed(number)
                 fitted = case.fit(number, quick)
+                recipe.model(f"{name}-{number}", fitted.flow)
                 report, more = case.report(fitted, n, number, quick)
                 found.setdefault(name, []).append(metrics_of(report, fitted, more))
                 if number == seed:

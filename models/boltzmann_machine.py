@@ -111,6 +111,7 @@ def main(
             ceilings[ceiling] - machine.log_likelihood(data).mean(),
             kind="exact",
         )
+        recipe.model(name.replace(", ", "-").replace(" ", "-"), machine)
 
     fig, axes = plt.subplots(1, 3, figsize=(12, 4), layout="constrained")
     plot_images(patterns.unique(dim=0), (3, 3), ax=axes[0]).set_title("bars and stripes")

@@ -176,6 +176,7 @@ def main(
             if look(epoch):
                 curve.append((epoch, *curve_point(rbm, images, max(100, temperatures // 20))))
         curves.append(curve)
+        recipe.model(f"rbm-{seed + number}", rbm)
         ends.append(
             evaluate(
                 recipe,

@@ -1,4 +1,4 @@
-"""Metrics as JSON and figures: what all recipes share."""
+"""Metrics as JSON, figures and trained models: what all recipes share."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ import tyro
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
+from pyroebm import save
 from pyroebm.core import Energy
 from pyroebm.partition import LogZ
 from pyroebm.training import connected_ranks, process_group
@@ -32,7 +33,7 @@ Kind = Literal["exact", "estimate", "lower", "upper"]
 
 
 class Recipe:
-    """The record of one run, written to ``metrics.json`` and figures beside it.
+    """The record of one run, written to ``metrics.json``, with figures and models beside it.
 
     In a process group only the first process writes.
 
@@ -118,6 +119,11 @@ class Recipe:
         """Save a text as the file ``name``."""
         if connected_ranks()[0] == 0:
             (self.out / name).write_text(content, encoding="utf-8")
+
+    def model(self, name: str, module: nn.Module) -> None:
+        """Save a trained energy, machine or flow as ``NAME.safetensors``."""
+        if connected_ranks()[0] == 0:
+            save(module, self.out / f"{name}.safetensors")
 
     def write(self) -> None:
         """Write ``metrics.json``."""

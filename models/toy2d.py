@@ -308,6 +308,7 @@ def toys(
                 entry, toy, data, max(2, round(share * entry.steps)), recipe.seed, progress
             )
             seconds = time.process_time() - began
+            recipe.model(f"{name}-{label}", energy)
             log_model = evaluate(
                 recipe, f"{name}, {label}", energy, entry, toy, grid, test, progress
             )
