@@ -38,6 +38,7 @@ _SUBPACKAGES = frozenset(
         "smc",
         "targets",
         "training",
+        "zoo",
     }
 )
 

@@ -26,6 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("partition", "objectives"),
     ("training", "ppl"),
     ("infer",),
+    ("zoo",),
     ("pyroebm",),
     ("cli",),
     ("__main__",),

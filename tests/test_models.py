@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted(
     p.stem
     for p in (ROOT / "models").glob("[a-z]*.py")
-    if p.stem not in ("recipe", "machines", "plane", "flow_cases", "particles")
+    if p.stem not in ("recipe", "machines", "plane", "flow_cases", "particles", "zoo")
 )
 KINDS = {"exact", "estimate", "lower", "upper"}
 

@@ -1,4 +1,4 @@
-"""The command line: ``pyroebm demo``, ``pyroebm version``."""
+"""The command line: ``pyroebm demo``, ``pyroebm zoo``, ``pyroebm version``."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 import tyro
 
 from pyroebm import __version__
+from pyroebm.cli.zoo import run_zoo
 
 __all__ = [
     "main",
@@ -41,6 +42,6 @@ def print_version() -> None:
 def main() -> None:
     """Run the command line, the entry point of the console script."""
     tyro.extras.subcommand_cli_from_dict(
-        {"demo": run_demo_command, "version": print_version},
+        {"demo": run_demo_command, "zoo": run_zoo, "version": print_version},
         description="Energy-based models on Pyro.",
     )

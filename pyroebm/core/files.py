@@ -30,6 +30,8 @@ __all__ = [
     "SafetensorError",
     "append_line",
     "checksum",
+    "copy_file",
+    "file_checksum",
     "from_bytes",
     "read_arrays",
     "read_bytes",
@@ -39,6 +41,7 @@ __all__ = [
     "read_text",
     "remove",
     "to_bytes",
+    "write_arrays",
     "write_figure",
     "write_groups",
     "write_json",
@@ -258,6 +261,38 @@ def read_arrays(path: Path, names: Container[str]) -> tuple[dict[str, np.ndarray
         raise ValueError("it is a .npy file with one array, not an .npz file")
     with file:
         return {name: file[name] for name in file.files if name in names}, list(file.files)
+
+
+def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write named arrays as a compressed ``.npz`` file.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_arrays(Path(folder, "x.npz"), {"x": np.ones(2)})
+        ...     read_arrays(Path(folder, "x.npz"), ("x",))
+        ({'x': array([1., 1.])}, ['x'])
+    """
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy the content of a file."""
+    with atomic_write(target) as temporary:
+        temporary.write_bytes(source.read_bytes())
+
+
+def file_checksum(path: Path) -> str:
+    """Return the SHA-256 of a file.
+
+    Raises:
+        FileError: if it cannot be read.
+    """
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise FileError(path, f"the file cannot be read: {error}") from error
 
 
 def write_groups(
