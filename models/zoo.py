@@ -167,7 +167,9 @@ MOONS = zoo.Data(
 )
 ENUMERATED = (Stated("log Z", "enumeration"),)
 INTEGRATED = (Stated("log Z", "integral", {"tolerance": 1e-5}),)
-MOONS_KL = Stated("KL(two moons || model)", "divergence_from_target", {"target": "TwoMoons"})
+MOONS_KL = Stated(
+    "KL divergence from the two moons", "divergence_from_target", {"target": "TwoMoons"}
+)
 WELL = {"target": "DoubleWell", "num_samples": 100_000}
 
 ENTRIES: dict[str, Entry] = {
@@ -188,7 +190,7 @@ ENTRIES: dict[str, Entry] = {
         log_z=ENUMERATED,
         metrics=(
             Stated(
-                "KL(data || model)",
+                "KL divergence from the data",
                 "divergence_from_data",
                 data="bars-and-stripes/3",
                 note="0 is the maximum of the likelihood",
@@ -266,7 +268,9 @@ ENTRIES: dict[str, Entry] = {
         ),
         log_z=(Stated("log Z", "normalized"),),
         metrics=(
-            Stated("J_R, a bound on KL(flow || double well)", "augmented_divergence", WELL),
+            Stated(
+                "J_R, a bound on the KL divergence to the double well", "augmented_divergence", WELL
+            ),
             Stated("effective sample size / number of draws", "importance_efficiency", WELL),
             Stated("log Z of the double well, less the true one", "importance_log_z_error", WELL),
             Stated(
@@ -401,7 +405,7 @@ def make(name: str, out: Path, entries: Path, progress: bool | None) -> zoo.Card
                 "pyroebm": pyroebm.__version__,
             },
         ),
-        log_z=metrics(entry.log_z, log_z),
+        log_z=metrics(entry.log_z, log_z[:1]),  # of other densities it has no meaning
         metrics=metrics(entry.metrics, found),
         checks=checks,
         known_failures=entry.known_failures,
