@@ -4,13 +4,13 @@
 - python -m models.zoo --table: write the README's table and every card.md from the cards
 
 To add an entry, add it to ``ENTRIES``. Trainings that have finished in runs/zoo/NAME are not
-repeated, and recipes with checkpoints continue from them.
+repeated, recipes with checkpoints continue from them, and the reference draws of an entry are kept:
+remove its folders to make it from the start.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import importlib
 import json
 import os
@@ -30,13 +30,13 @@ from matplotlib.axes import Axes
 from torch import Tensor, nn
 
 import pyroebm
-from pyroebm import MCMC, NUTS, Energy, load, zoo
+from models.toy2d import TOYS, global_moves
+from pyroebm import MCMC, Energy, load, zoo
 from pyroebm.core import seeded_generator
 from pyroebm.core.files import copy_file, file_checksum
 from pyroebm.core.statistics import Estimate
 from pyroebm.diagnostics.plots import plot_images
 from pyroebm.flows import Flow, FlowEnergy
-from pyroebm.kernels import WindowAdaptation
 from pyroebm.targets import DoubleWell
 from pyroebm.zoo.cards import shown
 from pyroebm.zoo.registry import CARD, MODEL, REFERENCE
@@ -108,14 +108,19 @@ def exact_draws(energy: Energy) -> Draws:
     return Draws(x.reshape(NUM_CHAINS, NUM_DRAWS, *energy.event_shape))
 
 
-def nuts_draws(energy: Energy, thinning: int) -> Draws:
-    """Run NUTS and keep every ``thinning``-th draw."""
+def moons_draws(energy: Energy) -> Draws:
+    """Run chains of Langevin steps and global proposals, which move between the two moons.
+
+    NUTS needs about 40 steps from one moon to the other. Many short chains cost as much as few, for
+    they are one batch.
+    """
+    toy = TOYS["moons"]
+    data = toy.make().sample(8192, seeded_generator(0))
     mcmc = MCMC(
-        NUTS(),
-        num_samples=NUM_DRAWS,
-        num_chains=NUM_CHAINS,
-        thinning=thinning,
-        adaptation=WindowAdaptation(target_acceptance=0.95),
+        global_moves(toy, data),
+        num_samples=100,
+        num_chains=100,
+        thinning=45,
         seed=0,
     )
     mcmc.run(energy)
@@ -224,6 +229,10 @@ ENTRIES: dict[str, Entry] = {
         ),
         picture=images(8),
         draws=exact_draws,
+        known_failures=(
+            "To the eye, fewer than half of 100 exact draws are a digit (mostly 0 and 1); the"
+            " others are strokes of digits without their shape.",
+        ),
     ),
     "score-moons": Entry(
         recipe="toy2d",
@@ -235,8 +244,12 @@ ENTRIES: dict[str, Entry] = {
         log_z=INTEGRATED,
         metrics=(MOONS_KL,),
         picture=plane,
-        draws=functools.partial(nuts_draws, thinning=80),
+        draws=moons_draws,
         moments=True,
+        known_failures=(
+            "The density varies along the two arcs, on which the true one is even: the score does"
+            " not determine the weights of regions that are nearly separated.",
+        ),
     ),
     "nce-moons": Entry(
         recipe="toy2d",
@@ -249,7 +262,7 @@ ENTRIES: dict[str, Entry] = {
         log_z=INTEGRATED,
         metrics=(MOONS_KL,),
         picture=plane,
-        draws=functools.partial(nuts_draws, thinning=80),
+        draws=moons_draws,
         moments=True,
     ),
     "nice-double-well": Entry(
@@ -336,6 +349,14 @@ def metrics(
     )
 
 
+def kept_draws(folder: Path) -> Draws | None:
+    """Return the reference draws that an entry already has; None if it has none."""
+    if not (folder / REFERENCE).is_file():
+        return None
+    found = {check.name: check.value for check in zoo.card(folder).checks}
+    return Draws(zoo.reference_draws(folder), int(found["divergences"]))
+
+
 def make(name: str, out: Path, entries: Path, progress: bool | None) -> zoo.Card:
     """Train, evaluate and write an entry.
 
@@ -355,7 +376,7 @@ def make(name: str, out: Path, entries: Path, progress: bool | None) -> zoo.Card
             " rename the new entry, or remove the folder if it was never released"
         )
     models = [load(file).double().requires_grad_(False) for file in files]
-    draws = None if entry.draws is None else entry.draws(models[0])
+    draws = None if entry.draws is None else kept_draws(folder) or entry.draws(models[0])
     reference = None if draws is None else draws.x
     checks: tuple[zoo.Check, ...] = ()
     if draws is not None:

@@ -18,6 +18,10 @@ from pathlib import Path
 from readme_block import python_blocks
 
 ROOT = Path(__file__).resolve().parents[1]
+#: Maximum size of the wheel in bytes: it has the trained models of the zoo.
+MAX_BYTES = 15_000_000
+#: A small entry of the zoo, which is verified.
+ENTRY = "boltzmann-machine-bars"
 WHERE = "import pathlib, pyroebm; print(pathlib.Path(pyroebm.__file__).resolve().parent)"
 
 
@@ -51,7 +55,9 @@ def build(folder: Path) -> Path:
 
 
 def check_contents(wheel: Path) -> None:
-    """Check that the wheel has the package, its type marker and its license, and nothing else."""
+    """Check the wheel: the package, type marker and license, nothing else, and its size."""
+    if (size := wheel.stat().st_size) > MAX_BYTES:
+        raise RuntimeError(f"{wheel.name} has {size:,} bytes, more than {MAX_BYTES:,}")
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}
     strangers = sorted(top for top in tops if top != "pyroebm" and not top.endswith(".dist-info"))
@@ -87,12 +93,13 @@ def install(
 
 
 def check_installed(environment: Path, empty: Path) -> None:
-    """Check the environment, the origin of pyroebm, and that its command starts."""
+    """Check the environment, the origin of pyroebm, its command, and an entry of the zoo."""
     run(environment / "bin" / "python", "-m", "pip", "check", cwd=empty)
     at = Path(run(environment / "bin" / "python", "-c", WHERE, cwd=empty).strip())
     if not at.is_relative_to(environment.resolve()):
         raise RuntimeError(f"pyroebm was imported from {at}, not from {environment}")
     run(environment / "bin" / "pyroebm", "--help", cwd=empty)
+    run(environment / "bin" / "pyroebm", "zoo", "verify", ENTRY, cwd=empty)
 
 
 def run_example(environment: Path, page: Path, empty: Path) -> str:
@@ -130,7 +137,7 @@ def main(page: str = str(ROOT / "README.md")) -> int:
         return 1
     print(
         f"{wheel.name}: built, installed with the pins of constraints.txt, the example and"
-        " `pyroebm --help` run"
+        " `pyroebm zoo verify` run"
     )
     return 0
 
