@@ -294,6 +294,7 @@ ENTRIES: dict[str, Entry] = {
             ),
         ),
         picture=wells,
+        seeds=(0, 1),
     ),
 }
 

@@ -92,6 +92,7 @@ class Sample:
         name: of the entry, or a folder that export wrote.
         out: the file.
         num_samples: number of draws.
+        warmup_steps: number of warm-up steps of chains.
         seed: of all random numbers.
         progress: show progress; by default after one second.
     """
@@ -99,6 +100,7 @@ class Sample:
     name: Name
     out: Path = Path("draws.npz")
     num_samples: int = 1000
+    warmup_steps: int = 1000
     seed: int = 0
     progress: bool | None = None
 
@@ -116,6 +118,7 @@ class Sample:
             mcmc = MCMC(
                 Gibbs() if is_discrete(energy.support) else NUTS(),
                 num_samples=-(-self.num_samples // NUM_CHAINS),
+                warmup_steps=self.warmup_steps,
                 num_chains=NUM_CHAINS,
                 seed=self.seed,
                 progress=self.progress,

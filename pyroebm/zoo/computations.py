@@ -206,7 +206,7 @@ def _target(name: str) -> Target:
     kind = getattr(known_targets, name, None)
     if not (isinstance(kind, type) and issubclass(kind, Target)):
         raise ValueError(f"target must be a class of pyroebm.targets, got {name!r}")
-    return kind(dtype=torch.float64)  # type: ignore[call-arg]
+    return kind(dtype=torch.float64)
 
 
 def divergence_from_target(context: Context, target: str, tolerance: float = 1e-5) -> Estimate:

@@ -430,8 +430,8 @@ def test_chains_sample_what_has_no_exact_draws(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "x.npz"
-    words = ("sample", "score-moons", "--num-samples", "10", "--out", str(out))
-    assert command(monkeypatch, *words) == 0
+    words = ("sample", "score-moons", "--num-samples", "10", "--warmup-steps", "10")
+    assert command(monkeypatch, *words, "--out", str(out)) == 0
     assert np.load(out)["draws"].shape == (10, 2)
 
 
