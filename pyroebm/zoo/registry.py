@@ -25,7 +25,10 @@ __all__ = ["KnownLogZ", "card", "find", "list", "load", "reference_draws", "targ
 ENTRIES = Path(__file__).resolve().parent / "entries"
 #: Group of entry points. Each names a folder of entries, a ``str`` or a ``Path``.
 GROUP = "pyroebm.zoo"
-MODEL, CARD, REFERENCE, CONFIG = "model.safetensors", "card.json", "reference.npz", "config.json"
+MODEL = "model.safetensors"
+CARD = "card.json"
+REFERENCE = "reference.npz"
+CONFIG = "config.json"
 #: The entry of ``config.json`` that has the card of an exported entry.
 CONFIG_KEY = "pyroebm_card"
 
