@@ -22,10 +22,14 @@ from pyroebm.core.rowwise import RowsFailAlone, RowwiseEnergy
 from pyroebm.core.supports import is_discrete
 from pyroebm.ppl.distribution import initial_states
 
-__all__ = ["ModelEnergy"]
+__all__ = ["ModelEnergy", "NoLatentsError"]
 
 #: Number of attempts to draw a finite initial state.
 MAX_ATTEMPTS = 100
+
+
+class NoLatentsError(ValueError):
+    """A model without a latent variable, which has no energy."""
 
 
 class _Substitute(Messenger):
@@ -138,7 +142,7 @@ class ModelEnergy(RowwiseEnergy):
                 total = trace.log_prob_sum()
         latents = {site["name"]: site for site in _latents(trace)}
         if not latents:
-            raise ValueError(
+            raise NoLatentsError(
                 "the model must have a latent sample site, but every pyro.sample is observed or"
                 " there is none: remove obs= from the sites to infer"
             )
@@ -203,6 +207,14 @@ class ModelEnergy(RowwiseEnergy):
         store = dict(pyro.get_param_store().named_parameters()) if self._params else {}
         given = [leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
         return super().constants() + given + [store[name] for name in self._params if name in store]
+
+    @property
+    def transforms(self) -> dict[str, Transform] | None:
+        """The bijection from unconstrained values of each latent variable.
+
+        None if one depends on other latent variables, as that of ``Uniform(0, x)`` with a latent x.
+        """
+        return self._transforms
 
     def constrain(self, u: Tensor) -> dict[str, Tensor]:
         """Map u ``(*batch, dim)`` to the latent variables, a dict of ``(*batch, *shape)``."""
