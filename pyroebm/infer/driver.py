@@ -13,11 +13,12 @@ from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from torch import Tensor
 
 from pyroebm.core.rng import seeded_generator
-from pyroebm.core.rowwise import RowwiseEnergy
 from pyroebm.infer.kernels import HMC
+from pyroebm.infer.potential import PotentialEnergy
 from pyroebm.kernels.base import ContinuousKernel, Info
 from pyroebm.mcmc import sampler
 from pyroebm.ppl.kernel import PyroKernel
+from pyroebm.ppl.model import ModelEnergy
 
 __all__ = ["ChainName", "Driver", "Vectorized", "is_vectorized"]
 
@@ -69,7 +70,7 @@ class Driver(sampler.MCMC):
     def watch(
         self,
         shown: HMC,
-        energy: RowwiseEnergy,
+        energy: ModelEnergy | PotentialEnergy,
         hook: Hook | None,
         receive: Callable[[Tensor], object] | None = None,
     ) -> None:
@@ -224,7 +225,7 @@ class Vectorized:
             name: value.expand(self.num_chains, *value.shape) for name, value in params.items()
         }
 
-    def _driver(self, seed: int, energy: RowwiseEnergy | None) -> Driver:
+    def _driver(self, seed: int, energy: ModelEnergy | PotentialEnergy | None) -> Driver:
         return Driver(
             self.kernel.build(),
             self._requested,
@@ -250,7 +251,7 @@ class Vectorized:
         self,
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
-        receiver: Callable[[RowwiseEnergy], Callable[[Tensor], object]] | None = None,
+        receiver: Callable[[ModelEnergy | PotentialEnergy], Callable[[Tensor], object]] | None = None,
     ) -> None:
         """Run the warm-up and draw samples; without latent variables there are none.
 

@@ -151,7 +151,7 @@ class HMC(MCMCKernel):  # type: ignore[misc]
         self._given_potential = self._potential = potential_fn
         self._given_transforms = transforms
         self._initial: Mapping[str, Tensor] | None = None
-        self._energy: RowwiseEnergy | None = None
+        self._energy: ModelEnergy | PotentialEnergy | None = None
         self._chain: PyroKernel | None = None
         self.build()  # checks the settings here instead of in setup
         WindowAdaptation(target_accept_prob)
@@ -183,7 +183,7 @@ class HMC(MCMCKernel):  # type: ignore[misc]
         num_chains: int = 1,
         transforms: Mapping[str, Any] | None = None,
         generator: torch.Generator | None = None,
-    ) -> tuple[RowwiseEnergy | None, Tensor | None]:
+    ) -> tuple[ModelEnergy | PotentialEnergy | None, Tensor | None]:
         """Return the energy to sample, and the states at which the chains start.
 
         Args:
@@ -198,20 +198,21 @@ class HMC(MCMCKernel):  # type: ignore[misc]
             the energy, or None if there are no latent variables; the states ``(num_chains, dim)``,
             or None where the driver chooses them.
         """
-        transforms = self._given_transforms if transforms is None else transforms
+        given = self._given_transforms if transforms is None else transforms
+        transforms = dict(given or {})
         potential = self._given_potential
-        if self.model is not None and not transforms:
+        if self.model is not None:
             try:
                 model_energy = ModelEnergy(self.model, *args, **kwargs)
             except NoLatentsError:
                 return None, None
-            if initial_params:
-                return model_energy, model_energy.join(initial_params)
-            if self.init_strategy is init_to_uniform:
-                return model_energy, None
-            return model_energy, model_energy.initial(num_chains, generator, self.init_strategy)
-        if self.model is not None:
+            if not transforms:
+                return model_energy, self._starts(
+                    model_energy, initial_params, num_chains, generator
+                )
             # Pyro's potential, whose coordinates are those of the transforms
+            own = model_energy.transforms or {}
+            transforms = {name: transform.inv for name, transform in own.items()} | transforms
             with drawing_from(generator):
                 params, potential, _, _ = initialize_model(
                     self.model,
@@ -228,8 +229,21 @@ class HMC(MCMCKernel):  # type: ignore[misc]
             initial_params = params
         if not initial_params or potential is None:
             return None, None
-        energy = PotentialEnergy(potential, initial_params, transforms or {})
+        energy = PotentialEnergy(potential, initial_params, transforms)
         return energy, energy.join(initial_params)
+
+    def _starts(
+        self,
+        energy: ModelEnergy,
+        initial_params: Mapping[str, Tensor] | None,
+        num_chains: int,
+        generator: torch.Generator | None,
+    ) -> Tensor | None:
+        if initial_params:
+            return energy.join(initial_params)
+        if self.init_strategy is init_to_uniform:
+            return None  # drawn until a first step is accepted
+        return energy.initial(num_chains, generator, self.init_strategy)
 
     # Pyro's interface of a kernel
 
@@ -262,7 +276,7 @@ class HMC(MCMCKernel):  # type: ignore[misc]
         self.show(energy, chain)
         self._initial = energy.split(chain.state.x[0].clone())
 
-    def show(self, energy: RowwiseEnergy, chain: PyroKernel) -> None:
+    def show(self, energy: ModelEnergy | PotentialEnergy, chain: PyroKernel) -> None:
         """Show a chain in the attributes of the kernel (step size, mass matrix and others)."""
         self._energy, self._chain = energy, chain
         if self._given_potential is None:
@@ -324,8 +338,8 @@ class HMC(MCMCKernel):  # type: ignore[misc]
         Raises:
             ValueError: if the support of a latent variable depends on another one.
         """
-        if self._given_transforms is not None or not isinstance(self._energy, ModelEnergy):
-            return self._given_transforms
+        if not isinstance(self._energy, ModelEnergy):
+            return self._given_transforms if self._energy is None else self._energy.transforms
         if self._energy.transforms is None:
             raise ValueError(
                 "transforms must not depend on latent variables, but the support of a latent"

@@ -9,9 +9,10 @@ import pyro.infer.mcmc.api
 from pyro.ops.streaming import CountMeanVarianceStats, StatsOfDict, StreamingStats
 from torch import Tensor
 
-from pyroebm.core.rowwise import RowwiseEnergy
 from pyroebm.infer.driver import Driver, Vectorized, is_vectorized
 from pyroebm.infer.kernels import HMC
+from pyroebm.infer.potential import PotentialEnergy
+from pyroebm.ppl.model import ModelEnergy
 
 __all__ = ["StreamingMCMC"]
 
@@ -113,7 +114,7 @@ class StreamingMCMC(Vectorized, pyro.infer.mcmc.api.StreamingMCMC):  # type: ign
         else:
             super().run(*args, **kwargs)
 
-    def _updates(self, energy: RowwiseEnergy) -> Callable[[Tensor], object]:
+    def _updates(self, energy: ModelEnergy | PotentialEnergy) -> Callable[[Tensor], object]:
         """Return the function that updates the statistics with draws ``(chains, dim)``."""
         names = sorted(self.save_params or energy.shapes)
 
