@@ -8,7 +8,6 @@ coincide.
 from __future__ import annotations
 
 import functools
-import operator
 from collections import OrderedDict
 from typing import Any
 
@@ -26,25 +25,31 @@ __all__ = ["log_marginal"]
 
 def log_sum_exp(x: Tensor, dims: list[int]) -> Tensor:
     """Return ``x.logsumexp(dims)``, with the gradient 0 instead of NaN where all terms are 0."""
-    zero = (x == -torch.inf).all(dims, keepdim=True)
-    total = torch.where(zero, 0.0, x).logsumexp(dims, keepdim=True)
-    return torch.where(zero, -torch.inf, total).squeeze(dims)
+    least = torch.finfo(x.dtype).min
+    total = x.clamp(min=least).logsumexp(dims)
+    return torch.where(total <= least, -torch.inf, total)
 
 
 def einsum(equation: str, *operands: Tensor) -> Tensor:
     """Return ``log(einsum(equation, exp(operands)))``."""
     inputs, output = equation.split("->")
     names = output + "".join(sorted(set(inputs) - set(output) - {","}))
-    aligned = []
-    for dims, operand in zip(inputs.split(","), operands, strict=True):
-        part = operand.permute([dims.index(name) for name in names if name in dims])
-        for axis, name in enumerate(names):
-            if name not in dims:
-                part = part.unsqueeze(axis)
-        aligned.append(part)
-    total = functools.reduce(operator.add, aligned)
-    summed = list(range(len(output), len(names)))
-    return log_sum_exp(total, summed) if summed else total
+    aligned = [_aligned(x, dims, names) for x, dims in zip(operands, inputs.split(","), strict=True)]
+    total = functools.reduce(torch.add, aligned)
+    if summed := list(range(len(output), len(names))):
+        return log_sum_exp(total, summed)
+    return total.view_as(total) if len(operands) == 1 else total  # Pyro labels the result
+
+
+def _aligned(x: Tensor, dims: str, names: str) -> Tensor:
+    """Order the dimensions of x as in ``names``, with size 1 where it has none."""
+    order = [dims.index(name) for name in names if name in dims]
+    if order != sorted(order):  # each operation of the graph counts
+        x = x.permute(order)
+    for axis, name in enumerate(names):
+        if name not in dims:
+            x = x.unsqueeze(axis)
+    return x
 
 
 #: opt_einsum calls these two and ``einsum`` of the module that a ring names.
