@@ -4,8 +4,8 @@
 run as one batch in one process. Step sizes and metric of the warm-up are adapted across chains, and
 NUTS always draws from a trajectory with multinomial weights. ``NUTS`` and ``HMC`` are kernels of
 Pyro, which run in Pyro's ``MCMC`` too, and this ``MCMC`` runs the other kernels of Pyro with Pyro's
-own driver. Arguments about processes and the JIT are ignored. Discrete latent variables, which Pyro
-enumerates, raise an error that lists alternatives.
+own driver. Discrete latent variables are enumerated. Arguments about processes and the JIT are
+ignored.
 """
 
 from pyroebm.infer.kernels import HMC, NUTS

@@ -83,8 +83,8 @@ class HMC(MCMCKernel):  # type: ignore[misc]
         transforms: map each constrained site to the unconstrained space. With ``potential_fn`` they
             are applied to the draws only, and the potential includes the log-Jacobian; with
             ``model`` they define the coordinates of the chains.
-        max_plate_nesting: maximum depth of nested plates, for Pyro's potential (with ``model`` and
-            ``transforms``).
+        max_plate_nesting: maximum depth of nested plates, for models with discrete latent
+            variables; None finds it in a run of the model.
         jit_compile: ignored.
         jit_options: ignored.
         ignore_jit_warnings: ignored.
@@ -203,7 +203,9 @@ class HMC(MCMCKernel):  # type: ignore[misc]
         potential = self._given_potential
         if self.model is not None:
             try:
-                model_energy = ModelEnergy(self.model, *args, **kwargs)
+                model_energy = ModelEnergy(
+                    self.model, *args, max_plate_nesting=self.max_plate_nesting, **kwargs
+                )
             except NoLatentsError:
                 return None, None
             if not transforms:
