@@ -184,7 +184,8 @@ class ModelEnergy(RowwiseEnergy):
         frames = {frame for node in sites.values() for frame in node["cond_indep_stack"]}
         # A sequential plate indexes a tensor, which cannot be captured: substitute integers.
         self._plates = {f.name: list(range(f.size)) for f in frames if not f.vectorized}
-        self.max_plate_nesting = _plate_nesting(max_plate_nesting, frames)
+        given = max_plate_nesting if self.enumerated else None
+        self.max_plate_nesting = _plate_nesting(given, frames)
         self._params = [name for name, node in trace.nodes.items() if node["type"] == "param"]
         rows = (
             2.0 * uniform((2, *self.event_shape), seeded_generator(0), self.dtype, self.device)
