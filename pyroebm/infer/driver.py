@@ -308,10 +308,11 @@ class Vectorized:
             {"divergences": [], "acceptance rate": 1.0} for _ in range(self.num_chains)
         ]
 
-    def _named_diagnostics(self, found: dict[str, Any]) -> dict[str, Any]:
+    def _named_diagnostics(self, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Return Pyro's diagnostics with names of chains that sort by number."""
         if self._diagnostics[0] is None:
             raise ValueError("there are no draws: call run(...) first")
+        found = compute()
         for name in self._diagnostics[0]:
             found[name] = {ChainName(n): row for n, row in enumerate(found[name].values())}
         return found
