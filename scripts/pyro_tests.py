@@ -45,7 +45,15 @@ MODULES = (
 )
 
 #: Tests that fail, with wildcards, and the reason in one sentence.
-EXPECTED: dict[str, str] = {}
+EXPECTED = {
+    "test_hmc.py::test_hmc_conjugate_gaussian*": "the test takes the draws from the result of"
+    " `run`, which is None in Pyro too (Pyro skips it)",
+    "test_hmc.py::test_singular_matrix_catch*": "it writes into the private `_cache` of Pyro's HMC",
+    "test_mcmc_util.py::test_model_with_subsample?5?": "the model is refused, with a ValueError"
+    " where Pyro has a NotImplementedError",
+    "test_nuts.py::test_arrowhead_mass": "it reads the blocks of Pyro's arrowhead mass matrix; a"
+    " dense one is adapted instead, with a warning",
+}
 
 #: What a test can be, in the order of the table.
 KINDS = ("passed", "failed as expected", "failed")
@@ -172,7 +180,9 @@ def main() -> int:
     options = parser.parse_args()
     folder = options.checkout.resolve() / "tests" / "infer" / "mcmc"
     if not folder.is_dir():
-        parser.error(f"{folder} is not a folder: give a checkout of https://github.com/pyro-ppl/pyro")
+        parser.error(
+            f"{folder} is not a folder: give a checkout of https://github.com/pyro-ppl/pyro"
+        )
     plugin = Reached(options.seed, options.timeout, options.theirs)
     arguments = [str(folder / name) for name in options.files] or [str(folder)]
     # Pyro's settings make a warning a failure; ours say what is slow or ignored, and Pyro's own
@@ -191,8 +201,8 @@ def main() -> int:
     print(table_of(results))
     if options.table:
         text = re.sub(
-            r"(?s)(<!-- pyro-tests -->\n).*(\n<!-- /pyro-tests -->)",
-            lambda found: found[1] + table_of(results) + found[2],
+            r"(?s)(<!-- pyro-tests -->\n).*(<!-- /pyro-tests -->)",
+            lambda found: f"{found[1]}{table_of(results)}\n{found[2]}",
             PAGE.read_text(),
         )
         PAGE.write_text(text)

@@ -221,9 +221,7 @@ class Vectorized:
         self._driver(0, None)  # checks the counts here instead of in run
 
     def _repeated(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {
-            name: value.expand(self.num_chains, *value.shape) for name, value in params.items()
-        }
+        return {name: value.expand(self.num_chains, *value.shape) for name, value in params.items()}
 
     def _driver(self, seed: int, energy: ModelEnergy | PotentialEnergy | None) -> Driver:
         return Driver(
@@ -251,7 +249,8 @@ class Vectorized:
         self,
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
-        receiver: Callable[[ModelEnergy | PotentialEnergy], Callable[[Tensor], object]] | None = None,
+        receiver: Callable[[ModelEnergy | PotentialEnergy], Callable[[Tensor], object]]
+        | None = None,
     ) -> None:
         """Run the warm-up and draw samples; without latent variables there are none.
 

@@ -1,4 +1,4 @@
-"""MCMC and StreamingMCMC: hooks, other kernels of Pyro, what other packages read, and our options."""
+"""MCMC and StreamingMCMC: hooks, other kernels of Pyro, what other packages read, our options."""
 
 from __future__ import annotations
 
@@ -57,7 +57,9 @@ def test_other_kernels_of_pyro_are_run_by_pyro(chains: int, monkeypatch: Any) ->
     monkeypatch.setattr(torch.multiprocessing, "cpu_count", lambda: 1)  # chains in this process
     pyro.set_rng_seed(0)
     kernel = RandomWalkKernel(normal_normal)
-    with pytest.warns(UserWarning, match="available_cpu") if chains > 1 else contextlib.nullcontext():
+    with (
+        pytest.warns(UserWarning, match="available_cpu") if chains > 1 else contextlib.nullcontext()
+    ):
         mcmc = MCMC(kernel, 800, 200, num_chains=chains, **OPTIONS)
     mcmc.run(Y)
     x = mcmc.get_samples(group_by_chain=True)["mu"]
@@ -65,7 +67,7 @@ def test_other_kernels_of_pyro_are_run_by_pyro(chains: int, monkeypatch: Any) ->
     within_se(x.mean(), Y.sum() / 4, mcse_mean(x))
     assert len(mcmc.diagnostics()["acceptance rate"]) == chains
     mcmc.summary()
-    with pytest.raises(ValueError, match="this needs draws of NUTS or HMC of pyroebm.infer"):
+    with pytest.raises(ValueError, match=r"this needs draws of NUTS or HMC of pyroebm\.infer"):
         mcmc.get_stats()
     stream = StreamingMCMC(RandomWalkKernel(normal_normal), 20, 5, **OPTIONS)
     stream.run(Y)
@@ -179,11 +181,11 @@ def test_a_value_that_a_hook_changes_is_used(chains: int) -> None:
     assert float(mcmc.get_stats()["acceptance_rate"].min()) > 0.99
 
 
-class Stopped(Exception):
+class StopError(Exception):
     pass
 
 
-@pytest.mark.parametrize("error", [Stopped, KeyboardInterrupt])
+@pytest.mark.parametrize("error", [StopError, KeyboardInterrupt])
 @pytest.mark.parametrize("chains", [1, 2])
 @pytest.mark.filterwarnings("ignore:interrupted during")
 def test_what_a_hook_raises_is_passed_on_and_draws_are_kept(error: Any, chains: int) -> None:
@@ -213,7 +215,7 @@ def test_what_a_hook_raises_is_passed_on_and_draws_are_kept(error: Any, chains: 
 
 @pytest.mark.skipif(is_new_arviz(), reason="ArviZ 1 has no from_pyro")
 def test_arviz_reads_the_chains_of_pyro() -> None:
-    """Twelve chains, of which chain 2 alone diverges: in sorted names, 'chain 10' comes before it."""
+    """Twelve chains, of which chain 2 alone diverges: as strings, "chain 10" comes before it."""
     start = torch.zeros(12)
     start[2] = 30.0
 
