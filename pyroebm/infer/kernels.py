@@ -55,7 +55,7 @@ class _Trajectory(kernels.HMC):
         )
 
 
-class HMC(MCMCKernel):  # type: ignore[misc]
+class HMC(MCMCKernel):
     r"""Hamiltonian Monte Carlo with the arguments of ``pyro.infer.HMC``.
 
     The algorithm is that of Duane et al. (1987) and Neal (2011). With ``num_steps`` every
@@ -269,7 +269,8 @@ class HMC(MCMCKernel):  # type: ignore[misc]
         rows = None if given is None else {name: value[None] for name, value in given.items()}
         energy, start = self.target(args, kwargs, rows)
         if energy is None:
-            self._energy, self._chain, self._initial = None, None, {}
+            self._energy = self._chain = None
+            self._initial = {}
             return
         chain = PyroKernel(self.build(), energy, adaptation=self.adaptation(energy))
         if start is not None:

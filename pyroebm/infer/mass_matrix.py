@@ -118,7 +118,7 @@ class Blocks:
         return Dense.of_covariance(whole)
 
 
-class MassMatrixAdapter(BlockMassMatrix):  # type: ignore[misc]
+class MassMatrixAdapter(BlockMassMatrix):
     """The metric of a kernel as Pyro's ``mass_matrix_adapter``; the kernel adapts it by itself.
 
     Args:
@@ -150,6 +150,6 @@ class MassMatrixAdapter(BlockMassMatrix):  # type: ignore[misc]
 
     @inverse_mass_matrix.setter
     def inverse_mass_matrix(self, value: Mapping[tuple[str, ...], Tensor]) -> None:
-        BlockMassMatrix.inverse_mass_matrix.fset(self, value)
+        BlockMassMatrix.inverse_mass_matrix.__set__(self, value)
         if self._assign is not None:
             self._assign(self.inverse_mass_matrix)

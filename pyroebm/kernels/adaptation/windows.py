@@ -18,7 +18,7 @@ from pyroebm.kernels.adaptation.step_size import (
     shared_mean,
 )
 from pyroebm.kernels.base import AnyState, HasGradient, Info, Kernel, Steps, rows
-from pyroebm.kernels.metric import scaled
+from pyroebm.kernels.metric import Metric, scaled
 
 __all__ = [
     "Adaptation",
@@ -354,7 +354,7 @@ class WindowAdaptation:
         tuning, pooled, together, moved, rates, step = adaptation_state
         if pooled is not None:
             before = kernel.inverse_mass if isinstance(kernel.inverse_mass, Tensor) else None
-            learned = pooled.metric(before)
+            learned: Tensor | Metric | None = pooled.metric(before)
             if tuning is None and moved is not None and not bool(moved.any()):
                 # Only the metric can make the steps shorter.
                 learned = scaled(kernel.inverse_mass, 1e-3, rows(state.x))
