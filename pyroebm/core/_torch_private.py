@@ -26,6 +26,8 @@ __all__ = [
     "BoundedAllocation",
     "BoundedResults",
     "FixedShapes",
+    "PerturbedRounding",
+    "RandomOperations",
     "SpectralNorm",
     "TraceInputsOnly",
     "all_true",
@@ -197,6 +199,62 @@ class BoundedResults(TorchDispatchMode):
             if shape.numel() > self.entries:
                 raise MemoryError(f"a tensor of shape {tuple(shape)}, {shape.numel():,} entries,")
         return func(*args, **kwargs)
+
+
+class RandomOperations(TorchDispatchMode):
+    """Dispatch mode that follows random numbers of torch through all operations."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        #: The operation that drew what a tensor depends on, by storage. Keeping the tensors alive
+        #: keeps the numbers unique.
+        self.drawn: dict[int, tuple[str, Tensor]] = {}
+        #: The operation that drew a number that became a number of Python.
+        self.read: str | None = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        names = [self.behind(leaf) for leaf in tree_leaves((args, kwargs))]
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            names.append(str(func))
+        out = func(*args, **kwargs)
+        name = next(filter(None, names), None)
+        if name is not None:
+            results = tree_leaves(out)
+            tensors = [leaf for leaf in results if isinstance(leaf, Tensor)]
+            self.drawn.update((storage_of(tensor), (name, tensor)) for tensor in tensors)
+            if len(tensors) < len(results):
+                self.read = name
+        return out
+
+    def behind(self, value: Any) -> str | None:
+        """Return the random operation that a tensor depends on, or None."""
+        return self.drawn.get(storage_of(value), (None,))[0] if isinstance(value, Tensor) else None
+
+
+class PerturbedRounding(TorchDispatchMode):
+    """Dispatch mode that changes the result of each operation, at random.
+
+    Args:
+        seed: seed of the changes.
+        units: largest change, in units of the last place.
+    """
+
+    def __init__(self, seed: int, units: float = 1.0) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.generator = torch.Generator().manual_seed(seed)
+        self.units = units
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if not isinstance(out, Tensor) or not out.is_floating_point():
+            return out
+        if func._schema.returns[0].alias_info is not None:
+            return out  # a view, or written in place
+        with _disable_current_modes():  # these are no random numbers of the model
+            change = torch.rand(out.shape, generator=self.generator) - 0.5
+            change = (2.0 * self.units * torch.finfo(out.dtype).eps * change).to(out)
+        return torch.addcmul(out, out, change)
 
 
 def storage_of(tensor: Tensor) -> int:

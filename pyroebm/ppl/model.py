@@ -31,7 +31,7 @@ __all__ = ["ModelEnergy"]
 #: Number of attempts to draw a finite initial state.
 MAX_ATTEMPTS = 100
 
-#: Maximum number of entries of one tensor in an enumeration, for each chain.
+#: Maximum number of entries of a tensor of an enumeration, for each chain.
 MAX_ENTRIES = 2**27
 
 
@@ -43,10 +43,15 @@ class _Substitute(Messenger):
     """
 
     def __init__(
-        self, given: Mapping[str, Tensor], plates: Mapping[str, list[int]], inverse: bool
+        self,
+        given: Mapping[str, Tensor],
+        shapes: Mapping[str, torch.Size],
+        plates: Mapping[str, list[int]],
+        inverse: bool,
     ) -> None:
         super().__init__()
         self.given = given
+        self.shapes = shapes
         self.plates = plates
         self.inverse = inverse
         self.images: dict[str, Tensor] = {}
@@ -69,6 +74,12 @@ class _Substitute(Messenger):
         else:
             u = self.given[name]
             x = self.images[name] = transform(u)
+        if x.shape != self.shapes[name]:
+            raise ValueError(
+                f"the support of site {name!r} must not depend on a discrete site that is summed"
+                f" out, but its values have shape {tuple(x.shape)} instead of"
+                f" {tuple(self.shapes[name])}: use a distribution of fixed support and pyro.factor"
+            )
         self.log_det = self.log_det + transform.log_abs_det_jacobian(u, x).sum()
         msg["value"], msg["is_observed"] = x, True
 
@@ -80,8 +91,15 @@ class _Detached(Messenger):
         msg["value"] = msg["value"].detach()
 
 
-def _feasible(site: Any) -> Any:
-    return site["fn"].sample() if is_discrete(site["fn"].support) else init_to_feasible(site)
+def _of_continuous(strategy: Callable[..., Any]) -> InitMessenger:
+    """Start continuous sites by a strategy of Pyro, and draw discrete ones."""
+
+    def start(site: Any) -> Any:
+        fn = site["fn"]
+        discrete = _is_enumerable(fn) or is_discrete(fn.support)
+        return fn.sample() if discrete else strategy(site)
+
+    return InitMessenger(start)
 
 
 class ModelEnergy(RowwiseEnergy):
@@ -148,7 +166,7 @@ class ModelEnergy(RowwiseEnergy):
                 f" {type(model).__name__}"
             )
         with _forked():
-            start = InitMessenger(_feasible)(initial_states(model))
+            start = _of_continuous(init_to_feasible)(initial_states(model))
             with poutine.block(), torch.no_grad():
                 trace = poutine.trace(start).get_trace(*args, **kwargs)
                 trace.compute_log_prob()
@@ -208,7 +226,6 @@ class ModelEnergy(RowwiseEnergy):
         try:
             with torch.no_grad(), RowsFailAlone(), BoundedResults(MAX_ENTRIES):
                 self.row_energy(u)
-                _, places = self._run(self.split(u))
         except MemoryError as error:
             counts = [
                 f"{name!r} ({len(sites[name]['fn'].enumerate_support(expand=False))} values)"
@@ -221,14 +238,6 @@ class ModelEnergy(RowwiseEnergy):
                 + ". Declare which sites are independent, by pyro.markov (time steps) or"
                 " pyro.plate (rows), or marginalize some by hand"
             ) from None
-        for name, image in places.images.items():
-            if image.shape != self.sites[name]:
-                raise ValueError(
-                    f"the support of site {name!r} must not depend on a discrete site that is"
-                    f" enumerated, but has {tuple(image.shape)} values where one of shape"
-                    f" {tuple(self.sites[name])} is sampled: use pyro.factor, or a distribution"
-                    " of fixed support"
-                )
 
     def _fixed_transforms(self, rows: Tensor) -> dict[str, Transform] | None:
         """Return the bijections, or None if they depend on latent variables.
@@ -248,7 +257,7 @@ class ModelEnergy(RowwiseEnergy):
             pyro.validation_enabled(False),
             poutine.block(),
             poutine.enum(first_available_dim=-1 - self.max_plate_nesting),
-            _Substitute(given, self._plates, inverse) as places,
+            _Substitute(given, self.sites, self._plates, inverse) as places,
             _Detached(),
         ):
             trace = poutine.trace(self.model).get_trace(*self.args, **self.kwargs)
@@ -369,7 +378,7 @@ class ModelEnergy(RowwiseEnergy):
     ) -> Tensor:
         if strategy is None:
             return 4.0 * uniform((n, *self.event_shape), generator, self.dtype, self.device) - 2.0
-        model, rows = InitMessenger(strategy)(initial_states(self.model)), []
+        model, rows = _of_continuous(strategy)(initial_states(self.model)), []
         with contextlib.nullcontext() if generator is None else _forked(generator):
             for _ in range(n):
                 with pyro.validation_enabled(False), poutine.block(), torch.no_grad():
@@ -391,10 +400,15 @@ class ModelEnergy(RowwiseEnergy):
             cast(dict[str, Any], trace.nodes),
         )
         for name, site in nodes.items():
-            if site["type"] == "sample" and not bool(torch.isfinite(site["log_prob_sum"])):
-                density = float(site["log_prob_sum"])
+            if site["type"] != "sample":
+                continue
+            log_prob = site["log_prob"]
+            if enumerated := list(range(log_prob.dim() - self.max_plate_nesting)):
+                log_prob = log_prob.amax(enumerated)  # some values may be impossible
+            if not bool(torch.isfinite(log_prob).all()):
                 return (
-                    f"The log-density of site {name!r} was {density} where the latents were {at}."
+                    f"The log-density of site {name!r} was {float(log_prob.sum())} where the"
+                    f" latents were {at}."
                 )
         for name, part in self.split(grad).items():
             if not bool(torch.isfinite(part).all()):

@@ -155,8 +155,7 @@ def below(y: Tensor) -> None:
 
 
 def asks_for_sequential(y: Tensor) -> None:
-    with config_enumerate(default="sequential"):
-        z = pyro.sample("z", dist.Bernoulli(0.3))
+    z = pyro.sample("z", dist.Bernoulli(0.3), infer={"enumerate": "sequential"})
     b = pyro.sample("b", dist.Bernoulli(0.6), infer={"enumerate": "parallel", "num_samples": 5})
     x = pyro.sample("x", dist.Normal(0.0, 1.0))
     pyro.sample("y", dist.Normal(x * z + b, 1.0), obs=y)
@@ -374,7 +373,7 @@ def test_plates_may_be_left_room_for() -> None:
 
 def test_an_impossible_start_is_blamed_on_its_site() -> None:
     def wall(y: Tensor) -> None:
-        z = pyro.sample("z", dist.Categorical(torch.tensor([0.0, 1.0]).log().exp()))
+        z = pyro.sample("z", dist.Bernoulli(0.5))
         x = pyro.sample("x", dist.Normal(z, 1.0))
         pyro.factor("some", torch.where(z == 0, -torch.inf, 0.0))
         pyro.factor("wall", torch.where(x + z > 50.0, 0.0, -torch.inf))
@@ -417,8 +416,14 @@ def test_discrete_variables_are_inferred_from_the_draws() -> None:
     mcmc.run(Y)
     draws = mcmc.get_samples()
     assert set(draws) == {"loc"}
-    model = infer_discrete(config_enumerate(two_normals), first_available_dim=-2)
-    z = Predictive(model, draws, return_sites=["z"])(Y)["z"]
+
+    def for_each_draw(y: Tensor) -> None:
+        with pyro.plate("draws", len(draws["loc"]), dim=-2):
+            two_normals(y)
+
+    given = poutine.condition(config_enumerate(for_each_draw), {"loc": draws["loc"][:, None]})
+    posterior = infer_discrete(given, first_available_dim=-3)
+    z = poutine.trace(posterior).get_trace(Y).nodes["z"]["value"]
     one = 0.3 * torch.exp(-((Y - draws["loc"][:, None]) ** 2) / 2)
     p = one / (one + 0.7 * torch.exp(-(Y**2) / 2))
     assert z.shape == p.shape
@@ -431,6 +436,9 @@ def test_discrete_variables_are_inferred_from_the_draws() -> None:
     )
     found = poutine.trace(best).get_trace(Y).nodes["z"]["value"]
     assert torch.equal(found, (p[0] > 0.5).double())
+    prior = Predictive(two_normals, draws, return_sites=["z", "y"])(Y)
+    assert prior["z"].shape == (400, 6)
+    within_se(prior["z"].mean(), 0.3, (0.21 / 2400) ** 0.5)
 
 
 def long_chain(y: Tensor) -> None:
