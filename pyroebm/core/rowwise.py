@@ -34,7 +34,7 @@ from pyroebm.core.energy import Energy, unchecked_value_and_grad
 from pyroebm.core.supports import event_numel
 from pyroebm.core.wrappers import eval_mode
 
-__all__ = ["RowsFailAlone", "RowwiseEnergy"]
+__all__ = ["RowsFailAlone", "RowsInABatch", "RowwiseEnergy"]
 
 #: Maximum number of graphs kept: one for each batch shape, dtype and device.
 MAX_GRAPHS = 8

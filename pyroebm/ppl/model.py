@@ -21,7 +21,7 @@ from torch.distributions import Transform, biject_to
 from pyroebm.core._torch_private import BoundedResults, tree_leaves
 from pyroebm.core.energy import unchecked_value_and_grad
 from pyroebm.core.rng import seeded_generator, uniform
-from pyroebm.core.rowwise import RowsFailAlone, RowwiseEnergy
+from pyroebm.core.rowwise import RowsFailAlone, RowsInABatch, RowwiseEnergy
 from pyroebm.core.supports import is_discrete
 from pyroebm.ppl.distribution import initial_states
 from pyroebm.ppl.sum_product import log_marginal
@@ -175,14 +175,14 @@ class ModelEnergy(RowwiseEnergy):
         }
         latents, self.enumerated = _latents(sites)
         if not latents:
-            raise ValueError(
-                "the model must have a continuous latent sample site, but"
-                + (
-                    f" has only discrete ones: {self.enumerated}"
-                    if self.enumerated
-                    else " every pyro.sample is observed or there is none: remove obs= from the"
-                    " sites to infer"
+            if self.enumerated:
+                raise ValueError(
+                    "the model must have a continuous latent sample site, but has only discrete"
+                    f" ones: {self.enumerated}; to infer them, use pyro.infer.infer_discrete"
                 )
+            raise ValueError(
+                "the model must have a latent sample site, but every pyro.sample is observed or"
+                " there is none: remove obs= from the sites to infer"
             )
         like = torch.as_tensor(trace.log_prob_sum())
         for site in latents.values():
@@ -195,7 +195,8 @@ class ModelEnergy(RowwiseEnergy):
         self.args = args
         self.kwargs = kwargs
         self.sites = {name: site["value"].shape for name, site in latents.items()}
-        frames = {frame for node in sites.values() for frame in node["cond_indep_stack"]}
+        nodes = trace.nodes.values()
+        frames = {frame for node in nodes for frame in node.get("cond_indep_stack", ())}
         # A sequential plate indexes a tensor, which cannot be captured: substitute integers.
         self._plates = {f.name: list(range(f.size)) for f in frames if not f.vectorized}
         self.max_plate_nesting = _plate_nesting(max_plate_nesting, frames)
@@ -253,10 +254,11 @@ class ModelEnergy(RowwiseEnergy):
     def _run(
         self, given: Mapping[str, Tensor], inverse: bool = False
     ) -> tuple[poutine.Trace, _Substitute]:
+        enumeration = poutine.enum(first_available_dim=-1 - self.max_plate_nesting)
         with (
             pyro.validation_enabled(False),
             poutine.block(),
-            poutine.enum(first_available_dim=-1 - self.max_plate_nesting),
+            enumeration if self.enumerated else contextlib.nullcontext(),
             _Substitute(given, self.sites, self._plates, inverse) as places,
             _Detached(),
         ):
@@ -318,7 +320,8 @@ class ModelEnergy(RowwiseEnergy):
         flat = {name: part.reshape(-1, *part.shape[len(batch) :]) for name, part in given.items()}
 
         def images(parts: dict[str, Tensor]) -> dict[str, Tensor]:
-            return self._run(parts, inverse)[1].images
+            with RowsFailAlone(), RowsInABatch(next(iter(parts.values()))):
+                return self._run(parts, inverse)[1].images
 
         with torch.no_grad():
             if self.batching == "loop":

@@ -13,6 +13,7 @@ import pytest
 import torch
 from lib.checks import within_se
 from pyro import poutine
+from pyro.infer.autoguide.initialization import init_to_median, init_to_sample, init_to_uniform
 from pyro.infer import Predictive, config_enumerate, infer_discrete
 from pyro.infer.mcmc.util import initialize_model
 from pyro.ops.indexing import Vindex
@@ -369,6 +370,28 @@ def test_plates_may_be_left_room_for() -> None:
     check_density(energy, mixture, data(4))
     with pytest.raises(ValueError, match="max_plate_nesting must be at least 1, .*got.*=0"):
         ModelEnergy(mixture, data(4), max_plate_nesting=0)
+
+
+def test_a_support_may_depend_on_a_continuous_site() -> None:
+    def model(y: Tensor) -> None:
+        top = pyro.sample("top", dist.Gamma(2.0, 1.0))
+        below = pyro.sample("below", dist.Uniform(0.0, top))
+        z = pyro.sample("z", dist.Bernoulli(0.3))
+        pyro.sample("y", dist.Normal(z * below, 1.0), obs=y)
+
+    energy = ModelEnergy(model, data())
+    u = points(energy, 4)
+    values = energy.constrain(u)
+    assert (values["below"] < values["top"]).all()
+    torch.testing.assert_close(energy.unconstrain(values), u)
+
+
+@pytest.mark.parametrize("strategy", [init_to_median, init_to_uniform, init_to_sample])
+def test_starts_by_a_strategy_have_the_shapes_of_draws(strategy: Callable[..., Any]) -> None:
+    for model in (mixture, below):
+        energy = ModelEnergy(model, data(4))
+        start = energy.initial(3, torch.Generator().manual_seed(0), strategy)
+        assert torch.isfinite(energy(start)).all()
 
 
 def test_an_impossible_start_is_blamed_on_its_site() -> None:
