@@ -14,14 +14,13 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
 from pyroebm.core._checks import stacklevel_of_user
 from pyroebm.core._torch_private import (
     PerturbedRounding,
     RandomOperations,
-    TraceInputsOnly,
+    Recorder,
     all_true,
     is_batchedtensor,
     outside_transforms,
@@ -239,7 +238,7 @@ class RowwiseEnergy(Energy):
     constructor with ``self.batch_by(rows)``, which chooses how batches are evaluated. It tries on
     two events, and takes the first way whose values and gradients are those of a plain loop:
 
-    - ``"graph"``: :func:`torch.func.vmap` over the events, captured once by ``make_fx`` for each
+    - ``"graph"``: :func:`torch.func.vmap` over the events, captured once for each
       batch shape as a graph of tensor operations, and replayed without Python code;
     - ``"vmap"``: the same without the capture, with a warning that states the reason;
     - ``"loop"``: one event after the other, with a warning that states the reason.
@@ -334,13 +333,13 @@ class RowwiseEnergy(Energy):
         values: Tensor = torch.func.vmap(value, randomness="different")(rows)
         return values
 
-    def _traced(self, rows: Tensor) -> Tensor:
+    def _recorded(self, rows: Tensor) -> fx.GraphModule:
         # functionalized, so that no replay writes into a constant
-        with RandomOperations() as operations, TraceInputsOnly(rows):
+        with RandomOperations() as operations, Recorder(rows) as recorder:
             values: Tensor = torch.func.functionalize(self._vmapped)(rows)
         if drawn := operations.behind(values):
             raise ValueError(self._randomness(drawn))
-        return values
+        return recorder.graph(values)
 
     def _graph(self, rows: Tensor) -> fx.GraphModule:
         constants = self.constants()
@@ -348,11 +347,7 @@ class RowwiseEnergy(Energy):
         if key not in self._graphs:
             with _LOCK, outside_transforms(), torch.inference_mode(False), torch.no_grad():
                 zeros = torch.zeros(rows.shape, dtype=rows.dtype, device=rows.device)
-                graph = make_fx(lambda r: self._traced(r))(zeros)
-            # no operation has side effects; draws that the energy does not depend on are removed
-            # too
-            graph.graph.eliminate_dead_code(lambda node: node.op in {"placeholder", "output"})
-            graph.recompile()
+                graph = self._recorded(zeros)
             while len(self._graphs) >= MAX_GRAPHS:
                 del self._graphs[next(iter(self._graphs))]
             self._graphs[key] = (

@@ -1,4 +1,7 @@
-"""A Pyro model as an energy over its latent variables in unconstrained coordinates."""
+"""A Pyro model as an energy over its continuous latent variables in unconstrained coordinates.
+
+Discrete latent variables are enumerated and summed out.
+"""
 
 from __future__ import annotations
 
@@ -107,9 +110,17 @@ class ModelEnergy(RowwiseEnergy):
 
     .. math:: E(u) = -\log p(T(u), y) - \log |\det \partial T / \partial u|
 
-    u is the vector of all latent variables in unconstrained coordinates, and T the bijection
-    ``biject_to(support)`` of each. Observed sites, ``pyro.factor``, plates, ``poutine.scale`` and
-    masks are treated as in Pyro; ``pyro.param`` and the parameters of modules are constants.
+    u is the vector of all continuous latent variables in unconstrained coordinates, and T the
+    bijection ``biject_to(support)`` of each. Observed sites, ``pyro.factor``, plates,
+    ``poutine.scale`` and masks are treated as in Pyro; ``pyro.param`` and the parameters of modules
+    are constants.
+
+    Discrete latent variables are summed out, as in :class:`pyro.infer.MCMC`: each site whose
+    distribution has ``has_enumerate_support`` is enumerated in parallel, with or without
+    :func:`pyro.infer.config_enumerate`, and a site that asks for ``"sequential"`` enumeration or
+    for ``num_samples`` too. Every batch dimension of a site must be a plate, and the steps of a
+    hidden Markov model must be in :func:`pyro.markov`. To infer the discrete variables, condition
+    the model on draws and use :func:`pyro.infer.infer_discrete`.
 
     All chains are evaluated in one call: the model runs under ``torch.func.vmap``, and its
     operations are recorded as a graph, which is replayed (see
@@ -125,17 +136,25 @@ class ModelEnergy(RowwiseEnergy):
     Args:
         model: a Pyro model.
         args: positional arguments of the model.
+        max_plate_nesting: number of dimensions, from the right, that are left to plates by the
+            enumeration; None uses the plates of one run, as Pyro does. It is not passed to the
+            model.
         kwargs: keyword arguments of the model.
 
     Attributes:
-        sites: names and shapes of the latent variables in their constrained space, in the order of
-            the model.
+        sites: names and shapes of the continuous latent variables in their constrained space, in
+            the order of the model.
+        enumerated: names of the discrete latent variables, which are summed out.
+        max_plate_nesting: as given or found; ``infer_discrete`` takes ``first_available_dim=-1 -
+            max_plate_nesting``.
         event_shape: ``(dim,)``, number of unconstrained entries.
         batching: ``"graph"``, ``"vmap"`` or ``"loop"``.
 
     Raises:
-        ValueError: if the model has no latent variables, a discrete one, a plate that subsamples,
-            or a random density.
+        ValueError: if the model has no continuous latent variable, a discrete one that cannot be
+            enumerated, a plate that subsamples, or a random density; if an enumeration has too many
+            values, or a batch dimension that is no plate.
+        NotImplementedError: if discrete variables couple plates that are not nested.
 
     Example:
         >>> import pyro.distributions as dist
@@ -151,6 +170,14 @@ class ModelEnergy(RowwiseEnergy):
         >>> mcmc.run(energy)
         >>> mcmc.get_samples(group_by_chain=True)["scale"].shape
         torch.Size([8, 50])
+        >>> def mixture(y):
+        ...     shift = pyro.sample("shift", dist.Normal(0.0, 5.0))
+        ...     with pyro.plate("data", len(y)):
+        ...         z = pyro.sample("z", dist.Bernoulli(0.3))
+        ...         pyro.sample("y", dist.Normal(shift * z, 1.0), obs=y)
+        >>> energy = ModelEnergy(mixture, torch.tensor([0.1, 2.9, -0.4]))
+        >>> energy.sites, energy.enumerated
+        ({'shift': torch.Size([])}, ['z'])
     """
 
     def __init__(

@@ -34,7 +34,9 @@ def einsum(equation: str, *operands: Tensor) -> Tensor:
     """Return ``log(einsum(equation, exp(operands)))``."""
     inputs, output = equation.split("->")
     names = output + "".join(sorted(set(inputs) - set(output) - {","}))
-    aligned = [_aligned(x, dims, names) for x, dims in zip(operands, inputs.split(","), strict=True)]
+    aligned = [
+        _aligned(x, dims, names) for x, dims in zip(operands, inputs.split(","), strict=True)
+    ]
     total = functools.reduce(torch.add, aligned)
     if summed := list(range(len(output), len(names))):
         return log_sum_exp(total, summed)

@@ -138,7 +138,9 @@ def forbidden(y: Tensor) -> None:
     """State 2 cannot be reached, and state 1 cannot be left."""
     logits = pyro.sample("logits", dist.Normal(0.0, 1.0))
     table = torch.full((3, 3), -torch.inf)
-    table = torch.where(torch.tensor([[1, 1, 0], [0, 1, 0], [0, 0, 0]]) > 0, logits.sigmoid(), table)
+    table = torch.where(
+        torch.tensor([[1, 1, 0], [0, 1, 0], [0, 0, 0]]) > 0, logits.sigmoid(), table
+    )
     z = torch.tensor(0)
     for t in pyro.markov(range(3)):
         before, z = z, pyro.sample(f"z_{t}", dist.Categorical(torch.ones(3)))

@@ -77,7 +77,11 @@ MODELS: dict[str, tuple[Callable[..., Any], Any, str]] = {
     "LocScale": (schools, {"theta": LocScaleReparam(0.0)}, "graph"),
     "LocScale learned": (schools, {"theta": LocScaleReparam()}, "graph"),
     "Transform": (growth, {"rate": TransformReparam(), "x": TransformReparam()}, "graph"),
-    "function": (schools, lambda site: LocScaleReparam(0.3) if site["name"] == "theta" else None, "graph"),
+    "function": (
+        schools,
+        lambda site: LocScaleReparam(0.3) if site["name"] == "theta" else None,
+        "graph",
+    ),
     "Auto, normal": (schools, AutoReparam(), "graph"),
     "Auto, transformed": (growth, AutoReparam(), "graph"),
     "ProjectedNormal": (directions, {"x": ProjectedNormalReparam()}, "vmap"),
