@@ -167,7 +167,9 @@ class Recorder(FixedShapes):
             self._known[key] = (
                 node
                 if isinstance(out, Tensor)
-                else [self._graph.call_function(operator.getitem, (node, i)) for i in range(len(out))]
+                else [
+                    self._graph.call_function(operator.getitem, (node, i)) for i in range(len(out))
+                ]
             )
         self._nodes.update(
             (id(part), (node, part))

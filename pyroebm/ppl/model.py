@@ -153,8 +153,8 @@ class ModelEnergy(RowwiseEnergy):
     Raises:
         ValueError: if the model has no continuous latent variable, a discrete one that cannot be
             enumerated, a plate that subsamples, or a random density; if an enumeration has too many
-            values, or a batch dimension that is no plate.
-        NotImplementedError: if discrete variables couple plates that are not nested.
+            values, a batch dimension that is no plate, or crossing plates that depend on each
+            other.
 
     Example:
         >>> import pyro.distributions as dist

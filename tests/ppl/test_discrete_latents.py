@@ -13,8 +13,8 @@ import pytest
 import torch
 from lib.checks import within_se
 from pyro import poutine
-from pyro.infer.autoguide.initialization import init_to_median, init_to_sample, init_to_uniform
 from pyro.infer import Predictive, config_enumerate, infer_discrete
+from pyro.infer.autoguide.initialization import init_to_median, init_to_sample, init_to_uniform
 from pyro.infer.mcmc.util import initialize_model
 from pyro.ops.indexing import Vindex
 from torch import Tensor
@@ -346,6 +346,17 @@ def only_discrete(y: Tensor) -> None:
     pyro.sample("y", dist.Normal(z, 1.0), obs=y)
 
 
+def crossing_plates(y: Tensor) -> None:
+    x = pyro.sample("x", dist.Normal(0.0, 1.0))
+    rows, columns = pyro.plate("rows", 2, dim=-2), pyro.plate("columns", 2, dim=-1)
+    with rows:
+        a = pyro.sample("a", dist.Bernoulli(0.3))
+    with columns:
+        b = pyro.sample("b", dist.Bernoulli(0.3))
+    with rows, columns:
+        pyro.sample("y", dist.Normal(x * a * b, 1.0), obs=y)
+
+
 @pytest.mark.parametrize(
     ("model", "y", "said"),
     [
@@ -356,6 +367,7 @@ def only_discrete(y: Tensor) -> None:
          r" values\).* and 2 more.*pyro\.markov"),
         (no_plate, data(3), r"site 'y' has batch shape \(3,\) in 0 plates: enclose it in"),
         (bounded, data(), r"support of site 'x' must not depend on a discrete site"),
+        (crossing_plates, data(2, 2), r"plates \['columns', 'rows'\] some .*cross.*sequential"),
         (only_discrete, data(), r"continuous latent sample site, but has only .*\['z'\]"),
     ],
 )  # fmt: skip
@@ -370,7 +382,7 @@ def test_plates_may_be_left_room_for() -> None:
     energy = ModelEnergy(mixture, data(4), max_plate_nesting=3)
     assert energy.max_plate_nesting == 3
     check_density(energy, mixture, data(4))
-    with pytest.raises(ValueError, match="max_plate_nesting must be at least 1, .*got.*=0"):
+    with pytest.raises(ValueError, match=r"max_plate_nesting must be at least 1, .*got.*=0"):
         ModelEnergy(mixture, data(4), max_plate_nesting=0)
 
 

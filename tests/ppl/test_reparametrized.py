@@ -71,8 +71,8 @@ def latent_tails(y: Tensor) -> None:
         pyro.sample("y", dist.Normal(x, 1.0), obs=y)
 
 
-#: A model, its reparametrization, and how batches are evaluated: Pyro's code writes into ``x.data``,
-#: or has an ``assert`` on a latent variable.
+#: A model, its reparametrization, and how batches are evaluated: Pyro's code writes into
+#: ``x.data``, or has an ``assert`` on a latent variable.
 MODELS: dict[str, tuple[Callable[..., Any], Any, str]] = {
     "LocScale": (schools, {"theta": LocScaleReparam(0.0)}, "graph"),
     "LocScale learned": (schools, {"theta": LocScaleReparam()}, "graph"),
