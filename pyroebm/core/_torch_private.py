@@ -187,7 +187,7 @@ class Recorder(FixedShapes):
         key = tensor.dtype, tensor.device, tensor.shape, content
         if key not in self._known:
             name = f"constant_{len(self._constants)}"
-            self._constants[name] = tensor
+            self._constants[name] = tensor.clone() if small else tensor.detach()
             self._known[key] = self._graph.get_attr(name)
         return self._nodes.setdefault(id(tensor), (self._known[key], tensor))[0]
 
