@@ -361,7 +361,7 @@ class ModelEnergy(RowwiseEnergy):
                 mapped = torch.vmap(images, chunk_size=4096)(flat)
         return {name: part.reshape(batch + part.shape[1:]) for name, part in mapped.items()}
 
-    def named(self, x: Tensor, site: str = "x") -> dict[str, Tensor]:
+    def named(self, x: Tensor) -> dict[str, Tensor]:
         """Return the sites of the model, under which :class:`pyroebm.MCMC` stores draws."""
         return self.constrain(x)
 

@@ -666,7 +666,6 @@ def test_a_window_that_tells_nothing_keeps_the_metric() -> None:
             {"step_size": 0.1},
             "step_size must be one of 'grouped', 'per_chain', 'pooled', or None, got step_size=0.1",
         ),
-        ({"rank": 0}, "rank must be at least 1, got rank=0"),
         (
             {"target_acceptance": 1.0},
             r"target_acceptance must be in \(0, 1\), got target_acceptance=1.0",
