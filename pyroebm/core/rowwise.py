@@ -335,7 +335,8 @@ class RowwiseEnergy(Energy):
 
     def _recorded(self, rows: Tensor) -> fx.GraphModule:
         # functionalized, so that no replay writes into a constant
-        with RandomOperations() as operations, Recorder(rows) as recorder:
+        operations, recorder = RandomOperations(), Recorder(rows)
+        with operations, recorder:
             values: Tensor = torch.func.functionalize(self._vmapped)(rows)
         if drawn := operations.behind(values):
             raise ValueError(self._randomness(drawn))
@@ -423,8 +424,9 @@ class RowwiseEnergy(Energy):
             # the model's own code may check its numbers exactly
             except Exception:
                 return torch.full_like(values, torch.inf)
-        change = (torch.stack(perturbed) - values).abs().amax(0) / PERTURBATION
-        return torch.finfo(self.dtype).eps ** 0.5 * (1.0 + values.abs()) + ROUNDING_FACTOR * change
+        change: Tensor = (torch.stack(perturbed) - values).abs().amax(0) / PERTURBATION
+        least = torch.finfo(self.dtype).eps ** 0.5 * (1.0 + values.abs())
+        return least + ROUNDING_FACTOR * change
 
     def _randomness(self, operation: str | None) -> str:
         return (
