@@ -425,7 +425,7 @@ class RowwiseEnergy(Energy):
             except Exception:
                 return torch.full_like(values, torch.inf)
         change: Tensor = (torch.stack(perturbed) - values).abs().amax(0) / PERTURBATION
-        least = torch.finfo(self.dtype).eps ** 0.5 * (1.0 + values.abs())
+        least: Tensor = (1.0 + values.abs()) * torch.finfo(self.dtype).eps ** 0.5
         return least + ROUNDING_FACTOR * change
 
     def _randomness(self, operation: str | None) -> str:
