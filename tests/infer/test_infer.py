@@ -521,11 +521,6 @@ def test_one_chain_without_warm_up_given_has_as_many_steps_as_samples() -> None:
     assert mcmc.get_samples()["b"].shape == (6,)
 
 
-def discrete() -> None:
-    z = pyro.sample("z", dist.Bernoulli(0.5))
-    pyro.sample("x", dist.Normal(z, 1.0))
-
-
 @pytest.mark.parametrize(
     ("make", "said"),
     [
@@ -551,10 +546,6 @@ def discrete() -> None:
         (
             lambda: MCMC(NUTS(two_sites), 5, 5, {"b": torch.zeros(())}, disable_progbar=True).run(),
             "variables must be",
-        ),
-        (
-            lambda: MCMC(NUTS(discrete), 5, disable_progbar=True).run(),
-            "site 'z' must be continuous",
         ),
         (
             lambda: MCMC(
