@@ -14,8 +14,13 @@ from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, fx, nn
-from torch._C._functorch import is_batchedtensor, is_functorch_wrapped_tensor
+from torch._C._functorch import (
+    is_batchedtensor,
+    is_functorch_wrapped_tensor,
+    peek_interpreter_stack,
+)
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.distributions import dirichlet
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.nn.utils import parametrizations
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -30,6 +35,7 @@ __all__ = [
     "all_true",
     "compile_graph",
     "copy_each",
+    "dirichlet_in_vmap",
     "held_by",
     "is_batchedtensor",
     "is_functorch_wrapped_tensor",
@@ -324,6 +330,33 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
 def standard_gamma(shapes: Tensor, generator: torch.Generator | None) -> Tensor:
     """Draw from gamma distributions of scale 1."""
     return torch._standard_gamma(shapes, generator=generator)
+
+
+class _Dirichlet:
+    """Draws of torch's Dirichlet, without their derivative in ``vmap``."""
+
+    #: torch's autograd.Function, which vmap does not support.
+    function = dirichlet._Dirichlet
+
+    @classmethod
+    def apply(cls, concentration: Tensor) -> Tensor:
+        if peek_interpreter_stack() is None:
+            return cast(Tensor, cls.function.apply(concentration))
+        return torch._sample_dirichlet(concentration)
+
+
+@contextlib.contextmanager
+def dirichlet_in_vmap() -> Iterator[None]:
+    """Let ``vmap`` draw from Beta and Dirichlet distributions, without derivatives of the draws.
+
+    Not reentrant in several threads: hold a lock. Code of other threads outside of ``vmap`` is not
+    affected.
+    """
+    dirichlet._Dirichlet = _Dirichlet  # type: ignore[assignment,misc]
+    try:
+        yield
+    finally:
+        dirichlet._Dirichlet = _Dirichlet.function  # type: ignore[misc]
 
 
 def copy_each(to: list[Tensor], source: list[Tensor]) -> None:

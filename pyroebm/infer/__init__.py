@@ -9,9 +9,11 @@ alternatives.
 
 from pyroebm.infer.kernels import HMC, NUTS
 from pyroebm.infer.mcmc import MCMC
+from pyroebm.infer.predictive import Predictive
 
 __all__ = [
     "HMC",
     "MCMC",
     "NUTS",
+    "Predictive",
 ]

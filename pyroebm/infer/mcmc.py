@@ -17,8 +17,9 @@ from torch import Tensor
 
 from pyroebm.core.rng import seeded_generator
 from pyroebm.core.rowwise import RowwiseEnergy
-from pyroebm.diagnostics.arviz_data import to_arviz
+from pyroebm.diagnostics.arviz_data import Coords, Dims, to_arviz
 from pyroebm.diagnostics.convergence import Diagnosis
+from pyroebm.diagnostics.pyro_model import model_groups
 from pyroebm.diagnostics.stuck import describe_stuck
 from pyroebm.infer.kernels import HMC, NUTS, Settings
 from pyroebm.kernels.base import ContinuousKernel
@@ -309,11 +310,32 @@ class MCMC(AbstractMCMC):
         ):
             print(message)
 
-    def to_arviz(self) -> Any:
-        """Convert draws and statistics to ArviZ's InferenceData (DataTree from ArviZ 1.0 on)."""
+    def to_arviz(
+        self,
+        *,
+        log_likelihood: bool = False,
+        prior: Mapping[str, Tensor] | None = None,
+        posterior_predictive: Mapping[str, Tensor] | None = None,
+        dims: Dims | None = None,
+        coords: Coords | None = None,
+    ) -> Any:
+        """Convert draws and statistics to ArviZ's InferenceData (DataTree from ArviZ 1.0 on).
+
+        Arguments and groups are those of :meth:`pyroebm.MCMC.to_arviz`. The posterior has the sites
+        of ``save_params`` and the deterministic ones.
+        """
         run = self._finished()
+        groups = model_groups(
+            run._target,
+            run.get_samples(group_by_chain=True),
+            log_likelihood=log_likelihood,
+            prior=prior,
+            posterior_predictive=posterior_predictive,
+            dims=dims,
+            keep=self.save_params,
+        )
         attributes = {"kernel": type(self.kernel).__name__, "seed": str(run.seed)}
-        return to_arviz(self._samples, run.get_stats(), attrs=attributes)
+        return to_arviz(sample_stats=run.get_stats(), coords=coords, attrs=attributes, **groups)
 
     def diagnose(self, max_r_hat: float = 1.01, min_ess: float = 400.0) -> Diagnosis:
         """Diagnose the draws; see :func:`pyroebm.diagnostics.diagnose`.
