@@ -233,9 +233,12 @@ def model_groups(
         the arguments ``posterior`` (with deterministic sites), ``dims`` and groups of ``to_arviz``.
 
     Raises:
-        ValueError: if ``log_likelihood`` is asked for without a model, or without draws of a latent
-            variable of it; if given draws do not fit the number of chains and draws.
+        ValueError: if there are no draws; if ``log_likelihood`` is asked for without a model, or
+            without draws of a latent variable of it; if given draws do not fit the number of chains
+            and draws.
     """
+    if not posterior:
+        raise ValueError("the model must have latent variables with draws, but there are none")
     sizes = cast(tuple[int, int], tuple(next(iter(posterior.values())).shape[:2]))
     sites, groups = _Sites({}, {}, {}, [], []), dict[str, Any]()
     if isinstance(call, HasModel):
