@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
+from pyro.ops import special
 from torch import Tensor, fx, nn
 from torch._C._functorch import (
     is_batchedtensor,
@@ -36,7 +37,7 @@ __all__ = [
     "all_true",
     "compile_graph",
     "copy_each",
-    "dirichlet_in_vmap",
+    "functions_in_vmap",
     "held_by",
     "is_batchedtensor",
     "is_functorch_wrapped_tensor",
@@ -359,9 +360,8 @@ def standard_gamma(shapes: Tensor, generator: torch.Generator | None) -> Tensor:
 
 
 class _Dirichlet:
-    """Draws of torch's Dirichlet, without their derivative in ``vmap``."""
+    """Draws of torch's Dirichlet distribution, in ``vmap`` without their derivative."""
 
-    #: torch's autograd.Function, which vmap does not support.
     function = dirichlet._Dirichlet
 
     @classmethod
@@ -371,18 +371,32 @@ class _Dirichlet:
         return torch._sample_dirichlet(concentration)
 
 
-@contextlib.contextmanager
-def dirichlet_in_vmap() -> Iterator[None]:
-    """Let ``vmap`` draw from Beta and Dirichlet distributions, without derivatives of the draws.
+class _SafeLog:
+    """Pyro's logarithm, whose derivative is bounded at 0."""
 
-    Not reentrant in several threads: hold a lock. Code of other threads outside of ``vmap`` is not
-    affected.
+    function = special._SafeLog
+
+    @classmethod
+    def apply(cls, x: Tensor) -> Tensor:
+        if peek_interpreter_stack() is None:
+            return cast(Tensor, cls.function.apply(x))
+        bounded = x.detach().clamp(min=torch.finfo(x.dtype).eps)
+        return x.detach().log() + (x - x.detach()) / bounded
+
+
+@contextlib.contextmanager
+def functions_in_vmap() -> Iterator[None]:
+    """Replace each ``autograd.Function`` of torch and Pyro that ``vmap`` does not support.
+
+    These are the draws of Beta and Dirichlet distributions, which have no derivative then, and
+    Pyro's ``safe_log``. Code outside of transforms, as that of other threads, is not affected.
     """
-    dirichlet._Dirichlet = _Dirichlet  # type: ignore[assignment,misc]
+    before = dirichlet._Dirichlet, special._SafeLog
+    dirichlet._Dirichlet, special._SafeLog = _Dirichlet, _SafeLog  # type: ignore[misc,assignment]
     try:
         yield
     finally:
-        dirichlet._Dirichlet = _Dirichlet.function  # type: ignore[misc]
+        dirichlet._Dirichlet, special._SafeLog = before  # type: ignore[misc]
 
 
 def copy_each(to: list[Tensor], source: list[Tensor]) -> None:

@@ -23,7 +23,7 @@ from pyroebm.core._checks import stacklevel_of_user
 from pyroebm.core._torch_private import (
     TraceInputsOnly,
     all_true,
-    dirichlet_in_vmap,
+    functions_in_vmap,
     is_batchedtensor,
     outside_transforms,
     storage_of,
@@ -263,7 +263,7 @@ def map_rows(
     """
 
     def batched(index: Tensor, row: dict[str, Tensor]) -> dict[str, Tensor]:
-        with dirichlet_in_vmap(), RowsFailAlone(), RowsInABatch(index):
+        with functions_in_vmap(), RowsFailAlone(), RowsInABatch(index):
             return function(row)
 
     def single(k: int) -> dict[str, Tensor]:
@@ -415,7 +415,7 @@ class RowwiseEnergy(Energy):
 
     def _vmapped(self, rows: Tensor) -> Tensor:
         def value(row: Tensor) -> Tensor:
-            with RowsFailAlone(), RowsInABatch(row):
+            with functions_in_vmap(), RowsFailAlone(), RowsInABatch(row):
                 return self.row_energy(row)
 
         # a draw that the energy does not depend on, such as a prediction, may differ between events

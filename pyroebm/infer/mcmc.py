@@ -210,7 +210,7 @@ class MCMC(Vectorized, pyro.infer.mcmc.api.MCMC):  # type: ignore[misc]
         of ``save_params`` and the deterministic ones.
         """
         self._check_drawn()
-        given = {
+        given: dict[str, Any] = {
             "log_likelihood": log_likelihood,
             "prior": prior,
             "posterior_predictive": posterior_predictive,
