@@ -221,9 +221,7 @@ class Vectorized:
         self._driver(0, None)  # checks the counts here instead of in run
 
     def _repeated(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {
-            name: value.expand(self.num_chains, *value.shape) for name, value in params.items()
-        }
+        return {name: value.expand(self.num_chains, *value.shape) for name, value in params.items()}
 
     def _driver(self, seed: int, energy: ModelEnergy | PotentialEnergy | None) -> Driver:
         return Driver(
@@ -251,7 +249,8 @@ class Vectorized:
         self,
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
-        receiver: Callable[[ModelEnergy | PotentialEnergy], Callable[[Tensor], object]] | None = None,
+        receiver: Callable[[ModelEnergy | PotentialEnergy], Callable[[Tensor], object]]
+        | None = None,
     ) -> None:
         """Run the warm-up and draw samples; without latent variables there are none.
 
@@ -308,10 +307,11 @@ class Vectorized:
             {"divergences": [], "acceptance rate": 1.0} for _ in range(self.num_chains)
         ]
 
-    def _named_diagnostics(self, found: dict[str, Any]) -> dict[str, Any]:
+    def _named_diagnostics(self, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Return Pyro's diagnostics with names of chains that sort by number."""
         if self._diagnostics[0] is None:
             raise ValueError("there are no draws: call run(...) first")
+        found = compute()
         for name in self._diagnostics[0]:
             found[name] = {ChainName(n): row for n, row in enumerate(found[name].values())}
         return found

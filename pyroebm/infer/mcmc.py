@@ -178,8 +178,7 @@ class MCMC(Vectorized, pyro.infer.mcmc.api.MCMC):  # type: ignore[misc]
 
         Divergences and acceptance rates are given for each chain.
         """
-        self._check_drawn()
-        return self._named_diagnostics(super().diagnostics())
+        return self._named_diagnostics(super().diagnostics)
 
     def summary(self, prob: float = 0.9) -> None:
         """Print Pyro's summary table of each site, and the number of divergences.

@@ -149,9 +149,7 @@ class PyroKernel(MCMCKernel):
         return self._acceptance / max(self._step - (0 if warms else self.warmup_steps), 1)
 
     def logging(self) -> OrderedDict[str, str]:
-        """Return the step size, and the acceptance rate since the start of the warm-up or of the
-        draws, for the progress bar.
-        """
+        """Return the step size and the acceptance rate of the current stage, for the progress bar."""
         entries = OrderedDict[str, str]()
         if (size := self.kernel.step_size) is not None:
             entries["step size"] = f"{float(torch.as_tensor(size).mean()):.2e}"

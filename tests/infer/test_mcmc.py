@@ -1,7 +1,8 @@
-"""MCMC and StreamingMCMC: hooks, other kernels of Pyro, what other packages read, and our options."""
+"""MCMC and StreamingMCMC: hooks, other kernels of Pyro, what other packages read, our options."""
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def drawn(kind: Any = MCMC, kernel: Any = None, samples: int = 10, **options: An
 
 def test_results_are_instances_of_pyros_classes() -> None:
     assert issubclass(MCMC, pyro.infer.MCMC)
-    assert issubclass(StreamingMCMC, pyro.infer.StreamingMCMC)
+    assert issubclass(StreamingMCMC, pyro.infer.mcmc.StreamingMCMC)
 
 
 @pytest.mark.parametrize("chains", [1, 2])
@@ -56,7 +57,9 @@ def test_other_kernels_of_pyro_are_run_by_pyro(chains: int, monkeypatch: Any) ->
     monkeypatch.setattr(torch.multiprocessing, "cpu_count", lambda: 1)  # chains in this process
     pyro.set_rng_seed(0)
     kernel = RandomWalkKernel(normal_normal)
-    with pytest.warns(UserWarning, match="available_cpu") if chains > 1 else _nothing():
+    with (
+        pytest.warns(UserWarning, match="available_cpu") if chains > 1 else contextlib.nullcontext()
+    ):
         mcmc = MCMC(kernel, 800, 200, num_chains=chains, **OPTIONS)
     mcmc.run(Y)
     x = mcmc.get_samples(group_by_chain=True)["mu"]
@@ -64,17 +67,11 @@ def test_other_kernels_of_pyro_are_run_by_pyro(chains: int, monkeypatch: Any) ->
     within_se(x.mean(), Y.sum() / 4, mcse_mean(x))
     assert len(mcmc.diagnostics()["acceptance rate"]) == chains
     mcmc.summary()
-    with pytest.raises(ValueError, match="this needs draws of NUTS or HMC of pyroebm.infer"):
+    with pytest.raises(ValueError, match=r"this needs draws of NUTS or HMC of pyroebm\.infer"):
         mcmc.get_stats()
     stream = StreamingMCMC(RandomWalkKernel(normal_normal), 20, 5, **OPTIONS)
     stream.run(Y)
     assert stream.get_statistics()[0, "mu"]["count"] == 20
-
-
-def _nothing() -> Any:
-    import contextlib
-
-    return contextlib.nullcontext()
 
 
 def test_a_kernel_with_a_setup_of_its_own_is_moved_by_it() -> None:
@@ -184,13 +181,13 @@ def test_a_value_that_a_hook_changes_is_used(chains: int) -> None:
     assert float(mcmc.get_stats()["acceptance_rate"].min()) > 0.99
 
 
-class Stopped(Exception):
+class StopError(Exception):
     pass
 
 
-@pytest.mark.parametrize("error", [Stopped, KeyboardInterrupt])
+@pytest.mark.parametrize("error", [StopError, KeyboardInterrupt])
 @pytest.mark.parametrize("chains", [1, 2])
-@pytest.mark.filterwarnings("ignore:interrupted during sampling")
+@pytest.mark.filterwarnings("ignore:interrupted during")
 def test_what_a_hook_raises_is_passed_on_and_draws_are_kept(error: Any, chains: int) -> None:
     def hook(kernel: Any, params: dict[str, Tensor], stage: str, i: int) -> None:
         if stage.startswith("Sample") and i == 3:
@@ -207,7 +204,7 @@ def test_what_a_hook_raises_is_passed_on_and_draws_are_kept(error: Any, chains: 
         raise error
 
     mcmc = MCMC(NUTS(normal_normal), 9, 5, num_chains=chains, hook_fn=early, **OPTIONS)
-    with pytest.raises(error), pytest.warns(RuntimeWarning) if error is not Stopped else _nothing():
+    with pytest.raises(error):
         mcmc.run(Y)
     with pytest.raises(ValueError, match="there are no draws"):
         mcmc.get_samples()
@@ -218,7 +215,7 @@ def test_what_a_hook_raises_is_passed_on_and_draws_are_kept(error: Any, chains: 
 
 @pytest.mark.skipif(is_new_arviz(), reason="ArviZ 1 has no from_pyro")
 def test_arviz_reads_the_chains_of_pyro() -> None:
-    """Twelve chains, of which chain 2 alone diverges: in sorted names, 'chain 10' comes before it."""
+    """Twelve chains, of which chain 2 alone diverges: as strings, "chain 10" comes before it."""
     start = torch.zeros(12)
     start[2] = 30.0
 
@@ -233,15 +230,15 @@ def test_arviz_reads_the_chains_of_pyro() -> None:
         adapt_step_size=False,
         adapt_mass_matrix=False,
     )
-    mcmc = MCMC(kernel, 5, 0, {"x": start}, 12, **OPTIONS)
+    mcmc = MCMC(kernel, 12, 0, {"x": start}, 12, **OPTIONS)
     with pytest.warns(RuntimeWarning, match="never moved"):
         mcmc.run()
     divergences = mcmc.diagnostics()["divergences"]
-    assert divergences["chain 2"] == [0, 1, 2, 3, 4]
+    assert divergences["chain 2"] == list(range(12))
     assert sorted(divergences) == [f"chain {c}" for c in range(12)]
     diverging = arviz().from_pyro(mcmc).sample_stats["diverging"].values
     assert diverging[2].all()
-    assert diverging.sum() == 5
+    assert diverging.sum() == 12
 
 
 @pytest.mark.skipif(is_new_arviz(), reason="ArviZ 1 has no from_pyro")

@@ -18,6 +18,7 @@ from pyroebm.kernels.adaptation.step_size import (
     shared_mean,
 )
 from pyroebm.kernels.base import AnyState, HasGradient, Info, Kernel, Steps, rows
+from pyroebm.kernels.metric import scaled
 
 __all__ = [
     "Adaptation",
@@ -136,7 +137,8 @@ class WindowAdaptation:
     The metric is learned from the draws of all chains, so many chains learn it in few steps. Chains
     that have not moved since the window began are left out. A chain with a non-finite energy or
     gradient keeps its previous state and reports acceptance 0, so nothing non-finite enters the
-    adaptation. A window that does not determine a metric keeps the previous one.
+    adaptation. A window that does not determine a metric keeps the previous one, except that with
+    a fixed step size the variances are divided by 1000 where no chain moved.
 
     Args:
         target_acceptance: acceptance rate to aim at; None uses the kernel's own.
@@ -353,6 +355,9 @@ class WindowAdaptation:
         if pooled is not None:
             before = kernel.inverse_mass if isinstance(kernel.inverse_mass, Tensor) else None
             learned = pooled.metric(before)
+            if tuning is None and moved is not None and not bool(moved.any()):
+                # Only the metric can make the steps shorter.
+                learned = scaled(kernel.inverse_mass, 1e-3, rows(state.x))
             kernel = kernel if learned is None else kernel.replace(inverse_mass=learned)
             pooled = self._empty(kernel, state)
         if tuning is not None and rates is not None:
