@@ -211,7 +211,10 @@ class RowsInABatch(TorchFunctionMode):
             ):
                 self._copy(args[0])
         if self.copies:
-            args, kwargs = tree_map_only(Tensor, self._current, (args, kwargs))
+            # a Size stays one: x.new(Size([])) is a scalar, x.new(()) is empty
+            args, kwargs = tree_map_only(
+                Tensor, self._current, (args, kwargs), is_leaf=lambda part: type(part) is torch.Size
+            )
         if writes and result is not None and is_batchedtensor(args[0]):
             # vmap supports more out-of-place functions than in-place ones
             return args[0].copy_(self.REPLACEMENTS.get(result, result)(*args, **kwargs))

@@ -148,6 +148,21 @@ def test_every_distribution_is_vectorized_and_drawn_independently(name: str) -> 
         within_se(products.mean(), 0.0, mean_and_se(products)[1])
 
 
+@pytest.mark.parametrize("shape", [(), (2,)])
+def test_several_sites_are_drawn_in_place(shape: tuple[int, ...]) -> None:
+    """torch draws these distributions by a write into an empty tensor of the right shape."""
+
+    def model() -> None:
+        for name in ("Exponential", "Laplace", "Geometric", "Normal", "Beta"):
+            pyro.sample(name, DISTRIBUTIONS[name]().expand(shape))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = Predictive(model, num_samples=6)()
+    assert {value.shape for value in found.values()} == {(6, *shape)}
+    assert len(found["Laplace"].unique()) == 6 * max(1, *shape, 1)
+
+
 def test_the_seed_decides_and_no_other_generator_is_used() -> None:
     def draw(seed: int) -> Tensor:
         pyro.set_rng_seed(seed)
