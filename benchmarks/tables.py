@@ -4,8 +4,8 @@
 
 A table is between `<!-- table: NAME -->` and `<!-- end -->`, where NAME is a case of
 benchmarks/samplers.py, benchmarks/boltzmann.py or benchmarks/flows.py, `training`, `starts`,
-`stopwatch`, `examples`, `metrics`, `truth`, `efficiency`, `gradients` or a curve. Its previous content is
-replaced. A table without results says "Not measured yet".
+`stopwatch`, `examples`, `metrics`, `truth`, `efficiency`, `gradients` or a curve. Its previous
+content is replaced. A table without results says "Not measured yet".
 """
 
 from __future__ import annotations

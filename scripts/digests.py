@@ -430,7 +430,7 @@ DISCRETE: dict[str, Make] = {
 
 
 def windows(**options: Any) -> Any:
-    return ebm.WindowAdaptation(initial=10, first=10, final=15, **options)
+    return ebm.WindowAdaptation(**options)
 
 
 def tuned(kernel: Any, adaptation: Any, energy: Energy | None = None) -> Any:
@@ -438,9 +438,9 @@ def tuned(kernel: Any, adaptation: Any, energy: Energy | None = None) -> Any:
 
 
 ADAPTATION: dict[str, Make] = {
-    "chees": lambda: tuned(ebm.ChEES(), ebm.ChEESAdaptation(windows(), 0.1)),
+    "chees": lambda: tuned(ebm.ChEES(), ebm.ChEESAdaptation(windows())),
     "dense": lambda: tuned(ebm.HMC(), windows(metric="dense")),
-    "energy-variance": lambda: tuned(ebm.MCLMC(), ebm.EnergyVarianceAdaptation(memory=10)),
+    "energy-variance": lambda: tuned(ebm.MCLMC(), ebm.EnergyVarianceAdaptation()),
     "ladder": lambda: tuned(
         ebm.ParallelTempering(ebm.HMC(num_steps=3), [1.0, 0.5, 0.2]),
         ebm.LadderAdaptation(),
@@ -574,7 +574,7 @@ def symmetrized(weights: str = "uniform") -> nn.Module:
 
 
 def equivariant() -> nn.Module:
-    return ebm.EquivariantFlow(4, 2, num_cells=6, num_stages=2, num_steps=8)
+    return ebm.EquivariantFlow(4, 2, num_cells=6, num_steps=8)
 
 
 FLOWS: dict[str, Make] = {
@@ -590,7 +590,7 @@ FLOWS: dict[str, Make] = {
     ),
     "nice": lambda: ebm.NICE(2, **SMALL),
     "nice-scalar": lambda: ebm.NICE(1, shift=False, **SMALL),
-    "realnvp": lambda: ebm.RealNVP(3, 4, mask="alternating", loft=3.0, **SMALL),
+    "realnvp": lambda: ebm.RealNVP(3, 4, **SMALL),
     "realnvp-mixture": lambda: ebm.RealNVP(
         2,
         2,
@@ -609,7 +609,7 @@ TRANSFORMS: dict[str, Make] = {
     "additive-coupling": lambda: ebm.AdditiveCoupling(3, generator=seeded(1), **SMALL),
     "affine-coupling": lambda: ebm.AffineCoupling(3, generator=seeded(1), **SMALL),
     "loft": lambda: ebm.Loft(3, threshold=0.5),
-    "pair-field": lambda: ebm.PairField(4, 2, num_cells=6, num_stages=2, num_steps=8),
+    "pair-field": lambda: ebm.PairField(4, 2, num_cells=6, num_steps=8),
     "permutation": lambda: ebm.Permutation([2, 0, 1]),
     "plu-linear": lambda: ebm.PLULinear(torch.linalg.qr(normal(3, 3))[0]),
     "shift": lambda: ebm.Shift(normal(3)),
@@ -681,7 +681,7 @@ def labeled() -> tuple[Tensor, Tensor]:
 
 
 def short_chains() -> Any:
-    return ebm.ContrastiveDivergence(3, ebm.MALA(0.3), energy_penalty=0.1)
+    return ebm.ContrastiveDivergence(3, ebm.MALA(0.3))
 
 
 def noise_law() -> Any:
@@ -711,13 +711,8 @@ OBJECTIVES: dict[str, Make] = {
     "fisher": fisher,
     "flow-contrastive": lambda: of_data(ebm.FlowContrastive(small_flow())),
     "hybrid-classifier": lambda: trained(ebm.Hybrid(), classifier_energy(), labeled()),
-    "hybrid-conditional": lambda: trained(
-        ebm.Hybrid(short_chains(), mode="conditional"),
-        classifier_energy(),
-        labeled(),
-    ),
     "hybrid-joint": lambda: trained(ebm.Hybrid(short_chains()), classifier_energy(), labeled()),
-    "improved-cd": lambda: of_data(ebm.ImprovedCD(8, 4, ebm.ULA(0.1), through=2, buffer_size=30)),
+    "improved-cd": lambda: of_data(ebm.ImprovedCD(8, 4, ebm.ULA(0.1), buffer_size=30)),
     "mean-field-likelihood": lambda: of_bits(ebm.MeanFieldLikelihood(), deep_machine()),
     "minimum-probability-flow": lambda: of_bits(ebm.MinimumProbabilityFlow(2)),
     "noise-contrastive": lambda: of_data(ebm.NoiseContrastive(noise_law(), nu=2.0)),
@@ -740,7 +735,7 @@ OBJECTIVES: dict[str, Make] = {
     "ranking-nce": lambda: of_data(ebm.RankingNCE(noise_law(), 3)),
     "ratio-matching": lambda: of_bits(ebm.RatioMatching()),
     "score-matching": lambda: of_data(ebm.ScoreMatching(0.05)),
-    "short-run": lambda: of_data(ebm.ShortRun(5, ebm.langevin(0.02, 0.05), num_chains=7)),
+    "short-run": lambda: of_data(ebm.ShortRun(5, ebm.langevin(0.02, 0.05))),
     "sliced-score-matching": lambda: of_data(ebm.SlicedScoreMatching(2, distribution="rademacher")),
     "sliced-score-matching-finite": lambda: of_data(
         ebm.SlicedScoreMatching(2, finite_difference=0.1),
@@ -798,7 +793,7 @@ VARIATIONAL: dict[str, Make] = {
     "log-variance": lambda: of_flow(by(ebm.LogVariance)),
     "match-flow": matched,
     "reverse-kl": lambda: of_flow(by(ebm.ReverseKL)),
-    "reverse-kl-exact": lambda: of_flow(by(ebm.ReverseKL, entropy="exact", gradient="total")),
+    "reverse-kl-total": lambda: of_flow(by(ebm.ReverseKL, gradient="total")),
     "reverse-kl-redundant": lambda: of_flow(by(ebm.ReverseKL), ebm.RedundantNICE(2, 4, 2, **SMALL)),
     "select-total-dim": selected,
     "svi": lambda: svi(False),
@@ -978,13 +973,12 @@ PARTITION: dict[str, Make] = {
     "layered-path": layered_path,
     "quadrature": lambda: ebm.quadrature(wells()),
     "reverse-ais": lambda: ebm.reverse_ais(machine(), **SHORT),
-    "schedule": lambda: ebm.schedule(machine(), 4, pilot=10, num_chains=6),
+    "schedule": lambda: ebm.schedule(machine(), 4),
     "smc": lambda: ebm.smc(machine(), num_particles=32),
     "smc-continuous": lambda: ebm.smc(
         wells(),
         ebm.Gaussian(torch.zeros(2), scale=2.0),
         num_particles=32,
-        num_moves=1,
     ),
     "thermodynamic-integration": lambda: ebm.thermodynamic_integration(
         machine(),
@@ -1016,7 +1010,7 @@ def resumed_training(folder: Path) -> Any:
 
 
 def fine_tuned(model: Any) -> Any:
-    classifier, labels = ebm.Classifier(model, 3, num_sweeps=5), torch.arange(16) % 3
+    classifier, labels = ebm.Classifier(model, 3), torch.arange(16) % 3
     options = {"num_epochs": 2, "batch_size": 8, "progress": False}
     history = ebm.fit(classifier, ebm.CrossEntropy(), (bits(), labels), **options)
     return history["loss"], classifier, classifier.error(bits(), labels)
@@ -1028,7 +1022,7 @@ def completed(model: Any, observed: Tensor) -> Tensor:
 
 
 def rolled_back() -> Any:
-    guard = ebm.Guard(rollback=True, every=2, max_rollbacks=50, max_energy_gap=0.6)
+    guard = ebm.Guard(rollback=True, max_rollbacks=50, max_energy_gap=0.6)
     objective, options = ebm.PersistentCD(8), {"guard": guard, "num_steps": 8}
     return trained(objective, stirred(ebm.BernoulliRBM(4, 3), 1.0), bits(), **options)
 

@@ -51,6 +51,8 @@ EXPECTED = {
     "test_hmc.py::test_singular_matrix_catch*": "it writes into the private `_cache` of Pyro's HMC",
     "test_mcmc_util.py::test_model_with_subsample?5?": "the model is refused, with a ValueError"
     " where Pyro has a NotImplementedError",
+    "test_nuts.py::test_gamma_beta*": "the data of this seed have a posterior mean of 4.83, and"
+    " the test wants 5.0 within 0.08: Pyro's own classes fail too",
     "test_nuts.py::test_arrowhead_mass": "it reads the blocks of Pyro's arrowhead mass matrix; a"
     " dense one is adapted instead, with a warning",
 }
@@ -170,7 +172,7 @@ def main() -> int:
     parser.add_argument("checkout", type=Path, help="folder of a checkout of Pyro")
     parser.add_argument("files", nargs="*", help="names of test files; all by default")
     parser.add_argument("-k", dest="expression", default="", help="as pytest's -k")
-    parser.add_argument("--seed", type=int, default=1, help="seed of each test")
+    parser.add_argument("--seed", type=int, default=0, help="seed of each test")
     parser.add_argument("--timeout", type=int, default=600, help="seconds for one test")
     parser.add_argument(
         "--theirs", action="store_true", help="Pyro's own classes, to compare with; writes nothing"

@@ -42,6 +42,7 @@ from pyroebm.core.supports import (
 
 __all__ = [
     "Energy",
+    "SharesLogZ",
     "Sum",
     "Tempered",
     "View",
@@ -284,14 +285,15 @@ class Energy(Saveable):
         log_z = self.log_z
         return -self(x) if log_z is None else -self(x) - log_z
 
-    def named(self, x: Tensor, site: str = "x") -> dict[str, Tensor]:
+    def named(self, x: Tensor) -> dict[str, Tensor]:
         """Return the states as a dictionary of named variables, each ``(*batch, *shape)``.
+
+        It is ``"x"`` for an energy of one variable, as here.
 
         Args:
             x: states, shape ``(*batch, *event)``.
-            site: name of the variable if the energy has only one, as here.
         """
-        return {site: x}
+        return {"x": x}
 
     def __add__(self, other: Energy) -> Sum:
         return Sum(self, other) if isinstance(other, Energy) else NotImplemented
@@ -381,9 +383,9 @@ class Sum(Energy):
         """Return an unbiased estimate of the energy on a random minibatch."""
         return Sum(*[part.subsample(generator) for part in self._parts])
 
-    def named(self, x: Tensor, site: str = "x") -> dict[str, Tensor]:
+    def named(self, x: Tensor) -> dict[str, Tensor]:
         """Return the states as a dictionary of named variables."""
-        return self._parts[0].named(x, site)
+        return self._parts[0].named(x)
 
 
 class View(Energy):
@@ -409,9 +411,35 @@ class View(Energy):
         """Draw starting states of finite energy, shape ``(num_chains, *event)``."""
         return self.energy.initial(num_chains, generator)
 
-    def named(self, x: Tensor, site: str = "x") -> dict[str, Tensor]:
+    def named(self, x: Tensor) -> dict[str, Tensor]:
         """Return the states as a dictionary of named variables."""
-        return self.energy.named(x, site)
+        return self.energy.named(x)
+
+
+class SharesLogZ(Energy):
+    """Base class of energies with the log Z of another one, which has other coordinates.
+
+    They have exact draws where ``energy`` has them.
+
+    Example:
+        >>> from pyroebm.core.wrappers import unconstrain
+        >>> from pyroebm.targets import Exponential
+        >>> energy = unconstrain(Exponential())
+        >>> isinstance(energy, SharesLogZ), energy.log_z == energy.energy.log_z
+        (True, True)
+    """
+
+    energy: Energy
+
+    @property
+    def log_z(self) -> float | None:
+        """Log of the normalizing constant of ``energy``, in nats; None where it is not known."""
+        return self.energy.log_z
+
+    @property
+    def has_exact_draws(self) -> bool:
+        """Whether ``energy`` can be sampled exactly."""
+        return self.energy.has_exact_draws
 
 
 class Tempered(View):

@@ -280,7 +280,7 @@ def remove(path: Path) -> None:
     path.unlink()
 
 
-def write_figure(path: Path, figure: Any, dpi: int = 150) -> None:
+def write_figure(path: Path, figure: Any) -> None:
     """Write a matplotlib figure in the format given by the file's suffix."""
     with atomic_write(path) as temporary:
-        figure.savefig(temporary, dpi=dpi, format=path.suffix[1:])
+        figure.savefig(temporary, dpi=150, format=path.suffix[1:])

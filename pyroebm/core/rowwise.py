@@ -16,12 +16,13 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
 from pyroebm.core._checks import stacklevel_of_user
 from pyroebm.core._torch_private import (
-    TraceInputsOnly,
+    PerturbedRounding,
+    RandomOperations,
+    Recorder,
     all_true,
     functions_in_vmap,
     is_batchedtensor,
@@ -35,11 +36,19 @@ from pyroebm.core.energy import Energy, unchecked_value_and_grad
 from pyroebm.core.supports import event_numel
 from pyroebm.core.wrappers import eval_mode
 
-__all__ = ["RowsFailAlone", "RowwiseEnergy", "map_rows"]
+__all__ = ["RowsFailAlone", "RowsInABatch", "RowwiseEnergy", "map_rows"]
 
 #: Maximum number of graphs kept: one for each batch shape, dtype and device.
 MAX_GRAPHS = 8
 
+
+#: Number of evaluations that must agree if random numbers are drawn, and that estimate rounding.
+NUM_REPEATS = 8
+
+#: Perturbation of all operations, in units of the last place, and the multiple of the resulting
+#: change for one unit by which two evaluations may differ.
+PERTURBATION = 2.0**10
+ROUNDING_FACTOR = 10.0
 
 #: Held while the subclass's code runs: Pyro's stack of effect handlers, and the state that a
 #: capture changes in torch, are shared by all threads.
@@ -330,7 +339,7 @@ class RowwiseEnergy(Energy):
     constructor with ``self.batch_by(rows)``, which chooses how batches are evaluated. It tries on
     two events, and takes the first way whose values and gradients are those of a plain loop:
 
-    - ``"graph"``: :func:`torch.func.vmap` over the events, captured once by ``make_fx`` for each
+    - ``"graph"``: :func:`torch.func.vmap` over the events, captured once for each
       batch shape as a graph of tensor operations, and replayed without Python code;
     - ``"vmap"``: the same without the capture, with a warning that states the reason;
     - ``"loop"``: one event after the other, with a warning that states the reason.
@@ -425,10 +434,13 @@ class RowwiseEnergy(Energy):
         values: Tensor = torch.func.vmap(value, randomness="different")(rows)
         return values
 
-    def _traced(self, rows: Tensor) -> Tensor:
-        with TraceInputsOnly(rows):  # functionalized, so that no replay writes into a constant
+    def _recorded(self, rows: Tensor) -> fx.GraphModule:
+        # functionalized, so that no replay writes into a constant
+        with RandomOperations() as operations, Recorder(rows) as recorder:
             values: Tensor = torch.func.functionalize(self._vmapped)(rows)
-        return values
+        if drawn := operations.behind(values):
+            raise ValueError(self._randomness(drawn))
+        return recorder.graph(values)
 
     def _graph(self, rows: Tensor) -> fx.GraphModule:
         constants = self.constants()
@@ -436,11 +448,7 @@ class RowwiseEnergy(Energy):
         if key not in self._graphs:
             with _LOCK, outside_transforms(), torch.inference_mode(False), torch.no_grad():
                 zeros = torch.zeros(rows.shape, dtype=rows.dtype, device=rows.device)
-                graph = make_fx(lambda r: self._traced(r))(zeros)
-            # no operation has side effects; draws that the energy does not depend on are removed
-            # too
-            graph.graph.eliminate_dead_code(lambda node: node.op in {"placeholder", "output"})
-            graph.recompile()
+                graph = self._recorded(zeros)
             while len(self._graphs) >= MAX_GRAPHS:
                 del self._graphs[next(iter(self._graphs))]
             self._graphs[key] = (
@@ -461,18 +469,8 @@ class RowwiseEnergy(Energy):
         """
         with eval_mode(self):
             self.batching = "loop"
-            expected, again = unchecked_value_and_grad(self, rows), self(rows)
-            # the order of a sum may change with threads or alignment
-            tolerance = torch.finfo(self.dtype).eps ** 0.5
-            if not torch.allclose(
-                expected[0], again.detach(), rtol=tolerance, atol=tolerance, equal_nan=True
-            ):
-                raise ValueError(
-                    f"{type(self).__name__} must be a function of its variables, but gave"
-                    f" {expected[0].tolist()} and then"
-                    f" {again.tolist()} for the same states: it depends on a random number"
-                    " that is not a sample site"
-                )
+            expected = unchecked_value_and_grad(self, rows)
+            self._check_deterministic(rows, expected[0])
             uncaptured = self._why_not("graph", rows, expected)
             if uncaptured is None:
                 return
@@ -490,6 +488,51 @@ class RowwiseEnergy(Energy):
             " Write branches and shapes that depend on a latent value with torch.where and masks",
             RuntimeWarning,
             stacklevel=stacklevel_of_user(),
+        )
+
+    def _check_deterministic(self, rows: Tensor, values: Tensor) -> None:
+        """Raise ValueError if the values of a loop depend on random numbers."""
+        with torch.no_grad():
+            with RandomOperations() as operations:
+                again = self(rows)
+            drawn = operations.behind(again) or operations.read
+            # some draws are equal by chance
+            for _ in range(NUM_REPEATS if drawn else 0):
+                if torch.equal(again.nan_to_num(), values.nan_to_num()):
+                    again = self(rows)
+            differs = (again.nan_to_num() - values.nan_to_num()).abs()
+            if not bool(differs.any()):
+                return
+            if drawn is None and not bool((differs > self._rounding(rows, values)).any()):
+                return
+        raise ValueError(
+            f"{self._randomness(drawn)}. It gave {values.tolist()} and then {again.tolist()} for"
+            " the same states"
+        )
+
+    def _rounding(self, rows: Tensor, values: Tensor) -> Tensor:
+        """Bound the differences between evaluations of a deterministic function.
+
+        Threads and the alignment of memory choose the order of sums. The changes by perturbed
+        operations are proportional to the perturbation, those by random numbers are not.
+        """
+        perturbed = []
+        for seed in range(NUM_REPEATS):
+            try:
+                with PerturbedRounding(seed, PERTURBATION):
+                    perturbed.append(self(rows))
+            # the model's own code may check its numbers exactly
+            except Exception:
+                return torch.full_like(values, torch.inf)
+        change = (torch.stack(perturbed) - values).abs().amax(0) / PERTURBATION
+        return torch.finfo(self.dtype).eps ** 0.5 * (1.0 + values.abs()) + ROUNDING_FACTOR * change
+
+    def _randomness(self, operation: str | None) -> str:
+        return (
+            f"{self._name()} must be a function of its variables, but depends on a random number"
+            " that is not a sample site"
+            + (f", drawn by {operation}" if operation else "")
+            + ": draw it once, outside, and call .eval() on modules with dropout"
         )
 
     def _why_not(self, way: str, rows: Tensor, expected: tuple[Tensor, Tensor]) -> str | None:

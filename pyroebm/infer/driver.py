@@ -82,7 +82,8 @@ class Driver(sampler.MCMC):
             hook: called as Pyro's ``hook_fn`` for each chain.
             receive: called with the draws of all chains, ``(chains, dim)``.
         """
-        self.shown, self.energy, self.hook, self.receive = shown, energy, hook, receive
+        self.shown, self.energy = shown, energy
+        self.hook, self.receive = hook, receive
         self.chains = list[PyroKernel]()
 
     @property
@@ -118,13 +119,15 @@ class Driver(sampler.MCMC):
 
     def _after_turn(self, label: str, turn: int) -> None:
         if self._single_steps:
-            self._show_step(label == "warm-up", turn)
+            self._show_step(label == "warm-up")
         super()._after_turn(label, turn)
 
-    def _show_step(self, warms: bool, turn: int) -> None:
+    def _show_step(self, warms: bool) -> None:
         (batch,) = self._batches
         if not self.chains:
             self.chains = [self.chain(number) for number in range(self.num_chains)]
+        stage = "Warmup" if warms else "Sample"
+        done = self.plan.warmup_steps - batch.warm_left if warms else batch.count
         x = batch.state.x.clone()
         after = list[Tensor]()
         for number, chain in enumerate(self.chains):
@@ -136,9 +139,8 @@ class Driver(sampler.MCMC):
             params = self.energy.split(x[number])
             if self.hook is not None:
                 self.shown.show(self.energy, chain)
-                stage = "Warmup" if warms else "Sample"
                 suffix = f" [{number}]" if self.num_chains > 1 else ""
-                self.hook(self.shown, params, stage + suffix, turn)
+                self.hook(self.shown, params, stage + suffix, done - 1)
             after.append(self.energy.join(params))
         x = torch.stack(after)
         if not torch.equal(x, batch.state.x):  # a hook changed a value
@@ -158,6 +160,7 @@ class Vectorized:
     disable_validation: bool | None
     _args: Any
     _kwargs: Any
+    _samples: dict[str, Tensor] | None
     _diagnostics: list[dict[str, Any] | None]
     _run: Driver | None = None
 
@@ -213,10 +216,13 @@ class Vectorized:
         self.hook_fn = hook_fn
         self.save_params = save_params
         self.disable_validation = disable_validation
-        self.seed, self.compile, self.store = seed, compile, store
+        self.seed = seed
+        self.compile = compile
+        self.store = store
         self._progress = False if disable_progbar else None
         self._keep: Literal["draws", "moments"] = keep
-        self._args = self._kwargs = self._samples = None
+        self._args = self._kwargs = None
+        self._samples = None
         self._diagnostics = [None] * num_chains
         self._driver(0, None)  # checks the counts here instead of in run
 

@@ -19,7 +19,7 @@ from pyroebm.infer.kernels import HMC
 __all__ = ["MCMC"]
 
 
-class MCMC(Vectorized, pyro.infer.mcmc.api.MCMC):  # type: ignore[misc]
+class MCMC(Vectorized, pyro.infer.mcmc.api.MCMC):
     """``pyro.infer.MCMC`` that moves all chains of :class:`NUTS` and :class:`HMC` as one batch.
 
     It is a subclass of Pyro's class, whose results it has: ``get_samples``, ``diagnostics``,

@@ -17,7 +17,7 @@ from pyroebm.ppl.model import ModelEnergy
 __all__ = ["StreamingMCMC"]
 
 
-class StreamingMCMC(Vectorized, pyro.infer.mcmc.api.StreamingMCMC):  # type: ignore[misc]
+class StreamingMCMC(Vectorized, pyro.infer.mcmc.api.StreamingMCMC):
     """``pyro.infer.mcmc.StreamingMCMC`` that moves all chains of NUTS and HMC as one batch.
 
     Each draw of each chain is given to ``statistics`` and not kept. Other kernels of Pyro are run

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import sys
 import threading
 import time
@@ -93,6 +92,9 @@ BUFFER_BYTES = 2**28
 #: Maximum number of steps of one turn of asynchronous chains.
 MAX_TURN_STEPS = 1024
 
+#: Seconds between writes of draws and states to the folder of a run.
+CHECKPOINT_EVERY = 60.0
+
 
 class MCMC(AbstractMCMC):
     """Sample an energy with many chains in one process.
@@ -122,7 +124,6 @@ class MCMC(AbstractMCMC):
             :meth:`get_moments`.
         progress: True shows a progress bar, False does not, None shows it if the run takes longer
             than a second. With several ranks the first shows it.
-        site: name of the variable in the results.
         chain_batch_size: number of chains of one batch. Larger batches share the overhead of a step
             and one adaptation.
         num_threads: number of threads for the batches. The draws do not depend on it. Compiled
@@ -166,7 +167,6 @@ class MCMC(AbstractMCMC):
         save_warmup: bool = True,
         keep: Literal["draws", "moments"] = "draws",
         progress: bool | None = None,
-        site: str = "x",
         chain_batch_size: int = 64,
         num_threads: int = 1,
         ranks: tuple[int, int] = (0, 1),
@@ -201,7 +201,6 @@ class MCMC(AbstractMCMC):
         self.seed = fresh_seed(seed)
         self.keep = keep
         self.progress = progress
-        self.site = site
         self.transforms = {}
         self.compile = compile
         self.num_threads = num_threads
@@ -232,7 +231,6 @@ class MCMC(AbstractMCMC):
         initial: Tensor | None = None,
         *,
         store: str | Path | None = None,
-        checkpoint_every: float = 60.0,
     ) -> None:
         """Run the warm-up and draw samples.
 
@@ -243,9 +241,8 @@ class MCMC(AbstractMCMC):
                 space; None draws them with ``energy.initial``, for each chain the first candidate
                 from which a trial leapfrog step is accepted.
             store: a folder to stream the draws to, for runs that do not fit in memory or may be
-                interrupted: :func:`pyroebm.open_run` opens it, :meth:`resume` continues it. None
-                keeps the draws in memory.
-            checkpoint_every: seconds between writes of draws and states to the folder.
+                interrupted: :func:`pyroebm.open_run` opens it, :meth:`resume` continues it. Draws
+                and states are written every minute. None keeps the draws in memory.
 
         Raises:
             ValueError: if ``energy`` is not an Energy or the kernel does not move on its support,
@@ -253,9 +250,7 @@ class MCMC(AbstractMCMC):
                 ``store`` already holds a run.
         """
         target = self._target_of(energy)
-        folder = (
-            None if store is None else Store(store, functools.partial(target.named, site=self.site))
-        )
+        folder = None if store is None else Store(store, target.named)
         if self.plan.kernel.runs_ahead(target):
             self._compile_driver(target.dtype)
         with eval_mode(energy):
@@ -282,9 +277,9 @@ class MCMC(AbstractMCMC):
         self._target = target
         self._batches = batches
         self._store = folder
-        self._advance(self.num_samples, checkpoint_every)
+        self._advance(self.num_samples)
 
-    def run_more(self, num_samples: int, *, checkpoint_every: float = 60.0) -> None:
+    def run_more(self, num_samples: int) -> None:
         """Continue the chains for ``num_samples`` more draws: the same as one longer run.
 
         Energies and gradients are recomputed first, so an energy that was trained in between is
@@ -292,7 +287,6 @@ class MCMC(AbstractMCMC):
 
         Args:
             num_samples: number of further draws of each chain.
-            checkpoint_every: as in :meth:`run`.
 
         Raises:
             ValueError: if there is no run with a finished warm-up, or ``num_samples`` < 1.
@@ -308,14 +302,12 @@ class MCMC(AbstractMCMC):
         with eval_mode(self._target):
             for batch in self._batches:
                 batch.refresh()
-        self._advance(goal, checkpoint_every)
+        self._advance(goal)
 
     def resume(
         self,
         energy: Energy | None = None,
         store: str | Path | None = None,
-        *,
-        checkpoint_every: float = 60.0,
     ) -> None:
         """Finish an interrupted run, with the same draws as an uninterrupted one.
 
@@ -325,7 +317,6 @@ class MCMC(AbstractMCMC):
             energy: the energy of the run.
             store: the folder of the run. Without ``energy`` and ``store`` the run in memory is
                 continued (after Ctrl-C or :meth:`load_state_dict`).
-            checkpoint_every: as in :meth:`run`.
 
         Raises:
             ValueError: if there is no run to continue, or if the run in the folder has other
@@ -338,7 +329,7 @@ class MCMC(AbstractMCMC):
             )
         if energy is not None and store is not None:
             target = self._target_of(energy)
-            folder = Store(store, functools.partial(target.named, site=self.site))
+            folder = Store(store, target.named)
             states = {number: folder.load(number) for number in self.layout.batches}
             self._load(
                 {f"{n}.{k}": v for n, state in states.items() for k, v in state.items()},
@@ -352,7 +343,7 @@ class MCMC(AbstractMCMC):
             )
         if not self.compiled:
             self._compile(self._target, self._batches, self.num_samples)
-        self._advance(max(self._goal, self.num_samples), checkpoint_every)
+        self._advance(max(self._goal, self.num_samples))
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return what :meth:`resume` and :meth:`run_more` need, and all draws, as tensors.
@@ -505,7 +496,7 @@ class MCMC(AbstractMCMC):
                 target,
                 start,
                 generator,
-                named=functools.partial(target.named, site=self.site),
+                named=target.named,
             )
         if store is None:
             return ChainBatch(self.plan, target, start, generator)
@@ -521,11 +512,10 @@ class MCMC(AbstractMCMC):
             max(1, affordable),
         )
 
-    def _advance(self, goal: int, checkpoint_every: float) -> None:
+    def _advance(self, goal: int) -> None:
         """Finish the warm-up, then draw until every chain has ``goal`` draws."""
         self.interrupted = False
         self._goal = goal
-        self._every = checkpoint_every
         phase = "compilation" if self._stopped else "warm-up"
         if self.keep == "draws":
             draws, chains = (
@@ -593,7 +583,7 @@ class MCMC(AbstractMCMC):
 
         ``label`` is ``"warm-up"`` or ``"sample"``, and ``turn`` counts from 0 in each.
         """
-        if time.monotonic() - self._saved >= self._every:
+        if time.monotonic() - self._saved >= CHECKPOINT_EVERY:
             self._save()
 
     def _save(self) -> None:
@@ -648,7 +638,7 @@ class MCMC(AbstractMCMC):
         """
         draws = self._draws(warmup)
         samples: dict[str, Tensor] = select_samples(
-            self._target.named(draws, self.site), num_samples, group_by_chain
+            self._target.named(draws), num_samples, group_by_chain
         )
         return samples
 
@@ -787,7 +777,7 @@ class MCMC(AbstractMCMC):
                 min_ess,
                 kernel=self.plan.kernel,
                 energy=self._target,
-                named=functools.partial(self._target.named, site=self.site),
+                named=self._target.named,
                 first_chain=self.layout.chains(self.layout.batches[0]).start,
                 num_chains=self.num_chains,
             )

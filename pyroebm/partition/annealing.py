@@ -31,7 +31,8 @@ from pyroebm.smc import tempered_smc
 
 __all__ = ["Base", "ais", "bidirectional_ais", "reverse_ais", "schedule"]
 
-#: Number of even steps of the pilot run of :func:`schedule`.
+#: Number of chains and of even steps of the pilot run of :func:`schedule`.
+PILOT_CHAINS = 100
 PILOT_STEPS = 200
 
 Base = Layers | Energy | Distribution | None
@@ -247,7 +248,6 @@ def schedule(
     base: Base = None,
     kernel: Kernel[Any] | None = None,
     *,
-    num_chains: int = 100,
     generator: torch.Generator | None = None,
     progress: bool | None = None,
 ) -> Tensor:
@@ -263,7 +263,6 @@ def schedule(
         num_temperatures: K, number of steps of the schedule.
         base: as for :func:`ais`.
         kernel: as for :func:`ais`.
-        num_chains: number of chains of the pilot run.
         generator: as for :func:`ais`.
         progress: as for :func:`ais`.
 
@@ -280,21 +279,20 @@ def schedule(
         >>> schedule(rbm, 4).diff().argmin()  # units become correlated in the middle
         tensor(1)
     """
-    check_counts({"num_temperatures": 1, "num_chains": 2}, num_temperatures, num_chains)
-    steps = _check_arguments(energy, kernel, PILOT_STEPS, num_chains)
+    check_counts({"num_temperatures": 1}, num_temperatures)
+    steps = _check_arguments(energy, kernel, PILOT_STEPS, PILOT_CHAINS)
     with eval_mode(energy), torch.no_grad():
         path: Any = _path(energy, base, kernel, generator, progress)
         if isinstance(path, LayeredPath):
-            state: Any = path.draw_base(num_chains, generator)
+            state: Any = path.draw_base(PILOT_CHAINS, generator)
         else:
-            state = path.reference.sample(num_chains, generator)
+            state = path.reference.sample(PILOT_CHAINS, generator)
             state = state[path.alive(state, *steps[:2])]
         speed = [float(term.std()) for term in increments(path, state, steps, generator, progress)]
     if not np.isfinite(speed).all():
         raise FloatingPointError(
             "the log weights of the pilot run must have a finite standard deviation: an energy is"
-            " not finite, or only one chain has a finite weight; use another base, or raise"
-            " num_chains"
+            " not finite, or only one chain has a finite weight; use another base"
         )
     # An interval without variance still gets some temperatures.
     length = np.concatenate([[0.0], np.cumsum(np.maximum(speed, 1e-2 * max(max(speed), 1e-12)))])

@@ -34,6 +34,9 @@ from pyroebm.training.validation import AnyObjective, Validation, rows_of
 
 __all__ = ["Step", "Trainer"]
 
+#: Seconds between checkpoints.
+CHECKPOINT_EVERY = 60.0
+
 
 @dataclasses.dataclass(frozen=True)
 class Step:
@@ -117,9 +120,8 @@ class Trainer:
         keep_best: whether to restore the weights with the lowest validation loss at the end.
         checkpoint: a file for the complete state of the training: parameters, states of optimizers
             and schedules, buffers of the objective (its chains), the average, the offsets of
-            ``transform``, the generator, the history, the best weights.
-        checkpoint_every: seconds between checkpoints; one is also written at the end, and when the
-            training is stopped.
+            ``transform``, the generator, the history, the best weights. It is written every minute,
+            at the end, and when the training is stopped.
         resume: whether to continue from ``checkpoint`` if it exists, bit for bit as an
             uninterrupted training (on one machine). Settings of the optimizer and the schedule,
             such as the learning rate, are then those of the checkpoint. Not supported with a
@@ -177,7 +179,6 @@ class Trainer:
         patience: int | None = None,
         keep_best: bool = False,
         checkpoint: str | Path | None = None,
-        checkpoint_every: float = 60.0,
         resume: bool = False,
         log: str | Path | None = None,
         log_every: int = 1,
@@ -202,10 +203,9 @@ class Trainer:
             raise ValueError(
                 f"max_grad_norm must be positive, or None, got max_grad_norm={max_grad_norm}"
             )
-        if not (0.0 <= weight_decay < math.inf and checkpoint_every >= 0.0):
+        if not 0.0 <= weight_decay < math.inf:
             raise ValueError(
-                "weight_decay and checkpoint_every must be nonnegative, got"
-                f" weight_decay={weight_decay}, checkpoint_every={checkpoint_every}"
+                f"weight_decay must be nonnegative and finite, got weight_decay={weight_decay}"
             )
         if resume and checkpoint is None:
             raise ValueError("resume=True continues from a checkpoint: give checkpoint")
@@ -237,7 +237,6 @@ class Trainer:
         self._transform = transform
         self._average = average
         self._guard = guard
-        self._checkpoint_every = checkpoint_every
         self._log_every = log_every
         self._progress = progress
         self._players = make_players(
@@ -391,7 +390,7 @@ class Trainer:
         number = self.steps_done
         if isinstance(self.objective, Objective):
             self.objective.begin_step(number, self.num_steps)
-        due = time.monotonic() - self._saved >= self._checkpoint_every
+        due = time.monotonic() - self._saved >= CHECKPOINT_EVERY
         loss, metrics, due = self._update(number, due)
         self.steps_done += 1
         if number % self._log_every == 0:

@@ -88,7 +88,7 @@ def equivariant_flow(
     particles: int, space: int = 2, dtype: torch.dtype = F64, generator: Generator = None
 ) -> EquivariantFlow:
     """No number of it is random: ``generator`` is for the table alone."""
-    return EquivariantFlow(particles, space, num_cells=6, num_stages=2, num_steps=16, dtype=dtype)
+    return EquivariantFlow(particles, space, num_cells=6, num_steps=16, dtype=dtype)
 
 
 def symmetrized(
@@ -131,6 +131,11 @@ def heavy(dtype: torch.dtype = F64, generator: Generator = None) -> Flow:
     )
 
 
+def loft_flow(dtype: torch.dtype = F64, generator: Generator = None) -> Flow:
+    parts = RealNVP(5, 4, (8,), dtype=dtype, generator=generator).transform.parts
+    return Flow([*parts, Loft(5, 3.0)], 5, 5)
+
+
 def zuko_layer(flow: Flow) -> Transform:
     return next(part for part in flow.transform.parts if isinstance(part, ZukoTransform))
 
@@ -149,16 +154,13 @@ TRANSFORMS: dict[str, Callable[[], Transform]] = {
     "shift": lambda: Shift(noise(3)),
     "permutation": lambda: Permutation([2, 0, 3, 1]),
     "affine2": partial(AffineCoupling, 2, hidden_sizes=(8,), dtype=F64),
-    "affine5_flip": partial(AffineCoupling, 5, hidden_sizes=(8,), flip=True, dtype=F64),
-    "affine5_alternating": partial(
-        AffineCoupling, 5, hidden_sizes=(8,), mask="alternating", clamp=0.5, dtype=F64
-    ),
+    "affine5": partial(AffineCoupling, 5, hidden_sizes=(8,), dtype=F64),
     "affine4_own_mask": partial(
         AffineCoupling, 4, mask=[True, False, True, True], hidden_sizes=(8,), dtype=F64
     ),
     "loft": partial(Loft, 3, threshold=0.5),
     "spline1": lambda: zuko_layer(SplineFlow(1, 1, dtype=F64)),
-    "spline3": lambda: zuko_layer(SplineFlow(3, 1, (8,), bound=2.0, dtype=F64)),
+    "spline3": lambda: zuko_layer(SplineFlow(3, 1, (8,), dtype=F64)),
     "spline3_autoregressive": lambda: zuko_layer(
         SplineFlow(3, 1, (8,), autoregressive=True, dtype=F64)
     ),
@@ -185,7 +187,8 @@ FLOWS: dict[str, Callable[..., Flow]] = {
     "pyro_affine": affine_flow,
     "realnvp1": partial(RealNVP, 1),
     "realnvp2": partial(RealNVP, 2, 4, (8,)),
-    "realnvp5_loft": partial(RealNVP, 5, 4, (8,), mask="alternating", loft=3.0),
+    "realnvp5": partial(RealNVP, 5, 4, (8,)),
+    "loft": loft_flow,
     "realnvp_1_3": partial(RealNVP, 1, 4, (8,), total_dim=3),
     "realnvp_mixture": partial(mixed, partial(RealNVP, 2, 2, (8,))),
     "realnvp_student": heavy,

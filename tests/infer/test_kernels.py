@@ -254,6 +254,7 @@ def test_none_is_pyros_step_size() -> None:
     assert kernel.num_steps == 1
     assert HMC(correlated, step_size=0.1).num_steps == int(2 * math.pi / 0.1)
     assert HMC(correlated, step_size=0.1, num_steps=3).num_steps == 3
+    assert HMC(correlated, step_size=0.1, trajectory_length=0.45, num_steps=3).num_steps == 4
 
 
 @pytest.mark.parametrize(

@@ -700,7 +700,6 @@ def test_a_window_that_tells_nothing_keeps_the_metric() -> None:
             {"step_size": 0.1},
             "step_size must be one of 'grouped', 'per_chain', 'pooled', or None, got step_size=0.1",
         ),
-        ({"rank": 0}, "rank must be at least 1, got rank=0"),
         ({"blocks": ((0,),)}, 'blocks must hold each entry at most once, with metric="dense"'),
         ({"metric": "dense", "blocks": ((0, 1), (1,))}, "each entry at most once"),
         (

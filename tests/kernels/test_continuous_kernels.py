@@ -161,7 +161,6 @@ def test_refreshing_draws_nothing_and_takes_the_new_energy(name: str) -> None:
             lambda: ChEES(trajectory_length=math.nan),
             "trajectory_length must be positive and finite, got nan",
         ),
-        (lambda: ChEESAdaptation(lr=0.0), "lr must be positive"),
         (lambda: EnergyVarianceAdaptation(target=0.0), "target must be positive"),
         (lambda: StochasticGradientLangevin(decay=-1.0), "decay must be at least 0"),
     ],

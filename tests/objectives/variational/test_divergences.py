@@ -72,9 +72,7 @@ def linear(dim: int = 2) -> NICE:
 
 OBJECTIVES: dict[str, Callable[[Energy, Tensor, int], FlowObjective]] = {
     "reverse": lambda energy, draws, n: ReverseKL(energy, n),
-    "reverse_total": lambda energy, draws, n: ReverseKL(
-        energy, n, gradient="total", entropy="exact"
-    ),
+    "reverse_total": lambda energy, draws, n: ReverseKL(energy, n, gradient="total"),
     "forward": lambda energy, draws, n: ForwardKL(draws, num_samples=n),
     "log_variance": lambda energy, draws, n: LogVariance(energy, num_samples=n),
     "log_variance_off_policy": lambda energy, draws, n: LogVariance(energy, draws, num_samples=n),
