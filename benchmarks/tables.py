@@ -412,7 +412,8 @@ def examples_table(rows: list[Row]) -> str:
         if row["case"].startswith("example "):
             of_case = found.setdefault(row["case"].removeprefix("example "), {})
             of_case[row["library"], row["metric"]] = row
-    body, fast, long = [], 0, 0
+    body: list[list[str]] = []
+    fast = long = 0
     for name, example in EXAMPLES.items():
         if (own := found.get(name)) is None:
             continue

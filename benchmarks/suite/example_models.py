@@ -205,14 +205,17 @@ def neutra(chains: int) -> Problem:
 
 
 #: Numbers of people and days, days to recovery, and the parameters of the simulation.
-POPULATION, DAYS, RECOVERY, R0, RESPONSE = 10, 10, 7.0, 1.5, 0.5
+POPULATION = DAYS = 10
+RECOVERY = 7.0
+R0, RESPONSE = 1.5, 0.5
 
 
 def _epidemic() -> Tensor:
     """Simulate reported cases, until there are 3."""
     generator = np.random.default_rng(0)
     while True:
-        susceptible, infected, reports = POPULATION - 1, 1, []
+        susceptible, infected = POPULATION - 1, 1
+        reports: list[int] = []
         for _ in range(DAYS):
             rate = R0 * infected / (RECOVERY * POPULATION)
             new = generator.binomial(susceptible, -math.expm1(-rate))
