@@ -94,7 +94,7 @@ def trace_draws(
         with pyro.validation_enabled(False):
             return values(trace_model(call, row, handler))
 
-    entries = sum(site["value"].numel() for _, site in _sites(first))
+    entries = sum(_value(site).numel() for _, site in _sites(first))
     return map_rows(
         of_one,
         draws,
@@ -109,6 +109,10 @@ def _sites(trace: poutine.Trace) -> Iterable[tuple[str, Any]]:
     for name, site in trace.nodes.items():
         if site["type"] == "sample":
             yield name, site
+
+
+def _value(site: Any) -> Tensor:
+    return torch.as_tensor(site["value"])  # an observation may be a number
 
 
 def _is_deterministic(site: Any) -> bool:
@@ -133,7 +137,7 @@ class _Sites(NamedTuple):
         deterministic: list[str] = []
         missing: list[str] = []
         for name, site in _sites(trace):
-            shapes[name] = site["value"].shape
+            shapes[name] = _value(site).shape
             dims[name] = _plates(site)
             if name in drawn:
                 continue
@@ -142,13 +146,13 @@ class _Sites(NamedTuple):
             elif not site["is_observed"]:
                 missing.append(name)
             elif not site["infer"].get("is_auxiliary", False):  # pyro.factor observes nothing
-                observed[name] = site["value"]
+                observed[name] = _value(site)
         return cls(shapes, dims, observed, deterministic, missing)
 
 
 def _plates(site: Any) -> list[str | None]:
     """Return the name of the plate of each dimension of a site's value, None where it has none."""
-    shape, event_dim = site["value"].shape, site["fn"].event_dim
+    shape, event_dim = _value(site).shape, site["fn"].event_dim
     if _is_deterministic(site) and event_dim == len(shape):  # Pyro's default, also within plates
         event_dim = 0
     batch = shape[: len(shape) - event_dim]
@@ -164,8 +168,13 @@ def _plates(site: Any) -> list[str | None]:
 def _log_likelihood(trace: poutine.Trace, names: Iterable[str]) -> dict[str, Tensor]:
     """Return the log-density of each observation, with scales and masks, as in the posterior."""
     trace.compute_log_prob(site_filter=lambda name, site: name in names)
-    nodes = cast(dict[str, Any], trace.nodes)
-    return {name: nodes[name]["log_prob"].expand(nodes[name]["fn"].batch_shape) for name in names}
+    sites: Any = {name: trace.nodes[name] for name in names}
+    return {
+        name: torch.broadcast_tensors(
+            site["log_prob"], site["log_prob"].new_empty(site["fn"].batch_shape)
+        )[0]
+        for name, site in sites.items()
+    }
 
 
 def _tensor_arguments(call: HasModel) -> dict[str, Tensor]:

@@ -176,6 +176,35 @@ def test_likelihoods_are_those_of_the_posterior() -> None:
     assert to_arviz(**groups).log_likelihood["z_0"].dims == ("chain", "draw")
 
 
+def without_plates(y: Tensor) -> None:
+    """Observations that broadcast, a number as an observation, and a truth value."""
+    loc = pyro.sample("loc", dist.Normal(y.new_zeros(()), 1.0))
+    pyro.deterministic("positive", loc > 0.0)
+    pyro.sample("y", dist.Normal(loc, 1.0), obs=y)
+    with pyro.validation_enabled(False):
+        pyro.sample("number", dist.Normal(loc, 1.0, validate_args=False), obs=0.5)
+    with pyro.plate("same", 4):
+        pyro.sample("each", dist.Normal(loc, 1.0).mask(True), obs=y[0])
+        pyro.deterministic("pair", loc + y.new_zeros(2))
+
+
+def test_observations_may_broadcast() -> None:
+    draws = {"loc": drawn()["mean"]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        groups = model_groups(ModelCall(without_plates, (Y,)), draws, log_likelihood=True)
+    likelihood = groups["log_likelihood"]
+    normal = torch.distributions.Normal(draws["loc"].unsqueeze(-1), 1.0)
+    torch.testing.assert_close(likelihood["y"], normal.log_prob(Y))
+    torch.testing.assert_close(likelihood["number"], normal.log_prob(Y.new_tensor([0.5]))[..., 0])
+    torch.testing.assert_close(likelihood["each"], normal.log_prob(Y[:1]).expand(3, 20, 4))
+    assert torch.equal(groups["posterior"]["positive"], draws["loc"] > 0.0)
+    data = to_arviz(**groups)
+    assert dims_of(data.posterior)["pair"] == ("pair_dim_0",)  # not the plate, of another size
+    assert data.log_likelihood["y"].dims[2:] == data.observed_data["y"].dims == ("y_dim_0",)
+    assert data.observed_data["number"].dims == ()
+
+
 def test_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     call = ModelCall(regression, (X, Y))
     whole = model_groups(call, drawn(), log_likelihood=True)["log_likelihood"]["y"]
