@@ -46,7 +46,7 @@ def wide(dim: int | None = None, scale: float = 2.0) -> Gaussian:
     ],
     ids=[
         "double well",
-        "from a Student law",
+        "from a Student distribution",
         "separated modes",
         "nine modes",
         "half-disc",

@@ -12,12 +12,13 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import safetensors.torch
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -28,6 +29,7 @@ __all__ = [
     "FileError",
     "SafetensorError",
     "append_line",
+    "checksum",
     "from_bytes",
     "read_arrays",
     "read_bytes",
@@ -200,6 +202,21 @@ def _checksums(path: Path) -> tuple[bytes, bytes, int]:
         while chunk := file.read(2**20):
             content.update(chunk)
     return stored[0], content.hexdigest().encode(), 8 + stored.start()
+
+
+def checksum(tensors: Iterable[Tensor]) -> str:
+    """Return a checksum of the shapes, dtypes and entries of tensors, 16 hexadecimal digits.
+
+    Example:
+        >>> checksum([torch.zeros(2)]) == checksum([torch.zeros(1), torch.zeros(1)])
+        False
+    """
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+        entries = tensor.detach().cpu().contiguous().reshape(-1)
+        found.update(entries.view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:16]
 
 
 def to_bytes(tensors: Mapping[str, Tensor]) -> bytes:

@@ -9,11 +9,12 @@ from typing import Any, Literal, cast
 
 import pyro
 import torch
+from pyro import poutine
 from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from torch import Tensor
 
 from pyroebm.core.rng import seeded_generator
-from pyroebm.infer.kernels import HMC
+from pyroebm.infer.kernels import HMC, transforms_of
 from pyroebm.infer.potential import PotentialEnergy
 from pyroebm.kernels.base import ContinuousKernel, Info
 from pyroebm.mcmc import sampler
@@ -213,6 +214,7 @@ class Vectorized:
         self.num_samples = num_samples
         self.warmup_steps = num_samples if warmup_steps is None else warmup_steps
         self.initial_params = initial_params
+        self._given_transforms = self.transforms
         self.hook_fn = hook_fn
         self.save_params = save_params
         self.disable_validation = disable_validation
@@ -255,8 +257,7 @@ class Vectorized:
         self,
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
-        receiver: Callable[[ModelEnergy | PotentialEnergy], Callable[[Tensor], object]]
-        | None = None,
+        receiver: Callable[..., Callable[[Tensor], object]] | None = None,
     ) -> None:
         """Run the warm-up and draw samples; without latent variables there are none.
 
@@ -267,11 +268,12 @@ class Vectorized:
         kernel, initial = self.kernel, self.initial_params
         if initial is None and kernel.initial_params is not None:
             initial = self._repeated(kernel.initial_params)
-        with self._validation():
+        with self._validation(), poutine.block():
             generator = seeded_generator(seed, spawned=1)
             energy, start = kernel.target(
-                args, kwargs, initial, self.num_chains, self.transforms, generator
+                args, kwargs, initial, self.num_chains, self._given_transforms, generator
             )
+            self.transforms = (None if energy is None else transforms_of(energy)) or {}
             if energy is None:
                 self._run = None
                 self._idle()

@@ -29,7 +29,7 @@ from pyroebm.kernels.base import Info, State
 from pyroebm.ppl.kernel import PyroKernel
 from pyroebm.ppl.model import ModelEnergy, NoLatentsError
 
-__all__ = ["HMC", "NUTS"]
+__all__ = ["HMC", "NUTS", "transforms_of"]
 
 #: Maximum number of leapfrog steps of a trajectory of given length while the step size adapts.
 MAX_STEPS = 1024
@@ -53,6 +53,18 @@ class _Trajectory(kernels.HMC):
         return kernels.HMC(self.step_size, self.inverse_mass, steps, jitter=self.jitter).step(
             energy, state, generator
         )
+
+
+def transforms_of(energy: ModelEnergy | PotentialEnergy) -> Mapping[str, Any] | None:
+    """Return the maps from each site to the unconstrained space.
+
+    None if one depends on other latent variables.
+    """
+    if isinstance(energy, PotentialEnergy):
+        return energy.transforms
+    if energy.transforms is None:
+        return None
+    return {name: transform.inv for name, transform in energy.transforms.items()}
 
 
 class HMC(MCMCKernel):
@@ -342,14 +354,15 @@ class HMC(MCMCKernel):
         Raises:
             ValueError: if the support of a latent variable depends on another one.
         """
-        if not isinstance(self._energy, ModelEnergy):
-            return self._given_transforms if self._energy is None else self._energy.transforms
-        if self._energy.transforms is None:
+        if self._energy is None:
+            return self._given_transforms
+        transforms = transforms_of(self._energy)
+        if transforms is None:
             raise ValueError(
                 "transforms must not depend on latent variables, but the support of a latent"
                 " variable does: run the kernel in pyroebm.infer.MCMC, which maps whole states"
             )
-        return {name: transform.inv for name, transform in self._energy.transforms.items()}
+        return transforms
 
     @property
     def step_size(self) -> float:

@@ -85,6 +85,8 @@ class Adversarial(Objective):
         (['energy', 'generator'], True)
     """
 
+    measures_fit = False
+
     #: Whether the loss of q is an unbiased estimate of E_q[E] - H(q). Only then is its value a
     #: bound on the likelihood.
     exact_entropy: bool = False

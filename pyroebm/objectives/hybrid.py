@@ -61,6 +61,7 @@ class Hybrid(Objective):
             raise ValueError(
                 f"generative must be an Objective or None, got {type(generative).__name__}"
             )
+        self.measures_fit = generative is None or generative.measures_fit
         self.generative = generative
         self.weight = weight
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
 from pyroebm.core.annealing_path import DistributionEnergy
+from pyroebm.core.arrays import as_tensor
 from pyroebm.core.conditionals import blocks_of, independent_sites, sites_of
 from pyroebm.core.energy import Energy
 from pyroebm.core.rng import uniform
@@ -188,7 +190,7 @@ def check_base(base: Layers, target: Layers) -> None:
         )
 
 
-def base_rates(energy: Energy, data: Tensor | None = None) -> Layers | Energy:
+def base_rates(energy: Energy, data: Tensor | np.ndarray | None = None) -> Layers | Energy:
     r"""Fit independent units to data: the base from which to anneal to a trained energy.
 
     This is the base-rate model of Salakhutdinov and Murray ("On the quantitative analysis of deep
@@ -216,6 +218,8 @@ def base_rates(energy: Energy, data: Tensor | None = None) -> Layers | Energy:
         >>> base.biases[0]  # log 3 and log 1
         tensor([1.0986, 0.0000])
     """
+    if data is not None:
+        data = as_tensor(data, energy.dtype, energy.device, "data")
     if isinstance(energy, LayeredMachine):
         return _layers(energy.layers(), data)
     if data is not None and tuple(data.shape[1:]) != tuple(energy.event_shape):

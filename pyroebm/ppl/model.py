@@ -6,7 +6,9 @@ Discrete latent variables are enumerated and summed out.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import difflib
+import functools
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, cast
 
 import pyro
@@ -397,7 +399,7 @@ class ModelEnergy(RowwiseEnergy):
 
         Raises:
             ValueError: if 100 attempts find no finite state for a chain; the message has the site
-                and its value.
+                and its value. Also if ``init_to_value`` names a site that the model does not have.
         """
         if num_chains < 1:
             raise ValueError(f"num_chains must be at least 1, got num_chains={num_chains}")
@@ -426,6 +428,7 @@ class ModelEnergy(RowwiseEnergy):
             for _ in range(n):
                 with pyro.validation_enabled(False), poutine.block(), torch.no_grad():
                     trace = poutine.trace(model).get_trace(*self.args, **self.kwargs)
+                _check_values(strategy, trace.nodes)
                 rows.append(
                     self.unconstrain(
                         {name: cast(Tensor, trace.nodes[name]["value"]) for name in self.sites}
@@ -463,6 +466,18 @@ class ModelEnergy(RowwiseEnergy):
 
     def _name(self) -> str:
         return f"the model {getattr(self.model, '__name__', type(self.model).__name__)!r}"
+
+
+def _check_values(strategy: Callable[..., Any], sites: Collection[str]) -> None:
+    """Raise ValueError if ``init_to_value`` names a site that the model does not have."""
+    values = strategy.keywords.get("values") if isinstance(strategy, functools.partial) else None
+    for unknown in (values or {}).keys() - set(sites):
+        own = [name for name in sites if not name.startswith("_")]
+        near = difflib.get_close_matches(unknown, own) or own
+        raise ValueError(
+            f"values of init_to_value must be of sites of the model, got {unknown!r}; near ones:"
+            f" {near}"
+        )
 
 
 def _is_enumerable(fn: Any) -> bool:

@@ -173,6 +173,25 @@ def test_draws_that_do_not_enter_leave_the_generator_alone() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_equal_operations_are_recorded_once() -> None:
+    energy, u = Rows(lambda u: sum((u.exp() * t).sum() for t in (1.0, 2.0, 2.0))), torch.zeros(5, 3)
+    energy(u)
+    (graph, _) = energy._graphs[list(energy._graphs)[-1]]
+    targets = [node.target for node in graph.graph.nodes]
+    assert targets.count(torch.ops.aten.exp.default) == 1
+    assert targets.count(torch.ops.aten.mul.Tensor) == 2
+
+
+def test_numbers_of_other_types_make_other_operations() -> None:
+    def row(u: Tensor) -> Tensor:
+        positive = (u > 0).long()
+        return (positive * 1.0).sqrt().sum() * (positive * 1).bitwise_not().sum() + u.sum()
+
+    energy, u = Rows(row), torch.tensor([[0.3, -0.7, 1.1], [0.9, 0.2, -0.4]])
+    assert energy.batching == "graph"
+    torch.testing.assert_close(energy(u), torch.stack([row(each) for each in u]))
+
+
 def test_data_are_not_written_to() -> None:
     data = DATA.clone()
 
@@ -420,8 +439,13 @@ class OtherRounding(Rows):
 @pytest.mark.parametrize("size", [5, 20, 60])
 def test_rounding_is_no_random_number(dtype: torch.dtype, size: int) -> None:
     row = ill_conditioned(dtype, size)
-    energy = OtherRounding(row, dtype)
-    assert energy.calls > 4
+    assert OtherRounding(row, dtype).calls > 4
+
+    def seeded(u: Tensor) -> Tensor:
+        noise = torch.randn(3, generator=torch.Generator().manual_seed(0)).to(dtype)
+        return row(u) + (noise * u).sum()
+
+    assert OtherRounding(seeded, dtype).calls > 4
 
 
 def test_mutant_no_rounding_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -366,8 +366,8 @@ def test_bounds_of_a_deep_machine(name: str) -> None:
     bound = machine.variational_bound(visible)
     assert bool((bound < truth + 1e-9).all())
     assert bool((bound > truth - 1.0).all())
-    # a fixed point of mean field is a stationary point of the bound: no other factorial law near it
-    # is better
+    # a fixed point of mean field is a stationary point of the bound: no other factorial
+    # distribution near it is better
     means = machine.mean_field(visible, tolerance=1e-12)
     for layer in range(1, len(layers.sizes)):
         field = layers.field(layer, [visible, *means])
@@ -578,7 +578,7 @@ COMPLETED: dict[str, Callable[[], Energy | DeepBeliefNetwork]] = {
 
 
 @pytest.mark.parametrize("name", COMPLETED)
-def test_completions_have_the_conditional_law(name: str) -> None:
+def test_completions_have_the_conditional_distribution(name: str) -> None:
     model = COMPLETED[name]().requires_grad_(False)
     low = -1.0 if name == "ising" else 0.0
     values = all_bits(4, dtype=F64) * (1.0 - low) + low

@@ -245,9 +245,9 @@ class _IgnoringEarlierEntries(MixtureBase):
         columns = []
         for i in range(self.dim):
             loc, scale = self.loc[:, i].detach(), self.log_scale[:, i].detach().exp()
-            law = dist.Normal(loc, scale)
-            below = (self.weights * law.cdf(z[:, i : i + 1])).sum(-1)
-            density = (self.weights * law.log_prob(z[:, i : i + 1]).exp()).sum(-1).detach()
+            distribution = dist.Normal(loc, scale)
+            below = (self.weights * distribution.cdf(z[:, i : i + 1])).sum(-1)
+            density = (self.weights * distribution.log_prob(z[:, i : i + 1]).exp()).sum(-1).detach()
             columns.append(z[:, i] - (below - below.detach()) / density)
         return torch.stack(columns, dim=-1)
 
@@ -454,11 +454,11 @@ class TwoWells(Energy):
     """Masses 0.8 and 0.2 at -2 and 2."""
 
     def forward(self, x: Tensor) -> Tensor:
-        law = dist.MixtureSameFamily(
+        distribution = dist.MixtureSameFamily(
             dist.Categorical(torch.tensor([0.8, 0.2], dtype=F64)),
             dist.Normal(torch.tensor([-2.0, 2.0], dtype=F64), torch.tensor(0.5, dtype=F64)),
         )
-        return -law.log_prob(x.squeeze(-1))
+        return -distribution.log_prob(x.squeeze(-1))
 
 
 def test_learned_weights_find_unequal_masses() -> None:
@@ -572,14 +572,16 @@ def model() -> None:
 @adapters
 def test_transformed_distribution_draws_with_gradients_and_keeps_nothing(name: str) -> None:
     transform = zuko_transform(name)
-    law = dist.TransformedDistribution(dist.Normal(torch.zeros(2), 1.0).to_event(1), [transform])
-    assert law.has_rsample
-    x = law.rsample((7,))
-    law.log_prob(x).sum().backward()
+    distribution = dist.TransformedDistribution(
+        dist.Normal(torch.zeros(2), 1.0).to_event(1), [transform]
+    )
+    assert distribution.has_rsample
+    x = distribution.rsample((7,))
+    distribution.log_prob(x).sum().backward()
     assert any(p.grad is not None and bool((p.grad != 0).any()) for p in transform.parameters())
-    before = law.log_prob(x.detach())
+    before = distribution.log_prob(x.detach())
     stirred(transform)
-    after, copy = law.log_prob(x.detach()), law.log_prob(x.detach().clone())
+    after, copy = distribution.log_prob(x.detach()), distribution.log_prob(x.detach().clone())
     assert not torch.allclose(before, after)
     torch.testing.assert_close(after, copy)
     assert {id(p) for p in transform.parameters()} == {id(p) for p in transform.lazy.parameters()}

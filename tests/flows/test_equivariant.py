@@ -267,8 +267,8 @@ def test_gradient_of_the_likelihood_is_that_of_differences() -> None:
 
 
 def matched(scale: float = 2.0, match: Callable[..., float] = match_flow) -> EquivariantFlow:
-    """Fitted to a normal law of another scale, which the pull alone can reach: a(t) of the path is
-    known."""
+    """Fitted to a normal distribution of another scale, which the pull alone can reach: a(t) of the
+    path is known."""
     flow = EquivariantFlow(3, 2, num_cells=6, dtype=F64)
     match(flow, scale * noise(20_000, 4), num_pairs=40_000, ridge=1e-8)
     return flow
@@ -292,7 +292,7 @@ def check_matched(flow: EquivariantFlow, scale: float = 2.0) -> None:
     )
 
 
-def test_matching_finds_the_known_velocity_and_law() -> None:
+def test_matching_finds_the_known_velocity_and_distribution() -> None:
     check_matched(matched())
 
 
@@ -498,7 +498,7 @@ def test_mutants_of_the_linear_map_and_of_matching_are_caught(
 # What the recipe of particles is made of
 
 
-def test_moved_rows_keep_their_energy_and_have_the_uniform_law_of_turns() -> None:
+def test_moved_rows_keep_their_energy_and_have_the_uniform_distribution_of_turns() -> None:
     energy = DW4(dtype=F64)
     u = energy.initial(1, seeded_generator(0)).expand(20_000, -1)
     images = particles.moved(energy, u, seeded_generator(1))

@@ -255,6 +255,8 @@ def test_arviz_reads_model_arguments_and_data() -> None:
     assert mcmc._args == (Y,)
     assert mcmc._kwargs == {}
     assert mcmc.kernel.model is normal_normal
+    scale = mcmc.get_samples()["scale"]
+    torch.testing.assert_close(mcmc.transforms["scale"](scale), scale.log())
     assert (mcmc.num_chains, mcmc.num_samples, mcmc.warmup_steps) == (3, 10, 10)
 
 

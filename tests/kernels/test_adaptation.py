@@ -193,7 +193,7 @@ def test_a_coordinate_that_tells_nothing_keeps_its_scale() -> None:
     assert bool(torch.isfinite(matrix(full.metric(), 3)).all())
 
 
-def test_the_covariance_of_exact_draws_is_that_of_the_law() -> None:
+def test_the_covariance_of_exact_draws_is_that_of_the_distribution() -> None:
     n = 20_000
     x, _ = rows_of(CORRELATED, n)
     pooled = PooledCovariance.start(x[:100])
@@ -248,7 +248,7 @@ def check_exact_recovery() -> None:
     assert float((torch.linalg.inv(cov) @ estimate - torch.eye(20)).abs().max()) < 0.05
 
 
-def test_draws_and_gradients_of_a_normal_law_determine_its_covariance(
+def test_draws_and_gradients_of_a_normal_distribution_determine_its_covariance(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """200 draws alone tell 20 variances to 10 %; with gradients the covariance is exact but for the

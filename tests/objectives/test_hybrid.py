@@ -35,7 +35,7 @@ WEIGHTS = torch.tensor([0.5, 0.3, 0.2], dtype=F64)
 
 def mixture_energy(kind: type[ClassifierEnergy] = ClassifierEnergy) -> ClassifierEnergy:
     """Logits -|x - mu_y|^2 / 2 + log pi_y, their square in the envelope: an exact mixture of normal
-    laws."""
+    distributions."""
     net = nn.Linear(2, 3, dtype=F64)
     with torch.no_grad():
         net.weight.copy_(MEANS)
@@ -96,7 +96,7 @@ def exact_grads(energy: ClassifierEnergy, x: Tensor, y: Tensor) -> dict[str, Ten
 
 
 def check_mixture(energy: ClassifierEnergy) -> None:
-    """Every law of the energy against the mixture's own."""
+    """Every distribution of the energy against the mixture's own."""
     x = 2.0 * torch.randn(20, 2, dtype=F64, generator=seeded(0))
     parts = MultivariateNormal(MEANS, torch.eye(2, dtype=F64))
     mixture, each = MixtureSameFamily(Categorical(WEIGHTS), parts), parts.log_prob(x[:, None])
@@ -172,7 +172,7 @@ def test_shapes_and_types(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 
 
 def test_draws_of_a_class() -> None:
-    """NUTS on given(y) draws the class's normal law."""
+    """NUTS on given(y) draws the class's normal distribution."""
     mcmc = MCMC(NUTS(), num_samples=200, warmup_steps=200, num_chains=32, seed=1)
     mcmc.run(mixture_energy().given(1))
     means = mcmc.get_samples(group_by_chain=True)["x"].mean(1)
@@ -184,8 +184,12 @@ def test_rows_keep_to_themselves() -> None:
     energy, x = deep_energy(), torch.randn(6, 2, dtype=F64, generator=seeded(4))
     spoiled = x.clone()
     spoiled[2] = torch.nan
-    for law in (energy, energy.given(torch.tensor([0, 1, 2, 0, 1, 2])), energy.class_log_prob):
-        clean, dirty = law(x), law(spoiled)
+    for distribution in (
+        energy,
+        energy.given(torch.tensor([0, 1, 2, 0, 1, 2])),
+        energy.class_log_prob,
+    ):
+        clean, dirty = distribution(x), distribution(spoiled)
         assert bool(dirty[2].isnan().all())
         keep = [0, 1, 3, 4, 5]
         assert torch.equal(clean[keep], dirty[keep])

@@ -26,7 +26,7 @@ from pyroebm.objectives import (
     langevin,
 )
 from pyroebm.objectives import improved as improved_module
-from pyroebm.objectives.contrastive import advance
+from pyroebm.objectives.contrastive import run_chains
 from pyroebm.objectives.improved import langevin_step, nearest_neighbor_entropy
 from pyroebm.training import fit
 
@@ -46,7 +46,7 @@ class Quartic(Energy):
 
 
 class Bowl(Energy):
-    """A normal law with mean and log precision to be learned."""
+    """A normal distribution with mean and log precision to be learned."""
 
     def __init__(self) -> None:
         super().__init__((2,))
@@ -249,15 +249,15 @@ def test_mutants_of_the_buffer_are_caught(mutant: Any) -> None:
 
 
 def check_restarts(objective: Callable[..., ReplayBufferCD]) -> None:
-    """With still chains and a law of starts that counts them, a share of rows is new at each
-    batch."""
+    """With still chains and a distribution of starts that counts them, a share of rows is new at
+    each batch."""
     drawn: list[int] = []
 
-    def law(n: int, _: Any) -> Tensor:
+    def distribution(n: int, _: Any) -> Tensor:
         drawn.append(n)
         return torch.full((n, 2), float(len(drawn)), dtype=F64)
 
-    still = objective(50, 1, Still(0.1), buffer_size=80, restart=0.2, initial=law)
+    still = objective(50, 1, Still(0.1), buffer_size=80, restart=0.2, initial=distribution)
     noise = seeded(3)
     for _ in range(200):
         still(Bowl(), torch.zeros(3, 2, dtype=F64), generator=noise)
@@ -268,7 +268,7 @@ def check_restarts(objective: Callable[..., ReplayBufferCD]) -> None:
     assert still.chains.unique().numel() > 5, "old chains stay"
 
 
-def test_restarts_have_their_share_and_law() -> None:
+def test_restarts_have_their_share_and_distribution() -> None:
     check_restarts(ReplayBufferCD)
     with pytest.raises(AssertionError, match="share of new chains"):
         check_restarts(
@@ -277,16 +277,16 @@ def test_restarts_have_their_share_and_law() -> None:
 
 
 @pytest.mark.parametrize(
-    "law",
+    "distribution",
     [
         Uniform(torch.tensor([2.0, 2.0]), torch.tensor([3.0, 3.0])),
         lambda n, g: torch.full((n, 2), 2.5, dtype=F64),
     ],
 )
-def test_starts_from_a_stated_law(law: Any) -> None:
+def test_starts_from_a_stated_distribution(distribution: Any) -> None:
     for objective in (
-        ReplayBufferCD(20, 1, Still(0.1), initial=law),
-        ShortRun(1, Still(0.1), initial=law),
+        ReplayBufferCD(20, 1, Still(0.1), initial=distribution),
+        ShortRun(1, Still(0.1), initial=distribution),
     ):
         _, metrics = objective(Bowl(), torch.zeros(3, 2, dtype=F64), generator=seeded(0))
         low, high = (Bowl()(torch.full((1, 2), value, dtype=F64)).item() for value in (2.0, 3.0))
@@ -294,7 +294,7 @@ def test_starts_from_a_stated_law(law: Any) -> None:
 
 
 def frozen_gradient(make: Callable[[], Objective], burn: int, steps: int) -> None:
-    """With the energy frozen, the mean gradient is the exact one of a normal law."""
+    """With the energy frozen, the mean gradient is the exact one of a normal distribution."""
     energy, data = Bowl(), torch.randn(6, 2, dtype=F64, generator=seeded(2))
     with torch.no_grad():
         x = data - energy.mean
@@ -335,8 +335,8 @@ def test_replayed_chains_of_a_frozen_energy_are_exact() -> None:
 
 
 def test_a_short_run_is_its_closed_form() -> None:
-    """k steps of ULA on a normal law from a point: mean and variance by recursion, at a temperature
-    of its own."""
+    """k steps of ULA on a normal distribution from a point: mean and variance by recursion, at a
+    temperature of its own."""
     energy = Bowl()
     eps = 0.5
     temperature = 0.3
@@ -360,7 +360,7 @@ def test_a_short_run_is_its_closed_form() -> None:
 def test_the_field_s_numbers_as_a_kernel() -> None:
     """One step of drift a and noise b is x - a grad E(x) + b n."""
     energy, x = Bowl(), torch.randn(5, 2, dtype=F64, generator=seeded(0))
-    moved, _ = advance(energy, langevin(0.7, 0.03), x, 1, seeded(1))
+    moved, _ = run_chains(energy, langevin(0.7, 0.03), x, 1, seeded(1))
     n = torch.randn(5, 2, dtype=F64, generator=seeded(1))
     slope = energy.log_precision.exp() * (x - energy.mean)
     torch.testing.assert_close(moved, (x - 0.7 * slope + 0.03 * n).detach())
@@ -381,7 +381,7 @@ def test_the_penalty_is_the_written_one() -> None:
     torch.testing.assert_close(penalised - plain, more["energy_penalty"])
     assert torch.equal(more["energy_gap"], metrics["energy_gap"])
     start = energy.initial(9, noise := seeded(3))
-    end, _ = advance(energy, ULA(0.2), start, 2, noise)
+    end, _ = run_chains(energy, ULA(0.2), start, 2, noise)
     written = 0.3 * (energy(batch).square().mean() + energy(end).square().mean())
     torch.testing.assert_close(more["energy_penalty"], written.detach())
     (slope,) = torch.autograd.grad(penalised - plain, energy.net[-1].bias)
@@ -479,9 +479,11 @@ def test_with_the_opposite_sign_it_is_the_exact_gradient_of_the_difference(
         assert float((other.mean(0) - truth).norm()) > 20.0 * float(torch.from_numpy(se).norm())
 
 
-def test_the_entropy_s_gradient_is_that_of_a_normal_law(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chains drawn from N(0, s^2) and one step on a normal law: q is normal with a variance that
-    the precision sets."""
+def test_the_entropy_s_gradient_is_that_of_a_normal_distribution(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Chains drawn from N(0, s^2) and one step on a normal distribution: q is normal with a
+    variance that the precision sets."""
     eps = 0.8
     spread = 2.0
     precision = torch.tensor([0.5, 1.0, 1.5, 0.8], dtype=F64)
@@ -536,7 +538,7 @@ def test_a_step_with_a_graph_is_the_kernel_s() -> None:
     kernel = ULA(0.4, temperature=0.7)
     ours, theirs = (
         langevin_step(energy, x, kernel, seeded(1)),
-        advance(energy, kernel, x, 1, seeded(1))[0],
+        run_chains(energy, kernel, x, 1, seeded(1))[0],
     )
     torch.testing.assert_close(ours.detach(), theirs)
 

@@ -125,6 +125,15 @@ def scaled_and_masked(y: Tensor) -> None:
         pyro.sample("y", dist.Normal(loc * z, 1.0).mask(y < 1), obs=y)
 
 
+def half_observed(y: Tensor) -> None:
+    """The first two classes are known."""
+    p = pyro.sample("p", dist.Beta(1.0, 1.0))
+    known = torch.arange(len(y)) < 2
+    with pyro.plate("data", len(y)):
+        z = pyro.sample("z", dist.Bernoulli(p), obs=torch.ones(len(y)), obs_mask=known)
+        pyro.sample("y", dist.Normal(3 * z, 1.0), obs=y)
+
+
 def selected(y: Tensor) -> None:
     """Continuous latent variables in the plate of the data, of which discrete ones select."""
     with pyro.plate("components", 2, dim=-2), pyro.plate("data", len(y), dim=-1):
@@ -180,6 +189,7 @@ MODELS: dict[str, tuple[Callable[..., Any], Tensor]] = {
     "nested_plates": (nested_plates, data(2, 3)),
     "sequential_plate": (sequential_plate, data(3)),
     "scaled_and_masked": (scaled_and_masked, data(4)),
+    "half_observed": (half_observed, data(4)),
     "selected": (selected, data(3)),
     "forbidden": (forbidden, data(3)),
     "below": (below, data(2)),

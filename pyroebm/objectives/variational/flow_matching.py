@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pyroebm.core._checks import check_counts
+from pyroebm.core.arrays import as_tensor
 from pyroebm.core.progress import Progress
 from pyroebm.core.rng import standard_normal, uniform
 from pyroebm.flows.equivariant import EquivariantFlow
@@ -21,7 +23,7 @@ BATCH_SIZE = 500
 @torch.no_grad()
 def match_flow(
     flow: EquivariantFlow,
-    draws: Tensor,
+    draws: Tensor | np.ndarray,
     num_pairs: int = 20_000,
     ridge: float = 1e-4,
     *,
@@ -42,7 +44,7 @@ def match_flow(
 
     Args:
         flow: the flow, whose weights are replaced.
-        draws: u, shape ``(n, d)``, of the flow's dtype.
+        draws: u, shape ``(n, d)``: a tensor of the flow's dtype, or a NumPy array.
         num_pairs: number of pairs of a draw and noise; draws are chosen with replacement.
         ridge: :math:`\lambda`, in units of the mean diagonal of :math:`E\, F^\top F`; positive,
             since some weights may belong to distances that no pair has.
@@ -75,6 +77,7 @@ def match_flow(
     check_counts({"num_pairs": 1}, num_pairs)
     if not 0.0 < ridge < math.inf:
         raise ValueError(f"ridge must be positive and finite, got ridge={ridge}")
+    draws = as_tensor(draws, flow.dtype, flow.device, "draws")
     if (
         draws.dim() != 2
         or not len(draws)

@@ -369,7 +369,7 @@ def test_no_weight_is_made_of_a_compressed_energy() -> None:
     for made in (
         lambda: ais(vector, base),
         lambda: smc(vector, base),
-        lambda: bridge(vector, torch.zeros(10, 2), base),
+        lambda: bridge(vector, base, draws=torch.zeros(10, 2)),
         lambda: quadrature(energy),
         lambda: estimate_augmented_kl(flow, vector, 100, log_z=0.0),
         lambda: IndependenceMetropolis(flow).init(vector, x),

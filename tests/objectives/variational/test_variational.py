@@ -88,14 +88,14 @@ def j_r_by_quadrature(flow: RedundantNICE, energy: Energy) -> float:
             - torch.linalg.slogdet(flow.linear.matrix()).logabsdet
         )
         if flow.conditional is not None:
-            law, y = flow.conditional(xy[:, :d]), xy[:, d:]
-            deviation = (y - law.mean).unsqueeze(-1)
+            distribution, y = flow.conditional(xy[:, :d]), xy[:, d:]
+            deviation = (y - distribution.mean).unsqueeze(-1)
             quadratic = (
-                deviation.mT @ torch.linalg.solve(law.covariance_matrix, deviation)
+                deviation.mT @ torch.linalg.solve(distribution.covariance_matrix, deviation)
             ).reshape(-1)
             terms = (
                 terms
-                + 0.5 * torch.logdet(law.covariance_matrix)
+                + 0.5 * torch.logdet(distribution.covariance_matrix)
                 + 0.5 * quadratic
                 + 0.5 * extra * math.log(2 * math.pi)
             )
