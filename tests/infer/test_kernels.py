@@ -141,6 +141,18 @@ def test_a_potential_that_changed_is_evaluated_again_without_the_cache() -> None
     assert float(kernel._potential_energy_last) == energy
 
 
+def test_a_potential_is_a_tensor_of_one_element() -> None:
+    start = {"x": torch.zeros(8, 1, 2)}
+    kernel = NUTS(potential_fn=lambda params: params["x"].square().sum()[None, None])
+    pyro.set_rng_seed(0)
+    mcmc = MCMC(kernel, 5, 5, start, num_chains=8, disable_progbar=True)
+    mcmc.run()
+    assert mcmc.get_samples()["x"].shape == (40, 1, 2)
+    kernel = NUTS(potential_fn=lambda params: params["x"].square())
+    with pytest.raises(ValueError, match=r"potential_fn must return a tensor of one element.*1, 2"):
+        MCMC(kernel, 5, 5, start, num_chains=8, disable_progbar=True).run()
+
+
 # Mass matrices
 
 COV = torch.eye(4, dtype=torch.float64)
