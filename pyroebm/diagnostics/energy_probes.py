@@ -16,9 +16,18 @@ from torch import Tensor
 from pyroebm.core.energy import Energy, unchecked_value_and_grad
 from pyroebm.core.rng import seeded_generator, standard_normal
 from pyroebm.core.rowwise import RowsFailAlone
+from pyroebm.core.wrappers import Unconstrained
 from pyroebm.kernels.hamiltonian import MAX_ENERGY_ERROR
 
-__all__ = ["Edge", "Tail", "find_edge", "find_tail", "flat_part", "has_gradient"]
+__all__ = [
+    "Edge",
+    "Tail",
+    "check_normalizable",
+    "find_edge",
+    "find_tail",
+    "flat_part",
+    "has_gradient",
+]
 
 #: Distances along a line from a divergent draw, in standard deviations.
 RADII = torch.logspace(-2.0, 0.5, 16, dtype=torch.float64)
@@ -28,6 +37,8 @@ DISTANCES = torch.logspace(-1.0, 2.0, 3 * POINTS + 1, dtype=torch.float64)
 #: Tolerance in nats for the decrease of the mass from one decade to the next, for the rounding of
 #: energies in float32: a density 1 / distance has equal masses.
 SLACK = 0.05
+#: Maximum number of lines on which :func:`check_normalizable` searches.
+NUM_LINES = 32
 #: Number of states in one evaluation of the energy.
 ROWS = 4096
 
@@ -143,6 +154,66 @@ def find_tail(energy: Energy, base: Tensor, direction: Tensor) -> Tail | None:
             near = float(values[POINTS]), float(values[last])
             return Tail(points[POINTS], points[last], near)
     return None
+
+
+def check_normalizable(energy: Energy, states: Tensor) -> None:
+    r"""Check that an energy has a finite normalizing constant on lines through a state.
+
+    The lines are the axes, or random directions where there are more than 32 coordinates. On each,
+    :func:`find_tail` must find no tail over nine decades of distance, or over three in coordinates
+    transformed to :math:`R^d`, which overflow beyond.
+
+    Args:
+        energy: an energy on :math:`R^d`.
+        states: states of its typical scale, shape ``(n, *event)``.
+
+    Raises:
+        ValueError: if the mass increases without bound on one of the lines.
+
+    Example:
+        >>> from pyroebm.core import Unnormalized
+        >>> check_normalizable(Unnormalized(lambda x: -(x**2) / 2), torch.randn(8))
+        >>> check_normalizable(Unnormalized(lambda x: x**2), torch.randn(8))
+        Traceback (most recent call last):
+        ...
+        ValueError: energy must have a finite normalizing constant, ...
+    """
+    with torch.no_grad():
+        values = energy(states)
+    values = torch.where(values.isnan(), math.inf, values)
+    best = int(values.argmin())
+    if not bool(torch.isfinite(values[best])):
+        return
+    base = states[best]
+    flat, scale = base.flatten(), (states - base).abs().amax(0).flatten()
+    scale = torch.where(scale > 0.0, scale, 1.0)
+    size = flat.numel()
+    if size <= NUM_LINES:
+        lines = torch.diag(scale)
+    else:
+        noise = seeded_generator(0, states.device)
+        lines = scale * standard_normal((NUM_LINES, size), noise, states.dtype, states.device)
+    # a base far narrower than the target sees its mass increase over the first decades
+    factors = (1.0,) if isinstance(energy, Unconstrained) else (1.0, 1e3, 1e6)
+    for line in lines.reshape(-1, *base.shape):
+        tails = [find_tail(energy, base, line)]
+        for factor in factors[1:]:
+            if tails[-1] is not None:
+                tails.append(find_tail(energy, base, factor * line))
+        tail = tails[0]
+        if tail is not None and tails[-1] is not None:
+            named, (near, far) = energy._source, tail.energies
+            raise ValueError(
+                f"energy must have a finite normalizing constant, but exp(-E) of"
+                f" {type(named).__name__} cannot be integrated on a line: E changes from"
+                f" {near:.4g} at {_shown(tail.near)} to {far:.4g} at {_shown(tail.far)};"
+                " give the energy a support, or add a term (a prior) that increases there"
+            )
+
+
+def _shown(state: Tensor) -> str:
+    values = [f"{value:.3g}" for value in state.flatten()[:4].tolist()]
+    return f"[{', '.join(values)}{', ...' if state.numel() > 4 else ''}]"
 
 
 def flat_part(energy: Energy, base: Tensor, direction: Tensor) -> Tensor:
