@@ -27,6 +27,7 @@ from pyroebm.core.rng import fresh_seed, seeded_generator
 from pyroebm.core.serialization import from_text, to_text
 from pyroebm.core.supports import to_support
 from pyroebm.core.wrappers import eval_mode, unconstrain
+from pyroebm.diagnostics.energy_probes import find_lost_mass
 from pyroebm.diagnostics.streaming import StreamingMoments
 from pyroebm.diagnostics.stuck import describe_stuck, stuck_chains
 from pyroebm.kernels.adaptation.starts import draw_starts
@@ -84,6 +85,9 @@ def _threads(number: int) -> Iterator[Callable[..., Iterator[int]]]:
             except KeyboardInterrupt:
                 continue
 
+
+#: Number of starting states at which the edges of a support are examined.
+NUM_PROBED = 3
 
 #: Bytes of draws that a run with ``store`` holds in memory, over all chain batches.
 BUFFER_BYTES = 2**28
@@ -273,6 +277,8 @@ class MCMC(AbstractMCMC):
                 else:
                     x = to_support(energy.support).inv(initial[chains.start : chains.stop])
                 batches.append(self._new_batch(number, target, x, generator, folder))
+            if batches:
+                self._warn_of_edges(target, batches[0].state.x)
         self._compile(target, batches, self.num_samples)
         if folder is not None:
             folder.begin(self.layout, self._attributes())
@@ -448,6 +454,21 @@ class MCMC(AbstractMCMC):
         target = unconstrain(energy)
         self.plan.kernel.check_support(target)
         return target
+
+    def _warn_of_edges(self, target: Energy, x: Tensor) -> None:
+        """Warn before the run of mass that numbers of the energy's dtype cannot represent."""
+        lost = find_lost_mass(target, x[:NUM_PROBED])
+        if lost is not None:
+            name = "float32" if x.dtype == torch.float32 else "float64"
+            fix = "use float64, or sample" if x.dtype == torch.float32 else "sample"
+            warnings.warn(
+                f"site {lost.site!r}: {100.0 * lost.share:.2g} % of the mass is closer to an edge of"
+                f" the support than numbers in {name} can be, because the density increases there as"
+                f" for a concentration of {lost.concentration:.2g}; means will be biased: {fix} the"
+                " logarithm or logit of the variable, or choose a larger concentration",
+                UserWarning,
+                stacklevel=3,
+            )
 
     def _compile(self, target: Energy, batches: list[ChainBatch], goal: int) -> None:
         """Choose the energy on which the kernels move: the target or its compiled view.
