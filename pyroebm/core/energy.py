@@ -34,6 +34,7 @@ from pyroebm.core.conditionals import (
 from pyroebm.core.saving import Saveable
 from pyroebm.core.supports import (
     draw_initial,
+    is_circular,
     is_discrete,
     same_support,
     search_finite,
@@ -247,6 +248,22 @@ class Energy(Saveable):
         """
         return self
 
+    def angles(self, site: str = "x") -> tuple[str, ...]:
+        """Return the names of the variables of :meth:`named` that are angles modulo 2 pi.
+
+        They are those of the support :data:`pyroebm.core.circular`. Diagnoses use their sine and
+        cosine.
+
+        Args:
+            site: as for :meth:`named`.
+        """
+        return (site,) if is_circular(self.support) else ()
+
+    @property
+    def periodic(self) -> Tensor | None:
+        """Entries of a flat state in which the energy has the period 2 pi, a mask; None without."""
+        return None
+
     @property
     def _source(self) -> Energy:
         """The energy that identifies this one in caches: itself, or the one that a view wraps."""
@@ -412,6 +429,15 @@ class View(Energy):
     def named(self, x: Tensor, site: str = "x") -> dict[str, Tensor]:
         """Return the states as a dictionary of named variables."""
         return self.energy.named(x, site)
+
+    def angles(self, site: str = "x") -> tuple[str, ...]:
+        """Return the names of the variables that are angles."""
+        return self.energy.angles(site)
+
+    @property
+    def periodic(self) -> Tensor | None:
+        """Entries of a flat state in which the energy is periodic."""
+        return self.energy.periodic
 
 
 class Tempered(View):

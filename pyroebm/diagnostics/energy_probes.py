@@ -178,7 +178,8 @@ def find_tail(energy: Energy, base: Tensor, direction: Tensor) -> Tail | None:
 def check_normalizable(energy: Energy, states: Tensor) -> None:
     r"""Check that an energy has a finite normalizing constant on lines through a state.
 
-    The lines are the axes, or random directions where there are more than 32 coordinates. On each,
+    The lines are the axes, except for angles, or random directions where there are more than 32
+    coordinates and no angles. On each,
     :func:`find_tail` must find no tail over nine decades of distance, or over three in coordinates
     transformed to :math:`R^d`, which overflow beyond.
 
@@ -212,6 +213,8 @@ def check_normalizable(energy: Energy, states: Tensor) -> None:
     else:
         noise = seeded_generator(0, states.device)
         lines = scale * standard_normal((NUM_LINES, size), noise, states.dtype, states.device)
+    if energy.periodic is not None:
+        lines = lines[~energy.periodic[lines.argmax(1)]] if size <= NUM_LINES else lines[:0]
     # a base far narrower than the target sees its mass increase over the first decades
     factors = (1.0,) if isinstance(energy, Unconstrained) else (1.0, 1e3, 1e6)
     for line in lines.reshape(-1, *base.shape):

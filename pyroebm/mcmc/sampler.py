@@ -27,6 +27,7 @@ from pyroebm.core.rng import fresh_seed, seeded_generator
 from pyroebm.core.serialization import from_text, to_text
 from pyroebm.core.supports import to_support
 from pyroebm.core.wrappers import eval_mode, unconstrain
+from pyroebm.diagnostics.convergence import Observables
 from pyroebm.diagnostics.energy_probes import find_lost_mass
 from pyroebm.diagnostics.streaming import StreamingMoments
 from pyroebm.diagnostics.stuck import describe_stuck, stuck_chains
@@ -462,9 +463,10 @@ class MCMC(AbstractMCMC):
             name = "float32" if x.dtype == torch.float32 else "float64"
             fix = "use float64, or sample" if x.dtype == torch.float32 else "sample"
             warnings.warn(
-                f"site {lost.site!r}: {100.0 * lost.share:.2g} % of the mass is closer to an edge of"
-                f" the support than numbers in {name} can be, because the density increases there as"
-                f" for a concentration of {lost.concentration:.2g}; means will be biased: {fix} the"
+                f"site {lost.site!r}: {100.0 * lost.share:.2g} % of the mass is closer to an edge"
+                f" of the support than numbers in {name} can be, because the density increases"
+                f" there as for a concentration of {lost.concentration:.2g}; means will be biased:"
+                f" {fix} the"
                 " logarithm or logit of the variable, or choose a larger concentration",
                 UserWarning,
                 stacklevel=3,
@@ -754,12 +756,22 @@ class MCMC(AbstractMCMC):
         self._warn_of_stuck_chains(stacklevel=3)
         return diagnostics.summary(self.to_arviz(), **options)
 
-    def diagnose(self, max_r_hat: float = 1.01, min_ess: float = 400.0) -> diagnostics.Diagnosis:
+    def diagnose(
+        self,
+        max_r_hat: float = 1.01,
+        min_ess: float = 400.0,
+        *,
+        observables: Observables | None = None,
+    ) -> diagnostics.Diagnosis:
         """Diagnose the draws; see :func:`pyroebm.diagnostics.diagnose`.
 
         Args:
             max_r_hat: threshold of R-hat.
             min_ess: threshold of the effective sample size.
+            observables: functions of the samples, by name, that are diagnosed in place of the
+                sites: ``{"square": lambda samples: samples["x"] ** 2}``. A function takes the
+                dictionary that ``get_samples(group_by_chain=True)`` returns, and returns values of
+                shape ``(chains, draws, ...)``.
         """
         with eval_mode(self._target):
             return diagnostics.diagnose(
@@ -770,6 +782,8 @@ class MCMC(AbstractMCMC):
                 kernel=self.plan.kernel,
                 energy=self._target,
                 named=functools.partial(self._target.named, site=self.site),
+                observables=observables,
+                angles=self._target.angles(self.site),
                 first_chain=self.layout.chains(self.layout.batches[0]).start,
                 num_chains=self.num_chains,
             )

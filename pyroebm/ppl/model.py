@@ -13,13 +13,13 @@ from pyro.infer.autoguide.initialization import InitMessenger, init_to_feasible
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
-from torch.distributions import Transform, biject_to
+from torch.distributions import Transform
 
 from pyroebm.core._torch_private import tree_leaves
 from pyroebm.core.energy import unchecked_value_and_grad
 from pyroebm.core.rng import seeded_generator, uniform
 from pyroebm.core.rowwise import RowsFailAlone, RowwiseEnergy
-from pyroebm.core.supports import is_discrete
+from pyroebm.core.supports import bijection_of, circular, is_discrete
 from pyroebm.ppl.distribution import initial_states
 
 __all__ = ["ModelEnergy"]
@@ -52,7 +52,7 @@ class _Substitute(Messenger):
             msg["value"] = self.plates[name]
         if name not in self.given:
             return
-        transform = self.transforms[name] = biject_to(msg["fn"].support)
+        transform = self.transforms[name] = bijection_of(msg["fn"])
         if self.inverse:
             x = self.given[name]
             u = self.images[name] = transform.inv(x)
@@ -80,7 +80,7 @@ class ModelEnergy(RowwiseEnergy):
     .. math:: E(u) = -\log p(T(u), y) - \log |\det \partial T / \partial u|
 
     u is the vector of all latent variables in unconstrained coordinates, and T the bijection
-    ``biject_to(support)`` of each. Observed sites, ``pyro.factor``, plates, ``poutine.scale`` and
+    ``biject_to(support)`` of each; draws of von Mises sites are between -pi and pi. Observed sites, ``pyro.factor``, plates, ``poutine.scale`` and
     masks are treated as in Pyro; ``pyro.param`` and the parameters of modules are constants.
 
     All chains are evaluated in one call: the model runs under ``torch.func.vmap``, and its
@@ -146,7 +146,7 @@ class ModelEnergy(RowwiseEnergy):
         for site in latents.values():
             like = like.to(torch.promote_types(like.dtype, site["value"].dtype))
         super().__init__(
-            {name: biject_to(s["fn"].support).inv(s["value"]).shape for name, s in latents.items()},
+            {name: bijection_of(s["fn"]).inv(s["value"]).shape for name, s in latents.items()},
             like,
         )
         self.model = model
@@ -161,6 +161,9 @@ class ModelEnergy(RowwiseEnergy):
             if not frame.vectorized
         }
         self._plates = {frame.name: list(range(frame.size)) for frame in frames}
+        self._angles = tuple(
+            name for name, s in latents.items() if bijection_of(s["fn"]).codomain is circular
+        )
         self._params = [name for name, node in trace.nodes.items() if node["type"] == "param"]
         rows = (
             2.0 * uniform((2, *self.event_shape), seeded_generator(0), self.dtype, self.device)
@@ -262,6 +265,22 @@ class ModelEnergy(RowwiseEnergy):
     def named(self, x: Tensor, site: str = "x") -> dict[str, Tensor]:
         """Return the sites of the model, under which :class:`pyroebm.MCMC` stores draws."""
         return self.constrain(x)
+
+    def angles(self, site: str = "x") -> tuple[str, ...]:
+        """Return the names of the von Mises sites."""
+        return self._angles
+
+    @property
+    def periodic(self) -> Tensor | None:
+        """Entries of von Mises sites."""
+        if not self._angles:
+            return None
+        return torch.cat(
+            [
+                torch.full((shape.numel(),), name in self._angles, device=self.device)
+                for name, shape in self.shapes.items()
+            ]
+        )
 
     def initial(
         self,

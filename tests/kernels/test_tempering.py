@@ -22,6 +22,7 @@ from pyroebm.core.compilation import Compiled
 from pyroebm.energies import Ising
 from pyroebm.kernels import (
     DMALA,
+    BlockGibbs,
     GibbsWithGradients,
     GradientKernel,
     Info,
