@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -85,6 +85,32 @@ def _threads(number: int) -> Iterator[Callable[..., Iterator[int]]]:
                 again = False
             except KeyboardInterrupt:
                 continue
+
+
+def _check_names(sites: Mapping[str, Tensor], stored: bool) -> None:
+    """Check that variables can be stored beside the dimensions of ArviZ's containers.
+
+    Args:
+        sites: values of the variables, shape ``(chains, *shape)``.
+        stored: whether they are written to netCDF files.
+
+    Raises:
+        ValueError: if a name is that of a dimension, or a stored one has a slash.
+    """
+    dimensions = {"chain", "draw"} | {
+        f"{name}_dim_{k}" for name, value in sites.items() for k in range(value.dim() - 1)
+    }
+    if taken := sorted(dimensions & set(sites)):
+        raise ValueError(
+            f"site {taken[0]!r} must not have the name of a dimension of ArviZ's containers, here"
+            f" {sorted(dimensions)[:6]}: rename the site (that of an energy by MCMC(..., site=...))"
+        )
+    slashed = [name for name in sites if "/" in name]
+    if stored and slashed:
+        raise ValueError(
+            f"site {slashed[0]!r} must not have a slash in a run with a store, since it separates"
+            " groups in netCDF files: rename the site, or run without store"
+        )
 
 
 #: Number of starting states at which the edges of a support are examined.
@@ -279,7 +305,9 @@ class MCMC(AbstractMCMC):
                     x = to_support(energy.support).inv(initial[chains.start : chains.stop])
                 batches.append(self._new_batch(number, target, x, generator, folder))
             if batches:
-                self._warn_of_edges(target, batches[0].state.x)
+                first = batches[0].state.x
+                _check_names(target.named(first, self.site), store is not None)
+                self._warn_of_edges(target, first)
         self._compile(target, batches, self.num_samples)
         if folder is not None:
             folder.begin(self.layout, self._attributes())

@@ -80,8 +80,9 @@ class ModelEnergy(RowwiseEnergy):
     .. math:: E(u) = -\log p(T(u), y) - \log |\det \partial T / \partial u|
 
     u is the vector of all latent variables in unconstrained coordinates, and T the bijection
-    ``biject_to(support)`` of each; draws of von Mises sites are between -pi and pi. Observed sites, ``pyro.factor``, plates, ``poutine.scale`` and
-    masks are treated as in Pyro; ``pyro.param`` and the parameters of modules are constants.
+    ``biject_to(support)`` of each; von Mises sites are angles from -pi to pi. Observed sites,
+    ``pyro.factor``, plates, ``poutine.scale`` and masks are treated as in Pyro; ``pyro.param`` and
+    the parameters of modules are constants.
 
     All chains are evaluated in one call: the model runs under ``torch.func.vmap``, and its
     operations are recorded as a graph, which is replayed (see

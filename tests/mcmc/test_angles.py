@@ -147,7 +147,7 @@ def test_von_mises_sites_of_a_model() -> None:
 
 
 def test_observables_are_diagnosed_in_place_of_sites() -> None:
-    """Without a field all angles turn together, and slowly: what does not depend on it has mixed."""
+    """Without a field all angles turn together, slowly. What does not depend on it has mixed."""
     mcmc = MCMC(HMC(0.1, num_steps=2), 1500, 0, 8, seed=0, progress=False, adaptation=None)
     energy = Ring(8, 6.0).double()
     ordered = torch.linspace(-2.0, 2.0, 8, dtype=F64).unsqueeze(1).expand(8, 8)
