@@ -213,8 +213,8 @@ def check_normalizable(energy: Energy, states: Tensor) -> None:
     else:
         noise = seeded_generator(0, states.device)
         lines = scale * standard_normal((NUM_LINES, size), noise, states.dtype, states.device)
-    if energy.periodic is not None:
-        lines = lines[~energy.periodic[lines.argmax(1)]] if size <= NUM_LINES else lines[:0]
+    if energy.angle_mask is not None:
+        lines = lines[~energy.angle_mask[lines.argmax(1)]] if size <= NUM_LINES else lines[:0]
     # a base far narrower than the target sees its mass increase over the first decades
     factors = (1.0,) if isinstance(energy, Unconstrained) else (1.0, 1e3, 1e6)
     for line in lines.reshape(-1, *base.shape):

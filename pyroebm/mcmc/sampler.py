@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import sys
 import threading
 import time
@@ -13,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from pyro.infer.mcmc.api import AbstractMCMC
 from pyro.infer.mcmc.util import select_samples
@@ -103,7 +103,7 @@ def _check_names(sites: Mapping[str, Tensor], stored: bool) -> None:
     if taken := sorted(dimensions & set(sites)):
         raise ValueError(
             f"site {taken[0]!r} must not have the name of a dimension of ArviZ's containers, here"
-            f" {sorted(dimensions)[:6]}: rename the site (that of an energy by MCMC(..., site=...))"
+            f" {sorted(dimensions)[:6]}: rename the site"
         )
     slashed = [name for name in sites if "/" in name]
     if stored and slashed:
@@ -122,13 +122,17 @@ BUFFER_BYTES = 2**28
 #: Maximum number of steps of one turn of asynchronous chains.
 MAX_TURN_STEPS = 1024
 
+#: Seconds between writes of draws and states to the folder of a run.
+CHECKPOINT_EVERY = 60.0
+
 
 class MCMC(AbstractMCMC):
     """Sample an energy with many chains in one process.
 
     The chains are the batch axis of every tensor.
     Chains are divided into chain batches, each with its own random numbers and its own adaptation.
-    The draws of a chain do not depend on the number of batches or on the process that runs them.
+    With the same seed and ``chain_batch_size``, the draws of a batch depend neither on the number
+    of other batches nor on the thread or process that runs it.
 
     Args:
         kernel: a kernel of :mod:`pyroebm.kernels`.
@@ -151,13 +155,12 @@ class MCMC(AbstractMCMC):
             :meth:`get_moments`.
         progress: True shows a progress bar, False does not, None shows it if the run takes longer
             than a second. With several ranks the first shows it.
-        site: name of the variable in the results.
         chain_batch_size: number of chains of one batch. Larger batches share the overhead of a step
             and one adaptation.
         num_threads: number of threads for the batches. The draws do not depend on it. Compiled
             gradients and :class:`NUTS` run concurrently in several threads; kernels and energies in
             Python do not.
-        ranks: number of this process and number of processes, which share the batches; see
+        ranks: (number of this process, number of processes) that share the batches, as from
             :func:`pyroebm.training.ranks`. Results in memory are those of this process's chains.
 
     Attributes:
@@ -195,7 +198,6 @@ class MCMC(AbstractMCMC):
         save_warmup: bool = True,
         keep: Literal["draws", "moments"] = "draws",
         progress: bool | None = None,
-        site: str = "x",
         chain_batch_size: int = 64,
         num_threads: int = 1,
         ranks: tuple[int, int] = (0, 1),
@@ -230,7 +232,6 @@ class MCMC(AbstractMCMC):
         self.seed = fresh_seed(seed)
         self.keep = keep
         self.progress = progress
-        self.site = site
         self.transforms = {}
         self.compile = compile
         self.num_threads = num_threads
@@ -258,10 +259,9 @@ class MCMC(AbstractMCMC):
     def run(
         self,
         energy: Energy,
-        initial: Tensor | None = None,
+        initial: Tensor | np.ndarray | None = None,
         *,
         store: str | Path | None = None,
-        checkpoint_every: float = 60.0,
     ) -> None:
         """Run the warm-up and draw samples.
 
@@ -269,12 +269,11 @@ class MCMC(AbstractMCMC):
             energy: the energy to sample; a constrained support is sampled in unconstrained
                 coordinates, a discrete one directly.
             initial: starting states ``(num_chains, *event)`` in the energy's own (constrained)
-                space; None draws them with ``energy.initial``, for each chain the first candidate
-                from which a trial leapfrog step is accepted.
+                space; None draws them with ``energy.initial``, for gradient kernels again, up to
+                50 times, until a trial step is accepted.
             store: a folder to stream the draws to, for runs that do not fit in memory or may be
-                interrupted: :func:`pyroebm.open_run` opens it, :meth:`resume` continues it. None
-                keeps the draws in memory.
-            checkpoint_every: seconds between writes of draws and states to the folder.
+                interrupted: :func:`pyroebm.open_run` opens it, :meth:`resume` continues it. Draws
+                and states are written every minute. None keeps the draws in memory.
 
         Raises:
             ValueError: if ``energy`` is not an Energy or the kernel does not move on its support,
@@ -282,14 +281,12 @@ class MCMC(AbstractMCMC):
                 ``store`` already holds a run.
         """
         target = self._target_of(energy)
-        folder = (
-            None if store is None else Store(store, functools.partial(target.named, site=self.site))
-        )
+        folder = None if store is None else Store(store, target.named)
         if self.plan.kernel.runs_ahead(target):
             self._compile_driver(target.dtype)
         with eval_mode(energy):
             if initial is not None:
-                check_initial(energy, initial, self.num_chains)
+                initial = check_initial(energy, initial, self.num_chains)
             batches = []
             for number in self.layout.batches:
                 chains, generator = (
@@ -306,7 +303,7 @@ class MCMC(AbstractMCMC):
                 batches.append(self._new_batch(number, target, x, generator, folder))
             if batches:
                 first = batches[0].state.x
-                _check_names(target.named(first, self.site), store is not None)
+                _check_names(target.named(first), store is not None)
                 self._warn_of_edges(target, first)
         self._compile(target, batches, self.num_samples)
         if folder is not None:
@@ -315,9 +312,9 @@ class MCMC(AbstractMCMC):
         self._target = target
         self._batches = batches
         self._store = folder
-        self._advance(self.num_samples, checkpoint_every)
+        self._advance(self.num_samples)
 
-    def run_more(self, num_samples: int, *, checkpoint_every: float = 60.0) -> None:
+    def run_more(self, num_samples: int) -> None:
         """Continue the chains for ``num_samples`` more draws: the same as one longer run.
 
         Energies and gradients are recomputed first, so an energy that was trained in between is
@@ -325,7 +322,6 @@ class MCMC(AbstractMCMC):
 
         Args:
             num_samples: number of further draws of each chain.
-            checkpoint_every: as in :meth:`run`.
 
         Raises:
             ValueError: if there is no run with a finished warm-up, or ``num_samples`` < 1.
@@ -341,14 +337,12 @@ class MCMC(AbstractMCMC):
         with eval_mode(self._target):
             for batch in self._batches:
                 batch.refresh()
-        self._advance(goal, checkpoint_every)
+        self._advance(goal)
 
     def resume(
         self,
         energy: Energy | None = None,
         store: str | Path | None = None,
-        *,
-        checkpoint_every: float = 60.0,
     ) -> None:
         """Finish an interrupted run, with the same draws as an uninterrupted one.
 
@@ -358,7 +352,6 @@ class MCMC(AbstractMCMC):
             energy: the energy of the run.
             store: the folder of the run. Without ``energy`` and ``store`` the run in memory is
                 continued (after Ctrl-C or :meth:`load_state_dict`).
-            checkpoint_every: as in :meth:`run`.
 
         Raises:
             ValueError: if there is no run to continue, or if the run in the folder has other
@@ -371,7 +364,7 @@ class MCMC(AbstractMCMC):
             )
         if energy is not None and store is not None:
             target = self._target_of(energy)
-            folder = Store(store, functools.partial(target.named, site=self.site))
+            folder = Store(store, target.named)
             states = {number: folder.load(number) for number in self.layout.batches}
             self._load(
                 {f"{n}.{k}": v for n, state in states.items() for k, v in state.items()},
@@ -385,7 +378,7 @@ class MCMC(AbstractMCMC):
             )
         if not self.compiled:
             self._compile(self._target, self._batches, self.num_samples)
-        self._advance(max(self._goal, self.num_samples), checkpoint_every)
+        self._advance(max(self._goal, self.num_samples))
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return what :meth:`resume` and :meth:`run_more` need, and all draws, as tensors.
@@ -554,7 +547,7 @@ class MCMC(AbstractMCMC):
                 target,
                 start,
                 generator,
-                named=functools.partial(target.named, site=self.site),
+                named=target.named,
             )
         if store is None:
             return ChainBatch(self.plan, target, start, generator)
@@ -570,11 +563,10 @@ class MCMC(AbstractMCMC):
             max(1, affordable),
         )
 
-    def _advance(self, goal: int, checkpoint_every: float) -> None:
+    def _advance(self, goal: int) -> None:
         """Finish the warm-up, then draw until every chain has ``goal`` draws."""
         self.interrupted = False
         self._goal = goal
-        self._every = checkpoint_every
         phase = "compilation" if self._stopped else "warm-up"
         if self.keep == "draws":
             draws, chains = (
@@ -640,7 +632,7 @@ class MCMC(AbstractMCMC):
 
         ``label`` is ``"warm-up"`` or ``"sample"``, and ``turn`` counts from 0 in each.
         """
-        if time.monotonic() - self._saved >= self._every:
+        if time.monotonic() - self._saved >= CHECKPOINT_EVERY:
             self._save()
 
     def _save(self) -> None:
@@ -695,7 +687,7 @@ class MCMC(AbstractMCMC):
         """
         draws = self._draws(warmup)
         samples: dict[str, Tensor] = select_samples(
-            self._target.named(draws, self.site), num_samples, group_by_chain
+            self._target.named(draws), num_samples, group_by_chain
         )
         return samples
 
@@ -809,9 +801,9 @@ class MCMC(AbstractMCMC):
                 min_ess,
                 kernel=self.plan.kernel,
                 energy=self._target,
-                named=functools.partial(self._target.named, site=self.site),
+                named=self._target.named,
                 observables=observables,
-                angles=self._target.angles(self.site),
+                angles=self._target.angles(),
                 first_chain=self.layout.chains(self.layout.batches[0]).start,
                 num_chains=self.num_chains,
             )

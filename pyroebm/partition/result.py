@@ -7,9 +7,10 @@ import math
 
 from torch import Tensor
 
+from pyroebm.core.energy import Energy
 from pyroebm.core.statistics import Kind, log_mean, pareto_k, weight_problem
 
-__all__ = ["BidirectionalAIS", "LogZ"]
+__all__ = ["BidirectionalAIS", "LogZ", "check_exact_draws", "from_weights"]
 
 BIAS: dict[str, str] = {
     "exact": "no bias",
@@ -43,14 +44,15 @@ class LogZ:
 
     Example:
         >>> import torch
-        >>> print(LogZ(5.0322, 0.0021, "lower", "AIS", 83.2, torch.zeros(100)))
-        log Z = 5.0322 +- 0.0021 (AIS; lower: low on average; ESS 83.2 of 100)
-        >>> few = LogZ(
-        ...     4.1, float("inf"), "lower", "AIS", problem="the ESS of the weights is 2 of 9"
-        ... )
+        >>> print(
+        ...     LogZ(5.0322, 0.0021, "lower", "AIS", 83.2, torch.zeros(100))
+        ... )  # doctest: +NORMALIZE_WHITESPACE
+        log Z = 5.0322 +- 0.0021 (AIS; lower: low on average; ESS 83.2 of 100; modes without draws
+        are not included)
+        >>> few = LogZ(4.1, math.inf, "lower", "AIS", problem="the ESS of the weights is 2 of 9")
         >>> print(few)  # doctest: +NORMALIZE_WHITESPACE
-        log Z = 4.1000, no standard error: the ESS of the weights is 2 of 9
-        (AIS; lower: low on average)
+        log Z = 4.1000, no standard error: the ESS of the weights is 2 of 9 (AIS; lower: low on
+        average; modes without draws are not included)
     """
 
     value: float
@@ -76,12 +78,27 @@ class LogZ:
             if self.ess is None or self.log_weights is None
             else f"; ESS {self.ess:.4g} of {len(self.log_weights)}"
         )
+        unseen = "" if self.kind == "exact" else "; modes without draws are not included"
         error = (
             f" +- {self.standard_error:.2g}"
             if math.isfinite(self.standard_error)
             else ", no standard error" + (f": {self.problem}" if self.problem else "")
         )
-        return f"log Z = {self.value:.4f}{error} ({self.method}; {self.kind}: {self.bias}{weights})"
+        what = f"{self.method}; {self.kind}: {self.bias}{weights}{unseen}"
+        return f"log Z = {self.value:.4f}{error} ({what})"
+
+
+def check_exact_draws(energy: Energy) -> None:
+    """Check that draws need not be given.
+
+    Raises:
+        ValueError: if the energy has no exact draws.
+    """
+    if not energy.has_exact_draws:
+        raise ValueError(
+            f"draws must be given, because {type(energy).__name__} has no exact draws, got None;"
+            " pass those of MCMC"
+        )
 
 
 def from_weights(
@@ -154,10 +171,13 @@ class BidirectionalAIS:
         ...     bidirectional_ais(
         ...         BernoulliRBM(3, 2, weight=torch.zeros(3, 2)), betas=10, num_chains=20
         ...     )
-        ... )
-        log Z = 3.4657 +- 0 (AIS; lower: low on average; ESS 20 of 20)
-        log Z = 3.4657 +- 0 (reverse AIS; upper: high on average; ESS 20 of 20)
-        log Z = 3.4657 +- 0 (AIS both ways; estimate: biased either way)
+        ... )  # doctest: +NORMALIZE_WHITESPACE
+        log Z = 3.4657 +- 0 (AIS; lower: low on average; ESS 20 of 20; modes without draws are not
+        included)
+        log Z = 3.4657 +- 0 (reverse AIS; upper: high on average; ESS 20 of 20; modes without draws
+        are not included)
+        log Z = 3.4657 +- 0 (AIS both ways; estimate: biased either way; modes without draws are not
+        included)
     """
 
     forward: LogZ

@@ -60,8 +60,8 @@ def test_the_circle() -> None:
 
 def test_an_energy_of_angles_has_the_options_of_others(tmp_path: Any) -> None:
     energy = Ring(3, 1.0).double()
-    assert energy.angles("t") == unconstrain(0.5 * energy).angles("t") == ("t",)
-    periodic = unconstrain(energy).periodic
+    assert energy.angles() == unconstrain(0.5 * energy).angles() == ("x",)
+    periodic = unconstrain(energy).angle_mask
     assert periodic is not None
     assert bool(periodic.all())
     start = energy.initial(2000, torch.Generator().manual_seed(0))
@@ -131,8 +131,8 @@ def test_von_mises_sites_of_a_model() -> None:
 
     energy = ModelEnergy(model)
     assert energy.angles() == ("t", "many")
-    assert energy.periodic is not None
-    assert energy.periodic.tolist() == [True, True, True, False]
+    assert energy.angle_mask is not None
+    assert energy.angle_mask.tolist() == [True, True, True, False]
     mcmc = MCMC(NUTS(max_tree_depth=6), 1000, 500, 4, seed=0, progress=False)
     mcmc.run(energy)
     samples = mcmc.get_samples(group_by_chain=True)

@@ -159,8 +159,8 @@ def test_energies_that_are_no_density_are_named(name: str, case: str) -> None:
     draws = base.sample((100,))
     calls: dict[str, Callable[[], object]] = {
         "bridge": lambda: bridge(energy, draws=draws, base=base),
-        "reverse_ais": lambda: reverse_ais(energy, draws, base, MALA(0.3), betas=20),
-        "bidirectional_ais": lambda: bidirectional_ais(energy, draws, base, betas=20),
+        "reverse_ais": lambda: reverse_ais(energy, base, MALA(0.3), draws=draws, betas=20),
+        "bidirectional_ais": lambda: bidirectional_ais(energy, base, draws=draws, betas=20),
     }
     call = calls.get(name, lambda: ESTIMATORS[name](energy, base))
     with pytest.raises(ValueError, match="must have a finite normalizing constant"):
@@ -178,7 +178,7 @@ def test_importance_weights_of_no_density_have_no_standard_error(case: str) -> N
 def test_a_target_far_wider_than_the_base_is_a_density() -> None:
     """Over the first decades its mass increases."""
     wide = Unnormalized(lambda x: -((x / 1e5) ** 2) / 2).double()
-    result = smc(wide, normal(), MALA(), num_particles=256, num_moves=20, generator=noise())
+    result = smc(wide, normal(), MALA(), num_particles=1024, generator=noise())
     within_se(result.value, 0.5 * math.log(2 * math.pi) + math.log(1e5), result.standard_error)
 
 
