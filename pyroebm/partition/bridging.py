@@ -191,14 +191,11 @@ def _bennett(ahead: Any, back: Any, effective: float) -> tuple[float, float, str
     )
     if min(len(ahead), len(back)) < 2:
         return root, math.nan, "there is one draw"
-    # 1 + the squared coefficient of variation of the terms of each side
-    spreads = [math.exp(logsumexp(2 * t) - 2 * logsumexp(t) + math.log(len(t))) for t, _ in terms]
-    overlap = min(n / spread for spread, (_, n) in zip(spreads, terms, strict=True))
+    # squared coefficients of variation of the terms of each side
+    spreads = [math.expm1(logsumexp(2 * t) - 2 * logsumexp(t) + math.log(len(t))) for t, _ in terms]
+    overlap = min(n / (1.0 + spread) for spread, (_, n) in zip(spreads, terms, strict=True))
     if overlap < MIN_ESS:
-        return (
-            root,
-            math.inf,
-            f"the two densities overlap at {overlap:.2g} draws, below {MIN_ESS:g}",
-        )
-    variance = sum((spread - 1.0) / n for spread, (_, n) in zip(spreads, terms, strict=True))
+        problem = f"the two densities overlap at {overlap:.2g} draws, below {MIN_ESS:g}"
+        return root, math.inf, problem
+    variance = sum(spread / n for spread, (_, n) in zip(spreads, terms, strict=True))
     return root, math.sqrt(max(variance, 0.0)), None
