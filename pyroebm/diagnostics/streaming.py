@@ -92,8 +92,8 @@ class StreamingMoments(NamedTuple):
             W = \operatorname{mean}_k (\operatorname{var}_m \bar x_{mk} + \operatorname{mean}_m
             s^2_{mk})
 
-        over chains m of superchain k, with :math:`s^2 = 0` for one draw (Margossian, Hoffman, Sountsov, Riou-Durand, Vehtari and
-        Gelman, 2024). It separates bias from the noise of short chains, which averages out within a
+        over chains m of superchain k, with :math:`s^2 = 0` for one draw (Margossian, Hoffman,
+        Sountsov, Riou-Durand, Vehtari and Gelman, 2024). It separates bias from the noise of short chains, which averages out within a
         superchain. All chains of a superchain must start at the same point:
         ``initial=points.repeat_interleave(chains_of_each, 0)``.
 

@@ -50,9 +50,9 @@ from pyroebm.flows import (
     permutations,
     sign_flips,
 )
-from pyroebm.flows.zuko_flows import _spline
 from pyroebm.flows.affine import coupling_mask
 from pyroebm.flows.groups import multiplication_table
+from pyroebm.flows.zuko_flows import _spline
 from pyroebm.objectives import ReverseKL, SymmetrizedKL
 from pyroebm.objectives.variational.reverse_kl import kl_summands
 from pyroebm.targets import Gaussian
