@@ -53,9 +53,9 @@ MUTANTS: dict[str, tuple[str, str, str, str]] = {
         "turns = torch.zeros_like(x)",
         "tests/mcmc/test_angles.py",
     ),
-    "a spline leaves its bin": (
+    "a negative discriminant of a spline": (
         "flows/zuko_flows.py",
-        "torch.where(square > 0.0, square, torch.finfo(y.dtype).tiny).sqrt()",
+        "torch.where(square <= 0.0, torch.finfo(y.dtype).tiny, square).sqrt()",
         "square.sqrt()",
         "tests/flows/test_architectures.py",
     ),

@@ -535,9 +535,9 @@ class _Writer:
             return {"dict": {k: self.described(v, f"{where}.{k}", module) for k, v in items}}
         if isinstance(value, torch.dtype):
             return {"dtype": _name_of_dtype(value)}
-        for name, own in _OWN_SUPPORTS.items():
-            if isinstance(value, type(own)):
-                return {"constant": name}
+        for known_name, support in _OWN_SUPPORTS.items():
+            if isinstance(value, type(support)):
+                return {"constant": known_name}
         if isinstance(value, Constraint) and (name := _constant_name(value)):
             return {"constant": name}
         if (known := _torch_name(type(value))) is not None:

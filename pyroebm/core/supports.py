@@ -93,7 +93,7 @@ class _Wrap(Transform):
         return torch.zeros_like(x)
 
 
-@biject_to.register(_Circular)
+@biject_to.register(_Circular)  # type: ignore[untyped-decorator]
 def _biject_to_circular(constraint: Constraint) -> Transform:
     return _Wrap()
 
@@ -114,7 +114,8 @@ def bijection_of(distribution: Any) -> Transform:
     while hasattr(base, "base_dist") and not hasattr(base, "transforms"):
         base = base.base_dist
     periodic = isinstance(base, torch.distributions.VonMises)
-    return biject_to(circular if periodic else distribution.support)
+    transform: Transform = biject_to(circular if periodic else distribution.support)
+    return transform
 
 
 def is_circular(support: Constraint) -> bool:

@@ -93,8 +93,9 @@ class StreamingMoments(NamedTuple):
             s^2_{mk})
 
         over chains m of superchain k, with :math:`s^2 = 0` for one draw (Margossian, Hoffman,
-        Sountsov, Riou-Durand, Vehtari and Gelman, 2024). It separates bias from the noise of short chains, which averages out within a
-        superchain. All chains of a superchain must start at the same point:
+        Sountsov, Riou-Durand, Vehtari and Gelman, 2024). It separates bias from the
+        noise of short chains, which averages out within a superchain. All chains of a superchain
+        must start at the same point:
         ``initial=points.repeat_interleave(chains_of_each, 0)``.
 
         Args:
