@@ -49,7 +49,7 @@ def noise() -> torch.Generator:
 
 
 ESTIMATORS: dict[str, Callable[[Ising], LogZ]] = {
-    "ais": lambda e: ais(e, betas=6000, num_chains=100, generator=noise()),
+    "ais": lambda e: ais(e, betas=3000, num_chains=50, generator=noise()),
     "smc": lambda e: smc(e, num_particles=64, num_islands=16, generator=noise()),
     "thermodynamic_integration": lambda e: thermodynamic_integration(
         e,
