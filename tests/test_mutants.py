@@ -17,6 +17,54 @@ from lib.scripts import ROOT
 
 #: Name: (file, what stands there, what the mutant has, tests of which one must fail).
 MUTANTS: dict[str, tuple[str, str, str, str]] = {
+    "the base counts outside the domain too": (
+        "partition/estimators.py",
+        "value = float(reference.log_z or 0.0) + log_mass + float(each.mean())",
+        "value = float(reference.log_z or 0.0) + float(each.mean())",
+        "tests/partition/test_hard_cases.py",
+    ),
+    "reverse AIS ends at the whole base": (
+        "partition/annealing.py",
+        "path.log_z + log_mass,",
+        "path.log_z,",
+        "tests/partition/test_hard_cases.py",
+    ),
+    "a heavy tail has a standard error": (
+        "core/statistics.py",
+        "if MAX_PARETO_K < k < math.inf:",
+        "if False:",
+        "tests/partition/test_hard_cases.py",
+    ),
+    "chains that never moved are a sample": (
+        "partition/bridging.py",
+        "constant = (draws == draws[:, :1]).flatten(1).all(1)",
+        "constant = draws.new_zeros(len(draws), dtype=torch.bool)",
+        "tests/partition/test_hard_cases.py",
+    ),
+    "mass beyond the numbers is not counted": (
+        "diagnostics/energy_probes.py",
+        "if least is not None and least.share > MAX_LOST_MASS:",
+        "if least is not None and least.share > 1.0:",
+        "tests/mcmc/test_edges.py",
+    ),
+    "angles are not wrapped": (
+        "core/supports.py",
+        "turns = torch.ceil((x - math.pi) / (2.0 * math.pi))",
+        "turns = torch.zeros_like(x)",
+        "tests/mcmc/test_angles.py",
+    ),
+    "a negative discriminant of a spline": (
+        "flows/zuko_flows.py",
+        "torch.where(square <= 0.0, torch.finfo(y.dtype).tiny, square).sqrt()",
+        "square.sqrt()",
+        "tests/flows/test_architectures.py",
+    ),
+    "a chain enters where its gradient is not finite": (
+        "kernels/stochastic.py",
+        "(torch.isfinite(q) & torch.isfinite(ahead)).all(1)",
+        "torch.isfinite(q).all(1)",
+        "tests/kernels/test_continuous_kernels.py",
+    ),
     "two writers share a temporary file": (
         "core/files.py",
         'temporary = path.with_name(f"{path.name}{by}.part")',

@@ -28,6 +28,8 @@ from pyroebm.core.serialization import from_text, to_text
 from pyroebm.core.supports import to_support
 from pyroebm.core.wrappers import eval_mode, unconstrain
 from pyroebm.diagnostics.arviz_data import Coords, Dims
+from pyroebm.diagnostics.convergence import Observables
+from pyroebm.diagnostics.energy_probes import find_lost_mass
 from pyroebm.diagnostics.pyro_model import model_groups
 from pyroebm.diagnostics.streaming import StreamingMoments
 from pyroebm.diagnostics.stuck import describe_stuck, stuck_chains
@@ -86,6 +88,35 @@ def _threads(number: int) -> Iterator[Callable[..., Iterator[int]]]:
             except KeyboardInterrupt:
                 continue
 
+
+def _check_names(sites: Mapping[str, Tensor], stored: bool) -> None:
+    """Check that variables can be stored beside the dimensions of ArviZ's containers.
+
+    Args:
+        sites: values of the variables, shape ``(chains, *shape)``.
+        stored: whether they are written to netCDF files.
+
+    Raises:
+        ValueError: if a name is that of a dimension, or a stored one has a slash.
+    """
+    dimensions = {"chain", "draw"} | {
+        f"{name}_dim_{k}" for name, value in sites.items() for k in range(value.dim() - 1)
+    }
+    if taken := sorted(dimensions & set(sites)):
+        raise ValueError(
+            f"site {taken[0]!r} must not have the name of a dimension of ArviZ's containers, here"
+            f" {sorted(dimensions)[:6]}: rename the site"
+        )
+    slashed = [name for name in sites if "/" in name]
+    if stored and slashed:
+        raise ValueError(
+            f"site {slashed[0]!r} must not have a slash in a run with a store, since it separates"
+            " groups in netCDF files: rename the site, or run without store"
+        )
+
+
+#: Number of starting states at which the edges of a support are examined.
+NUM_PROBED = 3
 
 #: Bytes of draws that a run with ``store`` holds in memory, over all chain batches.
 BUFFER_BYTES = 2**28
@@ -272,6 +303,10 @@ class MCMC(AbstractMCMC):
                 else:
                     x = to_support(energy.support).inv(initial[chains.start : chains.stop])
                 batches.append(self._new_batch(number, target, x, generator, folder))
+            if batches:
+                first = batches[0].state.x
+                _check_names(target.named(first), store is not None)
+                self._warn_of_edges(target, first)
         self._compile(target, batches, self.num_samples)
         if folder is not None:
             folder.begin(self.layout, self._attributes())
@@ -443,6 +478,22 @@ class MCMC(AbstractMCMC):
         target = unconstrain(energy)
         self.plan.kernel.check_support(target)
         return target
+
+    def _warn_of_edges(self, target: Energy, x: Tensor) -> None:
+        """Warn before the run of mass that numbers of the energy's dtype cannot represent."""
+        lost = find_lost_mass(target, x[:NUM_PROBED])
+        if lost is not None:
+            name = "float32" if x.dtype == torch.float32 else "float64"
+            fix = "use float64, or sample" if x.dtype == torch.float32 else "sample"
+            warnings.warn(
+                f"site {lost.site!r}: {100.0 * lost.share:.2g} % of the mass is closer to an edge"
+                f" of the support than numbers in {name} can be, because the density increases"
+                f" there as for a concentration of {lost.concentration:.2g}; means will be biased:"
+                f" {fix} the"
+                " logarithm or logit of the variable, or choose a larger concentration",
+                UserWarning,
+                stacklevel=3,
+            )
 
     def _compile(self, target: Energy, batches: list[ChainBatch], goal: int) -> None:
         """Choose the energy on which the kernels move: the target or its compiled view.
@@ -764,12 +815,22 @@ class MCMC(AbstractMCMC):
         draws = diagnostics.to_arviz(self.get_samples(group_by_chain=True))
         return diagnostics.summary(draws, **options)
 
-    def diagnose(self, max_r_hat: float = 1.01, min_ess: float = 400.0) -> diagnostics.Diagnosis:
+    def diagnose(
+        self,
+        max_r_hat: float = 1.01,
+        min_ess: float = 400.0,
+        *,
+        observables: Observables | None = None,
+    ) -> diagnostics.Diagnosis:
         """Diagnose the draws; see :func:`pyroebm.diagnostics.diagnose`.
 
         Args:
             max_r_hat: threshold of R-hat.
             min_ess: threshold of the effective sample size.
+            observables: functions of the samples, by name, that are diagnosed in place of the
+                sites: ``{"square": lambda samples: samples["x"] ** 2}``. A function takes the
+                dictionary that ``get_samples(group_by_chain=True)`` returns, and returns values of
+                shape ``(chains, draws, ...)``.
         """
         with eval_mode(self._target):
             return diagnostics.diagnose(
@@ -780,6 +841,8 @@ class MCMC(AbstractMCMC):
                 kernel=self.plan.kernel,
                 energy=self._target,
                 named=self._target.named,
+                observables=observables,
+                angles=self._target.angles(),
                 first_chain=self.layout.chains(self.layout.batches[0]).start,
                 num_chains=self.num_chains,
             )
