@@ -35,17 +35,17 @@ def test_a_failure_while_writing_leaves_the_old_file_and_nothing_else(tmp_path: 
 
 def test_two_writers_have_files_of_their_own(tmp_path: Path) -> None:
     path = tmp_path / "run.json"
-    with files.atomic_write(path, ".0") as mine, files.atomic_write(path, ".1") as theirs:
+    with files.atomic_write(path) as mine, files.atomic_write(path) as theirs:
         assert mine != theirs
         mine.write_text("mine")
         theirs.write_text("theirs")
     assert files.read_text(path) == "mine"
 
 
-@pytest.mark.parametrize("value", [{"a": [1, 2.5, None, "é"]}, [], math.inf])
-def test_json_comes_back(value: object, tmp_path: Path) -> None:
-    files.write_json(tmp_path / "a.json", value)
-    assert files.read_json(tmp_path / "a.json") == value
+def test_settings_come_back(tmp_path: Path) -> None:
+    settings = {"a": [1, 2.5, None, "é"], "b": math.inf}
+    files.write_settings(tmp_path / "a.json", settings)
+    assert files.read_settings(tmp_path / "a.json") == settings
 
 
 def test_tensors_come_back_with_their_text(tmp_path: Path) -> None:
@@ -134,16 +134,22 @@ def test_arrays_are_those_asked_for_and_no_pickle_is_loaded(tmp_path: Path) -> N
 def test_bytes_are_unzipped_by_name(tmp_path: Path) -> None:
     (tmp_path / "a.gz").write_bytes(gzip.compress(b"draws"))
     (tmp_path / "a").write_bytes(b"draws")
-    assert files.read_bytes(tmp_path / "a.gz") == files.read_bytes(tmp_path / "a") == b"draws"
+    for name in ("a", "a.gz"):
+        assert files.read_bytes(tmp_path / name, lambda start: 5) == b"draws"
+        for size, said in ((4, "got more"), (6, "got 5")):
+            with pytest.raises(FileError, match=said):
+                files.read_bytes(tmp_path / name, lambda start, size=size: size)
 
 
 def test_groups_come_back_thinned(tmp_path: Path) -> None:
     draws = xarray.Dataset({"x": (("chain", "draw"), np.arange(12.0).reshape(2, 6))})
     files.write_groups(tmp_path / "a.nc", {"posterior": draws}, {"seed": 3})
-    found = files.read_group(tmp_path / "a.nc", "posterior", slice(1, None, 2))
-    assert found["x"].values.tolist() == [[1.0, 3.0, 5.0], [7.0, 9.0, 11.0]]
-    with pytest.raises(OSError, match="warmup"):
-        files.read_group(tmp_path / "a.nc", "warmup")
+    attrs, found = files.read_groups(tmp_path / "a.nc", ("posterior", "warmup"), slice(1, None, 2))
+    assert found.keys() == {"posterior"}
+    assert found["posterior"]["x"].values.tolist() == [[1.0, 3.0, 5.0], [7.0, 9.0, 11.0]]
+    assert attrs == {"seed": 3}
+    with xarray.open_dataset(tmp_path / "a.nc", group="posterior", engine="h5netcdf") as theirs:
+        assert theirs.equals(draws)
 
 
 def test_lines_are_added(tmp_path: Path) -> None:

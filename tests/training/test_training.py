@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from pyroebm import Energy
+from pyroebm.core import FileError
 from pyroebm.data import bars_and_stripes
 from pyroebm.energies import BernoulliRBM, ClassifierEnergy, MLPEnergy
 from pyroebm.kernels import ULA, IndependenceMetropolis
@@ -432,7 +433,7 @@ def test_checkpoints_at_the_front_door(tmp_path: Path) -> None:
     assert [step.number for step in run] == [2, 3]
 
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(ValueError, match="must be a file that fit wrote"):
+    with pytest.raises(FileError, match="must be a complete file written by pyroebm"):
         fit(rbm(), ContrastiveDivergence(), DATA, num_steps=6, resume=True, **options)
 
 
