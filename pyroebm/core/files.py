@@ -124,8 +124,8 @@ def reading(path: str | Path) -> Iterator[None]:
     except FileNotFoundError as error:
         raise FileError(path, "there is no such file") from error
     except Exception as error:
-        said = str(error) if isinstance(error, OSError | ValueError) else repr(error)
-        raise FileError(path, f"the file cannot be read: {said or repr(error)}") from error
+        said = repr(error) if isinstance(error, LookupError) or not str(error) else str(error)
+        raise FileError(path, f"the file cannot be read: {said}") from error
 
 
 @contextlib.contextmanager
@@ -283,7 +283,7 @@ class Lock:
         ...     with Lock(path, path), Lock(path, path):  # doctest: +ELLIPSIS
         ...         pass
         Traceback (most recent call last):
-        pyroebm.core.files.FileError: ...run.lock: it is in use by another object of this process: ...
+        pyroebm.core.files.FileError: ...run.lock: it is in use by another object...
     """
 
     def __init__(self, path: Path, locked: Path) -> None:
@@ -541,8 +541,8 @@ def read_bytes(path: Path, measure: Callable[[bytes], int]) -> bytearray:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     written = Path(folder, "a").write_bytes(bytes([2, 7, 8]))
-        ...     read_bytes(Path(folder, "a"), lambda start: 1 + start[0])
-        bytearray(b'\\x02\\x07\\x08')
+        ...     read_bytes(Path(folder, "a"), lambda start: 1 + start[0]).hex()
+        '020708'
     """
     with reading(path):
         stored = path.stat().st_size
@@ -596,9 +596,9 @@ def read_arrays(path: Path, names: Collection[str]) -> tuple[dict[str, np.ndarra
             wanted = {name: info for name, info in members.items() if name in names}
             size = sum(info.file_size for info in wanted.values())
             _check_size(path, size, path.stat().st_size)
-            return {
-                name: _array_of(archive.read(info)) for name, info in wanted.items()
-            }, list(members)
+            return {name: _array_of(archive.read(info)) for name, info in wanted.items()}, list(
+                members
+            )
 
 
 def _array_of(content: bytes) -> np.ndarray:

@@ -205,7 +205,12 @@ class Part:
         chains, draws = self.first_chain + np.arange(x.shape[0]), start + np.arange(x.shape[1])
         path = _part(self.store.folder, self.batch, self.phase, start)
         datasets = {name: _dataset(variables, chains, draws) for name, variables in groups.items()}
-        place = {"batch": self.batch, "phase": self.phase, "start": start, "stop": start + len(draws)}
+        place = {
+            "batch": self.batch,
+            "phase": self.phase,
+            "start": start,
+            "stop": start + len(draws),
+        }
         write_groups(path, datasets, self.store.attributes | place)
 
     def read(self) -> tuple[Tensor, dict[str, Tensor]]:

@@ -58,7 +58,8 @@ class TrainingLog:
                         f"log={str(path)!r} must be a new file, but exists: continue with"
                         " resume=True, or give another name"
                     )
-                lines = [line for line in read_log(self.path) if line["step"] < done]
+                with reading(self.path):
+                    lines = [line for line in read_log(self.path) if line["step"] < done]
                 write_text(self.path, "".join(json.dumps(line) + "\n" for line in lines))
             check_writable(self.path)
         self.writer: Any = None if tensorboard is None else _writer(tensorboard, done)

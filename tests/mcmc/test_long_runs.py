@@ -388,7 +388,7 @@ def test_a_write_that_is_broken_off_loses_nothing_that_was_kept(
         monkeypatch.setattr(os, "replace", replace)
         again = short()
         if broken_at == 2:  # before the last block's first state was there
-            with pytest.raises(FileError, match="no state of chain batch.*start it with run"):
+            with pytest.raises(FileError, match=r"no state of chain batch.*start it with run"):
                 again.resume(Stops(), folder)
             again.run(Stops(), store=folder)
         else:
@@ -494,7 +494,7 @@ def test_a_start_that_is_killed_is_started_again_as_the_message_says(
     again = driven(MALA(0.5), 5, warmup_steps=0, num_samples=3, seed=6)
     with (
         pytest.warns(RuntimeWarning, match="taken over") if files else contextlib.nullcontext(),
-        pytest.raises(FileError, match="start (one|it) with (MCMC.)?run"),
+        pytest.raises(FileError, match=r"start (one|it) with (MCMC.)?run"),
     ):
         again.resume(Stops(), tmp_path)
     with contextlib.nullcontext() if files else pytest.warns(RuntimeWarning, match="taken over"):
