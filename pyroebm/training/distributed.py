@@ -22,6 +22,7 @@ __all__ = [
     "gather_bytes",
     "process_group",
     "ranks",
+    "reason_of_end",
     "same_start",
 ]
 
@@ -158,9 +159,15 @@ class _Watch:
         try:
             work.wait()
         except RuntimeError as error:
-            if self.failure is None:
-                time.sleep(2.0 * self.period)  # the reason may come after the end of a connection
-            raise ProcessError(self.failure or f"another process has ended: {error}") from error
+            reason = self.reason() or f"another process has ended: {error}"
+            raise ProcessError(reason) from error
+
+    def reason(self) -> str | None:
+        """Return why the group cannot continue, which may come after the end of a connection."""
+        end = time.monotonic() + 2.0 * self.period
+        while self.failure is None and time.monotonic() < end:
+            time.sleep(0.1 * self.period)
+        return self.failure
 
     def leave(self) -> None:
         """Tell the others that this process leaves the group, and wait until they do."""
@@ -248,6 +255,11 @@ def _finish(work: torch.distributed.Work | None, device: str = "cpu") -> None:
         work.wait()
     else:
         _watch.wait(work)
+
+
+def reason_of_end() -> str | None:
+    """Return the reason that a process gave for its end, if one comes soon."""
+    return None if _watch is None else _watch.reason()
 
 
 def agree(code: int) -> list[int]:

@@ -29,6 +29,7 @@ from pyroebm.training.distributed import (
     average_gradients,
     connected_ranks,
     gather_bytes,
+    reason_of_end,
     same_start,
 )
 from pyroebm.training.guards import Guard, Rollback
@@ -452,17 +453,13 @@ class Trainer:
             self._unlock()
 
     def _leave(self) -> None:
-        """End the training early, in all processes."""
-        if self._ranks[1] > 1 and not self.finished:
-            codes = agree(LEFT)
-            if set(codes) != {LEFT}:
-                raise ProcessError(
-                    f"this process left the training after {self.steps_done} steps, and process"
-                    f" {next(k for k, code in enumerate(codes) if code != LEFT)} goes on"
-                )
-        if self._checkpoint is not None and not self.finished:
-            self.save()
-        self.close()
+        """End the training early, and write the checkpoint if all processes end it here."""
+        if self.finished:
+            return
+        if self._ranks[1] == 1 or set(agree(LEFT)) == {LEFT}:
+            if self._checkpoint is not None:
+                self.save()
+            self.close()
 
     def _unlock(self) -> None:
         if self._lock is not None:
@@ -641,8 +638,9 @@ class Trainer:
             codes = agree(GOES_ON if failure is None else FAILED)
             if LEFT in codes:
                 raise ProcessError(
-                    f"process {codes.index(LEFT)} left the training before step {number}, and this"
-                    " one goes on"
+                    reason_of_end()
+                    or f"process {codes.index(LEFT)} left the training before step {number}, and"
+                    " this one goes on"
                 )
             if FAILED in codes:
                 own = "" if failure is None else f"{type(failure).__name__}: {failure}"
