@@ -159,18 +159,24 @@ class Store:
 
     def save(self, batch: int, state: dict[str, Tensor]) -> None:
         """Write the state of a chain batch."""
-        write_tensors(self._state(batch), state)
+        write_tensors(self._state(batch), state, self._place(batch))
         self._known[batch] = _identity(self._state(batch))
 
     def load(self, batch: int) -> dict[str, Tensor]:
         """Read the state of a chain batch.
 
         Raises:
-            FileError: if there is none, or it is damaged.
+            FileError: if there is none, or it is damaged or that of another batch or run.
         """
-        state = read_tensors(self._state(batch))[0]
-        self._known[batch] = _identity(self._state(batch))
+        path = self._state(batch)
+        state, place = read_tensors(path)
+        if place != self._place(batch):
+            raise FileError(path, f"it must be the state of {self._place(batch)}, got {place}")
+        self._known[batch] = _identity(path)
         return state
+
+    def _place(self, batch: int) -> dict[str, Any]:
+        return {"seed": self.attributes["seed"], "batch": batch}
 
     def _state(self, batch: int) -> Path:
         return self.folder / f"{_name(batch)}.safetensors"
@@ -281,7 +287,8 @@ def open_run(folder: str | Path, thinning: int = 1) -> Any:
         raise FileError(folder, "it holds no run: write one with MCMC.run(energy, store=folder)")
     with reading(folder / RUN_FILE):
         attributes = read_settings(folder / RUN_FILE)
-        batches = Layout(attributes["num_chains"], attributes["chain_batch_size"]).batches
+        layout = Layout(attributes["num_chains"], attributes["chain_batch_size"])
+        batches = layout.batches
     # the file may name any number of chains
     there = {path.name.partition("-")[0] for path in folder.glob("batch*-draws-*.nc")}
     missing = list(itertools.islice((b for b in batches if _name(b) not in there), 10))
@@ -301,6 +308,12 @@ def open_run(folder: str | Path, thinning: int = 1) -> Any:
             # before the parts, of which a run in progress may write more
             written = _written(folder, batch, phase)
             parts.append(_joined(folder, attributes, batch, phase, names, written, thinning))
+            chains = {data.sizes["chain"] for data in parts[-1].values()}
+            if chains - {len(layout.chains(batch))}:
+                count = len(layout.chains(batch))
+                raise FileError(
+                    folder, f"{_name(batch)} must have {count} chains by {RUN_FILE}, got {chains}"
+                )
         for name in names:
             if all(name in found for found in parts):
                 common = min(found[name].sizes["draw"] for found in parts)

@@ -22,7 +22,7 @@ from pyroebm.core.progress import Progress
 from pyroebm.core.rng import fresh_seed, seeded_generator
 from pyroebm.objectives.base import HasLosses, Objective
 from pyroebm.training.checkpoint import Checkpoint, TrainingState, saved_seed, settings_of
-from pyroebm.training.data import Batches, Data, Passes, batches_of, module_dtype
+from pyroebm.training.data import Batches, Data, Passes, RowError, batches_of, module_dtype
 from pyroebm.training.distributed import (
     ProcessError,
     agree,
@@ -606,9 +606,11 @@ class Trainer:
             except Exception as error:
                 failure = error
         if complaint is not None or failure is not None:
-            if failure is not None:
-                complaint = f"{type(failure).__name__} was raised: {failure}"
             row, where = self._row_at_fault(number, batch)
+            if isinstance(failure, RowError):
+                row, complaint = failure.row, str(failure)
+            elif failure is not None:
+                complaint = f"{type(failure).__name__} was raised: {failure}"
             complaint = f"{complaint}{where}"
             rollback = self._rollback
             if together and updated and failure is not None:

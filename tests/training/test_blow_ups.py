@@ -1,32 +1,25 @@
-"""A failure anywhere in a step of a training is one kind of failure: rolled back and counted, or one
-error with the step, the metrics and the row of the data that is at fault."""
+"""A failure in a step of a training is one kind of failure, wherever it is: it is rolled back and
+counted, or one error with the step, the metrics and the row of the data that is at fault."""
 
 from __future__ import annotations
 
 import functools
 import math
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from pyroebm.energies import BernoulliRBM, MLPEnergy
-from pyroebm.kernels import HMC, MALA, ULA, BlockGibbs
+from pyroebm.energies import MLPEnergy
+from pyroebm.kernels import MALA, ULA
 from pyroebm.objectives import (
     ContrastiveDivergence,
-    DenoisingScoreMatching,
-    NoiseContrastive,
-    Objective,
-    PersistentCD,
     ReplayBufferCD,
-    ReverseKL,
-    ScoreMatching,
 )
-from pyroebm.training import Guard, StepError, fit
+from pyroebm.training import Batches, Guard, StepError, fit
 
 F64 = torch.float64
 DATA = torch.randn(24, 2, dtype=F64, generator=torch.Generator().manual_seed(3))
@@ -267,3 +260,70 @@ def test_a_blow_up_is_one_error(name: str) -> None:
         train()
     assert caught.value.step == AT
     assert "grad_norm" in caught.value.metrics
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, LookupError("no such image")])
+def test_a_row_of_a_dataset_is_named(wrong: Any) -> None:
+    rows = Rows(wrong)
+    with pytest.raises(StepError, match=rf"at step {AT} data\[\d+\]: ") as caught:
+        fit(net(), chains(), rows, num_steps=12, batch_size=6)
+    expected = int(Batches(rows, 6).numbers(AT)[2])
+    assert caught.value.row == expected
+    assert f"data[{expected}]" in str(caught.value)
+
+
+@pytest.mark.parametrize("size", [1e25, 1e30])
+def test_a_row_whose_energy_is_not_finite_is_named(size: float) -> None:
+    """It is finite itself, so it passes the check of the data."""
+    data = DATA.float().clone()
+    data[17] = size
+    energy = MLPEnergy((2,), (8,), scale=2.0, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(StepError, match="not finite at row 17 of the data") as caught:
+        fit(energy, chains(), data, num_steps=12, batch_size=6)
+    assert caught.value.row == 17
+
+
+def test_energies_that_become_infinite_in_a_kernel_are_rolled_back() -> None:
+    """The weights are blown up by an update, and the chains of the next step start nowhere."""
+    energy = net()
+    cd = ContrastiveDivergence(k=2, kernel=MALA(0.3))
+    now = Once()
+
+    def blow_up(module: Any, batch: Any, metrics: Any) -> None:
+        if now():
+            for parameter in module.parameters():
+                parameter.data.mul_(1e200)
+
+    with pytest.warns(RuntimeWarning, match="rollback 1 of"):
+        history = fit(
+            energy,
+            cd,
+            DATA,
+            num_steps=12,
+            batch_size=6,
+            transform=blow_up,
+            guard=Guard(rollback=True, every=2),
+        )
+    assert history["rollbacks"][-1] == 1.0
+    assert all(float(p.detach().abs().max()) < 1e3 for p in energy.parameters())
+
+
+def test_when_rollbacks_end_the_weights_are_those_that_were_good() -> None:
+    energy, before = net(), net()
+    objective, now = Wrong(scaled(math.inf)), Once()
+    objective._now = lambda: now() or now.calls > AT  # type: ignore[assignment]
+    with (
+        pytest.warns(RuntimeWarning, match="rollback"),
+        pytest.raises(
+            StepError, match=r"after 3 rollbacks .* restored the parameters of the start"
+        ),
+    ):
+        fit(
+            energy,
+            objective,
+            DATA,
+            num_steps=12,
+            batch_size=6,
+            guard=Guard(rollback=True, max_rollbacks=3),
+        )
+    torch.testing.assert_close(energy.state_dict(), before.state_dict(), rtol=0, atol=0)
