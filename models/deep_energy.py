@@ -148,11 +148,11 @@ def evaluate(
     base = DistributionEnergy(Independent(Normal(torch.zeros(1, 8, 8), torch.ones(1, 8, 8)), 3))
     found = bidirectional_ais(
         energy,
-        states,
         base,
         HMC(0.25, num_steps=4),
+        draws=states,
         betas=betas,
-        num_chains=len(states),
+        num_chains=5 * len(states),
         generator=torch.Generator().manual_seed(recipe.seed),
         progress=progress,
     )
@@ -220,7 +220,7 @@ def main(
         out: folder of metrics.json and the figure; None is runs/deep_energy.
         progress: show progress; None shows that of what takes longer than a second.
     """
-    steps, hidden, betas, n = (20, 32, 20, 20) if quick else (steps, hidden, 2000, 200)
+    steps, hidden, betas, n = (20, 32, 20, 20) if quick else (steps, hidden, 1000, 200)
     recipe = Recipe(
         "deep_energy", out, seed, steps=steps, hidden=hidden, k=k, noise=noise, quick=quick
     )

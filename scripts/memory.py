@@ -24,17 +24,19 @@ import torch
 from pyroebm import MCMC, NUTS, fit_steps
 from pyroebm.energies import BernoulliRBM
 from pyroebm.flows import RealNVP
+from pyroebm.mcmc import sampler
 from pyroebm.objectives import PersistentCD, ReverseKL
 from pyroebm.targets import Banana, DoubleWell
+from pyroebm.training import trainer
 
 
 def nuts_with_a_store(end: float) -> None:
     """Draws that are written every second, to a folder that is emptied at times."""
     mcmc = MCMC(NUTS(), 1000, 500, num_chains=8, seed=0, progress=False)
     folder = Path(tempfile.mkdtemp())
-    mcmc.run(DoubleWell(), store=folder, checkpoint_every=1.0)
+    mcmc.run(DoubleWell(), store=folder)
     while time.monotonic() < end:
-        mcmc.run_more(2000, checkpoint_every=1.0)
+        mcmc.run_more(2000)
     shutil.rmtree(folder)
 
 
@@ -57,7 +59,6 @@ def persistent_chains(end: float) -> None:
             num_steps=10**9,
             log_every=10**9,
             checkpoint=Path(folder, "run"),
-            checkpoint_every=1.0,
             progress=False,
         )
         for _ in run:
@@ -90,6 +91,7 @@ CASES: dict[str, Callable[[float], None]] = {
 def measure(name: str, seconds: float) -> None:
     """Run a case, and print what it needed."""
     torch.set_num_threads(1)
+    sampler.CHECKPOINT_EVERY = trainer.CHECKPOINT_EVERY = 1.0
     begin, seen, done = time.monotonic(), list[tuple[float, float, int]](), threading.Event()
 
     def watch() -> None:

@@ -69,7 +69,6 @@ KEYWORD_ONLY = {"dtype", "progress", "seed"}
 #: Qualified names (with wildcards), the rules that they break, and why.
 EXEMPT: dict[str, tuple[str, str]] = {
     "pyroebm.infer.*": ("*", "the names and arguments are Pyro's"),
-    "pyroebm.data.readers.load_binary": ("randomness", "its seed is part of the data's record"),
     "pyroebm.mcmc.sampler.MCMC.load_state_dict": ("order", "torch's name and order"),
     "pyroebm.diagnostics.convergence.Diagnosis": ("counts", "a result"),
     "pyroebm.flows.report.FlowReport": ("counts", "a result"),

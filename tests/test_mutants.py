@@ -257,6 +257,30 @@ MUTANTS: dict[str, tuple[str, str, str, str]] = {
         "",
         "tests/core/test_saving.py",
     ),
+    "a state outside of the support has a density": (
+        "core/energy.py",
+        "torch.where(valid, -self(torch.where(rows, x, x[valid][0])), -math.inf)",
+        "-self(torch.where(rows, x, x[valid][0]))",
+        "tests/core/test_arrays.py",
+    ),
+    "a checkpoint does not know its data": (
+        "training/trainer.py",
+        '"data": _fingerprint(self._batches),',
+        '"data": None,',
+        "tests/training/test_training.py",
+    ),
+    "a checkpoint does not know the target of a flow": (
+        "training/checkpoint.py",
+        'found[f"{name}.tensors"] = checksum(kept)',
+        "pass",
+        "tests/training/test_training.py",
+    ),
+    "a size loads as a tuple": (
+        "core/saving.py",
+        "return torch.Size(content)",
+        "return tuple(content)",
+        "tests/core/test_saving.py",
+    ),
     "a file's group is read whole": (
         "core/files.py",
         "return data.isel(draw=draws).load()",

@@ -29,7 +29,6 @@ __all__ = [
     "TraceInputsOnly",
     "all_true",
     "compile_graph",
-    "copy_each",
     "held_by",
     "is_batchedtensor",
     "is_functorch_wrapped_tensor",
@@ -324,11 +323,6 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
 def standard_gamma(shapes: Tensor, generator: torch.Generator | None) -> Tensor:
     """Draw from gamma distributions of scale 1."""
     return torch._standard_gamma(shapes, generator=generator)
-
-
-def copy_each(to: list[Tensor], source: list[Tensor]) -> None:
-    """Copy each tensor of ``source`` to the tensor of ``to`` at the same position, in one call."""
-    torch._foreach_copy_(to, source)
 
 
 def multiply_each(tensors: list[Tensor] | tuple[Tensor, ...], by: Tensor) -> tuple[Tensor, ...]:

@@ -15,7 +15,7 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyroebm.core._torch_private import FixedShapes, compile_graph, record_calls
-from pyroebm.core.energy import Energy, View, unchecked_value_and_grad
+from pyroebm.core.energy import Energy, SharesLogZ, View, unchecked_value_and_grad
 from pyroebm.core.rowwise import RowsFailAlone
 
 __all__ = [
@@ -120,7 +120,7 @@ class Captured(NamedTuple):
         )
 
 
-class CompiledView(View):
+class CompiledView(SharesLogZ, View):
     """Base class of compiled energies; everything but the compiled part is passed on to the energy.
 
     Example:
@@ -128,16 +128,6 @@ class CompiledView(View):
         >>> isinstance(Compiled(DoubleWell()), CompiledView)
         True
     """
-
-    @property
-    def log_z(self) -> float | None:
-        """Log of the normalizing constant of the energy, in nats; None where it is not known."""
-        return self.energy.log_z
-
-    @property
-    def has_exact_draws(self) -> bool:
-        """Whether the energy can be sampled exactly."""
-        return self.energy.has_exact_draws
 
     def sample(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
         return self.energy.sample(num_samples, generator)

@@ -49,7 +49,6 @@ def load_binary(
     path: str | Path,
     threshold: float | None = 127,
     *,
-    seed: int = 0,
     dtype: torch.dtype | None = None,
 ) -> Split:
     """Load images from files, and binarize them.
@@ -59,9 +58,8 @@ def load_binary(
             ``y_train``, ``y_test``, or ``train.data``, ``valid.data`` and so on; ``valid`` is
             appended to ``train``).
         threshold: gray levels above this are 1, the others 0. None draws each pixel once, with
-            probability level / 255 (Salakhutdinov and Murray, 2008). Images of zeros and ones
-            are not changed.
-        seed: seed of those draws.
+            probability level / 255 (Salakhutdinov and Murray, 2008), by the same random numbers
+            in every call. Images of zeros and ones are not changed.
         dtype: floating-point type; None for torch's default.
 
     Raises:
@@ -84,14 +82,13 @@ def load_binary(
         raise FileError(path, f"there is no such file or folder. {HELP}")
     arrays = _from_folder(path) if path.is_dir() else _from_npz(path)
     with reading(path):
-        return _split(path, arrays, threshold, seed, dtype)
+        return _split(path, arrays, threshold, dtype)
 
 
 def _split(
     path: Path,
     arrays: dict[str, np.ndarray],
     threshold: float | None,
-    seed: int,
     dtype: torch.dtype | None,
 ) -> Split:
     for part, array in arrays.items():
@@ -117,12 +114,12 @@ def _split(
     for pixels, classes, part in zip((train, test), labels, ("training", "test"), strict=True):
         if len(pixels) != len(classes):
             raise FileError(path, f"{len(pixels)} {part} images have {len(classes)} labels")
-    bits, how = _binarize([train, test], threshold, seed)
+    bits, how = _binarize([train, test], threshold)
     dtype = torch.get_default_dtype() if dtype is None else dtype
     return Split(bits[0].to(dtype), bits[1].to(dtype), labels[0], labels[1], how)
 
 
-def _binarize(images: list[Tensor], threshold: float | None, seed: int) -> tuple[list[Tensor], str]:
+def _binarize(images: list[Tensor], threshold: float | None) -> tuple[list[Tensor], str]:
     if all(bool(((part == 0) | (part == 1)).all()) for part in images):
         return images, "as given"
     top = max(float(part.max()) for part in images)
@@ -133,10 +130,10 @@ def _binarize(images: list[Tensor], threshold: float | None, seed: int) -> tuple
         )
     if threshold is not None:
         return [part > threshold for part in images], f"thresholded at {threshold:g}"
-    generator, cpu = seeded_generator(seed), torch.device("cpu")
+    generator, cpu = seeded_generator(0), torch.device("cpu")
     return [
         uniform(x.shape, generator, torch.float32, cpu) < x / 255.0 for x in images
-    ], f"sampled once (seed {seed})"
+    ], "sampled once (seed 0)"
 
 
 def _from_folder(folder: Path) -> dict[str, np.ndarray]:

@@ -61,7 +61,7 @@ class PotentialEnergy(RowwiseEnergy):
     def _name(self) -> str:
         return "the potential_fn"
 
-    def named(self, x: Tensor, site: str = "x") -> dict[str, Tensor]:
+    def named(self, x: Tensor) -> dict[str, Tensor]:
         """Split states into sites in their own spaces."""
         parts = self.split(x)
         return {

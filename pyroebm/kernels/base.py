@@ -525,11 +525,19 @@ def check_kernel(kernel: object) -> None:
         raise ValueError(
             f"kernel must be an instance: write {kernel.__name__}() in place of {kernel.__name__}"
         )
-    if not isinstance(kernel, Kernel):
+    if isinstance(kernel, Kernel):
+        return
+    if type(kernel).__module__.startswith("pyroebm.infer."):
+        name = type(kernel).__name__
         raise ValueError(
-            f"kernel must be one of pyroebm.kernels, got {type(kernel).__name__}; run Pyro's own"
-            " kernels with pyro.infer.MCMC and pyroebm.core.PotentialFn(energy)"
+            f"kernel must be one of pyroebm.kernels, got pyroebm.infer.{name}, which takes a Pyro"
+            f" model: import both from one place, pyroebm.infer.MCMC with pyroebm.infer.{name}, or"
+            f" pyroebm.MCMC with pyroebm.kernels.{name}"
         )
+    raise ValueError(
+        f"kernel must be one of pyroebm.kernels, got {type(kernel).__name__}; run Pyro's own"
+        " kernels with pyro.infer.MCMC and pyroebm.core.PotentialFn(energy)"
+    )
 
 
 def rows(x: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import sys
 import threading
 import time
@@ -13,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from pyro.infer.mcmc.api import AbstractMCMC
 from pyro.infer.mcmc.util import select_samples
@@ -91,6 +91,9 @@ BUFFER_BYTES = 2**28
 #: Maximum number of steps of one turn of asynchronous chains.
 MAX_TURN_STEPS = 1024
 
+#: Seconds between writes of draws and states to the folder of a run.
+CHECKPOINT_EVERY = 60.0
+
 
 class MCMC(AbstractMCMC):
     """Sample an energy with many chains in one process.
@@ -120,7 +123,6 @@ class MCMC(AbstractMCMC):
             :meth:`get_moments`.
         progress: True shows a progress bar, False does not, None shows it if the run takes longer
             than a second. With several ranks the first shows it.
-        site: name of the variable in the results.
         chain_batch_size: number of chains of one batch. Larger batches share the overhead of a step
             and one adaptation.
         num_threads: number of threads for the batches. The draws do not depend on it. Compiled
@@ -164,7 +166,6 @@ class MCMC(AbstractMCMC):
         save_warmup: bool = True,
         keep: Literal["draws", "moments"] = "draws",
         progress: bool | None = None,
-        site: str = "x",
         chain_batch_size: int = 64,
         num_threads: int = 1,
         ranks: tuple[int, int] = (0, 1),
@@ -199,7 +200,6 @@ class MCMC(AbstractMCMC):
         self.seed = fresh_seed(seed)
         self.keep = keep
         self.progress = progress
-        self.site = site
         self.transforms = {}
         self.compile = compile
         self.num_threads = num_threads
@@ -227,10 +227,9 @@ class MCMC(AbstractMCMC):
     def run(
         self,
         energy: Energy,
-        initial: Tensor | None = None,
+        initial: Tensor | np.ndarray | None = None,
         *,
         store: str | Path | None = None,
-        checkpoint_every: float = 60.0,
     ) -> None:
         """Run the warm-up and draw samples.
 
@@ -241,9 +240,8 @@ class MCMC(AbstractMCMC):
                 space; None draws them with ``energy.initial``, for each chain the first candidate
                 from which a trial leapfrog step is accepted.
             store: a folder to stream the draws to, for runs that do not fit in memory or may be
-                interrupted: :func:`pyroebm.open_run` opens it, :meth:`resume` continues it. None
-                keeps the draws in memory.
-            checkpoint_every: seconds between writes of draws and states to the folder.
+                interrupted: :func:`pyroebm.open_run` opens it, :meth:`resume` continues it. Draws
+                and states are written every minute. None keeps the draws in memory.
 
         Raises:
             ValueError: if ``energy`` is not an Energy or the kernel does not move on its support,
@@ -252,26 +250,23 @@ class MCMC(AbstractMCMC):
                 written.
         """
         target = self._target_of(energy)
-        folder = (
-            None if store is None else Store(store, functools.partial(target.named, site=self.site))
-        )
+        folder = None if store is None else Store(store, target.named)
         # before the work, so that a folder that cannot be used is known at once
         with folder.start(self.layout, self._attributes()) if folder else contextlib.nullcontext():
-            self._run(energy, target, initial, folder, checkpoint_every)
+            self._run(energy, target, initial, folder)
 
     def _run(
         self,
         energy: Energy,
         target: Energy,
-        initial: Tensor | None,
+        initial: Tensor | np.ndarray | None,
         folder: Store | None,
-        checkpoint_every: float,
     ) -> None:
         if self.plan.kernel.runs_ahead(target):
             self._compile_driver(target.dtype)
         with eval_mode(energy):
             if initial is not None:
-                check_initial(energy, initial, self.num_chains)
+                initial = check_initial(energy, initial, self.num_chains)
             batches = []
             for number in self.layout.batches:
                 chains, generator = (
@@ -291,9 +286,9 @@ class MCMC(AbstractMCMC):
         self._target = target
         self._batches = batches
         self._store = folder
-        self._advance(self.num_samples, checkpoint_every)
+        self._advance(self.num_samples)
 
-    def run_more(self, num_samples: int, *, checkpoint_every: float = 60.0) -> None:
+    def run_more(self, num_samples: int) -> None:
         """Continue the chains for ``num_samples`` more draws: the same as one longer run.
 
         Energies and gradients are recomputed first, so an energy that was trained in between is
@@ -301,7 +296,6 @@ class MCMC(AbstractMCMC):
 
         Args:
             num_samples: number of further draws of each chain.
-            checkpoint_every: as in :meth:`run`.
 
         Raises:
             ValueError: if there is no run with a finished warm-up, or ``num_samples`` < 1.
@@ -318,14 +312,12 @@ class MCMC(AbstractMCMC):
             with eval_mode(self._target):
                 for batch in self._batches:
                     batch.refresh()
-            self._advance(goal, checkpoint_every)
+            self._advance(goal)
 
     def resume(
         self,
         energy: Energy | None = None,
         store: str | Path | None = None,
-        *,
-        checkpoint_every: float = 60.0,
     ) -> None:
         """Finish an interrupted run, with the same draws as an uninterrupted one.
 
@@ -335,7 +327,6 @@ class MCMC(AbstractMCMC):
             energy: the energy of the run.
             store: the folder of the run. Without ``energy`` and ``store`` the run in memory is
                 continued (after Ctrl-C or :meth:`load_state_dict`).
-            checkpoint_every: as in :meth:`run`.
 
         Raises:
             ValueError: if there is no run to continue, or if the run in the folder has other
@@ -350,7 +341,7 @@ class MCMC(AbstractMCMC):
         folder, target = self._store, None
         if energy is not None and store is not None:
             target = self._target_of(energy)
-            folder = Store(store, functools.partial(target.named, site=self.site))
+            folder = Store(store, target.named)
         with folder.resume(self.layout) if folder else contextlib.nullcontext():
             if folder is not None and target is not None:
                 states = {number: folder.load(number) for number in self.layout.batches}
@@ -366,7 +357,7 @@ class MCMC(AbstractMCMC):
                 )
             if not self.compiled:
                 self._compile(self._target, self._batches, self.num_samples)
-            self._advance(max(self._goal, self.num_samples), checkpoint_every)
+            self._advance(max(self._goal, self.num_samples))
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return what :meth:`resume` and :meth:`run_more` need, and all draws, as tensors.
@@ -519,7 +510,7 @@ class MCMC(AbstractMCMC):
                 target,
                 start,
                 generator,
-                named=functools.partial(target.named, site=self.site),
+                named=target.named,
             )
         if store is None:
             return ChainBatch(self.plan, target, start, generator)
@@ -535,11 +526,10 @@ class MCMC(AbstractMCMC):
             max(1, affordable),
         )
 
-    def _advance(self, goal: int, checkpoint_every: float) -> None:
+    def _advance(self, goal: int) -> None:
         """Finish the warm-up, then draw until every chain has ``goal`` draws."""
         self.interrupted = False
         self._goal = goal
-        self._every = checkpoint_every
         phase = "compilation" if self._stopped else "warm-up"
         if self.keep == "draws":
             draws, chains = (
@@ -605,7 +595,7 @@ class MCMC(AbstractMCMC):
 
         ``label`` is ``"warm-up"`` or ``"sample"``, and ``turn`` counts from 0 in each.
         """
-        if time.monotonic() - self._saved >= self._every:
+        if time.monotonic() - self._saved >= CHECKPOINT_EVERY:
             self._save()
 
     def _save(self) -> None:
@@ -660,7 +650,7 @@ class MCMC(AbstractMCMC):
         """
         draws = self._draws(warmup)
         samples: dict[str, Tensor] = select_samples(
-            self._target.named(draws, self.site), num_samples, group_by_chain
+            self._target.named(draws), num_samples, group_by_chain
         )
         return samples
 
@@ -764,7 +754,7 @@ class MCMC(AbstractMCMC):
                 min_ess,
                 kernel=self.plan.kernel,
                 energy=self._target,
-                named=functools.partial(self._target.named, site=self.site),
+                named=self._target.named,
                 first_chain=self.layout.chains(self.layout.batches[0]).start,
                 num_chains=self.num_chains,
             )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+import difflib
+import functools
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, cast
 
 import pyro
@@ -259,7 +261,7 @@ class ModelEnergy(RowwiseEnergy):
                 mapped = torch.vmap(images, chunk_size=4096)(flat)
         return {name: part.reshape(batch + part.shape[1:]) for name, part in mapped.items()}
 
-    def named(self, x: Tensor, site: str = "x") -> dict[str, Tensor]:
+    def named(self, x: Tensor) -> dict[str, Tensor]:
         """Return the sites of the model, under which :class:`pyroebm.MCMC` stores draws."""
         return self.constrain(x)
 
@@ -282,7 +284,7 @@ class ModelEnergy(RowwiseEnergy):
 
         Raises:
             ValueError: if 100 attempts find no finite state for a chain; the message has the site
-                and its value.
+                and its value. Also if ``init_to_value`` names a site that the model does not have.
         """
         if num_chains < 1:
             raise ValueError(f"num_chains must be at least 1, got num_chains={num_chains}")
@@ -311,6 +313,7 @@ class ModelEnergy(RowwiseEnergy):
             for _ in range(n):
                 with pyro.validation_enabled(False), poutine.block(), torch.no_grad():
                     trace = poutine.trace(model).get_trace(*self.args, **self.kwargs)
+                _check_values(strategy, trace.nodes)
                 rows.append(
                     self.unconstrain(
                         {name: cast(Tensor, trace.nodes[name]["value"]) for name in self.sites}
@@ -343,6 +346,18 @@ class ModelEnergy(RowwiseEnergy):
 
     def _name(self) -> str:
         return f"the model {getattr(self.model, '__name__', type(self.model).__name__)!r}"
+
+
+def _check_values(strategy: Callable[..., Any], sites: Collection[str]) -> None:
+    """Raise ValueError if ``init_to_value`` names a site that the model does not have."""
+    values = strategy.keywords.get("values") if isinstance(strategy, functools.partial) else None
+    for unknown in (values or {}).keys() - set(sites):
+        own = [name for name in sites if not name.startswith("_")]
+        near = difflib.get_close_matches(unknown, own) or own
+        raise ValueError(
+            f"values of init_to_value must be of sites of the model, got {unknown!r}; near ones:"
+            f" {near}"
+        )
 
 
 def _latents(trace: poutine.Trace) -> Iterator[Any]:

@@ -46,6 +46,10 @@ class StepError(FloatingPointError, ValueError):
         return type(self), (str(self), self.step, self.metrics, self.row)
 
 
+#: Number of steps between copies of the state.
+COPY_EVERY = 100
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Guard:
     r"""The criterion for a failed step of :func:`pyroebm.training.fit`, and what follows it.
@@ -54,14 +58,13 @@ class Guard:
     objective, a kernel or the optimizer raises an exception, or if the mean energies of data and
     model differ by more than a bound, :math:`|E_{data} - E_{model}| > g`, which indicates diverged
     chains. It raises a :class:`StepError`, or parameters, states of the optimizers and chains are
-    restored to a copy from some steps before. The order of the
-    data, the random numbers and the schedule are not restored, so that the same batches and random
-    numbers do not occur again.
+    restored to a copy, which is made within the first good step and then every 100 steps. The order
+    of the data, the random numbers and the schedule are not restored, so that the same batches and
+    random numbers do not occur again.
 
     Args:
         rollback: whether to restore a copy; False raises.
         max_energy_gap: g, in nats, for objectives with the metric ``energy_gap``; None is no bound.
-        every: number of steps between copies, the first of which has the parameters of the start.
         max_rollbacks: largest number of rollbacks; the next failed step restores a copy and raises.
 
     Raises:
@@ -74,11 +77,10 @@ class Guard:
 
     rollback: bool = False
     max_energy_gap: float | None = None
-    every: int = 100
     max_rollbacks: int = 10
 
     def __post_init__(self) -> None:
-        check_counts({"every": 1, "max_rollbacks": 1}, self.every, self.max_rollbacks)
+        check_counts({"max_rollbacks": 1}, self.max_rollbacks)
         if self.max_energy_gap is not None and not 0.0 < self.max_energy_gap < math.inf:
             raise ValueError(
                 "max_energy_gap must be positive and finite, got"
@@ -130,7 +132,7 @@ class Rollback:
 
     def keep(self, step: int) -> None:
         """Copy the state before the update of a step, if it is due."""
-        if self.guard.rollback and (not self.kept or step % self.guard.every == 0):
+        if self.guard.rollback and (not self.kept or step % COPY_EVERY == 0):
             self.kept, self.kept_at = self.state.tensors(), step - 1
 
     def failed(

@@ -26,12 +26,13 @@ from pyroebm.core.files import MAX_HEADER, write_settings
 from pyroebm.data import load_binary, read_idx
 from pyroebm.energies import BernoulliRBM
 from pyroebm.flows import RealNVP
+from pyroebm.mcmc import sampler as driver
 from pyroebm.objectives import PersistentCD
 from pyroebm.targets import DoubleWell
 from pyroebm.training import Trainer, read_log
 
 BITS = torch.eye(8)
-#: Bytes of memory above the start, and seconds, that reading a damaged file may take.
+#: Bytes of memory above the start, and seconds of the processor, that reading a damaged file may take.
 MEMORY, SECONDS = 200 * 2**20, 2.0
 
 
@@ -82,7 +83,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("intact")
     save(RealNVP(2, 2, (4,), generator=torch.Generator().manual_seed(0)), folder / "net")
     trained(folder, False)
-    sampler().run(DoubleWell(), store=folder / "store", checkpoint_every=0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(driver, "CHECKPOINT_EVERY", 0.0)
+        sampler().run(DoubleWell(), store=folder / "store")
     generator = np.random.default_rng(0)
     gray = generator.integers(0, 256, (40, 8, 8), dtype=np.uint8)
     labels = np.arange(40) % 3
@@ -153,7 +156,7 @@ def check_damages(kind: str, folder: Path, number: int) -> None:
     for damaged in damages(content, list(files.values()), number):
         path.write_bytes(damaged)
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-        begin, start = time.perf_counter(), memory("VmRSS")
+        begin, start = time.process_time(), memory("VmRSS")
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error")
@@ -162,7 +165,7 @@ def check_damages(kind: str, folder: Path, number: int) -> None:
             found = "" if error.path.is_relative_to(folder) and error.reason else "unnamed"
             refused += 1
         assert kind in UNCHECKED or found in ("", truth)
-        assert time.perf_counter() - begin < SECONDS
+        assert time.process_time() - begin < SECONDS
         assert memory("VmHWM") - start < MEMORY
         for changed, kept in before.items():  # what reading a state that is intact removes
             if changed != path and (not changed.exists() or changed.read_bytes() != kept):
@@ -222,10 +225,10 @@ def test_what_a_file_may_ask_for_is_bounded(name: str, tmp_path: Path) -> None:
 
 def check_bounded(read: Callable[[], Any]) -> None:
     Path("/proc/self/clear_refs").write_text("5")
-    begin, start = time.perf_counter(), memory("VmRSS")
+    begin, start = time.process_time(), memory("VmRSS")
     with pytest.raises(FileError):
         read()
-    assert time.perf_counter() - begin < SECONDS
+    assert time.process_time() - begin < SECONDS
     assert memory("VmHWM") - start < MEMORY
 
 

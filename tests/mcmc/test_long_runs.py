@@ -371,6 +371,7 @@ def test_a_write_that_is_broken_off_loses_nothing_that_was_kept(
 
     whole = short()
     whole.run(Stops())
+    monkeypatch.setattr(driver, "CHECKPOINT_EVERY", 0.0)
     replace = os.replace
     for broken_at in (2, 5, 6, 10, 13):
         folder, calls = tmp_path / str(broken_at), 0
@@ -384,7 +385,7 @@ def test_a_write_that_is_broken_off_loses_nothing_that_was_kept(
 
         monkeypatch.setattr(os, "replace", dies)
         with pytest.raises(OSError, match="went down"):
-            short().run(Stops(), store=folder, checkpoint_every=0)
+            short().run(Stops(), store=folder)
         monkeypatch.setattr(os, "replace", replace)
         again = short()
         if broken_at == 2:  # before the last block's first state was there
@@ -423,7 +424,8 @@ KILLED = """
     # a clock that is looked at once in every turn of the blocks
     sampler.time.monotonic = itertools.count().__next__
     energy = Stops(int(sys.argv[2]), lambda: os.kill(os.getpid(), signal.SIGKILL))
-    driven(NUTS(), 4).run(energy, store=sys.argv[1], checkpoint_every=4)
+    sampler.CHECKPOINT_EVERY = 4
+    driven(NUTS(), 4).run(energy, store=sys.argv[1])
 """
 RANK = """
     import sys
@@ -508,11 +510,14 @@ def test_a_start_that_is_killed_is_started_again_as_the_message_says(
         again.run(Stops(), store=tmp_path)
 
 
-def test_a_missing_or_foreign_part_is_named(tmp_path: Path) -> None:
+def test_a_missing_or_foreign_part_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(driver, "CHECKPOINT_EVERY", 0.0)
     short = {"warmup_steps": 0, "num_samples": 3}
     for folder, seed in (("run", 5), ("other", 6)):
         mcmc = driven(MALA(0.5), 3, **short, seed=seed)
-        mcmc.run(Stops(), store=tmp_path / folder, checkpoint_every=0)
+        mcmc.run(Stops(), store=tmp_path / folder)
     parts = [f"batch00000-draws-{start:09}.nc" for start in range(3)]
     for part in parts:
         path = tmp_path / "run" / part

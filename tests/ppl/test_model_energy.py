@@ -36,6 +36,15 @@ from pyroebm.targets import BernoulliProduct, DoubleWell
 pytestmark = pytest.mark.usefixtures("float64")
 
 
+def test_a_typing_error_in_the_sites_of_initial_values_is_named() -> None:
+    energy = ModelEnergy(eight_schools, torch.tensor(EFFECT), torch.tensor(SIGMA))
+    right = init_to_value(values={"mu": torch.tensor(6.0)})
+    assert energy.initial(2, init_strategy=right).shape[0] == 2
+    wrong = init_to_value(values={"mv": torch.tensor(6.0)})
+    with pytest.raises(ValueError, match=r"got 'mv'; near ones: \['mu'"):
+        energy.initial(2, init_strategy=wrong)
+
+
 def logistic(x: Tensor, y: Tensor) -> None:
     slope = pyro.sample("slope", dist.Normal(torch.zeros(3), 2.0).to_event(1))
     offset = pyro.sample("offset", dist.StudentT(3.0, 0.0, 1.0))

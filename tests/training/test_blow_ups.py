@@ -19,7 +19,7 @@ from pyroebm.objectives import (
     ContrastiveDivergence,
     ReplayBufferCD,
 )
-from pyroebm.training import Batches, Guard, StepError, fit
+from pyroebm.training import Batches, Guard, StepError, fit, guards
 
 F64 = torch.float64
 DATA = torch.randn(24, 2, dtype=F64, generator=torch.Generator().manual_seed(3))
@@ -237,9 +237,14 @@ def test_there_are_sixty() -> None:
     assert len(BLOW_UPS) >= 60
 
 
+@pytest.fixture(autouse=True)
+def _copies_every_second_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guards, "COPY_EVERY", 2)
+
+
 @pytest.mark.parametrize("name", BLOW_UPS)
 def test_a_blow_up_is_rolled_back_and_counted(name: str) -> None:
-    energy, train = run(name, Guard(rollback=True, every=2))
+    energy, train = run(name, Guard(rollback=True))
     with pytest.warns(
         RuntimeWarning, match=rf"at step {AT} .*; restored .* \(rollback 1 of"
     ) as said:
@@ -302,14 +307,17 @@ def test_energies_that_become_infinite_in_a_kernel_are_rolled_back() -> None:
             num_steps=12,
             batch_size=6,
             transform=blow_up,
-            guard=Guard(rollback=True, every=2),
+            guard=Guard(rollback=True),
         )
     assert history["rollbacks"][-1] == 1.0
     assert all(float(p.detach().abs().max()) < 1e3 for p in energy.parameters())
 
 
-def test_when_rollbacks_end_the_weights_are_those_that_were_good() -> None:
+def test_when_rollbacks_end_the_weights_are_those_that_were_good(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     energy, before = net(), net()
+    monkeypatch.setattr(guards, "COPY_EVERY", 100)
     objective, now = Wrong(scaled(math.inf)), Once()
     objective._now = lambda: now() or now.calls > AT  # type: ignore[assignment]
     with (

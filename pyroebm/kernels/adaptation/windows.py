@@ -33,6 +33,16 @@ __all__ = [
 METRICS = ("diagonal", "dense", "low_rank")
 STEP_SIZES = ("grouped", "per_chain", "pooled")
 
+#: Number of steps of the initial buffer.
+INITIAL = 15
+#: Number of steps of the first window. It is earlier than Stan's: the draws of many chains soon
+#: determine a rough metric, and with the identity one step of NUTS may need hundreds of gradients.
+FIRST = 15
+#: Number of steps of the final buffer.
+FINAL = 50
+#: For a low-rank metric, the number of leading directions of the draws, and of the gradients.
+RANK = 32
+
 
 @runtime_checkable
 class Adaptation(Protocol):
@@ -66,20 +76,13 @@ class Adaptation(Protocol):
         """
 
 
-def windows(
-    num_steps: int, initial: int = 15, first: int = 15, final: int = 50
-) -> list[tuple[int, int]]:
+def windows(num_steps: int) -> list[tuple[int, int]]:
     """Return the half-open windows ``[start, stop)`` in which a metric is learned.
 
-    The lengths double, between an initial and a final buffer, as in Stan. The first window is
-    earlier than Stan's: the draws of many chains soon determine a rough metric, and with the
-    identity one step of NUTS may need hundreds of gradients.
+    The lengths double, between an initial and a final buffer, as in Stan.
 
     Args:
         num_steps: number of warm-up steps.
-        initial: length of the initial buffer.
-        first: length of the first window.
-        final: length of the final buffer.
 
     Example:
         >>> windows(1000)
@@ -90,12 +93,13 @@ def windows(
     # Too short: a new metric needs a new step size, which takes some steps to adapt.
     if num_steps < 20:
         return []
-    if initial + first + final > num_steps:
+    initial, final = INITIAL, FINAL
+    size = FIRST
+    if initial + size + final > num_steps:
         initial, final = int(0.15 * num_steps), int(0.5 * num_steps)
-        first = num_steps - initial - final
+        size = num_steps - initial - final
     found = []
     start = initial
-    size = first
     while start < num_steps - final:
         stop = start + size
         # The next window would not fit, so this one extends to the final buffer.
@@ -147,10 +151,6 @@ class WindowAdaptation:
             for all, adapted to their mean acceptance rate, which counts as 0 until the end of the
             last window while a chain has not moved; None does not adapt it. Kernels on discrete
             supports have one for all, adapted to the mean acceptance rate.
-        initial: length of the initial buffer.
-        first: length of the first window.
-        final: length of the final buffer.
-        rank: for "low_rank", number of leading directions of the draws, and of the gradients.
 
     Raises:
         ValueError: if a setting is not one of these, or if ``metric="low_rank"`` and the states of
@@ -170,11 +170,6 @@ class WindowAdaptation:
     target_acceptance: float | None = None
     metric: Literal["diagonal", "dense", "low_rank"] | None = "diagonal"
     step_size: Literal["grouped", "per_chain", "pooled"] | None = "grouped"
-    _: dataclasses.KW_ONLY
-    initial: int = 15
-    first: int = 15
-    final: int = 50
-    rank: int = 32
 
     def __post_init__(self) -> None:
         if self.target_acceptance is not None and not 0.0 < self.target_acceptance < 1.0:
@@ -192,8 +187,6 @@ class WindowAdaptation:
                 f"step_size must be one of {', '.join(map(repr, STEP_SIZES))}, or None, got"
                 f" step_size={self.step_size!r}"
             )
-        if self.rank < 1:
-            raise ValueError(f"rank must be at least 1, got rank={self.rank}")
 
     def start(
         self,
@@ -269,7 +262,7 @@ class WindowAdaptation:
             adaptation_state.together is None or bool(adaptation_state.together.any())
         ):
             return 0
-        ends = [stop for _, stop in self._windows(num_steps) if stop > adaptation_state.step]
+        ends = [stop for _, stop in windows(num_steps) if stop > adaptation_state.step]
         return (ends[0] if ends else num_steps) - adaptation_state.step
 
     def aims_at(self, kernel: Kernel[Any]) -> float | None:
@@ -307,7 +300,7 @@ class WindowAdaptation:
         tuning, pooled, together, moved, rates, step = adaptation_state
         if moved is None or rates is None or together is None:
             return kernel, adaptation_state._replace(step=step + taken.number)
-        plan = self._windows(num_steps)
+        plan = windows(num_steps)
         # Update step by step: the result must not depend on how many steps arrive at once.
         for i in range(taken.number):
             rates = rates + taken.info.acceptance_rate[i]
@@ -388,15 +381,12 @@ class WindowAdaptation:
         kernel = kernel.replace(step_size=_shared(size, together))
         return kernel, adaptation_state._replace(together=together)
 
-    def _windows(self, steps: int) -> list[tuple[int, int]]:
-        return windows(steps, self.initial, self.first, self.final)
-
     def _overdue(self, adaptation_state: Warmup, info: Info, target: float, steps: int) -> Tensor:
         """Return the chains that have not moved since the window began and should have.
 
         A chain accepted at the target rate has moved in so many steps with probability 1 - 1e-4.
         """
-        plan, step = self._windows(steps), adaptation_state.step
+        plan, step = windows(steps), adaptation_state.step
         seen = step + 1 - max([stop for _, stop in plan if stop <= step], default=0)
         late = (1.0 - target) ** seen < 1e-4 and (not plan or step < plan[-1][1])
         moved = (
@@ -434,7 +424,7 @@ class WindowAdaptation:
                 "metric='low_rank' is learned from gradients, but the states of"
                 f" {type(kernel).__name__} have none: use metric='diagonal' or metric='dense'"
             )
-        return PooledDraws.start(q, self.rank)
+        return PooledDraws.start(q, RANK)
 
 
 def _shared(sizes: float | Tensor, together: Tensor) -> float | Tensor:
