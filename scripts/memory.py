@@ -32,7 +32,7 @@ from pyroebm.training import trainer
 
 def nuts_with_a_store(end: float) -> None:
     """Draws that are written every second, to a folder that is emptied at times."""
-    mcmc = MCMC(NUTS(), 1000, 500, num_chains=8, seed=0, progress=False)
+    mcmc = MCMC(NUTS(), 1000, 500, num_chains=8, seed=0, compile=False, progress=False)
     folder = Path(tempfile.mkdtemp())
     mcmc.run(DoubleWell(), store=folder)
     while time.monotonic() < end:
@@ -42,7 +42,8 @@ def nuts_with_a_store(end: float) -> None:
 
 def moments(end: float) -> None:
     """Means and variances instead of draws."""
-    mcmc = MCMC(NUTS(), 1000, 500, num_chains=8, seed=0, progress=False, keep="moments")
+    options = {"seed": 0, "compile": False, "keep": "moments", "progress": False}
+    mcmc = MCMC(NUTS(), 1000, 500, num_chains=8, **options)
     mcmc.run(DoubleWell())
     while time.monotonic() < end:
         mcmc.run_more(2000)
@@ -92,7 +93,8 @@ def measure(name: str, seconds: float) -> None:
     """Run a case, and print what it needed."""
     torch.set_num_threads(1)
     sampler.CHECKPOINT_EVERY = trainer.CHECKPOINT_EVERY = 1.0
-    begin, seen, done = time.monotonic(), list[tuple[float, float, int]](), threading.Event()
+    begin, seen = time.monotonic(), list[tuple[float, float, int]]()
+    done = threading.Event()
 
     def watch() -> None:
         while not done.wait(1.0):

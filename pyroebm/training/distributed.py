@@ -78,7 +78,9 @@ class _Watch:
     """
 
     def __init__(self, rank: int, world: int, timeout: float) -> None:
-        self.rank, self.world, self.timeout = rank, world, timeout
+        self.rank = rank
+        self.world = world
+        self.timeout = timeout
         self.period = min(1.0, timeout / 5.0)
         #: Why the group cannot continue; None while it can.
         self.failure: str | None = None

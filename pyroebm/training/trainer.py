@@ -609,7 +609,9 @@ class Trainer:
             _, failure = self._attempt(number, transform)
             if failure is None and together:  # it may depend on the batch of this process
                 average_gradients(self._parameters, {}, 1.0)
-        loss, complaint, updated = math.nan, None, False
+        loss = math.nan
+        complaint: str | None = None
+        updated = False
         if failure is None:
             try:
                 loss = float(seen["loss_energy"])

@@ -32,7 +32,7 @@ from pyroebm.targets import DoubleWell
 from pyroebm.training import Trainer, read_log
 
 BITS = torch.eye(8)
-#: Bytes of memory above the start, and seconds of the processor, that reading a damaged file may take.
+#: Bytes of memory above the start, and seconds of the processor, for reading a damaged file.
 MEMORY, SECONDS = 200 * 2**20, 2.0
 
 
