@@ -249,7 +249,7 @@ FAILURES = {
     "slow": "",
 }
 FAILS = """
-    import sys
+    import atexit, sys, traceback
     sys.path[:0] = ["tests", "tests/training"]
     import torch._dynamo, torch.distributed.nn  # once, before the processes are forked
     from pyroebm.training import Trainer
@@ -293,8 +293,15 @@ FAILS = """
                 os.environ |= {"MASTER_ADDR": "127.0.0.1"} | {k: str(v) for k, v in own.items()}
                 file = os.open(folder / f"{how} {rank}", os.O_CREAT | os.O_WRONLY)
                 os.dup2(file, 2)
-                train()
-                sys.exit(0)
+                code = 0
+                try:
+                    train()
+                except Exception:
+                    traceback.print_exc()
+                    code = 1
+                # a forked process may wait for threads of its parent when it ends
+                atexit._run_exitfuncs()
+                os._exit(code)
     ends, begin = {}, time.monotonic()
     # one is stopped and never ends
     while len(ends) < len(processes) - 1 and time.monotonic() < begin + 40.0:
