@@ -61,10 +61,11 @@ class Energy(Saveable):
     A subclass defines :meth:`forward` and the shape of one event (LeCun et al., "A Tutorial on
     Energy-Based Learning", 2006).
 
-    Sums, tempered and conditioned energies and other wrappers pass on what an energy can do beyond
-    evaluation: exact draws and ``log_z`` where they are known, the conditionals of sites
-    (:meth:`site_logits`) and of Gibbs blocks (:class:`pyroebm.core.conditionals.HasBlocks`),
-    minibatches (:meth:`subsample`), and the names of its variables (:meth:`named`).
+    An energy that wraps others passes on what remains valid. Changes of variables and compiled
+    energies keep ``log_z`` and independent draws. Sums, tempered and conditioned energies do not;
+    they keep the conditionals of sites (:meth:`site_logits`) and of Gibbs blocks
+    (:class:`pyroebm.core.conditionals.HasBlocks`). All keep minibatches (:meth:`subsample`) and the
+    names of variables (:meth:`named`).
 
     Args:
         event_shape: shape of one event; ``()`` for a scalar variable. A class attribute of the

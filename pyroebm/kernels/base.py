@@ -201,7 +201,7 @@ class Kernel(abc.ABC, Generic[S]):
 
     @property
     def learned(self) -> tuple[str, ...]:
-        """Names of the settings that warm-up may change; a checkpoint stores them."""
+        """Names of the settings that warm-up may replace; a checkpoint stores them."""
         return ()
 
     @property
@@ -571,7 +571,7 @@ def column(value: float | Tensor, like: Tensor) -> Tensor:
     return tensor.reshape(-1, 1).expand(len(like), 1)
 
 
-def normal_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
+def normal_like(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Draw standard normal noise of the shape of ``x``."""
     return standard_normal(x.shape, generator, x.dtype, x.device)
 

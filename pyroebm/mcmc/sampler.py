@@ -100,7 +100,8 @@ class MCMC(AbstractMCMC):
 
     The chains are the batch axis of every tensor.
     Chains are divided into chain batches, each with its own random numbers and its own adaptation.
-    The draws of a chain do not depend on the number of batches or on the process that runs them.
+    With the same seed and ``chain_batch_size``, the draws of a batch depend neither on the number
+    of other batches nor on the thread or process that runs it.
 
     Args:
         kernel: a kernel of :mod:`pyroebm.kernels`.
@@ -128,7 +129,7 @@ class MCMC(AbstractMCMC):
         num_threads: number of threads for the batches. The draws do not depend on it. Compiled
             gradients and :class:`NUTS` run concurrently in several threads; kernels and energies in
             Python do not.
-        ranks: number of this process and number of processes, which share the batches; see
+        ranks: (number of this process, number of processes) that share the batches, as from
             :func:`pyroebm.training.ranks`. Results in memory are those of this process's chains.
 
     Attributes:
@@ -237,8 +238,8 @@ class MCMC(AbstractMCMC):
             energy: the energy to sample; a constrained support is sampled in unconstrained
                 coordinates, a discrete one directly.
             initial: starting states ``(num_chains, *event)`` in the energy's own (constrained)
-                space; None draws them with ``energy.initial``, for each chain the first candidate
-                from which a trial leapfrog step is accepted.
+                space; None draws them with ``energy.initial``, for gradient kernels again, up to
+                50 times, until a trial step is accepted.
             store: a folder to stream the draws to, for runs that do not fit in memory or may be
                 interrupted: :func:`pyroebm.open_run` opens it, :meth:`resume` continues it. Draws
                 and states are written every minute. None keeps the draws in memory.

@@ -64,9 +64,10 @@ class ContrastiveDivergence(Objective):
     *value* of L is no measure of convergence.
 
     A layered machine (:class:`~pyroebm.energies.layered.LayeredMachine`) is sampled by block Gibbs
-    sweeps, and its odd layers are summed out of both terms. ``batch`` has its visible units; with
-    more than one hidden layer the others are at their mean field given the data (Salakhutdinov and
-    Hinton, 2009). For any other energy ``kernel`` updates whole events.
+    sweeps, and its odd layers are summed out of both terms. ``batch`` has its visible units. If
+    there is more than one hidden layer, the data term sets the hidden layers of even index to their
+    mean-field values given the batch (Salakhutdinov and Hinton, 2009). For any other energy
+    ``kernel`` updates whole events.
 
     Args:
         k: number of steps of a chain; for layered machines, of Gibbs sweeps.
@@ -108,7 +109,7 @@ class ContrastiveDivergence(Objective):
         """
         if self.kernel is not None or not isinstance(energy, LayeredMachine):
             check_batch(energy, batch)
-            end, rate = advance(energy, self.kernel, batch, self.k, generator)
+            end, rate = run_chains(energy, self.kernel, batch, self.k, generator)
             return contrastive_loss(energy(batch), energy(end), kernel_metrics(self.kernel, rate))
         layers = energy.layers()
         with torch.no_grad():
@@ -116,13 +117,13 @@ class ContrastiveDivergence(Objective):
             fields = odd_fields(layers, data)
             chain_fields = fields
             for _ in range(self.k):
-                even = draw_even(layers, draw_odd(layers, chain_fields, generator), generator)
-                chain_fields = odd_fields(layers, even)
-        both = {k: torch.cat([field, chain_fields[k]]) for k, field in fields.items()}
-        return contrast(layers, stack_layers(data, even), both, len(batch))
+                chains = draw_even(layers, draw_odd(layers, chain_fields, generator), generator)
+                chain_fields = odd_fields(layers, chains)
+        both = {layer: torch.cat([field, chain_fields[layer]]) for layer, field in fields.items()}
+        return contrast(layers, stack_layers(data, chains), both, len(batch))
 
 
-def advance(
+def run_chains(
     energy: Energy, kernel: Kernel[Any] | None, x: Tensor, k: int, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor]:
     """Return the states ``(chains, *event)`` after k steps of a kernel, and the acceptance rate.

@@ -16,10 +16,10 @@ from pyroebm.nn.mlp import frozen
 from pyroebm.objectives.contrastive import (
     Initial,
     Metrics,
-    advance,
     check_batch,
     contrastive_loss,
     kernel_metrics,
+    run_chains,
 )
 from pyroebm.objectives.persistent import ReplayBufferCD
 
@@ -105,7 +105,7 @@ class ImprovedCD(ReplayBufferCD):
         taken, x = self.take(energy, generator)
         rate = torch.ones((), dtype=energy.dtype, device=energy.device)
         if self.k > 1:
-            x, rate = advance(energy, self.langevin, x, self.k - 1, generator)
+            x, rate = run_chains(energy, self.langevin, x, self.k - 1, generator)
         with eval_mode(energy):
             x = langevin_step(energy, x, self.langevin, generator)
             with frozen(energy):

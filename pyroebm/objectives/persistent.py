@@ -20,13 +20,13 @@ from pyroebm.objectives.contrastive import (
     HasMeanField,
     Initial,
     Metrics,
-    advance,
     check_batch,
     check_chain,
     concatenate_layers,
     contrastive_loss,
     initial_states,
     kernel_metrics,
+    run_chains,
     stack_layers,
 )
 from pyroebm.objectives.layered import (
@@ -258,7 +258,7 @@ class ReplayBufferCD(_Persistent):
         if not (isinstance(energy, HasMeanField) and batch.shape[1:] != energy.event_shape):
             check_batch(energy, batch)
         rows, x = self.take(energy, generator)
-        x, rate = advance(energy, self.kernel, x, self.k, generator)
+        x, rate = run_chains(energy, self.kernel, x, self.k, generator)
         self.put(rows, x)
         data, model = data_energy(energy, batch), energy(x)
         loss, metrics = contrastive_loss(data, model, kernel_metrics(self.kernel, rate))

@@ -15,12 +15,12 @@ from pyroebm.objectives.base import Objective
 from pyroebm.objectives.contrastive import (
     Initial,
     Metrics,
-    advance,
     check_batch,
     check_chain,
     contrastive_loss,
     initial_states,
     kernel_metrics,
+    run_chains,
 )
 
 __all__ = ["ShortRun", "langevin"]
@@ -85,7 +85,7 @@ class ShortRun(Objective):
         ``acceptance_rate`` and, where it has one, ``temperature``.
         """
         check_batch(energy, batch)
-        x, rate = advance(
+        x, rate = run_chains(
             energy,
             self.kernel,
             initial_states(energy, self.initial, len(batch), generator),
@@ -98,7 +98,7 @@ class ShortRun(Objective):
         self, energy: Energy, num_samples: int, generator: torch.Generator | None = None
     ) -> Tensor:
         """Draw from the trained sampler: last states of short chains, ``(num_samples, *event)``."""
-        return advance(
+        return run_chains(
             energy,
             self.kernel,
             initial_states(energy, self.initial, num_samples, generator),

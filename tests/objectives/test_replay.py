@@ -26,7 +26,7 @@ from pyroebm.objectives import (
     langevin,
 )
 from pyroebm.objectives import improved as improved_module
-from pyroebm.objectives.contrastive import advance
+from pyroebm.objectives.contrastive import run_chains
 from pyroebm.objectives.improved import langevin_step, nearest_neighbor_entropy
 from pyroebm.training import fit
 
@@ -360,7 +360,7 @@ def test_a_short_run_is_its_closed_form() -> None:
 def test_the_field_s_numbers_as_a_kernel() -> None:
     """One step of drift a and noise b is x - a grad E(x) + b n."""
     energy, x = Bowl(), torch.randn(5, 2, dtype=F64, generator=seeded(0))
-    moved, _ = advance(energy, langevin(0.7, 0.03), x, 1, seeded(1))
+    moved, _ = run_chains(energy, langevin(0.7, 0.03), x, 1, seeded(1))
     n = torch.randn(5, 2, dtype=F64, generator=seeded(1))
     slope = energy.log_precision.exp() * (x - energy.mean)
     torch.testing.assert_close(moved, (x - 0.7 * slope + 0.03 * n).detach())
@@ -381,7 +381,7 @@ def test_the_penalty_is_the_written_one() -> None:
     torch.testing.assert_close(penalised - plain, more["energy_penalty"])
     assert torch.equal(more["energy_gap"], metrics["energy_gap"])
     start = energy.initial(9, noise := seeded(3))
-    end, _ = advance(energy, ULA(0.2), start, 2, noise)
+    end, _ = run_chains(energy, ULA(0.2), start, 2, noise)
     written = 0.3 * (energy(batch).square().mean() + energy(end).square().mean())
     torch.testing.assert_close(more["energy_penalty"], written.detach())
     (slope,) = torch.autograd.grad(penalised - plain, energy.net[-1].bias)
@@ -538,7 +538,7 @@ def test_a_step_with_a_graph_is_the_kernel_s() -> None:
     kernel = ULA(0.4, temperature=0.7)
     ours, theirs = (
         langevin_step(energy, x, kernel, seeded(1)),
-        advance(energy, kernel, x, 1, seeded(1))[0],
+        run_chains(energy, kernel, x, 1, seeded(1))[0],
     )
     torch.testing.assert_close(ours.detach(), theirs)
 
