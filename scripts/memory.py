@@ -31,7 +31,7 @@ from pyroebm.training import trainer
 
 
 def nuts_with_a_store(end: float) -> None:
-    """Draws that are written every second, to a folder that is emptied at times."""
+    """Draws that are written ten times a second."""
     mcmc = MCMC(NUTS(), 1000, 500, num_chains=8, seed=0, compile=False, progress=False)
     folder = Path(tempfile.mkdtemp())
     mcmc.run(DoubleWell(), store=folder)
@@ -92,7 +92,7 @@ CASES: dict[str, Callable[[float], None]] = {
 def measure(name: str, seconds: float) -> None:
     """Run a case, and print what it needed."""
     torch.set_num_threads(1)
-    sampler.CHECKPOINT_EVERY = trainer.CHECKPOINT_EVERY = 1.0
+    sampler.CHECKPOINT_EVERY = trainer.CHECKPOINT_EVERY = 0.1
     begin, seen = time.monotonic(), list[tuple[float, float, int]]()
     done = threading.Event()
 
