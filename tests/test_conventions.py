@@ -278,7 +278,7 @@ def hidden_draws(source: str) -> Iterator[str]:
 MAY_DRAW = {
     "pyroebm/cli/demo.py": "Pyro draws in it: the driver forks torch's default generator",
     "pyroebm/core/spins.py": "a distribution of Pyro",
-    "pyroebm/infer/mcmc.py": "Pyro's generator decides: pyro.set_rng_seed",
+    "pyroebm/infer/driver.py": "Pyro's generator decides: pyro.set_rng_seed",
     "pyroebm/ppl/kernel.py": "the same",
     "pyroebm/ppl/model.py": "Pyro draws in it",
 }

@@ -35,6 +35,50 @@ MUTANTS: dict[str, tuple[str, str, str, str]] = {
         "self.count / seconds",
         "tests/core/test_progress.py",
     ),
+    "predictive draws share their random numbers": (
+        "core/rowwise.py",
+        'batched, randomness="different", chunk_size=chunk_size',
+        'batched, randomness="same", chunk_size=chunk_size',
+        "tests/infer/test_predictive.py",
+    ),
+    "a number drawn in place is one for all draws": (
+        "core/rowwise.py",
+        'if getattr(func, "__name__", "") in _RANDOM or any(',
+        "if any(",
+        "tests/infer/test_predictive.py",
+    ),
+    "draws of NumPy are shared": (
+        "core/rowwise.py",
+        "if _foreign_generators() != generators:",
+        "if False:",
+        "tests/infer/test_predictive.py",
+    ),
+    "discrete latents ignore the draws": (
+        "diagnostics/pyro_model.py",
+        "model = poutine.condition(call.model, dict(values))",
+        "model = poutine.condition(handler(call.model) if handler else call.model, dict(values))",
+        "tests/infer/test_predictive.py",
+    ),
+    "likelihoods without masks and scales": (
+        "diagnostics/pyro_model.py",
+        'site["log_prob"], site["log_prob"].new_empty',
+        'site["unscaled_log_prob"], site["log_prob"].new_empty',
+        "tests/diagnostics/test_pyro_model.py",
+    ),
+    "chain 10 comes before chain 2": (
+        "diagnostics/pyro_model.py",
+        'for chain, at in diagnostics["divergences"].items():\n'
+        '            stats["diverging"][int(chain.split()[-1]), at] = True',
+        'for row, chain in enumerate(sorted(diagnostics["divergences"])):\n'
+        '            stats["diverging"][row, diagnostics["divergences"][chain]] = True',
+        "tests/diagnostics/test_pyro_model.py",
+    ),
+    "a plate of another size names a dimension": (
+        "diagnostics/pyro_model.py",
+        "if batch[at] == frame.size:",
+        "if True:",
+        "tests/diagnostics/test_pyro_model.py",
+    ),
     "fit shows no progress": (
         "training/trainer.py",
         'with Progress(self.num_steps, "fit", show=show, done=self.steps_done) as shown:',

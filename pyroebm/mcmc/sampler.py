@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +27,8 @@ from pyroebm.core.rng import fresh_seed, seeded_generator
 from pyroebm.core.serialization import from_text, to_text
 from pyroebm.core.supports import to_support
 from pyroebm.core.wrappers import eval_mode, unconstrain
+from pyroebm.diagnostics.arviz_data import Coords, Dims
+from pyroebm.diagnostics.pyro_model import model_groups
 from pyroebm.diagnostics.streaming import StreamingMoments
 from pyroebm.diagnostics.stuck import describe_stuck, stuck_chains
 from pyroebm.kernels.adaptation.starts import draw_starts
@@ -583,7 +585,9 @@ class MCMC(AbstractMCMC):
         ):
             shown.note(
                 divergences=lambda: int(sum(batch.divergences for batch in self._batches)),
-                acceptance=lambda: _mean_of([batch.acceptance for batch in self._batches]),
+                acceptance=lambda: _mean_of(
+                    [batch.info.acceptance_rate for batch in self._batches if batch.info]
+                ),
             )
             while behind:
                 for batch, number in zip(behind, each(step, behind), strict=True):
@@ -685,20 +689,54 @@ class MCMC(AbstractMCMC):
             )
         return {name: StreamingMoments.joined([each[name] for each in kept]) for name in kept[0]}
 
-    def to_arviz(self) -> Any:
+    def to_arviz(
+        self,
+        *,
+        log_likelihood: bool = False,
+        prior: Mapping[str, Tensor] | None = None,
+        posterior_predictive: Mapping[str, Tensor] | None = None,
+        dims: Dims | None = None,
+        coords: Coords | None = None,
+    ) -> Any:
         """Convert draws and statistics, warm-up included, to ArviZ.
+
+        For a Pyro model (:class:`pyroebm.ModelEnergy`) the container has also its deterministic
+        sites, ``observed_data`` and ``constant_data``, and plates are named dimensions.
+
+        Args:
+            log_likelihood: whether to add the log-density of each observation of a Pyro model at
+                each draw, for ``arviz.loo``.
+            prior: draws from the prior, shape ``(n, *event)``, such as those of
+                ``Predictive(model, num_samples=n)``. Sites that are not in the posterior are in
+                ``prior_predictive``.
+            posterior_predictive: draws from the posterior predictive distribution, shape ``(chains
+                * draws, *event)``, such as those of ``Predictive(model, mcmc.get_samples())``.
+            dims: names of the dimensions of variables, before those of plates.
+            coords: labels along dimensions, also along plates.
 
         Returns:
             ArviZ's InferenceData (DataTree from ArviZ 1.0 on).
+
+        Raises:
+            ValueError: if nothing was drawn; if ``log_likelihood`` is asked for without a Pyro
+                model; if draws, ``dims`` or ``coords`` do not fit.
         """
-        samples, stats = self.get_samples(group_by_chain=True), self.get_stats()
         warm = all(record.count for record in self._records(warmup=True))
+        groups = model_groups(
+            self._target,
+            self.get_samples(group_by_chain=True),
+            log_likelihood=log_likelihood,
+            prior=prior,
+            posterior_predictive=posterior_predictive,
+            dims=dims,
+        )
         return diagnostics.to_arviz(
-            samples,
-            stats,
+            sample_stats=self.get_stats(),
             warmup_posterior=self.get_samples(group_by_chain=True, warmup=True) if warm else None,
             warmup_sample_stats=self.get_stats(warmup=True) if warm else None,
+            coords=coords,
             attrs=self._attributes(),
+            **groups,
         )
 
     def stuck_chains(self) -> list[int]:
@@ -738,7 +776,8 @@ class MCMC(AbstractMCMC):
             **options: passed to ``arviz.summary``.
         """
         self._warn_of_stuck_chains()
-        return diagnostics.summary(self.to_arviz(), **options)
+        draws = diagnostics.to_arviz(self.get_samples(group_by_chain=True))
+        return diagnostics.summary(draws, **options)
 
     def diagnose(self, max_r_hat: float = 1.01, min_ess: float = 400.0) -> diagnostics.Diagnosis:
         """Diagnose the draws; see :func:`pyroebm.diagnostics.diagnose`.

@@ -1,33 +1,47 @@
-"""A Pyro model as an energy over its latent variables in unconstrained coordinates."""
+"""A Pyro model as an energy over its continuous latent variables in unconstrained coordinates.
+
+Discrete latent variables are enumerated and summed out.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import difflib
 import functools
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, cast
 
 import pyro
 import torch
 from pyro import poutine
+from pyro.distributions.torch import Independent
+from pyro.distributions.torch_distribution import ExpandedDistribution, MaskedDistribution
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_feasible
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
+from pyro.util import check_site_shape
 from torch import Tensor
 from torch.distributions import Transform, biject_to
 
-from pyroebm.core._torch_private import tree_leaves
+from pyroebm.core._torch_private import BoundedResults, tree_leaves
 from pyroebm.core.energy import unchecked_value_and_grad
 from pyroebm.core.rng import seeded_generator, uniform
-from pyroebm.core.rowwise import RowsFailAlone, RowwiseEnergy
+from pyroebm.core.rowwise import RowsFailAlone, RowsInABatch, RowwiseEnergy
 from pyroebm.core.supports import is_discrete
 from pyroebm.ppl.distribution import initial_states
+from pyroebm.ppl.sum_product import log_marginal
 
-__all__ = ["ModelEnergy"]
+__all__ = ["ModelEnergy", "NoLatentsError"]
 
 #: Number of attempts to draw a finite initial state.
 MAX_ATTEMPTS = 100
+
+#: Maximum number of entries of a tensor of an enumeration, for each chain.
+MAX_ENTRIES = 2**27
+
+
+class NoLatentsError(ValueError):
+    """A model without a latent variable, which has no energy."""
 
 
 class _Substitute(Messenger):
@@ -38,10 +52,15 @@ class _Substitute(Messenger):
     """
 
     def __init__(
-        self, given: Mapping[str, Tensor], plates: Mapping[str, list[int]], inverse: bool
+        self,
+        given: Mapping[str, Tensor],
+        shapes: Mapping[str, torch.Size],
+        plates: Mapping[str, list[int]],
+        inverse: bool,
     ) -> None:
         super().__init__()
         self.given = given
+        self.shapes = shapes
         self.plates = plates
         self.inverse = inverse
         self.images: dict[str, Tensor] = {}
@@ -53,6 +72,9 @@ class _Substitute(Messenger):
         if name in self.plates:
             msg["value"] = self.plates[name]
         if name not in self.given:
+            if not msg["is_observed"] and _is_enumerable(msg["fn"]):
+                # exact sums, whichever way the model's author chose
+                msg["infer"].update(enumerate="parallel", num_samples=None)
             return
         transform = self.transforms[name] = biject_to(msg["fn"].support)
         if self.inverse:
@@ -61,6 +83,12 @@ class _Substitute(Messenger):
         else:
             u = self.given[name]
             x = self.images[name] = transform(u)
+        if x.shape != self.shapes[name]:
+            raise ValueError(
+                f"the support of site {name!r} must not depend on a discrete site that is summed"
+                f" out, but its values have shape {tuple(x.shape)} instead of"
+                f" {tuple(self.shapes[name])}: use a distribution of fixed support and pyro.factor"
+            )
         self.log_det = self.log_det + transform.log_abs_det_jacobian(u, x).sum()
         msg["value"], msg["is_observed"] = x, True
 
@@ -72,8 +100,15 @@ class _Detached(Messenger):
         msg["value"] = msg["value"].detach()
 
 
-def _feasible(site: Any) -> Any:
-    return site["fn"].sample() if is_discrete(site["fn"].support) else init_to_feasible(site)
+def _of_continuous(strategy: Callable[..., Any]) -> InitMessenger:
+    """Start continuous sites by a strategy of Pyro, and draw discrete ones."""
+
+    def start(site: Any) -> Any:
+        fn = site["fn"]
+        discrete = _is_enumerable(fn) or is_discrete(fn.support)
+        return fn.sample() if discrete else strategy(site)
+
+    return InitMessenger(start)
 
 
 class ModelEnergy(RowwiseEnergy):
@@ -81,9 +116,17 @@ class ModelEnergy(RowwiseEnergy):
 
     .. math:: E(u) = -\log p(T(u), y) - \log |\det \partial T / \partial u|
 
-    u is the vector of all latent variables in unconstrained coordinates, and T the bijection
-    ``biject_to(support)`` of each. Observed sites, ``pyro.factor``, plates, ``poutine.scale`` and
-    masks are treated as in Pyro; ``pyro.param`` and the parameters of modules are constants.
+    u is the vector of all continuous latent variables in unconstrained coordinates, and T the
+    bijection ``biject_to(support)`` of each. Observed sites, ``pyro.factor``, plates,
+    ``poutine.scale`` and masks are treated as in Pyro; ``pyro.param`` and the parameters of modules
+    are constants.
+
+    Discrete latent variables are summed out, as in :class:`pyro.infer.MCMC`: each site whose
+    distribution has ``has_enumerate_support`` is enumerated in parallel, with or without
+    :func:`pyro.infer.config_enumerate`, and a site that asks for ``"sequential"`` enumeration or
+    for ``num_samples`` too. Every batch dimension of a site must be a plate, and the steps of a
+    hidden Markov model must be in :func:`pyro.markov`. To infer the discrete variables, condition
+    the model on draws and use :func:`pyro.infer.infer_discrete`.
 
     All chains are evaluated in one call: the model runs under ``torch.func.vmap``, and its
     operations are recorded as a graph, which is replayed (see
@@ -99,17 +142,25 @@ class ModelEnergy(RowwiseEnergy):
     Args:
         model: a Pyro model.
         args: positional arguments of the model.
+        max_plate_nesting: number of dimensions, from the right, that are left to plates by the
+            enumeration; None uses the plates of one run, as Pyro does. It is not passed to the
+            model.
         kwargs: keyword arguments of the model.
 
     Attributes:
-        sites: names and shapes of the latent variables in their constrained space, in the order of
-            the model.
+        sites: names and shapes of the continuous latent variables in their constrained space, in
+            the order of the model.
+        enumerated: names of the discrete latent variables, which are summed out.
+        max_plate_nesting: as given or found; ``infer_discrete`` takes ``first_available_dim=-1 -
+            max_plate_nesting``.
         event_shape: ``(dim,)``, number of unconstrained entries.
         batching: ``"graph"``, ``"vmap"`` or ``"loop"``.
 
     Raises:
-        ValueError: if the model has no latent variables, a discrete one, a plate that subsamples,
-            or a random density.
+        ValueError: if the model has no continuous latent variable, a discrete one that cannot be
+            enumerated, a plate that subsamples, or a random density; if an enumeration has too many
+            values, a batch dimension that is no plate, or crossing plates that depend on each
+            other.
 
     Example:
         >>> import pyro.distributions as dist
@@ -125,26 +176,48 @@ class ModelEnergy(RowwiseEnergy):
         >>> mcmc.run(energy)
         >>> mcmc.get_samples(group_by_chain=True)["scale"].shape
         torch.Size([8, 50])
+        >>> def mixture(y):
+        ...     shift = pyro.sample("shift", dist.Normal(0.0, 5.0))
+        ...     with pyro.plate("data", len(y)):
+        ...         z = pyro.sample("z", dist.Bernoulli(0.3))
+        ...         pyro.sample("y", dist.Normal(shift * z, 1.0), obs=y)
+        >>> energy = ModelEnergy(mixture, torch.tensor([0.1, 2.9, -0.4]))
+        >>> energy.sites, energy.enumerated
+        ({'shift': torch.Size([])}, ['z'])
     """
 
-    def __init__(self, model: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        *args: Any,
+        max_plate_nesting: int | None = None,
+        **kwargs: Any,
+    ) -> None:
         if not callable(model):
             raise ValueError(
                 "model must be a Pyro model, a callable with pyro.sample statements, got"
                 f" {type(model).__name__}"
             )
         with _forked():
-            start = InitMessenger(_feasible)(initial_states(model))
+            start = _of_continuous(init_to_feasible)(initial_states(model))
             with poutine.block(), torch.no_grad():
                 trace = poutine.trace(start).get_trace(*args, **kwargs)
-                total = trace.log_prob_sum()
-        latents = {site["name"]: site for site in _latents(trace)}
+                trace.compute_log_prob()
+        sites: dict[str, Any] = {
+            name: node for name, node in trace.nodes.items() if node["type"] == "sample"
+        }
+        latents, self.enumerated = _latents(sites)
         if not latents:
-            raise ValueError(
+            if self.enumerated:
+                raise ValueError(
+                    "the model must have a continuous latent sample site, but has only discrete"
+                    f" ones: {self.enumerated}; to infer them, use pyro.infer.infer_discrete"
+                )
+            raise NoLatentsError(
                 "the model must have a latent sample site, but every pyro.sample is observed or"
                 " there is none: remove obs= from the sites to infer"
             )
-        like = torch.as_tensor(total)
+        like = torch.as_tensor(trace.log_prob_sum())
         for site in latents.values():
             like = like.to(torch.promote_types(like.dtype, site["value"].dtype))
         super().__init__(
@@ -155,21 +228,51 @@ class ModelEnergy(RowwiseEnergy):
         self.args = args
         self.kwargs = kwargs
         self.sites = {name: site["value"].shape for name, site in latents.items()}
+        nodes = trace.nodes.values()
+        frames = {frame for node in nodes for frame in node.get("cond_indep_stack", ())}
         # A sequential plate indexes a tensor, which cannot be captured: substitute integers.
-        frames = {
-            frame
-            for node in trace.nodes.values()
-            for frame in node.get("cond_indep_stack", ())
-            if not frame.vectorized
-        }
-        self._plates = {frame.name: list(range(frame.size)) for frame in frames}
+        self._plates = {f.name: list(range(f.size)) for f in frames if not f.vectorized}
+        given = max_plate_nesting if self.enumerated else None
+        self.max_plate_nesting = _plate_nesting(given, frames)
         self._params = [name for name, node in trace.nodes.items() if node["type"] == "param"]
         rows = (
             2.0 * uniform((2, *self.event_shape), seeded_generator(0), self.dtype, self.device)
             - 1.0
         )
+        if self.enumerated:
+            self._check_enumeration(sites, rows[0])
         self._transforms = self._fixed_transforms(rows)
         self.batch_by(rows)
+
+    def _check_enumeration(self, sites: Mapping[str, Any], u: Tensor) -> None:
+        """Raise ValueError unless all shapes are those of plates, and the sum fits in memory."""
+        nesting = self.max_plate_nesting
+        for name, site in sites.items():
+            if isinstance(site["fn"], _Subsample):
+                continue
+            check_site_shape(site, nesting)
+            shape = site["log_prob"].shape
+            if shape[: max(0, len(shape) - nesting)].numel() > 1:
+                raise ValueError(
+                    f"each batch dimension of a site must be a plate, since {self._name()} has"
+                    f" enumerated sites, but site {name!r} has batch shape {tuple(shape)} in"
+                    f" {nesting} plates: enclose it in pyro.plate, or call .to_event"
+                )
+        try:
+            with torch.no_grad(), RowsFailAlone(), BoundedResults(MAX_ENTRIES):
+                self.row_energy(u)
+        except MemoryError as error:
+            counts = [
+                f"{name!r} ({len(sites[name]['fn'].enumerate_support(expand=False))} values)"
+                for name in self.enumerated
+            ]
+            raise ValueError(
+                f"the enumeration of all sites together needs {error} for each chain, of at most"
+                f" {MAX_ENTRIES}: sites {', '.join(counts[:6])}"
+                + (f" and {len(counts) - 6} more" if len(counts) > 6 else "")
+                + ". Declare which sites are independent, by pyro.markov (time steps) or"
+                " pyro.plate (rows), or marginalize some by hand"
+            ) from None
 
     def _fixed_transforms(self, rows: Tensor) -> dict[str, Transform] | None:
         """Return the bijections, or None if they depend on latent variables.
@@ -185,10 +288,12 @@ class ModelEnergy(RowwiseEnergy):
     def _run(
         self, given: Mapping[str, Tensor], inverse: bool = False
     ) -> tuple[poutine.Trace, _Substitute]:
+        enumeration = poutine.enum(first_available_dim=-1 - self.max_plate_nesting)
         with (
             pyro.validation_enabled(False),
             poutine.block(),
-            _Substitute(given, self._plates, inverse) as places,
+            enumeration if self.enumerated else contextlib.nullcontext(),
+            _Substitute(given, self.sites, self._plates, inverse) as places,
             _Detached(),
         ):
             trace = poutine.trace(self.model).get_trace(*self.args, **self.kwargs)
@@ -198,13 +303,22 @@ class ModelEnergy(RowwiseEnergy):
         """Return the energy of one row ``(dim,)``, shape ``()``."""
         trace, places = self._run(self.split(u))
         with pyro.validation_enabled(False):
-            return -(torch.as_tensor(trace.log_prob_sum()) + places.log_det)
+            total = log_marginal(trace) if self.enumerated else trace.log_prob_sum()
+            return -(torch.as_tensor(total) + places.log_det)
 
     def constants(self) -> list[Tensor]:
         """Return the tensors that are watched for changes: arguments and parameters."""
         store = dict(pyro.get_param_store().named_parameters()) if self._params else {}
         given = [leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
         return super().constants() + given + [store[name] for name in self._params if name in store]
+
+    @property
+    def transforms(self) -> dict[str, Transform] | None:
+        """The bijection from unconstrained values of each latent variable.
+
+        None if one depends on other latent variables, as that of ``Uniform(0, x)`` with a latent x.
+        """
+        return self._transforms
 
     def constrain(self, u: Tensor) -> dict[str, Tensor]:
         """Map u ``(*batch, dim)`` to the latent variables, a dict of ``(*batch, *shape)``."""
@@ -248,7 +362,8 @@ class ModelEnergy(RowwiseEnergy):
         flat = {name: part.reshape(-1, *part.shape[len(batch) :]) for name, part in given.items()}
 
         def images(parts: dict[str, Tensor]) -> dict[str, Tensor]:
-            return self._run(parts, inverse)[1].images
+            with RowsFailAlone(), RowsInABatch(next(iter(parts.values()))):
+                return self._run(parts, inverse)[1].images
 
         with torch.no_grad():
             if self.batching == "loop":
@@ -308,7 +423,7 @@ class ModelEnergy(RowwiseEnergy):
     ) -> Tensor:
         if strategy is None:
             return 4.0 * uniform((n, *self.event_shape), generator, self.dtype, self.device) - 2.0
-        model, rows = InitMessenger(strategy)(initial_states(self.model)), []
+        model, rows = _of_continuous(strategy)(initial_states(self.model)), []
         with contextlib.nullcontext() if generator is None else _forked(generator):
             for _ in range(n):
                 with pyro.validation_enabled(False), poutine.block(), torch.no_grad():
@@ -331,10 +446,15 @@ class ModelEnergy(RowwiseEnergy):
             cast(dict[str, Any], trace.nodes),
         )
         for name, site in nodes.items():
-            if site["type"] == "sample" and not bool(torch.isfinite(site["log_prob_sum"])):
-                density = float(site["log_prob_sum"])
+            if site["type"] != "sample":
+                continue
+            log_prob = site["log_prob"]
+            if enumerated := list(range(log_prob.dim() - self.max_plate_nesting)):
+                log_prob = log_prob.amax(enumerated)  # some values may be impossible
+            if not bool(torch.isfinite(log_prob).all()):
                 return (
-                    f"The log-density of site {name!r} was {density} where the latents were {at}."
+                    f"The log-density of site {name!r} was {float(log_prob.sum())} where the"
+                    f" latents were {at}."
                 )
         for name, part in self.split(grad).items():
             if not bool(torch.isfinite(part).all()):
@@ -360,11 +480,15 @@ def _check_values(strategy: Callable[..., Any], sites: Collection[str]) -> None:
         )
 
 
-def _latents(trace: poutine.Trace) -> Iterator[Any]:
-    for name, site in trace.nodes.items():
-        if site["type"] != "sample":
-            continue
-        fn: Any = site["fn"]
+def _is_enumerable(fn: Any) -> bool:
+    return bool(getattr(fn, "has_enumerate_support", False))
+
+
+def _latents(sites: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return the continuous latent sites, and the names of the discrete ones."""
+    continuous, enumerated = {}, []
+    for name, site in sites.items():
+        fn = site["fn"]
         if isinstance(fn, _Subsample):
             if fn.subsample_size is not None and fn.subsample_size < fn.size:
                 raise ValueError(
@@ -372,15 +496,41 @@ def _latents(trace: poutine.Trace) -> Iterator[Any]:
                     f" draws {fn.subsample_size} of {fn.size} rows at every call: drop"
                     " subsample_size, or use SVI"
                 )
-        elif not site["is_observed"]:
-            if is_discrete(fn.support):
-                raise ValueError(
-                    f"site {name!r} must be continuous, but is discrete (support {fn.support}):"
-                    " marginalize it, by a mixture distribution or pyro.factor of a logsumexp; or"
-                    " use Pyro's enumeration (pyro.infer.TraceEnum_ELBO, or pyro.infer.MCMC) and"
-                    " infer_discrete"
+        elif site["is_observed"]:
+            continue
+        elif _is_enumerable(fn):
+            enumerated.append(name)
+        elif is_discrete(fn.support):
+            raise ValueError(
+                f"site {name!r} must be continuous or have a finite support to be summed out, but"
+                f" {type(_base(fn)).__name__} has support {fn.support}"
+                + (
+                    ": enclose the site in pyro.plate instead of calling .to_event"
+                    if _is_enumerable(_base(fn))
+                    else ": truncate it to a Categorical, or marginalize it, by a compound"
+                    " distribution (GammaPoisson, BetaBinomial, ...) or by pyro.factor"
                 )
-            yield site
+            )
+        else:
+            continuous[name] = site
+    return continuous, enumerated
+
+
+def _base(fn: Any) -> Any:
+    while isinstance(fn, Independent | MaskedDistribution | ExpandedDistribution):
+        fn = fn.base_dist
+    return fn
+
+
+def _plate_nesting(given: int | None, frames: Iterable[Any]) -> int:
+    """Return the number of dimensions of plates, as Pyro counts them."""
+    nesting = max((-frame.dim for frame in frames if frame.vectorized), default=0)
+    if given is not None and given < nesting:
+        raise ValueError(
+            f"max_plate_nesting must be at least {nesting}, the plates of the model, got"
+            f" max_plate_nesting={given}"
+        )
+    return nesting if given is None else given
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from pyroebm.kernels.adaptation.step_size import (
     shared_mean,
 )
 from pyroebm.kernels.base import AnyState, HasGradient, Info, Kernel, Steps, rows
+from pyroebm.kernels.metric import Metric, scaled
 
 __all__ = [
     "Adaptation",
@@ -140,7 +141,8 @@ class WindowAdaptation:
     The metric is learned from the draws of all chains, so many chains learn it in few steps. Chains
     that have not moved since the window began are left out. A chain with a non-finite energy or
     gradient keeps its previous state and reports acceptance 0, so nothing non-finite enters the
-    adaptation. A window that does not determine a metric keeps the previous one.
+    adaptation. A window that does not determine a metric keeps the previous one, except that with
+    a fixed step size the variances are divided by 1000 where no chain moved.
 
     Args:
         target_acceptance: acceptance rate to aim at; None uses the kernel's own.
@@ -151,10 +153,13 @@ class WindowAdaptation:
             for all, adapted to their mean acceptance rate, which counts as 0 until the end of the
             last window while a chain has not moved; None does not adapt it. Kernels on discrete
             supports have one for all, adapted to the mean acceptance rate.
+        blocks: for "dense", tuples of entries of the flattened event. Covariances are learned
+            within each tuple, and variances of the entries that are in none; None is one block of
+            all entries.
 
     Raises:
-        ValueError: if a setting is not one of these, or if ``metric="low_rank"`` and the states of
-            the kernel have no gradient.
+        ValueError: if a setting is not one of these, if ``metric="low_rank"`` and the states of
+            the kernel have no gradient, or if ``blocks`` does not fit the event.
 
     Example:
         >>> from pyroebm.kernels import HMC
@@ -170,6 +175,8 @@ class WindowAdaptation:
     target_acceptance: float | None = None
     metric: Literal["diagonal", "dense", "low_rank"] | None = "diagonal"
     step_size: Literal["grouped", "per_chain", "pooled"] | None = "grouped"
+    _: dataclasses.KW_ONLY
+    blocks: tuple[tuple[int, ...], ...] | None = None
 
     def __post_init__(self) -> None:
         if self.target_acceptance is not None and not 0.0 < self.target_acceptance < 1.0:
@@ -187,6 +194,13 @@ class WindowAdaptation:
                 f"step_size must be one of {', '.join(map(repr, STEP_SIZES))}, or None, got"
                 f" step_size={self.step_size!r}"
             )
+        if self.blocks is not None:
+            entries = [entry for block in self.blocks for entry in block]
+            if self.metric != "dense" or len(set(entries)) < len(entries):
+                raise ValueError(
+                    'blocks must hold each entry at most once, with metric="dense", got'
+                    f" blocks={self.blocks} and metric={self.metric!r}"
+                )
 
     def start(
         self,
@@ -334,7 +348,10 @@ class WindowAdaptation:
         tuning, pooled, together, moved, rates, step = adaptation_state
         if pooled is not None:
             before = kernel.inverse_mass if isinstance(kernel.inverse_mass, Tensor) else None
-            learned = pooled.metric(before)
+            learned: Tensor | Metric | None = pooled.metric(before)
+            if tuning is None and moved is not None and not bool(moved.any()):
+                # Only the metric can make the steps shorter.
+                learned = scaled(kernel.inverse_mass, 1e-3, rows(state.x))
             kernel = kernel if learned is None else kernel.replace(inverse_mass=learned)
             pooled = self._empty(kernel, state)
         if tuning is not None and rates is not None:
@@ -417,7 +434,9 @@ class WindowAdaptation:
         q = rows(state.x)
         if self.metric != "low_rank":
             return (
-                PooledVariance.start(q) if self.metric == "diagonal" else PooledCovariance.start(q)
+                PooledVariance.start(q)
+                if self.metric == "diagonal"
+                else PooledCovariance.start(q, self.blocks)
             )
         if not isinstance(state, HasGradient):
             raise ValueError(
