@@ -67,8 +67,8 @@ MUTANTS: dict[str, tuple[str, str, str, str]] = {
     ),
     "two writers share a temporary file": (
         "core/files.py",
-        'temporary = path.with_name(f"{path.name}{by}.part")',
-        'temporary = path.with_name(f"{path.name}.part")',
+        'return path.with_name(f"{path.name}.{os.getpid()}-{next(_TEMPORARY)}.part")',
+        'return path.with_name(f"{path.name}.part")',
         "tests/core/test_files.py",
     ),
     "the rate never forgets": (
@@ -375,9 +375,69 @@ MUTANTS: dict[str, tuple[str, str, str, str]] = {
     ),
     "a file's group is read whole": (
         "core/files.py",
-        "return data.isel(draw=draws).load()",
-        "return data.load()",
+        "groups[name] = data.isel(draw=draws).load()",
+        "groups[name] = data.load()",
         "tests/core/test_files.py",
+    ),
+    "the lock of a living process is taken over": (
+        "core/files.py",
+        "if holder is not None and holder.is_dead():",
+        "if holder is not None:",
+        "tests/core/test_files.py",
+    ),
+    "a process is known by its number alone": (
+        "core/files.py",
+        "return _started(self.pid) != self.started",
+        "return False",
+        "tests/core/test_files.py",
+    ),
+    "the checksum of a part is not compared": (
+        "core/files.py",
+        "if seal.removeprefix(SEAL) != _checksum_of_begin(path, size):",
+        "if False:",
+        "tests/core/test_damaged_files.py",
+    ),
+    "a compressed file may take any memory": (
+        "core/files.py",
+        "if size > limit:",
+        "if False:",
+        "tests/core/test_damaged_files.py",
+    ),
+    "threads swap the default generator together": (
+        "core/rng.py",
+        "    with _LOCK:\n        outer = get()",
+        "    if True:\n        outer = get()",
+        "tests/core/test_rng.py",
+    ),
+    "a missing part is left out": (
+        "mcmc/storage.py",
+        "if start != count:",
+        "if False:",
+        "tests/mcmc/test_long_runs.py",
+    ),
+    "a start that was killed is a run": (
+        "mcmc/storage.py",
+        "started = all(",
+        "started = any(",
+        "tests/mcmc/test_long_runs.py",
+    ),
+    "updates to infinity pass": (
+        "training/trainer.py",
+        'return "the updated parameters are not finite"',
+        "return None",
+        "tests/training/test_blow_ups.py",
+    ),
+    "weights of a failed step stay": (
+        "training/guards.py",
+        "self.state.restore(self.kept, learned_only=True)",
+        "pass",
+        "tests/training/test_blow_ups.py",
+    ),
+    "a stopped process is waited for": (
+        "training/distributed.py",
+        "elif time.monotonic() - since > self.timeout:",
+        "elif False:",
+        "tests/training/test_distributed.py",
     ),
 }
 

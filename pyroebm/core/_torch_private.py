@@ -530,9 +530,11 @@ def multiply_each(tensors: list[Tensor] | tuple[Tensor, ...], by: Tensor) -> tup
     return torch._foreach_mul(tensors, by)
 
 
-def norm_of_each(tensors: list[Tensor] | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Compute the Euclidean norms of all tensors, in one call."""
-    return torch._foreach_norm(tensors)
+def norm_of_each(
+    tensors: list[Tensor] | tuple[Tensor, ...], order: float = 2.0
+) -> tuple[Tensor, ...]:
+    """Compute the norms of all tensors, Euclidean by default, in one call."""
+    return torch._foreach_norm(tensors, order)
 
 
 def held_by(*roots: nn.Module) -> tuple[list[nn.Module], list[Tensor]]:

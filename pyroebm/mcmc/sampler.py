@@ -19,7 +19,7 @@ from pyro.infer.mcmc.util import select_samples
 from torch import Tensor
 
 from pyroebm import diagnostics
-from pyroebm.core._checks import check_counts
+from pyroebm.core._checks import check_counts, stacklevel_of_user
 from pyroebm.core.compilation import choose_compiled, is_compiled
 from pyroebm.core.energy import Energy, check_energy
 from pyroebm.core.progress import Progress
@@ -279,11 +279,23 @@ class MCMC(AbstractMCMC):
 
         Raises:
             ValueError: if ``energy`` is not an Energy or the kernel does not move on its support,
-                if ``initial`` does not fit it or holds a state of non-finite energy, or if
-                ``store`` already holds a run.
+                or if ``initial`` does not fit it or holds a state of non-finite energy.
+            FileError: if ``store`` already holds a run, is in use by another process, or cannot be
+                written.
         """
         target = self._target_of(energy)
         folder = None if store is None else Store(store, target.named)
+        # before the work, so that a folder that cannot be used is known at once
+        with folder.start(self.layout, self._attributes()) if folder else contextlib.nullcontext():
+            self._run(energy, target, initial, folder)
+
+    def _run(
+        self,
+        energy: Energy,
+        target: Energy,
+        initial: Tensor | np.ndarray | None,
+        folder: Store | None,
+    ) -> None:
         if self.plan.kernel.runs_ahead(target):
             self._compile_driver(target.dtype)
         with eval_mode(energy):
@@ -308,8 +320,6 @@ class MCMC(AbstractMCMC):
                 _check_names(target.named(first), store is not None)
                 self._warn_of_edges(target, first)
         self._compile(target, batches, self.num_samples)
-        if folder is not None:
-            folder.begin(self.layout, self._attributes())
         # Replace the previous run only now, so that an error above leaves it unchanged.
         self._target = target
         self._batches = batches
@@ -335,11 +345,12 @@ class MCMC(AbstractMCMC):
             )
         check_counts({"num_samples": 1}, num_samples)
         goal = min(batch.count for batch in self._batches) + num_samples
-        self._compile(self._target, self._batches, goal)
-        with eval_mode(self._target):
-            for batch in self._batches:
-                batch.refresh()
-        self._advance(goal)
+        with self._store.resume(self.layout) if self._store else contextlib.nullcontext():
+            self._compile(self._target, self._batches, goal)
+            with eval_mode(self._target):
+                for batch in self._batches:
+                    batch.refresh()
+            self._advance(goal)
 
     def resume(
         self,
@@ -358,29 +369,33 @@ class MCMC(AbstractMCMC):
         Raises:
             ValueError: if there is no run to continue, or if the run in the folder has other
                 settings or another energy.
+            FileError: if a file of the run is missing or damaged, or another process uses it.
         """
         if (energy is None) != (store is None):
             raise ValueError(
                 f"resume requires energy and store, or neither, got energy={energy} and"
                 f" store={store!r}"
             )
+        folder, target = self._store, None
         if energy is not None and store is not None:
             target = self._target_of(energy)
             folder = Store(store, target.named)
-            states = {number: folder.load(number) for number in self.layout.batches}
-            self._load(
-                {f"{n}.{k}": v for n, state in states.items() for k, v in state.items()},
-                target,
-                folder,
-            )
-        if not self._batches:
-            raise ValueError(
-                "there is nothing to resume: call run(energy) or load_state_dict(state, energy)"
-                " first"
-            )
-        if not self.compiled:
-            self._compile(self._target, self._batches, self.num_samples)
-        self._advance(max(self._goal, self.num_samples))
+        with folder.resume(self.layout) if folder else contextlib.nullcontext():
+            if folder is not None and target is not None:
+                states = {number: folder.load(number) for number in self.layout.batches}
+                self._load(
+                    {f"{n}.{k}": v for n, state in states.items() for k, v in state.items()},
+                    target,
+                    folder,
+                )
+            if not self._batches:
+                raise ValueError(
+                    "there is nothing to resume: call run(energy) or load_state_dict(state, energy)"
+                    " first"
+                )
+            if not self.compiled:
+                self._compile(self._target, self._batches, self.num_samples)
+            self._advance(max(self._goal, self.num_samples))
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return what :meth:`resume` and :meth:`run_more` need, and all draws, as tensors.
@@ -594,14 +609,14 @@ class MCMC(AbstractMCMC):
                     lambda batch: batch.draw(goal, most),
                     lambda batch: goal - batch.count,
                 )
-            self._warn_of_stuck_chains(stacklevel=4)
+            self._warn_of_stuck_chains()
         except KeyboardInterrupt:
             self.interrupted = True
             kept = min(batch.count for batch in self._batches)
             warnings.warn(
                 f"interrupted during {phase}: {kept} draws of each chain were kept",
                 RuntimeWarning,
-                stacklevel=3,
+                stacklevel=stacklevel_of_user(),
             )
         finally:
             self._save()
@@ -791,11 +806,11 @@ class MCMC(AbstractMCMC):
             for chain in stuck_chains(moves, min(batch.count for batch in self._batches))
         ]
 
-    def _warn_of_stuck_chains(self, stacklevel: int) -> None:
+    def _warn_of_stuck_chains(self) -> None:
         energies, first = self.state.energy, self.layout.chains(self.layout.batches[0]).start
         stuck = [number - first for number in self.stuck_chains()]
         if message := describe_stuck(stuck, len(energies), energies, first, self.num_chains):
-            warnings.warn(message, RuntimeWarning, stacklevel=stacklevel)
+            warnings.warn(message, RuntimeWarning, stacklevel=stacklevel_of_user())
 
     def _attributes(self) -> dict[str, Any]:
         attributes = {
@@ -811,7 +826,7 @@ class MCMC(AbstractMCMC):
         Args:
             **options: passed to ``arviz.summary``.
         """
-        self._warn_of_stuck_chains(stacklevel=3)
+        self._warn_of_stuck_chains()
         draws = diagnostics.to_arviz(self.get_samples(group_by_chain=True))
         return diagnostics.summary(draws, **options)
 
