@@ -10,7 +10,7 @@ import pyro.infer.mcmc.api
 from torch import Tensor
 
 from pyroebm.diagnostics.arviz_data import Coords, Dims, to_arviz
-from pyroebm.diagnostics.convergence import Diagnosis
+from pyroebm.diagnostics.convergence import Diagnosis, Observables
 from pyroebm.diagnostics.pyro_model import from_pyro, model_groups
 from pyroebm.diagnostics.stuck import describe_stuck
 from pyroebm.infer.driver import Driver, Vectorized, is_vectorized
@@ -224,14 +224,21 @@ class MCMC(Vectorized, pyro.infer.mcmc.api.MCMC):
         attributes = {"kernel": type(self.kernel).__name__, "seed": str(run.seed)}
         return to_arviz(sample_stats=run.get_stats(), coords=coords, attrs=attributes, **groups)
 
-    def diagnose(self, max_r_hat: float = 1.01, min_ess: float = 400.0) -> Diagnosis:
+    def diagnose(
+        self,
+        max_r_hat: float = 1.01,
+        min_ess: float = 400.0,
+        *,
+        observables: Observables | None = None,
+    ) -> Diagnosis:
         """Diagnose the draws; see :func:`pyroebm.diagnostics.diagnose`.
 
         Args:
             max_r_hat: threshold of R-hat.
             min_ess: threshold of the effective sample size.
+            observables: functions of the draws to diagnose instead of the variables.
         """
-        return self._ours().diagnose(max_r_hat, min_ess)
+        return self._ours().diagnose(max_r_hat, min_ess, observables=observables)
 
     def _check_drawn(self) -> None:
         if self._samples is None:

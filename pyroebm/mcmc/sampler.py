@@ -317,7 +317,7 @@ class MCMC(AbstractMCMC):
                 batches.append(self._new_batch(number, target, x, generator, folder))
             if batches:
                 first = batches[0].state.x
-                _check_names(target.named(first), store is not None)
+                _check_names(target.named(first), folder is not None)
                 self._warn_of_edges(target, first)
         self._compile(target, batches, self.num_samples)
         # Replace the previous run only now, so that an error above leaves it unchanged.
